@@ -1,0 +1,68 @@
+r"""Continuous normalizing flows for Pyro, trained by stochastic interpolants.
+
+*A flow is a base, an interpolant and a velocity; a solver and a divergence turn it into a Pyro
+transform.*
+
+Conventions: time runs from the base, ``t = 0``, to the data, ``t = 1``; arguments come in the
+    order
+
+References:
+    Albergo & Vanden-Eijnden, *Building Normalizing Flows with Stochastic Interpolants*, ICLR 2023,
+    arXiv 2209.15571.
+"""
+
+# Grouped by floor: a module imports only from the floors above its own line.
+from ._version import __version__
+from .couplings import independent, optimal_transport
+from .quadrature import clenshaw_curtis
+from .divergence import ExactDivergence, HutchinsonDivergence
+from .interpolants import Interpolant, Linear, Trigonometric
+from .networks import VelocityMLP
+from .solvers import Adaptive, FixedGrid
+from .transforms import (
+    ConditionalInterpolantTransform,
+    InterpolantTransform,
+    conditional_interpolant_transform,
+    interpolant_transform,
+)
+from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
+from .joint import JointInterpolantDistribution
+from .losses import interpolant_loss
+from .diagnostics import SolverError, calibrate, solver_error
+from .reparam import base_space
+from .io import load, save
+from .loop import TrainingState
+from .training import FitResult, fit, from_samples
+
+__all__ = [
+    "Adaptive",
+    "ConditionalInterpolantDistribution",
+    "ConditionalInterpolantTransform",
+    "ExactDivergence",
+    "FitResult",
+    "FixedGrid",
+    "HutchinsonDivergence",
+    "Interpolant",
+    "InterpolantDistribution",
+    "InterpolantTransform",
+    "JointInterpolantDistribution",
+    "Linear",
+    "SolverError",
+    "TrainingState",
+    "Trigonometric",
+    "VelocityMLP",
+    "__version__",
+    "base_space",
+    "calibrate",
+    "clenshaw_curtis",
+    "conditional_interpolant_transform",
+    "fit",
+    "from_samples",
+    "independent",
+    "interpolant_loss",
+    "interpolant_transform",
+    "load",
+    "optimal_transport",
+    "save",
+    "solver_error",
+]

@@ -1,0 +1,314 @@
+r"""The flow as a Pyro distribution: a learned prior or likelihood for ``pyro.sample``."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.conditional import ConditionalTransformedDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from .flow import Flow
+from .supports import Constraint, Remembered, bijection, is_trivial, to_unconstrained
+from .transforms import ConditionalInterpolantTransform, InterpolantTransform
+
+__all__ = [
+    "ConditionalInterpolantDistribution",
+    "InterpolantDistribution",
+]
+
+
+class InterpolantDistribution(dist.TransformedDistribution):
+    r"""A distribution learned by a stochastic interpolant.
+
+    ``x ~ InterpolantDistribution(transform)`` has event shape ``(D,)``, or that of the support.
+
+    Args:
+        transform: The flow.
+        base: What the flow starts from, a Pyro distribution of event shape ``(D,)`` in data
+            coordinates (under a support: in its unconstrained space), fixed. By default
+            :math:`N(0, I)` in whitened coordinates, which is :math:`N(\mathrm{loc}, L L^T)` in
+            data coordinates and follows the flow's type and device.
+        support: Where the data live: any Pyro constraint with a bijection from real vectors.
+
+    Raises:
+        TypeError: If ``transform`` or ``base`` is of the wrong kind.
+        ValueError: If the base has another event shape, or the support has no bijection.
+
+    References:
+        Albergo & Vanden-Eijnden, ICLR 2023, arXiv 2209.15571.
+
+    Example:
+        >>> prior = InterpolantDistribution(interpolant_transform(2, hidden_dims=(32, 32)))
+        >>> x = prior.sample((10,))
+        >>> prior.log_prob(x).shape
+        torch.Size([10])
+    """
+
+    has_rsample = True  # a plain attribute: handlers such as pyro.poutine.broadcast set it
+
+    def __init__(
+        self,
+        transform: InterpolantTransform,
+        base: TorchDistributionMixin | None = None,
+        *,
+        support: Constraint = constraints.real_vector,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not isinstance(transform, InterpolantTransform):
+            hint = (
+                ": use ConditionalInterpolantDistribution"
+                if isinstance(transform, ConditionalInterpolantTransform)
+                else ""
+            )
+            raise TypeError(
+                f"expected an InterpolantTransform, got {type(transform).__name__}{hint}"
+            )
+        self.transform = transform
+        self.base = base
+        self.constraint = support
+        super().__init__(
+            _standard_normal(transform) if base is None else _check_base(base, transform.flow.dim),
+            _chain(transform, base, support),
+            validate_args=validate_args,
+        )
+        self.has_rsample = self.base_dist.has_rsample
+
+    @property
+    def base_dist(self) -> Any:
+        """The distribution of the flow's input, in the type and on the device of the flow."""
+        base = self.__dict__["base_dist"]
+        loc = self.transform.flow.loc
+        if self.base is None and (base.mean.dtype != loc.dtype or base.mean.device != loc.device):
+            base = _standard_normal(self.transform).expand(base.batch_shape)
+            self.__dict__["base_dist"] = base
+        return base
+
+    @base_dist.setter
+    def base_dist(self, value: Any) -> None:
+        self.__dict__["base_dist"] = value
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
+        """Return the distribution with another batch shape; weights and cache are shared."""
+        new = type(self).__new__(type(self)) if _instance is None else _instance
+        new.__dict__.update(
+            {k: v for k, v in self.__dict__.items() if k not in ("base_dist", "_batch_shape")}
+        )
+        return super().expand(torch.Size(batch_shape), _instance=new)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density, shape ``(*)``, of values of shape ``(*, *event_shape)``.
+
+        Raises:
+            ValueError: If the shape or the type does not match, or a value is outside the support
+                (while validation is on).
+        """
+        event = len(self.event_shape)
+        if tuple(value.shape[max(0, value.dim() - event) :]) != tuple(self.event_shape):
+            hint = ""
+            if self.event_shape == (1,):
+                hint = " For N scalars use shape (N, 1): x[..., None]."
+            raise ValueError(
+                f"expected a value of shape (*, {', '.join(map(str, self.event_shape))}), got "
+                f"{tuple(value.shape)}.{hint}"
+            )
+        if self.batch_shape:
+            batch = torch.broadcast_shapes(value.shape[: value.dim() - event], self.batch_shape)
+            return super().log_prob(value).expand(batch)
+        return super().log_prob(value)
+
+    def unconstrained(self, value: Tensor) -> Tensor:
+        """Return values, shape ``(*, *event_shape)``, in the flow's coordinates, shape ``(*, D)``.
+
+        Raises:
+            ValueError: If a value is outside the support.
+        """
+        return to_unconstrained(value, self.constraint)
+
+    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Return samples and their log-density at the price of one solve."""
+        x = self.rsample(torch.Size(sample_shape))
+        return x, self.log_prob(x)
+
+    def score(self, x: Tensor) -> Tensor:
+        """Return the gradient of ``log_prob`` at x, exact for this solver, of the shape of x."""
+        with torch.enable_grad():
+            leaf = x.detach().clone().requires_grad_()
+            return torch.autograd.grad(self.log_prob(leaf).sum(), leaf)[0]
+
+    def at(self, t: float) -> "InterpolantDistribution":
+        """Return the distribution at time t: the base at 0, the model at 1.
+
+        Args:
+            t: A time in [0, 1].
+
+        Raises:
+            ValueError: If t is outside [0, 1].
+        """
+        new = InterpolantDistribution(self.transform.at(t), self.base, support=self.constraint)
+        return new.expand(self.batch_shape)
+
+    def freeze(self) -> "InterpolantDistribution":
+        """Fix all weights, so that no inference trains them, and return self."""
+        return _freeze(self)
+
+    def to(self, *args: Any, **kwargs: Any) -> "InterpolantDistribution":
+        """Move weights, buffers and base to a type or device, in place; return self."""
+        self.transform.to(*args, **kwargs)
+        if self.base is not None:
+            self.base = _moved(self.base, self.transform.flow.loc)
+            self.base_dist = self.base.expand(self.base_dist.batch_shape)
+        self.clear_cache()
+        return self
+
+    def __repr__(self) -> str:
+        """Name the event, the batch and the support."""
+        return (
+            f"{type(self).__name__}(event_shape={tuple(self.event_shape)}, "
+            f"batch_shape={tuple(self.batch_shape)}, support={self.constraint})"
+        )
+
+
+class ConditionalInterpolantDistribution(ConditionalTransformedDistribution):
+    """A learned conditional distribution: ``condition(context)`` gives an ordinary one.
+
+    Args:
+        transform: The conditional flow.
+        base: As in :class:`InterpolantDistribution`.
+        support: As in :class:`InterpolantDistribution`.
+
+    Raises:
+        TypeError: If ``transform`` or ``base`` is of the wrong kind.
+        ValueError: If the base has another event shape, or the support has no bijection.
+
+    Example:
+        >>> flow = conditional_interpolant_transform(2, context_dim=3, hidden_dims=(32, 32))
+        >>> likelihood = ConditionalInterpolantDistribution(flow)
+        >>> likelihood.condition(torch.randn(10, 3)).sample().shape
+        torch.Size([10, 2])
+    """
+
+    def __init__(
+        self,
+        transform: ConditionalInterpolantTransform,
+        base: TorchDistributionMixin | None = None,
+        *,
+        support: Constraint = constraints.real_vector,
+    ) -> None:
+        if not isinstance(transform, ConditionalInterpolantTransform):
+            raise TypeError(
+                f"expected a ConditionalInterpolantTransform, got {type(transform).__name__}"
+            )
+        bijection(support)
+        if base is not None:
+            _check_base(base, transform.dim)
+        self.transform = transform
+        self.base = base
+        self.constraint = support
+        super().__init__(_standard_normal(transform) if base is None else base, [transform])
+
+    def condition(self, context: Tensor) -> InterpolantDistribution:
+        """Return the distribution given a context of shape ``(*, C)``: batch shape ``(*)``.
+
+        Raises:
+            ValueError: If the last dimension is not the velocity's ``context_dim``.
+        """
+        transform = self.transform.condition(context)
+        return InterpolantDistribution(transform, self.base, support=self.constraint)
+
+    def unconstrained(self, value: Tensor) -> Tensor:
+        """Return values, shape ``(*, *event_shape)``, in the flow's coordinates, shape ``(*, D)``.
+
+        Raises:
+            ValueError: If a value is outside the support.
+        """
+        return to_unconstrained(value, self.constraint)
+
+    def freeze(self) -> "ConditionalInterpolantDistribution":
+        """Fix all weights, so that no inference trains them, and return self."""
+        return _freeze(self)
+
+    def to(self, *args: Any, **kwargs: Any) -> "ConditionalInterpolantDistribution":
+        """Move weights, buffers and base to a type or device, in place; return self."""
+        self.transform.to(*args, **kwargs)
+        if self.base is not None:
+            self.base = _moved(self.base, self.transform.loc)
+        return self
+
+
+class _Whiten(Transform):
+    """Map a base given in data coordinates to the whitened coordinates the velocity moves."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.flow.to_white(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.flow.from_white(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return (-self.flow.linear_log_det).expand(x.shape[:-1])
+
+    def with_cache(self, cache_size: int = 1) -> "_Whiten":
+        return self
+
+
+def _chain(transform: InterpolantTransform, base: Any, support: Constraint) -> list[Transform]:
+    chain: list[Transform] = [transform] if base is None else [_Whiten(transform.flow), transform]
+    bijective = bijection(support)
+    return chain if is_trivial(support) else [*chain, Remembered(bijective)]
+
+
+def _standard_normal(transform: Any) -> Any:
+    owner = getattr(transform, "flow", transform)
+    zero = torch.zeros_like(owner.loc)
+    return dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
+
+
+def _check_base(base: Any, dim: int) -> Any:
+    if not isinstance(base, TorchDistributionMixin):
+        raise TypeError(
+            "expected a base from pyro.distributions (torch's own cannot be sampled by Pyro), got "
+            f"{type(base).__name__}"
+        )
+    if base.event_shape != (dim,):
+        hint = ": add .to_event(1)" if base.batch_shape[-1:] == (dim,) else ""
+        raise ValueError(
+            f"expected a base of event shape ({dim},), got event shape {tuple(base.event_shape)} "
+            f"and batch shape {tuple(base.batch_shape)}{hint}"
+        )
+    return base
+
+
+def _freeze(distribution: Any) -> Any:
+    owner = getattr(distribution.transform, "flow", distribution.transform)
+    owner.requires_grad_(requires_grad=False).eval()
+    if isinstance(distribution.base, InterpolantDistribution):
+        distribution.base.freeze()
+    distribution.clear_cache()
+    return distribution
+
+
+def _moved(value: Any, like: Tensor) -> Any:
+    """Return a copy of a distribution in the type and on the device of a tensor."""
+    if isinstance(value, InterpolantDistribution):
+        return value.to(like)
+    if isinstance(value, Tensor):
+        return value.to(like) if value.is_floating_point() else value.to(like.device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(v, like) for v in value)
+    if isinstance(value, (torch.distributions.Distribution, Transform)):
+        new = copy.copy(value)
+        new.__dict__.update({k: _moved(v, like) for k, v in value.__dict__.items()})
+        return new
+    return value

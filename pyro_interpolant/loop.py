@@ -1,0 +1,284 @@
+r"""The training loop: batches, schedule, averaging, clipping, the held-out loss."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .data import batches
+from .flow import Flow
+from .losses import regression_loss
+
+__all__ = ["Objective", "Outcome", "Rows", "Schedule", "TrainingState", "train"]
+
+Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+_STEPS = 6000
+_TIMES = 64  # distinct times per batch
+_LOOKS = 100  # how often the held-out loss is looked at
+_HELD_DRAWS = 8192
+_WARMUP = 0.02  # of the schedule
+_CLIP = 2.0  # times the running norm of the gradient
+_SKIPPED_LIMIT = 20  # consecutive steps without a finite gradient
+
+
+class TrainingState(NamedTuple):
+    """What a callback is told each time the held-out loss is looked at.
+
+    Attributes:
+        step: The number of steps taken.
+        loss: The mean training loss since the last look.
+        validation_loss: The held-out loss of the averaged weights, on fixed draws.
+        learning_rate: The present learning rate.
+        seconds: The time since the start.
+    """
+
+    step: int
+    loss: float
+    validation_loss: float
+    learning_rate: float
+    seconds: float
+
+
+class Outcome(NamedTuple):
+    """What the loop did; the fields are those of :class:`~pyro_interpolant.FitResult`."""
+
+    steps: list[int]
+    losses: list[float]
+    validation_losses: list[float]
+    best_step: int
+    stopped_early: bool
+    skipped: int
+    seconds: float
+
+
+class Schedule(NamedTuple):
+    """When to stop, and how fast to learn on the way: a warm-up, then a cosine to zero."""
+
+    steps: int | None
+    max_seconds: float | None
+    learning_rate: float
+    patience: int
+    ema: float
+    batch_size: int
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Return the share of the run that is done, 1 at its end."""
+        limit = self.steps or (_STEPS if self.max_seconds is None else math.inf)
+        return max(step / limit, seconds / (self.max_seconds or math.inf))
+
+    def rate(self, progress: float) -> float:
+        """Return the learning rate at a share of the run."""
+        warm = min(1.0, (progress + 1e-3) / _WARMUP)
+        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Rows(NamedTuple):
+    """Whitened rows, shape ``(N, D)``, and their contexts, shape ``(N, C)``, or None."""
+
+    w: Tensor
+    context: Tensor | None
+
+    def take(self, index: Tensor) -> "Rows":
+        """Return the rows of an index, shape ``(B,)``."""
+        return Rows(self.w[index], None if self.context is None else self.context[index])
+
+
+class Objective:
+    """The regression loss of a flow on batches of whitened rows."""
+
+    def __init__(self, flow: Flow, base: Any, coupling: Coupling) -> None:
+        self.flow, self.base, self.coupling = flow, base, coupling
+
+    def prepared(self, rows: Tensor, contexts: Tensor | None, index: Tensor) -> Rows:
+        """Return rows whitened in float64, in the type of the flow."""
+        flow = self.flow
+        w = (rows.double() - flow.loc.double()) @ flow.whitening.double().T
+        return Rows(w.to(flow.loc), None if contexts is None else contexts[index])
+
+    def base_draws(self, count: int) -> Tensor:
+        """Return draws of the base in whitened coordinates, shape ``(count, D)``."""
+        if self.base is None:
+            loc = self.flow.loc
+            return torch.randn(count, self.flow.dim, dtype=loc.dtype, device=loc.device)
+        return self.flow.to_white(self.base.sample((count,)).to(self.flow.loc))
+
+    def draw(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return stratified times, base draws, rows and contexts, by time: ``(T, B/T, *)``."""
+        count = len(rows.w)
+        times = min(_TIMES, count)
+        w0 = self.coupling(self.base_draws(count), rows.w, rows.context)
+        t = (torch.arange(times) + torch.rand(times)).to(rows.w) / times
+        keep = count - count % times
+        grouped = [
+            None if s is None else s[:keep].reshape(times, -1, s.shape[-1])
+            for s in (w0, rows.w, rows.context)
+        ]
+        return t[:, None], grouped[0], grouped[1], grouped[2]  # type: ignore[return-value]
+
+    def loss(self, draw: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Tensor:
+        """Return the mean regression loss of a draw."""
+        flow = self.flow
+        return regression_loss(flow.velocity, flow.interpolant, *draw).mean()
+
+
+class _Average:
+    """An exponential moving average of weights."""
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.values = [p.detach().clone() for p in parameters]
+
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Lend the average to the network."""
+        present = [p.detach().clone() for p in self.parameters]
+        _assign(self.parameters, self.values)
+        try:
+            yield
+        finally:
+            _assign(self.parameters, present)
+
+
+def train(
+    objective: Objective,
+    rows: Rows,
+    held: Rows,
+    schedule: Schedule,
+    progress: bool,  # noqa: FBT001
+    callback: Callable[[TrainingState], None] | None,
+) -> "Outcome":
+    """Run the loop and leave the best averaged weights in the network.
+
+    Args:
+        objective: The loss.
+        rows: Training rows.
+        held: Held-out rows; their times and base draws are drawn once.
+        schedule: When to stop, and the learning rate on the way.
+        progress: Whether to show a bar.
+        callback: Called at each look at the held-out loss.
+
+    Raises:
+        RuntimeError: If gradients stay non-finite; the best weights so far are in the network.
+    """
+    parameters = [p for p in objective.flow.velocity.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99))
+    average = _Average(parameters, schedule.ema)
+    repeats = max(1, _HELD_DRAWS // len(held.w))
+    fixed = objective.draw(held.take(torch.arange(len(held.w)).repeat(repeats)[:_HELD_DRAWS]))
+    looks = _Looks(average, lambda: objective.loss(fixed), callback)
+    step, done, start = 0, 0.0, time.monotonic()
+    clip = _Clip(parameters)
+    bar = tqdm(total=_LOOKS, disable=not progress, desc="fit", unit="%", leave=False)
+    with bar:
+        for index in batches(len(rows.w), schedule.batch_size, rows.w.device):
+            optimizer.param_groups[0]["lr"] = schedule.rate(done)
+            loss = objective.loss(objective.draw(rows.take(index)))
+            optimizer.zero_grad()
+            loss.backward()
+            step += 1
+            if clip():
+                optimizer.step()
+                average.update(step)
+                looks.total.append(loss.detach())
+            elif clip.consecutive >= _SKIPPED_LIMIT:
+                break
+            seconds = time.monotonic() - start
+            done = schedule.progress(step, seconds)
+            if int(done * _LOOKS) > bar.n or done >= 1:
+                rate = optimizer.param_groups[0]["lr"]
+                looks.look(step, rate, seconds)
+                bar.set_postfix_str(looks.text(), refresh=False)
+                bar.update(min(_LOOKS, int(done * _LOOKS)) - bar.n)
+                if done >= 1 or looks.since_best >= schedule.patience:
+                    break
+    looks.keep_best()
+    if clip.consecutive >= _SKIPPED_LIMIT:
+        raise RuntimeError(
+            f"the gradient was not finite for {clip.consecutive} steps in a row, the last at step "
+            f"{step}: the last good weights were kept. Lower learning_rate, or look for wild rows."
+        )
+    seconds = time.monotonic() - start
+    return Outcome(
+        looks.steps,
+        looks.losses,
+        looks.held_losses,
+        looks.best_step,
+        done < 1,
+        clip.skipped,
+        seconds,
+    )
+
+
+class _Clip:
+    """Clip the gradient at twice its running norm, and tell whether it is finite."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self.skipped = self.consecutive = 0
+        self.running = math.inf
+
+    def __call__(self) -> bool:
+        limit = _CLIP * self.running
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit if limit < math.inf else 1e9))
+        if not math.isfinite(norm):
+            self.skipped += 1
+            self.consecutive += 1
+            return False
+        self.consecutive = 0
+        new = min(norm, limit)
+        self.running = new if self.running == math.inf else 0.98 * self.running + 0.02 * new
+        return True
+
+
+class _Looks:
+    """The held-out loss of the averaged weights over time, and the best of them."""
+
+    def __init__(
+        self,
+        average: _Average,
+        held_loss: Callable[[], Tensor],
+        callback: Callable[[TrainingState], None] | None,
+    ) -> None:
+        self.average, self.held_loss, self.callback = average, held_loss, callback
+        self.total: list[Tensor] = []
+        self.steps: list[int] = []
+        self.losses: list[float] = []
+        self.held_losses: list[float] = []
+        self.best, self.best_step, self.since_best = math.inf, 0, 0
+        self.best_values = [v.clone() for v in average.values]
+
+    def look(self, step: int, rate: float, seconds: float) -> None:
+        with torch.no_grad(), self.average.applied():
+            held = float(self.held_loss())
+        self.steps.append(step)
+        self.losses.append(float(torch.stack(self.total).mean()) if self.total else math.nan)
+        self.held_losses.append(held)
+        self.total.clear()
+        self.since_best += 1
+        if held < self.best:
+            self.best, self.best_step, self.since_best = held, step, 0
+            self.best_values = [v.clone() for v in self.average.values]
+        if self.callback is not None:
+            self.callback(TrainingState(step, self.losses[-1], held, rate, seconds))
+
+    def keep_best(self) -> None:
+        _assign(self.average.parameters, self.best_values)
+
+    def text(self) -> str:
+        return f"loss={self.losses[-1]:.4g} held-out={self.held_losses[-1]:.4g}"
+
+
+def _assign(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for p, value in zip(parameters, values, strict=True):
+            p.copy_(value)

@@ -1,0 +1,178 @@
+r"""Solvers of :math:`\dot x = v_t(x)`: from a velocity to the states at the quadrature nodes.
+
+A solver integrates the velocity *alone*: the divergence does not feed back into x, so it is
+evaluated afterwards, along the stored states, by whoever wants a density.
+
+A field is a function from times, shape ``(T,)``, to T functions ``x -> v``: a velocity that knows
+all its times in advance can share work between them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from .quadrature import clenshaw_curtis
+
+__all__ = ["Adaptive", "Field", "FixedGrid", "Solver"]
+
+Field = Callable[[Tensor], Sequence[Callable[[Tensor], Tensor]]]
+
+# Explicit Runge-Kutta methods: stage times c, stage matrix a (rows), weights b.
+_TABLEAUS: dict[
+    str, tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]
+] = {
+    "euler": ((0.0,), ((),), (1.0,)),
+    "midpoint": ((0.0, 0.5), ((), (0.5,)), (0.0, 1.0)),
+    "rk4": (
+        (0.0, 0.5, 0.5, 1.0),
+        ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
+        (1 / 6, 1 / 3, 1 / 3, 1 / 6),
+    ),
+}
+
+
+class Solver(Protocol):
+    """What integrates a velocity: ``grid()`` on [0, 1], and ``solve`` between them."""
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 1,)``."""
+        ...
+
+    def solve(self, field: Field, x: Tensor, times: Tensor) -> Tensor:
+        """Return the states at ``times``, ``(N + 1, *, D)``, starting from x at the first."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedGrid:
+    r"""Integrate with one Runge-Kutta step per gap between the quadrature nodes.
+
+    Rows never influence one another, so the density of a row does not depend on its batch: plates
+    and HMC rely on it.
+
+    Args:
+        steps: The number N of steps; :func:`~pyro_interpolant.calibrate` chooses it by error.
+        method: ``"rk4"`` (4 evaluations a step), ``"midpoint"`` (2) or ``"euler"`` (1).
+        warp: How far the nodes move toward the data end, see
+            :func:`~pyro_interpolant.quadrature.clenshaw_curtis`.
+
+    Raises:
+        ValueError: If ``steps`` is below 1, ``method`` unknown or ``warp`` outside [0, 1).
+
+    Example:
+        >>> grid = FixedGrid(steps=8)
+        >>> times, _ = grid.grid()
+        >>> decay = lambda times: [lambda x: -x] * len(times)
+        >>> states = grid.solve(decay, torch.ones(1, dtype=torch.float64), times)
+        >>> bool((states[-1] - torch.tensor(-1.0).double().exp()).abs() < 1e-5)
+        True
+    """
+
+    steps: int = 20
+    method: str = "rk4"
+    warp: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        if self.method not in _TABLEAUS:
+            raise ValueError(f"expected a method among {sorted(_TABLEAUS)}, got {self.method!r}")
+        clenshaw_curtis(self.steps, self.warp)
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 1,)``."""
+        return clenshaw_curtis(self.steps, self.warp)
+
+    def solve(self, field: Field, x: Tensor, times: Tensor) -> Tensor:
+        """Return the states at ``times``, ``(N + 1, *, D)``, starting from x at the first.
+
+        Args:
+            field: The velocity, as a function from times to functions of x.
+            x: The state at ``times[0]``, shape ``(*, D)``.
+            times: Ascending or descending, shape ``(N + 1,)``.
+        """
+        c, a, b = _TABLEAUS[self.method]
+        gaps = times.diff()
+        # Equal stage times are asked for once: rk4 needs its midpoint twice.
+        distinct = sorted(set(c))
+        stage_times = times[:-1, None] + gaps[:, None] * times.new_tensor(distinct)
+        stages = field(stage_times.reshape(-1).to(x))
+        states = [x]
+        for i, h in enumerate(gaps.tolist()):
+            slopes: list[Tensor] = []
+            for cj, row in zip(c, a, strict=True):
+                f = stages[i * len(distinct) + distinct.index(cj)]
+                slopes.append(f(_step(x, h, row, slopes)))
+            x = _step(x, h, b, slopes)
+            states.append(x)
+        return torch.stack(states)
+
+
+def _step(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    for w, k in zip(weights, slopes, strict=True):
+        if w:
+            x = torch.add(x, k, alpha=h * w)
+    return x
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    r"""Integrate with torchdiffeq's adaptive steps, reporting at the quadrature nodes.
+
+    The step sizes are chosen for the batch as a whole, so a row's density depends slightly, within
+    the tolerance, on the rows beside it: use it to check, and :class:`FixedGrid` inside inference.
+
+    Args:
+        rtol: The relative tolerance.
+        atol: The absolute tolerance, in whitened units.
+        method: One of torchdiffeq's adaptive methods.
+        nodes: The number of gaps between the quadrature nodes.
+
+    Raises:
+        ValueError: If a tolerance is not positive or ``nodes`` below 1.
+    """
+
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    method: str = "dopri5"
+    nodes: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        if not (self.rtol > 0 and self.atol > 0):
+            raise ValueError(f"expected positive tolerances, got {self.rtol} and {self.atol}")
+        clenshaw_curtis(self.nodes)
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 1,)``."""
+        return clenshaw_curtis(self.nodes)
+
+    def solve(self, field: Field, x: Tensor, times: Tensor) -> Tensor:
+        """Return the states at ``times``, ``(N + 1, *, D)``, starting from x at the first.
+
+        Args:
+            field: The velocity, as a function from times to functions of x.
+            x: The state at ``times[0]``, shape ``(*, D)``.
+            times: Ascending or descending, shape ``(N + 1,)``.
+
+        Raises:
+            ValueError: If the velocity is too stiff or not finite.
+        """
+        try:
+            return odeint(
+                lambda t, x: field(t[None])[0](x),
+                x,
+                times.to(x),
+                rtol=self.rtol,
+                atol=self.atol,
+                method=self.method,
+            )
+        except AssertionError as error:
+            raise ValueError(
+                f"{self.method} gave up at rtol={self.rtol}, atol={self.atol} ({error}): the "
+                f"velocity is not finite, or too stiff for {x.dtype}. Check the inputs for wild "
+                "values, loosen the tolerances, use float64, or use FixedGrid."
+            ) from error

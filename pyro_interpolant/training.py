@@ -1,0 +1,321 @@
+r"""Training: a quadratic regression. No ODE is solved and none is differentiated."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from .couplings import independent
+from .data import checked_rows, moments
+from .diagnostics import calibrate
+from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
+from .flow import Flow
+from .joint import JointInterpolantDistribution, pack, sites_of
+from .loop import Objective, Schedule, TrainingState, train
+from .networks import VelocityMLP
+from .solvers import FixedGrid
+from .supports import Constraint, bijection
+from .transforms import interpolant_transform
+
+__all__ = ["FitResult", "fit", "from_samples"]
+
+AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
+Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+_BATCH = 1024
+_CALIBRATION_ROWS = 256
+
+
+class FitResult(NamedTuple):
+    """What a training run did. Losses are the paper's G: negative where something is learned.
+
+    Attributes:
+        steps: The step of each look at the held-out loss.
+        losses: The mean training loss before each look.
+        validation_losses: The held-out loss of the averaged weights at each look.
+        best_step: The step whose weights were kept.
+        stopped_early: Whether patience ran out before the schedule.
+        skipped: The number of steps skipped because their gradient was not finite.
+        seconds: The duration, without calibration.
+        solver: The calibrated solver that was set.
+    """
+
+    steps: list[int]
+    losses: list[float]
+    validation_losses: list[float]
+    best_step: int
+    stopped_early: bool
+    skipped: int
+    seconds: float
+    solver: FixedGrid
+
+
+def fit(
+    distribution: AnyDistribution,
+    data: Any,
+    *,
+    context: Any = None,
+    steps: int | None = None,
+    max_seconds: float | None = None,
+    batch_size: int | None = None,
+    learning_rate: float = 2e-3,
+    validation: float = 0.1,
+    patience: int = 30,
+    ema: float = 0.999,
+    coupling: Coupling = independent,
+    tolerance: float = 1e-2,
+    seed: int | None = None,
+    progress: bool = True,
+    callback: Callable[[TrainingState], None] | None = None,
+) -> FitResult:
+    """Train a flow on data, in place, then calibrate its solver.
+
+    The whitening map is set from the data; the velocity is trained by regression on the
+    interpolant with Adam, a cosine schedule, clipped gradients and averaged weights; the weights
+    kept are those with the best loss on held-out rows, at times and base draws that are fixed
+    throughout.
+
+    Args:
+        distribution: The flow to train. Frozen weights are trained too, and are frozen afterwards.
+        data: Rows of shape ``(N, *event_shape)``, or, for a
+            :class:`~pyro_interpolant.JointInterpolantDistribution`, a dictionary of draws.
+        context: Contexts of shape ``(N, C)`` for a conditional flow.
+        steps: The number of optimiser steps; by default 6,000, or as many as ``max_seconds``
+            allows.
+        max_seconds: Stop after this time; the schedule adapts to whichever ends first.
+        batch_size: Rows per step; by default 1,024, or all training rows if fewer.
+        learning_rate: The peak of the schedule.
+        validation: The share of rows held out.
+        patience: Stop after this many looks at the held-out loss, of 100 in all, without a better
+            one.
+        ema: The decay of the moving average of the weights.
+        coupling: Who is paired with whom in a batch; see :mod:`~pyro_interpolant.couplings`.
+        tolerance: For :func:`~pyro_interpolant.calibrate`, nats.
+        seed: Makes the run reproducible: same seed, same weights. The global generator is left as
+            it was.
+        progress: Whether to show a bar.
+        callback: Called with a :class:`TrainingState` at each look.
+
+    Returns:
+        Both loss curves and what happened.
+
+    Raises:
+        TypeError: If the data are not of a floating type.
+        ValueError: If the data, the context or a setting cannot work; raised before any work.
+        RuntimeError: If gradients stay non-finite; the last good weights are kept.
+
+    References:
+        arXiv 2209.15571, Algorithm 1.
+    """
+    flow = _own_flow(distribution)
+    rows = _checked_data(distribution, flow, data)
+    contexts = _checked_context(distribution, flow, context, len(rows))
+    held_count = max(1, round(validation * len(rows))) if 0 < validation < 1 else 0
+    size = _checked_batch(batch_size, len(rows) - held_count)
+    _check_settings(steps, max_seconds, learning_rate, validation, patience, ema)
+    with _seeded(seed, flow.loc.device):
+        order = torch.randperm(len(rows), device=rows.device)
+        held, kept = order[:held_count], order[held_count:]
+        _precondition(flow, distribution, rows[kept], None if contexts is None else contexts[kept])
+        objective = Objective(flow, distribution.base, coupling)
+        train_set = objective.prepared(rows[kept], contexts, kept)
+        held_set = objective.prepared(rows[held], contexts, held)
+        schedule = Schedule(steps, max_seconds, learning_rate, patience, ema, size)
+        with _trainable(flow):
+            outcome = train(objective, train_set, held_set, schedule, progress, callback)
+    distribution.clear_cache()
+    few = held[:_CALIBRATION_ROWS]
+    solver = calibrate(
+        _bare(distribution),
+        rows[few].to(flow.loc),
+        context=None if contexts is None else contexts[few],
+        tolerance=tolerance,
+    )
+    return FitResult(*outcome, solver)
+
+
+def from_samples(
+    x: Any,
+    *,
+    support: Constraint | Mapping[str, Constraint] = constraints.real_vector,
+    seed: int | None = None,
+    **fit_options: Any,
+) -> InterpolantDistribution:
+    """Learn a distribution from samples: build a flow, train it, calibrate it, freeze it.
+
+    Args:
+        x: Rows of shape ``(N, *event_shape)``; or named draws, a dictionary of tensors of shape
+            ``(N, *site_shape)`` such as ``mcmc.get_samples()``: the result is then a
+            :class:`~pyro_interpolant.JointInterpolantDistribution`.
+        support: Where the samples live; for named draws, a dictionary that names the supports of
+            the sites that are not real.
+        seed: As in :func:`fit`; also of the initial weights.
+        **fit_options: Passed to :func:`fit`.
+
+    Returns:
+        A trained distribution in the type of the samples, with frozen weights: no inference trains
+        it by accident. ``distribution.transform.requires_grad_(True)`` unfreezes it.
+
+    Raises:
+        TypeError: If the samples are not of a floating type.
+        ValueError: If the samples or the support cannot work.
+
+    Example:
+        >>> x = torch.randn(2000, 2).exp()
+        >>> prior = from_samples(x, support=constraints.positive, steps=50, progress=False)
+        >>> bool((prior.sample((5,)) > 0).all())
+        True
+    """
+    if isinstance(x, Mapping):
+        sites = sites_of(x, {} if support is constraints.real_vector else support)
+        like = pack(sites, x)
+        dim = like.shape[-1]
+    elif isinstance(support, Mapping):
+        raise TypeError("expected one support for one tensor of samples, got a dictionary")
+    else:
+        event_dim = max(1, bijection(support).codomain.event_dim)
+        like = x = checked_rows(x, "x", (None,) * event_dim)
+        dim = bijection(support).inverse_shape(x.shape[1:])[-1]
+    with _seeded(seed, like.device):
+        transform = interpolant_transform(dim).to(like)
+    distribution: InterpolantDistribution
+    if isinstance(x, Mapping):
+        distribution = JointInterpolantDistribution(transform, sites=sites)
+    else:
+        distribution = InterpolantDistribution(transform, support=support)  # type: ignore[arg-type]
+    fit(distribution, x, seed=seed, **fit_options)
+    return distribution.freeze()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw from a generator seeded apart, and leave the global one as it was."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _trainable(flow: Flow) -> Iterator[None]:
+    """Let the velocity be trained, then restore who was frozen."""
+    velocity = flow.velocity
+    flags, mode = [p.requires_grad for p in velocity.parameters()], velocity.training
+    velocity.requires_grad_(requires_grad=True).train()
+    try:
+        yield
+    finally:
+        velocity.train(mode)
+        for p, flag in zip(velocity.parameters(), flags, strict=True):
+            p.requires_grad = flag
+            p.grad = None
+
+
+def _own_flow(distribution: AnyDistribution) -> Flow:
+    transform: Any = getattr(distribution, "transform", None)
+    if not isinstance(transform, Flow):
+        raise TypeError(
+            "expected an InterpolantDistribution or a ConditionalInterpolantDistribution, got "
+            f"{type(distribution).__name__}"
+        )
+    if getattr(transform, "flow", transform) is not transform:
+        raise ValueError(
+            "expected a flow that owns its weights, got a conditioned one or one stopped by "
+            "at(t): fit the distribution it came from"
+        )
+    return transform
+
+
+def _checked_data(distribution: AnyDistribution, flow: Flow, data: Any) -> Tensor:
+    """Return the data in the flow's coordinates, shape ``(N, D)``."""
+    if isinstance(data, Mapping):
+        if not isinstance(distribution, JointInterpolantDistribution):
+            raise TypeError(
+                "expected a tensor of rows: only a JointInterpolantDistribution takes named draws"
+            )
+        return checked_rows(distribution.pack(data), "data", (flow.dim,))
+    shape = bijection(distribution.constraint).forward_shape(torch.Size([flow.dim]))
+    return distribution.unconstrained(checked_rows(data, "data", shape))
+
+
+def _checked_context(
+    distribution: AnyDistribution, flow: Flow, context: Any, count: int
+) -> Tensor | None:
+    conditional = isinstance(distribution, ConditionalInterpolantDistribution)
+    if not conditional:
+        if context is not None:
+            raise ValueError(
+                "expected no context for this flow: use a ConditionalInterpolantDistribution"
+            )
+        return None
+    if context is None:
+        raise ValueError(
+            f"expected a context of shape ({count}, C) for a conditional flow, got none"
+        )
+    context = checked_rows(context, "context", (getattr(flow.velocity, "context_dim", None),))
+    if len(context) != count:
+        raise ValueError(f"expected as many contexts as rows of data, {count}, got {len(context)}")
+    return context.to(flow.loc)
+
+
+def _checked_batch(batch_size: int | None, available: int) -> int:
+    if batch_size is None:
+        return max(1, min(_BATCH, available))
+    if not 1 <= batch_size <= available:
+        raise ValueError(
+            f"expected batch_size between 1 and the {available} training rows, got {batch_size}"
+        )
+    return batch_size
+
+
+def _check_settings(
+    steps: int | None,
+    max_seconds: float | None,
+    learning_rate: float,
+    validation: float,
+    patience: int,
+    ema: float,
+) -> None:
+    for name, good, value in (
+        ("steps >= 1", steps is None or steps >= 1, steps),
+        ("max_seconds > 0", max_seconds is None or max_seconds > 0, max_seconds),
+        ("learning_rate > 0", learning_rate > 0, learning_rate),
+        ("validation between 0 and 1", 0 < validation < 1, validation),
+        ("patience >= 1", patience >= 1, patience),
+        ("ema in [0, 1)", 0 <= ema < 1, ema),
+    ):
+        if not good:
+            raise ValueError(f"expected {name}, got {value}")
+
+
+def _precondition(
+    flow: Flow, distribution: AnyDistribution, rows: Tensor, contexts: Tensor | None
+) -> None:
+    """Set the whitening map, and the network's radius and context scale, from training rows."""
+    m = moments(rows)
+    if distribution.base is None:
+        flow.precondition(*m)
+    else:  # one scalar: a full whitening would change what the shortest path is
+        base = distribution.base.sample((len(rows),)).double()
+        both = torch.cat((base - base.mean(0), rows.double() - rows.double().mean(0)))
+        scale = both.square().mean().sqrt()
+        eye = torch.eye(flow.dim, dtype=torch.float64, device=rows.device)
+        flow.precondition((base.mean(0) + rows.double().mean(0)) / 2, scale * eye, eye / scale)
+    if isinstance(flow.velocity, VelocityMLP):
+        w = flow.to_white(rows.to(flow.loc))
+        flow.velocity.precondition(w, contexts)
+
+
+def _bare(distribution: AnyDistribution) -> AnyDistribution:
+    """Return the same flow without its support."""
+    kind: Any = (
+        ConditionalInterpolantDistribution
+        if isinstance(distribution, ConditionalInterpolantDistribution)
+        else InterpolantDistribution
+    )
+    return kind(distribution.transform, distribution.base)
