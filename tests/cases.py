@@ -1,0 +1,181 @@
+"""Every member of every family by name, and builders of small random flows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from pyro_interpolant import (
+    Adaptive,
+    ConditionalInterpolantTransform,
+    ExactDivergence,
+    FixedGrid,
+    HutchinsonDivergence,
+    InterpolantDistribution,
+    InterpolantTransform,
+    Linear,
+    Trigonometric,
+    VelocityMLP,
+)
+
+INTERPOLANTS = {"trigonometric": Trigonometric(), "linear": Linear()}
+
+SOLVERS = {
+    "rk4": FixedGrid(steps=8),
+    "midpoint": FixedGrid(steps=12, method="midpoint"),
+    "euler": FixedGrid(steps=24, method="euler"),
+    "warped": FixedGrid(steps=8, warp=0.5),
+    "adaptive": Adaptive(nodes=12),
+}
+
+DIVERGENCES = {"exact": ExactDivergence(), "hutchinson": HutchinsonDivergence(probes=2, seed=1)}
+
+HIDDEN_DIMS = {"one": (16,), "two": (16, 12), "residual": (16, 16, 16)}
+
+
+def random_flow(
+    dim: int,
+    hidden_dims: tuple[int, ...] = (16, 16),
+    context_dim: int = 0,
+    **choices: Any,
+) -> Any:
+    """Return a transform (conditional where ``context_dim``) that is not the identity."""
+    velocity = VelocityMLP(dim, hidden_dims, context_dim)
+    with torch.no_grad():
+        velocity.output.weight.normal_(std=0.3)
+        velocity.shifts.weight[-dim:].normal_(std=0.3)
+    choices.setdefault("solver", FixedGrid(steps=8))
+    kind = ConditionalInterpolantTransform if context_dim else InterpolantTransform
+    transform = kind(velocity, **choices)
+    lower = 0.3 * torch.randn(dim, dim).tril(-1)
+    transform.precondition(torch.randn(dim), lower + torch.diag(torch.linspace(0.7, 1.2, dim)))
+    return transform
+
+
+def random_prior(dim: int, *, frozen: bool = True, **kwargs: Any) -> InterpolantDistribution:
+    """Return the distribution of a random flow."""
+    prior = InterpolantDistribution(random_flow(dim), **kwargs)
+    return prior.freeze() if frozen else prior
+
+
+def gaussian_prior(loc: Tensor, linear: Tensor) -> InterpolantDistribution:
+    """Return the flow that is N(loc, L L^T) exactly: an untrained velocity is zero."""
+    velocity = VelocityMLP(len(loc), (8, 8))
+    transform = InterpolantTransform(velocity, solver=FixedGrid(1, "euler"))
+    transform.precondition(loc, linear)
+    return InterpolantDistribution(transform).freeze()
+
+
+class SupportCase(NamedTuple):
+    """A support, the dimension of a flow for it, and its event.
+
+    Attributes:
+        support: The constraint.
+        dim: The number D of unconstrained coordinates.
+        event_shape: The event shape on the support.
+        free: From an event to the D coordinates that its density is with respect to.
+    """
+
+    support: constraints.Constraint
+    dim: int
+    event_shape: tuple[int, ...]
+    free: Callable[[Tensor], Tensor] = lambda y: y
+
+
+def _strictly_lower(y: Tensor) -> Tensor:
+    rows, columns = torch.tril_indices(y.shape[-1], y.shape[-1], -1)
+    return y[..., rows, columns]
+
+
+SUPPORTS = {
+    "positive": SupportCase(constraints.positive, 2, (2,)),
+    "unit_interval": SupportCase(constraints.unit_interval, 2, (2,)),
+    "interval": SupportCase(constraints.interval(-2.0, 3.0), 2, (2,)),
+    "greater_than": SupportCase(constraints.greater_than(1.0), 2, (2,)),
+    "less_than": SupportCase(constraints.less_than(0.0), 2, (2,)),
+    "softplus_positive": SupportCase(constraints.softplus_positive, 2, (2,)),
+    "simplex": SupportCase(constraints.simplex, 2, (3,), lambda y: y[..., :-1]),
+    "corr_cholesky": SupportCase(constraints.corr_cholesky, 3, (3, 3), _strictly_lower),
+    "corr_matrix": SupportCase(constraints.corr_matrix, 3, (3, 3), _strictly_lower),
+    "ordered_vector": SupportCase(constraints.ordered_vector, 3, (3,)),
+    "positive_ordered_vector": SupportCase(constraints.positive_ordered_vector, 3, (3,)),
+    "independent": SupportCase(constraints.independent(constraints.positive, 1), 2, (2,)),
+    "stack": SupportCase(
+        constraints.stack([constraints.positive, constraints.interval(0.0, 1.0)], dim=-1), 2, (2,)
+    ),
+}
+
+NO_SUPPORTS = {
+    "integer": constraints.integer,
+    "nonnegative_integer": constraints.nonnegative_integer,
+    "boolean": constraints.boolean,
+    "sphere": constraints.sphere,
+    "independent_matrix": constraints.independent(constraints.positive, 2),
+    "dependent": constraints.dependent,
+}
+
+BASES = {
+    "default": lambda dim: None,
+    "laplace": lambda dim: dist.Laplace(torch.full((dim,), 0.5), torch.ones(dim)).to_event(1),
+    "multivariate": lambda dim: dist.MultivariateNormal(torch.ones(dim), 0.5 * torch.eye(dim)),
+}
+
+
+class OwnVelocity(nn.Module):
+    """A user's own velocity: nothing but ``forward``, so that its divergence is by torch.func."""
+
+    def __init__(self, dim: int, context_dim: int = 0) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(dim + 1 + context_dim, 12)
+        self.out = nn.Linear(12, dim)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        inputs = [x, t[..., None]] if context is None else [x, t[..., None], context]
+        return self.out(torch.tanh(self.hidden(torch.cat(inputs, dim=-1))))
+
+
+def own_flow(dim: int, context_dim: int = 0, **choices: Any) -> Any:
+    """Return a random flow of a user's own velocity, as :func:`random_flow`."""
+    transform = random_flow(dim, context_dim=context_dim, **choices)
+    transform.velocity = OwnVelocity(dim, context_dim)
+    return transform
+
+
+# By kind of velocity, a builder of (dim, context_dim=0, **choices).
+FLOWS: dict[str, Callable[..., Any]] = {
+    "two": lambda dim, context_dim=0, **kw: random_flow(dim, (16, 12), context_dim, **kw),
+    "three": lambda dim, context_dim=0, **kw: random_flow(dim, (10, 10, 10), context_dim, **kw),
+    "own": own_flow,
+}
+
+
+@dataclass
+class CountingSolver:
+    """A fixed grid that counts its solves."""
+
+    inner: FixedGrid = FixedGrid(steps=4)
+    solves: int = field(default=0, compare=False)
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        return self.inner.grid()
+
+    def solve(self, field: Callable[..., Any], x: Tensor, times: Tensor) -> Tensor:
+        self.solves += 1
+        return self.inner.solve(field, x, times)
+
+
+@dataclass
+class CountingDivergence:
+    """The exact divergence, counting how often it is asked for."""
+
+    calls: int = field(default=0, compare=False)
+
+    def __call__(
+        self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None
+    ) -> Tensor:
+        self.calls += 1
+        return ExactDivergence()(velocity, t, x, context)

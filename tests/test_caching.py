@@ -1,0 +1,955 @@
+"""The cache: no stale value, no lost gradient, no freed graph, no leak, nothing uncopyable."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.multiprocessing  # noqa: F401  (registers the reductions of tensors)
+from cases import FLOWS, CountingSolver
+from torch.distributions import constraints
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    ExactDivergence,
+    FixedGrid,
+    HutchinsonDivergence,
+    InterpolantDistribution,
+    interpolant_transform,
+)
+
+# Raised inside torch, by its own first use of forward-mode differentiation.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+
+KINDS = sorted(FLOWS)
+CLOSE = 2e-6  # between the two directions of a solve
+every_kind = pytest.mark.parametrize("kind", KINDS)
+SUPPORTS = {
+    "real": constraints.real_vector,
+    "positive": constraints.positive,
+    "simplex": constraints.simplex,
+}
+every_support = pytest.mark.parametrize("support", sorted(SUPPORTS))
+
+
+def smooth(transform):
+    """Slow a velocity down in time, so that few steps solve it to 1e-6 in both directions."""
+    embedding = getattr(transform.velocity, "embedding", None)
+    if embedding is not None:
+        with torch.no_grad():
+            embedding.weight[:, 1:8] = 0.0  # cosines
+            embedding.weight[:, 9:16] = 0.0  # sines
+    return transform
+
+
+def flow(kind="two", dim=2, steps=8, **choices):
+    return smooth(FLOWS[kind](dim, solver=FixedGrid(steps=steps), **choices))
+
+
+def prior(kind="two", steps=8, support="real"):
+    return InterpolantDistribution(flow(kind, steps=steps), support=SUPPORTS[support])
+
+
+def fresh(distribution):
+    """Return a copy that has solved nothing yet."""
+    new = copy.deepcopy(distribution)
+    new.clear_cache()
+    return new
+
+
+def gradients(transform, value):
+    """Return the gradient of a scalar with respect to all weights, as one vector."""
+    weights = list(transform.flow.parameters())
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, weights)])
+
+
+# Stale values
+
+
+def adam(distribution, **options):
+    optimizer = torch.optim.Adam(distribution.transform.parameters(), lr=0.1, **options)
+    x = torch.rand(3, *distribution.event_shape)
+    x = x / x.sum(-1, keepdim=True) if distribution.event_shape == (3,) else x
+    (-distribution.log_prob(x).sum()).backward()
+    optimizer.step()
+
+
+def edit(distribution, how):
+    for p in distribution.transform.parameters():
+        how(p)
+
+
+def under_no_grad(p):
+    with torch.no_grad():
+        p.add_(0.1)
+
+
+def moved_weights(distribution):
+    other = copy.deepcopy(distribution.transform)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1)
+    return other.state_dict()
+
+
+def replace_parameter(distribution):
+    layer = next(m for m in distribution.transform.modules() if isinstance(m, torch.nn.Linear))
+    layer.weight = torch.nn.Parameter(layer.weight.detach() + 0.3)
+
+
+def set_buffer(distribution):
+    transform = distribution.transform
+    transform.precondition(transform.loc + 0.1, transform.linear)
+
+
+def set_buffer_data(distribution):
+    distribution.transform.loc.data.add_(0.1)
+
+
+def set_gate(distribution):
+    velocity = distribution.transform.velocity
+    if not hasattr(velocity, "radius"):
+        pytest.skip("a velocity without a gate")
+    velocity.radius.fill_(1.0)
+
+
+def set_solver(distribution):
+    distribution.transform.solver = FixedGrid(steps=2, method="euler")
+
+
+def set_divergence(distribution):
+    distribution.transform.divergence = HutchinsonDivergence(probes=1, seed=3)
+
+
+def to_half_and_back(distribution):
+    distribution.to(torch.float16)
+    distribution.to(torch.float64)
+
+
+def transform_to_half_and_back(distribution):
+    distribution.transform.half()
+    distribution.transform.double()
+
+
+def vector(distribution):
+    weights = list(distribution.transform.parameters())
+    flat = torch.nn.utils.parameters_to_vector(weights)
+    torch.nn.utils.vector_to_parameters(flat.detach() + 0.1, weights)
+
+
+CHANGES = {
+    "adam": adam,
+    "fused_adam": lambda d: adam(d, fused=True),
+    "foreach_adam": lambda d: adam(d, foreach=True),
+    "no_grad": lambda d: edit(d, under_no_grad),
+    "data_in_place": lambda d: edit(d, lambda p: p.data.add_(0.1)),
+    "data_assigned": lambda d: edit(d, lambda p: setattr(p, "data", p.data + 0.1)),
+    "numpy": lambda d: edit(d, lambda p: p.detach().numpy().__iadd__(0.1)),
+    "vector": vector,
+    "replaced_parameter": replace_parameter,
+    "load_state_dict": lambda d: d.transform.load_state_dict(moved_weights(d)),
+    "load_state_dict_assign": lambda d: d.transform.load_state_dict(moved_weights(d), assign=True),
+    "precondition": set_buffer,
+    "buffer_data": set_buffer_data,
+    "gate": set_gate,
+    "solver": set_solver,
+    "divergence": set_divergence,
+    "half_and_back": to_half_and_back,
+    "transform_half_and_back": transform_to_half_and_back,
+}
+MODES = {
+    "grad": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [(kind, "grad") for kind in KINDS] + [("two", "no_grad"), ("own", "inference")],
+)
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_nothing_stale_after(change, kind, mode):
+    d = prior(kind)
+    transform = d.transform
+    drawn, w = d.sample((5,)), torch.randn(5, 2)
+    with MODES[mode]():
+        sampled = d.rsample((5,))
+
+        def everything():
+            y, x = transform(w), transform.inv(drawn)
+            return [
+                y,
+                x,
+                transform.log_abs_det_jacobian(w, y),
+                transform.log_abs_det_jacobian(x, drawn),
+                d.log_prob(drawn),
+                d.log_prob(sampled),
+            ]
+
+        before = everything()
+        before = everything()  # from the cache where possible
+    CHANGES[change](d)
+    reference = fresh(d)
+    with MODES[mode]():
+        after = everything()
+        y, x = reference.transform(w), reference.transform.inv(drawn)
+        expected = [
+            y,
+            x,
+            reference.transform.log_abs_det_jacobian(w, y),
+            reference.transform.log_abs_det_jacobian(x, drawn),
+            reference.log_prob(drawn),
+            reference.log_prob(sampled.detach().clone()),
+        ]
+    for old, now, true in zip(before, after, expected, strict=True):
+        assert now.requires_grad is (mode == "grad")
+        torch.testing.assert_close(now, true, rtol=0, atol=CLOSE)
+        if change == "divergence" and now.shape == w.shape:
+            continue
+        if change in ("precondition", "buffer_data") and old.dim() == 1:
+            continue  # a moved centre leaves log-determinants of fixed w alone
+        assert (now - old).abs().max() > 5 * CLOSE, "the change changed nothing"
+
+
+@every_support
+@pytest.mark.parametrize("change", ["fused_adam", "data_in_place", "precondition", "solver"])
+def test_nothing_stale_under_a_support(change, support):
+    d = prior(support=support)
+    for x in (d.rsample((5,)), d.sample((5,))):
+        d.log_prob(x)
+        before = d.log_prob(x)
+        CHANGES[change](d)
+        now = d.log_prob(x)
+        expected = fresh(d).log_prob(x.detach().clone())
+        torch.testing.assert_close(now, expected, rtol=0, atol=1e-5)
+        assert (now - before).abs().max() > 1e-4
+        d.transform.solver = FixedGrid(steps=8)
+
+
+@pytest.mark.parametrize("change", ["fused_adam", "data_in_place", "precondition"])
+@every_kind
+def test_views_see_the_weights_of_their_flow(change, kind):
+    family = flow(kind, context_dim=3)
+    context = torch.randn(5, 3)
+    view, later = family.condition(context), family.condition(context).at(0.6)
+    x = torch.randn(5, 2)
+    for t in (view, later):
+        before = t(x).detach()
+        holder = InterpolantDistribution(t)
+        if change == "fused_adam":
+            optimizer = torch.optim.Adam(family.parameters(), lr=0.1, fused=True)
+            (-holder.log_prob(before).sum()).backward()
+            optimizer.step()
+        elif change == "data_in_place":
+            for p in family.parameters():
+                p.data.add_(0.1)
+        else:
+            family.precondition(family.loc + 0.1, family.linear)
+        now = t(x)
+        end = 1.0 if t is view else 0.6
+        torch.testing.assert_close(now, family.condition(context).at(end)(x))
+        assert (now - before).abs().max() > 1e-3
+
+
+@every_kind
+def test_context_edited_in_place(kind):
+    family = flow(kind, context_dim=3)
+    context, x = torch.randn(5, 3), torch.randn(5, 2)
+    view = family.condition(context)
+    for change in (lambda: context.add_(1.0), lambda: context.data.mul_(2.0)):
+        with torch.no_grad():
+            before = view(x)
+            change()
+            now = view(x)
+        torch.testing.assert_close(now, family.condition(context.clone())(x))
+        assert (now - before).abs().max() > 1e-3
+
+
+IN_PLACE = {
+    "add_": lambda s: s.add_(0.5),
+    "index": lambda s: s.__setitem__(0, 0.25),
+    "copy_": lambda s: s.copy_(torch.full_like(s, 0.25)),
+    "row_view": lambda s: s[1].fill_(0.25),
+}
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
+@pytest.mark.parametrize("how", sorted(IN_PLACE))
+@every_support
+def test_observation_edited_in_place(how, mode, support):
+    d = prior(support=support)
+    if mode == "inference":
+        d.freeze()
+    with MODES[mode]():
+        x = d.sample((4,))
+        before = d.log_prob(x).detach()
+        IN_PLACE[how](x)
+        if support == "simplex":
+            x.div_(x.sum(-1, keepdim=True))
+        now = d.log_prob(x).detach()
+    torch.testing.assert_close(now, fresh(d).log_prob(x.clone()).detach())
+    assert (now - before).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
+@pytest.mark.parametrize("how", sorted(IN_PLACE))
+@every_kind
+def test_pair_edited_in_place(how, mode, kind):
+    """Neither side of a pair is found again once it has been changed."""
+    transform = flow(kind)
+    reference = copy.deepcopy(transform)
+    if mode != "grad":
+        transform.requires_grad_(requires_grad=False)
+    with MODES[mode]():
+        x = torch.randn(4, 2)
+        y = transform(x).detach() if mode == "grad" else transform(x)
+        transform.log_abs_det_jacobian(x, y)
+        IN_PLACE[how](x)
+        moved = transform(x)
+        torch.testing.assert_close(moved, reference(x.clone()))
+        assert (moved - y).abs().max() > 1e-6
+        torch.testing.assert_close(
+            transform.log_abs_det_jacobian(x, moved),
+            reference.log_abs_det_jacobian(x.clone(), moved.clone()),
+        )
+        back = transform.inv(y)
+        IN_PLACE[how](y)
+        torch.testing.assert_close(transform.inv(y), reference.inv(y.clone()))
+        assert (transform.inv(y) - back).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@every_support
+def test_observation_refilled_through_its_memory(support, frozen):
+    """A buffer shared with numpy, or edited by .data, changes without a new version."""
+    d = prior(support=support)
+    if frozen:
+        d.freeze()
+    buffer = d.sample((4,)).numpy().copy()
+    other = d.sample((4,))
+    x = torch.from_numpy(buffer)
+    with torch.no_grad():
+        before = d.log_prob(x)
+        buffer[...] = other.numpy()
+        now = d.log_prob(x)
+        torch.testing.assert_close(now, d.log_prob(other.clone()))
+        assert (now - before).abs().max() > 1e-6
+        x.data.copy_(d.sample((4,)))
+        torch.testing.assert_close(d.log_prob(x), d.log_prob(x.clone()))
+
+
+def test_dtype_changed_raises_rather_than_giving_the_old_value():
+    d = prior()
+    x = d.sample((4,))
+    d.log_prob(x)
+    d.to(torch.float32)
+    with pytest.raises(ValueError, match="expected torch.float32"):
+        d.log_prob(x)
+    assert d.log_prob(x.float()).dtype == torch.float32
+    assert d.sample().dtype == torch.float32
+
+
+def test_a_mutated_copy_leaves_the_original_alone():
+    d = prior()
+    x = d.sample((4,))
+    before = d.log_prob(x).detach()
+    other = copy.deepcopy(d)
+    edit(other, under_no_grad)
+    torch.testing.assert_close(d.log_prob(x).detach(), before, rtol=0, atol=0)
+    assert (other.log_prob(x) - before).abs().max() > 1e-3
+
+
+# Gradients
+
+
+@every_support
+@every_kind
+def test_sample_then_log_prob_gives_gradients_of_the_weights(kind, support):
+    d = prior(kind, support=support)
+    z = d.sample((5,))
+    value = d.log_prob(z).sum()
+    other = fresh(d)
+    expected = gradients(other.transform, other.log_prob(z.clone()).sum())
+    torch.testing.assert_close(gradients(d.transform, value), expected)
+    assert expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@every_support
+@every_kind
+def test_requires_grad_after_the_first_log_prob(kind, support, frozen):
+    d = prior(kind, support=support)
+    if frozen:
+        d.freeze()
+    z = d.sample((5,))
+    before = d.log_prob(z)
+    z.requires_grad_()
+    value = d.log_prob(z)
+    torch.testing.assert_close(value, before, rtol=0, atol=1e-5)
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    leaf = z.detach().clone().requires_grad_()
+    (expected,) = torch.autograd.grad(fresh(d).log_prob(leaf).sum(), leaf)
+    torch.testing.assert_close(gradient, expected)
+    assert expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@every_kind
+def test_input_requires_grad_after_the_first_call(kind, frozen):
+    transform = flow(kind)
+    transform.requires_grad_(not frozen)
+    x = torch.randn(5, 2)
+    transform(x)
+    x.requires_grad_()
+    y = transform(x)
+    value = y.sum() + transform.log_abs_det_jacobian(x, y).sum()
+    (gradient,) = torch.autograd.grad(value, x)
+    other, leaf = copy.deepcopy(transform), x.detach().clone().requires_grad_()
+    y = other(leaf)
+    expected = y.sum() + other.log_abs_det_jacobian(leaf, y).sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
+
+
+@every_support
+@every_kind
+def test_reparametrised_gradient_is_that_without_a_cache(kind, support):
+    """The ELBO's gradient through rsample and log_prob of the same tensor."""
+    d = prior(kind, steps=24, support=support)
+    torch.manual_seed(1)
+    x = d.rsample((5,))
+    cached = gradients(d.transform, d.log_prob(x).sum() + x.square().sum())
+    torch.manual_seed(1)
+    x = d.rsample((5,))
+    d.clear_cache()
+    plain = gradients(d.transform, d.log_prob(x).sum() + x.square().sum())
+    torch.testing.assert_close(cached, plain, rtol=1e-3, atol=2e-4)
+    assert plain.abs().max() > 0.1
+
+
+@every_support
+@every_kind
+def test_two_log_probs_of_one_observation_each_backward(kind, support):
+    d = prior(kind, support=support)
+    x = d.sample((5,))
+    first, second = d.log_prob(x), d.log_prob(x)
+    one = gradients(d.transform, first.sum())
+    two = gradients(d.transform, second.sum())
+    torch.testing.assert_close(one, two)
+    torch.testing.assert_close(gradients(d.transform, d.log_prob(x).sum()), one)
+
+
+@every_kind
+def test_two_forward_passes_each_backward(kind):
+    transform = flow(kind)
+    for x in (torch.randn(5, 2), torch.randn(5, 2).requires_grad_()):
+        first, second = transform(x), transform(x)
+        one = gradients(transform, first.square().sum())
+        two = gradients(transform, second.square().sum())
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("input_requires_grad", [False, True])
+@pytest.mark.parametrize("inverse", [False, True])
+@every_kind
+def test_backward_then_log_abs_det_jacobian(kind, inverse, input_requires_grad):
+    transform = flow(kind)
+    direction = transform.inv if inverse else transform
+    source = torch.randn(5, 2).requires_grad_(input_requires_grad)
+    image = direction(source)
+    image.square().sum().backward()
+    value = direction.log_abs_det_jacobian(source, image)
+    other = copy.deepcopy(transform)
+    other_direction = other.inv if inverse else other
+    leaf = source.detach().clone()
+    expected = other_direction.log_abs_det_jacobian(leaf, other_direction(leaf))
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradients(transform, value.sum()), gradients(other, expected.sum()))
+
+
+@every_kind
+def test_log_abs_det_jacobian_twice_each_backward(kind):
+    transform = flow(kind)
+    x = torch.randn(5, 2)
+    y = transform(x)
+    one = gradients(transform, transform.log_abs_det_jacobian(x, y).sum())
+    two = gradients(transform, transform.log_abs_det_jacobian(x, y.detach()).sum())
+    torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("use", ["rsample", "sample", "observed", "leaf"])
+@every_support
+@every_kind
+def test_backward_again_and_again(kind, support, use):
+    d = prior(kind, support=support)
+    x = d.sample((5,))
+    found = []
+    for _ in range(3):
+        torch.manual_seed(3)
+        if use == "rsample":
+            value = sum(s.sum() for s in d.rsample_and_log_prob((5,)))
+        elif use == "sample":
+            value = d.log_prob(d.sample((5,))).sum()
+        else:
+            value = d.log_prob(x.requires_grad_(use == "leaf")).sum()
+        d.transform.zero_grad()
+        value.backward()
+        found.append(torch.cat([p.grad.flatten() for p in d.transform.parameters()]))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+    assert found[0].abs().max() > 1e-3
+
+
+@every_kind
+def test_backward_through_a_kept_sample_with_and_without_retaining(kind):
+    d = prior(kind)
+    x = d.rsample((5,))
+    value = d.log_prob(x).sum()
+    one = torch.autograd.grad(value, list(d.transform.parameters()), retain_graph=True)
+    two = torch.autograd.grad(d.log_prob(x).sum(), list(d.transform.parameters()))
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+    detached = d.log_prob(x.detach())
+    detached.sum().backward()  # the graph of x is freed, that of its copy is its own
+
+
+@every_kind
+def test_gradient_of_a_gradient_through_the_cache(kind):
+    d = prior(kind).freeze()
+    x = d.sample((5,)).requires_grad_()
+    for _ in range(2):
+        (score,) = torch.autograd.grad(d.log_prob(x).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(score.square().sum(), x)
+        leaf = x.detach().clone().requires_grad_()
+        (expected,) = torch.autograd.grad(fresh(d).log_prob(leaf).sum(), leaf, create_graph=True)
+        (expected,) = torch.autograd.grad(expected.square().sum(), leaf)
+        torch.testing.assert_close(second, expected)
+
+
+# Modes
+
+
+@every_support
+@every_kind
+def test_freeze(kind, support):
+    d = prior(kind, support=support)
+    x = d.sample((5,))
+    assert d.log_prob(x).requires_grad
+    assert d.freeze() is d
+    assert not d.log_prob(x).requires_grad
+    assert not d.rsample().requires_grad
+    d.transform.requires_grad_(requires_grad=True)
+    assert d.log_prob(x).requires_grad
+    d.transform.requires_grad_(requires_grad=False)  # without freeze, which clears the cache
+    assert not d.log_prob(x).requires_grad
+    gradient = torch.autograd.grad(d.log_prob(x.requires_grad_()).sum(), x)[0]
+    assert gradient.abs().max() > 0
+
+
+@every_support
+@every_kind
+def test_no_grad_then_grad_then_no_grad(kind, support):
+    d = prior(kind, support=support)
+    x = d.sample((5,))
+    values = []
+    for enabled in (False, True, False, True):
+        with torch.set_grad_enabled(enabled):
+            values.append(d.log_prob(x))
+        assert values[-1].requires_grad is enabled
+    for value in values:
+        torch.testing.assert_close(value.detach(), values[0], rtol=0, atol=1e-5)
+    sampled = d.rsample((5,))
+    with torch.no_grad():
+        assert not d.log_prob(sampled).requires_grad
+
+
+@every_support
+@every_kind
+def test_inference_mode_then_not(kind, support):
+    d = prior(kind, support=support)
+    x = d.sample((5,))
+    with torch.inference_mode():
+        inside = d.log_prob(x)
+        drawn = d.sample((5,))
+        scored = d.log_prob(drawn)
+    outside = d.log_prob(x)
+    assert inside.is_inference()
+    assert not outside.is_inference()
+    torch.testing.assert_close(inside.clone(), outside.detach())
+    assert gradients(d.transform, outside.sum()).abs().max() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(d.log_prob(drawn.clone()), scored.clone())
+    with torch.inference_mode():
+        assert d.log_prob(x).is_inference()
+
+
+def test_inference_mode_uses_the_cache():
+    transform = FLOWS["two"](2, solver=CountingSolver())
+    d = InterpolantDistribution(transform)
+    with torch.inference_mode():
+        d.log_prob(d.sample((5,)))
+    assert transform.solver.solves == 1
+
+
+# functorch and tracing
+
+
+@every_kind
+def test_functional_weights_never_meet_the_cache(kind):
+    d = prior(kind)
+    x = d.sample((5,))
+
+    class Score(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.transform = d.transform
+
+        def forward(self, x):
+            return d.log_prob(x).sum()
+
+    module = Score()
+    weights = {k: v.detach().clone() for k, v in module.named_parameters()}
+    moved = {k: 1.05 * v for k, v in weights.items()}
+    plain = module(x)
+    expected = torch.autograd.grad(plain, list(module.parameters()))
+
+    def loss(weights):
+        return torch.func.functional_call(module, weights, (x,))
+
+    with torch.no_grad():
+        module(x)
+        shifted = loss(moved)
+        assert (shifted - plain).abs() > 1e-3
+        torch.testing.assert_close(loss(weights), plain)
+    found = torch.func.grad(loss)(weights)
+    for a, b in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    both = {k: torch.stack([weights[k], moved[k]]) for k in weights}
+    values = torch.func.vmap(loss)(both)
+    expected = torch.stack([plain.detach(), shifted])
+    torch.testing.assert_close(values.detach(), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(module(x), plain)
+
+
+@every_kind
+def test_vmap_leaves_nothing_behind(kind):
+    d = prior(kind).freeze()
+    x = d.sample((5,))
+    expected = d.log_prob(x)
+    torch.func.vmap(d.log_prob)(x)
+    torch.func.vmap(torch.func.grad(d.log_prob))(x)
+    torch.testing.assert_close(d.log_prob(x), expected)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(d.log_prob(x))
+    copy.deepcopy(d)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@every_support
+def test_second_trace_does_not_bake_in_the_first(support):
+    d = prior(support=support)
+    x = d.sample((5,))
+
+    def loss():
+        pyro.module("flow", d.transform)
+        return d.log_prob(x).sum()
+
+    first = pyro.ops.jit.trace(loss, ignore_warnings=True)
+    second = pyro.ops.jit.trace(loss, ignore_warnings=True)
+    before = first()
+    torch.testing.assert_close(second(), before)
+    edit(d, under_no_grad)
+    now = fresh(d).log_prob(x.clone()).sum()
+    assert (now - before).abs() > 1e-3
+    for compiled in (first, second):
+        value = compiled()
+        torch.testing.assert_close(value, now)
+        torch.testing.assert_close(
+            gradients(d.transform, value), gradients(d.transform, d.log_prob(x).sum())
+        )
+
+
+# Memory
+
+
+@dataclass
+class Watched:
+    """A solver that remembers, weakly, the states it returned."""
+
+    inner: FixedGrid = FixedGrid(steps=4)
+    states: list = field(default_factory=list, compare=False)
+
+    def grid(self):
+        return self.inner.grid()
+
+    def solve(self, field, x, times):
+        found = self.inner.solve(field, x, times)
+        self.states.append(weakref.ref(found))
+        return found
+
+    def alive(self):
+        return sum(state() is not None for state in self.states)
+
+
+def watched(kind, frozen):
+    transform = FLOWS[kind](2, solver=Watched())
+    transform.requires_grad_(not frozen)
+    return transform
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@every_kind
+def test_states_die_with_clear_cache(kind, frozen):
+    transform = watched(kind, frozen)
+    x = torch.randn(5, 2)
+    transform(x)
+    assert transform.solver.alive() == 1
+    transform.clear_cache()
+    assert transform.solver.alive() == 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("frozen", [True, False])
+@every_kind
+def test_states_die_after_five_newer_entries(kind, frozen, backward):
+    transform = watched(kind, frozen)
+    kept = [torch.randn(5, 2).requires_grad_(backward) for _ in range(30)]
+    for i, x in enumerate(kept):
+        y = transform(x)
+        value = transform.log_abs_det_jacobian(x, y).sum()
+        if backward:
+            value.backward()
+        del y, value
+        if i == 5:
+            assert transform.solver.states[0]() is None
+        assert transform.solver.alive() <= 5
+    transform.clear_cache()
+    assert transform.solver.alive() == 0
+
+
+@every_support
+def test_a_distribution_forgets_all(support):
+    transform = watched("two", frozen=False)
+    d = InterpolantDistribution(transform, support=SUPPORTS[support])
+    x = d.rsample((5,))
+    reference = weakref.ref(x)
+    d.log_prob(x)
+    del x
+    assert reference() is not None
+    d.clear_cache()
+    assert reference() is None
+    assert transform.solver.alive() == 0
+
+
+@every_support
+def test_training_steps_do_not_accumulate(support):
+    transform = watched("two", frozen=False)
+    d = InterpolantDistribution(transform, support=SUPPORTS[support])
+    optimizer = torch.optim.Adam(transform.parameters(), lr=1e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        x, log_prob = d.rsample_and_log_prob((5,))
+        (log_prob.mean() + x.square().mean()).backward()
+        optimizer.step()
+        del x, log_prob
+        assert transform.solver.alive() <= 4
+
+
+def test_a_transform_is_collected_with_its_cache():
+    transform = watched("two", frozen=False)
+    solver = transform.solver
+    y = transform(torch.randn(5, 2).requires_grad_())
+    transform.log_abs_det_jacobian(torch.randn(5, 2), y)
+    del transform, y
+    gc.collect()
+    assert solver.alive() == 0
+
+
+# Copies
+
+
+def round_trip_pickle(thing):
+    return pickle.loads(pickle.dumps(thing))
+
+
+def round_trip_torch(thing):
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def round_trip_forking(thing):
+    return pickle.loads(ForkingPickler.dumps(thing))
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": round_trip_pickle,
+    "torch_save": round_trip_torch,
+    "forking_pickler": round_trip_forking,
+}
+
+
+def transform_used(kind):
+    transform = flow(kind)
+    y = transform(torch.randn(5, 2).requires_grad_())
+    transform.log_abs_det_jacobian(torch.randn(5, 2), y)
+    transform.inv(torch.randn(5, 2))
+    return transform
+
+
+def view_used(kind):
+    view = flow(kind, context_dim=3).condition(torch.randn(5, 3))
+    y = view(torch.randn(5, 2).requires_grad_())
+    view.inv(y)
+    view.inv(torch.randn(5, 2))
+    return view
+
+
+def distribution_used(d):
+    d.rsample_and_log_prob((5,))
+    d.log_prob(d.sample((5,)))
+    return d
+
+
+def compose_used(kind):
+    chain = dist.transforms.ComposeTransformModule([flow(kind), flow(kind)], cache_size=1)
+    chain.log_abs_det_jacobian(torch.randn(5, 2), chain(torch.randn(5, 2)))
+    return chain
+
+
+USED = {
+    "transform": (transform_used, lambda t, x: t(x)),
+    "inverse": (lambda k: transform_used(k).inv, lambda t, x: t(x)),
+    "at": (lambda k: transform_used(k).at(0.4), lambda t, x: t(x)),
+    "view": (view_used, lambda t, x: t(x)),
+    "inverse_view": (lambda k: view_used(k).inv, lambda t, x: t(x)),
+    "composition": (compose_used, lambda t, x: t(x)),
+    "family": (lambda k: flow(k, context_dim=3), lambda f, x: f.condition(x[:, [0, 1, 0]])(x)),
+    "distribution": (
+        lambda k: distribution_used(prior(k)),
+        lambda d, x: d.log_prob(x),
+    ),
+    "expanded": (
+        lambda k: distribution_used(prior(k).expand((5,))),
+        lambda d, x: d.log_prob(x),
+    ),
+    "positive": (
+        lambda k: distribution_used(prior(k, support="positive")),
+        lambda d, x: d.log_prob(x.abs()),
+    ),
+    "conditioned_distribution": (
+        lambda k: distribution_used(InterpolantDistribution(view_used(k))),
+        lambda d, x: d.log_prob(x),
+    ),
+    "conditional_distribution": (
+        lambda k: ConditionalInterpolantDistribution(flow(k, context_dim=3)),
+        lambda d, x: d.condition(x[:, [0, 1, 0]]).log_prob(x),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", sorted(COPIES))
+@pytest.mark.parametrize("what", sorted(USED))
+@every_kind
+def test_copies_after_use(kind, what, how):
+    make, evaluate = USED[what]
+    original = make(kind)
+    x = torch.randn(5, 2)
+    before = evaluate(original, x)
+    twin = COPIES[how](original)
+    assert twin is not original
+    assert type(twin) is type(original)
+    value = evaluate(twin, x)
+    torch.testing.assert_close(value, before, rtol=0, atol=0)
+    assert value.requires_grad
+    value.sum().backward()
+    torch.testing.assert_close(evaluate(original, x), before, rtol=0, atol=0)
+
+
+@every_kind
+def test_copied_weights_are_apart_but_one_copy_is_whole(kind):
+    original = transform_used(kind)
+    twin = copy.deepcopy(original)
+    ours, theirs = set(original.parameters()), set(twin.parameters())
+    assert not ours & theirs
+    assert twin.flow is twin
+    assert twin.inv.inv is twin
+    # A view and its family stay together in one copy, and part from the original.
+    family = flow(kind, context_dim=3)
+    view = family.condition(torch.randn(3))
+    both = copy.deepcopy({"family": family, "view": view})
+    assert both["view"].flow is both["family"]
+    assert not list(both["view"].parameters())
+    for p in both["family"].parameters():
+        p.data.add_(0.1)
+    x = torch.randn(5, 2)
+    assert (both["view"](x) - view(x)).abs().max() > 1e-3
+
+
+@every_kind
+def test_state_dict_is_that_of_the_flow_alone(kind):
+    transform = transform_used(kind)
+    twin = flow(kind)
+    twin.load_state_dict(transform.state_dict())
+    x = torch.randn(5, 2)
+    torch.testing.assert_close(twin(x), transform(x), rtol=0, atol=0)
+    assert not flow(kind, context_dim=3).condition(torch.randn(3)).state_dict()
+
+
+@every_kind
+def test_hash_and_sets(kind):
+    transform = transform_used(kind)
+    view = flow(kind, context_dim=3).condition(torch.randn(3))
+    other = transform.at(0.5)
+    twin = copy.deepcopy(transform)
+    d = prior(kind)
+    assert len({transform, view, other, twin, transform, d, d}) == 5
+    assert transform == transform
+    assert transform != twin
+    assert {transform: 1}[transform] == 1
+
+
+# Choices
+
+
+def test_choices_that_are_equal_share_an_entry():
+    transform = FLOWS["two"](2, solver=CountingSolver())
+    d = InterpolantDistribution(transform).freeze()
+    x = d.sample((5,))
+    transform.divergence = ExactDivergence()  # another object, the same choice
+    d.log_prob(x)
+    assert transform.solver.solves == 1
+    transform.solver = CountingSolver(FixedGrid(steps=5))
+    d.log_prob(x)
+    assert transform.solver.solves == 1
+
+
+def test_a_cache_of_one_transform_is_not_that_of_another():
+    one, other = flow(), flow()
+    x = torch.randn(5, 2)
+    assert (one(x) - other(x)).abs().max() > 1e-3
+    assert (one.at(0.5)(x) - one(x)).abs().max() > 1e-3
+    y = one(x).detach()
+    torch.testing.assert_close(
+        other.log_abs_det_jacobian(x, y), copy.deepcopy(other).log_abs_det_jacobian(x, other(x))
+    )
+
+
+def test_a_pair_of_strangers_is_solved_from_its_input():
+    """A pair that no solve joined: the log-determinant is that at x."""
+    transform = interpolant_transform(2, (8, 8))
+    x, y = torch.randn(5, 2), torch.randn(5, 2)
+    transform(x)
+    transform.inv(y)
+    torch.testing.assert_close(
+        transform.log_abs_det_jacobian(x, y), transform.log_abs_det_jacobian(x, transform(x))
+    )

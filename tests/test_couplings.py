@@ -1,0 +1,67 @@
+import itertools
+
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from pyro_interpolant import independent, optimal_transport
+
+COUPLINGS = [independent, optimal_transport]
+
+
+def cost(x0, x1):
+    return float((x0.double() - x1.double()).square().sum())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_optimal_transport_is_the_best_of_all_assignments(seed):
+    torch.manual_seed(seed)
+    x0, x1 = torch.randn(5, 2), torch.randn(5, 2)
+    best = min(cost(x0[list(p)], x1) for p in itertools.permutations(range(5)))
+    assert cost(optimal_transport(x0, x1), x1) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_partners_are_the_base_draws_each_once(coupling):
+    x0, x1 = torch.randn(30, 3), torch.randn(30, 3)
+    kept0, kept1 = x0.clone(), x1.clone()
+    partners = coupling(x0, x1, torch.randn(30, 2))
+    assert partners.shape == x0.shape
+    assert partners.dtype == x0.dtype
+    order = x0[:, 0].argsort()
+    again = partners[:, 0].argsort()
+    assert torch.equal(x0[order], partners[again])
+    assert torch.equal(x0, kept0)
+    assert torch.equal(x1, kept1)
+
+
+def test_data_keep_their_order():
+    x1 = torch.arange(6.0)[:, None]
+    x0 = torch.tensor([3.0, 0.0, 5.0, 1.0, 4.0, 2.0])[:, None] + 0.1
+    assert torch.equal(optimal_transport(x0, x1), x1 + 0.1)
+
+
+def test_optimal_transport_follows_a_reordering_of_the_data():
+    x0, x1, order = torch.randn(12, 2), torch.randn(12, 2), torch.randperm(12)
+    assert torch.equal(optimal_transport(x0, x1[order]), optimal_transport(x0, x1)[order])
+
+
+def test_independent_changes_nothing():
+    x0 = torch.randn(4, 2)
+    assert independent(x0, torch.randn(4, 2)) is x0
+
+
+@pytest.mark.parametrize("offset", [0.0, 3e3])
+def test_optimal_transport_is_exact_in_float32_and_far_from_the_origin(offset):
+    x0 = (torch.randn(64, 2) + offset).float()
+    x1 = (torch.randn(64, 2) + offset).float()
+    exact = torch.cdist(x1.double(), x0.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    _, columns = linear_sum_assignment(exact.square().numpy())
+    best = cost(x0[torch.from_numpy(columns)], x1)
+    assert cost(optimal_transport(x0, x1), x1) == pytest.approx(best, rel=1e-5)
+
+
+def test_gradients_pass_through_the_pairing():
+    x0, x1 = torch.randn(6, 2, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    optimal_transport(x0, x1).sum().backward()
+    assert torch.equal(x0.grad, torch.ones(6, 2))

@@ -1,0 +1,174 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_interpolant.data import batches, checked_rows, moments
+
+
+def with_values(value, rows):
+    x = torch.randn(20, 2)
+    x[rows, 1] = value
+    return x
+
+
+ERRORS = {
+    "nan": (lambda: with_values(math.nan, [7, 9, 12]), ValueError, r"in 3 of 20 rows.*being row 7"),
+    "inf": (lambda: with_values(math.inf, [4]), ValueError, r"in 1 of 20 rows.*being row 4"),
+    "-inf": (lambda: with_values(-math.inf, [0, 1]), ValueError, r"in 2 of 20 rows.*being row 0"),
+    "int": (lambda: torch.ones(9, 2, dtype=torch.int64), TypeError, r"int64.*\.float\(\).*noise"),
+    "bool": (lambda: torch.ones(9, 2, dtype=torch.bool), TypeError, "floating type.*bool"),
+    "complex": (lambda: torch.ones(9, 2) * 1j, TypeError, "floating type.*complex"),
+    "numpy int": (lambda: np.ones((9, 2), dtype=int), TypeError, "floating type.*int64"),
+    "one-d": (lambda: torch.randn(9), ValueError, r"shape \(9,\)|\(9,\): for N scalars.*\(N, 1\)"),
+    "scalar": (lambda: torch.tensor(1.0), ValueError, r"shape \(N, D\), got \(\)"),
+    "three-d": (lambda: torch.randn(4, 3, 2), ValueError, r"\(N, D\), got \(4, 3, 2\)"),
+    "empty": (lambda: torch.randn(0, 2), ValueError, "expected rows of things, got none"),
+    "text": (lambda: "abc", TypeError, "things to be a tensor or an array, got str"),
+    "objects": (lambda: [object()], TypeError, "tensor or an array, got list"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_is_wrong_with_the_rows(name):
+    make, kind, message = ERRORS[name]
+    with pytest.raises(kind, match=f"(?s){message}") as caught:
+        checked_rows(make(), "things")
+    assert "things" in str(caught.value)
+
+
+def test_one_dimensional_rows_come_with_the_recipe():
+    with pytest.raises(ValueError, match=r"pass shape \(N, 1\), data\[:, None\]"):
+        checked_rows(torch.randn(9), "data")
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 2, 2)])
+def test_rows_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"expected data of shape \(N, 2\), got \(5, "):
+        checked_rows(torch.randn(shape), "data", (2,))
+
+
+@pytest.mark.parametrize("make", [torch.as_tensor, np.asarray, list])
+def test_good_rows_pass(make):
+    x = checked_rows(make([[1.0, 2.0], [3.0, 4.0]]), "data", (2,))
+    assert isinstance(x, torch.Tensor)
+    torch.testing.assert_close(x, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+
+
+def test_good_rows_come_detached():
+    assert not checked_rows(torch.randn(3, 2, requires_grad=True), "data").requires_grad
+
+
+def test_rows_of_matrices_pass():
+    assert checked_rows(torch.randn(5, 3, 3), "data", (3, 3)).shape == (5, 3, 3)
+
+
+def data(count, dim):
+    mix = torch.randn(dim, dim) + 2 * torch.eye(dim)
+    return torch.randn(count, dim) @ mix + 10 * torch.randn(dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [1, 2, 7])
+def test_whitened_rows_have_zero_mean_and_unit_covariance(dim, dtype):
+    x = data(500, dim).to(dtype)
+    m = moments(x)
+    assert m.loc.dtype == m.linear.dtype == m.whitening.dtype == torch.float64
+    w = (x.double() - m.loc) @ m.whitening.T
+    torch.testing.assert_close(w.mean(0), torch.zeros(dim), rtol=0, atol=1e-10)
+    cov = (w.T @ w / 500).reshape(dim, dim)
+    torch.testing.assert_close(cov, torch.eye(dim), rtol=0, atol=1e-9)
+    torch.testing.assert_close(m.linear @ m.whitening, torch.eye(dim), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scales", [(1e-12, 1.0), (1e12, 1.0), (1e-12, 1e12), (1e-30, 1e30)])
+def test_units_do_not_matter(scales):
+    x = data(400, 2)
+    plain, scaled = moments(x), moments(x * torch.tensor(scales))
+    w = (x * torch.tensor(scales) - scaled.loc) @ scaled.whitening.T
+    torch.testing.assert_close(w.T @ w / 400, torch.eye(2), rtol=0, atol=1e-9)
+    assert torch.isfinite(scaled.linear).all()
+    torch.testing.assert_close(scaled.loc / torch.tensor(scales), plain.loc)
+
+
+@pytest.mark.parametrize("offset", [1e6, -1e9])
+def test_a_large_offset_does_not_matter(offset):
+    x = data(400, 2)
+    m = moments(x + offset)
+    w = (x + offset - m.loc) @ m.whitening.T
+    torch.testing.assert_close(w.T @ w / 400, torch.eye(2), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("wild", [1e3, 1e6, 1e12])
+def test_one_wild_row_does_not_set_the_scale(wild):
+    x = data(500, 2)
+    before = moments(x)
+    x[17] = wild
+    after = moments(x)
+    ratio = torch.linalg.svdvals(before.whitening @ after.linear)
+    assert ratio.max() < 3
+    assert ratio.min() > 0.3
+    assert ((after.loc - before.loc) @ before.whitening.T).norm() < 0.5
+
+
+def test_constant_columns_are_named():
+    x = torch.randn(30, 4)
+    x[:, 1], x[:, 3] = 2.5, 0.0
+    with pytest.raises(ValueError, match=r"constant columns \[1, 3\]: drop them"):
+        moments(x)
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda x: x[:, 0],
+        lambda x: -3 * x[:, 0] + 1,
+        lambda x: 1e9 * x[:, 0],
+        lambda x: x[:, 0] + 2 * x[:, 1],
+    ],
+)
+def test_dependent_columns_are_refused(combine):
+    x = torch.randn(50, 3)
+    x[:, 2] = combine(x)
+    with pytest.raises(ValueError, match=r"linearly independent columns.*add noise") as caught:
+        moments(x)
+    assert "2" in str(caught.value)
+
+
+def test_nearly_dependent_columns_are_whitened():
+    x = torch.randn(2000, 2)
+    x[:, 1] = x[:, 0] + 1e-4 * x[:, 1]
+    m = moments(x)
+    w = (x - m.loc) @ m.whitening.T
+    torch.testing.assert_close(w.T @ w / 2000, torch.eye(2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "dim"), [(2, 2), (3, 5), (1, 1)])
+def test_too_few_rows_are_refused(count, dim):
+    with pytest.raises(ValueError, match=f"more rows than dimensions, got {count} rows of {dim}"):
+        moments(torch.randn(count, dim))
+
+
+@pytest.mark.parametrize(("count", "size"), [(12, 4), (12, 12), (6, 1)])
+def test_batches_cover_all_rows_each_epoch_in_new_orders(count, size):
+    stream = batches(count, size, torch.device("cpu"))
+    epochs = []
+    for _ in range(3):
+        epoch = torch.cat(list(itertools.islice(stream, count // size)))
+        assert torch.equal(epoch.sort().values, torch.arange(count))
+        epochs.append(epoch)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[1], epochs[2])
+
+
+def test_batches_are_of_equal_size_and_leave_no_row_out_for_good():
+    stream = batches(10, 4, torch.device("cpu"))
+    seen = set()
+    for _ in range(20):
+        first, second = next(stream), next(stream)
+        assert len(first) == len(second) == 4
+        assert len(set(first.tolist()) | set(second.tolist())) == 8
+        seen |= set(first.tolist()) | set(second.tolist())
+    assert seen == set(range(10))

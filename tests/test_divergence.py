@@ -1,0 +1,261 @@
+import copy
+
+import pytest
+import torch
+from cases import random_flow
+from oracles import random_mixture
+from torch import nn
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    ExactDivergence,
+    HutchinsonDivergence,
+    InterpolantDistribution,
+    InterpolantTransform,
+    Linear,
+    VelocityMLP,
+)
+
+DIM, CONTEXT = 3, 2
+
+
+class Own(nn.Module):
+    """A user's network: no divergence of its own, a product, a normalisation, a context."""
+
+    def __init__(self, dim, context_dim=0, norm=None):
+        super().__init__()
+        self.first = nn.Linear(dim + 1 + context_dim, 12)
+        self.norm = nn.Identity() if norm is None else norm
+        self.last = nn.Linear(12, dim)
+
+    def forward(self, t, x, context=None):
+        parts = [x, t[..., None]] if context is None else [x, t[..., None], context]
+        return self.last(self.norm(self.first(torch.cat(parts, -1)).tanh())) * x.square()
+
+
+def mlp(hidden_dims, context_dim=0, radius=None):
+    velocity = VelocityMLP(DIM, hidden_dims, context_dim)
+    with torch.no_grad():
+        velocity.output.weight.normal_()
+        velocity.shifts.weight.normal_(std=0.3)
+        if radius is not None:
+            velocity.radius.fill_(radius)
+    return velocity
+
+
+NETWORKS = {
+    "one": lambda c: mlp((16,), c),
+    "two": lambda c: mlp((16, 12), c),
+    "three": lambda c: mlp((16, 12, 8), c),
+    "residual": lambda c: mlp((16, 16, 16), c),
+    "four": lambda c: mlp((16, 12, 12, 12), c),
+    "one gated": lambda c: mlp((16,), c, 1.5),
+    "two gated": lambda c: mlp((16, 12), c, 1.5),
+    "residual gated": lambda c: mlp((16, 16, 16), c, 1.5),
+    "own": lambda c: Own(DIM, c),
+    "own layer norm": lambda c: Own(DIM, c, nn.LayerNorm(12)),
+}
+
+
+def trace(velocity, t, x, context=None):
+    """The trace of the autograd Jacobian, one row at a time, shape (*)."""
+    shape = x.shape[:-1]
+    t = t.expand(shape).reshape(-1)
+    rows = x.reshape(-1, x.shape[-1])
+    contexts = None
+    if context is not None:
+        contexts = context.expand(*shape, context.shape[-1]).reshape(-1, context.shape[-1])
+    values = []
+    for i, row in enumerate(rows):
+        given = () if contexts is None else (contexts[i],)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda y, i=i, given=given: velocity(t[i], y, *given), row
+        )
+        values.append(jacobian.trace())
+    return torch.stack(values).reshape(shape)
+
+
+@pytest.mark.parametrize("context_dim", [0, CONTEXT])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str
+)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_exact_is_the_trace_of_the_jacobian(name, dtype, tolerance, context_dim):
+    velocity = NETWORKS[name](context_dim).to(dtype)
+    x = torch.randn(5, DIM, dtype=dtype)
+    t = torch.rand(5, dtype=dtype)
+    context = torch.randn(5, context_dim, dtype=dtype) if context_dim else None
+    value = ExactDivergence()(velocity, t, x, context)
+    truth = trace(velocity, t, x, context)
+    assert value.dtype == dtype
+    assert truth.abs().min() > 100 * tolerance
+    scale = float(truth.abs().max().clamp(min=1))
+    torch.testing.assert_close(value, truth, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("times", "shape"),
+    [((), ()), ((), (5,)), ((5,), (5,)), ((2, 3), (2, 3)), ((), (2, 3)), ((4, 1), (4, 6))],
+)
+def test_any_batch_shape(name, times, shape):
+    velocity = NETWORKS[name](0)
+    x, t = torch.randn(*shape, DIM), torch.rand(times)
+    for divergence in (ExactDivergence(), HutchinsonDivergence(2)):
+        assert divergence(velocity, t, x, None).shape == shape
+    torch.testing.assert_close(ExactDivergence()(velocity, t, x, None), trace(velocity, t, x))
+
+
+@pytest.mark.parametrize("name", ["two", "residual gated", "own"])
+@pytest.mark.parametrize("context_shape", [(CONTEXT,), (6, CONTEXT), (4, 6, CONTEXT)])
+def test_contexts_broadcast_over_times_and_rows(name, context_shape):
+    velocity = NETWORKS[name](CONTEXT)
+    x, t, context = torch.randn(4, 6, DIM), torch.rand(4, 1), torch.randn(context_shape)
+    value = ExactDivergence()(velocity, t, x, context)
+    torch.testing.assert_close(value, trace(velocity, t, x, context))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 40])
+def test_exact_at_every_event_size(dim):
+    velocity = VelocityMLP(dim, (16, 16, 16))
+    nn.init.normal_(velocity.output.weight)
+    x, t = torch.randn(3, dim), torch.tensor(0.4)
+    torch.testing.assert_close(ExactDivergence()(velocity, t, x, None), trace(velocity, t, x))
+
+
+def test_a_stride_zero_state_is_no_problem():
+    velocity = Own(DIM)
+    row = torch.randn(DIM)
+    value = ExactDivergence()(velocity, torch.tensor(0.3), row.expand(4, DIM), None)
+    torch.testing.assert_close(value, trace(velocity, torch.tensor(0.3), row).expand(4))
+
+
+class Diagonal(nn.Module):
+    def forward(self, t, x, context=None):
+        return x.sin() + x**2
+
+
+def test_hutchinson_is_exact_for_diagonal_jacobians():
+    x = torch.randn(6, DIM)
+    for probes in (1, 4):
+        value = HutchinsonDivergence(probes, seed=3)(Diagonal(), torch.tensor(0.0), x, None)
+        torch.testing.assert_close(value, (x.cos() + 2 * x).sum(-1))
+
+
+@pytest.mark.parametrize("name", ["two", "residual gated", "own"])
+def test_many_probes_converge_to_the_trace_within_the_standard_error(name):
+    velocity = NETWORKS[name](0)
+    x, t = torch.randn(4, DIM), torch.tensor(0.6)
+    estimate = HutchinsonDivergence(2000)
+    samples = estimate.samples(velocity, t, x)
+    assert samples.shape == (2000, 4)
+    torch.testing.assert_close(samples.mean(0), estimate(velocity, t, x, None))
+    error = samples.std(0) / 2000**0.5
+    assert (error > 0).all()
+    assert ((samples.mean(0) - trace(velocity, t, x)).abs() < 5 * error).all()
+    # Not the sum over probes, and the error falls as the root of their number.
+    few = HutchinsonDivergence(20, seed=1).samples(velocity, t, x).std(0)
+    torch.testing.assert_close(few, samples.std(0), rtol=0.6, atol=0)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 9, 30])
+def test_hutchinson_at_every_event_size(dim):
+    velocity = VelocityMLP(dim, (8, 8))
+    nn.init.normal_(velocity.output.weight)
+    x, t = torch.randn(3, dim), torch.tensor(0.5)
+    first = HutchinsonDivergence(2, seed=5)(velocity, t, x, None)
+    assert first.shape == (3,)
+    assert torch.equal(first, HutchinsonDivergence(2, seed=5)(velocity, t, x, None))
+    if dim > 2:
+        other = HutchinsonDivergence(2, seed=6)(velocity, t, x, None)
+        assert not torch.allclose(first, other)
+
+
+def test_hutchinson_leaves_the_global_generator_alone_and_does_not_read_it():
+    flow = random_flow(5, divergence=HutchinsonDivergence(1, seed=12345))
+    distribution, x = InterpolantDistribution(flow), torch.randn(4, 5)
+    state = torch.get_rng_state()
+    first = distribution.log_prob(x)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(99)
+    distribution.clear_cache()
+    assert torch.equal(first, distribution.log_prob(x))
+
+
+def test_probes_are_shared_by_rows():
+    flow = random_flow(4, divergence=HutchinsonDivergence(1))
+    row = torch.randn(4)
+    values = InterpolantDistribution(flow).log_prob(row.repeat(3, 1))
+    torch.testing.assert_close(values, values[:1].expand(3), rtol=1e-12, atol=1e-12)
+
+
+def test_hutchinson_log_prob_is_the_same_after_expand_copy_and_at():
+    flow = random_flow(4, divergence=HutchinsonDivergence(2, seed=7))
+    distribution = InterpolantDistribution(flow)
+    x = torch.randn(6, 4)
+    value = distribution.log_prob(x)
+    flow.divergence = ExactDivergence()
+    assert (distribution.log_prob(x) - value).abs().max() > 1e-4
+    flow.divergence = HutchinsonDivergence(2, seed=7)
+    assert torch.equal(distribution.log_prob(x), value)
+    assert torch.equal(distribution.expand((6,)).log_prob(x), value)
+    assert torch.equal(distribution.expand((6,)).expand((3, 6)).log_prob(x)[1], value)
+    assert torch.equal(copy.deepcopy(distribution).log_prob(x), value)
+    assert torch.equal(distribution.at(1.0).log_prob(x), value)
+    assert torch.equal(distribution.to_event(0).log_prob(x), value)
+
+
+def test_hutchinson_log_prob_is_the_same_for_every_condition_of_one_context():
+    flow = random_flow(4, context_dim=2, divergence=HutchinsonDivergence(2, seed=7))
+    distribution, context = ConditionalInterpolantDistribution(flow), torch.randn(2)
+    x = torch.randn(6, 4)
+    value = distribution.condition(context).log_prob(x)
+    assert torch.equal(distribution.condition(context.clone()).log_prob(x), value)
+    assert torch.equal(copy.deepcopy(distribution).condition(context).log_prob(x), value)
+    assert torch.equal(distribution.condition(context).expand((6,)).log_prob(x), value)
+    by_row = distribution.condition(context.expand(6, 2)).log_prob(x)
+    torch.testing.assert_close(by_row, value, rtol=0, atol=1e-12)
+
+
+def test_the_mixture_oracle_through_torch_func():
+    velocity = random_mixture(3, Linear())
+    x, t = torch.randn(5, 3), torch.rand(5)
+    torch.testing.assert_close(ExactDivergence()(velocity, t, x, None), trace(velocity, t, x))
+
+
+@pytest.mark.parametrize("divergence", [ExactDivergence(), HutchinsonDivergence(2)])
+@pytest.mark.parametrize("name", ["two gated", "residual", "own", "own layer norm"])
+def test_the_divergence_has_gradients_of_first_and_second_order(name, divergence):
+    velocity = NETWORKS[name](0)
+    x, t = torch.randn(2, DIM, requires_grad=True), torch.tensor(0.5)
+    assert torch.autograd.gradcheck(lambda x: divergence(velocity, t, x, None), x)
+    assert torch.autograd.gradgradcheck(lambda x: divergence(velocity, t, x, None), x)
+    divergence(velocity, t, x, None).sum().backward()
+    weights = velocity.last if isinstance(velocity, Own) else velocity.output
+    assert weights.weight.grad.abs().max() > 0
+
+
+def test_a_velocity_of_ones_own_and_the_closed_form_give_one_density():
+    class Wrapped(nn.Module):
+        """The default network without its closed form."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, t, x, context=None):
+            return self.inner(t, x)
+
+    flow = random_flow(3)
+    other = InterpolantTransform(Wrapped(flow.velocity), 3, solver=flow.solver)
+    other.precondition(flow.loc, flow.linear)
+    x = torch.randn(6, 3)
+    torch.testing.assert_close(
+        InterpolantDistribution(other).log_prob(x), InterpolantDistribution(flow).log_prob(x)
+    )
+
+
+@pytest.mark.parametrize("probes", [0, -1])
+def test_fewer_than_one_probe_is_refused(probes):
+    with pytest.raises(ValueError, match=f"at least one probe, got probes={probes}"):
+        HutchinsonDivergence(probes)

@@ -1,0 +1,185 @@
+import math
+
+import pytest
+import torch
+from cases import INTERPOLANTS
+from oracles import MixtureVelocity, random_mixture
+from torch.func import vmap
+
+from pyro_interpolant import FixedGrid, InterpolantDistribution, InterpolantTransform
+from pyro_interpolant import Interpolant as Base
+
+
+class Quadratic(Base):
+    """A user's own member: no derivative is written."""
+
+    def coefficients(self, t):
+        return (1 - t) ** 2, t * (2 - t), torch.zeros_like(t)
+
+
+class Latent(Base):
+    """With a latent noise in between."""
+
+    def coefficients(self, t):
+        return 1 - t, t, 0.8 * torch.sin(math.pi * t) ** 2
+
+
+MEMBERS = {**INTERPOLANTS, "quadratic": Quadratic(), "latent": Latent()}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_the_ends_are_the_pair(name):
+    for t, expected in ((0.0, (1.0, 0.0, 0.0)), (1.0, (0.0, 1.0, 0.0))):
+        values = torch.stack(MEMBERS[name].coefficients(torch.tensor(t)))
+        torch.testing.assert_close(values, torch.tensor(expected), rtol=0, atol=1e-15)
+    x0, x1 = torch.randn(5, 3), torch.randn(5, 3)
+    for t, x in ((0.0, x0), (1.0, x1)):
+        sampled = MEMBERS[name].sample(torch.tensor(t), x0, x1)[0]
+        torch.testing.assert_close(sampled, x, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_derivatives_are_those_of_finite_differences(name):
+    t, h = torch.linspace(0.05, 0.95, 19), 1e-5
+    ahead, behind = (MEMBERS[name].coefficients(t + s) for s in (h, -h))
+    for d, a, b in zip(MEMBERS[name].derivatives(t), ahead, behind, strict=True):
+        assert d.shape == t.shape
+        torch.testing.assert_close(d, (a - b) / (2 * h), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_times_may_be_expanded(name):
+    t = torch.tensor(0.3)
+    for d, e in zip(
+        MEMBERS[name].derivatives(t.expand(4)), MEMBERS[name].derivatives(t), strict=True
+    ):
+        torch.testing.assert_close(d, e.expand(4))
+    x_t, dx_t = MEMBERS[name].sample(t.expand(4), torch.zeros(4, 2), torch.ones(4, 2))
+    assert x_t.shape == dx_t.shape == (4, 2)
+
+
+@pytest.mark.parametrize("name", INTERPOLANTS)
+def test_a_path_and_its_derivative(name):
+    x0, x1, t = torch.randn(6, 2), torch.randn(6, 2), torch.rand(6)
+    x_t, dx_t = INTERPOLANTS[name].sample(t, x0, x1)
+    a, b, _ = INTERPOLANTS[name].coefficients(t)
+    torch.testing.assert_close(x_t, a[:, None] * x0 + b[:, None] * x1)
+    h = 1e-6
+    ahead, behind = (INTERPOLANTS[name].sample(t + s, x0, x1)[0] for s in (h, -h))
+    torch.testing.assert_close(dx_t, (ahead - behind) / (2 * h), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize(
+    ("times", "rows"), [((), ()), ((), (5,)), ((5,), (5,)), ((4, 1), (4, 5)), ((2, 3), (2, 3))]
+)
+def test_sample_shapes_and_types(name, times, rows):
+    for dtype in (torch.float32, torch.float64):
+        x0, x1 = torch.randn(*rows, 3, dtype=dtype), torch.randn(*rows, 3, dtype=dtype)
+        x_t, dx_t = MEMBERS[name].sample(torch.rand(times, dtype=dtype), x0, x1)
+        assert x_t.shape == dx_t.shape == (*rows, 3)
+        assert x_t.dtype == dx_t.dtype == dtype
+
+
+def test_the_latent_term_draws_one_noise_for_path_and_derivative():
+    t, count = torch.tensor(0.3), 50_000
+    zero = torch.zeros(count, 1)
+    x_t, dx_t = Latent().sample(t, zero, zero)
+    _, _, g = Latent().coefficients(t)
+    _, _, dg = Latent().derivatives(t)
+    assert float(x_t.std()) == pytest.approx(float(g), rel=0.02)
+    torch.testing.assert_close(dx_t, x_t * dg / g)
+    assert not torch.equal(Latent().sample(t, zero, zero)[0], x_t)
+
+
+@pytest.mark.parametrize("name", [*INTERPOLANTS, "quadratic"])
+def test_without_a_latent_term_nothing_is_drawn(name):
+    state = torch.get_rng_state()
+    x = torch.ones(4, 2)
+    MEMBERS[name].sample(torch.rand(4, generator=torch.Generator()), x, x)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_trigonometric_keeps_the_variance():
+    a, b, _ = INTERPOLANTS["trigonometric"].coefficients(torch.linspace(0, 1, 11))
+    torch.testing.assert_close(a**2 + b**2, torch.ones(11))
+
+
+def test_coefficients_must_be_stated():
+    with pytest.raises(TypeError, match="coefficients"):
+        Base()
+
+
+def test_members_compare_by_value():
+    assert type(INTERPOLANTS["linear"])() == INTERPOLANTS["linear"]
+    assert INTERPOLANTS["linear"] != INTERPOLANTS["trigonometric"]
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_the_oracle_is_a_mixture_at_every_time(name):
+    """The oracle itself: continuity equation, score, and moments by draws of the path."""
+    velocity = random_mixture(2, MEMBERS[name])
+    x, t, h = torch.randn(6, 2), torch.full((6,), 0.4), 1e-5
+    rate = (velocity.log_prob(t + h, x) - velocity.log_prob(t - h, x)) / (2 * h)
+    jacobian = vmap(torch.func.jacfwd(velocity, argnums=1))(t, x)
+    divergence = jacobian.diagonal(dim1=-2, dim2=-1).sum(-1)
+    flux = divergence + (velocity(t, x) * velocity.score(t, x)).sum(-1)
+    torch.testing.assert_close(rate, -flux, rtol=0, atol=1e-7)
+    leaf = x.clone().requires_grad_()
+    gradient = torch.autograd.grad(velocity.log_prob(t, leaf).sum(), leaf)[0]
+    torch.testing.assert_close(gradient, velocity.score(t, x))
+    x1 = velocity.sample(1.0, 40_000)
+    drawn = MEMBERS[name].sample(torch.tensor(0.4), torch.randn_like(x1), x1)[0]
+    mean, cov = velocity.moments(0.4)
+    torch.testing.assert_close(drawn.mean(0), mean, rtol=0, atol=0.04)
+    torch.testing.assert_close(drawn.T.cov(), cov, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("t", [0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("dim", [1, 2, 5])
+@pytest.mark.parametrize("name", [*INTERPOLANTS, "latent"])
+def test_log_prob_is_the_closed_form_at_every_time(name, dim, t):
+    velocity = random_mixture(dim, MEMBERS[name])
+    flow = InterpolantTransform(velocity, interpolant=MEMBERS[name], solver=FixedGrid(steps=160))
+    x = torch.cat((velocity.sample(t, 12), 2 * torch.randn(4, dim)))
+    value = InterpolantDistribution(flow).at(t).log_prob(x)
+    truth = velocity.log_prob(torch.tensor(t), x)
+    torch.testing.assert_close(value[:12], truth[:12], rtol=0, atol=1e-6)
+    torch.testing.assert_close(value, truth, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", INTERPOLANTS)
+def test_the_closed_form_holds_in_data_coordinates(name):
+    velocity = random_mixture(2, MEMBERS[name])
+    flow = InterpolantTransform(velocity, solver=FixedGrid(steps=160))
+    loc, linear = torch.tensor([100.0, -3.0]), torch.tensor([[4.0, 0.0], [1.0, 1e-3]])
+    flow.precondition(loc, linear)
+    distribution = InterpolantDistribution(flow)
+    for t in (0.5, 1.0):
+        w = velocity.sample(t, 10)
+        truth = velocity.log_prob(torch.tensor(t), w) - linear.det().log()
+        value = distribution.at(t).log_prob(loc + w @ linear.T)
+        torch.testing.assert_close(value, truth, rtol=0, atol=1e-6)
+        score = distribution.at(t).score(loc + w @ linear.T)
+        expected = velocity.score(torch.tensor(t), w) @ linear.inverse()
+        torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", [*INTERPOLANTS, "latent"])
+def test_samples_have_the_moments_of_the_closed_form(name, t):
+    velocity = random_mixture(2, MEMBERS[name])
+    flow = InterpolantTransform(velocity, solver=FixedGrid(steps=16))
+    x = InterpolantDistribution(flow).at(t).sample((8000,))
+    mean, cov = velocity.moments(t)
+    error = 5 * (cov.diagonal() / 8000).sqrt()
+    assert ((x.mean(0) - mean).abs() < error).all()
+    torch.testing.assert_close(x.T.cov(), cov, rtol=0.08, atol=0.08)
+
+
+@pytest.mark.parametrize("name", INTERPOLANTS)
+def test_a_gaussian_at_the_right_scale_has_zero_velocity_when_trigonometric(name):
+    one = torch.ones(1)
+    velocity = MixtureVelocity(one, torch.zeros(1, 2), torch.eye(2)[None], MEMBERS[name])
+    v = velocity(torch.rand(5), torch.randn(5, 2)).abs().max()
+    assert (v < 1e-14) == (name == "trigonometric")

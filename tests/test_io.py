@@ -1,0 +1,517 @@
+import json
+import os
+import struct
+
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import DIVERGENCES, INTERPOLANTS, SOLVERS, SUPPORTS, random_flow
+from pyro.distributions import constraints
+from safetensors.torch import save_file
+from torch import nn
+
+import pyro_interpolant
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    FixedGrid,
+    Interpolant,
+    InterpolantDistribution,
+    InterpolantTransform,
+    JointInterpolantDistribution,
+    load,
+    save,
+)
+from pyro_interpolant import io as module
+
+KEY = "pyro_interpolant"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "flow.safetensors"
+
+
+def round_trip(distribution, path, **kwargs):
+    save(distribution, path)
+    return load(path, **kwargs)
+
+
+def assert_same(distribution, again, *context):
+    """Equal densities and draws, bitwise; equal choices, state and flags."""
+    before, after = distribution.transform, again.transform
+    assert type(again) is type(distribution)
+    for choice in ("interpolant", "solver", "divergence"):
+        assert getattr(after, choice) == getattr(before, choice), choice
+    state = before.state_dict()
+    assert after.state_dict().keys() == state.keys()
+    for name, value in after.state_dict().items():
+        assert torch.equal(value, state[name]), name
+        assert value.dtype == state[name].dtype, name
+    assert [p.requires_grad for p in after.parameters()] == [
+        p.requires_grad for p in before.parameters()
+    ]
+    draws = []
+    for d in (distribution, again):
+        torch.manual_seed(1)
+        given = d.condition(*context) if context else d
+        draws.append(given.sample((4,)))
+    assert torch.equal(*draws)
+    x = draws[0].clone()
+    values = [
+        (d.condition(*context) if context else d).log_prob(x.clone())
+        for d in (distribution, again)
+    ]
+    assert torch.equal(*values)
+    assert torch.isfinite(values[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hidden_dims", [(8,), (8, 9), (8, 8, 8)])
+def test_weights_and_whitening(hidden_dims, dtype, path):
+    distribution = InterpolantDistribution(random_flow(3, hidden_dims).to(dtype))
+    distribution.transform.velocity.radius.fill_(7.5)
+    assert_same(distribution, round_trip(distribution, path))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_frozen_flag(frozen, path):
+    distribution = InterpolantDistribution(random_flow(2))
+    if frozen:
+        distribution.freeze()
+    again = round_trip(distribution, path)
+    assert_same(distribution, again)
+    assert all(p.requires_grad != frozen for p in again.transform.parameters())
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_supports(name, path):
+    case = SUPPORTS[name]
+    distribution = InterpolantDistribution(random_flow(case.dim), support=case.support)
+    again = round_trip(distribution, path)
+    assert_same(distribution, again)
+    assert again.event_shape == case.event_shape
+
+
+MORE_SUPPORTS = {
+    "bounds by column": constraints.interval(torch.tensor([0.0, -1.0]), torch.tensor([1.0, 5.0])),
+    "independent interval": constraints.independent(constraints.interval(0.1, 0.7), 1),
+    "nested stack": constraints.stack(
+        [constraints.greater_than(2.0), constraints.independent(constraints.real, 0)], dim=-1
+    ),
+    "real": constraints.real,
+    "unprintable": constraints.interval(0.1 + 0.2, 1e300 / 3),
+}
+
+
+@pytest.mark.parametrize("name", MORE_SUPPORTS)
+def test_more_supports(name, path):
+    distribution = InterpolantDistribution(random_flow(2), support=MORE_SUPPORTS[name])
+    assert_same(distribution, round_trip(distribution, path))
+
+
+@pytest.mark.parametrize("name", INTERPOLANTS)
+def test_interpolants(name, path):
+    distribution = InterpolantDistribution(random_flow(2, interpolant=INTERPOLANTS[name]))
+    assert_same(distribution, round_trip(distribution, path))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers(name, path):
+    distribution = InterpolantDistribution(random_flow(2, solver=SOLVERS[name]))
+    assert_same(distribution, round_trip(distribution, path))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergences(name, path):
+    distribution = InterpolantDistribution(random_flow(3, divergence=DIVERGENCES[name]))
+    assert_same(distribution, round_trip(distribution, path))
+
+
+@pytest.mark.parametrize("support", [constraints.real_vector, constraints.positive], ids=str)
+def test_conditional_flows(support, path):
+    distribution = ConditionalInterpolantDistribution(
+        random_flow(2, context_dim=3), support=support
+    )
+    distribution.transform.velocity.precondition(torch.randn(50, 2), 9 * torch.randn(50, 3) + 4)
+    assert_same(distribution, round_trip(distribution, path), torch.randn(3))
+
+
+def test_joint_sites(path):
+    sites = {
+        "scale": ((), constraints.positive),
+        "weights": ((3,), constraints.simplex),
+        "matrix": ((2, 2), constraints.real),
+        "share": ((1,), constraints.interval(-1.0, 2.0)),
+    }
+    distribution = JointInterpolantDistribution(random_flow(8), sites=sites)
+    again = round_trip(distribution, path)
+    assert_same(distribution, again)
+    x = distribution.sample((3,))
+    before, after = distribution.unpack(x), again.unpack(x)
+    assert list(before) == list(after) == list(sites)
+    for name, value in before.items():
+        assert torch.equal(value, after[name])
+
+
+def with_cached_factors():
+    base = dist.MultivariateNormal(torch.ones(2), torch.tensor([[2.0, 0.3], [0.3, 1.0]]))
+    assert base.precision_matrix.shape == base.scale_tril.shape  # both are now stored
+    return base
+
+
+BASES = {
+    "normal": lambda: dist.Normal(torch.zeros(2), torch.tensor([1.0, 2.0])).to_event(1),
+    "expanded": lambda: dist.Normal(0.0, 2.0).expand((2,)).to_event(1),
+    "student": lambda: dist.StudentT(torch.full((2,), 5.0), torch.ones(2), 1.0).to_event(1),
+    "laplace": lambda: dist.Laplace(torch.ones(2), torch.ones(2)).to_event(1),
+    "covariance": lambda: dist.MultivariateNormal(torch.ones(2), 2 * torch.eye(2) + 0.3),
+    "triangular": lambda: dist.MultivariateNormal(torch.ones(2), scale_tril=2 * torch.eye(2)),
+    "precision": lambda: dist.MultivariateNormal(torch.ones(2), precision_matrix=torch.eye(2)),
+    "cached factors": with_cached_factors,
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_bases(name, path):
+    distribution = InterpolantDistribution(random_flow(2), BASES[name]())
+    again = round_trip(distribution, path)
+    assert type(again.base) is type(distribution.base)
+    assert_same(distribution, again)
+    x = torch.randn(5, 2)
+    assert torch.equal(again.at(0.0).log_prob(x), distribution.at(0.0).log_prob(x))
+
+
+def test_a_base_that_is_a_flow_with_a_base(path):
+    inner = InterpolantDistribution(random_flow(2), BASES["covariance"]())
+    inner.transform.solver = FixedGrid(steps=5)
+    outer = InterpolantDistribution(random_flow(2), inner, support=constraints.positive)
+    again = round_trip(outer, path)
+    assert_same(outer, again)
+    assert_same(inner, again.base)
+
+
+def test_a_base_that_no_name_describes_is_refused(path):
+    class Mine(dist.Normal):
+        pass
+
+    base = Mine(torch.zeros(2), torch.ones(2)).to_event(1)
+    with pytest.raises(ValueError, match="a base from pyro.distributions or a flow, got a Mine"):
+        save(InterpolantDistribution(random_flow(2), base), path)
+    assert os.listdir(path.parent) == []
+
+
+class OwnVelocity(nn.Module):
+    event_dim = 2
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, width), nn.Linear(width, 2)
+
+    def forward(self, t, x, context=None):
+        return self.last(self.first(torch.cat((x, t[..., None]), -1)).tanh())
+
+
+class OwnInterpolant(Interpolant):
+    def coefficients(self, t):
+        return (1 - t) ** 2, t**2, torch.zeros_like(t)
+
+
+def test_a_velocity_of_ones_own_is_passed_in(path):
+    distribution = InterpolantDistribution(InterpolantTransform(OwnVelocity()))
+    assert_same(distribution, round_trip(distribution, path, velocity=OwnVelocity()))
+    with pytest.raises(ValueError, match=r"a OwnVelocity: pass .*velocity=OwnVelocity\(\.\.\.\)"):
+        load(path)
+    with pytest.raises(ValueError, match="OwnVelocity.*got a Linear"):
+        load(path, velocity=nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"(?s)damaged or was edited.*size mismatch"):
+        load(path, velocity=OwnVelocity(width=5))
+
+
+def test_an_interpolant_of_ones_own_is_passed_in(path):
+    own = OwnInterpolant()
+    distribution = InterpolantDistribution(random_flow(2, interpolant=own))
+    assert_same(distribution, round_trip(distribution, path, interpolant=own))
+    with pytest.raises(ValueError, match="the flow's interpolant is a OwnInterpolant: pass it"):
+        load(path)
+
+
+@pytest.mark.parametrize("view", ["at", "condition"])
+def test_a_flow_that_owns_no_weights_is_refused(view, path):
+    distribution = (
+        InterpolantDistribution(random_flow(2)).at(0.5)
+        if view == "at"
+        else ConditionalInterpolantDistribution(random_flow(2, context_dim=1)).condition(
+            torch.zeros(1)
+        )
+    )
+    with pytest.raises(
+        ValueError, match="a flow that owns its weights: save the one it came from"
+    ):
+        save(distribution, path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", [str, lambda p: p])
+def test_paths_of_both_kinds(kind, path):
+    distribution = InterpolantDistribution(random_flow(2))
+    save(distribution, kind(path))
+    assert_same(distribution, load(kind(path)))
+
+
+def test_loading_draws_nothing_from_the_global_generator(path):
+    save(InterpolantDistribution(random_flow(2)), path)
+    state = torch.get_rng_state()
+    load(path)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ---- files that are not good --------------------------------------------------------------------
+
+
+def parts(path):
+    """The header of our format and the tensors of a file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()[KEY]), tensors
+
+
+def rewrite(path, change):
+    header, tensors = parts(path)
+    text = change(header)
+    save_file(tensors, path, metadata={KEY: text if isinstance(text, str) else json.dumps(header)})
+
+
+@pytest.fixture
+def saved(path):
+    save(InterpolantDistribution(random_flow(2), BASES["normal"]()), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["nowhere.safetensors", "nowhere/flow.safetensors"])
+def test_a_missing_file(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, 0.5, 0.99])
+def test_a_truncated_file(keep, saved):
+    data = saved.read_bytes()
+    saved.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(ValueError, match=r"flow.safetensors is damaged"):
+        load(saved)
+
+
+def test_a_file_of_noise(path):
+    path.write_bytes(os.urandom(2000))
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+        load(path)
+
+
+def test_a_pickle_is_not_opened(path):
+    torch.save({"loc": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+        load(path)
+
+
+def test_a_length_that_lies(saved):
+    data = saved.read_bytes()
+    saved.write_bytes(struct.pack("<Q", 2**60) + data[8:])
+    with pytest.raises(ValueError, match="damaged"):
+        load(saved)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_safetensors_file_of_somebody_else(metadata, path):
+    save_file({"a": torch.zeros(3)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="not of a pyro_interpolant flow"):
+        load(path)
+
+
+@pytest.mark.parametrize("version", [2, 99, 0, "1", None])
+def test_another_format(version, saved):
+    rewrite(saved, lambda header: header.update(format=version))
+    with pytest.raises(ValueError, match=f"format {version}.*reads format 1"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[]", "3", '"a"', "{}", "\x00", "[" * 100_000, '{"format": 1}']
+)
+def test_a_header_of_garbage(text, saved):
+    rewrite(saved, lambda header: text)
+    with pytest.raises(ValueError, match="damaged"):
+        load(saved)
+
+
+EVIL = ["os.system", "eval", "__import__", "builtins.exec", "torch.load", "nn", "__class__", "Foo"]
+
+
+@pytest.mark.parametrize("name", EVIL)
+@pytest.mark.parametrize(
+    "field", ["class", "interpolant", "solver", "divergence", "support", "base"]
+)
+def test_a_class_name_from_a_stranger_is_refused(field, name, saved, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the file ran code")
+
+    monkeypatch.setattr(os, "system", forbidden)
+    monkeypatch.setattr(torch, "load", forbidden)
+
+    def change(header):
+        value = name
+        if field in ("interpolant", "solver", "divergence"):
+            value = [name, {}]
+        if field == "base":
+            value = {"class": name, "arguments": []}
+        header[field] = value
+
+    rewrite(saved, change)
+    with pytest.raises(ValueError, match=r"in the file|damaged or was edited"):
+        load(saved)
+
+
+def fuzz(value):
+    """Every header that differs from a good one in a single place."""
+    wrong = [None, -1, 10**30, 1.5, "x", [], ["x", "y", "z"], {}, {"x": 1}, True]
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    else:
+        items = []
+    for key, inner in items:
+        for change in wrong:
+            copied = value.copy()
+            copied[key] = change
+            yield copied
+        for changed in fuzz(inner):
+            copied = value.copy()
+            copied[key] = changed
+            yield copied
+        if isinstance(value, dict):
+            yield {k: v for k, v in value.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: InterpolantDistribution(random_flow(2), BASES["normal"]()),
+        lambda: InterpolantDistribution(random_flow(2), support=constraints.interval(0.0, 1.0)),
+        lambda: InterpolantDistribution(random_flow(2), support=SUPPORTS["stack"].support),
+        lambda: JointInterpolantDistribution(
+            random_flow(3),
+            sites={
+                "a": ((), constraints.positive),
+                "b": ((2,), constraints.independent(constraints.real, 1)),
+            },
+        ),
+    ],
+    ids=["base", "interval", "stack", "joint"],
+)
+def test_an_edited_header_gives_a_clear_error_or_a_flow(make, path, monkeypatch):
+    save(make(), path)
+    header, tensors = parts(path)
+    del header["format"]
+    surprises = []
+    for edited in fuzz(header):
+        try:
+            text = json.dumps({"format": 1, **edited})
+            monkeypatch.setattr(
+                module, "safe_open", lambda *a, text=text, **k: Opened(text, tensors)
+            )
+            load(path)
+        except ValueError:
+            continue
+        except Exception as error:  # noqa: BLE001  (whatever else escapes is the finding)
+            changed = {k: v for k, v in edited.items() if v != header.get(k)}
+            surprises.append((type(error).__name__, str(error)[:60], str(changed)[:80]))
+    assert not surprises
+
+
+class Opened:
+    """A file of a given header, in memory."""
+
+    def __init__(self, text, tensors):
+        self.text, self.tensors = text, tensors
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def metadata(self):
+        return {KEY: self.text}
+
+    def keys(self):
+        return list(self.tensors)
+
+    def get_tensor(self, name):
+        return self.tensors[name]
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "extra"])
+def test_edited_tensors(change, saved):
+    header, tensors = parts(saved)
+    if change == "missing":
+        del tensors["loc"]
+    elif change == "shape":
+        tensors["loc"] = torch.zeros(3)
+    else:
+        tensors["surprise"] = torch.zeros(3)
+    save_file(tensors, saved, metadata={KEY: json.dumps(header)})
+    with pytest.raises(ValueError, match=r"(?s)damaged or was edited.*(loc|surprise)"):
+        load(saved)
+
+
+# ---- atomic -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["save_file", "replace"])
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_write_that_fails_leaves_what_was_there(step, existed, path, monkeypatch):
+    old = InterpolantDistribution(random_flow(2))
+    if existed:
+        save(old, path)
+
+    def fail(*args, **kwargs):
+        if step == "save_file":
+            with open(args[1], "wb") as half:
+                half.write(b"half a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(*((module, step, fail) if step == "save_file" else (os, step, fail)))
+    with pytest.raises(OSError, match="No space left"):
+        save(InterpolantDistribution(random_flow(2)), path)
+    monkeypatch.undo()
+    assert os.listdir(path.parent) == (["flow.safetensors"] if existed else [])
+    if existed:
+        assert_same(old, load(path))
+
+
+def test_an_existing_file_is_replaced(path):
+    save(InterpolantDistribution(random_flow(2)), path)
+    new = InterpolantDistribution(random_flow(3))
+    assert_same(new, round_trip(new, path))
+    assert os.listdir(path.parent) == ["flow.safetensors"]
+
+
+def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        save(InterpolantDistribution(random_flow(2)), tmp_path / "nowhere" / "flow.safetensors")
+
+
+def test_others_may_read_the_file_as_far_as_the_umask_lets_them(path):
+    previous = os.umask(0o022)
+    try:
+        save(InterpolantDistribution(random_flow(2)), path)
+    finally:
+        os.umask(previous)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_file_holds_no_pickle(saved):
+    assert b"pickle" not in saved.read_bytes()
+    assert pyro_interpolant.io._FORMAT == 1

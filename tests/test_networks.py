@@ -1,0 +1,176 @@
+import math
+
+import pytest
+import torch
+from cases import HIDDEN_DIMS
+from torch import nn
+
+from pyro_interpolant import InterpolantTransform, VelocityMLP
+
+
+def network(hidden_dims=(16, 16), context_dim=0, dim=3):
+    velocity = VelocityMLP(dim, hidden_dims, context_dim)
+    with torch.no_grad():
+        velocity.output.weight.normal_()
+        velocity.shifts.weight.normal_(std=0.3)
+        velocity.shifts.bias.normal_(std=0.3)
+    return velocity
+
+
+@pytest.mark.parametrize("radius", [math.inf, 2.0])
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("name", HIDDEN_DIMS)
+def test_three_ways_to_the_same_velocity(name, context_dim, radius):
+    velocity = network(HIDDEN_DIMS[name], context_dim)
+    velocity.radius.fill_(radius)
+    x, times = torch.randn(7, 3), torch.rand(4)
+    contexts = [torch.randn(2), torch.randn(7, 2)] if context_dim else [None]
+    for context in contexts:
+        fields = velocity.field(times, context)
+        assert len(fields) == 4
+        for t, f in zip(times, fields, strict=True):
+            v = velocity(t, x, context)
+            assert v.shape == (7, 3)
+            torch.testing.assert_close(f(x), v, rtol=1e-12, atol=1e-12)
+            both = velocity.forward_and_divergence(t, x, context)
+            torch.testing.assert_close(both[0], v, rtol=1e-12, atol=1e-12)
+            assert both[1].shape == (7,)
+
+
+@pytest.mark.parametrize("name", HIDDEN_DIMS)
+def test_time_and_context_matter(name):
+    velocity = network(HIDDEN_DIMS[name], 2)
+    x, context = torch.randn(3), torch.randn(2)
+    v = velocity(torch.tensor(0.2), x, context)
+    assert (velocity(torch.tensor(0.7), x, context) - v).abs().max() > 1e-3
+    assert (velocity(torch.tensor(0.2), x, context + 1) - v).abs().max() > 1e-3
+    # 0 and 1 are different times, and so are 0.1 and 0.9.
+    for a, b in ((0.0, 1.0), (0.1, 0.9)):
+        at_a, at_b = (velocity(torch.tensor(t), x, context) for t in (a, b))
+        assert (at_a - at_b).abs().max() > 1e-3
+
+
+def test_a_residual_network_is_not_the_plain_one():
+    velocity = network((16, 16, 16))
+    x, t = torch.randn(3), torch.tensor(0.3)
+    silu, w = nn.functional.silu, [layer.weight for layer in velocity.layers]
+    b = velocity._shifts(t, None)
+    h = silu(w[0] @ x + b[0])
+    h = h + silu(w[1] @ h + b[1])
+    h = h + silu(w[2] @ h + b[2])
+    torch.testing.assert_close(velocity(t, x), velocity.output.weight @ h + b[3])
+
+
+@pytest.mark.parametrize("call", ["__call__", "forward_and_divergence"])
+def test_a_wrong_context_is_refused(call):
+    t, x = torch.tensor(0.5), torch.randn(4, 3)
+    conditional, plain = network(context_dim=2), network()
+    with pytest.raises(ValueError, match=r"a context of shape \(\*, 2\), got none"):
+        getattr(conditional, call)(t, x)
+    with pytest.raises(ValueError, match=r"a context of shape \(\*, 2\), got shape \(4, 3\)"):
+        getattr(conditional, call)(t, x, torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"no context, got shape \(4, 2\).*context_dim=0"):
+        getattr(plain, call)(t, x, torch.randn(4, 2))
+
+
+def test_the_field_refuses_a_wrong_context_too():
+    with pytest.raises(ValueError, match="got none"):
+        network(context_dim=2).field(torch.rand(3))
+    with pytest.raises(ValueError, match="expected no context"):
+        network().field(torch.rand(3), torch.randn(2))
+
+
+@pytest.mark.parametrize("name", HIDDEN_DIMS)
+def test_the_gate_leaves_the_data_alone_and_stills_the_far_field(name):
+    velocity = network(HIDDEN_DIMS[name])
+    t, direction = torch.tensor(0.4), nn.functional.normalize(torch.randn(3), dim=0)
+    ungated = [velocity(t, r * direction).norm() for r in (0.1, 1e4, 1e6)]
+    velocity.radius.fill_(10.0)
+    gated = [velocity(t, r * direction).norm() for r in (0.1, 1e4, 1e6)]
+    torch.testing.assert_close(gated[0], ungated[0], rtol=1e-6, atol=0)
+    assert ungated[2] > 10 * ungated[1]
+    assert gated[2] < gated[1]
+    assert gated[2] < 1e-2
+    assert gated[2] > 0
+
+
+def test_preconditioning_sets_the_gate_and_the_scale_of_the_context():
+    velocity = network(context_dim=3)
+    assert velocity.radius == math.inf
+    w = torch.randn(100, 3)
+    w[0] = torch.tensor([30.0, 0.0, 40.0])
+    context = torch.randn(100, 3) * torch.tensor([1e-3, 1e3, 0.0]) + 7
+    velocity.precondition(w, context)
+    assert 50 < velocity.radius < 1000
+    torch.testing.assert_close(velocity.context_loc, context.mean(0))
+    torch.testing.assert_close(velocity.context_scale[:2], context[:, :2].std(0), rtol=0.1, atol=0)
+    assert velocity.context_scale[2] > 0
+    # Inside the data the gate is 1 to a few percent.
+    t = torch.tensor(0.5)
+    gated = velocity(t, w, context)
+    assert torch.isfinite(gated).all()
+    velocity.radius.fill_(math.inf)
+    torch.testing.assert_close(gated, velocity(t, w, context), rtol=0.1, atol=0)
+
+
+def test_a_context_in_other_units_gives_the_same_velocity():
+    a, t, x = network(context_dim=2), torch.tensor(0.3), torch.randn(50, 3)
+    b = network(context_dim=2)
+    b.load_state_dict(a.state_dict())
+    context = torch.randn(50, 2)
+    a.precondition(x, context)
+    b.precondition(x, 1e5 * context - 3e4)
+    torch.testing.assert_close(a(t, x, context), b(t, x, 1e5 * context - 3e4))
+
+
+def test_tight_data_do_not_gate_the_base():
+    velocity = network()
+    velocity.precondition(1e-3 * torch.randn(100, 3))
+    v = velocity(torch.tensor(0.1), torch.randn(200, 3))
+    velocity.radius.fill_(math.inf)
+    velocity_there = velocity(torch.tensor(0.1), torch.randn(200, 3))
+    assert v.norm() > 0.5 * velocity_there.norm()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 8, 9, 30])
+def test_an_untrained_default_network_is_zero(dim):
+    velocity = VelocityMLP(dim)
+    v, divergence = velocity.forward_and_divergence(torch.rand(5), torch.randn(5, dim))
+    assert (v == 0).all()
+    assert (divergence == 0).all()
+    flow = InterpolantTransform(velocity)
+    x = torch.randn(5, dim)
+    assert torch.equal(flow(x), x)
+
+
+def test_default_widths_go_by_dimension():
+    assert len(VelocityMLP(2).hidden_dims) > 2
+    assert len(VelocityMLP(63).hidden_dims) == 2
+    assert VelocityMLP(63).hidden_dims[0] > VelocityMLP(2).hidden_dims[0]
+
+
+@pytest.mark.parametrize(
+    ("dim", "hidden", "context"), [(2, None, 0), (3, (8,), 1), (9, (8, 9), 4)]
+)
+def test_arguments_rebuild_the_network(dim, hidden, context):
+    velocity = VelocityMLP(dim, hidden, context)
+    again = VelocityMLP(*velocity.arguments())
+    again.load_state_dict(velocity.state_dict())
+    assert again.hidden_dims == velocity.hidden_dims
+    assert again.context_dim == context
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0, (8,)), (-1, (8,)), (2, ()), (2, (8, 0)), (2, (8,), -1)], ids=str
+)
+def test_impossible_sizes_are_refused(arguments):
+    with pytest.raises(ValueError, match="expected a positive event_dim"):
+        VelocityMLP(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_type_follows(dtype):
+    velocity = network((16, 16, 16), 2).to(dtype)
+    x, context = torch.randn(4, 3, dtype=dtype), torch.randn(4, 2, dtype=dtype)
+    v, divergence = velocity.forward_and_divergence(torch.rand(4, dtype=dtype), x, context)
+    assert v.dtype == divergence.dtype == velocity.radius.dtype == dtype

@@ -1,0 +1,526 @@
+"""What Pyro asks of a transform: its own harness, and how many solves its algorithms cost."""
+
+import copy
+
+import pyro
+import pyro.distributions as dist
+import pyro.distributions.transforms as pyro_transforms
+import pytest
+import torch
+from cases import FLOWS, CountingDivergence, CountingSolver
+from pyro.infer import (
+    MCMC,
+    NUTS,
+    SVI,
+    Predictive,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.mcmc.util import initialize_model
+from pyro.infer.reparam import TransformReparam
+from torch import nn
+from torch.distributions import constraints
+
+from pyro_interpolant import (
+    FixedGrid,
+    InterpolantDistribution,
+    base_space,
+    conditional_interpolant_transform,
+    interpolant_transform,
+)
+
+# Raised inside torch, by its own first use of forward-mode differentiation.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+
+KINDS = sorted(FLOWS)
+
+
+def build(kind, dim, **choices):
+    return FLOWS[kind](dim, solver=FixedGrid(steps=48), **choices)
+
+
+def conditioned(kind, dim):
+    """A member of a family, with the family's parameters, as Pyro's harness makes it."""
+    family = build(kind, dim, context_dim=3)
+    transform = family.condition(torch.rand(1, 3))
+    transform.parameters = family.parameters
+    return transform
+
+
+def inverted_family(kind, dim):
+    family = build(kind, dim, context_dim=3)
+    transform = family.inv.condition(torch.rand(1, 3)).inv
+    transform.parameters = family.inv.parameters
+    return transform
+
+
+HARNESS = {
+    "plain": build,
+    "at": lambda kind, dim: build(kind, dim).at(0.6),
+    "conditioned": conditioned,
+    "inverted_family": inverted_family,
+}
+
+
+@pytest.fixture(params=[f"{how}-{kind}" for how in HARNESS for kind in KINDS])
+def builder(request):
+    how, kind = request.param.split("-")
+    return lambda dim: HARNESS[how](kind, dim)
+
+
+def normal(*shape):
+    return dist.Normal(torch.zeros(shape), torch.ones(shape))
+
+
+# Pyro's harness
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+def test_inverse(builder, dim):
+    transform = builder(dim)
+    x_true = torch.randn(7, dim)
+    y = transform._call(x_true)
+    x = transform._inverse(y)
+    assert (x - x_true).abs().max() < 1e-6
+    assert (y - x_true).abs().max() > 1e-2  # not the identity
+    true, calculated = (transform.log_abs_det_jacobian(s, y) for s in (x_true, x))
+    assert true.shape == (7,)
+    assert (true - calculated).abs().max() < 1e-6
+    assert (transform.inv.log_abs_det_jacobian(y, x_true) + true).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (3, 4), (3, 4, 5)])
+def test_shapes(builder, batch):
+    for dim in (2, 5):
+        transform = builder(dim)
+        transform.solver = FixedGrid(steps=2)
+        for direction in (transform, transform.inv):
+            flow = dist.TransformedDistribution(normal(*batch, dim), [direction])
+            sample = flow.sample()
+            assert flow.batch_shape == batch
+            assert flow.event_shape == (dim,)
+            assert sample.shape == (*batch, dim)
+            assert flow.sample((2,)).shape == (2, *batch, dim)
+            assert flow.log_prob(sample).shape == batch
+            for shape in ((dim,), (*batch, dim), (6, *batch, dim)):
+                assert direction.forward_shape(shape) == shape
+                assert direction.inverse_shape(shape) == shape
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_jacobian(builder, dim):
+    transform = builder(dim)
+    x = torch.randn(dim)
+    steps = 1e-4 * torch.eye(dim)
+    numeric = (transform._call(x + steps) - transform._call(x - steps)).T / 2e-4
+    y = transform(x)
+    analytic = transform.log_abs_det_jacobian(x, y)
+    assert analytic.shape == ()
+    assert (torch.linalg.slogdet(numeric).logabsdet - analytic).abs() < 1e-4
+    # The order of the arguments is that of the direction.
+    inverse = transform.inv.log_abs_det_jacobian(y, x)
+    assert (inverse + analytic).abs() < 1e-4
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_three_steps_of_adam(builder, inverse):
+    transform = builder(2)
+    direction = transform.inv if inverse else transform
+    flow = dist.TransformedDistribution(normal(2), [direction])
+    optimizer = torch.optim.Adam(list(transform.parameters()) or _owned(transform), lr=2e-3)
+    x = flow.sample((10,)) + 1.0
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = -flow.log_prob(x.detach()).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        fresh = -copy.deepcopy(flow).log_prob(x.detach()).mean().item()
+        assert -flow.log_prob(x.detach()).mean().item() == pytest.approx(fresh, rel=1e-12)
+    assert losses[2] < losses[1] < losses[0]
+
+
+def _owned(view):
+    return view.flow.parameters()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inverse_of_the_inverse(kind):
+    transform, family = build(kind, 2), build(kind, 2, context_dim=3)
+    view = family.condition(torch.rand(4, 3))
+    for t in (transform, transform.at(0.3), view):
+        assert t.inv.inv is t
+        assert t.inv is t.inv
+    assert family.inv.inv is family
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inverse_of_a_family(kind):
+    family = build(kind, 2, context_dim=3)
+    inverse = family.inv
+    assert set(inverse.parameters()) == set(family.parameters())
+    context = torch.rand(4, 3)
+    x = torch.randn(4, 2)
+    y = family.condition(context)(x)
+    back = inverse.condition(context)
+    torch.testing.assert_close(back(y), x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        back.log_abs_det_jacobian(y, x),
+        -family.condition(context).log_abs_det_jacobian(x, y),
+        rtol=0,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("cache_size", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "compose", [dist.transforms.ComposeTransform, dist.transforms.ComposeTransformModule]
+)
+def test_composition(kind, compose, cache_size):
+    parts = [build(kind, 2), build(kind, 2)]
+    chain = compose(parts, cache_size=cache_size)
+    if isinstance(chain, nn.Module):
+        assert set(chain.parameters()) == {p for part in parts for p in part.parameters()}
+    x = torch.randn(5, 2)
+    middle = parts[0](x)
+    y = chain(x)
+    torch.testing.assert_close(y, parts[1](middle))
+    torch.testing.assert_close(
+        chain.log_abs_det_jacobian(x, y),
+        parts[0].log_abs_det_jacobian(x, middle) + parts[1].log_abs_det_jacobian(middle, y),
+    )
+    torch.testing.assert_close(chain.inv(y.detach()), x, rtol=0, atol=1e-6)
+    # One reused distribution follows the weights.
+    flow = dist.TransformedDistribution(normal(2).to_event(1), [chain])
+    optimizer = torch.optim.Adam([p for part in parts for p in part.parameters()], lr=0.01)
+    data = flow.sample((10,)) + 1.0
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = -flow.log_prob(data).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("cache_size", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_composition_of_families(kind, cache_size):
+    family, fixed = build(kind, 2, context_dim=3), build(kind, 2)
+    affine = dist.transforms.AffineTransform(torch.ones(2), 2.0, event_dim=1)
+    chain = dist.conditional.ConditionalComposeTransformModule(
+        [family, affine, fixed], cache_size=cache_size
+    )
+    assert set(chain.parameters()) == {*family.parameters(), *fixed.parameters()}
+    context, x = torch.rand(5, 3), torch.randn(5, 2)
+    member = chain.condition(context)
+    y = member(x)
+    torch.testing.assert_close(y, fixed(affine(family.condition(context)(x))))
+    torch.testing.assert_close(member.inv(y), x, rtol=0, atol=1e-6)
+    flow = dist.conditional.ConditionalTransformedDistribution(normal(2).to_event(1), [chain])
+    assert flow.condition(context).batch_shape == (5,)
+    flow.condition(context).log_prob(y.detach()).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in chain.parameters())
+
+
+def test_iterated():
+    chain = pyro_transforms.iterated(2, interpolant_transform, 2, hidden_dims=(8, 8))
+    x = torch.randn(4, 2)
+    assert len(list(chain.parameters())) == 2 * len(list(chain.parts[0].parameters()))
+    torch.testing.assert_close(chain(x), x)  # untrained: the identity
+
+
+@pytest.mark.parametrize("cache_size", [0, 1])
+def test_with_cache(cache_size):
+    family = conditional_interpolant_transform(2, 3, (8, 8))
+    for transform in (interpolant_transform(2, (8, 8)), family.condition(torch.rand(3))):
+        assert transform.with_cache(cache_size) is transform
+        assert transform.inv.with_cache(cache_size).inv is transform
+
+
+def test_class_attributes():
+    for transform in (interpolant_transform(2), conditional_interpolant_transform(2, 3)):
+        assert transform.bijective
+        assert transform.domain is transform.codomain is constraints.real_vector
+        assert not hasattr(transform, "autoregressive")
+        assert not hasattr(transform, "arn")
+    assert interpolant_transform(2).event_dim == 1
+
+
+@pytest.mark.parametrize(
+    "support",
+    [constraints.positive, constraints.simplex, constraints.interval(-1.0, 2.0)],
+    ids=["positive", "simplex", "interval"],
+)
+def test_support_is_the_one_asked_for(support):
+    """Inference maps the site by its support: a wrong one proposes impossible values."""
+    prior = InterpolantDistribution(build("two", 2), support=support)
+    free = torch.randn(200, prior.event_shape[0])
+    proposal = torch.distributions.transform_to(prior.support)(free)
+    assert prior.support.event_dim == 1
+    assert support.check(proposal).all()
+    assert not prior.support.check(torch.full(prior.event_shape, -3.0))
+    assert prior.log_prob(proposal).isfinite().all()
+
+
+# How many solves
+
+
+def counted(kind="two", dim=2, *, frozen, **kwargs):
+    """A distribution whose transform counts its solves and divergences."""
+    transform = FLOWS[kind](dim, solver=CountingSolver(), divergence=CountingDivergence())
+    prior = InterpolantDistribution(transform, **kwargs)
+    return prior.freeze() if frozen else prior
+
+
+def counts(prior):
+    """Return and reset the numbers of solves and of divergence evaluations."""
+    solver, divergence = prior.transform.solver, prior.transform.divergence
+    found = solver.solves, divergence.calls
+    solver.solves = divergence.calls = 0
+    return found
+
+
+SUPPORTS = {
+    "real": (constraints.real_vector, 2),
+    "positive": (constraints.positive, 2),
+    "simplex": (constraints.simplex, 2),
+    "interval": (constraints.interval(-1.0, 2.0), 2),
+}
+
+every_case = pytest.mark.parametrize(
+    ("kind", "support", "frozen"),
+    [(k, "real", f) for k in KINDS for f in (True, False)]
+    + [("two", s, f) for s in SUPPORTS if s != "real" for f in (True, False)],
+)
+
+
+@every_case
+def test_sample_costs_no_divergence(kind, support, frozen):
+    prior = counted(kind, frozen=frozen, support=SUPPORTS[support][0])
+    prior.sample((3,))
+    prior.rsample((3,))
+    assert counts(prior) == (2, 0)
+
+
+@every_case
+def test_rsample_then_log_prob_is_one_solve(kind, support, frozen):
+    prior = counted(kind, frozen=frozen, support=SUPPORTS[support][0])
+    x = prior.rsample((3,))
+    prior.log_prob(x)
+    assert counts(prior) == (1, 1)
+    _, log_prob = prior.rsample_and_log_prob((3,))
+    assert counts(prior) == (1, 1)
+    assert log_prob.requires_grad is not frozen
+
+
+@every_case
+def test_observed_log_prob_is_one_solve(kind, support, frozen):
+    prior = counted(kind, frozen=frozen, support=SUPPORTS[support][0])
+    x = prior.sample((3,))
+    for value in (x.clone(), x.clone().requires_grad_()):
+        counts(prior)
+        prior.log_prob(value)
+        assert counts(prior) == (1, 1)
+    with torch.no_grad():
+        prior.log_prob(x.clone())
+    assert counts(prior) == (1, 1)
+
+
+@every_case
+def test_second_log_prob_without_gradients_is_free(kind, support, frozen):
+    prior = counted(kind, frozen=frozen, support=SUPPORTS[support][0])
+    with torch.no_grad():
+        x = prior.sample((3,))
+        prior.log_prob(x)
+        prior.log_prob(x)
+    assert counts(prior) == (1, 1)
+
+
+@every_case
+def test_expanded_is_one_solve(kind, support, frozen):
+    prior = counted(kind, frozen=frozen, support=SUPPORTS[support][0])
+    for expanded in (prior.expand((4,)), prior.expand((1,)).expand((3, 4)), prior.expand_by((2,))):
+        expanded.log_prob(expanded.rsample())
+        assert counts(prior) == (1, 1)
+        expanded.log_prob(expanded.sample().clone())
+        assert counts(prior) == (2, 1)
+    grouped = prior.expand((4,)).to_event(1)
+    grouped.log_prob(grouped.rsample())
+    assert counts(prior) == (1, 1)
+    masked = prior.expand((4,)).mask(torch.tensor([True, False, True, True]))
+    masked.log_prob(masked.rsample())
+    assert counts(prior) == (1, 1)
+
+
+@every_case
+def test_two_sites_of_one_transform_are_two_solves(kind, support, frozen):
+    prior = counted(kind, frozen=frozen, support=SUPPORTS[support][0])
+
+    def model():
+        for name in ("a", "b"):
+            with pyro.plate(f"plate_{name}", 3):
+                pyro.sample(name, prior)
+
+    trace = pyro.poutine.trace(model).get_trace()
+    assert counts(prior) == (2, 0)
+    trace.compute_log_prob()
+    solves, divergences = counts(prior)
+    assert divergences == 2
+    assert solves == (0 if frozen or trace.nodes["a"]["value"].requires_grad else 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transform_and_its_inverse_share_one_solve(kind):
+    prior = counted(kind, frozen=True)
+    transform = prior.transform
+    x = torch.randn(3, 2)
+    y = transform(x)
+    assert transform.inv(y) is x
+    transform.log_abs_det_jacobian(x, y)
+    transform.inv.log_abs_det_jacobian(y, x)
+    assert counts(prior) == (1, 1)
+    z = torch.randn(3, 2)
+    w = transform.inv(z)
+    assert transform(w) is z
+    transform.inv.log_abs_det_jacobian(z, w)
+    assert counts(prior) == (1, 1)
+
+
+@pytest.mark.parametrize("support", sorted(SUPPORTS))
+@pytest.mark.parametrize(
+    ("elbo", "batches"),
+    [
+        (lambda: Trace_ELBO(), 1),
+        (lambda: Trace_ELBO(num_particles=2, vectorize_particles=True), 1),
+        (lambda: Trace_ELBO(num_particles=2), 2),
+        (lambda: TraceGraph_ELBO(), 1),
+        (lambda: TraceMeanField_ELBO(), 1),
+        (lambda: RenyiELBO(num_particles=2, vectorize_particles=True), 1),
+    ],
+    ids=["trace", "vectorized", "particles", "graph", "mean_field", "renyi"],
+)
+def test_guide_is_one_solve_a_batch_of_particles(support, elbo, batches):
+    flow = counted(frozen=False, support=SUPPORTS[support][0])
+
+    def model():
+        prior = {
+            "simplex": dist.Dirichlet(torch.ones(3)),
+            "real": dist.Normal(torch.zeros(2), 1.0).to_event(1),
+            "positive": dist.LogNormal(torch.zeros(2), 1.0).to_event(1),
+            "interval": dist.Uniform(-torch.ones(2), 2.0).to_event(1),
+        }[support]
+        pyro.sample("z", prior)
+
+    def guide():
+        pyro.module("flow", flow.transform)
+        pyro.sample("z", flow)
+
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), elbo())
+    before = copy.deepcopy(flow.transform.state_dict())
+    svi.step()  # some guess the plate nesting by an extra run
+    counts(flow)
+    for _ in range(2):
+        svi.step()
+        assert counts(flow) == (batches, batches)
+    assert any(not torch.equal(before[k], v) for k, v in flow.transform.state_dict().items())
+
+
+def latent_model(prior):
+    def model():
+        with pyro.plate("rows", 2):
+            z = pyro.sample("z", prior)
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor([0.3, -0.5]))
+
+    return model
+
+
+REPARAM = {
+    "base_space": base_space,
+    "TransformReparam": lambda model: pyro.poutine.reparam(
+        model, config={"z": TransformReparam()}
+    ),
+}
+
+
+@pytest.mark.parametrize("how", sorted(REPARAM))
+@pytest.mark.parametrize("support", ["real", "positive", "simplex"])
+def test_svi_in_base_space_solves_forward_only(how, support):
+    prior = counted(frozen=True, support=SUPPORTS[support][0])
+    model = REPARAM[how](latent_model(prior))
+    guide = AutoNormal(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step()
+    counts(prior)
+    for _ in range(3):
+        assert svi.step() == pytest.approx(svi.evaluate_loss(), abs=50)
+        assert counts(prior) == (2, 0)
+
+
+@pytest.mark.parametrize("how", sorted(REPARAM))
+@pytest.mark.parametrize("support", ["real", "positive", "simplex"])
+def test_potential_in_base_space_solves_forward_only(how, support):
+    prior = counted(frozen=True, support=SUPPORTS[support][0])
+    model = REPARAM[how](latent_model(prior))
+    initial, potential, *_ = initialize_model(model)
+    assert list(initial) == ["z_base"]
+    counts(prior)
+    z = initial["z_base"].clone().requires_grad_()
+    energy = potential({"z_base": z})
+    (gradient,) = torch.autograd.grad(energy, z)
+    assert counts(prior) == (1, 0)
+    value = z.detach()
+    for transform in prior.transforms:
+        value = transform(value)
+    expected = -dist.Normal(0.0, 1.0).log_prob(z.detach()).sum()
+    observed = torch.tensor([0.3, -0.5])
+    expected = expected - dist.Normal(value.sum(-1), 1.0).log_prob(observed).sum()
+    torch.testing.assert_close(energy.detach(), expected)
+    assert gradient.abs().min() > 0
+
+
+def test_nuts_in_base_space_never_asks_for_a_divergence():
+    prior = counted(frozen=True)
+    mcmc = MCMC(
+        NUTS(base_space(latent_model(prior)), max_tree_depth=3), 4, 2, disable_progbar=True
+    )
+    mcmc.run()
+    solves, divergences = counts(prior)
+    assert divergences == 0
+    assert solves >= 6
+    samples = mcmc.get_samples()
+    assert samples["z_base"].shape == (4, 2, 2)
+    z = Predictive(base_space(latent_model(prior)), samples, return_sites=("z",))()["z"]
+    torch.testing.assert_close(z, prior.transform(samples["z_base"]))
+
+
+def test_potential_in_data_space_is_one_solve():
+    prior = counted(frozen=True)
+    initial, potential, *_ = initialize_model(latent_model(prior))
+    counts(prior)
+    z = initial["z"].clone().requires_grad_()
+    torch.autograd.grad(potential({"z": z}), z)
+    assert counts(prior) == (1, 1)
+
+
+def test_observed_likelihood_in_svi_is_one_solve():
+    flow = counted(frozen=False)
+    data = torch.randn(6, 2)
+
+    def model():
+        pyro.module("flow", flow.transform)
+        with pyro.plate("rows", 6):
+            pyro.sample("x", flow, obs=data)
+
+    svi = SVI(model, lambda: None, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    losses = []
+    for _ in range(4):
+        losses.append(svi.step())
+        assert counts(flow) == (1, 1)
+    assert losses[-1] < losses[0]

@@ -1,0 +1,39 @@
+"""The README's own blocks, run as a reader would: in order, in one namespace."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks():
+    text = README.read_text()
+    for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield text[: match.start()].count("\n") + 1, match.group(1)
+
+
+def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    torch.set_default_dtype(torch.float32)  # what a reader has
+    namespace = {"__name__": "readme"}
+    found = list(blocks())
+    assert found
+    for line, source in found:
+        # Blank lines in front: a traceback then names the line of the README.
+        exec(compile("\n" * line + source, str(README), "exec"), namespace)
+
+
+def test_the_readme_opens_with_two_commands():
+    """One block of shell, in front of any other, that sets up and runs."""
+    first = re.search(r"^```(\w*)\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    assert first.group(1) in ("bash", "sh", "console", "shell")
+    assert "pip install" in first.group(2)
+
+
+def test_the_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (README.parent / target).exists(), target

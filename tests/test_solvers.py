@@ -1,0 +1,176 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from cases import SOLVERS, random_flow
+from torch import nn
+
+from pyro_interpolant import Adaptive, FixedGrid, InterpolantDistribution, InterpolantTransform
+
+ORDERS = {"rk4": 4, "midpoint": 2, "euler": 1}
+
+
+def logistic(times):
+    """A nonlinear, time-dependent field: dx/dt = cos(3 t) x (1 - x)."""
+    return [lambda x, t=t: (3 * t).cos() * x * (1 - x) for t in times]
+
+
+def logistic_at(x0, t):
+    odds = x0 / (1 - x0) * torch.exp(torch.sin(3 * t) / 3)
+    return odds / (1 + odds)
+
+
+STARTS = torch.tensor([[0.1, 0.4], [0.7, 0.95]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ORDERS)
+def test_the_error_falls_with_the_order_of_the_method(method):
+    errors = []
+    for steps in (48, 96, 192):
+        solver = FixedGrid(steps=steps, method=method)
+        end = solver.solve(logistic, STARTS, solver.grid()[0])[-1]
+        errors.append(float((end - logistic_at(STARTS, torch.tensor(1.0))).abs().max()))
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert math.log2(coarse / fine) == pytest.approx(ORDERS[method], abs=0.35)
+
+
+@pytest.mark.parametrize("method", ORDERS)
+def test_the_order_holds_backward_in_time(method):
+    start = logistic_at(STARTS, torch.tensor(1.0))
+    errors = []
+    for steps in (48, 96):
+        solver = FixedGrid(steps=steps, method=method)
+        states = solver.solve(logistic, start, solver.grid()[0].flip(0))
+        errors.append(float((states[-1] - STARTS).abs().max()))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(ORDERS[method], abs=0.35)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_states_are_reported_at_the_nodes(name):
+    solver = SOLVERS[name]
+    times, weights = solver.grid()
+    states = solver.solve(logistic, STARTS, times)
+    assert states.shape == (len(times), *STARTS.shape)
+    assert torch.equal(states[0], STARTS)
+    truth = torch.stack([logistic_at(STARTS, t) for t in times])
+    tolerance = {"rk4": 1e-4, "warped": 1e-4, "adaptive": 1e-3, "midpoint": 5e-3, "euler": 0.05}
+    torch.testing.assert_close(states, truth, rtol=0, atol=tolerance[name])
+    torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_path_back_is_the_path_forward(name):
+    solver = SOLVERS[name]
+    times, _ = solver.grid()
+    there = solver.solve(logistic, STARTS, times)
+    back = solver.solve(logistic, there[-1], times.flip(0)).flip(0)
+    tolerance = 0.1 if name == "euler" else 1e-2 if name == "midpoint" else 1e-3
+    torch.testing.assert_close(back, there, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", ORDERS)
+def test_rows_are_independent(method):
+    flow = random_flow(3, solver=FixedGrid(steps=6, method=method))
+    x = torch.randn(40, 3)
+    whole = flow(x)
+    torch.testing.assert_close(flow(x[7]), whole[7], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(flow(x[5:9].clone()), whole[5:9], rtol=1e-12, atol=1e-12)
+    wild = x.clone()
+    wild[0] = 1e6
+    torch.testing.assert_close(flow(wild)[1:], whole[1:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
+def test_adaptive_meets_its_tolerance(method):
+    solver = Adaptive(rtol=1e-8, atol=1e-8, method=method, nodes=10)
+    times, _ = solver.grid()
+    assert len(times) == 11
+    truth = torch.stack([logistic_at(STARTS, t) for t in times])
+    for t, start in ((times, truth[0]), (times.flip(0), truth[-1])):
+        states = solver.solve(logistic, start, t)
+        expected = truth if t is times else truth.flip(0)
+        torch.testing.assert_close(states, expected, rtol=0, atol=3e-5)
+
+
+def test_adaptive_and_fixed_grids_report_at_the_same_nodes():
+    for mine, theirs in zip(
+        Adaptive(nodes=9).grid(), FixedGrid(steps=9, warp=0.0).grid(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_adaptive_agrees_with_a_fine_grid_through_a_flow():
+    flow = random_flow(3)
+    distribution = InterpolantDistribution(flow)
+    x = torch.randn(8, 3)
+    values = []
+    for solver in (Adaptive(rtol=1e-10, atol=1e-10, nodes=48), FixedGrid(steps=48)):
+        flow.solver = solver
+        values.append(distribution.log_prob(x))
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_gradients_reach_the_start(name):
+    solver = SOLVERS[name]
+    start = STARTS[0].clone().requires_grad_()
+    end = solver.solve(logistic, start, solver.grid()[0])[-1]
+    gradient = torch.autograd.grad(end.sum(), start)[0]
+    ratio = torch.exp(torch.sin(torch.tensor(3.0)) / 3)
+    x = start.detach()
+    truth = ratio / (1 - x + x * ratio) ** 2
+    torch.testing.assert_close(gradient, truth, rtol=0.05, atol=0)
+
+
+class Exploding(nn.Module):
+    """A velocity whose solution from x = 2 leaves every bound before t = 1."""
+
+    event_dim = 1
+
+    def forward(self, t, x, context=None):
+        return x**3
+
+
+class NotANumber(nn.Module):
+    event_dim = 2
+
+    def forward(self, t, x, context=None):
+        return x * math.nan
+
+
+@pytest.mark.parametrize(("velocity", "dim"), [(Exploding(), 1), (NotANumber(), 2)])
+def test_an_adaptive_solve_that_fails_says_what_to_do(velocity, dim):
+    flow = InterpolantTransform(velocity, solver=Adaptive())
+    with pytest.raises(ValueError, match=r"dopri5 gave up at rtol=1e-05.*loosen the tolerances"):
+        flow(torch.full((2, dim), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FixedGrid(steps=0), "at least one step"),
+        (lambda: FixedGrid(method="heun"), "a method among .*'euler', 'midpoint', 'rk4'.*'heun'"),
+        (lambda: FixedGrid(warp=1.0), "a warp in"),
+        (lambda: Adaptive(rtol=0.0), "positive tolerances"),
+        (lambda: Adaptive(atol=-1e-3), "positive tolerances"),
+        (lambda: Adaptive(nodes=0), "at least one step"),
+    ],
+)
+def test_impossible_choices_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_unknown_adaptive_method_is_refused_with_its_name():
+    with pytest.raises(ValueError, match="rk5000"):
+        random_flow(2, solver=Adaptive(method="rk5000"))(torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers_are_frozen_and_compare_by_value(name):
+    solver = SOLVERS[name]
+    assert dataclasses.replace(solver) == solver
+    assert hash(dataclasses.replace(solver)) == hash(solver)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        solver.method = "euler"
