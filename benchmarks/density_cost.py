@@ -315,9 +315,10 @@ def header(args):
         f"{args.rows} rows, float32, hidden layers {args.hidden}, {args.steps} training steps, "
         f"medians of up to {args.repeats} rounds. Ours in ms, peers as multiples of our matched "
         "time (training: of our step). Matched: mean error of log_prob within 1e-2 nats (ours: "
-        "also 5e-2 for the worst row), for NSF and MAF our widths. With a probe the error is that of the solver alone. Training step: "
-        "interpolant or flow-matching loss for ours, torchcfm and flow_matching, maximum "
-        "likelihood for the others. MiB: what the peak resident memory grew by.",
+        "and of the worst row within 5e-2), for NSF and MAF our widths. With a probe the error is "
+        "that of the solver alone. Training step: interpolant or flow-matching loss for ours, "
+        "torchcfm and flow_matching, maximum likelihood for the others. MiB: what the peak "
+        "resident memory grew by.",
     ]
 
 

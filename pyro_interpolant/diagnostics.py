@@ -115,9 +115,10 @@ def calibrate(
         failed = excess(high)
         if failed > 1:
             warnings.warn(
-                f"no grid up to {_LIMIT} steps has log_prob within {tolerance} nats of "
-                f"the reference: at {_LIMIT} it is {failed:.3g} times the tolerance. Set transform.solver = "
-                "Adaptive(...) for likelihoods, train longer, or use a smoother network.",
+                f"no grid up to {_LIMIT} steps has log_prob within {tolerance} nats of the "
+                f"reference: at {_LIMIT} it is {failed:.3g} times the tolerance. Set "
+                "transform.solver = Adaptive(...) for likelihoods, train longer, or use a "
+                "smoother network.",
                 stacklevel=2,
             )
         else:

@@ -1,6 +1,5 @@
 r"""The flow as a Pyro distribution: a learned prior or likelihood for ``pyro.sample``."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from .flow import Flow
-from .supports import Constraint, Remembered, bijection, is_trivial, to_unconstrained
+from .bases import Whiten, checked_base, moved, standard_normal
+from .supports import Constraint, OnEvents, Remembered, bijection, is_trivial, to_unconstrained
 from .transforms import ConditionalInterpolantTransform, InterpolantTransform
 
 __all__ = [
@@ -71,11 +70,17 @@ class InterpolantDistribution(dist.TransformedDistribution):
         self.base = base
         self.constraint = support
         super().__init__(
-            _standard_normal(transform) if base is None else _check_base(base, transform.flow.dim),
+            standard_normal(transform) if base is None else checked_base(base, transform.flow.dim),
             _chain(transform, base, support),
             validate_args=validate_args,
         )
         self.has_rsample = self.base_dist.has_rsample
+
+    @property
+    def support(self) -> Constraint:
+        """The support of one event."""
+        trivial = is_trivial(self.constraint)
+        return constraints.real_vector if trivial else OnEvents(self.constraint)
 
     @property
     def base_dist(self) -> Any:
@@ -83,7 +88,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         base = self.__dict__["base_dist"]
         loc = self.transform.flow.loc
         if self.base is None and (base.mean.dtype != loc.dtype or base.mean.device != loc.device):
-            base = _standard_normal(self.transform).expand(base.batch_shape)
+            base = standard_normal(self.transform).expand(base.batch_shape)
             self.__dict__["base_dist"] = base
         return base
 
@@ -129,7 +134,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         return to_unconstrained(value, self.constraint)
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Return samples and their log-density at the price of one solve."""
+        """Return samples, ``(*sample_shape, *batch, *event)``, and log-densities, in one solve."""
         x = self.rsample(torch.Size(sample_shape))
         return x, self.log_prob(x)
 
@@ -159,7 +164,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         """Move weights, buffers and base to a type or device, in place; return self."""
         self.transform.to(*args, **kwargs)
         if self.base is not None:
-            self.base = _moved(self.base, self.transform.flow.loc)
+            self.base = moved(self.base, self.transform.flow.loc)
             self.base_dist = self.base.expand(self.base_dist.batch_shape)
         self.clear_cache()
         return self
@@ -204,11 +209,11 @@ class ConditionalInterpolantDistribution(ConditionalTransformedDistribution):
             )
         bijection(support)
         if base is not None:
-            _check_base(base, transform.dim)
+            checked_base(base, transform.dim)
         self.transform = transform
         self.base = base
         self.constraint = support
-        super().__init__(_standard_normal(transform) if base is None else base, [transform])
+        super().__init__(standard_normal(transform) if base is None else base, [transform])
 
     def condition(self, context: Tensor) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``: batch shape ``(*)``.
@@ -235,59 +240,23 @@ class ConditionalInterpolantDistribution(ConditionalTransformedDistribution):
         """Move weights, buffers and base to a type or device, in place; return self."""
         self.transform.to(*args, **kwargs)
         if self.base is not None:
-            self.base = _moved(self.base, self.transform.loc)
-        return self
-
-
-class _Whiten(Transform):
-    """Map a base given in data coordinates to the whitened coordinates the velocity moves."""
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
-    def __init__(self, flow: Flow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def _call(self, x: Tensor) -> Tensor:
-        return self.flow.to_white(x)
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self.flow.from_white(y)
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return (-self.flow.linear_log_det).expand(x.shape[:-1])
-
-    def with_cache(self, cache_size: int = 1) -> "_Whiten":
+            self.base = moved(self.base, self.transform.loc)
         return self
 
 
 def _chain(transform: InterpolantTransform, base: Any, support: Constraint) -> list[Transform]:
-    chain: list[Transform] = [transform] if base is None else [_Whiten(transform.flow), transform]
+    chain: list[Transform] = [transform] if base is None else [Whiten(transform.flow), transform]
+    if is_trivial(support):
+        return chain
     bijective = bijection(support)
-    return chain if is_trivial(support) else [*chain, Remembered(bijective)]
-
-
-def _standard_normal(transform: Any) -> Any:
-    owner = getattr(transform, "flow", transform)
-    zero = torch.zeros_like(owner.loc)
-    return dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
-
-
-def _check_base(base: Any, dim: int) -> Any:
-    if not isinstance(base, TorchDistributionMixin):
-        raise TypeError(
-            "expected a base from pyro.distributions (torch's own cannot be sampled by Pyro), got "
-            f"{type(base).__name__}"
-        )
-    if base.event_shape != (dim,):
-        hint = ": add .to_event(1)" if base.batch_shape[-1:] == (dim,) else ""
+    try:
+        bijective(torch.zeros_like(transform.flow.loc))
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ValueError(
-            f"expected a base of event shape ({dim},), got event shape {tuple(base.event_shape)} "
-            f"and batch shape {tuple(base.batch_shape)}{hint}"
-        )
-    return base
+            f"expected a support of {transform.flow.dim} unconstrained dimensions, the flow's, "
+            f"got {support}"
+        ) from error
+    return [*chain, Remembered(bijective)]
 
 
 def _freeze(distribution: Any) -> Any:
@@ -297,18 +266,3 @@ def _freeze(distribution: Any) -> Any:
         distribution.base.freeze()
     distribution.clear_cache()
     return distribution
-
-
-def _moved(value: Any, like: Tensor) -> Any:
-    """Return a copy of a distribution in the type and on the device of a tensor."""
-    if isinstance(value, InterpolantDistribution):
-        return value.to(like)
-    if isinstance(value, Tensor):
-        return value.to(like) if value.is_floating_point() else value.to(like.device)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(v, like) for v in value)
-    if isinstance(value, (torch.distributions.Distribution, Transform)):
-        new = copy.copy(value)
-        new.__dict__.update({k: _moved(v, like) for k, v in value.__dict__.items()})
-        return new
-    return value

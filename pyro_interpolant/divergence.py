@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vmap
+from torch.func import jvp, vjp, vmap
 
 __all__ = ["Divergence", "ExactDivergence", "HutchinsonDivergence", "evaluate"]
 
@@ -135,5 +135,12 @@ def _quadratic_forms(
         # Multiplying by ones gives the tangent the layout of x, which an expanded one lacks.
         tangent = direction * torch.ones_like(x)
         return (jvp(field, (x,), (tangent,))[1] * direction).sum(-1)
+
+    if any(isinstance(module, nn.LayerNorm) for module in velocity.modules()):
+        # Differentiating torch's forward mode through its layer normalisation gives wrong numbers.
+        pull = vjp(field, x)[1]
+
+        def form(direction: Tensor) -> Tensor:
+            return (pull(direction * torch.ones_like(x))[0] * direction).sum(-1)
 
     return vmap(form)(directions)

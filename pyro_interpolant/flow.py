@@ -108,7 +108,7 @@ class Flow(nn.Module):
         """
         if loc.shape != (self.dim,) or linear.shape != (self.dim, self.dim):
             raise ValueError(
-                f"expected loc of shape ({self.dim},) and linear of shape ({self.dim}, {self.dim}),"
+                f"expected loc of shape ({self.dim},) and linear ({self.dim}, {self.dim}),"
                 f" got {tuple(loc.shape)} and {tuple(linear.shape)}"
             )
         if whitening is None:
@@ -235,6 +235,6 @@ def _check_velocity(velocity: nn.Module) -> None:
             )
         if getattr(module, "_pyro_samples", None):
             raise TypeError(
-                "expected a velocity with fixed weights, got a PyroModule with PyroSample weights, "
-                "which would be drawn anew at every stage of the solver"
+                "expected a velocity with fixed weights, got a PyroModule with PyroSample "
+                "weights, which would be drawn anew at every stage of the solver"
             )

@@ -44,7 +44,7 @@ class Interpolant(ABC):
 
     def derivatives(self, t: Tensor) -> Coefficients:
         r"""Return :math:`\dot\alpha(t), \dot\beta(t), \dot\gamma(t)`, each of the shape of t."""
-        return jvp(self.coefficients, (t,), (torch.ones_like(t),))[1]
+        return self._both(t)[1]
 
     def sample(self, t: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return :math:`x_t = I_t(x_0, x_1)` and its time derivative, each of shape ``(*, D)``.
@@ -54,8 +54,7 @@ class Interpolant(ABC):
             x0: Base draws, shape ``(*, D)``.
             x1: Data rows, shape ``(*, D)``.
         """
-        # One differentiation gives both: coefficients and derivatives.
-        values, slopes = jvp(self.coefficients, (t,), (torch.ones_like(t),))[:2]
+        values, slopes = self._both(t)
         a, b, g = (c[..., None] for c in values)
         da, db, dg = (c[..., None] for c in slopes)
         x_t, dx_t = a * x0 + b * x1, da * x0 + db * x1
@@ -63,6 +62,12 @@ class Interpolant(ABC):
             z = torch.randn_like(x0)
             x_t, dx_t = x_t + g * z, dx_t + dg * z
         return x_t, dx_t
+
+    def _both(self, t: Tensor) -> tuple[Coefficients, Coefficients]:
+        """Return the coefficients and their derivatives, of the shape and type of t."""
+        t = t.contiguous()  # forward mode cannot carry tangents on stride-0 tensors
+        values, slopes = jvp(self.coefficients, (t,), (torch.ones_like(t),))[:2]
+        return values, tuple(s.to(t) for s in slopes)
 
 
 @dataclass(frozen=True)

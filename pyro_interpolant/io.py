@@ -9,7 +9,6 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from .distributions import ConditionalInterpolantDistribution, InterpolantDistri
 from .interpolants import Interpolant
 from .joint import JointInterpolantDistribution
 from .networks import VelocityMLP
-from .supports import Constraint
+from .supports import build_constraint, describe_constraint
 from .transforms import ConditionalInterpolantTransform, InterpolantTransform
 
 __all__ = ["load", "save"]
@@ -28,6 +27,16 @@ __all__ = ["load", "save"]
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
 
 _FORMAT = 1
+# What a header that was edited or damaged can raise on the way to a flow.
+_DAMAGE = (
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    OverflowError,
+    AssertionError,
+)
 _KEY = "pyro_interpolant"
 
 
@@ -55,6 +64,7 @@ def save(distribution: AnyDistribution, path: str | os.PathLike[str]) -> None:
         save_file(tensors, scratch, metadata={_KEY: text})
         with open(scratch, "rb") as written:
             os.fsync(written.fileno())
+        os.chmod(scratch, 0o666 & ~_umask())  # as any new file, not as a temporary one
         os.replace(scratch, path)
     except BaseException:
         os.unlink(scratch)
@@ -99,16 +109,23 @@ def load(
     try:
         header = json.loads(text)
         version = header["format"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"the header of {path} is damaged ({error!r})") from error
     if version != _FORMAT:
         raise ValueError(
             f"{path} has format {version}, this version reads format {_FORMAT}: update the package"
         )
     try:
-        return _build(header, "", tensors, velocity, interpolant)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        with torch.random.fork_rng(devices=[]):  # weights are initialised, then overwritten
+            return _build(header, "", tensors, velocity, interpolant)
+    except _DAMAGE as error:
         raise ValueError(f"{path} is damaged or was edited: {error!r}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 # ---- distributions ------------------------------------------------------------------------------
@@ -133,9 +150,9 @@ def _describe(distribution: AnyDistribution, prefix: str, tensors: dict[str, Ten
         "interpolant": _describe_choice(transform.interpolant, interpolants),
         "solver": _describe_choice(transform.solver, solvers),
         "divergence": _describe_choice(transform.divergence, divergences),
-        "support": _describe_constraint(distribution.constraint),
+        "support": describe_constraint(distribution.constraint),
         "sites": [
-            [name, list(shape), _describe_constraint(support)]
+            [name, list(shape), describe_constraint(support)]
             for name, (shape, support) in getattr(distribution, "sites", {}).items()
         ],
         "base": _describe_base(distribution.base, f"{prefix}base.", tensors),
@@ -167,11 +184,11 @@ def _build(
     transform.load_state_dict(own)
     base = _build_base(header["base"], f"{prefix}base.", tensors)
     if name == "JointInterpolantDistribution":
-        sites = {s: (tuple(shape), _build_constraint(c)) for s, shape, c in header["sites"]}
+        sites = {s: (tuple(shape), build_constraint(c)) for s, shape, c in header["sites"]}
         distribution: Any = JointInterpolantDistribution(transform, base, sites=sites)
     elif name in ("InterpolantDistribution", "ConditionalInterpolantDistribution"):
         kind: Any = ConditionalInterpolantDistribution if conditional else InterpolantDistribution
-        distribution = kind(transform, base, support=_build_constraint(header["support"]))
+        distribution = kind(transform, base, support=build_constraint(header["support"]))
     else:
         raise ValueError(f"unknown kind of distribution {name!r} in the file")
     return distribution.freeze() if header["frozen"] else distribution
@@ -222,8 +239,10 @@ def _describe_base(base: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     if getattr(dist, name, None) is not type(base):
         raise ValueError(f"expected a base from pyro.distributions or a flow, got a {name}")
     arguments = [k for k in type(base).arg_constraints if k in vars(base)]
+    if isinstance(base, torch.distributions.MultivariateNormal):
+        arguments = ["loc", "scale_tril"]  # the others appear when somebody asks for them
     for key in arguments:
-        tensors[prefix + key] = torch.as_tensor(vars(base)[key]).detach().clone().contiguous()
+        tensors[prefix + key] = torch.as_tensor(getattr(base, key)).detach().clone().contiguous()
     return {"class": name, "arguments": arguments}
 
 
@@ -241,55 +260,3 @@ def _build_base(description: Any, prefix: str, tensors: dict[str, Tensor]) -> An
     if not known:
         raise ValueError(f"unknown base {description['class']!r} in the file")
     return kind(**{key: tensors[prefix + key] for key in description["arguments"]})
-
-
-def _describe_constraint(constraint: Constraint) -> Any:
-    """Return a constraint as nested lists: a name, or a class with its arguments."""
-    for name in constraints.__all__:
-        if getattr(constraints, name) is constraint:
-            return name
-    kind = type(constraint).__name__.lstrip("_")
-    if isinstance(constraint, constraints.independent):
-        inner = _describe_constraint(constraint.base_constraint)
-        return ["independent", inner, constraint.reinterpreted_batch_ndims]
-    if isinstance(constraint, (constraints.stack, constraints.cat)):
-        parts = [_describe_constraint(c) for c in constraint.cseq]
-        lengths = getattr(constraint, "lengths", None)
-        return [kind.lower(), parts, constraint.dim, lengths]
-    bounds = [getattr(constraint, k, None) for k in ("lower_bound", "upper_bound")]
-    bounds = [None if b is None else torch.as_tensor(b).tolist() for b in bounds]
-    return ["bounded", _bounded_name(constraint), bounds]
-
-
-def _bounded_name(constraint: Constraint) -> str:
-    for name in _BOUNDED:
-        if type(constraint) is getattr(constraints, name):
-            return name
-    for name in constraints.__all__:  # a copy of a singleton, such as a pickled constraint
-        if type(getattr(constraints, name)) is type(constraint):
-            return name
-    raise ValueError(f"expected a support from pyro.distributions.constraints, got {constraint}")
-
-
-_BOUNDED = ("interval", "half_open_interval", "greater_than", "greater_than_eq", "less_than")
-
-
-def _build_constraint(description: Any) -> Constraint:
-    if isinstance(description, str):
-        if description not in constraints.__all__:
-            raise ValueError(f"unknown support {description!r} in the file")
-        return getattr(constraints, description)
-    kind, first, *rest = description
-    if kind == "independent":
-        return constraints.independent(_build_constraint(first), rest[0])
-    if kind in ("stack", "cat"):
-        parts = [_build_constraint(c) for c in first]
-        if kind == "stack":
-            return constraints.stack(parts, rest[0])
-        return constraints.cat(parts, rest[0], rest[1])
-    if kind == "bounded" and first not in _BOUNDED:
-        return _build_constraint(first)
-    if kind != "bounded":
-        raise ValueError(f"unknown support {kind!r} in the file")
-    bounds = [torch.as_tensor(b) if isinstance(b, list) else b for b in rest[0] if b is not None]
-    return getattr(constraints, first)(*bounds)

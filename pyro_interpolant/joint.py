@@ -100,8 +100,8 @@ def sites_of(draws: Mapping[str, Any], supports: Any) -> dict[str, tuple[torch.S
         )
     sites = {}
     for name, value in draws.items():
-        shape = torch.as_tensor(value).shape[1:]
-        checked_rows(value, f"site {name!r}", shape or ())
+        shape = getattr(value, "shape", (0,))[1:]
+        checked_rows(value, f"site {name!r}", shape)
         support = supports.get(name, constraints.real)
         bijection(support)
         sites[name] = (torch.Size(shape), support)

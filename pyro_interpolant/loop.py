@@ -24,6 +24,7 @@ _LOOKS = 100  # how often the held-out loss is looked at
 _HELD_DRAWS = 8192
 _WARMUP = 0.02  # of the schedule
 _CLIP = 2.0  # times the running norm of the gradient
+_PATIENT = 0.3  # of the schedule, before which no run stops early
 _SKIPPED_LIMIT = 20  # consecutive steps without a finite gradient
 
 
@@ -65,7 +66,6 @@ class Schedule(NamedTuple):
     learning_rate: float
     patience: int
     ema: float
-    batch_size: int
 
     def progress(self, step: int, seconds: float) -> float:
         """Return the share of the run that is done, 1 at its end."""
@@ -88,12 +88,18 @@ class Rows(NamedTuple):
         """Return the rows of an index, shape ``(B,)``."""
         return Rows(self.w[index], None if self.context is None else self.context[index])
 
+    def repeated(self, count: int) -> "Rows":
+        """Return the first ``count`` rows, or whole copies of all rows up to about that many."""
+        copies = max(1, count // len(self.w))
+        return self.take(torch.arange(len(self.w)).repeat(copies)[:count])
+
 
 class Objective:
     """The regression loss of a flow on batches of whitened rows."""
 
-    def __init__(self, flow: Flow, base: Any, coupling: Coupling) -> None:
+    def __init__(self, flow: Flow, base: Any, coupling: Coupling, batch_size: int) -> None:
         self.flow, self.base, self.coupling = flow, base, coupling
+        self.batch_size = batch_size
 
     def prepared(self, rows: Tensor, contexts: Tensor | None, index: Tensor) -> Rows:
         """Return rows whitened in float64, in the type of the flow."""
@@ -112,7 +118,7 @@ class Objective:
         """Return stratified times, base draws, rows and contexts, by time: ``(T, B/T, *)``."""
         count = len(rows.w)
         times = min(_TIMES, count)
-        w0 = self.coupling(self.base_draws(count), rows.w, rows.context)
+        w0 = self._paired(rows)
         t = (torch.arange(times) + torch.rand(times)).to(rows.w) / times
         keep = count - count % times
         grouped = [
@@ -120,6 +126,14 @@ class Objective:
             for s in (w0, rows.w, rows.context)
         ]
         return t[:, None], grouped[0], grouped[1], grouped[2]  # type: ignore[return-value]
+
+    def _paired(self, rows: Rows) -> Tensor:
+        """Return base draws coupled with the rows, in batches of the training's size."""
+        parts = [
+            self.coupling(self.base_draws(len(part.w)), part.w, part.context)
+            for part in (rows.take(i) for i in torch.arange(len(rows.w)).split(self.batch_size))
+        ]
+        return torch.cat(parts)
 
     def loss(self, draw: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Tensor:
         """Return the mean regression loss of a draw."""
@@ -173,14 +187,12 @@ def train(
     parameters = [p for p in objective.flow.velocity.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99))
     average = _Average(parameters, schedule.ema)
-    repeats = max(1, _HELD_DRAWS // len(held.w))
-    fixed = objective.draw(held.take(torch.arange(len(held.w)).repeat(repeats)[:_HELD_DRAWS]))
+    fixed = objective.draw(held.repeated(_HELD_DRAWS))
     looks = _Looks(average, lambda: objective.loss(fixed), callback)
-    step, done, start = 0, 0.0, time.monotonic()
+    step, seen, done, start = 0, 0, 0.0, time.monotonic()
     clip = _Clip(parameters)
-    bar = tqdm(total=_LOOKS, disable=not progress, desc="fit", unit="%", leave=False)
-    with bar:
-        for index in batches(len(rows.w), schedule.batch_size, rows.w.device):
+    with tqdm(total=_LOOKS, disable=not progress, desc="fit", unit="%", leave=False) as bar:
+        for index in batches(len(rows.w), objective.batch_size, rows.w.device):
             optimizer.param_groups[0]["lr"] = schedule.rate(done)
             loss = objective.loss(objective.draw(rows.take(index)))
             optimizer.zero_grad()
@@ -194,19 +206,15 @@ def train(
                 break
             seconds = time.monotonic() - start
             done = schedule.progress(step, seconds)
-            if int(done * _LOOKS) > bar.n or done >= 1:
-                rate = optimizer.param_groups[0]["lr"]
-                looks.look(step, rate, seconds)
+            if int(done * _LOOKS) > seen or done >= 1:
+                seen = int(done * _LOOKS)
+                looks.look(step, schedule.rate(done), seconds)
                 bar.set_postfix_str(looks.text(), refresh=False)
-                bar.update(min(_LOOKS, int(done * _LOOKS)) - bar.n)
-                if done >= 1 or looks.since_best >= schedule.patience:
+                bar.update(min(_LOOKS, seen) - bar.n)
+                if done >= 1 or (done > _PATIENT and looks.since_best >= schedule.patience):
                     break
     looks.keep_best()
-    if clip.consecutive >= _SKIPPED_LIMIT:
-        raise RuntimeError(
-            f"the gradient was not finite for {clip.consecutive} steps in a row, the last at step "
-            f"{step}: the last good weights were kept. Lower learning_rate, or look for wild rows."
-        )
+    clip.check(step)
     seconds = time.monotonic() - start
     return Outcome(
         looks.steps,
@@ -224,7 +232,7 @@ class _Clip:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
-        self.skipped = self.consecutive = 0
+        self.skipped = self.consecutive = self.taken = 0
         self.running = math.inf
 
     def __call__(self) -> bool:
@@ -235,9 +243,19 @@ class _Clip:
             self.consecutive += 1
             return False
         self.consecutive = 0
+        self.taken += 1
         new = min(norm, limit)
         self.running = new if self.running == math.inf else 0.98 * self.running + 0.02 * new
         return True
+
+    def check(self, step: int) -> None:
+        """Raise if the run ended in, or consisted of, steps without a finite gradient."""
+        if self.consecutive >= _SKIPPED_LIMIT or not self.taken:
+            raise RuntimeError(
+                f"the gradient was not finite for {self.consecutive} steps in a row, the last at "
+                f"step {step}: the last good weights were kept. Lower learning_rate, or look for "
+                "wild rows."
+            )
 
 
 class _Looks:

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
+from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
@@ -52,11 +53,12 @@ class _BaseSpaceMessenger(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["done"]:
             return
-        flow, event_dim, mask = _unwrapped(msg["fn"])
-        if flow is None:
+        flow, wrappers = _unwrapped(msg["fn"])
+        if flow is None or _is_conditioned(msg["name"]):
             return
+        event_dim = msg["fn"].event_dim
         value = msg["value"] if msg["value"] is not None else _requested_value(msg)
-        z = self._sampled(msg["name"], flow, event_dim, mask, value)
+        z = self._sampled(msg["name"], flow, wrappers, value)
         # As pyro.deterministic does it, in place of the site.
         msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(False)  # noqa: FBT003
         msg["value"] = z
@@ -65,14 +67,14 @@ class _BaseSpaceMessenger(Messenger):
 
     @staticmethod
     def _sampled(
-        name: str, flow: InterpolantDistribution, event_dim: int, mask: Any, value: Tensor | None
+        name: str, flow: InterpolantDistribution, wrappers: list[Any], value: Tensor | None
     ) -> Tensor:
         base = flow.base_dist
-        extra = event_dim - flow.event_dim
-        if extra:
-            base = base.to_event(extra)
-        if mask is not None:
-            base = base.mask(mask)
+        for wrapper in reversed(wrappers):
+            if isinstance(wrapper, dist.MaskedDistribution):
+                base = base.mask(wrapper._mask)
+            else:
+                base = base.to_event(wrapper.reinterpreted_batch_ndims)
         if value is None:
             z = pyro.sample(f"{name}_base", base)
         else:
@@ -86,19 +88,18 @@ class _BaseSpaceMessenger(Messenger):
         return z
 
 
-def _unwrapped(fn: Any) -> tuple[InterpolantDistribution | None, int, Any]:
-    """Return the flow inside ``to_event`` and ``mask``, the event dimensions, and the mask."""
-    mask = None
-    event_dim = getattr(fn, "event_dim", 0)
-    while True:
-        if isinstance(fn, InterpolantDistribution):
-            return fn, event_dim, mask
-        if isinstance(fn, dist.MaskedDistribution):
-            inner = fn._mask
-            mask = inner if mask is None else mask & inner
-        elif not isinstance(fn, torch.distributions.Independent):
-            return None, 0, None
+def _unwrapped(fn: Any) -> tuple[InterpolantDistribution | None, list[Any]]:
+    """Return the flow inside ``to_event`` and ``mask``, or None, and its wrappers from outside."""
+    wrappers = []
+    while isinstance(fn, (dist.MaskedDistribution, torch.distributions.Independent)):
+        wrappers.append(fn)
         fn = fn.base_dist
+    return (fn if isinstance(fn, InterpolantDistribution) else None), wrappers
+
+
+def _is_conditioned(name: str) -> bool:
+    """Tell whether an enclosing ``condition`` is about to observe the site."""
+    return any(isinstance(m, ConditionMessenger) and name in m.data for m in _PYRO_STACK)
 
 
 def _requested_value(msg: Any) -> Tensor | None:

@@ -3,14 +3,24 @@ r"""Supports other than all real vectors, reached by Pyro's own bijections."""
 from collections.abc import Sequence
 from typing import Any
 
-import pyro.distributions  # noqa: F401  (registers Pyro's bijections)
 import torch
+from pyro.distributions import constraints
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, biject_to, transform_to
 
 from .caching import Entry, IdentityCache
 
-__all__ = ["Constraint", "Remembered", "bijection", "is_trivial", "to_unconstrained"]
+__all__ = [
+    "Constraint",
+    "OnEvents",
+    "Remembered",
+    "bijection",
+    "build_constraint",
+    "describe_constraint",
+    "is_trivial",
+    "to_unconstrained",
+]
 
 Constraint = constraints.Constraint
 
@@ -39,7 +49,7 @@ def bijection(support: Constraint) -> Transform:
         raise ValueError(
             f"expected a support that is a bijective image of real vectors, got {support}: use "
             "real_vector, positive, interval, simplex, corr_cholesky, ordered_vector, "
-            "independent(..., 1), stack or another constraint for which torch.distributions.biject_to is bijective"
+            "independent(..., 1), stack or another constraint for which biject_to is bijective"
         )
     return transform
 
@@ -59,20 +69,72 @@ def to_unconstrained(value: Tensor, support: Constraint) -> Tensor:
     """
     if is_trivial(support):
         return value
-    inside = support.check(value)
+    on_events = OnEvents(support)
+    inside = on_events.check(value)
+    if bool(inside.all()):
+        inside = on_events.reduced(_off_the_edge(support, value), value)
     if bool(inside.all()):
         real = bijection(support).inv(value)
-        if bool(torch.isfinite(real).all()):
+        inside = torch.isfinite(real).all(-1)
+        if bool(inside.all()):
             return real
-        inside = torch.isfinite(real)
-    inside = inside.reshape(len(value), -1).all(-1) if inside.dim() > 1 else inside
-    count = int((~inside).sum())
-    first = int((~inside).reshape(-1).nonzero()[0])
     raise ValueError(
-        f"expected values strictly inside the support {support}, got {count} of {inside.numel()} "
-        f"rows outside it or on its edge, the first being row {first}: remove them, or choose the "
-        "support that the data have"
+        f"expected values strictly inside the support {support}, got {int((~inside).sum())} of "
+        f"{inside.numel()} rows outside it or on its edge, the first being row "
+        f"{int((~inside).reshape(-1).nonzero()[0])}: remove them, or choose the support that the "
+        "data have"
     )
+
+
+def _off_the_edge(support: Constraint, value: Tensor) -> Tensor:
+    """Tell which elements are off the bounds, where bijections clamp instead of diverging."""
+    if isinstance(support, constraints.independent):
+        return _off_the_edge(support.base_constraint, value)
+    if isinstance(support, constraints.stack):
+        parts = zip(support.cseq, value.unbind(support.dim), strict=True)
+        return torch.stack([_off_the_edge(c, v) for c, v in parts], support.dim)
+    inside = torch.ones_like(value, dtype=torch.bool)
+    lower, upper = (getattr(support, f"{side}_bound", None) for side in ("lower", "upper"))
+    if isinstance(support, type(constraints.simplex)):
+        lower = 0.0
+    if lower is not None:
+        inside = inside & (value > lower)
+    return inside if upper is None else inside & (value < upper)
+
+
+class OnEvents(Constraint):
+    """A support as a constraint on whole events, whatever the support's own idea of them.
+
+    Pyro's bijections end in element-wise maps, so the codomain of a composed one says nothing of
+    the support, and some constraints check elements where they claim to check events.
+
+    Args:
+        support: The support.
+    """
+
+    def __init__(self, support: Constraint) -> None:
+        self.inner = support
+        self.event_dim = max(1, bijection(support).codomain.event_dim)
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        """Tell which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
+        return self.reduced(self.inner.check(value), value)
+
+    def reduced(self, inside: Tensor, value: Tensor) -> Tensor:
+        """Return what holds for all elements of an event, shape ``(*)``."""
+        extra = inside.dim() - (value.dim() - self.event_dim)
+        return inside.flatten(-extra).all(-1) if extra > 0 else inside
+
+    def __repr__(self) -> str:
+        """Name the support."""
+        return repr(self.inner)
+
+
+@biject_to.register(OnEvents)
+@transform_to.register(OnEvents)
+def _(constraint: OnEvents) -> Transform:
+    return Remembered(bijection(constraint.inner))
 
 
 class Remembered(Transform):
@@ -103,7 +165,10 @@ class Remembered(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log |dy/dx|``, shape ``(*)``, as the wrapped bijection does."""
-        return self.wrapped.log_abs_det_jacobian(x, y)
+        value = self.wrapped.log_abs_det_jacobian(x, y)
+        # torch's StackTransform leaves the sum over the event to its caller.
+        extra = value.dim() - (x.dim() - self.domain.event_dim)
+        return sum_rightmost(value, extra) if extra > 0 else value
 
     def forward_shape(self, shape: Sequence[int]) -> Sequence[int]:
         """Return the shape on the support."""
@@ -124,3 +189,72 @@ class Remembered(Transform):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles: without cached graphs or inverses."""
         return {**self.__dict__, "_cache": IdentityCache(), "_inv": None}
+
+
+def describe_constraint(constraint: Constraint) -> Any:
+    """Return a constraint as nested lists, for a file: a name, or a class with its arguments.
+
+    Raises:
+        ValueError: If it is not one of Pyro's.
+    """
+    for name in constraints.__all__:
+        if getattr(constraints, name) is constraint:
+            return name
+    kind = type(constraint).__name__.lstrip("_")
+    if isinstance(constraint, constraints.independent):
+        inner = describe_constraint(constraint.base_constraint)
+        return ["independent", inner, constraint.reinterpreted_batch_ndims]
+    if isinstance(constraint, (constraints.stack, constraints.cat)):
+        parts = [describe_constraint(c) for c in constraint.cseq]
+        lengths = getattr(constraint, "lengths", None)
+        return [kind.lower(), parts, constraint.dim, lengths]
+    bounds = [getattr(constraint, k, None) for k in ("lower_bound", "upper_bound")]
+    bounds = [b if b is None or not torch.is_tensor(b) else _describe_tensor(b) for b in bounds]
+    return ["bounded", _bounded_name(constraint), bounds]
+
+
+def _describe_tensor(value: Tensor) -> list[Any]:
+    return [str(value.dtype).removeprefix("torch."), value.tolist()]
+
+
+def _bounded_name(constraint: Constraint) -> str:
+    for name in _BOUNDED:
+        if type(constraint) is getattr(constraints, name):
+            return name
+    for name in constraints.__all__:  # a copy of a singleton, such as a pickled constraint
+        if type(getattr(constraints, name)) is type(constraint):
+            return name
+    raise ValueError(f"expected a support from pyro.distributions.constraints, got {constraint}")
+
+
+_BOUNDED = ("interval", "half_open_interval", "greater_than", "greater_than_eq", "less_than")
+
+
+def build_constraint(description: Any) -> Constraint:
+    """Return the constraint that :func:`describe_constraint` described.
+
+    Raises:
+        ValueError: If the description names no constraint of Pyro's.
+    """
+    if isinstance(description, str):
+        if description not in constraints.__all__:
+            raise ValueError(f"unknown support {description!r} in the file")
+        return getattr(constraints, description)
+    kind, first, *rest = description
+    if kind == "independent":
+        return constraints.independent(build_constraint(first), rest[0])
+    if kind in ("stack", "cat"):
+        parts = [build_constraint(c) for c in first]
+        if kind == "stack":
+            return constraints.stack(parts, rest[0])
+        return constraints.cat(parts, rest[0], rest[1])
+    if kind == "bounded" and first not in _BOUNDED:
+        return build_constraint(first)
+    if kind != "bounded":
+        raise ValueError(f"unknown support {kind!r} in the file")
+    bounds = [
+        torch.tensor(b[1], dtype=getattr(torch, b[0])) if isinstance(b, list) else b
+        for b in rest[0]
+        if b is not None
+    ]
+    return getattr(constraints, first)(*bounds)

@@ -9,13 +9,20 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from .couplings import independent
-from .data import checked_rows, moments
+from .data import checked_rows
 from .diagnostics import calibrate
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .flow import Flow
 from .joint import JointInterpolantDistribution, pack, sites_of
 from .loop import Objective, Schedule, TrainingState, train
-from .networks import VelocityMLP
+from .preparation import (
+    check_settings,
+    checked_batch,
+    checked_context,
+    checked_data,
+    own_flow,
+    precondition,
+)
 from .solvers import FixedGrid
 from .supports import Constraint, bijection
 from .transforms import interpolant_transform
@@ -25,7 +32,6 @@ __all__ = ["FitResult", "fit", "from_samples"]
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
 Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-_BATCH = 1024
 _CALIBRATION_ROWS = 256
 
 
@@ -110,20 +116,20 @@ def fit(
     References:
         arXiv 2209.15571, Algorithm 1.
     """
-    flow = _own_flow(distribution)
-    rows = _checked_data(distribution, flow, data)
-    contexts = _checked_context(distribution, flow, context, len(rows))
+    flow = own_flow(distribution)
+    rows = checked_data(distribution, flow, data)
+    contexts = checked_context(distribution, flow, context, len(rows))
     held_count = max(1, round(validation * len(rows))) if 0 < validation < 1 else 0
-    size = _checked_batch(batch_size, len(rows) - held_count)
-    _check_settings(steps, max_seconds, learning_rate, validation, patience, ema)
+    size = checked_batch(batch_size, len(rows) - held_count)
+    check_settings(steps, max_seconds, learning_rate, validation, patience, ema, tolerance)
     with _seeded(seed, flow.loc.device):
         order = torch.randperm(len(rows), device=rows.device)
         held, kept = order[:held_count], order[held_count:]
-        _precondition(flow, distribution, rows[kept], None if contexts is None else contexts[kept])
-        objective = Objective(flow, distribution.base, coupling)
+        precondition(flow, distribution, rows[kept], None if contexts is None else contexts[kept])
+        objective = Objective(flow, distribution.base, coupling, size)
         train_set = objective.prepared(rows[kept], contexts, kept)
         held_set = objective.prepared(rows[held], contexts, held)
-        schedule = Schedule(steps, max_seconds, learning_rate, patience, ema, size)
+        schedule = Schedule(steps, max_seconds, learning_rate, patience, ema)
         with _trainable(flow):
             outcome = train(objective, train_set, held_set, schedule, progress, callback)
     distribution.clear_cache()
@@ -214,101 +220,6 @@ def _trainable(flow: Flow) -> Iterator[None]:
         for p, flag in zip(velocity.parameters(), flags, strict=True):
             p.requires_grad = flag
             p.grad = None
-
-
-def _own_flow(distribution: AnyDistribution) -> Flow:
-    transform: Any = getattr(distribution, "transform", None)
-    if not isinstance(transform, Flow):
-        raise TypeError(
-            "expected an InterpolantDistribution or a ConditionalInterpolantDistribution, got "
-            f"{type(distribution).__name__}"
-        )
-    if getattr(transform, "flow", transform) is not transform:
-        raise ValueError(
-            "expected a flow that owns its weights, got a conditioned one or one stopped by "
-            "at(t): fit the distribution it came from"
-        )
-    return transform
-
-
-def _checked_data(distribution: AnyDistribution, flow: Flow, data: Any) -> Tensor:
-    """Return the data in the flow's coordinates, shape ``(N, D)``."""
-    if isinstance(data, Mapping):
-        if not isinstance(distribution, JointInterpolantDistribution):
-            raise TypeError(
-                "expected a tensor of rows: only a JointInterpolantDistribution takes named draws"
-            )
-        return checked_rows(distribution.pack(data), "data", (flow.dim,))
-    shape = bijection(distribution.constraint).forward_shape(torch.Size([flow.dim]))
-    return distribution.unconstrained(checked_rows(data, "data", shape))
-
-
-def _checked_context(
-    distribution: AnyDistribution, flow: Flow, context: Any, count: int
-) -> Tensor | None:
-    conditional = isinstance(distribution, ConditionalInterpolantDistribution)
-    if not conditional:
-        if context is not None:
-            raise ValueError(
-                "expected no context for this flow: use a ConditionalInterpolantDistribution"
-            )
-        return None
-    if context is None:
-        raise ValueError(
-            f"expected a context of shape ({count}, C) for a conditional flow, got none"
-        )
-    context = checked_rows(context, "context", (getattr(flow.velocity, "context_dim", None),))
-    if len(context) != count:
-        raise ValueError(f"expected as many contexts as rows of data, {count}, got {len(context)}")
-    return context.to(flow.loc)
-
-
-def _checked_batch(batch_size: int | None, available: int) -> int:
-    if batch_size is None:
-        return max(1, min(_BATCH, available))
-    if not 1 <= batch_size <= available:
-        raise ValueError(
-            f"expected batch_size between 1 and the {available} training rows, got {batch_size}"
-        )
-    return batch_size
-
-
-def _check_settings(
-    steps: int | None,
-    max_seconds: float | None,
-    learning_rate: float,
-    validation: float,
-    patience: int,
-    ema: float,
-) -> None:
-    for name, good, value in (
-        ("steps >= 1", steps is None or steps >= 1, steps),
-        ("max_seconds > 0", max_seconds is None or max_seconds > 0, max_seconds),
-        ("learning_rate > 0", learning_rate > 0, learning_rate),
-        ("validation between 0 and 1", 0 < validation < 1, validation),
-        ("patience >= 1", patience >= 1, patience),
-        ("ema in [0, 1)", 0 <= ema < 1, ema),
-    ):
-        if not good:
-            raise ValueError(f"expected {name}, got {value}")
-
-
-def _precondition(
-    flow: Flow, distribution: AnyDistribution, rows: Tensor, contexts: Tensor | None
-) -> None:
-    """Set the whitening map, and the network's radius and context scale, from training rows."""
-    m = moments(rows)
-    if distribution.base is None:
-        flow.precondition(*m)
-    else:  # one scalar: a full whitening would change what the shortest path is
-        base = distribution.base.sample((len(rows),)).double()
-        both = torch.cat((base - base.mean(0), rows.double() - rows.double().mean(0)))
-        scale = both.square().mean().sqrt()
-        eye = torch.eye(flow.dim, dtype=torch.float64, device=rows.device)
-        flow.precondition((base.mean(0) + rows.double().mean(0)) / 2, scale * eye, eye / scale)
-    if isinstance(flow.velocity, VelocityMLP):
-        w = flow.to_white(rows.to(flow.loc))
-        flow.velocity.precondition(w, contexts)
 
 
 def _bare(distribution: AnyDistribution) -> AnyDistribution:

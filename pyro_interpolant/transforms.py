@@ -222,15 +222,10 @@ class ConditionalInterpolantTransform(Flow, ConditionalTransformModule):
 
     Args:
         velocity: Any module with ``forward(t, x, context)``; see :class:`VelocityMLP`.
-        event_dim: D. By default ``velocity.event_dim``.
-        interpolant: The path the velocity is trained for. By default :class:`Trigonometric`.
-        solver: How paths are integrated, a plain attribute. By default :class:`FixedGrid`.
-        divergence: How the log-determinant's rate is computed. By default
-            :class:`ExactDivergence`.
+        event_dim, interpolant, solver, divergence: As in :class:`InterpolantTransform`.
 
     Raises:
-        ValueError: If the size D is not known, or the velocity couples rows (batch normalisation).
-        TypeError: If the velocity is not a module, or a Pyro module with random weights.
+        ValueError, TypeError: As in :class:`InterpolantTransform`.
 
     Example:
         >>> flow = conditional_interpolant_transform(2, context_dim=3, hidden_dims=(32, 32))

@@ -590,6 +590,21 @@ def test_inference_mode_then_not(kind, support):
         assert d.log_prob(x).is_inference()
 
 
+@every_support
+def test_frozen_inference_mode_then_gradient_of_the_value(support):
+    d = prior(support=support).freeze()
+    x = d.sample((5,)).clone()
+    with torch.inference_mode():
+        inside = d.log_prob(x)
+    outside = d.log_prob(x)
+    assert not outside.is_inference()
+    assert not d.transform(torch.randn(2)).is_inference()
+    torch.testing.assert_close(outside, inside.clone())
+    scale = torch.ones(5).requires_grad_()
+    (scale * outside).sum().backward()  # an inference tensor cannot be saved for this
+    torch.testing.assert_close(scale.grad, outside)
+
+
 def test_inference_mode_uses_the_cache():
     transform = FLOWS["two"](2, solver=CountingSolver())
     d = InterpolantDistribution(transform)

@@ -15,7 +15,11 @@ def with_values(value, rows):
 
 
 ERRORS = {
-    "nan": (lambda: with_values(math.nan, [7, 9, 12]), ValueError, r"in 3 of 20 rows.*being row 7"),
+    "nan": (
+        lambda: with_values(math.nan, [7, 9, 12]),
+        ValueError,
+        r"in 3 of 20 rows.*being row 7",
+    ),
     "inf": (lambda: with_values(math.inf, [4]), ValueError, r"in 1 of 20 rows.*being row 4"),
     "-inf": (lambda: with_values(-math.inf, [0, 1]), ValueError, r"in 2 of 20 rows.*being row 0"),
     "int": (lambda: torch.ones(9, 2, dtype=torch.int64), TypeError, r"int64.*\.float\(\).*noise"),

@@ -72,7 +72,7 @@ def make(table, name):
     return table[name]()
 
 
-# ------------------------------------------------------------------ samples and densities agree
+# --------------------------------------------------------------------- samples and densities agree
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -146,7 +146,7 @@ def test_gaussian_closed_form():
     assert torch.allclose(d.log_prob(x), expected, atol=1e-12)
 
 
-# ----------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------ shapes
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -232,7 +232,7 @@ def test_nan_raises():
         d.log_prob(torch.tensor([[0.0, float("nan")]]))
 
 
-# ----------------------------------------------------------------------------------------- expand
+# ------------------------------------------------------------------------------------------ expand
 
 
 @pytest.mark.parametrize("name", ["two", "laplace", "halfway", "conditioned"])
@@ -453,7 +453,7 @@ def test_doctest_shapes():
     assert prior.log_prob(prior.sample((10,))).shape == (10,)
 
 
-# ------------------------------------------------------------------------------------ conditional
+# ------------------------------------------------------------------------------------- conditional
 
 
 def test_condition_checks_the_context():
@@ -626,7 +626,7 @@ def test_no_device_is_named():
     assert named.search('torch.zeros(3, device="cuda:0")')
 
 
-# ----------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------ errors
 
 
 def test_wrong_transform_raises():

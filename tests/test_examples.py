@@ -15,10 +15,12 @@ NAMES = sorted(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_example_runs_and_draws_its_picture(name, tmp_path):
+    # One thread, as the tests beside it: more would only wait for one another.
+    environment = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), "--smoke"],
         cwd=tmp_path,
-        env={**os.environ, "MPLBACKEND": "Agg"},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=240,

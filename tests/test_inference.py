@@ -339,7 +339,7 @@ def test_enumeration_above_a_latent_flow():
     assert torch.isfinite(losses).all()
 
 
-# ------------------------------------------------------------------------------------- autoguides
+# -------------------------------------------------------------------------------------- autoguides
 
 AUTOGUIDES = {
     "AutoNormal": guides.AutoNormal,
@@ -690,7 +690,7 @@ def test_param_store_round_trip(tmp_path):
     assert torch.allclose(other.log_prob(x), expected)
 
 
-# -------------------------------------------------------------------------------- training by SVI
+# --------------------------------------------------------------------------------- training by SVI
 
 
 def fresh(dim, context_dim=0):
@@ -781,7 +781,7 @@ def test_training_a_prior_through_a_latent():
     assert moved(prior.transform, before)
 
 
-# ---------------------------------------------------------------------------- Pyro's own reparam
+# ------------------------------------------------------------------------------ Pyro's own reparam
 
 
 def test_stock_transform_reparam():

@@ -65,7 +65,10 @@ HARNESS = {
 }
 
 
-@pytest.fixture(params=[f"{how}-{kind}" for how in HARNESS for kind in KINDS])
+@pytest.fixture(
+    params=[f"{how}-{kind}" for how in ("plain", "conditioned") for kind in KINDS]
+    + ["at-two", "at-own", "inverted_family-three"]
+)
 def builder(request):
     how, kind = request.param.split("-")
     return lambda dim: HARNESS[how](kind, dim)

@@ -255,7 +255,7 @@ def test_integrates_to_one_on_a_triangle():
     assert float(total) == pytest.approx(1.0, abs=5e-3)
 
 
-# ----------------------------------------------------------------------------------- trivial ones
+# ------------------------------------------------------------------------------------ trivial ones
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_real_supports_are_one_and_the_same(support):
     assert d.support.event_dim == 1
 
 
-# ----------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize("conditional", [False, True])

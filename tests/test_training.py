@@ -241,11 +241,11 @@ class Poisoned(VelocityMLP):
 
 
 def test_a_loss_that_turns_to_nan_keeps_the_last_good_weights():
-    x = bimodal().sample((300,))
-    distribution = InterpolantDistribution(InterpolantTransform(Poisoned(60)))
+    x = torch.randint(0, 2, (300, 1)) * 4.0 + 0.2 * torch.randn(300, 2)
+    distribution = InterpolantDistribution(InterpolantTransform(Poisoned(150)))
     before, told = weights_of(distribution), []
     with pytest.raises(RuntimeError, match="not finite for .* last good weights were kept.*Lower"):
-        quick(distribution, x, steps=200, learning_rate=5e-3, callback=told.append)
+        quick(distribution, x, steps=400, learning_rate=5e-3, callback=told.append)
     after = weights_of(distribution)
     assert all(torch.isfinite(v).all() for k, v in after.items() if "radius" not in k)
     assert not torch.equal(before["velocity.output.weight"], after["velocity.output.weight"])
@@ -253,7 +253,7 @@ def test_a_loss_that_turns_to_nan_keeps_the_last_good_weights():
     distribution.transform.velocity.good = math.inf
     draws = {"x0": torch.randn(300, 2), "t": torch.rand(300)}
     # Better than the untrained velocity, whose loss is zero.
-    assert interpolant_loss(distribution, x, **draws).mean() < -0.05
+    assert interpolant_loss(distribution, x, **draws).mean() < -0.1
     assert all(p.requires_grad for p in distribution.transform.parameters())
 
 

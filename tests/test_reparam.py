@@ -1,0 +1,703 @@
+"""Inference in base space: which sites change, what stays the same, and where it starts."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import BASES, gaussian_prior, random_flow
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer import (
+    NUTS,
+    SVI,
+    JitTrace_ELBO,
+    Predictive,
+    Trace_ELBO,
+    TraceMeanField_ELBO,
+)
+from pyro.infer import autoguide as guides
+from pyro.infer.autoguide.initialization import (
+    InitMessenger,
+    init_to_feasible,
+    init_to_generated,
+    init_to_mean,
+    init_to_median,
+    init_to_sample,
+    init_to_uniform,
+    init_to_value,
+)
+from pyro.infer.mcmc.util import initialize_model
+from pyro.optim import Adam
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    FixedGrid,
+    InterpolantDistribution,
+    base_space,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
+
+STEPS = FixedGrid(steps=16)
+ATOL = 1e-4  # between a path out and a path back
+
+
+def random_prior(dim, **kwargs):
+    """Return a frozen random flow, solved finely enough to compare both directions."""
+    return InterpolantDistribution(random_flow(dim, solver=STEPS), **kwargs).freeze()
+
+
+def trace_of(model, *args):
+    """Return the trace of one execution, with its log-probabilities."""
+    trace = poutine.trace(model).get_trace(*args)
+    trace.compute_log_prob()
+    return trace
+
+
+def latents(trace):
+    """Return the names of the latent sites: the stochastic ones but for plates."""
+    return [n for n in trace.stochastic_nodes if n not in ("rows", "more")]
+
+
+def family(dim=2, context_dim=2, **kwargs):
+    transform = random_flow(dim, context_dim=context_dim, solver=STEPS)
+    return ConditionalInterpolantDistribution(transform, **kwargs).freeze()
+
+
+def at_a_hundred():
+    return gaussian_prior(torch.full((2,), 100.0), 5.0 * torch.eye(2))
+
+
+# Models with one site z of ours; each returns what the density of z should be, and z.
+
+
+def plain():
+    prior = random_prior(2)
+
+    def model():
+        return pyro.sample("z", prior)
+
+    return model, prior.log_prob
+
+
+def given_base():
+    prior = random_prior(2, base=BASES["laplace"](2))
+
+    def model():
+        return pyro.sample("z", prior)
+
+    return model, prior.log_prob
+
+
+def flow_base():
+    prior = random_prior(2, base=random_prior(2))
+
+    def model():
+        return pyro.sample("z", prior)
+
+    return model, prior.log_prob
+
+
+def halfway():
+    prior = random_prior(2).at(0.5)
+
+    def model():
+        return pyro.sample("z", prior)
+
+    return model, prior.log_prob
+
+
+def positive():
+    prior = random_prior(2, support=constraints.positive)
+
+    def model():
+        return pyro.sample("z", prior)
+
+    return model, prior.log_prob
+
+
+def simplex():
+    prior = random_prior(2, support=constraints.simplex)
+
+    def model():
+        return pyro.sample("z", prior)
+
+    return model, prior.log_prob
+
+
+def conditioned():
+    d = family().condition(torch.tensor([0.5, -1.0]))
+
+    def model():
+        return pyro.sample("z", d)
+
+    return model, d.log_prob
+
+
+def conditioned_rows():
+    d = family().condition(torch.randn(3, 2))
+
+    def model():
+        with pyro.plate("rows", 3):
+            return pyro.sample("z", d)
+
+    return model, lambda z: d.log_prob(z).sum()
+
+
+def conditioned_nested():
+    d = family().condition(torch.randn(3, 2))
+
+    def model():
+        with pyro.plate("rows", 3, dim=-1), pyro.plate("more", 4, dim=-2):
+            return pyro.sample("z", d)
+
+    return model, lambda z: d.log_prob(z).sum()
+
+
+def to_event():
+    prior = random_prior(2)
+
+    def model():
+        return pyro.sample("z", prior.expand([3]).to_event(1))
+
+    return model, lambda z: prior.log_prob(z).sum()
+
+
+def to_event_in_a_plate():
+    prior = random_prior(2)
+
+    def model():
+        with pyro.plate("rows", 4):
+            return pyro.sample("z", prior.expand([3]).to_event(1))
+
+    return model, lambda z: prior.log_prob(z).sum()
+
+
+def expanded():
+    prior = random_prior(2)
+
+    def model():
+        with pyro.plate("rows", 3):
+            return pyro.sample("z", prior.expand([3]))
+
+    return model, lambda z: prior.log_prob(z).sum()
+
+
+def nested_plates():
+    prior = random_prior(2)
+
+    def model():
+        with pyro.plate("rows", 3, dim=-1), pyro.plate("more", 4, dim=-2):
+            return pyro.sample("z", prior)
+
+    return model, lambda z: prior.log_prob(z).sum()
+
+
+def subsampled():
+    prior = random_prior(2)
+
+    def model():
+        with pyro.plate("rows", 12, subsample_size=4):
+            return pyro.sample("z", prior)
+
+    return model, lambda z: 3 * prior.log_prob(z).sum()
+
+
+def masked_by_poutine():
+    prior, keep = random_prior(2), torch.tensor([True, False, True])
+
+    def model():
+        with pyro.plate("rows", 3), poutine.mask(mask=keep):
+            return pyro.sample("z", prior)
+
+    return model, lambda z: prior.log_prob(z)[keep].sum()
+
+
+def masked():
+    prior, keep = random_prior(2), torch.tensor([True, False, True])
+
+    def model():
+        with pyro.plate("rows", 3):
+            return pyro.sample("z", prior.mask(keep))
+
+    return model, lambda z: prior.log_prob(z)[keep].sum()
+
+
+def masked_to_event():
+    prior, keep = random_prior(2), torch.tensor([True, False, True])
+
+    def model():
+        return pyro.sample("z", prior.expand([3]).mask(keep).to_event(1))
+
+    return model, lambda z: prior.log_prob(z)[keep].sum()
+
+
+def to_event_masked():
+    prior, keep = random_prior(2), torch.tensor([True, False])
+
+    def model():
+        with pyro.plate("rows", 2):
+            return pyro.sample("z", prior.expand([2, 3]).to_event(1).mask(keep))
+
+    return model, lambda z: prior.log_prob(z)[0].sum()
+
+
+def masked_twice():
+    prior = random_prior(2)
+    first, second = torch.tensor([True, False, True]), torch.tensor([True, True, False])
+
+    def model():
+        with pyro.plate("rows", 3):
+            return pyro.sample("z", prior.mask(first).mask(second))
+
+    return model, lambda z: prior.log_prob(z)[0]
+
+
+def masked_by_a_bool():
+    prior = random_prior(2)
+
+    def model():
+        return pyro.sample("z", prior.mask(False))  # noqa: FBT003
+
+    return model, lambda z: torch.zeros(())
+
+
+def scaled():
+    prior = random_prior(2)
+
+    def model():
+        with poutine.scale(scale=2.5):
+            return pyro.sample("z", prior)
+
+    return model, lambda z: 2.5 * prior.log_prob(z)
+
+
+SITES = {
+    f.__name__: f
+    for f in (
+        plain,
+        given_base,
+        flow_base,
+        halfway,
+        positive,
+        simplex,
+        conditioned,
+        conditioned_rows,
+        conditioned_nested,
+        to_event,
+        to_event_in_a_plate,
+        expanded,
+        nested_plates,
+        subsampled,
+        masked_by_poutine,
+        masked,
+        masked_to_event,
+        to_event_masked,
+        masked_twice,
+        masked_by_a_bool,
+        scaled,
+    )
+}
+
+# Where every event of the site counts once, so that the Jacobian is that of the whole site.
+UNWEIGHTED = [n for n in SITES if "masked" not in n and n not in ("scaled", "subsampled")]
+
+sites = pytest.mark.parametrize("name", SITES)
+
+
+# ------------------------------------------------------------------------------ which sites change
+
+
+@sites
+def test_site_becomes_its_base(name):
+    model, _ = SITES[name]()
+    trace = trace_of(base_space(model))
+    # A base that is a flow itself goes to its own base in turn.
+    assert latents(trace) == ["z_base_base" if name == "flow_base" else "z_base"]
+    z, node = trace.nodes["_RETURN"]["value"], trace.nodes["z"]
+    assert node["value"] is z
+    assert node["is_observed"]
+    assert node["infer"]["_deterministic"]
+    assert torch.equal(node["log_prob_sum"], torch.zeros(()))
+    plain_node = trace_of(model).nodes["z"]
+    assert z.shape == plain_node["value"].shape
+    assert node["fn"].event_dim == plain_node["fn"].event_dim
+    assert node["fn"].batch_shape == plain_node["fn"].batch_shape
+    assert [f.name for f in node["cond_indep_stack"]] == [
+        f.name for f in plain_node["cond_indep_stack"]
+    ]
+
+
+@sites
+def test_draws_are_the_same(name):
+    model, _ = SITES[name]()
+    pyro.set_rng_seed(2)
+    expected = model()
+    pyro.set_rng_seed(2)
+    assert torch.allclose(base_space(model)(), expected)
+
+
+@pytest.mark.parametrize("name", UNWEIGHTED)
+def test_log_joint_is_that_of_the_data_space_with_the_jacobian(name):
+    model, density = SITES[name]()
+    trace = trace_of(base_space(model))
+    (base,) = latents(trace)
+    leaf = trace.nodes[base]["value"].detach().clone()
+    wrapped = base_space(model)
+
+    def site(value):
+        return poutine.condition(wrapped, {base: value})()
+
+    z = site(leaf)
+    if name == "simplex":
+
+        def flat(value):
+            return site(value)[..., :-1]
+    else:
+        flat = site
+    jacobian = torch.autograd.functional.jacobian(flat, leaf).reshape(leaf.numel(), leaf.numel())
+    log_det = torch.linalg.slogdet(jacobian).logabsdet
+    expected = density(z.detach().clone()).sum() + log_det
+    found = poutine.trace(poutine.condition(wrapped, {base: leaf})).get_trace().log_prob_sum()
+    assert torch.allclose(found, expected, atol=20 * ATOL)
+
+
+@pytest.mark.parametrize("name", [n for n in SITES if n not in UNWEIGHTED])
+def test_masks_and_scales_apply_to_the_base(name):
+    model, density = SITES[name]()
+    trace = trace_of(base_space(model))
+    z_base, z = (trace.nodes[n]["value"] for n in ("z_base", "z"))
+    normal = dist.Normal(0.0, 1.0).log_prob(z_base).sum(-1)
+    rows = normal.reshape(-1)
+    weights = {
+        "subsampled": torch.full((4,), 3.0),
+        "scaled": torch.tensor([2.5]),
+        "masked_by_a_bool": torch.zeros(1),
+        "to_event_masked": torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0]),
+        "masked_twice": torch.tensor([1.0, 0.0, 0.0]),
+    }.get(name, torch.tensor([1.0, 0.0, 1.0]))
+    assert torch.allclose(trace.log_prob_sum(), weights @ rows)
+    # And those are the weights of data space.
+    there = trace_of(poutine.condition(model, {"z": z.clone()}))
+    assert torch.allclose(there.log_prob_sum(), density(z.clone()))
+
+
+def test_observed_sites_are_left_alone():
+    prior, likelihood = random_prior(2), family()
+    data = torch.randn(4, 2)
+
+    def model():
+        z = pyro.sample("z", prior)
+        with pyro.plate("rows", 4):
+            pyro.sample("x", likelihood.condition(z.unsqueeze(-2)), obs=data)
+
+    trace = trace_of(base_space(model))
+    assert trace.nodes["x"]["value"] is data
+    assert not trace.nodes["x"]["infer"].get("_deterministic")
+    z = trace.nodes["z"]["value"]
+    assert torch.allclose(trace.nodes["x"]["log_prob"], likelihood.condition(z).log_prob(data))
+    assert "x_base" not in trace
+
+
+def test_condition_inside_is_left_alone():
+    prior, value = random_prior(2), torch.tensor([0.3, -0.4])
+    model = poutine.condition(lambda: pyro.sample("z", prior), {"z": value})
+    trace = trace_of(base_space(model))
+    assert "z_base" not in trace
+    assert trace.nodes["z"]["value"] is value
+    assert torch.allclose(trace.log_prob_sum(), prior.log_prob(value))
+
+
+def test_sites_of_others_are_left_alone():
+    prior = random_prior(2)
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        flow = dist.TransformedDistribution(
+            dist.Normal(torch.zeros(2), 1.0).to_event(1), [random_flow(2)]
+        )
+        b = pyro.sample("b", flow)
+        c = pyro.sample("c", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(True))  # noqa: FBT003
+        pyro.deterministic("d", a)
+        pyro.factor("e", a + b.sum() + c.sum())
+        return pyro.sample("z", prior)
+
+    trace = trace_of(base_space(model))
+    assert trace.stochastic_nodes == ["a", "b", "c", "z_base"]
+    assert trace.observation_nodes == ["d", "e", "z"]
+
+
+def test_arguments_and_results_pass_through():
+    prior = random_prior(2)
+
+    def model(a, *, b):
+        return pyro.sample("z", prior).sum() * 0 + a + b
+
+    assert base_space(model)(1.0, b=2.0) == pytest.approx(3.0)
+
+
+def test_two_sites_of_one_flow():
+    prior = random_prior(2)
+
+    def model():
+        return pyro.sample("u", prior), pyro.sample("v", prior)
+
+    trace = trace_of(base_space(model))
+    assert trace.stochastic_nodes == ["u_base", "v_base"]
+    u, v = trace.nodes["_RETURN"]["value"]
+    assert not torch.equal(u, v)
+    assert torch.allclose(u, prior.transform(trace.nodes["u_base"]["value"]))
+
+
+def test_no_divergence_is_computed():
+    prior = random_prior(2)
+    calls = []
+    divergence = prior.transform.divergence
+    prior.transform.divergence = lambda *a: calls.append(1) or divergence(*a)
+    model = base_space(lambda: pyro.sample("z", prior))
+    guide = guides.AutoNormal(model)
+    SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step()
+    trace_of(model)
+    assert not calls
+
+
+# ------------------------------------------------------------------------------- inference with it
+
+
+def regression(prior):
+    """Return a model with a global and plated latent vector and data."""
+    data = torch.randn(4, 2) + prior.transform.loc
+
+    def model():
+        z = pyro.sample("z", prior)
+        with pyro.plate("rows", 4):
+            w = pyro.sample("w", prior)
+            pyro.sample("x", dist.Normal((z + w) / 2, 1.0).to_event(1), obs=data)
+
+    return model
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictive_gives_the_site_back(parallel):
+    prior = random_prior(2)
+    model = base_space(regression(prior))
+    posterior = {"z_base": torch.randn(6, 1, 2), "w_base": torch.randn(6, 4, 2)}
+    draws = Predictive(model, posterior, parallel=parallel)()
+    assert draws["z"].shape == (6, 1, 2)  # Predictive's way: a dimension for the plate
+    assert draws["w"].shape == (6, 4, 2)
+    assert torch.allclose(draws["z"], prior.transform(posterior["z_base"]))
+    assert torch.allclose(draws["w"], prior.transform(posterior["w_base"]))
+
+
+def test_predictive_with_a_guide_gives_the_site_back():
+    prior = random_prior(2)
+    model = base_space(regression(prior))
+    guide = guides.AutoNormal(model)
+    guide()
+    draws = Predictive(model, guide=guide, num_samples=5, return_sites=("z", "z_base"))()
+    assert torch.allclose(draws["z"], prior.transform(draws["z_base"]))
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
+def test_vectorized_particles(loss):
+    model = base_space(regression(random_prior(2)))
+    guide = guides.AutoNormal(model)
+    elbo = loss(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(model, guide, Adam({"lr": 0.01}), elbo)
+    losses = torch.tensor([svi.step() for _ in range(2)])
+    assert torch.isfinite(losses).all()
+
+
+def test_jit():
+    """The compiled loss is that of the guide's present parameters, not of the first step's."""
+    model = base_space(regression(random_prior(2)))
+    losses = []
+    for loss in (JitTrace_ELBO(ignore_jit_warnings=True), Trace_ELBO()):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = guides.AutoDelta(model)
+        guide()
+        svi = SVI(model, guide, Adam({"lr": 0.05}), loss)
+        losses.append(torch.tensor([svi.step() for _ in range(4)]))
+    assert torch.allclose(losses[0], losses[1])
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_replay():
+    model = base_space(regression(random_prior(2)))
+    first = trace_of(model)
+    again = trace_of(poutine.replay(model, trace=first))
+    assert torch.equal(again.nodes["z"]["value"], first.nodes["z"]["value"])
+    assert torch.allclose(again.log_prob_sum(), first.log_prob_sum())
+    other = trace_of(model)
+    assert not torch.equal(other.nodes["z"]["value"], first.nodes["z"]["value"])
+
+
+def test_condition_on_the_base():
+    prior, value = random_prior(2), torch.tensor([0.3, -0.4])
+    model = base_space(lambda: pyro.sample("z", prior))
+    trace = trace_of(poutine.condition(model, {"z_base": value}))
+    assert torch.allclose(trace.nodes["z"]["value"], prior.transform(value))
+    assert torch.allclose(trace.log_prob_sum(), dist.Normal(0.0, 1.0).log_prob(value).sum())
+
+
+def test_block_and_nested_handlers():
+    prior = random_prior(2)
+    model = base_space(lambda: pyro.sample("z", prior))
+    assert trace_of(poutine.block(model, hide=["z"])).stochastic_nodes == ["z_base"]
+    twice = trace_of(base_space(model))
+    assert twice.stochastic_nodes == ["z_base"]
+
+
+# --------------------------------------------------------------------------------- where it starts
+
+
+def test_nuts_starts_near_the_prior():
+    model = base_space(regression(at_a_hundred()))
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        kernel = NUTS(model)
+        kernel.setup(1)
+        start = kernel.initial_params
+        assert sorted(start) == ["w_base", "z_base"]
+        assert all(v.abs().max() < 5 for v in start.values())
+
+
+AUTOGUIDES = {
+    "AutoNormal": guides.AutoNormal,
+    "AutoDiagonalNormal": guides.AutoDiagonalNormal,
+    "AutoMultivariateNormal": guides.AutoMultivariateNormal,
+    "AutoLowRankMultivariateNormal": guides.AutoLowRankMultivariateNormal,
+    "AutoDelta": guides.AutoDelta,
+    "AutoLaplaceApproximation": guides.AutoLaplaceApproximation,
+    "AutoIAFNormal": guides.AutoIAFNormal,
+    "AutoStructured": guides.AutoStructured,
+}
+
+
+@pytest.mark.parametrize("name", AUTOGUIDES)
+def test_autoguides_start_near_the_prior(name):
+    model = base_space(regression(at_a_hundred()))
+    guide = AUTOGUIDES[name](model)
+    start = guide()
+    assert start["z_base"].abs().max() < 5
+    assert start["w_base"].abs().max() < 5
+
+
+STRATEGIES = {
+    "feasible": init_to_feasible,
+    "median": init_to_median,
+    "mean": init_to_mean,
+    "uniform": init_to_uniform,
+    "sample": init_to_sample,
+    "value": init_to_value(values={"other": torch.ones(2)}),
+    "value_median": init_to_value(values={}, fallback=init_to_median),
+    "generated": init_to_generated(generate=lambda: init_to_median),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies_propose_in_base_space(name):
+    model = base_space(regression(at_a_hundred()))
+    trace = trace_of(InitMessenger(STRATEGIES[name])(model))
+    assert trace.nodes["z_base"]["value"].abs().max() < 5
+    z = trace.nodes["z"]["value"]
+    assert ((z - 100) / 5).abs().max() < 5
+
+
+def initial_values(model, init, how):
+    """Return the initial value of ``z_base`` under a strategy."""
+    if how == "messenger":
+        return trace_of(InitMessenger(init)(model)).nodes["z_base"]["value"]
+    if how == "nuts":
+        kernel = NUTS(model, init_strategy=init)
+        kernel.setup(1)
+        return kernel.initial_params["z_base"]
+    if how == "initialize_model":
+        return initialize_model(model, init_strategy=init)[0]["z_base"]
+    guide = guides.AutoDelta(model, init_loc_fn=init)
+    return guide()["z_base"]
+
+
+@pytest.mark.parametrize("how", ["messenger", "nuts", "initialize_model", "autoguide"])
+def test_init_to_value_of_the_site_is_honoured(how):
+    prior = random_prior(2)
+    value = torch.tensor([0.7, -0.2])
+    model = base_space(regression(prior))
+    z_base = initial_values(model, init_to_value(values={"z": value}), how)
+    assert torch.allclose(z_base, prior.transform.inv(value), atol=ATOL)
+    assert not z_base.requires_grad or how == "autoguide"
+
+
+def test_init_to_value_by_a_generator():
+    """``init_to_generated`` hides another strategy, here one that names the site."""
+    prior = random_prior(2)
+    value = torch.tensor([0.7, -0.2])
+    init = init_to_generated(generate=lambda: init_to_value(values={"z": value}))
+    trace = trace_of(InitMessenger(init)(base_space(regression(prior))))
+    assert trace.nodes["z_base"]["value"].shape == (2,)
+
+
+def test_init_to_value_of_the_base_site():
+    value = torch.tensor([0.7, -0.2])
+    model = base_space(regression(random_prior(2)))
+    init = init_to_value(values={"z_base": value})
+    assert torch.equal(initial_values(model, init, "messenger"), value)
+
+
+def test_init_to_value_of_other_sites_is_untouched():
+    prior = random_prior(2)
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("z", prior)
+        pyro.sample("y", dist.Normal(a, 1.0), obs=torch.tensor(1.0))
+
+    init = init_to_value(values={"a": torch.tensor(3.5), "z": torch.ones(2)})
+    trace = trace_of(InitMessenger(init)(base_space(model)))
+    assert float(trace.nodes["a"]["value"]) == 3.5
+    assert torch.allclose(trace.nodes["z"]["value"], torch.ones(2), atol=ATOL)
+    init = init_to_value(values={"a": torch.tensor(3.5)}, fallback=init_to_median)
+    trace = trace_of(InitMessenger(init)(base_space(model)))
+    assert float(trace.nodes["a"]["value"]) == 3.5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "given_base",
+        "positive",
+        "simplex",
+        "conditioned",
+        "conditioned_rows",
+        "to_event",
+        "nested_plates",
+        "masked",
+    ],
+)
+def test_init_to_value_for_every_kind_of_site(name):
+    model, _ = SITES[name]()
+    value = model().detach().clone()
+    trace = trace_of(InitMessenger(init_to_value(values={"z": value}))(base_space(model)))
+    assert torch.allclose(trace.nodes["z"]["value"], value, atol=ATOL)
+
+
+def test_frozen_weights_get_no_gradients():
+    prior = random_prior(2)
+    model = base_space(regression(prior))
+    guide = guides.AutoNormal(model)
+    SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step()
+    assert all(p.grad is None for p in prior.transform.parameters())
+
+
+def test_of_a_module():
+    class Model(pyro.nn.PyroModule):
+        def __init__(self, prior):
+            super().__init__()
+            self.prior = prior
+
+        def forward(self):
+            return pyro.sample("z", self.prior)
+
+    trace = trace_of(base_space(Model(random_prior(2))))
+    assert trace.stochastic_nodes == ["z_base"]
