@@ -78,6 +78,8 @@ class IdentityCache:
             sources: All other tensors the result depends on: parameters, buffers, context.
             key: Anything comparable the result depends on.
         """
+        if not self._entries or _any_wrapped(sources):
+            return None
         for entry in reversed(self._entries):
             if (x is not None and entry.x is not x) or (y is not None and entry.y is not y):
                 continue
@@ -94,14 +96,14 @@ class IdentityCache:
             sources: All other tensors the result depends on: parameters, buffers, context.
             key: Anything comparable the result depends on.
         """
-        everything = [entry.x, entry.y, *sources]
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(s) for s in everything):
+        if _any_wrapped((entry.x, entry.y, *sources)):
             return
         entry.token = _token(entry, sources, key)
-        entry.carries_gradient = entry.y.requires_grad
+        output = entry.y if entry.forward else entry.x
+        graph = output if entry.states is None else entry.states
+        entry.carries_gradient = graph.requires_grad
         if not torch._C._get_tracing_state():
             entry.snapshot = self._snapshot(_by_value(entry, sources))
-            graph = entry.states if entry.states is not None else entry.y
             if entry.carries_gradient and graph.grad_fn is not None:
                 _spend_on_backward(entry, graph)
         self._entries = [e for e in self._entries if not e.spent][-(_ENTRIES - 1) :] + [entry]
@@ -111,6 +113,11 @@ class IdentityCache:
         if self._entries and _equal(self._entries[-1].snapshot, tensors):
             return self._entries[-1].snapshot
         return [s.detach().clone() for s in tensors]
+
+
+def _any_wrapped(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether a tensor lives inside ``torch.func.grad``, ``vmap`` or their kind."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(s) for s in tensors)
 
 
 def _is_valid(entry: Entry, sources: Sequence[Tensor], key: Any) -> bool:
@@ -135,8 +142,8 @@ def _token(entry: Entry, sources: Sequence[Tensor], key: Any) -> tuple[Any, ...]
 
 
 def _by_value(entry: Entry, sources: Sequence[Tensor]) -> list[Tensor]:
-    """Return what is compared by value: the sources, and the pair where it has no version."""
-    return [*sources, *(s for s in (entry.x, entry.y) if s.is_inference())]
+    """Return what is compared by value: versions miss ``.data``, and memory shared with numpy."""
+    return [*sources, entry.x, entry.y]
 
 
 def _equal(kept: Sequence[Tensor], now: Sequence[Tensor]) -> bool:

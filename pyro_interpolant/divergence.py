@@ -5,13 +5,15 @@ A velocity is any ``nn.Module`` with ``forward(t, x, context=None)``. One that o
 goes through forward-mode differentiation, which survives ``grad``, Hessians, ``vmap`` and tracing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vjp, vmap
+from torch.func import jvp, vmap
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["Divergence", "ExactDivergence", "HutchinsonDivergence", "evaluate"]
 
@@ -136,11 +138,35 @@ def _quadratic_forms(
         tangent = direction * torch.ones_like(x)
         return (jvp(field, (x,), (tangent,))[1] * direction).sum(-1)
 
-    if any(isinstance(module, nn.LayerNorm) for module in velocity.modules()):
-        # Differentiating torch's forward mode through its layer normalisation gives wrong numbers.
-        pull = vjp(field, x)[1]
+    with _CompositeLayerNorm():
+        if torch._C._get_tracing_state():  # which cannot record vmap
+            return torch.stack([form(direction) for direction in directions])
+        return vmap(form)(directions)
 
-        def form(direction: Tensor) -> Tensor:
-            return (pull(direction * torch.ones_like(x))[0] * direction).sum(-1)
 
-    return vmap(form)(directions)
+class _CompositeLayerNorm(TorchFunctionMode):
+    """Compute layer normalisation from elementary operations.
+
+    Torch's own kernel has wrong derivatives of higher order inside ``torch.func``.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is nn.functional.layer_norm:
+            return _layer_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    x = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias

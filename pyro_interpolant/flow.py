@@ -108,8 +108,8 @@ class Flow(nn.Module):
         """
         if loc.shape != (self.dim,) or linear.shape != (self.dim, self.dim):
             raise ValueError(
-                f"expected loc of shape ({self.dim},) and linear ({self.dim}, {self.dim}),"
-                f" got {tuple(loc.shape)} and {tuple(linear.shape)}"
+                f"expected loc of shape ({self.dim},) and linear of shape "
+                f"({self.dim}, {self.dim}), got {tuple(loc.shape)} and {tuple(linear.shape)}"
             )
         if whitening is None:
             whitening, info = torch.linalg.inv_ex(linear.double())

@@ -132,9 +132,13 @@ class OnEvents(Constraint):
 
 
 @biject_to.register(OnEvents)
-@transform_to.register(OnEvents)
 def _(constraint: OnEvents) -> Transform:
     return Remembered(bijection(constraint.inner))
+
+
+@transform_to.register(OnEvents)
+def _(constraint: OnEvents) -> Transform:
+    return transform_to(constraint.inner)
 
 
 class Remembered(Transform):

@@ -1,5 +1,6 @@
 r"""The flow as a Pyro transform: base in, data out, log-determinant on demand."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +60,7 @@ class InterpolantTransform(Flow, TransformModule):
     context: Tensor | None
     end: float
     _cache: IdentityCache
+    _last: tuple[weakref.ref[Tensor], weakref.ref[Tensor], bool] | None
 
     def __init__(
         self,
@@ -81,7 +83,9 @@ class InterpolantTransform(Flow, TransformModule):
 
     def _bind(self, flow: Flow, context: Tensor | None, end: float) -> None:
         # Plain attributes: a view must not register, and so not own, the weights of its flow.
-        self.__dict__.update(flow=flow, context=context, end=end, _cache=IdentityCache())
+        self.__dict__.update(
+            flow=flow, context=context, end=end, _cache=IdentityCache(), _last=None
+        )
 
     def at(self, t: float) -> "InterpolantTransform":
         """Return the transform that stops at time t: from the base to the density at t.
@@ -127,10 +131,10 @@ class InterpolantTransform(Flow, TransformModule):
         """
         entry = self._find(x=x, y=y)
         if entry is None or (entry.states is None and entry.log_det is None):
-            from_data = y.requires_grad and not x.requires_grad
-            entry = (
-                self._solve_from_data(y) if from_data else self._solve_from_base(x, density=True)
-            )
+            if self._came_from_base(x, y):
+                entry = self._solve_from_base(x, density=True)
+            else:
+                entry = self._solve_from_data(y)
         if entry.log_det is not None:
             return entry.log_det
         states = entry.states
@@ -160,7 +164,7 @@ class InterpolantTransform(Flow, TransformModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles: without cached graphs or inverses."""
-        return {**self.__dict__, "_cache": IdentityCache(), "_inv": None}
+        return {**self.__dict__, "_cache": IdentityCache(), "_last": None, "_inv": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
         if self.flow is self:
@@ -195,7 +199,16 @@ class InterpolantTransform(Flow, TransformModule):
         states, log_det = self.flow.trajectory(white, self._path(), forward=False, density=True)
         return self._keep(Entry(states[0], y, states, log_det, forward=False))
 
+    def _came_from_base(self, x: Tensor, y: Tensor) -> bool:
+        """Tell which end to solve a pair from: the same as last time, or the one with no past."""
+        if self._last is not None and self._last[0]() is x and self._last[1]() is y:
+            return self._last[2]
+        return x.grad_fn is None and (x.requires_grad or not y.requires_grad)
+
     def _keep(self, entry: Entry) -> Entry:
+        # For pairs the cache cannot hold: inside torch.func, or once their graph is freed.
+        last = weakref.ref(entry.x), weakref.ref(entry.y), entry.forward
+        self.__dict__["_last"] = last
         if entry.states is not None and len(entry.states) < len(self._path().times()[0]):
             entry.states = None  # reduced to its ends
         self._cache.store(entry, self._sources(), self._path()[1:])
@@ -218,7 +231,7 @@ class InterpolantTransform(Flow, TransformModule):
 
 
 class ConditionalInterpolantTransform(Flow, ConditionalTransformModule):
-    """A family of flows :math:`p(x | c)`: ``condition(context)`` gives one member.
+    r"""A family of flows :math:`p(x | c)`: ``condition(context)`` gives one member.
 
     Args:
         velocity: Any module with ``forward(t, x, context)``; see :class:`VelocityMLP`.

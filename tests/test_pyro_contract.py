@@ -264,8 +264,8 @@ def test_class_attributes():
 def test_support_is_the_one_asked_for(support):
     """Inference maps the site by its support: a wrong one proposes impossible values."""
     prior = InterpolantDistribution(build("two", 2), support=support)
-    free = torch.randn(200, prior.event_shape[0])
-    proposal = torch.distributions.transform_to(prior.support)(free)
+    mapping = torch.distributions.transform_to(prior.support)
+    proposal = mapping(torch.randn(mapping.inverse_shape((200, *prior.event_shape))))
     assert prior.support.event_dim == 1
     assert support.check(proposal).all()
     assert not prior.support.check(torch.full(prior.event_shape, -3.0))

@@ -30,6 +30,7 @@ FLOORS = {
     "solvers": 1,
     "supports": 1,
     "flow": 2,
+    "bases": 3,
     "transforms": 3,
     "distributions": 4,
     "joint": 5,
@@ -38,10 +39,11 @@ FLOORS = {
     "reparam": 5,
     "io": 6,
     "loop": 6,
+    "preparation": 6,
     "training": 7,
     "__init__": 8,
 }
-PYRO = {"transforms", "distributions", "supports", "joint", "reparam", "io"}
+PYRO = {"bases", "transforms", "distributions", "supports", "joint", "reparam", "io"}
 FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn")
 FILE_LINES, BODY_LINES = 320, 45
 

@@ -160,7 +160,8 @@ def test_early_stopping_keeps_the_best_weights():
     assert len(result.steps) < 100
     best = min(range(len(result.steps)), key=result.validation_losses.__getitem__)
     assert result.best_step == result.steps[best]
-    assert len(result.steps) - 1 - best == 3
+    # No run stops early in the first three of ten parts of its schedule.
+    assert len(result.steps) - 1 == max(best + 3, 30)
     for kept, there in zip(
         distribution.transform.parameters(), seen[result.best_step], strict=True
     ):
@@ -397,9 +398,9 @@ def test_every_coupling_trains(coupling):
         return coupling(x0, x1, context)
 
     result = quick(
-        distribution, bimodal().sample((300,)), steps=60, batch_size=64, coupling=watched
+        distribution, bimodal().sample((300,)), steps=300, batch_size=64, coupling=watched
     )
-    assert len(calls) >= 60
+    assert len(calls) >= 300
     assert (torch.Size([64, 2]), torch.Size([64, 2]), None) in calls
     assert min(result.validation_losses) < 0
 
