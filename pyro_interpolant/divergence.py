@@ -40,10 +40,16 @@ def evaluate(velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None =
     Returns:
         The velocity, shape ``(*, D)``.
     """
+    t, *rest = _expanded(t, x, context)
+    return velocity(t, x, *rest)
+
+
+def _expanded(t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the time, and the context if there is one, of the full batch shape of x."""
     t = t.expand(x.shape[:-1])
     if context is None:
-        return velocity(t, x)
-    return velocity(t, x, context.expand(x.shape[:-1] + context.shape[-1:]))
+        return (t,)
+    return t, context.expand(x.shape[:-1] + context.shape[-1:])
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,11 @@ def _quadratic_forms(
     """Return ``e J e`` for each row ``e`` of ``directions``, shape ``(len(directions), *)``."""
     x = x.contiguous()  # forward mode cannot carry tangents on the stride-0 tensors of a plate
 
+    # Shapes are read here: a traced jvp cannot.
+    arguments = _expanded(t, x, context)
+
     def field(x: Tensor) -> Tensor:
-        return evaluate(velocity, t, x, context)
+        return velocity(arguments[0], x, *arguments[1:])
 
     def form(direction: Tensor) -> Tensor:
         # Multiplying by ones gives the tangent the layout of x, which an expanded one lacks.
@@ -139,8 +148,6 @@ def _quadratic_forms(
         return (jvp(field, (x,), (tangent,))[1] * direction).sum(-1)
 
     with _CompositeLayerNorm():
-        if torch._C._get_tracing_state():  # which cannot record vmap
-            return torch.stack([form(direction) for direction in directions])
         return vmap(form)(directions)
 
 
