@@ -17,7 +17,7 @@ from .solvers import Field, FixedGrid, Solver
 __all__ = ["Flow", "Path"]
 
 _KEPT_BYTES = 2**26  # a trajectory above 64 MiB is not kept
-_ROWS = 4096  # without gradients, rows solved, or rows times nodes differentiated, at once
+_ROWS = 1024  # without gradients, rows solved, or rows times nodes differentiated, at once
 
 
 class Path(NamedTuple):

@@ -204,7 +204,7 @@ class VelocityMLP(nn.Module):
             z = _affine(h, weight, shifts[i])
             sigmoid = z.sigmoid()
             s = z * sigmoid
-            slopes.append(sigmoid + s * (1 - sigmoid))
+            slopes.append(torch.addcmul(sigmoid + s, s, sigmoid, value=-1))
             h = h + s if self._is_residual(i) else s
         return h, slopes
 
