@@ -29,7 +29,8 @@ def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
 
     Initial values are proposed in base space too, where zero is the centre: any strategy but
     ``init_to_value`` applies to ``z_base``, and ``init_to_value(values={"z": ...})`` is honoured
-    by inverting the flow once.
+    by inverting the flow once. A site that ``pyro.condition`` fixes, inside or around, is observed
+    in data space.
 
     Args:
         model: A Pyro model.
