@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,12 @@ def _build_choice(description: Any, module: Any, argument: str = "") -> Any:
     name, fields = description
     if fields is None:
         if not argument:
-            return None  # a user's own solver or divergence: the default, set yours afterwards
+            warnings.warn(
+                f"the flow was saved with a {name} of your own, which a file cannot hold: it has "
+                "the default now, set transform.solver or transform.divergence",
+                stacklevel=2,
+            )
+            return None
         raise ValueError(f"the flow's interpolant is a {name}: pass it, load(path, {argument}...)")
     if name not in module.__all__ or not dataclasses.is_dataclass(getattr(module, name)):
         raise ValueError(f"unknown choice {name!r} in the file")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import struct
@@ -424,6 +425,7 @@ def fuzz(value):
     ],
     ids=["base", "interval", "stack", "joint"],
 )
+@pytest.mark.filterwarnings("ignore:the flow was saved with")  # a flow, and a clear word
 def test_an_edited_header_gives_a_clear_error_or_a_flow(make, path, monkeypatch):
     save(make(), path)
     header, tensors = parts(path)
@@ -529,3 +531,23 @@ def test_others_may_read_the_file_as_far_as_the_umask_lets_them(path):
 def test_the_file_holds_no_pickle(saved):
     assert b"pickle" not in saved.read_bytes()
     assert pyro_interpolant.io._FORMAT == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnSolver:
+    """A user's own solver, which a file cannot hold."""
+
+    def grid(self):
+        return FixedGrid(4).grid()
+
+    def solve(self, field, x, times):
+        return FixedGrid(4).solve(field, x, times)
+
+
+def test_a_solver_of_ones_own_is_not_dropped_in_silence(tmp_path):
+    distribution = InterpolantDistribution(random_flow(2))
+    distribution.transform.solver = OwnSolver()
+    save(distribution, tmp_path / "flow.safetensors")
+    with pytest.warns(UserWarning, match="OwnSolver of your own"):
+        loaded = load(tmp_path / "flow.safetensors")
+    assert loaded.transform.solver == FixedGrid()
