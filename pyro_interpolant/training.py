@@ -177,22 +177,22 @@ def from_samples(
     """
     if isinstance(x, Mapping):
         sites = sites_of(x, {} if support is constraints.real_vector else support)
-        like = pack(sites, x)
-        dim = like.shape[-1]
+        rows = pack(sites, x)
+        dim = rows.shape[-1]
     elif isinstance(support, Mapping):
         raise TypeError("expected one support for one tensor of samples, got a dictionary")
     else:
         event_dim = max(1, bijection(support).codomain.event_dim)
-        like = x = checked_rows(x, "x", (None,) * event_dim)
-        dim = bijection(support).inverse_shape(x.shape[1:])[-1]
-    with _seeded(seed, like.device):
-        transform = interpolant_transform(dim).to(like)
+        rows = checked_rows(x, "x", (None,) * event_dim)
+        dim = bijection(support).inverse_shape(rows.shape[1:])[-1]
+    with _seeded(seed, rows.device):
+        transform = interpolant_transform(dim).to(rows)
     distribution: InterpolantDistribution
     if isinstance(x, Mapping):
         distribution = JointInterpolantDistribution(transform, sites=sites)
     else:
         distribution = InterpolantDistribution(transform, support=support)  # type: ignore[arg-type]
-    fit(distribution, x, seed=seed, **fit_options)
+    fit(distribution, rows, seed=seed, **fit_options)
     return distribution.freeze()
 
 

@@ -146,7 +146,7 @@ def test_torch_func_takes_the_same_steps(kind, conditioned):
 @pytest.mark.parametrize("rows", [1000, 5000])
 @every_kind
 def test_a_row_alone_is_a_row_in_a_batch(kind, rows):
-    """Above 4,096 rows a solve without gradients goes in chunks."""
+    """Above 1,024 rows a solve without gradients goes in chunks."""
     prior = frozen_prior(kind)
     x = prior.sample((rows,)).clone()
     with torch.no_grad():
