@@ -28,7 +28,7 @@ from .transforms import (
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .joint import JointInterpolantDistribution
 from .losses import interpolant_loss
-from .diagnostics import SolverError, calibrate, solver_error
+from .diagnostics import SolverError, calibrate, log_prob_stderr, solver_error
 from .reparam import base_space
 from .io import load, save
 from .loop import TrainingState
@@ -62,6 +62,7 @@ __all__ = [
     "interpolant_loss",
     "interpolant_transform",
     "load",
+    "log_prob_stderr",
     "optimal_transport",
     "save",
     "solver_error",

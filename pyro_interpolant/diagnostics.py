@@ -1,6 +1,7 @@
 r"""What tells a user whether a density can be trusted."""
 
 import copy
+import dataclasses
 import math
 import warnings
 from typing import Any, NamedTuple
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
+from .divergence import ExactDivergence, HutchinsonDivergence
 from .solvers import Adaptive, FixedGrid, Solver
 
-__all__ = ["SolverError", "calibrate", "solver_error"]
+__all__ = ["SolverError", "calibrate", "log_prob_stderr", "solver_error"]
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
 
@@ -65,6 +67,47 @@ def solver_error(
         float(trips.mean()),
         float(trips.max()),
     )
+
+
+def log_prob_stderr(
+    distribution: AnyDistribution, x: Tensor, *, context: Tensor | None = None
+) -> Tensor:
+    r"""Return the standard error of log_prob that Hutchinson's probes leave, shape ``(N,)``.
+
+    With :math:`\ell_p` the log-density by probe p alone, it is the standard deviation of
+    :math:`\ell_1, \dots, \ell_P` over :math:`\sqrt P`, at the present solver setting. Rows share
+    their probes: the error of a mean over rows does not fall with their number.
+
+    Args:
+        distribution: A flow; zero where its divergence is exact.
+        x: Rows, shape ``(N, *event_shape)``.
+        context: Their contexts, shape ``(N, C)``, for a conditional flow.
+
+    Raises:
+        ValueError: If there is one probe alone, or a row is outside the support.
+        TypeError: If the divergence is neither exact nor Hutchinson's.
+    """
+    divergence = distribution.transform.divergence
+    if isinstance(divergence, HutchinsonDivergence) and divergence.probes < 2:
+        raise ValueError("expected at least two probes to tell their spread, got probes=1")
+    if not isinstance(divergence, ExactDivergence | HutchinsonDivergence):
+        raise TypeError(
+            "expected ExactDivergence or HutchinsonDivergence, got "
+            f"{type(divergence).__name__}: its error is not known here"
+        )
+    with torch.no_grad():
+        probe = _Probe(distribution, x, context)
+        if isinstance(divergence, ExactDivergence):
+            return probe.rows.new_zeros(probe.rows.shape[:-1])
+        flow, path = probe.flow.flow, probe.flow._path()
+        times, weights = (s.to(probe.rows) for s in path.times())
+        states = flow.integrate(flow.to_white(probe.rows), path, forward=False)
+        rates = [
+            divergence.samples(flow.velocity, t, s, path.context)
+            for t, s in zip(times, states, strict=True)
+        ]
+        integrals = torch.tensordot(weights, torch.stack(rates), dims=1)
+        return integrals.std(0) / math.sqrt(divergence.probes)
 
 
 def calibrate(
@@ -130,7 +173,7 @@ def calibrate(
 
 
 def _with_steps(template: FixedGrid, steps: int) -> FixedGrid:
-    return FixedGrid(steps=steps, method=template.method, warp=template.warp)
+    return dataclasses.replace(template, steps=steps)
 
 
 class _Probe:

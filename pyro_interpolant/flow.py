@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checkpointing import recomputed
 from .divergence import Divergence, ExactDivergence, evaluate
 from .interpolants import Interpolant, Trigonometric
 from .solvers import Field, FixedGrid, Solver
@@ -155,17 +156,21 @@ class Flow(nn.Module):
         if path.end == 0.0:
             return self.linear_log_det.expand(states.shape[1:-1])
         times, weights = (s.to(states) for s in path.times())
-        at_once = len(states)
-        if not self._needs_graph(states, path) and not torch._C._get_tracing_state():
+        at_once, again = len(states), getattr(path.solver, "checkpoint", False)
+        if (again or not self._needs_graph(states, path)) and not torch._C._get_tracing_state():
             # In pieces that stay in the processor's cache.
             at_once = max(1, _ROWS // max(1, states[0].numel() // self.dim))
+
+        def rate(t: Tensor, s: Tensor) -> Tensor:
+            return path.divergence(self.velocity, t, s, path.context)
+
+        rate_of = recomputed(rate) if again else rate
         shape = (-1,) + (1,) * (states.dim() - 2)
         total = self.linear_log_det
         for s, t, w in zip(
             states.split(at_once), times.split(at_once), weights.split(at_once), strict=True
         ):
-            rates = path.divergence(self.velocity, t.reshape(shape), s, path.context)
-            total = total + torch.tensordot(w, rates, dims=1)
+            total = total + torch.tensordot(w, rate_of(t.reshape(shape), s), dims=1)
         return total
 
     def trajectory(

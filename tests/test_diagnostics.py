@@ -11,6 +11,7 @@ from pyro_interpolant import (
     Adaptive,
     ConditionalInterpolantDistribution,
     FixedGrid,
+    HutchinsonDivergence,
     InterpolantDistribution,
     InterpolantTransform,
     SolverError,
@@ -18,6 +19,7 @@ from pyro_interpolant import (
     VelocityMLP,
     calibrate,
     diagnostics,
+    log_prob_stderr,
     solver_error,
 )
 
@@ -212,3 +214,50 @@ def test_neither_weights_nor_gradients_nor_the_generator_are_touched():
     for name, value in flow.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(p.requires_grad and p.grad is None for p in flow.parameters())
+
+
+def test_the_standard_error_of_probes_tells_their_error():
+    flow = random_flow(6).requires_grad_(requires_grad=False)
+    distribution, x = InterpolantDistribution(flow), torch.randn(40, 6)
+    exact = distribution.log_prob(x)
+    assert torch.equal(log_prob_stderr(distribution, x), torch.zeros(40))
+    scores = []
+    for seed in range(30):
+        flow.divergence = HutchinsonDivergence(probes=8, seed=seed)
+        error = log_prob_stderr(distribution, x)
+        assert error.shape == (40,)
+        scores.append((distribution.log_prob(x) - exact) / error)
+    # Student's t with 7 degrees of freedom has a standard deviation of 1.18.
+    assert float(torch.stack(scores).std()) == pytest.approx(1.18, abs=0.3)
+
+
+def test_the_standard_error_is_that_of_single_probes():
+    class OneOf(HutchinsonDivergence):
+        def __call__(self, velocity, t, x, context):
+            return HutchinsonDivergence(3, seed=2).samples(velocity, t, x, context)[self.seed]
+
+    flow = random_flow(4, context_dim=2, divergence=HutchinsonDivergence(3, seed=2))
+    distribution = ConditionalInterpolantDistribution(flow, support=constraints.positive)
+    x, context = torch.randn(5, 4).exp(), torch.randn(5, 2)
+    error = log_prob_stderr(distribution, x, context=context)
+    values = []
+    for p in range(3):
+        flow.divergence = OneOf(1, seed=p)
+        values.append(distribution.condition(context).log_prob(x).detach())
+    torch.testing.assert_close(error, torch.stack(values).std(0) / 3**0.5)
+
+
+def test_one_probe_has_no_standard_error():
+    distribution = InterpolantDistribution(random_flow(2, divergence=HutchinsonDivergence(1)))
+    with pytest.raises(ValueError, match="at least two probes"):
+        log_prob_stderr(distribution, torch.randn(3, 2))
+    distribution.transform.divergence = lambda velocity, t, x, context: x.sum(-1)
+    with pytest.raises(TypeError, match=r"expected ExactDivergence or .* got function"):
+        log_prob_stderr(distribution, torch.randn(3, 2))
+
+
+def test_calibration_keeps_what_it_does_not_choose():
+    start = FixedGrid(steps=3, method="midpoint", warp=0.4, checkpoint=True)
+    distribution = flow_of(VelocityMLP(2, (8, 8)), solver=start)
+    grid = calibrate(distribution, torch.randn(20, 2))
+    assert (grid.method, grid.warp, grid.checkpoint) == ("midpoint", 0.4, True)

@@ -21,6 +21,7 @@ NAMES = [path.stem for path in FILES]
 FLOORS = {
     "_version": 0,
     "caching": 0,
+    "checkpointing": 0,
     "couplings": 0,
     "quadrature": 0,
     "divergence": 0,
