@@ -16,7 +16,15 @@ from ._version import __version__
 from .couplings import independent, optimal_transport
 from .quadrature import clenshaw_curtis
 from .divergence import ExactDivergence, HutchinsonDivergence
-from .interpolants import Interpolant, Linear, Trigonometric
+from .interpolants import (
+    EncodingDecoding,
+    Interpolant,
+    Linear,
+    NonlinearInterpolant,
+    Trigonometric,
+    VariancePreserving,
+)
+from .latents import BrownianBridge, Latent, Mirror, SineSquared
 from .networks import VelocityMLP
 from .solvers import Adaptive, FixedGrid
 from .transforms import (
@@ -36,8 +44,10 @@ from .training import FitResult, fit, from_samples
 
 __all__ = [
     "Adaptive",
+    "BrownianBridge",
     "ConditionalInterpolantDistribution",
     "ConditionalInterpolantTransform",
+    "EncodingDecoding",
     "ExactDivergence",
     "FitResult",
     "FixedGrid",
@@ -46,10 +56,15 @@ __all__ = [
     "InterpolantDistribution",
     "InterpolantTransform",
     "JointInterpolantDistribution",
+    "Latent",
     "Linear",
+    "Mirror",
+    "NonlinearInterpolant",
+    "SineSquared",
     "SolverError",
     "TrainingState",
     "Trigonometric",
+    "VariancePreserving",
     "VelocityMLP",
     "__version__",
     "base_space",

@@ -2,7 +2,8 @@ r"""Interpolants :math:`I_t(x_0, x_1)` between a draw of the base and a row of d
 
 The linear family is :math:`I_t = \alpha(t) x_0 + \beta(t) x_1 + \gamma(t) z` with :math:`z \sim
 N(0, 1)` independent. A member states its coefficients; their derivatives come from forward-mode
-differentiation and are never written by hand.
+differentiation and are never written by hand. Where a derivative blows up at an end (a Brownian
+bridge), it is taken at the nearest time of the member's ``interior``: no loss ever sees it.
 
 References:
     Albergo & Vanden-Eijnden, *Building Normalizing Flows with Stochastic Interpolants*, ICLR 2023,
@@ -11,21 +12,36 @@ References:
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.func import jvp
 
-__all__ = ["Interpolant", "Linear", "Trigonometric"]
+__all__ = [
+    "EncodingDecoding",
+    "Interpolant",
+    "Linear",
+    "NonlinearInterpolant",
+    "Trigonometric",
+    "VariancePreserving",
+]
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
+
+NEAR = 1e-3  # how near to an end a derivative that blows up there is still taken
 
 
 class Interpolant(ABC):
     """A path between pairs of points: the one abstract method is :meth:`coefficients`.
 
     A non-linear interpolant overrides :meth:`sample` instead.
+
+    Attributes:
+        interior: The times between which derivatives are finite; beyond, they are taken at the
+            nearest of the two.
+        ends: The coefficients at t = 0 and t = 1.
 
     Example:
         >>> class Squared(Interpolant):
@@ -34,6 +50,9 @@ class Interpolant(ABC):
         >>> [float(c) for c in Squared().derivatives(torch.tensor(0.5))]
         [-1.0, 1.0, 0.0]
     """
+
+    interior: tuple[float, float] = (0.0, 1.0)
+    ends: tuple[tuple[float, float, float], ...] = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> Coefficients:
@@ -44,30 +63,44 @@ class Interpolant(ABC):
 
     def derivatives(self, t: Tensor) -> Coefficients:
         r"""Return :math:`\dot\alpha(t), \dot\beta(t), \dot\gamma(t)`, each of the shape of t."""
-        return self._both(t)[1]
+        t = t.clamp(*self.interior).contiguous()  # forward mode cannot carry stride-0 tangents
+        slopes = jvp(self.coefficients, (t,), (torch.ones_like(t),))[1]
+        return tuple(s.to(t) for s in slopes)
 
-    def sample(self, t: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    def has_latent(self) -> bool:
+        r"""Return whether :math:`\gamma` is anything but zero."""
+        return bool((self.coefficients(torch.linspace(0.0, 1.0, 9))[2] != 0).any())
+
+    def check_ends(self, dim: int) -> None:
+        """Raise a ValueError unless the path of D-dimensional pairs joins base and data."""
+        found = torch.stack(self.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))).T
+        expected = torch.tensor(self.ends, dtype=torch.float64)
+        if not bool(((found - expected).abs() < 1e-6).all()):
+            raise ValueError(
+                f"expected coefficients {expected.tolist()} at t = 0 and t = 1, got "
+                f"{found.tolist()} from {type(self).__name__}"
+            )
+
+    def sample(
+        self, t: Tensor, x0: Tensor, x1: Tensor, z: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         r"""Return :math:`x_t = I_t(x_0, x_1)` and its time derivative, each of shape ``(*, D)``.
 
         Args:
             t: Times in [0, 1], broadcastable to ``(*)``.
             x0: Base draws, shape ``(*, D)``.
             x1: Data rows, shape ``(*, D)``.
+            z: Latent draws of N(0, I), shape ``(*, D)``; drawn, where there is a latent term, if
+                not given.
         """
-        values, slopes = self._both(t)
-        a, b, g = (c[..., None] for c in values)
-        da, db, dg = (c[..., None] for c in slopes)
+        a, b, g = (c[..., None] for c in self.coefficients(t))
+        da, db, dg = (c[..., None] for c in self.derivatives(t))
         x_t, dx_t = a * x0 + b * x1, da * x0 + db * x1
-        if bool((g != 0).any()):
+        if z is None and self.has_latent():
             z = torch.randn_like(x0)
+        if z is not None:
             x_t, dx_t = x_t + g * z, dx_t + dg * z
         return x_t, dx_t
-
-    def _both(self, t: Tensor) -> tuple[Coefficients, Coefficients]:
-        """Return the coefficients and their derivatives, of the shape and type of t."""
-        t = t.contiguous()  # forward mode cannot carry tangents on stride-0 tensors
-        values, slopes = jvp(self.coefficients, (t,), (torch.ones_like(t),))[:2]
-        return values, tuple(s.to(t) for s in slopes)
 
 
 @dataclass(frozen=True)
@@ -83,6 +116,10 @@ class Trigonometric(Interpolant):
         angle = 0.5 * math.pi * t
         return angle.cos(), angle.sin(), torch.zeros_like(t)
 
+    def has_latent(self) -> bool:
+        """Return False."""
+        return False
+
 
 @dataclass(frozen=True)
 class Linear(Interpolant):
@@ -91,3 +128,112 @@ class Linear(Interpolant):
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return the coefficients of base, data and noise, each of the shape of t."""
         return 1 - t, t, torch.zeros_like(t)
+
+    def has_latent(self) -> bool:
+        """Return False."""
+        return False
+
+
+@dataclass(frozen=True)
+class VariancePreserving(Interpolant):
+    r"""A diffusion's path, :math:`I_t = \sqrt{1 - \alpha_t}\, x_0 + \sqrt{\alpha_t}\, x_1`.
+
+    Args:
+        schedule: :math:`\alpha_t`, the share of the variance that is the data's, an increasing
+            function of times of any shape with :math:`\alpha_0 = 0` and :math:`\alpha_1 = 1`;
+            :math:`\sin^2(\pi t/2)` gives :class:`Trigonometric`.
+
+    References:
+        arXiv 2303.08797, Section 5.2; Song et al., *Score-based generative modeling through
+        stochastic differential equations*, ICLR 2021.
+    """
+
+    schedule: Callable[[Tensor], Tensor]
+
+    interior = (NEAR, 1 - NEAR)  # the roots have infinite slopes
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """Return the coefficients of base, data and noise, each of the shape of t."""
+        share = self.schedule(t)
+        return (1 - share).clamp(min=0).sqrt(), share.clamp(min=0).sqrt(), torch.zeros_like(t)
+
+
+@dataclass(frozen=True)
+class EncodingDecoding(Interpolant):
+    r"""Forget the base before meeting the data: all paths pass through N(0, I) at t = 1/2.
+
+    :math:`\alpha = \cos^2(\pi t)` until 1/2 and :math:`\beta = \cos^2(\pi t)` after it, 0 else;
+    :math:`\gamma = \sin^2(\pi t)`.
+
+    References:
+        arXiv 2303.08797, Section 3.4, Table 8.
+    """
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """Return the coefficients of base, data and noise, each of the shape of t."""
+        wave, zero = torch.cos(math.pi * t) ** 2, torch.zeros_like(t)
+        return (
+            torch.where(t < 0.5, wave, zero),
+            torch.where(t >= 0.5, wave, zero),
+            torch.sin(math.pi * t) ** 2,
+        )
+
+
+@dataclass(frozen=True)
+class NonlinearInterpolant(Interpolant):
+    r"""A path of your own, :math:`I_t(x_0, x_1)`; its time derivative comes by forward mode.
+
+    Args:
+        function: ``(t, x0, x1) -> x_t`` with t of shape ``(*, 1)`` and pairs of shape ``(*, D)``;
+            it returns ``x0`` at t = 0 and ``x1`` at t = 1.
+
+    References:
+        arXiv 2209.15571, Section 2.
+
+    Example:
+        >>> def arc(t, x0, x1):
+        ...     return (1 - t) * x0 + t * x1 + t * (1 - t) * (x1 - x0).tanh()
+        >>> x_t, dx_t = NonlinearInterpolant(arc).sample(
+        ...     torch.tensor(0.0), torch.zeros(1), torch.ones(1)
+        ... )
+        >>> float(x_t), round(float(dx_t), 4)
+        (0.0, 1.7616)
+    """
+
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """Raise a TypeError, for times of any shape: a non-linear path has none."""
+        raise TypeError(f"{type(self).__name__} is not linear: it has no coefficients")
+
+    def has_latent(self) -> bool:
+        """Return False."""
+        return False
+
+    def check_ends(self, dim: int) -> None:
+        """Raise a ValueError unless the path of D-dimensional pairs joins base and data."""
+        generator = torch.Generator().manual_seed(0)
+        x0, x1 = torch.randn(2, 16, dim, generator=generator, dtype=torch.float64)
+        for t, x, name in ((0.0, x0, "x0"), (1.0, x1, "x1")):
+            found = self.function(torch.full((16, 1), t, dtype=torch.float64), x0, x1)
+            if found.shape != x.shape or not bool(((found - x).abs() < 1e-6).all()):
+                raise ValueError(
+                    f"expected the path to be {name} at t = {t:g}, got values up to "
+                    f"{float((found - x).abs().max()):.3g} away"
+                    if found.shape == x.shape
+                    else f"expected paths of shape {tuple(x.shape)}, got {tuple(found.shape)}"
+                )
+
+    def sample(
+        self, t: Tensor, x0: Tensor, x1: Tensor, z: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the path and its time derivative, each of shape ``(*, D)``.
+
+        Args:
+            t: Times in [0, 1], broadcastable to ``(*)``.
+            x0: Base draws, shape ``(*, D)``.
+            x1: Data rows, shape ``(*, D)``.
+            z: Unused: there is no latent term.
+        """
+        t = t.expand(x0.shape[:-1])[..., None].clone()
+        return jvp(lambda t: self.function(t, x0, x1), (t,), (torch.ones_like(t),))[:2]

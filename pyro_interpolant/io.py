@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import divergence as divergences
-from . import interpolants, solvers
+from . import interpolants, latents, solvers
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .interpolants import Interpolant
 from .joint import JointInterpolantDistribution
@@ -148,7 +148,7 @@ def _describe(distribution: AnyDistribution, prefix: str, tensors: dict[str, Ten
         "dim": transform.dim,
         "dtype": str(transform.loc.dtype).removeprefix("torch."),
         "frozen": not any(p.requires_grad for p in velocity.parameters()),
-        "interpolant": _describe_choice(transform.interpolant, interpolants),
+        "interpolant": _describe_choice(transform.interpolant, interpolants, latents),
         "solver": _describe_choice(transform.solver, solvers),
         "divergence": _describe_choice(transform.divergence, divergences),
         "support": describe_constraint(distribution.constraint),
@@ -170,7 +170,9 @@ def _build(
     name = header["class"]
     velocity = _build_velocity(header, velocity).to(getattr(torch, header["dtype"]))
     if interpolant is None:
-        interpolant = _build_choice(header["interpolant"], interpolants, "interpolant=")
+        interpolant = _build_choice(
+            header["interpolant"], interpolants, latents, argument="interpolant="
+        )
     conditional = name == "ConditionalInterpolantDistribution"
     make: Any = ConditionalInterpolantTransform if conditional else InterpolantTransform
     transform = make(
@@ -210,14 +212,23 @@ def _build_velocity(header: Any, velocity: nn.Module | None) -> nn.Module:
 # ---- parts: a class by name with numbers, never code --------------------------------------------
 
 
-def _describe_choice(choice: Any, module: Any) -> Any:
+def _describe_choice(choice: Any, *modules: Any) -> Any:
     name = type(choice).__name__
-    if getattr(module, name, None) is type(choice) and dataclasses.is_dataclass(choice):
-        return [name, dataclasses.asdict(choice)]  # type: ignore[arg-type]
-    return [name, None]
+    own = not any(getattr(module, name, None) is type(choice) for module in modules)
+    if own or not dataclasses.is_dataclass(choice):
+        return [name, None]
+    fields = {}
+    for part in dataclasses.fields(choice):
+        value = getattr(choice, part.name)
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            value = _describe_choice(value, *modules)
+            if value[1] is None:  # a function of the user's
+                return [name, None]
+        fields[part.name] = value
+    return [name, fields]
 
 
-def _build_choice(description: Any, module: Any, argument: str = "") -> Any:
+def _build_choice(description: Any, *modules: Any, argument: str = "") -> Any:
     name, fields = description
     if fields is None:
         if not argument:
@@ -228,9 +239,16 @@ def _build_choice(description: Any, module: Any, argument: str = "") -> Any:
             )
             return None
         raise ValueError(f"the flow's interpolant is a {name}: pass it, load(path, {argument}...)")
-    if name not in module.__all__ or not dataclasses.is_dataclass(getattr(module, name)):
+    kind = next((getattr(m, name) for m in modules if name in m.__all__), None)
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
         raise ValueError(f"unknown choice {name!r} in the file")
-    return getattr(module, name)(**fields)
+    parts = {
+        key: _build_choice(value, *modules, argument=argument)
+        if isinstance(value, list)
+        else value
+        for key, value in fields.items()
+    }
+    return kind(**parts)
 
 
 def _describe_base(base: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:

@@ -20,8 +20,12 @@ def regression_loss(
     w0: Tensor,
     w1: Tensor,
     context: Tensor | None = None,
+    z: Tensor | None = None,
 ) -> Tensor:
     r"""Return :math:`|v_t(I_t)|^2 - 2\,\partial_t I_t \cdot v_t(I_t)` in whitened coordinates.
+
+    With a latent term it is the mean over z and -z, whose variance stays finite where the slope
+    of :math:`\gamma` does not.
 
     Args:
         velocity: The network.
@@ -30,20 +34,34 @@ def regression_loss(
         w0: Whitened base draws, shape ``(*, D)``.
         w1: Whitened data, shape ``(*, D)``.
         context: Contexts, shape ``(*, C)``, or None.
+        z: Latent draws, shape ``(*, D)``; drawn, where there is a latent term, if not given.
 
     Returns:
         The loss of each row, shape ``(*)``.
 
     References:
-        arXiv 2209.15571, eq. 10.
+        arXiv 2209.15571, eq. 10; arXiv 2303.08797, Section 6.1 (antithetic draws).
     """
-    w_t, dw_t = interpolant.sample(t, w0, w1)
+    if z is None and interpolant.has_latent():
+        z = torch.randn_like(w0)
+    if z is None:
+        return _regression(velocity, t, *interpolant.sample(t, w0, w1), context)
+    up, down = (
+        _regression(velocity, t, *interpolant.sample(t, w0, w1, s), context) for s in (z, -z)
+    )
+    return 0.5 * (up + down)
+
+
+def _regression(
+    network: nn.Module, t: Tensor, w_t: Tensor, target: Tensor, context: Tensor | None
+) -> Tensor:
+    """Return ``|n|^2 - 2 target . n``, whose minimiser is the mean of the target given w_t."""
     # The default network computes its time embedding once per distinct time it is given.
-    if isinstance(velocity, VelocityMLP):
-        v = velocity(t, w_t, context)
+    if isinstance(network, VelocityMLP):
+        n = network(t, w_t, context)
     else:
-        v = evaluate(velocity, t, w_t, context)
-    return (v * (v - 2 * dw_t)).sum(-1)
+        n = evaluate(network, t, w_t, context)
+    return (n * (n - 2 * target)).sum(-1)
 
 
 def interpolant_loss(

@@ -11,18 +11,28 @@ from torch import Tensor, nn
 
 from pyro_interpolant import (
     Adaptive,
+    BrownianBridge,
     ConditionalInterpolantTransform,
+    EncodingDecoding,
     ExactDivergence,
     FixedGrid,
     HutchinsonDivergence,
     InterpolantDistribution,
     InterpolantTransform,
+    Latent,
     Linear,
+    SineSquared,
     Trigonometric,
     VelocityMLP,
 )
 
 INTERPOLANTS = {"trigonometric": Trigonometric(), "linear": Linear()}
+
+LATENT = {
+    "encoding-decoding": EncodingDecoding(),
+    "linear, bridge": Latent(Linear(), BrownianBridge(0.5)),
+    "trigonometric, smooth": Latent(Trigonometric(), SineSquared(0.8)),
+}
 
 SOLVERS = {
     "rk4": FixedGrid(steps=8),

@@ -27,6 +27,7 @@ FLOORS = {
     "divergence": 0,
     "interpolants": 0,
     "data": 0,
+    "latents": 1,
     "networks": 1,
     "solvers": 1,
     "supports": 1,
