@@ -27,6 +27,7 @@ from .interpolants import (
 from .latents import BrownianBridge, Latent, Mirror, SineSquared
 from .networks import VelocityMLP
 from .solvers import Adaptive, FixedGrid
+from .bases import ExternalBase, Samples
 from .transforms import (
     ConditionalInterpolantTransform,
     InterpolantTransform,
@@ -49,6 +50,7 @@ __all__ = [
     "ConditionalInterpolantTransform",
     "EncodingDecoding",
     "ExactDivergence",
+    "ExternalBase",
     "FitResult",
     "FixedGrid",
     "HutchinsonDivergence",
@@ -60,6 +62,7 @@ __all__ = [
     "Linear",
     "Mirror",
     "NonlinearInterpolant",
+    "Samples",
     "SineSquared",
     "SolverError",
     "TrainingState",

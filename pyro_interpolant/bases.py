@@ -1,4 +1,7 @@
-r"""What a flow starts from: the standard normal, or any Pyro distribution in data coordinates."""
+r"""What a flow starts from: the standard normal, any distribution in data coordinates, or samples.
+
+A base need not have a density: with samples alone a flow still transports and is sampled from.
+"""
 
 import copy
 from typing import Any
@@ -9,9 +12,10 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from .data import checked_rows
 from .flow import Flow
 
-__all__ = ["Whiten", "checked_base", "moved", "standard_normal"]
+__all__ = ["ExternalBase", "Samples", "Whiten", "checked_base", "moved", "standard_normal"]
 
 
 class Whiten(Transform):
@@ -38,6 +42,111 @@ class Whiten(Transform):
     def with_cache(self, cache_size: int = 1) -> "Whiten":
         """Return self: there is nothing to cache."""
         return self
+
+
+class Samples(dist.TorchDistribution):
+    """A base of which only samples are known: it can be drawn from, and has no density.
+
+    Args:
+        rows: Its samples, shape ``(N, D)``, in data coordinates; draws are with replacement.
+
+    Raises:
+        ValueError: If the rows are not of shape ``(N, D)``, or not finite.
+
+    Example:
+        >>> Samples(torch.zeros(10, 2)).sample((5,)).shape
+        torch.Size([5, 2])
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(self, rows: Tensor, *, validate_args: bool | None = None) -> None:
+        self.rows = checked_rows(rows, "base samples")
+        super().__init__(torch.Size(), self.rows.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Samples":
+        """Return the base with another batch shape."""
+        new = self._get_checked_instance(Samples, _instance)
+        new.rows = self.rows
+        super(Samples, new).__init__(torch.Size(batch_shape), self.event_shape)
+        return new
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Return rows drawn with replacement, shape ``(*sample_shape, *batch_shape, D)``."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        return self.rows[torch.randint(len(self.rows), shape, device=self.rows.device)]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Raise a ValueError, for values of any shape: samples have no density."""
+        raise ValueError(
+            "expected a base with a density, got samples alone: this flow transports and can be "
+            "sampled from, but has no log_prob. Pass a base distribution, for example an "
+            "InterpolantDistribution that was fitted to the samples"
+        )
+
+
+class ExternalBase(dist.TorchDistribution):
+    """A base from another library: any torch distribution, or a module whose call gives one.
+
+    A zuko flow is such a module: ``ExternalBase(zuko.flows.NSF(3))``. Its weights are its own: it
+    is neither trained nor saved with the flow.
+
+    Args:
+        source: A distribution of event shape ``(D,)``, in data coordinates, or a module that
+            returns one when called without arguments.
+
+    Raises:
+        TypeError: If the source gives no distribution.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+
+    def __init__(self, source: Any, *, validate_args: bool | None = None) -> None:
+        self.source = source
+        inner = self._inner()
+        if not isinstance(inner, torch.distributions.Distribution):
+            raise TypeError(
+                "expected a torch distribution, or a module that returns one when called without "
+                f"arguments, got {type(source).__name__}"
+            )
+        self.has_rsample = inner.has_rsample
+        super().__init__(inner.batch_shape, inner.event_shape, validate_args=validate_args)
+
+    def _inner(self) -> Any:
+        return self.source() if isinstance(self.source, torch.nn.Module) else self.source
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "ExternalBase":
+        """Return the base with another batch shape."""
+        new = self._get_checked_instance(ExternalBase, _instance)
+        new.source, new.has_rsample = self.source, self.has_rsample
+        super(ExternalBase, new).__init__(torch.Size(batch_shape), self.event_shape)
+        return new
+
+    def to(self, like: Tensor) -> "ExternalBase":
+        """Return the base in the type and on the device of a tensor of any shape."""
+        source = copy.deepcopy(self.source)
+        source = source.to(like) if isinstance(source, torch.nn.Module) else moved(source, like)
+        return ExternalBase(source).expand(self.batch_shape)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Return draws without gradient, shape ``(*sample_shape, *batch_shape, D)``."""
+        with torch.no_grad():
+            return self._expanded().sample(torch.Size(sample_shape))
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Return draws, shape ``(*sample_shape, *batch_shape, D)``."""
+        return self._expanded().rsample(torch.Size(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density, shape ``(*)``, of values of shape ``(*, D)``."""
+        return self._expanded().log_prob(value)
+
+    def _expanded(self) -> Any:
+        inner = self._inner()
+        return inner if inner.batch_shape == self.batch_shape else inner.expand(self.batch_shape)
 
 
 def standard_normal(transform: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .bases import moved
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .divergence import ExactDivergence, HutchinsonDivergence
 from .solvers import Adaptive, FixedGrid, Solver
@@ -214,6 +215,6 @@ def _using(flow: Any, solver: Solver) -> Any:
 
 def _log_prob(flow: Any, base: Any, rows: Tensor, solver: Solver) -> Tensor:
     view = _using(flow, solver)
-    if isinstance(base, InterpolantDistribution) and base.transform.flow.loc.dtype != rows.dtype:
-        base = copy.deepcopy(base).to(rows.dtype)
+    if base is not None:
+        base = moved(copy.deepcopy(base), rows)
     return InterpolantDistribution(view, base, validate_args=False).log_prob(rows).double()

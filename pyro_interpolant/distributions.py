@@ -160,6 +160,14 @@ class InterpolantDistribution(dist.TransformedDistribution):
         """Fix all weights, so that no inference trains them, and return self."""
         return _freeze(self)
 
+    def set_base(self, base: TorchDistributionMixin) -> None:
+        """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
+        self.base = base
+        self.base_dist = checked_base(base, self.transform.flow.dim).expand(self.batch_shape)
+        self.transforms = _chain(self.transform, base, self.constraint)
+        self.has_rsample = base.has_rsample
+        self.clear_cache()
+
     def to(self, *args: Any, **kwargs: Any) -> "InterpolantDistribution":
         """Move weights, buffers and base to a type or device, in place; return self."""
         self.transform.to(*args, **kwargs)
@@ -235,6 +243,10 @@ class ConditionalInterpolantDistribution(ConditionalTransformedDistribution):
     def freeze(self) -> "ConditionalInterpolantDistribution":
         """Fix all weights, so that no inference trains them, and return self."""
         return _freeze(self)
+
+    def set_base(self, base: TorchDistributionMixin) -> None:
+        """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
+        self.base = self.base_dist = checked_base(base, self.transform.dim)
 
     def to(self, *args: Any, **kwargs: Any) -> "ConditionalInterpolantDistribution":
         """Move weights, buffers and base to a type or device, in place; return self."""

@@ -86,6 +86,8 @@ class Flow(nn.Module):
             )
         self.dim = dim
         self.velocity = velocity
+        self.noise: nn.Module | None = None  # E[z | w_t], where fit(learn="noise") trained it
+        self.independent = True  # whether training paired base and data at random
         self.interpolant = Trigonometric() if interpolant is None else interpolant
         self.solver = FixedGrid() if solver is None else solver
         self.divergence = ExactDivergence() if divergence is None else divergence

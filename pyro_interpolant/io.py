@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import divergence as divergences
 from . import interpolants, latents, solvers
+from .bases import Samples
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .interpolants import Interpolant
 from .joint import JointInterpolantDistribution
@@ -147,6 +148,8 @@ def _describe(distribution: AnyDistribution, prefix: str, tensors: dict[str, Ten
         "arguments": velocity.arguments() if own else None,
         "dim": transform.dim,
         "dtype": str(transform.loc.dtype).removeprefix("torch."),
+        "noise": None if transform.noise is None else transform.noise.arguments(),
+        "independent": transform.independent,
         "frozen": not any(p.requires_grad for p in velocity.parameters()),
         "interpolant": _describe_choice(transform.interpolant, interpolants, latents),
         "solver": _describe_choice(transform.solver, solvers),
@@ -182,6 +185,9 @@ def _build(
         solver=_build_choice(header["solver"], solvers),
         divergence=_build_choice(header["divergence"], divergences),
     )
+    if header.get("noise") is not None:
+        transform.noise = VelocityMLP(*header["noise"]).to(transform.loc)
+    transform.independent = header.get("independent", True)
     state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     own = {k: v for k, v in state.items() if not k.startswith("base.")}
     transform.load_state_dict(own)
@@ -259,9 +265,14 @@ def _describe_base(base: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(base, torch.distributions.Independent):
         inner = _describe_base(base.base_dist, prefix, tensors)
         return {"independent": inner, "ndims": base.reinterpreted_batch_ndims}
+    if isinstance(base, Samples):
+        tensors[prefix + "rows"] = base.rows.detach().clone().contiguous()
+        return {"samples": True}
     name = type(base).__name__
     if getattr(dist, name, None) is not type(base):
-        raise ValueError(f"expected a base from pyro.distributions or a flow, got a {name}")
+        raise ValueError(
+            f"expected a base from pyro.distributions, samples or a flow, got a {name}"
+        )
     arguments = [k for k in type(base).arg_constraints if k in vars(base)]
     if isinstance(base, torch.distributions.MultivariateNormal):
         arguments = ["loc", "scale_tril"]  # the others appear when somebody asks for them
@@ -275,6 +286,8 @@ def _build_base(description: Any, prefix: str, tensors: dict[str, Tensor]) -> An
         return None
     if "flow" in description:
         return _build(description["flow"], prefix, tensors, None, None)
+    if "samples" in description:
+        return Samples(tensors[prefix + "rows"])
     if "independent" in description:
         return _build_base(description["independent"], prefix, tensors).to_event(
             description["ndims"]

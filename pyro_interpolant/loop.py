@@ -4,24 +4,19 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .data import batches
-from .flow import Flow
-from .losses import regression_loss
+from .objective import Draw, Objective, Rows
 
-__all__ = ["Objective", "Outcome", "Rows", "Schedule", "TrainingState", "train"]
-
-Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+__all__ = ["Outcome", "Schedule", "TrainingState", "train"]
 
 _STEPS = 6000
-_TIMES = 64  # distinct times per batch
 _LOOKS = 100  # how often the held-out loss is looked at
-_HELD_DRAWS = 8192
 _WARMUP = 0.02  # of the schedule
 _CLIP = 2.0  # times the running norm of the gradient
 _PATIENT = 0.3  # of the schedule, before which no run stops early
@@ -78,69 +73,6 @@ class Schedule(NamedTuple):
         return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-class Rows(NamedTuple):
-    """Whitened rows, shape ``(N, D)``, and their contexts, shape ``(N, C)``, or None."""
-
-    w: Tensor
-    context: Tensor | None
-
-    def take(self, index: Tensor) -> "Rows":
-        """Return the rows of an index, shape ``(B,)``."""
-        return Rows(self.w[index], None if self.context is None else self.context[index])
-
-    def repeated(self, count: int) -> "Rows":
-        """Return the first ``count`` rows, or whole copies of all rows up to about that many."""
-        copies = max(1, count // len(self.w))
-        return self.take(torch.arange(len(self.w)).repeat(copies)[:count])
-
-
-class Objective:
-    """The regression loss of a flow on batches of whitened rows."""
-
-    def __init__(self, flow: Flow, base: Any, coupling: Coupling, batch_size: int) -> None:
-        self.flow, self.base, self.coupling = flow, base, coupling
-        self.batch_size = batch_size
-
-    def prepared(self, rows: Tensor, contexts: Tensor | None, index: Tensor) -> Rows:
-        """Return rows whitened in float64, in the type of the flow."""
-        flow = self.flow
-        w = (rows.double() - flow.loc.double()) @ flow.whitening.double().T
-        return Rows(w.to(flow.loc), None if contexts is None else contexts[index])
-
-    def base_draws(self, count: int) -> Tensor:
-        """Return draws of the base in whitened coordinates, shape ``(count, D)``."""
-        if self.base is None:
-            loc = self.flow.loc
-            return torch.randn(count, self.flow.dim, dtype=loc.dtype, device=loc.device)
-        return self.flow.to_white(self.base.sample((count,)).to(self.flow.loc))
-
-    def draw(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return stratified times, base draws, rows and contexts, by time: ``(T, B/T, *)``."""
-        count = len(rows.w)
-        times = min(_TIMES, count)
-        w0 = self._paired(rows)
-        t = (torch.arange(times) + torch.rand(times)).to(rows.w) / times
-        keep = count - count % times
-        grouped = [
-            None if s is None else s[:keep].reshape(times, -1, s.shape[-1])
-            for s in (w0, rows.w, rows.context)
-        ]
-        return t[:, None], grouped[0], grouped[1], grouped[2]  # type: ignore[return-value]
-
-    def _paired(self, rows: Rows) -> Tensor:
-        """Return base draws coupled with the rows, in batches of the training's size."""
-        parts = [
-            self.coupling(self.base_draws(len(part.w)), part.w, part.context)
-            for part in (rows.take(i) for i in torch.arange(len(rows.w)).split(self.batch_size))
-        ]
-        return torch.cat(parts)
-
-    def loss(self, draw: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Tensor:
-        """Return the mean regression loss of a draw."""
-        flow = self.flow
-        return regression_loss(flow.velocity, flow.interpolant, *draw).mean()
-
-
 class _Average:
     """An exponential moving average of weights."""
 
@@ -166,7 +98,7 @@ class _Average:
 def train(
     objective: Objective,
     rows: Rows,
-    held: Rows,
+    fixed: Draw,
     schedule: Schedule,
     progress: bool,  # noqa: FBT001
     callback: Callable[[TrainingState], None] | None,
@@ -176,7 +108,7 @@ def train(
     Args:
         objective: The loss.
         rows: Training rows.
-        held: Held-out rows; their times and base draws are drawn once.
+        fixed: Held-out rows with their times and base draws, drawn once.
         schedule: When to stop, and the learning rate on the way.
         progress: Whether to show a bar.
         callback: Called at each look at the held-out loss.
@@ -184,10 +116,9 @@ def train(
     Raises:
         RuntimeError: If gradients stay non-finite; the best weights so far are in the network.
     """
-    parameters = [p for p in objective.flow.velocity.parameters() if p.requires_grad]
+    parameters = [p for p in objective.network.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99))
     average = _Average(parameters, schedule.ema)
-    fixed = objective.draw(held.repeated(_HELD_DRAWS))
     looks = _Looks(average, lambda: objective.loss(fixed), callback)
     step, seen, done, start = 0, 0, 0.0, time.monotonic()
     clip = _Clip(parameters)

@@ -21,6 +21,8 @@ def regression_loss(
     w1: Tensor,
     context: Tensor | None = None,
     z: Tensor | None = None,
+    *,
+    of_noise: bool = False,
 ) -> Tensor:
     r"""Return :math:`|v_t(I_t)|^2 - 2\,\partial_t I_t \cdot v_t(I_t)` in whitened coordinates.
 
@@ -35,6 +37,7 @@ def regression_loss(
         w1: Whitened data, shape ``(*, D)``.
         context: Contexts, shape ``(*, C)``, or None.
         z: Latent draws, shape ``(*, D)``; drawn, where there is a latent term, if not given.
+        of_noise: Whether the network is to learn :math:`E[z \mid I_t]` instead of the velocity.
 
     Returns:
         The loss of each row, shape ``(*)``.
@@ -46,10 +49,11 @@ def regression_loss(
         z = torch.randn_like(w0)
     if z is None:
         return _regression(velocity, t, *interpolant.sample(t, w0, w1), context)
-    up, down = (
-        _regression(velocity, t, *interpolant.sample(t, w0, w1, s), context) for s in (z, -z)
-    )
-    return 0.5 * (up + down)
+    losses = []
+    for s in (z, -z):
+        w_t, dw_t = interpolant.sample(t, w0, w1, s)
+        losses.append(_regression(velocity, t, w_t, s if of_noise else dw_t, context))
+    return 0.5 * (losses[0] + losses[1])
 
 
 def _regression(

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .data import checked_rows, moments
+from .bases import Samples
+from .data import Moments, checked_rows, moments
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .flow import Flow
 from .joint import JointInterpolantDistribution
+from .latents import Mirror
 from .networks import VelocityMLP
 from .supports import bijection
 
@@ -18,8 +20,11 @@ __all__ = [
     "checked_batch",
     "checked_context",
     "checked_data",
+    "checked_partners",
+    "noise_network",
     "own_flow",
     "precondition",
+    "set_base",
 ]
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
@@ -76,6 +81,60 @@ def checked_context(
     return context.to(flow.loc)
 
 
+def set_base(distribution: AnyDistribution, flow: Flow, base_samples: Any, rows: Tensor) -> None:
+    """Let the distribution start from samples, where they are given or the path is a mirror."""
+    if base_samples is None:
+        if isinstance(flow.interpolant, Mirror) and distribution.base is None:
+            distribution.set_base(Samples(rows.to(flow.loc)))
+        return
+    if distribution.base is not None and not isinstance(distribution.base, Samples):
+        raise ValueError(
+            "expected base_samples or a base, got both: this distribution starts from a "
+            f"{type(distribution.base).__name__}, which training draws from"
+        )
+    base_samples = checked_rows(base_samples, "base_samples", (flow.dim,))
+    distribution.set_base(Samples(base_samples.to(flow.loc)))
+
+
+def checked_partners(
+    distribution: AnyDistribution, flow: Flow, pairs: Any, count: int
+) -> Tensor | None:
+    """Return the base partners of the rows, shape ``(N, D)``, or None."""
+    if pairs is None:
+        return None
+    pairs = checked_rows(pairs, "pairs", (flow.dim,))
+    if len(pairs) != count:
+        raise ValueError(f"expected one partner per row of data, {count}, got {len(pairs)}")
+    if distribution.base is None and len(pairs) > 50:
+        spread = pairs.std(0)
+        if float(pairs.mean(0).abs().max()) > 1 or float((spread.log().abs()).max()) > 1:
+            raise ValueError(
+                "expected pairs drawn from N(0, I), the base of this distribution, got rows with "
+                "other moments: pass the base they come from, or base_samples=pairs as well"
+            )
+    return pairs
+
+
+def noise_network(flow: Flow) -> nn.Module:
+    """Return the network that learns the latent noise, made beside the velocity if missing."""
+    if not flow.interpolant.has_latent():
+        raise ValueError(
+            f"expected an interpolant with a latent term to learn the noise, got "
+            f"{type(flow.interpolant).__name__}: use Latent(...), or score(), which needs no "
+            "network for a Gaussian base"
+        )
+    if flow.noise is None:
+        velocity = flow.velocity
+        if isinstance(velocity, VelocityMLP):
+            flow.noise = VelocityMLP(*velocity.arguments()).to(flow.loc)
+            for name, value in velocity.named_buffers():
+                getattr(flow.noise, name).copy_(value)
+        else:
+            context_dim = getattr(velocity, "context_dim", 0)
+            flow.noise = VelocityMLP(flow.dim, context_dim=context_dim).to(flow.loc)
+    return flow.noise
+
+
 def checked_batch(batch_size: int | None, available: int) -> int:
     """Return the number of rows per step."""
     if batch_size is None:
@@ -111,12 +170,16 @@ def check_settings(
 
 
 def precondition(
-    flow: Flow, distribution: AnyDistribution, rows: Tensor, contexts: Tensor | None
+    flow: Flow,
+    distribution: AnyDistribution,
+    rows: Tensor,
+    contexts: Tensor | None,
+    partners: Tensor | None,
 ) -> None:
     """Set the whitening map, and the network's radius and context scale, from training rows."""
     m = moments(rows)
     if distribution.base is None:
-        flow.precondition(*m)
+        flow.precondition(*(m if partners is None else _aligned(m, rows, partners)))
     else:  # one scalar: a full whitening would change what the shortest path is
         base = distribution.base.sample((len(rows),)).double()
         both = torch.cat((base - base.mean(0), rows.double() - rows.double().mean(0)))
@@ -126,3 +189,11 @@ def precondition(
     if isinstance(flow.velocity, VelocityMLP):
         w = flow.to_white(rows.to(flow.loc))
         flow.velocity.precondition(w, contexts)
+
+
+def _aligned(m: Moments, rows: Tensor, partners: Tensor) -> Moments:
+    """Return whitening turned toward the partners: paths of a pair must not be made to cross."""
+    w = (rows.double() - m.loc) @ m.whitening.T
+    u, _, vh = torch.linalg.svd(w.T @ partners.double())
+    turn = u @ vh
+    return Moments(m.loc, m.linear @ turn, turn.T @ m.whitening)

@@ -2,26 +2,30 @@ r"""Training: a quadratic regression. No ODE is solved and none is differentiate
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.distributions import constraints
 
+from .bases import Samples
 from .couplings import independent
 from .data import checked_rows
 from .diagnostics import calibrate
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
-from .flow import Flow
 from .joint import JointInterpolantDistribution, pack, sites_of
-from .loop import Objective, Schedule, TrainingState, train
+from .loop import Schedule, TrainingState, train
+from .objective import Coupling, Objective
 from .preparation import (
     check_settings,
     checked_batch,
     checked_context,
     checked_data,
+    checked_partners,
+    noise_network,
     own_flow,
     precondition,
+    set_base,
 )
 from .solvers import FixedGrid
 from .supports import Constraint, bijection
@@ -30,8 +34,6 @@ from .transforms import interpolant_transform
 __all__ = ["FitResult", "fit", "from_samples"]
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
-Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
 _CALIBRATION_ROWS = 256
 
 
@@ -64,6 +66,8 @@ def fit(
     data: Any,
     *,
     context: Any = None,
+    pairs: Any = None,
+    base_samples: Any = None,
     steps: int | None = None,
     max_seconds: float | None = None,
     batch_size: int | None = None,
@@ -72,12 +76,13 @@ def fit(
     patience: int = 30,
     ema: float = 0.999,
     coupling: Coupling = independent,
+    learn: Literal["velocity", "noise"] = "velocity",
     tolerance: float = 1e-2,
     seed: int | None = None,
     progress: bool = True,
     callback: Callable[[TrainingState], None] | None = None,
 ) -> FitResult:
-    """Train a flow on data, in place, then calibrate its solver.
+    r"""Train a flow on data, in place, then calibrate its solver.
 
     The whitening map is set from the data; the velocity is trained by regression on the
     interpolant with Adam, a cosine schedule, clipped gradients and averaged weights; the weights
@@ -89,6 +94,11 @@ def fit(
         data: Rows of shape ``(N, *event_shape)``, or, for a
             :class:`~pyro_interpolant.JointInterpolantDistribution`, a dictionary of draws.
         context: Contexts of shape ``(N, C)`` for a conditional flow.
+        pairs: The partner of each row at the base, shape ``(N, D)``, for a coupling you already
+            have: in data coordinates (under a support: unconstrained) where a base is given,
+            draws of N(0, I) otherwise.
+        base_samples: Samples of the base, shape ``(M, D)``, where no density of it is known: the
+            flow then starts from them, transports and samples, and has no ``log_prob``.
         steps: The number of optimiser steps; by default 6,000, or as many as ``max_seconds``
             allows.
         max_seconds: Stop after this time; the schedule adapts to whichever ends first.
@@ -99,6 +109,9 @@ def fit(
             one.
         ema: The decay of the moving average of the weights.
         coupling: Who is paired with whom in a batch; see :mod:`~pyro_interpolant.couplings`.
+        learn: ``"velocity"``; or, once that is trained and the interpolant has a latent term,
+            ``"noise"``: :math:`E[z \mid I_t]`, which gives :func:`~pyro_interpolant.score` for any
+            base and coupling.
         tolerance: For :func:`~pyro_interpolant.calibrate`, nats.
         seed: Makes the run reproducible: same seed, same weights. The global generator is left as
             it was.
@@ -117,30 +130,52 @@ def fit(
         arXiv 2209.15571, Algorithm 1.
     """
     flow = own_flow(distribution)
+    flow.interpolant.check_ends(flow.dim)
     rows = checked_data(distribution, flow, data)
     contexts = checked_context(distribution, flow, context, len(rows))
     held_count = max(1, round(validation * len(rows))) if 0 < validation < 1 else 0
     size = checked_batch(batch_size, len(rows) - held_count)
     check_settings(steps, max_seconds, learning_rate, validation, patience, ema, tolerance)
+    set_base(distribution, flow, base_samples, rows)
+    partners = checked_partners(distribution, flow, pairs, len(rows))
     with _seeded(seed, flow.loc.device):
         order = torch.randperm(len(rows), device=rows.device)
         held, kept = order[:held_count], order[held_count:]
-        precondition(flow, distribution, rows[kept], None if contexts is None else contexts[kept])
-        objective = Objective(flow, distribution.base, coupling, size)
-        train_set = objective.prepared(rows[kept], contexts, kept)
-        held_set = objective.prepared(rows[held], contexts, held)
+        noise = None
+        if learn == "noise":
+            noise = noise_network(flow)
+        else:
+            flow.independent = coupling is independent and pairs is None
+            own = [None if s is None else s[kept] for s in (contexts, partners)]
+            precondition(flow, distribution, rows[kept], *own)
+        shown, unseen = _split_base(distribution.base, validation)
+        objective = Objective(flow, shown, coupling, size, noise)
+        train_set = objective.prepared(rows, contexts, partners, kept)
+        held_set = objective.prepared(rows, contexts, partners, held)
+        fixed = objective.with_base(unseen).fixed_draw(held_set)
         schedule = Schedule(steps, max_seconds, learning_rate, patience, ema)
-        with _trainable(flow):
-            outcome = train(objective, train_set, held_set, schedule, progress, callback)
+        with _trainable(objective.network):
+            outcome = train(objective, train_set, fixed, schedule, progress, callback)
     distribution.clear_cache()
     few = held[:_CALIBRATION_ROWS]
-    solver = calibrate(
-        _bare(distribution),
-        rows[few].to(flow.loc),
-        context=None if contexts is None else contexts[few],
-        tolerance=tolerance,
-    )
+    solver: Any = flow.solver
+    if learn == "velocity" and not isinstance(distribution.base, Samples):
+        solver = calibrate(
+            _bare(distribution),
+            rows[few].to(flow.loc),
+            context=None if contexts is None else contexts[few],
+            tolerance=tolerance,
+        )
     return FitResult(*outcome, solver)
+
+
+def _split_base(base: Any, validation: float) -> tuple[Any, Any]:
+    """Return the base for training and the one for the held-out loss: disjoint samples."""
+    if not isinstance(base, Samples):
+        return base, base
+    rows = base.rows[torch.randperm(len(base.rows), device=base.rows.device)]
+    count = max(1, round(validation * len(rows)))
+    return Samples(rows[count:] if len(rows) > count else rows), Samples(rows[:count])
 
 
 def from_samples(
@@ -208,16 +243,15 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _trainable(flow: Flow) -> Iterator[None]:
-    """Let the velocity be trained, then restore who was frozen."""
-    velocity = flow.velocity
-    flags, mode = [p.requires_grad for p in velocity.parameters()], velocity.training
-    velocity.requires_grad_(requires_grad=True).train()
+def _trainable(network: nn.Module) -> Iterator[None]:
+    """Let a network be trained, then restore who was frozen."""
+    flags, mode = [p.requires_grad for p in network.parameters()], network.training
+    network.requires_grad_(requires_grad=True).train()
     try:
         yield
     finally:
-        velocity.train(mode)
-        for p, flag in zip(velocity.parameters(), flags, strict=True):
+        network.train(mode)
+        for p, flag in zip(network.parameters(), flags, strict=True):
             p.requires_grad = flag
             p.grad = None
 

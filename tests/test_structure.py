@@ -40,10 +40,11 @@ FLOORS = {
     "diagnostics": 5,
     "reparam": 5,
     "io": 6,
-    "loop": 6,
+    "objective": 6,
     "preparation": 6,
-    "training": 7,
-    "__init__": 8,
+    "loop": 7,
+    "training": 8,
+    "__init__": 9,
 }
 PYRO = {"bases", "transforms", "distributions", "supports", "joint", "reparam", "io"}
 FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn")

@@ -1,0 +1,147 @@
+r"""What a training step minimises: the regression loss on draws of pairs, times and noise."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .flow import Flow
+from .losses import regression_loss
+
+__all__ = ["Coupling", "Draw", "Objective", "Rows"]
+
+Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+_TIMES = 64  # distinct times per batch
+_HELD_DRAWS = 8192
+
+
+class Rows(NamedTuple):
+    """Whitened rows, shape ``(N, D)``, with what belongs to each.
+
+    Attributes:
+        w: The rows.
+        context: Their contexts, shape ``(N, C)``, or None.
+        partner: Their partners at the base, whitened, shape ``(N, D)``, or None.
+    """
+
+    w: Tensor
+    context: Tensor | None
+    partner: Tensor | None = None
+
+    def take(self, index: Tensor) -> "Rows":
+        """Return the rows of an index, shape ``(B,)``."""
+        return Rows(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
+
+    def repeated(self, count: int) -> "Rows":
+        """Return the first ``count`` rows, or whole copies of all rows up to about that many."""
+        copies = max(1, count // len(self.w))
+        return self.take(torch.arange(len(self.w)).repeat(copies)[:count])
+
+
+class Draw(NamedTuple):
+    """Everything random in a loss, grouped by time: T times, B rows.
+
+    Attributes:
+        t: Times, shape ``(T, 1)``.
+        w0: Whitened base draws, shape ``(T, B / T, D)``.
+        w1: Whitened rows, shape ``(T, B / T, D)``.
+        context: Contexts, shape ``(T, B / T, C)``, or None.
+        z: Latent draws, shape ``(T, B / T, D)``, or None.
+    """
+
+    t: Tensor
+    w0: Tensor
+    w1: Tensor
+    context: Tensor | None
+    z: Tensor | None
+
+
+class Objective:
+    """The regression loss of a flow's network on batches of whitened rows.
+
+    Args:
+        flow: The flow.
+        base: Its base, None for N(0, I).
+        coupling: Who is paired with whom.
+        batch_size: Rows per step, and per coupling.
+        noise: The network to train for the latent noise, or None to train the velocity.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        base: Any,
+        coupling: Coupling,
+        batch_size: int,
+        noise: nn.Module | None = None,
+    ) -> None:
+        self.flow, self.base, self.coupling = flow, base, coupling
+        self.batch_size = batch_size
+        self.of_noise = noise is not None
+        self.network: nn.Module = flow.velocity if noise is None else noise
+        self.has_latent = flow.interpolant.has_latent()
+
+    def with_base(self, base: Any) -> "Objective":
+        """Return the same objective with other base draws."""
+        noise = self.network if self.of_noise else None
+        return Objective(self.flow, base, self.coupling, self.batch_size, noise)
+
+    def prepared(
+        self, rows: Tensor, contexts: Tensor | None, partners: Tensor | None, index: Tensor
+    ) -> Rows:
+        """Return some rows whitened in float64, in the type of the flow."""
+        return Rows(
+            self._white(rows[index]),
+            None if contexts is None else contexts[index],
+            None if partners is None else self._white_base(partners[index]),
+        )
+
+    def fixed_draw(self, held: Rows) -> Draw:
+        """Return a draw of held-out rows to keep throughout."""
+        return self.draw(held.repeated(_HELD_DRAWS))
+
+    def draw(self, rows: Rows) -> Draw:
+        """Return stratified times, base draws, rows, contexts and noise."""
+        count = len(rows.w)
+        times = min(_TIMES, count)
+        w0 = self._coupled(rows) if rows.partner is None else rows.partner
+        t = (torch.arange(times) + torch.rand(times)).to(rows.w) / times
+        z = torch.randn_like(rows.w) if self.has_latent else None
+        keep = count - count % times
+        grouped = [
+            None if s is None else s[:keep].reshape(times, -1, s.shape[-1])
+            for s in (w0, rows.w, rows.context, z)
+        ]
+        return Draw(t[:, None], *grouped)  # type: ignore[arg-type]
+
+    def loss(self, draw: Draw) -> Tensor:
+        """Return the mean regression loss of a draw."""
+        return regression_loss(
+            self.network, self.flow.interpolant, *draw, of_noise=self.of_noise
+        ).mean()
+
+    def _white(self, rows: Tensor) -> Tensor:
+        flow = self.flow
+        w = (rows.double() - flow.loc.double()) @ flow.whitening.double().T
+        return w.to(flow.loc)
+
+    def _white_base(self, x0: Tensor) -> Tensor:
+        return x0.to(self.flow.loc) if self.base is None else self._white(x0)
+
+    def _base_draws(self, count: int) -> Tensor:
+        if self.base is None:
+            loc = self.flow.loc
+            return torch.randn(count, self.flow.dim, dtype=loc.dtype, device=loc.device)
+        with torch.no_grad():
+            return self._white(self.base.sample((count,)))
+
+    def _coupled(self, rows: Rows) -> Tensor:
+        """Return base draws coupled with the rows, in batches of the training's size."""
+        return torch.cat(
+            [
+                self.coupling(self._base_draws(len(part.w)), part.w, part.context)
+                for part in map(rows.take, torch.arange(len(rows.w)).split(self.batch_size))
+            ]
+        )

@@ -1,0 +1,328 @@
+import copy
+import subprocess
+import sys
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import random_flow
+from torch import nn
+
+from pyro_interpolant import (
+    BrownianBridge,
+    ConditionalInterpolantDistribution,
+    EncodingDecoding,
+    ExternalBase,
+    InterpolantDistribution,
+    InterpolantTransform,
+    Latent,
+    Linear,
+    Mirror,
+    NonlinearInterpolant,
+    Samples,
+    VelocityMLP,
+    conditional_interpolant_transform,
+    fit,
+    independent,
+    interpolant_transform,
+    load,
+    optimal_transport,
+    save,
+)
+
+QUICK = {"steps": 60, "batch_size": 40, "learning_rate": 5e-3, "progress": False, "seed": 0}
+
+
+def crescent(count):
+    x = torch.randn(count, 2)
+    x[:, 1] = x[:, 0].square() + 0.2 * x[:, 1]
+    return x
+
+
+def mean_distance(x, y):
+    """The energy distance between two samples."""
+    return 2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()
+
+
+# ---- samples ------------------------------------------------------------------------------------
+
+
+def test_samples_draw_their_rows():
+    rows = torch.randn(20, 3)
+    base = Samples(rows)
+    for shape, batch in (((), ()), ((7,), ()), ((2, 5), (4,))):
+        x = base.expand(batch).sample(shape)
+        assert x.shape == (*shape, *batch, 3)
+        assert (x[..., None, :] == rows).all(-1).any(-1).all()
+    with pytest.raises(ValueError, match=r"shape \(N, D\)"):
+        Samples(torch.randn(3))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        Samples(torch.full((2, 2), torch.nan))
+
+
+def test_two_data_sets_transport():
+    """From one cloud to another, neither with a known density."""
+    x0, x1 = crescent(2000) + 5, -0.5 * crescent(2000)
+    distribution = InterpolantDistribution(interpolant_transform(2, (48, 48)))
+    result = fit(distribution, x1, base_samples=x0, **{**QUICK, "steps": 600, "batch_size": 128})
+    assert isinstance(distribution.base, Samples)
+    assert result.validation_losses[-1] < result.validation_losses[0]
+    y = distribution.sample((1000,))
+    before = mean_distance(x0[:1000], x1[:1000])
+    assert mean_distance(y, x1[:1000]) < 0.05 * before
+    moved = distribution.transform(distribution.transforms[0](x0[:1000]))
+    assert mean_distance(moved, x1[:1000]) < 0.05 * before
+    with pytest.raises(ValueError, match="samples alone: this flow transports"):
+        distribution.log_prob(y)
+
+
+def test_samples_in_a_model_and_in_a_file(tmp_path):
+    flow = InterpolantDistribution(random_flow(2), Samples(torch.randn(30, 2)))
+    with pyro.plate("n", 4):
+        assert pyro.sample("x", flow).shape == (4, 2)
+    save(flow, tmp_path / "flow.safetensors")
+    again = load(tmp_path / "flow.safetensors")
+    assert torch.equal(again.base.rows, flow.base.rows)
+    assert copy.deepcopy(flow).to(torch.float32).sample((3,)).dtype == torch.float32
+
+
+def test_conditional_flows_start_from_samples():
+    context = torch.rand(1000, 1)
+    transform = conditional_interpolant_transform(2, 1, (32, 32))
+    distribution = ConditionalInterpolantDistribution(transform)
+    x1 = context + 0.1 * torch.randn(1000, 2)
+    fit(
+        distribution,
+        x1,
+        context=context,
+        base_samples=crescent(500),
+        **{**QUICK, "steps": 400, "batch_size": 128},
+    )
+    means = [
+        float(distribution.condition(torch.tensor([c])).sample((500,)).mean()) for c in (0.1, 0.9)
+    ]
+    assert means[0] == pytest.approx(0.1, abs=0.15)
+    assert means[1] == pytest.approx(0.9, abs=0.15)
+
+
+def test_a_base_and_base_samples_are_too_many():
+    base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
+    distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)), base)
+    with pytest.raises(ValueError, match=r"got both: this distribution starts from a Independent"):
+        fit(distribution, torch.randn(50, 2), base_samples=torch.randn(50, 2), **QUICK)
+    assert distribution.base is base
+
+
+# ---- pairs --------------------------------------------------------------------------------------
+
+
+def test_pairs_are_kept_together():
+    """A coupling that turns by a right angle."""
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    x0 = torch.randn(4000, 2)
+    distribution = InterpolantDistribution(
+        interpolant_transform(2, (32, 32), interpolant=Linear())
+    )
+    fit(
+        distribution,
+        3 + x0 @ turn,
+        pairs=x0,
+        base_samples=x0,
+        **{**QUICK, "steps": 500, "batch_size": 256},
+    )
+    assert not distribution.transform.independent
+    assert distribution.transform.flow.to_white(x0).shape == x0.shape
+    few = torch.randn(200, 2)
+    y = distribution.transform(distribution.transforms[0](few))
+    error = (y - 3 - few @ turn).norm(dim=-1).mean()
+    assert error < 0.25
+
+
+def test_pairs_of_the_default_base():
+    z = torch.randn(2000, 2)
+    distribution = InterpolantDistribution(
+        interpolant_transform(2, (32, 32), interpolant=Linear())
+    )
+    fit(distribution, 5 + 2 * z, pairs=z, **{**QUICK, "steps": 300, "batch_size": 128})
+    few = torch.randn(100, 2)
+    assert ((distribution.transform(few) - 5 - 2 * few).norm(dim=-1) < 0.3).float().mean() > 0.9
+    assert torch.isfinite(distribution.log_prob(5 + 2 * few)).all()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (torch.randn(49, 2), "expected one partner per row of data, 60, got 49"),
+        (torch.randn(60, 3), r"expected pairs of shape \(N, 2\)"),
+        (5 + torch.randn(60, 2), r"expected pairs drawn from N\(0, I\).*base_samples=pairs"),
+    ],
+)
+def test_pairs_refused(pairs, message):
+    distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
+    with pytest.raises(ValueError, match=message):
+        fit(distribution, torch.randn(60, 2), pairs=pairs, **QUICK)
+
+
+def test_whether_pairs_were_independent_is_remembered(tmp_path):
+    for coupling, expected in ((independent, True), (optimal_transport, False)):
+        distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
+        fit(distribution, torch.randn(80, 2), coupling=coupling, **{**QUICK, "batch_size": 40})
+        assert distribution.transform.independent is expected
+        save(distribution, tmp_path / "flow.safetensors")
+        assert load(tmp_path / "flow.safetensors").transform.independent is expected
+
+
+# ---- interpolants in training -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "interpolant", [EncodingDecoding(), Latent(Linear(), BrownianBridge(0.3)), Mirror()]
+)
+def test_latent_interpolants_train_and_learn_their_noise(interpolant, tmp_path):
+    x = crescent(1500)
+    distribution = InterpolantDistribution(
+        interpolant_transform(2, (32, 32), interpolant=interpolant)
+    )
+    fit(distribution, x, **{**QUICK, "steps": 200, "batch_size": 128})
+    assert mean_distance(distribution.sample((800,)), x[:800]) < 0.1
+    before = [p.clone() for p in distribution.transform.velocity.parameters()]
+    assert distribution.transform.noise is None
+    result = fit(distribution, x, learn="noise", **{**QUICK, "steps": 200, "batch_size": 128})
+    assert result.validation_losses[-1] < result.validation_losses[0] - 0.1
+    for p, q in zip(before, distribution.transform.velocity.parameters(), strict=True):
+        assert torch.equal(p, q)
+    save(distribution, tmp_path / "flow.safetensors")
+    again = load(tmp_path / "flow.safetensors").transform.noise
+    t, w = torch.tensor(0.4), torch.randn(5, 2)
+    assert torch.equal(again(t, w), distribution.transform.noise(t, w))
+
+
+def test_a_mirror_starts_from_its_data():
+    x = crescent(300)
+    distribution = InterpolantDistribution(interpolant_transform(2, (8, 8), interpolant=Mirror()))
+    fit(distribution, x, **QUICK)
+    assert torch.equal(distribution.base.rows, x)
+
+
+def test_the_noise_needs_a_latent_term():
+    distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
+    with pytest.raises(ValueError, match=r"latent term to learn the noise, got Trigonometric"):
+        fit(distribution, torch.randn(60, 2), learn="noise", **QUICK)
+
+
+class Off(Linear):
+    def coefficients(self, t):
+        return 1 - t, 0.9 * t, torch.zeros_like(t)
+
+
+@pytest.mark.parametrize(
+    ("interpolant", "message"),
+    [
+        (Off(), r"expected coefficients .* at t = 0 and t = 1, got .* from Off"),
+        (NonlinearInterpolant(lambda t, a, b: (1 - t) * a + t * b + 0.1), "to be x0 at t = 0"),
+        (NonlinearInterpolant(lambda t, a, b: (1 - t) * a), "to be x1 at t = 1"),
+        (NonlinearInterpolant(lambda t, a, b: a.sum(-1)), "expected paths of shape"),
+    ],
+)
+def test_wrong_ends_are_refused_before_training(interpolant, message):
+    distribution = InterpolantDistribution(
+        interpolant_transform(2, (8, 8), interpolant=interpolant)
+    )
+    loc = distribution.transform.loc.clone()
+    with pytest.raises(ValueError, match=message):
+        fit(distribution, 5 + torch.randn(60, 2), **QUICK)
+    assert torch.equal(distribution.transform.loc, loc)
+
+
+def test_a_non_linear_path_trains():
+    def bow(t, x0, x1):
+        return (1 - t) * x0 + t * x1 + t * (1 - t) * (x1 - x0).tanh()
+
+    x = crescent(1500)
+    flow = interpolant_transform(2, (32, 32), interpolant=NonlinearInterpolant(bow))
+    distribution = InterpolantDistribution(flow)
+    fit(distribution, x, **{**QUICK, "steps": 300, "batch_size": 128})
+    assert mean_distance(distribution.sample((800,)), x[:800]) < 0.1
+
+
+# ---- bases of other libraries -------------------------------------------------------------------
+
+
+class Lazy(nn.Module):
+    """What a zuko flow looks like: a module that makes a distribution when called."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor([1.0, -2.0]))
+
+    def forward(self, context=None):
+        normal = torch.distributions.Normal(self.loc, torch.ones_like(self.loc))
+        return torch.distributions.Independent(normal, 1)
+
+
+class Wrong(nn.Module):
+    def forward(self):
+        return 1.0
+
+
+@pytest.mark.parametrize("make", [Lazy, lambda: Lazy()()], ids=["module", "distribution"])
+def test_an_external_base(make):
+    base, reference = ExternalBase(make()), Lazy()()
+    assert base.event_shape == (2,)
+    x = base.sample((4,))
+    torch.testing.assert_close(base.log_prob(x).double(), reference.log_prob(x).double())
+    assert base.expand((3,)).sample((4,)).shape == (4, 3, 2)
+    assert not x.requires_grad
+    flow = InterpolantDistribution(random_flow(2), base)
+    y = flow.sample((5,))
+    assert flow.log_prob(y).shape == (5,)
+    assert flow.at(0.0).log_prob(y).allclose(reference.log_prob(y))
+    half = copy.deepcopy(flow).to(torch.float32)
+    assert half.sample((2,)).dtype == torch.float32
+    assert flow.sample((2,)).dtype == torch.float64
+
+
+def test_an_external_base_is_neither_guessed_nor_saved(tmp_path):
+    with pytest.raises(TypeError, match=r"expected a torch distribution.*got Wrong"):
+        ExternalBase(Wrong())
+    flow = InterpolantDistribution(random_flow(2), ExternalBase(Lazy()))
+    with pytest.raises(ValueError, match="got a ExternalBase"):
+        save(flow, tmp_path / "flow.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+ZUKO = """
+import torch, zuko
+import pyro_interpolant as pi
+torch.manual_seed(0)
+base = pi.ExternalBase(zuko.flows.NSF(2, transforms=1, hidden_features=(16, 16)))
+d = pi.InterpolantDistribution(pi.interpolant_transform(2, (16, 16)), base)
+x = torch.randn(400, 2) * 0.5 + 1
+pi.fit(d, x, steps=50, progress=False, batch_size=100, seed=0)
+y = d.sample((7,))
+assert y.shape == (7, 2) and d.log_prob(y).shape == (7,) and torch.isfinite(d.log_prob(y)).all()
+"""
+
+
+def test_a_zuko_flow_as_base():
+    pytest.importorskip("zuko", reason="an extra of the benchmarks")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", ZUKO], check=True)
+
+
+def test_velocity_of_ones_own_learns_noise_too():
+    class Own(nn.Module):
+        event_dim = 2
+
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 2))
+
+        def forward(self, t, x, context=None):
+            return self.net(torch.cat((x, t[..., None]), -1))
+
+    flow = InterpolantTransform(Own(), interpolant=Latent())
+    distribution = InterpolantDistribution(flow)
+    fit(distribution, crescent(200), **QUICK)
+    fit(distribution, crescent(200), learn="noise", **QUICK)
+    assert isinstance(flow.noise, VelocityMLP)
