@@ -24,9 +24,21 @@ from .interpolants import (
     Trigonometric,
     VariancePreserving,
 )
+from .conversions import (
+    denoiser_to_score,
+    noise_to_score,
+    score_to_denoiser,
+    score_to_noise,
+    score_to_velocity,
+    velocity_to_denoiser,
+    velocity_to_score,
+)
 from .latents import BrownianBridge, Latent, Mirror, SineSquared
+from .learned import LearnedInterpolant
 from .networks import VelocityMLP
 from .solvers import Adaptive, FixedGrid
+from .supports import circular
+from .torus import Geodesic, TorusMLP, UniformTorus
 from .bases import ExternalBase, Samples
 from .transforms import (
     ConditionalInterpolantTransform,
@@ -39,9 +51,13 @@ from .joint import JointInterpolantDistribution
 from .losses import interpolant_loss
 from .diagnostics import SolverError, calibrate, log_prob_stderr, solver_error
 from .reparam import base_space
+from .scores import denoiser, score
+from .sde import InterpolantSDE, sample_sde
+from .likelihoods import sde_log_prob
 from .io import load, save
 from .loop import TrainingState
 from .training import FitResult, fit, from_samples
+from .transport import PathReport, ReflowResult, TransportResult, learn_interpolant, reflow
 
 __all__ = [
     "Adaptive",
@@ -53,35 +69,57 @@ __all__ = [
     "ExternalBase",
     "FitResult",
     "FixedGrid",
+    "Geodesic",
     "HutchinsonDivergence",
     "Interpolant",
     "InterpolantDistribution",
+    "InterpolantSDE",
     "InterpolantTransform",
     "JointInterpolantDistribution",
     "Latent",
+    "LearnedInterpolant",
     "Linear",
     "Mirror",
     "NonlinearInterpolant",
+    "PathReport",
+    "ReflowResult",
     "Samples",
     "SineSquared",
     "SolverError",
+    "TorusMLP",
     "TrainingState",
+    "TransportResult",
     "Trigonometric",
+    "UniformTorus",
     "VariancePreserving",
     "VelocityMLP",
     "__version__",
     "base_space",
     "calibrate",
+    "circular",
     "clenshaw_curtis",
     "conditional_interpolant_transform",
+    "denoiser",
+    "denoiser_to_score",
     "fit",
     "from_samples",
     "independent",
     "interpolant_loss",
     "interpolant_transform",
+    "learn_interpolant",
     "load",
     "log_prob_stderr",
+    "noise_to_score",
     "optimal_transport",
+    "reflow",
+    "sample_sde",
     "save",
+    "score",
+    "score_to_denoiser",
+    "score_to_noise",
+    "score_to_velocity",
+    "sde_log_prob",
     "solver_error",
+    "velocity_to_denoiser",
+    "velocity_to_score",
 ]

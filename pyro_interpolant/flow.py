@@ -5,6 +5,8 @@ data. The solver stores the states at the quadrature nodes; the log-determinant 
 of divergences along them, computed when somebody asks.
 """
 
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from .solvers import Field, FixedGrid, Solver
 __all__ = ["Flow", "Path"]
 
 _KEPT_BYTES = 2**26  # a trajectory above 64 MiB is not kept
-_ROWS = 1024  # without gradients, rows solved, or rows times nodes differentiated, at once
+_ROWS = 512  # without gradients, rows solved, or rows times nodes differentiated, at once
 
 
 class Path(NamedTuple):
@@ -158,22 +160,26 @@ class Flow(nn.Module):
         if path.end == 0.0:
             return self.linear_log_det.expand(states.shape[1:-1])
         times, weights = (s.to(states) for s in path.times())
-        at_once, again = len(states), getattr(path.solver, "checkpoint", False)
-        if (again or not self._needs_graph(states, path)) and not torch._C._get_tracing_state():
-            # In pieces that stay in the processor's cache.
-            at_once = max(1, _ROWS // max(1, states[0].numel() // self.dim))
-
-        def rate(t: Tensor, s: Tensor) -> Tensor:
-            return path.divergence(self.velocity, t, s, path.context)
-
-        rate_of = recomputed(rate) if again else rate
-        shape = (-1,) + (1,) * (states.dim() - 2)
-        total = self.linear_log_det
-        for s, t, w in zip(
-            states.split(at_once), times.split(at_once), weights.split(at_once), strict=True
-        ):
-            total = total + torch.tensordot(w, rate_of(t.reshape(shape), s), dims=1)
-        return total
+        again = getattr(path.solver, "checkpoint", False)
+        small = (again or not self._needs_graph(states, path)) and not _is_tracing()
+        rate = self._rate(path.divergence, again)
+        if not small:
+            shape = (-1,) + (1,) * (states.dim() - 2)
+            rates = rate(times.reshape(shape), states, path.context)
+            return self.linear_log_det + torch.tensordot(weights, rates, dims=1)
+        # In pieces that stay in the processor's cache.
+        at_once = getattr(self.velocity, "rows_at_once", lambda: _ROWS)()
+        rows, context = _flat(states[0], path.context)
+        totals = []
+        for part, own in _pieces(states.reshape(len(times), *rows.shape), context, at_once):
+            nodes = max(1, at_once // part.shape[1])
+            total = self.linear_log_det
+            for s, t, w in zip(
+                part.split(nodes), times.split(nodes), weights.split(nodes), strict=True
+            ):
+                total = total + torch.tensordot(w, rate(t[:, None], s, own), dims=1)
+            totals.append(total)
+        return torch.cat(totals).reshape(states.shape[1:-1])
 
     def trajectory(
         self, white: Tensor, path: Path, *, forward: bool, density: bool
@@ -192,27 +198,32 @@ class Flow(nn.Module):
         Returns:
             The states, and the log-determinant, shape ``(*)``, where it had to be computed here.
         """
+        _keep_freed_memory()
         row_bytes = len(path.times()[0]) * self.dim * white.element_size()
         rows = white.numel() // self.dim
         at_once = min(_ROWS, max(1, _KEPT_BYTES // row_bytes))
         whole = self._needs_graph(white, path) or rows <= at_once
-        if whole or torch._C._get_tracing_state():
+        if whole or _is_tracing():
             return self.integrate(white, path, forward=forward), None
         keep = rows * row_bytes <= _KEPT_BYTES
-        context = path.context
-        if context is not None and context.dim() > 1:
-            context = context.expand(white.shape[:-1] + context.shape[-1:]).flatten(0, -2)
+        flat, context = _flat(white, path.context)
         states, log_dets = [], []
-        for i, part in enumerate(white.reshape(-1, self.dim).split(at_once)):
-            piece = path
-            if context is not None and context.dim() > 1:
-                piece = path._replace(context=context[i * at_once : (i + 1) * at_once])
-            chunk = self.integrate(part, piece, forward=forward)
+        for part, own in _pieces(flat[None], context, at_once):
+            piece = path._replace(context=own)
+            chunk = self.integrate(part[0], piece, forward=forward)
             if density and not keep:
                 log_dets.append(self.log_det(chunk, piece))
             states.append(chunk if keep else chunk[[0, -1]])
         joined = torch.cat(states, dim=1).reshape(-1, *white.shape)
         return joined, torch.cat(log_dets).reshape(white.shape[:-1]) if log_dets else None
+
+    def _rate(self, divergence: Divergence, again: bool) -> Callable[..., Tensor]:  # noqa: FBT001
+        """Return the rate of the log-determinant as a function of time, state and context."""
+
+        def rate(t: Tensor, s: Tensor, context: Tensor | None) -> Tensor:
+            return divergence(self.velocity, t, s, context)
+
+        return recomputed(rate) if again else rate
 
     def _needs_graph(self, states: Tensor, path: Path) -> bool:
         sources = (states, path.context, *self.parameters())
@@ -226,6 +237,36 @@ class Flow(nn.Module):
             lambda x, t=t: evaluate(self.velocity, t, x, context)  # type: ignore[misc]
             for t in times.unbind()
         ]
+
+
+@lru_cache(maxsize=1)
+def _keep_freed_memory() -> None:
+    """Let the C library keep some freed memory, which it decides by the largest block freed.
+
+    Until it has seen one of a few MiB, glibc returns every freed piece to the system at once, and
+    getting it back, page by page, takes as long as the arithmetic.
+    """
+    torch.empty(2**24, dtype=torch.uint8)
+
+
+def _is_tracing() -> bool:
+    return torch._C._get_tracing_state() is not None
+
+
+def _flat(rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return rows, shape ``(R, D)``, and their contexts, ``(R, C)`` where they have their own."""
+    if context is not None and context.dim() > 1:
+        context = context.expand(rows.shape[:-1] + context.shape[-1:]).flatten(0, -2)
+    return rows.reshape(-1, rows.shape[-1]), context
+
+
+def _pieces(
+    states: Tensor, context: Tensor | None, size: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield states of shape ``(T, <= size, D)`` and the contexts of their rows."""
+    for i, part in enumerate(states.split(size, dim=1)):
+        own = context is not None and context.dim() > 1
+        yield part, context[i * size : (i + 1) * size] if own else context  # type: ignore[index]
 
 
 def _check_velocity(velocity: nn.Module) -> None:

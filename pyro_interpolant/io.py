@@ -15,13 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import divergence as divergences
-from . import interpolants, latents, solvers
+from . import interpolants, latents, solvers, torus
 from .bases import Samples
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .interpolants import Interpolant
 from .joint import JointInterpolantDistribution
+from .learned import LearnedInterpolant
 from .networks import VelocityMLP
 from .supports import build_constraint, describe_constraint
+from .torus import TorusMLP, UniformTorus
 from .transforms import ConditionalInterpolantTransform, InterpolantTransform
 
 __all__ = ["load", "save"]
@@ -141,7 +143,7 @@ def _describe(distribution: AnyDistribution, prefix: str, tensors: dict[str, Ten
     for name, tensor in transform.state_dict().items():
         # A copy: safetensors refuses tensors that share memory.
         tensors[prefix + name] = tensor.detach().clone().contiguous()
-    own = type(velocity) is VelocityMLP
+    own = type(velocity) in (VelocityMLP, TorusMLP)
     return {
         "class": type(distribution).__name__,
         "velocity": type(velocity).__qualname__,
@@ -151,7 +153,7 @@ def _describe(distribution: AnyDistribution, prefix: str, tensors: dict[str, Ten
         "noise": None if transform.noise is None else transform.noise.arguments(),
         "independent": transform.independent,
         "frozen": not any(p.requires_grad for p in velocity.parameters()),
-        "interpolant": _describe_choice(transform.interpolant, interpolants, latents),
+        "interpolant": _describe_choice(transform.interpolant, interpolants, latents, torus),
         "solver": _describe_choice(transform.solver, solvers),
         "divergence": _describe_choice(transform.divergence, divergences),
         "support": describe_constraint(distribution.constraint),
@@ -174,7 +176,7 @@ def _build(
     velocity = _build_velocity(header, velocity).to(getattr(torch, header["dtype"]))
     if interpolant is None:
         interpolant = _build_choice(
-            header["interpolant"], interpolants, latents, argument="interpolant="
+            header["interpolant"], interpolants, latents, torus, argument="interpolant="
         )
     conditional = name == "ConditionalInterpolantDistribution"
     make: Any = ConditionalInterpolantTransform if conditional else InterpolantTransform
@@ -205,7 +207,8 @@ def _build(
 
 def _build_velocity(header: Any, velocity: nn.Module | None) -> nn.Module:
     if header["arguments"] is not None:
-        return VelocityMLP(*header["arguments"])
+        kind = TorusMLP if header["velocity"] == TorusMLP.__name__ else VelocityMLP
+        return kind(*header["arguments"])
     if velocity is None or type(velocity).__qualname__ != header["velocity"]:
         got = "" if velocity is None else f", got a {type(velocity).__qualname__}"
         raise ValueError(
@@ -220,6 +223,8 @@ def _build_velocity(header: Any, velocity: nn.Module | None) -> nn.Module:
 
 def _describe_choice(choice: Any, *modules: Any) -> Any:
     name = type(choice).__name__
+    if type(choice) is LearnedInterpolant:
+        return [name, choice.arguments()]
     own = not any(getattr(module, name, None) is type(choice) for module in modules)
     if own or not dataclasses.is_dataclass(choice):
         return [name, None]
@@ -245,6 +250,8 @@ def _build_choice(description: Any, *modules: Any, argument: str = "") -> Any:
             )
             return None
         raise ValueError(f"the flow's interpolant is a {name}: pass it, load(path, {argument}...)")
+    if name == LearnedInterpolant.__name__ and interpolants in modules:
+        return LearnedInterpolant(**fields)
     kind = next((getattr(m, name) for m in modules if name in m.__all__), None)
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
         raise ValueError(f"unknown choice {name!r} in the file")
@@ -265,6 +272,9 @@ def _describe_base(base: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(base, torch.distributions.Independent):
         inner = _describe_base(base.base_dist, prefix, tensors)
         return {"independent": inner, "ndims": base.reinterpreted_batch_ndims}
+    if isinstance(base, UniformTorus):
+        tensors[prefix + "origin"] = base.origin.clone()
+        return {"uniform_torus": True}
     if isinstance(base, Samples):
         tensors[prefix + "rows"] = base.rows.detach().clone().contiguous()
         return {"samples": True}
@@ -286,6 +296,9 @@ def _build_base(description: Any, prefix: str, tensors: dict[str, Tensor]) -> An
         return None
     if "flow" in description:
         return _build(description["flow"], prefix, tensors, None, None)
+    if "uniform_torus" in description:
+        origin = tensors[prefix + "origin"]
+        return UniformTorus(len(origin)).to(origin)
     if "samples" in description:
         return Samples(tensors[prefix + "rows"])
     if "independent" in description:

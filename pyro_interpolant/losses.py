@@ -23,6 +23,7 @@ def regression_loss(
     z: Tensor | None = None,
     *,
     of_noise: bool = False,
+    metric: Tensor | None = None,
 ) -> Tensor:
     r"""Return :math:`|v_t(I_t)|^2 - 2\,\partial_t I_t \cdot v_t(I_t)` in whitened coordinates.
 
@@ -38,6 +39,7 @@ def regression_loss(
         context: Contexts, shape ``(*, C)``, or None.
         z: Latent draws, shape ``(*, D)``; drawn, where there is a latent term, if not given.
         of_noise: Whether the network is to learn :math:`E[z \mid I_t]` instead of the velocity.
+        metric: A map L, shape ``(D, D)``: norms are then :math:`|L u|`.
 
     Returns:
         The loss of each row, shape ``(*)``.
@@ -48,16 +50,21 @@ def regression_loss(
     if z is None and interpolant.has_latent():
         z = torch.randn_like(w0)
     if z is None:
-        return _regression(velocity, t, *interpolant.sample(t, w0, w1), context)
+        return _regression(velocity, t, *interpolant.sample(t, w0, w1), context, metric)
     losses = []
     for s in (z, -z):
         w_t, dw_t = interpolant.sample(t, w0, w1, s)
-        losses.append(_regression(velocity, t, w_t, s if of_noise else dw_t, context))
+        losses.append(_regression(velocity, t, w_t, s if of_noise else dw_t, context, metric))
     return 0.5 * (losses[0] + losses[1])
 
 
 def _regression(
-    network: nn.Module, t: Tensor, w_t: Tensor, target: Tensor, context: Tensor | None
+    network: nn.Module,
+    t: Tensor,
+    w_t: Tensor,
+    target: Tensor,
+    context: Tensor | None,
+    metric: Tensor | None,
 ) -> Tensor:
     """Return ``|n|^2 - 2 target . n``, whose minimiser is the mean of the target given w_t."""
     # The default network computes its time embedding once per distinct time it is given.
@@ -65,6 +72,8 @@ def _regression(
         n = network(t, w_t, context)
     else:
         n = evaluate(network, t, w_t, context)
+    if metric is not None:
+        n, target = n @ metric.T, target @ metric.T
     return (n * (n - 2 * target)).sum(-1)
 
 

@@ -116,10 +116,10 @@ class Objective:
         ]
         return Draw(t[:, None], *grouped)  # type: ignore[arg-type]
 
-    def loss(self, draw: Draw) -> Tensor:
-        """Return the mean regression loss of a draw."""
+    def loss(self, draw: Draw, metric: Tensor | None = None) -> Tensor:
+        """Return the mean regression loss of a draw, in a metric L, shape ``(D, D)``, if given."""
         return regression_loss(
-            self.network, self.flow.interpolant, *draw, of_noise=self.of_noise
+            self.network, self.flow.interpolant, *draw, of_noise=self.of_noise, metric=metric
         ).mean()
 
     def _white(self, rows: Tensor) -> Tensor:
@@ -130,7 +130,8 @@ class Objective:
     def _white_base(self, x0: Tensor) -> Tensor:
         return x0.to(self.flow.loc) if self.base is None else self._white(x0)
 
-    def _base_draws(self, count: int) -> Tensor:
+    def base_draws(self, count: int) -> Tensor:
+        """Return draws of the base in whitened coordinates, shape ``(count, D)``."""
         if self.base is None:
             loc = self.flow.loc
             return torch.randn(count, self.flow.dim, dtype=loc.dtype, device=loc.device)
@@ -141,7 +142,7 @@ class Objective:
         """Return base draws coupled with the rows, in batches of the training's size."""
         return torch.cat(
             [
-                self.coupling(self._base_draws(len(part.w)), part.w, part.context)
+                self.coupling(self.base_draws(len(part.w)), part.w, part.context)
                 for part in map(rows.take, torch.arange(len(rows.w)).split(self.batch_size))
             ]
         )

@@ -31,7 +31,7 @@ from .solvers import FixedGrid
 from .supports import Constraint, bijection
 from .transforms import interpolant_transform
 
-__all__ = ["FitResult", "fit", "from_samples"]
+__all__ = ["FitResult", "fit", "from_samples", "seeded", "trainable"]
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
 _CALIBRATION_ROWS = 256
@@ -77,6 +77,7 @@ def fit(
     ema: float = 0.999,
     coupling: Coupling = independent,
     learn: Literal["velocity", "noise"] = "velocity",
+    whiten: bool = True,
     tolerance: float = 1e-2,
     seed: int | None = None,
     progress: bool = True,
@@ -112,6 +113,8 @@ def fit(
         learn: ``"velocity"``; or, once that is trained and the interpolant has a latent term,
             ``"noise"``: :math:`E[z \mid I_t]`, which gives :func:`~pyro_interpolant.score` for any
             base and coupling.
+        whiten: Whether to set the whitening map from the data; False keeps the present one, to
+            train on from weights that know it.
         tolerance: For :func:`~pyro_interpolant.calibrate`, nats.
         seed: Makes the run reproducible: same seed, same weights. The global generator is left as
             it was.
@@ -138,7 +141,7 @@ def fit(
     check_settings(steps, max_seconds, learning_rate, validation, patience, ema, tolerance)
     set_base(distribution, flow, base_samples, rows)
     partners = checked_partners(distribution, flow, pairs, len(rows))
-    with _seeded(seed, flow.loc.device):
+    with seeded(seed, flow.loc.device):
         order = torch.randperm(len(rows), device=rows.device)
         held, kept = order[:held_count], order[held_count:]
         noise = None
@@ -147,14 +150,15 @@ def fit(
         else:
             flow.independent = coupling is independent and pairs is None
             own = [None if s is None else s[kept] for s in (contexts, partners)]
-            precondition(flow, distribution, rows[kept], *own)
+            if whiten:
+                precondition(flow, distribution, rows[kept], *own)
         shown, unseen = _split_base(distribution.base, validation)
         objective = Objective(flow, shown, coupling, size, noise)
         train_set = objective.prepared(rows, contexts, partners, kept)
         held_set = objective.prepared(rows, contexts, partners, held)
         fixed = objective.with_base(unseen).fixed_draw(held_set)
         schedule = Schedule(steps, max_seconds, learning_rate, patience, ema)
-        with _trainable(objective.network):
+        with trainable(objective.network):
             outcome = train(objective, train_set, fixed, schedule, progress, callback)
     distribution.clear_cache()
     few = held[:_CALIBRATION_ROWS]
@@ -220,7 +224,7 @@ def from_samples(
         event_dim = max(1, bijection(support).codomain.event_dim)
         rows = checked_rows(x, "x", (None,) * event_dim)
         dim = bijection(support).inverse_shape(rows.shape[1:])[-1]
-    with _seeded(seed, rows.device):
+    with seeded(seed, rows.device):
         transform = interpolant_transform(dim).to(rows)
     distribution: InterpolantDistribution
     if isinstance(x, Mapping):
@@ -232,7 +236,7 @@ def from_samples(
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Draw from a generator seeded apart, and leave the global one as it was."""
     if seed is None:
         yield
@@ -243,7 +247,7 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _trainable(network: nn.Module) -> Iterator[None]:
+def trainable(network: nn.Module) -> Iterator[None]:
     """Let a network be trained, then restore who was frozen."""
     flags, mode = [p.requires_grad for p in network.parameters()], network.training
     network.requires_grad_(requires_grad=True).train()

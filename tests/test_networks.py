@@ -174,3 +174,39 @@ def test_the_type_follows(dtype):
     x, context = torch.randn(4, 3, dtype=dtype), torch.randn(4, 2, dtype=dtype)
     v, divergence = velocity.forward_and_divergence(torch.rand(4, dtype=dtype), x, context)
     assert v.dtype == divergence.dtype == velocity.radius.dtype == dtype
+
+
+@pytest.mark.parametrize("hidden", [(16,), (16, 12), (16, 16, 16), (12, 16, 16, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_are_the_same_with_and_without_gradients(hidden, dtype):
+    """Without gradients activations are computed in place, and slopes by a fused kernel."""
+    velocity = VelocityMLP(3, hidden).to(dtype)
+    torch.nn.init.normal_(velocity.output.weight)
+    velocity.radius.fill_(2.0)
+    x, t = torch.randn(4, 5, 3, dtype=dtype), torch.rand(4, 1, dtype=dtype)
+    kept = x.clone()
+    with torch.enable_grad():
+        slow = velocity.forward_and_divergence(t, x)
+        plain = velocity(t, x)
+    with torch.no_grad():
+        fast = velocity.forward_and_divergence(t, x)
+        quick = velocity(t, x)
+        tangent = torch.func.jvp(lambda x: velocity(t, x), (x,), (torch.ones_like(x),))
+    assert torch.equal(x, kept)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-13}[dtype]
+    for a, b in ((slow[0], fast[0]), (slow[1], fast[1]), (plain, quick), (plain, tangent[0])):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_tangents_survive_without_gradients():
+    velocity = VelocityMLP(2, (8, 8))
+    torch.nn.init.normal_(velocity.output.weight)
+    x, t, direction = torch.randn(3, 2), torch.tensor(0.4), torch.randn(3, 2)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, direction)
+        v, divergence = velocity.forward_and_divergence(t, dual)
+        tangents = [torch.autograd.forward_ad.unpack_dual(s).tangent for s in (v, divergence)]
+    step = 1e-6
+    ahead, behind = (velocity.forward_and_divergence(t, x + s * direction) for s in (step, -step))
+    for tangent, a, b in zip(tangents, ahead, behind, strict=True):
+        torch.testing.assert_close(tangent, (a - b) / (2 * step), rtol=1e-6, atol=1e-8)

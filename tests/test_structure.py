@@ -27,11 +27,14 @@ FLOORS = {
     "divergence": 0,
     "interpolants": 0,
     "data": 0,
+    "conversions": 1,
     "latents": 1,
+    "learned": 1,
     "networks": 1,
     "solvers": 1,
     "supports": 1,
     "flow": 2,
+    "torus": 2,
     "bases": 3,
     "transforms": 3,
     "distributions": 4,
@@ -39,14 +42,18 @@ FLOORS = {
     "losses": 5,
     "diagnostics": 5,
     "reparam": 5,
+    "scores": 5,
     "io": 6,
     "objective": 6,
     "preparation": 6,
+    "sde": 6,
+    "likelihoods": 7,
     "loop": 7,
     "training": 8,
-    "__init__": 9,
+    "transport": 9,
+    "__init__": 10,
 }
-PYRO = {"bases", "transforms", "distributions", "supports", "joint", "reparam", "io"}
+PYRO = {"bases", "transforms", "distributions", "supports", "torus", "joint", "reparam", "io"}
 FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn")
 FILE_LINES, BODY_LINES = 320, 45
 
