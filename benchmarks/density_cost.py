@@ -236,6 +236,8 @@ def table(dim, args, lines):
                 out.append(f"| {peer} | {setting}: none |" + " - |" * (len(heads) - 2))
                 continue
             text = ", ".join(f"{k} {v}" for k, v in chosen.items())
+            if setting == "matched" and "calibrated" in known:
+                text += f" ({known['calibrated']})"
             cells = [peer, f"{setting}: {text}", number(known.get(f"{setting}_error"), 2)]
             cells.append(number(known.get("probe_sd"), 2))
             for op in _OPS:
@@ -314,8 +316,9 @@ def header(args):
         f"{cpu}, {os.cpu_count()} cores, {args.threads} threads; {', '.join(versions)}.",
         f"{args.rows} rows, float32, hidden layers {args.hidden}, {args.steps} training steps, "
         f"medians of up to {args.repeats} rounds. Ours in ms, peers as multiples of our matched "
-        "time (training: of our step). Matched: mean error of log_prob within 1e-2 nats (ours: "
-        "and of the worst row within 5e-2), for NSF and MAF our widths. With a probe the error is "
+        "time (training: of our step). Matched: mean error of log_prob within 1e-2 nats "
+        "(`calibrate` also bounds the worst row: its choice is in brackets), for NSF and MAF our "
+        "widths. With a probe the error is "
         "that of the solver alone. Training step: interpolant or flow-matching loss for ours, "
         "torchcfm and flow_matching, maximum likelihood for the others. MiB: what the peak "
         "resident memory grew by.",

@@ -15,6 +15,7 @@ References:
 from ._version import __version__
 from .couplings import independent, optimal_transport
 from .quadrature import clenshaw_curtis
+from .data import dequantize
 from .divergence import ExactDivergence, HutchinsonDivergence
 from .interpolants import (
     EncodingDecoding,
@@ -50,12 +51,13 @@ from .distributions import ConditionalInterpolantDistribution, InterpolantDistri
 from .joint import JointInterpolantDistribution
 from .losses import interpolant_loss
 from .diagnostics import SolverError, calibrate, log_prob_stderr, solver_error
+from .paths import PathEnergy, W2Bound, path_energy, w2_bound
 from .reparam import base_space
 from .scores import denoiser, score
 from .sde import InterpolantSDE, sample_sde
 from .likelihoods import sde_log_prob
 from .io import load, save
-from .loop import TrainingState
+from .monitors import TrainingState
 from .training import FitResult, fit, from_samples
 from .transport import PathReport, ReflowResult, TransportResult, learn_interpolant, reflow
 
@@ -81,6 +83,7 @@ __all__ = [
     "Linear",
     "Mirror",
     "NonlinearInterpolant",
+    "PathEnergy",
     "PathReport",
     "ReflowResult",
     "Samples",
@@ -93,6 +96,7 @@ __all__ = [
     "UniformTorus",
     "VariancePreserving",
     "VelocityMLP",
+    "W2Bound",
     "__version__",
     "base_space",
     "calibrate",
@@ -101,6 +105,7 @@ __all__ = [
     "conditional_interpolant_transform",
     "denoiser",
     "denoiser_to_score",
+    "dequantize",
     "fit",
     "from_samples",
     "independent",
@@ -111,6 +116,7 @@ __all__ = [
     "log_prob_stderr",
     "noise_to_score",
     "optimal_transport",
+    "path_energy",
     "reflow",
     "sample_sde",
     "save",
@@ -122,4 +128,5 @@ __all__ = [
     "solver_error",
     "velocity_to_denoiser",
     "velocity_to_score",
+    "w2_bound",
 ]

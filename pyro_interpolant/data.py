@@ -1,14 +1,17 @@
 r"""What is done to data before training: checks, moments, batches."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "batches", "checked_rows", "moments"]
+__all__ = ["Batches", "Moments", "checked_rows", "dequantize", "moments", "warn_if_rounded"]
 
 _DEPENDENT = 1e-12  # a correlation eigenvalue below this means linearly dependent columns
+_LOOKED_AT = 20_000  # rows, for repeated values
+_REPEATED = 0.1  # the share of repeated values in a column from which a user is warned
 _CLIP = 20.0  # robust standard deviations beyond which a value does not stretch the whitening
 
 
@@ -70,7 +73,7 @@ def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,))
     return x
 
 
-def moments(x: Tensor) -> Moments:
+def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
     """Return the map that whitens the rows of x.
 
     Columns are centred and scaled first, so that their units do not matter, then rotated and
@@ -79,6 +82,7 @@ def moments(x: Tensor) -> Moments:
 
     Args:
         x: Finite rows, shape ``(N, D)``.
+        weights: Non-negative weights, shape ``(N,)``, or None.
 
     Raises:
         ValueError: If there are fewer rows than columns, a constant column, or linearly dependent
@@ -102,11 +106,14 @@ def moments(x: Tensor) -> Moments:
     spread = _CLIP * (quartiles[2] - quartiles[0]) / 1.349
     spread = torch.where(spread > 0, spread, torch.inf)
     x = torch.minimum(torch.maximum(x, quartiles[1] - spread), quartiles[1] + spread)
-    loc = x.mean(0)
+    share = torch.full((count,), 1 / count, dtype=x.dtype, device=x.device)
+    if weights is not None:
+        share = weights.double() / weights.double().sum()
+    loc = share @ x
     centred = x - loc
-    scale = centred.square().mean(0).sqrt()
+    scale = (share @ centred.square()).sqrt()
     z = centred / scale
-    eigenvalues, vectors = torch.linalg.eigh(z.T @ z / count)
+    eigenvalues, vectors = torch.linalg.eigh((share[:, None] * z).T @ z)
     if float(eigenvalues[0]) < _DEPENDENT:
         worst = vectors[:, 0].abs().topk(min(2, dim)).indices.tolist()
         raise ValueError(
@@ -118,15 +125,100 @@ def moments(x: Tensor) -> Moments:
     return Moments(loc, linear, (vectors / roots).T / scale)
 
 
-def batches(count: int, size: int, device: torch.device) -> Iterator[Tensor]:
-    """Yield index batches of equal size forever, in a new order each time all rows were seen.
+class Batches:
+    """Index batches of equal size forever, in a new order each time all rows were seen.
+
+    With weights, each batch is drawn with replacement in their proportion.
 
     Args:
         count: The number of rows.
         size: The number of rows per batch, at most ``count``.
         device: Where the indices live.
+        weights: Non-negative weights, shape ``(count,)``, or None.
+
+    Attributes:
+        order: The present order of the rows, shape ``(count,)``.
+        position: Where in it the next batch starts.
     """
-    while True:
-        order = torch.randperm(count, device=device)
-        for i in range(0, count - size + 1, size):
-            yield order[i : i + size]
+
+    def __init__(
+        self, count: int, size: int, device: torch.device, weights: Tensor | None = None
+    ) -> None:
+        self.count, self.size, self.device, self.weights = count, size, device, weights
+        self.order = torch.zeros(0, dtype=torch.long, device=device)
+        self.position = 0
+
+    def next(self) -> Tensor:
+        """Return the next batch, shape ``(size,)``."""
+        if self.weights is not None:
+            return torch.multinomial(self.weights, self.size, replacement=True)
+        if self.position + self.size > len(self.order):
+            self.order, self.position = torch.randperm(self.count, device=self.device), 0
+        self.position += self.size
+        return self.order[self.position - self.size : self.position]
+
+
+def warn_if_rounded(x: Tensor) -> None:
+    """Warn where columns repeat their values: rounded and discrete data have no density.
+
+    Rows that repeat as a whole, as a Markov chain's do, count once.
+
+    Args:
+        x: Rows, shape ``(N, D)``.
+    """
+    few = torch.unique(x[:_LOOKED_AT], dim=0)
+    if len(few) < 100:
+        return
+    shares = [1 - len(torch.unique(column)) / len(few) for column in few.T]
+    found = [i for i, share in enumerate(shares) if share > _REPEATED]
+    if found:
+        warnings.warn(
+            f"columns {found} repeat up to {max(shares):.0%} of their values, as rounded or "
+            "discrete data do, which have no density: a flow learns spikes. Spread them over "
+            "their rounding step first, fit(distribution, dequantize(x))",
+            stacklevel=4,
+        )
+
+
+def dequantize(x: Tensor, step: Tensor | float | None = None, *, seed: int = 0) -> Tensor:
+    """Spread rounded or discrete values uniformly over their rounding step.
+
+    Densities learned from the result are those of the values per step: the probability of a value
+    is the mean density over its step times the step.
+
+    Args:
+        x: Rows of numbers of any type, shape ``(N, D)``.
+        step: The rounding step, one or per column, shape ``(D,)``; 0 leaves a column alone. By
+            default the smallest difference between values of the column, where it repeats any.
+        seed: Of the noise.
+
+    Returns:
+        ``x + step * (u - 1/2)`` with u uniform on [0, 1), shape ``(N, D)``, floating.
+
+    Raises:
+        ValueError: If a step is negative, or x is not of shape ``(N, D)``.
+
+    Example:
+        >>> x = dequantize(torch.tensor([[1.0], [2.0], [2.0], [4.0]]))
+        >>> bool(((x.round() - torch.tensor([[1.0], [2.0], [2.0], [4.0]])).abs() < 0.51).all())
+        True
+    """
+    x = torch.as_tensor(x)
+    x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+    x = checked_rows(x, "x")
+    if step is None:
+        step = torch.stack([_rounding_step(column) for column in x.T])
+    step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
+    if float(step.min()) < 0:
+        raise ValueError(f"expected steps of at least 0, got {float(step.min()):.3g}")
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    return x + step * (u - 0.5)
+
+
+def _rounding_step(column: Tensor) -> Tensor:
+    values = torch.unique(column)
+    if len(values) < 2 or len(values) > (1 - _REPEATED) * len(column):
+        return column.new_zeros(())
+    gaps = values.diff()
+    return gaps[gaps > 1e-6 * gaps.max()].min()

@@ -11,7 +11,17 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from .bases import Whiten, checked_base, moved, standard_normal
-from .supports import Constraint, OnEvents, Remembered, bijection, is_trivial, to_unconstrained
+from .supports import (
+    Constraint,
+    OnEvents,
+    Remembered,
+    bijection,
+    circular,
+    is_circular,
+    is_trivial,
+    to_unconstrained,
+)
+from .torus import UniformTorus, Wrap, check_torus
 from .transforms import ConditionalInterpolantTransform, InterpolantTransform
 
 __all__ = [
@@ -31,11 +41,14 @@ class InterpolantDistribution(dist.TransformedDistribution):
             coordinates (under a support: in its unconstrained space), fixed. By default
             :math:`N(0, I)` in whitened coordinates, which is :math:`N(\mathrm{loc}, L L^T)` in
             data coordinates and follows the flow's type and device.
-        support: Where the data live: any Pyro constraint with a bijection from real vectors.
+        support: Where the data live: any Pyro constraint with a bijection from real vectors; or
+            :data:`circular`, angles, where the base must have period :math:`2\pi` and is
+            :class:`UniformTorus` by default.
 
     Raises:
         TypeError: If ``transform`` or ``base`` is of the wrong kind.
-        ValueError: If the base has another event shape, or the support has no bijection.
+        ValueError: If the base has another event shape, the support has no bijection, or the flow
+            is not one on the torus where the support is :data:`circular`.
 
     References:
         Albergo & Vanden-Eijnden, ICLR 2023, arXiv 2209.15571.
@@ -66,6 +79,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
             raise TypeError(
                 f"expected an InterpolantTransform, got {type(transform).__name__}{hint}"
             )
+        base = _default_base(transform, base, support)
         self.transform = transform
         self.base = base
         self.constraint = support
@@ -79,6 +93,8 @@ class InterpolantDistribution(dist.TransformedDistribution):
     @property
     def support(self) -> Constraint:
         """The support of one event."""
+        if is_circular(self.constraint):
+            return circular
         trivial = is_trivial(self.constraint)
         return constraints.real_vector if trivial else OnEvents(self.constraint)
 
@@ -215,7 +231,11 @@ class ConditionalInterpolantDistribution(ConditionalTransformedDistribution):
             raise TypeError(
                 f"expected a ConditionalInterpolantTransform, got {type(transform).__name__}"
             )
-        bijection(support)
+        base = _default_base(transform, base, support)
+        if is_circular(support):
+            check_torus(transform.interpolant, transform.velocity, transform.linear)
+        else:
+            bijection(support)
         if base is not None:
             checked_base(base, transform.dim)
         self.transform = transform
@@ -256,10 +276,22 @@ class ConditionalInterpolantDistribution(ConditionalTransformedDistribution):
         return self
 
 
+def _default_base(transform: Any, base: Any, support: Constraint) -> Any:
+    """Return the base; on the torus, where there is no normal one, by default the uniform one."""
+    if base is not None or not is_circular(support):
+        return base
+    owner = getattr(transform, "flow", transform)
+    return UniformTorus(owner.dim).to(owner.loc)
+
+
 def _chain(transform: InterpolantTransform, base: Any, support: Constraint) -> list[Transform]:
     chain: list[Transform] = [transform] if base is None else [Whiten(transform.flow), transform]
     if is_trivial(support):
         return chain
+    if is_circular(support):
+        flow = transform.flow
+        check_torus(flow.interpolant, flow.velocity, flow.linear)
+        return [*chain, Remembered(Wrap())]
     bijective = bijection(support)
     try:
         bijective(torch.zeros_like(transform.flow.loc))

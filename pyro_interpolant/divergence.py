@@ -5,7 +5,7 @@ A velocity is any ``nn.Module`` with ``forward(t, x, context=None)``. One that o
 goes through forward-mode differentiation, which survives ``grad``, Hessians, ``vmap`` and tracing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -79,6 +79,15 @@ class ExactDivergence:
             return own(t, x, context)[1]
         basis = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
         return _quadratic_forms(velocity, t, x, context, basis).sum(0)
+
+    def field(
+        self, velocity: nn.Module, times: Tensor, context: Tensor | None
+    ) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Return one function ``x -> divergence`` per time of ``times``, shape ``(T,)``."""
+        own = getattr(velocity, "divergence_field", None)
+        if own is not None:
+            return own(times, context)
+        return [lambda x, t=t: self(velocity, t, x, context) for t in times.unbind()]  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

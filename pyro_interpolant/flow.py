@@ -162,22 +162,24 @@ class Flow(nn.Module):
         times, weights = (s.to(states) for s in path.times())
         again = getattr(path.solver, "checkpoint", False)
         small = (again or not self._needs_graph(states, path)) and not _is_tracing()
-        rate = self._rate(path.divergence, again)
+        rate = self._rate(path, again)
         if not small:
             shape = (-1,) + (1,) * (states.dim() - 2)
-            rates = rate(times.reshape(shape), states, path.context)
-            return self.linear_log_det + torch.tensordot(weights, rates, dims=1)
+            together = rate(times.reshape(shape), states, path.context)
+            return self.linear_log_det + torch.tensordot(weights, together, dims=1)
         # In pieces that stay in the processor's cache.
         at_once = getattr(self.velocity, "rows_at_once", lambda: _ROWS)()
         rows, context = _flat(states[0], path.context)
         totals = []
         for part, own in _pieces(states.reshape(len(times), *rows.shape), context, at_once):
             nodes = max(1, at_once // part.shape[1])
+            if nodes == 1:
+                rates: Any = self._rates(path._replace(context=own), times, again)
+            else:
+                rates = [lambda s, t=t: rate(t[:, None], s, own) for t in times.split(nodes)]  # noqa: B023
             total = self.linear_log_det
-            for s, t, w in zip(
-                part.split(nodes), times.split(nodes), weights.split(nodes), strict=True
-            ):
-                total = total + torch.tensordot(w, rate(t[:, None], s, own), dims=1)
+            for s, f, w in zip(part.split(nodes), rates, weights.split(nodes), strict=True):
+                total = total + torch.tensordot(w, f(s), dims=1)
             totals.append(total)
         return torch.cat(totals).reshape(states.shape[1:-1])
 
@@ -217,13 +219,27 @@ class Flow(nn.Module):
         joined = torch.cat(states, dim=1).reshape(-1, *white.shape)
         return joined, torch.cat(log_dets).reshape(white.shape[:-1]) if log_dets else None
 
-    def _rate(self, divergence: Divergence, again: bool) -> Callable[..., Tensor]:  # noqa: FBT001
+    def _rate(self, path: Path, again: bool) -> Callable[..., Tensor]:  # noqa: FBT001
         """Return the rate of the log-determinant as a function of time, state and context."""
 
         def rate(t: Tensor, s: Tensor, context: Tensor | None) -> Tensor:
-            return divergence(self.velocity, t, s, context)
+            return path.divergence(self.velocity, t, s, context)
 
         return recomputed(rate) if again else rate
+
+    def _rates(
+        self,
+        path: Path,
+        times: Tensor,
+        again: bool,  # noqa: FBT001
+    ) -> list[Callable[[Tensor], Tensor]]:
+        """Return the rate at each time as a function of the state."""
+        field = getattr(path.divergence, "field", None)
+        if field is None:
+            rate = self._rate(path, again)
+            return [lambda s, t=t: rate(t, s, path.context) for t in times.unbind()]  # type: ignore[misc]
+        rates = field(self.velocity, times, path.context)
+        return [recomputed(f) for f in rates] if again else rates
 
     def _needs_graph(self, states: Tensor, path: Path) -> bool:
         sources = (states, path.context, *self.parameters())

@@ -1,44 +1,26 @@
-r"""The training loop: batches, schedule, averaging, clipping, the held-out loss."""
+r"""The training loop: batches, a schedule, and a state that survives being killed."""
 
-import contextlib
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import batches
+from .data import Batches
+from .monitors import SKIPPED_LIMIT, Average, Clip, Looks, TrainingState, fill, numbered
 from .objective import Draw, Objective, Rows
+from .snapshots import Snapshot, write
 
-__all__ = ["Outcome", "Schedule", "TrainingState", "train"]
+__all__ = ["Keeper", "Outcome", "Schedule", "train"]
 
 _STEPS = 6000
 _LOOKS = 100  # how often the held-out loss is looked at
 _WARMUP = 0.02  # of the schedule
-_CLIP = 2.0  # times the running norm of the gradient
 _PATIENT = 0.3  # of the schedule, before which no run stops early
-_SKIPPED_LIMIT = 20  # consecutive steps without a finite gradient
-
-
-class TrainingState(NamedTuple):
-    """What a callback is told each time the held-out loss is looked at.
-
-    Attributes:
-        step: The number of steps taken.
-        loss: The mean training loss since the last look.
-        validation_loss: The held-out loss of the averaged weights, on fixed draws.
-        learning_rate: The present learning rate.
-        seconds: The time since the start.
-    """
-
-    step: int
-    loss: float
-    validation_loss: float
-    learning_rate: float
-    seconds: float
 
 
 class Outcome(NamedTuple):
@@ -73,26 +55,118 @@ class Schedule(NamedTuple):
         return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-class _Average:
-    """An exponential moving average of weights."""
+class Keeper(NamedTuple):
+    """Where a run keeps its state.
 
-    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
-        self.parameters, self.decay = parameters, decay
-        self.values = [p.detach().clone() for p in parameters]
+    Attributes:
+        path: The file.
+        every: After how many steps, or None: at each look.
+        identity: What tells this run from another.
+        initial: The state of the generator before anything was drawn, shape ``(S,)``.
+        snapshot: What to resume from, or None.
+    """
 
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+    path: str | os.PathLike[str]
+    every: int | None
+    identity: dict[str, Any]
+    initial: Tensor
+    snapshot: Snapshot | None
 
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Lend the average to the network."""
-        present = [p.detach().clone() for p in self.parameters]
-        _assign(self.parameters, self.values)
-        try:
-            yield
-        finally:
-            _assign(self.parameters, present)
+
+class _Run:
+    """A run: what is trained, how, and how far it has come."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        rows: Rows,
+        fixed: Draw,
+        schedule: Schedule,
+        callback: Callable[[TrainingState], None] | None,
+    ) -> None:
+        self.objective, self.rows, self.schedule = objective, rows, schedule
+        self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), fused=True
+        )
+        self.average = Average(self.parameters, schedule.ema)
+        self.looks = Looks(self.average, lambda: objective.loss(fixed), callback)
+        self.clip = Clip(self.parameters)
+        self.batches = Batches(len(rows.w), objective.batch_size, rows.w.device, rows.weight)
+        self.step, self.seen, self.done = 0, 0, 0.0
+        self.start = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return the time spent, in this process and those it resumes."""
+        return time.monotonic() - self.start
+
+    def advance(self) -> bool:
+        """Take a step, look if it is time, and return whether to go on."""
+        objective, looks = self.objective, self.looks
+        self.optimizer.param_groups[0]["lr"] = self.schedule.rate(self.done)
+        loss = objective.loss(objective.draw(self.rows.take(self.batches.next())))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.step += 1
+        if self.clip():
+            self.optimizer.step()
+            self.average.update(self.step)
+            looks.total.append(loss.detach())
+        elif self.clip.consecutive >= SKIPPED_LIMIT:
+            return False
+        seconds = self.seconds()
+        self.done = self.schedule.progress(self.step, seconds)
+        if int(self.done * _LOOKS) > self.seen or self.done >= 1:
+            self.seen = int(self.done * _LOOKS)
+            looks.look(self.step, self.schedule.rate(self.done), seconds)
+        patient = self.done <= _PATIENT or looks.since_best < self.schedule.patience
+        return self.done < 1 and patient
+
+    def save(self, keeper: Keeper) -> None:
+        """Write the state."""
+        states = [self.optimizer.state.get(p, {}) for p in self.parameters]
+        moments = {
+            f"{name}.{i}": state[name]
+            for i, state in enumerate(states)
+            for name in ("exp_avg", "exp_avg_sq", "step")
+            if state
+        }
+        tensors = {
+            **numbered("weight", self.parameters),
+            **numbered("average", self.average.values),
+            **moments,
+            **self.looks.tensors(),
+            "order": self.batches.order,
+            "generator": torch.get_rng_state(),
+            "initial": keeper.initial,
+        }
+        numbers = {
+            "identity": keeper.identity,
+            "run": {"step": self.step, "seen": self.seen, "done": self.done},
+            "seconds": self.seconds(),
+            "position": self.batches.position,
+            "clip": self.clip.numbers(),
+            "looks": self.looks.numbers(),
+        }
+        write(keeper.path, tensors, numbers)
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take a state back."""
+        fill(self.parameters, "weight", tensors)
+        fill(self.average.values, "average", tensors)
+        for i, p in enumerate(self.parameters):
+            if f"step.{i}" in tensors:
+                self.optimizer.state[p] = {
+                    name: tensors[f"{name}.{i}"].to(p.device)
+                    for name in ("step", "exp_avg", "exp_avg_sq")
+                }
+        self.looks.restore(tensors, numbers["looks"])
+        self.clip.__dict__.update(numbers["clip"])
+        self.__dict__.update(numbers["run"])
+        self.start = time.monotonic() - numbers["seconds"]
+        self.batches.order = tensors["order"].to(self.batches.order)
+        self.batches.position = numbers["position"]
+        torch.set_rng_state(tensors["generator"])
 
 
 def train(
@@ -100,10 +174,14 @@ def train(
     rows: Rows,
     fixed: Draw,
     schedule: Schedule,
-    progress: bool,  # noqa: FBT001
+    *,
+    progress: bool,
     callback: Callable[[TrainingState], None] | None,
-) -> "Outcome":
+    keeper: Keeper | None = None,
+) -> Outcome:
     """Run the loop and leave the best averaged weights in the network.
+
+    A keyboard interrupt ends the run as patience does.
 
     Args:
         objective: The loss.
@@ -112,122 +190,42 @@ def train(
         schedule: When to stop, and the learning rate on the way.
         progress: Whether to show a bar.
         callback: Called at each look at the held-out loss.
+        keeper: Where to keep the state, and what to resume from.
 
     Raises:
         RuntimeError: If gradients stay non-finite; the best weights so far are in the network.
     """
-    parameters = [p for p in objective.network.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99))
-    average = _Average(parameters, schedule.ema)
-    looks = _Looks(average, lambda: objective.loss(fixed), callback)
-    step, seen, done, start = 0, 0, 0.0, time.monotonic()
-    clip = _Clip(parameters)
+    run = _Run(objective, rows, fixed, schedule, callback)
+    if keeper is not None and keeper.snapshot is not None:
+        run.restore(*keeper.snapshot)
     with tqdm(total=_LOOKS, disable=not progress, desc="fit", unit="%", leave=False) as bar:
-        for index in batches(len(rows.w), objective.batch_size, rows.w.device):
-            optimizer.param_groups[0]["lr"] = schedule.rate(done)
-            loss = objective.loss(objective.draw(rows.take(index)))
-            optimizer.zero_grad()
-            loss.backward()
-            step += 1
-            if clip():
-                optimizer.step()
-                average.update(step)
-                looks.total.append(loss.detach())
-            elif clip.consecutive >= _SKIPPED_LIMIT:
-                break
-            seconds = time.monotonic() - start
-            done = schedule.progress(step, seconds)
-            if int(done * _LOOKS) > seen or done >= 1:
-                seen = int(done * _LOOKS)
-                looks.look(step, schedule.rate(done), seconds)
-                bar.set_postfix_str(looks.text(), refresh=False)
-                bar.update(min(_LOOKS, seen) - bar.n)
-                if done >= 1 or (done > _PATIENT and looks.since_best >= schedule.patience):
-                    break
+        try:
+            going = run.done < 1
+            while going:
+                before = run.seen
+                going = run.advance()
+                if run.seen > before:
+                    rate = schedule.rate(run.done)
+                    bar.set_postfix_str(run.looks.text(rate), refresh=False)
+                    bar.update(min(_LOOKS, run.seen) - bar.n)
+                if keeper is not None:
+                    due = (
+                        run.seen > before if keeper.every is None else not run.step % keeper.every
+                    )
+                    if due or not going:
+                        run.save(keeper)
+        except KeyboardInterrupt:
+            if run.step not in run.looks.steps[-1:]:
+                run.looks.look(run.step, schedule.rate(run.done), run.seconds())
+    looks = run.looks
     looks.keep_best()
-    clip.check(step)
-    seconds = time.monotonic() - start
+    run.clip.check(run.step)
     return Outcome(
         looks.steps,
         looks.losses,
         looks.held_losses,
         looks.best_step,
-        done < 1,
-        clip.skipped,
-        seconds,
+        run.done < 1,
+        run.clip.skipped,
+        run.seconds(),
     )
-
-
-class _Clip:
-    """Clip the gradient at twice its running norm, and tell whether it is finite."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = parameters
-        self.skipped = self.consecutive = self.taken = 0
-        self.running = math.inf
-
-    def __call__(self) -> bool:
-        limit = _CLIP * self.running
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit if limit < math.inf else 1e9))
-        if not math.isfinite(norm):
-            self.skipped += 1
-            self.consecutive += 1
-            return False
-        self.consecutive = 0
-        self.taken += 1
-        new = min(norm, limit)
-        self.running = new if self.running == math.inf else 0.98 * self.running + 0.02 * new
-        return True
-
-    def check(self, step: int) -> None:
-        """Raise if the run ended in, or consisted of, steps without a finite gradient."""
-        if self.consecutive >= _SKIPPED_LIMIT or not self.taken:
-            raise RuntimeError(
-                f"the gradient was not finite for {self.consecutive} steps in a row, the last at "
-                f"step {step}: the last good weights were kept. Lower learning_rate, or look for "
-                "wild rows."
-            )
-
-
-class _Looks:
-    """The held-out loss of the averaged weights over time, and the best of them."""
-
-    def __init__(
-        self,
-        average: _Average,
-        held_loss: Callable[[], Tensor],
-        callback: Callable[[TrainingState], None] | None,
-    ) -> None:
-        self.average, self.held_loss, self.callback = average, held_loss, callback
-        self.total: list[Tensor] = []
-        self.steps: list[int] = []
-        self.losses: list[float] = []
-        self.held_losses: list[float] = []
-        self.best, self.best_step, self.since_best = math.inf, 0, 0
-        self.best_values = [v.clone() for v in average.values]
-
-    def look(self, step: int, rate: float, seconds: float) -> None:
-        with torch.no_grad(), self.average.applied():
-            held = float(self.held_loss())
-        self.steps.append(step)
-        self.losses.append(float(torch.stack(self.total).mean()) if self.total else math.nan)
-        self.held_losses.append(held)
-        self.total.clear()
-        self.since_best += 1
-        if held < self.best:
-            self.best, self.best_step, self.since_best = held, step, 0
-            self.best_values = [v.clone() for v in self.average.values]
-        if self.callback is not None:
-            self.callback(TrainingState(step, self.losses[-1], held, rate, seconds))
-
-    def keep_best(self) -> None:
-        _assign(self.average.parameters, self.best_values)
-
-    def text(self) -> str:
-        return f"loss={self.losses[-1]:.4g} held-out={self.held_losses[-1]:.4g}"
-
-
-def _assign(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for p, value in zip(parameters, values, strict=True):
-            p.copy_(value)

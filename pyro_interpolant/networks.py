@@ -132,9 +132,8 @@ class VelocityMLP(nn.Module):
             times: Times, shape ``(T,)``.
             context: Contexts, broadcastable to ``(*, C)``, or None.
         """
-        if (
-            context is not None and context.dim() > 1
-        ):  # per-row shifts for all times would be large
+        # Shifts of every row for all times would be large.
+        if self._is_overridden("forward") or (context is not None and context.dim() > 1):
             return [lambda x, t=t: self(t, x, context) for t in times.unbind()]  # type: ignore[misc]
         per_layer = [shift.unbind() for shift in self._shifts(times, context)]
         return [
@@ -155,14 +154,43 @@ class VelocityMLP(nn.Module):
         Raises:
             ValueError: If the context is missing, superfluous, or of another size.
         """
-        shifts = self._shifts(t, context)
+        return self._both(x, self._shifts(t, context), self._tracer())
+
+    def divergence_field(
+        self, times: Tensor, context: Tensor | None = None
+    ) -> list[Callable[[Tensor], Tensor]]:
+        """Return one function ``x -> divergence`` per time, what they share computed once.
+
+        Args:
+            times: Times, shape ``(T,)``.
+            context: One context, shape ``(C,)``, or contexts broadcastable to ``(*, C)``, or None.
+        """
+        overridden = self._is_overridden("forward_and_divergence")
+        if overridden or (context is not None and context.dim() > 1):
+            return [
+                lambda x, t=t: self.forward_and_divergence(t, x, context)[1]  # type: ignore[misc]
+                for t in times.unbind()
+            ]
+        trace = self._tracer()
+        per_layer = [shift.unbind() for shift in self._shifts(times, context)]
+        return [
+            lambda x, s=s: self._both(x, s, trace)[1]  # type: ignore[misc]
+            for s in zip(*per_layer, strict=True)
+        ]
+
+    def _both(
+        self, x: Tensor, shifts: tuple[Tensor, ...], trace: Callable[[list[Tensor]], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return velocity and divergence."""
         hidden, slopes = self._hidden(x, shifts)
-        u = nn.functional.linear(hidden, self.output.weight) + shifts[-1]
-        trace = self._trace(slopes)
+        u = _affine(hidden, self.output.weight, shifts[-1])
         q, g = self._gate(x)
         # d g / d x = -2 g^3 q / R^4 x, so that div(g u) = g div u + (d g / d x) . u
         slope = -2 * g**3 * q / self.radius**2
-        return g[..., None] * u, g * trace + slope * (x * u).sum(-1)
+        return g[..., None] * u, g * trace(slopes) + slope * (x * u).sum(-1)
+
+    def _is_overridden(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(VelocityMLP, name)
 
     def _shifts(self, t: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
         features = self._features(t)
@@ -221,21 +249,26 @@ class VelocityMLP(nn.Module):
             h = h + s if self._is_residual(i) else s
         return h, slopes
 
-    def _trace(self, slopes: list[Tensor]) -> Tensor:
-        """Return the trace of the Jacobian of the ungated network, shape ``(*)``."""
+    def _tracer(self) -> Callable[[list[Tensor]], Tensor]:
+        """Return the trace of the ungated network's Jacobian, ``(*)``, as a function of slopes."""
         first, *inner = self._weights()
         last = self.output.weight
-        if len(slopes) == 1:
-            return slopes[0] @ (first * last.T).sum(-1)
-        if len(slopes) == 2:
+        if not inner:
+            ends = (first * last.T).sum(-1)
+            return lambda slopes: slopes[0] @ ends
+        if len(inner) == 1:
             coupling = inner[0] * (first @ last).T
-            return (nn.functional.linear(slopes[0], coupling) * slopes[1]).sum(-1)
+            return lambda slopes: (nn.functional.linear(slopes[0], coupling) * slopes[1]).sum(-1)
+        return self._deep_trace
+
+    def _deep_trace(self, slopes: list[Tensor]) -> Tensor:
+        first, *inner = self._weights()
         # Tangents of all D directions at once: rows of J^T, shape (*, D, width).
         tangents = slopes[0][..., None, :] * first.T
         for i, (slope, weight) in enumerate(zip(slopes[1:], inner, strict=True), start=1):
             step = slope[..., None, :] * nn.functional.linear(tangents, weight)
             tangents = tangents + step if self._is_residual(i) else step
-        return (tangents * last).sum((-2, -1))
+        return (tangents * self.output.weight).sum((-2, -1))
 
 
 def _is_differentiated() -> bool:

@@ -24,18 +24,29 @@ class Rows(NamedTuple):
         w: The rows.
         context: Their contexts, shape ``(N, C)``, or None.
         partner: Their partners at the base, whitened, shape ``(N, D)``, or None.
+        weight: Their weights, shape ``(N,)``, or None.
     """
 
     w: Tensor
     context: Tensor | None
     partner: Tensor | None = None
+    weight: Tensor | None = None
 
     def take(self, index: Tensor) -> "Rows":
         """Return the rows of an index, shape ``(B,)``."""
         return Rows(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
 
+    def split(self, count: int, *, shuffle: bool) -> tuple["Rows", "Rows"]:
+        """Return ``count`` rows, the last or any, and the others."""
+        total = len(self.w)
+        order = torch.randperm(total) if shuffle else torch.arange(total).roll(count)
+        order = order.to(self.w.device)
+        return self.take(order[:count]), self.take(order[count:])
+
     def repeated(self, count: int) -> "Rows":
-        """Return the first ``count`` rows, or whole copies of all rows up to about that many."""
+        """Return ``count`` rows: the first, whole copies of all, or drawn by weight."""
+        if self.weight is not None:
+            return self.take(torch.multinomial(self.weight, count, replacement=True))
         copies = max(1, count // len(self.w))
         return self.take(torch.arange(len(self.w)).repeat(copies)[:count])
 
@@ -88,15 +99,10 @@ class Objective:
         noise = self.network if self.of_noise else None
         return Objective(self.flow, base, self.coupling, self.batch_size, noise)
 
-    def prepared(
-        self, rows: Tensor, contexts: Tensor | None, partners: Tensor | None, index: Tensor
-    ) -> Rows:
-        """Return some rows whitened in float64, in the type of the flow."""
-        return Rows(
-            self._white(rows[index]),
-            None if contexts is None else contexts[index],
-            None if partners is None else self._white_base(partners[index]),
-        )
+    def prepared(self, raw: Rows) -> Rows:
+        """Return rows given in the flow's coordinates whitened, by float64, in its type."""
+        partner = None if raw.partner is None else self._white_base(raw.partner)
+        return raw._replace(w=self._white(raw.w), partner=partner)
 
     def fixed_draw(self, held: Rows) -> Draw:
         """Return a draw of held-out rows to keep throughout."""

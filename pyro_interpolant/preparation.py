@@ -7,20 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from .bases import Samples
-from .data import Moments, checked_rows, moments
+from .data import Moments, checked_rows, moments, warn_if_rounded
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
+from .divergence import evaluate
 from .flow import Flow
 from .joint import JointInterpolantDistribution
 from .latents import Mirror
 from .networks import VelocityMLP
-from .supports import bijection
+from .objective import Rows
+from .supports import bijection, is_circular
+from .torus import Geodesic
 
 __all__ = [
+    "check_partners",
     "check_settings",
     "checked_batch",
     "checked_context",
     "checked_data",
-    "checked_partners",
+    "collected",
     "noise_network",
     "own_flow",
     "precondition",
@@ -56,7 +60,9 @@ def checked_data(distribution: AnyDistribution, flow: Flow, data: Any) -> Tensor
                 "expected a tensor of rows: only a JointInterpolantDistribution takes named draws"
             )
         return checked_rows(distribution.pack(data), "data", (flow.dim,))
-    shape = bijection(distribution.constraint).forward_shape(torch.Size([flow.dim]))
+    shape: Any = (flow.dim,)
+    if not is_circular(distribution.constraint):
+        shape = bijection(distribution.constraint).forward_shape(torch.Size(shape))
     return distribution.unconstrained(checked_rows(data, "data", shape))
 
 
@@ -96,23 +102,62 @@ def set_base(distribution: AnyDistribution, flow: Flow, base_samples: Any, rows:
     distribution.set_base(Samples(base_samples.to(flow.loc)))
 
 
-def checked_partners(
-    distribution: AnyDistribution, flow: Flow, pairs: Any, count: int
-) -> Tensor | None:
-    """Return the base partners of the rows, shape ``(N, D)``, or None."""
-    if pairs is None:
+def check_partners(distribution: AnyDistribution, pairs: Tensor | None) -> None:
+    """Raise a ValueError if partners at the default base cannot be draws of it."""
+    if pairs is None or distribution.base is not None or len(pairs) < 50:
+        return
+    spread = pairs.std(0)
+    if float(pairs.mean(0).abs().max()) > 1 or float((spread.log().abs()).max()) > 1:
+        raise ValueError(
+            "expected pairs drawn from N(0, I), the base of this distribution, got rows with "
+            "other moments: pass the base they come from, or base_samples=pairs as well"
+        )
+
+
+def collected(
+    distribution: AnyDistribution,
+    flow: Flow,
+    data: Any,
+    *,
+    context: Any,
+    pairs: Any,
+    weights: Any,
+    validation: Any,
+) -> tuple[Rows, int]:
+    """Return all rows in the flow's coordinates, and how many are held out: the last, if given."""
+    rows = checked_data(distribution, flow, data)
+    warn_if_rounded(rows)
+    count = len(rows)
+    contexts = checked_context(distribution, flow, context, count)
+    if pairs is not None:
+        pairs = checked_rows(pairs, "pairs", (flow.dim,))
+        if len(pairs) != count:
+            raise ValueError(f"expected one partner per row of data, {count}, got {len(pairs)}")
+    weights = _checked_weights(weights, count)
+    if isinstance(validation, float):
+        return Rows(rows, contexts, pairs, weights), max(1, round(validation * count))
+    if pairs is not None:
+        raise ValueError("expected a share for validation beside pairs, got rows")
+    own, own_context = validation if isinstance(validation, tuple) else (validation, None)
+    own = checked_data(distribution, flow, own)
+    own_contexts = checked_context(distribution, flow, own_context, len(own))
+    if contexts is not None and own_contexts is not None:
+        contexts = torch.cat((contexts, own_contexts))
+    if weights is not None:
+        weights = torch.cat((weights, weights.new_full((len(own),), float(weights.mean()))))
+    return Rows(torch.cat((rows, own.to(rows))), contexts, None, weights), len(own)
+
+
+def _checked_weights(weights: Any, count: int) -> Tensor | None:
+    if weights is None:
         return None
-    pairs = checked_rows(pairs, "pairs", (flow.dim,))
-    if len(pairs) != count:
-        raise ValueError(f"expected one partner per row of data, {count}, got {len(pairs)}")
-    if distribution.base is None and len(pairs) > 50:
-        spread = pairs.std(0)
-        if float(pairs.mean(0).abs().max()) > 1 or float((spread.log().abs()).max()) > 1:
-            raise ValueError(
-                "expected pairs drawn from N(0, I), the base of this distribution, got rows with "
-                "other moments: pass the base they come from, or base_samples=pairs as well"
-            )
-    return pairs
+    weights = checked_rows(torch.as_tensor(weights), "weights", ())
+    if len(weights) != count or float(weights.min()) < 0 or not float(weights.sum()) > 0:
+        raise ValueError(
+            f"expected {count} non-negative weights, not all zero, got {len(weights)} with a "
+            f"minimum of {float(weights.min()):.3g}"
+        )
+    return weights
 
 
 def noise_network(flow: Flow) -> nn.Module:
@@ -150,17 +195,18 @@ def check_settings(
     steps: int | None,
     max_seconds: float | None,
     learning_rate: float,
-    validation: float,
+    validation: Any,
     patience: int,
     ema: float,
     tolerance: float,
 ) -> None:
     """Raise a ValueError that names the first setting out of range."""
+    share = validation if isinstance(validation, int | float) else None
     for name, good, value in (
         ("steps >= 1", steps is None or steps >= 1, steps),
         ("max_seconds > 0", max_seconds is None or max_seconds > 0, max_seconds),
         ("learning_rate > 0", learning_rate > 0, learning_rate),
-        ("validation between 0 and 1", 0 < validation < 1, validation),
+        ("validation between 0 and 1, or rows", share is None or 0 < share < 1, share),
         ("patience >= 1", patience >= 1, patience),
         ("ema in [0, 1)", 0 <= ema < 1, ema),
         ("tolerance > 0", tolerance > 0, tolerance),
@@ -172,13 +218,14 @@ def check_settings(
 def precondition(
     flow: Flow,
     distribution: AnyDistribution,
-    rows: Tensor,
-    contexts: Tensor | None,
-    partners: Tensor | None,
+    raw: Rows,
 ) -> None:
     """Set the whitening map, and the network's radius and context scale, from training rows."""
-    m = moments(rows)
-    if distribution.base is None:
+    rows, contexts, partners = raw.w, raw.context, raw.partner
+    m = moments(rows, raw.weight)
+    if isinstance(flow.interpolant, Geodesic):
+        _check_angles(flow, distribution, rows, contexts)
+    elif distribution.base is None:
         flow.precondition(*(m if partners is None else _aligned(m, rows, partners)))
     else:  # one scalar: a full whitening would change what the shortest path is
         base = distribution.base.sample((len(rows),)).double()
@@ -189,6 +236,32 @@ def precondition(
     if isinstance(flow.velocity, VelocityMLP):
         w = flow.to_white(rows.to(flow.loc))
         flow.velocity.precondition(w, contexts)
+
+
+def _check_angles(
+    flow: Flow, distribution: AnyDistribution, rows: Tensor, contexts: Tensor | None
+) -> None:
+    """Leave the whitening map the identity, and check what else angles need."""
+    if not is_circular(distribution.constraint):
+        raise ValueError(
+            f"expected support=circular for the interpolant {type(flow.interpolant).__name__}, "
+            f"got support={distribution.constraint}"
+        )
+    x = rows[:64].to(flow.loc)
+    few = None if contexts is None else contexts[:64].to(flow.loc)
+    t = torch.linspace(0.1, 0.9, len(x)).to(x)
+    turns = 2 * torch.pi * torch.arange(1, flow.dim + 1).to(x)
+    with torch.no_grad():
+        here, there = (evaluate(flow.velocity, t, s, few) for s in (x, x + turns))
+    far = float((here - there).abs().max())
+    if far > 1e-3 * (1 + float(here.abs().max())):
+        raise ValueError(
+            "expected a velocity of period 2 pi in every angle, such as TorusMLP, got "
+            f"{type(flow.velocity).__name__}, which differs by {far:.3g} whole turns away: feed "
+            "it with cosines and sines"
+        )
+    eye = torch.eye(flow.dim)
+    flow.precondition(torch.zeros(flow.dim), eye, eye)
 
 
 def _aligned(m: Moments, rows: Tensor, partners: Tensor) -> Moments:

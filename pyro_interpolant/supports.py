@@ -1,5 +1,6 @@
 r"""Supports other than all real vectors, reached by Pyro's own bijections."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,45 @@ __all__ = [
     "Remembered",
     "bijection",
     "build_constraint",
+    "circular",
     "describe_constraint",
+    "is_circular",
     "is_trivial",
     "to_unconstrained",
 ]
 
 Constraint = constraints.Constraint
+
+
+class _Circular(Constraint):
+    """Vectors of angles in [-pi, pi], where -pi and pi are one point."""
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        """Tell which vectors, ``(*)``, of values, ``(*, D)``, have all angles in range."""
+        return ((value >= -math.pi) & (value <= math.pi)).all(-1)
+
+    def __repr__(self) -> str:
+        """Name the constraint."""
+        return "circular"
+
+
+circular = _Circular()
+
+
+@biject_to.register(_Circular)
+@transform_to.register(_Circular)
+def _(constraint: _Circular) -> Transform:
+    raise NotImplementedError(
+        "no smooth bijection maps real vectors to angles: for inference use base_space(model), "
+        "which samples the flow's base instead"
+    )
+
+
+def is_circular(support: Constraint) -> bool:
+    """Tell whether a support is :data:`circular`, or a copy of it."""
+    return isinstance(support, _Circular)
 
 
 def bijection(support: Constraint) -> Transform:
@@ -69,6 +103,8 @@ def to_unconstrained(value: Tensor, support: Constraint) -> Tensor:
     """
     if is_trivial(support):
         return value
+    if is_circular(support):
+        return _checked_angles(value)
     on_events = OnEvents(support)
     inside = on_events.check(value)
     if bool(inside.all()):
@@ -83,6 +119,18 @@ def to_unconstrained(value: Tensor, support: Constraint) -> Tensor:
         f"{inside.numel()} rows outside it or on its edge, the first being row "
         f"{int((~inside).reshape(-1).nonzero()[0])}: remove them, or choose the support that the "
         "data have"
+    )
+
+
+def _checked_angles(value: Tensor) -> Tensor:
+    """Return angles, shape ``(*, D)``, if they are in range."""
+    inside = circular.check(value)
+    if bool(inside.all()):
+        return value
+    raise ValueError(
+        f"expected angles in [-pi, pi], in radians, got {int((~inside).sum())} of "
+        f"{inside.numel()} rows outside: take whole turns off, "
+        "torch.remainder(x + torch.pi, 2 * torch.pi) - torch.pi"
     )
 
 
@@ -201,6 +249,8 @@ def describe_constraint(constraint: Constraint) -> Any:
     Raises:
         ValueError: If it is not one of Pyro's.
     """
+    if is_circular(constraint):
+        return "circular"
     for name in constraints.__all__:
         if getattr(constraints, name) is constraint:
             return name
@@ -240,6 +290,8 @@ def build_constraint(description: Any) -> Constraint:
     Raises:
         ValueError: If the description names no constraint of Pyro's.
     """
+    if description == "circular":
+        return circular
     if isinstance(description, str):
         if description not in constraints.__all__:
             raise ValueError(f"unknown support {description!r} in the file")

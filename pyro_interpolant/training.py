@@ -1,6 +1,7 @@
 r"""Training: a quadratic regression. No ODE is solved and none is differentiated."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -13,20 +14,22 @@ from .couplings import independent
 from .data import checked_rows
 from .diagnostics import calibrate
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
+from .flow import Flow
 from .joint import JointInterpolantDistribution, pack, sites_of
-from .loop import Schedule, TrainingState, train
-from .objective import Coupling, Objective
+from .loop import Keeper, Schedule, train
+from .monitors import TrainingState
+from .objective import Coupling, Objective, Rows
 from .preparation import (
+    check_partners,
     check_settings,
     checked_batch,
-    checked_context,
-    checked_data,
-    checked_partners,
+    collected,
     noise_network,
     own_flow,
     precondition,
     set_base,
 )
+from .snapshots import checksum, read
 from .solvers import FixedGrid
 from .supports import Constraint, bijection
 from .transforms import interpolant_transform
@@ -68,11 +71,12 @@ def fit(
     context: Any = None,
     pairs: Any = None,
     base_samples: Any = None,
+    weights: Any = None,
     steps: int | None = None,
     max_seconds: float | None = None,
     batch_size: int | None = None,
     learning_rate: float = 2e-3,
-    validation: float = 0.1,
+    validation: Any = 0.1,
     patience: int = 30,
     ema: float = 0.999,
     coupling: Coupling = independent,
@@ -82,6 +86,8 @@ def fit(
     seed: int | None = None,
     progress: bool = True,
     callback: Callable[[TrainingState], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
 ) -> FitResult:
     r"""Train a flow on data, in place, then calibrate its solver.
 
@@ -100,12 +106,15 @@ def fit(
             draws of N(0, I) otherwise.
         base_samples: Samples of the base, shape ``(M, D)``, where no density of it is known: the
             flow then starts from them, transports and samples, and has no ``log_prob``.
+        weights: Non-negative weights of the rows, shape ``(N,)``; batches are drawn in their
+            proportion.
         steps: The number of optimiser steps; by default 6,000, or as many as ``max_seconds``
             allows.
         max_seconds: Stop after this time; the schedule adapts to whichever ends first.
         batch_size: Rows per step; by default 1,024, or all training rows if fewer.
         learning_rate: The peak of the schedule.
-        validation: The share of rows held out.
+        validation: The share of rows held out, or rows of your own, shape
+            ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
         patience: Stop after this many looks at the held-out loss, of 100 in all, without a better
             one.
         ema: The decay of the moving average of the weights.
@@ -120,6 +129,9 @@ def fit(
             it was.
         progress: Whether to show a bar.
         callback: Called with a :class:`TrainingState` at each look.
+        checkpoint: A file to keep the state of the run in. The same call resumes from it: with
+            ``steps`` and the same number of threads to bitwise the same weights.
+        checkpoint_every: After how many steps it is written; by default at each look.
 
     Returns:
         Both loss curves and what happened.
@@ -134,51 +146,68 @@ def fit(
     """
     flow = own_flow(distribution)
     flow.interpolant.check_ends(flow.dim)
-    rows = checked_data(distribution, flow, data)
-    contexts = checked_context(distribution, flow, context, len(rows))
-    held_count = max(1, round(validation * len(rows))) if 0 < validation < 1 else 0
-    size = checked_batch(batch_size, len(rows) - held_count)
     check_settings(steps, max_seconds, learning_rate, validation, patience, ema, tolerance)
-    set_base(distribution, flow, base_samples, rows)
-    partners = checked_partners(distribution, flow, pairs, len(rows))
+    raw, held_count = collected(
+        distribution, flow, data, context=context, pairs=pairs, weights=weights,
+        validation=validation,
+    )  # fmt: skip
+    size = checked_batch(batch_size, len(raw.w) - held_count)
+    set_base(distribution, flow, base_samples, raw.w)
+    check_partners(distribution, raw.partner)
     with seeded(seed, flow.loc.device):
-        order = torch.randperm(len(rows), device=rows.device)
-        held, kept = order[:held_count], order[held_count:]
-        noise = None
-        if learn == "noise":
-            noise = noise_network(flow)
-        else:
+        settings = [steps, max_seconds, size, learning_rate, patience, ema, learn, seed]
+        keeper = _keeper(checkpoint, checkpoint_every, raw, flow, settings)
+        held, kept = raw.split(held_count, shuffle=isinstance(validation, float))
+        noise = noise_network(flow) if learn == "noise" else None
+        if learn == "velocity":
             flow.independent = coupling is independent and pairs is None
-            own = [None if s is None else s[kept] for s in (contexts, partners)]
             if whiten:
-                precondition(flow, distribution, rows[kept], *own)
+                precondition(flow, distribution, kept)
         shown, unseen = _split_base(distribution.base, validation)
         objective = Objective(flow, shown, coupling, size, noise)
-        train_set = objective.prepared(rows, contexts, partners, kept)
-        held_set = objective.prepared(rows, contexts, partners, held)
-        fixed = objective.with_base(unseen).fixed_draw(held_set)
+        fixed = objective.with_base(unseen).fixed_draw(objective.prepared(held))
         schedule = Schedule(steps, max_seconds, learning_rate, patience, ema)
         with trainable(objective.network):
-            outcome = train(objective, train_set, fixed, schedule, progress, callback)
+            outcome = train(
+                objective, objective.prepared(kept), fixed, schedule,
+                progress=progress, callback=callback, keeper=keeper,
+            )  # fmt: skip
     distribution.clear_cache()
-    few = held[:_CALIBRATION_ROWS]
     solver: Any = flow.solver
     if learn == "velocity" and not isinstance(distribution.base, Samples):
-        solver = calibrate(
-            _bare(distribution),
-            rows[few].to(flow.loc),
-            context=None if contexts is None else contexts[few],
-            tolerance=tolerance,
-        )
+        few = held.take(torch.arange(min(_CALIBRATION_ROWS, held_count)))
+        bare, rows = _bare(distribution), few.w.to(flow.loc)
+        solver = calibrate(bare, rows, context=few.context, tolerance=tolerance)
     return FitResult(*outcome, solver)
 
 
-def _split_base(base: Any, validation: float) -> tuple[Any, Any]:
+def _keeper(
+    path: Any, every: int | None, raw: Rows, flow: Flow, settings: list[Any]
+) -> Keeper | None:
+    """Return where a run is kept, the generator being where the run began."""
+    if path is None:
+        return None
+    initial, snapshot = torch.get_rng_state(), read(path)
+    shapes = [list(p.shape) for p in flow.velocity.parameters()]
+    identity = {"data": checksum(raw), "shapes": shapes, "settings": settings}
+    if snapshot is not None:
+        if snapshot.numbers["identity"] != identity:
+            raise ValueError(
+                f"expected {path} to be of this run, got the state of one with other data, "
+                "another network or other settings: delete it, or pass another file"
+            )
+        initial = snapshot.tensors["initial"]
+        torch.set_rng_state(initial)
+    return Keeper(path, every, identity, initial, snapshot)
+
+
+def _split_base(base: Any, validation: Any) -> tuple[Any, Any]:
     """Return the base for training and the one for the held-out loss: disjoint samples."""
     if not isinstance(base, Samples):
         return base, base
     rows = base.rows[torch.randperm(len(base.rows), device=base.rows.device)]
-    count = max(1, round(validation * len(rows)))
+    share = validation if isinstance(validation, float) else 0.1
+    count = max(1, round(share * len(rows)))
     return Samples(rows[count:] if len(rows) > count else rows), Samples(rows[:count])
 
 

@@ -1,6 +1,7 @@
 r"""Shorter and straighter paths: the max-min problem over the interpolant, and reflow."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,20 +9,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .couplings import independent
-from .data import batches
+from .data import Batches
 from .diagnostics import calibrate
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .interpolants import Interpolant, Linear
 from .learned import LearnedInterpolant
 from .objective import Coupling, Draw, Objective
-from .preparation import (
-    checked_batch,
-    checked_context,
-    checked_data,
-    own_flow,
-    precondition,
-    set_base,
-)
+from .preparation import checked_batch, collected, own_flow, precondition, set_base
 from .solvers import FixedGrid
 from .training import FitResult, fit, seeded, trainable
 
@@ -112,27 +106,25 @@ def learn_interpolant(
             f"{alternations}, {velocity_steps}, {learning_rate} and {interpolant_rate}"
         )
     interpolant.check_ends(flow.dim)
-    rows = checked_data(distribution, flow, data)
-    contexts = checked_context(distribution, flow, context, len(rows))
-    size = checked_batch(batch_size, len(rows))
-    set_base(distribution, flow, base_samples, rows)
+    raw, _ = collected(
+        distribution, flow, data, context=context, pairs=None, weights=None, validation=0.0
+    )
+    size = checked_batch(batch_size, len(raw.w))
+    set_base(distribution, flow, base_samples, raw.w)
     with seeded(seed, flow.loc.device):
-        precondition(flow, distribution, rows, contexts, None)
+        precondition(flow, distribution, raw)
         objective = Objective(flow, distribution.base, coupling, size)
-        prepared = objective.prepared(rows, contexts, None, torch.arange(len(rows)))
+        rows = objective.prepared(raw)
         if interpolant.matrices:
-            _start(interpolant, objective, prepared.w[:_MOMENT_ROWS])
-        draws = (
-            objective.draw(prepared.take(index))
-            for index in batches(len(rows), size, prepared.w.device)
-        )
+            _start(interpolant, objective, rows.w[:_MOMENT_ROWS])
+        batches = Batches(len(rows.w), size, rows.w.device)
         with trainable(flow.velocity):
             energies = _alternate(
-                objective, draws, alternations, velocity_steps, learning_rate,
-                interpolant_rate, progress,
+                objective, lambda: objective.draw(rows.take(batches.next())), alternations,
+                velocity_steps, learning_rate, interpolant_rate, progress,
             )  # fmt: skip
     outcome = fit(
-        distribution, data, context=context, coupling=coupling, batch_size=size, seed=seed,
+        distribution, data, context=context, coupling=coupling, batch_size=batch_size, seed=seed,
         learning_rate=learning_rate, progress=progress, whiten=False, **fit_options,
     )  # fmt: skip
     return TransportResult(energies, outcome)
@@ -146,7 +138,7 @@ def _start(interpolant: LearnedInterpolant, objective: Objective, w: Tensor) -> 
 
 def _alternate(
     objective: Objective,
-    draws: Any,
+    draw: Callable[[], Draw],
     alternations: int,
     velocity_steps: int,
     learning_rate: float,
@@ -163,7 +155,7 @@ def _alternate(
     every = max(1, alternations // 100)
     for step in tqdm(range(alternations), disable=not progress, desc="transport", leave=False):
         for _ in range(velocity_steps):
-            loss = _metric_loss(objective, next(draws))
+            loss = _metric_loss(objective, draw())
             descent.zero_grad()
             loss.backward()
             descent.step()
@@ -171,7 +163,7 @@ def _alternate(
         if step < (1 - _FROZEN) * alternations:
             for weight in weights:
                 weight.requires_grad_(requires_grad=True)
-            gradients = torch.autograd.grad(_metric_loss(objective, next(draws)), weights)
+            gradients = torch.autograd.grad(_metric_loss(objective, draw()), weights)
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.requires_grad_(requires_grad=False)
                 weight.grad = gradient

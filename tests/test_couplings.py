@@ -65,3 +65,21 @@ def test_gradients_pass_through_the_pairing():
     x0, x1 = torch.randn(6, 2, requires_grad=True), torch.randn(6, 2, requires_grad=True)
     optimal_transport(x0, x1).sum().backward()
     assert torch.equal(x0.grad, torch.ones(6, 2))
+
+
+def test_a_context_keeps_draws_among_rows_of_like_context():
+    """Two groups of rows in the same place: draws are exchanged within each alone."""
+    count = 60
+    context = torch.cat((torch.zeros(count, 1), torch.ones(count, 1)))
+    x0, x1 = torch.randn(2 * count, 2), torch.randn(2 * count, 2)
+    partners = optimal_transport(x0, x1, context)
+    first = {tuple(row) for row in x0[:count].tolist()}
+    kept = [tuple(row) in first for row in partners.tolist()]
+    assert all(kept[:count])
+    assert not any(kept[count:])
+    without = optimal_transport(x0, x1)
+    assert (without - x1).square().sum() < (partners - x1).square().sum()
+    assert (partners - x1).square().sum() < 0.6 * (x0 - x1).square().sum()
+    # The units of the context do not matter, and one that does not vary changes nothing.
+    assert torch.equal(partners, optimal_transport(x0, x1, 1e3 * context))
+    assert torch.equal(without, optimal_transport(x0, x1, torch.ones(2 * count, 3)))

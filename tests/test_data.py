@@ -1,11 +1,16 @@
-import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from pyro_interpolant.data import batches, checked_rows, moments
+from pyro_interpolant.data import (
+    Batches,
+    checked_rows,
+    dequantize,
+    moments,
+    warn_if_rounded,
+)
 
 
 def with_values(value, rows):
@@ -157,10 +162,10 @@ def test_too_few_rows_are_refused(count, dim):
 
 @pytest.mark.parametrize(("count", "size"), [(12, 4), (12, 12), (6, 1)])
 def test_batches_cover_all_rows_each_epoch_in_new_orders(count, size):
-    stream = batches(count, size, torch.device("cpu"))
+    stream = Batches(count, size, torch.device("cpu"))
     epochs = []
     for _ in range(3):
-        epoch = torch.cat(list(itertools.islice(stream, count // size)))
+        epoch = torch.cat([stream.next() for _ in range(count // size)])
         assert torch.equal(epoch.sort().values, torch.arange(count))
         epochs.append(epoch)
     assert not torch.equal(epochs[0], epochs[1])
@@ -168,11 +173,56 @@ def test_batches_cover_all_rows_each_epoch_in_new_orders(count, size):
 
 
 def test_batches_are_of_equal_size_and_leave_no_row_out_for_good():
-    stream = batches(10, 4, torch.device("cpu"))
+    stream = Batches(10, 4, torch.device("cpu"))
     seen = set()
     for _ in range(20):
-        first, second = next(stream), next(stream)
+        first, second = stream.next(), stream.next()
         assert len(first) == len(second) == 4
         assert len(set(first.tolist()) | set(second.tolist())) == 8
         seen |= set(first.tolist()) | set(second.tolist())
     assert seen == set(range(10))
+
+
+def test_weighted_batches_are_in_proportion():
+    weights = torch.tensor([0.0, 1.0, 3.0])
+    stream = Batches(3, 1000, torch.device("cpu"), weights)
+    counts = torch.bincount(torch.cat([stream.next() for _ in range(20)]), minlength=3) / 20_000
+    assert counts[0] == 0
+    torch.testing.assert_close(counts[2].double(), torch.tensor(0.75), rtol=0, atol=0.015)
+
+
+def test_weighted_moments_are_those_of_repeated_rows():
+    x, weights = torch.randn(30, 3), torch.randint(1, 4, (30,)).double()
+    repeated = x.repeat_interleave(weights.long(), dim=0)
+    for a, b in zip(moments(x, weights), moments(repeated), strict=True):
+        torch.testing.assert_close(a.abs(), b.abs())
+
+
+def test_rounded_columns_are_noticed_and_spread():
+    x = torch.randn(2000, 3)
+    warn_if_rounded(x)
+    x[:, 1] = (x[:, 1] * 4).round() / 4
+    with pytest.warns(UserWarning, match=r"columns \[1\] repeat up to 9\d% .*dequantize"):
+        warn_if_rounded(x)
+    y = dequantize(x)
+    warn_if_rounded(y)
+    assert torch.equal(y[:, 0], x[:, 0])
+    noise = (y - x)[:, 1]
+    assert noise.abs().max() <= 0.125
+    assert float(noise.std()) == pytest.approx(0.25 / 12**0.5, rel=0.05)
+    assert torch.equal(dequantize(x), y)
+    assert not torch.equal(dequantize(x, seed=1), y)
+
+
+def test_whole_rows_that_repeat_are_a_chains():
+    warn_if_rounded(torch.randn(500, 2).repeat_interleave(3, dim=0))
+    warn_if_rounded(torch.zeros(50, 2))
+
+
+def test_steps_of_ones_own():
+    x = torch.arange(12).reshape(6, 2)
+    y = dequantize(x, torch.tensor([1.0, 0.0]))
+    assert torch.equal(y[:, 1], x[:, 1].double())
+    assert (y[:, 0] != x[:, 0]).all()
+    with pytest.raises(ValueError, match="steps of at least 0, got -1"):
+        dequantize(x, -1.0)

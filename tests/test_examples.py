@@ -9,7 +9,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(
-    {path.name for path in EXAMPLES.glob("*.py")} | {"two_moons.py", "stellar_distances.py"}
+    {path.name for path in EXAMPLES.glob("*.py")}
+    | {"score_sde.py", "stellar_distances.py", "two_moons.py"}
 )
 
 

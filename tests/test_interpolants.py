@@ -2,11 +2,22 @@ import math
 
 import pytest
 import torch
-from cases import INTERPOLANTS
+from cases import INTERPOLANTS, LATENT
 from oracles import MixtureVelocity, random_mixture
 from torch.func import vmap
 
-from pyro_interpolant import FixedGrid, InterpolantDistribution, InterpolantTransform
+from pyro_interpolant import (
+    BrownianBridge,
+    EncodingDecoding,
+    FixedGrid,
+    InterpolantDistribution,
+    InterpolantTransform,
+    Latent,
+    Linear,
+    Mirror,
+    NonlinearInterpolant,
+    VariancePreserving,
+)
 from pyro_interpolant import Interpolant as Base
 
 
@@ -17,14 +28,21 @@ class Quadratic(Base):
         return (1 - t) ** 2, t * (2 - t), torch.zeros_like(t)
 
 
-class Latent(Base):
-    """With a latent noise in between."""
+class Noisy(Base):
+    """A user's own member with a latent noise in between."""
 
     def coefficients(self, t):
         return 1 - t, t, 0.8 * torch.sin(math.pi * t) ** 2
 
 
-MEMBERS = {**INTERPOLANTS, "quadratic": Quadratic(), "latent": Latent()}
+MEMBERS = {
+    **INTERPOLANTS,
+    **LATENT,
+    "variance-preserving": VariancePreserving(lambda t: t * t * (3 - 2 * t)),
+    "quadratic": Quadratic(),
+    "noisy": Noisy(),
+}
+WITHOUT = [name for name in MEMBERS if not MEMBERS[name].has_latent()]
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -40,7 +58,7 @@ def test_the_ends_are_the_pair(name):
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_derivatives_are_those_of_finite_differences(name):
-    t, h = torch.linspace(0.05, 0.95, 19), 1e-5
+    t, h = torch.linspace(0.05, 0.95, 20), 1e-5
     ahead, behind = (MEMBERS[name].coefficients(t + s) for s in (h, -h))
     for d, a, b in zip(MEMBERS[name].derivatives(t), ahead, behind, strict=True):
         assert d.shape == t.shape
@@ -84,15 +102,15 @@ def test_sample_shapes_and_types(name, times, rows):
 def test_the_latent_term_draws_one_noise_for_path_and_derivative():
     t, count = torch.tensor(0.3), 50_000
     zero = torch.zeros(count, 1)
-    x_t, dx_t = Latent().sample(t, zero, zero)
-    _, _, g = Latent().coefficients(t)
-    _, _, dg = Latent().derivatives(t)
+    x_t, dx_t = Noisy().sample(t, zero, zero)
+    _, _, g = Noisy().coefficients(t)
+    _, _, dg = Noisy().derivatives(t)
     assert float(x_t.std()) == pytest.approx(float(g), rel=0.02)
     torch.testing.assert_close(dx_t, x_t * dg / g)
-    assert not torch.equal(Latent().sample(t, zero, zero)[0], x_t)
+    assert not torch.equal(Noisy().sample(t, zero, zero)[0], x_t)
 
 
-@pytest.mark.parametrize("name", [*INTERPOLANTS, "quadratic"])
+@pytest.mark.parametrize("name", WITHOUT)
 def test_without_a_latent_term_nothing_is_drawn(name):
     state = torch.get_rng_state()
     x = torch.ones(4, 2)
@@ -135,12 +153,13 @@ def test_the_oracle_is_a_mixture_at_every_time(name):
     torch.testing.assert_close(drawn.T.cov(), cov, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("t", [0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("t", [0.0, 0.25, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("dim", [1, 2, 5])
-@pytest.mark.parametrize("name", [*INTERPOLANTS, "latent"])
+@pytest.mark.parametrize("name", MEMBERS)
 def test_log_prob_is_the_closed_form_at_every_time(name, dim, t):
     velocity = random_mixture(dim, MEMBERS[name])
-    flow = InterpolantTransform(velocity, interpolant=MEMBERS[name], solver=FixedGrid(steps=160))
+    steps = 1200 if name == "encoding-decoding" else 160  # its coefficients have a kink at 1/2
+    flow = InterpolantTransform(velocity, interpolant=MEMBERS[name], solver=FixedGrid(steps))
     x = torch.cat((velocity.sample(t, 12), 2 * torch.randn(4, dim)))
     value = InterpolantDistribution(flow).at(t).log_prob(x)
     truth = velocity.log_prob(torch.tensor(t), x)
@@ -166,7 +185,7 @@ def test_the_closed_form_holds_in_data_coordinates(name):
 
 
 @pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("name", [*INTERPOLANTS, "latent"])
+@pytest.mark.parametrize("name", MEMBERS)
 def test_samples_have_the_moments_of_the_closed_form(name, t):
     velocity = random_mixture(2, MEMBERS[name])
     flow = InterpolantTransform(velocity, solver=FixedGrid(steps=16))
@@ -183,3 +202,58 @@ def test_a_gaussian_at_the_right_scale_has_zero_velocity_when_trigonometric(name
     velocity = MixtureVelocity(one, torch.zeros(1, 2), torch.eye(2)[None], MEMBERS[name])
     v = velocity(torch.rand(5), torch.randn(5, 2)).abs().max()
     assert (v < 1e-14) == (name == "trigonometric")
+
+
+# ---- latent terms and ends ----------------------------------------------------------------------
+
+
+def test_a_bridge_is_brownian_and_its_slope_is_never_taken_at_the_ends():
+    gamma, t = BrownianBridge(0.7), torch.linspace(0, 1, 11)
+    torch.testing.assert_close(gamma(t) ** 2, 0.7 * t * (1 - t))
+    interpolant = Latent(Linear(), gamma)
+    slopes = interpolant.derivatives(torch.tensor([0.0, 1e-9, 1e-3, 1 - 1e-3, 1.0]))[2]
+    assert torch.isfinite(slopes).all()
+    assert torch.equal(slopes[:3], slopes[:1].expand(3))
+    torch.testing.assert_close(slopes[0], -slopes[-1])
+    assert interpolant.interior == Mirror(gamma).interior == (1e-3, 1 - 1e-3)
+    assert Latent(Linear()).interior == (0.0, 1.0)
+
+
+def test_encoding_and_decoding_meet_in_pure_noise():
+    middle = torch.stack(EncodingDecoding().coefficients(torch.tensor(0.5)))
+    torch.testing.assert_close(middle, torch.tensor([0.0, 0.0, 1.0]))
+    for t, absent in ((0.2, 1), (0.8, 0)):
+        assert EncodingDecoding().coefficients(torch.tensor(t))[absent] == 0
+
+
+def test_a_mirror_starts_and_ends_at_the_data():
+    x1, t = torch.randn(5, 2), torch.tensor([0.0, 1.0])
+    for end in t:
+        torch.testing.assert_close(Mirror().sample(end, torch.randn(5, 2), x1)[0], x1)
+    Mirror().check_ends(2)
+    assert Mirror().has_latent()
+
+
+def test_given_noise_is_used_in_path_and_slope():
+    t, z = torch.tensor(0.3), torch.randn(4, 2)
+    zero = torch.zeros(4, 2)
+    x_t, dx_t = Noisy().sample(t, zero, zero, z)
+    torch.testing.assert_close(x_t, Noisy().coefficients(t)[2] * z)
+    torch.testing.assert_close(dx_t, Noisy().derivatives(t)[2] * z)
+
+
+@pytest.mark.parametrize("times", [(), (5,), (4, 1)])
+def test_a_non_linear_path_has_the_slope_of_finite_differences(times):
+    def bow(t, x0, x1):
+        return (1 - t) * x0 + t * x1 + t * (1 - t) * (x1 * x0).sin()
+
+    interpolant, t, h = NonlinearInterpolant(bow), 0.1 + 0.8 * torch.rand(times), 1e-6
+    shape = (4, 5, 3) if times == (4, 1) else (5, 3)
+    x0, x1 = torch.randn(shape), torch.randn(shape)
+    x_t, dx_t = interpolant.sample(t, x0, x1)
+    assert x_t.shape == dx_t.shape == shape
+    ahead, behind = (interpolant.sample(t + s, x0, x1)[0] for s in (h, -h))
+    torch.testing.assert_close(dx_t, (ahead - behind) / (2 * h), rtol=0, atol=1e-8)
+    interpolant.check_ends(3)
+    with pytest.raises(TypeError, match="NonlinearInterpolant is not linear"):
+        interpolant.coefficients(t)

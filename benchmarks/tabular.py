@@ -1,0 +1,357 @@
+"""The best likelihood for the same minutes: ours with defaults against flows and mixtures.
+
+Five tasks; every method trains for the same wall time, one at a time, in a process of its own, and
+keeps what is best on the same validation rows. Each finished cell appends a line; a rerun skips
+what is there; the table is made from the lines.
+
+    python benchmarks/tabular.py --data DIR --minutes 1     # an hour, 2 cores
+    python benchmarks/tabular.py --data DIR --minutes 5     # five
+    python benchmarks/tabular.py --smoke                    # seconds, on made-up data
+"""
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TASKS = ("bsds300", "power", "wine", "hsct", "higgs")
+METHODS = ("ours", "zuko NSF", "zuko MAF", "zuko CNF", "pyro spline AR", "GMM")
+SEEDED = ("ours", "zuko NSF")  # three seeds; the others one
+
+
+# ---- tasks: train, validation and test rows -----------------------------------------------------
+
+
+def load(task, folder):
+    """Return train, validation and test rows, float32 tensors of shape (N, D)."""
+    import numpy as np
+    import torch
+
+    random = np.random.RandomState(1)
+    if task == "smoke":
+        x = random.randn(2000, 3)
+        x[:, 1] += x[:, 0] ** 2
+        return [torch.tensor(s).float() for s in np.split(x, (1600, 1800))]
+    if task == "bsds300":
+        parts = []
+        with np.load(folder / "bsds300_8x8_uint8.npz") as file:
+            for split in ("train", "val", "test"):
+                x = (file[split] + random.rand(*file[split].shape)) / 256
+                parts.append((x - x.mean(1, keepdims=True))[:, :-1])
+        return [torch.tensor(s).float() for s in parts]
+    if task == "power":
+        x = np.load(folder / "power_41k.npz")["x"].astype(np.float64)
+    elif task == "wine":
+        x = np.load(folder / "wine.npz")["white"].astype(np.float64)
+        for column in x.T:
+            step = np.diff(np.unique(column))
+            column += (random.rand(len(x)) - 0.5) * step[step > 1e-9].min()
+    elif task == "hsct":
+        x = np.load(folder / "hsct.npz")["x"].astype(np.float64)
+        x += random.rand(*x.shape)
+    else:
+        x = np.load(folder / "higgs_signal.npz")["x"].astype(np.float64)
+    x = x[np.random.RandomState(0).permutation(len(x))]
+    train, val, test = np.split(x, (int(0.8 * len(x)), int(0.9 * len(x))))
+    mean, sd = train.mean(0), train.std(0)
+    return [torch.tensor((s - mean) / sd).float() for s in (train, val, test)]
+
+
+# ---- methods: a function from rows and seconds to log_prob --------------------------------------
+
+
+def ours(train, val, seconds, seed):
+    """Fit our flow, defaults only."""
+    import torch
+
+    import pyro_interpolant as pi
+
+    torch.manual_seed(seed)
+    flow = pi.InterpolantDistribution(pi.interpolant_transform(train.shape[1]))
+    result = pi.fit(flow, train, validation=val, max_seconds=seconds, seed=seed, progress=False)
+    extra = {"steps": result.steps[-1], "best_step": result.best_step}
+    extra["solver_steps"] = result.solver.steps
+    reference = pi.InterpolantDistribution(flow.transform.at(1.0))
+    reference.transform.solver = pi.Adaptive(rtol=1e-7, atol=1e-7, nodes=96)
+
+    def check(rows):
+        exact, present = reference.log_prob(rows), flow.log_prob(rows)
+        return {"density_error": float((exact - present).abs().mean())}
+
+    return flow.log_prob, {**extra, "check": check}
+
+
+def gradient_method(make, loss, *, rate, batch):
+    """Return a method that trains a module by Adam until the time is up or it stops improving."""
+
+    def method(train, val, seconds, seed):
+        import torch
+
+        torch.manual_seed(seed)
+        module, log_prob = make(train)
+        optimizer = torch.optim.Adam(module.parameters(), lr=rate)
+        start, best, kept, step, since = time.monotonic(), math.inf, None, 0, 0
+        few = val[:5000]
+        look, next_look = seconds / 60, seconds / 60
+        size = min(batch, len(train))
+        while time.monotonic() - start < seconds and since < 20:
+            spent = (time.monotonic() - start) / seconds
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * min(1.0, spent)))
+            rows = train[torch.randint(len(train), (size,))]
+            value = loss(module, log_prob, rows)
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 5.0)
+            optimizer.step()
+            step += 1
+            if time.monotonic() - start > next_look:
+                next_look = time.monotonic() - start + look
+                with torch.no_grad():
+                    held = -float(torch.cat([log_prob(s) for s in few.split(1000)]).mean())
+                since += 1
+                if held < best:
+                    best, since = held, 0
+                    kept = {k: v.clone() for k, v in module.state_dict().items()}
+        if kept is not None:
+            module.load_state_dict(kept)
+        return log_prob, {"steps": step}
+
+    return method
+
+
+def maximum_likelihood(module, log_prob, rows):
+    """Return the negative mean log-likelihood."""
+    return -log_prob(rows).mean()
+
+
+def zuko_flow(kind, **options):
+    """Return a maker of a zuko flow."""
+
+    def make(train):
+        import zuko
+
+        flow = getattr(zuko.flows, kind)(train.shape[1], **options)
+        return flow, lambda x: flow().log_prob(x)
+
+    return make
+
+
+def zuko_cnf(train):
+    """Return zuko's CNF, its trace stochastic above ten dimensions."""
+    import zuko
+
+    dim = train.shape[1]
+    flow = zuko.flows.CNF(dim, hidden_features=(64, 64), exact=dim <= 10)
+    flow.transform.atol = flow.transform.rtol = 1e-4
+    return flow, lambda x: flow().log_prob(x)
+
+
+def pyro_spline(train):
+    """Return Pyro's own spline autoregressive flow, three transforms with permutations."""
+    import pyro.distributions as dist
+    import torch
+    from pyro.distributions import transforms
+
+    dim = train.shape[1]
+    parts, modules = [], []
+    for i in range(3):
+        spline = transforms.spline_autoregressive(dim, [128, 128], count_bins=8, bound=5.0)
+        modules.append(spline)
+        parts.append(spline)
+        if i < 2:
+            parts.append(transforms.permute(torch.randperm(dim)))
+    base = dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
+    mean, sd = train.mean(0), train.std(0)
+    whiten = transforms.AffineTransform(mean, sd, event_dim=1)
+    flow = dist.TransformedDistribution(base, [*parts, whiten])
+
+    def log_prob(x):
+        flow.clear_cache()
+        return flow.log_prob(x)
+
+    return torch.nn.ModuleList(modules), log_prob
+
+
+def mixture(train, val, seconds, seed):
+    """Fit Gaussian mixtures of growing size, and keep the best on the validation rows."""
+    import torch
+    from sklearn.mixture import GaussianMixture
+
+    start, best, kept, sizes = time.monotonic(), -math.inf, None, []
+    few = train[:100_000].numpy()
+    for k in (1, 2, 4, 8, 15, 25, 40, 60, 90):
+        began = time.monotonic()
+        model = GaussianMixture(k, reg_covar=1e-6, random_state=seed).fit(few)
+        score = float(model.score(val[:20_000].numpy()))
+        sizes.append(k)
+        if score > best:
+            best, kept = score, model
+        spent = time.monotonic() - start
+        if spent + 1.6 * (time.monotonic() - began) > seconds or score < best - 1:
+            break
+
+    def log_prob(x):
+        return torch.from_numpy(kept.score_samples(x.numpy()))
+
+    return log_prob, {"components": kept.n_components, "tried": sizes}
+
+
+def method_of(name):
+    """Return the training function of a method."""
+    ml = {"loss": maximum_likelihood, "rate": 1e-3, "batch": 512}
+    methods = {
+        "ours": ours,
+        "GMM": mixture,
+        "zuko NSF": gradient_method(
+            zuko_flow("NSF", transforms=3, hidden_features=(128, 128), bins=8), **ml
+        ),
+        "zuko MAF": gradient_method(
+            zuko_flow("MAF", transforms=5, hidden_features=(128, 128)), **ml
+        ),
+        "zuko CNF": gradient_method(zuko_cnf, **ml),
+        "pyro spline AR": gradient_method(pyro_spline, **ml),
+    }
+    return methods[name]
+
+
+def whitened(method):
+    """Return a method that sees whitened rows, as ours does, and answers in data coordinates."""
+
+    def wrapped(train, val, seconds, seed):
+        import torch
+
+        mean = train.double().mean(0)
+        cov = (train.double() - mean).T.cov()
+        values, vectors = torch.linalg.eigh(cov)
+        white = (vectors / values.sqrt()).float()
+        log_det = -0.5 * float(values.log().sum())
+        mean = mean.float()
+        log_prob, extra = method((train - mean) @ white, (val - mean) @ white, seconds, seed)
+        return lambda x: log_prob((x - mean) @ white) + log_det, extra
+
+    return wrapped
+
+
+def run_cell(args):
+    """Train one method on one task, and print a JSON line."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    train, val, test = load(args.task, args.data)
+    method = method_of(args.cell)
+    if args.cell.startswith("zuko"):
+        method = whitened(method)  # in the peers' favour
+    start = time.monotonic()
+    log_prob, extra = method(train, val, 60 * args.minutes, args.seed)
+    seconds = time.monotonic() - start
+    test = test[: args.test_rows or len(test)]
+    with torch.no_grad():
+        values = torch.cat([log_prob(s).double() for s in test.split(2000)])
+        check = extra.pop("check", None)
+        extra |= check(test[:1000]) if check else {}
+    line = {
+        "log_prob": float(values.mean()),
+        "stderr": float(values.std()) / math.sqrt(len(values)),
+        "seconds": seconds,
+        "test_rows": len(values),
+        **extra,
+    }
+    print(json.dumps(line))
+
+
+# ---- the parent ---------------------------------------------------------------------------------
+
+
+def cells(args):
+    """Return what is wanted: (task, method, seed)."""
+    for task in args.tasks:
+        for method in args.methods:
+            for seed in range(args.seeds if method in SEEDED else 1):
+                yield task, method, seed
+
+
+def table(done, args):
+    """Return the Markdown table of the finished cells."""
+    import statistics
+
+    out = ["| task | " + " | ".join(args.methods) + " | density error, ours |"]
+    out.append("| --- " * (len(args.methods) + 2) + "|")
+    for task in args.tasks:
+        row, errors = [task], []
+        for method in args.methods:
+            found = [v for k, v in done.items() if k[:2] == (task, method) and "log_prob" in v]
+            errors += [v["density_error"] for v in found if "density_error" in v]
+            if not found:
+                row.append("-")
+                continue
+            values = [v["log_prob"] for v in found]
+            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+            mean = statistics.mean(values)
+            row.append(f"{mean:.3f} +- {found[0]['stderr']:.3f}{spread}")
+        row.append(f"{max(errors):.4f}" if errors else "-")
+        out.append(f"| {' | '.join(row)} |")
+    return "\n".join(out)
+
+
+def main():
+    """Run the cells that are missing, one at a time, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("."))
+    add("--minutes", type=float, default=5.0)
+    add("--tasks", nargs="+", default=list(TASKS))
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--seeds", type=int, default=3)
+    add("--threads", type=int, default=2)
+    add("--test-rows", type=int, default=0, help="0 for all")
+    add("--out", type=Path, default=Path(__file__).parent / "results" / "tabular.jsonl")
+    add("--smoke", action="store_true")
+    add("--cell", help=argparse.SUPPRESS)
+    add("--task", help=argparse.SUPPRESS)
+    add("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        run_cell(args)
+        return
+    scratch = tempfile.TemporaryDirectory()
+    if args.smoke:
+        args.tasks, args.minutes, args.seeds = ["smoke"], 0.05, 1
+        args.out = Path(scratch.name) / "smoke.jsonl"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    done = {}
+    if args.out.exists():
+        for text in args.out.read_text().splitlines():
+            line = json.loads(text)
+            if line["minutes"] == args.minutes and line["threads"] == args.threads:
+                done[line["task"], line["method"], line["seed"]] = line
+    for task, method, seed in cells(args):
+        if (task, method, seed) in done:
+            continue
+        command = [sys.executable, __file__, "--cell", method, "--task", task]
+        for name in ("minutes", "threads", "data", "test_rows"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        child = subprocess.run(
+            [*command, "--seed", str(seed)], stdout=subprocess.PIPE, text=True, check=False
+        )
+        line = {"task": task, "method": method, "seed": seed}
+        line |= {"minutes": args.minutes, "threads": args.threads}
+        if child.returncode:
+            print(f"{task}, {method}: failed with {child.returncode}", file=sys.stderr, flush=True)
+            continue
+        line |= json.loads(child.stdout.splitlines()[-1])
+        done[task, method, seed] = line
+        with args.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{task}, {method}, {seed}: {line['log_prob']:.3f}", file=sys.stderr, flush=True)
+    print(f"{args.minutes:g} minutes each, {args.threads} threads, {platform.machine()}.\n")
+    print(table(done, args))
+
+
+if __name__ == "__main__":
+    main()

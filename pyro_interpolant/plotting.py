@@ -1,0 +1,249 @@
+r"""Pictures of flows, by matplotlib (extra ``[plot]``), which is imported when one is asked for.
+
+Every function draws on the axes it is given, or on new ones, and returns them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distributions import InterpolantDistribution
+from .divergence import evaluate
+from .interpolants import Interpolant
+from .solvers import FixedGrid
+
+__all__ = ["coefficients", "corner", "density", "evolution", "training_curve", "trajectories"]
+
+_DATA, _MODEL, _THIRD = "#4c566a", "#d1495b", "#2a9d8f"
+_POINTS = 4000  # of a scatter
+
+
+def trajectories(
+    distribution: InterpolantDistribution, *, count: int = 100, steps: int = 64, ax: Any = None
+) -> Any:
+    """Draw paths from base to data: against time in one dimension, else in the first two.
+
+    Args:
+        distribution: A flow.
+        count: The number of paths.
+        steps: The number of times along each.
+        ax: Axes, or None for new ones.
+    """
+    ax = _axes(ax)
+    times, paths = _paths(distribution, count, steps)
+    if paths.shape[-1] == 1:
+        ax.plot(times, paths[..., 0], color=_MODEL, alpha=0.35, linewidth=0.8)
+        ax.set(xlabel="time", ylabel="$x$")
+        return ax
+    x, y = paths[..., 0], paths[..., 1]
+    ax.plot(x, y, color=_THIRD, alpha=0.35, linewidth=0.8, zorder=1)
+    ax.scatter(x[0], y[0], s=8, color=_DATA, label="base", zorder=2)
+    ax.scatter(x[-1], y[-1], s=8, color=_MODEL, label="model", zorder=3)
+    ax.set(xlabel="$x_1$", ylabel="$x_2$")
+    ax.legend(frameon=False)
+    return ax
+
+
+def density(
+    distribution: InterpolantDistribution,
+    *,
+    extent: Sequence[float] | None = None,
+    points: int = 120,
+    velocity: bool = False,
+    ax: Any = None,
+) -> Any:
+    """Draw the density of a flow in one or two dimensions, at the time it stops at.
+
+    Args:
+        distribution: A flow, perhaps stopped by ``at(t)``.
+        extent: ``(low, high)`` in one dimension, ``(left, right, bottom, top)`` in two; by
+            default that of samples.
+        points: Of the grid, per dimension.
+        velocity: Whether to draw the velocity at that time too, in two dimensions.
+        ax: Axes, or None for new ones.
+
+    Raises:
+        ValueError: If the flow has more than two dimensions.
+    """
+    dim = distribution.event_shape[-1]
+    if dim > 2:
+        raise ValueError(f"expected one or two dimensions, got {dim}: use corner")
+    ax = _axes(ax)
+    box = _extent(distribution.sample((2000,))) if extent is None else tuple(extent)
+    lines = [torch.linspace(a, b, points) for a, b in zip(box[::2], box[1::2], strict=True)]
+    grid = torch.stack(torch.meshgrid(*lines, indexing="xy"), dim=-1)
+    grid = grid.to(distribution.transform.flow.loc)
+    with torch.no_grad():
+        value = distribution.log_prob(grid).exp().cpu()
+    if dim == 1:
+        ax.plot(lines[0], value, color=_MODEL)
+        ax.set(xlabel="$x$", ylabel="density")
+        return ax
+    ax.pcolormesh(*lines, value, shading="gouraud", cmap="magma_r", rasterized=True)
+    ax.set(xlabel="$x_1$", ylabel="$x_2$", xlim=box[:2], ylim=box[2:])
+    if velocity:
+        few = grid[:: points // 15, :: points // 15]
+        v = _velocity(distribution, few).cpu()
+        ax.quiver(*few.cpu().unbind(-1), *v.unbind(-1), color=_THIRD, width=4e-3)
+    return ax
+
+
+def evolution(
+    distribution: InterpolantDistribution,
+    times: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    *,
+    velocity: bool = True,
+    ax: Any = None,
+) -> Any:
+    """Draw density and velocity of a two-dimensional flow at several times, side by side.
+
+    Args:
+        distribution: A flow.
+        times: Times in [0, 1].
+        velocity: Whether to draw the velocity.
+        ax: One axes per time, or None for new ones.
+    """
+    if ax is None:
+        from matplotlib import pyplot as plt
+
+        size = (2.6 * len(times), 2.8)
+        _, ax = plt.subplots(1, len(times), figsize=size, squeeze=False, layout="constrained")
+        ax = ax[0]
+    views = [distribution.at(t) for t in times]
+    boxes = torch.tensor([_extent(view.sample((2000,))) for view in views])
+    extent = [
+        float(f(column)) for f, column in zip((min, max, min, max), boxes.T.tolist(), strict=True)
+    ]
+    for one, t, view in zip(ax, times, views, strict=True):
+        density(view, extent=extent, velocity=velocity, ax=one)
+        one.set(title=f"$t = {t:g}$", xlabel="", ylabel="", aspect="equal")
+    return ax
+
+
+def coefficients(interpolant: Interpolant, *, ax: Any = None) -> Any:
+    """Draw the coefficients of a linear interpolant against time.
+
+    Args:
+        interpolant: One with scalar coefficients.
+        ax: Axes, or None for new ones.
+
+    Raises:
+        TypeError: If the interpolant has none.
+    """
+    t = torch.linspace(0.0, 1.0, 201)
+    values = interpolant.coefficients(t)
+    ax = _axes(ax)
+    names = (r"$\alpha$, base", r"$\beta$, data", r"$\gamma$, noise")
+    for value, name, color in zip(values, names, (_DATA, _MODEL, _THIRD), strict=True):
+        if bool((value != 0).any()):
+            ax.plot(t, value.detach(), label=name, color=color)
+    ax.set(xlabel="time", ylabel="coefficient")
+    ax.legend(frameon=False)
+    return ax
+
+
+def training_curve(result: Any, *, ax: Any = None) -> Any:
+    """Draw the losses of a run against its steps, and where the kept weights come from.
+
+    Args:
+        result: A :class:`~pyro_interpolant.FitResult`.
+        ax: Axes, or None for new ones.
+    """
+    ax = _axes(ax)
+    ax.plot(result.steps, result.losses, color=_DATA, linewidth=1, label="training")
+    ax.plot(result.steps, result.validation_losses, color=_MODEL, label="held out")
+    ax.axvline(result.best_step, color=_THIRD, linestyle=":", label="kept")
+    ax.set(xlabel="step", ylabel="loss $G$")
+    ax.legend(frameon=False)
+    return ax
+
+
+def corner(
+    samples: Any,
+    data: Tensor,
+    *,
+    names: Sequence[str] | None = None,
+    count: int = 2000,
+    ax: Any = None,
+) -> Any:
+    """Compare samples with data: histograms on the diagonal, pairs of columns below it.
+
+    Args:
+        samples: Samples, shape ``(M, D)``, or a distribution to draw ``count`` from.
+        data: Rows, shape ``(N, D)``.
+        names: One per column.
+        count: The number of samples to draw.
+        ax: An array of D x D axes, or None for new ones.
+    """
+    if not isinstance(samples, Tensor):
+        samples = samples.sample((count,))
+    dim = data.shape[-1]
+    if ax is None:
+        from matplotlib import pyplot as plt
+
+        size = (1.6 * dim + 1, 1.6 * dim + 1)
+        _, ax = plt.subplots(dim, dim, figsize=size, squeeze=False, layout="constrained")
+    names = [f"$x_{{{i + 1}}}$" for i in range(dim)] if names is None else names
+    pair = ((data.cpu(), _DATA, "data"), (samples.cpu(), _MODEL, "model"))
+    for i in range(dim):
+        for j in range(dim):
+            one = ax[i][j]
+            if j > i:
+                one.set_axis_off()
+                continue
+            for rows, color, label in pair:
+                few = rows[:_POINTS]
+                if i == j:
+                    one.hist(
+                        rows[:, i], 40, density=True, histtype="step", color=color, label=label
+                    )
+                else:
+                    one.scatter(few[:, j], few[:, i], s=2, alpha=0.3, color=color, linewidths=0)
+            one.set(xlabel=names[j] if i == dim - 1 else "", ylabel=names[i] if j == 0 < i else "")
+            if i == j:
+                one.set_yticks([])
+    ax[0][0].legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _axes(ax: Any) -> Any:
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(layout="constrained")[1]
+
+
+def _extent(x: Tensor) -> tuple[float, ...]:
+    """Return the box of samples, shape ``(N, D)``, without their farthest."""
+    bounds = torch.quantile(x.double().cpu(), torch.tensor([0.005, 0.995]).double(), dim=0)
+    margin = 0.15 * (bounds[1] - bounds[0])
+    return tuple(torch.stack((bounds[0] - margin, bounds[1] + margin), -1).flatten().tolist())
+
+
+def _paths(distribution: InterpolantDistribution, count: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Return times and the paths' points, shape ``(steps + 1, count, D)``, in data coordinates."""
+    transform = distribution.transform
+    chain = list(distribution.transforms)
+    here = next(i for i, part in enumerate(chain) if part is transform)
+    path = transform._path()._replace(solver=FixedGrid(steps))
+    with torch.no_grad():
+        x = distribution.base_dist.sample((count,))
+        for part in chain[:here]:
+            x = part(x)
+        x = transform.flow.from_white(transform.flow.integrate(x, path, forward=True))
+        for part in chain[here + 1 :]:
+            x = part(x)
+    return path.times()[0], x.cpu()
+
+
+def _velocity(distribution: InterpolantDistribution, x: Tensor) -> Tensor:
+    """Return the velocity, in data coordinates, at the time the flow stops at."""
+    transform = distribution.transform
+    flow = transform.flow
+    t = torch.tensor(transform.end).to(x)
+    with torch.no_grad():
+        w = flow.to_white(distribution.unconstrained(x))
+        return evaluate(flow.velocity, t, w, transform.context) @ flow.linear.T

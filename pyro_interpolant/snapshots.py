@@ -1,0 +1,105 @@
+r"""Files a long run resumes from: tensors and numbers, complete or not there at all."""
+
+import json
+import os
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["Snapshot", "checksum", "read", "write"]
+
+_KEY = "pyro_interpolant_snapshot"
+
+
+class Snapshot(NamedTuple):
+    """The state of a run.
+
+    Attributes:
+        tensors: By name, of any shapes.
+        numbers: What JSON holds.
+    """
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+
+def checksum(tensors: Iterable[Tensor | None]) -> int:
+    """Return a checksum of the bytes of tensors of any shapes."""
+    value = 0
+    for tensor in tensors:
+        if tensor is not None:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            value = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), value)
+    return value
+
+
+def write(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], numbers: dict[str, Any]
+) -> None:
+    """Write a snapshot; the one before it stays beside it, with ``.previous`` at its name.
+
+    Raises:
+        OSError: If the file cannot be written; what was there is then untouched.
+    """
+    path = Path(path)
+    kept = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    numbers = {**numbers, "names": list(kept)}
+    text = json.dumps({"checksum": checksum(kept.values()), "numbers": numbers})
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(kept, scratch, metadata={_KEY: text})
+        with open(scratch, "rb") as written:
+            os.fsync(written.fileno())
+        if path.exists():
+            os.replace(path, _previous(path))
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+
+
+def read(path: str | os.PathLike[str]) -> Snapshot | None:
+    """Return the last complete snapshot, or None where there is none.
+
+    A damaged file is passed over with a warning, and the one before it is used.
+
+    Raises:
+        ValueError: If files are there and all are damaged.
+    """
+    path, damage = Path(path), []
+    for candidate in (path, _previous(path)):
+        if candidate.exists():
+            try:
+                return _read(candidate)
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                damage.append(f"{candidate} ({error})")
+                warnings.warn(f"the snapshot {candidate} is damaged: passed over", stacklevel=3)
+    if damage:
+        raise ValueError(
+            f"expected a snapshot to resume from, got damaged files: {'; '.join(damage)}. Delete "
+            "them to start anew"
+        )
+    return None
+
+
+def _read(path: Path) -> Snapshot:
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[_KEY])
+        # In the order of writing: the checksum runs over it.
+        tensors = {name: file.get_tensor(name) for name in header["numbers"]["names"]}
+    if checksum(tensors.values()) != header["checksum"]:
+        raise ValueError("its checksum is wrong")
+    return Snapshot(tensors, header["numbers"])
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f"{path.name}.previous")

@@ -1,0 +1,152 @@
+import copy
+import math
+
+import pytest
+import torch
+from gaussians import GaussianTransport
+
+from pyro_interpolant import (
+    InterpolantDistribution,
+    InterpolantTransform,
+    LearnedInterpolant,
+    Linear,
+    Trigonometric,
+    VelocityMLP,
+    load,
+    save,
+)
+
+KINDS = {
+    "scalar": {},
+    "matrices": {"event_dim": 3, "matrices": True},
+    "network": {"event_dim": 3, "network": (8, 8)},
+    "both": {"event_dim": 3, "matrices": True, "network": (8,)},
+    "network alone": {"modes": 0, "event_dim": 3, "network": (8,)},
+}
+
+
+def perturbed(name):
+    interpolant = LearnedInterpolant(**{"modes": 4, **KINDS[name]}).double()
+    for weight in interpolant.weights():
+        weight.copy_(0.3 * torch.randn_like(weight))
+    interpolant.centres.normal_()
+    return interpolant
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_ends_are_exact_for_any_weights(name):
+    interpolant = perturbed(name)
+    x0, x1 = torch.randn(6, 3), torch.randn(6, 3)
+    for t, x in ((0.0, x0), (1.0, x1)):
+        found = interpolant.sample(torch.tensor(t), x0, x1)[0]
+        torch.testing.assert_close(found, x, rtol=0, atol=1e-13)
+    middle = interpolant.sample(torch.tensor(0.5), x0, x1)[0]
+    assert (middle - Trigonometric().sample(torch.tensor(0.5), x0, x1)[0]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_starts_as_trigonometric(name):
+    interpolant = LearnedInterpolant(**{"modes": 4, **KINDS[name]}).double()
+    t, x0, x1 = torch.rand(6), torch.randn(6, 3), torch.randn(6, 3)
+    for a, b in zip(interpolant.sample(t, x0, x1), Trigonometric().sample(t, x0, x1), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("times", [(), (5,), (4, 1)])
+def test_the_derivative_is_that_of_finite_differences(name, times):
+    interpolant = perturbed(name)
+    t = 0.1 + 0.8 * torch.rand(times)
+    shape = (4, 5, 3) if times == (4, 1) else (5, 3)
+    x0, x1, h = torch.randn(shape), torch.randn(shape), 1e-6
+    x_t, dx_t = interpolant.sample(t, x0, x1)
+    assert x_t.shape == dx_t.shape == shape
+    ahead, behind = (interpolant.sample(t + s, x0, x1)[0] for s in (h, -h))
+    torch.testing.assert_close(dx_t, (ahead - behind) / (2 * h), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_nobody_else_trains_it(name):
+    interpolant = perturbed(name)
+    flow = InterpolantTransform(VelocityMLP(3, (8, 8)), interpolant=interpolant)
+    own = {id(weight) for weight in interpolant.weights()}
+    assert own
+    assert not own & {id(p) for p in flow.parameters()}
+    assert not any(weight.requires_grad for weight in interpolant.weights())
+    assert own <= {id(b) for b in flow.buffers()}
+    assert flow.float().interpolant.waves.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_is_saved_and_copied(name, tmp_path):
+    flow = InterpolantTransform(VelocityMLP(3, (8, 8)), interpolant=perturbed(name)).double()
+    distribution = InterpolantDistribution(flow)
+    save(distribution, tmp_path / "flow.safetensors")
+    again = load(tmp_path / "flow.safetensors").transform.interpolant
+    t, x0, x1 = torch.rand(6), torch.randn(6, 3), torch.randn(6, 3)
+    expected = flow.interpolant.sample(t, x0, x1)
+    for other in (again, copy.deepcopy(flow).interpolant):
+        for a, b in zip(other.sample(t, x0, x1), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_scalar_weights_alone_are_a_linear_interpolant():
+    t = torch.rand(5)
+    a, b, g = perturbed("scalar").coefficients(t)
+    assert a.shape == b.shape == (5,)
+    assert not g.any()
+    for name in ("matrices", "network", "both"):
+        with pytest.raises(TypeError, match="no scalar coefficients"):
+            perturbed(name).coefficients(t)
+
+
+@pytest.mark.parametrize("dim", [2, 8])
+def test_matrices_start_at_the_geodesic_between_gaussians(dim):
+    """Its law at time t is that of the optimal path, and its drift is the geodesic's."""
+    pair = GaussianTransport(1, dim)
+    (m0, m1), (s0, s1) = pair.means, pair.covs
+    interpolant = LearnedInterpolant(12, event_dim=dim, matrices=True).double()
+    interpolant.start_from_moments(m0, s0, m1, s1)
+    root, inverse = pair.roots[0], pair.roots[0].inverse()
+    values, vectors = torch.linalg.eigh(root @ s1 @ root)
+    transport = inverse @ ((vectors * values.sqrt()) @ vectors.T) @ inverse
+    for t in (0.2, 0.5, 0.9):
+        a, b = interpolant._series(torch.tensor(t))
+        cov = a @ s0 @ a.T + b @ s1 @ b.T
+        m = (1 - t) * torch.eye(dim) + t * transport
+        expected = m @ s0 @ m.T
+        torch.testing.assert_close(cov, expected, rtol=0.02, atol=0.02 * float(expected.max()))
+        middle = interpolant._path(torch.tensor(t), m0[None], m1[None])[0]
+        torch.testing.assert_close(middle, (1 - t) * m0 + t * m1)
+
+
+def test_the_trigonometric_energy_from_a_standard_normal_is_known():
+    """From N(0, I) to any centred Gaussian it is pi^2 / 8 times the squared distance."""
+    pair = GaussianTransport(0, 3)
+    pair.means = torch.zeros(2, 3)
+    pair.covs[0] = torch.eye(3)
+    pair.roots[0] = torch.eye(3)
+    ratio = pair.energy(Trigonometric()) / pair.w2()
+    assert ratio == pytest.approx(math.pi**2 / 8, rel=1e-6)
+    assert pair.energy(Linear()) > pair.w2()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"modes": -1}, "expected modes >= 0, got -1"),
+        ({"matrices": True}, "expected event_dim for matrices or a network"),
+        ({"network": (8,)}, "expected event_dim for matrices or a network"),
+    ],
+)
+def test_impossible_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LearnedInterpolant(**arguments)
+
+
+def test_the_start_needs_matrices_and_the_size_must_fit():
+    eye = torch.eye(2)
+    with pytest.raises(ValueError, match="matrices=True"):
+        LearnedInterpolant().start_from_moments(eye[0], eye, eye[0], eye)
+    with pytest.raises(ValueError, match="expected an interpolant of event_dim=2, got 3"):
+        perturbed("matrices").check_ends(2)

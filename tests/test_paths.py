@@ -1,0 +1,131 @@
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import random_flow
+from gaussians import GaussianTransport
+from oracles import random_mixture
+from torch import nn
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    FixedGrid,
+    InterpolantDistribution,
+    InterpolantTransform,
+    Linear,
+    Trigonometric,
+    path_energy,
+    w2_bound,
+)
+
+
+class Affine(nn.Module):
+    """The velocity of a linear interpolant between two Gaussians, in data coordinates."""
+
+    def __init__(self, pair, interpolant):
+        super().__init__()
+        self.pair, self.interpolant = pair, interpolant
+        self.event_dim = len(pair.means[0])
+
+    def forward(self, t, x, context=None):
+        t = t.contiguous()
+        a, b, _ = (c[..., None, None] for c in self.interpolant.coefficients(t))
+        da, db, _ = (c[..., None, None] for c in self.interpolant.derivatives(t))
+        s0, s1 = self.pair.covs
+        m0, m1 = self.pair.means
+        s, c = a**2 * s0 + b**2 * s1, a * da * s0 + b * db * s1
+        centred = x - (a[..., 0] * m0 + b[..., 0] * m1)
+        drift = da[..., 0] * m0 + db[..., 0] * m1
+        return drift + (c @ torch.linalg.inv(s) @ centred[..., None])[..., 0]
+
+
+def exact_flow(seed, dim, interpolant):
+    pair = GaussianTransport(seed, dim)
+    base = dist.MultivariateNormal(pair.means[0], pair.covs[0])
+    flow = InterpolantTransform(Affine(pair, interpolant), interpolant=interpolant)
+    flow.solver = FixedGrid(steps=30)
+    return pair, InterpolantDistribution(flow, base)
+
+
+@pytest.mark.parametrize("interpolant", [Trigonometric(), Linear()])
+@pytest.mark.parametrize("dim", [2, 8])
+def test_the_energy_is_the_closed_form(interpolant, dim):
+    pair, distribution = exact_flow(0, dim, interpolant)
+    energy = path_energy(distribution, count=4000)
+    assert energy.value == pytest.approx(pair.energy(interpolant), abs=5 * energy.stderr)
+    assert 0 < energy.stderr < 0.05 * energy.value
+    assert energy.value > pair.w2()
+
+
+def test_the_energy_is_measured_in_data_coordinates():
+    velocity = random_mixture(2, Trigonometric())
+    flow = InterpolantTransform(velocity)
+    energies = []
+    for scale in (1.0, 10.0):
+        flow.precondition(torch.tensor([3.0, -1.0]), scale * torch.eye(2))
+        torch.manual_seed(0)
+        energies.append(path_energy(InterpolantDistribution(flow), count=600).value)
+    assert energies[1] == pytest.approx(100 * energies[0])
+
+
+def test_the_energy_of_conditional_flows():
+    distribution = ConditionalInterpolantDistribution(random_flow(2, context_dim=3))
+    context = torch.randn(700, 3)
+    whole = path_energy(distribution, count=700, context=context)
+    assert whole.value > 0
+    one = path_energy(distribution, count=100, context=context[0])
+    assert one.value > 0
+    with pytest.raises(ValueError, match="expected a context for a conditional flow"):
+        path_energy(distribution)
+    with pytest.raises(ValueError, match="expected no context"):
+        path_energy(InterpolantDistribution(random_flow(2)), context=context)
+    with pytest.raises(ValueError, match="at least two paths"):
+        path_energy(InterpolantDistribution(random_flow(2)), count=1)
+
+
+def test_the_bound_is_the_excess_times_the_growth():
+    """A velocity off by a constant shift: H is the shift squared, and W2^2 is no more."""
+
+    class Shifted(nn.Module):
+        event_dim = 2
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, t, x, context=None):
+            return self.inner(t, x) + 0.3
+
+    pair, distribution = exact_flow(0, 2, Trigonometric())
+    flow = InterpolantTransform(Shifted(distribution.transform.velocity))
+    shifted = InterpolantDistribution(flow, distribution.base)
+    data = pair.sample(1, 40_000)
+    minimum = -pair.energy(Trigonometric())
+    known = w2_bound(shifted, data, minimum=minimum)
+    none = w2_bound(distribution, data, minimum=minimum)  # the same draws, no error
+    assert known.exact
+    assert known.excess - none.excess == pytest.approx(2 * 0.3**2, abs=0.06)
+    assert abs(none.excess) < 0.05 * abs(minimum)
+    assert known.bound == pytest.approx(math.exp(1 + 2 * known.lipschitz) * max(known.excess, 0.0))
+    unknown = w2_bound(shifted, data)
+    assert not unknown.exact
+    assert unknown.excess > known.excess
+    assert w2_bound(shifted, data[:500], seed=3) == w2_bound(shifted, data[:500], seed=3)
+
+
+def test_the_lipschitz_constant_is_the_spectral_norm_in_data_coordinates():
+    matrix = torch.tensor([[1.0, 4.0], [0.0, -2.0]])
+
+    class Field(nn.Module):
+        event_dim = 2
+
+        def forward(self, t, x, context=None):
+            return x @ matrix.T
+
+    flow = InterpolantTransform(Field())
+    linear = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
+    flow.precondition(torch.zeros(2), linear)
+    bound = w2_bound(InterpolantDistribution(flow), torch.randn(50, 2))
+    expected = torch.linalg.matrix_norm(linear @ matrix @ linear.inverse(), ord=2)
+    assert bound.lipschitz == pytest.approx(float(expected))

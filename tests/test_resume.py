@@ -1,0 +1,245 @@
+"""Long runs: kept on the way, killed, resumed; weights, validation rows, interrupts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+    conditional_interpolant_transform,
+    fit,
+    interpolant_transform,
+    optimal_transport,
+    snapshots,
+)
+
+QUICK = {"batch_size": 64, "progress": False, "seed": 0, "steps": 40}
+
+
+def made(dim=2):
+    torch.manual_seed(7)
+    return InterpolantDistribution(interpolant_transform(dim, (12, 12)))
+
+
+def rows(count=300, dim=2):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, dim, generator=generator)
+    return torch.cat((x[:, :1], x[:, 1:] + x[:, :1] ** 2), -1)
+
+
+def weights_of(distribution):
+    return [p.detach().clone() for p in distribution.transform.velocity.parameters()]
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping(at):
+    def callback(state):
+        if state.step >= at:
+            raise Stop
+
+    return callback
+
+
+@pytest.mark.parametrize("every", [None, 7])
+@pytest.mark.parametrize("seed", [0, None])
+@pytest.mark.parametrize("options", [{}, {"coupling": optimal_transport}], ids=["", "ot"])
+def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
+    torch.manual_seed(5)
+    options = {**QUICK, **options, "seed": seed}
+    whole = made()
+    torch.manual_seed(5)
+    expected = fit(whole, rows(), **options)
+    path, first = tmp_path / "run", made()
+    torch.manual_seed(5)
+    with pytest.raises(Stop):
+        fit(
+            first,
+            rows(),
+            checkpoint=path,
+            checkpoint_every=every,
+            callback=stopping(20),
+            **options,
+        )
+    torch.manual_seed(99)  # whatever happened since
+    again = made()
+    torch.manual_seed(99)
+    result = fit(again, rows(), checkpoint=path, checkpoint_every=every, **options)
+    for a, b in zip(weights_of(whole), weights_of(again), strict=True):
+        assert torch.equal(a, b)
+    for name in ("steps", "losses", "validation_losses", "best_step", "solver"):
+        assert getattr(result, name) == getattr(expected, name)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first, second = made(), made()
+    fit(first, rows(), checkpoint=tmp_path / "run", **QUICK)
+    looks = []
+    fit(second, rows(), checkpoint=tmp_path / "run", callback=looks.append, **QUICK)
+    assert not looks
+    assert all(map(torch.equal, weights_of(first), weights_of(second)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"learning_rate": 1e-4}, {"steps": 41}, {"batch_size": 32}, {"data": rows() + 1}],
+    ids=lambda c: next(iter(c)),
+)
+def test_another_run_is_not_resumed(change, tmp_path):
+    fit(made(), rows(), checkpoint=tmp_path / "run", **QUICK)
+    data = change.pop("data", rows())
+    with pytest.raises(ValueError, match="expected .* to be of this run, got the state of one"):
+        fit(made(), data, checkpoint=tmp_path / "run", **{**QUICK, **change})
+
+
+def damaged(path, how):
+    whole = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "flipped":
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    else:
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "empty"])
+def test_a_damaged_file_is_passed_over_for_the_one_before(how, tmp_path):
+    path = tmp_path / "run"
+    whole = made()
+    fit(whole, rows(), **QUICK)
+    with pytest.raises(Stop):
+        fit(made(), rows(), checkpoint=path, callback=stopping(20), **QUICK)
+    damaged(path, how)
+    again = made()
+    with pytest.warns(UserWarning, match="is damaged: passed over"):
+        fit(again, rows(), checkpoint=path, **QUICK)
+    assert all(map(torch.equal, weights_of(whole), weights_of(again)))
+
+
+def test_nothing_but_damage_is_an_error(tmp_path):
+    path = tmp_path / "run"
+    path.write_bytes(b"nonsense")
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ValueError, match="got damaged files.*Delete them to start anew"),
+    ):
+        fit(made(), rows(), checkpoint=path, **QUICK)
+    assert path.read_bytes() == b"nonsense"
+
+
+def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    snapshots.write(path, {"a": torch.ones(2)}, {"n": 1})
+
+    def fail(*arguments, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(snapshots, "save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        snapshots.write(path, {"a": torch.zeros(2)}, {"n": 2})
+    monkeypatch.undo()
+    assert torch.equal(snapshots.read(path).tensors["a"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert snapshots.read(tmp_path / "nowhere") is None
+
+
+KILLED = """
+import sys, torch
+import pyro_interpolant as pi
+torch.set_num_threads(1)
+torch.manual_seed(0)
+x = torch.randn(500, 2)
+x[:, 1] += x[:, 0] ** 2
+flow = pi.InterpolantDistribution(pi.interpolant_transform(2, (16, 16)))
+keep = {"checkpoint": sys.argv[1], "checkpoint_every": 5} if len(sys.argv) > 2 else {}
+pi.fit(flow, x, steps=600, batch_size=64, seed=3, progress=False, **keep)
+pi.save(flow, sys.argv[1] + ".done")
+"""
+
+
+def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
+    """For real: SIGKILL at random moments, in a process of its own, until it gets through."""
+    script = tmp_path / "run.py"
+    script.write_text(KILLED)
+    command = [sys.executable, str(script)]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True)
+    path, kills = tmp_path / "kept", 0
+    for pause in (0.0, 0.05, 0.3, 0.6, 1.0):
+        process = subprocess.Popen([*command, str(path), "keep"])
+        while not path.exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(pause)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    subprocess.run([*command, str(path), "keep"], check=True)
+    whole, kept = (p.with_name(p.name + ".done").read_bytes() for p in (tmp_path / "whole", path))
+    assert whole == kept
+
+
+# ---- interrupts, weights, validation rows -------------------------------------------------------
+
+
+def test_an_interrupt_keeps_the_best_weights_so_far():
+    distribution = made()
+    with torch.no_grad():
+        before = distribution.log_prob(rows()).mean()
+    seen = []
+
+    def callback(state):
+        seen.append(state.step)
+        if len(seen) == 50:
+            raise KeyboardInterrupt
+
+    result = fit(distribution, rows(), callback=callback, **{**QUICK, "steps": 100})
+    assert result.stopped_early
+    assert result.steps == seen
+    assert result.best_step > 0
+    assert distribution.log_prob(rows()).mean() > before
+
+
+def test_weighted_rows_are_learned_in_proportion():
+    x = torch.cat((torch.randn(1000, 1) * 0.3 - 2, torch.randn(1000, 1) * 0.3 + 2))
+    weights = torch.cat((torch.ones(1000), 4 * torch.ones(1000)))
+    distribution = InterpolantDistribution(interpolant_transform(1, (32, 32)))
+    options = {**QUICK, "steps": 500, "batch_size": 256}
+    fit(distribution, x, weights=weights, learning_rate=5e-3, **options)
+    share = float((distribution.sample((4000,)) > 0).double().mean())
+    assert share == pytest.approx(0.8, abs=0.05)
+    assert float(distribution.transform.loc) == pytest.approx(1.2, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "weights", [torch.ones(299), -torch.ones(300), torch.zeros(300), torch.full((300,), torch.nan)]
+)
+def test_wrong_weights_are_refused(weights):
+    with pytest.raises(ValueError, match="non-negative weights|finite weights"):
+        fit(made(), rows(), weights=weights, **QUICK)
+
+
+def test_validation_rows_of_ones_own():
+    x, held = rows(300), rows(400)[300:]
+    distribution = made()
+    losses = [
+        fit(distribution, x, validation=v, **QUICK).validation_losses[-1]
+        for v in (held, held[:50])
+    ]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(distribution.transform.loc, x.mean(0))  # none of them held out
+    context = torch.rand(300, 1)
+    conditional = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1, (8,)))
+    fit(conditional, x, context=context, validation=(held, torch.rand(100, 1)), **QUICK)
+    with pytest.raises(ValueError, match="expected a context of shape"):
+        fit(conditional, x, context=context, validation=held, **QUICK)
+    with pytest.raises(ValueError, match="expected a share for validation beside pairs"):
+        fit(made(), x, pairs=torch.randn(300, 2), validation=held, **QUICK)

@@ -1,0 +1,242 @@
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import INTERPOLANTS, LATENT, own_flow, random_flow
+from oracles import LatentNoise, PairVelocity, random_mixture
+from pyro.distributions import constraints
+from torch import nn
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    EncodingDecoding,
+    FixedGrid,
+    InterpolantDistribution,
+    InterpolantTransform,
+    Linear,
+    Mirror,
+    NonlinearInterpolant,
+    SineSquared,
+    Trigonometric,
+    denoiser,
+    interpolant_transform,
+    score,
+)
+
+MEMBERS = {**INTERPOLANTS, **LATENT}
+LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
+LINEAR = torch.tensor([[2.0, 0.0], [0.7, 0.5]], dtype=torch.float64)
+
+
+def flow_of(velocity, interpolant, base=None, noise=None, **kwargs):
+    """The flow of an exact velocity, whitened by a map that is not the identity."""
+    transform = InterpolantTransform(velocity, interpolant=interpolant, solver=FixedGrid(48))
+    transform.precondition(LOC.to(transform.loc), LINEAR.to(transform.loc))
+    transform.noise = noise
+    return InterpolantDistribution(transform, base, **kwargs)
+
+
+def white(y):
+    return (y - LOC.to(y)) @ torch.linalg.inv(LINEAR.to(y)).T
+
+
+def rows(*shape):
+    return LOC + torch.randn(*shape, 2) @ LINEAR.T
+
+
+def gradient(log_prob, y):
+    y = y.clone().requires_grad_()
+    return torch.autograd.grad(log_prob(y).sum(), y)[0]
+
+
+@pytest.mark.parametrize("interpolant", MEMBERS.values(), ids=MEMBERS)
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
+def test_the_score_is_the_gradient_of_the_density_in_data_coordinates(interpolant, t):
+    truth = random_mixture(2, interpolant)
+    flow, y = flow_of(truth, interpolant), rows(30)
+    time = torch.full((30,), t)
+    expected = gradient(lambda y: truth.log_prob(time, white(y)), y)
+    assert torch.allclose(score(flow, t, y), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("interpolant", MEMBERS.values(), ids=MEMBERS)
+def test_the_denoiser_is_the_mean_of_the_data_in_data_coordinates(interpolant):
+    mixture = random_mixture(2, interpolant)
+    truth = PairVelocity(torch.zeros(2), torch.eye(2), mixture)
+    flow, y = flow_of(mixture, interpolant), rows(30)
+    for t in (0.2, 0.5, 0.8):
+        if t > 0.5 or not isinstance(interpolant, EncodingDecoding):
+            expected = LOC + truth.denoiser(torch.full((30,), t), white(y)) @ LINEAR.T
+            assert torch.allclose(denoiser(flow, t, y), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_it_agrees_with_the_gradient_of_the_solved_density():
+    truth = random_mixture(2, Trigonometric())
+    flow, y = flow_of(truth, Trigonometric()), rows(20)
+    assert torch.allclose(score(flow, 0.6, y), flow.at(0.6).score(y), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_a_learned_noise_serves_any_base_and_coupling(name):
+    interpolant = LATENT[name]
+    cov = torch.tensor([[0.5, 0.2], [0.2, 0.8]])
+    truth = PairVelocity(torch.tensor([0.4, -1.0]), cov, random_mixture(2, interpolant))
+    base = dist.MultivariateNormal(LOC + truth.loc @ LINEAR.T, LINEAR @ cov @ LINEAR.T)
+    flow = flow_of(truth, interpolant, base, LatentNoise(truth))
+    flow.transform.independent = False
+    y = rows(25)
+    for t in (0.2, 0.6, 0.8):
+        time = torch.full((25,), t)
+        expected = gradient(lambda y, time=time: truth.log_prob(time, white(y)), y)
+        assert torch.allclose(score(flow, t, y), expected, rtol=1e-8, atol=1e-8)
+        if t > 0.5 or not isinstance(interpolant, EncodingDecoding):
+            expected = LOC + truth.denoiser(time, white(y)) @ LINEAR.T
+            assert torch.allclose(denoiser(flow, t, y), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_learned_noise_is_preferred_to_the_velocity():
+    interpolant = LATENT["trigonometric, smooth"]
+    truth = random_mixture(2, interpolant)
+    flow = flow_of(random_flow(2).velocity, interpolant, noise=LatentNoise(truth))
+    y = rows(5)
+    expected = gradient(lambda y: truth.log_prob(torch.full((5,), 0.4), white(y)), y)
+    assert torch.allclose(score(flow, 0.4, y), expected)
+    with pytest.raises(ValueError, match="gamma is positive, got t = 1:"):
+        score(flow, 1.0, y)
+
+
+def test_a_mirror_needs_no_base():
+    interpolant = Mirror(SineSquared(0.7))
+    truth = random_mixture(2, interpolant)
+    y, time = rows(10), torch.full((10,), 0.3)
+    flow = flow_of(truth, interpolant)
+    expected = gradient(lambda y: truth.log_prob(time, white(y)), y)
+    assert torch.allclose(score(flow, 0.3, y), expected)
+    with_noise = flow_of(truth, interpolant, noise=LatentNoise(truth))
+    assert torch.allclose(denoiser(with_noise, 0.3, y), denoiser(flow, 0.3, y))
+    assert torch.isfinite(denoiser(with_noise, 0.5, y)).all()
+
+
+def test_shapes_of_states_and_times():
+    truth = random_mixture(2, Linear())
+    flow, y = flow_of(truth, Linear()), rows(4, 5)
+    times = torch.tensor([0.1, 0.4, 0.6, 0.9])
+    for function in (score, denoiser):
+        whole = function(flow, times[:, None], y)
+        assert whole.shape == (4, 5, 2)
+        for i, t in enumerate(times):
+            assert torch.allclose(whole[i], function(flow, t, y[i]))
+            assert torch.allclose(whole[i, 0], function(flow, float(t), y[i, 0]))
+        assert torch.allclose(function(flow, times[:, None].expand(4, 5), y), whole)
+        one_row = function(flow, times, y[0, 0])
+        assert one_row.shape == (4, 2)
+        assert torch.allclose(one_row[2], function(flow, times[2], y[0, 0]))
+
+
+@pytest.mark.parametrize("build", [random_flow, own_flow])
+def test_a_conditional_flow_gives_the_score_of_each_context(build):
+    likelihood = ConditionalInterpolantDistribution(build(2, context_dim=3))
+    c, y = torch.randn(6, 3), torch.randn(6, 2)
+    together = score(likelihood.condition(c), 0.5, y)
+    one = score(likelihood.condition(c[2]), 0.5, y[2])
+    assert torch.allclose(together[2], one)
+    assert not torch.allclose(together[2], score(likelihood.condition(c[3]), 0.5, y[2]))
+    assert score(likelihood.condition(c[2]), torch.tensor([0.2, 0.5])[:, None], y).shape == (
+        2,
+        6,
+        2,
+    )
+    assert denoiser(likelihood.condition(c), 0.5, y[0]).shape == (6, 2)
+    with pytest.raises(TypeError, match=r"\.condition\(context\)"):
+        score(likelihood, 0.5, y)
+
+
+def test_under_a_support_scores_live_in_the_unconstrained_space():
+    truth = random_mixture(2, Linear())
+    plain = flow_of(truth, Linear())
+    positive = flow_of(truth, Linear(), support=constraints.positive)
+    y = rows(8)
+    assert torch.allclose(positive.unconstrained(y.exp()), y)
+    assert torch.equal(score(positive, 0.5, y), score(plain, 0.5, y))
+
+
+def test_float32_and_gradients():
+    flow = InterpolantDistribution(interpolant_transform(2, (16, 16)).float())
+    y = torch.randn(5, 2, dtype=torch.float32)
+    s = score(flow, 0.5, y)
+    assert s.dtype == torch.float32
+    assert torch.allclose(s, -y, atol=1e-6)  # an untrained flow is N(0, I) at every time
+    s.sum().backward()
+    assert any(p.grad is not None for p in flow.transform.parameters())
+    with pytest.raises(ValueError, match=r"expected torch\.float32"):
+        score(flow, 0.5, y.double())
+
+
+def prior(base=None, interpolant=None):
+    return InterpolantDistribution(interpolant_transform(2, (8, 8), interpolant=interpolant), base)
+
+
+def paired():
+    flow = prior()
+    flow.transform.independent = False
+    return flow
+
+
+def laplace():
+    return dist.Laplace(torch.zeros(2), torch.ones(2)).to_event(1)
+
+
+REFUSED = {
+    "base": (
+        lambda: prior(laplace()),
+        r"expected the default base.*got Independent.*learn='noise'",
+    ),
+    "coupling": (paired, r"independent coupling.*paired.*learn='noise'"),
+    "non-linear": (
+        lambda: prior(interpolant=NonlinearInterpolant(lambda t, a, b: (1 - t) * a + t * b)),
+        r"expected a linear interpolant, got NonlinearInterpolant",
+    ),
+}
+
+
+@pytest.mark.parametrize("function", [score, denoiser])
+@pytest.mark.parametrize("name", REFUSED)
+def test_where_the_identity_does_not_hold_an_error_says_why(function, name):
+    build, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        function(build(), 0.5, torch.zeros(3, 2))
+
+
+def test_the_ends_and_wrong_times():
+    flow = prior()
+    with pytest.raises(ValueError, match=r"got t = 1:.*distribution\.at\(t\)\.score\(x\)"):
+        score(flow, 1.0, torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"expected times in \[0, 1\]"):
+        score(flow, 1.2, torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="last dimension of size 2"):
+        score(flow, 0.5, torch.zeros(3))
+    truth = random_mixture(2, EncodingDecoding())
+    coder = flow_of(truth, EncodingDecoding(), noise=LatentNoise(truth))
+    with pytest.raises(ValueError, match=r"the path depends on the data, got t = 0\.2"):
+        denoiser(coder, 0.2, torch.zeros(3, 2))
+    assert torch.equal(denoiser(flow, 1.0, torch.ones(3, 2)), torch.ones(3, 2))
+
+
+class Expanded(nn.Module):
+    """A velocity that records the shapes of the times it is given."""
+
+    event_dim = 2
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, t, x, context=None):
+        self.seen.append(t.shape)
+        return torch.zeros_like(x)
+
+
+def test_a_velocity_of_ones_own_is_given_full_times():
+    velocity = Expanded()
+    flow = InterpolantDistribution(InterpolantTransform(velocity))
+    score(flow, 0.5, torch.zeros(4, 5, 2))
+    assert velocity.seen == [(4, 5)]

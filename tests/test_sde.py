@@ -1,0 +1,326 @@
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import pytest
+import torch
+import torchsde
+from cases import random_flow
+from oracles import (
+    LatentNoise,
+    MixtureVelocity,
+    PairVelocity,
+    discrepancy,
+    energy_distance,
+    energy_floor,
+    random_mixture,
+)
+from pyro.distributions import constraints
+
+from pyro_interpolant import (
+    BrownianBridge,
+    ConditionalInterpolantDistribution,
+    EncodingDecoding,
+    FixedGrid,
+    InterpolantDistribution,
+    InterpolantSDE,
+    InterpolantTransform,
+    Latent,
+    Linear,
+    Mirror,
+    Samples,
+    SineSquared,
+    Trigonometric,
+    VariancePreserving,
+    interpolant_transform,
+    sample_sde,
+)
+
+LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
+LINEAR = torch.tensor([[2.0, 0.0], [0.7, 0.5]], dtype=torch.float64)
+COUNT = 1200
+DIFFUSIONS = {
+    "zero": lambda t: 0.0,
+    "default": None,
+    "constant": lambda t: 0.4,
+    "sine": lambda t: torch.sin(torch.pi * t) ** 2,
+}
+
+
+def flow_of(velocity, base=None, noise=None, **kwargs):
+    transform = InterpolantTransform(
+        velocity, interpolant=velocity.interpolant, solver=FixedGrid(24)
+    )
+    transform.precondition(LOC.to(transform.loc), LINEAR.to(transform.loc))
+    transform.noise = noise
+    return InterpolantDistribution(transform, base, **kwargs)
+
+
+class Exact(NamedTuple):
+    """The law of an exact velocity at time t, in whitened coordinates."""
+
+    truth: MixtureVelocity | PairVelocity
+    t: float
+
+    def __call__(self, count):
+        return LOC + self.truth.sample(self.t, count) @ LINEAR.T
+
+    def features(self, y):
+        """Means, spreads and the log-density, which sees what is too wide or too narrow."""
+        w = (y - LOC) @ torch.linalg.inv(LINEAR).T
+        log_prob = self.truth.log_prob(torch.tensor(self.t), w)
+        return torch.stack((*w.T, *w.square().T, w.prod(-1), log_prob), -1)
+
+
+FLOORS = {}
+
+
+def floor(law):
+    key = type(law.truth), law.truth.interpolant, law.t
+    if key not in FLOORS:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            FLOORS[key] = energy_floor(law, COUNT)
+    return FLOORS[key]
+
+
+def has_law(samples, law):
+    """Whether samples are as near to exact ones as exact ones are to one another."""
+    near = energy_distance(samples, law(COUNT)) < floor(law)
+    return near and discrepancy(law.features(samples), law.features(law(20_000))) < 4.5
+
+
+@pytest.mark.parametrize("diffusion", DIFFUSIONS.values(), ids=DIFFUSIONS)
+def test_forward_paths_have_the_marginals_of_the_flow(diffusion):
+    truth = random_mixture(2, Trigonometric())
+    flow = flow_of(truth)
+    for t in (0.5, 1.0):
+        y = sample_sde(flow.at(t), (COUNT,), diffusion=diffusion, steps=40)
+        assert has_law(y, Exact(truth, t)), t
+
+
+@pytest.mark.parametrize("diffusion", DIFFUSIONS.values(), ids=DIFFUSIONS)
+def test_backward_paths_have_the_marginals_of_the_flow(diffusion):
+    truth = random_mixture(2, Trigonometric())
+    flow = flow_of(truth)
+    y = sample_sde(flow, diffusion=diffusion, steps=40, x=Exact(truth, 1.0)(COUNT))
+    assert has_law(y, Exact(truth, 0.0))
+    half = InterpolantSDE(flow, diffusion, forward=False)
+    ys = torchsde.sdeint(
+        half, Exact(truth, 1.0)(COUNT), torch.tensor([0.0, 0.5]), dt=1 / 40, method="srk"
+    )
+    assert has_law(ys[-1], Exact(truth, 0.5))
+
+
+INTERPOLANTS = {
+    "linear": Linear(),
+    "variance-preserving": VariancePreserving(lambda t: t**2 * (3 - 2 * t)),
+    "encoding-decoding": EncodingDecoding(),
+    "bridge": Latent(Linear(), BrownianBridge(0.5)),
+    "smooth": Latent(Trigonometric(), SineSquared(0.8)),
+    "overtaking": Latent(Linear(), SineSquared(4.0)),  # its score is lost at two times
+}
+
+
+@pytest.mark.parametrize("interpolant", INTERPOLANTS.values(), ids=INTERPOLANTS)
+def test_the_default_diffusion_serves_every_interpolant(interpolant):
+    truth = random_mixture(2, interpolant)
+    flow = flow_of(truth)
+    assert has_law(sample_sde(flow, (COUNT,), steps=50), Exact(truth, 1.0))
+    assert has_law(sample_sde(flow, x=Exact(truth, 1.0)(COUNT), steps=50), Exact(truth, 0.0))
+
+
+def test_noise_that_no_score_makes_up_for_is_seen():
+    truth = random_mixture(2, Trigonometric())
+    flow = flow_of(truth)
+    wrong = InterpolantSDE(flow, lambda t: 0.2)
+    wrong.rate = lambda t: torch.full_like(t, 0.3)  # the drift is left as it is for 0.2
+    wrong.drift = InterpolantSDE(flow, lambda t: 0.2).drift
+    y = Exact(truth, 0.0)(COUNT)
+    end = torchsde.sdeint(wrong, y, torch.tensor([0.0, 1.0]), dt=1 / 40, method="srk")[-1]
+    assert not has_law(end, Exact(truth, 1.0))
+
+
+@pytest.mark.parametrize("method", ["euler", "srk"])
+@pytest.mark.parametrize("forward", [True, False])
+def test_torchsde_takes_it(method, forward):
+    truth = random_mixture(2, Linear())
+    sde = InterpolantSDE(flow_of(truth), forward=forward)
+    start, end = (0.0, 1.0) if forward else (1.0, 0.0)
+    ys = torchsde.sdeint(
+        sde, Exact(truth, start)(COUNT), torch.tensor([0.0, 0.5, 1.0]), dt=1 / 200, method=method
+    )
+    assert has_law(ys[1], Exact(truth, 0.5))
+    assert has_law(ys[2], Exact(truth, end))
+
+
+def test_drift_and_diffusion_are_those_of_the_equation_in_data_coordinates():
+    truth = random_mixture(2, Linear())
+    flow = flow_of(truth)
+    y = LOC + torch.randn(7, 2) @ LINEAR.T
+    w = flow.transform.to_white(y)
+    for t in (0.2, 0.7):
+        time = torch.full((7,), t)
+        v, s, e = truth(time, w), truth.score(time, w), 0.3 + t
+        forward = InterpolantSDE(flow, lambda t: 0.3 + t)
+        assert torch.allclose(forward.f(torch.tensor(t), y), (v + e * s) @ LINEAR.T)
+        assert torch.allclose(forward.g(t, y), ((2 * e) ** 0.5 * LINEAR).expand(7, 2, 2))
+        backward = InterpolantSDE(flow, lambda t: 0.3 + t, forward=False)
+        assert torch.allclose(backward.f(torch.tensor(1 - t), y), (e * s - v) @ LINEAR.T)
+        assert torch.allclose(backward.g(1 - t, y), forward.g(t, y))
+    assert (forward.noise_type, forward.sde_type) == ("additive", "ito")
+
+
+def test_the_default_diffusion():
+    t = torch.tensor([0.1, 0.5, 0.9])
+    for interpolant, expected in (
+        (Linear(), 1 - t),
+        (Trigonometric(), torch.pi / 2 * torch.cos(torch.pi * t / 2)),
+        (
+            Mirror(SineSquared(1.0)),
+            (torch.pi * torch.sin(torch.pi * t) ** 3 * 2 * torch.cos(torch.pi * t)).abs(),
+        ),
+    ):
+        sde = InterpolantSDE(flow_of(random_mixture(2, interpolant)))
+        assert torch.allclose(sde.rate(t), expected)
+
+
+@pytest.mark.parametrize("interpolant", INTERPOLANTS.values(), ids=INTERPOLANTS)
+@pytest.mark.parametrize("forward", [True, False])
+def test_both_ends_are_finite(interpolant, forward):
+    flow = flow_of(random_mixture(2, interpolant))
+    for diffusion in (None, lambda t: 0.5):
+        if interpolant is INTERPOLANTS["overtaking"] and diffusion is not None:
+            continue
+        sde = InterpolantSDE(flow, diffusion, forward=forward)
+        for t in (0.0, 1.0):
+            y = 3 * torch.randn(5, 2)
+            assert float(sde.f(torch.tensor(t), y).abs().max()) < 1e5
+            assert torch.isfinite(sde.g(torch.tensor(t), y)).all()
+
+
+def test_a_mirror_diffuses_the_data_and_back():
+    truth = random_mixture(2, Mirror(SineSquared(1.0)))
+    draw = Exact(truth, 1.0)
+    flow = flow_of(truth, Samples(draw(20_000)))
+    for t in (0.5, 1.0):
+        assert has_law(sample_sde(flow.at(t), (COUNT,), steps=50), Exact(truth, t))
+    with pytest.raises(ValueError, match="expected rows x to start from: the base of Mirror"):
+        sample_sde(flow_of(truth), (5,))
+    with pytest.raises(ValueError, match=r"not determined, as near t = 0\.5.*learn='noise'"):
+        InterpolantSDE(flow, lambda t: 0.1)
+    by_noise = flow_of(truth, Samples(draw(20_000)), LatentNoise(truth))
+    y = sample_sde(by_noise, (COUNT,), diffusion=lambda t: 0.5, steps=50)
+    assert has_law(y, draw)
+
+
+def pair(gamma):
+    cov = torch.tensor([[0.5, 0.2], [0.2, 0.8]])
+    truth = PairVelocity(
+        torch.tensor([0.4, -1.0]), cov, random_mixture(2, Latent(Linear(), gamma))
+    )
+    base = dist.MultivariateNormal(LOC + LINEAR @ truth.loc, LINEAR @ cov @ LINEAR.T)
+    return flow_of(truth, base, LatentNoise(truth)), truth
+
+
+@pytest.mark.parametrize("gamma", [BrownianBridge(0.5), SineSquared(0.8)])
+def test_with_a_learned_noise_any_base_will_do(gamma):
+    flow, truth = pair(gamma)
+    data = Exact(truth, 1.0)
+    for diffusion in (None, lambda t: 4 * t * (1 - t)):
+        assert has_law(sample_sde(flow, (COUNT,), diffusion=diffusion, steps=50), data)
+        back = sample_sde(flow, x=data(COUNT), diffusion=diffusion, steps=50)
+        assert has_law(back, Exact(truth, 0.0))
+
+
+def test_shapes():
+    flow = InterpolantDistribution(random_flow(3))
+    assert sample_sde(flow, steps=2).shape == (3,)
+    assert sample_sde(flow, (4, 5), steps=2).shape == (4, 5, 3)
+    x = flow.sample((6,))
+    assert sample_sde(flow, x=x, steps=2).shape == (6, 3)
+    assert sample_sde(flow, (7,), x=x, steps=2).shape == (7, 6, 3)
+    assert sample_sde(flow.expand((4,)), (2,), steps=2).shape == (2, 4, 3)
+    assert sample_sde(flow.at(0.0), (2,), steps=2).shape == (2, 3)
+    assert not sample_sde(flow, (2,), steps=2).requires_grad
+
+
+def test_a_conditional_flow_follows_its_context():
+    likelihood = ConditionalInterpolantDistribution(random_flow(2, context_dim=3))
+    c = torch.randn(5, 3)
+    given = likelihood.condition(c)
+    assert sample_sde(given, (4,), steps=2).shape == (4, 5, 2)
+    x = given.sample()
+    assert sample_sde(given, (4,), x=x, steps=2).shape == (4, 5, 2)
+    sde, one = InterpolantSDE(given), InterpolantSDE(likelihood.condition(c[2]))
+    t = torch.tensor(0.3)
+    assert torch.allclose(sde.f(t, x)[2], one.f(t, x[2:3])[0])
+    ys = torchsde.sdeint(sde, x, torch.tensor([0.0, 1.0]), dt=0.5)
+    assert ys.shape == (2, 5, 2)
+
+
+def test_without_diffusion_it_is_the_flow_and_back():
+    flow = flow_of(random_mixture(2, Trigonometric()))
+    x = flow.sample((20,))
+    base = sample_sde(flow, x=x, diffusion=lambda t: 0.0, steps=200)
+    w = flow.transform.inv(x)
+    assert torch.allclose(base, flow.transform.from_white(w), atol=1e-3)
+
+
+def test_samples_are_on_the_support():
+    flow = flow_of(random_mixture(2, Linear()), support=constraints.positive)
+    y = sample_sde(flow, (50,), steps=10)
+    assert bool((y > 0).all())
+    back = sample_sde(flow, x=y, steps=10)
+    assert bool((back > 0).all())
+    with pytest.raises(ValueError, match="strictly inside the support"):
+        sample_sde(flow, x=-y, steps=10)
+
+
+def test_float32_is_kept():
+    flow = InterpolantDistribution(interpolant_transform(2, (16, 16)).float())
+    y = sample_sde(flow, (500,), steps=20)
+    assert y.dtype == torch.float32
+    assert abs(float(y.std()) - 1) < 0.1  # an untrained flow is N(0, I) throughout
+    sde = InterpolantSDE(flow, lambda t: 1 - t)
+    assert sde.f(torch.tensor(0.5), y).dtype == sde.g(torch.tensor(0.5), y).dtype == torch.float32
+
+
+def test_the_order_of_a_step():
+    truth = MixtureVelocity(torch.ones(1), torch.zeros(1, 1), torch.full((1, 1, 1), 4.0), Linear())
+    flow = InterpolantDistribution(InterpolantTransform(truth, interpolant=Linear()))
+
+    def error(method, steps):
+        return abs(float(sample_sde(flow, (200_000,), steps=steps, method=method).var()) - 4)
+
+    noise = 4 * (2 / 200_000) ** 0.5  # 0.013
+    euler, heun = ([error(m, steps) for steps in (4, 8)] for m in ("euler", "heun"))
+    assert 1.4 < euler[0] / euler[1] < 2.6
+    assert heun[0] < euler[0] / 8
+    assert heun[1] < heun[0] / 4 + 3 * noise
+
+
+def prior():
+    return InterpolantDistribution(interpolant_transform(2, (8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sample_sde(prior(), steps=0), "at least one step, got steps=0"),
+        (lambda: sample_sde(prior(), method="milstein"), "'heun' or 'euler', got 'milstein'"),
+        (lambda: InterpolantSDE(prior(), lambda t: t - 0.5), "at least 0, got -0.499 to 0.499"),
+        (lambda: InterpolantSDE(prior(), lambda t: t.log().log()), "finite and at least 0"),
+    ],
+)
+def test_errors_say_what_was_expected(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_what_has_no_score_has_no_sde():
+    base = dist.Laplace(torch.zeros(2), torch.ones(2)).to_event(1)
+    with pytest.raises(ValueError, match="expected the default base"):
+        InterpolantSDE(InterpolantDistribution(interpolant_transform(2, (8, 8)), base))
+    likelihood = ConditionalInterpolantDistribution(random_flow(2, context_dim=3))
+    with pytest.raises(TypeError, match=r"\.condition\(context\)"):
+        sample_sde(likelihood)

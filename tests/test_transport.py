@@ -1,0 +1,192 @@
+import pyro.distributions as dist
+import pytest
+import torch
+from gaussians import GaussianTransport
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+    InterpolantTransform,
+    LearnedInterpolant,
+    Trigonometric,
+    VelocityMLP,
+    conditional_interpolant_transform,
+    fit,
+    interpolant_transform,
+    learn_interpolant,
+    optimal_transport,
+    path_energy,
+    reflow,
+)
+
+QUICK = {"progress": False, "seed": 0, "batch_size": 256}
+
+
+def gaussian_flow(pair, interpolant, hidden=(48, 48)):
+    base = dist.MultivariateNormal(pair.means[0], pair.covs[0])
+    velocity = VelocityMLP(len(pair.means[0]), hidden)
+    return InterpolantDistribution(InterpolantTransform(velocity, interpolant=interpolant), base)
+
+
+@pytest.mark.parametrize("dim", [2])
+def test_matrices_reach_the_optimal_energy_between_gaussians(dim):
+    pair = GaussianTransport(2, dim)
+    data = pair.sample(1, 6000)
+    interpolant = LearnedInterpolant(8, event_dim=dim, matrices=True)
+    distribution = gaussian_flow(pair, interpolant.double())
+    learn_interpolant(distribution, data, alternations=60, steps=900, **QUICK)
+    energy = path_energy(distribution, count=8000)
+    assert energy.value == pytest.approx(pair.w2(), rel=0.05)
+    assert pair.energy(Trigonometric()) > 1.1 * pair.w2()
+    y = distribution.sample((8000,))
+    scale = pair.covs[1].diagonal().sqrt()
+    assert ((y.mean(0) - pair.means[1]).abs() / scale).max() < 0.05
+    error = torch.linalg.matrix_norm(y.T.cov() - pair.covs[1]) / torch.linalg.matrix_norm(
+        pair.covs[1]
+    )
+    assert error < 0.06
+
+
+def test_scalar_waves_shorten_the_path():
+    pair = GaussianTransport(3, 2)
+    distribution = gaussian_flow(pair, LearnedInterpolant(5).double())
+    data = pair.sample(1, 6000)
+    result = learn_interpolant(
+        distribution, data, alternations=400, interpolant_rate=5e-3, steps=50, **QUICK
+    )
+    interpolant = distribution.transform.interpolant
+    assert interpolant.waves.abs().max() > 0.01
+    gap = pair.energy(interpolant) - pair.w2()
+    assert gap < 0.5 * (pair.energy(Trigonometric()) - pair.w2())
+    assert len(result.energies) == 100
+    assert result.energies[-1] == pytest.approx(pair.energy(interpolant), rel=0.2)
+
+
+def test_the_interpolant_rests_at_the_end_and_in_every_other_training():
+    pair = GaussianTransport(4, 2)
+    distribution = gaussian_flow(pair, LearnedInterpolant(3).double(), (8, 8))
+    data = pair.sample(1, 500)
+    fit(distribution, data, steps=20, **QUICK)
+    assert not distribution.transform.interpolant.waves.any()
+    learn_interpolant(distribution, data, alternations=20, steps=20, **QUICK)
+    waves = distribution.transform.interpolant.waves
+    assert waves.any()
+    assert not waves.requires_grad
+    assert waves.grad is None
+    first = waves.clone()
+    fit(distribution, data, steps=20, **QUICK)
+    assert torch.equal(first, distribution.transform.interpolant.waves)
+
+
+def test_the_same_seed_gives_the_same_interpolant():
+    pair, results = GaussianTransport(5, 2), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        distribution = gaussian_flow(
+            pair, LearnedInterpolant(2, event_dim=2, network=(8,)).double(), (8, 8)
+        )
+        torch.manual_seed(2)
+        data = pair.sample(1, 400)
+        learn_interpolant(distribution, data, alternations=5, steps=5, **QUICK)
+        results.append(distribution.transform.interpolant.weights())
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][-2].any()
+
+
+def test_optimal_pairs_shorten_the_path():
+    """Minibatch transport, without learning an interpolant."""
+    pair = GaussianTransport(6, 2)
+    data = pair.sample(1, 4000)
+    energies = []
+    for options in ({}, {"coupling": optimal_transport}):
+        distribution = gaussian_flow(pair, Trigonometric())
+        fit(distribution, data, steps=400, learning_rate=5e-3, **options, **QUICK)
+        energies.append(path_energy(distribution, count=4000).value)
+    assert energies[1] < energies[0]
+
+
+def test_two_data_sets_and_contexts():
+    x0 = torch.randn(600, 2) - 3
+    distribution = InterpolantDistribution(
+        interpolant_transform(
+            2, (16, 16), interpolant=LearnedInterpolant(3, event_dim=2, matrices=True).double()
+        )
+    )
+    learn_interpolant(distribution, x0 + 6, base_samples=x0, alternations=10, steps=100, **QUICK)
+    assert (distribution.sample((500,)).mean(0) - 3).abs().max() < 0.6
+    conditional = ConditionalInterpolantDistribution(
+        conditional_interpolant_transform(2, 1, (8, 8), interpolant=LearnedInterpolant(2).double())
+    )
+    context = torch.rand(600, 1)
+    learn_interpolant(conditional, x0, context=context, alternations=5, steps=5, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("interpolant", "options", "kind", "message"),
+    [
+        (Trigonometric(), {}, TypeError, "expected a flow with a LearnedInterpolant, got Trig"),
+        (LearnedInterpolant(), {"alternations": 0}, ValueError, "expected alternations, velocity"),
+        (LearnedInterpolant(), {"interpolant_rate": 0.0}, ValueError, "rates > 0"),
+        (
+            LearnedInterpolant(event_dim=3, matrices=True),
+            {},
+            ValueError,
+            "expected an interpolant of event_dim=2, got 3",
+        ),
+    ],
+)
+def test_refused_before_work(interpolant, options, kind, message):
+    distribution = InterpolantDistribution(
+        interpolant_transform(2, (8, 8), interpolant=interpolant)
+    )
+    with pytest.raises(kind, match=message):
+        learn_interpolant(distribution, torch.randn(300, 2), **options, **QUICK)
+
+
+# ---- reflow -------------------------------------------------------------------------------------
+
+
+def ring(count):
+    angle = 2 * torch.pi * torch.rand(count)
+    radius = 3 + 0.3 * torch.randn(count)
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
+
+
+@pytest.fixture(scope="module")
+def ring_flow():
+    torch.manual_seed(0)
+    distribution = InterpolantDistribution(interpolant_transform(2, (64, 64)).double())
+    data = ring(4000).double()
+    fit(distribution, data, steps=800, learning_rate=5e-3, **QUICK)
+    return distribution
+
+
+def test_reflow_straightens_the_paths(ring_flow):
+    before = [p.clone() for p in ring_flow.transform.parameters()]
+    result = reflow(ring_flow, count=8000, steps=800, learning_rate=5e-3, **QUICK)
+    for p, q in zip(before, ring_flow.transform.parameters(), strict=True):
+        assert torch.equal(p, q)
+    for steps in (1, 2):
+        assert result.after.sampling_errors[steps] < 0.4 * result.before.sampling_errors[steps]
+    assert result.after.density_steps <= result.before.density_steps
+    assert result.distribution.transform.solver.steps == result.fit.solver.steps
+    x = ring(500).double()
+    change = result.distribution.log_prob(x).mean() - ring_flow.log_prob(x).mean()
+    assert abs(float(change)) < 0.15
+    assert not result.distribution.transform.independent
+
+
+def test_reflow_of_a_given_base_and_of_contexts():
+    base = dist.Normal(torch.tensor([4.0, 0.0]), torch.ones(2)).to_event(1)
+    distribution = InterpolantDistribution(interpolant_transform(2, (16, 16)), base)
+    fit(distribution, ring(500), steps=50, **QUICK)
+    result = reflow(distribution, count=500, steps=20, **QUICK)
+    assert result.distribution.base.event_shape == (2,)
+    conditional = ConditionalInterpolantDistribution(
+        conditional_interpolant_transform(2, 1, (16, 16))
+    )
+    context = torch.rand(500, 1)
+    fit(conditional, ring(500) + context, context=context, steps=50, **QUICK)
+    assert reflow(conditional, context=context, steps=20, **QUICK).after.density_steps >= 1
+    with pytest.raises(ValueError, match="expected contexts to draw pairs for"):
+        reflow(conditional, steps=20, **QUICK)
