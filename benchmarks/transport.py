@@ -63,7 +63,8 @@ def gaussian(args, method, dim, seed):
     )
     exact = None
     if method != "matrices":
-        exact = pair.energy(interpolant.double() if method == "scalar" else interpolant)
+        centred = method == "scalar"
+        exact = pair.energy(interpolant.double() if centred else interpolant, centred=centred)
     return {
         "w2": pair.w2(),
         "trigonometric": pair.energy(pi.Trigonometric()),
@@ -89,7 +90,7 @@ def mixtures(args):
     out = {"w2": distance(draw(0, 2000), draw(1, 2000), 2)}
     for name, interpolant, coupling in (
         ("trigonometric", pi.Trigonometric(), pi.independent),
-        ("optimal pairs", pi.Trigonometric(), pi.optimal_transport),
+        ("optimal pairs", pi.Linear(), pi.optimal_transport),
         (
             "network",
             pi.LearnedInterpolant(6, event_dim=2, matrices=True, network=(64, 64)),

@@ -20,9 +20,10 @@ class LearnedInterpolant(nn.Module, Interpolant):
                   + \Bigl(\sin\tfrac{\pi t}{2} + \sum_{k=1}^{M} b_k \sin k\pi t\Bigr) x_1
                   + \sin(\pi t)\, N(t, x_0, x_1)
 
-    The ends are exact for any weights. With ``matrices`` the :math:`a_k, b_k` are D x D, and act
-    around two centres :math:`m_0, m_1` whose own path is the straight line. The weights are
-    buffers: :func:`~pyro_interpolant.learn_interpolant` sets them, and no other training does.
+    The ends are exact for any weights; with ``matrices`` the :math:`a_k, b_k` are D x D. A start
+    from moments adds two centres :math:`m_0, m_1`, whose own path is the straight line and about
+    which all this then acts; from a standard normal they stay at zero. All weights are buffers:
+    :func:`~pyro_interpolant.learn_interpolant` sets them, and no other training does.
 
     Args:
         modes: M, the number of sine waves; 0 for none.
@@ -88,37 +89,81 @@ class LearnedInterpolant(nn.Module, Interpolant):
         layers = [named[f"{kind}{i}"] for i in range(self.depth) for kind in ("weight", "bias")]
         return [self.waves, *layers] if self.modes else layers
 
-    def start_from_moments(self, mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor) -> None:
-        r"""Set matrices to the optimal path between Gaussians, as far as the sine series reaches.
+    def start_from_moments(
+        self,
+        mean0: Tensor,
+        cov0: Tensor,
+        mean1: Tensor,
+        cov1: Tensor,
+        metric: Tensor | None = None,
+    ) -> None:
+        r"""Set the waves to the shortest path between Gaussians that they can take.
 
-        With T the symmetric map that takes one covariance to the other and
+        For matrices, with T the symmetric map that takes one covariance to the other and
         :math:`M_t = (1 - t) 1 + t T`, it is
         :math:`M_t (\cos\tfrac{\pi t}{2} x_0 + \sin\tfrac{\pi t}{2} T^{-1} x_1)` about the means:
-        its velocity is :math:`\dot M_t M_t^{-1} x`, that of the geodesic.
+        its velocity is :math:`\dot M_t M_t^{-1} x`, that of the geodesic. For scalars a, b the
+        energy :math:`\int \mathrm{tr}\, C S^{-1} C^T dt`, with :math:`S = a^2 S_0 +
+        b^2 S_1` and :math:`C = a\dot a S_0 + b\dot b S_1`, is minimised numerically.
 
         Args:
             mean0: Mean of the base, whitened, shape ``(D,)``.
             cov0: Its covariance, shape ``(D, D)``.
             mean1: Mean of the data, whitened, shape ``(D,)``.
             cov1: Its covariance, shape ``(D, D)``.
-
-        Raises:
-            ValueError: If the weights of the waves are not matrices.
+            metric: The map L in whose metric lengths are taken, shape ``(D, D)``; by default 1.
         """
+        self.centres = torch.stack((mean0, mean1)).to(self.waves)
+        cov0, cov1 = cov0.double(), cov1.double()
+        if metric is not None:
+            metric = metric.double()
+            cov0, cov1 = (metric @ s @ metric.T for s in (cov0, cov1))
         if not self.matrices:
-            raise ValueError("expected LearnedInterpolant(matrices=True, ...) for this start")
-        root = _power(cov0.double(), 0.5)
-        inverse = _power(cov0.double(), -0.5)
-        transport = inverse @ _power(root @ cov1.double() @ root, 0.5) @ inverse
+            self._shorten(cov0, cov1)
+            return
+        root, inverse = _power(cov0, 0.5), _power(cov0, -0.5)
+        transport = inverse @ _power(root @ cov1 @ root, 0.5) @ inverse
+        if metric is not None:
+            back = torch.linalg.inv(metric)
+            transport = back @ transport @ metric
         eye = torch.eye(len(root), dtype=torch.float64, device=root.device)
         t = (torch.arange(4096, dtype=torch.float64, device=root.device) + 0.5) / 4096
         k = torch.arange(1, self.modes + 1, dtype=torch.float64, device=root.device)
         sines = 2 * torch.sin(math.pi * k[:, None] * t) / len(t)
         angle = 0.5 * math.pi * t
         from_base, from_data = sines @ (t * angle.cos()), sines @ ((1 - t) * angle.sin())
-        self.centres.copy_(torch.stack((mean0, mean1)))
         self.waves[0].copy_(from_base[:, None, None] * (transport - eye))
         self.waves[1].copy_(from_data[:, None, None] * (torch.linalg.inv(transport) - eye))
+
+    def _shorten(self, cov0: Tensor, cov1: Tensor) -> None:
+        """Minimise the energy between centred Gaussians over scalar waves, from those at zero."""
+        t = (torch.arange(128, dtype=torch.float64, device=cov0.device) + 0.5) / 128
+        k = math.pi * torch.arange(1, self.modes + 1, dtype=t.dtype, device=t.device)
+        waves = torch.zeros(2, self.modes, dtype=t.dtype, device=t.device, requires_grad=True)
+
+        def series(t: Tensor) -> tuple[Tensor, Tensor]:
+            a, b = waves @ torch.sin(k[:, None] * t)
+            return (0.5 * math.pi * t).cos() + a, (0.5 * math.pi * t).sin() + b
+
+        def energy() -> Tensor:
+            (a, b), (da, db) = jvp(series, (t,), (torch.ones_like(t),))
+            base, data = (a * a)[:, None, None], (b * b)[:, None, None]
+            s = base * cov0 + data * cov1
+            c = (a * da)[:, None, None] * cov0 + (b * db)[:, None, None] * cov1
+            return (c * torch.linalg.solve(s, c)).sum((-2, -1)).mean()
+
+        optimizer = torch.optim.LBFGS([waves], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                value = energy()
+                value.backward()
+            return value
+
+        optimizer.step(closure)
+        if bool(torch.isfinite(waves).all()):
+            self.waves.copy_(waves.detach())
 
     def is_linear(self) -> bool:
         """Return whether the path has scalar coefficients."""
@@ -130,6 +175,8 @@ class LearnedInterpolant(nn.Module, Interpolant):
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return the coefficients of base, data and noise, each of the shape of t.
+
+        They act about the centres, where those are not zero.
 
         Raises:
             TypeError: If the weights are matrices or there is a network.
@@ -155,8 +202,6 @@ class LearnedInterpolant(nn.Module, Interpolant):
             x1: Data rows, shape ``(*, D)``.
             z: Unused: there is no latent term.
         """
-        if self.is_linear():
-            return super().sample(t, x0, x1)
         t = t.contiguous()  # forward mode cannot carry stride-0 tangents
         return jvp(lambda t: self._path(t, x0, x1), (t,), (torch.ones_like(t),))[:2]
 
@@ -177,12 +222,12 @@ class LearnedInterpolant(nn.Module, Interpolant):
     def _path(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         a, b = self._series(t)
         m0, m1 = self.centres.to(x0)
+        u0, u1 = x0 - m0, x1 - m1
         if self.matrices:
-            u0, u1 = (x0 - m0)[..., None], (x1 - m1)[..., None]
-            line = (1 - t)[..., None] * m0 + t[..., None] * m1
-            x = line + (a @ u0 + b @ u1)[..., 0]
+            turned = (a @ u0[..., None] + b @ u1[..., None])[..., 0]
         else:
-            x = a[..., None] * x0 + b[..., None] * x1
+            turned = a[..., None] * u0 + b[..., None] * u1
+        x = (1 - t)[..., None] * m0 + t[..., None] * m1 + turned
         return x + torch.sin(math.pi * t)[..., None] * self._bend(t, x0, x1) if self.depth else x
 
     def _bend(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:

@@ -76,17 +76,23 @@ def density(
     grid = torch.stack(torch.meshgrid(*lines, indexing="xy"), dim=-1)
     grid = grid.to(distribution.transform.flow.loc)
     with torch.no_grad():
-        value = distribution.log_prob(grid).exp().cpu()
+        value = distribution.log_prob(grid).exp().cpu().numpy()
+    axes = [line.numpy() for line in lines]
     if dim == 1:
-        ax.plot(lines[0], value, color=_MODEL)
+        ax.plot(axes[0], value, color=_MODEL)
         ax.set(xlabel="$x$", ylabel="density")
         return ax
-    ax.pcolormesh(*lines, value, shading="gouraud", cmap="magma_r", rasterized=True)
+    ax.pcolormesh(*axes, value, shading="gouraud", cmap="magma_r", rasterized=True)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", xlim=box[:2], ylim=box[2:])
     if velocity:
         few = grid[:: points // 15, :: points // 15]
         v = _velocity(distribution, few).cpu()
-        ax.quiver(*few.cpu().unbind(-1), *v.unbind(-1), color=_THIRD, width=4e-3)
+        ax.quiver(
+            *few.cpu().numpy().transpose(2, 0, 1),
+            *v.numpy().transpose(2, 0, 1),
+            color=_THIRD,
+            width=4e-3,
+        )
     return ax
 
 
@@ -138,7 +144,7 @@ def coefficients(interpolant: Interpolant, *, ax: Any = None) -> Any:
     names = (r"$\alpha$, base", r"$\beta$, data", r"$\gamma$, noise")
     for value, name, color in zip(values, names, (_DATA, _MODEL, _THIRD), strict=True):
         if bool((value != 0).any()):
-            ax.plot(t, value.detach(), label=name, color=color)
+            ax.plot(t.numpy(), value.detach().numpy(), label=name, color=color)
     ax.set(xlabel="time", ylabel="coefficient")
     ax.legend(frameon=False)
     return ax
@@ -186,7 +192,10 @@ def corner(
         size = (1.6 * dim + 1, 1.6 * dim + 1)
         _, ax = plt.subplots(dim, dim, figsize=size, squeeze=False, layout="constrained")
     names = [f"$x_{{{i + 1}}}$" for i in range(dim)] if names is None else names
-    pair = ((data.cpu(), _DATA, "data"), (samples.cpu(), _MODEL, "model"))
+    pair = (
+        (data.detach().cpu().numpy(), _DATA, "data"),
+        (samples.detach().cpu().numpy(), _MODEL, "model"),
+    )
     for i in range(dim):
         for j in range(dim):
             one = ax[i][j]
@@ -223,7 +232,7 @@ def _extent(x: Tensor) -> tuple[float, ...]:
     return tuple(torch.stack((bounds[0] - margin, bounds[1] + margin), -1).flatten().tolist())
 
 
-def _paths(distribution: InterpolantDistribution, count: int, steps: int) -> tuple[Tensor, Tensor]:
+def _paths(distribution: InterpolantDistribution, count: int, steps: int) -> tuple[Any, Any]:
     """Return times and the paths' points, shape ``(steps + 1, count, D)``, in data coordinates."""
     transform = distribution.transform
     chain = list(distribution.transforms)
@@ -236,7 +245,7 @@ def _paths(distribution: InterpolantDistribution, count: int, steps: int) -> tup
         x = transform.flow.from_white(transform.flow.integrate(x, path, forward=True))
         for part in chain[here + 1 :]:
             x = part(x)
-    return path.times()[0], x.cpu()
+    return path.times()[0].numpy(), x.cpu().numpy()
 
 
 def _velocity(distribution: InterpolantDistribution, x: Tensor) -> Tensor:

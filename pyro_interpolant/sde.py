@@ -23,7 +23,7 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,14 +37,36 @@ from .supports import is_trivial
 __all__ = [
     "Diffusion",
     "InterpolantSDE",
+    "Terms",
     "check_determined",
     "grid",
-    "inside",
     "sample_sde",
     "whiten",
 ]
 
 Diffusion = Callable[[Tensor], Tensor | float]
+
+
+class Terms(NamedTuple):
+    """What the equation takes from the time alone, each of its shape.
+
+    Attributes:
+        t: The flow's time, moved off the ends.
+        rate: The diffusion.
+        p: What the velocity is multiplied by in the score.
+        q: What the state is multiplied by in the score.
+        divisor: What their sum, or the negative of the noise, is divided by.
+    """
+
+    t: Tensor
+    rate: Tensor
+    p: Tensor
+    q: Tensor
+    divisor: Tensor
+
+    def at(self, i: int) -> "Terms":
+        """Return the terms of one of several times."""
+        return Terms(*(part[i] for part in self))
 
 
 class InterpolantSDE:
@@ -94,15 +116,15 @@ class InterpolantSDE:
         self.flow = self.transform.flow
         self.diffusion = diffusion
         self.forward = forward
-        t = torch.linspace(NEAR, 1 - NEAR, 257).to(self.flow.loc)
-        rate = self.rate(t)
+        terms = self.terms(torch.linspace(NEAR, 1 - NEAR, 257).to(self.flow.loc))
+        rate = terms.rate
         if not bool(((rate >= 0) & torch.isfinite(rate)).all()):
             raise ValueError(
                 f"expected a diffusion that is finite and at least 0, got {float(rate.min()):.3g} "
                 f"to {float(rate.max()):.3g}"
             )
         if diffusion is not None:
-            check_determined(self, t[rate > 0])
+            check_determined(self, Terms(*(part[rate > 0] for part in terms)))
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
         """Return the drift, shape ``(B, D)``.
@@ -112,7 +134,7 @@ class InterpolantSDE:
             y: States, shape ``(B, D)``.
         """
         w = self.flow.to_white(self.transform._checked(y))
-        return self.drift(self._real(t, y), w) @ self.flow.linear.T
+        return self.drift(self.terms(self._real(t, y)), w) @ self.flow.linear.T
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
         r"""Return the diffusion matrix :math:`\sqrt{2\epsilon}\, L`, shape ``(B, D, D)``.
@@ -121,55 +143,52 @@ class InterpolantSDE:
             t: The time, shape ``()``; 1 - t for paths that run backward.
             y: States, shape ``(B, D)``.
         """
-        scale = (2 * self.rate(self._real(t, y))).sqrt()
+        scale = (2 * self.terms(self._real(t, y)).rate).sqrt()
         return (scale * self.flow.linear).expand(*y.shape[:-1], -1, -1)
 
-    def rate(self, t: Tensor) -> Tensor:
-        r"""Return :math:`\epsilon` at times t of the flow, of the shape of t."""
-        t = inside(t)
-        if self.diffusion is not None:
-            value = self.diffusion(t)
-            return torch.as_tensor(value, dtype=t.dtype, device=t.device).expand_as(t)
-        return self.divisor(t).abs()
+    def terms(self, t: Tensor) -> Terms:
+        """Return what depends on the flow's times alone, each of the shape of t."""
+        t = t.clamp(NEAR, 1 - NEAR)
+        if self.flow.noise is None:
+            p, q, divisor = score_terms(self.transform.interpolant, t)
+        else:
+            divisor = self.transform.interpolant.coefficients(t)[2]
+            p = q = torch.zeros_like(t)
+        rate = divisor.abs() if self.diffusion is None else self.diffusion(t)
+        rate = torch.as_tensor(rate, dtype=t.dtype, device=t.device).expand_as(t)
+        return Terms(t, rate, p, q, divisor)
 
-    def drift(self, t: Tensor, w: Tensor) -> Tensor:
+    def drift(self, now: Terms, w: Tensor) -> Tensor:
         """Return the drift in whitened coordinates, shape ``(*, D)``.
 
         Args:
-            t: Times of the flow, broadcastable to ``(*)``.
+            now: The terms of the time.
             w: Whitened states, shape ``(*, D)``.
         """
-        t = inside(t)
-        v = conditional_mean(self.transform, self.flow.velocity, t, w)
-        divisor = self.divisor(t)
-        # The default diffusion undoes a division, which is then not done at all.
-        ratio = divisor.sign() if self.diffusion is None else _ratio(self.rate(t), divisor)
-        push = ratio[..., None] * self._multiple(t, w, v)
+        v = conditional_mean(self.transform, self.flow.velocity, now.t, w)
+        if self.diffusion is None:  # it undoes the division, which is then not done at all
+            ratio = now.divisor.sign()
+        else:
+            still = now.rate == 0
+            ratio = torch.where(still, 0, now.rate / torch.where(still, 1, now.divisor))
+        push = ratio[..., None] * self._multiple(now, w, v)
         return v + push if self.forward else push - v
 
-    def score(self, t: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    def score(self, now: Terms, w: Tensor, v: Tensor) -> Tensor:
         """Return the score in whitened coordinates, shape ``(*, D)``, given the velocity there.
 
         Args:
-            t: Times of the flow, broadcastable to ``(*)``.
+            now: The terms of the time.
             w: Whitened states, shape ``(*, D)``.
             v: The velocity, shape ``(*, D)``.
         """
-        t = inside(t)
-        return self._multiple(t, w, v) / self.divisor(t)[..., None]
+        return self._multiple(now, w, v) / now.divisor[..., None]
 
-    def divisor(self, t: Tensor) -> Tensor:
-        """Return what the score is a division by, of the shape of t."""
-        if self.flow.noise is not None:
-            return self.transform.interpolant.coefficients(t)[2]
-        return score_terms(self.transform.interpolant, t)[2]
-
-    def _multiple(self, t: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    def _multiple(self, now: Terms, w: Tensor, v: Tensor) -> Tensor:
         """Return the score times its divisor, shape ``(*, D)``."""
         if self.flow.noise is not None:
-            return -conditional_mean(self.transform, self.flow.noise, t, w)
-        p, q, _ = score_terms(self.transform.interpolant, t)
-        return p[..., None] * v + q[..., None] * w
+            return -conditional_mean(self.transform, self.flow.noise, now.t, w)
+        return now.p[..., None] * v + now.q[..., None] * w
 
     def _real(self, t: Tensor, y: Tensor) -> Tensor:
         t = torch.as_tensor(t, dtype=y.dtype, device=y.device)
@@ -222,40 +241,35 @@ def sample_sde(
     if method not in ("heun", "euler"):
         raise ValueError(f"expected the method 'heun' or 'euler', got {method!r}")
     sde = InterpolantSDE(distribution, diffusion, forward=x is None)
-    times = grid(sde, steps)
     with torch.no_grad():
         if x is None:
             w = _base_draws(distribution, shape)
         else:
             w = whiten(sde, distribution, x)
             w = w.expand(*shape, *w.shape)
-        rates, gap = sde.rate(times), float((times[1] - times[0]).abs())
+        terms, gap = grid(sde, steps)
         for i in range(steps):
-            t, after = times[i], times[i + 1]
-            kick = (gap * (rates[i] + rates[i + 1])).sqrt() * torch.randn_like(w)
-            slope = sde.drift(t, w)
+            now, then = terms.at(i), terms.at(i + 1)
+            kick = (gap * (now.rate + then.rate)).sqrt() * torch.randn_like(w)
+            slope = sde.drift(now, w)
             if method == "heun":
-                slope = 0.5 * (slope + sde.drift(after, w + gap * slope + kick))
+                slope = 0.5 * (slope + sde.drift(then, w + gap * slope + kick))
             w = w + gap * slope + kick
         y = sde.flow.from_white(w)
         return y if is_trivial(distribution.constraint) else distribution.transforms[-1](y)
 
 
-def inside(t: Tensor) -> Tensor:
-    """Return times moved off the ends, of the shape of t."""
-    return t.clamp(NEAR, 1 - NEAR)
+def grid(sde: InterpolantSDE, steps: int) -> tuple[Terms, float]:
+    """Return the terms at equal steps, first to last, each of shape ``(steps + 1,)``, and the gap.
 
-
-def _ratio(rate: Tensor, divisor: Tensor) -> Tensor:
-    return torch.where(rate == 0, 0, rate / torch.where(rate == 0, 1, divisor))
-
-
-def grid(sde: InterpolantSDE, steps: int) -> Tensor:
-    """Return the times of the flow from first to last, shape ``(steps + 1,)``."""
+    Raises:
+        ValueError: If there is no step.
+    """
     if steps < 1:
         raise ValueError(f"expected at least one step, got steps={steps}")
-    times = torch.linspace(0.0, sde.transform.end, steps + 1).to(sde.flow.loc)
-    return times if sde.forward else times.flip(0)
+    end = sde.transform.end
+    times = torch.linspace(0.0, end, steps + 1).to(sde.flow.loc)
+    return sde.terms(times if sde.forward else times.flip(0)), end / steps
 
 
 def whiten(sde: InterpolantSDE, distribution: InterpolantDistribution, x: Tensor) -> Tensor:
@@ -274,9 +288,9 @@ def _base_draws(distribution: InterpolantDistribution, shape: Sequence[int]) -> 
     return x0 if distribution.base is None else flow.to_white(x0)
 
 
-def check_determined(sde: InterpolantSDE, t: Tensor) -> None:
+def check_determined(sde: InterpolantSDE, terms: Terms) -> None:
     """Raise a ValueError unless the score is determined at given times, shape ``(T,)``."""
-    divisor = sde.divisor(t)
+    divisor, t = terms.divisor, terms.t
     lost = (divisor.abs() <= tiny(t)) | (divisor.sign() != divisor[-1:].sign())
     if bool(lost.any()):
         reason = "data do not gain on noise there; or train with fit(..., learn='noise')"

@@ -144,9 +144,39 @@ def test_impossible_arguments(arguments, message):
         LearnedInterpolant(**arguments)
 
 
-def test_the_start_needs_matrices_and_the_size_must_fit():
-    eye = torch.eye(2)
-    with pytest.raises(ValueError, match="matrices=True"):
-        LearnedInterpolant().start_from_moments(eye[0], eye, eye[0], eye)
+@pytest.mark.parametrize("dim", [2, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_scalar_waves_start_at_their_shortest_path_between_gaussians(seed, dim):
+    pair = GaussianTransport(seed, dim)
+    interpolant = LearnedInterpolant(5).double()
+    moments = pair.means[0], pair.covs[0], pair.means[1], pair.covs[1]
+    interpolant.start_from_moments(*moments)
+    best, gap = pair.energy(interpolant, centred=True), pair.energy(Trigonometric()) - pair.w2()
+    assert 0 < best - pair.w2() < gap / 3
+    for weight in (interpolant.waves[0, 0], interpolant.waves[1, 1]):
+        for step in (0.02, -0.02):  # nothing nearby is shorter
+            weight.add_(step)
+            assert pair.energy(interpolant, centred=True) > best - 1e-4
+            weight.sub_(step)
+
+
+@pytest.mark.parametrize("kind", [{}, {"event_dim": 3, "matrices": True}])
+def test_the_start_is_taken_in_the_metric(kind):
+    """Whitened moments with their metric give the path of the data coordinates."""
+    pair = GaussianTransport(0, 3)
+    linear = torch.diag(torch.tensor([2.0, 0.5, 1.0])) + 0.3 * torch.randn(3, 3)
+    back = linear.inverse()
+    moments = pair.means[0], pair.covs[0], pair.means[1], pair.covs[1]
+    white = [back @ s @ back.T if s.dim() == 2 else back @ s for s in moments]
+    plain, other = (LearnedInterpolant(5, **kind).double() for _ in range(2))
+    plain.start_from_moments(*moments)
+    other.start_from_moments(*white, metric=linear)
+    t, x0, x1 = torch.rand(6), torch.randn(6, 3), torch.randn(6, 3)
+    expected = plain.sample(t, x0, x1)[0]
+    found = other.sample(t, x0 @ back.T, x1 @ back.T)[0] @ linear.T
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_size_must_fit():
     with pytest.raises(ValueError, match="expected an interpolant of event_dim=2, got 3"):
         perturbed("matrices").check_ends(2)

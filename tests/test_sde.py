@@ -133,8 +133,7 @@ def test_noise_that_no_score_makes_up_for_is_seen():
     truth = random_mixture(2, Trigonometric())
     flow = flow_of(truth)
     wrong = InterpolantSDE(flow, lambda t: 0.2)
-    wrong.rate = lambda t: torch.full_like(t, 0.3)  # the drift is left as it is for 0.2
-    wrong.drift = InterpolantSDE(flow, lambda t: 0.2).drift
+    wrong.g = InterpolantSDE(flow, lambda t: 0.3).g
     y = Exact(truth, 0.0)(COUNT)
     end = torchsde.sdeint(wrong, y, torch.tensor([0.0, 1.0]), dt=1 / 40, method="srk")[-1]
     assert not has_law(end, Exact(truth, 1.0))
@@ -181,7 +180,7 @@ def test_the_default_diffusion():
         ),
     ):
         sde = InterpolantSDE(flow_of(random_mixture(2, interpolant)))
-        assert torch.allclose(sde.rate(t), expected)
+        assert torch.allclose(sde.terms(t).rate, expected)
 
 
 @pytest.mark.parametrize("interpolant", INTERPOLANTS.values(), ids=INTERPOLANTS)

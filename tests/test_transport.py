@@ -8,6 +8,7 @@ from pyro_interpolant import (
     InterpolantDistribution,
     InterpolantTransform,
     LearnedInterpolant,
+    Linear,
     Trigonometric,
     VelocityMLP,
     conditional_interpolant_transform,
@@ -51,15 +52,14 @@ def test_scalar_waves_shorten_the_path():
     pair = GaussianTransport(3, 2)
     distribution = gaussian_flow(pair, LearnedInterpolant(5).double())
     data = pair.sample(1, 6000)
-    result = learn_interpolant(
-        distribution, data, alternations=400, interpolant_rate=5e-3, steps=50, **QUICK
-    )
+    result = learn_interpolant(distribution, data, alternations=300, steps=50, **QUICK)
     interpolant = distribution.transform.interpolant
     assert interpolant.waves.abs().max() > 0.01
-    gap = pair.energy(interpolant) - pair.w2()
-    assert gap < 0.5 * (pair.energy(Trigonometric()) - pair.w2())
+    reached = pair.energy(interpolant, centred=True)
+    gap = reached - pair.w2()
+    assert gap < (pair.energy(Trigonometric()) - pair.w2()) / 3
     assert len(result.energies) == 100
-    assert result.energies[-1] == pytest.approx(pair.energy(interpolant), rel=0.2)
+    assert result.energies[-1] == pytest.approx(reached, rel=0.2)
 
 
 def test_the_interpolant_rests_at_the_end_and_in_every_other_training():
@@ -95,14 +95,14 @@ def test_the_same_seed_gives_the_same_interpolant():
 
 def test_optimal_pairs_shorten_the_path():
     """Minibatch transport, without learning an interpolant."""
-    pair = GaussianTransport(6, 2)
+    pair = GaussianTransport(2, 2)
     data = pair.sample(1, 4000)
-    energies = []
-    for options in ({}, {"coupling": optimal_transport}):
-        distribution = gaussian_flow(pair, Trigonometric())
-        fit(distribution, data, steps=400, learning_rate=5e-3, **options, **QUICK)
-        energies.append(path_energy(distribution, count=4000).value)
-    assert energies[1] < energies[0]
+    distribution = gaussian_flow(pair, Linear())
+    options = {**QUICK, "batch_size": 128}
+    fit(distribution, data, steps=800, learning_rate=5e-3, coupling=optimal_transport, **options)
+    energy = path_energy(distribution, count=4000)
+    assert energy.value == pytest.approx(pair.w2(), rel=0.06)
+    assert pair.energy(Linear()) > 1.1 * pair.w2()
 
 
 def test_two_data_sets_and_contexts():
@@ -171,7 +171,8 @@ def test_reflow_straightens_the_paths(ring_flow):
     assert result.after.density_steps <= result.before.density_steps
     assert result.distribution.transform.solver.steps == result.fit.solver.steps
     x = ring(500).double()
-    change = result.distribution.log_prob(x).mean() - ring_flow.log_prob(x).mean()
+    with torch.no_grad():
+        change = result.distribution.log_prob(x).mean() - ring_flow.log_prob(x).mean()
     assert abs(float(change)) < 0.15
     assert not result.distribution.transform.independent
 
