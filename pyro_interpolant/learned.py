@@ -113,6 +113,7 @@ class LearnedInterpolant(nn.Module, Interpolant):
             cov1: Its covariance, shape ``(D, D)``.
             metric: The map L in whose metric lengths are taken, shape ``(D, D)``; by default 1.
         """
+        self.event_dim = len(mean0)
         self.centres = torch.stack((mean0, mean1)).to(self.waves)
         cov0, cov1 = cov0.double(), cov1.double()
         if metric is not None:
@@ -146,7 +147,7 @@ class LearnedInterpolant(nn.Module, Interpolant):
             return (0.5 * math.pi * t).cos() + a, (0.5 * math.pi * t).sin() + b
 
         def energy() -> Tensor:
-            (a, b), (da, db) = jvp(series, (t,), (torch.ones_like(t),))
+            (a, b), (da, db) = jvp(series, (t,), (torch.ones_like(t),))[:2]
             base, data = (a * a)[:, None, None], (b * b)[:, None, None]
             s = base * cov0 + data * cov1
             c = (a * da)[:, None, None] * cov0 + (b * db)[:, None, None] * cov1

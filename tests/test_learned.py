@@ -180,3 +180,14 @@ def test_the_start_is_taken_in_the_metric(kind):
 def test_the_size_must_fit():
     with pytest.raises(ValueError, match="expected an interpolant of event_dim=2, got 3"):
         perturbed("matrices").check_ends(2)
+
+
+def test_a_start_without_a_size_is_saved_too(tmp_path):
+    pair, interpolant = GaussianTransport(0, 3), LearnedInterpolant(2).double()
+    interpolant.start_from_moments(pair.means[0], pair.covs[0], pair.means[1], pair.covs[1])
+    flow = InterpolantTransform(VelocityMLP(3, (8, 8)), interpolant=interpolant).double()
+    save(InterpolantDistribution(flow), tmp_path / "flow.safetensors")
+    again = load(tmp_path / "flow.safetensors").transform.interpolant
+    assert torch.equal(again.centres, interpolant.centres)
+    with pytest.raises(ValueError, match="expected an interpolant of event_dim=2, got 3"):
+        again.check_ends(2)
