@@ -12,6 +12,7 @@ __all__ = ["Batches", "Moments", "checked_rows", "dequantize", "moments", "warn_
 _DEPENDENT = 1e-12  # a correlation eigenvalue below this means linearly dependent columns
 _LOOKED_AT = 20_000  # rows, for repeated values
 _REPEATED = 0.1  # the share of repeated values in a column from which a user is warned
+_RARE = 0.005  # the share of values on either side that may be outliers
 _CLIP = 20.0  # robust standard deviations beyond which a value does not stretch the whitening
 
 
@@ -78,7 +79,8 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
 
     Columns are centred and scaled first, so that their units do not matter, then rotated and
     scaled along the eigenvectors of their correlation. Values beyond 20 robust standard deviations
-    count as if they were there, so that a wild row does not set the scale of all others.
+    and among the 0.5% farthest on their side count as if they were there: a wild row does not set
+    the scale of all others.
 
     Args:
         x: Finite rows, shape ``(N, D)``.
@@ -102,10 +104,13 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
             f"expected columns that vary, got constant columns {columns}: drop them, they have no "
             "density"
         )
-    quartiles = torch.quantile(x[: 2**20 // dim], x.new_tensor([0.25, 0.5, 0.75]), dim=0)
-    spread = _CLIP * (quartiles[2] - quartiles[0]) / 1.349
+    levels = x.new_tensor([_RARE, 0.25, 0.5, 0.75, 1 - _RARE])
+    low, first, median, third, high = torch.quantile(x[: 2**20 // dim], levels, dim=0)
+    spread = _CLIP * (third - first) / 1.349
     spread = torch.where(spread > 0, spread, torch.inf)
-    x = torch.minimum(torch.maximum(x, quartiles[1] - spread), quartiles[1] + spread)
+    # What is far and rare is an outlier; what is far and not so rare is a mode.
+    x = torch.maximum(x, torch.minimum(median - spread, low))
+    x = torch.minimum(x, torch.maximum(median + spread, high))
     share = torch.full((count,), 1 / count, dtype=x.dtype, device=x.device)
     if weights is not None:
         share = weights.double() / weights.double().sum()

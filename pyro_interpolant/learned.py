@@ -84,7 +84,7 @@ class LearnedInterpolant(nn.Module, Interpolant):
         }
 
     def weights(self) -> list[Tensor]:
-        """Return what is learned: the waves, and the network's weights."""
+        """Return what is learned, of any shapes: the waves, and the network's weights."""
         named = dict(self.named_buffers())
         layers = [named[f"{kind}{i}"] for i in range(self.depth) for kind in ("weight", "bias")]
         return [self.waves, *layers] if self.modes else layers

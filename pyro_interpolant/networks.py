@@ -27,10 +27,10 @@ class VelocityMLP(nn.Module):
     :math:`d_i = s'(z_i)`; deeper networks carry the D tangents forward through all layers in one
     batch.
 
-    The gate :math:`g(r) = (1 + (r/R)^4)^{-1/2}` is 1 where the data are, and makes the velocity
-    vanish far away, whatever the layers extrapolate to: the flow is the base's own tail there, so
-    densities keep falling. ``radius`` R is a buffer, infinite (no gate) until
-    :func:`~pyro_interpolant.fit` sets it from the data.
+    The gate :math:`g(r) = (1 + (r/R)^4)^{-1/4}` is 1 where the data are, and bounds the velocity
+    far away, where the layers extrapolate linearly: the flow moves points by a bounded distance
+    there, along a ray by the same, so densities keep falling. ``radius`` R is a buffer, infinite
+    (no gate) until :func:`~pyro_interpolant.fit` sets it from the data.
 
     The last layer starts at zero: an untrained flow is its whitening map.
 
@@ -185,8 +185,8 @@ class VelocityMLP(nn.Module):
         hidden, slopes = self._hidden(x, shifts)
         u = _affine(hidden, self.output.weight, shifts[-1])
         q, g = self._gate(x)
-        # d g / d x = -2 g^3 q / R^4 x, so that div(g u) = g div u + (d g / d x) . u
-        slope = -2 * g**3 * q / self.radius**2
+        # d g / d x = -g^5 q / R^2 x, so that div(g u) = g div u + (d g / d x) . u
+        slope = -(g**5) * q / self.radius**2
         return g[..., None] * u, g * trace(slopes) + slope * (x * u).sum(-1)
 
     def _is_overridden(self, name: str) -> bool:
@@ -229,9 +229,9 @@ class VelocityMLP(nn.Module):
         return len(w) > 2 and i > 0 and w[i] == w[i - 1]
 
     def _gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``q = (r / R)^2`` and the gate ``(1 + q^2)^(-1/2)``, each of shape ``(*)``."""
+        """Return ``q = (r / R)^2`` and the gate ``(1 + q^2)^(-1/4)``, each of shape ``(*)``."""
         q = (x / self.radius).square().sum(-1)
-        return q, torch.rsqrt(1 + q * q)
+        return q, torch.rsqrt(1 + q * q).sqrt()
 
     def _hidden(self, x: Tensor, shifts: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
         """Return the last hidden layer and, per layer, the slopes of the activation."""

@@ -14,6 +14,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from .distributions import InterpolantDistribution
+from .supports import is_circular
+from .torus import Lifted
 
 __all__ = ["base_space"]
 
@@ -70,7 +72,8 @@ class _BaseSpaceMessenger(Messenger):
     def _sampled(
         name: str, flow: InterpolantDistribution, wrappers: list[Any], value: Tensor | None
     ) -> Tensor:
-        base = flow.base_dist
+        # A periodic density is improper on the real line, where samplers would wander off.
+        base = Lifted(flow.base_dist) if is_circular(flow.constraint) else flow.base_dist
         for wrapper in reversed(wrappers):
             if isinstance(wrapper, dist.MaskedDistribution):
                 base = base.mask(wrapper._mask)

@@ -11,11 +11,10 @@ coordinates: in data coordinates, :math:`y = \mathrm{loc} + L w`, it is :math:`L
 The default is :math:`\epsilon = |\Delta|, \Delta = \dot\beta\sigma^2 - \beta\sigma\dot\sigma`, the
 divisor of the score (see :func:`~pyro_interpolant.velocity_to_score`; :math:`\sigma^2` where
 :math:`\beta = \dot\beta = 0`). The forward drift is then :math:`(1 + \beta) v - \dot\beta x`:
-nothing is divided by, and both ends are finite. It is
-:math:`\beta` times the diffusion at which an error of the velocity costs least: an error e of v is
-one of :math:`(1 + \epsilon\beta/\Delta)\, e` of the drift and adds
-:math:`(1 + \epsilon\beta/\Delta)^2 |e|^2 / 4\epsilon` to the bound of the divergence between data
-and model, which is smallest at :math:`\epsilon = \Delta/\beta`; that one is infinite at t = 0.
+nothing is divided by, and both ends are finite. It is :math:`\beta` times the diffusion at which
+an error e of the velocity costs least. That is one of :math:`(1 + \epsilon\beta/\Delta)\, e` of
+the drift, and adds :math:`(1 + \epsilon\beta/\Delta)^2 |e|^2 / 4\epsilon` to the bound of the
+divergence between data and model: smallest at :math:`\Delta/\beta`, which is infinite at t = 0.
 
 References:
     Albergo, Boffi & Vanden-Eijnden, arXiv 2303.08797, Sections 2.3 and 2.4; Ma et al., *SiT*,

@@ -23,6 +23,7 @@ from .supports import circular
 __all__ = ["Geodesic", "Lifted", "TorusMLP", "UniformTorus", "Wrap", "check_torus", "wrap"]
 
 _TURN = 2 * math.pi
+_HARMONICS = 2  # what VelocityMLP sees of an angle: on von Mises mixtures 1 needs more steps
 
 
 def wrap(x: Tensor) -> Tensor:
@@ -99,10 +100,11 @@ class Geodesic(Interpolant):
 
 
 class TorusMLP(VelocityMLP):
-    r"""A velocity on the torus: :class:`VelocityMLP` fed with cosine and sine of every angle.
+    r"""A velocity on the torus: :class:`VelocityMLP` fed with cosines and sines of the angles.
 
-    It has period :math:`2\pi` in every coordinate of x, an exact divergence that carries the D
-    tangents forward through all layers in one batch, and no gate: the torus has no far away.
+    It sees every angle and its double, and has period :math:`2\pi` in every coordinate of x. Its
+    exact divergence carries the D tangents forward through all layers in one batch. There is no
+    gate: the torus has no far away.
 
     Args:
         event_dim: D, the number of angles.
@@ -125,15 +127,11 @@ class TorusMLP(VelocityMLP):
         self, event_dim: int, hidden_dims: Sequence[int] | None = None, context_dim: int = 0
     ) -> None:
         super().__init__(event_dim, hidden_dims, context_dim)
-        self.layers[0] = nn.Linear(2 * event_dim, self.hidden_dims[0], bias=False)
+        seen = 2 * _HARMONICS * event_dim
+        self.layers[0] = nn.Linear(seen, self.hidden_dims[0], bias=False)
 
     def precondition(self, w: Tensor, context: Tensor | None = None) -> None:
-        """Set the scale of the context from training rows; there is no gate.
-
-        Args:
-            w: Angles, shape ``(N, D)``.
-            context: Their contexts, shape ``(N, C)``, or None.
-        """
+        """Set the scale of contexts, shape ``(N, C)``, of angles, ``(N, D)``; there is no gate."""
         super().precondition(w, context)
         self.radius.fill_(math.inf)
 
@@ -151,21 +149,30 @@ class TorusMLP(VelocityMLP):
             ValueError: If the context is missing, superfluous, or of another size.
         """
         shifts = self._shifts(t, context)
-        circles = torch.cat((x.cos(), x.sin()), dim=-1)
+        circles = _circles(x)
         hidden, slopes = self._hidden(circles, shifts)
         first, *inner = self._weights()
         last = self.output.weight
-        of_cos, of_sin = first.T.chunk(2)
-        cos, sin = circles[..., None].chunk(2, dim=-2)
+        by_wave = (_HARMONICS, 2, self.event_dim)  # which multiple, cosine or sine, of which angle
+        cos, sin = circles.unflatten(-1, by_wave).unbind(-2)
+        k = torch.arange(1, _HARMONICS + 1, device=x.device)[:, None, None]
+        turned = k * torch.stack((-sin, cos), dim=-2)  # d circles / d x
         # Tangents of all D directions at once: rows of J^T, shape (*, D, width).
-        tangents = slopes[0][..., None, :] * (cos * of_sin - sin * of_cos)
+        into = torch.einsum("...kcd,kcdh->...dh", turned, first.T.unflatten(0, by_wave))
+        tangents = slopes[0][..., None, :] * into
         for i, (slope, weight) in enumerate(zip(slopes[1:], inner, strict=True), start=1):
             step = slope[..., None, :] * nn.functional.linear(tangents, weight)
             tangents = tangents + step if self._is_residual(i) else step
         return nn.functional.linear(hidden, last) + shifts[-1], (tangents * last).sum((-2, -1))
 
     def _velocity(self, x: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
-        return super()._velocity(torch.cat((x.cos(), x.sin()), dim=-1), shifts)
+        return super()._velocity(_circles(x), shifts)
+
+
+def _circles(x: Tensor) -> Tensor:
+    """Return cosine and sine of angles, then of their multiples, shape ``(*, 2 K D)``."""
+    multiples = [k * x for k in range(1, _HARMONICS + 1)]
+    return torch.cat([s for kx in multiples for s in (kx.cos(), kx.sin())], dim=-1)
 
 
 class UniformTorus(dist.TorchDistribution):
@@ -292,13 +299,7 @@ class Wrap(Transform):
 
 
 def check_torus(interpolant: Interpolant, velocity: nn.Module, linear: Tensor) -> None:
-    """Raise a ValueError unless the parts of a flow can make a flow on the torus.
-
-    Args:
-        interpolant: Its path.
-        velocity: Its velocity.
-        linear: Its whitening map, shape ``(D, D)``.
-    """
+    """Raise a ValueError unless parts, the map of shape ``(D, D)``, make a flow on the torus."""
     if not isinstance(interpolant, Geodesic):
         raise ValueError(
             f"expected the interpolant Geodesic() for angles, got {type(interpolant).__name__}"

@@ -31,8 +31,9 @@ from .preparation import (
 )
 from .snapshots import checksum, read
 from .solvers import FixedGrid
-from .supports import Constraint, bijection
-from .transforms import interpolant_transform
+from .supports import Constraint, bijection, is_circular
+from .torus import Geodesic, TorusMLP
+from .transforms import InterpolantTransform, interpolant_transform
 
 __all__ = ["FitResult", "fit", "from_samples", "seeded", "trainable"]
 
@@ -249,12 +250,18 @@ def from_samples(
         dim = rows.shape[-1]
     elif isinstance(support, Mapping):
         raise TypeError("expected one support for one tensor of samples, got a dictionary")
+    elif is_circular(support):
+        rows = checked_rows(x, "x")
+        dim = rows.shape[-1]
     else:
         event_dim = max(1, bijection(support).codomain.event_dim)
         rows = checked_rows(x, "x", (None,) * event_dim)
         dim = bijection(support).inverse_shape(rows.shape[1:])[-1]
     with seeded(seed, rows.device):
-        transform = interpolant_transform(dim).to(rows)
+        if not isinstance(support, Mapping) and is_circular(support):
+            transform = InterpolantTransform(TorusMLP(dim), interpolant=Geodesic()).to(rows)
+        else:
+            transform = interpolant_transform(dim).to(rows)
     distribution: InterpolantDistribution
     if isinstance(x, Mapping):
         distribution = JointInterpolantDistribution(transform, sites=sites)

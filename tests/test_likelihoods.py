@@ -55,27 +55,27 @@ MEMBERS = {
 def test_guided_paths_all_tell_the_density_of_an_exact_flow(interpolant):
     truth = random_mixture(2, interpolant)
     flow, y = flow_of(truth), LOC + truth.sample(1.0, 8) @ LINEAR.T
-    value, stderr = sde_log_prob(flow, y, paths=16, steps=150)
+    value, stderr = sde_log_prob(flow, y, paths=8, steps=50)
     assert value.shape == stderr.shape == (8,)
-    assert float((value - log_prob(truth, y)).abs().max()) < 0.1
-    assert float(stderr.max()) < 0.1
+    assert float((value - log_prob(truth, y)).abs().max()) < 0.01
+    assert float(stderr.max()) < 0.01
 
 
 def test_finer_steps_bring_it_nearer():
     truth = random_mixture(2, Trigonometric())
     flow, y = flow_of(truth), LOC + truth.sample(1.0, 40) @ LINEAR.T
     errors = []
-    for steps in (25, 100):
+    for steps in (10, 20):
         value, _ = sde_log_prob(flow, y, paths=64, steps=steps)
         errors.append(float((value - log_prob(truth, y)).abs().mean()))
-    assert errors[1] < 0.5 * errors[0]
+    assert errors[1] < 0.5 * errors[0] < 0.01
 
 
 def test_the_estimator_of_the_paper():
     truth = random_mixture(1, Trigonometric(), seed=2)
     flow, y = flow_of(truth), LOC[:1] + truth.sample(1.0, 6) @ LINEAR[:1, :1].T
     value, stderr = sde_log_prob(
-        flow, y, paths=4000, steps=100, guidance=0.0, diffusion=lambda t: 0.5 * (1 - t)
+        flow, y, paths=3000, steps=40, guidance=0.0, diffusion=lambda t: 0.5 * (1 - t)
     )
     assert float(((value - log_prob(truth, y)).abs() / (stderr + 0.01)).max()) < 4
     assert 0.001 < float(stderr.max()) < 0.2
@@ -102,7 +102,7 @@ def test_guidance_changes_the_variance_and_not_the_model():
                 flow,
                 y,
                 paths=3000,
-                steps=50,
+                steps=30,
                 guidance=guidance,
                 diffusion=lambda t: 0.8 * (1 - t),
             )
@@ -117,7 +117,7 @@ def test_guidance_changes_the_variance_and_not_the_model():
 def test_it_integrates_to_one_over_the_line():
     flow = flow_of(Perturbed(random_mixture(1, Linear(), seed=2)))
     line = torch.linspace(-14, 20, 301)[:, None]
-    value, _ = sde_log_prob(flow, line, paths=64, steps=100)
+    value, _ = sde_log_prob(flow, line, paths=64, steps=40)
     assert abs(float(torch.trapezoid(value.exp(), line[:, 0])) - 1) < 0.02
 
 
@@ -135,12 +135,12 @@ def test_without_diffusion_it_is_the_log_prob_of_the_flow(guidance):
 def test_any_time_and_any_support():
     truth = random_mixture(2, Trigonometric())
     y = LOC + truth.sample(0.6, 5) @ LINEAR.T
-    value, _ = sde_log_prob(flow_of(truth).at(0.6), y, paths=8, steps=100)
-    assert float((value - log_prob(truth, y, 0.6)).abs().max()) < 0.05
+    value, _ = sde_log_prob(flow_of(truth).at(0.6), y, paths=8, steps=40)
+    assert float((value - log_prob(truth, y, 0.6)).abs().max()) < 0.01
     positive = flow_of(truth, support=constraints.positive)
     x = LOC + 0.2 * truth.sample(1.0, 5) @ LINEAR.T
-    value, _ = sde_log_prob(positive, x.exp(), paths=8, steps=100)
-    assert float((value - (log_prob(truth, x) - x.sum(-1))).abs().max()) < 0.1
+    value, _ = sde_log_prob(positive, x.exp(), paths=8, steps=40)
+    assert float((value - (log_prob(truth, x) - x.sum(-1))).abs().max()) < 0.01
 
 
 def test_a_learned_noise_and_a_base_of_ones_own():
@@ -151,8 +151,8 @@ def test_a_learned_noise_and_a_base_of_ones_own():
     flow = flow_of(truth, base, LatentNoise(truth))
     y = LOC + random_mixture(2, Linear()).sample(1.0, 5) @ LINEAR.T
     expected = log_prob(truth, y)
-    value, _ = sde_log_prob(flow, y, paths=16, steps=150)
-    assert float((value - expected).abs().max()) < 0.1
+    value, _ = sde_log_prob(flow, y, paths=8, steps=60)
+    assert float((value - expected).abs().max()) < 0.02
     value, stderr = sde_log_prob(
         flow, y, paths=500, guidance=0.2, steps=60, diffusion=lambda t: 0.1 * (1 - t)
     )
@@ -170,9 +170,9 @@ def test_shapes_contexts_and_types():
     assert value.shape == (5,)
     flow = InterpolantDistribution(interpolant_transform(2, (8, 8)).float())
     x = torch.randn(3, 2, dtype=torch.float32)
-    value, _ = sde_log_prob(flow, x, paths=8)
+    value, _ = sde_log_prob(flow, x, paths=8, steps=40)
     assert value.dtype == torch.float32
-    assert torch.allclose(value, flow.log_prob(x), atol=0.05)
+    assert torch.allclose(value, flow.log_prob(x), atol=1e-3)
 
 
 def test_errors_say_what_was_expected():
@@ -195,5 +195,5 @@ def test_errors_say_what_was_expected():
 def test_the_known_density_of_a_gaussian():
     truth = MixtureVelocity(torch.ones(1), torch.zeros(1, 2), 2 * torch.eye(2)[None], Linear())
     flow = InterpolantDistribution(InterpolantTransform(truth, interpolant=Linear()))
-    value, _ = sde_log_prob(flow, torch.zeros(1, 2), paths=64)
-    assert abs(float(value) + float(torch.log(torch.tensor(4 * torch.pi)))) < 0.02
+    value, _ = sde_log_prob(flow, torch.zeros(1, 2), paths=8)
+    assert abs(float(value) + float(torch.log(torch.tensor(4 * torch.pi)))) < 1e-3

@@ -81,7 +81,7 @@ def test_the_field_refuses_a_wrong_context_too():
 
 
 @pytest.mark.parametrize("name", HIDDEN_DIMS)
-def test_the_gate_leaves_the_data_alone_and_stills_the_far_field(name):
+def test_the_gate_leaves_the_data_alone_and_bounds_the_far_field(name):
     velocity = network(HIDDEN_DIMS[name])
     t, direction = torch.tensor(0.4), nn.functional.normalize(torch.randn(3), dim=0)
     ungated = [velocity(t, r * direction).norm() for r in (0.1, 1e4, 1e6)]
@@ -89,9 +89,8 @@ def test_the_gate_leaves_the_data_alone_and_stills_the_far_field(name):
     gated = [velocity(t, r * direction).norm() for r in (0.1, 1e4, 1e6)]
     torch.testing.assert_close(gated[0], ungated[0], rtol=1e-6, atol=0)
     assert ungated[2] > 10 * ungated[1]
-    assert gated[2] < gated[1]
-    assert gated[2] < 1e-2
-    assert gated[2] > 0
+    torch.testing.assert_close(gated[2], gated[1], rtol=1e-2, atol=0)
+    assert 0 < gated[2] < 30 * velocity(t, 10 * direction).norm()
 
 
 def test_preconditioning_sets_the_gate_and_the_scale_of_the_context():

@@ -200,6 +200,8 @@ def test_public_names_are_documented(name):
 @pytest.mark.parametrize("name", public())
 def test_tensors_are_documented_with_their_shapes(name):
     for label, value in documented(name):
+        if not callable(value):  # a constraint
+            continue
         function = value.__init__ if inspect.isclass(value) else value
         signature = str(inspect.signature(function))
         if "Tensor" in signature and not (

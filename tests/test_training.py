@@ -558,6 +558,15 @@ def singular(count, dim):
     return x
 
 
+def far_mode(count, dim):
+    centre = torch.where(torch.rand(count, 1) < 0.02, 1000.0, 0.0)
+    return centre + torch.randn(count, dim)
+
+
+def lognormal(count, dim):
+    return (2 * torch.randn(count, dim)).exp()
+
+
 def curved(count, dim):
     x = torch.randn(count, dim)
     x[:, 1] = x[:, 0].square() + 0.01 * x[:, 1]
@@ -595,7 +604,7 @@ def wild_flows():
 
 @pytest.mark.filterwarnings("ignore:no grid up to:UserWarning")
 @pytest.mark.parametrize("dim", [2, 10])
-@pytest.mark.parametrize("make", [student, modes, singular, curved])
+@pytest.mark.parametrize("make", [student, modes, far_mode, lognormal, singular, curved])
 def test_far_from_the_data_densities_fall_and_gradients_are_finite(make, dim, wild_flows):
     data, distribution = wild_flows(make, dim)
     axes = torch.cat((torch.eye(dim), -torch.eye(dim)))
@@ -612,7 +621,7 @@ def test_far_from_the_data_densities_fall_and_gradients_are_finite(make, dim, wi
 
 @pytest.mark.filterwarnings("ignore:no grid up to:UserWarning")
 @pytest.mark.parametrize("dim", [2, 10])
-@pytest.mark.parametrize("make", [student, modes, singular, curved])
+@pytest.mark.parametrize("make", [student, modes, far_mode, lognormal, singular, curved])
 def test_samples_of_wild_data_are_finite_and_have_densities(make, dim, wild_flows):
     data, distribution = wild_flows(make, dim)
     distribution = copy.deepcopy(distribution)
