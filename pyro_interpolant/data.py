@@ -174,7 +174,8 @@ def warn_if_rounded(x: Tensor) -> None:
     few = torch.unique(x[:_LOOKED_AT], dim=0)
     if len(few) < 100:
         return
-    shares = [1 - len(torch.unique(column)) / len(few) for column in few.T]
+    counts = [len(torch.unique(column)) for column in few.T]
+    shares = [1 - count / len(few) if count > 1 else 0.0 for count in counts]
     found = [i for i, share in enumerate(shares) if share > _REPEATED]
     if found:
         warnings.warn(

@@ -17,6 +17,8 @@ from .supports import is_trivial
 
 __all__ = ["sde_log_prob"]
 
+_TRUSTED = 0.01  # of its largest divisor, below which a learned score magnifies its errors
+
 
 def sde_log_prob(
     distribution: InterpolantDistribution,
@@ -43,9 +45,10 @@ def sde_log_prob(
     .. math:: -\int_0^1 \left[\nabla\cdot v + \kappa\, S\cdot v + (1 - \kappa)\,\epsilon
               \left(\nabla\cdot S + \kappa |S|^2\right)\right] dt + \kappa\int S \circ dY
 
-    (in the direction of time), at :math:`\kappa = 1` with v and S exact the change of
+    in the direction of time; at :math:`\kappa = 1` with v and S exact the change of
     :math:`\log\rho_t(Y_t)` on the way: the same sum for all paths. No second derivative is needed:
-    :math:`\nabla\cdot S` is linear in :math:`\nabla\cdot v`.
+    :math:`\nabla\cdot S` is linear in :math:`\nabla\cdot v`. Guidance fades at the very ends,
+    where a learned score is a small number divided by another.
 
     Args:
         distribution: A trained flow; a conditional one with its context.
@@ -54,7 +57,7 @@ def sde_log_prob(
             it. Zero gives ``log_prob``.
         paths: The number of paths of each row.
         steps: The number of steps.
-        guidance: :math:`\kappa`; 0 is the estimator of the paper.
+        guidance: :math:`\kappa` in [0, 1]; 0 is the estimator of the paper.
 
     Returns:
         The logarithm of the estimated density, nats, and its standard error, each of shape
@@ -78,21 +81,22 @@ def sde_log_prob(
     with torch.no_grad():
         white = whiten(sde, distribution, x)
         w = white.expand(paths, *white.shape)
-        start = _look(sde, terms.at(0), w)
-        growth, total = _growth(sde, start, guidance), w.new_zeros(w.shape[:-1])
+        trust = terms.divisor.abs() / terms.divisor.abs().max()
+        kappa = guidance * (trust / _TRUSTED).clamp(max=1)
+        start = _look(sde, terms.at(0), kappa[0], w)
+        growth, total = _growth(sde, start), w.new_zeros(w.shape[:-1])
         for i in range(0, 2 * steps, 2):
             begin, middle, end = terms.at(i), terms.at(i + 1), terms.at(i + 2)
             # Line integrals by Simpson's rule on the chord of each step, which is of its order.
             spread = 4 * half * (begin.rate + 4 * middle.rate + end.rate) / 6
             kick = spread.sqrt() * torch.randn_like(w)
-            slope = _drift(start, guidance)
-            guess = _look(sde, end, w + 2 * half * slope + kick)
-            move = half * (slope + _drift(guess, guidance)) + kick
-            halfway, stop = _look(sde, middle, w + 0.5 * move), _look(sde, end, w + move)
-            work = ((start.score + 4 * halfway.score + stop.score) * move).sum(-1) / 6
-            last = _growth(sde, stop, guidance)
-            grown = half * (growth + 4 * _growth(sde, halfway, guidance) + last) / 3
-            total = total - guidance * work - grown
+            guess = _look(sde, end, kappa[i + 2], w + 2 * half * start.drift + kick)
+            move = half * (start.drift + guess.drift) + kick
+            halfway = _look(sde, middle, kappa[i + 1], w + 0.5 * move)
+            stop = _look(sde, end, kappa[i + 2], w + move)
+            last = _growth(sde, stop)
+            work = ((start.guide + 4 * halfway.guide + stop.guide) * move).sum(-1) / 6
+            total = total - work - half * (growth + 4 * _growth(sde, halfway) + last) / 3
             w, start, growth = w + move, stop, last
         total = total + _base_log_prob(sde, distribution, w) - sde.flow.linear_log_det
         if not is_trivial(distribution.constraint):
@@ -108,34 +112,40 @@ class _Look(NamedTuple):
     """Where a path is, and what it meets there."""
 
     now: Terms
+    kappa: Tensor
     w: Tensor
     v: Tensor
     score: Tensor
 
+    @property
+    def guide(self) -> Tensor:
+        """The part of the score that guides, shape ``(*, D)``."""
+        return self.kappa * self.score
 
-def _look(sde: InterpolantSDE, now: Terms, w: Tensor) -> _Look:
+    @property
+    def drift(self) -> Tensor:
+        """The drift of the path in the time 1 - t, shape ``(*, D)``."""
+        return (2 * self.kappa - 1) * self.now.rate * self.score - self.v
+
+
+def _look(sde: InterpolantSDE, now: Terms, kappa: Tensor, w: Tensor) -> _Look:
     v = conditional_mean(sde.transform, sde.flow.velocity, now.t, w)
-    return _Look(now, w, v, sde.score(now, w, v))
+    return _Look(now, kappa, w, v, sde.score(now, w, v))
 
 
-def _drift(at: _Look, guidance: float) -> Tensor:
-    """Return the drift of guided paths in the time 1 - t, shape ``(*, D)``."""
-    return (2 * guidance - 1) * at.now.rate * at.score - at.v
-
-
-def _growth(sde: InterpolantSDE, at: _Look, guidance: float) -> Tensor:
+def _growth(sde: InterpolantSDE, at: _Look) -> Tensor:
     """Return the rate of the exponent, all but its line integral, shape ``(*)``."""
     flow, divergence, context = sde.flow, sde.transform.divergence, sde.transform.context
     of_velocity = divergence(flow.velocity, at.now.t, at.w, context)
-    growth = of_velocity + guidance * (at.score * at.v).sum(-1)
-    if guidance == 1:
+    growth = of_velocity + (at.guide * at.v).sum(-1)
+    if at.kappa == 1:
         return growth
     if flow.noise is None:
         multiple = at.now.p * of_velocity + at.now.q * at.w.shape[-1]
     else:
         multiple = -divergence(flow.noise, at.now.t, at.w, context)
-    slope = multiple / at.now.divisor + guidance * at.score.square().sum(-1)
-    return growth + (1 - guidance) * at.now.rate * slope
+    slope = multiple / at.now.divisor + (at.guide * at.score).sum(-1)
+    return growth + (1 - at.kappa) * at.now.rate * slope
 
 
 def _base_log_prob(

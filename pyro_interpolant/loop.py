@@ -116,9 +116,10 @@ class _Run:
             return False
         seconds = self.seconds()
         self.done = self.schedule.progress(self.step, seconds)
-        if int(self.done * _LOOKS) > self.seen or self.done >= 1:
-            self.seen = int(self.done * _LOOKS)
-            looks.look(self.step, self.schedule.rate(self.done), seconds)
+        if int(self.done * _LOOKS) <= self.seen and self.done < 1:
+            return True
+        self.seen = int(self.done * _LOOKS)
+        looks.look(self.step, self.schedule.rate(self.done), seconds)
         patient = self.done <= _PATIENT or looks.since_best < self.schedule.patience
         return self.done < 1 and patient
 

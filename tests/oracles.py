@@ -83,8 +83,12 @@ class MixtureVelocity(nn.Module):
             a, b, g = self.interpolant.coefficients(t)
             return b, 0.5 * (a**2 + g**2), 0.5 * b**2
 
-        t = t.clamp(1e-6, 1 - 1e-6).contiguous()  # no tangents on stride-0 tensors
-        slopes = torch.func.jvp(halves, (t,), (torch.ones_like(t),))[1]
+        t = t.contiguous()  # no tangents on stride-0 tensors
+        at, near = (
+            torch.func.jvp(halves, (s,), (torch.ones_like(s),))[1]
+            for s in (t, t.clamp(1e-6, 1 - 1e-6))
+        )
+        slopes = [torch.where(torch.isfinite(a), a, b) for a, b in zip(at, near, strict=True)]
         return [s[..., None, None] for s in slopes]
 
     def _coefficients(self, t: Tensor):

@@ -210,7 +210,9 @@ def test_a_base_that_no_name_describes_is_refused(path):
         pass
 
     base = Mine(torch.zeros(2), torch.ones(2)).to_event(1)
-    with pytest.raises(ValueError, match="a base from pyro.distributions, samples or a flow, got a Mine"):
+    with pytest.raises(
+        ValueError, match="a base from pyro.distributions, samples or a flow, got a Mine"
+    ):
         save(InterpolantDistribution(random_flow(2), base), path)
     assert os.listdir(path.parent) == []
 

@@ -24,7 +24,7 @@ from pyro_interpolant import (
 
 MEMBERS = {**INTERPOLANTS, **LATENT}
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
-LINEAR = torch.tensor([[2.0, 0.0], [0.7, 0.5]], dtype=torch.float64)
+LINEAR = torch.tensor([[2.0, 0.0], [0.7, 0.8]], dtype=torch.float64)
 
 
 def flow_of(velocity, interpolant, base=None, noise=None, **kwargs):

@@ -36,7 +36,7 @@ from pyro_interpolant import (
 )
 
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
-LINEAR = torch.tensor([[2.0, 0.0], [0.7, 0.5]], dtype=torch.float64)
+LINEAR = torch.tensor([[2.0, 0.0], [0.7, 0.8]], dtype=torch.float64)
 COUNT = 1200
 DIFFUSIONS = {
     "zero": lambda t: 0.0,
