@@ -77,10 +77,11 @@ def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,))
 def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
     """Return the map that whitens the rows of x.
 
-    Columns are centred and scaled first, so that their units do not matter, then rotated and
-    scaled along the eigenvectors of their correlation. Values beyond 20 robust standard deviations
-    and among the 0.5% farthest on their side count as if they were there: a wild row does not set
-    the scale of all others.
+    Columns are centred and scaled first, so that their units do not matter, then multiplied by the
+    symmetric inverse root of their correlation: each whitened column stays as near to its own as
+    can be, and unlike eigenvectors the map is unique, and continuous in the data. Values beyond 20
+    robust standard deviations and among the 0.5% farthest on their side count as if they were
+    there: a wild row does not set the scale of all others.
 
     Args:
         x: Finite rows, shape ``(N, D)``.
@@ -126,8 +127,8 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
             "take part): drop one, or add noise of the size of the measurement's error"
         )
     roots = eigenvalues.sqrt()
-    linear = scale[:, None] * vectors * roots
-    return Moments(loc, linear, (vectors / roots).T / scale)
+    linear = scale[:, None] * ((vectors * roots) @ vectors.T)
+    return Moments(loc, linear, (vectors / roots) @ vectors.T / scale)
 
 
 class Batches:

@@ -12,6 +12,7 @@ _EMBEDDING = 64
 _FEW = 8  # dimensions: up to here a deeper network, which sees finer times
 _ELEMENTS = 2**17  # of the largest intermediate: memory that is given back is slow to come by
 _MARGIN = 2.0  # how far beyond the farthest training row the velocity is left alone
+_BASE = 5.0  # standard deviations that draws of N(0, I) hardly leave
 
 
 class VelocityMLP(nn.Module):
@@ -20,17 +21,18 @@ class VelocityMLP(nn.Module):
     With :math:`s` the SiLU, :math:`b_i(t, c)` shifts from a small embedding of time and context,
 
     .. math:: h_1 = s(W_1 x + b_1), \quad h_i = [h_{i-1} +] s(W_i h_{i-1} + b_i), \quad
-              v = g(|x|) \, (W_{L+1} h_L + b_{L+1}).
+              v = g(x) \, (W_{L+1} h_L + b_{L+1}).
 
     The residual term in brackets is there from three layers on, between layers of equal width.
     With two layers the trace of the Jacobian is :math:`d_2^T (W_2 \odot (W_1 W_3)^T) d_1` with
     :math:`d_i = s'(z_i)`; deeper networks carry the D tangents forward through all layers in one
     batch.
 
-    The gate :math:`g(r) = (1 + (r/R)^4)^{-1/4}` is 1 where the data are, and bounds the velocity
-    far away, where the layers extrapolate linearly: the flow moves points by a bounded distance
-    there, along a ray by the same, so densities keep falling. ``radius`` R is a buffer, infinite
-    (no gate) until :func:`~pyro_interpolant.fit` sets it from the data.
+    The gate :math:`g(x) = (1 + \sum_i (x_i / R_i)^4)^{-1/4}` is 1 where the data are, and bounds
+    the velocity far away, where the layers extrapolate linearly: the flow moves points by a
+    bounded distance there, along a ray by the same, so densities keep falling. ``reach`` R, of
+    shape ``(2, D)`` for either sign of :math:`x_i`, is a buffer, infinite (no gate) until
+    :func:`~pyro_interpolant.fit` sets it from the data.
 
     The last layer starts at zero: an untrained flow is its whitening map.
 
@@ -51,7 +53,7 @@ class VelocityMLP(nn.Module):
         (torch.Size([10, 3]), torch.Size([10]))
     """
 
-    radius: Tensor
+    reach: Tensor
     context_loc: Tensor
     context_scale: Tensor
 
@@ -81,20 +83,20 @@ class VelocityMLP(nn.Module):
         self.shifts = nn.Linear(_EMBEDDING, sum(self.hidden_dims) + event_dim)
         nn.init.zeros_(self.shifts.bias[-event_dim:])
         nn.init.zeros_(self.shifts.weight[-event_dim:])
-        self.register_buffer("radius", torch.tensor(math.inf))
+        self.register_buffer("reach", torch.full((2, event_dim), math.inf))
         self.register_buffer("context_loc", torch.zeros(context_dim))
         self.register_buffer("context_scale", torch.ones(context_dim))
 
     def precondition(self, w: Tensor, context: Tensor | None = None) -> None:
-        """Set the gate's radius and the scale of the context from training rows.
+        """Set the gate's reach and the scale of the context from training rows.
 
         Args:
             w: Whitened rows, shape ``(N, D)``.
             context: Their contexts, shape ``(N, C)``, or None.
         """
         # Draws of the base and of the path between must be well inside too.
-        largest = max(float(w.norm(dim=-1).max()), math.sqrt(self.event_dim) + 4)
-        self.radius.fill_(_MARGIN * largest)
+        farthest = torch.stack((-w.amin(0), w.amax(0))).clamp(min=_BASE)
+        self.reach.copy_(_MARGIN * farthest)
         if context is not None:
             scale = context.std(0, correction=0)
             self.context_loc.copy_(context.mean(0))
@@ -184,10 +186,10 @@ class VelocityMLP(nn.Module):
         """Return velocity and divergence."""
         hidden, slopes = self._hidden(x, shifts)
         u = _affine(hidden, self.output.weight, shifts[-1])
-        q, g = self._gate(x)
-        # d g / d x = -g^5 q / R^2 x, so that div(g u) = g div u + (d g / d x) . u
-        slope = -(g**5) * q / self.radius**2
-        return g[..., None] * u, g * trace(slopes) + slope * (x * u).sum(-1)
+        y, inverse, g = self._gate(x)
+        # div(g u) = g div u + u . grad g, where grad_i g = -g^5 y_i^3 / R_i
+        along = (y * y * y * inverse * u).sum(-1)
+        return g[..., None] * u, g * trace(slopes) - g**5 * along
 
     def _is_overridden(self, name: str) -> bool:
         return getattr(type(self), name) is not getattr(VelocityMLP, name)
@@ -215,11 +217,14 @@ class VelocityMLP(nn.Module):
         return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
     def _velocity(self, x: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
+        return self._gate(x)[-1][..., None] * self._ungated(x, shifts)
+
+    def _ungated(self, x: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
         h, plain = x, not _is_differentiated()
         for i, weight in enumerate(self._weights()):
             s = nn.functional.silu(_affine(h, weight, shifts[i]), inplace=plain)
             h = h + s if self._is_residual(i) else s
-        return self._gate(x)[1][..., None] * _affine(h, self.output.weight, shifts[-1])
+        return _affine(h, self.output.weight, shifts[-1])
 
     def _weights(self) -> list[Tensor]:
         return [layer.weight for layer in self.layers]  # type: ignore[misc]
@@ -228,10 +233,12 @@ class VelocityMLP(nn.Module):
         w = self.hidden_dims
         return len(w) > 2 and i > 0 and w[i] == w[i - 1]
 
-    def _gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``q = (r / R)^2`` and the gate ``(1 + q^2)^(-1/4)``, each of shape ``(*)``."""
-        q = (x / self.radius).square().sum(-1)
-        return q, torch.rsqrt(1 + q * q).sqrt()
+    def _gate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``y_i = x_i / R_i`` and ``1 / R_i``, shape ``(*, D)``, and the gate, ``(*)``."""
+        below, above = self.reach.reciprocal()
+        inverse = torch.where(x < 0, below, above)
+        y = x * inverse
+        return y, inverse, torch.rsqrt(1 + y.square().square().sum(-1)).sqrt()
 
     def _hidden(self, x: Tensor, shifts: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
         """Return the last hidden layer and, per layer, the slopes of the activation."""

@@ -133,7 +133,7 @@ class TorusMLP(VelocityMLP):
     def precondition(self, w: Tensor, context: Tensor | None = None) -> None:
         """Set the scale of contexts, shape ``(N, C)``, of angles, ``(N, D)``; there is no gate."""
         super().precondition(w, context)
-        self.radius.fill_(math.inf)
+        self.reach.fill_(math.inf)
 
     def forward_and_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
@@ -166,7 +166,7 @@ class TorusMLP(VelocityMLP):
         return nn.functional.linear(hidden, last) + shifts[-1], (tangents * last).sum((-2, -1))
 
     def _velocity(self, x: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
-        return super()._velocity(_circles(x), shifts)
+        return self._ungated(_circles(x), shifts)
 
 
 def _circles(x: Tensor) -> Tensor:

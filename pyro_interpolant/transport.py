@@ -1,6 +1,7 @@
 r"""Shorter and straighter paths: the max-min problem over the interpolant, and reflow."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,7 +80,8 @@ def learn_interpolant(
         velocity_steps: The number of descents between two ascents.
         batch_size: Rows per step; by default 1,024, or all if fewer.
         learning_rate: Of the velocity, Adam's.
-        interpolant_rate: Of the interpolant, Adam's: low, for the velocity must follow.
+        interpolant_rate: Of the interpolant, Adam's, at first; a cosine takes it to zero. Low, for
+            the velocity must follow.
         seed: As in :func:`~pyro_interpolant.fit`.
         progress: Whether to show bars.
         **fit_options: For the final :func:`~pyro_interpolant.fit`.
@@ -161,10 +163,15 @@ def _alternate(
     every = max(1, alternations // 100)
     for _ in range(int(_AHEAD * alternations * velocity_steps)):
         _descend(objective, draw(), descent)
+    rests = (1 - _FROZEN) * alternations
     for step in tqdm(range(alternations), disable=not progress, desc="transport", leave=False):
         for _ in range(velocity_steps):
             recent.append(-_descend(objective, draw(), descent))
-        if step < (1 - _FROZEN) * alternations:
+        if step < rests:
+            # To zero: steps of one size would wander about the optimum.
+            ascent.param_groups[0]["lr"] = (
+                interpolant_rate * (1 + math.cos(math.pi * step / rests)) / 2
+            )
             for weight in weights:
                 weight.requires_grad_(requires_grad=True)
             gradients = torch.autograd.grad(_metric_loss(objective, draw()), weights)

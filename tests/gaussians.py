@@ -32,10 +32,11 @@ class GaussianTransport:
         gap = (self.means[0] - self.means[1]).square().sum()
         return float(gap + (s0 + s1 - 2 * cross).trace())
 
-    def energy(self, interpolant, *, centred=False, times=4000):
+    def energy(self, interpolant, *, centred=False, about=0.0, times=4000):
         """Return the kinetic energy of a scalar linear interpolant with independent ends.
 
-        ``centred`` is for one that acts about the two means, which move straight.
+        ``centred`` is for one that acts about the two means, which move straight; ``about`` is the
+        origin of one that does not.
 
         The velocity is affine: ``v = m' + C S^-1 (x - m)`` with ``S = a^2 S0 + b^2 S1`` and
         ``C = a a' S0 + b b' S1``.
@@ -45,7 +46,8 @@ class GaussianTransport:
         da, db, _ = (c[:, None, None] for c in interpolant.derivatives(t))
         s0, s1 = self.covs
         s, c = a**2 * s0 + b**2 * s1, a * da * s0 + b * db * s1
-        drift = (da[..., 0] * self.means[0] + db[..., 0] * self.means[1]).square().sum(-1)
+        ends = self.means - about
+        drift = (da[..., 0] * ends[0] + db[..., 0] * ends[1]).square().sum(-1)
         if centred:
             drift = (self.means[1] - self.means[0]).square().sum()
         spread = (c @ torch.linalg.solve(s, c.mT)).diagonal(dim1=-2, dim2=-1).sum(-1)

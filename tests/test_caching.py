@@ -115,9 +115,9 @@ def set_buffer_data(distribution):
 
 def set_gate(distribution):
     velocity = distribution.transform.velocity
-    if not hasattr(velocity, "radius"):
+    if not hasattr(velocity, "reach"):
         pytest.skip("a velocity without a gate")
-    velocity.radius.fill_(1.0)
+    velocity.reach.fill_(1.0)
 
 
 def set_solver(distribution):

@@ -33,13 +33,13 @@ class Own(nn.Module):
         return self.last(self.norm(self.first(torch.cat(parts, -1)).tanh())) * x.square()
 
 
-def mlp(hidden_dims, context_dim=0, radius=None):
+def mlp(hidden_dims, context_dim=0, reach=None):
     velocity = VelocityMLP(DIM, hidden_dims, context_dim)
     with torch.no_grad():
         velocity.output.weight.normal_()
         velocity.shifts.weight.normal_(std=0.3)
-        if radius is not None:
-            velocity.radius.fill_(radius)
+        if reach is not None:
+            velocity.reach.fill_(reach)
     return velocity
 
 

@@ -70,7 +70,7 @@ def assert_same(distribution, again, *context):
 @pytest.mark.parametrize("hidden_dims", [(8,), (8, 9), (8, 8, 8)])
 def test_weights_and_whitening(hidden_dims, dtype, path):
     distribution = InterpolantDistribution(random_flow(3, hidden_dims).to(dtype))
-    distribution.transform.velocity.radius.fill_(7.5)
+    distribution.transform.velocity.reach.fill_(7.5)
     assert_same(distribution, round_trip(distribution, path))
 
 

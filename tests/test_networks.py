@@ -17,12 +17,12 @@ def network(hidden_dims=(16, 16), context_dim=0, dim=3):
     return velocity
 
 
-@pytest.mark.parametrize("radius", [math.inf, 2.0])
+@pytest.mark.parametrize("reach", [math.inf, 2.0])
 @pytest.mark.parametrize("context_dim", [0, 2])
 @pytest.mark.parametrize("name", HIDDEN_DIMS)
-def test_three_ways_to_the_same_velocity(name, context_dim, radius):
+def test_three_ways_to_the_same_velocity(name, context_dim, reach):
     velocity = network(HIDDEN_DIMS[name], context_dim)
-    velocity.radius.fill_(radius)
+    velocity.reach.fill_(reach)
     x, times = torch.randn(7, 3), torch.rand(4)
     contexts = [torch.randn(2), torch.randn(7, 2)] if context_dim else [None]
     for context in contexts:
@@ -85,7 +85,7 @@ def test_the_gate_leaves_the_data_alone_and_bounds_the_far_field(name):
     velocity = network(HIDDEN_DIMS[name])
     t, direction = torch.tensor(0.4), nn.functional.normalize(torch.randn(3), dim=0)
     ungated = [velocity(t, r * direction).norm() for r in (0.1, 1e4, 1e6)]
-    velocity.radius.fill_(10.0)
+    velocity.reach.fill_(10.0)
     gated = [velocity(t, r * direction).norm() for r in (0.1, 1e4, 1e6)]
     torch.testing.assert_close(gated[0], ungated[0], rtol=1e-6, atol=0)
     assert ungated[2] > 10 * ungated[1]
@@ -95,12 +95,15 @@ def test_the_gate_leaves_the_data_alone_and_bounds_the_far_field(name):
 
 def test_preconditioning_sets_the_gate_and_the_scale_of_the_context():
     velocity = network(context_dim=3)
-    assert velocity.radius == math.inf
+    assert velocity.reach.shape == (2, 3)
+    assert (velocity.reach == math.inf).all()
     w = torch.randn(100, 3)
     w[0] = torch.tensor([30.0, 0.0, 40.0])
     context = torch.randn(100, 3) * torch.tensor([1e-3, 1e3, 0.0]) + 7
     velocity.precondition(w, context)
-    assert 50 < velocity.radius < 1000
+    # Twice as far as the farthest row on that side, or as draws of the base get.
+    farther = torch.tensor([[10.0, 10.0, 10.0], [60.0, 10.0, 80.0]])
+    torch.testing.assert_close(velocity.reach, farther)
     torch.testing.assert_close(velocity.context_loc, context.mean(0))
     torch.testing.assert_close(velocity.context_scale[:2], context[:, :2].std(0), rtol=0.1, atol=0)
     assert velocity.context_scale[2] > 0
@@ -108,7 +111,7 @@ def test_preconditioning_sets_the_gate_and_the_scale_of_the_context():
     t = torch.tensor(0.5)
     gated = velocity(t, w, context)
     assert torch.isfinite(gated).all()
-    velocity.radius.fill_(math.inf)
+    velocity.reach.fill_(math.inf)
     torch.testing.assert_close(gated, velocity(t, w, context), rtol=0.1, atol=0)
 
 
@@ -126,7 +129,7 @@ def test_tight_data_do_not_gate_the_base():
     velocity = network()
     velocity.precondition(1e-3 * torch.randn(100, 3))
     v = velocity(torch.tensor(0.1), torch.randn(200, 3))
-    velocity.radius.fill_(math.inf)
+    velocity.reach.fill_(math.inf)
     velocity_there = velocity(torch.tensor(0.1), torch.randn(200, 3))
     assert v.norm() > 0.5 * velocity_there.norm()
 
@@ -172,7 +175,7 @@ def test_the_type_follows(dtype):
     velocity = network((16, 16, 16), 2).to(dtype)
     x, context = torch.randn(4, 3, dtype=dtype), torch.randn(4, 2, dtype=dtype)
     v, divergence = velocity.forward_and_divergence(torch.rand(4, dtype=dtype), x, context)
-    assert v.dtype == divergence.dtype == velocity.radius.dtype == dtype
+    assert v.dtype == divergence.dtype == velocity.reach.dtype == dtype
 
 
 @pytest.mark.parametrize("hidden", [(16,), (16, 12), (16, 16, 16), (12, 16, 16, 8)])
@@ -181,7 +184,7 @@ def test_values_are_the_same_with_and_without_gradients(hidden, dtype):
     """Without gradients activations are computed in place, and slopes by a fused kernel."""
     velocity = VelocityMLP(3, hidden).to(dtype)
     torch.nn.init.normal_(velocity.output.weight)
-    velocity.radius.fill_(2.0)
+    velocity.reach.fill_(2.0)
     x, t = torch.randn(4, 5, 3, dtype=dtype), torch.rand(4, 1, dtype=dtype)
     kept = x.clone()
     with torch.enable_grad():

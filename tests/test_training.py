@@ -1,6 +1,6 @@
 import copy
+import itertools
 import math
-import time
 
 import pyro.distributions as dist
 import pytest
@@ -22,6 +22,7 @@ from pyro_interpolant import (
     independent,
     interpolant_loss,
     interpolant_transform,
+    loop,
     optimal_transport,
 )
 
@@ -197,12 +198,12 @@ def _index(distribution):
     return next(i for i, p in enumerate(distribution.transform.parameters()) if p is target)
 
 
-def test_max_seconds_ends_the_run():
-    start = time.monotonic()
+def test_max_seconds_ends_the_run(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 0.01 * next(ticks))
     result = quick(tiny(), torch.randn(200, 2), steps=None, max_seconds=0.4)
-    assert 0.39 < result.seconds < 1.5
-    assert time.monotonic() - start < 15
-    assert result.steps[-1] > 5
+    assert 0.39 < result.seconds < 0.5
+    assert 5 < result.steps[-1] <= 40
     assert not result.stopped_early
 
 
@@ -248,7 +249,7 @@ def test_a_loss_that_turns_to_nan_keeps_the_last_good_weights():
     with pytest.raises(RuntimeError, match="not finite for .* last good weights were kept.*Lower"):
         quick(distribution, x, steps=400, learning_rate=5e-3, callback=told.append)
     after = weights_of(distribution)
-    assert all(torch.isfinite(v).all() for k, v in after.items() if "radius" not in k)
+    assert all(torch.isfinite(v).all() for k, v in after.items() if "reach" not in k)
     assert not torch.equal(before["velocity.output.weight"], after["velocity.output.weight"])
     assert told
     distribution.transform.velocity.good = math.inf
