@@ -76,7 +76,7 @@ def fit(
     steps: int | None = None,
     max_seconds: float | None = None,
     batch_size: int | None = None,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 5e-3,
     validation: Any = 0.1,
     patience: int = 30,
     ema: float = 0.999,
