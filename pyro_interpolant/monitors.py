@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["SKIPPED_LIMIT", "Average", "Clip", "Looks", "TrainingState", "fill", "numbered"]
 
@@ -69,11 +69,14 @@ class Clip:
     def __call__(self) -> bool:
         """Clip the present gradient, and return whether it is finite."""
         limit = _CLIP * self.running
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit if limit < math.inf else 1e9))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
         if not math.isfinite(norm):
             self.skipped += 1
             self.consecutive += 1
             return False
+        if norm > limit:
+            torch._foreach_mul_(gradients, limit / norm)
         self.consecutive = 0
         self.taken += 1
         new = min(norm, limit)

@@ -34,7 +34,8 @@ class Rows(NamedTuple):
 
     def take(self, index: Tensor) -> "Rows":
         """Return the rows of an index, shape ``(B,)``."""
-        return Rows(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
+        taken = (None if part is None else part.index_select(0, index) for part in self)
+        return Rows(*taken)  # type: ignore[arg-type]
 
     def split(self, count: int, *, shuffle: bool) -> tuple["Rows", "Rows"]:
         """Return ``count`` rows, the last or any, and the others."""
@@ -48,7 +49,7 @@ class Rows(NamedTuple):
         if self.weight is not None:
             return self.take(torch.multinomial(self.weight, count, replacement=True))
         copies = max(1, count // len(self.w))
-        return self.take(torch.arange(len(self.w)).repeat(copies)[:count])
+        return self.take(torch.arange(len(self.w), device=self.w.device).repeat(copies)[:count])
 
 
 class Draw(NamedTuple):
@@ -146,9 +147,8 @@ class Objective:
 
     def _coupled(self, rows: Rows) -> Tensor:
         """Return base draws coupled with the rows, in batches of the training's size."""
-        return torch.cat(
-            [
-                self.coupling(self.base_draws(len(part.w)), part.w, part.context)
-                for part in map(rows.take, torch.arange(len(rows.w)).split(self.batch_size))
-            ]
-        )
+        count = len(rows.w)
+        if count <= self.batch_size:
+            return self.coupling(self.base_draws(count), rows.w, rows.context)
+        parts = torch.arange(count, device=rows.w.device).split(self.batch_size)
+        return torch.cat([self._coupled(rows.take(part)) for part in parts])
