@@ -12,7 +12,7 @@ from .flow import Flow
 from .objective import Rows
 from .preparation import AnyDistribution, checked_context, checked_data, checked_weights
 
-__all__ = ["Stream", "Survey", "agreed_rows", "is_stream", "joined", "survey"]
+__all__ = ["Stream", "Survey", "agreed_rows", "first_rows", "is_stream", "joined", "survey"]
 
 _SAMPLE = 2**23  # values kept of a stream for the whitening: 64 MiB in float64
 _HELD = 8192  # rows held out of a stream at most
@@ -44,12 +44,7 @@ class Stream:
     """
 
     def __init__(self, distribution: AnyDistribution, flow: Flow, iterable: Any) -> None:
-        if iter(iterable) is iterable:
-            raise ValueError(
-                "expected an iterable that gives its batches again each time it is gone through, "
-                f"got a {type(iterable).__name__}, which is used up after once: pass a list, a "
-                "DataLoader, or an object whose __iter__ starts anew"
-            )
+        _check_again(iterable)
         self.distribution, self.flow, self.iterable = distribution, flow, iterable
         self.parts = 1 + hasattr(distribution, "condition")
 
@@ -86,6 +81,28 @@ class Stream:
             if hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
                 return owner
         return None
+
+
+def _check_again(iterable: Any) -> None:
+    if hasattr(iterable, "__next__"):
+        raise ValueError(
+            "expected an iterable that gives its batches again each time it is gone through, "
+            f"got a {type(iterable).__name__}, which is used up after once: pass a list, a "
+            "DataLoader, or an object whose __iter__ starts anew"
+        )
+
+
+def first_rows(iterable: Any) -> Any:
+    """Return the rows of the first batch, as they come, shape ``(B, *event_shape)``.
+
+    Raises:
+        ValueError: If there is none, or the iterable can be gone through only once.
+    """
+    _check_again(iterable)
+    batch = next(iter(iterable), None)
+    if batch is None:
+        raise ValueError("expected batches of rows, got an iterable without any")
+    return batch[0] if isinstance(batch, (list, tuple)) else batch
 
 
 class Survey(NamedTuple):

@@ -1,7 +1,7 @@
 r"""Training: a quadratic regression. No ODE is solved and none is differentiated."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,8 +27,10 @@ from .preparation import (
     set_base,
 )
 from .scopes import seeded, trainable
+from .shapes import shaped
 from .solvers import FixedGrid
 from .sources import loaded
+from .streams import first_rows, is_stream
 from .supports import Constraint, bijection, is_circular
 from .torus import Geodesic, TorusMLP
 from .transforms import InterpolantTransform, interpolant_transform
@@ -212,6 +214,7 @@ def from_samples(
     x: Any,
     *,
     support: Constraint | Mapping[str, Constraint] = constraints.real_vector,
+    event_shape: Sequence[int] | None = None,
     seed: int | None = None,
     **fit_options: Any,
 ) -> InterpolantDistribution:
@@ -220,9 +223,10 @@ def from_samples(
     Args:
         x: Rows of shape ``(N, *event_shape)``; or named draws, a dictionary of tensors of shape
             ``(N, *site_shape)`` such as ``mcmc.get_samples()``: the result is then a
-            :class:`~pyro_interpolant.JointInterpolantDistribution`.
+            :class:`~pyro_interpolant.JointInterpolantDistribution`; or an iterable of batches.
         support: Where the samples live; for named draws, a dictionary that names the supports of
             the sites that are not real.
+        event_shape: The shape of a row, where it has more than one dimension.
         seed: As in :func:`fit`; also of the initial weights.
         **fit_options: Passed to :func:`fit`.
 
@@ -240,18 +244,25 @@ def from_samples(
         >>> bool((prior.sample((5,)) > 0).all())
         True
     """
+    few = x
+    if is_stream(x):
+        with seeded(seed, torch.device("cpu")):
+            few = first_rows(x)
     if isinstance(x, Mapping):
+        if event_shape is not None:
+            raise TypeError("expected no event_shape beside named draws, which have their own")
         sites = sites_of(x, {} if support is constraints.real_vector else support)
         rows = pack(sites, x)
         dim = rows.shape[-1]
     elif isinstance(support, Mapping):
         raise TypeError("expected one support for one tensor of samples, got a dictionary")
     elif is_circular(support):
-        rows = checked_rows(x, "x")
+        rows = checked_rows(few, "x")
         dim = rows.shape[-1]
     else:
+        support = shaped(support, event_shape)
         event_dim = max(1, bijection(support).codomain.event_dim)
-        rows = checked_rows(x, "x", (None,) * event_dim)
+        rows = checked_rows(few, "x", event_shape or (None,) * event_dim)
         dim = bijection(support).inverse_shape(rows.shape[1:])[-1]
     with seeded(seed, rows.device):
         if not isinstance(support, Mapping) and is_circular(support):
@@ -263,7 +274,7 @@ def from_samples(
         distribution = JointInterpolantDistribution(transform, sites=sites)
     else:
         distribution = InterpolantDistribution(transform, support=support)  # type: ignore[arg-type]
-    fit(distribution, rows, seed=seed, **fit_options)
+    fit(distribution, rows if few is x else x, seed=seed, **fit_options)
     return distribution.freeze()
 
 

@@ -26,6 +26,7 @@ FLOORS = {
     "quadrature": 0,
     "engine": 0,
     "scopes": 0,
+    "shapes": 0,
     "snapshots": 0,
     "divergence": 0,
     "interpolants": 0,
