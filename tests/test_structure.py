@@ -65,7 +65,7 @@ FLOORS = {
     "__init__": 13,
 }
 PYRO = {"bases", "transforms", "distributions", "supports", "torus", "joint", "reparam", "io"}
-FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn")
+FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn", "lightning_fabric", "lightning")
 FILE_LINES, BODY_LINES = 320, 45
 
 
