@@ -38,8 +38,12 @@ def main():
     if "LT_CLI_USED" in os.environ:  # started by ``fabric run``, which has the choices
         fabric = Fabric()
     else:
-        strategy = "ddp" if args.devices > 1 else "auto"
-        fabric = Fabric(args.accelerator, strategy, args.devices, precision=args.precision)
+        fabric = Fabric(
+            accelerator=args.accelerator,
+            strategy="ddp" if args.devices > 1 else "auto",
+            devices=args.devices,
+            precision=args.precision,
+        )
         fabric.launch()
     torch.manual_seed(0)  # every process makes the same rows: a real run would read them
     data = rings(4_000 if args.smoke else 100_000)

@@ -9,7 +9,7 @@ from torch.distributions import constraints
 
 from .bases import Samples
 from .couplings import independent
-from .data import checked_rows
+from .data import checked_rows, usual
 from .diagnostics import calibrate
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .engine import Engine
@@ -183,6 +183,7 @@ def fit(
                     buffer.copy_(engine.agreed(buffer))
         shown, unseen = _split_base(distribution.base, validation)
         objective = Objective(flow, shown, coupling, size, noise)
+        held = held.take(usual(objective.prepared(held).w).nonzero().flatten())
         fixed = objective.with_base(unseen).fixed_draw(objective.prepared(held))
         objective.share(engine.rank, engine.world, own=source.checksum is None)
         schedule = Schedule(steps, max_seconds, learning_rate, patience, ema)
