@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Batches", "Moments", "checked_rows", "dequantize", "moments", "warn_if_rounded"]
+__all__ = [
+    "Batches",
+    "Moments",
+    "checked_rows",
+    "dequantize",
+    "moments",
+    "usual",
+    "warn_if_rounded",
+]
 
 _DEPENDENT = 1e-12  # a correlation eigenvalue below this means linearly dependent columns
 _LOOKED_AT = 20_000  # rows, for repeated values
@@ -129,6 +137,20 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
     roots = eigenvalues.sqrt()
     linear = scale[:, None] * ((vectors * roots) @ vectors.T)
     return Moments(loc, linear, (vectors / roots) @ vectors.T / scale)
+
+
+def usual(w: Tensor) -> Tensor:
+    """Tell which whitened rows are no outliers, those both far and rare, shape ``(N,)``.
+
+    Far is 20 times the median distance from the centre, rare the farthest 0.5%. One such row would
+    decide alone which weights have the best held-out loss.
+
+    Args:
+        w: Whitened rows, shape ``(N, D)``.
+    """
+    distance = w.double().norm(dim=-1)
+    few = distance[: 2**20]
+    return distance <= torch.maximum(_CLIP * few.median(), few.quantile(1 - _RARE))
 
 
 class Batches:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from .bases import Whiten, checked_base, moved, standard_normal
+from .shapes import shaped
 from .supports import (
     Constraint,
     OnEvents,
@@ -44,6 +45,8 @@ class InterpolantDistribution(dist.TransformedDistribution):
         support: Where the data live: any Pyro constraint with a bijection from real vectors; or
             :data:`circular`, angles, where the base must have period :math:`2\pi` and is
             :class:`UniformTorus` by default.
+        event_shape: The shape of an event, where it has more than one dimension, of the size that
+            the support needs; elements in row-major order.
 
     Raises:
         TypeError: If ``transform`` or ``base`` is of the wrong kind.
@@ -68,6 +71,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         base: TorchDistributionMixin | None = None,
         *,
         support: Constraint = constraints.real_vector,
+        event_shape: Sequence[int] | None = None,
         validate_args: bool | None = None,
     ) -> None:
         if not isinstance(transform, InterpolantTransform):
@@ -79,6 +83,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
             raise TypeError(
                 f"expected an InterpolantTransform, got {type(transform).__name__}{hint}"
             )
+        support = shaped(support, event_shape)
         base = _default_base(transform, base, support)
         self.transform = transform
         self.base = base
@@ -208,6 +213,7 @@ class ConditionalInterpolantDistribution(ConditionalTransformedDistribution):
         transform: The conditional flow.
         base: As in :class:`InterpolantDistribution`.
         support: As in :class:`InterpolantDistribution`.
+        event_shape: As in :class:`InterpolantDistribution`.
 
     Raises:
         TypeError: If ``transform`` or ``base`` is of the wrong kind.
@@ -226,11 +232,13 @@ class ConditionalInterpolantDistribution(ConditionalTransformedDistribution):
         base: TorchDistributionMixin | None = None,
         *,
         support: Constraint = constraints.real_vector,
+        event_shape: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(transform, ConditionalInterpolantTransform):
             raise TypeError(
                 f"expected a ConditionalInterpolantTransform, got {type(transform).__name__}"
             )
+        support = shaped(support, event_shape)
         base = _default_base(transform, base, support)
         if is_circular(support):
             check_torus(transform.interpolant, transform.velocity, transform.linear)

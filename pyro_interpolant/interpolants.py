@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import jvp
 
 __all__ = [
@@ -64,8 +65,8 @@ class Interpolant(ABC):
     def derivatives(self, t: Tensor) -> Coefficients:
         r"""Return :math:`\dot\alpha(t), \dot\beta(t), \dot\gamma(t)`, each of the shape of t."""
         t = t.clamp(*self.interior).contiguous()  # forward mode cannot carry stride-0 tangents
-        slopes = jvp(self.coefficients, (t,), (torch.ones_like(t),))[1]
-        return tuple(s.to(t) for s in slopes)
+        da, db, dg = _slopes(self.coefficients, t)
+        return da.to(t), db.to(t), dg.to(t)
 
     def has_latent(self) -> bool:
         r"""Return whether :math:`\gamma` is anything but zero."""
@@ -113,7 +114,8 @@ class Trigonometric(Interpolant):
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return the coefficients of base, data and noise, each of the shape of t."""
-        angle = 0.5 * math.pi * t
+        # pi/2 t, as a sum: in forward mode a product with a constant costs half a millisecond.
+        angle = torch.add(t, t, alpha=0.5 * math.pi - 1)
         return angle.cos(), angle.sin(), torch.zeros_like(t)
 
     def has_latent(self) -> bool:
@@ -237,3 +239,15 @@ class NonlinearInterpolant(Interpolant):
         """
         t = t.expand(x0.shape[:-1])[..., None].clone()
         return jvp(lambda t: self.function(t, x0, x1), (t,), (torch.ones_like(t),))[:2]
+
+
+def _slopes(function: Callable[[Tensor], Coefficients], t: Tensor) -> Coefficients:
+    """Return the derivatives of a function of t by forward mode, each of the shape of t."""
+    tangent = torch.ones_like(t)
+    plain = torch._C._functorch.peek_interpreter_stack() is None
+    if not plain or forward_ad._current_level >= 0:
+        return jvp(function, (t,), (tangent,))[1]
+    with forward_ad.dual_level():  # the same at a third of the price; it cannot be nested
+        found = map(forward_ad.unpack_dual, function(forward_ad.make_dual(t, tangent)))
+        a, b, g = (torch.zeros_like(t) if s.tangent is None else s.tangent for s in found)
+        return a, b, g

@@ -1,7 +1,7 @@
 r"""The training loop: batches, a schedule, and a state that survives being killed."""
 
+import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import Batches
+from .engine import Engine
+from .keeping import Keeper
 from .monitors import SKIPPED_LIMIT, Average, Clip, Looks, TrainingState, fill, numbered
-from .objective import Draw, Objective, Rows
-from .snapshots import Snapshot, write
+from .objective import Draw, Objective
+from .snapshots import write
 
-__all__ = ["Keeper", "Outcome", "Schedule", "train"]
+__all__ = ["Outcome", "Schedule", "train"]
 
+_log = logging.getLogger(__name__)
 _STEPS = 6000
 _LOOKS = 100  # how often the held-out loss is looked at
 _WARMUP = 0.02  # of the schedule
@@ -31,6 +33,7 @@ class Outcome(NamedTuple):
     validation_losses: list[float]
     best_step: int
     stopped_early: bool
+    stopped_by: str
     skipped: int
     seconds: float
 
@@ -55,76 +58,68 @@ class Schedule(NamedTuple):
         return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-class Keeper(NamedTuple):
-    """Where a run keeps its state.
-
-    Attributes:
-        path: The file.
-        every: After how many steps, or None: at each look.
-        identity: What tells this run from another.
-        initial: The state of the generator before anything was drawn, shape ``(S,)``.
-        snapshot: What to resume from, or None.
-    """
-
-    path: str | os.PathLike[str]
-    every: int | None
-    identity: dict[str, Any]
-    initial: Tensor
-    snapshot: Snapshot | None
-
-
 class _Run:
     """A run: what is trained, how, and how far it has come."""
 
     def __init__(
         self,
         objective: Objective,
-        rows: Rows,
+        batches: Any,
         fixed: Draw,
         schedule: Schedule,
-        callback: Callable[[TrainingState], None] | None,
+        callback: Callable[[TrainingState], bool | None] | None,
+        engine: Engine,
     ) -> None:
-        self.objective, self.rows, self.schedule = objective, rows, schedule
+        self.objective, self.batches, self.schedule = objective, batches, schedule
+        self.engine = engine
         self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), fused=True
-        )
+        engine.set_up(objective.network, objective.loss, self.parameters, schedule.learning_rate)
+        self.optimizer = engine.optimizer
         self.average = Average(self.parameters, schedule.ema)
-        self.looks = Looks(self.average, lambda: objective.loss(fixed), callback)
-        self.clip = Clip(self.parameters)
-        self.batches = Batches(len(rows.w), objective.batch_size, rows.w.device, rows.weight)
+        self.looks = Looks(self.average, lambda: objective.loss(fixed), callback, engine)
+        self.clip = Clip(self.parameters, engine)
         self.step, self.seen, self.done = 0, 0, 0.0
+        self.ended = "schedule"
         self.start = time.monotonic()
 
     def seconds(self) -> float:
         """Return the time spent, in this process and those it resumes."""
-        return time.monotonic() - self.start
+        spent = time.monotonic() - self.start
+        return spent if self.schedule.max_seconds is None else self.engine.agreed(spent)
 
     def advance(self) -> bool:
         """Take a step, look if it is time, and return whether to go on."""
         objective, looks = self.objective, self.looks
         self.optimizer.param_groups[0]["lr"] = self.schedule.rate(self.done)
-        loss = objective.loss(objective.draw(self.rows.take(self.batches.next())))
-        self.optimizer.zero_grad()
-        loss.backward()
+        loss = self.engine.backward(objective.draw(self.batches.next()))
         self.step += 1
-        if self.clip():
-            self.optimizer.step()
+        if self.clip(loss):
+            self.engine.step()
             self.average.update(self.step)
-            looks.total.append(loss.detach())
-        elif self.clip.consecutive >= SKIPPED_LIMIT:
-            return False
+            looks.total.append(loss)
+        else:
+            self.engine.skip()
+            if self.clip.consecutive >= SKIPPED_LIMIT:
+                return False
         seconds = self.seconds()
         self.done = self.schedule.progress(self.step, seconds)
         if int(self.done * _LOOKS) <= self.seen and self.done < 1:
             return True
         self.seen = int(self.done * _LOOKS)
         looks.look(self.step, self.schedule.rate(self.done), seconds)
-        patient = self.done <= _PATIENT or looks.since_best < self.schedule.patience
-        return self.done < 1 and patient
+        if self.done >= 1:
+            return False
+        if looks.stopped:
+            self.ended = "callback"
+        elif self.done > _PATIENT and looks.since_best >= self.schedule.patience:
+            self.ended = "patience"
+        return self.ended == "schedule"
 
     def save(self, keeper: Keeper) -> None:
-        """Write the state."""
+        """Write the state, from the first of the processes."""
+        if self.engine.rank:
+            return
+        rows, place = self.batches.state()
         states = [self.optimizer.state.get(p, {}) for p in self.parameters]
         moments = {
             f"{name}.{i}": state[name]
@@ -137,15 +132,15 @@ class _Run:
             **numbered("average", self.average.values),
             **moments,
             **self.looks.tensors(),
-            "order": self.batches.order,
+            **rows,
             "generator": torch.get_rng_state(),
             "initial": keeper.initial,
         }
         numbers = {
             "identity": keeper.identity,
-            "run": {"step": self.step, "seen": self.seen, "done": self.done},
+            "run": {n: getattr(self, n) for n in ("step", "seen", "done", "ended")},
             "seconds": self.seconds(),
-            "position": self.batches.position,
+            "batches": place,
             "clip": self.clip.numbers(),
             "looks": self.looks.numbers(),
         }
@@ -165,68 +160,92 @@ class _Run:
         self.clip.__dict__.update(numbers["clip"])
         self.__dict__.update(numbers["run"])
         self.start = time.monotonic() - numbers["seconds"]
-        self.batches.order = tensors["order"].to(self.batches.order)
-        self.batches.position = numbers["position"]
+        self.batches.restore(tensors, numbers["batches"])
         torch.set_rng_state(tensors["generator"])
 
 
 def train(
     objective: Objective,
-    rows: Rows,
+    batches: Any,
     fixed: Draw,
     schedule: Schedule,
+    engine: Engine,
     *,
     progress: bool,
-    callback: Callable[[TrainingState], None] | None,
+    callback: Callable[[TrainingState], bool | None] | None,
     keeper: Keeper | None = None,
 ) -> Outcome:
-    """Run the loop and leave the best averaged weights in the network.
+    """Run the loop and leave the best averaged weights in the network, whatever ends it.
 
     A keyboard interrupt ends the run as patience does.
 
     Args:
         objective: The loss.
-        rows: Training rows.
+        batches: What gives training rows, and tells its state.
         fixed: Held-out rows with their times and base draws, drawn once.
         schedule: When to stop, and the learning rate on the way.
+        engine: What takes the steps.
         progress: Whether to show a bar.
-        callback: Called at each look at the held-out loss.
+        callback: Called at each look at the held-out loss; it stops the run by returning True.
         keeper: Where to keep the state, and what to resume from.
 
     Raises:
         RuntimeError: If gradients stay non-finite; the best weights so far are in the network.
     """
-    run = _Run(objective, rows, fixed, schedule, callback)
+    run = _Run(objective, batches, fixed, schedule, callback, engine)
     if keeper is not None and keeper.snapshot is not None:
         run.restore(*keeper.snapshot)
-    with tqdm(total=_LOOKS, disable=not progress, desc="fit", unit="%", leave=False) as bar:
+    hidden = not progress or engine.rank > 0
+    with tqdm(
+        total=_LOOKS, initial=run.seen, disable=hidden, desc="fit", unit="%", leave=False
+    ) as bar:
         try:
-            going = run.done < 1
-            while going:
-                before = run.seen
-                going = run.advance()
-                if run.seen > before:
-                    rate = schedule.rate(run.done)
-                    bar.set_postfix_str(run.looks.text(rate), refresh=False)
-                    bar.update(min(_LOOKS, run.seen) - bar.n)
-                if keeper is not None:
-                    due = (
-                        run.seen > before if keeper.every is None else not run.step % keeper.every
-                    )
-                    if due or not going:
-                        run.save(keeper)
+            _go(run, bar, keeper)
         except KeyboardInterrupt:
+            run.ended = "interrupt"
             if run.step not in run.looks.steps[-1:]:
                 run.looks.look(run.step, schedule.rate(run.done), run.seconds())
+        finally:
+            run.looks.keep_best()
+        run.clip.check(run.step)
+        if run.done < 1:
+            _tell(run, bar)
     looks = run.looks
-    looks.keep_best()
-    run.clip.check(run.step)
     return Outcome(
         looks.steps,
         looks.losses,
         looks.held_losses,
         looks.best_step,
         run.done < 1,
+        run.ended,
         run.clip.skipped,
         run.seconds(),
     )
+
+
+def _go(run: _Run, bar: Any, keeper: Keeper | None) -> None:
+    """Take steps to the end, and write the state when it is due."""
+    going = run.done < 1 and run.ended == "schedule"
+    while going:
+        before = run.seen
+        going = run.advance()
+        looked = run.seen > before
+        if looked:
+            rate = run.schedule.rate(run.done)
+            bar.set_postfix_str(run.looks.text(rate, run.clip.skipped), refresh=False)
+            bar.update(min(_LOOKS, run.seen) - bar.n)
+        if keeper is not None:
+            due = looked if keeper.every is None else not run.step % keeper.every
+            if due or not going:
+                run.save(keeper)
+
+
+def _tell(run: _Run, bar: Any) -> None:
+    """Say that a run stopped early, and why, beside the bar and in the log."""
+    text = (
+        f"fit stopped early at step {run.step}, {100 * run.done:.0f}% of its schedule, by "
+        f"{run.ended}: the weights of step {run.looks.best_step} were kept"
+    )
+    _log.info(text)
+    if not bar.disable:
+        bar.write(text)

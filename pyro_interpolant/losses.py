@@ -74,7 +74,7 @@ def _regression(
         n = evaluate(network, t, w_t, context)
     if metric is not None:
         n, target = n @ metric.T, target @ metric.T
-    return (n * (n - 2 * target)).sum(-1)
+    return (n * torch.sub(n, target, alpha=2)).sum(-1)
 
 
 def interpolant_loss(

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .engine import Engine
 
 __all__ = ["SKIPPED_LIMIT", "Average", "Clip", "Looks", "TrainingState", "fill", "numbered"]
 
@@ -61,19 +63,22 @@ class Average:
 class Clip:
     """Clip the gradient at twice its running norm, and tell whether it is finite."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = parameters
+    def __init__(self, parameters: Sequence[Tensor], engine: Engine) -> None:
+        self.parameters, self.engine = parameters, engine
         self.skipped = self.consecutive = self.taken = 0
         self.running = math.inf
 
-    def __call__(self) -> bool:
-        """Clip the present gradient, and return whether it is finite."""
+    def __call__(self, loss: Tensor) -> bool:
+        """Clip the present gradient, and return whether it and the loss are finite."""
         limit = _CLIP * self.running
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit if limit < math.inf else 1e9))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = self.engine.norm(gradients, loss)
         if not math.isfinite(norm):
             self.skipped += 1
             self.consecutive += 1
             return False
+        if norm > limit:
+            torch._foreach_mul_(gradients, limit / norm)
         self.consecutive = 0
         self.taken += 1
         new = min(norm, limit)
@@ -102,9 +107,11 @@ class Looks:
         self,
         average: Average,
         held_loss: Callable[[], Tensor],
-        callback: Callable[[TrainingState], None] | None,
+        callback: Callable[[TrainingState], bool | None] | None,
+        engine: Engine,
     ) -> None:
         self.average, self.held_loss, self.callback = average, held_loss, callback
+        self.engine, self.stopped = engine, False
         self.total: list[Tensor] = []
         self.steps: list[int] = []
         self.losses: list[float] = []
@@ -115,25 +122,29 @@ class Looks:
     def look(self, step: int, rate: float, seconds: float) -> None:
         """Look at the held-out loss of the average, and keep its weights if it is the best."""
         with torch.no_grad(), self.average.applied():
-            held = float(self.held_loss())
+            held = self.engine.agreed(float(self.held_loss()))
+        recent = torch.stack(self.total).mean() if self.total else torch.tensor(math.nan)
         self.steps.append(step)
-        self.losses.append(float(torch.stack(self.total).mean()) if self.total else math.nan)
+        self.losses.append(float(self.engine.mean(recent)))
         self.held_losses.append(held)
         self.total.clear()
         self.since_best += 1
         if held < self.best:
             self.best, self.best_step, self.since_best = held, step, 0
             self.best_values = [v.clone() for v in self.average.values]
-        if self.callback is not None:
-            self.callback(TrainingState(step, self.losses[-1], held, rate, seconds))
+        wanted: Any = False
+        if self.callback is not None and self.engine.rank == 0:
+            wanted = self.callback(TrainingState(step, self.losses[-1], held, rate, seconds))
+        self.stopped = bool(self.engine.agreed(float(wanted is True)))
 
     def keep_best(self) -> None:
         """Leave the best average in the network."""
         _assign(self.average.parameters, self.best_values)
 
-    def text(self, rate: float) -> str:
+    def text(self, rate: float, skipped: int) -> str:
         """Return the last look in a few words."""
-        return f"loss={self.losses[-1]:.4g} held-out={self.held_losses[-1]:.4g} rate={rate:.1e}"
+        text = f"loss={self.losses[-1]:.4g} held-out={self.held_losses[-1]:.4g} rate={rate:.1e}"
+        return f"{text} skipped={skipped}" if skipped else text
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state that is tensors."""

@@ -34,7 +34,12 @@ class Rows(NamedTuple):
 
     def take(self, index: Tensor) -> "Rows":
         """Return the rows of an index, shape ``(B,)``."""
-        return Rows(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
+        taken = (None if part is None else part.index_select(0, index) for part in self)
+        return Rows(*taken)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> "Rows":
+        """Return the rows on a device."""
+        return Rows(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
     def split(self, count: int, *, shuffle: bool) -> tuple["Rows", "Rows"]:
         """Return ``count`` rows, the last or any, and the others."""
@@ -48,7 +53,7 @@ class Rows(NamedTuple):
         if self.weight is not None:
             return self.take(torch.multinomial(self.weight, count, replacement=True))
         copies = max(1, count // len(self.w))
-        return self.take(torch.arange(len(self.w)).repeat(copies)[:count])
+        return self.take(torch.arange(len(self.w), device=self.w.device).repeat(copies)[:count])
 
 
 class Draw(NamedTuple):
@@ -78,6 +83,12 @@ class Objective:
         coupling: Who is paired with whom.
         batch_size: Rows per step, and per coupling.
         noise: The network to train for the latent noise, or None to train the velocity.
+
+    Attributes:
+        rank: The number of this process.
+        world: The number of processes that share a batch: each draws the times, base draws and
+            noise of all, and keeps its own.
+        own: Whether the rows of a batch are this process's own, or those of all.
     """
 
     def __init__(
@@ -93,6 +104,11 @@ class Objective:
         self.of_noise = noise is not None
         self.network: nn.Module = flow.velocity if noise is None else noise
         self.has_latent = flow.interpolant.has_latent()
+        self.rank, self.world, self.own = 0, 1, False
+
+    def share(self, rank: int, world: int, *, own: bool) -> None:
+        """Share each batch with other processes from now on."""
+        self.rank, self.world, self.own = rank, world, own
 
     def with_base(self, base: Any) -> "Objective":
         """Return the same objective with other base draws."""
@@ -109,18 +125,25 @@ class Objective:
         return self.draw(held.repeated(_HELD_DRAWS))
 
     def draw(self, rows: Rows) -> Draw:
-        """Return stratified times, base draws, rows, contexts and noise."""
-        count = len(rows.w)
-        times = min(_TIMES, count)
+        """Return stratified times, base draws, rows, contexts and noise: this process's share."""
+        count, world = len(rows.w), self.world
+        whole = count * world if self.own else count
+        times = world * max(1, min(_TIMES, whole) // world)
         w0 = self._coupled(rows) if rows.partner is None else rows.partner
         t = (torch.arange(times) + torch.rand(times)).to(rows.w) / times
-        z = torch.randn_like(rows.w) if self.has_latent else None
-        keep = count - count % times
-        grouped = [
-            None if s is None else s[:keep].reshape(times, -1, s.shape[-1])
-            for s in (w0, rows.w, rows.context, z)
-        ]
-        return Draw(t[:, None], *grouped)  # type: ignore[arg-type]
+        z = self._normal(count) if self.has_latent else None
+        mine = slice(self.rank * times // world, (self.rank + 1) * times // world)
+        groups = times // world if self.own else times
+        keep = count - count % groups
+
+        def grouped(s: Tensor | None) -> Tensor | None:
+            if s is None:
+                return None
+            s = s[:keep].reshape(groups, -1, s.shape[-1])
+            return s if self.own else s[mine]
+
+        w0, w1, context, z = map(grouped, (w0, rows.w, rows.context, z))  # type: ignore[assignment]
+        return Draw(t[mine, None], w0, w1, context, z)  # type: ignore[arg-type]
 
     def loss(self, draw: Draw, metric: Tensor | None = None) -> Tensor:
         """Return the mean regression loss of a draw, in a metric L, shape ``(D, D)``, if given."""
@@ -139,16 +162,26 @@ class Objective:
     def base_draws(self, count: int) -> Tensor:
         """Return draws of the base in whitened coordinates, shape ``(count, D)``."""
         if self.base is None:
-            loc = self.flow.loc
-            return torch.randn(count, self.flow.dim, dtype=loc.dtype, device=loc.device)
+            return self._normal(count)
         with torch.no_grad():
-            return self._white(self.base.sample((count,)))
+            return self._white(self._mine(self.base.sample((self._drawn(count),))))
+
+    def _normal(self, count: int) -> Tensor:
+        like = self.flow.loc
+        return self._mine(
+            torch.randn(self._drawn(count), self.flow.dim, dtype=like.dtype, device=like.device)
+        )
+
+    def _drawn(self, count: int) -> int:
+        return count * self.world if self.own else count
+
+    def _mine(self, draws: Tensor) -> Tensor:
+        return draws.chunk(self.world)[self.rank] if self.own else draws
 
     def _coupled(self, rows: Rows) -> Tensor:
         """Return base draws coupled with the rows, in batches of the training's size."""
-        return torch.cat(
-            [
-                self.coupling(self.base_draws(len(part.w)), part.w, part.context)
-                for part in map(rows.take, torch.arange(len(rows.w)).split(self.batch_size))
-            ]
-        )
+        count = len(rows.w)
+        if count <= self.batch_size:
+            return self.coupling(self.base_draws(count), rows.w, rows.context)
+        parts = torch.arange(count, device=rows.w.device).split(self.batch_size)
+        return torch.cat([self._coupled(rows.take(part)) for part in parts])

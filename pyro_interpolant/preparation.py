@@ -24,7 +24,9 @@ __all__ = [
     "checked_batch",
     "checked_context",
     "checked_data",
+    "checked_weights",
     "collected",
+    "given_rows",
     "noise_network",
     "own_flow",
     "precondition",
@@ -133,14 +135,12 @@ def collected(
         pairs = checked_rows(pairs, "pairs", (flow.dim,))
         if len(pairs) != count:
             raise ValueError(f"expected one partner per row of data, {count}, got {len(pairs)}")
-    weights = _checked_weights(weights, count)
+    weights = checked_weights(weights, count)
     if isinstance(validation, float):
         return Rows(rows, contexts, pairs, weights), max(1, round(validation * count))
     if pairs is not None:
         raise ValueError("expected a share for validation beside pairs, got rows")
-    own, own_context = validation if isinstance(validation, tuple) else (validation, None)
-    own = checked_data(distribution, flow, own)
-    own_contexts = checked_context(distribution, flow, own_context, len(own))
+    own, own_contexts, *_ = given_rows(distribution, flow, validation)
     if contexts is not None and own_contexts is not None:
         contexts = torch.cat((contexts, own_contexts))
     if weights is not None:
@@ -148,7 +148,15 @@ def collected(
     return Rows(torch.cat((rows, own.to(rows))), contexts, None, weights), len(own)
 
 
-def _checked_weights(weights: Any, count: int) -> Tensor | None:
+def given_rows(distribution: AnyDistribution, flow: Flow, validation: Any) -> Rows:
+    """Return the validation rows a user gave: rows, or rows and contexts."""
+    own, context = validation if isinstance(validation, tuple) else (validation, None)
+    own = checked_data(distribution, flow, own)
+    return Rows(own, checked_context(distribution, flow, context, len(own)))
+
+
+def checked_weights(weights: Any, count: int) -> Tensor | None:
+    """Return the weights of rows, shape ``(N,)``, or None."""
     if weights is None:
         return None
     weights = checked_rows(torch.as_tensor(weights), "weights", ())

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Snapshot", "checksum", "read", "write"]
+__all__ = ["Snapshot", "checksum", "pack", "read", "unpack", "write"]
 
 _KEY = "pyro_interpolant_snapshot"
 
@@ -103,3 +103,39 @@ def _read(path: Path) -> Snapshot:
 
 def _previous(path: Path) -> Path:
     return path.with_name(f"{path.name}.previous")
+
+
+def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """Return nested data as JSON holds it, the tensors in it put under their place's name.
+
+    Raises:
+        TypeError: If there is anything but numbers, text, tensors, lists and dictionaries.
+    """
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        parts = [[k, pack(v, tensors, f"{name}.{i}")] for i, (k, v) in enumerate(value.items())]
+        return {"dict": parts}
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [pack(v, tensors, f"{name}.{i}") for i, v in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"expected a state of numbers, text, tensors, lists and dictionaries, got a "
+        f"{type(value).__name__} in it"
+    )
+
+
+def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the nested data that :func:`pack` packed."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {k: unpack(v, tensors) for k, v in inner}
+    parts = [unpack(v, tensors) for v in inner]
+    return tuple(parts) if kind == "tuple" else parts

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 
 from .caching import Entry, IdentityCache
+from .shapes import Shaped
 
 __all__ = [
     "Constraint",
@@ -136,7 +137,7 @@ def _checked_angles(value: Tensor) -> Tensor:
 
 def _off_the_edge(support: Constraint, value: Tensor) -> Tensor:
     """Tell which elements are off the bounds, where bijections clamp instead of diverging."""
-    if isinstance(support, constraints.independent):
+    if isinstance(support, (constraints.independent, Shaped)):
         return _off_the_edge(support.base_constraint, value)
     if isinstance(support, constraints.stack):
         parts = zip(support.cseq, value.unbind(support.dim), strict=True)
@@ -254,6 +255,8 @@ def describe_constraint(constraint: Constraint) -> Any:
     for name in constraints.__all__:
         if getattr(constraints, name) is constraint:
             return name
+    if isinstance(constraint, Shaped):
+        return ["shaped", describe_constraint(constraint.base_constraint), list(constraint.shape)]
     kind = type(constraint).__name__.lstrip("_")
     if isinstance(constraint, constraints.independent):
         inner = describe_constraint(constraint.base_constraint)
@@ -297,13 +300,14 @@ def build_constraint(description: Any) -> Constraint:
             raise ValueError(f"unknown support {description!r} in the file")
         return getattr(constraints, description)
     kind, first, *rest = description
+    if kind == "shaped":
+        return Shaped(build_constraint(first), rest[0])
     if kind == "independent":
         return constraints.independent(build_constraint(first), rest[0])
     if kind in ("stack", "cat"):
         parts = [build_constraint(c) for c in first]
-        if kind == "stack":
-            return constraints.stack(parts, rest[0])
-        return constraints.cat(parts, rest[0], rest[1])
+        stacked = kind == "stack"
+        return constraints.stack(parts, rest[0]) if stacked else constraints.cat(parts, *rest)
     if kind == "bounded" and first not in _BOUNDED:
         return build_constraint(first)
     if kind != "bounded":

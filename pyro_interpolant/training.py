@@ -1,36 +1,36 @@
 r"""Training: a quadratic regression. No ODE is solved and none is differentiated."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
 from torch.distributions import constraints
 
 from .bases import Samples
 from .couplings import independent
-from .data import checked_rows
+from .data import checked_rows, usual
 from .diagnostics import calibrate
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
-from .flow import Flow
+from .engine import Engine
 from .joint import JointInterpolantDistribution, pack, sites_of
-from .loop import Keeper, Schedule, train
+from .keeping import opened, warn_inexact
+from .loop import Schedule, train
 from .monitors import TrainingState
-from .objective import Coupling, Objective, Rows
+from .objective import Coupling, Objective
 from .preparation import (
     check_partners,
     check_settings,
-    checked_batch,
-    collected,
     noise_network,
     own_flow,
     precondition,
     set_base,
 )
-from .snapshots import checksum, read
+from .scopes import seeded, trainable
+from .shapes import shaped
 from .solvers import FixedGrid
+from .sources import loaded
+from .streams import first_rows, is_stream
 from .supports import Constraint, bijection, is_circular
 from .torus import Geodesic, TorusMLP
 from .transforms import InterpolantTransform, interpolant_transform
@@ -49,8 +49,10 @@ class FitResult(NamedTuple):
         losses: The mean training loss before each look.
         validation_losses: The held-out loss of the averaged weights at each look.
         best_step: The step whose weights were kept.
-        stopped_early: Whether patience ran out before the schedule.
-        skipped: The number of steps skipped because their gradient was not finite.
+        stopped_early: Whether anything ended the run before its schedule did.
+        stopped_by: What ended it: ``"schedule"``, ``"patience"``, ``"callback"`` or
+            ``"interrupt"``.
+        skipped: The number of steps skipped because their loss or gradient was not finite.
         seconds: The duration, without calibration.
         solver: The calibrated solver that was set.
     """
@@ -60,6 +62,7 @@ class FitResult(NamedTuple):
     validation_losses: list[float]
     best_step: int
     stopped_early: bool
+    stopped_by: str
     skipped: int
     seconds: float
     solver: FixedGrid
@@ -86,9 +89,10 @@ def fit(
     tolerance: float = 1e-2,
     seed: int | None = None,
     progress: bool = True,
-    callback: Callable[[TrainingState], None] | None = None,
+    callback: Callable[[TrainingState], bool | None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
+    fabric: Any = None,
 ) -> FitResult:
     r"""Train a flow on data, in place, then calibrate its solver.
 
@@ -100,7 +104,11 @@ def fit(
     Args:
         distribution: The flow to train. Frozen weights are trained too, and are frozen afterwards.
         data: Rows of shape ``(N, *event_shape)``, or, for a
-            :class:`~pyro_interpolant.JointInterpolantDistribution`, a dictionary of draws.
+            :class:`~pyro_interpolant.JointInterpolantDistribution`, a dictionary of draws. Or a
+            ``DataLoader`` or another iterable that gives batches of them each time it is gone
+            through, which may be larger than memory: for a conditional flow
+            ``(rows, contexts)``, and with weights as a last part. The whitening comes from a first
+            pass.
         context: Contexts of shape ``(N, C)`` for a conditional flow.
         pairs: The partner of each row at the base, shape ``(N, D)``, for a coupling you already
             have: in data coordinates (under a support: unconstrained) where a base is given,
@@ -112,10 +120,11 @@ def fit(
         steps: The number of optimiser steps; by default 6,000, or as many as ``max_seconds``
             allows.
         max_seconds: Stop after this time; the schedule adapts to whichever ends first.
-        batch_size: Rows per step; by default 1,024, or all training rows if fewer.
+        batch_size: Rows per step and process; by default 1,024, or all training rows if fewer;
+            of an iterable as many as its first batch has.
         learning_rate: The peak of the schedule.
-        validation: The share of rows held out, or rows of your own, shape
-            ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
+        validation: The share of rows held out, of an iterable from its first batches; or rows of
+            your own, shape ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
         patience: Stop after this many looks at the held-out loss, of 100 in all, without a better
             one.
         ema: The decay of the moving average of the weights.
@@ -129,10 +138,14 @@ def fit(
         seed: Makes the run reproducible: same seed, same weights. The global generator is left as
             it was.
         progress: Whether to show a bar.
-        callback: Called with a :class:`TrainingState` at each look.
+        callback: Called with a :class:`TrainingState` at each look; to stop the run it returns
+            True.
         checkpoint: A file to keep the state of the run in. The same call resumes from it: with
-            ``steps`` and the same number of threads to bitwise the same weights.
+            ``steps`` and the same number of threads to bitwise the same weights; an iterable, or
+            its sampler, must have ``state_dict`` and ``load_state_dict`` for that.
         checkpoint_every: After how many steps it is written; by default at each look.
+        fabric: A launched ``lightning_fabric.Fabric``: its device, precision and processes. A
+            table of rows is shared out; an iterable gives each process its own batches.
 
     Returns:
         Both loss curves and what happened.
@@ -145,61 +158,47 @@ def fit(
     References:
         arXiv 2209.15571, Algorithm 1.
     """
-    flow = own_flow(distribution)
+    flow, engine = own_flow(distribution), Engine(fabric)
     flow.interpolant.check_ends(flow.dim)
     check_settings(steps, max_seconds, learning_rate, validation, patience, ema, tolerance)
-    raw, held_count = collected(
-        distribution, flow, data, context=context, pairs=pairs, weights=weights,
-        validation=validation,
-    )  # fmt: skip
-    size = checked_batch(batch_size, len(raw.w) - held_count)
-    set_base(distribution, flow, base_samples, raw.w)
-    check_partners(distribution, raw.partner)
-    with seeded(seed, flow.loc.device):
-        settings = [steps, max_seconds, size, learning_rate, patience, ema, learn, seed]
-        keeper = _keeper(checkpoint, checkpoint_every, raw, flow, settings)
-        held, kept = raw.split(held_count, shuffle=isinstance(validation, float))
+    given = {"context": context, "pairs": pairs, "weights": weights}
+    engine.place(distribution)
+    source = loaded(distribution, flow, data, given, validation, batch_size, engine)
+    with seeded(engine.seed(seed), flow.loc.device):
+        settings = [steps, max_seconds, batch_size, learning_rate, patience, ema, learn, seed]
+        shapes = [list(p.shape) for p in flow.velocity.parameters()]
+        identity = {"data": source.checksum, "shapes": shapes, "settings": settings}
+        keeper = opened(checkpoint, checkpoint_every, identity)
+        if keeper is not None and not source.exact:
+            warn_inexact()
+        held, kept, size, batches = source.split(whiten and learn == "velocity")
+        set_base(distribution, flow, base_samples, kept.w)
+        check_partners(distribution, kept.partner)
         noise = noise_network(flow) if learn == "noise" else None
         if learn == "velocity":
             flow.independent = coupling is independent and pairs is None
             if whiten:
                 precondition(flow, distribution, kept)
+                for buffer in flow.buffers():
+                    buffer.copy_(engine.agreed(buffer))
         shown, unseen = _split_base(distribution.base, validation)
         objective = Objective(flow, shown, coupling, size, noise)
+        held = held.take(usual(objective.prepared(held).w).nonzero().flatten())
         fixed = objective.with_base(unseen).fixed_draw(objective.prepared(held))
+        objective.share(engine.rank, engine.world, own=source.checksum is None)
         schedule = Schedule(steps, max_seconds, learning_rate, patience, ema)
         with trainable(objective.network):
             outcome = train(
-                objective, objective.prepared(kept), fixed, schedule,
+                objective, batches(objective.prepared), fixed, schedule, engine,
                 progress=progress, callback=callback, keeper=keeper,
             )  # fmt: skip
     distribution.clear_cache()
     solver: Any = flow.solver
     if learn == "velocity" and not isinstance(distribution.base, Samples):
-        few = held.take(torch.arange(min(_CALIBRATION_ROWS, held_count)))
+        few = held.take(torch.arange(min(_CALIBRATION_ROWS, len(held.w)), device=held.w.device))
         bare, rows = _bare(distribution), few.w.to(flow.loc)
         solver = calibrate(bare, rows, context=few.context, tolerance=tolerance)
     return FitResult(*outcome, solver)
-
-
-def _keeper(
-    path: Any, every: int | None, raw: Rows, flow: Flow, settings: list[Any]
-) -> Keeper | None:
-    """Return where a run is kept, the generator being where the run began."""
-    if path is None:
-        return None
-    initial, snapshot = torch.get_rng_state(), read(path)
-    shapes = [list(p.shape) for p in flow.velocity.parameters()]
-    identity = {"data": checksum(raw), "shapes": shapes, "settings": settings}
-    if snapshot is not None:
-        if snapshot.numbers["identity"] != identity:
-            raise ValueError(
-                f"expected {path} to be of this run, got the state of one with other data, "
-                "another network or other settings: delete it, or pass another file"
-            )
-        initial = snapshot.tensors["initial"]
-        torch.set_rng_state(initial)
-    return Keeper(path, every, identity, initial, snapshot)
 
 
 def _split_base(base: Any, validation: Any) -> tuple[Any, Any]:
@@ -216,6 +215,7 @@ def from_samples(
     x: Any,
     *,
     support: Constraint | Mapping[str, Constraint] = constraints.real_vector,
+    event_shape: Sequence[int] | None = None,
     seed: int | None = None,
     **fit_options: Any,
 ) -> InterpolantDistribution:
@@ -224,9 +224,10 @@ def from_samples(
     Args:
         x: Rows of shape ``(N, *event_shape)``; or named draws, a dictionary of tensors of shape
             ``(N, *site_shape)`` such as ``mcmc.get_samples()``: the result is then a
-            :class:`~pyro_interpolant.JointInterpolantDistribution`.
+            :class:`~pyro_interpolant.JointInterpolantDistribution`; or an iterable of batches.
         support: Where the samples live; for named draws, a dictionary that names the supports of
             the sites that are not real.
+        event_shape: The shape of a row, where it has more than one dimension.
         seed: As in :func:`fit`; also of the initial weights.
         **fit_options: Passed to :func:`fit`.
 
@@ -244,18 +245,25 @@ def from_samples(
         >>> bool((prior.sample((5,)) > 0).all())
         True
     """
+    few = x
+    if is_stream(x):
+        with seeded(seed, torch.device("cpu")):
+            few = first_rows(x)
     if isinstance(x, Mapping):
+        if event_shape is not None:
+            raise TypeError("expected no event_shape beside named draws, which have their own")
         sites = sites_of(x, {} if support is constraints.real_vector else support)
         rows = pack(sites, x)
         dim = rows.shape[-1]
     elif isinstance(support, Mapping):
         raise TypeError("expected one support for one tensor of samples, got a dictionary")
     elif is_circular(support):
-        rows = checked_rows(x, "x")
+        rows = checked_rows(few, "x")
         dim = rows.shape[-1]
     else:
+        support = shaped(support, event_shape)
         event_dim = max(1, bijection(support).codomain.event_dim)
-        rows = checked_rows(x, "x", (None,) * event_dim)
+        rows = checked_rows(few, "x", event_shape or (None,) * event_dim)
         dim = bijection(support).inverse_shape(rows.shape[1:])[-1]
     with seeded(seed, rows.device):
         if not isinstance(support, Mapping) and is_circular(support):
@@ -267,33 +275,8 @@ def from_samples(
         distribution = JointInterpolantDistribution(transform, sites=sites)
     else:
         distribution = InterpolantDistribution(transform, support=support)  # type: ignore[arg-type]
-    fit(distribution, rows, seed=seed, **fit_options)
+    fit(distribution, rows if few is x else x, seed=seed, **fit_options)
     return distribution.freeze()
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw from a generator seeded apart, and leave the global one as it was."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextlib.contextmanager
-def trainable(network: nn.Module) -> Iterator[None]:
-    """Let a network be trained, then restore who was frozen."""
-    flags, mode = [p.requires_grad for p in network.parameters()], network.training
-    network.requires_grad_(requires_grad=True).train()
-    try:
-        yield
-    finally:
-        network.train(mode)
-        for p, flag in zip(network.parameters(), flags, strict=True):
-            p.requires_grad = flag
-            p.grad = None
 
 
 def _bare(distribution: AnyDistribution) -> AnyDistribution:

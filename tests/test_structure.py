@@ -24,11 +24,15 @@ FLOORS = {
     "checkpointing": 0,
     "couplings": 0,
     "quadrature": 0,
+    "engine": 0,
+    "scopes": 0,
+    "shapes": 0,
     "snapshots": 0,
     "divergence": 0,
     "interpolants": 0,
     "data": 0,
     "conversions": 1,
+    "keeping": 1,
     "latents": 1,
     "learned": 1,
     "networks": 1,
@@ -53,12 +57,15 @@ FLOORS = {
     "likelihoods": 7,
     "loop": 7,
     "preparation": 7,
-    "training": 8,
-    "transport": 9,
-    "__init__": 10,
+    "streams": 8,
+    "batches": 9,
+    "sources": 10,
+    "training": 11,
+    "transport": 12,
+    "__init__": 13,
 }
 PYRO = {"bases", "transforms", "distributions", "supports", "torus", "joint", "reparam", "io"}
-FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn")
+FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn", "lightning_fabric", "lightning")
 FILE_LINES, BODY_LINES = 320, 45
 
 

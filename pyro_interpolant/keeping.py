@@ -1,0 +1,62 @@
+r"""Where a run keeps its state, and whether what is there is of this run."""
+
+import os
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .snapshots import Snapshot, read
+
+__all__ = ["Keeper", "opened", "warn_inexact"]
+
+
+class Keeper(NamedTuple):
+    """Where a run keeps its state.
+
+    Attributes:
+        path: The file.
+        every: After how many steps, or None: at each look.
+        identity: What tells this run from another.
+        initial: The state of the generator before anything was drawn, shape ``(S,)``.
+        snapshot: What to resume from, or None.
+    """
+
+    path: str | os.PathLike[str]
+    every: int | None
+    identity: dict[str, Any]
+    initial: Tensor
+    snapshot: Snapshot | None
+
+
+def opened(
+    path: str | os.PathLike[str] | None, every: int | None, identity: dict[str, Any]
+) -> Keeper | None:
+    """Return where a run is kept, the generator being where the run began; None for nowhere.
+
+    Raises:
+        ValueError: If the file is of another run.
+    """
+    if path is None:
+        return None
+    initial, snapshot = torch.get_rng_state(), read(path)
+    if snapshot is not None:
+        if snapshot.numbers["identity"] != identity:
+            raise ValueError(
+                f"expected {path} to be of this run, got the state of one with other data, "
+                "another network or other settings: delete it, or pass another file"
+            )
+        initial = snapshot.tensors["initial"]
+        torch.set_rng_state(initial)
+    return Keeper(path, every, identity, initial, snapshot)
+
+
+def warn_inexact() -> None:
+    """Warn that batches of a stream cannot be gone on with from the very place."""
+    warnings.warn(
+        "the iterable and its sampler have no state_dict and load_state_dict, or are several "
+        "processes' own: a resumed run reads forward to where it was, and ends in the same "
+        "weights to the bit only if the batches come again in the same order",
+        stacklevel=3,
+    )

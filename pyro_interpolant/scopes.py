@@ -1,0 +1,34 @@
+r"""Scopes: a generator seeded apart, and a network that may be trained."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+__all__ = ["seeded", "trainable"]
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw from a generator seeded apart, and leave the global one as it was."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def trainable(network: nn.Module) -> Iterator[None]:
+    """Let a network be trained, then restore who was frozen."""
+    flags, mode = [p.requires_grad for p in network.parameters()], network.training
+    network.requires_grad_(requires_grad=True).train()
+    try:
+        yield
+    finally:
+        network.train(mode)
+        for p, flag in zip(network.parameters(), flags, strict=True):
+            p.requires_grad = flag
+            p.grad = None

@@ -1,0 +1,119 @@
+"""Events of more than one dimension: a reshape at the edge."""
+
+import pyro
+import pytest
+import torch
+from cases import random_flow
+from pyro.distributions import constraints
+from torch.distributions import biject_to
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+    base_space,
+    conditional_interpolant_transform,
+    fit,
+    from_samples,
+    load,
+    save,
+)
+
+SUPPORTS = {
+    "real": constraints.real_vector,
+    "positive": constraints.positive,
+    "interval": constraints.interval(-1.0, 2.0),
+    "real matrices": constraints.independent(constraints.real, 2),
+}
+
+
+def flow(dim=6):
+    return random_flow(dim).requires_grad_(requires_grad=False)
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_a_shaped_flow_is_the_flat_one_reshaped(name, tmp_path):
+    transform, support = flow(), SUPPORTS[name]
+    shaped = InterpolantDistribution(transform, support=support, event_shape=(2, 3))
+    plain = constraints.real_vector if name == "real matrices" else support
+    flat = InterpolantDistribution(transform, support=plain)
+    x = shaped.sample((5,)).clone()  # another tensor: no cached solve
+    assert x.shape == (5, 2, 3)
+    assert shaped.event_shape == (2, 3)
+    assert shaped.support.event_dim == 2
+    assert shaped.support.check(x).shape == (5,)
+    assert shaped.support.check(x).all()
+    torch.testing.assert_close(shaped.log_prob(x), flat.log_prob(x.reshape(5, 6)))
+    torch.testing.assert_close(shaped.score(x), flat.score(x.reshape(5, 6)).reshape(5, 2, 3))
+    assert shaped.at(0.5).event_shape == (2, 3)
+    assert biject_to(shaped.support).inv(x).shape == (5, 6)
+    save(shaped, tmp_path / "flow")
+    again = load(tmp_path / "flow")
+    assert again.event_shape == (2, 3)
+    assert torch.equal(again.log_prob(x), shaped.log_prob(x))
+
+
+def test_a_simplex_of_cells():
+    x = InterpolantDistribution(flow(3), support=constraints.simplex, event_shape=(2, 2)).sample(
+        (4,)
+    )
+    torch.testing.assert_close(x.sum((-1, -2)), torch.ones(4))
+
+
+def test_outside_of_the_support_is_told():
+    shaped = InterpolantDistribution(flow(), support=constraints.positive, event_shape=(2, 3))
+    x = torch.ones(4, 2, 3)
+    x[2, 1, 1] = -1.0
+    assert shaped.support.check(x).tolist() == [True, True, False, True]
+    for bad in (x, x.clamp(min=0.0)):
+        with pytest.raises(ValueError, match="1 of 4 rows outside it or on its edge.*row 2"):
+            fit(shaped, bad, progress=False)
+
+
+def test_in_models():
+    shaped = InterpolantDistribution(flow(), event_shape=(2, 3))
+
+    def model():
+        with pyro.plate("objects", 4):
+            return pyro.sample("z", shaped)
+
+    assert model().shape == (4, 2, 3)
+    trace = pyro.poutine.trace(base_space(model)).get_trace()
+    assert trace.nodes["z"]["value"].shape == (4, 2, 3)
+    assert trace.nodes["z_base"]["value"].shape == (4, 6)
+
+
+def test_fit_and_from_samples_take_rows_of_any_shape():
+    x = torch.randn(200, 2, 3).exp()
+    options = {"steps": 5, "progress": False, "seed": 0, "event_shape": (2, 3)}
+    learned = from_samples(x, support=constraints.positive, **options)
+    assert learned.sample((7,)).shape == (7, 2, 3)
+    flat = from_samples(
+        x.reshape(200, 6), support=constraints.positive, **{**options, "event_shape": None}
+    )
+    torch.testing.assert_close(learned.log_prob(x), flat.log_prob(x.reshape(200, 6)))
+    from_samples(list(x.split(50)), support=constraints.positive, **options)
+    conditional = ConditionalInterpolantDistribution(
+        conditional_interpolant_transform(6, 1, (8,)), event_shape=(2, 3)
+    )
+    fit(conditional, x, context=torch.rand(200, 1), steps=5, progress=False)
+    assert conditional.condition(torch.rand(9, 1)).sample().shape == (9, 2, 3)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 0), (2, 1.5), (-2, -3)])
+def test_wrong_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match="event_shape to be one or more positive sizes"):
+        InterpolantDistribution(flow(), event_shape=shape)
+
+
+def test_shapes_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="support of 6 unconstrained dimensions"):
+        InterpolantDistribution(flow(), event_shape=(2, 2))
+    with pytest.raises(ValueError, match=r"shape \(N, 2, 3\), got \(9, 3, 2\)"):
+        from_samples(torch.randn(9, 3, 2), event_shape=(2, 3))
+
+
+def test_supports_with_a_shape_of_their_own_need_no_other():
+    with pytest.raises(ValueError, match="whose events have a shape of their own"):
+        InterpolantDistribution(flow(3), support=constraints.corr_cholesky, event_shape=(3, 3))
+    with pytest.raises(TypeError, match="no event_shape beside named draws"):
+        from_samples({"a": torch.randn(50, 2)}, event_shape=(2,))
