@@ -190,7 +190,7 @@ def wanted(args):
     out = {}
     for dim in args.dims:
         for seed in range(args.seeds):
-            for method in METHODS:
+            for method in args.methods:
                 out[f"gaussian {dim} {seed} {method}"] = (gaussian, (method, dim, seed))
     out["mixtures"] = (mixtures, ())
     if args.data:
@@ -232,6 +232,7 @@ def main():
     add("--out", type=Path, default=Path(__file__).parent / "results" / "transport.jsonl")
     add("--dims", type=int, nargs="+", default=[2, 8])
     add("--seeds", type=int, default=5)
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--modes", type=int, default=5, help="of the scalar interpolant")
     add("--steps", type=int, default=2000)
     add("--alternations", type=int, default=500)
