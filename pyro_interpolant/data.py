@@ -151,9 +151,9 @@ def _warn_if_unresolved(direction: Tensor, rounding: Tensor, spread: float) -> N
         worst = sorted(direction.abs().topk(min(2, len(direction))).indices.tolist())
         warnings.warn(
             f"a combination of columns (columns {worst} take part) varies by {spread:.1e} of "
-            f"their spread, and rounding is {noise:.1e}: a flow learns the rounding. Give rows and "
-            "flow in float64, centre columns far from zero, drop one, or add noise of the size of "
-            "the measurement's error",
+            f"their spread, and rounding is {noise:.1e}: a flow learns the rounding. Give rows "
+            "and flow in float64, centre columns far from zero, drop one, or add noise of the size "
+            "of the measurement's error",
             stacklevel=4,
         )
 
