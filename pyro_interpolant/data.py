@@ -152,24 +152,26 @@ def _warn_if_unresolved(direction: Tensor, rounding: Tensor, spread: float) -> N
         warnings.warn(
             f"a combination of columns (columns {worst} take part) varies by {spread:.1e} of "
             f"their spread, and rounding is {noise:.1e}: a flow learns the rounding. Give rows "
-            "and flow in float64, centre columns far from zero, drop one, or add noise of the size "
-            "of the measurement's error",
+            "and flow in float64, centre columns far from zero, drop one, or add noise of the "
+            "size of the measurement's error",
             stacklevel=4,
         )
 
 
 def usual(w: Tensor) -> Tensor:
-    """Tell which whitened rows are no outliers, those both far and rare, shape ``(N,)``.
+    """Return the places of whitened rows but for outliers, those both far and rare, ``(N,)``.
 
     Far is 20 times the median distance from the centre, rare the farthest 0.5%. One such row would
-    decide alone which weights have the best held-out loss.
+    decide alone which weights have the best held-out loss. Other rows come twice in their stead.
 
     Args:
         w: Whitened rows, shape ``(N, D)``.
     """
     distance = w.double().norm(dim=-1)
     few = distance[: 2**20]
-    return distance <= torch.maximum(_CLIP * few.median(), few.quantile(1 - _RARE))
+    good = distance <= torch.maximum(_CLIP * few.median(), few.quantile(1 - _RARE))
+    places = good.nonzero().flatten()
+    return places[torch.arange(len(w), device=w.device) % len(places)]
 
 
 class Batches:

@@ -30,23 +30,22 @@ def modes(count):
     return x + 12.0 * (torch.rand(count, 1) < 0.3)
 
 
-@pytest.mark.parametrize("wild", [1e3, 1e12])
-def test_a_wild_row_does_not_change_the_fit_of_the_rest(wild):
+def test_a_wild_row_does_not_change_the_fit_of_the_rest():
     """One in training, one held out, which must not choose the weights alone."""
-    x, held, test = modes(50_000), modes(2000), modes(500)
+    x, held, test = modes(20_000), modes(500), modes(500)
     found = []
-    for value in (None, wild):
-        if value is not None:
-            x[11], held[5] = value, -value
-        distribution = made()
+    for wild in (None, 1e3, 1e12):
+        if wild is not None:
+            x[11], held[5] = wild, -wild
+        distribution = made(2, (16, 16))
         options = {**QUICK, "learning_rate": 2e-3, "tolerance": 0.1}
-        result = fit(distribution, x, steps=300, validation=held, **options)
+        result = fit(distribution, x, steps=150, validation=held, **options)
         assert math.isfinite(result.validation_losses[-1])
-        assert result.best_step > 150
+        assert result.best_step > 75
         with torch.no_grad():
             found.append(distribution.log_prob(test))
-    gap = found[0] - found[1]
-    assert abs(float(gap.mean())) < 0.05
+    for other in found[1:]:
+        assert abs(float((found[0] - other).mean())) < 0.05
 
 
 def test_heavy_tails_are_learned_where_the_data_are():
