@@ -2,9 +2,10 @@
 
 python benchmarks/kill_resume.py --kills 20 --seed 0
 
-Each of the runs is killed once, at a moment drawn from the whole duration of an uninterrupted one,
-resumed by the same call, and its weights, buffers and solver are compared with those of the
-uninterrupted one. One JSON line a run.
+Each run is killed once, some random time after a random step, and resumed by the same call; its
+weights, buffers and solver are compared with those of an uninterrupted one. The state is written
+at every third step, so kills fall into writing too. Every run is a process of its own, forked
+from one that has imported everything and trained nothing. One JSON line a run.
 """
 
 import argparse
@@ -12,75 +13,90 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-RUN = """
-import sys, torch
+import torch
+
 import pyro_interpolant as pi
-torch.set_num_threads(1)
-torch.manual_seed(0)
-x = torch.randn(2000, 2)
-x[:, 1] += x[:, 0] ** 2
-flow = pi.InterpolantDistribution(pi.interpolant_transform(2, (32, 32)))
-print("ready", flush=True)
-keep = {"checkpoint": sys.argv[1], "checkpoint_every": 5} if sys.argv[2] == "keep" else {}
-pi.fit(flow, x, steps=int(sys.argv[3]), batch_size=256, seed=3, progress=False, **keep)
-pi.save(flow, sys.argv[1] + ".done")
-"""
 
 
-def started(script, path, how, steps):
-    command = [sys.executable, str(script), str(path), how, str(steps)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()  # imports are not what is killed
-    return process
+def train(path, tell, steps, *, keep):
+    """Train and save; the bytes of the saved flow are what is compared."""
+    torch.manual_seed(0)
+    x = torch.randn(2000, 2)
+    x[:, 1] += x[:, 0] ** 2
+    flow = pi.InterpolantDistribution(pi.interpolant_transform(2, (32, 32)))
+    options = {"steps": steps, "batch_size": 256, "seed": 3, "tolerance": 0.1}
+    if keep:
+        options.update(checkpoint=path, checkpoint_every=3)
+    pi.fit(flow, x, progress=False, callback=tell, **options)
+    pi.save(flow, path.with_name(path.name + ".done"))
 
 
-def finished(script, path, how, steps):
-    """Run to the end, and return the bytes of the result and the seconds it took."""
-    process, start = started(script, path, how, steps), time.monotonic()
-    if process.wait() != 0:
-        raise SystemExit(f"the run ended with {process.returncode}")
-    return path.with_name(path.name + ".done").read_bytes(), time.monotonic() - start
+def started(path, steps, *, keep=True):
+    """Start a run in a process of its own; return its number and where it tells its steps."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write)
+        return child, os.fdopen(read)
+    code = 1
+    try:  # the child; it never returns
+        os.close(read)
+        with os.fdopen(write, "w", buffering=1) as told:
+            train(path, lambda state: print(state.step, file=told), steps, keep=keep)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def finished(path, steps, *, keep=True):
+    """Run to the end, and return the first step it told of and the bytes of the result."""
+    child, told = started(path, steps, keep=keep)
+    with told:
+        lines = told.read().split()
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("a run failed")
+    return int(lines[0]), path.with_name(path.name + ".done").read_bytes()
+
+
+def killed(path, steps, draw):
+    """Start a run and kill it; return the step and the delay after it."""
+    step, seen, pace, before = draw.randint(1, steps - 2), 0, 0.0, time.monotonic()
+    child, told = started(path, steps)
+    with told:
+        for line in told:
+            now = time.monotonic()
+            seen, before, pace = int(line), now, now - before
+            if seen >= step:
+                break
+        delay = draw.random() * min(2 * pace, 0.5)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return seen, delay
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     draw, same = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "run.py"
-        script.write_text(RUN)
-        whole, _ = finished(script, Path(folder) / "whole", "not", args.steps)
-        # How long a run takes that keeps its state: kills fall anywhere in it.
-        _, seconds = finished(script, Path(folder) / "timed", "keep", args.steps)
+        _, whole = finished(Path(folder) / "whole", args.steps, keep=False)
         for number in range(args.kills):
-            path, alive, tries = Path(folder), False, 0
-            while not alive:  # a run that was through before its moment is no run that was killed
-                tries += 1
-                path = Path(folder) / f"run{number}.{tries}"
-                process, moment = (
-                    started(script, path, "keep", args.steps),
-                    draw.random() * seconds,
-                )
-                time.sleep(moment)
-                alive = process.poll() is None
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-            kept = path.exists() or path.with_name(path.name + ".previous").exists()
-            result, _ = finished(script, path, "keep", args.steps)
+            path = Path(folder) / f"run{number}"
+            step, delay = killed(path, args.steps, draw)
+            again, result = finished(path, args.steps)
             same += result == whole
             line = {
-                "kill": number, "after": round(moment, 3), "of": round(seconds, 3),
-                "kept": kept, "identical": result == whole,
+                "kill": number, "after step": step, "and ms": round(1000 * delay, 1),
+                "resumed at step": again, "identical": result == whole,
             }  # fmt: skip
             print(json.dumps(line), flush=True)
     print(f"{same} of {args.kills} results identical")

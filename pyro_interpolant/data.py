@@ -21,6 +21,7 @@ _DEPENDENT = 1e-12  # a correlation eigenvalue below this means linearly depende
 _LOOKED_AT = 20_000  # rows, for repeated values
 _REPEATED = 0.1  # the share of repeated values in a column from which a user is warned
 _RARE = 0.005  # the share of values on either side that may be outliers
+_RESOLVED = 0.1  # of the smallest spread, beyond which rounding is warned of
 _CLIP = 20.0  # robust standard deviations beyond which a value does not stretch the whitening
 
 
@@ -95,6 +96,9 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
         x: Finite rows, shape ``(N, D)``.
         weights: Non-negative weights, shape ``(N,)``, or None.
 
+    Warns:
+        UserWarning: If the columns are dependent but for little more than rounding.
+
     Raises:
         ValueError: If there are fewer rows than columns, a constant column, or linearly dependent
             columns.
@@ -105,7 +109,7 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
             f"expected more rows than dimensions, got {count} rows of {dim}: get more data, or "
             "drop columns"
         )
-    x = x.double()
+    eps, x = torch.finfo(x.dtype).eps, x.double()
     constant = (x == x[0]).all(dim=0)
     if bool(constant.any()):
         columns = constant.nonzero().flatten().tolist()
@@ -135,22 +139,40 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
             "take part): drop one, or add noise of the size of the measurement's error"
         )
     roots = eigenvalues.sqrt()
+    rounding = eps * (loc.abs() + scale) / scale
+    _warn_if_unresolved(vectors[:, 0], rounding, float(roots[0]))
     linear = scale[:, None] * ((vectors * roots) @ vectors.T)
     return Moments(loc, linear, (vectors / roots) @ vectors.T / scale)
 
 
+def _warn_if_unresolved(direction: Tensor, rounding: Tensor, spread: float) -> None:
+    """Warn where data hardly vary by more than their rounding along a direction, ``(D,)``."""
+    noise = float((direction * rounding).norm())
+    if noise > _RESOLVED * spread:
+        worst = sorted(direction.abs().topk(min(2, len(direction))).indices.tolist())
+        warnings.warn(
+            f"a combination of columns (columns {worst} take part) varies by {spread:.1e} of "
+            f"their spread, and rounding is {noise:.1e}: a flow learns the rounding. Give rows "
+            "and flow in float64, centre columns far from zero, drop one, or add noise of the "
+            "size of the measurement's error",
+            stacklevel=4,
+        )
+
+
 def usual(w: Tensor) -> Tensor:
-    """Tell which whitened rows are no outliers, those both far and rare, shape ``(N,)``.
+    """Return the places of whitened rows but for outliers, those both far and rare, ``(N,)``.
 
     Far is 20 times the median distance from the centre, rare the farthest 0.5%. One such row would
-    decide alone which weights have the best held-out loss.
+    decide alone which weights have the best held-out loss. Other rows come twice in their stead.
 
     Args:
         w: Whitened rows, shape ``(N, D)``.
     """
     distance = w.double().norm(dim=-1)
     few = distance[: 2**20]
-    return distance <= torch.maximum(_CLIP * few.median(), few.quantile(1 - _RARE))
+    good = distance <= torch.maximum(_CLIP * few.median(), few.quantile(1 - _RARE))
+    places = good.nonzero().flatten()
+    return places[torch.arange(len(w), device=w.device) % len(places)]
 
 
 class Batches:

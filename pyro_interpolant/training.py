@@ -183,7 +183,7 @@ def fit(
                     buffer.copy_(engine.agreed(buffer))
         shown, unseen = _split_base(distribution.base, validation)
         objective = Objective(flow, shown, coupling, size, noise)
-        held = held.take(usual(objective.prepared(held).w).nonzero().flatten())
+        held = held.take(usual(objective.prepared(held).w))
         fixed = objective.with_base(unseen).fixed_draw(objective.prepared(held))
         objective.share(engine.rank, engine.world, own=source.checksum is None)
         schedule = Schedule(steps, max_seconds, learning_rate, patience, ema)

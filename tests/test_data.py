@@ -9,6 +9,7 @@ from pyro_interpolant.data import (
     checked_rows,
     dequantize,
     moments,
+    usual,
     warn_if_rounded,
 )
 
@@ -226,3 +227,22 @@ def test_steps_of_ones_own():
     assert (y[:, 0] != x[:, 0]).all()
     with pytest.raises(ValueError, match="steps of at least 0, got -1"):
         dequantize(x, -1.0)
+
+
+def test_columns_that_are_dependent_but_for_rounding_are_told():
+    x = torch.randn(2000, 2)
+    x[:, 1] = x[:, 0] + 1e-5 * x[:, 1] + 30.0
+    moments(x)  # in double precision there is no lack of digits
+    with pytest.warns(UserWarning, match=r"columns \[0, 1\] take part.*in float64, centre"):
+        moments(x.float())
+
+
+def test_outliers_are_few_and_far():
+    w = torch.randn(1000, 3)
+    assert usual(w).tolist() == list(range(1000))
+    w[17] = 1e9
+    assert usual(w).tolist() == [i for i in range(1000) if i != 17] + [0]
+    w[:100] += 1e4  # a mode: far, and not rare
+    w[17] = 1e9
+    assert 17 not in usual(w)
+    assert len(usual(w).unique()) >= 995

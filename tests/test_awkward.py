@@ -1,0 +1,190 @@
+"""Awkward data: outliers, heavy tails, far modes, units, columns that hardly differ."""
+
+import logging
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_interpolant import (
+    InterpolantDistribution,
+    InterpolantTransform,
+    fit,
+    from_samples,
+    interpolant_transform,
+)
+
+QUICK = {"progress": False, "seed": 0, "batch_size": 256, "learning_rate": 5e-3}
+
+
+def made(dim=2, widths=(32, 32)):
+    torch.manual_seed(7)
+    return InterpolantDistribution(interpolant_transform(dim, widths))
+
+
+def modes(count):
+    """Two curved modes, far from one another."""
+    x = torch.randn(count, 2)
+    x = torch.stack((x[:, 0], x[:, 0] ** 2 + 0.5 * x[:, 1]), -1)
+    return x + 12.0 * (torch.rand(count, 1) < 0.3)
+
+
+def test_a_wild_row_does_not_change_the_fit_of_the_rest():
+    """One in training, one held out, which must not choose the weights alone."""
+    x, held, test = modes(20_000), modes(500), modes(500)
+    found = []
+    for wild in (None, 1e3, 1e12):
+        if wild is not None:
+            x[11], held[5] = wild, -wild
+        distribution = made(2, (16, 16))
+        options = {**QUICK, "learning_rate": 2e-3, "tolerance": 0.1}
+        result = fit(distribution, x, steps=150, validation=held, **options)
+        assert math.isfinite(result.validation_losses[-1])
+        assert result.best_step > 75
+        with torch.no_grad():
+            found.append(distribution.log_prob(test))
+    for other in found[1:]:
+        assert abs(float((found[0] - other).mean())) < 0.05
+
+
+def test_heavy_tails_are_learned_where_the_data_are():
+    truth = dist.StudentT(2.0, torch.zeros(1), torch.ones(1)).to_event(1)
+    distribution = made(1)
+    fit(distribution, truth.sample((20_000,)), steps=400, **QUICK)
+    x = truth.sample((2000,))
+    x = x[x.abs()[:, 0] < 15]
+    with torch.no_grad():
+        gap = truth.log_prob(x) - distribution.log_prob(x)
+    assert float(gap.mean()) < 0.1
+
+
+def test_modes_far_apart_keep_their_shares():
+    distribution = made()
+    fit(distribution, modes(10_000), steps=400, **QUICK)
+    share = float((distribution.sample((4000,))[:, 0] > 6).double().mean())
+    assert share == pytest.approx(0.3, abs=0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_units_do_not_matter(dtype):
+    units = torch.tensor([1e-12, 1.0, 1e12], dtype=torch.float64)
+    x = torch.randn(2000, 3, dtype=torch.float64)
+    x[:, 2] += x[:, 0] ** 2
+    plain, scaled = made(3, (16, 16)).to(dtype), made(3, (16, 16)).to(dtype)
+    fit(plain, x.to(dtype), steps=30, **QUICK)
+    fit(scaled, (x * units).to(dtype), steps=30, **QUICK)
+    plain.freeze(), scaled.freeze()
+    near = {"rtol": 0, "atol": 2e-2 if dtype == torch.float32 else 1e-6}
+    torch.testing.assert_close(
+        plain.log_prob(x[:50].to(dtype)) - units.log().sum().to(dtype),
+        scaled.log_prob((x[:50] * units).to(dtype)),
+        **near,
+    )
+    spread = scaled.sample((500,)).double().std(0) / units
+    torch.testing.assert_close(spread, x.std(0), rtol=0.3, atol=0)
+
+
+def test_columns_that_hardly_differ_are_learned_or_told():
+    x = torch.randn(3000, 2)
+    x[:, 1] = x[:, 0] + 1e-5 * x[:, 1]
+    learned = made(2, (16, 16))
+    fit(learned, x, steps=20, **QUICK)
+    difference = learned.sample((2000,)).diff(dim=-1)
+    assert float(difference.std()) == pytest.approx(1e-5, rel=0.2)
+    with pytest.warns(UserWarning, match="varies by .* in float64"):
+        fit(made(2, (8,)).to(torch.float32), 5 + x.float(), steps=5, **QUICK)
+    x[:, 1] = x[:, 0]
+    with pytest.raises(ValueError, match="dependent ones.*drop one, or add noise"):
+        from_samples(x, steps=5)
+
+
+# ---- stopping, and saying so --------------------------------------------------------------------
+
+
+def test_a_callback_stops_the_run_by_returning_true(caplog):
+    distribution = made()
+    with caplog.at_level(logging.INFO, "pyro_interpolant"):
+        result = fit(distribution, modes(500), steps=100, callback=lambda s: s.step >= 20, **QUICK)
+    assert result.steps[-1] == 20
+    assert result.stopped_early
+    assert result.stopped_by == "callback"
+    assert "fit stopped early at step 20, 20% of its schedule, by callback" in caplog.text
+    assert f"step {result.best_step} were kept" in caplog.text
+
+
+def test_what_a_callback_returns_beside_true_does_not_stop_it(caplog):
+    with caplog.at_level(logging.INFO, "pyro_interpolant"):
+        result = fit(made(), modes(500), steps=20, callback=lambda s: s.step, **QUICK)
+    assert result.steps[-1] == 20
+    assert result.stopped_by == "schedule"
+    assert not result.stopped_early
+    assert "stopped early" not in caplog.text
+
+
+def test_patience_and_interrupts_are_named(capsys):
+    def interrupt(state):
+        if state.step > 10:
+            raise KeyboardInterrupt
+
+    options = {**QUICK, "progress": True}
+    result = fit(made(), modes(500), steps=100, callback=interrupt, **options)
+    assert result.stopped_by == "interrupt"
+    assert "by interrupt" in capsys.readouterr().out
+    result = fit(
+        made(), torch.randn(60, 2), steps=2000, patience=1, **{**options, "batch_size": 9}
+    )
+    assert result.stopped_by == "patience"
+    assert "by patience" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_is_not_run_again(tmp_path):
+    keep = {"checkpoint": tmp_path / "run", "steps": 100}
+    told = []
+    stopped, again, x = made(), made(), modes(500)
+    fit(stopped, x, callback=lambda s: s.step >= 20, **keep, **QUICK)
+    result = fit(again, x, callback=told.append, **keep, **QUICK)
+    assert not told
+    assert result.stopped_by == "callback"
+    for a, b in zip(stopped.transform.parameters(), again.transform.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_elapsed_time_is_kept_over_a_resume(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(state):
+        if state.seconds > 0.5:
+            raise Stop
+
+    x, keep = modes(500), {"checkpoint": tmp_path / "run", "max_seconds": 1.0}
+    with pytest.raises(Stop):
+        fit(made(), x, callback=stop, **keep, **QUICK)
+    told = []
+    result = fit(made(), x, callback=told.append, **keep, **QUICK)
+    assert told[0].seconds > 0.45
+    assert told[0].learning_rate < 0.6 * QUICK["learning_rate"]  # the schedule went on
+    assert result.seconds >= 0.99
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted():
+    class Huge(torch.nn.Module):
+        event_dim = 2
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls = torch.nn.Linear(3, 2), 0
+
+        def forward(self, t, x, context=None):
+            v = self.layer(torch.cat((t[..., None].expand(*x.shape[:-1], 1), x), -1))
+            if torch.is_grad_enabled():
+                self.calls += 1
+                if self.calls in (5, 9):
+                    return v + (torch.full_like(v, math.inf) - v.detach())
+            return v
+
+    distribution = InterpolantDistribution(InterpolantTransform(Huge()))
+    result = fit(distribution, modes(500), steps=20, **QUICK)
+    assert result.skipped == 2
+    assert all(torch.isfinite(p).all() for p in distribution.transform.parameters())
