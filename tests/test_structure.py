@@ -23,7 +23,10 @@ FLOORS = {
     "caching": 0,
     "checkpointing": 0,
     "couplings": 0,
+    "moves": 0,
+    "psis": 0,
     "quadrature": 0,
+    "search": 0,
     "snapshots": 0,
     "divergence": 0,
     "interpolants": 0,
@@ -54,8 +57,9 @@ FLOORS = {
     "loop": 7,
     "preparation": 7,
     "training": 8,
+    "rounds": 9,
     "transport": 9,
-    "__init__": 10,
+    "__init__": 11,
 }
 PYRO = {"bases", "transforms", "distributions", "supports", "torus", "joint", "reparam", "io"}
 FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn")
