@@ -56,6 +56,8 @@ from .reparam import base_space
 from .scores import denoiser, score
 from .sde import InterpolantSDE, sample_sde
 from .likelihoods import sde_log_prob
+from .guides import AutoInterpolant
+from .models import LogJoint, log_joint
 from .io import load, save
 from .monitors import TrainingState
 from .training import FitResult, fit, from_samples
@@ -63,6 +65,7 @@ from .transport import PathReport, ReflowResult, TransportResult, learn_interpol
 
 __all__ = [
     "Adaptive",
+    "AutoInterpolant",
     "BrownianBridge",
     "ConditionalInterpolantDistribution",
     "ConditionalInterpolantTransform",
@@ -81,6 +84,7 @@ __all__ = [
     "Latent",
     "LearnedInterpolant",
     "Linear",
+    "LogJoint",
     "Mirror",
     "NonlinearInterpolant",
     "PathEnergy",
@@ -113,6 +117,7 @@ __all__ = [
     "interpolant_transform",
     "learn_interpolant",
     "load",
+    "log_joint",
     "log_prob_stderr",
     "noise_to_score",
     "optimal_transport",

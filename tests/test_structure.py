@@ -56,12 +56,18 @@ FLOORS = {
     "likelihoods": 7,
     "loop": 7,
     "preparation": 7,
+    "sites": 6,
+    "models": 7,
+    "guides": 7,
+    "importance": 8,
     "training": 8,
+    "guiding": 10,
     "rounds": 9,
     "transport": 9,
     "__init__": 11,
 }
-PYRO = {"bases", "transforms", "distributions", "supports", "torus", "joint", "reparam", "io"}
+PYRO = {"bases", "transforms", "distributions", "supports", "torus", "joint", "reparam", "io",
+        "sites", "models", "guides", "importance", "guiding"}  # fmt: skip
 FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn")
 FILE_LINES, BODY_LINES = 320, 45
 
