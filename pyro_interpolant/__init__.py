@@ -61,6 +61,9 @@ from .models import LogJoint, log_joint
 from .io import load, save
 from .monitors import TrainingState
 from .training import FitResult, fit, from_samples
+from .importance import ImportanceResult, importance
+from .neutra import Neutra, neutra
+from .guiding import GuideResult, fit_guide
 from .transport import PathReport, ReflowResult, TransportResult, learn_interpolant, reflow
 
 __all__ = [
@@ -75,7 +78,9 @@ __all__ = [
     "FitResult",
     "FixedGrid",
     "Geodesic",
+    "GuideResult",
     "HutchinsonDivergence",
+    "ImportanceResult",
     "Interpolant",
     "InterpolantDistribution",
     "InterpolantSDE",
@@ -86,6 +91,7 @@ __all__ = [
     "Linear",
     "LogJoint",
     "Mirror",
+    "Neutra",
     "NonlinearInterpolant",
     "PathEnergy",
     "PathReport",
@@ -111,7 +117,9 @@ __all__ = [
     "denoiser_to_score",
     "dequantize",
     "fit",
+    "fit_guide",
     "from_samples",
+    "importance",
     "independent",
     "interpolant_loss",
     "interpolant_transform",
@@ -119,6 +127,7 @@ __all__ = [
     "load",
     "log_joint",
     "log_prob_stderr",
+    "neutra",
     "noise_to_score",
     "optimal_transport",
     "path_energy",

@@ -90,6 +90,20 @@ class AutoInterpolant(AutoContinuous):
             "divergence": divergence,
         }
 
+    @property
+    def model(self) -> Any:
+        """The model, with the guide's initialisation.
+
+        Raises:
+            ValueError: If the guide was pickled, which leaves the model behind.
+        """
+        if self._model is None:
+            raise ValueError(
+                "expected a guide with its model, got one that was pickled without: call "
+                "guide.attach(model) first"
+            )
+        return super().model
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():  # a prototype with a graph could not be copied
             super()._setup_prototype(*args, **kwargs)

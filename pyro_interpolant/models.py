@@ -102,7 +102,7 @@ class LogJoint:
             total = total + site["log_prob"].sum()
         return total
 
-    def trace(self, values: Mapping[str, Tensor], count: int | None = None) -> Any:
+    def trace(self, values: dict[str, Tensor], count: int | None = None) -> Any:
         """Return the model's trace, with log densities, at values by site, ``(*, *site_shape)``.
 
         Args:
@@ -111,7 +111,7 @@ class LogJoint:
         """
 
         def run() -> None:
-            draws = contextlib.nullcontext()
+            draws: Any = contextlib.nullcontext()
             if count is not None:
                 draws = pyro.plate("_draws", count, dim=-1 - self.nesting)
             with draws:

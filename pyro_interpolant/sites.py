@@ -131,7 +131,7 @@ def _latent(guide: AutoContinuous) -> Iterator[tuple[str, Any]]:
 def bare_model(model: Any) -> Any:
     """Return the model inside the messenger by which a guide initialises it."""
     inner = getattr(model, "func", None)
-    arguments = getattr(inner, "args", ())
+    arguments: Any = getattr(inner, "args", ())
     if len(arguments) == 2 and isinstance(arguments[0], InitMessenger):
         return arguments[1]
     return model

@@ -57,17 +57,18 @@ FLOORS = {
     "loop": 7,
     "preparation": 7,
     "sites": 6,
-    "models": 7,
     "guides": 7,
-    "importance": 8,
+    "models": 7,
+    "neutra": 8,
     "training": 8,
-    "guiding": 10,
+    "importance": 9,
     "rounds": 9,
+    "guiding": 10,
     "transport": 9,
     "__init__": 11,
 }
 PYRO = {"bases", "transforms", "distributions", "supports", "torus", "joint", "reparam", "io",
-        "sites", "models", "guides", "importance", "guiding"}  # fmt: skip
+        "sites", "models", "guides", "neutra", "importance", "guiding"}  # fmt: skip
 FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn")
 FILE_LINES, BODY_LINES = 320, 45
 
