@@ -11,11 +11,12 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
 from .bases import standard_normal
+from .data import moments
 from .distributions import InterpolantDistribution
 from .divergence import Divergence
 from .interpolants import Interpolant
 from .networks import VelocityMLP
-from .sites import Initial, check_jacobians, unpack_sites
+from .sites import Initial, check_jacobians, set_up, unpack_sites
 from .solvers import FixedGrid, Solver
 from .transforms import InterpolantTransform
 
@@ -172,6 +173,37 @@ class AutoInterpolant(AutoContinuous):
         z = self.transform(torch.special.ndtri(uniform).to(loc))
         levels = torch.as_tensor(quantiles, dtype=z.dtype, device=z.device)
         return unpack_sites(self, torch.quantile(z, levels, dim=0))
+
+    @torch.no_grad()
+    def start_from(self, other: AutoContinuous, *args: Any, **kwargs: Any) -> "AutoInterpolant":
+        r"""Start at the mean and covariance of another guide of the same model, keeping weights.
+
+        For training by ``SVI``: a velocity that starts where a Gaussian guide ends has to learn
+        only what is not Gaussian, and a coarse solver will do for it.
+
+        Args:
+            other: A trained guide over the same unconstrained vector, such as
+                ``AutoMultivariateNormal``.
+            *args: The arguments of the model.
+            **kwargs: Its named arguments.
+
+        Returns:
+            The guide itself.
+
+        Raises:
+            ValueError: If the other guide has other sites.
+        """
+        set_up(self, *args, **kwargs)
+        set_up(other, *args, **kwargs)
+        ours, theirs = (
+            {name: site["value"].shape for name, site in g.prototype_trace.iter_stochastic_nodes()}
+            for g in (self, other)
+        )
+        if list(ours.items()) != list(theirs.items()):
+            raise ValueError(f"expected a guide of the sites {ours}, got one of {theirs}")
+        z = other.get_posterior(*args, **kwargs).sample((_POINTS,))
+        self.transform.precondition(*moments(z))
+        return self
 
     def attach(self, model: Callable[..., Any]) -> "AutoInterpolant":
         """Give a guide that was pickled, which leaves its model behind, the model again.

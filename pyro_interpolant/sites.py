@@ -8,7 +8,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from .joint import pack
 
@@ -84,14 +84,17 @@ def pack_sites(guide: AutoContinuous, draws: Mapping[str, Any]) -> Tensor:
     """
     sites, flat = {}, {}
     for name, site in _latent(guide):
-        shape = site["value"].shape
-        sites[name] = (shape, site["fn"].support)
+        shape, support = site["value"].shape, site["fn"].support
+        while isinstance(support, constraints.independent):  # what is in it knows its own events
+            support = support.base_constraint
+        sites[name] = (shape, support)
         value = None if name not in draws else torch.as_tensor(draws[name])
         lead = -1 if value is None else value.dim() - len(shape)
         if value is None or lead < 1 or value.shape[lead:] != shape:
             got = "none" if value is None else f"shape {tuple(value.shape)}"
+            want = ", ".join(map(str, ("N", *shape)))
             raise ValueError(
-                f"expected draws of site {name!r} of shape (N, {', '.join(map(str, shape))}), as "
+                f"expected draws of site {name!r} of shape ({want}), as "
                 f"mcmc.get_samples() gives them, got {got}"
             )
         flat[name] = value.reshape(-1, *shape)
