@@ -3,6 +3,7 @@ r"""A guide's latent sites: which it can hold, and how they become one unconstra
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
@@ -12,7 +13,15 @@ from torch.distributions import biject_to, constraints
 
 from .joint import pack
 
-__all__ = ["Initial", "bare_model", "check_jacobians", "pack_sites", "set_up", "unpack_sites"]
+__all__ = [
+    "Initial",
+    "bare_model",
+    "check_jacobians",
+    "pack_sites",
+    "set_up",
+    "strip",
+    "unpack_sites",
+]
 
 
 class Initial:
@@ -33,9 +42,13 @@ class Initial:
         """
         _check_site(site)
         try:
+            transform = biject_to(site["fn"].support)
+        except NotImplementedError as error:
+            raise _unsupported(site) from error
+        try:
             return self.init(site)
         except NotImplementedError:  # improper priors cannot be sampled, not even for their shape
-            fn, transform = site["fn"], biject_to(site["fn"].support)
+            fn = site["fn"]
             shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
             return transform(torch.zeros(shape))
 
@@ -56,10 +69,19 @@ def check_jacobians(guide: AutoContinuous) -> None:
         try:
             transform.log_abs_det_jacobian(real, transform(real))
         except NotImplementedError as error:
-            raise ValueError(
-                f"expected supports with a Jacobian, got site {site['name']!r} on "
-                f"{site['fn'].support}: write a covariance as an LKJCholesky factor and scales"
-            ) from error
+            raise _unsupported(site) from error
+
+
+def strip(guide: AutoContinuous) -> None:
+    """Keep of the structure a guide has seen what it needs: no data, no parameters of the model."""
+    trace = guide.prototype_trace
+    for name in ("_INPUT", "_RETURN"):
+        if name in trace:
+            trace.remove_node(name)
+    for _, site in _latent(guide):
+        fn = site["fn"]
+        site["fn"] = dist.ImproperUniform(fn.support, fn.batch_shape, fn.event_shape)
+        site["args"], site["kwargs"] = (), {}
 
 
 def unpack_sites(guide: AutoContinuous, z: Tensor) -> dict[str, Tensor]:
@@ -125,6 +147,14 @@ def _check_site(site: Any) -> None:
                 "has no place for local latents that come and go. Do not subsample, or hide the "
                 "site and give it a guide of its own in an AutoGuideList"
             )
+
+
+def _unsupported(site: Any) -> ValueError:
+    return ValueError(
+        f"expected supports with a bijection from real vectors and its Jacobian, got site "
+        f"{site['name']!r} on {site['fn'].support}: write a covariance as an LKJCholesky factor "
+        "and scales, a direction by ProjectedNormalReparam"
+    )
 
 
 def _latent(guide: AutoContinuous) -> Iterator[tuple[str, Any]]:

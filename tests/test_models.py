@@ -383,9 +383,7 @@ def test_a_density_that_is_nowhere_finite_is_refused():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.factor("f", torch.full_like(x, -torch.inf))
 
-    with pytest.raises(
-        ValueError, match=r"finite log density .* got \[-inf, -inf, -inf\]: pass an"
-    ):
+    with pytest.raises(ValueError, match=r"finite log density .* got \[-inf, -inf, -inf\]: "):
         log_joint(model)
 
 
