@@ -73,7 +73,7 @@ def check_jacobians(guide: AutoContinuous) -> None:
 
 
 def strip(guide: AutoContinuous) -> None:
-    """Keep of the structure a guide has seen what it needs: no data, no parameters of the model."""
+    """Keep of what a guide has seen only the structure: no data, no parameters of the model."""
     trace = guide.prototype_trace
     for name in ("_INPUT", "_RETURN"):
         if name in trace:
