@@ -124,7 +124,7 @@ def fit_guide(
             settings.setdefault("start", prior_draws(density, _PRIOR))
         rounds = train_from_density(distribution, density, **settings)
         text = verdict_of(rounds.k_hat, rounds.ess, rounds.draws)
-        numbers = (*rounds[:4], rounds.draws, text)
+        numbers: tuple[Any, ...] = (*rounds[:4], rounds.draws, text)
         training: FitResult | RoundsResult = rounds
     else:
         rows = pack_sites(guide, samples).to(loc)
@@ -134,7 +134,7 @@ def fit_guide(
             numbers = _judged(guide, known)
     if numbers[0] == numbers[0]:
         warn_if_poor(numbers[0], numbers[5])
-    return GuideResult(*numbers, time.monotonic() - start, training)
+    return GuideResult._make((*numbers, time.monotonic() - start, training))
 
 
 def prior_draws(density: LogJoint, count: int) -> Tensor | None:
@@ -160,7 +160,8 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
         return packed(lambda: density.model(*density.args, **density.kwargs), ())
 
     try:
-        with torch.no_grad(), pyro.validation_enabled(False):  # noqa: FBT003
+        with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():  # noqa: FBT003
+            warnings.simplefilter("ignore")  # some samplers loop under vmap, once
             if density.way == "plate":
                 z = packed(run, (count,))
             else:

@@ -155,11 +155,19 @@ def judged(guide: AutoContinuous, density: LogJoint, count: int) -> ImportanceRe
 def verdict_of(k_hat: float, ess: float, count: int) -> str:
     """Return what follows from k-hat and the effective sample size of draws, in a sentence."""
     told = f"k-hat {k_hat:.2f}, {ess:,.0f} effective draws of {count:,}: "
+    remedy = (
+        "train it longer by fit_guide, start it wider, or straighten the model (LocScaleReparam "
+        "on a funnel)"
+    )
+    if not k_hat <= _LIMIT and ess >= _GOOD * count:
+        return (
+            f"Poor in the tails, {told}rare draws outweigh all others, so neither the guide's "
+            f"tails nor the error of the evidence are to be relied on; {remedy}."
+        )
     if not k_hat <= _LIMIT:
         return (
             f"Poor, {told}the guide misses parts of the posterior that weights cannot restore, so "
-            "train it longer by fit_guide, start it wider, or straighten the model "
-            "(LocScaleReparam on a funnel) before you trust its draws."
+            f"{remedy} before you trust its draws."
         )
     if ess < _GOOD * count:
         return f"Usable with weights, {told}use resampled() draws, not the guide's own."
@@ -175,7 +183,11 @@ def warn_if_poor(k_hat: float, verdict: str) -> None:
 def _ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return log weights, shape ``(N,)``; where there is no density, there is no weight."""
     raw = log_p - log_q
-    return torch.where(torch.isnan(raw), -math.inf, raw)
+    raw = torch.where(torch.isnan(raw), -math.inf, raw)
+    rounding = 100 * torch.finfo(raw.dtype).eps * float(log_q.abs().nan_to_num(0.0).max())
+    if float(raw.max() - raw.min()) <= rounding:  # the tail of rounding errors means nothing
+        return raw.mean().expand_as(raw)
+    return raw
 
 
 def _refined(

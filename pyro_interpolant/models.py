@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
-from .sites import Initial, bare_model, pack_sites, set_up, unpack_sites
+from .sites import Initial, Placed, bare_model, pack_sites, set_up, unpack_sites
 
 __all__ = ["LogJoint", "log_joint"]
 
@@ -115,7 +115,7 @@ class LogJoint:
             if count is not None:
                 draws = pyro.plate("_draws", count, dim=-1 - self.nesting)
             with draws:
-                poutine.condition(self.model, data=values)(*self.args, **self.kwargs)
+                Placed(values)(self.model)(*self.args, **self.kwargs)
 
         with poutine.block():
             trace = poutine.trace(run).get_trace()

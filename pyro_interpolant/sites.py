@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
@@ -15,6 +16,7 @@ from .joint import pack
 
 __all__ = [
     "Initial",
+    "Placed",
     "bare_model",
     "check_jacobians",
     "pack_sites",
@@ -51,6 +53,28 @@ class Initial:
             fn = site["fn"]
             shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
             return transform(torch.zeros(shape))
+
+
+class Placed(Messenger):
+    """Give latent sites their values.
+
+    Args:
+        values: By name, each of shape ``(*, *site_shape)``.
+    """
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.values:
+            return
+        if msg["is_observed"]:
+            raise ValueError(
+                f"expected site {msg['name']!r} to be latent, as when the guide was set up, got "
+                "it observed: set the guide up with the data, guide(*args)"
+            )
+        msg["value"], msg["is_observed"] = self.values[msg["name"]], True
 
 
 def set_up(guide: AutoContinuous, *args: Any, **kwargs: Any) -> None:
@@ -153,7 +177,8 @@ def _unsupported(site: Any) -> ValueError:
     return ValueError(
         f"expected supports with a bijection from real vectors and its Jacobian, got site "
         f"{site['name']!r} on {site['fn'].support}: write a covariance as an LKJCholesky factor "
-        "and scales, a direction by ProjectedNormalReparam"
+        "and scales, a direction by ProjectedNormalReparam, anything else as an ImproperUniform "
+        "site and a pyro.factor"
     )
 
 

@@ -358,6 +358,17 @@ def test_a_support_that_depends_on_other_sites_is_refused():
         log_joint(model)
 
 
+def test_a_site_that_was_latent_and_is_observed_now_is_refused():
+    def model(y=None):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    guide = AutoInterpolant(model)
+    guide()
+    with pytest.raises(ValueError, match="site 'y' to be latent, as when .* got it observed: set"):
+        log_joint(guide, torch.tensor(1.0))
+
+
 def test_a_structure_that_changes_is_refused():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
