@@ -2,6 +2,7 @@ r"""A model's log joint density as a function of unconstrained vectors, many at 
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -49,7 +50,8 @@ class LogJoint:
             self.nesting = max([*dims, *(s["log_prob"].dim() for s in sites)])
             elements = sum(s["value"].numel() + s["log_prob"].numel() for s in sites)
             self.rows = max(1, _ELEMENTS // elements)
-            with pyro.validation_enabled(False):  # noqa: FBT003
+            with pyro.validation_enabled(False), warnings.catch_warnings():  # noqa: FBT003
+                warnings.simplefilter("ignore")  # of attempts that may come to nothing
                 self.way: Literal["plate", "vmap"] = _way(self, center)
 
     def __call__(self, z: Tensor) -> Tensor:
