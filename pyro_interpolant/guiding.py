@@ -25,6 +25,7 @@ __all__ = ["GuideResult", "fit_guide"]
 
 _JUDGED = 10_000  # fresh draws
 _PRIOR = 4096  # draws the search starts from
+_RARE = 0.005  # the share of prior draws on either side that counts as less far
 _WIDE = 2.0  # the scale of unconstrained sites with an improper prior
 
 
@@ -140,7 +141,8 @@ def fit_guide(
 def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
 
-    Sites with an improper prior are drawn widely.
+    Sites with an improper prior are drawn widely; the rarest 1% is drawn in, for priors without
+    moments.
     """
 
     def run() -> None:
@@ -169,7 +171,10 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     except (RuntimeError, ValueError, NotImplementedError):  # a prior that cannot be sampled
         return None
     z = z[torch.isfinite(z).all(-1)]
-    return z if len(z) > count // 2 else None
+    if len(z) <= count // 2:
+        return None
+    low, high = torch.quantile(z, z.new_tensor([_RARE, 1 - _RARE]), dim=0)
+    return torch.maximum(low, torch.minimum(z, high))
 
 
 class _FromPrior(Messenger):

@@ -14,8 +14,8 @@ __all__ = ["Density", "Kernel", "Particles", "annealed", "systematic"]
 
 _CHUNKS = (128, 1024, 4096)  # rows evaluated at once that are tried
 _TARGET = 0.7  # acceptance of the longer steps
-_LEAPS = 5  # the most leapfrog steps in a move
-_DECADES = 2.0  # how far below the others the small steps go
+_LEAPS = 8  # the most leapfrog steps in a move
+_DECADES = (-2.0, 0.8)  # the other steps, in powers of ten of the usual one
 _ESS = 0.5  # share that stays effective when the temperature falls
 _LOWER = 0.2  # the same when the time runs out
 _MOVES = 4  # per temperature
@@ -35,6 +35,26 @@ class Density:
         self.function = function
         self.rows = 256  # at once
         self.seconds = 0.0  # per row, with its gradient
+
+    def check(self, x: Tensor) -> None:
+        """Raise a ValueError unless the density is finite at some of the rows, and has a slope.
+
+        Args:
+            x: Rows to try on, shape ``(N, D)``.
+        """
+        with torch.enable_grad():
+            leaf = x.detach().clone().requires_grad_()
+            value = self._value(leaf)
+        if not value.requires_grad:
+            raise ValueError(
+                "expected a log density that can be differentiated, got one without a graph: "
+                "compute it with torch operations, outside torch.no_grad()"
+            )
+        if not bool(torch.isfinite(value).any()):
+            raise ValueError(
+                f"expected a log density that is finite somewhere, got none of {len(x)} draws of "
+                "the start: pass start=, rows near the target, or its centre"
+            )
 
     def tune(self, x: Tensor) -> None:
         """Learn by the clock what a row costs, and how many are best evaluated at once.
@@ -120,14 +140,14 @@ class Particles(NamedTuple):
 class Kernel:
     r"""Hamiltonian moves in the metric of the particles, with steps of many sizes.
 
-    Half of the particles take steps of the size that is accepted often, half log-uniformly smaller
-    ones, down to a hundredth: narrow places stay within reach. The step of a particle is drawn
-    apart from where it is, so each move leaves the density as it is.
+    Half of the particles take steps of the size that is accepted often, half log-uniform ones
+    from a hundredth of it to six times it: narrow and wide places stay within reach. The step of a
+    particle is drawn apart from where it is, so each move leaves the density as it is.
     """
 
     def __init__(self) -> None:
         self.step = 0.5
-        self.root: Tensor | None = None
+        self.root = torch.eye(1)
 
     def adapt_metric(self, x: Tensor) -> None:
         """Set the metric from particles, shape ``(N, D)``."""
@@ -142,12 +162,11 @@ class Kernel:
         self, particles: Particles, density: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> tuple[Particles, float]:
         """Move all particles once; return them and the mean acceptance of the longer steps."""
-        if self.root is None:
-            self.adapt_metric(particles.x)
         root, count = self.root, len(particles.x)
         u = torch.rand(count, 1).to(particles.x)
         long = torch.rand(count, 1).to(u) < 0.5
-        size = self.step * torch.where(long, 0.6 + 0.6 * u, 10.0 ** (-_DECADES * u))
+        other = 10.0 ** (_DECADES[0] + (_DECADES[1] - _DECADES[0]) * u)
+        size = self.step * torch.where(long, 0.6 + 0.6 * u, other)
         momentum = torch.randn_like(particles.x)
         energy = particles.log_p - 0.5 * momentum.square().sum(-1)
         new, p = particles, momentum
@@ -222,7 +241,9 @@ def annealed(
             p, q = density.with_gradient(x), start(x)
             return b * p[0] + (1 - b) * q[0], b * p[1] + (1 - b) * q[1]
 
-        state = Particles(p.x, b * p.log_p + (1 - b) * q.log_p, b * p.gradient + (1 - b) * q.gradient)
+        state = Particles(
+            p.x, b * p.log_p + (1 - b) * q.log_p, b * p.gradient + (1 - b) * q.gradient
+        )
         for _ in range(_MOVES):
             state, rate = kernel(state, joint)
             rates.append(rate)

@@ -2,15 +2,17 @@ r"""Where to begin: a mixture of Student-t's around what Newton's method finds, 
 
 import math
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .moves import Density, Kernel, annealed
 
-__all__ = ["Mixture", "search"]
+__all__ = ["Mixture", "search", "wide_start"]
 
+_SCALE = 4.0  # of the default start
+_ROWS = 2000  # that are drawn of a start given as a distribution
 _STARTS = (16, 256)  # the fewest and the most, by what they cost
 _COMPONENTS = 32
 _SCOUTS = (256, 4000)  # the fewest and most particles carried from the wide start
@@ -22,6 +24,7 @@ _WIDE = 0.15  # the share of the wide component
 _DF = 5.0
 _INFLATED = 1.3  # the scale of a component, in standard deviations of its Gaussian
 _APART = 0.3  # mean squared standard deviations per dimension
+_GAIN = 1e-2  # nats, below which a search has arrived
 _LARGE = 64  # dimensions, above which no Hessians
 
 
@@ -77,12 +80,56 @@ class Mixture(NamedTuple):
         return each.logsumexp(-1), each, z, square
 
 
+def wide_start(start: Any, like: Tensor) -> Mixture:
+    """Return the Student-t around what a user gave to start from.
+
+    Args:
+        start: Rows, shape ``(M, D)``, a centre, shape ``(D,)``, a distribution over ``(D,)``, or
+            None.
+        like: A tensor of shape ``(D,)``, of the type and on the device to work in.
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If it is of another shape, or not finite, or its rows do not vary.
+    """
+    dim, centre = len(like), torch.zeros_like(like)
+    root = _SCALE * torch.eye(dim).to(like)
+    if hasattr(start, "sample") and hasattr(start, "event_shape"):
+        if tuple(start.event_shape) != (dim,) or tuple(start.batch_shape):
+            raise ValueError(
+                f"expected a start of event shape ({dim},) and no batch, got "
+                f"{tuple(start.event_shape)} and {tuple(start.batch_shape)}"
+            )
+        start = start.sample((_ROWS,))
+    elif not (start is None or isinstance(start, Tensor)):
+        raise TypeError(
+            f"expected start to be a tensor or a distribution, got {type(start).__name__}"
+        )
+    if start is None:
+        return Mixture.of(torch.ones_like(like[:1]), centre[None], root[None])
+    if tuple(start.shape) != (dim,) and (start.dim() != 2 or start.shape[1] != dim):
+        raise ValueError(
+            f"expected a start of shape (M, {dim}) or ({dim},), got {tuple(start.shape)}"
+        )
+    if not bool(torch.isfinite(start).all()):
+        raise ValueError("expected a finite start, got NaN or infinite values")
+    if start.dim() == 1:
+        centre = start.to(like)
+    else:
+        spread = start.double().std(0)
+        if len(start) < 2 or not float(spread.min()) > 0:
+            raise ValueError("expected rows of start that vary in every column: pass more")
+        centre = start.mean(0).to(like)
+        root = _INFLATED * torch.diag(spread).to(like)
+    return Mixture.of(torch.ones_like(like[:1]), centre[None], root[None])
+
+
 def search(density: Density, wide: Mixture, *, seconds: float) -> Mixture:
     r"""Return a mixture around the Gaussians that Newton's method meets, and the wide start.
 
     From each start a saddle-free Newton search goes uphill; of the Gaussians
-    :math:`N(x_k, |H_k|^{-1})` on its way the one with the largest evidence bound is kept: that need
-    not be the one at the mode, where there may be next to no mass.
+    :math:`N(x_k, |H_k|^{-1})` on its way the one with the largest evidence bound is kept: that
+    need not be the one at the mode, where there may be next to no mass.
 
     Args:
         density: The target.
@@ -96,27 +143,28 @@ def search(density: Density, wide: Mixture, *, seconds: float) -> Mixture:
     if wide.loc.shape[1] > _LARGE:
         return wide
     began = time.monotonic()
-    x = _starts(density, wide, 0.5 * seconds)
+    x = _starts(density, wide, 0.35 * seconds)
     x = _spread(x, _affordable(density, wide, 0.4 * seconds))
     floor = 1e-4 / wide.root.double().square().sum(-1).mean(0)  # precisions, shape (D,)
     bound = torch.full((len(x),), -math.inf, dtype=torch.float64)
-    loc, root = x.clone(), wide.root[:1].double().expand(len(x), -1, -1)
-    value = density(x)
+    loc, root = x.clone(), wide.root[0].double().repeat(len(x), 1, 1)
+    value, active = density(x), torch.arange(len(x))
     for _ in range(_ITERATIONS):
-        gradient, hessian = _derivatives(density, x)
-        step, own = _newton(gradient, hessian, floor)
-        new = _bound(density, x, own)
-        better = new > bound
-        bound = torch.where(better, new, bound)
-        loc, root = torch.where(better[:, None], x, loc), torch.where(better[:, None, None], own, root)
-        tried = x + x.new_tensor(_LINE)[:, None, None] * step.to(x)
+        here = x[active]
+        step, own = _newton(*_derivatives(density, here), floor)
+        new = _bound(density, here, own)
+        better = new > bound[active]
+        at = active[better]
+        bound[at], loc[at], root[at] = new[better], here[better], own[better]
+        tried = here + here.new_tensor(_LINE)[:, None, None] * step.to(here)
         values = density(tried.flatten(0, 1)).reshape(len(_LINE), -1)
         best = values.max(0)
-        moved = best.values > value
-        x = torch.where(moved[:, None], tried[best.indices, torch.arange(len(x))], x)
-        gain = torch.where(moved, best.values - value, 0.0)
-        value = torch.where(moved, best.values, value)
-        if float(gain.nan_to_num(posinf=1e9).max()) < 1e-3 or time.monotonic() - began > seconds:
+        gain = (best.values - value[active]).nan_to_num(nan=0.0, posinf=math.inf)
+        moved = gain > 0
+        at = active[moved]
+        x[at], value[at] = tried[best.indices, torch.arange(len(here))][moved], best.values[moved]
+        active = active[gain > _GAIN]
+        if len(active) == 0 or time.monotonic() - began > seconds:
             break
     return _mixed(wide, bound, loc, root)
 
