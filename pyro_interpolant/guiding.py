@@ -1,8 +1,9 @@
 r"""Training a guide with no gradient through an ODE: on draws, or on the model alone."""
 
+import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pyro
@@ -24,6 +25,8 @@ from .training import FitResult, fit, seeded
 __all__ = ["GuideResult", "fit_guide"]
 
 _JUDGED = 10_000  # fresh draws
+_TRAINED = 0.9  # of the time, on samples; the rest is for the calibration and the judgement
+_LEAST = 0.1  # of the time, for training, however long the set-up took
 _PRIOR = 4096  # draws the search starts from
 _RARE = 0.005  # the share of prior draws on either side that counts as less far
 _WIDE = 2.0  # the scale of unconstrained sites with an improper prior
@@ -79,7 +82,7 @@ def fit_guide(
         samples: Posterior draws of every latent site on its own support, each
             ``(N, *site_shape)`` or by chain ``(C, N, *site_shape)``, such as
             ``mcmc.get_samples()``.
-        max_seconds: The time to spend on training.
+        max_seconds: The time to spend in all.
         seed: Makes the run reproducible as far as the clock allows; the global generator is left
             as it was.
         progress: Whether to show a bar.
@@ -114,28 +117,39 @@ def fit_guide(
         raise ValueError(f"expected max_seconds > 0, got {max_seconds}")
     with seeded(seed, torch.device("cpu")):
         set_up(guide, *args, **kwargs)
-    loc = guide.transform.loc
-    distribution = InterpolantDistribution(guide.transform)
-    settings: dict[str, Any] = {
-        "max_seconds": max_seconds, "seed": seed, "progress": progress, **(options or {})
-    }  # fmt: skip
+    settings = {"seed": seed, "progress": progress, **(options or {})}
+
+    def left(share: float) -> dict[str, Any]:
+        seconds = share * max_seconds - (time.monotonic() - start)
+        return {"max_seconds": max(seconds, _LEAST * max_seconds), **settings}
+
     if samples is None:
         density = log_joint(guide, *args, **kwargs)
-        with seeded(seed, loc.device):
-            settings.setdefault("start", prior_draws(density, _PRIOR))
-        rounds = train_from_density(distribution, density, **settings)
-        text = verdict_of(rounds.k_hat, rounds.ess, rounds.draws)
-        numbers: tuple[Any, ...] = (*rounds[:4], rounds.draws, text)
-        training: FitResult | RoundsResult = rounds
+        numbers, training = _on_the_model(guide, density, left, seed)
     else:
-        rows = pack_sites(guide, samples).to(loc)
+        rows = pack_sites(guide, samples).to(guide.transform.loc)
         known = _density(guide, args, kwargs)
-        training = fit(distribution, rows, **settings)
-        with seeded(None if seed is None else seed + 1, loc.device):
+        training = fit(InterpolantDistribution(guide.transform), rows, **left(_TRAINED))
+        with seeded(None if seed is None else seed + 1, rows.device):
             numbers = _judged(guide, known)
-    if numbers[0] == numbers[0]:
+    if not math.isnan(numbers[1]):
         warn_if_poor(numbers[0], numbers[5])
     return GuideResult._make((*numbers, time.monotonic() - start, training))
+
+
+def _on_the_model(
+    guide: AutoInterpolant,
+    density: LogJoint,
+    left: Callable[[float], dict[str, Any]],
+    seed: int | None,
+) -> tuple[tuple[Any, ...], Any]:
+    """Return the first fields of the result of training from the model alone, and the rest."""
+    with seeded(seed, guide.transform.loc.device):
+        prior = prior_draws(density, _PRIOR)
+    settings = {"start": prior, **left(1.0)}
+    rounds = train_from_density(InterpolantDistribution(guide.transform), density, **settings)
+    text = verdict_of(rounds.k_hat, rounds.ess, rounds.draws)
+    return (*rounds[:4], rounds.draws, text), rounds
 
 
 def prior_draws(density: LogJoint, count: int) -> Tensor | None:

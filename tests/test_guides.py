@@ -158,6 +158,27 @@ def test_svi_finds_the_posterior():
     assert abs(float(z.std()) - 0.5**0.5) < 0.1
 
 
+@pytest.mark.parametrize("local", [False, True])
+def test_optimisers_of_torch(local):
+    with pyro.settings.context(module_local_params=local):
+        guide = small()
+        elbo = Trace_ELBO()(model, guide)
+        before = weights(guide)
+        optimiser = torch.optim.Adam(elbo.parameters(), lr=0.01)
+        calls = counted(guide)
+        elbo().backward()
+        optimiser.step()
+        assert len(calls) == 4 * GRID.steps
+        assert all(moved(guide, before))
+
+
+def test_its_state_is_a_dictionary_of_tensors():
+    guide, new = small(), small()
+    new.load_state_dict(guide.state_dict())
+    z = torch.randn(4, guide.latent_dim)
+    assert torch.equal(new.transform(z), guide.transform(z))
+
+
 def test_a_discrete_site_beside_it_is_enumerated():
     @config_enumerate
     def mixed():
@@ -204,7 +225,9 @@ def test_predictive_and_psis():
     assert drawn["y"].shape == (7, 3)
     parallel = Predictive(guide, num_samples=7, parallel=True, return_sites=None)()
     assert parallel["x"].shape == (7, 3)
+    calls = counted(guide)
     k_hat = psis_diagnostic(model, guide, num_particles=500, max_plate_nesting=1)
+    assert len(calls) == 4 * GRID.steps
     assert k_hat == pytest.approx(importance_quietly(guide, count=10_000).k_hat, abs=0.5)
 
 

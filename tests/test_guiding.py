@@ -198,7 +198,11 @@ def rounds(monkeypatch):
 
     def train(distribution, density, **kwargs):
         calls.append((distribution, density, kwargs))
-        return RoundsResult(calls_k[0], 5000.0, -1.5, 0.02, 8000, [], 0, 1.0, FixedGrid(4))
+        known = {
+            "k_hat": calls_k[0], "ess": 5000.0, "log_evidence": -1.5,
+            "log_evidence_stderr": 0.02, "draws": 8000,
+        }  # fmt: skip
+        return RoundsResult(**{**dict.fromkeys(RoundsResult._fields), **known})
 
     calls_k = [0.2]
     monkeypatch.setattr(guiding, "train_from_density", train)
@@ -216,7 +220,8 @@ def test_the_model_alone(rounds):
     distribution, density, kwargs = calls[0]
     assert distribution.transform is guide.transform
     start = kwargs.pop("start")
-    assert kwargs == {"max_seconds": 7.0, "seed": 3, "progress": False, "rounds": 2}
+    assert 0.7 <= kwargs.pop("max_seconds") < 7.0  # less the set-up
+    assert kwargs == {"seed": 3, "progress": False, "rounds": 2}
     z = torch.zeros(2, 3)
     assert torch.equal(density(z), log_joint(guide)(z))
     assert start.shape == (4096, 3)  # the prior
@@ -224,6 +229,31 @@ def test_the_model_alone(rounds):
     k_hat[0] = 0.9
     with pytest.warns(UserWarning, match="Poor in the tails, k-hat 0.90"):
         fit_guide(guide, seed=3, progress=False)
+
+
+def test_the_model_alone_in_earnest():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        with pyro.plate("rows", 2):
+            pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+    y = torch.tensor([1.0, 2.0])
+    guide = small(model, hidden_dims=(32, 32))
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a few seconds may be too few
+        result = fit_guide(
+            guide, y, max_seconds=5.0, seed=0, progress=False, options={"draws": 1000}
+        )
+    assert torch.equal(torch.get_rng_state(), state)
+    s = torch.linspace(-4, 4, 2001).exp()  # of the scale, the mean integrated out
+    covariance = s[:, None, None] ** 2 * torch.eye(2) + 1
+    inner = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(y)
+    outer = dist.Normal(0.0, 0.5).log_prob(s.log())
+    exact = float((inner + outer).logsumexp(0)) + math.log(8 / 2000)
+    assert abs(result.log_evidence - exact) < 0.1
+    assert math.isfinite(SVI(model, guide, Adam({"lr": 1e-3}), Trace_ELBO()).step(y))
 
 
 def by_index():
