@@ -54,17 +54,24 @@ FLOORS = {
     "monitors": 6,
     "objective": 6,
     "sde": 6,
+    "sites": 6,
     "likelihoods": 7,
     "loop": 7,
     "preparation": 7,
+    "guides": 7,
+    "models": 7,
     "refits": 7,
+    "neutra": 8,
     "refining": 8,
     "training": 8,
+    "importance": 9,
     "rounds": 9,
     "transport": 9,
+    "guiding": 10,
     "__init__": 11,
 }
-PYRO = {"bases", "transforms", "distributions", "supports", "torus", "joint", "reparam", "io"}
+PYRO = {"bases", "transforms", "distributions", "supports", "torus", "joint", "reparam", "io",
+        "sites", "models", "guides", "neutra", "importance", "guiding"}  # fmt: skip
 FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn")
 FILE_LINES, BODY_LINES = 320, 45
 
