@@ -13,11 +13,10 @@ from .psis import effective_sample_size
 __all__ = ["Density", "Kernel", "Particles", "annealed", "systematic"]
 
 _CHUNKS = (128, 1024, 4096)  # rows evaluated at once that are tried
+_TUNING = 1.0  # seconds, beyond which larger blocks are not tried
 _TARGET = 0.7  # acceptance of the longer steps
-_LEAPS = 8  # the most leapfrog steps in a move
 _DECADES = (-2.0, 0.8)  # the other steps, in powers of ten of the usual one
-_ESS = 0.5  # share that stays effective when the temperature falls
-_LOWER = 0.2  # the same when the time runs out
+_ESS = (0.5, 0.2, 0.05)  # shares that stay effective from level to level: in time, late, very late
 _MOVES = 4  # per temperature
 _DEPENDENT = 1e-10  # eigenvalues of a correlation below this are noise
 
@@ -72,6 +71,8 @@ class Density:
             each = (time.monotonic() - began) / len(few)
             if each < 0.9 * best:
                 best, chosen = each, rows
+            if 10 * each * len(few) > _TUNING:
+                break
         self.rows, self.seconds = chosen, best
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -143,10 +144,13 @@ class Kernel:
     Half of the particles take steps of the size that is accepted often, half log-uniform ones
     from a hundredth of it to six times it: narrow and wide places stay within reach. The step of a
     particle is drawn apart from where it is, so each move leaves the density as it is.
+
+    Args:
+        leaps: The most leapfrog steps in a move.
     """
 
-    def __init__(self) -> None:
-        self.step = 0.5
+    def __init__(self, leaps: int = 8) -> None:
+        self.leaps, self.step = leaps, 0.5
         self.root = torch.eye(1)
 
     def adapt_metric(self, x: Tensor) -> None:
@@ -170,7 +174,7 @@ class Kernel:
         momentum = torch.randn_like(particles.x)
         energy = particles.log_p - 0.5 * momentum.square().sum(-1)
         new, p = particles, momentum
-        for _ in range(int(torch.randint(1, _LEAPS + 1, ()))):
+        for _ in range(int(torch.randint(1, self.leaps + 1, ()))):
             p = p + 0.5 * size * (new.gradient @ root)
             new = Particles.at(new.x + size * (p @ root.T), density)
             p = p + 0.5 * size * (new.gradient @ root)
@@ -215,7 +219,8 @@ def annealed(
         density: :math:`\log p`.
         start: :math:`\log q` with its gradient.
         kernel: The moves.
-        deadline: The time, by :func:`time.monotonic`, from which b rises faster.
+        deadline: The time, by :func:`time.monotonic`, from which b rises faster, and, when as much
+            again is spent, faster still.
         give_up: The time from which it stops where it is.
         look: Called with b, the mean acceptance, the log-evidence and the rows, ``(N, D)``.
 
@@ -225,12 +230,15 @@ def annealed(
     References:
         Del Moral, Doucet & Jasra, *Sequential Monte Carlo samplers*, JRSS B 68, 2006.
     """
-    b, evidence = 0.0, 0.0
+    b, evidence, began = 0.0, 0.0, time.monotonic()
     p, q = Particles.at(x, density.with_gradient), Particles.at(x, start)
     while b < 1.0 and time.monotonic() < give_up:
-        share = _ESS if time.monotonic() < deadline else _LOWER
-        new = _next(p.log_p - q.log_p, b, share)
-        weights = (new - b) * (p.log_p - q.log_p)
+        ratio = p.log_p - q.log_p
+        if not bool(torch.isfinite(ratio).any()):
+            break
+        late = (time.monotonic() > deadline) + (time.monotonic() > 2 * deadline - began)
+        new = _next(ratio, b, _ESS[late])
+        weights = (new - b) * ratio
         evidence += float(weights.double().logsumexp(0)) - math.log(len(weights))
         index, b = systematic(weights, len(x)), new
         p, q = p.take(index), q.take(index)
@@ -244,7 +252,7 @@ def annealed(
         state = Particles(
             p.x, b * p.log_p + (1 - b) * q.log_p, b * p.gradient + (1 - b) * q.gradient
         )
-        for _ in range(_MOVES):
+        for _ in range(_MOVES if not late else _MOVES // 2):
             state, rate = kernel(state, joint)
             rates.append(rate)
         p, q = Particles.at(state.x, density.with_gradient), Particles.at(state.x, start)

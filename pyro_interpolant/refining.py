@@ -27,6 +27,7 @@ _REFIT, _MOVE = 0.05, 0.25  # of the time, and of the rest of a round
 _CONSTANT = 0.4  # of the training, before the rate falls
 _GRADIENTS = 40  # of each particle, at the least, on the way from the start
 _FEWEST, _MOVES = 3, (3, 150)
+_LEAPS = (8, 3)  # leapfrog steps where the density is quick, or slow
 _FLAT, _WINDOW, _LANDING = 2e-3, 5, 0.5  # nats, rounds, and the share of the training time added
 _ROWS, _CHECKED = 128, 10_000
 
@@ -97,7 +98,7 @@ class Refinement:
     ) -> None:
         self.distribution, self.flow, self.density = distribution, flow, density
         self.began, self.budget, self.most, self.bar = began, max_seconds, rounds, bar
-        self.kernel, self.history = Kernel(), list[Round]()
+        self.history = list[Round]()
         self.end = (1 - _CHECK) * max_seconds
         self.best, self.best_round, self.landing = math.inf, 0, False
 
@@ -109,6 +110,8 @@ class Refinement:
         """Find particles of the target, and whiten the flow by them."""
         density, budget = self.density, self.budget
         mixture = search(density, wide, seconds=_SEARCH * budget)
+        slow = density.seconds * draws * _GRADIENTS > 0.2 * budget
+        self.kernel = Kernel(_LEAPS[slow])
         affordable = 0.2 * budget / (_GRADIENTS * max(density.seconds, 1e-9))
         count = int(max(min(500, draws), min(draws, affordable)))
         self.particles, evidence = annealed(

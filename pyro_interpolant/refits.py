@@ -36,11 +36,12 @@ class Refit:
         self.average = Average(self.parameters, _EMA)
         self.clip = Clip(self.parameters)
         self.pools = pools[-_KEPT:]
-        self.step = 0
+        self.step, self.added = 0, 0
 
     def add(self, rows: Tensor) -> None:
         """Add the rows of a round, shape ``(N, D)``, and drop the oldest."""
-        keep = max(2, min(_KEPT, len(self.pools) // 2 + 2))
+        self.added += 1
+        keep = max(2, min(_KEPT, self.added // 2 + 1))
         self.pools = [*self.pools, rows][-keep:]
 
     def __call__(self, steps: int, rate: Callable[[], float], *, seconds: float) -> float:

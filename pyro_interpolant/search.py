@@ -13,12 +13,13 @@ __all__ = ["Mixture", "search", "wide_start"]
 
 _SCALE = 4.0  # of the default start
 _ROWS = 2000  # that are drawn of a start given as a distribution
-_STARTS = (16, 256)  # the fewest and the most, by what they cost
+_STARTS = (4, 256)  # the fewest and the most, by what they cost
 _COMPONENTS = 32
 _SCOUTS = (256, 4000)  # the fewest and most particles carried from the wide start
 _SCOUTED = 300  # gradients of each
 _ITERATIONS = 60
-_LINE = (1.0, 0.5, 0.2, 0.05, 0.01, 0.001)  # steps along Newton's direction that are tried
+_LATE = 1.5  # times the time it may take, for searches that have not arrived
+_LINE = (8.0, 3.0, 1.0, 0.5, 0.2, 0.04, 0.003)  # steps along Newton's direction that are tried
 _DRAWS = 8  # for the evidence bound of each Gaussian on the way
 _WIDE = 0.15  # the share of the wide component
 _DF = 5.0
@@ -143,8 +144,8 @@ def search(density: Density, wide: Mixture, *, seconds: float) -> Mixture:
     if wide.loc.shape[1] > _LARGE:
         return wide
     began = time.monotonic()
-    x = _starts(density, wide, 0.35 * seconds)
-    x = _spread(x, _affordable(density, wide, 0.4 * seconds))
+    x = _starts(density, wide, 0.3 * seconds)
+    x = _spread(x, _affordable(density, wide, 0.5 * seconds))
     floor = 1e-4 / wide.root.double().square().sum(-1).mean(0)  # precisions, shape (D,)
     bound = torch.full((len(x),), -math.inf, dtype=torch.float64)
     loc, root = x.clone(), wide.root[0].double().repeat(len(x), 1, 1)
@@ -164,7 +165,7 @@ def search(density: Density, wide: Mixture, *, seconds: float) -> Mixture:
         at = active[moved]
         x[at], value[at] = tried[best.indices, torch.arange(len(here))][moved], best.values[moved]
         active = active[gain > _GAIN]
-        if len(active) == 0 or time.monotonic() - began > seconds:
+        if len(active) == 0 or time.monotonic() - began > _LATE * seconds:
             break
     return _mixed(wide, bound, loc, root)
 
@@ -203,7 +204,7 @@ def _affordable(density: Density, wide: Mixture, seconds: float) -> int:
     began = time.monotonic()
     _derivatives(density, wide.sample(least))
     each = (time.monotonic() - began) / least
-    return int(max(least, min(most, seconds / (2 * _ITERATIONS * each))))
+    return int(max(least, min(most, seconds / (0.5 * _ITERATIONS * each))))
 
 
 def _distinct(bound: Tensor, loc: Tensor, root: Tensor) -> list[int]:
