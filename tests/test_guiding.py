@@ -96,12 +96,12 @@ def test_samples_of_a_sampler():
         with pyro.plate("rows", 2):
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
-    mcmc = MCMC(NUTS(model), num_samples=300, warmup_steps=100, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=200, warmup_steps=50, disable_progbar=True)
     y = torch.ones(2)
     mcmc.run(y)
     guide = small(model)
     result = fit_guide(
-        guide, y=y, samples=mcmc.get_samples(), seed=0, progress=False, options=QUICK
+        guide, y=y, samples=mcmc.get_samples(), seed=0, progress=False, options={"steps": 60}
     )
     precision = torch.eye(2) - torch.full((2, 2), 1 / 3)
     exact = dist.MultivariateNormal(torch.zeros(2), torch.eye(2) + 1).log_prob(y)
