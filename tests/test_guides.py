@@ -385,6 +385,23 @@ def test_a_copy_before_the_first_call():
     assert set(new()) == {"mu", "scale", "x"}
 
 
+def test_a_part_of_a_list_is_copied_alone_or_with_it():
+    whole = guides.AutoGuideList(model)
+    whole.append(guides.AutoNormal(poutine.block(model, expose=["mu"])))
+    part = AutoInterpolant(poutine.block(model, expose=["scale", "x"]), hidden_dims=(4,))
+    whole.append(part)
+    whole()
+    kept = part.model
+    alone = copy.deepcopy(part)
+    assert set(alone()) == {"scale", "x"}
+    assert alone.model is part.model is kept
+    assert part.master() is whole
+    again = copy.deepcopy(whole)
+    assert set(again()) == {"mu", "scale", "x"}
+    assert again[1].master() is again
+    assert set(whole()) == {"mu", "scale", "x"}
+
+
 def parametric():
     prior = pyro.param("spread", torch.tensor(2.0), constraint=constraints.positive)
     x = pyro.sample("x", dist.Normal(pyro.param("centre", torch.tensor(0.5)), prior))
