@@ -56,13 +56,19 @@ from .reparam import base_space
 from .scores import denoiser, score
 from .sde import InterpolantSDE, sample_sde
 from .likelihoods import sde_log_prob
+from .guides import AutoInterpolant
+from .models import LogJoint, log_joint
 from .io import load, save
 from .monitors import TrainingState
 from .training import FitResult, fit, from_samples
+from .importance import ImportanceResult, importance
+from .neutra import Neutra, neutra
+from .guiding import GuideResult, fit_guide
 from .transport import PathReport, ReflowResult, TransportResult, learn_interpolant, reflow
 
 __all__ = [
     "Adaptive",
+    "AutoInterpolant",
     "BrownianBridge",
     "ConditionalInterpolantDistribution",
     "ConditionalInterpolantTransform",
@@ -72,7 +78,9 @@ __all__ = [
     "FitResult",
     "FixedGrid",
     "Geodesic",
+    "GuideResult",
     "HutchinsonDivergence",
+    "ImportanceResult",
     "Interpolant",
     "InterpolantDistribution",
     "InterpolantSDE",
@@ -81,7 +89,9 @@ __all__ = [
     "Latent",
     "LearnedInterpolant",
     "Linear",
+    "LogJoint",
     "Mirror",
+    "Neutra",
     "NonlinearInterpolant",
     "PathEnergy",
     "PathReport",
@@ -107,13 +117,17 @@ __all__ = [
     "denoiser_to_score",
     "dequantize",
     "fit",
+    "fit_guide",
     "from_samples",
+    "importance",
     "independent",
     "interpolant_loss",
     "interpolant_transform",
     "learn_interpolant",
     "load",
+    "log_joint",
     "log_prob_stderr",
+    "neutra",
     "noise_to_score",
     "optimal_transport",
     "path_energy",

@@ -18,6 +18,7 @@ __all__ = [
 ]
 
 _DEPENDENT = 1e-12  # a correlation eigenvalue below this means linearly dependent columns
+_NARROW = 1e-3  # a standard deviation along an eigenvector, of scaled columns
 _LOOKED_AT = 20_000  # rows, for repeated values
 _REPEATED = 0.1  # the share of repeated values in a column from which a user is warned
 _RARE = 0.005  # the share of values on either side that may be outliers
@@ -88,7 +89,8 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
 
     Columns are centred and scaled first, so that their units do not matter, then multiplied by the
     symmetric inverse root of their correlation: each whitened column stays as near to its own as
-    can be, and unlike eigenvectors the map is unique, and continuous in the data. Values beyond 20
+    can be, and the map is unique; where columns nearly depend on each other, they are scaled along
+    the eigenvectors. Values beyond 20
     robust standard deviations and among the 0.5% farthest on their side count as if they were
     there: a wild row does not set the scale of all others.
 
@@ -141,8 +143,10 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
     roots = eigenvalues.sqrt()
     rounding = eps * (loc.abs() + scale) / scale
     _warn_if_unresolved(vectors[:, 0], rounding, float(roots[0]))
-    linear = scale[:, None] * ((vectors * roots) @ vectors.T)
-    return Moments(loc, linear, (vectors / roots) @ vectors.T / scale)
+    # Near dependence the eigenvectors keep the rounding of the narrow directions to themselves.
+    turn = vectors if float(roots[0]) > _NARROW else torch.eye(dim).to(vectors)
+    linear = scale[:, None] * ((vectors * roots) @ turn.T)
+    return Moments(loc, linear, (turn / roots) @ vectors.T / scale)
 
 
 def _warn_if_unresolved(direction: Tensor, rounding: Tensor, spread: float) -> None:

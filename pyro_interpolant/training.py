@@ -35,7 +35,7 @@ from .supports import Constraint, bijection, is_circular
 from .torus import Geodesic, TorusMLP
 from .transforms import InterpolantTransform, interpolant_transform
 
-__all__ = ["FitResult", "fit", "from_samples", "seeded", "trainable"]
+__all__ = ["FitResult", "fit", "from_samples"]
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
 _CALIBRATION_ROWS = 256

@@ -17,8 +17,9 @@ from .interpolants import Interpolant, Linear
 from .learned import LearnedInterpolant
 from .objective import Coupling, Draw, Objective
 from .preparation import checked_batch, collected, own_flow, precondition, set_base
+from .scopes import seeded, trainable
 from .solvers import FixedGrid
-from .training import FitResult, fit, seeded, trainable
+from .training import FitResult, fit
 
 __all__ = ["PathReport", "ReflowResult", "TransportResult", "learn_interpolant", "reflow"]
 

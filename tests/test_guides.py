@@ -1,0 +1,507 @@
+"""The flow as a guide: every ELBO, copies, composition, training without an ODE's gradient."""
+
+import copy
+import io
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer import (
+    SVI,
+    JitTrace_ELBO,
+    Predictive,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
+from pyro.infer import autoguide as guides
+from pyro.infer.importance import psis_diagnostic
+from pyro.optim import Adam
+
+import pyro_interpolant
+from pyro_interpolant import (
+    Adaptive,
+    AutoInterpolant,
+    FixedGrid,
+    Linear,
+    fit_guide,
+    importance,
+    log_joint,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
+
+GRID = FixedGrid(steps=3)
+Y = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+
+
+def model(y=Y):
+    mu = pyro.sample("mu", dist.Normal(1.0, 2.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("rows", 3):
+        x = pyro.sample("x", dist.Normal(mu, scale))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+def constrained():
+    pyro.sample("weights", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])))
+    pyro.sample("factor", dist.LKJCholesky(3, 2.0))
+    pyro.sample("share", dist.Beta(2.0, 3.0))
+    pyro.sample("rate", dist.Gamma(2.0, 3.0).expand([2]).to_event(1))
+
+
+def single():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(2.0))
+
+
+def small(target=model, **options):
+    """Return a small guide that has seen its model and is not Gaussian."""
+    options = {"hidden_dims": (8, 8), "solver": GRID, "init_scale": 0.5, **options}
+    guide = AutoInterpolant(target, **options)
+    guide()
+    with torch.no_grad():
+        guide.transform.velocity.output.weight.normal_(std=0.3)
+    return guide
+
+
+def weights(guide):
+    return [p.detach().clone() for p in guide.parameters()]
+
+
+def moved(guide, before):
+    return [not torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True)]
+
+
+def counted(guide):
+    """Count how often the velocity is evaluated, in batches."""
+    calls, velocity = [], guide.transform.velocity
+    plain = velocity._velocity
+    velocity._velocity = lambda *args: (calls.append(1), plain(*args))[1]
+    return calls
+
+
+def svi(guide, target=model, loss=None, **kwargs):
+    return SVI(target, guide, Adam({"lr": 0.01}), loss or Trace_ELBO(**kwargs))
+
+
+# --------------------------------------------------------------------------------------- inference
+
+LOSSES = [Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, RenyiELBO]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("target", [model, constrained, single])
+def test_one_solve_per_step_and_all_weights_move(loss, particles, target):
+    guide = small(target)
+    before, calls = weights(guide), counted(guide)
+    vectorised = particles > 1
+    if loss is RenyiELBO:
+        elbo = loss(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+    else:
+        elbo = loss(num_particles=particles, vectorize_particles=vectorised, max_plate_nesting=1)
+    steps = [svi(guide, target, elbo).step() for _ in range(2)]
+    assert len(calls) == 2 * 4 * (GRID.steps + 1)
+    assert all(torch.isfinite(torch.tensor(steps)))
+    assert all(moved(guide, before))
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+def test_a_compiled_elbo(particles):
+    guide = small(hidden_dims=(8,))
+    options = {
+        "num_particles": particles, "vectorize_particles": particles > 1, "max_plate_nesting": 1
+    }  # fmt: skip
+    jit = JitTrace_ELBO(ignore_jit_warnings=True, **options)
+    still = Adam({"lr": 0.0})
+    compiled, eager = (
+        SVI(model, guide, still, jit),
+        SVI(model, guide, still, Trace_ELBO(**options)),
+    )
+    compiled.step()  # compiles, with nodes that stay
+    guide.transform.solver = FixedGrid(2 * GRID.steps)
+    for seed in range(2):
+        pyro.set_rng_seed(seed)
+        expected = eager.evaluate_loss()
+        pyro.set_rng_seed(seed)
+        assert compiled.step() == pytest.approx(expected, rel=1e-9)
+    before = weights(guide)
+    SVI(model, guide, Adam({"lr": 0.01}), jit).step()
+    assert all(moved(guide, before))
+
+
+def test_the_elbo_is_that_of_its_definition():
+    guide = small()
+    with torch.no_grad():
+        z, log_q = guide.get_posterior().rsample_and_log_prob((20_000,))
+        expected = float((log_q - log_joint(guide)(z)).mean())
+        error = float((log_q - log_joint(guide)(z)).std()) / 20_000**0.5
+    elbo = Trace_ELBO(num_particles=20_000, vectorize_particles=True, max_plate_nesting=1)
+    with torch.no_grad():
+        assert abs(elbo.loss(model, guide) - expected) < 6 * error
+
+
+def test_svi_finds_the_posterior():
+    guide = AutoInterpolant(single, hidden_dims=(8,), init_scale=1.0)
+    step = svi(guide, single, num_particles=16, vectorize_particles=True, max_plate_nesting=0)
+    for _ in range(100):
+        step.step()
+    z = guide.get_posterior().sample((4000,))
+    assert abs(float(z.mean()) - 1) < 0.1
+    assert abs(float(z.std()) - 0.5**0.5) < 0.1
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_optimisers_of_torch(local):
+    with pyro.settings.context(module_local_params=local):
+        guide = small()
+        elbo = Trace_ELBO()(model, guide)
+        before = weights(guide)
+        optimiser = torch.optim.Adam(elbo.parameters(), lr=0.01)
+        calls = counted(guide)
+        elbo().backward()
+        optimiser.step()
+        assert len(calls) == 4 * (GRID.steps + 1)
+        assert all(moved(guide, before))
+
+
+def test_its_state_is_a_dictionary_of_tensors():
+    guide, new = small(), small()
+    new.load_state_dict(guide.state_dict())
+    z = torch.randn(4, guide.latent_dim)
+    assert torch.equal(new.transform(z), guide.transform(z))
+
+
+def test_a_discrete_site_beside_it_is_enumerated():
+    @config_enumerate
+    def mixed():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(x + 2 * k, 1.0), obs=torch.tensor(1.0))
+
+    guide = AutoInterpolant(poutine.block(mixed, hide=["k"]), hidden_dims=(8,), solver=GRID)
+    loss = svi(guide, mixed, TraceEnum_ELBO(max_plate_nesting=0)).step()
+    assert torch.isfinite(torch.tensor(loss))
+
+
+def test_a_list_of_guides():
+    guide = guides.AutoGuideList(model)
+    guide.append(guides.AutoNormal(poutine.block(model, expose=["mu"])))
+    guide.append(
+        AutoInterpolant(poutine.block(model, expose=["scale", "x"]), hidden_dims=(8,), solver=GRID)
+    )
+    assert set(guide()) == {"mu", "scale", "x"}
+    before, step = weights(guide), svi(guide)
+    for _ in range(2):
+        assert torch.isfinite(torch.tensor(step.step()))
+    assert all(moved(guide, before))
+    assert guide.median()["x"].shape == (3,)
+    assert guide.quantiles([0.1, 0.9])["x"].shape == (2, 3)
+
+
+def test_subsampled_data_and_global_latents():
+    data = torch.randn(10) + 3
+
+    def subsampled():
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", 10, subsample_size=4) as rows:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=data[rows])
+
+    guide = AutoInterpolant(subsampled, hidden_dims=(8,), solver=GRID)
+    assert torch.isfinite(torch.tensor(svi(guide, subsampled).step()))
+    assert guide.latent_dim == 1
+
+
+def test_predictive_and_psis():
+    guide = small()
+    drawn = Predictive(model, guide=guide, num_samples=7)(y=None)
+    assert drawn["y"].shape == (7, 3)
+    parallel = Predictive(guide, num_samples=7, parallel=True, return_sites=None)()
+    assert parallel["x"].shape == (7, 3)
+    calls = counted(guide)
+    k_hat = psis_diagnostic(model, guide, num_particles=500, max_plate_nesting=1)
+    assert len(calls) == 4 * GRID.steps
+    assert k_hat == pytest.approx(importance_quietly(guide, count=10_000).k_hat, abs=0.5)
+
+
+def importance_quietly(guide, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importance(guide, **kwargs)
+
+
+# ------------------------------------------------------------------------------------ the start
+
+
+def test_it_starts_at_the_initial_location_and_scale():
+    start = guides.init_to_value(
+        values={"mu": torch.tensor(3.0), "scale": torch.tensor(2.0), "x": torch.arange(3.0)}
+    )
+    guide = AutoInterpolant(model, init_loc_fn=start, init_scale=0.25, hidden_dims=(4,))
+    guide()
+    z, log_q = guide.get_posterior().rsample_and_log_prob((2000,))
+    loc = torch.tensor([3.0, torch.tensor(2.0).log(), 0.0, 1.0, 2.0])
+    expected = dist.Normal(loc, 0.25).to_event(1)
+    assert torch.allclose(guide.transform.loc, loc)
+    assert torch.allclose(log_q, expected.log_prob(z))
+    assert torch.allclose(guide.transform(torch.zeros(guide.latent_dim)), loc)
+
+
+def test_its_choices_reach_the_flow():
+    guide = AutoInterpolant(
+        model, hidden_dims=(7,), interpolant=Linear(), solver=Adaptive(nodes=5),
+        divergence=pyro_interpolant.HutchinsonDivergence(),
+    )  # fmt: skip
+    guide()
+    flow = guide.transform
+    assert flow.velocity.hidden_dims == (7,)
+    assert (flow.interpolant, flow.solver) == (Linear(), Adaptive(nodes=5))
+    assert isinstance(flow.divergence, pyro_interpolant.HutchinsonDivergence)
+    assert torch.isfinite(torch.tensor(svi(guide).step()))
+
+
+def test_it_follows_the_type_of_the_model():
+    torch.set_default_dtype(torch.float32)
+
+    def double():
+        x = pyro.sample("x", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.ones((), dtype=torch.float64))
+
+    guide = AutoInterpolant(double, hidden_dims=(4,))
+    assert guide()["x"].dtype == torch.float64
+
+
+def test_it_starts_from_another_guide():
+    other = guides.AutoMultivariateNormal(model, init_scale=0.3)
+    other()
+    with torch.no_grad():
+        other.loc += 2
+    guide = AutoInterpolant(model, hidden_dims=(8, 8))
+    assert guide.start_from(other) is guide
+    z = guide.get_posterior().sample((20_000,))
+    assert torch.allclose(z.mean(0), other.loc.detach(), atol=0.05)
+    assert torch.allclose(z.std(0), torch.full((5,), 0.3), atol=0.03)
+    with pytest.raises(ValueError, match="expected a guide of the sites {'mu'"):
+        guide.start_from(guides.AutoMultivariateNormal(single))
+
+
+def test_training_takes_no_fewer_nodes_than_the_guide_was_made_with():
+    guide = small(solver=FixedGrid(5))
+    guide.transform.solver = FixedGrid(2)
+    calls, step = counted(guide), svi(guide)
+    step.step()
+    assert len(calls) == 4 * (5 + 1)
+    calls.clear()
+    with torch.no_grad():
+        guide()
+    assert len(calls) == 4 * 2
+    calls.clear()
+    guide.transform.solver = FixedGrid(6)
+    step.step()
+    assert len(calls) == 4 * (6 + 1)
+    guide.transform.solver = adaptive = Adaptive(nodes=4)
+    assert guide._for_training(guide.transform).solver is adaptive
+
+
+def test_training_nodes_are_random_and_their_density_unbiased():
+    guide = small(solver=FixedGrid(4))
+    flows = [guide._for_training(guide.transform) for _ in range(100)]
+    nodes, weights = flows[0].solver.grid()
+    assert torch.equal(nodes, nodes.sort().values)
+    assert (nodes[0], nodes[-1], len(nodes)) == (0, 1, 6)
+    assert torch.equal((nodes[1:-1] * 4).long(), torch.arange(4))
+    assert float(weights.sum()) == pytest.approx(1)
+    assert not torch.equal(flows[1].solver.grid()[0], nodes)
+    z = guide.get_posterior().sample((5,))
+    with torch.no_grad():
+        estimates = torch.stack([flow.log_abs_det_jacobian(flow.inv(z), z) for flow in flows])
+        fine = guide.transform.at(1.0)
+        fine.solver = FixedGrid(64)
+        exact = fine.log_abs_det_jacobian(fine.inv(z), z)
+    error = estimates.std(0) / 100**0.5
+    assert ((estimates.mean(0) - exact).abs() < 5 * error + 1e-3).all()
+
+
+# ---------------------------------------------------------------------------- median and quantiles
+
+
+@pytest.mark.parametrize("target", [model, constrained, single])
+def test_medians_and_quantiles_are_those_of_draws(target):
+    guide = small(target)
+    state = torch.get_rng_state()
+    median, quantiles = guide.median(), guide.quantiles([0.1, 0.5, 0.9])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(median[k], guide.median()[k]) for k in median)
+    z = guide.get_posterior().sample((50_000,))
+    levels = torch.quantile(z, torch.tensor([0.1, 0.5, 0.9]), dim=0)
+    for site, _ in guide._unpack_latent(guide._init_loc()):
+        name, fn = site["name"], site["fn"]
+        assert median[name].shape == site["value"].shape
+        assert quantiles[name].shape == (3, *site["value"].shape)
+        assert torch.equal(quantiles[name][1], median[name])
+        assert fn.support.check(median[name]).all()
+        assert not median[name].requires_grad
+    packed = pyro_interpolant.sites.pack_sites(guide, quantiles)
+    assert torch.allclose(packed, levels, atol=0.05)
+
+
+# ------------------------------------------------------------------------------ copies and pickles
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_copy_has_weights_of_its_own_and_harms_nothing(trained):
+    guide = small()
+    if trained:
+        svi(guide).step()
+    kept = guide.model
+    new = copy.deepcopy(guide)
+    assert guide.model is kept
+    assert new.model is kept
+    pyro.set_rng_seed(1)
+    expected = guide()
+    pyro.set_rng_seed(1)
+    assert all(torch.equal(v, expected[k]) for k, v in new().items())
+    before, copied = weights(guide), weights(new)
+    step = svi(new)
+    step.step()
+    assert not any(moved(guide, before))
+    assert all(moved(new, copied))
+    copied, step = weights(new), svi(guide)
+    step.step()
+    assert all(moved(guide, before))
+    assert not any(moved(new, copied))
+
+
+def test_a_copy_before_the_first_call():
+    new = copy.deepcopy(AutoInterpolant(model, hidden_dims=(4,)))
+    assert set(new()) == {"mu", "scale", "x"}
+
+
+def test_a_part_of_a_list_is_copied_alone_or_with_it():
+    whole = guides.AutoGuideList(model)
+    whole.append(guides.AutoNormal(poutine.block(model, expose=["mu"])))
+    part = AutoInterpolant(poutine.block(model, expose=["scale", "x"]), hidden_dims=(4,))
+    whole.append(part)
+    whole()
+    kept = part.model
+    alone = copy.deepcopy(part)
+    assert set(alone()) == {"scale", "x"}
+    assert alone.model is part.model is kept
+    assert part.master() is whole
+    again = copy.deepcopy(whole)
+    assert set(again()) == {"mu", "scale", "x"}
+    assert again[1].master() is again
+    assert set(whole()) == {"mu", "scale", "x"}
+
+
+def parametric():
+    prior = pyro.param("spread", torch.tensor(2.0), constraint=constraints.positive)
+    x = pyro.sample("x", dist.Normal(pyro.param("centre", torch.tensor(0.5)), prior))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("target", [model, parametric])
+def test_pickles_leave_the_model_behind_and_the_original_whole(target):
+    guide = small(target)
+    svi(guide, target).step()
+    file = io.BytesIO()
+    torch.save(guide, file)
+    assert callable(guide.model)
+    svi(guide, target).step()  # still trains
+    file.seek(0)
+    new = torch.load(file, weights_only=False)
+    z = torch.randn(3, guide.latent_dim)
+    svi(guide, target)
+    assert set(new()) == set(guide())
+    assert new.median().keys() == guide.median().keys()
+    with pytest.raises(ValueError, match="pickled without: call guide.attach"):
+        importance(new)
+    assert new.attach(target) is new
+    assert importance_quietly(new, count=200).draws.keys() == guide().keys()
+    assert torch.isfinite(log_joint(new)(z)).all()
+
+
+def test_two_guides_in_one_parameter_store_train_their_own_weights():
+    first, second = small(), small(single)
+    step = svi(first)
+    step.step()
+    before = weights(second)
+    svi(second, single).step()
+    assert all(moved(second, before))
+    before = weights(first)
+    step.step()
+    assert all(moved(first, before))
+
+
+def test_no_parameter_is_aliased_and_frozen_weights_stay():
+    guide = small()
+    names = [name for name, _ in guide.named_parameters()]
+    assert all(name.startswith("transform.") for name in names)
+    assert len({id(p) for p in guide.parameters()}) == len(names)
+    guide.requires_grad_(requires_grad=False).eval()
+    before = weights(guide)
+    svi(guide).step()
+    assert not any(moved(guide, before))
+
+
+# ------------------------------------------------------------------------------------------ set-up
+
+
+def subsampled_latents():
+    with pyro.plate("rows", 10, subsample_size=4):
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def discrete():
+    pyro.sample("k", dist.Categorical(torch.ones(3)))
+
+
+def sequential():
+    for i in pyro.plate("rows", 2):
+        pyro.sample(f"x_{i}", dist.Normal(0.0, 1.0))
+
+
+def matrices():
+    pyro.sample("s", dist.ImproperUniform(constraints.lower_cholesky, (), (2, 2)))
+
+
+def directions():
+    pyro.sample("d", dist.ProjectedNormal(torch.ones(3)))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (subsampled_latents, "'x' in plate 'rows', which holds 4 of 10 at a time: a flow over"),
+        (discrete, "expected continuous latent sites, got the discrete site 'k'"),
+        (sequential, "latent site 'x_0' in the sequential plate 'rows'"),
+        (matrices, "from real vectors and its Jacobian, got site 's' on LowerCholesky"),
+        (directions, "from real vectors and its Jacobian, got site 'd' on Sphere"),
+    ],
+)
+def test_what_it_cannot_hold_is_said_at_set_up(target, message):
+    for start in (
+        lambda guide: guide(),
+        lambda guide: svi(guide, target).step(),
+        lambda guide: fit_guide(guide, progress=False),
+        importance,
+    ):
+        with pytest.raises(ValueError, match=message):
+            start(AutoInterpolant(target))
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(TypeError, match="expected a model, a callable, got int"):
+        AutoInterpolant(3)
+    with pytest.raises(ValueError, match="expected init_scale > 0, got 0"):
+        AutoInterpolant(model, init_scale=0.0)
+    with pytest.raises(RuntimeError, match="found no latent variables"):
+        AutoInterpolant(lambda: None)()

@@ -1,0 +1,132 @@
+"""NUTS in the base space of a guide."""
+
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.ops.stats import effective_sample_size
+from pyro.optim import Adam
+
+from pyro_interpolant import AutoInterpolant, FixedGrid, log_joint, neutra
+
+Y = torch.tensor([1.0, -0.5], dtype=torch.float64)
+
+
+def model(y=Y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    share = pyro.sample("share", dist.Beta(2.0, 2.0))
+    with pyro.plate("rows", 2):
+        x = pyro.sample("x", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(x * share, 1.0), obs=y)
+
+
+def small(target=model):
+    guide = AutoInterpolant(target, hidden_dims=(8, 8), solver=FixedGrid(3), init_scale=0.5)
+    guide()
+    with torch.no_grad():
+        guide.transform.velocity.output.weight.normal_(std=0.3)
+    return guide
+
+
+def run(target, *args, samples=5, **kwargs):
+    kernel = NUTS(target)
+    mcmc = MCMC(kernel, num_samples=samples, warmup_steps=samples, disable_progbar=True, **kwargs)
+    mcmc.run(*args)
+    return mcmc
+
+
+def test_draws_come_back_in_the_models_sites():
+    guide = small()
+    base = neutra(guide)
+    mcmc = run(base, Y)
+    samples = base.samples(mcmc.get_samples())
+    assert {k: tuple(v.shape) for k, v in samples.items()} == {
+        "mu": (5,), "share": (5,), "x": (5, 2)
+    }  # fmt: skip
+    by_chain = base.samples(mcmc.get_samples(group_by_chain=True))
+    assert by_chain["x"].shape == (1, 5, 2)
+    assert torch.equal(by_chain["x"][0], samples["x"])
+    assert ((samples["share"] > 0) & (samples["share"] < 1)).all()
+    assert not samples["x"].requires_grad
+    assert Predictive(model, samples)(None)["y"].shape == (5, 2)
+
+
+def test_the_density_in_base_space_is_the_models():
+    guide = small()
+    base = neutra(guide)
+    w = torch.randn(guide.latent_dim)
+    seen = pyro.poutine.trace(
+        pyro.poutine.condition(base, data={"mu_shared_latent": w})
+    ).get_trace()
+    z = guide.transform(w)
+    expected = log_joint(guide)(z[None])[0] + guide.transform.log_abs_det_jacobian(w, z)
+    assert torch.allclose(seen.log_prob_sum(), expected)
+
+
+def test_one_solve_per_gradient():
+    guide = small()
+    base = neutra(guide)
+    calls, velocity = [], base.guide.transform.velocity
+    plain = velocity._velocity
+    velocity._velocity = lambda *args: (calls.append(1), plain(*args))[1]
+    w = torch.randn(guide.latent_dim, requires_grad=True)
+    trace = pyro.poutine.trace(
+        pyro.poutine.condition(base, data={"mu_shared_latent": w})
+    ).get_trace()
+    trace.log_prob_sum().backward()
+    assert len(calls) == 4 * 3
+    assert w.grad.abs().min() > 0
+
+
+def test_the_guide_stays_trainable_and_the_sampler_does_not_follow():
+    guide = small()
+    base = neutra(guide)
+    kept = [p.detach().clone() for p in base.guide.parameters()]
+    assert not any(p.requires_grad for p in base.guide.parameters())
+    before = [p.detach().clone() for p in guide.parameters()]
+    SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO()).step()
+    assert not any(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(base.guide.parameters(), kept, strict=True))
+
+
+def test_it_can_be_pickled_for_chains_in_other_processes():
+    again = pickle.loads(pickle.dumps(neutra(small())))
+    samples = again.samples(run(again).get_samples())
+    assert samples["x"].shape == (5, 2)
+
+
+def test_another_model_with_the_same_sites():
+    base = neutra(small(), lambda: model(Y + 1))
+    assert base.samples(run(base).get_samples())["x"].shape == (5, 2)
+
+
+def test_a_good_guide_makes_a_bad_geometry_easy():
+    scales = torch.tensor([0.01, 1.0, 100.0])
+    covariance = scales[:, None] * (0.1 * torch.eye(3) + 0.9) * scales
+
+    def stretched():
+        pyro.sample("x", dist.MultivariateNormal(scales, covariance))
+
+    guide = AutoInterpolant(stretched, hidden_dims=(4,), solver=FixedGrid(1, "euler"))
+    guide()
+    guide.transform.precondition(scales, torch.linalg.cholesky(covariance))
+    base = neutra(guide)
+    x = base.samples(run(base, samples=80).get_samples(group_by_chain=True))["x"]
+    assert float(effective_sample_size(x).min()) > 30
+    assert torch.allclose((x[0].mean(0) - scales) / scales, torch.zeros(3), atol=0.5)
+    assert torch.allclose(x[0].std(0) / scales, torch.ones(3), atol=0.4)
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(TypeError, match="AutoInterpolant, got AutoDiagonalNormal: use Pyro's Neu"):
+        neutra(AutoDiagonalNormal(model))
+    with pytest.raises(ValueError, match="a guide that has seen its model: train it, or call it"):
+        neutra(AutoInterpolant(model))
+    base = neutra(small())
+    for draws in ({"x": torch.zeros(3)}, {"mu_shared_latent": torch.zeros(3, 2)}):
+        with pytest.raises(ValueError, match=r"site '\*_shared_latent' of shape \(\*, 4\), from"):
+            base.samples(draws)
