@@ -64,7 +64,8 @@ from .training import FitResult, fit, from_samples
 from .importance import ImportanceResult, importance
 from .neutra import Neutra, neutra
 from .guiding import GuideResult, fit_guide
-from .transport import PathReport, ReflowResult, TransportResult, learn_interpolant, reflow
+from .straightening import PathReport, ReflowResult, reflow
+from .transport import TransportResult, learn_interpolant
 
 __all__ = [
     "Adaptive",

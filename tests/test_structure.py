@@ -74,6 +74,7 @@ FLOORS = {
     "sources": 10,
     "training": 11,
     "guiding": 12,
+    "straightening": 12,
     "transport": 12,
     "__init__": 13,
 }
