@@ -45,14 +45,14 @@ def gaussian(args, method, dim, seed):
     }[method]
     transform = pi.interpolant_transform(dim, (128, 128), interpolant=interpolant)
     flow = pi.InterpolantDistribution(transform, base)
-    data, start = pair.sample(1, 50_000).float(), time.perf_counter()
+    data, start = pair.sample(1, 200_000).float(), time.perf_counter()
     options = {"steps": args.steps, "seed": 0, "progress": False}
     if method == "trigonometric":
         pi.fit(flow, data, **options)
     else:
         pi.learn_interpolant(flow, data, alternations=args.alternations, **options)
     energy = pi.path_energy(flow, count=20_000)
-    y = flow.sample((50_000,)).double()
+    y = flow.sample((200_000,)).double()
     scale = pair.covs[1].diagonal().sqrt()
     cov = torch.linalg.matrix_norm(y.T.cov() - pair.covs[1]) / torch.linalg.matrix_norm(
         pair.covs[1]
@@ -233,9 +233,9 @@ def main():
     add("--dims", type=int, nargs="+", default=[2, 8])
     add("--seeds", type=int, default=5)
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--modes", type=int, default=5, help="of the scalar interpolant")
-    add("--steps", type=int, default=2000)
-    add("--alternations", type=int, default=500)
+    add("--modes", type=int, default=10, help="of the scalar interpolant")
+    add("--steps", type=int, default=3000)
+    add("--alternations", type=int, default=400)
     add("--pairs", type=int, default=100_000)
     add("--only", default="", help="cells whose name starts so")
     add("--smoke", action="store_true")
