@@ -10,7 +10,7 @@ from torch import Tensor
 from .diagnostics import calibrate
 from .distributions import InterpolantDistribution
 from .flow import Flow
-from .jumps import Jump, coarse_solver, fresh_weights, jumped
+from .jumps import Jump, coarse_solver, fresh_weights, jumped, renewed
 from .moves import Density, Kernel, Particles, annealed
 from .objective import Rows
 from .preparation import precondition
@@ -155,7 +155,7 @@ class Refinement:
         if jump.gap < self.best:
             self.best, self.best_round = jump.gap, len(self.history)
             self.kept = self.refit.values()
-        self.particles, acceptance = self._moved(jump.particles, time.monotonic() - began)
+        self.particles, acceptance = self._moved(renewed(jump), time.monotonic() - began)
         self.refit.add(self.particles.x)
         self.history.append(self._seen(jump, acceptance))
         self._show_round()
