@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from .distributions import InterpolantDistribution
-from .moves import Density, Particles, systematic
-from .psis import pareto_smooth
+from .moves import Density, Particles
 from .solvers import FixedGrid, Solver
 
-__all__ = ["Jump", "coarse_solver", "fresh_weights", "jumped", "renewed"]
+__all__ = ["Jump", "coarse_solver", "fresh_weights", "jumped"]
 
 _GRIDS = (6, 8, 12, 16, 24, 32, 48)  # steps
 _ERROR = 0.03  # nats, mean, of the solver within a round
@@ -20,7 +19,6 @@ _ROWS = 64  # that it is measured on
 _WHOLE = 0.6  # the share of particles that jump to independent draws
 _DECADES = 1.3  # how far below one the other jumps go
 _TOP = 0.01  # share of the draws whose weights are computed at doubled steps
-_TRUSTED = 0.7  # k-hat up to which weights resample
 _PART = 2000  # rows drawn at once
 
 
@@ -29,15 +27,13 @@ class Jump(NamedTuple):
 
     Attributes:
         particles: Where the particles are now.
-        draws: The independent draws, M of them.
-        log_weights: Their :math:`\log p - \log q`, shape ``(M,)``.
+        log_weights: Of the independent draws, :math:`\log p - \log q`, shape ``(M,)``.
         gap: The mean of :math:`\log p - \log q` over the particles before they jumped: the
             divergence :math:`KL(p \| q)` plus the log-evidence.
         acceptance: The mean acceptance of the independent draws.
     """
 
     particles: Particles
-    draws: Particles
     log_weights: Tensor
     gap: float
     acceptance: float
@@ -77,31 +73,7 @@ def jumped(distribution: InterpolantDistribution, particles: Particles, density:
     gap = float((particles.log_p - log_q).double().mean())
     chosen = whole[:, 0]
     rate = float(accepted[chosen].double().mean())
-    moved = new.where(accepted, particles)
-    return Jump(moved, new.take(chosen), log_weights[chosen], gap, rate)
-
-
-def renewed(jump: Jump) -> Particles:
-    r"""Return the particles, half of them replaced by independent draws resampled by weight.
-
-    Where the flow has too little mass, by a factor w, Metropolis's rule takes about w rounds to
-    make up for it, resampling by smoothed weights one. Where k-hat is above 0.7 the weights cannot
-    be trusted, and the particles are returned as they are.
-
-    Args:
-        jump: What a round of jumps did.
-    """
-    particles, half = jump.particles, len(jump.particles.x) // 2
-    if not bool(torch.isfinite(jump.log_weights).any()):
-        return particles
-    log_weights, k_hat = pareto_smooth(jump.log_weights)
-    if k_hat > _TRUSTED:
-        return particles
-    kept = torch.randperm(len(particles.x))[half:].to(particles.x.device)
-    drawn = jump.draws.take(systematic(log_weights, half))
-    return Particles(
-        *(torch.cat(parts) for parts in zip(drawn, particles.take(kept), strict=True))
-    )
+    return Jump(new.where(accepted, particles), log_weights[chosen], gap, rate)
 
 
 def coarse_solver(distribution: InterpolantDistribution, x: Tensor) -> Solver:

@@ -14,7 +14,7 @@ from pyro_interpolant import (
     conditional_interpolant_transform,
     interpolant_transform,
 )
-from pyro_interpolant.jumps import coarse_solver, fresh_weights, jumped, renewed
+from pyro_interpolant.jumps import coarse_solver, fresh_weights, jumped
 from pyro_interpolant.moves import Density, Kernel, Particles, annealed, systematic
 from pyro_interpolant.refits import Refit
 from pyro_interpolant.rounds import RoundsResult, train_from_density
@@ -278,24 +278,6 @@ def test_jumps_leave_the_density_as_it_is_and_measure_the_divergence():
     evidence = float(jump.log_weights.logsumexp(0)) - math.log(len(jump.log_weights))
     assert evidence == pytest.approx(4.0, abs=0.1)
     assert 0.05 < jump.acceptance < 0.95
-
-
-def test_renewal_makes_up_at_once_for_what_the_flow_lacks():
-    target = gaussian([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]])
-    flow = gaussian_prior(torch.tensor([0.8, 0.0]), 1.1 * torch.eye(2))
-    density = Density(target.log_prob)
-    x = 0.8 + torch.randn(4000, 2)  # displaced particles
-    particles = Particles.at(x, density.with_gradient)
-    jump = jumped(flow, particles, density)
-    after = renewed(jump)
-    assert len(after.x) == 4000
-    torch.testing.assert_close(after.log_p, target.log_prob(after.x))
-    torch.testing.assert_close(after.x[:2000].mean(0), torch.zeros(2), rtol=0, atol=0.1)
-    assert bool(torch.isin(after.x[2000:, 0], jump.particles.x[:, 0]).all())
-    x = dist.StudentT(1.0).sample((2000,))
-    wild = jump._replace(log_weights=2 * x.abs())
-    assert renewed(wild) is jump.particles
-    assert renewed(jump._replace(log_weights=-math.inf + 0 * x)) is jump.particles
 
 
 def test_weights_of_a_flow_that_is_the_target_are_equal():
