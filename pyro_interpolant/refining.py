@@ -22,11 +22,12 @@ from .solvers import Solver
 __all__ = ["Refinement", "Round", "RoundsResult"]
 
 _RATE = 2e-3
-_SEARCH, _ANNEAL, _MIX, _CHECK = 0.07, 0.25, 0.04, 0.06  # shares of the time
-_REFIT, _MOVE = 0.05, 0.25  # of the time, and of the rest of a round
+_SEARCH, _ANNEAL, _MIX, _CHECK = 0.07, 0.25, 0.08, 0.06  # shares of the time
+_REFIT, _MOVE = 0.05, 0.35  # of the time, and of the rest of a round
 _CONSTANT = 0.4  # of the training, before the rate falls
 _GRADIENTS = 40  # of each particle, at the least, on the way from the start
-_FEWEST, _MOVES = 3, (3, 150)
+_FEWEST, _MOVES = 3, (3, 200)
+_MIXING = 240  # moves before the first round, at the most: narrow places fill slowly
 _LEAPS = (8, 3)  # leapfrog steps where the density is quick, or slow
 _FLAT, _WINDOW, _LANDING = 2e-3, 5, 0.5  # nats, rounds, and the share of the training time added
 _ROWS, _CHECKED = 128, 10_000
@@ -121,11 +122,11 @@ class Refinement:
         self.kernel.adapt_metric(self.particles.x)
         pools = [self.particles.x]
         until = time.monotonic() + _MIX * budget
-        for i in range(30):
+        for i in range(_MIXING):
             if i >= _FEWEST and time.monotonic() > until:
                 break
             self.particles, _ = self.kernel(self.particles, density.with_gradient)
-            if i % 5 == 4:
+            if i % (_MIXING // 8) == _MIXING // 8 - 1:
                 pools.append(self.particles.x)
         precondition(self.flow, self.distribution, Rows(self.particles.x, None))
         self.refit = Refit(self.flow, pools)

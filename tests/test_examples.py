@@ -10,7 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(
     {path.name for path in EXAMPLES.glob("*.py")}
-    | {"score_sde.py", "stellar_distances.py", "two_moons.py"}
+    | {"score_sde.py", "stellar_distances.py", "svi_guide.py", "two_moons.py"}
 )
 
 

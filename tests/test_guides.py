@@ -31,6 +31,7 @@ from pyro_interpolant import (
     AutoInterpolant,
     FixedGrid,
     Linear,
+    calibrate,
     fit_guide,
     importance,
     log_joint,
@@ -309,6 +310,15 @@ def test_training_takes_no_fewer_nodes_than_the_guide_was_made_with():
     assert len(calls) == 4 * (6 + 1)
     guide.transform.solver = adaptive = Adaptive(nodes=4)
     assert guide._for_training(guide.transform).solver is adaptive
+
+
+def test_its_solver_is_calibrated_through_its_posterior():
+    guide = AutoInterpolant(model, hidden_dims=(4,), solver=FixedGrid(40))  # not trained
+    guide()
+    posterior = guide.get_posterior()
+    found = calibrate(posterior, posterior.sample((16,)))
+    assert guide.transform.solver is found
+    assert found.steps < 40
 
 
 def test_training_nodes_are_random_and_their_density_unbiased():
