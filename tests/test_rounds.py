@@ -41,9 +41,8 @@ def modes(dim, count=4):
 
 def funnel(x):
     v = x[:, 0]
-    return dist.Normal(0.0, 3.0).log_prob(v) + dist.Normal(0.0, (v / 2).exp()[:, None]).log_prob(
-        x[:, 1:]
-    ).sum(-1)
+    rest = -0.5 * (x[:, 1:].square() * (-v).exp()[:, None] + v[:, None]).sum(-1)
+    return rest - v.square() / 18
 
 
 def wide(dim, scale=4.0):
@@ -223,6 +222,22 @@ def test_without_a_density_to_climb_the_start_is_what_is_left():
     x = torch.full((1,), -math.inf)
     found = search(Density(lambda s: x + 0 * s.sum(-1)), start, seconds=1.0)
     assert found is start
+
+
+def test_a_density_without_second_derivatives_is_searched_all_the_same():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return -0.5 * x.square().sum(-1)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return -g[:, None] * ctx.saved_tensors[0]
+
+    found = search(Density(Once.apply), wide(2), seconds=1.0)
+    assert float(found.log_prob(torch.zeros(1, 2))) > -6
 
 
 def test_starts_of_every_kind():
