@@ -342,7 +342,7 @@ def test_a_refit_whose_gradients_stay_wild_says_so():
 
 def test_a_gaussian_is_learned_from_its_density_alone():
     target, flow = slanted(), tiny()
-    result = quick(flow, lambda x: target.log_prob(x) - 11.0)
+    result = quick(flow, lambda x: target.log_prob(x) - 11.0, draws=2000, steps=100)
     assert isinstance(result, RoundsResult)
     assert result.k_hat < 0.5
     assert result.ess > 0.9 * result.draws
