@@ -16,7 +16,7 @@ from torch.distributions import biject_to
 
 from .distributions import InterpolantDistribution
 from .guides import AutoInterpolant
-from .importance import judged, verdict_of, warn_if_poor
+from .importance import judged, warn_if_poor
 from .models import LogJoint, log_joint
 from .rounds import RoundsResult, train_from_density
 from .sites import pack_sites, set_up
@@ -25,7 +25,8 @@ from .training import FitResult, fit, seeded
 __all__ = ["GuideResult", "fit_guide"]
 
 _JUDGED = 10_000  # fresh draws
-_TRAINED = 0.9  # of the time, on samples; the rest is for the calibration and the judgement
+_ON_SAMPLES = 0.9  # of the time; the rest is for the calibration and the judgement
+_ON_THE_MODEL = 0.97  # of the time; the rest is for the judgement
 _LEAST = 0.1  # of the time, for training, however long the set-up took
 _PRIOR = 4096  # draws the search starts from
 _RARE = 0.005  # the share of prior draws on either side that counts as less far
@@ -123,15 +124,16 @@ def fit_guide(
         seconds = share * max_seconds - (time.monotonic() - start)
         return {"max_seconds": max(seconds, _LEAST * max_seconds), **settings}
 
+    known: LogJoint | None
     if samples is None:
-        density = log_joint(guide, *args, **kwargs)
-        numbers, training = _on_the_model(guide, density, left, seed)
+        known = density = log_joint(guide, *args, **kwargs)
+        training = _on_the_model(guide, density, left, seed)
     else:
         rows = pack_sites(guide, samples).to(guide.transform.loc)
         known = _density(guide, args, kwargs)
-        training = fit(InterpolantDistribution(guide.transform), rows, **left(_TRAINED))
-        with seeded(None if seed is None else seed + 1, rows.device):
-            numbers = _judged(guide, known)
+        training = fit(InterpolantDistribution(guide.transform), rows, **left(_ON_SAMPLES))
+    with seeded(None if seed is None else seed + 1, guide.transform.loc.device):
+        numbers = _judged(guide, known)
     if not math.isnan(numbers[1]):
         warn_if_poor(numbers[0], numbers[5])
     return GuideResult._make((*numbers, time.monotonic() - start, training))
@@ -142,14 +144,12 @@ def _on_the_model(
     density: LogJoint,
     left: Callable[[float], dict[str, Any]],
     seed: int | None,
-) -> tuple[tuple[Any, ...], Any]:
-    """Return the first fields of the result of training from the model alone, and the rest."""
+) -> Any:
+    """Train from the model alone, and return what that did."""
     with seeded(seed, guide.transform.loc.device):
         prior = prior_draws(density, _PRIOR)
-    settings = {"start": prior, **left(1.0)}
-    rounds = train_from_density(InterpolantDistribution(guide.transform), density, **settings)
-    text = verdict_of(rounds.k_hat, rounds.ess, rounds.draws)
-    return (*rounds[:4], rounds.draws, text), rounds
+    settings = {"start": prior, **left(_ON_THE_MODEL)}
+    return train_from_density(InterpolantDistribution(guide.transform), density, **settings)
 
 
 def prior_draws(density: LogJoint, count: int) -> Tensor | None:

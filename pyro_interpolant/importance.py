@@ -209,6 +209,6 @@ def _refined(
             f"the guide's solver is too coarse: where weights are largest, log densities move by "
             f"{error:.2g} nats at doubled steps. Call calibrate(guide.get_posterior(), "
             "guide.get_posterior().sample((256,)))",
-            stacklevel=4,
+            stacklevel=5,  # past no_grad too
         )
     return log_q.index_copy(0, top, finer)

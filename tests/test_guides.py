@@ -31,6 +31,7 @@ from pyro_interpolant import (
     AutoInterpolant,
     FixedGrid,
     Linear,
+    calibrate,
     fit_guide,
     importance,
     log_joint,
@@ -109,14 +110,14 @@ def test_one_solve_per_step_and_all_weights_move(loss, particles, target):
     else:
         elbo = loss(num_particles=particles, vectorize_particles=vectorised, max_plate_nesting=1)
     steps = [svi(guide, target, elbo).step() for _ in range(2)]
-    assert len(calls) == 2 * 4 * GRID.steps
+    assert len(calls) == 2 * 4 * (GRID.steps + 1)
     assert all(torch.isfinite(torch.tensor(steps)))
     assert all(moved(guide, before))
 
 
 @pytest.mark.parametrize("particles", [1, 3])
 def test_a_compiled_elbo(particles):
-    guide = small()
+    guide = small(hidden_dims=(8,))
     options = {
         "num_particles": particles, "vectorize_particles": particles > 1, "max_plate_nesting": 1
     }  # fmt: skip
@@ -126,10 +127,11 @@ def test_a_compiled_elbo(particles):
         SVI(model, guide, still, jit),
         SVI(model, guide, still, Trace_ELBO(**options)),
     )
-    compiled.step()  # compiles
+    compiled.step()  # compiles, with nodes that stay
+    guide.transform.solver = FixedGrid(2 * GRID.steps)
     for seed in range(2):
         pyro.set_rng_seed(seed)
-        expected = eager.step()
+        expected = eager.evaluate_loss()
         pyro.set_rng_seed(seed)
         assert compiled.step() == pytest.approx(expected, rel=1e-9)
     before = weights(guide)
@@ -168,7 +170,7 @@ def test_optimisers_of_torch(local):
         calls = counted(guide)
         elbo().backward()
         optimiser.step()
-        assert len(calls) == 4 * GRID.steps
+        assert len(calls) == 4 * (GRID.steps + 1)
         assert all(moved(guide, before))
 
 
@@ -292,12 +294,12 @@ def test_it_starts_from_another_guide():
         guide.start_from(guides.AutoMultivariateNormal(single))
 
 
-def test_training_takes_no_fewer_steps_than_the_guide_was_made_with():
+def test_training_takes_no_fewer_nodes_than_the_guide_was_made_with():
     guide = small(solver=FixedGrid(5))
     guide.transform.solver = FixedGrid(2)
     calls, step = counted(guide), svi(guide)
     step.step()
-    assert len(calls) == 4 * 5
+    assert len(calls) == 4 * (5 + 1)
     calls.clear()
     with torch.no_grad():
         guide()
@@ -305,7 +307,37 @@ def test_training_takes_no_fewer_steps_than_the_guide_was_made_with():
     calls.clear()
     guide.transform.solver = FixedGrid(6)
     step.step()
-    assert len(calls) == 4 * 6
+    assert len(calls) == 4 * (6 + 1)
+    guide.transform.solver = adaptive = Adaptive(nodes=4)
+    assert guide._for_training(guide.transform).solver is adaptive
+
+
+def test_its_solver_is_calibrated_through_its_posterior():
+    guide = AutoInterpolant(model, hidden_dims=(4,), solver=FixedGrid(40))  # not trained
+    guide()
+    posterior = guide.get_posterior()
+    found = calibrate(posterior, posterior.sample((16,)))
+    assert guide.transform.solver is found
+    assert found.steps < 40
+
+
+def test_training_nodes_are_random_and_their_density_unbiased():
+    guide = small(solver=FixedGrid(4))
+    flows = [guide._for_training(guide.transform) for _ in range(100)]
+    nodes, weights = flows[0].solver.grid()
+    assert torch.equal(nodes, nodes.sort().values)
+    assert (nodes[0], nodes[-1], len(nodes)) == (0, 1, 6)
+    assert torch.equal((nodes[1:-1] * 4).long(), torch.arange(4))
+    assert float(weights.sum()) == pytest.approx(1)
+    assert not torch.equal(flows[1].solver.grid()[0], nodes)
+    z = guide.get_posterior().sample((5,))
+    with torch.no_grad():
+        estimates = torch.stack([flow.log_abs_det_jacobian(flow.inv(z), z) for flow in flows])
+        fine = guide.transform.at(1.0)
+        fine.solver = FixedGrid(64)
+        exact = fine.log_abs_det_jacobian(fine.inv(z), z)
+    error = estimates.std(0) / 100**0.5
+    assert ((estimates.mean(0) - exact).abs() < 5 * error + 1e-3).all()
 
 
 # ---------------------------------------------------------------------------- median and quantiles
@@ -361,6 +393,23 @@ def test_a_copy_has_weights_of_its_own_and_harms_nothing(trained):
 def test_a_copy_before_the_first_call():
     new = copy.deepcopy(AutoInterpolant(model, hidden_dims=(4,)))
     assert set(new()) == {"mu", "scale", "x"}
+
+
+def test_a_part_of_a_list_is_copied_alone_or_with_it():
+    whole = guides.AutoGuideList(model)
+    whole.append(guides.AutoNormal(poutine.block(model, expose=["mu"])))
+    part = AutoInterpolant(poutine.block(model, expose=["scale", "x"]), hidden_dims=(4,))
+    whole.append(part)
+    whole()
+    kept = part.model
+    alone = copy.deepcopy(part)
+    assert set(alone()) == {"scale", "x"}
+    assert alone.model is part.model is kept
+    assert part.master() is whole
+    again = copy.deepcopy(whole)
+    assert set(again()) == {"mu", "scale", "x"}
+    assert again[1].master() is again
+    assert set(whole()) == {"mu", "scale", "x"}
 
 
 def parametric():

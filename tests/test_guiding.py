@@ -96,12 +96,12 @@ def test_samples_of_a_sampler():
         with pyro.plate("rows", 2):
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
-    mcmc = MCMC(NUTS(model), num_samples=300, warmup_steps=100, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=200, warmup_steps=50, disable_progbar=True)
     y = torch.ones(2)
     mcmc.run(y)
     guide = small(model)
     result = fit_guide(
-        guide, y=y, samples=mcmc.get_samples(), seed=0, progress=False, options=QUICK
+        guide, y=y, samples=mcmc.get_samples(), seed=0, progress=False, options={"steps": 60}
     )
     precision = torch.eye(2) - torch.full((2, 2), 1 / 3)
     exact = dist.MultivariateNormal(torch.zeros(2), torch.eye(2) + 1).log_prob(y)
@@ -193,42 +193,40 @@ def test_a_model_without_a_log_joint_is_fitted_but_not_judged():
 
 @pytest.fixture
 def rounds(monkeypatch):
-    """Record how training from a density is called, and say what it is told to say."""
+    """Record how training from a density is called."""
     calls = []
 
     def train(distribution, density, **kwargs):
         calls.append((distribution, density, kwargs))
-        known = {
-            "k_hat": calls_k[0], "ess": 5000.0, "log_evidence": -1.5,
-            "log_evidence_stderr": 0.02, "draws": 8000,
-        }  # fmt: skip
-        return RoundsResult(**{**dict.fromkeys(RoundsResult._fields), **known})
+        return RoundsResult(**dict.fromkeys(RoundsResult._fields))
 
-    calls_k = [0.2]
     monkeypatch.setattr(guiding, "train_from_density", train)
-    return calls, calls_k
+    return calls
 
 
 def test_the_model_alone(rounds):
-    calls, k_hat = rounds
     guide = small()
+    guide()
+    z = log_joint(guide).pack(draws_of(4000))
+    guide.transform.precondition(z.mean(0), torch.linalg.cholesky(z.T.cov()))  # a good guide
     state = torch.get_rng_state()
     result = fit_guide(guide, max_seconds=7.0, seed=3, progress=False, options={"rounds": 2})
     assert torch.equal(torch.get_rng_state(), state)
-    assert result[:5] == (0.2, 5000.0, -1.5, 0.02, 8000)
-    assert result.verdict.startswith("Good, k-hat 0.20, 5,000 effective draws of 8,000")
-    distribution, density, kwargs = calls[0]
+    assert result.verdict.startswith("Good, k-hat")
+    assert abs(result.log_evidence) < 0.02
+    assert result.draws == 10_000
+    assert isinstance(result.training, RoundsResult)
+    distribution, density, kwargs = rounds[0]
     assert distribution.transform is guide.transform
     start = kwargs.pop("start")
-    assert 0.7 <= kwargs.pop("max_seconds") < 7.0  # less the set-up
+    assert 0.7 <= kwargs.pop("max_seconds") < 7.0  # less the set-up and the judgement
     assert kwargs == {"seed": 3, "progress": False, "rounds": 2}
     z = torch.zeros(2, 3)
     assert torch.equal(density(z), log_joint(guide)(z))
     assert start.shape == (4096, 3)  # the prior
     assert abs(float(start[:, 0].mean()) - 0.3) < 0.05
-    k_hat[0] = 0.9
-    with pytest.warns(UserWarning, match="Poor in the tails, k-hat 0.90"):
-        fit_guide(guide, seed=3, progress=False)
+    with pytest.warns(UserWarning, match="Poor, k-hat"):
+        fit_guide(small(), seed=3, progress=False)  # not trained
 
 
 def test_the_model_alone_in_earnest():

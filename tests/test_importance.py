@@ -221,9 +221,19 @@ def test_a_solver_that_is_too_coarse_is_found_out():
     guide = gaussian(4 / 3, 3**-0.5, hidden_dims=(16, 16), solver=FixedGrid(2, "euler"))
     with torch.no_grad():
         guide.transform.velocity.output.weight.normal_(std=1.0)
-    with pytest.warns(UserWarning, match=r"solver is too coarse: .* move by .* nats at doubled"):
-        quiet = importance(guide, count=500, seed=0)
-    assert math.isfinite(quiet.log_evidence)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = importance(guide, count=500, seed=0)
+    said = [str(w.message) for w in caught if "the guide's solver is too coarse" in str(w.message)]
+    assert len(said) == 1
+    assert "nats at doubled steps. Call calibrate(guide.get_posterior()" in said[0]
+    assert caught[0].filename == __file__
+    assert math.isfinite(result.log_evidence)
+    guide.transform.solver = FixedGrid(16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        importance(guide, count=500, seed=0)
+    assert not [w for w in caught if "coarse" in str(w.message)]
 
 
 def test_what_cannot_work_is_refused():
