@@ -14,6 +14,7 @@ References:
 # Grouped by floor: a module imports only from the floors above its own line.
 from ._version import __version__
 from .couplings import independent, optimal_transport
+from .psis import effective_sample_size, pareto_smooth
 from .quadrature import clenshaw_curtis
 from .data import dequantize
 from .divergence import ExactDivergence, HutchinsonDivergence
@@ -63,6 +64,7 @@ from .monitors import TrainingState
 from .training import FitResult, fit, from_samples
 from .importance import ImportanceResult, importance
 from .neutra import Neutra, neutra
+from .rounds import Round, RoundsResult, train_from_density
 from .guiding import GuideResult, fit_guide
 from .straightening import PathReport, ReflowResult, reflow
 from .transport import TransportResult, learn_interpolant
@@ -97,6 +99,8 @@ __all__ = [
     "PathEnergy",
     "PathReport",
     "ReflowResult",
+    "Round",
+    "RoundsResult",
     "Samples",
     "SineSquared",
     "SolverError",
@@ -117,6 +121,7 @@ __all__ = [
     "denoiser",
     "denoiser_to_score",
     "dequantize",
+    "effective_sample_size",
     "fit",
     "fit_guide",
     "from_samples",
@@ -131,6 +136,7 @@ __all__ = [
     "neutra",
     "noise_to_score",
     "optimal_transport",
+    "pareto_smooth",
     "path_energy",
     "reflow",
     "sample_sde",
@@ -141,6 +147,7 @@ __all__ = [
     "score_to_velocity",
     "sde_log_prob",
     "solver_error",
+    "train_from_density",
     "velocity_to_denoiser",
     "velocity_to_score",
     "w2_bound",

@@ -46,7 +46,8 @@ def train_from_density(
     Args:
         distribution: The flow: on real vectors, from its default base.
         log_density: From rows, shape ``(N, D)`` in the flow's type, to :math:`\log p` up to a
-            constant, shape ``(N,)``; differentiable. What is not finite counts as no density.
+            constant, shape ``(N,)``; differentiable. It is asked far away too: what is not
+            finite there counts as no density, and it must not raise.
         start: Where the search starts: rows, shape ``(M, D)``, such as draws of the prior; a
             centre, shape ``(D,)``; or a distribution of event shape ``(D,)``. It should be wider
             than the target. By default a Student-t of scale 4 around 0.

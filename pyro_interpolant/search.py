@@ -145,7 +145,10 @@ def search(density: Density, wide: Mixture, *, seconds: float) -> Mixture:
         return wide
     began = time.monotonic()
     x = _starts(density, wide, 0.3 * seconds)
-    x = _spread(x, _affordable(density, wide, 0.5 * seconds))
+    count = _affordable(density, wide, 0.5 * seconds)
+    if not count:
+        return wide
+    x = _spread(x, count)
     floor = 1e-4 / wide.root.double().square().sum(-1).mean(0)  # precisions, shape (D,)
     bound = torch.full((len(x),), -math.inf, dtype=torch.float64)
     loc, root = x.clone(), wide.root[0].double().repeat(len(x), 1, 1)
@@ -199,10 +202,12 @@ def _spread(x: Tensor, count: int) -> Tensor:
 
 
 def _affordable(density: Density, wide: Mixture, seconds: float) -> int:
-    """Return how many starts can be followed all the way in the time."""
+    """Return how many starts can be followed in the time; none without second derivatives."""
     least, most = _STARTS
     began = time.monotonic()
-    _derivatives(density, wide.sample(least))
+    _, hessian = _derivatives(density, wide.sample(least))
+    if not bool(hessian.any()):
+        return 0
     each = (time.monotonic() - began) / least
     return int(max(least, min(most, seconds / (0.5 * _ITERATIONS * each))))
 
@@ -213,7 +218,7 @@ def _distinct(bound: Tensor, loc: Tensor, root: Tensor) -> list[int]:
     least = float(bound.max()) - 10 - loc.shape[1]
     inverse = torch.linalg.inv(root)
     for i in bound.argsort(descending=True).tolist():
-        if not float(bound[i]) >= least or len(kept) == _COMPONENTS:
+        if not (bound[i].isfinite() and bound[i] >= least) or len(kept) == _COMPONENTS:
             break
         away = torch.einsum("kij,kj->ki", inverse[kept], (loc[i] - loc[kept]).double())
         if not bool((away.square().mean(-1) < _APART).any()):
@@ -222,7 +227,7 @@ def _distinct(bound: Tensor, loc: Tensor, root: Tensor) -> list[int]:
 
 
 def _mixed(wide: Mixture, bound: Tensor, loc: Tensor, root: Tensor) -> Mixture:
-    kept = _distinct(bound.nan_to_num(nan=-math.inf), loc, root)
+    kept = _distinct(torch.where(bound.isnan(), -math.inf, bound), loc, root)
     if not kept:
         return wide
     loc, root, bound = loc[kept], root[kept], bound[kept]
@@ -238,19 +243,28 @@ def _derivatives(density: Density, x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         value = density._value(leaf)
         (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
-        rows = [
-            torch.autograd.grad(gradient[:, j].sum(), leaf, retain_graph=True)[0]
-            for j in range(x.shape[1])
-        ]
+        rows = [_slope(gradient[:, j], leaf) for j in range(x.shape[1])]
     hessian = torch.stack(rows, 1).double()
     return gradient.detach().double().nan_to_num(0, 0, 0), hessian.nan_to_num(0, 0, 0)
+
+
+def _slope(value: Tensor, leaf: Tensor) -> Tensor:
+    """Return the gradient of the sum, zero where there is none or none can be computed."""
+    if not value.requires_grad:
+        return torch.zeros_like(leaf)
+    try:
+        found = torch.autograd.grad(value.sum(), leaf, retain_graph=True, allow_unused=True)[0]
+    except (RuntimeError, NotImplementedError):  # an operation without second derivatives
+        found = None
+    return torch.zeros_like(leaf) if found is None else found
 
 
 def _newton(gradient: Tensor, hessian: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """Return the saddle-free step, shape ``(S, D)``, and roots of ``|H|^-1``, ``(S, D, D)``."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).abs()
     scale = torch.maximum(diagonal, floor).rsqrt()
-    scaled = 0.5 * (hessian + hessian.mT) * scale[:, None] * scale[:, :, None]
+    scaled = -0.5 * (hessian + hessian.mT) * scale[:, None] * scale[:, :, None]
+    scaled = scaled + torch.diag_embed(floor * scale.square())
     values, vectors = torch.linalg.eigh(scaled)
     precision = values.abs().clamp_min(1e-7)
     root = scale[:, :, None] * vectors * precision.rsqrt()[:, None]
