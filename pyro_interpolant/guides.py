@@ -25,6 +25,7 @@ from .transforms import InterpolantTransform
 __all__ = ["AutoInterpolant"]
 
 _POINTS = 4096  # of the base, for medians and quantiles
+_FEW = 12  # latent dimensions: a funnel in 10 was learned better by a deeper network
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class AutoInterpolant(AutoContinuous):
 
     Args:
         model: A Pyro model whose latent sites are continuous, of fixed shapes and supports.
-        hidden_dims: The widths of the velocity's hidden layers; by default chosen by the number
-            of latent dimensions.
+        hidden_dims: The widths of the velocity's hidden layers; by default ``(128, 128, 128)`` up
+            to 12 latent dimensions, as funnels want, and as :class:`VelocityMLP` chooses above.
         interpolant: The path the velocity is trained for; by default
             :class:`~pyro_interpolant.Trigonometric`.
         solver: By default a :class:`~pyro_interpolant.FixedGrid` of 12 steps. While a fixed grid
@@ -149,7 +150,10 @@ class AutoInterpolant(AutoContinuous):
             check_jacobians(self)
             strip(self)
             loc = self._init_loc()
-        velocity = VelocityMLP(self.latent_dim, self._hidden_dims).to(loc)
+        hidden = self._hidden_dims
+        if hidden is None and self.latent_dim <= _FEW:
+            hidden = (128, 128, 128)
+        velocity = VelocityMLP(self.latent_dim, hidden).to(loc)
         transform = InterpolantTransform(velocity, **self._choices)  # type: ignore[arg-type]
         transform.precondition(loc, self._init_scale * torch.eye(len(loc)).to(loc))
         self.transform = transform

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 README = Path(__file__).parent.parent / "README.md"
@@ -14,6 +15,8 @@ def blocks():
         yield text[: match.start()].count("\n") + 1, match.group(1)
 
 
+# How far a guide comes in the seconds it is given is the machine's business.
+@pytest.mark.filterwarnings("ignore:Poor:UserWarning")
 def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
