@@ -16,11 +16,12 @@ __all__ = ["LearnedInterpolant"]
 class LearnedInterpolant(nn.Module, Interpolant):
     r"""Trigonometric coefficients plus sine waves, and a network that vanishes at the ends.
 
-    .. math:: I_t = \Bigl(\cos\tfrac{\pi t}{2} + \sum_{k=1}^{M} a_k \sin k\pi t\Bigr) x_0
-                  + \Bigl(\sin\tfrac{\pi t}{2} + \sum_{k=1}^{M} b_k \sin k\pi t\Bigr) x_1
-                  + \sin(\pi t)\, N(t, x_0, x_1)
+    .. math:: I_t = \Bigl(\cos\tfrac{\pi t}{2} + \sum_{k=1}^{M} \tfrac{a_k}{k} \sin k\pi t\Bigr)
+              x_0 + \Bigl(\sin\tfrac{\pi t}{2} + \sum_{k=1}^{M} \tfrac{b_k}{k} \sin k\pi t\Bigr)
+              x_1 + \sin(\pi t)\, N(t, x_0, x_1)
 
-    The ends are exact for any weights; with ``matrices`` the :math:`a_k, b_k` are D x D. A start
+    Divided by k, all waves have slopes, and so energies, of one size for weights of one size. The
+    ends are exact for any weights; with ``matrices`` the :math:`a_k, b_k` are D x D. A start
     from moments adds two centres :math:`m_0, m_1`, whose own path is the straight line and about
     which all this then acts; from a standard normal they stay at zero. All weights are buffers:
     :func:`~pyro_interpolant.learn_interpolant` sets them, and no other training does.
@@ -130,20 +131,20 @@ class LearnedInterpolant(nn.Module, Interpolant):
         eye = torch.eye(len(root), dtype=torch.float64, device=root.device)
         t = (torch.arange(4096, dtype=torch.float64, device=root.device) + 0.5) / 4096
         k = torch.arange(1, self.modes + 1, dtype=torch.float64, device=root.device)
-        sines = 2 * torch.sin(math.pi * k[:, None] * t) / len(t)
+        project = 2 * k[:, None] * torch.sin(math.pi * k[:, None] * t) / len(t)
         angle = 0.5 * math.pi * t
-        from_base, from_data = sines @ (t * angle.cos()), sines @ ((1 - t) * angle.sin())
+        from_base, from_data = project @ (t * angle.cos()), project @ ((1 - t) * angle.sin())
         self.waves[0].copy_(from_base[:, None, None] * (transport - eye))
         self.waves[1].copy_(from_data[:, None, None] * (torch.linalg.inv(transport) - eye))
 
     def _shorten(self, cov0: Tensor, cov1: Tensor) -> None:
         """Minimise the energy between centred Gaussians over scalar waves, from those at zero."""
         t = (torch.arange(128, dtype=torch.float64, device=cov0.device) + 0.5) / 128
-        k = math.pi * torch.arange(1, self.modes + 1, dtype=t.dtype, device=t.device)
+        k = torch.arange(1, self.modes + 1, dtype=t.dtype, device=t.device)[:, None]
         waves = torch.zeros(2, self.modes, dtype=t.dtype, device=t.device, requires_grad=True)
 
         def series(t: Tensor) -> tuple[Tensor, Tensor]:
-            a, b = waves @ torch.sin(k[:, None] * t)
+            a, b = waves @ (torch.sin(math.pi * k * t) / k)
             return (0.5 * math.pi * t).cos() + a, (0.5 * math.pi * t).sin() + b
 
         def energy() -> Tensor:
@@ -209,7 +210,7 @@ class LearnedInterpolant(nn.Module, Interpolant):
     def _series(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = 0.5 * math.pi * t
         k = torch.arange(1, self.modes + 1, dtype=t.dtype, device=t.device)
-        sines = torch.sin(math.pi * t[..., None] * k)
+        sines = torch.sin(math.pi * t[..., None] * k) / k
         waves = self.waves.to(t)
         if not self.matrices:
             return angle.cos() + sines @ waves[0], angle.sin() + sines @ waves[1]
