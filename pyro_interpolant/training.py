@@ -172,7 +172,7 @@ def fit(
         if keeper is not None and not source.exact:
             warn_inexact()
         held, kept, size, batches = source.split(whiten and learn == "velocity")
-        set_base(distribution, flow, base_samples, kept.w)
+        set_base(distribution, flow, base_samples, torch.cat((kept.w, held.w)))
         check_partners(distribution, kept.partner)
         noise = noise_network(flow) if learn == "noise" else None
         if learn == "velocity":
