@@ -117,7 +117,7 @@ def fit_guide(
         raise TypeError(f"expected an AutoInterpolant, got {type(guide).__name__}")
     if not max_seconds > 0:
         raise ValueError(f"expected max_seconds > 0, got {max_seconds}")
-    with seeded(seed, torch.device("cpu")):
+    with seeded(seed):
         set_up(guide, *args, **kwargs)
     settings = {"seed": seed, "progress": progress, **(options or {})}
 

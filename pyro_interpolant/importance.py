@@ -125,7 +125,7 @@ def importance(
         )
     if count < _LEAST:
         raise ValueError(f"expected count >= {_LEAST}, got {count}")
-    with seeded(seed, torch.device("cpu")):
+    with seeded(seed):
         set_up(guide, *args, **kwargs)
     with seeded(seed, guide._init_loc().device):
         result = judged(guide, log_joint(guide, *args, **kwargs), count)

@@ -10,12 +10,12 @@ __all__ = ["seeded", "trainable"]
 
 
 @contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw from a generator seeded apart, and leave the global one as it was."""
+def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
+    """Draw from a generator seeded apart, on a device too, and leave the global one as it was."""
     if seed is None:
         yield
         return
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+    with torch.random.fork_rng(devices=[] if device is None or device.type == "cpu" else [device]):
         torch.manual_seed(seed)
         yield
 

@@ -247,7 +247,7 @@ def from_samples(
     """
     few = x
     if is_stream(x):
-        with seeded(seed, torch.device("cpu")):
+        with seeded(seed):
             few = first_rows(x)
     if isinstance(x, Mapping):
         if event_shape is not None:
