@@ -118,7 +118,7 @@ def cells(args, source, target):
     ]
     scale = both[1].std(0)
     x0, x1 = (torch.from_numpy(random.permutation(s / scale)) for s in both)
-    held = min(len(x1) // 3, 8000)
+    held = min(len(x1) // 2, 4000)
     fresh, rest = x1[:held], x1[held:]
     start = time.perf_counter()
     flow = pi.InterpolantDistribution(pi.interpolant_transform(x.shape[1]))
