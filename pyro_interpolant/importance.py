@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .distributions import InterpolantDistribution
 from .models import LogJoint, log_joint
+from .moves import systematic
 from .psis import effective_sample_size, log_mean_weight, pareto_smooth
 from .scopes import seeded
 from .sites import set_up
@@ -66,11 +67,7 @@ class ImportanceResult(NamedTuple):
             raise ValueError("expected draws with positive weights, got none")
         device = self.log_weights.device
         with seeded(seed, device):
-            points = (torch.arange(count, device=device) + torch.rand((), device=device)) / count
-            order = torch.randperm(count, device=device)
-        total = self.log_weights.double().exp().cumsum(0)
-        chosen = torch.searchsorted(total / total[-1], points.double()[order])
-        chosen = chosen.clamp_max(len(total) - 1)
+            chosen = systematic(self.log_weights, count)[torch.randperm(count, device=device)]
         return {name: value[chosen] for name, value in self.draws.items()}
 
 
