@@ -51,8 +51,6 @@ from .transforms import (
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .joint import JointInterpolantDistribution
 from .losses import interpolant_loss
-from .diagnostics import SolverError, calibrate, log_prob_stderr, solver_error
-from .paths import PathEnergy, W2Bound, path_energy, w2_bound
 from .reparam import base_space
 from .scores import denoiser, score
 from .sde import InterpolantSDE, sample_sde
@@ -62,7 +60,18 @@ from .models import LogJoint, log_joint
 from .io import load, save
 from .monitors import TrainingState
 from .training import FitResult, fit, from_samples
-from .importance import ImportanceResult, importance
+from .diagnostics import (
+    ImportanceResult,
+    PathEnergy,
+    SolverError,
+    W2Bound,
+    calibrate,
+    importance,
+    log_prob_stderr,
+    path_energy,
+    solver_error,
+    w2_bound,
+)
 from .neutra import Neutra, neutra
 from .rounds import Round, RoundsResult, train_from_density
 from .guiding import GuideResult, fit_guide

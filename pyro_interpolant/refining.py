@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .diagnostics import calibrate
+from .calibration import calibrate
 from .distributions import InterpolantDistribution
 from .flow import Flow
 from .jumps import Jump, coarse_solver, fresh_weights, jumped

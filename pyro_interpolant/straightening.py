@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .diagnostics import calibrate
+from .calibration import calibrate
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .interpolants import Interpolant, Linear
 from .preparation import own_flow

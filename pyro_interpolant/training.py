@@ -8,9 +8,9 @@ import torch
 from torch.distributions import constraints
 
 from .bases import Samples
+from .calibration import calibrate
 from .couplings import independent
 from .data import checked_rows, usual
-from .diagnostics import calibrate
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .engine import Engine
 from .joint import JointInterpolantDistribution, pack, sites_of

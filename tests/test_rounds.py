@@ -361,7 +361,7 @@ def test_a_gaussian_is_learned_from_its_density_alone():
 def test_four_modes_are_found_and_weighed():
     target, means, weights = modes(2)
     flow = InterpolantDistribution(interpolant_transform(2, (48, 48)))
-    result = quick(flow, target.log_prob, steps=200, rounds=3, draws=1500)
+    result = quick(flow, target.log_prob, steps=300, rounds=3, draws=4000)
     assert result.log_evidence == pytest.approx(0.0, abs=0.05)
     which = torch.cdist(flow.sample((4000,)), means).argmin(1)
     shares = torch.bincount(which, minlength=4) / 4000
