@@ -23,7 +23,7 @@ from pyro.infer import (
 )
 from pyro.infer import autoguide as guides
 from pyro.infer.importance import psis_diagnostic
-from pyro.optim import Adam
+from pyro.optim import Adam, ClippedAdam
 
 import pyro_interpolant
 from pyro_interpolant import (
@@ -152,8 +152,9 @@ def test_the_elbo_is_that_of_its_definition():
 
 def test_svi_finds_the_posterior():
     guide = AutoInterpolant(single, hidden_dims=(8,), init_scale=1.0)
-    step = svi(guide, single, num_particles=16, vectorize_particles=True, max_plate_nesting=0)
-    for _ in range(100):
+    elbo = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=0)
+    step = SVI(single, guide, ClippedAdam({"lr": 0.02, "lrd": 0.985}), elbo)
+    for _ in range(250):
         step.step()
     z = guide.get_posterior().sample((4000,))
     assert abs(float(z.mean()) - 1) < 0.1

@@ -500,7 +500,7 @@ def test_nuts_gives_the_closed_form_posterior(space):
     prior = prior_at_a_hundred()
     model = SPACES[space](one_site(prior, y=200.0))
     init = guides.initialization.init_to_sample if space == "data" else None
-    draws = run_nuts(model, init=init).get_samples()
+    draws = run_nuts(model, samples=400, init=init).get_samples()
     if space == "data":
         z = draws["z"]
     else:

@@ -161,7 +161,7 @@ def test_log_prob_is_the_closed_form_at_every_time(name, dim, t):
         pytest.skip("slow: one dimension for these, and times whose grid has the kink as a node")
     velocity = random_mixture(dim, MEMBERS[name])
     # Coefficients with a kink at 1/2 converge slowly.
-    steps = 400 if name == "encoding-decoding" else 160
+    steps = 400 if name == "encoding-decoding" else 240
     flow = InterpolantTransform(velocity, interpolant=MEMBERS[name], solver=FixedGrid(steps))
     x = torch.cat((velocity.sample(t, 12), 2 * torch.randn(4, dim)))
     value = InterpolantDistribution(flow).at(t).log_prob(x)
