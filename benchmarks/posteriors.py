@@ -207,7 +207,7 @@ def c2st(x, y, seed=0):
         return float(cross_val_score(classifier, np.r_[x, y], label, cv=folds).mean())
 
 
-def scores(x, reference, rows):
+def scores(x, reference, rows, floor):
     """Return how far draws are from reference draws, each (N, D)."""
     import torch
 
@@ -223,7 +223,7 @@ def scores(x, reference, rows):
         "sd": float(ratio[ratio.log().abs().argmax()]),
         "quantile": float(tails.abs().max()),
         "c2st": c2st(x[:half].numpy(), reference[:half].numpy()),
-        "floor": c2st(reference[half : 2 * half].numpy(), reference[:half].numpy()),
+        "floor": floor or c2st(reference[half : 2 * half].numpy(), reference[:half].numpy()),
     }
 
 
@@ -245,7 +245,7 @@ def run_guide(args):
             "k_hat": pareto_smooth(weights).k_hat,
             "ess": effective_sample_size(weights) / len(weights),
         }
-    line |= scores(x, target.reference, args.rows) | extra
+    line |= scores(x, target.reference, args.rows, args.floor) | extra
     if target.means is not None:
         nearest = torch.cdist(x, target.means.double()).argmin(1)
         shares = torch.bincount(nearest, minlength=4) / len(x)
@@ -378,6 +378,7 @@ def parsed():
     add("--out", type=Path, default=Path(__file__).parent / "results" / "posteriors.jsonl")
     add("--smoke", action="store_true")
     add("--cell", help=argparse.SUPPRESS)
+    add("--floor", type=float, help=argparse.SUPPRESS)  # of an earlier cell of the task
     add("--task", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -412,6 +413,8 @@ def main():
         command = [sys.executable, __file__, "--cell", method, "--task", task]
         for name in ("seconds", "threads", "seed", "rows", "data", "nuts_samples"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        floors = [v["floor"] for (other, _), v in done.items() if other == task and "floor" in v]
+        command += ["--floor", str(floors[0])] if floors else []
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if child.returncode:
             print(f"{task}, {method}: failed with {child.returncode}", file=sys.stderr, flush=True)

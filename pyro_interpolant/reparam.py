@@ -15,9 +15,11 @@ from torch import Tensor
 
 from .distributions import InterpolantDistribution
 from .supports import is_circular
-from .torus import Lifted
+from .torus import Planar, directions, in_planes
 
 __all__ = ["base_space"]
+
+_TYPICAL = 2**0.5  # the root mean square of a radius
 
 
 def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +29,9 @@ def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
     :class:`~pyro_interpolant.InterpolantDistribution` (conditioned, expanded, in plates, under
     ``to_event`` or ``mask``) becomes ``z_base ~ base`` and ``z = T(z_base)``, a deterministic site
     under the same name. Inference then needs the forward solve alone: no divergence, and a
-    geometry that is Gaussian before the data are seen. Observed sites are left alone.
+    geometry that is Gaussian before the data are seen. Observed sites are left alone. For D angles
+    ``z_base`` has shape ``(2 D,)``: a point of the plane in the direction of each, normal where
+    the base is uniform, so that samplers see no seam.
 
     Initial values are proposed in base space too, where zero is the centre: any strategy but
     ``init_to_value`` applies to ``z_base``, and ``init_to_value(values={"z": ...})`` is honoured
@@ -72,8 +76,8 @@ class _BaseSpaceMessenger(Messenger):
     def _sampled(
         name: str, flow: InterpolantDistribution, wrappers: list[Any], value: Tensor | None
     ) -> Tensor:
-        # A periodic density is improper on the real line, where samplers would wander off.
-        base = Lifted(flow.base_dist) if is_circular(flow.constraint) else flow.base_dist
+        circular = is_circular(flow.constraint)
+        base = Planar(flow.base_dist) if circular else flow.base_dist
         for wrapper in reversed(wrappers):
             if isinstance(wrapper, dist.MaskedDistribution):
                 base = base.mask(wrapper._mask)
@@ -85,8 +89,10 @@ class _BaseSpaceMessenger(Messenger):
             with torch.no_grad():
                 for transform in reversed(flow.transforms):
                     value = transform.inv(value)
+                value = in_planes(value, _TYPICAL) if circular else value
             with InitMessenger(init_to_value(values={f"{name}_base": value})):
                 z = pyro.sample(f"{name}_base", base)
+        z = directions(z) if circular else z
         for transform in flow.transforms:
             z = transform(z)
         return z

@@ -20,7 +20,8 @@ from .interpolants import Coefficients, Interpolant
 from .networks import VelocityMLP
 from .supports import circular
 
-__all__ = ["Geodesic", "Lifted", "TorusMLP", "UniformTorus", "Wrap", "check_torus", "wrap"]
+__all__ = ["Geodesic", "Planar", "TorusMLP", "UniformTorus", "Wrap", "check_torus", "directions",
+           "in_planes", "wrap"]  # fmt: skip
 
 _TURN = 2 * math.pi
 _HARMONICS = 2  # what VelocityMLP sees of an angle: on von Mises mixtures 1 needs more steps
@@ -36,6 +37,17 @@ def wrap(x: Tensor) -> Tensor:
     x = x - _TURN * torch.round(x / _TURN)
     # Rounding leaves half turns, and what is next to them, on either side.
     return x + _TURN * ((x < -math.pi).to(x) - (x >= math.pi).to(x))
+
+
+def in_planes(u: Tensor, radius: Tensor | float) -> Tensor:
+    """Return points of the plane in the directions u, shape ``(*, D)``, as ``(*, 2 D)``."""
+    return torch.cat((radius * u.cos(), radius * u.sin()), dim=-1)
+
+
+def directions(w: Tensor) -> Tensor:
+    """Return the angles, shape ``(*, D)``, of points of the plane, shape ``(*, 2 D)``."""
+    x, y = w.chunk(2, dim=-1)
+    return torch.atan2(y, torch.where((x == 0) & (y == 0), 1.0, x))  # a finite slope at 0
 
 
 @dataclass(frozen=True)
@@ -231,16 +243,12 @@ class UniformTorus(dist.TorchDistribution):
         return flat.expand(batch)
 
 
-class Lifted(dist.TorchDistribution):
-    r"""A base on the torus as a proper density on all real vectors, for samplers that walk there.
+class Planar(dist.TorchDistribution):
+    r"""A base on the torus as a proper density on real vectors, for samplers that walk there.
 
-    The periodic density p of a base is not one: over all real vectors it has infinite mass, and
-    Markov chains wander off. With the normal distribution function :math:`\Phi`,
-
-    .. math:: q(u) = p(u) \prod_i h(u_i), \quad h(u) = \Phi(u + \pi) - \Phi(u - \pi),
-
-    is one, and u less its whole turns has density p, because the shifts of h by whole turns sum
-    to 1. Flows on the torus map u and its wrapped twin to the same angles.
+    Each angle becomes the direction of a point of the plane at a Rayleigh distance; the vector w
+    of these points has density :math:`p(u) \, e^{-|w|^2 / 2}`, normal where p is uniform. A circle
+    has no seam there. (On the real line p is improper, and a window tilts what is at its edge.)
 
     Args:
         base: A distribution of D angles whose density, shape ``(*)``, has period :math:`2\pi`.
@@ -251,33 +259,29 @@ class Lifted(dist.TorchDistribution):
 
     def __init__(self, base: Any, *, validate_args: bool | None = None) -> None:
         self.inner, self.has_rsample = base, base.has_rsample
-        super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
+        event_shape = torch.Size((2 * base.event_shape[0],))
+        super().__init__(base.batch_shape, event_shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Lifted":
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Planar":
         """Return the distribution with another batch shape."""
-        return Lifted(self.inner.expand(torch.Size(batch_shape)))
+        return Planar(self.inner.expand(torch.Size(batch_shape)))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Return draws without gradient, shape ``(*sample_shape, *batch_shape, D)``."""
+        """Return draws without gradient, shape ``(*sample_shape, *batch_shape, 2 D)``."""
         with torch.no_grad():
-            return self._near_normal(self.inner.sample(torch.Size(sample_shape)))
+            return self._at_random_radii(self.inner.sample(torch.Size(sample_shape)))
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Return draws, shape ``(*sample_shape, *batch_shape, D)``."""
-        return self._near_normal(self.inner.rsample(torch.Size(sample_shape)))
+        """Return draws, shape ``(*sample_shape, *batch_shape, 2 D)``."""
+        return self._at_random_radii(self.inner.rsample(torch.Size(sample_shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density, shape ``(*)``, of real values, shape ``(*, D)``."""
-        far = value.abs()  # h is even; this side of it does not cancel
-        upper, lower = (torch.special.log_ndtr(s * math.pi - far) for s in (1, -1))
-        window = upper + torch.log1p(-(lower - upper).exp())
-        return self.inner.log_prob(value) + window.sum(-1)
+        """Return the log-density, shape ``(*)``, of real values, shape ``(*, 2 D)``."""
+        return self.inner.log_prob(directions(value)) - 0.5 * value.square().sum(-1)
 
     @staticmethod
-    def _near_normal(x: Tensor) -> Tensor:
-        """Return, of all angles that differ by whole turns, those next to normal draws."""
-        centre = torch.randn_like(x)
-        return centre + wrap(x - centre)
+    def _at_random_radii(u: Tensor) -> Tensor:
+        return in_planes(u, torch.hypot(torch.randn_like(u), torch.randn_like(u)))
 
 
 class Wrap(Transform):
