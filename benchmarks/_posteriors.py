@@ -13,7 +13,6 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 
 FILES = {
     "arK": "arK-arK",
@@ -67,10 +66,10 @@ def load(name, folder):
 
 
 def flat(size=None):
-    """Return an improper uniform prior: of a positive scalar, or of a vector of a given size."""
+    """Return a flat prior, of a positive scalar or of a vector of a given size, to start from."""
     if size is None:
-        return dist.ImproperUniform(constraints.positive, (), ())
-    return dist.ImproperUniform(constraints.real_vector, (), (size,))
+        return dist.LogNormal(0.0, 1.0).mask(mask=False)
+    return dist.Normal(0.0, 1.0).expand([size]).to_event(1).mask(mask=False)
 
 
 def along_rows(value):
@@ -225,7 +224,9 @@ def _low_dim_gauss_mix(data, draws):
 
     def model():
         # The prior on the ordered half, up to a constant.
-        mu = pyro.sample("mu", dist.ImproperUniform(constraints.ordered_vector, (), (2,)))
+        normal = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+        ordered = dist.TransformedDistribution(normal, [dist.transforms.OrderedTransform()])
+        mu = pyro.sample("mu", ordered.mask(mask=False))
         pyro.factor("mu_prior", dist.Normal(0.0, 2.0).log_prob(mu).sum(-1))
         sigma = pyro.sample("sigma", dist.HalfNormal(2.0).expand([2]).to_event(1))
         theta = pyro.sample("theta", dist.Beta(5.0, 5.0))

@@ -3,10 +3,10 @@
 One trained velocity per task runs inside every continuous peer, at the peer's defaults and at its
 loosest setting whose mean error of log_prob is within 1e-2 nats of a tight float64 solve (with one
 probe: of a tight solve with the same probe). Each peer lives in a process of its own; the parent
-asks them in turn, one repeat each, so that a ratio compares calls made moments apart. A repeat of
-a short call is the median over a quarter of a second; a cell that has used up its seconds is not
-repeated. Each finished cell appends a line, with our own time from the same rounds; a rerun skips
-what is there.
+asks them in turn, one repeat each of log_prob and sample or of one other call, so that a ratio
+compares calls made moments apart. A repeat of a short call is the median over a quarter of a
+second; a cell that has used up its seconds is not repeated. Each finished cell appends a line,
+with our own time from the same rounds; a rerun skips what is there.
 
     python benchmarks/density_cost.py --data DIR        # everything
     python benchmarks/density_cost.py --smoke           # seconds
@@ -31,7 +31,8 @@ _CNF = tuple(
 )
 _PEERS = ("ours", *_CNF, "zuko NSF", "zuko MAF")
 _GRADIENTS = ("gradient in x", "gradient in weights")
-_OPS = ("log_prob", "sample", *_GRADIENTS, "training step")
+_TURNS = (("log_prob", "sample"), *((op,) for op in _GRADIENTS), ("training step",))
+_OPS = tuple(op for turn in _TURNS for op in turn)
 _SETTINGS = ("default", "matched")
 _BASE = ("ours", "matched")
 
@@ -148,9 +149,9 @@ def run(dim, args, lines):
         else:
             settings[peer] |= match(dim, peer, child, settings[peer]["default"], lines)
     said(f"D = {dim}: matched after {time.perf_counter() - start:.0f} s")
-    for op in _OPS:
-        rounds(dim, op, [c[:2] for c in missing if c[2] == op], children, settings, args, lines)
-        said(f"D = {dim}: {op} after {time.perf_counter() - start:.0f} s")
+    for turn in _TURNS:
+        rounds(dim, [c for c in missing if c[2] in turn], children, settings, args, lines)
+        said(f"D = {dim}: {', '.join(turn)} after {time.perf_counter() - start:.0f} s")
     for child in children.values():
         child.close()
 
@@ -170,12 +171,13 @@ def match(dim, peer, child, default, lines):
     return {"matched": lines.get(dim, peer, "", "match", "matched")}
 
 
-def rounds(dim, op, missing, children, settings, args, lines):
-    """Time one operation of all peers in turn, and write a line for each cell."""
-    if not missing:
-        return
-    base = ("ours", "default") if op == "training step" else _BASE
-    times = {cell: [] for cell in dict.fromkeys([base, *missing])}
+def rounds(dim, missing, children, settings, args, lines):
+    """Time operations of all peers in turn, and write a line for each cell."""
+
+    def base(op):
+        return ("ours", "default", op) if op == "training step" else (*_BASE, op)
+
+    times = {cell: [] for cell in dict.fromkeys([*(base(c[2]) for c in missing), *missing])}
     answers = {}
     for _ in range(args.repeats):
         for cell, spent in times.items():
@@ -184,12 +186,12 @@ def rounds(dim, op, missing, children, settings, args, lines):
                 continue
             if sum(spent) > 1e3 * args.cell_seconds:
                 continue
-            answers[cell] = children[cell[0]].ask(do="time", op=op, setting=setting)
+            answers[cell] = children[cell[0]].ask(do="time", op=cell[2], setting=setting)
             if "ms" in answers[cell]:
                 spent.append(answers[cell]["ms"])
-    ours = statistics.median(times[base]) if times[base] else None
     for cell in missing:
-        answer, spent = answers.get(cell), times[cell]
+        answer, spent, (_, _, op) = answers.get(cell), times[cell], cell
+        ours = statistics.median(times[base(op)]) if times[base(op)] else None
         line = {"dim": dim, "peer": cell[0], "setting": cell[1], "op": op, "ours_ms": ours}
         if answer is None or "failed" in answer:
             reason = (answer or settings[cell[0]]).get("failed", "no setting within tolerance")

@@ -66,13 +66,12 @@ def drawn(model, guide, count):
     import torch
     from pyro import poutine
 
-    prototype = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace()
-    prototype.compute_log_prob()
-    names = [n for n in prototype.stochastic_nodes if not prototype.nodes[n]["is_observed"]]
-    shapes = {n: prototype.nodes[n]["value"].shape for n in names}
-    nesting = max(
-        (n["log_prob"].dim() for n in prototype.nodes.values() if "log_prob" in n), default=0
-    )
+    with torch.no_grad():
+        values = guide()
+        nodes = poutine.trace(poutine.condition(model, values)).get_trace().nodes.values()
+    shapes = {name: value.shape for name, value in values.items()}
+    frames = [f for n in nodes if n["type"] == "sample" for f in n["cond_indep_stack"]]
+    nesting = max((-f.dim for f in frames if f.vectorized), default=0)
     parts, weights = [], []
     for size in torch.arange(count).split(CHUNK):
         with torch.no_grad(), pyro.plate("_draws", len(size), dim=-1 - nesting):
@@ -87,9 +86,9 @@ def drawn(model, guide, count):
                         node["log_prob"].double().expand(len(size), *node["log_prob"].shape[1:])
                     )
                     log_weight += sign * value.reshape(len(size), -1).sum(-1)
-        parts.append({n: p.nodes[n]["value"].reshape(len(size), *shapes[n]) for n in names})
+        parts.append({n: p.nodes[n]["value"].reshape(len(size), *shapes[n]) for n in shapes})
         weights.append(log_weight)
-    return {n: torch.cat([part[n] for part in parts]) for n in names}, torch.cat(weights)
+    return {n: torch.cat([part[n] for part in parts]) for n in shapes}, torch.cat(weights)
 
 
 def gaussian(model, seconds):

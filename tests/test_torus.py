@@ -514,9 +514,8 @@ def test_a_schedule_of_your_own_has_to_be_passed(tmp_path):
 # ---- inference ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 1])  # the second has its posterior on the seam of the base
-def test_nuts_in_base_space_finds_the_posterior_across_the_seam(seed):
-    torch.manual_seed(seed)
+def test_nuts_in_base_space_finds_the_posterior_across_the_seam():
+    torch.manual_seed(1)  # the posterior lies across the seam of the base, too
     prior = random_angles(2, solver=FixedGrid(steps=2, method="euler")).freeze()
     seen = torch.tensor([3.0, -2.0])
 
@@ -526,9 +525,9 @@ def test_nuts_in_base_space_finds_the_posterior_across_the_seam(seed):
         pyro.sample("seen", noise, obs=seen)
 
     kernel = NUTS(base_space(model), max_tree_depth=4)
-    mcmc = MCMC(kernel, num_samples=800, warmup_steps=100, disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=500, warmup_steps=60, disable_progbar=True)
     mcmc.run()
-    assert mcmc.get_samples()["angles_base"].shape == (800, 4)
+    assert mcmc.get_samples()["angles_base"].shape == (500, 4)
     draws = Predictive(base_space(model), mcmc.get_samples())()["angles"]
     with torch.no_grad():
         x = prior.transform(grid(2, 64)[0])  # of equal weight under the prior
