@@ -165,7 +165,7 @@ def pyro_spline(train):
         modules.append(spline)
         parts.append(spline)
         if i < 2:
-            parts.append(transforms.permute(torch.randperm(dim)))
+            parts.append(transforms.Permute(torch.randperm(dim)))
     base = dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
     mean, sd = train.mean(0), train.std(0)
     whiten = transforms.AffineTransform(mean, sd, event_dim=1)
@@ -184,11 +184,14 @@ def mixture(train, val, seconds, seed):
     from sklearn.mixture import GaussianMixture
 
     start, best, kept, sizes = time.monotonic(), -math.inf, None, []
-    few = train[:100_000].numpy()
+    few, held = train[:100_000].double().numpy(), val[:20_000].double().numpy()
     for k in (1, 2, 4, 8, 15, 25, 40, 60, 90):
         began = time.monotonic()
-        model = GaussianMixture(k, reg_covar=1e-6, random_state=seed).fit(few)
-        score = float(model.score(val[:20_000].numpy()))
+        try:
+            model = GaussianMixture(k, reg_covar=1e-6, random_state=seed).fit(few)
+        except ValueError:  # a component has collapsed
+            break
+        score = float(model.score(held))
         sizes.append(k)
         if score > best:
             best, kept = score, model
@@ -197,7 +200,7 @@ def mixture(train, val, seconds, seed):
             break
 
     def log_prob(x):
-        return torch.from_numpy(kept.score_samples(x.numpy()))
+        return torch.from_numpy(kept.score_samples(x.double().numpy()))
 
     return log_prob, {"components": kept.n_components, "tried": sizes}
 

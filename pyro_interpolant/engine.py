@@ -78,12 +78,14 @@ class Engine:
         loss: Callable[[Any], Tensor],
         parameters: Sequence[Tensor],
         learning_rate: float,
+        weight_decay: float = 0.0,
     ) -> None:
         """Make the optimiser, and let the engine wrap it and the loss."""
         self.module = _Loss(network, loss)
-        self.optimizer = torch.optim.Adam(
-            list(parameters), lr=learning_rate, betas=(0.9, 0.99), fused=self._scaler() is None
-        )
+        self.optimizer = torch.optim.AdamW(
+            list(parameters), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
+            fused=self._scaler() is None,
+        )  # fmt: skip
         if self.fabric is not None:
             self.module, self.optimizer = self.fabric.setup(self.module, self.optimizer)
 

@@ -44,6 +44,7 @@ class Schedule(NamedTuple):
     steps: int | None
     max_seconds: float | None
     learning_rate: float
+    weight_decay: float
     patience: int
     ema: float
 
@@ -73,7 +74,10 @@ class _Run:
         self.objective, self.batches, self.schedule = objective, batches, schedule
         self.engine = engine
         self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
-        engine.set_up(objective.network, objective.loss, self.parameters, schedule.learning_rate)
+        engine.set_up(
+            objective.network, objective.loss, self.parameters,
+            schedule.learning_rate, schedule.weight_decay,
+        )  # fmt: skip
         self.optimizer = engine.optimizer
         self.average = Average(self.parameters, schedule.ema)
         self.looks = Looks(self.average, lambda: objective.loss(fixed), callback, engine)

@@ -1,7 +1,8 @@
 r"""The default velocity: a multilayer perceptron with an exact, cheap divergence."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +16,37 @@ _MARGIN = 2.0  # how far beyond the farthest training row the velocity is left a
 _BASE = 5.0  # standard deviations that draws of N(0, I) hardly leave
 
 
+class Modulation(NamedTuple):
+    """What time and context do to the layers.
+
+    Attributes:
+        shifts: What is added before each activation, and to the output, each ``(*, width)``.
+        scales: What each activation is multiplied by, each ``(*, width)``.
+    """
+
+    shifts: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+
+    def unbind(self) -> "list[Modulation]":
+        """Return one modulation per entry of the first dimension."""
+        times = zip(*(part.unbind() for part in (*self.shifts, *self.scales)), strict=True)
+        return [Modulation(s[: len(self.shifts)], s[len(self.shifts) :]) for s in times]
+
+
 class VelocityMLP(nn.Module):
     r"""A velocity :math:`v_t(x \mid c)` with an exact divergence for about twice its own price.
 
-    With :math:`s` the SiLU, :math:`b_i(t, c)` shifts from a small embedding of time and context,
+    With :math:`s` the SiLU, shifts :math:`b_i(t, c)` and scales :math:`a_i(t, c)` from a small
+    embedding of time and context,
 
-    .. math:: h_1 = s(W_1 x + b_1), \quad h_i = [h_{i-1} +] s(W_i h_{i-1} + b_i), \quad
+    .. math:: h_1 = a_1 \odot s(W_1 x + b_1), \quad
+              h_i = [h_{i-1} +] a_i \odot s(W_i h_{i-1} + b_i), \quad
               v = g(x) \, (W_{L+1} h_L + b_{L+1}).
 
     The residual term in brackets is there from three layers on, between layers of equal width.
     With two layers the trace of the Jacobian is :math:`d_2^T (W_2 \odot (W_1 W_3)^T) d_1` with
-    :math:`d_i = s'(z_i)`; deeper networks carry the D tangents forward through all layers in one
-    batch.
+    :math:`d_i = a_i \odot s'(z_i)`; deeper networks carry the D tangents forward through all
+    layers in one batch.
 
     The gate :math:`g(x) = (1 + \sum_i (x_i / R_i)^4)^{-1/4}` is 1 where the data are, and bounds
     the velocity far away, where the layers extrapolate linearly: the flow moves points by a
@@ -76,13 +96,15 @@ class VelocityMLP(nn.Module):
             nn.Linear(a, b, bias=False) for a, b in zip(widths, widths[1:], strict=False)
         )
         self.output = nn.Linear(widths[-1], event_dim, bias=False)
-        nn.init.zeros_(self.output.weight)
         # High frequencies cost quadrature nodes in many dimensions (BSDS300: 37 against 17).
         self.frequencies = 8 if event_dim <= _FEW else 4
         self.embedding = nn.Linear(2 * self.frequencies + context_dim, _EMBEDDING)
         self.shifts = nn.Linear(_EMBEDDING, sum(self.hidden_dims) + event_dim)
-        nn.init.zeros_(self.shifts.bias[-event_dim:])
-        nn.init.zeros_(self.shifts.weight[-event_dim:])
+        self.scales = nn.Linear(_EMBEDDING, sum(self.hidden_dims))
+        nn.init.ones_(self.scales.bias)
+        out = self.shifts.weight[-event_dim:], self.shifts.bias[-event_dim:]
+        for part in (self.output.weight, *out, self.scales.weight):
+            nn.init.zeros_(part)
         self.register_buffer("reach", torch.full((2, event_dim), math.inf))
         self.register_buffer("context_loc", torch.zeros(context_dim))
         self.register_buffer("context_scale", torch.ones(context_dim))
@@ -115,15 +137,14 @@ class VelocityMLP(nn.Module):
         """Return the velocity, shape ``(*, D)``.
 
         Args:
-            t: Times, broadcastable to ``(*)``. The shifts cost one small product per *distinct*
-                entry of t, so a shape like ``(T, 1)`` beside x of shape ``(T, N, D)`` is cheap.
+            t: Times, broadcastable to ``(*)``: ``(T, 1)`` beside x of ``(T, N, D)`` is cheap.
             x: States, shape ``(*, D)``.
             context: Contexts, broadcastable to ``(*, C)``, or None.
 
         Raises:
             ValueError: If the context is missing, superfluous, or of another size.
         """
-        return self._velocity(x, self._shifts(t, context))
+        return self._velocity(x, self._modulation(t, context))
 
     def field(
         self, times: Tensor, context: Tensor | None = None
@@ -134,13 +155,12 @@ class VelocityMLP(nn.Module):
             times: Times, shape ``(T,)``.
             context: Contexts, broadcastable to ``(*, C)``, or None.
         """
-        # Shifts of every row for all times would be large.
+        # Modulations of every row for all times would be large.
         if self._is_overridden("forward") or (context is not None and context.dim() > 1):
             return [lambda x, t=t: self(t, x, context) for t in times.unbind()]  # type: ignore[misc]
-        per_layer = [shift.unbind() for shift in self._shifts(times, context)]
         return [
-            lambda x, s=s: self._velocity(x, s)  # type: ignore[misc]
-            for s in zip(*per_layer, strict=True)
+            lambda x, m=m: self._velocity(x, m)  # type: ignore[misc]
+            for m in self._modulation(times, context).unbind()
         ]
 
     def forward_and_divergence(
@@ -156,7 +176,7 @@ class VelocityMLP(nn.Module):
         Raises:
             ValueError: If the context is missing, superfluous, or of another size.
         """
-        return self._both(x, self._shifts(t, context), self._tracer())
+        return self._both(x, self._modulation(t, context), self._tracer())
 
     def divergence_field(
         self, times: Tensor, context: Tensor | None = None
@@ -174,18 +194,17 @@ class VelocityMLP(nn.Module):
                 for t in times.unbind()
             ]
         trace = self._tracer()
-        per_layer = [shift.unbind() for shift in self._shifts(times, context)]
         return [
-            lambda x, s=s: self._both(x, s, trace)[1]  # type: ignore[misc]
-            for s in zip(*per_layer, strict=True)
+            lambda x, m=m: self._both(x, m, trace)[1]  # type: ignore[misc]
+            for m in self._modulation(times, context).unbind()
         ]
 
     def _both(
-        self, x: Tensor, shifts: tuple[Tensor, ...], trace: Callable[[list[Tensor]], Tensor]
+        self, x: Tensor, modulation: Modulation, trace: Callable[[list[Tensor]], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return velocity and divergence."""
-        hidden, slopes = self._hidden(x, shifts)
-        u = _affine(hidden, self.output.weight, shifts[-1])
+        hidden, slopes = self._hidden(x, modulation)
+        u = _affine(hidden, self.output.weight, modulation.shifts[-1])
         y, inverse, g = self._gate(x)
         # div(g u) = g div u + u . grad g, where grad_i g = -g^5 y_i^3 / R_i
         along = (y * y * y * inverse * u).sum(-1)
@@ -194,7 +213,7 @@ class VelocityMLP(nn.Module):
     def _is_overridden(self, name: str) -> bool:
         return getattr(type(self), name) is not getattr(VelocityMLP, name)
 
-    def _shifts(self, t: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+    def _modulation(self, t: Tensor, context: Tensor | None) -> Modulation:
         features = self._features(t)
         if self.context_dim:
             if context is None or context.shape[-1] != self.context_dim:
@@ -208,23 +227,29 @@ class VelocityMLP(nn.Module):
                 f"expected no context, got shape {tuple(context.shape)}: this velocity was made "
                 "with context_dim=0"
             )
-        shifts = self.shifts(nn.functional.silu(self.embedding(features)))
-        return shifts.split((*self.hidden_dims, self.event_dim), dim=-1)
+        embedded = nn.functional.silu(self.embedding(features))
+        shifts = self.shifts(embedded).split((*self.hidden_dims, self.event_dim), dim=-1)
+        return Modulation(shifts, self.scales(embedded).split(self.hidden_dims, dim=-1))
 
     def _features(self, t: Tensor) -> Tensor:
         k = torch.arange(self.frequencies, dtype=t.dtype, device=t.device)
         angle = math.pi * t[..., None] * (k + 1)
         return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
-    def _velocity(self, x: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
-        return self._gate(x)[-1][..., None] * self._ungated(x, shifts)
+    def _velocity(self, x: Tensor, modulation: Modulation) -> Tensor:
+        return self._gate(x)[-1][..., None] * self._ungated(x, modulation)
 
-    def _ungated(self, x: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
+    def _ungated(self, x: Tensor, modulation: Modulation) -> Tensor:
         h, plain = x, not _is_differentiated()
-        for i, weight in enumerate(self._weights()):
-            s = nn.functional.silu(_affine(h, weight, shifts[i]), inplace=plain)
+        for i, (weight, shift, scale) in enumerate(self._layers(*modulation)):
+            s = nn.functional.silu(_affine(h, weight, shift), inplace=plain)
+            s = s.mul_(scale) if plain else s * scale
             h = h + s if self._is_residual(i) else s
-        return _affine(h, self.output.weight, shifts[-1])
+        return _affine(h, self.output.weight, modulation.shifts[-1])
+
+    def _layers(self, shifts: Any, scales: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Return weight, shift and scale of each hidden layer."""
+        return zip(self._weights(), shifts[:-1], scales, strict=True)
 
     def _weights(self) -> list[Tensor]:
         return [layer.weight for layer in self.layers]  # type: ignore[misc]
@@ -240,19 +265,19 @@ class VelocityMLP(nn.Module):
         y = x * inverse
         return y, inverse, torch.rsqrt(1 + y.square().square().sum(-1)).sqrt()
 
-    def _hidden(self, x: Tensor, shifts: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-        """Return the last hidden layer and, per layer, the slopes of the activation."""
+    def _hidden(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, list[Tensor]]:
+        """Return the last hidden layer and, per layer, the slopes of the scaled activation."""
         h, slopes, plain = x, [], not _is_differentiated()
-        for i, weight in enumerate(self._weights()):
-            z = _affine(h, weight, shifts[i])
+        for i, (weight, shift, scale) in enumerate(self._layers(*modulation)):
+            z = _affine(h, weight, shift)
             if plain:  # fewer passes over memory
-                one = z.new_ones(1).expand_as(z)
-                slopes.append(torch.ops.aten.silu_backward(one, z))
-                s = nn.functional.silu(z, inplace=True)
+                slopes.append(torch.ops.aten.silu_backward(scale.expand_as(z), z))
+                s = nn.functional.silu(z, inplace=True).mul_(scale)
             else:
                 sigmoid = z.sigmoid()
                 s = z * sigmoid
-                slopes.append(sigmoid + s - s * sigmoid)
+                slopes.append((sigmoid + s - s * sigmoid) * scale)
+                s = s * scale
             h = h + s if self._is_residual(i) else s
         return h, slopes
 

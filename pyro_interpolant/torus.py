@@ -17,7 +17,7 @@ from torch.distributions import Transform, constraints
 from torch.func import jvp
 
 from .interpolants import Coefficients, Interpolant
-from .networks import VelocityMLP
+from .networks import Modulation, VelocityMLP
 from .supports import circular
 
 __all__ = ["Geodesic", "Planar", "TorusMLP", "UniformTorus", "Wrap", "check_torus", "directions",
@@ -139,8 +139,7 @@ class TorusMLP(VelocityMLP):
         self, event_dim: int, hidden_dims: Sequence[int] | None = None, context_dim: int = 0
     ) -> None:
         super().__init__(event_dim, hidden_dims, context_dim)
-        seen = 2 * _HARMONICS * event_dim
-        self.layers[0] = nn.Linear(seen, self.hidden_dims[0], bias=False)
+        self.layers[0] = nn.Linear(2 * _HARMONICS * event_dim, self.hidden_dims[0], bias=False)
 
     def precondition(self, w: Tensor, context: Tensor | None = None) -> None:
         """Set the scale of contexts, shape ``(N, C)``, of angles, ``(N, D)``; there is no gate."""
@@ -160,9 +159,9 @@ class TorusMLP(VelocityMLP):
         Raises:
             ValueError: If the context is missing, superfluous, or of another size.
         """
-        shifts = self._shifts(t, context)
+        modulation = self._modulation(t, context)
         circles = _circles(x)
-        hidden, slopes = self._hidden(circles, shifts)
+        hidden, slopes = self._hidden(circles, modulation)
         first, *inner = self._weights()
         last = self.output.weight
         by_wave = (_HARMONICS, 2, self.event_dim)  # which multiple, cosine or sine, of which angle
@@ -175,10 +174,11 @@ class TorusMLP(VelocityMLP):
         for i, (slope, weight) in enumerate(zip(slopes[1:], inner, strict=True), start=1):
             step = slope[..., None, :] * nn.functional.linear(tangents, weight)
             tangents = tangents + step if self._is_residual(i) else step
-        return nn.functional.linear(hidden, last) + shifts[-1], (tangents * last).sum((-2, -1))
+        shift = modulation.shifts[-1]
+        return nn.functional.linear(hidden, last) + shift, (tangents * last).sum((-2, -1))
 
-    def _velocity(self, x: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
-        return self._ungated(_circles(x), shifts)
+    def _velocity(self, x: Tensor, modulation: Modulation) -> Tensor:
+        return self._ungated(_circles(x), modulation)
 
 
 def _circles(x: Tensor) -> Tensor:

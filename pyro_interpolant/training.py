@@ -39,6 +39,7 @@ __all__ = ["FitResult", "fit", "from_samples"]
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
 _CALIBRATION_ROWS = 256
+_DECAY, _MOST_DECAY = 40.0, 0.5
 
 
 class FitResult(NamedTuple):
@@ -79,7 +80,8 @@ def fit(
     steps: int | None = None,
     max_seconds: float | None = None,
     batch_size: int | None = None,
-    learning_rate: float = 5e-3,
+    learning_rate: float = 1e-2,
+    weight_decay: float | None = None,
     validation: Any = 0.1,
     patience: int = 30,
     ema: float = 0.999,
@@ -97,7 +99,7 @@ def fit(
     r"""Train a flow on data, in place, then calibrate its solver.
 
     The whitening map is set from the data; the velocity is trained by regression on the
-    interpolant with Adam, a cosine schedule, clipped gradients and averaged weights; the weights
+    interpolant with AdamW, a cosine schedule, clipped gradients and averaged weights; the weights
     kept are those with the best loss on held-out rows, at times and base draws that are fixed
     throughout.
 
@@ -123,6 +125,8 @@ def fit(
         batch_size: Rows per step and process; by default 1,024, or all training rows if fewer;
             of an iterable as many as its first batch has.
         learning_rate: The peak of the schedule.
+        weight_decay: AdamW's, which shrinks all weights by this share of the learning rate at each
+            step; by default 40 D / N for N training rows, at most 0.5.
         validation: The share of rows held out, of an iterable from its first batches; or rows of
             your own, shape ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
         patience: Stop after this many looks at the held-out loss, of 100 in all, without a better
@@ -160,12 +164,13 @@ def fit(
     """
     flow, engine = own_flow(distribution), Engine(fabric)
     flow.interpolant.check_ends(flow.dim)
-    check_settings(steps, max_seconds, learning_rate, validation, patience, ema, tolerance)
+    limits, rates = (steps, max_seconds), (learning_rate, weight_decay)
+    check_settings(*limits, *rates, validation, patience, ema, tolerance)
     given = {"context": context, "pairs": pairs, "weights": weights}
     engine.place(distribution)
     source = loaded(distribution, flow, data, given, validation, batch_size, engine)
     with seeded(engine.seed(seed), flow.loc.device):
-        settings = [steps, max_seconds, batch_size, learning_rate, patience, ema, learn, seed]
+        settings = [*limits, *rates, batch_size, patience, ema, learn, seed]
         shapes = [list(p.shape) for p in flow.velocity.parameters()]
         identity = {"data": source.checksum, "shapes": shapes, "settings": settings}
         keeper = opened(checkpoint, checkpoint_every, identity)
@@ -186,7 +191,9 @@ def fit(
         held = held.take(usual(objective.prepared(held).w))
         fixed = objective.with_base(unseen).fixed_draw(objective.prepared(held))
         objective.share(engine.rank, engine.world, own=source.checksum is None)
-        schedule = Schedule(steps, max_seconds, learning_rate, patience, ema)
+        decay = engine.agreed(min(_MOST_DECAY, _DECAY * flow.dim / len(kept.w)))
+        decay = decay if weight_decay is None else weight_decay
+        schedule = Schedule(steps, max_seconds, learning_rate, decay, patience, ema)
         with trainable(objective.network):
             outcome = train(
                 objective, batches(objective.prepared), fixed, schedule, engine,

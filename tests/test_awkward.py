@@ -140,7 +140,7 @@ def test_the_elapsed_time_is_kept_over_a_resume(tmp_path):
         if state.seconds > 0.5:
             raise Stop
 
-    x, keep = modes(500), {"checkpoint": tmp_path / "run", "max_seconds": 1.0}
+    x, keep = modes(500), {"checkpoint": tmp_path / "run", "max_seconds": 1.0, "patience": 100}
     with pytest.raises(Stop):
         fit(made(), x, callback=stop, **keep, **QUICK)
     told = []

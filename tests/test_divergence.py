@@ -38,6 +38,7 @@ def mlp(hidden_dims, context_dim=0, reach=None):
     with torch.no_grad():
         velocity.output.weight.normal_()
         velocity.shifts.weight.normal_(std=0.3)
+        velocity.scales.weight.normal_(std=0.3)
         if reach is not None:
             velocity.reach.fill_(reach)
     return velocity

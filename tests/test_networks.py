@@ -14,6 +14,7 @@ def network(hidden_dims=(16, 16), context_dim=0, dim=3):
         velocity.output.weight.normal_()
         velocity.shifts.weight.normal_(std=0.3)
         velocity.shifts.bias.normal_(std=0.3)
+        velocity.scales.weight.normal_(std=0.3)
     return velocity
 
 
@@ -54,10 +55,10 @@ def test_a_residual_network_is_not_the_plain_one():
     velocity = network((16, 16, 16))
     x, t = torch.randn(3), torch.tensor(0.3)
     silu, w = nn.functional.silu, [layer.weight for layer in velocity.layers]
-    b = velocity._shifts(t, None)
-    h = silu(w[0] @ x + b[0])
-    h = h + silu(w[1] @ h + b[1])
-    h = h + silu(w[2] @ h + b[2])
+    b, a = velocity._modulation(t, None)
+    h = a[0] * silu(w[0] @ x + b[0])
+    h = h + a[1] * silu(w[1] @ h + b[1])
+    h = h + a[2] * silu(w[2] @ h + b[2])
     torch.testing.assert_close(velocity(t, x), velocity.output.weight @ h + b[3])
 
 
@@ -184,6 +185,7 @@ def test_values_are_the_same_with_and_without_gradients(hidden, dtype):
     """Without gradients activations are computed in place, and slopes by a fused kernel."""
     velocity = VelocityMLP(3, hidden).to(dtype)
     torch.nn.init.normal_(velocity.output.weight)
+    torch.nn.init.normal_(velocity.scales.weight, std=0.3)
     velocity.reach.fill_(2.0)
     x, t = torch.randn(4, 5, 3, dtype=dtype), torch.rand(4, 1, dtype=dtype)
     kept = x.clone()

@@ -42,6 +42,7 @@ def random_velocity(dim, hidden_dims=(16, 16), context_dim=0, kind=TorusMLP):
     with torch.no_grad():
         velocity.output.weight.normal_(std=1.0)
         velocity.shifts.weight[-dim:].normal_(std=1.0)
+        velocity.scales.weight.normal_(std=0.05)
     return velocity
 
 
