@@ -17,6 +17,7 @@ from torch.distributions import Independent
 import pyro_interpolant
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    FixedGrid,
     InterpolantDistribution,
     VelocityMLP,
     interpolant_transform,
