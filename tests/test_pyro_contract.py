@@ -200,7 +200,7 @@ def test_composition(kind, compose, cache_size):
     torch.testing.assert_close(chain.inv(y.detach()), x, rtol=0, atol=1e-6)
     # One reused distribution follows the weights.
     flow = dist.TransformedDistribution(normal(2).to_event(1), [chain])
-    optimizer = torch.optim.Adam([p for part in parts for p in part.parameters()], lr=0.01)
+    optimizer = torch.optim.Adam([p for part in parts for p in part.parameters()], lr=1e-3)
     data = flow.sample((10,)) + 1.0
     losses = []
     for _ in range(3):
