@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """When to stop, and how fast to learn on the way: a warm-up, then a cosine to zero."""
+    """When to stop, and how to step: a warm-up, then a cosine to zero; decay; averaging."""
 
     steps: int | None
     max_seconds: float | None

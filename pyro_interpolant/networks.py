@@ -2,7 +2,7 @@ r"""The default velocity: a multilayer perceptron with an exact, cheap divergenc
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -241,15 +241,15 @@ class VelocityMLP(nn.Module):
 
     def _ungated(self, x: Tensor, modulation: Modulation) -> Tensor:
         h, plain = x, not _is_differentiated()
-        for i, (weight, shift, scale) in enumerate(self._layers(*modulation)):
+        for i, (weight, shift, scale) in enumerate(self._layers(modulation)):
             s = nn.functional.silu(_affine(h, weight, shift), inplace=plain)
             s = s.mul_(scale) if plain else s * scale
             h = h + s if self._is_residual(i) else s
         return _affine(h, self.output.weight, modulation.shifts[-1])
 
-    def _layers(self, shifts: Any, scales: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _layers(self, modulation: Modulation) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Return weight, shift and scale of each hidden layer."""
-        return zip(self._weights(), shifts[:-1], scales, strict=True)
+        return zip(self._weights(), modulation.shifts[:-1], modulation.scales, strict=True)
 
     def _weights(self) -> list[Tensor]:
         return [layer.weight for layer in self.layers]  # type: ignore[misc]
@@ -268,7 +268,7 @@ class VelocityMLP(nn.Module):
     def _hidden(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, list[Tensor]]:
         """Return the last hidden layer and, per layer, the slopes of the scaled activation."""
         h, slopes, plain = x, [], not _is_differentiated()
-        for i, (weight, shift, scale) in enumerate(self._layers(*modulation)):
+        for i, (weight, shift, scale) in enumerate(self._layers(modulation)):
             z = _affine(h, weight, shift)
             if plain:  # fewer passes over memory
                 slopes.append(torch.ops.aten.silu_backward(scale.expand_as(z), z))
@@ -291,13 +291,13 @@ class VelocityMLP(nn.Module):
         if len(inner) == 1:
             coupling = inner[0] * (first @ last).T
             return lambda slopes: (nn.functional.linear(slopes[0], coupling) * slopes[1]).sum(-1)
-        return self._deep_trace
+        return lambda slopes: self._deep_trace(slopes, first.T)
 
-    def _deep_trace(self, slopes: list[Tensor]) -> Tensor:
-        first, *inner = self._weights()
-        # Tangents of all D directions at once: rows of J^T, shape (*, D, width).
-        tangents = slopes[0][..., None, :] * first.T
-        for i, (slope, weight) in enumerate(zip(slopes[1:], inner, strict=True), start=1):
+    def _deep_trace(self, slopes: list[Tensor], into: Tensor) -> Tensor:
+        """Return the trace, given the derivative of the first product, ``(*, D, width)``."""
+        tangents = slopes[0][..., None, :] * into  # of all D directions: J^T, (*, D, width)
+        inner = zip(slopes[1:], self._weights()[1:], strict=True)
+        for i, (slope, weight) in enumerate(inner, start=1):
             step = slope[..., None, :] * nn.functional.linear(tangents, weight)
             tangents = tangents + step if self._is_residual(i) else step
         return (tangents * self.output.weight).sum((-2, -1))

@@ -22,12 +22,14 @@ class Split(NamedTuple):
     Attributes:
         held: The rows held out.
         kept: The others, or, of a stream, some of them.
+        total: The number of the others; infinite where nobody counted a stream.
         size: Rows per batch and coupling.
         batches: What gives whitened batches, given what whitens.
     """
 
     held: Rows
     kept: Rows
+    total: float
     size: int
     batches: Callable[[Prepare], Any]
 
@@ -80,7 +82,9 @@ def _from_table(
 
     def split(_: bool) -> Split:  # noqa: FBT001
         held, kept = raw.split(count, shuffle=isinstance(validation, float))
-        return Split(held, kept, size, lambda prepare: TableBatches(prepare(kept), size))
+        return Split(
+            held, kept, len(kept.w), size, lambda prepare: TableBatches(prepare(kept), size)
+        )
 
     return Source(checksum(raw), True, split)  # noqa: FBT003
 
@@ -112,7 +116,7 @@ def _from_stream(
         size = int(engine.agreed(found.size)) if batch_size is None else batch_size
         out = None if share is None else held.w
         return Split(
-            held.to(flow.loc.device), found.sample, size,
+            held.to(flow.loc.device), found.sample, found.total * engine.world, size,
             lambda prepare: StreamBatches(
                 stream, prepare, size, out, found.weight, alone=engine.world == 1
             ),

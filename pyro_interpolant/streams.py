@@ -1,5 +1,6 @@
 r"""Iterables of batches, which may be larger than memory: checks, and a first pass."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -111,12 +112,14 @@ class Survey(NamedTuple):
     Attributes:
         sample: Rows from all over it, at most 8 million values.
         held: Rows to hold out, from its first batches; None where the user gave some.
+        total: The number of rows that are not held out; infinite where the pass ended early.
         size: The number of rows of the first batch.
         weight: The mean weight of a row.
     """
 
     sample: Rows
     held: Rows | None
+    total: float
     size: int
     weight: float
 
@@ -155,12 +158,12 @@ def survey(stream: Stream, share: float | None, *, whole: bool) -> Survey:
     sample = joined(kept)
     warn_if_rounded(sample.w)
     if share is None:
-        return Survey(sample, None, size, weight / total)
+        return Survey(sample, None, total if whole else math.inf, size, weight / total)
     count = min(_HELD, max(1, round(share * total)))
     held = joined(first).take(torch.arange(count, device=sample.w.device))
     if stride == 1:
         sample = sample.take(torch.arange(count, len(sample.w), device=sample.w.device))
-    return Survey(sample, held, size, weight / total)
+    return Survey(sample, held, total - count if whole else math.inf, size, weight / total)
 
 
 def joined(parts: list[Rows]) -> Rows:

@@ -162,20 +162,14 @@ class TorusMLP(VelocityMLP):
         modulation = self._modulation(t, context)
         circles = _circles(x)
         hidden, slopes = self._hidden(circles, modulation)
-        first, *inner = self._weights()
-        last = self.output.weight
         by_wave = (_HARMONICS, 2, self.event_dim)  # which multiple, cosine or sine, of which angle
         cos, sin = circles.unflatten(-1, by_wave).unbind(-2)
         k = torch.arange(1, _HARMONICS + 1, device=x.device)[:, None, None]
         turned = k * torch.stack((-sin, cos), dim=-2)  # d circles / d x
-        # Tangents of all D directions at once: rows of J^T, shape (*, D, width).
-        into = torch.einsum("...kcd,kcdh->...dh", turned, first.T.unflatten(0, by_wave))
-        tangents = slopes[0][..., None, :] * into
-        for i, (slope, weight) in enumerate(zip(slopes[1:], inner, strict=True), start=1):
-            step = slope[..., None, :] * nn.functional.linear(tangents, weight)
-            tangents = tangents + step if self._is_residual(i) else step
-        shift = modulation.shifts[-1]
-        return nn.functional.linear(hidden, last) + shift, (tangents * last).sum((-2, -1))
+        first = self._weights()[0].T.unflatten(0, by_wave)
+        into = torch.einsum("...kcd,kcdh->...dh", turned, first)
+        velocity = nn.functional.linear(hidden, self.output.weight) + modulation.shifts[-1]
+        return velocity, self._deep_trace(slopes, into)
 
     def _velocity(self, x: Tensor, modulation: Modulation) -> Tensor:
         return self._ungated(_circles(x), modulation)

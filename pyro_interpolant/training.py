@@ -39,7 +39,7 @@ __all__ = ["FitResult", "fit", "from_samples"]
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
 _CALIBRATION_ROWS = 256
-_DECAY, _MOST_DECAY = 40.0, 0.5
+_DECAY, _MOST_DECAY = 40.0, 0.5  # times D / N, and at the most
 
 
 class FitResult(NamedTuple):
@@ -126,7 +126,8 @@ def fit(
             of an iterable as many as its first batch has.
         learning_rate: The peak of the schedule.
         weight_decay: AdamW's, which shrinks all weights by this share of the learning rate at each
-            step; by default 40 D / N for N training rows, at most 0.5.
+            step; by default 40 D / N for N training rows, at most 0.5; none where no first pass
+            counts an iterable's rows.
         validation: The share of rows held out, of an iterable from its first batches; or rows of
             your own, shape ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
         patience: Stop after this many looks at the held-out loss, of 100 in all, without a better
@@ -176,7 +177,7 @@ def fit(
         keeper = opened(checkpoint, checkpoint_every, identity)
         if keeper is not None and not source.exact:
             warn_inexact()
-        held, kept, size, batches = source.split(whiten and learn == "velocity")
+        held, kept, total, size, batches = source.split(whiten and learn == "velocity")
         set_base(distribution, flow, base_samples, torch.cat((kept.w, held.w)))
         check_partners(distribution, kept.partner)
         noise = noise_network(flow) if learn == "noise" else None
@@ -191,9 +192,9 @@ def fit(
         held = held.take(usual(objective.prepared(held).w))
         fixed = objective.with_base(unseen).fixed_draw(objective.prepared(held))
         objective.share(engine.rank, engine.world, own=source.checksum is None)
-        decay = engine.agreed(min(_MOST_DECAY, _DECAY * flow.dim / len(kept.w)))
-        decay = decay if weight_decay is None else weight_decay
-        schedule = Schedule(steps, max_seconds, learning_rate, decay, patience, ema)
+        if weight_decay is None:
+            weight_decay = engine.agreed(min(_MOST_DECAY, _DECAY * flow.dim / total))
+        schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
         with trainable(objective.network):
             outcome = train(
                 objective, batches(objective.prepared), fixed, schedule, engine,

@@ -16,7 +16,7 @@ from pyro.optim import Adam
 from pyro_interpolant import AutoInterpolant, FixedGrid, fit_guide, guiding, log_joint
 from pyro_interpolant.rounds import RoundsResult
 
-QUICK = {"steps": 60, "batch_size": 256, "learning_rate": 5e-3}
+QUICK = {"steps": 60, "batch_size": 256}
 
 
 def skewed():
@@ -43,6 +43,15 @@ def small(target=skewed, **options):
     return AutoInterpolant(target, **{"hidden_dims": (16, 16), **options})
 
 
+def unsettled():
+    """A guide that its first step moves in every weight: the last layer is not zero."""
+    guide = small()
+    guide()
+    with torch.no_grad():
+        guide.transform.velocity.output.weight.normal_(std=0.1)
+    return guide
+
+
 # -------------------------------------------------------------------------------------- on samples
 
 
@@ -64,8 +73,7 @@ def test_regression_on_samples():
 
 
 def test_no_ode_is_solved_before_the_last_weights(monkeypatch):
-    guide = small()
-    guide()
+    guide = unsettled()
     solved = []
     monkeypatch.setattr(
         type(guide.transform), "integrate", lambda *args, **kwargs: solved.append(1) or 1 / 0
@@ -74,8 +82,7 @@ def test_no_ode_is_solved_before_the_last_weights(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         quick(guide)  # at calibration
     assert solved == [1]
-    changed = [not torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True)]
-    assert sum(changed) >= len(changed) - 1  # a run this short may keep the scales of the start
+    assert not any(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
 
 
 def test_samples_by_chain_and_from_predictive():
@@ -145,8 +152,7 @@ def test_after_it_everything_else_works():
     svi = SVI(skewed, guide, Adam({"lr": 1e-3}), Trace_ELBO())
     before = [p.detach().clone() for p in guide.parameters()]
     assert math.isfinite(svi.step())
-    changed = [not torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True)]
-    assert sum(changed) >= len(changed) - 1  # a run this short may keep the scales of the start
+    assert not any(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
     assert guide.median()["x"].shape == (2,)
     assert Predictive(skewed, guide=guide, num_samples=3)()["x"].shape == (3, 2)
     frozen = guide.requires_grad_(requires_grad=False).eval()
@@ -158,13 +164,11 @@ def test_after_it_everything_else_works():
 
 
 def test_frozen_weights_are_trained_and_frozen_afterwards():
-    guide = small()
-    guide()
+    guide = unsettled()
     guide.requires_grad_(requires_grad=False)
     before = [p.clone() for p in guide.parameters()]
     quick(guide)
-    changed = [not torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True)]
-    assert sum(changed) >= len(changed) - 1  # a run this short may keep the scales of the start
+    assert not any(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
     assert not any(p.requires_grad for p in guide.parameters())
 
 

@@ -119,7 +119,7 @@ def test_the_first_pass_finds_the_moments_of_all_rows_it_did_not_hold_out():
     found = survey(stream, 0.1, whole=True)
     assert torch.equal(found.held.w, x[:100])
     assert torch.equal(found.sample.w, x[100:])
-    assert found.size == 90
+    assert (found.total, found.size) == (900, 90)
     distribution = made()
     fit(distribution, list(x.split(90)), **QUICK)
     torch.testing.assert_close(distribution.transform.loc, moments(x[100:]).loc)
@@ -132,12 +132,13 @@ def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
     assert 100 <= len(found.sample.w) <= 200
     assert float(found.sample.w.mean()) == pytest.approx(2000, rel=0.05)
     assert len(found.held.w) == 400
+    assert found.total == 3600
 
 
 def test_without_moments_the_first_pass_reads_no_more_than_it_needs():
     x = rows(600)
     data = Again(lambda _: itertools.repeat(x[:100], 300))
-    survey(Stream(made(), made().transform, data), None, whole=False)
+    assert survey(Stream(made(), made().transform, data), None, whole=False).total == math.inf
     assert data.given == 1
     survey(Stream(made(), made().transform, data), 0.5, whole=False)
     assert data.given == 1 + math.ceil(8192 / 0.5 / 100)
@@ -146,6 +147,25 @@ def test_without_moments_the_first_pass_reads_no_more_than_it_needs():
     before = distribution.transform.loc.clone()
     fit(distribution, list(x.split(100)), whiten=False, validation=x[:50], **QUICK)
     assert torch.equal(distribution.transform.loc, before)
+
+
+def test_weights_decay_by_the_number_of_training_rows(monkeypatch):
+    optimizer, found = torch.optim.AdamW, []
+
+    def noted(*args, **kwargs):
+        found.append(kwargs["weight_decay"])
+        return optimizer(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", noted)
+    x = rows(2000)
+    batches = list(x.split(100))
+    fit(made(), x, **QUICK)
+    fit(made(), batches, **QUICK)
+    fit(made(), x[:100], batch_size=50, **QUICK)
+    fit(made(), x, weight_decay=0.3, **QUICK)
+    # Nobody has counted these.
+    fit(made(), batches, whiten=False, validation=x[:50], **QUICK)
+    assert found == pytest.approx([80 / 1800, 80 / 1800, 0.5, 0.3, 0.0])
 
 
 def test_rows_held_out_are_never_trained_on():

@@ -349,6 +349,7 @@ BAD = {
     "steps": (tiny, lambda: X, {"steps": 0}, ValueError, "steps >= 1, got 0"),
     "seconds": (tiny, lambda: X, {"max_seconds": -1.0}, ValueError, "max_seconds > 0, got -1.0"),
     "rate": (tiny, lambda: X, {"learning_rate": 0.0}, ValueError, "learning_rate > 0"),
+    "decay": (tiny, lambda: X, {"weight_decay": -1.0}, ValueError, "weight_decay >= 0, got -1.0"),
     "validation": (
         tiny,
         lambda: X,
