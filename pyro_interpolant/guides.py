@@ -81,7 +81,7 @@ class AutoInterpolant(AutoContinuous):
             :class:`~pyro_interpolant.Trigonometric`.
         solver: By default a :class:`~pyro_interpolant.FixedGrid` of 12 steps. While a fixed grid
             is trained through, its nodes are drawn at random, as many as here at least: an ELBO
-            learns to exploit a grid that stays (12 steps became 30 nats too good).
+            learns to exploit a grid that stays (12 steps became 75 nats too good).
         divergence: By default exact.
         init_loc_fn: Where the sites start, one of Pyro's initialisation functions.
         init_scale: The standard deviation of each unconstrained dimension at the start.
