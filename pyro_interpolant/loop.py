@@ -22,7 +22,9 @@ _log = logging.getLogger(__name__)
 _STEPS = 6000
 _LOOKS = 100  # how often the held-out loss is looked at
 _WARMUP = 0.02  # of the schedule
-_PATIENT = 0.3  # of the schedule, before which no run stops early
+_PATIENT = 0.3  # of the schedule, before which no run is found to have stalled
+_PLACE = ("step", "seen", "done", "stalled", "ended")
+_LANDING = 0.2  # of the schedule, in which the rate of a stalled run falls to zero
 
 
 class Outcome(NamedTuple):
@@ -53,10 +55,16 @@ class Schedule(NamedTuple):
         limit = self.steps or (_STEPS if self.max_seconds is None else math.inf)
         return max(step / limit, seconds / (self.max_seconds or math.inf))
 
-    def rate(self, progress: float) -> float:
-        """Return the learning rate at a share of the run."""
-        warm = min(1.0, (progress + 1e-3) / _WARMUP)
-        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    def rate(self, progress: float, stalled: float | None = None) -> float:
+        """Return the learning rate at a share of the run, which may have stalled at another."""
+        if stalled is not None:
+            return self.rate(stalled) * _falling((progress - stalled) / _LANDING)
+        return self.learning_rate * min(1.0, (progress + 1e-3) / _WARMUP) * _falling(progress)
+
+
+def _falling(share: float) -> float:
+    """Return half a cosine, from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
 class _Run:
@@ -83,6 +91,7 @@ class _Run:
         self.looks = Looks(self.average, lambda: objective.loss(fixed), callback, engine)
         self.clip = Clip(self.parameters, engine)
         self.step, self.seen, self.done = 0, 0, 0.0
+        self.stalled: float | None = None  # the share of the schedule at which it did
         self.ended = "schedule"
         self.start = time.monotonic()
 
@@ -91,10 +100,14 @@ class _Run:
         spent = time.monotonic() - self.start
         return spent if self.schedule.max_seconds is None else self.engine.agreed(spent)
 
+    def rate(self) -> float:
+        """Return the present learning rate."""
+        return self.schedule.rate(self.done, self.stalled)
+
     def advance(self) -> bool:
         """Take a step, look if it is time, and return whether to go on."""
         objective, looks = self.objective, self.looks
-        self.optimizer.param_groups[0]["lr"] = self.schedule.rate(self.done)
+        self.optimizer.param_groups[0]["lr"] = self.rate()
         loss = self.engine.backward(objective.draw(self.batches.next()))
         self.step += 1
         if self.clip(loss):
@@ -110,14 +123,20 @@ class _Run:
         if int(self.done * _LOOKS) <= self.seen and self.done < 1:
             return True
         self.seen = int(self.done * _LOOKS)
-        looks.look(self.step, self.schedule.rate(self.done), seconds)
+        looks.look(self.step, self.rate(), seconds)
         if self.done >= 1:
             return False
         if looks.stopped:
             self.ended = "callback"
-        elif self.done > _PATIENT and looks.since_best >= self.schedule.patience:
+        elif self.stalled is not None and self.done >= self.stalled + _LANDING:
             self.ended = "patience"
+        elif self.stalled is None and self._stalls():
+            self.stalled = self.done
+            looks.return_to_best()
         return self.ended == "schedule"
+
+    def _stalls(self) -> bool:
+        return self.done > _PATIENT and self.looks.since_best >= self.schedule.patience
 
     def save(self, keeper: Keeper) -> None:
         """Write the state, from the first of the processes."""
@@ -142,7 +161,7 @@ class _Run:
         }
         numbers = {
             "identity": keeper.identity,
-            "run": {n: getattr(self, n) for n in ("step", "seen", "done", "ended")},
+            "run": {n: getattr(self, n) for n in _PLACE},
             "seconds": self.seconds(),
             "batches": place,
             "clip": self.clip.numbers(),
@@ -181,7 +200,8 @@ def train(
 ) -> Outcome:
     """Run the loop and leave the best averaged weights in the network, whatever ends it.
 
-    A keyboard interrupt ends the run as patience does.
+    A run that stalls lands: it goes back to the best weights, and its learning rate falls to zero
+    within a fifth of the schedule. A keyboard interrupt ends a run at once.
 
     Args:
         objective: The loss.
@@ -208,7 +228,7 @@ def train(
         except KeyboardInterrupt:
             run.ended = "interrupt"
             if run.step not in run.looks.steps[-1:]:
-                run.looks.look(run.step, schedule.rate(run.done), run.seconds())
+                run.looks.look(run.step, run.rate(), run.seconds())
         finally:
             run.looks.keep_best()
         run.clip.check(run.step)
@@ -235,8 +255,7 @@ def _go(run: _Run, bar: Any, keeper: Keeper | None) -> None:
         going = run.advance()
         looked = run.seen > before
         if looked:
-            rate = run.schedule.rate(run.done)
-            bar.set_postfix_str(run.looks.text(rate, run.clip.skipped), refresh=False)
+            bar.set_postfix_str(run.looks.text(run.rate(), run.clip.skipped), refresh=False)
             bar.update(min(_LOOKS, run.seen) - bar.n)
         if keeper is not None:
             due = looked if keeper.every is None else not run.step % keeper.every

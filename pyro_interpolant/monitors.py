@@ -141,6 +141,11 @@ class Looks:
         """Leave the best average in the network."""
         _assign(self.average.parameters, self.best_values)
 
+    def return_to_best(self) -> None:
+        """Go on from the best average."""
+        self.keep_best()
+        _assign(self.average.values, self.best_values)
+
     def text(self, rate: float, skipped: int) -> str:
         """Return the last look in a few words."""
         text = f"loss={self.losses[-1]:.4g} held-out={self.held_losses[-1]:.4g} rate={rate:.1e}"

@@ -130,8 +130,9 @@ def fit(
             counts an iterable's rows.
         validation: The share of rows held out, of an iterable from its first batches; or rows of
             your own, shape ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
-        patience: Stop after this many looks at the held-out loss, of 100 in all, without a better
-            one.
+        patience: After this many looks at the held-out loss, of 100 in all, without a better one,
+            go back to the best weights and let the rate fall to zero within a fifth of the
+            schedule; not in its first three tenths.
         ema: The decay of the moving average of the weights.
         coupling: Who is paired with whom in a batch; see :mod:`~pyro_interpolant.couplings`.
         learn: ``"velocity"``; or, once that is trained and the interpolant has a latent term,

@@ -140,29 +140,45 @@ def test_the_result_and_the_callback_tell_the_same_story():
     assert isinstance(result.solver, FixedGrid)
 
 
-def test_early_stopping_keeps_the_best_weights():
+def test_a_stalled_run_lands_and_keeps_the_best_weights():
     """Without averaging the weights at the best look are those the callback saw there."""
-    distribution, seen = tiny(), {}
+    distribution, seen, rates = tiny(), {}, []
 
     def remember(state):
         seen[state.step] = [p.detach().clone() for p in distribution.transform.parameters()]
+        rates.append(state.learning_rate)
 
     result = quick(
         distribution,
         torch.randn(40, 2),
         steps=3000,
-        learning_rate=0.02,
+        learning_rate=0.005,
         patience=3,
         ema=0.0,
         validation=0.25,
         callback=remember,
     )
     assert result.stopped_early
+    assert result.stopped_by == "patience"
     assert len(result.steps) < 100
-    best = min(range(len(result.steps)), key=result.validation_losses.__getitem__)
+    losses = result.validation_losses
+    best = min(range(len(losses)), key=losses.__getitem__)
     assert result.best_step == result.steps[best]
-    # No run stops early in the first three of ten parts of its schedule.
-    assert len(result.steps) - 1 == max(best + 3, 30)
+    # No run stalls in the first three of ten parts of its schedule; a landing takes a fifth.
+    since = [i - min(range(i + 1), key=losses.__getitem__) for i in range(len(losses))]
+    stall = next(i for i in range(30, len(losses)) if since[i] >= 3)
+    assert len(losses) - 1 == stall + 20
+    assert 1e-3 < rates[stall - 1] < 0.005
+    assert rates[-1] < 0.01 * rates[stall - 1]
+    assert rates[stall:] == sorted(rates[stall:], reverse=True)
+    # It starts from the best weights so far.
+    places = (stall - since[stall], stall, stall + 1)
+    best_so_far, left, landed = (seen[result.steps[i]] for i in places)
+    apart = [
+        sum(float((a - b).square().sum()) for a, b in zip(landed, other, strict=True))
+        for other in (best_so_far, left)
+    ]
+    assert apart[0] < 0.5 * apart[1]
     for kept, there in zip(
         distribution.transform.parameters(), seen[result.best_step], strict=True
     ):
