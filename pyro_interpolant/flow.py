@@ -6,12 +6,13 @@ of divergences along them, computed when somebody asks.
 """
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .adjoint import is_alone, through_nodes
 from .checkpointing import recomputed
 from .divergence import Divergence, ExactDivergence, evaluate
 from .interpolants import Interpolant, Trigonometric
@@ -146,9 +147,20 @@ class Flow(nn.Module):
             return white[None]
         times, _ = path.times()
         field = self._field(path.context)
-        if forward:
-            return path.solver.solve(field, white, times)
-        return path.solver.solve(field, white, times.flip(0)).flip(0)
+
+        def solve(white: Tensor) -> Tensor:
+            if forward:
+                return path.solver.solve(field, white, times)
+            return path.solver.solve(field, white, times.flip(0)).flip(0)
+
+        others = (path.context, *self.parameters())
+        if not (getattr(path.solver, "adjoint", False) and is_alone(white, others)):
+            return solve(white)
+        q = path.end * path.solver.matrix()  # type: ignore[attr-defined]
+        q = (q if forward else q - q[-1]).to(white)
+        at = times.to(white).reshape(-1, *[1] * (white.dim() - 1))
+        rate = partial(evaluate, self.velocity, at, context=path.context)
+        return through_nodes(solve, rate, q, white)
 
     def log_det(self, states: Tensor, path: Path) -> Tensor:
         """Return the integral of the divergence along the states, plus log |det L|, shape ``(*)``.

@@ -2,7 +2,7 @@ r"""The default velocity: a multilayer perceptron with an exact, cheap divergenc
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +117,7 @@ class VelocityMLP(nn.Module):
             context: Their contexts, shape ``(N, C)``, or None.
         """
         # Draws of the base and of the path between must be well inside too.
-        farthest = torch.stack((-w.amin(0), w.amax(0))).clamp(min=_BASE)
-        self.reach.copy_(_MARGIN * farthest)
+        self.reach.copy_(_MARGIN * torch.stack((-w.amin(0), w.amax(0))).clamp(min=_BASE))
         if context is not None:
             scale = context.std(0, correction=0)
             self.context_loc.copy_(context.mean(0))
@@ -158,8 +157,9 @@ class VelocityMLP(nn.Module):
         # Modulations of every row for all times would be large.
         if self._is_overridden("forward") or (context is not None and context.dim() > 1):
             return [lambda x, t=t: self(t, x, context) for t in times.unbind()]  # type: ignore[misc]
+        inverses = self.reach.reciprocal().unbind()
         return [
-            lambda x, m=m: self._velocity(x, m)  # type: ignore[misc]
+            lambda x, m=m: self._velocity(x, m, inverses)  # type: ignore[misc]
             for m in self._modulation(times, context).unbind()
         ]
 
@@ -236,8 +236,8 @@ class VelocityMLP(nn.Module):
         angle = math.pi * t[..., None] * (k + 1)
         return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
-    def _velocity(self, x: Tensor, modulation: Modulation) -> Tensor:
-        return self._gate(x)[-1][..., None] * self._ungated(x, modulation)
+    def _velocity(self, x: Tensor, modulation: Modulation, inverses: Any = None) -> Tensor:
+        return self._gate(x, inverses)[-1][..., None] * self._ungated(x, modulation)
 
     def _ungated(self, x: Tensor, modulation: Modulation) -> Tensor:
         h, plain = x, not _is_differentiated()
@@ -258,9 +258,9 @@ class VelocityMLP(nn.Module):
         w = self.hidden_dims
         return len(w) > 2 and i > 0 and w[i] == w[i - 1]
 
-    def _gate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gate(self, x: Tensor, inverses: Any = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``y_i = x_i / R_i`` and ``1 / R_i``, shape ``(*, D)``, and the gate, ``(*)``."""
-        below, above = self.reach.reciprocal()
+        below, above = inverses or self.reach.reciprocal()
         inverse = torch.where(x < 0, below, above)
         y = x * inverse
         return y, inverse, torch.rsqrt(1 + y.square().square().sum(-1)).sqrt()

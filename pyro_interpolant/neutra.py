@@ -1,6 +1,7 @@
 r"""NUTS in the base space of a guide, with draws in the model's own sites."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .guides import AutoInterpolant
 from .sites import bare_model, unpack_sites
+from .solvers import FixedGrid
 
 __all__ = ["Neutra", "neutra"]
 
@@ -61,7 +63,8 @@ class Neutra:
 def neutra(guide: AutoInterpolant, model: Callable[..., Any] | None = None) -> Neutra:
     """Return the model in the guide's base space, where a good guide makes it N(0, I) for NUTS.
 
-    The guide is copied and the copy frozen: nothing here trains it, and it can be trained on.
+    The guide is copied and the copy frozen: nothing here trains it, and it can be trained on. The
+    copy's gradients are those of ``FixedGrid(..., adjoint=True)`` where it is solved on a grid.
 
     Args:
         guide: A trained guide.
@@ -96,6 +99,8 @@ def neutra(guide: AutoInterpolant, model: Callable[..., Any] | None = None) -> N
     if guide.prototype_trace is None:
         raise ValueError("expected a guide that has seen its model: train it, or call it once")
     frozen = copy.deepcopy(guide).requires_grad_(requires_grad=False).eval()
+    if isinstance(frozen.transform.solver, FixedGrid):
+        frozen.transform.solver = dataclasses.replace(frozen.transform.solver, adjoint=True)
     if not hasattr(frozen, "plates"):
         frozen._create_plates()
     return Neutra(frozen, bare_model(guide.model) if model is None else model)

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["clenshaw_curtis"]
+__all__ = ["clenshaw_curtis", "integration_matrix"]
 
 
 @lru_cache(maxsize=64)
@@ -57,3 +57,38 @@ def clenshaw_curtis(steps: int, warp: float = 0.0) -> tuple[Tensor, Tensor]:
     s = (1 - theta.cos()) / 2
     s[0], s[-1] = 0.0, 1.0
     return (1 + warp) * s - warp * s**2, (1 + warp - 2 * warp * s) * weights
+
+
+@lru_cache(maxsize=64)
+def integration_matrix(steps: int, warp: float = 0.0) -> Tensor:
+    r"""Return Q with :math:`\int_0^{t_n} f(t)\,dt \approx \sum_m Q_{nm} f(t_m)`.
+
+    The nodes are those of :func:`clenshaw_curtis`, whose weights are the last row; what is
+    integrated is the polynomial through all values, in s.
+
+    Args:
+        steps: The number of gaps, N.
+        warp: How far the nodes move toward t = 1.
+
+    Returns:
+        Float64, of shape ``(N + 1, N + 1)``. It is shared: do not modify.
+
+    Raises:
+        ValueError: If ``steps`` is below 1 or ``warp`` outside [0, 1).
+
+    Example:
+        >>> nodes, _ = clenshaw_curtis(4)
+        >>> error = integration_matrix(4) @ nodes**3 - nodes**4 / 4
+        >>> bool(error.abs().max() < 1e-14)
+        True
+    """
+    clenshaw_curtis(steps, warp)
+    k = torch.arange(steps + 1, dtype=torch.float64)
+    theta = (torch.pi * k / steps)[:, None]  # 2 s - 1 = -cos(theta)
+    values = torch.cos(k * (torch.pi - theta))  # Chebyshev's polynomials at the nodes
+    up = torch.cos((k + 1) * (torch.pi - theta)) / (k + 1)
+    down = torch.cos((k - 1) * (torch.pi - theta)) / torch.where(k == 1, torch.inf, k - 1)
+    integrals = (up - down) / 2
+    q = 0.5 * (integrals - integrals[0]) @ torch.linalg.inv(values)
+    s = (1 - theta[:, 0].cos()) / 2
+    return q * (1 + warp - 2 * warp * s)

@@ -171,7 +171,7 @@ class TorusMLP(VelocityMLP):
         velocity = nn.functional.linear(hidden, self.output.weight) + modulation.shifts[-1]
         return velocity, self._deep_trace(slopes, into)
 
-    def _velocity(self, x: Tensor, modulation: Modulation) -> Tensor:
+    def _velocity(self, x: Tensor, modulation: Modulation, inverses: Any = None) -> Tensor:
         return self._ungated(_circles(x), modulation)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pyro_interpolant import clenshaw_curtis
+from pyro_interpolant.quadrature import integration_matrix
 
 STEPS = [1, 2, 3, 4, 7, 8, 16, 33]
 WARPS = [0.0, 0.3, 0.6, 0.95]
@@ -81,3 +82,22 @@ def test_fewer_than_one_step_is_refused(steps):
 def test_a_warp_outside_its_range_is_refused(warp):
     with pytest.raises(ValueError, match=r"a warp in \[0, 1\), got"):
         clenshaw_curtis(4, warp)
+
+
+@pytest.mark.parametrize("warp", WARPS)
+@pytest.mark.parametrize("steps", STEPS)
+def test_the_matrix_integrates_polynomials_to_every_node(steps, warp):
+    """In s their degree is twice that in t where nodes are warped, and one more by t'."""
+    nodes, weights = clenshaw_curtis(steps, warp)
+    q = integration_matrix(steps, warp)
+    assert q.shape == (steps + 1, steps + 1)
+    for p in range(degree(steps, warp) + 1):
+        error = q @ nodes**p - nodes ** (p + 1) / (p + 1)
+        assert float(error.abs().max()) < 1e-12, p
+    torch.testing.assert_close(q[-1], weights, rtol=0, atol=1e-13)
+    assert (q[0] == 0).all()
+
+
+def test_the_matrix_refuses_what_the_nodes_refuse():
+    with pytest.raises(ValueError, match="at least one step"):
+        integration_matrix(0)
