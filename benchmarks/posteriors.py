@@ -393,11 +393,13 @@ def main():
         args.tasks, args.nuts_tasks, args.seconds, args.rows = ["smoke"], [], 2.0, 300
         args.methods = [m for m in args.methods if m != "zuko NSF"]
         args.out = Path(scratch.name) / "smoke.jsonl"
-    args.tasks = [
-        t for t in args.tasks if t not in FILES or (args.data / f"{FILES[t]}.npz").exists()
-    ]
-    if "eight_schools" not in args.tasks:
-        args.nuts_tasks = [t for t in args.nuts_tasks if t != "eight_schools"]
+    for name in ("tasks", "nuts_tasks"):
+        there = [
+            t
+            for t in getattr(args, name)
+            if t not in FILES or (args.data / f"{FILES[t]}.npz").exists()
+        ]
+        setattr(args, name, there)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done, settings = {}, {k: getattr(args, k) for k in ("seconds", "threads", "seed", "rows")}
     settings = {f"asked_{k}": v for k, v in settings.items()}

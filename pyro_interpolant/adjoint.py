@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .scopes import is_transformed
+
 __all__ = ["is_alone", "through_nodes"]
 
 _ELEMENTS = 2**24  # of the systems solved at once
@@ -25,9 +27,7 @@ def is_alone(x: Tensor, others: Iterable[Tensor | None]) -> bool:
         torch.is_grad_enabled()
         and x.requires_grad
         and not any(s is not None and s.requires_grad for s in others)
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
+        and not is_transformed()
     )
 
 

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .scopes import is_transformed
+
 __all__ = ["VelocityMLP"]
 
 _EMBEDDING = 64
 _FEW = 8  # dimensions: up to here a deeper network, which sees finer times
+_MANY = 32  # dimensions: beyond, wider layers
 _ELEMENTS = 2**17  # of the largest intermediate: memory that is given back is slow to come by
 _MARGIN = 2.0  # how far beyond the farthest training row the velocity is left alone
 _BASE = 5.0  # standard deviations that draws of N(0, I) hardly leave
@@ -59,7 +62,7 @@ class VelocityMLP(nn.Module):
     Args:
         event_dim: D, the size of the last dimension of x.
         hidden_dims: The widths of the hidden layers. By default ``(128, 128, 128)`` up to 8
-            dimensions and ``(256, 256)`` above.
+            dimensions, ``(256, 256)`` up to 32 and ``(512, 512)`` above.
         context_dim: C, the size of the last dimension of the context; 0 for none.
 
     Raises:
@@ -82,7 +85,8 @@ class VelocityMLP(nn.Module):
     ) -> None:
         super().__init__()
         if hidden_dims is None:
-            hidden_dims = (128, 128, 128) if event_dim <= _FEW else (256, 256)
+            wide = (256, 256) if event_dim <= _MANY else (512, 512)
+            hidden_dims = (128, 128, 128) if event_dim <= _FEW else wide
         self.event_dim = event_dim
         self.hidden_dims = tuple(hidden_dims)
         self.context_dim = context_dim
@@ -240,7 +244,7 @@ class VelocityMLP(nn.Module):
         return self._gate(x, inverses)[-1][..., None] * self._ungated(x, modulation)
 
     def _ungated(self, x: Tensor, modulation: Modulation) -> Tensor:
-        h, plain = x, not _is_differentiated()
+        h, plain = x, not (torch.is_grad_enabled() or is_transformed())
         for i, (weight, shift, scale) in enumerate(self._layers(modulation)):
             s = nn.functional.silu(_affine(h, weight, shift), inplace=plain)
             s = s.mul_(scale) if plain else s * scale
@@ -267,7 +271,7 @@ class VelocityMLP(nn.Module):
 
     def _hidden(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, list[Tensor]]:
         """Return the last hidden layer and, per layer, the slopes of the scaled activation."""
-        h, slopes, plain = x, [], not _is_differentiated()
+        h, slopes, plain = x, [], not (torch.is_grad_enabled() or is_transformed())
         for i, (weight, shift, scale) in enumerate(self._layers(modulation)):
             z = _affine(h, weight, shift)
             if plain:  # fewer passes over memory
@@ -301,16 +305,6 @@ class VelocityMLP(nn.Module):
             step = slope[..., None, :] * nn.functional.linear(tangents, weight)
             tangents = tangents + step if self._is_residual(i) else step
         return (tangents * self.output.weight).sum((-2, -1))
-
-
-def _is_differentiated() -> bool:
-    """Return whether gradients or tangents may be asked of what is computed now."""
-    return (
-        torch.is_grad_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def _affine(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-r"""Scopes: a generator seeded apart, and a network that may be trained."""
+r"""Scopes: who differentiates, a generator seeded apart, a network that may be trained."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,16 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["seeded", "trainable"]
+__all__ = ["is_transformed", "seeded", "trainable"]
+
+
+def is_transformed() -> bool:
+    """Return whether :mod:`torch.func`, forward mode or a tracer sees what is computed now."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 @contextlib.contextmanager

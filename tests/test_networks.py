@@ -147,9 +147,11 @@ def test_an_untrained_default_network_is_zero(dim):
 
 
 def test_default_widths_go_by_dimension():
-    assert len(VelocityMLP(2).hidden_dims) > 2
-    assert len(VelocityMLP(63).hidden_dims) == 2
-    assert VelocityMLP(63).hidden_dims[0] > VelocityMLP(2).hidden_dims[0]
+    few, more, many = (VelocityMLP(dim).hidden_dims for dim in (8, 9, 33))
+    assert len(few) > 2
+    assert len(more) == len(many) == 2
+    assert few[0] < more[0] < many[0]
+    assert VelocityMLP(32).hidden_dims == more
 
 
 @pytest.mark.parametrize(
