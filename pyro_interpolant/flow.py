@@ -153,8 +153,8 @@ class Flow(nn.Module):
                 return path.solver.solve(field, white, times)
             return path.solver.solve(field, white, times.flip(0)).flip(0)
 
-        others = (path.context, *self.parameters())
-        if not (getattr(path.solver, "adjoint", False) and is_alone(white, others)):
+        adjoint = getattr(path.solver, "adjoint", False)
+        if not (adjoint and is_alone(white, (path.context, *self.parameters()))):
             return solve(white)
         q = path.end * path.solver.matrix()  # type: ignore[attr-defined]
         q = (q if forward else q - q[-1]).to(white)
