@@ -1,0 +1,81 @@
+"""What a training step costs beyond its network: all of `fit` against a bare forward and backward.
+
+A step of `fit` draws rows, times and base draws, evaluates the interpolant and its rate, clips,
+steps AdamW and averages the weights. Between any two looks at the held-out loss the same network
+takes as many bare steps (forward, mean square, backward) on one batch that stays, so that both
+meet the same machine.
+
+    python benchmarks/step_cost.py             # two minutes
+    python benchmarks/step_cost.py --smoke     # seconds
+"""
+
+import argparse
+import copy
+import platform
+import statistics
+import time
+
+import torch
+
+import pyro_interpolant as pi
+
+CASES = ((2, None), (11, None), (24, None), (63, None), (63, (256, 256)), (8, (512, 512)))
+
+
+def bare_steps(network, batch, count):
+    """Return the seconds that forward and backward alone take, `count` times."""
+    t, x, target = batch
+    start = time.perf_counter()
+    for _ in range(count):
+        network.zero_grad()
+        ((network(t, x) - target) ** 2).mean().backward()
+    return time.perf_counter() - start
+
+
+def ratios(dim, hidden, batch_size, looks, between):
+    """Return milliseconds of a bare step, and one ratio per look."""
+    torch.manual_seed(0)
+    flow = pi.InterpolantDistribution(pi.interpolant_transform(dim, hidden))
+    network = copy.deepcopy(flow.transform.velocity)
+    batch = torch.rand(batch_size), torch.randn(batch_size, dim), torch.randn(batch_size, dim)
+    whole, bare, began = [], [], [None]
+
+    def look(state):
+        if began[0] is not None:
+            whole.append(time.perf_counter() - began[0])
+            bare.append(bare_steps(network, batch, between))
+        began[0] = time.perf_counter()
+        return len(whole) == looks
+
+    rows = torch.randn(20_000, dim)
+    pi.fit(
+        flow, rows, validation=torch.randn(64, dim), batch_size=batch_size, steps=100 * between,
+        whiten=False, seed=0, progress=False, callback=look, tolerance=1e3,
+    )  # fmt: skip
+    bare_ms = 1e3 * statistics.median(bare) / between
+    return bare_ms, [a / b for a, b in zip(whole, bare, strict=True)]
+
+
+def main():
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    looks, between = (2, 1) if args.smoke else (60, 20)
+    print(f"{args.threads} threads, {platform.machine()}, torch {torch.__version__},")
+    print(f"batches of {args.batch_size}.\n")
+    print("| D | hidden layers | bare step, ms | whole / bare | quartiles |")
+    print("| --- | --- | --- | --- | --- |")
+    for dim, hidden in CASES[:1] if args.smoke else CASES:
+        bare, found = ratios(dim, hidden, args.batch_size, looks, between)
+        low, middle, high = statistics.quantiles(found, n=4)
+        name = "default" if hidden is None else str(list(hidden))
+        spread = f"{middle:.2f} | {low:.2f} to {high:.2f}"
+        print(f"| {dim} | {name} | {bare:.2f} | {spread} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
