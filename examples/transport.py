@@ -48,7 +48,7 @@ def main():
     torch.set_num_threads(1)  # as fast as two for networks of this size, and undisturbed
 
     x0, x1 = moons(10_000), ring(10_000)
-    steps, alternations = (40, 5) if args.smoke else (2500, 1500)
+    steps, alternations, count = (40, 5, 300) if args.smoke else (2500, 1500, 2000)
     learned = pi.LearnedInterpolant(6, event_dim=2, matrices=True, network=(64, 64))
     flows = {}
     for name, interpolant in (("trigonometric", pi.Trigonometric()), ("learned", learned)):
@@ -62,14 +62,14 @@ def main():
             ).fit
         print(f"{name}: {result.steps[-1]} steps, {result.seconds:.0f} s")
 
-    fresh0, fresh1 = moons(2000), ring(2000)
+    fresh0, fresh1 = moons(count), ring(count)
     shortest = squared_distance(fresh0, fresh1)
-    floor = squared_distance(ring(2000), fresh1)
-    print(f"squared distance of the clouds (2,000 points each): {shortest:.2f}")
+    floor = squared_distance(ring(count), fresh1)
+    print(f"squared distance of the clouds ({count:,} points each): {shortest:.2f}")
     energies = {}
     for name, flow in flows.items():
         energies[name] = pi.path_energy(flow)
-        away = squared_distance(flow.sample((2000,)), fresh1)
+        away = squared_distance(flow.sample((count,)), fresh1)
         value, stderr = energies[name]
         print(
             f"{name}: energy of the paths {value:.2f} +- {stderr:.2f}; squared distance of its "

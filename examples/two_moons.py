@@ -27,16 +27,17 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    train, test = two_moons(20_000), two_moons(2_000)
+    rows, side = (500, 30) if args.smoke else (2_000, 150)
+    train, test = two_moons(20_000), two_moons(rows)
     moons = pi.from_samples(train, seed=0, steps=50 if args.smoke else 3_000)
-    samples, log_prob = moons.rsample_and_log_prob((2_000,))
+    samples, log_prob = moons.rsample_and_log_prob((rows,))
     error = pi.solver_error(moons, test[:256]).density_mean
     print(
         f"held-out log-density: {moons.log_prob(test).mean():.3f} nats (solver error {error:.4f})"
     )
     print(f"entropy by its own samples: {-log_prob.mean():.3f} nats")
 
-    line = torch.linspace(-1.6, 2.6, 150)
+    line = torch.linspace(-1.6, 2.6, side)
     grid = torch.stack(torch.meshgrid(line, line - 0.25, indexing="xy"), -1)
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), sharex=True, sharey=True)
     for ax, t in zip(axes, (0.0, 0.5, 0.8, 1.0), strict=True):

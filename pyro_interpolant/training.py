@@ -39,7 +39,7 @@ __all__ = ["FitResult", "fit", "from_samples"]
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
 _CALIBRATION_ROWS = 256
-_DECAY, _MOST_DECAY = 40.0, 0.5  # times D / N, and at the most
+_DECAY, _MOST_DECAY = 70.0, 0.5  # times D / N, then squared, and at the most
 
 
 class FitResult(NamedTuple):
@@ -126,8 +126,8 @@ def fit(
             of an iterable as many as its first batch has.
         learning_rate: The peak of the schedule.
         weight_decay: AdamW's, which shrinks all weights by this share of the learning rate at each
-            step; by default 40 D / N for N training rows, at most 0.5; none where no first pass
-            counts an iterable's rows.
+            step; by default (70 D / N)^2 for N training rows, at most 0.5; none where no first
+            pass counts an iterable's rows.
         validation: The share of rows held out, of an iterable from its first batches; or rows of
             your own, shape ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
         patience: After this many looks at the held-out loss, of 100 in all, without a better one,
@@ -194,7 +194,7 @@ def fit(
         fixed = objective.with_base(unseen).fixed_draw(objective.prepared(held))
         objective.share(engine.rank, engine.world, own=source.checksum is None)
         if weight_decay is None:
-            weight_decay = engine.agreed(min(_MOST_DECAY, _DECAY * flow.dim / total))
+            weight_decay = engine.agreed(min(_MOST_DECAY, (_DECAY * flow.dim / total) ** 2))
         schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
         with trainable(objective.network):
             outcome = train(

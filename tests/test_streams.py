@@ -165,7 +165,7 @@ def test_weights_decay_by_the_number_of_training_rows(monkeypatch):
     fit(made(), x, weight_decay=0.3, **QUICK)
     # Nobody has counted these.
     fit(made(), batches, whiten=False, validation=x[:50], **QUICK)
-    assert found == pytest.approx([80 / 1800, 80 / 1800, 0.5, 0.3, 0.0])
+    assert found == pytest.approx([(140 / 1800) ** 2, (140 / 1800) ** 2, 0.5, 0.3, 0.0])
 
 
 def test_rows_held_out_are_never_trained_on():
