@@ -92,13 +92,14 @@ LOADERS = {
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_run_on_batches_is_as_good_as_one_on_the_table(name):
-    x, table, stream = rows(2000), made(), made()
-    options = {**QUICK, "steps": 250, "learning_rate": 5e-3}
-    expected = fit(table, x, batch_size=64, **options)
-    found = fit(stream, LOADERS[name](x), batch_size=64, **options)
-    assert found.validation_losses[-1] == pytest.approx(expected.validation_losses[-1], abs=0.15)
+    x, held = rows(2600).split((2000, 600))  # with rows held out of each, losses differ by those
+    table, stream = made(), made()
+    options = {**QUICK, "steps": 250, "learning_rate": 5e-3, "validation": held, "tolerance": 1e-2}
+    expected = fit(table, x, batch_size=256, **options)
+    found = fit(stream, LOADERS[name](x), batch_size=256, **options)
+    assert found.validation_losses[-1] == pytest.approx(expected.validation_losses[-1], abs=0.06)
     with torch.no_grad():
-        assert float((table.log_prob(x) - stream.log_prob(x)).mean()) == pytest.approx(0, abs=0.1)
+        assert float((table.log_prob(x) - stream.log_prob(x)).mean()) == pytest.approx(0, abs=0.06)
     torch.testing.assert_close(stream.transform.loc, x.mean(0), rtol=0, atol=0.1)
 
 
