@@ -102,7 +102,7 @@ def test_the_gradient_is_that_of_every_stage_to_the_solvers_error(name, value, w
     assert errors[1] < max(1e-9, errors[0] / 8)  # rk4: a sixteenth
 
 
-def test_values_are_the_same_bits():
+def test_values_are_those_of_the_plain_solve():
     z = torch.randn(4, 3, dtype=torch.float64)
     plain = flow(mlp((16, 16)), steps=6)
     expected, y = of_sample(plain, z), z.clone().requires_grad_()
