@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from . import divergence as divergences
 from . import interpolants, latents, solvers, torus
 from .bases import Samples
+from .descriptions import build_constraint, describe_constraint
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .interpolants import Interpolant
 from .joint import JointInterpolantDistribution
 from .learned import LearnedInterpolant
 from .networks import VelocityMLP
-from .supports import build_constraint, describe_constraint
 from .torus import TorusMLP, UniformTorus
 from .transforms import ConditionalInterpolantTransform, InterpolantTransform
 
@@ -196,7 +196,10 @@ def _build(
     base = _build_base(header["base"], f"{prefix}base.", tensors)
     if name == "JointInterpolantDistribution":
         sites = {s: (tuple(shape), build_constraint(c)) for s, shape, c in header["sites"]}
-        distribution: Any = JointInterpolantDistribution(transform, base, sites=sites)
+        support = build_constraint(header["support"])
+        distribution: Any = JointInterpolantDistribution(
+            transform, base, sites=sites, support=support
+        )
     elif name in ("InterpolantDistribution", "ConditionalInterpolantDistribution"):
         kind: Any = ConditionalInterpolantDistribution if conditional else InterpolantDistribution
         distribution = kind(transform, base, support=build_constraint(header["support"]))

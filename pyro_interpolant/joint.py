@@ -29,6 +29,7 @@ class JointInterpolantDistribution(InterpolantDistribution):
         transform: The flow over packed vectors.
         base: As in :class:`InterpolantDistribution`.
         sites: For each site its event shape and its support, in the order of packing.
+        support: All real vectors, or a Gaussianized support of them.
 
     Raises:
         ValueError: If the packed size of the sites is not the flow's dimension.
@@ -40,13 +41,14 @@ class JointInterpolantDistribution(InterpolantDistribution):
         base: TorchDistributionMixin | None = None,
         *,
         sites: Mapping[str, tuple[Sequence[int], Constraint]],
+        support: Constraint = constraints.real_vector,
         validate_args: bool | None = None,
     ) -> None:
         self.sites = {k: (torch.Size(shape), support) for k, (shape, support) in sites.items()}
         size = sum(_real_shape(*site).numel() for site in self.sites.values())
         if size != transform.flow.dim:
             raise ValueError(f"expected a flow of dimension {size}, got {transform.flow.dim}")
-        super().__init__(transform, base, validate_args=validate_args)
+        super().__init__(transform, base, support=support, validate_args=validate_args)
 
     def sample_sites(self, name: str) -> dict[str, Tensor]:
         """Sample all sites inside a Pyro model, as one latent site and named deterministic values.

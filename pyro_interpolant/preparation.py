@@ -15,10 +15,12 @@ from .joint import JointInterpolantDistribution
 from .latents import Mirror
 from .networks import VelocityMLP
 from .objective import Rows
-from .supports import bijection, is_circular
+from .preference import gaussianized
+from .supports import Constraint, bijection, is_circular, to_unconstrained
 from .torus import Geodesic
 
 __all__ = [
+    "charted",
     "check_partners",
     "check_settings",
     "checked_batch",
@@ -280,3 +282,22 @@ def _aligned(m: Moments, rows: Tensor, partners: Tensor) -> Moments:
     u, _, vh = torch.linalg.svd(w.T @ partners.double())
     turn = u @ vh
     return Moments(m.loc, m.linear @ turn, turn.T @ m.whitening)
+
+
+def charted(
+    rows: Tensor | None, support: Constraint, fit_options: dict[str, Any], marginals: Any
+) -> Constraint:
+    """Return a support, Gaussianized by the rows, shape ``(N, *event_shape)``, if so wanted."""
+    fixed = fit_options.keys() & {"base_samples", "pairs"}
+    if rows is None or is_circular(support) or fixed:
+        if marginals:
+            raise ValueError(
+                "expected marginals=True beside a table of rows that are no angles, without pairs "
+                "or base_samples"
+            )
+        return support
+    if marginals is False:
+        return support
+    weights = checked_weights(fit_options.get("weights"), len(rows))
+    real = to_unconstrained(rows, support)
+    return gaussianized(real, support, weights, always=bool(marginals))

@@ -9,6 +9,7 @@ References:
 
 from typing import Any
 
+import torch
 from torch import Tensor, broadcast_shapes, nn, where
 
 from .conversions import (
@@ -23,7 +24,9 @@ from .conversions import (
 )
 from .distributions import InterpolantDistribution
 from .divergence import evaluate
+from .marginals import Gaussianized, MarginalTransform
 from .networks import VelocityMLP
+from .supports import is_trivial
 
 __all__ = ["conditional_mean", "denoiser", "score", "transform_with_score"]
 
@@ -56,6 +59,23 @@ def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
         >>> bool(torch.allclose(score(prior, 0.5, x), -x, atol=1e-6))
         True
     """
+    map_ = _marginal_map(distribution)
+    if map_ is None:
+        return _score(distribution, t, x)
+    bend = torch.func.grad(lambda y: map_.log_slope(y).sum())(x)
+    return map_.log_slope(x).exp() * _score(distribution, t, map_.inv(x)) + bend
+
+
+def _marginal_map(distribution: InterpolantDistribution) -> MarginalTransform | None:
+    """Return the map from normal columns to data on all real vectors, or None."""
+    support = getattr(distribution, "constraint", None)
+    if isinstance(support, Gaussianized) and is_trivial(support.base_constraint):
+        return support.marginals()
+    return None
+
+
+def _score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
+    """Return the score in the flow's coordinates."""
     transform, time, w = _prepared(distribution, t, x)
     noise = transform.flow.noise
     if noise is None:
@@ -79,8 +99,13 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
 
     Raises:
         TypeError: As in :func:`score`.
-        ValueError: As in :func:`score`.
+        ValueError: As in :func:`score`; or if the data are reached by marginal maps.
     """
+    if _marginal_map(distribution) is not None:
+        raise ValueError(
+            "expected a flow of the data's own columns: behind a marginal map the mean of the end "
+            "of a path is not that of the data, train with from_samples(..., marginals=False)"
+        )
     transform, time, w = _prepared(distribution, t, x)
     interpolant, noise = transform.interpolant, transform.flow.noise
     v = conditional_mean(transform, transform.flow.velocity, time, w)

@@ -19,6 +19,7 @@ from .loop import Schedule, train
 from .monitors import TrainingState
 from .objective import Coupling, Objective
 from .preparation import (
+    charted,
     check_partners,
     check_settings,
     noise_network,
@@ -225,6 +226,7 @@ def from_samples(
     *,
     support: Constraint | Mapping[str, Constraint] = constraints.real_vector,
     event_shape: Sequence[int] | None = None,
+    marginals: bool | None = None,
     seed: int | None = None,
     **fit_options: Any,
 ) -> InterpolantDistribution:
@@ -237,6 +239,12 @@ def from_samples(
         support: Where the samples live; for named draws, a dictionary that names the supports of
             the sites that are not real.
         event_shape: The shape of a row, where it has more than one dimension.
+        marginals: Whether each unconstrained column is first made normal by a monotone spline, so
+            that the flow learns only how they depend on each other: the remedy for slabs, spikes
+            and long tails in single columns. By default where eight Gaussians fit held-out rows
+            better behind the splines, by 0.05 nats and more than chance; not for an iterable, for
+            angles, or beside ``base_samples`` or ``pairs``. ``distribution.unconstrained(x)`` then
+            means the normal columns, in which paths and SDEs live.
         seed: As in :func:`fit`; also of the initial weights.
         **fit_options: Passed to :func:`fit`.
 
@@ -279,12 +287,16 @@ def from_samples(
             transform = InterpolantTransform(TorusMLP(dim), interpolant=Geodesic()).to(rows)
         else:
             transform = interpolant_transform(dim).to(rows)
+    event: Constraint = constraints.real_vector if isinstance(support, Mapping) else support
+    table = isinstance(x, Mapping) or not is_stream(x)
+    with seeded(seed, rows.device):
+        event = charted(rows if table else None, event, fit_options, marginals)
     distribution: InterpolantDistribution
     if isinstance(x, Mapping):
-        distribution = JointInterpolantDistribution(transform, sites=sites)
+        distribution = JointInterpolantDistribution(transform, sites=sites, support=event)
     else:
-        distribution = InterpolantDistribution(transform, support=support)  # type: ignore[arg-type]
-    fit(distribution, rows if few is x else x, seed=seed, **fit_options)
+        distribution = InterpolantDistribution(transform, support=event)
+    fit(distribution, rows if table else x, seed=seed, **fit_options)
     return distribution.freeze()
 
 

@@ -25,6 +25,7 @@ from pyro_interpolant import (
     Trigonometric,
     VelocityMLP,
 )
+from pyro_interpolant.marginals import Gaussianized, knots
 
 INTERPOLANTS = {"trigonometric": Trigonometric(), "linear": Linear()}
 
@@ -101,6 +102,9 @@ def _strictly_lower(y: Tensor) -> Tensor:
     return y[..., rows, columns]
 
 
+_SPREAD = torch.linspace(-2.5, 2.5, 1001, dtype=torch.float64)
+_KNOTS: Any = knots(torch.stack((_SPREAD.sinh(), _SPREAD + 0.5 * (3 * _SPREAD).sin() / 3), -1))
+
 SUPPORTS = {
     "positive": SupportCase(constraints.positive, 2, (2,)),
     "unit_interval": SupportCase(constraints.unit_interval, 2, (2,)),
@@ -117,6 +121,8 @@ SUPPORTS = {
     "stack": SupportCase(
         constraints.stack([constraints.positive, constraints.interval(0.0, 1.0)], dim=-1), 2, (2,)
     ),
+    "gaussianized": SupportCase(Gaussianized(constraints.real_vector, _KNOTS), 2, (2,)),
+    "gaussianized positive": SupportCase(Gaussianized(constraints.positive, _KNOTS), 2, (2,)),
 }
 
 NO_SUPPORTS = {

@@ -32,6 +32,7 @@ FLOORS = {
     "divergence": 0,
     "interpolants": 0,
     "data": 0,
+    "marginals": 0,
     "conversions": 1,
     "keeping": 1,
     "moves": 1,
@@ -42,6 +43,8 @@ FLOORS = {
     "solvers": 1,
     "supports": 1,
     "flow": 2,
+    "preference": 2,
+    "descriptions": 2,
     "search": 2,
     "torus": 2,
     "bases": 3,
@@ -81,7 +84,8 @@ FLOORS = {
     "__init__": 13,
 }
 PYRO = {"bases", "transforms", "distributions", "supports", "torus", "joint", "reparam", "io",
-        "sites", "models", "guides", "neutra", "importance", "guiding"}  # fmt: skip
+        "sites", "models", "guides", "neutra", "importance", "guiding",
+        "descriptions"}  # fmt: skip
 FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn", "lightning_fabric", "lightning")
 FILE_LINES, BODY_LINES = 320, 45
 

@@ -29,9 +29,10 @@ from pyro_interpolant import (
     load,
     save,
 )
+from pyro_interpolant.descriptions import build_constraint, describe_constraint
 from pyro_interpolant.joint import sites_of
 from pyro_interpolant.scores import score
-from pyro_interpolant.supports import bijection, build_constraint, describe_constraint
+from pyro_interpolant.supports import bijection
 from pyro_interpolant.torus import Planar, Wrap, directions, in_planes, wrap
 
 TURN = 2 * math.pi

@@ -1,0 +1,123 @@
+"""Where a marginal map is chosen, and where it is not."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+
+from pyro_interpolant import circular, from_samples
+from pyro_interpolant.marginals import Gaussianized
+from pyro_interpolant.preference import gaussianized
+
+N = 4000
+
+
+def slab():
+    x = torch.randn(N, 3)
+    x[:, 0] = torch.where(torch.rand(N) < 0.3, 1e-3 * torch.rand(N), 3 * x[:, 0])
+    return x + 0.5 * torch.randn(N, 1) * torch.tensor([0.0, 1.0, 1.0])
+
+
+def ring():
+    angle = torch.randint(8, (N,)) * math.pi / 4
+    return 4 * torch.stack((angle.cos(), angle.sin()), -1) + 0.3 * torch.randn(N, 2)
+
+
+def sheet():
+    """A common scale, and a combination of columns that hardly varies."""
+    x = torch.randn(N, 6) @ torch.randn(6, 6)
+    x[:, 5] = x[:, 4] + 0.02 * x[:, 5]
+    return x * torch.randn(N, 1).exp()
+
+
+PAYS = {
+    "slab": slab,
+    "lognormal": lambda: (0.3 * torch.randn(N, 1) + torch.randn(N, 3)).exp(),
+    "skewed": lambda: dist.Gamma(0.3, 1.0).sample((N, 4)),
+}
+DOES_NOT = {
+    "normal": lambda: torch.randn(N, 3) @ torch.randn(3, 3),
+    "ring": ring,
+    "modes": lambda: 3 * torch.randn(12, 8)[torch.randint(12, (N,))] + 0.5 * torch.randn(N, 8),
+    "elliptical": lambda: torch.randn(N, 8) / dist.Gamma(1.5, 1.5).sample((N, 1)).sqrt(),
+    "sheet": sheet,
+    "few": lambda: torch.randn(300, 2).exp(),
+    "wide and few": lambda: torch.randn(500, 20),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", PAYS | DOES_NOT)
+def test_the_choice(name, seed):
+    torch.manual_seed(seed)
+    x = (PAYS | DOES_NOT)[name]()
+    found = gaussianized(x, constraints.real_vector)
+    assert isinstance(found, Gaussianized) == (name in PAYS)
+
+
+def test_units_do_not_matter():
+    x = slab() * torch.tensor([1e-12, 1.0, 1e12]) + torch.tensor([0.0, 1e3, 0.0])
+    assert isinstance(gaussianized(x, constraints.real_vector), Gaussianized)
+
+
+def test_weights_say_which_rows_there_are():
+    x, weights = torch.cat((slab(), torch.randn(N, 3))), torch.ones(2 * N)
+    weights[:N] = 0.0
+    assert gaussianized(x, constraints.real_vector, weights) is constraints.real_vector
+    assert isinstance(gaussianized(x, constraints.real_vector, 1 - weights), Gaussianized)
+
+
+OPTIONS = {"steps": 3, "progress": False, "seed": 0}
+
+
+def test_from_samples_chooses():
+    x = slab()
+    by_default = from_samples(x, **OPTIONS)
+    assert isinstance(by_default.constraint, Gaussianized)
+    again = from_samples(x, **OPTIONS)
+    assert torch.equal(by_default.log_prob(x[:9]), again.log_prob(x[:9]))
+    assert from_samples(x, marginals=False, **OPTIONS).constraint is constraints.real_vector
+    plain = torch.randn(N, 3)
+    assert from_samples(plain, **OPTIONS).constraint is constraints.real_vector
+    assert isinstance(from_samples(plain, marginals=True, **OPTIONS).constraint, Gaussianized)
+    weighted = from_samples(x, weights=torch.rand(N), **OPTIONS)
+    assert isinstance(weighted.constraint, Gaussianized)
+
+
+def test_from_samples_behind_a_support():
+    x = slab().exp()
+    d = from_samples(x, support=constraints.positive, **OPTIONS)
+    assert isinstance(d.constraint, Gaussianized)
+    y = d.sample((100,))
+    assert (y > 0).all()
+    assert torch.isfinite(d.log_prob(y)).all()
+    share = float((y[:, 0].log().abs() < 1e-3).double().mean())
+    assert share == pytest.approx(0.3, abs=0.15)  # untrained, its marginals are the data's
+
+
+def test_named_draws():
+    x = slab()
+    draws = {"scale": x[:, 0].exp(), "effects": x[:, 1:]}
+    d = from_samples(draws, support={"scale": constraints.positive}, **OPTIONS)
+    assert isinstance(d.constraint, Gaussianized)
+    sites = d.unpack(d.sample((50,)))
+    assert (sites["scale"] > 0).all()
+    assert sites["effects"].shape == (50, 2)
+    assert torch.isfinite(d.log_prob(d.pack(draws)[:50])).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "options"),
+    [
+        (torch.rand(N, 2), {"support": circular}),
+        (list(torch.randn(N, 2).split(500)), {}),
+        (torch.randn(N, 2), {"pairs": torch.randn(N, 2)}),
+        (torch.randn(N, 2), {"base_samples": torch.randn(N, 2)}),
+    ],
+    ids=["angles", "batches", "pairs", "base samples"],
+)
+def test_where_it_cannot_be_asked_for(x, options):
+    with pytest.raises(ValueError, match="expected marginals=True beside a table"):
+        from_samples(x, marginals=True, **options, **OPTIONS)
