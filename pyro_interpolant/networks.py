@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .scopes import is_transformed
+from .scopes import is_watched
 
 __all__ = ["VelocityMLP"]
 
@@ -244,7 +244,7 @@ class VelocityMLP(nn.Module):
         return self._gate(x, inverses)[-1][..., None] * self._ungated(x, modulation)
 
     def _ungated(self, x: Tensor, modulation: Modulation) -> Tensor:
-        h, plain = x, not (torch.is_grad_enabled() or is_transformed())
+        h, plain = x, not is_watched()
         for i, (weight, shift, scale) in enumerate(self._layers(modulation)):
             s = nn.functional.silu(_affine(h, weight, shift), inplace=plain)
             s = s.mul_(scale) if plain else s * scale
@@ -271,7 +271,7 @@ class VelocityMLP(nn.Module):
 
     def _hidden(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, list[Tensor]]:
         """Return the last hidden layer and, per layer, the slopes of the scaled activation."""
-        h, slopes, plain = x, [], not (torch.is_grad_enabled() or is_transformed())
+        h, slopes, plain = x, [], not is_watched()
         for i, (weight, shift, scale) in enumerate(self._layers(modulation)):
             z = _affine(h, weight, shift)
             if plain:  # fewer passes over memory

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["is_transformed", "seeded", "trainable"]
+__all__ = ["is_transformed", "is_watched", "seeded", "trainable"]
 
 
 def is_transformed() -> bool:
@@ -16,6 +16,14 @@ def is_transformed() -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+def is_watched() -> bool:
+    """Tell whether autograd or a functorch transform may look back at what is computed now.
+
+    Where none does, buffers may be written over.
+    """
+    return torch.is_grad_enabled() or is_transformed()
 
 
 @contextlib.contextmanager
