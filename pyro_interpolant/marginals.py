@@ -153,14 +153,14 @@ def _(constraint: Gaussianized) -> Transform:
 
 
 def knots(rows: Tensor) -> Knots | None:
-    """Return knots that make each column of rows normal, or None of too few rows.
+    """Return knots that make each column of rows normal, or None of few rows or constant columns.
 
     Values that repeat count as spread over the way to their neighbours.
 
     Args:
-        rows: Rows of columns that vary, shape ``(N, D)``.
+        rows: Rows, shape ``(N, D)``, on the CPU.
     """
-    if len(rows) // _ROWS < 4:
+    if len(rows) // _ROWS < 4 or bool((rows == rows[0]).all(0).any()):
         return None
     found = [_of_column(column) for column in rows.double().T]
     count = max(len(x) for x, _ in found)
@@ -179,10 +179,10 @@ def _of_column(column: Tensor) -> tuple[Tensor, Tensor]:
     # Denser toward the tails, as the arcsine is that makes all proportions equally uncertain.
     angle = math.asin(math.sqrt(end))
     turns = torch.linspace(angle, math.pi / 2 - angle, count, dtype=levels.dtype)
-    wanted = turns.sin().square().to(levels.device)
+    wanted = turns.sin().square()
     places = torch.searchsorted(levels, wanted).clamp(max=len(values) - 1).unique()
     if len(places) < 2:
-        places = torch.tensor([0, len(values) - 1], device=places.device)
+        places = torch.tensor([0, len(values) - 1])
     x, y = values[places], torch.special.ndtri(levels[places])
     far = torch.cat((x.new_ones(1, dtype=torch.bool), x.diff() > _CLOSE * (x[-1] - x[0])))
     return x[far], y[far]
@@ -199,6 +199,6 @@ def _with_slopes(x: Tensor, y: Tensor) -> Knots:
 
 def _padded(x: Tensor, y: Tensor, slopes: Tensor, count: int) -> Knots:
     """Return as many knots as are wanted: more of them on the straight line beyond the last."""
-    more = torch.arange(1, count - len(x) + 1, dtype=x.dtype, device=x.device) * (x[-1] - x[0])
+    more = torch.arange(1, count - len(x) + 1, dtype=x.dtype) * (x[-1] - x[0])
     beyond = x[-1] + more, y[-1] + slopes[-1] * more, slopes[-1].expand(len(more))
     return tuple(torch.cat(pair) for pair in zip((x, y, slopes), beyond, strict=True))  # type: ignore[return-value]

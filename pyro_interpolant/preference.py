@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .data import moments
+from .data import moments, usual
 from .marginals import Gaussianized, MarginalTransform, knots
 from .supports import Constraint
 
@@ -15,7 +15,7 @@ __all__ = ["gaussianized"]
 _GAIN = 0.05  # nats per row
 _ROWS = 50_000  # that set the knots
 _FEW = 4000  # of them, for the comparison
-_TRIMMED = 0.01  # of the differences, on either side: one wild row decides nothing
+_TRIMMED = 0.01  # of the differences, on either side
 _COMPONENTS = 8
 _ROWS_EACH = 10  # times the dimension
 _ITERATIONS = 20
@@ -38,7 +38,7 @@ def gaussianized(
         weights: Non-negative weights, shape ``(N,)``, or None.
         always: Whether to skip the comparison.
     """
-    few = rows[_drawn(rows, weights)].double()
+    few = rows[_drawn(rows, weights)].cpu().double()  # where knots are kept
     if not always and not _pays(few[:_FEW]):
         return support
     found = knots(few)
@@ -53,22 +53,31 @@ def _drawn(rows: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _pays(rows: Tensor) -> bool:
-    held, kept = rows.split((len(rows) // 10, len(rows) - len(rows) // 10))
-    found = knots(kept)
-    if found is None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the fit gives them
+            m = moments(rows)
+            rows = rows[usual((rows - m.loc) @ m.whitening.T)]
+            gain = _gain(*rows.split((len(rows) // 10, len(rows) - len(rows) // 10)))
+    except (ValueError, torch.linalg.LinAlgError):  # dependent columns, which the fit names
         return False
-    transform = MarginalTransform(*found)
-    behind = _mixture(transform.inv(kept), transform.inv(held)) + transform.log_slope(held).sum(-1)
-    gain = (behind - _mixture(kept, held)).sort().values
     gain = gain[int(_TRIMMED * len(gain)) : math.ceil((1 - _TRIMMED) * len(gain))]
     return float(gain.mean()) > max(_GAIN, 2 * float(gain.std()) / math.sqrt(len(gain)))
 
 
+def _gain(held: Tensor, kept: Tensor) -> Tensor:
+    """Return how much likelier held-out rows are behind the map, ascending, shape ``(M,)``."""
+    found = knots(kept)
+    if found is None:
+        return torch.zeros(len(held))
+    transform = MarginalTransform(*found)
+    behind = _mixture(transform.inv(kept), transform.inv(held)) + transform.log_slope(held).sum(-1)
+    return (behind - _mixture(kept, held)).sort().values
+
+
 def _mixture(kept: Tensor, held: Tensor) -> Tensor:
     """Return held-out log-densities, shape ``(M,)``, of a Gaussian mixture fitted by EM."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the fit gives them
-        m = moments(kept)
+    m = moments(kept)
     x, dim = (kept - m.loc) @ m.whitening.T, kept.shape[1]
     count = max(1, min(_COMPONENTS, len(x) // (_ROWS_EACH * dim)))
     shares = torch.nn.functional.one_hot(torch.cdist(x, x[:count]).argmin(1), count).T.to(x)

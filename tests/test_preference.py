@@ -73,16 +73,16 @@ OPTIONS = {"steps": 3, "progress": False, "seed": 0}
 
 
 def test_from_samples_chooses():
-    x = slab()
+    x = slab()[:1000]
     by_default = from_samples(x, **OPTIONS)
     assert isinstance(by_default.constraint, Gaussianized)
     again = from_samples(x, **OPTIONS)
     assert torch.equal(by_default.log_prob(x[:9]), again.log_prob(x[:9]))
     assert from_samples(x, marginals=False, **OPTIONS).constraint is constraints.real_vector
-    plain = torch.randn(N, 3)
+    plain = torch.randn(1000, 3)
     assert from_samples(plain, **OPTIONS).constraint is constraints.real_vector
     assert isinstance(from_samples(plain, marginals=True, **OPTIONS).constraint, Gaussianized)
-    weighted = from_samples(x, weights=torch.rand(N), **OPTIONS)
+    weighted = from_samples(x, weights=torch.rand(1000), **OPTIONS)
     assert isinstance(weighted.constraint, Gaussianized)
 
 
@@ -106,6 +106,25 @@ def test_named_draws():
     assert (sites["scale"] > 0).all()
     assert sites["effects"].shape == (50, 2)
     assert torch.isfinite(d.log_prob(d.pack(draws)[:50])).all()
+
+
+def test_errors_are_those_of_the_fit():
+    x = slab()
+    x[:, 1] = 3.0
+    for marginals in (None, True):
+        with pytest.raises(ValueError, match=r"constant columns \[1\]"):
+            from_samples(x, marginals=marginals, **OPTIONS)
+    x[:, 1] = 2 * x[:, 2] - x[:, 0]
+    with pytest.raises(ValueError, match="linearly independent columns"):
+        from_samples(x, **OPTIONS)
+
+
+@pytest.mark.parametrize("far", [1e10, 1e30, 1e300])
+def test_one_wild_row_decides_nothing(far):
+    for make, wanted in ((slab, True), (ring, False)):
+        x = make()
+        x[7, 0] = far
+        assert isinstance(gaussianized(x, constraints.real_vector), Gaussianized) == wanted
 
 
 @pytest.mark.parametrize(
