@@ -73,16 +73,16 @@ OPTIONS = {"steps": 3, "progress": False, "seed": 0}
 
 
 def test_from_samples_chooses():
-    x = slab()[:1000]
+    x = slab()[:2000]
     by_default = from_samples(x, **OPTIONS)
     assert isinstance(by_default.constraint, Gaussianized)
     again = from_samples(x, **OPTIONS)
     assert torch.equal(by_default.log_prob(x[:9]), again.log_prob(x[:9]))
     assert from_samples(x, marginals=False, **OPTIONS).constraint is constraints.real_vector
-    plain = torch.randn(1000, 3)
+    plain = torch.randn(2000, 3)
     assert from_samples(plain, **OPTIONS).constraint is constraints.real_vector
     assert isinstance(from_samples(plain, marginals=True, **OPTIONS).constraint, Gaussianized)
-    weighted = from_samples(x, weights=torch.rand(1000), **OPTIONS)
+    weighted = from_samples(x, weights=torch.rand(2000), **OPTIONS)
     assert isinstance(weighted.constraint, Gaussianized)
 
 
