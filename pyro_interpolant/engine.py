@@ -15,6 +15,7 @@ from torch import Tensor, nn
 __all__ = ["Engine"]
 
 _NEEDED = ("setup", "backward", "broadcast", "all_reduce", "barrier", "global_rank", "world_size")
+_TYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 Value = TypeVar("Value", int, float, Tensor)
 
 
@@ -80,7 +81,12 @@ class Engine:
         learning_rate: float,
         weight_decay: float = 0.0,
     ) -> None:
-        """Make the optimiser, and let the engine wrap it and the loss."""
+        """Make the optimiser, and let the engine wrap it and the loss.
+
+        Raises:
+            ValueError: If the engine would turn the weights into another type.
+        """
+        self._check_type(parameters[0].dtype)
         self.module = _Loss(network, loss)
         self.optimizer = torch.optim.AdamW(
             list(parameters), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
@@ -88,6 +94,14 @@ class Engine:
         )  # fmt: skip
         if self.fabric is not None:
             self.module, self.optimizer = self.fabric.setup(self.module, self.optimizer)
+
+    def _check_type(self, dtype: torch.dtype) -> None:
+        precision: Any = getattr(getattr(self.fabric, "_precision", None), "precision", None)
+        if _TYPES.get(precision, dtype) != dtype:
+            raise ValueError(
+                f"expected a fabric that leaves weights in their type, {dtype}, got precision "
+                f"{precision!r}: take a mixed one, or give distribution and rows in another type"
+            )
 
     def backward(self, draw: Any) -> Tensor:
         """Set the gradients of a draw's loss, averaged over the processes; return the loss."""

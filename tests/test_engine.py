@@ -141,6 +141,13 @@ def run(name, data, **options):
 
 found = {}
 run("table", x)
+for precision in ("bf16-mixed", "64-true") if devices == 1 else ():
+    other = Fabric(accelerator="cpu", devices=1, precision=precision)
+    other.launch()
+    try:
+        run(precision, x, fabric=other, progress=False)
+    except ValueError as error:
+        found[precision] = str(error)
 if devices > 1:
     run("no seed", x, seed=None, progress=False, steps=10)
     loader = DataLoader(x, batch_size=100, shuffle=True)
@@ -223,3 +230,12 @@ def test_one_process_stops_all_and_a_finished_run_is_not_run_again(runs):
         assert found["stopped"]["steps"] < 10
         assert found["kept"]["weights"] == found["again"]["weights"]
         assert found["again"]["told"] == 0
+
+
+@needs_fabric
+def test_mixed_precision_trains_nearly_the_same_and_another_type_is_refused(runs):
+    found = runs[0][1, 0]
+    exact, mixed = found["table"], found["bf16-mixed"]
+    assert 1e-6 < far(exact, mixed) < 0.1
+    assert mixed["held"][-1] == pytest.approx(exact["held"][-1], abs=0.01)
+    assert "torch.float32, got precision '64-true'" in found["64-true"]
