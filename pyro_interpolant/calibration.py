@@ -187,7 +187,7 @@ class _Probe:
             distribution = distribution.condition(context)
         elif context is not None:
             raise ValueError("expected no context: this distribution takes none")
-        self.rows = distribution.unconstrained(x)
+        self.rows = distribution.to_flow(x)
         self.flow: Any = distribution.transform
         self.base = distribution.base
 

@@ -16,11 +16,11 @@ from .supports import (
     Constraint,
     OnEvents,
     Remembered,
+    Supported,
     bijection,
     circular,
     is_circular,
     is_trivial,
-    to_unconstrained,
 )
 from .torus import UniformTorus, Wrap, check_torus
 from .transforms import ConditionalInterpolantTransform, InterpolantTransform
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-class InterpolantDistribution(dist.TransformedDistribution):
+class InterpolantDistribution(Supported, dist.TransformedDistribution):
     r"""A distribution learned by a stochastic interpolant.
 
     ``x ~ InterpolantDistribution(transform)`` has event shape ``(D,)``, or that of the support.
@@ -146,14 +146,6 @@ class InterpolantDistribution(dist.TransformedDistribution):
             return super().log_prob(value).expand(batch)
         return super().log_prob(value)
 
-    def unconstrained(self, value: Tensor) -> Tensor:
-        """Return values, shape ``(*, *event_shape)``, in the flow's coordinates, shape ``(*, D)``.
-
-        Raises:
-            ValueError: If a value is outside the support.
-        """
-        return to_unconstrained(value, self.constraint)
-
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Return samples, ``(*sample_shape, *batch, *event)``, and log-densities, in one solve."""
         x = self.rsample(torch.Size(sample_shape))
@@ -206,7 +198,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         )
 
 
-class ConditionalInterpolantDistribution(ConditionalTransformedDistribution):
+class ConditionalInterpolantDistribution(Supported, ConditionalTransformedDistribution):
     """A learned conditional distribution: ``condition(context)`` gives an ordinary one.
 
     Args:
@@ -259,14 +251,6 @@ class ConditionalInterpolantDistribution(ConditionalTransformedDistribution):
         """
         transform = self.transform.condition(context)
         return InterpolantDistribution(transform, self.base, support=self.constraint)
-
-    def unconstrained(self, value: Tensor) -> Tensor:
-        """Return values, shape ``(*, *event_shape)``, in the flow's coordinates, shape ``(*, D)``.
-
-        Raises:
-            ValueError: If a value is outside the support.
-        """
-        return to_unconstrained(value, self.constraint)
 
     def freeze(self) -> "ConditionalInterpolantDistribution":
         """Fix all weights, so that no inference trains them, and return self."""

@@ -100,7 +100,7 @@ def sde_log_prob(
             w, start, growth = w + move, stop, last
         total = total + _base_log_prob(sde, distribution, w) - sde.flow.linear_log_det
         if not is_trivial(distribution.constraint):
-            y = distribution.unconstrained(x)
+            y = distribution.to_flow(x)
             volume = distribution.transforms[-1].log_abs_det_jacobian(y, x)
             total = total - volume.reshape(*y.shape[:-1], -1).sum(-1)  # some are per element
         value = total.logsumexp(0) - math.log(paths)

@@ -109,7 +109,7 @@ def interpolant_loss(
     flow = getattr(transform, "flow", transform)
     if context is None:
         context = getattr(transform, "context", None)
-    w1 = flow.to_white(distribution.unconstrained(x1))
+    w1 = flow.to_white(distribution.to_flow(x1))
     if x0 is None:
         base = distribution.base
         x0 = torch.randn_like(w1) if base is None else base.sample(w1.shape[:-1])

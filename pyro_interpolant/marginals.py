@@ -10,19 +10,28 @@ References:
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributions import ComposeTransform, Transform, biject_to, constraints, transform_to
+from torch.distributions import Transform, biject_to, constraints, transform_to
 
-__all__ = ["Gaussianized", "Knots", "MarginalTransform", "knots"]
+__all__ = [
+    "Gaussianized",
+    "Knots",
+    "MarginalTransform",
+    "knots",
+    "refuse_marginals",
+    "without_marginals",
+]
 
 Constraint = constraints.Constraint
 Knots = tuple[Tensor, Tensor, Tensor]
 
 _KNOTS = 128
-_ROWS = 100  # at least, between two knots
+_ROWS = 100  # for a knot, on average
 _FARTHEST = 20  # rows beyond the outermost knots, on either side
+_VALUES = 2**22  # mapped at once
 _CLOSE = 1e-7  # of the range: knots nearer to each other are one
 
 
@@ -51,46 +60,116 @@ class MarginalTransform(Transform):
 
     def log_slope(self, x: Tensor) -> Tensor:
         """Return the logarithm of the inverse's derivative in each column, shape ``(*, D)``."""
-        x0, _, width, height, d0, d1 = self._bins(x, self.knots[0])
-        s, u = height / width, ((x - x0) / width).clamp(0, 1)
-        v = u * (1 - u)
-        top = d1 * u * u + 2 * s * v + d0 * (1 - u) ** 2
-        return 2 * s.log() + top.log() - 2 * (s + (d1 + d0 - 2 * s) * v).log()
+        return _in_parts(self._log_slope, x)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log |dy/dx|``, shape ``(*)``: here x is normal and y in the data."""
         return -self.log_slope(y).sum(-1)
 
     def _call(self, x: Tensor) -> Tensor:
-        x0, y0, width, height, d0, d1 = self._bins(x, self.knots[1])
-        past = x - y0
-        rise = torch.where(past > height, height, past).clamp(min=0)
-        s = height / width
-        bend = rise * (d1 + d0 - 2 * s)
-        a, b = height * (s - d0) + bend, height * d0 - bend
-        u = 2 * s * rise / (b + (b * b + 4 * a * s * rise).clamp(min=0).sqrt())
-        return x0 + width * u + _beyond(past, height, 1 / d0, 1 / d1)
+        return _in_parts(self._to_data, x)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        x0, y0, width, height, d0, d1 = self._bins(y, self.knots[0])
-        past, s = y - x0, height / width
-        u = (past / width).clamp(0, 1)
+        return _in_parts(self._to_normal, y)
+
+    # In each bin u and r are how far x and y have come, and p the slopes over that of the chord.
+
+    def _log_slope(self, x: Tensor) -> Tensor:
+        x0, _, width, height, p0, p1 = self._bins(x, self.knots[0])
+        u = ((x - x0) / width).clamp(0, 1)
         v = u * (1 - u)
-        inner = height * (s * u * u + d0 * v) / (s + (d1 + d0 - 2 * s) * v)
-        return y0 + inner + _beyond(past, width, d0, d1)
+        top, bottom = p1 * u * u + 2 * v + p0 * (1 - u) ** 2, 1 + (p0 + p1 - 2) * v
+        return (height / width).log() + top.log() - 2 * bottom.log()
+
+    def _to_normal(self, x: Tensor) -> Tensor:
+        x0, y0, width, height, p0, p1 = self._bins(x, self.knots[0])
+        come = (x - x0) / width
+        u = come.clamp(0, 1)
+        v = u * (1 - u)
+        inner = (u * u + p0 * v) / (1 + (p0 + p1 - 2) * v)
+        return y0 + height * (inner + _beyond(come, p0, p1))
+
+    def _to_data(self, y: Tensor) -> Tensor:
+        x0, y0, width, height, p0, p1 = self._bins(y, self.knots[1])
+        come = (y - y0) / height
+        r = come.clamp(0, 1)
+        # The root of the quadratic in u without a difference of numbers that are nearly equal.
+        m, v = p0 * (1 - r) - p1 * r, r * (1 - r)
+        larger = (m * m + 4 * v).sqrt() + m.abs()
+        u = 2 * r / (2 * r + torch.where(m < 0, 4 * v / larger, larger))
+        return x0 + width * (u + _beyond(come, 1 / p0, 1 / p1))
 
     def _bins(self, value: Tensor, edges: Tensor) -> list[Tensor]:
-        """Return the start of each value's bin in x and y, its sides, and the slopes at its ends.
+        """Return the start of each value's bin in x and y, its sides, and p at its ends.
 
         Six tensors of shape ``(*, D)``. The sides are differences of knots in the knots' own type:
         knots that a coarser type of values cannot tell apart still make a bin.
         """
         columns = value.detach().movedim(-1, 0)
-        i = _last_below(edges.to(columns), columns.reshape(len(columns), -1))
+        i = _last_below(edges.to(columns), columns.reshape(columns.shape[0], -1))
         x, y, d = self.knots
-        parts = (x[:, :-1], y[:, :-1], x.diff(), y.diff(), d[:, :-1], d[:, 1:])
+        relative = x.diff() / y.diff()
+        parts = (
+            x[:, :-1],
+            y[:, :-1],
+            x.diff(),
+            y.diff(),
+            d[:, :-1] * relative,
+            d[:, 1:] * relative,
+        )
         found = (part.to(value).gather(1, i) for part in parts)
         return [part.reshape(columns.shape).movedim(0, -1) for part in found]
+
+
+class _Onto(Transform):
+    """From normal columns, shape ``(*, D)``, onto a support, ``(*, *event_shape)``.
+
+    Args:
+        marginals: From normal columns to unconstrained ones.
+        wrapped: From those to the support.
+    """
+
+    domain = constraints.real_vector
+
+    def __init__(self, marginals: MarginalTransform, wrapped: Transform) -> None:
+        super().__init__()
+        self.marginals, self.wrapped, self.bijective = marginals, wrapped, wrapped.bijective
+        end = wrapped.codomain
+        self.codomain = end if end.event_dim > 0 else constraints.independent(end, 1)
+
+    def with_cache(self, cache_size: int = 1) -> "_Onto":
+        """Return self: what wraps a support remembers its pairs."""
+        return self
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.wrapped(self.marginals(x))
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.marginals.inv(self.wrapped.inv(y))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log |dy/dx|``, shape ``(*)``."""
+        real = self.wrapped.inv(y)
+        onto = self.wrapped.log_abs_det_jacobian(real, y)
+        onto = onto.reshape(*real.shape[:-1], -1).sum(-1)  # some are per element
+        return onto + self.marginals.log_abs_det_jacobian(x, real)
+
+    def forward_shape(self, shape: Sequence[int]) -> Sequence[int]:
+        """Return the shape on the support."""
+        return self.wrapped.forward_shape(shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> Sequence[int]:
+        """Return the shape of the normal columns."""
+        return self.wrapped.inverse_shape(shape)
+
+
+def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return a function of rows, ``(*, D)``, that needs many times their memory, of all rows."""
+    size = max(1, _VALUES // max(1, x.shape[-1]))
+    if x.dim() < 2 or x[..., 0].numel() <= size:
+        return function(x)
+    parts = x.reshape(-1, x.shape[-1]).split(size)
+    return torch.cat([function(part) for part in parts]).reshape(x.shape)
 
 
 def _last_below(edges: Tensor, values: Tensor) -> Tensor:
@@ -107,13 +186,13 @@ def _last_below(edges: Tensor, values: Tensor) -> Tensor:
     return found
 
 
-def _beyond(past: Tensor, side: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Return what straight lines add before the start of a bin and past its side, ``(*, D)``.
+def _beyond(come: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Return what straight lines add before the start of a bin and past its end, ``(*, D)``.
 
     Not by clamping, whose derivatives at the knots themselves would count twice.
     """
-    outside = torch.where(past < 0, past * before, (past - side) * after)
-    return torch.where((past < 0) | (past > side), outside, 0.0)
+    outside = torch.where(come < 0, come * before, (come - 1) * after)
+    return torch.where((come < 0) | (come > 1), outside, 0.0)
 
 
 class Gaussianized(Constraint):
@@ -142,14 +221,28 @@ class Gaussianized(Constraint):
         return f"{self.base_constraint}, columns made normal"
 
 
+def without_marginals(support: Constraint) -> Constraint:
+    """Return a support without its marginal maps."""
+    return support.base_constraint if isinstance(support, Gaussianized) else support
+
+
+def refuse_marginals(support: Constraint, what: str) -> None:
+    """Raise a ValueError if paths do not run in the data's own columns."""
+    if isinstance(support, Gaussianized):
+        raise ValueError(
+            "expected a flow in the data's own columns, got one behind marginal maps, where "
+            f"{what} is that of normal columns: train with from_samples(..., marginals=False)"
+        )
+
+
 @biject_to.register(Gaussianized)
 def _(constraint: Gaussianized) -> Transform:
-    return ComposeTransform([constraint.marginals(), biject_to(constraint.base_constraint)])
+    return _Onto(constraint.marginals(), biject_to(constraint.base_constraint))
 
 
 @transform_to.register(Gaussianized)
 def _(constraint: Gaussianized) -> Transform:
-    return ComposeTransform([constraint.marginals(), transform_to(constraint.base_constraint)])
+    return _Onto(constraint.marginals(), transform_to(constraint.base_constraint))
 
 
 def knots(rows: Tensor) -> Knots | None:

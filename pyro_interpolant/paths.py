@@ -9,6 +9,7 @@ from torch.func import jacfwd, vmap
 
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .divergence import evaluate
+from .marginals import refuse_marginals
 
 __all__ = ["PathEnergy", "W2Bound", "path_energy", "w2_bound"]
 
@@ -62,7 +63,8 @@ def path_energy(
             conditional flow.
 
     Raises:
-        ValueError: If ``count`` is below 2, or a context is missing.
+        ValueError: If ``count`` is below 2, a context is missing, or the flow is behind marginal
+            maps.
 
     References:
         arXiv 2209.15571, eq. 12.
@@ -114,14 +116,15 @@ def w2_bound(
         seed: Of the times and base draws.
 
     Raises:
-        ValueError: If a row is outside the support, or a context is missing.
+        ValueError: If a row is outside the support, a context is missing, or the flow is behind
+            marginal maps.
 
     References:
         arXiv 2209.15571, Proposition 3.
     """
     view = _view(distribution, context)
     flow, context = view.transform.flow, view.transform.context
-    w1 = flow.to_white(view.unconstrained(data))
+    w1 = flow.to_white(view.to_flow(data))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         w0 = _base_draws(view, len(w1))
@@ -139,6 +142,7 @@ def w2_bound(
 
 
 def _view(distribution: AnyDistribution, context: Tensor | None) -> Any:
+    refuse_marginals(distribution.constraint, "distance")
     if isinstance(distribution, ConditionalInterpolantDistribution):
         if context is None:
             raise ValueError("expected a context for a conditional flow, got none")

@@ -12,6 +12,7 @@ from torch import Tensor
 from .distributions import InterpolantDistribution
 from .divergence import evaluate
 from .interpolants import Interpolant
+from .marginals import Gaussianized
 from .solvers import FixedGrid
 
 __all__ = ["coefficients", "corner", "density", "evolution", "training_curve", "trajectories"]
@@ -254,5 +255,9 @@ def _velocity(distribution: InterpolantDistribution, x: Tensor) -> Tensor:
     flow = transform.flow
     t = torch.tensor(transform.end).to(x)
     with torch.no_grad():
-        w = flow.to_white(distribution.unconstrained(x))
-        return evaluate(flow.velocity, t, w, transform.context) @ flow.linear.T
+        w = flow.to_white(distribution.to_flow(x))
+        v = evaluate(flow.velocity, t, w, transform.context) @ flow.linear.T
+        support = distribution.constraint
+        if isinstance(support, Gaussianized):
+            v = v * (-support.marginals().log_slope(distribution.unconstrained(x))).exp()
+        return v

@@ -15,18 +15,18 @@ from .joint import JointInterpolantDistribution
 from .latents import Mirror
 from .networks import VelocityMLP
 from .objective import Rows
-from .preference import gaussianized
+from .preference import preferred_support
 from .supports import Constraint, bijection, is_circular, to_unconstrained
 from .torus import Geodesic
 
 __all__ = [
-    "charted",
     "check_partners",
     "check_settings",
     "checked_batch",
     "checked_context",
     "checked_data",
     "checked_weights",
+    "choose_support",
     "collected",
     "given_rows",
     "noise_network",
@@ -63,11 +63,11 @@ def checked_data(distribution: AnyDistribution, flow: Flow, data: Any) -> Tensor
             raise TypeError(
                 "expected a tensor of rows: only a JointInterpolantDistribution takes named draws"
             )
-        return checked_rows(distribution.pack(data), "data", (flow.dim,))
+        return distribution.to_flow(checked_rows(distribution.pack(data), "data", (flow.dim,)))
     shape: Any = (flow.dim,)
     if not is_circular(distribution.constraint):
         shape = bijection(distribution.constraint).forward_shape(torch.Size(shape))
-    return distribution.unconstrained(checked_rows(data, "data", shape))
+    return distribution.to_flow(checked_rows(data, "data", shape))
 
 
 def checked_context(
@@ -284,11 +284,11 @@ def _aligned(m: Moments, rows: Tensor, partners: Tensor) -> Moments:
     return Moments(m.loc, m.linear @ turn, turn.T @ m.whitening)
 
 
-def charted(
+def choose_support(
     rows: Tensor | None, support: Constraint, fit_options: dict[str, Any], marginals: Any
 ) -> Constraint:
     """Return a support, Gaussianized by the rows, shape ``(N, *event_shape)``, if so wanted."""
-    fixed = fit_options.keys() & {"base_samples", "pairs"}
+    fixed = any(fit_options.get(name) is not None for name in ("base_samples", "pairs"))
     if rows is None or is_circular(support) or fixed:
         if marginals:
             raise ValueError(
@@ -300,4 +300,4 @@ def charted(
         return support
     weights = checked_weights(fit_options.get("weights"), len(rows))
     real = to_unconstrained(rows, support)
-    return gaussianized(real, support, weights, always=bool(marginals))
+    return preferred_support(real, support, weights, always=bool(marginals))

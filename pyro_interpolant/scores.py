@@ -24,9 +24,8 @@ from .conversions import (
 )
 from .distributions import InterpolantDistribution
 from .divergence import evaluate
-from .marginals import Gaussianized, MarginalTransform
+from .marginals import Gaussianized, refuse_marginals
 from .networks import VelocityMLP
-from .supports import is_trivial
 
 __all__ = ["conditional_mean", "denoiser", "score", "transform_with_score"]
 
@@ -59,19 +58,14 @@ def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
         >>> bool(torch.allclose(score(prior, 0.5, x), -x, atol=1e-6))
         True
     """
-    map_ = _marginal_map(distribution)
-    if map_ is None:
+    support = getattr(distribution, "constraint", None)
+    if not isinstance(support, Gaussianized) or not isinstance(
+        distribution, InterpolantDistribution
+    ):
         return _score(distribution, t, x)
+    map_, x = support.marginals(), distribution.transform._checked(x)
     bend = torch.func.grad(lambda y: map_.log_slope(y).sum())(x)
     return map_.log_slope(x).exp() * _score(distribution, t, map_.inv(x)) + bend
-
-
-def _marginal_map(distribution: InterpolantDistribution) -> MarginalTransform | None:
-    """Return the map from normal columns to data on all real vectors, or None."""
-    support = getattr(distribution, "constraint", None)
-    if isinstance(support, Gaussianized) and is_trivial(support.base_constraint):
-        return support.marginals()
-    return None
 
 
 def _score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
@@ -101,11 +95,8 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
         TypeError: As in :func:`score`.
         ValueError: As in :func:`score`; or if the data are reached by marginal maps.
     """
-    if _marginal_map(distribution) is not None:
-        raise ValueError(
-            "expected a flow of the data's own columns: behind a marginal map the mean of the end "
-            "of a path is not that of the data, train with from_samples(..., marginals=False)"
-        )
+    if isinstance(distribution, InterpolantDistribution):
+        refuse_marginals(distribution.constraint, "the mean of what a path leads to")
     transform, time, w = _prepared(distribution, t, x)
     interpolant, noise = transform.interpolant, transform.flow.noise
     v = conditional_mean(transform, transform.flow.velocity, time, w)

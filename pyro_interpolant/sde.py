@@ -71,7 +71,8 @@ class Terms(NamedTuple):
 class InterpolantSDE:
     r"""The stochastic differential equation of a flow, in the protocol of torchsde.
 
-    States are in data coordinates; under a support, in its unconstrained space. Scores may be
+    States are in data coordinates; under a support, in its unconstrained space; behind marginal
+    maps, in the normal columns, ``distribution.to_flow(x)``. Scores may be
     singular at the ends: within 1e-3 of one, drift and diffusion are those at that distance.
 
     Args:
@@ -273,7 +274,7 @@ def grid(sde: InterpolantSDE, steps: int) -> tuple[Terms, float]:
 
 def whiten(sde: InterpolantSDE, distribution: InterpolantDistribution, x: Tensor) -> Tensor:
     """Return values, shape ``(*, *event_shape)``, in whitened coordinates, shape ``(*, D)``."""
-    return sde.flow.to_white(sde.transform._checked(distribution.unconstrained(x)))
+    return sde.flow.to_white(sde.transform._checked(distribution.to_flow(x)))
 
 
 def _base_draws(distribution: InterpolantDistribution, shape: Sequence[int]) -> Tensor:

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 
 from .caching import Entry, IdentityCache
-from .marginals import Gaussianized
+from .marginals import Gaussianized, without_marginals
 from .shapes import Shaped
 
 __all__ = [
     "Constraint",
     "OnEvents",
     "Remembered",
+    "Supported",
     "bijection",
     "circular",
     "is_circular",
@@ -241,3 +242,29 @@ class Remembered(Transform):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles: without cached graphs or inverses."""
         return {**self.__dict__, "_cache": IdentityCache(), "_inv": None}
+
+
+class Supported:
+    """What has a support, and real vectors for its values.
+
+    Attributes:
+        constraint: The support.
+    """
+
+    constraint: Constraint
+
+    def unconstrained(self, value: Tensor) -> Tensor:
+        """Return values, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
+
+        Raises:
+            ValueError: If a value is outside the support.
+        """
+        return to_unconstrained(value, without_marginals(self.constraint))
+
+    def to_flow(self, value: Tensor) -> Tensor:
+        """Return values in the flow's coordinates: real vectors, behind marginal maps if any.
+
+        Raises:
+            ValueError: If a value is outside the support.
+        """
+        return to_unconstrained(value, self.constraint)

@@ -122,7 +122,11 @@ SUPPORTS = {
         constraints.stack([constraints.positive, constraints.interval(0.0, 1.0)], dim=-1), 2, (2,)
     ),
     "gaussianized": SupportCase(Gaussianized(constraints.real_vector, _KNOTS), 2, (2,)),
-    "gaussianized positive": SupportCase(Gaussianized(constraints.positive, _KNOTS), 2, (2,)),
+    "gaussianized stack": SupportCase(
+        Gaussianized(constraints.stack([constraints.positive, constraints.real], dim=-1), _KNOTS),
+        2,
+        (2,),
+    ),
 }
 
 NO_SUPPORTS = {

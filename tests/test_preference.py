@@ -1,5 +1,6 @@
 """Where a marginal map is chosen, and where it is not."""
 
+import copy
 import math
 
 import pyro.distributions as dist
@@ -7,9 +8,9 @@ import pytest
 import torch
 from pyro.distributions import constraints
 
-from pyro_interpolant import circular, from_samples
+from pyro_interpolant import circular, fit, from_samples, load, save
 from pyro_interpolant.marginals import Gaussianized
-from pyro_interpolant.preference import gaussianized
+from pyro_interpolant.preference import preferred_support
 
 N = 4000
 
@@ -44,6 +45,10 @@ DOES_NOT = {
     "elliptical": lambda: torch.randn(N, 8) / dist.Gamma(1.5, 1.5).sample((N, 1)).sqrt(),
     "sheet": sheet,
     "few": lambda: torch.randn(300, 2).exp(),
+    "five": lambda: torch.randn(5, 2).exp(),
+    "fifteen": lambda: torch.randn(15, 2).exp(),
+    "repeats": lambda: torch.randn(40, 3).exp()[torch.randint(40, (N,))],
+    "too wide": lambda: torch.randn(N, 50).exp(),
     "wide and few": lambda: torch.randn(500, 20),
 }
 
@@ -53,20 +58,20 @@ DOES_NOT = {
 def test_the_choice(name, seed):
     torch.manual_seed(seed)
     x = (PAYS | DOES_NOT)[name]()
-    found = gaussianized(x, constraints.real_vector)
+    found = preferred_support(x, constraints.real_vector)
     assert isinstance(found, Gaussianized) == (name in PAYS)
 
 
 def test_units_do_not_matter():
     x = slab() * torch.tensor([1e-12, 1.0, 1e12]) + torch.tensor([0.0, 1e3, 0.0])
-    assert isinstance(gaussianized(x, constraints.real_vector), Gaussianized)
+    assert isinstance(preferred_support(x, constraints.real_vector), Gaussianized)
 
 
 def test_weights_say_which_rows_there_are():
     x, weights = torch.cat((slab(), torch.randn(N, 3))), torch.ones(2 * N)
     weights[:N] = 0.0
-    assert gaussianized(x, constraints.real_vector, weights) is constraints.real_vector
-    assert isinstance(gaussianized(x, constraints.real_vector, 1 - weights), Gaussianized)
+    assert preferred_support(x, constraints.real_vector, weights) is constraints.real_vector
+    assert isinstance(preferred_support(x, constraints.real_vector, 1 - weights), Gaussianized)
 
 
 OPTIONS = {"steps": 3, "progress": False, "seed": 0}
@@ -82,7 +87,7 @@ def test_from_samples_chooses():
     plain = torch.randn(2000, 3)
     assert from_samples(plain, **OPTIONS).constraint is constraints.real_vector
     assert isinstance(from_samples(plain, marginals=True, **OPTIONS).constraint, Gaussianized)
-    weighted = from_samples(x, weights=torch.rand(2000), **OPTIONS)
+    weighted = from_samples(slab(), weights=torch.rand(N), **OPTIONS)
     assert isinstance(weighted.constraint, Gaussianized)
 
 
@@ -97,15 +102,23 @@ def test_from_samples_behind_a_support():
     assert share == pytest.approx(0.3, abs=0.15)  # untrained, its marginals are the data's
 
 
-def test_named_draws():
+def test_named_draws(tmp_path):
     x = slab()
     draws = {"scale": x[:, 0].exp(), "effects": x[:, 1:]}
-    d = from_samples(draws, support={"scale": constraints.positive}, **OPTIONS)
+    few = {k: v[:500] for k, v in draws.items()}
+    d = from_samples(draws, support={"scale": constraints.positive}, validation=few, **OPTIONS)
     assert isinstance(d.constraint, Gaussianized)
+    save(d, tmp_path / "joint")
+    assert torch.equal(load(tmp_path / "joint").log_prob(d.pack(few)), d.log_prob(d.pack(few)))
     sites = d.unpack(d.sample((50,)))
     assert (sites["scale"] > 0).all()
     assert sites["effects"].shape == (50, 2)
     assert torch.isfinite(d.log_prob(d.pack(draws)[:50])).all()
+    # Named or packed, the same rows are the same rows.
+    named, packed = copy.deepcopy(d), copy.deepcopy(d)
+    fit(named, draws, validation=few, **OPTIONS)
+    fit(packed, d.pack(draws), validation=d.pack(few), **OPTIONS)
+    assert torch.equal(named.log_prob(d.pack(few)), packed.log_prob(d.pack(few)))
 
 
 def test_errors_are_those_of_the_fit():
@@ -124,7 +137,7 @@ def test_one_wild_row_decides_nothing(far):
     for make, wanted in ((slab, True), (ring, False)):
         x = make()
         x[7, 0] = far
-        assert isinstance(gaussianized(x, constraints.real_vector), Gaussianized) == wanted
+        assert isinstance(preferred_support(x, constraints.real_vector), Gaussianized) == wanted
 
 
 @pytest.mark.parametrize(
