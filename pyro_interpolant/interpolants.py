@@ -243,6 +243,9 @@ class NonlinearInterpolant(Interpolant):
 
 def _slopes(function: Callable[[Tensor], Coefficients], t: Tensor) -> Coefficients:
     """Return the derivatives of a function of t by forward mode, each of the shape of t."""
+    if torch.is_inference_mode_enabled():  # which drops tangents without a word
+        with torch.inference_mode(mode=False):
+            return _slopes(function, t.clone())
     tangent = torch.ones_like(t)
     plain = torch._C._functorch.peek_interpreter_stack() is None
     if not plain or forward_ad._current_level >= 0:

@@ -76,6 +76,17 @@ def test_times_may_be_expanded(name):
     assert x_t.shape == dx_t.shape == (4, 2)
 
 
+@pytest.mark.parametrize("name", [*INTERPOLANTS, *LATENT])
+def test_inference_mode_changes_no_slope(name):
+    """It drops the tangents of forward mode without a word."""
+    interpolant, t = {**INTERPOLANTS, **LATENT}[name], torch.rand(7)
+    expected = interpolant.derivatives(t)
+    with torch.inference_mode():
+        for inside in (t, torch.empty(7).copy_(t)):
+            for one, other in zip(interpolant.derivatives(inside), expected, strict=True):
+                assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("name", INTERPOLANTS)
 def test_a_path_and_its_derivative(name):
     x0, x1, t = torch.randn(6, 2), torch.randn(6, 2), torch.rand(6)
