@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from .bases import Whiten, checked_base, moved, standard_normal
-from .shapes import shaped
+from .shapes import PerEvent, shaped
 from .supports import (
     Constraint,
     OnEvents,
@@ -292,7 +292,7 @@ def _chain(transform: InterpolantTransform, base: Any, support: Constraint) -> l
             f"expected a support of {transform.flow.dim} unconstrained dimensions, the flow's, "
             f"got {support}"
         ) from error
-    return [*chain, Remembered(bijective)]
+    return [*chain, Remembered(PerEvent(bijective))]
 
 
 def _freeze(distribution: Any) -> Any:

@@ -194,15 +194,14 @@ def _build(
     own = {k: v for k, v in state.items() if not k.startswith("base.")}
     transform.load_state_dict(own)
     base = _build_base(header["base"], f"{prefix}base.", tensors)
+    support = build_constraint(header["support"])
     if name == "JointInterpolantDistribution":
         sites = {s: (tuple(shape), build_constraint(c)) for s, shape, c in header["sites"]}
-        support = build_constraint(header["support"])
-        distribution: Any = JointInterpolantDistribution(
-            transform, base, sites=sites, support=support
-        )
+        options: Any = {"sites": sites, "support": support}
+        distribution: Any = JointInterpolantDistribution(transform, base, **options)
     elif name in ("InterpolantDistribution", "ConditionalInterpolantDistribution"):
         kind: Any = ConditionalInterpolantDistribution if conditional else InterpolantDistribution
-        distribution = kind(transform, base, support=build_constraint(header["support"]))
+        distribution = kind(transform, base, support=support)
     else:
         raise ValueError(f"unknown kind of distribution {name!r} in the file")
     return distribution.freeze() if header["frozen"] else distribution

@@ -101,8 +101,7 @@ def sde_log_prob(
         total = total + _base_log_prob(sde, distribution, w) - sde.flow.linear_log_det
         if not is_trivial(distribution.constraint):
             y = distribution.to_flow(x)
-            volume = distribution.transforms[-1].log_abs_det_jacobian(y, x)
-            total = total - volume.reshape(*y.shape[:-1], -1).sum(-1)  # some are per element
+            total = total - distribution.transforms[-1].log_abs_det_jacobian(y, x)
         value = total.logsumexp(0) - math.log(paths)
         stderr = (total - value).exp().std(0) / math.sqrt(paths)
     return value, stderr

@@ -10,11 +10,13 @@ References:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints, transform_to
+from torch.distributions import ComposeTransform, Transform, biject_to, constraints, transform_to
+
+from .shapes import PerEvent
 
 __all__ = [
     "Gaussianized",
@@ -53,6 +55,10 @@ class MarginalTransform(Transform):
     def __init__(self, x: Tensor, y: Tensor, slopes: Tensor) -> None:
         super().__init__()
         self.knots = (x, y, slopes)
+        # Differences in the knots' own type: a coarser type of values may not tell knots apart.
+        width, height = x.diff(), y.diff()
+        p0, p1 = slopes[:, :-1] * width / height, slopes[:, 1:] * width / height
+        self._bins = (x[:, :-1], y[:, :-1], width, height, p0, p1)
 
     def with_cache(self, cache_size: int = 1) -> "MarginalTransform":
         """Return self: what wraps a support remembers its pairs."""
@@ -75,14 +81,14 @@ class MarginalTransform(Transform):
     # In each bin u and r are how far x and y have come, and p the slopes over that of the chord.
 
     def _log_slope(self, x: Tensor) -> Tensor:
-        x0, _, width, height, p0, p1 = self._bins(x, self.knots[0])
+        x0, _, width, height, p0, p1 = self._bins_of(x, self.knots[0])
         u = ((x - x0) / width).clamp(0, 1)
         v = u * (1 - u)
         top, bottom = p1 * u * u + 2 * v + p0 * (1 - u) ** 2, 1 + (p0 + p1 - 2) * v
         return (height / width).log() + top.log() - 2 * bottom.log()
 
     def _to_normal(self, x: Tensor) -> Tensor:
-        x0, y0, width, height, p0, p1 = self._bins(x, self.knots[0])
+        x0, y0, width, height, p0, p1 = self._bins_of(x, self.knots[0])
         come = (x - x0) / width
         u = come.clamp(0, 1)
         v = u * (1 - u)
@@ -90,7 +96,7 @@ class MarginalTransform(Transform):
         return y0 + height * (inner + _beyond(come, p0, p1))
 
     def _to_data(self, y: Tensor) -> Tensor:
-        x0, y0, width, height, p0, p1 = self._bins(y, self.knots[1])
+        x0, y0, width, height, p0, p1 = self._bins_of(y, self.knots[1])
         come = (y - y0) / height
         r = come.clamp(0, 1)
         # The root of the quadratic in u without a difference of numbers that are nearly equal.
@@ -99,68 +105,15 @@ class MarginalTransform(Transform):
         u = 2 * r / (2 * r + torch.where(m < 0, 4 * v / larger, larger))
         return x0 + width * (u + _beyond(come, 1 / p0, 1 / p1))
 
-    def _bins(self, value: Tensor, edges: Tensor) -> list[Tensor]:
+    def _bins_of(self, value: Tensor, edges: Tensor) -> list[Tensor]:
         """Return the start of each value's bin in x and y, its sides, and p at its ends.
 
-        Six tensors of shape ``(*, D)``. The sides are differences of knots in the knots' own type:
-        knots that a coarser type of values cannot tell apart still make a bin.
+        Six tensors of shape ``(*, D)``.
         """
         columns = value.detach().movedim(-1, 0)
         i = _last_below(edges.to(columns), columns.reshape(columns.shape[0], -1))
-        x, y, d = self.knots
-        relative = x.diff() / y.diff()
-        parts = (
-            x[:, :-1],
-            y[:, :-1],
-            x.diff(),
-            y.diff(),
-            d[:, :-1] * relative,
-            d[:, 1:] * relative,
-        )
-        found = (part.to(value).gather(1, i) for part in parts)
-        return [part.reshape(columns.shape).movedim(0, -1) for part in found]
-
-
-class _Onto(Transform):
-    """From normal columns, shape ``(*, D)``, onto a support, ``(*, *event_shape)``.
-
-    Args:
-        marginals: From normal columns to unconstrained ones.
-        wrapped: From those to the support.
-    """
-
-    domain = constraints.real_vector
-
-    def __init__(self, marginals: MarginalTransform, wrapped: Transform) -> None:
-        super().__init__()
-        self.marginals, self.wrapped, self.bijective = marginals, wrapped, wrapped.bijective
-        end = wrapped.codomain
-        self.codomain = end if end.event_dim > 0 else constraints.independent(end, 1)
-
-    def with_cache(self, cache_size: int = 1) -> "_Onto":
-        """Return self: what wraps a support remembers its pairs."""
-        return self
-
-    def _call(self, x: Tensor) -> Tensor:
-        return self.wrapped(self.marginals(x))
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self.marginals.inv(self.wrapped.inv(y))
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return ``log |dy/dx|``, shape ``(*)``."""
-        real = self.wrapped.inv(y)
-        onto = self.wrapped.log_abs_det_jacobian(real, y)
-        onto = onto.reshape(*real.shape[:-1], -1).sum(-1)  # some are per element
-        return onto + self.marginals.log_abs_det_jacobian(x, real)
-
-    def forward_shape(self, shape: Sequence[int]) -> Sequence[int]:
-        """Return the shape on the support."""
-        return self.wrapped.forward_shape(shape)
-
-    def inverse_shape(self, shape: Sequence[int]) -> Sequence[int]:
-        """Return the shape of the normal columns."""
-        return self.wrapped.inverse_shape(shape)
+        found = (table.to(value).gather(1, i) for table in self._bins)
+        return [table.reshape(columns.shape).movedim(0, -1) for table in found]
 
 
 def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -237,12 +190,16 @@ def refuse_marginals(support: Constraint, what: str) -> None:
 
 @biject_to.register(Gaussianized)
 def _(constraint: Gaussianized) -> Transform:
-    return _Onto(constraint.marginals(), biject_to(constraint.base_constraint))
+    return _before(constraint, biject_to(constraint.base_constraint))
 
 
 @transform_to.register(Gaussianized)
 def _(constraint: Gaussianized) -> Transform:
-    return _Onto(constraint.marginals(), transform_to(constraint.base_constraint))
+    return _before(constraint, transform_to(constraint.base_constraint))
+
+
+def _before(constraint: Gaussianized, transform: Transform) -> Transform:
+    return ComposeTransform([constraint.marginals(), PerEvent(transform)])
 
 
 def knots(rows: Tensor) -> Knots | None:

@@ -66,12 +66,12 @@ def _pays(rows: Tensor) -> bool:
             rows = rows[usual((rows - m.loc) @ m.whitening.T)]
             # Rows that repeat, as a Markov chain's or weighted ones do, are held out together.
             part = torch.unique(rows, dim=0, return_inverse=True)[1] % 10
-            return all(_gains(rows[part != i], rows[part == i]) for i in range(_SPLITS))
+            return all(_is_gain(rows[part != i], rows[part == i]) for i in range(_SPLITS))
     except (ValueError, torch.linalg.LinAlgError):  # columns that the fit refuses, and says why
         return False
 
 
-def _gains(kept: Tensor, held: Tensor) -> bool:
+def _is_gain(kept: Tensor, held: Tensor) -> bool:
     """Tell whether held-out rows are likelier behind the map."""
     found = knots(kept)
     if found is None or len(kept) < _COMPONENTS * _ROWS_EACH * kept.shape[1]:

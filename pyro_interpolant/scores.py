@@ -58,12 +58,10 @@ def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
         >>> bool(torch.allclose(score(prior, 0.5, x), -x, atol=1e-6))
         True
     """
-    support = getattr(distribution, "constraint", None)
-    if not isinstance(support, Gaussianized) or not isinstance(
-        distribution, InterpolantDistribution
-    ):
+    transform, support = transform_with_score(distribution), distribution.constraint
+    if not isinstance(support, Gaussianized):
         return _score(distribution, t, x)
-    map_, x = support.marginals(), distribution.transform._checked(x)
+    map_, x = support.marginals(), transform._checked(x)
     bend = torch.func.grad(lambda y: map_.log_slope(y).sum())(x)
     return map_.log_slope(x).exp() * _score(distribution, t, map_.inv(x)) + bend
 
@@ -95,9 +93,8 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
         TypeError: As in :func:`score`.
         ValueError: As in :func:`score`; or if the data are reached by marginal maps.
     """
-    if isinstance(distribution, InterpolantDistribution):
-        refuse_marginals(distribution.constraint, "the mean of what a path leads to")
     transform, time, w = _prepared(distribution, t, x)
+    refuse_marginals(distribution.constraint, "the mean of what a path leads to")
     interpolant, noise = transform.interpolant, transform.flow.noise
     v = conditional_mean(transform, transform.flow.velocity, time, w)
     if noise is None:

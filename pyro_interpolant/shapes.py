@@ -8,9 +8,51 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, transform_to
 from torch.distributions.transforms import ComposeTransform, ReshapeTransform
 
-__all__ = ["Shaped", "shaped"]
+__all__ = ["PerEvent", "Shaped", "shaped"]
 
 Constraint = constraints.Constraint
+
+
+class PerEvent(Transform):
+    """A bijection from vectors, shape ``(*, D)``, whose log-determinant is an event's, ``(*)``.
+
+    Element-wise ones give that of each element, and torch's ``StackTransform`` does so where its
+    domain says otherwise, which breaks what it is composed with.
+
+    Args:
+        wrapped: What a registry gives for a support.
+    """
+
+    domain = constraints.real_vector
+
+    def __init__(self, wrapped: Transform) -> None:
+        super().__init__()
+        self.wrapped, self.bijective = wrapped, wrapped.bijective
+        end = wrapped.codomain
+        self.codomain = end if end.event_dim > 0 else constraints.independent(end, 1)
+
+    def with_cache(self, cache_size: int = 1) -> "PerEvent":
+        """Return self: what wraps a support remembers its pairs."""
+        return self
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.wrapped(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.wrapped.inv(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log |dy/dx|``, shape ``(*)``."""
+        value = self.wrapped.log_abs_det_jacobian(x, y)
+        return value.reshape(*x.shape[:-1], -1).sum(-1)
+
+    def forward_shape(self, shape: Sequence[int]) -> Sequence[int]:
+        """Return the shape on the support."""
+        return self.wrapped.forward_shape(shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> Sequence[int]:
+        """Return the shape as real vectors."""
+        return self.wrapped.inverse_shape(shape)
 
 
 class Shaped(Constraint):
@@ -48,7 +90,7 @@ def _(constraint: Shaped) -> Transform:
 
 def _reshaping(inner: Transform, constraint: Shaped) -> Transform:
     reshape = ReshapeTransform(torch.Size([math.prod(constraint.shape)]), constraint.shape)
-    return ComposeTransform([inner, reshape])
+    return ComposeTransform([PerEvent(inner), reshape])
 
 
 def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:

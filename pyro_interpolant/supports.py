@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 
 from .caching import Entry, IdentityCache
 from .marginals import Gaussianized, without_marginals
-from .shapes import Shaped
+from .shapes import PerEvent, Shaped
 
 __all__ = [
     "Constraint",
@@ -182,7 +181,7 @@ class OnEvents(Constraint):
 
 @biject_to.register(OnEvents)
 def _(constraint: OnEvents) -> Transform:
-    return Remembered(bijection(constraint.inner))
+    return Remembered(PerEvent(bijection(constraint.inner)))
 
 
 @transform_to.register(OnEvents)
@@ -218,10 +217,7 @@ class Remembered(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log |dy/dx|``, shape ``(*)``, as the wrapped bijection does."""
-        value = self.wrapped.log_abs_det_jacobian(x, y)
-        # torch's StackTransform leaves the sum over the event to its caller.
-        extra = value.dim() - (x.dim() - self.domain.event_dim)
-        return sum_rightmost(value, extra) if extra > 0 else value
+        return self.wrapped.log_abs_det_jacobian(x, y)
 
     def forward_shape(self, shape: Sequence[int]) -> Sequence[int]:
         """Return the shape on the support."""

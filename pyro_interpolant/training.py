@@ -288,14 +288,13 @@ def from_samples(
         else:
             transform = interpolant_transform(dim).to(rows)
     event: Constraint = constraints.real_vector if isinstance(support, Mapping) else support
-    table = isinstance(x, Mapping) or not is_stream(x)
-    event = choose_support(rows if table else None, event, fit_options, marginals)
+    event = choose_support(rows if few is x else None, event, fit_options, marginals)
     distribution: InterpolantDistribution
     if isinstance(x, Mapping):
         distribution = JointInterpolantDistribution(transform, sites=sites, support=event)
     else:
         distribution = InterpolantDistribution(transform, support=event)
-    fit(distribution, rows if table else x, seed=seed, **fit_options)
+    fit(distribution, rows if few is x else x, seed=seed, **fit_options)
     return distribution.freeze()
 
 

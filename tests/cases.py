@@ -26,6 +26,7 @@ from pyro_interpolant import (
     VelocityMLP,
 )
 from pyro_interpolant.marginals import Gaussianized, knots
+from pyro_interpolant.shapes import Shaped
 
 INTERPOLANTS = {"trigonometric": Trigonometric(), "linear": Linear()}
 
@@ -120,6 +121,12 @@ SUPPORTS = {
     "independent": SupportCase(constraints.independent(constraints.positive, 1), 2, (2,)),
     "stack": SupportCase(
         constraints.stack([constraints.positive, constraints.interval(0.0, 1.0)], dim=-1), 2, (2,)
+    ),
+    "stack in a shape": SupportCase(
+        Shaped(constraints.stack([constraints.positive, constraints.real], dim=-1), (1, 2)),
+        2,
+        (1, 2),
+        lambda y: y[..., 0, :],
     ),
     "gaussianized": SupportCase(Gaussianized(constraints.real_vector, _KNOTS), 2, (2,)),
     "gaussianized stack": SupportCase(
