@@ -12,6 +12,7 @@ meet the same machine. A look evaluates 8,192 draws, as much as two or three ste
 
 import argparse
 import copy
+import math
 import platform
 import statistics
 import time
@@ -21,6 +22,7 @@ import torch
 import pyro_interpolant as pi
 
 CASES = ((2, None), (11, None), (24, None), (63, None), (63, (256, 256)), (8, (512, 512)))
+TIMES = 64  # distinct ones in a batch, which share their embedding, as in `fit`
 
 
 def bare_steps(network, batch, count):
@@ -38,7 +40,9 @@ def ratios(dim, hidden, batch_size, looks, between):
     torch.manual_seed(0)
     flow = pi.InterpolantDistribution(pi.interpolant_transform(dim, hidden))
     network = copy.deepcopy(flow.transform.velocity)
-    batch = torch.rand(batch_size), torch.randn(batch_size, dim), torch.randn(batch_size, dim)
+    times = math.gcd(TIMES, batch_size)
+    shape = (times, batch_size // times, dim)
+    batch = torch.rand(times, 1), torch.randn(shape), torch.randn(shape)
     whole, bare, began = [], [], [None]
 
     def look(state):
