@@ -258,6 +258,9 @@ def run_cell(args):
     test = test[: args.test_rows or len(test)]
     with torch.no_grad():
         values = torch.cat([log_prob(s).double() for s in test.split(2000)])
+        if args.rows:
+            args.rows.mkdir(parents=True, exist_ok=True)
+            torch.save(values, rows_file(args.rows, args.minutes, args.task, args.cell, args.seed))
         check = extra.pop("check", None)
         extra |= check(test[:1000]) if check else {}
     line = {
@@ -271,6 +274,26 @@ def run_cell(args):
 
 
 # ---- the parent ---------------------------------------------------------------------------------
+
+
+def rows_file(folder, minutes, task, method, seed):
+    """Return where the log-likelihoods of a cell's test rows are."""
+    return folder / f"{task}-{method.replace(' ', '-')}-{seed}-{minutes:g}min.pt"
+
+
+def paired(args):
+    """Return lines with the mean gain of ours over each peer, row by row, and its error."""
+    import torch
+
+    lines = []
+    for task in args.tasks:
+        files = {m: rows_file(args.rows, args.minutes, task, m, 0) for m in args.methods}
+        rows = {m: torch.load(f) for m, f in files.items() if f.exists()}
+        for method in [m for m in rows if m != "ours" and "ours" in rows]:
+            gain = rows["ours"] - rows[method]
+            error = float(gain.std()) / math.sqrt(len(gain))
+            lines.append(f"{task}: ours - {method}: {float(gain.mean()):.3f} +- {error:.3f}")
+    return "\n".join(lines)
 
 
 def cells(args):
@@ -316,6 +339,7 @@ def main():
     add("--threads", type=int, default=2)
     add("--test-rows", type=int, default=0, help="0 for all")
     add("--out", type=Path, default=Path(__file__).parent / "results" / "tabular.jsonl")
+    add("--rows", type=Path, help="a folder for each test row's value, for paired differences")
     add("--smoke", action="store_true")
     add("--cell", help=argparse.SUPPRESS)
     add("--task", help=argparse.SUPPRESS)
@@ -327,6 +351,7 @@ def main():
     scratch = tempfile.TemporaryDirectory()
     if args.smoke:
         args.tasks, args.minutes, args.seeds = ["smoke"], 0.05, 1
+        args.rows = Path(scratch.name) / "rows"
         args.out = Path(scratch.name) / "smoke.jsonl"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = {}
@@ -341,6 +366,7 @@ def main():
         command = [sys.executable, __file__, "--cell", method, "--task", task]
         for name in ("minutes", "threads", "data", "test_rows"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        command += ["--rows", str(args.rows)] if args.rows else []
         child = subprocess.run(
             [*command, "--seed", str(seed)], stdout=subprocess.PIPE, text=True, check=False
         )
@@ -356,6 +382,8 @@ def main():
         print(f"{task}, {method}, {seed}: {line['log_prob']:.3f}", file=sys.stderr, flush=True)
     print(f"{args.minutes:g} minutes each, {args.threads} threads, {platform.machine()}.\n")
     print(table(done, args))
+    if args.rows:
+        print(paired(args))
 
 
 if __name__ == "__main__":
