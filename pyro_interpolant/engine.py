@@ -57,6 +57,7 @@ class Engine:
         self.world: int = 1 if fabric is None else fabric.world_size
         self.module: Any = None
         self.optimizer: Any = None
+        self.parameters: list[Tensor] = []
 
     def place(self, distribution: Any) -> None:
         """Move a distribution to where the engine computes."""
@@ -87,9 +88,9 @@ class Engine:
             ValueError: If the engine would turn the weights into another type.
         """
         self._check_type(parameters[0].dtype)
-        self.module = _Loss(network, loss)
+        self.module, self.parameters = _Loss(network, loss), list(parameters)
         self.optimizer = torch.optim.AdamW(
-            list(parameters), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
+            self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
             fused=self._scaler() is None,
         )  # fmt: skip
         if self.fabric is not None:
@@ -106,7 +107,8 @@ class Engine:
     def backward(self, draw: Any) -> Tensor:
         """Set the gradients of a draw's loss, averaged over the processes; return the loss."""
         loss = self.module(lambda: draw)
-        self.optimizer.zero_grad()
+        for p in self.parameters:
+            p.grad = None
         if self.fabric is None:
             loss.backward()
         else:
@@ -118,9 +120,10 @@ class Engine:
         if self._scaler() is not None:  # the engine undoes its own scaling first
             limit = {"max_norm": math.inf, "error_if_nonfinite": False}
             self.fabric.clip_gradients(self.module, self.optimizer, **limit)
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        # The loss of one process alone must not part the processes' ways.
-        return float(norm + 0 * loss) if self.world == 1 else float(norm)
+        norms = list(torch._foreach_norm(gradients))
+        if self.world == 1:  # the loss of one alone must not part the ways of several
+            norms.append(0 * loss)
+        return float(torch.stack(norms).norm())
 
     def step(self) -> None:
         """Take the step."""

@@ -96,7 +96,7 @@ class Interpolant(ABC):
         """
         a, b, g = (c[..., None] for c in self.coefficients(t))
         da, db, dg = (c[..., None] for c in self.derivatives(t))
-        x_t, dx_t = a * x0 + b * x1, da * x0 + db * x1
+        x_t, dx_t = torch.addcmul(a * x0, b, x1), torch.addcmul(da * x0, db, x1)
         if z is None and self.has_latent():
             z = torch.randn_like(x0)
         if z is not None:

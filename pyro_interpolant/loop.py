@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .batches import Ahead
 from .engine import Engine
 from .keeping import Keeper
 from .monitors import SKIPPED_LIMIT, Average, Clip, Looks, TrainingState, fill, numbered
@@ -79,11 +80,11 @@ class _Run:
         callback: Callable[[TrainingState], bool | None] | None,
         engine: Engine,
     ) -> None:
-        self.objective, self.batches, self.schedule = objective, batches, schedule
+        self.ahead, self.schedule = Ahead(objective, batches), schedule
         self.engine = engine
         self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
         engine.set_up(
-            objective.network, objective.loss, self.parameters,
+            objective.network, objective.regression, self.parameters,
             schedule.learning_rate, schedule.weight_decay,
         )  # fmt: skip
         self.optimizer = engine.optimizer
@@ -106,9 +107,9 @@ class _Run:
 
     def advance(self) -> bool:
         """Take a step, look if it is time, and return whether to go on."""
-        objective, looks = self.objective, self.looks
+        looks = self.looks
         self.optimizer.param_groups[0]["lr"] = self.rate()
-        loss = self.engine.backward(objective.draw(self.batches.next()))
+        loss = self.engine.backward(self.ahead.next())
         self.step += 1
         if self.clip(loss):
             self.engine.step()
@@ -142,7 +143,7 @@ class _Run:
         """Write the state, from the first of the processes."""
         if self.engine.rank:
             return
-        rows, place = self.batches.state()
+        rows, place = self.ahead.state()
         states = [self.optimizer.state.get(p, {}) for p in self.parameters]
         moments = {
             f"{name}.{i}": state[name]
@@ -183,7 +184,7 @@ class _Run:
         self.clip.__dict__.update(numbers["clip"])
         self.__dict__.update(numbers["run"])
         self.start = time.monotonic() - numbers["seconds"]
-        self.batches.restore(tensors, numbers["batches"])
+        self.ahead.restore(tensors, numbers["batches"])
         torch.set_rng_state(tensors["generator"])
 
 

@@ -1,6 +1,6 @@
 r"""The objective: a quadratic regression whose minimiser is the velocity."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,52 @@ from .divergence import evaluate
 from .interpolants import Interpolant
 from .networks import VelocityMLP
 
-__all__ = ["interpolant_loss", "regression_loss"]
+__all__ = ["Points", "interpolant_loss", "path_points", "regression_loss", "row_loss"]
+
+
+class Points(NamedTuple):
+    """Points of paths and what the network is to match there.
+
+    Attributes:
+        t: Times, broadcastable to ``(*)``.
+        w: Points, shape ``(*, D)``.
+        target: Rates of the paths, or the noise, shape ``(*, D)``.
+        context: Contexts, shape ``(*, C)``, or None.
+    """
+
+    t: Tensor
+    w: Tensor
+    target: Tensor
+    context: Tensor | None
+
+    def at(self, i: int) -> "Points":
+        """Return those at one index of the first dimension."""
+        return Points(*(None if part is None else part[i] for part in self))  # type: ignore[arg-type]
+
+
+def path_points(
+    interpolant: Interpolant,
+    t: Tensor,
+    w0: Tensor,
+    w1: Tensor,
+    context: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    of_noise: bool = False,
+) -> tuple[Points, ...]:
+    """Return points of the paths between pairs: one set, or one for z and one for -z.
+
+    Arguments are those of :func:`regression_loss`.
+    """
+    if z is None and interpolant.has_latent():
+        z = torch.randn_like(w0)
+    if z is None:
+        return (Points(t, *interpolant.sample(t, w0, w1), context),)
+    found = []
+    for s in (z, -z):
+        w_t, dw_t = interpolant.sample(t, w0, w1, s)
+        found.append(Points(t, w_t, s if of_noise else dw_t, context))
+    return tuple(found)
 
 
 def regression_loss(
@@ -47,31 +92,32 @@ def regression_loss(
     References:
         arXiv 2209.15571, eq. 10; arXiv 2303.08797, Section 6.1 (antithetic draws).
     """
-    if z is None and interpolant.has_latent():
-        z = torch.randn_like(w0)
-    if z is None:
-        return _regression(velocity, t, *interpolant.sample(t, w0, w1), context, metric)
-    losses = []
-    for s in (z, -z):
-        w_t, dw_t = interpolant.sample(t, w0, w1, s)
-        losses.append(_regression(velocity, t, w_t, s if of_noise else dw_t, context, metric))
-    return 0.5 * (losses[0] + losses[1])
+    found = path_points(interpolant, t, w0, w1, context, z, of_noise=of_noise)
+    return row_loss(velocity, found, metric)
 
 
-def _regression(
+def row_loss(
+    network: nn.Module, points: tuple[Points, ...], metric: Tensor | None = None
+) -> Tensor:
+    """Return the loss of each row, the mean over sets of points, shape ``(*)``."""
+    losses = [_row_loss(network, *part, metric) for part in points]
+    return losses[0] if len(losses) == 1 else 0.5 * (losses[0] + losses[1])
+
+
+def _row_loss(
     network: nn.Module,
     t: Tensor,
-    w_t: Tensor,
+    w: Tensor,
     target: Tensor,
     context: Tensor | None,
     metric: Tensor | None,
 ) -> Tensor:
-    """Return ``|n|^2 - 2 target . n``, whose minimiser is the mean of the target given w_t."""
+    """Return ``|n|^2 - 2 target . n``, whose minimiser is the target's mean given t and w."""
     # The default network computes its time embedding once per distinct time it is given.
     if isinstance(network, VelocityMLP):
-        n = network(t, w_t, context)
+        n = network(t, w, context)
     else:
-        n = evaluate(network, t, w_t, context)
+        n = evaluate(network, t, w, context)
     if metric is not None:
         n, target = n @ metric.T, target @ metric.T
     return (n * torch.sub(n, target, alpha=2)).sum(-1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .flow import Flow
-from .losses import regression_loss
+from .losses import Points, path_points, row_loss
 
 __all__ = ["Coupling", "Draw", "Objective", "Rows"]
 
@@ -140,16 +140,27 @@ class Objective:
             if s is None:
                 return None
             s = s[:keep].reshape(groups, -1, s.shape[-1])
-            return s if self.own else s[mine]
+            return s if self.own or world == 1 else s[mine]
 
         w0, w1, context, z = map(grouped, (w0, rows.w, rows.context, z))  # type: ignore[assignment]
         return Draw(t[mine, None], w0, w1, context, z)  # type: ignore[arg-type]
 
+    def points(self, draws: list[Draw]) -> list[tuple[Points, ...]]:
+        """Return the points of paths of several draws, of equal shapes, evaluated at once."""
+        if len(draws) == 1:
+            return [path_points(self.flow.interpolant, *draws[0], of_noise=self.of_noise)]
+        parts = zip(*draws, strict=True)
+        whole = Draw(*(None if part[0] is None else torch.stack(part) for part in parts))  # type: ignore[arg-type]
+        found = self.points([whole])[0]
+        return [tuple(points.at(i) for points in found) for i in range(len(draws))]
+
+    def regression(self, points: tuple[Points, ...]) -> Tensor:
+        """Return the mean regression loss at points of paths."""
+        return row_loss(self.network, points).mean()
+
     def loss(self, draw: Draw, metric: Tensor | None = None) -> Tensor:
         """Return the mean regression loss of a draw, in a metric L, shape ``(D, D)``, if given."""
-        return regression_loss(
-            self.network, self.flow.interpolant, *draw, of_noise=self.of_noise, metric=metric
-        ).mean()
+        return row_loss(self.network, self.points([draw])[0], metric).mean()
 
     def _white(self, rows: Tensor) -> Tensor:
         flow = self.flow

@@ -79,6 +79,33 @@ def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
         assert getattr(result, name) == getattr(expected, name)
 
 
+@pytest.mark.parametrize("at", range(16, 25))
+def test_a_run_resumes_from_any_place_in_what_is_drawn_ahead(at, tmp_path):
+    def fitted(flow, **options):
+        return fit(flow, rows(), weights=torch.rand(300), checkpoint_every=1, **QUICK, **options)
+
+    def drawing(state):  # from the generator that draws the batches too
+        torch.rand(state.step)
+
+    def stopping_at(state):
+        drawing(state)
+        stopping(at)(state)
+
+    torch.manual_seed(3)
+    whole = made()
+    expected = fitted(whole, callback=drawing)
+    path = tmp_path / "run"
+    torch.manual_seed(3)
+    with pytest.raises(Stop):
+        fitted(made(), callback=stopping_at, checkpoint=path)
+    torch.manual_seed(3)
+    again = made()
+    result = fitted(again, callback=drawing, checkpoint=path)
+    assert result.losses == expected.losses
+    for a, b in zip(weights_of(whole), weights_of(again), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_run_that_stalled_resumes_in_its_landing(tmp_path):
     x, options = rows(60), {**QUICK, "steps": 400, "patience": 2, "batch_size": 20}
     whole, part, rates = made(), made(), []
