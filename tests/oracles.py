@@ -14,8 +14,28 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from pyro_interpolant import Interpolant
+from pyro_interpolant.interpolants import _slopes
+
+
+def remembered(function, t: Tensor, known: dict):
+    """Return a function of t as tensors like t, from ``known`` where t is plain and one number.
+
+    Solvers ask for the same few times again and again, and forward mode is slow at telling slopes.
+    """
+    followed = t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    if forward_ad._current_level >= 0:
+        followed = followed or forward_ad.unpack_dual(t).tangent is not None
+    expanded = all(s == 0 or n == 1 for s, n in zip(t.stride(), t.shape, strict=True))
+    if followed or not expanded:
+        return function(t)
+    one = t[(0,) * t.dim()]
+    key = float(one), t.dtype
+    if key not in known:
+        known[key] = [float(s) for s in function(one)]
+    return [torch.full(t.shape, value).to(t) for value in known[key]]
 
 
 class MixtureVelocity(nn.Module):
@@ -31,6 +51,7 @@ class MixtureVelocity(nn.Module):
     def __init__(self, weights, means, covs, interpolant: Interpolant):
         super().__init__()
         self.interpolant = interpolant
+        self.known = {}
         self.event_dim = means.shape[-1]
         spectrum, vectors = torch.linalg.eigh(covs)
         self.register_buffer("log_weights", (weights / weights.sum()).log())
@@ -77,19 +98,19 @@ class MixtureVelocity(nn.Module):
         return mean, within + second - mean[:, None] * mean
 
     def _rates(self, t: Tensor):
+        return [s[..., None, None] for s in remembered(self._slopes, t, self.known)]
+
+    def _slopes(self, t: Tensor):
         """Return the slopes of b, of (a^2 + g^2) / 2 and of b^2 / 2: finite for a bridge too."""
 
         def halves(t):
             a, b, g = self.interpolant.coefficients(t)
-            return b, 0.5 * (a**2 + g**2), 0.5 * b**2
+            return b, a * a + g * g, b * b  # powers and factors are slow in forward mode
 
         t = t.contiguous()  # no tangents on stride-0 tensors
-        at, near = (
-            torch.func.jvp(halves, (s,), (torch.ones_like(s),))[1]
-            for s in (t, t.clamp(1e-6, 1 - 1e-6))
-        )
-        slopes = [torch.where(torch.isfinite(a), a, b) for a, b in zip(at, near, strict=True)]
-        return [s[..., None, None] for s in slopes]
+        at, near = (_slopes(halves, s) for s in (t, t.clamp(1e-6, 1 - 1e-6)))
+        db, *twice = (torch.where(torch.isfinite(a), a, b) for a, b in zip(at, near, strict=True))
+        return [db, *(0.5 * s for s in twice)]
 
     def _coefficients(self, t: Tensor):
         return [c[..., None, None] for c in self.interpolant.coefficients(t)]
@@ -135,7 +156,7 @@ class PairVelocity(nn.Module):
     def __init__(self, loc, cov, mixture):
         super().__init__()
         self.interpolant, self.event_dim = mixture.interpolant, mixture.event_dim
-        self.mixture = mixture
+        self.mixture, self.known = mixture, {}
         self.register_buffer("loc", loc)
         self.register_buffer("cov", cov)
         self.register_buffer("log_weights", mixture.log_weights)
@@ -179,9 +200,13 @@ class PairVelocity(nn.Module):
         return a * x0 + b * self.mixture.sample(1.0, count) + g * latent
 
     def _coefficients(self, t):
-        t = torch.as_tensor(t).to(self.means).contiguous()
-        pair = self.interpolant.coefficients(t), self.interpolant.derivatives(t)
-        return [[c[..., None, None] for c in group] for group in pair]
+        t = torch.as_tensor(t).to(self.means)
+        found = [c[..., None, None] for c in remembered(self._six, t, self.known)]
+        return found[:3], found[3:]
+
+    def _six(self, t):
+        t = t.contiguous()
+        return [*self.interpolant.coefficients(t), *self.interpolant.derivatives(t)]
 
     def _joint(self, t, x):
         a, b, g = self._coefficients(t)[0]
