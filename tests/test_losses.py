@@ -1,7 +1,7 @@
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import INTERPOLANTS, random_flow
+from cases import INTERPOLANTS, LATENT, random_flow
 from oracles import random_mixture
 from pyro.distributions import constraints
 from torch import nn
@@ -10,9 +10,12 @@ from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
     InterpolantTransform,
+    NonlinearInterpolant,
     interpolant_loss,
 )
+from pyro_interpolant.couplings import independent
 from pyro_interpolant.losses import regression_loss
+from pyro_interpolant.objective import Objective, Rows
 
 
 def by_hand(velocity, interpolant, t, w0, w1, *context):
@@ -30,6 +33,30 @@ def test_regression_loss_is_its_definition(name, times, rows):
     value = regression_loss(velocity, INTERPOLANTS[name], t, w0, w1)
     assert value.shape == rows
     torch.testing.assert_close(value, by_hand(velocity, INTERPOLANTS[name], t, w0, w1))
+
+
+PATHS = {
+    **INTERPOLANTS,
+    **LATENT,
+    "non-linear": NonlinearInterpolant(
+        lambda t, x0, x1: (1 - t) * x0 + t * x1 + t * (1 - t) * (x1 - x0).tanh()
+    ),
+}
+
+
+@pytest.mark.parametrize("of_noise", [False, True])
+@pytest.mark.parametrize("context_dim", [0, 3])
+@pytest.mark.parametrize("name", PATHS)
+def test_points_of_several_draws_are_those_of_each(name, context_dim, of_noise):
+    flow = InterpolantTransform(random_flow(2, context_dim=context_dim).velocity, interpolant=PATHS[name])
+    noise = random_flow(2, context_dim=context_dim).velocity if of_noise else None
+    objective = Objective(flow, None, independent, 128, noise)
+    context = torch.randn(3, 128, context_dim) if context_dim else [None] * 3
+    draws = [objective.draw(Rows(torch.randn(128, 2), context[i])) for i in range(3)]
+    for draw, points in zip(draws, objective.points(draws), strict=True):
+        alone = regression_loss(objective.network, PATHS[name], *draw, of_noise=of_noise).mean()
+        torch.testing.assert_close(objective.regression(points), alone)
+        torch.testing.assert_close(objective.loss(draw), alone)
 
 
 def test_regression_loss_of_a_users_own_velocity_and_context():
