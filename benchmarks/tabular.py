@@ -6,6 +6,7 @@ what is there; the table is made from the lines.
 
     python benchmarks/tabular.py --data DIR --minutes 1     # an hour, 2 cores
     python benchmarks/tabular.py --data DIR --minutes 5     # five
+    python benchmarks/tabular.py --minutes 60 --rows ROWS   # and ours - peer, row by row
     python benchmarks/tabular.py --smoke                    # seconds, on made-up data
 """
 
@@ -282,7 +283,7 @@ def rows_file(folder, minutes, task, method, seed):
 
 
 def paired(args):
-    """Return lines with the mean gain of ours over each peer, row by row, and its error."""
+    """Return lines with the mean gain of ours over each peer, row by row, of seed 0."""
     import torch
 
     lines = []

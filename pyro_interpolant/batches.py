@@ -15,7 +15,8 @@ from .streams import Stream, joined
 __all__ = ["Ahead", "StreamBatches", "TableBatches"]
 
 _ROUND = 64  # batches of a stream are cut to whole multiples of this
-_VALUES = 2**20  # of the points that wait for their step at most
+_BATCHES = 8  # of a table, taken at once
+_VALUES = 2**20  # of rows and contexts in them at most
 
 
 class TableBatches:
@@ -26,13 +27,13 @@ class TableBatches:
         size: Rows per batch.
 
     Attributes:
-        ahead: How many batches may be taken before they are needed.
+        at_once: How many batches are best taken at once.
     """
-
-    ahead = 8
 
     def __init__(self, rows: Rows, size: int) -> None:
         self.rows = rows
+        values = size * sum(part.shape[-1] for part in rows[:2] if part is not None)
+        self.at_once = max(1, min(_BATCHES, _VALUES // values))
         self.indices = Batches(len(rows.w), size, rows.w.device, rows.weight)
 
     def next(self) -> Rows:
@@ -64,10 +65,10 @@ class StreamBatches:
         alone: Whether no other process has batches of its own, whose places nobody keeps.
 
     Attributes:
-        ahead: How many batches may be taken before they are needed: its place is dear to keep.
+        at_once: How many batches are best taken at once.
     """
 
-    ahead = 1
+    at_once = 1
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ class StreamBatches:
 class Ahead:
     """The points of the coming steps: paths and their rates are evaluated for many at once.
 
-    For one batch of few dimensions that takes as long as for eight.
+    One batch of few dimensions takes as long as eight.
 
     Args:
         objective: What draws times, base draws and noise, and evaluates paths.
@@ -189,15 +190,14 @@ class Ahead:
 
     def __init__(self, objective: Objective, batches: Any) -> None:
         self.objective, self.batches = objective, batches
-        size = objective.batch_size * objective.flow.dim
-        self.count = max(1, min(batches.ahead, _VALUES // size))
+        self.count = batches.at_once if objective.is_plain() else 1
         self.points: list[tuple[Points, ...]] = []
         self.before: tuple[dict[str, Tensor], dict[str, Any]] = {}, {}
 
     def next(self) -> tuple[Points, ...]:
         """Return the points of the next step."""
         if not self.points:
-            if self.count > 1:
+            if self.count > 1:  # the place of a stream may be slow to tell
                 self.before = self._place()
             self._draw()
         return self.points.pop(0)
@@ -205,7 +205,8 @@ class Ahead:
     def _draw(self) -> None:
         draw = self.objective.draw
         draws = [draw(self.batches.next()) for _ in range(self.count)]
-        self.points = self.objective.points(draws)
+        with torch.no_grad():  # steps must not share a graph
+            self.points = self.objective.points(draws)
 
     def _place(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, numbers = self.batches.state()

@@ -104,9 +104,9 @@ class Engine:
                 f"{precision!r}: take a mixed one, or give distribution and rows in another type"
             )
 
-    def backward(self, draw: Any) -> Tensor:
-        """Set the gradients of a draw's loss, averaged over the processes; return the loss."""
-        loss = self.module(lambda: draw)
+    def backward(self, given: Any) -> Tensor:
+        """Set the gradients of the loss of something, the processes' mean; return the loss."""
+        loss = self.module(lambda: given)
         for p in self.parameters:
             p.grad = None
         if self.fabric is None:
@@ -121,7 +121,7 @@ class Engine:
             limit = {"max_norm": math.inf, "error_if_nonfinite": False}
             self.fabric.clip_gradients(self.module, self.optimizer, **limit)
         norms = list(torch._foreach_norm(gradients))
-        if self.world == 1:  # the loss of one alone must not part the ways of several
+        if self.world == 1:  # of several, the loss of one alone must not part their ways
             norms.append(0 * loss)
         return float(torch.stack(norms).norm())
 

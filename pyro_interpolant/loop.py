@@ -84,12 +84,14 @@ class _Run:
         self.engine = engine
         self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
         engine.set_up(
-            objective.network, objective.regression, self.parameters,
+            objective.network, objective.loss_at, self.parameters,
             schedule.learning_rate, schedule.weight_decay,
         )  # fmt: skip
         self.optimizer = engine.optimizer
         self.average = Average(self.parameters, schedule.ema)
-        self.looks = Looks(self.average, lambda: objective.loss(fixed), callback, engine)
+        with torch.no_grad():
+            (held,) = objective.points([fixed])
+        self.looks = Looks(self.average, lambda: objective.loss_at(held), callback, engine)
         self.clip = Clip(self.parameters, engine)
         self.step, self.seen, self.done = 0, 0, 0.0
         self.stalled: float | None = None  # the share of the schedule at which it did

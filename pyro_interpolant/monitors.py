@@ -42,18 +42,17 @@ class Average:
 
     def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
         self.parameters, self.decay = parameters, decay
-        self.present = [p.detach() for p in parameters]
-        self.values = [p.clone() for p in self.present]
+        self.values = [p.detach().clone() for p in parameters]
 
     def update(self, step: int) -> None:
         """Move toward the present weights, faster while the run is young."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, self.present, 1 - decay)
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Lend the average to the network."""
-        present = [p.clone() for p in self.present]
+        present = [p.detach().clone() for p in self.parameters]
         _assign(self.parameters, self.values)
         try:
             yield

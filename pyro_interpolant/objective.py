@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .bases import Samples
+from .couplings import independent
 from .flow import Flow
+from .interpolants import Interpolant
 from .losses import Points, path_points, row_loss
 
 __all__ = ["Coupling", "Draw", "Objective", "Rows"]
@@ -148,19 +151,28 @@ class Objective:
     def points(self, draws: list[Draw]) -> list[tuple[Points, ...]]:
         """Return the points of paths of several draws, of equal shapes, evaluated at once."""
         if len(draws) == 1:
-            return [path_points(self.flow.interpolant, *draws[0], of_noise=self.of_noise)]
+            return [self._points(*draws[0])]
         parts = zip(*draws, strict=True)
-        whole = Draw(*(None if part[0] is None else torch.stack(part) for part in parts))  # type: ignore[arg-type]
-        found = self.points([whole])[0]
+        stacked: Any = (None if part[0] is None else torch.stack(part) for part in parts)
+        found = self._points(*stacked)
         return [tuple(points.at(i) for points in found) for i in range(len(draws))]
 
-    def regression(self, points: tuple[Points, ...]) -> Tensor:
+    def _points(self, *draw: Any) -> tuple[Points, ...]:
+        return path_points(self.flow.interpolant, *draw, of_noise=self.of_noise)
+
+    def is_plain(self) -> bool:
+        """Tell whether draws neither cost much nor depend on anything that a step may change."""
+        linear = type(self.flow.interpolant).sample is Interpolant.sample
+        given = self.base is None or isinstance(self.base, Samples)
+        return linear and given and self.coupling is independent
+
+    def loss_at(self, points: tuple[Points, ...]) -> Tensor:
         """Return the mean regression loss at points of paths."""
         return row_loss(self.network, points).mean()
 
     def loss(self, draw: Draw, metric: Tensor | None = None) -> Tensor:
         """Return the mean regression loss of a draw, in a metric L, shape ``(D, D)``, if given."""
-        return row_loss(self.network, self.points([draw])[0], metric).mean()
+        return row_loss(self.network, self._points(*draw), metric).mean()
 
     def _white(self, rows: Tensor) -> Tensor:
         flow = self.flow

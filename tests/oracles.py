@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pyro_interpolant import Interpolant
-from pyro_interpolant.interpolants import _slopes
 
 
 def remembered(function, t: Tensor, known: dict):
@@ -35,7 +34,7 @@ def remembered(function, t: Tensor, known: dict):
     key = float(one), t.dtype
     if key not in known:
         known[key] = [float(s) for s in function(one)]
-    return [torch.full(t.shape, value).to(t) for value in known[key]]
+    return [torch.full(t.shape, value, dtype=t.dtype, device=t.device) for value in known[key]]
 
 
 class MixtureVelocity(nn.Module):
@@ -108,7 +107,10 @@ class MixtureVelocity(nn.Module):
             return b, a * a + g * g, b * b  # powers and factors are slow in forward mode
 
         t = t.contiguous()  # no tangents on stride-0 tensors
-        at, near = (_slopes(halves, s) for s in (t, t.clamp(1e-6, 1 - 1e-6)))
+        at, near = (
+            torch.func.jvp(halves, (s,), (torch.ones_like(s),))[1]
+            for s in (t, t.clamp(1e-6, 1 - 1e-6))
+        )
         db, *twice = (torch.where(torch.isfinite(a), a, b) for a, b in zip(at, near, strict=True))
         return [db, *(0.5 * s for s in twice)]
 

@@ -48,14 +48,14 @@ PATHS = {
 @pytest.mark.parametrize("context_dim", [0, 3])
 @pytest.mark.parametrize("name", PATHS)
 def test_points_of_several_draws_are_those_of_each(name, context_dim, of_noise):
-    flow = InterpolantTransform(random_flow(2, context_dim=context_dim).velocity, interpolant=PATHS[name])
-    noise = random_flow(2, context_dim=context_dim).velocity if of_noise else None
-    objective = Objective(flow, None, independent, 128, noise)
+    velocity, noise = (random_flow(2, context_dim=context_dim).velocity for _ in range(2))
+    flow = InterpolantTransform(velocity, interpolant=PATHS[name])
+    objective = Objective(flow, None, independent, 128, noise if of_noise else None)
     context = torch.randn(3, 128, context_dim) if context_dim else [None] * 3
     draws = [objective.draw(Rows(torch.randn(128, 2), context[i])) for i in range(3)]
     for draw, points in zip(draws, objective.points(draws), strict=True):
         alone = regression_loss(objective.network, PATHS[name], *draw, of_noise=of_noise).mean()
-        torch.testing.assert_close(objective.regression(points), alone)
+        torch.testing.assert_close(objective.loss_at(points), alone)
         torch.testing.assert_close(objective.loss(draw), alone)
 
 

@@ -91,14 +91,11 @@ def test_a_run_resumes_from_any_place_in_what_is_drawn_ahead(at, tmp_path):
         drawing(state)
         stopping(at)(state)
 
-    torch.manual_seed(3)
     whole = made()
     expected = fitted(whole, callback=drawing)
     path = tmp_path / "run"
-    torch.manual_seed(3)
     with pytest.raises(Stop):
         fitted(made(), callback=stopping_at, checkpoint=path)
-    torch.manual_seed(3)
     again = made()
     result = fitted(again, callback=drawing, checkpoint=path)
     assert result.losses == expected.losses

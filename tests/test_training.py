@@ -6,11 +6,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from torch import nn
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     FitResult,
     FixedGrid,
+    Interpolant,
     InterpolantDistribution,
     InterpolantTransform,
     JointInterpolantDistribution,
@@ -427,6 +429,38 @@ def test_every_coupling_trains(coupling):
     assert len(calls) >= 300
     assert (torch.Size([64, 2]), torch.Size([64, 2]), None) in calls
     assert min(result.validation_losses) < 0
+
+
+class Weighted(nn.Module, Interpolant):
+    """A path with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.bend = nn.Parameter(torch.tensor(0.3))
+
+    def coefficients(self, t):
+        wave = self.bend * (math.pi * t).sin()
+        return 1 - t, t + wave, torch.zeros_like(t)
+
+
+def test_a_path_with_weights_of_its_own_is_left_alone():
+    path = Weighted()
+    flow = InterpolantTransform(VelocityMLP(2, (8,)), interpolant=path)
+    result = quick(InterpolantDistribution(flow), torch.randn(300, 2), batch_size=64)
+    assert result.steps[-1] == 20
+    assert path.bend.item() == pytest.approx(0.3)
+    assert path.bend.grad is None
+
+
+def test_a_coupling_sees_the_network_of_its_step():
+    d, seen = tiny(), []
+
+    def coupling(x0, x1, context):
+        seen.append(float(d.transform.velocity.output.weight.abs().sum()))
+        return x0
+
+    quick(d, torch.randn(300, 2), batch_size=64, coupling=coupling)
+    assert len(set(seen[-19:])) == 19
 
 
 def test_numpy_and_float32_rows_train_a_float64_flow():
