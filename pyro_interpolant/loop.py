@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batches import Ahead
+from .ahead import Ahead
 from .engine import Engine
 from .keeping import Keeper
 from .monitors import SKIPPED_LIMIT, Average, Clip, Looks, TrainingState, fill, numbered

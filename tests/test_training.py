@@ -456,7 +456,7 @@ def test_a_coupling_sees_the_network_of_its_step():
     d, seen = tiny(), []
 
     def coupling(x0, x1, context):
-        seen.append(float(d.transform.velocity.output.weight.abs().sum()))
+        seen.append(d.transform.velocity.output.weight.abs().sum().item())
         return x0
 
     quick(d, torch.randn(300, 2), batch_size=64, coupling=coupling)
