@@ -6,11 +6,14 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from .marginals import Gaussianized
+from .marginals import Gaussianized, MarginalTransform
+from .radial import RadialTransform
 from .shapes import Shaped
 from .supports import Constraint, circular, is_circular
 
 __all__ = ["build_constraint", "describe_constraint"]
+
+_CHARTS: dict[str, Any] = {"gaussianized": MarginalTransform, "tempered": RadialTransform}
 
 
 def describe_constraint(constraint: Constraint) -> Any:
@@ -26,7 +29,8 @@ def describe_constraint(constraint: Constraint) -> Any:
             return name
     if isinstance(constraint, Gaussianized):
         inner = describe_constraint(constraint.base_constraint)
-        return ["gaussianized", inner, [k.tolist() for k in constraint.knots]]
+        kind = next(name for name, c in _CHARTS.items() if type(constraint.chart) is c)
+        return [kind, inner, [part.tolist() for part in constraint.chart.arguments()]]
     if isinstance(constraint, Shaped):
         return ["shaped", describe_constraint(constraint.base_constraint), list(constraint.shape)]
     kind = type(constraint).__name__.lstrip("_")
@@ -74,9 +78,9 @@ def build_constraint(description: Any) -> Constraint:
     kind, first, *rest = description
     if kind == "shaped":
         return Shaped(build_constraint(first), rest[0])
-    if kind == "gaussianized":
-        x, y, slopes = (torch.tensor(k, dtype=torch.float64) for k in rest[0])
-        return Gaussianized(build_constraint(first), (x, y, slopes))
+    if kind in _CHARTS:
+        given = (torch.tensor(part, dtype=torch.float64) for part in rest[0])
+        return Gaussianized(build_constraint(first), _CHARTS[kind](*given))
     if kind == "independent":
         return constraints.independent(build_constraint(first), rest[0])
     if kind in ("stack", "cat"):

@@ -19,11 +19,14 @@ from torch.distributions import ComposeTransform, Transform, biject_to, constrai
 from .shapes import PerEvent
 
 __all__ = [
+    "Chart",
     "Gaussianized",
     "Knots",
     "MarginalTransform",
-    "knots",
+    "marginal_transform",
+    "quantile_knots",
     "refuse_marginals",
+    "with_slopes",
     "without_marginals",
 ]
 
@@ -37,7 +40,27 @@ _VALUES = 2**22  # mapped at once
 _CLOSE = 1e-7  # of the range: knots nearer to each other are one
 
 
-class MarginalTransform(Transform):
+class Chart(Transform):
+    """A smooth map from rows nearer to normal to those of a support's unconstrained space.
+
+    Attributes:
+        makes: What it does, in words.
+    """
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+    makes: str
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Return what the constructor was given, tensors of any shapes."""
+        raise NotImplementedError
+
+    def with_cache(self, cache_size: int = 1) -> "Chart":
+        """Return self: what wraps a support remembers its pairs."""
+        return self
+
+
+class MarginalTransform(Chart):
     r"""From normal columns to the data's, shape ``(*, D)`` each, one by one.
 
     The inverse is a rational-quadratic spline between the knots and linear beyond, with one
@@ -49,8 +72,7 @@ class MarginalTransform(Transform):
         slopes: Its positive derivatives there, shape ``(D, K)``.
     """
 
-    domain = codomain = constraints.real_vector
-    bijective = True
+    makes = "columns made normal"
 
     def __init__(self, x: Tensor, y: Tensor, slopes: Tensor) -> None:
         super().__init__()
@@ -60,9 +82,9 @@ class MarginalTransform(Transform):
         p0, p1 = slopes[:, :-1] * width / height, slopes[:, 1:] * width / height
         self._bins = (x[:, :-1], y[:, :-1], width, height, p0, p1)
 
-    def with_cache(self, cache_size: int = 1) -> "MarginalTransform":
-        """Return self: what wraps a support remembers its pairs."""
-        return self
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Return what the constructor was given."""
+        return self.knots
 
     def log_slope(self, x: Tensor) -> Tensor:
         """Return the logarithm of the inverse's derivative in each column, shape ``(*, D)``."""
@@ -149,15 +171,16 @@ def _beyond(come: Tensor, before: Tensor, after: Tensor) -> Tensor:
 
 
 class Gaussianized(Constraint):
-    """A support whose bijection starts from near-normal columns; see :class:`MarginalTransform`.
+    """A support whose bijection starts from rows that are nearer to normal.
 
     Args:
         base_constraint: The support itself.
-        knots: Of its unconstrained columns.
+        chart: The map to its unconstrained rows: a :class:`MarginalTransform`, or a
+            :class:`~pyro_interpolant.radial.RadialTransform`.
     """
 
-    def __init__(self, base_constraint: Constraint, knots: Knots) -> None:
-        self.base_constraint, self.knots = base_constraint, knots
+    def __init__(self, base_constraint: Constraint, chart: Chart) -> None:
+        self.base_constraint, self.chart = base_constraint, chart
         self.event_dim = base_constraint.event_dim
         super().__init__()
 
@@ -165,13 +188,9 @@ class Gaussianized(Constraint):
         """Tell which values are on the support."""
         return self.base_constraint.check(value)
 
-    def marginals(self) -> MarginalTransform:
-        """Return the map from normal columns to unconstrained ones."""
-        return MarginalTransform(*self.knots)
-
     def __repr__(self) -> str:
         """Name the support."""
-        return f"{self.base_constraint}, columns made normal"
+        return f"{self.base_constraint}, {self.chart.makes}"
 
 
 def without_marginals(support: Constraint) -> Constraint:
@@ -183,8 +202,8 @@ def refuse_marginals(support: Constraint, what: str) -> None:
     """Raise a ValueError if paths do not run in the data's own columns."""
     if isinstance(support, Gaussianized):
         raise ValueError(
-            "expected a flow in the data's own columns, got one behind marginal maps, where "
-            f"{what} is that of normal columns: train with from_samples(..., marginals=False)"
+            f"expected a flow in the data's own coordinates, got {support.chart.makes}, where "
+            f"{what} is another: train with from_samples(..., marginals=False)"
         )
 
 
@@ -199,11 +218,11 @@ def _(constraint: Gaussianized) -> Transform:
 
 
 def _before(constraint: Gaussianized, transform: Transform) -> Transform:
-    return ComposeTransform([constraint.marginals(), PerEvent(transform)])
+    return ComposeTransform([constraint.chart, PerEvent(transform)])
 
 
-def knots(rows: Tensor) -> Knots | None:
-    """Return knots that make each column of rows normal, or None of few rows or constant columns.
+def marginal_transform(rows: Tensor) -> MarginalTransform | None:
+    """Return the map of which each column is normal, or None of few rows or constant columns.
 
     Values that repeat count as spread over the way to their neighbours.
 
@@ -212,18 +231,17 @@ def knots(rows: Tensor) -> Knots | None:
     """
     if len(rows) // _ROWS < 4 or bool((rows == rows[0]).all(0).any()):
         return None
-    found = [_of_column(column) for column in rows.double().T]
+    found = [quantile_knots(column) for column in rows.double().T]
     count = max(len(x) for x, _ in found)
-    padded = [_padded(*_with_slopes(x, y), count) for x, y in found]
-    x, y, slopes = (torch.stack(part) for part in zip(*padded, strict=True))
-    return x, y, slopes
+    padded = [_padded(*with_slopes(x, y), count) for x, y in found]
+    return MarginalTransform(*(torch.stack(part) for part in zip(*padded, strict=True)))
 
 
-def _of_column(column: Tensor) -> tuple[Tensor, Tensor]:
+def quantile_knots(column: Tensor) -> tuple[Tensor, Tensor]:
     """Return knots in the data and among normal values, each of shape ``(K,)``, K >= 2."""
     total = len(column)
     values, repeats = torch.unique(column, return_counts=True)
-    levels = (repeats.cumsum(0) - 0.5 * repeats) / total
+    levels = (repeats.cumsum(0) - 0.5 * repeats.to(values)) / total
     count = min(_KNOTS, total // _ROWS)
     end = min(_FARTHEST, total // 20) / total
     # Denser toward the tails, as the arcsine is that makes all proportions equally uncertain.
@@ -238,7 +256,7 @@ def _of_column(column: Tensor) -> tuple[Tensor, Tensor]:
     return x[far], y[far]
 
 
-def _with_slopes(x: Tensor, y: Tensor) -> Knots:
+def with_slopes(x: Tensor, y: Tensor) -> Knots:
     """Return knots with slopes of which the spline is monotone, each of shape ``(K,)``."""
     w = x.diff()
     s = y.diff() / w

@@ -255,9 +255,10 @@ def _velocity(distribution: InterpolantDistribution, x: Tensor) -> Tensor:
     flow = transform.flow
     t = torch.tensor(transform.end).to(x)
     with torch.no_grad():
-        w = flow.to_white(distribution.to_flow(x))
+        u = distribution.to_flow(x)
+        w = flow.to_white(u)
         v = evaluate(flow.velocity, t, w, transform.context) @ flow.linear.T
         support = distribution.constraint
         if isinstance(support, Gaussianized):
-            v = v * (-support.marginals().log_slope(distribution.unconstrained(x))).exp()
+            return torch.func.jvp(support.chart._call, (u,), (v,))[1]
         return v

@@ -2,19 +2,23 @@ r"""Whether a marginal map pays: a few Gaussians behind it, against as many with
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .data import moments, usual
-from .marginals import Gaussianized, MarginalTransform, knots
+from .marginals import Chart, Gaussianized, marginal_transform
+from .radial import radial_transform
 from .supports import Constraint
 
 __all__ = ["preferred_support"]
 
 _GAIN = 0.05  # nats per row
 _SAMPLE = 50_000  # rows that set the knots
-_FEW = 4000  # of them, for the comparison
+_FEW = 4000  # of them, for the comparison, or
+_FEW_EACH = 90  # times the dimension
+_WIDEST = 64  # dimensions: beyond, the comparison would take too long
 _SPLITS = 3
 _TRIMMED = 0.01  # of the differences, on either side
 _COMPONENTS = 8
@@ -26,26 +30,26 @@ _NARROW = 1e-5  # added to the variances of whitened rows
 def preferred_support(
     rows: Tensor, support: Constraint, weights: Tensor | None = None, *, always: bool = False
 ) -> Constraint:
-    """Return a support Gaussianized by rows, or itself where that does not pay.
+    """Return a support behind the map that pays, set by rows, or itself where none does.
 
-    It pays where a mixture of eight Gaussians, fitted to the rows behind the map, has 0.05 nats
+    One pays where a mixture of eight Gaussians, fitted to the rows behind the map, has 0.05 nats
     more on held-out rows, and more than chance, than one fitted to the rows themselves, in each
-    of three splits. So it does for spikes, slabs and tails of single columns; it does not for
-    separate modes, or where one scale is common to all columns, whose shapes a map of single
-    columns would bend. Where there are fewer than 80 D rows to fit, or D > 45, the support is
-    returned as it is. The answer depends on the rows alone, and on no generator's state.
+    of three splits; of two, the one with more. A map of single columns does so for spikes, slabs
+    and tails of single columns; one of lengths where one scale is common to all columns; none for
+    separate modes, whose shapes they would bend. Where there are fewer than 80 D rows to fit, or
+    D > 64, the support is returned as it is. The answer depends on the rows alone, and on no
+    generator's state.
 
     Args:
         rows: Unconstrained rows, shape ``(N, D)``.
         support: The support they come from.
         weights: Non-negative weights, shape ``(N,)``, or None.
-        always: Whether to skip the comparison.
+        always: Whether to take a map of single columns without comparing.
     """
-    few = rows[_drawn(len(rows), weights).to(rows.device)].cpu().double()  # where knots are kept
-    if not always and not _pays(few[:_FEW]):
-        return support
-    found = knots(few)
-    return support if found is None else Gaussianized(support, found)
+    few = rows[_drawn(len(rows), weights).to(rows.device)].cpu().double()  # where maps are kept
+    make = marginal_transform if always else _best(few[: max(_FEW, _FEW_EACH * rows.shape[1])])
+    chart = None if make is None else make(few)
+    return support if chart is None else Gaussianized(support, chart)
 
 
 def _drawn(count: int, weights: Tensor | None) -> Tensor:
@@ -58,7 +62,10 @@ def _drawn(count: int, weights: Tensor | None) -> Tensor:
     return torch.multinomial(share, size, replacement=True, generator=generator)
 
 
-def _pays(rows: Tensor) -> bool:
+def _best(rows: Tensor) -> Callable[[Tensor], Chart | None] | None:
+    """Return what makes the map that pays most, or None."""
+    if rows.shape[1] > _WIDEST:
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the fit gives them
@@ -66,21 +73,41 @@ def _pays(rows: Tensor) -> bool:
             rows = rows[usual((rows - m.loc) @ m.whitening.T)]
             # Rows that repeat, as a Markov chain's or weighted ones do, are held out together.
             part = torch.unique(rows, dim=0, return_inverse=True)[1] % 10
-            return all(_is_gain(rows[part != i], rows[part == i]) for i in range(_SPLITS))
+            splits = [_Split(rows[part != i], rows[part == i]) for i in range(_SPLITS)]
+            gains = {
+                make: min(split.gain(make) for split in splits)
+                for make in (marginal_transform, radial_transform)
+            }
     except (ValueError, torch.linalg.LinAlgError):  # columns that the fit refuses, and says why
-        return False
+        return None
+    best = max(gains, key=lambda make: gains[make])
+    return best if gains[best] > 0 else None
 
 
-def _is_gain(kept: Tensor, held: Tensor) -> bool:
-    """Tell whether held-out rows are likelier behind the map."""
-    found = knots(kept)
-    if found is None or len(kept) < _COMPONENTS * _ROWS_EACH * kept.shape[1]:
-        return False
-    transform = MarginalTransform(*found)
-    behind = _mixture(transform.inv(kept), transform.inv(held)) + transform.log_slope(held).sum(-1)
-    gain = (behind - _mixture(kept, held)).sort().values
-    gain = gain[int(_TRIMMED * len(gain)) : math.ceil((1 - _TRIMMED) * len(gain))]
-    return float(gain.mean()) > max(_GAIN, 2 * float(gain.std()) / math.sqrt(len(gain)))
+class _Split:
+    """Rows to fit eight Gaussians to, and rows held out.
+
+    Args:
+        kept: The former, shape ``(N, D)``.
+        held: The latter, shape ``(M, D)``.
+    """
+
+    def __init__(self, kept: Tensor, held: Tensor) -> None:
+        self.kept, self.held = kept, held
+        self.enough = len(kept) >= _COMPONENTS * _ROWS_EACH * kept.shape[1]
+        self.plain = _mixture(kept, held) if self.enough else held[:, 0]
+
+    def gain(self, make: Callable[[Tensor], Chart | None]) -> float:
+        """Return the mean nats per held-out row gained behind a map, 0 if it might be chance."""
+        chart = make(self.kept) if self.enough else None
+        if chart is None:
+            return 0.0
+        u = chart.inv(self.held)
+        behind = _mixture(chart.inv(self.kept), u) - chart.log_abs_det_jacobian(u, self.held)
+        gain = (behind - self.plain).sort().values
+        gain = gain[int(_TRIMMED * len(gain)) : math.ceil((1 - _TRIMMED) * len(gain))]
+        chance = 2 * float(gain.std()) / math.sqrt(len(gain))
+        return float(gain.mean()) if float(gain.mean()) > max(_GAIN, chance) else 0.0
 
 
 def _mixture(kept: Tensor, held: Tensor) -> Tensor:

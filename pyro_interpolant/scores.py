@@ -61,9 +61,11 @@ def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
     transform, support = transform_with_score(distribution), distribution.constraint
     if not isinstance(support, Gaussianized):
         return _score(distribution, t, x)
-    map_, x = support.marginals(), transform._checked(x)
-    bend = torch.func.grad(lambda y: map_.log_slope(y).sum())(x)
-    return map_.log_slope(x).exp() * _score(distribution, t, map_.inv(x)) + bend
+    chart, x = support.chart, transform._checked(x)
+    bend = torch.func.grad(lambda y: -chart.log_abs_det_jacobian(y, y).sum())(x)
+    pulled: Any = torch.func.vjp(chart._inverse, x)
+    u, back = pulled
+    return back(_score(distribution, t, u))[0] + bend
 
 
 def _score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from pyro_interpolant import (
     Trigonometric,
     VelocityMLP,
 )
-from pyro_interpolant.marginals import Gaussianized, knots
+from pyro_interpolant.marginals import Gaussianized, marginal_transform
 from pyro_interpolant.shapes import Shaped
 
 INTERPOLANTS = {"trigonometric": Trigonometric(), "linear": Linear()}
@@ -104,7 +104,9 @@ def _strictly_lower(y: Tensor) -> Tensor:
 
 
 _SPREAD = torch.linspace(-2.5, 2.5, 1001, dtype=torch.float64)
-_KNOTS: Any = knots(torch.stack((_SPREAD.sinh(), _SPREAD + 0.5 * (3 * _SPREAD).sin() / 3), -1))
+_CHART: Any = marginal_transform(
+    torch.stack((_SPREAD.sinh(), _SPREAD + 0.5 * (3 * _SPREAD).sin() / 3), -1)
+)
 
 SUPPORTS = {
     "positive": SupportCase(constraints.positive, 2, (2,)),
@@ -128,9 +130,9 @@ SUPPORTS = {
         (1, 2),
         lambda y: y[..., 0, :],
     ),
-    "gaussianized": SupportCase(Gaussianized(constraints.real_vector, _KNOTS), 2, (2,)),
+    "gaussianized": SupportCase(Gaussianized(constraints.real_vector, _CHART), 2, (2,)),
     "gaussianized stack": SupportCase(
-        Gaussianized(constraints.stack([constraints.positive, constraints.real], dim=-1), _KNOTS),
+        Gaussianized(constraints.stack([constraints.positive, constraints.real], dim=-1), _CHART),
         2,
         (2,),
     ),

@@ -43,6 +43,7 @@ FLOORS = {
     "solvers": 1,
     "supports": 2,
     "flow": 2,
+    "radial": 2,
     "search": 2,
     "preference": 3,
     "descriptions": 3,
