@@ -73,15 +73,16 @@ def _best(rows: Tensor) -> Callable[[Tensor], Chart | None] | None:
             rows = rows[usual((rows - m.loc) @ m.whitening.T)]
             # Rows that repeat, as a Markov chain's or weighted ones do, are held out together.
             part = torch.unique(rows, dim=0, return_inverse=True)[1] % 10
-            splits = [_Split(rows[part != i], rows[part == i]) for i in range(_SPLITS)]
-            gains = {
-                make: min(split.gain(make) for split in splits)
-                for make in (marginal_transform, radial_transform)
-            }
+            gains = dict.fromkeys((marginal_transform, radial_transform), math.inf)
+            for i in range(_SPLITS):
+                split = _Split(rows[part != i], rows[part == i])
+                found = {make: min(gain, split.gain(make)) for make, gain in gains.items()}
+                gains = {make: gain for make, gain in found.items() if gain > 0}
+                if not gains:
+                    break
     except (ValueError, torch.linalg.LinAlgError):  # columns that the fit refuses, and says why
         return None
-    best = max(gains, key=lambda make: gains[make])
-    return best if gains[best] > 0 else None
+    return max(gains, key=lambda make: gains[make], default=None)
 
 
 class _Split:

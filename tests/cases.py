@@ -26,6 +26,7 @@ from pyro_interpolant import (
     VelocityMLP,
 )
 from pyro_interpolant.marginals import Gaussianized, marginal_transform
+from pyro_interpolant.radial import radial_transform
 from pyro_interpolant.shapes import Shaped
 
 INTERPOLANTS = {"trigonometric": Trigonometric(), "linear": Linear()}
@@ -108,6 +109,11 @@ _CHART: Any = marginal_transform(
     torch.stack((_SPREAD.sinh(), _SPREAD + 0.5 * (3 * _SPREAD).sin() / 3), -1)
 )
 
+_RADIAL: Any = radial_transform(
+    torch.randn(2000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    * (1.5 * _SPREAD.repeat(2)[:2000, None] / 2).exp()
+)
+
 SUPPORTS = {
     "positive": SupportCase(constraints.positive, 2, (2,)),
     "unit_interval": SupportCase(constraints.unit_interval, 2, (2,)),
@@ -131,6 +137,7 @@ SUPPORTS = {
         lambda y: y[..., 0, :],
     ),
     "gaussianized": SupportCase(Gaussianized(constraints.real_vector, _CHART), 2, (2,)),
+    "tempered": SupportCase(Gaussianized(constraints.real_vector, _RADIAL), 2, (2,)),
     "gaussianized stack": SupportCase(
         Gaussianized(constraints.stack([constraints.positive, constraints.real], dim=-1), _CHART),
         2,

@@ -30,6 +30,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.marginals import Gaussianized, marginal_transform
 from pyro_interpolant.plotting import _velocity
+from pyro_interpolant.radial import radial_transform
 
 
 def slab(count):
@@ -179,23 +180,28 @@ def test_the_support_is_the_one_it_stands_for(support):
     assert "columns made normal" in repr(found)
 
 
-def drawn(seed=3):
+charts = pytest.mark.parametrize("make", [marginal_transform, radial_transform])
+
+
+def drawn(make, seed=3):
     torch.manual_seed(seed)
     x = torch.stack((torch.randn(2000).exp(), slab(2000)), -1)
     return InterpolantDistribution(
-        random_flow(2), support=Gaussianized(constraints.real_vector, marginal_transform(x))
+        random_flow(2), support=Gaussianized(constraints.real_vector, make(x))
     )
 
 
-@pytest.mark.parametrize("make", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
-def test_copies(make):
-    d = drawn()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
+@charts
+def test_copies(make, copied):
+    d = drawn(make)
     x = d.sample((5,))
-    assert torch.equal(make(d).log_prob(x), d.log_prob(x.clone()))
+    assert torch.equal(copied(d).log_prob(x), d.log_prob(x.clone()))
 
 
-def test_files_keep_every_bit(tmp_path):
-    d = drawn()
+@charts
+def test_files_keep_every_bit(make, tmp_path):
+    d = drawn(make)
     x = d.sample((50,))
     save(d, tmp_path / "flow.safetensors")
     again = load(tmp_path / "flow.safetensors")
@@ -204,9 +210,10 @@ def test_files_keep_every_bit(tmp_path):
         assert torch.equal(mine, other)
 
 
-def test_the_density_is_that_of_the_flow_through_the_map():
+@charts
+def test_the_density_is_that_of_the_flow_through_the_map(make):
     """Over a grid it integrates to one, which a wrong Jacobian would not."""
-    d = drawn()
+    d = drawn(make)
     edges = [torch.cat((-torch.logspace(2, -5, 100), torch.logspace(-5, 2, 220)))] * 2
     centres = [(e[1:] + e[:-1]) / 2 for e in edges]
     grid = torch.cartesian_prod(*centres)
@@ -217,9 +224,10 @@ def test_the_density_is_that_of_the_flow_through_the_map():
 
 
 @pytest.mark.parametrize("t", [0.3, 0.8])
-def test_scores_are_those_of_the_density_in_data_coordinates(t):
+@charts
+def test_scores_are_those_of_the_density_in_data_coordinates(make, t):
     """An untrained flow is N(0, I) before the map, at all times."""
-    d = InterpolantDistribution(interpolant_transform(2), support=drawn().constraint)
+    d = InterpolantDistribution(interpolant_transform(2), support=drawn(make).constraint)
     x = d.sample((20,)).requires_grad_()
     expected = torch.autograd.grad(d.at(t).log_prob(x).sum(), x)[0]
     assert torch.allclose(score(d, t, x.detach()), d.at(t).score(x.detach()), rtol=1e-5, atol=1e-6)
@@ -229,9 +237,10 @@ def test_scores_are_those_of_the_density_in_data_coordinates(t):
         score(d, t, x[:, :1])
 
 
-def test_scores_of_a_positive_support_are_those_of_logarithms():
-    chart = drawn().constraint.chart
-    d = InterpolantDistribution(interpolant_transform(2), support=drawn().constraint)
+@charts
+def test_scores_of_a_positive_support_are_those_of_logarithms(make):
+    chart = drawn(make).constraint.chart
+    d = InterpolantDistribution(interpolant_transform(2), support=drawn(make).constraint)
     positive = InterpolantDistribution(
         interpolant_transform(2), support=Gaussianized(constraints.positive, chart)
     )
@@ -242,9 +251,10 @@ def test_scores_of_a_positive_support_are_those_of_logarithms():
 
 
 @pytest.mark.parametrize("support", [constraints.real_vector, constraints.positive], ids=str)
-def test_what_normal_columns_cannot_tell_is_refused(support):
+@charts
+def test_what_normal_columns_cannot_tell_is_refused(make, support):
     d = InterpolantDistribution(
-        random_flow(2), support=Gaussianized(support, drawn().constraint.chart)
+        random_flow(2), support=Gaussianized(support, drawn(make).constraint.chart)
     )
     for ask in (
         lambda: denoiser(d, 0.5, torch.randn(3, 2)),
@@ -255,8 +265,9 @@ def test_what_normal_columns_cannot_tell_is_refused(support):
             ask()
 
 
-def test_sdes_end_where_the_data_are():
-    d = InterpolantDistribution(interpolant_transform(2), support=drawn().constraint)
+@charts
+def test_sdes_end_where_the_data_are(make):
+    d = InterpolantDistribution(interpolant_transform(2), support=drawn(make).constraint)
     torch.manual_seed(1)
     x = sample_sde(d, (4000,), steps=20)
     levels = torch.tensor([0.1, 0.5, 0.9])
@@ -267,9 +278,10 @@ def test_sdes_end_where_the_data_are():
         assert torch.allclose(value, d.log_prob(x[:20]), atol=0.1)  # of a few paths
 
 
-def test_velocities_are_drawn_in_data_coordinates():
+@charts
+def test_velocities_are_drawn_in_data_coordinates(make):
     """A small step of the flow from t = 0.6, through the map, against the velocity."""
-    d, gap = drawn(), 1e-4
+    d, gap = drawn(make), 1e-4
     d.transform.solver = Adaptive(rtol=1e-11, atol=1e-11)
     x = d.at(0.6).sample((20,))
     w = d.transform.at(0.6).inv(d.to_flow(x))
@@ -277,9 +289,10 @@ def test_velocities_are_drawn_in_data_coordinates():
     assert torch.allclose(_velocity(d.at(0.6), x), (ahead - x) / gap, rtol=0.02, atol=1e-2)
 
 
-def test_inside_a_model():
+@charts
+def test_inside_a_model(make):
     """The base takes the place of the flow's own site; the sites beside it stay."""
-    prior = drawn().freeze()
+    prior = drawn(make).freeze()
 
     def model(y):
         z = pyro.sample("z", prior)

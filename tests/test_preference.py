@@ -9,8 +9,9 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_interpolant import circular, fit, from_samples, load, save
-from pyro_interpolant.marginals import Gaussianized
+from pyro_interpolant.marginals import Gaussianized, MarginalTransform
 from pyro_interpolant.preference import preferred_support
+from pyro_interpolant.radial import RadialTransform
 
 N = 4000
 
@@ -33,10 +34,26 @@ def sheet():
     return x * torch.randn(N, 1).exp()
 
 
+def annulus():
+    angle = 2 * math.pi * torch.rand(N)
+    return (2 + 0.1 * torch.randn(N, 1)) * torch.stack((angle.cos(), angle.sin()), -1)
+
+
+def shell():
+    x = torch.randn(N, 8)
+    return x / x.norm(dim=1, keepdim=True) * (5 + 0.2 * torch.randn(N, 1))
+
+
 PAYS = {
     "slab": slab,
     "lognormal": lambda: (0.3 * torch.randn(N, 1) + torch.randn(N, 3)).exp(),
     "skewed": lambda: dist.Gamma(0.3, 1.0).sample((N, 4)),
+}
+LENGTHS = {
+    "annulus": annulus,
+    "shell": shell,
+    "contrast": lambda: torch.randn(N, 20) @ torch.randn(20, 20) * torch.randn(N, 1).exp(),
+    "wide contrast": lambda: torch.randn(6000, 60) * torch.randn(6000, 1).exp(),
 }
 DOES_NOT = {
     "normal": lambda: torch.randn(N, 3) @ torch.randn(3, 3),
@@ -48,18 +65,25 @@ DOES_NOT = {
     "five": lambda: torch.randn(5, 2).exp(),
     "fifteen": lambda: torch.randn(15, 2).exp(),
     "repeats": lambda: torch.randn(40, 3).exp()[torch.randint(40, (N,))],
-    "too wide": lambda: torch.randn(N, 50).exp(),
+    "too wide": lambda: torch.randn(8000, 65).exp(),
+    "wide modes": lambda: torch.randn(6, 60)[torch.randint(6, (6000,))] + torch.randn(6000, 60),
     "wide and few": lambda: torch.randn(500, 20),
 }
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", PAYS | DOES_NOT)
+@pytest.mark.parametrize("name", PAYS | LENGTHS | DOES_NOT)
 def test_the_choice(name, seed):
+    if seed and name in ("wide contrast", "wide modes"):
+        pytest.skip("takes long")
     torch.manual_seed(seed)
-    x = (PAYS | DOES_NOT)[name]()
+    x = (PAYS | LENGTHS | DOES_NOT)[name]()
     found = preferred_support(x, constraints.real_vector)
-    assert isinstance(found, Gaussianized) == (name in PAYS)
+    if name in DOES_NOT:
+        assert found is constraints.real_vector
+    else:
+        wanted = MarginalTransform if name in PAYS else RadialTransform
+        assert type(found.chart) is wanted
 
 
 def test_units_do_not_matter():
