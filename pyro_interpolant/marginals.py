@@ -25,9 +25,9 @@ __all__ = [
     "MarginalTransform",
     "marginal_transform",
     "quantile_knots",
-    "refuse_marginals",
+    "refuse_charts",
     "with_slopes",
-    "without_marginals",
+    "without_chart",
 ]
 
 Constraint = constraints.Constraint
@@ -193,12 +193,12 @@ class Gaussianized(Constraint):
         return f"{self.base_constraint}, {self.chart.makes}"
 
 
-def without_marginals(support: Constraint) -> Constraint:
-    """Return a support without its marginal maps."""
+def without_chart(support: Constraint) -> Constraint:
+    """Return a support without its map."""
     return support.base_constraint if isinstance(support, Gaussianized) else support
 
 
-def refuse_marginals(support: Constraint, what: str) -> None:
+def refuse_charts(support: Constraint, what: str) -> None:
     """Raise a ValueError if paths do not run in the data's own columns."""
     if isinstance(support, Gaussianized):
         raise ValueError(

@@ -9,7 +9,7 @@ from torch.func import jacfwd, vmap
 
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .divergence import evaluate
-from .marginals import refuse_marginals
+from .marginals import refuse_charts
 
 __all__ = ["PathEnergy", "W2Bound", "path_energy", "w2_bound"]
 
@@ -63,8 +63,8 @@ def path_energy(
             conditional flow.
 
     Raises:
-        ValueError: If ``count`` is below 2, a context is missing, or the flow is behind marginal
-            maps.
+        ValueError: If ``count`` is below 2, a context is missing, or the flow is behind a
+            map of :func:`from_samples`.
 
     References:
         arXiv 2209.15571, eq. 12.
@@ -116,8 +116,8 @@ def w2_bound(
         seed: Of the times and base draws.
 
     Raises:
-        ValueError: If a row is outside the support, a context is missing, or the flow is behind
-            marginal maps.
+        ValueError: If a row is outside the support, a context is missing, or the flow is behind a
+            map of :func:`from_samples`.
 
     References:
         arXiv 2209.15571, Proposition 3.
@@ -142,7 +142,7 @@ def w2_bound(
 
 
 def _view(distribution: AnyDistribution, context: Tensor | None) -> Any:
-    refuse_marginals(distribution.constraint, "distance")
+    refuse_charts(distribution.constraint, "distance")
     if isinstance(distribution, ConditionalInterpolantDistribution):
         if context is None:
             raise ValueError("expected a context for a conditional flow, got none")

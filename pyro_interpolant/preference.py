@@ -1,4 +1,4 @@
-r"""Whether a marginal map pays: a few Gaussians behind it, against as many without it."""
+r"""Whether a map pays, and which: a few Gaussians behind it, against as many without it."""
 
 import math
 import warnings

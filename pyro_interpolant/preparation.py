@@ -287,7 +287,7 @@ def _aligned(m: Moments, rows: Tensor, partners: Tensor) -> Moments:
 def choose_support(
     rows: Tensor | None, support: Constraint, fit_options: dict[str, Any], marginals: Any
 ) -> Constraint:
-    """Return a support, Gaussianized by the rows, shape ``(N, *event_shape)``, if so wanted."""
+    """Return a support, behind a map set by rows, ``(N, *event_shape)``, if so wanted."""
     fixed = any(fit_options.get(name) is not None for name in ("base_samples", "pairs"))
     if rows is None or is_circular(support) or fixed:
         if marginals:

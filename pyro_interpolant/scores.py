@@ -24,7 +24,7 @@ from .conversions import (
 )
 from .distributions import InterpolantDistribution
 from .divergence import evaluate
-from .marginals import Gaussianized, refuse_marginals
+from .marginals import Gaussianized, refuse_charts
 from .networks import VelocityMLP
 
 __all__ = ["conditional_mean", "denoiser", "score", "transform_with_score"]
@@ -93,10 +93,10 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
 
     Raises:
         TypeError: As in :func:`score`.
-        ValueError: As in :func:`score`; or if the data are reached by marginal maps.
+        ValueError: As in :func:`score`; or if the flow is behind a map of :func:`from_samples`.
     """
     transform, time, w = _prepared(distribution, t, x)
-    refuse_marginals(distribution.constraint, "the mean of what a path leads to")
+    refuse_charts(distribution.constraint, "the mean of what a path leads to")
     interpolant, noise = transform.interpolant, transform.flow.noise
     v = conditional_mean(transform, transform.flow.velocity, time, w)
     if noise is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 
 from .caching import Entry, IdentityCache
-from .marginals import Gaussianized, without_marginals
+from .marginals import Gaussianized, without_chart
 from .shapes import PerEvent, Shaped
 
 __all__ = [
@@ -255,7 +255,7 @@ class Supported:
         Raises:
             ValueError: If a value is outside the support.
         """
-        return to_unconstrained(value, without_marginals(self.constraint))
+        return to_unconstrained(value, without_chart(self.constraint))
 
     def to_flow(self, value: Tensor) -> Tensor:
         """Return values in the flow's coordinates: real vectors, behind marginal maps if any.
