@@ -119,17 +119,21 @@ def _mixture(kept: Tensor, held: Tensor) -> Tensor:
     shares = torch.nn.functional.one_hot(nearest, _COMPONENTS).T.to(x)
 
     def joint(w: Tensor) -> Tensor:
-        z = (w - locs) @ torch.linalg.inv(roots).mT
-        square = torch.linalg.vecdot(z, z) + dim * math.log(2 * math.pi)
-        volume = roots.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
-        return logits - volume - 0.5 * square
+        inverses = torch.linalg.inv(roots).mT
+        # One component at a time: all at once would leave the cache.
+        square = torch.stack(
+            [((w - m) @ r).square().sum(1) for m, r in zip(locs, inverses, strict=True)]
+        )
+        volume = roots.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * dim * math.log(2 * math.pi)
+        return (logits - volume)[:, None] - 0.5 * square
 
     for _ in range(_ITERATIONS):
-        total = shares.sum(1)[:, None, None].clamp(min=1.0)
-        logits = (total / total.sum()).log().squeeze(2)
-        locs = shares[:, None] @ x / total
-        centred = (x - locs) * (shares / total.squeeze(2)).sqrt()[:, :, None]
-        roots = torch.linalg.cholesky(centred.mT @ centred + _NARROW * torch.eye(dim).to(x))
+        total = shares.sum(1, keepdim=True).clamp(min=1.0)
+        logits, shares = (total / total.sum()).log()[:, 0], shares / total
+        locs = shares @ x
+        centred = ((x - m) * s.sqrt()[:, None] for m, s in zip(locs, shares, strict=True))
+        covs = torch.stack([part.T @ part for part in centred])
+        roots = torch.linalg.cholesky(covs + _NARROW * torch.eye(dim).to(x))
         shares = joint(x).softmax(0)
     log_density = joint((held - m.loc) @ m.whitening.T).logsumexp(0)
     return log_density - torch.linalg.slogdet(m.linear).logabsdet
