@@ -77,7 +77,8 @@ def ours(train, val, seconds, seed):
     looks = []
     options = {"progress": False, "callback": looks.append}
     flow = pi.from_samples(train, validation=val, max_seconds=seconds, seed=seed, **options)
-    extra = {"steps": looks[-1].step, "marginals": "normal" in str(flow.constraint)}
+    chart = getattr(flow.constraint, "chart", None)
+    extra = {"steps": looks[-1].step, "map": chart and chart.makes}
     extra["solver_steps"] = flow.transform.solver.steps
     reference = copy.deepcopy(flow).to(torch.float64)
     reference.transform.solver = pi.Adaptive(rtol=1e-7, atol=1e-7, nodes=96)

@@ -54,8 +54,9 @@ class Ahead:
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Take a state back."""
         self.batches.restore(tensors, numbers)
-        if numbers["left"]:
+        left = numbers.get("left", 0)
+        if left:
             torch.set_rng_state(tensors["before"])
             self.before = self._place()
             self._draw()
-            self.points = self.points[-numbers["left"] :]
+            self.points = self.points[-left:]

@@ -29,7 +29,9 @@ def describe_constraint(constraint: Constraint) -> Any:
             return name
     if isinstance(constraint, Gaussianized):
         inner = describe_constraint(constraint.base_constraint)
-        kind = next(name for name, c in _CHARTS.items() if type(constraint.chart) is c)
+        kind = next((name for name, c in _CHARTS.items() if type(constraint.chart) is c), None)
+        if kind is None:
+            raise ValueError(f"expected a map of this library, got {constraint.chart}")
         return [kind, inner, [part.tolist() for part in constraint.chart.arguments()]]
     if isinstance(constraint, Shaped):
         return ["shaped", describe_constraint(constraint.base_constraint), list(constraint.shape)]

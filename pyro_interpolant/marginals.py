@@ -152,7 +152,7 @@ def _last_below(edges: Tensor, values: Tensor) -> Tensor:
 
     By bisection, since torch has no batching rule for its own search.
     """
-    last = edges.shape[1] - 2
+    last = int(edges.shape[1]) - 2  # a tensor where it is traced
     found = torch.zeros_like(values, dtype=torch.long)
     for power in range(last.bit_length() - 1, -1, -1):
         further = found + 2**power

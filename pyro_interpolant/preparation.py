@@ -13,9 +13,11 @@ from .divergence import evaluate
 from .flow import Flow
 from .joint import JointInterpolantDistribution
 from .latents import Mirror
+from .marginals import Gaussianized
 from .networks import VelocityMLP
 from .objective import Rows
 from .preference import preferred_support
+from .radial import RadialTransform
 from .supports import Constraint, bijection, is_circular, to_unconstrained
 from .torus import Geodesic
 
@@ -300,4 +302,8 @@ def choose_support(
         return support
     weights = checked_weights(fit_options.get("weights"), len(rows))
     real = to_unconstrained(rows, support)
-    return preferred_support(real, support, weights, always=bool(marginals))
+    found = preferred_support(real, support, weights, always=bool(marginals))
+    if isinstance(found, Gaussianized) and isinstance(found.chart, RadialTransform):
+        warn_if_rounded(real)  # what is wrong with columns, the fit cannot see behind the map
+        moments(real)
+    return found

@@ -22,6 +22,7 @@ __all__ = ["RadialTransform", "radial_transform"]
 
 _SHARE = 0.5  # of the way to the lengths of normal rows
 _LEAST = 400  # rows
+_LEAST_SPREAD = 1e-3  # of the logarithms of lengths: else all rows lie on one ellipsoid
 
 
 class RadialTransform(Chart):
@@ -58,13 +59,17 @@ class RadialTransform(Chart):
         log_det = y.shape[-1] * stretch + self.spline.log_slope(length)
         return self.log_det - log_det[..., 0]
 
+    # In the parameters' own type: a coarser one of values may not tell near rows far away apart.
+
     def _white(self, y: Tensor) -> Tensor:
-        return (y - self.loc.to(y)) @ self.whitening.to(y).T
+        loc, whitening = self.loc.to(y.device), self.whitening.to(y.device)
+        return ((y.to(loc) - loc) @ whitening.T).to(y)
 
     def _call(self, x: Tensor) -> Tensor:
         length = _log_length(x)
         w = x * (self.spline(length) - length).exp()
-        return self.loc.to(x) + w @ self.linear.to(x).T
+        loc, linear = self.loc.to(x.device), self.linear.to(x.device)
+        return (loc + w.to(loc) @ linear.T).to(x)
 
     def _inverse(self, y: Tensor) -> Tensor:
         w = self._white(y)
@@ -79,7 +84,9 @@ def _log_length(w: Tensor) -> Tensor:
 
 
 def radial_transform(rows: Tensor) -> RadialTransform | None:
-    """Return the map that brings rows half-way to normal lengths, or None of few rows.
+    """Return the map that brings rows half-way to normal lengths.
+
+    None where rows are few or have all the same length.
 
     Args:
         rows: Rows, shape ``(N, D)``, on the CPU.
@@ -91,9 +98,11 @@ def radial_transform(rows: Tensor) -> RadialTransform | None:
     if len(rows) < _LEAST or dim < 2:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the fit gives them
+        warnings.simplefilter("ignore")  # who chooses the map gives them
         m = moments(rows.double())
     length = _log_length((rows.double() - m.loc) @ m.whitening.T)[:, 0]
+    if float(length.max() - length.min()) < _LEAST_SPREAD:
+        return None
     x, normal = quantile_knots(length)
     full = _lengths(torch.special.ndtr(normal), dim).log()
     x, y, slopes = with_slopes(x, torch.lerp(x, full, _SHARE))

@@ -71,8 +71,8 @@ class Terms(NamedTuple):
 class InterpolantSDE:
     r"""The stochastic differential equation of a flow, in the protocol of torchsde.
 
-    States are in data coordinates; under a support, in its unconstrained space; behind marginal
-    maps, in the normal columns, ``distribution.to_flow(x)``. Scores may be
+    States are in data coordinates; under a support, in its unconstrained space; behind a
+    map of :func:`from_samples`, in its coordinates, ``distribution.to_flow(x)``. Scores may be
     singular at the ends: within 1e-3 of one, drift and diffusion are those at that distance.
 
     Args:

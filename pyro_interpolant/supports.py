@@ -258,7 +258,7 @@ class Supported:
         return to_unconstrained(value, without_chart(self.constraint))
 
     def to_flow(self, value: Tensor) -> Tensor:
-        """Return values in the flow's coordinates: real vectors, behind marginal maps if any.
+        """Return values in the flow's coordinates: real vectors, behind the map if there is one.
 
         Raises:
             ValueError: If a value is outside the support.

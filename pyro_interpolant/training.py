@@ -242,11 +242,12 @@ def from_samples(
         marginals: Whether each unconstrained column is first made normal by a monotone spline, so
             that the flow learns only how they depend on each other: the remedy for slabs, spikes
             and long tails in single columns. By default where eight Gaussians fit held-out rows
-            better behind the splines, by 0.05 nats and more than chance, in up to 64 dimensions;
-            or, where that gains more, the lengths of whitened rows are brought half-way to normal
-            ones: the remedy for one scale that is common to all columns. Neither with False, for
-            an iterable, for angles, or beside ``base_samples`` or ``pairs``. Paths and SDEs then
-            live behind the map.
+            better behind the splines, by 0.05 nats and more than chance, in up to 64 dimensions
+            of at least 90 rows each. By default only, and where the same rule finds that to gain
+            more, the lengths of whitened rows are brought half-way to normal ones instead: the
+            remedy for one scale that is common to all columns. Neither for an iterable, for
+            angles, or beside ``base_samples`` or ``pairs``. Paths and SDEs then live behind the
+            map.
         seed: As in :func:`fit`; also of the initial weights.
         **fit_options: Passed to :func:`fit`.
 

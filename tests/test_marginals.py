@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -263,6 +264,16 @@ def test_what_normal_columns_cannot_tell_is_refused(make, support):
     ):
         with pytest.raises(ValueError, match="marginals=False"):
             ask()
+
+
+@charts
+def test_a_density_can_be_traced(make):
+    d = drawn(make).freeze()
+    x = d.sample((40,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer
+        traced = torch.jit.trace(d.log_prob, x[:20], check_trace=False)
+    assert torch.allclose(traced(x[20:]), d.log_prob(x[20:]))
 
 
 @charts

@@ -1,4 +1,4 @@
-"""Where a marginal map is chosen, and where it is not."""
+"""Where a map is chosen, which, and where none is."""
 
 import copy
 import math
@@ -124,6 +124,29 @@ def test_from_samples_behind_a_support():
     assert torch.isfinite(d.log_prob(y)).all()
     share = float((y[:, 0].log().abs() < 1e-3).double().mean())
     assert share == pytest.approx(0.3, abs=0.15)  # untrained, its marginals are the data's
+
+
+@pytest.mark.parametrize("kind", ["positive", "shaped", "named"])
+def test_from_samples_takes_lengths(kind):
+    u = 0.3 * torch.randn(N, 4) @ torch.randn(4, 4) * (1.5 * torch.randn(N, 1)).exp()
+    x, options = {
+        "positive": (u.exp(), {"support": constraints.positive}),
+        "shaped": (u.reshape(N, 2, 2), {"event_shape": (2, 2)}),
+        "named": ({"a": u[:, :1], "b": u[:, 1:]}, {}),
+    }[kind]
+    d = from_samples(x, **options, **OPTIONS)
+    assert isinstance(d.constraint.chart, RadialTransform)
+    y = d.sample((50,))
+    assert torch.isfinite(d.log_prob(y)).all()
+    if kind == "positive":
+        assert (y > 0).all()
+
+
+def test_rounded_columns_are_noticed_behind_a_map_of_lengths():
+    x = torch.randn(N, 10) * torch.randn(N, 1).exp()
+    with pytest.warns(UserWarning, match="repeat up to"):
+        d = from_samples((10 * x).round() / 10, **OPTIONS)
+    assert isinstance(d.constraint.chart, RadialTransform)
 
 
 def test_named_draws(tmp_path):
