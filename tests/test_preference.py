@@ -128,10 +128,10 @@ def test_from_samples_behind_a_support():
 
 @pytest.mark.parametrize("kind", ["positive", "shaped", "named"])
 def test_from_samples_takes_lengths(kind):
-    u = 0.3 * torch.randn(N, 4) @ torch.randn(4, 4) * (1.5 * torch.randn(N, 1)).exp()
+    u = 0.01 * torch.randn(N, 20) @ torch.randn(20, 20) * torch.randn(N, 1).exp()
     x, options = {
         "positive": (u.exp(), {"support": constraints.positive}),
-        "shaped": (u.reshape(N, 2, 2), {"event_shape": (2, 2)}),
+        "shaped": (u.reshape(N, 4, 5), {"event_shape": (4, 5)}),
         "named": ({"a": u[:, :1], "b": u[:, 1:]}, {}),
     }[kind]
     d = from_samples(x, **options, **OPTIONS)

@@ -83,7 +83,6 @@ NONE = {
     "few": torch.randn(399, 3),
     "one column": torch.randn(5000, 1),
     "corners": torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]).repeat(200, 1),
-    "circle": torch.randn(5000, 2) / 1e9 + torch.nn.functional.normalize(torch.randn(5000, 2)),
 }
 
 
