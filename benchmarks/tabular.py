@@ -6,7 +6,7 @@ what is there; the table is made from the lines.
 
     python benchmarks/tabular.py --data DIR --minutes 1     # an hour, 2 cores
     python benchmarks/tabular.py --data DIR --minutes 5     # five
-    python benchmarks/tabular.py --minutes 60 --rows ROWS   # and ours - peer, row by row
+    python benchmarks/tabular.py --data DIR --minutes 60 --rows ROWS  # and ours - peer
     python benchmarks/tabular.py --smoke                    # seconds, on made-up data
 """
 

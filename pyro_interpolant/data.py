@@ -39,6 +39,10 @@ class Moments(NamedTuple):
     linear: Tensor
     whitening: Tensor
 
+    def white(self, x: Tensor) -> Tensor:
+        """Return rows whitened, float64, shape ``(N, D)``."""
+        return (x.to(self.loc) - self.loc) @ self.whitening.T
+
 
 def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:
     """Return x as a finite floating tensor of rows, or say what is wrong with it.

@@ -57,7 +57,6 @@ class Engine:
         self.world: int = 1 if fabric is None else fabric.world_size
         self.module: Any = None
         self.optimizer: Any = None
-        self.parameters: list[Tensor] = []
 
     def place(self, distribution: Any) -> None:
         """Move a distribution to where the engine computes."""
@@ -88,9 +87,9 @@ class Engine:
             ValueError: If the engine would turn the weights into another type.
         """
         self._check_type(parameters[0].dtype)
-        self.module, self.parameters = _Loss(network, loss), list(parameters)
+        self.module = _Loss(network, loss)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
+            list(parameters), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
             fused=self._scaler() is None,
         )  # fmt: skip
         if self.fabric is not None:
@@ -107,7 +106,7 @@ class Engine:
     def backward(self, given: Any) -> Tensor:
         """Set the gradients of the loss of something, the processes' mean; return the loss."""
         loss = self.module(lambda: given)
-        for p in self.parameters:
+        for p in self.optimizer.param_groups[0]["params"]:  # what zero_grad does, in less time
             p.grad = None
         if self.fabric is None:
             loss.backward()

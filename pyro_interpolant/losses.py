@@ -10,7 +10,7 @@ from .divergence import evaluate
 from .interpolants import Interpolant
 from .networks import VelocityMLP
 
-__all__ = ["Points", "interpolant_loss", "path_points", "regression_loss", "row_loss"]
+__all__ = ["Points", "interpolant_loss", "path_points", "regression_loss"]
 
 
 class Points(NamedTuple):
@@ -43,9 +43,21 @@ def path_points(
     *,
     of_noise: bool = False,
 ) -> tuple[Points, ...]:
-    """Return points of the paths between pairs: one set, or one for z and one for -z.
+    r"""Return points of the paths between pairs: one set, or one for z and one for -z.
 
-    Arguments are those of :func:`regression_loss`.
+    The mean over both has a finite variance where the slope of :math:`\gamma` is not finite.
+
+    Args:
+        interpolant: The path between pairs.
+        t: Times in [0, 1], broadcastable to ``(*)``.
+        w0: Whitened base draws, shape ``(*, D)``.
+        w1: Whitened data, shape ``(*, D)``.
+        context: Contexts, shape ``(*, C)``, or None.
+        z: Latent draws, shape ``(*, D)``; drawn, where there is a latent term, if not given.
+        of_noise: Whether the network is to learn :math:`E[z \mid I_t]` instead of the velocity.
+
+    References:
+        arXiv 2303.08797, Section 6.1 (antithetic draws).
     """
     if z is None and interpolant.has_latent():
         z = torch.randn_like(w0)
@@ -59,48 +71,22 @@ def path_points(
 
 
 def regression_loss(
-    velocity: nn.Module,
-    interpolant: Interpolant,
-    t: Tensor,
-    w0: Tensor,
-    w1: Tensor,
-    context: Tensor | None = None,
-    z: Tensor | None = None,
-    *,
-    of_noise: bool = False,
-    metric: Tensor | None = None,
+    velocity: nn.Module, points: tuple[Points, ...], metric: Tensor | None = None
 ) -> Tensor:
     r"""Return :math:`|v_t(I_t)|^2 - 2\,\partial_t I_t \cdot v_t(I_t)` in whitened coordinates.
 
-    With a latent term it is the mean over z and -z, whose variance stays finite where the slope
-    of :math:`\gamma` does not.
-
     Args:
         velocity: The network.
-        interpolant: The path between pairs.
-        t: Times in [0, 1], broadcastable to ``(*)``.
-        w0: Whitened base draws, shape ``(*, D)``.
-        w1: Whitened data, shape ``(*, D)``.
-        context: Contexts, shape ``(*, C)``, or None.
-        z: Latent draws, shape ``(*, D)``; drawn, where there is a latent term, if not given.
-        of_noise: Whether the network is to learn :math:`E[z \mid I_t]` instead of the velocity.
+        points: Sets of points, over which the mean is taken.
         metric: A map L, shape ``(D, D)``: norms are then :math:`|L u|`.
 
     Returns:
         The loss of each row, shape ``(*)``.
 
     References:
-        arXiv 2209.15571, eq. 10; arXiv 2303.08797, Section 6.1 (antithetic draws).
+        arXiv 2209.15571, eq. 10.
     """
-    found = path_points(interpolant, t, w0, w1, context, z, of_noise=of_noise)
-    return row_loss(velocity, found, metric)
-
-
-def row_loss(
-    network: nn.Module, points: tuple[Points, ...], metric: Tensor | None = None
-) -> Tensor:
-    """Return the loss of each row, the mean over sets of points, shape ``(*)``."""
-    losses = [_row_loss(network, *part, metric) for part in points]
+    losses = [_row_loss(velocity, *part, metric) for part in points]
     return losses[0] if len(losses) == 1 else 0.5 * (losses[0] + losses[1])
 
 
@@ -162,4 +148,4 @@ def interpolant_loss(
     w0 = x0 if distribution.base is None else flow.to_white(x0)
     if t is None:
         t = torch.rand(w1.shape[:-1], dtype=w1.dtype, device=w1.device)
-    return regression_loss(flow.velocity, flow.interpolant, t, w0, w1, context)
+    return regression_loss(flow.velocity, path_points(flow.interpolant, t, w0, w1, context))

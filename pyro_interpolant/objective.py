@@ -10,7 +10,7 @@ from .bases import Samples
 from .couplings import independent
 from .flow import Flow
 from .interpolants import Interpolant
-from .losses import Points, path_points, row_loss
+from .losses import Points, path_points, regression_loss
 
 __all__ = ["Coupling", "Draw", "Objective", "Rows"]
 
@@ -166,13 +166,13 @@ class Objective:
         given = self.base is None or isinstance(self.base, Samples)
         return linear and given and self.coupling is independent
 
-    def loss_at(self, points: tuple[Points, ...]) -> Tensor:
-        """Return the mean regression loss at points of paths."""
-        return row_loss(self.network, points).mean()
+    def loss_at(self, points: tuple[Points, ...], metric: Tensor | None = None) -> Tensor:
+        """Return the mean regression loss at points, in a metric L, ``(D, D)``, if given."""
+        return regression_loss(self.network, points, metric).mean()
 
     def loss(self, draw: Draw, metric: Tensor | None = None) -> Tensor:
-        """Return the mean regression loss of a draw, in a metric L, shape ``(D, D)``, if given."""
-        return row_loss(self.network, self._points(*draw), metric).mean()
+        """Return the same of a draw."""
+        return self.loss_at(self._points(*draw), metric)
 
     def _white(self, rows: Tensor) -> Tensor:
         flow = self.flow

@@ -70,7 +70,7 @@ def _best(rows: Tensor) -> Callable[[Tensor], Chart | None] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the fit gives them
             m = moments(rows)
-            rows = rows[usual((rows - m.loc) @ m.whitening.T)]
+            rows = rows[usual(m.white(rows))]
             # Rows that repeat, as a Markov chain's or weighted ones do, are held out together.
             part = torch.unique(rows, dim=0, return_inverse=True)[1] % 10
             gains = dict.fromkeys((marginal_transform, radial_transform), math.inf)
@@ -117,7 +117,7 @@ class _Split:
 def _mixture(kept: Tensor, held: Tensor) -> Tensor:
     """Return held-out log-densities, shape ``(M,)``, of a Gaussian mixture fitted by EM."""
     m = moments(kept)
-    x, dim = (kept - m.loc) @ m.whitening.T, kept.shape[1]
+    x, dim = m.white(kept), kept.shape[1]
     nearest = torch.cdist(x, x[:_COMPONENTS]).argmin(1)
     shares = torch.nn.functional.one_hot(nearest, _COMPONENTS).T.to(x)
 
@@ -138,5 +138,5 @@ def _mixture(kept: Tensor, held: Tensor) -> Tensor:
         covs = torch.stack([part.T @ part for part in centred])
         roots = torch.linalg.cholesky(covs + _NARROW * torch.eye(dim).to(x))
         shares = joint(x).softmax(0)
-    log_density = joint((held - m.loc) @ m.whitening.T).logsumexp(0)
+    log_density = joint(m.white(held)).logsumexp(0)
     return log_density - torch.linalg.slogdet(m.linear).logabsdet

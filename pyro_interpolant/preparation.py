@@ -280,7 +280,7 @@ def _check_angles(
 
 def _aligned(m: Moments, rows: Tensor, partners: Tensor) -> Moments:
     """Return whitening turned toward the partners: paths of a pair must not be made to cross."""
-    w = (rows.double() - m.loc) @ m.whitening.T
+    w = m.white(rows)
     u, _, vh = torch.linalg.svd(w.T @ partners.double())
     turn = u @ vh
     return Moments(m.loc, m.linear @ turn, turn.T @ m.whitening)

@@ -9,10 +9,10 @@ References:
     radial Gaussianization*, Neural Computation 21 (2009).
 """
 
-import math
 import warnings
 
 import torch
+from scipy.special import gammaincinv
 from torch import Tensor
 
 from .data import moments
@@ -100,22 +100,12 @@ def radial_transform(rows: Tensor) -> RadialTransform | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # who chooses the map gives them
         m = moments(rows.double())
-    length = _log_length((rows.double() - m.loc) @ m.whitening.T)[:, 0]
+    length = _log_length(m.white(rows))[:, 0]
     if float(length.max() - length.min()) < _LEAST_SPREAD:
         return None
     x, normal = quantile_knots(length)
-    full = _lengths(torch.special.ndtr(normal), dim).log()
+    squares = 2 * gammaincinv(0.5 * dim, torch.special.ndtr(normal).numpy())  # chi-squared
+    full = 0.5 * torch.from_numpy(squares).log()
     x, y, slopes = with_slopes(x, torch.lerp(x, full, _SHARE))
     slopes[0] = 1.0
     return RadialTransform(m.loc, m.linear, x[None], y[None], slopes[None])
-
-
-def _lengths(levels: Tensor, dim: int) -> Tensor:
-    """Return the lengths that rows of D normal numbers stay below with given probabilities."""
-    half = torch.tensor(0.5 * dim, dtype=levels.dtype)
-    low, high = torch.zeros_like(levels), torch.full_like(levels, math.sqrt(dim) + 40)
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        below = torch.special.gammainc(half, 0.5 * middle.square()) < levels
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return high

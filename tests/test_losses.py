@@ -14,7 +14,7 @@ from pyro_interpolant import (
     interpolant_loss,
 )
 from pyro_interpolant.couplings import independent
-from pyro_interpolant.losses import regression_loss
+from pyro_interpolant.losses import path_points, regression_loss
 from pyro_interpolant.objective import Objective, Rows
 
 
@@ -30,7 +30,7 @@ def by_hand(velocity, interpolant, t, w0, w1, *context):
 def test_regression_loss_is_its_definition(name, times, rows):
     velocity = random_flow(3).velocity
     t, w0, w1 = torch.rand(times), torch.randn(*rows, 3), torch.randn(*rows, 3)
-    value = regression_loss(velocity, INTERPOLANTS[name], t, w0, w1)
+    value = regression_loss(velocity, path_points(INTERPOLANTS[name], t, w0, w1))
     assert value.shape == rows
     torch.testing.assert_close(value, by_hand(velocity, INTERPOLANTS[name], t, w0, w1))
 
@@ -54,7 +54,9 @@ def test_points_of_several_draws_are_those_of_each(name, context_dim, of_noise):
     context = torch.randn(3, 128, context_dim) if context_dim else [None] * 3
     draws = [objective.draw(Rows(torch.randn(128, 2), context[i])) for i in range(3)]
     for draw, points in zip(draws, objective.points(draws), strict=True):
-        alone = regression_loss(objective.network, PATHS[name], *draw, of_noise=of_noise).mean()
+        alone = regression_loss(
+            objective.network, path_points(PATHS[name], *draw, of_noise=of_noise)
+        ).mean()
         torch.testing.assert_close(objective.loss_at(points), alone)
         torch.testing.assert_close(objective.loss(draw), alone)
 
@@ -68,7 +70,7 @@ def test_regression_loss_of_a_users_own_velocity_and_context():
     t, w0, w1 = torch.rand(4, 1), torch.randn(4, 3, 2), torch.randn(4, 3, 2)
     context = torch.randn(3, 2)
     interpolant = INTERPOLANTS["linear"]
-    value = regression_loss(Own(), interpolant, t, w0, w1, context)
+    value = regression_loss(Own(), path_points(interpolant, t, w0, w1, context))
     expected = by_hand(Own(), interpolant, t, w0, w1, context.expand(4, 3, 2))
     torch.testing.assert_close(value, expected)
 
