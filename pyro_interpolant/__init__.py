@@ -16,7 +16,7 @@ from ._version import __version__
 from .couplings import independent, optimal_transport
 from .psis import effective_sample_size, pareto_smooth
 from .quadrature import clenshaw_curtis
-from .data import dequantize
+from .rounding import dequantize
 from .divergence import ExactDivergence, HutchinsonDivergence
 from .interpolants import (
     EncodingDecoding,
@@ -59,7 +59,8 @@ from .guides import AutoInterpolant
 from .models import LogJoint, log_joint
 from .io import load, save
 from .monitors import TrainingState
-from .training import FitResult, fit, from_samples
+from .training import FitResult, fit
+from .samples import from_samples
 from .diagnostics import (
     ImportanceResult,
     PathEnergy,

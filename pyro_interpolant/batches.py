@@ -84,6 +84,7 @@ class StreamBatches:
         self.size = size - size % _ROUND if size > _ROUND else size
         self.held = None if held is None else _keys(held)
         self.pool: Rows | None = None
+        self.used = 0  # of its rows
         self.present: Iterator[Any] | None = None
         self.position, self.found, self.generator = 0, 0, torch.get_rng_state()
 
@@ -93,13 +94,15 @@ class StreamBatches:
         Raises:
             ValueError: If a batch cannot work, or a pass gives no rows.
         """
-        while self.pool is None or len(self.pool.w) < self.size:
-            rows = self._from_stream()
-            self.pool = rows if self.pool is None else joined([self.pool, rows])
         pool = self.pool
-        device = pool.w.device
-        self.pool = pool.take(torch.arange(self.size, len(pool.w), device=device))
-        return pool.take(torch.arange(self.size, device=device))
+        while pool is None or len(pool.w) - self.used < self.size:
+            rows = self._from_stream()
+            pool = rows if pool is None else joined([pool.rest(self.used), rows])
+            self.used = 0
+        # In another order: a batch is cut in groups of a time each, and rows may come in an order.
+        places = self.used + torch.randperm(self.size).to(pool.w.device)
+        self.pool, self.used = pool, self.used + self.size
+        return pool.take(places)
 
     def _from_stream(self) -> Rows:
         while True:
@@ -138,12 +141,11 @@ class StreamBatches:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state as tensors and numbers."""
         tensors = {"pass": self.generator}
-        for name, part in (
-            ("w", self.pool and self.pool.w),
-            ("c", self.pool and self.pool.context),
-        ):
-            if part is not None:
-                tensors[f"pool.{name}"] = part
+        if self.pool is not None:
+            rest = self.pool.rest(self.used)
+            tensors["pool.w"] = rest.w
+            if rest.context is not None:
+                tensors["pool.c"] = rest.context
         owner = self.stream.state_owner()
         own = None if owner is None else pack(owner.state_dict(), tensors, "stream")
         began = self.present is not None

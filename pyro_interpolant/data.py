@@ -11,19 +11,21 @@ __all__ = [
     "Batches",
     "Moments",
     "checked_rows",
-    "dequantize",
+    "drawn",
     "moments",
+    "some",
+    "tamed",
     "usual",
-    "warn_if_rounded",
 ]
 
 _DEPENDENT = 1e-12  # a correlation eigenvalue below this means linearly dependent columns
 _NARROW = 1e-3  # a standard deviation along an eigenvector, of scaled columns
-_LOOKED_AT = 20_000  # rows, for repeated values
-_REPEATED = 0.1  # the share of repeated values in a column from which a user is warned
 _RARE = 0.005  # the share of values on either side that may be outliers
 _RESOLVED = 0.1  # of the smallest spread, beyond which rounding is warned of
 _CLIP = 20.0  # robust standard deviations beyond which a value does not stretch the whitening
+_IQR, _MOST = 1.349, 5.152  # standard deviations between the quartiles, and between rare values
+_VALUES = 2**20  # looked at for quantiles
+_CALM = 0.9  # the share of rows without an outlier that is enough for the axes
 
 
 class Moments(NamedTuple):
@@ -88,15 +90,103 @@ def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,))
     return x
 
 
+def some(count: int, most: int, weights: Tensor | None = None) -> Tensor:
+    """Return which of so many rows to look at, the same at each call; all where they are few.
+
+    Args:
+        count: The number of rows.
+        most: How many to look at.
+        weights: Non-negative weights, shape ``(N,)``: rows are then drawn with replacement in
+            their proportion.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if weights is not None:
+        return drawn(weights.cpu(), most, generator)
+    if count <= most:
+        return torch.arange(count)
+    return torch.randint(count, (most,), generator=generator)
+
+
+def drawn(weights: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return rows drawn with replacement in proportion to their weights, shape ``(count,)``.
+
+    Of any number of rows: :func:`torch.multinomial` ends at 16 million.
+    """
+    return _at(weights.double().cumsum(0), count, generator)
+
+
+def _at(ends: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return the same, given the running sums of the weights, float64, shape ``(N,)``."""
+    u = torch.rand(count, dtype=ends.dtype, device=ends.device, generator=generator)
+    return torch.searchsorted(ends, u * ends[-1], right=True).clamp_(max=len(ends) - 1)
+
+
+def tamed(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return rows whose wild values are cut, ``(N, D)``; x itself where there are none.
+
+    Wild is what is beyond 20 robust standard deviations and among the 0.5% farthest on its side:
+    what is far and not so rare is a mode.
+
+    Args:
+        x: Rows, shape ``(N, D)``.
+        weights: Their weights, shape ``(N,)``, or None.
+    """
+    few = x[some(len(x), max(1, _VALUES // x.shape[1]), weights).to(x.device)]
+    levels = x.new_tensor([_RARE, 0.25, 0.5, 0.75, 1 - _RARE])
+    low, first, median, third, high = torch.quantile(few, levels, dim=0)
+    # Where most values are one and the same, the few others tell the scale.
+    deviation = torch.where(third > first, (third - first) / _IQR, (high - low) / _MOST)
+    spread = torch.where(deviation > 0, _CLIP * deviation, torch.inf)
+    low, high = torch.minimum(median - spread, low), torch.maximum(median + spread, high)
+    if bool(((x >= low) & (x <= high)).all()):
+        return x
+    return torch.minimum(torch.maximum(x, low), high)
+
+
+class _Axes(NamedTuple):
+    """Centre and scale of columns, ``(D,)``; the correlation's eigenvalues and eigenvectors."""
+
+    loc: Tensor
+    scale: Tensor
+    eigenvalues: Tensor
+    vectors: Tensor
+
+
+def _axes(x: Tensor, share: Tensor) -> _Axes:
+    share = share / share.sum()
+    loc = share @ x
+    centred = x - loc
+    scale = (share @ centred.square()).sqrt()
+    z = centred / scale
+    return _Axes(loc, scale, *torch.linalg.eigh((share[:, None] * z).T @ z))
+
+
+def _robust_axes(x: Tensor, weights: Tensor | None) -> _Axes:
+    """Return the axes of rows whose wild values are cut, first by column, then along the axes.
+
+    Where columns nearly depend on each other, a row that is tame in each may be wild between them.
+    """
+    share = x.new_ones(len(x)) if weights is None else weights.double()
+    by_column = tamed(x, weights)
+    if by_column is x:
+        return _axes(x, share)
+    calm = (by_column == x).all(1)
+    enough = float(share[calm].sum()) > _CALM * float(share.sum())
+    rest = by_column[calm] if enough else by_column
+    axes = _axes(rest, share[calm] if enough else share)
+    along = tamed((x - axes.loc) / axes.scale @ axes.vectors, weights)
+    return _axes(axes.loc + axes.scale * (along @ axes.vectors.T), share)
+
+
 def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
     """Return the map that whitens the rows of x.
 
     Columns are centred and scaled first, so that their units do not matter, then multiplied by the
     symmetric inverse root of their correlation: each whitened column stays as near to its own as
     can be, and the map is unique; where columns nearly depend on each other, they are scaled along
-    the eigenvectors. Values beyond 20
-    robust standard deviations and among the 0.5% farthest on their side count as if they were
-    there: a wild row does not set the scale of all others.
+    the eigenvectors. Values beyond 20 robust standard deviations and among the 0.5% farthest on
+    their side, in a column or along an eigenvector, count as if they were there: a wild row does
+    not set the scale of all others.
 
     Args:
         x: Finite rows, shape ``(N, D)``.
@@ -123,21 +213,7 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
             f"expected columns that vary, got constant columns {columns}: drop them, they have no "
             "density"
         )
-    levels = x.new_tensor([_RARE, 0.25, 0.5, 0.75, 1 - _RARE])
-    low, first, median, third, high = torch.quantile(x[: 2**20 // dim], levels, dim=0)
-    spread = _CLIP * (third - first) / 1.349
-    spread = torch.where(spread > 0, spread, torch.inf)
-    # What is far and rare is an outlier; what is far and not so rare is a mode.
-    x = torch.maximum(x, torch.minimum(median - spread, low))
-    x = torch.minimum(x, torch.maximum(median + spread, high))
-    share = torch.full((count,), 1 / count, dtype=x.dtype, device=x.device)
-    if weights is not None:
-        share = weights.double() / weights.double().sum()
-    loc = share @ x
-    centred = x - loc
-    scale = (share @ centred.square()).sqrt()
-    z = centred / scale
-    eigenvalues, vectors = torch.linalg.eigh((share[:, None] * z).T @ z)
+    loc, scale, eigenvalues, vectors = _robust_axes(x, weights)
     if float(eigenvalues[0]) < _DEPENDENT:
         worst = vectors[:, 0].abs().topk(min(2, dim)).indices.tolist()
         raise ValueError(
@@ -177,7 +253,7 @@ def usual(w: Tensor) -> Tensor:
         w: Whitened rows, shape ``(N, D)``.
     """
     distance = w.double().norm(dim=-1)
-    few = distance[: 2**20]
+    few = distance[some(len(w), _VALUES).to(w.device)]
     good = distance <= torch.maximum(_CLIP * few.median(), few.quantile(1 - _RARE))
     places = good.nonzero().flatten()
     return places[torch.arange(len(w), device=w.device) % len(places)]
@@ -202,82 +278,16 @@ class Batches:
     def __init__(
         self, count: int, size: int, device: torch.device, weights: Tensor | None = None
     ) -> None:
-        self.count, self.size, self.device, self.weights = count, size, device, weights
+        self.count, self.size, self.device = count, size, device
+        self.ends = None if weights is None else weights.double().cumsum(0)
         self.order = torch.zeros(0, dtype=torch.long, device=device)
         self.position = 0
 
     def next(self) -> Tensor:
         """Return the next batch, shape ``(size,)``."""
-        if self.weights is not None:
-            return torch.multinomial(self.weights, self.size, replacement=True)
+        if self.ends is not None:
+            return _at(self.ends, self.size)
         if self.position + self.size > len(self.order):
             self.order, self.position = torch.randperm(self.count, device=self.device), 0
         self.position += self.size
         return self.order[self.position - self.size : self.position]
-
-
-def warn_if_rounded(x: Tensor) -> None:
-    """Warn where columns repeat their values: rounded and discrete data have no density.
-
-    Rows that repeat as a whole, as a Markov chain's do, count once.
-
-    Args:
-        x: Rows, shape ``(N, D)``.
-    """
-    few = torch.unique(x[:_LOOKED_AT], dim=0)
-    if len(few) < 100:
-        return
-    counts = [len(torch.unique(column)) for column in few.T]
-    shares = [1 - count / len(few) if count > 1 else 0.0 for count in counts]
-    found = [i for i, share in enumerate(shares) if share > _REPEATED]
-    if found:
-        warnings.warn(
-            f"columns {found} repeat up to {max(shares):.0%} of their values, as rounded or "
-            "discrete data do, which have no density: a flow learns spikes. Spread them over "
-            "their rounding step first, fit(distribution, dequantize(x))",
-            stacklevel=4,
-        )
-
-
-def dequantize(x: Tensor, step: Tensor | float | None = None, *, seed: int = 0) -> Tensor:
-    """Spread rounded or discrete values uniformly over their rounding step.
-
-    Densities learned from the result are those of the values per step: the probability of a value
-    is the mean density over its step times the step.
-
-    Args:
-        x: Rows of numbers of any type, shape ``(N, D)``.
-        step: The rounding step, one or per column, shape ``(D,)``; 0 leaves a column alone. By
-            default the smallest difference between values of the column, where it repeats any.
-        seed: Of the noise.
-
-    Returns:
-        ``x + step * (u - 1/2)`` with u uniform on [0, 1), shape ``(N, D)``, floating.
-
-    Raises:
-        ValueError: If a step is negative, or x is not of shape ``(N, D)``.
-
-    Example:
-        >>> x = dequantize(torch.tensor([[1.0], [2.0], [2.0], [4.0]]))
-        >>> bool(((x.round() - torch.tensor([[1.0], [2.0], [2.0], [4.0]])).abs() < 0.51).all())
-        True
-    """
-    x = torch.as_tensor(x)
-    x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
-    x = checked_rows(x, "x")
-    if step is None:
-        step = torch.stack([_rounding_step(column) for column in x.T])
-    step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
-    if float(step.min()) < 0:
-        raise ValueError(f"expected steps of at least 0, got {float(step.min()):.3g}")
-    generator = torch.Generator().manual_seed(seed)
-    u = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    return x + step * (u - 0.5)
-
-
-def _rounding_step(column: Tensor) -> Tensor:
-    values = torch.unique(column)
-    if len(values) < 2 or len(values) > (1 - _REPEATED) * len(column):
-        return column.new_zeros(())
-    gaps = values.diff()
-    return gaps[gaps > 1e-6 * gaps.max()].min()

@@ -6,7 +6,7 @@ process with the whole batch would take.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +72,11 @@ class Engine:
     def agreed(self, value: Value) -> Value:
         """Return the first process's value, to every process."""
         return value if self.world == 1 else self.fabric.broadcast(value)
+
+    def agree(self, values: Iterable[Tensor]) -> None:
+        """Copy the first process's values of any shapes over those of every process."""
+        for value in values:
+            value.copy_(self.agreed(value))
 
     def set_up(
         self,

@@ -2,6 +2,7 @@ r"""Where a run keeps its state, and whether what is there is of this run."""
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .snapshots import Snapshot, read
 
-__all__ = ["Keeper", "opened", "warn_inexact"]
+__all__ = ["Keeper", "check_place", "named", "opened", "warn_inexact"]
 
 
 class Keeper(NamedTuple):
@@ -28,6 +29,22 @@ class Keeper(NamedTuple):
     identity: dict[str, Any]
     initial: Tensor
     snapshot: Snapshot | None
+
+
+def check_place(path: str | os.PathLike[str] | None, every: int | None) -> None:
+    """Raise a ValueError if no state can be kept there, or so often."""
+    if every is not None and every < 1:
+        raise ValueError(f"expected checkpoint_every >= 1, got {every}")
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"expected a checkpoint in a folder that is there, got {path}")
+
+
+def named(value: Any) -> str:
+    """Return a text that tells a value from others, and is the same in another process."""
+    text = repr(value)
+    return (
+        text if " at 0x" not in text else getattr(value, "__qualname__", type(value).__qualname__)
+    )
 
 
 def opened(

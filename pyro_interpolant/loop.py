@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from .ahead import Ahead
 from .engine import Engine
 from .keeping import Keeper
-from .monitors import SKIPPED_LIMIT, Average, Clip, Looks, TrainingState, fill, numbered
+from .monitors import Average, Clip, Looks, TrainingState, fill, numbered
 from .objective import Draw, Objective
 from .snapshots import write
 
@@ -91,7 +91,7 @@ class _Run:
         self.average = Average(self.parameters, schedule.ema)
         with torch.no_grad():
             (held,) = objective.points([fixed])
-        self.looks = Looks(self.average, lambda: objective.loss_at(held), callback, engine)
+        self.looks = Looks(self.average, lambda: objective.held_loss(held), callback, engine)
         self.clip = Clip(self.parameters, engine)
         self.step, self.seen, self.done = 0, 0, 0.0
         self.stalled: float | None = None  # the share of the schedule at which it did
@@ -119,7 +119,7 @@ class _Run:
             looks.total.append(loss)
         else:
             self.engine.skip()
-            if self.clip.consecutive >= SKIPPED_LIMIT:
+            if self.clip.stuck():
                 return False
         seconds = self.seconds()
         self.done = self.schedule.progress(self.step, seconds)
@@ -138,11 +138,17 @@ class _Run:
             looks.return_to_best()
         return self.ended == "schedule"
 
+    def look_back(self) -> None:
+        """Look at what came of the steps since the last look, where a run ends early."""
+        if self.step not in self.looks.steps[-1:]:
+            self.looks.look(self.step, self.rate(), self.seconds())
+
     def _stalls(self) -> bool:
         return self.done > _PATIENT and self.looks.since_best >= self.schedule.patience
 
     def save(self, keeper: Keeper) -> None:
         """Write the state, from the first of the processes."""
+        seconds = self.seconds()  # which all processes agree on
         if self.engine.rank:
             return
         rows, place = self.ahead.state()
@@ -165,7 +171,7 @@ class _Run:
         numbers = {
             "identity": keeper.identity,
             "run": {n: getattr(self, n) for n in _PLACE},
-            "seconds": self.seconds(),
+            "seconds": seconds,
             "batches": place,
             "clip": self.clip.numbers(),
             "looks": self.looks.numbers(),
@@ -217,7 +223,7 @@ def train(
         keeper: Where to keep the state, and what to resume from.
 
     Raises:
-        RuntimeError: If gradients stay non-finite; the best weights so far are in the network.
+        NonFiniteError: If gradients stay non-finite; the best weights so far are in the network.
     """
     run = _Run(objective, batches, fixed, schedule, callback, engine)
     if keeper is not None and keeper.snapshot is not None:
@@ -228,10 +234,11 @@ def train(
     ) as bar:
         try:
             _go(run, bar, keeper)
+            if run.clip.stuck():
+                run.look_back()
         except KeyboardInterrupt:
             run.ended = "interrupt"
-            if run.step not in run.looks.steps[-1:]:
-                run.looks.look(run.step, run.rate(), run.seconds())
+            run.look_back()
         finally:
             run.looks.keep_best()
         run.clip.check(run.step)

@@ -35,6 +35,7 @@ Knots = tuple[Tensor, Tensor, Tensor]
 
 _KNOTS = 128
 _ROWS = 100  # for a knot, on average
+FEWEST = 4 * _ROWS  # rows that set a map
 _FARTHEST = 20  # rows beyond the outermost knots, on either side
 _VALUES = 2**22  # mapped at once
 _CLOSE = 1e-7  # of the range: knots nearer to each other are one
@@ -229,7 +230,7 @@ def marginal_transform(rows: Tensor) -> MarginalTransform | None:
     Args:
         rows: Rows, shape ``(N, D)``, on the CPU.
     """
-    if len(rows) // _ROWS < 4 or bool((rows == rows[0]).all(0).any()):
+    if len(rows) < FEWEST or bool((rows == rows[0]).all(0).any()):
         return None
     found = [quantile_knots(column) for column in rows.double().T]
     count = max(len(x) for x, _ in found)

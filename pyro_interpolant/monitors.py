@@ -13,10 +13,28 @@ from torch import Tensor
 
 from .engine import Engine
 
-__all__ = ["SKIPPED_LIMIT", "Average", "Clip", "Looks", "TrainingState", "fill", "numbered"]
+__all__ = [
+    "Average",
+    "Clip",
+    "Looks",
+    "NonFiniteError",
+    "TrainingState",
+    "fill",
+    "numbered",
+]
 
-SKIPPED_LIMIT = 20  # consecutive steps without a finite gradient
+_SKIPPED = 20  # consecutive steps without a finite gradient
 _CLIP = 2.0  # times the running norm of the gradient
+
+
+class NonFiniteError(RuntimeError):
+    """Steps without a finite gradient ended a run.
+
+    Attributes:
+        distribution: With the last good weights, where the caller has none of his own.
+    """
+
+    distribution: Any = None
 
 
 class TrainingState(NamedTuple):
@@ -90,10 +108,14 @@ class Clip:
         names = ("skipped", "consecutive", "taken", "running")
         return {name: getattr(self, name) for name in names}
 
+    def stuck(self) -> bool:
+        """Tell whether too many steps in a row had no finite gradient."""
+        return self.consecutive >= _SKIPPED
+
     def check(self, step: int) -> None:
         """Raise if the run ended in, or consisted of, steps without a finite gradient."""
-        if self.consecutive >= SKIPPED_LIMIT or not self.taken:
-            raise RuntimeError(
+        if self.stuck() or (self.skipped and not self.taken):
+            raise NonFiniteError(
                 f"the gradient was not finite for {self.consecutive} steps in a row, the last at "
                 f"step {step}: the last good weights were kept. Lower learning_rate, or look for "
                 "wild rows."
@@ -135,6 +157,8 @@ class Looks:
         wanted: Any = False
         if self.callback is not None and self.engine.rank == 0:
             wanted = self.callback(TrainingState(step, self.losses[-1], held, rate, seconds))
+        if getattr(wanted, "ndim", None) == 0:  # numpy's and torch's
+            wanted = wanted.item()
         self.stopped = bool(self.engine.agreed(float(wanted is True)))
 
     def keep_best(self) -> None:

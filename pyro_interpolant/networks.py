@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .data import tamed
 from .scopes import is_watched
 
 __all__ = ["VelocityMLP"]
@@ -123,6 +124,7 @@ class VelocityMLP(nn.Module):
         # Draws of the base and of the path between must be well inside too.
         self.reach.copy_(_MARGIN * torch.stack((-w.amin(0), w.amax(0))).clamp(min=_BASE))
         if context is not None:
+            context = tamed(context.double())
             scale = context.std(0, correction=0)
             self.context_loc.copy_(context.mean(0))
             self.context_scale.copy_(torch.where(scale > 0, scale, 1.0))

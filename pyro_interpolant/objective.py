@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from .bases import Samples
 from .couplings import independent
+from .data import drawn
 from .flow import Flow
 from .interpolants import Interpolant
 from .losses import Points, path_points, regression_loss
+from .scopes import evaluated
 
 __all__ = ["Coupling", "Draw", "Objective", "Rows"]
 
@@ -40,6 +42,10 @@ class Rows(NamedTuple):
         taken = (None if part is None else part.index_select(0, index) for part in self)
         return Rows(*taken)  # type: ignore[arg-type]
 
+    def rest(self, used: int) -> "Rows":
+        """Return all rows but the first."""
+        return Rows(*(None if part is None else part[used:] for part in self))  # type: ignore[arg-type]
+
     def to(self, device: torch.device) -> "Rows":
         """Return the rows on a device."""
         return Rows(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
@@ -52,11 +58,22 @@ class Rows(NamedTuple):
         return self.take(order[:count]), self.take(order[count:])
 
     def repeated(self, count: int) -> "Rows":
-        """Return ``count`` rows: the first, whole copies of all, or drawn by weight."""
+        """Return ``count`` rows or a little less: whole copies of all, or drawn by weight.
+
+        Where there are more, they are evenly spaced: rows may come in an order.
+        """
+        total, device = len(self.w), self.w.device
         if self.weight is not None:
-            return self.take(torch.multinomial(self.weight, count, replacement=True))
-        copies = max(1, count // len(self.w))
-        return self.take(torch.arange(len(self.w), device=self.w.device).repeat(copies)[:count])
+            return self.take(drawn(self.weight, count))
+        if total > count:
+            return self.take(torch.arange(count, device=device) * total // count)
+        return self.take(torch.arange(total, device=device).repeat(count // total))
+
+    def effective(self) -> float:
+        """Return the number of rows that weigh as much."""
+        if self.weight is None:
+            return len(self.w)
+        return float(self.weight.sum() ** 2 / self.weight.square().sum())
 
 
 class Draw(NamedTuple):
@@ -169,6 +186,11 @@ class Objective:
     def loss_at(self, points: tuple[Points, ...], metric: Tensor | None = None) -> Tensor:
         """Return the mean regression loss at points, in a metric L, ``(D, D)``, if given."""
         return regression_loss(self.network, points, metric).mean()
+
+    def held_loss(self, points: tuple[Points, ...]) -> Tensor:
+        """Return the same loss of the network as it is used: dropout and its like are off."""
+        with evaluated(self.network):
+            return self.loss_at(points)
 
     def loss(self, draw: Draw, metric: Tensor | None = None) -> Tensor:
         """Return the same of a draw."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .data import moments, usual
-from .marginals import Chart, Gaussianized, marginal_transform
+from .data import drawn, moments, usual
+from .marginals import FEWEST, Chart, Gaussianized, marginal_transform
 from .radial import radial_transform
 from .supports import Constraint
 
@@ -45,7 +45,12 @@ def preferred_support(
         support: The support they come from.
         weights: Non-negative weights, shape ``(N,)``, or None.
         always: Whether to take a map of single columns without comparing.
+
+    Raises:
+        ValueError: If a map is to be taken always, and there are too few rows to set one.
     """
+    if always and len(rows) < FEWEST:
+        raise ValueError(f"expected at least {FEWEST} rows for marginals=True, got {len(rows)}")
     few = rows[_drawn(len(rows), weights).to(rows.device)].cpu().double()  # where maps are kept
     make = marginal_transform if always else _best(few[: max(_FEW, _FEW_EACH * rows.shape[1])])
     chart = None if make is None else make(few)
@@ -57,9 +62,7 @@ def _drawn(count: int, weights: Tensor | None) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     if weights is None:
         return torch.randperm(count, generator=generator)[:_SAMPLE]
-    size = min(count, _SAMPLE)
-    share = weights.double().cpu()
-    return torch.multinomial(share, size, replacement=True, generator=generator)
+    return drawn(weights.cpu(), min(count, _SAMPLE), generator)
 
 
 def _best(rows: Tensor) -> Callable[[Tensor], Chart | None] | None:

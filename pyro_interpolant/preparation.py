@@ -1,4 +1,4 @@
-r"""What is done before training: checks with clear errors, and the whitening map."""
+r"""What is done before training: checks with clear errors, and the choice of a map."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .bases import Samples
-from .data import Moments, checked_rows, moments, warn_if_rounded
+from .data import checked_rows, moments
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
-from .divergence import evaluate
 from .flow import Flow
 from .joint import JointInterpolantDistribution
 from .latents import Mirror
@@ -18,8 +17,8 @@ from .networks import VelocityMLP
 from .objective import Rows
 from .preference import preferred_support
 from .radial import RadialTransform
+from .rounding import warn_if_rounded
 from .supports import Constraint, bijection, is_circular, to_unconstrained
-from .torus import Geodesic
 
 __all__ = [
     "check_partners",
@@ -33,8 +32,8 @@ __all__ = [
     "given_rows",
     "noise_network",
     "own_flow",
-    "precondition",
     "set_base",
+    "weighted",
 ]
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
@@ -139,17 +138,25 @@ def collected(
         pairs = checked_rows(pairs, "pairs", (flow.dim,))
         if len(pairs) != count:
             raise ValueError(f"expected one partner per row of data, {count}, got {len(pairs)}")
-    weights = checked_weights(weights, count)
+    table = weighted(Rows(rows, contexts, pairs, checked_weights(weights, count)))
     if isinstance(validation, float):
-        return Rows(rows, contexts, pairs, weights), max(1, round(validation * count))
+        return table, max(1, round(validation * len(table.w)))
     if pairs is not None:
         raise ValueError("expected a share for validation beside pairs, got rows")
     own, own_contexts, *_ = given_rows(distribution, flow, validation)
+    rows, contexts, _, weights = table
     if contexts is not None and own_contexts is not None:
         contexts = torch.cat((contexts, own_contexts))
     if weights is not None:
         weights = torch.cat((weights, weights.new_full((len(own),), float(weights.mean()))))
     return Rows(torch.cat((rows, own.to(rows))), contexts, None, weights), len(own)
+
+
+def weighted(rows: Rows) -> Rows:
+    """Return the rows that have any weight."""
+    if rows.weight is None or bool((rows.weight > 0).all()):
+        return rows
+    return rows.take((rows.weight > 0).nonzero().flatten())
 
 
 def given_rows(distribution: AnyDistribution, flow: Flow, validation: Any) -> Rows:
@@ -159,12 +166,15 @@ def given_rows(distribution: AnyDistribution, flow: Flow, validation: Any) -> Ro
     return Rows(own, checked_context(distribution, flow, context, len(own)))
 
 
-def checked_weights(weights: Any, count: int) -> Tensor | None:
-    """Return the weights of rows, shape ``(N,)``, or None."""
+def checked_weights(weights: Any, count: int, *, part: bool = False) -> Tensor | None:
+    """Return the weights of rows, shape ``(N,)``, or None; of a part of all rows, 0 is enough."""
     if weights is None:
         return None
-    weights = checked_rows(torch.as_tensor(weights), "weights", ())
-    if len(weights) != count or float(weights.min()) < 0 or not float(weights.sum()) > 0:
+    weights = torch.as_tensor(weights)
+    weights = weights if weights.is_floating_point() else weights.double()  # counts, a mask
+    weights = checked_rows(weights, "weights", ())
+    enough = part or float(weights.sum()) > 0
+    if len(weights) != count or float(weights.min()) < 0 or not enough:
         raise ValueError(
             f"expected {count} non-negative weights, not all zero, got {len(weights)} with a "
             f"minimum of {float(weights.min()):.3g}"
@@ -227,63 +237,6 @@ def check_settings(
     ):
         if not good:
             raise ValueError(f"expected {name}, got {value}")
-
-
-def precondition(
-    flow: Flow,
-    distribution: AnyDistribution,
-    raw: Rows,
-) -> None:
-    """Set the whitening map, and the network's radius and context scale, from training rows."""
-    rows, contexts, partners = raw.w, raw.context, raw.partner
-    m = moments(rows, raw.weight)
-    if isinstance(flow.interpolant, Geodesic):
-        _check_angles(flow, distribution, rows, contexts)
-    elif distribution.base is None:
-        flow.precondition(*(m if partners is None else _aligned(m, rows, partners)))
-    else:  # one scalar: a full whitening would change what the shortest path is
-        base = distribution.base.sample((len(rows),)).double()
-        both = torch.cat((base - base.mean(0), rows.double() - rows.double().mean(0)))
-        scale = both.square().mean().sqrt()
-        eye = torch.eye(flow.dim, dtype=torch.float64, device=rows.device)
-        flow.precondition((base.mean(0) + rows.double().mean(0)) / 2, scale * eye, eye / scale)
-    if isinstance(flow.velocity, VelocityMLP):
-        w = flow.to_white(rows.to(flow.loc))
-        flow.velocity.precondition(w, contexts)
-
-
-def _check_angles(
-    flow: Flow, distribution: AnyDistribution, rows: Tensor, contexts: Tensor | None
-) -> None:
-    """Leave the whitening map the identity, and check what else angles need."""
-    if not is_circular(distribution.constraint):
-        raise ValueError(
-            f"expected support=circular for the interpolant {type(flow.interpolant).__name__}, "
-            f"got support={distribution.constraint}"
-        )
-    x = rows[:64].to(flow.loc)
-    few = None if contexts is None else contexts[:64].to(flow.loc)
-    t = torch.linspace(0.1, 0.9, len(x)).to(x)
-    turns = 2 * torch.pi * torch.arange(1, flow.dim + 1).to(x)
-    with torch.no_grad():
-        here, there = (evaluate(flow.velocity, t, s, few) for s in (x, x + turns))
-    far = float((here - there).abs().max())
-    if far > 1e-3 * (1 + float(here.abs().max())):
-        raise ValueError(
-            "expected a velocity of period 2 pi in every angle, such as TorusMLP, got "
-            f"{type(flow.velocity).__name__}, which differs by {far:.3g} whole turns away: feed "
-            "it with cosines and sines"
-        )
-    eye = torch.eye(flow.dim)
-    flow.precondition(torch.zeros(flow.dim), eye, eye)
-
-
-def _aligned(m: Moments, rows: Tensor, partners: Tensor) -> Moments:
-    """Return whitening turned toward the partners: paths of a pair must not be made to cross."""
-    w = m.white(rows)
-    u, _, vh = torch.linalg.svd(w.T @ partners.double())
-    turn = u @ vh
-    return Moments(m.loc, m.linear @ turn, turn.T @ m.whitening)
 
 
 def choose_support(

@@ -13,7 +13,7 @@ from .flow import Flow
 from .jumps import Jump, coarse_solver, fresh_weights, jumped
 from .moves import Density, Kernel, Particles, annealed
 from .objective import Rows
-from .preparation import precondition
+from .preconditioning import precondition
 from .psis import effective_sample_size, log_mean_weight, pareto_smooth
 from .refits import Refit
 from .search import Mixture, search

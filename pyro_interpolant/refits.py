@@ -10,7 +10,7 @@ from torch import Tensor
 from .couplings import independent
 from .engine import Engine
 from .flow import Flow
-from .monitors import SKIPPED_LIMIT, Average, Clip
+from .monitors import Average, Clip
 from .objective import Objective, Rows
 
 __all__ = ["Refit"]
@@ -73,7 +73,7 @@ class Refit:
                 self.engine.step()
                 self.average.update(self.step)
                 losses.append(loss)
-            elif self.clip.consecutive >= SKIPPED_LIMIT:
+            elif self.clip.stuck():
                 self.clip.check(self.step)
         return float(torch.stack(losses).mean()) if losses else math.nan
 

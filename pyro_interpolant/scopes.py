@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["is_transformed", "is_watched", "seeded", "trainable"]
+__all__ = ["evaluated", "is_transformed", "is_watched", "seeded", "trainable"]
 
 
 def is_transformed() -> bool:
@@ -35,6 +35,18 @@ def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[Non
     with torch.random.fork_rng(devices=[] if device is None or device.type == "cpu" else [device]):
         torch.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def evaluated(network: nn.Module) -> Iterator[None]:
+    """Let a network be evaluated, dropout off, then restore the mode of each of its parts."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextlib.contextmanager

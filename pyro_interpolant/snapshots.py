@@ -1,8 +1,8 @@
 r"""Files a long run resumes from: tensors and numbers, complete or not there at all."""
 
+import contextlib
 import json
 import os
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping
@@ -31,9 +31,9 @@ class Snapshot(NamedTuple):
     numbers: dict[str, Any]
 
 
-def checksum(tensors: Iterable[Tensor | None]) -> int:
-    """Return a checksum of the bytes of tensors of any shapes."""
-    value = 0
+def checksum(tensors: Iterable[Tensor | None], text: str = "") -> int:
+    """Return a checksum of a text and the bytes of tensors of any shapes."""
+    value = zlib.crc32(text.encode())
     for tensor in tensors:
         if tensor is not None:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -51,10 +51,9 @@ def write(
     """
     path = Path(path)
     kept = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-    numbers = {**numbers, "names": list(kept)}
-    text = json.dumps({"checksum": checksum(kept.values()), "numbers": numbers})
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    text = json.dumps({**numbers, "names": list(kept)}, default=_plain)
+    text = json.dumps({"checksum": checksum(kept.values(), text), "numbers": text})
+    scratch = path.with_name(f".{path.name}.partial")  # one name: killed runs leave no heap
     try:
         save_file(kept, scratch, metadata={_KEY: text})
         with open(scratch, "rb") as written:
@@ -63,14 +62,15 @@ def write(
             os.replace(path, _previous(path))
         os.replace(scratch, path)
     except BaseException:
-        os.unlink(scratch)
+        scratch.unlink(missing_ok=True)
         raise
 
 
 def read(path: str | os.PathLike[str]) -> Snapshot | None:
     """Return the last complete snapshot, or None where there is none.
 
-    A damaged file is passed over with a warning, and the one before it is used.
+    A damaged file is passed over with a warning, and the one before it is used; the former then
+    goes by ``.damaged`` at its name, so that it never takes the place of the latter.
 
     Raises:
         ValueError: If files are there and all are damaged.
@@ -79,10 +79,15 @@ def read(path: str | os.PathLike[str]) -> Snapshot | None:
     for candidate in (path, _previous(path)):
         if candidate.exists():
             try:
-                return _read(candidate)
+                found = _read(candidate)
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 damage.append(f"{candidate} ({error})")
                 warnings.warn(f"the snapshot {candidate} is damaged: passed over", stacklevel=3)
+                continue
+            if damage:
+                with contextlib.suppress(FileNotFoundError):  # another process was first
+                    os.replace(path, path.with_name(f"{path.name}.damaged"))
+            return found
     if damage:
         raise ValueError(
             f"expected a snapshot to resume from, got damaged files: {'; '.join(damage)}. Delete "
@@ -94,11 +99,19 @@ def read(path: str | os.PathLike[str]) -> Snapshot | None:
 def _read(path: Path) -> Snapshot:
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()[_KEY])
+        numbers = json.loads(header["numbers"])
         # In the order of writing: the checksum runs over it.
-        tensors = {name: file.get_tensor(name) for name in header["numbers"]["names"]}
-    if checksum(tensors.values()) != header["checksum"]:
+        tensors = {name: file.get_tensor(name) for name in numbers["names"]}
+    if checksum(tensors.values(), header["numbers"]) != header["checksum"]:
         raise ValueError("its checksum is wrong")
-    return Snapshot(tensors, header["numbers"])
+    return Snapshot(tensors, numbers)
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy's or torch's as one of Python's."""
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise TypeError(f"expected numbers and text, got a {type(value).__name__}")
 
 
 def _previous(path: Path) -> Path:
@@ -114,6 +127,8 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
+    if getattr(value, "ndim", None) == 0:
+        return _plain(value)
     if isinstance(value, Mapping):
         parts = [[k, pack(v, tensors, f"{name}.{i}")] for i, (k, v) in enumerate(value.items())]
         return {"dict": parts}

@@ -15,6 +15,8 @@ __all__ = ["Source", "Split", "loaded"]
 
 Prepare = Callable[[Rows], Rows]
 
+_LEAST = 64  # rows per step, of loaders that give fewer at once
+
 
 class Split(NamedTuple):
     """What a run trains on, in the flow's coordinates.
@@ -83,7 +85,7 @@ def _from_table(
     def split(_: bool) -> Split:  # noqa: FBT001
         held, kept = raw.split(count, shuffle=isinstance(validation, float))
         return Split(
-            held, kept, len(kept.w), size, lambda prepare: TableBatches(prepare(kept), size)
+            held, kept, kept.effective(), size, lambda prepare: TableBatches(prepare(kept), size)
         )
 
     return Source(checksum(raw), True, split)  # noqa: FBT003
@@ -113,7 +115,8 @@ def _from_stream(
     def split(whole: bool) -> Split:  # noqa: FBT001
         found = survey(stream, share, whole=whole)
         held = agreed_rows(own if found.held is None else found.held, engine)  # type: ignore[arg-type]
-        size = int(engine.agreed(found.size)) if batch_size is None else batch_size
+        first = max(_LEAST, int(engine.agreed(found.size)))
+        size = first if batch_size is None else batch_size
         out = None if share is None else held.w
         return Split(
             held.to(flow.loc.device), found.sample, found.total * engine.world, size,

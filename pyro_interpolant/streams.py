@@ -7,11 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .data import warn_if_rounded
 from .engine import Engine
 from .flow import Flow
 from .objective import Rows
-from .preparation import AnyDistribution, checked_context, checked_data, checked_weights
+from .preparation import (
+    AnyDistribution,
+    checked_context,
+    checked_data,
+    checked_weights,
+    weighted,
+)
+from .rounding import warn_if_rounded
 
 __all__ = ["Stream", "Survey", "agreed_rows", "first_rows", "is_stream", "joined", "survey"]
 
@@ -73,11 +79,16 @@ class Stream:
         contexts = parts[1] if self.parts == 2 else None
         context = checked_context(self.distribution, self.flow, contexts, len(w))
         weights = parts[self.parts] if len(parts) > self.parts else None
-        return Rows(w, context, None, checked_weights(weights, len(w)))
+        rows = Rows(w, context, None, checked_weights(weights, len(w), part=True))
+        return weighted(rows).to(self.flow.loc.device)
 
     def state_owner(self) -> Any:
-        """Return the loader, or the sampler of it, that can tell and take its state, or None."""
-        samplers = (getattr(self.iterable, n, None) for n in ("sampler", "batch_sampler"))
+        """Return the loader, or the sampler of it, that can tell and take its state, or None.
+
+        A sampler whose loader has workers is ahead of the batches that have come.
+        """
+        names = () if getattr(self.iterable, "num_workers", 0) else ("sampler", "batch_sampler")
+        samplers = (getattr(self.iterable, name, None) for name in names)
         for owner in (self.iterable, *samplers):
             if hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
                 return owner
@@ -112,7 +123,8 @@ class Survey(NamedTuple):
     Attributes:
         sample: Rows from all over it, at most 8 million values.
         held: Rows to hold out, from its first batches; None where the user gave some.
-        total: The number of rows that are not held out; infinite where the pass ended early.
+        total: The number of rows that are not held out, of rows that weigh as much; infinite
+            where the pass ended early.
         size: The number of rows of the first batch.
         weight: The mean weight of a row.
     """
@@ -137,7 +149,7 @@ def survey(stream: Stream, share: float | None, *, whole: bool) -> Survey:
     """
     kept: list[Rows] = []
     first: list[Rows] = []
-    total, values, weight, stride, size = 0, 0, 0.0, 1, 0
+    total, values, weight, squares, stride, size = 0, 0, 0.0, 0.0, 1, 0
     for number, batch in enumerate(stream.iterable):
         rows = stream.rows(batch, number)
         size = size or len(rows.w)
@@ -145,6 +157,7 @@ def survey(stream: Stream, share: float | None, *, whole: bool) -> Survey:
             first.append(rows)
         total += len(rows.w)
         weight += len(rows.w) if rows.weight is None else float(rows.weight.sum())
+        squares += len(rows.w) if rows.weight is None else float(rows.weight.square().sum())
         if number % stride == 0:
             kept.append(rows)
             values += rows.w.numel()
@@ -157,13 +170,14 @@ def survey(stream: Stream, share: float | None, *, whole: bool) -> Survey:
         raise ValueError(f"expected batches of rows, got an iterable with {total} rows in all")
     sample = joined(kept)
     warn_if_rounded(sample.w)
+    effective = weight**2 / squares if whole else math.inf
     if share is None:
-        return Survey(sample, None, total if whole else math.inf, size, weight / total)
+        return Survey(sample, None, effective, size, weight / total)
     count = min(_HELD, max(1, round(share * total)))
     held = joined(first).take(torch.arange(count, device=sample.w.device))
     if stride == 1:
         sample = sample.take(torch.arange(count, len(sample.w), device=sample.w.device))
-    return Survey(sample, held, total - count if whole else math.inf, size, weight / total)
+    return Survey(sample, held, effective * (1 - count / total), size, weight / total)
 
 
 def joined(parts: list[Rows]) -> Rows:

@@ -1,42 +1,32 @@
 r"""Training: a quadratic regression. No ODE is solved and none is differentiated."""
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.distributions import constraints
 
 from .bases import Samples
 from .calibration import calibrate
 from .couplings import independent
-from .data import checked_rows, usual
+from .data import usual
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .engine import Engine
-from .joint import JointInterpolantDistribution, pack, sites_of
-from .keeping import opened, warn_inexact
+from .flow import Flow
+from .keeping import check_place, named, opened, warn_inexact
 from .loop import Schedule, train
 from .monitors import TrainingState
-from .objective import Coupling, Objective
-from .preparation import (
-    check_partners,
-    check_settings,
-    choose_support,
-    noise_network,
-    own_flow,
-    precondition,
-    set_base,
-)
+from .objective import Coupling, Objective, Rows
+from .preconditioning import inform, precondition
+from .preparation import check_partners, check_settings, noise_network, own_flow, set_base
 from .scopes import seeded, trainable
-from .shapes import shaped
+from .snapshots import checksum
 from .solvers import FixedGrid
 from .sources import loaded
-from .streams import first_rows, is_stream
-from .supports import Constraint, bijection, is_circular
-from .torus import Geodesic, TorusMLP
-from .transforms import InterpolantTransform, interpolant_transform
 
-__all__ = ["FitResult", "fit", "from_samples"]
+__all__ = ["FitResult", "fit"]
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
 _CALIBRATION_ROWS = 256
@@ -124,7 +114,8 @@ def fit(
             allows.
         max_seconds: Stop after this time; the schedule adapts to whichever ends first.
         batch_size: Rows per step and process; by default 1,024, or all training rows if fewer;
-            of an iterable as many as its first batch has.
+            of an iterable as many as its first batch has, but 64 at least. Above 64, rows come
+            in whole multiples of it.
         learning_rate: The peak of the schedule.
         weight_decay: AdamW's, which shrinks all weights by this share of the learning rate at each
             step; by default (70 D / N)^2 for N training rows, at most 0.5; none where no first
@@ -169,13 +160,15 @@ def fit(
     flow.interpolant.check_ends(flow.dim)
     limits, rates = (steps, max_seconds), (learning_rate, weight_decay)
     check_settings(*limits, *rates, validation, patience, ema, tolerance)
+    check_place(checkpoint, checkpoint_every)
     given = {"context": context, "pairs": pairs, "weights": weights}
     engine.place(distribution)
     source = loaded(distribution, flow, data, given, validation, batch_size, engine)
     with seeded(engine.seed(seed), flow.loc.device):
-        settings = [*limits, *rates, batch_size, patience, ema, learn, seed]
-        shapes = [list(p.shape) for p in flow.velocity.parameters()]
-        identity = {"data": source.checksum, "shapes": shapes, "settings": settings}
+        share = validation if isinstance(validation, float) else None
+        settings = [*limits, *rates, batch_size, patience, ema, learn, seed, share, whiten]
+        parts = _parts(flow, distribution.base, base_samples, coupling)
+        identity = {"data": source.checksum, "flow": parts, "settings": settings}
         keeper = opened(checkpoint, checkpoint_every, identity)
         if keeper is not None and not source.exact:
             warn_inexact()
@@ -187,8 +180,9 @@ def fit(
             flow.independent = coupling is independent and pairs is None
             if whiten:
                 precondition(flow, distribution, kept)
-                for buffer in flow.buffers():
-                    buffer.copy_(engine.agreed(buffer))
+            elif math.isfinite(total):
+                inform(flow, kept)
+            engine.agree(flow.buffers())
         shown, unseen = _split_base(distribution.base, validation)
         objective = Objective(flow, shown, coupling, size, noise)
         held = held.take(usual(objective.prepared(held).w))
@@ -205,10 +199,32 @@ def fit(
     distribution.clear_cache()
     solver: Any = flow.solver
     if learn == "velocity" and not isinstance(distribution.base, Samples):
-        few = held.take(torch.arange(min(_CALIBRATION_ROWS, len(held.w)), device=held.w.device))
-        bare, rows = _bare(distribution), few.w.to(flow.loc)
-        solver = calibrate(bare, rows, context=few.context, tolerance=tolerance)
+        solver = _calibrated(distribution, held, tolerance)
     return FitResult(*outcome, solver)
+
+
+def _parts(flow: Flow, base: Any, base_samples: Any, coupling: Coupling) -> list[Any]:
+    """Return what tells a run of this flow from one of another."""
+    start = None if base_samples is None else checksum([torch.as_tensor(base_samples)])
+    base = None if isinstance(base, Samples) else base  # set by this very call
+    parts = (flow.interpolant, flow.velocity, base, coupling)
+    shapes = [list(p.shape) for p in flow.velocity.parameters()]
+    return [*map(named, parts), start, shapes]
+
+
+def _calibrated(distribution: AnyDistribution, held: Rows, tolerance: float) -> Any:
+    """Return the solver calibrated to held-out rows; an interrupt leaves the one that is there."""
+    few = held._replace(weight=None).repeated(min(_CALIBRATION_ROWS, len(held.w)))
+    rows = few.w.to(distribution.transform.loc)
+    try:
+        return calibrate(_bare(distribution), rows, context=few.context, tolerance=tolerance)
+    except KeyboardInterrupt:
+        warnings.warn(
+            "the calibration was interrupted: the weights are trained, and the solver is the one "
+            "before. Call calibrate(distribution, rows)",
+            stacklevel=3,
+        )
+        return distribution.transform.solver
 
 
 def _split_base(base: Any, validation: Any) -> tuple[Any, Any]:
@@ -219,86 +235,6 @@ def _split_base(base: Any, validation: Any) -> tuple[Any, Any]:
     share = validation if isinstance(validation, float) else 0.1
     count = max(1, round(share * len(rows)))
     return Samples(rows[count:] if len(rows) > count else rows), Samples(rows[:count])
-
-
-def from_samples(
-    x: Any,
-    *,
-    support: Constraint | Mapping[str, Constraint] = constraints.real_vector,
-    event_shape: Sequence[int] | None = None,
-    marginals: bool | None = None,
-    seed: int | None = None,
-    **fit_options: Any,
-) -> InterpolantDistribution:
-    """Learn a distribution from samples: build a flow, train it, calibrate it, freeze it.
-
-    Args:
-        x: Rows of shape ``(N, *event_shape)``; or named draws, a dictionary of tensors of shape
-            ``(N, *site_shape)`` such as ``mcmc.get_samples()``: the result is then a
-            :class:`~pyro_interpolant.JointInterpolantDistribution`; or an iterable of batches.
-        support: Where the samples live; for named draws, a dictionary that names the supports of
-            the sites that are not real.
-        event_shape: The shape of a row, where it has more than one dimension.
-        marginals: Whether each unconstrained column is first made normal by a monotone spline, so
-            that the flow learns only how they depend on each other: the remedy for slabs, spikes
-            and long tails in single columns. By default where eight Gaussians fit held-out rows
-            better behind the splines, by 0.05 nats and more than chance, in up to 64 dimensions
-            of at least 90 rows each. By default only, and where the same rule finds that to gain
-            more, the lengths of whitened rows are brought half-way to normal ones instead: the
-            remedy for one scale that is common to all columns. Neither for an iterable, for
-            angles, or beside ``base_samples`` or ``pairs``. Paths and SDEs then live behind the
-            map.
-        seed: As in :func:`fit`; also of the initial weights.
-        **fit_options: Passed to :func:`fit`.
-
-    Returns:
-        A trained distribution in the type of the samples, with frozen weights: no inference trains
-        it by accident. ``distribution.transform.requires_grad_(True)`` unfreezes it.
-
-    Raises:
-        TypeError: If the samples are not of a floating type.
-        ValueError: If the samples or the support cannot work.
-
-    Example:
-        >>> x = torch.randn(2000, 2).exp()
-        >>> prior = from_samples(x, support=constraints.positive, steps=50, progress=False)
-        >>> bool((prior.sample((5,)) > 0).all())
-        True
-    """
-    few = x
-    if is_stream(x):
-        with seeded(seed):
-            few = first_rows(x)
-    if isinstance(x, Mapping):
-        if event_shape is not None:
-            raise TypeError("expected no event_shape beside named draws, which have their own")
-        sites = sites_of(x, {} if support is constraints.real_vector else support)
-        rows = pack(sites, x)
-        dim = rows.shape[-1]
-    elif isinstance(support, Mapping):
-        raise TypeError("expected one support for one tensor of samples, got a dictionary")
-    elif is_circular(support):
-        rows = checked_rows(few, "x")
-        dim = rows.shape[-1]
-    else:
-        support = shaped(support, event_shape)
-        event_dim = max(1, bijection(support).codomain.event_dim)
-        rows = checked_rows(few, "x", event_shape or (None,) * event_dim)
-        dim = bijection(support).inverse_shape(rows.shape[1:])[-1]
-    with seeded(seed, rows.device):
-        if not isinstance(support, Mapping) and is_circular(support):
-            transform = InterpolantTransform(TorusMLP(dim), interpolant=Geodesic()).to(rows)
-        else:
-            transform = interpolant_transform(dim).to(rows)
-    event: Constraint = constraints.real_vector if isinstance(support, Mapping) else support
-    event = choose_support(rows if few is x else None, event, fit_options, marginals)
-    distribution: InterpolantDistribution
-    if isinstance(x, Mapping):
-        distribution = JointInterpolantDistribution(transform, sites=sites, support=event)
-    else:
-        distribution = InterpolantDistribution(transform, support=event)
-    fit(distribution, rows if few is x else x, seed=seed, **fit_options)
-    return distribution.freeze()
 
 
 def _bare(distribution: AnyDistribution) -> AnyDistribution:

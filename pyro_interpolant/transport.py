@@ -13,7 +13,8 @@ from .data import Batches
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .learned import LearnedInterpolant
 from .objective import Coupling, Draw, Objective
-from .preparation import checked_batch, collected, own_flow, precondition, set_base
+from .preconditioning import precondition
+from .preparation import checked_batch, collected, own_flow, set_base
 from .scopes import seeded, trainable
 from .training import FitResult, fit
 

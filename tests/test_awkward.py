@@ -3,6 +3,7 @@
 import logging
 import math
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -118,6 +119,12 @@ def test_what_a_callback_returns_beside_true_does_not_stop_it(caplog):
     assert result.stopped_by == "schedule"
     assert not result.stopped_early
     assert "stopped early" not in caplog.text
+
+
+@pytest.mark.parametrize("true", [np.True_, torch.tensor(True)], ids=["numpy", "torch"])  # noqa: FBT003
+def test_true_of_any_kind_stops_it(true):
+    result = fit(made(), modes(500), steps=100, callback=lambda s: true, **QUICK)
+    assert result.stopped_by == "callback"
 
 
 def test_patience_and_interrupts_are_named(capsys):

@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_interpolant.data import (
-    Batches,
-    checked_rows,
-    dequantize,
-    moments,
-    usual,
-    warn_if_rounded,
-)
+import pyro_interpolant.data as data_module
+from pyro_interpolant.data import Batches, checked_rows, drawn, moments, usual
+from pyro_interpolant.rounding import dequantize, warn_if_rounded
 
 
 def with_values(value, rows):
@@ -123,6 +118,54 @@ def test_one_wild_row_does_not_set_the_scale(wild):
     assert ((after.loc - before.loc) @ before.whitening.T).norm() < 0.5
 
 
+def test_one_row_wild_between_columns_does_not_part_them():
+    x = torch.randn(20_000, 3)
+    x[:, 2] = x[:, 0] + x[:, 1] + 1e-4 * x[:, 2]
+    before = moments(x)
+    for wild in ([1e6, 0.0, 1e6], [30.0, 0.0, 0.0], [0.0, 1e4, -1e9]):
+        y = x.clone()
+        y[9] = torch.tensor(wild)
+        ratio = torch.linalg.svdvals(before.whitening @ moments(y).linear)
+        assert 0.8 < ratio.min() <= ratio.max() < 1.25
+
+
+def test_a_column_of_one_value_and_some_others_has_a_scale():
+    x = torch.randn(5000, 2)
+    x[:4000, 1] = 0.0
+    before = moments(x)
+    x[7, 1] = 1e7
+    ratio = torch.linalg.svdvals(before.whitening @ moments(x).linear)
+    assert 0.5 < ratio.min() <= ratio.max() < 2
+
+
+def test_rows_that_come_in_an_order_are_looked_at_everywhere(monkeypatch):
+    monkeypatch.setattr(data_module, "_VALUES", 4000)  # 2,000 of the rows
+    x = torch.randn(20_000, 2)
+    x[18_000:] += 1000.0  # a class, not outliers
+    m = moments(x)
+    torch.testing.assert_close(m.loc, x.mean(0), rtol=1e-4, atol=0)
+    assert len(usual(m.white(x)).unique()) >= 19_800
+
+
+def test_rows_that_weigh_most_are_no_outliers():
+    x = torch.randn(1000, 2)
+    x[:4] += 1e5
+    weights = torch.full((1000,), 1e-3)
+    weights[:4] = 1000.0
+    m = moments(x, weights)
+    torch.testing.assert_close(m.loc, weights @ x / weights.sum(), rtol=1e-3, atol=0)
+    assert m.linear.isfinite().all()
+
+
+def test_rows_are_drawn_by_weight():
+    weights = torch.tensor([0.0, 1.0, 0.0, 3.0, 1e-30, 0.0])
+    share = drawn(weights, 40_000).bincount(minlength=6) / 40_000
+    torch.testing.assert_close(share, weights.float() / 4, rtol=0, atol=0.02, check_dtype=False)
+    many = torch.zeros(2**24 + 5, dtype=torch.float32)
+    many[[3, -1]] = 1e-3
+    assert drawn(many, 50).unique().tolist() == [3, 2**24 + 4]
+
+
 def test_constant_columns_are_named():
     x = torch.randn(30, 4)
     x[:, 1], x[:, 3] = 2.5, 0.0
@@ -213,6 +256,33 @@ def test_rounded_columns_are_noticed_and_spread():
     assert float(noise.std()) == pytest.approx(0.25 / 12**0.5, rel=0.05)
     assert torch.equal(dequantize(x), y)
     assert not torch.equal(dequantize(x, seed=1), y)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_counts_in_few_columns_are_noticed_and_spread(dim):
+    x = torch.randint(0, 6, (3000, dim)).double()
+    with pytest.warns(UserWarning, match=r"columns \[0(, 1)?\] repeat"):
+        warn_if_rounded(x)
+    warn_if_rounded(dequantize(x))
+    warn_if_rounded(torch.randn(500, dim).repeat_interleave(4, dim=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_wild_value_does_not_hide_the_step(dtype):
+    x = (100 * torch.randn(5000, 1, dtype=dtype)).round() / 100
+    x = x.repeat(2, 1)
+    x[5] = 1e6
+    noise = dequantize(x) - x
+    assert noise[torch.arange(10_000) != 5].abs().max() == pytest.approx(0.005, rel=0.01)
+
+
+def test_events_of_any_shape_are_spread():
+    x = torch.randint(0, 9, (500, 2, 3))
+    y = dequantize(x)
+    assert y.shape == x.shape
+    assert torch.equal(y.round(), x.to(y))
+    step = torch.tensor([[0.0, 1, 1], [1, 1, 1]])
+    assert torch.equal(dequantize(x, step)[:, 0, 0], x[:, 0, 0].to(y))
 
 
 def test_whole_rows_that_repeat_are_a_chains():

@@ -153,7 +153,9 @@ if devices > 1:
     loader = DataLoader(x, batch_size=100, shuffle=True)
     options = {"batch_size": None, "progress": False, "steps": 30}
     run("loader", fabric.setup_dataloaders(loader), **options)
-    run("seconds", x, steps=None, max_seconds=0.5, progress=False)
+    os.makedirs(folder + "-timed", exist_ok=True)
+    keep = {"checkpoint": folder + "-timed/run", "checkpoint_every": 5}
+    run("seconds", x, steps=None, max_seconds=0.5, progress=False, **keep)
     run("stopped", x, callback=lambda s: rank == 0 and s.step >= 7, progress=False)
 
     path = folder + "/kept"

@@ -6,25 +6,29 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
+    Linear,
     conditional_interpolant_transform,
     fit,
     interpolant_transform,
     optimal_transport,
     snapshots,
+    training,
 )
+from pyro_interpolant.objective import Rows
 
 QUICK = {"batch_size": 64, "progress": False, "seed": 0, "steps": 40}
 
 
-def made(dim=2):
+def made(dim=2, **options):
     torch.manual_seed(7)
-    return InterpolantDistribution(interpolant_transform(dim, (12, 12)))
+    return InterpolantDistribution(interpolant_transform(dim, (12, 12), **options))
 
 
 def rows(count=300, dim=2):
@@ -129,14 +133,24 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"learning_rate": 1e-4}, {"steps": 41}, {"batch_size": 32}, {"data": rows() + 1}],
+    [
+        {"learning_rate": 1e-4},
+        {"steps": 41},
+        {"batch_size": 32},
+        {"data": rows() + 1},
+        {"validation": 0.2},
+        {"whiten": False},
+        {"coupling": optimal_transport},
+        {"flow": lambda: made(interpolant=Linear())},
+    ],
     ids=lambda c: next(iter(c)),
 )
 def test_another_run_is_not_resumed(change, tmp_path):
     fit(made(), rows(), checkpoint=tmp_path / "run", **QUICK)
-    data = change.pop("data", rows())
+    change = dict(change)
+    data, flow = change.pop("data", rows()), change.pop("flow", made)
     with pytest.raises(ValueError, match="expected .* to be of this run, got the state of one"):
-        fit(made(), data, checkpoint=tmp_path / "run", **{**QUICK, **change})
+        fit(flow(), data, checkpoint=tmp_path / "run", **{**QUICK, **change})
 
 
 def damaged(path, how):
@@ -145,11 +159,16 @@ def damaged(path, how):
         path.write_bytes(whole[: len(whole) // 2])
     elif how == "flipped":
         path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    elif how == "number":
+        assert whole.count(b'"step') > 0
+        place = whole.index(b"step", whole.index(b"position"))
+        place = next(i for i in range(place, len(whole)) if whole[i] in b"123456789")
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     else:
         path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped", "empty"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "number", "empty"])
 def test_a_damaged_file_is_passed_over_for_the_one_before(how, tmp_path):
     path = tmp_path / "run"
     whole = made()
@@ -157,9 +176,20 @@ def test_a_damaged_file_is_passed_over_for_the_one_before(how, tmp_path):
     with pytest.raises(Stop):
         fit(made(), rows(), checkpoint=path, callback=stopping(20), **QUICK)
     damaged(path, how)
+    before, told = snapshots.read(path.with_name("run.previous")).numbers["run"]["step"], []
+
+    def once(state):
+        told.append(state.step)
+        raise Stop
+
+    with pytest.warns(UserWarning, match="is damaged: passed over"), pytest.raises(Stop):
+        fit(made(), rows(), checkpoint=path, callback=once, **QUICK)
+    assert told == [before + 1]  # it went on from there
+    assert not path.exists()
     again = made()
-    with pytest.warns(UserWarning, match="is damaged: passed over"):
-        fit(again, rows(), checkpoint=path, **QUICK)
+    result = fit(again, rows(), checkpoint=path, callback=lambda s: told.append(s.step), **QUICK)
+    assert told[1] == before + 1  # nothing took the place of the good one
+    assert result.steps[-1] == 40
     assert all(map(torch.equal, weights_of(whole), weights_of(again)))
 
 
@@ -190,6 +220,21 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypa
     assert snapshots.read(tmp_path / "nowhere") is None
 
 
+def test_where_no_state_can_be_kept(tmp_path):
+    with pytest.raises(ValueError, match="in a folder that is there, got .*nowhere"):
+        fit(made(), rows(), checkpoint=tmp_path / "nowhere" / "run", **QUICK)
+    with pytest.raises(ValueError, match="expected checkpoint_every >= 1, got 0"):
+        fit(made(), rows(), checkpoint=tmp_path / "run", checkpoint_every=0, **QUICK)
+
+
+def test_numbers_of_numpy_are_kept(tmp_path):
+    options = {**QUICK, "steps": np.int64(20), "checkpoint": tmp_path / "run"}
+    told = []
+    fit(made(), rows(), **options)
+    fit(made(), rows(), callback=told.append, **options)
+    assert not told
+
+
 KILLED = """
 import sys, torch
 import pyro_interpolant as pi
@@ -199,7 +244,12 @@ x = torch.randn(500, 2)
 x[:, 1] += x[:, 0] ** 2
 flow = pi.InterpolantDistribution(pi.interpolant_transform(2, (16, 16)))
 keep = {"checkpoint": sys.argv[1], "checkpoint_every": 5} if len(sys.argv) > 2 else {}
-pi.fit(flow, x, steps=600, batch_size=64, seed=3, progress=False, **keep)
+first = []
+pi.fit(
+    flow, x, steps=600, batch_size=64, seed=3, progress=False,
+    callback=lambda state: first.append(state.step), **keep,
+)
+print(first[0])
 pi.save(flow, sys.argv[1] + ".done")
 """
 
@@ -221,7 +271,8 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
             kills += 1
         process.wait()
     assert kills >= 2
-    subprocess.run([*command, str(path), "keep"], check=True)
+    done = subprocess.run([*command, str(path), "keep"], check=True, capture_output=True)
+    assert int(done.stdout) > 6  # the first look; it resumed
     whole, kept = (p.with_name(p.name + ".done").read_bytes() for p in (tmp_path / "whole", path))
     assert whole == kept
 
@@ -247,6 +298,36 @@ def test_an_interrupt_keeps_the_best_weights_so_far():
     assert distribution.log_prob(rows()).mean() > before
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_an_interrupt_while_rows_are_read_keeps_the_weights(count):
+    class Loader:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            for i, part in enumerate(rows().split(60)):
+                if self.passes == 2 and i == count:
+                    raise KeyboardInterrupt
+                yield part
+
+    result = fit(made(), Loader(), validation=rows()[:50], **QUICK)
+    assert result.stopped_by == "interrupt"
+    assert result.steps[-1] == (0 if count == 0 else 2)
+
+
+def test_an_interrupt_while_the_solver_is_calibrated_keeps_the_weights(monkeypatch):
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    expected, flow = made(), made()
+    fit(expected, rows(), **QUICK)
+    monkeypatch.setattr(training, "calibrate", interrupted)
+    with pytest.warns(UserWarning, match="calibration was interrupted"):
+        result = fit(flow, rows(), **QUICK)
+    assert result.solver is flow.transform.solver
+    assert all(map(torch.equal, weights_of(expected), weights_of(flow)))
+
+
 def test_weighted_rows_are_learned_in_proportion():
     x = torch.cat((torch.randn(1000, 1) * 0.3 - 2, torch.randn(1000, 1) * 0.3 + 2))
     weights = torch.cat((torch.ones(1000), 4 * torch.ones(1000)))
@@ -264,6 +345,25 @@ def test_weighted_rows_are_learned_in_proportion():
 def test_wrong_weights_are_refused(weights):
     with pytest.raises(ValueError, match="non-negative weights|finite weights"):
         fit(made(), rows(), weights=weights, **QUICK)
+
+
+def test_rows_of_no_weight_are_absent_and_counts_are_weights():
+    x = torch.cat((rows(), torch.full((700, 2), 1e9)))
+    weights = torch.cat((torch.ones(300), torch.zeros(700)))
+    first, second, masked = made(), made(), made()
+    fit(first, rows(), weights=torch.ones(300), **QUICK)
+    fit(second, x, weights=weights, **QUICK)
+    fit(masked, x, weights=weights.bool(), **QUICK)
+    for other in (second, masked):
+        assert all(map(torch.equal, weights_of(first), weights_of(other)))
+
+
+def test_validation_rows_in_an_order_all_count():
+    places = Rows(torch.arange(20_000.0)[:, None], None).repeated(8192).w[:, 0]
+    assert places.shape == (8192,)
+    assert places[0] == 0
+    assert 0 < places.diff().min() <= places.diff().max() < 4
+    assert places[-1] > 19_990
 
 
 def test_validation_rows_of_ones_own():

@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -179,7 +180,59 @@ def test_rows_held_out_are_never_trained_on():
     assert len(seen) == 12 * 64
     assert not held & set(seen)
     assert set(seen) | held == {tuple(row) for row in x.tolist()}
-    assert len(set(seen[:400])) == 400  # each once before any comes again
+    times = Counter(seen)
+    assert set(times.values()) == {1, 2}  # each once before any comes again
+    assert len(set(seen[:384])) == 384
+
+
+def test_batches_in_an_order_meet_all_times():
+    """A pass that is whole batches gives each row the same place: times go by the place."""
+    x = torch.arange(256.0).double()[:, None].expand(256, 2)
+    flow = made()
+    stream = Stream(flow, flow.transform, list(x.split(128)))
+    batches = StreamBatches(stream, lambda r: r, 128, None, 1.0)
+    places = [batches.next().w[:, 0].argmin() for _ in range(40)][::2]
+    assert len(set(map(int, places))) > 10
+
+
+def test_loaders_of_single_rows_give_batches():
+    loader = DataLoader(TensorDataset(rows(300)), shuffle=True)
+    steps = []
+    flow = made()
+    velocity = flow.transform.velocity
+    velocity.register_forward_hook(lambda _, given, __: steps.append(given[1].shape[:-1].numel()))
+    fit(flow, loader, **{**QUICK, "steps": 2})
+    assert min(steps) == 64
+
+
+def test_a_sampler_ahead_of_its_workers_is_no_place_to_resume_from():
+    class Sampler(list):
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    sampler, distribution = Sampler(range(600)), made()
+    for workers, owner in ((0, sampler), (1, None)):
+        loader = DataLoader(rows(), batch_size=60, sampler=sampler, num_workers=workers)
+        found = Stream(distribution, distribution.transform, loader).state_owner()
+        assert found is owner
+
+
+def test_rows_without_weight_are_absent():
+    x = rows(200)
+    bad = torch.full((100, 2), 1e6)
+    parts = [
+        (x[:100], torch.ones(100)),
+        (bad, torch.zeros(100)),
+        (x[100:], torch.ones(100).bool()),
+    ]
+    flow = made()
+    fit(flow, parts, validation=x[:10], **QUICK)
+    torch.testing.assert_close(flow.transform.loc, x.mean(0))
+    with pytest.raises(ValueError, match="got an iterable with 0 rows"):
+        fit(made(), parts[1:2], **QUICK)
 
 
 def test_a_conditional_flow_learns_from_batches_with_contexts():

@@ -26,6 +26,7 @@ from pyro_interpolant import (
     interpolant_transform,
     loop,
     optimal_transport,
+    samples,
 )
 
 
@@ -275,6 +276,50 @@ def test_a_loss_that_turns_to_nan_keeps_the_last_good_weights():
     # Better than the untrained velocity, whose loss is zero.
     assert interpolant_loss(distribution, x, **draws).mean() < -0.1
     assert all(p.requires_grad for p in distribution.transform.parameters())
+
+
+class PoisonedTraining(Poisoned):
+    def forward(self, t, x, context=None):
+        v = VelocityMLP.forward(self, t, x, context)
+        if torch.is_grad_enabled():
+            self.calls += 1
+            return v * math.nan if self.calls > self.good else v
+        return v
+
+
+def test_good_steps_before_any_look_are_kept_too(monkeypatch):
+    distribution = InterpolantDistribution(InterpolantTransform(PoisonedTraining(30)))
+    before = weights_of(distribution)
+    with pytest.raises(RuntimeError, match="not finite"):
+        quick(distribution, torch.randn(100, 2).exp(), steps=5000)
+    assert not torch.equal(
+        before["velocity.output.weight"], weights_of(distribution)["velocity.output.weight"]
+    )
+    monkeypatch.setattr(
+        samples, "interpolant_transform", lambda dim: InterpolantTransform(PoisonedTraining(30))
+    )
+    with pytest.raises(RuntimeError, match="not finite") as caught:
+        from_samples(torch.randn(100, 2).exp(), steps=5000, seed=0, progress=False)
+    found = caught.value.distribution
+    assert float(found.transform.velocity.output.weight.detach().abs().max()) > 0
+
+
+def test_looks_see_the_network_as_it_is_used():
+    class Dropping(VelocityMLP):
+        def __init__(self):
+            super().__init__(2, (16,))
+            self.drop, self.modes = torch.nn.Dropout(0.5), []
+
+        def forward(self, t, x, context=None):
+            if not torch.is_grad_enabled():
+                self.modes.append(self.drop.training)
+            return self.drop(super().forward(t, x, context))
+
+    distribution = InterpolantDistribution(InterpolantTransform(Dropping()))
+    distribution.transform.velocity.eval()
+    quick(distribution, torch.randn(300, 2), steps=20)
+    assert not any(distribution.transform.velocity.modes)
+    assert not distribution.transform.velocity.drop.training
 
 
 def test_a_run_without_one_good_step_is_an_error_too():
