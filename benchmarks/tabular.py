@@ -322,8 +322,8 @@ def table(done, args):
                 continue
             values = [v["log_prob"] for v in found]
             spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-            mean = statistics.mean(values)
-            row.append(f"{mean:.3f} +- {found[0]['stderr']:.3f}{spread}")
+            mean, seconds = statistics.mean(values), max(v["seconds"] for v in found)
+            row.append(f"{mean:.3f} +- {found[0]['stderr']:.3f}{spread}, {seconds:.0f} s")
         row.append(f"{max(errors):.4f}" if errors else "-")
         out.append(f"| {' | '.join(row)} |")
     return "\n".join(out)
