@@ -94,7 +94,7 @@ class StreamBatches:
         Raises:
             ValueError: If a batch cannot work, or a pass gives no rows.
         """
-        pool = self.pool
+        pool, self.pool = self.pool, None
         while pool is None or len(pool.w) - self.used < self.size:
             rows = self._from_stream()
             pool = rows if pool is None else joined([pool.rest(self.used), rows])

@@ -25,7 +25,7 @@ _RESOLVED = 0.1  # of the smallest spread, beyond which rounding is warned of
 _CLIP = 20.0  # robust standard deviations beyond which a value does not stretch the whitening
 _IQR, _MOST = 1.349, 5.152  # standard deviations between the quartiles, and between rare values
 _VALUES = 2**20  # looked at for quantiles
-_CALM = 0.9  # the share of rows without an outlier that is enough for the axes
+_CUTS = 3  # along the axes, at the most
 
 
 class Moments(NamedTuple):
@@ -101,7 +101,7 @@ def some(count: int, most: int, weights: Tensor | None = None) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     if weights is not None:
-        return drawn(weights.cpu(), most, generator)
+        return drawn(weights.cpu(), min(most, 100 * count), generator)
     if count <= most:
         return torch.arange(count)
     return torch.randint(count, (most,), generator=generator)
@@ -131,7 +131,7 @@ def tamed(x: Tensor, weights: Tensor | None = None) -> Tensor:
         x: Rows, shape ``(N, D)``.
         weights: Their weights, shape ``(N,)``, or None.
     """
-    few = x[some(len(x), max(1, _VALUES // x.shape[1]), weights).to(x.device)]
+    few = x[_few(x, weights)]
     levels = x.new_tensor([_RARE, 0.25, 0.5, 0.75, 1 - _RARE])
     low, first, median, third, high = torch.quantile(few, levels, dim=0)
     # Where most values are one and the same, the few others tell the scale.
@@ -143,6 +143,11 @@ def tamed(x: Tensor, weights: Tensor | None = None) -> Tensor:
     return torch.minimum(torch.maximum(x, low), high)
 
 
+def _few(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Return which rows tell the quantiles."""
+    return some(len(x), max(1, _VALUES // x.shape[1]), weights).to(x.device)
+
+
 class _Axes(NamedTuple):
     """Centre and scale of columns, ``(D,)``; the correlation's eigenvalues and eigenvectors."""
 
@@ -151,12 +156,21 @@ class _Axes(NamedTuple):
     eigenvalues: Tensor
     vectors: Tensor
 
+    def along(self, x: Tensor) -> Tensor:
+        """Return rows along the axes, shape ``(N, D)``."""
+        return (x - self.loc) / self.scale @ self.vectors
+
+    def across(self, z: Tensor) -> Tensor:
+        """Return rows along the axes in columns again, shape ``(N, D)``."""
+        return self.loc + self.scale * (z @ self.vectors.T)
+
 
 def _axes(x: Tensor, share: Tensor) -> _Axes:
     share = share / share.sum()
     loc = share @ x
     centred = x - loc
     scale = (share @ centred.square()).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)  # some of the rows may not vary
     z = centred / scale
     return _Axes(loc, scale, *torch.linalg.eigh((share[:, None] * z).T @ z))
 
@@ -165,17 +179,21 @@ def _robust_axes(x: Tensor, weights: Tensor | None) -> _Axes:
     """Return the axes of rows whose wild values are cut, first by column, then along the axes.
 
     Where columns nearly depend on each other, a row that is tame in each may be wild between them.
+    It also turns the axes: once it is cut along them, they are better, and it is cut again.
     """
     share = x.new_ones(len(x)) if weights is None else weights.double()
-    by_column = tamed(x, weights)
-    if by_column is x:
-        return _axes(x, share)
-    calm = (by_column == x).all(1)
-    enough = float(share[calm].sum()) > _CALM * float(share.sum())
-    rest = by_column[calm] if enough else by_column
-    axes = _axes(rest, share[calm] if enough else share)
-    along = tamed((x - axes.loc) / axes.scale @ axes.vectors, weights)
-    return _axes(axes.loc + axes.scale * (along @ axes.vectors.T), share)
+    x = tamed(x, weights)
+    few = x[_few(x, weights)]  # by weight, where there are any
+    for _ in range(_CUTS):
+        axes = _axes(few, few.new_ones(len(few)))
+        along = axes.along(few)
+        cut = tamed(along)
+        if cut is along:
+            break
+        few = axes.across(cut)
+    along = axes.along(x)
+    cut = tamed(along, weights)
+    return _axes(x if cut is along else axes.across(cut), share)
 
 
 def moments(x: Tensor, weights: Tensor | None = None) -> Moments:

@@ -73,7 +73,8 @@ class Rows(NamedTuple):
         """Return the number of rows that weigh as much."""
         if self.weight is None:
             return len(self.w)
-        return float(self.weight.sum() ** 2 / self.weight.square().sum())
+        share = self.weight.double() / self.weight.max().double()
+        return float(share.sum() ** 2 / share.square().sum())
 
 
 class Draw(NamedTuple):
@@ -141,8 +142,10 @@ class Objective:
         return raw._replace(w=self._white(raw.w), partner=partner)
 
     def fixed_draw(self, held: Rows) -> Draw:
-        """Return a draw of held-out rows to keep throughout."""
-        return self.draw(held.repeated(_HELD_DRAWS))
+        """Return a draw of held-out rows to keep throughout, in any order: times go by places."""
+        rows = held.repeated(_HELD_DRAWS)
+        order = torch.randperm(len(rows.w), generator=torch.Generator().manual_seed(0))
+        return self.draw(rows.take(order.to(rows.w.device)))
 
     def draw(self, rows: Rows) -> Draw:
         """Return stratified times, base draws, rows, contexts and noise: this process's share."""

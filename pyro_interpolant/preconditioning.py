@@ -26,9 +26,9 @@ def precondition(flow: Flow, distribution: AnyDistribution, raw: Rows) -> None:
     else:  # one scalar: a full whitening would change what the shortest path is
         base = tamed(distribution.base.sample((len(rows),)).double())
         target = tamed(rows.double(), raw.weight)
-        share = target.new_ones(len(rows)) if raw.weight is None else raw.weight.double()
-        share = share / share.sum()
-        (start, spread), (end, other) = _about(base), _about(target, share)
+        share = target.new_ones(len(rows))
+        start, spread = _about(base, share)
+        end, other = _about(target, share if raw.weight is None else raw.weight.double())
         scale = ((spread + other) / 2).sqrt()
         eye = torch.eye(flow.dim, dtype=torch.float64, device=rows.device)
         flow.precondition((start + end) / 2, scale * eye, eye / scale)
@@ -36,19 +36,18 @@ def precondition(flow: Flow, distribution: AnyDistribution, raw: Rows) -> None:
 
 
 def inform(flow: Flow, raw: Rows, *, again: bool = False) -> None:
-    """Tell the network the reach of rows and the scale of contexts, once or again."""
-    if isinstance(flow.velocity, VelocityMLP) and (again or not _is_informed(flow.velocity)):
+    """Tell the network the reach of rows and the scale of contexts: an untrained one, or again."""
+    if isinstance(flow.velocity, VelocityMLP) and (again or _is_untrained(flow.velocity)):
         flow.velocity.precondition(flow.to_white(raw.w.to(flow.loc)), raw.context)
 
 
-def _is_informed(velocity: VelocityMLP) -> bool:
-    gated = bool(velocity.reach.isfinite().all())
-    return gated or bool((velocity.context_scale != 1).any())
+def _is_untrained(velocity: VelocityMLP) -> bool:
+    return not bool(velocity.output.weight.any())
 
 
-def _about(x: Tensor, share: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _about(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean, shape ``(D,)``, and the mean variance of a column, of weighted rows."""
-    share = x.new_full((len(x),), 1 / len(x)) if share is None else share
+    share = weights / weights.sum()
     loc = share @ x
     return loc, (share @ (x - loc).square()).mean()
 

@@ -32,8 +32,8 @@ __all__ = [
     "given_rows",
     "noise_network",
     "own_flow",
+    "present",
     "set_base",
-    "weighted",
 ]
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
@@ -130,6 +130,7 @@ def collected(
     validation: Any,
 ) -> tuple[Rows, int]:
     """Return all rows in the flow's coordinates, and how many are held out: the last, if given."""
+    data, context, pairs, weights = present(weights, data, context, pairs)
     rows = checked_data(distribution, flow, data)
     warn_if_rounded(rows)
     count = len(rows)
@@ -138,25 +139,51 @@ def collected(
         pairs = checked_rows(pairs, "pairs", (flow.dim,))
         if len(pairs) != count:
             raise ValueError(f"expected one partner per row of data, {count}, got {len(pairs)}")
-    table = weighted(Rows(rows, contexts, pairs, checked_weights(weights, count)))
+    weights = checked_weights(weights, count)
     if isinstance(validation, float):
-        return table, max(1, round(validation * len(table.w)))
+        return Rows(rows, contexts, pairs, weights).to(flow.loc.device), max(
+            1, round(validation * count)
+        )
     if pairs is not None:
         raise ValueError("expected a share for validation beside pairs, got rows")
     own, own_contexts, *_ = given_rows(distribution, flow, validation)
-    rows, contexts, _, weights = table
     if contexts is not None and own_contexts is not None:
         contexts = torch.cat((contexts, own_contexts))
     if weights is not None:
         weights = torch.cat((weights, weights.new_full((len(own),), float(weights.mean()))))
-    return Rows(torch.cat((rows, own.to(rows))), contexts, None, weights), len(own)
+    rows = torch.cat((rows, own.to(rows)))
+    return Rows(rows, contexts, None, weights).to(flow.loc.device), len(own)
 
 
-def weighted(rows: Rows) -> Rows:
-    """Return the rows that have any weight."""
-    if rows.weight is None or bool((rows.weight > 0).all()):
-        return rows
-    return rows.take((rows.weight > 0).nonzero().flatten())
+def present(weights: Any, *parts: Any, part: bool = False) -> tuple[Any, ...]:
+    """Return parts, each of N rows or None, and weights, without the rows that have no weight.
+
+    Such rows may hold anything: a mask's are never looked at.
+
+    Args:
+        weights: Weights, shape ``(N,)``, or None.
+        *parts: Tensors or arrays of N rows, or dictionaries of them.
+        part: Whether they are a part of all rows, which may have no weight at all.
+    """
+    if weights is None:
+        return *parts, None
+    weights = checked_weights(weights, None, part=part)
+    keep = weights > 0
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: kept(inner) for name, inner in value.items()}
+        value = torch.as_tensor(value)
+        if value.dim() == 0 or len(value) != len(keep):
+            raise ValueError(
+                f"expected as many non-negative weights as rows, got {len(keep)} beside a tensor "
+                f"of shape {tuple(value.shape)}"
+            )
+        return value[keep.to(value.device)]
+
+    if not bool(keep.all()):
+        parts = tuple(None if value is None else kept(value) for value in parts)
+    return *parts, weights[keep]
 
 
 def given_rows(distribution: AnyDistribution, flow: Flow, validation: Any) -> Rows:
@@ -166,13 +193,23 @@ def given_rows(distribution: AnyDistribution, flow: Flow, validation: Any) -> Ro
     return Rows(own, checked_context(distribution, flow, context, len(own)))
 
 
-def checked_weights(weights: Any, count: int, *, part: bool = False) -> Tensor | None:
-    """Return the weights of rows, shape ``(N,)``, or None; of a part of all rows, 0 is enough."""
+def checked_weights(weights: Any, count: int | None, *, part: bool = False) -> Any:
+    """Return weights of rows, shape ``(N,)``, or None.
+
+    Args:
+        weights: Numbers of any type, or None.
+        count: N, or None for any.
+        part: Whether they are those of a part of all rows, which may all be zero.
+
+    Raises:
+        ValueError: If they are of another number, negative, not finite or all zero.
+    """
     if weights is None:
         return None
     weights = torch.as_tensor(weights)
     weights = weights if weights.is_floating_point() else weights.double()  # counts, a mask
     weights = checked_rows(weights, "weights", ())
+    count = len(weights) if count is None else count
     enough = part or float(weights.sum()) > 0
     if len(weights) != count or float(weights.min()) < 0 or not enough:
         raise ValueError(

@@ -16,12 +16,11 @@ from scipy.special import gammaincinv
 from torch import Tensor
 
 from .data import moments
-from .marginals import Chart, MarginalTransform, quantile_knots, with_slopes
+from .marginals import FEWEST, Chart, MarginalTransform, quantile_knots, with_slopes
 
 __all__ = ["RadialTransform", "radial_transform"]
 
 _SHARE = 0.5  # of the way to the lengths of normal rows
-_LEAST = 400  # rows
 _LEAST_SPREAD = 1e-3  # of the logarithms of lengths: else all rows lie on one ellipsoid
 
 
@@ -95,7 +94,7 @@ def radial_transform(rows: Tensor) -> RadialTransform | None:
         ValueError: If their moments are not those of a density.
     """
     dim = rows.shape[1]
-    if len(rows) < _LEAST or dim < 2:
+    if len(rows) < FEWEST or dim < 2:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # who chooses the map gives them

@@ -12,29 +12,30 @@ __all__ = ["dequantize", "warn_if_rounded"]
 _LOOKED_AT = 20_000  # rows, for repeated values
 _FEWEST = 100  # rows that tell
 _REPEATED = 0.1  # the share of repeated values in a column from which a user is warned
-_DIGITS = 16  # units in the last place within which values are the same
+_REDRAWN = 0.5  # the same of a column alone: rows drawn again repeat up to 0.37
+_ULPS = 1.5  # units in the last place within which values are the same
 
 
 def warn_if_rounded(x: Tensor) -> None:
     """Warn where columns repeat their values: rounded and discrete data have no density.
 
     Rows that repeat as a whole, as a Markov chain's do, count once: in one dimension, or where
-    hardly any others are left, those that follow each other.
+    hardly any others are left, those that follow each other, and a share of 1/2 is then noticed.
 
     Args:
         x: Rows, shape ``(N, D)``.
     """
-    new = torch.cat((x.new_ones(1, dtype=torch.bool), (x[1:] != x[:-1]).any(1)))
-    places = new.nonzero().flatten()
-    few = x[places[some(len(places), _LOOKED_AT).to(x.device)]]
-    distinct = torch.unique(few, dim=0)
+    places = some(len(x), _LOOKED_AT).to(x.device)
+    few = x[places]
+    few = few[(places == 0) | (few != x[places - 1]).any(1)]
+    distinct, limit = torch.unique(few, dim=0), _REDRAWN
     if x.shape[1] > 1 and len(distinct) >= _FEWEST:
-        few = distinct
+        few, limit = distinct, _REPEATED
     if len(few) < _FEWEST:
         return
     counts = [len(torch.unique(column)) for column in few.T]
     shares = [1 - count / len(few) if count > 1 else 0.0 for count in counts]
-    found = [i for i, share in enumerate(shares) if share > _REPEATED]
+    found = [i for i, share in enumerate(shares) if share > limit]
     if found:
         warnings.warn(
             f"columns {found} repeat up to {max(shares):.0%} of their values, as rounded or "
@@ -67,12 +68,14 @@ def dequantize(x: Tensor, step: Tensor | float | None = None, *, seed: int = 0) 
         >>> bool(((x.round() - torch.tensor([[1.0], [2.0], [2.0], [4.0]])).abs() < 0.51).all())
         True
     """
-    x = torch.as_tensor(x)
-    x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+    given = torch.as_tensor(x)
+    x = given if given.is_floating_point() else given.to(torch.get_default_dtype())
     x = checked_rows(x, "x", (None,) * max(1, x.dim() - 1))
     if step is None:
-        columns = x.flatten(1).T
-        step = torch.stack([_rounding_step(column) for column in columns]).reshape(x.shape[1:])
+        eps = torch.finfo(x.dtype).eps if given.is_floating_point() else 0.0
+        columns = given.detach().double().flatten(1).T
+        steps = [_rounding_step(column, _ULPS * eps) for column in columns]
+        step = torch.stack(steps).reshape(x.shape[1:])
     step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
     if float(step.min()) < 0:
         raise ValueError(f"expected steps of at least 0, got {float(step.min()):.3g}")
@@ -81,7 +84,7 @@ def dequantize(x: Tensor, step: Tensor | float | None = None, *, seed: int = 0) 
     return x + step * (u - 0.5)
 
 
-def _rounding_step(column: Tensor) -> Tensor:
+def _rounding_step(column: Tensor, precision: float) -> Tensor:
     """Return the smallest gap between values, shape ``()``, 0 where they hardly repeat."""
     values = torch.unique(column)
     if len(values) < 2 or len(values) > (1 - _REPEATED) * len(column):
@@ -89,5 +92,5 @@ def _rounding_step(column: Tensor) -> Tensor:
     gaps, size = values.diff(), values.abs()
     # Values that arithmetic has parted by its own rounding are one.
     size = torch.maximum(size[1:], size[:-1]).clamp(min=float(size.median()))
-    real = gaps > _DIGITS * torch.finfo(column.dtype).eps * size
+    real = gaps > precision * size
     return gaps[real].min() if bool(real.any()) else column.new_zeros(())

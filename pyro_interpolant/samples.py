@@ -9,7 +9,7 @@ from .data import checked_rows
 from .distributions import InterpolantDistribution
 from .joint import JointInterpolantDistribution, pack, sites_of
 from .monitors import NonFiniteError
-from .preparation import choose_support
+from .preparation import choose_support, present
 from .scopes import seeded
 from .shapes import shaped
 from .streams import first_rows, is_stream
@@ -47,7 +47,7 @@ def from_samples(
             more, the lengths of whitened rows are brought half-way to normal ones instead: the
             remedy for one scale that is common to all columns. Neither for an iterable, for
             angles, or beside ``base_samples`` or ``pairs``. Paths and SDEs then live behind the
-            map.
+            map. True asks for 400 rows at least.
         seed: As in :func:`fit`; also of the initial weights.
         **fit_options: Passed to :func:`fit`.
 
@@ -70,6 +70,10 @@ def from_samples(
     if is_stream(x):
         with seeded(seed):
             few = first_rows(x)
+    weights = fit_options.get("weights")
+    if weights is not None and few is x:
+        few, pairs, weights = present(weights, x, fit_options.get("pairs"))
+        x, fit_options = few, {**fit_options, "weights": weights, "pairs": pairs}
     if isinstance(x, Mapping):
         if event_shape is not None:
             raise TypeError("expected no event_shape beside named draws, which have their own")

@@ -40,8 +40,14 @@ def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[Non
 @contextlib.contextmanager
 def evaluated(network: nn.Module) -> Iterator[None]:
     """Let a network be evaluated, dropout off, then restore the mode of each of its parts."""
+    with _in_mode(network, train=False):
+        yield
+
+
+@contextlib.contextmanager
+def _in_mode(network: nn.Module, *, train: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in network.modules()]
-    network.eval()
+    network.train(train)
     try:
         yield
     finally:
@@ -52,12 +58,12 @@ def evaluated(network: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def trainable(network: nn.Module) -> Iterator[None]:
     """Let a network be trained, then restore who was frozen."""
-    flags, mode = [p.requires_grad for p in network.parameters()], network.training
-    network.requires_grad_(requires_grad=True).train()
+    flags = [p.requires_grad for p in network.parameters()]
+    network.requires_grad_(requires_grad=True)
     try:
-        yield
+        with _in_mode(network, train=True):
+            yield
     finally:
-        network.train(mode)
         for p, flag in zip(network.parameters(), flags, strict=True):
             p.requires_grad = flag
             p.grad = None

@@ -80,7 +80,7 @@ def read(path: str | os.PathLike[str]) -> Snapshot | None:
         if candidate.exists():
             try:
                 found = _read(candidate)
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            except (SafetensorError, ValueError, KeyError, TypeError) as error:
                 damage.append(f"{candidate} ({error})")
                 warnings.warn(f"the snapshot {candidate} is damaged: passed over", stacklevel=3)
                 continue

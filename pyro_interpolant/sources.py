@@ -79,7 +79,6 @@ def _from_table(
     engine: Engine,
 ) -> Source:
     raw, count = collected(distribution, flow, data, validation=validation, **given)
-    raw = raw.to(flow.loc.device)
     size = engine.world * checked_batch(batch_size, (len(raw.w) - count) // engine.world)
 
     def split(_: bool) -> Split:  # noqa: FBT001

@@ -15,7 +15,7 @@ from .preparation import (
     checked_context,
     checked_data,
     checked_weights,
-    weighted,
+    present,
 )
 from .rounding import warn_if_rounded
 
@@ -75,12 +75,18 @@ class Stream:
                 f"expected {wanted}, and weights or not, got {len(parts)} parts of types "
                 f"{', '.join(type(p).__name__ for p in parts)}"
             )
-        w = checked_data(self.distribution, self.flow, parts[0])
-        contexts = parts[1] if self.parts == 2 else None
-        context = checked_context(self.distribution, self.flow, contexts, len(w))
         weights = parts[self.parts] if len(parts) > self.parts else None
-        rows = Rows(w, context, None, checked_weights(weights, len(w), part=True))
-        return weighted(rows).to(self.flow.loc.device)
+        contexts = parts[1] if self.parts == 2 else None
+        data, contexts, weights = present(weights, parts[0], contexts, part=True)
+        if weights is not None and len(weights) == 0:
+            none = self.flow.loc.new_zeros(0, self.flow.dim)
+            context = getattr(self.flow.velocity, "context_dim", 0) if self.parts == 2 else None
+            return Rows(
+                none, None if context is None else none.new_zeros(0, context), None, none[:, 0]
+            )
+        w = checked_data(self.distribution, self.flow, data)
+        context = checked_context(self.distribution, self.flow, contexts, len(w))
+        return Rows(w, context, None, checked_weights(weights, len(w))).to(self.flow.loc.device)
 
     def state_owner(self) -> Any:
         """Return the loader, or the sampler of it, that can tell and take its state, or None.
@@ -156,8 +162,9 @@ def survey(stream: Stream, share: float | None, *, whole: bool) -> Survey:
         if share is not None and total < _HELD:
             first.append(rows)
         total += len(rows.w)
-        weight += len(rows.w) if rows.weight is None else float(rows.weight.sum())
-        squares += len(rows.w) if rows.weight is None else float(rows.weight.square().sum())
+        weights = None if rows.weight is None else rows.weight.double()
+        weight += len(rows.w) if weights is None else float(weights.sum())
+        squares += len(rows.w) if weights is None else float(weights.square().sum())
         if number % stride == 0:
             kept.append(rows)
             values += rows.w.numel()

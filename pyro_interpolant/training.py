@@ -108,8 +108,8 @@ def fit(
             draws of N(0, I) otherwise.
         base_samples: Samples of the base, shape ``(M, D)``, where no density of it is known: the
             flow then starts from them, transports and samples, and has no ``log_prob``.
-        weights: Non-negative weights of the rows, shape ``(N,)``; batches are drawn in their
-            proportion.
+        weights: Non-negative weights of the rows, shape ``(N,)``, or counts, or a mask; batches
+            are drawn in their proportion, and rows of weight 0 count as absent.
         steps: The number of optimiser steps; by default 6,000, or as many as ``max_seconds``
             allows.
         max_seconds: Stop after this time; the schedule adapts to whichever ends first.
@@ -131,7 +131,7 @@ def fit(
             ``"noise"``: :math:`E[z \mid I_t]`, which gives :func:`~pyro_interpolant.score` for any
             base and coupling.
         whiten: Whether to set the whitening map from the data; False keeps the present one, to
-            train on from weights that know it.
+            train on from weights that know it; a network without any is told of the rows even so.
         tolerance: For :func:`~pyro_interpolant.calibrate`, nats.
         seed: Makes the run reproducible: same seed, same weights. The global generator is left as
             it was.
@@ -160,15 +160,15 @@ def fit(
     flow.interpolant.check_ends(flow.dim)
     limits, rates = (steps, max_seconds), (learning_rate, weight_decay)
     check_settings(*limits, *rates, validation, patience, ema, tolerance)
-    check_place(checkpoint, checkpoint_every)
+    check_place(None if engine.rank else checkpoint, checkpoint_every)
     given = {"context": context, "pairs": pairs, "weights": weights}
     engine.place(distribution)
     source = loaded(distribution, flow, data, given, validation, batch_size, engine)
     with seeded(engine.seed(seed), flow.loc.device):
         share = validation if isinstance(validation, float) else None
         settings = [*limits, *rates, batch_size, patience, ema, learn, seed, share, whiten]
-        parts = _parts(flow, distribution.base, base_samples, coupling)
-        identity = {"data": source.checksum, "flow": parts, "settings": settings}
+        parts = [distribution.base, flow, base_samples, coupling, validation]
+        identity = lambda: [source.checksum, settings, _described(*parts)]  # noqa: E731
         keeper = opened(checkpoint, checkpoint_every, identity)
         if keeper is not None and not source.exact:
             warn_inexact()
@@ -203,13 +203,27 @@ def fit(
     return FitResult(*outcome, solver)
 
 
-def _parts(flow: Flow, base: Any, base_samples: Any, coupling: Coupling) -> list[Any]:
+def _described(
+    base: Any, flow: Flow, base_samples: Any, coupling: Coupling, held: Any
+) -> list[Any]:
     """Return what tells a run of this flow from one of another."""
-    start = None if base_samples is None else checksum([torch.as_tensor(base_samples)])
     base = None if isinstance(base, Samples) else base  # set by this very call
-    parts = (flow.interpolant, flow.velocity, base, coupling)
+    names = [named(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
     shapes = [list(p.shape) for p in flow.velocity.parameters()]
-    return [*map(named, parts), start, shapes]
+    return [names, shapes, checksum(_tensors([flow.interpolant, base, base_samples, held]))]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Return the numbers that a part is made of, of any shapes."""
+    if isinstance(value, torch.nn.Module):
+        return list(value.state_dict().values())
+    if hasattr(value, "__array__"):
+        return [torch.as_tensor(value)]
+    if hasattr(value, "arg_constraints"):  # a distribution
+        numbers = [getattr(value, name) for name in value.arg_constraints]
+        value = [*numbers, getattr(value, "base_dist", None), getattr(value, "transforms", None)]
+    parts = value if isinstance(value, (list, tuple)) else []
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _calibrated(distribution: AnyDistribution, held: Rows, tolerance: float) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .couplings import independent
-from .data import Batches
+from .data import Batches, some
 from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
 from .learned import LearnedInterpolant
 from .objective import Coupling, Draw, Objective
@@ -117,7 +117,9 @@ def learn_interpolant(
         objective = Objective(flow, distribution.base, coupling, size)
         rows = objective.prepared(raw)
         if interpolant.modes:
-            _start(interpolant, objective, rows.w[:_MOMENT_ROWS])
+            _start(
+                interpolant, objective, rows.w[some(len(rows.w), _MOMENT_ROWS).to(rows.w.device)]
+            )
         batches = Batches(len(rows.w), size, rows.w.device)
         with trainable(flow.velocity):
             energies = _alternate(

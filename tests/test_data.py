@@ -122,11 +122,30 @@ def test_one_row_wild_between_columns_does_not_part_them():
     x = torch.randn(20_000, 3)
     x[:, 2] = x[:, 0] + x[:, 1] + 1e-4 * x[:, 2]
     before = moments(x)
-    for wild in ([1e6, 0.0, 1e6], [30.0, 0.0, 0.0], [0.0, 1e4, -1e9]):
+    for wild in ([1e6, 0.0, 1e6], [30.0, 0.0, 0.0], [0.0, 1e4, -1e9], [3.0, 0.0, -3.0]):
         y = x.clone()
         y[9] = torch.tensor(wild)
         ratio = torch.linalg.svdvals(before.whitening @ moments(y).linear)
         assert 0.8 < ratio.min() <= ratio.max() < 1.25
+
+
+def test_rows_wild_in_one_column_each():
+    x = torch.randn(20_000, 10) @ (torch.eye(10) + 0.3)
+    before = moments(x)
+    for column in range(10):
+        x[80 * column : 80 * (column + 1), column] += 1e6
+    ratio = torch.linalg.svdvals(before.whitening @ moments(x).linear)
+    assert ratio.max() < 5
+
+
+def test_a_flag_that_few_rows_have():
+    x = torch.randn(40_000, 3)
+    x[:, 2] = 0.0
+    x[[100, 30_000], 2] = 1.0
+    x[[100, 30_000], 1] = 1e6  # in the same rows
+    m = moments(x)
+    assert all(part.isfinite().all() for part in m)
+    assert float(m.linear[1].norm()) == pytest.approx(1.0, rel=0.2)
 
 
 def test_a_column_of_one_value_and_some_others_has_a_scale():
@@ -276,6 +295,16 @@ def test_a_wild_value_does_not_hide_the_step(dtype):
     assert noise[torch.arange(10_000) != 5].abs().max() == pytest.approx(0.005, rel=0.01)
 
 
+@pytest.mark.parametrize("offset", [0, 10**6, 16 * 10**6])
+def test_whole_numbers_have_a_step_of_one(offset):
+    x = offset + torch.randint(0, 50, (2000, 1))
+    noise = dequantize(x.double()) - x
+    assert 0.45 < noise.abs().max() <= 0.5
+    assert dequantize(x).diff(dim=0).abs().max() < 52
+    floats = offset / 100 + torch.randint(0, 50, (2000, 1)).float() / 10
+    assert 0.04 < (dequantize(floats) - floats).abs().max() < 0.06
+
+
 def test_events_of_any_shape_are_spread():
     x = torch.randint(0, 9, (500, 2, 3))
     y = dequantize(x)
@@ -288,6 +317,7 @@ def test_events_of_any_shape_are_spread():
 def test_whole_rows_that_repeat_are_a_chains():
     warn_if_rounded(torch.randn(500, 2).repeat_interleave(3, dim=0))
     warn_if_rounded(torch.zeros(50, 2))
+    warn_if_rounded(torch.randn(500, 1)[torch.randint(500, (500,))])  # drawn again
 
 
 def test_steps_of_ones_own():

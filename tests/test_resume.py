@@ -7,6 +7,7 @@ import sys
 import time
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from pyro_interpolant import (
     Linear,
     conditional_interpolant_transform,
     fit,
+    from_samples,
     interpolant_transform,
     optimal_transport,
     snapshots,
@@ -29,6 +31,11 @@ QUICK = {"batch_size": 64, "progress": False, "seed": 0, "steps": 40}
 def made(dim=2, **options):
     torch.manual_seed(7)
     return InterpolantDistribution(interpolant_transform(dim, (12, 12), **options))
+
+
+def based(loc):
+    flow, base = made().transform, dist.Normal(torch.full((2,), loc), 1.0).to_event(1)
+    return InterpolantDistribution(flow, base)
 
 
 def rows(count=300, dim=2):
@@ -142,12 +149,14 @@ def test_a_finished_run_is_not_run_again(tmp_path):
         {"whiten": False},
         {"coupling": optimal_transport},
         {"flow": lambda: made(interpolant=Linear())},
+        {"flow": lambda: based(5.0)},
+        {"flow": lambda: based(1.0), "first": lambda: based(0.0)},
     ],
     ids=lambda c: next(iter(c)),
 )
 def test_another_run_is_not_resumed(change, tmp_path):
-    fit(made(), rows(), checkpoint=tmp_path / "run", **QUICK)
     change = dict(change)
+    fit(change.pop("first", made)(), rows(), checkpoint=tmp_path / "run", **QUICK)
     data, flow = change.pop("data", rows()), change.pop("flow", made)
     with pytest.raises(ValueError, match="expected .* to be of this run, got the state of one"):
         fit(flow(), data, checkpoint=tmp_path / "run", **{**QUICK, **change})
@@ -348,14 +357,18 @@ def test_wrong_weights_are_refused(weights):
 
 
 def test_rows_of_no_weight_are_absent_and_counts_are_weights():
-    x = torch.cat((rows(), torch.full((700, 2), 1e9)))
+    x = torch.cat((rows(), torch.full((700, 2), torch.nan)))
     weights = torch.cat((torch.ones(300), torch.zeros(700)))
-    first, second, masked = made(), made(), made()
+    first, *others = (made() for _ in range(4))
     fit(first, rows(), weights=torch.ones(300), **QUICK)
-    fit(second, x, weights=weights, **QUICK)
-    fit(masked, x, weights=weights.bool(), **QUICK)
-    for other in (second, masked):
+    for other, w in zip(others, (weights, weights.bool(), 1e-30 * weights.float()), strict=True):
+        fit(other, x, weights=w, **QUICK)
         assert all(map(torch.equal, weights_of(first), weights_of(other)))
+    learned = (
+        from_samples(s, weights=w, progress=False, seed=0, steps=5)
+        for s, w in ((rows(), torch.ones(300)), (x, weights))
+    )
+    assert all(map(torch.equal, *map(weights_of, learned)))
 
 
 def test_validation_rows_in_an_order_all_count():

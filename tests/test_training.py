@@ -304,6 +304,17 @@ def test_good_steps_before_any_look_are_kept_too(monkeypatch):
     assert float(found.transform.velocity.output.weight.detach().abs().max()) > 0
 
 
+def test_a_network_keeps_what_it_was_told():
+    x = 5 * torch.randn(300, 2)
+    distribution = InterpolantDistribution(interpolant_transform(2, (8,)))
+    velocity = distribution.transform.velocity
+    quick(distribution, x, steps=2, whiten=False)
+    assert velocity.reach.isfinite().all()  # it had learned nothing
+    velocity.reach.fill_(math.inf)
+    quick(distribution, x, steps=2, whiten=False)
+    assert velocity.reach.isinf().all()
+
+
 def test_looks_see_the_network_as_it_is_used():
     class Dropping(VelocityMLP):
         def __init__(self):
@@ -316,10 +327,12 @@ def test_looks_see_the_network_as_it_is_used():
             return self.drop(super().forward(t, x, context))
 
     distribution = InterpolantDistribution(InterpolantTransform(Dropping()))
-    distribution.transform.velocity.eval()
+    velocity = distribution.transform.velocity
+    velocity.drop.eval()
     quick(distribution, torch.randn(300, 2), steps=20)
-    assert not any(distribution.transform.velocity.modes)
-    assert not distribution.transform.velocity.drop.training
+    assert not any(velocity.modes[:20])
+    assert not velocity.drop.training
+    assert velocity.training
 
 
 def test_a_run_without_one_good_step_is_an_error_too():
