@@ -270,10 +270,18 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
     command = [sys.executable, str(script)]
     subprocess.run([*command, str(tmp_path / "whole")], check=True)
     path, kills = tmp_path / "kept", 0
-    for pause in (0.0, 0.05, 0.3, 0.6, 1.0):
+
+    def written():
+        try:
+            return path.stat().st_mtime_ns
+        except FileNotFoundError:  # not yet, or between two renames
+            return 0
+
+    for pause in (0.0, 0.03, 0.1, 0.3):
+        before = written()
         process = subprocess.Popen([*command, str(path), "keep"])
-        while not path.exists() and process.poll() is None:
-            time.sleep(0.01)
+        while written() in (0, before) and process.poll() is None:
+            time.sleep(0.005)
         time.sleep(pause)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
@@ -281,7 +289,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
         process.wait()
     assert kills >= 2
     done = subprocess.run([*command, str(path), "keep"], check=True, capture_output=True)
-    assert int(done.stdout) > 6  # the first look; it resumed
+    assert int(done.stdout) > 6  # its first look: it did not start anew
     whole, kept = (p.with_name(p.name + ".done").read_bytes() for p in (tmp_path / "whole", path))
     assert whole == kept
 
