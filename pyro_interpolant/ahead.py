@@ -54,9 +54,8 @@ class Ahead:
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Take a state back."""
         self.batches.restore(tensors, numbers)
-        left = numbers.get("left", 0)
-        if left:
+        if numbers["left"]:
             torch.set_rng_state(tensors["before"])
             self.before = self._place()
             self._draw()
-            self.points = self.points[-left:]
+            self.points = self.points[-numbers["left"] :]

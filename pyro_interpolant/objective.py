@@ -37,18 +37,21 @@ class Rows(NamedTuple):
     partner: Tensor | None = None
     weight: Tensor | None = None
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Rows":
+        """Return the rows with a function applied to each part that is there."""
+        return Rows(*(None if part is None else function(part) for part in self))  # type: ignore[arg-type]
+
     def take(self, index: Tensor) -> "Rows":
         """Return the rows of an index, shape ``(B,)``."""
-        taken = (None if part is None else part.index_select(0, index) for part in self)
-        return Rows(*taken)  # type: ignore[arg-type]
+        return self.each(lambda part: part.index_select(0, index))
 
     def rest(self, used: int) -> "Rows":
         """Return all rows but the first."""
-        return Rows(*(None if part is None else part[used:] for part in self))  # type: ignore[arg-type]
+        return self.each(lambda part: part[used:])
 
     def to(self, device: torch.device) -> "Rows":
         """Return the rows on a device."""
-        return Rows(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
+        return self.each(lambda part: part.to(device))
 
     def split(self, count: int, *, shuffle: bool) -> tuple["Rows", "Rows"]:
         """Return ``count`` rows, the last or any, and the others."""

@@ -141,9 +141,8 @@ def collected(
             raise ValueError(f"expected one partner per row of data, {count}, got {len(pairs)}")
     weights = checked_weights(weights, count)
     if isinstance(validation, float):
-        return Rows(rows, contexts, pairs, weights).to(flow.loc.device), max(
-            1, round(validation * count)
-        )
+        table = Rows(rows, contexts, pairs, weights).to(flow.loc.device)
+        return table, max(1, round(validation * count))
     if pairs is not None:
         raise ValueError("expected a share for validation beside pairs, got rows")
     own, own_contexts, *_ = given_rows(distribution, flow, validation)

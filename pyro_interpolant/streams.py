@@ -194,4 +194,4 @@ def joined(parts: list[Rows]) -> Rows:
 
 def agreed_rows(rows: Rows, engine: Engine) -> Rows:
     """Return the first process's rows, to every process."""
-    return Rows(*(None if part is None else engine.agreed(part) for part in rows))  # type: ignore[arg-type]
+    return rows.each(engine.agreed)
