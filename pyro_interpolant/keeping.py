@@ -1,5 +1,6 @@
 r"""Where a run keeps its state, and whether what is there is of this run."""
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable
@@ -42,10 +43,11 @@ def check_place(path: str | os.PathLike[str] | None, every: int | None) -> None:
 
 def named(value: Any) -> str:
     """Return a text that tells a value from others, and is the same in another process."""
-    text = repr(value)
-    return (
-        text if " at 0x" not in text else getattr(value, "__qualname__", type(value).__qualname__)
-    )
+    with contextlib.suppress(NotImplementedError):  # distributions without named parameters
+        text = repr(value)
+        if " at 0x" not in text:
+            return text
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def opened(

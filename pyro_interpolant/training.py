@@ -219,8 +219,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
         return list(value.state_dict().values())
     if hasattr(value, "__array__"):
         return [torch.as_tensor(value)]
-    if hasattr(value, "arg_constraints"):  # a distribution
-        numbers = [getattr(value, name) for name in value.arg_constraints]
+    if isinstance(value, torch.distributions.Distribution):
+        names: Any = type(value).arg_constraints  # a property where its author wrote none
+        numbers = [getattr(value, name) for name in names] if isinstance(names, dict) else []
         value = [*numbers, getattr(value, "base_dist", None), getattr(value, "transforms", None)]
     parts = value if isinstance(value, (list, tuple)) else []
     return [tensor for part in parts for tensor in _tensors(part)]

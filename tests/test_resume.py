@@ -162,6 +162,24 @@ def test_another_run_is_not_resumed(change, tmp_path):
         fit(flow(), data, checkpoint=tmp_path / "run", **{**QUICK, **change})
 
 
+def test_a_base_without_named_parameters_is_kept_too(tmp_path):
+    class Square(dist.TorchDistribution):
+        def sample(self, sample_shape=()):
+            return torch.rand(*sample_shape, 2)
+
+    def started():
+        base = Square(torch.Size(), torch.Size([2]), validate_args=False)
+        return InterpolantDistribution(made().transform, base)
+
+    told, options = [], {**QUICK, "learn": "velocity", "checkpoint": tmp_path / "run"}
+    x = rows()
+    with pytest.raises(Stop):
+        fit(started(), x, callback=stopping(20), **options)
+    with pytest.raises(NotImplementedError):  # the solver's calibration asks for its density
+        fit(started(), x, callback=lambda state: told.append(state.step), **options)
+    assert told[0] == 20
+
+
 def damaged(path, how):
     whole = path.read_bytes()
     if how == "cut":
