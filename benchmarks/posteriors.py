@@ -230,7 +230,7 @@ def run_guide(args):
     """Train one guide on one target, and return its numbers."""
     import torch
 
-    from pyro_interpolant.psis import effective_sample_size, pareto_smooth
+    from pyro_interpolant.diagnostics.psis import effective_sample_size, pareto_smooth
 
     target = load(args.task, args.data)
     start = time.monotonic()

@@ -11,154 +11,167 @@ References:
     arXiv 2209.15571.
 """
 
-# Grouped by floor: a module imports only from the floors above its own line.
-from ._version import __version__
-from .couplings import independent, optimal_transport
-from .psis import effective_sample_size, pareto_smooth
-from .quadrature import clenshaw_curtis
-from .rounding import dequantize
-from .divergence import ExactDivergence, HutchinsonDivergence
-from .interpolants import (
-    EncodingDecoding,
-    Interpolant,
-    Linear,
-    NonlinearInterpolant,
-    Trigonometric,
-    VariancePreserving,
-)
-from .conversions import (
-    denoiser_to_score,
-    noise_to_score,
-    score_to_denoiser,
-    score_to_noise,
-    score_to_velocity,
-    velocity_to_denoiser,
-    velocity_to_score,
-)
-from .latents import BrownianBridge, Latent, Mirror, SineSquared
-from .learned import LearnedInterpolant
-from .networks import VelocityMLP
-from .solvers import Adaptive, FixedGrid
-from .supports import circular
-from .torus import Geodesic, TorusMLP, UniformTorus
-from .bases import ExternalBase, Samples
-from .transforms import (
-    ConditionalInterpolantTransform,
-    InterpolantTransform,
-    conditional_interpolant_transform,
-    interpolant_transform,
-)
-from .distributions import ConditionalInterpolantDistribution, InterpolantDistribution
-from .joint import JointInterpolantDistribution
-from .losses import interpolant_loss
-from .reparam import base_space
-from .scores import denoiser, score
-from .sde import InterpolantSDE, sample_sde
-from .likelihoods import sde_log_prob
-from .guides import AutoInterpolant
-from .models import LogJoint, log_joint
-from .io import load, save
-from .monitors import TrainingState
-from .training import FitResult, fit
-from .samples import from_samples
-from .diagnostics import (
-    ImportanceResult,
-    PathEnergy,
-    SolverError,
-    W2Bound,
-    calibrate,
-    importance,
-    log_prob_stderr,
-    path_energy,
-    solver_error,
-    w2_bound,
-)
-from .neutra import Neutra, neutra
-from .rounds import Round, RoundsResult, train_from_density
-from .guiding import GuideResult, fit_guide
-from .straightening import PathReport, ReflowResult, reflow
-from .transport import TransportResult, learn_interpolant
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Adaptive",
-    "AutoInterpolant",
-    "BrownianBridge",
-    "ConditionalInterpolantDistribution",
-    "ConditionalInterpolantTransform",
-    "EncodingDecoding",
-    "ExactDivergence",
-    "ExternalBase",
-    "FitResult",
-    "FixedGrid",
-    "Geodesic",
-    "GuideResult",
-    "HutchinsonDivergence",
-    "ImportanceResult",
-    "Interpolant",
-    "InterpolantDistribution",
-    "InterpolantSDE",
-    "InterpolantTransform",
-    "JointInterpolantDistribution",
-    "Latent",
-    "LearnedInterpolant",
-    "Linear",
-    "LogJoint",
-    "Mirror",
-    "Neutra",
-    "NonlinearInterpolant",
-    "PathEnergy",
-    "PathReport",
-    "ReflowResult",
-    "Round",
-    "RoundsResult",
-    "Samples",
-    "SineSquared",
-    "SolverError",
-    "TorusMLP",
-    "TrainingState",
-    "TransportResult",
-    "Trigonometric",
-    "UniformTorus",
-    "VariancePreserving",
-    "VelocityMLP",
-    "W2Bound",
-    "__version__",
-    "base_space",
-    "calibrate",
-    "circular",
-    "clenshaw_curtis",
-    "conditional_interpolant_transform",
-    "denoiser",
-    "denoiser_to_score",
-    "dequantize",
-    "effective_sample_size",
-    "fit",
-    "fit_guide",
-    "from_samples",
-    "importance",
-    "independent",
-    "interpolant_loss",
-    "interpolant_transform",
-    "learn_interpolant",
-    "load",
-    "log_joint",
-    "log_prob_stderr",
-    "neutra",
-    "noise_to_score",
-    "optimal_transport",
-    "pareto_smooth",
-    "path_energy",
-    "reflow",
-    "sample_sde",
-    "save",
-    "score",
-    "score_to_denoiser",
-    "score_to_noise",
-    "score_to_velocity",
-    "sde_log_prob",
-    "solver_error",
-    "train_from_density",
-    "velocity_to_denoiser",
-    "velocity_to_score",
-    "w2_bound",
-]
+from ._lazy import attach
+
+if TYPE_CHECKING:
+    from . import (
+        interpolants,
+        nn,
+        solvers,
+        transforms,
+        distributions,
+        diffusion,
+        diagnostics,
+        io,
+        plotting,
+        training,
+        transport,
+        infer,
+    )
+    from .interpolants import (
+        BrownianBridge,
+        EncodingDecoding,
+        Geodesic,
+        Interpolant,
+        Latent,
+        LearnedInterpolant,
+        Linear,
+        Mirror,
+        NonlinearInterpolant,
+        SineSquared,
+        Trigonometric,
+        VariancePreserving,
+        independent,
+        optimal_transport,
+    )
+    from .nn import TorusMLP, VelocityMLP
+    from .solvers import Adaptive, ExactDivergence, FixedGrid, HutchinsonDivergence
+    from .transforms import (
+        ConditionalInterpolantTransform,
+        InterpolantTransform,
+        conditional_interpolant_transform,
+        interpolant_transform,
+    )
+    from .distributions import (
+        ConditionalInterpolantDistribution,
+        ExternalBase,
+        InterpolantDistribution,
+        JointInterpolantDistribution,
+        Samples,
+        UniformTorus,
+        circular,
+    )
+    from .diffusion import InterpolantSDE, denoiser, sample_sde, score, sde_log_prob
+    from .diagnostics import calibrate, log_prob_stderr, solver_error
+    from .io import load, save
+    from .training import dequantize, fit, from_samples, interpolant_loss
+    from .transport import learn_interpolant, path_energy, reflow, w2_bound
+    from .infer import (
+        AutoInterpolant,
+        base_space,
+        fit_guide,
+        importance,
+        log_joint,
+        neutra,
+        train_from_density,
+    )
+
+__version__ = "0.1.0"
+
+_MOVED = {
+    name: room
+    for room, names in {
+        "diffusion": [
+            "denoiser_to_score",
+            "noise_to_score",
+            "score_to_denoiser",
+            "score_to_noise",
+            "score_to_velocity",
+            "velocity_to_denoiser",
+            "velocity_to_score",
+        ],
+        "solvers": ["clenshaw_curtis"],
+        "diagnostics": ["SolverError", "effective_sample_size", "pareto_smooth"],
+        "training": ["FitResult", "TrainingState"],
+        "transport": ["PathEnergy", "PathReport", "ReflowResult", "TransportResult", "W2Bound"],
+        "infer": [
+            "GuideResult",
+            "ImportanceResult",
+            "LogJoint",
+            "Neutra",
+            "Round",
+            "RoundsResult",
+        ],
+    }.items()
+    for name in names
+}
+
+__all__, __getattr__, __dir__ = attach(
+    __name__,
+    {
+        "interpolants": [
+            "BrownianBridge",
+            "EncodingDecoding",
+            "Geodesic",
+            "Interpolant",
+            "Latent",
+            "LearnedInterpolant",
+            "Linear",
+            "Mirror",
+            "NonlinearInterpolant",
+            "SineSquared",
+            "Trigonometric",
+            "VariancePreserving",
+            "independent",
+            "optimal_transport",
+        ],
+        "nn": ["TorusMLP", "VelocityMLP"],
+        "solvers": ["Adaptive", "ExactDivergence", "FixedGrid", "HutchinsonDivergence"],
+        "transforms": [
+            "ConditionalInterpolantTransform",
+            "InterpolantTransform",
+            "conditional_interpolant_transform",
+            "interpolant_transform",
+        ],
+        "distributions": [
+            "ConditionalInterpolantDistribution",
+            "ExternalBase",
+            "InterpolantDistribution",
+            "JointInterpolantDistribution",
+            "Samples",
+            "UniformTorus",
+            "circular",
+        ],
+        "diffusion": ["InterpolantSDE", "denoiser", "sample_sde", "score", "sde_log_prob"],
+        "diagnostics": ["calibrate", "log_prob_stderr", "solver_error"],
+        "io": ["load", "save"],
+        "training": ["dequantize", "fit", "from_samples", "interpolant_loss"],
+        "transport": ["learn_interpolant", "path_energy", "reflow", "w2_bound"],
+        "infer": [
+            "AutoInterpolant",
+            "base_space",
+            "fit_guide",
+            "importance",
+            "log_joint",
+            "neutra",
+            "train_from_density",
+        ],
+    },
+    rooms=[
+        "interpolants",
+        "nn",
+        "solvers",
+        "transforms",
+        "distributions",
+        "diffusion",
+        "diagnostics",
+        "io",
+        "plotting",
+        "training",
+        "transport",
+        "infer",
+    ],
+    moved=_MOVED,
+)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributions import InterpolantDistribution
-from .divergence import evaluate
-from .interpolants import Interpolant
-from .marginals import Gaussianized
-from .solvers import FixedGrid
+from .distributions.interpolant import InterpolantDistribution
+from .interpolants.linear import Interpolant
+from .nn.velocity import evaluate
+from .solvers.ode import FixedGrid
+from .transforms.gaussianize import Gaussianized
 
 __all__ = ["coefficients", "corner", "density", "evolution", "training_curve", "trajectories"]
+
 
 _DATA, _MODEL, _THIRD = "#4c566a", "#d1495b", "#2a9d8f"
 _POINTS = 4000  # of a scatter

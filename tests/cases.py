@@ -25,9 +25,9 @@ from pyro_interpolant import (
     Trigonometric,
     VelocityMLP,
 )
-from pyro_interpolant.marginals import Gaussianized, marginal_transform
-from pyro_interpolant.radial import radial_transform
-from pyro_interpolant.shapes import Shaped
+from pyro_interpolant.distributions.constraints import Shaped
+from pyro_interpolant.training.preprocessing import marginal_transform, radial_transform
+from pyro_interpolant.transforms.gaussianize import Gaussianized
 
 INTERPOLANTS = {"trigonometric": Trigonometric(), "linear": Linear()}
 

@@ -14,133 +14,101 @@ import torch
 import pyro_interpolant
 
 PACKAGE = Path(pyro_interpolant.__file__).parent
-FILES = sorted(PACKAGE.glob("*.py"))
-NAMES = [path.stem for path in FILES]
+FILES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in FILES]
 
-# A file imports only from lower floors, never sideways.
-FLOORS = {
-    "_version": 0,
-    "caching": 0,
-    "checkpointing": 0,
-    "couplings": 0,
-    "psis": 0,
-    "quadrature": 0,
-    "engine": 0,
-    "scopes": 0,
-    "shapes": 0,
-    "snapshots": 0,
-    "divergence": 0,
-    "interpolants": 0,
-    "data": 0,
-    "conversions": 1,
-    "rounding": 1,
-    "marginals": 1,
-    "keeping": 1,
-    "moves": 1,
-    "latents": 1,
-    "learned": 1,
-    "adjoint": 1,
-    "networks": 1,
-    "solvers": 1,
-    "supports": 2,
-    "flow": 2,
-    "radial": 2,
-    "search": 2,
-    "preference": 3,
-    "descriptions": 3,
-    "torus": 3,
-    "bases": 3,
-    "transforms": 3,
-    "distributions": 4,
-    "joint": 5,
-    "losses": 5,
-    "calibration": 5,
-    "paths": 5,
-    "plotting": 5,
-    "reparam": 5,
-    "scores": 5,
-    "io": 6,
-    "jumps": 6,
-    "monitors": 6,
-    "objective": 6,
-    "sde": 6,
-    "sites": 6,
-    "ahead": 7,
-    "likelihoods": 7,
-    "preparation": 7,
-    "guides": 7,
-    "models": 7,
-    "refits": 7,
-    "loop": 8,
-    "preconditioning": 8,
-    "neutra": 8,
-    "refining": 9,
-    "streams": 8,
-    "batches": 9,
-    "importance": 9,
-    "rounds": 10,
-    "diagnostics": 10,
-    "sources": 10,
-    "training": 11,
-    "guiding": 12,
-    "samples": 12,
-    "straightening": 12,
-    "transport": 12,
-    "__init__": 13,
-}
-PYRO = {"bases", "transforms", "distributions", "supports", "torus", "joint", "reparam", "io",
-        "sites", "models", "guides", "neutra", "importance", "guiding",
-        "descriptions"}  # fmt: skip
+# A room, or a file of the ground floor, imports only from those on lower levels.
+LEVELS = (
+    {"_lazy", "_torch"},
+    {"interpolants", "nn"},
+    {"solvers"},
+    {"transforms"},
+    {"distributions"},
+    {"diffusion", "diagnostics", "io", "plotting"},
+    {"training"},
+    {"transport", "infer"},
+)
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+PYRO = {"transforms", "distributions", "io", "infer"}  # the rooms that know Pyro
 FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn", "lightning_fabric", "lightning")
-FILE_LINES, BODY_LINES = 320, 45
+FILE_LINES, BODY_LINES = 500, 45
 
 
 def tree(path):
     return ast.parse(path.read_text())
 
 
+def room_of(name):
+    return name.partition(".")[0]
+
+
 def imports(path):
-    """Every imported module: our own as (name, True), others as (name, False)."""
+    """Every imported module: ours as (path from the package, True), others as (name, False)."""
+    here = (*path.relative_to(PACKAGE).parts[:-1],)
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                head, _, rest = alias.name.partition(".")
-                yield (rest, True) if head == "pyro_interpolant" else (alias.name, False)
+            yield from ((alias.name, False) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level == 0 and module.partition(".")[0] != "pyro_interpolant":
-                yield module, False
+            if node.level == 0:
+                yield node.module, False
                 continue
-            inner = module.removeprefix("pyro_interpolant").lstrip(".")
-            for name in [inner.partition(".")[0]] if inner else [a.name for a in node.names]:
-                yield name, True
+            above = here[: len(here) - node.level + 1]
+            whole = [node.module] if node.module else [alias.name for alias in node.names]
+            for name in whole:
+                yield ".".join((*above, name)), True
 
 
-def test_every_file_has_a_floor():
-    assert set(NAMES) == set(FLOORS)
+def test_every_room_has_a_level():
+    entries = {
+        p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
+    assert entries - {"__init__"} == set(LEVEL)
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_a_file_imports_only_from_lower_floors(path):
-    for name, ours in imports(path):
-        if ours:
-            assert FLOORS[name] < FLOORS[path.stem], f"{path.name} imports {name}"
+@pytest.mark.parametrize(("path", "name"), list(zip(FILES, NAMES, strict=True)), ids=NAMES)
+def test_a_room_imports_only_from_lower_levels(path, name):
+    own = room_of(name)
+    for needed, ours in imports(path):
+        if ours and own != "__init__" and room_of(needed) != own:
+            assert LEVEL[room_of(needed)] < LEVEL[own], f"{name} imports {needed}"
 
 
-def test_the_public_names_are_grouped_by_floor():
-    order = [node.module for node in tree(PACKAGE / "__init__.py").body
-             if isinstance(node, ast.ImportFrom)]  # fmt: skip
-    place = {name: i for i, name in enumerate(order)}
-    for name in order:
-        for needed, ours in imports(PACKAGE / f"{name}.py"):
-            if ours and needed in place:
-                assert place[needed] < place[name], f"{name} comes before {needed}"
+@pytest.mark.parametrize("room", sorted(LEVEL))
+def test_no_circle_inside_a_room(room):
+    needs = {
+        name: {
+            other
+            for other, ours in imports(path)
+            if ours and room_of(other) == room and other in NAMES
+        }
+        for path, name in zip(FILES, NAMES, strict=True)
+        if room_of(name) == room and not name.endswith("__init__")
+    }
+    while needs:
+        free = [name for name, others in needs.items() if not others & set(needs)]
+        assert free, f"a circle among {sorted(needs)}"
+        for name in free:
+            del needs[name]
+
+
+def test_no_module_is_named_as_a_public_function():
+    public_names = set(pyro_interpolant.__all__)
+    for room in LEVEL:
+        public_names |= set(importlib.import_module(f"pyro_interpolant.{room}").__all__)
+    modules = {part for name in NAMES for part in name.split(".")}
+    assert not modules & public_names
+
+
+@pytest.mark.parametrize("room", sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py")))
+def test_a_room_is_introduced(room):
+    module = importlib.import_module(f"pyro_interpolant.{room}")
+    assert 3 <= len(module.__doc__.strip().splitlines()) <= 12
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_pyro_is_imported_only_where_it_belongs(path):
-    used = any(not ours and name.partition(".")[0] == "pyro" for name, ours in imports(path))
-    assert not used or path.stem in PYRO
+    used = any(not ours and room_of(name) == "pyro" for name, ours in imports(path))
+    assert not used or room_of(str(path.relative_to(PACKAGE)).replace("/", ".")) in PYRO
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
@@ -183,20 +151,44 @@ def test_every_argument_is_annotated(path):
 
 
 def public():
-    return [n for n in pyro_interpolant.__all__ if n != "__version__"]
+    return list(pyro_interpolant.__all__)
 
 
 def test_all_is_sorted_complete_and_there():
     names = pyro_interpolant.__all__
     assert list(names) == sorted(set(names))
+    assert len(names) <= 60
     assert all(hasattr(pyro_interpolant, name) for name in names)
-    exported = {
-        alias.asname or alias.name
-        for node in tree(PACKAGE / "__init__.py").body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    assert exported == set(names)
+
+
+def test_type_checkers_see_the_names_that_are_there():
+    """What is imported while type checking is what ``__getattr__`` finds."""
+    for path in sorted(PACKAGE.rglob("__init__.py")):
+        package = ".".join(("pyro_interpolant", *path.parent.relative_to(PACKAGE).parts))
+        module = importlib.import_module(package)
+        seen = set()
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.module not in (None, "_lazy", "typing"):
+                if node.names[0].name == "*":
+                    seen |= set(importlib.import_module(f"{package}.{node.module}").__all__)
+                else:
+                    seen |= {alias.name for alias in node.names}
+        assert set(module.__all__) <= seen, package
+
+
+def test_a_name_that_moved_says_where():
+    with pytest.raises(AttributeError, match=r"pyro_interpolant\.training\.FitResult"):
+        pyro_interpolant.FitResult  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        pyro_interpolant.nothing  # noqa: B018
+
+
+def test_dir_shows_public_names_and_rooms():
+    shown = {name for name in dir(pyro_interpolant) if not name.startswith("_")}
+    rooms = set(LEVEL) - {"_lazy", "_torch"}
+    assert shown == set(pyro_interpolant.__all__) | rooms
+    for room in rooms:
+        assert getattr(pyro_interpolant, room).__name__ == f"pyro_interpolant.{room}"
 
 
 def test_the_version():
@@ -243,7 +235,7 @@ def test_tensors_are_documented_with_their_shapes(name):
             assert re.search(r"shape|\(\*|``\(N", value.__doc__), label
 
 
-MODULES = [name for name in NAMES if name != "__init__"]
+MODULES = [name for name in NAMES if not name.endswith("__init__")]
 
 
 @pytest.mark.parametrize("name", MODULES)

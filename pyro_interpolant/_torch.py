@@ -1,0 +1,131 @@
+r"""Scopes: who differentiates, a generator seeded apart, a network that may be trained."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import jvp
+from torch.utils.checkpoint import checkpoint
+
+__all__ = [
+    "evaluated",
+    "is_tracing",
+    "is_transformed",
+    "is_watched",
+    "keep_freed_memory",
+    "recomputed",
+    "seeded",
+    "slopes",
+    "trainable",
+]
+
+
+def is_transformed() -> bool:
+    """Return whether :mod:`torch.func`, forward mode or a tracer sees what is computed now."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_watched() -> bool:
+    """Tell whether autograd or a functorch transform may look back at what is computed now.
+
+    Where none does, buffers may be written over.
+    """
+    return torch.is_grad_enabled() or is_transformed()
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
+    """Draw from a generator seeded apart, on a device too, and leave the global one as it was."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[] if device is None or device.type == "cpu" else [device]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def evaluated(network: nn.Module) -> Iterator[None]:
+    """Let a network be evaluated, dropout off, then restore the mode of each of its parts."""
+    with _in_mode(network, train=False):
+        yield
+
+
+@contextlib.contextmanager
+def _in_mode(network: nn.Module, *, train: bool) -> Iterator[None]:
+    modes = [(module, module.training) for module in network.modules()]
+    network.train(train)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def trainable(network: nn.Module) -> Iterator[None]:
+    """Let a network be trained, then restore who was frozen."""
+    flags = [p.requires_grad for p in network.parameters()]
+    network.requires_grad_(requires_grad=True)
+    try:
+        with _in_mode(network, train=True):
+            yield
+    finally:
+        for p, flag in zip(network.parameters(), flags, strict=True):
+            p.requires_grad = flag
+            p.grad = None
+
+
+def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the same function, which keeps its arguments alone for the way back.
+
+    Gradients of any order are those of plain back-propagation, with respect to the arguments and
+    to whatever the function closes over. Inside :mod:`torch.func`, which has no hooks on saved
+    tensors, and while tracing, the function is called as it is.
+    """
+
+    def call(*args: Tensor) -> Tensor:
+        in_transform = torch._C._functorch.peek_interpreter_stack() is not None
+        if in_transform or not torch.is_grad_enabled() or torch._C._get_tracing_state():
+            return function(*args)
+        return checkpoint(function, *args, use_reentrant=False)
+
+    return call
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> None:
+    """Let the C library keep some freed memory, which it decides by the largest block freed.
+
+    Until it has seen one of a few MiB, glibc returns every freed piece to the system at once, and
+    getting it back, page by page, takes as long as the arithmetic.
+    """
+    torch.empty(2**24, dtype=torch.uint8)
+
+
+def is_tracing() -> bool:
+    return torch._C._get_tracing_state() is not None
+
+
+def slopes(
+    function: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the derivatives of a function of t by forward mode, each of the shape of t."""
+    if torch.is_inference_mode_enabled():  # which drops tangents without a word
+        with torch.inference_mode(mode=False):
+            return slopes(function, t.clone())
+    tangent = torch.ones_like(t)
+    plain = torch._C._functorch.peek_interpreter_stack() is None
+    if not plain or forward_ad._current_level >= 0:
+        return jvp(function, (t,), (tangent,))[1]
+    with forward_ad.dual_level():  # the same at a third of the price; it cannot be nested
+        found = map(forward_ad.unpack_dual, function(forward_ad.make_dual(t, tangent)))
+        a, b, g = (torch.zeros_like(t) if s.tangent is None else s.tangent for s in found)
+        return a, b, g

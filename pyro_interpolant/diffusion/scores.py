@@ -1,0 +1,160 @@
+r"""The score and the denoiser of a flow, in data coordinates, from what it has learned.
+
+Where base and data are independent and the base is N(0, I), the velocity gives both; a flow that
+has learned the noise of a latent term gives them for any base and coupling.
+
+References:
+    Albergo, Boffi & Vanden-Eijnden, arXiv 2303.08797, Sections 3.2 and 4.4.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, broadcast_shapes, nn, where
+
+from ..distributions.interpolant import InterpolantDistribution
+from ..nn.mlp import VelocityMLP
+from ..nn.velocity import evaluate
+from ..transforms.gaussianize import Gaussianized, refuse_charts
+from .conversions import (
+    INSTEAD,
+    Time,
+    check_linear,
+    checked_times,
+    refuse,
+    tiny,
+    velocity_to_denoiser,
+    velocity_to_score,
+)
+
+__all__ = ["conditional_mean", "denoiser", "score", "transform_with_score"]
+
+
+def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
+    r"""Return :math:`\nabla\log\rho_t(x)`, shape ``(*, D)``, from the velocity: no ODE is solved.
+
+    At the data end, t = 1, there is no noise left for the velocity to tell of; there, or to be
+    exact for the solver, take ``distribution.at(t).score(x)``, the gradient of the log-density. A
+    flow that learned the noise of a latent term uses :math:`-E[z | x_t] / \gamma` instead.
+
+    Args:
+        distribution: A trained flow; a conditional one with its context.
+        t: Times in [0, 1], broadcastable with ``(*)``.
+        x: States at time t, shape ``(*, D)``, in data coordinates; under a support, in its
+            unconstrained space, where ``distribution.unconstrained(x)`` takes values. The score
+            is that of the density there.
+
+    Raises:
+        TypeError: If the distribution is conditional and lacks its context.
+        ValueError: If the score does not follow from what was learned: another base, a coupling
+            that is not independent, a non-linear interpolant; or not at this time.
+
+    References:
+        arXiv 2303.08797, Section 4.4.
+
+    Example:
+        >>> prior = InterpolantDistribution(interpolant_transform(2))  # untrained: N(0, I)
+        >>> x = torch.randn(5, 2)
+        >>> bool(torch.allclose(score(prior, 0.5, x), -x, atol=1e-6))
+        True
+    """
+    transform, support = transform_with_score(distribution), distribution.constraint
+    if not isinstance(support, Gaussianized):
+        return _score(distribution, t, x)
+    chart, x = support.chart, transform._checked(x)
+    bend = torch.func.grad(lambda y: -chart.log_abs_det_jacobian(y, y).sum())(x)
+    pulled: Any = torch.func.vjp(chart._inverse, x)
+    u, back = pulled
+    return back(_score(distribution, t, u))[0] + bend
+
+
+def _score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
+    """Return the score in the flow's coordinates."""
+    transform, time, w = _prepared(distribution, t, x)
+    noise = transform.flow.noise
+    if noise is None:
+        v = conditional_mean(transform, transform.flow.velocity, time, w)
+        white = velocity_to_score(transform.interpolant, time, w, v)
+    else:
+        gamma = transform.interpolant.coefficients(time)[2][..., None]
+        refuse(gamma.abs() <= tiny(w), time, "gamma is positive", INSTEAD)
+        white = -conditional_mean(transform, noise, time, w) / gamma
+    return white @ transform.flow.whitening
+
+
+def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
+    r"""Return :math:`E[x_1 | x_t = x]`, the data expected at the end of the path, ``(*, D)``.
+
+    Args:
+        distribution: A trained flow; a conditional one with its context.
+        t: Times in [0, 1], broadcastable with ``(*)``.
+        x: States at time t, shape ``(*, D)``, in data coordinates; under a support, they and the
+            result are in its unconstrained space, as in :func:`score`.
+
+    Raises:
+        TypeError: As in :func:`score`.
+        ValueError: As in :func:`score`; or if the flow is behind a map of :func:`from_samples`.
+    """
+    transform, time, w = _prepared(distribution, t, x)
+    refuse_charts(distribution.constraint, "the mean of what a path leads to")
+    interpolant, noise = transform.interpolant, transform.flow.noise
+    v = conditional_mean(transform, transform.flow.velocity, time, w)
+    if noise is None:
+        return transform.flow.from_white(velocity_to_denoiser(interpolant, time, w, v))
+    # Any base: x and v less their noise are two equations for the means of x0 and x1.
+    z = conditional_mean(transform, noise, time, w)
+    a, b, g = (c[..., None] for c in interpolant.coefficients(time))
+    da, db, dg = (c[..., None] for c in interpolant.derivatives(time))
+    state, slope = w - g * z, v - dg * z
+    alone = (a.abs() <= tiny(w)) & (da.abs() <= tiny(w))  # without x0 the first suffices
+    bottom = where(alone, b, a * db - da * b)
+    refuse(bottom.abs() <= tiny(w), time, "the path depends on the data", "another")
+    return transform.flow.from_white(where(alone, state, a * slope - da * state) / bottom)
+
+
+def transform_with_score(distribution: InterpolantDistribution) -> Any:
+    """Return the transform of a flow of which a score is known.
+
+    Raises:
+        TypeError: If the distribution is conditional and lacks its context.
+        ValueError: If the score does not follow from what was learned.
+    """
+    if not isinstance(distribution, InterpolantDistribution):
+        raise TypeError(
+            f"expected an InterpolantDistribution, got {type(distribution).__name__}: a "
+            "conditional one gives it by .condition(context)"
+        )
+    transform = distribution.transform
+    check_linear(transform.interpolant)
+    if transform.flow.noise is not None or transform.interpolant.ends[0][0] == 0:
+        return transform  # nothing is asked of the base: it is not there, or not needed
+    instead = "use an interpolant with a latent term and fit(..., learn='noise')"
+    if distribution.base is not None:
+        raise ValueError(
+            "expected the default base: the score follows from the velocity where the base is "
+            f"N(0, I), got {type(distribution.base).__name__}; {instead}"
+        )
+    if not transform.flow.independent:
+        raise ValueError(
+            "expected a flow trained with the independent coupling: the score does not follow "
+            f"from the velocity where base and data are paired; {instead}"
+        )
+    return transform
+
+
+def conditional_mean(transform: Any, network: nn.Module, t: Tensor, w: Tensor) -> Tensor:
+    """Return what a network of the flow says at whitened states ``w``, shape ``(*, D)``."""
+    # The default network computes its time embedding once per distinct time it is given.
+    if isinstance(network, VelocityMLP):
+        return network(t, w, transform.context)
+    return evaluate(network, t, w, transform.context)
+
+
+def _prepared(
+    distribution: InterpolantDistribution, t: Time, x: Tensor
+) -> tuple[Any, Tensor, Tensor]:
+    """Return the transform, the times, and the whitened states with the batch of both."""
+    transform = transform_with_score(distribution)
+    w = transform.flow.to_white(transform._checked(x))
+    times = checked_times(t, w)
+    return transform, times, w.expand(*broadcast_shapes(times.shape, w.shape[:-1]), -1)

@@ -1,0 +1,29 @@
+r"""Pyro distributions: a flow from its base to its support, for ``pyro.sample``.
+
+``interpolant`` has the learned distribution and the conditional one, ``joint`` the one of named
+sites. ``bases`` are where flows start: the standard normal, any distribution, samples, the uniform
+torus. ``constraints`` are where values live: supports, their bijections, events of any shape.
+
+To add a support, register its bijection with Pyro's ``biject_to``; one without a bijection is a
+member of ``constraints``.
+"""
+
+from typing import TYPE_CHECKING
+
+from .._lazy import attach
+
+if TYPE_CHECKING:
+    from .interpolant import *
+    from .joint import *
+    from .bases import *
+    from .constraints import *
+
+__all__, __getattr__, __dir__ = attach(
+    __name__,
+    {
+        "interpolant": ["ConditionalInterpolantDistribution", "InterpolantDistribution"],
+        "joint": ["JointInterpolantDistribution"],
+        "bases": ["ExternalBase", "Samples", "UniformTorus"],
+        "constraints": ["circular"],
+    },
+)

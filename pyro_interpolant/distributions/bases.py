@@ -1,0 +1,284 @@
+r"""What a flow starts from: the standard normal, any distribution in data coordinates, or samples.
+
+A base need not have a density: with samples alone a flow still transports and is sampled from.
+"""
+
+import copy
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from ..interpolants.nonlinear import wrap
+from .constraints import checked_rows
+
+__all__ = [
+    "ExternalBase",
+    "Planar",
+    "Samples",
+    "UniformTorus",
+    "checked_base",
+    "directions",
+    "in_planes",
+    "moved",
+    "standard_normal",
+]
+
+
+class Samples(dist.TorchDistribution):
+    """A base of which only samples are known: it can be drawn from, and has no density.
+
+    Args:
+        rows: Its samples, shape ``(N, D)``, in data coordinates; draws are with replacement.
+
+    Raises:
+        ValueError: If the rows are not of shape ``(N, D)``, or not finite.
+
+    Example:
+        >>> Samples(torch.zeros(10, 2)).sample((5,)).shape
+        torch.Size([5, 2])
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(self, rows: Tensor, *, validate_args: bool | None = None) -> None:
+        self.rows = checked_rows(rows, "base samples")
+        super().__init__(torch.Size(), self.rows.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Samples":
+        """Return the base with another batch shape."""
+        new = self._get_checked_instance(Samples, _instance)
+        new.rows = self.rows
+        super(Samples, new).__init__(torch.Size(batch_shape), self.event_shape)
+        return new
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Return rows drawn with replacement, shape ``(*sample_shape, *batch_shape, D)``."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        return self.rows[torch.randint(len(self.rows), shape, device=self.rows.device)]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Raise a ValueError, for values of any shape: samples have no density."""
+        raise ValueError(
+            "expected a base with a density, got samples alone: this flow transports and can be "
+            "sampled from, but has no log_prob. Pass a base distribution, for example an "
+            "InterpolantDistribution that was fitted to the samples"
+        )
+
+
+class ExternalBase(dist.TorchDistribution):
+    """A base from another library: any torch distribution, or a module whose call gives one.
+
+    A zuko flow is such a module: ``ExternalBase(zuko.flows.NSF(3))``. Its weights are its own: it
+    is neither trained nor saved with the flow.
+
+    Args:
+        source: A distribution of event shape ``(D,)``, in data coordinates, or a module that
+            returns one when called without arguments.
+
+    Raises:
+        TypeError: If the source gives no distribution.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+
+    def __init__(self, source: Any, *, validate_args: bool | None = None) -> None:
+        self.source = source
+        inner = self._inner()
+        if not isinstance(inner, torch.distributions.Distribution):
+            raise TypeError(
+                "expected a torch distribution, or a module that returns one when called without "
+                f"arguments, got {type(source).__name__}"
+            )
+        self.has_rsample = inner.has_rsample
+        super().__init__(inner.batch_shape, inner.event_shape, validate_args=validate_args)
+
+    def _inner(self) -> Any:
+        return self.source() if isinstance(self.source, torch.nn.Module) else self.source
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "ExternalBase":
+        """Return the base with another batch shape."""
+        new = self._get_checked_instance(ExternalBase, _instance)
+        new.source, new.has_rsample = self.source, self.has_rsample
+        super(ExternalBase, new).__init__(torch.Size(batch_shape), self.event_shape)
+        return new
+
+    def to(self, like: Tensor) -> "ExternalBase":
+        """Return the base in the type and on the device of a tensor of any shape."""
+        source = copy.deepcopy(self.source)
+        source = source.to(like) if isinstance(source, torch.nn.Module) else moved(source, like)
+        return ExternalBase(source).expand(self.batch_shape)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Return draws without gradient, shape ``(*sample_shape, *batch_shape, D)``."""
+        with torch.no_grad():
+            return self._expanded().sample(torch.Size(sample_shape))
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Return draws, shape ``(*sample_shape, *batch_shape, D)``."""
+        return self._expanded().rsample(torch.Size(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density, shape ``(*)``, of values of shape ``(*, D)``."""
+        return self._expanded().log_prob(value)
+
+    def _expanded(self) -> Any:
+        inner = self._inner()
+        return inner if inner.batch_shape == self.batch_shape else inner.expand(self.batch_shape)
+
+
+def standard_normal(transform: Any) -> Any:
+    """Return N(0, I), event shape ``(D,)``, in the type and on the device of a flow."""
+    owner = getattr(transform, "flow", transform)
+    zero = torch.zeros_like(owner.loc)
+    return dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
+
+
+def checked_base(base: Any, dim: int) -> Any:
+    """Return a base of event shape ``(dim,)``, or say why it cannot be one."""
+    if not isinstance(base, TorchDistributionMixin):
+        raise TypeError(
+            "expected a base from pyro.distributions (torch's own cannot be sampled by Pyro), got "
+            f"{type(base).__name__}"
+        )
+    if base.event_shape != (dim,):
+        hint = ": add .to_event(1)" if base.batch_shape[-1:] == (dim,) else ""
+        raise ValueError(
+            f"expected a base of event shape ({dim},), got event shape {tuple(base.event_shape)} "
+            f"and batch shape {tuple(base.batch_shape)}{hint}"
+        )
+    return base
+
+
+def moved(value: Any, like: Tensor) -> Any:
+    """Return a copy of a distribution in the type and on the device of a tensor."""
+    own = getattr(value, "to", None)
+    if own is not None and isinstance(value, torch.distributions.Distribution):
+        return own(like)  # another flow moves itself
+    if isinstance(value, Tensor):
+        return value.to(like) if value.is_floating_point() else value.to(like.device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(v, like) for v in value)
+    if isinstance(value, (torch.distributions.Distribution, Transform)):
+        new = copy.copy(value)
+        new.__dict__.update({k: moved(v, like) for k, v in value.__dict__.items()})
+        return new
+    return value
+
+
+_TURN = 2 * math.pi
+
+
+def in_planes(u: Tensor, radius: Tensor | float) -> Tensor:
+    """Return points of the plane in the directions u, shape ``(*, D)``, as ``(*, 2 D)``."""
+    return torch.cat((radius * u.cos(), radius * u.sin()), dim=-1)
+
+
+def directions(w: Tensor) -> Tensor:
+    """Return the angles, shape ``(*, D)``, of points of the plane, shape ``(*, 2 D)``."""
+    x, y = w.chunk(2, dim=-1)
+    return torch.atan2(y, torch.where((x == 0) & (y == 0), 1.0, x))  # a finite slope at 0
+
+
+class UniformTorus(dist.TorchDistribution):
+    r"""The uniform base on the torus: density :math:`(2\pi)^{-D}` at every real vector.
+
+    Draws are in [-pi, pi). Its density takes angles with any number of turns, as the way back from
+    data to base gives them.
+
+    Args:
+        event_dim: D, the number of angles.
+
+    Raises:
+        ValueError: If ``event_dim`` is below 1.
+
+    Example:
+        >>> round(float(UniformTorus(2).log_prob(torch.tensor([0.5, 9.0]))), 4)
+        -3.6758
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, event_dim: int, *, validate_args: bool | None = None) -> None:
+        if event_dim < 1:
+            raise ValueError(f"expected event_dim >= 1, got {event_dim}")
+        self.origin = torch.zeros(event_dim)  # tells the type and the device of draws
+        super().__init__(torch.Size(), self.origin.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "UniformTorus":
+        """Return the base with another batch shape."""
+        new = self._get_checked_instance(UniformTorus, _instance)
+        new.origin = self.origin
+        super(UniformTorus, new).__init__(torch.Size(batch_shape), self.event_shape)
+        return new
+
+    def to(self, like: Tensor) -> "UniformTorus":
+        """Return the base in the type and on the device of a tensor of any shape."""
+        new = self.expand(self.batch_shape)
+        new.origin = self.origin.to(like)
+        return new
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Return draws in [-pi, pi), shape ``(*sample_shape, *batch_shape, D)``."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        like = self.origin
+        return wrap(_TURN * torch.rand(shape, dtype=like.dtype, device=like.device))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        r"""Return :math:`-D \log 2\pi`, shape ``(*)``, of real values of shape ``(*, D)``."""
+        if self._validate_args:
+            self._validate_sample(value)
+        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        # Constant, yet a function of the value: whoever asks for its gradient gets zeros.
+        flat = (0 * value).sum(-1) - self.event_shape[0] * math.log(_TURN)
+        return flat.expand(batch)
+
+
+class Planar(dist.TorchDistribution):
+    r"""A base on the torus as a proper density on real vectors, for samplers that walk there.
+
+    Each angle becomes the direction of a point of the plane at a Rayleigh distance; the vector w
+    of these points has density :math:`p(u) \, e^{-|w|^2 / 2}`, normal where p is uniform. A circle
+    has no seam there. (On the real line p is improper, and a window tilts what is at its edge.)
+
+    Args:
+        base: A distribution of D angles whose density, shape ``(*)``, has period :math:`2\pi`.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+
+    def __init__(self, base: Any, *, validate_args: bool | None = None) -> None:
+        self.inner, self.has_rsample = base, base.has_rsample
+        event_shape = torch.Size((2 * base.event_shape[0],))
+        super().__init__(base.batch_shape, event_shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Planar":
+        """Return the distribution with another batch shape."""
+        return Planar(self.inner.expand(torch.Size(batch_shape)))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Return draws without gradient, shape ``(*sample_shape, *batch_shape, 2 D)``."""
+        with torch.no_grad():
+            return self._at_random_radii(self.inner.sample(torch.Size(sample_shape)))
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Return draws, shape ``(*sample_shape, *batch_shape, 2 D)``."""
+        return self._at_random_radii(self.inner.rsample(torch.Size(sample_shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density, shape ``(*)``, of real values, shape ``(*, 2 D)``."""
+        return self.inner.log_prob(directions(value)) - 0.5 * value.square().sum(-1)
+
+    @staticmethod
+    def _at_random_radii(u: Tensor) -> Tensor:
+        return in_planes(u, torch.hypot(torch.randn_like(u), torch.randn_like(u)))

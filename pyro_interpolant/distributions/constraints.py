@@ -1,0 +1,347 @@
+r"""Supports other than all real vectors, reached by Pyro's own bijections."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions import Transform, biject_to, transform_to
+from torch.distributions.transforms import ComposeTransform, ReshapeTransform
+
+from ..interpolants.nonlinear import wrap
+from ..transforms.bijections import PerEvent, Remembered
+from ..transforms.gaussianize import Gaussianized, without_chart
+
+__all__ = [
+    "Constraint",
+    "OnEvents",
+    "Shaped",
+    "Supported",
+    "Wrap",
+    "bijection",
+    "checked_rows",
+    "circular",
+    "is_circular",
+    "is_trivial",
+    "shaped",
+    "to_unconstrained",
+]
+
+
+Constraint = constraints.Constraint
+
+
+class _Circular(Constraint):
+    """Vectors of angles in [-pi, pi], where -pi and pi are one point."""
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        """Tell which vectors, ``(*)``, of values, ``(*, D)``, have all angles in range."""
+        return ((value >= -math.pi) & (value <= math.pi)).all(-1)
+
+    def __repr__(self) -> str:
+        """Name the constraint."""
+        return "circular"
+
+
+circular = _Circular()
+
+
+@biject_to.register(_Circular)
+@transform_to.register(_Circular)
+def _(constraint: _Circular) -> Transform:
+    raise NotImplementedError(
+        "no smooth bijection maps real vectors to angles: for inference use base_space(model), "
+        "which samples the flow's base instead"
+    )
+
+
+def is_circular(support: Constraint) -> bool:
+    """Tell whether a support is :data:`circular`, or a copy of it."""
+    return isinstance(support, _Circular)
+
+
+def bijection(support: Constraint) -> Transform:
+    """Return the bijection from real vectors, shape ``(*, D)``, to a support.
+
+    Args:
+        support: Any Pyro constraint with a registered bijection from vectors or scalars.
+
+    Raises:
+        TypeError: If ``support`` is not a constraint.
+        ValueError: If it has no such bijection; the message names it.
+    """
+    if not isinstance(support, Constraint):
+        raise TypeError(
+            "expected support to be a constraint such as constraints.positive, got "
+            f"{type(support).__name__}"
+        )
+    try:
+        transform = biject_to(support)
+        domain_dim, is_bijective = transform.domain.event_dim, transform.bijective
+    except (NotImplementedError, AttributeError, TypeError, IndexError):
+        domain_dim, is_bijective = 2, False
+    if domain_dim > 1 or not is_bijective:
+        raise ValueError(
+            f"expected a support that is a bijective image of real vectors, got {support}: use "
+            "real_vector, positive, interval, simplex, corr_cholesky, ordered_vector, "
+            "independent(..., 1), stack or another constraint for which biject_to is bijective"
+        )
+    return transform
+
+
+def is_trivial(support: Constraint) -> bool:
+    """Tell whether a support is all real vectors, so that nothing has to be mapped."""
+    if isinstance(support, constraints.independent) and support.reinterpreted_batch_ndims == 1:
+        support = support.base_constraint
+    return isinstance(support, type(constraints.real))
+
+
+def to_unconstrained(value: Tensor, support: Constraint) -> Tensor:
+    """Return values on a support, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
+
+    Raises:
+        ValueError: If a value is outside the support, or on its edge, which maps to infinity.
+    """
+    if is_trivial(support):
+        return value
+    if is_circular(support):
+        return _checked_angles(value)
+    on_events = OnEvents(support)
+    inside = on_events.check(value)
+    if bool(inside.all()):
+        inside = on_events.reduced(_off_the_edge(support, value), value)
+    if bool(inside.all()):
+        real = bijection(support).inv(value)
+        inside = torch.isfinite(real).all(-1)
+        if bool(inside.all()):
+            return real
+    raise ValueError(
+        f"expected values strictly inside the support {support}, got {int((~inside).sum())} of "
+        f"{inside.numel()} rows outside it or on its edge, the first being row "
+        f"{int((~inside).reshape(-1).nonzero()[0])}: remove them, or choose the support that the "
+        "data have"
+    )
+
+
+def _checked_angles(value: Tensor) -> Tensor:
+    """Return angles, shape ``(*, D)``, if they are in range."""
+    inside = circular.check(value)
+    if bool(inside.all()):
+        return value
+    raise ValueError(
+        f"expected angles in [-pi, pi], in radians, got {int((~inside).sum())} of "
+        f"{inside.numel()} rows outside: take whole turns off, "
+        "torch.remainder(x + torch.pi, 2 * torch.pi) - torch.pi"
+    )
+
+
+def _off_the_edge(support: Constraint, value: Tensor) -> Tensor:
+    """Tell which elements are off the bounds, where bijections clamp instead of diverging."""
+    if isinstance(support, (constraints.independent, Gaussianized, Shaped)):
+        return _off_the_edge(support.base_constraint, value)
+    if isinstance(support, constraints.stack):
+        parts = zip(support.cseq, value.unbind(support.dim), strict=True)
+        return torch.stack([_off_the_edge(c, v) for c, v in parts], support.dim)
+    inside = torch.ones_like(value, dtype=torch.bool)
+    lower, upper = (getattr(support, f"{side}_bound", None) for side in ("lower", "upper"))
+    if isinstance(support, type(constraints.simplex)):
+        lower = 0.0
+    if lower is not None:
+        inside = inside & (value > lower)
+    return inside if upper is None else inside & (value < upper)
+
+
+class OnEvents(Constraint):
+    """A support as a constraint on whole events, whatever the support's own idea of them.
+
+    Pyro's bijections end in element-wise maps, so the codomain of a composed one says nothing of
+    the support, and some constraints check elements where they claim to check events.
+
+    Args:
+        support: The support.
+    """
+
+    def __init__(self, support: Constraint) -> None:
+        self.inner = support
+        self.event_dim = max(1, bijection(support).codomain.event_dim)
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        """Tell which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
+        return self.reduced(self.inner.check(value), value)
+
+    def reduced(self, inside: Tensor, value: Tensor) -> Tensor:
+        """Return what holds for all elements of an event, shape ``(*)``."""
+        extra = inside.dim() - (value.dim() - self.event_dim)
+        return inside.flatten(-extra).all(-1) if extra > 0 else inside
+
+    def __repr__(self) -> str:
+        """Name the support."""
+        return repr(self.inner)
+
+
+@biject_to.register(OnEvents)
+def _(constraint: OnEvents) -> Transform:
+    return Remembered(PerEvent(bijection(constraint.inner)))
+
+
+@transform_to.register(OnEvents)
+def _(constraint: OnEvents) -> Transform:
+    return transform_to(constraint.inner)
+
+
+class Supported:
+    """What has a support, and real vectors for its values.
+
+    Attributes:
+        constraint: The support.
+    """
+
+    constraint: Constraint
+
+    def unconstrained(self, value: Tensor) -> Tensor:
+        """Return values, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
+
+        Raises:
+            ValueError: If a value is outside the support.
+        """
+        return to_unconstrained(value, without_chart(self.constraint))
+
+    def to_flow(self, value: Tensor) -> Tensor:
+        """Return values in the flow's coordinates: real vectors, behind the map if there is one.
+
+        Raises:
+            ValueError: If a value is outside the support.
+        """
+        return to_unconstrained(value, self.constraint)
+
+
+class Shaped(Constraint):
+    """A support of vectors, laid out in events of another shape.
+
+    Args:
+        inner: The support of scalars or of vectors.
+        shape: The shape of an event.
+    """
+
+    def __init__(self, inner: Constraint, shape: Sequence[int]) -> None:
+        self.base_constraint, self.shape = inner, torch.Size(shape)
+        self.event_dim = len(self.shape)
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        """Tell which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
+        inside = self.base_constraint.check(value.flatten(-self.event_dim))
+        return inside if self.base_constraint.event_dim else inside.all(-1)
+
+    def __repr__(self) -> str:
+        """Name the support and the shape."""
+        return f"{self.base_constraint} in events of shape {tuple(self.shape)}"
+
+
+@biject_to.register(Shaped)
+def _(constraint: Shaped) -> Transform:
+    return _reshaping(biject_to(constraint.base_constraint), constraint)
+
+
+@transform_to.register(Shaped)
+def _(constraint: Shaped) -> Transform:
+    return _reshaping(transform_to(constraint.base_constraint), constraint)
+
+
+def _reshaping(inner: Transform, constraint: Shaped) -> Transform:
+    reshape = ReshapeTransform(torch.Size([math.prod(constraint.shape)]), constraint.shape)
+    return ComposeTransform([PerEvent(inner), reshape])
+
+
+def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
+    """Return a support in events of a shape, shape ``(*event_shape)``; itself if there is none.
+
+    Raises:
+        ValueError: If the shape is not one of positive sizes, or the support is already one of
+            events of more than one dimension.
+    """
+    if shape is None:
+        return support
+    if not shape or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(
+            f"expected event_shape to be one or more positive sizes, got {tuple(shape)}"
+        )
+    if isinstance(support, constraints.independent) and isinstance(
+        support.base_constraint, type(constraints.real)
+    ):
+        support = constraints.real_vector
+    if len(shape) == 1:
+        return support
+    if getattr(support, "event_dim", 0) > 1:
+        raise ValueError(
+            f"expected a support of scalars or of vectors beside event_shape, got {support}, "
+            "whose events have a shape of their own"
+        )
+    return Shaped(support, shape)
+
+
+class Wrap(Transform):
+    """Map real vectors, shape ``(*, D)``, to angles in [-pi, pi); its volume factor is 1."""
+
+    domain = constraints.real_vector
+    codomain = circular
+    bijective = True  # of the torus: real vectors that differ by whole turns are one point there
+
+    def _call(self, x: Tensor) -> Tensor:
+        return wrap(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return wrap(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return zeros, shape ``(*)``, for vectors of shape ``(*, D)``."""
+        return x.new_zeros(x.shape[:-1])
+
+
+def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:
+    """Return x as a finite floating tensor of rows, or say what is wrong with it.
+
+    Args:
+        x: A tensor or array, expected of shape ``(N, *event_shape)``.
+        name: What to call it in messages.
+        event_shape: The expected shape of a row; None stands for any size.
+
+    Returns:
+        The rows, detached, shape ``(N, *event_shape)``.
+
+    Raises:
+        TypeError: If it is not a tensor or an array, or not of a floating type.
+        ValueError: If it has no rows, rows of another shape, or NaN or infinite rows.
+    """
+    try:
+        x = torch.as_tensor(x).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"expected {name} to be a tensor or an array, got {type(x).__name__}"
+        ) from error
+    if not x.is_floating_point():
+        raise TypeError(
+            f"expected {name} of a floating type, got {x.dtype}: convert it with .float(), and "
+            "add uniform noise of one step to counts and rounded values, which have no density"
+        )
+    expected = tuple(event_shape)
+    if x.dim() != 1 + len(expected) or any(
+        e not in (None, s) for e, s in zip(expected, x.shape[1:], strict=True)
+    ):
+        want = ", ".join("D" if e is None else str(e) for e in expected)
+        hint = f": for N scalars pass shape (N, 1), {name}[:, None]" if x.dim() == 1 else ""
+        raise ValueError(f"expected {name} of shape (N, {want}), got {tuple(x.shape)}{hint}")
+    if len(x) == 0:
+        raise ValueError(f"expected rows of {name}, got none")
+    bad = (~torch.isfinite(x)).reshape(len(x), -1).any(dim=1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"expected finite {name}, got NaN or infinite values in {int(bad.sum())} of {len(x)} "
+            f"rows, the first being row {int(bad.nonzero()[0])}: remove or impute them"
+        )
+    return x

@@ -1,0 +1,330 @@
+r"""Angles: flows on the flat torus :math:`(\mathbb R / 2\pi\mathbb Z)^D`, where -pi and pi meet.
+
+A velocity of period :math:`2\pi` in every coordinate moves real vectors so that whole turns stay
+whole turns: solved on the real line, without a seam, it is a flow on the torus. Where the base has
+period :math:`2\pi` too, so has the density.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.conditional import ConditionalTransformedDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints
+
+from ..interpolants.linear import Interpolant
+from ..interpolants.nonlinear import Geodesic
+from ..nn.mlp import TorusMLP, VelocityMLP
+from ..transforms.bijections import PerEvent, Remembered, Whiten
+from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
+from .bases import UniformTorus, checked_base, moved, standard_normal
+from .constraints import (
+    Constraint,
+    OnEvents,
+    Supported,
+    Wrap,
+    bijection,
+    circular,
+    is_circular,
+    is_trivial,
+    shaped,
+)
+
+__all__ = ["ConditionalInterpolantDistribution", "InterpolantDistribution", "check_torus"]
+
+
+def check_torus(interpolant: Interpolant, velocity: nn.Module, linear: Tensor) -> None:
+    """Raise a ValueError unless parts, the map of shape ``(D, D)``, make a flow on the torus."""
+    if not isinstance(interpolant, Geodesic):
+        raise ValueError(
+            f"expected the interpolant Geodesic() for angles, got {type(interpolant).__name__}"
+        )
+    if isinstance(velocity, VelocityMLP) and not isinstance(velocity, TorusMLP):
+        raise ValueError(
+            "expected a velocity of period 2 pi in every angle, such as TorusMLP, got "
+            f"{type(velocity).__name__}"
+        )
+    if not torch.equal(linear, torch.eye(len(linear)).to(linear)):
+        raise ValueError(
+            "expected no whitening map for angles, whose scale is that of the circle: leave "
+            "transform.precondition alone"
+        )
+
+
+class InterpolantDistribution(Supported, dist.TransformedDistribution):
+    r"""A distribution learned by a stochastic interpolant.
+
+    ``x ~ InterpolantDistribution(transform)`` has event shape ``(D,)``, or that of the support.
+
+    Args:
+        transform: The flow.
+        base: What the flow starts from, a Pyro distribution of event shape ``(D,)`` in data
+            coordinates (under a support: in its unconstrained space), fixed. By default
+            :math:`N(0, I)` in whitened coordinates, which is :math:`N(\mathrm{loc}, L L^T)` in
+            data coordinates and follows the flow's type and device.
+        support: Where the data live: any Pyro constraint with a bijection from real vectors; or
+            :data:`circular`, angles, where the base must have period :math:`2\pi` and is
+            :class:`UniformTorus` by default.
+        event_shape: The shape of an event, where it has more than one dimension, of the size that
+            the support needs; elements in row-major order.
+
+    Raises:
+        TypeError: If ``transform`` or ``base`` is of the wrong kind.
+        ValueError: If the base has another event shape, the support has no bijection, or the flow
+            is not one on the torus where the support is :data:`circular`.
+
+    References:
+        Albergo & Vanden-Eijnden, ICLR 2023, arXiv 2209.15571.
+
+    Example:
+        >>> prior = InterpolantDistribution(interpolant_transform(2, hidden_dims=(32, 32)))
+        >>> x = prior.sample((10,))
+        >>> prior.log_prob(x).shape
+        torch.Size([10])
+    """
+
+    has_rsample = True  # a plain attribute: handlers such as pyro.poutine.broadcast set it
+
+    def __init__(
+        self,
+        transform: InterpolantTransform,
+        base: TorchDistributionMixin | None = None,
+        *,
+        support: Constraint = constraints.real_vector,
+        event_shape: Sequence[int] | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not isinstance(transform, InterpolantTransform):
+            hint = (
+                ": use ConditionalInterpolantDistribution"
+                if isinstance(transform, ConditionalInterpolantTransform)
+                else ""
+            )
+            raise TypeError(
+                f"expected an InterpolantTransform, got {type(transform).__name__}{hint}"
+            )
+        support = shaped(support, event_shape)
+        base = _default_base(transform, base, support)
+        self.transform = transform
+        self.base = base
+        self.constraint = support
+        super().__init__(
+            standard_normal(transform) if base is None else checked_base(base, transform.flow.dim),
+            _chain(transform, base, support),
+            validate_args=validate_args,
+        )
+        self.has_rsample = self.base_dist.has_rsample
+
+    @property
+    def support(self) -> Constraint:
+        """The support of one event."""
+        if is_circular(self.constraint):
+            return circular
+        trivial = is_trivial(self.constraint)
+        return constraints.real_vector if trivial else OnEvents(self.constraint)
+
+    @property
+    def base_dist(self) -> Any:
+        """The distribution of the flow's input, in the type and on the device of the flow."""
+        base = self.__dict__["base_dist"]
+        loc = self.transform.flow.loc
+        if self.base is None and (base.mean.dtype != loc.dtype or base.mean.device != loc.device):
+            base = standard_normal(self.transform).expand(base.batch_shape)
+            self.__dict__["base_dist"] = base
+        return base
+
+    @base_dist.setter
+    def base_dist(self, value: Any) -> None:
+        self.__dict__["base_dist"] = value
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
+        """Return the distribution with another batch shape; weights and cache are shared."""
+        new = type(self).__new__(type(self)) if _instance is None else _instance
+        new.__dict__.update(
+            {k: v for k, v in self.__dict__.items() if k not in ("base_dist", "_batch_shape")}
+        )
+        return super().expand(torch.Size(batch_shape), _instance=new)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density, shape ``(*)``, of values of shape ``(*, *event_shape)``.
+
+        Raises:
+            ValueError: If the shape or the type does not match, or a value is outside the support
+                (while validation is on).
+        """
+        event = len(self.event_shape)
+        if tuple(value.shape[max(0, value.dim() - event) :]) != tuple(self.event_shape):
+            hint = ""
+            if self.event_shape == (1,):
+                hint = " For N scalars use shape (N, 1): x[..., None]."
+            raise ValueError(
+                f"expected a value of shape (*, {', '.join(map(str, self.event_shape))}), got "
+                f"{tuple(value.shape)}.{hint}"
+            )
+        if self.batch_shape:
+            batch = torch.broadcast_shapes(value.shape[: value.dim() - event], self.batch_shape)
+            return super().log_prob(value).expand(batch)
+        return super().log_prob(value)
+
+    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Return samples, ``(*sample_shape, *batch, *event)``, and log-densities, in one solve."""
+        x = self.rsample(torch.Size(sample_shape))
+        return x, self.log_prob(x)
+
+    def score(self, x: Tensor) -> Tensor:
+        """Return the gradient of ``log_prob`` at x, exact for this solver, of the shape of x."""
+        with torch.enable_grad():
+            leaf = x.detach().clone().requires_grad_()
+            return torch.autograd.grad(self.log_prob(leaf).sum(), leaf)[0]
+
+    def at(self, t: float) -> "InterpolantDistribution":
+        """Return the distribution at time t: the base at 0, the model at 1.
+
+        Args:
+            t: A time in [0, 1].
+
+        Raises:
+            ValueError: If t is outside [0, 1].
+        """
+        new = InterpolantDistribution(self.transform.at(t), self.base, support=self.constraint)
+        return new.expand(self.batch_shape)
+
+    def freeze(self) -> "InterpolantDistribution":
+        """Fix all weights, so that no inference trains them, and return self."""
+        return _freeze(self)
+
+    def set_base(self, base: TorchDistributionMixin) -> None:
+        """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
+        self.base = base
+        self.base_dist = checked_base(base, self.transform.flow.dim).expand(self.batch_shape)
+        self.transforms = _chain(self.transform, base, self.constraint)
+        self.has_rsample = base.has_rsample
+        self.clear_cache()
+
+    def to(self, *args: Any, **kwargs: Any) -> "InterpolantDistribution":
+        """Move weights, buffers and base to a type or device, in place; return self."""
+        self.transform.to(*args, **kwargs)
+        if self.base is not None:
+            self.base = moved(self.base, self.transform.flow.loc)
+            self.base_dist = self.base.expand(self.base_dist.batch_shape)
+        self.clear_cache()
+        return self
+
+    def __repr__(self) -> str:
+        """Name the event, the batch and the support."""
+        return (
+            f"{type(self).__name__}(event_shape={tuple(self.event_shape)}, "
+            f"batch_shape={tuple(self.batch_shape)}, support={self.constraint})"
+        )
+
+
+class ConditionalInterpolantDistribution(Supported, ConditionalTransformedDistribution):
+    """A learned conditional distribution: ``condition(context)`` gives an ordinary one.
+
+    Args:
+        transform: The conditional flow.
+        base: As in :class:`InterpolantDistribution`.
+        support: As in :class:`InterpolantDistribution`.
+        event_shape: As in :class:`InterpolantDistribution`.
+
+    Raises:
+        TypeError: If ``transform`` or ``base`` is of the wrong kind.
+        ValueError: If the base has another event shape, or the support has no bijection.
+
+    Example:
+        >>> flow = conditional_interpolant_transform(2, context_dim=3, hidden_dims=(32, 32))
+        >>> likelihood = ConditionalInterpolantDistribution(flow)
+        >>> likelihood.condition(torch.randn(10, 3)).sample().shape
+        torch.Size([10, 2])
+    """
+
+    def __init__(
+        self,
+        transform: ConditionalInterpolantTransform,
+        base: TorchDistributionMixin | None = None,
+        *,
+        support: Constraint = constraints.real_vector,
+        event_shape: Sequence[int] | None = None,
+    ) -> None:
+        if not isinstance(transform, ConditionalInterpolantTransform):
+            raise TypeError(
+                f"expected a ConditionalInterpolantTransform, got {type(transform).__name__}"
+            )
+        support = shaped(support, event_shape)
+        base = _default_base(transform, base, support)
+        if is_circular(support):
+            check_torus(transform.interpolant, transform.velocity, transform.linear)
+        else:
+            bijection(support)
+        if base is not None:
+            checked_base(base, transform.dim)
+        self.transform = transform
+        self.base = base
+        self.constraint = support
+        super().__init__(standard_normal(transform) if base is None else base, [transform])
+
+    def condition(self, context: Tensor) -> InterpolantDistribution:
+        """Return the distribution given a context of shape ``(*, C)``: batch shape ``(*)``.
+
+        Raises:
+            ValueError: If the last dimension is not the velocity's ``context_dim``.
+        """
+        transform = self.transform.condition(context)
+        return InterpolantDistribution(transform, self.base, support=self.constraint)
+
+    def freeze(self) -> "ConditionalInterpolantDistribution":
+        """Fix all weights, so that no inference trains them, and return self."""
+        return _freeze(self)
+
+    def set_base(self, base: TorchDistributionMixin) -> None:
+        """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
+        self.base = self.base_dist = checked_base(base, self.transform.dim)
+
+    def to(self, *args: Any, **kwargs: Any) -> "ConditionalInterpolantDistribution":
+        """Move weights, buffers and base to a type or device, in place; return self."""
+        self.transform.to(*args, **kwargs)
+        if self.base is not None:
+            self.base = moved(self.base, self.transform.loc)
+        return self
+
+
+AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
+
+
+def _default_base(transform: Any, base: Any, support: Constraint) -> Any:
+    """Return the base; on the torus, where there is no normal one, by default the uniform one."""
+    if base is not None or not is_circular(support):
+        return base
+    owner = getattr(transform, "flow", transform)
+    return UniformTorus(owner.dim).to(owner.loc)
+
+
+def _chain(transform: InterpolantTransform, base: Any, support: Constraint) -> list[Transform]:
+    chain: list[Transform] = [transform] if base is None else [Whiten(transform.flow), transform]
+    if is_trivial(support):
+        return chain
+    if is_circular(support):
+        flow = transform.flow
+        check_torus(flow.interpolant, flow.velocity, flow.linear)
+        return [*chain, Remembered(Wrap())]
+    bijective = bijection(support)
+    try:
+        bijective(torch.zeros_like(transform.flow.loc))
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise ValueError(
+            f"expected a support of {transform.flow.dim} unconstrained dimensions, the flow's, "
+            f"got {support}"
+        ) from error
+    return [*chain, Remembered(PerEvent(bijective))]
+
+
+def _freeze(distribution: Any) -> Any:
+    owner = getattr(distribution.transform, "flow", distribution.transform)
+    owner.requires_grad_(requires_grad=False).eval()
+    if isinstance(distribution.base, InterpolantDistribution):
+        distribution.base.freeze()
+    distribution.clear_cache()
+    return distribution

@@ -1,0 +1,140 @@
+r"""Several named sites learned together: a posterior that becomes the next model's prior."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from ..transforms.interpolant import InterpolantTransform
+from .constraints import Constraint, bijection, checked_rows, to_unconstrained
+from .interpolant import InterpolantDistribution
+
+__all__ = ["JointInterpolantDistribution", "pack", "sites_of"]
+
+
+class JointInterpolantDistribution(InterpolantDistribution):
+    """A learned joint distribution of named sites, each with its own shape and support.
+
+    The event is the packed vector of all sites, unconstrained. In a model,
+    :meth:`sample_sites` draws it and gives the sites back under their names; everywhere else it is
+    an :class:`InterpolantDistribution`. :func:`~pyro_interpolant.from_samples` makes one from a
+    dictionary of draws.
+
+    Args:
+        transform: The flow over packed vectors.
+        base: As in :class:`InterpolantDistribution`.
+        sites: For each site its event shape and its support, in the order of packing.
+        support: All real vectors, or a Gaussianized support of them.
+
+    Raises:
+        ValueError: If the packed size of the sites is not the flow's dimension.
+    """
+
+    def __init__(
+        self,
+        transform: InterpolantTransform,
+        base: TorchDistributionMixin | None = None,
+        *,
+        sites: Mapping[str, tuple[Sequence[int], Constraint]],
+        support: Constraint = constraints.real_vector,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.sites = {k: (torch.Size(shape), support) for k, (shape, support) in sites.items()}
+        size = sum(_real_shape(*site).numel() for site in self.sites.values())
+        if size != transform.flow.dim:
+            raise ValueError(f"expected a flow of dimension {size}, got {transform.flow.dim}")
+        super().__init__(transform, base, support=support, validate_args=validate_args)
+
+    def sample_sites(self, name: str) -> dict[str, Tensor]:
+        """Sample all sites inside a Pyro model, as one latent site and named deterministic values.
+
+        Args:
+            name: The name of the latent site that holds the packed vector, shape ``(D,)``.
+
+        Returns:
+            The sites by name, each of its own shape, with the batch of the packed vector in front.
+        """
+        sites = self.unpack(pyro.sample(name, self))
+        for site, value in sites.items():
+            shape = self.sites[site][0]
+            pyro.deterministic(site, value, event_dim=len(shape))
+        return sites
+
+    def unpack(self, packed: Tensor) -> dict[str, Tensor]:
+        """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``."""
+        shapes = {name: _real_shape(*site) for name, site in self.sites.items()}
+        parts = packed.split([s.numel() for s in shapes.values()], dim=-1)
+        return {
+            name: biject_to(self.sites[name][1])(part.reshape(part.shape[:-1] + shape))
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
+
+    def pack(self, draws: Mapping[str, Tensor]) -> Tensor:
+        """Return packed vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.
+
+        Raises:
+            ValueError: If a site is missing, of another shape, or outside its support.
+        """
+        return pack(self.sites, draws)
+
+
+def sites_of(draws: Mapping[str, Any], supports: Any) -> dict[str, tuple[torch.Size, Constraint]]:
+    """Return the shape and support of each site of named draws, each ``(N, *site_shape)``.
+
+    Raises:
+        TypeError: If the draws of a site are not a floating tensor, or the supports not a
+            dictionary.
+        ValueError: If there are no sites, sites of different lengths, non-finite draws, a support
+            of a site that is not there, or one without a bijection.
+    """
+    if not isinstance(supports, Mapping):
+        raise TypeError("expected the supports of named draws as a dictionary, site by site")
+    unknown = sorted(set(supports) - set(draws))
+    if not draws or unknown:
+        raise ValueError(
+            f"expected named draws, and supports of sites among {sorted(draws)}, got supports of "
+            f"{unknown or 'nothing'}"
+        )
+    sites = {}
+    for name, value in draws.items():
+        shape = getattr(value, "shape", (0,))[1:]
+        checked_rows(value, f"site {name!r}", shape)
+        support = supports.get(name, constraints.real)
+        bijection(support)
+        sites[name] = (torch.Size(shape), support)
+    lengths = {name: len(value) for name, value in draws.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"expected as many draws of every site, got {lengths}")
+    return sites
+
+
+def pack(sites: Mapping[str, tuple[torch.Size, Constraint]], draws: Mapping[str, Any]) -> Tensor:
+    """Return packed unconstrained vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.
+
+    Raises:
+        ValueError: If a site is missing, of another shape, or outside its support.
+    """
+    parts = []
+    for name, (shape, support) in sites.items():
+        value = torch.as_tensor(draws[name]) if name in draws else None
+        batch = 0 if value is None else value.dim() - len(shape)
+        if value is None or batch < 0 or value.shape[batch:] != shape:
+            got = "none" if value is None else f"shape {tuple(value.shape)}"
+            raise ValueError(
+                f"expected site {name!r} of shape (*, {', '.join(map(str, shape))}), got {got}"
+            )
+        try:
+            real = to_unconstrained(value, support)
+        except ValueError as error:
+            raise ValueError(f"site {name!r}: {error}") from error
+        parts.append(real.reshape(*value.shape[:batch], -1))
+    return torch.cat(parts, dim=-1)
+
+
+def _real_shape(shape: Sequence[int], support: Constraint) -> torch.Size:
+    """Return the unconstrained shape of a site of the given shape and support."""
+    return torch.Size(biject_to(support).inverse_shape(torch.Size(shape)))

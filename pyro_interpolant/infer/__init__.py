@@ -1,0 +1,29 @@
+r"""Flows inside Pyro models: as a guide, as a prior, and as a proposal.
+
+``autoguide`` has the guide and its training; ``log_density`` is a model's log joint as a function
+of the unconstrained vector that ``sites`` packs. ``importance_sampling`` judges a guide by the
+weights of its draws. ``reparam`` samples a model in the base space of its learned priors, or of a
+guide. ``smc`` trains a flow from an unnormalised density alone.
+"""
+
+from typing import TYPE_CHECKING
+
+from .._lazy import attach
+
+if TYPE_CHECKING:
+    from .autoguide import *
+    from .log_density import *
+    from .importance_sampling import *
+    from .reparam import *
+    from .smc.train import *
+
+__all__, __getattr__, __dir__ = attach(
+    __name__,
+    {
+        "autoguide": ["AutoInterpolant", "GuideResult", "fit_guide"],
+        "log_density": ["LogJoint", "log_joint"],
+        "importance_sampling": ["ImportanceResult", "importance"],
+        "reparam": ["Neutra", "base_space", "neutra"],
+        "smc.train": ["Round", "RoundsResult", "train_from_density"],
+    },
+)

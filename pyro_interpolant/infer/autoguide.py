@@ -1,0 +1,409 @@
+r"""The flow as a guide for any Pyro model with continuous latent sites."""
+
+import copy
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from torch import Tensor
+
+from .._torch import seeded
+from ..distributions.bases import standard_normal
+from ..distributions.interpolant import InterpolantDistribution
+from ..interpolants.linear import Interpolant
+from ..nn.mlp import VelocityMLP
+from ..solvers.divergence import Divergence
+from ..solvers.ode import FixedGrid, RandomGrid, Solver
+from ..training.fitting import FitResult, fit
+from ..training.whitening import moments
+from ..transforms.interpolant import InterpolantTransform
+from .importance_sampling import judged, warn_if_poor
+from .log_density import _PRIOR, LogJoint, log_joint, prior_draws
+from .sites import Initial, check_jacobians, pack_sites, set_up, strip, unpack_sites
+from .smc.train import RoundsResult, train_from_density
+
+__all__ = ["AutoInterpolant", "GuideResult", "fit_guide"]
+
+
+_POINTS = 4096  # of the base, for medians and quantiles
+_FEW = 12  # latent dimensions: a funnel in 10 was learned better by a deeper network
+
+
+class AutoInterpolant(AutoContinuous):
+    r"""A guide over all latent sites of a model at once: a continuous normalizing flow.
+
+    The unconstrained latent vector is ``z = T(w)`` with ``w ~ N(0, I)`` and T an
+    :class:`~pyro_interpolant.InterpolantTransform`, the attribute ``transform`` once the guide
+    knows the model. Untrained, it is :math:`N(\text{init loc}, \text{init scale}^2 I)`.
+
+    Train it by :func:`~pyro_interpolant.fit_guide`, with no gradient through an ODE, or by
+    :class:`~pyro.infer.SVI` as any guide, which differentiates through the solver.
+
+    Args:
+        model: A Pyro model whose latent sites are continuous, of fixed shapes and supports.
+        hidden_dims: The widths of the velocity's hidden layers; by default ``(128, 128, 128)`` up
+            to 12 latent dimensions, as funnels want, and as :class:`VelocityMLP` chooses above.
+        interpolant: The path the velocity is trained for; by default
+            :class:`~pyro_interpolant.Trigonometric`.
+        solver: By default a :class:`~pyro_interpolant.FixedGrid` of 12 steps. While a fixed grid
+            is trained through, its nodes are drawn at random, as many as here at least: an ELBO
+            learns to exploit a grid that stays (12 steps became 75 nats too good).
+        divergence: By default exact.
+        init_loc_fn: Where the sites start, one of Pyro's initialisation functions.
+        init_scale: The standard deviation of each unconstrained dimension at the start.
+
+    Raises:
+        TypeError: If the model is not callable.
+        ValueError: If ``init_scale`` is not positive; at the first call, if a latent site is
+            discrete, in a subsampled or sequential plate, or has a support without a Jacobian.
+
+    References:
+        Hoffman et al., *NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural
+        Transport*, arXiv 1903.03704, for sampling in the guide's base space.
+
+    Example:
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     with pyro.plate("rows", 3):
+        ...         pyro.sample("x", dist.Normal(0.0, scale))
+        >>> guide = AutoInterpolant(model, hidden_dims=(32, 32))
+        >>> {name: tuple(value.shape) for name, value in guide().items()}
+        {'scale': (), 'x': (3,)}
+    """
+
+    transform: InterpolantTransform
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        hidden_dims: Sequence[int] | None = None,
+        interpolant: Interpolant | None = None,
+        solver: Solver | None = None,
+        divergence: Divergence | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"expected a model, a callable, got {type(model).__name__}")
+        if not init_scale > 0:
+            raise ValueError(f"expected init_scale > 0, got {init_scale}")
+        super().__init__(model, init_loc_fn=Initial(init_loc_fn))
+        self._hidden_dims, self._init_scale = hidden_dims, init_scale
+        self._choices = {
+            "interpolant": interpolant,
+            "solver": FixedGrid(steps=12) if solver is None else solver,
+            "divergence": divergence,
+        }
+
+    @property
+    def model(self) -> Any:
+        """The model, with the guide's initialisation.
+
+        Raises:
+            ValueError: If the guide was pickled, which leaves the model behind.
+        """
+        if self._model is None:
+            raise ValueError(
+                "expected a guide with its model, got one that was pickled without: call "
+                "guide.attach(model) first"
+            )
+        return super().model
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        with torch.no_grad():  # a prototype with a graph could not be copied
+            super()._setup_prototype(*args, **kwargs)
+            check_jacobians(self)
+            strip(self)
+            loc = self._init_loc()
+        hidden = self._hidden_dims
+        if hidden is None and self.latent_dim <= _FEW:
+            hidden = (128, 128, 128)
+        velocity = VelocityMLP(self.latent_dim, hidden).to(loc)
+        transform = InterpolantTransform(velocity, **self._choices)  # type: ignore[arg-type]
+        transform.precondition(loc, self._init_scale * torch.eye(len(loc)).to(loc))
+        self.transform = transform
+
+    def get_base_dist(self) -> Any:
+        """Return N(0, I), of event shape ``(D,)``."""
+        return standard_normal(self.transform)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> InterpolantTransform:
+        """Return the flow; it does not depend on the arguments of the model."""
+        return self.transform
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> InterpolantDistribution:
+        """Return the distribution of the unconstrained latent vector, of event shape ``(D,)``."""
+        return InterpolantDistribution(self.transform)
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sample the unconstrained latent vector, shape ``(*, D)``, as an auxiliary site."""
+        self._claim_weights()
+        flow = self.transform
+        if torch.is_grad_enabled() and any(p.requires_grad for p in flow.parameters()):
+            flow = self._for_training(flow)
+        name = f"_{self._pyro_name}_latent"
+        return pyro.sample(name, InterpolantDistribution(flow), infer={"is_auxiliary": True})
+
+    def _for_training(self, flow: InterpolantTransform) -> InterpolantTransform:
+        """Return the flow with random nodes, no fewer than the guide was made with."""
+        own, present = self._choices["solver"], flow.solver
+        if isinstance(own, FixedGrid) and isinstance(present, FixedGrid):
+            steps = max(own.steps, present.steps)
+            flow = flow.at(1.0)
+            if torch._C._get_tracing_state() is None:
+                seed = int(torch.randint(2**31, ()))
+                flow.solver = RandomGrid(dataclasses.replace(present, steps=steps), seed)
+            else:  # a compiled ELBO keeps what it has seen
+                flow.solver = dataclasses.replace(present, steps=2 * steps)
+        return flow
+
+    def _claim_weights(self) -> None:
+        """Take out of the parameter store what a copy, or another guide, left under our names.
+
+        Pyro would train what is in the store, and run what is in the guide.
+        """
+        if not self._pyro_context.active or pyro.settings.get("module_local_params"):
+            return
+        store = pyro.get_param_store()
+        kept = dict(store.named_parameters())
+        prefix = self._pyro_get_fullname("transform")
+        for name, weight in self._modules["transform"].named_parameters():  # type: ignore[union-attr]
+            full = pyro.params.param_store.param_with_module_name(prefix, name)
+            if kept.get(full, weight) is not weight:
+                del store[full]
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the marginal medians of the latent sites, each of the site's shape.
+
+        They are taken of each unconstrained dimension, over 4,096 quasi-random points of the base
+        (always the same), then constrained.
+        """
+        return {name: value[0] for name, value in self.quantiles([0.5]).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return marginal quantiles of the latent sites, each ``(Q, *site_shape)``.
+
+        They are taken as in :meth:`median`.
+
+        Args:
+            quantiles: Q numbers between 0 and 1.
+            *args: Ignored, as the other arguments of the model.
+            **kwargs: Ignored.
+        """
+        engine = torch.quasirandom.SobolEngine(self.latent_dim, scramble=True, seed=0)
+        loc = self.transform.loc
+        uniform = engine.draw(_POINTS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+        z = self.transform(torch.special.ndtri(uniform).to(loc))
+        levels = torch.as_tensor(quantiles, dtype=z.dtype, device=z.device)
+        return unpack_sites(self, torch.quantile(z, levels, dim=0))
+
+    @torch.no_grad()
+    def start_from(self, other: AutoContinuous, *args: Any, **kwargs: Any) -> "AutoInterpolant":
+        r"""Start at the mean and covariance of another guide of the same model, keeping weights.
+
+        For training by ``SVI``: a velocity that starts where a Gaussian guide ends has to learn
+        only what is not Gaussian, and a coarse solver will do for it.
+
+        Args:
+            other: A trained guide over the same unconstrained vector, such as
+                ``AutoMultivariateNormal``.
+            *args: The arguments of the model.
+            **kwargs: Its named arguments.
+
+        Returns:
+            The guide itself.
+
+        Raises:
+            ValueError: If the other guide has other sites.
+        """
+        set_up(self, *args, **kwargs)
+        set_up(other, *args, **kwargs)
+        ours, theirs = (
+            {name: site["value"].shape for name, site in g.prototype_trace.iter_stochastic_nodes()}
+            for g in (self, other)
+        )
+        if list(ours.items()) != list(theirs.items()):
+            raise ValueError(f"expected a guide of the sites {ours}, got one of {theirs}")
+        z = other.get_posterior(*args, **kwargs).sample((_POINTS,))
+        self.transform.precondition(*moments(z))
+        return self
+
+    def attach(self, model: Callable[..., Any]) -> "AutoInterpolant":
+        """Give a guide that was pickled, which leaves its model behind, the model again.
+
+        Returns:
+            The guide itself.
+        """
+        self._model = (model,)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for pickles: without the model, and leaving this guide as it is."""
+        model, master = self._model, self.master
+        try:
+            return dict(super().__getstate__())
+        finally:
+            self._model, self.master = model, master
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AutoInterpolant":
+        """Return a guide of the same model with weights of its own."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new.__dict__["_model"] = self._model
+        return new
+
+
+_JUDGED = 10_000  # fresh draws
+_ON_SAMPLES = 0.9  # of the time; the rest is for the calibration and the judgement
+_ON_THE_MODEL = 0.97  # of the time; the rest is for the judgement
+_LEAST = 0.1  # of the time, for training, however long the set-up took
+
+
+class GuideResult(NamedTuple):
+    r"""How good a guide has become, by importance weights of fresh draws.
+
+    Attributes:
+        k_hat: Pareto's k-hat: up to 0.5 good, above 0.7 not reliable.
+        ess: The effective sample size of ``draws`` draws.
+        log_evidence: An estimate of the model's log-evidence, nats.
+        log_evidence_stderr: Its standard error; too small where k-hat is large.
+        draws: The number of fresh draws these come from.
+        verdict: What follows, in a sentence.
+        seconds: The duration.
+        training: What the training did.
+    """
+
+    k_hat: float
+    ess: float
+    log_evidence: float
+    log_evidence_stderr: float
+    draws: int
+    verdict: str
+    seconds: float
+    training: FitResult | RoundsResult
+
+
+def fit_guide(
+    guide: AutoInterpolant,
+    *args: Any,
+    samples: Mapping[str, Any] | None = None,
+    max_seconds: float = 120.0,
+    seed: int | None = None,
+    progress: bool = True,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> GuideResult:
+    r"""Train a guide, in place, with no gradient through an ODE.
+
+    With ``samples``: regression on posterior draws of another sampler, as
+    :func:`~pyro_interpolant.fit`. Without: from the model alone, by rounds of drawing, weighing
+    and regression from a wide start, see :func:`~pyro_interpolant.train_from_density`. ``SVI`` can
+    train the guide on afterwards.
+
+    A mode or a neck that no draw visits stays invisible to k-hat; see
+    :func:`~pyro_interpolant.importance` for what helps.
+
+    Args:
+        guide: The guide.
+        *args: The arguments of the model.
+        samples: Posterior draws of every latent site on its own support, each
+            ``(N, *site_shape)`` or by chain ``(C, N, *site_shape)``, such as
+            ``mcmc.get_samples()``.
+        max_seconds: The time to spend in all.
+        seed: Makes the run reproducible as far as the clock allows; the global generator is left
+            as it was.
+        progress: Whether to show a bar.
+        options: Further options of :func:`~pyro_interpolant.fit`, or, without samples, of
+            :func:`~pyro_interpolant.train_from_density`.
+        **kwargs: The named arguments of the model.
+
+    Returns:
+        The verdict on fresh draws, with a warning if k-hat is above 0.7 or, for a model whose
+        log joint density cannot be evaluated, not known.
+
+    Raises:
+        TypeError: If the guide is not an :class:`~pyro_interpolant.AutoInterpolant`.
+        ValueError: If the samples miss a site or have another shape, a setting cannot work, or
+            there are no samples and the log joint density cannot be evaluated.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(3.0, 1.0))
+        >>> guide = AutoInterpolant(model)
+        >>> draws = {"x": 3 + torch.randn(2000)}
+        >>> result = fit_guide(
+        ...     guide, samples=draws, seed=0, progress=False, options={"steps": 50}
+        ... )
+        >>> result.k_hat < 0.7, abs(result.log_evidence) < 0.1
+        (True, True)
+    """
+    start = time.monotonic()
+    if not isinstance(guide, AutoInterpolant):
+        raise TypeError(f"expected an AutoInterpolant, got {type(guide).__name__}")
+    if not max_seconds > 0:
+        raise ValueError(f"expected max_seconds > 0, got {max_seconds}")
+    with seeded(seed):
+        set_up(guide, *args, **kwargs)
+    settings = {"seed": seed, "progress": progress, **(options or {})}
+
+    def left(share: float) -> dict[str, Any]:
+        seconds = share * max_seconds - (time.monotonic() - start)
+        return {"max_seconds": max(seconds, _LEAST * max_seconds), **settings}
+
+    known: LogJoint | None
+    if samples is None:
+        known = density = log_joint(guide, *args, **kwargs)
+        training = _on_the_model(guide, density, left, seed)
+    else:
+        rows = pack_sites(guide, samples).to(guide.transform.loc)
+        known = _density(guide, args, kwargs)
+        training = fit(InterpolantDistribution(guide.transform), rows, **left(_ON_SAMPLES))
+    with seeded(None if seed is None else seed + 1, guide.transform.loc.device):
+        numbers = _judged(guide, known)
+    if not math.isnan(numbers[1]):
+        warn_if_poor(numbers[0], numbers[5])
+    return GuideResult._make((*numbers, time.monotonic() - start, training))
+
+
+def _on_the_model(
+    guide: AutoInterpolant,
+    density: LogJoint,
+    left: Callable[[float], dict[str, Any]],
+    seed: int | None,
+) -> Any:
+    """Train from the model alone, and return what that did."""
+    with seeded(seed, guide.transform.loc.device):
+        prior = prior_draws(density, _PRIOR)
+    settings = {"start": prior, **left(_ON_THE_MODEL)}
+    return train_from_density(InterpolantDistribution(guide.transform), density, **settings)
+
+
+def _density(
+    guide: AutoInterpolant, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> LogJoint | None:
+    """Return the log joint density, or None, with a warning, where there is none."""
+    try:
+        return log_joint(guide, *args, **kwargs)
+    except ValueError as error:
+        warnings.warn(f"the guide will not be judged by importance weights: {error}", stacklevel=3)
+        return None
+
+
+def _judged(guide: AutoInterpolant, density: LogJoint | None) -> tuple[Any, ...]:
+    """Return the first fields of the result."""
+    if density is None:
+        nan = float("nan")
+        return nan, nan, nan, nan, 0, "Unknown, the log joint density cannot be evaluated."
+    result = judged(guide, density, _JUDGED)
+    return *result[:4], _JUDGED, result.verdict

@@ -1,0 +1,220 @@
+r"""Inference in base space: the learned prior becomes a deterministic function of a Gaussian."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
+from pyro.infer.reparam import NeuTraReparam
+from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+
+from ..distributions.bases import Planar, directions, in_planes
+from ..distributions.constraints import is_circular
+from ..distributions.interpolant import InterpolantDistribution
+from ..solvers.ode import FixedGrid
+from .autoguide import AutoInterpolant
+from .sites import bare_model, unpack_sites
+
+__all__ = ["Neutra", "base_space", "neutra"]
+
+
+_TYPICAL = 2**0.5  # the root mean square of a radius
+
+
+def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
+    r"""Return the model with its learned priors sampled in base space.
+
+    Every latent site ``z`` whose distribution is an
+    :class:`~pyro_interpolant.InterpolantDistribution` (conditioned, expanded, in plates, under
+    ``to_event`` or ``mask``) becomes ``z_base ~ base`` and ``z = T(z_base)``, a deterministic site
+    under the same name. Inference then needs the forward solve alone: no divergence, and a
+    geometry that is Gaussian before the data are seen. Observed sites are left alone. For D angles
+    ``z_base`` has shape ``(2 D,)``: a point of the plane in the direction of each, normal where
+    the base is uniform, so that samplers see no seam.
+
+    Initial values are proposed in base space too, where zero is the centre: any strategy but
+    ``init_to_value`` applies to ``z_base``, and ``init_to_value(values={"z": ...})`` is honoured
+    by inverting the flow once. A site that ``pyro.condition`` fixes, inside or around, is observed
+    in data space.
+
+    Args:
+        model: A Pyro model.
+
+    Returns:
+        A model with the same joint density, for any inference Pyro has. ``Predictive`` with it
+        gives z itself.
+
+    Example:
+        >>> prior = InterpolantDistribution(interpolant_transform(2)).freeze()
+        >>> def model():
+        ...     z = pyro.sample("z", prior)
+        ...     pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
+        >>> sorted(pyro.poutine.trace(base_space(model)).get_trace().stochastic_nodes)
+        ['z_base']
+    """
+    return _BaseSpaceMessenger()(model)
+
+
+class _BaseSpaceMessenger(Messenger):
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["done"]:
+            return
+        flow, wrappers = _unwrapped(msg["fn"])
+        if flow is None or _is_conditioned(msg["name"]):
+            return
+        event_dim = msg["fn"].event_dim
+        value = msg["value"] if msg["value"] is not None else _requested_value(msg)
+        z = self._sampled(msg["name"], flow, wrappers, value)
+        # As pyro.deterministic does it, in place of the site.
+        msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(False)  # noqa: FBT003
+        msg["value"] = z
+        msg["is_observed"] = True
+        msg["infer"] = {**msg["infer"], "_deterministic": True}
+
+    @staticmethod
+    def _sampled(
+        name: str, flow: InterpolantDistribution, wrappers: list[Any], value: Tensor | None
+    ) -> Tensor:
+        circular = is_circular(flow.constraint)
+        base = Planar(flow.base_dist) if circular else flow.base_dist
+        for wrapper in reversed(wrappers):
+            if isinstance(wrapper, dist.MaskedDistribution):
+                base = base.mask(wrapper._mask)
+            else:
+                base = base.to_event(wrapper.reinterpreted_batch_ndims)
+        if value is None:
+            z = pyro.sample(f"{name}_base", base)
+        else:
+            with torch.no_grad():
+                for transform in reversed(flow.transforms):
+                    value = transform.inv(value)
+                value = in_planes(value, _TYPICAL) if circular else value
+            with InitMessenger(init_to_value(values={f"{name}_base": value})):
+                z = pyro.sample(f"{name}_base", base)
+        z = directions(z) if circular else z
+        for transform in flow.transforms:
+            z = transform(z)
+        return z
+
+
+def _unwrapped(fn: Any) -> tuple[InterpolantDistribution | None, list[Any]]:
+    """Return the flow inside ``to_event`` and ``mask``, or None, and its wrappers from outside."""
+    wrappers = []
+    while isinstance(fn, (dist.MaskedDistribution, torch.distributions.Independent)):
+        wrappers.append(fn)
+        fn = fn.base_dist
+    return (fn if isinstance(fn, InterpolantDistribution) else None), wrappers
+
+
+def _is_conditioned(name: str) -> bool:
+    """Tell whether an enclosing ``condition`` is about to observe the site."""
+    return any(isinstance(m, ConditionMessenger) and name in m.data for m in _PYRO_STACK)
+
+
+def _requested_value(msg: Any) -> Tensor | None:
+    """Return the value that an enclosing ``init_to_value`` names for this very site."""
+    for messenger in reversed(_PYRO_STACK):
+        init = getattr(messenger, "init_fn", None)
+        if isinstance(init, functools.partial) and init.func is init_to_value:
+            if msg["name"] in init.keywords.get("values", {}):
+                return init.keywords["values"][msg["name"]]
+    return None
+
+
+_SITE = "_shared_latent"  # how NeuTraReparam names the base draw
+
+
+class Neutra:
+    """A model whose latent sites are sampled together, in the base space of a guide.
+
+    Made by :func:`neutra`; call it as the model.
+
+    Args:
+        guide: A trained guide; frozen here.
+        model: Its model.
+    """
+
+    def __init__(self, guide: AutoInterpolant, model: Callable[..., Any]) -> None:
+        self.guide = guide
+        self.reparam = NeuTraReparam(guide)
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model in base space; the latent sites are deterministic functions of it."""
+        return self.reparam.reparam(self.model)(*args, **kwargs)
+
+    @torch.no_grad()
+    def samples(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return draws in the model's sites, each ``(*, *site_shape)``, in one solve.
+
+        Args:
+            draws: What ``mcmc.get_samples()`` gives, by chain or not: one site, ``(*, D)``.
+
+        Raises:
+            ValueError: If they are not draws of this model in base space.
+        """
+        names = [name for name in draws if name.endswith(_SITE)]
+        dim = self.guide.latent_dim
+        if len(names) != 1 or draws[names[0]].shape[-1] != dim:
+            got = {name: tuple(value.shape) for name, value in draws.items()}
+            raise ValueError(
+                f"expected draws of one site '*{_SITE}' of shape (*, {dim}), from MCMC with this "
+                f"model, got {got}"
+            )
+        base = draws[names[0]]
+        sites = unpack_sites(self.guide, self.guide.transform(base.reshape(-1, dim)))
+        return {k: v.reshape(*base.shape[:-1], *v.shape[1:]) for k, v in sites.items()}
+
+
+def neutra(guide: AutoInterpolant, model: Callable[..., Any] | None = None) -> Neutra:
+    """Return the model in the guide's base space, where a good guide makes it N(0, I) for NUTS.
+
+    The guide is copied and the copy frozen: nothing here trains it, and it can be trained on. The
+    copy's gradients are those of ``FixedGrid(..., adjoint=True)`` where it is solved on a grid.
+
+    Args:
+        guide: A trained guide.
+        model: Its model; by default the one it was made with.
+
+    Returns:
+        A model for ``NUTS``, and, by its method ``samples``, draws in the sites of the model.
+
+    Raises:
+        TypeError: If the guide is not an :class:`~pyro_interpolant.AutoInterpolant`.
+        ValueError: If it has not seen its model yet, or lost it in a pickle.
+
+    References:
+        Hoffman et al., arXiv 1903.03704.
+
+    Example:
+        >>> from pyro.infer import MCMC, NUTS
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(3.0, 1.0))
+        >>> guide = AutoInterpolant(model)
+        >>> _ = guide()
+        >>> base = neutra(guide)
+        >>> mcmc = MCMC(NUTS(base), num_samples=5, warmup_steps=5, disable_progbar=True)
+        >>> mcmc.run()
+        >>> base.samples(mcmc.get_samples())["x"].shape
+        torch.Size([5])
+    """
+    if not isinstance(guide, AutoInterpolant):
+        raise TypeError(
+            f"expected an AutoInterpolant, got {type(guide).__name__}: use Pyro's NeuTraReparam"
+        )
+    if guide.prototype_trace is None:
+        raise ValueError("expected a guide that has seen its model: train it, or call it once")
+    frozen = copy.deepcopy(guide).requires_grad_(requires_grad=False).eval()
+    if isinstance(frozen.transform.solver, FixedGrid):
+        frozen.transform.solver = dataclasses.replace(frozen.transform.solver, adjoint=True)
+    if not hasattr(frozen, "plates"):
+        frozen._create_plates()
+    return Neutra(frozen, bare_model(guide.model) if model is None else model)

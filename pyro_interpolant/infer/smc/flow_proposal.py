@@ -1,0 +1,132 @@
+r"""Metropolis jumps of particles through a flow: no gradient, of the target or of the solve."""
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...distributions.interpolant import InterpolantDistribution
+from ...solvers.ode import FixedGrid, Solver
+from .tempering import Density, Particles
+
+__all__ = ["Jump", "coarse_solver", "fresh_weights", "jumped"]
+
+
+_GRIDS = (6, 8, 12, 16, 24, 32, 48)  # steps
+_ERROR = 0.03  # nats, mean, of the solver within a round
+_ROWS = 64  # that it is measured on
+_WHOLE = 0.6  # the share of particles that jump to independent draws
+_DECADES = 1.3  # how far below one the other jumps go
+_TOP = 0.01  # share of the draws whose weights are computed at doubled steps
+_PART = 2000  # rows drawn at once
+
+
+class Jump(NamedTuple):
+    r"""What a round of jumps did.
+
+    Attributes:
+        particles: Where the particles are now.
+        log_weights: Of the independent draws, :math:`\log p - \log q`, shape ``(M,)``.
+        gap: The mean of :math:`\log p - \log q` over the particles before they jumped: the
+            divergence :math:`KL(p \| q)` plus the log-evidence.
+        acceptance: The mean acceptance of the independent draws.
+    """
+
+    particles: Particles
+    log_weights: Tensor
+    gap: float
+    acceptance: float
+
+
+def jumped(distribution: InterpolantDistribution, particles: Particles, density: Density) -> Jump:
+    r"""Let each particle jump once, and accept by the change of p / q.
+
+    With z the base point of x, :math:`z' = \sqrt{1 - s^2} z + s \xi`, :math:`\xi \sim N(0, I)`
+    leaves the base, and so x' = f(z') the flow, as it is: for every s the jump is accepted with
+    probability :math:`\min(1, w(x') / w(x))`, w = p / q. At s = 1, for most particles, x' is an
+    independent draw; the others keep part of the geometry that the flow has learned.
+
+    Args:
+        distribution: The flow, from its default base.
+        particles: Particles of the target, N of them.
+        density: The target.
+
+    References:
+        Cotter, Roberts, Stuart & White, *MCMC methods for functions*, Statistical Science 28,
+        2013, eq. 4.7; Gabrie, Rotskoff & Vanden-Eijnden, *Adaptive Monte Carlo augmented with
+        normalizing flows*, PNAS 119, 2022, arXiv 2105.12603.
+    """
+    transform, x = distribution.transform, particles.x
+    z = transform.inv(x)
+    log_q = _base(z) - transform.log_abs_det_jacobian(z, x)
+    whole = torch.rand(len(x), 1).to(x) < _WHOLE
+    whole[0] = True
+    size = torch.where(whole, 1.0, 10.0 ** (-_DECADES * torch.rand(len(x), 1).to(x)))
+    new_z = (1 - size**2).sqrt() * z + size * torch.randn_like(z)
+    new_x = transform(new_z)
+    new_q = _base(new_z) - transform.log_abs_det_jacobian(new_z, new_x)
+    new = Particles.at(new_x, density.with_gradient)
+    log_weights = (new.log_p - new_q).nan_to_num(nan=-math.inf, posinf=-math.inf)
+    ratio = log_weights - (particles.log_p - log_q)
+    accepted = torch.rand(len(x)).to(ratio).log() < ratio
+    gap = float((particles.log_p - log_q).double().mean())
+    chosen = whole[:, 0]
+    rate = float(accepted[chosen].double().mean())
+    return Jump(new.where(accepted, particles), log_weights[chosen], gap, rate)
+
+
+def coarse_solver(distribution: InterpolantDistribution, x: Tensor) -> Solver:
+    """Set and return the coarsest grid on which densities hardly change at the next finer one.
+
+    A solver that is no fixed grid is left alone.
+
+    Args:
+        distribution: The flow.
+        x: Rows, shape ``(N, D)``, a few of which are looked at.
+    """
+    present = distribution.transform.solver
+    if not isinstance(present, FixedGrid):
+        return present
+    x = x[torch.randperm(len(x))[:_ROWS].to(x.device)]
+    last, chosen = None, _GRIDS[0]
+    for steps in _GRIDS:
+        distribution.transform.solver = replace(present, steps=steps)
+        value = distribution.log_prob(x)
+        if last is not None and float((value - last).abs().mean()) < _ERROR:
+            break
+        last, chosen = value, steps
+    distribution.transform.solver = replace(present, steps=chosen)
+    return distribution.transform.solver
+
+
+def fresh_weights(distribution: InterpolantDistribution, density: Density, count: int) -> Tensor:
+    r"""Return :math:`\log p - \log q` of fresh draws of the flow, shape ``(count,)``.
+
+    The densities of the draws of largest weight, which decide the verdict, are computed again,
+    from the draws, at doubled solver steps.
+
+    Args:
+        distribution: The flow.
+        density: The target.
+        count: The number of draws.
+    """
+    parts = []
+    for size in torch.arange(count).split(_PART):
+        x, log_q = distribution.rsample_and_log_prob((len(size),))
+        parts.append((x, log_q, density(x)))
+    x, log_q, log_p = (torch.cat(part) for part in zip(*parts, strict=True))
+    log_weights = (log_p - log_q).nan_to_num(nan=-math.inf, posinf=-math.inf)
+    top = log_weights.topk(max(1, int(_TOP * count))).indices
+    solver = distribution.transform.solver
+    if isinstance(solver, FixedGrid):
+        distribution.transform.solver = replace(solver, steps=2 * solver.steps)
+        again = log_p[top] - distribution.log_prob(x[top])
+        log_weights[top] = again.nan_to_num(nan=-math.inf, posinf=-math.inf)
+        distribution.transform.solver = solver
+    return log_weights
+
+
+def _base(z: Tensor) -> Tensor:
+    return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)

@@ -1,0 +1,284 @@
+r"""Where to begin: a mixture of Student-t's around what Newton's method finds, and a wide one."""
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tempering import Density, Kernel, annealed
+
+__all__ = ["Mixture", "search", "wide_start"]
+
+
+_SCALE = 4.0  # of the default start
+_ROWS = 2000  # that are drawn of a start given as a distribution
+_STARTS = (4, 256)  # the fewest and the most, by what they cost
+_COMPONENTS = 32
+_SCOUTS = (256, 4000)  # the fewest and most particles carried from the wide start
+_SCOUTED = 300  # gradients of each
+_ITERATIONS = 60
+_LATE = 1.5  # times the time it may take, for searches that have not arrived
+_LINE = (8.0, 3.0, 1.0, 0.5, 0.2, 0.04, 0.003)  # steps along Newton's direction that are tried
+_DRAWS = 8  # for the evidence bound of each Gaussian on the way
+_WIDE = 0.15  # the share of the wide component
+_DF = 5.0
+_INFLATED = 1.3  # the scale of a component, in standard deviations of its Gaussian
+_APART = 0.3  # mean squared standard deviations per dimension
+_GAIN = 1e-2  # nats, below which a search has arrived
+_LARGE = 64  # dimensions, above which no Hessians
+
+
+class Mixture(NamedTuple):
+    """A mixture of multivariate Student-t's with 5 degrees of freedom.
+
+    Attributes:
+        log_share: Log weights, shape ``(K,)``.
+        loc: Centres, shape ``(K, D)``.
+        root: Scales L with L L^T the shape matrix, shape ``(K, D, D)``.
+        inverse: Their inverses, shape ``(K, D, D)``.
+        log_det: The logs of the determinants of the inverses, shape ``(K,)``.
+    """
+
+    log_share: Tensor
+    loc: Tensor
+    root: Tensor
+    inverse: Tensor
+    log_det: Tensor
+
+    @classmethod
+    def of(cls, share: Tensor, loc: Tensor, root: Tensor) -> "Mixture":
+        """Return the mixture of given shares, centres and scales."""
+        exact = torch.linalg.inv(root.double())
+        log_det = torch.linalg.slogdet(exact).logabsdet
+        return cls(share.log(), loc, root, exact.to(root), log_det.to(root))
+
+    def sample(self, count: int) -> Tensor:
+        """Return draws, shape ``(count, D)``."""
+        k = torch.multinomial(self.log_share.exp(), count, replacement=True)
+        z = torch.randn(count, self.loc.shape[1]).to(self.loc)
+        chi = torch._standard_gamma(torch.full((count, 1), _DF / 2)).to(z) * 2 / _DF
+        return self.loc[k] + torch.einsum("nij,nj->ni", self.root[k], z / chi.sqrt())
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return the log-density, shape ``(N,)``, of rows of shape ``(N, D)``."""
+        return self._parts(x)[0]
+
+    def with_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-density, shape ``(N,)``, and its gradient, shape ``(N, D)``."""
+        value, each, z, square = self._parts(x)
+        pull = -(_DF + x.shape[1]) / (_DF + square) * each.softmax(-1)
+        return value, torch.einsum("nk,nki,kij->nj", pull, z, self.inverse)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dim = x.shape[1]
+        z = torch.einsum("kij,nkj->nki", self.inverse, x[:, None] - self.loc)
+        square = z.square().sum(-1)
+        constant = math.lgamma((_DF + dim) / 2) - math.lgamma(_DF / 2)
+        constant -= 0.5 * dim * math.log(math.pi * _DF)
+        each = constant + self.log_det - 0.5 * (_DF + dim) * torch.log1p(square / _DF)
+        each = each + self.log_share
+        return each.logsumexp(-1), each, z, square
+
+
+def wide_start(start: Any, like: Tensor) -> Mixture:
+    """Return the Student-t around what a user gave to start from.
+
+    Args:
+        start: Rows, shape ``(M, D)``, a centre, shape ``(D,)``, a distribution over ``(D,)``, or
+            None.
+        like: A tensor of shape ``(D,)``, of the type and on the device to work in.
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If it is of another shape, or not finite, or its rows do not vary.
+    """
+    dim, centre = len(like), torch.zeros_like(like)
+    root = _SCALE * torch.eye(dim).to(like)
+    if hasattr(start, "sample") and hasattr(start, "event_shape"):
+        if tuple(start.event_shape) != (dim,) or tuple(start.batch_shape):
+            raise ValueError(
+                f"expected a start of event shape ({dim},) and no batch, got "
+                f"{tuple(start.event_shape)} and {tuple(start.batch_shape)}"
+            )
+        start = start.sample((_ROWS,))
+    elif not (start is None or isinstance(start, Tensor)):
+        raise TypeError(
+            f"expected start to be a tensor or a distribution, got {type(start).__name__}"
+        )
+    if start is None:
+        return Mixture.of(torch.ones_like(like[:1]), centre[None], root[None])
+    if tuple(start.shape) != (dim,) and (start.dim() != 2 or start.shape[1] != dim):
+        raise ValueError(
+            f"expected a start of shape (M, {dim}) or ({dim},), got {tuple(start.shape)}"
+        )
+    if not bool(torch.isfinite(start).all()):
+        raise ValueError("expected a finite start, got NaN or infinite values")
+    if start.dim() == 1:
+        centre = start.to(like)
+    else:
+        spread = start.double().std(0)
+        if len(start) < 2 or not float(spread.min()) > 0:
+            raise ValueError("expected rows of start that vary in every column: pass more")
+        centre = start.mean(0).to(like)
+        root = _INFLATED * torch.diag(spread).to(like)
+    return Mixture.of(torch.ones_like(like[:1]), centre[None], root[None])
+
+
+def search(density: Density, wide: Mixture, *, seconds: float) -> Mixture:
+    r"""Return a mixture around the Gaussians that Newton's method meets, and the wide start.
+
+    From each start a saddle-free Newton search goes uphill; of the Gaussians
+    :math:`N(x_k, |H_k|^{-1})` on its way the one with the largest evidence bound is kept: that
+    need not be the one at the mode, where there may be next to no mass.
+
+    Args:
+        density: The target.
+        wide: Where to start from.
+        seconds: The time it may take.
+
+    References:
+        Zhang, Carpenter, Gelman & Vehtari, *Pathfinder*, JMLR 2022, arXiv 2108.03782; Dauphin et
+        al., arXiv 1406.2572 (saddle-free).
+    """
+    if wide.loc.shape[1] > _LARGE:
+        return wide
+    began = time.monotonic()
+    x = _starts(density, wide, 0.3 * seconds)
+    count = _affordable(density, wide, 0.5 * seconds)
+    if not count:
+        return wide
+    x = _spread(x, count)
+    floor = 1e-4 / wide.root.double().square().sum(-1).mean(0)  # precisions, shape (D,)
+    bound = torch.full((len(x),), -math.inf, dtype=torch.float64)
+    loc, root = x.clone(), wide.root[0].double().repeat(len(x), 1, 1)
+    value, active = density(x), torch.arange(len(x))
+    for _ in range(_ITERATIONS):
+        here = x[active]
+        step, own = _newton(*_derivatives(density, here), floor)
+        new = _bound(density, here, own)
+        better = new > bound[active]
+        at = active[better]
+        bound[at], loc[at], root[at] = new[better], here[better], own[better]
+        tried = here + here.new_tensor(_LINE)[:, None, None] * step.to(here)
+        values = density(tried.flatten(0, 1)).reshape(len(_LINE), -1)
+        best = values.max(0)
+        gain = (best.values - value[active]).nan_to_num(nan=0.0, posinf=math.inf)
+        moved = gain > 0
+        at = active[moved]
+        x[at], value[at] = tried[best.indices, torch.arange(len(here))][moved], best.values[moved]
+        active = active[gain > _GAIN]
+        if len(active) == 0 or time.monotonic() - began > _LATE * seconds:
+            break
+    return _mixed(wide, bound, loc, root)
+
+
+def _starts(density: Density, wide: Mixture, seconds: float) -> Tensor:
+    """Return rows from the wide start and from all along its path to the density."""
+    density.tune(wide.sample(2 * max(_SCOUTS)))
+    least, most = _SCOUTS
+    x = wide.sample(int(max(least, min(most, seconds / (_SCOUTED * density.seconds)))))
+    until, rows = time.monotonic() + seconds, [x]
+    annealed(
+        x, density, wide.with_gradient, Kernel(), deadline=until, give_up=until,
+        look=lambda b, rate, evidence, x: rows.append(x),
+    )  # fmt: skip
+    return torch.cat(rows)
+
+
+def _spread(x: Tensor, count: int) -> Tensor:
+    """Return rows drawn with a chance that grows with the distance from those drawn already.
+
+    References:
+        Arthur & Vassilvitskii, *k-means++*, SODA 2007.
+    """
+    white = (x - x.mean(0)) / x.std(0)
+    chosen = [int(torch.randint(len(x), ()))]
+    nearest = torch.full((len(x),), math.inf).to(white)
+    for _ in range(min(count, len(x)) - 1):
+        nearest = torch.minimum(nearest, (white - white[chosen[-1]]).square().sum(-1))
+        chosen.append(int(torch.multinomial(nearest.clamp_max(1e30), 1)))
+    return x[chosen]
+
+
+def _affordable(density: Density, wide: Mixture, seconds: float) -> int:
+    """Return how many starts can be followed in the time; none without second derivatives."""
+    least, most = _STARTS
+    began = time.monotonic()
+    _, hessian = _derivatives(density, wide.sample(least))
+    if not bool(hessian.any()):
+        return 0
+    each = (time.monotonic() - began) / least
+    return int(max(least, min(most, seconds / (0.5 * _ITERATIONS * each))))
+
+
+def _distinct(bound: Tensor, loc: Tensor, root: Tensor) -> list[int]:
+    """Return the best Gaussians, each well apart from all better ones."""
+    kept: list[int] = []
+    least = float(bound.max()) - 10 - loc.shape[1]
+    inverse = torch.linalg.inv(root)
+    for i in bound.argsort(descending=True).tolist():
+        if not (bound[i].isfinite() and bound[i] >= least) or len(kept) == _COMPONENTS:
+            break
+        away = torch.einsum("kij,kj->ki", inverse[kept], (loc[i] - loc[kept]).double())
+        if not bool((away.square().mean(-1) < _APART).any()):
+            kept.append(i)
+    return kept
+
+
+def _mixed(wide: Mixture, bound: Tensor, loc: Tensor, root: Tensor) -> Mixture:
+    kept = _distinct(torch.where(bound.isnan(), -math.inf, bound), loc, root)
+    if not kept:
+        return wide
+    loc, root, bound = loc[kept], root[kept], bound[kept]
+    share = (1 - _WIDE) * torch.ones_like(bound) / len(bound)
+    share = torch.cat((share, _WIDE * wide.log_share.double().exp()))
+    roots = torch.cat((_INFLATED * root.to(loc), wide.root))
+    return Mixture.of(share.to(loc), torch.cat((loc, wide.loc)), roots)
+
+
+def _derivatives(density: Density, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gradients, shape ``(S, D)``, and Hessians, shape ``(S, D, D)``, float64."""
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        value = density._value(leaf)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+        rows = [_slope(gradient[:, j], leaf) for j in range(x.shape[1])]
+    hessian = torch.stack(rows, 1).double()
+    return gradient.detach().double().nan_to_num(0, 0, 0), hessian.nan_to_num(0, 0, 0)
+
+
+def _slope(value: Tensor, leaf: Tensor) -> Tensor:
+    """Return the gradient of the sum, zero where there is none or none can be computed."""
+    if not value.requires_grad:
+        return torch.zeros_like(leaf)
+    try:
+        found = torch.autograd.grad(value.sum(), leaf, retain_graph=True, allow_unused=True)[0]
+    except (RuntimeError, NotImplementedError):  # an operation without second derivatives
+        found = None
+    return torch.zeros_like(leaf) if found is None else found
+
+
+def _newton(gradient: Tensor, hessian: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the saddle-free step, shape ``(S, D)``, and roots of ``|H|^-1``, ``(S, D, D)``."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).abs()
+    scale = torch.maximum(diagonal, floor).rsqrt()
+    scaled = -0.5 * (hessian + hessian.mT) * scale[:, None] * scale[:, :, None]
+    scaled = scaled + torch.diag_embed(floor * scale.square())
+    values, vectors = torch.linalg.eigh(scaled)
+    precision = values.abs().clamp_min(1e-7)
+    root = scale[:, :, None] * vectors * precision.rsqrt()[:, None]
+    step = torch.einsum("sij,skj,sk->si", root, root, gradient)
+    return step, root
+
+
+def _bound(density: Density, loc: Tensor, root: Tensor) -> Tensor:
+    """Return the evidence bound of each Gaussian by a few draws, shape ``(S,)``."""
+    z = torch.randn(_DRAWS // 2, *loc.shape, dtype=torch.float64)
+    z = torch.cat((z, -z))
+    x = loc + torch.einsum("sij,msj->msi", root, z).to(loc.dtype)
+    log_p = density(x.flatten(0, 1)).reshape(_DRAWS, -1).double()
+    log_det = torch.linalg.slogdet(root).logabsdet
+    dim = loc.shape[1]
+    return log_p.mean(0) + log_det + 0.5 * dim * (1 + math.log(2 * math.pi))

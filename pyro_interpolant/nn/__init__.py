@@ -1,0 +1,22 @@
+r"""The velocity: networks :math:`v_t(x \mid c)`, from a time, states and contexts to rates.
+
+``velocity`` says what any ``nn.Module`` must offer to be one, and what it may offer to be fast;
+``mlp`` has the default network, whose divergence is exact at about twice its own price, and its
+member on the torus.
+
+To add a network, write a module with ``forward(t, x, context=None)``; all else is optional.
+"""
+
+from typing import TYPE_CHECKING
+
+from .._lazy import attach
+
+if TYPE_CHECKING:
+    from .mlp import *
+
+__all__, __getattr__, __dir__ = attach(
+    __name__,
+    {
+        "mlp": ["TorusMLP", "VelocityMLP"],
+    },
+)

@@ -1,0 +1,389 @@
+r"""The default velocity: a multilayer perceptron with an exact, cheap divergence."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import is_watched
+
+__all__ = ["TorusMLP", "VelocityMLP"]
+
+
+_EMBEDDING = 64
+_FEW = 8  # dimensions: up to here a deeper network, which sees finer times
+_MANY = 32  # dimensions: beyond, wider layers
+_ELEMENTS = 2**17  # of the largest intermediate: memory that is given back is slow to come by
+_MARGIN = 2.0  # how far beyond the farthest training row the velocity is left alone
+_BASE = 5.0  # standard deviations that draws of N(0, I) hardly leave
+
+
+class Modulation(NamedTuple):
+    """What time and context do to the layers.
+
+    Attributes:
+        shifts: What is added before each activation, and to the output, each ``(*, width)``.
+        scales: What each activation is multiplied by, each ``(*, width)``.
+    """
+
+    shifts: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+
+    def unbind(self) -> "list[Modulation]":
+        """Return one modulation per entry of the first dimension."""
+        times = zip(*(part.unbind() for part in (*self.shifts, *self.scales)), strict=True)
+        return [Modulation(s[: len(self.shifts)], s[len(self.shifts) :]) for s in times]
+
+
+class VelocityMLP(nn.Module):
+    r"""A velocity :math:`v_t(x \mid c)` with an exact divergence for about twice its own price.
+
+    With :math:`s` the SiLU, shifts :math:`b_i(t, c)` and scales :math:`a_i(t, c)` from a small
+    embedding of time and context,
+
+    .. math:: h_1 = a_1 \odot s(W_1 x + b_1), \quad
+              h_i = [h_{i-1} +] a_i \odot s(W_i h_{i-1} + b_i), \quad
+              v = g(x) \, (W_{L+1} h_L + b_{L+1}).
+
+    The residual term in brackets is there from three layers on, between layers of equal width.
+    With two layers the trace of the Jacobian is :math:`d_2^T (W_2 \odot (W_1 W_3)^T) d_1` with
+    :math:`d_i = a_i \odot s'(z_i)`; deeper networks carry the D tangents forward through all
+    layers in one batch.
+
+    The gate :math:`g(x) = (1 + \sum_i (x_i / R_i)^4)^{-1/4}` is 1 where the data are, and bounds
+    the velocity far away, where the layers extrapolate linearly: the flow moves points by a
+    bounded distance there, along a ray by the same, so densities keep falling. ``reach`` R, of
+    shape ``(2, D)`` for either sign of :math:`x_i`, is a buffer, infinite (no gate) until
+    :func:`~pyro_interpolant.fit` sets it from the data.
+
+    The last layer starts at zero: an untrained flow is its whitening map.
+
+    Args:
+        event_dim: D, the size of the last dimension of x.
+        hidden_dims: The widths of the hidden layers. By default ``(128, 128, 128)`` up to 8
+            dimensions, ``(256, 256)`` up to 32 and ``(512, 512)`` above.
+        context_dim: C, the size of the last dimension of the context; 0 for none.
+
+    Raises:
+        ValueError: If a size is not positive.
+
+    Example:
+        >>> velocity = VelocityMLP(3, (32, 32))
+        >>> x = torch.randn(10, 3)
+        >>> v, divergence = velocity.forward_and_divergence(torch.tensor(0.3), x)
+        >>> v.shape, divergence.shape
+        (torch.Size([10, 3]), torch.Size([10]))
+    """
+
+    reach: Tensor
+    context_loc: Tensor
+    context_scale: Tensor
+
+    def __init__(
+        self, event_dim: int, hidden_dims: Sequence[int] | None = None, context_dim: int = 0
+    ) -> None:
+        super().__init__()
+        if hidden_dims is None:
+            wide = (256, 256) if event_dim <= _MANY else (512, 512)
+            hidden_dims = (128, 128, 128) if event_dim <= _FEW else wide
+        self.event_dim = event_dim
+        self.hidden_dims = tuple(hidden_dims)
+        self.context_dim = context_dim
+        if not self.hidden_dims or min(event_dim, *self.hidden_dims) < 1 or context_dim < 0:
+            raise ValueError(
+                "expected a positive event_dim, at least one positive hidden width and a "
+                f"context_dim >= 0, got {event_dim}, {self.hidden_dims} and {context_dim}"
+            )
+        widths = (event_dim, *self.hidden_dims)
+        self.layers = nn.ModuleList(
+            nn.Linear(a, b, bias=False) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.output = nn.Linear(widths[-1], event_dim, bias=False)
+        # High frequencies cost quadrature nodes in many dimensions (BSDS300: 37 against 17).
+        self.frequencies = 8 if event_dim <= _FEW else 4
+        self.embedding = nn.Linear(2 * self.frequencies + context_dim, _EMBEDDING)
+        self.shifts = nn.Linear(_EMBEDDING, sum(self.hidden_dims) + event_dim)
+        self.scales = nn.Linear(_EMBEDDING, sum(self.hidden_dims))
+        nn.init.ones_(self.scales.bias)
+        out = self.shifts.weight[-event_dim:], self.shifts.bias[-event_dim:]
+        for part in (self.output.weight, *out, self.scales.weight):
+            nn.init.zeros_(part)
+        self.register_buffer("reach", torch.full((2, event_dim), math.inf))
+        self.register_buffer("context_loc", torch.zeros(context_dim))
+        self.register_buffer("context_scale", torch.ones(context_dim))
+
+    def precondition(self, w: Tensor, context: Tensor | None = None) -> None:
+        """Set the gate's reach and the scale of the context from training rows.
+
+        Args:
+            w: Whitened rows, shape ``(N, D)``.
+            context: Their contexts, shape ``(N, C)``, or None.
+        """
+        # Draws of the base and of the path between must be well inside too.
+        self.reach.copy_(_MARGIN * torch.stack((-w.amin(0), w.amax(0))).clamp(min=_BASE))
+        if context is not None:
+            context = context.double()
+            scale = context.std(0, correction=0)
+            self.context_loc.copy_(context.mean(0))
+            self.context_scale.copy_(torch.where(scale > 0, scale, 1.0))
+
+    def rows_at_once(self) -> int:
+        """Return how many rows a divergence is best asked for at once, without gradients."""
+        deep = self.event_dim if len(self.hidden_dims) > 2 else 1
+        return max(32, _ELEMENTS // (deep * max(self.hidden_dims)))
+
+    def arguments(self) -> tuple[int, tuple[int, ...], int]:
+        """Return what the constructor was given: ``event_dim, hidden_dims, context_dim``."""
+        return self.event_dim, self.hidden_dims, self.context_dim
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the velocity, shape ``(*, D)``.
+
+        Args:
+            t: Times, broadcastable to ``(*)``: ``(T, 1)`` beside x of ``(T, N, D)`` is cheap.
+            x: States, shape ``(*, D)``.
+            context: Contexts, broadcastable to ``(*, C)``, or None.
+
+        Raises:
+            ValueError: If the context is missing, superfluous, or of another size.
+        """
+        return self._velocity(x, self._modulation(t, context))
+
+    def field(
+        self, times: Tensor, context: Tensor | None = None
+    ) -> list[Callable[[Tensor], Tensor]]:
+        """Return one function ``x -> v`` per time, the time embedding computed once for all.
+
+        Args:
+            times: Times, shape ``(T,)``.
+            context: Contexts, broadcastable to ``(*, C)``, or None.
+        """
+        # Modulations of every row for all times would be large.
+        if self._is_overridden("forward") or (context is not None and context.dim() > 1):
+            return [lambda x, t=t: self(t, x, context) for t in times.unbind()]  # type: ignore[misc]
+        inverses = self.reach.reciprocal().unbind()
+        return [
+            lambda x, m=m: self._velocity(x, m, inverses)  # type: ignore[misc]
+            for m in self._modulation(times, context).unbind()
+        ]
+
+    def forward_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the velocity, shape ``(*, D)``, and its exact divergence, shape ``(*)``.
+
+        Args:
+            t: Times, broadcastable to ``(*)``.
+            x: States, shape ``(*, D)``.
+            context: Contexts, broadcastable to ``(*, C)``, or None.
+
+        Raises:
+            ValueError: If the context is missing, superfluous, or of another size.
+        """
+        return self._both(x, self._modulation(t, context), self._tracer())
+
+    def divergence_field(
+        self, times: Tensor, context: Tensor | None = None
+    ) -> list[Callable[[Tensor], Tensor]]:
+        """Return one function ``x -> divergence`` per time, what they share computed once.
+
+        Args:
+            times: Times, shape ``(T,)``.
+            context: One context, shape ``(C,)``, or contexts broadcastable to ``(*, C)``, or None.
+        """
+        overridden = self._is_overridden("forward_and_divergence")
+        if overridden or (context is not None and context.dim() > 1):
+            return [
+                lambda x, t=t: self.forward_and_divergence(t, x, context)[1]  # type: ignore[misc]
+                for t in times.unbind()
+            ]
+        trace = self._tracer()
+        return [
+            lambda x, m=m: self._both(x, m, trace)[1]  # type: ignore[misc]
+            for m in self._modulation(times, context).unbind()
+        ]
+
+    def _both(
+        self, x: Tensor, modulation: Modulation, trace: Callable[[list[Tensor]], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return velocity and divergence."""
+        hidden, slopes = self._hidden(x, modulation)
+        u = _affine(hidden, self.output.weight, modulation.shifts[-1])
+        y, inverse, g = self._gate(x)
+        # div(g u) = g div u + u . grad g, where grad_i g = -g^5 y_i^3 / R_i
+        along = (y * y * y * inverse * u).sum(-1)
+        return g[..., None] * u, g * trace(slopes) - g**5 * along
+
+    def _is_overridden(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(VelocityMLP, name)
+
+    def _modulation(self, t: Tensor, context: Tensor | None) -> Modulation:
+        features = self._features(t)
+        if self.context_dim:
+            if context is None or context.shape[-1] != self.context_dim:
+                got = "none" if context is None else f"shape {tuple(context.shape)}"
+                raise ValueError(f"expected a context of shape (*, {self.context_dim}), got {got}")
+            context = (context - self.context_loc) / self.context_scale
+            batch = torch.broadcast_shapes(features.shape[:-1], context.shape[:-1])
+            features = torch.cat((features.expand(*batch, -1), context.expand(*batch, -1)), dim=-1)
+        elif context is not None:
+            raise ValueError(
+                f"expected no context, got shape {tuple(context.shape)}: this velocity was made "
+                "with context_dim=0"
+            )
+        embedded = nn.functional.silu(self.embedding(features))
+        shifts = self.shifts(embedded).split((*self.hidden_dims, self.event_dim), dim=-1)
+        return Modulation(shifts, self.scales(embedded).split(self.hidden_dims, dim=-1))
+
+    def _features(self, t: Tensor) -> Tensor:
+        k = torch.arange(self.frequencies, dtype=t.dtype, device=t.device)
+        angle = math.pi * t[..., None] * (k + 1)
+        return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+    def _velocity(self, x: Tensor, modulation: Modulation, inverses: Any = None) -> Tensor:
+        return self._gate(x, inverses)[-1][..., None] * self._ungated(x, modulation)
+
+    def _ungated(self, x: Tensor, modulation: Modulation) -> Tensor:
+        h, plain = x, not is_watched()
+        for i, (weight, shift, scale) in enumerate(self._layers(modulation)):
+            s = nn.functional.silu(_affine(h, weight, shift), inplace=plain)
+            s = s.mul_(scale) if plain else s * scale
+            h = h + s if self._is_residual(i) else s
+        return _affine(h, self.output.weight, modulation.shifts[-1])
+
+    def _layers(self, modulation: Modulation) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Return weight, shift and scale of each hidden layer."""
+        return zip(self._weights(), modulation.shifts[:-1], modulation.scales, strict=True)
+
+    def _weights(self) -> list[Tensor]:
+        return [layer.weight for layer in self.layers]  # type: ignore[misc]
+
+    def _is_residual(self, i: int) -> bool:
+        w = self.hidden_dims
+        return len(w) > 2 and i > 0 and w[i] == w[i - 1]
+
+    def _gate(self, x: Tensor, inverses: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``y_i = x_i / R_i`` and ``1 / R_i``, shape ``(*, D)``, and the gate, ``(*)``."""
+        below, above = inverses or self.reach.reciprocal()
+        inverse = torch.where(x < 0, below, above)
+        y = x * inverse
+        return y, inverse, torch.rsqrt(1 + y.square().square().sum(-1)).sqrt()
+
+    def _hidden(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, list[Tensor]]:
+        """Return the last hidden layer and, per layer, the slopes of the scaled activation."""
+        h, slopes, plain = x, [], not is_watched()
+        for i, (weight, shift, scale) in enumerate(self._layers(modulation)):
+            z = _affine(h, weight, shift)
+            if plain:  # fewer passes over memory
+                slopes.append(torch.ops.aten.silu_backward(scale.expand_as(z), z))
+                s = nn.functional.silu(z, inplace=True).mul_(scale)
+            else:
+                sigmoid = z.sigmoid()
+                s = z * sigmoid
+                slopes.append((sigmoid + s - s * sigmoid) * scale)
+                s = s * scale
+            h = h + s if self._is_residual(i) else s
+        return h, slopes
+
+    def _tracer(self) -> Callable[[list[Tensor]], Tensor]:
+        """Return the trace of the ungated network's Jacobian, ``(*)``, as a function of slopes."""
+        first, *inner = self._weights()
+        last = self.output.weight
+        if not inner:
+            ends = (first * last.T).sum(-1)
+            return lambda slopes: slopes[0] @ ends
+        if len(inner) == 1:
+            coupling = inner[0] * (first @ last).T
+            return lambda slopes: (nn.functional.linear(slopes[0], coupling) * slopes[1]).sum(-1)
+        return lambda slopes: self._deep_trace(slopes, first.T)
+
+    def _deep_trace(self, slopes: list[Tensor], into: Tensor) -> Tensor:
+        """Return the trace, given the derivative of the first product, ``(*, D, width)``."""
+        tangents = slopes[0][..., None, :] * into  # of all D directions: J^T, (*, D, width)
+        inner = zip(slopes[1:], self._weights()[1:], strict=True)
+        for i, (slope, weight) in enumerate(inner, start=1):
+            step = slope[..., None, :] * nn.functional.linear(tangents, weight)
+            tangents = tangents + step if self._is_residual(i) else step
+        return (tangents * self.output.weight).sum((-2, -1))
+
+
+def _affine(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    """Return ``W x + b`` in one fused call where the shift is shared by all rows."""
+    if shift.dim() == 1:
+        return nn.functional.linear(x, weight, shift)
+    return nn.functional.linear(x, weight) + shift
+
+
+_HARMONICS = 2  # what VelocityMLP sees of an angle: on von Mises mixtures 1 needs more steps
+
+
+class TorusMLP(VelocityMLP):
+    r"""A velocity on the torus: :class:`VelocityMLP` fed with cosines and sines of the angles.
+
+    It sees every angle and its double, and has period :math:`2\pi` in every coordinate of x. Its
+    exact divergence carries the D tangents forward through all layers in one batch. There is no
+    gate: the torus has no far away.
+
+    Args:
+        event_dim: D, the number of angles.
+        hidden_dims: As in :class:`VelocityMLP`.
+        context_dim: C, the size of the last dimension of the context; 0 for none.
+
+    Raises:
+        ValueError: If a size is not positive.
+
+    Example:
+        >>> velocity = TorusMLP(2, (32, 32))
+        >>> flow = InterpolantTransform(velocity, interpolant=Geodesic())
+        >>> angles = InterpolantDistribution(flow, UniformTorus(2), support=circular)
+        >>> x = angles.sample((10,))
+        >>> bool((x.abs() <= torch.pi).all()), angles.log_prob(x).shape
+        (True, torch.Size([10]))
+    """
+
+    def __init__(
+        self, event_dim: int, hidden_dims: Sequence[int] | None = None, context_dim: int = 0
+    ) -> None:
+        super().__init__(event_dim, hidden_dims, context_dim)
+        self.layers[0] = nn.Linear(2 * _HARMONICS * event_dim, self.hidden_dims[0], bias=False)
+
+    def precondition(self, w: Tensor, context: Tensor | None = None) -> None:
+        """Set the scale of contexts, shape ``(N, C)``, of angles, ``(N, D)``; there is no gate."""
+        super().precondition(w, context)
+        self.reach.fill_(math.inf)
+
+    def forward_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the velocity, shape ``(*, D)``, and its exact divergence, shape ``(*)``.
+
+        Args:
+            t: Times, broadcastable to ``(*)``.
+            x: Angles, shape ``(*, D)``.
+            context: Contexts, broadcastable to ``(*, C)``, or None.
+
+        Raises:
+            ValueError: If the context is missing, superfluous, or of another size.
+        """
+        modulation = self._modulation(t, context)
+        circles = _circles(x)
+        hidden, slopes = self._hidden(circles, modulation)
+        by_wave = (_HARMONICS, 2, self.event_dim)  # which multiple, cosine or sine, of which angle
+        cos, sin = circles.unflatten(-1, by_wave).unbind(-2)
+        k = torch.arange(1, _HARMONICS + 1, device=x.device)[:, None, None]
+        turned = k * torch.stack((-sin, cos), dim=-2)  # d circles / d x
+        first = self._weights()[0].T.unflatten(0, by_wave)
+        into = torch.einsum("...kcd,kcdh->...dh", turned, first)
+        velocity = nn.functional.linear(hidden, self.output.weight) + modulation.shifts[-1]
+        return velocity, self._deep_trace(slopes, into)
+
+    def _velocity(self, x: Tensor, modulation: Modulation, inverses: Any = None) -> Tensor:
+        return self._ungated(_circles(x), modulation)
+
+
+def _circles(x: Tensor) -> Tensor:
+    """Return cosine and sine of angles, then of their multiples, shape ``(*, 2 K D)``."""
+    multiples = [k * x for k in range(1, _HARMONICS + 1)]
+    return torch.cat([s for kx in multiples for s in (kx.cos(), kx.sin())], dim=-1)

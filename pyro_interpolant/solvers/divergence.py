@@ -1,0 +1,166 @@
+r"""The divergence :math:`\nabla\cdot v_t(x)` of a velocity, exact or by fixed random probes.
+
+A velocity is any ``nn.Module`` with ``forward(t, x, context=None)``. One that offers
+``forward_and_divergence(t, x, context=None)`` is asked for its own exact divergence; any other
+goes through forward-mode differentiation, which survives ``grad``, Hessians, ``vmap`` and tracing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vmap
+from torch.overrides import TorchFunctionMode
+
+from ..nn.velocity import expanded
+
+__all__ = ["Divergence", "ExactDivergence", "HutchinsonDivergence"]
+
+
+class Divergence(Protocol):
+    """What computes the divergence of a velocity: a callable ``(velocity, t, x, context)``."""
+
+    def __call__(
+        self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """Return the divergence, shape ``(*)``, at ``x``, shape ``(*, D)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExactDivergence:
+    r"""Compute the trace of the Jacobian exactly.
+
+    The velocity's own ``forward_and_divergence`` where it has one; otherwise D forward-mode
+    products in one batched call, :math:`\sum_i e_i^T J e_i`.
+
+    Example:
+        >>> linear = torch.nn.Linear(3, 3, bias=False).double()
+        >>> class Field(torch.nn.Module):
+        ...     def forward(self, t, x, context=None):
+        ...         return linear(x)
+        >>> x = torch.randn(5, 3, dtype=torch.float64)
+        >>> value = ExactDivergence()(Field(), torch.tensor(0.5), x, None)
+        >>> bool(torch.allclose(value, linear.weight.trace().expand(5)))
+        True
+    """
+
+    def __call__(
+        self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """Return the exact divergence, shape ``(*)``, at ``x``, shape ``(*, D)``."""
+        own = getattr(velocity, "forward_and_divergence", None)
+        if own is not None:
+            return own(t, x, context)[1]
+        basis = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        return _quadratic_forms(velocity, t, x, context, basis).sum(0)
+
+    def field(
+        self, velocity: nn.Module, times: Tensor, context: Tensor | None
+    ) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Return one function ``x -> divergence`` per time of ``times``, shape ``(T,)``."""
+        own = getattr(velocity, "divergence_field", None)
+        if own is not None:
+            return own(times, context)
+        return [lambda x, t=t: self(velocity, t, x, context) for t in times.unbind()]  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class HutchinsonDivergence:
+    r"""Estimate the trace as :math:`\frac1P \sum_p \epsilon_p^T J \epsilon_p`.
+
+    The probes :math:`\epsilon_p \in \{-1, 1\}^D` are a function of ``seed`` and D alone, shared by
+    rows, time nodes and copies: the estimate is a deterministic function of x, as HMC needs.
+
+    Args:
+        probes: The number P of probes; the error falls as :math:`1/\sqrt P`.
+        seed: The seed of the probes.
+
+    Raises:
+        ValueError: If ``probes`` is below 1.
+
+    References:
+        Hutchinson, Communications in Statistics 19 (1990); Grathwohl et al., *FFJORD*, ICLR 2019.
+    """
+
+    probes: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the number of probes."""
+        if self.probes < 1:
+            raise ValueError(f"expected at least one probe, got probes={self.probes}")
+
+    def __call__(
+        self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """Return the mean over the probes, shape ``(*)``, at ``x``, shape ``(*, D)``."""
+        return self.samples(velocity, t, x, context).mean(0)
+
+    def samples(
+        self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None = None
+    ) -> Tensor:
+        r"""Return each probe's :math:`\epsilon_p^T J \epsilon_p`, shape ``(P, *)``.
+
+        Their standard deviation over p, divided by :math:`\sqrt P`, is the standard error.
+        """
+        probes = _probes(self.probes, self.seed, x.shape[-1]).to(x)
+        return _quadratic_forms(velocity, t, x, context, probes)
+
+
+@lru_cache(maxsize=32)
+def _probes(count: int, seed: int, dim: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2.0 * torch.randint(0, 2, (count, dim), generator=generator) - 1.0
+
+
+def _quadratic_forms(
+    velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None, directions: Tensor
+) -> Tensor:
+    """Return ``e J e`` for each row ``e`` of ``directions``, shape ``(len(directions), *)``."""
+    x = x.contiguous()  # forward mode cannot carry tangents on the stride-0 tensors of a plate
+
+    # Shapes are read here: a traced jvp cannot.
+    arguments = expanded(t, x, context)
+
+    def field(x: Tensor) -> Tensor:
+        return velocity(arguments[0], x, *arguments[1:])
+
+    def form(direction: Tensor) -> Tensor:
+        # Multiplying by ones gives the tangent the layout of x, which an expanded one lacks.
+        tangent = direction * torch.ones_like(x)
+        return (jvp(field, (x,), (tangent,))[1] * direction).sum(-1)
+
+    with _CompositeLayerNorm():
+        return vmap(form)(directions)
+
+
+class _CompositeLayerNorm(TorchFunctionMode):
+    """Compute layer normalisation from elementary operations.
+
+    Torch's own kernel has wrong derivatives of higher order inside ``torch.func``.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is nn.functional.layer_norm:
+            return _layer_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    x = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias

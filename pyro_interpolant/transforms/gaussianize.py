@@ -1,0 +1,272 @@
+r"""Marginal maps: each column of the data brought to a normal one, by a monotone spline.
+
+A flow on Gaussianized columns is left with how they depend on each other. It sees neither a thin
+slab of values nor a long tail, which an affine map leaves to the last moments of its path.
+
+References:
+    Chen & Gopinath, *Gaussianization*, NeurIPS 2000 (the marginal step); Gregory & Delbourgo, IMA
+    J. Numer. Anal. 2 (1982) (the spline); Fritsch & Butland, SIAM J. Sci. Stat. Comput. 5 (1984)
+    (its slopes).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributions import ComposeTransform, Transform, biject_to, constraints, transform_to
+
+from .bijections import PerEvent
+
+__all__ = [
+    "Chart",
+    "Gaussianized",
+    "Knots",
+    "MarginalTransform",
+    "RadialTransform",
+    "refuse_charts",
+    "without_chart",
+]
+
+
+Constraint = constraints.Constraint
+Knots = tuple[Tensor, Tensor, Tensor]
+_VALUES = 2**22  # mapped at once
+
+
+class Chart(Transform):
+    """A smooth map from rows nearer to normal to those of a support's unconstrained space.
+
+    Attributes:
+        makes: What it does, in words.
+    """
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+    makes: str
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Return what the constructor was given, tensors of any shapes."""
+        raise NotImplementedError
+
+    def with_cache(self, cache_size: int = 1) -> "Chart":
+        """Return self: what wraps a support remembers its pairs."""
+        return self
+
+
+class MarginalTransform(Chart):
+    r"""From normal columns to the data's, shape ``(*, D)`` each, one by one.
+
+    The inverse is a rational-quadratic spline between the knots and linear beyond, with one
+    continuous derivative.
+
+    Args:
+        x: Knots of each column in the data, ascending, shape ``(D, K)``.
+        y: Where the inverse takes them, ascending, shape ``(D, K)``.
+        slopes: Its positive derivatives there, shape ``(D, K)``.
+    """
+
+    makes = "columns made normal"
+
+    def __init__(self, x: Tensor, y: Tensor, slopes: Tensor) -> None:
+        super().__init__()
+        self.knots = (x, y, slopes)
+        # Differences in the knots' own type: a coarser type of values may not tell knots apart.
+        width, height = x.diff(), y.diff()
+        p0, p1 = slopes[:, :-1] * width / height, slopes[:, 1:] * width / height
+        self._bins = (x[:, :-1], y[:, :-1], width, height, p0, p1)
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Return what the constructor was given."""
+        return self.knots
+
+    def log_slope(self, x: Tensor) -> Tensor:
+        """Return the logarithm of the inverse's derivative in each column, shape ``(*, D)``."""
+        return _in_parts(self._log_slope, x)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log |dy/dx|``, shape ``(*)``: here x is normal and y in the data."""
+        return -self.log_slope(y).sum(-1)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return _in_parts(self._to_data, x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return _in_parts(self._to_normal, y)
+
+    # In each bin u and r are how far x and y have come, and p the slopes over that of the chord.
+
+    def _log_slope(self, x: Tensor) -> Tensor:
+        x0, _, width, height, p0, p1 = self._bins_of(x, self.knots[0])
+        u = ((x - x0) / width).clamp(0, 1)
+        v = u * (1 - u)
+        top, bottom = p1 * u * u + 2 * v + p0 * (1 - u) ** 2, 1 + (p0 + p1 - 2) * v
+        return (height / width).log() + top.log() - 2 * bottom.log()
+
+    def _to_normal(self, x: Tensor) -> Tensor:
+        x0, y0, width, height, p0, p1 = self._bins_of(x, self.knots[0])
+        come = (x - x0) / width
+        u = come.clamp(0, 1)
+        v = u * (1 - u)
+        inner = (u * u + p0 * v) / (1 + (p0 + p1 - 2) * v)
+        return y0 + height * (inner + _beyond(come, p0, p1))
+
+    def _to_data(self, y: Tensor) -> Tensor:
+        x0, y0, width, height, p0, p1 = self._bins_of(y, self.knots[1])
+        come = (y - y0) / height
+        r = come.clamp(0, 1)
+        # The root of the quadratic in u without a difference of numbers that are nearly equal.
+        m, v = p0 * (1 - r) - p1 * r, r * (1 - r)
+        larger = (m * m + 4 * v).sqrt() + m.abs()
+        u = 2 * r / (2 * r + torch.where(m < 0, 4 * v / larger, larger))
+        return x0 + width * (u + _beyond(come, 1 / p0, 1 / p1))
+
+    def _bins_of(self, value: Tensor, edges: Tensor) -> list[Tensor]:
+        """Return the start of each value's bin in x and y, its sides, and p at its ends.
+
+        Six tensors of shape ``(*, D)``.
+        """
+        columns = value.detach().movedim(-1, 0)
+        i = _last_below(edges.to(columns), columns.reshape(columns.shape[0], -1))
+        found = (table.to(value).gather(1, i) for table in self._bins)
+        return [table.reshape(columns.shape).movedim(0, -1) for table in found]
+
+
+def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return a function of rows, ``(*, D)``, that needs many times their memory, of all rows."""
+    size = max(1, _VALUES // max(1, x.shape[-1]))
+    if x.dim() < 2 or x[..., 0].numel() <= size:
+        return function(x)
+    parts = x.reshape(-1, x.shape[-1]).split(size)
+    return torch.cat([function(part) for part in parts]).reshape(x.shape)
+
+
+def _last_below(edges: Tensor, values: Tensor) -> Tensor:
+    """Return the last edge but one, shape ``(D, K)``, below each value, ``(D, N)``, or the first.
+
+    By bisection, since torch has no batching rule for its own search.
+    """
+    last = int(edges.shape[1]) - 2  # a tensor where it is traced
+    found = torch.zeros_like(values, dtype=torch.long)
+    for power in range(last.bit_length() - 1, -1, -1):
+        further = found + 2**power
+        below = edges.gather(1, further.clamp(max=last)) < values
+        found = torch.where((further <= last) & below, further, found)
+    return found
+
+
+def _beyond(come: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Return what straight lines add before the start of a bin and past its end, ``(*, D)``.
+
+    Not by clamping, whose derivatives at the knots themselves would count twice.
+    """
+    outside = torch.where(come < 0, come * before, (come - 1) * after)
+    return torch.where((come < 0) | (come > 1), outside, 0.0)
+
+
+class Gaussianized(Constraint):
+    """A support whose bijection starts from rows that are nearer to normal.
+
+    Args:
+        base_constraint: The support itself.
+        chart: The map to its unconstrained rows: a :class:`MarginalTransform`, or a
+            :class:`~pyro_interpolant.radial.RadialTransform`.
+    """
+
+    def __init__(self, base_constraint: Constraint, chart: Chart) -> None:
+        self.base_constraint, self.chart = base_constraint, chart
+        self.event_dim = base_constraint.event_dim
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        """Tell which values are on the support."""
+        return self.base_constraint.check(value)
+
+    def __repr__(self) -> str:
+        """Name the support."""
+        return f"{self.base_constraint}, {self.chart.makes}"
+
+
+def without_chart(support: Constraint) -> Constraint:
+    """Return a support without its map."""
+    return support.base_constraint if isinstance(support, Gaussianized) else support
+
+
+def refuse_charts(support: Constraint, what: str) -> None:
+    """Raise a ValueError if paths do not run in the data's own columns."""
+    if isinstance(support, Gaussianized):
+        raise ValueError(
+            f"expected a flow in the data's own coordinates, got {support.chart.makes}, where "
+            f"{what} is another: train with from_samples(..., marginals=False)"
+        )
+
+
+@biject_to.register(Gaussianized)
+def _(constraint: Gaussianized) -> Transform:
+    return _before(constraint, biject_to(constraint.base_constraint))
+
+
+@transform_to.register(Gaussianized)
+def _(constraint: Gaussianized) -> Transform:
+    return _before(constraint, transform_to(constraint.base_constraint))
+
+
+def _before(constraint: Gaussianized, transform: Transform) -> Transform:
+    return ComposeTransform([constraint.chart, PerEvent(transform)])
+
+
+class RadialTransform(Chart):
+    r"""From rows of tempered lengths to the data's, shape ``(*, D)`` each.
+
+    With :math:`w = A^{-1}(x - m)` white, the inverse is :math:`w\, e^{s(l) - l}`, where :math:`l =
+    \log|w|` and s is a monotone rational-quadratic spline, linear beyond its knots.
+
+    Args:
+        loc: :math:`m`, shape ``(D,)``.
+        linear: A, shape ``(D, D)``.
+        x: Knots of s, ascending, shape ``(1, K)``.
+        y: Its values there, ascending, shape ``(1, K)``.
+        slopes: Its positive slopes there, shape ``(1, K)``; the first is 1, so that the map is
+            smooth at the centre.
+    """
+
+    makes = "lengths made more normal"
+
+    def __init__(self, loc: Tensor, linear: Tensor, x: Tensor, y: Tensor, slopes: Tensor) -> None:
+        super().__init__()
+        self.loc, self.linear, self.spline = loc, linear, MarginalTransform(x, y, slopes)
+        self.whitening = torch.linalg.inv(linear)
+        self.log_det = float(torch.linalg.slogdet(linear).logabsdet)
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Return what the constructor was given."""
+        return self.loc, self.linear, *self.spline.knots
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log |dy/dx|``, shape ``(*)``: here x is tempered and y in the data."""
+        length = _log_length(self._white(y))
+        stretch = self.spline.inv(length) - length
+        log_det = y.shape[-1] * stretch + self.spline.log_slope(length)
+        return self.log_det - log_det[..., 0]
+
+    # In the parameters' own type: a coarser one of values may not tell near rows far away apart.
+
+    def _white(self, y: Tensor) -> Tensor:
+        loc, whitening = self.loc.to(y.device), self.whitening.to(y.device)
+        return ((y.to(loc) - loc) @ whitening.T).to(y)
+
+    def _call(self, x: Tensor) -> Tensor:
+        length = _log_length(x)
+        w = x * (self.spline(length) - length).exp()
+        loc, linear = self.loc.to(x.device), self.linear.to(x.device)
+        return (loc + w.to(loc) @ linear.T).to(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        w = self._white(y)
+        length = _log_length(w)
+        return w * (self.spline.inv(length) - length).exp()
+
+
+def _log_length(w: Tensor) -> Tensor:
+    """Return the logarithms of lengths, shape ``(*, 1)``, finite and without slope at zero."""
+    largest = w.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+    return largest.log() + 0.5 * (w / largest).square().sum(-1, keepdim=True).clamp(min=0.5).log()

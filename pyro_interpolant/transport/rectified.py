@@ -1,0 +1,139 @@
+r"""Straighter paths: reflow, training on the flow's own pairs."""
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._torch import seeded
+from ..diagnostics.calibration import calibrate
+from ..distributions.interpolant import (
+    AnyDistribution,
+    ConditionalInterpolantDistribution,
+)
+from ..interpolants.linear import Interpolant, Linear
+from ..solvers.ode import FixedGrid
+from ..training.data import own_flow
+from ..training.fitting import FitResult, fit
+
+__all__ = ["PathReport", "ReflowResult", "reflow"]
+
+
+class PathReport(NamedTuple):
+    """How straight a flow's paths are, to a solver.
+
+    Attributes:
+        sampling_errors: By number of steps, 1 and 2, the mean distance in whitened units between
+            a sample and the converged one from the same base draw.
+        density_steps: The fewest steps at which log_prob meets the tolerance.
+    """
+
+    sampling_errors: dict[int, float]
+    density_steps: int
+
+
+class ReflowResult(NamedTuple):
+    """A flow with straighter paths, and what that gave.
+
+    Attributes:
+        distribution: The new flow; the old one is as it was.
+        before: The paths of the old flow.
+        after: The paths of the new one.
+        fit: The training.
+    """
+
+    distribution: Any
+    before: PathReport
+    after: PathReport
+    fit: FitResult
+
+
+def reflow(
+    distribution: AnyDistribution,
+    *,
+    count: int = 50_000,
+    context: Tensor | None = None,
+    interpolant: Interpolant | None = None,
+    tolerance: float = 1e-2,
+    seed: int | None = None,
+    **fit_options: Any,
+) -> ReflowResult:
+    """Straighten a flow's paths: train a copy on the pairs that the flow itself makes.
+
+    Pairs of a flow do not cross, so a straight interpolant between them keeps the marginals and
+    bends less: one or two steps already sample well. The rate of the log-determinant along a
+    straight path is not constant: densities gain less.
+
+    Args:
+        distribution: A trained flow.
+        count: The number of pairs to draw.
+        context: Contexts, shape ``(count, C)``, for a conditional flow.
+        interpolant: The path between the pairs; by default straight.
+        tolerance: Of the density, nats, for the report and the calibration.
+        seed: As in :func:`~pyro_interpolant.fit`.
+        **fit_options: For :func:`~pyro_interpolant.fit`.
+
+    Returns:
+        The new flow, and steps and errors before and after.
+
+    Raises:
+        ValueError: If the flow is conditional and no context is given.
+
+    References:
+        Liu, Gong & Liu, *Flow straight and fast*, ICLR 2023; arXiv 2209.15571, Section 2.3.
+    """
+    own_flow(distribution)
+    if context is None and isinstance(distribution, ConditionalInterpolantDistribution):
+        raise ValueError("expected contexts to draw pairs for, shape (count, C), got none")
+    new = copy.deepcopy(distribution)
+    flow = own_flow(new)
+    flow.interpolant = Linear() if interpolant is None else interpolant
+    flow.solver = FixedGrid()
+    with seeded(seed, flow.loc.device), torch.no_grad():
+        view = distribution if context is None else distribution.condition(context)
+        shape = (count,) if context is None else ()
+        base, data = _pairs(view, shape)
+    outcome = fit(
+        new, data, context=context, pairs=base, seed=seed, tolerance=tolerance, whiten=False,
+        **fit_options,
+    )  # fmt: skip
+    few = slice(0, 256)
+    rows = data[few], None if context is None else context[few]
+    return ReflowResult(
+        new,
+        _report(distribution, base[few], *rows, tolerance),
+        _report(new, base[few], *rows, tolerance),
+        outcome,
+    )
+
+
+def _pairs(view: Any, shape: Any) -> tuple[Tensor, Tensor]:
+    """Return base draws, in the coordinates that ``fit`` takes pairs in, and their images."""
+    base = view.base_dist.sample(shape)
+    x = base
+    for part in view.transforms:
+        x = part(x)
+    return base, x
+
+
+def _report(
+    distribution: AnyDistribution,
+    base: Tensor,
+    data: Tensor,
+    context: Tensor | None,
+    tolerance: float,
+) -> PathReport:
+    copied = copy.deepcopy(distribution)
+    steps = calibrate(copied, data, context=context, tolerance=tolerance).steps
+    view: Any = copied if context is None else copied.condition(context)
+    flow = view.transform.flow
+    w0 = base if view.base is None else flow.to_white(base)
+    ends = {}
+    with torch.no_grad():
+        for n in (1, 2, 128):
+            flow.solver = FixedGrid(steps=n)
+            path = view.transform._path()._replace(solver=flow.solver)
+            ends[n] = flow.integrate(w0, path, forward=True)[-1]
+    errors = {n: float((ends[n] - ends[128]).norm(dim=-1).mean()) for n in (1, 2)}
+    return PathReport(errors, steps)

@@ -1,0 +1,262 @@
+import copy
+import warnings
+
+import pytest
+import torch
+from cases import random_flow
+from oracles import MixtureVelocity, random_mixture
+from pyro.distributions import constraints
+
+from pyro_interpolant import (
+    Adaptive,
+    ConditionalInterpolantDistribution,
+    FixedGrid,
+    HutchinsonDivergence,
+    InterpolantDistribution,
+    InterpolantTransform,
+    Trigonometric,
+    VelocityMLP,
+    calibrate,
+    log_prob_stderr,
+    solver_error,
+)
+from pyro_interpolant.diagnostics import SolverError, calibration
+
+
+def narrow_mixture(deviation=0.15):
+    angle = torch.arange(5) * (2 * torch.pi / 5)
+    means = 1.4 * torch.stack((angle.cos(), angle.sin()), -1)
+    covs = deviation**2 * torch.eye(2).expand(5, 2, 2)
+    return MixtureVelocity(torch.ones(5), means, covs, Trigonometric())
+
+
+def flow_of(velocity, **choices):
+    return InterpolantDistribution(InterpolantTransform(velocity, **choices))
+
+
+def error_of(distribution, truth, x, grid):
+    distribution.transform.solver = grid
+    return (distribution.log_prob(x) - truth).abs()
+
+
+def test_a_flow_that_does_nothing_needs_hardly_a_step():
+    distribution = flow_of(VelocityMLP(2, (8, 8)))
+    grid = calibrate(distribution, torch.randn(50, 2))
+    assert grid.steps <= 2
+    assert distribution.transform.solver is grid
+    error = solver_error(distribution, torch.randn(50, 2))
+    assert error.density_worst < 1e-12
+    assert error.round_trip_worst < 1e-12
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4])
+def test_the_grid_meets_the_closed_form_and_is_the_fewest(tolerance):
+    velocity = narrow_mixture()
+    distribution = flow_of(velocity)
+    x = velocity.sample(1.0, 100)
+    truth = velocity.log_prob(torch.tensor(1.0), x)
+    grid = calibrate(distribution, x, tolerance=tolerance)
+    assert grid.steps > 4
+    error = error_of(distribution, truth, x, grid)
+    assert error.mean() <= tolerance * 1.001 + 1e-6
+    assert error.max() <= 5 * tolerance * 1.001 + 1e-6
+    fewer = FixedGrid(steps=grid.steps - 1, method=grid.method, warp=grid.warp)
+    error = error_of(distribution, truth, x, fewer)
+    assert error.mean() > tolerance or error.max() > 5 * tolerance
+
+
+def test_tighter_tolerances_and_narrower_densities_need_more_steps():
+    velocity = narrow_mixture()
+    x = velocity.sample(1.0, 60)
+    by_tolerance = [
+        calibrate(flow_of(velocity), x, tolerance=tolerance).steps for tolerance in (1e-1, 1e-3)
+    ]
+    assert by_tolerance[0] < by_tolerance[1]
+    wide = narrow_mixture(0.5)
+    assert calibrate(flow_of(wide), wide.sample(1.0, 60), tolerance=1e-3).steps < by_tolerance[1]
+
+
+def test_the_method_and_the_warp_are_kept():
+    velocity = narrow_mixture(0.4)
+    start = FixedGrid(steps=3, method="midpoint", warp=0.4)
+    grid = calibrate(flow_of(velocity, solver=start), velocity.sample(1.0, 40), tolerance=0.05)
+    assert (grid.method, grid.warp) == ("midpoint", 0.4)
+    assert isinstance(
+        calibrate(flow_of(velocity, solver=Adaptive()), velocity.sample(1.0, 20)), FixedGrid
+    )
+
+
+def test_where_no_grid_suffices_it_says_so(monkeypatch):
+    monkeypatch.setattr(calibration, "_LIMIT", 8)
+    velocity = narrow_mixture(0.1)
+    distribution = flow_of(velocity)
+    x = velocity.sample(1.0, 40)
+    with pytest.warns(UserWarning, match=r"no grid up to 8 steps.*1e-06 nats.*Adaptive") as caught:
+        grid = calibrate(distribution, x, tolerance=1e-6)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert grid.steps == 8
+    assert distribution.transform.solver is grid
+
+
+def test_no_warning_where_one_suffices():
+    velocity = narrow_mixture(0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(flow_of(velocity), velocity.sample(1.0, 20))
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1e-2, float("nan")])
+def test_a_tolerance_must_be_positive(tolerance):
+    distribution = flow_of(VelocityMLP(2, (8, 8)))
+    with pytest.raises(ValueError, match="a positive tolerance in nats"):
+        calibrate(distribution, torch.randn(5, 2), tolerance=tolerance)
+
+
+def test_solver_error_is_the_error_against_the_closed_form():
+    velocity = narrow_mixture()
+    distribution = flow_of(velocity, solver=FixedGrid(steps=6))
+    x = velocity.sample(1.0, 80)
+    error = solver_error(distribution, x)
+    assert isinstance(error, SolverError)
+    difference = distribution.log_prob(x) - velocity.log_prob(torch.tensor(1.0), x)
+    assert error.density_mean == pytest.approx(float(difference.abs().mean()), abs=1e-5)
+    assert error.density_worst == pytest.approx(float(difference.abs().max()), abs=1e-5)
+    assert error.density_bias == pytest.approx(float(difference.mean()), abs=1e-5)
+    transform = distribution.transform
+    with torch.no_grad():
+        trip = (transform._call(transform._inverse(x)) - x).norm(dim=-1)
+    assert error.round_trip_mean == pytest.approx(float(trip.mean()))
+    assert error.round_trip_worst == pytest.approx(float(trip.max()))
+    assert error.density_worst > error.density_mean > 1e-3
+
+
+def test_round_trips_are_in_whitened_units():
+    flow = random_flow(2, solver=FixedGrid(steps=2))
+    distribution = InterpolantDistribution(flow)
+    w = torch.randn(30, 2)
+    before = solver_error(distribution, flow.from_white(w))
+    flow.precondition(torch.tensor([3.0, 4.0]), 1e6 * torch.eye(2))
+    after = solver_error(distribution, flow.from_white(w))
+    assert after.round_trip_mean == pytest.approx(before.round_trip_mean, rel=1e-6)
+    assert after.density_mean == pytest.approx(before.density_mean, abs=1e-7)
+
+
+def test_a_coarse_grid_is_worse_and_nothing_is_changed():
+    velocity = random_mixture(2, Trigonometric())
+    distribution = flow_of(velocity, solver=FixedGrid(steps=3))
+    x = velocity.sample(1.0, 40)
+    before = copy.deepcopy(distribution.transform.solver)
+    coarse = solver_error(distribution, x)
+    assert distribution.transform.solver == before
+    distribution.transform.solver = FixedGrid(steps=24)
+    assert solver_error(distribution, x).density_mean < 0.1 * coarse.density_mean
+
+
+def test_float32_flows_are_measured_in_float64():
+    distribution = InterpolantDistribution(random_flow(2, solver=FixedGrid(steps=24)).float())
+    x = torch.randn(40, 2, dtype=torch.float32)
+    error = solver_error(distribution, x)
+    assert 1e-8 < error.density_mean < 1e-4
+    calibrate(distribution, x)
+    assert distribution.transform.loc.dtype == torch.float32
+
+
+def test_conditional_flows_need_the_context():
+    flow = random_flow(2, context_dim=2)
+    distribution = ConditionalInterpolantDistribution(flow)
+    x, context = torch.randn(40, 2), torch.randn(40, 2)
+    with pytest.raises(ValueError, match="the context of the rows, got none"):
+        calibrate(distribution, x)
+    grid = calibrate(distribution, x, context=context, tolerance=1e-4)
+    assert flow.solver is grid
+    conditioned = distribution.condition(context)
+    flow.solver = Adaptive(rtol=1e-9, atol=1e-9, nodes=64)
+    truth = distribution.condition(context).log_prob(x)
+    assert (conditioned.log_prob(x) - truth).abs().mean() < 1.1e-4
+    assert solver_error(distribution, x, context=context).density_mean < 1e-6
+    with pytest.raises(ValueError, match="expected no context"):
+        calibrate(InterpolantDistribution(random_flow(2)), x, context=context)
+
+
+def test_on_a_support_the_rows_are_those_of_the_support():
+    flow = random_flow(2)
+    distribution = InterpolantDistribution(flow, support=constraints.positive)
+    y = torch.randn(40, 2).exp()
+    plain = solver_error(InterpolantDistribution(flow), y.log())
+    error = solver_error(distribution, y)
+    assert error == pytest.approx(plain, abs=1e-9)
+    with pytest.raises(ValueError, match="strictly inside the support"):
+        calibrate(distribution, -y)
+
+
+def test_a_given_base_is_part_of_the_density():
+    base = InterpolantDistribution(random_flow(2)).freeze()
+    flow = random_flow(2)
+    distribution = InterpolantDistribution(flow, base)
+    x = distribution.sample((40,))
+    grid = calibrate(distribution, x, tolerance=1e-3)
+    value = distribution.log_prob(x)
+    flow.solver = Adaptive(rtol=1e-9, atol=1e-9, nodes=64)
+    assert (distribution.log_prob(x) - value).abs().mean() < 2e-3
+    assert grid.steps < 64
+
+
+def test_neither_weights_nor_gradients_nor_the_generator_are_touched():
+    flow = random_flow(2)
+    distribution = InterpolantDistribution(flow)
+    x, before = torch.randn(20, 2), copy.deepcopy(flow.state_dict())
+    state = torch.get_rng_state()
+    calibrate(distribution, x)
+    solver_error(distribution, x)
+    assert torch.equal(state, torch.get_rng_state())
+    for name, value in flow.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.requires_grad and p.grad is None for p in flow.parameters())
+
+
+def test_the_standard_error_of_probes_tells_their_error():
+    flow = random_flow(6).requires_grad_(requires_grad=False)
+    distribution, x = InterpolantDistribution(flow), torch.randn(40, 6)
+    exact = distribution.log_prob(x)
+    assert torch.equal(log_prob_stderr(distribution, x), torch.zeros(40))
+    scores = []
+    for seed in range(30):
+        flow.divergence = HutchinsonDivergence(probes=8, seed=seed)
+        error = log_prob_stderr(distribution, x)
+        assert error.shape == (40,)
+        scores.append((distribution.log_prob(x) - exact) / error)
+    # Student's t with 7 degrees of freedom has a standard deviation of 1.18.
+    assert float(torch.stack(scores).std()) == pytest.approx(1.18, abs=0.3)
+
+
+def test_the_standard_error_is_that_of_single_probes():
+    class OneOf(HutchinsonDivergence):
+        def __call__(self, velocity, t, x, context):
+            return HutchinsonDivergence(3, seed=2).samples(velocity, t, x, context)[self.seed]
+
+    flow = random_flow(4, context_dim=2, divergence=HutchinsonDivergence(3, seed=2))
+    distribution = ConditionalInterpolantDistribution(flow, support=constraints.positive)
+    x, context = torch.randn(5, 4).exp(), torch.randn(5, 2)
+    error = log_prob_stderr(distribution, x, context=context)
+    values = []
+    for p in range(3):
+        flow.divergence = OneOf(1, seed=p)
+        values.append(distribution.condition(context).log_prob(x).detach())
+    torch.testing.assert_close(error, torch.stack(values).std(0) / 3**0.5)
+
+
+def test_one_probe_has_no_standard_error():
+    distribution = InterpolantDistribution(random_flow(2, divergence=HutchinsonDivergence(1)))
+    with pytest.raises(ValueError, match="at least two probes"):
+        log_prob_stderr(distribution, torch.randn(3, 2))
+    distribution.transform.divergence = lambda velocity, t, x, context: x.sum(-1)
+    with pytest.raises(TypeError, match=r"expected ExactDivergence or .* got function"):
+        log_prob_stderr(distribution, torch.randn(3, 2))
+
+
+def test_calibration_keeps_what_it_does_not_choose():
+    start = FixedGrid(steps=3, method="midpoint", warp=0.4, checkpoint=True)
+    distribution = flow_of(VelocityMLP(2, (8, 8)), solver=start)
+    grid = calibrate(distribution, torch.randn(20, 2))
+    assert (grid.method, grid.warp, grid.checkpoint) == ("midpoint", 0.4, True)

@@ -1,0 +1,121 @@
+import math
+
+import pytest
+import torch
+from pyro.ops.stats import fit_generalized_pareto
+
+from pyro_interpolant.diagnostics.psis import (
+    _fit_generalised_pareto,
+    effective_sample_size,
+    log_mean_weight,
+    pareto_smooth,
+)
+
+
+def pareto(k, count, scale=1.0):
+    """Return ascending quantiles of a generalised Pareto distribution."""
+    p = (torch.arange(count) + 0.5) / count
+    tail = -torch.log1p(-p)
+    return scale * (torch.expm1(k * tail) / k if k else tail)
+
+
+@pytest.mark.parametrize("k", [-0.4, 0.0, 0.3, 0.7, 1.2])
+def test_the_fit_recovers_shape_and_scale_and_agrees_with_pyro(k):
+    shape, scale = _fit_generalised_pareto(pareto(k, 3000, 2.5))
+    assert shape == pytest.approx(k, abs=0.05)
+    assert scale == pytest.approx(2.5, rel=0.05)
+    theirs = fit_generalized_pareto(pareto(k, 200, 0.1))
+    assert _fit_generalised_pareto(pareto(k, 200, 0.1)) == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [0.2, 0.5, 0.8])
+def test_k_hat_is_the_index_of_the_tail(k):
+    x = torch.distributions.Exponential(1.0).sample((40_000,))
+    assert pareto_smooth(k * x).k_hat == pytest.approx(k, abs=0.12)
+
+
+def test_k_hat_of_a_proposal_with_light_tails_is_large():
+    wide, narrow = torch.distributions.Exponential(0.1), torch.distributions.Exponential(1.0)
+    x, y = narrow.sample((4000,)), wide.sample((4000,))
+    assert pareto_smooth(wide.log_prob(x) - narrow.log_prob(x)).k_hat > 0.5  # 0.9 in the limit
+    assert pareto_smooth(narrow.log_prob(y) - wide.log_prob(y)).k_hat < 0.3  # bounded
+
+
+def test_only_the_tail_changes_and_keeps_its_order():
+    raw = torch.randn(1000) * 2
+    smoothed = pareto_smooth(raw).log_weights
+    assert float(smoothed.logsumexp(0)) == pytest.approx(0.0, abs=1e-12)
+    order = raw.argsort()
+    assert bool((smoothed[order].diff() >= -1e-12).all())
+    shift = smoothed - raw
+    body = order[: 1000 - math.ceil(3 * math.sqrt(1000))]
+    torch.testing.assert_close(shift[body], shift[body[:1]].expand(len(body)))
+    assert float((shift[order[-90:]] - shift[body[0]]).abs().max()) > 1e-3
+    assert float(smoothed.max() - shift[body[0]]) <= float(raw.max()) + 1e-12
+
+
+def test_smoothing_lowers_the_error_of_a_heavy_estimate():
+    x = torch.distributions.Exponential(1.0).sample((300, 1000))
+    errors = []
+    for row in x:
+        raw = 0.6 * row
+        smooth = pareto_smooth(raw).log_weights
+        share = smooth - (raw - raw.logsumexp(0))
+        body = raw.argsort()[:500]
+        plain = float(raw.logsumexp(0)) - math.log(1000)
+        errors.append((plain, plain - float(share[body].mean())))
+    plain, smooth = torch.tensor(errors).exp().T
+    truth = 1 / 0.4
+    assert float((smooth - truth).square().mean()) < float((plain - truth).square().mean())
+
+
+def test_zero_weights_stay_zero_and_equal_ones_have_no_tail():
+    raw = torch.cat((torch.randn(200), torch.full((50,), -math.inf)))
+    smoothed = pareto_smooth(raw)
+    assert bool((smoothed.log_weights[200:] == -math.inf).all())
+    assert math.isfinite(smoothed.k_hat)
+    flat = pareto_smooth(torch.zeros(100))
+    assert flat.k_hat == -math.inf
+    torch.testing.assert_close(flat.log_weights, torch.full((100,), -math.log(100)))
+
+
+def test_a_tail_too_short_cannot_be_judged():
+    smoothed = pareto_smooth(torch.randn(10))
+    assert smoothed.k_hat == math.inf
+    assert float(smoothed.log_weights.logsumexp(0)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_one_weight_alone_is_told():
+    raw = torch.full((500,), -math.inf)
+    raw[7] = 0.0
+    assert pareto_smooth(raw).k_hat > 0.7
+
+
+def test_the_type_is_kept():
+    assert pareto_smooth(torch.randn(100).float()).log_weights.dtype == torch.float32
+
+
+def test_the_effective_sample_size_in_closed_form():
+    assert effective_sample_size(torch.full((40,), 700.0)) == pytest.approx(40)
+    assert effective_sample_size(torch.tensor([0.0, math.log(3.0)])) == pytest.approx(1.6)
+    assert effective_sample_size(torch.tensor([0.0, -math.inf])) == pytest.approx(1.0)
+
+
+def test_the_mean_weight_and_its_error():
+    value, stderr = log_mean_weight(torch.tensor([1.0, 3.0, 2.0, 2.0]).log() + 900)
+    assert value == pytest.approx(math.log(2.0) + 900)
+    deviation = math.sqrt(2 / 4) / 2  # relative
+    assert stderr == pytest.approx(deviation / math.sqrt(4))
+    assert log_mean_weight(torch.zeros(9))[1] == pytest.approx(0.0, abs=1e-7)
+
+
+@pytest.mark.parametrize("function", [pareto_smooth, effective_sample_size, log_mean_weight])
+def test_what_cannot_be_weights_is_refused(function):
+    with pytest.raises(ValueError, match=r"shape \(N,\), N >= 1, got \(2, 2\)"):
+        function(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"shape \(N,\), N >= 1, got \(0,\)"):
+        function(torch.zeros(0))
+    with pytest.raises(ValueError, match="got 1 NaN or .inf and 1 finite ones of 2"):
+        function(torch.tensor([0.0, math.nan]))
+    with pytest.raises(ValueError, match="got 0 NaN or .inf and 0 finite ones of 3"):
+        function(torch.full((3,), -math.inf))

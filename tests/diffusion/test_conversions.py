@@ -1,0 +1,233 @@
+import math
+
+import pytest
+import torch
+from cases import INTERPOLANTS, LATENT
+from oracles import PairVelocity, random_mixture
+
+from pyro_interpolant import (
+    EncodingDecoding,
+    Interpolant,
+    Latent,
+    Linear,
+    Mirror,
+    NonlinearInterpolant,
+    SineSquared,
+    Trigonometric,
+    VariancePreserving,
+)
+from pyro_interpolant.diffusion import (
+    denoiser_to_score,
+    noise_to_score,
+    score_to_denoiser,
+    score_to_noise,
+    score_to_velocity,
+    velocity_to_denoiser,
+    velocity_to_score,
+)
+
+
+class Slow(Interpolant):
+    """A path whose data enter with no slope: the score at t = 0 is a limit."""
+
+    def coefficients(self, t):
+        return 1 - t, t**2, torch.zeros_like(t)
+
+
+MEMBERS = {
+    **INTERPOLANTS,
+    **LATENT,
+    "variance-preserving": VariancePreserving(lambda t: t**2 * (3 - 2 * t)),
+    "own": Slow(),
+}
+TIMES = (0.05, 0.3, 0.5, 0.62, 0.8, 0.97)
+
+
+def oracle(interpolant, dim=3):
+    return PairVelocity(torch.zeros(dim), torch.eye(dim), random_mixture(dim, interpolant))
+
+
+def close(found, expected, tolerance=1e-10):
+    error = (found - expected).abs() / (1 + expected.abs())
+    return float(error.max()) < tolerance
+
+
+@pytest.fixture(params=MEMBERS, ids=list(MEMBERS))
+def interpolant(request):
+    return MEMBERS[request.param]
+
+
+@pytest.fixture
+def data_seen(interpolant):
+    """The times at which a state says something of the data."""
+    return [t for t in TIMES if not isinstance(interpolant, EncodingDecoding) or t > 0.5]
+
+
+def states(t, count=40, dim=3):
+    return 1.5 * torch.randn(count, dim), torch.full((count,), t)
+
+
+@pytest.mark.parametrize("t", TIMES)
+def test_velocity_and_score_give_each_other(interpolant, t):
+    truth = oracle(interpolant)
+    x, time = states(t)
+    v, s = truth(time, x), truth.score(time, x)
+    assert close(velocity_to_score(interpolant, t, x, v), s)
+    assert close(score_to_velocity(interpolant, t, x, s), v)
+
+
+def test_score_and_denoiser_give_each_other(interpolant, data_seen):
+    truth = oracle(interpolant)
+    for t in data_seen:
+        x, time = states(t)
+        s, d = truth.score(time, x), truth.denoiser(time, x)
+        assert close(score_to_denoiser(interpolant, t, x, s), d)
+        assert close(velocity_to_denoiser(interpolant, t, x, truth(time, x)), d)
+        assert close(denoiser_to_score(interpolant, t, x, d), s)
+
+
+@pytest.mark.parametrize("t", TIMES)
+def test_score_and_noise_give_each_other(interpolant, t):
+    truth = oracle(interpolant)
+    x, time = states(t)
+    a, b, g = (float(c) for c in interpolant.coefficients(torch.tensor(t)))
+    sigma = math.hypot(a, g)
+    noise = (x - b * truth.denoiser(time, x)) / sigma  # the state is sigma n + beta x1
+    s = truth.score(time, x)
+    assert close(score_to_noise(interpolant, t, s), noise)
+    assert close(noise_to_score(interpolant, t, noise), s)
+
+
+def test_times_of_every_shape(interpolant):
+    truth = oracle(interpolant)
+    x = torch.randn(4, 5, 3)
+    t = torch.tensor([0.2, 0.55, 0.7, 0.9])[:, None]
+    v = truth(t.expand(4, 5), x)
+    expected = truth.score(t.expand(4, 5), x)
+    for shaped in (t, t.expand(4, 5), t.expand(4, 5).clone()):
+        s = velocity_to_score(interpolant, shaped, x, v)
+        assert close(s, expected)
+        assert close(score_to_velocity(interpolant, shaped, x, s), v)
+        assert close(
+            noise_to_score(interpolant, shaped, score_to_noise(interpolant, shaped, s)), s
+        )
+    assert close(velocity_to_score(interpolant, 0.7, x[2], v[2]), expected[2])
+    assert close(
+        velocity_to_score(interpolant, torch.tensor(0.7), x[2, 0], v[2, 0]), expected[2, 0]
+    )
+
+
+@pytest.mark.parametrize("t", [2e-4, 1 - 2e-4])
+def test_the_slopes_are_those_that_the_loss_took_where_they_blow_up(t):
+    for interpolant in (LATENT["linear, bridge"], MEMBERS["variance-preserving"]):
+        truth = oracle(interpolant)
+        x, time = states(t)
+        assert close(
+            velocity_to_score(interpolant, t, x, truth(time, x)), truth.score(time, x), 1e-7
+        )
+
+
+def test_the_base_end(interpolant):
+    truth = oracle(interpolant)
+    x, time = states(0.0)
+    assert close(velocity_to_score(interpolant, 0.0, x, truth(time, x)), -x)
+    if not isinstance(interpolant, (EncodingDecoding, Slow)):
+        mean = truth.log_weights.exp() @ truth.means
+        d = velocity_to_denoiser(interpolant, 0.0, x, truth(time, x))
+        assert close(d, mean.expand_as(x))
+
+
+def test_the_data_end_has_a_denoiser(interpolant):
+    x, time = states(1.0)
+    truth = oracle(interpolant)
+    assert close(velocity_to_denoiser(interpolant, 1.0, x, truth(time, x)), x)
+
+
+def test_encoding_forgets_the_data_until_the_middle():
+    x = torch.randn(6, 2)
+    s = velocity_to_score(EncodingDecoding(), 0.25, x, torch.randn(6, 2))
+    square = math.cos(math.pi / 4) ** 4 + math.sin(math.pi / 4) ** 4
+    assert close(s, -x / square)
+
+
+def test_a_mirror_has_a_score_without_a_base():
+    interpolant = Mirror(SineSquared(0.7))
+    truth = oracle(interpolant)
+    for t in (0.2, 0.8):
+        x, time = states(t)
+        v, s = truth(time, x), truth.score(time, x)
+        assert close(velocity_to_score(interpolant, t, x, v), s)
+        assert close(velocity_to_denoiser(interpolant, t, x, v), truth.denoiser(time, x))
+        assert close(score_to_velocity(interpolant, t, x, s), v)
+
+
+def test_float32_is_kept():
+    x, v = torch.randn(2, 5, 2, dtype=torch.float32)
+    s = velocity_to_score(Trigonometric(), 0.4, x, v)
+    assert s.dtype == torch.float32
+    double = velocity_to_score(Trigonometric(), 0.4, x.double(), v.double())
+    assert float((s - double).abs().max()) < 1e-5
+
+
+def test_gradients_pass():
+    x, v = torch.randn(2, 5, 2, requires_grad=True)
+    velocity_to_score(Linear(), 0.4, x, v).square().sum().backward()
+
+
+ZEROS = torch.zeros(4, 2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: velocity_to_score(Linear(), 1.0, ZEROS, ZEROS), r"got t = 1:.*at\(t\)\.score"),
+        (lambda: velocity_to_score(Trigonometric(), 1.0, ZEROS, ZEROS), "got t = 1:"),
+        (lambda: velocity_to_score(LATENT["linear, bridge"], 1.0, ZEROS, ZEROS), "got t = 1:"),
+        (lambda: velocity_to_score(Mirror(), 0.5, ZEROS, ZEROS), "got t = 0.5:"),
+        (
+            lambda: denoiser_to_score(Trigonometric(), 1.0, ZEROS, ZEROS),
+            "there is noise, got t = 1",
+        ),
+        (lambda: noise_to_score(Linear(), 1.0, ZEROS), "there is noise, got t = 1"),
+        (lambda: score_to_denoiser(Linear(), 0.0, ZEROS, ZEROS), "depends on the data, got t = 0"),
+        (lambda: score_to_velocity(Linear(), 0.0, ZEROS, ZEROS), "depends on the data, got t = 0"),
+        (
+            lambda: velocity_to_denoiser(EncodingDecoding(), 0.3, ZEROS, ZEROS),
+            "determines the denoiser, got t = 0.3",
+        ),
+        (
+            lambda: velocity_to_score(Linear(), torch.tensor([0.2, 1.0, 1.0, 0.1]), ZEROS, ZEROS),
+            "got t = 1:",
+        ),
+        (lambda: velocity_to_score(Linear(), 1.5, ZEROS, ZEROS), r"times in \[0, 1\], got 1.5"),
+        (lambda: score_to_noise(Linear(), -0.1, ZEROS), r"times in \[0, 1\]"),
+        (
+            lambda: velocity_to_score(NonlinearInterpolant(lambda t, a, b: a), 0.5, ZEROS, ZEROS),
+            "expected a linear interpolant, got NonlinearInterpolant",
+        ),
+    ],
+)
+def test_errors_say_what_cannot_be_known(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_latent_term_that_overtakes_the_data_leaves_a_time_without_score():
+    interpolant = Latent(Linear(), SineSquared(8.0))
+    x, v = torch.randn(2, 3, 2)
+    low, high = 0.05, 0.5  # data over noise rise first, then fall: in between they stand still
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        _, delta = sign_of_divisor(interpolant, middle)
+        low, high = (
+            (middle, high) if delta == sign_of_divisor(interpolant, low)[1] else (low, middle)
+        )
+    with pytest.raises(ValueError, match="the velocity determines the score"):
+        velocity_to_score(interpolant, low, x, v)
+
+
+def sign_of_divisor(interpolant, t):
+    time = torch.tensor(t)
+    (a, b, g), (da, db, dg) = interpolant.coefficients(time), interpolant.derivatives(time)
+    delta = db * (a**2 + g**2) - b * (a * da + g * dg)
+    return delta, bool(delta > 0)

@@ -1,0 +1,233 @@
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import random_flow
+from oracles import LatentNoise, MixtureVelocity, PairVelocity, random_mixture
+from pyro.distributions import constraints
+from torch import nn
+
+from pyro_interpolant import (
+    BrownianBridge,
+    ConditionalInterpolantDistribution,
+    EncodingDecoding,
+    FixedGrid,
+    InterpolantDistribution,
+    InterpolantTransform,
+    Latent,
+    Linear,
+    Mirror,
+    Samples,
+    SineSquared,
+    Trigonometric,
+    interpolant_transform,
+    sde_log_prob,
+)
+from pyro_interpolant.diffusion import sde
+
+LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
+LINEAR = torch.tensor([[2.0, 0.0], [0.7, 0.8]], dtype=torch.float64)
+
+
+def flow_of(velocity, base=None, noise=None, **kwargs):
+    transform = InterpolantTransform(
+        velocity, interpolant=velocity.interpolant, solver=FixedGrid(40)
+    )
+    dim = transform.dim
+    transform.precondition(LOC[:dim], LINEAR[:dim, :dim])
+    transform.noise = noise
+    return InterpolantDistribution(transform, base, **kwargs)
+
+
+def log_prob(truth, y, t=1.0):
+    dim = y.shape[-1]
+    w = (y - LOC[:dim]) @ torch.linalg.inv(LINEAR[:dim, :dim]).T
+    return truth.log_prob(torch.tensor(t), w) - torch.logdet(LINEAR[:dim, :dim])
+
+
+MEMBERS = {
+    "trigonometric": Trigonometric(),
+    "linear": Linear(),
+    "encoding-decoding": EncodingDecoding(),
+    "bridge": Latent(Linear(), BrownianBridge(0.5)),
+}
+
+
+@pytest.fixture
+def _guided_to_the_ends(monkeypatch):
+    """Guide paths where only an exact score can be trusted: their weights are then all equal."""
+    monkeypatch.setattr(sde, "_TRUSTED", 1e-9)
+
+
+@pytest.mark.usefixtures("_guided_to_the_ends")
+@pytest.mark.parametrize("interpolant", MEMBERS.values(), ids=MEMBERS)
+def test_guided_paths_all_tell_the_density_of_an_exact_flow(interpolant):
+    truth = random_mixture(2, interpolant)
+    flow, y = flow_of(truth), LOC + truth.sample(1.0, 8) @ LINEAR.T
+    value, stderr = sde_log_prob(flow, y, paths=8, steps=50)
+    assert value.shape == stderr.shape == (8,)
+    assert float((value - log_prob(truth, y)).abs().max()) < 0.01
+    assert float(stderr.max()) < 0.01
+
+
+@pytest.mark.usefixtures("_guided_to_the_ends")
+def test_finer_steps_bring_it_nearer():
+    truth = random_mixture(2, Trigonometric())
+    flow, y = flow_of(truth), LOC + truth.sample(1.0, 40) @ LINEAR.T
+    errors = []
+    for steps in (10, 20):
+        value, _ = sde_log_prob(flow, y, paths=64, steps=steps)
+        errors.append(float((value - log_prob(truth, y)).abs().mean()))
+    assert errors[1] < 0.5 * errors[0] < 0.01
+
+
+@pytest.mark.parametrize("interpolant", MEMBERS.values(), ids=MEMBERS)
+def test_guidance_that_fades_at_the_ends_costs_little(interpolant):
+    truth = random_mixture(2, interpolant)
+    flow, y = flow_of(truth), LOC + truth.sample(1.0, 8) @ LINEAR.T
+    value, stderr = sde_log_prob(flow, y, paths=16, steps=50)
+    assert float(stderr.max()) < 0.05
+    assert float(((value - log_prob(truth, y)).abs() / (stderr + 0.001)).max()) < 4.5
+
+
+@pytest.mark.parametrize("gamma", [SineSquared(0.8), BrownianBridge(0.5)])
+def test_a_score_that_is_wrong_at_the_ends_does_no_harm(gamma):
+    truth = random_mixture(2, Latent(Linear(), gamma))
+
+    class Off(LatentNoise):
+        def forward(self, t, x, context=None):
+            return super().forward(t, x) + 0.02 * torch.cos(3 * x)
+
+    flow, y = flow_of(truth, noise=Off(truth)), LOC + truth.sample(1.0, 8) @ LINEAR.T
+    value, stderr = sde_log_prob(flow, y, paths=16, steps=50)
+    assert float(stderr.max()) < 0.2
+    assert float((value - log_prob(truth, y)).abs().max()) < 0.4
+
+
+def test_the_estimator_of_the_paper():
+    truth = random_mixture(1, Trigonometric(), seed=2)
+    flow, y = flow_of(truth), LOC[:1] + truth.sample(1.0, 6) @ LINEAR[:1, :1].T
+    value, stderr = sde_log_prob(
+        flow, y, paths=3000, steps=40, guidance=0.0, diffusion=lambda t: 0.5 * (1 - t)
+    )
+    assert float(((value - log_prob(truth, y)).abs() / (stderr + 0.01)).max()) < 4
+    assert 0.001 < float(stderr.max()) < 0.2
+
+
+class Perturbed(nn.Module):
+    """A velocity with an error, which makes the stochastic model another than the flow."""
+
+    def __init__(self, truth):
+        super().__init__()
+        self.truth, self.event_dim, self.interpolant = truth, truth.event_dim, truth.interpolant
+
+    def forward(self, t, x, context=None):
+        return self.truth(t, x) + 0.4 * (1 - t)[..., None] * torch.sin(2 * x)
+
+
+def test_guidance_changes_the_variance_and_not_the_model():
+    flow = flow_of(Perturbed(random_mixture(1, Trigonometric(), seed=2)))
+    y = LOC[:1] + torch.linspace(-1.5, 1.5, 5)[:, None]
+    found = []
+    for guidance in (0.0, 0.5, 1.0):
+        found.append(
+            sde_log_prob(
+                flow,
+                y,
+                paths=3000,
+                steps=30,
+                guidance=guidance,
+                diffusion=lambda t: 0.8 * (1 - t),
+            )
+        )
+    (a, ea), (b, eb), (c, ec) = found
+    assert float(((a - c).abs() / (ea + ec + 0.01)).max()) < 3
+    assert float(((b - c).abs() / (eb + ec + 0.01)).max()) < 3
+    assert bool((ec < 0.5 * ea).all())
+    assert float((c - flow.log_prob(y)).abs().max()) > 0.05  # of the flow, it is not
+
+
+def test_it_integrates_to_one_over_the_line():
+    flow = flow_of(Perturbed(random_mixture(1, Linear(), seed=2)))
+    line = torch.linspace(-14, 20, 301)[:, None]
+    value, _ = sde_log_prob(flow, line, paths=64, steps=40)
+    assert abs(float(torch.trapezoid(value.exp(), line[:, 0])) - 1) < 0.02
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_without_diffusion_it_is_the_log_prob_of_the_flow(guidance):
+    truth = random_mixture(2, Linear())
+    flow, y = flow_of(truth), LOC + truth.sample(1.0, 6) @ LINEAR.T
+    value, stderr = sde_log_prob(
+        flow, y, diffusion=lambda t: 0.0, paths=2, steps=200, guidance=guidance
+    )
+    assert torch.allclose(value, flow.log_prob(y), atol=1e-3)
+    assert float(stderr.max()) < 1e-12
+
+
+@pytest.mark.usefixtures("_guided_to_the_ends")
+def test_any_time_and_any_support():
+    truth = random_mixture(2, Trigonometric())
+    y = LOC + truth.sample(0.6, 5) @ LINEAR.T
+    value, _ = sde_log_prob(flow_of(truth).at(0.6), y, paths=8, steps=40)
+    assert float((value - log_prob(truth, y, 0.6)).abs().max()) < 0.01
+    positive = flow_of(truth, support=constraints.positive)
+    x = LOC + 0.2 * truth.sample(1.0, 5) @ LINEAR.T
+    value, _ = sde_log_prob(positive, x.exp(), paths=8, steps=40)
+    assert float((value - (log_prob(truth, x) - x.sum(-1))).abs().max()) < 0.01
+
+
+def test_a_learned_noise_and_a_base_of_ones_own():
+    cov = torch.tensor([[0.5, 0.2], [0.2, 0.8]])
+    interpolant = Latent(Linear(), BrownianBridge(0.5))
+    truth = PairVelocity(torch.tensor([0.4, -1.0]), cov, random_mixture(2, interpolant))
+    base = dist.MultivariateNormal(LOC + LINEAR @ truth.loc, LINEAR @ cov @ LINEAR.T)
+    flow = flow_of(truth, base, LatentNoise(truth))
+    y = LOC + random_mixture(2, Linear()).sample(1.0, 5) @ LINEAR.T
+    expected = log_prob(truth, y)
+    value, _ = sde_log_prob(flow, y, paths=8, steps=60)
+    assert float((value - expected).abs().max()) < 0.02
+    value, stderr = sde_log_prob(
+        flow, y, paths=500, guidance=0.2, steps=60, diffusion=lambda t: 0.1 * (1 - t)
+    )
+    assert float(((value - expected).abs() / (stderr + 0.02)).max()) < 4
+
+
+def test_shapes_contexts_and_types():
+    likelihood = ConditionalInterpolantDistribution(random_flow(2, context_dim=3))
+    given = likelihood.condition(torch.randn(5, 3))
+    x = given.sample((4,))
+    value, stderr = sde_log_prob(given, x, paths=3, steps=3)
+    assert value.shape == stderr.shape == (4, 5)
+    assert not value.requires_grad
+    value, _ = sde_log_prob(given, x[0, 0], paths=3, steps=3)
+    assert value.shape == (5,)
+    flow = InterpolantDistribution(interpolant_transform(2, (8, 8)).float())
+    x = torch.randn(3, 2, dtype=torch.float32)
+    value, stderr = sde_log_prob(flow, x, paths=8, steps=40)
+    assert value.dtype == stderr.dtype == torch.float32
+    error = (value - flow.log_prob(x).detach()).abs()
+    assert float((error / (stderr + 1e-3)).max()) < 4.5
+
+
+def test_errors_say_what_was_expected():
+    flow = InterpolantDistribution(interpolant_transform(2, (8, 8)))
+    x = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="at least two paths to tell their spread, got paths=1"):
+        sde_log_prob(flow, x, paths=1)
+    with pytest.raises(ValueError, match="at least one step"):
+        sde_log_prob(flow, x, steps=0)
+    overtaking = flow_of(random_mixture(2, Latent(Linear(), SineSquared(4.0))))
+    with pytest.raises(ValueError, match="the score is not determined"):
+        sde_log_prob(overtaking, x)
+    mirror = Mirror(SineSquared(1.0))
+    truth = random_mixture(2, mirror)
+    rows = flow_of(truth, Samples(torch.randn(10, 2)), LatentNoise(truth))
+    with pytest.raises(ValueError, match="samples alone"):
+        sde_log_prob(rows, x, paths=2, steps=2)
+
+
+def test_the_known_density_of_a_gaussian():
+    truth = MixtureVelocity(torch.ones(1), torch.zeros(1, 2), 2 * torch.eye(2)[None], Linear())
+    flow = InterpolantDistribution(InterpolantTransform(truth, interpolant=Linear()))
+    value, _ = sde_log_prob(flow, torch.zeros(1, 2), paths=8)
+    assert abs(float(value) + float(torch.log(torch.tensor(4 * torch.pi)))) < 1e-3

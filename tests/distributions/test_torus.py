@@ -1,0 +1,646 @@
+import copy
+import math
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import CountingSolver
+from pyro.infer import MCMC, NUTS, Predictive
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
+from torch import nn
+from torch.distributions import biject_to
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    ConditionalInterpolantTransform,
+    FixedGrid,
+    Geodesic,
+    InterpolantDistribution,
+    InterpolantTransform,
+    TorusMLP,
+    UniformTorus,
+    VelocityMLP,
+    base_space,
+    circular,
+    fit,
+    from_samples,
+    load,
+    save,
+)
+from pyro_interpolant.diffusion.scores import score
+from pyro_interpolant.distributions.bases import Planar, directions, in_planes
+from pyro_interpolant.distributions.constraints import Wrap, bijection
+from pyro_interpolant.distributions.joint import sites_of
+from pyro_interpolant.interpolants.nonlinear import wrap
+from pyro_interpolant.io import build_constraint, describe_constraint
+
+TURN = 2 * math.pi
+
+
+def random_velocity(dim, hidden_dims=(16, 16), context_dim=0, kind=TorusMLP):
+    velocity = kind(dim, hidden_dims, context_dim)
+    with torch.no_grad():
+        velocity.output.weight.normal_(std=1.0)
+        velocity.shifts.weight[-dim:].normal_(std=1.0)
+        velocity.scales.weight.normal_(std=0.05)
+    return velocity
+
+
+def random_transform(dim, hidden_dims=(16, 16), context_dim=0, **choices):
+    choices = {"interpolant": Geodesic(), "solver": FixedGrid(steps=24), **choices}
+    kind = ConditionalInterpolantTransform if context_dim else InterpolantTransform
+    return kind(random_velocity(dim, hidden_dims, context_dim), **choices)
+
+
+def random_angles(dim, base=None, **choices):
+    return InterpolantDistribution(random_transform(dim, **choices), base, support=circular)
+
+
+def von_mises(dim):
+    return dist.VonMises(torch.linspace(3.0, 4.5, dim), torch.full((dim,), 1.5)).to_event(1)
+
+
+BASES = {"uniform": lambda dim: None, "von Mises": von_mises}
+
+
+def grid(dim, count):
+    """Equally spaced angles, shape (count ** dim, dim), and the volume each stands for."""
+    line = TURN * torch.arange(count) / count - math.pi
+    mesh = torch.meshgrid(*[line] * dim, indexing="ij")
+    return torch.stack([m.reshape(-1) for m in mesh], -1), (TURN / count) ** dim
+
+
+class Drift(nn.Module):
+    """A velocity of closed form: ``a sin(x)``, whose flow from the uniform is wrapped Cauchy."""
+
+    event_dim = 1
+
+    def __init__(self, a=1.2):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(a))
+
+    def forward(self, t, x, context=None):
+        return self.a * x.sin()
+
+
+class Straight(nn.Module):
+    """A velocity that is not periodic."""
+
+    event_dim = 2
+
+    def forward(self, t, x, context=None):
+        return 0.1 * x
+
+
+class Mixture:
+    """A mixture of products of von Mises densities."""
+
+    def __init__(self, weights, loc, concentration):
+        self.weights = torch.as_tensor(weights)
+        self.parts = dist.VonMises(torch.as_tensor(loc), torch.as_tensor(concentration))
+
+    def log_prob(self, x):
+        return (self.parts.log_prob(x[:, None]).sum(-1) + self.weights.log()).logsumexp(-1)
+
+    def sample(self, count):
+        draws = self.parts.sample((count,))
+        index = torch.multinomial(self.weights, count, replacement=True)
+        return wrap(draws[torch.arange(count), index])
+
+
+# ---- angles -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wrap_is_the_identity_in_range_and_takes_whole_turns_off(dtype):
+    x = wrap((20 * torch.rand(5000) - 10).to(dtype))
+    pi = torch.tensor(math.pi, dtype=dtype)
+    near = [torch.nextafter(s * pi, s * e * pi) for s in (1, -1) for e in (0, 2)]
+    edges = torch.stack([pi, -pi, *near, 3 * pi, -3 * pi, torch.zeros_like(pi)])
+    for values in (x, edges):
+        w = wrap(values)
+        assert bool(((w >= -math.pi) & (w < math.pi)).all())
+        torch.testing.assert_close(w.cos(), values.cos())
+        torch.testing.assert_close(w.sin(), values.sin(), rtol=1e-5, atol=5e-6)
+        assert torch.equal(wrap(w), w)
+    assert torch.equal(wrap(x), x)
+    assert float(wrap(pi)) == -float(pi)
+
+
+def test_wrap_has_slope_one():
+    x = 20 * torch.rand(50) - 10
+    assert torch.equal(torch.func.grad(lambda x: wrap(x).sum())(x), torch.ones(50))
+    assert torch.equal(torch.func.jvp(wrap, (x,), (torch.ones(50),))[1], torch.ones(50))
+
+
+def test_the_geodesic_joins_its_ends_by_the_shorter_way():
+    x0, x1 = TURN * torch.rand(2, 200, 3) - math.pi
+    for t, end in ((0.0, x0), (1.0, x1)):
+        x_t, dx_t = Geodesic().sample(torch.tensor(t), x0, x1)
+        torch.testing.assert_close(wrap(x_t - end), torch.zeros_like(x_t), rtol=0, atol=1e-14)
+        assert float(dx_t.abs().max()) <= math.pi
+    assert bool(((x1 - x0).abs() > math.pi).any())  # some go through the seam
+    shorter = torch.minimum((x1 - x0).abs(), TURN - (x1 - x0).abs())
+    torch.testing.assert_close(dx_t.abs(), shorter)
+
+
+def test_the_geodesic_does_not_care_for_whole_turns():
+    x0, x1 = TURN * torch.rand(2, 200, 3) - math.pi
+    t = torch.rand(200)
+    x_t, dx_t = Geodesic().sample(t, x0, x1)
+    turns = TURN * torch.randint(-2, 3, (2, 200, 3))
+    there, same = Geodesic().sample(t, x0 + turns[0], x1 + turns[1])
+    torch.testing.assert_close(same, dx_t, rtol=0, atol=1e-13)
+    torch.testing.assert_close(there, x_t + turns[0], rtol=0, atol=1e-13)
+
+
+def test_the_slope_of_the_geodesic_is_that_of_its_schedule():
+    interpolant = Geodesic(lambda t: torch.sin(0.5 * math.pi * t) ** 2)
+    interpolant.check_ends(2)
+    x0, x1 = TURN * torch.rand(2, 8, 5, 2) - math.pi
+    t = torch.linspace(0.1, 0.9, 8)[:, None]
+    ahead, behind = (interpolant.sample(t + s, x0, x1)[0] for s in (1e-6, -1e-6))
+    _, dx_t = interpolant.sample(t, x0, x1)
+    torch.testing.assert_close(dx_t, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-8)
+    expanded = torch.tensor(0.3).expand(8, 5)
+    for got, expected in zip(
+        interpolant.sample(expanded, x0, x1),
+        interpolant.sample(torch.tensor(0.3), x0, x1),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_the_geodesic_is_a_value_and_is_not_linear():
+    assert Geodesic() == Geodesic()
+    assert hash(Geodesic()) == hash(Geodesic())
+    assert not Geodesic().has_latent()
+    Geodesic().check_ends(3)
+    with pytest.raises(TypeError, match="Geodesic is not linear: it has no coefficients"):
+        Geodesic().coefficients(torch.tensor(0.5))
+    with pytest.raises(ValueError, match=r"0 at t = 0 and 1 at t = 1, got \[0.0, 2.0\]"):
+        Geodesic(lambda t: 2 * t).check_ends(3)
+    with pytest.raises(ValueError, match="linear"):
+        score(random_angles(2), 0.5, torch.zeros(1, 2))
+
+
+# ---- the velocity -------------------------------------------------------------------------------
+
+DEPTHS = {"one": (12,), "two": (12, 10), "residual": (12, 12, 12), "tapered": (12, 12, 8)}
+
+
+@pytest.mark.parametrize("hidden_dims", DEPTHS.values(), ids=DEPTHS)
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_the_divergence_is_the_trace_of_the_jacobian(hidden_dims, context_dim):
+    velocity = random_velocity(3, hidden_dims, context_dim)
+    t, x = torch.rand(20), 10 * torch.randn(20, 3)
+    context = torch.randn(20, context_dim) if context_dim else None
+    v, divergence = velocity.forward_and_divergence(t, x, context)
+
+    def one(t, x, c):
+        return velocity(t, x, c if context_dim else None)
+
+    c = torch.zeros(20, 0) if context is None else context
+    jacobian = torch.func.vmap(torch.func.jacrev(one, argnums=1))(t, x, c)
+    torch.testing.assert_close(divergence, jacobian.diagonal(dim1=-2, dim2=-1).sum(-1))
+    torch.testing.assert_close(v, velocity(t, x, context))
+    assert bool((divergence.abs() > 1e-4).all())
+
+
+def test_times_broadcast_and_the_field_is_the_velocity():
+    velocity = random_velocity(2)
+    x, t = torch.randn(4, 5, 2), torch.rand(4, 1)
+    together, divergence = velocity.forward_and_divergence(t, x)
+    assert divergence.shape == (4, 5)
+    for i, at in enumerate(velocity.field(t[:, 0])):
+        torch.testing.assert_close(at(x[i]), together[i])
+        torch.testing.assert_close(velocity(t[i, 0], x[i]), together[i])
+
+
+@pytest.mark.parametrize("coordinate", [0, 1, 2])
+def test_the_velocity_is_periodic_in_every_coordinate(coordinate):
+    velocity = random_velocity(3, (12, 12, 12))
+    t, x = torch.rand(50), torch.randn(50, 3)
+    shift = torch.zeros(3)
+    shift[coordinate] = TURN
+    for here, there in zip(
+        velocity.forward_and_divergence(t, x),
+        velocity.forward_and_divergence(t, x + shift),
+        strict=True,
+    ):
+        torch.testing.assert_close(there, here, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(velocity(t, x), velocity(t, x + 0.5 * shift))
+
+
+def test_there_is_no_gate_but_contexts_are_scaled():
+    velocity = random_velocity(2, context_dim=2)
+    velocity.precondition(torch.randn(100, 2), 5 + 3 * torch.randn(100, 2))
+    assert (velocity.reach == math.inf).all()
+    assert float(velocity.context_loc.min()) > 3
+    assert type(velocity)(*velocity.arguments()).arguments() == (2, (16, 16), 2)
+
+
+# ---- the base -----------------------------------------------------------------------------------
+
+
+def test_the_uniform_base():
+    base = UniformTorus(3)
+    x = base.sample((4000,))
+    assert bool(((x >= -math.pi) & (x < math.pi)).all())
+    assert float(x.cos().mean(0).norm()) < 0.05
+    assert float(x.sin().mean(0).norm()) < 0.05
+    far = 20 * torch.randn(5, 3)
+    torch.testing.assert_close(base.log_prob(far), torch.full((5,), -3 * math.log(TURN)))
+    batch = base.expand((2, 1))
+    assert batch.sample((4,)).shape == (4, 2, 1, 3)
+    assert batch.log_prob(far).shape == (2, 5)
+    far.requires_grad_()
+    assert torch.equal(torch.autograd.grad(base.log_prob(far).sum(), far)[0], torch.zeros(5, 3))
+    small = base.expand((2,)).to(torch.zeros((), dtype=torch.float32))
+    assert small.sample().dtype == torch.float32
+    assert small.batch_shape == (2,)
+    assert base.sample().dtype == torch.float64
+    with pytest.raises(ValueError, match="event_dim >= 1, got 0"):
+        UniformTorus(0)
+
+
+def test_the_density_of_a_von_mises_base_is_periodic():
+    x = torch.randn(10, 2)
+    base = von_mises(2)
+    torch.testing.assert_close(base.log_prob(x + TURN), base.log_prob(x))
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+def test_a_planar_base_is_proper_and_points_as_the_base(base):
+    base = UniformTorus(1) if base(1) is None else base(1)
+    planar = Planar(base)
+    u, volume = grid(1, 100)
+    r = torch.linspace(0, 9, 901)[1:]
+    q = planar.log_prob(in_planes(u, r[:, None, None])).exp()
+    # The area element is r dr du.
+    angular = torch.trapezoid(q * r[:, None], r, dim=0)
+    torch.testing.assert_close(angular, base.log_prob(u).exp(), rtol=1e-4, atol=0)
+    assert float(angular.sum() * volume) == pytest.approx(1.0, abs=1e-4)
+    draws = planar.sample((20_000,))
+    assert planar.has_rsample == base.has_rsample
+    assert draws.shape == (20_000, 2)
+    assert float(draws.square().sum(-1).mean()) == pytest.approx(2.0, rel=0.03)
+    cosine = (base.log_prob(u).exp() * u[:, 0].cos()).sum() * volume
+    assert float(directions(draws).cos().mean()) == pytest.approx(float(cosine), abs=0.02)
+
+
+def test_a_planar_base_of_uniform_angles_is_normal():
+    planar = Planar(UniformTorus(3)).expand((4,))
+    w = torch.randn(4, 6)
+    torch.testing.assert_close(planar.log_prob(w), dist.Normal(0, 1).log_prob(w).sum(-1))
+    assert planar.rsample((5,)).shape == (5, 4, 6)
+    assert planar.event_shape == (6,)
+
+
+def test_directions_have_a_slope_everywhere():
+    u = torch.tensor([3.0, -2.0, 0.1])
+    torch.testing.assert_close(directions(in_planes(u, torch.tensor([0.1, 1.0, 30.0]))), u)
+    w = torch.zeros(6).requires_grad_()
+    assert torch.equal(directions(w), torch.zeros(3))
+    assert bool(torch.isfinite(torch.autograd.grad(directions(w).sum(), w)[0]).all())
+
+
+# ---- the density --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+@pytest.mark.parametrize(("dim", "count"), [(1, 200), (2, 64)])
+@pytest.mark.parametrize("t", [0.4, 1.0])
+def test_the_density_integrates_to_one_at_any_time(base, dim, count, t):
+    x, volume = grid(dim, count)
+    model = random_angles(dim, base(dim), solver=FixedGrid(steps=64))
+    with torch.no_grad():
+        p = model.at(t).log_prob(x).exp()
+    assert float(p.max() / p.min()) > 1.2
+    assert float(p.sum() * volume) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+@pytest.mark.parametrize("coordinate", [0, 1])
+def test_the_density_is_periodic_and_has_no_seam(base, coordinate):
+    model = random_angles(2, base(2))
+    lifted = InterpolantDistribution(model.transform, model.base)  # takes any real angle
+    x, shift = TURN * torch.rand(50, 2) - math.pi, torch.zeros(2)
+    shift[coordinate] = TURN
+    for turns in (1, -3):
+        torch.testing.assert_close(
+            lifted.log_prob(x + turns * shift), lifted.log_prob(x), rtol=1e-10, atol=1e-10
+        )
+    x[:, coordinate] = math.pi
+    below, above = x.clone(), x.clone()
+    below[:, coordinate] -= 1e-7
+    above[:, coordinate] = -math.pi + 1e-7
+    torch.testing.assert_close(model.log_prob(below), model.log_prob(above), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.score(below), model.score(above), rtol=0, atol=1e-5)
+
+
+def test_the_wrapped_cauchy_density_is_reached():
+    model = InterpolantDistribution(
+        InterpolantTransform(Drift(1.2), interpolant=Geodesic(), solver=FixedGrid(steps=64)),
+        support=circular,
+    )
+    y = grid(1, 50)[0]
+    for t in (0.0, 0.5, 1.0):
+        a = torch.tensor(1.2 * t)
+        exact = -(TURN * (a.cosh() + a.sinh() * y[:, 0].cos())).log()
+        torch.testing.assert_close(model.at(t).log_prob(y), exact, rtol=0, atol=1e-8)
+
+
+def test_time_zero_is_the_base():
+    model, x = random_angles(2, von_mises(2)), grid(2, 5)[0]
+    torch.testing.assert_close(model.at(0.0).log_prob(x), von_mises(2).log_prob(x))
+    assert bool(circular.check(model.at(0.0).sample((100,))).all())
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+def test_samples_are_in_range_and_follow_the_density(base):
+    model = random_angles(1, base(1))
+    with torch.no_grad():
+        x = model.sample((8000,))
+        assert bool(((x >= -math.pi) & (x < math.pi)).all())
+        probability = model.log_prob(grid(1, 320)[0]).exp().reshape(16, 20)
+    # Trapezes on the closed bins.
+    closed = torch.cat((probability, probability.roll(-1, 0)[:, :1]), 1)
+    expected = 8000 * torch.trapezoid(closed, dx=TURN / 320)
+    counts = torch.histc(x, 16, -math.pi, math.pi)
+    chi_squared = float(((counts - expected) ** 2 / expected).sum())
+    assert chi_squared < 44.3  # 15 degrees of freedom, one in ten thousand
+
+
+def test_a_sample_and_its_density_cost_one_solve():
+    solver = CountingSolver(FixedGrid(steps=64))
+    model = random_angles(2, solver=solver)
+    x, value = model.rsample_and_log_prob((50,))
+    assert solver.solves == 1
+    torch.testing.assert_close(value, model.log_prob(x.clone()), rtol=0, atol=1e-6)
+
+
+def test_gradients_pass_through_the_seam():
+    model = random_angles(2, von_mises(2))
+    x0 = TURN * torch.rand(20, 2) - math.pi
+    x0.requires_grad_()
+    angles = x0
+    for part in model.transforms:
+        angles = part(angles)
+    assert bool((angles != model.transform(x0)).any())
+    own = torch.autograd.grad(angles.sum(), x0, retain_graph=True)[0]
+    torch.testing.assert_close(own, torch.autograd.grad(model.transform(x0).sum(), x0)[0])
+
+
+def test_plates_and_copies():
+    model = random_angles(2).freeze()
+    with pyro.plate("rows", 5):
+        x = pyro.sample("x", model)
+    assert x.shape == (5, 2)
+    x = x.clone()  # no other way to its density than back to the base
+    assert model.expand((3, 1)).log_prob(x).shape == (3, 5)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.support.check(other.sample((10,))).all()
+        torch.testing.assert_close(other.log_prob(x), model.log_prob(x))
+    small = copy.deepcopy(model).to(torch.float32)
+    value = small.sample((100,))
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(
+        small.log_prob(value).double(), model.log_prob(value.double()), rtol=0, atol=1e-4
+    )
+
+
+def test_contexts():
+    flow = random_transform(2, context_dim=3, solver=FixedGrid(steps=64))
+    model = ConditionalInterpolantDistribution(flow, support=circular)
+    one = model.condition(torch.randn(3))
+    with torch.no_grad():
+        p = one.log_prob(grid(2, 64)[0]).exp()
+    assert float(p.sum()) * (TURN / 64) ** 2 == pytest.approx(1.0, abs=1e-6)
+    many = model.condition(torch.randn(10, 3))
+    assert isinstance(many.base, UniformTorus)
+    assert bool(circular.check(many.sample()).all())
+    assert many.at(0.5).log_prob(many.sample()).shape == (10,)
+
+
+# ---- the support --------------------------------------------------------------------------------
+
+
+def test_circular_refuses_what_is_out_of_range():
+    model = random_angles(2)
+    assert model.support is circular
+    assert circular.event_dim == 1
+    assert repr(circular) == "circular"
+    values = torch.tensor([[0.0, 3.0], [4.0, 0.0], [math.pi, -math.pi], [math.nan, 0.0]])
+    assert circular.check(values).tolist() == [True, False, True, False]
+    assert bool(circular.check(values[2].float()))
+    with pytest.raises(ValueError, match="within the support"):
+        model.log_prob(torch.tensor([4.0, 0.0]))
+    with pytest.raises(ValueError, match="in radians, got 2 of 4 rows outside"):
+        model.unconstrained(values)
+    assert torch.equal(model.unconstrained(values[:1]), values[:1])
+
+
+def test_circular_has_no_bijection():
+    with pytest.raises(NotImplementedError, match=r"use base_space\(model\)"):
+        biject_to(circular)
+    with pytest.raises(ValueError, match="bijective image of real vectors, got circular"):
+        bijection(circular)
+    with pytest.raises(ValueError, match="got circular"):
+        sites_of({"phase": torch.zeros(3, 1)}, {"phase": circular})
+
+
+def test_circular_in_files():
+    assert describe_constraint(copy.deepcopy(circular)) == "circular"
+    assert build_constraint("circular") is circular
+
+
+def test_wrapping_has_no_volume():
+    x = 10 * torch.randn(6, 2)
+    assert torch.equal(Wrap().log_abs_det_jacobian(x, Wrap()(x)), torch.zeros(6))
+
+
+def test_only_flows_on_the_torus_have_the_support():
+    with pytest.raises(
+        ValueError, match=r"interpolant Geodesic\(\) for angles, got Trigonometric"
+    ):
+        InterpolantDistribution(InterpolantTransform(TorusMLP(2)), support=circular)
+    flat = InterpolantTransform(VelocityMLP(2), interpolant=Geodesic())
+    with pytest.raises(ValueError, match="period 2 pi in every angle.*got VelocityMLP"):
+        InterpolantDistribution(flat, support=circular)
+    scaled = random_transform(2)
+    scaled.precondition(torch.zeros(2), 2 * torch.eye(2))
+    with pytest.raises(ValueError, match="no whitening map for angles"):
+        InterpolantDistribution(scaled, support=circular)
+    conditional = ConditionalInterpolantTransform(VelocityMLP(2, None, 3), interpolant=Geodesic())
+    with pytest.raises(ValueError, match="got VelocityMLP"):
+        ConditionalInterpolantDistribution(conditional, support=circular)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+def test_a_file_keeps_everything(base, tmp_path):
+    model = random_angles(2, base(2)).freeze()
+    save(model, tmp_path / "angles.safetensors")
+    again = load(tmp_path / "angles.safetensors")
+    x = grid(2, 5)[0]
+    assert type(again.transform.velocity) is TorusMLP
+    assert again.transform.interpolant == Geodesic()
+    assert again.support is circular
+    assert torch.equal(again.log_prob(x), model.log_prob(x))
+
+
+def test_a_file_keeps_a_conditional_flow_and_its_type(tmp_path):
+    flow = random_transform(2, context_dim=3)
+    model = ConditionalInterpolantDistribution(flow, support=circular).to(torch.float32)
+    save(model, tmp_path / "angles.safetensors")
+    again = load(tmp_path / "angles.safetensors")
+    context = torch.randn(5, 3, dtype=torch.float32)
+    assert again.condition(context).sample().dtype == torch.float32
+    x = grid(2, 5)[0][:5].float()
+    assert torch.equal(again.condition(context).log_prob(x), model.condition(context).log_prob(x))
+
+
+def test_a_schedule_of_your_own_has_to_be_passed(tmp_path):
+    interpolant = Geodesic(lambda t: t * t)
+    save(random_angles(2, interpolant=interpolant), tmp_path / "angles.safetensors")
+    with pytest.raises(ValueError, match="interpolant is a Geodesic: pass it"):
+        load(tmp_path / "angles.safetensors")
+    again = load(tmp_path / "angles.safetensors", interpolant=interpolant)
+    assert again.transform.interpolant is interpolant
+
+
+# ---- inference ----------------------------------------------------------------------------------
+
+
+def test_nuts_in_base_space_finds_the_posterior_across_the_seam():
+    torch.manual_seed(1)  # the posterior lies across the seam of the base, too
+    prior = random_angles(2, solver=FixedGrid(steps=2, method="euler")).freeze()
+    seen = torch.tensor([3.0, -2.0])
+
+    def model():
+        angles = pyro.sample("angles", prior)
+        noise = dist.VonMises(angles, torch.tensor([6.0, 12.0])).to_event(1)
+        pyro.sample("seen", noise, obs=seen)
+
+    kernel = NUTS(base_space(model), max_tree_depth=4)
+    mcmc = MCMC(kernel, num_samples=500, warmup_steps=60, disable_progbar=True)
+    mcmc.run()
+    assert mcmc.get_samples()["angles_base"].shape == (500, 4)
+    draws = Predictive(base_space(model), mcmc.get_samples())()["angles"]
+    with torch.no_grad():
+        x = prior.transform(grid(2, 64)[0])  # of equal weight under the prior
+        weight = dist.VonMises(x, torch.tensor([6.0, 12.0])).to_event(1).log_prob(seen).softmax(0)
+        exact = weight @ x.cos(), weight @ x.sin()
+    assert bool(circular.check(draws).all())
+    assert bool((draws[:, 0] > 2).any())
+    assert bool((draws[:, 0] < -2).any())  # both sides of the seam
+    torch.testing.assert_close(draws.cos().mean(0), exact[0], rtol=0, atol=0.08)
+    torch.testing.assert_close(draws.sin().mean(0), exact[1], rtol=0, atol=0.08)
+
+
+def test_base_space_starts_at_the_angles_it_is_given():
+    prior = random_angles(2).freeze()
+    angles = torch.tensor([3.1, -1.0])
+    start = init_to_value(values={"angles": angles})
+    with pyro.poutine.trace() as seen, InitMessenger(start):
+        base_space(lambda: pyro.sample("angles", prior))()
+    assert seen.trace.nodes["angles_base"]["value"].shape == (4,)
+    torch.testing.assert_close(seen.trace.nodes["angles"]["value"], angles, rtol=0, atol=1e-4)
+
+
+def test_nuts_in_data_space_says_what_to_use():
+    prior = random_angles(2).freeze()
+    mcmc = MCMC(NUTS(lambda: pyro.sample("angles", prior)), num_samples=1, disable_progbar=True)
+    with pytest.raises(NotImplementedError, match=r"use base_space\(model\)"):
+        mcmc.run()
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def test_training_refuses_what_are_not_angles():
+    angles = TURN * torch.rand(100, 2) - math.pi
+    model = random_angles(2)
+    with pytest.raises(ValueError, match="in radians, got 100 of 100 rows outside"):
+        fit(model, angles + 10, steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"expected data of shape \(N, 2\), got \(100, 3\)"):
+        fit(model, torch.zeros(100, 3), steps=1, progress=False)
+    open_ended = InterpolantDistribution(random_transform(2), UniformTorus(2))
+    with pytest.raises(ValueError, match="support=circular for the interpolant Geodesic"):
+        fit(open_ended, angles, steps=1, progress=False)
+    straight = InterpolantTransform(Straight(), interpolant=Geodesic())
+    model = InterpolantDistribution(straight, support=circular)
+    with pytest.raises(ValueError, match="got Straight, which differs by .* whole turns away"):
+        fit(model, angles, steps=1, progress=False)
+
+
+def test_training_conditional_flows_keeps_the_scale_of_the_circle():
+    flow = random_transform(2, context_dim=1)
+    model = ConditionalInterpolantDistribution(flow, support=circular)
+    context = torch.randn(300, 1)
+    data = wrap(3 + 0.1 * torch.randn(300, 2) + context)
+    fit(model, data, context=context, steps=5, seed=0, progress=False, tolerance=0.1)
+    assert torch.equal(flow.linear, torch.eye(2))
+    assert torch.equal(flow.loc, torch.zeros(2))
+    assert (flow.velocity.reach == math.inf).all()
+
+
+def test_a_trained_flow_is_the_mixture_and_has_no_seam():
+    target = Mixture(
+        [0.6, 0.4],
+        [[math.pi, 1.0], [0.5, 0.1 - math.pi]],
+        [[8.0, 12.0], [10.0, 8.0]],
+    )
+    velocity = TorusMLP(2, (64, 64, 64))
+    flow = InterpolantTransform(velocity, interpolant=Geodesic()).float()
+    model = InterpolantDistribution(flow, support=circular)
+    rows, options = target.sample(20_000).float(), {"steps": 1500, "learning_rate": 1e-2}
+    fit(model, rows, batch_size=512, seed=0, progress=False, **options)
+    held = target.sample(4000)
+    with torch.no_grad():
+        gap = float((target.log_prob(held) - model.log_prob(held.float()).double()).mean())
+        assert -0.02 < gap < 0.05
+        # The seam of the first angle runs through a mode, that of the second through the other.
+        for coordinate in (0, 1):
+            sides = held[:500].clone(), held[:500].clone()
+            for side, value in zip(sides, (3.14159, -3.14159), strict=True):
+                side[:, coordinate] = value
+            p = [model.log_prob(side.float()).exp() for side in sides]
+            assert float((p[0] - p[1]).abs().max()) < 1e-3
+            counts = torch.histc(model.sample((20_000,))[:, coordinate], 120, -math.pi, math.pi)
+            left, right = counts[-1], counts[0]  # the bins on the two sides, of one density
+            assert float(left.minimum(right)) > 100
+            assert float((left - right).abs() / (left + right).sqrt()) < 4
+        flow.solver = FixedGrid(steps=32)  # beyond what calibration allows
+        x, volume = grid(2, 64)
+        p = model.log_prob(x.float()).double().exp()
+        assert float(p.sum() * volume) == pytest.approx(1.0, abs=2e-3)
+
+
+def test_nuts_does_not_wander_off_where_little_is_known():
+    prior = random_angles(2, solver=FixedGrid(steps=2, method="euler")).freeze()
+    evaluations = []
+
+    def model():
+        evaluations.append(1)
+        pyro.sample("angles", prior)
+
+    mcmc = MCMC(NUTS(base_space(model)), num_samples=60, warmup_steps=40, disable_progbar=True)
+    mcmc.run()
+    assert float(mcmc.get_samples()["angles_base"].abs().max()) < 10  # all its 60 draws
+    # On a flat density a trajectory never turns: 1023 steps an iteration.
+    assert len(evaluations) < 2000
+
+
+def test_from_samples():
+    angles = wrap(3 + 0.3 * torch.randn(500, 2)).float()
+    prior = from_samples(angles, support=circular, steps=20, seed=0, progress=False, tolerance=0.1)
+    assert isinstance(prior.base, UniformTorus)
+    assert bool(circular.check(prior.sample((100,))).all())
+    assert prior.sample().dtype == torch.float32
+    assert not any(p.requires_grad for p in prior.transform.parameters())

@@ -1,0 +1,457 @@
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import gaussian_prior
+from pyro.distributions import constraints
+
+from pyro_interpolant import (
+    Adaptive,
+    ConditionalInterpolantDistribution,
+    FixedGrid,
+    InterpolantDistribution,
+    conditional_interpolant_transform,
+    interpolant_transform,
+)
+from pyro_interpolant.diagnostics.psis import systematic
+from pyro_interpolant.infer.smc.flow_proposal import coarse_solver, fresh_weights, jumped
+from pyro_interpolant.infer.smc.pathfinder import Mixture, search, wide_start
+from pyro_interpolant.infer.smc.tempering import Density, Kernel, Particles, annealed
+from pyro_interpolant.infer.smc.train import Refit, RoundsResult, train_from_density
+
+
+def gaussian(loc, scale_tril):
+    """Return a Gaussian distribution of rows."""
+    return dist.MultivariateNormal(torch.as_tensor(loc), scale_tril=torch.as_tensor(scale_tril))
+
+
+def slanted():
+    return gaussian([3.0, -1.0], [[0.5, 0.0], [0.9, 0.2]])
+
+
+def modes(dim, count=4):
+    """Return a mixture of well separated Gaussians of unequal weights, and its weights."""
+    means = torch.zeros(count, dim)
+    means[:, :2] = 4.0 * torch.tensor([[1.0, 1], [-1, 1], [1, -1], [-1, -1]])[:count]
+    weights = torch.arange(1.0, count + 1) / (count * (count + 1) / 2)
+    parts = dist.Normal(means, 0.7).to_event(1)
+    return dist.MixtureSameFamily(dist.Categorical(weights), parts), means, weights
+
+
+def funnel(x):
+    v = x[:, 0]
+    rest = -0.5 * (x[:, 1:].square() * (-v).exp()[:, None] + v[:, None]).sum(-1)
+    return rest - v.square() / 18
+
+
+def wide(dim, scale=4.0):
+    return Mixture.of(torch.ones(1), torch.zeros(1, dim), scale * torch.eye(dim)[None])
+
+
+def tiny(dim=2):
+    return InterpolantDistribution(interpolant_transform(dim, (32, 32)))
+
+
+def quick(distribution, density, **options):
+    settings = {"steps": 60, "rounds": 2, "draws": 1000, "seed": 0, "progress": False}
+    return train_from_density(distribution, density, **{**settings, **options})
+
+
+# ---- a density ------------------------------------------------------------------------------
+
+
+def test_a_density_gives_values_and_gradients_in_chunks():
+    target, x = slanted(), torch.randn(300, 2)
+    density = Density(target.log_prob)
+    density.rows = 7
+    value, gradient = density.with_gradient(x)
+    leaf = x.clone().requires_grad_()
+    expected = target.log_prob(leaf)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), leaf)[0])
+    torch.testing.assert_close(density(x), expected.detach())
+    density.tune(x)
+    assert density.rows in (128, 300)
+    assert density.seconds > 0
+
+
+def test_what_is_not_finite_counts_as_no_density():
+    density = Density(lambda x: x[:, 0].log())
+    value, gradient = density.with_gradient(torch.tensor([[2.0], [-1.0], [0.0]]))
+    assert value.tolist() == [math.log(2.0), -math.inf, -math.inf]
+    assert gradient.tolist() == [[0.5], [0.0], [0.0]]
+    assert float(Density(lambda x: x[:, 0] / 0)(torch.ones(1, 1))) == -math.inf
+
+
+def test_a_density_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(5,\) for rows of shape \(5, 2\), got \(5, 2\)"):
+        Density(lambda x: x)(torch.randn(5, 2))
+
+
+# ---- moves ----------------------------------------------------------------------------------
+
+
+def test_moves_leave_the_density_as_it_is():
+    x = torch.randn(3000, 2)
+    x[:, 1] = x[:, 1] * 0.3 + x[:, 0] ** 2  # a banana
+
+    def banana(x):
+        return dist.Normal(0.0, 1.0).log_prob(x[:, 0]) + dist.Normal(x[:, 0] ** 2, 0.3).log_prob(
+            x[:, 1]
+        )
+
+    density, kernel = Density(banana), Kernel()
+    particles = Particles.at(x, density.with_gradient)
+    kernel.adapt_metric(x)
+    for _ in range(25):
+        particles, rate = kernel(particles, density.with_gradient)
+    assert 0.5 < rate < 0.9
+    y = particles.x
+    assert float((y != x).all(-1).double().mean()) > 0.85
+    torch.testing.assert_close(particles.log_p, banana(y))
+    assert float(y[:, 0].mean()) == pytest.approx(0.0, abs=0.08)
+    assert float(y[:, 0].std()) == pytest.approx(1.0, abs=0.06)
+    noise = y[:, 1] - y[:, 0] ** 2
+    assert float(noise.std()) == pytest.approx(0.3, abs=0.02)
+    assert float(noise.mean()) == pytest.approx(0.0, abs=0.02)
+
+
+def test_moves_find_the_density_from_elsewhere():
+    target, kernel = slanted(), Kernel()
+    density = Density(target.log_prob)
+    particles = Particles.at(target.mean + 2 * torch.randn(2000, 2), density.with_gradient)
+    for _ in range(60):
+        kernel.adapt_metric(particles.x)
+        particles, _ = kernel(particles, density.with_gradient)
+    torch.testing.assert_close(particles.x.mean(0), target.mean, rtol=0, atol=0.08)
+    torch.testing.assert_close(particles.x.T.cov(), target.covariance_matrix, rtol=0.15, atol=0.02)
+
+
+def test_systematic_draws_come_as_often_as_their_weight_says():
+    weights = torch.tensor([0.05, 0.0, 0.5, 0.449, 0.001])
+    counts = torch.bincount(systematic(weights.log(), 1000), minlength=5)
+    assert bool(((counts - 1000 * weights).abs() <= 1).all())
+    assert int(counts[1]) == 0
+
+
+def test_tempering_carries_a_wide_start_to_a_narrow_target():
+    target, levels = gaussian([3.0, -1.0], [[0.05, 0.0], [0.1, 0.02]]), []
+    density = Density(lambda x: target.log_prob(x) - 7.0)
+    q = wide(2)
+    particles, evidence = annealed(
+        q.sample(2000), density, q.with_gradient, Kernel(), deadline=math.inf,
+        look=lambda b, rate, evidence, x: levels.append(b),
+    )  # fmt: skip
+    assert levels == sorted(levels)
+    assert levels[-1] == 1.0
+    assert len(levels) > 3
+    assert evidence == pytest.approx(-7.0, abs=0.25)
+    z = torch.linalg.solve_triangular(
+        target.scale_tril, (particles.x - target.mean).T, upper=False
+    )
+    torch.testing.assert_close(z.mean(1), torch.zeros(2), rtol=0, atol=0.12)
+    torch.testing.assert_close(z.std(1), torch.ones(2), rtol=0, atol=0.1)
+
+
+def test_tempering_stops_where_it_is_given_up():
+    q, levels = wide(2), []
+    density = Density(gaussian([3.0, -1.0], [[1e-3, 0.0], [0.0, 1e-3]]).log_prob)
+    x = q.sample(500)
+    particles, evidence = annealed(
+        x, density, q.with_gradient, Kernel(), deadline=math.inf, give_up=-math.inf,
+        look=lambda *seen: levels.append(seen),
+    )  # fmt: skip
+    assert levels == []
+    assert evidence == 0.0
+    assert torch.equal(particles.x, x)
+
+
+# ---- search ---------------------------------------------------------------------------------
+
+
+def test_a_mixture_has_the_density_the_gradient_and_the_draws_of_student_ts():
+    root = torch.stack((torch.tensor([[0.3, 1.0], [-0.5, 0.2]]), 0.5 * torch.eye(2)))
+    loc, share = torch.tensor([[0.0, 1.0], [4.0, -2.0]]), torch.tensor([0.3, 0.7])
+    mixture = Mixture.of(share, loc, root)
+    parts = dist.MultivariateStudentT(
+        torch.tensor(5.0), loc, torch.linalg.cholesky(root @ root.mT)
+    )
+    x = mixture.sample(4000)
+    leaf = x[:50].clone().requires_grad_()
+    expected = (parts.log_prob(leaf[:, None]) + share.log()).logsumexp(-1)
+    value, gradient = mixture.with_gradient(x[:50])
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(mixture.log_prob(x[:50]), value)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), leaf)[0])
+    second = x[:, 0] > 2
+    assert float(second.double().mean()) == pytest.approx(0.7, abs=0.03)
+    torch.testing.assert_close(x[second].median(0).values, loc[1], rtol=0, atol=0.06)
+
+
+def test_the_search_finds_a_far_narrow_slanted_target():
+    target = gaussian([30.0, -0.5], [[1e-3, 0.0], [5e-3, 1e-4]])
+    found = search(Density(target.log_prob), wide(2), seconds=5.0)
+    assert len(found.loc) == 2  # and the wide start
+    torch.testing.assert_close(found.loc[0], target.mean, rtol=0, atol=1e-6)
+    shape = found.root[0] @ found.root[0].T
+    torch.testing.assert_close(shape, 1.3**2 * target.covariance_matrix, rtol=1e-3, atol=0)
+    assert float(found.log_share.exp().sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dim", [2, 8])
+def test_the_search_finds_four_modes(dim):
+    target, means, _ = modes(dim)
+    found = search(Density(target.log_prob), wide(dim), seconds=5.0)
+    away = torch.cdist(means, found.loc).min(1).values
+    assert float(away.max()) < 1.0
+
+
+def test_the_search_does_not_end_at_a_mode_without_mass():
+    found = search(Density(funnel), wide(10), seconds=5.0)  # whose mode is at v = -40
+    assert float(found.loc[:, 0].min()) > -25
+
+
+def test_many_dimensions_start_wide_alone():
+    start = wide(70)
+    assert search(Density(lambda x: -x.square().sum(-1)), start, seconds=1.0) is start
+
+
+def test_without_a_density_to_climb_the_start_is_what_is_left():
+    start = wide(2)
+    x = torch.full((1,), -math.inf)
+    found = search(Density(lambda s: x + 0 * s.sum(-1)), start, seconds=1.0)
+    assert found is start
+
+
+def test_a_density_without_second_derivatives_is_searched_all_the_same():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return -0.5 * x.square().sum(-1)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return -g[:, None] * ctx.saved_tensors[0]
+
+    found = search(Density(Once.apply), wide(2), seconds=1.0)
+    assert float(found.log_prob(torch.zeros(1, 2))) > -6
+
+
+def test_starts_of_every_kind():
+    like = torch.zeros(2)
+    default = wide_start(None, like)
+    torch.testing.assert_close(default.root, 4 * torch.eye(2)[None])
+    centre = wide_start(torch.tensor([1.0, 2.0]), like)
+    torch.testing.assert_close(centre.loc, torch.tensor([[1.0, 2.0]]))
+    prior = dist.Normal(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.1])).to_event(1)
+    for start in (prior, prior.sample((2000,))):
+        given = wide_start(start, like)
+        torch.testing.assert_close(given.loc, torch.tensor([[1.0, 2.0]]), rtol=0, atol=0.3)
+        torch.testing.assert_close(
+            given.root[0].diagonal(), 1.3 * torch.tensor([3.0, 0.1]), rtol=0.1, atol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "message"),
+    [
+        ("prior", TypeError, "start to be a tensor or a distribution, got str"),
+        (torch.zeros(5, 3), ValueError, r"shape \(M, 2\) or \(2,\), got \(5, 3\)"),
+        (torch.zeros(3), ValueError, r"shape \(M, 2\) or \(2,\), got \(3,\)"),
+        (torch.full((2,), math.nan), ValueError, "a finite start, got NaN"),
+        (torch.ones(5, 2), ValueError, "vary in every column"),
+        (dist.Normal(0.0, 1.0), ValueError, r"event shape \(2,\) and no batch, got \(\) and \(\)"),
+    ],
+)
+def test_starts_that_do_not_fit_are_refused(start, error, message):
+    with pytest.raises(error, match=message):
+        wide_start(start, torch.zeros(2))
+
+
+# ---- jumps and refits -------------------------------------------------------------------------
+
+
+def test_jumps_leave_the_density_as_it_is_and_measure_the_divergence():
+    flow = gaussian_prior(torch.tensor([2.5, -1.0]), torch.tensor([[0.8, 0.0], [0.9, 0.5]]))
+    target, x = slanted(), slanted().sample((6000,))
+    density = Density(lambda x: target.log_prob(x) + 4.0)
+    particles = Particles.at(x, density.with_gradient)
+    for _ in range(8):
+        jump = jumped(flow, particles, density)
+        particles = jump.particles
+    y = particles.x
+    assert float((y != x).all(-1).double().mean()) > 0.8
+    torch.testing.assert_close(particles.log_p, target.log_prob(y) + 4.0)
+    torch.testing.assert_close(y.mean(0), target.mean, rtol=0, atol=0.06)
+    torch.testing.assert_close(y.T.cov(), target.covariance_matrix, rtol=0.1, atol=0.01)
+    q = gaussian(flow.transform.loc, flow.transform.linear)
+    kl = torch.distributions.kl_divergence(target, q)
+    assert jump.gap == pytest.approx(float(kl) + 4.0, abs=0.1)
+    evidence = float(jump.log_weights.logsumexp(0)) - math.log(len(jump.log_weights))
+    assert evidence == pytest.approx(4.0, abs=0.1)
+    assert 0.05 < jump.acceptance < 0.95
+
+
+def test_weights_of_a_flow_that_is_the_target_are_equal():
+    flow = gaussian_prior(torch.tensor([2.5, -1.0]), torch.tensor([[0.8, 0.0], [0.9, 0.5]]))
+    q = gaussian(flow.transform.loc, flow.transform.linear)
+    solver = flow.transform.solver
+    w = fresh_weights(flow, Density(lambda x: q.log_prob(x) + 1.5), 2500)
+    torch.testing.assert_close(w, torch.full((2500,), 1.5))
+    assert flow.transform.solver == solver
+
+
+def test_the_solver_of_a_round_is_as_coarse_as_the_flow_allows():
+    flow = gaussian_prior(torch.zeros(2), torch.eye(2))
+    assert coarse_solver(flow, torch.randn(100, 2)).steps == 6
+    assert flow.transform.solver.steps == 6
+    with torch.no_grad():
+        flow.transform.velocity.output.weight.normal_(std=3.0)
+    assert coarse_solver(flow, torch.randn(100, 2)).steps > 6
+    flow.transform.solver = Adaptive()
+    assert coarse_solver(flow, torch.randn(100, 2)) == Adaptive()
+
+
+def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
+    flow = interpolant_transform(2, (32, 32))
+    rows = torch.where(torch.rand(1000, 1) < 0.5, 1.0, -1.0) + 0.2 * torch.randn(1000, 2)
+    refit = Refit(flow, [rows])
+    first = refit(20, lambda: 5e-3, seconds=60.0)
+    for _ in range(3):
+        last = refit(60, lambda: 5e-3, seconds=60.0)
+    assert last < first - 0.1
+    assert refit.step == 200
+    refit(1000, lambda: 5e-3, seconds=0.0)
+    assert refit.step == 210
+    for i in range(30):
+        refit.add(torch.full((1, 2), float(i)))
+    assert [float(pool[0, 0]) for pool in refit.pools] == list(range(20, 30))
+
+
+def test_a_refit_whose_gradients_stay_wild_says_so():
+    refit = Refit(interpolant_transform(2, (8, 8)), [torch.full((10, 2), math.inf)])
+    with pytest.raises(RuntimeError, match="gradient was not finite"):
+        refit(100, lambda: 1e-3, seconds=60.0)
+
+
+# ---- the whole ------------------------------------------------------------------------------
+
+
+def test_a_gaussian_is_learned_from_its_density_alone():
+    target, flow = slanted(), tiny()
+    result = quick(flow, lambda x: target.log_prob(x) - 11.0, draws=2000, steps=100)
+    assert isinstance(result, RoundsResult)
+    assert result.k_hat < 0.5
+    assert result.ess > 0.9 * result.draws
+    assert result.log_evidence == pytest.approx(-11.0, abs=0.02)
+    assert 0 < result.log_evidence_stderr < 0.01
+    assert len(result.rounds) == 2
+    assert 0 <= result.best_round < 2
+    assert result.rounds[-1].seconds < result.seconds
+    assert flow.transform.solver == result.solver
+    x = flow.sample((4000,))
+    torch.testing.assert_close(x.mean(0), target.mean, rtol=0, atol=0.06)
+    torch.testing.assert_close(x.T.cov(), target.covariance_matrix, rtol=0.15, atol=0.01)
+    torch.testing.assert_close(result.particles.mean(0), target.mean, rtol=0, atol=0.12)
+
+
+def test_four_modes_are_found_and_weighed():
+    target, means, weights = modes(2)
+    flow = InterpolantDistribution(interpolant_transform(2, (48, 48)))
+    result = quick(flow, target.log_prob, steps=300, rounds=3, draws=4000)
+    assert result.log_evidence == pytest.approx(0.0, abs=0.05)
+    which = torch.cdist(flow.sample((4000,)), means).argmin(1)
+    shares = torch.bincount(which, minlength=4) / 4000
+    torch.testing.assert_close(shares, weights, rtol=0, atol=0.05)
+
+
+def test_a_flat_run_lands_before_its_time():
+    result = quick(tiny(), slanted().log_prob, rounds=None, steps=10, draws=200, max_seconds=40.0)
+    assert result.seconds < 35.0
+    assert len(result.rounds) >= 10
+
+
+def test_no_gradient_goes_through_a_solve(monkeypatch):
+    solves, solve = [], FixedGrid.solve
+
+    def watched(self, field, x, times):
+        solves.append(torch.is_grad_enabled() or x.requires_grad)
+        return solve(self, field, x, times)
+
+    monkeypatch.setattr(FixedGrid, "solve", watched)
+    quick(tiny(), slanted().log_prob)
+    assert solves
+    assert not any(solves)
+
+
+def test_frozen_weights_are_trained_and_the_generator_is_left_alone():
+    flow = tiny().freeze()
+    state = torch.get_rng_state()
+    before = flow.transform.velocity.output.weight.clone()
+    quick(flow, modes(2)[0].log_prob)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(flow.transform.velocity.output.weight, before)
+    assert not any(p.requires_grad for p in flow.transform.parameters())
+
+
+def test_the_type_of_the_flow_is_that_of_the_rows():
+    seen, flow = set(), tiny().to(torch.float32)
+
+    def density(x):
+        seen.add(x.dtype)
+        return -0.5 * x.square().sum(-1)
+
+    result = quick(flow, density)
+    assert seen == {torch.float32}
+    assert result.log_evidence == pytest.approx(math.log(2 * math.pi), abs=0.02)
+
+
+def test_a_start_far_away_is_used():
+    target = gaussian([1e4, 0.0], [[0.5, 0.0], [0.0, 0.5]])
+    hidden = lambda x: torch.where((x[:, 0] > 9e3), target.log_prob(x), -torch.inf)  # noqa: E731
+    result = quick(tiny(), hidden, start=torch.tensor([1e4, 0.0]))
+    assert result.log_evidence == pytest.approx(0.0, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_seconds": 0.0}, "max_seconds > 0, got 0.0"),
+        ({"draws": 99}, "draws >= 100, got 99"),
+        ({"steps": 0}, "steps >= 1, got 0"),
+        ({"rounds": 0}, "rounds >= 1, got 0"),
+        ({"start": torch.zeros(3)}, r"a start of shape \(M, 2\)"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        quick(tiny(), slanted().log_prob, **options)
+
+
+@pytest.mark.parametrize(
+    ("density", "message"),
+    [
+        (lambda x: x, r"log densities of shape \(256,\)"),
+        (lambda x: x.detach().sum(-1), "that can be differentiated"),
+        (lambda x: x.sum(-1) - math.inf, "finite somewhere, got none of 256 draws"),
+    ],
+)
+def test_densities_that_cannot_work_are_refused(density, message):
+    with pytest.raises(ValueError, match=message):
+        quick(tiny(), density)
+
+
+def test_flows_that_cannot_be_trained_this_way_are_refused():
+    transform = interpolant_transform(2, (8, 8))
+    for flow in (
+        InterpolantDistribution(transform, support=constraints.positive),
+        InterpolantDistribution(transform, dist.Normal(torch.zeros(2), 1.0).to_event(1)),
+    ):
+        with pytest.raises(ValueError, match="on real vectors from its default base"):
+            quick(flow, slanted().log_prob)
+    conditional = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1))
+    with pytest.raises(TypeError, match="an InterpolantDistribution, got Conditional"):
+        quick(conditional, slanted().log_prob)

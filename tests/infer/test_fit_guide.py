@@ -1,0 +1,318 @@
+"""Training a guide without an ODE's gradient: on draws, and on the model alone."""
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal, init_to_value
+from pyro.infer.reparam import NeuTraReparam
+from pyro.optim import Adam
+
+from pyro_interpolant import AutoInterpolant, FixedGrid, fit_guide, log_joint
+from pyro_interpolant.infer import autoguide, log_density
+from pyro_interpolant.infer.smc.train import RoundsResult
+
+QUICK = {"steps": 60, "batch_size": 256}
+
+
+def skewed():
+    """A density that is normalised, so that log Z = 0."""
+    rate = pyro.sample("rate", dist.LogNormal(0.3, 0.5))
+    with pyro.plate("rows", 2):
+        pyro.sample("x", dist.Normal(rate.log(), 0.7))
+
+
+def draws_of(count=2000):
+    with torch.no_grad():
+        rate = dist.LogNormal(0.3, 0.5).sample((count,))
+        x = dist.Normal(rate.log()[:, None], 0.7).expand((count, 2)).sample()
+    return {"rate": rate, "x": x}
+
+
+def quick(guide, *args, **kwargs):
+    samples = kwargs.pop("samples", None) or draws_of()
+    options = {"seed": 0, "progress": False, "options": QUICK, **kwargs}
+    return fit_guide(guide, *args, samples=samples, **options)
+
+
+def small(target=skewed, **options):
+    return AutoInterpolant(target, **{"hidden_dims": (16, 16), **options})
+
+
+def unsettled():
+    """A guide that its first step moves in every weight: the last layer is not zero."""
+    guide = small()
+    guide()
+    with torch.no_grad():
+        guide.transform.velocity.output.weight.normal_(std=0.1)
+    return guide
+
+
+# -------------------------------------------------------------------------------------- on samples
+
+
+def test_regression_on_samples():
+    guide = small()
+    result = fit_guide(
+        guide, samples=draws_of(4000), seed=0, progress=False, options={"steps": 150}
+    )
+    assert result._fields[:4] == ("k_hat", "ess", "log_evidence", "log_evidence_stderr")
+    assert result.k_hat < 0.7
+    assert result.ess > 0.6 * result.draws == 0.6 * 10_000
+    assert abs(result.log_evidence) < 4 * result.log_evidence_stderr + 0.02
+    assert result.verdict.startswith("Good, k-hat")
+    assert result.seconds >= result.training.seconds
+    z = guide.get_posterior().sample((4000,))
+    expected = log_joint(guide).pack(draws_of(4000))
+    assert torch.allclose(z.mean(0), expected.mean(0), atol=0.1)
+    assert torch.allclose(z.T.cov(), expected.T.cov(), atol=0.1)
+
+
+def test_no_ode_is_solved_before_the_last_weights(monkeypatch):
+    guide = unsettled()
+    solved = []
+    monkeypatch.setattr(
+        type(guide.transform), "integrate", lambda *args, **kwargs: solved.append(1) or 1 / 0
+    )
+    before = [p.detach().clone() for p in guide.parameters()]
+    with pytest.raises(ZeroDivisionError):
+        quick(guide)  # at calibration
+    assert solved == [1]
+    assert not any(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
+
+
+def test_samples_by_chain_and_from_predictive():
+    flat = draws_of()
+    by_chain = {k: v.reshape(4, 500, *v.shape[1:]) for k, v in flat.items()}
+    with_plates = {"rate": flat["rate"][:, None], "x": flat["x"]}
+    solutions = []
+    for samples in (flat, by_chain, with_plates):
+        guide = small()
+        quick(guide, samples=samples)
+        solutions.append(guide.transform.velocity.output.weight.detach().clone())
+    assert torch.equal(solutions[0], solutions[1])
+    assert torch.equal(solutions[0], solutions[2])
+
+
+def test_samples_of_a_sampler():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 2):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    mcmc = MCMC(NUTS(model), num_samples=200, warmup_steps=50, disable_progbar=True)
+    y = torch.ones(2)
+    mcmc.run(y)
+    guide = small(model)
+    result = fit_guide(
+        guide, y=y, samples=mcmc.get_samples(), seed=0, progress=False, options={"steps": 60}
+    )
+    precision = torch.eye(2) - torch.full((2, 2), 1 / 3)
+    exact = dist.MultivariateNormal(torch.zeros(2), torch.eye(2) + 1).log_prob(y)
+    assert torch.allclose(precision.inverse(), torch.eye(2) + 1)
+    assert abs(result.log_evidence - float(exact)) < 0.05
+
+
+def test_the_same_seed_gives_the_same_guide_and_leaves_the_generator():
+    guides = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        samples = {k: v.clone() for k, v in SAMPLES.items()}
+        state = torch.get_rng_state()
+        guides.append(small())
+        result = quick(guides[-1], samples=samples)
+        assert torch.equal(torch.get_rng_state(), state)
+    first, second = (torch.cat([p.flatten() for p in g.parameters()]) for g in guides)
+    assert torch.equal(first, second)
+    assert result.k_hat == quick(small(), samples=SAMPLES).k_hat
+
+
+torch.manual_seed(5)
+SAMPLES = {k: v.double() for k, v in draws_of(500).items()}
+
+
+def test_an_interrupt_keeps_the_best_weights(monkeypatch):
+    def interrupt(state):
+        if state.step >= 5:
+            raise KeyboardInterrupt
+
+    guide = small()
+    result = quick(guide, options={**QUICK, "callback": interrupt})
+    assert result.training.stopped_early
+    assert math.isfinite(result.log_evidence)
+
+
+def test_after_it_everything_else_works():
+    guide = small(solver=FixedGrid(4))
+    quick(guide)
+    svi = SVI(skewed, guide, Adam({"lr": 1e-3}), Trace_ELBO())
+    before = [p.detach().clone() for p in guide.parameters()]
+    assert math.isfinite(svi.step())
+    assert not any(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
+    assert guide.median()["x"].shape == (2,)
+    assert Predictive(skewed, guide=guide, num_samples=3)()["x"].shape == (3, 2)
+    frozen = guide.requires_grad_(requires_grad=False).eval()
+    mcmc = MCMC(
+        NUTS(NeuTraReparam(frozen).reparam(skewed)),
+        num_samples=3, warmup_steps=3, disable_progbar=True,
+    )  # fmt: skip
+    mcmc.run()
+
+
+def test_frozen_weights_are_trained_and_frozen_afterwards():
+    guide = unsettled()
+    guide.requires_grad_(requires_grad=False)
+    before = [p.clone() for p in guide.parameters()]
+    quick(guide)
+    assert not any(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
+    assert not any(p.requires_grad for p in guide.parameters())
+
+
+def test_a_poor_guide_warns_with_what_to_do():
+    narrow = {k: v.mean(0) + 0.05 * (v - v.mean(0)) for k, v in draws_of().items()}
+    with pytest.warns(UserWarning, match=r"Poor, k-hat .* train it longer by fit_guide, .*LocSc"):
+        result = quick(small(), samples=narrow)
+    assert result.k_hat > 0.7
+
+
+def test_a_model_without_a_log_joint_is_fitted_but_not_judged():
+    data = torch.zeros(8)
+
+    def subsampled():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 8, subsample_size=3) as rows:
+            pyro.sample("y", dist.Normal(x, 1.0), obs=data[rows])
+
+    samples = {"x": torch.randn(1000)}
+    with pytest.warns(UserWarning, match="will not be judged by importance weights: .* that sub"):
+        result = quick(small(subsampled), samples=samples)
+    assert math.isnan(result.k_hat)
+    assert result.draws == 0
+    assert result.verdict == "Unknown, the log joint density cannot be evaluated."
+
+
+# ----------------------------------------------------------------------------- on the model alone
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """Record how training from a density is called."""
+    calls = []
+
+    def train(distribution, density, **kwargs):
+        calls.append((distribution, density, kwargs))
+        return RoundsResult(**dict.fromkeys(RoundsResult._fields))
+
+    monkeypatch.setattr(autoguide, "train_from_density", train)
+    return calls
+
+
+def test_the_model_alone(rounds):
+    guide = small()
+    guide()
+    z = log_joint(guide).pack(draws_of(4000))
+    guide.transform.precondition(z.mean(0), torch.linalg.cholesky(z.T.cov()))  # a good guide
+    state = torch.get_rng_state()
+    result = fit_guide(guide, max_seconds=7.0, seed=3, progress=False, options={"rounds": 2})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert result.verdict.startswith("Good, k-hat")
+    assert abs(result.log_evidence) < 0.02
+    assert result.draws == 10_000
+    assert isinstance(result.training, RoundsResult)
+    distribution, density, kwargs = rounds[0]
+    assert distribution.transform is guide.transform
+    start = kwargs.pop("start")
+    assert 0.7 <= kwargs.pop("max_seconds") < 7.0  # less the set-up and the judgement
+    assert kwargs == {"seed": 3, "progress": False, "rounds": 2}
+    z = torch.zeros(2, 3)
+    assert torch.equal(density(z), log_joint(guide)(z))
+    assert start.shape == (4096, 3)  # the prior
+    assert abs(float(start[:, 0].mean()) - 0.3) < 0.05
+    with pytest.warns(UserWarning, match="Poor, k-hat"):
+        fit_guide(small(), seed=3, progress=False)  # not trained
+
+
+def test_the_model_alone_in_earnest():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        with pyro.plate("rows", 2):
+            pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+    y = torch.tensor([1.0, 2.0])
+    guide = small(model, hidden_dims=(32, 32))
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a few seconds may be too few
+        result = fit_guide(
+            guide, y, max_seconds=5.0, seed=0, progress=False, options={"draws": 1000}
+        )
+    assert torch.equal(torch.get_rng_state(), state)
+    s = torch.linspace(-4, 4, 2001).exp()  # of the scale, the mean integrated out
+    covariance = s[:, None, None] ** 2 * torch.eye(2) + 1
+    inner = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(y)
+    outer = dist.Normal(0.0, 0.5).log_prob(s.log())
+    exact = float((inner + outer).logsumexp(0)) + math.log(8 / 2000)
+    assert abs(result.log_evidence - exact) < 0.1
+    assert math.isfinite(SVI(model, guide, Adam({"lr": 1e-3}), Trace_ELBO()).step(y))
+
+
+def by_index():
+    z = pyro.sample("z", dist.Normal(torch.tensor([1.0, 5.0]), 2.0).to_event(1))
+    pyro.factor("f", z[0] * 0.1)
+
+
+def improper():
+    pyro.sample("x", dist.ImproperUniform(dist.constraints.positive, (), (2,)))
+    pyro.sample("y", dist.Normal(5.0, 1.0))
+
+
+def unsampled():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    if x.dim() > 0 and x.requires_grad is False and x.shape[0] > 100:
+        raise RuntimeError("no")
+
+
+def test_draws_of_the_prior():
+    z = log_density.prior_draws(log_joint(by_index), 4000)
+    assert log_joint(by_index).way == "vmap"
+    assert torch.allclose(z.mean(0), torch.tensor([1.0, 5.0]), atol=0.2)
+    assert torch.allclose(z.std(0), torch.tensor([2.0, 2.0]), atol=0.2)
+    z = log_density.prior_draws(log_joint(improper), 4000)
+    assert torch.allclose(z.mean(0), torch.tensor([0.0, 0.0, 5.0]), atol=0.2)
+    assert torch.allclose(z.std(0), torch.tensor([2.0, 2.0, 1.0]), atol=0.2)
+    assert log_density.prior_draws(log_joint(unsampled), 4000) is None
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+def test_what_cannot_work_is_said_before_any_work():
+    guide = small()
+    samples = draws_of()
+    with pytest.raises(ValueError, match=r"draws of site 'x' of shape \(N, 2\), .* got none"):
+        quick(guide, samples={"rate": samples["rate"]})
+    with pytest.raises(ValueError, match=r"site 'x' of shape \(N, 2\), .* got shape \(2000, 3\)"):
+        quick(guide, samples={**samples, "x": torch.zeros(2000, 3)})
+    with pytest.raises(ValueError, match="site 'rate': expected values strictly inside"):
+        quick(guide, samples={**samples, "rate": -samples["rate"]})
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        quick(guide, samples={**samples, "x": samples["x"] / 0})
+    with pytest.raises(ValueError, match="expected max_seconds > 0, got -1"):
+        quick(guide, max_seconds=-1)
+    with pytest.raises(TypeError, match="expected an AutoInterpolant, got AutoNormal"):
+        fit_guide(AutoNormal(skewed), samples=samples)
+    hidden = poutine.block(
+        lambda: pyro.factor("f", pyro.sample("x", dist.Normal(0.0, 1.0)) * pyro.sample(
+            "k", dist.Bernoulli(0.5))), hide=["k"],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="log density without noise"):
+        fit_guide(small(hidden, init_loc_fn=init_to_value(values={"x": torch.tensor(1.0)})))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert guide.transform.velocity.output.weight.abs().max() == 0  # nothing was trained

@@ -1,0 +1,440 @@
+"""A model's log joint density for many draws at once: against Pyro's own potential energy."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_sample, init_to_value
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.mcmc.util import initialize_model
+from pyro.nn import PyroModule, PyroSample
+
+from pyro_interpolant import AutoInterpolant, log_joint
+from pyro_interpolant.infer import LogJoint
+from pyro_interpolant.infer.sites import Initial
+
+Y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2], dtype=torch.float64)
+
+
+def plated():
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=Y)
+
+
+def nested():
+    with pyro.plate("columns", 3, dim=-1):
+        scale = pyro.sample("scale", dist.Gamma(2.0, 1.0))
+        with pyro.plate("rows", 2, dim=-2):
+            x = pyro.sample("x", dist.Normal(0.0, scale))
+            pyro.sample("y", dist.StudentT(3.0, x, 1.0), obs=torch.ones(2, 3))
+    with pyro.plate("others", 4, dim=-2):
+        pyro.sample("z", dist.Beta(2.0, 3.0))
+
+
+def multivariate():
+    z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 0.5))
+    with pyro.plate("rows", 5):
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.arange(5.0))
+
+
+def indexed():
+    z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 0.5))
+    pyro.sample("y", dist.Normal(z[0] * z[1] + z[2], 1.0), obs=torch.tensor(0.3))
+
+
+def simplex():
+    p = pyro.sample("p", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
+    with pyro.plate("rows", 4):
+        q = pyro.sample("q", dist.Dirichlet(torch.ones(2)))
+        pyro.sample("y", dist.Categorical(p), obs=torch.tensor([0, 1, 2, 2]))
+        pyro.sample("x", dist.Categorical(q), obs=torch.tensor([0, 1, 1, 1]))
+
+
+def correlated():
+    factor = pyro.sample("factor", dist.LKJCholesky(3, 2.0))
+    with pyro.plate("components", 3):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    tril = scale[..., None] * factor
+    with pyro.plate("rows", 2):
+        pyro.sample(
+            "y",
+            dist.MultivariateNormal(torch.zeros(3), scale_tril=tril[..., None, :, :]),
+            obs=torch.ones(2, 3),
+        )
+
+
+def ordered():
+    base = dist.Normal(0.0, 1.0).expand([3]).to_event(1)
+    to_ordered = dist.transforms.OrderedTransform()
+    cuts = pyro.sample("cuts", dist.TransformedDistribution(base, [to_ordered]))
+    pyro.sample("y", dist.OrderedLogistic(torch.tensor(0.2), cuts), obs=torch.tensor(1))
+
+
+def series():
+    state = pyro.sample("x_0", dist.Normal(0.0, 1.0))
+    drift = pyro.sample("drift", dist.Uniform(-1.0, 1.0))
+    for t in range(1, 4):
+        state = pyro.sample(f"x_{t}", dist.Normal(state + drift, 0.5))
+        pyro.sample(f"y_{t}", dist.Normal(state.exp(), 1.0), obs=Y[t])
+
+
+def listed():
+    """A loop that collects scalars into one vector: right one at a time alone."""
+    states = [pyro.sample("x_0", dist.Normal(0.0, 1.0))]
+    for t in range(1, 3):
+        states.append(pyro.sample(f"x_{t}", dist.Normal(states[-1], 0.5)))
+    pyro.sample("y", dist.Normal(torch.stack(states), 1.0).to_event(1), obs=Y[:3])
+
+
+def improper():
+    x = pyro.sample("x", dist.ImproperUniform(constraints.positive, (), (2,)))
+    pyro.sample("y", dist.Normal(x.sum(-1), 1.0), obs=torch.tensor(2.0))
+    pyro.factor("decay", -x.sum(-1))
+
+
+def dressed():
+    """Masks, scales, factors and deterministic sites."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 4), poutine.scale(scale=2.5):
+        with poutine.mask(mask=torch.tensor([True, False, True, True])):
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+            pyro.sample("y", dist.Normal(b, 1.0), obs=Y[:4])
+    pyro.deterministic("c", a.square())
+    pyro.factor("f", -(a**4))
+    with pyro.plate("vectors", 2):
+        v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        pyro.deterministic("w", 2 * v, event_dim=1)
+        pyro.factor("g", -v.square().sum(-1))
+
+
+def totalled():
+    """A factor that sums over everything there is: wrong in a plate."""
+    x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.factor("f", -x.exp().sum())
+
+
+class Net(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = PyroSample(dist.Normal(0.0, 1.0).expand([3, 2]).to_event(2))
+        self.bias = PyroSample(dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+
+    def forward(self):
+        hidden = torch.nn.functional.linear(torch.ones(2), self.weight, self.bias).tanh()
+        pyro.sample("y", dist.Normal(hidden.sum(-1), 1.0), obs=torch.tensor(0.5))
+
+
+def network():
+    return Net()()
+
+
+def parametric():
+    scale = pyro.param("scale", torch.tensor(2.0), constraint=constraints.positive)
+    x = pyro.sample("x", dist.Normal(0.0, scale))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+
+
+MODELS = {
+    "plated": (plated, "plate"),
+    "nested": (nested, "plate"),
+    "multivariate": (multivariate, "plate"),
+    "indexed": (indexed, "vmap"),
+    "simplex": (simplex, "plate"),
+    "correlated": (correlated, "vmap"),
+    "ordered": (ordered, "plate"),
+    "series": (series, "plate"),
+    "listed": (listed, "vmap"),
+    "improper": (improper, "plate"),
+    "dressed": (dressed, "plate"),
+    "totalled": (totalled, "vmap"),
+    "network": (network, "vmap"),
+    "parametric": (parametric, "plate"),
+}
+
+
+def potential(model):
+    """Return Pyro's own log density of one draw, sites by name, and its bijections."""
+    _, energy, transforms, _ = initialize_model(InitMessenger(Initial())(model))
+    return lambda values: -energy({k: transforms[k](v) for k, v in values.items()})
+
+
+@pytest.fixture(params=MODELS)
+def member(request):
+    return MODELS[request.param]
+
+
+def test_the_log_density_is_pyros_own(member):
+    model, way = member
+    density = log_joint(model)
+    assert density.way == way
+    z = 0.7 * torch.randn(6, density.dim)
+    one_by_one = potential(model)
+    sites = density.unpack(z)
+    expected = [one_by_one({k: v[i] for k, v in sites.items()}) for i in range(6)]
+    assert torch.allclose(density(z), torch.stack(expected), rtol=1e-8, atol=1e-8)
+
+
+def test_gradients_flow_row_by_row(member):
+    model, _ = member
+    density = log_joint(model)
+    z = (0.7 * torch.randn(4, density.dim)).requires_grad_()
+    (gradient,) = torch.autograd.grad(density(z).sum(), z)
+    step = 1e-5 * torch.randn(4, density.dim)
+    with torch.no_grad():
+        slope = (density(z + step) - density(z - step)) / 2
+    assert torch.allclose((gradient * step).sum(-1), slope, rtol=1e-4, atol=1e-9)
+
+
+def test_many_draws_are_one_run_of_the_model(member):
+    model, _ = member
+    runs = []
+
+    def counted():
+        runs.append(1)
+        return model()
+
+    density = log_joint(counted)
+    before = len(runs)
+    with torch.no_grad():
+        assert density(torch.zeros(1000, density.dim)).shape == (1000,)
+    assert len(runs) == before + 1
+
+
+def test_pack_inverts_unpack(member):
+    model, _ = member
+    density = log_joint(model)
+    z = torch.randn(6, density.dim)
+    sites = density.unpack(z)
+    assert torch.allclose(density.pack(sites), z)
+    by_chain = {k: v.reshape(2, 3, *v.shape[1:]) for k, v in sites.items()}
+    assert torch.allclose(density.pack(by_chain), z)
+
+
+def test_pieces_give_the_same_values():
+    density = log_joint(plated)
+    z = torch.randn(10, density.dim)
+    expected = density(z)
+    density.rows = 3
+    assert torch.allclose(density(z), expected)
+
+
+def test_a_guide_will_do_and_has_the_same_order():
+    for guide in (AutoInterpolant(plated), AutoMultivariateNormal(plated)):
+        density = log_joint(guide)
+        assert isinstance(density, LogJoint)
+        z = guide.get_posterior().sample((3,))
+        assert torch.equal(density(z), log_joint(plated)(z))
+        unpacked = density.unpack(z)
+        for site, value in guide._unpack_latent(z[0]):
+            constrained = torch.distributions.biject_to(site["fn"].support)(value)
+            assert torch.allclose(unpacked[site["name"]][0], constrained)
+
+
+def test_arguments_reach_the_model():
+    def model(x, *, noise):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, noise), obs=x)
+
+    x = torch.arange(3.0)
+    z = torch.randn(4, 1)
+    expected = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) + dist.Normal(z * x, 0.5).log_prob(x).sum(1)
+    assert torch.allclose(log_joint(model, x, noise=0.5)(z), expected)
+
+
+def test_outer_handlers_do_not_see_the_evaluation():
+    density = log_joint(plated)
+    trace = poutine.trace(lambda: density(torch.zeros(2, density.dim))).get_trace()
+    assert list(trace.nodes) == ["_INPUT", "_RETURN"]
+
+
+def test_it_draws_nothing_from_the_global_generator():
+    guide = AutoInterpolant(plated, hidden_dims=(4,))
+    guide()
+    state = torch.get_rng_state()
+    log_joint(guide)(torch.zeros(2, 10))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("model", [plated, indexed])
+def test_float32(model):
+    torch.set_default_dtype(torch.float32)
+    density = log_joint(poutine.condition(model, data={"y": torch.tensor(0.3)}))
+    assert density(torch.zeros(2, density.dim)).dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------- where there is none
+
+
+def test_not_a_number_is_minus_infinity():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("f", (1 - x).sqrt())
+
+    values = log_joint(model)(torch.tensor([[0.5], [2.0]]))
+    assert torch.isfinite(values[0])
+    assert values[1] == -torch.inf
+
+
+@pytest.mark.parametrize("way", ["plate", "vmap"])
+def test_a_matrix_without_a_factor_spoils_no_other_draw(way):
+    def model():
+        r = pyro.sample("r", dist.Normal(0.0, 1.0))
+        one = torch.ones_like(r)
+        matrix = torch.stack((one, r, r, one), -1).reshape(*r.shape, 2, 2)
+        fn = dist.MultivariateNormal(torch.zeros(2), matrix)
+        pyro.sample("y", fn, obs=torch.ones(2))
+
+    density = log_joint(model)
+    density.way = way
+    values = density(torch.tensor([[0.5], [2.0], [-0.5]]))
+    assert torch.isfinite(values).tolist() == [True, False, True]
+    assert values[1] == -torch.inf
+    assert torch.allclose(values[[0, 2]], density(torch.tensor([[0.5], [-0.5]])))
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+def subsampled():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 8, subsample_size=3) as rows:
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[rows])
+
+
+def test_a_plate_that_subsamples_is_refused():
+    with pytest.raises(ValueError, match=r"plates \['rows'\] that subsample: call with"):
+        log_joint(subsampled)
+
+
+def hidden():
+    k = pyro.sample("k", dist.Bernoulli(0.5))
+    x = pyro.sample("x", dist.Normal(3 * k, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+
+def test_a_hidden_site_is_refused():
+    with pytest.raises(ValueError, match="without noise, got two values for the same latent"):
+        log_joint(poutine.block(hidden, hide=["k"]))
+
+
+def test_randomness_of_the_models_own_is_refused():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("f", x * torch.rand(()))
+
+    with pytest.raises(ValueError, match="randomness of the model's own"):
+        log_joint(model)
+
+
+@pytest.mark.parametrize("fn", [dist.Bernoulli(0.5), dist.Poisson(3.0)])
+def test_a_discrete_site_is_refused(fn):
+    def model():
+        pyro.sample("k", fn, infer={"enumerate": "parallel"})
+
+    with pytest.raises(ValueError, match="got the discrete site 'k': marginalise it"):
+        log_joint(model)
+
+
+def test_a_sequential_plate_of_latent_sites_is_refused():
+    def model():
+        for i in pyro.plate("rows", 2):
+            pyro.sample(f"x_{i}", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="latent site 'x_0' in the sequential plate 'rows'"):
+        log_joint(model)
+
+
+def test_a_support_that_depends_on_other_sites_is_refused():
+    def model():
+        top = pyro.sample("top", dist.Gamma(3.0, 1.0))
+        pyro.sample("x", dist.Uniform(0.0, top))
+
+    with pytest.raises(ValueError, match="site 'x' to have a fixed support, got one that depends"):
+        log_joint(model)
+
+
+def test_a_site_that_was_latent_and_is_observed_now_is_refused():
+    def model(y=None):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    guide = AutoInterpolant(model)
+    guide()
+    with pytest.raises(ValueError, match="site 'y' to be latent, as when .* got it observed: set"):
+        log_joint(guide, torch.tensor(1.0))
+
+
+def test_a_structure_that_changes_is_refused():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if abs(float(x)) > 1e-6:
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = AutoInterpolant(model, init_loc_fn=init_to_value(values={"x": torch.tensor(0.0)}))
+    with pytest.raises(ValueError, match=r"got a model with \['z'\] besides and without \[\]"):
+        log_joint(guide)
+
+
+def test_a_model_that_branches_on_values_is_refused():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("f", x if x.item() > 0 else -x)
+
+    with pytest.raises(ValueError, match=r"by plate it fails with .*by vmap it fails with .*it"):
+        log_joint(model)
+
+
+def test_a_density_that_is_nowhere_finite_is_refused():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("f", torch.full_like(x, -torch.inf))
+
+    with pytest.raises(ValueError, match=r"finite log density .* got \[-inf, -inf, -inf\]: "):
+        log_joint(model)
+
+
+def test_the_users_validation_explains_bad_data():
+    def model():
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        pyro.sample("y", dist.Bernoulli(p), obs=torch.tensor(2.0))
+
+    with pytest.raises(ValueError, match="within the support"):
+        log_joint(model)
+
+
+def test_wrong_targets_and_shapes_are_refused():
+    with pytest.raises(TypeError, match="expected a model, or a guide over one .* got AutoNormal"):
+        log_joint(AutoNormal(plated))
+    with pytest.raises(TypeError, match="got int"):
+        log_joint(3)
+    density = log_joint(plated)
+    for z in (torch.zeros(10), torch.zeros(2, 9)):
+        with pytest.raises(ValueError, match=r"expected z of shape \(N, 10\), got"):
+            density(z)
+
+
+def test_draws_that_do_not_fit_are_refused():
+    density = log_joint(plated)
+    draws = density.unpack(torch.randn(5, 10))
+    some = {k: v for k, v in draws.items() if k != "tau"}
+    with pytest.raises(ValueError, match=r"site 'tau' of shape \(N\), as .* got none"):
+        density.pack(some)
+    with pytest.raises(ValueError, match=r"site 'theta' of shape \(N, 8\), .* got shape \(5, 7\)"):
+        density.pack({**draws, "theta": torch.zeros(5, 7)})
+    with pytest.raises(ValueError, match="as many draws of every site, got {'mu': 5, 'tau': 4"):
+        density.pack({**draws, "tau": torch.ones(4)})
+    with pytest.raises(ValueError, match="site 'tau': expected values strictly inside"):
+        density.pack({**draws, "tau": -torch.ones(5)})
+
+
+def test_improper_priors_start_at_the_centre_unless_told_otherwise():
+    value = poutine.trace(AutoInterpolant(improper)).get_trace().nodes["x"]["value"]
+    assert value.shape == (2,)
+    with pytest.raises(ValueError, match="discrete site"):
+        AutoInterpolant(hidden, init_loc_fn=init_to_sample)()

@@ -1,0 +1,187 @@
+"""Gradients through the nodes alone, against those through every stage."""
+
+import copy
+import dataclasses
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pyro_interpolant import (
+    AutoInterpolant,
+    ConditionalInterpolantTransform,
+    FixedGrid,
+    InterpolantDistribution,
+    InterpolantTransform,
+    VelocityMLP,
+    load,
+    neutra,
+    save,
+)
+from pyro_interpolant.solvers import ode
+
+
+class Own(nn.Module):
+    """A velocity of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+
+    def forward(self, t, x, context=None):
+        return self.layers(torch.cat((t[..., None], x), -1))
+
+
+def mlp(hidden, context_dim=0):
+    velocity = VelocityMLP(3, hidden, context_dim).double()
+    nn.init.normal_(velocity.output.weight, std=0.3)
+    velocity.reach.fill_(4.0)
+    return velocity
+
+
+def flow(velocity, **grid):
+    transform = InterpolantTransform(velocity, 3, solver=FixedGrid(**grid)).double()
+    a = torch.tensor([[1.0, 0.2, 0.0], [0.0, 0.8, 0.0], [0.1, 0.0, 1.2]], dtype=torch.float64)
+    transform.precondition(torch.ones(3, dtype=torch.float64), a)
+    return transform.requires_grad_(requires_grad=False)
+
+
+def with_adjoint(transform):
+    other = copy.deepcopy(transform)
+    other.solver = dataclasses.replace(transform.solver, adjoint=True)
+    return other
+
+
+def of_sample(transform, z):
+    x = transform(z)
+    return x.square().sum() + x.sin().sum() + transform.log_abs_det_jacobian(z, x).sum()
+
+
+def of_density(transform, y):
+    return InterpolantDistribution(transform).log_prob(y).sum()
+
+
+def at_a_time(transform, y):
+    return InterpolantDistribution(transform).at(0.6).log_prob(y).sum()
+
+
+def gradient(value, transform, z):
+    z = z.clone().requires_grad_()
+    (out,) = torch.autograd.grad(value(transform, z), z)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+VELOCITIES = {
+    "two layers": lambda: mlp((16, 16)),
+    "deep": lambda: mlp((16, 16, 16)),
+    "own": Own,
+}
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 4, 3)], ids=str)
+@pytest.mark.parametrize("warp", [0.0, 0.4])
+@pytest.mark.parametrize("value", [of_sample, of_density, at_a_time])
+@pytest.mark.parametrize("name", VELOCITIES)
+def test_the_gradient_is_that_of_every_stage_to_the_solvers_error(name, value, warp, shape):
+    z = torch.randn(shape, dtype=torch.float64)
+    velocity, errors = VELOCITIES[name](), []
+    for steps in (12, 24):
+        plain = flow(velocity, steps=steps, warp=warp)
+        expected = gradient(value, plain, z)
+        found = gradient(value, with_adjoint(plain), z)
+        errors.append(float((found - expected).abs().max() / expected.abs().max()))
+    assert errors[0] < 5e-3
+    assert errors[1] < max(1e-9, errors[0] / 8)  # rk4: a sixteenth
+
+
+def test_values_are_those_of_the_plain_solve():
+    z = torch.randn(4, 3, dtype=torch.float64)
+    plain = flow(mlp((16, 16)), steps=6)
+    expected, y = of_sample(plain, z), z.clone().requires_grad_()
+    assert of_sample(with_adjoint(plain), y).item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_rows_solved_in_parts_give_the_same(monkeypatch):
+    z = torch.randn(7, 3, dtype=torch.float64)
+    transform = with_adjoint(flow(mlp((16, 16)), steps=6))
+    expected = gradient(of_sample, transform, z)
+    monkeypatch.setattr(ode, "_ELEMENTS", 1)
+    torch.testing.assert_close(gradient(of_sample, transform, z), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2,), (5, 2)], ids=["shared", "own"])
+def test_contexts_are_heeded(shape):
+    base = ConditionalInterpolantTransform(mlp((16, 16), 2), 3, solver=FixedGrid(24)).double()
+    base.requires_grad_(requires_grad=False)
+    other, z = copy.deepcopy(base), torch.randn(5, 3, dtype=torch.float64)
+    other.solver = FixedGrid(24, adjoint=True)
+    context = torch.randn(shape, dtype=torch.float64)
+    expected = gradient(of_sample, base.condition(context), z)
+    found = gradient(of_sample, other.condition(context), z)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    asked = context.clone().requires_grad_()  # of the context: through every stage
+    of_sample(other.condition(asked), z.requires_grad_()).backward()
+    assert asked.grad.abs().max() > 0
+
+
+def test_hessians_are_those_of_every_stage_to_the_solvers_error():
+    z = torch.randn(3, dtype=torch.float64)
+    plain = flow(mlp((16, 16)), steps=32)
+    expected = torch.autograd.functional.hessian(lambda s: of_sample(plain, s), z)
+    found = torch.autograd.functional.hessian(lambda s: of_sample(with_adjoint(plain), s), z)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - found.T).abs().max() < 1e-4
+
+
+def test_weights_that_learn_get_their_gradients():
+    plain = flow(mlp((16, 16)), steps=6).requires_grad_(requires_grad=True)
+    other, z = with_adjoint(plain), torch.randn(4, 3, dtype=torch.float64)
+    for transform in (plain, other):
+        of_sample(transform, z.requires_grad_()).backward()
+    for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_transforms_and_traces_take_every_stage():
+    plain = flow(mlp((16, 16)), steps=6)
+    other, z = with_adjoint(plain), torch.randn(4, 3, dtype=torch.float64)
+    expected = gradient(of_density, plain, z)
+    found = torch.func.vmap(torch.func.grad(lambda y: of_density(other, y)))(z)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        start = z.clone().requires_grad_()
+        traced = torch.jit.trace(lambda y: of_density(other, y), start, check_trace=False)
+    y = z.clone().requires_grad_()
+    traced(y).backward()
+    torch.testing.assert_close(y.grad, expected, rtol=0, atol=1e-10)
+
+
+def test_the_choice_is_saved(tmp_path):
+    transform = with_adjoint(flow(mlp((16, 16)), steps=6))
+    save(InterpolantDistribution(transform), tmp_path / "flow.pt")
+    assert load(tmp_path / "flow.pt").transform.solver == FixedGrid(6, adjoint=True)
+
+
+def test_neutra_goes_through_the_nodes_and_leaves_the_guide_alone(monkeypatch):
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+
+    guide = AutoInterpolant(model, hidden_dims=(8, 8), solver=FixedGrid(5))
+    guide()
+    base, calls = neutra(guide), []
+    real = ode._pulled
+    monkeypatch.setattr(ode, "_pulled", lambda *a: calls.append(1) or real(*a))
+    assert base.guide.transform.solver == FixedGrid(5, adjoint=True)
+    assert guide.transform.solver == FixedGrid(5)
+    z = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    base.guide.get_transform()(z).sum().backward()
+    assert calls

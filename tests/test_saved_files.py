@@ -1,0 +1,38 @@
+"""Files that version 0.1.0 wrote, one of each kind: what it saved must load, and be the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from cases import OwnVelocity
+from safetensors.torch import load_file
+
+from pyro_interpolant import Samples, load, score
+
+DATA = Path(__file__).parent / "data"
+EXPECTED = load_file(DATA / "expected.safetensors")
+NAMES = sorted(p.stem for p in DATA.glob("*.safetensors") if p.stem != "expected")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_the_first_version_loads_with_equal_density(name):
+    flow = load(
+        DATA / f"{name}.safetensors", velocity=OwnVelocity(2) if name == "own_velocity" else None
+    )
+    view = flow.condition(EXPECTED[f"{name}.context"]) if name == "conditional" else flow
+    if name == "samples_base":
+        assert isinstance(flow.base, Samples)
+        return
+    value, expected = view.log_prob(EXPECTED[f"{name}.x"]), EXPECTED[f"{name}.log_prob"]
+    assert value.dtype == expected.dtype
+    tolerance = 1e-5 if value.dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(value.detach(), expected, rtol=0, atol=tolerance)
+    frozen = not any(p.requires_grad for p in flow.transform.parameters())
+    assert frozen == (name != "trainable")
+
+
+def test_what_was_learned_of_the_noise_is_kept():
+    flow = load(DATA / "latent.safetensors")
+    found = score(flow, 0.5, EXPECTED["latent.x"])
+    torch.testing.assert_close(found, EXPECTED["latent.score"], rtol=0, atol=1e-11)
+    assert not flow.transform.independent

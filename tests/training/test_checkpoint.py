@@ -1,0 +1,423 @@
+"""Long runs: kept on the way, killed, resumed; weights, validation rows, interrupts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+    Linear,
+    conditional_interpolant_transform,
+    fit,
+    from_samples,
+    interpolant_transform,
+    optimal_transport,
+)
+from pyro_interpolant.training import checkpoint as snapshots
+from pyro_interpolant.training import fitting
+from pyro_interpolant.training.batches import Rows
+
+QUICK = {"batch_size": 64, "progress": False, "seed": 0, "steps": 40}
+
+
+def made(dim=2, **options):
+    torch.manual_seed(7)
+    return InterpolantDistribution(interpolant_transform(dim, (12, 12), **options))
+
+
+def based(loc):
+    flow, base = made().transform, dist.Normal(torch.full((2,), loc), 1.0).to_event(1)
+    return InterpolantDistribution(flow, base)
+
+
+def rows(count=300, dim=2):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, dim, generator=generator)
+    return torch.cat((x[:, :1], x[:, 1:] + x[:, :1] ** 2), -1)
+
+
+def weights_of(distribution):
+    return [p.detach().clone() for p in distribution.transform.velocity.parameters()]
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping(at):
+    def callback(state):
+        if state.step >= at:
+            raise Stop
+
+    return callback
+
+
+@pytest.mark.parametrize("every", [None, 7])
+@pytest.mark.parametrize("seed", [0, None])
+@pytest.mark.parametrize("options", [{}, {"coupling": optimal_transport}], ids=["", "ot"])
+def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
+    torch.manual_seed(5)
+    options = {**QUICK, **options, "seed": seed}
+    whole = made()
+    torch.manual_seed(5)
+    expected = fit(whole, rows(), **options)
+    path, first = tmp_path / "run", made()
+    torch.manual_seed(5)
+    with pytest.raises(Stop):
+        fit(
+            first,
+            rows(),
+            checkpoint=path,
+            checkpoint_every=every,
+            callback=stopping(20),
+            **options,
+        )
+    torch.manual_seed(99)  # whatever happened since
+    again = made()
+    torch.manual_seed(99)
+    result = fit(again, rows(), checkpoint=path, checkpoint_every=every, **options)
+    for a, b in zip(weights_of(whole), weights_of(again), strict=True):
+        assert torch.equal(a, b)
+    for name in ("steps", "losses", "validation_losses", "best_step", "solver"):
+        assert getattr(result, name) == getattr(expected, name)
+
+
+@pytest.mark.parametrize("at", range(16, 25))
+def test_a_run_resumes_from_any_place_in_what_is_drawn_ahead(at, tmp_path):
+    def fitted(flow, **options):
+        return fit(flow, rows(), weights=torch.rand(300), checkpoint_every=1, **QUICK, **options)
+
+    def drawing(state):  # from the generator that draws the batches too
+        torch.rand(state.step)
+
+    def stopping_at(state):
+        drawing(state)
+        stopping(at)(state)
+
+    whole = made()
+    expected = fitted(whole, callback=drawing)
+    path = tmp_path / "run"
+    with pytest.raises(Stop):
+        fitted(made(), callback=stopping_at, checkpoint=path)
+    again = made()
+    result = fitted(again, callback=drawing, checkpoint=path)
+    assert result.losses == expected.losses
+    for a, b in zip(weights_of(whole), weights_of(again), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_that_stalled_resumes_in_its_landing(tmp_path):
+    x, options = rows(60), {**QUICK, "steps": 400, "patience": 2, "batch_size": 20}
+    whole, part, rates = made(), made(), []
+    expected = fit(whole, x, callback=lambda s: rates.append(s.learning_rate), **options)
+    assert expected.stopped_by == "patience"
+    steepest = max(range(31, len(rates)), key=lambda i: rates[i - 1] - rates[i])  # it is landing
+    options["checkpoint"] = tmp_path / "run"
+    with pytest.raises(Stop):
+        fit(part, x, callback=stopping(expected.steps[steepest]), **options)
+    result = fit(part, x, **options)
+    assert result[:6] == expected[:6]
+    for a, b in zip(weights_of(whole), weights_of(part), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first, second = made(), made()
+    fit(first, rows(), checkpoint=tmp_path / "run", **QUICK)
+    looks = []
+    fit(second, rows(), checkpoint=tmp_path / "run", callback=looks.append, **QUICK)
+    assert not looks
+    assert all(map(torch.equal, weights_of(first), weights_of(second)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 1e-4},
+        {"steps": 41},
+        {"batch_size": 32},
+        {"data": rows() + 1},
+        {"validation": 0.2},
+        {"whiten": False},
+        {"coupling": optimal_transport},
+        {"flow": lambda: made(interpolant=Linear())},
+        {"flow": lambda: based(5.0)},
+        {"flow": lambda: based(1.0), "first": lambda: based(0.0)},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_another_run_is_not_resumed(change, tmp_path):
+    change = dict(change)
+    fit(change.pop("first", made)(), rows(), checkpoint=tmp_path / "run", **QUICK)
+    data, flow = change.pop("data", rows()), change.pop("flow", made)
+    with pytest.raises(ValueError, match="expected .* to be of this run, got the state of one"):
+        fit(flow(), data, checkpoint=tmp_path / "run", **{**QUICK, **change})
+
+
+def test_a_base_without_named_parameters_is_kept_too(tmp_path):
+    class Square(dist.TorchDistribution):
+        def sample(self, sample_shape=()):
+            return torch.rand(*sample_shape, 2)
+
+    def started():
+        base = Square(torch.Size(), torch.Size([2]), validate_args=False)
+        return InterpolantDistribution(made().transform, base)
+
+    told, options = [], {**QUICK, "learn": "velocity", "checkpoint": tmp_path / "run"}
+    x = rows()
+    with pytest.raises(Stop):
+        fit(started(), x, callback=stopping(20), **options)
+    with pytest.raises(NotImplementedError):  # the solver's calibration asks for its density
+        fit(started(), x, callback=lambda state: told.append(state.step), **options)
+    assert told[0] == 20
+
+
+def damaged(path, how):
+    whole = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "flipped":
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    elif how == "number":
+        assert whole.count(b'"step') > 0
+        place = whole.index(b"step", whole.index(b"position"))
+        place = next(i for i in range(place, len(whole)) if whole[i] in b"123456789")
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    else:
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "number", "empty"])
+def test_a_damaged_file_is_passed_over_for_the_one_before(how, tmp_path):
+    path = tmp_path / "run"
+    whole = made()
+    fit(whole, rows(), **QUICK)
+    with pytest.raises(Stop):
+        fit(made(), rows(), checkpoint=path, callback=stopping(20), **QUICK)
+    damaged(path, how)
+    before, told = snapshots.read(path.with_name("run.previous")).numbers["run"]["step"], []
+
+    def once(state):
+        told.append(state.step)
+        raise Stop
+
+    with pytest.warns(UserWarning, match="is damaged: passed over"), pytest.raises(Stop):
+        fit(made(), rows(), checkpoint=path, callback=once, **QUICK)
+    assert told == [before + 1]  # it went on from there
+    assert not path.exists()
+    again = made()
+    result = fit(again, rows(), checkpoint=path, callback=lambda s: told.append(s.step), **QUICK)
+    assert told[1] == before + 1  # nothing took the place of the good one
+    assert result.steps[-1] == 40
+    assert all(map(torch.equal, weights_of(whole), weights_of(again)))
+
+
+def test_nothing_but_damage_is_an_error(tmp_path):
+    path = tmp_path / "run"
+    path.write_bytes(b"nonsense")
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ValueError, match="got damaged files.*Delete them to start anew"),
+    ):
+        fit(made(), rows(), checkpoint=path, **QUICK)
+    assert path.read_bytes() == b"nonsense"
+
+
+def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    snapshots.write(path, {"a": torch.ones(2)}, {"n": 1})
+
+    def fail(*arguments, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(snapshots, "save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        snapshots.write(path, {"a": torch.zeros(2)}, {"n": 2})
+    monkeypatch.undo()
+    assert torch.equal(snapshots.read(path).tensors["a"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert snapshots.read(tmp_path / "nowhere") is None
+
+
+def test_where_no_state_can_be_kept(tmp_path):
+    with pytest.raises(ValueError, match="in a folder that is there, got .*nowhere"):
+        fit(made(), rows(), checkpoint=tmp_path / "nowhere" / "run", **QUICK)
+    with pytest.raises(ValueError, match="expected checkpoint_every >= 1, got 0"):
+        fit(made(), rows(), checkpoint=tmp_path / "run", checkpoint_every=0, **QUICK)
+
+
+def test_numbers_of_numpy_are_kept(tmp_path):
+    options = {**QUICK, "steps": np.int64(20), "checkpoint": tmp_path / "run"}
+    told = []
+    fit(made(), rows(), **options)
+    fit(made(), rows(), callback=told.append, **options)
+    assert not told
+
+
+KILLED = """
+import sys, torch
+import pyro_interpolant as pi
+torch.set_num_threads(1)
+torch.manual_seed(0)
+x = torch.randn(500, 2)
+x[:, 1] += x[:, 0] ** 2
+flow = pi.InterpolantDistribution(pi.interpolant_transform(2, (16, 16)))
+keep = {"checkpoint": sys.argv[1], "checkpoint_every": 5} if len(sys.argv) > 2 else {}
+first = []
+pi.fit(
+    flow, x, steps=600, batch_size=64, seed=3, progress=False,
+    callback=lambda state: first.append(state.step), **keep,
+)
+print(first[0])
+pi.save(flow, sys.argv[1] + ".done")
+"""
+
+
+def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
+    """For real: SIGKILL at random moments, in a process of its own, until it gets through."""
+    script = tmp_path / "run.py"
+    script.write_text(KILLED)
+    command = [sys.executable, str(script)]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True)
+    path, kills = tmp_path / "kept", 0
+
+    def written():
+        try:
+            return path.stat().st_mtime_ns
+        except FileNotFoundError:  # not yet, or between two renames
+            return 0
+
+    for pause in (0.0, 0.03, 0.1, 0.3):
+        before = written()
+        process = subprocess.Popen([*command, str(path), "keep"])
+        while written() in (0, before) and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(pause)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    done = subprocess.run([*command, str(path), "keep"], check=True, capture_output=True)
+    assert int(done.stdout) > 6  # its first look: it did not start anew
+    whole, kept = (p.with_name(p.name + ".done").read_bytes() for p in (tmp_path / "whole", path))
+    assert whole == kept
+
+
+# ---- interrupts, weights, validation rows -------------------------------------------------------
+
+
+def test_an_interrupt_keeps_the_best_weights_so_far():
+    distribution = made()
+    with torch.no_grad():
+        before = distribution.log_prob(rows()).mean()
+    seen = []
+
+    def callback(state):
+        seen.append(state.step)
+        if len(seen) == 50:
+            raise KeyboardInterrupt
+
+    result = fit(distribution, rows(), callback=callback, **{**QUICK, "steps": 100})
+    assert result.stopped_early
+    assert result.steps == seen
+    assert result.best_step > 0
+    assert distribution.log_prob(rows()).mean() > before
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_an_interrupt_while_rows_are_read_keeps_the_weights(count):
+    class Loader:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            for i, part in enumerate(rows().split(60)):
+                if self.passes == 2 and i == count:
+                    raise KeyboardInterrupt
+                yield part
+
+    result = fit(made(), Loader(), validation=rows()[:50], **QUICK)
+    assert result.stopped_by == "interrupt"
+    assert result.steps[-1] == (0 if count == 0 else 2)
+
+
+def test_an_interrupt_while_the_solver_is_calibrated_keeps_the_weights(monkeypatch):
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    expected, flow = made(), made()
+    fit(expected, rows(), **QUICK)
+    monkeypatch.setattr(fitting, "calibrate", interrupted)
+    with pytest.warns(UserWarning, match="calibration was interrupted"):
+        result = fit(flow, rows(), **QUICK)
+    assert result.solver is flow.transform.solver
+    assert all(map(torch.equal, weights_of(expected), weights_of(flow)))
+
+
+def test_weighted_rows_are_learned_in_proportion():
+    x = torch.cat((torch.randn(1000, 1) * 0.3 - 2, torch.randn(1000, 1) * 0.3 + 2))
+    weights = torch.cat((torch.ones(1000), 4 * torch.ones(1000)))
+    distribution = InterpolantDistribution(interpolant_transform(1, (32, 32)))
+    options = {**QUICK, "steps": 500, "batch_size": 256}
+    fit(distribution, x, weights=weights, learning_rate=5e-3, **options)
+    share = float((distribution.sample((4000,)) > 0).double().mean())
+    assert share == pytest.approx(0.8, abs=0.05)
+    assert float(distribution.transform.loc) == pytest.approx(1.2, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "weights", [torch.ones(299), -torch.ones(300), torch.zeros(300), torch.full((300,), torch.nan)]
+)
+def test_wrong_weights_are_refused(weights):
+    with pytest.raises(ValueError, match="non-negative weights|finite weights"):
+        fit(made(), rows(), weights=weights, **QUICK)
+
+
+def test_rows_of_no_weight_are_absent_and_counts_are_weights():
+    x = torch.cat((rows(), torch.full((700, 2), torch.nan)))
+    weights = torch.cat((torch.ones(300), torch.zeros(700)))
+    first, *others = (made() for _ in range(4))
+    fit(first, rows(), weights=torch.ones(300), **QUICK)
+    for other, w in zip(others, (weights, weights.bool(), 1e-30 * weights.float()), strict=True):
+        fit(other, x, weights=w, **QUICK)
+        assert all(map(torch.equal, weights_of(first), weights_of(other)))
+    learned = (
+        from_samples(s, weights=w, progress=False, seed=0, steps=5)
+        for s, w in ((rows(), torch.ones(300)), (x, weights))
+    )
+    assert all(map(torch.equal, *map(weights_of, learned)))
+
+
+def test_validation_rows_in_an_order_all_count():
+    places = Rows(torch.arange(20_000.0)[:, None], None).repeated(8192).w[:, 0]
+    assert places.shape == (8192,)
+    assert places[0] == 0
+    assert 0 < places.diff().min() <= places.diff().max() < 4
+    assert places[-1] > 19_990
+
+
+def test_validation_rows_of_ones_own():
+    x, held = rows(300), rows(400)[300:]
+    distribution = made()
+    losses = [
+        fit(distribution, x, validation=v, **QUICK).validation_losses[-1]
+        for v in (held, held[:50])
+    ]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(distribution.transform.loc, x.mean(0))  # none of them held out
+    context = torch.rand(300, 1)
+    conditional = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1, (8,)))
+    fit(conditional, x, context=context, validation=(held, torch.rand(100, 1)), **QUICK)
+    with pytest.raises(ValueError, match="expected a context of shape"):
+        fit(conditional, x, context=context, validation=held, **QUICK)
+    with pytest.raises(ValueError, match="expected a share for validation beside pairs"):
+        fit(made(), x, pairs=torch.randn(300, 2), validation=held, **QUICK)

@@ -1,0 +1,350 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_interpolant.distributions.constraints import checked_rows
+from pyro_interpolant.training import whitening
+from pyro_interpolant.training.batches import Batches, drawn
+from pyro_interpolant.training.preprocessing import dequantize, warn_if_rounded
+from pyro_interpolant.training.whitening import moments, usual
+
+
+def with_values(value, rows):
+    x = torch.randn(20, 2)
+    x[rows, 1] = value
+    return x
+
+
+ERRORS = {
+    "nan": (
+        lambda: with_values(math.nan, [7, 9, 12]),
+        ValueError,
+        r"in 3 of 20 rows.*being row 7",
+    ),
+    "inf": (lambda: with_values(math.inf, [4]), ValueError, r"in 1 of 20 rows.*being row 4"),
+    "-inf": (lambda: with_values(-math.inf, [0, 1]), ValueError, r"in 2 of 20 rows.*being row 0"),
+    "int": (lambda: torch.ones(9, 2, dtype=torch.int64), TypeError, r"int64.*\.float\(\).*noise"),
+    "bool": (lambda: torch.ones(9, 2, dtype=torch.bool), TypeError, "floating type.*bool"),
+    "complex": (lambda: torch.ones(9, 2) * 1j, TypeError, "floating type.*complex"),
+    "numpy int": (lambda: np.ones((9, 2), dtype=int), TypeError, "floating type.*int64"),
+    "one-d": (lambda: torch.randn(9), ValueError, r"shape \(9,\)|\(9,\): for N scalars.*\(N, 1\)"),
+    "scalar": (lambda: torch.tensor(1.0), ValueError, r"shape \(N, D\), got \(\)"),
+    "three-d": (lambda: torch.randn(4, 3, 2), ValueError, r"\(N, D\), got \(4, 3, 2\)"),
+    "empty": (lambda: torch.randn(0, 2), ValueError, "expected rows of things, got none"),
+    "text": (lambda: "abc", TypeError, "things to be a tensor or an array, got str"),
+    "objects": (lambda: [object()], TypeError, "tensor or an array, got list"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_is_wrong_with_the_rows(name):
+    make, kind, message = ERRORS[name]
+    with pytest.raises(kind, match=f"(?s){message}") as caught:
+        checked_rows(make(), "things")
+    assert "things" in str(caught.value)
+
+
+def test_one_dimensional_rows_come_with_the_recipe():
+    with pytest.raises(ValueError, match=r"pass shape \(N, 1\), data\[:, None\]"):
+        checked_rows(torch.randn(9), "data")
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 2, 2)])
+def test_rows_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"expected data of shape \(N, 2\), got \(5, "):
+        checked_rows(torch.randn(shape), "data", (2,))
+
+
+@pytest.mark.parametrize("make", [torch.as_tensor, np.asarray, list])
+def test_good_rows_pass(make):
+    x = checked_rows(make([[1.0, 2.0], [3.0, 4.0]]), "data", (2,))
+    assert isinstance(x, torch.Tensor)
+    torch.testing.assert_close(x, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+
+
+def test_good_rows_come_detached():
+    assert not checked_rows(torch.randn(3, 2, requires_grad=True), "data").requires_grad
+
+
+def test_rows_of_matrices_pass():
+    assert checked_rows(torch.randn(5, 3, 3), "data", (3, 3)).shape == (5, 3, 3)
+
+
+def data(count, dim):
+    mix = torch.randn(dim, dim) + 2 * torch.eye(dim)
+    return torch.randn(count, dim) @ mix + 10 * torch.randn(dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [1, 2, 7])
+def test_whitened_rows_have_zero_mean_and_unit_covariance(dim, dtype):
+    x = data(500, dim).to(dtype)
+    m = moments(x)
+    assert m.loc.dtype == m.linear.dtype == m.whitening.dtype == torch.float64
+    w = (x.double() - m.loc) @ m.whitening.T
+    torch.testing.assert_close(w.mean(0), torch.zeros(dim), rtol=0, atol=1e-10)
+    cov = (w.T @ w / 500).reshape(dim, dim)
+    torch.testing.assert_close(cov, torch.eye(dim), rtol=0, atol=1e-9)
+    torch.testing.assert_close(m.linear @ m.whitening, torch.eye(dim), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scales", [(1e-12, 1.0), (1e12, 1.0), (1e-12, 1e12), (1e-30, 1e30)])
+def test_units_do_not_matter(scales):
+    x = data(400, 2)
+    plain, scaled = moments(x), moments(x * torch.tensor(scales))
+    w = (x * torch.tensor(scales) - scaled.loc) @ scaled.whitening.T
+    torch.testing.assert_close(w.T @ w / 400, torch.eye(2), rtol=0, atol=1e-9)
+    assert torch.isfinite(scaled.linear).all()
+    torch.testing.assert_close(scaled.loc / torch.tensor(scales), plain.loc)
+
+
+@pytest.mark.parametrize("offset", [1e6, -1e9])
+def test_a_large_offset_does_not_matter(offset):
+    x = data(400, 2)
+    m = moments(x + offset)
+    w = (x + offset - m.loc) @ m.whitening.T
+    torch.testing.assert_close(w.T @ w / 400, torch.eye(2), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("wild", [1e3, 1e6, 1e12])
+def test_one_wild_row_does_not_set_the_scale(wild):
+    x = data(500, 2)
+    before = moments(x)
+    x[17] = wild
+    after = moments(x)
+    ratio = torch.linalg.svdvals(before.whitening @ after.linear)
+    assert ratio.max() < 3
+    assert ratio.min() > 0.3
+    assert ((after.loc - before.loc) @ before.whitening.T).norm() < 0.5
+
+
+def test_one_row_wild_between_columns_does_not_part_them():
+    x = torch.randn(20_000, 3)
+    x[:, 2] = x[:, 0] + x[:, 1] + 1e-4 * x[:, 2]
+    before = moments(x)
+    for wild in ([1e6, 0.0, 1e6], [30.0, 0.0, 0.0], [0.0, 1e4, -1e9], [3.0, 0.0, -3.0]):
+        y = x.clone()
+        y[9] = torch.tensor(wild)
+        ratio = torch.linalg.svdvals(before.whitening @ moments(y).linear)
+        assert 0.8 < ratio.min() <= ratio.max() < 1.25
+
+
+def test_rows_wild_in_one_column_each():
+    x = torch.randn(20_000, 10) @ (torch.eye(10) + 0.3)
+    before = moments(x)
+    for column in range(10):
+        x[80 * column : 80 * (column + 1), column] += 1e6
+    ratio = torch.linalg.svdvals(before.whitening @ moments(x).linear)
+    assert ratio.max() < 5
+
+
+def test_a_flag_that_few_rows_have():
+    x = torch.randn(40_000, 3)
+    x[:, 2] = 0.0
+    x[[100, 30_000], 2] = 1.0
+    x[[100, 30_000], 1] = 1e6  # in the same rows
+    m = moments(x)
+    assert all(part.isfinite().all() for part in m)
+    assert float(m.linear[1].norm()) == pytest.approx(1.0, rel=0.2)
+
+
+def test_a_column_of_one_value_and_some_others_has_a_scale():
+    x = torch.randn(5000, 2)
+    x[:4000, 1] = 0.0
+    before = moments(x)
+    x[7, 1] = 1e7
+    ratio = torch.linalg.svdvals(before.whitening @ moments(x).linear)
+    assert 0.5 < ratio.min() <= ratio.max() < 2
+
+
+def test_rows_that_come_in_an_order_are_looked_at_everywhere(monkeypatch):
+    monkeypatch.setattr(whitening, "_VALUES", 4000)  # 2,000 of the rows
+    x = torch.randn(20_000, 2)
+    x[18_000:] += 1000.0  # a class, not outliers
+    m = moments(x)
+    torch.testing.assert_close(m.loc, x.mean(0), rtol=1e-4, atol=0)
+    assert len(usual(m.white(x)).unique()) >= 19_800
+
+
+def test_rows_that_weigh_most_are_no_outliers():
+    x = torch.randn(1000, 2)
+    x[:4] += 1e5
+    weights = torch.full((1000,), 1e-3)
+    weights[:4] = 1000.0
+    m = moments(x, weights)
+    torch.testing.assert_close(m.loc, weights @ x / weights.sum(), rtol=1e-3, atol=0)
+    assert m.linear.isfinite().all()
+
+
+def test_rows_are_drawn_by_weight():
+    weights = torch.tensor([0.0, 1.0, 0.0, 3.0, 1e-30, 0.0])
+    share = drawn(weights, 40_000).bincount(minlength=6) / 40_000
+    torch.testing.assert_close(share, weights.float() / 4, rtol=0, atol=0.02, check_dtype=False)
+    many = torch.zeros(2**24 + 5, dtype=torch.float32)
+    many[[3, -1]] = 1e-3
+    assert drawn(many, 50).unique().tolist() == [3, 2**24 + 4]
+
+
+def test_constant_columns_are_named():
+    x = torch.randn(30, 4)
+    x[:, 1], x[:, 3] = 2.5, 0.0
+    with pytest.raises(ValueError, match=r"constant columns \[1, 3\]: drop them"):
+        moments(x)
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda x: x[:, 0],
+        lambda x: -3 * x[:, 0] + 1,
+        lambda x: 1e9 * x[:, 0],
+        lambda x: x[:, 0] + 2 * x[:, 1],
+    ],
+)
+def test_dependent_columns_are_refused(combine):
+    x = torch.randn(50, 3)
+    x[:, 2] = combine(x)
+    with pytest.raises(ValueError, match=r"linearly independent columns.*add noise") as caught:
+        moments(x)
+    assert "2" in str(caught.value)
+
+
+def test_nearly_dependent_columns_are_whitened():
+    x = torch.randn(2000, 2)
+    x[:, 1] = x[:, 0] + 1e-4 * x[:, 1]
+    m = moments(x)
+    w = (x - m.loc) @ m.whitening.T
+    torch.testing.assert_close(w.T @ w / 2000, torch.eye(2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "dim"), [(2, 2), (3, 5), (1, 1)])
+def test_too_few_rows_are_refused(count, dim):
+    with pytest.raises(ValueError, match=f"more rows than dimensions, got {count} rows of {dim}"):
+        moments(torch.randn(count, dim))
+
+
+@pytest.mark.parametrize(("count", "size"), [(12, 4), (12, 12), (6, 1)])
+def test_batches_cover_all_rows_each_epoch_in_new_orders(count, size):
+    stream = Batches(count, size, torch.device("cpu"))
+    epochs = []
+    for _ in range(3):
+        epoch = torch.cat([stream.next() for _ in range(count // size)])
+        assert torch.equal(epoch.sort().values, torch.arange(count))
+        epochs.append(epoch)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[1], epochs[2])
+
+
+def test_batches_are_of_equal_size_and_leave_no_row_out_for_good():
+    stream = Batches(10, 4, torch.device("cpu"))
+    seen = set()
+    for _ in range(20):
+        first, second = stream.next(), stream.next()
+        assert len(first) == len(second) == 4
+        assert len(set(first.tolist()) | set(second.tolist())) == 8
+        seen |= set(first.tolist()) | set(second.tolist())
+    assert seen == set(range(10))
+
+
+def test_weighted_batches_are_in_proportion():
+    weights = torch.tensor([0.0, 1.0, 3.0])
+    stream = Batches(3, 1000, torch.device("cpu"), weights)
+    counts = torch.bincount(torch.cat([stream.next() for _ in range(20)]), minlength=3) / 20_000
+    assert counts[0] == 0
+    torch.testing.assert_close(counts[2].double(), torch.tensor(0.75), rtol=0, atol=0.015)
+
+
+def test_weighted_moments_are_those_of_repeated_rows():
+    x, weights = torch.randn(30, 3), torch.randint(1, 4, (30,)).double()
+    repeated = x.repeat_interleave(weights.long(), dim=0)
+    for a, b in zip(moments(x, weights), moments(repeated), strict=True):
+        torch.testing.assert_close(a.abs(), b.abs())
+
+
+def test_rounded_columns_are_noticed_and_spread():
+    x = torch.randn(2000, 3)
+    warn_if_rounded(x)
+    x[:, 1] = (x[:, 1] * 4).round() / 4
+    with pytest.warns(UserWarning, match=r"columns \[1\] repeat up to 9\d% .*dequantize"):
+        warn_if_rounded(x)
+    y = dequantize(x)
+    warn_if_rounded(y)
+    assert torch.equal(y[:, 0], x[:, 0])
+    noise = (y - x)[:, 1]
+    assert noise.abs().max() <= 0.125
+    assert float(noise.std()) == pytest.approx(0.25 / 12**0.5, rel=0.05)
+    assert torch.equal(dequantize(x), y)
+    assert not torch.equal(dequantize(x, seed=1), y)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_counts_in_few_columns_are_noticed_and_spread(dim):
+    x = torch.randint(0, 6, (3000, dim)).double()
+    with pytest.warns(UserWarning, match=r"columns \[0(, 1)?\] repeat"):
+        warn_if_rounded(x)
+    warn_if_rounded(dequantize(x))
+    warn_if_rounded(torch.randn(500, dim).repeat_interleave(4, dim=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_wild_value_does_not_hide_the_step(dtype):
+    x = (100 * torch.randn(5000, 1, dtype=dtype)).round() / 100
+    x = x.repeat(2, 1)
+    x[5] = 1e6
+    noise = dequantize(x) - x
+    assert noise[torch.arange(10_000) != 5].abs().max() == pytest.approx(0.005, rel=0.01)
+
+
+@pytest.mark.parametrize("offset", [0, 10**6, 16 * 10**6])
+def test_whole_numbers_have_a_step_of_one(offset):
+    x = offset + torch.randint(0, 50, (2000, 1))
+    noise = dequantize(x.double()) - x
+    assert 0.45 < noise.abs().max() <= 0.5
+    assert dequantize(x).diff(dim=0).abs().max() < 52
+    floats = offset / 100 + torch.randint(0, 50, (2000, 1)).float() / 10
+    assert 0.04 < (dequantize(floats) - floats).abs().max() < 0.06
+
+
+def test_events_of_any_shape_are_spread():
+    x = torch.randint(0, 9, (500, 2, 3))
+    y = dequantize(x)
+    assert y.shape == x.shape
+    assert torch.equal(y.round(), x.to(y))
+    step = torch.tensor([[0.0, 1, 1], [1, 1, 1]])
+    assert torch.equal(dequantize(x, step)[:, 0, 0], x[:, 0, 0].to(y))
+
+
+def test_whole_rows_that_repeat_are_a_chains():
+    warn_if_rounded(torch.randn(500, 2).repeat_interleave(3, dim=0))
+    warn_if_rounded(torch.zeros(50, 2))
+    warn_if_rounded(torch.randn(500, 1)[torch.randint(500, (500,))])  # drawn again
+
+
+def test_steps_of_ones_own():
+    x = torch.arange(12).reshape(6, 2)
+    y = dequantize(x, torch.tensor([1.0, 0.0]))
+    assert torch.equal(y[:, 1], x[:, 1].double())
+    assert (y[:, 0] != x[:, 0]).all()
+    with pytest.raises(ValueError, match="steps of at least 0, got -1"):
+        dequantize(x, -1.0)
+
+
+def test_columns_that_are_dependent_but_for_rounding_are_told():
+    x = torch.randn(2000, 2)
+    x[:, 1] = x[:, 0] + 1e-5 * x[:, 1] + 30.0
+    moments(x)  # in double precision there is no lack of digits
+    with pytest.warns(UserWarning, match=r"columns \[0, 1\] take part.*in float64, centre"):
+        moments(x.float())
+
+
+def test_outliers_are_few_and_far():
+    w = torch.randn(1000, 3)
+    assert usual(w).tolist() == list(range(1000))
+    w[17] = 1e9
+    assert usual(w).tolist() == [i for i in range(1000) if i != 17] + [0]
+    w[:100] += 1e4  # a mode: far, and not rare
+    w[17] = 1e9
+    assert 17 not in usual(w)
+    assert len(usual(w).unique()) >= 995

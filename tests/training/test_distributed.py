@@ -1,0 +1,244 @@
+"""Several processes: shares of a batch, and for real, two processes over gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pyro_interpolant import (
+    InterpolantDistribution,
+    Latent,
+    SineSquared,
+    Trigonometric,
+    fit,
+    interpolant_transform,
+    optimal_transport,
+)
+from pyro_interpolant.interpolants.couplings import independent
+from pyro_interpolant.training.batches import Rows
+from pyro_interpolant.training.distributed import Engine
+from pyro_interpolant.training.objective import Objective
+
+HAS_FABRIC = subprocess.run(
+    [sys.executable, "-c", "import lightning_fabric"], capture_output=True, check=False
+).returncode == 0  # fmt: skip
+needs_fabric = pytest.mark.skipif(not HAS_FABRIC, reason="without the extra [distributed]")
+
+
+def objective(rank=0, world=1, *, own=False, coupling=independent, latent=False):
+    path = Latent(Trigonometric(), SineSquared()) if latent else None
+    flow = InterpolantDistribution(interpolant_transform(2, (8,), interpolant=path)).transform
+    made = Objective(flow, None, coupling, 256)
+    made.share(rank, world, own=own)
+    return made
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("latent", [True, False])
+@pytest.mark.parametrize("world", [2, 4])
+def test_shares_are_disjoint_and_make_up_the_whole_draw(world, latent, own):
+    x = torch.randn(256, 2)
+    torch.manual_seed(4)
+    whole = objective(latent=latent).draw(Rows(x, x[:, :1]))
+    parts = []
+    for rank in range(world):
+        torch.manual_seed(4)
+        mine = x.chunk(world)[rank] if own else x
+        made = objective(rank, world, own=own, latent=latent)
+        parts.append(made.draw(Rows(mine, mine[:, :1])))
+    for name in ("t", "w0", "w1", "context", *(["z"] if latent else [])):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(joined, getattr(whole, name)), name
+    rows = [set(map(tuple, part.w1.reshape(-1, 2).tolist())) for part in parts]
+    assert sum(map(len, rows)) == len(set.union(*rows)) == 256
+
+
+def test_a_coupling_is_that_of_the_whole_batch():
+    x = torch.randn(128, 2)
+    torch.manual_seed(4)
+    whole = objective(coupling=optimal_transport).draw(Rows(x, None))
+    parts = []
+    for rank in range(2):
+        torch.manual_seed(4)
+        parts.append(objective(rank, 2, coupling=optimal_transport).draw(Rows(x, None)))
+    assert torch.equal(torch.cat([part.w0 for part in parts]), whole.w0)
+
+
+@pytest.mark.parametrize("world", [3, 5, 100])
+def test_any_number_of_processes_gets_shares_of_one_size(world):
+    x = torch.randn(world * 7, 2)
+    shapes = {objective(rank, world).draw(Rows(x, None)).w1.shape for rank in range(world)}
+    assert len(shapes) == 1
+    assert shapes.pop()[:2].numel() > 0
+
+
+def test_what_is_not_a_fabric_is_refused():
+    with pytest.raises(
+        TypeError, match="expected fabric to be a lightning_fabric.Fabric, got str"
+    ):
+        fit(
+            InterpolantDistribution(interpolant_transform(2, (8,))), torch.randn(99, 2), fabric="x"
+        )
+
+
+def test_one_process_needs_no_engine():
+    engine = Engine()
+    assert (engine.rank, engine.world) == (0, 1)
+    assert engine.seed(None) is None
+    assert engine.agreed(1.5) == 1.5
+
+
+def test_a_seed_is_made_up_once_for_all():
+    names = ("setup", "backward", "all_reduce", "barrier")
+    fabric = SimpleNamespace(
+        **dict.fromkeys(names), global_rank=1, world_size=2, broadcast=lambda value: 17
+    )
+    assert Engine(fabric).seed(None) == 17
+    assert Engine(fabric).seed(3) == 3
+
+
+SCRIPT = """
+import json, os, sys, torch
+from lightning_fabric import Fabric
+from torch.utils.data import DataLoader
+import pyro_interpolant as pi
+
+torch.set_num_threads(1)
+folder, devices = sys.argv[1], int(sys.argv[2])
+fabric = Fabric(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto")
+fabric.launch()
+rank = fabric.global_rank
+torch.manual_seed(0)
+x = torch.randn(1500, 2)
+x[:, 1] += x[:, 0] ** 2
+
+
+def made():
+    torch.manual_seed(5)
+    return pi.InterpolantDistribution(pi.interpolant_transform(2, (16, 16)))
+
+
+def run(name, data, **options):
+    distribution, told = made(), []
+    torch.manual_seed(100 + rank)  # processes whose own generators differ
+    callback = options.pop("callback", told.append)
+    settings = {"steps": 50, "seed": 3, "batch_size": 256 // devices, "tolerance": 0.1}
+    options = {"fabric": fabric, "callback": callback, **settings, **options}
+    result = pi.fit(distribution, data, **options)
+    flat = torch.cat([p.detach().flatten() for p in distribution.transform.parameters()])
+    found[name] = {
+        "weights": flat.double().tolist(),
+        "held": result.validation_losses,
+        "by": result.stopped_by,
+        "told": len(told),
+        "steps": result.steps[-1],
+    }
+
+
+found = {}
+run("table", x)
+for precision in ("bf16-mixed", "64-true") if devices == 1 else ():
+    other = Fabric(accelerator="cpu", devices=1, precision=precision)
+    other.launch()
+    try:
+        run(precision, x, fabric=other, progress=False)
+    except ValueError as error:
+        found[precision] = str(error)
+if devices > 1:
+    run("no seed", x, seed=None, progress=False, steps=10)
+    loader = DataLoader(x, batch_size=100, shuffle=True)
+    options = {"batch_size": None, "progress": False, "steps": 30}
+    run("loader", fabric.setup_dataloaders(loader), **options)
+    os.makedirs(folder + "-timed", exist_ok=True)
+    keep = {"checkpoint": folder + "-timed/run", "checkpoint_every": 5}
+    run("seconds", x, steps=None, max_seconds=0.5, progress=False, **keep)
+    run("stopped", x, callback=lambda s: rank == 0 and s.step >= 7, progress=False)
+
+    path = folder + "/kept"
+    run("kept", x, checkpoint=path, checkpoint_every=5, progress=False)
+    run("again", x, checkpoint=path, checkpoint_every=5, progress=False)
+    fabric.barrier()
+    found["files"] = sorted(os.listdir(folder))
+    fabric.barrier()
+with open(f"{folder}/{devices}.{rank}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    found, text = {}, {}
+    for devices in (1, 2):
+        out = folder / str(devices)
+        out.mkdir()
+        root = str(Path(__file__).parents[2])
+        done = subprocess.run(
+            [sys.executable, str(script), str(out), str(devices)],
+            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        text[devices] = done.stderr
+        for rank in range(devices):
+            found[devices, rank] = json.loads((out / f"{devices}.{rank}.json").read_text())
+    return found, text
+
+
+def far(a, b):
+    a, b = torch.tensor(a["weights"]), torch.tensor(b["weights"])
+    return float((a - b).abs().max())
+
+
+@needs_fabric
+@pytest.mark.parametrize("name", ["table", "no seed", "loader", "seconds", "stopped", "kept"])
+def test_two_processes_agree_to_the_bit(name, runs):
+    first, second = (runs[0][2, rank][name] for rank in range(2))
+    assert first["weights"] == second["weights"]
+    assert first["held"] == second["held"]
+    assert first["steps"] == second["steps"]
+
+
+@needs_fabric
+def test_two_processes_match_one_with_the_double_batch(runs):
+    found = runs[0]
+    assert far(found[1, 0]["table"], found[2, 0]["table"]) < 1e-6
+    distribution = InterpolantDistribution(interpolant_transform(2, (16, 16)))
+    start = torch.cat([p.detach().flatten() for p in distribution.transform.parameters()])
+    assert len(start) == len(found[1, 0]["table"]["weights"])
+    assert far(found[2, 0]["table"], found[2, 0]["loader"]) > 1e-3
+
+
+@needs_fabric
+def test_only_the_first_process_shows_writes_and_tells(runs):
+    found, text = runs
+    assert found[2, 0]["table"]["told"] > 0
+    assert found[2, 1]["table"]["told"] == 0
+    assert text[2].count("fit:   0%") == text[1].count("fit:   0%") > 0
+    assert set(found[2, 0]["files"]) - {"1.0.json"} == {"kept", "kept.previous"}
+
+
+@needs_fabric
+def test_one_process_stops_all_and_a_finished_run_is_not_run_again(runs):
+    for rank in range(2):
+        found = runs[0][2, rank]
+        assert found["stopped"]["by"] == "callback"
+        assert found["stopped"]["steps"] < 10
+        assert found["kept"]["weights"] == found["again"]["weights"]
+        assert found["again"]["told"] == 0
+
+
+@needs_fabric
+def test_mixed_precision_trains_nearly_the_same_and_another_type_is_refused(runs):
+    found = runs[0][1, 0]
+    exact, mixed = found["table"], found["bf16-mixed"]
+    assert 1e-6 < far(exact, mixed) < 0.1
+    assert mixed["held"][-1] == pytest.approx(exact["held"][-1], abs=0.01)
+    assert "torch.float32, got precision '64-true'" in found["64-true"]

@@ -1,0 +1,746 @@
+import copy
+import itertools
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from torch import nn
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    FixedGrid,
+    Interpolant,
+    InterpolantDistribution,
+    InterpolantTransform,
+    JointInterpolantDistribution,
+    VelocityMLP,
+    conditional_interpolant_transform,
+    fit,
+    from_samples,
+    independent,
+    interpolant_loss,
+    interpolant_transform,
+    optimal_transport,
+)
+from pyro_interpolant.training import FitResult, TrainingState, fitting, loop
+
+
+def tiny(dim=2, **kwargs):
+    return InterpolantDistribution(interpolant_transform(dim, (32, 32)), **kwargs)
+
+
+def tiny_conditional(context_dim=1):
+    return ConditionalInterpolantDistribution(
+        conditional_interpolant_transform(2, context_dim, (32, 32))
+    )
+
+
+def bimodal():
+    means = torch.tensor([[-2.0, 0.0], [2.0, 1.0]])
+    scales = torch.tensor([[0.6, 1.0], [0.8, 0.5]])
+    parts = dist.Normal(means, scales).to_event(1)
+    return dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.4, 0.6])), parts)
+
+
+def quick(distribution, data, **options):
+    settings = {"steps": 20, "patience": 100, "seed": 0, "progress": False, "tolerance": 0.1}
+    return fit(distribution, data, **{**settings, **options})
+
+
+def weights_of(distribution):
+    return {k: v.clone() for k, v in distribution.transform.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_fit_learns_a_bimodal_mixture():
+    truth, distribution = bimodal(), tiny()
+    result = quick(
+        distribution, truth.sample((4000,)), steps=1200, learning_rate=5e-3, tolerance=1e-2
+    )
+    x = truth.sample((1500,))
+    gap = (truth.log_prob(x) - distribution.log_prob(x)).mean()
+    assert -0.02 < gap < 0.1
+    assert distribution.transform.solver == result.solver
+    y = distribution.sample((4000,))
+    assert float((y[:, 0] > 0).double().mean()) == pytest.approx(0.6, abs=0.05)
+
+
+def test_the_whitening_is_that_of_the_data():
+    x = 1e3 + torch.randn(400, 2) @ torch.tensor([[5.0, 0.0], [2.0, 1e-2]])
+    distribution = tiny()
+    quick(distribution, x)
+    w = distribution.transform.to_white(x)
+    torch.testing.assert_close(w.T.cov(), torch.eye(2), rtol=0, atol=0.3)
+    torch.testing.assert_close(w.mean(0), torch.zeros(2), rtol=0, atol=0.2)
+    torch.testing.assert_close(distribution.sample((500,)).mean(0), x.mean(0), rtol=1e-3, atol=0.5)
+
+
+def test_same_seed_same_weights_and_another_seed_others():
+    x, start = torch.randn(200, 2), interpolant_transform(2, (32, 32))
+    runs = []
+    for seed in (3, 3, 4):
+        distribution = InterpolantDistribution(copy.deepcopy(start))
+        torch.randn(7)  # the state of the global generator must not matter
+        quick(distribution, x, seed=seed)
+        runs.append(weights_of(distribution))
+    assert equal(runs[0], runs[1])
+    assert not equal(runs[0], runs[2])
+
+
+def test_from_samples_is_reproducible_from_its_seed():
+    x = torch.randn(200, 2)
+    runs = [weights_of(from_samples(x, seed=seed, steps=5, progress=False)) for seed in (1, 1, 2)]
+    assert equal(runs[0], runs[1])
+    assert not equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("make", ["fit", "from_samples"])
+def test_a_seeded_run_leaves_the_global_generator_alone(make):
+    x, distribution = torch.randn(200, 2), tiny()
+    state = torch.get_rng_state()
+    if make == "fit":
+        quick(distribution, x)
+    else:
+        from_samples(x, seed=0, steps=5, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_a_seed_runs_differ():
+    x, start = torch.randn(200, 2), interpolant_transform(2, (32, 32))
+    runs = []
+    for _ in range(2):
+        distribution = InterpolantDistribution(copy.deepcopy(start))
+        quick(distribution, x, seed=None)
+        runs.append(weights_of(distribution))
+    assert not equal(*runs)
+
+
+def test_the_result_and_the_callback_tell_the_same_story():
+    told = []
+    result = quick(tiny(), torch.randn(300, 2), steps=40, callback=told.append)
+    assert isinstance(result, FitResult)
+    assert all(isinstance(state, TrainingState) for state in told)
+    assert len(result.steps) == len(result.losses) == len(result.validation_losses) == len(told)
+    assert result.steps == [state.step for state in told] == sorted(set(result.steps))
+    assert result.steps[-1] == 40
+    assert result.losses == [state.loss for state in told]
+    assert result.validation_losses == [state.validation_loss for state in told]
+    assert all(math.isfinite(v) for v in (*result.losses, *result.validation_losses))
+    assert told[-1].learning_rate < max(state.learning_rate for state in told) / 10
+    assert [state.seconds for state in told] == sorted(state.seconds for state in told)
+    assert 0 < result.seconds < 60
+    assert result.best_step in result.steps
+    assert not result.stopped_early
+    assert result.skipped == 0
+    assert isinstance(result.solver, FixedGrid)
+
+
+def test_a_stalled_run_lands_and_keeps_the_best_weights():
+    """Without averaging the weights at the best look are those the callback saw there."""
+    distribution, seen, rates = tiny(), {}, []
+
+    def remember(state):
+        seen[state.step] = [p.detach().clone() for p in distribution.transform.parameters()]
+        rates.append(state.learning_rate)
+
+    result = quick(
+        distribution,
+        torch.randn(40, 2),
+        steps=3000,
+        learning_rate=0.005,
+        patience=3,
+        ema=0.0,
+        validation=0.25,
+        callback=remember,
+    )
+    assert result.stopped_early
+    assert result.stopped_by == "patience"
+    assert len(result.steps) < 100
+    losses = result.validation_losses
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert result.best_step == result.steps[best]
+    # No run stalls in the first three of ten parts of its schedule; a landing takes a fifth.
+    since = [i - min(range(i + 1), key=losses.__getitem__) for i in range(len(losses))]
+    stall = next(i for i in range(30, len(losses)) if since[i] >= 3)
+    assert len(losses) - 1 == stall + 20
+    assert 1e-3 < rates[stall - 1] < 0.005
+    assert rates[-1] < 0.01 * rates[stall - 1]
+    assert rates[stall:] == sorted(rates[stall:], reverse=True)
+    # It starts from the best weights so far.
+    places = (stall - since[stall], stall, stall + 1)
+    best_so_far, left, landed = (seen[result.steps[i]] for i in places)
+    apart = [
+        sum(float((a - b).square().sum()) for a, b in zip(landed, other, strict=True))
+        for other in (best_so_far, left)
+    ]
+    assert apart[0] < 0.5 * apart[1]
+    for kept, there in zip(
+        distribution.transform.parameters(), seen[result.best_step], strict=True
+    ):
+        assert torch.equal(kept, there)
+    assert any(
+        not torch.equal(kept, last)
+        for kept, last in zip(
+            distribution.transform.parameters(), seen[result.steps[-1]], strict=True
+        )
+    )
+
+
+def test_the_weights_kept_are_averaged_ones():
+    distribution, seen = tiny(), {}
+
+    def remember(state):
+        seen[state.step] = [p.detach().clone() for p in distribution.transform.parameters()]
+
+    quick(distribution, torch.randn(200, 2), steps=60, ema=0.999, callback=remember)
+    kept = [p.detach() for p in distribution.transform.parameters()]
+    for weights in seen.values():
+        assert any(not torch.equal(a, b) for a, b in zip(kept, weights, strict=True))
+    # An average lies within the range of what it averages.
+    last = distribution.transform.velocity.output.weight
+    path = torch.stack([weights[_index(distribution)] for weights in seen.values()])
+    assert (last <= path.max(0).values.clamp(min=0)).all()
+    assert (last >= path.min(0).values.clamp(max=0)).all()
+
+
+def _index(distribution):
+    """The place of the output weight among the parameters."""
+    target = distribution.transform.velocity.output.weight
+    return next(i for i, p in enumerate(distribution.transform.parameters()) if p is target)
+
+
+def test_max_seconds_ends_the_run(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 0.01 * next(ticks))
+    result = quick(tiny(), torch.randn(200, 2), steps=None, max_seconds=0.4)
+    assert 0.39 < result.seconds < 0.5
+    assert 5 < result.steps[-1] <= 40
+    assert not result.stopped_early
+
+
+def test_whichever_limit_comes_first_ends_the_run():
+    assert quick(tiny(), torch.randn(200, 2), steps=7, max_seconds=60.0).steps[-1] == 7
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_flags_and_modes_are_restored(frozen):
+    distribution = tiny()
+    if frozen:
+        distribution.freeze()
+    else:
+        distribution.transform.velocity.shifts.weight.requires_grad_(False)  # noqa: FBT003
+    flags = [p.requires_grad for p in distribution.transform.parameters()]
+    mode, before = distribution.transform.velocity.training, weights_of(distribution)
+    quick(distribution, torch.randn(200, 2))
+    assert [p.requires_grad for p in distribution.transform.parameters()] == flags
+    assert distribution.transform.velocity.training == mode
+    assert all(p.grad is None for p in distribution.transform.parameters())
+    after = weights_of(distribution)
+    assert not torch.equal(after["velocity.output.weight"], before["velocity.output.weight"])
+
+
+class Poisoned(VelocityMLP):
+    """Turns to NaN after some calls while it is being trained."""
+
+    def __init__(self, good):
+        super().__init__(2, (16, 16))
+        self.good, self.calls = good, 0
+
+    def forward(self, t, x, context=None):
+        v = super().forward(t, x, context)
+        if torch.is_grad_enabled():
+            self.calls += 1
+        return v * math.nan if self.calls > self.good else v
+
+
+def test_a_loss_that_turns_to_nan_keeps_the_last_good_weights():
+    x = torch.randint(0, 2, (300, 1)) * 4.0 + 0.2 * torch.randn(300, 2)
+    distribution = InterpolantDistribution(InterpolantTransform(Poisoned(400)))
+    before, told = weights_of(distribution), []
+    with pytest.raises(RuntimeError, match="not finite for .* last good weights were kept.*Lower"):
+        quick(distribution, x, steps=800, learning_rate=5e-3, callback=told.append)
+    after = weights_of(distribution)
+    assert all(torch.isfinite(v).all() for k, v in after.items() if "reach" not in k)
+    assert not torch.equal(before["velocity.output.weight"], after["velocity.output.weight"])
+    assert told
+    distribution.transform.velocity.good = math.inf
+    draws = {"x0": torch.randn(300, 2), "t": torch.rand(300)}
+    # Better than the untrained velocity, whose loss is zero.
+    assert interpolant_loss(distribution, x, **draws).mean() < -0.1
+    assert all(p.requires_grad for p in distribution.transform.parameters())
+
+
+class PoisonedTraining(Poisoned):
+    def forward(self, t, x, context=None):
+        v = VelocityMLP.forward(self, t, x, context)
+        if torch.is_grad_enabled():
+            self.calls += 1
+            return v * math.nan if self.calls > self.good else v
+        return v
+
+
+def test_good_steps_before_any_look_are_kept_too(monkeypatch):
+    distribution = InterpolantDistribution(InterpolantTransform(PoisonedTraining(30)))
+    before = weights_of(distribution)
+    with pytest.raises(RuntimeError, match="not finite"):
+        quick(distribution, torch.randn(100, 2).exp(), steps=5000)
+    assert not torch.equal(
+        before["velocity.output.weight"], weights_of(distribution)["velocity.output.weight"]
+    )
+    monkeypatch.setattr(
+        fitting, "interpolant_transform", lambda dim: InterpolantTransform(PoisonedTraining(30))
+    )
+    with pytest.raises(RuntimeError, match="not finite") as caught:
+        from_samples(torch.randn(100, 2).exp(), steps=5000, seed=0, progress=False)
+    found = caught.value.distribution
+    assert float(found.transform.velocity.output.weight.detach().abs().max()) > 0
+
+
+def test_a_network_keeps_what_it_was_told():
+    x = 5 * torch.randn(300, 2)
+    distribution = InterpolantDistribution(interpolant_transform(2, (8,)))
+    velocity = distribution.transform.velocity
+    quick(distribution, x, steps=2, whiten=False)
+    assert velocity.reach.isfinite().all()  # it had learned nothing
+    velocity.reach.fill_(math.inf)
+    quick(distribution, x, steps=2, whiten=False)
+    assert velocity.reach.isinf().all()
+
+
+def test_looks_see_the_network_as_it_is_used():
+    class Dropping(VelocityMLP):
+        def __init__(self):
+            super().__init__(2, (16,))
+            self.drop, self.modes = torch.nn.Dropout(0.5), []
+
+        def forward(self, t, x, context=None):
+            if not torch.is_grad_enabled():
+                self.modes.append(self.drop.training)
+            return self.drop(super().forward(t, x, context))
+
+    distribution = InterpolantDistribution(InterpolantTransform(Dropping()))
+    velocity = distribution.transform.velocity
+    velocity.drop.eval()
+    quick(distribution, torch.randn(300, 2), steps=20)
+    assert not any(velocity.modes[:20])
+    assert not velocity.drop.training
+    assert velocity.training
+
+
+def test_a_run_without_one_good_step_is_an_error_too():
+    distribution = InterpolantDistribution(InterpolantTransform(Poisoned(0)))
+    before = weights_of(distribution)
+    with pytest.raises(RuntimeError, match="not finite"):
+        quick(distribution, torch.randn(100, 2), steps=5)
+    after = weights_of(distribution)
+    assert torch.equal(before["velocity.output.weight"], after["velocity.output.weight"])
+
+
+def test_a_single_bad_step_is_skipped():
+    class Once(Poisoned):
+        def forward(self, t, x, context=None):
+            v = super().forward(t, x, context)
+            return v * math.nan if torch.is_grad_enabled() and self.calls == 9 else v
+
+    distribution = InterpolantDistribution(InterpolantTransform(Once(math.inf)))
+    result = quick(distribution, torch.randn(200, 2), steps=30)
+    assert result.skipped == 1
+    assert torch.isfinite(distribution.log_prob(torch.randn(3, 2))).all()
+
+
+def with_bad_row(value):
+    x = torch.randn(100, 2)
+    x[[3, 50]] = value
+    return x
+
+
+def constant():
+    x = torch.randn(100, 2)
+    x[:, 1] = 4.0
+    return x
+
+
+def dependent():
+    x = torch.randn(100, 2)
+    x[:, 1] = 2 * x[:, 0] - 1
+    return x
+
+
+X, C = torch.randn(100, 2, dtype=torch.float64), torch.randn(100, 1, dtype=torch.float64)
+POSITIVE = {"support": constraints.positive}
+BAD = {
+    "nan": (tiny, lambda: with_bad_row(math.nan), {}, ValueError, "in 2 of 100 .* row 3"),
+    "inf": (tiny, lambda: with_bad_row(math.inf), {}, ValueError, "in 2 of 100 .* row 3"),
+    "constant": (tiny, constant, {}, ValueError, r"constant columns \[1\]"),
+    "dependent": (tiny, dependent, {}, ValueError, "linearly independent columns"),
+    "few rows": (tiny, lambda: X[:2], {}, ValueError, "more rows than dimensions"),
+    "no rows": (tiny, lambda: X[:0], {}, ValueError, "expected rows of data, got none"),
+    "integer": (tiny, lambda: torch.ones(50, 2).long(), {}, TypeError, "floating type"),
+    "complex": (tiny, lambda: X * 1j, {}, TypeError, "floating type"),
+    "bool": (tiny, lambda: X > 0, {}, TypeError, "floating type"),
+    "columns": (tiny, lambda: torch.randn(50, 3), {}, ValueError, r"\(N, 2\), got \(50, 3\)"),
+    "scalars": (lambda: tiny(1), lambda: X[:, 0], {}, ValueError, r"pass shape \(N, 1\)"),
+    "support": (
+        lambda: tiny(**POSITIVE),
+        lambda: X,
+        {},
+        ValueError,
+        "strictly inside the support",
+    ),
+    "edge": (lambda: tiny(**POSITIVE), lambda: X.clamp(min=0), {}, ValueError, "on its edge"),
+    "named": (tiny, lambda: {"a": X}, {}, TypeError, "only a JointInterpolantDistribution"),
+    "no context": (tiny_conditional, lambda: X, {}, ValueError, r"context of shape \(100, C\)"),
+    "superfluous context": (tiny, lambda: X, {"context": C}, ValueError, "expected no context"),
+    "short context": (
+        tiny_conditional,
+        lambda: X,
+        {"context": C[:60]},
+        ValueError,
+        "as many contexts as rows of data, 100, got 60",
+    ),
+    "wide context": (
+        tiny_conditional,
+        lambda: X,
+        {"context": torch.randn(100, 3)},
+        ValueError,
+        r"context of shape \(N, 1\), got \(100, 3\)",
+    ),
+    "nan context": (
+        tiny_conditional,
+        lambda: X,
+        {"context": C * math.nan},
+        ValueError,
+        "finite context, got NaN or infinite values in 100 of 100",
+    ),
+    "batch": (tiny, lambda: X, {"batch_size": 101}, ValueError, "batch_size between 1 and the 90"),
+    "batch 0": (tiny, lambda: X, {"batch_size": 0}, ValueError, "batch_size between 1"),
+    "steps": (tiny, lambda: X, {"steps": 0}, ValueError, "steps >= 1, got 0"),
+    "seconds": (tiny, lambda: X, {"max_seconds": -1.0}, ValueError, "max_seconds > 0, got -1.0"),
+    "rate": (tiny, lambda: X, {"learning_rate": 0.0}, ValueError, "learning_rate > 0"),
+    "decay": (tiny, lambda: X, {"weight_decay": -1.0}, ValueError, "weight_decay >= 0, got -1.0"),
+    "validation": (
+        tiny,
+        lambda: X,
+        {"validation": 1.0},
+        ValueError,
+        "between 0 and 1, or rows, got 1.0",
+    ),
+    "no validation": (tiny, lambda: X, {"validation": 0.0}, ValueError, "between 0 and 1"),
+    "patience": (tiny, lambda: X, {"patience": 0}, ValueError, "patience >= 1"),
+    "ema": (tiny, lambda: X, {"ema": 1.0}, ValueError, r"ema in \[0, 1\)"),
+    "tolerance": (
+        tiny,
+        lambda: X,
+        {"tolerance": 0.0},
+        ValueError,
+        "positive tolerance|tolerance >",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_any_work(name):
+    make, data, options, kind, message = BAD[name]
+    distribution, told = make(), []
+    before = weights_of(distribution)
+    with pytest.raises(kind, match=f"(?s){message}"):
+        quick(distribution, data(), callback=told.append, **options)
+    assert equal(weights_of(distribution), before)
+    assert not told
+
+
+@pytest.mark.parametrize("view", ["at", "condition", "expand", "other"])
+def test_only_a_flow_that_owns_its_weights_is_trained(view):
+    if view == "expand":  # an expanded distribution is the same flow
+        quick(tiny().expand((3,)), torch.randn(100, 2))
+        return
+    target, kind = {
+        "at": (tiny().at(0.5), ValueError),
+        "condition": (tiny_conditional().condition(torch.zeros(1)), ValueError),
+        "other": (dist.Normal(0.0, 1.0), TypeError),
+    }[view]
+    with pytest.raises(kind, match="fit the distribution it came from|got Normal"):
+        quick(target, torch.randn(100, 2))
+
+
+@pytest.mark.parametrize("coupling", [independent, optimal_transport])
+def test_every_coupling_trains(coupling):
+    distribution, calls = tiny(), []
+
+    def watched(x0, x1, context):
+        # An exact assignment costs the cube of the rows: a held-out set must not be one batch.
+        assert len(x1) <= 1024, f"{len(x1)} rows were coupled at once, batch_size is 64"
+        calls.append((x0.shape, x1.shape, context))
+        return coupling(x0, x1, context)
+
+    result = quick(
+        distribution, bimodal().sample((300,)), steps=300, batch_size=64, coupling=watched
+    )
+    assert len(calls) >= 300
+    assert (torch.Size([64, 2]), torch.Size([64, 2]), None) in calls
+    assert min(result.validation_losses) < 0
+
+
+class Weighted(nn.Module, Interpolant):
+    """A path with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.bend = nn.Parameter(torch.tensor(0.3))
+
+    def coefficients(self, t):
+        wave = self.bend * (math.pi * t).sin()
+        return 1 - t, t + wave, torch.zeros_like(t)
+
+
+def test_a_path_with_weights_of_its_own_is_left_alone():
+    path = Weighted()
+    flow = InterpolantTransform(VelocityMLP(2, (8,)), interpolant=path)
+    result = quick(InterpolantDistribution(flow), torch.randn(300, 2), batch_size=64)
+    assert result.steps[-1] == 20
+    assert path.bend.item() == pytest.approx(0.3)
+    assert path.bend.grad is None
+
+
+def test_a_coupling_sees_the_network_of_its_step():
+    d, seen = tiny(), []
+
+    def coupling(x0, x1, context):
+        seen.append(d.transform.velocity.output.weight.abs().sum().item())
+        return x0
+
+    quick(d, torch.randn(300, 2), batch_size=64, coupling=coupling)
+    assert len(set(seen[-19:])) == 19
+
+
+def test_numpy_and_float32_rows_train_a_float64_flow():
+    for x in (torch.randn(100, 2).numpy(), torch.randn(100, 2, dtype=torch.float32)):
+        distribution = tiny()
+        quick(distribution, x)
+        assert distribution.transform.loc.dtype == torch.float64
+
+
+def test_float64_rows_with_a_large_offset_train_a_float32_flow():
+    distribution = InterpolantDistribution(interpolant_transform(2, (16, 16)).float())
+    quick(distribution, 1e5 + torch.randn(200, 2))
+    assert distribution.sample((5,)).dtype == torch.float32
+
+
+def test_a_conditional_flow_learns_a_mean_that_moves():
+    distribution = tiny_conditional()
+    context = 2 * torch.rand(3000, 1) - 1
+    x = torch.cat((3 * context, -context), -1) + 0.3 * torch.randn(3000, 2)
+    quick(distribution, x, context=context, steps=600, learning_rate=5e-3)
+    for c in (-0.8, 0.0, 0.8):
+        given = distribution.condition(torch.tensor([c]))
+        y = given.sample((1000,))
+        torch.testing.assert_close(y.mean(0), torch.tensor([3 * c, -c]), rtol=0, atol=0.15)
+        torch.testing.assert_close(y.std(0), torch.tensor([0.3, 0.3]), rtol=0.3, atol=0)
+
+
+def test_a_given_base_is_where_it_starts():
+    base = dist.MultivariateNormal(torch.tensor([4.0, 4.0]), 0.5 * torch.eye(2))
+    distribution = tiny(base=base)
+    data = torch.tensor([-3.0, 1.0]) + torch.randn(2000, 2) * torch.tensor([1.0, 0.4])
+    quick(distribution, data, steps=500, learning_rate=5e-3)
+    x = base.sample((50,))
+    torch.testing.assert_close(distribution.at(0.0).log_prob(x), base.log_prob(x))
+    y = distribution.sample((2000,))
+    torch.testing.assert_close(y.mean(0), data.mean(0), rtol=0, atol=0.2)
+    torch.testing.assert_close(y.std(0), data.std(0), rtol=0.35, atol=0)
+
+
+def test_data_on_a_support():
+    truth = dist.LogNormal(torch.tensor([0.0, 3.0]), torch.tensor([0.5, 1.0])).to_event(1)
+    distribution = tiny(support=constraints.positive)
+    quick(distribution, truth.sample((2000,)), steps=200)
+    x = truth.sample((500,))
+    gap = (truth.log_prob(x) - distribution.log_prob(x)).mean()
+    assert abs(gap) < 0.1
+    assert (distribution.sample((500,)) > 0).all()
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_bar_is_shown_or_nothing_is(progress, capfd):
+    quick(tiny(), torch.randn(100, 2), progress=progress)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert ("fit" in captured.err) == progress
+
+
+def test_no_stale_density_after_fit():
+    distribution, x = tiny(), torch.randn(5, 2)
+    before = distribution.log_prob(x)
+    quick(distribution, 3 + 2 * torch.randn(200, 2))
+    assert (distribution.log_prob(x) - before).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_from_samples_gives_a_frozen_flow_in_the_type_of_the_samples(dtype):
+    told = []
+    options = {"steps": 5, "progress": False, "seed": 0, "callback": told.append}
+    distribution = from_samples(torch.randn(100, 2, dtype=dtype), **options)
+    assert type(distribution) is InterpolantDistribution
+    assert told[-1].step == 5
+    assert not any(p.requires_grad for p in distribution.transform.parameters())
+    assert distribution.sample((3,)).dtype == dtype
+    assert distribution.event_shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("support", "event"),
+    [
+        (constraints.positive, (2,)),
+        (constraints.interval(0.0, 20.0), (2,)),
+        (constraints.simplex, (3,)),
+        (constraints.corr_cholesky, (3, 3)),
+    ],
+    ids=str,
+)
+def test_from_samples_on_a_support(support, event):
+    real = torch.distributions.biject_to(support)
+    x = real(0.3 * torch.randn(200, *real.inverse_shape(torch.Size(event))))
+    distribution = from_samples(x, support=support, steps=5, progress=False, seed=0)
+    assert distribution.event_shape == event
+    y = distribution.sample((20,))
+    assert support.check(y).all()
+    assert torch.isfinite(distribution.log_prob(y)).all()
+
+
+def test_from_samples_of_named_draws():
+    draws = {
+        "scale": torch.randn(200).exp(),
+        "effects": torch.randn(200, 3),
+        "share": dist.Dirichlet(torch.ones(3)).sample((200,)),
+    }
+    supports = {"scale": constraints.positive, "share": constraints.simplex}
+    distribution = from_samples(draws, support=supports, steps=5, progress=False, seed=0)
+    assert isinstance(distribution, JointInterpolantDistribution)
+    sites = distribution.unpack(distribution.sample((7,)))
+    assert {k: v.shape for k, v in sites.items()} == {
+        "scale": (7,),
+        "effects": (7, 3),
+        "share": (7, 3),
+    }
+    assert (sites["scale"] > 0).all()
+    torch.testing.assert_close(sites["share"].sum(-1), torch.ones(7))
+
+
+@pytest.mark.parametrize(
+    ("x", "support", "kind", "message"),
+    [
+        (torch.ones(9), constraints.real_vector, ValueError, r"pass shape \(N, 1\), x\[:, None\]"),
+        (torch.ones(9, 2).long(), constraints.real_vector, TypeError, "floating type"),
+        (torch.ones(9, 2), {"a": constraints.real}, TypeError, "got a dictionary"),
+        (torch.ones(9, 2), constraints.sphere, ValueError, "Sphere|sphere"),
+        (torch.ones(9, 2), "positive", TypeError, "a constraint such as"),
+        ({"a": torch.ones(9).long()}, {}, TypeError, "site 'a' of a floating type"),
+        ({"a": torch.randn(9)}, {"b": constraints.real}, ValueError, r"\['b'\]"),
+        ({"a": torch.randn(9), "b": torch.randn(8)}, {}, ValueError, "as many draws of every"),
+        ({"a": -torch.rand(9)}, {"a": constraints.positive}, ValueError, "site 'a'.*strictly"),
+        ({"a": torch.randn(9) * math.nan}, {}, ValueError, "site 'a', got NaN .* 9 of 9"),
+        ({}, {}, ValueError, "expected named draws"),
+    ],
+    ids=lambda v: None,
+)
+def test_from_samples_refuses(x, support, kind, message):
+    with pytest.raises(kind, match=f"(?s){message}"):
+        from_samples(x, support=support, steps=5, progress=False)
+
+
+# ---- far from the data --------------------------------------------------------------------------
+
+
+def student(count, dim):
+    return dist.StudentT(1.5).sample((count, dim))
+
+
+def modes(count, dim):
+    centres = 20 * torch.randn(8, dim)
+    return centres[torch.randint(0, 8, (count,))] + 0.1 * torch.randn(count, dim)
+
+
+def singular(count, dim):
+    x = torch.randn(count, dim)
+    x[:, 1] = x[:, 0] + 1e-4 * x[:, 1]
+    return x
+
+
+def far_mode(count, dim):
+    centre = torch.where(torch.rand(count, 1) < 0.02, 1000.0, 0.0)
+    return centre + torch.randn(count, dim)
+
+
+def lognormal(count, dim):
+    return (2 * torch.randn(count, dim)).exp()
+
+
+def curved(count, dim):
+    x = torch.randn(count, dim)
+    x[:, 1] = x[:, 0].square() + 0.01 * x[:, 1]
+    return x
+
+
+RADII = torch.tensor([3.0, 10.0, 30.0, 100.0, 300.0, 1000.0])
+
+
+@pytest.fixture(scope="module")
+def wild_flows():
+    """Flows by data and dimension, each trained once."""
+    flows = {}
+
+    def flow(make, dim):
+        if (make, dim) not in flows:
+            data = make(2000, dim).float()
+            flows[make, dim] = (
+                data,
+                from_samples(
+                    data,
+                    steps=150,
+                    batch_size=256,
+                    learning_rate=5e-3,
+                    validation=0.02,
+                    seed=0,
+                    progress=False,
+                    tolerance=0.5,
+                ),
+            )
+        return flows[make, dim]
+
+    return flow
+
+
+@pytest.mark.filterwarnings("ignore:no grid up to:UserWarning")
+@pytest.mark.parametrize("dim", [2, 10])
+@pytest.mark.parametrize("make", [student, modes, far_mode, lognormal, singular, curved])
+def test_far_from_the_data_densities_fall_and_gradients_are_finite(make, dim, wild_flows):
+    data, distribution = wild_flows(make, dim)
+    axes = torch.cat((torch.eye(dim), -torch.eye(dim)))
+    directions = torch.cat((axes, torch.nn.functional.normalize(torch.randn(24, dim), dim=-1)))
+    rays = (RADII[:, None, None] * directions).float()
+    x = (data.mean(0) + data.std(0) * rays).requires_grad_()
+    value = distribution.log_prob(x)
+    assert torch.isfinite(value).all()
+    falls = value[1:-1] > value[2:]
+    assert falls.all(), f"rising at {(~falls).nonzero().tolist()}"
+    gradient = torch.autograd.grad(value.sum(), x)[0]
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.filterwarnings("ignore:no grid up to:UserWarning")
+@pytest.mark.parametrize("dim", [2, 10])
+@pytest.mark.parametrize("make", [student, modes, far_mode, lognormal, singular, curved])
+def test_samples_of_wild_data_are_finite_and_have_densities(make, dim, wild_flows):
+    data, distribution = wild_flows(make, dim)
+    distribution = copy.deepcopy(distribution)
+    distribution.transform.solver = FixedGrid(steps=min(distribution.transform.solver.steps, 24))
+    x = distribution.sample((20_000,))
+    assert torch.isfinite(x).all()
+    assert torch.isfinite(distribution.log_prob(x[:500])).all()
+    extent = (data - data.mean(0)).abs().amax(0)
+    assert ((x - data.mean(0)).abs() < 20 * extent).all()

@@ -1,0 +1,192 @@
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import INTERPOLANTS, LATENT, random_flow
+from oracles import random_mixture
+from pyro.distributions import constraints
+from torch import nn
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+    InterpolantTransform,
+    NonlinearInterpolant,
+    interpolant_loss,
+)
+from pyro_interpolant.interpolants.couplings import independent
+from pyro_interpolant.training.batches import Rows
+from pyro_interpolant.training.objective import Objective, path_points, regression_loss
+
+
+def by_hand(velocity, interpolant, t, w0, w1, *context):
+    """|v|^2 - 2 dI . v, from the definition."""
+    w_t, dw_t = interpolant.sample(t, w0, w1)
+    v = velocity(t.expand(w_t.shape[:-1]), w_t, *context)
+    return v.square().sum(-1) - 2 * (dw_t * v).sum(-1)
+
+
+@pytest.mark.parametrize("name", INTERPOLANTS)
+@pytest.mark.parametrize(("times", "rows"), [((), (5,)), ((5,), (5,)), ((4, 1), (4, 3))])
+def test_regression_loss_is_its_definition(name, times, rows):
+    velocity = random_flow(3).velocity
+    t, w0, w1 = torch.rand(times), torch.randn(*rows, 3), torch.randn(*rows, 3)
+    value = regression_loss(velocity, path_points(INTERPOLANTS[name], t, w0, w1))
+    assert value.shape == rows
+    torch.testing.assert_close(value, by_hand(velocity, INTERPOLANTS[name], t, w0, w1))
+
+
+PATHS = {
+    **INTERPOLANTS,
+    **LATENT,
+    "non-linear": NonlinearInterpolant(
+        lambda t, x0, x1: (1 - t) * x0 + t * x1 + t * (1 - t) * (x1 - x0).tanh()
+    ),
+}
+
+
+@pytest.mark.parametrize("of_noise", [False, True])
+@pytest.mark.parametrize("context_dim", [0, 3])
+@pytest.mark.parametrize("name", PATHS)
+def test_points_of_several_draws_are_those_of_each(name, context_dim, of_noise):
+    velocity, noise = (random_flow(2, context_dim=context_dim).velocity for _ in range(2))
+    flow = InterpolantTransform(velocity, interpolant=PATHS[name])
+    objective = Objective(flow, None, independent, 128, noise if of_noise else None)
+    context = torch.randn(3, 128, context_dim) if context_dim else [None] * 3
+    draws = [objective.draw(Rows(torch.randn(128, 2), context[i])) for i in range(3)]
+    for draw, points in zip(draws, objective.points(draws), strict=True):
+        alone = regression_loss(
+            objective.network, path_points(PATHS[name], *draw, of_noise=of_noise)
+        ).mean()
+        torch.testing.assert_close(objective.loss_at(points), alone)
+        torch.testing.assert_close(objective.loss(draw), alone)
+
+
+def test_regression_loss_of_a_users_own_velocity_and_context():
+    class Own(nn.Module):
+        def forward(self, t, x, context):
+            assert t.shape == x.shape[:-1] == context.shape[:-1]
+            return x * t[..., None] + context
+
+    t, w0, w1 = torch.rand(4, 1), torch.randn(4, 3, 2), torch.randn(4, 3, 2)
+    context = torch.randn(3, 2)
+    interpolant = INTERPOLANTS["linear"]
+    value = regression_loss(Own(), path_points(interpolant, t, w0, w1, context))
+    expected = by_hand(Own(), interpolant, t, w0, w1, context.expand(4, 3, 2))
+    torch.testing.assert_close(value, expected)
+
+
+def test_given_base_draws_and_times_it_is_a_function():
+    flow = random_flow(2)
+    x1, x0, t = torch.randn(7, 2), torch.randn(7, 2), torch.rand(7)
+    distribution = InterpolantDistribution(flow)
+    value = interpolant_loss(distribution, x1, x0=x0, t=t)
+    assert value.shape == (7,)
+    assert value.requires_grad
+    white = (x1 - flow.loc) @ torch.linalg.inv(flow.linear).T
+    torch.testing.assert_close(value, by_hand(flow.velocity, flow.interpolant, t, x0, white))
+    assert torch.equal(value, interpolant_loss(distribution, x1, x0=x0, t=t))
+    one = interpolant_loss(distribution, x1[2], x0=x0[2], t=t[2])
+    torch.testing.assert_close(one, value[2])
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3)])
+def test_drawn_times_and_base_one_value_per_row(shape):
+    distribution, x1 = InterpolantDistribution(random_flow(2)), torch.randn(*shape, 2)
+    first, second = (interpolant_loss(distribution, x1) for _ in range(2))
+    assert first.shape == second.shape == shape
+    assert not torch.allclose(first, second)
+    first.sum().backward()
+    assert distribution.transform.velocity.output.weight.grad.abs().max() > 0
+
+
+def test_a_given_base_lives_in_data_coordinates():
+    flow = random_flow(2)
+    base = dist.MultivariateNormal(torch.tensor([5.0, -2.0]), torch.eye(2))
+    distribution = InterpolantDistribution(flow, base)
+    x0, x1, t = base.sample((6,)), torch.randn(6, 2), torch.rand(6)
+    value = interpolant_loss(distribution, x1, x0=x0, t=t)
+    white = torch.linalg.inv(flow.linear).T
+    expected = by_hand(
+        flow.velocity, flow.interpolant, t, (x0 - flow.loc) @ white, (x1 - flow.loc) @ white
+    )
+    torch.testing.assert_close(value, expected)
+    # Drawn: from that base.
+    drawn = torch.cat([interpolant_loss(distribution, x1, t=t).detach() for _ in range(300)])
+    moved = [interpolant_loss(distribution, x1, x0=base.sample((6,)), t=t) for _ in range(300)]
+    moved = torch.cat(moved).detach()
+    assert abs(drawn.mean() - moved.mean()) < 5 * (drawn.var() / 1800 + moved.var() / 1800) ** 0.5
+
+
+def test_data_on_a_support_are_unconstrained_first():
+    flow = random_flow(2)
+    t, x0, real = torch.rand(5), torch.randn(5, 2), torch.randn(5, 2)
+    on_positive = InterpolantDistribution(flow, support=constraints.positive)
+    value = interpolant_loss(on_positive, real.exp(), x0=x0, t=t)
+    torch.testing.assert_close(
+        value, interpolant_loss(InterpolantDistribution(flow), real, x0=x0, t=t)
+    )
+    with pytest.raises(ValueError, match="strictly inside the support"):
+        interpolant_loss(on_positive, -real.exp(), x0=x0, t=t)
+
+
+def test_contexts():
+    flow = random_flow(2, context_dim=3)
+    distribution = ConditionalInterpolantDistribution(flow)
+    t, x0, x1, context = torch.rand(5), torch.randn(5, 2), torch.randn(5, 2), torch.randn(5, 3)
+    value = interpolant_loss(distribution, x1, x0=x0, t=t, context=context)
+    white = (x1 - flow.loc) @ torch.linalg.inv(flow.linear).T
+    expected = by_hand(flow.velocity, flow.interpolant, t, x0, white, context)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(
+        interpolant_loss(distribution.condition(context), x1, x0=x0, t=t), expected
+    )
+    assert (interpolant_loss(distribution, x1, x0=x0, t=t, context=context + 1) != value).all()
+    with pytest.raises(ValueError, match="expected a context"):
+        interpolant_loss(distribution, x1, x0=x0, t=t)
+    with pytest.raises(ValueError, match="expected no context"):
+        interpolant_loss(InterpolantDistribution(random_flow(2)), x1, context=context)
+
+
+class Perturbed(nn.Module):
+    def __init__(self, velocity, change):
+        super().__init__()
+        self.velocity, self.change = velocity, change
+
+    def forward(self, t, x, context=None):
+        return self.change(self.velocity(t, x), x)
+
+
+PERTURBATIONS = {
+    "shift": lambda v, x: v + 0.2,
+    "scale up": lambda v, x: 1.2 * v,
+    "scale down": lambda v, x: 0.8 * v,
+    "turn": lambda v, x: v + 0.2 * x.flip(-1),
+    "still": lambda v, x: 0.0 * v,
+}
+
+
+@pytest.mark.parametrize("name", INTERPOLANTS)
+@pytest.mark.parametrize("change", PERTURBATIONS)
+def test_the_closed_form_velocity_is_the_minimiser(name, change):
+    interpolant = INTERPOLANTS[name]
+    velocity = random_mixture(2, interpolant)
+    x1, count = velocity.sample(1.0, 20_000), 20_000
+    x0, t = torch.randn(count, 2), torch.rand(count)
+    losses = [
+        interpolant_loss(
+            InterpolantDistribution(InterpolantTransform(v, 2, interpolant=interpolant)),
+            x1,
+            x0=x0,
+            t=t,
+        )
+        for v in (velocity, Perturbed(velocity, PERTURBATIONS[change]))
+    ]
+    rise = losses[1] - losses[0]
+    assert rise.mean() > 5 * rise.std() / count**0.5
+    # The rise is E|u - v|^2, the minimum -E|v|^2.
+    x_t, _ = interpolant.sample(t, x0, x1)
+    v = velocity(t, x_t)
+    distance = (PERTURBATIONS[change](v, x_t) - v).square().sum(-1).mean()
+    assert float(rise.mean()) == pytest.approx(float(distance), rel=0.2)
+    floor = losses[0].std() / count**0.5
+    assert abs(float(losses[0].mean() + v.square().sum(-1).mean())) < 5 * floor

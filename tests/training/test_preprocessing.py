@@ -1,0 +1,205 @@
+"""Where a map is chosen, which, and where none is."""
+
+import copy
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+
+from pyro_interpolant import circular, fit, from_samples, load, save
+from pyro_interpolant.training.preprocessing import preferred_support
+from pyro_interpolant.transforms.gaussianize import (
+    Gaussianized,
+    MarginalTransform,
+    RadialTransform,
+)
+
+N = 4000
+
+
+def slab():
+    x = torch.randn(N, 3)
+    x[:, 0] = torch.where(torch.rand(N) < 0.3, 1e-3 * torch.rand(N), 3 * x[:, 0])
+    return x + 0.5 * torch.randn(N, 1) * torch.tensor([0.0, 1.0, 1.0])
+
+
+def ring():
+    angle = torch.randint(8, (N,)) * math.pi / 4
+    return 4 * torch.stack((angle.cos(), angle.sin()), -1) + 0.3 * torch.randn(N, 2)
+
+
+def sheet():
+    """A common scale, and a combination of columns that hardly varies."""
+    x = torch.randn(N, 6) @ torch.randn(6, 6)
+    x[:, 5] = x[:, 4] + 0.02 * x[:, 5]
+    return x * torch.randn(N, 1).exp()
+
+
+def annulus():
+    angle = 2 * math.pi * torch.rand(N)
+    return (2 + 0.1 * torch.randn(N, 1)) * torch.stack((angle.cos(), angle.sin()), -1)
+
+
+def shell():
+    x = torch.randn(N, 8)
+    return x / x.norm(dim=1, keepdim=True) * (5 + 0.2 * torch.randn(N, 1))
+
+
+PAYS = {
+    "slab": slab,
+    "lognormal": lambda: (0.3 * torch.randn(N, 1) + torch.randn(N, 3)).exp(),
+    "skewed": lambda: dist.Gamma(0.3, 1.0).sample((N, 4)),
+}
+LENGTHS = {
+    "annulus": annulus,
+    "shell": shell,
+    "contrast": lambda: torch.randn(N, 20) @ torch.randn(20, 20) * torch.randn(N, 1).exp(),
+    "wide contrast": lambda: torch.randn(6000, 60) * torch.randn(6000, 1).exp(),
+}
+DOES_NOT = {
+    "normal": lambda: torch.randn(N, 3) @ torch.randn(3, 3),
+    "ring": ring,
+    "modes": lambda: 3 * torch.randn(12, 8)[torch.randint(12, (N,))] + 0.5 * torch.randn(N, 8),
+    "elliptical": lambda: torch.randn(N, 8) / dist.Gamma(1.5, 1.5).sample((N, 1)).sqrt(),
+    "sheet": sheet,
+    "few": lambda: torch.randn(300, 2).exp(),
+    "five": lambda: torch.randn(5, 2).exp(),
+    "fifteen": lambda: torch.randn(15, 2).exp(),
+    "repeats": lambda: torch.randn(40, 3).exp()[torch.randint(40, (N,))],
+    "too wide": lambda: torch.randn(8000, 65).exp(),
+    "wide modes": lambda: torch.randn(6, 60)[torch.randint(6, (6000,))] + torch.randn(6000, 60),
+    "wide and few": lambda: torch.randn(500, 20),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", PAYS | LENGTHS | DOES_NOT)
+def test_the_choice(name, seed):
+    if seed and name in ("wide contrast", "wide modes"):
+        pytest.skip("takes long")
+    torch.manual_seed(seed)
+    x = (PAYS | LENGTHS | DOES_NOT)[name]()
+    found = preferred_support(x, constraints.real_vector)
+    if name in DOES_NOT:
+        assert found is constraints.real_vector
+    else:
+        wanted = MarginalTransform if name in PAYS else RadialTransform
+        assert type(found.chart) is wanted
+
+
+def test_units_do_not_matter():
+    x = slab() * torch.tensor([1e-12, 1.0, 1e12]) + torch.tensor([0.0, 1e3, 0.0])
+    assert isinstance(preferred_support(x, constraints.real_vector), Gaussianized)
+
+
+def test_weights_say_which_rows_there_are():
+    x, weights = torch.cat((slab(), torch.randn(N, 3))), torch.ones(2 * N)
+    weights[:N] = 0.0
+    assert preferred_support(x, constraints.real_vector, weights) is constraints.real_vector
+    assert isinstance(preferred_support(x, constraints.real_vector, 1 - weights), Gaussianized)
+
+
+OPTIONS = {"steps": 3, "progress": False, "seed": 0}
+
+
+def test_from_samples_chooses():
+    x = slab()[:2000]
+    by_default = from_samples(x, **OPTIONS)
+    assert isinstance(by_default.constraint, Gaussianized)
+    again = from_samples(x, **OPTIONS)
+    assert torch.equal(by_default.log_prob(x[:9]), again.log_prob(x[:9]))
+    assert from_samples(x, marginals=False, **OPTIONS).constraint is constraints.real_vector
+    plain = torch.randn(2000, 3)
+    assert from_samples(plain, **OPTIONS).constraint is constraints.real_vector
+    assert isinstance(from_samples(plain, marginals=True, **OPTIONS).constraint, Gaussianized)
+    weighted = from_samples(slab(), weights=torch.rand(N), **OPTIONS)
+    assert isinstance(weighted.constraint, Gaussianized)
+
+
+def test_from_samples_behind_a_support():
+    x = slab().exp()
+    d = from_samples(x, support=constraints.positive, **OPTIONS)
+    assert isinstance(d.constraint, Gaussianized)
+    y = d.sample((100,))
+    assert (y > 0).all()
+    assert torch.isfinite(d.log_prob(y)).all()
+    share = float((y[:, 0].log().abs() < 1e-3).double().mean())
+    assert share == pytest.approx(0.3, abs=0.15)  # untrained, its marginals are the data's
+
+
+@pytest.mark.parametrize("kind", ["positive", "shaped", "named"])
+def test_from_samples_takes_lengths(kind):
+    u = 0.01 * torch.randn(N, 20) @ torch.randn(20, 20) * torch.randn(N, 1).exp()
+    x, options = {
+        "positive": (u.exp(), {"support": constraints.positive}),
+        "shaped": (u.reshape(N, 4, 5), {"event_shape": (4, 5)}),
+        "named": ({"a": u[:, :1], "b": u[:, 1:]}, {}),
+    }[kind]
+    d = from_samples(x, **options, **OPTIONS)
+    assert isinstance(d.constraint.chart, RadialTransform)
+    y = d.sample((50,))
+    assert torch.isfinite(d.log_prob(y)).all()
+    if kind == "positive":
+        assert (y > 0).all()
+
+
+def test_rounded_columns_are_noticed_behind_a_map_of_lengths():
+    x = torch.randn(N, 10) * torch.randn(N, 1).exp()
+    with pytest.warns(UserWarning, match="repeat up to"):
+        d = from_samples((10 * x).round() / 10, **OPTIONS)
+    assert isinstance(d.constraint.chart, RadialTransform)
+
+
+def test_named_draws(tmp_path):
+    x = slab()
+    draws = {"scale": x[:, 0].exp(), "effects": x[:, 1:]}
+    few = {k: v[:500] for k, v in draws.items()}
+    d = from_samples(draws, support={"scale": constraints.positive}, validation=few, **OPTIONS)
+    assert isinstance(d.constraint, Gaussianized)
+    save(d, tmp_path / "joint")
+    assert torch.equal(load(tmp_path / "joint").log_prob(d.pack(few)), d.log_prob(d.pack(few)))
+    sites = d.unpack(d.sample((50,)))
+    assert (sites["scale"] > 0).all()
+    assert sites["effects"].shape == (50, 2)
+    assert torch.isfinite(d.log_prob(d.pack(draws)[:50])).all()
+    # Named or packed, the same rows are the same rows.
+    named, packed = copy.deepcopy(d), copy.deepcopy(d)
+    fit(named, draws, validation=few, **OPTIONS)
+    fit(packed, d.pack(draws), validation=d.pack(few), **OPTIONS)
+    assert torch.equal(named.log_prob(d.pack(few)), packed.log_prob(d.pack(few)))
+
+
+def test_errors_are_those_of_the_fit():
+    x = slab()
+    x[:, 1] = 3.0
+    for marginals in (None, True):
+        with pytest.raises(ValueError, match=r"constant columns \[1\]"):
+            from_samples(x, marginals=marginals, **OPTIONS)
+    x[:, 1] = 2 * x[:, 2] - x[:, 0]
+    with pytest.raises(ValueError, match="linearly independent columns"):
+        from_samples(x, **OPTIONS)
+
+
+@pytest.mark.parametrize("far", [1e10, 1e30, 1e300])
+def test_one_wild_row_decides_nothing(far):
+    for make, wanted in ((slab, True), (ring, False)):
+        x = make()
+        x[7, 0] = far
+        assert isinstance(preferred_support(x, constraints.real_vector), Gaussianized) == wanted
+
+
+@pytest.mark.parametrize(
+    ("x", "options"),
+    [
+        (torch.rand(N, 2), {"support": circular}),
+        (list(torch.randn(N, 2).split(500)), {}),
+        (torch.randn(N, 2), {"pairs": torch.randn(N, 2)}),
+        (torch.randn(N, 2), {"base_samples": torch.randn(N, 2)}),
+    ],
+    ids=["angles", "batches", "pairs", "base samples"],
+)
+def test_where_it_cannot_be_asked_for(x, options):
+    with pytest.raises(ValueError, match="expected marginals=True beside a table"):
+        from_samples(x, marginals=True, **options, **OPTIONS)

@@ -1,0 +1,449 @@
+"""Iterables of batches in place of a table: checks, a first pass, held-out rows, resuming."""
+
+import itertools
+import math
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+    conditional_interpolant_transform,
+    fit,
+    from_samples,
+    interpolant_transform,
+)
+from pyro_interpolant.training.checkpoint import pack, unpack
+from pyro_interpolant.training.streaming import Stream, StreamBatches, is_stream, survey
+from pyro_interpolant.training.whitening import moments
+
+QUICK = {"progress": False, "seed": 0, "steps": 40, "tolerance": 0.1}
+
+
+def made(dim=2):
+    torch.manual_seed(7)
+    return InterpolantDistribution(interpolant_transform(dim, (12, 12)))
+
+
+def made_conditional():
+    torch.manual_seed(7)
+    return ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1, (12, 12)))
+
+
+def rows(count=600):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 2, generator=generator)
+    return torch.cat((x[:, :1] + 5, x[:, 1:] + x[:, :1] ** 2), -1)
+
+
+def weights_of(distribution):
+    return [p.detach().clone() for p in distribution.transform.parameters()]
+
+
+def same(a, b):
+    return all(map(torch.equal, weights_of(a), weights_of(b)))
+
+
+class Again:
+    """Batches from a function, anew each time; counts the passes and what was given."""
+
+    def __init__(self, function):
+        self.function, self.passes, self.given = function, 0, 0
+
+    def __iter__(self):
+        self.passes += 1
+        for batch in self.function(self.passes):
+            self.given += 1
+            yield batch
+
+
+@pytest.mark.parametrize(
+    ("data", "stream"),
+    [
+        (torch.ones(3, 2), False),
+        (torch.ones(3, 2).numpy(), False),
+        ([[1.0, 2.0], [3.0, 4.0]], False),
+        ({"a": torch.ones(3)}, False),
+        ("text", False),
+        ([torch.ones(3, 2)], True),
+        ([torch.ones(3, 2).numpy()], True),
+        ([(torch.ones(3, 2), torch.ones(3, 1))], True),
+        (DataLoader(torch.ones(3, 2)), True),
+        (Again(lambda _: []), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_an_iterable_of_batches(data, stream):
+    assert is_stream(data) == stream
+
+
+LOADERS = {
+    "list": lambda x: list(x.split(77)),
+    "arrays": lambda x: [part.numpy() for part in x.split(50)],
+    "loader": lambda x: DataLoader(TensorDataset(x), batch_size=100),
+    "shuffled": lambda x: DataLoader(x, batch_size=70, shuffle=True),
+    "iterable": lambda x: Again(lambda _: x.split(130)),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_run_on_batches_is_as_good_as_one_on_the_table(name):
+    x, held = rows(2600).split((2000, 600))  # with rows held out of each, losses differ by those
+    table, stream = made(), made()
+    options = {**QUICK, "steps": 250, "learning_rate": 5e-3, "validation": held, "tolerance": 1e-2}
+    expected = fit(table, x, batch_size=256, **options)
+    found = fit(stream, LOADERS[name](x), batch_size=256, **options)
+    assert found.validation_losses[-1] == pytest.approx(expected.validation_losses[-1], abs=0.06)
+    with torch.no_grad():
+        assert float((table.log_prob(x) - stream.log_prob(x)).mean()) == pytest.approx(0, abs=0.06)
+    torch.testing.assert_close(stream.transform.loc, x.mean(0), rtol=0, atol=0.1)
+
+
+def test_same_seed_same_weights_and_the_global_generator_is_left_alone():
+    found = []
+    for _ in range(2):
+        found.append(made())
+        torch.manual_seed(len(found))
+        state = torch.get_rng_state()
+        fit(found[-1], LOADERS["shuffled"](rows()), **QUICK)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert same(*found)
+
+
+def test_the_first_pass_finds_the_moments_of_all_rows_it_did_not_hold_out():
+    x = rows(1000)
+    stream = Stream(made(), made().transform, list(x.split(90)))
+    found = survey(stream, 0.1, whole=True)
+    assert torch.equal(found.held.w, x[:100])
+    assert torch.equal(found.sample.w, x[100:])
+    assert (found.total, found.size) == (900, 90)
+    distribution = made()
+    fit(distribution, list(x.split(90)), **QUICK)
+    torch.testing.assert_close(distribution.transform.loc, moments(x[100:]).loc)
+
+
+def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
+    monkeypatch.setattr("pyro_interpolant.training.streaming._SAMPLE", 400)
+    x = torch.arange(4000.0)[:, None].expand(-1, 2) + torch.rand(4000, 2)
+    found = survey(Stream(made(), made().transform, list(x.split(10))), 0.1, whole=True)
+    assert 100 <= len(found.sample.w) <= 200
+    assert float(found.sample.w.mean()) == pytest.approx(2000, rel=0.05)
+    assert len(found.held.w) == 400
+    assert found.total == 3600
+
+
+def test_without_moments_the_first_pass_reads_no_more_than_it_needs():
+    x = rows(600)
+    data = Again(lambda _: itertools.repeat(x[:100], 300))
+    assert survey(Stream(made(), made().transform, data), None, whole=False).total == math.inf
+    assert data.given == 1
+    survey(Stream(made(), made().transform, data), 0.5, whole=False)
+    assert data.given == 1 + math.ceil(8192 / 0.5 / 100)
+    distribution = made()
+    distribution.transform.precondition(x.mean(0), torch.eye(2))
+    before = distribution.transform.loc.clone()
+    fit(distribution, list(x.split(100)), whiten=False, validation=x[:50], **QUICK)
+    assert torch.equal(distribution.transform.loc, before)
+
+
+def test_weights_decay_by_the_number_of_training_rows(monkeypatch):
+    optimizer, found = torch.optim.AdamW, []
+
+    def noted(*args, **kwargs):
+        found.append(kwargs["weight_decay"])
+        return optimizer(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", noted)
+    x = rows(2000)
+    batches = list(x.split(100))
+    fit(made(), x, **QUICK)
+    fit(made(), batches, **QUICK)
+    fit(made(), x[:100], batch_size=50, **QUICK)
+    fit(made(), x, weight_decay=0.3, **QUICK)
+    # Nobody has counted these.
+    fit(made(), batches, whiten=False, validation=x[:50], **QUICK)
+    assert found == pytest.approx([(140 / 1800) ** 2, (140 / 1800) ** 2, 0.5, 0.3, 0.0])
+
+
+def test_rows_held_out_are_never_trained_on():
+    x = rows(500)
+    stream = Stream(made(), made().transform, LOADERS["shuffled"](x))
+    found = survey(stream, 0.2, whole=True)
+    held = {tuple(row) for row in found.held.w.tolist()}
+    batches = StreamBatches(stream, lambda r: r, 100, found.held.w, found.weight)
+    seen = [tuple(row) for _ in range(12) for row in batches.next().w.tolist()]
+    assert len(seen) == 12 * 64
+    assert not held & set(seen)
+    assert set(seen) | held == {tuple(row) for row in x.tolist()}
+    times = Counter(seen)
+    assert set(times.values()) == {1, 2}  # each once before any comes again
+    assert len(set(seen[:384])) == 384
+
+
+def test_batches_in_an_order_meet_all_times():
+    """A pass that is whole batches gives each row the same place: times go by the place."""
+    x = torch.arange(256.0).double()[:, None].expand(256, 2)
+    flow = made()
+    stream = Stream(flow, flow.transform, list(x.split(128)))
+    batches = StreamBatches(stream, lambda r: r, 128, None, 1.0)
+    places = [batches.next().w[:, 0].argmin() for _ in range(40)][::2]
+    assert len(set(map(int, places))) > 10
+
+
+def test_loaders_of_single_rows_give_batches():
+    loader = DataLoader(TensorDataset(rows(300)), shuffle=True)
+    steps = []
+    flow = made()
+    velocity = flow.transform.velocity
+    velocity.register_forward_hook(lambda _, given, __: steps.append(given[1].shape[:-1].numel()))
+    fit(flow, loader, **{**QUICK, "steps": 2})
+    assert min(steps) == 64
+
+
+def test_a_sampler_ahead_of_its_workers_is_no_place_to_resume_from():
+    class Sampler(list):
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    sampler, distribution = Sampler(range(600)), made()
+    for workers, owner in ((0, sampler), (1, None)):
+        loader = DataLoader(rows(), batch_size=60, sampler=sampler, num_workers=workers)
+        found = Stream(distribution, distribution.transform, loader).state_owner()
+        assert found is owner
+
+
+def test_rows_without_weight_are_absent():
+    x = rows(200)
+    bad = torch.full((100, 2), torch.nan)
+    parts = [
+        (x[:100], torch.ones(100)),
+        (bad, torch.zeros(100)),
+        (x[100:], torch.ones(100).bool()),
+    ]
+    flow = made()
+    fit(flow, parts, validation=x[:10], **QUICK)
+    torch.testing.assert_close(flow.transform.loc, x.mean(0))
+    with pytest.raises(ValueError, match="got an iterable with 0 rows"):
+        fit(made(), parts[1:2], **QUICK)
+
+
+def test_a_conditional_flow_learns_from_batches_with_contexts():
+    context = torch.rand(3000, 1)
+    x = 4 * context + 0.1 * torch.randn(3000, 2)
+    distribution = made_conditional()
+    loader = DataLoader(TensorDataset(x, context), batch_size=128, shuffle=True)
+    fit(distribution, loader, **{**QUICK, "steps": 300}, learning_rate=5e-3)
+    given = distribution.condition(torch.tensor([[0.2], [0.8]])).sample((300,)).mean(0)
+    torch.testing.assert_close(given.mean(-1), torch.tensor([0.8, 3.2]), rtol=0, atol=0.3)
+    held = (x[:100], context[:100])
+    fit(distribution, list(zip(x.split(50), context.split(50), strict=True)),
+        validation=held, **QUICK)  # fmt: skip
+
+
+def test_weights_come_as_the_last_part():
+    x = torch.cat((torch.randn(1000, 1) * 0.3 - 2, torch.randn(1000, 1) * 0.3 + 2))
+    weights = torch.cat((torch.ones(1000), 4 * torch.ones(1000)))
+    order = torch.randperm(2000)
+    loader = DataLoader(TensorDataset(x[order], weights[order]), batch_size=200)
+    distribution = InterpolantDistribution(interpolant_transform(1, (32, 32)))
+    fit(distribution, loader, **{**QUICK, "steps": 350}, learning_rate=5e-3)
+    share = float((distribution.sample((4000,)) > 0).double().mean())
+    assert share == pytest.approx(0.8, abs=0.06)
+    assert float(distribution.transform.loc) == pytest.approx(1.2, abs=0.1)
+
+
+def test_from_samples_takes_batches():
+    x = rows().float()
+    found = from_samples(LOADERS["shuffled"](x), seed=0, steps=5, progress=False)
+    assert found.sample((3,)).dtype == torch.float32
+    again = from_samples(LOADERS["shuffled"](x), seed=0, steps=5, progress=False)
+    assert same(found, again)
+    with pytest.raises(ValueError, match="used up after once"):
+        from_samples((part for part in x.split(9)), steps=5)
+    with pytest.raises(ValueError, match="an iterable without any"):
+        from_samples(Again(lambda _: []), steps=5)
+
+
+X = rows(100).double()
+
+
+class Single(Dataset):
+    """One row at a time, as datasets give them."""
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        if index >= 50:
+            raise IndexError
+        return X[index]
+
+
+def nan_at(place, value=math.nan):
+    parts = [part.clone() for part in X.split(20)]
+    parts[place][3] = value
+    return parts
+
+
+BAD = {
+    "generator": (lambda: (part for part in X.split(9)), ValueError, "a generator, .* used up"),
+    "iterator": (lambda: iter(X.split(9)), ValueError, "_iterator, which is used up"),
+    "shape": (lambda: [X, X[:, :1]], ValueError, r"in batch 1, .*\(N, 2\), got \(100, 1\)"),
+    "integers": (lambda: [X, X, X.long()], TypeError, "in batch 2, .*floating type"),
+    "nan": (lambda: nan_at(4), ValueError, "in batch 4, .*finite data.*being row 3"),
+    "inf": (lambda: nan_at(2, math.inf), ValueError, "in batch 2, .*finite data"),
+    "parts": (lambda: [(X, X, X)], ValueError, "in batch 0, .*expected rows, .*got 3 parts"),
+    "weights": (lambda: [(X, -X[:, 0])], ValueError, "in batch 0, .*non-negative weights"),
+    "dataset": (Single, ValueError, r"in batch 0, .*shape \(N, 2\), got \(2,\)"),
+    "empty": (lambda: Again(lambda _: []), ValueError, "an iterable with 0 rows"),
+    "text": (lambda: Again(lambda _: ["a"]), TypeError, "in batch 0, .*tensor or an array"),
+    "few": (lambda: [X[:2]], ValueError, "more rows than dimensions"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_batches_are_refused_and_named(name):
+    make, kind, message = BAD[name]
+    distribution = made()
+    before = {k: v.clone() for k, v in distribution.transform.state_dict().items()}
+    with pytest.raises(kind, match=f"(?s){message}"):
+        fit(distribution, make(), **QUICK)
+    after = distribution.transform.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_conditional_flow_wants_contexts_in_its_batches():
+    with pytest.raises(
+        ValueError, match=r"in batch 0, .*expected \(rows, contexts\).*got 1 parts"
+    ):
+        fit(made_conditional(), [X], **QUICK)
+
+
+@pytest.mark.parametrize("name", ["context", "pairs", "weights"])
+def test_what_belongs_to_rows_comes_in_the_batches(name):
+    with pytest.raises(ValueError, match=f"got {name} beside an iterable"):
+        fit(made(), [X], **{name: X}, **QUICK)
+
+
+def test_the_batch_size_of_a_stream_is_checked():
+    with pytest.raises(ValueError, match="batch_size >= 1, got 0"):
+        fit(made(), [X], batch_size=0, **QUICK)
+
+
+def test_a_batch_that_turns_bad_later_ends_the_run_with_the_best_weights():
+    def batches(number):
+        parts = rows(600).split(100)
+        return [*parts[:3], parts[3] * (math.nan if number > 4 else 1.0), *parts[4:]]
+
+    distribution, told = made(), []
+    before = weights_of(distribution)
+    with pytest.raises(ValueError, match="in batch 3, .*NaN"):
+        fit(distribution, Again(batches), callback=told.append, **{**QUICK, "steps": 100})
+    assert told
+    assert all(torch.isfinite(p).all() for p in weights_of(distribution))
+    assert not all(map(torch.equal, before, weights_of(distribution)))
+
+
+def test_an_iterable_that_is_used_up_all_the_same_is_an_error():
+    parts = iter(rows().split(100))
+    with pytest.raises(ValueError, match="got a pass without rows to train on"):
+        fit(made(), Again(lambda _: parts), **QUICK)
+
+
+# ---- resuming -----------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping(at):
+    def callback(state):
+        if state.step >= at:
+            raise Stop
+
+    return callback
+
+
+class Stateful:
+    """A loader with a generator of its own, which tells and takes its state."""
+
+    def __init__(self, x, size):
+        self.x, self.size = x, size
+        self.generator = torch.Generator().manual_seed(3)
+        self.order, self.place = None, 0
+
+    def __iter__(self):
+        if self.order is None:
+            self.order, self.place = torch.randperm(len(self.x), generator=self.generator), 0
+        while self.place < len(self.x):
+            self.place += self.size
+            yield self.x[self.order[self.place - self.size : self.place]]
+        self.order = None
+
+    def state_dict(self):
+        return {
+            "order": self.order,
+            "place": self.place,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state):
+        self.order, self.place = state["order"], state["place"]
+        self.generator.set_state(state["generator"])
+
+
+@pytest.mark.parametrize("every", [None, 1, 7])
+@pytest.mark.parametrize("kind", ["stateful", "list", "shuffled"])
+def test_a_run_on_batches_resumes_to_the_same_bits(kind, every, tmp_path):
+    def loader():
+        return Stateful(rows(), 70) if kind == "stateful" else LOADERS[kind](rows())
+
+    def run(distribution, **options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                return fit(distribution, loader(), **QUICK, **options)
+            finally:
+                told = [w for w in caught if "to the bit only if" in str(w.message)]
+                assert len(told) == ("checkpoint" in options and kind != "stateful")
+
+    whole, first, again = made(), made(), made()
+    expected = run(whole)
+    keep = {"checkpoint": tmp_path / "run", "checkpoint_every": every}
+    with pytest.raises(Stop):
+        run(first, callback=stopping(22), **keep)
+    torch.manual_seed(99)
+    result = run(again, **keep)
+    assert same(whole, again)
+    assert result.validation_losses == expected.validation_losses
+
+
+def test_the_state_of_a_sampler_is_found():
+    class Sampler(Stateful):
+        def __iter__(self):
+            yield from (int(i) for batch in super().__iter__() for i in batch)
+
+    sampler = Sampler(torch.arange(600), 1)
+    loader = DataLoader(rows(), batch_size=60, sampler=sampler)
+    assert Stream(made(), made().transform, loader).state_owner() is sampler
+    plain = DataLoader(rows(), batch_size=60, shuffle=True)
+    assert Stream(made(), made().transform, plain).state_owner() is None
+
+
+def test_states_are_packed_without_pickling():
+    state = {"a": [1, (2.5, None)], 3: {"b": torch.arange(4), "c": "text", "d": True}}
+    tensors = {}
+    packed = pack(state, tensors, "x")
+    found = unpack(packed, tensors)
+    assert torch.equal(found[3].pop("b"), state[3].pop("b"))
+    assert found == state
+    with pytest.raises(TypeError, match="numbers, text, tensors.*got a object in it"):
+        pack({"a": object()}, {}, "x")

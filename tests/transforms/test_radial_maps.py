@@ -1,0 +1,113 @@
+"""Radial maps: lengths, derivatives, far and near, and what they do where one scale is common."""
+
+import math
+
+import pytest
+import torch
+from pyro.distributions import constraints
+
+from pyro_interpolant import InterpolantDistribution, fit, interpolant_transform
+from pyro_interpolant.training.preprocessing import radial_transform
+from pyro_interpolant.training.whitening import moments
+from pyro_interpolant.transforms.gaussianize import Gaussianized
+
+
+def contrast(count, dim=5, spread=1.0):
+    """Rows of correlated columns with one scale in common."""
+    mix = torch.randn(dim, dim, generator=torch.Generator().manual_seed(5))
+    return 2 + torch.randn(count, dim) @ mix * (spread * torch.randn(count, 1)).exp()
+
+
+def lengths(x, like):
+    m = moments(like)
+    return ((x - m.loc) @ m.whitening.T).norm(dim=-1)
+
+
+@pytest.mark.parametrize("dim", [2, 5, 63])
+def test_lengths_come_half_way_to_normal_ones(dim):
+    x = contrast(20_000, dim)
+    u = radial_transform(x).inv(x)
+    levels = torch.tensor([0.01, 0.2, 0.5, 0.8, 0.99])
+    normal = torch.randn(200_000, dim).norm(dim=-1).quantile(levels).log()
+    before, after = lengths(x, x).quantile(levels).log(), u.norm(dim=-1).quantile(levels).log()
+    assert torch.allclose(after, 0.5 * (before + normal), atol=0.03)
+    white = (x - moments(x).loc) @ moments(x).whitening.T
+    assert torch.allclose(torch.nn.functional.cosine_similarity(u, white), torch.ones(()))
+
+
+def test_it_is_a_smooth_bijection_with_the_determinant_of_autograd():
+    x = contrast(5000)
+    chart = radial_transform(x)
+    some = torch.cat((x[:20], 50 * x[:5], chart.loc + 1e-6 * x[:5], chart.loc[None]))
+    u = chart.inv(some)
+    assert torch.allclose(chart(u), some, rtol=1e-9, atol=1e-12)
+    log_det = chart.log_abs_det_jacobian(u, some)
+    for i in range(len(some)):
+        there = torch.autograd.functional.jacobian(chart.inv, some[i])
+        back = torch.autograd.functional.jacobian(chart, u[i])
+        assert float(torch.linalg.slogdet(there).logabsdet) == pytest.approx(-float(log_det[i]))
+        assert torch.allclose(there @ back, torch.eye(5), atol=1e-7)
+    few = x[:3].clone().requires_grad_()
+    assert torch.autograd.gradcheck(chart.inv, few)
+    assert torch.autograd.gradcheck(lambda y: chart.log_abs_det_jacobian(y, y), few)
+    batched = torch.func.vmap(torch.func.jacrev(chart.inv))(x[:4])
+    assert torch.allclose(
+        torch.linalg.slogdet(batched).logabsdet, -chart.log_abs_det_jacobian(u[:4], x[:4])
+    )
+
+
+def test_shapes():
+    chart = radial_transform(contrast(1000))
+    for shape in ((5,), (0, 5), (4, 1, 5), (2, 3, 4, 5)):
+        u = torch.randn(shape)
+        assert chart(u).shape == chart.inv(u).shape == shape
+        assert chart.log_abs_det_jacobian(u, chart(u)).shape == shape[:-1]
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
+def test_float32_in_any_unit_however_far(unit):
+    x = contrast(5000)
+    exact, scaled = radial_transform(x), radial_transform(unit * x)
+    y = (unit * x).float()
+    assert torch.allclose(scaled.inv(y).double(), exact.inv(x), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(scaled(scaled.inv(y)), y, rtol=1e-3, atol=1e-3 * unit)
+    far = (unit * torch.cat((1e7 * x[:9], exact.loc[None]))).float().requires_grad_()
+    u = scaled.inv(far)
+    log_det = scaled.log_abs_det_jacobian(u, far)
+    slopes = torch.autograd.grad((log_det / unit).sum() + (u / unit).sum(), far)[0]
+    for part in (u, log_det, *([slopes] if unit == 1 else [])):  # else beyond float32 itself
+        assert torch.isfinite(part).all()
+
+
+NONE = {
+    "few": torch.randn(399, 3),
+    "one column": torch.randn(5000, 1),
+    "corners": torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]).repeat(200, 1),
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_none_where_lengths_do_not_differ_or_are_too_few(name):
+    assert radial_transform(NONE[name].double()) is None
+
+
+def test_float32_far_from_the_origin():
+    x = contrast(5000) + 1e5
+    chart = radial_transform(x)
+    assert torch.allclose(chart.inv(x.float()).double(), chart.inv(x.float().double()), atol=1e-5)
+
+
+def test_training_behind_it_learns_a_common_scale():
+    x = contrast(5000, 8, 1.5)
+    gains = []
+    for support in (
+        constraints.real_vector,
+        Gaussianized(constraints.real_vector, radial_transform(x[:4000])),
+    ):
+        torch.manual_seed(0)
+        d = InterpolantDistribution(interpolant_transform(8, (64, 64)), support=support)
+        fit(d, x[:4000], steps=200, learning_rate=5e-3, batch_size=256, seed=0, progress=False)
+        with torch.no_grad():
+            gains.append(float(d.log_prob(x[4000:]).mean()))
+    assert gains[1] > gains[0] + 0.3
+    assert math.isfinite(gains[0])
