@@ -244,7 +244,7 @@ def _paths(distribution: InterpolantDistribution, count: int, steps: int) -> tup
         x = distribution.base_dist.sample((count,))
         for part in chain[:here]:
             x = part(x)
-        x = transform.flow.from_white(transform.flow.integrate(x, path, forward=True))
+        x = transform.flow.whitening.from_white(transform.flow.integrate(x, path, forward=True))
         for part in chain[here + 1 :]:
             x = part(x)
     return path.times()[0].numpy(), x.cpu().numpy()
@@ -257,8 +257,8 @@ def _velocity(distribution: InterpolantDistribution, x: Tensor) -> Tensor:
     t = torch.tensor(transform.end).to(x)
     with torch.no_grad():
         u = distribution.to_flow(x)
-        w = flow.to_white(u)
-        v = evaluate(flow.velocity, t, w, transform.context) @ flow.linear.T
+        w = flow.whitening.to_white(u)
+        v = flow.whitening.push(evaluate(flow.velocity, t, w, transform.context))
         support = distribution.constraint
         if isinstance(support, Gaussianized):
             return torch.func.jvp(support.chart._call, (u,), (v,))[1]

@@ -65,7 +65,9 @@ def random_flow(
     kind = ConditionalInterpolantTransform if context_dim else InterpolantTransform
     transform = kind(velocity, **choices)
     lower = 0.3 * torch.randn(dim, dim).tril(-1)
-    transform.precondition(torch.randn(dim), lower + torch.diag(torch.linspace(0.7, 1.2, dim)))
+    transform.flow.whitening.set(
+        torch.randn(dim), lower + torch.diag(torch.linspace(0.7, 1.2, dim))
+    )
     return transform
 
 
@@ -79,7 +81,7 @@ def gaussian_prior(loc: Tensor, linear: Tensor) -> InterpolantDistribution:
     """Return the flow that is N(loc, L L^T) exactly: an untrained velocity is zero."""
     velocity = VelocityMLP(len(loc), (8, 8))
     transform = InterpolantTransform(velocity, solver=FixedGrid(1, "euler"))
-    transform.precondition(loc, linear)
+    transform.flow.whitening.set(loc, linear)
     return InterpolantDistribution(transform).freeze()
 
 
@@ -177,7 +179,7 @@ class OwnVelocity(nn.Module):
 def own_flow(dim: int, context_dim: int = 0, **choices: Any) -> Any:
     """Return a random flow of a user's own velocity, as :func:`random_flow`."""
     transform = random_flow(dim, context_dim=context_dim, **choices)
-    transform.velocity = OwnVelocity(dim, context_dim)
+    transform.flow.velocity = OwnVelocity(dim, context_dim)
     return transform
 
 

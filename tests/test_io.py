@@ -147,7 +147,7 @@ def test_conditional_flows(support, path):
     distribution = ConditionalInterpolantDistribution(
         random_flow(2, context_dim=3), support=support
     )
-    distribution.transform.velocity.precondition(torch.randn(50, 2), 9 * torch.randn(50, 3) + 4)
+    distribution.transform.velocity.set_scales(torch.randn(50, 2), 9 * torch.randn(50, 3) + 4)
     assert_same(distribution, round_trip(distribution, path), torch.randn(3))
 
 

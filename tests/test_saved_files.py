@@ -35,4 +35,4 @@ def test_what_was_learned_of_the_noise_is_kept():
     flow = load(DATA / "latent.safetensors")
     found = score(flow, 0.5, EXPECTED["latent.x"])
     torch.testing.assert_close(found, EXPECTED["latent.score"], rtol=0, atol=1e-11)
-    assert not flow.transform.independent
+    assert not flow.transform.flow.independent

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..distributions.bases import moved
 from ..distributions.interpolant import (
     AnyDistribution,
-    ConditionalInterpolantDistribution,
     InterpolantDistribution,
+    conditioned,
 )
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence
 from ..solvers.ode import Adaptive, FixedGrid, Solver
@@ -104,7 +104,7 @@ def log_prob_stderr(
             return probe.rows.new_zeros(probe.rows.shape[:-1])
         flow, path = probe.flow.flow, probe.flow._path()
         times, weights = (s.to(probe.rows) for s in path.times())
-        states = flow.integrate(flow.to_white(probe.rows), path, forward=False)
+        states = flow.integrate(flow.whitening.to_white(probe.rows), path, forward=False)
         rates = [
             divergence.samples(flow.velocity, t, s, path.context)
             for t, s in zip(times, states, strict=True)
@@ -183,15 +183,10 @@ class _Probe:
     """A flow in its own coordinates, with rows to measure on and any solver."""
 
     def __init__(self, distribution: AnyDistribution, x: Tensor, context: Tensor | None) -> None:
-        if isinstance(distribution, ConditionalInterpolantDistribution):
-            if context is None:
-                raise ValueError("expected the context of the rows, got none")
-            distribution = distribution.condition(context)
-        elif context is not None:
-            raise ValueError("expected no context: this distribution takes none")
-        self.rows = distribution.to_flow(x)
-        self.flow: Any = distribution.transform
-        self.base = distribution.base
+        view = conditioned(distribution, context)
+        self.rows = view.to_flow(x)
+        self.flow = view.transform
+        self.base = view.base
 
     def density(self, solver: Solver) -> Tensor:
         """Return log_prob in the flow's coordinates by another solver, float64, shape ``(N,)``."""
@@ -206,7 +201,7 @@ class _Probe:
         """Return the whitened distance between rows and their images, shape ``(N,)``."""
         flow = _using(self.flow, solver)
         again = flow._call(flow._inverse(self.rows))
-        return (flow.flow.to_white(again) - flow.flow.to_white(self.rows)).norm(dim=-1)
+        return flow.flow.whitening.unpush(again - self.rows).norm(dim=-1)
 
 
 def _using(flow: Any, solver: Solver) -> Any:

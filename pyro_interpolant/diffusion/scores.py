@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, broadcast_shapes, nn, where
 
 from ..distributions.interpolant import InterpolantDistribution
-from ..nn.mlp import VelocityMLP
 from ..nn.velocity import evaluate
 from ..transforms.gaussianize import Gaussianized, refuse_charts
 from .conversions import (
@@ -79,7 +78,7 @@ def _score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
         gamma = transform.interpolant.coefficients(time)[2][..., None]
         refuse(gamma.abs() <= tiny(w), time, "gamma is positive", INSTEAD)
         white = -conditional_mean(transform, noise, time, w) / gamma
-    return white @ transform.flow.whitening
+    return transform.flow.whitening.pull(white)
 
 
 def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
     interpolant, noise = transform.interpolant, transform.flow.noise
     v = conditional_mean(transform, transform.flow.velocity, time, w)
     if noise is None:
-        return transform.flow.from_white(velocity_to_denoiser(interpolant, time, w, v))
+        return transform.flow.whitening.from_white(velocity_to_denoiser(interpolant, time, w, v))
     # Any base: x and v less their noise are two equations for the means of x0 and x1.
     z = conditional_mean(transform, noise, time, w)
     a, b, g = (c[..., None] for c in interpolant.coefficients(time))
@@ -109,7 +108,9 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
     alone = (a.abs() <= tiny(w)) & (da.abs() <= tiny(w))  # without x0 the first suffices
     bottom = where(alone, b, a * db - da * b)
     refuse(bottom.abs() <= tiny(w), time, "the path depends on the data", "another")
-    return transform.flow.from_white(where(alone, state, a * slope - da * state) / bottom)
+    return transform.flow.whitening.from_white(
+        where(alone, state, a * slope - da * state) / bottom
+    )
 
 
 def transform_with_score(distribution: InterpolantDistribution) -> Any:
@@ -144,9 +145,6 @@ def transform_with_score(distribution: InterpolantDistribution) -> Any:
 
 def conditional_mean(transform: Any, network: nn.Module, t: Tensor, w: Tensor) -> Tensor:
     """Return what a network of the flow says at whitened states ``w``, shape ``(*, D)``."""
-    # The default network computes its time embedding once per distinct time it is given.
-    if isinstance(network, VelocityMLP):
-        return network(t, w, transform.context)
     return evaluate(network, t, w, transform.context)
 
 
@@ -155,6 +153,6 @@ def _prepared(
 ) -> tuple[Any, Tensor, Tensor]:
     """Return the transform, the times, and the whitened states with the batch of both."""
     transform = transform_with_score(distribution)
-    w = transform.flow.to_white(transform._checked(x))
+    w = transform.flow.whitening.to_white(transform._checked(x))
     times = checked_times(t, w)
     return transform, times, w.expand(*broadcast_shapes(times.shape, w.shape[:-1]), -1)

@@ -28,7 +28,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributions.constraints import is_trivial
 from ..distributions.interpolant import InterpolantDistribution
 from ..interpolants.linear import NEAR
 from .conversions import score_terms, tiny
@@ -136,8 +135,8 @@ class InterpolantSDE:
             t: The time, shape ``()``; 1 - t for paths that run backward.
             y: States, shape ``(B, D)``.
         """
-        w = self.flow.to_white(self.transform._checked(y))
-        return self.drift(self.terms(self._real(t, y)), w) @ self.flow.linear.T
+        w = self.flow.whitening.to_white(self.transform._checked(y))
+        return self.flow.whitening.push(self.drift(self.terms(self._real(t, y)), w))
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
         r"""Return the diffusion matrix :math:`\sqrt{2\epsilon}\, L`, shape ``(B, D, D)``.
@@ -147,7 +146,7 @@ class InterpolantSDE:
             y: States, shape ``(B, D)``.
         """
         scale = (2 * self.terms(self._real(t, y)).rate).sqrt()
-        return (scale * self.flow.linear).expand(*y.shape[:-1], -1, -1)
+        return (scale * self.flow.whitening.matrix()).expand(*y.shape[:-1], -1, -1)
 
     def terms(self, t: Tensor) -> Terms:
         """Return what depends on the flow's times alone, each of the shape of t."""
@@ -258,8 +257,8 @@ def sample_sde(
             if method == "heun":
                 slope = 0.5 * (slope + sde.drift(then, w + gap * slope + kick))
             w = w + gap * slope + kick
-        y = sde.flow.from_white(w)
-        return y if is_trivial(distribution.constraint) else distribution.transforms[-1](y)
+        y = sde.flow.whitening.from_white(w)
+        return y if distribution.space.is_real() else distribution.transforms[-1](y)
 
 
 def grid(sde: InterpolantSDE, steps: int) -> tuple[Terms, float]:
@@ -277,7 +276,7 @@ def grid(sde: InterpolantSDE, steps: int) -> tuple[Terms, float]:
 
 def whiten(sde: InterpolantSDE, distribution: InterpolantDistribution, x: Tensor) -> Tensor:
     """Return values, shape ``(*, *event_shape)``, in whitened coordinates, shape ``(*, D)``."""
-    return sde.flow.to_white(sde.transform._checked(distribution.to_flow(x)))
+    return sde.flow.whitening.to_white(sde.transform._checked(distribution.to_flow(x)))
 
 
 def _base_draws(distribution: InterpolantDistribution, shape: Sequence[int]) -> Tensor:
@@ -287,8 +286,7 @@ def _base_draws(distribution: InterpolantDistribution, shape: Sequence[int]) -> 
             f"expected rows x to start from: the base of {type(flow.interpolant).__name__} is the "
             "data, which this flow was not fitted to"
         )
-    x0 = distribution.base_dist.sample(torch.Size(shape))
-    return x0 if distribution.base is None else flow.to_white(x0)
+    return distribution.white_base().sample((*shape, *distribution.batch_shape))
 
 
 def check_determined(sde: InterpolantSDE, terms: Terms) -> None:
@@ -385,8 +383,8 @@ def sde_log_prob(
             work = ((start.guide + 4 * halfway.guide + stop.guide) * move).sum(-1) / 6
             total = total - work - half * (growth + 4 * _growth(sde, halfway) + last) / 3
             w, start, growth = w + move, stop, last
-        total = total + _base_log_prob(sde, distribution, w) - sde.flow.linear_log_det
-        if not is_trivial(distribution.constraint):
+        total = total + distribution.white_base().log_prob(w) - sde.flow.whitening.log_det
+        if not distribution.space.is_real():
             y = distribution.to_flow(x)
             total = total - distribution.transforms[-1].log_abs_det_jacobian(y, x)
         value = total.logsumexp(0) - math.log(paths)
@@ -432,12 +430,3 @@ def _growth(sde: InterpolantSDE, at: _Look) -> Tensor:
         multiple = -divergence(flow.noise, at.now.t, at.w, context)
     slope = multiple / at.now.divisor + (at.guide * at.score).sum(-1)
     return growth + (1 - at.kappa) * at.now.rate * slope
-
-
-def _base_log_prob(
-    sde: InterpolantSDE, distribution: InterpolantDistribution, w: Tensor
-) -> Tensor:
-    """Return the base's log-density of whitened states, shape ``(*)``."""
-    if distribution.base is None:
-        return distribution.base_dist.log_prob(w)
-    return distribution.base.log_prob(sde.flow.from_white(w)) + sde.flow.linear_log_det

@@ -5,6 +5,7 @@ A base need not have a density: with samples alone a flow still transports and i
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from ..interpolants.nonlinear import wrap
+from ..transforms.whitening import Whitening
 from .constraints import checked_rows
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Planar",
     "Samples",
     "UniformTorus",
+    "WhitenedBase",
     "checked_base",
     "directions",
     "in_planes",
@@ -134,10 +137,41 @@ class ExternalBase(dist.TorchDistribution):
         return inner if inner.batch_shape == self.batch_shape else inner.expand(self.batch_shape)
 
 
-def standard_normal(transform: Any) -> Any:
-    """Return N(0, I), event shape ``(D,)``, in the type and on the device of a flow."""
-    owner = getattr(transform, "flow", transform)
-    zero = torch.zeros_like(owner.loc)
+class WhitenedBase:
+    """A base in the coordinates that the velocity moves.
+
+    Args:
+        base: A distribution in data coordinates, or None for N(0, I) in whitened ones.
+        whitening: The map between both.
+    """
+
+    def __init__(self, base: Any, whitening: Whitening) -> None:
+        self.base, self.whitening = base, whitening
+
+    def sample(self, shape: Sequence[int]) -> Tensor:
+        """Return whitened draws without gradient, shape ``(*shape, D)``."""
+        like = self.whitening.loc
+        if self.base is None:
+            return torch.randn(*shape, len(like), dtype=like.dtype, device=like.device)
+        with torch.no_grad():
+            return self.to_white(self.base.sample(torch.Size(shape)))
+
+    def log_prob(self, w: Tensor) -> Tensor:
+        """Return the log-density, shape ``(*)``, of whitened states, shape ``(*, D)``."""
+        if self.base is None:
+            return standard_normal(w).log_prob(w)
+        return self.base.log_prob(self.whitening.from_white(w)) + self.whitening.log_det
+
+    def to_white(self, x0: Tensor) -> Tensor:
+        """Return draws of the base whitened, shape ``(*, D)``: those of N(0, I) as they are."""
+        if self.base is None:
+            return x0.to(self.whitening.loc)
+        return self.whitening.double_to_white(x0)
+
+
+def standard_normal(like: Tensor) -> Any:
+    """Return N(0, I), event shape ``(D,)``, in the type and on the device of ``(*, D)``."""
+    zero = torch.zeros_like(like[(0,) * (like.dim() - 1)])
     return dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
 
 

@@ -1,4 +1,4 @@
-r"""Supports other than all real vectors, reached by Pyro's own bijections."""
+r"""Constraints: angles, and events of any shape, beside Pyro's own; and rows of finite numbers."""
 
 import math
 from collections.abc import Sequence
@@ -10,30 +10,24 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 from torch.distributions.transforms import ComposeTransform, ReshapeTransform
 
-from ..interpolants.nonlinear import wrap
-from ..transforms.bijections import PerEvent, Remembered
-from ..transforms.gaussianize import Gaussianized, without_chart
+from ..transforms.bijections import Cached, PerEvent
 
 __all__ = [
+    "Circular",
     "Constraint",
     "OnEvents",
     "Shaped",
-    "Supported",
-    "Wrap",
     "bijection",
     "checked_rows",
     "circular",
-    "is_circular",
-    "is_trivial",
     "shaped",
-    "to_unconstrained",
 ]
 
 
 Constraint = constraints.Constraint
 
 
-class _Circular(Constraint):
+class Circular(Constraint):
     """Vectors of angles in [-pi, pi], where -pi and pi are one point."""
 
     event_dim = 1
@@ -47,21 +41,16 @@ class _Circular(Constraint):
         return "circular"
 
 
-circular = _Circular()
+circular = Circular()
 
 
-@biject_to.register(_Circular)
-@transform_to.register(_Circular)
-def _(constraint: _Circular) -> Transform:
+@biject_to.register(Circular)
+@transform_to.register(Circular)
+def _(constraint: Circular) -> Transform:
     raise NotImplementedError(
         "no smooth bijection maps real vectors to angles: for inference use base_space(model), "
         "which samples the flow's base instead"
     )
-
-
-def is_circular(support: Constraint) -> bool:
-    """Tell whether a support is :data:`circular`, or a copy of it."""
-    return isinstance(support, _Circular)
 
 
 def bijection(support: Constraint) -> Transform:
@@ -91,68 +80,6 @@ def bijection(support: Constraint) -> Transform:
             "independent(..., 1), stack or another constraint for which biject_to is bijective"
         )
     return transform
-
-
-def is_trivial(support: Constraint) -> bool:
-    """Tell whether a support is all real vectors, so that nothing has to be mapped."""
-    if isinstance(support, constraints.independent) and support.reinterpreted_batch_ndims == 1:
-        support = support.base_constraint
-    return isinstance(support, type(constraints.real))
-
-
-def to_unconstrained(value: Tensor, support: Constraint) -> Tensor:
-    """Return values on a support, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
-
-    Raises:
-        ValueError: If a value is outside the support, or on its edge, which maps to infinity.
-    """
-    if is_trivial(support):
-        return value
-    if is_circular(support):
-        return _checked_angles(value)
-    on_events = OnEvents(support)
-    inside = on_events.check(value)
-    if bool(inside.all()):
-        inside = on_events.reduced(_off_the_edge(support, value), value)
-    if bool(inside.all()):
-        real = bijection(support).inv(value)
-        inside = torch.isfinite(real).all(-1)
-        if bool(inside.all()):
-            return real
-    raise ValueError(
-        f"expected values strictly inside the support {support}, got {int((~inside).sum())} of "
-        f"{inside.numel()} rows outside it or on its edge, the first being row "
-        f"{int((~inside).reshape(-1).nonzero()[0])}: remove them, or choose the support that the "
-        "data have"
-    )
-
-
-def _checked_angles(value: Tensor) -> Tensor:
-    """Return angles, shape ``(*, D)``, if they are in range."""
-    inside = circular.check(value)
-    if bool(inside.all()):
-        return value
-    raise ValueError(
-        f"expected angles in [-pi, pi], in radians, got {int((~inside).sum())} of "
-        f"{inside.numel()} rows outside: take whole turns off, "
-        "torch.remainder(x + torch.pi, 2 * torch.pi) - torch.pi"
-    )
-
-
-def _off_the_edge(support: Constraint, value: Tensor) -> Tensor:
-    """Tell which elements are off the bounds, where bijections clamp instead of diverging."""
-    if isinstance(support, (constraints.independent, Gaussianized, Shaped)):
-        return _off_the_edge(support.base_constraint, value)
-    if isinstance(support, constraints.stack):
-        parts = zip(support.cseq, value.unbind(support.dim), strict=True)
-        return torch.stack([_off_the_edge(c, v) for c, v in parts], support.dim)
-    inside = torch.ones_like(value, dtype=torch.bool)
-    lower, upper = (getattr(support, f"{side}_bound", None) for side in ("lower", "upper"))
-    if isinstance(support, type(constraints.simplex)):
-        lower = 0.0
-    if lower is not None:
-        inside = inside & (value > lower)
-    return inside if upper is None else inside & (value < upper)
 
 
 class OnEvents(Constraint):
@@ -186,38 +113,12 @@ class OnEvents(Constraint):
 
 @biject_to.register(OnEvents)
 def _(constraint: OnEvents) -> Transform:
-    return Remembered(PerEvent(bijection(constraint.inner)))
+    return Cached(PerEvent(bijection(constraint.inner)))
 
 
 @transform_to.register(OnEvents)
 def _(constraint: OnEvents) -> Transform:
     return transform_to(constraint.inner)
-
-
-class Supported:
-    """What has a support, and real vectors for its values.
-
-    Attributes:
-        constraint: The support.
-    """
-
-    constraint: Constraint
-
-    def unconstrained(self, value: Tensor) -> Tensor:
-        """Return values, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
-
-        Raises:
-            ValueError: If a value is outside the support.
-        """
-        return to_unconstrained(value, without_chart(self.constraint))
-
-    def to_flow(self, value: Tensor) -> Tensor:
-        """Return values in the flow's coordinates: real vectors, behind the map if there is one.
-
-        Raises:
-            ValueError: If a value is outside the support.
-        """
-        return to_unconstrained(value, self.constraint)
 
 
 class Shaped(Constraint):
@@ -283,24 +184,6 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
             "whose events have a shape of their own"
         )
     return Shaped(support, shape)
-
-
-class Wrap(Transform):
-    """Map real vectors, shape ``(*, D)``, to angles in [-pi, pi); its volume factor is 1."""
-
-    domain = constraints.real_vector
-    codomain = circular
-    bijective = True  # of the torus: real vectors that differ by whole turns are one point there
-
-    def _call(self, x: Tensor) -> Tensor:
-        return wrap(x)
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return wrap(y)
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return zeros, shape ``(*)``, for vectors of shape ``(*, D)``."""
-        return x.new_zeros(x.shape[:-1])
 
 
 def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:

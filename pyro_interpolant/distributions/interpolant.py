@@ -1,9 +1,4 @@
-r"""Angles: flows on the flat torus :math:`(\mathbb R / 2\pi\mathbb Z)^D`, where -pi and pi meet.
-
-A velocity of period :math:`2\pi` in every coordinate moves real vectors so that whole turns stay
-whole turns: solved on the real line, without a seam, it is a flow on the torus. Where the base has
-period :math:`2\pi` too, so has the density.
-"""
+r"""The flow as a Pyro distribution: a learned prior or likelihood for ``pyro.sample``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,49 +7,60 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.conditional import ConditionalTransformedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from ..interpolants.linear import Interpolant
-from ..interpolants.nonlinear import Geodesic
-from ..nn.mlp import TorusMLP, VelocityMLP
-from ..transforms.bijections import PerEvent, Remembered, Whiten
+from ..transforms.bijections import Whiten
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .bases import UniformTorus, checked_base, moved, standard_normal
-from .constraints import (
-    Constraint,
-    OnEvents,
-    Supported,
-    Wrap,
-    bijection,
-    circular,
-    is_circular,
-    is_trivial,
-    shaped,
-)
+from .bases import WhitenedBase, checked_base, moved, standard_normal
+from .constraints import Constraint, shaped
+from .supports import HasSupport, support_of
 
-__all__ = ["ConditionalInterpolantDistribution", "InterpolantDistribution", "check_torus"]
+__all__ = [
+    "AnyDistribution",
+    "ConditionalInterpolantDistribution",
+    "InterpolantDistribution",
+    "conditioned",
+]
 
 
-def check_torus(interpolant: Interpolant, velocity: nn.Module, linear: Tensor) -> None:
-    """Raise a ValueError unless parts, the map of shape ``(D, D)``, make a flow on the torus."""
-    if not isinstance(interpolant, Geodesic):
-        raise ValueError(
-            f"expected the interpolant Geodesic() for angles, got {type(interpolant).__name__}"
+class _FlowDistribution(HasSupport):
+    """What both kinds are made of: a transform, a base and a support.
+
+    Attributes:
+        transform: The flow.
+        base: The base in data coordinates, or None for N(0, I) in whitened ones.
+    """
+
+    transform: Any
+    base: Any
+
+    def _set_parts(self, transform: Any, base: Any, constraint: Constraint) -> None:
+        self.transform, self.constraint = transform, constraint
+        self.space = support_of(constraint)
+        self.base = self.space.default_base(transform.flow) if base is None else base
+
+    def _own_base(self) -> Any:
+        """Return the distribution of the flow's input, of event shape ``(D,)``."""
+        flow = self.transform.flow
+        return (
+            standard_normal(flow.loc)
+            if self.base is None
+            else checked_base(self.base, flow.event_dim)
         )
-    if isinstance(velocity, VelocityMLP) and not isinstance(velocity, TorusMLP):
-        raise ValueError(
-            "expected a velocity of period 2 pi in every angle, such as TorusMLP, got "
-            f"{type(velocity).__name__}"
-        )
-    if not torch.equal(linear, torch.eye(len(linear)).to(linear)):
-        raise ValueError(
-            "expected no whitening map for angles, whose scale is that of the circle: leave "
-            "transform.precondition alone"
-        )
+
+    def _chain(self) -> list[Transform]:
+        """Return the transforms from the base to the support."""
+        flow = self.transform.flow
+        first = [] if self.base is None else [Whiten(flow.whitening)]
+        return [*first, self.transform, *self.space.transforms(flow)]
+
+    def white_base(self) -> WhitenedBase:
+        """Return the base in the coordinates that the velocity moves."""
+        return WhitenedBase(self.base, self.transform.flow.whitening)
 
 
-class InterpolantDistribution(Supported, dist.TransformedDistribution):
+class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
     r"""A distribution learned by a stochastic interpolant.
 
     ``x ~ InterpolantDistribution(transform)`` has event shape ``(D,)``, or that of the support.
@@ -106,25 +112,14 @@ class InterpolantDistribution(Supported, dist.TransformedDistribution):
             raise TypeError(
                 f"expected an InterpolantTransform, got {type(transform).__name__}{hint}"
             )
-        support = shaped(support, event_shape)
-        base = _default_base(transform, base, support)
-        self.transform = transform
-        self.base = base
-        self.constraint = support
-        super().__init__(
-            standard_normal(transform) if base is None else checked_base(base, transform.flow.dim),
-            _chain(transform, base, support),
-            validate_args=validate_args,
-        )
+        self._set_parts(transform, base, shaped(support, event_shape))
+        super().__init__(self._own_base(), self._chain(), validate_args=validate_args)
         self.has_rsample = self.base_dist.has_rsample
 
     @property
     def support(self) -> Constraint:
         """The support of one event."""
-        if is_circular(self.constraint):
-            return circular
-        trivial = is_trivial(self.constraint)
-        return constraints.real_vector if trivial else OnEvents(self.constraint)
+        return self.space.shown()
 
     @property
     def base_dist(self) -> Any:
@@ -132,7 +127,7 @@ class InterpolantDistribution(Supported, dist.TransformedDistribution):
         base = self.__dict__["base_dist"]
         loc = self.transform.flow.loc
         if self.base is None and (base.mean.dtype != loc.dtype or base.mean.device != loc.device):
-            base = standard_normal(self.transform).expand(base.batch_shape)
+            base = standard_normal(loc).expand(base.batch_shape)
             self.__dict__["base_dist"] = base
         return base
 
@@ -196,11 +191,15 @@ class InterpolantDistribution(Supported, dist.TransformedDistribution):
         """Fix all weights, so that no inference trains them, and return self."""
         return _freeze(self)
 
+    def without_support(self) -> "InterpolantDistribution":
+        """Return the distribution of the flow's own coordinates: real vectors."""
+        return InterpolantDistribution(self.transform, self.base)
+
     def set_base(self, base: TorchDistributionMixin) -> None:
         """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
         self.base = base
-        self.base_dist = checked_base(base, self.transform.flow.dim).expand(self.batch_shape)
-        self.transforms = _chain(self.transform, base, self.constraint)
+        self.base_dist = self._own_base().expand(self.batch_shape)
+        self.transforms = self._chain()
         self.has_rsample = base.has_rsample
         self.clear_cache()
 
@@ -221,7 +220,7 @@ class InterpolantDistribution(Supported, dist.TransformedDistribution):
         )
 
 
-class ConditionalInterpolantDistribution(Supported, ConditionalTransformedDistribution):
+class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransformedDistribution):
     """A learned conditional distribution: ``condition(context)`` gives an ordinary one.
 
     Args:
@@ -253,18 +252,9 @@ class ConditionalInterpolantDistribution(Supported, ConditionalTransformedDistri
             raise TypeError(
                 f"expected a ConditionalInterpolantTransform, got {type(transform).__name__}"
             )
-        support = shaped(support, event_shape)
-        base = _default_base(transform, base, support)
-        if is_circular(support):
-            check_torus(transform.interpolant, transform.velocity, transform.linear)
-        else:
-            bijection(support)
-        if base is not None:
-            checked_base(base, transform.dim)
-        self.transform = transform
-        self.base = base
-        self.constraint = support
-        super().__init__(standard_normal(transform) if base is None else base, [transform])
+        self._set_parts(transform, base, shaped(support, event_shape))
+        self.space.transforms(transform.flow)
+        super().__init__(self._own_base(), [transform])
 
     def condition(self, context: Tensor) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``: batch shape ``(*)``.
@@ -279,51 +269,44 @@ class ConditionalInterpolantDistribution(Supported, ConditionalTransformedDistri
         """Fix all weights, so that no inference trains them, and return self."""
         return _freeze(self)
 
+    def without_support(self) -> "ConditionalInterpolantDistribution":
+        """Return the distribution of the flow's own coordinates: real vectors."""
+        return ConditionalInterpolantDistribution(self.transform, self.base)
+
     def set_base(self, base: TorchDistributionMixin) -> None:
         """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
-        self.base = self.base_dist = checked_base(base, self.transform.dim)
+        self.base = base
+        self.base_dist = self._own_base()
 
     def to(self, *args: Any, **kwargs: Any) -> "ConditionalInterpolantDistribution":
         """Move weights, buffers and base to a type or device, in place; return self."""
         self.transform.to(*args, **kwargs)
         if self.base is not None:
-            self.base = moved(self.base, self.transform.loc)
+            self.base = moved(self.base, self.transform.flow.loc)
         return self
 
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
 
 
-def _default_base(transform: Any, base: Any, support: Constraint) -> Any:
-    """Return the base; on the torus, where there is no normal one, by default the uniform one."""
-    if base is not None or not is_circular(support):
-        return base
-    owner = getattr(transform, "flow", transform)
-    return UniformTorus(owner.dim).to(owner.loc)
+def conditioned(distribution: AnyDistribution, context: Tensor | None) -> InterpolantDistribution:
+    """Return a distribution itself, or given its context, shape ``(*, C)``, if it needs one.
 
-
-def _chain(transform: InterpolantTransform, base: Any, support: Constraint) -> list[Transform]:
-    chain: list[Transform] = [transform] if base is None else [Whiten(transform.flow), transform]
-    if is_trivial(support):
-        return chain
-    if is_circular(support):
-        flow = transform.flow
-        check_torus(flow.interpolant, flow.velocity, flow.linear)
-        return [*chain, Remembered(Wrap())]
-    bijective = bijection(support)
-    try:
-        bijective(torch.zeros_like(transform.flow.loc))
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        raise ValueError(
-            f"expected a support of {transform.flow.dim} unconstrained dimensions, the flow's, "
-            f"got {support}"
-        ) from error
-    return [*chain, Remembered(PerEvent(bijective))]
+    Raises:
+        ValueError: If a context is missing, or given to a distribution that takes none.
+    """
+    if isinstance(distribution, ConditionalInterpolantDistribution):
+        if context is None:
+            raise ValueError("expected a context for a conditional flow, got none")
+        return distribution.condition(context)
+    if context is not None:
+        raise ValueError("expected no context: this distribution takes none")
+    return distribution
 
 
 def _freeze(distribution: Any) -> Any:
-    owner = getattr(distribution.transform, "flow", distribution.transform)
-    owner.requires_grad_(requires_grad=False).eval()
+    transform = distribution.transform.eval()
+    transform.flow.requires_grad_(requires_grad=False).eval()  # of a view, no part of it
     if isinstance(distribution.base, InterpolantDistribution):
         distribution.base.freeze()
     distribution.clear_cache()

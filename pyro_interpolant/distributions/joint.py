@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from ..transforms.interpolant import InterpolantTransform
-from .constraints import Constraint, bijection, checked_rows, to_unconstrained
+from .constraints import Constraint, bijection, checked_rows
 from .interpolant import InterpolantDistribution
+from .supports import BijectiveSupport
 
 __all__ = ["JointInterpolantDistribution", "pack", "sites_of"]
 
@@ -45,8 +46,10 @@ class JointInterpolantDistribution(InterpolantDistribution):
     ) -> None:
         self.sites = {k: (torch.Size(shape), support) for k, (shape, support) in sites.items()}
         size = sum(_real_shape(*site).numel() for site in self.sites.values())
-        if size != transform.flow.dim:
-            raise ValueError(f"expected a flow of dimension {size}, got {transform.flow.dim}")
+        if size != transform.flow.event_dim:
+            raise ValueError(
+                f"expected a flow of dimension {size}, got {transform.flow.event_dim}"
+            )
         super().__init__(transform, base, support=support, validate_args=validate_args)
 
     def sample_sites(self, name: str) -> dict[str, Tensor]:
@@ -128,7 +131,7 @@ def pack(sites: Mapping[str, tuple[torch.Size, Constraint]], draws: Mapping[str,
                 f"expected site {name!r} of shape (*, {', '.join(map(str, shape))}), got {got}"
             )
         try:
-            real = to_unconstrained(value, support)
+            real = BijectiveSupport(support).unconstrained(value)
         except ValueError as error:
             raise ValueError(f"site {name!r}: {error}") from error
         parts.append(real.reshape(*value.shape[:batch], -1))

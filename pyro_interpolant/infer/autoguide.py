@@ -128,12 +128,12 @@ class AutoInterpolant(AutoContinuous):
             hidden = (128, 128, 128)
         velocity = VelocityMLP(self.latent_dim, hidden).to(loc)
         transform = InterpolantTransform(velocity, **self._choices)  # type: ignore[arg-type]
-        transform.precondition(loc, self._init_scale * torch.eye(len(loc)).to(loc))
+        transform.flow.whitening.set(loc, self._init_scale * torch.eye(len(loc)).to(loc))
         self.transform = transform
 
     def get_base_dist(self) -> Any:
         """Return N(0, I), of event shape ``(D,)``."""
-        return standard_normal(self.transform)
+        return standard_normal(self.transform.flow.loc)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> InterpolantTransform:
         """Return the flow; it does not depend on the arguments of the model."""
@@ -201,7 +201,7 @@ class AutoInterpolant(AutoContinuous):
             **kwargs: Ignored.
         """
         engine = torch.quasirandom.SobolEngine(self.latent_dim, scramble=True, seed=0)
-        loc = self.transform.loc
+        loc = self.transform.flow.loc
         uniform = engine.draw(_POINTS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
         z = self.transform(torch.special.ndtri(uniform).to(loc))
         levels = torch.as_tensor(quantiles, dtype=z.dtype, device=z.device)
@@ -235,7 +235,8 @@ class AutoInterpolant(AutoContinuous):
         if list(ours.items()) != list(theirs.items()):
             raise ValueError(f"expected a guide of the sites {ours}, got one of {theirs}")
         z = other.get_posterior(*args, **kwargs).sample((_POINTS,))
-        self.transform.precondition(*moments(z))
+        m = moments(z)
+        self.transform.flow.whitening.set(m.loc, m.linear)
         return self
 
     def attach(self, model: Callable[..., Any]) -> "AutoInterpolant":
@@ -366,10 +367,10 @@ def fit_guide(
         known = density = log_joint(guide, *args, **kwargs)
         training = _on_the_model(guide, density, left, seed)
     else:
-        rows = pack_sites(guide, samples).to(guide.transform.loc)
+        rows = pack_sites(guide, samples).to(guide.transform.flow.loc)
         known = _density(guide, args, kwargs)
         training = fit(InterpolantDistribution(guide.transform), rows, **left(_ON_SAMPLES))
-    with seeded(None if seed is None else seed + 1, guide.transform.loc.device):
+    with seeded(None if seed is None else seed + 1, guide.transform.flow.loc.device):
         numbers = _judged(guide, known)
     if not math.isnan(numbers[1]):
         warn_if_poor(numbers[0], numbers[5])
@@ -383,7 +384,7 @@ def _on_the_model(
     seed: int | None,
 ) -> Any:
     """Train from the model alone, and return what that did."""
-    with seeded(seed, guide.transform.loc.device):
+    with seeded(seed, guide.transform.flow.loc.device):
         prior = prior_draws(density, _PRIOR)
     settings = {"start": prior, **left(_ON_THE_MODEL)}
     return train_from_density(InterpolantDistribution(guide.transform), density, **settings)

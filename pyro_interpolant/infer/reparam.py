@@ -16,17 +16,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from ..distributions.bases import Planar, directions, in_planes
-from ..distributions.constraints import is_circular
 from ..distributions.interpolant import InterpolantDistribution
 from ..solvers.ode import FixedGrid
 from .autoguide import AutoInterpolant
 from .sites import bare_model, unpack_sites
 
 __all__ = ["Neutra", "base_space", "neutra"]
-
-
-_TYPICAL = 2**0.5  # the root mean square of a radius
 
 
 def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,8 +78,8 @@ class _BaseSpaceMessenger(Messenger):
     def _sampled(
         name: str, flow: InterpolantDistribution, wrappers: list[Any], value: Tensor | None
     ) -> Tensor:
-        circular = is_circular(flow.constraint)
-        base = Planar(flow.base_dist) if circular else flow.base_dist
+        space = flow.space
+        base = space.sampled_base(flow.base_dist)
         for wrapper in reversed(wrappers):
             if isinstance(wrapper, dist.MaskedDistribution):
                 base = base.mask(wrapper._mask)
@@ -96,10 +91,10 @@ class _BaseSpaceMessenger(Messenger):
             with torch.no_grad():
                 for transform in reversed(flow.transforms):
                     value = transform.inv(value)
-                value = in_planes(value, _TYPICAL) if circular else value
+                value = space.to_sampled(value)
             with InitMessenger(init_to_value(values={f"{name}_base": value})):
                 z = pyro.sample(f"{name}_base", base)
-        z = directions(z) if circular else z
+        z = space.from_sampled(z)
         for transform in flow.transforms:
             z = transform(z)
         return z

@@ -2,7 +2,8 @@ r"""The default velocity: a multilayer perceptron with an exact, cheap divergenc
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,14 @@ from .._torch import is_watched
 __all__ = ["TorusMLP", "VelocityMLP"]
 
 
-_EMBEDDING = 64
-_FEW = 8  # dimensions: up to here a deeper network, which sees finer times
-_MANY = 32  # dimensions: beyond, wider layers
-_ELEMENTS = 2**17  # of the largest intermediate: memory that is given back is slow to come by
+_EMBEDDING_WIDTH = 64
+_DEEP_UP_TO = 8  # dimensions: a deeper network, which sees finer times
+_WIDE_ABOVE = 32  # dimensions: wider layers
+_CHUNK_ELEMENTS = (
+    2**17
+)  # of the largest intermediate: memory that is given back is slow to come by
 _MARGIN = 2.0  # how far beyond the farthest training row the velocity is left alone
-_BASE = 5.0  # standard deviations that draws of N(0, I) hardly leave
+_BASE_REACH = 5.0  # standard deviations that draws of N(0, I) hardly leave
 
 
 class Modulation(NamedTuple):
@@ -77,6 +80,9 @@ class VelocityMLP(nn.Module):
         (torch.Size([10, 3]), torch.Size([10]))
     """
 
+    broadcasts_time = True
+    is_periodic = False
+
     reach: Tensor
     context_loc: Tensor
     context_scale: Tensor
@@ -86,8 +92,8 @@ class VelocityMLP(nn.Module):
     ) -> None:
         super().__init__()
         if hidden_dims is None:
-            wide = (256, 256) if event_dim <= _MANY else (512, 512)
-            hidden_dims = (128, 128, 128) if event_dim <= _FEW else wide
+            wide = (256, 256) if event_dim <= _WIDE_ABOVE else (512, 512)
+            hidden_dims = (128, 128, 128) if event_dim <= _DEEP_UP_TO else wide
         self.event_dim = event_dim
         self.hidden_dims = tuple(hidden_dims)
         self.context_dim = context_dim
@@ -102,10 +108,10 @@ class VelocityMLP(nn.Module):
         )
         self.output = nn.Linear(widths[-1], event_dim, bias=False)
         # High frequencies cost quadrature nodes in many dimensions (BSDS300: 37 against 17).
-        self.frequencies = 8 if event_dim <= _FEW else 4
-        self.embedding = nn.Linear(2 * self.frequencies + context_dim, _EMBEDDING)
-        self.shifts = nn.Linear(_EMBEDDING, sum(self.hidden_dims) + event_dim)
-        self.scales = nn.Linear(_EMBEDDING, sum(self.hidden_dims))
+        self.frequencies = 8 if event_dim <= _DEEP_UP_TO else 4
+        self.embedding = nn.Linear(2 * self.frequencies + context_dim, _EMBEDDING_WIDTH)
+        self.shifts = nn.Linear(_EMBEDDING_WIDTH, sum(self.hidden_dims) + event_dim)
+        self.scales = nn.Linear(_EMBEDDING_WIDTH, sum(self.hidden_dims))
         nn.init.ones_(self.scales.bias)
         out = self.shifts.weight[-event_dim:], self.shifts.bias[-event_dim:]
         for part in (self.output.weight, *out, self.scales.weight):
@@ -114,25 +120,36 @@ class VelocityMLP(nn.Module):
         self.register_buffer("context_loc", torch.zeros(context_dim))
         self.register_buffer("context_scale", torch.ones(context_dim))
 
-    def precondition(self, w: Tensor, context: Tensor | None = None) -> None:
-        """Set the gate's reach and the scale of the context from training rows.
+    def set_scales(self, w: Tensor, context: Tensor | None = None) -> None:
+        """Set the gate's reach, and location and scale of the context, from training rows.
 
         Args:
             w: Whitened rows, shape ``(N, D)``.
             context: Their contexts, shape ``(N, C)``, or None.
         """
         # Draws of the base and of the path between must be well inside too.
-        self.reach.copy_(_MARGIN * torch.stack((-w.amin(0), w.amax(0))).clamp(min=_BASE))
+        self.reach.copy_(_MARGIN * torch.stack((-w.amin(0), w.amax(0))).clamp(min=_BASE_REACH))
         if context is not None:
             context = context.double()
             scale = context.std(0, correction=0)
             self.context_loc.copy_(context.mean(0))
             self.context_scale.copy_(torch.where(scale > 0, scale, 1.0))
 
+    def is_untrained(self) -> bool:
+        """Return whether the last layer is zero, as it starts."""
+        return not bool(self.output.weight.any())
+
+    def untrained_copy(self) -> "VelocityMLP":
+        """Return an untrained network of the same shape and scales."""
+        new = VelocityMLP(*self.arguments()).to(self.reach)
+        for name, value in self.named_buffers():
+            new.get_buffer(name).copy_(value)
+        return new
+
     def rows_at_once(self) -> int:
         """Return how many rows a divergence is best asked for at once, without gradients."""
         deep = self.event_dim if len(self.hidden_dims) > 2 else 1
-        return max(32, _ELEMENTS // (deep * max(self.hidden_dims)))
+        return max(32, _CHUNK_ELEMENTS // (deep * max(self.hidden_dims)))
 
     def arguments(self) -> tuple[int, tuple[int, ...], int]:
         """Return what the constructor was given: ``event_dim, hidden_dims, context_dim``."""
@@ -160,12 +177,9 @@ class VelocityMLP(nn.Module):
             times: Times, shape ``(T,)``.
             context: Contexts, broadcastable to ``(*, C)``, or None.
         """
-        # Modulations of every row for all times would be large.
-        if self._is_overridden("forward") or (context is not None and context.dim() > 1):
-            return [lambda x, t=t: self(t, x, context) for t in times.unbind()]  # type: ignore[misc]
-        inverses = self.reach.reciprocal().unbind()
+        inverses = self._inverse_reach()
         return [
-            lambda x, m=m: self._velocity(x, m, inverses)  # type: ignore[misc]
+            partial(self._velocity, modulation=m, inverses=inverses)
             for m in self._modulation(times, context).unbind()
         ]
 
@@ -193,17 +207,16 @@ class VelocityMLP(nn.Module):
             times: Times, shape ``(T,)``.
             context: One context, shape ``(C,)``, or contexts broadcastable to ``(*, C)``, or None.
         """
-        overridden = self._is_overridden("forward_and_divergence")
-        if overridden or (context is not None and context.dim() > 1):
-            return [
-                lambda x, t=t: self.forward_and_divergence(t, x, context)[1]  # type: ignore[misc]
-                for t in times.unbind()
-            ]
         trace = self._tracer()
         return [
-            lambda x, m=m: self._both(x, m, trace)[1]  # type: ignore[misc]
+            partial(self._divergence, modulation=m, trace=trace)
             for m in self._modulation(times, context).unbind()
         ]
+
+    def _divergence(
+        self, x: Tensor, modulation: Modulation, trace: Callable[[list[Tensor]], Tensor]
+    ) -> Tensor:
+        return self._both(x, modulation, trace)[1]
 
     def _both(
         self, x: Tensor, modulation: Modulation, trace: Callable[[list[Tensor]], Tensor]
@@ -215,9 +228,6 @@ class VelocityMLP(nn.Module):
         # div(g u) = g div u + u . grad g, where grad_i g = -g^5 y_i^3 / R_i
         along = (y * y * y * inverse * u).sum(-1)
         return g[..., None] * u, g * trace(slopes) - g**5 * along
-
-    def _is_overridden(self, name: str) -> bool:
-        return getattr(type(self), name) is not getattr(VelocityMLP, name)
 
     def _modulation(self, t: Tensor, context: Tensor | None) -> Modulation:
         features = self._features(t)
@@ -242,7 +252,9 @@ class VelocityMLP(nn.Module):
         angle = math.pi * t[..., None] * (k + 1)
         return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
-    def _velocity(self, x: Tensor, modulation: Modulation, inverses: Any = None) -> Tensor:
+    def _velocity(
+        self, x: Tensor, modulation: Modulation, inverses: Sequence[Tensor] | None = None
+    ) -> Tensor:
         return self._gate(x, inverses)[-1][..., None] * self._ungated(x, modulation)
 
     def _ungated(self, x: Tensor, modulation: Modulation) -> Tensor:
@@ -264,9 +276,15 @@ class VelocityMLP(nn.Module):
         w = self.hidden_dims
         return len(w) > 2 and i > 0 and w[i] == w[i - 1]
 
-    def _gate(self, x: Tensor, inverses: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    def _inverse_reach(self) -> Sequence[Tensor]:
+        """Return ``1 / R`` below and above zero, shape ``(D,)`` each."""
+        return self.reach.reciprocal().unbind()
+
+    def _gate(
+        self, x: Tensor, inverses: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``y_i = x_i / R_i`` and ``1 / R_i``, shape ``(*, D)``, and the gate, ``(*)``."""
-        below, above = inverses or self.reach.reciprocal()
+        below, above = inverses or self._inverse_reach()
         inverse = torch.where(x < 0, below, above)
         y = x * inverse
         return y, inverse, torch.rsqrt(1 + y.square().square().sum(-1)).sqrt()
@@ -343,15 +361,17 @@ class TorusMLP(VelocityMLP):
         (True, torch.Size([10]))
     """
 
+    is_periodic = True
+
     def __init__(
         self, event_dim: int, hidden_dims: Sequence[int] | None = None, context_dim: int = 0
     ) -> None:
         super().__init__(event_dim, hidden_dims, context_dim)
         self.layers[0] = nn.Linear(2 * _HARMONICS * event_dim, self.hidden_dims[0], bias=False)
 
-    def precondition(self, w: Tensor, context: Tensor | None = None) -> None:
+    def set_scales(self, w: Tensor, context: Tensor | None = None) -> None:
         """Set the scale of contexts, shape ``(N, C)``, of angles, ``(N, D)``; there is no gate."""
-        super().precondition(w, context)
+        super().set_scales(w, context)
         self.reach.fill_(math.inf)
 
     def forward_and_divergence(
@@ -379,7 +399,9 @@ class TorusMLP(VelocityMLP):
         velocity = nn.functional.linear(hidden, self.output.weight) + modulation.shifts[-1]
         return velocity, self._deep_trace(slopes, into)
 
-    def _velocity(self, x: Tensor, modulation: Modulation, inverses: Any = None) -> Tensor:
+    def _velocity(
+        self, x: Tensor, modulation: Modulation, inverses: Sequence[Tensor] | None = None
+    ) -> Tensor:
         return self._ungated(_circles(x), modulation)
 
 

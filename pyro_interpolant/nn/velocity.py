@@ -1,41 +1,59 @@
-r"""The divergence :math:`\nabla\cdot v_t(x)` of a velocity, exact or by fixed random probes.
+r"""The velocity's protocol: what a network :math:`v_t(x \mid c)` must offer, and what it may.
 
-A velocity is any ``nn.Module`` with ``forward(t, x, context=None)``. One that offers
-``forward_and_divergence(t, x, context=None)`` is asked for its own exact divergence; any other
-goes through forward-mode differentiation, which survives ``grad``, Hessians, ``vmap`` and tracing.
+A velocity is any ``nn.Module`` with ``forward(t, x, context=None)``, from times ``(*)``, states
+``(*, D)`` and contexts ``(*, C)`` to rates ``(*, D)``, which treats rows independently. What else
+it offers is used where it is there:
+
+- ``event_dim``, ``context_dim``: D and C.
+- ``broadcasts_time``: True if times may have any shape that broadcasts to ``(*)``, so that their
+  embedding is computed once per distinct time.
+- ``field(times, context)``: one function ``x -> v`` per time, what they share computed once.
+- ``forward_and_divergence(t, x, context)``: the velocity and its exact divergence, ``(*)``.
+- ``divergence_field(times, context)``: one function ``x -> divergence`` per time.
+- ``rows_at_once()``: how many rows a divergence is best asked for at once, without gradients.
+- ``set_scales(w, context)``: called with whitened training rows before training; and
+  ``is_untrained()``, whether it has to be called again for weights that are kept.
+- ``untrained_copy()``: a network of the same shape and scales, to learn the latent noise.
+- ``is_periodic``: whether it has period :math:`2\pi` in every coordinate.
+- ``arguments()``: what its constructor takes, for files; only for networks of this package.
+
+This module alone asks for these.
 """
+
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
-__all__ = ["check_velocity", "evaluate", "expanded"]
+__all__ = [
+    "Field",
+    "StateFunction",
+    "check_velocity",
+    "divergence_field",
+    "evaluate",
+    "exact_divergence",
+    "expanded",
+    "field",
+    "may_be_periodic",
+    "rows_at_once",
+    "set_scales",
+    "size_of",
+    "untrained_copy",
+]
 
+_ROWS_AT_ONCE = 512  # of networks that do not say
 
-def evaluate(velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-    """Evaluate any velocity, giving it times and contexts of the full batch shape.
-
-    Args:
-        velocity: A module with ``forward(t, x)`` or ``forward(t, x, context)``.
-        t: Times, broadcastable to ``(*)``.
-        x: States, shape ``(*, D)``.
-        context: Contexts, broadcastable to ``(*, C)``, or None.
-
-    Returns:
-        The velocity, shape ``(*, D)``.
-    """
-    t, *rest = expanded(t, x, context)
-    return velocity(t, x, *rest)
-
-
-def expanded(t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-    """Return the time, and the context if there is one, of the full batch shape of x."""
-    t = t.expand(x.shape[:-1])
-    if context is None:
-        return (t,)
-    return t, context.expand(x.shape[:-1] + context.shape[-1:])
+StateFunction = Callable[[Tensor], Tensor]
+Field = Callable[[Tensor], Sequence[StateFunction]]  # from T times to T functions x -> v
 
 
 def check_velocity(velocity: nn.Module) -> None:
-    """Raise an error unless a velocity is a module that treats rows independently."""
+    """Raise an error unless a velocity is a module that treats rows independently.
+
+    Raises:
+        TypeError: If it is not a module, or a Pyro module with random weights.
+        ValueError: If it couples rows, as batch normalisation does.
+    """
     if not isinstance(velocity, nn.Module):
         raise TypeError(
             "expected the velocity to be a torch.nn.Module with forward(t, x, context=None), got "
@@ -52,3 +70,104 @@ def check_velocity(velocity: nn.Module) -> None:
                 "expected a velocity with fixed weights, got a PyroModule with PyroSample "
                 "weights, which would be drawn anew at every stage of the solver"
             )
+
+
+def size_of(velocity: nn.Module, name: str) -> int | None:
+    """Return ``event_dim`` or ``context_dim`` of a velocity, None where it does not say."""
+    size = getattr(velocity, name, None)
+    return size if isinstance(size, int) else None
+
+
+def evaluate(velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """Evaluate a velocity, giving it times and contexts of the batch shape it wants.
+
+    Args:
+        velocity: A module with ``forward(t, x)`` or ``forward(t, x, context)``.
+        t: Times, broadcastable to ``(*)``.
+        x: States, shape ``(*, D)``.
+        context: Contexts, broadcastable to ``(*, C)``, or None.
+
+    Returns:
+        The velocity, shape ``(*, D)``.
+    """
+    if getattr(velocity, "broadcasts_time", False):
+        return velocity(t, x, context)
+    t, *rest = expanded(t, x, context)
+    return velocity(t, x, *rest)
+
+
+def expanded(t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the time, and the context if there is one, of the full batch shape of x."""
+    t = t.expand(x.shape[:-1])
+    if context is None:
+        return (t,)
+    return t, context.expand(x.shape[:-1] + context.shape[-1:])
+
+
+def field(velocity: nn.Module, times: Tensor, context: Tensor | None) -> Sequence[StateFunction]:
+    """Return one function ``x -> v`` per time of ``times``, shape ``(T,)``."""
+    if _is_shared(context) and _offers(velocity, "field", "forward"):
+        return velocity.field(times, context)  # type: ignore[operator]
+    return [partial(evaluate, velocity, t, context=context) for t in times.unbind()]
+
+
+def exact_divergence(velocity: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Return a velocity's own ``forward_and_divergence``, or None."""
+    return getattr(velocity, "forward_and_divergence", None)
+
+
+def divergence_field(
+    velocity: nn.Module, times: Tensor, context: Tensor | None
+) -> Sequence[StateFunction] | None:
+    """Return one function ``x -> divergence`` per time, or None where a velocity has none."""
+    if not _is_shared(context):
+        return None
+    if not _offers(velocity, "divergence_field", "forward_and_divergence"):
+        return None
+    return velocity.divergence_field(times, context)  # type: ignore[operator]
+
+
+def rows_at_once(velocity: nn.Module) -> int:
+    """Return how many rows a divergence is best asked for at once, without gradients."""
+    own = getattr(velocity, "rows_at_once", None)
+    return _ROWS_AT_ONCE if own is None else own()
+
+
+def set_scales(
+    velocity: nn.Module, w: Tensor, context: Tensor | None, *, if_trained: bool = True
+) -> None:
+    """Let a velocity set its scales from whitened rows and their contexts, if it has any.
+
+    Args:
+        velocity: The network.
+        w: Whitened rows, shape ``(N, D)``.
+        context: Their contexts, shape ``(N, C)``, or None.
+        if_trained: Whether to do so for a network that is trained already.
+    """
+    own = getattr(velocity, "set_scales", None)
+    if own is not None and (if_trained or velocity.is_untrained()):  # type: ignore[operator]
+        own(w, context)
+
+
+def untrained_copy(velocity: nn.Module) -> nn.Module | None:
+    """Return an untrained network of the same shape and scales, or None where it makes none."""
+    own = getattr(velocity, "untrained_copy", None)
+    return None if own is None else own()
+
+
+def may_be_periodic(velocity: nn.Module) -> bool:
+    r"""Return False where a velocity says that it has no period of :math:`2\pi`."""
+    return getattr(velocity, "is_periodic", True)
+
+
+def _is_shared(context: Tensor | None) -> bool:
+    """Whether all rows share one context: those of every row for all times would be large."""
+    return context is None or context.dim() == 1
+
+
+def _offers(velocity: nn.Module, name: str, original: str) -> bool:
+    """Whether a velocity has a method, and no later class replaced the one it stands for."""
+    own, replaced = (
+        next((c for c in type(velocity).__mro__ if n in vars(c)), None) for n in (name, original)
+    )
+    return own is not None and (replaced is None or issubclass(own, replaced))

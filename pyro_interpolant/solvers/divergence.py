@@ -7,7 +7,7 @@ goes through forward-mode differentiation, which survives ``grad``, Hessians, ``
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
 
-from ..nn.velocity import expanded
+from ..nn.velocity import divergence_field, exact_divergence, expanded
 
 __all__ = ["Divergence", "ExactDivergence", "HutchinsonDivergence"]
 
@@ -52,7 +52,7 @@ class ExactDivergence:
         self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None
     ) -> Tensor:
         """Return the exact divergence, shape ``(*)``, at ``x``, shape ``(*, D)``."""
-        own = getattr(velocity, "forward_and_divergence", None)
+        own = exact_divergence(velocity)
         if own is not None:
             return own(t, x, context)[1]
         basis = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
@@ -62,10 +62,10 @@ class ExactDivergence:
         self, velocity: nn.Module, times: Tensor, context: Tensor | None
     ) -> Sequence[Callable[[Tensor], Tensor]]:
         """Return one function ``x -> divergence`` per time of ``times``, shape ``(T,)``."""
-        own = getattr(velocity, "divergence_field", None)
+        own = divergence_field(velocity, times, context)
         if own is not None:
-            return own(times, context)
-        return [lambda x, t=t: self(velocity, t, x, context) for t in times.unbind()]  # type: ignore[misc]
+            return own
+        return [partial(self, velocity, t, context=context) for t in times.unbind()]
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from .._torch import is_transformed, recomputed
+from ..nn.velocity import Field
 from .quadrature import clenshaw_curtis, integration_matrix
 
-__all__ = ["Adaptive", "Field", "FixedGrid", "RandomGrid", "Solver", "is_alone", "through_nodes"]
+__all__ = ["Adaptive", "FixedGrid", "RandomGrid", "Solver", "is_alone", "through_nodes"]
 
-
-Field = Callable[[Tensor], Sequence[Callable[[Tensor], Tensor]]]
 
 # Explicit Runge-Kutta methods: stage times c, stage matrix a (rows), weights b.
 _TABLEAUS: dict[

@@ -2,8 +2,8 @@ r"""Training: a quadratic regression on the interpolant. No ODE is solved, none 
 
 ``fitting`` has ``fit`` and ``from_samples`` and reads as the story: check the ``data`` (a table,
 or a ``streaming`` one), hold some out, set the ``whitening``, minimise the ``objective`` in the
-``loop``, with a ``checkpoint`` to resume from, alone or ``distributed``. ``batches`` are rows and
-which of them come next; ``preprocessing`` is what may be done to data before: dequantisation, and
+``loop`` by steps of ``optimization``, with a ``checkpoint`` to resume from, alone or
+``distributed``. ``rows`` are rows in memory; ``preprocessing`` is what may be done to data before: dequantisation, and
 the choice of a Gaussianizing map.
 """
 
@@ -14,6 +14,7 @@ from .._lazy import attach
 if TYPE_CHECKING:
     from .fitting import *
     from .loop import *
+    from .optimization import *
     from .objective import *
     from .preprocessing import *
 
@@ -21,7 +22,8 @@ __all__, __getattr__, __dir__ = attach(
     __name__,
     {
         "fitting": ["FitResult", "fit", "from_samples"],
-        "loop": ["NonFiniteError", "TrainingState"],
+        "loop": ["TrainingState"],
+        "optimization": ["NonFiniteError"],
         "objective": ["interpolant_loss"],
         "preprocessing": ["dequantize"],
     },

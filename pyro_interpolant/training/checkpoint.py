@@ -1,47 +1,138 @@
-r"""Files a long run resumes from: tensors and numbers, complete or not there at all."""
+r"""Checkpoints: the state of a run in a file, complete or not there at all, to resume from."""
 
 import contextlib
 import json
 import os
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import io
+from .._torch import warn_user
+
 __all__ = [
-    "Keeper",
-    "Snapshot",
+    "Checkpoint",
     "check_place",
     "checksum",
-    "named",
-    "opened",
-    "pack",
-    "read",
-    "unpack",
+    "from_json",
+    "open_checkpoint",
+    "stable_name",
+    "to_json",
     "warn_inexact",
-    "write",
 ]
 
+StrPath = str | os.PathLike[str]
 
 _KEY = "pyro_interpolant_snapshot"
 
 
-class Snapshot(NamedTuple):
-    """The state of a run.
+class Checkpoint:
+    """A file that holds the state of one run, and the state before it under ``.previous``.
+
+    A damaged file is passed over with a warning, and the one before it is used; the former then
+    goes by ``.damaged`` at its name, so that it never takes the place of the latter.
+
+    Args:
+        path: The file.
+        every: After how many steps it is written, or None: with each look at the held-out loss.
 
     Attributes:
-        tensors: By name, of any shapes.
-        numbers: What JSON holds.
+        identity: What tells this run from another.
+        initial: The state of the generator before anything was drawn, shape ``(S,)``.
+        tensors: What was kept, to resume from, by name and of any shapes; None of a new run.
+        numbers: The rest of it, what JSON holds.
+
+    Raises:
+        ValueError: If files are there and all are damaged.
     """
 
-    tensors: dict[str, Tensor]
-    numbers: dict[str, Any]
+    def __init__(self, path: StrPath, every: int | None = None) -> None:
+        self.path, self.every = Path(path), every
+        self.identity: list[Any] = []
+        self.initial = torch.get_rng_state()
+        self.tensors: dict[str, Tensor] | None = None
+        self.numbers: dict[str, Any] = {}
+        self._read()
+
+    @property
+    def previous(self) -> Path:
+        """The file of the state before."""
+        return self.path.with_name(f"{self.path.name}.previous")
+
+    def write(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Write a state; the one before it stays beside it.
+
+        Args:
+            tensors: Tensors by name, of any shapes.
+            numbers: Numbers and text by name.
+
+        Raises:
+            OSError: If the file cannot be written; what was there is then untouched.
+        """
+        tensors = {**tensors, "initial": self.initial}
+        kept = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+        numbers = {**numbers, "identity": self.identity, "names": list(kept)}
+        text = json.dumps(numbers, default=_plain_number)
+        text = json.dumps({"checksum": checksum(kept.values(), text), "numbers": text})
+        scratch = self.path.with_name(f".{self.path.name}.partial")  # killed runs leave no heap
+        io.write(self.path, kept, {_KEY: text}, scratch=scratch, previous=self.previous)
+
+    def _read(self) -> None:
+        damage = []
+        for candidate in (self.path, self.previous):
+            if not candidate.exists():
+                continue
+            try:
+                self.tensors, self.numbers = _read_state(candidate)
+            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                damage.append(f"{candidate} ({error})")
+                warn_user(f"the snapshot {candidate} is damaged: passed over")
+                continue
+            if damage:
+                with contextlib.suppress(FileNotFoundError):  # another process was first
+                    os.replace(self.path, self.path.with_name(f"{self.path.name}.damaged"))
+            return
+        if damage:
+            raise ValueError(
+                f"expected a snapshot to resume from, got damaged files: {'; '.join(damage)}. "
+                "Delete them to start anew"
+            )
+
+
+def open_checkpoint(
+    path: StrPath | None, every: int | None, identity: Callable[[], list[Any]]
+) -> Checkpoint | None:
+    """Return the checkpoint of a run, the generator being where the run began; None for no path.
+
+    Raises:
+        ValueError: If the file is of another run, or all files are damaged.
+    """
+    if path is None:
+        return None
+    checkpoint = Checkpoint(path, every)
+    checkpoint.identity = identity()
+    if checkpoint.tensors is not None:
+        if checkpoint.numbers["identity"] != checkpoint.identity:
+            raise ValueError(
+                f"expected {path} to be of this run, got the state of one with other data, "
+                "another network or other settings: delete it, or pass another file"
+            )
+        checkpoint.initial = checkpoint.tensors["initial"]
+        torch.set_rng_state(checkpoint.initial)
+    return checkpoint
+
+
+def check_place(path: str | os.PathLike[str] | None, every: int | None) -> None:
+    """Raise a ValueError if no state can be kept there, or so often."""
+    if every is not None and every < 1:
+        raise ValueError(f"expected checkpoint_every >= 1, got {every}")
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise ValueError(f"expected a checkpoint, a file in a folder that is there, got {path}")
 
 
 def checksum(tensors: Iterable[Tensor | None], text: str = "") -> int:
@@ -54,84 +145,26 @@ def checksum(tensors: Iterable[Tensor | None], text: str = "") -> int:
     return value
 
 
-def write(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], numbers: dict[str, Any]
-) -> None:
-    """Write a snapshot; the one before it stays beside it, with ``.previous`` at its name.
-
-    Raises:
-        OSError: If the file cannot be written; what was there is then untouched.
-    """
-    path = Path(path)
-    kept = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-    text = json.dumps({**numbers, "names": list(kept)}, default=_plain)
-    text = json.dumps({"checksum": checksum(kept.values(), text), "numbers": text})
-    scratch = path.with_name(f".{path.name}.partial")  # one name: killed runs leave no heap
-    try:
-        save_file(kept, scratch, metadata={_KEY: text})
-        with open(scratch, "rb") as written:
-            os.fsync(written.fileno())
-        if path.exists():
-            os.replace(path, _previous(path))
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+def stable_name(value: Any) -> str:
+    """Return a text that tells a value from others, and is the same in another process."""
+    with contextlib.suppress(NotImplementedError):  # distributions without named parameters
+        text = repr(value)
+        if " at 0x" not in text:
+            return text
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
-def read(path: str | os.PathLike[str]) -> Snapshot | None:
-    """Return the last complete snapshot, or None where there is none.
-
-    A damaged file is passed over with a warning, and the one before it is used; the former then
-    goes by ``.damaged`` at its name, so that it never takes the place of the latter.
-
-    Raises:
-        ValueError: If files are there and all are damaged.
-    """
-    path, damage = Path(path), []
-    for candidate in (path, _previous(path)):
-        if candidate.exists():
-            try:
-                found = _read(candidate)
-            except (SafetensorError, ValueError, KeyError, TypeError) as error:
-                damage.append(f"{candidate} ({error})")
-                warnings.warn(f"the snapshot {candidate} is damaged: passed over", stacklevel=3)
-                continue
-            if damage:
-                with contextlib.suppress(FileNotFoundError):  # another process was first
-                    os.replace(path, path.with_name(f"{path.name}.damaged"))
-            return found
-    if damage:
-        raise ValueError(
-            f"expected a snapshot to resume from, got damaged files: {'; '.join(damage)}. Delete "
-            "them to start anew"
-        )
-    return None
+def warn_inexact() -> None:
+    """Warn that batches of a stream cannot be gone on with from the very place."""
+    warn_user(
+        "the iterable and its sampler have no state_dict and load_state_dict, or workers that "
+        "read ahead of it, or are several processes' own: a resumed run reads forward to where it "
+        "was, and ends in the same weights to the bit only if the batches come again in the same "
+        "order"
+    )
 
 
-def _read(path: Path) -> Snapshot:
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()[_KEY])
-        numbers = json.loads(header["numbers"])
-        # In the order of writing: the checksum runs over it.
-        tensors = {name: file.get_tensor(name) for name in numbers["names"]}
-    if checksum(tensors.values(), header["numbers"]) != header["checksum"]:
-        raise ValueError("its checksum is wrong")
-    return Snapshot(tensors, numbers)
-
-
-def _plain(value: Any) -> Any:
-    """Return a number of numpy's or torch's as one of Python's."""
-    if getattr(value, "ndim", None) == 0:
-        return value.item()
-    raise TypeError(f"expected numbers and text, got a {type(value).__name__}")
-
-
-def _previous(path: Path) -> Path:
-    return path.with_name(f"{path.name}.previous")
-
-
-def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+def to_json(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     """Return nested data as JSON holds it, the tensors in it put under their place's name.
 
     Raises:
@@ -141,13 +174,13 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
         tensors[name] = value
         return {"tensor": name}
     if getattr(value, "ndim", None) == 0:
-        return _plain(value)
+        return _plain_number(value)
     if isinstance(value, Mapping):
-        parts = [[k, pack(v, tensors, f"{name}.{i}")] for i, (k, v) in enumerate(value.items())]
+        parts = [[k, to_json(v, tensors, f"{name}.{i}")] for i, (k, v) in enumerate(value.items())]
         return {"dict": parts}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [pack(v, tensors, f"{name}.{i}") for i, v in enumerate(value)]}
+        return {kind: [to_json(v, tensors, f"{name}.{i}") for i, v in enumerate(value)]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(
@@ -156,82 +189,32 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     )
 
 
-def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the nested data that :func:`pack` packed."""
+def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the nested data that :func:`to_json` wrote."""
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()
     if kind == "tensor":
         return tensors[inner]
     if kind == "dict":
-        return {k: unpack(v, tensors) for k, v in inner}
-    parts = [unpack(v, tensors) for v in inner]
+        return {k: from_json(v, tensors) for k, v in inner}
+    parts = [from_json(v, tensors) for v in inner]
     return tuple(parts) if kind == "tuple" else parts
 
 
-class Keeper(NamedTuple):
-    """Where a run keeps its state.
-
-    Attributes:
-        path: The file.
-        every: After how many steps, or None: at each look.
-        identity: What tells this run from another.
-        initial: The state of the generator before anything was drawn, shape ``(S,)``.
-        snapshot: What to resume from, or None.
-    """
-
-    path: str | os.PathLike[str]
-    every: int | None
-    identity: list[Any]
-    initial: Tensor
-    snapshot: Snapshot | None
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[_KEY])
+        numbers = json.loads(header["numbers"])
+        # In the order of writing: the checksum runs over it.
+        tensors = {name: file.get_tensor(name) for name in numbers["names"]}
+    if checksum(tensors.values(), header["numbers"]) != header["checksum"]:
+        raise ValueError("its checksum is wrong")
+    return tensors, numbers
 
 
-def check_place(path: str | os.PathLike[str] | None, every: int | None) -> None:
-    """Raise a ValueError if no state can be kept there, or so often."""
-    if every is not None and every < 1:
-        raise ValueError(f"expected checkpoint_every >= 1, got {every}")
-    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise ValueError(f"expected a checkpoint, a file in a folder that is there, got {path}")
-
-
-def named(value: Any) -> str:
-    """Return a text that tells a value from others, and is the same in another process."""
-    with contextlib.suppress(NotImplementedError):  # distributions without named parameters
-        text = repr(value)
-        if " at 0x" not in text:
-            return text
-    return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def opened(
-    path: str | os.PathLike[str] | None, every: int | None, identity: Callable[[], list[Any]]
-) -> Keeper | None:
-    """Return where a run is kept, the generator being where the run began; None for nowhere.
-
-    Raises:
-        ValueError: If the file is of another run.
-    """
-    if path is None:
-        return None
-    initial, snapshot, own = torch.get_rng_state(), read(path), identity()
-    if snapshot is not None:
-        if snapshot.numbers["identity"] != own:
-            raise ValueError(
-                f"expected {path} to be of this run, got the state of one with other data, "
-                "another network or other settings: delete it, or pass another file"
-            )
-        initial = snapshot.tensors["initial"]
-        torch.set_rng_state(initial)
-    return Keeper(path, every, own, initial, snapshot)
-
-
-def warn_inexact() -> None:
-    """Warn that batches of a stream cannot be gone on with from the very place."""
-    warnings.warn(
-        "the iterable and its sampler have no state_dict and load_state_dict, or workers that "
-        "read ahead of it, or are several processes' own: a resumed run reads forward to where it "
-        "was, and ends in the same weights to the bit only if the batches come again in the same "
-        "order",
-        stacklevel=3,
-    )
+def _plain_number(value: Any) -> Any:
+    """Return a number of numpy's or torch's as one of Python's."""
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise TypeError(f"expected numbers and text, got a {type(value).__name__}")

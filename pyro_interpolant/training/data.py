@@ -1,157 +1,284 @@
-r"""What is done before training: checks with clear errors, and the choice of a map."""
+r"""Tables: rows in memory, checked with clear errors, held out and given out in batches."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..distributions.bases import Samples
-from ..distributions.constraints import (
-    bijection,
-    checked_rows,
-    is_circular,
-)
-from ..distributions.interpolant import (
-    AnyDistribution,
-    ConditionalInterpolantDistribution,
-)
+from ..distributions.constraints import checked_rows
+from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
-from ..interpolants.linear import Mirror
+from ..nn.velocity import size_of
 from ..transforms.flow import Flow
-from .batches import Rows
+from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
+from .checkpoint import checksum
+from .distributed import Process
+from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
+from .rows import Rows, search_weights
 
 __all__ = [
-    "check_partners",
-    "checked_batch",
-    "checked_context",
-    "checked_data",
+    "Split",
+    "Table",
+    "TableBatches",
     "checked_weights",
-    "collected",
-    "given_rows",
-    "own_flow",
-    "present",
-    "set_base",
+    "drop_zero_weights",
+    "held_out_rows",
+    "rows_of",
+    "trainable_flow",
 ]
 
-_BATCH = 1024
+_DEFAULT_BATCH_ROWS = 1024
+_MOST_BATCHES = 8  # whose points are evaluated at once
+_MOST_VALUES = 2**20  # of rows and contexts in them
 
 
-def own_flow(distribution: AnyDistribution) -> Flow:
-    """Return the flow a distribution owns, or say why it cannot be trained."""
+class Split(NamedTuple):
+    """Rows to train on and rows held out, in the flow's coordinates.
+
+    Attributes:
+        held: The rows held out.
+        kept: The others, or, of a stream, a sample of them.
+        total: The number of the others, of rows that weigh as much; infinite where nobody counted
+            a stream.
+        size: Rows per batch and coupling.
+        mean_weight: The mean weight of a row of a stream.
+    """
+
+    held: Rows
+    kept: Rows
+    total: float
+    size: int
+    mean_weight: float = 1.0
+
+
+class Table:
+    """A table of rows with what belongs to each, in the flow's coordinates.
+
+    Args:
+        distribution: What is trained.
+        data: Rows, shape ``(N, *event_shape)``, or named draws.
+        validation: The share held out, or rows of the user's own, with contexts or without; None
+            to hold out nothing.
+        context: Contexts, shape ``(N, C)``, for a conditional flow.
+        pairs: The partner of each row at the base, shape ``(N, D)``.
+        weights: Non-negative weights, shape ``(N,)``.
+
+    Attributes:
+        rows: All rows; those held out come last where the user gave them.
+        checksum: What tells this table from another.
+        exact: Whether a resumed run goes on from the very row.
+
+    Raises:
+        TypeError: If something is of a wrong type.
+        ValueError: If something cannot work.
+    """
+
+    exact = True
+
+    def __init__(
+        self,
+        distribution: AnyDistribution,
+        data: Any,
+        validation: Any,
+        *,
+        context: Any = None,
+        pairs: Any = None,
+        weights: Any = None,
+    ) -> None:
+        data, context, pairs, weights = drop_zero_weights(weights, data, context, pairs)
+        found = rows_of(distribution, data, context)
+        warn_if_rounded(found.w)
+        count, size = found.w.shape
+        if pairs is not None:
+            pairs = checked_rows(pairs, "pairs", (size,))
+            if len(pairs) != count:
+                raise ValueError(
+                    f"expected one partner per row of data, {count}, got {len(pairs)}"
+                )
+        found = found._replace(partner=pairs, weight=checked_weights(weights, count))
+        self.share = validation if isinstance(validation, float) else None
+        if self.share is not None:
+            self.held = max(1, round(self.share * count))
+        else:
+            given = None if validation is None else held_out_rows(distribution, validation)
+            self.held = 0 if given is None else len(given.w)
+            if given is not None:
+                found = _with_given(found, given)
+        self.rows = found.to(distribution.transform.flow.loc.device)
+        self.checksum = checksum(self.rows)
+
+    def split(self, process: Process, batch_size: int | None, *, whole: bool = True) -> Split:
+        """Split off the rows held out, drawing from the global generator.
+
+        Args:
+            process: This process, or one of several that share each batch.
+            batch_size: Rows per step and process, or None for the default.
+            whole: Unused: all rows are there.
+
+        Raises:
+            ValueError: If the batch size is below 1 or above the number of training rows.
+        """
+        available = (len(self.rows.w) - self.held) // process.world
+        if batch_size is not None and not 1 <= batch_size <= available:
+            raise ValueError(
+                f"expected batch_size between 1 and the {available} training rows, got "
+                f"{batch_size}"
+            )
+        size = max(1, min(_DEFAULT_BATCH_ROWS, available)) if batch_size is None else batch_size
+        held, kept = self.rows.split(self.held, shuffle=self.share is not None)
+        return Split(held, kept, kept.effective(), process.world * size)
+
+    def batches(self, split: Split, objective: Objective) -> "TableBatches":
+        """Return the points of batches of the training rows, without end."""
+        return TableBatches(objective.whitened(split.kept), split.size, objective)
+
+
+class TableBatches:
+    """Batches of a table's rows without end, as the points at which a step evaluates its loss.
+
+    Each row comes once before any comes again; with weights, rows are drawn in their proportion.
+    The paths of several steps are evaluated at once where nothing that a step changes bears on
+    them: one batch of few dimensions takes as long as eight.
+
+    Args:
+        rows: All training rows, whitened.
+        size: Rows per batch, at most their number.
+        objective: What draws times, base draws and noise, and evaluates paths.
+
+    Attributes:
+        order: The present order of the rows, shape ``(N,)``.
+        position: Where in it the next batch starts.
+    """
+
+    def __init__(self, rows: Rows, size: int, objective: Objective) -> None:
+        self.rows, self.size, self.objective = rows, size, objective
+        values = size * sum(part.shape[-1] for part in rows[:2] if part is not None)
+        most = max(1, min(_MOST_BATCHES, _MOST_VALUES // values))
+        self.at_once = most if objective.is_free() else 1
+        self.ends = None if rows.weight is None else rows.weight.double().cumsum(0)
+        self.order = torch.zeros(0, dtype=torch.long, device=rows.w.device)
+        self.position = 0
+        self.points: list[tuple[Points, ...]] = []  # of the coming steps
+        self.before = self._place()  # where those were drawn from
+
+    def next(self) -> tuple[Points, ...]:
+        """Return the points of the next step."""
+        if not self.points:
+            self._evaluate()
+        return self.points.pop(0)
+
+    def next_rows(self) -> Rows:
+        """Return the rows of the next batch, whitened."""
+        if self.ends is not None:
+            return self.rows.take(search_weights(self.ends, self.size))
+        if self.position + self.size > len(self.order):
+            count = len(self.rows.w)
+            self.order, self.position = torch.randperm(count, device=self.order.device), 0
+        self.position += self.size
+        return self.rows.take(self.order[self.position - self.size : self.position])
+
+    def _evaluate(self) -> None:
+        self.before = self._place()
+        with torch.no_grad():  # steps must not share a graph
+            self.points = self.objective.points([self.next_rows] * self.at_once)
+
+    def _place(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {"order": self.order, "before": torch.get_rng_state()}
+        return tensors, {"position": self.position}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the state before what is still to come was drawn, and how much that is."""
+        tensors, numbers = self.before if self.points else self._place()
+        return tensors, {**numbers, "left": len(self.points)}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take a state back."""
+        self.order = tensors["order"].to(self.order)
+        self.position = numbers["position"]
+        if numbers["left"]:
+            torch.set_rng_state(tensors["before"])
+            self._evaluate()
+            self.points = self.points[-numbers["left"] :]
+
+
+def trainable_flow(distribution: AnyDistribution) -> Flow:
+    """Return the flow that a distribution owns, or say why it cannot be trained.
+
+    Raises:
+        TypeError: If it is no distribution of a flow.
+        ValueError: If it does not own its weights.
+    """
     transform: Any = getattr(distribution, "transform", None)
-    if not isinstance(transform, Flow):
+    if not isinstance(transform, InterpolantTransform | ConditionalInterpolantTransform):
         raise TypeError(
             "expected an InterpolantDistribution or a ConditionalInterpolantDistribution, got "
             f"{type(distribution).__name__}"
         )
-    if getattr(transform, "flow", transform) is not transform:
+    if not transform.owns_flow():
         raise ValueError(
             "expected a flow that owns its weights, got a conditioned one or one stopped by "
             "at(t): fit the distribution it came from"
         )
-    return transform
+    return transform.flow
 
 
-def checked_data(distribution: AnyDistribution, flow: Flow, data: Any) -> Tensor:
-    """Return the data in the flow's coordinates, shape ``(N, D)``."""
+def rows_of(distribution: AnyDistribution, data: Any, context: Any = None) -> Rows:
+    """Return checked data in the flow's coordinates, shape ``(N, D)``, and their contexts.
+
+    Args:
+        distribution: What is trained.
+        data: Rows, shape ``(N, *event_shape)``, or named draws.
+        context: Contexts, shape ``(N, C)``, for a conditional flow.
+
+    Raises:
+        TypeError: If something is of a wrong type.
+        ValueError: If something is of a wrong shape, not finite or outside the support.
+    """
+    flow = distribution.transform.flow
+    shape = distribution.space.event_shape(flow.event_dim)
     if isinstance(data, Mapping):
         if not isinstance(distribution, JointInterpolantDistribution):
             raise TypeError(
                 "expected a tensor of rows: only a JointInterpolantDistribution takes named draws"
             )
-        return distribution.to_flow(checked_rows(distribution.pack(data), "data", (flow.dim,)))
-    shape: Any = (flow.dim,)
-    if not is_circular(distribution.constraint):
-        shape = bijection(distribution.constraint).forward_shape(torch.Size(shape))
-    return distribution.to_flow(checked_rows(data, "data", shape))
-
-
-def checked_context(
-    distribution: AnyDistribution, flow: Flow, context: Any, count: int
-) -> Tensor | None:
-    """Return the contexts of the rows, shape ``(N, C)``, or None where there are none."""
-    conditional = isinstance(distribution, ConditionalInterpolantDistribution)
-    if not conditional:
+        data, shape = distribution.pack(data), torch.Size((flow.event_dim,))
+    rows = distribution.to_flow(checked_rows(data, "data", shape))
+    count = len(rows)
+    if not isinstance(distribution, ConditionalInterpolantDistribution):
         if context is not None:
             raise ValueError(
                 "expected no context for this flow: use a ConditionalInterpolantDistribution"
             )
-        return None
+        return Rows(rows, None)
     if context is None:
         raise ValueError(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
-    context = checked_rows(context, "context", (getattr(flow.velocity, "context_dim", None),))
+    context = checked_rows(context, "context", (size_of(flow.velocity, "context_dim"),))
     if len(context) != count:
         raise ValueError(f"expected as many contexts as rows of data, {count}, got {len(context)}")
-    return context.to(flow.loc)
+    return Rows(rows, context.to(flow.loc))
 
 
-def set_base(distribution: AnyDistribution, flow: Flow, base_samples: Any, rows: Tensor) -> None:
-    """Let the distribution start from samples, where they are given or the path is a mirror."""
-    if base_samples is None:
-        if isinstance(flow.interpolant, Mirror) and distribution.base is None:
-            distribution.set_base(Samples(rows.to(flow.loc)))
-        return
-    if distribution.base is not None and not isinstance(distribution.base, Samples):
-        raise ValueError(
-            "expected base_samples or a base, got both: this distribution starts from a "
-            f"{type(distribution.base).__name__}, which training draws from"
-        )
-    base_samples = checked_rows(base_samples, "base_samples", (flow.dim,))
-    distribution.set_base(Samples(base_samples.to(flow.loc)))
+def held_out_rows(distribution: AnyDistribution, validation: Any) -> Rows:
+    """Return the validation rows a user gave: rows, or rows and contexts."""
+    return rows_of(distribution, *(validation if isinstance(validation, tuple) else (validation,)))
 
 
-def check_partners(distribution: AnyDistribution, pairs: Tensor | None) -> None:
-    """Raise a ValueError if partners at the default base cannot be draws of it."""
-    if pairs is None or distribution.base is not None or len(pairs) < 50:
-        return
-    spread = pairs.std(0)
-    if float(pairs.mean(0).abs().max()) > 1 or float((spread.log().abs()).max()) > 1:
-        raise ValueError(
-            "expected pairs drawn from N(0, I), the base of this distribution, got rows with "
-            "other moments: pass the base they come from, or base_samples=pairs as well"
-        )
-
-
-def collected(
-    distribution: AnyDistribution,
-    flow: Flow,
-    data: Any,
-    *,
-    context: Any,
-    pairs: Any,
-    weights: Any,
-    validation: Any,
-) -> tuple[Rows, int]:
-    """Return all rows in the flow's coordinates, and how many are held out: the last, if given."""
-    data, context, pairs, weights = present(weights, data, context, pairs)
-    rows = checked_data(distribution, flow, data)
-    warn_if_rounded(rows)
-    count = len(rows)
-    contexts = checked_context(distribution, flow, context, count)
-    if pairs is not None:
-        pairs = checked_rows(pairs, "pairs", (flow.dim,))
-        if len(pairs) != count:
-            raise ValueError(f"expected one partner per row of data, {count}, got {len(pairs)}")
-    weights = checked_weights(weights, count)
-    if isinstance(validation, float):
-        table = Rows(rows, contexts, pairs, weights).to(flow.loc.device)
-        return table, max(1, round(validation * count))
-    if pairs is not None:
+def _with_given(rows: Rows, held: Rows) -> Rows:
+    """Return rows with those held out behind them, each of the mean weight."""
+    if rows.partner is not None:
         raise ValueError("expected a share for validation beside pairs, got rows")
-    own, own_contexts, *_ = given_rows(distribution, flow, validation)
-    if contexts is not None and own_contexts is not None:
-        contexts = torch.cat((contexts, own_contexts))
-    if weights is not None:
-        weights = torch.cat((weights, weights.new_full((len(own),), float(weights.mean()))))
-    rows = torch.cat((rows, own.to(rows)))
-    return Rows(rows, contexts, None, weights).to(flow.loc.device), len(own)
+    weight = rows.weight
+    if weight is not None:
+        weight = torch.cat((weight, weight.new_full((len(held.w),), float(weight.mean()))))
+    held = Rows(held.w.to(rows.w), held.context)
+    return Rows.joined([rows._replace(weight=None), held])._replace(weight=weight)
 
 
-def present(weights: Any, *parts: Any, part: bool = False) -> tuple[Any, ...]:
+def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[Any, ...]:
     """Return parts, each of N rows or None, and weights, without the rows that have no weight.
 
     Such rows may hold anything: a mask's are never looked at.
@@ -182,13 +309,6 @@ def present(weights: Any, *parts: Any, part: bool = False) -> tuple[Any, ...]:
     return *parts, weights[keep]
 
 
-def given_rows(distribution: AnyDistribution, flow: Flow, validation: Any) -> Rows:
-    """Return the validation rows a user gave: rows, or rows and contexts."""
-    own, context = validation if isinstance(validation, tuple) else (validation, None)
-    own = checked_data(distribution, flow, own)
-    return Rows(own, checked_context(distribution, flow, context, len(own)))
-
-
 def checked_weights(weights: Any, count: int | None, *, part: bool = False) -> Any:
     """Return weights of rows, shape ``(N,)``, or None.
 
@@ -213,14 +333,3 @@ def checked_weights(weights: Any, count: int | None, *, part: bool = False) -> A
             f"minimum of {float(weights.min()):.3g}"
         )
     return weights
-
-
-def checked_batch(batch_size: int | None, available: int) -> int:
-    """Return the number of rows per step."""
-    if batch_size is None:
-        return max(1, min(_BATCH, available))
-    if not 1 <= batch_size <= available:
-        raise ValueError(
-            f"expected batch_size between 1 and the {available} training rows, got {batch_size}"
-        )
-    return batch_size

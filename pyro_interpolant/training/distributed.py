@@ -1,7 +1,7 @@
-r"""What takes the steps: this process alone, or one of several under a Lightning Fabric.
+r"""Processes: this one alone, or one of several under a Lightning Fabric.
 
 Several processes hold the same weights and draw the same numbers. Each computes the loss of its
-own share of a batch; the engine averages the gradients, so every process takes the step that one
+own share of a batch; Fabric averages the gradients, so every process takes the step that one
 process with the whole batch would take.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Engine"]
+__all__ = ["Process"]
 
 
 _NEEDED = ("setup", "backward", "broadcast", "all_reduce", "barrier", "global_rank", "world_size")
@@ -20,23 +20,12 @@ _TYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torc
 Value = TypeVar("Value", int, float, Tensor)
 
 
-class _Loss(nn.Module):
-    """A loss as a module that owns the network, for an engine to wrap."""
-
-    def __init__(self, network: nn.Module, loss: Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        self.network, self.loss = network, loss
-
-    def forward(self, draw: Callable[[], Any]) -> Tensor:
-        """Return the loss of what a function returns: engines round the tensors they are given."""
-        return self.loss(draw())
-
-
-class Engine:
+class Process:
     """One process, or one of several.
 
     Args:
         fabric: A ``lightning_fabric.Fabric``, launched, or None for this process alone.
+        own_rows: Whether each process has rows of its own in a batch, and not those of all.
 
     Attributes:
         rank: The number of this process.
@@ -46,21 +35,19 @@ class Engine:
         TypeError: If ``fabric`` is not a Fabric.
     """
 
-    def __init__(self, fabric: Any = None) -> None:
+    def __init__(self, fabric: Any = None, *, own_rows: bool = False) -> None:
         missing = [] if fabric is None else [n for n in _NEEDED if not hasattr(fabric, n)]
         if missing:
             raise TypeError(
                 f"expected fabric to be a lightning_fabric.Fabric, got {type(fabric).__name__} "
                 f"without {', '.join(missing)}"
             )
-        self.fabric = fabric
+        self.fabric, self.own_rows = fabric, own_rows
         self.rank: int = 0 if fabric is None else fabric.global_rank
         self.world: int = 1 if fabric is None else fabric.world_size
-        self.module: Any = None
-        self.optimizer: Any = None
 
     def place(self, distribution: Any) -> None:
-        """Move a distribution to where the engine computes."""
+        """Move a distribution to where this process computes."""
         if self.fabric is not None:
             distribution.to(self.fabric.device)
 
@@ -79,22 +66,39 @@ class Engine:
         for value in values:
             value.copy_(self.agreed(value))
 
+    def share(self, sample: Callable[[int], Tensor], count: int) -> Tensor:
+        """Return this process's share of what all draw together, ``(count, D)``.
+
+        Args:
+            sample: From a number to so many draws, the same in every process.
+            count: How many rows this process has in a batch.
+        """
+        if not self.own_rows:
+            return sample(count)
+        return sample(count * self.world).chunk(self.world)[self.rank]
+
     def set_up(
         self,
-        network: nn.Module,
-        loss: Callable[[Any], Tensor],
+        objective: nn.Module,
         parameters: Sequence[Tensor],
         learning_rate: float,
         weight_decay: float = 0.0,
     ) -> None:
-        """Make the optimiser, and let the engine wrap it and the loss.
+        """Make the optimiser of a loss, and let Fabric wrap both.
+
+        Args:
+            objective: A module that owns the network, from a function without arguments to the
+                loss at what it returns.
+            parameters: The weights to train, of any shapes.
+            learning_rate: The rate before another is set.
+            weight_decay: AdamW's.
 
         Raises:
-            ValueError: If the engine would turn the weights into another type.
+            ValueError: If Fabric would turn the weights into another type.
         """
         self._check_type(parameters[0].dtype)
-        self.module = _Loss(network, loss)
-        self.optimizer = torch.optim.AdamW(
+        self.module: Any = objective
+        self.optimizer: Any = torch.optim.AdamW(
             list(parameters), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
             fused=self._scaler() is None,
         )  # fmt: skip
@@ -110,7 +114,7 @@ class Engine:
             )
 
     def backward(self, given: Any) -> Tensor:
-        """Set the gradients of the loss of something, the processes' mean; return the loss."""
+        """Set the gradients of the mean loss at points over the processes; return this one's loss."""
         loss = self.module(lambda: given)
         for p in self.optimizer.param_groups[0]["params"]:  # what zero_grad does, in less time
             p.grad = None
@@ -122,7 +126,7 @@ class Engine:
 
     def norm(self, gradients: list[Tensor], loss: Tensor) -> float:
         """Return the norm of the gradients, not finite where the loss is not."""
-        if self._scaler() is not None:  # the engine undoes its own scaling first
+        if self._scaler() is not None:  # Fabric undoes its own scaling first
             limit = {"max_norm": math.inf, "error_if_nonfinite": False}
             self.fabric.clip_gradients(self.module, self.optimizer, **limit)
         norms = list(torch._foreach_norm(gradients))

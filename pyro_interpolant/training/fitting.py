@@ -1,123 +1,46 @@
-r"""What is done before training: checks with clear errors, and the choice of a map."""
+r"""``fit`` and ``from_samples``: training by a quadratic regression. No ODE is solved in it."""
 
+import dataclasses
 import math
 import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .._torch import seeded, trainable
+from .._torch import seeded, trainable, warn_user
 from ..diagnostics.calibration import calibrate
-from ..distributions.bases import Samples
-from ..distributions.constraints import (
-    Constraint,
-    bijection,
-    checked_rows,
-    is_circular,
-    shaped,
-    to_unconstrained,
-)
-from ..distributions.interpolant import (
-    AnyDistribution,
-    ConditionalInterpolantDistribution,
-    InterpolantDistribution,
-)
+from ..distributions.bases import Samples, WhitenedBase
+from ..distributions.constraints import Constraint, checked_rows, shaped
+from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution, pack, sites_of
+from ..distributions.supports import CircularSupport, Support, support_of
 from ..interpolants.couplings import independent
-from ..interpolants.nonlinear import Geodesic
-from ..nn.mlp import TorusMLP, VelocityMLP
+from ..interpolants.linear import Mirror
+from ..nn.mlp import VelocityMLP
+from ..nn.velocity import size_of, untrained_copy
 from ..solvers.ode import FixedGrid
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import Gaussianized, RadialTransform
-from ..transforms.interpolant import InterpolantTransform, interpolant_transform
-from .batches import Rows
-from .checkpoint import check_place, checksum, named, opened, warn_inexact
-from .data import check_partners, checked_weights, own_flow, present, set_base
-from .distributed import Engine
-from .loop import NonFiniteError, Schedule, TrainingState, train
+from .checkpoint import check_place, checksum, open_checkpoint, stable_name, warn_inexact
+from .data import Table, checked_weights, drop_zero_weights, trainable_flow
+from .distributed import Process
+from .loop import Callback, Run, Schedule, check_ranges
 from .objective import Coupling, Objective
+from .optimization import NonFiniteError
 from .preprocessing import preferred_support, warn_if_rounded
-from .streaming import first_rows, is_stream, loaded
-from .whitening import inform, moments, precondition, usual
+from .rows import Rows
+from .streaming import Stream, first_rows, is_stream
+from .whitening import inliers, moments, set_network_scales, set_whitening
 
-__all__ = ["FitResult", "check_settings", "choose_support", "fit", "from_samples", "noise_network"]
-
-
-def noise_network(flow: Flow) -> nn.Module:
-    """Return the network that learns the latent noise, made beside the velocity if missing."""
-    if not flow.interpolant.has_latent():
-        raise ValueError(
-            f"expected an interpolant with a latent term to learn the noise, got "
-            f"{type(flow.interpolant).__name__}: use Latent(...), or score(), which needs no "
-            "network for a Gaussian base"
-        )
-    if flow.noise is None:
-        velocity = flow.velocity
-        if isinstance(velocity, VelocityMLP):
-            flow.noise = VelocityMLP(*velocity.arguments()).to(flow.loc)
-            for name, value in velocity.named_buffers():
-                getattr(flow.noise, name).copy_(value)
-        else:
-            context_dim = getattr(velocity, "context_dim", 0)
-            flow.noise = VelocityMLP(flow.dim, context_dim=context_dim).to(flow.loc)
-    return flow.noise
-
-
-def check_settings(
-    steps: int | None,
-    max_seconds: float | None,
-    learning_rate: float,
-    weight_decay: float | None,
-    validation: Any,
-    patience: int,
-    ema: float,
-    tolerance: float,
-) -> None:
-    """Raise a ValueError that names the first setting out of range."""
-    share = validation if isinstance(validation, int | float) else None
-    for name, good, value in (
-        ("steps >= 1", steps is None or steps >= 1, steps),
-        ("max_seconds > 0", max_seconds is None or max_seconds > 0, max_seconds),
-        ("learning_rate > 0", learning_rate > 0, learning_rate),
-        ("weight_decay >= 0", weight_decay is None or weight_decay >= 0, weight_decay),
-        ("validation between 0 and 1, or rows", share is None or 0 < share < 1, share),
-        ("patience >= 1", patience >= 1, patience),
-        ("ema in [0, 1)", 0 <= ema < 1, ema),
-        ("tolerance > 0", tolerance > 0, tolerance),
-    ):
-        if not good:
-            raise ValueError(f"expected {name}, got {value}")
-
-
-def choose_support(
-    rows: Tensor | None, support: Constraint, fit_options: dict[str, Any], marginals: Any
-) -> Constraint:
-    """Return a support, behind a map set by rows, ``(N, *event_shape)``, if so wanted."""
-    fixed = any(fit_options.get(name) is not None for name in ("base_samples", "pairs"))
-    if rows is None or is_circular(support) or fixed:
-        if marginals:
-            raise ValueError(
-                "expected marginals=True beside a table of rows that are no angles, without pairs "
-                "or base_samples"
-            )
-        return support
-    if marginals is False:
-        return support
-    weights = checked_weights(fit_options.get("weights"), len(rows))
-    real = to_unconstrained(rows, support)
-    found = preferred_support(real, support, weights, always=bool(marginals))
-    if isinstance(found, Gaussianized) and isinstance(found.chart, RadialTransform):
-        warn_if_rounded(real)  # what is wrong with columns, the fit cannot see behind the map
-        moments(real)
-    return found
-
+__all__ = ["FitResult", "fit", "from_samples", "starting_base"]
 
 _CALIBRATION_ROWS = 256
-_DECAY, _MOST_DECAY = 70.0, 0.5  # times D / N, then squared, and at the most
+_DECAY_PER_ROW = 70.0  # the default weight decay is the square of this times D / N, at most
+_MOST_DECAY = 0.5
+_MIN_PARTNERS = 50  # whose moments tell whether they are draws of N(0, I)
 
 
 class FitResult(NamedTuple):
@@ -169,7 +92,7 @@ def fit(
     tolerance: float = 1e-2,
     seed: int | None = None,
     progress: bool = True,
-    callback: Callable[[TrainingState], bool | None] | None = None,
+    callback: Callback | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     fabric: Any = None,
@@ -243,66 +166,83 @@ def fit(
     References:
         arXiv 2209.15571, Algorithm 1.
     """
-    flow, engine = own_flow(distribution), Engine(fabric)
-    flow.interpolant.check_ends(flow.dim)
-    limits, rates = (steps, max_seconds), (learning_rate, weight_decay)
-    check_settings(*limits, *rates, validation, patience, ema, tolerance)
-    check_place(None if engine.rank else checkpoint, checkpoint_every)
-    given = {"context": context, "pairs": pairs, "weights": weights}
-    engine.place(distribution)
-    source = loaded(distribution, flow, data, given, validation, batch_size, engine)
-    with seeded(engine.seed(seed), flow.loc.device):
-        share = validation if isinstance(validation, float) else None
-        settings = [*limits, *rates, batch_size, patience, ema, learn, seed, share, whiten]
-        parts = [distribution.base, flow, base_samples, coupling, validation]
-        identity = lambda: [source.checksum, settings, _described(*parts)]  # noqa: E731
-        keeper = opened(checkpoint, checkpoint_every, identity)
-        if keeper is not None and not source.exact:
+    schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
+    share = validation if isinstance(validation, int | float) else None
+    check_ranges(
+        ("validation between 0 and 1, or rows", share is None or 0 < share < 1, share),
+        ("tolerance > 0", tolerance > 0, tolerance),
+    )
+    flow = trainable_flow(distribution)
+    flow.interpolant.check_ends(flow.event_dim)
+    process = Process(fabric, own_rows=is_stream(data))
+    check_place(None if process.rank else checkpoint, checkpoint_every)
+    process.place(distribution)
+    source = (Stream if process.own_rows else Table)(
+        distribution, data, validation, context=context, pairs=pairs, weights=weights
+    )
+    with seeded(process.seed(seed), flow.loc.device):
+        settings: list[Any] = [
+            steps,
+            max_seconds,
+            learning_rate,
+            weight_decay,
+            batch_size,
+            patience,
+            ema,
+        ]
+        settings = [*settings, learn, seed, share, whiten]
+        base = distribution.base
+        given = base, coupling, base_samples, validation
+        kept_state = open_checkpoint(
+            checkpoint,
+            checkpoint_every,
+            lambda: [source.checksum, settings, _identity(flow, *given)],
+        )
+        if kept_state is not None and not (source.exact and process.world * process.own_rows < 2):
             warn_inexact()
-        held, kept, total, size, batches = source.split(whiten and learn == "velocity")
-        set_base(distribution, flow, base_samples, torch.cat((kept.w, held.w)))
-        check_partners(distribution, kept.partner)
-        noise = noise_network(flow) if learn == "noise" else None
+        split = source.split(process, batch_size, whole=whiten and learn == "velocity")
+        base = starting_base(distribution, base_samples, split.kept, split.held)
         if learn == "velocity":
             flow.independent = coupling is independent and pairs is None
             if whiten:
-                precondition(flow, distribution, kept)
-            elif math.isfinite(total):
-                inform(flow, kept)
-            engine.agree(flow.buffers())
-        shown, unseen = _split_base(distribution.base, validation)
-        objective = Objective(flow, shown, coupling, size, noise)
-        held = held.take(usual(objective.prepared(held).w))
-        fixed = objective.with_base(unseen).fixed_draw(objective.prepared(held))
-        objective.share(engine.rank, engine.world, own=source.checksum is None)
+                set_whitening(distribution, split.kept)
+            elif math.isfinite(split.total):
+                set_network_scales(flow, split.kept, if_trained=False)
+            process.agree(flow.buffers())
+        else:
+            flow.noise = _noise_network(flow)
+        seen, unseen = (WhitenedBase(b, flow.whitening) for b in _split_base(base, share))
+        objective = Objective(flow, seen, coupling, process, target=learn)
+        held = split.held.take(inliers(objective.whitened(split.held).w))
+        fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
         if weight_decay is None:
-            weight_decay = engine.agreed(min(_MOST_DECAY, (_DECAY * flow.dim / total) ** 2))
-        schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
+            decay = min(_MOST_DECAY, (_DECAY_PER_ROW * flow.event_dim / split.total) ** 2)
+            schedule = dataclasses.replace(schedule, weight_decay=process.agreed(decay))
         with trainable(objective.network):
-            outcome = train(
-                objective, batches(objective.prepared), fixed, schedule, engine,
-                progress=progress, callback=callback, keeper=keeper,
-            )  # fmt: skip
+            batches = source.batches(split, objective)
+            run = Run(objective, batches, fixed, schedule, callback, kept_state)
+            run.to_the_end(progress=progress)
     distribution.clear_cache()
-    solver: Any = flow.solver
+    seconds, monitor = run.seconds(), run.monitor
     if learn == "velocity" and not isinstance(distribution.base, Samples):
-        solver = _calibrated(distribution, held, tolerance)
-    return FitResult(*outcome, solver)
+        _calibrate(distribution, held, tolerance)
+    return FitResult(
+        monitor.steps, monitor.losses, monitor.held_losses, monitor.best_step, run.done < 1,
+        run.ended, run.descent.skipped, seconds, distribution.transform.solver,
+    )  # fmt: skip
 
 
-def _described(
-    base: Any, flow: Flow, base_samples: Any, coupling: Coupling, held: Any
-) -> list[Any]:
+def _identity(flow: Flow, base: Any, coupling: Coupling, *given: Any) -> list[Any]:
     """Return what tells a run of this flow from one of another."""
-    base = None if isinstance(base, Samples) else base  # set by this very call
-    names = [named(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
+    base = None if isinstance(base, Samples) else base  # set by an earlier call
+    names = [stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
     shapes = [list(p.shape) for p in flow.velocity.parameters()]
-    return [names, shapes, checksum(_tensors([flow.interpolant, base, base_samples, held]))]
+    return [names, shapes, checksum(_tensors([flow.interpolant, base, *given]))]
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
     """Return the numbers that a part is made of, of any shapes."""
-    if isinstance(value, torch.nn.Module):
+    if isinstance(value, nn.Module):
         return list(value.state_dict().values())
     if hasattr(value, "__array__"):
         return [torch.as_tensor(value)]
@@ -314,39 +254,76 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-def _calibrated(distribution: AnyDistribution, held: Rows, tolerance: float) -> Any:
-    """Return the solver calibrated to held-out rows; an interrupt leaves the one that is there."""
-    few = held._replace(weight=None).repeated(min(_CALIBRATION_ROWS, len(held.w)))
-    rows = few.w.to(distribution.transform.loc)
-    try:
-        return calibrate(_bare(distribution), rows, context=few.context, tolerance=tolerance)
-    except KeyboardInterrupt:
-        warnings.warn(
-            "the calibration was interrupted: the weights are trained, and the solver is the one "
-            "before. Call calibrate(distribution, rows)",
-            stacklevel=3,
-        )
-        return distribution.transform.solver
+def starting_base(distribution: AnyDistribution, base_samples: Any, kept: Rows, held: Rows) -> Any:
+    """Let a flow start from samples, where they are given or its path is a mirror; return its base.
+
+    Raises:
+        ValueError: If there are samples beside another base, or pairs that are no draws of it.
+    """
+    flow = distribution.transform.flow
+    if base_samples is not None:
+        if not isinstance(distribution.base, Samples | None):
+            raise ValueError(
+                "expected base_samples or a base, got both: this distribution starts from a "
+                f"{type(distribution.base).__name__}, which training draws from"
+            )
+        base_samples = checked_rows(base_samples, "base_samples", (flow.event_dim,))
+        distribution.set_base(Samples(base_samples.to(flow.loc)))
+    elif isinstance(flow.interpolant, Mirror) and distribution.base is None:
+        distribution.set_base(Samples(torch.cat((kept.w, held.w)).to(flow.loc)))
+    pairs = kept.partner
+    if pairs is not None and distribution.base is None and len(pairs) >= _MIN_PARTNERS:
+        off = pairs.mean(0).abs().max(), pairs.std(0).log().abs().max()
+        if float(max(off)) > 1:
+            raise ValueError(
+                "expected pairs drawn from N(0, I), the base of this distribution, got rows with "
+                "other moments: pass the base they come from, or base_samples=pairs as well"
+            )
+    return distribution.base
 
 
-def _split_base(base: Any, validation: Any) -> tuple[Any, Any]:
+def _split_base(base: Any, share: float | None) -> tuple[Any, Any]:
     """Return the base for training and the one for the held-out loss: disjoint samples."""
     if not isinstance(base, Samples):
         return base, base
     rows = base.rows[torch.randperm(len(base.rows), device=base.rows.device)]
-    share = validation if isinstance(validation, float) else 0.1
-    count = max(1, round(share * len(rows)))
+    count = max(1, round((0.1 if share is None else share) * len(rows)))
     return Samples(rows[count:] if len(rows) > count else rows), Samples(rows[:count])
 
 
-def _bare(distribution: AnyDistribution) -> AnyDistribution:
-    """Return the same flow without its support."""
-    kind: Any = (
-        ConditionalInterpolantDistribution
-        if isinstance(distribution, ConditionalInterpolantDistribution)
-        else InterpolantDistribution
-    )
-    return kind(distribution.transform, distribution.base)
+def _noise_network(flow: Flow) -> nn.Module:
+    """Return the network that learns the latent noise: the present one, or one as the velocity's.
+
+    Raises:
+        ValueError: If the path has no latent term.
+    """
+    if not flow.interpolant.has_latent():
+        raise ValueError(
+            f"expected an interpolant with a latent term to learn the noise, got "
+            f"{type(flow.interpolant).__name__}: use Latent(...), or score(), which needs no "
+            "network for a Gaussian base"
+        )
+    if flow.noise is not None:
+        return flow.noise
+    network = untrained_copy(flow.velocity)
+    if network is None:
+        context_dim = size_of(flow.velocity, "context_dim") or 0
+        network = VelocityMLP(flow.event_dim, context_dim=context_dim)
+    return network.to(flow.loc)
+
+
+def _calibrate(distribution: AnyDistribution, held: Rows, tolerance: float) -> None:
+    """Calibrate the solver to held-out rows; an interrupt leaves the one that is there."""
+    few = held._replace(weight=None).repeated(min(_CALIBRATION_ROWS, len(held.w)))
+    rows = few.w.to(distribution.transform.flow.loc)
+    bare = distribution.without_support()
+    try:
+        calibrate(bare, rows, context=few.context, tolerance=tolerance)
+    except KeyboardInterrupt:
+        warn_user(
+            "the calibration was interrupted: the weights are trained, and the solver is the one "
+            "before. Call calibrate(distribution, rows)"
+        )
 
 
 def from_samples(
@@ -394,45 +371,72 @@ def from_samples(
         >>> bool((prior.sample((5,)) > 0).all())
         True
     """
-    few = x
-    if is_stream(x):
+    streamed = is_stream(x)
+    if streamed:
         with seeded(seed):
-            few = first_rows(x)
-    weights = fit_options.get("weights")
-    if weights is not None and few is x:
-        few, pairs, weights = present(weights, x, fit_options.get("pairs"))
-        x, fit_options = few, {**fit_options, "weights": weights, "pairs": pairs}
-    if isinstance(x, Mapping):
-        if event_shape is not None:
-            raise TypeError("expected no event_shape beside named draws, which have their own")
-        sites = sites_of(x, {} if support is constraints.real_vector else support)
-        rows = pack(sites, x)
-        dim = rows.shape[-1]
-    elif isinstance(support, Mapping):
-        raise TypeError("expected one support for one tensor of samples, got a dictionary")
-    elif is_circular(support):
-        rows = checked_rows(few, "x")
-        dim = rows.shape[-1]
+            rows = first_rows(x)
     else:
-        support = shaped(support, event_shape)
-        event_dim = max(1, bijection(support).codomain.event_dim)
-        rows = checked_rows(few, "x", event_shape or (None,) * event_dim)
-        dim = bijection(support).inverse_shape(rows.shape[1:])[-1]
+        given = fit_options.get("weights"), x, fit_options.get("pairs")
+        rows, pairs, weights = drop_zero_weights(*given)
+        fit_options = {**fit_options, "pairs": pairs, "weights": weights}
+    named = isinstance(x, Mapping)
+    constraint, sites, rows = (_named if named else _unnamed)(rows, support, event_shape)
+    space = support_of(constraint)
     with seeded(seed, rows.device):
-        if not isinstance(support, Mapping) and is_circular(support):
-            transform = InterpolantTransform(TorusMLP(dim), interpolant=Geodesic()).to(rows)
-        else:
-            transform = interpolant_transform(dim).to(rows)
-    event: Constraint = constraints.real_vector if isinstance(support, Mapping) else support
-    event = choose_support(rows if few is x else None, event, fit_options, marginals)
-    distribution: InterpolantDistribution
-    if isinstance(x, Mapping):
-        distribution = JointInterpolantDistribution(transform, sites=sites, support=event)
-    else:
-        distribution = InterpolantDistribution(transform, support=event)
+        transform = space.new_transform(space.size(rows.shape[1:])).to(rows)
+    constraint = _with_map(space, None if streamed else rows, fit_options, marginals=marginals)
+    distribution = (
+        JointInterpolantDistribution(transform, sites=sites, support=constraint)
+        if named
+        else InterpolantDistribution(transform, support=constraint)
+    )
     try:
-        fit(distribution, rows if few is x else x, seed=seed, **fit_options)
+        fit(distribution, x if streamed else rows, seed=seed, **fit_options)
     except NonFiniteError as error:
         error.distribution = distribution.freeze()
         raise
     return distribution.freeze()
+
+
+def _named(
+    draws: Any, supports: Any, event_shape: Sequence[int] | None
+) -> tuple[Constraint, dict[str, Any], Tensor]:
+    """Return the constraint, the sites and the rows, shape ``(N, D)``, of named draws."""
+    if event_shape is not None:
+        raise TypeError("expected no event_shape beside named draws, which have their own")
+    sites = sites_of(draws, {} if supports is constraints.real_vector else supports)
+    return constraints.real_vector, sites, pack(sites, draws)
+
+
+def _unnamed(
+    rows: Any, support: Any, event_shape: Sequence[int] | None
+) -> tuple[Constraint, dict[str, Any], Tensor]:
+    """Return the constraint, no sites and the rows, shape ``(N, *event_shape)``, of samples."""
+    if isinstance(support, Mapping):
+        raise TypeError("expected one support for one tensor of samples, got a dictionary")
+    constraint = shaped(support, event_shape)
+    shape = event_shape or (None,) * support_of(constraint).shown().event_dim
+    return constraint, {}, checked_rows(rows, "x", shape)
+
+
+def _with_map(
+    space: Support, rows: Tensor | None, fit_options: dict[str, Any], *, marginals: bool | None
+) -> Constraint:
+    """Return a constraint, behind a map set by rows, ``(N, *event_shape)``, if so wanted."""
+    fixed = any(fit_options.get(name) is not None for name in ("base_samples", "pairs"))
+    if rows is None or isinstance(space, CircularSupport) or fixed:
+        if marginals:
+            raise ValueError(
+                "expected marginals=True beside a table of rows that are no angles, without pairs "
+                "or base_samples"
+            )
+        return space.constraint
+    if marginals is False:
+        return space.constraint
+    weights = checked_weights(fit_options.get("weights"), len(rows))
+    real = space.unconstrained(rows)
+    found = preferred_support(real, space.constraint, weights, always=bool(marginals))
+    if isinstance(found, Gaussianized) and isinstance(found.chart, RadialTransform):
+        warn_if_rounded(real)  # what is wrong with columns, the fit cannot see behind the map
+        moments(real)
+    return found

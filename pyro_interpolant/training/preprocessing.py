@@ -1,4 +1,9 @@
-r"""Rounded and discrete values, which have no density: noticed, and spread over their step."""
+r"""What may be done to data before training: dequantisation, and the choice of a map.
+
+Rounded values have no density: they are noticed, and can be spread over their rounding step. A map
+that makes data nearer to normal is chosen where it pays: eight Gaussians are fitted to the rows
+behind it, and as many without it.
+"""
 
 import math
 import warnings
@@ -8,6 +13,7 @@ import torch
 from scipy.special import gammaincinv
 from torch import Tensor
 
+from .._torch import warn_user
 from ..distributions.constraints import Constraint, checked_rows
 from ..transforms.gaussianize import (
     Chart,
@@ -17,8 +23,8 @@ from ..transforms.gaussianize import (
     RadialTransform,
     _log_length,
 )
-from .batches import drawn, some
-from .whitening import moments, usual
+from .rows import subsample, weighted_indices
+from .whitening import inliers, moments
 
 __all__ = [
     "dequantize",
@@ -31,10 +37,10 @@ __all__ = [
 ]
 
 
-_LOOKED_AT = 20_000  # rows, for repeated values
-_FEWEST = 100  # rows that tell
-_REPEATED = 0.1  # the share of repeated values in a column from which a user is warned
-_REDRAWN = 0.5  # the same of a column alone: rows drawn again repeat up to 0.37
+_CHECKED_ROWS = 20_000  # rows, for repeated values
+_MIN_CHECKED_ROWS = 100  # rows that tell
+_REPEATED_SHARE = 0.1  # the share of repeated values in a column from which a user is warned
+_REDRAWN_SHARE = 0.5  # the same of a column alone: rows drawn again repeat up to 0.37
 _ULPS = 1.5  # units in the last place within which values are the same
 
 
@@ -47,23 +53,22 @@ def warn_if_rounded(x: Tensor) -> None:
     Args:
         x: Rows, shape ``(N, D)``.
     """
-    places = some(len(x), _LOOKED_AT).to(x.device)
+    places = subsample(len(x), _CHECKED_ROWS).to(x.device)
     few = x[places]
     few = few[(places == 0) | (few != x[places - 1]).any(1)]
-    distinct, limit = torch.unique(few, dim=0), _REDRAWN
-    if x.shape[1] > 1 and len(distinct) >= _FEWEST:
-        few, limit = distinct, _REPEATED
-    if len(few) < _FEWEST:
+    distinct, limit = torch.unique(few, dim=0), _REDRAWN_SHARE
+    if x.shape[1] > 1 and len(distinct) >= _MIN_CHECKED_ROWS:
+        few, limit = distinct, _REPEATED_SHARE
+    if len(few) < _MIN_CHECKED_ROWS:
         return
     counts = [len(torch.unique(column)) for column in few.T]
     shares = [1 - count / len(few) if count > 1 else 0.0 for count in counts]
     found = [i for i, share in enumerate(shares) if share > limit]
     if found:
-        warnings.warn(
+        warn_user(
             f"columns {found} repeat up to {max(shares):.0%} of their values, as rounded or "
             "discrete data do, which have no density: a flow learns spikes. Spread them over "
-            "their rounding step first, fit(distribution, dequantize(x))",
-            stacklevel=4,
+            "their rounding step first, fit(distribution, dequantize(x))"
         )
 
 
@@ -109,7 +114,7 @@ def dequantize(x: Tensor, step: Tensor | float | None = None, *, seed: int = 0) 
 def _rounding_step(column: Tensor, precision: float) -> Tensor:
     """Return the smallest gap between values, shape ``()``, 0 where they hardly repeat."""
     values = torch.unique(column)
-    if len(values) < 2 or len(values) > (1 - _REPEATED) * len(column):
+    if len(values) < 2 or len(values) > (1 - _REPEATED_SHARE) * len(column):
         return column.new_zeros(())
     gaps, size = values.diff(), values.abs()
     # Values that arithmetic has parted by its own rounding are one.
@@ -118,17 +123,17 @@ def _rounding_step(column: Tensor, precision: float) -> Tensor:
     return gaps[real].min() if bool(real.any()) else column.new_zeros(())
 
 
-_GAIN = 0.05  # nats per row
-_SAMPLE = 50_000  # rows that set the knots
-_FEW = 4000  # of them, for the comparison, or
-_FEW_EACH = 100  # times the dimension
-_WIDEST = 64  # dimensions: beyond, the comparison would take too long
+_MIN_GAIN = 0.05  # nats per row
+_KNOT_ROWS = 50_000  # rows that set the knots
+_COMPARED_ROWS = 4000  # of them, for the comparison, or
+_COMPARED_PER_DIM = 100  # times the dimension
+_MOST_DIMS = 64  # dimensions: beyond, the comparison would take too long
 _SPLITS = 3
-_TRIMMED = 0.01  # of the differences, on either side
+_TRIMMED_SHARE = 0.01  # of the differences, on either side
 _COMPONENTS = 8
-_ROWS_EACH = 10  # times the dimension, for a component
+_ROWS_PER_COMPONENT = 10  # times the dimension, for a component
 _ITERATIONS = 20
-_NARROW = 1e-5  # added to the variances of whitened rows
+_VARIANCE_FLOOR = 1e-5  # added to the variances of whitened rows
 
 
 def preferred_support(
@@ -153,38 +158,45 @@ def preferred_support(
     Raises:
         ValueError: If a map is to be taken always, and there are too few rows to set one.
     """
-    if always and len(rows) < FEWEST:
-        raise ValueError(f"expected at least {FEWEST} rows for marginals=True, got {len(rows)}")
-    few = rows[_drawn(len(rows), weights).to(rows.device)].cpu().double()  # where maps are kept
-    make = marginal_transform if always else _best(few[: max(_FEW, _FEW_EACH * rows.shape[1])])
+    if always and len(rows) < MIN_ROWS:
+        raise ValueError(f"expected at least {MIN_ROWS} rows for marginals=True, got {len(rows)}")
+    few = rows[_shuffled(len(rows), weights).to(rows.device)].cpu().double()  # where maps are kept
+    make = (
+        marginal_transform
+        if always
+        else _best(few[: max(_COMPARED_ROWS, _COMPARED_PER_DIM * rows.shape[1])])
+    )
     chart = None if make is None else make(few)
     return support if chart is None else Gaussianized(support, chart)
 
 
-def _drawn(count: int, weights: Tensor | None) -> Tensor:
+def _shuffled(count: int, weights: Tensor | None) -> Tensor:
     """Return which rows to look at, in a random order, the same at each call."""
     generator = torch.Generator().manual_seed(0)
     if weights is None:
-        return torch.randperm(count, generator=generator)[:_SAMPLE]
-    return drawn(weights.cpu(), min(count, _SAMPLE), generator)
+        return torch.randperm(count, generator=generator)[:_KNOT_ROWS]
+    return weighted_indices(weights.cpu(), min(count, _KNOT_ROWS), generator)
 
 
 def _best(rows: Tensor) -> Callable[[Tensor], Chart | None] | None:
     """Return what makes the map that pays most, or None."""
-    if rows.shape[1] > _WIDEST:
+    if rows.shape[1] > _MOST_DIMS:
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the fit gives them
             m = moments(rows)
-            rows = rows[usual(m.white(rows))]
+            rows = rows[inliers(m.white(rows))]
             # Rows that repeat, as a Markov chain's or weighted ones do, are held out together.
             part = torch.unique(rows, dim=0, return_inverse=True)[1] % 10
             gains = dict.fromkeys((marginal_transform, radial_transform), math.inf)
             for i in range(_SPLITS):
-                split = _Split(rows[part != i], rows[part == i])
-                found = {make: min(gain, split.gain(make)) for make, gain in gains.items()}
-                gains = {make: gain for make, gain in found.items() if gain > 0}
+                kept, held = rows[part != i], rows[part == i]
+                if len(kept) < _COMPONENTS * _ROWS_PER_COMPONENT * rows.shape[1]:
+                    return None
+                plain = _mixture(kept, held)
+                gains = {make: min(g, _gain(make, kept, held, plain)) for make, g in gains.items()}
+                gains = {make: gain for make, gain in gains.items() if gain > 0}
                 if not gains:
                     break
     except (ValueError, torch.linalg.LinAlgError):  # columns that the fit refuses, and says why
@@ -192,33 +204,29 @@ def _best(rows: Tensor) -> Callable[[Tensor], Chart | None] | None:
     return max(gains, key=lambda make: gains[make], default=None)
 
 
-class _Split:
-    """Rows to fit eight Gaussians to, and rows held out.
+def _gain(
+    make: Callable[[Tensor], Chart | None], kept: Tensor, held: Tensor, plain: Tensor
+) -> float:
+    """Return the mean nats per held-out row gained behind a map, 0 if it might be chance.
 
     Args:
-        kept: The former, shape ``(N, D)``.
-        held: The latter, shape ``(M, D)``.
+        make: From rows to a map.
+        kept: Rows to set the map by and to fit eight Gaussians to, shape ``(N, D)``.
+        held: Rows held out, shape ``(M, D)``.
+        plain: Their log-densities without a map, shape ``(M,)``.
     """
-
-    def __init__(self, kept: Tensor, held: Tensor) -> None:
-        self.kept, self.held = kept, held
-        enough = len(kept) >= _COMPONENTS * _ROWS_EACH * kept.shape[1]
-        self.plain = _mixture(kept, held) if enough else None
-
-    def gain(self, make: Callable[[Tensor], Chart | None]) -> float:
-        """Return the mean nats per held-out row gained behind a map, 0 if it might be chance."""
-        chart = None if self.plain is None else make(self.kept)
-        if chart is None:
-            return 0.0
-        u = chart.inv(self.held)
-        try:
-            behind = _mixture(chart.inv(self.kept), u) - chart.log_abs_det_jacobian(u, self.held)
-        except (ValueError, torch.linalg.LinAlgError):  # columns that depend on each other there
-            return 0.0
-        gain = (behind - self.plain).sort().values
-        gain = gain[int(_TRIMMED * len(gain)) : math.ceil((1 - _TRIMMED) * len(gain))]
-        chance = 2 * float(gain.std()) / math.sqrt(len(gain))
-        return float(gain.mean()) if float(gain.mean()) > max(_GAIN, chance) else 0.0
+    chart = make(kept)
+    if chart is None:
+        return 0.0
+    u = chart.inv(held)
+    try:
+        behind = _mixture(chart.inv(kept), u) - chart.log_abs_det_jacobian(u, held)
+    except (ValueError, torch.linalg.LinAlgError):  # columns that depend on each other there
+        return 0.0
+    gain = (behind - plain).sort().values
+    gain = gain[int(_TRIMMED_SHARE * len(gain)) : math.ceil((1 - _TRIMMED_SHARE) * len(gain))]
+    chance = 2 * float(gain.std()) / math.sqrt(len(gain))
+    return float(gain.mean()) if float(gain.mean()) > max(_MIN_GAIN, chance) else 0.0
 
 
 def _mixture(kept: Tensor, held: Tensor) -> Tensor:
@@ -243,17 +251,17 @@ def _mixture(kept: Tensor, held: Tensor) -> Tensor:
         locs = shares @ x
         centred = ((x - m) * s.sqrt()[:, None] for m, s in zip(locs, shares, strict=True))
         covs = torch.stack([part.T @ part for part in centred])
-        roots = torch.linalg.cholesky(covs + _NARROW * torch.eye(dim).to(x))
+        roots = torch.linalg.cholesky(covs + _VARIANCE_FLOOR * torch.eye(dim).to(x))
         shares = joint(x).softmax(0)
     log_density = joint(m.white(held)).logsumexp(0)
     return log_density - torch.linalg.slogdet(m.linear).logabsdet
 
 
 _KNOTS = 128
-_ROWS = 100  # for a knot, on average
-FEWEST = 4 * _ROWS  # rows that set a map
-_FARTHEST = 20  # rows beyond the outermost knots, on either side
-_CLOSE = 1e-7  # of the range: knots nearer to each other are one
+_ROWS_PER_KNOT = 100  # for a knot, on average
+MIN_ROWS = 4 * _ROWS_PER_KNOT  # rows that set a map
+_ROWS_BEYOND = 20  # rows beyond the outermost knots, on either side
+_KNOT_GAP = 1e-7  # of the range: knots nearer to each other are one
 
 
 def marginal_transform(rows: Tensor) -> MarginalTransform | None:
@@ -264,7 +272,7 @@ def marginal_transform(rows: Tensor) -> MarginalTransform | None:
     Args:
         rows: Rows, shape ``(N, D)``, on the CPU.
     """
-    if len(rows) < FEWEST or bool((rows == rows[0]).all(0).any()):
+    if len(rows) < MIN_ROWS or bool((rows == rows[0]).all(0).any()):
         return None
     found = [quantile_knots(column) for column in rows.double().T]
     count = max(len(x) for x, _ in found)
@@ -277,8 +285,8 @@ def quantile_knots(column: Tensor) -> tuple[Tensor, Tensor]:
     total = len(column)
     values, repeats = torch.unique(column, return_counts=True)
     levels = (repeats.cumsum(0) - 0.5 * repeats.to(values)) / total
-    count = min(_KNOTS, total // _ROWS)
-    end = min(_FARTHEST, total // 20) / total
+    count = min(_KNOTS, total // _ROWS_PER_KNOT)
+    end = min(_ROWS_BEYOND, total // 20) / total
     # Denser toward the tails, as the arcsine is that makes all proportions equally uncertain.
     angle = math.asin(math.sqrt(end))
     turns = torch.linspace(angle, math.pi / 2 - angle, count, dtype=levels.dtype)
@@ -287,7 +295,7 @@ def quantile_knots(column: Tensor) -> tuple[Tensor, Tensor]:
     if len(places) < 2:
         places = torch.tensor([0, len(values) - 1])
     x, y = values[places], torch.special.ndtri(levels[places])
-    far = torch.cat((x.new_ones(1, dtype=torch.bool), x.diff() > _CLOSE * (x[-1] - x[0])))
+    far = torch.cat((x.new_ones(1, dtype=torch.bool), x.diff() > _KNOT_GAP * (x[-1] - x[0])))
     return x[far], y[far]
 
 
@@ -307,8 +315,8 @@ def _padded(x: Tensor, y: Tensor, slopes: Tensor, count: int) -> Knots:
     return tuple(torch.cat(pair) for pair in zip((x, y, slopes), beyond, strict=True))  # type: ignore[return-value]
 
 
-_SHARE = 0.5  # of the way to the lengths of normal rows
-_LEAST_SPREAD = 1e-3  # of the logarithms of lengths: else all rows lie on one ellipsoid
+_LENGTH_SHARE = 0.5  # of the way to the lengths of normal rows
+_MIN_LENGTH_SPREAD = 1e-3  # of the logarithms of lengths: else all rows lie on one ellipsoid
 
 
 def radial_transform(rows: Tensor) -> RadialTransform | None:
@@ -323,17 +331,17 @@ def radial_transform(rows: Tensor) -> RadialTransform | None:
         ValueError: If their moments are not those of a density.
     """
     dim = rows.shape[1]
-    if len(rows) < FEWEST or dim < 2:
+    if len(rows) < MIN_ROWS or dim < 2:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # who chooses the map gives them
         m = moments(rows.double())
     length = _log_length(m.white(rows))[:, 0]
-    if float(length.max() - length.min()) < _LEAST_SPREAD:
+    if float(length.max() - length.min()) < _MIN_LENGTH_SPREAD:
         return None
     x, normal = quantile_knots(length)
     squares = 2 * gammaincinv(0.5 * dim, torch.special.ndtr(normal).numpy())  # chi-squared
     full = 0.5 * torch.from_numpy(squares).log()
-    x, y, slopes = with_slopes(x, torch.lerp(x, full, _SHARE))
+    x, y, slopes = with_slopes(x, torch.lerp(x, full, _LENGTH_SHARE))
     slopes[0] = 1.0
     return RadialTransform(m.loc, m.linear, x[None], y[None], slopes[None])

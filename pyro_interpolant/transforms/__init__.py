@@ -1,8 +1,9 @@
 r"""Pyro transforms: base in, data out, log-determinant on demand.
 
-``flow`` is the numerics, in whitened coordinates, of one way through a velocity; ``interpolant``
-makes it a Pyro ``TransformModule``, with the identity cache of ``cache``. ``bijections`` wrap what
-maps real vectors to a support, and ``gaussianize`` has maps that make data nearer to normal.
+``flow`` is the numerics of one way through a velocity, in the coordinates of ``whitening``;
+``interpolant`` makes it a Pyro ``TransformModule``, with the identity cache of ``cache``.
+``bijections`` wrap what maps real vectors to a support, and ``gaussianize`` has maps that make
+data nearer to normal.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from .._lazy import attach
 if TYPE_CHECKING:
     from .interpolant import *
     from .gaussianize import *
+    from .whitening import *
 
 __all__, __getattr__, __dir__ = attach(
     __name__,
@@ -23,5 +25,6 @@ __all__, __getattr__, __dir__ = attach(
             "interpolant_transform",
         ],
         "gaussianize": ["MarginalTransform", "RadialTransform"],
+        "whitening": ["DenseWhitening", "DiagonalWhitening", "ScalarWhitening"],
     },
 )

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from .cache import Entry, IdentityCache
-from .flow import Flow
+from .whitening import Whitening
 
-__all__ = ["PerEvent", "Remembered", "Whiten"]
+__all__ = ["PerEvent", "Cached", "Whiten"]
 
 
 class Whiten(Transform):
@@ -22,19 +22,19 @@ class Whiten(Transform):
     codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, whitening: Whitening) -> None:
         super().__init__()
-        self.flow = flow
+        self.whitening = whitening
 
     def _call(self, x: Tensor) -> Tensor:
-        return self.flow.to_white(x)
+        return self.whitening.to_white(x)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self.flow.from_white(y)
+        return self.whitening.from_white(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``-log |det L|``, shape ``(*)``."""
-        return (-self.flow.linear_log_det).expand(x.shape[:-1])
+        return (-self.whitening.log_det).expand(x.shape[:-1])
 
     def with_cache(self, cache_size: int = 1) -> "Whiten":
         """Return self: there is nothing to cache."""
@@ -83,7 +83,7 @@ class PerEvent(Transform):
         return self.wrapped.inverse_shape(shape)
 
 
-class Remembered(Transform):
+class Cached(Transform):
     """A bijection that gives back the very tensor it was called with, under the cache's guards."""
 
     bijective = True
@@ -121,7 +121,7 @@ class Remembered(Transform):
         """Return the shape as real vectors."""
         return self.wrapped.inverse_shape(shape)
 
-    def with_cache(self, cache_size: int = 1) -> "Remembered":
+    def with_cache(self, cache_size: int = 1) -> "Cached":
         """Return self: the cache is always there and checks itself."""
         return self
 

@@ -5,24 +5,25 @@ data. The solver stores the states at the quadrature nodes; the log-determinant 
 of divergences along them, computed when somebody asks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._torch import is_tracing, keep_freed_memory, recomputed
 from ..interpolants.linear import Interpolant, Trigonometric
-from ..nn.velocity import check_velocity, evaluate
-from ..solvers.divergence import Divergence, ExactDivergence
-from ..solvers.ode import Field, FixedGrid, Solver, is_alone, through_nodes
+from ..nn.velocity import StateFunction, check_velocity, evaluate, field, rows_at_once, size_of
+from ..solvers.divergence import Divergence
+from ..solvers.ode import Solver, is_alone, through_nodes
+from .whitening import DenseWhitening, Whitening
 
 __all__ = ["Flow", "Path"]
 
 
 _KEPT_BYTES = 2**26  # a trajectory above 64 MiB is not kept
-_ROWS = 512  # without gradients, rows solved, or rows times nodes differentiated, at once
+_ROWS_AT_ONCE = 512  # without gradients, rows solved, or rows times nodes differentiated, at once
 
 
 class Path(NamedTuple):
@@ -47,27 +48,28 @@ class Path(NamedTuple):
         nodes, weights = self.solver.grid()
         return nodes * self.end, weights * self.end
 
+    def recomputes(self) -> bool:
+        """Return whether gradients recompute each evaluation instead of keeping all of them."""
+        return getattr(self.solver, "checkpoint", False)
+
 
 class Flow(nn.Module):
-    """What a transform and a conditional one both own: velocity, whitening map, three choices.
+    r"""What a transform integrates: a velocity in whitened coordinates, and the whitening map.
 
     Args:
         velocity: Any module with ``forward(t, x, context=None)``.
         event_dim: D. By default ``velocity.event_dim``.
         interpolant: The path the velocity is trained for. By default trigonometric.
-        solver: By default a fixed grid.
-        divergence: By default exact.
-        **kwargs: For the next class in line.
+        whitening: The map to data space. By default dense, the identity until it is set.
+
+    Attributes:
+        noise: The network for :math:`E[z | w_t]`, where training has learned it, or None.
+        independent: Whether training paired base and data at random.
 
     Raises:
         ValueError: If the size D is not known, or the velocity couples rows (batch normalisation).
         TypeError: If the velocity is not a module, or a Pyro module with random weights.
     """
-
-    loc: Tensor
-    linear: Tensor
-    whitening: Tensor
-    linear_log_det: Tensor
 
     def __init__(
         self,
@@ -75,66 +77,28 @@ class Flow(nn.Module):
         event_dim: int | None = None,
         *,
         interpolant: Interpolant | None = None,
-        solver: Solver | None = None,
-        divergence: Divergence | None = None,
-        **kwargs: Any,
+        whitening: Whitening | None = None,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__()
         check_velocity(velocity)
-        dim = getattr(velocity, "event_dim", None) if event_dim is None else event_dim
-        if not isinstance(dim, int) or dim < 1:
+        size = size_of(velocity, "event_dim") if event_dim is None else event_dim
+        if not isinstance(size, int) or size < 1:
             raise ValueError(
-                "expected event_dim, the size of the last dimension of x: pass "
-                f"{type(self).__name__}(velocity, event_dim) or give the velocity an attribute "
-                f"event_dim; got {dim!r}"
+                "expected event_dim, the size of the last dimension of x: pass it after the "
+                f"velocity, or give the velocity an attribute event_dim; got {size!r}"
             )
-        self.dim = dim
+        self.event_dim = size
         self.velocity = velocity
-        self.noise: nn.Module | None = None  # E[z | w_t], where fit(learn="noise") trained it
-        self.independent = True  # whether training paired base and data at random
+        self.noise: nn.Module | None = None
+        self.independent = True
         self.interpolant = Trigonometric() if interpolant is None else interpolant
-        self.solver = FixedGrid() if solver is None else solver
-        self.divergence = ExactDivergence() if divergence is None else divergence
         like = next(velocity.parameters(), torch.zeros(()))
-        eye = torch.eye(dim, dtype=like.dtype, device=like.device)
-        self.register_buffer("loc", torch.zeros_like(eye[0]))
-        self.register_buffer("linear", eye)
-        self.register_buffer("whitening", eye.clone())
-        self.register_buffer("linear_log_det", torch.zeros_like(eye[0, 0]))
+        self.whitening = (DenseWhitening(size) if whitening is None else whitening).to(like)
 
-    def precondition(self, loc: Tensor, linear: Tensor, whitening: Tensor | None = None) -> None:
-        r"""Set the affine map :math:`y = \mathrm{loc} + L w` between whitened and data space.
-
-        Args:
-            loc: The centre, shape ``(D,)``.
-            linear: The invertible map L, shape ``(D, D)``.
-            whitening: Its inverse, shape ``(D, D)``; computed in float64 if not given.
-
-        Raises:
-            ValueError: If a shape is wrong, or L is not invertible or not finite.
-        """
-        if loc.shape != (self.dim,) or linear.shape != (self.dim, self.dim):
-            raise ValueError(
-                f"expected loc of shape ({self.dim},) and linear of shape "
-                f"({self.dim}, {self.dim}), got {tuple(loc.shape)} and {tuple(linear.shape)}"
-            )
-        if whitening is None:
-            whitening, info = torch.linalg.inv_ex(linear.double())
-            if info.item() or not bool(torch.isfinite(whitening).all()):
-                raise ValueError("expected an invertible linear map, got a singular one")
-        with torch.no_grad():
-            self.loc.copy_(loc)
-            self.linear.copy_(linear)
-            self.whitening.copy_(whitening)
-            self.linear_log_det.copy_(torch.linalg.slogdet(linear.double()).logabsdet)
-
-    def to_white(self, y: Tensor) -> Tensor:
-        """Return whitened coordinates of data coordinates, each of shape ``(*, D)``."""
-        return (y - self.loc) @ self.whitening.T
-
-    def from_white(self, white: Tensor) -> Tensor:
-        """Return data coordinates of whitened coordinates, each of shape ``(*, D)``."""
-        return self.loc + white @ self.linear.T
+    @property
+    def loc(self) -> Tensor:
+        """The centre in data space, shape ``(D,)``; its type and device are the flow's."""
+        return self.whitening.loc
 
     def integrate(self, white: Tensor, path: Path, *, forward: bool) -> Tensor:
         """Return the whitened states at the nodes, ascending in time, shape ``(N + 1, *, D)``.
@@ -147,12 +111,12 @@ class Flow(nn.Module):
         if path.end == 0.0:
             return white[None]
         times, _ = path.times()
-        field = self._field(path.context)
+        velocity_at = partial(field, self.velocity, context=path.context)
 
         def solve(white: Tensor) -> Tensor:
             if forward:
-                return path.solver.solve(field, white, times)
-            return path.solver.solve(field, white, times.flip(0)).flip(0)
+                return path.solver.solve(velocity_at, white, times)
+            return path.solver.solve(velocity_at, white, times.flip(0)).flip(0)
 
         adjoint = getattr(path.solver, "adjoint", False)
         if not (adjoint and is_alone(white, (path.context, *self.parameters()))):
@@ -171,28 +135,22 @@ class Flow(nn.Module):
             path: The way through the flow.
         """
         if path.end == 0.0:
-            return self.linear_log_det.expand(states.shape[1:-1])
+            return self.whitening.log_det.expand(states.shape[1:-1])
         times, weights = (s.to(states) for s in path.times())
-        again = getattr(path.solver, "checkpoint", False)
-        small = (again or not self._needs_graph(states, path)) and not is_tracing()
-        rate = self._rate(path, again)
-        if not small:
+        if not path.recomputes() and (self._needs_graph(states, path) or is_tracing()):
             shape = (-1,) + (1,) * (states.dim() - 2)
-            together = rate(times.reshape(shape), states, path.context)
-            return self.linear_log_det + torch.tensordot(weights, together, dims=1)
+            together = self._rate(times.reshape(shape), path)(states)
+            return self.whitening.log_det + torch.tensordot(weights, together, dims=1)
         # In pieces that stay in the processor's cache.
-        at_once = getattr(self.velocity, "rows_at_once", lambda: _ROWS)()
+        size = rows_at_once(self.velocity)
         rows, context = _flat(states[0], path.context)
         totals = []
-        for part, own in _pieces(states.reshape(len(times), *rows.shape), context, at_once):
-            nodes = max(1, at_once // part.shape[1])
-            if nodes == 1:
-                rates: Any = self._rates(path._replace(context=own), times, again)
-            else:
-                rates = [lambda s, t=t: rate(t[:, None], s, own) for t in times.split(nodes)]  # noqa: B023
-            total = self.linear_log_det
-            for s, f, w in zip(part.split(nodes), rates, weights.split(nodes), strict=True):
-                total = total + torch.tensordot(w, f(s), dims=1)
+        for part, own in _pieces(states.reshape(len(times), *rows.shape), context, size):
+            nodes = max(1, size // part.shape[1])
+            total = self.whitening.log_det
+            rates = self._rates(times, nodes, path._replace(context=own))
+            for s, rate, w in zip(part.split(nodes), rates, weights.split(nodes), strict=True):
+                total = total + torch.tensordot(w, rate(s), dims=1)
             totals.append(total)
         return torch.cat(totals).reshape(states.shape[1:-1])
 
@@ -214,9 +172,9 @@ class Flow(nn.Module):
             The states, and the log-determinant, shape ``(*)``, where it had to be computed here.
         """
         keep_freed_memory()
-        row_bytes = len(path.times()[0]) * self.dim * white.element_size()
-        rows = white.numel() // self.dim
-        at_once = min(_ROWS, max(1, _KEPT_BYTES // row_bytes))
+        row_bytes = len(path.times()[0]) * self.event_dim * white.element_size()
+        rows = white.numel() // self.event_dim
+        at_once = min(_ROWS_AT_ONCE, max(1, _KEPT_BYTES // row_bytes))
         whole = self._needs_graph(white, path) or rows <= at_once
         if whole or is_tracing():
             return self.integrate(white, path, forward=forward), None
@@ -232,40 +190,25 @@ class Flow(nn.Module):
         joined = torch.cat(states, dim=1).reshape(-1, *white.shape)
         return joined, torch.cat(log_dets).reshape(white.shape[:-1]) if log_dets else None
 
-    def _rate(self, path: Path, again: bool) -> Callable[..., Tensor]:  # noqa: FBT001
-        """Return the rate of the log-determinant as a function of time, state and context."""
+    def _rate(self, t: Tensor, path: Path) -> StateFunction:
+        """Return the rate of the log-determinant at times t as a function of the states."""
 
-        def rate(t: Tensor, s: Tensor, context: Tensor | None) -> Tensor:
-            return path.divergence(self.velocity, t, s, context)
+        def rate(states: Tensor) -> Tensor:
+            return path.divergence(self.velocity, t, states, path.context)
 
-        return recomputed(rate) if again else rate
+        return recomputed(rate) if path.recomputes() else rate
 
-    def _rates(
-        self,
-        path: Path,
-        times: Tensor,
-        again: bool,  # noqa: FBT001
-    ) -> list[Callable[[Tensor], Tensor]]:
-        """Return the rate at each time as a function of the state."""
-        field = getattr(path.divergence, "field", None)
-        if field is None:
-            rate = self._rate(path, again)
-            return [lambda s, t=t: rate(t, s, path.context) for t in times.unbind()]  # type: ignore[misc]
-        rates = field(self.velocity, times, path.context)
-        return [recomputed(f) for f in rates] if again else rates
+    def _rates(self, times: Tensor, nodes: int, path: Path) -> Sequence[StateFunction]:
+        """Return the rate for each run of so many nodes, which come first in the states."""
+        shared = getattr(path.divergence, "field", None) if nodes == 1 else None
+        if shared is None:
+            return [self._rate(t[:, None], path) for t in times.split(nodes)]
+        rates = shared(self.velocity, times, path.context)
+        return [recomputed(rate) if path.recomputes() else rate for rate in rates]
 
     def _needs_graph(self, states: Tensor, path: Path) -> bool:
         sources = (states, path.context, *self.parameters())
         return torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources)
-
-    def _field(self, context: Tensor | None) -> Field:
-        own = getattr(self.velocity, "field", None)
-        if own is not None:
-            return lambda times: own(times, context)
-        return lambda times: [
-            lambda x, t=t: evaluate(self.velocity, t, x, context)  # type: ignore[misc]
-            for t in times.unbind()
-        ]
 
 
 def _flat(rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -12,10 +12,12 @@ from torch.distributions import constraints
 
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
-from ..solvers.divergence import Divergence
-from ..solvers.ode import Solver
+from ..nn.velocity import size_of
+from ..solvers.divergence import Divergence, ExactDivergence
+from ..solvers.ode import FixedGrid, Solver
 from .cache import Entry, IdentityCache
 from .flow import Flow, Path
+from .whitening import Whitening
 
 __all__ = [
     "ConditionalInterpolantTransform",
@@ -25,7 +27,31 @@ __all__ = [
 ]
 
 
-class InterpolantTransform(Flow, TransformModule):
+class _FlowHolder:
+    """A flow with two choices, plain attributes whose change the cache notices.
+
+    Attributes:
+        flow: Velocity and whitening map.
+        solver: How paths are integrated.
+        divergence: How the log-determinant's rate is computed.
+    """
+
+    flow: Flow
+    solver: Solver
+    divergence: Divergence
+
+    @property
+    def velocity(self) -> nn.Module:
+        """The network."""
+        return self.flow.velocity
+
+    @property
+    def interpolant(self) -> Interpolant:
+        """The path the velocity is trained for."""
+        return self.flow.interpolant
+
+
+class InterpolantTransform(_FlowHolder, TransformModule):
     r"""Map the base to the data along the velocity of a stochastic interpolant.
 
     Input: ``w_0``, a draw of :math:`N(0, I_D)` (or, whitened, of another base). Output: data.
@@ -37,6 +63,8 @@ class InterpolantTransform(Flow, TransformModule):
         solver: How paths are integrated, a plain attribute. By default :class:`FixedGrid`.
         divergence: How the log-determinant's rate is computed, a plain attribute. By default
             :class:`ExactDivergence`.
+        whitening: The map from whitened to data coordinates, which training sets. By default
+            :class:`~pyro_interpolant.transforms.DenseWhitening`.
 
     Raises:
         ValueError: If the size D is not known, or the velocity couples rows (batch normalisation).
@@ -56,7 +84,6 @@ class InterpolantTransform(Flow, TransformModule):
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
-    flow: Flow
     context: Tensor | None
     end: float
     _cache: IdentityCache
@@ -70,22 +97,44 @@ class InterpolantTransform(Flow, TransformModule):
         interpolant: Interpolant | None = None,
         solver: Solver | None = None,
         divergence: Divergence | None = None,
+        whitening: Whitening | None = None,
     ) -> None:
-        super().__init__(
-            velocity,
-            event_dim,
-            interpolant=interpolant,
-            solver=solver,
-            divergence=divergence,
-            cache_size=0,  # torch's own cache, which does not see weights move; ours is below
+        flow = Flow(velocity, event_dim, interpolant=interpolant, whitening=whitening)
+        self._set_up(
+            FixedGrid() if solver is None else solver,
+            ExactDivergence() if divergence is None else divergence,
         )
-        self._bind(self, None, 1.0)
+        self.flow = flow
 
-    def _bind(self, flow: Flow, context: Tensor | None, end: float) -> None:
-        # Plain attributes: a view must not register, and so not own, the weights of its flow.
-        self.__dict__.update(
-            flow=flow, context=context, end=end, _cache=IdentityCache(), _last=None
-        )
+    def _set_up(
+        self,
+        solver: Solver,
+        divergence: Divergence,
+        context: Tensor | None = None,
+        end: float = 1.0,
+    ) -> None:
+        super().__init__(cache_size=0)  # torch's cache does not see weights move; ours is below
+        self.solver, self.divergence = solver, divergence
+        # A plain attribute: the context of a view is no buffer of its own.
+        self.__dict__.update(context=context, end=end, _cache=IdentityCache(), _last=None)
+
+    @classmethod
+    def _view(
+        cls,
+        owner: "InterpolantTransform | ConditionalInterpolantTransform",
+        context: Tensor | None,
+        end: float = 1.0,
+    ) -> "InterpolantTransform":
+        """Return a transform with the owner's flow and choices that registers no weights."""
+        view = cls.__new__(cls)
+        view._set_up(owner.solver, owner.divergence, context, end)
+        view.__dict__["flow"] = owner.flow
+        view.training = owner.flow.training
+        return view
+
+    def owns_flow(self) -> bool:
+        """Return whether the weights are this transform's, and not of what gave it as a view."""
+        return "flow" not in self.__dict__
 
     def at(self, t: float) -> "InterpolantTransform":
         """Return the transform that stops at time t: from the base to the density at t.
@@ -101,7 +150,7 @@ class InterpolantTransform(Flow, TransformModule):
         t = float(t)
         if not 0.0 <= t <= 1.0:
             raise ValueError(f"expected a time t in [0, 1], got {t}")
-        return _view(self, self.flow, self.context, t)
+        return self._view(self, self.context, t)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the data ``y``, shape ``(*, D)``, of the base draws ``x``, shape ``(*, D)``."""
@@ -114,10 +163,10 @@ class InterpolantTransform(Flow, TransformModule):
 
     def _call(self, x: Tensor) -> Tensor:
         states = self.flow.integrate(self._checked(x), self._path(), forward=True)
-        return self.flow.from_white(states[-1])
+        return self.flow.whitening.from_white(states[-1])
 
     def _inverse(self, y: Tensor) -> Tensor:
-        white = self.flow.to_white(self._checked(y))
+        white = self.flow.whitening.to_white(self._checked(y))
         return self.flow.integrate(white, self._path(), forward=False)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -167,9 +216,9 @@ class InterpolantTransform(Flow, TransformModule):
         return {**self.__dict__, "_cache": IdentityCache(), "_last": None, "_inv": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
-        if self.flow is self:
-            return super()._apply(fn, recurse)
-        self.flow._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if not self.owns_flow():
+            self.flow._apply(fn, recurse)
         self.__dict__["context"] = None if self.context is None else fn(self.context)
         return self
 
@@ -191,10 +240,10 @@ class InterpolantTransform(Flow, TransformModule):
         states, log_det = self.flow.trajectory(
             self._checked(x), self._path(), forward=True, density=density
         )
-        return self._keep(Entry(x, self.flow.from_white(states[-1]), states, log_det))
+        return self._keep(Entry(x, self.flow.whitening.from_white(states[-1]), states, log_det))
 
     def _solve_from_data(self, y: Tensor) -> Entry:
-        white = self.flow.to_white(self._checked(y))
+        white = self.flow.whitening.to_white(self._checked(y))
         # An inverse is nearly always followed by its log-determinant.
         states, log_det = self.flow.trajectory(white, self._path(), forward=False, density=True)
         return self._keep(Entry(states[0], y, states, log_det, forward=False))
@@ -216,7 +265,7 @@ class InterpolantTransform(Flow, TransformModule):
 
     def _checked(self, x: Tensor) -> Tensor:
         """Check x and broadcast it with the batch of the context."""
-        dim, loc = self.flow.dim, self.flow.loc
+        dim, loc = self.flow.event_dim, self.flow.loc
         if x.dim() < 1 or x.shape[-1] != dim:
             hint = " For N scalars with D = 1 pass shape (N, 1): x[..., None]." if dim == 1 else ""
             raise ValueError(
@@ -230,12 +279,12 @@ class InterpolantTransform(Flow, TransformModule):
         return x if self.context is None else x.expand(self.forward_shape(x.shape))
 
 
-class ConditionalInterpolantTransform(Flow, ConditionalTransformModule):
+class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
     r"""A family of flows :math:`p(x | c)`: ``condition(context)`` gives one member.
 
     Args:
         velocity: Any module with ``forward(t, x, context)``; see :class:`VelocityMLP`.
-        event_dim, interpolant, solver, divergence: As in :class:`InterpolantTransform`.
+        event_dim, interpolant, solver, divergence, whitening: As in :class:`InterpolantTransform`.
 
     Raises:
         ValueError, TypeError: As in :class:`InterpolantTransform`.
@@ -250,6 +299,25 @@ class ConditionalInterpolantTransform(Flow, ConditionalTransformModule):
     codomain = constraints.real_vector
     bijective = True
 
+    def __init__(
+        self,
+        velocity: nn.Module,
+        event_dim: int | None = None,
+        *,
+        interpolant: Interpolant | None = None,
+        solver: Solver | None = None,
+        divergence: Divergence | None = None,
+        whitening: Whitening | None = None,
+    ) -> None:
+        super().__init__()
+        self.flow = Flow(velocity, event_dim, interpolant=interpolant, whitening=whitening)
+        self.solver = FixedGrid() if solver is None else solver
+        self.divergence = ExactDivergence() if divergence is None else divergence
+
+    def owns_flow(self) -> bool:
+        """Return True: the weights are this transform's."""
+        return True
+
     def condition(self, context: Tensor) -> InterpolantTransform:
         """Return the transform given a context; it shares the weights and owns none.
 
@@ -260,25 +328,14 @@ class ConditionalInterpolantTransform(Flow, ConditionalTransformModule):
         Raises:
             ValueError: If the last dimension is not the velocity's ``context_dim``.
         """
-        expected = getattr(self.velocity, "context_dim", None)
+        expected = size_of(self.velocity, "context_dim")
         if context.dim() < 1 or expected not in (None, context.shape[-1]):
             raise ValueError(
                 f"expected a context of shape (*, {expected}), got {tuple(context.shape)}"
             )
         while context.dim() > 1 and context.shape[0] == 1:
             context = context[0]
-        return _view(self, self, context, 1.0)
-
-
-def _view(template: Flow, flow: Flow, context: Tensor | None, end: float) -> InterpolantTransform:
-    """Return a transform with the template's choices that registers none of the flow's weights."""
-    view = InterpolantTransform.__new__(InterpolantTransform)
-    TransformModule.__init__(view, cache_size=0)
-    view.dim, view.training = flow.dim, flow.training
-    view.interpolant = template.interpolant
-    view.solver, view.divergence = template.solver, template.divergence
-    view._bind(flow, context, end)
-    return view
+        return InterpolantTransform._view(self, context)
 
 
 def interpolant_transform(

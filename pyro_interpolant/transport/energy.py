@@ -9,7 +9,7 @@ from torch.func import jacfwd, vmap
 
 from ..distributions.interpolant import (
     AnyDistribution,
-    ConditionalInterpolantDistribution,
+    conditioned,
 )
 from ..nn.velocity import evaluate
 from ..transforms.gaussianize import refuse_charts
@@ -72,11 +72,12 @@ def path_energy(
     """
     if count < 2:
         raise ValueError(f"expected at least two paths for a standard error, got count={count}")
-    view = _view(distribution, context)
+    refuse_charts(distribution.constraint, "distance")
+    view = conditioned(distribution, context)
     flow, path = view.transform.flow, view.transform._path()
     times, weights = (s.to(flow.loc) for s in path.times())
     with torch.no_grad():
-        w0 = _base_draws(view, count)
+        w0 = view.white_base().sample((count,))
         energies = []
         for i in range(0, count, _ROWS):
             own = path.context
@@ -85,7 +86,7 @@ def path_energy(
             states = flow.integrate(w0[i : i + _ROWS], path._replace(context=own), forward=True)
             total = torch.zeros_like(states[0, :, 0])
             for t, w, x in zip(times, weights, states, strict=True):
-                v = evaluate(flow.velocity, t, x, own) @ flow.linear.T
+                v = flow.whitening.push(evaluate(flow.velocity, t, x, own))
                 total = total + w * v.square().sum(-1)
             energies.append(total)
         energy = torch.cat(energies).double()
@@ -123,16 +124,18 @@ def w2_bound(
     References:
         arXiv 2209.15571, Proposition 3.
     """
-    view = _view(distribution, context)
+    refuse_charts(distribution.constraint, "distance")
+    view = conditioned(distribution, context)
     flow, context = view.transform.flow, view.transform.context
-    w1 = flow.to_white(view.to_flow(data))
+    w1 = flow.whitening.to_white(view.to_flow(data))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        w0 = _base_draws(view, len(w1))
+        w0 = view.white_base().sample(w1.shape[:1])
         t = (torch.arange(len(w1)) + torch.rand(len(w1))).to(w1) / len(w1)
         t = t[torch.randperm(len(t))]
         w_t, dw_t = flow.interpolant.sample(t, w0, w1)
-        v, target = (s @ flow.linear.T for s in (evaluate(flow.velocity, t, w_t, context), dw_t))
+        v = flow.whitening.push(evaluate(flow.velocity, t, w_t, context))
+        target = flow.whitening.push(dw_t)
         if minimum is None:
             excess = float((v - target).square().sum(-1).mean())
         else:
@@ -140,25 +143,6 @@ def w2_bound(
         lipschitz = _lipschitz(flow, t[:_ROWS], w_t[:_ROWS], context)
     bound = math.exp(1 + 2 * lipschitz) * max(excess, 0.0) if lipschitz < 300 else math.inf
     return W2Bound(bound, excess, lipschitz, minimum is not None)
-
-
-def _view(distribution: AnyDistribution, context: Tensor | None) -> Any:
-    refuse_charts(distribution.constraint, "distance")
-    if isinstance(distribution, ConditionalInterpolantDistribution):
-        if context is None:
-            raise ValueError("expected a context for a conditional flow, got none")
-        return distribution.condition(context)
-    if context is not None:
-        raise ValueError("expected no context: this distribution takes none")
-    return distribution
-
-
-def _base_draws(view: Any, count: int) -> Tensor:
-    """Return whitened base draws, shape ``(count, D)``."""
-    flow = view.transform.flow
-    if view.base is None:
-        return torch.randn(count, flow.dim, dtype=flow.loc.dtype, device=flow.loc.device)
-    return flow.to_white(view.base.sample((count,)).to(flow.loc))
 
 
 def _lipschitz(flow: Any, t: Tensor, w: Tensor, context: Tensor | None) -> float:
@@ -170,5 +154,5 @@ def _lipschitz(flow: Any, t: Tensor, w: Tensor, context: Tensor | None) -> float
     per_row = context is not None and context.dim() > 1
     c = context[: len(t)] if per_row else context  # type: ignore[index]
     jacobian = vmap(jacfwd(field), in_dims=(0, 0, 0 if per_row else None))(w, t, c)
-    jacobian = flow.linear @ jacobian @ flow.whitening
+    jacobian = flow.whitening.pull(flow.whitening.push(jacobian.mT).mT)
     return float(torch.linalg.matrix_norm(jacobian, ord=2).max())

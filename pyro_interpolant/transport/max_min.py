@@ -1,7 +1,9 @@
 r"""Shorter paths: the max-min problem over the interpolant."""
 
+import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,16 +16,18 @@ from ..distributions.interpolant import (
 )
 from ..interpolants.couplings import independent
 from ..interpolants.learned import LearnedInterpolant
-from ..training.batches import Batches, some
-from ..training.data import checked_batch, collected, own_flow, set_base
-from ..training.fitting import FitResult, fit
-from ..training.objective import Coupling, Draw, Objective
-from ..training.whitening import precondition
+from ..training.data import Table, TableBatches, trainable_flow
+from ..training.distributed import Process
+from ..training.fitting import FitResult, fit, starting_base
+from ..training.objective import Coupling, Objective
+from ..training.optimization import Descent
+from ..training.rows import Rows, subsample
+from ..training.whitening import set_whitening
 
 __all__ = ["TransportResult", "learn_interpolant"]
 
-_AHEAD = 0.2  # the share of all descents that come before the first ascent
-_FROZEN = 0.15  # the share of the steps, at the end, in which the interpolant rests
+_HEAD_START = 0.2  # the share of all descents that come before the first ascent
+_REST_SHARE = 0.15  # the share of the steps, at the end, in which the interpolant rests
 _MOMENT_ROWS = 20_000
 
 
@@ -94,38 +98,27 @@ def learn_interpolant(
     References:
         arXiv 2209.15571, eq. 14 and Proposition 4.
     """
-    flow = own_flow(distribution)
-    interpolant: Any = flow.interpolant
+    pace = _Pace(alternations, velocity_steps, learning_rate, interpolant_rate)
+    flow = trainable_flow(distribution)
+    interpolant = flow.interpolant
     if not isinstance(interpolant, LearnedInterpolant):
         raise TypeError(
             f"expected a flow with a LearnedInterpolant, got {type(interpolant).__name__}: "
             "InterpolantTransform(velocity, interpolant=LearnedInterpolant(...))"
         )
-    if min(alternations, velocity_steps) < 1 or min(learning_rate, interpolant_rate) <= 0:
-        raise ValueError(
-            "expected alternations, velocity_steps >= 1 and rates > 0, got "
-            f"{alternations}, {velocity_steps}, {learning_rate} and {interpolant_rate}"
-        )
-    interpolant.check_ends(flow.dim)
-    raw, _ = collected(
-        distribution, flow, data, context=context, pairs=None, weights=None, validation=0.0
-    )
-    size = checked_batch(batch_size, len(raw.w))
-    set_base(distribution, flow, base_samples, raw.w)
+    interpolant.check_ends(flow.event_dim)
+    source = Table(distribution, data, None, context=context)
+    split = source.split(Process(), batch_size)
+    starting_base(distribution, base_samples, split.kept, split.held)
     with seeded(seed, flow.loc.device):
-        precondition(flow, distribution, raw)
-        objective = Objective(flow, distribution.base, coupling, size)
-        rows = objective.prepared(raw)
+        set_whitening(distribution, split.kept)
+        push = flow.whitening.push
+        objective = Objective(flow, distribution.white_base(), coupling, metric=push)
+        batches = source.batches(split, objective)
         if interpolant.modes:
-            _start(
-                interpolant, objective, rows.w[some(len(rows.w), _MOMENT_ROWS).to(rows.w.device)]
-            )
-        batches = Batches(len(rows.w), size, rows.w.device)
+            _start(interpolant, objective, batches.rows.w)
         with trainable(flow.velocity):
-            energies = _alternate(
-                objective, lambda: objective.draw(rows.take(batches.next())), alternations,
-                velocity_steps, learning_rate, interpolant_rate, progress,
-            )  # fmt: skip
+            energies = pace.alternate(objective, batches, progress=progress)
     outcome = fit(
         distribution, data, context=context, coupling=coupling, batch_size=batch_size, seed=seed,
         learning_rate=learning_rate, progress=progress, whiten=False, **fit_options,
@@ -134,68 +127,97 @@ def learn_interpolant(
 
 
 def _start(interpolant: LearnedInterpolant, objective: Objective, w: Tensor) -> None:
-    base = objective.base_draws(_MOMENT_ROWS).double()
-    w = w.double()
+    """Start the waves from the moments of base and data, whitened rows of shape ``(N, D)``."""
+    base = objective.base.sample((_MOMENT_ROWS,)).double()
+    w = w[subsample(len(w), _MOMENT_ROWS).to(w.device)].double()
     means = base.mean(0), w.mean(0)
-    if objective.base is None:  # both are zero, but for the draws
+    if objective.base.base is None:  # both are zero, but for the draws
         means = torch.zeros_like(means[0]), torch.zeros_like(means[1])
     interpolant.start_from_moments(
-        means[0], base.T.cov(), means[1], w.T.cov(), metric=objective.flow.linear
+        means[0], base.T.cov(), means[1], w.T.cov(), metric=objective.flow.whitening.matrix()
     )
 
 
-def _alternate(
-    objective: Objective,
-    draw: Callable[[], Draw],
-    alternations: int,
-    velocity_steps: int,
-    learning_rate: float,
-    interpolant_rate: float,
-    progress: bool,  # noqa: FBT001
-) -> list[float]:
-    """Run the alternation, and return the energy after each hundredth of it."""
-    interpolant: Any = objective.flow.interpolant
-    weights = interpolant.weights()
-    descent = torch.optim.Adam(list(objective.network.parameters()), lr=learning_rate)
-    ascent = torch.optim.Adam(weights, lr=interpolant_rate, maximize=True)
-    recent: list[Tensor] = []
-    energies: list[float] = []
-    every = max(1, alternations // 100)
-    for _ in range(int(_AHEAD * alternations * velocity_steps)):
-        _descend(objective, draw(), descent)
-    rests = (1 - _FROZEN) * alternations
-    for step in tqdm(range(alternations), disable=not progress, desc="transport", leave=False):
-        for _ in range(velocity_steps):
-            recent.append(-_descend(objective, draw(), descent))
-        if step < rests:
-            # To zero: steps of one size would wander about the optimum.
-            ascent.param_groups[0]["lr"] = (
-                interpolant_rate * (1 + math.cos(math.pi * step / rests)) / 2
+@dataclass(frozen=True)
+class _Pace:
+    """How many steps velocity and interpolant take in turn, and how long they are.
+
+    Args:
+        alternations: The number of ascents.
+        velocity_steps: The number of descents between two of them.
+        learning_rate: Of the descents.
+        interpolant_rate: Of the ascents, at first.
+
+    Raises:
+        ValueError: If one is not positive.
+    """
+
+    alternations: int
+    velocity_steps: int
+    learning_rate: float
+    interpolant_rate: float
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        counts, rates = dataclasses.astuple(self)[:2], dataclasses.astuple(self)[2:]
+        if min(counts) < 1 or min(rates) <= 0:
+            raise ValueError(
+                "expected alternations, velocity_steps >= 1 and rates > 0, got "
+                f"{self.alternations}, {self.velocity_steps}, {self.learning_rate} and "
+                f"{self.interpolant_rate}"
             )
-            for weight in weights:
-                weight.requires_grad_(requires_grad=True)
-            gradients = torch.autograd.grad(_metric_loss(objective, draw()), weights)
-            for weight, gradient in zip(weights, gradients, strict=True):
-                weight.requires_grad_(requires_grad=False)
-                weight.grad = gradient
-            ascent.step()
-            for weight in weights:
-                weight.grad = None
-        if (step + 1) % every == 0:
-            energies.append(float(torch.stack(recent).mean()))
-            recent.clear()
-    return energies
+
+    def alternate(
+        self, objective: Objective, batches: TableBatches, *, progress: bool
+    ) -> list[float]:
+        """Run the alternation, and return the energy after each hundredth of it."""
+        descent = Descent(objective, objective.process, learning_rate=self.learning_rate)
+        ascent = _Ascent(objective)
+        recent: list[Tensor] = []
+        energies: list[float] = []
+        every = max(1, self.alternations // 100)
+        for _ in range(int(_HEAD_START * self.alternations * self.velocity_steps)):
+            descent(batches.next(), self.learning_rate)
+        rests = (1 - _REST_SHARE) * self.alternations
+        steps = tqdm(range(self.alternations), disable=not progress, desc="transport", leave=False)
+        for step in steps:
+            for _ in range(self.velocity_steps):
+                loss = descent(batches.next(), self.learning_rate)
+                recent += [] if loss is None else [-loss]
+            if descent.is_stuck():
+                descent.check()
+            if step < rests:
+                # To zero: steps of one size would wander about the optimum.
+                falling = (1 + math.cos(math.pi * step / rests)) / 2
+                ascent(batches.next_rows, self.interpolant_rate * falling)
+            if (step + 1) % every == 0 and recent:
+                energies.append(float(torch.stack(recent).mean()))
+                recent.clear()
+        return energies
 
 
-def _descend(objective: Objective, draw: Draw, descent: torch.optim.Optimizer) -> Tensor:
-    """Take a step of the velocity, and return the loss before it."""
-    loss = _metric_loss(objective, draw)
-    descent.zero_grad()
-    loss.backward()
-    descent.step()
-    return loss.detach()
+class _Ascent:
+    """Steps of Adam uphill on an objective, over the weights of its interpolant.
 
+    Args:
+        objective: What is maximised.
+    """
 
-def _metric_loss(objective: Objective, draw: Draw) -> Tensor:
-    """Return the mean of ``|L v|^2 - 2 L dI . L v``."""
-    return objective.loss(draw, metric=objective.flow.linear)
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.weights: list[Tensor] = objective.flow.interpolant.weights()  # type: ignore[attr-defined]
+        self.optimizer = torch.optim.Adam(self.weights, maximize=True)
+
+    def __call__(self, rows: Callable[[], Rows], rate: float) -> None:
+        """Take a step on the rows that a function returns."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        for weight in self.weights:
+            weight.requires_grad_(requires_grad=True)
+        (points,) = self.objective.points([rows])
+        gradients = torch.autograd.grad(self.objective.loss(points), self.weights)
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.requires_grad_(requires_grad=False)
+            weight.grad = gradient
+        self.optimizer.step()
+        for weight in self.weights:
+            weight.grad = None

@@ -14,7 +14,7 @@ from ..distributions.interpolant import (
 )
 from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
-from ..training.data import own_flow
+from ..training.data import trainable_flow
 from ..training.fitting import FitResult, fit
 
 __all__ = ["PathReport", "ReflowResult", "reflow"]
@@ -83,13 +83,14 @@ def reflow(
     References:
         Liu, Gong & Liu, *Flow straight and fast*, ICLR 2023; arXiv 2209.15571, Section 2.3.
     """
-    own_flow(distribution)
+    trainable_flow(distribution)
     if context is None and isinstance(distribution, ConditionalInterpolantDistribution):
         raise ValueError("expected contexts to draw pairs for, shape (count, C), got none")
     new = copy.deepcopy(distribution)
-    flow = own_flow(new)
+    trainable_flow(new)
+    flow = new.transform.flow
     flow.interpolant = Linear() if interpolant is None else interpolant
-    flow.solver = FixedGrid()
+    new.transform.solver = FixedGrid()
     with seeded(seed, flow.loc.device), torch.no_grad():
         view = distribution if context is None else distribution.condition(context)
         shape = (count,) if context is None else ()
@@ -128,12 +129,11 @@ def _report(
     steps = calibrate(copied, data, context=context, tolerance=tolerance).steps
     view: Any = copied if context is None else copied.condition(context)
     flow = view.transform.flow
-    w0 = base if view.base is None else flow.to_white(base)
+    w0 = view.white_base().to_white(base)
     ends = {}
     with torch.no_grad():
         for n in (1, 2, 128):
-            flow.solver = FixedGrid(steps=n)
-            path = view.transform._path()._replace(solver=flow.solver)
+            path = view.transform._path()._replace(solver=FixedGrid(steps=n))
             ends[n] = flow.integrate(w0, path, forward=True)[-1]
     errors = {n: float((ends[n] - ends[128]).norm(dim=-1).mean()) for n in (1, 2)}
     return PathReport(errors, steps)

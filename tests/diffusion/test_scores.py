@@ -30,8 +30,8 @@ LINEAR = torch.tensor([[2.0, 0.0], [0.7, 0.8]], dtype=torch.float64)
 def flow_of(velocity, interpolant, base=None, noise=None, **kwargs):
     """The flow of an exact velocity, whitened by a map that is not the identity."""
     transform = InterpolantTransform(velocity, interpolant=interpolant, solver=FixedGrid(48))
-    transform.precondition(LOC.to(transform.loc), LINEAR.to(transform.loc))
-    transform.noise = noise
+    transform.flow.whitening.set(LOC.to(transform.flow.loc), LINEAR.to(transform.flow.loc))
+    transform.flow.noise = noise
     return InterpolantDistribution(transform, base, **kwargs)
 
 
@@ -82,7 +82,7 @@ def test_a_learned_noise_serves_any_base_and_coupling(name):
     truth = PairVelocity(torch.tensor([0.4, -1.0]), cov, random_mixture(2, interpolant))
     base = dist.MultivariateNormal(LOC + truth.loc @ LINEAR.T, LINEAR @ cov @ LINEAR.T)
     flow = flow_of(truth, interpolant, base, LatentNoise(truth))
-    flow.transform.independent = False
+    flow.transform.flow.independent = False
     y = rows(25)
     for t in (0.2, 0.6, 0.8):
         time = torch.full((25,), t)
@@ -177,7 +177,7 @@ def prior(base=None, interpolant=None):
 
 def paired():
     flow = prior()
-    flow.transform.independent = False
+    flow.transform.flow.independent = False
     return flow
 
 

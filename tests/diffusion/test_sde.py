@@ -50,8 +50,8 @@ def flow_of(velocity, base=None, noise=None, **kwargs):
     transform = InterpolantTransform(
         velocity, interpolant=velocity.interpolant, solver=FixedGrid(24)
     )
-    transform.precondition(LOC.to(transform.loc), LINEAR.to(transform.loc))
-    transform.noise = noise
+    transform.flow.whitening.set(LOC.to(transform.flow.loc), LINEAR.to(transform.flow.loc))
+    transform.flow.noise = noise
     return InterpolantDistribution(transform, base, **kwargs)
 
 
@@ -156,7 +156,7 @@ def test_drift_and_diffusion_are_those_of_the_equation_in_data_coordinates():
     truth = random_mixture(2, Linear())
     flow = flow_of(truth)
     y = LOC + torch.randn(7, 2) @ LINEAR.T
-    w = flow.transform.to_white(y)
+    w = flow.transform.flow.whitening.to_white(y)
     for t in (0.2, 0.7):
         time = torch.full((7,), t)
         v, s, e = truth(time, w), truth.score(time, w), 0.3 + t
@@ -262,7 +262,7 @@ def test_without_diffusion_it_is_the_flow_and_back():
     x = flow.sample((20,))
     base = sample_sde(flow, x=x, diffusion=lambda t: 0.0, steps=200)
     w = flow.transform.inv(x)
-    assert torch.allclose(base, flow.transform.from_white(w), atol=1e-3)
+    assert torch.allclose(base, flow.transform.flow.whitening.from_white(w), atol=1e-3)
 
 
 def test_samples_are_on_the_support():

@@ -32,9 +32,9 @@ def flow_of(velocity, base=None, noise=None, **kwargs):
     transform = InterpolantTransform(
         velocity, interpolant=velocity.interpolant, solver=FixedGrid(40)
     )
-    dim = transform.dim
-    transform.precondition(LOC[:dim], LINEAR[:dim, :dim])
-    transform.noise = noise
+    dim = transform.flow.event_dim
+    transform.flow.whitening.set(LOC[:dim], LINEAR[:dim, :dim])
+    transform.flow.noise = noise
     return InterpolantDistribution(transform, base, **kwargs)
 
 

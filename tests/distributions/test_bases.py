@@ -131,8 +131,8 @@ def test_pairs_are_kept_together():
         base_samples=x0,
         **{**QUICK, "steps": 500, "batch_size": 256},
     )
-    assert not distribution.transform.independent
-    assert distribution.transform.flow.to_white(x0).shape == x0.shape
+    assert not distribution.transform.flow.independent
+    assert distribution.transform.flow.whitening.to_white(x0).shape == x0.shape
     few = torch.randn(200, 2)
     y = distribution.transform(distribution.transforms[0](few))
     error = (y - 3 - few @ turn).norm(dim=-1).mean()
@@ -168,9 +168,9 @@ def test_whether_pairs_were_independent_is_remembered(tmp_path):
     for coupling, expected in ((independent, True), (optimal_transport, False)):
         distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
         fit(distribution, torch.randn(80, 2), coupling=coupling, **{**QUICK, "batch_size": 40})
-        assert distribution.transform.independent is expected
+        assert distribution.transform.flow.independent is expected
         save(distribution, tmp_path / "flow.safetensors")
-        assert load(tmp_path / "flow.safetensors").transform.independent is expected
+        assert load(tmp_path / "flow.safetensors").transform.flow.independent is expected
 
 
 # ---- interpolants in training -------------------------------------------------------------------
@@ -187,15 +187,15 @@ def test_latent_interpolants_train_and_learn_their_noise(interpolant, tmp_path):
     fit(distribution, x, **{**QUICK, "steps": 200, "batch_size": 128})
     assert mean_distance(distribution.sample((800,)), x[:800]) < 0.1
     before = [p.clone() for p in distribution.transform.velocity.parameters()]
-    assert distribution.transform.noise is None
+    assert distribution.transform.flow.noise is None
     result = fit(distribution, x, learn="noise", **{**QUICK, "steps": 200, "batch_size": 128})
     assert result.validation_losses[-1] < result.validation_losses[0] - 0.1
     for p, q in zip(before, distribution.transform.velocity.parameters(), strict=True):
         assert torch.equal(p, q)
     save(distribution, tmp_path / "flow.safetensors")
-    again = load(tmp_path / "flow.safetensors").transform.noise
+    again = load(tmp_path / "flow.safetensors").transform.flow.noise
     t, w = torch.tensor(0.4), torch.randn(5, 2)
-    assert torch.equal(again(t, w), distribution.transform.noise(t, w))
+    assert torch.equal(again(t, w), distribution.transform.flow.noise(t, w))
 
 
 def test_a_mirror_starts_from_its_data():
@@ -230,10 +230,10 @@ def test_wrong_ends_are_refused_before_training(interpolant, message):
     distribution = InterpolantDistribution(
         interpolant_transform(2, (8, 8), interpolant=interpolant)
     )
-    loc = distribution.transform.loc.clone()
+    loc = distribution.transform.flow.loc.clone()
     with pytest.raises(ValueError, match=message):
         fit(distribution, 5 + torch.randn(60, 2), **QUICK)
-    assert torch.equal(distribution.transform.loc, loc)
+    assert torch.equal(distribution.transform.flow.loc, loc)
 
 
 def test_a_non_linear_path_trains():

@@ -297,8 +297,8 @@ def test_expand_shares_the_solve():
     x = d.expand((3,)).rsample()
     calls = []
     handle = d.transform.velocity.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    integrate = d.transform.integrate
-    d.transform.integrate = lambda *a, **k: calls.append(1) or integrate(*a, **k)
+    integrate = d.transform.flow.integrate
+    d.transform.flow.integrate = lambda *a, **k: calls.append(1) or integrate(*a, **k)
     d.expand((3,)).log_prob(x)
     handle.remove()
     assert not calls
@@ -337,7 +337,9 @@ def test_end_is_the_model(name):
 def test_start_is_the_affine_gaussian():
     d = InterpolantDistribution(random_flow(2))
     flow, x = d.transform, torch.randn(6, 2)
-    expected = dist.MultivariateNormal(flow.loc, flow.linear @ flow.linear.T).log_prob(x)
+    expected = dist.MultivariateNormal(
+        flow.flow.loc, flow.flow.whitening.linear @ flow.flow.whitening.linear.T
+    ).log_prob(x)
     assert torch.allclose(d.at(0).log_prob(x), expected, atol=1e-10)
 
 
@@ -414,8 +416,8 @@ def test_rsample_and_log_prob(name):
 
 def test_rsample_and_log_prob_is_one_solve():
     d = InterpolantDistribution(random_flow(2))
-    solves, integrate = [], d.transform.integrate
-    d.transform.integrate = lambda *a, **k: solves.append(1) or integrate(*a, **k)
+    solves, integrate = [], d.transform.flow.integrate
+    d.transform.flow.integrate = lambda *a, **k: solves.append(1) or integrate(*a, **k)
     d.rsample_and_log_prob((6,))
     assert len(solves) == 1
 

@@ -31,10 +31,11 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.diffusion.scores import score
 from pyro_interpolant.distributions.bases import Planar, directions, in_planes
-from pyro_interpolant.distributions.constraints import Wrap, bijection
+from pyro_interpolant.distributions.constraints import bijection
+from pyro_interpolant.distributions.description import build_constraint, describe_constraint
 from pyro_interpolant.distributions.joint import sites_of
+from pyro_interpolant.distributions.supports import _Wrap as Wrap
 from pyro_interpolant.interpolants.nonlinear import wrap
-from pyro_interpolant.io import build_constraint, describe_constraint
 
 TURN = 2 * math.pi
 
@@ -236,7 +237,7 @@ def test_the_velocity_is_periodic_in_every_coordinate(coordinate):
 
 def test_there_is_no_gate_but_contexts_are_scaled():
     velocity = random_velocity(2, context_dim=2)
-    velocity.precondition(torch.randn(100, 2), 5 + 3 * torch.randn(100, 2))
+    velocity.set_scales(torch.randn(100, 2), 5 + 3 * torch.randn(100, 2))
     assert (velocity.reach == math.inf).all()
     assert float(velocity.context_loc.min()) > 3
     assert type(velocity)(*velocity.arguments()).arguments() == (2, (16, 16), 2)
@@ -471,7 +472,7 @@ def test_only_flows_on_the_torus_have_the_support():
     with pytest.raises(ValueError, match="period 2 pi in every angle.*got VelocityMLP"):
         InterpolantDistribution(flat, support=circular)
     scaled = random_transform(2)
-    scaled.precondition(torch.zeros(2), 2 * torch.eye(2))
+    scaled.flow.whitening.set(torch.zeros(2), 2 * torch.eye(2))
     with pytest.raises(ValueError, match="no whitening map for angles"):
         InterpolantDistribution(scaled, support=circular)
     conditional = ConditionalInterpolantTransform(VelocityMLP(2, None, 3), interpolant=Geodesic())
@@ -585,8 +586,8 @@ def test_training_conditional_flows_keeps_the_scale_of_the_circle():
     context = torch.randn(300, 1)
     data = wrap(3 + 0.1 * torch.randn(300, 2) + context)
     fit(model, data, context=context, steps=5, seed=0, progress=False, tolerance=0.1)
-    assert torch.equal(flow.linear, torch.eye(2))
-    assert torch.equal(flow.loc, torch.zeros(2))
+    assert torch.equal(flow.flow.whitening.linear, torch.eye(2))
+    assert torch.equal(flow.flow.loc, torch.zeros(2))
     assert (flow.velocity.reach == math.inf).all()
 
 

@@ -252,7 +252,7 @@ def test_it_starts_at_the_initial_location_and_scale():
     z, log_q = guide.get_posterior().rsample_and_log_prob((2000,))
     loc = torch.tensor([3.0, torch.tensor(2.0).log(), 0.0, 1.0, 2.0])
     expected = dist.Normal(loc, 0.25).to_event(1)
-    assert torch.allclose(guide.transform.loc, loc)
+    assert torch.allclose(guide.transform.flow.loc, loc)
     assert torch.allclose(log_q, expected.log_prob(z))
     assert torch.allclose(guide.transform(torch.zeros(guide.latent_dim)), loc)
 

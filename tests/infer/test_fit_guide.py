@@ -77,7 +77,7 @@ def test_no_ode_is_solved_before_the_last_weights(monkeypatch):
     guide = unsettled()
     solved = []
     monkeypatch.setattr(
-        type(guide.transform), "integrate", lambda *args, **kwargs: solved.append(1) or 1 / 0
+        type(guide.transform.flow), "integrate", lambda *args, **kwargs: solved.append(1) or 1 / 0
     )
     before = [p.detach().clone() for p in guide.parameters()]
     with pytest.raises(ZeroDivisionError):
@@ -216,7 +216,7 @@ def test_the_model_alone(rounds):
     guide = small()
     guide()
     z = log_joint(guide).pack(draws_of(4000))
-    guide.transform.precondition(z.mean(0), torch.linalg.cholesky(z.T.cov()))  # a good guide
+    guide.transform.flow.whitening.set(z.mean(0), torch.linalg.cholesky(z.T.cov()))  # a good guide
     state = torch.get_rng_state()
     result = fit_guide(guide, max_seconds=7.0, seed=3, progress=False, options={"rounds": 2})
     assert torch.equal(torch.get_rng_state(), state)

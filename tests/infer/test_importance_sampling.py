@@ -42,7 +42,7 @@ def gaussian(loc, scale, target=conjugate, **options):
     guide = AutoInterpolant(target, **options)
     guide()
     dim = guide.latent_dim
-    guide.transform.precondition(torch.full((dim,), loc), scale * torch.eye(dim))
+    guide.transform.flow.whitening.set(torch.full((dim,), loc), scale * torch.eye(dim))
     return guide
 
 

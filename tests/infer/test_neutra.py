@@ -113,7 +113,7 @@ def test_a_good_guide_makes_a_bad_geometry_easy():
 
     guide = AutoInterpolant(stretched, hidden_dims=(4,), solver=FixedGrid(1, "euler"))
     guide()
-    guide.transform.precondition(scales, torch.linalg.cholesky(covariance))
+    guide.transform.flow.whitening.set(scales, torch.linalg.cholesky(covariance))
     base = neutra(guide)
     x = base.samples(run(base, samples=80).get_samples(group_by_chain=True))["x"]
     assert float(effective_sample_size(x).min()) > 30

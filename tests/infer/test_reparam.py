@@ -466,7 +466,7 @@ def test_no_divergence_is_computed():
 
 def regression(prior):
     """Return a model with a global and plated latent vector and data."""
-    data = torch.randn(4, 2) + prior.transform.loc
+    data = torch.randn(4, 2) + prior.transform.flow.loc
 
     def model():
         z = pyro.sample("z", prior)

@@ -186,7 +186,7 @@ def test_the_closed_form_holds_in_data_coordinates(name):
     velocity = random_mixture(2, MEMBERS[name])
     flow = InterpolantTransform(velocity, solver=FixedGrid(steps=160))
     loc, linear = torch.tensor([100.0, -3.0]), torch.tensor([[4.0, 0.0], [1.0, 1e-3]])
-    flow.precondition(loc, linear)
+    flow.flow.whitening.set(loc, linear)
     distribution = InterpolantDistribution(flow)
     for t in (0.5, 1.0):
         w = velocity.sample(t, 10)

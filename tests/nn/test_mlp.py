@@ -6,6 +6,7 @@ from cases import HIDDEN_DIMS
 from torch import nn
 
 from pyro_interpolant import InterpolantTransform, VelocityMLP
+from pyro_interpolant.nn.velocity import field
 
 
 def network(hidden_dims=(16, 16), context_dim=0, dim=3):
@@ -27,7 +28,7 @@ def test_three_ways_to_the_same_velocity(name, context_dim, reach):
     x, times = torch.randn(7, 3), torch.rand(4)
     contexts = [torch.randn(2), torch.randn(7, 2)] if context_dim else [None]
     for context in contexts:
-        fields = velocity.field(times, context)
+        fields = field(velocity, times, context)
         assert len(fields) == 4
         for t, f in zip(times, fields, strict=True):
             v = velocity(t, x, context)
@@ -101,7 +102,7 @@ def test_preconditioning_sets_the_gate_and_the_scale_of_the_context():
     w = torch.randn(100, 3)
     w[0] = torch.tensor([30.0, 0.0, 40.0])
     context = torch.randn(100, 3) * torch.tensor([1e-3, 1e3, 0.0]) + 7
-    velocity.precondition(w, context)
+    velocity.set_scales(w, context)
     # Twice as far as the farthest row on that side, or as draws of the base get.
     farther = torch.tensor([[10.0, 10.0, 10.0], [60.0, 10.0, 80.0]])
     torch.testing.assert_close(velocity.reach, farther)
@@ -121,14 +122,14 @@ def test_a_context_in_other_units_gives_the_same_velocity():
     b = network(context_dim=2)
     b.load_state_dict(a.state_dict())
     context = torch.randn(50, 2)
-    a.precondition(x, context)
-    b.precondition(x, 1e5 * context - 3e4)
+    a.set_scales(x, context)
+    b.set_scales(x, 1e5 * context - 3e4)
     torch.testing.assert_close(a(t, x, context), b(t, x, 1e5 * context - 3e4))
 
 
 def test_tight_data_do_not_gate_the_base():
     velocity = network()
-    velocity.precondition(1e-3 * torch.randn(100, 3))
+    velocity.set_scales(1e-3 * torch.randn(100, 3))
     v = velocity(torch.tensor(0.1), torch.randn(200, 3))
     velocity.reach.fill_(math.inf)
     velocity_there = velocity(torch.tensor(0.1), torch.randn(200, 3))

@@ -393,8 +393,8 @@ def test_laplace_is_exact_for_a_gaussian(space):
     posterior = guide.laplace_approximation().get_posterior()
     mean, covariance = posterior.mean, posterior.covariance_matrix
     if space == "base":
-        linear = prior.transform.linear
-        mean, covariance = prior.transform.loc + linear @ mean, linear @ covariance @ linear.T
+        linear = prior.transform.flow.whitening.matrix()
+        mean, covariance = prior.transform.flow.loc + linear @ mean, linear @ covariance @ linear.T
     expected_mean, expected_covariance = one_site_posterior(prior, 2.0)
     assert torch.allclose(mean, expected_mean, atol=0.05)
     assert torch.allclose(covariance, expected_covariance, atol=1e-3)
@@ -402,7 +402,7 @@ def test_laplace_is_exact_for_a_gaussian(space):
 
 def one_site_posterior(prior, y):
     """Return the posterior of ``one_site`` for a Gaussian prior, in closed form."""
-    loc, linear = prior.transform.loc, prior.transform.linear
+    loc, linear = prior.transform.flow.loc, prior.transform.flow.whitening.matrix()
     ones = torch.ones(len(loc), 1)
     precision = torch.linalg.inv(linear @ linear.T)
     covariance = torch.linalg.inv(precision + ones @ ones.T)
@@ -564,7 +564,7 @@ def test_init_to_sample_is_the_strategy_in_data_space():
         kernel = NUTS(one_site(prior), init_strategy=getattr(guides, name))
         kernel.setup(1)
         z = kernel.initial_params["z"]
-        starts[name] = float(prior.transform.to_white(z).abs().max())
+        starts[name] = float(prior.transform.flow.whitening.to_white(z).abs().max())
     assert starts["init_to_sample"] < 5
     assert starts["init_to_uniform"] > 10
 
@@ -683,7 +683,9 @@ def test_param_store_round_trip(tmp_path):
     assert any(n.startswith("flow$$$velocity.") for n in pyro.get_param_store().keys())
     pyro.clear_param_store()
     other = InterpolantDistribution(random_flow(2))
-    other.transform.precondition(d.transform.loc, d.transform.linear)  # buffers are not stored
+    other.transform.flow.whitening.set(
+        d.transform.flow.loc, d.transform.flow.whitening.matrix()
+    )  # buffers are not stored
     assert not torch.allclose(other.log_prob(x), expected)
     pyro.get_param_store().load(tmp_path / "params.pt")
     pyro.module("flow", other.transform, update_module_params=True)

@@ -45,7 +45,7 @@ def mlp(hidden, context_dim=0):
 def flow(velocity, **grid):
     transform = InterpolantTransform(velocity, 3, solver=FixedGrid(**grid)).double()
     a = torch.tensor([[1.0, 0.2, 0.0], [0.0, 0.8, 0.0], [0.1, 0.0, 1.2]], dtype=torch.float64)
-    transform.precondition(torch.ones(3, dtype=torch.float64), a)
+    transform.flow.whitening.set(torch.ones(3, dtype=torch.float64), a)
     return transform.requires_grad_(requires_grad=False)
 
 

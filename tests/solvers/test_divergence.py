@@ -249,7 +249,7 @@ def test_a_velocity_of_ones_own_and_the_closed_form_give_one_density():
 
     flow = random_flow(3)
     other = InterpolantTransform(Wrapped(flow.velocity), 3, solver=flow.solver)
-    other.precondition(flow.loc, flow.linear)
+    other.flow.whitening.set(flow.flow.loc, flow.flow.whitening.linear)
     x = torch.randn(6, 3)
     torch.testing.assert_close(
         InterpolantDistribution(other).log_prob(x), InterpolantDistribution(flow).log_prob(x)

@@ -371,7 +371,7 @@ def test_weighted_rows_are_learned_in_proportion():
     fit(distribution, x, weights=weights, learning_rate=5e-3, **options)
     share = float((distribution.sample((4000,)) > 0).double().mean())
     assert share == pytest.approx(0.8, abs=0.05)
-    assert float(distribution.transform.loc) == pytest.approx(1.2, abs=0.1)
+    assert float(distribution.transform.flow.loc) == pytest.approx(1.2, abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_validation_rows_of_ones_own():
         for v in (held, held[:50])
     ]
     assert losses[0] != losses[1]
-    torch.testing.assert_close(distribution.transform.loc, x.mean(0))  # none of them held out
+    torch.testing.assert_close(distribution.transform.flow.loc, x.mean(0))  # none of them held out
     context = torch.rand(300, 1)
     conditional = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1, (8,)))
     fit(conditional, x, context=context, validation=(held, torch.rand(100, 1)), **QUICK)

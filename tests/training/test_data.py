@@ -8,7 +8,7 @@ from pyro_interpolant.distributions.constraints import checked_rows
 from pyro_interpolant.training import whitening
 from pyro_interpolant.training.batches import Batches, drawn
 from pyro_interpolant.training.preprocessing import dequantize, warn_if_rounded
-from pyro_interpolant.training.whitening import moments, usual
+from pyro_interpolant.training.whitening import inliers, moments
 
 
 def with_values(value, rows):
@@ -165,7 +165,7 @@ def test_rows_that_come_in_an_order_are_looked_at_everywhere(monkeypatch):
     x[18_000:] += 1000.0  # a class, not outliers
     m = moments(x)
     torch.testing.assert_close(m.loc, x.mean(0), rtol=1e-4, atol=0)
-    assert len(usual(m.white(x)).unique()) >= 19_800
+    assert len(inliers(m.white(x)).unique()) >= 19_800
 
 
 def test_rows_that_weigh_most_are_no_outliers():
@@ -341,10 +341,10 @@ def test_columns_that_are_dependent_but_for_rounding_are_told():
 
 def test_outliers_are_few_and_far():
     w = torch.randn(1000, 3)
-    assert usual(w).tolist() == list(range(1000))
+    assert inliers(w).tolist() == list(range(1000))
     w[17] = 1e9
-    assert usual(w).tolist() == [i for i in range(1000) if i != 17] + [0]
+    assert inliers(w).tolist() == [i for i in range(1000) if i != 17] + [0]
     w[:100] += 1e4  # a mode: far, and not rare
     w[17] = 1e9
-    assert 17 not in usual(w)
-    assert len(usual(w).unique()) >= 995
+    assert 17 not in inliers(w)
+    assert len(inliers(w).unique()) >= 995

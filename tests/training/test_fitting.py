@@ -74,7 +74,7 @@ def test_the_whitening_is_that_of_the_data():
     x = 1e3 + torch.randn(400, 2) @ torch.tensor([[5.0, 0.0], [2.0, 1e-2]])
     distribution = tiny()
     quick(distribution, x)
-    w = distribution.transform.to_white(x)
+    w = distribution.transform.flow.whitening.to_white(x)
     torch.testing.assert_close(w.T.cov(), torch.eye(2), rtol=0, atol=0.3)
     torch.testing.assert_close(w.mean(0), torch.zeros(2), rtol=0, atol=0.2)
     torch.testing.assert_close(distribution.sample((500,)).mean(0), x.mean(0), rtol=1e-3, atol=0.5)
@@ -522,7 +522,7 @@ def test_numpy_and_float32_rows_train_a_float64_flow():
     for x in (torch.randn(100, 2).numpy(), torch.randn(100, 2, dtype=torch.float32)):
         distribution = tiny()
         quick(distribution, x)
-        assert distribution.transform.loc.dtype == torch.float64
+        assert distribution.transform.flow.loc.dtype == torch.float64
 
 
 def test_float64_rows_with_a_large_offset_train_a_float32_flow():

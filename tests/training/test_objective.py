@@ -82,7 +82,7 @@ def test_given_base_draws_and_times_it_is_a_function():
     value = interpolant_loss(distribution, x1, x0=x0, t=t)
     assert value.shape == (7,)
     assert value.requires_grad
-    white = (x1 - flow.loc) @ torch.linalg.inv(flow.linear).T
+    white = (x1 - flow.flow.loc) @ torch.linalg.inv(flow.flow.whitening.linear).T
     torch.testing.assert_close(value, by_hand(flow.velocity, flow.interpolant, t, x0, white))
     assert torch.equal(value, interpolant_loss(distribution, x1, x0=x0, t=t))
     one = interpolant_loss(distribution, x1[2], x0=x0[2], t=t[2])
@@ -105,9 +105,13 @@ def test_a_given_base_lives_in_data_coordinates():
     distribution = InterpolantDistribution(flow, base)
     x0, x1, t = base.sample((6,)), torch.randn(6, 2), torch.rand(6)
     value = interpolant_loss(distribution, x1, x0=x0, t=t)
-    white = torch.linalg.inv(flow.linear).T
+    white = torch.linalg.inv(flow.flow.whitening.linear).T
     expected = by_hand(
-        flow.velocity, flow.interpolant, t, (x0 - flow.loc) @ white, (x1 - flow.loc) @ white
+        flow.velocity,
+        flow.interpolant,
+        t,
+        (x0 - flow.flow.loc) @ white,
+        (x1 - flow.flow.loc) @ white,
     )
     torch.testing.assert_close(value, expected)
     # Drawn: from that base.
@@ -134,7 +138,7 @@ def test_contexts():
     distribution = ConditionalInterpolantDistribution(flow)
     t, x0, x1, context = torch.rand(5), torch.randn(5, 2), torch.randn(5, 2), torch.randn(5, 3)
     value = interpolant_loss(distribution, x1, x0=x0, t=t, context=context)
-    white = (x1 - flow.loc) @ torch.linalg.inv(flow.linear).T
+    white = (x1 - flow.flow.loc) @ torch.linalg.inv(flow.flow.whitening.linear).T
     expected = by_hand(flow.velocity, flow.interpolant, t, x0, white, context)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(

@@ -100,7 +100,7 @@ def test_a_run_on_batches_is_as_good_as_one_on_the_table(name):
     assert found.validation_losses[-1] == pytest.approx(expected.validation_losses[-1], abs=0.06)
     with torch.no_grad():
         assert float((table.log_prob(x) - stream.log_prob(x)).mean()) == pytest.approx(0, abs=0.06)
-    torch.testing.assert_close(stream.transform.loc, x.mean(0), rtol=0, atol=0.1)
+    torch.testing.assert_close(stream.transform.flow.loc, x.mean(0), rtol=0, atol=0.1)
 
 
 def test_same_seed_same_weights_and_the_global_generator_is_left_alone():
@@ -123,7 +123,7 @@ def test_the_first_pass_finds_the_moments_of_all_rows_it_did_not_hold_out():
     assert (found.total, found.size) == (900, 90)
     distribution = made()
     fit(distribution, list(x.split(90)), **QUICK)
-    torch.testing.assert_close(distribution.transform.loc, moments(x[100:]).loc)
+    torch.testing.assert_close(distribution.transform.flow.loc, moments(x[100:]).loc)
 
 
 def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
@@ -144,10 +144,10 @@ def test_without_moments_the_first_pass_reads_no_more_than_it_needs():
     survey(Stream(made(), made().transform, data), 0.5, whole=False)
     assert data.given == 1 + math.ceil(8192 / 0.5 / 100)
     distribution = made()
-    distribution.transform.precondition(x.mean(0), torch.eye(2))
-    before = distribution.transform.loc.clone()
+    distribution.transform.flow.whitening.set(x.mean(0), torch.eye(2))
+    before = distribution.transform.flow.loc.clone()
     fit(distribution, list(x.split(100)), whiten=False, validation=x[:50], **QUICK)
-    assert torch.equal(distribution.transform.loc, before)
+    assert torch.equal(distribution.transform.flow.loc, before)
 
 
 def test_weights_decay_by_the_number_of_training_rows(monkeypatch):
@@ -229,7 +229,7 @@ def test_rows_without_weight_are_absent():
     ]
     flow = made()
     fit(flow, parts, validation=x[:10], **QUICK)
-    torch.testing.assert_close(flow.transform.loc, x.mean(0))
+    torch.testing.assert_close(flow.transform.flow.loc, x.mean(0))
     with pytest.raises(ValueError, match="got an iterable with 0 rows"):
         fit(made(), parts[1:2], **QUICK)
 
@@ -256,7 +256,7 @@ def test_weights_come_as_the_last_part():
     fit(distribution, loader, **{**QUICK, "steps": 350}, learning_rate=5e-3)
     share = float((distribution.sample((4000,)) > 0).double().mean())
     assert share == pytest.approx(0.8, abs=0.06)
-    assert float(distribution.transform.loc) == pytest.approx(1.2, abs=0.1)
+    assert float(distribution.transform.flow.loc) == pytest.approx(1.2, abs=0.1)
 
 
 def test_from_samples_takes_batches():

@@ -417,12 +417,12 @@ def test_at_zero_is_the_affine_map(kind, conditioned):
     x = torch.randn(5, 2)
     start = transform.at(0)
     y = start(x)
-    torch.testing.assert_close(y, owner.loc + x @ owner.linear.T)
+    torch.testing.assert_close(y, owner.flow.loc + x @ owner.flow.whitening.linear.T)
     torch.testing.assert_close(start.inv(y.clone()), x)
-    expected = torch.linalg.slogdet(owner.linear).logabsdet.expand(5)
+    expected = torch.linalg.slogdet(owner.flow.whitening.linear).logabsdet.expand(5)
     torch.testing.assert_close(start.log_abs_det_jacobian(x, y), expected)
-    covariance = owner.linear @ owner.linear.T
-    gaussian = dist.MultivariateNormal(owner.loc, covariance)
+    covariance = owner.flow.whitening.linear @ owner.flow.whitening.linear.T
+    gaussian = dist.MultivariateNormal(owner.flow.loc, covariance)
     torch.testing.assert_close(
         InterpolantDistribution(start).log_prob(x), gaussian.log_prob(x).expand(5)
     )
@@ -450,11 +450,13 @@ def test_at_solves_the_differential_equation(kind, conditioned):
     t, h = 0.4, 1e-3
     with torch.no_grad():
         here, up, down = (transform.at(s)(x) for s in (t, t + h, t - h))
-        w = torch.linalg.solve(owner.linear, (here - owner.loc).T).T
+        w = torch.linalg.solve(owner.flow.whitening.linear, (here - owner.flow.loc).T).T
         arguments = () if context is None else (context,)
         velocity = owner.velocity(torch.full((5,), t), w, *arguments)
         rates = (up - down) / (2 * h)
-        torch.testing.assert_close(rates, velocity @ owner.linear.T, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            rates, velocity @ owner.flow.whitening.linear.T, rtol=1e-3, atol=1e-3
+        )
         dets = [
             transform.at(s).log_abs_det_jacobian(x, transform.at(s)(x)) for s in (t + h, t - h)
         ]
@@ -502,11 +504,15 @@ def test_at_outside(conditioned, t):
 def test_precondition(kind):
     transform = flow(kind, 3)
     linear = torch.randn(3, 3) + 2 * torch.eye(3)
-    transform.precondition(torch.tensor([1.0, 2.0, 3.0]), linear)
+    transform.flow.whitening.set(torch.tensor([1.0, 2.0, 3.0]), linear)
     y = torch.randn(4, 3)
-    torch.testing.assert_close(transform.from_white(transform.to_white(y)), y)
-    torch.testing.assert_close(transform.whitening @ linear, torch.eye(3))
-    torch.testing.assert_close(transform.linear_log_det, torch.linalg.slogdet(linear).logabsdet)
+    torch.testing.assert_close(
+        transform.flow.whitening.from_white(transform.flow.whitening.to_white(y)), y
+    )
+    torch.testing.assert_close(transform.flow.whitening.inverse @ linear, torch.eye(3))
+    torch.testing.assert_close(
+        transform.flow.whitening.log_det, torch.linalg.slogdet(linear).logabsdet
+    )
     before = {k: v.clone() for k, v in transform.state_dict().items()}
     for loc, bad in [
         (torch.zeros(2), torch.eye(3)),
@@ -518,10 +524,10 @@ def test_precondition(kind):
             f"{tuple(loc.shape)} and {tuple(bad.shape)}"
         )
         with pytest.raises(ValueError, match=message):
-            transform.precondition(loc, bad)
+            transform.flow.whitening.set(loc, bad)
     for singular in (torch.zeros(3, 3), torch.full((3, 3), torch.nan)):
         with pytest.raises(ValueError, match="expected an invertible linear map"):
-            transform.precondition(torch.zeros(3), singular)
+            transform.flow.whitening.set(torch.zeros(3), singular)
     for name, value in transform.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
@@ -570,14 +576,14 @@ def test_no_event_dim(cls, size):
     velocity = OwnVelocity(2)
     assert not hasattr(velocity, "event_dim")
     message = (
-        rf"expected event_dim.*pass {cls.__name__}\(velocity, event_dim\) or give the velocity an "
+        rf"expected event_dim.*pass it after the velocity, or give the velocity an "
         rf"attribute event_dim; got {re.escape(repr(size))}"
     )
     with pytest.raises(ValueError, match=message):
         cls(velocity, size)
-    assert cls(velocity, 2).dim == 2
+    assert cls(velocity, 2).flow.event_dim == 2
     velocity.event_dim = 2
-    assert cls(velocity).dim == 2
+    assert cls(velocity).flow.event_dim == 2
 
 
 @both_classes

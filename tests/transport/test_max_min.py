@@ -174,7 +174,7 @@ def test_reflow_straightens_the_paths(ring_flow):
     with torch.no_grad():
         change = result.distribution.log_prob(x).mean() - ring_flow.log_prob(x).mean()
     assert abs(float(change)) < 0.15
-    assert not result.distribution.transform.independent
+    assert not result.distribution.transform.flow.independent
 
 
 def test_reflow_of_a_given_base_and_of_contexts():

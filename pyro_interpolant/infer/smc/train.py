@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 from ..._torch import seeded, trainable
 from ...diagnostics.calibration import calibrate
 from ...diagnostics.psis import effective_sample_size, log_mean_weight, pareto_smooth
-from ...distributions.constraints import is_trivial
 from ...distributions.interpolant import InterpolantDistribution
 from ...interpolants.couplings import independent
 from ...solvers.ode import Solver
@@ -21,7 +20,7 @@ from ...training.data import own_flow
 from ...training.distributed import Engine
 from ...training.loop import Average, Clip
 from ...training.objective import Objective
-from ...training.whitening import precondition
+from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
 from .flow_proposal import Jump, coarse_solver, fresh_weights, jumped
 from .pathfinder import Mixture, search, wide_start
@@ -210,7 +209,7 @@ class Refinement:
             self.particles, _ = self.kernel(self.particles, density.with_gradient)
             if i % (_MIXING // 8) == _MIXING // 8 - 1:
                 pools.append(self.particles.x)
-        precondition(self.flow, self.distribution, Rows(self.particles.x, None))
+        set_whitening(self.distribution, Rows(self.particles.x, None))
         self.refit = Refit(self.flow, pools)
         self.kept = self.refit.values()
         self.first = self.spent()
@@ -389,13 +388,13 @@ def _checked_flow(distribution: InterpolantDistribution) -> Flow:
     if not isinstance(distribution, InterpolantDistribution):
         raise TypeError(f"expected an InterpolantDistribution, got {type(distribution).__name__}")
     flow = own_flow(distribution)
-    if not is_trivial(distribution.constraint) or distribution.base is not None:
+    if not distribution.space.is_real() or distribution.base is not None:
         raise ValueError(
             "expected a flow on real vectors from its default base, got "
             f"support={distribution.constraint} and base={distribution.base}: write the density "
             "in unconstrained coordinates, with the Jacobian"
         )
-    flow.interpolant.check_ends(flow.dim)
+    flow.interpolant.check_ends(flow.event_dim)
     return flow
 
 

@@ -287,7 +287,7 @@ def test_jumps_leave_the_density_as_it_is_and_measure_the_divergence():
     torch.testing.assert_close(particles.log_p, target.log_prob(y) + 4.0)
     torch.testing.assert_close(y.mean(0), target.mean, rtol=0, atol=0.06)
     torch.testing.assert_close(y.T.cov(), target.covariance_matrix, rtol=0.1, atol=0.01)
-    q = gaussian(flow.transform.loc, flow.transform.linear)
+    q = gaussian(flow.transform.flow.loc, flow.transform.flow.whitening.matrix())
     kl = torch.distributions.kl_divergence(target, q)
     assert jump.gap == pytest.approx(float(kl) + 4.0, abs=0.1)
     evidence = float(jump.log_weights.logsumexp(0)) - math.log(len(jump.log_weights))
@@ -297,7 +297,7 @@ def test_jumps_leave_the_density_as_it_is_and_measure_the_divergence():
 
 def test_weights_of_a_flow_that_is_the_target_are_equal():
     flow = gaussian_prior(torch.tensor([2.5, -1.0]), torch.tensor([[0.8, 0.0], [0.9, 0.5]]))
-    q = gaussian(flow.transform.loc, flow.transform.linear)
+    q = gaussian(flow.transform.flow.loc, flow.transform.flow.whitening.matrix())
     solver = flow.transform.solver
     w = fresh_weights(flow, Density(lambda x: q.log_prob(x) + 1.5), 2500)
     torch.testing.assert_close(w, torch.full((2500,), 1.5))

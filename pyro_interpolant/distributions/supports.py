@@ -1,0 +1,367 @@
+r"""Supports: what takes values to the real vectors that a flow moves, and back.
+
+A support has two members. On the bijective image of real vectors, such as positive numbers or a
+simplex, a flow moves the unconstrained vectors. On the torus there is no bijection: the flow moves
+angles on the real line, whole turns included, and they are wrapped at the end.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from ..interpolants.nonlinear import Geodesic, wrap
+from ..nn.mlp import TorusMLP
+from ..nn.velocity import evaluate, may_be_periodic
+from ..transforms.bijections import Cached, PerEvent
+from ..transforms.flow import Flow
+from ..transforms.gaussianize import Gaussianized, without_chart
+from ..transforms.interpolant import InterpolantTransform, interpolant_transform
+from .bases import Planar, UniformTorus, directions, in_planes
+from .constraints import Circular, Constraint, OnEvents, Shaped, bijection, circular
+
+__all__ = ["BijectiveSupport", "CircularSupport", "HasSupport", "Support", "support_of"]
+
+_TYPICAL_RADIUS = 2**0.5  # the root mean square of a Rayleigh distance
+_PERIOD_ROWS = 64  # on which the period of a velocity is checked
+
+
+class Support(ABC):
+    """Where values live, and what takes them to real vectors.
+
+    Args:
+        constraint: The constraint.
+    """
+
+    def __init__(self, constraint: Constraint) -> None:
+        self.constraint = constraint
+
+    @abstractmethod
+    def shown(self) -> Constraint:
+        """Return the constraint on whole events, as Pyro is to see it."""
+
+    @abstractmethod
+    def unconstrained(self, value: Tensor) -> Tensor:
+        """Return values, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
+
+        Raises:
+            ValueError: If a value is outside the support, or on its edge, which maps to infinity.
+        """
+
+    @abstractmethod
+    def event_shape(self, size: int) -> torch.Size:
+        """Return the shape of an event that has ``size`` unconstrained coordinates."""
+
+    @abstractmethod
+    def size(self, event_shape: torch.Size) -> int:
+        """Return the number of unconstrained coordinates of an event of a shape."""
+
+    @abstractmethod
+    def transforms(self, flow: Flow) -> list[Transform]:
+        """Return what comes after a flow, to end on the support.
+
+        Raises:
+            ValueError: If the flow is not one for this support.
+        """
+
+    def is_real(self) -> bool:
+        """Return whether values are real vectors themselves."""
+        return False
+
+    def default_base(self, flow: Flow) -> Any:
+        """Return the base of a flow without one of its own; None for N(0, I)."""
+        return None
+
+    @abstractmethod
+    def new_transform(self, size: int) -> InterpolantTransform:
+        """Return an untrained transform of ``size`` unconstrained coordinates."""
+
+    @abstractmethod
+    def check_rows(self, flow: Flow, rows: Tensor, context: Tensor | None) -> None:
+        """Raise a ValueError unless a flow can be trained on unconstrained rows.
+
+        Args:
+            flow: The flow.
+            rows: Rows, shape ``(N, D)``.
+            context: Their contexts, shape ``(N, C)``, or None.
+        """
+
+    # Samplers walk in the base; on the torus, in a plane for each angle, which has no seam.
+
+    def sampled_base(self, base: Any) -> Any:
+        """Return the base as a distribution that samplers on real vectors can walk in."""
+        return base
+
+    def from_sampled(self, z: Tensor) -> Tensor:
+        """Return the base draws, ``(*, D)``, of what :meth:`sampled_base` samples."""
+        return z
+
+    def to_sampled(self, x: Tensor) -> Tensor:
+        """Return a typical point of :meth:`sampled_base` for base draws, shape ``(*, D)``."""
+        return x
+
+
+class BijectiveSupport(Support):
+    """A bijective image of real vectors, perhaps behind a Gaussianizing map.
+
+    Args:
+        constraint: A constraint with a bijection in Pyro's registry.
+
+    Raises:
+        TypeError: If it is not a constraint.
+        ValueError: If it has no such bijection.
+    """
+
+    def __init__(self, constraint: Constraint) -> None:
+        super().__init__(constraint)
+        self.bijection = bijection(constraint)
+
+    def is_real(self) -> bool:
+        """Return whether values are real vectors themselves."""
+        inner = self.constraint
+        if isinstance(inner, constraints.independent) and inner.reinterpreted_batch_ndims == 1:
+            inner = inner.base_constraint
+        return isinstance(inner, type(constraints.real))
+
+    def shown(self) -> Constraint:
+        """Return the constraint on whole events."""
+        return constraints.real_vector if self.is_real() else OnEvents(self.constraint)
+
+    def unconstrained(self, value: Tensor) -> Tensor:
+        """Return values, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
+
+        Raises:
+            ValueError: If a value is outside the support, or on its edge, which maps to infinity.
+        """
+        if self.is_real():
+            return value
+        on_events = OnEvents(self.constraint)
+        inside = on_events.check(value)
+        if bool(inside.all()):
+            inside = on_events.reduced(_off_the_edge(self.constraint, value), value)
+        if bool(inside.all()):
+            real = self.bijection.inv(value)
+            inside = torch.isfinite(real).all(-1)
+            if bool(inside.all()):
+                return real
+        raise ValueError(
+            f"expected values strictly inside the support {self.constraint}, got "
+            f"{int((~inside).sum())} of {inside.numel()} rows outside it or on its edge, the "
+            f"first being row {int((~inside).reshape(-1).nonzero()[0])}: remove them, or choose "
+            "the support that the data have"
+        )
+
+    def event_shape(self, size: int) -> torch.Size:
+        """Return the shape of an event that has ``size`` unconstrained coordinates."""
+        return torch.Size(self.bijection.forward_shape(torch.Size((size,))))
+
+    def size(self, event_shape: torch.Size) -> int:
+        """Return the number of unconstrained coordinates of an event of a shape."""
+        return self.bijection.inverse_shape(event_shape)[-1]
+
+    def transforms(self, flow: Flow) -> list[Transform]:
+        """Return the bijection, unless values are real vectors.
+
+        Raises:
+            ValueError: If the support has not the flow's number of unconstrained dimensions.
+        """
+        if self.is_real():
+            return []
+        try:
+            self.bijection(torch.zeros_like(flow.loc))
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            raise ValueError(
+                f"expected a support of {flow.event_dim} unconstrained dimensions, the flow's, "
+                f"got {self.constraint}"
+            ) from error
+        return [Cached(PerEvent(self.bijection))]
+
+    def new_transform(self, size: int) -> InterpolantTransform:
+        """Return an untrained transform of ``size`` unconstrained coordinates."""
+        return interpolant_transform(size)
+
+    def check_rows(self, flow: Flow, rows: Tensor, context: Tensor | None) -> None:
+        """Raise a ValueError for a path on the torus; rows of shape ``(N, D)`` may be any."""
+        if isinstance(flow.interpolant, Geodesic):
+            raise ValueError(
+                f"expected support=circular for the interpolant {type(flow.interpolant).__name__},"
+                f" got support={self.constraint}"
+            )
+
+
+class CircularSupport(Support):
+    r"""Angles in :math:`[-\pi, \pi]`, where :math:`-\pi` and :math:`\pi` are one point.
+
+    A velocity of period :math:`2\pi` in every coordinate moves real vectors so that whole turns
+    stay whole turns: solved on the real line, without a seam, it is a flow on the torus. Where the
+    base has period :math:`2\pi` too, so has the density.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(circular)
+
+    def shown(self) -> Constraint:
+        """Return the constraint."""
+        return circular
+
+    def unconstrained(self, value: Tensor) -> Tensor:
+        """Return angles, shape ``(*, D)``, as they are.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+        inside = circular.check(value)
+        if bool(inside.all()):
+            return value
+        raise ValueError(
+            f"expected angles in [-pi, pi], in radians, got {int((~inside).sum())} of "
+            f"{inside.numel()} rows outside: take whole turns off, "
+            "torch.remainder(x + torch.pi, 2 * torch.pi) - torch.pi"
+        )
+
+    def event_shape(self, size: int) -> torch.Size:
+        """Return the shape of an event of ``size`` angles."""
+        return torch.Size((size,))
+
+    def size(self, event_shape: torch.Size) -> int:
+        """Return the number of angles."""
+        return event_shape[-1]
+
+    def transforms(self, flow: Flow) -> list[Transform]:
+        """Return the map that takes whole turns off.
+
+        Raises:
+            ValueError: If the flow is not one on the torus.
+        """
+        if not isinstance(flow.interpolant, Geodesic):
+            raise ValueError(
+                "expected the interpolant Geodesic() for angles, got "
+                f"{type(flow.interpolant).__name__}"
+            )
+        if not may_be_periodic(flow.velocity):
+            raise ValueError(
+                "expected a velocity of period 2 pi in every angle, such as TorusMLP, got "
+                f"{type(flow.velocity).__name__}"
+            )
+        if not flow.whitening.is_identity():
+            raise ValueError(
+                "expected no whitening map for angles, whose scale is that of the circle: leave "
+                "transform.flow.whitening alone"
+            )
+        return [Cached(_Wrap())]
+
+    def default_base(self, flow: Flow) -> UniformTorus:
+        """Return the uniform base: there is no normal one."""
+        return UniformTorus(flow.event_dim).to(flow.loc)
+
+    def new_transform(self, size: int) -> InterpolantTransform:
+        """Return an untrained transform of ``size`` angles."""
+        return InterpolantTransform(TorusMLP(size), interpolant=Geodesic())
+
+    def check_rows(self, flow: Flow, rows: Tensor, context: Tensor | None) -> None:
+        r"""Raise a ValueError unless the velocity has period :math:`2\pi` at rows.
+
+        Args:
+            flow: The flow.
+            rows: Angles, shape ``(N, D)``.
+            context: Their contexts, shape ``(N, C)``, or None.
+        """
+        x = rows[:_PERIOD_ROWS].to(flow.loc)
+        c = None if context is None else context[:_PERIOD_ROWS].to(flow.loc)
+        t = torch.linspace(0.1, 0.9, len(x)).to(x)
+        turns = 2 * torch.pi * torch.arange(1, flow.event_dim + 1).to(x)
+        with torch.no_grad():
+            here, there = (evaluate(flow.velocity, t, s, c) for s in (x, x + turns))
+        far = float((here - there).abs().max())
+        if far > 1e-3 * (1 + float(here.abs().max())):
+            raise ValueError(
+                "expected a velocity of period 2 pi in every angle, such as TorusMLP, got "
+                f"{type(flow.velocity).__name__}, which differs by {far:.3g} whole turns away: "
+                "feed it with cosines and sines"
+            )
+
+    def sampled_base(self, base: Any) -> Planar:
+        """Return the base in a plane for each angle."""
+        return Planar(base)
+
+    def from_sampled(self, z: Tensor) -> Tensor:
+        """Return the angles, ``(*, D)``, of points of the planes, ``(*, 2 D)``."""
+        return directions(z)
+
+    def to_sampled(self, x: Tensor) -> Tensor:
+        """Return points of the planes, ``(*, 2 D)``, for angles, ``(*, D)``."""
+        return in_planes(x, _TYPICAL_RADIUS)
+
+
+def support_of(constraint: Constraint) -> Support:
+    """Return the support of a constraint.
+
+    Raises:
+        TypeError: If it is not a constraint.
+        ValueError: If it is no bijective image of real vectors, nor :data:`circular`.
+    """
+    return CircularSupport() if isinstance(constraint, Circular) else BijectiveSupport(constraint)
+
+
+class HasSupport:
+    """What has a support, and real vectors for its values.
+
+    Attributes:
+        constraint: The support as a constraint.
+        space: The support.
+    """
+
+    constraint: Constraint
+    space: Support
+
+    def unconstrained(self, value: Tensor) -> Tensor:
+        """Return values, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
+
+        Raises:
+            ValueError: If a value is outside the support.
+        """
+        return support_of(without_chart(self.constraint)).unconstrained(value)
+
+    def to_flow(self, value: Tensor) -> Tensor:
+        """Return values in the flow's coordinates: real vectors, behind the map if there is one.
+
+        Raises:
+            ValueError: If a value is outside the support.
+        """
+        return self.space.unconstrained(value)
+
+
+class _Wrap(Transform):
+    """Map real vectors, shape ``(*, D)``, to angles in [-pi, pi); its volume factor is 1."""
+
+    domain = constraints.real_vector
+    codomain = circular
+    bijective = True  # of the torus: real vectors that differ by whole turns are one point there
+
+    def _call(self, x: Tensor) -> Tensor:
+        return wrap(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return wrap(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return zeros, shape ``(*)``, for vectors of shape ``(*, D)``."""
+        return x.new_zeros(x.shape[:-1])
+
+
+def _off_the_edge(support: Constraint, value: Tensor) -> Tensor:
+    """Return which elements are off the bounds, where bijections clamp instead of diverging."""
+    if isinstance(support, (constraints.independent, Gaussianized, Shaped)):
+        return _off_the_edge(support.base_constraint, value)
+    if isinstance(support, constraints.stack):
+        parts = zip(support.cseq, value.unbind(support.dim), strict=True)
+        return torch.stack([_off_the_edge(c, v) for c, v in parts], support.dim)
+    inside = torch.ones_like(value, dtype=torch.bool)
+    lower, upper = (getattr(support, f"{side}_bound", None) for side in ("lower", "upper"))
+    if isinstance(support, type(constraints.simplex)):
+        lower = 0.0
+    if lower is not None:
+        inside = inside & (value > lower)
+    return inside if upper is None else inside & (value < upper)

@@ -1,0 +1,203 @@
+r"""Optimisation: one step of the regression, for whoever minimises it.
+
+A step is backward, clip, AdamW, average: the gradient is clipped at twice the running mean of its
+norm, and a moving average follows the weights. Steps whose loss or gradient is not finite are
+skipped, and counted.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distributed import Process
+from .objective import Objective, Points
+
+__all__ = [
+    "Descent",
+    "ExponentialMovingAverage",
+    "NonFiniteError",
+    "assign",
+    "fill",
+    "numbered",
+]
+
+_MOST_SKIPPED_IN_A_ROW = 20
+_CLIP_RATIO = 2.0  # of the gradient's norm to its running mean
+_NORM_DECAY, _NORM_WEIGHT = 0.98, 0.02  # of that mean, and what the last norm adds
+_COUNTS = ("skipped", "consecutive", "taken", "running")
+
+
+class NonFiniteError(RuntimeError):
+    """Steps without a finite gradient ended a run.
+
+    Attributes:
+        distribution: With the last good weights, where the caller has none of his own.
+    """
+
+    distribution: Any = None
+
+
+class ExponentialMovingAverage:
+    """An exponential moving average of weights.
+
+    Args:
+        parameters: The weights, of any shapes.
+        decay: Its decay per step.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.values = [p.detach().clone() for p in parameters]
+
+    def update(self, step: int) -> None:
+        """Move toward the present weights, faster in the first steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average into the network for the duration of a block."""
+        present = [p.detach().clone() for p in self.parameters]
+        assign(self.parameters, self.values)
+        try:
+            yield
+        finally:
+            assign(self.parameters, present)
+
+
+class Descent:
+    """Steps of AdamW on an objective, with clipped gradients and averaged weights.
+
+    Args:
+        objective: What is minimised over the weights of its network.
+        process: This process, or one of several that take the same steps.
+        learning_rate: The rate before any other is asked for.
+        weight_decay: AdamW's.
+        ema: The decay of the average.
+
+    Attributes:
+        average: The average of the weights.
+        skipped: The number of steps without a finite gradient.
+        consecutive: The number of those since the last one taken.
+        taken: The number of the others.
+        running: The running mean of the gradient's norm.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        process: Process,
+        *,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+        ema: float = 0.999,
+    ) -> None:
+        self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
+        self.process = process
+        process.set_up(objective, self.parameters, learning_rate, weight_decay)
+        self.average = ExponentialMovingAverage(self.parameters, ema)
+        self.skipped = self.consecutive = self.taken = 0
+        self.running = math.inf
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, those that were skipped too."""
+        return self.taken + self.skipped
+
+    def __call__(self, points: tuple[Points, ...], learning_rate: float) -> Tensor | None:
+        """Take a step, and return the loss before it, a scalar; None if it had to be skipped."""
+        process = self.process
+        process.optimizer.param_groups[0]["lr"] = learning_rate
+        loss = process.backward(points)
+        if not self._clip(loss):
+            process.skip()
+            return None
+        process.step()
+        self.average.update(self.steps)
+        return loss
+
+    def _clip(self, loss: Tensor) -> bool:
+        """Clip the present gradient, and return whether it and the loss are finite."""
+        limit = _CLIP_RATIO * self.running
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = self.process.norm(gradients, loss)
+        if not math.isfinite(norm):
+            self.skipped += 1
+            self.consecutive += 1
+            return False
+        if norm > limit:
+            torch._foreach_mul_(gradients, limit / norm)
+        self.consecutive = 0
+        self.taken += 1
+        new = min(norm, limit)
+        if self.running == math.inf:
+            self.running = new
+        else:
+            self.running = _NORM_DECAY * self.running + _NORM_WEIGHT * new
+        return True
+
+    def is_stuck(self) -> bool:
+        """Return whether too many steps in a row had no finite gradient."""
+        return self.consecutive >= _MOST_SKIPPED_IN_A_ROW
+
+    def check(self) -> None:
+        """Raise an error if the last steps, or all, were without a finite gradient.
+
+        Raises:
+            NonFiniteError: If so.
+        """
+        if self.is_stuck() or (self.skipped and not self.taken):
+            raise NonFiniteError(
+                f"the gradient was not finite for {self.consecutive} steps in a row, the last at "
+                f"step {self.steps}: the last good weights were kept. Lower learning_rate, or "
+                "look for wild rows."
+            )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the state as tensors and numbers."""
+        states = [self.process.optimizer.state.get(p, {}) for p in self.parameters]
+        moments = {
+            f"{name}.{i}": state[name]
+            for i, state in enumerate(states)
+            for name in ("exp_avg", "exp_avg_sq", "step")
+            if state
+        }
+        return {
+            **numbered("weight", self.parameters),
+            **numbered("average", self.average.values),
+            **moments,
+        }, {name: getattr(self, name) for name in _COUNTS}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take a state back."""
+        fill(self.parameters, "weight", tensors)
+        fill(self.average.values, "average", tensors)
+        for i, p in enumerate(self.parameters):
+            if f"step.{i}" in tensors:
+                self.process.optimizer.state[p] = {
+                    name: tensors[f"{name}.{i}"].to(p.device)
+                    for name in ("step", "exp_avg", "exp_avg_sq")
+                }
+        for name in _COUNTS:
+            setattr(self, name, numbers[name])
+
+
+def numbered(name: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return values of any shapes under their name and number."""
+    return {f"{name}.{i}": value for i, value in enumerate(values)}
+
+
+def fill(values: Sequence[Tensor], name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy numbered tensors of any shapes into values of the same shapes."""
+    assign(values, [tensors[f"{name}.{i}"] for i in range(len(values))])
+
+
+def assign(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into weights of the same shapes."""
+    with torch.no_grad():
+        for p, value in zip(parameters, values, strict=True):
+            p.copy_(value)
