@@ -4,15 +4,13 @@ import math
 from typing import NamedTuple
 
 import torch
+from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 __all__ = ["Smoothed", "effective_sample_size", "log_mean_weight", "pareto_smooth", "systematic"]
 
 
-_LEAST = 5  # weights in the tail, below which it has no shape
-_GRID = 30  # quadrature points of the profile likelihood, plus the root of the tail's length
-_PRIOR = 3.0  # quartile scale of Zhang & Stephens's prior
-_SHRINK, _TOWARD = 10.0, 0.5  # k-hat of short tails is drawn to 1/2, worth ten weights
+_MIN_TAIL = 5  # the fewest largest weights to which a tail is fitted
 
 
 class Smoothed(NamedTuple):
@@ -56,7 +54,7 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
     count = len(raw)
     length = min(count - 1, math.ceil(min(count / 5, 3 * math.sqrt(count))))
     smoothed, k_hat = raw.clone(), math.inf
-    if length >= _LEAST:
+    if length >= _MIN_TAIL:
         values, order = torch.sort(raw)
         cutoff = values[-length - 1].exp()
         tail = values[-length:].exp() - cutoff
@@ -65,7 +63,7 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
         if float(tail[-1]) <= 0:  # equal weights have no tail
             k_hat = -math.inf if float(cutoff) > 0 else math.inf
         else:
-            k_hat, scale = _fit_generalised_pareto(tail)
+            k_hat, scale = _fit_tail(tail)
             if math.isfinite(k_hat):
                 p = (torch.arange(length, dtype=tail.dtype, device=tail.device) + 0.5) / length
                 new = (cutoff + _quantile(p, k_hat, scale)).log()
@@ -118,30 +116,23 @@ def _checked(log_weights: Tensor) -> Tensor:
     return log_weights
 
 
-def _fit_generalised_pareto(x: Tensor) -> tuple[float, float]:
-    """Return shape k and scale of positive, ascending excesses x, shape ``(M,)``.
+def _fit_tail(excesses: Tensor) -> tuple[float, float]:
+    """Return shape k and scale of the generalised Pareto distribution of a tail.
 
-    The posterior mean under a data-dependent prior, by quadrature over b = -k / scale.
+    The posterior mean of Zhang & Stephens, *A new and efficient estimation method for the
+    generalized Pareto distribution*, Technometrics 51, 2009, shrunk toward 1/2 as in arXiv
+    1507.02646, Appendix G.
 
-    References:
-        Zhang & Stephens, *A new and efficient estimation method for the generalized Pareto
-        distribution*, Technometrics 51, 2009; k is that paper's -k. Shrinkage: arXiv 1507.02646,
-        Appendix G.
+    Args:
+        excesses: Positive and ascending, shape ``(M,)``.
+
+    Returns:
+        Infinity and NaN where the fit is not finite, or its scale not positive.
     """
-    count = len(x)
-    points = _GRID + int(math.sqrt(count))
-    quartile = x[max(0, int(count / 4 + 0.5) - 1)]
-    j = torch.arange(1, points + 1, dtype=x.dtype, device=x.device)
-    b = (1 - (points / (j - 0.5)).sqrt()) / (_PRIOR * quartile) + 1 / x[-1]
-    k = torch.log1p(-b[:, None] * x).mean(1)
-    profile = count * ((-b / k).log() - k - 1)
-    finite = torch.isfinite(profile)
-    if not bool(finite.any()):
+    try:
+        shape, scale = fit_generalized_pareto(excesses.cpu())
+    except ZeroDivisionError:  # excesses of too many orders of magnitude
         return math.inf, math.nan
-    mean = (profile[finite].softmax(0) * b[finite]).sum()
-    shape = float(torch.log1p(-mean * x).mean())
-    scale = float(-shape / mean)
-    shape = (count * shape + _SHRINK * _TOWARD) / (count + _SHRINK)
     return (shape, scale) if math.isfinite(shape) and scale > 0 else (math.inf, math.nan)
 
 
