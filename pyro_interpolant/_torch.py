@@ -1,8 +1,12 @@
 r"""Scopes: who differentiates, a generator seeded apart, a network that may be trained."""
 
 import contextlib
+import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +24,13 @@ __all__ = [
     "seeded",
     "slopes",
     "trainable",
+    "warn_user",
 ]
+
+# Where a warning is never the user's: this package, torch, and what runs decorated functions.
+_NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__)) + (
+    contextlib.__file__,
+)
 
 
 def is_transformed() -> bool:
@@ -129,3 +139,16 @@ def slopes(
         found = map(forward_ad.unpack_dual, function(forward_ad.make_dual(t, tangent)))
         a, b, g = (torch.zeros_like(t) if s.tangent is None else s.tangent for s in found)
         return a, b, g
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line outside the package, and outside torch's decorators, that led here.
+
+    Args:
+        message: What is wrong, and what to do.
+        category: The kind of the warning.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -1,5 +1,10 @@
-r"""Pareto-smoothed importance weights: how far a proposal is from its target, told by the tail."""
+r"""Importance weights :math:`w = p / q`: Pareto smoothing, effective sample size, evidence.
 
+How far a proposal q is from its target p shows in the tail of the weights: the shape of the
+generalised Pareto distribution of the largest, k-hat, says which moments of w exist.
+"""
+
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -7,9 +12,23 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-__all__ = ["Smoothed", "effective_sample_size", "log_mean_weight", "pareto_smooth", "systematic"]
+from ..distributions.interpolant import InterpolantDistribution
+from ..solvers.ode import FixedGrid
+
+__all__ = [
+    "K_HAT_LIMIT",
+    "ImportanceSummary",
+    "Smoothed",
+    "effective_sample_size",
+    "judge",
+    "log_mean_weight",
+    "pareto_smooth",
+    "recompute_largest",
+    "systematic_resampling",
+]
 
 
+K_HAT_LIMIT = 0.7  # above it weighted averages are not reliable, of any number of draws
 _MIN_TAIL = 5  # the fewest largest weights to which a tail is fitted
 
 
@@ -25,6 +44,65 @@ class Smoothed(NamedTuple):
 
     log_weights: Tensor
     k_hat: float
+
+
+class ImportanceSummary(NamedTuple):
+    r"""What importance weights :math:`w = p / q` say of the proposal and of the evidence.
+
+    Attributes:
+        k_hat: Pareto's k-hat: up to 0.5 good, above 0.7 not reliable.
+        ess: The effective sample size :math:`(\sum w)^2 / \sum w^2`.
+        log_evidence: :math:`\log \frac1N \sum w`, an estimate of :math:`\log \int p`, nats.
+        log_evidence_stderr: Its standard error; too small where k-hat is large.
+    """
+
+    k_hat: float
+    ess: float
+    log_evidence: float
+    log_evidence_stderr: float
+
+
+def judge(log_weights: Tensor) -> ImportanceSummary:
+    """Return k-hat, effective sample size and evidence; the worst there is if no weight is finite.
+
+    Args:
+        log_weights: Unnormalised log weights, ``-inf`` where there is none, shape ``(N,)``.
+    """
+    if not bool(torch.isfinite(log_weights).any()):
+        return ImportanceSummary(math.inf, 0.0, -math.inf, math.inf)
+    k_hat, ess = pareto_smooth(log_weights).k_hat, effective_sample_size(log_weights)
+    return ImportanceSummary(k_hat, ess, *log_mean_weight(log_weights))
+
+
+@torch.no_grad()
+def recompute_largest(
+    flow: InterpolantDistribution, x: Tensor, log_p: Tensor, log_q: Tensor, count: int
+) -> tuple[Tensor, float]:
+    """Compute log q again, at doubled solver steps, where the weights p / q are largest.
+
+    A coarse solver errs most where densities are lowest and weights largest, and these weights
+    decide the verdict. A solver that is no fixed grid is relied on.
+
+    Args:
+        flow: The proposal.
+        x: Its draws, shape ``(N, D)``.
+        log_p: Their target log densities, shape ``(N,)``.
+        log_q: Their log densities under the flow, shape ``(N,)``.
+        count: How many of the largest.
+
+    Returns:
+        The log densities under the flow, shape ``(N,)``, and the mean absolute change of those
+        that were computed again, nats.
+    """
+    view = flow.transform.at(1.0)
+    if not isinstance(view.solver, FixedGrid):
+        return log_q, 0.0
+    view.solver = dataclasses.replace(view.solver, steps=2 * view.solver.steps)
+    ratio = log_p - log_q
+    largest = torch.where(torch.isnan(ratio), -math.inf, ratio).topk(count).indices
+    finer = InterpolantDistribution(view).log_prob(x[largest])
+    change = (finer - log_q[largest]).abs().nan_to_num(math.inf)
+    return log_q.index_copy(0, largest, finer), float(change.mean())
 
 
 def pareto_smooth(log_weights: Tensor) -> Smoothed:
@@ -141,7 +219,7 @@ def _quantile(p: Tensor, k: float, scale: float) -> Tensor:
     return scale * (tail if abs(k) < 1e-8 else torch.expm1(k * tail) / k)
 
 
-def systematic(log_weights: Tensor, count: int) -> Tensor:
+def systematic_resampling(log_weights: Tensor, count: int) -> Tensor:
     """Return ``count`` indices drawn by weight with evenly spread uniforms, shape ``(count,)``.
 
     Args:

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,8 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
-from .._torch import seeded
+from .._torch import seeded, warn_user
+from ..diagnostics.psis import ImportanceSummary, judge
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
 from ..interpolants.linear import Interpolant
@@ -24,7 +24,7 @@ from ..solvers.ode import FixedGrid, RandomGrid, Solver
 from ..training.fitting import FitResult, fit
 from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
-from .importance_sampling import judged, warn_if_poor
+from .importance_sampling import importance_of, verdict_of, warn_if_poor
 from .log_density import _PRIOR, LogJoint, log_joint, prior_draws
 from .sites import Initial, check_jacobians, pack_sites, set_up, strip, unpack_sites
 from .smc.train import RoundsResult, train_from_density
@@ -361,19 +361,24 @@ def fit_guide(
         seconds = share * max_seconds - (time.monotonic() - start)
         return {"max_seconds": max(seconds, _LEAST * max_seconds), **settings}
 
-    known: LogJoint | None
+    density: LogJoint | None
     if samples is None:
-        known = density = log_joint(guide, *args, **kwargs)
+        density = log_joint(guide, *args, **kwargs)
         training = _on_the_model(guide, density, left, seed)
     else:
         rows = pack_sites(guide, samples).to(guide.transform.loc)
-        known = _density(guide, args, kwargs)
+        density = _density(guide, args, kwargs)
         training = fit(InterpolantDistribution(guide.transform), rows, **left(_ON_SAMPLES))
-    with seeded(None if seed is None else seed + 1, guide.transform.loc.device):
-        numbers = _judged(guide, known)
-    if not math.isnan(numbers[1]):
-        warn_if_poor(numbers[0], numbers[5])
-    return GuideResult._make((*numbers, time.monotonic() - start, training))
+    if density is None:
+        summary, count = ImportanceSummary(*[math.nan] * 4), 0
+        verdict = "Unknown, the log joint density cannot be evaluated."
+    else:
+        with seeded(None if seed is None else seed + 1, guide.transform.loc.device):
+            _, log_weights = importance_of(guide.get_posterior(), density, _JUDGED)
+        summary, count = judge(log_weights), _JUDGED
+        verdict = verdict_of(summary, count)
+        warn_if_poor(summary, count)
+    return GuideResult(*summary, count, verdict, time.monotonic() - start, training)
 
 
 def _on_the_model(
@@ -396,14 +401,5 @@ def _density(
     try:
         return log_joint(guide, *args, **kwargs)
     except ValueError as error:
-        warnings.warn(f"the guide will not be judged by importance weights: {error}", stacklevel=3)
+        warn_user(f"the guide will not be judged by importance weights: {error}")
         return None
-
-
-def _judged(guide: AutoInterpolant, density: LogJoint | None) -> tuple[Any, ...]:
-    """Return the first fields of the result."""
-    if density is None:
-        nan = float("nan")
-        return nan, nan, nan, nan, 0, "Unknown, the log joint density cannot be evaluated."
-    result = judged(guide, density, _JUDGED)
-    return *result[:4], _JUDGED, result.verdict

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...diagnostics.psis import recompute_largest
 from ...distributions.interpolant import InterpolantDistribution
 from ...solvers.ode import FixedGrid, Solver
 from .tempering import Density, Particles
@@ -68,7 +69,7 @@ def jumped(distribution: InterpolantDistribution, particles: Particles, density:
     new_x = transform(new_z)
     new_q = _base(new_z) - transform.log_abs_det_jacobian(new_z, new_x)
     new = Particles.at(new_x, density.with_gradient)
-    log_weights = (new.log_p - new_q).nan_to_num(nan=-math.inf, posinf=-math.inf)
+    log_weights = _no_density(new.log_p - new_q)
     ratio = log_weights - (particles.log_p - log_q)
     accepted = torch.rand(len(x)).to(ratio).log() < ratio
     gap = float((particles.log_p - log_q).double().mean())
@@ -117,15 +118,13 @@ def fresh_weights(distribution: InterpolantDistribution, density: Density, count
         x, log_q = distribution.rsample_and_log_prob((len(size),))
         parts.append((x, log_q, density(x)))
     x, log_q, log_p = (torch.cat(part) for part in zip(*parts, strict=True))
-    log_weights = (log_p - log_q).nan_to_num(nan=-math.inf, posinf=-math.inf)
-    top = log_weights.topk(max(1, int(_TOP * count))).indices
-    solver = distribution.transform.solver
-    if isinstance(solver, FixedGrid):
-        distribution.transform.solver = replace(solver, steps=2 * solver.steps)
-        again = log_p[top] - distribution.log_prob(x[top])
-        log_weights[top] = again.nan_to_num(nan=-math.inf, posinf=-math.inf)
-        distribution.transform.solver = solver
-    return log_weights
+    log_q, _ = recompute_largest(distribution, x, log_p, log_q, max(1, int(_TOP * count)))
+    return _no_density(log_p - log_q)
+
+
+def _no_density(log_weights: Tensor) -> Tensor:
+    """Return log weights, shape ``(N,)``, ``-inf`` where they are NaN or infinite."""
+    return log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
 
 def _base(z: Tensor) -> Tensor:

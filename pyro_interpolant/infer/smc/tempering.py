@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...diagnostics.psis import effective_sample_size, systematic
+from ...diagnostics.psis import effective_sample_size, systematic_resampling
 
 __all__ = ["Density", "Kernel", "Particles", "annealed"]
 
@@ -228,7 +228,7 @@ def annealed(
         new = _next(ratio, b, _ESS[late])
         weights = (new - b) * ratio
         evidence += float(weights.double().logsumexp(0)) - math.log(len(weights))
-        index, b = systematic(weights, len(x)), new
+        index, b = systematic_resampling(weights, len(x)), new
         p, q = p.take(index), q.take(index)
         kernel.adapt_metric(p.x)
         rates = []

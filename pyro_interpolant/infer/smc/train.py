@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..._torch import seeded, trainable
 from ...diagnostics.calibration import calibrate
-from ...diagnostics.psis import effective_sample_size, log_mean_weight, pareto_smooth
+from ...diagnostics.psis import effective_sample_size, judge, pareto_smooth
 from ...distributions.constraints import is_trivial
 from ...distributions.interpolant import InterpolantDistribution
 from ...interpolants.couplings import independent
@@ -257,13 +257,11 @@ class Refinement:
         return particles, sum(rates) / len(rates)
 
     def _seen(self, jump: Jump, acceptance: float) -> Round:
-        w = jump.log_weights
-        if not bool(torch.isfinite(w).any()):
-            return Round(math.inf, 0.0, -math.inf, jump.gap, 0.0, acceptance, self.spent())
+        summary, count = judge(jump.log_weights), len(jump.log_weights)
         return Round(
-            pareto_smooth(w).k_hat,
-            effective_sample_size(w) / len(w),
-            log_mean_weight(w)[0],
+            summary.k_hat,
+            summary.ess / count,
+            summary.log_evidence,
             jump.gap,
             jump.acceptance,
             acceptance,
@@ -296,15 +294,14 @@ class Refinement:
                 self.refit.assign(values)
                 self.distribution.clear_cache()
                 w = fresh_weights(self.distribution, self.density, _CHECKED // 4)
-                scores.append(effective_sample_size(pareto_smooth(w).log_weights))
+                scores.append(_smoothed_sample_size(w))
             if scores[0] > 1.2 * scores[1]:
                 chosen = self.best_round
                 self.refit.assign(self.kept)
         self.distribution.clear_cache()
         w = fresh_weights(self.distribution, self.density, _CHECKED)
         return RoundsResult(
-            pareto_smooth(w).k_hat, effective_sample_size(w), *log_mean_weight(w), len(w),
-            self.particles.x, self.history, chosen, self.spent(), solver,
+            *judge(w), len(w), self.particles.x, self.history, chosen, self.spent(), solver
         )  # fmt: skip
 
     def _show(self, b: float, rate: float, evidence: float, x: Tensor) -> None:
@@ -321,6 +318,13 @@ class Refinement:
         if self.most is not None:
             done = max(done, len(self.history) / self.most)
         self.bar.update(max(0, min(100, int(100 * done)) - self.bar.n))
+
+
+def _smoothed_sample_size(log_weights: Tensor) -> float:
+    """Return the effective sample size of smoothed weights, zero where there are none."""
+    if not bool(torch.isfinite(log_weights).any()):
+        return 0.0
+    return effective_sample_size(pareto_smooth(log_weights).log_weights)
 
 
 def train_from_density(

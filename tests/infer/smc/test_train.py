@@ -14,7 +14,7 @@ from pyro_interpolant import (
     conditional_interpolant_transform,
     interpolant_transform,
 )
-from pyro_interpolant.diagnostics.psis import systematic
+from pyro_interpolant.diagnostics.psis import systematic_resampling
 from pyro_interpolant.infer.smc.flow_proposal import coarse_solver, fresh_weights, jumped
 from pyro_interpolant.infer.smc.pathfinder import Mixture, search, wide_start
 from pyro_interpolant.infer.smc.tempering import Density, Kernel, Particles, annealed
@@ -130,7 +130,7 @@ def test_moves_find_the_density_from_elsewhere():
 
 def test_systematic_draws_come_as_often_as_their_weight_says():
     weights = torch.tensor([0.05, 0.0, 0.5, 0.449, 0.001])
-    counts = torch.bincount(systematic(weights.log(), 1000), minlength=5)
+    counts = torch.bincount(systematic_resampling(weights.log(), 1000), minlength=5)
     assert bool(((counts - 1000 * weights).abs() <= 1).all())
     assert int(counts[1]) == 0
 
