@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
-from .._torch import seeded, warn_user
+from .._torch import is_tracing, seeded, warn_user
 from ..diagnostics.psis import ImportanceSummary, judge
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
@@ -158,11 +158,13 @@ class AutoInterpolant(AutoContinuous):
         if isinstance(own, FixedGrid) and isinstance(present, FixedGrid):
             steps = max(own.steps, present.steps)
             flow = flow.at(1.0)
-            if torch._C._get_tracing_state() is None:
-                seed = int(torch.randint(2**31, ()))
-                flow.solver = RandomGrid(dataclasses.replace(present, steps=steps), seed)
-            else:  # a compiled ELBO keeps what it has seen
+            if is_tracing():  # a compiled ELBO keeps the nodes it has seen
                 flow.solver = dataclasses.replace(present, steps=2 * steps)
+            else:
+                seed = int(torch.randint(2**31, ()))
+                flow.solver = RandomGrid(
+                    steps, present.method, seed=seed, checkpoint=present.checkpoint
+                )
         return flow
 
     def _claim_weights(self) -> None:
