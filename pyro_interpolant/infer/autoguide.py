@@ -25,8 +25,8 @@ from ..training.fitting import FitResult, fit
 from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
 from .importance_sampling import importance_of, verdict_of, warn_if_poor
-from .log_density import _PRIOR, LogJoint, log_joint, prior_draws
-from .sites import Initial, check_jacobians, pack_sites, set_up, strip, unpack_sites
+from .log_density import LogJoint, log_joint, prior_draws
+from .sites import InitToSupport, LatentSites, check_jacobians, forget_data
 from .smc.train import RoundsResult, train_from_density
 
 __all__ = ["AutoInterpolant", "GuideResult", "fit_guide"]
@@ -95,7 +95,7 @@ class AutoInterpolant(AutoContinuous):
             raise TypeError(f"expected a model, a callable, got {type(model).__name__}")
         if not init_scale > 0:
             raise ValueError(f"expected init_scale > 0, got {init_scale}")
-        super().__init__(model, init_loc_fn=Initial(init_loc_fn))
+        super().__init__(model, init_loc_fn=InitToSupport(init_loc_fn))
         self._hidden_dims, self._init_scale = hidden_dims, init_scale
         self._choices = {
             "interpolant": interpolant,
@@ -121,7 +121,7 @@ class AutoInterpolant(AutoContinuous):
         with torch.no_grad():  # a prototype with a graph could not be copied
             super()._setup_prototype(*args, **kwargs)
             check_jacobians(self)
-            strip(self)
+            forget_data(self)
             loc = self._init_loc()
         hidden = self._hidden_dims
         if hidden is None and self.latent_dim <= _FEW:
@@ -207,7 +207,7 @@ class AutoInterpolant(AutoContinuous):
         uniform = engine.draw(_POINTS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
         z = self.transform(torch.special.ndtri(uniform).to(loc))
         levels = torch.as_tensor(quantiles, dtype=z.dtype, device=z.device)
-        return unpack_sites(self, torch.quantile(z, levels, dim=0))
+        return LatentSites(self).unpack(torch.quantile(z, levels, dim=0))
 
     @torch.no_grad()
     def start_from(self, other: AutoContinuous, *args: Any, **kwargs: Any) -> "AutoInterpolant":
@@ -228,12 +228,7 @@ class AutoInterpolant(AutoContinuous):
         Raises:
             ValueError: If the other guide has other sites.
         """
-        set_up(self, *args, **kwargs)
-        set_up(other, *args, **kwargs)
-        ours, theirs = (
-            {name: site["value"].shape for name, site in g.prototype_trace.iter_stochastic_nodes()}
-            for g in (self, other)
-        )
+        ours, theirs = (LatentSites(g, *args, **kwargs).shapes for g in (self, other))
         if list(ours.items()) != list(theirs.items()):
             raise ValueError(f"expected a guide of the sites {ours}, got one of {theirs}")
         z = other.get_posterior(*args, **kwargs).sample((_POINTS,))
@@ -267,6 +262,7 @@ class AutoInterpolant(AutoContinuous):
 
 
 _JUDGED = 10_000  # fresh draws
+_PRIOR_DRAWS = 4096  # from which training on the model alone starts
 _ON_SAMPLES = 0.9  # of the time; the rest is for the calibration and the judgement
 _ON_THE_MODEL = 0.97  # of the time; the rest is for the judgement
 _LEAST = 0.1  # of the time, for training, however long the set-up took
@@ -356,7 +352,7 @@ def fit_guide(
     if not max_seconds > 0:
         raise ValueError(f"expected max_seconds > 0, got {max_seconds}")
     with seeded(seed):
-        set_up(guide, *args, **kwargs)
+        sites = LatentSites(guide, *args, **kwargs)
     settings = {"seed": seed, "progress": progress, **(options or {})}
 
     def left(share: float) -> dict[str, Any]:
@@ -368,7 +364,7 @@ def fit_guide(
         density = log_joint(guide, *args, **kwargs)
         training = _on_the_model(guide, density, left, seed)
     else:
-        rows = pack_sites(guide, samples).to(guide.transform.loc)
+        rows = sites.pack(samples).to(guide.transform.loc)
         density = _density(guide, args, kwargs)
         training = fit(InterpolantDistribution(guide.transform), rows, **left(_ON_SAMPLES))
     if density is None:
@@ -391,7 +387,7 @@ def _on_the_model(
 ) -> Any:
     """Train from the model alone, and return what that did."""
     with seeded(seed, guide.transform.loc.device):
-        prior = prior_draws(density, _PRIOR)
+        prior = prior_draws(density, _PRIOR_DRAWS)
     settings = {"start": prior, **left(_ON_THE_MODEL)}
     return train_from_density(InterpolantDistribution(guide.transform), density, **settings)
 

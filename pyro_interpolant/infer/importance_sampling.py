@@ -23,7 +23,7 @@ from ..diagnostics.psis import (
 )
 from ..distributions.interpolant import InterpolantDistribution
 from .log_density import LogJoint, log_joint
-from .sites import set_up
+from .sites import ensure_prototype
 
 __all__ = ["ImportanceResult", "importance", "importance_of", "verdict_of", "warn_if_poor"]
 
@@ -133,7 +133,7 @@ def importance(
     if count < _MIN_DRAWS:
         raise ValueError(f"expected count >= {_MIN_DRAWS}, got {count}")
     with seeded(seed):
-        set_up(guide, *args, **kwargs)
+        ensure_prototype(guide, *args, **kwargs)
     with seeded(seed, guide._init_loc().device):
         density, posterior = (
             log_joint(guide, *args, **kwargs),

@@ -21,7 +21,7 @@ from ..distributions.constraints import is_circular
 from ..distributions.interpolant import InterpolantDistribution
 from ..solvers.ode import FixedGrid
 from .autoguide import AutoInterpolant
-from .sites import bare_model, unpack_sites
+from .sites import LatentSites, unwrapped_model
 
 __all__ = ["Neutra", "base_space", "neutra"]
 
@@ -170,7 +170,7 @@ class Neutra:
                 f"model, got {got}"
             )
         base = draws[names[0]]
-        sites = unpack_sites(self.guide, self.guide.transform(base.reshape(-1, dim)))
+        sites = LatentSites(self.guide).unpack(self.guide.transform(base.reshape(-1, dim)))
         return {k: v.reshape(*base.shape[:-1], *v.shape[1:]) for k, v in sites.items()}
 
 
@@ -217,4 +217,4 @@ def neutra(guide: AutoInterpolant, model: Callable[..., Any] | None = None) -> N
         frozen.transform.solver = dataclasses.replace(frozen.transform.solver, adjoint=True)
     if not hasattr(frozen, "plates"):
         frozen._create_plates()
-    return Neutra(frozen, bare_model(guide.model) if model is None else model)
+    return Neutra(frozen, unwrapped_model(guide.model) if model is None else model)

@@ -280,7 +280,7 @@ def unsampled():
 
 def test_draws_of_the_prior():
     z = log_density.prior_draws(log_joint(by_index), 4000)
-    assert log_joint(by_index).way == "vmap"
+    assert log_joint(by_index).batching == "vmap"
     assert torch.allclose(z.mean(0), torch.tensor([1.0, 5.0]), atol=0.2)
     assert torch.allclose(z.std(0), torch.tensor([2.0, 2.0]), atol=0.2)
     z = log_density.prior_draws(log_joint(improper), 4000)
