@@ -22,6 +22,7 @@ __all__ = [
     "effective_sample_size",
     "judge",
     "log_mean_weight",
+    "log_ratio",
     "pareto_smooth",
     "recompute_largest",
     "systematic_resampling",
@@ -72,6 +73,19 @@ def judge(log_weights: Tensor) -> ImportanceSummary:
         return ImportanceSummary(math.inf, 0.0, -math.inf, math.inf)
     k_hat, ess = pareto_smooth(log_weights).k_hat, effective_sample_size(log_weights)
     return ImportanceSummary(k_hat, ess, *log_mean_weight(log_weights))
+
+
+def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""Return log weights :math:`\log p - \log q`, each ``(N,)``; no density, no weight.
+
+    Where they differ by rounding errors alone, whose tail means nothing, they are their mean.
+    """
+    raw = log_p - log_q
+    raw = torch.where(torch.isnan(raw), -math.inf, raw)
+    rounding = 100 * torch.finfo(raw.dtype).eps * float(log_q.abs().nan_to_num(0.0).max())
+    if float(raw.max() - raw.min()) <= rounding:
+        return raw.mean().expand_as(raw)
+    return raw
 
 
 @torch.no_grad()

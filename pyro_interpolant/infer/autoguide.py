@@ -25,15 +25,15 @@ from ..training.fitting import FitResult, fit
 from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
 from .importance_sampling import importance_of, verdict_of, warn_if_poor
-from .log_density import LogJoint, log_joint, prior_draws
+from .log_density import LogJoint, prior_draws
 from .sites import InitToSupport, LatentSites, check_jacobians, forget_data
 from .smc.train import RoundsResult, train_from_density
 
 __all__ = ["AutoInterpolant", "GuideResult", "fit_guide"]
 
 
-_POINTS = 4096  # of the base, for medians and quantiles
-_FEW = 12  # latent dimensions: a funnel in 10 was learned better by a deeper network
+_QUANTILE_POINTS = 4096  # of the base
+_MAX_DEEP_DIM = 12  # latent dimensions: a funnel in 10 was learned better by a deeper network
 
 
 class AutoInterpolant(AutoContinuous):
@@ -124,7 +124,7 @@ class AutoInterpolant(AutoContinuous):
             forget_data(self)
             loc = self._init_loc()
         hidden = self._hidden_dims
-        if hidden is None and self.latent_dim <= _FEW:
+        if hidden is None and self.latent_dim <= _MAX_DEEP_DIM:
             hidden = (128, 128, 128)
         velocity = VelocityMLP(self.latent_dim, hidden).to(loc)
         transform = InterpolantTransform(velocity, **self._choices)  # type: ignore[arg-type]
@@ -204,7 +204,7 @@ class AutoInterpolant(AutoContinuous):
         """
         engine = torch.quasirandom.SobolEngine(self.latent_dim, scramble=True, seed=0)
         loc = self.transform.loc
-        uniform = engine.draw(_POINTS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+        uniform = engine.draw(_QUANTILE_POINTS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
         z = self.transform(torch.special.ndtri(uniform).to(loc))
         levels = torch.as_tensor(quantiles, dtype=z.dtype, device=z.device)
         return LatentSites(self).unpack(torch.quantile(z, levels, dim=0))
@@ -231,7 +231,7 @@ class AutoInterpolant(AutoContinuous):
         ours, theirs = (LatentSites(g, *args, **kwargs).shapes for g in (self, other))
         if list(ours.items()) != list(theirs.items()):
             raise ValueError(f"expected a guide of the sites {ours}, got one of {theirs}")
-        z = other.get_posterior(*args, **kwargs).sample((_POINTS,))
+        z = other.get_posterior(*args, **kwargs).sample((_QUANTILE_POINTS,))
         self.transform.precondition(*moments(z))
         return self
 
@@ -261,11 +261,16 @@ class AutoInterpolant(AutoContinuous):
         return new
 
 
-_JUDGED = 10_000  # fresh draws
 _PRIOR_DRAWS = 4096  # from which training on the model alone starts
-_ON_SAMPLES = 0.9  # of the time; the rest is for the calibration and the judgement
-_ON_THE_MODEL = 0.97  # of the time; the rest is for the judgement
-_LEAST = 0.1  # of the time, for training, however long the set-up took
+_VERDICT_DRAWS = 10_000  # fresh draws that judge the guide
+_SAMPLES_SHARE = 0.9  # of the time, for regression; the rest: calibration and verdict
+_MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: the verdict
+_MIN_TRAINING_SHARE = 0.1  # of the time, however long the set-up took
+_UNKNOWN = (
+    ImportanceSummary(*[math.nan] * 4),
+    0,
+    "Unknown, the log joint density cannot be evaluated.",
+)
 
 
 class GuideResult(NamedTuple):
@@ -353,51 +358,39 @@ def fit_guide(
         raise ValueError(f"expected max_seconds > 0, got {max_seconds}")
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
+    rows = None if samples is None else sites.pack(samples)
+    density = None if rows is None else _known_log_joint(sites)
+    posterior = InterpolantDistribution(guide.transform)
     settings = {"seed": seed, "progress": progress, **(options or {})}
 
     def left(share: float) -> dict[str, Any]:
         seconds = share * max_seconds - (time.monotonic() - start)
-        return {"max_seconds": max(seconds, _LEAST * max_seconds), **settings}
+        return {"max_seconds": max(seconds, _MIN_TRAINING_SHARE * max_seconds), **settings}
 
-    density: LogJoint | None
-    if samples is None:
-        density = log_joint(guide, *args, **kwargs)
-        training = _on_the_model(guide, density, left, seed)
+    training: FitResult | RoundsResult
+    if rows is None:
+        density = LogJoint(sites)
+        with seeded(seed):
+            prior = prior_draws(density, _PRIOR_DRAWS)
+        settings = {"start": prior, **settings}
+        training = train_from_density(posterior, density, **left(_MODEL_SHARE))
     else:
-        rows = sites.pack(samples).to(guide.transform.loc)
-        density = _density(guide, args, kwargs)
-        training = fit(InterpolantDistribution(guide.transform), rows, **left(_ON_SAMPLES))
-    if density is None:
-        summary, count = ImportanceSummary(*[math.nan] * 4), 0
-        verdict = "Unknown, the log joint density cannot be evaluated."
-    else:
-        with seeded(None if seed is None else seed + 1, guide.transform.loc.device):
-            _, log_weights = importance_of(guide.get_posterior(), density, _JUDGED)
-        summary, count = judge(log_weights), _JUDGED
+        rows = rows.to(guide.transform.loc)
+        training = fit(posterior, rows, **left(_SAMPLES_SHARE))
+    summary, count, verdict = _UNKNOWN
+    if density is not None:
+        with seeded(None if seed is None else seed + 1):
+            _, log_weights = importance_of(guide.get_posterior(), density, _VERDICT_DRAWS)
+        summary, count = judge(log_weights), _VERDICT_DRAWS
         verdict = verdict_of(summary, count)
         warn_if_poor(summary, count)
     return GuideResult(*summary, count, verdict, time.monotonic() - start, training)
 
 
-def _on_the_model(
-    guide: AutoInterpolant,
-    density: LogJoint,
-    left: Callable[[float], dict[str, Any]],
-    seed: int | None,
-) -> Any:
-    """Train from the model alone, and return what that did."""
-    with seeded(seed, guide.transform.loc.device):
-        prior = prior_draws(density, _PRIOR_DRAWS)
-    settings = {"start": prior, **left(_ON_THE_MODEL)}
-    return train_from_density(InterpolantDistribution(guide.transform), density, **settings)
-
-
-def _density(
-    guide: AutoInterpolant, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> LogJoint | None:
-    """Return the log joint density, or None, with a warning, where there is none."""
+def _known_log_joint(sites: LatentSites) -> LogJoint | None:
+    """Return the log joint density, or None, with a warning, where it cannot be evaluated."""
     try:
-        return log_joint(guide, *args, **kwargs)
+        return LogJoint(sites)
     except ValueError as error:
         warn_user(f"the guide will not be judged by importance weights: {error}")
         return None

@@ -17,13 +17,14 @@ from ..diagnostics.psis import (
     K_HAT_LIMIT,
     ImportanceSummary,
     judge,
+    log_ratio,
     pareto_smooth,
     recompute_largest,
     systematic_resampling,
 )
 from ..distributions.interpolant import InterpolantDistribution
-from .log_density import LogJoint, log_joint
-from .sites import ensure_prototype
+from .log_density import LogJoint
+from .sites import LatentSites
 
 __all__ = ["ImportanceResult", "importance", "importance_of", "verdict_of", "warn_if_poor"]
 
@@ -74,7 +75,7 @@ class ImportanceResult(NamedTuple):
         if not self.ess > 0:
             raise ValueError("expected draws with positive weights, got none")
         device = self.log_weights.device
-        with seeded(seed, device):
+        with seeded(seed):
             chosen = systematic_resampling(self.log_weights, count)[
                 torch.randperm(count, device=device)
             ]
@@ -133,18 +134,14 @@ def importance(
     if count < _MIN_DRAWS:
         raise ValueError(f"expected count >= {_MIN_DRAWS}, got {count}")
     with seeded(seed):
-        ensure_prototype(guide, *args, **kwargs)
-    with seeded(seed, guide._init_loc().device):
-        density, posterior = (
-            log_joint(guide, *args, **kwargs),
-            guide.get_posterior(*args, **kwargs),
-        )
-        z, raw = importance_of(posterior, density, count)
+        sites = LatentSites(guide, *args, **kwargs)
+    with seeded(seed):
+        posterior = guide.get_posterior(*args, **kwargs)
+        z, raw = importance_of(posterior, LogJoint(sites), count)
     summary = judge(raw)
     warn_if_poor(summary, count)
     log_weights = pareto_smooth(raw).log_weights if summary.ess > 0 else raw
-    text, draws = verdict_of(summary, count), density.unpack(z)
-    return ImportanceResult(*summary, text, log_weights, draws)
+    return ImportanceResult(*summary, verdict_of(summary, count), log_weights, sites.unpack(z))
 
 
 @torch.no_grad()
@@ -172,7 +169,7 @@ def importance_of(
                 f"by {change:.2g} nats at doubled steps. Call calibrate(guide.get_posterior(), "
                 "guide.get_posterior().sample((256,)))"
             )
-    return z, _ratio(log_p, log_q)
+    return z, log_ratio(log_p, log_q)
 
 
 def verdict_of(summary: ImportanceSummary, count: int) -> str:
@@ -202,13 +199,3 @@ def warn_if_poor(summary: ImportanceSummary, count: int) -> None:
     """Warn where the guide cannot be relied on, by ``count`` draws."""
     if not summary.k_hat <= K_HAT_LIMIT:
         warn_user(verdict_of(summary, count))
-
-
-def _ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return log weights, shape ``(N,)``; where there is no density, there is no weight."""
-    raw = log_p - log_q
-    raw = torch.where(torch.isnan(raw), -math.inf, raw)
-    rounding = 100 * torch.finfo(raw.dtype).eps * float(log_q.abs().nan_to_num(0.0).max())
-    if float(raw.max() - raw.min()) <= rounding:  # the tail of rounding errors means nothing
-        return raw.mean().expand_as(raw)
-    return raw

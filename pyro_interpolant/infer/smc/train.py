@@ -260,7 +260,7 @@ class Run:
         budget: Budget,
     ) -> None:
         self.distribution, self.density, self.budget = distribution, density, budget
-        self.flow = own_flow(distribution)
+        self.flow = distribution.transform
         self.particles, self.kernel, pools = start
         precondition(self.flow, self.distribution, Rows(self.particles.x, None))
         self.regression = FlowRegression(self.flow, pools)
@@ -403,15 +403,14 @@ def train_from_density(
     budget = Budget(max_seconds, rounds, began=time.monotonic())
     flow = _checked_flow(distribution)
     _check_settings(budget, draws, steps)
-    with seeded(seed, flow.loc.device), torch.no_grad():
+    with seeded(seed), torch.no_grad():
         wide = initial_mixture(start, flow.loc)
         density = LogDensity(log_density)
         density.check(wide.sample(256))
         with tqdm(total=100, disable=not progress, desc="rounds", unit="%", leave=False) as bar:
             shown = _Progress(bar, budget)
-            run = Run(
-                distribution, density, _find_particles(density, wide, draws, budget, shown), budget
-            )
+            particles = _find_particles(density, wide, draws, budget, shown)
+            run = Run(distribution, density, particles, budget)
             with trainable(flow.velocity):
                 going = True
                 while going:
