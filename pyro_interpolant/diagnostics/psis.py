@@ -194,6 +194,7 @@ def log_mean_weight(log_weights: Tensor) -> tuple[float, float]:
 
 
 def _checked(log_weights: Tensor) -> Tensor:
+    """Return log weights, or raise a ValueError if they are none, shape ``(N,)``."""
     if log_weights.dim() != 1 or len(log_weights) == 0:
         raise ValueError(
             f"expected log weights of shape (N,), N >= 1, got {tuple(log_weights.shape)}"
@@ -229,12 +230,13 @@ def _fit_tail(excesses: Tensor) -> tuple[float, float]:
 
 
 def _quantile(p: Tensor, k: float, scale: float) -> Tensor:
+    """Return quantiles of the generalised Pareto distribution of shape k, shape ``(M,)``."""
     tail = -torch.log1p(-p)
     return scale * (tail if abs(k) < 1e-8 else torch.expm1(k * tail) / k)
 
 
 def systematic_resampling(log_weights: Tensor, count: int) -> Tensor:
-    """Return ``count`` indices drawn by weight with evenly spread uniforms, shape ``(count,)``.
+    """Return indices drawn by weight, shape ``(count,)``: even uniforms with one random offset.
 
     Args:
         log_weights: Log weights, shape ``(N,)``.

@@ -5,13 +5,14 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import pyro
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .._torch import is_tracing, seeded, warn_user
 from ..diagnostics.psis import ImportanceSummary, judge
@@ -26,7 +27,7 @@ from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
 from .importance_sampling import importance_of, verdict_of, warn_if_poor
 from .log_density import LogJoint, prior_draws
-from .sites import InitToSupport, LatentSites, check_jacobians, forget_data
+from .sites import InitToSupport, LatentSites, Model, check_jacobians, forget_data
 from .smc.train import RoundsResult, train_from_density
 
 __all__ = ["AutoInterpolant", "GuideResult", "fit_guide"]
@@ -34,6 +35,14 @@ __all__ = ["AutoInterpolant", "GuideResult", "fit_guide"]
 
 _QUANTILE_POINTS = 4096  # of the base
 _MAX_DEEP_DIM = 12  # latent dimensions: a funnel in 10 was learned better by a deeper network
+
+
+class _Choices(TypedDict):
+    """What the flow is made with; in a dictionary, where no module registers it as its part."""
+
+    interpolant: Interpolant | None
+    solver: Solver
+    divergence: Divergence | None
 
 
 class AutoInterpolant(AutoContinuous):
@@ -82,13 +91,13 @@ class AutoInterpolant(AutoContinuous):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         *,
         hidden_dims: Sequence[int] | None = None,
         interpolant: Interpolant | None = None,
         solver: Solver | None = None,
         divergence: Divergence | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Callable[..., Tensor] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
         if not callable(model):
@@ -97,14 +106,14 @@ class AutoInterpolant(AutoContinuous):
             raise ValueError(f"expected init_scale > 0, got {init_scale}")
         super().__init__(model, init_loc_fn=InitToSupport(init_loc_fn))
         self._hidden_dims, self._init_scale = hidden_dims, init_scale
-        self._choices = {
-            "interpolant": interpolant,
-            "solver": FixedGrid(steps=12) if solver is None else solver,
-            "divergence": divergence,
-        }
+        self._choices = _Choices(
+            interpolant=interpolant,
+            solver=FixedGrid(steps=12) if solver is None else solver,
+            divergence=divergence,
+        )
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Model:
         """The model, with the guide's initialisation.
 
         Raises:
@@ -117,7 +126,7 @@ class AutoInterpolant(AutoContinuous):
             )
         return super().model
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         with torch.no_grad():  # a prototype with a graph could not be copied
             super()._setup_prototype(*args, **kwargs)
             check_jacobians(self)
@@ -127,23 +136,23 @@ class AutoInterpolant(AutoContinuous):
         if hidden is None and self.latent_dim <= _MAX_DEEP_DIM:
             hidden = (128, 128, 128)
         velocity = VelocityMLP(self.latent_dim, hidden).to(loc)
-        transform = InterpolantTransform(velocity, **self._choices)  # type: ignore[arg-type]
+        transform = InterpolantTransform(velocity, **self._choices)
         transform.precondition(loc, self._init_scale * torch.eye(len(loc)).to(loc))
         self.transform = transform
 
-    def get_base_dist(self) -> Any:
+    def get_base_dist(self) -> Distribution:
         """Return N(0, I), of event shape ``(D,)``."""
         return standard_normal(self.transform)
 
-    def get_transform(self, *args: Any, **kwargs: Any) -> InterpolantTransform:
+    def get_transform(self, *args: object, **kwargs: object) -> InterpolantTransform:
         """Return the flow; it does not depend on the arguments of the model."""
         return self.transform
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> InterpolantDistribution:
+    def get_posterior(self, *args: object, **kwargs: object) -> InterpolantDistribution:
         """Return the distribution of the unconstrained latent vector, of event shape ``(D,)``."""
         return InterpolantDistribution(self.transform)
 
-    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+    def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Sample the unconstrained latent vector, shape ``(*, D)``, as an auxiliary site."""
         self._claim_weights()
         flow = self.transform
@@ -168,7 +177,7 @@ class AutoInterpolant(AutoContinuous):
         return flow
 
     def _claim_weights(self) -> None:
-        """Take out of the parameter store what a copy, or another guide, left under our names.
+        """Remove from the parameter store the weights of copies and of guides of the same name.
 
         Pyro would train what is in the store, and run what is in the guide.
         """
@@ -177,13 +186,13 @@ class AutoInterpolant(AutoContinuous):
         store = pyro.get_param_store()
         kept = dict(store.named_parameters())
         prefix = self._pyro_get_fullname("transform")
-        for name, weight in self._modules["transform"].named_parameters():  # type: ignore[union-attr]
+        for name, weight in dict(self.named_children())["transform"].named_parameters():
             full = pyro.params.param_store.param_with_module_name(prefix, name)
             if kept.get(full, weight) is not weight:
                 del store[full]
 
     @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Return the marginal medians of the latent sites, each of the site's shape.
 
         They are taken of each unconstrained dimension, over 4,096 quasi-random points of the base
@@ -192,7 +201,9 @@ class AutoInterpolant(AutoContinuous):
         return {name: value[0] for name, value in self.quantiles([0.5]).items()}
 
     @torch.no_grad()
-    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: object, **kwargs: object
+    ) -> dict[str, Tensor]:
         """Return marginal quantiles of the latent sites, each ``(Q, *site_shape)``.
 
         They are taken as in :meth:`median`.
@@ -210,7 +221,9 @@ class AutoInterpolant(AutoContinuous):
         return LatentSites(self).unpack(torch.quantile(z, levels, dim=0))
 
     @torch.no_grad()
-    def start_from(self, other: AutoContinuous, *args: Any, **kwargs: Any) -> "AutoInterpolant":
+    def start_from(
+        self, other: AutoContinuous, *args: object, **kwargs: object
+    ) -> "AutoInterpolant":
         r"""Start at the mean and covariance of another guide of the same model, keeping weights.
 
         For training by ``SVI``: a velocity that starts where a Gaussian guide ends has to learn
@@ -235,7 +248,7 @@ class AutoInterpolant(AutoContinuous):
         self.transform.precondition(*moments(z))
         return self
 
-    def attach(self, model: Callable[..., Any]) -> "AutoInterpolant":
+    def attach(self, model: Model) -> "AutoInterpolant":
         """Give a guide that was pickled, which leaves its model behind, the model again.
 
         Returns:
@@ -299,13 +312,13 @@ class GuideResult(NamedTuple):
 
 def fit_guide(
     guide: AutoInterpolant,
-    *args: Any,
-    samples: Mapping[str, Any] | None = None,
+    *args: object,
+    samples: Mapping[str, object] | None = None,
     max_seconds: float = 120.0,
     seed: int | None = None,
     progress: bool = True,
-    options: Mapping[str, Any] | None = None,
-    **kwargs: Any,
+    options: Mapping[str, object] | None = None,
+    **kwargs: object,
 ) -> GuideResult:
     r"""Train a guide, in place, with no gradient through an ODE.
 

@@ -5,7 +5,7 @@ correct the draws, and show by the tail of their distribution whether q can be r
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -83,7 +83,11 @@ class ImportanceResult(NamedTuple):
 
 
 def importance(
-    guide: AutoContinuous, *args: Any, count: int = 10_000, seed: int | None = None, **kwargs: Any
+    guide: AutoContinuous,
+    *args: object,
+    count: int = 10_000,
+    seed: int | None = None,
+    **kwargs: object,
 ) -> ImportanceResult:
     r"""Judge a guide by Pareto-smoothed importance weights of its draws.
 

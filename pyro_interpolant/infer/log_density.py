@@ -4,7 +4,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import pyro
 import torch
@@ -22,7 +22,7 @@ from .sites import InitToSupport, LatentSites, Model, Site, Substitute
 __all__ = ["LogJoint", "log_joint", "prior_draws"]
 
 
-_PROBES = 3  # draws on which the ways to evaluate are compared
+_PROBES = 3  # draws on which a batched evaluation is compared with single ones
 _NUMBERS_AT_ONCE = 2**22  # of all sites and their log densities together, evaluated in one go
 
 Batching = Literal["plate", "vmap"]
@@ -77,7 +77,7 @@ class LogJoint:
         """Return the latent sites, each ``(N, *site_shape)``, of vectors of shape ``(N, D)``."""
         return self.sites.unpack(z)
 
-    def pack(self, draws: Mapping[str, Any]) -> Tensor:
+    def pack(self, draws: Mapping[str, object]) -> Tensor:
         """Return vectors, shape ``(N, D)``, of draws of all sites, each ``(N, *site_shape)``.
 
         Raises:
@@ -167,7 +167,7 @@ def log_joint(target: AutoContinuous | Model, *args: object, **kwargs: object) -
 
 
 class _NotPositiveDefinite(TorchFunctionMode):
-    """Let a Cholesky factor be NaN where there is none, instead of failing for all draws."""
+    """Return NaN for the Cholesky factor of a matrix that has none, instead of raising."""
 
     def __torch_function__(
         self,
@@ -184,7 +184,7 @@ class _NotPositiveDefinite(TorchFunctionMode):
 
 
 def nan_to_minus_inf(evaluate: Evaluate, z: Tensor) -> Tensor:
-    """Return log densities, shape ``(N,)``, ``-inf`` where there is none."""
+    """Return log densities, shape ``(N,)``, with ``-inf`` for NaN and failed factorisations."""
     try:
         values = evaluate(z)
     except torch.linalg.LinAlgError:
@@ -283,7 +283,7 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Sites:
 
 
 def _is_subsample(site: Site) -> bool:
-    """Tell whether a site draws the indices of a plate."""
+    """Return whether a site draws the indices of a plate."""
     return site_is_subsample(cast("Message", site))
 
 
@@ -295,15 +295,15 @@ def _scored(trace: Sites) -> Iterator[Site]:
                 yield site
 
 
-_RARE = 0.005  # the share of prior draws on either side that is drawn in
+_RARE = 0.005  # the share of prior draws on either side that is clamped to the rest
 _IMPROPER_SCALE = 2.0  # of unconstrained sites with an improper prior
 
 
 def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
 
-    Sites with an improper prior are drawn widely; the rarest 1% is drawn in, for priors without
-    moments.
+    Sites with an improper prior are drawn widely; the rarest 1% is clamped to the rest, for priors
+    without moments.
     """
 
     def draw(*batch: int) -> Tensor:
@@ -334,7 +334,7 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
 
 
 class _FromPrior(Messenger):
-    """Draw latent sites from their priors; those that cannot be sampled, widely."""
+    """Sample latent sites from their priors; from a wide Gaussian where a prior is improper."""
 
     def _pyro_sample(self, msg: Site) -> None:
         if msg["value"] is not None or _is_subsample(msg):

@@ -65,7 +65,7 @@ class InitToSupport:
 
 
 class Substitute(Messenger):
-    """Give latent sites their values.
+    """Substitute values for latent sites, as if they were observed.
 
     Args:
         values: By name, each of shape ``(*, *site_shape)``.
@@ -184,7 +184,7 @@ class LatentSites:
             for name, transform, real in self.split(latent)
         }
 
-    def pack(self, draws: Mapping[str, Any]) -> Tensor:
+    def pack(self, draws: Mapping[str, object]) -> Tensor:
         """Return vectors, shape ``(N, D)``, of draws of the sites, each ``(*, *site_shape)``.
 
         Leading dimensions, of chains or of Pyro's ``Predictive``, are flattened.
@@ -227,6 +227,7 @@ class LatentSites:
 
 
 def _check_site(site: Site) -> None:
+    """Raise a ValueError if a site is discrete, or in a plate that no guide here can hold."""
     name = site["name"]
     if getattr(site["fn"].support, "is_discrete", False):
         raise ValueError(
@@ -250,6 +251,7 @@ def _check_site(site: Site) -> None:
 
 
 def _unsupported(site: Site) -> ValueError:
+    """Return the error for a site whose support has no bijection, or none with a Jacobian."""
     return ValueError(
         f"expected supports with a bijection from real vectors and its Jacobian, got site "
         f"{site['name']!r} on {site['fn'].support}: write a covariance as an LKJCholesky factor "

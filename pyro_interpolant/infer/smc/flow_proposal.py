@@ -28,7 +28,7 @@ _ROWS_PER_DRAW = 2000  # drawn at once
 
 
 class Jump(NamedTuple):
-    r"""What a round of jumps did.
+    r"""The result of one proposal of the flow to each particle.
 
     Attributes:
         particles: Where the particles are now.
@@ -47,7 +47,7 @@ class Jump(NamedTuple):
 def flow_proposal_step(
     distribution: InterpolantDistribution, particles: Particles, density: LogDensity
 ) -> Jump:
-    r"""Let each particle jump once, and accept by the change of p / q.
+    r"""Propose a new place to each particle by the flow; accept by Metropolis-Hastings.
 
     With z the base point of x, :math:`z' = \sqrt{1 - s^2} z + s \xi`, :math:`\xi \sim N(0, I)`
     leaves the base, and so x' = f(z') the flow, as it is: for every s the jump is accepted with
@@ -66,15 +66,15 @@ def flow_proposal_step(
     """
     transform, x = distribution.transform, particles.x
     z = transform.inv(x)
-    log_q = _base(z) - transform.log_abs_det_jacobian(z, x)
+    log_q = _standard_normal_log_prob(z) - transform.log_abs_det_jacobian(z, x)
     whole = torch.rand(len(x), 1).to(x) < _INDEPENDENT_SHARE
     whole[0] = True
     size = torch.where(whole, 1.0, 10.0 ** (-_JUMP_DECADES * torch.rand(len(x), 1).to(x)))
     new_z = (1 - size**2).sqrt() * z + size * torch.randn_like(z)
     new_x = transform(new_z)
-    new_q = _base(new_z) - transform.log_abs_det_jacobian(new_z, new_x)
+    new_q = _standard_normal_log_prob(new_z) - transform.log_abs_det_jacobian(new_z, new_x)
     new = Particles.at(new_x, density.with_gradient)
-    log_weights = _no_density(new.log_p - new_q)
+    log_weights = _minus_inf_unless_finite(new.log_p - new_q)
     ratio = log_weights - (particles.log_p - log_q)
     accepted = torch.rand(len(x)).to(ratio).log() < ratio
     gap = float((particles.log_p - log_q).double().mean())
@@ -90,7 +90,7 @@ def coarse_solver(distribution: InterpolantDistribution, x: Tensor) -> Solver:
 
     Args:
         distribution: The flow.
-        x: Rows, shape ``(N, D)``, a few of which are looked at.
+        x: Rows, shape ``(N, D)``, on some of which densities are compared.
     """
     present = distribution.transform.solver
     if not isinstance(present, FixedGrid):
@@ -129,13 +129,13 @@ def importance_weights(
     log_q, _ = recompute_largest(
         distribution, x, log_p, log_q, max(1, int(_RECOMPUTED_SHARE * count))
     )
-    return _no_density(log_p - log_q)
+    return _minus_inf_unless_finite(log_p - log_q)
 
 
-def _no_density(log_weights: Tensor) -> Tensor:
-    """Return log weights, shape ``(N,)``, ``-inf`` where they are NaN or infinite."""
+def _minus_inf_unless_finite(log_weights: Tensor) -> Tensor:
+    """Return log weights, shape ``(N,)``, with ``-inf`` for NaN and infinities."""
     return log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
 
-def _base(z: Tensor) -> Tensor:
+def _standard_normal_log_prob(z: Tensor) -> Tensor:
     return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)

@@ -19,11 +19,11 @@ __all__ = ["StudentTMixture", "pathfinder", "initial_mixture"]
 
 _START_SCALE = 4.0  # of the default start
 _START_ROWS = 2000  # that are drawn of a start given as a distribution
-_SEARCHES = (4, 256)  # the fewest and the most, by what they cost
-_MAX_COMPONENTS = 32
+_SEARCHES = (4, 256)  # the fewest and the most, by what an iteration costs
+_MAX_COMPONENTS = 32  # besides the wide one
 _SCOUTS = (256, 4000)  # the fewest and most particles carried from the wide start
-_GRADIENTS_PER_SCOUT = 300
-_MAX_ITERATIONS = 60
+_GRADIENTS_PER_SCOUT = 300  # about as many as tempering takes
+_MAX_ITERATIONS = 60  # of a search
 _MAX_OVERTIME = 1.5  # times the time it may take, for searches that have not arrived
 _STEPS = (8.0, 3.0, 1.0, 0.5, 0.2, 0.04, 0.003)  # along Newton's direction that are tried
 _BOUND_DRAWS = 8  # for the evidence bound of each Gaussian on the way
@@ -88,7 +88,7 @@ class StudentTMixture(NamedTuple):
 
 
 def initial_mixture(start: Tensor | Distribution | None, like: Tensor) -> StudentTMixture:
-    """Return the Student-t around what a user gave to start from.
+    """Return a Student-t wider than, and around, the start that a user gave.
 
     Args:
         start: Rows, shape ``(M, D)``, a centre, shape ``(D,)``, a distribution over ``(D,)``, or
@@ -133,7 +133,7 @@ def initial_mixture(start: Tensor | Distribution | None, like: Tensor) -> Studen
 
 @torch.no_grad()
 def pathfinder(density: LogDensity, wide: StudentTMixture, *, seconds: float) -> StudentTMixture:
-    r"""Return a mixture around the Gaussians that Newton's method meets, and the wide start.
+    r"""Return a mixture of the best Gaussians on Newton's way uphill, and of the wide start.
 
     From each start a saddle-free Newton search goes uphill; of the Gaussians
     :math:`N(x_k, |H_k|^{-1})` on its way the one with the largest evidence bound is kept: that
@@ -235,6 +235,7 @@ def _distinct(bound: Tensor, loc: Tensor, root: Tensor) -> list[int]:
 
 
 def _mixed(wide: StudentTMixture, bound: Tensor, loc: Tensor, root: Tensor) -> StudentTMixture:
+    """Return the wide start and, equally weighted, the best Gaussians with heavier tails."""
     kept = _distinct(torch.where(bound.isnan(), -math.inf, bound), loc, root)
     if not kept:
         return wide
@@ -251,13 +252,13 @@ def _derivatives(density: LogDensity, x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         value = density(leaf)
         (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
-        rows = [_slope(gradient[:, j], leaf) for j in range(x.shape[1])]
+        rows = [_gradient_of_sum(gradient[:, j], leaf) for j in range(x.shape[1])]
     hessian = torch.stack(rows, 1).double()
     return gradient.detach().double().nan_to_num(0, 0, 0), hessian.nan_to_num(0, 0, 0)
 
 
-def _slope(value: Tensor, leaf: Tensor) -> Tensor:
-    """Return the gradient of the sum, zero where there is none or none can be computed."""
+def _gradient_of_sum(value: Tensor, leaf: Tensor) -> Tensor:
+    """Return the gradient of the sum of values, zero where none exists or can be computed."""
     if not value.requires_grad:
         return torch.zeros_like(leaf)
     try:

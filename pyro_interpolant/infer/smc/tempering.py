@@ -22,7 +22,7 @@ _TUNING_SECONDS = 1.0  # beyond which larger blocks are not tried
 _TARGET_ACCEPTANCE = 0.7  # of the longer steps
 _STEP_DECADES = (-2.0, 0.8)  # the other steps, in powers of ten of the usual one
 _EFFECTIVE_SHARES = (0.5, 0.2, 0.05)  # from level to level: in time, late, very late
-_MOVES_PER_LEVEL = 4
+_MOVES_PER_LEVEL = 4  # half as many when late
 _MIN_EIGENVALUE = 1e-10  # of a correlation, below which it is noise
 
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]  # from rows to log densities and gradients
@@ -46,7 +46,7 @@ class LogDensity:
         self.rows, self.seconds = 256, 0.0
 
     def check(self, x: Tensor) -> None:
-        """Raise a ValueError unless the density is finite at some of the rows, and has a slope.
+        """Raise a ValueError unless the density is finite at some rows and differentiable.
 
         Args:
             x: Rows to try on, shape ``(N, D)``.
@@ -66,7 +66,7 @@ class LogDensity:
             )
 
     def tune(self, x: Tensor) -> None:
-        """Learn by the clock what a row costs, and how many are best evaluated at once.
+        """Measure what a row costs, and choose how many to evaluate at once.
 
         Large blocks leave the processor's cache, small ones pay for every call.
 
@@ -145,7 +145,7 @@ class Particles(NamedTuple):
 
 
 class HMCKernel:
-    r"""Hamiltonian moves in the metric of the particles, with steps of many sizes.
+    r"""Hamiltonian Monte Carlo in the metric of the particles, with step sizes drawn at random.
 
     Half of the particles take steps of the size that is accepted often, half log-uniform ones
     from a hundredth of it to six times it: narrow and wide places stay within reach. The step of a

@@ -45,16 +45,16 @@ __all__ = [
 ]
 
 
-_BATCH_ROWS = 512
+_BATCH_ROWS = 512  # in a regression step
 _FIRST_RATE = 1e-3  # the learning rate before the first is asked for
-_EMA_DECAY = 0.999
+_EMA_DECAY = 0.999  # of the averaged weights, in a step
 _WARMUP_STEPS = 100  # in which the rate rises
 _MAX_POOLS = 10  # the most rounds whose rows are kept; of fewer, the later half
 _MIN_STEPS = 10  # in a round, whatever the clock says
 
 
 class FlowRegression:
-    """Train a velocity on a pool of rows.
+    """The regression of a flow on rows that change from round to round, its optimiser kept.
 
     Args:
         flow: The flow, its whitening map set.
@@ -128,12 +128,12 @@ _LEAPFROG_STEPS = {"quick": 8, "slow": 3}  # by what the density costs
 _ROUND_MOVES = (3, 200)  # the fewest and the most in a round
 _MIXING_MOVES = (3, 240)  # before the first round: narrow places fill slowly
 _POOLS_OF_MIXING = 8  # how often the rows are kept meanwhile
-_CALIBRATION_ROWS = 128
-_VERDICT_DRAWS = 10_000
+_CALIBRATION_ROWS = 128  # particles on which the solver is calibrated
+_VERDICT_DRAWS = 10_000  # fresh draws that judge the flow
 
 
 class Round(NamedTuple):
-    r"""What one round saw, before its flow was trained on.
+    r"""How good the flow was in one round, and how the particles moved.
 
     Attributes:
         k_hat: Pareto's k-hat of the weights p / q of independent draws.
@@ -160,7 +160,7 @@ class Round(NamedTuple):
 
 
 class RoundsResult(NamedTuple):
-    r"""What training from a density did, judged on fresh draws of the flow that was kept.
+    r"""The importance weights of fresh draws of a trained flow, its particles, and the rounds.
 
     Attributes:
         k_hat: Pareto's k-hat of the weights p / q: above 0.7 the flow misses part of a tail.
@@ -229,7 +229,7 @@ def _find_particles(
 
 
 class _Progress:
-    """The bar: how much of the time, or of the rounds, is done."""
+    """A bar that shows which share of the time, or of the rounds, is done."""
 
     def __init__(self, bar: tqdm, budget: Budget) -> None:
         self.bar, self.budget = bar, budget
@@ -243,7 +243,7 @@ class _Progress:
 
 
 class Run:
-    """The rounds: regression of the flow on the particles, jumps through the flow, moves.
+    """Rounds of regression on the particles, of proposals by the flow, and of Hamiltonian moves.
 
     Args:
         distribution: The flow, which is trained in place; its whitening map is set here.
@@ -276,7 +276,7 @@ class Run:
         return self.schedule.rate(self.budget.spent(), rounds)
 
     def round(self, steps: int) -> bool:
-        """Refit, jump, move; return whether to go on."""
+        """Regress the flow, propose by it, move by the gradient; return whether to go on."""
         began, budget = time.monotonic(), self.budget
         left = self.schedule.end - budget.spent()
         self.regression(steps, self.rate, seconds=min(budget.regression * budget.seconds, left))
@@ -289,7 +289,7 @@ class Run:
             self.best_weights = self.regression.values()
         self.particles, acceptance = self._moved(jump.particles, time.monotonic() - began)
         self.regression.add(self.particles.x)
-        self.history.append(self._seen(jump, acceptance))
+        self.history.append(self._diagnosed(jump, acceptance))
         if self._is_flat():
             self.schedule = self.schedule.landed(budget.spent())
         done = budget.rounds is not None and len(self.history) >= budget.rounds
@@ -305,7 +305,8 @@ class Run:
             rates.append(rate)
         return particles, sum(rates) / len(rates)
 
-    def _seen(self, jump: Jump, acceptance: float) -> Round:
+    def _diagnosed(self, jump: Jump, acceptance: float) -> Round:
+        """Return the diagnostics of a round, by the weights of independent draws."""
         summary, count = judge(jump.log_weights), len(jump.log_weights)
         return Round(
             summary.k_hat,
@@ -318,7 +319,7 @@ class Run:
         )
 
     def _is_flat(self) -> bool:
-        """Tell whether nothing has improved for some rounds, and the rate does not fall yet."""
+        """Return whether the gap stayed for some rounds, while the rate does not fall yet."""
         gaps, window = [r.gap for r in self.history], _FLAT_WINDOW
         if self.schedule.landing or len(gaps) < 2 * window:
             return False
@@ -420,6 +421,7 @@ def train_from_density(
 
 
 def _checked_flow(distribution: InterpolantDistribution) -> Flow:
+    """Return the flow of a distribution on real vectors from its default base."""
     if not isinstance(distribution, InterpolantDistribution):
         raise TypeError(f"expected an InterpolantDistribution, got {type(distribution).__name__}")
     flow = own_flow(distribution)
