@@ -62,8 +62,9 @@ class AutoInterpolant(AutoContinuous):
         interpolant: The path the velocity is trained for; by default
             :class:`~pyro_interpolant.Trigonometric`.
         solver: By default a :class:`~pyro_interpolant.FixedGrid` of 12 steps. While a fixed grid
-            is trained through, its nodes are drawn at random, as many as here at least: an ELBO
-            learns to exploit a grid that stays (12 steps became 75 nats too good).
+            is trained through, its nodes are drawn at random, as many as here at least
+            (:class:`~pyro_interpolant.solvers.RandomGrid`): an ELBO learns to exploit a grid that
+            stays (12 steps became 75 nats too good).
         divergence: By default exact.
         init_loc_fn: Where the sites start, one of Pyro's initialisation functions.
         init_scale: The standard deviation of each unconstrained dimension at the start.
@@ -393,7 +394,9 @@ def fit_guide(
     summary, count, verdict = _UNKNOWN
     if density is not None:
         with seeded(None if seed is None else seed + 1):
-            _, log_weights = importance_of(guide.get_posterior(), density, _VERDICT_DRAWS)
+            _, log_weights = importance_of(
+                InterpolantDistribution(guide.transform), density, _VERDICT_DRAWS
+            )
         summary, count = judge(log_weights), _VERDICT_DRAWS
         verdict = verdict_of(summary, count)
         warn_if_poor(summary, count)

@@ -115,11 +115,16 @@ class LogJoint:
             values: The latent sites.
             count: The number of draws they hold, to the left of all plates; None for a single one.
         """
-        with poutine.block(), poutine.trace() as tracer, Substitute(values):
+
+        def run() -> None:
             with contextlib.nullcontext() if count is None else self.plate(count):
-                self.model()
-        tracer.trace.compute_log_prob()
-        return cast("Sites", tracer.trace.nodes)
+                with Substitute(values):
+                    self.model()
+
+        with poutine.block():
+            trace = poutine.trace(run).get_trace()  # whose errors show the shapes of all sites
+            trace.compute_log_prob()
+        return cast("Sites", trace.nodes)
 
     def plate(self, count: int) -> pyro.plate:
         """Return a plate of draws to the left of all plates of the model."""

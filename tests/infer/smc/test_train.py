@@ -1,4 +1,6 @@
+import dataclasses
 import math
+import time
 
 import pyro.distributions as dist
 import pytest
@@ -21,6 +23,7 @@ from pyro_interpolant.infer.smc.flow_proposal import (
     importance_weights,
 )
 from pyro_interpolant.infer.smc.pathfinder import StudentTMixture, initial_mixture, pathfinder
+from pyro_interpolant.infer.smc.schedule import Budget, RateSchedule
 from pyro_interpolant.infer.smc.tempering import HMCKernel, LogDensity, Particles, tempered_smc
 from pyro_interpolant.infer.smc.train import FlowRegression, RoundsResult, train_from_density
 
@@ -331,6 +334,27 @@ def test_a_refit_whose_gradients_stay_wild_says_so():
     refit = FlowRegression(interpolant_transform(2, (8, 8)), [torch.full((10, 2), math.inf)])
     with pytest.raises(RuntimeError, match="gradient was not finite"):
         refit(100, lambda: 1e-3, seconds=60.0)
+
+
+def test_the_rate_is_constant_then_falls_to_zero_and_lands_early_from_where_it_is():
+    schedule = RateSchedule(first=10.0, end=110.0)
+    rates = [schedule.rate(spent, 0.0) for spent in (10.0, 49.0, 80.0, 110.0, 200.0)]
+    assert rates[0] == rates[1] > rates[2] > rates[3] == rates[4] == 0.0
+    assert rates[2] == pytest.approx(rates[0] / 2)
+    assert schedule.rate(10.0, 0.7) == pytest.approx(rates[2])  # by the rounds
+    landed = schedule.landed(30.0)
+    assert landed.landing
+    assert landed.end == 40.0
+    assert landed.rate(30.0, 0.0) == pytest.approx(rates[0])
+    assert landed.rate(40.0, 0.0) == 0.0
+    assert schedule.landed(100.0).end == 110.0
+
+
+def test_a_budget_counts_seconds_and_rounds():
+    budget = Budget(60.0, None, began=time.monotonic() - 3.0)
+    assert 3.0 <= budget.spent() < 4.0
+    assert budget.share_of_rounds(5) == 0.0
+    assert dataclasses.replace(budget, rounds=20).share_of_rounds(5) == 0.25
 
 
 # ---- the whole ------------------------------------------------------------------------------
