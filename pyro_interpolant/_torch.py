@@ -52,11 +52,20 @@ def is_watched() -> bool:
 
 @contextlib.contextmanager
 def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
-    """Draw from a generator seeded apart, on a device too, and leave the global one as it was."""
+    """Draw from a generator seeded apart, on all devices in use, and leave the global ones alone.
+
+    Args:
+        seed: The seed; None draws from the global generators.
+        device: A CUDA device that may not be in use yet.
+    """
     if seed is None:
         yield
         return
-    with torch.random.fork_rng(devices=[] if device is None or device.type == "cpu" else [device]):
+    in_use = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = [torch.device("cuda", i) for i in in_use]
+    if device is not None and device.type != "cpu" and not devices:
+        devices = [device]
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 

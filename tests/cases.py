@@ -26,6 +26,7 @@ from pyro_interpolant import (
     VelocityMLP,
 )
 from pyro_interpolant.distributions.constraints import Shaped
+from pyro_interpolant.solvers import RandomGrid
 from pyro_interpolant.training.preprocessing import marginal_transform, radial_transform
 from pyro_interpolant.transforms.gaussianize import Gaussianized
 
@@ -43,6 +44,7 @@ SOLVERS = {
     "euler": FixedGrid(steps=24, method="euler"),
     "warped": FixedGrid(steps=8, warp=0.5),
     "adaptive": Adaptive(nodes=12),
+    "random": RandomGrid(steps=12, seed=1),
 }
 
 DIVERGENCES = {"exact": ExactDivergence(), "hutchinson": HutchinsonDivergence(probes=2, seed=1)}

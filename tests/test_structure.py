@@ -29,7 +29,7 @@ LEVELS = (
     {"transport", "infer"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-PYRO = {"transforms", "distributions", "io", "infer"}  # the rooms that know Pyro
+PYRO = {"transforms", "distributions", "diagnostics", "io", "infer"}  # the rooms that know Pyro
 FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn", "lightning_fabric", "lightning")
 FILE_LINES, BODY_LINES = 500, 45
 

@@ -1,18 +1,36 @@
-r"""Pareto-smoothed importance weights: how far a proposal is from its target, told by the tail."""
+r"""Importance weights :math:`w = p / q`: Pareto smoothing, effective sample size, evidence.
 
+How far a proposal q is from its target p shows in the tail of the weights: the shape of the
+generalised Pareto distribution of the largest, k-hat, says which moments of w exist.
+"""
+
+import dataclasses
 import math
 from typing import NamedTuple
 
 import torch
+from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-__all__ = ["Smoothed", "effective_sample_size", "log_mean_weight", "pareto_smooth", "systematic"]
+from ..distributions.interpolant import InterpolantDistribution
+from ..solvers.ode import FixedGrid
+
+__all__ = [
+    "K_HAT_LIMIT",
+    "ImportanceSummary",
+    "Smoothed",
+    "effective_sample_size",
+    "judge",
+    "log_mean_weight",
+    "log_ratio",
+    "pareto_smooth",
+    "recompute_largest",
+    "systematic_resampling",
+]
 
 
-_LEAST = 5  # weights in the tail, below which it has no shape
-_GRID = 30  # quadrature points of the profile likelihood, plus the root of the tail's length
-_PRIOR = 3.0  # quartile scale of Zhang & Stephens's prior
-_SHRINK, _TOWARD = 10.0, 0.5  # k-hat of short tails is drawn to 1/2, worth ten weights
+K_HAT_LIMIT = 0.7  # above it weighted averages are not reliable, of any number of draws
+_MIN_TAIL = 5  # the fewest largest weights to which a tail is fitted
 
 
 class Smoothed(NamedTuple):
@@ -27,6 +45,78 @@ class Smoothed(NamedTuple):
 
     log_weights: Tensor
     k_hat: float
+
+
+class ImportanceSummary(NamedTuple):
+    r"""What importance weights :math:`w = p / q` say of the proposal and of the evidence.
+
+    Attributes:
+        k_hat: Pareto's k-hat: up to 0.5 good, above 0.7 not reliable.
+        ess: The effective sample size :math:`(\sum w)^2 / \sum w^2`.
+        log_evidence: :math:`\log \frac1N \sum w`, an estimate of :math:`\log \int p`, nats.
+        log_evidence_stderr: Its standard error; too small where k-hat is large.
+    """
+
+    k_hat: float
+    ess: float
+    log_evidence: float
+    log_evidence_stderr: float
+
+
+def judge(log_weights: Tensor) -> ImportanceSummary:
+    """Return k-hat, effective sample size and evidence; the worst there is if no weight is finite.
+
+    Args:
+        log_weights: Unnormalised log weights, ``-inf`` where there is none, shape ``(N,)``.
+    """
+    if not bool(torch.isfinite(log_weights).any()):
+        return ImportanceSummary(math.inf, 0.0, -math.inf, math.inf)
+    k_hat, ess = pareto_smooth(log_weights).k_hat, effective_sample_size(log_weights)
+    return ImportanceSummary(k_hat, ess, *log_mean_weight(log_weights))
+
+
+def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""Return log weights :math:`\log p - \log q`, each ``(N,)``; no density, no weight.
+
+    Where they differ by rounding errors alone, whose tail means nothing, they are their mean.
+    """
+    raw = log_p - log_q
+    raw = torch.where(torch.isnan(raw), -math.inf, raw)
+    rounding = 100 * torch.finfo(raw.dtype).eps * float(log_q.abs().nan_to_num(0.0).max())
+    if float(raw.max() - raw.min()) <= rounding:
+        return raw.mean().expand_as(raw)
+    return raw
+
+
+@torch.no_grad()
+def recompute_largest(
+    flow: InterpolantDistribution, x: Tensor, log_p: Tensor, log_q: Tensor, count: int
+) -> tuple[Tensor, float]:
+    """Compute log q again, at doubled solver steps, where the weights p / q are largest.
+
+    A coarse solver errs most where densities are lowest and weights largest, and these weights
+    decide the verdict. A solver that is no fixed grid is relied on.
+
+    Args:
+        flow: The proposal.
+        x: Its draws, shape ``(N, D)``.
+        log_p: Their target log densities, shape ``(N,)``.
+        log_q: Their log densities under the flow, shape ``(N,)``.
+        count: How many of the largest.
+
+    Returns:
+        The log densities under the flow, shape ``(N,)``, and the mean absolute change of those
+        that were computed again, nats.
+    """
+    view = flow.transform.at(1.0)
+    if not isinstance(view.solver, FixedGrid):
+        return log_q, 0.0
+    view.solver = dataclasses.replace(view.solver, steps=2 * view.solver.steps)
+    ratio = log_p - log_q
+    largest = torch.where(torch.isnan(ratio), -math.inf, ratio).topk(count).indices
+    finer = InterpolantDistribution(view).log_prob(x[largest])
+    change = (finer - log_q[largest]).abs().nan_to_num(math.inf)
+    return log_q.index_copy(0, largest, finer), float(change.mean())
 
 
 def pareto_smooth(log_weights: Tensor) -> Smoothed:
@@ -56,7 +146,7 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
     count = len(raw)
     length = min(count - 1, math.ceil(min(count / 5, 3 * math.sqrt(count))))
     smoothed, k_hat = raw.clone(), math.inf
-    if length >= _LEAST:
+    if length >= _MIN_TAIL:
         values, order = torch.sort(raw)
         cutoff = values[-length - 1].exp()
         tail = values[-length:].exp() - cutoff
@@ -65,7 +155,7 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
         if float(tail[-1]) <= 0:  # equal weights have no tail
             k_hat = -math.inf if float(cutoff) > 0 else math.inf
         else:
-            k_hat, scale = _fit_generalised_pareto(tail)
+            k_hat, scale = _fit_tail(tail)
             if math.isfinite(k_hat):
                 p = (torch.arange(length, dtype=tail.dtype, device=tail.device) + 0.5) / length
                 new = (cutoff + _quantile(p, k_hat, scale)).log()
@@ -104,6 +194,7 @@ def log_mean_weight(log_weights: Tensor) -> tuple[float, float]:
 
 
 def _checked(log_weights: Tensor) -> Tensor:
+    """Return log weights, or raise a ValueError if they are none, shape ``(N,)``."""
     if log_weights.dim() != 1 or len(log_weights) == 0:
         raise ValueError(
             f"expected log weights of shape (N,), N >= 1, got {tuple(log_weights.shape)}"
@@ -118,40 +209,34 @@ def _checked(log_weights: Tensor) -> Tensor:
     return log_weights
 
 
-def _fit_generalised_pareto(x: Tensor) -> tuple[float, float]:
-    """Return shape k and scale of positive, ascending excesses x, shape ``(M,)``.
+def _fit_tail(excesses: Tensor) -> tuple[float, float]:
+    """Return shape k and scale of the generalised Pareto distribution of a tail.
 
-    The posterior mean under a data-dependent prior, by quadrature over b = -k / scale.
+    The posterior mean of Zhang & Stephens, *A new and efficient estimation method for the
+    generalized Pareto distribution*, Technometrics 51, 2009, shrunk toward 1/2 as in arXiv
+    1507.02646, Appendix G.
 
-    References:
-        Zhang & Stephens, *A new and efficient estimation method for the generalized Pareto
-        distribution*, Technometrics 51, 2009; k is that paper's -k. Shrinkage: arXiv 1507.02646,
-        Appendix G.
+    Args:
+        excesses: Positive and ascending, shape ``(M,)``.
+
+    Returns:
+        Infinity and NaN where the fit is not finite, or its scale not positive.
     """
-    count = len(x)
-    points = _GRID + int(math.sqrt(count))
-    quartile = x[max(0, int(count / 4 + 0.5) - 1)]
-    j = torch.arange(1, points + 1, dtype=x.dtype, device=x.device)
-    b = (1 - (points / (j - 0.5)).sqrt()) / (_PRIOR * quartile) + 1 / x[-1]
-    k = torch.log1p(-b[:, None] * x).mean(1)
-    profile = count * ((-b / k).log() - k - 1)
-    finite = torch.isfinite(profile)
-    if not bool(finite.any()):
+    try:
+        shape, scale = fit_generalized_pareto(excesses.cpu())
+    except ZeroDivisionError:  # excesses of too many orders of magnitude
         return math.inf, math.nan
-    mean = (profile[finite].softmax(0) * b[finite]).sum()
-    shape = float(torch.log1p(-mean * x).mean())
-    scale = float(-shape / mean)
-    shape = (count * shape + _SHRINK * _TOWARD) / (count + _SHRINK)
     return (shape, scale) if math.isfinite(shape) and scale > 0 else (math.inf, math.nan)
 
 
 def _quantile(p: Tensor, k: float, scale: float) -> Tensor:
+    """Return quantiles of the generalised Pareto distribution of shape k, shape ``(M,)``."""
     tail = -torch.log1p(-p)
     return scale * (tail if abs(k) < 1e-8 else torch.expm1(k * tail) / k)
 
 
-def systematic(log_weights: Tensor, count: int) -> Tensor:
-    """Return ``count`` indices drawn by weight with evenly spread uniforms, shape ``(count,)``.
+def systematic_resampling(log_weights: Tensor, count: int) -> Tensor:
+    """Return indices drawn by weight, shape ``(count,)``: even uniforms with one random offset.
 
     Args:
         log_weights: Log weights, shape ``(N,)``.

@@ -4,17 +4,18 @@ import copy
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import pyro
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
+from torch.distributions import Distribution
 
-from .._torch import seeded
+from .._torch import is_tracing, seeded, warn_user
+from ..diagnostics.psis import ImportanceSummary, judge
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
 from ..interpolants.linear import Interpolant
@@ -24,16 +25,24 @@ from ..solvers.ode import FixedGrid, RandomGrid, Solver
 from ..training.fitting import FitResult, fit
 from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
-from .importance_sampling import judged, warn_if_poor
-from .log_density import _PRIOR, LogJoint, log_joint, prior_draws
-from .sites import Initial, check_jacobians, pack_sites, set_up, strip, unpack_sites
+from .importance_sampling import importance_of, verdict_of, warn_if_poor
+from .log_density import LogJoint, prior_draws
+from .sites import InitToSupport, LatentSites, Model, check_jacobians, forget_data
 from .smc.train import RoundsResult, train_from_density
 
 __all__ = ["AutoInterpolant", "GuideResult", "fit_guide"]
 
 
-_POINTS = 4096  # of the base, for medians and quantiles
-_FEW = 12  # latent dimensions: a funnel in 10 was learned better by a deeper network
+_QUANTILE_POINTS = 4096  # of the base
+_MAX_DEEP_DIM = 12  # latent dimensions: a funnel in 10 was learned better by a deeper network
+
+
+class _Choices(TypedDict):
+    """What the flow is made with; in a dictionary, where no module registers it as its part."""
+
+    interpolant: Interpolant | None
+    solver: Solver
+    divergence: Divergence | None
 
 
 class AutoInterpolant(AutoContinuous):
@@ -53,8 +62,9 @@ class AutoInterpolant(AutoContinuous):
         interpolant: The path the velocity is trained for; by default
             :class:`~pyro_interpolant.Trigonometric`.
         solver: By default a :class:`~pyro_interpolant.FixedGrid` of 12 steps. While a fixed grid
-            is trained through, its nodes are drawn at random, as many as here at least: an ELBO
-            learns to exploit a grid that stays (12 steps became 75 nats too good).
+            is trained through, its nodes are drawn at random, as many as here at least
+            (:class:`~pyro_interpolant.solvers.RandomGrid`): an ELBO learns to exploit a grid that
+            stays (12 steps became 75 nats too good).
         divergence: By default exact.
         init_loc_fn: Where the sites start, one of Pyro's initialisation functions.
         init_scale: The standard deviation of each unconstrained dimension at the start.
@@ -82,29 +92,29 @@ class AutoInterpolant(AutoContinuous):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         *,
         hidden_dims: Sequence[int] | None = None,
         interpolant: Interpolant | None = None,
         solver: Solver | None = None,
         divergence: Divergence | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Callable[..., Tensor] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
         if not callable(model):
             raise TypeError(f"expected a model, a callable, got {type(model).__name__}")
         if not init_scale > 0:
             raise ValueError(f"expected init_scale > 0, got {init_scale}")
-        super().__init__(model, init_loc_fn=Initial(init_loc_fn))
+        super().__init__(model, init_loc_fn=InitToSupport(init_loc_fn))
         self._hidden_dims, self._init_scale = hidden_dims, init_scale
-        self._choices = {
-            "interpolant": interpolant,
-            "solver": FixedGrid(steps=12) if solver is None else solver,
-            "divergence": divergence,
-        }
+        self._choices = _Choices(
+            interpolant=interpolant,
+            solver=FixedGrid(steps=12) if solver is None else solver,
+            divergence=divergence,
+        )
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Model:
         """The model, with the guide's initialisation.
 
         Raises:
@@ -117,33 +127,33 @@ class AutoInterpolant(AutoContinuous):
             )
         return super().model
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         with torch.no_grad():  # a prototype with a graph could not be copied
             super()._setup_prototype(*args, **kwargs)
             check_jacobians(self)
-            strip(self)
+            forget_data(self)
             loc = self._init_loc()
         hidden = self._hidden_dims
-        if hidden is None and self.latent_dim <= _FEW:
+        if hidden is None and self.latent_dim <= _MAX_DEEP_DIM:
             hidden = (128, 128, 128)
         velocity = VelocityMLP(self.latent_dim, hidden).to(loc)
-        transform = InterpolantTransform(velocity, **self._choices)  # type: ignore[arg-type]
+        transform = InterpolantTransform(velocity, **self._choices)
         transform.flow.whitening.set(loc, self._init_scale * torch.eye(len(loc)).to(loc))
         self.transform = transform
 
-    def get_base_dist(self) -> Any:
+    def get_base_dist(self) -> Distribution:
         """Return N(0, I), of event shape ``(D,)``."""
         return standard_normal(self.transform.flow.loc)
 
-    def get_transform(self, *args: Any, **kwargs: Any) -> InterpolantTransform:
+    def get_transform(self, *args: object, **kwargs: object) -> InterpolantTransform:
         """Return the flow; it does not depend on the arguments of the model."""
         return self.transform
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> InterpolantDistribution:
+    def get_posterior(self, *args: object, **kwargs: object) -> InterpolantDistribution:
         """Return the distribution of the unconstrained latent vector, of event shape ``(D,)``."""
         return InterpolantDistribution(self.transform)
 
-    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+    def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Sample the unconstrained latent vector, shape ``(*, D)``, as an auxiliary site."""
         self._claim_weights()
         flow = self.transform
@@ -158,15 +168,17 @@ class AutoInterpolant(AutoContinuous):
         if isinstance(own, FixedGrid) and isinstance(present, FixedGrid):
             steps = max(own.steps, present.steps)
             flow = flow.at(1.0)
-            if torch._C._get_tracing_state() is None:
-                seed = int(torch.randint(2**31, ()))
-                flow.solver = RandomGrid(dataclasses.replace(present, steps=steps), seed)
-            else:  # a compiled ELBO keeps what it has seen
+            if is_tracing():  # a compiled ELBO keeps the nodes it has seen
                 flow.solver = dataclasses.replace(present, steps=2 * steps)
+            else:
+                seed = int(torch.randint(2**31, ()))
+                flow.solver = RandomGrid(
+                    steps, present.method, seed=seed, checkpoint=present.checkpoint
+                )
         return flow
 
     def _claim_weights(self) -> None:
-        """Take out of the parameter store what a copy, or another guide, left under our names.
+        """Remove from the parameter store the weights of copies and of guides of the same name.
 
         Pyro would train what is in the store, and run what is in the guide.
         """
@@ -175,13 +187,13 @@ class AutoInterpolant(AutoContinuous):
         store = pyro.get_param_store()
         kept = dict(store.named_parameters())
         prefix = self._pyro_get_fullname("transform")
-        for name, weight in self._modules["transform"].named_parameters():  # type: ignore[union-attr]
+        for name, weight in dict(self.named_children())["transform"].named_parameters():
             full = pyro.params.param_store.param_with_module_name(prefix, name)
             if kept.get(full, weight) is not weight:
                 del store[full]
 
     @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Return the marginal medians of the latent sites, each of the site's shape.
 
         They are taken of each unconstrained dimension, over 4,096 quasi-random points of the base
@@ -190,7 +202,9 @@ class AutoInterpolant(AutoContinuous):
         return {name: value[0] for name, value in self.quantiles([0.5]).items()}
 
     @torch.no_grad()
-    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: object, **kwargs: object
+    ) -> dict[str, Tensor]:
         """Return marginal quantiles of the latent sites, each ``(Q, *site_shape)``.
 
         They are taken as in :meth:`median`.
@@ -202,13 +216,15 @@ class AutoInterpolant(AutoContinuous):
         """
         engine = torch.quasirandom.SobolEngine(self.latent_dim, scramble=True, seed=0)
         loc = self.transform.flow.loc
-        uniform = engine.draw(_POINTS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+        uniform = engine.draw(_QUANTILE_POINTS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
         z = self.transform(torch.special.ndtri(uniform).to(loc))
         levels = torch.as_tensor(quantiles, dtype=z.dtype, device=z.device)
-        return unpack_sites(self, torch.quantile(z, levels, dim=0))
+        return LatentSites(self).unpack(torch.quantile(z, levels, dim=0))
 
     @torch.no_grad()
-    def start_from(self, other: AutoContinuous, *args: Any, **kwargs: Any) -> "AutoInterpolant":
+    def start_from(
+        self, other: AutoContinuous, *args: object, **kwargs: object
+    ) -> "AutoInterpolant":
         r"""Start at the mean and covariance of another guide of the same model, keeping weights.
 
         For training by ``SVI``: a velocity that starts where a Gaussian guide ends has to learn
@@ -226,20 +242,15 @@ class AutoInterpolant(AutoContinuous):
         Raises:
             ValueError: If the other guide has other sites.
         """
-        set_up(self, *args, **kwargs)
-        set_up(other, *args, **kwargs)
-        ours, theirs = (
-            {name: site["value"].shape for name, site in g.prototype_trace.iter_stochastic_nodes()}
-            for g in (self, other)
-        )
+        ours, theirs = (LatentSites(g, *args, **kwargs).shapes for g in (self, other))
         if list(ours.items()) != list(theirs.items()):
             raise ValueError(f"expected a guide of the sites {ours}, got one of {theirs}")
-        z = other.get_posterior(*args, **kwargs).sample((_POINTS,))
+        z = other.get_posterior(*args, **kwargs).sample((_QUANTILE_POINTS,))
         m = moments(z)
         self.transform.flow.whitening.set(m.loc, m.linear)
         return self
 
-    def attach(self, model: Callable[..., Any]) -> "AutoInterpolant":
+    def attach(self, model: Model) -> "AutoInterpolant":
         """Give a guide that was pickled, which leaves its model behind, the model again.
 
         Returns:
@@ -265,10 +276,16 @@ class AutoInterpolant(AutoContinuous):
         return new
 
 
-_JUDGED = 10_000  # fresh draws
-_ON_SAMPLES = 0.9  # of the time; the rest is for the calibration and the judgement
-_ON_THE_MODEL = 0.97  # of the time; the rest is for the judgement
-_LEAST = 0.1  # of the time, for training, however long the set-up took
+_PRIOR_DRAWS = 4096  # from which training on the model alone starts
+_VERDICT_DRAWS = 10_000  # fresh draws that judge the guide
+_SAMPLES_SHARE = 0.9  # of the time, for regression; the rest: calibration and verdict
+_MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: the verdict
+_MIN_TRAINING_SHARE = 0.1  # of the time, however long the set-up took
+_UNKNOWN = (
+    ImportanceSummary(*[math.nan] * 4),
+    0,
+    "Unknown, the log joint density cannot be evaluated.",
+)
 
 
 class GuideResult(NamedTuple):
@@ -297,13 +314,13 @@ class GuideResult(NamedTuple):
 
 def fit_guide(
     guide: AutoInterpolant,
-    *args: Any,
-    samples: Mapping[str, Any] | None = None,
+    *args: object,
+    samples: Mapping[str, object] | None = None,
     max_seconds: float = 120.0,
     seed: int | None = None,
     progress: bool = True,
-    options: Mapping[str, Any] | None = None,
-    **kwargs: Any,
+    options: Mapping[str, object] | None = None,
+    **kwargs: object,
 ) -> GuideResult:
     r"""Train a guide, in place, with no gradient through an ODE.
 
@@ -355,56 +372,42 @@ def fit_guide(
     if not max_seconds > 0:
         raise ValueError(f"expected max_seconds > 0, got {max_seconds}")
     with seeded(seed):
-        set_up(guide, *args, **kwargs)
+        sites = LatentSites(guide, *args, **kwargs)
+    rows = None if samples is None else sites.pack(samples)
+    density = None if rows is None else _known_log_joint(sites)
+    posterior = InterpolantDistribution(guide.transform)
     settings = {"seed": seed, "progress": progress, **(options or {})}
 
     def left(share: float) -> dict[str, Any]:
         seconds = share * max_seconds - (time.monotonic() - start)
-        return {"max_seconds": max(seconds, _LEAST * max_seconds), **settings}
+        return {"max_seconds": max(seconds, _MIN_TRAINING_SHARE * max_seconds), **settings}
 
-    known: LogJoint | None
-    if samples is None:
-        known = density = log_joint(guide, *args, **kwargs)
-        training = _on_the_model(guide, density, left, seed)
+    training: FitResult | RoundsResult
+    if rows is None:
+        density = LogJoint(sites)
+        with seeded(seed):
+            prior = prior_draws(density, _PRIOR_DRAWS)
+        settings = {"start": prior, **settings}
+        training = train_from_density(posterior, density, **left(_MODEL_SHARE))
     else:
-        rows = pack_sites(guide, samples).to(guide.transform.flow.loc)
-        known = _density(guide, args, kwargs)
-        training = fit(InterpolantDistribution(guide.transform), rows, **left(_ON_SAMPLES))
-    with seeded(None if seed is None else seed + 1, guide.transform.flow.loc.device):
-        numbers = _judged(guide, known)
-    if not math.isnan(numbers[1]):
-        warn_if_poor(numbers[0], numbers[5])
-    return GuideResult._make((*numbers, time.monotonic() - start, training))
+        rows = rows.to(guide.transform.flow.loc)
+        training = fit(posterior, rows, **left(_SAMPLES_SHARE))
+    summary, count, verdict = _UNKNOWN
+    if density is not None:
+        with seeded(None if seed is None else seed + 1):
+            _, log_weights = importance_of(
+                InterpolantDistribution(guide.transform), density, _VERDICT_DRAWS
+            )
+        summary, count = judge(log_weights), _VERDICT_DRAWS
+        verdict = verdict_of(summary, count)
+        warn_if_poor(summary, count)
+    return GuideResult(*summary, count, verdict, time.monotonic() - start, training)
 
 
-def _on_the_model(
-    guide: AutoInterpolant,
-    density: LogJoint,
-    left: Callable[[float], dict[str, Any]],
-    seed: int | None,
-) -> Any:
-    """Train from the model alone, and return what that did."""
-    with seeded(seed, guide.transform.flow.loc.device):
-        prior = prior_draws(density, _PRIOR)
-    settings = {"start": prior, **left(_ON_THE_MODEL)}
-    return train_from_density(InterpolantDistribution(guide.transform), density, **settings)
-
-
-def _density(
-    guide: AutoInterpolant, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> LogJoint | None:
-    """Return the log joint density, or None, with a warning, where there is none."""
+def _known_log_joint(sites: LatentSites) -> LogJoint | None:
+    """Return the log joint density, or None, with a warning, where it cannot be evaluated."""
     try:
-        return log_joint(guide, *args, **kwargs)
+        return LogJoint(sites)
     except ValueError as error:
-        warnings.warn(f"the guide will not be judged by importance weights: {error}", stacklevel=3)
+        warn_user(f"the guide will not be judged by importance weights: {error}")
         return None
-
-
-def _judged(guide: AutoInterpolant, density: LogJoint | None) -> tuple[Any, ...]:
-    """Return the first fields of the result."""
-    if density is None:
-        nan = float("nan")
-        return nan, nan, nan, nan, 0, "Unknown, the log joint density cannot be evaluated."
-    result = judged(guide, density, _JUDGED)
-    return *result[:4], _JUDGED, result.verdict

@@ -1,28 +1,37 @@
-r"""How well a guide covers its posterior, told by the weights of its own draws."""
+r"""Importance sampling with a guide: how well it covers its posterior, and draws by weight.
 
-import dataclasses
+The weights :math:`w = p(x(z), y) |dx / dz| / q(z)` of draws of the guide q estimate the evidence,
+correct the draws, and show by the tail of their distribution whether q can be relied on.
+"""
+
 import math
-import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from torch import Tensor
 
-from .._torch import seeded
-from ..diagnostics.psis import effective_sample_size, log_mean_weight, pareto_smooth, systematic
+from .._torch import seeded, warn_user
+from ..diagnostics.psis import (
+    K_HAT_LIMIT,
+    ImportanceSummary,
+    judge,
+    log_ratio,
+    pareto_smooth,
+    recompute_largest,
+    systematic_resampling,
+)
 from ..distributions.interpolant import InterpolantDistribution
-from ..solvers.ode import FixedGrid
-from .log_density import LogJoint, log_joint
-from .sites import set_up
+from .log_density import LogJoint
+from .sites import LatentSites
 
-__all__ = ["ImportanceResult", "importance", "judged", "verdict_of", "warn_if_poor"]
+__all__ = ["ImportanceResult", "importance", "importance_of", "verdict_of", "warn_if_poor"]
 
 
-_LIMIT = 0.7  # of k-hat, above which weighted averages are not reliable
-_GOOD = 0.5  # the effective share of the draws from which they need no weights
+_GOOD_SHARE = 0.5  # the effective share of the draws from which they need no weights
 _COARSE = 0.1  # nats, the mean change of the largest weights at doubled steps worth a warning
-_LEAST = 100  # draws, to fit a tail to
+_MIN_DRAWS = 100  # the fewest draws to whose weights a tail can be fitted
 
 
 class ImportanceResult(NamedTuple):
@@ -66,13 +75,19 @@ class ImportanceResult(NamedTuple):
         if not self.ess > 0:
             raise ValueError("expected draws with positive weights, got none")
         device = self.log_weights.device
-        with seeded(seed, device):
-            chosen = systematic(self.log_weights, count)[torch.randperm(count, device=device)]
+        with seeded(seed):
+            chosen = systematic_resampling(self.log_weights, count)[
+                torch.randperm(count, device=device)
+            ]
         return {name: value[chosen] for name, value in self.draws.items()}
 
 
 def importance(
-    guide: AutoContinuous, *args: Any, count: int = 10_000, seed: int | None = None, **kwargs: Any
+    guide: AutoContinuous,
+    *args: object,
+    count: int = 10_000,
+    seed: int | None = None,
+    **kwargs: object,
 ) -> ImportanceResult:
     r"""Judge a guide by Pareto-smoothed importance weights of its draws.
 
@@ -120,92 +135,71 @@ def importance(
             "expected a guide with a density, got the point AutoLaplaceApproximation trains: pass "
             "guide.laplace_approximation(*args)"
         )
-    if count < _LEAST:
-        raise ValueError(f"expected count >= {_LEAST}, got {count}")
+    if count < _MIN_DRAWS:
+        raise ValueError(f"expected count >= {_MIN_DRAWS}, got {count}")
     with seeded(seed):
-        set_up(guide, *args, **kwargs)
-    with seeded(seed, guide._init_loc().device):
-        result = judged(guide, log_joint(guide, *args, **kwargs), count)
-    warn_if_poor(result.k_hat, result.verdict)
-    return result
+        sites = LatentSites(guide, *args, **kwargs)
+    with seeded(seed):
+        posterior = guide.get_posterior(*args, **kwargs)
+        z, raw = importance_of(posterior, LogJoint(sites), count)
+    summary = judge(raw)
+    warn_if_poor(summary, count)
+    log_weights = pareto_smooth(raw).log_weights if summary.ess > 0 else raw
+    return ImportanceResult(*summary, verdict_of(summary, count), log_weights, sites.unpack(z))
 
 
 @torch.no_grad()
-def judged(guide: AutoContinuous, density: LogJoint, count: int) -> ImportanceResult:
-    """Return the verdict on a guide, by ``count`` draws and the log joint density of its model."""
-    posterior = guide.get_posterior(*density.args, **density.kwargs)
+def importance_of(
+    posterior: TorchDistributionMixin, density: LogJoint, count: int
+) -> tuple[Tensor, Tensor]:
+    """Draw from a guide and return the importance weights of the draws.
+
+    Args:
+        posterior: The guide's distribution of the unconstrained vector, of event shape ``(D,)``.
+        density: The log joint density of the model.
+        count: The number of draws N.
+
+    Returns:
+        The draws, shape ``(N, D)``, and their log weights, unnormalised, shape ``(N,)``.
+    """
     z = posterior.rsample((count,))
     log_p, log_q = density(z), posterior.log_prob(z)
     if isinstance(posterior, InterpolantDistribution):
-        log_q = _refined(posterior, z, log_p, log_q)
-    raw = _ratio(log_p, log_q)
-    draws = density.unpack(z)
-    if not bool(torch.isfinite(raw).any()):
-        text = verdict_of(math.inf, 0.0, count)
-        return ImportanceResult(math.inf, 0.0, -math.inf, math.inf, text, raw, draws)
-    log_weights, k_hat = pareto_smooth(raw)
-    ess = effective_sample_size(raw)
-    text = verdict_of(k_hat, ess, count)
-    return ImportanceResult(k_hat, ess, *log_mean_weight(raw), text, log_weights, draws)
+        tail = math.ceil(min(count / 5, 3 * math.sqrt(count)))
+        log_q, change = recompute_largest(posterior, z, log_p, log_q, tail)
+        if change > _COARSE:
+            warn_user(
+                "the guide's solver is too coarse: where weights are largest, log densities move "
+                f"by {change:.2g} nats at doubled steps. Call calibrate(guide.get_posterior(), "
+                "guide.get_posterior().sample((256,)))"
+            )
+    return z, log_ratio(log_p, log_q)
 
 
-def verdict_of(k_hat: float, ess: float, count: int) -> str:
-    """Return what follows from k-hat and the effective sample size of draws, in a sentence."""
-    told = f"k-hat {k_hat:.2f}, {ess:,.0f} effective draws of {count:,}: "
+def verdict_of(summary: ImportanceSummary, count: int) -> str:
+    """Return what follows from the weights of ``count`` draws, in a sentence."""
+    k_hat, ess = summary.k_hat, summary.ess
+    numbers = f"k-hat {k_hat:.2f}, {ess:,.0f} effective draws of {count:,}: "
     remedy = (
         "train it longer by fit_guide, start it wider, or straighten the model (LocScaleReparam "
         "on a funnel)"
     )
-    if not k_hat <= _LIMIT and ess >= _GOOD * count:
+    if not k_hat <= K_HAT_LIMIT and ess >= _GOOD_SHARE * count:
         return (
-            f"Poor in the tails, {told}rare draws outweigh all others, so neither the guide's "
+            f"Poor in the tails, {numbers}rare draws outweigh all others, so neither the guide's "
             f"tails nor the error of the evidence are to be relied on; {remedy}."
         )
-    if not k_hat <= _LIMIT:
+    if not k_hat <= K_HAT_LIMIT:
         return (
-            f"Poor, {told}the guide misses parts of the posterior that weights cannot restore, so "
-            f"{remedy} before you trust its draws."
+            f"Poor, {numbers}the guide misses parts of the posterior that weights cannot "
+            f"restore, so {remedy} before you trust its draws."
         )
-    if ess < _GOOD * count:
-        return f"Usable with weights, {told}use resampled() draws, not the guide's own."
-    return f"Good, {told}the guide's own draws will do, and resampled() ones do better."
+    if ess < _GOOD_SHARE * count:
+        return f"Usable with weights, {numbers}use resampled() draws, not the guide's own."
+    return f"Good, {numbers}the guide's own draws will do, and resampled() ones do better."
 
 
-def warn_if_poor(k_hat: float, verdict: str) -> None:
-    """Pass on the verdict as a warning where the guide cannot be relied on."""
-    if not k_hat <= _LIMIT:
-        warnings.warn(verdict, stacklevel=3)
-
-
-def _ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return log weights, shape ``(N,)``; where there is no density, there is no weight."""
-    raw = log_p - log_q
-    raw = torch.where(torch.isnan(raw), -math.inf, raw)
-    rounding = 100 * torch.finfo(raw.dtype).eps * float(log_q.abs().nan_to_num(0.0).max())
-    if float(raw.max() - raw.min()) <= rounding:  # the tail of rounding errors means nothing
-        return raw.mean().expand_as(raw)
-    return raw
-
-
-def _refined(
-    posterior: InterpolantDistribution, z: Tensor, log_p: Tensor, log_q: Tensor
-) -> Tensor:
-    """Return log densities, shape ``(N,)``, those of the largest weights at doubled steps.
-
-    A coarse solver errs most where densities are lowest and weights largest.
-    """
-    view = posterior.transform.at(1.0)
-    if not isinstance(view.solver, FixedGrid):
-        return log_q
-    view.solver = dataclasses.replace(view.solver, steps=2 * view.solver.steps)
-    top = _ratio(log_p, log_q).topk(math.ceil(min(len(z) / 5, 3 * math.sqrt(len(z))))).indices
-    finer = InterpolantDistribution(view).log_prob(z[top])
-    error = float((finer - log_q[top]).abs().nan_to_num(math.inf).mean())
-    if error > _COARSE:
-        warnings.warn(
-            f"the guide's solver is too coarse: where weights are largest, log densities move by "
-            f"{error:.2g} nats at doubled steps. Call calibrate(guide.get_posterior(), "
-            "guide.get_posterior().sample((256,)))",
-            stacklevel=5,  # past no_grad too
-        )
-    return log_q.index_copy(0, top, finer)
+def warn_if_poor(summary: ImportanceSummary, count: int) -> None:
+    """Warn where the guide cannot be relied on, by ``count`` draws."""
+    if not summary.k_hat <= K_HAT_LIMIT:
+        warn_user(verdict_of(summary, count))

@@ -1,28 +1,33 @@
-r"""A model's log joint density as a function of unconstrained vectors, many at a time."""
+r"""The log joint density of a model, :math:`\log p(x(z), y) + \log |dx / dz|`, of many z."""
 
 import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal, cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
-from .sites import Initial, Placed, bare_model, pack_sites, set_up, unpack_sites
+from .sites import InitToSupport, LatentSites, Model, Site, Substitute
 
 __all__ = ["LogJoint", "log_joint", "prior_draws"]
 
 
-_CHECKED = 3  # draws on which the ways to evaluate are compared
-_ELEMENTS = 2**22  # of all sites together, evaluated at once
+_PROBES = 3  # draws on which a batched evaluation is compared with single ones
+_NUMBERS_AT_ONCE = 2**22  # of all sites and their log densities together, evaluated in one go
+
+Batching = Literal["plate", "vmap"]
+Evaluate = Callable[[Tensor], Tensor]
+Sites = dict[str, Site]
 
 
 class LogJoint:
@@ -33,28 +38,25 @@ class LogJoint:
     Make one by :func:`log_joint`.
 
     Attributes:
-        dim: D, the size of z.
-        way: How many draws are evaluated at once: ``"plate"``, in a plate to the left of all
+        event_dim: D, the size of z.
+        batching: How many draws are evaluated at once: ``"plate"``, in a plate to the left of all
             others; or ``"vmap"``, by :func:`torch.func.vmap`, for models that do not broadcast.
     """
 
-    def __init__(
-        self, guide: AutoContinuous, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        self.guide, self.args, self.kwargs = guide, args, kwargs
-        self.model = bare_model(guide.model)
-        self.dim: int = guide.latent_dim
-        center = guide._init_loc()
+    def __init__(self, sites: LatentSites) -> None:
+        self.sites, self.model = sites, sites.model
+        self.event_dim: int = sites.event_dim
+        center = sites.initial()
         with torch.no_grad():
             # The first with the user's own validation, which explains what is wrong.
-            sites = list(_scored(_checked_trace(self, center)))
-            dims = [-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
-            self.nesting = max([*dims, *(s["log_prob"].dim() for s in sites)])
-            elements = sum(s["value"].numel() + s["log_prob"].numel() for s in sites)
-            self.rows = max(1, _ELEMENTS // elements)
-            with pyro.validation_enabled(False), warnings.catch_warnings():  # noqa: FBT003
+            scored = list(_scored(_checked_trace(self, center)))
+            dims = [-f.dim for s in scored for f in s["cond_indep_stack"] if f.vectorized]
+            self.nesting = max([*dims, *(s["log_prob"].dim() for s in scored)])
+            numbers = sum(s["value"].numel() + s["log_prob"].numel() for s in scored)
+            self.rows = max(1, _NUMBERS_AT_ONCE // numbers)
+            with pyro.validation_enabled(is_validate=False), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of attempts that may come to nothing
-                self.way: Literal["plate", "vmap"] = _way(self, center)
+                self.batching: Batching = _batching(self, center)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log density, ``-inf`` where it is not a number, shape ``(N,)``.
@@ -65,27 +67,27 @@ class LogJoint:
         Raises:
             ValueError: If z is of another shape.
         """
-        if z.dim() != 2 or z.shape[-1] != self.dim:
-            raise ValueError(f"expected z of shape (N, {self.dim}), got {tuple(z.shape)}")
-        evaluate = self.by_plate if self.way == "plate" else self.by_vmap
-        with pyro.validation_enabled(False):  # noqa: FBT003
-            return torch.cat([_lenient(evaluate, part) for part in z.split(self.rows)])
+        if z.dim() != 2 or z.shape[-1] != self.event_dim:
+            raise ValueError(f"expected z of shape (N, {self.event_dim}), got {tuple(z.shape)}")
+        evaluate = self.by_plate if self.batching == "plate" else self.by_vmap
+        with pyro.validation_enabled(is_validate=False):
+            return torch.cat([nan_to_minus_inf(evaluate, part) for part in z.split(self.rows)])
 
     def unpack(self, z: Tensor) -> dict[str, Tensor]:
         """Return the latent sites, each ``(N, *site_shape)``, of vectors of shape ``(N, D)``."""
-        return unpack_sites(self.guide, z)
+        return self.sites.unpack(z)
 
-    def pack(self, draws: Mapping[str, Any]) -> Tensor:
+    def pack(self, draws: Mapping[str, object]) -> Tensor:
         """Return vectors, shape ``(N, D)``, of draws of all sites, each ``(N, *site_shape)``.
 
         Raises:
             ValueError: If a site is missing, of another shape, or outside its support.
         """
-        return pack_sites(self.guide, draws)
+        return self.sites.pack(draws)
 
     def by_plate(self, z: Tensor) -> Tensor:
         """Return the log density, shape ``(N,)``, of z, ``(N, D)``, in an outermost plate."""
-        values, total = self.constrained(z.reshape(len(z), *(1,) * self.nesting, -1))
+        values, total = self.sites.constrain(z.reshape(len(z), *(1,) * self.nesting, -1))
         for site in _scored(self.trace(values, len(z))):
             log_prob = site["log_prob"]
             if log_prob.dim() > self.nesting + 1:
@@ -101,13 +103,13 @@ class LogJoint:
 
     def single(self, z: Tensor) -> Tensor:
         """Return the log density, a scalar, of one vector, shape ``(D,)``."""
-        values, total = self.constrained(z)
+        values, total = self.sites.constrain(z)
         for site in _scored(self.trace(values)):
             total = total + site["log_prob"].sum()
         return total
 
-    def trace(self, values: dict[str, Tensor], count: int | None = None) -> Any:
-        """Return the model's trace, with log densities, at values by site, ``(*, *site_shape)``.
+    def trace(self, values: Mapping[str, Tensor], count: int | None = None) -> Sites:
+        """Return the sites of the model, with log densities, at values ``(*, *site_shape)``.
 
         Args:
             values: The latent sites.
@@ -115,30 +117,21 @@ class LogJoint:
         """
 
         def run() -> None:
-            draws: Any = contextlib.nullcontext()
-            if count is not None:
-                draws = pyro.plate("_draws", count, dim=-1 - self.nesting)
-            with draws:
-                Placed(values)(self.model)(*self.args, **self.kwargs)
+            with contextlib.nullcontext() if count is None else self.plate(count):
+                with Substitute(values):
+                    self.model()
 
         with poutine.block():
-            trace = poutine.trace(run).get_trace()
+            trace = poutine.trace(run).get_trace()  # whose errors show the shapes of all sites
             trace.compute_log_prob()
-        return trace
+        return cast("Sites", trace.nodes)
 
-    def constrained(self, latent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return values by site and the log-determinant, ``(N)``, of ``(N, 1, .., 1, D)``."""
-        values, total = {}, latent.new_zeros(latent.shape[:1] if latent.dim() > 1 else ())
-        for site, real in self.guide._unpack_latent(latent):
-            transform = biject_to(site["fn"].support)
-            value = transform(real)
-            rate = transform.log_abs_det_jacobian(real, value)
-            total = total + rate.reshape(*total.shape, -1).sum(-1)
-            values[site["name"]] = value
-        return values, total
+    def plate(self, count: int) -> pyro.plate:
+        """Return a plate of draws to the left of all plates of the model."""
+        return pyro.plate("_draws", count, dim=-1 - self.nesting)
 
 
-def log_joint(target: Any, *args: Any, **kwargs: Any) -> LogJoint:
+def log_joint(target: AutoContinuous | Model, *args: object, **kwargs: object) -> LogJoint:
     r"""Return the log joint density of a model as a function of unconstrained vectors.
 
     The function takes many vectors at once: with the model in a plate to the left of all its
@@ -174,15 +167,20 @@ def log_joint(target: Any, *args: Any, **kwargs: Any) -> LogJoint:
                 "expected a model, or a guide over one unconstrained vector (AutoContinuous), got "
                 f"{type(target).__name__}"
             )
-        target = AutoContinuous(target, init_loc_fn=Initial())
-    set_up(target, *args, **kwargs)
-    return LogJoint(target, args, kwargs)
+        target = AutoContinuous(target, init_loc_fn=InitToSupport())
+    return LogJoint(LatentSites(target, *args, **kwargs))
 
 
 class _NotPositiveDefinite(TorchFunctionMode):
-    """Let a Cholesky factor be NaN where there is none, instead of failing for all draws."""
+    """Return NaN for the Cholesky factor of a matrix that has none, instead of raising."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor:
         """Call a function of torch, ``torch.linalg.cholesky`` row by row."""
         if func is not torch.linalg.cholesky:
             return func(*args, **(kwargs or {}))
@@ -190,8 +188,8 @@ class _NotPositiveDefinite(TorchFunctionMode):
         return torch.where((info > 0)[..., None, None], math.nan, factor)
 
 
-def _lenient(evaluate: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Return log densities, shape ``(N,)``, ``-inf`` where there is none."""
+def nan_to_minus_inf(evaluate: Evaluate, z: Tensor) -> Tensor:
+    """Return log densities, shape ``(N,)``, with ``-inf`` for NaN and failed factorisations."""
     try:
         values = evaluate(z)
     except torch.linalg.LinAlgError:
@@ -200,26 +198,28 @@ def _lenient(evaluate: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     return torch.where(torch.isnan(values), -math.inf, values)
 
 
-def _way(density: LogJoint, center: Tensor) -> Literal["plate", "vmap"]:
+def _batching(density: LogJoint, center: Tensor) -> Batching:
     """Return the first way to evaluate many draws at once that agrees with one at a time."""
     z, expected = _probes(density, center)
     tolerance = 1e-6 if z.dtype == torch.float64 else 1e-3
     problems = []
-    ways: tuple[Literal["plate", "vmap"], ...] = ("plate", "vmap")
-    for way in ways:
-        evaluate = density.by_plate if way == "plate" else density.by_vmap
+    ways: tuple[tuple[Batching, Evaluate], ...] = (
+        ("plate", density.by_plate),
+        ("vmap", density.by_vmap),
+    )
+    for batching, evaluate in ways:
         try:
             error = max(
-                float(((_lenient(evaluate, z[:k]) - e) / (1 + e.abs())).abs().max())
+                float(((nan_to_minus_inf(evaluate, z[:k]) - e) / (1 + e.abs())).abs().max())
                 for k, e in ((len(z) - 1, expected[:-1]), (len(z), expected))
             )
         except Exception as failure:  # whatever a model does with shapes it does not expect
             what = str(failure).partition("\n")[0]  # Pyro adds its trace
-            problems.append(f"by {way} it fails with {type(failure).__name__}: {what}")
+            problems.append(f"by {batching} it fails with {type(failure).__name__}: {what}")
             continue
         if error <= tolerance:
-            return way
-        problems.append(f"by {way} its log density is wrong by {error:.2g}, relatively")
+            return batching
+        problems.append(f"by {batching} its log density is wrong by {error:.2g}, relatively")
     raise ValueError(
         "expected a model that can be evaluated for many draws at once, in a plate to the left of "
         f"its own or under torch.func.vmap, got one for which {'; '.join(problems)}. Index "
@@ -230,12 +230,11 @@ def _way(density: LogJoint, center: Tensor) -> Literal["plate", "vmap"]:
 
 def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, Tensor]:
     """Return draws near the initial point, shape ``(K, D)``, and their log densities, ``(K,)``."""
-    noise = torch.randn(
-        _CHECKED, density.dim, generator=torch.Generator().manual_seed(0), dtype=center.dtype
-    ).to(center)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(_PROBES, len(center), generator=generator, dtype=center.dtype).to(center)
     for scale in (0.5, 0.05, 0.005):
         z = center + scale * noise
-        values = torch.stack([_lenient(density.single, row) for row in z])
+        values = torch.stack([nan_to_minus_inf(density.single, row) for row in z])
         if bool(torch.isfinite(values).all()):
             break
     else:
@@ -246,7 +245,7 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, Tensor]:
     _checked_trace(density, z[0])
     with torch.random.fork_rng(devices=[] if z.device.type == "cpu" else [z.device]):
         torch.rand(1)
-        again = torch.stack([_lenient(density.single, row) for row in z])
+        again = torch.stack([nan_to_minus_inf(density.single, row) for row in z])
     if not torch.allclose(again, values, rtol=1e-6, atol=1e-6):
         raise ValueError(
             "expected a log density without noise, got two values for the same latent sites: a "
@@ -256,14 +255,14 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, Tensor]:
     return z, values
 
 
-def _checked_trace(density: LogJoint, z: Tensor) -> Any:
-    """Return the trace at z, shape ``(D,)``, of a model whose log density is a function of z."""
-    values, _ = density.constrained(z)
+def _checked_trace(density: LogJoint, z: Tensor) -> Sites:
+    """Return the sites at z, shape ``(D,)``, of a model whose log density is a function of z."""
+    values, _ = density.sites.constrain(z)
     trace = density.trace(values)
     plates = [
         name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and site_is_subsample(site)
+        for name, site in trace.items()
+        if site["type"] == "sample" and _is_subsample(site)
         and (site["fn"].subsample_size or site["fn"].size) < site["fn"].size
     ]  # fmt: skip
     if plates:
@@ -272,65 +271,64 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Any:
             "a model that sees all its data, or train by SVI, which can subsample"
         )
     extra = {site["name"] for site in _scored(trace) if not site["is_observed"]}
-    missing = set(values) - set(trace.nodes)
+    missing = set(values) - set(trace)
     if extra or missing:
         raise ValueError(
             "expected the latent sites the guide has seen, got a model with "
             f"{sorted(extra)} besides and without {sorted(missing)}"
         )
-    for site, real in density.guide._unpack_latent(z):
-        now = biject_to(trace.nodes[site["name"]]["fn"].support)(real)
-        if not torch.allclose(now, values[site["name"]], rtol=1e-4):
+    for name, _, real in density.sites.split(z):
+        now = biject_to(trace[name]["fn"].support)(real)
+        if not torch.allclose(now, values[name], rtol=1e-4):
             raise ValueError(
-                f"expected site {site['name']!r} to have a fixed support, got one that depends on "
+                f"expected site {name!r} to have a fixed support, got one that depends on "
                 "other sites: sample it on a fixed support and transform it"
             )
     return trace
 
 
-def _scored(trace: Any) -> Iterator[Any]:
+def _is_subsample(site: Site) -> bool:
+    """Return whether a site draws the indices of a plate."""
+    return site_is_subsample(cast("Message", site))
+
+
+def _scored(trace: Sites) -> Iterator[Site]:
     """Yield the sites of a trace that carry a log density."""
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and not site_is_subsample(site):
+    for site in trace.values():
+        if site["type"] == "sample" and not _is_subsample(site):
             if not site["infer"].get("_deterministic"):
                 yield site
 
 
-_PRIOR = 4096  # draws the search starts from
-_RARE = 0.005  # the share of prior draws on either side that counts as less far
-_WIDE = 2.0  # the scale of unconstrained sites with an improper prior
+_RARE = 0.005  # the share of prior draws on either side that is clamped to the rest
+_IMPROPER_SCALE = 2.0  # of unconstrained sites with an improper prior
 
 
 def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
 
-    Sites with an improper prior are drawn widely; the rarest 1% is drawn in, for priors without
-    moments.
+    Sites with an improper prior are drawn widely; the rarest 1% is clamped to the rest, for priors
+    without moments.
     """
 
-    def run() -> None:
-        with pyro.plate("_draws", count, dim=-1 - density.nesting):
-            density.model(*density.args, **density.kwargs)
-
-    def packed(model: Any, lead: tuple[int, ...]) -> Tensor:
-        with poutine.block(), _FromPrior():
-            trace = poutine.trace(model).get_trace()
-        parts = [
-            biject_to(site["fn"].support).inv(trace.nodes[name]["value"]).reshape(*lead, -1)
-            for name, site in density.guide.prototype_trace.iter_stochastic_nodes()
-        ]
-        return torch.cat(parts, dim=-1)
-
-    def single(_: Tensor) -> Tensor:
-        return packed(lambda: density.model(*density.args, **density.kwargs), ())
+    def draw(*batch: int) -> Tensor:
+        with poutine.block(), poutine.trace() as tracer, _FromPrior():
+            with density.plate(*batch) if batch else contextlib.nullcontext():
+                density.model()
+        return density.sites.unconstrain(cast("Sites", tracer.trace.nodes), *batch)
 
     try:
-        with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():  # noqa: FBT003
+        with (
+            torch.no_grad(),
+            pyro.validation_enabled(is_validate=False),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # some samplers loop under vmap, once
-            if density.way == "plate":
-                z = packed(run, (count,))
+            if density.batching == "plate":
+                z = draw(count)
             else:
-                z = torch.func.vmap(single, randomness="different")(torch.zeros(count))
+                single = torch.func.vmap(lambda _: draw(), randomness="different")
+                z = single(torch.zeros(count))
     except (RuntimeError, ValueError, NotImplementedError):  # a prior that cannot be sampled
         return None
     z = z[torch.isfinite(z).all(-1)]
@@ -341,10 +339,10 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
 
 
 class _FromPrior(Messenger):
-    """Draw latent sites from their priors; those that cannot be sampled, widely."""
+    """Sample latent sites from their priors; from a wide Gaussian where a prior is improper."""
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is not None or site_is_subsample(msg):
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["value"] is not None or _is_subsample(msg):
             return
         fn = msg["fn"]
         try:
@@ -352,4 +350,4 @@ class _FromPrior(Messenger):
         except NotImplementedError:
             transform = biject_to(fn.support)
             shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-            msg["value"] = transform(_WIDE * torch.randn(shape))
+            msg["value"] = transform(_IMPROPER_SCALE * torch.randn(shape))

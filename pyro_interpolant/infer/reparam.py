@@ -1,14 +1,18 @@
-r"""Inference in base space: the learned prior becomes a deterministic function of a Gaussian."""
+r"""Inference in base space: :math:`z \sim q` becomes :math:`z = T(w)`, :math:`w \sim N(0, I)`.
+
+By ``base_space`` for learned priors inside a model; by ``neutra`` for all latent sites together,
+through a trained guide.
+"""
 
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from pyro.infer.reparam import NeuTraReparam
 from pyro.poutine.condition_messenger import ConditionMessenger
@@ -19,12 +23,12 @@ from torch import Tensor
 from ..distributions.interpolant import InterpolantDistribution
 from ..solvers.ode import FixedGrid
 from .autoguide import AutoInterpolant
-from .sites import bare_model, unpack_sites
+from .sites import LatentSites, Model, Site, unwrapped_model
 
 __all__ = ["Neutra", "base_space", "neutra"]
 
 
-def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
+def base_space(model: Model) -> Model:
     r"""Return the model with its learned priors sampled in base space.
 
     Every latent site ``z`` whose distribution is an
@@ -59,7 +63,9 @@ def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _BaseSpaceMessenger(Messenger):
-    def _pyro_sample(self, msg: Any) -> None:
+    """Replace each learned prior by a sample of its base and a deterministic function of it."""
+
+    def _pyro_sample(self, msg: Site) -> None:
         if msg["is_observed"] or msg["done"]:
             return
         flow, wrappers = _unwrapped(msg["fn"])
@@ -69,15 +75,19 @@ class _BaseSpaceMessenger(Messenger):
         value = msg["value"] if msg["value"] is not None else _requested_value(msg)
         z = self._sampled(msg["name"], flow, wrappers, value)
         # As pyro.deterministic does it, in place of the site.
-        msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(False)  # noqa: FBT003
+        msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(mask=False)
         msg["value"] = z
         msg["is_observed"] = True
         msg["infer"] = {**msg["infer"], "_deterministic": True}
 
     @staticmethod
     def _sampled(
-        name: str, flow: InterpolantDistribution, wrappers: list[Any], value: Tensor | None
+        name: str,
+        flow: InterpolantDistribution,
+        wrappers: list[TorchDistributionMixin],
+        value: Tensor | None,
     ) -> Tensor:
+        """Sample the base of a flow, inside its wrappers, and return the value of the site."""
         space = flow.space
         base = space.sampled_base(flow.base_dist)
         for wrapper in reversed(wrappers):
@@ -100,7 +110,9 @@ class _BaseSpaceMessenger(Messenger):
         return z
 
 
-def _unwrapped(fn: Any) -> tuple[InterpolantDistribution | None, list[Any]]:
+def _unwrapped(
+    fn: TorchDistributionMixin,
+) -> tuple[InterpolantDistribution | None, list[TorchDistributionMixin]]:
     """Return the flow inside ``to_event`` and ``mask``, or None, and its wrappers from outside."""
     wrappers = []
     while isinstance(fn, (dist.MaskedDistribution, torch.distributions.Independent)):
@@ -110,11 +122,11 @@ def _unwrapped(fn: Any) -> tuple[InterpolantDistribution | None, list[Any]]:
 
 
 def _is_conditioned(name: str) -> bool:
-    """Tell whether an enclosing ``condition`` is about to observe the site."""
+    """Return whether an enclosing ``condition`` is about to observe the site."""
     return any(isinstance(m, ConditionMessenger) and name in m.data for m in _PYRO_STACK)
 
 
-def _requested_value(msg: Any) -> Tensor | None:
+def _requested_value(msg: Site) -> Tensor | None:
     """Return the value that an enclosing ``init_to_value`` names for this very site."""
     for messenger in reversed(_PYRO_STACK):
         init = getattr(messenger, "init_fn", None)
@@ -137,12 +149,12 @@ class Neutra:
         model: Its model.
     """
 
-    def __init__(self, guide: AutoInterpolant, model: Callable[..., Any]) -> None:
+    def __init__(self, guide: AutoInterpolant, model: Model) -> None:
         self.guide = guide
         self.reparam = NeuTraReparam(guide)
         self.model = model
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Run the model in base space; the latent sites are deterministic functions of it."""
         return self.reparam.reparam(self.model)(*args, **kwargs)
 
@@ -165,11 +177,11 @@ class Neutra:
                 f"model, got {got}"
             )
         base = draws[names[0]]
-        sites = unpack_sites(self.guide, self.guide.transform(base.reshape(-1, dim)))
+        sites = LatentSites(self.guide).unpack(self.guide.transform(base.reshape(-1, dim)))
         return {k: v.reshape(*base.shape[:-1], *v.shape[1:]) for k, v in sites.items()}
 
 
-def neutra(guide: AutoInterpolant, model: Callable[..., Any] | None = None) -> Neutra:
+def neutra(guide: AutoInterpolant, model: Model | None = None) -> Neutra:
     """Return the model in the guide's base space, where a good guide makes it N(0, I) for NUTS.
 
     The guide is copied and the copy frozen: nothing here trains it, and it can be trained on. The
@@ -212,4 +224,4 @@ def neutra(guide: AutoInterpolant, model: Callable[..., Any] | None = None) -> N
         frozen.transform.solver = dataclasses.replace(frozen.transform.solver, adjoint=True)
     if not hasattr(frozen, "plates"):
         frozen._create_plates()
-    return Neutra(frozen, bare_model(guide.model) if model is None else model)
+    return Neutra(frozen, unwrapped_model(guide.model) if model is None else model)

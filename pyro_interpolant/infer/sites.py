@@ -1,5 +1,10 @@
-r"""A guide's latent sites: which it can hold, and how they become one unconstrained vector."""
+r"""Latent sites :math:`x = x(z)` of a guide as one unconstrained vector z, with the Jacobian.
 
+Pyro's guides over one vector (``AutoContinuous``) pack their latent sites in the order of the
+model, each through the bijection of its support.
+"""
+
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,33 +15,37 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import Transform, biject_to, constraints
 
 from ..distributions.joint import pack
 
 __all__ = [
-    "Initial",
-    "Placed",
-    "bare_model",
+    "InitToSupport",
+    "LatentSites",
+    "Model",
+    "Site",
+    "Substitute",
     "check_jacobians",
-    "pack_sites",
-    "set_up",
-    "strip",
-    "unpack_sites",
+    "ensure_prototype",
+    "forget_data",
+    "unwrapped_model",
 ]
 
+Site = dict[str, Any]  # a site of a trace, Pyro's message
+Model = Callable[..., Any]
 
-class Initial:
-    """An initialisation of latent sites that says clearly which sites no guide here can hold.
+
+class InitToSupport:
+    """An initialisation of latent sites that refuses those no guide over one vector can hold.
 
     Args:
         init: One of Pyro's initialisation functions, from a site to a value.
     """
 
-    def __init__(self, init: Callable[..., Any] = init_to_median) -> None:
+    def __init__(self, init: Callable[..., Tensor] = init_to_median) -> None:
         self.init = init
 
-    def __call__(self, site: Any) -> Tensor:
+    def __call__(self, site: Site) -> Tensor:
         """Return an initial value, shape ``(*, *event_shape)``, of a latent site.
 
         Raises:
@@ -55,18 +64,18 @@ class Initial:
             return transform(torch.zeros(shape))
 
 
-class Placed(Messenger):
-    """Give latent sites their values.
+class Substitute(Messenger):
+    """Substitute values for latent sites, as if they were observed.
 
     Args:
         values: By name, each of shape ``(*, *site_shape)``.
     """
 
-    def __init__(self, values: dict[str, Tensor]) -> None:
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] not in self.values:
             return
         if msg["is_observed"]:
@@ -77,8 +86,8 @@ class Placed(Messenger):
         msg["value"], msg["is_observed"] = self.values[msg["name"]], True
 
 
-def set_up(guide: AutoContinuous, *args: Any, **kwargs: Any) -> None:
-    """Let a guide learn the structure of its model, if it does not know it yet."""
+def ensure_prototype(guide: AutoContinuous, *args: object, **kwargs: object) -> None:
+    """Run the model once, with its arguments, for a guide that does not know its sites yet."""
     if guide.prototype_trace is None:
         guide._setup_prototype(*args, **kwargs)
     if not hasattr(guide, "plates"):
@@ -96,61 +105,129 @@ def check_jacobians(guide: AutoContinuous) -> None:
             raise _unsupported(site) from error
 
 
-def strip(guide: AutoContinuous) -> None:
-    """Keep of what a guide has seen only the structure: no data, no parameters of the model."""
+def forget_data(guide: AutoContinuous) -> None:
+    """Keep of a guide's prototype the structure alone: no data, no parameters of the model."""
     trace = guide.prototype_trace
     for name in ("_INPUT", "_RETURN"):
         if name in trace:
             trace.remove_node(name)
-    for _, site in _latent(guide):
+    for _, site in trace.iter_stochastic_nodes():
         fn = site["fn"]
         site["fn"] = dist.ImproperUniform(fn.support, fn.batch_shape, fn.event_shape)
         site["args"], site["kwargs"] = (), {}
 
 
-def unpack_sites(guide: AutoContinuous, z: Tensor) -> dict[str, Tensor]:
-    """Return a guide's latent sites, each ``(N, *site_shape)``, of vectors of shape ``(N, D)``."""
-    shapes = {name: site["value"].shape for name, site in _latent(guide)}
-    nesting = max(len(shape) for shape in shapes.values())
-    latent = z.reshape(len(z), *(1,) * nesting, -1)
-    return {
-        site["name"]: biject_to(site["fn"].support)(real).reshape(-1, *shapes[site["name"]])
-        for site, real in guide._unpack_latent(latent)
-    }
+def unwrapped_model(model: Model) -> Model:
+    """Return the model inside the messenger by which a guide initialises it."""
+    arguments: tuple[Any, ...] = getattr(getattr(model, "func", None), "args", ())
+    if len(arguments) == 2 and isinstance(arguments[0], InitMessenger):
+        return arguments[1]
+    return model
 
 
-def pack_sites(guide: AutoContinuous, draws: Mapping[str, Any]) -> Tensor:
-    """Return vectors, shape ``(N, D)``, of draws of a guide's sites, each ``(*, *site_shape)``.
+class LatentSites:
+    r"""The latent sites of a guide, and the bijection :math:`x(z)` from one real vector to them.
 
-    Leading dimensions, of chains or of Pyro's ``Predictive``, are flattened.
+    Args:
+        guide: A guide over one unconstrained vector; it learns its sites here, if it does not
+            know them yet.
+        *args: The arguments of the model.
+        **kwargs: Its named arguments.
 
-    Raises:
-        ValueError: If a site is missing, of another shape, or outside its support, or there are
-            not as many draws of each.
+    Attributes:
+        shapes: The shape of each site, by name, in the order of packing.
     """
-    sites, flat = {}, {}
-    for name, site in _latent(guide):
-        shape, support = site["value"].shape, site["fn"].support
-        while isinstance(support, constraints.independent):  # what is in it knows its own events
-            support = support.base_constraint
-        sites[name] = (shape, support)
-        value = None if name not in draws else torch.as_tensor(draws[name])
-        lead = -1 if value is None else value.dim() - len(shape)
-        if value is None or lead < 1 or value.shape[lead:] != shape:
-            got = "none" if value is None else f"shape {tuple(value.shape)}"
-            want = ", ".join(map(str, ("N", *shape)))
-            raise ValueError(
-                f"expected draws of site {name!r} of shape ({want}), as "
-                f"mcmc.get_samples() gives them, got {got}"
-            )
-        flat[name] = value.reshape(-1, *shape)
-    counts = {name: len(value) for name, value in flat.items()}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"expected as many draws of every site, got {counts}")
-    return pack(sites, flat)
+
+    def __init__(self, guide: AutoContinuous, *args: object, **kwargs: object) -> None:
+        ensure_prototype(guide, *args, **kwargs)
+        self.guide, self.args, self.kwargs = guide, args, kwargs
+        self.shapes = {name: site["value"].shape for name, site in self._nodes()}
+
+    @property
+    def model(self) -> Model:
+        """The model with its arguments, a function of none."""
+        return functools.partial(unwrapped_model(self.guide.model), *self.args, **self.kwargs)
+
+    @property
+    def event_dim(self) -> int:
+        """D, the size of the vector."""
+        return self.guide.latent_dim
+
+    def initial(self) -> Tensor:
+        """Return the vector of the initial values of the sites, shape ``(D,)``."""
+        return self.guide._init_loc()
+
+    def split(self, z: Tensor) -> Iterator[tuple[str, Transform, Tensor]]:
+        """Yield the name of each site, the bijection to its support, and its part of z, ``(D,)``.
+
+        In front of z there may be dimensions, those of the draws and one for each dimension of
+        the plates: ``(N, 1, .., 1, D)``.
+        """
+        for site, real in self.guide._unpack_latent(z):
+            yield site["name"], biject_to(site["fn"].support), real
+
+    def constrain(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        r"""Return the sites and :math:`\log |dx / dz|`, ``(N)``, of z, ``(N, 1, .., 1, D)``."""
+        values, total = {}, z.new_zeros(z.shape[:1] if z.dim() > 1 else ())
+        for name, transform, real in self.split(z):
+            values[name] = transform(real)
+            log_det = transform.log_abs_det_jacobian(real, values[name])
+            total = total + log_det.reshape(*total.shape, -1).sum(-1)
+        return values, total
+
+    def unpack(self, z: Tensor) -> dict[str, Tensor]:
+        """Return the sites, each ``(N, *site_shape)``, of vectors of shape ``(N, D)``."""
+        nesting = max(len(shape) for shape in self.shapes.values())
+        latent = z.reshape(len(z), *(1,) * nesting, -1)
+        return {
+            name: transform(real).reshape(-1, *self.shapes[name])
+            for name, transform, real in self.split(latent)
+        }
+
+    def pack(self, draws: Mapping[str, object]) -> Tensor:
+        """Return vectors, shape ``(N, D)``, of draws of the sites, each ``(*, *site_shape)``.
+
+        Leading dimensions, of chains or of Pyro's ``Predictive``, are flattened.
+
+        Raises:
+            ValueError: If a site is missing, of another shape, or outside its support, or there
+                are not as many draws of each.
+        """
+        sites, flat = {}, {}
+        for name, site in self._nodes():
+            shape, support = self.shapes[name], site["fn"].support
+            while isinstance(support, constraints.independent):  # what is in it has its own events
+                support = support.base_constraint
+            sites[name] = (shape, support)
+            value = None if name not in draws else torch.as_tensor(draws[name])
+            lead = -1 if value is None else value.dim() - len(shape)
+            if value is None or lead < 1 or value.shape[lead:] != shape:
+                got = "none" if value is None else f"shape {tuple(value.shape)}"
+                want = ", ".join(map(str, ("N", *shape)))
+                raise ValueError(
+                    f"expected draws of site {name!r} of shape ({want}), as "
+                    f"mcmc.get_samples() gives them, got {got}"
+                )
+            flat[name] = value.reshape(-1, *shape)
+        counts = {name: len(value) for name, value in flat.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"expected as many draws of every site, got {counts}")
+        return pack(sites, flat)
+
+    def unconstrain(self, trace: Mapping[str, Site], *batch: int) -> Tensor:
+        """Return vectors, shape ``(*batch, D)``, of the sites' values in a trace."""
+        parts = [
+            biject_to(site["fn"].support).inv(trace[name]["value"]).reshape(*batch, -1)
+            for name, site in self._nodes()
+        ]
+        return torch.cat(parts, dim=-1)
+
+    def _nodes(self) -> Iterator[tuple[str, Site]]:
+        return self.guide.prototype_trace.iter_stochastic_nodes()
 
 
-def _check_site(site: Any) -> None:
+def _check_site(site: Site) -> None:
+    """Raise a ValueError if a site is discrete, or in a plate that no guide here can hold."""
     name = site["name"]
     if getattr(site["fn"].support, "is_discrete", False):
         raise ValueError(
@@ -173,23 +250,11 @@ def _check_site(site: Any) -> None:
             )
 
 
-def _unsupported(site: Any) -> ValueError:
+def _unsupported(site: Site) -> ValueError:
+    """Return the error for a site whose support has no bijection, or none with a Jacobian."""
     return ValueError(
         f"expected supports with a bijection from real vectors and its Jacobian, got site "
         f"{site['name']!r} on {site['fn'].support}: write a covariance as an LKJCholesky factor "
         "and scales, a direction by ProjectedNormalReparam, anything else as an ImproperUniform "
         "site and a pyro.factor"
     )
-
-
-def _latent(guide: AutoContinuous) -> Iterator[tuple[str, Any]]:
-    return guide.prototype_trace.iter_stochastic_nodes()
-
-
-def bare_model(model: Any) -> Any:
-    """Return the model inside the messenger by which a guide initialises it."""
-    inner = getattr(model, "func", None)
-    arguments: Any = getattr(inner, "args", ())
-    if len(arguments) == 2 and isinstance(arguments[0], InitMessenger):
-        return arguments[1]
-    return model

@@ -203,37 +203,59 @@ class Adaptive:
 
 @dataclass(frozen=True)
 class RandomGrid:
-    """Integrate between nodes drawn at random, one in each of N equal pieces of time.
+    r"""Integrate between random nodes, one in each of N equal pieces of time.
 
-    The log-determinant is then unbiased, so that its error averages out in training, where a
-    velocity would learn to peak between the nodes of a quadrature that stays.
+    With nodes :math:`t_j = (j + u_j) / N`, :math:`u_j \sim U(0, 1)`, and equal weights, the
+    log-determinant :math:`\frac1N \sum_j \nabla \cdot v_{t_j}` is unbiased: over seeds, its error
+    averages out. So training through the solver cannot profit from it, whereas a velocity learns
+    to peak between the nodes of a quadrature that stays. For one seed the nodes are always the
+    same, and a density is a function.
 
     Args:
-        grid_like: The number of pieces, and how each gap is integrated.
+        steps: The number N of pieces of time.
+        method: ``"rk4"``, ``"midpoint"`` or ``"euler"``, one step per gap between the nodes.
         seed: Of the nodes.
+        checkpoint: As in :class:`FixedGrid`.
+
+    Raises:
+        ValueError: If ``steps`` is below 1 or ``method`` unknown.
+
+    Example:
+        >>> nodes, weights = RandomGrid(steps=4, seed=0).grid()
+        >>> (nodes[1:-1] * 4).long().tolist(), weights.tolist()
+        ([0, 1, 2, 3], [0.0, 0.25, 0.25, 0.25, 0.25, 0.0])
     """
 
-    grid_like: FixedGrid
-    seed: int
+    steps: int
+    method: str = "rk4"
+    seed: int = dataclasses.field(default=0, kw_only=True)
+    checkpoint: bool = dataclasses.field(default=False, kw_only=True)
 
-    @property
-    def checkpoint(self) -> bool:
-        """Whether gradients recompute each evaluation on the way back."""
-        return self.grid_like.checkpoint
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        self._stepper()
+
+    def _stepper(self) -> FixedGrid:
+        return FixedGrid(self.steps, self.method, checkpoint=self.checkpoint)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 2,)``."""
-        count = self.grid_like.steps
         generator = torch.Generator().manual_seed(self.seed)
-        offsets = torch.rand(count, generator=generator, dtype=torch.float64)
-        nodes = (torch.arange(count, dtype=torch.float64) + offsets) / count
-        weights = torch.full_like(nodes, 1 / count)
+        offsets = torch.rand(self.steps, generator=generator, dtype=torch.float64)
+        nodes = (torch.arange(self.steps, dtype=torch.float64) + offsets) / self.steps
+        weights = torch.full_like(nodes, 1 / self.steps)
         end = torch.nn.functional.pad
         return end(end(nodes, (1, 0)), (0, 1), value=1.0), end(weights, (1, 1))
 
     def solve(self, field: Field, x: Tensor, times: Tensor) -> Tensor:
-        """Return the states at ``times``, ``(N + 2, *, D)``, starting from x at the first."""
-        return self.grid_like.solve(field, x, times)
+        """Return the states at ``times``, ``(N + 2, *, D)``, starting from x at the first.
+
+        Args:
+            field: The velocity, as a function from times to functions of x.
+            x: The state at ``times[0]``, shape ``(*, D)``.
+            times: Ascending or descending, shape ``(N + 2,)``.
+        """
+        return self._stepper().solve(field, x, times)
 
 
 _ELEMENTS = 2**24  # of the systems solved at once

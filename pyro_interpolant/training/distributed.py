@@ -114,7 +114,7 @@ class Process:
             )
 
     def backward(self, given: Any) -> Tensor:
-        """Set the gradients of the mean loss at points over the processes; return this one's loss."""
+        """Set the gradients of the loss at points, the processes' mean; return this one's loss."""
         loss = self.module(lambda: given)
         for p in self.optimizer.param_groups[0]["params"]:  # what zero_grad does, in less time
             p.grad = None

@@ -255,7 +255,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def starting_base(distribution: AnyDistribution, base_samples: Any, kept: Rows, held: Rows) -> Any:
-    """Let a flow start from samples, where they are given or its path is a mirror; return its base.
+    """Let a flow start from samples, where given, or from the data of a mirror; return its base.
 
     Raises:
         ValueError: If there are samples beside another base, or pairs that are no draws of it.

@@ -94,7 +94,7 @@ def path_points(
     found = []
     for s in (z, -z):
         w_t, dw_t = interpolant.sample(t, w0, w1, s)
-        found.append(Points(t, w_t, s if of_noise else dw_t, context))
+        found.append(Points(t, w_t, s if target == "noise" else dw_t, context))
     return tuple(found)
 
 

@@ -212,11 +212,11 @@ class _Ascent:
         """Take a step on the rows that a function returns."""
         self.optimizer.param_groups[0]["lr"] = rate
         for weight in self.weights:
-            weight.requires_grad_(requires_grad=True)
+            weight.requires_grad = True
         (points,) = self.objective.points([rows])
         gradients = torch.autograd.grad(self.objective.loss(points), self.weights)
         for weight, gradient in zip(self.weights, gradients, strict=True):
-            weight.requires_grad_(requires_grad=False)
+            weight.requires_grad = False
             weight.grad = gradient
         self.optimizer.step()
         for weight in self.weights:

@@ -2,13 +2,20 @@ import math
 
 import pytest
 import torch
-from pyro.ops.stats import fit_generalized_pareto
 
+from pyro_interpolant import (
+    Adaptive,
+    FixedGrid,
+    InterpolantDistribution,
+    interpolant_transform,
+)
 from pyro_interpolant.diagnostics.psis import (
-    _fit_generalised_pareto,
+    _fit_tail,
     effective_sample_size,
+    judge,
     log_mean_weight,
     pareto_smooth,
+    recompute_largest,
 )
 
 
@@ -20,12 +27,16 @@ def pareto(k, count, scale=1.0):
 
 
 @pytest.mark.parametrize("k", [-0.4, 0.0, 0.3, 0.7, 1.2])
-def test_the_fit_recovers_shape_and_scale_and_agrees_with_pyro(k):
-    shape, scale = _fit_generalised_pareto(pareto(k, 3000, 2.5))
+def test_the_fit_recovers_shape_and_scale(k):
+    shape, scale = _fit_tail(pareto(k, 3000, 2.5))
     assert shape == pytest.approx(k, abs=0.05)
     assert scale == pytest.approx(2.5, rel=0.05)
-    theirs = fit_generalized_pareto(pareto(k, 200, 0.1))
-    assert _fit_generalised_pareto(pareto(k, 200, 0.1)) == pytest.approx(theirs, rel=1e-9)
+
+
+def test_a_tail_that_cannot_be_fitted_has_an_infinite_index():
+    shape, scale = _fit_tail(torch.tensor([5e-324] * 20 + [0.5, 1.0]))  # 1 / x overflows
+    assert shape == math.inf
+    assert math.isnan(scale)
 
 
 @pytest.mark.parametrize("k", [0.2, 0.5, 0.8])
@@ -99,6 +110,36 @@ def test_the_effective_sample_size_in_closed_form():
     assert effective_sample_size(torch.full((40,), 700.0)) == pytest.approx(40)
     assert effective_sample_size(torch.tensor([0.0, math.log(3.0)])) == pytest.approx(1.6)
     assert effective_sample_size(torch.tensor([0.0, -math.inf])) == pytest.approx(1.0)
+
+
+def test_one_summary_of_weights():
+    raw = torch.randn(500)
+    summary = judge(raw)
+    assert summary.k_hat == pareto_smooth(raw).k_hat
+    assert summary.ess == effective_sample_size(raw)
+    assert summary[2:] == log_mean_weight(raw)
+    assert judge(torch.full((9,), -math.inf)) == (math.inf, 0.0, -math.inf, math.inf)
+
+
+def test_the_largest_weights_are_computed_again_at_doubled_steps():
+    transform = interpolant_transform(2, (8, 8))
+    with torch.no_grad():
+        transform.velocity.output.weight.normal_(std=2.0)
+    transform.solver = FixedGrid(3, "euler")
+    flow = InterpolantDistribution(transform)
+    x, log_q = (part.detach() for part in flow.rsample_and_log_prob((50,)))
+    log_p = torch.linspace(-1, 1, 50)
+    new, change = recompute_largest(flow, x, log_p, log_q, 7)
+    largest = (log_p - log_q).topk(7).indices
+    assert transform.solver == FixedGrid(3, "euler")
+    transform.solver = FixedGrid(6, "euler")
+    torch.testing.assert_close(new[largest], flow.log_prob(x)[largest].detach())
+    assert int((new != log_q).sum()) == 7
+    assert change == pytest.approx(float((new - log_q)[largest].abs().mean()))
+    transform.solver = Adaptive()
+    same, change = recompute_largest(flow, x, log_p, log_q, 7)
+    assert same is log_q
+    assert change == 0.0
 
 
 def test_the_mean_weight_and_its_error():

@@ -360,7 +360,7 @@ def test_medians_and_quantiles_are_those_of_draws(target):
         assert torch.equal(quantiles[name][1], median[name])
         assert fn.support.check(median[name]).all()
         assert not median[name].requires_grad
-    packed = pyro_interpolant.sites.pack_sites(guide, quantiles)
+    packed = log_joint(guide).pack(quantiles)
     assert torch.allclose(packed, levels, atol=0.05)
 
 

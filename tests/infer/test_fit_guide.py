@@ -16,6 +16,7 @@ from pyro.optim import Adam
 from pyro_interpolant import AutoInterpolant, FixedGrid, fit_guide, log_joint
 from pyro_interpolant.infer import autoguide, log_density
 from pyro_interpolant.infer.smc.train import RoundsResult
+from pyro_interpolant.interpolants import Mirror
 
 QUICK = {"steps": 60, "batch_size": 256}
 
@@ -136,6 +137,14 @@ torch.manual_seed(5)
 SAMPLES = {k: v.double() for k, v in draws_of(500).items()}
 
 
+def test_a_guide_trained_from_the_draws_themselves_is_judged_from_its_own_base():
+    guide = small(interpolant=Mirror())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = quick(guide, samples=draws_of(500), options={"steps": 3})
+    assert math.isfinite(result.log_evidence)
+
+
 def test_an_interrupt_keeps_the_best_weights(monkeypatch):
     def interrupt(state):
         if state.step >= 5:
@@ -175,9 +184,12 @@ def test_frozen_weights_are_trained_and_frozen_afterwards():
 
 def test_a_poor_guide_warns_with_what_to_do():
     narrow = {k: v.mean(0) + 0.05 * (v - v.mean(0)) for k, v in draws_of().items()}
-    with pytest.warns(UserWarning, match=r"Poor, k-hat .* train it longer by fit_guide, .*LocSc"):
+    with pytest.warns(
+        UserWarning, match=r"Poor, k-hat .* train it longer by fit_guide, .*LocSc"
+    ) as w:
         result = quick(small(), samples=narrow)
     assert result.k_hat > 0.7
+    assert [warning.filename for warning in w] == [__file__]
 
 
 def test_a_model_without_a_log_joint_is_fitted_but_not_judged():
@@ -189,8 +201,11 @@ def test_a_model_without_a_log_joint_is_fitted_but_not_judged():
             pyro.sample("y", dist.Normal(x, 1.0), obs=data[rows])
 
     samples = {"x": torch.randn(1000)}
-    with pytest.warns(UserWarning, match="will not be judged by importance weights: .* that sub"):
+    with pytest.warns(
+        UserWarning, match="will not be judged by importance weights: .* that sub"
+    ) as w:
         result = quick(small(subsampled), samples=samples)
+    assert w[0].filename == __file__
     assert math.isnan(result.k_hat)
     assert result.draws == 0
     assert result.verdict == "Unknown, the log joint density cannot be evaluated."
@@ -280,7 +295,7 @@ def unsampled():
 
 def test_draws_of_the_prior():
     z = log_density.prior_draws(log_joint(by_index), 4000)
-    assert log_joint(by_index).way == "vmap"
+    assert log_joint(by_index).batching == "vmap"
     assert torch.allclose(z.mean(0), torch.tensor([1.0, 5.0]), atol=0.2)
     assert torch.allclose(z.std(0), torch.tensor([2.0, 2.0]), atol=0.2)
     z = log_density.prior_draws(log_joint(improper), 4000)

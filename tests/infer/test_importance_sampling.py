@@ -18,6 +18,7 @@ from pyro.infer.autoguide import (
 )
 
 from pyro_interpolant import AutoInterpolant, FixedGrid, importance, log_joint
+from pyro_interpolant.diagnostics.psis import ImportanceSummary
 from pyro_interpolant.infer import ImportanceResult
 from pyro_interpolant.infer.importance_sampling import verdict_of
 
@@ -91,9 +92,12 @@ def test_the_standard_error_is_that_of_repetitions():
 
 
 def test_a_narrow_guide_warns():
-    with pytest.warns(UserWarning, match=r"^Poor, k-hat .* train it longer .*before you trust"):
+    with pytest.warns(
+        UserWarning, match=r"^Poor, k-hat .* train it longer .*before you trust"
+    ) as w:
         result = importance(gaussian(0.0, 0.1), seed=0)
     assert result.k_hat > 0.7
+    assert [warning.filename for warning in w] == [__file__]
 
 
 @pytest.mark.parametrize(
@@ -246,14 +250,18 @@ def test_what_cannot_work_is_refused():
         importance(AutoInterpolant(conjugate), count=10)
 
 
+def verdict(k_hat, ess):
+    return verdict_of(ImportanceSummary(k_hat, ess, 0.0, 0.0), 1000)
+
+
 def test_verdicts():
-    assert verdict_of(0.3, 900.0, 1000).startswith("Good, k-hat 0.30, 900 effective draws of 1,0")
-    assert verdict_of(0.6, 100.0, 1000).startswith("Usable with weights, k-hat 0.60")
-    assert verdict_of(0.8, 900.0, 1000).startswith("Poor in the tails, k-hat 0.80")
-    assert verdict_of(0.8, 100.0, 1000).startswith("Poor, k-hat 0.80")
-    assert verdict_of(math.nan, 100.0, 1000).startswith("Poor, k-hat nan")
+    assert verdict(0.3, 900.0).startswith("Good, k-hat 0.30, 900 effective draws of 1,0")
+    assert verdict(0.6, 100.0).startswith("Usable with weights, k-hat 0.60")
+    assert verdict(0.8, 900.0).startswith("Poor in the tails, k-hat 0.80")
+    assert verdict(0.8, 100.0).startswith("Poor, k-hat 0.80")
+    assert verdict(math.nan, 100.0).startswith("Poor, k-hat nan")
     for k_hat in (0.3, 0.6, 0.8):
         for ess in (100.0, 900.0):
-            text = verdict_of(k_hat, ess, 1000)
+            text = verdict(k_hat, ess)
             assert text.endswith(".")
             assert ". " not in text.replace("0.", "0,")  # one sentence

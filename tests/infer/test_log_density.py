@@ -13,7 +13,7 @@ from pyro.nn import PyroModule, PyroSample
 
 from pyro_interpolant import AutoInterpolant, log_joint
 from pyro_interpolant.infer import LogJoint
-from pyro_interpolant.infer.sites import Initial
+from pyro_interpolant.infer.sites import InitToSupport
 
 Y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2], dtype=torch.float64)
 
@@ -159,7 +159,7 @@ MODELS = {
 
 def potential(model):
     """Return Pyro's own log density of one draw, sites by name, and its bijections."""
-    _, energy, transforms, _ = initialize_model(InitMessenger(Initial())(model))
+    _, energy, transforms, _ = initialize_model(InitMessenger(InitToSupport())(model))
     return lambda values: -energy({k: transforms[k](v) for k, v in values.items()})
 
 
@@ -171,8 +171,8 @@ def member(request):
 def test_the_log_density_is_pyros_own(member):
     model, way = member
     density = log_joint(model)
-    assert density.way == way
-    z = 0.7 * torch.randn(6, density.dim)
+    assert density.batching == way
+    z = 0.7 * torch.randn(6, density.event_dim)
     one_by_one = potential(model)
     sites = density.unpack(z)
     expected = [one_by_one({k: v[i] for k, v in sites.items()}) for i in range(6)]
@@ -182,9 +182,9 @@ def test_the_log_density_is_pyros_own(member):
 def test_gradients_flow_row_by_row(member):
     model, _ = member
     density = log_joint(model)
-    z = (0.7 * torch.randn(4, density.dim)).requires_grad_()
+    z = (0.7 * torch.randn(4, density.event_dim)).requires_grad_()
     (gradient,) = torch.autograd.grad(density(z).sum(), z)
-    step = 1e-5 * torch.randn(4, density.dim)
+    step = 1e-5 * torch.randn(4, density.event_dim)
     with torch.no_grad():
         slope = (density(z + step) - density(z - step)) / 2
     assert torch.allclose((gradient * step).sum(-1), slope, rtol=1e-4, atol=1e-9)
@@ -201,14 +201,14 @@ def test_many_draws_are_one_run_of_the_model(member):
     density = log_joint(counted)
     before = len(runs)
     with torch.no_grad():
-        assert density(torch.zeros(1000, density.dim)).shape == (1000,)
+        assert density(torch.zeros(1000, density.event_dim)).shape == (1000,)
     assert len(runs) == before + 1
 
 
 def test_pack_inverts_unpack(member):
     model, _ = member
     density = log_joint(model)
-    z = torch.randn(6, density.dim)
+    z = torch.randn(6, density.event_dim)
     sites = density.unpack(z)
     assert torch.allclose(density.pack(sites), z)
     by_chain = {k: v.reshape(2, 3, *v.shape[1:]) for k, v in sites.items()}
@@ -217,7 +217,7 @@ def test_pack_inverts_unpack(member):
 
 def test_pieces_give_the_same_values():
     density = log_joint(plated)
-    z = torch.randn(10, density.dim)
+    z = torch.randn(10, density.event_dim)
     expected = density(z)
     density.rows = 3
     assert torch.allclose(density(z), expected)
@@ -249,7 +249,7 @@ def test_arguments_reach_the_model():
 
 def test_outer_handlers_do_not_see_the_evaluation():
     density = log_joint(plated)
-    trace = poutine.trace(lambda: density(torch.zeros(2, density.dim))).get_trace()
+    trace = poutine.trace(lambda: density(torch.zeros(2, density.event_dim))).get_trace()
     assert list(trace.nodes) == ["_INPUT", "_RETURN"]
 
 
@@ -265,7 +265,7 @@ def test_it_draws_nothing_from_the_global_generator():
 def test_float32(model):
     torch.set_default_dtype(torch.float32)
     density = log_joint(poutine.condition(model, data={"y": torch.tensor(0.3)}))
-    assert density(torch.zeros(2, density.dim)).dtype == torch.float32
+    assert density(torch.zeros(2, density.event_dim)).dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------- where there is none
@@ -291,7 +291,7 @@ def test_a_matrix_without_a_factor_spoils_no_other_draw(way):
         pyro.sample("y", fn, obs=torch.ones(2))
 
     density = log_joint(model)
-    density.way = way
+    density.batching = way
     values = density(torch.tensor([[0.5], [2.0], [-0.5]]))
     assert torch.isfinite(values).tolist() == [True, False, True]
     assert values[1] == -torch.inf

@@ -1,8 +1,8 @@
-r"""A flow and particles teach each other an unnormalised density; no model of Pyro's is known.
+r"""Sequential Monte Carlo with a flow: both learn an unnormalised density; no Pyro model is known.
 
-``pathfinder`` finds where to begin, ``tempering`` carries particles from there to the target by
-sequential Monte Carlo, ``flow_proposal`` lets them jump through the flow, and ``train`` regresses
-the flow on them, round by round.
+``pathfinder`` finds where to begin, ``tempering`` carries particles from there to the target,
+``flow_proposal`` proposes to them by the flow, and ``train`` regresses the flow on them, round by
+round, within the time that ``schedule`` shares out.
 """
 
 from typing import TYPE_CHECKING

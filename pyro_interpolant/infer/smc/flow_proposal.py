@@ -1,4 +1,7 @@
-r"""Metropolis jumps of particles through a flow: no gradient, of the target or of the solve."""
+r"""Metropolis-Hastings moves whose proposal is the flow q: accepted by the ratio of w = p / q.
+
+No gradient is taken, of the target or through the solver.
+"""
 
 import math
 from dataclasses import replace
@@ -7,24 +10,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...diagnostics.psis import recompute_largest
 from ...distributions.interpolant import InterpolantDistribution
 from ...solvers.ode import FixedGrid, Solver
-from .tempering import Density, Particles
+from .tempering import LogDensity, Particles
 
-__all__ = ["Jump", "coarse_solver", "fresh_weights", "jumped"]
+__all__ = ["Jump", "coarse_solver", "importance_weights", "flow_proposal_step"]
 
 
-_GRIDS = (6, 8, 12, 16, 24, 32, 48)  # steps
-_ERROR = 0.03  # nats, mean, of the solver within a round
-_ROWS = 64  # that it is measured on
-_WHOLE = 0.6  # the share of particles that jump to independent draws
-_DECADES = 1.3  # how far below one the other jumps go
-_TOP = 0.01  # share of the draws whose weights are computed at doubled steps
-_PART = 2000  # rows drawn at once
+_GRID_STEPS = (6, 8, 12, 16, 24, 32, 48)  # that are tried
+_MAX_SOLVER_ERROR = 0.03  # nats, mean, within a round
+_ERROR_ROWS = 64  # on which it is measured
+_INDEPENDENT_SHARE = 0.6  # of the particles, which jump to independent draws
+_JUMP_DECADES = 1.3  # how far below 1 the size s of the other jumps goes
+_RECOMPUTED_SHARE = 0.01  # of the draws, whose densities are computed at doubled steps
+_ROWS_PER_DRAW = 2000  # drawn at once
 
 
 class Jump(NamedTuple):
-    r"""What a round of jumps did.
+    r"""The result of one proposal of the flow to each particle.
 
     Attributes:
         particles: Where the particles are now.
@@ -40,8 +44,10 @@ class Jump(NamedTuple):
     acceptance: float
 
 
-def jumped(distribution: InterpolantDistribution, particles: Particles, density: Density) -> Jump:
-    r"""Let each particle jump once, and accept by the change of p / q.
+def flow_proposal_step(
+    distribution: InterpolantDistribution, particles: Particles, density: LogDensity
+) -> Jump:
+    r"""Propose a new place to each particle by the flow; accept by Metropolis-Hastings.
 
     With z the base point of x, :math:`z' = \sqrt{1 - s^2} z + s \xi`, :math:`\xi \sim N(0, I)`
     leaves the base, and so x' = f(z') the flow, as it is: for every s the jump is accepted with
@@ -60,15 +66,15 @@ def jumped(distribution: InterpolantDistribution, particles: Particles, density:
     """
     transform, x = distribution.transform, particles.x
     z = transform.inv(x)
-    log_q = _base(z) - transform.log_abs_det_jacobian(z, x)
-    whole = torch.rand(len(x), 1).to(x) < _WHOLE
+    log_q = _standard_normal_log_prob(z) - transform.log_abs_det_jacobian(z, x)
+    whole = torch.rand(len(x), 1).to(x) < _INDEPENDENT_SHARE
     whole[0] = True
-    size = torch.where(whole, 1.0, 10.0 ** (-_DECADES * torch.rand(len(x), 1).to(x)))
+    size = torch.where(whole, 1.0, 10.0 ** (-_JUMP_DECADES * torch.rand(len(x), 1).to(x)))
     new_z = (1 - size**2).sqrt() * z + size * torch.randn_like(z)
     new_x = transform(new_z)
-    new_q = _base(new_z) - transform.log_abs_det_jacobian(new_z, new_x)
+    new_q = _standard_normal_log_prob(new_z) - transform.log_abs_det_jacobian(new_z, new_x)
     new = Particles.at(new_x, density.with_gradient)
-    log_weights = (new.log_p - new_q).nan_to_num(nan=-math.inf, posinf=-math.inf)
+    log_weights = _minus_inf_unless_finite(new.log_p - new_q)
     ratio = log_weights - (particles.log_p - log_q)
     accepted = torch.rand(len(x)).to(ratio).log() < ratio
     gap = float((particles.log_p - log_q).double().mean())
@@ -84,24 +90,27 @@ def coarse_solver(distribution: InterpolantDistribution, x: Tensor) -> Solver:
 
     Args:
         distribution: The flow.
-        x: Rows, shape ``(N, D)``, a few of which are looked at.
+        x: Rows, shape ``(N, D)``, on some of which densities are compared.
     """
     present = distribution.transform.solver
     if not isinstance(present, FixedGrid):
         return present
-    x = x[torch.randperm(len(x))[:_ROWS].to(x.device)]
-    last, chosen = None, _GRIDS[0]
-    for steps in _GRIDS:
+    x = x[torch.randperm(len(x))[:_ERROR_ROWS].to(x.device)]
+    last, chosen = None, _GRID_STEPS[0]
+    for steps in _GRID_STEPS:
         distribution.transform.solver = replace(present, steps=steps)
         value = distribution.log_prob(x)
-        if last is not None and float((value - last).abs().mean()) < _ERROR:
+        if last is not None and float((value - last).abs().mean()) < _MAX_SOLVER_ERROR:
             break
         last, chosen = value, steps
     distribution.transform.solver = replace(present, steps=chosen)
     return distribution.transform.solver
 
 
-def fresh_weights(distribution: InterpolantDistribution, density: Density, count: int) -> Tensor:
+@torch.no_grad()
+def importance_weights(
+    distribution: InterpolantDistribution, density: LogDensity, count: int
+) -> Tensor:
     r"""Return :math:`\log p - \log q` of fresh draws of the flow, shape ``(count,)``.
 
     The densities of the draws of largest weight, which decide the verdict, are computed again,
@@ -113,20 +122,20 @@ def fresh_weights(distribution: InterpolantDistribution, density: Density, count
         count: The number of draws.
     """
     parts = []
-    for size in torch.arange(count).split(_PART):
+    for size in torch.arange(count).split(_ROWS_PER_DRAW):
         x, log_q = distribution.rsample_and_log_prob((len(size),))
         parts.append((x, log_q, density(x)))
     x, log_q, log_p = (torch.cat(part) for part in zip(*parts, strict=True))
-    log_weights = (log_p - log_q).nan_to_num(nan=-math.inf, posinf=-math.inf)
-    top = log_weights.topk(max(1, int(_TOP * count))).indices
-    solver = distribution.transform.solver
-    if isinstance(solver, FixedGrid):
-        distribution.transform.solver = replace(solver, steps=2 * solver.steps)
-        again = log_p[top] - distribution.log_prob(x[top])
-        log_weights[top] = again.nan_to_num(nan=-math.inf, posinf=-math.inf)
-        distribution.transform.solver = solver
-    return log_weights
+    log_q, _ = recompute_largest(
+        distribution, x, log_p, log_q, max(1, int(_RECOMPUTED_SHARE * count))
+    )
+    return _minus_inf_unless_finite(log_p - log_q)
 
 
-def _base(z: Tensor) -> Tensor:
+def _minus_inf_unless_finite(log_weights: Tensor) -> Tensor:
+    """Return log weights, shape ``(N,)``, with ``-inf`` for NaN and infinities."""
+    return log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+
+
+def _standard_normal_log_prob(z: Tensor) -> Tensor:
     return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)

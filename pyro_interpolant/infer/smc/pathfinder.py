@@ -1,36 +1,41 @@
-r"""Where to begin: a mixture of Student-t's around what Newton's method finds, and a wide one."""
+r"""Pathfinder: Gaussians :math:`N(x_k, |H_k|^{-1})` along Newton's way uphill, by evidence bound.
+
+Those found, with heavier tails, and the wide start beside them are the mixture of Student-t's
+from which particles are carried to the target.
+"""
 
 import math
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
-from .tempering import Density, Kernel, annealed
+from .tempering import HMCKernel, LogDensity, tempered_smc
 
-__all__ = ["Mixture", "search", "wide_start"]
+__all__ = ["StudentTMixture", "pathfinder", "initial_mixture"]
 
 
-_SCALE = 4.0  # of the default start
-_ROWS = 2000  # that are drawn of a start given as a distribution
-_STARTS = (4, 256)  # the fewest and the most, by what they cost
-_COMPONENTS = 32
+_START_SCALE = 4.0  # of the default start
+_START_ROWS = 2000  # that are drawn of a start given as a distribution
+_SEARCHES = (4, 256)  # the fewest and the most, by what an iteration costs
+_MAX_COMPONENTS = 32  # besides the wide one
 _SCOUTS = (256, 4000)  # the fewest and most particles carried from the wide start
-_SCOUTED = 300  # gradients of each
-_ITERATIONS = 60
-_LATE = 1.5  # times the time it may take, for searches that have not arrived
-_LINE = (8.0, 3.0, 1.0, 0.5, 0.2, 0.04, 0.003)  # steps along Newton's direction that are tried
-_DRAWS = 8  # for the evidence bound of each Gaussian on the way
-_WIDE = 0.15  # the share of the wide component
-_DF = 5.0
-_INFLATED = 1.3  # the scale of a component, in standard deviations of its Gaussian
-_APART = 0.3  # mean squared standard deviations per dimension
-_GAIN = 1e-2  # nats, below which a search has arrived
-_LARGE = 64  # dimensions, above which no Hessians
+_GRADIENTS_PER_SCOUT = 300  # about as many as tempering takes
+_MAX_ITERATIONS = 60  # of a search
+_MAX_OVERTIME = 1.5  # times the time it may take, for searches that have not arrived
+_STEPS = (8.0, 3.0, 1.0, 0.5, 0.2, 0.04, 0.003)  # along Newton's direction that are tried
+_BOUND_DRAWS = 8  # for the evidence bound of each Gaussian on the way
+_WIDE_SHARE = 0.15  # of the mixture, for the wide component
+_DF = 5.0  # degrees of freedom
+_INFLATION = 1.3  # the scale of a component, in standard deviations of its Gaussian
+_MIN_DISTANCE = 0.3  # of components: mean squared standard deviations per dimension
+_MIN_GAIN = 1e-2  # nats, below which a search has arrived
+_MAX_DIM = 64  # above which no Hessians are computed
 
 
-class Mixture(NamedTuple):
+class StudentTMixture(NamedTuple):
     """A mixture of multivariate Student-t's with 5 degrees of freedom.
 
     Attributes:
@@ -48,7 +53,7 @@ class Mixture(NamedTuple):
     log_det: Tensor
 
     @classmethod
-    def of(cls, share: Tensor, loc: Tensor, root: Tensor) -> "Mixture":
+    def of(cls, share: Tensor, loc: Tensor, root: Tensor) -> "StudentTMixture":
         """Return the mixture of given shares, centres and scales."""
         exact = torch.linalg.inv(root.double())
         log_det = torch.linalg.slogdet(exact).logabsdet
@@ -82,8 +87,8 @@ class Mixture(NamedTuple):
         return each.logsumexp(-1), each, z, square
 
 
-def wide_start(start: Any, like: Tensor) -> Mixture:
-    """Return the Student-t around what a user gave to start from.
+def initial_mixture(start: Tensor | Distribution | None, like: Tensor) -> StudentTMixture:
+    """Return a Student-t wider than, and around, the start that a user gave.
 
     Args:
         start: Rows, shape ``(M, D)``, a centre, shape ``(D,)``, a distribution over ``(D,)``, or
@@ -95,20 +100,20 @@ def wide_start(start: Any, like: Tensor) -> Mixture:
         ValueError: If it is of another shape, or not finite, or its rows do not vary.
     """
     dim, centre = len(like), torch.zeros_like(like)
-    root = _SCALE * torch.eye(dim).to(like)
-    if hasattr(start, "sample") and hasattr(start, "event_shape"):
+    root = _START_SCALE * torch.eye(dim).to(like)
+    if isinstance(start, Distribution):
         if tuple(start.event_shape) != (dim,) or tuple(start.batch_shape):
             raise ValueError(
                 f"expected a start of event shape ({dim},) and no batch, got "
                 f"{tuple(start.event_shape)} and {tuple(start.batch_shape)}"
             )
-        start = start.sample((_ROWS,))
+        start = start.sample((_START_ROWS,))
     elif not (start is None or isinstance(start, Tensor)):
         raise TypeError(
             f"expected start to be a tensor or a distribution, got {type(start).__name__}"
         )
     if start is None:
-        return Mixture.of(torch.ones_like(like[:1]), centre[None], root[None])
+        return StudentTMixture.of(torch.ones_like(like[:1]), centre[None], root[None])
     if tuple(start.shape) != (dim,) and (start.dim() != 2 or start.shape[1] != dim):
         raise ValueError(
             f"expected a start of shape (M, {dim}) or ({dim},), got {tuple(start.shape)}"
@@ -122,12 +127,13 @@ def wide_start(start: Any, like: Tensor) -> Mixture:
         if len(start) < 2 or not float(spread.min()) > 0:
             raise ValueError("expected rows of start that vary in every column: pass more")
         centre = start.mean(0).to(like)
-        root = _INFLATED * torch.diag(spread).to(like)
-    return Mixture.of(torch.ones_like(like[:1]), centre[None], root[None])
+        root = _INFLATION * torch.diag(spread).to(like)
+    return StudentTMixture.of(torch.ones_like(like[:1]), centre[None], root[None])
 
 
-def search(density: Density, wide: Mixture, *, seconds: float) -> Mixture:
-    r"""Return a mixture around the Gaussians that Newton's method meets, and the wide start.
+@torch.no_grad()
+def pathfinder(density: LogDensity, wide: StudentTMixture, *, seconds: float) -> StudentTMixture:
+    r"""Return a mixture of the best Gaussians on Newton's way uphill, and of the wide start.
 
     From each start a saddle-free Newton search goes uphill; of the Gaussians
     :math:`N(x_k, |H_k|^{-1})` on its way the one with the largest evidence bound is kept: that
@@ -142,10 +148,10 @@ def search(density: Density, wide: Mixture, *, seconds: float) -> Mixture:
         Zhang, Carpenter, Gelman & Vehtari, *Pathfinder*, JMLR 2022, arXiv 2108.03782; Dauphin et
         al., arXiv 1406.2572 (saddle-free).
     """
-    if wide.loc.shape[1] > _LARGE:
+    if wide.loc.shape[1] > _MAX_DIM:
         return wide
     began = time.monotonic()
-    x = _starts(density, wide, 0.3 * seconds)
+    x = _scouts(density, wide, 0.3 * seconds)
     count = _affordable(density, wide, 0.5 * seconds)
     if not count:
         return wide
@@ -154,41 +160,42 @@ def search(density: Density, wide: Mixture, *, seconds: float) -> Mixture:
     bound = torch.full((len(x),), -math.inf, dtype=torch.float64)
     loc, root = x.clone(), wide.root[0].double().repeat(len(x), 1, 1)
     value, active = density(x), torch.arange(len(x))
-    for _ in range(_ITERATIONS):
+    for _ in range(_MAX_ITERATIONS):
         here = x[active]
         step, own = _newton(*_derivatives(density, here), floor)
         new = _bound(density, here, own)
         better = new > bound[active]
         at = active[better]
         bound[at], loc[at], root[at] = new[better], here[better], own[better]
-        tried = here + here.new_tensor(_LINE)[:, None, None] * step.to(here)
-        values = density(tried.flatten(0, 1)).reshape(len(_LINE), -1)
+        tried = here + here.new_tensor(_STEPS)[:, None, None] * step.to(here)
+        values = density(tried.flatten(0, 1)).reshape(len(_STEPS), -1)
         best = values.max(0)
         gain = (best.values - value[active]).nan_to_num(nan=0.0, posinf=math.inf)
         moved = gain > 0
         at = active[moved]
         x[at], value[at] = tried[best.indices, torch.arange(len(here))][moved], best.values[moved]
-        active = active[gain > _GAIN]
-        if len(active) == 0 or time.monotonic() - began > _LATE * seconds:
+        active = active[gain > _MIN_GAIN]
+        if len(active) == 0 or time.monotonic() - began > _MAX_OVERTIME * seconds:
             break
     return _mixed(wide, bound, loc, root)
 
 
-def _starts(density: Density, wide: Mixture, seconds: float) -> Tensor:
+def _scouts(density: LogDensity, wide: StudentTMixture, seconds: float) -> Tensor:
     """Return rows from the wide start and from all along its path to the density."""
     density.tune(wide.sample(2 * max(_SCOUTS)))
     least, most = _SCOUTS
-    x = wide.sample(int(max(least, min(most, seconds / (_SCOUTED * density.seconds)))))
-    until, rows = time.monotonic() + seconds, [x]
-    annealed(
-        x, density, wide.with_gradient, Kernel(), deadline=until, give_up=until,
-        look=lambda b, rate, evidence, x: rows.append(x),
-    )  # fmt: skip
+    affordable = seconds / (_GRADIENTS_PER_SCOUT * density.seconds)
+    count, until = int(max(least, min(most, affordable))), time.monotonic() + seconds
+    rows = []
+    for level in tempered_smc(wide, count, density, HMCKernel(), deadline=until):
+        rows.append(level.particles.x)
+        if time.monotonic() >= until:
+            break
     return torch.cat(rows)
 
 
 def _spread(x: Tensor, count: int) -> Tensor:
-    """Return rows drawn with a chance that grows with the distance from those drawn already.
+    """Return rows far apart: each is drawn by its squared distance from those drawn already.
 
     References:
         Arthur & Vassilvitskii, *k-means++*, SODA 2007.
@@ -202,15 +209,15 @@ def _spread(x: Tensor, count: int) -> Tensor:
     return x[chosen]
 
 
-def _affordable(density: Density, wide: Mixture, seconds: float) -> int:
+def _affordable(density: LogDensity, wide: StudentTMixture, seconds: float) -> int:
     """Return how many starts can be followed in the time; none without second derivatives."""
-    least, most = _STARTS
+    least, most = _SEARCHES
     began = time.monotonic()
     _, hessian = _derivatives(density, wide.sample(least))
     if not bool(hessian.any()):
         return 0
     each = (time.monotonic() - began) / least
-    return int(max(least, min(most, seconds / (0.5 * _ITERATIONS * each))))
+    return int(max(least, min(most, seconds / (0.5 * _MAX_ITERATIONS * each))))
 
 
 def _distinct(bound: Tensor, loc: Tensor, root: Tensor) -> list[int]:
@@ -219,38 +226,39 @@ def _distinct(bound: Tensor, loc: Tensor, root: Tensor) -> list[int]:
     least = float(bound.max()) - 10 - loc.shape[1]
     inverse = torch.linalg.inv(root)
     for i in bound.argsort(descending=True).tolist():
-        if not (bound[i].isfinite() and bound[i] >= least) or len(kept) == _COMPONENTS:
+        if not (bound[i].isfinite() and bound[i] >= least) or len(kept) == _MAX_COMPONENTS:
             break
         away = torch.einsum("kij,kj->ki", inverse[kept], (loc[i] - loc[kept]).double())
-        if not bool((away.square().mean(-1) < _APART).any()):
+        if not bool((away.square().mean(-1) < _MIN_DISTANCE).any()):
             kept.append(i)
     return kept
 
 
-def _mixed(wide: Mixture, bound: Tensor, loc: Tensor, root: Tensor) -> Mixture:
+def _mixed(wide: StudentTMixture, bound: Tensor, loc: Tensor, root: Tensor) -> StudentTMixture:
+    """Return the wide start and, equally weighted, the best Gaussians with heavier tails."""
     kept = _distinct(torch.where(bound.isnan(), -math.inf, bound), loc, root)
     if not kept:
         return wide
     loc, root, bound = loc[kept], root[kept], bound[kept]
-    share = (1 - _WIDE) * torch.ones_like(bound) / len(bound)
-    share = torch.cat((share, _WIDE * wide.log_share.double().exp()))
-    roots = torch.cat((_INFLATED * root.to(loc), wide.root))
-    return Mixture.of(share.to(loc), torch.cat((loc, wide.loc)), roots)
+    share = (1 - _WIDE_SHARE) * torch.ones_like(bound) / len(bound)
+    share = torch.cat((share, _WIDE_SHARE * wide.log_share.double().exp()))
+    roots = torch.cat((_INFLATION * root.to(loc), wide.root))
+    return StudentTMixture.of(share.to(loc), torch.cat((loc, wide.loc)), roots)
 
 
-def _derivatives(density: Density, x: Tensor) -> tuple[Tensor, Tensor]:
+def _derivatives(density: LogDensity, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return gradients, shape ``(S, D)``, and Hessians, shape ``(S, D, D)``, float64."""
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
-        value = density._value(leaf)
+        value = density(leaf)
         (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
-        rows = [_slope(gradient[:, j], leaf) for j in range(x.shape[1])]
+        rows = [_gradient_of_sum(gradient[:, j], leaf) for j in range(x.shape[1])]
     hessian = torch.stack(rows, 1).double()
     return gradient.detach().double().nan_to_num(0, 0, 0), hessian.nan_to_num(0, 0, 0)
 
 
-def _slope(value: Tensor, leaf: Tensor) -> Tensor:
-    """Return the gradient of the sum, zero where there is none or none can be computed."""
+def _gradient_of_sum(value: Tensor, leaf: Tensor) -> Tensor:
+    """Return the gradient of the sum of values, zero where none exists or can be computed."""
     if not value.requires_grad:
         return torch.zeros_like(leaf)
     try:
@@ -273,12 +281,12 @@ def _newton(gradient: Tensor, hessian: Tensor, floor: Tensor) -> tuple[Tensor, T
     return step, root
 
 
-def _bound(density: Density, loc: Tensor, root: Tensor) -> Tensor:
+def _bound(density: LogDensity, loc: Tensor, root: Tensor) -> Tensor:
     """Return the evidence bound of each Gaussian by a few draws, shape ``(S,)``."""
-    z = torch.randn(_DRAWS // 2, *loc.shape, dtype=torch.float64)
+    z = torch.randn(_BOUND_DRAWS // 2, *loc.shape, dtype=torch.float64)
     z = torch.cat((z, -z))
     x = loc + torch.einsum("sij,msj->msi", root, z).to(loc.dtype)
-    log_p = density(x.flatten(0, 1)).reshape(_DRAWS, -1).double()
+    log_p = density(x.flatten(0, 1)).reshape(_BOUND_DRAWS, -1).double()
     log_det = torch.linalg.slogdet(root).logabsdet
     dim = loc.shape[1]
     return log_p.mean(0) + log_det + 0.5 * dim * (1 + math.log(2 * math.pi))

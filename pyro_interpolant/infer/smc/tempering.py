@@ -1,50 +1,59 @@
-r"""Particles on an unnormalised density: its evaluation, tempering, and Metropolis moves."""
+r"""Sequential Monte Carlo along :math:`p^b q^{1 - b}`, from draws of q to an unnormalised p.
+
+Each level raises b, draws the particles by their weights :math:`(p / q)^{\Delta b}`, and moves
+them by Hamiltonian Monte Carlo that leaves the level's density as it is.
+"""
 
 import math
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ...diagnostics.psis import effective_sample_size, systematic
+from ...diagnostics.psis import effective_sample_size, systematic_resampling
 
-__all__ = ["Density", "Kernel", "Particles", "annealed"]
-
-
-_CHUNKS = (128, 1024, 4096)  # rows evaluated at once that are tried
-_TUNING = 1.0  # seconds, beyond which larger blocks are not tried
-_TARGET = 0.7  # acceptance of the longer steps
-_DECADES = (-2.0, 0.8)  # the other steps, in powers of ten of the usual one
-_ESS = (0.5, 0.2, 0.05)  # shares that stay effective from level to level: in time, late, very late
-_MOVES = 4  # per temperature
-_DEPENDENT = 1e-10  # eigenvalues of a correlation below this are noise
+__all__ = ["HMCKernel", "Level", "LogDensity", "Particles", "tempered_smc"]
 
 
-class Density:
-    r"""An unnormalised log-density, evaluated in chunks of rows, with its gradient.
+_BLOCKS = (128, 1024, 4096)  # numbers of rows evaluated at once that are tried
+_TUNING_SECONDS = 1.0  # beyond which larger blocks are not tried
+_TARGET_ACCEPTANCE = 0.7  # of the longer steps
+_STEP_DECADES = (-2.0, 0.8)  # the other steps, in powers of ten of the usual one
+_EFFECTIVE_SHARES = (0.5, 0.2, 0.05)  # from level to level: in time, late, very late
+_MOVES_PER_LEVEL = 4  # half as many when late
+_MIN_EIGENVALUE = 1e-10  # of a correlation, below which it is noise
+
+Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]  # from rows to log densities and gradients
+
+
+class LogDensity:
+    r"""An unnormalised log density, evaluated in blocks of rows, with its gradient.
 
     What is not finite counts as zero density.
 
     Args:
-        function: From rows, shape ``(N, D)``, to log-densities, shape ``(N,)``.
+        function: From rows, shape ``(N, D)``, to log densities, shape ``(N,)``.
+
+    Attributes:
+        rows: How many rows are evaluated at once.
+        seconds: What a row costs, with its gradient.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
-        self.rows = 256  # at once
-        self.seconds = 0.0  # per row, with its gradient
+        self.rows, self.seconds = 256, 0.0
 
     def check(self, x: Tensor) -> None:
-        """Raise a ValueError unless the density is finite at some of the rows, and has a slope.
+        """Raise a ValueError unless the density is finite at some rows and differentiable.
 
         Args:
             x: Rows to try on, shape ``(N, D)``.
         """
         with torch.enable_grad():
             leaf = x.detach().clone().requires_grad_()
-            value = self._value(leaf)
+            value = self(leaf)
         if not value.requires_grad:
             raise ValueError(
                 "expected a log density that can be differentiated, got one without a graph: "
@@ -57,7 +66,7 @@ class Density:
             )
 
     def tune(self, x: Tensor) -> None:
-        """Learn by the clock what a row costs, and how many are best evaluated at once.
+        """Measure what a row costs, and choose how many to evaluate at once.
 
         Large blocks leave the processor's cache, small ones pay for every call.
 
@@ -65,26 +74,25 @@ class Density:
             x: Rows to try on, shape ``(N, D)``.
         """
         best = math.inf
-        for rows in sorted({min(r, len(x)) for r in _CHUNKS}):
+        for rows in sorted({min(r, len(x)) for r in _BLOCKS}):
             few, self.rows = x[: 2 * rows], rows
             began = time.monotonic()
             self.with_gradient(few)
             each = (time.monotonic() - began) / len(few)
             if each < 0.9 * best:
                 best, chosen = each, rows
-            if 10 * each * len(few) > _TUNING:
+            if 10 * each * len(few) > _TUNING_SECONDS:
                 break
         self.rows, self.seconds = chosen, best
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the log-density, shape ``(N,)``, of rows of shape ``(N, D)``."""
-        with torch.no_grad():
-            return torch.cat([self._value(part) for part in self._parts(x)])
+        """Return the log density, shape ``(N,)``, of rows of shape ``(N, D)``, differentiable."""
+        return torch.cat([self._value(part) for part in x.split(self.rows)])
 
     def with_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-density, shape ``(N,)``, and its gradient, shape ``(N, D)``."""
         values, gradients = [], []
-        for part in self._parts(x):
+        for part in x.split(self.rows):
             with torch.enable_grad():
                 leaf = part.detach().clone().requires_grad_()
                 value = self._value(leaf)
@@ -93,9 +101,6 @@ class Density:
             values.append(value.detach())
             gradients.append(torch.where(finite[:, None], gradient, 0.0))
         return torch.cat(values), torch.cat(gradients)
-
-    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        return x.split(self.rows)
 
     def _value(self, x: Tensor) -> Tensor:
         value = self.function(x)
@@ -121,7 +126,7 @@ class Particles(NamedTuple):
     gradient: Tensor
 
     @classmethod
-    def at(cls, x: Tensor, density: Callable[[Tensor], tuple[Tensor, Tensor]]) -> "Particles":
+    def at(cls, x: Tensor, density: Evaluate) -> "Particles":
         """Return particles at rows, shape ``(N, D)``."""
         return cls(x, *density(x))
 
@@ -139,8 +144,8 @@ class Particles(NamedTuple):
         )
 
 
-class Kernel:
-    r"""Hamiltonian moves in the metric of the particles, with steps of many sizes.
+class HMCKernel:
+    r"""Hamiltonian Monte Carlo in the metric of the particles, with step sizes drawn at random.
 
     Half of the particles take steps of the size that is accepted often, half log-uniform ones
     from a hundredth of it to six times it: narrow and wide places stay within reach. The step of a
@@ -161,16 +166,14 @@ class Kernel:
         scale = covariance.diagonal().sqrt().clamp_min(1e-30)
         correlation = covariance / scale / scale[:, None]
         values, vectors = torch.linalg.eigh(correlation)
-        self.root = (scale[:, None] * vectors * values.clamp_min(_DEPENDENT).sqrt()).to(x)
+        self.root = (scale[:, None] * vectors * values.clamp_min(_MIN_EIGENVALUE).sqrt()).to(x)
 
-    def __call__(
-        self, particles: Particles, density: Callable[[Tensor], tuple[Tensor, Tensor]]
-    ) -> tuple[Particles, float]:
+    def __call__(self, particles: Particles, density: Evaluate) -> tuple[Particles, float]:
         """Move all particles once; return them and the mean acceptance of the longer steps."""
         root, count = self.root, len(particles.x)
         u = torch.rand(count, 1).to(particles.x)
         long = torch.rand(count, 1).to(u) < 0.5
-        other = 10.0 ** (_DECADES[0] + (_DECADES[1] - _DECADES[0]) * u)
+        other = 10.0 ** (_STEP_DECADES[0] + (_STEP_DECADES[1] - _STEP_DECADES[0]) * u)
         size = self.step * torch.where(long, 0.6 + 0.6 * u, other)
         momentum = torch.randn_like(particles.x)
         energy = particles.log_p - 0.5 * momentum.square().sum(-1)
@@ -183,73 +186,90 @@ class Kernel:
         gain = torch.where(torch.isnan(gain), -math.inf, gain)
         accepted = torch.rand(count).to(gain).log() < gain
         rate = float(gain.clamp_max(0.0).exp()[long[:, 0]].mean()) if bool(long.any()) else 0.0
-        self.step *= math.exp(0.5 * (rate - _TARGET))
+        self.step *= math.exp(0.5 * (rate - _TARGET_ACCEPTANCE))
         return new.where(accepted, particles), rate
 
 
-def annealed(
-    x: Tensor,
-    density: Density,
-    start: Callable[[Tensor], tuple[Tensor, Tensor]],
-    kernel: Kernel,
-    *,
-    deadline: float,
-    give_up: float = math.inf,
-    look: Callable[[float, float, float, Tensor], None] | None = None,
-) -> tuple[Particles, float]:
-    r"""Carry draws of q to p along :math:`p^b q^{1-b}`, b from 0 to 1.
+class Proposal(Protocol):
+    """A density that draws: where tempering starts."""
+
+    def sample(self, count: int) -> Tensor:
+        """Return draws, shape ``(count, D)``."""
+        ...
+
+    def with_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log density, shape ``(N,)``, and its gradient, shape ``(N, D)``."""
+        ...
+
+
+class Level(NamedTuple):
+    r"""Particles of :math:`p^b q^{1 - b}`.
+
+    Attributes:
+        exponent: b, from 0 at the start to 1 at the target.
+        particles: N rows, with log p and its gradient.
+        log_evidence: The log of :math:`\int p^b q^{1 - b}`, an estimate.
+        acceptance: The mean acceptance of the moves.
+    """
+
+    exponent: float
+    particles: Particles
+    log_evidence: float
+    acceptance: float
+
+
+def tempered_smc(
+    start: Proposal, count: int, density: LogDensity, kernel: HMCKernel, *, deadline: float
+) -> Iterator[Level]:
+    r"""Carry draws of q to p along :math:`p^b q^{1-b}`, b from 0 to 1, and yield each level.
 
     Each b is the largest at which half the particles stay effective; they are then drawn by weight
-    and moved.
+    and moved. The last level is p itself, unless p has no density at any particle.
 
     Args:
-        x: Draws of q, shape ``(N, D)``.
+        start: q, with its gradient.
+        count: The number of particles N.
         density: :math:`\log p`.
-        start: :math:`\log q` with its gradient.
         kernel: The moves.
         deadline: The time, by :func:`time.monotonic`, from which b rises faster, and, when as much
             again is spent, faster still.
-        give_up: The time from which it stops where it is.
-        look: Called with b, the mean acceptance, the log-evidence and the rows, ``(N, D)``.
-
-    Returns:
-        Particles of p, or of the path where it was given up, and the log-evidence.
 
     References:
         Del Moral, Doucet & Jasra, *Sequential Monte Carlo samplers*, JRSS B 68, 2006.
     """
     b, evidence, began = 0.0, 0.0, time.monotonic()
-    p, q = Particles.at(x, density.with_gradient), Particles.at(x, start)
-    while b < 1.0 and time.monotonic() < give_up:
+    x = start.sample(count)
+    p, q = Particles.at(x, density.with_gradient), Particles.at(x, start.with_gradient)
+    yield Level(b, p, evidence, 0.0)
+    while b < 1.0:
         ratio = p.log_p - q.log_p
         if not bool(torch.isfinite(ratio).any()):
-            break
+            return
         late = (time.monotonic() > deadline) + (time.monotonic() > 2 * deadline - began)
-        new = _next(ratio, b, _ESS[late])
+        new = _next_exponent(ratio, b, _EFFECTIVE_SHARES[late])
         weights = (new - b) * ratio
-        evidence += float(weights.double().logsumexp(0)) - math.log(len(weights))
-        index, b = systematic(weights, len(x)), new
+        evidence += float(weights.double().logsumexp(0)) - math.log(count)
+        index, b = systematic_resampling(weights, count), new
         p, q = p.take(index), q.take(index)
         kernel.adapt_metric(p.x)
         rates = []
 
         def joint(x: Tensor, b: float = b) -> tuple[Tensor, Tensor]:
-            p, q = density.with_gradient(x), start(x)
+            p, q = density.with_gradient(x), start.with_gradient(x)
             return b * p[0] + (1 - b) * q[0], b * p[1] + (1 - b) * q[1]
 
         state = Particles(
             p.x, b * p.log_p + (1 - b) * q.log_p, b * p.gradient + (1 - b) * q.gradient
         )
-        for _ in range(_MOVES if not late else _MOVES // 2):
+        for _ in range(_MOVES_PER_LEVEL if not late else _MOVES_PER_LEVEL // 2):
             state, rate = kernel(state, joint)
             rates.append(rate)
-        p, q = Particles.at(state.x, density.with_gradient), Particles.at(state.x, start)
-        if look is not None:
-            look(b, sum(rates) / len(rates), evidence, p.x)
-    return p, evidence
+        x = state.x
+        p, q = Particles.at(x, density.with_gradient), Particles.at(x, start.with_gradient)
+        yield Level(b, p, evidence, sum(rates) / len(rates))
 
 
-def _next(ratio: Tensor, b: float, share: float) -> float:
+def _next_exponent(ratio: Tensor, b: float, share: float) -> float:
     """Return the largest exponent up to 1 at which the share of the particles is effective."""
 
     def enough(new: float) -> bool:

@@ -1,44 +1,59 @@
-r"""The regression of a flow on rows that keep changing, its optimiser kept from round to round."""
+r"""A flow and particles of an unnormalised density p train each other, round by round.
+
+A round regresses the flow q on the particles, proposes to the particles by the flow, with
+acceptance by w = p / q, and moves them by Hamiltonian Monte Carlo. Weights w of fresh draws judge
+the flow.
+"""
 
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from ..._torch import seeded, trainable
 from ...diagnostics.calibration import calibrate
-from ...diagnostics.psis import effective_sample_size, log_mean_weight, pareto_smooth
+from ...diagnostics.psis import K_HAT_LIMIT, effective_sample_size, judge, pareto_smooth
+from ...distributions.bases import WhitenedBase
 from ...distributions.interpolant import InterpolantDistribution
 from ...interpolants.couplings import independent
 from ...solvers.ode import Solver
-from ...training.batches import Rows
-from ...training.data import own_flow
-from ...training.distributed import Engine
-from ...training.loop import Average, Clip
+from ...training.data import trainable_flow
 from ...training.objective import Objective
+from ...training.optimization import Descent, assign
+from ...training.rows import Rows
 from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
-from .flow_proposal import Jump, coarse_solver, fresh_weights, jumped
-from .pathfinder import Mixture, search, wide_start
-from .tempering import Density, Kernel, Particles, annealed
+from .flow_proposal import Jump, coarse_solver, flow_proposal_step, importance_weights
+from .pathfinder import StudentTMixture, initial_mixture, pathfinder
+from .schedule import Budget, RateSchedule
+from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
 
-__all__ = ["Refinement", "Refit", "Round", "RoundsResult", "train_from_density"]
+__all__ = [
+    "Budget",
+    "FlowRegression",
+    "RateSchedule",
+    "Round",
+    "RoundsResult",
+    "Run",
+    "train_from_density",
+]
 
 
-_BATCH = 512
-_FIRST_RATE = 1e-3  # before the first is asked for
-_EMA = 0.999
-_WARM = 100  # steps in which the rate rises
-_KEPT = 10  # the most rounds whose rows are kept; of fewer, the later half
-_LEAST = 10  # steps whatever the clock says
+_BATCH_ROWS = 512  # in a regression step
+_FIRST_RATE = 1e-3  # the learning rate before the first is asked for
+_EMA_DECAY = 0.999  # of the averaged weights, in a step
+_WARMUP_STEPS = 100  # in which the rate rises
+_MAX_POOLS = 10  # the most rounds whose rows are kept; of fewer, the later half
+_MIN_STEPS = 10  # in a round, whatever the clock says
 
 
-class Refit:
-    """Train a velocity on a pool of rows.
+class FlowRegression:
+    """The regression of a flow on rows that change from round to round, its optimiser kept.
 
     Args:
         flow: The flow, its whitening map set.
@@ -46,19 +61,18 @@ class Refit:
     """
 
     def __init__(self, flow: Flow, pools: list[Tensor]) -> None:
-        self.objective = Objective(flow, None, independent, _BATCH)
-        self.parameters = list(flow.velocity.parameters())
-        self.engine = Engine()
-        self.engine.set_up(flow.velocity, self.objective.loss, self.parameters, _FIRST_RATE)
-        self.average = Average(self.parameters, _EMA)
-        self.clip = Clip(self.parameters, self.engine)
-        self.pools = pools[-_KEPT:]
-        self.step, self.added = 0, 0
+        self.objective = Objective(flow, WhitenedBase(None, flow.whitening), independent)
+        self.descent = Descent(
+            self.objective, self.objective.process, learning_rate=_FIRST_RATE, ema=_EMA_DECAY
+        )
+        self.average = self.descent.average
+        self.pools = pools[-_MAX_POOLS:]
+        self.added = 0
 
     def add(self, rows: Tensor) -> None:
         """Add the rows of a round, shape ``(N, D)``, and drop the oldest."""
         self.added += 1
-        keep = max(2, min(_KEPT, self.added // 2 + 1))
+        keep = max(2, min(_MAX_POOLS, self.added // 2 + 1))
         self.pools = [*self.pools, rows][-keep:]
 
     def __call__(self, steps: int, rate: Callable[[], float], *, seconds: float) -> float:
@@ -73,22 +87,23 @@ class Refit:
             RuntimeError: If gradients stay non-finite.
         """
         until, losses = time.monotonic() + seconds, []
-        rows = self.objective.prepared(Rows(torch.cat(self.pools), None))
+        rows = self.objective.whitened(Rows(torch.cat(self.pools), None))
         count = len(rows.w)
+
+        def batch() -> Rows:
+            return rows.take(torch.randint(count, (min(_BATCH_ROWS, count),)).to(rows.w.device))
+
         for i in range(steps):
-            if i >= _LEAST and time.monotonic() > until:
+            if i >= _MIN_STEPS and time.monotonic() > until:
                 break
-            self.step += 1
-            self.engine.optimizer.param_groups[0]["lr"] = rate() * min(1.0, self.step / _WARM)
-            batch = rows.take(torch.randint(count, (min(_BATCH, count),)).to(rows.w.device))
+            warm = min(1.0, (self.descent.steps + 1) / _WARMUP_STEPS)
+            (points,) = self.objective.points([batch])
             with torch.enable_grad():
-                loss = self.engine.backward(self.objective.draw(batch))
-            if self.clip(loss):
-                self.engine.step()
-                self.average.update(self.step)
+                loss = self.descent(points, rate() * warm)
+            if loss is not None:
                 losses.append(loss)
-            elif self.clip.stuck():
-                self.clip.check(self.step)
+            elif self.descent.is_stuck():
+                self.descent.check()
         return float(torch.stack(losses).mean()) if losses else math.nan
 
     def values(self) -> list[Tensor]:
@@ -97,25 +112,23 @@ class Refit:
 
     def assign(self, values: list[Tensor]) -> None:
         """Put weights into the network."""
-        with torch.no_grad():
-            for p, v in zip(self.parameters, values, strict=True):
-                p.copy_(v)
+        assign(self.descent.parameters, values)
 
 
-_RATE = 2e-3
-_SEARCH, _ANNEAL, _MIX, _CHECK = 0.07, 0.25, 0.08, 0.06  # shares of the time
-_REFIT, _MOVE = 0.05, 0.35  # of the time, and of the rest of a round
-_CONSTANT = 0.4  # of the training, before the rate falls
-_GRADIENTS = 40  # of each particle, at the least, on the way from the start
-_FEWEST, _MOVES = 3, (3, 200)
-_MIXING = 240  # moves before the first round, at the most: narrow places fill slowly
-_LEAPS = (8, 3)  # leapfrog steps where the density is quick, or slow
-_FLAT, _WINDOW, _LANDING = 2e-3, 5, 0.5  # nats, rounds, and the share of the training time added
-_ROWS, _CHECKED = 128, 10_000
+_FLAT = 2e-3  # nats, the improvement over a window of rounds below which a run is flat
+_FLAT_WINDOW = 5  # rounds
+_GRADIENTS_PER_PARTICLE = 40  # at the least, on the way from the start
+_MIN_PARTICLES = 500  # however slow the density is
+_LEAPFROG_STEPS = {"quick": 8, "slow": 3}  # by what the density costs
+_ROUND_MOVES = (3, 200)  # the fewest and the most in a round
+_MIXING_MOVES = (3, 240)  # before the first round: narrow places fill slowly
+_POOLS_OF_MIXING = 8  # how often the rows are kept meanwhile
+_CALIBRATION_ROWS = 128  # particles on which the solver is calibrated
+_VERDICT_DRAWS = 10_000  # fresh draws that judge the flow
 
 
 class Round(NamedTuple):
-    r"""What one round saw, before its flow was trained on.
+    r"""How good the flow was in one round, and how the particles moved.
 
     Attributes:
         k_hat: Pareto's k-hat of the weights p / q of independent draws.
@@ -136,9 +149,13 @@ class Round(NamedTuple):
     moves: float
     seconds: float
 
+    def text(self) -> str:
+        """Return it in a few words."""
+        return f"k-hat={self.k_hat:.2f} ess={self.ess:.0%}"
+
 
 class RoundsResult(NamedTuple):
-    r"""What training from a density did, judged on fresh draws of the flow that was kept.
+    r"""The importance weights of fresh draws of a trained flow, its particles, and the rounds.
 
     Attributes:
         k_hat: Pareto's k-hat of the weights p / q: above 0.7 the flow misses part of a tail.
@@ -165,168 +182,179 @@ class RoundsResult(NamedTuple):
     solver: Solver
 
 
-class Refinement:
-    """A run: the flow, the particles, the clock."""
+class Start(NamedTuple):
+    """Particles of the target before the first round.
+
+    Attributes:
+        particles: N of them.
+        kernel: The moves, their step adapted.
+        pools: The particles as they were from time to time, each of shape ``(N, D)``.
+    """
+
+    particles: Particles
+    kernel: HMCKernel
+    pools: list[Tensor]
+
+
+def _find_particles(
+    density: LogDensity, wide: StudentTMixture, draws: int, budget: Budget, progress: "_Progress"
+) -> Start:
+    """Carry particles from a wide start to the target, at most ``draws``, and let them mix."""
+    mixture = pathfinder(density, wide, seconds=budget.pathfinder * budget.seconds)
+    seconds = budget.gradients * budget.seconds
+    slow = density.seconds * draws * _GRADIENTS_PER_PARTICLE > seconds
+    kernel = HMCKernel(_LEAPFROG_STEPS["slow" if slow else "quick"])
+    affordable = seconds / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
+    count = int(max(min(_MIN_PARTICLES, draws), min(draws, affordable)))
+    deadline = budget.began + budget.tempering * budget.seconds
+    for level in tempered_smc(mixture, count, density, kernel, deadline=deadline):
+        progress.show(f"tempering: {level.exponent:.3g}")
+    particles = level.particles
+    kernel.adapt_metric(particles.x)
+    pools = [particles.x]
+    until, (fewest, most) = time.monotonic() + budget.mixing * budget.seconds, _MIXING_MOVES
+    every = most // _POOLS_OF_MIXING
+    for i in range(most):
+        if i >= fewest and time.monotonic() > until:
+            break
+        particles, _ = kernel(particles, density.with_gradient)
+        if i % every == every - 1:
+            pools.append(particles.x)
+    return Start(particles, kernel, pools)
+
+
+class _Progress:
+    """A bar that shows which share of the time, or of the rounds, is done."""
+
+    def __init__(self, bar: tqdm, budget: Budget) -> None:
+        self.bar, self.budget = bar, budget
+
+    def show(self, text: str, rounds: int = 0) -> None:
+        """Advance the bar, with a few words beside it."""
+        self.bar.set_postfix_str(text, refresh=False)
+        done = self.budget.spent() / self.budget.seconds
+        done = max(done, self.budget.share_of_rounds(rounds))
+        self.bar.update(max(0, min(100, int(100 * done)) - self.bar.n))
+
+
+class Run:
+    """Rounds of regression on the particles, of proposals by the flow, and of Hamiltonian moves.
+
+    Args:
+        distribution: The flow, which is trained in place; its whitening map is set here.
+        density: The target.
+        start: Particles of the target.
+        budget: The time.
+    """
 
     def __init__(
         self,
         distribution: InterpolantDistribution,
-        flow: Flow,
-        density: Density,
-        began: float,
-        max_seconds: float,
-        rounds: int | None,
-        bar: Any,
+        density: LogDensity,
+        start: Start,
+        budget: Budget,
     ) -> None:
-        self.distribution, self.flow, self.density = distribution, flow, density
-        self.began, self.budget, self.most, self.bar = began, max_seconds, rounds, bar
-        self.history = list[Round]()
-        self.end = (1 - _CHECK) * max_seconds
-        self.best, self.best_round, self.landing = math.inf, 0, False
-
-    def spent(self) -> float:
-        """Return the seconds since the start."""
-        return time.monotonic() - self.began
-
-    def begin(self, wide: Mixture, draws: int) -> None:
-        """Find particles of the target, and whiten the flow by them."""
-        density, budget = self.density, self.budget
-        mixture = search(density, wide, seconds=_SEARCH * budget)
-        slow = density.seconds * draws * _GRADIENTS > 0.2 * budget
-        self.kernel = Kernel(_LEAPS[slow])
-        affordable = 0.2 * budget / (_GRADIENTS * max(density.seconds, 1e-9))
-        count = int(max(min(500, draws), min(draws, affordable)))
-        self.particles, evidence = annealed(
-            mixture.sample(count), density, mixture.with_gradient, self.kernel,
-            deadline=self.began + _ANNEAL * budget, look=self._show,
-        )  # fmt: skip
-        self.kernel.adapt_metric(self.particles.x)
-        pools = [self.particles.x]
-        until = time.monotonic() + _MIX * budget
-        for i in range(_MIXING):
-            if i >= _FEWEST and time.monotonic() > until:
-                break
-            self.particles, _ = self.kernel(self.particles, density.with_gradient)
-            if i % (_MIXING // 8) == _MIXING // 8 - 1:
-                pools.append(self.particles.x)
+        self.distribution, self.density, self.budget = distribution, density, budget
+        self.flow = distribution.transform
+        self.particles, self.kernel, pools = start
         set_whitening(self.distribution, Rows(self.particles.x, None))
-        self.refit = Refit(self.flow, pools)
-        self.kept = self.refit.values()
-        self.first = self.spent()
+        self.regression = FlowRegression(self.flow, pools)
+        self.history = list[Round]()
+        self.best_gap, self.best_round = math.inf, 0
+        self.best_weights = self.regression.values()
+        end = (1 - budget.verdict) * budget.seconds
+        self.schedule = RateSchedule(budget.spent(), end)
 
     def rate(self) -> float:
-        """Return the learning rate: constant, then a cosine to zero."""
-        done = (self.spent() - self.first) / max(self.end - self.first, 1e-9)
-        if self.most is not None:
-            done = max(done, len(self.history) / self.most)
-        late = min(1.0, max(0.0, (done - self.constant()) / (1 - self.constant())))
-        return _RATE * 0.5 * (1 + math.cos(math.pi * late))
-
-    def constant(self) -> float:
-        """Return the share of the training before the rate falls."""
-        return self.level if self.landing else _CONSTANT
+        """Return the learning rate."""
+        rounds = self.budget.share_of_rounds(len(self.history))
+        return self.schedule.rate(self.budget.spent(), rounds)
 
     def round(self, steps: int) -> bool:
-        """Refit, jump, move; return whether to go on."""
-        began = time.monotonic()
-        self.refit(steps, self.rate, seconds=min(_REFIT * self.budget, self.end - self.spent()))
-        with self.refit.average.applied():
+        """Regress the flow, propose by it, move by the gradient; return whether to go on."""
+        began, budget = time.monotonic(), self.budget
+        left = self.schedule.end - budget.spent()
+        self.regression(steps, self.rate, seconds=min(budget.regression * budget.seconds, left))
+        with self.regression.average.applied():
             self.distribution.clear_cache()
             coarse_solver(self.distribution, self.particles.x)
-            jump = jumped(self.distribution, self.particles, self.density)
-        if jump.gap < self.best:
-            self.best, self.best_round = jump.gap, len(self.history)
-            self.kept = self.refit.values()
+            jump = flow_proposal_step(self.distribution, self.particles, self.density)
+        if jump.gap < self.best_gap:
+            self.best_gap, self.best_round = jump.gap, len(self.history)
+            self.best_weights = self.regression.values()
         self.particles, acceptance = self._moved(jump.particles, time.monotonic() - began)
-        self.refit.add(self.particles.x)
-        self.history.append(self._seen(jump, acceptance))
-        self._show_round()
-        self._land_if_flat()
-        done = self.most is not None and len(self.history) >= self.most
-        return self.spent() < self.end and not done
+        self.regression.add(self.particles.x)
+        self.history.append(self._diagnosed(jump, acceptance))
+        if self._is_flat():
+            self.schedule = self.schedule.landed(budget.spent())
+        done = budget.rounds is not None and len(self.history) >= budget.rounds
+        return budget.spent() < self.schedule.end and not done
 
     def _moved(self, particles: Particles, seconds: float) -> tuple[Particles, float]:
         """Move by the gradient of the target, for a share of the time of the round so far."""
         self.kernel.adapt_metric(particles.x)
-        until, rates = time.monotonic() + _MOVE * seconds, list[float]()
-        least, most = _MOVES
-        while len(rates) < least or (len(rates) < most and time.monotonic() < until):
+        until, rates = time.monotonic() + self.budget.moves * seconds, list[float]()
+        fewest, most = _ROUND_MOVES
+        while len(rates) < fewest or (len(rates) < most and time.monotonic() < until):
             particles, rate = self.kernel(particles, self.density.with_gradient)
             rates.append(rate)
         return particles, sum(rates) / len(rates)
 
-    def _seen(self, jump: Jump, acceptance: float) -> Round:
-        w = jump.log_weights
-        if not bool(torch.isfinite(w).any()):
-            return Round(math.inf, 0.0, -math.inf, jump.gap, 0.0, acceptance, self.spent())
+    def _diagnosed(self, jump: Jump, acceptance: float) -> Round:
+        """Return the diagnostics of a round, by the weights of independent draws."""
+        summary, count = judge(jump.log_weights), len(jump.log_weights)
         return Round(
-            pareto_smooth(w).k_hat,
-            effective_sample_size(w) / len(w),
-            log_mean_weight(w)[0],
+            summary.k_hat,
+            summary.ess / count,
+            summary.log_evidence,
             jump.gap,
             jump.acceptance,
             acceptance,
-            self.spent(),
+            self.budget.spent(),
         )
 
-    def _land_if_flat(self) -> None:
-        """Let the rate fall from now on where nothing has improved for some rounds."""
-        gaps = [r.gap for r in self.history]
-        if self.landing or len(gaps) < 2 * _WINDOW:
-            return
-        late, early = gaps[-_WINDOW:], gaps[-2 * _WINDOW : -_WINDOW]
-        if sum(early) / _WINDOW - sum(late) / _WINDOW < _FLAT and self.history[-1].k_hat < 0.7:
-            now = self.spent()
-            self.end = min(self.end, now + _LANDING * (now - self.first))
-            self.landing = True
-            self.level = (now - self.first) / (self.end - self.first)
+    def _is_flat(self) -> bool:
+        """Return whether the gap stayed for some rounds, while the rate does not fall yet."""
+        gaps, window = [r.gap for r in self.history], _FLAT_WINDOW
+        if self.schedule.landing or len(gaps) < 2 * window:
+            return False
+        late, early = gaps[-window:], gaps[-2 * window : -window]
+        improvement = sum(early) / window - sum(late) / window
+        return improvement < _FLAT and self.history[-1].k_hat < K_HAT_LIMIT
 
     def verdict(self) -> RoundsResult:
         """Keep the last flow or the best, whichever is better on fresh draws, and judge it."""
-        last, few = self.refit.values(), self.particles.x[: _ROWS * 8]
-        self.refit.assign(last)
+        last, few = self.regression.values(), self.particles.x[: _CALIBRATION_ROWS * 8]
+        self.regression.assign(last)
         self.distribution.clear_cache()
-        few = few[torch.randperm(len(few))[:_ROWS].to(few.device)]
+        few = few[torch.randperm(len(few))[:_CALIBRATION_ROWS].to(few.device)]
         solver = calibrate(self.distribution, few)
         chosen = len(self.history) - 1
         if self.best_round != chosen:
-            scores = []
-            for values in (self.kept, last):
-                self.refit.assign(values)
-                self.distribution.clear_cache()
-                w = fresh_weights(self.distribution, self.density, _CHECKED // 4)
-                scores.append(effective_sample_size(pareto_smooth(w).log_weights))
-            if scores[0] > 1.2 * scores[1]:
+            if self._effective(self.best_weights) > 1.2 * self._effective(last):
                 chosen = self.best_round
-                self.refit.assign(self.kept)
+                self.regression.assign(self.best_weights)
         self.distribution.clear_cache()
-        w = fresh_weights(self.distribution, self.density, _CHECKED)
+        w = importance_weights(self.distribution, self.density, _VERDICT_DRAWS)
         return RoundsResult(
-            pareto_smooth(w).k_hat, effective_sample_size(w), *log_mean_weight(w), len(w),
-            self.particles.x, self.history, chosen, self.spent(), solver,
-        )  # fmt: skip
+            *judge(w), len(w), self.particles.x, self.history, chosen, self.budget.spent(), solver
+        )
 
-    def _show(self, b: float, rate: float, evidence: float, x: Tensor) -> None:
-        self.bar.set_postfix_str(f"tempering: {b:.3g}", refresh=False)
-        self._advance()
-
-    def _show_round(self) -> None:
-        r = self.history[-1]
-        self.bar.set_postfix_str(f"k-hat={r.k_hat:.2f} ess={r.ess:.0%}", refresh=False)
-        self._advance()
-
-    def _advance(self) -> None:
-        done = self.spent() / self.budget
-        if self.most is not None:
-            done = max(done, len(self.history) / self.most)
-        self.bar.update(max(0, min(100, int(100 * done)) - self.bar.n))
+    def _effective(self, weights: list[Tensor]) -> float:
+        """Put weights into the network, and return the effective sample size of some draws."""
+        self.regression.assign(weights)
+        self.distribution.clear_cache()
+        w = importance_weights(self.distribution, self.density, _VERDICT_DRAWS // 4)
+        if not bool(torch.isfinite(w).any()):
+            return 0.0
+        return effective_sample_size(pareto_smooth(w).log_weights)
 
 
 def train_from_density(
     distribution: InterpolantDistribution,
     log_density: Callable[[Tensor], Tensor],
     *,
-    start: Any = None,
+    start: Tensor | Distribution | None = None,
     max_seconds: float = 120.0,
     draws: int = 4000,
     steps: int = 800,
@@ -368,26 +396,30 @@ def train_from_density(
         2022, arXiv 2105.12603 (the rounds); Del Moral, Doucet & Jasra, JRSS B 68, 2006
         (tempering); Vehtari et al., arXiv 1507.02646 (k-hat).
     """
-    began = time.monotonic()
+    budget = Budget(max_seconds, rounds, began=time.monotonic())
     flow = _checked_flow(distribution)
-    _check_settings(max_seconds, draws, steps, rounds)
-    with seeded(seed, flow.loc.device), torch.no_grad():
-        wide = wide_start(start, flow.loc)
-        density = Density(log_density)
+    _check_settings(budget, draws, steps)
+    with seeded(seed), torch.no_grad():
+        wide = initial_mixture(start, flow.loc)
+        density = LogDensity(log_density)
         density.check(wide.sample(256))
         with tqdm(total=100, disable=not progress, desc="rounds", unit="%", leave=False) as bar:
-            run = Refinement(distribution, flow, density, began, max_seconds, rounds, bar)
-            run.begin(wide, draws)
+            shown = _Progress(bar, budget)
+            particles = _find_particles(density, wide, draws, budget, shown)
+            run = Run(distribution, density, particles, budget)
             with trainable(flow.velocity):
-                while run.round(steps):
-                    pass
+                going = True
+                while going:
+                    going = run.round(steps)
+                    shown.show(run.history[-1].text(), len(run.history))
             return run.verdict()
 
 
 def _checked_flow(distribution: InterpolantDistribution) -> Flow:
+    """Return the flow of a distribution on real vectors from its default base."""
     if not isinstance(distribution, InterpolantDistribution):
         raise TypeError(f"expected an InterpolantDistribution, got {type(distribution).__name__}")
-    flow = own_flow(distribution)
+    flow = trainable_flow(distribution)
     if not distribution.space.is_real() or distribution.base is not None:
         raise ValueError(
             "expected a flow on real vectors from its default base, got "
@@ -398,8 +430,9 @@ def _checked_flow(distribution: InterpolantDistribution) -> Flow:
     return flow
 
 
-def _check_settings(max_seconds: float, draws: int, steps: int, rounds: int | None) -> None:
+def _check_settings(budget: Budget, draws: int, steps: int) -> None:
     """Raise a ValueError that names the first setting out of range."""
+    max_seconds, rounds = budget.seconds, budget.rounds
     for name, good, value in (
         ("max_seconds > 0", max_seconds > 0, max_seconds),
         ("draws >= 100", draws >= 100, draws),

@@ -1,4 +1,6 @@
+import dataclasses
 import math
+import time
 
 import pyro.distributions as dist
 import pytest
@@ -14,11 +16,16 @@ from pyro_interpolant import (
     conditional_interpolant_transform,
     interpolant_transform,
 )
-from pyro_interpolant.diagnostics.psis import systematic
-from pyro_interpolant.infer.smc.flow_proposal import coarse_solver, fresh_weights, jumped
-from pyro_interpolant.infer.smc.pathfinder import Mixture, search, wide_start
-from pyro_interpolant.infer.smc.tempering import Density, Kernel, Particles, annealed
-from pyro_interpolant.infer.smc.train import Refit, RoundsResult, train_from_density
+from pyro_interpolant.diagnostics.psis import systematic_resampling
+from pyro_interpolant.infer.smc.flow_proposal import (
+    coarse_solver,
+    flow_proposal_step,
+    importance_weights,
+)
+from pyro_interpolant.infer.smc.pathfinder import StudentTMixture, initial_mixture, pathfinder
+from pyro_interpolant.infer.smc.schedule import Budget, RateSchedule
+from pyro_interpolant.infer.smc.tempering import HMCKernel, LogDensity, Particles, tempered_smc
+from pyro_interpolant.infer.smc.train import FlowRegression, RoundsResult, train_from_density
 
 
 def gaussian(loc, scale_tril):
@@ -46,7 +53,7 @@ def funnel(x):
 
 
 def wide(dim, scale=4.0):
-    return Mixture.of(torch.ones(1), torch.zeros(1, dim), scale * torch.eye(dim)[None])
+    return StudentTMixture.of(torch.ones(1), torch.zeros(1, dim), scale * torch.eye(dim)[None])
 
 
 def tiny(dim=2):
@@ -63,7 +70,7 @@ def quick(distribution, density, **options):
 
 def test_a_density_gives_values_and_gradients_in_chunks():
     target, x = slanted(), torch.randn(300, 2)
-    density = Density(target.log_prob)
+    density = LogDensity(target.log_prob)
     density.rows = 7
     value, gradient = density.with_gradient(x)
     leaf = x.clone().requires_grad_()
@@ -77,16 +84,16 @@ def test_a_density_gives_values_and_gradients_in_chunks():
 
 
 def test_what_is_not_finite_counts_as_no_density():
-    density = Density(lambda x: x[:, 0].log())
+    density = LogDensity(lambda x: x[:, 0].log())
     value, gradient = density.with_gradient(torch.tensor([[2.0], [-1.0], [0.0]]))
     assert value.tolist() == [math.log(2.0), -math.inf, -math.inf]
     assert gradient.tolist() == [[0.5], [0.0], [0.0]]
-    assert float(Density(lambda x: x[:, 0] / 0)(torch.ones(1, 1))) == -math.inf
+    assert float(LogDensity(lambda x: x[:, 0] / 0)(torch.ones(1, 1))) == -math.inf
 
 
 def test_a_density_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"shape \(5,\) for rows of shape \(5, 2\), got \(5, 2\)"):
-        Density(lambda x: x)(torch.randn(5, 2))
+        LogDensity(lambda x: x)(torch.randn(5, 2))
 
 
 # ---- moves ----------------------------------------------------------------------------------
@@ -101,7 +108,7 @@ def test_moves_leave_the_density_as_it_is():
             x[:, 1]
         )
 
-    density, kernel = Density(banana), Kernel()
+    density, kernel = LogDensity(banana), HMCKernel()
     particles = Particles.at(x, density.with_gradient)
     kernel.adapt_metric(x)
     for _ in range(25):
@@ -118,8 +125,8 @@ def test_moves_leave_the_density_as_it_is():
 
 
 def test_moves_find_the_density_from_elsewhere():
-    target, kernel = slanted(), Kernel()
-    density = Density(target.log_prob)
+    target, kernel = slanted(), HMCKernel()
+    density = LogDensity(target.log_prob)
     particles = Particles.at(target.mean + 2 * torch.randn(2000, 2), density.with_gradient)
     for _ in range(60):
         kernel.adapt_metric(particles.x)
@@ -130,19 +137,17 @@ def test_moves_find_the_density_from_elsewhere():
 
 def test_systematic_draws_come_as_often_as_their_weight_says():
     weights = torch.tensor([0.05, 0.0, 0.5, 0.449, 0.001])
-    counts = torch.bincount(systematic(weights.log(), 1000), minlength=5)
+    counts = torch.bincount(systematic_resampling(weights.log(), 1000), minlength=5)
     assert bool(((counts - 1000 * weights).abs() <= 1).all())
     assert int(counts[1]) == 0
 
 
 def test_tempering_carries_a_wide_start_to_a_narrow_target():
-    target, levels = gaussian([3.0, -1.0], [[0.05, 0.0], [0.1, 0.02]]), []
-    density = Density(lambda x: target.log_prob(x) - 7.0)
+    target = gaussian([3.0, -1.0], [[0.05, 0.0], [0.1, 0.02]])
+    density = LogDensity(lambda x: target.log_prob(x) - 7.0)
     q = wide(2)
-    particles, evidence = annealed(
-        q.sample(2000), density, q.with_gradient, Kernel(), deadline=math.inf,
-        look=lambda b, rate, evidence, x: levels.append(b),
-    )  # fmt: skip
+    found = list(tempered_smc(q, 2000, density, HMCKernel(), deadline=math.inf))
+    levels, (_, particles, evidence, _) = [level.exponent for level in found], found[-1]
     assert levels == sorted(levels)
     assert levels[-1] == 1.0
     assert len(levels) > 3
@@ -154,17 +159,11 @@ def test_tempering_carries_a_wide_start_to_a_narrow_target():
     torch.testing.assert_close(z.std(1), torch.ones(2), rtol=0, atol=0.1)
 
 
-def test_tempering_stops_where_it_is_given_up():
-    q, levels = wide(2), []
-    density = Density(gaussian([3.0, -1.0], [[1e-3, 0.0], [0.0, 1e-3]]).log_prob)
-    x = q.sample(500)
-    particles, evidence = annealed(
-        x, density, q.with_gradient, Kernel(), deadline=math.inf, give_up=-math.inf,
-        look=lambda *seen: levels.append(seen),
-    )  # fmt: skip
-    assert levels == []
-    assert evidence == 0.0
-    assert torch.equal(particles.x, x)
+def test_tempering_begins_at_its_start_and_stops_without_a_density():
+    q, density = wide(2), LogDensity(lambda x: x.sum(-1) - math.inf)
+    (level,) = tempered_smc(q, 500, density, HMCKernel(), deadline=math.inf)
+    assert level.exponent == level.log_evidence == 0.0
+    assert level.particles.x.shape == (500, 2)
 
 
 # ---- search ---------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def test_tempering_stops_where_it_is_given_up():
 def test_a_mixture_has_the_density_the_gradient_and_the_draws_of_student_ts():
     root = torch.stack((torch.tensor([[0.3, 1.0], [-0.5, 0.2]]), 0.5 * torch.eye(2)))
     loc, share = torch.tensor([[0.0, 1.0], [4.0, -2.0]]), torch.tensor([0.3, 0.7])
-    mixture = Mixture.of(share, loc, root)
+    mixture = StudentTMixture.of(share, loc, root)
     parts = dist.MultivariateStudentT(
         torch.tensor(5.0), loc, torch.linalg.cholesky(root @ root.mT)
     )
@@ -191,7 +190,7 @@ def test_a_mixture_has_the_density_the_gradient_and_the_draws_of_student_ts():
 
 def test_the_search_finds_a_far_narrow_slanted_target():
     target = gaussian([30.0, -0.5], [[1e-3, 0.0], [5e-3, 1e-4]])
-    found = search(Density(target.log_prob), wide(2), seconds=5.0)
+    found = pathfinder(LogDensity(target.log_prob), wide(2), seconds=5.0)
     assert len(found.loc) == 2  # and the wide start
     torch.testing.assert_close(found.loc[0], target.mean, rtol=0, atol=1e-6)
     shape = found.root[0] @ found.root[0].T
@@ -202,25 +201,25 @@ def test_the_search_finds_a_far_narrow_slanted_target():
 @pytest.mark.parametrize("dim", [2, 8])
 def test_the_search_finds_four_modes(dim):
     target, means, _ = modes(dim)
-    found = search(Density(target.log_prob), wide(dim), seconds=5.0)
+    found = pathfinder(LogDensity(target.log_prob), wide(dim), seconds=5.0)
     away = torch.cdist(means, found.loc).min(1).values
     assert float(away.max()) < 1.0
 
 
 def test_the_search_does_not_end_at_a_mode_without_mass():
-    found = search(Density(funnel), wide(10), seconds=5.0)  # whose mode is at v = -40
+    found = pathfinder(LogDensity(funnel), wide(10), seconds=5.0)  # whose mode is at v = -40
     assert float(found.loc[:, 0].min()) > -25
 
 
 def test_many_dimensions_start_wide_alone():
     start = wide(70)
-    assert search(Density(lambda x: -x.square().sum(-1)), start, seconds=1.0) is start
+    assert pathfinder(LogDensity(lambda x: -x.square().sum(-1)), start, seconds=1.0) is start
 
 
 def test_without_a_density_to_climb_the_start_is_what_is_left():
     start = wide(2)
     x = torch.full((1,), -math.inf)
-    found = search(Density(lambda s: x + 0 * s.sum(-1)), start, seconds=1.0)
+    found = pathfinder(LogDensity(lambda s: x + 0 * s.sum(-1)), start, seconds=1.0)
     assert found is start
 
 
@@ -236,19 +235,19 @@ def test_a_density_without_second_derivatives_is_searched_all_the_same():
         def backward(ctx, g):
             return -g[:, None] * ctx.saved_tensors[0]
 
-    found = search(Density(Once.apply), wide(2), seconds=1.0)
+    found = pathfinder(LogDensity(Once.apply), wide(2), seconds=1.0)
     assert float(found.log_prob(torch.zeros(1, 2))) > -6
 
 
 def test_starts_of_every_kind():
     like = torch.zeros(2)
-    default = wide_start(None, like)
+    default = initial_mixture(None, like)
     torch.testing.assert_close(default.root, 4 * torch.eye(2)[None])
-    centre = wide_start(torch.tensor([1.0, 2.0]), like)
+    centre = initial_mixture(torch.tensor([1.0, 2.0]), like)
     torch.testing.assert_close(centre.loc, torch.tensor([[1.0, 2.0]]))
     prior = dist.Normal(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.1])).to_event(1)
     for start in (prior, prior.sample((2000,))):
-        given = wide_start(start, like)
+        given = initial_mixture(start, like)
         torch.testing.assert_close(given.loc, torch.tensor([[1.0, 2.0]]), rtol=0, atol=0.3)
         torch.testing.assert_close(
             given.root[0].diagonal(), 1.3 * torch.tensor([3.0, 0.1]), rtol=0.1, atol=0
@@ -268,7 +267,7 @@ def test_starts_of_every_kind():
 )
 def test_starts_that_do_not_fit_are_refused(start, error, message):
     with pytest.raises(error, match=message):
-        wide_start(start, torch.zeros(2))
+        initial_mixture(start, torch.zeros(2))
 
 
 # ---- jumps and refits -------------------------------------------------------------------------
@@ -277,10 +276,10 @@ def test_starts_that_do_not_fit_are_refused(start, error, message):
 def test_jumps_leave_the_density_as_it_is_and_measure_the_divergence():
     flow = gaussian_prior(torch.tensor([2.5, -1.0]), torch.tensor([[0.8, 0.0], [0.9, 0.5]]))
     target, x = slanted(), slanted().sample((6000,))
-    density = Density(lambda x: target.log_prob(x) + 4.0)
+    density = LogDensity(lambda x: target.log_prob(x) + 4.0)
     particles = Particles.at(x, density.with_gradient)
     for _ in range(8):
-        jump = jumped(flow, particles, density)
+        jump = flow_proposal_step(flow, particles, density)
         particles = jump.particles
     y = particles.x
     assert float((y != x).all(-1).double().mean()) > 0.8
@@ -299,7 +298,7 @@ def test_weights_of_a_flow_that_is_the_target_are_equal():
     flow = gaussian_prior(torch.tensor([2.5, -1.0]), torch.tensor([[0.8, 0.0], [0.9, 0.5]]))
     q = gaussian(flow.transform.flow.loc, flow.transform.flow.whitening.matrix())
     solver = flow.transform.solver
-    w = fresh_weights(flow, Density(lambda x: q.log_prob(x) + 1.5), 2500)
+    w = importance_weights(flow, LogDensity(lambda x: q.log_prob(x) + 1.5), 2500)
     torch.testing.assert_close(w, torch.full((2500,), 1.5))
     assert flow.transform.solver == solver
 
@@ -318,7 +317,7 @@ def test_the_solver_of_a_round_is_as_coarse_as_the_flow_allows():
 def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
     flow = interpolant_transform(2, (32, 32))
     rows = torch.where(torch.rand(1000, 1) < 0.5, 1.0, -1.0) + 0.2 * torch.randn(1000, 2)
-    refit = Refit(flow, [rows])
+    refit = FlowRegression(flow, [rows])
     first = refit(20, lambda: 5e-3, seconds=60.0)
     for _ in range(3):
         last = refit(60, lambda: 5e-3, seconds=60.0)
@@ -332,9 +331,30 @@ def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
 
 
 def test_a_refit_whose_gradients_stay_wild_says_so():
-    refit = Refit(interpolant_transform(2, (8, 8)), [torch.full((10, 2), math.inf)])
+    refit = FlowRegression(interpolant_transform(2, (8, 8)), [torch.full((10, 2), math.inf)])
     with pytest.raises(RuntimeError, match="gradient was not finite"):
         refit(100, lambda: 1e-3, seconds=60.0)
+
+
+def test_the_rate_is_constant_then_falls_to_zero_and_lands_early_from_where_it_is():
+    schedule = RateSchedule(first=10.0, end=110.0)
+    rates = [schedule.rate(spent, 0.0) for spent in (10.0, 49.0, 80.0, 110.0, 200.0)]
+    assert rates[0] == rates[1] > rates[2] > rates[3] == rates[4] == 0.0
+    assert rates[2] == pytest.approx(rates[0] / 2)
+    assert schedule.rate(10.0, 0.7) == pytest.approx(rates[2])  # by the rounds
+    landed = schedule.landed(30.0)
+    assert landed.landing
+    assert landed.end == 40.0
+    assert landed.rate(30.0, 0.0) == pytest.approx(rates[0])
+    assert landed.rate(40.0, 0.0) == 0.0
+    assert schedule.landed(100.0).end == 110.0
+
+
+def test_a_budget_counts_seconds_and_rounds():
+    budget = Budget(60.0, None, began=time.monotonic() - 3.0)
+    assert 3.0 <= budget.spent() < 4.0
+    assert budget.share_of_rounds(5) == 0.0
+    assert dataclasses.replace(budget, rounds=20).share_of_rounds(5) == 0.25
 
 
 # ---- the whole ------------------------------------------------------------------------------
