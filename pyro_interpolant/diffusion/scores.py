@@ -17,14 +17,13 @@ from ..nn.mlp import VelocityMLP
 from ..nn.velocity import evaluate
 from ..transforms.gaussianize import Gaussianized, refuse_charts
 from .conversions import (
-    INSTEAD,
+    SCORE_INSTEAD,
     Time,
     check_linear,
     checked_times,
-    refuse,
-    tiny,
-    velocity_to_denoiser,
-    velocity_to_score,
+    convert,
+    raise_if_singular,
+    roundoff,
 )
 
 __all__ = ["conditional_mean", "denoiser", "score", "transform_with_score"]
@@ -74,10 +73,10 @@ def _score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
     noise = transform.flow.noise
     if noise is None:
         v = conditional_mean(transform, transform.flow.velocity, time, w)
-        white = velocity_to_score(transform.interpolant, time, w, v)
+        white = convert(transform.interpolant, time, w, velocity=v).score
     else:
         gamma = transform.interpolant.coefficients(time)[2][..., None]
-        refuse(gamma.abs() <= tiny(w), time, "gamma is positive", INSTEAD)
+        raise_if_singular(gamma.abs() <= roundoff(w), time, "gamma is positive", SCORE_INSTEAD)
         white = -conditional_mean(transform, noise, time, w) / gamma
     return white @ transform.flow.whitening
 
@@ -100,15 +99,16 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
     interpolant, noise = transform.interpolant, transform.flow.noise
     v = conditional_mean(transform, transform.flow.velocity, time, w)
     if noise is None:
-        return transform.flow.from_white(velocity_to_denoiser(interpolant, time, w, v))
+        return transform.flow.from_white(convert(interpolant, time, w, velocity=v).denoiser)
     # Any base: x and v less their noise are two equations for the means of x0 and x1.
     z = conditional_mean(transform, noise, time, w)
     a, b, g = (c[..., None] for c in interpolant.coefficients(time))
     da, db, dg = (c[..., None] for c in interpolant.derivatives(time))
     state, slope = w - g * z, v - dg * z
-    alone = (a.abs() <= tiny(w)) & (da.abs() <= tiny(w))  # without x0 the first suffices
+    alone = (a.abs() <= roundoff(w)) & (da.abs() <= roundoff(w))  # without x0 the first suffices
     bottom = where(alone, b, a * db - da * b)
-    refuse(bottom.abs() <= tiny(w), time, "the path depends on the data", "another")
+    needed = "the path depends on the data"
+    raise_if_singular(bottom.abs() <= roundoff(w), time, needed, "another")
     return transform.flow.from_white(where(alone, state, a * slope - da * state) / bottom)
 
 

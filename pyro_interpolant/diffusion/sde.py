@@ -9,7 +9,7 @@ have the density :math:`\rho_t` of the interpolant at every t. The noise is isot
 coordinates: in data coordinates, :math:`y = \mathrm{loc} + L w`, it is :math:`L\,dW`.
 
 The default is :math:`\epsilon = |\Delta|, \Delta = \dot\beta\sigma^2 - \beta\sigma\dot\sigma`, the
-divisor of the score (see :func:`~pyro_interpolant.velocity_to_score`; :math:`\sigma^2` where
+divisor of the score (see :func:`~pyro_interpolant.diffusion.convert`; :math:`\sigma^2` where
 :math:`\beta = \dot\beta = 0`). The forward drift is then :math:`(1 + \beta) v - \dot\beta x`:
 nothing is divided by, and both ends are finite. It is :math:`\beta` times the diffusion at which
 an error e of the velocity costs least. That is one of :math:`(1 + \epsilon\beta/\Delta)\, e` of
@@ -31,7 +31,7 @@ from torch import Tensor
 from ..distributions.constraints import is_trivial
 from ..distributions.interpolant import InterpolantDistribution
 from ..interpolants.linear import NEAR
-from .conversions import score_terms, tiny
+from .conversions import noise_and_data, roundoff, score_terms
 from .scores import conditional_mean, transform_with_score
 
 __all__ = [
@@ -153,7 +153,7 @@ class InterpolantSDE:
         """Return what depends on the flow's times alone, each of the shape of t."""
         t = t.clamp(NEAR, 1 - NEAR)
         if self.flow.noise is None:
-            p, q, divisor = score_terms(self.transform.interpolant, t)
+            p, q, divisor = score_terms(*noise_and_data(self.transform.interpolant, t))
         else:
             divisor = self.transform.interpolant.coefficients(t)[2]
             p = q = torch.zeros_like(t)
@@ -294,7 +294,7 @@ def _base_draws(distribution: InterpolantDistribution, shape: Sequence[int]) -> 
 def check_determined(sde: InterpolantSDE, terms: Terms) -> None:
     """Raise a ValueError unless the score is determined at given times, shape ``(T,)``."""
     divisor, t = terms.divisor, terms.t
-    lost = (divisor.abs() <= tiny(t)) | (divisor.sign() != divisor[-1:].sign())
+    lost = (divisor.abs() <= roundoff(t)) | (divisor.sign() != divisor[-1:].sign())
     if bool(lost.any()):
         reason = "data do not gain on noise there; or train with fit(..., learn='noise')"
         raise ValueError(
