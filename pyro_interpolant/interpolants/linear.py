@@ -39,9 +39,9 @@ NEAR = 1e-3  # how near to an end a derivative that blows up there is still take
 
 
 class Interpolant(ABC):
-    """A path between pairs of points: the one abstract method is :meth:`coefficients`.
+    r"""A path :math:`I_t(x_0, x_1)`: the one abstract method is :meth:`coefficients`.
 
-    A non-linear interpolant overrides :meth:`sample` instead.
+    A path that is not linear in its ends is a :class:`NonlinearInterpolant`.
 
     Attributes:
         interior: The times between which derivatives are finite; beyond, they are taken at the
@@ -71,6 +71,10 @@ class Interpolant(ABC):
         t = t.clamp(*self.interior).contiguous()  # forward mode cannot carry stride-0 tangents
         da, db, dg = slopes(self.coefficients, t)
         return da.to(t), db.to(t), dg.to(t)
+
+    def is_linear(self) -> bool:
+        """Return whether the path is the sum that its coefficients say."""
+        return True
 
     def has_latent(self) -> bool:
         r"""Return whether :math:`\gamma` is anything but zero."""
