@@ -26,7 +26,7 @@ from .conversions import (
     roundoff,
 )
 
-__all__ = ["conditional_mean", "denoiser", "score", "transform_with_score"]
+__all__ = ["network_output", "denoiser", "score", "transform_with_score"]
 
 
 def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
@@ -72,12 +72,12 @@ def _score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
     transform, time, w = _prepared(distribution, t, x)
     noise = transform.flow.noise
     if noise is None:
-        v = conditional_mean(transform, transform.flow.velocity, time, w)
+        v = network_output(transform, transform.flow.velocity, time, w)
         white = convert(transform.interpolant, time, w, velocity=v).score
     else:
         gamma = transform.interpolant.coefficients(time)[2][..., None]
         raise_if_singular(gamma.abs() <= roundoff(w), time, "gamma is positive", SCORE_INSTEAD)
-        white = -conditional_mean(transform, noise, time, w) / gamma
+        white = -network_output(transform, noise, time, w) / gamma
     return white @ transform.flow.whitening
 
 
@@ -97,11 +97,11 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
     transform, time, w = _prepared(distribution, t, x)
     refuse_charts(distribution.constraint, "the mean of what a path leads to")
     interpolant, noise = transform.interpolant, transform.flow.noise
-    v = conditional_mean(transform, transform.flow.velocity, time, w)
+    v = network_output(transform, transform.flow.velocity, time, w)
     if noise is None:
         return transform.flow.from_white(convert(interpolant, time, w, velocity=v).denoiser)
     # Any base: x and v less their noise are two equations for the means of x0 and x1.
-    z = conditional_mean(transform, noise, time, w)
+    z = network_output(transform, noise, time, w)
     a, b, g = (c[..., None] for c in interpolant.coefficients(time))
     da, db, dg = (c[..., None] for c in interpolant.derivatives(time))
     state, slope = w - g * z, v - dg * z
@@ -142,7 +142,7 @@ def transform_with_score(distribution: InterpolantDistribution) -> Any:
     return transform
 
 
-def conditional_mean(transform: Any, network: nn.Module, t: Tensor, w: Tensor) -> Tensor:
+def network_output(transform: Any, network: nn.Module, t: Tensor, w: Tensor) -> Tensor:
     """Return what a network of the flow says at whitened states ``w``, shape ``(*, D)``."""
     # The default network computes its time embedding once per distinct time it is given.
     if isinstance(network, VelocityMLP):
