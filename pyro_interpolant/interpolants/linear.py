@@ -1,9 +1,9 @@
-r"""Interpolants :math:`I_t(x_0, x_1)` between a draw of the base and a row of data.
+r"""Linear interpolants, :math:`I_t = \alpha(t) x_0 + \beta(t) x_1 + \gamma(t) z`.
 
-The linear family is :math:`I_t = \alpha(t) x_0 + \beta(t) x_1 + \gamma(t) z` with :math:`z \sim
-N(0, 1)` independent. A member states its coefficients; their derivatives come from forward-mode
-differentiation and are never written by hand. Where a derivative blows up at an end (a Brownian
-bridge), it is taken at the nearest time of the member's ``interior``: no loss ever sees it.
+:math:`x_0` is a draw of the base, :math:`x_1` a row of data and :math:`z \sim N(0, I)` is
+independent of both. A member states its coefficients; their derivatives come from forward-mode
+differentiation and are never written by hand. Where a derivative is infinite at an end (a Brownian
+bridge), it is taken at the nearest time of the member's ``interior``.
 
 References:
     Albergo & Vanden-Eijnden, *Building Normalizing Flows with Stochastic Interpolants*, ICLR 2023,
@@ -35,7 +35,7 @@ __all__ = [
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
 
-NEAR = 1e-3  # how near to an end a derivative that blows up there is still taken
+NEAR = 1e-3  # the distance from an end within which derivatives that are infinite there are fixed
 
 
 class Interpolant(ABC):
@@ -73,7 +73,7 @@ class Interpolant(ABC):
         return da.to(t), db.to(t), dg.to(t)
 
     def is_linear(self) -> bool:
-        """Return whether the path is the sum that its coefficients say."""
+        """Return whether the path is linear in its ends, with :meth:`coefficients`."""
         return True
 
     def has_latent(self) -> bool:
@@ -170,7 +170,7 @@ class VariancePreserving(Interpolant):
 
 @dataclass(frozen=True)
 class EncodingDecoding(Interpolant):
-    r"""Forget the base before meeting the data: all paths pass through N(0, I) at t = 1/2.
+    r"""Base to noise, noise to data: all paths pass through N(0, I) at t = 1/2.
 
     :math:`\alpha = \cos^2(\pi t)` until 1/2 and :math:`\beta = \cos^2(\pi t)` after it, 0 else;
     :math:`\gamma = \sin^2(\pi t)`.

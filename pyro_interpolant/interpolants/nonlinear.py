@@ -90,19 +90,19 @@ class NonlinearInterpolant(_WithoutCoefficients):
         return jvp(lambda t: self.function(t, x0, x1), (t,), (torch.ones_like(t),))[:2]
 
 
-_TURN = 2 * math.pi
+_TWO_PI = 2 * math.pi
 
 
 def wrap(x: Tensor) -> Tensor:
-    """Return angles less their whole turns: in [-pi, pi), of the shape of x, with slope 1.
+    """Return angles modulo 2 pi, in [-pi, pi), of the shape of x; the derivative is 1.
 
     Example:
         >>> wrap(torch.tensor([3.0, 4.0])).tolist()
         [3.0, -2.2831854820251465]
     """
-    x = x - _TURN * torch.round(x / _TURN)
-    # Rounding leaves half turns, and what is next to them, on either side.
-    return x + _TURN * ((x < -math.pi).to(x) - (x >= math.pi).to(x))
+    x = x - _TWO_PI * torch.round(x / _TWO_PI)
+    # The quotient is rounded, so angles within rounding of pi or -pi can lie on either side.
+    return x + _TWO_PI * ((x < -math.pi).to(x) - (x >= math.pi).to(x))
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ class Geodesic(_WithoutCoefficients):
         """
         t = t.contiguous()  # forward mode cannot carry stride-0 tangents
         beta, slope = jvp(self._beta, (t,), (torch.ones_like(t),))[:2]
-        way = wrap(x1 - x0)
-        return x0 + beta[..., None] * way, slope[..., None] * way
+        difference = wrap(x1 - x0)
+        return x0 + beta[..., None] * difference, slope[..., None] * difference
 
     def _beta(self, t: Tensor) -> Tensor:
         return t.clone() if self.schedule is None else self.schedule(t)
