@@ -55,9 +55,10 @@ class Conversion:
 
     @cached_property
     def velocity(self) -> Tensor:
-        r""":math:`(\dot\beta x + \Delta S) / \beta`; not where :math:`\beta = 0`, as at t = 0.
+        r"""The velocity :math:`(\dot\beta x + \Delta S) / \beta`.
 
-        Where :math:`\beta = \dot\beta = 0` it is :math:`-\sigma\dot\sigma S`.
+        Not where :math:`\beta = 0`, as at t = 0; where :math:`\dot\beta = 0` too it is
+        :math:`-\sigma\dot\sigma S`.
         """
         x, (b, db, square, half) = self._x, self._terms
         if self._given == "denoiser":
@@ -69,10 +70,10 @@ class Conversion:
 
     @cached_property
     def score(self) -> Tensor:
-        r""":math:`(\beta v - \dot\beta x) / \Delta`, not where :math:`\Delta = 0`, as at t = 1.
+        r"""The score :math:`(\beta v - \dot\beta x) / \Delta`.
 
-        Of the denoiser :math:`(\beta d - x) / \sigma^2`, of the noise :math:`-E[n | x_t] /
-        \sigma`; not where :math:`\sigma = 0`, as at t = 1.
+        Not where :math:`\Delta = 0`, as at t = 1. Of the denoiser it is :math:`(\beta d - x) /
+        \sigma^2`, of the noise :math:`-E[n | x_t] / \sigma`; not where :math:`\sigma = 0`.
         """
         x, (b, _, square, _) = self._x, self._terms
         if self._given == "velocity":
@@ -87,10 +88,11 @@ class Conversion:
 
     @cached_property
     def denoiser(self) -> Tensor:
-        r""":math:`(\sigma^2 v - \sigma\dot\sigma x) / \Delta`, not where :math:`\Delta = 0`.
+        r"""The denoiser :math:`(\sigma^2 v - \sigma\dot\sigma x) / \Delta`.
 
-        It exists at both ends: the mean of the data at t = 0, x itself at t = 1. Of the score
-        :math:`(x + \sigma^2 S) / \beta`, Tweedie's formula; not where :math:`\beta = 0`.
+        Of the velocity it exists at both ends: the mean of the data at t = 0, x itself at t = 1.
+        Of the score :math:`(x + \sigma^2 S) / \beta`, Tweedie's formula; not where
+        :math:`\beta = 0`, as at t = 0.
         """
         x, (b, db, square, half) = self._x, self._terms
         if self._given == "velocity":
@@ -108,7 +110,7 @@ class Conversion:
 
     @cached_property
     def noise(self) -> Tensor:
-        r""":math:`E[n | x_t] = -\sigma S`; its latent part is :math:`E[z | x_t] = -\gamma S`."""
+        r"""The noise :math:`-\sigma S`; its latent part is :math:`E[z | x_t] = -\gamma S`."""
         return -self._terms[2].sqrt() * self.score
 
 

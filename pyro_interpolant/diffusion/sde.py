@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..distributions.constraints import is_trivial
 from ..distributions.interpolant import InterpolantDistribution
-from ..interpolants.linear import NEAR
+from ..interpolants.linear import END_MARGIN
 from .conversions import noise_and_data, roundoff, score_terms
 from .scores import network_output, transform_with_score
 
@@ -118,7 +118,7 @@ class InterpolantSDE:
         self.flow = self.transform.flow
         self.diffusion = diffusion
         self.forward = forward
-        terms = self.terms(torch.linspace(NEAR, 1 - NEAR, 257).to(self.flow.loc))
+        terms = self.terms(torch.linspace(END_MARGIN, 1 - END_MARGIN, 257).to(self.flow.loc))
         rate = terms.rate
         if not bool(((rate >= 0) & torch.isfinite(rate)).all()):
             raise ValueError(
@@ -150,7 +150,7 @@ class InterpolantSDE:
 
     def terms(self, t: Tensor) -> TimeTerms:
         """Return the coefficients at times of the flow, each of the shape of t."""
-        t = t.clamp(NEAR, 1 - NEAR)
+        t = t.clamp(END_MARGIN, 1 - END_MARGIN)
         if self.flow.noise is None:
             p, q, divisor = score_terms(*noise_and_data(self.transform.interpolant, t))
         else:

@@ -35,7 +35,7 @@ __all__ = [
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
 
-NEAR = 1e-3  # the distance from an end within which derivatives that are infinite there are fixed
+END_MARGIN = 1e-3  # derivatives that are infinite at an end are taken at this distance from it
 
 
 class Interpolant(ABC):
@@ -160,7 +160,7 @@ class VariancePreserving(Interpolant):
 
     schedule: Callable[[Tensor], Tensor]
 
-    interior = (NEAR, 1 - NEAR)  # the roots have infinite slopes
+    interior = (END_MARGIN, 1 - END_MARGIN)  # the roots have infinite slopes
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return the coefficients of base, data and noise, each of the shape of t."""
@@ -199,7 +199,7 @@ class BrownianBridge:
 
     scale: float = 1.0
 
-    interior = (NEAR, 1 - NEAR)
+    interior = (END_MARGIN, 1 - END_MARGIN)
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return the deviation, of the shape of t."""
