@@ -105,9 +105,8 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
     a, b, g = (c[..., None] for c in interpolant.coefficients(time))
     da, db, dg = (c[..., None] for c in interpolant.derivatives(time))
     state, slope = w - g * z, v - dg * z
-    no_base = (a.abs() <= roundoff(w)) & (
-        da.abs() <= roundoff(w)
-    )  # the state alone then determines x1
+    # Where there is no x0, the first alone is solved.
+    no_base = (a.abs() <= roundoff(w)) & (da.abs() <= roundoff(w))
     bottom = where(no_base, b, a * db - da * b)
     needed = "the path depends on the data"
     raise_if_singular(bottom.abs() <= roundoff(w), time, needed, "another")

@@ -208,8 +208,7 @@ def _check_score_determined(sde: InterpolantSDE, terms: TimeTerms) -> None:
             reason = "data do not gain on noise there; or train with fit(..., learn='noise')"
         raise ValueError(
             "expected a diffusion that is zero where the score is not determined, as near t = "
-            f"{float(t[undetermined][-1]):.3g} ({reason}): "
-            "leave it at its default"
+            f"{float(t[undetermined][-1]):.3g} ({reason}): leave it at its default"
         )
 
 
@@ -377,8 +376,8 @@ def sde_log_prob(
         white = _to_white(sde, distribution, x)
         share = terms.divisor.abs() / terms.divisor.abs().max()
         kappa = guidance * (share / _FULLY_GUIDED).clamp(max=1)
-        paths_at_x = white.expand(paths, *white.shape)
-        w, exponent = _guided_paths(sde, terms, half_step, kappa, paths_at_x)
+        w = white.expand(paths, *white.shape)
+        w, exponent = _guided_paths(sde, terms, half_step, kappa, w)
         total = exponent + _base_log_prob(sde, distribution, w) - sde.flow.linear_log_det
         if not is_trivial(distribution.constraint):
             y = distribution.to_flow(x)
@@ -451,6 +450,7 @@ class _PathPoint(NamedTuple):
 
 
 def _path_point(sde: InterpolantSDE, now: TimeTerms, kappa: Tensor, w: Tensor) -> _PathPoint:
+    """Return the point of whitened states w, shape ``(*, D)``, with velocity and score there."""
     v = network_output(sde.transform, sde.flow.velocity, now.t, w)
     return _PathPoint(now, kappa, w, v, sde.score(now, w, v))
 

@@ -87,12 +87,10 @@ def path_energy(
         w0 = _sample_base(given, count)
         energies = []
         for i in range(0, count, _PATHS_PER_CHUNK):
-            own = path.context
+            own, chunk = path.context, slice(i, i + _PATHS_PER_CHUNK)
             if own is not None and own.dim() > 1:
-                own = own[i : i + _PATHS_PER_CHUNK]
-            states = flow.integrate(
-                w0[i : i + _PATHS_PER_CHUNK], path._replace(context=own), forward=True
-            )
+                own = own[chunk]
+            states = flow.integrate(w0[chunk], path._replace(context=own), forward=True)
             total = torch.zeros_like(states[0, :, 0])
             for t, w, x in zip(times, weights, states, strict=True):
                 v = evaluate(flow.velocity, t, x, own) @ flow.linear.T
