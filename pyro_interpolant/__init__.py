@@ -81,17 +81,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MOVED = {
-    name: room
+    name: f"it is {__name__}.{room}.{name}"
     for room, names in {
-        "diffusion": [
-            "denoiser_to_score",
-            "noise_to_score",
-            "score_to_denoiser",
-            "score_to_noise",
-            "score_to_velocity",
-            "velocity_to_denoiser",
-            "velocity_to_score",
-        ],
         "solvers": ["clenshaw_curtis"],
         "diagnostics": ["SolverError", "effective_sample_size", "pareto_smooth"],
         "training": ["FitResult", "TrainingState"],
@@ -106,6 +97,18 @@ _MOVED = {
         ],
     }.items()
     for name in names
+} | {
+    f"{given}_to_{wanted}": f"use {__name__}.diffusion.convert(interpolant, t, x, "
+    f"{given}={given}).{wanted}"
+    for given, wanted in (
+        ("velocity", "score"),
+        ("velocity", "denoiser"),
+        ("score", "velocity"),
+        ("score", "denoiser"),
+        ("score", "noise"),
+        ("denoiser", "score"),
+        ("noise", "score"),
+    )
 }
 
 __all__, __getattr__, __dir__ = attach(

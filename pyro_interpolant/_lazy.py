@@ -25,7 +25,7 @@ def attach(
         package: The package, ``__name__`` in its ``__init__``.
         homes: For each of its modules the public names it holds.
         rooms: Subpackages and modules that are attributes of the package themselves.
-        moved: Where names are that used to be here.
+        moved: What to say of names that used to be here, after a colon.
     """
     home = {name: module for module, names in homes.items() for name in names}
 
@@ -36,7 +36,7 @@ def attach(
             return value
         if name in rooms:
             return importlib.import_module(f"{package}.{name}")
-        hint = f": it is {package}.{moved[name]}.{name}" if moved and name in moved else ""
+        hint = f": {moved[name]}" if moved and name in moved else ""
         raise AttributeError(f"module {package!r} has no attribute {name!r}{hint}")
 
     def names() -> list[str]:

@@ -1,13 +1,15 @@
-r"""Pictures of flows, by matplotlib (extra ``[plot]``), which is imported when one is asked for.
+r"""Plots of flows by matplotlib (extra ``[plot]``), which is imported by the first plot.
 
 Every function draws on the axes it is given, or on new ones, and returns them.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .distributions.interpolant import InterpolantDistribution
 from .interpolants.linear import Interpolant
@@ -15,16 +17,25 @@ from .nn.velocity import evaluate
 from .solvers.ode import FixedGrid
 from .transforms.gaussianize import Gaussianized
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 __all__ = ["coefficients", "corner", "density", "evolution", "training_curve", "trajectories"]
 
 
-_DATA, _MODEL, _THIRD = "#4c566a", "#d1495b", "#2a9d8f"
-_POINTS = 4000  # of a scatter
+_DATA_COLOR, _MODEL_COLOR, _THIRD_COLOR = "#4c566a", "#d1495b", "#2a9d8f"
+_EXTENT_SAMPLES = 2000
+_SCATTER_POINTS = 4000
+_ARROWS = 15  # per dimension
 
 
 def trajectories(
-    distribution: InterpolantDistribution, *, count: int = 100, steps: int = 64, ax: Any = None
-) -> Any:
+    distribution: InterpolantDistribution,
+    *,
+    count: int = 100,
+    steps: int = 64,
+    ax: "Axes | None" = None,
+) -> "Axes":
     """Draw paths from base to data: against time in one dimension, else in the first two.
 
     Args:
@@ -36,13 +47,13 @@ def trajectories(
     ax = _axes(ax)
     times, paths = _paths(distribution, count, steps)
     if paths.shape[-1] == 1:
-        ax.plot(times, paths[..., 0], color=_MODEL, alpha=0.35, linewidth=0.8)
+        ax.plot(times, paths[..., 0], color=_MODEL_COLOR, alpha=0.35, linewidth=0.8)
         ax.set(xlabel="time", ylabel="$x$")
         return ax
     x, y = paths[..., 0], paths[..., 1]
-    ax.plot(x, y, color=_THIRD, alpha=0.35, linewidth=0.8, zorder=1)
-    ax.scatter(x[0], y[0], s=8, color=_DATA, label="base", zorder=2)
-    ax.scatter(x[-1], y[-1], s=8, color=_MODEL, label="model", zorder=3)
+    ax.plot(x, y, color=_THIRD_COLOR, alpha=0.35, linewidth=0.8, zorder=1)
+    ax.scatter(x[0], y[0], s=8, color=_DATA_COLOR, label="base", zorder=2)
+    ax.scatter(x[-1], y[-1], s=8, color=_MODEL_COLOR, label="model", zorder=3)
     ax.set(xlabel="$x_1$", ylabel="$x_2$")
     ax.legend(frameon=False)
     return ax
@@ -54,8 +65,8 @@ def density(
     extent: Sequence[float] | None = None,
     points: int = 120,
     velocity: bool = False,
-    ax: Any = None,
-) -> Any:
+    ax: "Axes | None" = None,
+) -> "Axes":
     """Draw the density of a flow in one or two dimensions, at the time it stops at.
 
     Args:
@@ -73,7 +84,7 @@ def density(
     if dim > 2:
         raise ValueError(f"expected one or two dimensions, got {dim}: use corner")
     ax = _axes(ax)
-    box = _extent(distribution.sample((2000,))) if extent is None else tuple(extent)
+    box = _extent(distribution.sample((_EXTENT_SAMPLES,))) if extent is None else tuple(extent)
     lines = [torch.linspace(a, b, points) for a, b in zip(box[::2], box[1::2], strict=True)]
     grid = torch.stack(torch.meshgrid(*lines, indexing="xy"), dim=-1)
     grid = grid.to(distribution.transform.flow.loc)
@@ -81,18 +92,18 @@ def density(
         value = distribution.log_prob(grid).exp().cpu().numpy()
     axes = [line.numpy() for line in lines]
     if dim == 1:
-        ax.plot(axes[0], value, color=_MODEL)
+        ax.plot(axes[0], value, color=_MODEL_COLOR)
         ax.set(xlabel="$x$", ylabel="density")
         return ax
     ax.pcolormesh(*axes, value, shading="gouraud", cmap="magma_r", rasterized=True)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", xlim=box[:2], ylim=box[2:])
     if velocity:
-        few = grid[:: points // 15, :: points // 15]
-        v = _velocity(distribution, few).cpu()
+        coarse = grid[:: points // _ARROWS, :: points // _ARROWS]
+        v = _velocity(distribution, coarse).cpu()
         ax.quiver(
-            *few.cpu().numpy().transpose(2, 0, 1),
+            *coarse.cpu().numpy().transpose(2, 0, 1),
             *v.numpy().transpose(2, 0, 1),
-            color=_THIRD,
+            color=_THIRD_COLOR,
             width=4e-3,
         )
     return ax
@@ -103,8 +114,8 @@ def evolution(
     times: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     *,
     velocity: bool = True,
-    ax: Any = None,
-) -> Any:
+    ax: "Sequence[Axes] | np.ndarray | None" = None,
+) -> "Sequence[Axes] | np.ndarray":
     """Draw density and velocity of a two-dimensional flow at several times, side by side.
 
     Args:
@@ -114,13 +125,9 @@ def evolution(
         ax: One axes per time, or None for new ones.
     """
     if ax is None:
-        from matplotlib import pyplot as plt
-
-        size = (2.6 * len(times), 2.8)
-        _, ax = plt.subplots(1, len(times), figsize=size, squeeze=False, layout="constrained")
-        ax = ax[0]
+        ax = _axes_array(1, len(times), (2.6 * len(times), 2.8))[0]
     views = [distribution.at(t) for t in times]
-    boxes = torch.tensor([_extent(view.sample((2000,))) for view in views])
+    boxes = torch.tensor([_extent(view.sample((_EXTENT_SAMPLES,))) for view in views])
     extent = [
         float(f(column)) for f, column in zip((min, max, min, max), boxes.T.tolist(), strict=True)
     ]
@@ -130,7 +137,7 @@ def evolution(
     return ax
 
 
-def coefficients(interpolant: Interpolant, *, ax: Any = None) -> Any:
+def coefficients(interpolant: Interpolant, *, ax: "Axes | None" = None) -> "Axes":
     """Draw the coefficients of a linear interpolant against time.
 
     Args:
@@ -144,7 +151,9 @@ def coefficients(interpolant: Interpolant, *, ax: Any = None) -> Any:
     values = interpolant.coefficients(t)
     ax = _axes(ax)
     names = (r"$\alpha$, base", r"$\beta$, data", r"$\gamma$, noise")
-    for value, name, color in zip(values, names, (_DATA, _MODEL, _THIRD), strict=True):
+    for value, name, color in zip(
+        values, names, (_DATA_COLOR, _MODEL_COLOR, _THIRD_COLOR), strict=True
+    ):
         if bool((value != 0).any()):
             ax.plot(t.numpy(), value.detach().numpy(), label=name, color=color)
     ax.set(xlabel="time", ylabel="coefficient")
@@ -152,30 +161,30 @@ def coefficients(interpolant: Interpolant, *, ax: Any = None) -> Any:
     return ax
 
 
-def training_curve(result: Any, *, ax: Any = None) -> Any:
-    """Draw the losses of a run against its steps, and where the kept weights come from.
+def training_curve(result: Any, *, ax: "Axes | None" = None) -> "Axes":
+    """Draw the losses of a run against its steps, and the step of the kept weights.
 
     Args:
         result: A :class:`~pyro_interpolant.FitResult`.
         ax: Axes, or None for new ones.
     """
     ax = _axes(ax)
-    ax.plot(result.steps, result.losses, color=_DATA, linewidth=1, label="training")
-    ax.plot(result.steps, result.validation_losses, color=_MODEL, label="held out")
-    ax.axvline(result.best_step, color=_THIRD, linestyle=":", label="kept")
+    ax.plot(result.steps, result.losses, color=_DATA_COLOR, linewidth=1, label="training")
+    ax.plot(result.steps, result.validation_losses, color=_MODEL_COLOR, label="held out")
+    ax.axvline(result.best_step, color=_THIRD_COLOR, linestyle=":", label="kept")
     ax.set(xlabel="step", ylabel="loss $G$")
     ax.legend(frameon=False)
     return ax
 
 
 def corner(
-    samples: Any,
+    samples: Tensor | Distribution,
     data: Tensor,
     *,
     names: Sequence[str] | None = None,
     count: int = 2000,
-    ax: Any = None,
-) -> Any:
+    ax: np.ndarray | None = None,
+) -> np.ndarray:
     """Compare samples with data: histograms on the diagonal, pairs of columns below it.
 
     Args:
@@ -186,17 +195,14 @@ def corner(
         ax: An array of D x D axes, or None for new ones.
     """
     if not isinstance(samples, Tensor):
-        samples = samples.sample((count,))
+        samples = samples.sample(torch.Size((count,)))
     dim = data.shape[-1]
     if ax is None:
-        from matplotlib import pyplot as plt
-
-        size = (1.6 * dim + 1, 1.6 * dim + 1)
-        _, ax = plt.subplots(dim, dim, figsize=size, squeeze=False, layout="constrained")
+        ax = _axes_array(dim, dim, (1.6 * dim + 1, 1.6 * dim + 1))
     names = [f"$x_{{{i + 1}}}$" for i in range(dim)] if names is None else names
     pair = (
-        (data.detach().cpu().numpy(), _DATA, "data"),
-        (samples.detach().cpu().numpy(), _MODEL, "model"),
+        (data.detach().cpu().numpy(), _DATA_COLOR, "data"),
+        (samples.detach().cpu().numpy(), _MODEL_COLOR, "model"),
     )
     for i in range(dim):
         for j in range(dim):
@@ -205,13 +211,15 @@ def corner(
                 one.set_axis_off()
                 continue
             for rows, color, label in pair:
-                few = rows[:_POINTS]
+                points = rows[:_SCATTER_POINTS]
                 if i == j:
                     one.hist(
                         rows[:, i], 40, density=True, histtype="step", color=color, label=label
                     )
                 else:
-                    one.scatter(few[:, j], few[:, i], s=2, alpha=0.3, color=color, linewidths=0)
+                    one.scatter(
+                        points[:, j], points[:, i], s=2, alpha=0.3, color=color, linewidths=0
+                    )
             one.set(xlabel=names[j] if i == dim - 1 else "", ylabel=names[i] if j == 0 < i else "")
             if i == j:
                 one.set_yticks([])
@@ -219,7 +227,8 @@ def corner(
     return ax
 
 
-def _axes(ax: Any) -> Any:
+def _axes(ax: "Axes | None") -> "Axes":
+    """Return the axes, or new ones."""
     if ax is not None:
         return ax
     from matplotlib import pyplot as plt
@@ -227,15 +236,24 @@ def _axes(ax: Any) -> Any:
     return plt.subplots(layout="constrained")[1]
 
 
+def _axes_array(rows: int, columns: int, size: tuple[float, float]) -> np.ndarray:
+    """Return new axes, shape ``(rows, columns)``, in a figure of a size in inches."""
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")[1]
+
+
 def _extent(x: Tensor) -> tuple[float, ...]:
-    """Return the box of samples, shape ``(N, D)``, without their farthest."""
+    """Return the bounds of samples, shape ``(N, D)``, but for the farthest 0.5 % on each side."""
     bounds = torch.quantile(x.double().cpu(), torch.tensor([0.005, 0.995]).double(), dim=0)
     margin = 0.15 * (bounds[1] - bounds[0])
     return tuple(torch.stack((bounds[0] - margin, bounds[1] + margin), -1).flatten().tolist())
 
 
-def _paths(distribution: InterpolantDistribution, count: int, steps: int) -> tuple[Any, Any]:
-    """Return times and the paths' points, shape ``(steps + 1, count, D)``, in data coordinates."""
+def _paths(
+    distribution: InterpolantDistribution, count: int, steps: int
+) -> tuple[np.ndarray, ...]:
+    """Return times and points of paths, shape ``(steps + 1, count, D)``, in data coordinates."""
     transform = distribution.transform
     chain = list(distribution.transforms)
     here = next(i for i, part in enumerate(chain) if part is transform)

@@ -179,6 +179,8 @@ def test_type_checkers_see_the_names_that_are_there():
 def test_a_name_that_moved_says_where():
     with pytest.raises(AttributeError, match=r"pyro_interpolant\.training\.FitResult"):
         pyro_interpolant.FitResult  # noqa: B018
+    with pytest.raises(AttributeError, match=r"use .*\.diffusion\.convert\(.*velocity\)\.score"):
+        pyro_interpolant.velocity_to_score  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         pyro_interpolant.nothing  # noqa: B018
 

@@ -1,7 +1,7 @@
 r"""Velocity, score and denoiser, and the diffusion with the same densities.
 
-For a Gaussian base and a linear interpolant, ``conversions`` is the algebra that takes any of
-velocity, score, denoiser and noise to the others; ``scores`` applies it to a distribution in data
+For a Gaussian base and a linear interpolant, any one of velocity, score, denoiser and noise gives
+the others: ``conversions`` has the algebra, ``scores`` applies it to a distribution, in data
 coordinates. ``sde`` has the diffusions :math:`dX = (v + \epsilon S) dt + \sqrt{2 \epsilon} dW`
 with the flow's densities at all times: their samples and their likelihoods.
 """
@@ -18,15 +18,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = attach(
     __name__,
     {
-        "conversions": [
-            "denoiser_to_score",
-            "noise_to_score",
-            "score_to_denoiser",
-            "score_to_noise",
-            "score_to_velocity",
-            "velocity_to_denoiser",
-            "velocity_to_score",
-        ],
+        "conversions": ["Conversion", "convert"],
         "scores": ["denoiser", "score"],
         "sde": ["InterpolantSDE", "sample_sde", "sde_log_prob"],
     },

@@ -12,206 +12,173 @@ Two linear equations: with :math:`\Delta = \dot\beta\sigma^2 - \beta\sigma\dot\s
 .. math:: S = (\beta v - \dot\beta x) / \Delta, \qquad d = (\sigma^2 v - \sigma\dot\sigma x) /
           \Delta.
 
-:math:`\Delta` is :math:`\sigma^2\beta` times the slope of :math:`\log(\beta / \sigma)`: where data
-do not gain on noise, as at t = 1 where there is no noise left, the velocity does not tell them
-apart. Where :math:`\beta = \dot\beta = 0`, :math:`S = -x/\sigma^2`.
+:math:`\Delta` is :math:`\sigma^2\beta` times the slope of :math:`\log(\beta / \sigma)`. Where the
+ratio of data to noise does not change, as at t = 1 where no noise is left, it is zero and the
+velocity determines neither. Where :math:`\beta = \dot\beta = 0`, :math:`S = -x/\sigma^2`.
 
-All of it in whitened coordinates; :mod:`~pyro_interpolant.scores` has the same of a distribution.
+All of it in whitened coordinates; :mod:`~pyro_interpolant.diffusion.scores` has the same of a
+distribution, in data coordinates.
 
 References:
     Albergo, Boffi & Vanden-Eijnden, arXiv 2303.08797, Sections 3.2 and 4.4.
 """
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..interpolants.linear import Interpolant
 
-__all__ = [
-    "Time",
-    "check_linear",
-    "checked_times",
-    "denoiser_to_score",
-    "noise_to_score",
-    "refuse",
-    "score_terms",
-    "score_to_denoiser",
-    "score_to_noise",
-    "score_to_velocity",
-    "tiny",
-    "velocity_to_denoiser",
-    "velocity_to_score",
-]
+__all__ = ["Conversion", "convert"]
 
 
 Time = Tensor | float
 
-INSTEAD = "another, or the gradient of a density, distribution.at(t).score(x)"
+SCORE_INSTEAD = "another, or the gradient of a density, distribution.at(t).score(x)"
+_LATER = "a later one"
 
 
-def velocity_to_score(interpolant: Interpolant, t: Time, x: Tensor, v: Tensor) -> Tensor:
-    r"""Return the score :math:`(\beta v - \dot\beta x) / \Delta`, shape ``(*, D)``.
+class Conversion:
+    r"""Velocity, score, denoiser and noise at some states, shape ``(*, D)``, given one of them.
+
+    Each of the others is computed when it is first asked for, and raises a ValueError if what is
+    given does not determine it at one of the times. Made by :func:`convert`.
+    """
+
+    def __init__(
+        self, interpolant: Interpolant, t: Time, x: Tensor, given: str, value: Tensor
+    ) -> None:
+        self._given, self._x, self._t = given, x, checked_times(t, x)
+        self._terms = [c[..., None] for c in noise_and_data(interpolant, self._t)]
+        self.__dict__[given] = value  # found before the property of that name, which is not run
+
+    @cached_property
+    def velocity(self) -> Tensor:
+        r"""The velocity :math:`(\dot\beta x + \Delta S) / \beta`.
+
+        Not where :math:`\beta = 0`, as at t = 0; where :math:`\dot\beta = 0` too it is
+        :math:`-\sigma\dot\sigma S`.
+        """
+        x, (b, db, square, half) = self._x, self._terms
+        if self._given == "denoiser":
+            return db * self.denoiser - half * self.score
+        no_data, no_slope = b.abs() <= roundoff(x), db.abs() <= roundoff(x)
+        raise_if_singular(no_data & ~no_slope, self._t, "the path depends on the data", _LATER)
+        both = (db * x + (db * square - b * half) * self.score) / torch.where(no_data, 1, b)
+        return torch.where(no_data, -half * self.score, both)
+
+    @cached_property
+    def score(self) -> Tensor:
+        r"""The score :math:`(\beta v - \dot\beta x) / \Delta`.
+
+        Not where :math:`\Delta = 0`, as at t = 1. Of the denoiser it is :math:`(\beta d - x) /
+        \sigma^2`, of the noise :math:`-E[n | x_t] / \sigma`; not where :math:`\sigma = 0`.
+        """
+        x, (b, _, square, _) = self._x, self._terms
+        if self._given == "velocity":
+            p, q, divisor = score_terms(*self._terms)
+            needed = "the velocity determines the score"
+            raise_if_singular(divisor.abs() <= roundoff(x), self._t, needed, SCORE_INSTEAD)
+            return (p * self.velocity + q * x) / divisor
+        raise_if_singular(square <= roundoff(x) ** 2, self._t, "there is noise", SCORE_INSTEAD)
+        if self._given == "noise":
+            return -self.noise / square.sqrt()
+        return (b * self.denoiser - x) / square
+
+    @cached_property
+    def denoiser(self) -> Tensor:
+        r"""The denoiser :math:`(\sigma^2 v - \sigma\dot\sigma x) / \Delta`.
+
+        Of the velocity it exists at both ends: the mean of the data at t = 0, x itself at t = 1.
+        Of the score :math:`(x + \sigma^2 S) / \beta`, Tweedie's formula; not where
+        :math:`\beta = 0`, as at t = 0.
+        """
+        x, (b, db, square, half) = self._x, self._terms
+        if self._given == "velocity":
+            no_noise = (square <= roundoff(x)) & (b.abs() > roundoff(x))
+            top = torch.where(no_noise, x, square * self.velocity - half * x)
+            bottom = torch.where(no_noise, b, db * square - b * half)
+            needed = "the velocity determines the denoiser"
+            raise_if_singular(bottom.abs() <= roundoff(x), self._t, needed, "another")
+            return top / bottom
+        needed = "the state depends on the data"
+        raise_if_singular(b.abs() <= roundoff(x), self._t, needed, _LATER)
+        if self._given == "noise":
+            return (x - square.sqrt() * self.noise) / b
+        return (x + square * self.score) / b
+
+    @cached_property
+    def noise(self) -> Tensor:
+        r"""The noise :math:`-\sigma S`; its latent part is :math:`E[z | x_t] = -\gamma S`."""
+        return -self._terms[2].sqrt() * self.score
+
+
+def convert(
+    interpolant: Interpolant,
+    t: Time,
+    x: Tensor,
+    *,
+    velocity: Tensor | None = None,
+    score: Tensor | None = None,
+    denoiser: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Conversion:
+    r"""Return velocity, score, denoiser and noise of a linear interpolant, given one of them.
 
     Args:
         interpolant: A member of the linear family.
         t: Times in [0, 1], broadcastable to ``(*)``.
-        x: States, shape ``(*, D)``, whitened, as is all below.
-        v: The velocity there, shape ``(*, D)``.
+        x: States, shape ``(*, D)``, whitened, as is all else.
+        velocity: :math:`v_t(x)`, shape ``(*, D)``.
+        score: :math:`\nabla\log\rho_t(x)`, shape ``(*, D)``.
+        denoiser: :math:`E[x_1 | x_t = x]`, shape ``(*, D)``.
+        noise: :math:`E[n | x_t = x]`, shape ``(*, D)``.
+
+    Returns:
+        An object with these four as attributes, each of shape ``(*, D)``.
 
     Raises:
-        ValueError: If the interpolant is not linear, a time is outside [0, 1], or it is one where
-            the velocity does not determine the score.
+        ValueError: If not exactly one of the four is given, the interpolant is not linear, or a
+            time is outside [0, 1]; from an attribute, if it is not determined at one of the times:
+            the score of the velocity at t = 1, the denoiser and velocity of the score at t = 0.
+
+    References:
+        arXiv 2303.08797, Sections 3.2 and 4.4; Efron, *Tweedie's formula and selection bias*,
+        JASA 106 (2011).
 
     Example:
         >>> x = torch.randn(5, 2)  # from N(0, I) to N(0, I): the velocity is zero
-        >>> s = velocity_to_score(Trigonometric(), 0.3, x, torch.zeros(5, 2))
+        >>> s = convert(Trigonometric(), 0.3, x, velocity=torch.zeros(5, 2)).score
         >>> bool(torch.allclose(s, -x))
         True
     """
-    t = checked_times(t, x)
-    p, q, divisor = (c[..., None] for c in score_terms(interpolant, t))
-    refuse(divisor.abs() <= tiny(x), t, "the velocity determines the score", INSTEAD)
-    return (p * v + q * x) / divisor
+    forms = {"velocity": velocity, "score": score, "denoiser": denoiser, "noise": noise}
+    given = {name: value for name, value in forms.items() if value is not None}
+    if len(given) != 1:
+        names = " and ".join(given) or "none"
+        raise ValueError(f"expected one of velocity, score, denoiser and noise, got {names}")
+    return Conversion(interpolant, t, x, *given.popitem())
 
 
-def score_to_velocity(interpolant: Interpolant, t: Time, x: Tensor, score: Tensor) -> Tensor:
-    r"""Return the velocity :math:`(\dot\beta x + \Delta S) / \beta`, shape ``(*, D)``.
-
-    Where :math:`\beta = \dot\beta = 0` it is :math:`-\sigma\dot\sigma S`.
-
-    Args:
-        interpolant: A member of the linear family.
-        t: Times in [0, 1], broadcastable to ``(*)``.
-        x: States, shape ``(*, D)``.
-        score: The score there, shape ``(*, D)``.
-
-    Raises:
-        ValueError: If the interpolant is not linear, a time is outside [0, 1], or it is one where
-            the score says nothing of the data, as at t = 0.
-    """
-    t = checked_times(t, x)
-    b, db, square, half = (c[..., None] for c in _terms(interpolant, t))
-    apart, still = b.abs() <= tiny(x), db.abs() <= tiny(x)
-    refuse(apart & ~still, t, "the path depends on the data", "a later one")
-    delta = db * square - b * half
-    return torch.where(apart, -half * score, (db * x + delta * score) / torch.where(apart, 1, b))
-
-
-def velocity_to_denoiser(interpolant: Interpolant, t: Time, x: Tensor, v: Tensor) -> Tensor:
-    r"""Return :math:`E[x_1 | x_t = x] = (\sigma^2 v - \sigma\dot\sigma x) / \Delta`, ``(*, D)``.
-
-    Unlike the score it exists at both ends: the mean of the data at t = 0, x itself at t = 1.
-
-    Args:
-        interpolant: A member of the linear family.
-        t: Times in [0, 1], broadcastable to ``(*)``.
-        x: States, shape ``(*, D)``.
-        v: The velocity there, shape ``(*, D)``.
-
-    Raises:
-        ValueError: If the interpolant is not linear, a time is outside [0, 1], or it is one where
-            the velocity does not determine the denoiser.
-    """
-    t = checked_times(t, x)
-    b, db, square, half = (c[..., None] for c in _terms(interpolant, t))
-    clear = (square <= tiny(x)) & (b.abs() > tiny(x))  # no noise left: x is beta x1
-    top = torch.where(clear, x, square * v - half * x)
-    bottom = torch.where(clear, b, db * square - b * half)
-    refuse(bottom.abs() <= tiny(x), t, "the velocity determines the denoiser", "another")
-    return top / bottom
-
-
-def score_to_denoiser(interpolant: Interpolant, t: Time, x: Tensor, score: Tensor) -> Tensor:
-    r"""Return :math:`E[x_1 | x_t = x] = (x + \sigma^2 S) / \beta`, shape ``(*, D)``.
-
-    Args:
-        interpolant: A member of the linear family.
-        t: Times in [0, 1], broadcastable to ``(*)``.
-        x: States, shape ``(*, D)``.
-        score: The score there, shape ``(*, D)``.
-
-    Raises:
-        ValueError: If the interpolant is not linear, a time is outside [0, 1], or it is one where
-            the state says nothing of the data, as at t = 0.
-
-    References:
-        Efron, *Tweedie's formula and selection bias*, JASA 106 (2011).
-    """
-    t = checked_times(t, x)
-    b, _, square, _ = (c[..., None] for c in _terms(interpolant, t))
-    refuse(b.abs() <= tiny(x), t, "the state depends on the data", "a later one")
-    return (x + square * score) / b
-
-
-def denoiser_to_score(interpolant: Interpolant, t: Time, x: Tensor, denoised: Tensor) -> Tensor:
-    r"""Return the score :math:`(\beta d - x) / \sigma^2`, shape ``(*, D)``.
-
-    Args:
-        interpolant: A member of the linear family.
-        t: Times in [0, 1], broadcastable to ``(*)``.
-        x: States, shape ``(*, D)``.
-        denoised: :math:`d = E[x_1 | x_t = x]`, shape ``(*, D)``.
-
-    Raises:
-        ValueError: If the interpolant is not linear, a time is outside [0, 1], or it is one
-            without noise, as t = 1.
-    """
-    t = checked_times(t, x)
-    b, _, square, _ = (c[..., None] for c in _terms(interpolant, t))
-    refuse(square <= tiny(x) ** 2, t, "there is noise", INSTEAD)
-    return (b * denoised - x) / square
-
-
-def score_to_noise(interpolant: Interpolant, t: Time, score: Tensor) -> Tensor:
-    r"""Return :math:`E[n | x_t] = -\sigma S`, the noise in the state, shape ``(*, D)``.
-
-    The latent part of it is :math:`E[z | x_t] = -\gamma S`.
-
-    Args:
-        interpolant: A member of the linear family.
-        t: Times in [0, 1], broadcastable to ``(*)``.
-        score: The score, shape ``(*, D)``.
-
-    Raises:
-        ValueError: If the interpolant is not linear or a time is outside [0, 1].
-    """
-    return -_terms(interpolant, checked_times(t, score))[2].sqrt()[..., None] * score
-
-
-def noise_to_score(interpolant: Interpolant, t: Time, noise: Tensor) -> Tensor:
-    r"""Return the score :math:`-E[n | x_t] / \sigma`, shape ``(*, D)``.
-
-    Args:
-        interpolant: A member of the linear family.
-        t: Times in [0, 1], broadcastable to ``(*)``.
-        noise: :math:`E[n | x_t]`, shape ``(*, D)``.
-
-    Raises:
-        ValueError: If the interpolant is not linear, a time is outside [0, 1], or it is one
-            without noise, as t = 1.
-    """
-    t = checked_times(t, noise)
-    square = _terms(interpolant, t)[2][..., None]
-    refuse(square <= tiny(noise) ** 2, t, "there is noise", INSTEAD)
-    return -noise / square.sqrt()
-
-
-def score_terms(interpolant: Interpolant, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return p, q and :math:`\Delta`, each of the shape of t: the score is (p v + q x) / Delta.
+def score_terms(
+    b: Tensor, db: Tensor, square: Tensor, half: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return p, q and :math:`\Delta` of :func:`noise_and_data`: the score is (p v + q x) / Delta.
 
     Where :math:`\beta = \dot\beta = 0` they are :math:`0, -1, \sigma^2`.
+    """
+    no_data = (b.abs() <= roundoff(b)) & (db.abs() <= roundoff(b))
+    divisor = torch.where(no_data, square, db * square - b * half)
+    return torch.where(no_data, 0, b), torch.where(no_data, -1, -db), divisor
+
+
+def noise_and_data(interpolant: Interpolant, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Return :math:`\beta, \dot\beta, \sigma^2, \sigma\dot\sigma`, each of the shape of t.
 
     Raises:
         ValueError: If the interpolant is not linear.
     """
-    b, db, square, half = _terms(interpolant, t)
-    free = (b.abs() <= tiny(t)) & (db.abs() <= tiny(t))
-    delta = torch.where(free, square, db * square - b * half)
-    return torch.where(free, 0, b), torch.where(free, -1, -db), delta
-
-
-def _terms(interpolant: Interpolant, t: Tensor) -> tuple[Tensor, ...]:
-    r"""Return :math:`\beta, \dot\beta, \sigma^2, \sigma\dot\sigma`, each of the shape of t."""
     check_linear(interpolant)
     (a, b, g), (da, db, dg) = interpolant.coefficients(t), interpolant.derivatives(t)
     # Slopes are those of the loss, which takes them inside the interior: so is the velocity.
@@ -220,14 +187,12 @@ def _terms(interpolant: Interpolant, t: Tensor) -> tuple[Tensor, ...]:
 
 def check_linear(interpolant: Interpolant) -> None:
     """Raise a ValueError unless the path is linear in its ends."""
-    try:
-        interpolant.coefficients(torch.tensor(0.5))
-    except TypeError as error:
+    if not interpolant.is_linear():
         raise ValueError(
             f"expected a linear interpolant, got {type(interpolant).__name__}: a velocity gives "
             "the score where the path is a sum of Gaussian noise and data. "
             "distribution.at(t).score(x) is the gradient of the log-density"
-        ) from error
+        )
 
 
 def checked_times(t: Time, x: Tensor) -> Tensor:
@@ -242,13 +207,13 @@ def checked_times(t: Time, x: Tensor) -> Tensor:
     return t
 
 
-def tiny(x: Tensor) -> float:
-    """Return what cannot be told from zero in the type of a tensor of any shape."""
+def roundoff(x: Tensor) -> float:
+    """Return 8 eps of the type of x, of any shape: a coefficient below it counts as zero."""
     return 8 * torch.finfo(x.dtype).eps
 
 
-def refuse(singular: Tensor, t: Tensor, wanted: str, instead: str) -> None:
+def raise_if_singular(singular: Tensor, t: Tensor, needed: str, instead: str) -> None:
     """Raise a ValueError that names the first singular time, if any of ``(*, 1)`` is."""
     if bool(singular.any()):
         first = float(t.expand(singular.shape[:-1])[singular[..., 0]].flatten()[0])
-        raise ValueError(f"expected times at which {wanted}, got t = {first:g}: take {instead}")
+        raise ValueError(f"expected times at which {needed}, got t = {first:g}: take {instead}")

@@ -1,13 +1,13 @@
-r"""The score and the denoiser of a flow, in data coordinates, from what it has learned.
+r"""The score and the denoiser of a flow, in data coordinates.
 
-Where base and data are independent and the base is N(0, I), the velocity gives both; a flow that
-has learned the noise of a latent term gives them for any base and coupling.
+With :math:`y = \mathrm{loc} + L w` the score is :math:`L^{-T} S(w)` and the denoiser
+:math:`\mathrm{loc} + L\, d(w)`, of whitened states. S and d follow from the velocity where base
+and data are independent and the base is N(0, I); a flow that learned the noise of a latent term
+has :math:`S = -E[z | x_t] / \gamma` for any base and coupling.
 
 References:
     Albergo, Boffi & Vanden-Eijnden, arXiv 2303.08797, Sections 3.2 and 4.4.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor, broadcast_shapes, nn, where
@@ -15,24 +15,24 @@ from torch import Tensor, broadcast_shapes, nn, where
 from ..distributions.interpolant import InterpolantDistribution
 from ..nn.velocity import evaluate
 from ..transforms.gaussianize import Gaussianized, refuse_charts
+from ..transforms.interpolant import InterpolantTransform
 from .conversions import (
-    INSTEAD,
+    SCORE_INSTEAD,
     Time,
     check_linear,
     checked_times,
-    refuse,
-    tiny,
-    velocity_to_denoiser,
-    velocity_to_score,
+    convert,
+    raise_if_singular,
+    roundoff,
 )
 
-__all__ = ["conditional_mean", "denoiser", "score", "transform_with_score"]
+__all__ = ["denoiser", "score"]
 
 
 def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
     r"""Return :math:`\nabla\log\rho_t(x)`, shape ``(*, D)``, from the velocity: no ODE is solved.
 
-    At the data end, t = 1, there is no noise left for the velocity to tell of; there, or to be
+    At t = 1 there is no noise left, and the velocity does not determine the score. There, or to be
     exact for the solver, take ``distribution.at(t).score(x)``, the gradient of the log-density. A
     flow that learned the noise of a latent term uses :math:`-E[z | x_t] / \gamma` instead.
 
@@ -59,25 +59,24 @@ def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
     """
     transform, support = transform_with_score(distribution), distribution.constraint
     if not isinstance(support, Gaussianized):
-        return _score(distribution, t, x)
+        return _flow_score(distribution, t, x)
     chart, x = support.chart, transform._checked(x)
-    bend = torch.func.grad(lambda y: -chart.log_abs_det_jacobian(y, y).sum())(x)
-    pulled: Any = torch.func.vjp(chart._inverse, x)
-    u, back = pulled
-    return back(_score(distribution, t, u))[0] + bend
+    log_det_score = torch.func.grad(lambda y: -chart.log_abs_det_jacobian(y, y).sum())(x)
+    u, pullback, *_ = torch.func.vjp(chart._inverse, x)
+    return pullback(_flow_score(distribution, t, u))[0] + log_det_score
 
 
-def _score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
-    """Return the score in the flow's coordinates."""
+def _flow_score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
+    """Return the score of the flow before any map of its support, shape ``(*, D)``."""
     transform, time, w = _prepared(distribution, t, x)
     noise = transform.flow.noise
     if noise is None:
-        v = conditional_mean(transform, transform.flow.velocity, time, w)
-        white = velocity_to_score(transform.interpolant, time, w, v)
+        v = network_output(transform, transform.flow.velocity, time, w)
+        white = convert(transform.interpolant, time, w, velocity=v).score
     else:
         gamma = transform.interpolant.coefficients(time)[2][..., None]
-        refuse(gamma.abs() <= tiny(w), time, "gamma is positive", INSTEAD)
-        white = -conditional_mean(transform, noise, time, w) / gamma
+        raise_if_singular(gamma.abs() <= roundoff(w), time, "gamma is positive", SCORE_INSTEAD)
+        white = -network_output(transform, noise, time, w) / gamma
     return transform.flow.whitening.pull(white)
 
 
@@ -97,23 +96,24 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
     transform, time, w = _prepared(distribution, t, x)
     refuse_charts(distribution.constraint, "the mean of what a path leads to")
     interpolant, noise = transform.interpolant, transform.flow.noise
-    v = conditional_mean(transform, transform.flow.velocity, time, w)
+    to_data = transform.flow.whitening.from_white
+    v = network_output(transform, transform.flow.velocity, time, w)
     if noise is None:
-        return transform.flow.whitening.from_white(velocity_to_denoiser(interpolant, time, w, v))
+        return to_data(convert(interpolant, time, w, velocity=v).denoiser)
     # Any base: x and v less their noise are two equations for the means of x0 and x1.
-    z = conditional_mean(transform, noise, time, w)
+    z = network_output(transform, noise, time, w)
     a, b, g = (c[..., None] for c in interpolant.coefficients(time))
     da, db, dg = (c[..., None] for c in interpolant.derivatives(time))
     state, slope = w - g * z, v - dg * z
-    alone = (a.abs() <= tiny(w)) & (da.abs() <= tiny(w))  # without x0 the first suffices
-    bottom = where(alone, b, a * db - da * b)
-    refuse(bottom.abs() <= tiny(w), time, "the path depends on the data", "another")
-    return transform.flow.whitening.from_white(
-        where(alone, state, a * slope - da * state) / bottom
-    )
+    # Where there is no x0, the first alone is solved.
+    no_base = (a.abs() <= roundoff(w)) & (da.abs() <= roundoff(w))
+    bottom = where(no_base, b, a * db - da * b)
+    needed = "the path depends on the data"
+    raise_if_singular(bottom.abs() <= roundoff(w), time, needed, "another")
+    return to_data(where(no_base, state, a * slope - da * state) / bottom)
 
 
-def transform_with_score(distribution: InterpolantDistribution) -> Any:
+def transform_with_score(distribution: InterpolantDistribution) -> InterpolantTransform:
     """Return the transform of a flow of which a score is known.
 
     Raises:
@@ -128,7 +128,7 @@ def transform_with_score(distribution: InterpolantDistribution) -> Any:
     transform = distribution.transform
     check_linear(transform.interpolant)
     if transform.flow.noise is not None or transform.interpolant.ends[0][0] == 0:
-        return transform  # nothing is asked of the base: it is not there, or not needed
+        return transform  # no condition on the base: its score is not used
     instead = "use an interpolant with a latent term and fit(..., learn='noise')"
     if distribution.base is not None:
         raise ValueError(
@@ -143,15 +143,17 @@ def transform_with_score(distribution: InterpolantDistribution) -> Any:
     return transform
 
 
-def conditional_mean(transform: Any, network: nn.Module, t: Tensor, w: Tensor) -> Tensor:
-    """Return what a network of the flow says at whitened states ``w``, shape ``(*, D)``."""
+def network_output(
+    transform: InterpolantTransform, network: nn.Module, t: Tensor, w: Tensor
+) -> Tensor:
+    """Return a network of the flow, velocity or noise, at whitened states, shape ``(*, D)``."""
     return evaluate(network, t, w, transform.context)
 
 
 def _prepared(
     distribution: InterpolantDistribution, t: Time, x: Tensor
-) -> tuple[Any, Tensor, Tensor]:
-    """Return the transform, the times, and the whitened states with the batch of both."""
+) -> tuple[InterpolantTransform, Tensor, Tensor]:
+    """Return the transform, the times, and whitened states of the batch of states and times."""
     transform = transform_with_score(distribution)
     w = transform.flow.whitening.to_white(transform._checked(x))
     times = checked_times(t, w)

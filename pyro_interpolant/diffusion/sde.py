@@ -1,4 +1,4 @@
-r"""Stochastic paths with the flow's own densities, from the base to the data and back.
+r"""The stochastic differential equation of a flow: its samples and its likelihood.
 
 For every :math:`\epsilon(t) \ge 0`, with v the velocity and S the score, the diffusions
 
@@ -9,9 +9,9 @@ have the density :math:`\rho_t` of the interpolant at every t. The noise is isot
 coordinates: in data coordinates, :math:`y = \mathrm{loc} + L w`, it is :math:`L\,dW`.
 
 The default is :math:`\epsilon = |\Delta|, \Delta = \dot\beta\sigma^2 - \beta\sigma\dot\sigma`, the
-divisor of the score (see :func:`~pyro_interpolant.velocity_to_score`; :math:`\sigma^2` where
+divisor of the score (see :func:`~pyro_interpolant.diffusion.convert`; :math:`\sigma^2` where
 :math:`\beta = \dot\beta = 0`). The forward drift is then :math:`(1 + \beta) v - \dot\beta x`:
-nothing is divided by, and both ends are finite. It is :math:`\beta` times the diffusion at which
+without a division, and finite at both ends. It is :math:`\beta` times the diffusion at which
 an error e of the velocity costs least. That is one of :math:`(1 + \epsilon\beta/\Delta)\, e` of
 the drift, and adds :math:`(1 + \epsilon\beta/\Delta)^2 |e|^2 / 4\epsilon` to the bound of the
 divergence between data and model: smallest at :math:`\Delta/\beta`, which is infinite at t = 0.
@@ -23,40 +23,39 @@ References:
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..distributions.interpolant import InterpolantDistribution
-from ..interpolants.linear import NEAR
-from .conversions import score_terms, tiny
-from .scores import conditional_mean, transform_with_score
+from ..interpolants.linear import END_MARGIN
+from .conversions import noise_and_data, roundoff, score_terms
+from .scores import network_output, transform_with_score
 
-__all__ = [
-    "Diffusion",
-    "InterpolantSDE",
-    "Terms",
-    "check_determined",
-    "grid",
-    "sample_sde",
-    "sde_log_prob",
-    "whiten",
-]
+__all__ = ["InterpolantSDE", "sample_sde", "sde_log_prob"]
 
 
 Diffusion = Callable[[Tensor], Tensor | float]
 
+_FULLY_GUIDED = 0.01  # the share of its largest divisor above which a score guides fully
 
-class Terms(NamedTuple):
-    """What the equation takes from the time alone, each of its shape.
+
+# ---- the equation -------------------------------------------------------------------------------
+
+
+class TimeTerms(NamedTuple):
+    r"""The coefficients of drift and diffusion, which depend on the time alone, each of its shape.
+
+    The score is :math:`(p v + q x) / \Delta`; of a flow that learned the noise,
+    :math:`-E[z | x_t] / \Delta`.
 
     Attributes:
-        t: The flow's time, moved off the ends.
-        rate: The diffusion.
-        p: What the velocity is multiplied by in the score.
-        q: What the state is multiplied by in the score.
-        divisor: What their sum, or the negative of the noise, is divided by.
+        t: The flow's time, at least 1e-3 from both ends.
+        rate: The diffusion :math:`\epsilon`.
+        p: The coefficient of the velocity in the score.
+        q: The coefficient of the state in the score.
+        divisor: :math:`\Delta`, or :math:`\gamma`.
     """
 
     t: Tensor
@@ -65,9 +64,9 @@ class Terms(NamedTuple):
     q: Tensor
     divisor: Tensor
 
-    def at(self, i: int) -> "Terms":
-        """Return the terms of one of several times."""
-        return Terms(*(part[i] for part in self))
+    def at(self, i: int) -> "TimeTerms":
+        """Return the terms at the i-th of several times."""
+        return TimeTerms(*(part[i] for part in self))
 
 
 class InterpolantSDE:
@@ -118,7 +117,7 @@ class InterpolantSDE:
         self.flow = self.transform.flow
         self.diffusion = diffusion
         self.forward = forward
-        terms = self.terms(torch.linspace(NEAR, 1 - NEAR, 257).to(self.flow.loc))
+        terms = self.terms(torch.linspace(END_MARGIN, 1 - END_MARGIN, 257).to(self.flow.loc))
         rate = terms.rate
         if not bool(((rate >= 0) & torch.isfinite(rate)).all()):
             raise ValueError(
@@ -126,7 +125,7 @@ class InterpolantSDE:
                 f"to {float(rate.max()):.3g}"
             )
         if diffusion is not None:
-            check_determined(self, Terms(*(part[rate > 0] for part in terms)))
+            _check_score_determined(self, TimeTerms(*(part[rate > 0] for part in terms)))
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
         """Return the drift, shape ``(B, D)``.
@@ -136,7 +135,7 @@ class InterpolantSDE:
             y: States, shape ``(B, D)``.
         """
         w = self.flow.whitening.to_white(self.transform._checked(y))
-        return self.flow.whitening.push(self.drift(self.terms(self._real(t, y)), w))
+        return self.flow.whitening.push(self.drift(self.terms(self._flow_time(t, y)), w))
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
         r"""Return the diffusion matrix :math:`\sqrt{2\epsilon}\, L`, shape ``(B, D, D)``.
@@ -145,56 +144,74 @@ class InterpolantSDE:
             t: The time, shape ``()``; 1 - t for paths that run backward.
             y: States, shape ``(B, D)``.
         """
-        scale = (2 * self.terms(self._real(t, y)).rate).sqrt()
+        scale = (2 * self.terms(self._flow_time(t, y)).rate).sqrt()
         return (scale * self.flow.whitening.matrix()).expand(*y.shape[:-1], -1, -1)
 
-    def terms(self, t: Tensor) -> Terms:
-        """Return what depends on the flow's times alone, each of the shape of t."""
-        t = t.clamp(NEAR, 1 - NEAR)
+    def terms(self, t: Tensor) -> TimeTerms:
+        """Return the coefficients at times of the flow, each of the shape of t."""
+        t = t.clamp(END_MARGIN, 1 - END_MARGIN)
         if self.flow.noise is None:
-            p, q, divisor = score_terms(self.transform.interpolant, t)
+            p, q, divisor = score_terms(*noise_and_data(self.transform.interpolant, t))
         else:
             divisor = self.transform.interpolant.coefficients(t)[2]
             p = q = torch.zeros_like(t)
         rate = divisor.abs() if self.diffusion is None else self.diffusion(t)
         rate = torch.as_tensor(rate, dtype=t.dtype, device=t.device).expand_as(t)
-        return Terms(t, rate, p, q, divisor)
+        return TimeTerms(t, rate, p, q, divisor)
 
-    def drift(self, now: Terms, w: Tensor) -> Tensor:
+    def drift(self, now: TimeTerms, w: Tensor) -> Tensor:
         """Return the drift in whitened coordinates, shape ``(*, D)``.
 
         Args:
-            now: The terms of the time.
+            now: The coefficients at the time.
             w: Whitened states, shape ``(*, D)``.
         """
-        v = conditional_mean(self.transform, self.flow.velocity, now.t, w)
-        if self.diffusion is None:  # it undoes the division, which is then not done at all
+        v = network_output(self.transform, self.flow.velocity, now.t, w)
+        if self.diffusion is None:  # rate / divisor is a sign: no division, and no singularity
             ratio = now.divisor.sign()
         else:
-            still = now.rate == 0
-            ratio = torch.where(still, 0, now.rate / torch.where(still, 1, now.divisor))
-        push = ratio[..., None] * self._multiple(now, w, v)
-        return v + push if self.forward else push - v
+            none = now.rate == 0
+            ratio = torch.where(none, 0, now.rate / torch.where(none, 1, now.divisor))
+        noise_drift = ratio[..., None] * self._score_times_divisor(now, w, v)
+        return v + noise_drift if self.forward else noise_drift - v
 
-    def score(self, now: Terms, w: Tensor, v: Tensor) -> Tensor:
+    def score(self, now: TimeTerms, w: Tensor, v: Tensor) -> Tensor:
         """Return the score in whitened coordinates, shape ``(*, D)``, given the velocity there.
 
         Args:
-            now: The terms of the time.
+            now: The coefficients at the time.
             w: Whitened states, shape ``(*, D)``.
             v: The velocity, shape ``(*, D)``.
         """
-        return self._multiple(now, w, v) / now.divisor[..., None]
+        return self._score_times_divisor(now, w, v) / now.divisor[..., None]
 
-    def _multiple(self, now: Terms, w: Tensor, v: Tensor) -> Tensor:
+    def _score_times_divisor(self, now: TimeTerms, w: Tensor, v: Tensor) -> Tensor:
         """Return the score times its divisor, shape ``(*, D)``."""
         if self.flow.noise is not None:
-            return -conditional_mean(self.transform, self.flow.noise, now.t, w)
+            return -network_output(self.transform, self.flow.noise, now.t, w)
         return now.p[..., None] * v + now.q[..., None] * w
 
-    def _real(self, t: Tensor, y: Tensor) -> Tensor:
+    def _flow_time(self, t: Tensor, y: Tensor) -> Tensor:
+        """Return the time of the flow, from that of the solver."""
         t = torch.as_tensor(t, dtype=y.dtype, device=y.device)
         return t if self.forward else 1 - t
+
+
+def _check_score_determined(sde: InterpolantSDE, terms: TimeTerms) -> None:
+    """Raise a ValueError unless the score is determined at times of shape ``(T,)``."""
+    divisor, t = terms.divisor, terms.t
+    undetermined = (divisor.abs() <= roundoff(t)) | (divisor.sign() != divisor[-1:].sign())
+    if bool(undetermined.any()):
+        reason = "gamma is zero"
+        if sde.flow.noise is None:
+            reason = "data do not gain on noise there; or train with fit(..., learn='noise')"
+        raise ValueError(
+            "expected a diffusion that is zero where the score is not determined, as near t = "
+            f"{float(t[undetermined][-1]):.3g} ({reason}): leave it at its default"
+        )
+
+
+# ---- samples ------------------------------------------------------------------------------------
 
 
 def sample_sde(
@@ -206,7 +223,7 @@ def sample_sde(
     method: Literal["heun", "euler"] = "heun",
     x: Tensor | None = None,
 ) -> Tensor:
-    r"""Sample along the stochastic differential equation, from the base or back to it.
+    r"""Sample the stochastic differential equation, from the base or back from rows of data.
 
     Without gradient, on a uniform grid. ``"heun"`` evaluates the drift at both ends of a step (2
     evaluations), ``"euler"`` at its start (Euler-Maruyama); both give a step the noise of the mean
@@ -245,24 +262,26 @@ def sample_sde(
     sde = InterpolantSDE(distribution, diffusion, forward=x is None)
     with torch.no_grad():
         if x is None:
-            w = _base_draws(distribution, shape)
+            w = _sample_base(distribution, shape)
         else:
-            w = whiten(sde, distribution, x)
+            w = _to_white(sde, distribution, x)
             w = w.expand(*shape, *w.shape)
-        terms, gap = grid(sde, steps)
+        terms, step = _time_grid(sde, steps)
         for i in range(steps):
             now, then = terms.at(i), terms.at(i + 1)
-            kick = (gap * (now.rate + then.rate)).sqrt() * torch.randn_like(w)
+            kick = (step * (now.rate + then.rate)).sqrt() * torch.randn_like(w)
             slope = sde.drift(now, w)
             if method == "heun":
-                slope = 0.5 * (slope + sde.drift(then, w + gap * slope + kick))
-            w = w + gap * slope + kick
+                slope = 0.5 * (slope + sde.drift(then, w + step * slope + kick))
+            w = w + step * slope + kick
         y = sde.flow.whitening.from_white(w)
         return y if distribution.space.is_real() else distribution.transforms[-1](y)
 
 
-def grid(sde: InterpolantSDE, steps: int) -> tuple[Terms, float]:
-    """Return the terms at equal steps, first to last, each of shape ``(steps + 1,)``, and the gap.
+def _time_grid(sde: InterpolantSDE, steps: int) -> tuple[TimeTerms, float]:
+    """Return the coefficients at equal steps, each of shape ``(steps + 1,)``, and the step.
+
+    They are in the order of the path.
 
     Raises:
         ValueError: If there is no step.
@@ -274,13 +293,14 @@ def grid(sde: InterpolantSDE, steps: int) -> tuple[Terms, float]:
     return sde.terms(times if sde.forward else times.flip(0)), end / steps
 
 
-def whiten(sde: InterpolantSDE, distribution: InterpolantDistribution, x: Tensor) -> Tensor:
-    """Return values, shape ``(*, *event_shape)``, in whitened coordinates, shape ``(*, D)``."""
+def _to_white(sde: InterpolantSDE, distribution: InterpolantDistribution, x: Tensor) -> Tensor:
+    """Return whitened coordinates, shape ``(*, D)``, of values, shape ``(*, *event_shape)``."""
     return sde.flow.whitening.to_white(sde.transform._checked(distribution.to_flow(x)))
 
 
-def _base_draws(distribution: InterpolantDistribution, shape: Sequence[int]) -> Tensor:
-    flow: Any = distribution.transform.flow
+def _sample_base(distribution: InterpolantDistribution, shape: Sequence[int]) -> Tensor:
+    """Return draws of the base in whitened coordinates, shape ``(*shape, *batch, D)``."""
+    flow = distribution.transform.flow
     if distribution.base is None and flow.interpolant.ends[0][0] == 0:
         raise ValueError(
             f"expected rows x to start from: the base of {type(flow.interpolant).__name__} is the "
@@ -289,20 +309,7 @@ def _base_draws(distribution: InterpolantDistribution, shape: Sequence[int]) -> 
     return distribution.white_base().sample((*shape, *distribution.batch_shape))
 
 
-def check_determined(sde: InterpolantSDE, terms: Terms) -> None:
-    """Raise a ValueError unless the score is determined at given times, shape ``(T,)``."""
-    divisor, t = terms.divisor, terms.t
-    lost = (divisor.abs() <= tiny(t)) | (divisor.sign() != divisor[-1:].sign())
-    if bool(lost.any()):
-        reason = "data do not gain on noise there; or train with fit(..., learn='noise')"
-        raise ValueError(
-            "expected a diffusion that is zero where the score is not determined, as near t = "
-            f"{float(t[lost][-1]):.3g} ({reason if sde.flow.noise is None else 'gamma is zero'}): "
-            "leave it at its default"
-        )
-
-
-_TRUSTED = 0.01  # of its largest divisor, below which a learned score magnifies its errors
+# ---- likelihood ---------------------------------------------------------------------------------
 
 
 def sde_log_prob(
@@ -322,7 +329,7 @@ def sde_log_prob(
     .. math:: \rho_1(x) = E\left[\exp\left(-\int_0^1 \nabla\cdot b_t(Y_t)\, dt\right)
               \rho_0(Y_0)\right].
 
-    These paths run away from the data, and the variance grows exponentially with D. With guidance
+    These paths leave the data, and the variance grows exponentially with D. With guidance
     :math:`\kappa` they follow the drift :math:`b - 2\kappa\epsilon S` instead, which at
     :math:`\kappa = 1` is that of the backward equation, and Girsanov's weights make up for it.
     With a line integral in Stratonovich's sense the exponent is then
@@ -361,29 +368,16 @@ def sde_log_prob(
     if paths < 2:
         raise ValueError(f"expected at least two paths to tell their spread, got paths={paths}")
     sde = InterpolantSDE(distribution, diffusion, forward=False)
-    terms, half = grid(sde, 2 * steps)
-    check_determined(sde, terms)
+    terms, half_step = _time_grid(sde, 2 * steps)
+    _check_score_determined(sde, terms)
     with torch.no_grad():
-        white = whiten(sde, distribution, x)
+        white = _to_white(sde, distribution, x)
+        share = terms.divisor.abs() / terms.divisor.abs().max()
+        kappa = guidance * (share / _FULLY_GUIDED).clamp(max=1)
         w = white.expand(paths, *white.shape)
-        trust = terms.divisor.abs() / terms.divisor.abs().max()
-        kappa = guidance * (trust / _TRUSTED).clamp(max=1)
-        start = _look(sde, terms.at(0), kappa[0], w)
-        growth, total = _growth(sde, start), w.new_zeros(w.shape[:-1])
-        for i in range(0, 2 * steps, 2):
-            begin, middle, end = terms.at(i), terms.at(i + 1), terms.at(i + 2)
-            # Line integrals by Simpson's rule on the chord of each step, which is of its order.
-            spread = 4 * half * (begin.rate + 4 * middle.rate + end.rate) / 6
-            kick = spread.sqrt() * torch.randn_like(w)
-            guess = _look(sde, end, kappa[i + 2], w + 2 * half * start.drift + kick)
-            move = half * (start.drift + guess.drift) + kick
-            halfway = _look(sde, middle, kappa[i + 1], w + 0.5 * move)
-            stop = _look(sde, end, kappa[i + 2], w + move)
-            last = _growth(sde, stop)
-            work = ((start.guide + 4 * halfway.guide + stop.guide) * move).sum(-1) / 6
-            total = total - work - half * (growth + 4 * _growth(sde, halfway) + last) / 3
-            w, start, growth = w + move, stop, last
-        total = total + distribution.white_base().log_prob(w) - sde.flow.whitening.log_det
+        w, exponent = _guided_paths(sde, terms, half_step, kappa, w)
+        base = distribution.white_base()
+        total = exponent + base.log_prob(w) - sde.flow.whitening.log_det
         if not distribution.space.is_real():
             y = distribution.to_flow(x)
             total = total - distribution.transforms[-1].log_abs_det_jacobian(y, x)
@@ -392,10 +386,52 @@ def sde_log_prob(
     return value, stderr
 
 
-class _Look(NamedTuple):
-    """Where a path is, and what it meets there."""
+def _guided_paths(
+    sde: InterpolantSDE, terms: TimeTerms, half_step: float, kappa: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Run paths back to the base, and return their ends and the exponents of their weights.
 
-    now: Terms
+    Args:
+        sde: The backward equation.
+        terms: Its coefficients at all half steps, each of shape ``(2 N + 1,)``.
+        half_step: Half the time step.
+        kappa: The guidance at these times, shape ``(2 N + 1,)``.
+        w: Whitened states at the data end, shape ``(*, D)``.
+
+    Returns:
+        Whitened states at the base end, shape ``(*, D)``, and exponents, shape ``(*)``.
+    """
+    start = _path_point(sde, terms.at(0), kappa[0], w)
+    start_rate, total = _exponent_rate(sde, start), w.new_zeros(w.shape[:-1])
+    for i in range(0, len(kappa) - 1, 2):
+        begin, middle, end = terms.at(i), terms.at(i + 1), terms.at(i + 2)
+        # Line integrals by Simpson's rule on the chord of each step, which is of its order.
+        variance = 4 * half_step * (begin.rate + 4 * middle.rate + end.rate) / 6
+        kick = variance.sqrt() * torch.randn_like(w)
+        guess = _path_point(sde, end, kappa[i + 2], w + 2 * half_step * start.drift + kick)
+        move = half_step * (start.drift + guess.drift) + kick
+        halfway = _path_point(sde, middle, kappa[i + 1], w + 0.5 * move)
+        stop = _path_point(sde, end, kappa[i + 2], w + move)
+        stop_rate = _exponent_rate(sde, stop)
+        line = ((start.guide + 4 * halfway.guide + stop.guide) * move).sum(-1) / 6
+        rates = start_rate + 4 * _exponent_rate(sde, halfway) + stop_rate
+        total = total - line - half_step * rates / 3
+        w, start, start_rate = w + move, stop, stop_rate
+    return w, total
+
+
+class _PathPoint(NamedTuple):
+    """A point of a guided path, and what drives the path there.
+
+    Attributes:
+        now: The coefficients at its time.
+        kappa: The guidance, shape ``()``.
+        w: The whitened state, shape ``(*, D)``.
+        v: The velocity, shape ``(*, D)``.
+        score: The score, shape ``(*, D)``.
+    """
+
+    now: TimeTerms
     kappa: Tensor
     w: Tensor
     v: Tensor
@@ -403,7 +439,7 @@ class _Look(NamedTuple):
 
     @property
     def guide(self) -> Tensor:
-        """The part of the score that guides, shape ``(*, D)``."""
+        r"""The guiding part of the score, :math:`\kappa S`, shape ``(*, D)``."""
         return self.kappa * self.score
 
     @property
@@ -412,21 +448,26 @@ class _Look(NamedTuple):
         return (2 * self.kappa - 1) * self.now.rate * self.score - self.v
 
 
-def _look(sde: InterpolantSDE, now: Terms, kappa: Tensor, w: Tensor) -> _Look:
-    v = conditional_mean(sde.transform, sde.flow.velocity, now.t, w)
-    return _Look(now, kappa, w, v, sde.score(now, w, v))
+def _path_point(sde: InterpolantSDE, now: TimeTerms, kappa: Tensor, w: Tensor) -> _PathPoint:
+    """Return the point of whitened states w, shape ``(*, D)``, with velocity and score there."""
+    v = network_output(sde.transform, sde.flow.velocity, now.t, w)
+    return _PathPoint(now, kappa, w, v, sde.score(now, w, v))
 
 
-def _growth(sde: InterpolantSDE, at: _Look) -> Tensor:
-    """Return the rate of the exponent, all but its line integral, shape ``(*)``."""
+def _exponent_rate(sde: InterpolantSDE, at: _PathPoint) -> Tensor:
+    r"""Return the integrand over t of the exponent, shape ``(*)``.
+
+    It is :math:`\nabla\cdot v + \kappa S\cdot v + (1 - \kappa)\epsilon (\nabla\cdot S +
+    \kappa |S|^2)`.
+    """
     flow, divergence, context = sde.flow, sde.transform.divergence, sde.transform.context
     of_velocity = divergence(flow.velocity, at.now.t, at.w, context)
-    growth = of_velocity + (at.guide * at.v).sum(-1)
+    rate = of_velocity + (at.guide * at.v).sum(-1)
     if at.kappa == 1:
-        return growth
+        return rate
     if flow.noise is None:
-        multiple = at.now.p * of_velocity + at.now.q * at.w.shape[-1]
+        times_divisor = at.now.p * of_velocity + at.now.q * at.w.shape[-1]
     else:
-        multiple = -divergence(flow.noise, at.now.t, at.w, context)
-    slope = multiple / at.now.divisor + (at.guide * at.score).sum(-1)
-    return growth + (1 - at.kappa) * at.now.rate * slope
+        times_divisor = -divergence(flow.noise, at.now.t, at.w, context)
+    of_score = times_divisor / at.now.divisor + (at.guide * at.score).sum(-1)
+    return rate + (1 - at.kappa) * at.now.rate * of_score

@@ -5,7 +5,8 @@ N(0, I)`: ``linear`` has its members, and the latent terms :math:`\gamma`. Paths
 coefficients are in ``nonlinear`` (any function, geodesics of the torus), those with weights of
 their own in ``learned``. ``couplings`` decide which draw of the base is paired with which row.
 
-To add an interpolant, state its ``coefficients`` in a frozen dataclass, or override ``sample``.
+To add an interpolant, state its ``coefficients`` in a frozen dataclass of ``linear``; a path that
+has none overrides ``sample`` and ``check_ends``, in ``nonlinear``.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,10 @@
-"""Who is paired with whom: couplings of a batch of base draws with a batch of data."""
+r"""Couplings: which base draw is paired with which row of a batch of data.
+
+A coupling is a function :math:`(x_0, x_1) \mapsto x_{0,\pi}` that reorders the base draws of a
+batch; training then regresses on paths from :math:`x_{0,\pi(i)}` to :math:`x_{1,i}`. Independent
+pairs, :math:`\pi = 1`, are the product coupling of the paper; those of the smallest total squared
+distance make paths straighter.
+"""
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -7,7 +13,7 @@ from torch import Tensor
 __all__ = ["independent", "optimal_transport"]
 
 
-_CONTEXT = 10.0  # the weight of the context in the cost
+_CONTEXT_WEIGHT = 10.0  # of squared distances between contexts in the cost
 
 
 def independent(x0: Tensor, x1: Tensor, context: Tensor | None = None) -> Tensor:
@@ -28,9 +34,9 @@ def optimal_transport(x0: Tensor, x1: Tensor, context: Tensor | None = None) -> 
     r"""Return the base draws reordered to minimise :math:`\sum_i |x_{0,i} - x_{1,i}|^2`.
 
     The assignment is exact, within the batch, without replacement; rows of data keep their place,
-    so they stay beside their context. With a context, each base draw is given that of the row it
-    came beside, and the cost becomes :math:`|x_0 - x_1|^2 + 10\,|c_0 - c_1|^2`, contexts in units
-    of their standard deviation: draws are exchanged between rows of like context alone. What
+    so they stay beside their context. With a context, each base draw has the context of the row of
+    its own index, and the cost becomes :math:`|x_0 - x_1|^2 + 10\,|c_0 - c_1|^2`, contexts in
+    units of their standard deviation: draws are exchanged between rows of like context alone. What
     remains is a bias: draws for one context are no longer exactly distributed as the base, by an
     amount that shrinks as the batch grows and rows of like context become many.
 
@@ -50,12 +56,12 @@ def optimal_transport(x0: Tensor, x1: Tensor, context: Tensor | None = None) -> 
     if context is not None:
         spread = context.std(0, correction=0)
         c = context / torch.where(spread > 0, spread, 1.0)
-        cost = cost + _CONTEXT * _squared_distances(c, c)
+        cost = cost + _CONTEXT_WEIGHT * _squared_distances(c, c)
     _, columns = linear_sum_assignment(cost.cpu().numpy())
     return x0[torch.from_numpy(columns).to(x0.device)]
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    # Without the shortcut by matrix products, which loses digits far from the origin.
+    # Not by matrix products, |a|^2 - 2 a.b + |b|^2, which lose digits far from the origin.
     mode = "donot_use_mm_for_euclid_dist"
     return torch.cdist(a.detach(), b.detach(), compute_mode=mode).square()

@@ -1,4 +1,9 @@
-r"""An interpolant with learned weights: paths that are shortened toward optimal transport."""
+r"""An interpolant with learned weights, :math:`I_t = a(t) x_0 + b(t) x_1 + \sin(\pi t) N`.
+
+The coefficients a and b are the trigonometric ones plus sine waves with weights, scalars or
+matrices; N is a network of t, :math:`x_0` and :math:`x_1`. Only the ends are fixed, so that
+training can shorten the paths toward optimal transport.
+"""
 
 import math
 from collections.abc import Sequence
@@ -76,7 +81,7 @@ class LearnedInterpolant(nn.Module, Interpolant):
                 self.register_buffer(f"bias{i}", torch.zeros(b))
 
     def arguments(self) -> dict[str, Any]:
-        """Return what the constructor was given."""
+        """Return the arguments of the constructor, by name."""
         return {
             "modes": self.modes,
             "event_dim": self.event_dim,
@@ -85,7 +90,7 @@ class LearnedInterpolant(nn.Module, Interpolant):
         }
 
     def weights(self) -> list[Tensor]:
-        """Return what is learned, of any shapes: the waves, and the network's weights."""
+        """Return the learned tensors, of any shapes: the waves, and the network's weights."""
         named = dict(self.named_buffers())
         layers = [named[f"{kind}{i}"] for i in range(self.depth) for kind in ("weight", "bias")]
         return [self.waves, *layers] if self.modes else layers
@@ -121,15 +126,15 @@ class LearnedInterpolant(nn.Module, Interpolant):
             metric = metric.double()
             cov0, cov1 = (metric @ s @ metric.T for s in (cov0, cov1))
         if not self.matrices:
-            self._shorten(cov0, cov1)
+            self._minimise_energy(cov0, cov1)
             return
-        root, inverse = _power(cov0, 0.5), _power(cov0, -0.5)
-        transport = inverse @ _power(root @ cov1 @ root, 0.5) @ inverse
+        root, inverse = _matrix_power(cov0, 0.5), _matrix_power(cov0, -0.5)
+        transport = inverse @ _matrix_power(root @ cov1 @ root, 0.5) @ inverse
         if metric is not None:
             back = torch.linalg.inv(metric)
             transport = back @ transport @ metric
         eye = torch.eye(len(root), dtype=torch.float64, device=root.device)
-        t = (torch.arange(4096, dtype=torch.float64, device=root.device) + 0.5) / 4096
+        t = _midpoints(4096, root)
         k = torch.arange(1, self.modes + 1, dtype=torch.float64, device=root.device)
         project = 2 * k[:, None] * torch.sin(math.pi * k[:, None] * t) / len(t)
         angle = 0.5 * math.pi * t
@@ -137,9 +142,9 @@ class LearnedInterpolant(nn.Module, Interpolant):
         self.waves[0].copy_(from_base[:, None, None] * (transport - eye))
         self.waves[1].copy_(from_data[:, None, None] * (torch.linalg.inv(transport) - eye))
 
-    def _shorten(self, cov0: Tensor, cov1: Tensor) -> None:
-        """Minimise the energy between centred Gaussians over scalar waves, from those at zero."""
-        t = (torch.arange(128, dtype=torch.float64, device=cov0.device) + 0.5) / 128
+    def _minimise_energy(self, cov0: Tensor, cov1: Tensor) -> None:
+        """Set scalar waves to those of least energy between centred Gaussians, by L-BFGS."""
+        t = _midpoints(128, cov0)
         k = torch.arange(1, self.modes + 1, dtype=t.dtype, device=t.device)[:, None]
         waves = torch.zeros(2, self.modes, dtype=t.dtype, device=t.device, requires_grad=True)
 
@@ -208,6 +213,7 @@ class LearnedInterpolant(nn.Module, Interpolant):
         return jvp(lambda t: self._path(t, x0, x1), (t,), (torch.ones_like(t),))[:2]
 
     def _series(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a(t) and b(t), each of the shape of t, or ``(*, D, D)`` of matrices."""
         angle = 0.5 * math.pi * t
         k = torch.arange(1, self.modes + 1, dtype=t.dtype, device=t.device)
         sines = torch.sin(math.pi * t[..., None] * k) / k
@@ -222,17 +228,21 @@ class LearnedInterpolant(nn.Module, Interpolant):
         )
 
     def _path(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        """Return the path, shape ``(*, D)``."""
         a, b = self._series(t)
         m0, m1 = self.centres.to(x0)
         u0, u1 = x0 - m0, x1 - m1
         if self.matrices:
-            turned = (a @ u0[..., None] + b @ u1[..., None])[..., 0]
+            moved = (a @ u0[..., None] + b @ u1[..., None])[..., 0]
         else:
-            turned = a[..., None] * u0 + b[..., None] * u1
-        x = (1 - t)[..., None] * m0 + t[..., None] * m1 + turned
-        return x + torch.sin(math.pi * t)[..., None] * self._bend(t, x0, x1) if self.depth else x
+            moved = a[..., None] * u0 + b[..., None] * u1
+        x = (1 - t)[..., None] * m0 + t[..., None] * m1 + moved
+        return (
+            x + torch.sin(math.pi * t)[..., None] * self._network(t, x0, x1) if self.depth else x
+        )
 
-    def _bend(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+    def _network(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        """Return N(t, x0, x1), shape ``(*, D)``."""
         angle = math.pi * t[..., None]
         features = torch.cat((angle.cos(), angle.sin()), dim=-1).expand(*x0.shape[:-1], 2)
         h = torch.cat((x0, x1, features), dim=-1)
@@ -242,7 +252,12 @@ class LearnedInterpolant(nn.Module, Interpolant):
         return h
 
 
-def _power(cov: Tensor, exponent: float) -> Tensor:
+def _midpoints(count: int, like: Tensor) -> Tensor:
+    """Return the midpoints of equal parts of [0, 1], shape ``(count,)``, in float64."""
+    return (torch.arange(count, dtype=torch.float64, device=like.device) + 0.5) / count
+
+
+def _matrix_power(cov: Tensor, exponent: float) -> Tensor:
     """Return a power of a symmetric positive matrix."""
     values, vectors = torch.linalg.eigh(cov)
     return (vectors * values.clamp(min=1e-30) ** exponent) @ vectors.T

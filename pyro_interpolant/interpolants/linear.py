@@ -1,9 +1,9 @@
-r"""Interpolants :math:`I_t(x_0, x_1)` between a draw of the base and a row of data.
+r"""Linear interpolants, :math:`I_t = \alpha(t) x_0 + \beta(t) x_1 + \gamma(t) z`.
 
-The linear family is :math:`I_t = \alpha(t) x_0 + \beta(t) x_1 + \gamma(t) z` with :math:`z \sim
-N(0, 1)` independent. A member states its coefficients; their derivatives come from forward-mode
-differentiation and are never written by hand. Where a derivative blows up at an end (a Brownian
-bridge), it is taken at the nearest time of the member's ``interior``: no loss ever sees it.
+:math:`x_0` is a draw of the base, :math:`x_1` a row of data and :math:`z \sim N(0, I)` is
+independent of both. A member states its coefficients; their derivatives come from forward-mode
+differentiation and are never written by hand. Where a derivative is infinite at an end (a Brownian
+bridge), it is taken at the nearest time of the member's ``interior``.
 
 References:
     Albergo & Vanden-Eijnden, *Building Normalizing Flows with Stochastic Interpolants*, ICLR 2023,
@@ -35,13 +35,13 @@ __all__ = [
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
 
-NEAR = 1e-3  # how near to an end a derivative that blows up there is still taken
+END_MARGIN = 1e-3  # derivatives that are infinite at an end are taken at this distance from it
 
 
 class Interpolant(ABC):
-    """A path between pairs of points: the one abstract method is :meth:`coefficients`.
+    r"""A path :math:`I_t(x_0, x_1)`: the one abstract method is :meth:`coefficients`.
 
-    A non-linear interpolant overrides :meth:`sample` instead.
+    A path that is not linear in its ends is a :class:`NonlinearInterpolant`.
 
     Attributes:
         interior: The times between which derivatives are finite; beyond, they are taken at the
@@ -71,6 +71,10 @@ class Interpolant(ABC):
         t = t.clamp(*self.interior).contiguous()  # forward mode cannot carry stride-0 tangents
         da, db, dg = slopes(self.coefficients, t)
         return da.to(t), db.to(t), dg.to(t)
+
+    def is_linear(self) -> bool:
+        """Return whether the path is linear in its ends, with :meth:`coefficients`."""
+        return True
 
     def has_latent(self) -> bool:
         r"""Return whether :math:`\gamma` is anything but zero."""
@@ -156,7 +160,7 @@ class VariancePreserving(Interpolant):
 
     schedule: Callable[[Tensor], Tensor]
 
-    interior = (NEAR, 1 - NEAR)  # the roots have infinite slopes
+    interior = (END_MARGIN, 1 - END_MARGIN)  # the roots have infinite slopes
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return the coefficients of base, data and noise, each of the shape of t."""
@@ -166,7 +170,7 @@ class VariancePreserving(Interpolant):
 
 @dataclass(frozen=True)
 class EncodingDecoding(Interpolant):
-    r"""Forget the base before meeting the data: all paths pass through N(0, I) at t = 1/2.
+    r"""Base to noise, noise to data: all paths pass through N(0, I) at t = 1/2.
 
     :math:`\alpha = \cos^2(\pi t)` until 1/2 and :math:`\beta = \cos^2(\pi t)` after it, 0 else;
     :math:`\gamma = \sin^2(\pi t)`.
@@ -195,7 +199,7 @@ class BrownianBridge:
 
     scale: float = 1.0
 
-    interior = (NEAR, 1 - NEAR)
+    interior = (END_MARGIN, 1 - END_MARGIN)
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return the deviation, of the shape of t."""

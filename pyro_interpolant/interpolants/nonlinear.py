@@ -1,13 +1,12 @@
-r"""Interpolants :math:`I_t(x_0, x_1)` between a draw of the base and a row of data.
+r"""Paths that are not linear in their ends: any function of yours, geodesics of the torus.
 
-The linear family is :math:`I_t = \alpha(t) x_0 + \beta(t) x_1 + \gamma(t) z` with :math:`z \sim
-N(0, 1)` independent. A member states its coefficients; their derivatives come from forward-mode
-differentiation and are never written by hand. Where a derivative blows up at an end (a Brownian
-bridge), it is taken at the nearest time of the member's ``interior``: no loss ever sees it.
+A path is a function :math:`I_t(x_0, x_1)` with :math:`I_0 = x_0` and :math:`I_1 = x_1`; its time
+derivative comes by forward-mode differentiation. It has no coefficients, and so no score or
+denoiser follows from its velocity.
 
 References:
     Albergo & Vanden-Eijnden, *Building Normalizing Flows with Stochastic Interpolants*, ICLR 2023,
-    arXiv 2209.15571, eq. 4; Albergo, Boffi & Vanden-Eijnden, arXiv 2303.08797, Definition 1.
+    arXiv 2209.15571, Section 2.
 """
 
 import math
@@ -23,8 +22,24 @@ from .linear import Coefficients, Interpolant
 __all__ = ["Geodesic", "NonlinearInterpolant", "wrap"]
 
 
+class _WithoutCoefficients(Interpolant):
+    """What the paths below share: no coefficients, and no latent term."""
+
+    def is_linear(self) -> bool:
+        """Return False."""
+        return False
+
+    def has_latent(self) -> bool:
+        """Return False."""
+        return False
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """Raise a TypeError, for times of any shape."""
+        raise TypeError(f"{type(self).__name__} is not linear: it has no coefficients")
+
+
 @dataclass(frozen=True)
-class NonlinearInterpolant(Interpolant):
+class NonlinearInterpolant(_WithoutCoefficients):
     r"""A path of your own, :math:`I_t(x_0, x_1)`; its time derivative comes by forward mode.
 
     Args:
@@ -45,14 +60,6 @@ class NonlinearInterpolant(Interpolant):
     """
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
-
-    def coefficients(self, t: Tensor) -> Coefficients:
-        """Raise a TypeError, for times of any shape: a non-linear path has none."""
-        raise TypeError(f"{type(self).__name__} is not linear: it has no coefficients")
-
-    def has_latent(self) -> bool:
-        """Return False."""
-        return False
 
     def check_ends(self, dim: int) -> None:
         """Raise a ValueError unless the path of D-dimensional pairs joins base and data."""
@@ -83,23 +90,23 @@ class NonlinearInterpolant(Interpolant):
         return jvp(lambda t: self.function(t, x0, x1), (t,), (torch.ones_like(t),))[:2]
 
 
-_TURN = 2 * math.pi
+_TWO_PI = 2 * math.pi
 
 
 def wrap(x: Tensor) -> Tensor:
-    """Return angles less their whole turns: in [-pi, pi), of the shape of x, with slope 1.
+    """Return angles modulo 2 pi, in [-pi, pi), of the shape of x; the derivative is 1.
 
     Example:
         >>> wrap(torch.tensor([3.0, 4.0])).tolist()
         [3.0, -2.2831854820251465]
     """
-    x = x - _TURN * torch.round(x / _TURN)
-    # Rounding leaves half turns, and what is next to them, on either side.
-    return x + _TURN * ((x < -math.pi).to(x) - (x >= math.pi).to(x))
+    x = x - _TWO_PI * torch.round(x / _TWO_PI)
+    # The quotient is rounded, so angles within rounding of pi or -pi can lie on either side.
+    return x + _TWO_PI * ((x < -math.pi).to(x) - (x >= math.pi).to(x))
 
 
 @dataclass(frozen=True)
-class Geodesic(Interpolant):
+class Geodesic(_WithoutCoefficients):
     r"""The shortest way on the torus, :math:`I_t = x_0 + \beta(t) \, \mathrm{wrap}(x_1 - x_0)`.
 
     Every coordinate goes the shorter way round, at most :math:`\pi`. The path is not linear, so it
@@ -123,14 +130,6 @@ class Geodesic(Interpolant):
 
     schedule: Callable[[Tensor], Tensor] | None = None
 
-    def coefficients(self, t: Tensor) -> Coefficients:
-        """Raise a TypeError, for times of any shape: the path is not linear in its ends."""
-        raise TypeError(f"{type(self).__name__} is not linear: it has no coefficients")
-
-    def has_latent(self) -> bool:
-        """Return False."""
-        return False
-
     def check_ends(self, dim: int) -> None:
         """Raise a ValueError unless the path, modulo whole turns, joins base and data."""
         ends = self._beta(torch.tensor([0.0, 1.0], dtype=torch.float64))
@@ -152,8 +151,8 @@ class Geodesic(Interpolant):
         """
         t = t.contiguous()  # forward mode cannot carry stride-0 tangents
         beta, slope = jvp(self._beta, (t,), (torch.ones_like(t),))[:2]
-        way = wrap(x1 - x0)
-        return x0 + beta[..., None] * way, slope[..., None] * way
+        difference = wrap(x1 - x0)
+        return x0 + beta[..., None] * difference, slope[..., None] * difference
 
     def _beta(self, t: Tensor) -> Tensor:
         return t.clone() if self.schedule is None else self.schedule(t)

@@ -1,7 +1,12 @@
-r"""How long a flow's paths are, and how far its law can be from the data's."""
+r"""The kinetic energy of a flow's paths, and a bound of the distance between model and data.
+
+The energy :math:`\int_0^1 E|v_t(x_t)|^2 dt` bounds :math:`W_2^2` of base and model from above; the
+excess H of the regression's loss over its minimum bounds that of model and data by
+:math:`e^{1 + 2K} H`, with K the velocity's Lipschitz constant.
+"""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +17,13 @@ from ..distributions.interpolant import (
     conditioned,
 )
 from ..nn.velocity import evaluate
+from ..transforms.flow import Flow
 from ..transforms.gaussianize import refuse_charts
 
 __all__ = ["PathEnergy", "W2Bound", "path_energy", "w2_bound"]
 
-_ROWS = 512  # paths at once
+_PATHS_PER_CHUNK = 512
+_JACOBIAN_ROWS = 512  # at which the velocity's Lipschitz constant is sought
 
 
 class PathEnergy(NamedTuple):
@@ -73,17 +80,17 @@ def path_energy(
     if count < 2:
         raise ValueError(f"expected at least two paths for a standard error, got count={count}")
     refuse_charts(distribution.constraint, "distance")
-    view = conditioned(distribution, context)
-    flow, path = view.transform.flow, view.transform._path()
+    given = conditioned(distribution, context)
+    flow, path = given.transform.flow, given.transform._path()
     times, weights = (s.to(flow.loc) for s in path.times())
     with torch.no_grad():
-        w0 = view.white_base().sample((count,))
+        w0 = given.white_base().sample((count,))
         energies = []
-        for i in range(0, count, _ROWS):
-            own = path.context
+        for i in range(0, count, _PATHS_PER_CHUNK):
+            own, chunk = path.context, slice(i, i + _PATHS_PER_CHUNK)
             if own is not None and own.dim() > 1:
-                own = own[i : i + _ROWS]
-            states = flow.integrate(w0[i : i + _ROWS], path._replace(context=own), forward=True)
+                own = own[chunk]
+            states = flow.integrate(w0[chunk], path._replace(context=own), forward=True)
             total = torch.zeros_like(states[0, :, 0])
             for t, w, x in zip(times, weights, states, strict=True):
                 v = flow.whitening.push(evaluate(flow.velocity, t, x, own))
@@ -125,12 +132,12 @@ def w2_bound(
         arXiv 2209.15571, Proposition 3.
     """
     refuse_charts(distribution.constraint, "distance")
-    view = conditioned(distribution, context)
-    flow, context = view.transform.flow, view.transform.context
-    w1 = flow.whitening.to_white(view.to_flow(data))
+    given = conditioned(distribution, context)
+    flow, context = given.transform.flow, given.transform.context
+    w1 = flow.whitening.to_white(given.to_flow(data))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        w0 = view.white_base().sample(w1.shape[:1])
+        w0 = given.white_base().sample(w1.shape[:1])
         t = (torch.arange(len(w1)) + torch.rand(len(w1))).to(w1) / len(w1)
         t = t[torch.randperm(len(t))]
         w_t, dw_t = flow.interpolant.sample(t, w0, w1)
@@ -140,19 +147,20 @@ def w2_bound(
             excess = float((v - target).square().sum(-1).mean())
         else:
             excess = float((v * (v - 2 * target)).sum(-1).mean()) - minimum
-        lipschitz = _lipschitz(flow, t[:_ROWS], w_t[:_ROWS], context)
+        lipschitz = _lipschitz(flow, t[:_JACOBIAN_ROWS], w_t[:_JACOBIAN_ROWS], context)
     bound = math.exp(1 + 2 * lipschitz) * max(excess, 0.0) if lipschitz < 300 else math.inf
     return W2Bound(bound, excess, lipschitz, minimum is not None)
 
 
-def _lipschitz(flow: Any, t: Tensor, w: Tensor, context: Tensor | None) -> float:
+def _lipschitz(flow: Flow, t: Tensor, w: Tensor, context: Tensor | None) -> float:
     """Return the largest spectral norm of the Jacobian in data coordinates over some rows."""
 
     def field(w: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
         return evaluate(flow.velocity, t, w, c)
 
-    per_row = context is not None and context.dim() > 1
-    c = context[: len(t)] if per_row else context  # type: ignore[index]
-    jacobian = vmap(jacfwd(field), in_dims=(0, 0, 0 if per_row else None))(w, t, c)
+    of_context = None  # the dimension of rows, where each has a context of its own
+    if context is not None and context.dim() > 1:
+        context, of_context = context[: len(t)], 0
+    jacobian = vmap(jacfwd(field), in_dims=(0, 0, of_context))(w, t, context)
     jacobian = flow.whitening.pull(flow.whitening.push(jacobian.mT).mT)
     return float(torch.linalg.matrix_norm(jacobian, ord=2).max())

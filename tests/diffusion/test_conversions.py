@@ -16,15 +16,7 @@ from pyro_interpolant import (
     Trigonometric,
     VariancePreserving,
 )
-from pyro_interpolant.diffusion import (
-    denoiser_to_score,
-    noise_to_score,
-    score_to_denoiser,
-    score_to_noise,
-    score_to_velocity,
-    velocity_to_denoiser,
-    velocity_to_score,
-)
+from pyro_interpolant.diffusion import convert
 
 
 class Slow(Interpolant):
@@ -60,7 +52,7 @@ def interpolant(request):
 @pytest.fixture
 def data_seen(interpolant):
     """The times at which a state says something of the data."""
-    return [t for t in TIMES if not isinstance(interpolant, EncodingDecoding) or t > 0.5]
+    return [t for t in TIMES if float(interpolant.coefficients(torch.tensor(t))[1]) > 1e-9]
 
 
 def states(t, count=40, dim=3):
@@ -72,8 +64,8 @@ def test_velocity_and_score_give_each_other(interpolant, t):
     truth = oracle(interpolant)
     x, time = states(t)
     v, s = truth(time, x), truth.score(time, x)
-    assert close(velocity_to_score(interpolant, t, x, v), s)
-    assert close(score_to_velocity(interpolant, t, x, s), v)
+    assert close(convert(interpolant, t, x, velocity=v).score, s)
+    assert close(convert(interpolant, t, x, score=s).velocity, v)
 
 
 def test_score_and_denoiser_give_each_other(interpolant, data_seen):
@@ -81,9 +73,9 @@ def test_score_and_denoiser_give_each_other(interpolant, data_seen):
     for t in data_seen:
         x, time = states(t)
         s, d = truth.score(time, x), truth.denoiser(time, x)
-        assert close(score_to_denoiser(interpolant, t, x, s), d)
-        assert close(velocity_to_denoiser(interpolant, t, x, truth(time, x)), d)
-        assert close(denoiser_to_score(interpolant, t, x, d), s)
+        assert close(convert(interpolant, t, x, score=s).denoiser, d)
+        assert close(convert(interpolant, t, x, velocity=truth(time, x)).denoiser, d)
+        assert close(convert(interpolant, t, x, denoiser=d).score, s)
 
 
 @pytest.mark.parametrize("t", TIMES)
@@ -94,8 +86,26 @@ def test_score_and_noise_give_each_other(interpolant, t):
     sigma = math.hypot(a, g)
     noise = (x - b * truth.denoiser(time, x)) / sigma  # the state is sigma n + beta x1
     s = truth.score(time, x)
-    assert close(score_to_noise(interpolant, t, s), noise)
-    assert close(noise_to_score(interpolant, t, noise), s)
+    assert close(convert(interpolant, t, x, score=s).noise, noise)
+    assert close(convert(interpolant, t, x, noise=noise).score, s)
+
+
+FORMS = ("velocity", "score", "denoiser", "noise")
+
+
+@pytest.mark.parametrize("given", FORMS)
+def test_any_one_gives_all_four(interpolant, data_seen, given):
+    truth = oracle(interpolant)
+    for t in data_seen:
+        x, time = states(t)
+        a, b, g = (float(c) for c in interpolant.coefficients(torch.tensor(t)))
+        d = truth.denoiser(time, x)
+        noise = (x - b * d) / math.hypot(a, g)
+        exact = dict(zip(FORMS, (truth(time, x), truth.score(time, x), d, noise), strict=True))
+        found = convert(interpolant, t, x, **{given: exact[given]})
+        assert getattr(found, given) is exact[given]
+        for name in FORMS:
+            assert close(getattr(found, name), exact[name]), name
 
 
 def test_times_of_every_shape(interpolant):
@@ -105,15 +115,14 @@ def test_times_of_every_shape(interpolant):
     v = truth(t.expand(4, 5), x)
     expected = truth.score(t.expand(4, 5), x)
     for shaped in (t, t.expand(4, 5), t.expand(4, 5).clone()):
-        s = velocity_to_score(interpolant, shaped, x, v)
+        s = convert(interpolant, shaped, x, velocity=v).score
         assert close(s, expected)
-        assert close(score_to_velocity(interpolant, shaped, x, s), v)
-        assert close(
-            noise_to_score(interpolant, shaped, score_to_noise(interpolant, shaped, s)), s
-        )
-    assert close(velocity_to_score(interpolant, 0.7, x[2], v[2]), expected[2])
+        assert close(convert(interpolant, shaped, x, score=s).velocity, v)
+        noise = convert(interpolant, shaped, x, score=s).noise
+        assert close(convert(interpolant, shaped, x, noise=noise).score, s)
+    assert close(convert(interpolant, 0.7, x[2], velocity=v[2]).score, expected[2])
     assert close(
-        velocity_to_score(interpolant, torch.tensor(0.7), x[2, 0], v[2, 0]), expected[2, 0]
+        convert(interpolant, torch.tensor(0.7), x[2, 0], velocity=v[2, 0]).score, expected[2, 0]
     )
 
 
@@ -123,29 +132,44 @@ def test_the_slopes_are_those_that_the_loss_took_where_they_blow_up(t):
         truth = oracle(interpolant)
         x, time = states(t)
         assert close(
-            velocity_to_score(interpolant, t, x, truth(time, x)), truth.score(time, x), 1e-7
+            convert(interpolant, t, x, velocity=truth(time, x)).score, truth.score(time, x), 1e-7
         )
 
 
 def test_the_base_end(interpolant):
     truth = oracle(interpolant)
     x, time = states(0.0)
-    assert close(velocity_to_score(interpolant, 0.0, x, truth(time, x)), -x)
-    if not isinstance(interpolant, (EncodingDecoding, Slow)):
+    assert close(convert(interpolant, 0.0, x, velocity=truth(time, x)).score, -x)
+    if float(interpolant.derivatives(torch.tensor(0.0))[1]) > 0:  # the data enter at once
         mean = truth.log_weights.exp() @ truth.means
-        d = velocity_to_denoiser(interpolant, 0.0, x, truth(time, x))
+        d = convert(interpolant, 0.0, x, velocity=truth(time, x)).denoiser
         assert close(d, mean.expand_as(x))
 
 
 def test_the_data_end_has_a_denoiser(interpolant):
     x, time = states(1.0)
     truth = oracle(interpolant)
-    assert close(velocity_to_denoiser(interpolant, 1.0, x, truth(time, x)), x)
+    assert close(convert(interpolant, 1.0, x, velocity=truth(time, x)).denoiser, x)
+
+
+def test_denoiser_and_noise_give_what_they_determine_at_the_ends():
+    x, d = torch.randn(2, 5, 3)
+    found = convert(Linear(), 0.0, x, denoiser=d)
+    assert close(found.score, -x)
+    assert close(found.velocity, d - x)
+    assert torch.equal(convert(Linear(), 1.0, x, noise=d).denoiser, x)
+
+
+def test_what_is_not_asked_for_is_not_computed_and_nothing_is_twice():
+    x, v = torch.randn(2, 5, 3)
+    known = convert(Linear(), 1.0, x, velocity=v)  # where the score is refused
+    assert torch.equal(known.denoiser, x)
+    assert known.denoiser is known.denoiser
 
 
 def test_encoding_forgets_the_data_until_the_middle():
     x = torch.randn(6, 2)
-    s = velocity_to_score(EncodingDecoding(), 0.25, x, torch.randn(6, 2))
+    s = convert(EncodingDecoding(), 0.25, x, velocity=torch.randn(6, 2)).score
     square = math.cos(math.pi / 4) ** 4 + math.sin(math.pi / 4) ** 4
     assert close(s, -x / square)
 
@@ -156,22 +180,22 @@ def test_a_mirror_has_a_score_without_a_base():
     for t in (0.2, 0.8):
         x, time = states(t)
         v, s = truth(time, x), truth.score(time, x)
-        assert close(velocity_to_score(interpolant, t, x, v), s)
-        assert close(velocity_to_denoiser(interpolant, t, x, v), truth.denoiser(time, x))
-        assert close(score_to_velocity(interpolant, t, x, s), v)
+        assert close(convert(interpolant, t, x, velocity=v).score, s)
+        assert close(convert(interpolant, t, x, velocity=v).denoiser, truth.denoiser(time, x))
+        assert close(convert(interpolant, t, x, score=s).velocity, v)
 
 
 def test_float32_is_kept():
     x, v = torch.randn(2, 5, 2, dtype=torch.float32)
-    s = velocity_to_score(Trigonometric(), 0.4, x, v)
+    s = convert(Trigonometric(), 0.4, x, velocity=v).score
     assert s.dtype == torch.float32
-    double = velocity_to_score(Trigonometric(), 0.4, x.double(), v.double())
+    double = convert(Trigonometric(), 0.4, x.double(), velocity=v.double()).score
     assert float((s - double).abs().max()) < 1e-5
 
 
 def test_gradients_pass():
     x, v = torch.randn(2, 5, 2, requires_grad=True)
-    velocity_to_score(Linear(), 0.4, x, v).square().sum().backward()
+    convert(Linear(), 0.4, x, velocity=v).score.square().sum().backward()
 
 
 ZEROS = torch.zeros(4, 2, dtype=torch.float64)
@@ -180,29 +204,55 @@ ZEROS = torch.zeros(4, 2, dtype=torch.float64)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: velocity_to_score(Linear(), 1.0, ZEROS, ZEROS), r"got t = 1:.*at\(t\)\.score"),
-        (lambda: velocity_to_score(Trigonometric(), 1.0, ZEROS, ZEROS), "got t = 1:"),
-        (lambda: velocity_to_score(LATENT["linear, bridge"], 1.0, ZEROS, ZEROS), "got t = 1:"),
-        (lambda: velocity_to_score(Mirror(), 0.5, ZEROS, ZEROS), "got t = 0.5:"),
         (
-            lambda: denoiser_to_score(Trigonometric(), 1.0, ZEROS, ZEROS),
+            lambda: convert(Linear(), 1.0, ZEROS, velocity=ZEROS).score,
+            r"got t = 1:.*at\(t\)\.score",
+        ),
+        (lambda: convert(Trigonometric(), 1.0, ZEROS, velocity=ZEROS).score, "got t = 1:"),
+        (
+            lambda: convert(LATENT["linear, bridge"], 1.0, ZEROS, velocity=ZEROS).score,
+            "got t = 1:",
+        ),
+        (lambda: convert(Mirror(), 0.5, ZEROS, velocity=ZEROS).score, "got t = 0.5:"),
+        (
+            lambda: convert(Trigonometric(), 1.0, ZEROS, denoiser=ZEROS).score,
             "there is noise, got t = 1",
         ),
-        (lambda: noise_to_score(Linear(), 1.0, ZEROS), "there is noise, got t = 1"),
-        (lambda: score_to_denoiser(Linear(), 0.0, ZEROS, ZEROS), "depends on the data, got t = 0"),
-        (lambda: score_to_velocity(Linear(), 0.0, ZEROS, ZEROS), "depends on the data, got t = 0"),
+        (lambda: convert(Linear(), 1.0, ZEROS, noise=ZEROS).score, "there is noise, got t = 1"),
         (
-            lambda: velocity_to_denoiser(EncodingDecoding(), 0.3, ZEROS, ZEROS),
+            lambda: convert(Linear(), 0.0, ZEROS, score=ZEROS).denoiser,
+            "depends on the data, got t = 0",
+        ),
+        (
+            lambda: convert(Linear(), 0.0, ZEROS, score=ZEROS).velocity,
+            "depends on the data, got t = 0",
+        ),
+        (
+            lambda: convert(EncodingDecoding(), 0.3, ZEROS, velocity=ZEROS).denoiser,
             "determines the denoiser, got t = 0.3",
         ),
         (
-            lambda: velocity_to_score(Linear(), torch.tensor([0.2, 1.0, 1.0, 0.1]), ZEROS, ZEROS),
+            lambda: (
+                convert(Linear(), torch.tensor([0.2, 1.0, 1.0, 0.1]), ZEROS, velocity=ZEROS).score
+            ),
             "got t = 1:",
         ),
-        (lambda: velocity_to_score(Linear(), 1.5, ZEROS, ZEROS), r"times in \[0, 1\], got 1.5"),
-        (lambda: score_to_noise(Linear(), -0.1, ZEROS), r"times in \[0, 1\]"),
+        (lambda: convert(Linear(), 1.0, ZEROS, noise=ZEROS).velocity, "there is noise, got t = 1"),
+        (lambda: convert(Linear(), 1.0, ZEROS, velocity=ZEROS).noise, "got t = 1:"),
+        (lambda: convert(Linear(), 0.5, ZEROS), "velocity, score, denoiser and noise, got none"),
         (
-            lambda: velocity_to_score(NonlinearInterpolant(lambda t, a, b: a), 0.5, ZEROS, ZEROS),
+            lambda: convert(Linear(), 0.5, ZEROS, velocity=ZEROS, noise=ZEROS),
+            "expected one of .*, got velocity and noise",
+        ),
+        (
+            lambda: convert(Linear(), 1.5, ZEROS, velocity=ZEROS).score,
+            r"times in \[0, 1\], got 1.5",
+        ),
+        (lambda: convert(Linear(), -0.1, ZEROS, score=ZEROS).noise, r"times in \[0, 1\]"),
+        (
+            lambda: (
+                convert(NonlinearInterpolant(lambda t, a, b: a), 0.5, ZEROS, velocity=ZEROS).score
+            ),
             "expected a linear interpolant, got NonlinearInterpolant",
         ),
     ],
@@ -223,7 +273,7 @@ def test_a_latent_term_that_overtakes_the_data_leaves_a_time_without_score():
             (middle, high) if delta == sign_of_divisor(interpolant, low)[1] else (low, middle)
         )
     with pytest.raises(ValueError, match="the velocity determines the score"):
-        velocity_to_score(interpolant, low, x, v)
+        _ = convert(interpolant, low, x, velocity=v).score
 
 
 def sign_of_divisor(interpolant, t):
