@@ -5,6 +5,7 @@ import struct
 
 import pyro.distributions as dist
 import pytest
+import safetensors.torch
 import torch
 from cases import DIVERGENCES, INTERPOLANTS, SOLVERS, SUPPORTS, random_flow
 from pyro.distributions import constraints
@@ -500,7 +501,8 @@ def test_a_write_that_fails_leaves_what_was_there(step, existed, path, monkeypat
                 half.write(b"half a file")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(*((module, step, fail) if step == "save_file" else (os, step, fail)))
+    module = safetensors.torch if step == "save_file" else os
+    monkeypatch.setattr(module, step, fail)
     with pytest.raises(OSError, match="No space left"):
         save(InterpolantDistribution(random_flow(2)), path)
     monkeypatch.undo()

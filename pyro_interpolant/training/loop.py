@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batches import StreamBatches, TableBatches
 from .checkpoint import Checkpoint
+from .data import TableBatches
 from .objective import Objective, Points
 from .optimization import Descent, ExponentialMovingAverage, assign, fill, numbered
+from .streaming import StreamBatches
 
 __all__ = ["HeldOutMonitor", "Run", "Schedule", "TrainingState"]
 

@@ -21,9 +21,9 @@ from pyro_interpolant import (
     interpolant_transform,
     optimal_transport,
 )
-from pyro_interpolant.training import checkpoint as snapshots
 from pyro_interpolant.training import fitting
-from pyro_interpolant.training.batches import Rows
+from pyro_interpolant.training.checkpoint import Checkpoint
+from pyro_interpolant.training.rows import Rows
 
 QUICK = {"batch_size": 64, "progress": False, "seed": 0, "steps": 40}
 
@@ -203,7 +203,7 @@ def test_a_damaged_file_is_passed_over_for_the_one_before(how, tmp_path):
     with pytest.raises(Stop):
         fit(made(), rows(), checkpoint=path, callback=stopping(20), **QUICK)
     damaged(path, how)
-    before, told = snapshots.read(path.with_name("run.previous")).numbers["run"]["step"], []
+    before, told = Checkpoint(path.with_name("run.previous")).numbers["run"]["step"], []
 
     def once(state):
         told.append(state.step)
@@ -233,18 +233,18 @@ def test_nothing_but_damage_is_an_error(tmp_path):
 
 def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "run"
-    snapshots.write(path, {"a": torch.ones(2)}, {"n": 1})
+    Checkpoint(path).write({"a": torch.ones(2)}, {"n": 1})
 
     def fail(*arguments, **options):
         raise OSError("no space left")
 
-    monkeypatch.setattr(snapshots, "save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="no space"):
-        snapshots.write(path, {"a": torch.zeros(2)}, {"n": 2})
+        Checkpoint(path).write({"a": torch.zeros(2)}, {"n": 2})
     monkeypatch.undo()
-    assert torch.equal(snapshots.read(path).tensors["a"], torch.ones(2))
+    assert torch.equal(Checkpoint(path).tensors["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
-    assert snapshots.read(tmp_path / "nowhere") is None
+    assert Checkpoint(tmp_path / "nowhere").tensors is None
 
 
 def test_where_no_state_can_be_kept(tmp_path):

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from pyro_interpolant import InterpolantDistribution, independent, interpolant_transform
 from pyro_interpolant.distributions.constraints import checked_rows
 from pyro_interpolant.training import whitening
-from pyro_interpolant.training.batches import Batches, drawn
+from pyro_interpolant.training.data import TableBatches
+from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.preprocessing import dequantize, warn_if_rounded
+from pyro_interpolant.training.rows import Rows, weighted_indices
 from pyro_interpolant.training.whitening import inliers, moments
 
 
@@ -160,7 +163,7 @@ def test_a_column_of_one_value_and_some_others_has_a_scale():
 
 
 def test_rows_that_come_in_an_order_are_looked_at_everywhere(monkeypatch):
-    monkeypatch.setattr(whitening, "_VALUES", 4000)  # 2,000 of the rows
+    monkeypatch.setattr(whitening, "_QUANTILE_VALUES", 4000)  # 2,000 of the rows
     x = torch.randn(20_000, 2)
     x[18_000:] += 1000.0  # a class, not outliers
     m = moments(x)
@@ -180,11 +183,11 @@ def test_rows_that_weigh_most_are_no_outliers():
 
 def test_rows_are_drawn_by_weight():
     weights = torch.tensor([0.0, 1.0, 0.0, 3.0, 1e-30, 0.0])
-    share = drawn(weights, 40_000).bincount(minlength=6) / 40_000
+    share = weighted_indices(weights, 40_000).bincount(minlength=6) / 40_000
     torch.testing.assert_close(share, weights.float() / 4, rtol=0, atol=0.02, check_dtype=False)
     many = torch.zeros(2**24 + 5, dtype=torch.float32)
     many[[3, -1]] = 1e-3
-    assert drawn(many, 50).unique().tolist() == [3, 2**24 + 4]
+    assert weighted_indices(many, 50).unique().tolist() == [3, 2**24 + 4]
 
 
 def test_constant_columns_are_named():
@@ -225,12 +228,22 @@ def test_too_few_rows_are_refused(count, dim):
         moments(torch.randn(count, dim))
 
 
+def batches(count, size, weights=None):
+    distribution = InterpolantDistribution(interpolant_transform(1, (4,)))
+    objective = Objective(distribution.transform.flow, distribution.white_base(), independent)
+    return TableBatches(Rows(torch.arange(count)[:, None], None, None, weights), size, objective)
+
+
+def places(stream):
+    return stream.next_rows().w[:, 0]
+
+
 @pytest.mark.parametrize(("count", "size"), [(12, 4), (12, 12), (6, 1)])
 def test_batches_cover_all_rows_each_epoch_in_new_orders(count, size):
-    stream = Batches(count, size, torch.device("cpu"))
+    stream = batches(count, size)
     epochs = []
     for _ in range(3):
-        epoch = torch.cat([stream.next() for _ in range(count // size)])
+        epoch = torch.cat([places(stream) for _ in range(count // size)])
         assert torch.equal(epoch.sort().values, torch.arange(count))
         epochs.append(epoch)
     assert not torch.equal(epochs[0], epochs[1])
@@ -238,10 +251,10 @@ def test_batches_cover_all_rows_each_epoch_in_new_orders(count, size):
 
 
 def test_batches_are_of_equal_size_and_leave_no_row_out_for_good():
-    stream = Batches(10, 4, torch.device("cpu"))
+    stream = batches(10, 4)
     seen = set()
     for _ in range(20):
-        first, second = stream.next(), stream.next()
+        first, second = places(stream), places(stream)
         assert len(first) == len(second) == 4
         assert len(set(first.tolist()) | set(second.tolist())) == 8
         seen |= set(first.tolist()) | set(second.tolist())
@@ -250,8 +263,8 @@ def test_batches_are_of_equal_size_and_leave_no_row_out_for_good():
 
 def test_weighted_batches_are_in_proportion():
     weights = torch.tensor([0.0, 1.0, 3.0])
-    stream = Batches(3, 1000, torch.device("cpu"), weights)
-    counts = torch.bincount(torch.cat([stream.next() for _ in range(20)]), minlength=3) / 20_000
+    stream = batches(3, 1000, weights)
+    counts = torch.bincount(torch.cat([places(stream) for _ in range(20)]), minlength=3) / 20_000
     assert counts[0] == 0
     torch.testing.assert_close(counts[2].double(), torch.tensor(0.75), rtol=0, atol=0.015)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from pyro_interpolant import (
     interpolant_transform,
     optimal_transport,
 )
+from pyro_interpolant.distributions.bases import WhitenedBase
 from pyro_interpolant.interpolants.couplings import independent
-from pyro_interpolant.training.batches import Rows
-from pyro_interpolant.training.distributed import Engine
+from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
+from pyro_interpolant.training.rows import Rows
 
 HAS_FABRIC = subprocess.run(
     [sys.executable, "-c", "import lightning_fabric"], capture_output=True, check=False
@@ -33,9 +35,21 @@ needs_fabric = pytest.mark.skipif(not HAS_FABRIC, reason="without the extra [dis
 def objective(rank=0, world=1, *, own=False, coupling=independent, latent=False):
     path = Latent(Trigonometric(), SineSquared()) if latent else None
     flow = InterpolantDistribution(interpolant_transform(2, (8,), interpolant=path)).transform
-    made = Objective(flow, None, coupling, 256)
-    made.share(rank, world, own=own)
-    return made
+    process = Process(own_rows=own)
+    process.rank, process.world = rank, world
+    return Objective(flow.flow, WhitenedBase(None, flow.flow.whitening), coupling, process)
+
+
+class Draw(NamedTuple):
+    t: Any
+    w0: Any
+    w1: Any
+    context: Any
+    z: Any
+
+
+def draw(made, rows):
+    return Draw(*made._pairs(rows, made.base, made.process))
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -44,13 +58,13 @@ def objective(rank=0, world=1, *, own=False, coupling=independent, latent=False)
 def test_shares_are_disjoint_and_make_up_the_whole_draw(world, latent, own):
     x = torch.randn(256, 2)
     torch.manual_seed(4)
-    whole = objective(latent=latent).draw(Rows(x, x[:, :1]))
+    whole = draw(objective(latent=latent), Rows(x, x[:, :1]))
     parts = []
     for rank in range(world):
         torch.manual_seed(4)
         mine = x.chunk(world)[rank] if own else x
         made = objective(rank, world, own=own, latent=latent)
-        parts.append(made.draw(Rows(mine, mine[:, :1])))
+        parts.append(draw(made, Rows(mine, mine[:, :1])))
     for name in ("t", "w0", "w1", "context", *(["z"] if latent else [])):
         joined = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(joined, getattr(whole, name)), name
@@ -61,18 +75,18 @@ def test_shares_are_disjoint_and_make_up_the_whole_draw(world, latent, own):
 def test_a_coupling_is_that_of_the_whole_batch():
     x = torch.randn(128, 2)
     torch.manual_seed(4)
-    whole = objective(coupling=optimal_transport).draw(Rows(x, None))
+    whole = draw(objective(coupling=optimal_transport), Rows(x, None))
     parts = []
     for rank in range(2):
         torch.manual_seed(4)
-        parts.append(objective(rank, 2, coupling=optimal_transport).draw(Rows(x, None)))
+        parts.append(draw(objective(rank, 2, coupling=optimal_transport), Rows(x, None)))
     assert torch.equal(torch.cat([part.w0 for part in parts]), whole.w0)
 
 
 @pytest.mark.parametrize("world", [3, 5, 100])
 def test_any_number_of_processes_gets_shares_of_one_size(world):
     x = torch.randn(world * 7, 2)
-    shapes = {objective(rank, world).draw(Rows(x, None)).w1.shape for rank in range(world)}
+    shapes = {draw(objective(rank, world), Rows(x, None)).w1.shape for rank in range(world)}
     assert len(shapes) == 1
     assert shapes.pop()[:2].numel() > 0
 
@@ -86,11 +100,11 @@ def test_what_is_not_a_fabric_is_refused():
         )
 
 
-def test_one_process_needs_no_engine():
-    engine = Engine()
-    assert (engine.rank, engine.world) == (0, 1)
-    assert engine.seed(None) is None
-    assert engine.agreed(1.5) == 1.5
+def test_one_process_needs_no_fabric():
+    process = Process()
+    assert (process.rank, process.world) == (0, 1)
+    assert process.seed(None) is None
+    assert process.agreed(1.5) == 1.5
 
 
 def test_a_seed_is_made_up_once_for_all():
@@ -98,8 +112,8 @@ def test_a_seed_is_made_up_once_for_all():
     fabric = SimpleNamespace(
         **dict.fromkeys(names), global_rank=1, world_size=2, broadcast=lambda value: 17
     )
-    assert Engine(fabric).seed(None) == 17
-    assert Engine(fabric).seed(3) == 3
+    assert Process(fabric).seed(None) == 17
+    assert Process(fabric).seed(3) == 3
 
 
 SCRIPT = """

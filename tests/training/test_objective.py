@@ -1,3 +1,5 @@
+from functools import partial
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -13,9 +15,10 @@ from pyro_interpolant import (
     NonlinearInterpolant,
     interpolant_loss,
 )
+from pyro_interpolant.distributions.bases import WhitenedBase
 from pyro_interpolant.interpolants.couplings import independent
-from pyro_interpolant.training.batches import Rows
 from pyro_interpolant.training.objective import Objective, path_points, regression_loss
+from pyro_interpolant.training.rows import Rows
 
 
 def by_hand(velocity, interpolant, t, w0, w1, *context):
@@ -44,21 +47,25 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("of_noise", [False, True])
+@pytest.mark.parametrize("target", ["velocity", "noise"])
 @pytest.mark.parametrize("context_dim", [0, 3])
 @pytest.mark.parametrize("name", PATHS)
-def test_points_of_several_draws_are_those_of_each(name, context_dim, of_noise):
+def test_points_of_several_draws_are_those_of_each(name, context_dim, target):
     velocity, noise = (random_flow(2, context_dim=context_dim).velocity for _ in range(2))
     flow = InterpolantTransform(velocity, interpolant=PATHS[name])
-    objective = Objective(flow, None, independent, 128, noise if of_noise else None)
+    flow.flow.noise = noise
+    base = WhitenedBase(None, flow.flow.whitening)
+    objective = Objective(flow.flow, base, independent, target=target)
     context = torch.randn(3, 128, context_dim) if context_dim else [None] * 3
-    draws = [objective.draw(Rows(torch.randn(128, 2), context[i])) for i in range(3)]
-    for draw, points in zip(draws, objective.points(draws), strict=True):
-        alone = regression_loss(
-            objective.network, path_points(PATHS[name], *draw, of_noise=of_noise)
-        ).mean()
-        torch.testing.assert_close(objective.loss_at(points), alone)
-        torch.testing.assert_close(objective.loss(draw), alone)
+    rows = [Rows(torch.randn(128, 2), context[i]) for i in range(3)]
+    torch.manual_seed(1)
+    together = objective.points([partial(rows.__getitem__, i) for i in range(3)])
+    torch.manual_seed(1)
+    draws = [objective._pairs(part, base, objective.process) for part in rows]
+    for draw, points in zip(draws, together, strict=True):
+        alone = path_points(PATHS[name], *draw, target=target)
+        expected = regression_loss(objective.network, alone).mean()
+        torch.testing.assert_close(objective.loss(points), expected)
 
 
 def test_regression_loss_of_a_users_own_velocity_and_context():

@@ -17,8 +17,11 @@ from pyro_interpolant import (
     from_samples,
     interpolant_transform,
 )
-from pyro_interpolant.training.checkpoint import pack, unpack
-from pyro_interpolant.training.streaming import Stream, StreamBatches, is_stream, survey
+from pyro_interpolant.interpolants.couplings import independent
+from pyro_interpolant.training.checkpoint import from_json, to_json
+from pyro_interpolant.training.distributed import Process
+from pyro_interpolant.training.objective import Objective
+from pyro_interpolant.training.streaming import Stream, is_stream
 from pyro_interpolant.training.whitening import moments
 
 QUICK = {"progress": False, "seed": 0, "steps": 40, "tolerance": 0.1}
@@ -116,10 +119,9 @@ def test_same_seed_same_weights_and_the_global_generator_is_left_alone():
 
 def test_the_first_pass_finds_the_moments_of_all_rows_it_did_not_hold_out():
     x = rows(1000)
-    stream = Stream(made(), made().transform, list(x.split(90)))
-    found = survey(stream, 0.1, whole=True)
+    found = Stream(made(), list(x.split(90)), 0.1).split(Process(), None)
     assert torch.equal(found.held.w, x[:100])
-    assert torch.equal(found.sample.w, x[100:])
+    assert torch.equal(found.kept.w, x[100:])
     assert (found.total, found.size) == (900, 90)
     distribution = made()
     fit(distribution, list(x.split(90)), **QUICK)
@@ -127,11 +129,11 @@ def test_the_first_pass_finds_the_moments_of_all_rows_it_did_not_hold_out():
 
 
 def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
-    monkeypatch.setattr("pyro_interpolant.training.streaming._SAMPLE", 400)
+    monkeypatch.setattr("pyro_interpolant.training.streaming._SAMPLE_VALUES", 400)
     x = torch.arange(4000.0)[:, None].expand(-1, 2) + torch.rand(4000, 2)
-    found = survey(Stream(made(), made().transform, list(x.split(10))), 0.1, whole=True)
-    assert 100 <= len(found.sample.w) <= 200
-    assert float(found.sample.w.mean()) == pytest.approx(2000, rel=0.05)
+    found = Stream(made(), list(x.split(10)), 0.1).split(Process(), None)
+    assert 100 <= len(found.kept.w) <= 200
+    assert float(found.kept.w.mean()) == pytest.approx(2000, rel=0.05)
     assert len(found.held.w) == 400
     assert found.total == 3600
 
@@ -139,9 +141,10 @@ def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
 def test_without_moments_the_first_pass_reads_no_more_than_it_needs():
     x = rows(600)
     data = Again(lambda _: itertools.repeat(x[:100], 300))
-    assert survey(Stream(made(), made().transform, data), None, whole=False).total == math.inf
+    found = Stream(made(), data, x[:50]).split(Process(), None, whole=False)
+    assert found.total == math.inf
     assert data.given == 1
-    survey(Stream(made(), made().transform, data), 0.5, whole=False)
+    Stream(made(), data, 0.5).split(Process(), None, whole=False)
     assert data.given == 1 + math.ceil(8192 / 0.5 / 100)
     distribution = made()
     distribution.transform.flow.whitening.set(x.mean(0), torch.eye(2))
@@ -169,13 +172,20 @@ def test_weights_decay_by_the_number_of_training_rows(monkeypatch):
     assert found == pytest.approx([(140 / 1800) ** 2, (140 / 1800) ** 2, 0.5, 0.3, 0.0])
 
 
+def unwhitened(distribution):
+    """The objective of a flow whose whitening map is the identity still."""
+    flow = distribution.transform.flow
+    return Objective(flow, distribution.white_base(), independent)
+
+
 def test_rows_held_out_are_never_trained_on():
     x = rows(500)
-    stream = Stream(made(), made().transform, LOADERS["shuffled"](x))
-    found = survey(stream, 0.2, whole=True)
+    distribution = made()
+    stream = Stream(distribution, LOADERS["shuffled"](x), 0.2)
+    found = stream.split(Process(), 100)
     held = {tuple(row) for row in found.held.w.tolist()}
-    batches = StreamBatches(stream, lambda r: r, 100, found.held.w, found.weight)
-    seen = [tuple(row) for _ in range(12) for row in batches.next().w.tolist()]
+    batches = stream.batches(found, unwhitened(distribution))
+    seen = [tuple(row) for _ in range(12) for row in batches.next_rows().w.tolist()]
     assert len(seen) == 12 * 64
     assert not held & set(seen)
     assert set(seen) | held == {tuple(row) for row in x.tolist()}
@@ -188,9 +198,9 @@ def test_batches_in_an_order_meet_all_times():
     """A pass that is whole batches gives each row the same place: times go by the place."""
     x = torch.arange(256.0).double()[:, None].expand(256, 2)
     flow = made()
-    stream = Stream(flow, flow.transform, list(x.split(128)))
-    batches = StreamBatches(stream, lambda r: r, 128, None, 1.0)
-    places = [batches.next().w[:, 0].argmin() for _ in range(40)][::2]
+    stream = Stream(flow, list(x.split(128)), x[:2])
+    batches = stream.batches(stream.split(Process(), 128), unwhitened(flow))
+    places = [batches.next_rows().w[:, 0].argmin() for _ in range(40)][::2]
     assert len(set(map(int, places))) > 10
 
 
@@ -215,7 +225,7 @@ def test_a_sampler_ahead_of_its_workers_is_no_place_to_resume_from():
     sampler, distribution = Sampler(range(600)), made()
     for workers, owner in ((0, sampler), (1, None)):
         loader = DataLoader(rows(), batch_size=60, sampler=sampler, num_workers=workers)
-        found = Stream(distribution, distribution.transform, loader).state_owner()
+        found = Stream(distribution, loader, 0.1).state_owner()
         assert found is owner
 
 
@@ -433,17 +443,17 @@ def test_the_state_of_a_sampler_is_found():
 
     sampler = Sampler(torch.arange(600), 1)
     loader = DataLoader(rows(), batch_size=60, sampler=sampler)
-    assert Stream(made(), made().transform, loader).state_owner() is sampler
+    assert Stream(made(), loader, 0.1).state_owner() is sampler
     plain = DataLoader(rows(), batch_size=60, shuffle=True)
-    assert Stream(made(), made().transform, plain).state_owner() is None
+    assert Stream(made(), plain, 0.1).state_owner() is None
 
 
 def test_states_are_packed_without_pickling():
     state = {"a": [1, (2.5, None)], 3: {"b": torch.arange(4), "c": "text", "d": True}}
     tensors = {}
-    packed = pack(state, tensors, "x")
-    found = unpack(packed, tensors)
+    packed = to_json(state, tensors, "x")
+    found = from_json(packed, tensors)
     assert torch.equal(found[3].pop("b"), state[3].pop("b"))
     assert found == state
     with pytest.raises(TypeError, match="numbers, text, tensors.*got a object in it"):
-        pack({"a": object()}, {}, "x")
+        to_json({"a": object()}, {}, "x")
