@@ -395,9 +395,8 @@ def fit_guide(
     summary, count, verdict = _UNKNOWN
     if density is not None:
         with seeded(None if seed is None else seed + 1):
-            _, log_weights = importance_of(
-                InterpolantDistribution(guide.transform), density, _VERDICT_DRAWS
-            )
+            posterior = InterpolantDistribution(guide.transform)  # fit may have set another base
+            _, log_weights = importance_of(posterior, density, _VERDICT_DRAWS)
         summary, count = judge(log_weights), _VERDICT_DRAWS
         verdict = verdict_of(summary, count)
         warn_if_poor(summary, count)
