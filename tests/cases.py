@@ -1,10 +1,11 @@
 """Every member of every family by name, and builders of small random flows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
@@ -28,6 +29,12 @@ from pyro_interpolant import (
 from pyro_interpolant.distributions.constraints import Shaped
 from pyro_interpolant.training.preprocessing import marginal_transform, radial_transform
 from pyro_interpolant.transforms.gaussianize import Gaussianized
+
+
+def slow_but(members: Iterable[str], *quick: str) -> list[Any]:
+    """Return all members as parameters, those not named as quick marked slow."""
+    return [m if m in quick else pytest.param(m, marks=pytest.mark.slow) for m in members]
+
 
 INTERPOLANTS = {"trigonometric": Trigonometric(), "linear": Linear()}
 

@@ -1,5 +1,6 @@
 """Several processes: shares of a batch, and for real, two processes over gloo."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -24,9 +25,7 @@ from pyro_interpolant.training.batches import Rows
 from pyro_interpolant.training.distributed import Engine
 from pyro_interpolant.training.objective import Objective
 
-HAS_FABRIC = subprocess.run(
-    [sys.executable, "-c", "import lightning_fabric"], capture_output=True, check=False
-).returncode == 0  # fmt: skip
+HAS_FABRIC = importlib.util.find_spec("lightning_fabric") is not None
 needs_fabric = pytest.mark.skipif(not HAS_FABRIC, reason="without the extra [distributed]")
 
 
