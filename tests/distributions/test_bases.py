@@ -31,6 +31,8 @@ from pyro_interpolant import (
     save,
 )
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 QUICK = {"steps": 60, "batch_size": 40, "learning_rate": 5e-3, "progress": False, "seed": 0}
 
 

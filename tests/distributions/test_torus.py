@@ -36,6 +36,8 @@ from pyro_interpolant.distributions.joint import sites_of
 from pyro_interpolant.interpolants.nonlinear import wrap
 from pyro_interpolant.io import build_constraint, describe_constraint
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 TURN = 2 * math.pi
 
 

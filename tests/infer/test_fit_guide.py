@@ -17,6 +17,8 @@ from pyro_interpolant import AutoInterpolant, FixedGrid, fit_guide, log_joint
 from pyro_interpolant.infer import autoguide, log_density
 from pyro_interpolant.infer.smc.train import RoundsResult
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 QUICK = {"steps": 60, "batch_size": 256}
 
 

@@ -16,6 +16,8 @@ from pyro_interpolant import (
     interpolant_transform,
 )
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 QUICK = {"progress": False, "seed": 0, "batch_size": 256, "learning_rate": 5e-3}
 
 

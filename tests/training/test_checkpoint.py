@@ -25,6 +25,8 @@ from pyro_interpolant.training import checkpoint as snapshots
 from pyro_interpolant.training import fitting
 from pyro_interpolant.training.batches import Rows
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 QUICK = {"batch_size": 64, "progress": False, "seed": 0, "steps": 40}
 
 

@@ -16,6 +16,8 @@ from pyro_interpolant.transforms.gaussianize import (
     RadialTransform,
 )
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 N = 4000
 
 

@@ -33,6 +33,8 @@ from pyro_interpolant.training.preprocessing import marginal_transform, radial_t
 from pyro_interpolant.transforms import gaussianize
 from pyro_interpolant.transforms.gaussianize import Gaussianized
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 
 def slab(count):
     """A third of the values in [0, 0.01), the others a hundred times as far."""

@@ -11,6 +11,8 @@ from pyro_interpolant.training.preprocessing import radial_transform
 from pyro_interpolant.training.whitening import moments
 from pyro_interpolant.transforms.gaussianize import Gaussianized
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 
 def contrast(count, dim=5, spread=1.0):
     """Rows of correlated columns with one scale in common."""

@@ -20,6 +20,8 @@ from pyro_interpolant import (
     reflow,
 )
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 QUICK = {"progress": False, "seed": 0, "batch_size": 256}
 
 
