@@ -179,7 +179,12 @@ def test_whether_pairs_were_independent_is_remembered(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "interpolant", [EncodingDecoding(), Latent(Linear(), BrownianBridge(0.3)), Mirror()]
+    "interpolant",
+    [
+        pytest.param(EncodingDecoding(), marks=pytest.mark.slow),
+        Latent(Linear(), BrownianBridge(0.3)),
+        pytest.param(Mirror(), marks=pytest.mark.slow),
+    ],
 )
 def test_latent_interpolants_train_and_learn_their_noise(interpolant, tmp_path):
     x = crescent(1500)

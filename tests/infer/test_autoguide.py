@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow_but
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import (
@@ -36,6 +37,7 @@ from pyro_interpolant import (
     importance,
     log_joint,
 )
+from pyro_interpolant.infer.sites import pack_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
@@ -115,7 +117,7 @@ def test_one_solve_per_step_and_all_weights_move(loss, particles, target):
     assert all(moved(guide, before))
 
 
-@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("particles", slow_but([1, 3], 3))
 def test_a_compiled_elbo(particles):
     guide = small(hidden_dims=(8,))
     options = {
@@ -360,7 +362,7 @@ def test_medians_and_quantiles_are_those_of_draws(target):
         assert torch.equal(quantiles[name][1], median[name])
         assert fn.support.check(median[name]).all()
         assert not median[name].requires_grad
-    packed = pyro_interpolant.sites.pack_sites(guide, quantiles)
+    packed = pack_sites(guide, quantiles)
     assert torch.allclose(packed, levels, atol=0.05)
 
 

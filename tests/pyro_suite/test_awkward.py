@@ -33,6 +33,7 @@ def modes(count):
     return x + 12.0 * (torch.rand(count, 1) < 0.3)
 
 
+@pytest.mark.slow
 def test_heavy_tails_are_learned_where_the_data_are():
     truth = dist.StudentT(2.0, torch.zeros(1), torch.ones(1)).to_event(1)
     distribution = made(1)
@@ -51,6 +52,7 @@ def test_modes_far_apart_keep_their_shares():
     assert share == pytest.approx(0.3, abs=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("far", [1e2, 1e6])
 def test_a_wild_row_does_not_change_the_fit_of_the_rest(far):
     """One row in 20,000; what differs without it is what another seed of the training changes."""

@@ -495,6 +495,7 @@ def prior_at_a_hundred():
     return gaussian_prior(torch.tensor([100.0, 90.0]), torch.tensor([[5.0, 0.0], [2.0, 4.0]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
 def test_nuts_gives_the_closed_form_posterior(space):
     prior = prior_at_a_hundred()
@@ -509,6 +510,7 @@ def test_nuts_gives_the_closed_form_posterior(space):
     check_posterior(z, *one_site_posterior(prior, 200.0))
 
 
+@pytest.mark.slow
 def test_nuts_in_both_spaces_agrees_for_a_flow_that_is_not_gaussian():
     prior = InterpolantDistribution(random_flow(1, solver=FixedGrid(steps=4))).freeze()
 
@@ -528,7 +530,7 @@ def test_nuts_in_both_spaces_agrees_for_a_flow_that_is_not_gaussian():
         check_posterior(z, mean[None], variance[None, None])
 
 
-@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("used", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_chains_in_two_processes(used, monkeypatch):
     """Also after the prior was used: no cached graph may travel to the workers."""
     prior = gaussian_prior(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [0.5, 1.0]]))

@@ -10,6 +10,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow_but
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
@@ -62,7 +63,7 @@ def stopping(at):
     return callback
 
 
-@pytest.mark.parametrize("every", [None, 7])
+@pytest.mark.parametrize("every", slow_but([None, 7], 7))
 @pytest.mark.parametrize("seed", [0, None])
 @pytest.mark.parametrize("options", [{}, {"coupling": optimal_transport}], ids=["", "ot"])
 def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
@@ -92,7 +93,7 @@ def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
         assert getattr(result, name) == getattr(expected, name)
 
 
-@pytest.mark.parametrize("at", range(16, 25))
+@pytest.mark.parametrize("at", slow_but(range(16, 25), 16, 20, 23))
 def test_a_run_resumes_from_any_place_in_what_is_drawn_ahead(at, tmp_path):
     def fitted(flow, **options):
         return fit(flow, rows(), weights=torch.rand(300), checkpoint_every=1, **QUICK, **options)
@@ -283,6 +284,7 @@ pi.save(flow, sys.argv[1] + ".done")
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
     """For real: SIGKILL at random moments, in a process of its own, until it gets through."""
     script = tmp_path / "run.py"

@@ -26,6 +26,8 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.training import FitResult, TrainingState, fitting, loop
 
+few_held_draws = pytest.mark.usefixtures("_few_held_draws")
+
 
 def tiny(dim=2, **kwargs):
     return InterpolantDistribution(interpolant_transform(dim, (32, 32)), **kwargs)
@@ -57,6 +59,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@few_held_draws
 def test_fit_learns_a_bimodal_mixture():
     truth, distribution = bimodal(), tiny()
     result = quick(
@@ -140,6 +143,7 @@ def test_the_result_and_the_callback_tell_the_same_story():
     assert isinstance(result.solver, FixedGrid)
 
 
+@few_held_draws
 def test_a_stalled_run_lands_and_keeps_the_best_weights():
     """Without averaging the weights at the best look are those the callback saw there."""
     distribution, seen, rates = tiny(), {}, []
@@ -258,6 +262,7 @@ class Poisoned(VelocityMLP):
         return v * math.nan if self.calls > self.good else v
 
 
+@few_held_draws
 def test_a_loss_that_turns_to_nan_keeps_the_last_good_weights():
     x = torch.randint(0, 2, (300, 1)) * 4.0 + 0.2 * torch.randn(300, 2)
     distribution = InterpolantDistribution(InterpolantTransform(Poisoned(400)))
@@ -468,7 +473,9 @@ def test_only_a_flow_that_owns_its_weights_is_trained(view):
         quick(target, torch.randn(100, 2))
 
 
-@pytest.mark.parametrize("coupling", [independent, optimal_transport])
+@pytest.mark.parametrize(
+    "coupling", [pytest.param(independent, marks=pytest.mark.slow), optimal_transport]
+)
 def test_every_coupling_trains(coupling):
     distribution, calls = tiny(), []
 
@@ -531,6 +538,8 @@ def test_float64_rows_with_a_large_offset_train_a_float32_flow():
     assert distribution.sample((5,)).dtype == torch.float32
 
 
+@pytest.mark.slow
+@few_held_draws
 def test_a_conditional_flow_learns_a_mean_that_moves():
     distribution = tiny_conditional()
     context = 2 * torch.rand(3000, 1) - 1
@@ -543,6 +552,8 @@ def test_a_conditional_flow_learns_a_mean_that_moves():
         torch.testing.assert_close(y.std(0), torch.tensor([0.3, 0.3]), rtol=0.3, atol=0)
 
 
+@pytest.mark.slow
+@few_held_draws
 def test_a_given_base_is_where_it_starts():
     base = dist.MultivariateNormal(torch.tensor([4.0, 4.0]), 0.5 * torch.eye(2))
     distribution = tiny(base=base)
@@ -555,6 +566,7 @@ def test_a_given_base_is_where_it_starts():
     torch.testing.assert_close(y.std(0), data.std(0), rtol=0.35, atol=0)
 
 
+@few_held_draws
 def test_data_on_a_support():
     truth = dist.LogNormal(torch.tensor([0.0, 3.0]), torch.tensor([0.5, 1.0])).to_event(1)
     distribution = tiny(support=constraints.positive)
@@ -596,8 +608,8 @@ def test_from_samples_gives_a_frozen_flow_in_the_type_of_the_samples(dtype):
     ("support", "event"),
     [
         (constraints.positive, (2,)),
-        (constraints.interval(0.0, 20.0), (2,)),
-        (constraints.simplex, (3,)),
+        pytest.param(constraints.interval(0.0, 20.0), (2,), marks=pytest.mark.slow),
+        pytest.param(constraints.simplex, (3,), marks=pytest.mark.slow),
         (constraints.corr_cholesky, (3, 3)),
     ],
     ids=str,
@@ -715,9 +727,18 @@ def wild_flows():
     return flow
 
 
+WILD = pytest.mark.parametrize(
+    ("make", "dim"),
+    [
+        pytest.param(make, dim, marks=() if (make, dim) == (modes, 2) else pytest.mark.slow)
+        for make in (student, modes, far_mode, lognormal, singular, curved)
+        for dim in (2, 10)
+    ],
+)
+
+
 @pytest.mark.filterwarnings("ignore:no grid up to:UserWarning")
-@pytest.mark.parametrize("dim", [2, 10])
-@pytest.mark.parametrize("make", [student, modes, far_mode, lognormal, singular, curved])
+@WILD
 def test_far_from_the_data_densities_fall_and_gradients_are_finite(make, dim, wild_flows):
     data, distribution = wild_flows(make, dim)
     axes = torch.cat((torch.eye(dim), -torch.eye(dim)))
@@ -733,8 +754,7 @@ def test_far_from_the_data_densities_fall_and_gradients_are_finite(make, dim, wi
 
 
 @pytest.mark.filterwarnings("ignore:no grid up to:UserWarning")
-@pytest.mark.parametrize("dim", [2, 10])
-@pytest.mark.parametrize("make", [student, modes, far_mode, lognormal, singular, curved])
+@WILD
 def test_samples_of_wild_data_are_finite_and_have_densities(make, dim, wild_flows):
     data, distribution = wild_flows(make, dim)
     distribution = copy.deepcopy(distribution)

@@ -6,6 +6,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow_but
 from pyro.distributions import constraints
 
 from pyro_interpolant import circular, fit, from_samples, load, save
@@ -76,11 +77,16 @@ DOES_NOT = {
 }
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", PAYS | LENGTHS | DOES_NOT)
+def choices():
+    """Names and seeds: one seed for those that take long."""
+    for name in PAYS | LENGTHS | DOES_NOT:
+        wide = name in ("wide contrast", "wide modes")
+        for seed in range(1 if wide else 3):
+            yield pytest.param(name, seed, marks=pytest.mark.slow if seed or wide else ())
+
+
+@pytest.mark.parametrize(("name", "seed"), list(choices()))
 def test_the_choice(name, seed):
-    if seed and name in ("wide contrast", "wide modes"):
-        pytest.skip("takes long")
     torch.manual_seed(seed)
     x = (PAYS | LENGTHS | DOES_NOT)[name]()
     found = preferred_support(x, constraints.real_vector)
@@ -110,12 +116,18 @@ def test_from_samples_chooses():
     x = slab()[:2000]
     by_default = from_samples(x, **OPTIONS)
     assert isinstance(by_default.constraint, Gaussianized)
-    again = from_samples(x, **OPTIONS)
-    assert torch.equal(by_default.log_prob(x[:9]), again.log_prob(x[:9]))
     assert from_samples(x, marginals=False, **OPTIONS).constraint is constraints.real_vector
     plain = torch.randn(2000, 3)
-    assert from_samples(plain, **OPTIONS).constraint is constraints.real_vector
     assert isinstance(from_samples(plain, marginals=True, **OPTIONS).constraint, Gaussianized)
+
+
+@pytest.mark.slow
+def test_from_samples_chooses_the_same_again_without_need_and_by_weights():
+    x = slab()[:2000]
+    by_default, again = (from_samples(x, **OPTIONS) for _ in range(2))
+    assert torch.equal(by_default.log_prob(x[:9]), again.log_prob(x[:9]))
+    plain = torch.randn(2000, 3)
+    assert from_samples(plain, **OPTIONS).constraint is constraints.real_vector
     weighted = from_samples(slab(), weights=torch.rand(N), **OPTIONS)
     assert isinstance(weighted.constraint, Gaussianized)
 
@@ -131,7 +143,7 @@ def test_from_samples_behind_a_support():
     assert share == pytest.approx(0.3, abs=0.15)  # untrained, its marginals are the data's
 
 
-@pytest.mark.parametrize("kind", ["positive", "shaped", "named"])
+@pytest.mark.parametrize("kind", slow_but(["positive", "shaped", "named"], "named"))
 def test_from_samples_takes_lengths(kind):
     u = 0.01 * torch.randn(N, 20) @ torch.randn(20, 20) * torch.randn(N, 1).exp()
     x, options = {

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from cases import slow_but
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_interpolant import (
@@ -90,7 +91,7 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", slow_but(LOADERS, "shuffled"))
 def test_a_run_on_batches_is_as_good_as_one_on_the_table(name):
     x, held = rows(2600).split((2000, 600))  # with rows held out of each, losses differ by those
     table, stream = made(), made()
@@ -234,6 +235,7 @@ def test_rows_without_weight_are_absent():
         fit(made(), parts[1:2], **QUICK)
 
 
+@pytest.mark.slow
 def test_a_conditional_flow_learns_from_batches_with_contexts():
     context = torch.rand(3000, 1)
     x = 4 * context + 0.1 * torch.randn(3000, 2)
@@ -242,9 +244,15 @@ def test_a_conditional_flow_learns_from_batches_with_contexts():
     fit(distribution, loader, **{**QUICK, "steps": 300}, learning_rate=5e-3)
     given = distribution.condition(torch.tensor([[0.2], [0.8]])).sample((300,)).mean(0)
     torch.testing.assert_close(given.mean(-1), torch.tensor([0.8, 3.2]), rtol=0, atol=0.3)
-    held = (x[:100], context[:100])
+
+
+def test_batches_with_contexts_and_held_out_rows_with_theirs():
+    context = torch.rand(1000, 1)
+    x = 4 * context + 0.1 * torch.randn(1000, 2)
+    distribution, held = made_conditional(), (x[:100], context[:100])
     fit(distribution, list(zip(x.split(50), context.split(50), strict=True)),
         validation=held, **QUICK)  # fmt: skip
+    torch.testing.assert_close(distribution.transform.loc, x.mean(0))
 
 
 def test_weights_come_as_the_last_part():
@@ -400,7 +408,7 @@ class Stateful:
         self.generator.set_state(state["generator"])
 
 
-@pytest.mark.parametrize("every", [None, 1, 7])
+@pytest.mark.parametrize("every", slow_but([None, 1, 7], 7))
 @pytest.mark.parametrize("kind", ["stateful", "list", "shuffled"])
 def test_a_run_on_batches_resumes_to_the_same_bits(kind, every, tmp_path):
     def loader():

@@ -184,6 +184,9 @@ def test_the_support_is_the_one_it_stands_for(support):
 
 
 charts = pytest.mark.parametrize("make", [marginal_transform, radial_transform])
+one_chart = pytest.mark.parametrize(
+    "make", [marginal_transform, pytest.param(radial_transform, marks=pytest.mark.slow)]
+)
 
 
 def drawn(make, seed=3):
@@ -278,7 +281,7 @@ def test_a_density_can_be_traced(make):
     assert torch.allclose(traced(x[20:]), d.log_prob(x[20:]))
 
 
-@charts
+@one_chart
 def test_sdes_end_where_the_data_are(make):
     d = InterpolantDistribution(interpolant_transform(2), support=drawn(make).constraint)
     torch.manual_seed(1)
@@ -291,7 +294,7 @@ def test_sdes_end_where_the_data_are(make):
         assert torch.allclose(value, d.log_prob(x[:20]), atol=0.1)  # of a few paths
 
 
-@charts
+@one_chart
 def test_velocities_are_drawn_in_data_coordinates(make):
     """A small step of the flow from t = 0.6, through the map, against the velocity."""
     d, gap = drawn(make), 1e-4
@@ -302,7 +305,7 @@ def test_velocities_are_drawn_in_data_coordinates(make):
     assert torch.allclose(_velocity(d.at(0.6), x), (ahead - x) / gap, rtol=0.02, atol=1e-2)
 
 
-@charts
+@one_chart
 def test_inside_a_model(make):
     """The base takes the place of the flow's own site; the sites beside it stay."""
     prior = drawn(make).freeze()
