@@ -59,7 +59,7 @@ def _guided_to_the_ends(monkeypatch):
 
 
 @pytest.mark.usefixtures("_guided_to_the_ends")
-@pytest.mark.parametrize("name", slow_but(MEMBERS, "linear", "bridge"))
+@pytest.mark.parametrize("name", slow_but(MEMBERS, "bridge"))
 def test_guided_paths_all_tell_the_density_of_an_exact_flow(name):
     truth = random_mixture(2, MEMBERS[name])
     flow, y = flow_of(truth), LOC + truth.sample(1.0, 8) @ LINEAR.T
@@ -89,6 +89,7 @@ def test_guidance_that_fades_at_the_ends_costs_little(name):
     assert float(((value - log_prob(truth, y)).abs() / (stderr + 0.001)).max()) < 4.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gamma", [SineSquared(0.8), pytest.param(BrownianBridge(0.5), marks=pytest.mark.slow)]
 )
@@ -232,6 +233,7 @@ def test_errors_say_what_was_expected():
         sde_log_prob(rows, x, paths=2, steps=2)
 
 
+@pytest.mark.slow
 def test_the_known_density_of_a_gaussian():
     truth = MixtureVelocity(torch.ones(1), torch.zeros(1, 2), 2 * torch.eye(2)[None], Linear())
     flow = InterpolantDistribution(InterpolantTransform(truth, interpolant=Linear()))

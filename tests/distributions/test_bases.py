@@ -141,6 +141,7 @@ def test_pairs_are_kept_together():
     assert error < 0.25
 
 
+@pytest.mark.slow
 def test_pairs_of_the_default_base():
     z = torch.randn(2000, 2)
     distribution = InterpolantDistribution(

@@ -152,6 +152,7 @@ def test_the_elbo_is_that_of_its_definition():
         assert abs(elbo.loss(model, guide) - expected) < 6 * error
 
 
+@pytest.mark.slow
 def test_svi_finds_the_posterior():
     guide = AutoInterpolant(single, hidden_dims=(8,), init_scale=1.0)
     elbo = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=0)

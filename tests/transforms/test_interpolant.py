@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated
 tracing = pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 
 KINDS = sorted(FLOWS)
-every_kind = pytest.mark.parametrize("kind", slow_but(KINDS, "two", "own"))
+every_kind = pytest.mark.parametrize("kind", slow_but(KINDS, "two"))
 
 
 def flow(kind="two", dim=2, steps=4, **choices):

@@ -216,7 +216,7 @@ def test_files_keep_every_bit(make, tmp_path):
         assert torch.equal(mine, other)
 
 
-@charts
+@one_chart
 def test_the_density_is_that_of_the_flow_through_the_map(make):
     """Over a grid it integrates to one, which a wrong Jacobian would not."""
     d = drawn(make)
@@ -294,6 +294,7 @@ def test_sdes_end_where_the_data_are(make):
         assert torch.allclose(value, d.log_prob(x[:20]), atol=0.1)  # of a few paths
 
 
+@pytest.mark.slow
 @one_chart
 def test_velocities_are_drawn_in_data_coordinates(make):
     """A small step of the flow from t = 0.6, through the map, against the velocity."""
@@ -330,6 +331,7 @@ def test_inside_a_model(make):
     assert all(float(p.grad.abs().sum()) > 0 for p in guide.parameters())
 
 
+@pytest.mark.slow
 def test_training_behind_a_map_learns_a_slab():
     """What an affine map leaves to the last moments of the path, the map takes away."""
     x = torch.stack((slab(6000), torch.randn(6000)), -1)

@@ -3,7 +3,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import gaussian_prior
+from cases import gaussian_prior, slow_but
 from pyro.distributions import constraints
 
 from pyro_interpolant import (
@@ -117,6 +117,7 @@ def test_moves_leave_the_density_as_it_is():
     assert float(noise.mean()) == pytest.approx(0.0, abs=0.02)
 
 
+@pytest.mark.slow
 def test_moves_find_the_density_from_elsewhere():
     target, kernel = slanted(), Kernel()
     density = Density(target.log_prob)
@@ -199,7 +200,7 @@ def test_the_search_finds_a_far_narrow_slanted_target():
     assert float(found.log_share.exp().sum()) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("dim", [2, 8])
+@pytest.mark.parametrize("dim", slow_but([2, 8], 2))
 def test_the_search_finds_four_modes(dim):
     target, means, _ = modes(dim)
     found = search(Density(target.log_prob), wide(dim), seconds=5.0)
