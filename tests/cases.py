@@ -1,10 +1,11 @@
 """Every member of every family by name, and builders of small random flows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
@@ -30,12 +31,20 @@ from pyro_interpolant.solvers import RandomGrid
 from pyro_interpolant.training.preprocessing import marginal_transform, radial_transform
 from pyro_interpolant.transforms.gaussianize import Gaussianized
 
+
+def slow_but(members: Iterable[str], *quick: str) -> list[Any]:
+    """Return all members as parameters, those not named as quick marked slow."""
+    return [m if m in quick else pytest.param(m, marks=pytest.mark.slow) for m in members]
+
+
 INTERPOLANTS = {"trigonometric": Trigonometric(), "linear": Linear()}
+
+GAMMAS = {"bridge": BrownianBridge(0.5), "smooth": SineSquared(0.8)}
 
 LATENT = {
     "encoding-decoding": EncodingDecoding(),
-    "linear, bridge": Latent(Linear(), BrownianBridge(0.5)),
-    "trigonometric, smooth": Latent(Trigonometric(), SineSquared(0.8)),
+    **{f"linear, {name}": Latent(Linear(), gamma) for name, gamma in GAMMAS.items()},
+    "trigonometric, smooth": Latent(Trigonometric(), GAMMAS["smooth"]),
 }
 
 SOLVERS = {
@@ -178,18 +187,40 @@ class OwnVelocity(nn.Module):
         return self.out(torch.tanh(self.hidden(torch.cat(inputs, dim=-1))))
 
 
+# Networks, as functions of (dim, context_dim).
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "two": lambda dim, context_dim: VelocityMLP(dim, (16, 12), context_dim),
+    "three": lambda dim, context_dim: VelocityMLP(dim, (10, 10, 10), context_dim),
+    "own": OwnVelocity,
+}
+
+
+def network_flow(make: Callable[[int, int], nn.Module]) -> Callable[..., Any]:
+    """Return a builder, from (dim, context_dim=0, **choices), of random flows of a network."""
+
+    def build(dim: int, context_dim: int = 0, **choices: Any) -> Any:
+        transform = random_flow(dim, context_dim=context_dim, **choices)
+        velocity = make(dim, context_dim)
+        with torch.no_grad():
+            for p in velocity.parameters():  # what starts as zero would stay unseen
+                if not p.any():
+                    p.normal_(std=0.3)
+        transform.flow.velocity = velocity
+        return transform
+
+    return build
+
+
 def own_flow(dim: int, context_dim: int = 0, **choices: Any) -> Any:
     """Return a random flow of a user's own velocity, as :func:`random_flow`."""
-    transform = random_flow(dim, context_dim=context_dim, **choices)
-    transform.flow.velocity = OwnVelocity(dim, context_dim)
-    return transform
+    return network_flow(NETWORKS["own"])(dim, context_dim, **choices)
 
 
-# By kind of velocity, a builder of (dim, context_dim=0, **choices).
 FLOWS: dict[str, Callable[..., Any]] = {
+    **{name: network_flow(make) for name, make in NETWORKS.items()},
+    # With gains that depend on the time, too.
     "two": lambda dim, context_dim=0, **kw: random_flow(dim, (16, 12), context_dim, **kw),
     "three": lambda dim, context_dim=0, **kw: random_flow(dim, (10, 10, 10), context_dim, **kw),
-    "own": own_flow,
 }
 
 

@@ -1,12 +1,17 @@
-"""The state every test starts from: float64, one seed, one thread, an empty parameter store."""
+"""The state every test starts from: float64, one seed, one thread, an empty parameter store.
+
+Each module starts from it too, so that what its fixtures train once is no slower and no different.
+"""
+
+from contextlib import contextmanager
 
 import pyro
 import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def _clean_state():
+@contextmanager
+def clean_state():
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     generators = pyro.util.get_rng_state()
     torch.set_default_dtype(torch.float64)
@@ -19,3 +24,21 @@ def _clean_state():
     pyro.util.set_rng_state(generators)
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _clean_module():
+    with clean_state():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _clean_state(_clean_module):
+    with clean_state():
+        yield
+
+
+@pytest.fixture
+def _few_held_draws(monkeypatch):
+    """Short runs that look at the held-out loss at every step or two would do little else."""
+    monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)

@@ -14,6 +14,7 @@ NAMES = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_example_runs_and_draws_its_picture(name, tmp_path):
     # One thread, as the tests beside it: more would only wait for one another.

@@ -1,10 +1,13 @@
 """The README's own blocks, run as a reader would: in order, in one namespace."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+import pyro_interpolant
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -16,6 +19,7 @@ def blocks():
 
 
 # How far a guide comes in the seconds it is given is the machine's business.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Poor:UserWarning")
 def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -27,6 +31,15 @@ def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch):
     for line, source in found:
         # Blank lines in front: a traceback then names the line of the README.
         exec(compile("\n" * line + source, str(README), "exec"), namespace)
+
+
+def test_the_names_of_the_readme_are_there():
+    for line, source in blocks():
+        tree = ast.parse("\n" * line + source)
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+        for n in names:
+            if isinstance(n.value, ast.Name) and n.value.id == "pi":
+                assert hasattr(pyro_interpolant, n.attr), f"line {n.lineno}: pi.{n.attr}"
 
 
 def test_the_readme_opens_with_two_commands():

@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from cases import random_flow
+from cases import random_flow, slow_but
 from oracles import MixtureVelocity, random_mixture
 from pyro.distributions import constraints
 
@@ -49,7 +49,7 @@ def test_a_flow_that_does_nothing_needs_hardly_a_step():
     assert error.round_trip_worst < 1e-12
 
 
-@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4])
+@pytest.mark.parametrize("tolerance", slow_but([1e-1, 1e-2, 1e-4], 1e-1))
 def test_the_grid_meets_the_closed_form_and_is_the_fewest(tolerance):
     velocity = narrow_mixture()
     distribution = flow_of(velocity)
@@ -65,6 +65,7 @@ def test_the_grid_meets_the_closed_form_and_is_the_fewest(tolerance):
     assert error.mean() > tolerance or error.max() > 5 * tolerance
 
 
+@pytest.mark.slow
 def test_tighter_tolerances_and_narrower_densities_need_more_steps():
     velocity = narrow_mixture()
     x = velocity.sample(1.0, 60)

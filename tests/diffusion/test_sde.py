@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torchsde
-from cases import random_flow
+from cases import random_flow, slow_but
 from oracles import (
     LatentNoise,
     MixtureVelocity,
@@ -89,8 +89,9 @@ def has_law(samples, law):
     return near and discrepancy(law.features(samples), law.features(law(20_000))) < 4.5
 
 
-@pytest.mark.parametrize("diffusion", DIFFUSIONS.values(), ids=DIFFUSIONS)
-def test_forward_paths_have_the_marginals_of_the_flow(diffusion):
+@pytest.mark.parametrize("name", slow_but(DIFFUSIONS, "default", "constant"))
+def test_forward_paths_have_the_marginals_of_the_flow(name):
+    diffusion = DIFFUSIONS[name]
     truth = random_mixture(2, Trigonometric())
     flow = flow_of(truth)
     for t in (0.5, 1.0):
@@ -98,8 +99,9 @@ def test_forward_paths_have_the_marginals_of_the_flow(diffusion):
         assert has_law(y, Exact(truth, t)), t
 
 
-@pytest.mark.parametrize("diffusion", DIFFUSIONS.values(), ids=DIFFUSIONS)
-def test_backward_paths_have_the_marginals_of_the_flow(diffusion):
+@pytest.mark.parametrize("name", slow_but(DIFFUSIONS, "default", "constant"))
+def test_backward_paths_have_the_marginals_of_the_flow(name):
+    diffusion = DIFFUSIONS[name]
     truth = random_mixture(2, Trigonometric())
     flow = flow_of(truth)
     y = sample_sde(flow, diffusion=diffusion, steps=40, x=Exact(truth, 1.0)(COUNT))
@@ -121,9 +123,9 @@ INTERPOLANTS = {
 }
 
 
-@pytest.mark.parametrize("interpolant", INTERPOLANTS.values(), ids=INTERPOLANTS)
-def test_the_default_diffusion_serves_every_interpolant(interpolant):
-    truth = random_mixture(2, interpolant)
+@pytest.mark.parametrize("name", slow_but(INTERPOLANTS, "bridge"))
+def test_the_default_diffusion_serves_every_interpolant(name):
+    truth = random_mixture(2, INTERPOLANTS[name])
     flow = flow_of(truth)
     assert has_law(sample_sde(flow, (COUNT,), steps=50), Exact(truth, 1.0))
     assert has_law(sample_sde(flow, x=Exact(truth, 1.0)(COUNT), steps=50), Exact(truth, 0.0))
@@ -139,8 +141,8 @@ def test_noise_that_no_score_makes_up_for_is_seen():
     assert not has_law(end, Exact(truth, 1.0))
 
 
-@pytest.mark.parametrize("method", ["euler", "srk"])
-@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("method", slow_but(["euler", "srk"], "euler"))
+@pytest.mark.parametrize("forward", [True, pytest.param(False, marks=pytest.mark.slow)])  # noqa: FBT003
 def test_torchsde_takes_it(method, forward):
     truth = random_mixture(2, Linear())
     sde = InterpolantSDE(flow_of(truth), forward=forward)
@@ -221,7 +223,9 @@ def pair(gamma):
     return flow_of(truth, base, LatentNoise(truth)), truth
 
 
-@pytest.mark.parametrize("gamma", [BrownianBridge(0.5), SineSquared(0.8)])
+@pytest.mark.parametrize(
+    "gamma", [BrownianBridge(0.5), pytest.param(SineSquared(0.8), marks=pytest.mark.slow)]
+)
 def test_with_a_learned_noise_any_base_will_do(gamma):
     flow, truth = pair(gamma)
     data = Exact(truth, 1.0)

@@ -1,7 +1,7 @@
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import random_flow
+from cases import random_flow, slow_but
 from oracles import LatentNoise, MixtureVelocity, PairVelocity, random_mixture
 from pyro.distributions import constraints
 from torch import nn
@@ -59,9 +59,9 @@ def _guided_to_the_ends(monkeypatch):
 
 
 @pytest.mark.usefixtures("_guided_to_the_ends")
-@pytest.mark.parametrize("interpolant", MEMBERS.values(), ids=MEMBERS)
-def test_guided_paths_all_tell_the_density_of_an_exact_flow(interpolant):
-    truth = random_mixture(2, interpolant)
+@pytest.mark.parametrize("name", slow_but(MEMBERS, "bridge"))
+def test_guided_paths_all_tell_the_density_of_an_exact_flow(name):
+    truth = random_mixture(2, MEMBERS[name])
     flow, y = flow_of(truth), LOC + truth.sample(1.0, 8) @ LINEAR.T
     value, stderr = sde_log_prob(flow, y, paths=8, steps=50)
     assert value.shape == stderr.shape == (8,)
@@ -80,16 +80,19 @@ def test_finer_steps_bring_it_nearer():
     assert errors[1] < 0.5 * errors[0] < 0.01
 
 
-@pytest.mark.parametrize("interpolant", MEMBERS.values(), ids=MEMBERS)
-def test_guidance_that_fades_at_the_ends_costs_little(interpolant):
-    truth = random_mixture(2, interpolant)
+@pytest.mark.parametrize("name", slow_but(MEMBERS, "trigonometric"))
+def test_guidance_that_fades_at_the_ends_costs_little(name):
+    truth = random_mixture(2, MEMBERS[name])
     flow, y = flow_of(truth), LOC + truth.sample(1.0, 8) @ LINEAR.T
     value, stderr = sde_log_prob(flow, y, paths=16, steps=50)
     assert float(stderr.max()) < 0.05
     assert float(((value - log_prob(truth, y)).abs() / (stderr + 0.001)).max()) < 4.5
 
 
-@pytest.mark.parametrize("gamma", [SineSquared(0.8), BrownianBridge(0.5)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "gamma", [SineSquared(0.8), pytest.param(BrownianBridge(0.5), marks=pytest.mark.slow)]
+)
 def test_a_score_that_is_wrong_at_the_ends_does_no_harm(gamma):
     truth = random_mixture(2, Latent(Linear(), gamma))
 
@@ -124,6 +127,7 @@ class Perturbed(nn.Module):
         return self.truth(t, x) + 0.4 * (1 - t)[..., None] * torch.sin(2 * x)
 
 
+@pytest.mark.slow
 def test_guidance_changes_the_variance_and_not_the_model():
     flow = flow_of(Perturbed(random_mixture(1, Trigonometric(), seed=2)))
     y = LOC[:1] + torch.linspace(-1.5, 1.5, 5)[:, None]
@@ -146,6 +150,7 @@ def test_guidance_changes_the_variance_and_not_the_model():
     assert float((c - flow.log_prob(y)).abs().max()) > 0.05  # of the flow, it is not
 
 
+@pytest.mark.slow
 def test_it_integrates_to_one_over_the_line():
     flow = flow_of(Perturbed(random_mixture(1, Linear(), seed=2)))
     line = torch.linspace(-14, 20, 301)[:, None]
@@ -153,6 +158,7 @@ def test_it_integrates_to_one_over_the_line():
     assert abs(float(torch.trapezoid(value.exp(), line[:, 0])) - 1) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_without_diffusion_it_is_the_log_prob_of_the_flow(guidance):
     truth = random_mixture(2, Linear())
@@ -176,6 +182,7 @@ def test_any_time_and_any_support():
     assert float((value - (log_prob(truth, x) - x.sum(-1))).abs().max()) < 0.01
 
 
+@pytest.mark.slow
 def test_a_learned_noise_and_a_base_of_ones_own():
     cov = torch.tensor([[0.5, 0.2], [0.2, 0.8]])
     interpolant = Latent(Linear(), BrownianBridge(0.5))
@@ -226,6 +233,7 @@ def test_errors_say_what_was_expected():
         sde_log_prob(rows, x, paths=2, steps=2)
 
 
+@pytest.mark.slow
 def test_the_known_density_of_a_gaussian():
     truth = MixtureVelocity(torch.ones(1), torch.zeros(1, 2), 2 * torch.eye(2)[None], Linear())
     flow = InterpolantDistribution(InterpolantTransform(truth, interpolant=Linear()))

@@ -31,6 +31,8 @@ from pyro_interpolant import (
     save,
 )
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 QUICK = {"steps": 60, "batch_size": 40, "learning_rate": 5e-3, "progress": False, "seed": 0}
 
 
@@ -139,6 +141,7 @@ def test_pairs_are_kept_together():
     assert error < 0.25
 
 
+@pytest.mark.slow
 def test_pairs_of_the_default_base():
     z = torch.randn(2000, 2)
     distribution = InterpolantDistribution(
@@ -177,7 +180,12 @@ def test_whether_pairs_were_independent_is_remembered(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "interpolant", [EncodingDecoding(), Latent(Linear(), BrownianBridge(0.3)), Mirror()]
+    "interpolant",
+    [
+        pytest.param(EncodingDecoding(), marks=pytest.mark.slow),
+        Latent(Linear(), BrownianBridge(0.3)),
+        pytest.param(Mirror(), marks=pytest.mark.slow),
+    ],
 )
 def test_latent_interpolants_train_and_learn_their_noise(interpolant, tmp_path):
     x = crescent(1500)

@@ -235,6 +235,7 @@ def test_integrates_to_one_on_a_line(name):
     assert torch.trapezoid(density, y).abs() == pytest.approx(1.0, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_integrates_to_one_on_a_product():
     d, _ = make("stack")
     u = torch.linspace(-9.0, 9.0, 301)

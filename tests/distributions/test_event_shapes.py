@@ -18,6 +18,8 @@ from pyro_interpolant import (
     save,
 )
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 SUPPORTS = {
     "real": constraints.real_vector,
     "positive": constraints.positive,

@@ -307,6 +307,7 @@ def posterior(loc, covariance, data, noise):
     return updated @ (precision @ loc + data.sum(0) / noise**2), updated
 
 
+@pytest.mark.slow
 def test_posterior_as_prior():
     """Two batches in turn give what both give together: a conjugate model, in closed form."""
     noise = 1.5

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CountingSolver
+from cases import CountingSolver, slow_but
 from pyro.infer import MCMC, NUTS, Predictive
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from torch import nn
@@ -36,6 +36,8 @@ from pyro_interpolant.distributions.description import build_constraint, describ
 from pyro_interpolant.distributions.joint import sites_of
 from pyro_interpolant.distributions.supports import _Wrap as Wrap
 from pyro_interpolant.interpolants.nonlinear import wrap
+
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
 TURN = 2 * math.pi
 
@@ -313,7 +315,7 @@ def test_directions_have_a_slope_everywhere():
 
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 @pytest.mark.parametrize(("dim", "count"), [(1, 200), (2, 64)])
-@pytest.mark.parametrize("t", [0.4, 1.0])
+@pytest.mark.parametrize("t", slow_but([0.4, 1.0], 1.0))
 def test_the_density_integrates_to_one_at_any_time(base, dim, count, t):
     x, volume = grid(dim, count)
     model = random_angles(dim, base(dim), solver=FixedGrid(steps=64))
@@ -518,6 +520,7 @@ def test_a_schedule_of_your_own_has_to_be_passed(tmp_path):
 # ---- inference ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nuts_in_base_space_finds_the_posterior_across_the_seam():
     torch.manual_seed(1)  # the posterior lies across the seam of the base, too
     prior = random_angles(2, solver=FixedGrid(steps=2, method="euler")).freeze()
@@ -591,6 +594,7 @@ def test_training_conditional_flows_keeps_the_scale_of_the_circle():
     assert (flow.velocity.reach == math.inf).all()
 
 
+@pytest.mark.slow
 def test_a_trained_flow_is_the_mixture_and_has_no_seam():
     target = Mixture(
         [0.6, 0.4],

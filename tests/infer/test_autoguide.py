@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow_but
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import (
@@ -115,7 +116,7 @@ def test_one_solve_per_step_and_all_weights_move(loss, particles, target):
     assert all(moved(guide, before))
 
 
-@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("particles", slow_but([1, 3], 3))
 def test_a_compiled_elbo(particles):
     guide = small(hidden_dims=(8,))
     options = {
@@ -150,6 +151,7 @@ def test_the_elbo_is_that_of_its_definition():
         assert abs(elbo.loss(model, guide) - expected) < 6 * error
 
 
+@pytest.mark.slow
 def test_svi_finds_the_posterior():
     guide = AutoInterpolant(single, hidden_dims=(8,), init_scale=1.0)
     elbo = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=0)

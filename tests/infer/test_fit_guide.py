@@ -18,6 +18,8 @@ from pyro_interpolant.infer import autoguide, log_density
 from pyro_interpolant.infer.smc.train import RoundsResult
 from pyro_interpolant.interpolants import Mirror
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 QUICK = {"steps": 60, "batch_size": 256}
 
 
@@ -252,7 +254,15 @@ def test_the_model_alone(rounds):
         fit_guide(small(), seed=3, progress=False)  # not trained
 
 
-def test_the_model_alone_in_earnest():
+@pytest.mark.parametrize(
+    "limits",
+    [
+        pytest.param({"max_seconds": 5.0}, marks=pytest.mark.slow),
+        {"options": {"rounds": 2, "steps": 60}},
+    ],
+    ids=["seconds", "rounds"],
+)
+def test_the_model_alone_in_earnest(limits):
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
@@ -264,9 +274,8 @@ def test_the_model_alone_in_earnest():
     state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a few seconds may be too few
-        result = fit_guide(
-            guide, y, max_seconds=5.0, seed=0, progress=False, options={"draws": 1000}
-        )
+        limits["options"] = {"draws": 1000, **limits.get("options", {})}
+        result = fit_guide(guide, y, seed=0, progress=False, **limits)
     assert torch.equal(torch.get_rng_state(), state)
     s = torch.linspace(-4, 4, 2001).exp()  # of the scale, the mean integrated out
     covariance = s[:, None, None] ** 2 * torch.eye(2) + 1

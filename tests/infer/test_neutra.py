@@ -104,6 +104,7 @@ def test_another_model_with_the_same_sites():
     assert base.samples(run(base).get_samples())["x"].shape == (5, 2)
 
 
+@pytest.mark.slow
 def test_a_good_guide_makes_a_bad_geometry_easy():
     scales = torch.tensor([0.01, 1.0, 100.0])
     covariance = scales[:, None] * (0.1 * torch.eye(3) + 0.9) * scales

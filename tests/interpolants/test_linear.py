@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from cases import INTERPOLANTS, LATENT
+from cases import INTERPOLANTS, LATENT, slow_but
 from oracles import MixtureVelocity, random_mixture
 from torch.func import vmap
 
@@ -164,12 +164,18 @@ def test_the_oracle_is_a_mixture_at_every_time(name):
     torch.testing.assert_close(drawn.T.cov(), cov, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("t", [0.0, 0.25, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize("dim", [1, 2, 5])
-@pytest.mark.parametrize("name", MEMBERS)
+def solved():
+    """Members, dimensions and times: more than one dimension for the first members alone."""
+    for name in MEMBERS:
+        for dim in (1, 2, 5) if name in INTERPOLANTS else (2,):
+            for t in (0.0, 0.25, 0.5, 0.75, 1.0):
+                if (name, t) != ("encoding-decoding", 0.75):  # whose grid misses the kink at 1/2
+                    quick = dim == 2 and t == 1.0 and (name in INTERPOLANTS or name == "noisy")
+                    yield pytest.param(name, dim, t, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "dim", "t"), list(solved()))
 def test_log_prob_is_the_closed_form_at_every_time(name, dim, t):
-    if (name not in INTERPOLANTS and dim != 2) or (name == "encoding-decoding" and t == 0.75):
-        pytest.skip("slow: one dimension for these, and times whose grid has the kink as a node")
     velocity = random_mixture(dim, MEMBERS[name])
     # Coefficients with a kink at 1/2 converge slowly.
     steps = 400 if name == "encoding-decoding" else 140
@@ -181,6 +187,7 @@ def test_log_prob_is_the_closed_form_at_every_time(name, dim, t):
     torch.testing.assert_close(value, truth, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INTERPOLANTS)
 def test_the_closed_form_holds_in_data_coordinates(name):
     velocity = random_mixture(2, MEMBERS[name])
@@ -198,7 +205,7 @@ def test_the_closed_form_holds_in_data_coordinates(name):
         torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("t", slow_but([0.0, 0.5, 1.0], 1.0))
 @pytest.mark.parametrize("name", MEMBERS)
 def test_samples_have_the_moments_of_the_closed_form(name, t):
     velocity = random_mixture(2, MEMBERS[name])

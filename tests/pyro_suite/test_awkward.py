@@ -7,6 +7,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow_but
 
 from pyro_interpolant import (
     InterpolantDistribution,
@@ -15,6 +16,8 @@ from pyro_interpolant import (
     from_samples,
     interpolant_transform,
 )
+
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
 QUICK = {"progress": False, "seed": 0, "batch_size": 256, "learning_rate": 5e-3}
 
@@ -31,6 +34,7 @@ def modes(count):
     return x + 12.0 * (torch.rand(count, 1) < 0.3)
 
 
+@pytest.mark.slow
 def test_heavy_tails_are_learned_where_the_data_are():
     truth = dist.StudentT(2.0, torch.zeros(1), torch.ones(1)).to_event(1)
     distribution = made(1)
@@ -49,6 +53,7 @@ def test_modes_far_apart_keep_their_shares():
     assert share == pytest.approx(0.3, abs=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("far", [1e2, 1e6])
 def test_a_wild_row_does_not_change_the_fit_of_the_rest(far):
     """One row in 20,000; what differs without it is what another seed of the training changes."""
@@ -65,7 +70,7 @@ def test_a_wild_row_does_not_change_the_fit_of_the_rest(far):
     assert abs(float((fits[0] - fits[2]).mean())) < 0.08  # seeds differ by 0.05
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.float64], torch.float32))
 def test_units_do_not_matter(dtype):
     units = torch.tensor([1e-12, 1.0, 1e12], dtype=torch.float64)
     x = torch.randn(2000, 3, dtype=torch.float64)

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as pyro_transforms
 import pytest
 import torch
-from cases import FLOWS, CountingDivergence, CountingSolver
+from cases import FLOWS, CountingDivergence, CountingSolver, slow_but
 from pyro.infer import (
     MCMC,
     NUTS,
@@ -66,8 +66,12 @@ HARNESS = {
 
 
 @pytest.fixture(
-    params=[f"{how}-{kind}" for how in ("plain", "conditioned") for kind in KINDS]
-    + ["at-two", "at-own", "inverted_family-three"]
+    params=slow_but(
+        [f"{how}-{kind}" for how in ("plain", "conditioned") for kind in KINDS]
+        + ["at-two", "at-own", "inverted_family-three"],
+        "plain-two",
+        "conditioned-own",
+    )
 )
 def builder(request):
     how, kind = request.param.split("-")
@@ -151,7 +155,7 @@ def _owned(view):
     return view.flow.parameters()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "two"))
 def test_inverse_of_the_inverse(kind):
     transform, family = build(kind, 2), build(kind, 2, context_dim=3)
     view = family.condition(torch.rand(4, 3))
@@ -161,7 +165,7 @@ def test_inverse_of_the_inverse(kind):
     assert family.inv.inv is family
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "two"))
 def test_inverse_of_a_family(kind):
     family = build(kind, 2, context_dim=3)
     inverse = family.inv
@@ -180,7 +184,7 @@ def test_inverse_of_a_family(kind):
 
 
 @pytest.mark.parametrize("cache_size", [0, 1])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "two"))
 @pytest.mark.parametrize(
     "compose", [dist.transforms.ComposeTransform, dist.transforms.ComposeTransformModule]
 )
@@ -213,7 +217,7 @@ def test_composition(kind, compose, cache_size):
 
 
 @pytest.mark.parametrize("cache_size", [0, 1])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "two"))
 def test_composition_of_families(kind, cache_size):
     family, fixed = build(kind, 2, context_dim=3), build(kind, 2)
     affine = dist.transforms.AffineTransform(torch.ones(2), 2.0, event_dim=1)
@@ -379,7 +383,7 @@ def test_two_sites_of_one_transform_are_two_solves(kind, support, frozen):
     assert solves == (0 if frozen or trace.nodes["a"]["value"].requires_grad else 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "two"))
 def test_transform_and_its_inverse_share_one_solve(kind):
     prior = counted(kind, frozen=True)
     transform = prior.transform

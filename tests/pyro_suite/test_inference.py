@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import gaussian_prior, random_flow, random_prior
+from cases import gaussian_prior, random_flow, random_prior, slow_but
 from pyro import poutine
 from pyro.infer import (
     MCMC,
@@ -354,7 +354,10 @@ AUTOGUIDES = {
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("name", AUTOGUIDES)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(AUTOGUIDES, "AutoNormal", "AutoDelta", "AutoIAFNormal"),
+)
 def test_autoguides(name, space):
     prior = random_prior(2)
     before = weights(prior.transform)
@@ -382,7 +385,7 @@ def test_guide_list(space):
     assert guide()[second].shape == (4, 2)
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", slow_but(SPACES, "base"))
 def test_laplace_is_exact_for_a_gaussian(space):
     prior = gaussian_prior(torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 0.0], [0.5, 1.0]]))
     model = SPACES[space](one_site(prior))
@@ -442,6 +445,7 @@ def test_predictive_of_posterior_samples(parallel):
     assert draws["x"].shape == (6, 4, 2)
 
 
+@pytest.mark.slow
 def test_importance():
     """The posterior mean by importance sampling from the prior, against a closed form."""
     prior = gaussian_prior(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
@@ -495,6 +499,7 @@ def prior_at_a_hundred():
     return gaussian_prior(torch.tensor([100.0, 90.0]), torch.tensor([[5.0, 0.0], [2.0, 4.0]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
 def test_nuts_gives_the_closed_form_posterior(space):
     prior = prior_at_a_hundred()
@@ -509,6 +514,7 @@ def test_nuts_gives_the_closed_form_posterior(space):
     check_posterior(z, *one_site_posterior(prior, 200.0))
 
 
+@pytest.mark.slow
 def test_nuts_in_both_spaces_agrees_for_a_flow_that_is_not_gaussian():
     prior = InterpolantDistribution(random_flow(1, solver=FixedGrid(steps=4))).freeze()
 
@@ -528,6 +534,7 @@ def test_nuts_in_both_spaces_agrees_for_a_flow_that_is_not_gaussian():
         check_posterior(z, mean[None], variance[None, None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", [False, True])
 def test_two_chains_in_two_processes(used, monkeypatch):
     """Also after the prior was used: no cached graph may travel to the workers."""

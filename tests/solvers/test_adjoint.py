@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow_but
 from torch import nn
 
 from pyro_interpolant import (
@@ -86,8 +87,8 @@ VELOCITIES = {
 }
 
 
-@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 4, 3)], ids=str)
-@pytest.mark.parametrize("warp", [0.0, 0.4])
+@pytest.mark.parametrize("shape", slow_but([(3,), (5, 3), (2, 4, 3)], (2, 4, 3)), ids=str)
+@pytest.mark.parametrize("warp", slow_but([0.0, 0.4], 0.4))
 @pytest.mark.parametrize("value", [of_sample, of_density, at_a_time])
 @pytest.mark.parametrize("name", VELOCITIES)
 def test_the_gradient_is_that_of_every_stage_to_the_solvers_error(name, value, warp, shape):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from cases import random_flow
+from cases import random_flow, slow_but
 from torch.func import grad, vmap
 
 from pyro_interpolant import (
@@ -33,7 +33,7 @@ def gradients(distribution, solver, x, context):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("hidden", NETWORKS)
+@pytest.mark.parametrize("hidden", slow_but(NETWORKS, "two"))
 @pytest.mark.parametrize("per_row", [True, False])
 def test_gradients_are_those_of_plain_back_propagation(name, hidden, per_row):
     flow = random_flow(3, NETWORKS[hidden], context_dim=2)
@@ -114,6 +114,7 @@ print(most() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_saved():
     grown = [

@@ -1,6 +1,7 @@
 """Long runs: kept on the way, killed, resumed; weights, validation rows, interrupts."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow_but
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
@@ -24,6 +26,8 @@ from pyro_interpolant import (
 from pyro_interpolant.training import fitting
 from pyro_interpolant.training.checkpoint import Checkpoint
 from pyro_interpolant.training.rows import Rows
+
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
 QUICK = {"batch_size": 64, "progress": False, "seed": 0, "steps": 40}
 
@@ -60,8 +64,8 @@ def stopping(at):
     return callback
 
 
-@pytest.mark.parametrize("every", [None, 7])
-@pytest.mark.parametrize("seed", [0, None])
+@pytest.mark.parametrize("every", slow_but([None, 7], 7))
+@pytest.mark.parametrize("seed", slow_but([0, None], 0))
 @pytest.mark.parametrize("options", [{}, {"coupling": optimal_transport}], ids=["", "ot"])
 def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
     torch.manual_seed(5)
@@ -90,7 +94,7 @@ def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
         assert getattr(result, name) == getattr(expected, name)
 
 
-@pytest.mark.parametrize("at", range(16, 25))
+@pytest.mark.parametrize("at", slow_but(range(16, 25), 23))
 def test_a_run_resumes_from_any_place_in_what_is_drawn_ahead(at, tmp_path):
     def fitted(flow, **options):
         return fit(flow, rows(), weights=torch.rand(300), checkpoint_every=1, **QUICK, **options)
@@ -114,6 +118,7 @@ def test_a_run_resumes_from_any_place_in_what_is_drawn_ahead(at, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_run_that_stalled_resumes_in_its_landing(tmp_path):
     x, options = rows(60), {**QUICK, "steps": 400, "patience": 2, "batch_size": 20}
     whole, part, rates = made(), made(), []
@@ -138,6 +143,14 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert all(map(torch.equal, weights_of(first), weights_of(second)))
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The state of a finished run, made once."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    fit(made(), rows(), checkpoint=path, **QUICK)
+    return path
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -154,9 +167,12 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     ],
     ids=lambda c: next(iter(c)),
 )
-def test_another_run_is_not_resumed(change, tmp_path):
+def test_another_run_is_not_resumed(change, finished, tmp_path):
     change = dict(change)
-    fit(change.pop("first", made)(), rows(), checkpoint=tmp_path / "run", **QUICK)
+    if "first" in change:
+        fit(change.pop("first")(), rows(), checkpoint=tmp_path / "run", **QUICK)
+    else:
+        shutil.copy(finished, tmp_path / "run")
     data, flow = change.pop("data", rows()), change.pop("flow", made)
     with pytest.raises(ValueError, match="expected .* to be of this run, got the state of one"):
         fit(flow(), data, checkpoint=tmp_path / "run", **{**QUICK, **change})
@@ -195,7 +211,7 @@ def damaged(path, how):
         path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped", "number", "empty"])
+@pytest.mark.parametrize("how", slow_but(["cut", "flipped", "number", "empty"], "cut", "number"))
 def test_a_damaged_file_is_passed_over_for_the_one_before(how, tmp_path):
     path = tmp_path / "run"
     whole = made()
@@ -281,6 +297,7 @@ pi.save(flow, sys.argv[1] + ".done")
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
     """For real: SIGKILL at random moments, in a process of its own, until it gets through."""
     script = tmp_path / "run.py"

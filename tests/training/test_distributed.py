@@ -1,5 +1,6 @@
 """Several processes: shares of a batch, and for real, two processes over gloo."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -26,10 +27,13 @@ from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.rows import Rows
 
-HAS_FABRIC = subprocess.run(
-    [sys.executable, "-c", "import lightning_fabric"], capture_output=True, check=False
-).returncode == 0  # fmt: skip
+HAS_FABRIC = importlib.util.find_spec("lightning_fabric") is not None
 needs_fabric = pytest.mark.skipif(not HAS_FABRIC, reason="without the extra [distributed]")
+
+
+def in_processes(test):
+    """Mark what looks at the runs in processes of their own."""
+    return pytest.mark.slow(needs_fabric(test))
 
 
 def objective(rank=0, world=1, *, own=False, coupling=independent, latent=False):
@@ -114,6 +118,23 @@ def test_a_seed_is_made_up_once_for_all():
     )
     assert Process(fabric).seed(None) == 17
     assert Process(fabric).seed(3) == 3
+
+
+@needs_fabric
+@pytest.mark.filterwarnings("ignore")  # of the import of others
+def test_one_process_of_a_fabric_takes_the_steps_of_none():
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.launch()
+    x, weights = torch.randn(300, 2), []
+    for options in ({}, {"fabric": fabric}):
+        torch.manual_seed(5)
+        flow = InterpolantDistribution(interpolant_transform(2, (16, 16)).float())
+        fit(flow, x, steps=20, seed=3, progress=False, tolerance=0.1, **options)
+        weights.append(torch.cat([p.detach().flatten() for p in flow.transform.parameters()]))
+    assert weights[1].any()
+    assert torch.equal(*weights)
 
 
 SCRIPT = """
@@ -211,7 +232,7 @@ def far(a, b):
     return float((a - b).abs().max())
 
 
-@needs_fabric
+@in_processes
 @pytest.mark.parametrize("name", ["table", "no seed", "loader", "seconds", "stopped", "kept"])
 def test_two_processes_agree_to_the_bit(name, runs):
     first, second = (runs[0][2, rank][name] for rank in range(2))
@@ -220,7 +241,7 @@ def test_two_processes_agree_to_the_bit(name, runs):
     assert first["steps"] == second["steps"]
 
 
-@needs_fabric
+@in_processes
 def test_two_processes_match_one_with_the_double_batch(runs):
     found = runs[0]
     assert far(found[1, 0]["table"], found[2, 0]["table"]) < 1e-6
@@ -230,7 +251,7 @@ def test_two_processes_match_one_with_the_double_batch(runs):
     assert far(found[2, 0]["table"], found[2, 0]["loader"]) > 1e-3
 
 
-@needs_fabric
+@in_processes
 def test_only_the_first_process_shows_writes_and_tells(runs):
     found, text = runs
     assert found[2, 0]["table"]["told"] > 0
@@ -239,7 +260,7 @@ def test_only_the_first_process_shows_writes_and_tells(runs):
     assert set(found[2, 0]["files"]) - {"1.0.json"} == {"kept", "kept.previous"}
 
 
-@needs_fabric
+@in_processes
 def test_one_process_stops_all_and_a_finished_run_is_not_run_again(runs):
     for rank in range(2):
         found = runs[0][2, rank]
@@ -249,7 +270,7 @@ def test_one_process_stops_all_and_a_finished_run_is_not_run_again(runs):
         assert found["again"]["told"] == 0
 
 
-@needs_fabric
+@in_processes
 def test_mixed_precision_trains_nearly_the_same_and_another_type_is_refused(runs):
     found = runs[0][1, 0]
     exact, mixed = found["table"], found["bf16-mixed"]

@@ -26,6 +26,8 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.training import FitResult, TrainingState, fitting, loop
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 
 def tiny(dim=2, **kwargs):
     return InterpolantDistribution(interpolant_transform(dim, (32, 32)), **kwargs)
@@ -140,6 +142,7 @@ def test_the_result_and_the_callback_tell_the_same_story():
     assert isinstance(result.solver, FixedGrid)
 
 
+@pytest.mark.slow
 def test_a_stalled_run_lands_and_keeps_the_best_weights():
     """Without averaging the weights at the best look are those the callback saw there."""
     distribution, seen, rates = tiny(), {}, []
@@ -468,8 +471,11 @@ def test_only_a_flow_that_owns_its_weights_is_trained(view):
         quick(target, torch.randn(100, 2))
 
 
-@pytest.mark.parametrize("coupling", [independent, optimal_transport])
-def test_every_coupling_trains(coupling):
+@pytest.mark.parametrize(
+    "coupling", [pytest.param(independent, marks=pytest.mark.slow), optimal_transport]
+)
+def test_every_coupling_trains(coupling, monkeypatch):
+    monkeypatch.undo()  # as many held-out rows as there ever are
     distribution, calls = tiny(), []
 
     def watched(x0, x1, context):
@@ -531,6 +537,7 @@ def test_float64_rows_with_a_large_offset_train_a_float32_flow():
     assert distribution.sample((5,)).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_conditional_flow_learns_a_mean_that_moves():
     distribution = tiny_conditional()
     context = 2 * torch.rand(3000, 1) - 1
@@ -543,6 +550,7 @@ def test_a_conditional_flow_learns_a_mean_that_moves():
         torch.testing.assert_close(y.std(0), torch.tensor([0.3, 0.3]), rtol=0.3, atol=0)
 
 
+@pytest.mark.slow
 def test_a_given_base_is_where_it_starts():
     base = dist.MultivariateNormal(torch.tensor([4.0, 4.0]), 0.5 * torch.eye(2))
     distribution = tiny(base=base)
@@ -596,8 +604,8 @@ def test_from_samples_gives_a_frozen_flow_in_the_type_of_the_samples(dtype):
     ("support", "event"),
     [
         (constraints.positive, (2,)),
-        (constraints.interval(0.0, 20.0), (2,)),
-        (constraints.simplex, (3,)),
+        pytest.param(constraints.interval(0.0, 20.0), (2,), marks=pytest.mark.slow),
+        pytest.param(constraints.simplex, (3,), marks=pytest.mark.slow),
         (constraints.corr_cholesky, (3, 3)),
     ],
     ids=str,
@@ -715,9 +723,18 @@ def wild_flows():
     return flow
 
 
+WILD = pytest.mark.parametrize(
+    ("make", "dim"),
+    [
+        pytest.param(make, dim, marks=() if (make, dim) == (modes, 2) else pytest.mark.slow)
+        for make in (student, modes, far_mode, lognormal, singular, curved)
+        for dim in (2, 10)
+    ],
+)
+
+
 @pytest.mark.filterwarnings("ignore:no grid up to:UserWarning")
-@pytest.mark.parametrize("dim", [2, 10])
-@pytest.mark.parametrize("make", [student, modes, far_mode, lognormal, singular, curved])
+@WILD
 def test_far_from_the_data_densities_fall_and_gradients_are_finite(make, dim, wild_flows):
     data, distribution = wild_flows(make, dim)
     axes = torch.cat((torch.eye(dim), -torch.eye(dim)))
@@ -733,8 +750,7 @@ def test_far_from_the_data_densities_fall_and_gradients_are_finite(make, dim, wi
 
 
 @pytest.mark.filterwarnings("ignore:no grid up to:UserWarning")
-@pytest.mark.parametrize("dim", [2, 10])
-@pytest.mark.parametrize("make", [student, modes, far_mode, lognormal, singular, curved])
+@WILD
 def test_samples_of_wild_data_are_finite_and_have_densities(make, dim, wild_flows):
     data, distribution = wild_flows(make, dim)
     distribution = copy.deepcopy(distribution)

@@ -6,6 +6,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow_but
 from pyro.distributions import constraints
 
 from pyro_interpolant import circular, fit, from_samples, load, save
@@ -15,6 +16,8 @@ from pyro_interpolant.transforms.gaussianize import (
     MarginalTransform,
     RadialTransform,
 )
+
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
 N = 4000
 
@@ -74,11 +77,16 @@ DOES_NOT = {
 }
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", PAYS | LENGTHS | DOES_NOT)
+def choices():
+    """Names and seeds: one seed for those that take long."""
+    for name in PAYS | LENGTHS | DOES_NOT:
+        for seed in range(1 if name in ("wide contrast", "wide modes") else 3):
+            quick = seed == 0 and name in ("slab", "annulus", "shell", "normal", "ring", "few")
+            yield pytest.param(name, seed, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "seed"), list(choices()))
 def test_the_choice(name, seed):
-    if seed and name in ("wide contrast", "wide modes"):
-        pytest.skip("takes long")
     torch.manual_seed(seed)
     x = (PAYS | LENGTHS | DOES_NOT)[name]()
     found = preferred_support(x, constraints.real_vector)
@@ -108,12 +116,18 @@ def test_from_samples_chooses():
     x = slab()[:2000]
     by_default = from_samples(x, **OPTIONS)
     assert isinstance(by_default.constraint, Gaussianized)
-    again = from_samples(x, **OPTIONS)
-    assert torch.equal(by_default.log_prob(x[:9]), again.log_prob(x[:9]))
     assert from_samples(x, marginals=False, **OPTIONS).constraint is constraints.real_vector
     plain = torch.randn(2000, 3)
-    assert from_samples(plain, **OPTIONS).constraint is constraints.real_vector
     assert isinstance(from_samples(plain, marginals=True, **OPTIONS).constraint, Gaussianized)
+
+
+@pytest.mark.slow
+def test_from_samples_chooses_the_same_again_without_need_and_by_weights():
+    x = slab()[:2000]
+    by_default, again = (from_samples(x, **OPTIONS) for _ in range(2))
+    assert torch.equal(by_default.log_prob(x[:9]), again.log_prob(x[:9]))
+    plain = torch.randn(2000, 3)
+    assert from_samples(plain, **OPTIONS).constraint is constraints.real_vector
     weighted = from_samples(slab(), weights=torch.rand(N), **OPTIONS)
     assert isinstance(weighted.constraint, Gaussianized)
 
@@ -129,6 +143,7 @@ def test_from_samples_behind_a_support():
     assert share == pytest.approx(0.3, abs=0.15)  # untrained, its marginals are the data's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["positive", "shaped", "named"])
 def test_from_samples_takes_lengths(kind):
     u = 0.01 * torch.randn(N, 20) @ torch.randn(20, 20) * torch.randn(N, 1).exp()
@@ -164,7 +179,14 @@ def test_named_draws(tmp_path):
     assert (sites["scale"] > 0).all()
     assert sites["effects"].shape == (50, 2)
     assert torch.isfinite(d.log_prob(d.pack(draws)[:50])).all()
-    # Named or packed, the same rows are the same rows.
+
+
+@pytest.mark.slow
+def test_named_or_packed_the_same_rows_are_the_same_rows():
+    x = slab()
+    draws = {"scale": x[:, 0].exp(), "effects": x[:, 1:]}
+    few = {k: v[:500] for k, v in draws.items()}
+    d = from_samples(draws, support={"scale": constraints.positive}, validation=few, **OPTIONS)
     named, packed = copy.deepcopy(d), copy.deepcopy(d)
     fit(named, draws, validation=few, **OPTIONS)
     fit(packed, d.pack(draws), validation=d.pack(few), **OPTIONS)
@@ -182,7 +204,7 @@ def test_errors_are_those_of_the_fit():
         from_samples(x, **OPTIONS)
 
 
-@pytest.mark.parametrize("far", [1e10, 1e30, 1e300])
+@pytest.mark.parametrize("far", slow_but([1e10, 1e30, 1e300], 1e300))
 def test_one_wild_row_decides_nothing(far):
     for make, wanted in ((slab, True), (ring, False)):
         x = make()

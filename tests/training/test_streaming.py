@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from cases import slow_but
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_interpolant import (
@@ -23,6 +24,8 @@ from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.streaming import Stream, is_stream
 from pyro_interpolant.training.whitening import moments
+
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
 QUICK = {"progress": False, "seed": 0, "steps": 40, "tolerance": 0.1}
 
@@ -93,8 +96,9 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_a_run_on_batches_is_as_good_as_one_on_the_table(name):
+@pytest.mark.parametrize("name", slow_but(LOADERS, "shuffled"))
+def test_a_run_on_batches_is_as_good_as_one_on_the_table(name, monkeypatch):
+    monkeypatch.undo()  # both are judged by as many held-out rows as there ever are
     x, held = rows(2600).split((2000, 600))  # with rows held out of each, losses differ by those
     table, stream = made(), made()
     options = {**QUICK, "steps": 250, "learning_rate": 5e-3, "validation": held, "tolerance": 1e-2}
@@ -153,6 +157,7 @@ def test_without_moments_the_first_pass_reads_no_more_than_it_needs():
     assert torch.equal(distribution.transform.flow.loc, before)
 
 
+@pytest.mark.slow
 def test_weights_decay_by_the_number_of_training_rows(monkeypatch):
     optimizer, found = torch.optim.AdamW, []
 
@@ -244,6 +249,7 @@ def test_rows_without_weight_are_absent():
         fit(made(), parts[1:2], **QUICK)
 
 
+@pytest.mark.slow
 def test_a_conditional_flow_learns_from_batches_with_contexts():
     context = torch.rand(3000, 1)
     x = 4 * context + 0.1 * torch.randn(3000, 2)
@@ -252,11 +258,18 @@ def test_a_conditional_flow_learns_from_batches_with_contexts():
     fit(distribution, loader, **{**QUICK, "steps": 300}, learning_rate=5e-3)
     given = distribution.condition(torch.tensor([[0.2], [0.8]])).sample((300,)).mean(0)
     torch.testing.assert_close(given.mean(-1), torch.tensor([0.8, 3.2]), rtol=0, atol=0.3)
-    held = (x[:100], context[:100])
+
+
+def test_batches_with_contexts_and_held_out_rows_with_theirs():
+    context = torch.rand(1000, 1)
+    x = 4 * context + 0.1 * torch.randn(1000, 2)
+    distribution, held = made_conditional(), (x[:100], context[:100])
     fit(distribution, list(zip(x.split(50), context.split(50), strict=True)),
         validation=held, **QUICK)  # fmt: skip
+    torch.testing.assert_close(distribution.transform.loc, x.mean(0))
 
 
+@pytest.mark.slow
 def test_weights_come_as_the_last_part():
     x = torch.cat((torch.randn(1000, 1) * 0.3 - 2, torch.randn(1000, 1) * 0.3 + 2))
     weights = torch.cat((torch.ones(1000), 4 * torch.ones(1000)))
@@ -410,8 +423,8 @@ class Stateful:
         self.generator.set_state(state["generator"])
 
 
-@pytest.mark.parametrize("every", [None, 1, 7])
-@pytest.mark.parametrize("kind", ["stateful", "list", "shuffled"])
+@pytest.mark.parametrize("every", slow_but([None, 1, 7], 7))
+@pytest.mark.parametrize("kind", slow_but(["stateful", "list", "shuffled"], "stateful"))
 def test_a_run_on_batches_resumes_to_the_same_bits(kind, every, tmp_path):
     def loader():
         return Stateful(rows(), 70) if kind == "stateful" else LOADERS[kind](rows())

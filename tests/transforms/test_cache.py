@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.multiprocessing  # noqa: F401  (registers the reductions of tensors)
-from cases import FLOWS, CountingSolver
+from cases import FLOWS, CountingSolver, slow_but
 from torch.distributions import constraints
 
 from pyro_interpolant import (
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated
 
 KINDS = sorted(FLOWS)
 CLOSE = 2e-6  # between the two directions of a solve
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", slow_but(KINDS, "two"))
 SUPPORTS = {
     "real": constraints.real_vector,
     "positive": constraints.positive,
@@ -173,7 +173,11 @@ MODES = {
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [(kind, "grad") for kind in KINDS] + [("two", "no_grad"), ("own", "inference")],
+    [
+        *(pytest.param(k, "grad", marks=pytest.mark.slow if k != "two" else ()) for k in KINDS),
+        pytest.param("two", "no_grad", marks=pytest.mark.slow),
+        ("own", "inference"),
+    ],
 )
 @pytest.mark.parametrize("change", sorted(CHANGES))
 def test_nothing_stale_after(change, kind, mode):
@@ -672,7 +676,7 @@ def test_vmap_leaves_nothing_behind(kind):
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 @every_support
 def test_second_trace_does_not_bake_in_the_first(support):
-    d = prior(support=support)
+    d = prior(support=support, steps=2)  # compiling takes as long as there are steps
     x = d.sample((5,))
 
     def loss():
@@ -818,7 +822,7 @@ COPIES = {
 
 
 def transform_used(kind):
-    transform = flow(kind)
+    transform = flow(kind, steps=2)
     y = transform(torch.randn(5, 2).requires_grad_())
     transform.log_abs_det_jacobian(torch.randn(5, 2), y)
     transform.inv(torch.randn(5, 2))
@@ -826,7 +830,7 @@ def transform_used(kind):
 
 
 def view_used(kind):
-    view = flow(kind, context_dim=3).condition(torch.randn(5, 3))
+    view = flow(kind, steps=2, context_dim=3).condition(torch.randn(5, 3))
     y = view(torch.randn(5, 2).requires_grad_())
     view.inv(y)
     view.inv(torch.randn(5, 2))
@@ -840,7 +844,9 @@ def distribution_used(d):
 
 
 def compose_used(kind):
-    chain = dist.transforms.ComposeTransformModule([flow(kind), flow(kind)], cache_size=1)
+    chain = dist.transforms.ComposeTransformModule(
+        [flow(kind, steps=2), flow(kind, steps=2)], cache_size=1
+    )
     chain.log_abs_det_jacobian(torch.randn(5, 2), chain(torch.randn(5, 2)))
     return chain
 
@@ -852,17 +858,20 @@ USED = {
     "view": (view_used, lambda t, x: t(x)),
     "inverse_view": (lambda k: view_used(k).inv, lambda t, x: t(x)),
     "composition": (compose_used, lambda t, x: t(x)),
-    "family": (lambda k: flow(k, context_dim=3), lambda f, x: f.condition(x[:, [0, 1, 0]])(x)),
+    "family": (
+        lambda k: flow(k, steps=2, context_dim=3),
+        lambda f, x: f.condition(x[:, [0, 1, 0]])(x),
+    ),
     "distribution": (
-        lambda k: distribution_used(prior(k)),
+        lambda k: distribution_used(prior(k, steps=2)),
         lambda d, x: d.log_prob(x),
     ),
     "expanded": (
-        lambda k: distribution_used(prior(k).expand((5,))),
+        lambda k: distribution_used(prior(k, steps=2).expand((5,))),
         lambda d, x: d.log_prob(x),
     ),
     "positive": (
-        lambda k: distribution_used(prior(k, support="positive")),
+        lambda k: distribution_used(prior(k, steps=2, support="positive")),
         lambda d, x: d.log_prob(x.abs()),
     ),
     "conditioned_distribution": (
@@ -870,7 +879,7 @@ USED = {
         lambda d, x: d.log_prob(x),
     ),
     "conditional_distribution": (
-        lambda k: ConditionalInterpolantDistribution(flow(k, context_dim=3)),
+        lambda k: ConditionalInterpolantDistribution(flow(k, steps=2, context_dim=3)),
         lambda d, x: d.condition(x[:, [0, 1, 0]]).log_prob(x),
     ),
 }
@@ -918,7 +927,7 @@ def test_copied_weights_are_apart_but_one_copy_is_whole(kind):
 @every_kind
 def test_state_dict_is_that_of_the_flow_alone(kind):
     transform = transform_used(kind)
-    twin = flow(kind)
+    twin = flow(kind, steps=2)
     twin.load_state_dict(transform.state_dict())
     x = torch.randn(5, 2)
     torch.testing.assert_close(twin(x), transform(x), rtol=0, atol=0)

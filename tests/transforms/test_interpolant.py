@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import FLOWS, OwnVelocity, random_flow
+from cases import FLOWS, OwnVelocity, random_flow, slow_but
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 from pyro.nn import PyroSample
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated
 tracing = pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 
 KINDS = sorted(FLOWS)
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", slow_but(KINDS, "two"))
 
 
 def flow(kind="two", dim=2, steps=4, **choices):
@@ -96,8 +96,14 @@ def test_gradient_of_the_weights_against_finite_differences(kind):
     torch.testing.assert_close(slope, (moved(1e-6) - moved(-1e-6)) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("conditioned", [False, True])
-@every_kind
+@pytest.mark.parametrize(
+    ("kind", "conditioned"),
+    [
+        pytest.param(k, c, marks=pytest.mark.slow if (k, c) != ("own", True) else ())
+        for k in KINDS
+        for c in (False, True)
+    ],
+)
 def test_torch_func(kind, conditioned):
     prior = (conditioned_prior if conditioned else frozen_prior)(kind, steps=32)
     x, w = torch.randn(4, 2), torch.randn(4, 2)
@@ -167,7 +173,7 @@ def test_a_row_alone_is_a_row_in_a_batch(kind, rows):
     torch.testing.assert_close(with_graph.detach(), together, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(5000,), (2500, 2), (2, 2500)])
+@pytest.mark.parametrize("shape", slow_but([(5000,), (2500, 2), (2, 2500)], (2500, 2)))
 @every_kind
 def test_chunks_keep_rows_and_contexts_together(kind, shape):
     family = flow(kind, context_dim=3)

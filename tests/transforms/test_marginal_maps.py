@@ -33,6 +33,8 @@ from pyro_interpolant.training.preprocessing import marginal_transform, radial_t
 from pyro_interpolant.transforms import gaussianize
 from pyro_interpolant.transforms.gaussianize import Gaussianized
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 
 def slab(count):
     """A third of the values in [0, 0.01), the others a hundred times as far."""
@@ -182,6 +184,9 @@ def test_the_support_is_the_one_it_stands_for(support):
 
 
 charts = pytest.mark.parametrize("make", [marginal_transform, radial_transform])
+one_chart = pytest.mark.parametrize(
+    "make", [marginal_transform, pytest.param(radial_transform, marks=pytest.mark.slow)]
+)
 
 
 def drawn(make, seed=3):
@@ -211,7 +216,7 @@ def test_files_keep_every_bit(make, tmp_path):
         assert torch.equal(mine, other)
 
 
-@charts
+@one_chart
 def test_the_density_is_that_of_the_flow_through_the_map(make):
     """Over a grid it integrates to one, which a wrong Jacobian would not."""
     d = drawn(make)
@@ -276,7 +281,7 @@ def test_a_density_can_be_traced(make):
     assert torch.allclose(traced(x[20:]), d.log_prob(x[20:]))
 
 
-@charts
+@one_chart
 def test_sdes_end_where_the_data_are(make):
     d = InterpolantDistribution(interpolant_transform(2), support=drawn(make).constraint)
     torch.manual_seed(1)
@@ -289,7 +294,8 @@ def test_sdes_end_where_the_data_are(make):
         assert torch.allclose(value, d.log_prob(x[:20]), atol=0.1)  # of a few paths
 
 
-@charts
+@pytest.mark.slow
+@one_chart
 def test_velocities_are_drawn_in_data_coordinates(make):
     """A small step of the flow from t = 0.6, through the map, against the velocity."""
     d, gap = drawn(make), 1e-4
@@ -300,7 +306,7 @@ def test_velocities_are_drawn_in_data_coordinates(make):
     assert torch.allclose(_velocity(d.at(0.6), x), (ahead - x) / gap, rtol=0.02, atol=1e-2)
 
 
-@charts
+@one_chart
 def test_inside_a_model(make):
     """The base takes the place of the flow's own site; the sites beside it stay."""
     prior = drawn(make).freeze()
@@ -325,6 +331,7 @@ def test_inside_a_model(make):
     assert all(float(p.grad.abs().sum()) > 0 for p in guide.parameters())
 
 
+@pytest.mark.slow
 def test_training_behind_a_map_learns_a_slab():
     """What an affine map leaves to the last moments of the path, the map takes away."""
     x = torch.stack((slab(6000), torch.randn(6000)), -1)

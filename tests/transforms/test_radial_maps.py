@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+from cases import slow_but
 from pyro.distributions import constraints
 
 from pyro_interpolant import InterpolantDistribution, fit, interpolant_transform
 from pyro_interpolant.training.preprocessing import radial_transform
 from pyro_interpolant.training.whitening import moments
 from pyro_interpolant.transforms.gaussianize import Gaussianized
+
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
 
 def contrast(count, dim=5, spread=1.0):
@@ -23,7 +26,7 @@ def lengths(x, like):
     return ((x - m.loc) @ m.whitening.T).norm(dim=-1)
 
 
-@pytest.mark.parametrize("dim", [2, 5, 63])
+@pytest.mark.parametrize("dim", slow_but([2, 5, 63], 2, 5))
 def test_lengths_come_half_way_to_normal_ones(dim):
     x = contrast(20_000, dim)
     u = radial_transform(x).inv(x)
@@ -97,6 +100,7 @@ def test_float32_far_from_the_origin():
     assert torch.allclose(chart.inv(x.float()).double(), chart.inv(x.float().double()), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_behind_it_learns_a_common_scale():
     x = contrast(5000, 8, 1.5)
     gains = []

@@ -3,7 +3,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import random_flow
+from cases import random_flow, slow_but
 from gaussians import GaussianTransport
 from oracles import random_mixture
 from torch import nn
@@ -49,7 +49,7 @@ def exact_flow(seed, dim, interpolant):
 
 
 @pytest.mark.parametrize("interpolant", [Trigonometric(), Linear()])
-@pytest.mark.parametrize("dim", [2, 8])
+@pytest.mark.parametrize("dim", slow_but([2, 8], 2))
 def test_the_energy_is_the_closed_form(interpolant, dim):
     pair, distribution = exact_flow(0, dim, interpolant)
     energy = path_energy(distribution, count=4000)

@@ -20,6 +20,8 @@ from pyro_interpolant import (
     reflow,
 )
 
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 QUICK = {"progress": False, "seed": 0, "batch_size": 256}
 
 
@@ -29,6 +31,7 @@ def gaussian_flow(pair, interpolant, hidden=(48, 48)):
     return InterpolantDistribution(InterpolantTransform(velocity, interpolant=interpolant), base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [2])
 def test_matrices_reach_the_optimal_energy_between_gaussians(dim):
     pair = GaussianTransport(2, dim)
@@ -48,6 +51,7 @@ def test_matrices_reach_the_optimal_energy_between_gaussians(dim):
     assert error < 0.06
 
 
+@pytest.mark.slow
 def test_scalar_waves_shorten_the_path():
     pair = GaussianTransport(3, 2)
     distribution = gaussian_flow(pair, LearnedInterpolant(5).double())
@@ -78,6 +82,7 @@ def test_the_interpolant_rests_at_the_end_and_in_every_other_training():
     assert torch.equal(first, distribution.transform.interpolant.waves)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_interpolant():
     pair, results = GaussianTransport(5, 2), []
     for _ in range(2):
@@ -93,6 +98,7 @@ def test_the_same_seed_gives_the_same_interpolant():
     assert results[0][-2].any()
 
 
+@pytest.mark.slow
 def test_optimal_pairs_shorten_the_path():
     """Minibatch transport, without learning an interpolant."""
     pair = GaussianTransport(2, 2)
@@ -161,6 +167,7 @@ def ring_flow():
     return distribution
 
 
+@pytest.mark.slow
 def test_reflow_straightens_the_paths(ring_flow):
     before = [p.clone() for p in ring_flow.transform.parameters()]
     result = reflow(ring_flow, count=8000, steps=800, learning_rate=5e-3, **QUICK)

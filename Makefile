@@ -1,0 +1,26 @@
+# The commands people look for; CONTRIBUTING.md says more.
+.PHONY: install test test-all lint types smoke ci
+
+install:
+	pip install -e '.[test]'
+
+test:
+	pytest
+
+test-all:
+	pytest -m "slow or not slow"
+
+lint:
+	ruff check .
+	ruff format --check .
+
+types:
+	mypy
+
+smoke:
+	for program in examples/*.py benchmarks/[a-z]*.py; do \
+		echo "$$program" && MPLBACKEND=Agg python "$$program" --smoke || exit 1; \
+	done
+
+ci:
+	.ci/run
