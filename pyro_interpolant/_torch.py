@@ -51,21 +51,17 @@ def is_watched() -> bool:
 
 
 @contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
+def seeded(seed: int | None) -> Iterator[None]:
     """Draw from a generator seeded apart, on all devices in use, and leave the global ones alone.
 
     Args:
         seed: The seed; None draws from the global generators.
-        device: A CUDA device that may not be in use yet.
     """
     if seed is None:
         yield
         return
     in_use = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    devices = [torch.device("cuda", i) for i in in_use]
-    if device is not None and device.type != "cpu" and not devices:
-        devices = [device]
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=list(in_use)):
         torch.manual_seed(seed)
         yield
 

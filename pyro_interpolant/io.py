@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from safetensors import SafetensorError, safe_open
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -102,14 +104,12 @@ def read(
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, not one of ours, or of a newer format.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(path, framework=framework) as file:
             text = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or not a safetensors file ({error}): save the flow again"

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
+from .._torch import seeded
 from .sites import InitToSupport, LatentSites, Model, Site, Substitute
 
 __all__ = ["LogJoint", "log_joint", "prior_draws"]
@@ -243,7 +244,7 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, Tensor]:
             f"{[round(v, 3) for v in values.tolist()]}: pass another init_loc_fn to the guide"
         )
     _checked_trace(density, z[0])
-    with torch.random.fork_rng(devices=[] if z.device.type == "cpu" else [z.device]):
+    with seeded(1):
         torch.rand(1)
         again = torch.stack([nan_to_minus_inf(density.single, row) for row in z])
     if not torch.allclose(again, values, rtol=1e-6, atol=1e-6):

@@ -46,6 +46,10 @@ class Process:
         self.rank: int = 0 if fabric is None else fabric.global_rank
         self.world: int = 1 if fabric is None else fabric.world_size
 
+    def takes_all_rows(self) -> bool:
+        """Return whether every row comes through this process, or through all alike."""
+        return self.world == 1 or not self.own_rows
+
     def place(self, distribution: Any) -> None:
         """Move a distribution to where this process computes."""
         if self.fabric is not None:

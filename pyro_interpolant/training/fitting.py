@@ -38,8 +38,6 @@ from .whitening import inliers, moments, set_network_scales, set_whitening
 __all__ = ["FitResult", "fit", "from_samples", "starting_base"]
 
 _CALIBRATION_ROWS = 256
-_DECAY_PER_ROW = 70.0  # the default weight decay is the square of this times D / N, at most
-_MOST_DECAY = 0.5
 _MIN_PARTNERS = 50  # whose moments tell whether they are draws of N(0, I)
 
 
@@ -166,39 +164,23 @@ def fit(
     References:
         arXiv 2209.15571, Algorithm 1.
     """
+    process = Process(fabric, own_rows=is_stream(data))
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
-    share = validation if isinstance(validation, int | float) else None
-    check_ranges(
-        ("validation between 0 and 1, or rows", share is None or 0 < share < 1, share),
-        ("tolerance > 0", tolerance > 0, tolerance),
-    )
+    share = _checked_share(validation, tolerance)
     flow = trainable_flow(distribution)
     flow.interpolant.check_ends(flow.event_dim)
-    process = Process(fabric, own_rows=is_stream(data))
     check_place(None if process.rank else checkpoint, checkpoint_every)
     process.place(distribution)
-    source = (Stream if process.own_rows else Table)(
-        distribution, data, validation, context=context, pairs=pairs, weights=weights
-    )
-    with seeded(process.seed(seed), flow.loc.device):
-        settings: list[Any] = [
-            steps,
-            max_seconds,
-            learning_rate,
-            weight_decay,
-            batch_size,
-            patience,
-            ema,
-        ]
-        settings = [*settings, learn, seed, share, whiten]
-        base = distribution.base
-        given = base, coupling, base_samples, validation
-        kept_state = open_checkpoint(
-            checkpoint,
-            checkpoint_every,
-            lambda: [source.checksum, settings, _identity(flow, *given)],
+    kind = Stream if process.own_rows else Table
+    source = kind(distribution, data, validation, context=context, pairs=pairs, weights=weights)
+    with seeded(process.seed(seed)):
+        numbers = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema]
+        settings = [source.checksum, [*numbers, learn, seed, share, whiten]]
+        parts = distribution.base, coupling, base_samples, validation
+        state = open_checkpoint(
+            checkpoint, checkpoint_every, lambda: [*settings, _identity(flow, *parts)]
         )
-        if kept_state is not None and not (source.exact and process.world * process.own_rows < 2):
+        if state is not None and not (source.exact and process.takes_all_rows()):
             warn_inexact()
         split = source.split(process, batch_size, whole=whiten and learn == "velocity")
         base = starting_base(distribution, base_samples, split.kept, split.held)
@@ -215,21 +197,26 @@ def fit(
         objective = Objective(flow, seen, coupling, process, target=learn)
         held = split.held.take(inliers(objective.whitened(split.held).w))
         fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
-        if weight_decay is None:
-            decay = min(_MOST_DECAY, (_DECAY_PER_ROW * flow.event_dim / split.total) ** 2)
-            schedule = dataclasses.replace(schedule, weight_decay=process.agreed(decay))
+        schedule = schedule.with_decay(process.agreed(flow.event_dim / split.total))
         with trainable(objective.network):
             batches = source.batches(split, objective)
-            run = Run(objective, batches, fixed, schedule, callback, kept_state)
+            run = Run(objective, batches, fixed, schedule, callback, state)
             run.to_the_end(progress=progress)
+    outcome = run.outcome()
     distribution.clear_cache()
-    seconds, monitor = run.seconds(), run.monitor
-    if learn == "velocity" and not isinstance(distribution.base, Samples):
+    if learn == "velocity" and not isinstance(base, Samples):
         _calibrate(distribution, held, tolerance)
-    return FitResult(
-        monitor.steps, monitor.losses, monitor.held_losses, monitor.best_step, run.done < 1,
-        run.ended, run.descent.skipped, seconds, distribution.transform.solver,
-    )  # fmt: skip
+    return FitResult(*outcome, distribution.transform.solver)
+
+
+def _checked_share(validation: Any, tolerance: float) -> float | None:
+    """Return the share of rows to hold out, or None where rows were given."""
+    share = validation if isinstance(validation, int | float) else None
+    check_ranges(
+        ("validation between 0 and 1, or rows", share is None or 0 < share < 1, share),
+        ("tolerance > 0", tolerance > 0, tolerance),
+    )
+    return share
 
 
 def _identity(flow: Flow, base: Any, coupling: Coupling, *given: Any) -> list[Any]:
@@ -382,7 +369,7 @@ def from_samples(
     named = isinstance(x, Mapping)
     constraint, sites, rows = (_named if named else _unnamed)(rows, support, event_shape)
     space = support_of(constraint)
-    with seeded(seed, rows.device):
+    with seeded(seed):
         transform = space.new_transform(space.size(rows.shape[1:])).to(rows)
     constraint = _with_map(space, None if streamed else rows, fit_options, marginals=marginals)
     distribution = (

@@ -1,5 +1,6 @@
 r"""The training run: steps on a schedule, looks at the held-out loss, a state to resume from."""
 
+import dataclasses
 import logging
 import math
 import time
@@ -23,6 +24,7 @@ Callback = Callable[["TrainingState"], bool | None]
 
 _log = logging.getLogger("pyro_interpolant")
 _DEFAULT_STEPS = 6000
+_DECAY_FACTOR, _MOST_DECAY = 70.0, 0.5  # of the default weight decay
 _LOOKS = 100  # at the held-out loss, in a schedule
 _WARMUP_SHARE = 0.02  # of the schedule
 _FIRST_STALL = 0.3  # the share of the schedule before which no run is found to have stalled
@@ -82,6 +84,19 @@ class Schedule:
             ("patience >= 1", self.patience >= 1, self.patience),
             ("ema in [0, 1)", 0 <= self.ema < 1, self.ema),
         )
+
+    def with_decay(self, columns_per_row: float) -> "Schedule":
+        """Return the schedule with the default weight decay, where none was given.
+
+        It is :math:`(70 D / N)^2`, at most 0.5.
+
+        Args:
+            columns_per_row: D / N.
+        """
+        if self.weight_decay is not None:
+            return self
+        decay = min(_MOST_DECAY, (_DECAY_FACTOR * columns_per_row) ** 2)
+        return dataclasses.replace(self, weight_decay=decay)
 
     def progress(self, step: int, seconds: float) -> float:
         """Return the share of the run that is done, 1 at its end."""
@@ -259,6 +274,12 @@ class Run:
             self.descent.check()
             if self.done < 1:
                 self._say_why(bar)
+
+    def outcome(self) -> tuple[Any, ...]:
+        """Return what :class:`~pyro_interpolant.training.FitResult` says, all but the solver."""
+        seen = self.monitor
+        losses = seen.steps, seen.losses, seen.held_losses, seen.best_step
+        return *losses, self.done < 1, self.ended, self.descent.skipped, self.seconds()
 
     def seconds(self) -> float:
         """Return the time spent, in this process and those it resumes."""

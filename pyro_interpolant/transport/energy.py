@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import jacfwd, vmap
 
+from .._torch import seeded
 from ..distributions.interpolant import (
     AnyDistribution,
     conditioned,
@@ -135,8 +136,7 @@ def w2_bound(
     given = conditioned(distribution, context)
     flow, context = given.transform.flow, given.transform.context
     w1 = flow.whitening.to_white(given.to_flow(data))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.no_grad(), seeded(seed):
         w0 = given.white_base().sample(w1.shape[:1])
         t = (torch.arange(len(w1)) + torch.rand(len(w1))).to(w1) / len(w1)
         t = t[torch.randperm(len(t))]

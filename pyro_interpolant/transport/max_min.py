@@ -110,7 +110,7 @@ def learn_interpolant(
     source = Table(distribution, data, None, context=context)
     split = source.split(Process(), batch_size)
     starting_base(distribution, base_samples, split.kept, split.held)
-    with seeded(seed, flow.loc.device):
+    with seeded(seed):
         set_whitening(distribution, split.kept)
         push = flow.whitening.push
         objective = Objective(flow, distribution.white_base(), coupling, metric=push)

@@ -91,7 +91,7 @@ def reflow(
     flow = new.transform.flow
     flow.interpolant = Linear() if interpolant is None else interpolant
     new.transform.solver = FixedGrid()
-    with seeded(seed, flow.loc.device), torch.no_grad():
+    with seeded(seed), torch.no_grad():
         view = distribution if context is None else distribution.condition(context)
         shape = (count,) if context is None else ()
         base, data = _pairs(view, shape)

@@ -167,7 +167,7 @@ def test_conditional_flows_need_the_context():
     flow = random_flow(2, context_dim=2)
     distribution = ConditionalInterpolantDistribution(flow)
     x, context = torch.randn(40, 2), torch.randn(40, 2)
-    with pytest.raises(ValueError, match="the context of the rows, got none"):
+    with pytest.raises(ValueError, match="a context for a conditional flow, got none"):
         calibrate(distribution, x)
     grid = calibrate(distribution, x, context=context, tolerance=1e-4)
     assert flow.solver is grid

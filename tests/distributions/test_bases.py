@@ -334,4 +334,4 @@ def test_velocity_of_ones_own_learns_noise_too():
     distribution = InterpolantDistribution(flow)
     fit(distribution, crescent(200), **QUICK)
     fit(distribution, crescent(200), learn="noise", **QUICK)
-    assert isinstance(flow.noise, VelocityMLP)
+    assert isinstance(flow.flow.noise, VelocityMLP)

@@ -624,7 +624,7 @@ def test_no_device_is_named():
     named = re.compile(r"""["'](cuda|cpu|mps)\b|\.cuda\(""")
     found = [
         f"{path.name}: {line.strip()}"
-        for path in sorted(package.glob("*.py"))
+        for path in sorted(package.rglob("*.py"))
         for line in path.read_text().splitlines()
         if named.search(line) and "fork_rng" not in line
     ]

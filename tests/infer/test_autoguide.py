@@ -86,7 +86,7 @@ def counted(guide):
     """Count how often the velocity is evaluated, in batches."""
     calls, velocity = [], guide.transform.velocity
     plain = velocity._velocity
-    velocity._velocity = lambda *args: (calls.append(1), plain(*args))[1]
+    velocity._velocity = lambda *args, **named: (calls.append(1), plain(*args, **named))[1]
     return calls
 
 

@@ -72,7 +72,7 @@ def test_one_solve_per_gradient():
     base = neutra(guide)
     calls, velocity = [], base.guide.transform.velocity
     plain = velocity._velocity
-    velocity._velocity = lambda *args: (calls.append(1), plain(*args))[1]
+    velocity._velocity = lambda *args, **named: (calls.append(1), plain(*args, **named))[1]
     w = torch.randn(guide.latent_dim, requires_grad=True)
     trace = pyro.poutine.trace(
         pyro.poutine.condition(base, data={"mu_shared_latent": w})

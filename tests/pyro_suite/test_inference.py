@@ -687,7 +687,7 @@ def test_param_store_round_trip(tmp_path):
     x = torch.randn(5, 2)
     expected = d.log_prob(x)
     pyro.get_param_store().save(tmp_path / "params.pt")
-    assert any(n.startswith("flow$$$velocity.") for n in pyro.get_param_store().keys())
+    assert any(n.startswith("flow$$$flow.velocity.") for n in pyro.get_param_store().keys())
     pyro.clear_param_store()
     other = InterpolantDistribution(random_flow(2))
     other.transform.flow.whitening.set(

@@ -255,10 +255,9 @@ class Run:
         budget: Budget,
     ) -> None:
         self.distribution, self.density, self.budget = distribution, density, budget
-        self.flow = distribution.transform
         self.particles, self.kernel, pools = start
         set_whitening(self.distribution, Rows(self.particles.x, None))
-        self.regression = FlowRegression(self.flow, pools)
+        self.regression = FlowRegression(distribution.transform.flow, pools)
         self.history = list[Round]()
         self.best_gap, self.best_round = math.inf, 0
         self.best_weights = self.regression.values()

@@ -316,7 +316,7 @@ def test_the_solver_of_a_round_is_as_coarse_as_the_flow_allows():
 
 
 def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
-    flow = interpolant_transform(2, (32, 32))
+    flow = interpolant_transform(2, (32, 32)).flow
     rows = torch.where(torch.rand(1000, 1) < 0.5, 1.0, -1.0) + 0.2 * torch.randn(1000, 2)
     refit = FlowRegression(flow, [rows])
     first = refit(20, lambda: 5e-3, seconds=60.0)
@@ -332,7 +332,7 @@ def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
 
 
 def test_a_refit_whose_gradients_stay_wild_says_so():
-    refit = FlowRegression(interpolant_transform(2, (8, 8)), [torch.full((10, 2), math.inf)])
+    refit = FlowRegression(interpolant_transform(2, (8, 8)).flow, [torch.full((10, 2), math.inf)])
     with pytest.raises(RuntimeError, match="gradient was not finite"):
         refit(100, lambda: 1e-3, seconds=60.0)
 
