@@ -206,7 +206,7 @@ def fit(
     distribution.clear_cache()
     if learn == "velocity" and not isinstance(base, Samples):
         _calibrate(distribution, held, tolerance)
-    return FitResult(*outcome, distribution.transform.solver)
+    return FitResult._make((*outcome, distribution.transform.solver))
 
 
 def _checked_share(validation: Any, tolerance: float) -> float | None:

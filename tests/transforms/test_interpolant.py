@@ -452,7 +452,7 @@ def test_at_one_is_the_flow(kind, conditioned):
 def test_at_solves_the_differential_equation(kind, conditioned):
     r"""y_t moves by L v_t(w_t), and its log-determinant by the divergence."""
     transform = any_transform(kind, conditioned, steps=40)
-    owner, context, x = transform.flow, transform.context, torch.randn(5, 2)
+    owner, context, x = transform, transform.context, torch.randn(5, 2)
     t, h = 0.4, 1e-3
     with torch.no_grad():
         here, up, down = (transform.at(s)(x) for s in (t, t + h, t - h))

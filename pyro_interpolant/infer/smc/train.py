@@ -405,8 +405,8 @@ def train_from_density(
         with tqdm(total=100, disable=not progress, desc="rounds", unit="%", leave=False) as bar:
             shown = _Progress(bar, budget)
             particles = _find_particles(density, wide, draws, budget, shown)
-            run = Run(distribution, density, particles, budget)
             with trainable(flow.velocity):
+                run = Run(distribution, density, particles, budget)
                 going = True
                 while going:
                     going = run.round(steps)

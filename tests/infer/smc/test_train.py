@@ -323,9 +323,9 @@ def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
     for _ in range(3):
         last = refit(60, lambda: 5e-3, seconds=60.0)
     assert last < first - 0.1
-    assert refit.step == 200
+    assert refit.descent.steps == 200
     refit(1000, lambda: 5e-3, seconds=0.0)
-    assert refit.step == 210
+    assert refit.descent.steps == 210
     for i in range(30):
         refit.add(torch.full((1, 2), float(i)))
     assert [float(pool[0, 0]) for pool in refit.pools] == list(range(20, 30))
