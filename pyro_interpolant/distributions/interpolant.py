@@ -12,8 +12,8 @@ from torch.distributions import Transform, constraints
 
 from ..transforms.bijections import Whiten
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .bases import WhitenedBase, checked_base, moved, standard_normal
-from .constraints import Constraint, shaped
+from .bases import Samples, WhitenedBase, checked_base, moved, standard_normal
+from .constraints import Constraint, checked_rows, shaped
 from .supports import HasSupport, support_of
 
 __all__ = [
@@ -54,6 +54,25 @@ class _FlowDistribution(HasSupport):
         flow = self.transform.flow
         first = [] if self.base is None else [Whiten(flow.whitening)]
         return [*first, self.transform, *self.space.transforms(flow)]
+
+    def set_base_samples(self, samples: Any) -> None:
+        """Start from samples, shape ``(M, D)`` in data coordinates, from now on.
+
+        Raises:
+            ValueError: If they are of another shape, or there is a base with a density.
+        """
+        if not isinstance(self.base, Samples | None):
+            raise ValueError(
+                "expected base_samples or a base, got both: this distribution starts from a "
+                f"{type(self.base).__name__}, which training draws from"
+            )
+        flow = self.transform.flow
+        samples = checked_rows(samples, "base_samples", (flow.event_dim,))
+        self.set_base(Samples(samples.to(flow.loc)))
+
+    def set_base(self, base: TorchDistributionMixin) -> None:
+        """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
+        raise NotImplementedError
 
     def white_base(self) -> WhitenedBase:
         """Return the base in the coordinates that the velocity moves."""

@@ -25,6 +25,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from .mlp import VelocityMLP
+
 __all__ = [
     "Field",
     "StateFunction",
@@ -38,7 +40,7 @@ __all__ = [
     "rows_at_once",
     "set_scales",
     "size_of",
-    "untrained_copy",
+    "untrained_like",
 ]
 
 _ROWS_AT_ONCE = 512  # of networks that do not say
@@ -149,10 +151,12 @@ def set_scales(
         own(w, context)
 
 
-def untrained_copy(velocity: nn.Module) -> nn.Module | None:
-    """Return an untrained network of the same shape and scales, or None where it makes none."""
+def untrained_like(velocity: nn.Module, event_dim: int) -> nn.Module:
+    """Return an untrained network: a velocity's own copy, or the default one of the same sizes."""
     own = getattr(velocity, "untrained_copy", None)
-    return None if own is None else own()
+    if own is not None:
+        return own()
+    return VelocityMLP(event_dim, context_dim=size_of(velocity, "context_dim") or 0)
 
 
 def may_be_periodic(velocity: nn.Module) -> bool:

@@ -9,14 +9,12 @@ from .._torch import warn_user
 from ..distributions.interpolant import AnyDistribution
 from ..interpolants.nonlinear import Geodesic
 from ..nn.velocity import set_scales
-from ..transforms.flow import Flow
-from ..transforms.whitening import DenseWhitening, ScalarWhitening, Whitening
+from ..transforms.whitening import DenseWhitening, Whitening
 from .rows import Rows, subsample
 
 __all__ = [
     "Moments",
     "moments",
-    "set_network_scales",
     "set_whitening",
     "column_moments",
     "winsorize",
@@ -191,34 +189,37 @@ def inliers(w: Tensor) -> Tensor:
     return places[torch.arange(len(w), device=w.device) % len(places)]
 
 
-def set_whitening(distribution: AnyDistribution, rows: Rows) -> None:
+def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = False) -> None:
     """Set a flow's whitening map, and the scales of its network, from training rows.
 
     Args:
         distribution: The distribution of the flow.
-        rows: Rows in the flow's coordinates.
+        rows: The rows, in the flow's coordinates.
+        keep: Whether to keep the present map, and the scales of a network that is trained.
     """
-    flow, map_ = distribution.transform.flow, distribution.transform.flow.whitening
-    distribution.space.check_rows(flow, rows.w, rows.context)
-    if isinstance(flow.interpolant, Geodesic):  # the scale of angles is that of the circle
-        pass
-    elif distribution.base is not None:
-        # One scale: a full whitening would change what the shortest path is.
-        _set_scale(map_, *_common_scale(distribution.base, rows))
-    elif isinstance(map_, DenseWhitening):
-        m = moments(rows.w, rows.weight)
-        map_.set(*(m if rows.partner is None else _aligned(m, rows.w, rows.partner)))
-    else:
-        loc, variance = column_moments(rows.w, rows.weight)
-        _set_scale(map_, loc, variance.sqrt())
-    set_network_scales(flow, rows)
-
-
-def set_network_scales(flow: Flow, rows: Rows, *, if_trained: bool = True) -> None:
-    """Let the network set its scales from rows in the flow's coordinates, and their contexts."""
+    flow = distribution.transform.flow
+    if not keep:
+        distribution.space.check_rows(flow, rows.w, rows.context)
+        if not isinstance(flow.interpolant, Geodesic):  # the scale of angles is the circle's
+            _set_map(flow.whitening, distribution.base, rows)
     context = None if rows.context is None else winsorize(rows.context.double())
     w = flow.whitening.to_white(rows.w.to(flow.loc))
-    set_scales(flow.velocity, w, context, if_trained=if_trained)
+    set_scales(flow.velocity, w, context, if_trained=not keep)
+
+
+def _set_map(whitening: Whitening, base: Any, rows: Rows) -> None:
+    """Set a map from rows in data coordinates, and the base if it is not N(0, I)."""
+    if base is not None:  # one scale: a full whitening would change what the shortest path is
+        start, spread = column_moments(base.sample((len(rows.w),)))
+        end, other = column_moments(rows.w, rows.weight)
+        scale = ((spread.mean() + other.mean()) / 2).sqrt()
+        whitening.set_diagonal((start + end) / 2, scale.expand_as(end))
+    elif isinstance(whitening, DenseWhitening):
+        m = moments(rows.w, rows.weight)
+        whitening.set(*(m if rows.partner is None else _aligned(m, rows.w, rows.partner)))
+    else:
+        loc, variance = column_moments(rows.w, rows.weight)
+        whitening.set_diagonal(loc, variance.sqrt())
 
 
 def column_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -228,23 +229,6 @@ def column_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     share = share / share.sum()
     loc = share @ x
     return loc, share @ (x - loc).square()
-
-
-def _common_scale(base: Any, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return the centre between base and data, ``(D,)``, and their common scale, ``()``."""
-    start, spread = column_moments(base.sample((len(rows.w),)))
-    end, other = column_moments(rows.w, rows.weight)
-    return (start + end) / 2, ((spread.mean() + other.mean()) / 2).sqrt()
-
-
-def _set_scale(map_: Whitening, loc: Tensor, scale: Tensor) -> None:
-    """Set a map that has L diagonal, from scales of shape ``(D,)``, or one of shape ``()``."""
-    if isinstance(map_, DenseWhitening):
-        map_.set(loc, scale.expand_as(loc).diag())
-    elif isinstance(map_, ScalarWhitening):
-        map_.set(loc, scale.square().mean().sqrt())
-    else:
-        map_.set(loc, scale.expand_as(loc))
 
 
 def _aligned(m: Moments, rows: Tensor, partners: Tensor) -> Moments:

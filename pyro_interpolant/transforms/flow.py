@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from .._torch import is_tracing, keep_freed_memory, recomputed
 from ..interpolants.linear import Interpolant, Trigonometric
-from ..nn.velocity import StateFunction, check_velocity, evaluate, field, rows_at_once, size_of
+from ..nn.velocity import (
+    StateFunction,
+    check_velocity,
+    evaluate,
+    field,
+    rows_at_once,
+    size_of,
+)
 from ..solvers.divergence import Divergence
 from ..solvers.ode import Solver, is_alone, through_nodes
 from .whitening import DenseWhitening, Whitening
@@ -99,6 +106,15 @@ class Flow(nn.Module):
     def loc(self) -> Tensor:
         """The centre in data space, shape ``(D,)``; its type and device are the flow's."""
         return self.whitening.loc
+
+    @property
+    def context_dim(self) -> int | None:
+        """C, the size of a context; None where the velocity does not say."""
+        return size_of(self.velocity, "context_dim")
+
+    def check_path(self) -> None:
+        """Raise a ValueError unless the interpolant joins base and data of this size."""
+        self.interpolant.check_ends(self.event_dim)
 
     def integrate(self, white: Tensor, path: Path, *, forward: bool) -> Tensor:
         """Return the whitened states at the nodes, ascending in time, shape ``(N + 1, *, D)``.

@@ -12,7 +12,6 @@ from torch.distributions import constraints
 
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
-from ..nn.velocity import size_of
 from ..solvers.divergence import Divergence, ExactDivergence
 from ..solvers.ode import FixedGrid, Solver
 from .cache import Entry, IdentityCache
@@ -328,7 +327,7 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
         Raises:
             ValueError: If the last dimension is not the velocity's ``context_dim``.
         """
-        expected = size_of(self.velocity, "context_dim")
+        expected = self.flow.context_dim
         if context.dim() < 1 or expected not in (None, context.shape[-1]):
             raise ValueError(
                 f"expected a context of shape (*, {expected}), got {tuple(context.shape)}"

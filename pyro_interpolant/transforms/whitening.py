@@ -42,6 +42,10 @@ class Whitening(nn.Module, ABC):
         """
 
     @abstractmethod
+    def set_diagonal(self, loc: Tensor, scale: Tensor) -> None:
+        """Set the map from a centre and one scale per column, each of shape ``(D,)``."""
+
+    @abstractmethod
     def push(self, u: Tensor) -> Tensor:
         """Return ``L u``: a whitened displacement or rate, shape ``(*, D)``, in data space."""
 
@@ -121,6 +125,10 @@ class DenseWhitening(Whitening):
             self.inverse.copy_(inverse)
             self.log_det.copy_(torch.linalg.slogdet(linear.double()).logabsdet)
 
+    def set_diagonal(self, loc: Tensor, scale: Tensor) -> None:
+        """Set the map from a centre and one scale per column, each of shape ``(D,)``."""
+        self.set(loc, scale.diag(), scale.reciprocal().diag())
+
     def push(self, u: Tensor) -> Tensor:
         """Return ``L u``, shape ``(*, D)``."""
         return u @ self.linear.T
@@ -172,6 +180,10 @@ class DiagonalWhitening(Whitening):
             self.scale.copy_(linear)
             self.log_det.copy_(linear.double().abs().log().expand_as(self.loc).sum())
 
+    def set_diagonal(self, loc: Tensor, scale: Tensor) -> None:
+        """Set the map from a centre and one scale per column, each of shape ``(D,)``."""
+        self.set(loc, scale)
+
     def push(self, u: Tensor) -> Tensor:
         """Return ``L u``, shape ``(*, D)``."""
         return u * self.scale
@@ -210,3 +222,7 @@ class ScalarWhitening(DiagonalWhitening):
             ValueError: If a shape is wrong, or the scale is zero or not finite.
         """
         super().set(loc, linear)
+
+    def set_diagonal(self, loc: Tensor, scale: Tensor) -> None:
+        """Set the map from a centre and the root mean square of scales, each of shape ``(D,)``."""
+        self.set(loc, scale.square().mean().sqrt())
