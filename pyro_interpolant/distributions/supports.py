@@ -17,10 +17,10 @@ from ..nn.mlp import TorusMLP
 from ..nn.velocity import evaluate, may_be_periodic
 from ..transforms.bijections import Cached, PerEvent
 from ..transforms.flow import Flow
-from ..transforms.gaussianize import Gaussianized, without_chart
+from ..transforms.gaussianize import without_chart
 from ..transforms.interpolant import InterpolantTransform, interpolant_transform
 from .bases import Planar, UniformTorus, directions, in_planes
-from .constraints import Circular, Constraint, OnEvents, Shaped, bijection, circular
+from .constraints import Circular, Constraint, OnEvents, bijection, circular
 
 __all__ = ["BijectiveSupport", "CircularSupport", "HasSupport", "Support", "support_of"]
 
@@ -353,8 +353,9 @@ class _Wrap(Transform):
 
 def _off_the_edge(support: Constraint, value: Tensor) -> Tensor:
     """Return which elements are off the bounds, where bijections clamp instead of diverging."""
-    if isinstance(support, (constraints.independent, Gaussianized, Shaped)):
-        return _off_the_edge(support.base_constraint, value)
+    inner = getattr(support, "base_constraint", None)
+    if inner is not None:
+        return _off_the_edge(inner, value)
     if isinstance(support, constraints.stack):
         parts = zip(support.cseq, value.unbind(support.dim), strict=True)
         return torch.stack([_off_the_edge(c, v) for c, v in parts], support.dim)
