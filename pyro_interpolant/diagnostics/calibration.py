@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributions.bases import moved
+from ..distributions.bases import copy_like
 from ..distributions.interpolant import (
     AnyDistribution,
     InterpolantDistribution,
@@ -213,5 +213,5 @@ def _using(flow: Any, solver: Solver) -> Any:
 def _log_prob(flow: Any, base: Any, rows: Tensor, solver: Solver) -> Tensor:
     view = _using(flow, solver)
     if base is not None:
-        base = moved(copy.deepcopy(base), rows)
+        base = copy_like(copy.deepcopy(base), rows)
     return InterpolantDistribution(view, base, validate_args=False).log_prob(rows).double()

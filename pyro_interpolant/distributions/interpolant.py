@@ -12,7 +12,7 @@ from torch.distributions import Transform, constraints
 
 from ..transforms.bijections import Whiten
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .bases import WhitenedBase, checked_base, moved, standard_normal
+from .bases import WhitenedBase, checked_base, copy_like, standard_normal
 from .constraints import Constraint, shaped
 from .supports import HasSupport, support_of
 
@@ -207,7 +207,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         """Move weights, buffers and base to a type or device, in place; return self."""
         self.transform.to(*args, **kwargs)
         if self.base is not None:
-            self.base = moved(self.base, self.transform.flow.loc)
+            self.base = copy_like(self.base, self.transform.flow.loc)
             self.base_dist = self.base.expand(self.base_dist.batch_shape)
         self.clear_cache()
         return self
@@ -282,7 +282,7 @@ class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransform
         """Move weights, buffers and base to a type or device, in place; return self."""
         self.transform.to(*args, **kwargs)
         if self.base is not None:
-            self.base = moved(self.base, self.transform.flow.loc)
+            self.base = copy_like(self.base, self.transform.flow.loc)
         return self
 
 
