@@ -21,7 +21,6 @@ from .. import solvers, transforms
 from .._torch import warn_user
 from ..interpolants.learned import LearnedInterpolant
 from ..interpolants.linear import Interpolant
-from ..nn.mlp import VelocityMLP
 from ..transforms.gaussianize import Chart, Gaussianized, MarginalTransform, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from . import constraints as ours
@@ -67,6 +66,11 @@ def describe(distribution: AnyDistribution, prefix: str = "") -> tuple[Header, d
     if not transform.owns_flow():
         raise ValueError("expected a flow that owns its weights: save the one it came from")
     flow = transform.flow
+    if flow.noise is not None and not _is_ours(flow.noise):
+        raise ValueError(
+            "expected a network of this package for the noise, got a "
+            f"{type(flow.noise).__name__}: set transform.flow.noise = None to save the flow alone"
+        )
     base, tensors = _describe_base(distribution.base, f"{prefix}base.")
     for name, tensor in flow.state_dict().items():
         # A copy: safetensors refuses tensors that share memory.
@@ -75,10 +79,11 @@ def describe(distribution: AnyDistribution, prefix: str = "") -> tuple[Header, d
     return {
         "class": type(distribution).__name__,
         "velocity": type(flow.velocity).__qualname__,
-        "arguments": flow.velocity.arguments() if _is_ours(flow.velocity) else None,
+        "arguments": _network_arguments(flow.velocity),
         "dim": flow.event_dim,
         "dtype": str(flow.loc.dtype).removeprefix("torch."),
-        "noise": None if flow.noise is None else flow.noise.arguments(),
+        "noise": _network_arguments(flow.noise),
+        "noise_class": type(flow.noise).__name__,
         "independent": flow.independent,
         "frozen": not any(p.requires_grad for p in flow.velocity.parameters()),
         "interpolant": _describe_choice(flow.interpolant, paths),
@@ -131,7 +136,8 @@ def build(
     )
     flow = transform.flow
     if header.get("noise") is not None:
-        flow.noise = VelocityMLP(*header["noise"]).to(flow.loc)
+        noise = _known(header.get("noise_class", "VelocityMLP"), networks, nn.Module)
+        flow.noise = noise(*header["noise"]).to(flow.loc)
     flow.independent = header.get("independent", True)
     own = {k: v for k, v in tensors.items() if not k.startswith("base.")}
     for name, in_file in _NAMES_IN_FILES.items():
@@ -150,6 +156,11 @@ def build(
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _network_arguments(network: Any) -> Any:
+    """Return what the constructor of a network of this package was given, or None."""
+    return network.arguments() if _is_ours(network) else None
 
 
 def _is_ours(value: Any, room: Any = networks) -> bool:

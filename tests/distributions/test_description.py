@@ -14,6 +14,7 @@ from pyro_interpolant import (
     InterpolantDistribution,
     InterpolantTransform,
     Samples,
+    TorusMLP,
     UniformTorus,
     VelocityMLP,
     load,
@@ -201,3 +202,24 @@ def test_draws_of_a_base_are_kept(base):
     expected = flow.sample((4,))
     torch.manual_seed(1)
     assert torch.equal(again.sample((4,)), expected)
+
+
+# ---- the noise of a latent term -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [VelocityMLP, TorusMLP])
+def test_the_noise_is_a_network_of_its_own_class(kind):
+    flow = InterpolantDistribution(random_flow(2))
+    flow.transform.flow.noise = kind(2, (8,))
+    header, tensors = describe(flow)
+    again = build(json.loads(json.dumps(header)), tensors).transform.flow.noise
+    assert type(again) is kind
+    for name, value in flow.transform.flow.noise.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_a_noise_of_the_users_is_refused():
+    flow = InterpolantDistribution(random_flow(2))
+    flow.transform.flow.noise = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="a network of this package for the noise, got a Linear"):
+        describe(flow)
