@@ -182,7 +182,7 @@ class WhitenedBase:
         return self.whitening.double_to_white(x0)
 
 
-def standard_normal(like: Tensor) -> Distribution:
+def standard_normal(like: Tensor) -> TorchDistributionMixin:
     """Return N(0, I), event shape ``(D,)``, in the type and on the device of ``(*, D)``."""
     zero = torch.zeros_like(like[(0,) * (like.dim() - 1)])
     return dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
