@@ -1,22 +1,21 @@
-r"""What tells a user whether a density can be trusted."""
+r"""How far a solver, or random probes, leave log_prob from its value without them.
+
+The log-density of a flow is :math:`\log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\,dt`: a grid of
+times makes an error of the path and of the integral, Hutchinson's probes one of the divergence.
+"""
 
 import copy
 import dataclasses
 import math
-import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..distributions.bases import moved
-from ..distributions.interpolant import (
-    AnyDistribution,
-    InterpolantDistribution,
-    conditioned,
-)
+from .._torch import warn_user
+from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence
-from ..solvers.ode import Adaptive, FixedGrid, Solver
+from ..solvers.ode import Adaptive, FixedGrid
 
 __all__ = ["SolverError", "calibrate", "log_prob_stderr", "solver_error"]
 
@@ -58,10 +57,12 @@ def solver_error(
         ValueError: If a row is outside the support, or the reference solve fails.
     """
     with torch.no_grad():
-        probe = _Probe(distribution, x, context)
-        present = distribution.transform.solver
-        errors = probe.density(present) - probe.reference()
-        trips = probe.round_trip(present)
+        view = distribution.given(context)
+        flow, rows = _bare(view), view.to_flow(x)
+        errors = flow.log_prob(rows).double() - _reference(flow, rows)
+        transform = flow.transform
+        again = transform._call(transform._inverse(rows))
+        trips = transform.flow.whitening.unpush(again - rows).norm(dim=-1)
     absolute = errors.abs()
     return SolverError(
         float(absolute.mean()),
@@ -99,12 +100,12 @@ def log_prob_stderr(
             f"{type(divergence).__name__}: its error is not known here"
         )
     with torch.no_grad():
-        probe = _Probe(distribution, x, context)
+        view = distribution.given(context)
+        rows, flow, path = view.to_flow(x), view.transform.flow, view.transform._path()
         if isinstance(divergence, ExactDivergence):
-            return probe.rows.new_zeros(probe.rows.shape[:-1])
-        flow, path = probe.flow.flow, probe.flow._path()
-        times, weights = (s.to(probe.rows) for s in path.times())
-        states = flow.integrate(flow.whitening.to_white(probe.rows), path, forward=False)
+            return rows.new_zeros(rows.shape[:-1])
+        times, weights = (s.to(rows) for s in path.times())
+        states = flow.integrate(flow.whitening.to_white(rows), path, forward=False)
         rates = [
             divergence.samples(flow.velocity, t, s, path.context)
             for t, s in zip(times, states, strict=True)
@@ -145,12 +146,14 @@ def calibrate(
     present = distribution.transform.solver
     template = present if isinstance(present, FixedGrid) else FixedGrid()
     with torch.no_grad():
-        probe = _Probe(distribution, x, context)
-        reference = probe.reference()
+        view = distribution.given(context)
+        flow, rows = _bare(view), view.to_flow(x)
+        reference = _reference(flow, rows)
 
         def excess(steps: int) -> float:
             """Return the larger of the two errors over what is allowed: good up to 1."""
-            error = (probe.density(_with_steps(template, steps)) - reference).abs()
+            flow.transform.solver = dataclasses.replace(template, steps=steps)
+            error = (flow.log_prob(rows).double() - reference).abs()
             value = float(torch.maximum(error.mean(), error.max() / _WORST)) / tolerance
             return value if math.isfinite(value) else math.inf
 
@@ -160,58 +163,28 @@ def calibrate(
         low = high // 2 if high > 4 else 0
         failed = excess(high)
         if failed > 1:
-            warnings.warn(
+            warn_user(
                 f"no grid up to {_LIMIT} steps has log_prob within {tolerance} nats of the "
                 f"reference: at {_LIMIT} it is {failed:.3g} times the tolerance. Set "
                 "transform.solver = Adaptive(...) for likelihoods, train longer, or use a "
-                "smoother network.",
-                stacklevel=2,
+                "smoother network."
             )
         else:
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (low, middle) if excess(middle) <= 1 else (middle, high)
-    distribution.transform.solver = _with_steps(template, high)
-    return distribution.transform.solver
+    grid = dataclasses.replace(template, steps=high)
+    distribution.transform.solver = grid
+    return grid
 
 
-def _with_steps(template: FixedGrid, steps: int) -> FixedGrid:
-    return dataclasses.replace(template, steps=steps)
+def _bare(view: InterpolantDistribution) -> InterpolantDistribution:
+    """Return a flow in its own coordinates, whose solver is no one else's."""
+    return view.without_support().at(view.transform.end)
 
 
-class _Probe:
-    """A flow in its own coordinates, with rows to measure on and any solver."""
-
-    def __init__(self, distribution: AnyDistribution, x: Tensor, context: Tensor | None) -> None:
-        view = conditioned(distribution, context)
-        self.rows = view.to_flow(x)
-        self.flow = view.transform
-        self.base = view.base
-
-    def density(self, solver: Solver) -> Tensor:
-        """Return log_prob in the flow's coordinates by another solver, float64, shape ``(N,)``."""
-        return _log_prob(self.flow, self.base, self.rows, solver)
-
-    def reference(self) -> Tensor:
-        """Return log_prob by a tight adaptive solve in float64, shape ``(N,)``."""
-        exact = copy.deepcopy(self.flow).double()
-        return _log_prob(exact, self.base, self.rows.double(), _REFERENCE)
-
-    def round_trip(self, solver: Solver) -> Tensor:
-        """Return the whitened distance between rows and their images, shape ``(N,)``."""
-        flow = _using(self.flow, solver)
-        again = flow._call(flow._inverse(self.rows))
-        return flow.flow.whitening.unpush(again - self.rows).norm(dim=-1)
-
-
-def _using(flow: Any, solver: Solver) -> Any:
-    view = flow.at(flow.end)
-    view.solver = solver
-    return view
-
-
-def _log_prob(flow: Any, base: Any, rows: Tensor, solver: Solver) -> Tensor:
-    view = _using(flow, solver)
-    if base is not None:
-        base = moved(copy.deepcopy(base), rows)
-    return InterpolantDistribution(view, base, validate_args=False).log_prob(rows).double()
+def _reference(flow: InterpolantDistribution, rows: Tensor) -> Tensor:
+    """Return log_prob, shape ``(N,)``, at rows, shape ``(N, D)``, by a tight solve in float64."""
+    exact = copy.deepcopy(flow).to(torch.float64)
+    exact.transform.solver = _REFERENCE
+    return exact.log_prob(rows.double())

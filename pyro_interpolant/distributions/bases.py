@@ -1,22 +1,28 @@
-r"""What a flow starts from: the standard normal, any distribution in data coordinates, or samples.
+r"""The base :math:`\rho_0` of a flow: what its paths start from, in data coordinates.
 
-A base need not have a density: with samples alone a flow still transports and is sampled from.
+By default it is :math:`N(0, I)` in whitened coordinates. Any distribution will do, and one without
+a density too: from samples alone a flow still transports, and is sampled from. On the torus it is
+uniform, :math:`\rho_0(x) = (2\pi)^{-D}`.
 """
 
 import copy
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from torch import Tensor
-from torch.distributions import Transform, constraints
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform, constraints
 
 from ..interpolants.nonlinear import wrap
 from ..transforms.whitening import Whitening
 from .constraints import checked_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "ExternalBase",
@@ -25,14 +31,57 @@ __all__ = [
     "UniformTorus",
     "WhitenedBase",
     "checked_base",
+    "copy_like",
     "directions",
     "in_planes",
-    "moved",
     "standard_normal",
 ]
 
 
-class Samples(dist.TorchDistribution):
+class _Base(dist.TorchDistribution):
+    """A distribution of real vectors without parameters that torch would check."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+
+    def expand(self, batch_shape: Sequence[int], _instance: "Self | None" = None) -> "Self":
+        """Return the base with another batch shape."""
+        new = type(self).__new__(type(self)) if _instance is None else _instance
+        new.__dict__.update(self.__dict__, _batch_shape=torch.Size(batch_shape))
+        return new
+
+    def to(self, like: Tensor) -> "Self":
+        """Return the base in the type and on the device of a tensor of any shape."""
+        return _copy_parts(self, like)
+
+
+class _DerivedBase(_Base):
+    """A base that is drawn from another distribution, its source."""
+
+    @abstractmethod
+    def _source(self) -> Distribution:
+        """Return the other distribution, of any batch shape."""
+
+    def _from_source(self, x: Tensor) -> Tensor:
+        """Return draws of this base, given those of the source."""
+        return x
+
+    def _expanded(self) -> Distribution:
+        source = self._source()
+        same = source.batch_shape == self.batch_shape
+        return source if same else source.expand(self.batch_shape)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Return draws without gradient, shape ``(*sample_shape, *batch_shape, *event_shape)``."""
+        with torch.no_grad():
+            return self._from_source(self._expanded().sample(torch.Size(sample_shape)))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Return draws, shape ``(*sample_shape, *batch_shape, *event_shape)``."""
+        return self._from_source(self._expanded().rsample(torch.Size(sample_shape)))
+
+
+class Samples(_Base):
     """A base of which only samples are known: it can be drawn from, and has no density.
 
     Args:
@@ -46,22 +95,13 @@ class Samples(dist.TorchDistribution):
         torch.Size([5, 2])
     """
 
-    arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector
     has_rsample = False
 
     def __init__(self, rows: Tensor, *, validate_args: bool | None = None) -> None:
         self.rows = checked_rows(rows, "base samples")
         super().__init__(torch.Size(), self.rows.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Samples":
-        """Return the base with another batch shape."""
-        new = self._get_checked_instance(Samples, _instance)
-        new.rows = self.rows
-        super(Samples, new).__init__(torch.Size(batch_shape), self.event_shape)
-        return new
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Return rows drawn with replacement, shape ``(*sample_shape, *batch_shape, D)``."""
         shape = torch.Size(sample_shape) + self.batch_shape
         return self.rows[torch.randint(len(self.rows), shape, device=self.rows.device)]
@@ -75,7 +115,7 @@ class Samples(dist.TorchDistribution):
         )
 
 
-class ExternalBase(dist.TorchDistribution):
+class ExternalBase(_DerivedBase):
     """A base from another library: any torch distribution, or a module whose call gives one.
 
     A zuko flow is such a module: ``ExternalBase(zuko.flows.NSF(3))``. Its weights are its own: it
@@ -89,13 +129,12 @@ class ExternalBase(dist.TorchDistribution):
         TypeError: If the source gives no distribution.
     """
 
-    arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector
-
-    def __init__(self, source: Any, *, validate_args: bool | None = None) -> None:
+    def __init__(
+        self, source: Distribution | nn.Module, *, validate_args: bool | None = None
+    ) -> None:
         self.source = source
-        inner = self._inner()
-        if not isinstance(inner, torch.distributions.Distribution):
+        inner = self._source()
+        if not isinstance(inner, Distribution):
             raise TypeError(
                 "expected a torch distribution, or a module that returns one when called without "
                 f"arguments, got {type(source).__name__}"
@@ -103,38 +142,12 @@ class ExternalBase(dist.TorchDistribution):
         self.has_rsample = inner.has_rsample
         super().__init__(inner.batch_shape, inner.event_shape, validate_args=validate_args)
 
-    def _inner(self) -> Any:
-        return self.source() if isinstance(self.source, torch.nn.Module) else self.source
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "ExternalBase":
-        """Return the base with another batch shape."""
-        new = self._get_checked_instance(ExternalBase, _instance)
-        new.source, new.has_rsample = self.source, self.has_rsample
-        super(ExternalBase, new).__init__(torch.Size(batch_shape), self.event_shape)
-        return new
-
-    def to(self, like: Tensor) -> "ExternalBase":
-        """Return the base in the type and on the device of a tensor of any shape."""
-        source = copy.deepcopy(self.source)
-        source = source.to(like) if isinstance(source, torch.nn.Module) else moved(source, like)
-        return ExternalBase(source).expand(self.batch_shape)
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Return draws without gradient, shape ``(*sample_shape, *batch_shape, D)``."""
-        with torch.no_grad():
-            return self._expanded().sample(torch.Size(sample_shape))
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Return draws, shape ``(*sample_shape, *batch_shape, D)``."""
-        return self._expanded().rsample(torch.Size(sample_shape))
+    def _source(self) -> Distribution:
+        return self.source() if isinstance(self.source, nn.Module) else self.source
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density, shape ``(*)``, of values of shape ``(*, D)``."""
         return self._expanded().log_prob(value)
-
-    def _expanded(self) -> Any:
-        inner = self._inner()
-        return inner if inner.batch_shape == self.batch_shape else inner.expand(self.batch_shape)
 
 
 class WhitenedBase:
@@ -145,7 +158,7 @@ class WhitenedBase:
         whitening: The map between both.
     """
 
-    def __init__(self, base: Any, whitening: Whitening) -> None:
+    def __init__(self, base: Distribution | None, whitening: Whitening) -> None:
         self.base, self.whitening = base, whitening
 
     def sample(self, shape: Sequence[int]) -> Tensor:
@@ -184,14 +197,19 @@ class WhitenedBase:
         return self.whitening.double_to_white(x0)
 
 
-def standard_normal(like: Tensor) -> Any:
+def standard_normal(like: Tensor) -> TorchDistributionMixin:
     """Return N(0, I), event shape ``(D,)``, in the type and on the device of ``(*, D)``."""
     zero = torch.zeros_like(like[(0,) * (like.dim() - 1)])
     return dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
 
 
-def checked_base(base: Any, dim: int) -> Any:
-    """Return a base of event shape ``(dim,)``, or say why it cannot be one."""
+def checked_base(base: object, dim: int) -> TorchDistributionMixin:
+    """Return a base of event shape ``(dim,)``.
+
+    Raises:
+        TypeError: If it is not a distribution that Pyro can sample.
+        ValueError: If it has another event shape.
+    """
     if not isinstance(base, TorchDistributionMixin):
         raise TypeError(
             "expected a base from pyro.distributions (torch's own cannot be sampled by Pyro), got "
@@ -206,20 +224,26 @@ def checked_base(base: Any, dim: int) -> Any:
     return base
 
 
-def moved(value: Any, like: Tensor) -> Any:
-    """Return a copy of a distribution in the type and on the device of a tensor."""
-    own = getattr(value, "to", None)
-    if own is not None and isinstance(value, torch.distributions.Distribution):
-        return own(like)  # another flow moves itself
+def copy_like(value: Any, like: Tensor) -> Any:
+    """Return a copy of a distribution in the type and on the device of a tensor of any shape.
+
+    Distributions have no ``to`` of their own: all tensors among their parts are converted.
+    """
+    if isinstance(value, Distribution) and hasattr(value, "to"):
+        return value.to(like)
     if isinstance(value, Tensor):
         return value.to(like) if value.is_floating_point() else value.to(like.device)
     if isinstance(value, (list, tuple)):
-        return type(value)(moved(v, like) for v in value)
-    if isinstance(value, (torch.distributions.Distribution, Transform)):
-        new = copy.copy(value)
-        new.__dict__.update({k: moved(v, like) for k, v in value.__dict__.items()})
-        return new
-    return value
+        return type(value)(copy_like(v, like) for v in value)
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).to(like)
+    return _copy_parts(value, like) if isinstance(value, (Distribution, Transform)) else value
+
+
+def _copy_parts(value: Any, like: Tensor) -> Any:
+    new = copy.copy(value)
+    new.__dict__.update({k: copy_like(v, like) for k, v in value.__dict__.items()})
+    return new
 
 
 _TURN = 2 * math.pi
@@ -236,7 +260,7 @@ def directions(w: Tensor) -> Tensor:
     return torch.atan2(y, torch.where((x == 0) & (y == 0), 1.0, x))  # a finite slope at 0
 
 
-class UniformTorus(dist.TorchDistribution):
+class UniformTorus(_Base):
     r"""The uniform base on the torus: density :math:`(2\pi)^{-D}` at every real vector.
 
     Draws are in [-pi, pi). Its density takes angles with any number of turns, as the way back from
@@ -253,8 +277,6 @@ class UniformTorus(dist.TorchDistribution):
         -3.6758
     """
 
-    arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector
     has_rsample = True
 
     def __init__(self, event_dim: int, *, validate_args: bool | None = None) -> None:
@@ -263,20 +285,7 @@ class UniformTorus(dist.TorchDistribution):
         self.origin = torch.zeros(event_dim)  # tells the type and the device of draws
         super().__init__(torch.Size(), self.origin.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "UniformTorus":
-        """Return the base with another batch shape."""
-        new = self._get_checked_instance(UniformTorus, _instance)
-        new.origin = self.origin
-        super(UniformTorus, new).__init__(torch.Size(batch_shape), self.event_shape)
-        return new
-
-    def to(self, like: Tensor) -> "UniformTorus":
-        """Return the base in the type and on the device of a tensor of any shape."""
-        new = self.expand(self.batch_shape)
-        new.origin = self.origin.to(like)
-        return new
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Return draws in [-pi, pi), shape ``(*sample_shape, *batch_shape, D)``."""
         shape = self._extended_shape(torch.Size(sample_shape))
         like = self.origin
@@ -292,7 +301,7 @@ class UniformTorus(dist.TorchDistribution):
         return flat.expand(batch)
 
 
-class Planar(dist.TorchDistribution):
+class Planar(_DerivedBase):
     r"""A base on the torus as a proper density on real vectors, for samplers that walk there.
 
     Each angle becomes the direction of a point of the plane at a Rayleigh distance; the vector w
@@ -303,31 +312,17 @@ class Planar(dist.TorchDistribution):
         base: A distribution of D angles whose density, shape ``(*)``, has period :math:`2\pi`.
     """
 
-    arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector
-
-    def __init__(self, base: Any, *, validate_args: bool | None = None) -> None:
+    def __init__(self, base: Distribution, *, validate_args: bool | None = None) -> None:
         self.inner, self.has_rsample = base, base.has_rsample
         event_shape = torch.Size((2 * base.event_shape[0],))
         super().__init__(base.batch_shape, event_shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Planar":
-        """Return the distribution with another batch shape."""
-        return Planar(self.inner.expand(torch.Size(batch_shape)))
+    def _source(self) -> Distribution:
+        return self.inner
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Return draws without gradient, shape ``(*sample_shape, *batch_shape, 2 D)``."""
-        with torch.no_grad():
-            return self._at_random_radii(self.inner.sample(torch.Size(sample_shape)))
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Return draws, shape ``(*sample_shape, *batch_shape, 2 D)``."""
-        return self._at_random_radii(self.inner.rsample(torch.Size(sample_shape)))
+    def _from_source(self, x: Tensor) -> Tensor:
+        return in_planes(x, torch.hypot(torch.randn_like(x), torch.randn_like(x)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density, shape ``(*)``, of real values, shape ``(*, 2 D)``."""
-        return self.inner.log_prob(directions(value)) - 0.5 * value.square().sum(-1)
-
-    @staticmethod
-    def _at_random_radii(u: Tensor) -> Tensor:
-        return in_planes(u, torch.hypot(torch.randn_like(u), torch.randn_like(u)))
+        return self._expanded().log_prob(directions(value)) - 0.5 * value.square().sum(-1)

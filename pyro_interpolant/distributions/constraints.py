@@ -1,4 +1,8 @@
-r"""Constraints: angles, and events of any shape, beside Pyro's own; and rows of finite numbers."""
+r"""Constraints beside Pyro's own: angles, and events of any shape; and rows of finite numbers.
+
+A constraint keeps the arguments of its constructor as attributes of the same names, as Pyro's do:
+constraints, numbers, tensors, or lists of these. So files can hold it.
+"""
 
 import math
 from collections.abc import Sequence
@@ -125,12 +129,12 @@ class Shaped(Constraint):
     """A support of vectors, laid out in events of another shape.
 
     Args:
-        inner: The support of scalars or of vectors.
+        base_constraint: The support of scalars or of vectors.
         shape: The shape of an event.
     """
 
-    def __init__(self, inner: Constraint, shape: Sequence[int]) -> None:
-        self.base_constraint, self.shape = inner, torch.Size(shape)
+    def __init__(self, base_constraint: Constraint, shape: Sequence[int]) -> None:
+        self.base_constraint, self.shape = base_constraint, torch.Size(shape)
         self.event_dim = len(self.shape)
         super().__init__()
 

@@ -6,6 +6,8 @@ again. :mod:`~pyro_interpolant.io` puts both into a file.
 """
 
 import dataclasses
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pyro.distributions as dist
@@ -19,11 +21,11 @@ from .. import solvers, transforms
 from .._torch import warn_user
 from ..interpolants.learned import LearnedInterpolant
 from ..interpolants.linear import Interpolant
-from ..nn.mlp import VelocityMLP
-from ..transforms.gaussianize import Gaussianized, MarginalTransform, RadialTransform
+from ..transforms.gaussianize import Chart, Gaussianized, MarginalTransform, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
+from . import constraints as ours
 from .bases import Samples, UniformTorus
-from .constraints import Circular, Constraint, Shaped, circular
+from .constraints import Constraint
 from .interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -64,6 +66,11 @@ def describe(distribution: AnyDistribution, prefix: str = "") -> tuple[Header, d
     if not transform.owns_flow():
         raise ValueError("expected a flow that owns its weights: save the one it came from")
     flow = transform.flow
+    if flow.noise is not None and not _is_ours(flow.noise):
+        raise ValueError(
+            "expected a network of this package for the noise, got a "
+            f"{type(flow.noise).__name__}: set transform.flow.noise = None to save the flow alone"
+        )
     base, tensors = _describe_base(distribution.base, f"{prefix}base.")
     for name, tensor in flow.state_dict().items():
         # A copy: safetensors refuses tensors that share memory.
@@ -72,10 +79,11 @@ def describe(distribution: AnyDistribution, prefix: str = "") -> tuple[Header, d
     return {
         "class": type(distribution).__name__,
         "velocity": type(flow.velocity).__qualname__,
-        "arguments": flow.velocity.arguments() if _is_ours(flow.velocity) else None,
+        "arguments": _network_arguments(flow.velocity),
         "dim": flow.event_dim,
         "dtype": str(flow.loc.dtype).removeprefix("torch."),
-        "noise": None if flow.noise is None else flow.noise.arguments(),
+        "noise": _network_arguments(flow.noise),
+        "noise_class": type(flow.noise).__name__,
         "independent": flow.independent,
         "frozen": not any(p.requires_grad for p in flow.velocity.parameters()),
         "interpolant": _describe_choice(flow.interpolant, paths),
@@ -128,7 +136,8 @@ def build(
     )
     flow = transform.flow
     if header.get("noise") is not None:
-        flow.noise = VelocityMLP(*header["noise"]).to(flow.loc)
+        noise = _known(header.get("noise_class", "VelocityMLP"), networks, nn.Module)
+        flow.noise = noise(*header["noise"]).to(flow.loc)
     flow.independent = header.get("independent", True)
     own = {k: v for k, v in tensors.items() if not k.startswith("base.")}
     for name, in_file in _NAMES_IN_FILES.items():
@@ -147,6 +156,11 @@ def build(
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _network_arguments(network: Any) -> Any:
+    """Return what the constructor of a network of this package was given, or None."""
+    return network.arguments() if _is_ours(network) else None
 
 
 def _is_ours(value: Any, room: Any = networks) -> bool:
@@ -264,89 +278,100 @@ def _build_base(description: Any, tensors: dict[str, Tensor]) -> Any:
     return kind(**{key: tensors[key] for key in description["arguments"]})
 
 
-_CHARTS: dict[str, Any] = {"gaussianized": MarginalTransform, "tempered": RadialTransform}
+# ---- constraints --------------------------------------------------------------------------------
+
+# By name: classes of constraints, and constraints that are the only ones of their class.
+_CONSTRAINTS = {
+    name.lower(): value
+    for room, names in ((constraints, constraints.__all__), (ours, vars(ours)))
+    for name in names
+    if isinstance(value := getattr(room, name), Constraint)
+    or (isinstance(value, type) and issubclass(value, Constraint) and value is not Constraint)
+}
+_CHARTS: dict[str, Callable[..., Chart]] = {
+    "gaussianized": MarginalTransform,
+    "tempered": RadialTransform,
+}
 
 
 def describe_constraint(constraint: Constraint) -> Any:
     """Return a constraint as nested lists, for a file: a name, or a class with its arguments.
 
     Raises:
-        ValueError: If it is not one of Pyro's.
+        ValueError: If it is neither one of Pyro's nor of this package.
     """
-    if isinstance(constraint, Circular):
-        return "circular"
-    for name in constraints.__all__:
-        if getattr(constraints, name) is constraint:
-            return name
     if isinstance(constraint, Gaussianized):
-        inner = describe_constraint(constraint.base_constraint)
-        kind = next((name for name, c in _CHARTS.items() if type(constraint.chart) is c), None)
-        if kind is None:
-            raise ValueError(f"expected a map of this library, got {constraint.chart}")
-        return [kind, inner, [part.tolist() for part in constraint.chart.arguments()]]
-    if isinstance(constraint, Shaped):
-        return ["shaped", describe_constraint(constraint.base_constraint), list(constraint.shape)]
-    kind = type(constraint).__name__.lstrip("_")
-    if isinstance(constraint, constraints.independent):
-        inner = describe_constraint(constraint.base_constraint)
-        return ["independent", inner, constraint.reinterpreted_batch_ndims]
-    if isinstance(constraint, (constraints.stack, constraints.cat)):
-        parts = [describe_constraint(c) for c in constraint.cseq]
-        lengths = getattr(constraint, "lengths", None)
-        return [kind.lower(), parts, constraint.dim, lengths]
-    bounds = [getattr(constraint, k, None) for k in ("lower_bound", "upper_bound")]
-    bounds = [b if b is None or not torch.is_tensor(b) else _describe_tensor(b) for b in bounds]
-    return ["bounded", _bounded_name(constraint), bounds]
-
-
-def _describe_tensor(value: Tensor) -> list[Any]:
-    return [str(value.dtype).removeprefix("torch."), value.tolist()]
-
-
-def _bounded_name(constraint: Constraint) -> str:
-    for name in _BOUNDED:
-        if type(constraint) is getattr(constraints, name):
+        inner, chart = describe_constraint(constraint.base_constraint), constraint.chart
+        name = next((name for name, kind in _CHARTS.items() if type(chart) is kind), None)
+        if name is None:
+            raise ValueError(f"expected a map of this library, got {chart}")
+        return [name, inner, [part.tolist() for part in chart.arguments()]]
+    kind = type(constraint)
+    named = _CONSTRAINTS.items()
+    name = next((name for name, value in named if value is constraint), None)
+    if name is not None:
+        return name
+    name = next((name for name, value in named if value is kind), None)
+    if name is None:  # a copy of the only one of its class, such as a pickled one
+        name = next((name for name, value in named if type(value) is kind), None)
+        if name is not None:
             return name
-    for name in constraints.__all__:  # a copy of a singleton, such as a pickled constraint
-        if type(getattr(constraints, name)) is type(constraint):
-            return name
-    raise ValueError(f"expected a support from pyro.distributions.constraints, got {constraint}")
-
-
-_BOUNDED = ("interval", "half_open_interval", "greater_than", "greater_than_eq", "less_than")
+        raise ValueError(
+            f"expected a support from pyro.distributions.constraints, got {constraint}"
+        )
+    arguments = {
+        key: _describe_argument(getattr(constraint, key)) for key in signature(kind).parameters
+    }
+    if arguments and set(arguments) <= {"lower_bound", "upper_bound"}:
+        return ["bounded", name, [arguments.get(f"{side}_bound") for side in ("lower", "upper")]]
+    return [name, *arguments.values()]
 
 
 def build_constraint(description: Any) -> Constraint:
     """Return the constraint that :func:`describe_constraint` described.
 
     Raises:
-        ValueError: If the description names no constraint of Pyro's.
+        ValueError: If the description names no constraint of Pyro's or of this package.
     """
-    if description == "circular":
-        return circular
-    if isinstance(description, str):
-        if description not in constraints.__all__:
-            raise ValueError(f"unknown support {description!r} in the file")
-        return getattr(constraints, description)
-    kind, first, *rest = description
-    if kind == "shaped":
-        return Shaped(build_constraint(first), rest[0])
+    kind, *arguments = [description] if isinstance(description, str) else description
+    if kind == "bounded":
+        kind, bounds = arguments
+        arguments = [bound for bound in bounds if bound is not None]
     if kind in _CHARTS:
-        given = (torch.tensor(part, dtype=torch.float64) for part in rest[0])
-        return Gaussianized(build_constraint(first), _CHARTS[kind](*given))
-    if kind == "independent":
-        return constraints.independent(build_constraint(first), rest[0])
-    if kind in ("stack", "cat"):
-        parts = [build_constraint(c) for c in first]
-        stacked = kind == "stack"
-        return constraints.stack(parts, rest[0]) if stacked else constraints.cat(parts, *rest)
-    if kind == "bounded" and first not in _BOUNDED:
-        return build_constraint(first)
-    if kind != "bounded":
+        inner, parts = arguments
+        tables = (torch.tensor(part, dtype=torch.float64) for part in parts)
+        return Gaussianized(build_constraint(inner), _CHARTS[kind](*tables))
+    known = _CONSTRAINTS.get(kind)
+    if known is None:
         raise ValueError(f"unknown support {kind!r} in the file")
-    bounds = [
-        torch.tensor(b[1], dtype=getattr(torch, b[0])) if isinstance(b, list) else b
-        for b in rest[0]
-        if b is not None
-    ]
-    return getattr(constraints, first)(*bounds)
+    if isinstance(known, Constraint):
+        return known
+    count = len(signature(known).parameters)
+    return known(*(_build_argument(argument) for argument in arguments[:count]))
+
+
+def _describe_argument(value: Any) -> Any:
+    """Return what a constraint is made of, for a file: a constraint, numbers, or several."""
+    if isinstance(value, Constraint):
+        return describe_constraint(value)
+    if isinstance(value, Tensor):
+        return [str(value.dtype).removeprefix("torch."), value.tolist()]
+    if isinstance(value, (list, tuple)):
+        return [_describe_argument(part) for part in value]
+    if isinstance(value, (int, float, type(None))):
+        return value
+    raise ValueError(f"expected a support made of numbers and supports, got {value!r} in one")
+
+
+def _build_argument(value: Any) -> Any:
+    if isinstance(value, str):
+        return build_constraint(value)
+    if not isinstance(value, list):
+        return value
+    first = value[0] if value and isinstance(value[0], str) else ""
+    dtype = getattr(torch, first, None)
+    if isinstance(dtype, torch.dtype):
+        return torch.tensor(value[1], dtype=dtype)
+    if first in ("bounded", *_CHARTS) or isinstance(_CONSTRAINTS.get(first), type):
+        return build_constraint(value)
+    return [_build_argument(part) for part in value]

@@ -1,61 +1,71 @@
 r"""The flow as a Pyro distribution: a learned prior or likelihood for ``pyro.sample``."""
 
-from collections.abc import Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
+from numpy.typing import ArrayLike
 from pyro.distributions.conditional import ConditionalTransformedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from ..transforms.bijections import Whiten
+from ..transforms.gaussianize import without_chart
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .bases import Samples, WhitenedBase, checked_base, moved, standard_normal
+from .bases import Samples, WhitenedBase, checked_base, copy_like, standard_normal
 from .constraints import Constraint, checked_rows, shaped
-from .supports import HasSupport, support_of
+from .supports import Support, support_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "AnyDistribution",
     "ConditionalInterpolantDistribution",
     "InterpolantDistribution",
-    "conditioned",
 ]
 
 
-class _FlowDistribution(HasSupport):
-    """What both kinds are made of: a transform, a base and a support.
+class _FlowDistribution:
+    """A flow from a base to a support, conditional or not.
 
     Attributes:
         transform: The flow.
         base: The base in data coordinates, or None for N(0, I) in whitened ones.
+        constraint: The support as a constraint.
+        space: The support.
     """
 
-    transform: Any
-    base: Any
+    transform: InterpolantTransform | ConditionalInterpolantTransform
+    base: TorchDistributionMixin | None
+    constraint: Constraint
+    space: Support
+    clear_cache: Callable[[], None]
 
-    def _set_parts(self, transform: Any, base: Any, constraint: Constraint) -> None:
-        self.transform, self.constraint = transform, constraint
-        self.space = support_of(constraint)
-        self.base = self.space.default_base(transform.flow) if base is None else base
+    def _set_parts(self, base: TorchDistributionMixin | None, constraint: Constraint) -> None:
+        self.constraint, self.space = constraint, support_of(constraint)
+        self.base = self.space.default_base(self.transform.flow) if base is None else base
 
-    def _own_base(self) -> Any:
+    def _flow_base(self) -> TorchDistributionMixin:
         """Return the distribution of the flow's input, of event shape ``(D,)``."""
         flow = self.transform.flow
-        return (
-            standard_normal(flow.loc)
-            if self.base is None
-            else checked_base(self.base, flow.event_dim)
-        )
+        if self.base is None:
+            return standard_normal(flow.loc)
+        return checked_base(self.base, flow.event_dim)
 
-    def _chain(self) -> list[Transform]:
-        """Return the transforms from the base to the support."""
-        flow = self.transform.flow
-        first = [] if self.base is None else [Whiten(flow.whitening)]
-        return [*first, self.transform, *self.space.transforms(flow)]
+    @abstractmethod
+    def _set_chain(self) -> None:
+        """Set what the parts mean to Pyro: the distribution it starts from, and its transforms."""
 
-    def set_base_samples(self, samples: Any) -> None:
+    def set_base(self, base: TorchDistributionMixin) -> None:
+        """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
+        self.base = base
+        self._set_chain()
+
+    def set_base_samples(self, samples: ArrayLike) -> None:
         """Start from samples, shape ``(M, D)`` in data coordinates, from now on.
 
         Raises:
@@ -70,13 +80,42 @@ class _FlowDistribution(HasSupport):
         samples = checked_rows(samples, "base_samples", (flow.event_dim,))
         self.set_base(Samples(samples.to(flow.loc)))
 
-    def set_base(self, base: TorchDistributionMixin) -> None:
-        """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
-        raise NotImplementedError
-
     def white_base(self) -> WhitenedBase:
         """Return the base in the coordinates that the velocity moves."""
         return WhitenedBase(self.base, self.transform.flow.whitening)
+
+    def unconstrained(self, value: Tensor) -> Tensor:
+        """Return values, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
+
+        Raises:
+            ValueError: If a value is outside the support.
+        """
+        return support_of(without_chart(self.constraint)).unconstrained(value)
+
+    def to_flow(self, value: Tensor) -> Tensor:
+        """Return values in the flow's coordinates: real vectors, behind the map if there is one.
+
+        Raises:
+            ValueError: If a value is outside the support.
+        """
+        return self.space.unconstrained(value)
+
+    def freeze(self) -> "Self":
+        """Fix all weights, so that no inference trains them, and return self."""
+        self.transform.eval()
+        self.transform.flow.requires_grad_(requires_grad=False).eval()  # of a view, no part of it
+        if isinstance(self.base, InterpolantDistribution):
+            self.base.freeze()
+        self.clear_cache()
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> "Self":
+        """Convert weights, buffers and base to a type or device, in place; return self."""
+        self.transform.to(*args, **kwargs)
+        if self.base is not None:
+            self.set_base(copy_like(self.base, self.transform.flow.loc))
+        self.clear_cache()
+        return self
 
 
 class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
@@ -111,6 +150,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         torch.Size([10])
     """
 
+    transform: InterpolantTransform
     has_rsample = True  # a plain attribute: handlers such as pyro.poutine.broadcast set it
 
     def __init__(
@@ -131,9 +171,22 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
             raise TypeError(
                 f"expected an InterpolantTransform, got {type(transform).__name__}{hint}"
             )
-        self._set_parts(transform, base, shaped(support, event_shape))
-        super().__init__(self._own_base(), self._chain(), validate_args=validate_args)
+        self.transform = transform
+        self._set_parts(base, shaped(support, event_shape))
+        super().__init__(self._flow_base(), self._chain(), validate_args=validate_args)
         self.has_rsample = self.base_dist.has_rsample
+
+    def _chain(self) -> list[Transform]:
+        """Return the transforms from the base to the support."""
+        flow = self.transform.flow
+        first = [] if self.base is None else [Whiten(flow.whitening)]
+        return [*first, self.transform, *self.space.transforms(flow)]
+
+    def _set_chain(self) -> None:
+        self.base_dist = self._flow_base().expand(self.base_dist.batch_shape)
+        self.transforms = self._chain()
+        self.has_rsample = self.base_dist.has_rsample
+        self.clear_cache()
 
     @property
     def support(self) -> Constraint:
@@ -151,10 +204,10 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         return base
 
     @base_dist.setter
-    def base_dist(self, value: Any) -> None:
+    def base_dist(self, value: TorchDistributionMixin) -> None:
         self.__dict__["base_dist"] = value
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
+    def expand(self, batch_shape: Sequence[int], _instance: "Self | None" = None) -> "Self":
         """Return the distribution with another batch shape; weights and cache are shared."""
         new = type(self).__new__(type(self)) if _instance is None else _instance
         new.__dict__.update(
@@ -206,29 +259,18 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         new = InterpolantDistribution(self.transform.at(t), self.base, support=self.constraint)
         return new.expand(self.batch_shape)
 
-    def freeze(self) -> "InterpolantDistribution":
-        """Fix all weights, so that no inference trains them, and return self."""
-        return _freeze(self)
-
     def without_support(self) -> "InterpolantDistribution":
         """Return the distribution of the flow's own coordinates: real vectors."""
         return InterpolantDistribution(self.transform, self.base)
 
-    def set_base(self, base: TorchDistributionMixin) -> None:
-        """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
-        self.base = base
-        self.base_dist = self._own_base().expand(self.batch_shape)
-        self.transforms = self._chain()
-        self.has_rsample = base.has_rsample
-        self.clear_cache()
+    def given(self, context: Tensor | None) -> "InterpolantDistribution":
+        """Return self: the context is None, where a conditional flow takes one, shape ``(*, C)``.
 
-    def to(self, *args: Any, **kwargs: Any) -> "InterpolantDistribution":
-        """Move weights, buffers and base to a type or device, in place; return self."""
-        self.transform.to(*args, **kwargs)
-        if self.base is not None:
-            self.base = moved(self.base, self.transform.flow.loc)
-            self.base_dist = self.base.expand(self.base_dist.batch_shape)
-        self.clear_cache()
+        Raises:
+            ValueError: If there is a context.
+        """
+        if context is not None:
+            raise ValueError("expected no context: this distribution takes none")
         return self
 
     def __repr__(self) -> str:
@@ -259,6 +301,8 @@ class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransform
         torch.Size([10, 2])
     """
 
+    transform: ConditionalInterpolantTransform
+
     def __init__(
         self,
         transform: ConditionalInterpolantTransform,
@@ -271,9 +315,13 @@ class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransform
             raise TypeError(
                 f"expected a ConditionalInterpolantTransform, got {type(transform).__name__}"
             )
-        self._set_parts(transform, base, shaped(support, event_shape))
+        self.transform = transform
+        self._set_parts(base, shaped(support, event_shape))
         self.space.transforms(transform.flow)
-        super().__init__(self._own_base(), [transform])
+        self._set_chain()
+
+    def _set_chain(self) -> None:
+        super().__init__(self._flow_base(), [self.transform])
 
     def condition(self, context: Tensor) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``: batch shape ``(*)``.
@@ -284,49 +332,19 @@ class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransform
         transform = self.transform.condition(context)
         return InterpolantDistribution(transform, self.base, support=self.constraint)
 
-    def freeze(self) -> "ConditionalInterpolantDistribution":
-        """Fix all weights, so that no inference trains them, and return self."""
-        return _freeze(self)
+    def given(self, context: Tensor | None) -> InterpolantDistribution:
+        """Return the distribution given a context of shape ``(*, C)``, as :meth:`condition`.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if context is None:
+            raise ValueError("expected a context for a conditional flow, got none")
+        return self.condition(context)
 
     def without_support(self) -> "ConditionalInterpolantDistribution":
         """Return the distribution of the flow's own coordinates: real vectors."""
         return ConditionalInterpolantDistribution(self.transform, self.base)
 
-    def set_base(self, base: TorchDistributionMixin) -> None:
-        """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
-        self.base = base
-        self.base_dist = self._own_base()
-
-    def to(self, *args: Any, **kwargs: Any) -> "ConditionalInterpolantDistribution":
-        """Move weights, buffers and base to a type or device, in place; return self."""
-        self.transform.to(*args, **kwargs)
-        if self.base is not None:
-            self.base = moved(self.base, self.transform.flow.loc)
-        return self
-
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
-
-
-def conditioned(distribution: AnyDistribution, context: Tensor | None) -> InterpolantDistribution:
-    """Return a distribution itself, or given its context, shape ``(*, C)``, if it needs one.
-
-    Raises:
-        ValueError: If a context is missing, or given to a distribution that takes none.
-    """
-    if isinstance(distribution, ConditionalInterpolantDistribution):
-        if context is None:
-            raise ValueError("expected a context for a conditional flow, got none")
-        return distribution.condition(context)
-    if context is not None:
-        raise ValueError("expected no context: this distribution takes none")
-    return distribution
-
-
-def _freeze(distribution: Any) -> Any:
-    transform = distribution.transform.eval()
-    transform.flow.requires_grad_(requires_grad=False).eval()  # of a view, no part of it
-    if isinstance(distribution.base, InterpolantDistribution):
-        distribution.base.freeze()
-    distribution.clear_cache()
-    return distribution

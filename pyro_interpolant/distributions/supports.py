@@ -17,12 +17,11 @@ from ..nn.mlp import TorusMLP
 from ..nn.velocity import evaluate, may_be_periodic
 from ..transforms.bijections import Cached
 from ..transforms.flow import Flow
-from ..transforms.gaussianize import Gaussianized, without_chart
 from ..transforms.interpolant import InterpolantTransform, interpolant_transform
 from .bases import Planar, UniformTorus, directions, in_planes
-from .constraints import Circular, Constraint, OnEvents, Shaped, bijection, circular
+from .constraints import Circular, Constraint, OnEvents, bijection, circular
 
-__all__ = ["BijectiveSupport", "CircularSupport", "HasSupport", "Support", "support_of"]
+__all__ = ["BijectiveSupport", "CircularSupport", "Support", "support_of"]
 
 _TYPICAL_RADIUS = 2**0.5  # the root mean square of a Rayleigh distance
 _PERIOD_ROWS = 64  # on which the period of a velocity is checked
@@ -38,9 +37,9 @@ class Support(ABC):
     def __init__(self, constraint: Constraint) -> None:
         self.constraint = constraint
 
-    @abstractmethod
     def shown(self) -> Constraint:
         """Return the constraint on whole events, as Pyro is to see it."""
+        return self.constraint
 
     @abstractmethod
     def unconstrained(self, value: Tensor) -> Tensor:
@@ -50,13 +49,13 @@ class Support(ABC):
             ValueError: If a value is outside the support, or on its edge, which maps to infinity.
         """
 
-    @abstractmethod
     def event_shape(self, size: int) -> torch.Size:
         """Return the shape of an event that has ``size`` unconstrained coordinates."""
+        return torch.Size((size,))
 
-    @abstractmethod
     def size(self, event_shape: torch.Size) -> int:
         """Return the number of unconstrained coordinates of an event of a shape."""
+        return event_shape[-1]
 
     @abstractmethod
     def transforms(self, flow: Flow) -> list[Transform]:
@@ -202,10 +201,6 @@ class CircularSupport(Support):
     def __init__(self) -> None:
         super().__init__(circular)
 
-    def shown(self) -> Constraint:
-        """Return the constraint."""
-        return circular
-
     def unconstrained(self, value: Tensor) -> Tensor:
         """Return angles, shape ``(*, D)``, as they are.
 
@@ -220,14 +215,6 @@ class CircularSupport(Support):
             f"{inside.numel()} rows outside: take whole turns off, "
             "torch.remainder(x + torch.pi, 2 * torch.pi) - torch.pi"
         )
-
-    def event_shape(self, size: int) -> torch.Size:
-        """Return the shape of an event of ``size`` angles."""
-        return torch.Size((size,))
-
-    def size(self, event_shape: torch.Size) -> int:
-        """Return the number of angles."""
-        return event_shape[-1]
 
     def transforms(self, flow: Flow) -> list[Transform]:
         """Return the map that takes whole turns off.
@@ -305,34 +292,6 @@ def support_of(constraint: Constraint) -> Support:
     return CircularSupport() if isinstance(constraint, Circular) else BijectiveSupport(constraint)
 
 
-class HasSupport:
-    """What has a support, and real vectors for its values.
-
-    Attributes:
-        constraint: The support as a constraint.
-        space: The support.
-    """
-
-    constraint: Constraint
-    space: Support
-
-    def unconstrained(self, value: Tensor) -> Tensor:
-        """Return values, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
-
-        Raises:
-            ValueError: If a value is outside the support.
-        """
-        return support_of(without_chart(self.constraint)).unconstrained(value)
-
-    def to_flow(self, value: Tensor) -> Tensor:
-        """Return values in the flow's coordinates: real vectors, behind the map if there is one.
-
-        Raises:
-            ValueError: If a value is outside the support.
-        """
-        return self.space.unconstrained(value)
-
-
 class _Wrap(Transform):
     """Map real vectors, shape ``(*, D)``, to angles in [-pi, pi); its volume factor is 1."""
 
@@ -353,8 +312,9 @@ class _Wrap(Transform):
 
 def _off_the_edge(support: Constraint, value: Tensor) -> Tensor:
     """Return which elements are off the bounds, where bijections clamp instead of diverging."""
-    if isinstance(support, (constraints.independent, Gaussianized, Shaped)):
-        return _off_the_edge(support.base_constraint, value)
+    inner = getattr(support, "base_constraint", None)
+    if inner is not None:
+        return _off_the_edge(inner, value)
     if isinstance(support, constraints.stack):
         parts = zip(support.cseq, value.unbind(support.dim), strict=True)
         return torch.stack([_off_the_edge(c, v) for c, v in parts], support.dim)

@@ -13,10 +13,7 @@ from torch import Tensor
 from torch.func import jacfwd, vmap
 
 from .._torch import seeded
-from ..distributions.interpolant import (
-    AnyDistribution,
-    conditioned,
-)
+from ..distributions.interpolant import AnyDistribution
 from ..nn.velocity import evaluate
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import refuse_charts
@@ -81,7 +78,7 @@ def path_energy(
     if count < 2:
         raise ValueError(f"expected at least two paths for a standard error, got count={count}")
     refuse_charts(distribution.constraint, "distance")
-    given = conditioned(distribution, context)
+    given = distribution.given(context)
     flow, path = given.transform.flow, given.transform._path()
     times, weights = (s.to(flow.loc) for s in path.times())
     with torch.no_grad():
@@ -133,7 +130,7 @@ def w2_bound(
         arXiv 2209.15571, Proposition 3.
     """
     refuse_charts(distribution.constraint, "distance")
-    given = conditioned(distribution, context)
+    given = distribution.given(context)
     flow, context = given.transform.flow, given.transform.context
     w1 = flow.whitening.to_white(given.to_flow(data))
     with torch.no_grad(), seeded(seed):
