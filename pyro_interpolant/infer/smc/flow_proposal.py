@@ -73,7 +73,7 @@ def flow_proposal_step(
     new_z = (1 - size**2).sqrt() * z + size * torch.randn_like(z)
     new_x = transform(new_z)
     new_q = _standard_normal_log_prob(new_z) - transform.log_abs_det_jacobian(new_z, new_x)
-    new = Particles.at(new_x, density.with_gradient)
+    new = density.particles(new_x)
     log_weights = _minus_inf_unless_finite(new.log_p - new_q)
     ratio = log_weights - (particles.log_p - log_q)
     accepted = torch.rand(len(x)).to(ratio).log() < ratio

@@ -68,23 +68,12 @@ class StudentTMixture(NamedTuple):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the log-density, shape ``(N,)``, of rows of shape ``(N, D)``."""
-        return self._parts(x)[0]
-
-    def with_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log-density, shape ``(N,)``, and its gradient, shape ``(N, D)``."""
-        value, each, z, square = self._parts(x)
-        pull = -(_DF + x.shape[1]) / (_DF + square) * each.softmax(-1)
-        return value, torch.einsum("nk,nki,kij->nj", pull, z, self.inverse)
-
-    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dim = x.shape[1]
         z = torch.einsum("kij,nkj->nki", self.inverse, x[:, None] - self.loc)
-        square = z.square().sum(-1)
         constant = math.lgamma((_DF + dim) / 2) - math.lgamma(_DF / 2)
         constant -= 0.5 * dim * math.log(math.pi * _DF)
-        each = constant + self.log_det - 0.5 * (_DF + dim) * torch.log1p(square / _DF)
-        each = each + self.log_share
-        return each.logsumexp(-1), each, z, square
+        each = self.log_det - 0.5 * (_DF + dim) * torch.log1p(z.square().sum(-1) / _DF)
+        return (constant + each + self.log_share).logsumexp(-1)
 
 
 def initial_mixture(start: Tensor | Distribution | None, like: Tensor) -> StudentTMixture:
@@ -187,7 +176,8 @@ def _scouts(density: LogDensity, wide: StudentTMixture, seconds: float) -> Tenso
     affordable = seconds / (_GRADIENTS_PER_SCOUT * density.seconds)
     count, until = int(max(least, min(most, affordable))), time.monotonic() + seconds
     rows = []
-    for level in tempered_smc(wide, count, density, HMCKernel(), deadline=until):
+    draws, start = wide.sample(count), LogDensity(wide.log_prob)
+    for level in tempered_smc(draws, start, density, HMCKernel(), deadline=until):
         rows.append(level.particles.x)
         if time.monotonic() >= until:
             break

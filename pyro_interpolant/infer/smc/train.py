@@ -207,7 +207,8 @@ def _find_particles(
     affordable = seconds / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
     count = int(max(min(_MIN_PARTICLES, draws), min(draws, affordable)))
     deadline = budget.began + budget.tempering * budget.seconds
-    for level in tempered_smc(mixture, count, density, kernel, deadline=deadline):
+    x, start = mixture.sample(count), LogDensity(mixture.log_prob)
+    for level in tempered_smc(x, start, density, kernel, deadline=deadline):
         progress.show(f"tempering: {level.exponent:.3g}")
     particles = level.particles
     kernel.adapt_metric(particles.x)
@@ -217,7 +218,7 @@ def _find_particles(
     for i in range(most):
         if i >= fewest and time.monotonic() > until:
             break
-        particles, _ = kernel(particles, density.with_gradient)
+        particles, _ = kernel(particles, density.particles)
         if i % every == every - 1:
             pools.append(particles.x)
     return Start(particles, kernel, pools)
@@ -295,7 +296,7 @@ class Run:
         until, rates = time.monotonic() + self.budget.moves * seconds, list[float]()
         fewest, most = _ROUND_MOVES
         while len(rates) < fewest or (len(rates) < most and time.monotonic() < until):
-            particles, rate = self.kernel(particles, self.density.with_gradient)
+            particles, rate = self.kernel(particles, self.density.particles)
             rates.append(rate)
         return particles, sum(rates) / len(rates)
 
