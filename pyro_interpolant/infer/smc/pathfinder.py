@@ -88,36 +88,32 @@ def initial_mixture(start: Tensor | Distribution | None, like: Tensor) -> Studen
         TypeError: If it is none of these.
         ValueError: If it is of another shape, or not finite, or its rows do not vary.
     """
-    dim, centre = len(like), torch.zeros_like(like)
-    root = _START_SCALE * torch.eye(dim).to(like)
+    dim, root = len(like), _START_SCALE * torch.eye(len(like))
+    if start is None:
+        start = torch.zeros_like(like)
     if isinstance(start, Distribution):
-        if tuple(start.event_shape) != (dim,) or tuple(start.batch_shape):
+        if start.event_shape != (dim,) or start.batch_shape:
             raise ValueError(
                 f"expected a start of event shape ({dim},) and no batch, got "
                 f"{tuple(start.event_shape)} and {tuple(start.batch_shape)}"
             )
         start = start.sample((_START_ROWS,))
-    elif not (start is None or isinstance(start, Tensor)):
+    if not isinstance(start, Tensor):
         raise TypeError(
             f"expected start to be a tensor or a distribution, got {type(start).__name__}"
         )
-    if start is None:
-        return StudentTMixture.of(torch.ones_like(like[:1]), centre[None], root[None])
-    if tuple(start.shape) != (dim,) and (start.dim() != 2 or start.shape[1] != dim):
+    if start.dim() not in (1, 2) or start.shape[-1] != dim:
         raise ValueError(
             f"expected a start of shape (M, {dim}) or ({dim},), got {tuple(start.shape)}"
         )
     if not bool(torch.isfinite(start).all()):
         raise ValueError("expected a finite start, got NaN or infinite values")
-    if start.dim() == 1:
-        centre = start.to(like)
-    else:
+    if start.dim() == 2:
         spread = start.double().std(0)
         if len(start) < 2 or not float(spread.min()) > 0:
             raise ValueError("expected rows of start that vary in every column: pass more")
-        centre = start.mean(0).to(like)
-        root = _INFLATION * torch.diag(spread).to(like)
-    return StudentTMixture.of(torch.ones_like(like[:1]), centre[None], root[None])
+        start, root = start.mean(0), _INFLATION * torch.diag(spread)
+    return StudentTMixture.of(like.new_ones(1), start.to(like)[None], root.to(like)[None])
 
 
 @torch.no_grad()
@@ -249,13 +245,10 @@ def _derivatives(density: LogDensity, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gradient_of_sum(value: Tensor, leaf: Tensor) -> Tensor:
     """Return the gradient of the sum of values, zero where none exists or can be computed."""
-    if not value.requires_grad:
-        return torch.zeros_like(leaf)
     try:
-        found = torch.autograd.grad(value.sum(), leaf, retain_graph=True, allow_unused=True)[0]
-    except (RuntimeError, NotImplementedError):  # an operation without second derivatives
-        found = None
-    return torch.zeros_like(leaf) if found is None else found
+        return torch.autograd.grad(value.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
+    except (RuntimeError, NotImplementedError):  # a constant, or without second derivatives
+        return torch.zeros_like(leaf)
 
 
 def _newton(gradient: Tensor, hessian: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,11 +45,11 @@ class Particles(NamedTuple):
 
     def where(self, chosen: Tensor, other: "Particles") -> "Particles":
         """Return these particles where ``chosen``, shape ``(N,)``, and the others elsewhere."""
+        rows = chosen[:, None]
         return Particles(
-            *(
-                torch.where(chosen.reshape(-1, *(1,) * (a.dim() - 1)), a, b)
-                for a, b in zip(self, other, strict=True)
-            )
+            torch.where(rows, self.x, other.x),
+            torch.where(chosen, self.log_p, other.log_p),
+            torch.where(rows, self.gradient, other.gradient),
         )
 
 
