@@ -230,9 +230,15 @@ class Objective(nn.Module):
         pairs = [self._pairs(draw(), self.base, self.process) for draw in draws]
         if len(pairs) == 1:
             return [self._points(pairs[0])]
-        t, w0, w1, *rest = zip(*pairs, strict=True)
-        context, z = (None if part[0] is None else torch.stack(part) for part in rest)
-        together = self._points((*map(torch.stack, (t, w0, w1)), context, z))
+        together = self._points(
+            (
+                torch.stack([pair[0] for pair in pairs]),
+                torch.stack([pair[1] for pair in pairs]),
+                torch.stack([pair[2] for pair in pairs]),
+                _stacked([pair[3] for pair in pairs]),
+                _stacked([pair[4] for pair in pairs]),
+            )
+        )
         return [tuple(part.at(i) for part in together) for i in range(len(pairs))]
 
     def fixed_points(self, held: Rows, base: WhitenedBase, size: int) -> tuple[Points, ...]:
@@ -313,3 +319,9 @@ class Objective(nn.Module):
 def _normal(like: Tensor, count: int) -> Tensor:
     """Return draws of N(0, I), shape ``(count, D)``, of the kind of a tensor, ``(*, D)``."""
     return torch.randn(count, like.shape[-1], dtype=like.dtype, device=like.device)
+
+
+def _stacked(parts: list[Tensor | None]) -> Tensor | None:
+    """Return tensors stacked, or None where they are not there."""
+    there = [part for part in parts if part is not None]
+    return torch.stack(there) if there else None
