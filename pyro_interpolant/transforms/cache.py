@@ -1,4 +1,4 @@
-r"""The identity cache: a solved trajectory is found again by the very tensors it joined.
+r"""The identity cache: pairs :math:`y = T(x)`, found again by the very tensors x or y.
 
 ``rsample`` followed by ``log_prob`` of the same tensor, or ``t.inv(y)`` followed by
 ``t.log_abs_det_jacobian(x, y)``, should cost one solve. A size-one cache keyed by identity, as

@@ -1,4 +1,10 @@
-r"""The flow as a Pyro transform: base in, data out, log-determinant on demand."""
+r"""The flow as a Pyro transform, :math:`y = T(w_0)`, and the family of them given contexts.
+
+:math:`T` integrates :math:`\dot w = v_t(w)` from the base at t = 0 to the data at t = 1, or to an
+earlier time, then undoes the whitening. ``log_abs_det_jacobian`` is computed on demand, along the
+trajectory that the cache kept of the solve. A transform that is conditioned, or stops at another
+time, is a view: it shares the weights and registers none.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +33,9 @@ __all__ = [
 
 
 class _FlowHolder(nn.Module):
-    """A flow with two choices, plain attributes whose change the cache notices.
+    """A transform module of one flow, with its solver and divergence.
+
+    Both are plain attributes, whose change the cache notices.
 
     Attributes:
         flow: Velocity and whitening map.
@@ -75,7 +83,7 @@ class _FlowHolder(nn.Module):
         return self.flow.interpolant
 
     def owns_flow(self) -> bool:
-        """Return whether the weights are this transform's, and not of what gave it as a view."""
+        """Return whether the weights are registered here: False of a view."""
         return "flow" in self._modules
 
 
@@ -168,7 +176,7 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         if entry.log_det is not None:
             return entry.log_det
         states = entry.states
-        if states is None:  # an earlier solve kept its ends alone
+        if states is None:  # an earlier solve kept only its ends
             states = self.flow.integrate(self._checked(x), self._path(), forward=True)
         entry.log_det = self.flow.log_det(states, self._path())
         return entry.log_det
