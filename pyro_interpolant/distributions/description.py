@@ -264,7 +264,7 @@ def _build_base(description: Any, tensors: dict[str, Tensor]) -> Any:
     return kind(**{key: tensors[key] for key in description["arguments"]})
 
 
-_CHARTS: dict[str, Any] = {"gaussianized": MarginalTransform, "tempered": RadialTransform}
+_GAUSSIANIZERS: dict[str, Any] = {"gaussianized": MarginalTransform, "tempered": RadialTransform}
 
 
 def describe_constraint(constraint: Constraint) -> Any:
@@ -280,10 +280,11 @@ def describe_constraint(constraint: Constraint) -> Any:
             return name
     if isinstance(constraint, Gaussianized):
         inner = describe_constraint(constraint.base_constraint)
-        kind = next((name for name, c in _CHARTS.items() if type(constraint.chart) is c), None)
+        kind_of = {c: name for name, c in _GAUSSIANIZERS.items()}
+        kind = kind_of.get(type(constraint.gaussianizer))
         if kind is None:
-            raise ValueError(f"expected a map of this library, got {constraint.chart}")
-        return [kind, inner, [part.tolist() for part in constraint.chart.arguments()]]
+            raise ValueError(f"expected a map of this library, got {constraint.gaussianizer}")
+        return [kind, inner, [part.tolist() for part in constraint.gaussianizer.arguments()]]
     if isinstance(constraint, Shaped):
         return ["shaped", describe_constraint(constraint.base_constraint), list(constraint.shape)]
     kind = type(constraint).__name__.lstrip("_")
@@ -331,9 +332,9 @@ def build_constraint(description: Any) -> Constraint:
     kind, first, *rest = description
     if kind == "shaped":
         return Shaped(build_constraint(first), rest[0])
-    if kind in _CHARTS:
+    if kind in _GAUSSIANIZERS:
         given = (torch.tensor(part, dtype=torch.float64) for part in rest[0])
-        return Gaussianized(build_constraint(first), _CHARTS[kind](*given))
+        return Gaussianized(build_constraint(first), _GAUSSIANIZERS[kind](*given))
     if kind == "independent":
         return constraints.independent(build_constraint(first), rest[0])
     if kind in ("stack", "cat"):

@@ -17,7 +17,7 @@ from ..nn.mlp import TorusMLP
 from ..nn.velocity import evaluate, may_be_periodic
 from ..transforms.bijections import Cached
 from ..transforms.flow import Flow
-from ..transforms.gaussianize import Gaussianized, without_chart
+from ..transforms.gaussianize import Gaussianized, without_gaussianizer
 from ..transforms.interpolant import InterpolantTransform, interpolant_transform
 from .bases import Planar, UniformTorus, directions, in_planes
 from .constraints import Circular, Constraint, OnEvents, Shaped, bijection, circular
@@ -322,7 +322,7 @@ class HasSupport:
         Raises:
             ValueError: If a value is outside the support.
         """
-        return support_of(without_chart(self.constraint)).unconstrained(value)
+        return support_of(without_gaussianizer(self.constraint)).unconstrained(value)
 
     def to_flow(self, value: Tensor) -> Tensor:
         """Return values in the flow's coordinates: real vectors, behind the map if there is one.

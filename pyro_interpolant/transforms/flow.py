@@ -62,7 +62,7 @@ class Flow(nn.Module):
     r"""A velocity in whitened coordinates, and the whitening map to those of the data.
 
     Args:
-        velocity: Any module with ``forward(t, x, context=None)``.
+        velocity: A module with ``forward(t, x, context=None)``.
         event_dim: D. By default ``velocity.event_dim``.
         interpolant: The path the velocity is trained for. By default trigonometric.
         whitening: The map to data space. By default dense, the identity until it is set.

@@ -93,7 +93,7 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
     Input: ``w_0``, a draw of :math:`N(0, I_D)` (or, whitened, of another base). Output: data.
 
     Args:
-        velocity: Any module with ``forward(t, x, context=None)``; see :class:`VelocityMLP`.
+        velocity: A module with ``forward(t, x, context=None)``; see :class:`VelocityMLP`.
         event_dim: D. By default ``velocity.event_dim``.
         interpolant: The path the velocity is trained for. By default :class:`Trigonometric`.
         solver: How paths are integrated, a plain attribute. By default :class:`FixedGrid`.
@@ -192,10 +192,12 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         """Return the shape of the input: the output's, broadcast with the context's batch."""
         return self.forward_shape(shape)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
-        super()._apply(fn, recurse)
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], *args: bool, **kwargs: bool
+    ) -> "InterpolantTransform":
+        super()._apply(fn, *args, **kwargs)
         if not self.owns_flow():
-            self.flow._apply(fn, recurse)
+            self.flow._apply(fn, *args, **kwargs)
         self.__dict__["context"] = None if self.context is None else fn(self.context)
         return self
 
@@ -254,7 +256,7 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
     r"""A family of flows :math:`p(x | c)`: ``condition(context)`` gives one member.
 
     Args:
-        velocity: Any module with ``forward(t, x, context)``; see :class:`VelocityMLP`.
+        velocity: A module with ``forward(t, x, context)``; see :class:`VelocityMLP`.
         event_dim, interpolant, solver, divergence, whitening: As in :class:`InterpolantTransform`.
 
     Raises:

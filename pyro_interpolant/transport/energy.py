@@ -19,7 +19,7 @@ from ..distributions.interpolant import (
 )
 from ..nn.velocity import evaluate
 from ..transforms.flow import Flow
-from ..transforms.gaussianize import refuse_charts
+from ..transforms.gaussianize import refuse_gaussianized
 
 __all__ = ["PathEnergy", "W2Bound", "path_energy", "w2_bound"]
 
@@ -80,7 +80,7 @@ def path_energy(
     """
     if count < 2:
         raise ValueError(f"expected at least two paths for a standard error, got count={count}")
-    refuse_charts(distribution.constraint, "distance")
+    refuse_gaussianized(distribution.constraint, "distance")
     given = conditioned(distribution, context)
     flow, path = given.transform.flow, given.transform._path()
     times, weights = (s.to(flow.loc) for s in path.times())
@@ -132,7 +132,7 @@ def w2_bound(
     References:
         arXiv 2209.15571, Proposition 3.
     """
-    refuse_charts(distribution.constraint, "distance")
+    refuse_gaussianized(distribution.constraint, "distance")
     given = conditioned(distribution, context)
     flow, context = given.transform.flow, given.transform.context
     w1 = flow.whitening.to_white(given.to_flow(data))
