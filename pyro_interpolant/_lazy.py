@@ -1,4 +1,4 @@
-r"""Names that are imported when they are asked for (PEP 562).
+r"""Names that are imported when they are first used (PEP 562).
 
 Rooms name what is in their files, and import none of them until a name is used: so the package
 costs little to import, and a file that needs numpy alone can be imported where there is no torch.
@@ -25,7 +25,7 @@ def attach(
         package: The package, ``__name__`` in its ``__init__``.
         homes: For each of its modules the public names it holds.
         rooms: Subpackages and modules that are attributes of the package themselves.
-        moved: What to say of names that used to be here, after a colon.
+        moved: Hints for names that used to be here, shown after a colon.
     """
     home = {name: module for module, names in homes.items() for name in names}
 

@@ -1,4 +1,9 @@
-r"""Scopes: who differentiates, a generator seeded apart, a network that may be trained."""
+r"""Torch's private parts and global state: what the package needs of them, in one file.
+
+Whether autograd, :mod:`torch.func` or a tracer sees a computation; scopes with a generator of
+their own, or with a network in another mode; activations recomputed in the backward pass;
+derivatives :math:`\partial_t f(t)` by forward mode; and warnings at the user's line.
+"""
 
 import contextlib
 import os
@@ -28,14 +33,14 @@ __all__ = [
     "warn_user",
 ]
 
-# Where a warning is never the user's: this package, torch, and what runs decorated functions.
+# No warning is raised at lines of this package, of torch, or of what runs decorated functions.
 _NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__)) + (
     contextlib.__file__,
 )
 
 
 def is_transformed() -> bool:
-    """Return whether :mod:`torch.func`, forward mode or a tracer sees what is computed now."""
+    """Return whether :mod:`torch.func`, forward mode or a tracer is active."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
@@ -44,19 +49,19 @@ def is_transformed() -> bool:
 
 
 def is_watched() -> bool:
-    """Tell whether autograd or a functorch transform may look back at what is computed now.
+    """Return whether autograd, :mod:`torch.func` or a tracer may need intermediate results.
 
-    Where none does, buffers may be written over.
+    Where none does, they may be overwritten in place.
     """
     return torch.is_grad_enabled() or is_transformed()
 
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Draw from a generator seeded apart, on all devices in use, and leave the global ones alone.
+    """Seed the generators of all devices in use, and restore their states afterwards.
 
     Args:
-        seed: The seed; None draws from the global generators.
+        seed: The seed; None leaves the generators as they are.
     """
     if seed is None:
         yield
@@ -69,7 +74,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluated(network: nn.Module) -> Iterator[None]:
-    """Let a network be evaluated, dropout off, then restore the mode of each of its parts."""
+    """Set a network to evaluation, dropout off, and restore the mode of each part afterwards."""
     with _in_mode(network, train=False):
         yield
 
@@ -87,7 +92,7 @@ def _in_mode(network: nn.Module, *, train: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def trainable(network: nn.Module) -> Iterator[None]:
-    """Let a network be trained, then restore who was frozen."""
+    """Set a network to training, with gradients, and restore its modes and flags afterwards."""
     flags = [p.requires_grad for p in network.parameters()]
     network.requires_grad_(requires_grad=True)
     try:
@@ -100,7 +105,7 @@ def trainable(network: nn.Module) -> Iterator[None]:
 
 
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the same function, which keeps its arguments alone for the way back.
+    """Return the same function, which stores only its arguments for the backward pass.
 
     Gradients of any order are those of plain back-propagation, with respect to the arguments and
     to whatever the function closes over. Inside :mod:`torch.func`, which has no hooks on saved
@@ -118,7 +123,7 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @lru_cache(maxsize=1)
 def keep_freed_memory() -> None:
-    """Let the C library keep some freed memory, which it decides by the largest block freed.
+    """Make the C library keep freed memory, by one block that is larger than those to come.
 
     Until it has seen one of a few MiB, glibc returns every freed piece to the system at once, and
     getting it back, page by page, takes as long as the arithmetic.
@@ -140,7 +145,7 @@ def slopes(
     function: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the derivatives of a function of t by forward mode, each of the shape of t."""
-    if torch.is_inference_mode_enabled():  # which drops tangents without a word
+    if torch.is_inference_mode_enabled():  # which drops tangents silently
         with torch.inference_mode(mode=False):
             return slopes(function, t.clone())
     tangent = torch.ones_like(t)

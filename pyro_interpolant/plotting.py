@@ -279,5 +279,5 @@ def _velocity(distribution: InterpolantDistribution, x: Tensor) -> Tensor:
         v = flow.whitening.push(evaluate(flow.velocity, t, w, transform.context))
         support = distribution.constraint
         if isinstance(support, Gaussianized):
-            return torch.func.jvp(support.chart._call, (u,), (v,))[1]
+            return torch.func.jvp(support.gaussianizer._call, (u,), (v,))[1]
         return v

@@ -29,7 +29,9 @@ from pyro_interpolant import (
 from pyro_interpolant.distributions.constraints import Shaped
 from pyro_interpolant.solvers import RandomGrid
 from pyro_interpolant.training.preprocessing import marginal_transform, radial_transform
+from pyro_interpolant.transforms import DenseWhitening, DiagonalWhitening, ScalarWhitening
 from pyro_interpolant.transforms.gaussianize import Gaussianized
+from pyro_interpolant.transforms.whitening import Whitening
 
 
 def slow_but(members: Iterable[str], *quick: str) -> list[Any]:
@@ -57,6 +59,13 @@ SOLVERS = {
 }
 
 DIVERGENCES = {"exact": ExactDivergence(), "hutchinson": HutchinsonDivergence(probes=2, seed=1)}
+
+# Whitening maps: the class, and from D to an L in the shape that it stores.
+WHITENINGS: dict[str, tuple[type[Whitening], Callable[[int], Tensor]]] = {
+    "dense": (DenseWhitening, lambda dim: torch.linspace(-0.7, 1.2, dim).diag() + 0.3),
+    "diagonal": (DiagonalWhitening, lambda dim: torch.linspace(-0.7, 2.2, dim)),
+    "scalar": (ScalarWhitening, lambda dim: torch.tensor(1.7)),
+}
 
 HIDDEN_DIMS = {"one": (16,), "two": (16, 12), "residual": (16, 16, 16)}
 

@@ -14,7 +14,7 @@ from torch import Tensor, broadcast_shapes, nn, where
 
 from ..distributions.interpolant import InterpolantDistribution
 from ..nn.velocity import evaluate
-from ..transforms.gaussianize import Gaussianized, refuse_charts
+from ..transforms.gaussianize import Gaussianized, refuse_gaussianized
 from ..transforms.interpolant import InterpolantTransform
 from .conversions import (
     SCORE_INSTEAD,
@@ -60,9 +60,9 @@ def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
     transform, support = transform_with_score(distribution), distribution.constraint
     if not isinstance(support, Gaussianized):
         return _flow_score(distribution, t, x)
-    chart, x = support.chart, transform._checked(x)
-    log_det_score = torch.func.grad(lambda y: -chart.log_abs_det_jacobian(y, y).sum())(x)
-    u, pullback, *_ = torch.func.vjp(chart._inverse, x)
+    gaussianizer, x = support.gaussianizer, transform._checked(x)
+    log_det_score = torch.func.grad(lambda y: -gaussianizer.log_abs_det_jacobian(y, y).sum())(x)
+    u, pullback, *_ = torch.func.vjp(gaussianizer._inverse, x)
     return pullback(_flow_score(distribution, t, u))[0] + log_det_score
 
 
@@ -94,7 +94,7 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
         ValueError: As in :func:`score`; or if the flow is behind a map of :func:`from_samples`.
     """
     transform, time, w = _prepared(distribution, t, x)
-    refuse_charts(distribution.constraint, "the mean of what a path leads to")
+    refuse_gaussianized(distribution.constraint, "the mean of what a path leads to")
     interpolant, noise = transform.interpolant, transform.flow.noise
     to_data = transform.flow.whitening.from_white
     v = network_output(transform, transform.flow.velocity, time, w)

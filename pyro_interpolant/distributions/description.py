@@ -21,7 +21,7 @@ from .. import solvers, transforms
 from .._torch import warn_user
 from ..interpolants.learned import LearnedInterpolant
 from ..interpolants.linear import Interpolant
-from ..transforms.gaussianize import Chart, Gaussianized, MarginalTransform, RadialTransform
+from ..transforms.gaussianize import Gaussianizer, Gaussianized, MarginalTransform, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from . import constraints as ours
 from .bases import Samples, UniformTorus
@@ -288,7 +288,7 @@ _CONSTRAINTS = {
     if isinstance(value := getattr(room, name), Constraint)
     or (isinstance(value, type) and issubclass(value, Constraint) and value is not Constraint)
 }
-_CHARTS: dict[str, Callable[..., Chart]] = {
+_GAUSSIANIZERS: dict[str, Callable[..., Gaussianizer]] = {
     "gaussianized": MarginalTransform,
     "tempered": RadialTransform,
 }
@@ -301,8 +301,8 @@ def describe_constraint(constraint: Constraint) -> Any:
         ValueError: If it is neither one of Pyro's nor of this package.
     """
     if isinstance(constraint, Gaussianized):
-        inner, chart = describe_constraint(constraint.base_constraint), constraint.chart
-        name = next((name for name, kind in _CHARTS.items() if type(chart) is kind), None)
+        inner, chart = describe_constraint(constraint.base_constraint), constraint.gaussianizer
+        name = next((name for name, kind in _GAUSSIANIZERS.items() if type(chart) is kind), None)
         if name is None:
             raise ValueError(f"expected a map of this library, got {chart}")
         return [name, inner, [part.tolist() for part in chart.arguments()]]
@@ -337,10 +337,10 @@ def build_constraint(description: Any) -> Constraint:
     if kind == "bounded":
         kind, bounds = arguments
         arguments = [bound for bound in bounds if bound is not None]
-    if kind in _CHARTS:
+    if kind in _GAUSSIANIZERS:
         inner, parts = arguments
         tables = (torch.tensor(part, dtype=torch.float64) for part in parts)
-        return Gaussianized(build_constraint(inner), _CHARTS[kind](*tables))
+        return Gaussianized(build_constraint(inner), _GAUSSIANIZERS[kind](*tables))
     known = _CONSTRAINTS.get(kind)
     if known is None:
         raise ValueError(f"unknown support {kind!r} in the file")
@@ -372,6 +372,6 @@ def _build_argument(value: Any) -> Any:
     dtype = getattr(torch, first, None)
     if isinstance(dtype, torch.dtype):
         return torch.tensor(value[1], dtype=dtype)
-    if first in ("bounded", *_CHARTS) or isinstance(_CONSTRAINTS.get(first), type):
+    if first in ("bounded", *_GAUSSIANIZERS) or isinstance(_CONSTRAINTS.get(first), type):
         return build_constraint(value)
     return [_build_argument(part) for part in value]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from ..transforms.bijections import Whiten
-from ..transforms.gaussianize import without_chart
+from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .bases import Samples, WhitenedBase, checked_base, copy_like, standard_normal
 from .constraints import Constraint, checked_rows, shaped
@@ -90,7 +90,7 @@ class _FlowDistribution:
         Raises:
             ValueError: If a value is outside the support.
         """
-        return support_of(without_chart(self.constraint)).unconstrained(value)
+        return support_of(without_gaussianizer(self.constraint)).unconstrained(value)
 
     def to_flow(self, value: Tensor) -> Tensor:
         """Return values in the flow's coordinates: real vectors, behind the map if there is one.

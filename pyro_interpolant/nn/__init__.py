@@ -1,6 +1,6 @@
 r"""The velocity: networks :math:`v_t(x \mid c)`, from a time, states and contexts to rates.
 
-``velocity`` says what any ``nn.Module`` must offer to be one, and what it may offer to be fast;
+``velocity`` is the protocol: what any ``nn.Module`` must offer to be one, and what it may;
 ``mlp`` has the default network, whose divergence is exact at about twice its own price, and its
 member on the torus.
 

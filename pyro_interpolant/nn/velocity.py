@@ -1,8 +1,8 @@
-r"""The velocity's protocol: what a network :math:`v_t(x \mid c)` must offer, and what it may.
+r"""The protocol of a velocity: what a network :math:`v_t(x \mid c)` must offer, and what it may.
 
 A velocity is any ``nn.Module`` with ``forward(t, x, context=None)``, from times ``(*)``, states
-``(*, D)`` and contexts ``(*, C)`` to rates ``(*, D)``, which treats rows independently. What else
-it offers is used where it is there:
+``(*, D)`` and contexts ``(*, C)`` to rates ``(*, D)``, which treats rows independently. All else
+is optional, and used where it is there:
 
 - ``event_dim``, ``context_dim``: D and C.
 - ``broadcasts_time``: True if times may have any shape that broadcasts to ``(*)``, so that their
@@ -10,14 +10,14 @@ it offers is used where it is there:
 - ``field(times, context)``: one function ``x -> v`` per time, what they share computed once.
 - ``forward_and_divergence(t, x, context)``: the velocity and its exact divergence, ``(*)``.
 - ``divergence_field(times, context)``: one function ``x -> divergence`` per time.
-- ``rows_at_once()``: how many rows a divergence is best asked for at once, without gradients.
+- ``rows_at_once()``: the number of rows for which one call is fastest, without gradients.
 - ``set_scales(w, context)``: called with whitened training rows before training; and
-  ``is_untrained()``, whether it has to be called again for weights that are kept.
+  ``is_untrained()``: where it returns False, scales are kept when training goes on.
 - ``untrained_copy()``: a network of the same shape and scales, to learn the latent noise.
 - ``is_periodic``: whether it has period :math:`2\pi` in every coordinate.
-- ``arguments()``: what its constructor takes, for files; only for networks of this package.
+- ``arguments()``: the arguments of its constructor, for files; only for networks of this package.
 
-This module alone asks for these.
+No other module looks these up.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ __all__ = [
     "untrained_like",
 ]
 
-_ROWS_AT_ONCE = 512  # of networks that do not say
+_ROWS_AT_ONCE = 512  # of networks without a method rows_at_once
 
 StateFunction = Callable[[Tensor], Tensor]
 Field = Callable[[Tensor], Sequence[StateFunction]]  # from T times to T functions x -> v
@@ -76,13 +76,13 @@ def check_velocity(velocity: nn.Module) -> None:
 
 
 def size_of(velocity: nn.Module, name: str) -> int | None:
-    """Return ``event_dim`` or ``context_dim`` of a velocity, None where it does not say."""
+    """Return ``event_dim`` or ``context_dim`` of a velocity, or None where it has none."""
     size = getattr(velocity, name, None)
     return size if isinstance(size, int) else None
 
 
 def evaluate(velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-    """Evaluate a velocity, giving it times and contexts of the batch shape it wants.
+    """Evaluate a velocity; times and contexts are expanded to all rows unless it broadcasts.
 
     Args:
         velocity: A module with ``forward(t, x)`` or ``forward(t, x, context)``.
@@ -129,7 +129,7 @@ def divergence_field(
 
 
 def rows_at_once(velocity: nn.Module) -> int:
-    """Return how many rows a divergence is best asked for at once, without gradients."""
+    """Return the number of rows for which one call is fastest, without gradients."""
     own = getattr(velocity, "rows_at_once", None)
     return _ROWS_AT_ONCE if own is None else own()
 
@@ -137,13 +137,13 @@ def rows_at_once(velocity: nn.Module) -> int:
 def set_scales(
     velocity: nn.Module, w: Tensor, context: Tensor | None, *, if_trained: bool = True
 ) -> None:
-    """Let a velocity set its scales from whitened rows and their contexts, if it has any.
+    """Set the scales of a velocity, if it has any, from whitened rows and their contexts.
 
     Args:
         velocity: The network.
         w: Whitened rows, shape ``(N, D)``.
         context: Their contexts, shape ``(N, C)``, or None.
-        if_trained: Whether to do so for a network that is trained already.
+        if_trained: Whether to set those of a network that is trained already.
     """
     own = getattr(velocity, "set_scales", None)
     is_untrained = getattr(velocity, "is_untrained", lambda: False)
@@ -160,7 +160,7 @@ def untrained_like(velocity: nn.Module, event_dim: int) -> nn.Module:
 
 
 def may_be_periodic(velocity: nn.Module) -> bool:
-    r"""Return False where a velocity says that it has no period of :math:`2\pi`."""
+    r"""Return False only where a velocity states that :math:`2\pi` is no period of it."""
     return getattr(velocity, "is_periodic", True)
 
 
@@ -170,9 +170,9 @@ def _is_shared(context: Tensor | None) -> bool:
 
 
 def _own(velocity: nn.Module, name: str, *, stands_for: str) -> Callable[..., Any] | None:
-    """Return a velocity's own method, or None.
+    """Return an optional method of a velocity, or None where there is none, or it is out of date.
 
-    Nor one that a later class left behind, when it replaced the method that this one stands for.
+    It is out of date where a subclass overrides the method that it stands for, but not itself.
     """
     has, replaced = (
         next((c for c in type(velocity).__mro__ if n in vars(c)), None) for n in (name, stands_for)

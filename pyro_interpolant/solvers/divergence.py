@@ -1,14 +1,16 @@
 r"""The divergence :math:`\nabla\cdot v_t(x)` of a velocity, exact or by fixed random probes.
 
-A velocity is any ``nn.Module`` with ``forward(t, x, context=None)``. One that offers
-``forward_and_divergence(t, x, context=None)`` is asked for its own exact divergence; any other
-goes through forward-mode differentiation, which survives ``grad``, Hessians, ``vmap`` and tracing.
+With J the Jacobian of :math:`v_t` at x, the divergence is :math:`\mathrm{tr} J = \sum_i e_i^T J
+e_i`, and :math:`E[\epsilon^T J \epsilon]` over probes :math:`\epsilon` of unit covariance. A
+velocity with ``forward_and_divergence(t, x, context=None)`` computes its own; for any other the
+products :math:`J e` are by forward-mode differentiation, which survives ``grad``, Hessians,
+``vmap`` and tracing.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ __all__ = ["Divergence", "ExactDivergence", "HutchinsonDivergence"]
 
 
 class Divergence(Protocol):
-    """What computes the divergence of a velocity: a callable ``(velocity, t, x, context)``."""
+    """The divergence of a velocity, as a callable ``(velocity, t, x, context)``."""
 
     def __call__(
         self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None
@@ -113,6 +115,7 @@ class HutchinsonDivergence:
 
 @lru_cache(maxsize=32)
 def _probes(count: int, seed: int, dim: int) -> Tensor:
+    """Return random signs, shape ``(count, dim)``."""
     generator = torch.Generator().manual_seed(seed)
     return 2.0 * torch.randint(0, 2, (count, dim), generator=generator) - 1.0
 
@@ -145,8 +148,9 @@ class _CompositeLayerNorm(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        """Replace ``layer_norm`` by elementary operations; call any other function as it is."""
         if func is nn.functional.layer_norm:
             return _layer_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -159,6 +163,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    """Return the same as ``nn.functional.layer_norm``, of the shape of x."""
     dims = tuple(range(-len(normalized_shape), 0))
     centred = x - x.mean(dims, keepdim=True)
     x = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()

@@ -1,14 +1,23 @@
 r"""Solvers of :math:`\dot x = v_t(x)`: from a velocity to the states at the quadrature nodes.
 
 A solver integrates the velocity *alone*: the divergence does not feed back into x, so it is
-evaluated afterwards, along the stored states, by whoever wants a density.
+evaluated afterwards, along the stored states, where a density is computed.
+
+- :class:`FixedGrid` takes one Runge-Kutta step, :math:`x + h \sum_i b_i k_i` with
+  :math:`k_i = v_{t + c_i h}(x + h \sum_j a_{ij} k_j)`, per gap between Clenshaw-Curtis nodes.
+- :class:`RandomGrid` takes the same steps between random nodes, whose quadrature is unbiased: for
+  weights that are trained through the solver.
+- :class:`Adaptive` chooses its steps by torchdiffeq, and reports at the nodes.
+- :func:`through_nodes` gives a solve the gradient of the differential equation: with J the
+  Jacobians of the velocity at the nodes and Q the integration matrix, the states obey
+  :math:`\delta x_n = \delta x_0 + \sum_m Q_{nm} J_m \delta x_m`, one linear system.
 
 A field is a function from times, shape ``(T,)``, to T functions ``x -> v``: a velocity that knows
 all its times in advance can share work between them.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +26,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from .._torch import is_transformed, recomputed
-from ..nn.velocity import Field
+from ..nn.velocity import Field, StateFunction
 from .quadrature import clenshaw_curtis, integration_matrix
 
 __all__ = ["Adaptive", "FixedGrid", "RandomGrid", "Solver", "only_x_needs_grad", "through_nodes"]
@@ -41,7 +50,7 @@ _SYSTEM_ELEMENTS = 2**24  # of the matrices of the linear systems solved at once
 
 
 class Solver(Protocol):
-    """What integrates a velocity: ``grid()`` on [0, 1], and ``solve`` between them."""
+    """An integrator of a velocity: ``grid()`` on [0, 1], and ``solve`` between its nodes."""
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 1,)``."""
@@ -94,6 +103,7 @@ class _RungeKutta:
 
 
 def _step(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    """Return ``x + h sum_i weights_i slopes_i``, shape ``(*, D)``."""
     for w, k in zip(weights, slopes, strict=True):
         if w:
             x = torch.add(x, k, alpha=h * w)
@@ -111,9 +121,9 @@ class FixedGrid(_RungeKutta):
         steps: The number N of steps; :func:`~pyro_interpolant.calibrate` chooses it by error.
         method: ``"rk4"`` (4 evaluations a step), ``"midpoint"`` (2) or ``"euler"`` (1).
         warp: How far the nodes move toward the data end, see
-            :func:`~pyro_interpolant.quadrature.clenshaw_curtis`.
-        checkpoint: Whether gradients recompute each evaluation on the way back instead of keeping
-            all of them: the same gradients, about a third slower, in a fraction of the memory.
+            :func:`~pyro_interpolant.solvers.clenshaw_curtis`.
+        checkpoint: Whether the backward pass recomputes each evaluation instead of storing all of
+            them: the same gradients, about a third slower, in a fraction of the memory.
         adjoint: Whether gradients in x alone, with frozen weights, are those of the differential
             equation, from one linear system over all nodes: for HMC over one vector in about half
             the time, for more than some twenty numbers (rows times D) in more. They differ from
@@ -248,7 +258,7 @@ class RandomGrid(_RungeKutta):
 
 
 def only_x_needs_grad(x: Tensor, others: Iterable[Tensor | None]) -> bool:
-    """Return whether autograd alone watches, and x requires a gradient but none of the others.
+    """Return whether plain autograd is on, and x requires a gradient, but none of the others.
 
     Args:
         x: A tensor of any shape.
@@ -262,10 +272,8 @@ def only_x_needs_grad(x: Tensor, others: Iterable[Tensor | None]) -> bool:
     )
 
 
-def through_nodes(
-    solve: Callable[[Tensor], Tensor], rate: Callable[[Tensor], Tensor], q: Tensor, x: Tensor
-) -> Tensor:
-    """Return ``solve(x)``, whose gradient in x goes through the nodes alone.
+def through_nodes(solve: StateFunction, rate: StateFunction, q: Tensor, x: Tensor) -> Tensor:
+    """Return ``solve(x)``, with the gradient in x from the states at the nodes.
 
     The gradient is that of the differential equation, not of its discretisation: the two agree to
     the solver's error. Where it is to be differentiated again, it is that of the discretisation.
@@ -280,13 +288,11 @@ def through_nodes(
 
 
 class _ThroughNodes(torch.autograd.Function):
+    """The solve of :func:`through_nodes`, whose backward pass is one linear system."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        solve: Callable[[Tensor], Tensor],
-        rate: Callable[[Tensor], Tensor],
-        q: Tensor,
+        ctx: Any, x: Tensor, solve: StateFunction, rate: StateFunction, q: Tensor
     ) -> Tensor:
         states = solve(x)
         ctx.save_for_backward(x, states)
@@ -297,7 +303,7 @@ class _ThroughNodes(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None]:
         (g,) = cotangents
         x, states = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody will differentiate the gradient
+        if torch.is_grad_enabled():  # the gradient is to be differentiated itself
             (gradient,) = torch.autograd.grad(ctx.solve(x), x, g, create_graph=True)
             return gradient, None, None, None
         jacobians = _jacobians(ctx.rate, states)
@@ -310,7 +316,7 @@ class _ThroughNodes(torch.autograd.Function):
         return start.reshape(x.shape), None, None, None
 
 
-def _jacobians(rate: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+def _jacobians(rate: StateFunction, states: Tensor) -> Tensor:
     """Return the derivatives of velocity i by coordinate j, shape ``(D, N + 1, *, D)``."""
     dim = states.shape[-1]
     with torch.enable_grad():
@@ -320,7 +326,7 @@ def _jacobians(rate: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
 
 
 def _pulled(j: Tensor, g: Tensor, q: Tensor) -> Tensor:
-    """Return the cotangents of the start, ``(R, D)``, from those of the states."""
+    """Return the cotangents of the first state, ``(R, D)``, from those ``g`` of all states."""
     nodes, rows, dim = g.shape
     system = -torch.einsum("mn,inrj->rnjmi", q, j).reshape(rows, nodes * dim, nodes * dim)
     system.diagonal(dim1=-2, dim2=-1).add_(1)

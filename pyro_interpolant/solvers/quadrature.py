@@ -1,8 +1,9 @@
-r"""Time nodes and quadrature weights on the unit interval.
+r"""Quadrature on the unit interval, :math:`\int_0^1 f(t)\,dt \approx \sum_j w_j f(t_j)`.
 
 The log-determinant of a flow is one integral over time, :math:`\int_0^1 \nabla\cdot v\,dt`, of a
-function that is smooth but changes fast near the ends. Chebyshev-Lobatto nodes are dense there and
-their Clenshaw-Curtis weights converge spectrally.
+function that is smooth but changes fast near the ends. Chebyshev-Lobatto nodes,
+:math:`t_j = (1 - \cos(\pi j / N)) / 2`, are dense there and their Clenshaw-Curtis weights converge
+spectrally.
 """
 
 from functools import lru_cache

@@ -404,7 +404,7 @@ def _with_map(
     weights = checked_weights(fit_options.get("weights"), len(rows))
     real = space.unconstrained(rows)
     found = preferred_support(real, space.constraint, weights, always=bool(marginals))
-    if isinstance(found, Gaussianized) and isinstance(found.chart, RadialTransform):
+    if isinstance(found, Gaussianized) and isinstance(found.gaussianizer, RadialTransform):
         warn_if_rounded(real)  # what is wrong with columns, the fit cannot see behind the map
         moments(real)
     return found

@@ -16,12 +16,12 @@ from torch import Tensor
 from .._torch import warn_user
 from ..distributions.constraints import Constraint, checked_rows
 from ..transforms.gaussianize import (
-    Chart,
     Gaussianized,
+    Gaussianizer,
     Knots,
     MarginalTransform,
     RadialTransform,
-    _log_length,
+    log_length,
 )
 from .rows import subsample, weighted_indices
 from .whitening import inliers, moments
@@ -166,8 +166,8 @@ def preferred_support(
         if always
         else _best(few[: max(_COMPARED_ROWS, _COMPARED_PER_DIM * rows.shape[1])])
     )
-    chart = None if make is None else make(few)
-    return support if chart is None else Gaussianized(support, chart)
+    gaussianizer = None if make is None else make(few)
+    return support if gaussianizer is None else Gaussianized(support, gaussianizer)
 
 
 def _shuffled(count: int, weights: Tensor | None) -> Tensor:
@@ -178,7 +178,7 @@ def _shuffled(count: int, weights: Tensor | None) -> Tensor:
     return weighted_indices(weights.cpu(), min(count, _KNOT_ROWS), generator)
 
 
-def _best(rows: Tensor) -> Callable[[Tensor], Chart | None] | None:
+def _best(rows: Tensor) -> Callable[[Tensor], Gaussianizer | None] | None:
     """Return what makes the map that pays most, or None."""
     if rows.shape[1] > _MOST_DIMS:
         return None
@@ -205,7 +205,7 @@ def _best(rows: Tensor) -> Callable[[Tensor], Chart | None] | None:
 
 
 def _gain(
-    make: Callable[[Tensor], Chart | None], kept: Tensor, held: Tensor, plain: Tensor
+    make: Callable[[Tensor], Gaussianizer | None], kept: Tensor, held: Tensor, plain: Tensor
 ) -> float:
     """Return the mean nats per held-out row gained behind a map, 0 if it might be chance.
 
@@ -215,12 +215,12 @@ def _gain(
         held: Rows held out, shape ``(M, D)``.
         plain: Their log-densities without a map, shape ``(M,)``.
     """
-    chart = make(kept)
-    if chart is None:
+    gaussianizer = make(kept)
+    if gaussianizer is None:
         return 0.0
-    u = chart.inv(held)
+    u = gaussianizer.inv(held)
     try:
-        behind = _mixture(chart.inv(kept), u) - chart.log_abs_det_jacobian(u, held)
+        behind = _mixture(gaussianizer.inv(kept), u) - gaussianizer.log_abs_det_jacobian(u, held)
     except (ValueError, torch.linalg.LinAlgError):  # columns that depend on each other there
         return 0.0
     gain = (behind - plain).sort().values
@@ -336,7 +336,7 @@ def radial_transform(rows: Tensor) -> RadialTransform | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # who chooses the map gives them
         m = moments(rows.double())
-    length = _log_length(m.white(rows))[:, 0]
+    length = log_length(m.white(rows))[:, 0]
     if float(length.max() - length.min()) < _MIN_LENGTH_SPREAD:
         return None
     x, normal = quantile_knots(length)

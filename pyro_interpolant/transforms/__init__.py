@@ -2,8 +2,8 @@ r"""Pyro transforms: base in, data out, log-determinant on demand.
 
 ``flow`` is the numerics of one way through a velocity, in the coordinates of ``whitening``;
 ``interpolant`` makes it a Pyro ``TransformModule``, with the identity cache of ``cache``.
-``bijections`` wrap what maps real vectors to a support, and ``gaussianize`` has maps that make
-data nearer to normal.
+``bijections`` wrap the maps from real vectors to a support, and ``gaussianize`` has maps that
+make data nearer to normal.
 """
 
 from typing import TYPE_CHECKING

@@ -18,7 +18,7 @@ __all__ = ["PerEvent", "Cached", "Whiten"]
 
 
 class Whiten(WithoutTorchCache):
-    """Map a base given in data coordinates to the whitened coordinates the velocity moves."""
+    r"""The map :math:`w = L^{-1}(x - \mathrm{loc})` from data to whitened coordinates."""
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
@@ -40,13 +40,13 @@ class Whiten(WithoutTorchCache):
 
 
 class PerEvent(WithoutTorchCache):
-    """A bijection from vectors, shape ``(*, D)``, whose log-determinant is an event's, ``(*)``.
+    r"""A bijection from vectors, shape ``(*, D)``, whose log-determinant is an event's, ``(*)``.
 
-    Element-wise ones give that of each element, and torch's ``StackTransform`` does so where its
-    domain says otherwise, which breaks what it is composed with.
+    For an element-wise one it is :math:`\sum_i \log |dy_i / dx_i|`, where torch gives the terms;
+    its ``StackTransform`` does so against its own domain, which breaks compositions with it.
 
     Args:
-        wrapped: What a registry gives for a support.
+        wrapped: A bijection from real vectors, or element-wise.
     """
 
     domain = constraints.real_vector

@@ -1,4 +1,4 @@
-r"""The identity cache: a solved trajectory is found again by the very tensors it joined.
+r"""The identity cache: pairs :math:`y = T(x)`, found again by the very tensors x or y.
 
 ``rsample`` followed by ``log_prob`` of the same tensor, or ``t.inv(y)`` followed by
 ``t.log_abs_det_jacobian(x, y)``, should cost one solve. A size-one cache keyed by identity, as
@@ -84,7 +84,7 @@ class IdentityCache:
             x: The input to look for, shape ``(*, D)``, or None.
             y: The output to look for, shape ``(*, D')``, or None.
             sources: All other tensors the result depends on: parameters, buffers, context.
-            key: Anything comparable the result depends on.
+            key: All else that the result depends on, to compare.
         """
         if not self._entries or _any_functorch(sources):
             return None
@@ -102,7 +102,7 @@ class IdentityCache:
         Args:
             entry: What was computed.
             sources: All other tensors the result depends on: parameters, buffers, context.
-            key: Anything comparable the result depends on.
+            key: All else that the result depends on, to compare.
         """
         self._last = weakref.ref(entry.x), weakref.ref(entry.y), entry.forward
         if _any_functorch((entry.x, entry.y, *sources)):

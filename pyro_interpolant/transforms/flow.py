@@ -1,8 +1,12 @@
-r"""The numerics of a flow: its velocity, its whitening map, and one way through them.
+r"""The numerics of a flow: states along its velocity, and its log-determinant.
 
-``y = loc + L w_1`` where :math:`\dot w = v_t(w)` starts at the input ``w_0`` and L whitens the
-data. The solver stores the states at the quadrature nodes; the log-determinant is one weighted sum
-of divergences along them, computed when somebody asks.
+The input ``w_0`` moves by :math:`\dot w = v_t(w)` to ``w_1``, and :math:`y = \mathrm{loc} + L w_1`
+with L whitening the data. The solver stores the states at the quadrature nodes :math:`t_j`; then
+
+.. math:: \log |\det \partial y / \partial w_0|
+          = \log |\det L| + \sum_j q_j \, \nabla \cdot v_{t_j}(w_{t_j})
+
+is one weighted sum along them, computed only where a density is wanted.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,12 +34,12 @@ from .whitening import DenseWhitening, Whitening
 __all__ = ["Flow", "Path"]
 
 
-_KEPT_BYTES = 2**26  # a trajectory above 64 MiB is not kept
-_ROWS_AT_ONCE = 512  # without gradients, rows solved, or rows times nodes differentiated, at once
+_MAX_KEPT_BYTES = 2**26  # of a trajectory that is kept: 64 MiB
+_ROWS_PER_SOLVE = 512  # without gradients
 
 
 class Path(NamedTuple):
-    """One way through a flow: given what, until when, and computed how.
+    """One way through a flow: its context, its end in time, and how it is computed.
 
     Attributes:
         context: The context, shape ``(*, C)``, or None.
@@ -62,10 +66,10 @@ class Path(NamedTuple):
 
 
 class Flow(nn.Module):
-    r"""What a transform integrates: a velocity in whitened coordinates, and the whitening map.
+    r"""A velocity in whitened coordinates, and the whitening map to those of the data.
 
     Args:
-        velocity: Any module with ``forward(t, x, context=None)``.
+        velocity: A module with ``forward(t, x, context=None)``.
         event_dim: D. By default ``velocity.event_dim``.
         interpolant: The path the velocity is trained for. By default trigonometric.
         whitening: The map to data space. By default dense, the identity until it is set.
@@ -184,19 +188,19 @@ class Flow(nn.Module):
             white: The state at one end, shape ``(*, D)``.
             path: The way through the flow.
             forward: Whether ``white`` is the first state or the last.
-            density: Whether the log-determinant will be asked for.
+            density: Whether the log-determinant will be needed.
 
         Returns:
-            The states, and the log-determinant, shape ``(*)``, where it had to be computed here.
+            The states, and the log-determinant, shape ``(*)``, where it was computed here.
         """
         keep_freed_memory()
         row_bytes = len(path.times()[0]) * self.event_dim * white.element_size()
         rows = white.numel() // self.event_dim
-        at_once = min(_ROWS_AT_ONCE, max(1, _KEPT_BYTES // row_bytes))
+        at_once = min(_ROWS_PER_SOLVE, max(1, _MAX_KEPT_BYTES // row_bytes))
         whole = self._needs_graph(white, path) or rows <= at_once
         if whole or is_tracing():
             return self.integrate(white, path, forward=forward), None
-        keep = rows * row_bytes <= _KEPT_BYTES
+        keep = rows * row_bytes <= _MAX_KEPT_BYTES
         states, log_dets = [], []
         for part, own_path in _pieces(white[None], path, at_once):
             chunk = self.integrate(part[0], own_path, forward=forward)

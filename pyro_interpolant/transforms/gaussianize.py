@@ -1,12 +1,20 @@
-r"""Marginal maps: each column of the data brought to a normal one, by a monotone spline.
+r"""Maps that bring data nearer to normal, and supports whose bijection starts with one.
 
-A flow on Gaussianized columns is left with how they depend on each other. It sees neither a thin
-slab of values nor a long tail, which an affine map leaves to the last moments of its path.
+A map T takes rows that are nearer to normal to those of the data, :math:`x = T(u)`:
+
+- :class:`MarginalTransform` takes each column by itself, :math:`u_i = s_i(x_i)`, to a normal one.
+- :class:`RadialTransform` changes only the lengths of whitened rows :math:`w = A^{-1}(x - m)`,
+  :math:`\log |u| = s(\log |w|)`, for tails as heavy in all directions.
+
+Each s is a monotone rational-quadratic spline, linear beyond its knots. A flow on Gaussianized
+rows is left with how columns depend on each other. It sees neither a thin slab of values nor a
+long tail, which an affine map leaves to the last moments of its path. How knots are fitted to data
+is a matter of training.
 
 References:
-    Chen & Gopinath, *Gaussianization*, NeurIPS 2000 (the marginal step); Gregory & Delbourgo, IMA
-    J. Numer. Anal. 2 (1982) (the spline); Fritsch & Butland, SIAM J. Sci. Stat. Comput. 5 (1984)
-    (its slopes).
+    Chen & Gopinath, *Gaussianization*, NeurIPS 2000 (the marginal step); Lyu & Simoncelli, Neural
+    Comput. 21 (2009) (radial Gaussianization); Gregory & Delbourgo, IMA J. Numer. Anal. 2 (1982)
+    (the spline); Fritsch & Butland, SIAM J. Sci. Stat. Comput. 5 (1984) (its slopes).
 """
 
 from collections.abc import Callable
@@ -14,46 +22,45 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to, constraints, transform_to
+from torch.distributions.constraint_registry import ConstraintRegistry
 
 from .bijections import PerEvent
+from .cache import WithoutTorchCache
 
 __all__ = [
-    "Chart",
     "Gaussianized",
+    "Gaussianizer",
     "Knots",
     "MarginalTransform",
     "RadialTransform",
-    "refuse_charts",
-    "without_chart",
+    "log_length",
+    "refuse_gaussianized",
+    "without_gaussianizer",
 ]
 
 
 Constraint = constraints.Constraint
 Knots = tuple[Tensor, Tensor, Tensor]
-_VALUES = 2**22  # mapped at once
+_VALUES_PER_CALL = 2**22
 
 
-class Chart(Transform):
+class Gaussianizer(WithoutTorchCache):
     """A smooth map from rows nearer to normal to those of a support's unconstrained space.
 
     Attributes:
-        makes: What it does, in words.
+        effect: Its effect on the data, in words.
     """
 
     domain = codomain = constraints.real_vector
     bijective = True
-    makes: str
+    effect: str
 
     def arguments(self) -> tuple[Tensor, ...]:
-        """Return what the constructor was given, tensors of any shapes."""
+        """Return the arguments of the constructor, tensors of any shapes."""
         raise NotImplementedError
 
-    def with_cache(self, cache_size: int = 1) -> "Chart":
-        """Return self: what wraps a support remembers its pairs."""
-        return self
 
-
-class MarginalTransform(Chart):
+class MarginalTransform(Gaussianizer):
     r"""From normal columns to the data's, shape ``(*, D)`` each, one by one.
 
     The inverse is a rational-quadratic spline between the knots and linear beyond, with one
@@ -65,18 +72,18 @@ class MarginalTransform(Chart):
         slopes: Its positive derivatives there, shape ``(D, K)``.
     """
 
-    makes = "columns made normal"
+    effect = "columns made normal"
 
     def __init__(self, x: Tensor, y: Tensor, slopes: Tensor) -> None:
         super().__init__()
         self.knots = (x, y, slopes)
-        # Differences in the knots' own type: a coarser type of values may not tell knots apart.
+        # Differences in the knots' own type: in a coarser type of values knots may coincide.
         width, height = x.diff(), y.diff()
         p0, p1 = slopes[:, :-1] * width / height, slopes[:, 1:] * width / height
         self._bins = (x[:, :-1], y[:, :-1], width, height, p0, p1)
 
     def arguments(self) -> tuple[Tensor, ...]:
-        """Return what the constructor was given."""
+        """Return the arguments of the constructor."""
         return self.knots
 
     def log_slope(self, x: Tensor) -> Tensor:
@@ -131,9 +138,109 @@ class MarginalTransform(Chart):
         return [table.reshape(columns.shape).movedim(0, -1) for table in found]
 
 
+class RadialTransform(Gaussianizer):
+    r"""From rows of tempered lengths to the data's, shape ``(*, D)`` each.
+
+    With :math:`w = A^{-1}(x - m)` white, the inverse is :math:`w\, e^{s(l) - l}`, where :math:`l =
+    \log|w|` and s is a monotone rational-quadratic spline, linear beyond its knots.
+
+    Args:
+        loc: :math:`m`, shape ``(D,)``.
+        linear: A, shape ``(D, D)``.
+        x: Knots of s, ascending, shape ``(1, K)``.
+        y: Its values there, ascending, shape ``(1, K)``.
+        slopes: Its positive slopes there, shape ``(1, K)``; the first is 1, so that the map is
+            smooth at the centre.
+    """
+
+    effect = "lengths made more normal"
+
+    def __init__(self, loc: Tensor, linear: Tensor, x: Tensor, y: Tensor, slopes: Tensor) -> None:
+        super().__init__()
+        self.loc, self.linear, self.spline = loc, linear, MarginalTransform(x, y, slopes)
+        self.whitening = torch.linalg.inv(linear)
+        self.log_det = float(torch.linalg.slogdet(linear).logabsdet)
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Return the arguments of the constructor."""
+        return self.loc, self.linear, *self.spline.knots
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log |dy/dx|``, shape ``(*)``: here x is tempered and y in the data."""
+        length = log_length(self._white(y))
+        stretch = self.spline.inv(length) - length
+        log_det = y.shape[-1] * stretch + self.spline.log_slope(length)
+        return self.log_det - log_det[..., 0]
+
+    # In the parameters' own type: in a coarser one of values near rows far away may coincide.
+
+    def _white(self, y: Tensor) -> Tensor:
+        loc, whitening = self.loc.to(y.device), self.whitening.to(y.device)
+        return ((y.to(loc) - loc) @ whitening.T).to(y)
+
+    def _call(self, x: Tensor) -> Tensor:
+        length = log_length(x)
+        w = x * (self.spline(length) - length).exp()
+        loc, linear = self.loc.to(x.device), self.linear.to(x.device)
+        return (loc + w.to(loc) @ linear.T).to(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        w = self._white(y)
+        length = log_length(w)
+        return w * (self.spline.inv(length) - length).exp()
+
+
+class Gaussianized(Constraint):
+    """A support whose bijection starts from rows that are nearer to normal.
+
+    Args:
+        base_constraint: The support itself.
+        gaussianizer: The map to its unconstrained rows: a :class:`MarginalTransform`, or a
+            :class:`RadialTransform`.
+    """
+
+    def __init__(self, base_constraint: Constraint, gaussianizer: Gaussianizer) -> None:
+        self.base_constraint, self.gaussianizer = base_constraint, gaussianizer
+        self.event_dim = base_constraint.event_dim
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        """Return which values are on the support."""
+        return self.base_constraint.check(value)
+
+    def __repr__(self) -> str:
+        """Name the support."""
+        return f"{self.base_constraint}, {self.gaussianizer.effect}"
+
+
+def without_gaussianizer(support: Constraint) -> Constraint:
+    """Return a support without its map."""
+    return support.base_constraint if isinstance(support, Gaussianized) else support
+
+
+def refuse_gaussianized(support: Constraint, what: str) -> None:
+    """Raise a ValueError if paths do not run in the data's own columns."""
+    if isinstance(support, Gaussianized):
+        raise ValueError(
+            f"expected a flow in the data's own coordinates, got {support.gaussianizer.effect}, "
+            f"where {what} is another: train with from_samples(..., marginals=False)"
+        )
+
+
+def _register(registry: ConstraintRegistry) -> None:
+    @registry.register(Gaussianized)
+    def _(constraint: Gaussianized) -> Transform:
+        inner = PerEvent(registry(constraint.base_constraint))
+        return ComposeTransform([constraint.gaussianizer, inner])
+
+
+_register(biject_to)
+_register(transform_to)
+
+
 def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return a function of rows, ``(*, D)``, that needs many times their memory, of all rows."""
-    size = max(1, _VALUES // max(1, x.shape[-1]))
+    size = max(1, _VALUES_PER_CALL // max(1, x.shape[-1]))
     if x.dim() < 2 or x[..., 0].numel() <= size:
         return function(x)
     parts = x.reshape(-1, x.shape[-1]).split(size)
@@ -155,7 +262,7 @@ def _last_below(edges: Tensor, values: Tensor) -> Tensor:
 
 
 def _beyond(come: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Return what straight lines add before the start of a bin and past its end, ``(*, D)``.
+    """Return what the straight lines add before the start of a bin and past its end, ``(*, D)``.
 
     Not by clamping, whose derivatives at the knots themselves would count twice.
     """
@@ -163,110 +270,7 @@ def _beyond(come: Tensor, before: Tensor, after: Tensor) -> Tensor:
     return torch.where((come < 0) | (come > 1), outside, 0.0)
 
 
-class Gaussianized(Constraint):
-    """A support whose bijection starts from rows that are nearer to normal.
-
-    Args:
-        base_constraint: The support itself.
-        chart: The map to its unconstrained rows: a :class:`MarginalTransform`, or a
-            :class:`~pyro_interpolant.radial.RadialTransform`.
-    """
-
-    def __init__(self, base_constraint: Constraint, chart: Chart) -> None:
-        self.base_constraint, self.chart = base_constraint, chart
-        self.event_dim = base_constraint.event_dim
-        super().__init__()
-
-    def check(self, value: Tensor) -> Tensor:
-        """Tell which values are on the support."""
-        return self.base_constraint.check(value)
-
-    def __repr__(self) -> str:
-        """Name the support."""
-        return f"{self.base_constraint}, {self.chart.makes}"
-
-
-def without_chart(support: Constraint) -> Constraint:
-    """Return a support without its map."""
-    return support.base_constraint if isinstance(support, Gaussianized) else support
-
-
-def refuse_charts(support: Constraint, what: str) -> None:
-    """Raise a ValueError if paths do not run in the data's own columns."""
-    if isinstance(support, Gaussianized):
-        raise ValueError(
-            f"expected a flow in the data's own coordinates, got {support.chart.makes}, where "
-            f"{what} is another: train with from_samples(..., marginals=False)"
-        )
-
-
-@biject_to.register(Gaussianized)
-def _(constraint: Gaussianized) -> Transform:
-    return _before(constraint, biject_to(constraint.base_constraint))
-
-
-@transform_to.register(Gaussianized)
-def _(constraint: Gaussianized) -> Transform:
-    return _before(constraint, transform_to(constraint.base_constraint))
-
-
-def _before(constraint: Gaussianized, transform: Transform) -> Transform:
-    return ComposeTransform([constraint.chart, PerEvent(transform)])
-
-
-class RadialTransform(Chart):
-    r"""From rows of tempered lengths to the data's, shape ``(*, D)`` each.
-
-    With :math:`w = A^{-1}(x - m)` white, the inverse is :math:`w\, e^{s(l) - l}`, where :math:`l =
-    \log|w|` and s is a monotone rational-quadratic spline, linear beyond its knots.
-
-    Args:
-        loc: :math:`m`, shape ``(D,)``.
-        linear: A, shape ``(D, D)``.
-        x: Knots of s, ascending, shape ``(1, K)``.
-        y: Its values there, ascending, shape ``(1, K)``.
-        slopes: Its positive slopes there, shape ``(1, K)``; the first is 1, so that the map is
-            smooth at the centre.
-    """
-
-    makes = "lengths made more normal"
-
-    def __init__(self, loc: Tensor, linear: Tensor, x: Tensor, y: Tensor, slopes: Tensor) -> None:
-        super().__init__()
-        self.loc, self.linear, self.spline = loc, linear, MarginalTransform(x, y, slopes)
-        self.whitening = torch.linalg.inv(linear)
-        self.log_det = float(torch.linalg.slogdet(linear).logabsdet)
-
-    def arguments(self) -> tuple[Tensor, ...]:
-        """Return what the constructor was given."""
-        return self.loc, self.linear, *self.spline.knots
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return ``log |dy/dx|``, shape ``(*)``: here x is tempered and y in the data."""
-        length = _log_length(self._white(y))
-        stretch = self.spline.inv(length) - length
-        log_det = y.shape[-1] * stretch + self.spline.log_slope(length)
-        return self.log_det - log_det[..., 0]
-
-    # In the parameters' own type: a coarser one of values may not tell near rows far away apart.
-
-    def _white(self, y: Tensor) -> Tensor:
-        loc, whitening = self.loc.to(y.device), self.whitening.to(y.device)
-        return ((y.to(loc) - loc) @ whitening.T).to(y)
-
-    def _call(self, x: Tensor) -> Tensor:
-        length = _log_length(x)
-        w = x * (self.spline(length) - length).exp()
-        loc, linear = self.loc.to(x.device), self.linear.to(x.device)
-        return (loc + w.to(loc) @ linear.T).to(x)
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        w = self._white(y)
-        length = _log_length(w)
-        return w * (self.spline.inv(length) - length).exp()
-
-
-def _log_length(w: Tensor) -> Tensor:
+def log_length(w: Tensor) -> Tensor:
     """Return the logarithms of lengths, shape ``(*, 1)``, finite and without slope at zero."""
     largest = w.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
     return largest.log() + 0.5 * (w / largest).square().sum(-1, keepdim=True).clamp(min=0.5).log()

@@ -1,4 +1,10 @@
-r"""The flow as a Pyro transform: base in, data out, log-determinant on demand."""
+r"""The flow as a Pyro transform, :math:`y = T(w_0)`, and the family of them given contexts.
+
+:math:`T` integrates :math:`\dot w = v_t(w)` from the base at t = 0 to the data at t = 1, or to an
+earlier time, then undoes the whitening. ``log_abs_det_jacobian`` is computed on demand, along the
+trajectory that the cache kept of the solve. A transform that is conditioned, or stops at another
+time, is a view: it shares the weights and registers none.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +32,9 @@ __all__ = [
 
 
 class _FlowHolder(nn.Module):
-    """A flow with two choices, plain attributes whose change the cache notices.
+    """A transform module of one flow, with its solver and divergence.
+
+    Both are plain attributes, whose change the cache notices.
 
     Attributes:
         flow: Velocity and whitening map.
@@ -74,7 +82,7 @@ class _FlowHolder(nn.Module):
         return self.flow.interpolant
 
     def owns_flow(self) -> bool:
-        """Return whether the weights are this transform's, and not of what gave it as a view."""
+        """Return whether the weights are registered here: False of a view."""
         return "flow" in self._modules
 
 
@@ -84,7 +92,7 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
     Input: ``w_0``, a draw of :math:`N(0, I_D)` (or, whitened, of another base). Output: data.
 
     Args:
-        velocity: Any module with ``forward(t, x, context=None)``; see :class:`VelocityMLP`.
+        velocity: A module with ``forward(t, x, context=None)``; see :class:`VelocityMLP`.
         event_dim: D. By default ``velocity.event_dim``.
         interpolant: The path the velocity is trained for. By default :class:`Trigonometric`.
         solver: How paths are integrated, a plain attribute. By default :class:`FixedGrid`.
@@ -167,7 +175,7 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         if entry.log_det is not None:
             return entry.log_det
         states = entry.states
-        if states is None:  # an earlier solve kept its ends alone
+        if states is None:  # an earlier solve kept only its ends
             states = self.flow.integrate(self._checked(x), self._path(), forward=True)
         entry.log_det = self.flow.log_det(states, self._path())
         return entry.log_det
@@ -183,10 +191,12 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         """Return the shape of the input: the output's, broadcast with the context's batch."""
         return self.forward_shape(shape)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
-        super()._apply(fn, recurse)
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], *args: bool, **kwargs: bool
+    ) -> "InterpolantTransform":
+        super()._apply(fn, *args, **kwargs)
         if not self.owns_flow():
-            self.flow._apply(fn, recurse)
+            self.flow._apply(fn, *args, **kwargs)
         self.__dict__["context"] = None if self.context is None else fn(self.context)
         return self
 
@@ -245,7 +255,7 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
     r"""A family of flows :math:`p(x | c)`: ``condition(context)`` gives one member.
 
     Args:
-        velocity: Any module with ``forward(t, x, context)``; see :class:`VelocityMLP`.
+        velocity: A module with ``forward(t, x, context)``; see :class:`VelocityMLP`.
         event_dim, interpolant, solver, divergence, whitening: As in :class:`InterpolantTransform`.
 
     Raises:

@@ -16,7 +16,7 @@ from .._torch import seeded
 from ..distributions.interpolant import AnyDistribution
 from ..nn.velocity import evaluate
 from ..transforms.flow import Flow
-from ..transforms.gaussianize import refuse_charts
+from ..transforms.gaussianize import refuse_gaussianized
 
 __all__ = ["PathEnergy", "W2Bound", "path_energy", "w2_bound"]
 
@@ -77,7 +77,7 @@ def path_energy(
     """
     if count < 2:
         raise ValueError(f"expected at least two paths for a standard error, got count={count}")
-    refuse_charts(distribution.constraint, "distance")
+    refuse_gaussianized(distribution.constraint, "distance")
     given = distribution.given(context)
     flow, path = given.transform.flow, given.transform._path()
     times, weights = (s.to(flow.loc) for s in path.times())
@@ -129,7 +129,7 @@ def w2_bound(
     References:
         arXiv 2209.15571, Proposition 3.
     """
-    refuse_charts(distribution.constraint, "distance")
+    refuse_gaussianized(distribution.constraint, "distance")
     given = distribution.given(context)
     flow, context = given.transform.flow, given.transform.context
     w1 = flow.whitening.to_white(given.to_flow(data))

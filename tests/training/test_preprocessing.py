@@ -94,7 +94,7 @@ def test_the_choice(name, seed):
         assert found is constraints.real_vector
     else:
         wanted = MarginalTransform if name in PAYS else RadialTransform
-        assert type(found.chart) is wanted
+        assert type(found.gaussianizer) is wanted
 
 
 def test_units_do_not_matter():
@@ -153,7 +153,7 @@ def test_from_samples_takes_lengths(kind):
         "named": ({"a": u[:, :1], "b": u[:, 1:]}, {}),
     }[kind]
     d = from_samples(x, **options, **OPTIONS)
-    assert isinstance(d.constraint.chart, RadialTransform)
+    assert isinstance(d.constraint.gaussianizer, RadialTransform)
     y = d.sample((50,))
     assert torch.isfinite(d.log_prob(y)).all()
     if kind == "positive":
@@ -164,7 +164,7 @@ def test_rounded_columns_are_noticed_behind_a_map_of_lengths():
     x = torch.randn(N, 10) * torch.randn(N, 1).exp()
     with pytest.warns(UserWarning, match="repeat up to"):
         d = from_samples((10 * x).round() / 10, **OPTIONS)
-    assert isinstance(d.constraint.chart, RadialTransform)
+    assert isinstance(d.constraint.gaussianizer, RadialTransform)
 
 
 def test_named_draws(tmp_path):

@@ -150,7 +150,7 @@ def test_float32_in_any_unit(name, unit):
 def test_many_rows_are_mapped_in_parts(monkeypatch):
     x, transform = made("lognormal")
     whole = transform.inv(x), transform(x), transform.log_slope(x.reshape(50, 100, 2))
-    monkeypatch.setattr(gaussianize, "_VALUES", 200)
+    monkeypatch.setattr(gaussianize, "_VALUES_PER_CALL", 200)
     parts = transform.inv(x), transform(x), transform.log_slope(x.reshape(50, 100, 2))
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one, other)
@@ -212,7 +212,9 @@ def test_files_keep_every_bit(make, tmp_path):
     save(d, tmp_path / "flow.safetensors")
     again = load(tmp_path / "flow.safetensors")
     assert torch.equal(again.log_prob(x), d.log_prob(x.clone()))
-    for mine, other in zip(*(s.constraint.chart.arguments() for s in (d, again)), strict=True):
+    for mine, other in zip(
+        *(s.constraint.gaussianizer.arguments() for s in (d, again)), strict=True
+    ):
         assert torch.equal(mine, other)
 
 
@@ -245,7 +247,7 @@ def test_scores_are_those_of_the_density_in_data_coordinates(make, t):
 
 @charts
 def test_scores_of_a_positive_support_are_those_of_logarithms(make):
-    chart = drawn(make).constraint.chart
+    chart = drawn(make).constraint.gaussianizer
     d = InterpolantDistribution(interpolant_transform(2), support=drawn(make).constraint)
     positive = InterpolantDistribution(
         interpolant_transform(2), support=Gaussianized(constraints.positive, chart)
@@ -260,7 +262,7 @@ def test_scores_of_a_positive_support_are_those_of_logarithms(make):
 @charts
 def test_what_normal_columns_cannot_tell_is_refused(make, support):
     d = InterpolantDistribution(
-        random_flow(2), support=Gaussianized(support, drawn(make).constraint.chart)
+        random_flow(2), support=Gaussianized(support, drawn(make).constraint.gaussianizer)
     )
     for ask in (
         lambda: denoiser(d, 0.5, torch.randn(3, 2)),

@@ -1,0 +1,252 @@
+"""The protocol of a velocity: optional parts are used where they are there, and only there."""
+
+import pytest
+import torch
+from cases import OwnVelocity, random_flow
+from torch import nn
+
+from pyro_interpolant import (
+    ConditionalInterpolantTransform,
+    ExactDivergence,
+    FixedGrid,
+    InterpolantTransform,
+    VelocityMLP,
+)
+from pyro_interpolant.nn import velocity as protocol
+
+TIMES = torch.linspace(0.1, 0.9, 3, dtype=torch.float64)
+
+
+class Decay(nn.Module):
+    """The velocity -x, with every optional part, which counts its calls."""
+
+    event_dim, context_dim = 2, 0
+    broadcasts_time = is_periodic = False
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, t, x, context=None):
+        self.calls.append("forward")
+        return -x
+
+    def field(self, times, context=None):
+        self.calls.append("field")
+        return [lambda x: -x] * len(times)
+
+    def forward_and_divergence(self, t, x, context=None):
+        self.calls.append("forward_and_divergence")
+        return -x, x.new_full(x.shape[:-1], -2.0)
+
+    def divergence_field(self, times, context=None):
+        self.calls.append("divergence_field")
+        return [lambda x: x.new_full(x.shape[:-1], -2.0)] * len(times)
+
+    def rows_at_once(self):
+        return 7
+
+    def set_scales(self, w, context=None):
+        self.calls.append("set_scales")
+
+    def is_untrained(self):
+        return False
+
+    def untrained_copy(self):
+        return Decay()
+
+
+class NewForward(Decay):
+    """A later velocity, -3 x, whose other parts are left from -x."""
+
+    def forward(self, t, x, context=None):
+        return -3 * x
+
+
+class NewDivergence(Decay):
+    def forward_and_divergence(self, t, x, context=None):
+        return -x, x.new_full(x.shape[:-1], -5.0)
+
+
+class NewField(NewForward):
+    """The field of the later velocity, said again."""
+
+    def field(self, times, context=None):
+        self.calls.append("new field")
+        return [lambda x: -3 * x] * len(times)
+
+
+def values(functions, x):
+    return torch.stack([f(x) for f in functions])
+
+
+# A network with forward alone
+
+
+def test_a_network_with_forward_alone_has_a_field_and_defaults_for_all_else():
+    velocity, x = OwnVelocity(2), torch.randn(4, 2)
+    found = values(protocol.field(velocity, TIMES, None), x)
+    expected = torch.stack([velocity(t.expand(4), x) for t in TIMES])
+    torch.testing.assert_close(found, expected)
+    assert protocol.exact_divergence(velocity) is None
+    assert protocol.divergence_field(velocity, TIMES, None) is None
+    assert protocol.untrained_copy(velocity) is None
+    assert protocol.rows_at_once(velocity) > 1
+    assert protocol.may_be_periodic(velocity)
+    assert protocol.size_of(velocity, "event_dim") is None
+    protocol.set_scales(velocity, x, None)
+    protocol.set_scales(velocity, x, None, if_trained=False)
+
+
+def test_its_times_and_contexts_have_the_shape_of_all_rows():
+    shapes = []
+
+    class Shapes(nn.Module):
+        def forward(self, t, x, context=None):
+            shapes.append((tuple(t.shape), None if context is None else tuple(context.shape)))
+            return x
+
+    x = torch.randn(3, 4, 2)
+    protocol.evaluate(Shapes(), TIMES[:, None], x)
+    protocol.evaluate(Shapes(), TIMES[0], x, torch.randn(5))
+    assert shapes == [((3, 4), None), ((3, 4), (3, 4, 5))]
+
+
+def test_times_stay_as_they_are_where_a_network_broadcasts_them():
+    shapes = []
+
+    class Shapes(nn.Module):
+        broadcasts_time = True
+
+        def forward(self, t, x, context=None):
+            shapes.append((tuple(t.shape), None if context is None else tuple(context.shape)))
+            return x
+
+    protocol.evaluate(Shapes(), TIMES[:, None], torch.randn(3, 4, 2), torch.randn(5))
+    assert shapes == [((3, 1), (5,))]
+
+
+# A network with all optional parts
+
+
+def test_every_optional_part_is_used():
+    velocity, x = Decay(), torch.randn(4, 2)
+    assert torch.equal(values(protocol.field(velocity, TIMES, None), x), (-x).expand(3, 4, 2))
+    found = values(protocol.divergence_field(velocity, TIMES, None), x)
+    assert torch.equal(found, torch.full((3, 4), -2.0))
+    assert velocity.calls == ["field", "divergence_field"]
+    assert protocol.exact_divergence(velocity)(TIMES[0], x)[1].tolist() == [-2.0] * 4
+    assert protocol.rows_at_once(velocity) == 7
+    assert not protocol.may_be_periodic(velocity)
+    assert protocol.size_of(velocity, "event_dim") == 2
+    assert protocol.size_of(velocity, "context_dim") == 0
+    assert type(protocol.untrained_copy(velocity)) is Decay
+
+
+def test_scales_of_a_trained_network_are_kept_where_they_shall_be():
+    velocity, w = Decay(), torch.randn(4, 2)
+    protocol.set_scales(velocity, w, None, if_trained=False)
+    assert velocity.calls == []
+    protocol.set_scales(velocity, w, None)
+    assert velocity.calls == ["set_scales"]
+    velocity.is_untrained = lambda: True
+    protocol.set_scales(velocity, w, None, if_trained=False)
+    assert velocity.calls == ["set_scales"] * 2
+
+
+def test_a_context_for_every_row_goes_through_forward():
+    velocity, x, context = Decay(), torch.randn(4, 2), torch.randn(4, 1)
+    protocol.field(velocity, TIMES, context[0])
+    assert velocity.calls == ["field"]
+    values(protocol.field(velocity, TIMES, context), x)
+    assert velocity.calls == ["field"] + ["forward"] * 3
+    assert protocol.divergence_field(velocity, TIMES, context) is None
+
+
+def test_a_flow_uses_the_parts():
+    velocity = Decay()
+    transform = InterpolantTransform(velocity, solver=FixedGrid(steps=16))
+    x = torch.randn(4, 2)
+    with torch.no_grad():
+        y = transform(x)
+        log_det = transform.log_abs_det_jacobian(x, y)
+    torch.testing.assert_close(y, x * torch.tensor(-1.0).exp(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(log_det, torch.full((4,), -2.0))
+    assert "field" in velocity.calls
+    assert "forward" not in velocity.calls
+
+
+# Subclasses
+
+
+def test_a_new_forward_is_not_bypassed_by_an_old_field():
+    velocity, x = NewForward(), torch.randn(4, 2)
+    found = values(protocol.field(velocity, TIMES, None), x)
+    assert torch.equal(found, (-3 * x).expand(3, 4, 2))
+    assert "field" not in velocity.calls
+
+
+def test_a_new_field_is_used_beside_a_new_forward():
+    velocity, x = NewField(), torch.randn(4, 2)
+    found = values(protocol.field(velocity, TIMES, None), x)
+    assert torch.equal(found, (-3 * x).expand(3, 4, 2))
+    assert velocity.calls == ["new field"]
+
+
+def test_a_new_divergence_is_not_bypassed_by_an_old_field_of_divergences():
+    velocity, x = NewDivergence(), torch.randn(4, 2)
+    assert protocol.divergence_field(velocity, TIMES, None) is None
+    found = values(ExactDivergence().field(velocity, TIMES, None), x)
+    assert torch.equal(found, torch.full((3, 4), -5.0))
+
+
+def test_a_subclass_without_changes_keeps_all_parts():
+    class Same(Decay):
+        pass
+
+    velocity = Same()
+    protocol.field(velocity, TIMES, None)
+    assert protocol.divergence_field(velocity, TIMES, None) is not None
+    assert velocity.calls == ["field", "divergence_field"]
+
+
+class Doubled(VelocityMLP):
+    """A user's network: twice the default's velocity, and its divergence."""
+
+    def forward(self, t, x, context=None):
+        return 2 * super().forward(t, x, context)
+
+    def forward_and_divergence(self, t, x, context=None):
+        return tuple(2 * part for part in super().forward_and_divergence(t, x, context))
+
+
+class Plain(nn.Module):
+    """The same without any optional part."""
+
+    def __init__(self, velocity):
+        super().__init__()
+        self.inner = velocity
+
+    def forward(self, t, x, context=None):
+        return 2 * self.inner(t, x, context)
+
+
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_a_flow_of_a_subclass_is_that_of_its_own_forward(context_dim):
+    kind = ConditionalInterpolantTransform if context_dim else InterpolantTransform
+    inner = random_flow(2, context_dim=context_dim).velocity
+    doubled = Doubled(2, (16, 16), context_dim)
+    doubled.load_state_dict(inner.state_dict())
+    flows = [kind(v, 2, solver=FixedGrid(steps=8)) for v in (doubled, Plain(inner))]
+    if context_dim:
+        context = torch.randn(context_dim)
+        flows = [flow.condition(context) for flow in flows]
+    x = torch.randn(5, 2)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            (y, log_det), (other, expected) = (
+                (f(x), f.log_abs_det_jacobian(x, f(x))) for f in flows
+            )
+        torch.testing.assert_close(y, other)
+        torch.testing.assert_close(log_det, expected)
+        assert log_det.abs().max() > 1e-2
