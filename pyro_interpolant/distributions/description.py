@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, MultivariateNormal
 
 from .. import distributions, solvers, transforms
 from .. import interpolants as paths
@@ -60,7 +61,7 @@ def describe(distribution: AnyDistribution, prefix: str = "") -> tuple[Header, d
     if not transform.owns_flow():
         raise ValueError("expected a flow that owns its weights: save the one it came from")
     flow = transform.flow
-    if flow.noise is not None and not _is_ours(flow.noise):
+    if flow.noise is not None and not _is_of(flow.noise, networks):
         raise ValueError(
             "expected a network of this package for the noise, got a "
             f"{type(flow.noise).__name__}: set transform.flow.noise = None to save the flow alone"
@@ -156,19 +157,19 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _network_arguments(network: Any) -> Any:
     """Return what the constructor of a network of this package was given, or None."""
-    return network.arguments() if _is_ours(network) else None
+    return network.arguments() if _is_of(network, networks) else None
 
 
-def _is_ours(value: object, room: ModuleType = networks) -> bool:
-    """Return whether a value is of a class of one of this package's rooms."""
+def _is_of(value: object, room: ModuleType) -> bool:
+    """Return whether a value is of a class that a module has by its name."""
     return getattr(room, type(value).__name__, None) is type(value)
 
 
 def _known(name: str, room: ModuleType, parent: type | UnionType = object) -> Any:
-    """Return a class of a room by its name.
+    """Return a class of a module by its public name.
 
     Raises:
-        ValueError: If the room has no such class.
+        ValueError: If the module has no such class.
     """
     kind = getattr(room, name) if name in room.__all__ else None
     if not (isinstance(kind, type) and issubclass(kind, parent)):
@@ -197,7 +198,7 @@ def _arguments(value: object) -> dict[str, Any]:
 def _describe_choice(choice: object, room: ModuleType) -> list[Any]:
     """Return the class of a choice and its arguments, or None where that is the user's own."""
     name, fields = type(choice).__name__, {}
-    if not _is_ours(choice, room):
+    if not _is_of(choice, room):
         return [name, None]
     own = getattr(choice, "arguments", None)
     for key, value in (_arguments(choice) if own is None else own()).items():
@@ -238,7 +239,7 @@ def _describe_base(base: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
     if isinstance(base, InterpolantDistribution):
         header, tensors = describe(base, prefix)
         return {"flow": header}, tensors
-    if isinstance(base, torch.distributions.Independent):
+    if isinstance(base, Independent):
         inner, tensors = _describe_base(base.base_dist, prefix)
         return {"independent": inner, "ndims": base.reinterpreted_batch_ndims}, tensors
     if isinstance(base, UniformTorus):
@@ -246,12 +247,12 @@ def _describe_base(base: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
     if isinstance(base, Samples):
         return {"samples": True}, {prefix + "rows": _stored(base.rows)}
     name = type(base).__name__
-    if getattr(dist, name, None) is not type(base):
+    if not _is_of(base, dist):
         raise ValueError(
             f"expected a base from pyro.distributions, samples or a flow, got a {name}"
         )
     arguments = [k for k in type(base).arg_constraints if k in vars(base)]
-    if isinstance(base, torch.distributions.MultivariateNormal):
+    if isinstance(base, MultivariateNormal):
         arguments = ["loc", "scale_tril"]  # the others appear when somebody asks for them
     tensors = {prefix + key: _stored(torch.as_tensor(getattr(base, key))) for key in arguments}
     return {"class": name, "arguments": arguments}, tensors
@@ -268,10 +269,7 @@ def _build_base(description: Any, tensors: dict[str, Tensor]) -> Any:
         return Samples(tensors["rows"])
     if "independent" in description:
         return _build_base(description["independent"], tensors).to_event(description["ndims"])
-    kind: Any = getattr(dist, description["class"], None)
-    known = isinstance(kind, type) and issubclass(kind, torch.distributions.Distribution)
-    if not known:
-        raise ValueError(f"unknown base {description['class']!r} in the file")
+    kind = _known(description["class"], dist, Distribution)
     return kind(**{key: tensors[key] for key in description["arguments"]})
 
 
@@ -342,7 +340,7 @@ def build_constraint(description: Any) -> Constraint:
     return known(*(_build_argument(argument) for argument in arguments[:count]))
 
 
-def _describe_argument(value: Any) -> Any:
+def _describe_argument(value: object) -> Any:
     """Return what a constraint is made of, for a file: a constraint, numbers, or several."""
     if isinstance(value, Constraint):
         return describe_constraint(value)
