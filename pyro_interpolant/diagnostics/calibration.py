@@ -20,8 +20,8 @@ from ..solvers.ode import Adaptive, FixedGrid
 __all__ = ["SolverError", "calibrate", "log_prob_stderr", "solver_error"]
 
 _REFERENCE = Adaptive(rtol=1e-8, atol=1e-8, nodes=96)
-_LIMIT = 256  # steps
-_WORST = 5.0  # how far above the mean's tolerance the worst row may be
+_MAX_STEPS = 256
+_WORST_ROW_FACTOR = 5.0  # by which its error may exceed the tolerance of the mean
 
 
 class SolverError(NamedTuple):
@@ -93,7 +93,7 @@ def log_prob_stderr(
     """
     divergence = distribution.transform.divergence
     if isinstance(divergence, HutchinsonDivergence) and divergence.probes < 2:
-        raise ValueError("expected at least two probes to tell their spread, got probes=1")
+        raise ValueError("expected at least two probes, to estimate their spread, got probes=1")
     if not isinstance(divergence, ExactDivergence | HutchinsonDivergence):
         raise TypeError(
             "expected ExactDivergence or HutchinsonDivergence, got "
@@ -154,18 +154,18 @@ def calibrate(
             """Return the larger of the two errors over what is allowed: good up to 1."""
             flow.transform.solver = dataclasses.replace(template, steps=steps)
             error = (flow.log_prob(rows).double() - reference).abs()
-            value = float(torch.maximum(error.mean(), error.max() / _WORST)) / tolerance
+            value = float(torch.maximum(error.mean(), error.max() / _WORST_ROW_FACTOR)) / tolerance
             return value if math.isfinite(value) else math.inf
 
         high = 4
-        while high < _LIMIT and excess(high) > 1:
+        while high < _MAX_STEPS and excess(high) > 1:
             high *= 2
         low = high // 2 if high > 4 else 0
         failed = excess(high)
         if failed > 1:
             warn_user(
-                f"no grid up to {_LIMIT} steps has log_prob within {tolerance} nats of the "
-                f"reference: at {_LIMIT} it is {failed:.3g} times the tolerance. Set "
+                f"no grid up to {_MAX_STEPS} steps has log_prob within {tolerance} nats of the "
+                f"reference: at {_MAX_STEPS} it is {failed:.3g} times the tolerance. Set "
                 "transform.solver = Adaptive(...) for likelihoods, train longer, or use a "
                 "smoother network."
             )
@@ -179,7 +179,7 @@ def calibrate(
 
 
 def _bare(view: InterpolantDistribution) -> InterpolantDistribution:
-    """Return a flow in its own coordinates, whose solver is no one else's."""
+    """Return the flow alone, on real vectors; its solver can be set without changing the view."""
     return view.without_support().at(view.transform.end)
 
 

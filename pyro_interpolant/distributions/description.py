@@ -1,7 +1,7 @@
-r"""A flow as a header of names and numbers beside named tensors, for files: nothing is code.
+r"""A flow as a header of names and numbers, and tensors by name, for files without code.
 
-Every part is written as the name of its class, in this package or in Pyro, with the numbers that
-its constructor takes; what cannot be written so is refused, or passed when the flow is built
+Each part is the name of its class, in this package or in Pyro, and the numbers that its
+constructor takes. A part that is not of this form is refused, or passed in when the flow is built
 again. :mod:`~pyro_interpolant.io` puts both into a file.
 """
 
@@ -284,8 +284,8 @@ _CONSTRAINTS = {
     or (isinstance(value, type) and issubclass(value, Constraint) and value is not Constraint)
 }
 # The name of a class, or of the only one of a class, which stands for copies of itself too.
-_NAMES: dict[object, str] = {type(value): name for name, value in _CONSTRAINTS.items()}
-_NAMES.update({value: name for name, value in reversed(_CONSTRAINTS.items())})
+_CONSTRAINT_NAMES: dict[object, str] = {type(value): name for name, value in _CONSTRAINTS.items()}
+_CONSTRAINT_NAMES.update({value: name for name, value in reversed(_CONSTRAINTS.items())})
 _CHARTS: dict[str, Callable[..., Chart]] = {
     "gaussianized": MarginalTransform,
     "tempered": RadialTransform,
@@ -304,7 +304,7 @@ def describe_constraint(constraint: Constraint) -> Any:
         if name is None:
             raise ValueError(f"expected a map of this library, got {chart}")
         return [name, inner, [part.tolist() for part in chart.arguments()]]
-    name = _NAMES.get(constraint, _NAMES.get(type(constraint)))
+    name = _CONSTRAINT_NAMES.get(constraint, _CONSTRAINT_NAMES.get(type(constraint)))
     if name is None:
         raise ValueError(
             f"expected a support from pyro.distributions.constraints, got {constraint}"

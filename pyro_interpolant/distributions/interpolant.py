@@ -1,4 +1,10 @@
-r"""The flow as a Pyro distribution: a learned prior or likelihood for ``pyro.sample``."""
+r"""The flow as a Pyro distribution: a learned prior or likelihood for ``pyro.sample``.
+
+With :math:`x_t` the path through x, :math:`\dot x_t = v_t(x_t)`, the density is
+:math:`\log\rho_1(x) = \log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\,dt`, in the chain base,
+transform, bijection of the support. Given a context c, a conditional flow has the density
+:math:`\rho_1(x | c)`.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -57,15 +63,15 @@ class _FlowDistribution:
 
     @abstractmethod
     def _set_chain(self) -> None:
-        """Set what the parts mean to Pyro: the distribution it starts from, and its transforms."""
+        """Set the attributes by which Pyro knows the parts: ``base_dist`` and ``transforms``."""
 
     def set_base(self, base: TorchDistributionMixin) -> None:
-        """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
+        """Replace the base by another of event shape ``(D,)`` in data coordinates."""
         self.base = base
         self._set_chain()
 
     def white_base(self) -> WhitenedBase:
-        """Return the base in the coordinates that the velocity moves."""
+        """Return the base in whitened coordinates, those of the velocity."""
         return WhitenedBase(self.base, self.transform.flow.whitening)
 
     def unconstrained(self, value: Tensor) -> Tensor:
@@ -77,7 +83,7 @@ class _FlowDistribution:
         return support_of(without_chart(self.constraint)).unconstrained(value)
 
     def to_flow(self, value: Tensor) -> Tensor:
-        """Return values in the flow's coordinates: real vectors, behind the map if there is one.
+        """Return values as real vectors in the flow's coordinates, behind a map if there is one.
 
         Raises:
             ValueError: If a value is outside the support.
@@ -248,7 +254,10 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         return InterpolantDistribution(self.transform, self.base)
 
     def given(self, context: Tensor | None) -> "InterpolantDistribution":
-        """Return self: the context is None, where a conditional flow takes one, shape ``(*, C)``.
+        """Return the distribution itself, which takes no context.
+
+        Args:
+            context: None; a conditional flow takes one of shape ``(*, C)``.
 
         Raises:
             ValueError: If there is a context.

@@ -1,4 +1,8 @@
-r"""Several named sites learned together: a posterior that becomes the next model's prior."""
+r"""The joint density of named sites: a posterior that becomes the next model's prior.
+
+With :math:`b_i` the bijection to the support of site i, the flow learns the packed vector
+:math:`x = (b_1^{-1}(s_1), \dots, b_k^{-1}(s_k))` of all sites, on real vectors.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

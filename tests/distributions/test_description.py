@@ -110,8 +110,8 @@ def test_a_constraint_of_this_package_needs_nothing_else(monkeypatch):
     known = {"above": Above, "everywhere": Everywhere()}
     for name, value in known.items():
         monkeypatch.setitem(description._CONSTRAINTS, name, value)
-    monkeypatch.setitem(description._NAMES, Above, "above")
-    monkeypatch.setitem(description._NAMES, Everywhere, "everywhere")
+    monkeypatch.setitem(description._CONSTRAINT_NAMES, Above, "above")
+    monkeypatch.setitem(description._CONSTRAINT_NAMES, Everywhere, "everywhere")
     above = Above(torch.ones(2), [constraints.real, Above(0.5, Everywhere())], (3, 4))
     described = describe_constraint(above)
     assert described[0] == "above"
