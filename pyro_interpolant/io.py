@@ -27,10 +27,9 @@ _FORMAT = 1
 _KEY = "pyro_interpolant"
 # Which errors an edited or damaged header can cause while the flow is built.
 _ERRORS_OF_DAMAGE = (
-    KeyError,
+    LookupError,
     TypeError,
     AttributeError,
-    IndexError,
     RuntimeError,
     OverflowError,
     AssertionError,

@@ -57,20 +57,14 @@ def solver_error(
         ValueError: If a row is outside the support, or the reference solve fails.
     """
     with torch.no_grad():
-        view = distribution.given(context)
-        flow, rows = _bare(view), view.to_flow(x)
+        flow, rows = _bare(distribution.given(context), x)
         errors = flow.log_prob(rows).double() - _reference(flow, rows)
         transform = flow.transform
         again = transform._call(transform._inverse(rows))
         trips = transform.flow.whitening.unpush(again - rows).norm(dim=-1)
     absolute = errors.abs()
-    return SolverError(
-        float(absolute.mean()),
-        float(absolute.max()),
-        float(errors.mean()),
-        float(trips.mean()),
-        float(trips.max()),
-    )
+    found = absolute.mean(), absolute.max(), errors.mean(), trips.mean(), trips.max()
+    return SolverError(*map(float, found))
 
 
 def log_prob_stderr(
@@ -146,8 +140,7 @@ def calibrate(
     present = distribution.transform.solver
     template = present if isinstance(present, FixedGrid) else FixedGrid()
     with torch.no_grad():
-        view = distribution.given(context)
-        flow, rows = _bare(view), view.to_flow(x)
+        flow, rows = _bare(distribution.given(context), x)
         reference = _reference(flow, rows)
 
         def excess(steps: int) -> float:
@@ -178,9 +171,9 @@ def calibrate(
     return grid
 
 
-def _bare(view: InterpolantDistribution) -> InterpolantDistribution:
-    """Return the flow alone, on real vectors; its solver can be set without changing the view."""
-    return view.without_support().at(view.transform.end)
+def _bare(view: InterpolantDistribution, x: Tensor) -> tuple[InterpolantDistribution, Tensor]:
+    """Return the flow on real vectors, with a solver of its own, and rows there, ``(N, D)``."""
+    return view.without_support().at(view.transform.end), view.to_flow(x)
 
 
 def _reference(flow: InterpolantDistribution, rows: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ __all__ = ["InterpolantSDE", "sample_sde", "sde_log_prob"]
 
 Diffusion = Callable[[Tensor], Tensor | float]
 
-_FULL_GUIDANCE_SHARE = 0.01  # of the largest divisor: above it the score guides fully
+_GUIDED_SHARE = 0.01  # of the largest divisor: above it the score guides fully
 
 
 # ---- the equation -------------------------------------------------------------------------------
@@ -375,7 +375,7 @@ def sde_log_prob(
     with torch.no_grad():
         white = _to_white(sde, distribution, x)
         share = terms.divisor.abs() / terms.divisor.abs().max()
-        kappa = guidance * (share / _FULL_GUIDANCE_SHARE).clamp(max=1)
+        kappa = guidance * (share / _GUIDED_SHARE).clamp(max=1)
         w = white.expand(paths, *white.shape)
         w, exponent = _guided_paths(sde, terms, half_step, kappa, w)
         base = distribution.white_base()

@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 
+AnyTransform = InterpolantTransform | ConditionalInterpolantTransform
+
+
 class _FlowDistribution:
     """A flow from a base to a support, conditional or not.
 
@@ -44,15 +47,25 @@ class _FlowDistribution:
         space: The support.
     """
 
-    transform: InterpolantTransform | ConditionalInterpolantTransform
+    transform: AnyTransform
     base: TorchDistributionMixin | None
     constraint: Constraint
     space: Support
     clear_cache: Callable[[], None]
+    _transform_kind: type[AnyTransform]
 
-    def _set_parts(self, base: TorchDistributionMixin | None, constraint: Constraint) -> None:
+    def _set_parts(
+        self, transform: AnyTransform, base: TorchDistributionMixin | None, constraint: Constraint
+    ) -> None:
+        if not isinstance(transform, self._transform_kind):
+            raise TypeError(
+                f"expected transform to be of class {self._transform_kind.__name__}, got "
+                f"{type(transform).__name__}: use ConditionalInterpolantDistribution for "
+                "conditional transforms, InterpolantDistribution for all others"
+            )
+        self.transform = transform
         self.constraint, self.space = constraint, support_of(constraint)
-        self.base = self.space.default_base(self.transform.flow) if base is None else base
+        self.base = self.space.default_base(transform.flow) if base is None else base
 
     def _flow_base(self) -> TorchDistributionMixin:
         """Return the distribution of the flow's input, of event shape ``(D,)``."""
@@ -141,6 +154,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
     """
 
     transform: InterpolantTransform
+    _transform_kind = InterpolantTransform
     has_rsample = True  # a plain attribute: handlers such as pyro.poutine.broadcast set it
 
     def __init__(
@@ -152,17 +166,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         event_shape: Sequence[int] | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if not isinstance(transform, InterpolantTransform):
-            hint = (
-                ": use ConditionalInterpolantDistribution"
-                if isinstance(transform, ConditionalInterpolantTransform)
-                else ""
-            )
-            raise TypeError(
-                f"expected an InterpolantTransform, got {type(transform).__name__}{hint}"
-            )
-        self.transform = transform
-        self._set_parts(base, shaped(support, event_shape))
+        self._set_parts(transform, base, shaped(support, event_shape))
         super().__init__(self._flow_base(), self._chain(), validate_args=validate_args)
         self.has_rsample = self.base_dist.has_rsample
 
@@ -295,6 +299,7 @@ class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransform
     """
 
     transform: ConditionalInterpolantTransform
+    _transform_kind = ConditionalInterpolantTransform
 
     def __init__(
         self,
@@ -304,12 +309,7 @@ class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransform
         support: Constraint = constraints.real_vector,
         event_shape: Sequence[int] | None = None,
     ) -> None:
-        if not isinstance(transform, ConditionalInterpolantTransform):
-            raise TypeError(
-                f"expected a ConditionalInterpolantTransform, got {type(transform).__name__}"
-            )
-        self.transform = transform
-        self._set_parts(base, shaped(support, event_shape))
+        self._set_parts(transform, base, shaped(support, event_shape))
         self.space.transforms(transform.flow)
         self._set_chain()
 

@@ -55,7 +55,7 @@ MEMBERS = {
 @pytest.fixture
 def _guided_to_the_ends(monkeypatch):
     """Guide paths where only an exact score can be trusted: their weights are then all equal."""
-    monkeypatch.setattr(sde, "_FULL_GUIDANCE_SHARE", 1e-9)
+    monkeypatch.setattr(sde, "_GUIDED_SHARE", 1e-9)
 
 
 @pytest.mark.usefixtures("_guided_to_the_ends")
