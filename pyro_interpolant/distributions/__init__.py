@@ -4,8 +4,11 @@ r"""Pyro distributions: a flow from its base to its support, for ``pyro.sample``
 sites. ``bases`` are where flows start: the standard normal, any distribution, samples, the uniform
 torus. ``constraints`` are where values live: supports, their bijections, events of any shape.
 
-To add a support, register its bijection with Pyro's ``biject_to``; one without a bijection is a
-member of ``constraints``.
+``supports`` are what they do with a flow's real vectors, and ``description`` writes all of it as
+names and numbers, for files.
+
+To add a support, write a constraint in ``constraints``, and register its bijection with Pyro's
+``biject_to``; files can hold it then. Users do the same in their own code, without the files.
 """
 
 from typing import TYPE_CHECKING

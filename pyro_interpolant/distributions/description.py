@@ -286,6 +286,7 @@ _CONSTRAINTS = {
 # The name of a class, or of the only one of a class, which stands for copies of itself too.
 _CONSTRAINT_NAMES: dict[object, str] = {type(value): name for name, value in _CONSTRAINTS.items()}
 _CONSTRAINT_NAMES.update({value: name for name, value in reversed(_CONSTRAINTS.items())})
+_BOUNDS = ("lower_bound", "upper_bound")  # of constraints that have nothing else
 _CHARTS: dict[str, Callable[..., Chart]] = {
     "gaussianized": MarginalTransform,
     "tempered": RadialTransform,
@@ -312,8 +313,8 @@ def describe_constraint(constraint: Constraint) -> Any:
     if isinstance(_CONSTRAINTS[name], Constraint):
         return name
     arguments = {key: _describe_argument(part) for key, part in _arguments(constraint).items()}
-    if arguments and set(arguments) <= {"lower_bound", "upper_bound"}:
-        return ["bounded", name, [arguments.get(f"{side}_bound") for side in ("lower", "upper")]]
+    if arguments and set(arguments) <= set(_BOUNDS):
+        return ["bounded", name, [arguments.get(key) for key in _BOUNDS]]
     return [name, *arguments.values()]
 
 
@@ -324,9 +325,12 @@ def build_constraint(description: Any) -> Constraint:
         ValueError: If the description names no constraint of Pyro's or of this package.
     """
     kind, *arguments = [description] if isinstance(description, str) else description
+    bounds: dict[str, Any] = {}
     if kind == "bounded":
-        kind, bounds = arguments
-        arguments = [bound for bound in bounds if bound is not None]
+        kind, values = arguments
+        given = zip(_BOUNDS, values, strict=True)
+        bounds = {key: _build_argument(value) for key, value in given if value is not None}
+        arguments = []
     if kind in _CHARTS:
         inner, parts = arguments
         tables = (torch.tensor(part, dtype=torch.float64) for part in parts)
@@ -337,7 +341,7 @@ def build_constraint(description: Any) -> Constraint:
     if isinstance(known, Constraint):
         return known
     count = len(signature(known).parameters)
-    return known(*(_build_argument(argument) for argument in arguments[:count]))
+    return known(*(_build_argument(argument) for argument in arguments[:count]), **bounds)
 
 
 def _describe_argument(value: object) -> Any:
