@@ -1,6 +1,6 @@
-r"""How far a solver, or random probes, leave log_prob from its value without them.
+r"""The numerical error of log_prob, and the fewest solver steps that keep it within a tolerance.
 
-The log-density of a flow is :math:`\log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\,dt`: a grid of
+The log-density of a flow is :math:`\log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\,dt`. A grid of
 times makes an error of the path and of the integral, Hutchinson's probes one of the divergence.
 """
 
@@ -115,7 +115,7 @@ def calibrate(
     tolerance: float = 1e-2,
     context: Tensor | None = None,
 ) -> FixedGrid:
-    """Choose the fewest steps at which log_prob is right, and set them.
+    """Set the solver to the fewest steps at which log_prob is within a tolerance.
 
     A grid is good if the mean absolute error of log_prob on the rows is within ``tolerance`` and
     that of the worst row within 5 times as much, against a tight adaptive solve in float64. A grid
@@ -144,7 +144,7 @@ def calibrate(
         reference = _reference(flow, rows)
 
         def excess(steps: int) -> float:
-            """Return the larger of the two errors over what is allowed: good up to 1."""
+            """Return the larger ratio of mean and worst error to what each may be."""
             flow.transform.solver = dataclasses.replace(template, steps=steps)
             error = (flow.log_prob(rows).double() - reference).abs()
             value = float(torch.maximum(error.mean(), error.max() / _WORST_ROW_FACTOR)) / tolerance

@@ -38,7 +38,7 @@ AnyTransform = InterpolantTransform | ConditionalInterpolantTransform
 
 
 class _FlowDistribution:
-    """A flow from a base to a support, conditional or not.
+    """The parts of a distribution, conditional or not: a base, a flow and a support.
 
     Attributes:
         transform: The flow.
@@ -123,6 +123,9 @@ class _FlowDistribution:
 
 class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
     r"""A distribution learned by a stochastic interpolant.
+
+    .. math:: \log\rho_1(x) = \log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\, dt, \qquad
+              \dot x_t = v_t(x_t), \quad x_1 = x.
 
     ``x ~ InterpolantDistribution(transform)`` has event shape ``(D,)``, or that of the support.
 
@@ -279,7 +282,9 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
 
 
 class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransformedDistribution):
-    """A learned conditional distribution: ``condition(context)`` gives an ordinary one.
+    r"""A learned conditional distribution :math:`\rho_1(x | c)`, by a velocity :math:`v_t(x | c)`.
+
+    ``condition(context)`` gives an ordinary one.
 
     Args:
         transform: The conditional flow.

@@ -22,9 +22,10 @@ __all__ = ["JointInterpolantDistribution", "pack", "sites_of"]
 
 
 class JointInterpolantDistribution(InterpolantDistribution):
-    """A learned joint distribution of named sites, each with its own shape and support.
+    r"""A learned joint distribution of named sites, each with its own shape and support.
 
-    The event is the packed vector of all sites, unconstrained. In a model,
+    The event is the packed vector :math:`(b_1^{-1}(s_1), \dots, b_k^{-1}(s_k))` of all sites,
+    unconstrained by the bijections of their supports. In a model,
     :meth:`sample_sites` draws it and gives the sites back under their names; everywhere else it is
     an :class:`InterpolantDistribution`. :func:`~pyro_interpolant.from_samples` makes one from a
     dictionary of draws.

@@ -7,9 +7,9 @@ a flow of period :math:`2\pi` runs on the real line, whole turns included, and i
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
@@ -70,7 +70,7 @@ class Support(ABC):
         """Return whether values are real vectors themselves."""
         return False
 
-    def default_base(self, flow: Flow) -> Any:
+    def default_base(self, flow: Flow) -> TorchDistributionMixin | None:
         """Return the base of a flow without one of its own; None for N(0, I)."""
         return None
 
@@ -90,7 +90,7 @@ class Support(ABC):
 
     # Samplers explore the base; on the torus, in a plane for each angle, which has no seam.
 
-    def sampled_base(self, base: Any) -> Any:
+    def sampled_base(self, base: TorchDistributionMixin) -> TorchDistributionMixin:
         """Return the base as a proper density on real vectors, for samplers."""
         return base
 
@@ -104,7 +104,7 @@ class Support(ABC):
 
 
 class BijectiveSupport(Support):
-    """A bijective image of real vectors, perhaps behind a Gaussianizing map.
+    r"""A bijective image :math:`y = b(x)` of real vectors, perhaps behind a Gaussianizing map.
 
     Args:
         constraint: A constraint with a bijection in Pyro's registry.
@@ -269,7 +269,7 @@ class CircularSupport(Support):
                 "feed it with cosines and sines"
             )
 
-    def sampled_base(self, base: Any) -> Planar:
+    def sampled_base(self, base: TorchDistributionMixin) -> Planar:
         """Return the base in a plane for each angle."""
         return Planar(base)
 
@@ -311,7 +311,7 @@ class _Wrap(Transform):
 
 
 def _off_the_edge(support: Constraint, value: Tensor) -> Tensor:
-    """Return which elements are off the bounds, where bijections clamp instead of diverging."""
+    """Return which elements are not on a bound, where bijections clamp instead of diverging."""
     inner = getattr(support, "base_constraint", None)
     if inner is not None:
         return _off_the_edge(inner, value)
