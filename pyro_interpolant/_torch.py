@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = [
     "evaluated",
+    "is_functorch_tensor",
     "is_tracing",
     "is_transformed",
     "is_watched",
@@ -126,7 +127,13 @@ def keep_freed_memory() -> None:
 
 
 def is_tracing() -> bool:
+    """Return whether a tracer records what is computed now."""
     return torch._C._get_tracing_state() is not None
+
+
+def is_functorch_tensor(x: Tensor) -> bool:
+    """Return whether a tensor, of any shape, lives inside ``torch.func.grad``, ``vmap``, ..."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def slopes(

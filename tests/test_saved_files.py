@@ -7,7 +7,15 @@ import torch
 from cases import OwnVelocity
 from safetensors.torch import load_file
 
-from pyro_interpolant import Samples, load, score
+from pyro_interpolant import (
+    FixedGrid,
+    InterpolantDistribution,
+    Samples,
+    fit,
+    interpolant_transform,
+    load,
+    score,
+)
 
 DATA = Path(__file__).parent / "data"
 EXPECTED = load_file(DATA / "expected.safetensors")
@@ -36,3 +44,19 @@ def test_what_was_learned_of_the_noise_is_kept():
     found = score(flow, 0.5, EXPECTED["latent.x"])
     torch.testing.assert_close(found, EXPECTED["latent.score"], rtol=0, atol=1e-11)
     assert not flow.transform.flow.independent
+
+
+def test_a_run_of_the_first_version_goes_on_to_the_weights_it_would_have_had(tmp_path):
+    path = tmp_path / "run.safetensors"
+    path.write_bytes((DATA / "run" / "state.safetensors").read_bytes())
+    torch.manual_seed(1)
+    flow = InterpolantDistribution(interpolant_transform(2, (8, 8), solver=FixedGrid(4)))
+    x = torch.randn(200, 2, generator=torch.Generator().manual_seed(2)).exp()
+    result = fit(
+        flow, x, steps=60, batch_size=64, seed=3, weight_decay=0.0, tolerance=1e3, progress=False,
+        checkpoint=path, checkpoint_every=1000,
+    )  # fmt: skip
+    assert result.steps[-1] == 60
+    for name, expected in load_file(DATA / "run" / "weights.safetensors").items():
+        found = flow.transform.flow.get_parameter(name.removeprefix("full."))
+        torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-8)

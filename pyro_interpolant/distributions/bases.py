@@ -177,6 +177,21 @@ class WhitenedBase:
             return standard_normal(w).log_prob(w)
         return self.base.log_prob(self.whitening.from_white(w)) + self.whitening.log_det
 
+    def split(self, share: float | None) -> "tuple[WhitenedBase, WhitenedBase]":
+        """Return the base to train on and that of the held-out loss: disjoint where samples.
+
+        Args:
+            share: The share of the samples for the latter; by default 0.1.
+        """
+        if not isinstance(self.base, Samples):
+            return self, self
+        rows = self.base.rows[torch.randperm(len(self.base.rows), device=self.base.rows.device)]
+        count = max(1, round((0.1 if share is None else share) * len(rows)))
+        kept, held = rows[count:] if len(rows) > count else rows, rows[:count]
+        return WhitenedBase(Samples(kept), self.whitening), WhitenedBase(
+            Samples(held), self.whitening
+        )
+
     def to_white(self, x0: Tensor) -> Tensor:
         """Return draws of the base whitened, shape ``(*, D)``: those of N(0, I) as they are."""
         if self.base is None:

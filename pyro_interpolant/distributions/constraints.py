@@ -120,7 +120,7 @@ class OnEvents(Constraint):
 
 @biject_to.register(OnEvents)
 def _(constraint: OnEvents) -> Transform:
-    return Cached(PerEvent(bijection(constraint.inner)))
+    return Cached(bijection(constraint.inner))
 
 
 @transform_to.register(OnEvents)

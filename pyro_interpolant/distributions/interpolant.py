@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
+from numpy.typing import ArrayLike
 from pyro.distributions.conditional import ConditionalTransformedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
@@ -20,8 +21,8 @@ from torch.distributions import Transform, constraints
 from ..transforms.bijections import Whiten
 from ..transforms.gaussianize import without_chart
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .bases import WhitenedBase, checked_base, copy_like, standard_normal
-from .constraints import Constraint, shaped
+from .bases import Samples, WhitenedBase, checked_base, copy_like, standard_normal
+from .constraints import Constraint, checked_rows, shaped
 from .supports import Support, support_of
 
 if TYPE_CHECKING:
@@ -82,6 +83,21 @@ class _FlowDistribution:
         """Replace the base by another of event shape ``(D,)`` in data coordinates."""
         self.base = base
         self._set_chain()
+
+    def set_base_samples(self, samples: ArrayLike) -> None:
+        """Start from samples, shape ``(M, D)`` in data coordinates, from now on.
+
+        Raises:
+            ValueError: If they are of another shape, or there is a base with a density.
+        """
+        if not isinstance(self.base, Samples | None):
+            raise ValueError(
+                "expected base_samples or a base, got both: this distribution starts from a "
+                f"{type(self.base).__name__}, which training draws from"
+            )
+        flow = self.transform.flow
+        samples = checked_rows(samples, "base_samples", (flow.event_dim,))
+        self.set_base(Samples(samples.to(flow.loc)))
 
     def white_base(self) -> WhitenedBase:
         """Return the base in whitened coordinates, those of the velocity."""

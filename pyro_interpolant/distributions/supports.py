@@ -16,7 +16,7 @@ from torch.distributions import Transform, constraints
 from ..interpolants.nonlinear import Geodesic, wrap
 from ..nn.mlp import TorusMLP
 from ..nn.velocity import evaluate, may_be_periodic
-from ..transforms.bijections import Cached, PerEvent
+from ..transforms.bijections import Cached
 from ..transforms.flow import Flow
 from ..transforms.interpolant import InterpolantTransform, interpolant_transform
 from .bases import Planar, UniformTorus, directions, in_planes
@@ -175,7 +175,7 @@ class BijectiveSupport(Support):
                 f"expected a support of {flow.event_dim} unconstrained dimensions, the flow's, "
                 f"got {self.constraint}"
             ) from error
-        return [Cached(PerEvent(self.bijection))]
+        return [Cached(self.bijection)]
 
     def new_transform(self, size: int) -> InterpolantTransform:
         """Return an untrained transform of ``size`` unconstrained coordinates."""

@@ -3,7 +3,7 @@ r"""The default velocity: a multilayer perceptron with an exact, cheap divergenc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class Modulation(NamedTuple):
         """Return one modulation per entry of the first dimension."""
         times = zip(*(part.unbind() for part in (*self.shifts, *self.scales)), strict=True)
         return [Modulation(s[: len(self.shifts)], s[len(self.shifts) :]) for s in times]
+
+
+Trace = Callable[[Tensor, list[Tensor]], Tensor]  # of the first layer's inputs, and all slopes
 
 
 class VelocityMLP(nn.Module):
@@ -213,21 +216,19 @@ class VelocityMLP(nn.Module):
             for m in self._modulation(times, context).unbind()
         ]
 
-    def _divergence(
-        self, x: Tensor, modulation: Modulation, trace: Callable[[list[Tensor]], Tensor]
-    ) -> Tensor:
+    def _divergence(self, x: Tensor, modulation: Modulation, trace: Trace) -> Tensor:
         return self._both(x, modulation, trace)[1]
 
-    def _both(
-        self, x: Tensor, modulation: Modulation, trace: Callable[[list[Tensor]], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _both(self, x: Tensor, modulation: Modulation, trace: Trace) -> tuple[Tensor, Tensor]:
         """Return velocity and divergence."""
-        hidden, slopes = self._hidden(x, modulation)
-        u = _affine(hidden, self.output.weight, modulation.shifts[-1])
+        inputs, slopes = self._inputs(x), list[Tensor]()
+        u = self._ungated(inputs, modulation, slopes)
+        if self.is_periodic:
+            return u, trace(inputs, slopes)
         y, inverse, g = self._gate(x)
         # div(g u) = g div u + u . grad g, where grad_i g = -g^5 y_i^3 / R_i
         along = (y * y * y * inverse * u).sum(-1)
-        return g[..., None] * u, g * trace(slopes) - g**5 * along
+        return g[..., None] * u, g * trace(inputs, slopes) - g**5 * along
 
     def _modulation(self, t: Tensor, context: Tensor | None) -> Modulation:
         features = self._features(t)
@@ -255,13 +256,31 @@ class VelocityMLP(nn.Module):
     def _velocity(
         self, x: Tensor, modulation: Modulation, inverses: Sequence[Tensor] | None = None
     ) -> Tensor:
-        return self._gate(x, inverses)[-1][..., None] * self._ungated(x, modulation)
+        u = self._ungated(self._inputs(x), modulation)
+        return u if self.is_periodic else self._gate(x, inverses)[-1][..., None] * u
 
-    def _ungated(self, x: Tensor, modulation: Modulation) -> Tensor:
-        h, plain = x, not is_watched()
+    def _inputs(self, x: Tensor) -> Tensor:
+        """Return what the first layer sees of the states."""
+        return x
+
+    def _ungated(
+        self, inputs: Tensor, modulation: Modulation, slopes: list[Tensor] | None = None
+    ) -> Tensor:
+        """Return the last layer, and append those of the scaled activations to ``slopes``."""
+        h, plain = inputs, not is_watched()
         for i, (weight, shift, scale) in enumerate(self._layers(modulation)):
-            s = nn.functional.silu(_affine(h, weight, shift), inplace=plain)
-            s = s.mul_(scale) if plain else s * scale
+            z = _affine(h, weight, shift)
+            if plain:  # fewer passes over memory
+                if slopes is not None:
+                    slopes.append(torch.ops.aten.silu_backward(scale.expand_as(z), z))
+                s = nn.functional.silu(z, inplace=True).mul_(scale)
+            elif slopes is None:
+                s = nn.functional.silu(z) * scale
+            else:
+                sigmoid = z.sigmoid()
+                s = z * sigmoid
+                slopes.append((sigmoid + s - s * sigmoid) * scale)
+                s = s * scale
             h = h + s if self._is_residual(i) else s
         return _affine(h, self.output.weight, modulation.shifts[-1])
 
@@ -270,7 +289,7 @@ class VelocityMLP(nn.Module):
         return zip(self._weights(), modulation.shifts[:-1], modulation.scales, strict=True)
 
     def _weights(self) -> list[Tensor]:
-        return [layer.weight for layer in self.layers]  # type: ignore[misc]
+        return [cast(nn.Linear, layer).weight for layer in self.layers]
 
     def _is_residual(self, i: int) -> bool:
         w = self.hidden_dims
@@ -289,33 +308,19 @@ class VelocityMLP(nn.Module):
         y = x * inverse
         return y, inverse, torch.rsqrt(1 + y.square().square().sum(-1)).sqrt()
 
-    def _hidden(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, list[Tensor]]:
-        """Return the last hidden layer and, per layer, the slopes of the scaled activation."""
-        h, slopes, plain = x, [], not is_watched()
-        for i, (weight, shift, scale) in enumerate(self._layers(modulation)):
-            z = _affine(h, weight, shift)
-            if plain:  # fewer passes over memory
-                slopes.append(torch.ops.aten.silu_backward(scale.expand_as(z), z))
-                s = nn.functional.silu(z, inplace=True).mul_(scale)
-            else:
-                sigmoid = z.sigmoid()
-                s = z * sigmoid
-                slopes.append((sigmoid + s - s * sigmoid) * scale)
-                s = s * scale
-            h = h + s if self._is_residual(i) else s
-        return h, slopes
-
-    def _tracer(self) -> Callable[[list[Tensor]], Tensor]:
-        """Return the trace of the ungated network's Jacobian, ``(*)``, as a function of slopes."""
+    def _tracer(self) -> Trace:
+        """Return the trace of the ungated network's Jacobian, ``(*)``, of inputs and slopes."""
         first, *inner = self._weights()
         last = self.output.weight
         if not inner:
             ends = (first * last.T).sum(-1)
-            return lambda slopes: slopes[0] @ ends
+            return lambda inputs, slopes: slopes[0] @ ends
         if len(inner) == 1:
             coupling = inner[0] * (first @ last).T
-            return lambda slopes: (nn.functional.linear(slopes[0], coupling) * slopes[1]).sum(-1)
-        return lambda slopes: self._deep_trace(slopes, first.T)
+            return lambda inputs, slopes: (
+                nn.functional.linear(slopes[0], coupling) * slopes[1]
+            ).sum(-1)
+        return lambda inputs, slopes: self._deep_trace(slopes, first.T)
 
     def _deep_trace(self, slopes: list[Tensor], into: Tensor) -> Tensor:
         """Return the trace, given the derivative of the first product, ``(*, D, width)``."""
@@ -374,38 +379,19 @@ class TorusMLP(VelocityMLP):
         super().set_scales(w, context)
         self.reach.fill_(math.inf)
 
-    def forward_and_divergence(
-        self, t: Tensor, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the velocity, shape ``(*, D)``, and its exact divergence, shape ``(*)``.
+    def _inputs(self, x: Tensor) -> Tensor:
+        """Return cosine and sine of angles, then of their multiples, shape ``(*, 2 K D)``."""
+        multiples = [k * x for k in range(1, _HARMONICS + 1)]
+        return torch.cat([s for kx in multiples for s in (kx.cos(), kx.sin())], dim=-1)
 
-        Args:
-            t: Times, broadcastable to ``(*)``.
-            x: Angles, shape ``(*, D)``.
-            context: Contexts, broadcastable to ``(*, C)``, or None.
-
-        Raises:
-            ValueError: If the context is missing, superfluous, or of another size.
-        """
-        modulation = self._modulation(t, context)
-        circles = _circles(x)
-        hidden, slopes = self._hidden(circles, modulation)
+    def _tracer(self) -> Trace:
         by_wave = (_HARMONICS, 2, self.event_dim)  # which multiple, cosine or sine, of which angle
-        cos, sin = circles.unflatten(-1, by_wave).unbind(-2)
-        k = torch.arange(1, _HARMONICS + 1, device=x.device)[:, None, None]
-        turned = k * torch.stack((-sin, cos), dim=-2)  # d circles / d x
         first = self._weights()[0].T.unflatten(0, by_wave)
-        into = torch.einsum("...kcd,kcdh->...dh", turned, first)
-        velocity = nn.functional.linear(hidden, self.output.weight) + modulation.shifts[-1]
-        return velocity, self._deep_trace(slopes, into)
+        k = torch.arange(1, _HARMONICS + 1, device=first.device)[:, None, None]
 
-    def _velocity(
-        self, x: Tensor, modulation: Modulation, inverses: Sequence[Tensor] | None = None
-    ) -> Tensor:
-        return self._ungated(_circles(x), modulation)
+        def trace(circles: Tensor, slopes: list[Tensor]) -> Tensor:
+            cos, sin = circles.unflatten(-1, by_wave).unbind(-2)
+            turned = k * torch.stack((-sin, cos), dim=-2)  # d circles / d x
+            return self._deep_trace(slopes, torch.einsum("...kcd,kcdh->...dh", turned, first))
 
-
-def _circles(x: Tensor) -> Tensor:
-    """Return cosine and sine of angles, then of their multiples, shape ``(*, 2 K D)``."""
-    multiples = [k * x for k in range(1, _HARMONICS + 1)]
-    return torch.cat([s for kx in multiples for s in (kx.cos(), kx.sin())], dim=-1)
+        return trace

@@ -22,8 +22,11 @@ This module alone asks for these.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
+
+from .mlp import VelocityMLP
 
 __all__ = [
     "Field",
@@ -38,7 +41,7 @@ __all__ = [
     "rows_at_once",
     "set_scales",
     "size_of",
-    "untrained_copy",
+    "untrained_like",
 ]
 
 _ROWS_AT_ONCE = 512  # of networks that do not say
@@ -106,8 +109,9 @@ def expanded(t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]
 
 def field(velocity: nn.Module, times: Tensor, context: Tensor | None) -> Sequence[StateFunction]:
     """Return one function ``x -> v`` per time of ``times``, shape ``(T,)``."""
-    if _is_shared(context) and _offers(velocity, "field", "forward"):
-        return velocity.field(times, context)  # type: ignore[operator]
+    own = _own(velocity, "field", stands_for="forward")
+    if own is not None and _is_shared(context):
+        return own(times, context)
     return [partial(evaluate, velocity, t, context=context) for t in times.unbind()]
 
 
@@ -120,11 +124,8 @@ def divergence_field(
     velocity: nn.Module, times: Tensor, context: Tensor | None
 ) -> Sequence[StateFunction] | None:
     """Return one function ``x -> divergence`` per time, or None where a velocity has none."""
-    if not _is_shared(context):
-        return None
-    if not _offers(velocity, "divergence_field", "forward_and_divergence"):
-        return None
-    return velocity.divergence_field(times, context)  # type: ignore[operator]
+    own = _own(velocity, "divergence_field", stands_for="forward_and_divergence")
+    return own(times, context) if own is not None and _is_shared(context) else None
 
 
 def rows_at_once(velocity: nn.Module) -> int:
@@ -145,14 +146,17 @@ def set_scales(
         if_trained: Whether to do so for a network that is trained already.
     """
     own = getattr(velocity, "set_scales", None)
-    if own is not None and (if_trained or velocity.is_untrained()):  # type: ignore[operator]
+    is_untrained = getattr(velocity, "is_untrained", lambda: False)
+    if own is not None and (if_trained or is_untrained()):
         own(w, context)
 
 
-def untrained_copy(velocity: nn.Module) -> nn.Module | None:
-    """Return an untrained network of the same shape and scales, or None where it makes none."""
+def untrained_like(velocity: nn.Module, event_dim: int) -> nn.Module:
+    """Return an untrained network: a velocity's own copy, or the default one of the same sizes."""
     own = getattr(velocity, "untrained_copy", None)
-    return None if own is None else own()
+    if own is not None:
+        return own()
+    return VelocityMLP(event_dim, context_dim=size_of(velocity, "context_dim") or 0)
 
 
 def may_be_periodic(velocity: nn.Module) -> bool:
@@ -161,13 +165,18 @@ def may_be_periodic(velocity: nn.Module) -> bool:
 
 
 def _is_shared(context: Tensor | None) -> bool:
-    """Whether all rows share one context: those of every row for all times would be large."""
+    """Return whether all rows share one context: a table of every row and time would be large."""
     return context is None or context.dim() == 1
 
 
-def _offers(velocity: nn.Module, name: str, original: str) -> bool:
-    """Whether a velocity has a method, and no later class replaced the one it stands for."""
-    own, replaced = (
-        next((c for c in type(velocity).__mro__ if n in vars(c)), None) for n in (name, original)
+def _own(velocity: nn.Module, name: str, *, stands_for: str) -> Callable[..., Any] | None:
+    """Return a velocity's own method, or None.
+
+    Nor one that a later class left behind, when it replaced the method that this one stands for.
+    """
+    has, replaced = (
+        next((c for c in type(velocity).__mro__ if n in vars(c)), None) for n in (name, stands_for)
     )
-    return own is not None and (replaced is None or issubclass(own, replaced))
+    if has is None or (replaced is not None and not issubclass(has, replaced)):
+        return None
+    return getattr(velocity, name)

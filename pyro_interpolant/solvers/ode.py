@@ -20,7 +20,7 @@ from .._torch import is_transformed, recomputed
 from ..nn.velocity import Field
 from .quadrature import clenshaw_curtis, integration_matrix
 
-__all__ = ["Adaptive", "FixedGrid", "RandomGrid", "Solver", "is_alone", "through_nodes"]
+__all__ = ["Adaptive", "FixedGrid", "RandomGrid", "Solver", "only_x_needs_grad", "through_nodes"]
 
 
 # Explicit Runge-Kutta methods: stage times c, stage matrix a (rows), weights b.
@@ -37,6 +37,9 @@ _TABLEAUS: dict[
 }
 
 
+_SYSTEM_ELEMENTS = 2**24  # of the matrices of the linear systems solved at once
+
+
 class Solver(Protocol):
     """What integrates a velocity: ``grid()`` on [0, 1], and ``solve`` between them."""
 
@@ -50,7 +53,55 @@ class Solver(Protocol):
 
 
 @dataclass(frozen=True)
-class FixedGrid:
+class _RungeKutta:
+    """One step of an explicit Runge-Kutta method per gap between the nodes of ``grid()``."""
+
+    steps: int
+    method: str = "rk4"
+    checkpoint: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        if self.method not in _TABLEAUS:
+            raise ValueError(f"expected a method among {sorted(_TABLEAUS)}, got {self.method!r}")
+        clenshaw_curtis(self.steps)
+
+    def solve(self, field: Field, x: Tensor, times: Tensor) -> Tensor:
+        """Return the states at ``times``, ``(N + 1, *, D)``, starting from x at the first.
+
+        Args:
+            field: The velocity, as a function from times to functions of x.
+            x: The state at ``times[0]``, shape ``(*, D)``.
+            times: Ascending or descending, shape ``(N + 1,)``.
+        """
+        c, a, b = _TABLEAUS[self.method]
+        gaps = times.diff()
+        # Equal stage times are evaluated once: rk4 needs its midpoint twice.
+        distinct = sorted(set(c))
+        stage_times = times[:-1, None] + gaps[:, None] * times.new_tensor(distinct)
+        stages = field(stage_times.reshape(-1).to(x))
+        if self.checkpoint:
+            stages = [recomputed(stage) for stage in stages]
+        states = [x]
+        for i, h in enumerate(gaps.tolist()):
+            slopes: list[Tensor] = []
+            for cj, row in zip(c, a, strict=True):
+                f = stages[i * len(distinct) + distinct.index(cj)]
+                slopes.append(f(_step(x, h, row, slopes)))
+            x = _step(x, h, b, slopes)
+            states.append(x)
+        return torch.stack(states)
+
+
+def _step(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    for w, k in zip(weights, slopes, strict=True):
+        if w:
+            x = torch.add(x, k, alpha=h * w)
+    return x
+
+
+@dataclass(frozen=True)
+class FixedGrid(_RungeKutta):
     r"""Integrate with one Runge-Kutta step per gap between the quadrature nodes.
 
     Rows never influence one another, so the density of a row does not depend on its batch: plates
@@ -81,15 +132,12 @@ class FixedGrid:
     """
 
     steps: int = 20
-    method: str = "rk4"
     warp: float = 0.0
-    checkpoint: bool = dataclasses.field(default=False, kw_only=True)
     adjoint: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the choice."""
-        if self.method not in _TABLEAUS:
-            raise ValueError(f"expected a method among {sorted(_TABLEAUS)}, got {self.method!r}")
+        super().__post_init__()
         clenshaw_curtis(self.steps, self.warp)
 
     def grid(self) -> tuple[Tensor, Tensor]:
@@ -99,39 +147,6 @@ class FixedGrid:
     def matrix(self) -> Tensor:
         """Return the matrix that integrates from 0 to each node, shape ``(N + 1, N + 1)``."""
         return integration_matrix(self.steps, self.warp)
-
-    def solve(self, field: Field, x: Tensor, times: Tensor) -> Tensor:
-        """Return the states at ``times``, ``(N + 1, *, D)``, starting from x at the first.
-
-        Args:
-            field: The velocity, as a function from times to functions of x.
-            x: The state at ``times[0]``, shape ``(*, D)``.
-            times: Ascending or descending, shape ``(N + 1,)``.
-        """
-        c, a, b = _TABLEAUS[self.method]
-        gaps = times.diff()
-        # Equal stage times are asked for once: rk4 needs its midpoint twice.
-        distinct = sorted(set(c))
-        stage_times = times[:-1, None] + gaps[:, None] * times.new_tensor(distinct)
-        stages = field(stage_times.reshape(-1).to(x))
-        if self.checkpoint:
-            stages = [recomputed(stage) for stage in stages]
-        states = [x]
-        for i, h in enumerate(gaps.tolist()):
-            slopes: list[Tensor] = []
-            for cj, row in zip(c, a, strict=True):
-                f = stages[i * len(distinct) + distinct.index(cj)]
-                slopes.append(f(_step(x, h, row, slopes)))
-            x = _step(x, h, b, slopes)
-            states.append(x)
-        return torch.stack(states)
-
-
-def _step(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
-    for w, k in zip(weights, slopes, strict=True):
-        if w:
-            x = torch.add(x, k, alpha=h * w)
-    return x
 
 
 @dataclass(frozen=True)
@@ -185,14 +200,8 @@ class Adaptive:
             return recomputed(stage)(x) if self.checkpoint else stage(x)
 
         try:
-            return odeint(
-                rate,
-                x,
-                times.to(x),
-                rtol=self.rtol,
-                atol=self.atol,
-                method=self.method,
-            )
+            tolerances = {"rtol": self.rtol, "atol": self.atol}
+            return odeint(rate, x, times.to(x), method=self.method, **tolerances)
         except AssertionError as error:
             raise ValueError(
                 f"{self.method} gave up at rtol={self.rtol}, atol={self.atol} ({error}): the "
@@ -202,7 +211,7 @@ class Adaptive:
 
 
 @dataclass(frozen=True)
-class RandomGrid:
+class RandomGrid(_RungeKutta):
     r"""Integrate between random nodes, one in each of N equal pieces of time.
 
     With nodes :math:`t_j = (j + u_j) / N`, :math:`u_j \sim U(0, 1)`, and equal weights, the
@@ -226,17 +235,7 @@ class RandomGrid:
         ([0, 1, 2, 3], [0.0, 0.25, 0.25, 0.25, 0.25, 0.0])
     """
 
-    steps: int
-    method: str = "rk4"
     seed: int = dataclasses.field(default=0, kw_only=True)
-    checkpoint: bool = dataclasses.field(default=False, kw_only=True)
-
-    def __post_init__(self) -> None:
-        """Check the choice."""
-        self._stepper()
-
-    def _stepper(self) -> FixedGrid:
-        return FixedGrid(self.steps, self.method, checkpoint=self.checkpoint)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 2,)``."""
@@ -247,22 +246,14 @@ class RandomGrid:
         end = torch.nn.functional.pad
         return end(end(nodes, (1, 0)), (0, 1), value=1.0), end(weights, (1, 1))
 
-    def solve(self, field: Field, x: Tensor, times: Tensor) -> Tensor:
-        """Return the states at ``times``, ``(N + 2, *, D)``, starting from x at the first.
 
-        Args:
-            field: The velocity, as a function from times to functions of x.
-            x: The state at ``times[0]``, shape ``(*, D)``.
-            times: Ascending or descending, shape ``(N + 2,)``.
-        """
-        return self._stepper().solve(field, x, times)
+def only_x_needs_grad(x: Tensor, others: Iterable[Tensor | None]) -> bool:
+    """Return whether autograd alone watches, and x requires a gradient but none of the others.
 
-
-_ELEMENTS = 2**24  # of the systems solved at once
-
-
-def is_alone(x: Tensor, others: Iterable[Tensor | None]) -> bool:
-    """Return whether plain gradients are asked for, in x and in none of the others."""
+    Args:
+        x: A tensor of any shape.
+        others: All other tensors that a result depends on.
+    """
     return (
         torch.is_grad_enabled()
         and x.requires_grad
@@ -313,7 +304,7 @@ class _ThroughNodes(torch.autograd.Function):
         nodes, dim = len(states), states.shape[-1]
         shape = (nodes, -1, dim)
         j, g = jacobians.reshape(dim, *shape), g.reshape(shape)
-        at_once = max(1, _ELEMENTS // (nodes * dim) ** 2)
+        at_once = max(1, _SYSTEM_ELEMENTS // (nodes * dim) ** 2)
         parts = zip(j.split(at_once, dim=2), g.split(at_once, dim=1), strict=True)
         start = torch.cat([_pulled(*part, ctx.q) for part in parts])
         return start.reshape(x.shape), None, None, None

@@ -4,16 +4,18 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import io
 from .._torch import warn_user
+from ..distributions.bases import Samples
+from ..transforms.flow import Flow
 
 __all__ = [
     "Checkpoint",
@@ -21,7 +23,6 @@ __all__ = [
     "checksum",
     "from_json",
     "open_checkpoint",
-    "stable_name",
     "to_json",
     "warn_inexact",
 ]
@@ -105,9 +106,15 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: StrPath | None, every: int | None, identity: Callable[[], list[Any]]
+    path: StrPath | None, every: int | None, settings: list[Any], *parts: Any
 ) -> Checkpoint | None:
     """Return the checkpoint of a run, the generator being where the run began; None for no path.
+
+    Args:
+        path: The file.
+        every: After how many steps it is written.
+        settings: What else tells this run from another, as JSON holds it.
+        *parts: What is trained and on what: flow, base, coupling, and what was given beside.
 
     Raises:
         ValueError: If the file is of another run, or all files are damaged.
@@ -115,7 +122,7 @@ def open_checkpoint(
     if path is None:
         return None
     checkpoint = Checkpoint(path, every)
-    checkpoint.identity = identity()
+    checkpoint.identity = [*settings, _identity(*parts)]
     if checkpoint.tensors is not None:
         if checkpoint.numbers["identity"] != checkpoint.identity:
             raise ValueError(
@@ -125,6 +132,28 @@ def open_checkpoint(
         checkpoint.initial = checkpoint.tensors["initial"]
         torch.set_rng_state(checkpoint.initial)
     return checkpoint
+
+
+def _identity(flow: Flow, base: Any, coupling: Any, *given: Any) -> list[Any]:
+    """Return what tells a run of this flow from one of another."""
+    base = None if isinstance(base, Samples) else base  # set by an earlier call
+    names = [_stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
+    shapes = [list(p.shape) for p in flow.velocity.parameters()]
+    return [names, shapes, checksum(_tensors([flow.interpolant, base, *given]))]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the numbers that a part is made of, of any shapes."""
+    if isinstance(value, nn.Module):
+        return list(value.state_dict().values())
+    if hasattr(value, "__array__"):
+        return [torch.as_tensor(value)]
+    if isinstance(value, torch.distributions.Distribution):
+        names: Any = type(value).arg_constraints  # a property where its author wrote none
+        numbers = [getattr(value, name) for name in names] if isinstance(names, dict) else []
+        value = [*numbers, getattr(value, "base_dist", None), getattr(value, "transforms", None)]
+    parts = value if isinstance(value, (list, tuple)) else []
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def check_place(path: str | os.PathLike[str] | None, every: int | None) -> None:
@@ -145,7 +174,7 @@ def checksum(tensors: Iterable[Tensor | None], text: str = "") -> int:
     return value
 
 
-def stable_name(value: Any) -> str:
+def _stable_name(value: Any) -> str:
     """Return a text that tells a value from others, and is the same in another process."""
     with contextlib.suppress(NotImplementedError):  # distributions without named parameters
         text = repr(value)

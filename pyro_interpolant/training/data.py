@@ -4,14 +4,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..distributions.constraints import checked_rows
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
-from ..nn.velocity import size_of
-from ..transforms.flow import Flow
-from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .checkpoint import checksum
 from .distributed import Process
 from .objective import Objective, Points
@@ -26,7 +24,6 @@ __all__ = [
     "drop_zero_weights",
     "held_out_rows",
     "rows_of",
-    "trainable_flow",
 ]
 
 _DEFAULT_BATCH_ROWS = 1024
@@ -83,9 +80,9 @@ class Table:
         data: Any,
         validation: Any,
         *,
-        context: Any = None,
-        pairs: Any = None,
-        weights: Any = None,
+        context: ArrayLike | None = None,
+        pairs: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
     ) -> None:
         data, context, pairs, weights = drop_zero_weights(weights, data, context, pairs)
         found = rows_of(distribution, data, context)
@@ -148,12 +145,14 @@ class TableBatches:
         objective: What draws times, base draws and noise, and evaluates paths.
 
     Attributes:
+        total: The number of rows that weigh as much.
         order: The present order of the rows, shape ``(N,)``.
         position: Where in it the next batch starts.
     """
 
     def __init__(self, rows: Rows, size: int, objective: Objective) -> None:
         self.rows, self.size, self.objective = rows, size, objective
+        self.total = rows.effective()
         values = size * sum(part.shape[-1] for part in rows[:2] if part is not None)
         most = max(1, min(_MOST_BATCHES, _MOST_VALUES // values))
         self.at_once = most if objective.is_free() else 1
@@ -203,28 +202,7 @@ class TableBatches:
             self.points = self.points[-numbers["left"] :]
 
 
-def trainable_flow(distribution: AnyDistribution) -> Flow:
-    """Return the flow that a distribution owns, or say why it cannot be trained.
-
-    Raises:
-        TypeError: If it is no distribution of a flow.
-        ValueError: If it does not own its weights.
-    """
-    transform: Any = getattr(distribution, "transform", None)
-    if not isinstance(transform, InterpolantTransform | ConditionalInterpolantTransform):
-        raise TypeError(
-            "expected an InterpolantDistribution or a ConditionalInterpolantDistribution, got "
-            f"{type(distribution).__name__}"
-        )
-    if not transform.owns_flow():
-        raise ValueError(
-            "expected a flow that owns its weights, got a conditioned one or one stopped by "
-            "at(t): fit the distribution it came from"
-        )
-    return transform.flow
-
-
-def rows_of(distribution: AnyDistribution, data: Any, context: Any = None) -> Rows:
+def rows_of(distribution: AnyDistribution, data: Any, context: ArrayLike | None = None) -> Rows:
     """Return checked data in the flow's coordinates, shape ``(N, D)``, and their contexts.
 
     Args:
@@ -256,7 +234,7 @@ def rows_of(distribution: AnyDistribution, data: Any, context: Any = None) -> Ro
         raise ValueError(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
-    context = checked_rows(context, "context", (size_of(flow.velocity, "context_dim"),))
+    context = checked_rows(context, "context", (flow.context_dim,))
     if len(context) != count:
         raise ValueError(f"expected as many contexts as rows of data, {count}, got {len(context)}")
     return Rows(rows, context.to(flow.loc))
@@ -309,7 +287,7 @@ def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[An
     return *parts, weights[keep]
 
 
-def checked_weights(weights: Any, count: int | None, *, part: bool = False) -> Any:
+def checked_weights(weights: ArrayLike | None, count: int | None, *, part: bool = False) -> Any:
     """Return weights of rows, shape ``(N,)``, or None.
 
     Args:

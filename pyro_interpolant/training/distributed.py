@@ -30,6 +30,7 @@ class Process:
     Attributes:
         rank: The number of this process.
         world: The number of processes.
+        device: Where this process computes, or None for where the flow is.
 
     Raises:
         TypeError: If ``fabric`` is not a Fabric.
@@ -45,15 +46,11 @@ class Process:
         self.fabric, self.own_rows = fabric, own_rows
         self.rank: int = 0 if fabric is None else fabric.global_rank
         self.world: int = 1 if fabric is None else fabric.world_size
+        self.device: torch.device | None = None if fabric is None else fabric.device
 
     def takes_all_rows(self) -> bool:
         """Return whether every row comes through this process, or through all alike."""
         return self.world == 1 or not self.own_rows
-
-    def place(self, distribution: Any) -> None:
-        """Move a distribution to where this process computes."""
-        if self.fabric is not None:
-            distribution.to(self.fabric.device)
 
     def seed(self, seed: int | None) -> int | None:
         """Return the seed of all processes: the given one, or, for several, a new one."""

@@ -7,25 +7,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._torch import seeded, trainable, warn_user
 from ..diagnostics.calibration import calibrate
-from ..distributions.bases import Samples, WhitenedBase
+from ..distributions.bases import Samples
 from ..distributions.constraints import Constraint, checked_rows, shaped
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution, pack, sites_of
 from ..distributions.supports import CircularSupport, Support, support_of
 from ..interpolants.couplings import independent
 from ..interpolants.linear import Mirror
-from ..nn.mlp import VelocityMLP
-from ..nn.velocity import size_of, untrained_copy
+from ..nn.velocity import untrained_like
 from ..solvers.ode import FixedGrid
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import Gaussianized, RadialTransform
-from .checkpoint import check_place, checksum, open_checkpoint, stable_name, warn_inexact
-from .data import Table, checked_weights, drop_zero_weights, trainable_flow
+from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
+from .checkpoint import check_place, open_checkpoint, warn_inexact
+from .data import Split, Table, checked_weights, drop_zero_weights
 from .distributed import Process
 from .loop import Callback, Run, Schedule, check_ranges
 from .objective import Coupling, Objective
@@ -33,9 +34,9 @@ from .optimization import NonFiniteError
 from .preprocessing import preferred_support, warn_if_rounded
 from .rows import Rows
 from .streaming import Stream, first_rows, is_stream
-from .whitening import inliers, moments, set_network_scales, set_whitening
+from .whitening import inliers, moments, set_whitening
 
-__all__ = ["FitResult", "fit", "from_samples", "starting_base"]
+__all__ = ["FitResult", "fit", "from_samples", "start_from", "trainable_flow"]
 
 _CALIBRATION_ROWS = 256
 _MIN_PARTNERS = 50  # whose moments tell whether they are draws of N(0, I)
@@ -72,10 +73,10 @@ def fit(
     distribution: AnyDistribution,
     data: Any,
     *,
-    context: Any = None,
-    pairs: Any = None,
-    base_samples: Any = None,
-    weights: Any = None,
+    context: ArrayLike | None = None,
+    pairs: ArrayLike | None = None,
+    base_samples: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     steps: int | None = None,
     max_seconds: float | None = None,
     batch_size: int | None = None,
@@ -168,118 +169,45 @@ def fit(
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
     share = _checked_share(validation, tolerance)
     flow = trainable_flow(distribution)
-    flow.interpolant.check_ends(flow.event_dim)
     check_place(None if process.rank else checkpoint, checkpoint_every)
-    process.place(distribution)
+    if process.device is not None:
+        distribution.to(process.device)
     kind = Stream if process.own_rows else Table
     source = kind(distribution, data, validation, context=context, pairs=pairs, weights=weights)
     with seeded(process.seed(seed)):
         numbers = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema]
         settings = [source.checksum, [*numbers, learn, seed, share, whiten]]
         parts = distribution.base, coupling, base_samples, validation
-        state = open_checkpoint(
-            checkpoint, checkpoint_every, lambda: [*settings, _identity(flow, *parts)]
-        )
+        state = open_checkpoint(checkpoint, checkpoint_every, settings, flow, *parts)
         if state is not None and not (source.exact and process.takes_all_rows()):
             warn_inexact()
         split = source.split(process, batch_size, whole=whiten and learn == "velocity")
-        base = starting_base(distribution, base_samples, split.kept, split.held)
+        start_from(distribution, base_samples, split)
         if learn == "velocity":
             flow.independent = coupling is independent and pairs is None
-            if whiten:
-                set_whitening(distribution, split.kept)
-            elif math.isfinite(split.total):
-                set_network_scales(flow, split.kept, if_trained=False)
+            if whiten or math.isfinite(split.total):
+                set_whitening(distribution, split.kept, keep=not whiten)
             process.agree(flow.buffers())
         else:
-            flow.noise = _noise_network(flow)
-        seen, unseen = (WhitenedBase(b, flow.whitening) for b in _split_base(base, share))
+            flow.noise = noise_network(flow)
+        seen, unseen = distribution.white_base().split(share)
         objective = Objective(flow, seen, coupling, process, target=learn)
         held = split.held.take(inliers(objective.whitened(split.held).w))
         fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
-        schedule = schedule.with_decay(process.agreed(flow.event_dim / split.total))
         with trainable(objective.network):
-            batches = source.batches(split, objective)
-            run = Run(objective, batches, fixed, schedule, callback, state)
+            run = Run(
+                objective, source.batches(split, objective), fixed, schedule, callback, state
+            )
             run.to_the_end(progress=progress)
     outcome = run.outcome()
     distribution.clear_cache()
-    if learn == "velocity" and not isinstance(base, Samples):
+    if learn == "velocity" and not isinstance(distribution.base, Samples):
         _calibrate(distribution, held, tolerance)
     return FitResult._make((*outcome, distribution.transform.solver))
 
 
-def _checked_share(validation: Any, tolerance: float) -> float | None:
-    """Return the share of rows to hold out, or None where rows were given."""
-    share = validation if isinstance(validation, int | float) else None
-    check_ranges(
-        ("validation between 0 and 1, or rows", share is None or 0 < share < 1, share),
-        ("tolerance > 0", tolerance > 0, tolerance),
-    )
-    return share
-
-
-def _identity(flow: Flow, base: Any, coupling: Coupling, *given: Any) -> list[Any]:
-    """Return what tells a run of this flow from one of another."""
-    base = None if isinstance(base, Samples) else base  # set by an earlier call
-    names = [stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
-    shapes = [list(p.shape) for p in flow.velocity.parameters()]
-    return [names, shapes, checksum(_tensors([flow.interpolant, base, *given]))]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Return the numbers that a part is made of, of any shapes."""
-    if isinstance(value, nn.Module):
-        return list(value.state_dict().values())
-    if hasattr(value, "__array__"):
-        return [torch.as_tensor(value)]
-    if isinstance(value, torch.distributions.Distribution):
-        names: Any = type(value).arg_constraints  # a property where its author wrote none
-        numbers = [getattr(value, name) for name in names] if isinstance(names, dict) else []
-        value = [*numbers, getattr(value, "base_dist", None), getattr(value, "transforms", None)]
-    parts = value if isinstance(value, (list, tuple)) else []
-    return [tensor for part in parts for tensor in _tensors(part)]
-
-
-def starting_base(distribution: AnyDistribution, base_samples: Any, kept: Rows, held: Rows) -> Any:
-    """Let a flow start from samples, where given, or from the data of a mirror; return its base.
-
-    Raises:
-        ValueError: If there are samples beside another base, or pairs that are no draws of it.
-    """
-    flow = distribution.transform.flow
-    if base_samples is not None:
-        if not isinstance(distribution.base, Samples | None):
-            raise ValueError(
-                "expected base_samples or a base, got both: this distribution starts from a "
-                f"{type(distribution.base).__name__}, which training draws from"
-            )
-        base_samples = checked_rows(base_samples, "base_samples", (flow.event_dim,))
-        distribution.set_base(Samples(base_samples.to(flow.loc)))
-    elif isinstance(flow.interpolant, Mirror) and distribution.base is None:
-        distribution.set_base(Samples(torch.cat((kept.w, held.w)).to(flow.loc)))
-    pairs = kept.partner
-    if pairs is not None and distribution.base is None and len(pairs) >= _MIN_PARTNERS:
-        off = pairs.mean(0).abs().max(), pairs.std(0).log().abs().max()
-        if float(max(off)) > 1:
-            raise ValueError(
-                "expected pairs drawn from N(0, I), the base of this distribution, got rows with "
-                "other moments: pass the base they come from, or base_samples=pairs as well"
-            )
-    return distribution.base
-
-
-def _split_base(base: Any, share: float | None) -> tuple[Any, Any]:
-    """Return the base for training and the one for the held-out loss: disjoint samples."""
-    if not isinstance(base, Samples):
-        return base, base
-    rows = base.rows[torch.randperm(len(base.rows), device=base.rows.device)]
-    count = max(1, round((0.1 if share is None else share) * len(rows)))
-    return Samples(rows[count:] if len(rows) > count else rows), Samples(rows[:count])
-
-
-def _noise_network(flow: Flow) -> nn.Module:
-    """Return the network that learns the latent noise: the present one, or one as the velocity's.
+def noise_network(flow: Flow) -> nn.Module:
+    """Return the network for the latent noise: the present one, or one like the velocity.
 
     Raises:
         ValueError: If the path has no latent term.
@@ -292,11 +220,64 @@ def _noise_network(flow: Flow) -> nn.Module:
         )
     if flow.noise is not None:
         return flow.noise
-    network = untrained_copy(flow.velocity)
-    if network is None:
-        context_dim = size_of(flow.velocity, "context_dim") or 0
-        network = VelocityMLP(flow.event_dim, context_dim=context_dim)
-    return network.to(flow.loc)
+    return untrained_like(flow.velocity, flow.event_dim).to(flow.loc)
+
+
+def _checked_share(validation: Any, tolerance: float) -> float | None:
+    """Return the share of rows to hold out, or None where rows were given."""
+    share = validation if isinstance(validation, int | float) else None
+    check_ranges(
+        ("validation between 0 and 1, or rows", share is None or 0 < share < 1, share),
+        ("tolerance > 0", tolerance > 0, tolerance),
+    )
+    return share
+
+
+def trainable_flow(distribution: AnyDistribution) -> Flow:
+    """Return the flow that a distribution owns, or say why it cannot be trained.
+
+    Raises:
+        TypeError: If it is no distribution of a flow.
+        ValueError: If it does not own its weights, or its path does not join base and data.
+    """
+    transform = getattr(distribution, "transform", None)
+    if not isinstance(transform, InterpolantTransform | ConditionalInterpolantTransform):
+        raise TypeError(
+            "expected an InterpolantDistribution or a ConditionalInterpolantDistribution, got "
+            f"{type(distribution).__name__}"
+        )
+    if not transform.owns_flow():
+        raise ValueError(
+            "expected a flow that owns its weights, got a conditioned one or one stopped by "
+            "at(t): fit the distribution it came from"
+        )
+    transform.flow.check_path()
+    return transform.flow
+
+
+def start_from(distribution: AnyDistribution, base_samples: ArrayLike | None, data: Split) -> None:
+    """Let a flow start from samples, where they are given, or from the data of a mirror.
+
+    Args:
+        distribution: What is trained.
+        base_samples: Samples of the base, shape ``(M, D)``, or None.
+        data: The data.
+
+    Raises:
+        ValueError: If there are samples beside another base, or pairs that are no draws of it.
+    """
+    if base_samples is not None:
+        distribution.set_base_samples(base_samples)
+    elif isinstance(distribution.transform.interpolant, Mirror) and distribution.base is None:
+        distribution.set_base_samples(torch.cat((data.kept.w, data.held.w)))
+    pairs = data.kept.partner
+    if pairs is not None and distribution.base is None and len(pairs) >= _MIN_PARTNERS:
+        off = pairs.mean(0).abs().max(), pairs.std(0).log().abs().max()
+        if float(max(off)) > 1:
+            raise ValueError(
+                "expected pairs drawn from N(0, I), the base of this distribution, got rows with "
+                "other moments: pass the base they come from, or base_samples=pairs as well"
+            )
 
 
 def _calibrate(distribution: AnyDistribution, held: Rows, tolerance: float) -> None:

@@ -1,6 +1,5 @@
 r"""The training run: steps on a schedule, looks at the held-out loss, a state to resume from."""
 
-import dataclasses
 import logging
 import math
 import time
@@ -85,18 +84,11 @@ class Schedule:
             ("ema in [0, 1)", 0 <= self.ema < 1, self.ema),
         )
 
-    def with_decay(self, columns_per_row: float) -> "Schedule":
-        """Return the schedule with the default weight decay, where none was given.
-
-        It is :math:`(70 D / N)^2`, at most 0.5.
-
-        Args:
-            columns_per_row: D / N.
-        """
+    def decay(self, columns_per_row: float) -> float:
+        """Return the weight decay, by default :math:`(70 D / N)^2`, at most 0.5, given D / N."""
         if self.weight_decay is not None:
-            return self
-        decay = min(_MOST_DECAY, (_DECAY_FACTOR * columns_per_row) ** 2)
-        return dataclasses.replace(self, weight_decay=decay)
+            return self.weight_decay
+        return min(_MOST_DECAY, (_DECAY_FACTOR * columns_per_row) ** 2)
 
     def progress(self, step: int, seconds: float) -> float:
         """Return the share of the run that is done, 1 at its end."""
@@ -234,11 +226,12 @@ class Run:
     ) -> None:
         self.batches, self.schedule, self.checkpoint = batches, schedule, checkpoint
         self.process = objective.process
+        columns = objective.flow.event_dim
         self.descent = Descent(
             objective,
             self.process,
             learning_rate=schedule.learning_rate,
-            weight_decay=schedule.weight_decay or 0.0,
+            weight_decay=schedule.decay(self.process.agreed(columns / batches.total)),
             ema=schedule.ema,
         )
         self.monitor = HeldOutMonitor(self.descent.average, objective, held, callback)

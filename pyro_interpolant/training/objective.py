@@ -53,7 +53,7 @@ class Points(NamedTuple):
     t: Tensor
     w: Tensor
     target: Tensor
-    context: Tensor | None
+    context: Tensor | None = None
 
     def at(self, i: int) -> "Points":
         """Return those at one index of the first dimension."""
@@ -66,7 +66,6 @@ def path_points(
     t: Tensor,
     w0: Tensor,
     w1: Tensor,
-    context: Tensor | None = None,
     z: Tensor | None = None,
     *,
     target: Target = "velocity",
@@ -80,7 +79,6 @@ def path_points(
         t: Times in [0, 1], broadcastable to ``(*)``.
         w0: Whitened base draws, shape ``(*, D)``.
         w1: Whitened data, shape ``(*, D)``.
-        context: Contexts, shape ``(*, C)``, or None.
         z: Latent draws, shape ``(*, D)``; drawn, where there is a latent term, if not given.
         target: What the network is to learn: the velocity, or the noise :math:`E[z \mid I_t]`.
 
@@ -90,11 +88,11 @@ def path_points(
     if z is None and interpolant.has_latent():
         z = torch.randn_like(w0)
     if z is None:
-        return (Points(t, *interpolant.sample(t, w0, w1), context),)
+        return (Points(t, *interpolant.sample(t, w0, w1)),)
     found = []
     for s in (z, -z):
         w_t, dw_t = interpolant.sample(t, w0, w1, s)
-        found.append(Points(t, w_t, s if target == "noise" else dw_t, context))
+        found.append(Points(t, w_t, s if target == "noise" else dw_t))
     return tuple(found)
 
 
@@ -168,10 +166,13 @@ def interpolant_loss(
     w0 = base.sample(w1.shape[:-1]) if x0 is None else base.to_white(x0)
     if t is None:
         t = torch.rand(w1.shape[:-1], dtype=w1.dtype, device=w1.device)
-    return regression_loss(flow.velocity, path_points(flow.interpolant, t, w0, w1, context))
+    points = path_points(flow.interpolant, t, w0, w1)
+    return regression_loss(flow.velocity, tuple(p._replace(context=context) for p in points))
 
 
 Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# Times, base draws and rows; contexts and noise where there are any.
+Pairs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 _TIMES_PER_BATCH = 64  # distinct ones, which share their embedding
 _HELD_DRAWS = 8192
@@ -190,7 +191,7 @@ class Objective(nn.Module):
         metric: A linear map L of vectors, ``(*, D)``: norms of the loss are then :math:`|L u|`.
 
     Attributes:
-        network: The network that is trained; the flow's other parts are no parts of this module.
+        network: The network that is trained, the one submodule.
     """
 
     flow: Flow
@@ -229,8 +230,15 @@ class Objective(nn.Module):
         pairs = [self._pairs(draw(), self.base, self.process) for draw in draws]
         if len(pairs) == 1:
             return [self._points(pairs[0])]
-        stacked = [None if s[0] is None else torch.stack(s) for s in zip(*pairs, strict=True)]
-        together = self._points(stacked)
+        together = self._points(
+            (
+                torch.stack([pair[0] for pair in pairs]),
+                torch.stack([pair[1] for pair in pairs]),
+                torch.stack([pair[2] for pair in pairs]),
+                _stacked([pair[3] for pair in pairs]),
+                _stacked([pair[4] for pair in pairs]),
+            )
+        )
         return [tuple(part.at(i) for part in together) for i in range(len(pairs))]
 
     def fixed_points(self, held: Rows, base: WhitenedBase, size: int) -> tuple[Points, ...]:
@@ -270,7 +278,7 @@ class Objective(nn.Module):
         """Return the loss at the points a function returns: Fabric rounds tensors it is given."""
         return self.loss(points())
 
-    def _pairs(self, rows: Rows, base: WhitenedBase, process: Process) -> list[Tensor | None]:
+    def _pairs(self, rows: Rows, base: WhitenedBase, process: Process) -> Pairs:
         """Return this process's share of everything random in a loss, in groups of one time each.
 
         Stratified times, shape ``(T, 1)``, base draws and rows, ``(T, B / T, D)``, contexts,
@@ -286,20 +294,17 @@ class Objective(nn.Module):
         groups = times // world if process.own_rows else times
         keep = count - count % groups
 
-        def grouped(s: Tensor | None) -> Tensor | None:
-            if s is None:
-                return None
+        def grouped(s: Tensor) -> Tensor:
             s = s[:keep].reshape(groups, -1, s.shape[-1])
             return s if process.own_rows or world == 1 else s[own]
 
-        return [t[own, None], *(grouped(s) for s in (w0, rows.w, rows.context, z))]
+        context, z = (None if s is None else grouped(s) for s in (rows.context, z))
+        return t[own, None], grouped(w0), grouped(rows.w), context, z
 
-    def _points(self, pairs: Sequence[Tensor | None]) -> tuple[Points, ...]:
+    def _points(self, pairs: Pairs) -> tuple[Points, ...]:
         t, w0, w1, context, z = pairs
-        if t is None or w0 is None or w1 is None:
-            raise ValueError("expected times, base draws and rows")
-        interpolant = self.flow.interpolant
-        return path_points(interpolant, t, w0, w1, context, z, target=self.target)
+        points = path_points(self.flow.interpolant, t, w0, w1, z, target=self.target)
+        return tuple(part._replace(context=context) for part in points)
 
     def _coupled(self, rows: Rows, base: WhitenedBase, size: int, process: Process) -> Tensor:
         """Return base draws coupled with the rows, in batches of so many."""
@@ -314,3 +319,9 @@ class Objective(nn.Module):
 def _normal(like: Tensor, count: int) -> Tensor:
     """Return draws of N(0, I), shape ``(count, D)``, of the kind of a tensor, ``(*, D)``."""
     return torch.randn(count, like.shape[-1], dtype=like.dtype, device=like.device)
+
+
+def _stacked(parts: list[Tensor | None]) -> Tensor | None:
+    """Return tensors stacked, or None where they are not there."""
+    there = [part for part in parts if part is not None]
+    return torch.stack(there) if there else None

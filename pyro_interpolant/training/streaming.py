@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
-from ..nn.velocity import size_of
 from .checkpoint import from_json, to_json
 from .data import Split, checked_weights, drop_zero_weights, held_out_rows, rows_of
 from .distributed import Process
@@ -104,7 +103,7 @@ class Stream:
         data, context, weights = drop_zero_weights(weights, parts[0], context, part=True)
         if weights is not None and len(weights) == 0:
             none = self.like.new_zeros(0, len(self.like))
-            size = size_of(self.distribution.transform.velocity, "context_dim") or 0
+            size = self.distribution.transform.flow.context_dim or 0
             return Rows(
                 none, none.new_zeros(0, size) if self.parts == 2 else None, None, none[:, 0]
             )
@@ -210,11 +209,14 @@ class StreamBatches:
         stream: The stream.
         split: The rows held out, the mean weight, and rows per batch.
         objective: What whitens rows, draws times, base draws and noise, and evaluates paths.
+
+    Attributes:
+        total: The number of rows that weigh as much; infinite where nobody counted.
     """
 
     def __init__(self, stream: Stream, split: Split, objective: Objective) -> None:
         self.stream, self.objective, self.mean_weight = stream, objective, split.mean_weight
-        size = split.size
+        size, self.total = split.size, split.total
         self.size = size - size % _ROW_MULTIPLE if size > _ROW_MULTIPLE else size
         self.held = None if stream.share is None else _keys(split.held.w)
         self.pool: Rows | None = None

@@ -1,4 +1,9 @@
-r"""Whitening maps from data: robust moments, and how a flow takes them on."""
+r"""Whitening from data: robust means and covariances, and the map :math:`y = m + L w` they set.
+
+With means m, scales s and the correlation :math:`C = V \Lambda V^T` of columns, :math:`L = s V
+\Lambda^{1/2} V^T`: whitened columns stay as near to the data's own as can be. Moments are those
+of winsorized data, so that a wild row does not set the scale of all others.
+"""
 
 from typing import Any, NamedTuple
 
@@ -9,14 +14,12 @@ from .._torch import warn_user
 from ..distributions.interpolant import AnyDistribution
 from ..interpolants.nonlinear import Geodesic
 from ..nn.velocity import set_scales
-from ..transforms.flow import Flow
-from ..transforms.whitening import DenseWhitening, ScalarWhitening, Whitening
+from ..transforms.whitening import DenseWhitening, Whitening
 from .rows import Rows, subsample
 
 __all__ = [
     "Moments",
     "moments",
-    "set_network_scales",
     "set_whitening",
     "column_moments",
     "winsorize",
@@ -24,14 +27,14 @@ __all__ = [
 ]
 
 
-_DEPENDENT = 1e-12  # a correlation eigenvalue below this means linearly dependent columns
-_NARROW = 1e-3  # a standard deviation along an eigenvector, of scaled columns
-_RARE = 0.005  # the share of values on either side that may be outliers
-_RESOLVED = 0.1  # of the smallest spread, beyond which rounding is warned of
-_WILD = 20.0  # robust standard deviations beyond which a value does not stretch the whitening
-_IQR, _MOST = 1.349, 5.152  # standard deviations between the quartiles, and between rare values
-_QUANTILE_VALUES = 2**20  # looked at
-_AXIS_CUTS = 3  # of wild values along the axes, at the most
+_MIN_EIGENVALUE = 1e-12  # of a correlation, below which columns are linearly dependent
+_MIN_DEVIATION = 1e-3  # a standard deviation along an eigenvector, of scaled columns
+_TAIL_SHARE = 0.005  # of the values on either side, which may be outliers
+_ROUNDING_SHARE = 0.1  # of the smallest deviation, beyond which rounding is warned of
+_WILD_DEVIATIONS = 20.0  # robust standard deviations from the median, beyond which a value is cut
+_QUARTILE_RANGE, _TAIL_RANGE = 1.349, 5.152  # in standard deviations of a normal
+_QUANTILE_VALUES = 2**20  # from which quantiles are computed
+_AXIS_CUTS = 3  # the most rounds of winsorizing along the eigenvectors
 
 
 class Moments(NamedTuple):
@@ -53,21 +56,23 @@ class Moments(NamedTuple):
 
 
 def winsorize(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return rows whose wild values are cut, ``(N, D)``; x itself where there are none.
+    """Return rows with values cut at robust bounds, shape ``(N, D)``; x itself where none is cut.
 
-    Wild is what is beyond 20 robust standard deviations and among the 0.5% farthest on its side:
-    what is far and not so rare is a mode.
+    A value is cut if it is beyond 20 robust standard deviations of its column and among the 0.5%
+    farthest on its side: what is far and not so rare is a mode.
 
     Args:
         x: Rows, shape ``(N, D)``.
         weights: Their weights, shape ``(N,)``, or None.
     """
     few = x[_quantile_rows(x, weights)]
-    levels = x.new_tensor([_RARE, 0.25, 0.5, 0.75, 1 - _RARE])
+    levels = x.new_tensor([_TAIL_SHARE, 0.25, 0.5, 0.75, 1 - _TAIL_SHARE])
     low, first, median, third, high = torch.quantile(few, levels, dim=0)
     # Where most values are one and the same, the few others tell the scale.
-    deviation = torch.where(third > first, (third - first) / _IQR, (high - low) / _MOST)
-    spread = torch.where(deviation > 0, _WILD * deviation, torch.inf)
+    deviation = torch.where(
+        third > first, (third - first) / _QUARTILE_RANGE, (high - low) / _TAIL_RANGE
+    )
+    spread = torch.where(deviation > 0, _WILD_DEVIATIONS * deviation, torch.inf)
     low, high = torch.minimum(median - spread, low), torch.maximum(median + spread, high)
     if bool(((x >= low) & (x <= high)).all()):
         return x
@@ -75,7 +80,7 @@ def winsorize(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def _quantile_rows(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Return which rows tell the quantiles."""
+    """Return the indices of the rows from which quantiles are computed."""
     return subsample(len(x), max(1, _QUANTILE_VALUES // x.shape[1]), weights).to(x.device)
 
 
@@ -91,10 +96,10 @@ def _axes(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _robust_axes(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the axes of rows whose wild values are cut, first by column, then along the axes.
+    """Return the principal axes of rows, winsorized by column and then along the axes.
 
-    Where columns nearly depend on each other, a row that is tame in each may be wild between them.
-    It also turns the axes: once it is cut along them, they are better, and it is cut again.
+    Where columns nearly depend on each other, a row within bounds in each may be far out between
+    them. It also turns the axes: once it is cut along them, they are better, and it is cut again.
     """
     share = x.new_ones(len(x)) if weights is None else weights.double()
     x = winsorize(x, weights)
@@ -147,7 +152,7 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
             "density"
         )
     loc, scale, eigenvalues, vectors = _robust_axes(x, weights)
-    if float(eigenvalues[0]) < _DEPENDENT:
+    if float(eigenvalues[0]) < _MIN_EIGENVALUE:
         worst = vectors[:, 0].abs().topk(min(2, dim)).indices.tolist()
         raise ValueError(
             f"expected linearly independent columns, got dependent ones (columns {sorted(worst)} "
@@ -157,7 +162,7 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
     rounding = eps * (loc.abs() + scale) / scale
     _warn_if_unresolved(vectors[:, 0], rounding, float(roots[0]))
     # Near dependence the eigenvectors keep the rounding of the narrow directions to themselves.
-    turn = vectors if float(roots[0]) > _NARROW else torch.eye(dim).to(vectors)
+    turn = vectors if float(roots[0]) > _MIN_DEVIATION else torch.eye(dim).to(vectors)
     linear = scale[:, None] * ((vectors * roots) @ turn.T)
     return Moments(loc, linear, (turn / roots) @ vectors.T / scale)
 
@@ -165,7 +170,7 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
 def _warn_if_unresolved(direction: Tensor, rounding: Tensor, spread: float) -> None:
     """Warn where data hardly vary by more than their rounding along a direction, ``(D,)``."""
     noise = float((direction * rounding).norm())
-    if noise > _RESOLVED * spread:
+    if noise > _ROUNDING_SHARE * spread:
         worst = sorted(direction.abs().topk(min(2, len(direction))).indices.tolist())
         warn_user(
             f"a combination of columns (columns {worst} take part) varies by {spread:.1e} of "
@@ -176,7 +181,7 @@ def _warn_if_unresolved(direction: Tensor, rounding: Tensor, spread: float) -> N
 
 
 def inliers(w: Tensor) -> Tensor:
-    """Return the places of whitened rows but for outliers, those both far and rare, ``(N,)``.
+    """Return the indices of whitened rows without outliers, shape ``(N,)``.
 
     Far is 20 times the median distance from the centre, rare the farthest 0.5%. One such row would
     decide alone which weights have the best held-out loss. Other rows come twice in their stead.
@@ -186,39 +191,44 @@ def inliers(w: Tensor) -> Tensor:
     """
     distance = w.double().norm(dim=-1)
     few = distance[subsample(len(w), _QUANTILE_VALUES).to(w.device)]
-    good = distance <= torch.maximum(_WILD * few.median(), few.quantile(1 - _RARE))
+    good = distance <= torch.maximum(
+        _WILD_DEVIATIONS * few.median(), few.quantile(1 - _TAIL_SHARE)
+    )
     places = good.nonzero().flatten()
     return places[torch.arange(len(w), device=w.device) % len(places)]
 
 
-def set_whitening(distribution: AnyDistribution, rows: Rows) -> None:
+def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = False) -> None:
     """Set a flow's whitening map, and the scales of its network, from training rows.
 
     Args:
         distribution: The distribution of the flow.
-        rows: Rows in the flow's coordinates.
+        rows: The rows, in the flow's coordinates.
+        keep: Whether to keep the present map, and the scales of a network that is trained.
     """
-    flow, map_ = distribution.transform.flow, distribution.transform.flow.whitening
-    distribution.space.check_rows(flow, rows.w, rows.context)
-    if isinstance(flow.interpolant, Geodesic):  # the scale of angles is that of the circle
-        pass
-    elif distribution.base is not None:
-        # One scale: a full whitening would change what the shortest path is.
-        _set_scale(map_, *_common_scale(distribution.base, rows))
-    elif isinstance(map_, DenseWhitening):
-        m = moments(rows.w, rows.weight)
-        map_.set(*(m if rows.partner is None else _aligned(m, rows.w, rows.partner)))
-    else:
-        loc, variance = column_moments(rows.w, rows.weight)
-        _set_scale(map_, loc, variance.sqrt())
-    set_network_scales(flow, rows)
-
-
-def set_network_scales(flow: Flow, rows: Rows, *, if_trained: bool = True) -> None:
-    """Let the network set its scales from rows in the flow's coordinates, and their contexts."""
+    flow = distribution.transform.flow
+    if not keep:
+        distribution.space.check_rows(flow, rows.w, rows.context)
+        if not isinstance(flow.interpolant, Geodesic):  # the scale of angles is the circle's
+            _set_map(flow.whitening, distribution.base, rows)
     context = None if rows.context is None else winsorize(rows.context.double())
     w = flow.whitening.to_white(rows.w.to(flow.loc))
-    set_scales(flow.velocity, w, context, if_trained=if_trained)
+    set_scales(flow.velocity, w, context, if_trained=not keep)
+
+
+def _set_map(whitening: Whitening, base: Any, rows: Rows) -> None:
+    """Set a map from rows in data coordinates, and the base if it is not N(0, I)."""
+    if base is not None:  # one scale: a full whitening would change what the shortest path is
+        start, spread = column_moments(base.sample((len(rows.w),)))
+        end, other = column_moments(rows.w, rows.weight)
+        scale = ((spread.mean() + other.mean()) / 2).sqrt()
+        whitening.set_diagonal((start + end) / 2, scale.expand_as(end))
+    elif isinstance(whitening, DenseWhitening):
+        m = moments(rows.w, rows.weight)
+        whitening.set(*(m if rows.partner is None else _aligned(m, rows.w, rows.partner)))
+    else:
+        loc, variance = column_moments(rows.w, rows.weight)
+        whitening.set_diagonal(loc, variance.sqrt())
 
 
 def column_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -230,25 +240,8 @@ def column_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     return loc, share @ (x - loc).square()
 
 
-def _common_scale(base: Any, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return the centre between base and data, ``(D,)``, and their common scale, ``()``."""
-    start, spread = column_moments(base.sample((len(rows.w),)))
-    end, other = column_moments(rows.w, rows.weight)
-    return (start + end) / 2, ((spread.mean() + other.mean()) / 2).sqrt()
-
-
-def _set_scale(map_: Whitening, loc: Tensor, scale: Tensor) -> None:
-    """Set a map that has L diagonal, from scales of shape ``(D,)``, or one of shape ``()``."""
-    if isinstance(map_, DenseWhitening):
-        map_.set(loc, scale.expand_as(loc).diag())
-    elif isinstance(map_, ScalarWhitening):
-        map_.set(loc, scale.square().mean().sqrt())
-    else:
-        map_.set(loc, scale.expand_as(loc))
-
-
 def _aligned(m: Moments, rows: Tensor, partners: Tensor) -> Moments:
-    """Return whitening turned toward the partners: paths of a pair must not be made to cross."""
+    """Return the map turned so that rows lie nearest to their partners: paths must not cross."""
     w = m.white(rows)
     u, _, vh = torch.linalg.svd(w.T @ partners.double())
     turn = u @ vh

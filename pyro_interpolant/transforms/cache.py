@@ -8,17 +8,19 @@ changed.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Transform
 
-__all__ = ["Entry", "IdentityCache"]
+from .._torch import is_functorch_tensor, is_tracing
+
+__all__ = ["CachedTransform", "Entry", "IdentityCache", "WithoutTorchCache"]
 
 
-_ENTRIES = 4
+_ENTRIES_KEPT = 4  # of one transform
 
 
 @dataclass(eq=False)
@@ -31,7 +33,11 @@ class Entry:
         states: The trajectory between them, shape ``(N + 1, *, D)``, or None where only the pair
             or the log-determinant was kept.
         forward: Whether y was solved from x, or x from y.
-        log_det: ``log |dy/dx|``, shape ``(*)``, or None where it has not been asked for.
+        log_det: ``log |dy/dx|``, shape ``(*)``, or None where it has not been computed.
+        token: Versions, addresses and modes at the time of the computation.
+        snapshot: Copies of all that the result depends on, to compare values.
+        carries_gradient: Whether the result has a graph.
+        is_freed: Whether a backward pass has freed that graph.
     """
 
     x: Tensor
@@ -39,10 +45,10 @@ class Entry:
     states: Tensor | None = None
     log_det: Tensor | None = None
     forward: bool = field(default=True, kw_only=True)
-    token: Any = field(default=None, repr=False)
+    token: Hashable = field(default=None, repr=False)
     snapshot: list[Tensor] = field(default_factory=list, repr=False)
     carries_gradient: bool = False
-    spent: bool = False
+    is_freed: bool = False
 
 
 class IdentityCache:
@@ -58,6 +64,7 @@ class IdentityCache:
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
+        self._last: tuple[weakref.ref[Tensor], weakref.ref[Tensor], bool] | None = None
 
     def clear(self) -> None:
         """Forget all entries."""
@@ -69,7 +76,7 @@ class IdentityCache:
         x: Tensor | None = None,
         y: Tensor | None = None,
         sources: Sequence[Tensor] = (),
-        key: Any = None,
+        key: Hashable = None,
     ) -> Entry | None:
         """Return the valid entry of this x, this y, or this pair, or None.
 
@@ -79,7 +86,7 @@ class IdentityCache:
             sources: All other tensors the result depends on: parameters, buffers, context.
             key: Anything comparable the result depends on.
         """
-        if not self._entries or _any_wrapped(sources):
+        if not self._entries or _any_functorch(sources):
             return None
         for entry in reversed(self._entries):
             if (x is not None and entry.x is not x) or (y is not None and entry.y is not y):
@@ -89,7 +96,7 @@ class IdentityCache:
                 return entry
         return None
 
-    def store(self, entry: Entry, sources: Sequence[Tensor] = (), key: Any = None) -> None:
+    def store(self, entry: Entry, sources: Sequence[Tensor] = (), key: Hashable = None) -> None:
         """Keep an entry, unless it lives inside a functorch transform.
 
         Args:
@@ -97,17 +104,33 @@ class IdentityCache:
             sources: All other tensors the result depends on: parameters, buffers, context.
             key: Anything comparable the result depends on.
         """
-        if _any_wrapped((entry.x, entry.y, *sources)):
+        self._last = weakref.ref(entry.x), weakref.ref(entry.y), entry.forward
+        if _any_functorch((entry.x, entry.y, *sources)):
             return
         entry.token = _token(entry, sources, key)
         output = entry.y if entry.forward else entry.x
         graph = output if entry.states is None else entry.states
         entry.carries_gradient = graph.requires_grad
-        if not torch._C._get_tracing_state():
-            entry.snapshot = self._snapshot(_by_value(entry, sources))
+        if not is_tracing():
+            entry.snapshot = self._snapshot([*sources, entry.x, entry.y])
             if entry.carries_gradient and graph.grad_fn is not None:
-                _spend_on_backward(entry, graph)
-        self._entries = [e for e in self._entries if not e.spent][-(_ENTRIES - 1) :] + [entry]
+                _mark_freed_on_backward(entry, graph)
+        self._entries = [e for e in self._entries if not e.is_freed][-(_ENTRIES_KEPT - 1) :] + [
+            entry
+        ]
+
+    def last_solved_forward(self, x: Tensor, y: Tensor) -> bool | None:
+        """Return whether y was solved from x, if this pair was the last to be stored, else None.
+
+        Also of pairs that no entry can hold: those inside :mod:`torch.func`, or of a freed graph.
+
+        Args:
+            x: The input, shape ``(*, D)``.
+            y: The output, shape ``(*, D')``.
+        """
+        if self._last is None or self._last[0]() is not x or self._last[1]() is not y:
+            return None
+        return self._last[2]
 
     def _snapshot(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return copies of the tensors, sharing those of the newest entry where they are equal."""
@@ -116,35 +139,29 @@ class IdentityCache:
         return [s.detach().clone() for s in tensors]
 
 
-def _any_wrapped(tensors: Sequence[Tensor]) -> bool:
-    """Tell whether a tensor lives inside ``torch.func.grad``, ``vmap`` or their kind."""
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(s) for s in tensors)
+def _any_functorch(tensors: Sequence[Tensor]) -> bool:
+    """Return whether a tensor lives inside ``torch.func.grad``, ``vmap`` or their kind."""
+    return any(is_functorch_tensor(s) for s in tensors)
 
 
-def _is_valid(entry: Entry, sources: Sequence[Tensor], key: Any) -> bool:
-    wanted = torch.is_grad_enabled() and any(s.requires_grad for s in (entry.x, entry.y, *sources))
+def _is_valid(entry: Entry, sources: Sequence[Tensor], key: Hashable) -> bool:
+    tensors = [*sources, entry.x, entry.y]
+    wanted = torch.is_grad_enabled() and any(s.requires_grad for s in tensors)
     return (
-        not entry.spent
+        not entry.is_freed
         and entry.carries_gradient == wanted
         and entry.token == _token(entry, sources, key)
-        and (
-            bool(torch._C._get_tracing_state())
-            or _equal(entry.snapshot, _by_value(entry, sources))
-        )
+        # Versions miss ``.data``, and memory shared with numpy.
+        and (is_tracing() or _equal(entry.snapshot, tensors))
     )
 
 
-def _token(entry: Entry, sources: Sequence[Tensor], key: Any) -> tuple[Any, ...]:
+def _token(entry: Entry, sources: Sequence[Tensor], key: Hashable) -> Hashable:
     marks = tuple(
         (None if s.is_inference() else s._version, s.data_ptr(), s.dtype, s.device)
         for s in (entry.x, entry.y, *sources)
     )
-    return key, marks, torch.is_inference_mode_enabled(), bool(torch._C._get_tracing_state())
-
-
-def _by_value(entry: Entry, sources: Sequence[Tensor]) -> list[Tensor]:
-    """Return what is compared by value: versions miss ``.data``, and memory shared with numpy."""
-    return [*sources, entry.x, entry.y]
+    return key, marks, torch.is_inference_mode_enabled(), is_tracing()
 
 
 def _equal(kept: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
@@ -154,14 +171,62 @@ def _equal(kept: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
     )
 
 
-def _spend_on_backward(entry: Entry, graph: Tensor) -> None:
+def _mark_freed_on_backward(entry: Entry, graph: Tensor) -> None:
     # A weak reference: a hook that held the entry would form a cycle through the autograd graph.
     reference = weakref.ref(entry)
 
-    def spend(gradient: Tensor) -> None:
+    def mark(gradient: Tensor) -> None:
         alive = reference()
         if alive is not None:
-            alive.spent = True
+            alive.is_freed = True
             alive.states = alive.log_det = None
 
-    graph.register_hook(spend)
+    graph.register_hook(mark)
+
+
+class WithoutTorchCache(Transform):
+    """A transform for which torch's own cache, which does not see weights move, stays off."""
+
+    def with_cache(self, cache_size: int = 1) -> Transform:
+        """Return self."""
+        return self
+
+
+class CachedTransform(WithoutTorchCache):
+    """A bijection that gives back the very tensor it was called with, under the cache's guards."""
+
+    bijective = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cache = IdentityCache()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the output ``y``, shape ``(*, D')``, of the input ``x``, shape ``(*, D)``."""
+        entry = self._find(x=x)
+        return self._entry_from_input(x).y if entry is None else entry.y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        entry = self._find(y=y)
+        return self._entry_from_output(y).x if entry is None else entry.x
+
+    def _find(self, *, x: Tensor | None = None, y: Tensor | None = None) -> Entry | None:
+        return self._cache.find(x=x, y=y)
+
+    def _entry_from_input(self, x: Tensor) -> Entry:
+        return self._keep(Entry(x, self._call(x)))
+
+    def _entry_from_output(self, y: Tensor) -> Entry:
+        return self._keep(Entry(self._inverse(y), y, forward=False))
+
+    def _keep(self, entry: Entry) -> Entry:
+        self._cache.store(entry)
+        return entry
+
+    def clear_cache(self) -> None:
+        """Forget all pairs and what was computed with them."""
+        self._cache.clear()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return the state for copies and pickles: without cached graphs or inverses."""
+        return {**self.__dict__, "_cache": IdentityCache(), "_inv": None}

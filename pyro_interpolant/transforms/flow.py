@@ -5,8 +5,9 @@ data. The solver stores the states at the quadrature nodes; the log-determinant 
 of divergences along them, computed when somebody asks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,16 @@ from torch import Tensor, nn
 
 from .._torch import is_tracing, keep_freed_memory, recomputed
 from ..interpolants.linear import Interpolant, Trigonometric
-from ..nn.velocity import StateFunction, check_velocity, evaluate, field, rows_at_once, size_of
+from ..nn.velocity import (
+    StateFunction,
+    check_velocity,
+    evaluate,
+    field,
+    rows_at_once,
+    size_of,
+)
 from ..solvers.divergence import Divergence
-from ..solvers.ode import Solver, is_alone, through_nodes
+from ..solvers.ode import FixedGrid, Solver, only_x_needs_grad, through_nodes
 from .whitening import DenseWhitening, Whitening
 
 __all__ = ["Flow", "Path"]
@@ -100,6 +108,15 @@ class Flow(nn.Module):
         """The centre in data space, shape ``(D,)``; its type and device are the flow's."""
         return self.whitening.loc
 
+    @property
+    def context_dim(self) -> int | None:
+        """C, the size of a context; None where the velocity does not say."""
+        return size_of(self.velocity, "context_dim")
+
+    def check_path(self) -> None:
+        """Raise a ValueError unless the interpolant joins base and data of this size."""
+        self.interpolant.check_ends(self.event_dim)
+
     def integrate(self, white: Tensor, path: Path, *, forward: bool) -> Tensor:
         """Return the whitened states at the nodes, ascending in time, shape ``(N + 1, *, D)``.
 
@@ -118,10 +135,12 @@ class Flow(nn.Module):
                 return path.solver.solve(velocity_at, white, times)
             return path.solver.solve(velocity_at, white, times.flip(0)).flip(0)
 
-        adjoint = getattr(path.solver, "adjoint", False)
-        if not (adjoint and is_alone(white, (path.context, *self.parameters()))):
+        solver = path.solver
+        if not isinstance(solver, FixedGrid) or not solver.adjoint:
             return solve(white)
-        q = path.end * path.solver.matrix()  # type: ignore[attr-defined]
+        if not only_x_needs_grad(white, (path.context, *self.parameters())):
+            return solve(white)
+        q = path.end * solver.matrix()
         q = (q if forward else q - q[-1]).to(white)
         at = times.to(white).reshape(-1, *[1] * (white.dim() - 1))
         rate = partial(evaluate, self.velocity, at, context=path.context)
@@ -143,12 +162,11 @@ class Flow(nn.Module):
             return self.whitening.log_det + torch.tensordot(weights, together, dims=1)
         # In pieces that stay in the processor's cache.
         size = rows_at_once(self.velocity)
-        rows, context = _flat(states[0], path.context)
         totals = []
-        for part, own in _pieces(states.reshape(len(times), *rows.shape), context, size):
+        for part, own_path in _pieces(states, path, size):
             nodes = max(1, size // part.shape[1])
             total = self.whitening.log_det
-            rates = self._rates(times, nodes, path._replace(context=own))
+            rates = self._rates(times, nodes, own_path)
             for s, rate, w in zip(part.split(nodes), rates, weights.split(nodes), strict=True):
                 total = total + torch.tensordot(w, rate(s), dims=1)
             totals.append(total)
@@ -179,13 +197,11 @@ class Flow(nn.Module):
         if whole or is_tracing():
             return self.integrate(white, path, forward=forward), None
         keep = rows * row_bytes <= _KEPT_BYTES
-        flat, context = _flat(white, path.context)
         states, log_dets = [], []
-        for part, own in _pieces(flat[None], context, at_once):
-            piece = path._replace(context=own)
-            chunk = self.integrate(part[0], piece, forward=forward)
+        for part, own_path in _pieces(white[None], path, at_once):
+            chunk = self.integrate(part[0], own_path, forward=forward)
             if density and not keep:
-                log_dets.append(self.log_det(chunk, piece))
+                log_dets.append(self.log_det(chunk, own_path))
             states.append(chunk if keep else chunk[[0, -1]])
         joined = torch.cat(states, dim=1).reshape(-1, *white.shape)
         return joined, torch.cat(log_dets).reshape(white.shape[:-1]) if log_dets else None
@@ -211,17 +227,12 @@ class Flow(nn.Module):
         return torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources)
 
 
-def _flat(rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return rows, shape ``(R, D)``, and their contexts, ``(R, C)`` where they have their own."""
-    if context is not None and context.dim() > 1:
-        context = context.expand(rows.shape[:-1] + context.shape[-1:]).flatten(0, -2)
-    return rows.reshape(-1, rows.shape[-1]), context
-
-
-def _pieces(
-    states: Tensor, context: Tensor | None, size: int
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield states of shape ``(T, <= size, D)`` and the contexts of their rows."""
-    for i, part in enumerate(states.split(size, dim=1)):
-        own = context is not None and context.dim() > 1
-        yield part, context[i * size : (i + 1) * size] if own else context  # type: ignore[index]
+def _pieces(states: Tensor, path: Path, size: int) -> Iterator[tuple[Tensor, Path]]:
+    """Yield states ``(T, *, D)`` as ``(T, <= size, D)``, and the path of each piece's rows."""
+    contexts: Iterable[Tensor | None] = repeat(path.context)
+    if path.context is not None and path.context.dim() > 1:  # rows have their own
+        every_row = path.context.expand(*states.shape[1:-1], -1)
+        contexts = every_row.flatten(0, -2).split(size)
+    rows = states.reshape(len(states), -1, states.shape[-1])
+    for part, context in zip(rows.split(size, dim=1), contexts, strict=False):
+        yield part, path._replace(context=context)

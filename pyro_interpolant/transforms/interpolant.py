@@ -1,6 +1,5 @@
 r"""The flow as a Pyro transform: base in, data out, log-determinant on demand."""
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,10 +11,9 @@ from torch.distributions import constraints
 
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
-from ..nn.velocity import size_of
 from ..solvers.divergence import Divergence, ExactDivergence
 from ..solvers.ode import FixedGrid, Solver
-from .cache import Entry, IdentityCache
+from .cache import CachedTransform, Entry
 from .flow import Flow, Path
 from .whitening import Whitening
 
@@ -27,7 +25,7 @@ __all__ = [
 ]
 
 
-class _FlowHolder:
+class _FlowHolder(nn.Module):
     """A flow with two choices, plain attributes whose change the cache notices.
 
     Attributes:
@@ -40,6 +38,31 @@ class _FlowHolder:
     solver: Solver
     divergence: Divergence
 
+    domain: constraints.Constraint = constraints.real_vector
+    codomain: constraints.Constraint = constraints.real_vector
+    bijective = True
+
+    def __init__(
+        self,
+        velocity: nn.Module,
+        event_dim: int | None = None,
+        *,
+        interpolant: Interpolant | None = None,
+        solver: Solver | None = None,
+        divergence: Divergence | None = None,
+        whitening: Whitening | None = None,
+    ) -> None:
+        flow = Flow(velocity, event_dim, interpolant=interpolant, whitening=whitening)
+        self._choose(
+            FixedGrid() if solver is None else solver,
+            ExactDivergence() if divergence is None else divergence,
+        )
+        self.flow = flow
+
+    def _choose(self, solver: Solver, divergence: Divergence) -> None:
+        super().__init__()
+        self.solver, self.divergence = solver, divergence
+
     @property
     def velocity(self) -> nn.Module:
         """The network."""
@@ -50,8 +73,12 @@ class _FlowHolder:
         """The path the velocity is trained for."""
         return self.flow.interpolant
 
+    def owns_flow(self) -> bool:
+        """Return whether the weights are this transform's, and not of what gave it as a view."""
+        return "flow" in self._modules
 
-class InterpolantTransform(_FlowHolder, TransformModule):
+
+class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
     r"""Map the base to the data along the velocity of a stochastic interpolant.
 
     Input: ``w_0``, a draw of :math:`N(0, I_D)` (or, whitened, of another base). Output: data.
@@ -81,60 +108,22 @@ class InterpolantTransform(_FlowHolder, TransformModule):
         torch.Size([10])
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-    context: Tensor | None
-    end: float
-    _cache: IdentityCache
-    _last: tuple[weakref.ref[Tensor], weakref.ref[Tensor], bool] | None
+    # Plain attributes: the context of a view is no buffer of its own.
+    context: Tensor | None = None
+    end: float = 1.0
 
-    def __init__(
-        self,
-        velocity: nn.Module,
-        event_dim: int | None = None,
-        *,
-        interpolant: Interpolant | None = None,
-        solver: Solver | None = None,
-        divergence: Divergence | None = None,
-        whitening: Whitening | None = None,
-    ) -> None:
-        flow = Flow(velocity, event_dim, interpolant=interpolant, whitening=whitening)
-        self._set_up(
-            FixedGrid() if solver is None else solver,
-            ExactDivergence() if divergence is None else divergence,
-        )
-        self.flow = flow
-
-    def _set_up(
-        self,
-        solver: Solver,
-        divergence: Divergence,
-        context: Tensor | None = None,
-        end: float = 1.0,
-    ) -> None:
-        super().__init__(cache_size=0)  # torch's cache does not see weights move; ours is below
-        self.solver, self.divergence = solver, divergence
-        # A plain attribute: the context of a view is no buffer of its own.
-        self.__dict__.update(context=context, end=end, _cache=IdentityCache(), _last=None)
+    __repr__ = nn.Module.__repr__
 
     @classmethod
     def _view(
-        cls,
-        owner: "InterpolantTransform | ConditionalInterpolantTransform",
-        context: Tensor | None,
-        end: float = 1.0,
+        cls, owner: _FlowHolder, context: Tensor | None, end: float = 1.0
     ) -> "InterpolantTransform":
         """Return a transform with the owner's flow and choices that registers no weights."""
         view = cls.__new__(cls)
-        view._set_up(owner.solver, owner.divergence, context, end)
-        view.__dict__["flow"] = owner.flow
+        view._choose(owner.solver, owner.divergence)
+        view.__dict__.update(flow=owner.flow, context=context, end=end)
         view.training = owner.flow.training
         return view
-
-    def owns_flow(self) -> bool:
-        """Return whether the weights are this transform's, and not of what gave it as a view."""
-        return "flow" not in self.__dict__
 
     def at(self, t: float) -> "InterpolantTransform":
         """Return the transform that stops at time t: from the base to the density at t.
@@ -151,15 +140,6 @@ class InterpolantTransform(_FlowHolder, TransformModule):
         if not 0.0 <= t <= 1.0:
             raise ValueError(f"expected a time t in [0, 1], got {t}")
         return self._view(self, self.context, t)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the data ``y``, shape ``(*, D)``, of the base draws ``x``, shape ``(*, D)``."""
-        entry = self._find(x=x)
-        return self._solve_from_base(x).y if entry is None else entry.y
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        entry = self._find(y=y)
-        return self._solve_from_data(y).x if entry is None else entry.x
 
     def _call(self, x: Tensor) -> Tensor:
         states = self.flow.integrate(self._checked(x), self._path(), forward=True)
@@ -180,10 +160,10 @@ class InterpolantTransform(_FlowHolder, TransformModule):
         """
         entry = self._find(x=x, y=y)
         if entry is None or (entry.states is None and entry.log_det is None):
-            if self._came_from_base(x, y):
-                entry = self._solve_from_base(x, density=True)
+            if self._is_input_given(x, y):
+                entry = self._entry_from_input(x, density=True)
             else:
-                entry = self._solve_from_data(y)
+                entry = self._entry_from_output(y)
         if entry.log_det is not None:
             return entry.log_det
         states = entry.states
@@ -203,28 +183,12 @@ class InterpolantTransform(_FlowHolder, TransformModule):
         """Return the shape of the input: the output's, broadcast with the context's batch."""
         return self.forward_shape(shape)
 
-    def with_cache(self, cache_size: int = 1) -> "InterpolantTransform":
-        """Return self: the cache is always there and checks itself."""
-        return self
-
-    def clear_cache(self) -> None:
-        """Forget all solved trajectories."""
-        self._cache.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copies and pickles: without cached graphs or inverses."""
-        return {**self.__dict__, "_cache": IdentityCache(), "_last": None, "_inv": None}
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
         super()._apply(fn, recurse)
         if not self.owns_flow():
             self.flow._apply(fn, recurse)
         self.__dict__["context"] = None if self.context is None else fn(self.context)
         return self
-
-    def __repr__(self) -> str:
-        """Name the parts."""
-        return nn.Module.__repr__(self)
 
     def _path(self) -> Path:
         return Path(self.context, self.end, self.solver, self.divergence)
@@ -236,28 +200,26 @@ class InterpolantTransform(_FlowHolder, TransformModule):
         context = [] if self.context is None else [self.context]
         return [*self.flow.parameters(), *self.flow.buffers(), *context]
 
-    def _solve_from_base(self, x: Tensor, *, density: bool = False) -> Entry:
+    def _entry_from_input(self, x: Tensor, *, density: bool = False) -> Entry:
         states, log_det = self.flow.trajectory(
             self._checked(x), self._path(), forward=True, density=density
         )
         return self._keep(Entry(x, self.flow.whitening.from_white(states[-1]), states, log_det))
 
-    def _solve_from_data(self, y: Tensor) -> Entry:
+    def _entry_from_output(self, y: Tensor) -> Entry:
         white = self.flow.whitening.to_white(self._checked(y))
         # An inverse is nearly always followed by its log-determinant.
         states, log_det = self.flow.trajectory(white, self._path(), forward=False, density=True)
         return self._keep(Entry(states[0], y, states, log_det, forward=False))
 
-    def _came_from_base(self, x: Tensor, y: Tensor) -> bool:
-        """Tell which end to solve a pair from: the same as last time, or the one with no past."""
-        if self._last is not None and self._last[0]() is x and self._last[1]() is y:
-            return self._last[2]
+    def _is_input_given(self, x: Tensor, y: Tensor) -> bool:
+        """Return which end to solve a pair from: as the last time, else from one with no past."""
+        as_before = self._cache.last_solved_forward(x, y)
+        if as_before is not None:
+            return as_before
         return x.grad_fn is None and (x.requires_grad or not y.requires_grad)
 
     def _keep(self, entry: Entry) -> Entry:
-        # For pairs the cache cannot hold: inside torch.func, or once their graph is freed.
-        last = weakref.ref(entry.x), weakref.ref(entry.y), entry.forward
-        self.__dict__["_last"] = last
         if entry.states is not None and len(entry.states) < len(self._path().times()[0]):
             entry.states = None  # reduced to its ends
         self._cache.store(entry, self._sources(), self._path()[1:])
@@ -295,29 +257,6 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
         torch.Size([10, 2])
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
-    def __init__(
-        self,
-        velocity: nn.Module,
-        event_dim: int | None = None,
-        *,
-        interpolant: Interpolant | None = None,
-        solver: Solver | None = None,
-        divergence: Divergence | None = None,
-        whitening: Whitening | None = None,
-    ) -> None:
-        super().__init__()
-        self.flow = Flow(velocity, event_dim, interpolant=interpolant, whitening=whitening)
-        self.solver = FixedGrid() if solver is None else solver
-        self.divergence = ExactDivergence() if divergence is None else divergence
-
-    def owns_flow(self) -> bool:
-        """Return True: the weights are this transform's."""
-        return True
-
     def condition(self, context: Tensor) -> InterpolantTransform:
         """Return the transform given a context; it shares the weights and owns none.
 
@@ -328,7 +267,7 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
         Raises:
             ValueError: If the last dimension is not the velocity's ``context_dim``.
         """
-        expected = size_of(self.velocity, "context_dim")
+        expected = self.flow.context_dim
         if context.dim() < 1 or expected not in (None, context.shape[-1]):
             raise ValueError(
                 f"expected a context of shape (*, {expected}), got {tuple(context.shape)}"

@@ -1,8 +1,9 @@
-r"""Whitening: the affine map :math:`y = \mathrm{loc} + L w` between whitened and data space.
+r"""Whitening: the affine map :math:`y = \mathrm{loc} + L w` between whitened and data coordinates.
 
-The velocity moves w, whose covariance is near to one; everything a user sees is y. The map has
-three members, by what L is: a matrix, one scale per coordinate, or one scale for all. Whitened
-vectors are carried along by L, and gradients with respect to w back by its transposed inverse.
+The velocity moves w, whose covariance is near to one; everything a user sees is y. There are three
+members, by what L is: a matrix, one scale per coordinate, or one scale for all. Displacements and
+rates of w are multiplied by L to be those of y, and gradients with respect to w by
+:math:`L^{-T}`.
 """
 
 from abc import ABC, abstractmethod
@@ -18,48 +19,84 @@ class Whitening(nn.Module, ABC):
 
     Attributes:
         loc: The centre, shape ``(D,)``.
+        linear: L, in the shape that the member stores.
         log_det: :math:`\log |\det L|`, shape ``()``.
     """
 
     loc: Tensor
+    linear: Tensor
     log_det: Tensor
 
     def __init__(self, event_dim: int) -> None:
         super().__init__()
         self.register_buffer("loc", torch.zeros(event_dim))
         self.register_buffer("log_det", torch.zeros(()))
+        self.register_buffer("linear", self._identity())
 
     @abstractmethod
-    def set(self, loc: Tensor, linear: Tensor) -> None:
-        """Set the map.
+    def _identity(self) -> Tensor:
+        """Return the L of the identity, in the shape and type that the member stores."""
 
-        Args:
-            loc: The centre, shape ``(D,)``.
-            linear: L, of the shape that the member stores.
+    @abstractmethod
+    def _log_abs_det(self, linear: Tensor) -> Tensor:
+        r"""Return :math:`\log |\det L|`, shape ``()``."""
 
-        Raises:
-            ValueError: If a shape is wrong, or L is not invertible or not finite.
-        """
+    @abstractmethod
+    def set_diagonal(self, loc: Tensor, scale: Tensor) -> None:
+        """Set the map from a centre and one scale per column, each of shape ``(D,)``."""
 
     @abstractmethod
     def push(self, u: Tensor) -> Tensor:
-        """Return ``L u``: a whitened displacement or rate, shape ``(*, D)``, in data space."""
+        """Return ``L u``: the displacement or rate in data coordinates, shape ``(*, D)``.
+
+        Args:
+            u: That in whitened coordinates, shape ``(*, D)``.
+        """
 
     @abstractmethod
     def unpush(self, u: Tensor) -> Tensor:
-        r"""Return :math:`L^{-1} u`, shape ``(*, D)``, of a displacement in data space."""
+        r"""Return :math:`L^{-1} u`: the inverse of :meth:`push`, shape ``(*, D)``."""
 
     @abstractmethod
     def pull(self, gradient: Tensor) -> Tensor:
-        r"""Return :math:`L^{-T} g`: a gradient with respect to w, ``(*, D)``, that to y."""
+        r"""Return :math:`L^{-T} g`: the gradient with respect to y, shape ``(*, D)``.
+
+        Args:
+            gradient: That with respect to w, shape ``(*, D)``.
+        """
 
     @abstractmethod
     def matrix(self) -> Tensor:
         """Return L as a matrix, shape ``(D, D)``."""
 
-    @abstractmethod
+    @torch.no_grad()
+    def set(self, loc: Tensor, linear: Tensor) -> None:
+        """Set the map.
+
+        Args:
+            loc: The centre, shape ``(D,)``.
+            linear: L, of the shape that the member stores: ``(D, D)``, ``(D,)`` or ``()``.
+
+        Raises:
+            ValueError: If a shape is wrong, or L is not invertible or not finite.
+        """
+        if loc.shape != self.loc.shape or linear.shape != self.linear.shape:
+            raise ValueError(
+                f"expected loc of shape {tuple(self.loc.shape)} and linear of shape "
+                f"{tuple(self.linear.shape)}, got {tuple(loc.shape)} and {tuple(linear.shape)}"
+            )
+        log_det = self._log_abs_det(linear.double())
+        if not bool(torch.isfinite(linear).all() & torch.isfinite(log_det)):
+            raise ValueError(
+                "expected an invertible linear map, got one that is singular or not finite"
+            )
+        self.loc.copy_(loc)
+        self.linear.copy_(linear)
+        self.log_det.copy_(log_det)
+
     def is_identity(self) -> bool:
         """Return whether L is the identity."""
+        return torch.equal(self.linear, self._identity().to(self.linear))
 
     def to_white(self, y: Tensor) -> Tensor:
         """Return whitened coordinates of data coordinates, each of shape ``(*, D)``."""
@@ -76,29 +113,30 @@ class Whitening(nn.Module, ABC):
         """
         return self.unpush(y.double() - self.loc.double()).to(self.loc)
 
-    def _checked(self, loc: Tensor, linear: Tensor, shape: tuple[int, ...]) -> None:
-        if loc.shape != self.loc.shape or linear.shape != shape:
-            raise ValueError(
-                f"expected loc of shape {tuple(self.loc.shape)} and linear of shape {shape}, got "
-                f"{tuple(loc.shape)} and {tuple(linear.shape)}"
-            )
-
 
 class DenseWhitening(Whitening):
-    """L is a matrix: columns are centred, scaled and decorrelated. For up to some hundred of them.
+    """L is a matrix: columns are centred, scaled and decorrelated. For D up to some hundred.
 
     Args:
         event_dim: D.
+
+    Attributes:
+        inverse: The inverse of L, shape ``(D, D)``.
     """
 
-    linear: Tensor
     inverse: Tensor
 
     def __init__(self, event_dim: int) -> None:
         super().__init__(event_dim)
-        self.register_buffer("linear", torch.eye(event_dim))
-        self.register_buffer("inverse", torch.eye(event_dim))
+        self.register_buffer("inverse", self._identity())
 
+    def _identity(self) -> Tensor:
+        return torch.eye(len(self.loc))
+
+    def _log_abs_det(self, linear: Tensor) -> Tensor:
+        return torch.linalg.slogdet(linear).logabsdet
+
+    @torch.no_grad()
     def set(self, loc: Tensor, linear: Tensor, inverse: Tensor | None = None) -> None:
         """Set the map from a centre, shape ``(D,)``, and L, shape ``(D, D)``.
 
@@ -110,16 +148,12 @@ class DenseWhitening(Whitening):
         Raises:
             ValueError: If a shape is wrong, or L is not invertible or not finite.
         """
-        self._checked(loc, linear, tuple(self.linear.shape))
-        if inverse is None:
-            inverse, info = torch.linalg.inv_ex(linear.double())
-            if info.item() or not bool(torch.isfinite(inverse).all()):
-                raise ValueError("expected an invertible linear map, got a singular one")
-        with torch.no_grad():
-            self.loc.copy_(loc)
-            self.linear.copy_(linear)
-            self.inverse.copy_(inverse)
-            self.log_det.copy_(torch.linalg.slogdet(linear.double()).logabsdet)
+        super().set(loc, linear)
+        self.inverse.copy_(torch.linalg.inv(linear.double()) if inverse is None else inverse)
+
+    def set_diagonal(self, loc: Tensor, scale: Tensor) -> None:
+        """Set the map from a centre and one scale per column, each of shape ``(D,)``."""
+        self.set(loc, scale.diag(), scale.reciprocal().diag())
 
     def push(self, u: Tensor) -> Tensor:
         """Return ``L u``, shape ``(*, D)``."""
@@ -137,10 +171,6 @@ class DenseWhitening(Whitening):
         """Return L, shape ``(D, D)``."""
         return self.linear
 
-    def is_identity(self) -> bool:
-        """Return whether L is the identity."""
-        return torch.equal(self.linear, torch.eye(len(self.linear)).to(self.linear))
-
 
 class DiagonalWhitening(Whitening):
     """L is diagonal: columns are centred and scaled one by one, in memory of order D.
@@ -149,48 +179,31 @@ class DiagonalWhitening(Whitening):
         event_dim: D.
     """
 
-    scale: Tensor
+    def _identity(self) -> Tensor:
+        return torch.ones(len(self.loc))
 
-    def __init__(self, event_dim: int) -> None:
-        super().__init__(event_dim)
-        self.register_buffer("scale", torch.ones(self._scale_shape()))
+    def _log_abs_det(self, linear: Tensor) -> Tensor:
+        return linear.abs().log().expand_as(self.loc).sum()
 
-    def _scale_shape(self) -> tuple[int, ...]:
-        return tuple(self.loc.shape)
-
-    def set(self, loc: Tensor, linear: Tensor) -> None:
-        """Set the map from a centre, shape ``(D,)``, and scales, shape ``(D,)``.
-
-        Raises:
-            ValueError: If a shape is wrong, or a scale is zero or not finite.
-        """
-        self._checked(loc, linear, self._scale_shape())
-        if not bool((torch.isfinite(linear) & (linear != 0)).all()):
-            raise ValueError("expected an invertible linear map, got scales of zero or not finite")
-        with torch.no_grad():
-            self.loc.copy_(loc)
-            self.scale.copy_(linear)
-            self.log_det.copy_(linear.double().abs().log().expand_as(self.loc).sum())
+    def set_diagonal(self, loc: Tensor, scale: Tensor) -> None:
+        """Set the map from a centre and one scale per column, each of shape ``(D,)``."""
+        self.set(loc, scale)
 
     def push(self, u: Tensor) -> Tensor:
         """Return ``L u``, shape ``(*, D)``."""
-        return u * self.scale
+        return u * self.linear
 
     def unpush(self, u: Tensor) -> Tensor:
         r"""Return :math:`L^{-1} u`, shape ``(*, D)``."""
-        return u / self.scale.to(u.dtype)
+        return u / self.linear.to(u.dtype)
 
     def pull(self, gradient: Tensor) -> Tensor:
         r"""Return :math:`L^{-T} g`, shape ``(*, D)``."""
-        return gradient / self.scale
+        return gradient / self.linear
 
     def matrix(self) -> Tensor:
         """Return L as a matrix, shape ``(D, D)``."""
-        return self.scale.expand_as(self.loc).diag()
-
-    def is_identity(self) -> bool:
-        """Return whether L is the identity."""
-        return bool((self.scale == 1).all())
+        return self.linear.expand_as(self.loc).diag()
 
 
 class ScalarWhitening(DiagonalWhitening):
@@ -200,13 +213,9 @@ class ScalarWhitening(DiagonalWhitening):
         event_dim: D.
     """
 
-    def _scale_shape(self) -> tuple[int, ...]:
-        return ()
+    def _identity(self) -> Tensor:
+        return torch.ones(())
 
-    def set(self, loc: Tensor, linear: Tensor) -> None:
-        """Set the map from a centre, shape ``(D,)``, and a scale, shape ``()``.
-
-        Raises:
-            ValueError: If a shape is wrong, or the scale is zero or not finite.
-        """
-        super().set(loc, linear)
+    def set_diagonal(self, loc: Tensor, scale: Tensor) -> None:
+        """Set the map from a centre and the root mean square of scales, each of shape ``(D,)``."""
+        self.set(loc, scale.square().mean().sqrt())

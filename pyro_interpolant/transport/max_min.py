@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -16,9 +17,9 @@ from ..distributions.interpolant import (
 )
 from ..interpolants.couplings import independent
 from ..interpolants.learned import LearnedInterpolant
-from ..training.data import Table, TableBatches, trainable_flow
+from ..training.data import Table, TableBatches
 from ..training.distributed import Process
-from ..training.fitting import FitResult, fit, starting_base
+from ..training.fitting import FitResult, fit, start_from, trainable_flow
 from ..training.objective import Coupling, Objective
 from ..training.optimization import Descent
 from ..training.rows import Rows, subsample
@@ -48,8 +49,8 @@ def learn_interpolant(
     distribution: AnyDistribution,
     data: Any,
     *,
-    context: Any = None,
-    base_samples: Any = None,
+    context: ArrayLike | None = None,
+    base_samples: ArrayLike | None = None,
     coupling: Coupling = independent,
     alternations: int = 1000,
     velocity_steps: int = 2,
@@ -106,10 +107,9 @@ def learn_interpolant(
             f"expected a flow with a LearnedInterpolant, got {type(interpolant).__name__}: "
             "InterpolantTransform(velocity, interpolant=LearnedInterpolant(...))"
         )
-    interpolant.check_ends(flow.event_dim)
     source = Table(distribution, data, None, context=context)
     split = source.split(Process(), batch_size)
-    starting_base(distribution, base_samples, split.kept, split.held)
+    start_from(distribution, base_samples, split)
     with seeded(seed):
         set_whitening(distribution, split.kept)
         push = flow.whitening.push

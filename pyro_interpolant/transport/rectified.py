@@ -14,8 +14,7 @@ from ..distributions.interpolant import (
 )
 from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
-from ..training.data import trainable_flow
-from ..training.fitting import FitResult, fit
+from ..training.fitting import FitResult, fit, trainable_flow
 
 __all__ = ["PathReport", "ReflowResult", "reflow"]
 

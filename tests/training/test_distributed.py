@@ -114,7 +114,10 @@ def test_one_process_needs_no_fabric():
 def test_a_seed_is_made_up_once_for_all():
     names = ("setup", "backward", "all_reduce", "barrier")
     fabric = SimpleNamespace(
-        **dict.fromkeys(names), global_rank=1, world_size=2, broadcast=lambda value: 17
+        **dict.fromkeys((*names, "device")),
+        global_rank=1,
+        world_size=2,
+        broadcast=lambda value: 17,
     )
     assert Process(fabric).seed(None) == 17
     assert Process(fabric).seed(3) == 3

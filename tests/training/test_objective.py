@@ -63,7 +63,9 @@ def test_points_of_several_draws_are_those_of_each(name, context_dim, target):
     torch.manual_seed(1)
     draws = [objective._pairs(part, base, objective.process) for part in rows]
     for draw, points in zip(draws, together, strict=True):
-        alone = path_points(PATHS[name], *draw, target=target)
+        *pairs, context, z = draw
+        alone = path_points(PATHS[name], *pairs, z, target=target)
+        alone = tuple(part._replace(context=context) for part in alone)
         expected = regression_loss(objective.network, alone).mean()
         torch.testing.assert_close(objective.loss(points), expected)
 
@@ -77,7 +79,8 @@ def test_regression_loss_of_a_users_own_velocity_and_context():
     t, w0, w1 = torch.rand(4, 1), torch.randn(4, 3, 2), torch.randn(4, 3, 2)
     context = torch.randn(3, 2)
     interpolant = INTERPOLANTS["linear"]
-    value = regression_loss(Own(), path_points(interpolant, t, w0, w1, context))
+    (points,) = path_points(interpolant, t, w0, w1)
+    value = regression_loss(Own(), (points._replace(context=context),))
     expected = by_hand(Own(), interpolant, t, w0, w1, context.expand(4, 3, 2))
     torch.testing.assert_close(value, expected)
 

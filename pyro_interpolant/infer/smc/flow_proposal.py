@@ -24,7 +24,6 @@ _ERROR_ROWS = 64  # on which it is measured
 _INDEPENDENT_SHARE = 0.6  # of the particles, which jump to independent draws
 _JUMP_DECADES = 1.3  # how far below 1 the size s of the other jumps goes
 _RECOMPUTED_SHARE = 0.01  # of the draws, whose densities are computed at doubled steps
-_ROWS_PER_DRAW = 2000  # drawn at once
 
 
 class Jump(NamedTuple):
@@ -65,16 +64,13 @@ def flow_proposal_step(
         normalizing flows*, PNAS 119, 2022, arXiv 2105.12603.
     """
     transform, x = distribution.transform, particles.x
-    z = transform.inv(x)
-    log_q = _standard_normal_log_prob(z) - transform.log_abs_det_jacobian(z, x)
+    log_q, z = distribution.log_prob(x), transform.inv(x)
     whole = torch.rand(len(x), 1).to(x) < _INDEPENDENT_SHARE
     whole[0] = True
     size = torch.where(whole, 1.0, 10.0 ** (-_JUMP_DECADES * torch.rand(len(x), 1).to(x)))
-    new_z = (1 - size**2).sqrt() * z + size * torch.randn_like(z)
-    new_x = transform(new_z)
-    new_q = _standard_normal_log_prob(new_z) - transform.log_abs_det_jacobian(new_z, new_x)
-    new = Particles.at(new_x, density.with_gradient)
-    log_weights = _minus_inf_unless_finite(new.log_p - new_q)
+    new_x = transform((1 - size**2).sqrt() * z + size * torch.randn_like(z))
+    new = density.particles(new_x)
+    log_weights = _minus_inf_unless_finite(new.log_p - distribution.log_prob(new_x))
     ratio = log_weights - (particles.log_p - log_q)
     accepted = torch.rand(len(x)).to(ratio).log() < ratio
     gap = float((particles.log_p - log_q).double().mean())
@@ -121,21 +117,12 @@ def importance_weights(
         density: The target.
         count: The number of draws.
     """
-    parts = []
-    for size in torch.arange(count).split(_ROWS_PER_DRAW):
-        x, log_q = distribution.rsample_and_log_prob((len(size),))
-        parts.append((x, log_q, density(x)))
-    x, log_q, log_p = (torch.cat(part) for part in zip(*parts, strict=True))
-    log_q, _ = recompute_largest(
-        distribution, x, log_p, log_q, max(1, int(_RECOMPUTED_SHARE * count))
-    )
+    x, log_q = distribution.rsample_and_log_prob((count,))
+    log_p, largest = density(x), max(1, int(_RECOMPUTED_SHARE * count))
+    log_q, _ = recompute_largest(distribution, x, log_p, log_q, largest)
     return _minus_inf_unless_finite(log_p - log_q)
 
 
 def _minus_inf_unless_finite(log_weights: Tensor) -> Tensor:
     """Return log weights, shape ``(N,)``, with ``-inf`` for NaN and infinities."""
     return log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
-
-
-def _standard_normal_log_prob(z: Tensor) -> Tensor:
-    return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)

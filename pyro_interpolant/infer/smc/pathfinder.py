@@ -68,23 +68,12 @@ class StudentTMixture(NamedTuple):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the log-density, shape ``(N,)``, of rows of shape ``(N, D)``."""
-        return self._parts(x)[0]
-
-    def with_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log-density, shape ``(N,)``, and its gradient, shape ``(N, D)``."""
-        value, each, z, square = self._parts(x)
-        pull = -(_DF + x.shape[1]) / (_DF + square) * each.softmax(-1)
-        return value, torch.einsum("nk,nki,kij->nj", pull, z, self.inverse)
-
-    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dim = x.shape[1]
         z = torch.einsum("kij,nkj->nki", self.inverse, x[:, None] - self.loc)
-        square = z.square().sum(-1)
         constant = math.lgamma((_DF + dim) / 2) - math.lgamma(_DF / 2)
         constant -= 0.5 * dim * math.log(math.pi * _DF)
-        each = constant + self.log_det - 0.5 * (_DF + dim) * torch.log1p(square / _DF)
-        each = each + self.log_share
-        return each.logsumexp(-1), each, z, square
+        each = self.log_det - 0.5 * (_DF + dim) * torch.log1p(z.square().sum(-1) / _DF)
+        return (constant + each + self.log_share).logsumexp(-1)
 
 
 def initial_mixture(start: Tensor | Distribution | None, like: Tensor) -> StudentTMixture:
@@ -99,36 +88,32 @@ def initial_mixture(start: Tensor | Distribution | None, like: Tensor) -> Studen
         TypeError: If it is none of these.
         ValueError: If it is of another shape, or not finite, or its rows do not vary.
     """
-    dim, centre = len(like), torch.zeros_like(like)
-    root = _START_SCALE * torch.eye(dim).to(like)
+    dim, root = len(like), _START_SCALE * torch.eye(len(like))
+    if start is None:
+        start = torch.zeros_like(like)
     if isinstance(start, Distribution):
-        if tuple(start.event_shape) != (dim,) or tuple(start.batch_shape):
+        if start.event_shape != (dim,) or start.batch_shape:
             raise ValueError(
                 f"expected a start of event shape ({dim},) and no batch, got "
                 f"{tuple(start.event_shape)} and {tuple(start.batch_shape)}"
             )
         start = start.sample((_START_ROWS,))
-    elif not (start is None or isinstance(start, Tensor)):
+    if not isinstance(start, Tensor):
         raise TypeError(
             f"expected start to be a tensor or a distribution, got {type(start).__name__}"
         )
-    if start is None:
-        return StudentTMixture.of(torch.ones_like(like[:1]), centre[None], root[None])
-    if tuple(start.shape) != (dim,) and (start.dim() != 2 or start.shape[1] != dim):
+    if start.dim() not in (1, 2) or start.shape[-1] != dim:
         raise ValueError(
             f"expected a start of shape (M, {dim}) or ({dim},), got {tuple(start.shape)}"
         )
     if not bool(torch.isfinite(start).all()):
         raise ValueError("expected a finite start, got NaN or infinite values")
-    if start.dim() == 1:
-        centre = start.to(like)
-    else:
+    if start.dim() == 2:
         spread = start.double().std(0)
         if len(start) < 2 or not float(spread.min()) > 0:
             raise ValueError("expected rows of start that vary in every column: pass more")
-        centre = start.mean(0).to(like)
-        root = _INFLATION * torch.diag(spread).to(like)
-    return StudentTMixture.of(torch.ones_like(like[:1]), centre[None], root[None])
+        start, root = start.mean(0), _INFLATION * torch.diag(spread)
+    return StudentTMixture.of(like.new_ones(1), start.to(like)[None], root.to(like)[None])
 
 
 @torch.no_grad()
@@ -187,7 +172,8 @@ def _scouts(density: LogDensity, wide: StudentTMixture, seconds: float) -> Tenso
     affordable = seconds / (_GRADIENTS_PER_SCOUT * density.seconds)
     count, until = int(max(least, min(most, affordable))), time.monotonic() + seconds
     rows = []
-    for level in tempered_smc(wide, count, density, HMCKernel(), deadline=until):
+    draws, start = wide.sample(count), LogDensity(wide.log_prob)
+    for level in tempered_smc(draws, start, density, HMCKernel(), deadline=until):
         rows.append(level.particles.x)
         if time.monotonic() >= until:
             break
@@ -259,13 +245,10 @@ def _derivatives(density: LogDensity, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gradient_of_sum(value: Tensor, leaf: Tensor) -> Tensor:
     """Return the gradient of the sum of values, zero where none exists or can be computed."""
-    if not value.requires_grad:
-        return torch.zeros_like(leaf)
     try:
-        found = torch.autograd.grad(value.sum(), leaf, retain_graph=True, allow_unused=True)[0]
-    except (RuntimeError, NotImplementedError):  # an operation without second derivatives
-        found = None
-    return torch.zeros_like(leaf) if found is None else found
+        return torch.autograd.grad(value.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
+    except (RuntimeError, NotImplementedError):  # a constant, or without second derivatives
+        return torch.zeros_like(leaf)
 
 
 def _newton(gradient: Tensor, hessian: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,9 @@ r"""The clock of a run: how its time is shared out, and how its learning rate fa
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 
-__all__ = ["Budget", "RateSchedule"]
+__all__ = ["Budget", "RateSchedule", "clocked"]
 
 
 _RATE = 2e-3  # the learning rate, before it falls
@@ -46,7 +47,11 @@ class Budget:
 
     def share_of_rounds(self, count: int) -> float:
         """Return which share of the rounds, where their number is limited, ``count`` are."""
-        return 0.0 if self.rounds is None else count / self.rounds
+        return count / (self.rounds or math.inf)
+
+    def done(self, count: int = 0) -> float:
+        """Return which share of the run is done, after ``count`` rounds."""
+        return max(self.spent() / self.seconds, self.share_of_rounds(count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,3 +81,12 @@ class RateSchedule:
         trained = spent - self.first
         end = min(self.end, spent + _LANDING_SHARE * trained)
         return RateSchedule(self.first, end, trained / (end - self.first), landing=True)
+
+
+def clocked(seconds: float, fewest: int, most: int) -> Iterator[int]:
+    """Count from 0: to ``fewest`` at the least, then while there is time, up to ``most``."""
+    until = time.monotonic() + seconds
+    for i in range(most):
+        if i >= fewest and time.monotonic() > until:
+            return
+        yield i

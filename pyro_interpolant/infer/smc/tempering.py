@@ -7,7 +7,7 @@ them by Hamiltonian Monte Carlo that leaves the level's density as it is.
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,32 @@ _EFFECTIVE_SHARES = (0.5, 0.2, 0.05)  # from level to level: in time, late, very
 _MOVES_PER_LEVEL = 4  # half as many when late
 _MIN_EIGENVALUE = 1e-10  # of a correlation, below which it is noise
 
-Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]  # from rows to log densities and gradients
+
+class Particles(NamedTuple):
+    """Rows with their log-densities and gradients.
+
+    Attributes:
+        x: Rows, shape ``(N, D)``.
+        log_p: Log-densities, shape ``(N,)``.
+        gradient: Their gradients, shape ``(N, D)``.
+    """
+
+    x: Tensor
+    log_p: Tensor
+    gradient: Tensor
+
+    def take(self, index: Tensor) -> "Particles":
+        """Return the particles of an index, shape ``(B,)``."""
+        return Particles(*(part[index] for part in self))
+
+    def where(self, chosen: Tensor, other: "Particles") -> "Particles":
+        """Return these particles where ``chosen``, shape ``(N,)``, and the others elsewhere."""
+        rows = chosen[:, None]
+        return Particles(
+            torch.where(rows, self.x, other.x),
+            torch.where(chosen, self.log_p, other.log_p),
+            torch.where(rows, self.gradient, other.gradient),
+        )
 
 
 class LogDensity:
@@ -43,7 +68,7 @@ class LogDensity:
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
-        self.rows, self.seconds = 256, 0.0
+        self.rows, self.seconds = 1024, 0.0
 
     def check(self, x: Tensor) -> None:
         """Raise a ValueError unless the density is finite at some rows and differentiable.
@@ -77,7 +102,7 @@ class LogDensity:
         for rows in sorted({min(r, len(x)) for r in _BLOCKS}):
             few, self.rows = x[: 2 * rows], rows
             began = time.monotonic()
-            self.with_gradient(few)
+            self.particles(few)
             each = (time.monotonic() - began) / len(few)
             if each < 0.9 * best:
                 best, chosen = each, rows
@@ -89,8 +114,8 @@ class LogDensity:
         """Return the log density, shape ``(N,)``, of rows of shape ``(N, D)``, differentiable."""
         return torch.cat([self._value(part) for part in x.split(self.rows)])
 
-    def with_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log-density, shape ``(N,)``, and its gradient, shape ``(N, D)``."""
+    def particles(self, x: Tensor) -> Particles:
+        """Return rows, shape ``(N, D)``, with their log densities and gradients."""
         values, gradients = [], []
         for part in x.split(self.rows):
             with torch.enable_grad():
@@ -100,7 +125,7 @@ class LogDensity:
             finite = torch.isfinite(gradient).all(-1) & (value > -math.inf)
             values.append(value.detach())
             gradients.append(torch.where(finite[:, None], gradient, 0.0))
-        return torch.cat(values), torch.cat(gradients)
+        return Particles(x, torch.cat(values), torch.cat(gradients))
 
     def _value(self, x: Tensor) -> Tensor:
         value = self.function(x)
@@ -110,38 +135,6 @@ class LogDensity:
                 f"{tuple(x.shape)}, got {tuple(value.shape)}"
             )
         return torch.where(torch.isfinite(value), value, -math.inf)
-
-
-class Particles(NamedTuple):
-    """Rows with their log-densities and gradients.
-
-    Attributes:
-        x: Rows, shape ``(N, D)``.
-        log_p: Log-densities, shape ``(N,)``.
-        gradient: Their gradients, shape ``(N, D)``.
-    """
-
-    x: Tensor
-    log_p: Tensor
-    gradient: Tensor
-
-    @classmethod
-    def at(cls, x: Tensor, density: Evaluate) -> "Particles":
-        """Return particles at rows, shape ``(N, D)``."""
-        return cls(x, *density(x))
-
-    def take(self, index: Tensor) -> "Particles":
-        """Return the particles of an index, shape ``(B,)``."""
-        return Particles(*(part[index] for part in self))
-
-    def where(self, chosen: Tensor, other: "Particles") -> "Particles":
-        """Return these particles where ``chosen``, shape ``(N,)``, and the others elsewhere."""
-        return Particles(
-            *(
-                torch.where(chosen.reshape(-1, *(1,) * (a.dim() - 1)), a, b)
-                for a, b in zip(self, other, strict=True)
-            )
-        )
 
 
 class HMCKernel:
@@ -168,8 +161,15 @@ class HMCKernel:
         values, vectors = torch.linalg.eigh(correlation)
         self.root = (scale[:, None] * vectors * values.clamp_min(_MIN_EIGENVALUE).sqrt()).to(x)
 
-    def __call__(self, particles: Particles, density: Evaluate) -> tuple[Particles, float]:
-        """Move all particles once; return them and the mean acceptance of the longer steps."""
+    def __call__(
+        self, particles: Particles, density: Callable[[Tensor], Particles]
+    ) -> tuple[Particles, float]:
+        """Move all particles once; return them and the mean acceptance of the longer steps.
+
+        Args:
+            particles: Particles of the density, N of them.
+            density: From rows, shape ``(N, D)``, to particles there.
+        """
         root, count = self.root, len(particles.x)
         u = torch.rand(count, 1).to(particles.x)
         long = torch.rand(count, 1).to(u) < 0.5
@@ -180,7 +180,7 @@ class HMCKernel:
         new, p = particles, momentum
         for _ in range(int(torch.randint(1, self.leaps + 1, ()))):
             p = p + 0.5 * size * (new.gradient @ root)
-            new = Particles.at(new.x + size * (p @ root.T), density)
+            new = density(new.x + size * (p @ root.T))
             p = p + 0.5 * size * (new.gradient @ root)
         gain = new.log_p - 0.5 * p.square().sum(-1) - energy
         gain = torch.where(torch.isnan(gain), -math.inf, gain)
@@ -190,18 +190,6 @@ class HMCKernel:
         return new.where(accepted, particles), rate
 
 
-class Proposal(Protocol):
-    """A density that draws: where tempering starts."""
-
-    def sample(self, count: int) -> Tensor:
-        """Return draws, shape ``(count, D)``."""
-        ...
-
-    def with_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log density, shape ``(N,)``, and its gradient, shape ``(N, D)``."""
-        ...
-
-
 class Level(NamedTuple):
     r"""Particles of :math:`p^b q^{1 - b}`.
 
@@ -209,17 +197,15 @@ class Level(NamedTuple):
         exponent: b, from 0 at the start to 1 at the target.
         particles: N rows, with log p and its gradient.
         log_evidence: The log of :math:`\int p^b q^{1 - b}`, an estimate.
-        acceptance: The mean acceptance of the moves.
     """
 
     exponent: float
     particles: Particles
     log_evidence: float
-    acceptance: float
 
 
 def tempered_smc(
-    start: Proposal, count: int, density: LogDensity, kernel: HMCKernel, *, deadline: float
+    x: Tensor, q: LogDensity, p: LogDensity, kernel: HMCKernel, *, deadline: float
 ) -> Iterator[Level]:
     r"""Carry draws of q to p along :math:`p^b q^{1-b}`, b from 0 to 1, and yield each level.
 
@@ -227,9 +213,9 @@ def tempered_smc(
     and moved. The last level is p itself, unless p has no density at any particle.
 
     Args:
-        start: q, with its gradient.
-        count: The number of particles N.
-        density: :math:`\log p`.
+        x: Draws of q, shape ``(N, D)``.
+        q: :math:`\log q`.
+        p: :math:`\log p`.
         kernel: The moves.
         deadline: The time, by :func:`time.monotonic`, from which b rises faster, and, when as much
             again is spent, faster still.
@@ -238,35 +224,34 @@ def tempered_smc(
         Del Moral, Doucet & Jasra, *Sequential Monte Carlo samplers*, JRSS B 68, 2006.
     """
     b, evidence, began = 0.0, 0.0, time.monotonic()
-    x = start.sample(count)
-    p, q = Particles.at(x, density.with_gradient), Particles.at(x, start.with_gradient)
-    yield Level(b, p, evidence, 0.0)
+    of_p, of_q = p.particles(x), q.particles(x)
+    yield Level(b, of_p, evidence)
     while b < 1.0:
-        ratio = p.log_p - q.log_p
+        ratio = of_p.log_p - of_q.log_p
         if not bool(torch.isfinite(ratio).any()):
             return
         late = (time.monotonic() > deadline) + (time.monotonic() > 2 * deadline - began)
         new = _next_exponent(ratio, b, _EFFECTIVE_SHARES[late])
         weights = (new - b) * ratio
-        evidence += float(weights.double().logsumexp(0)) - math.log(count)
-        index, b = systematic_resampling(weights, count), new
-        p, q = p.take(index), q.take(index)
-        kernel.adapt_metric(p.x)
-        rates = []
+        evidence += float(weights.double().logsumexp(0)) - math.log(len(x))
+        index, b = systematic_resampling(weights, len(x)), new
+        of_p, of_q = of_p.take(index), of_q.take(index)
+        kernel.adapt_metric(of_p.x)
 
-        def joint(x: Tensor, b: float = b) -> tuple[Tensor, Tensor]:
-            p, q = density.with_gradient(x), start.with_gradient(x)
-            return b * p[0] + (1 - b) * q[0], b * p[1] + (1 - b) * q[1]
+        def between(x: Tensor, b: float = b) -> Particles:
+            return _geometric_mean(p.particles(x), q.particles(x), b)
 
-        state = Particles(
-            p.x, b * p.log_p + (1 - b) * q.log_p, b * p.gradient + (1 - b) * q.gradient
-        )
+        state = _geometric_mean(of_p, of_q, b)
         for _ in range(_MOVES_PER_LEVEL if not late else _MOVES_PER_LEVEL // 2):
-            state, rate = kernel(state, joint)
-            rates.append(rate)
-        x = state.x
-        p, q = Particles.at(x, density.with_gradient), Particles.at(x, start.with_gradient)
-        yield Level(b, p, evidence, sum(rates) / len(rates))
+            state, _ = kernel(state, between)
+        of_p, of_q = p.particles(state.x), q.particles(state.x)
+        yield Level(b, of_p, evidence)
+
+
+def _geometric_mean(p: Particles, q: Particles, b: float) -> Particles:
+    """Return particles of :math:`p^b q^{1-b}`, of those of p and q at the same rows."""
+    log_p = b * p.log_p + (1 - b) * q.log_p
+    return Particles(p.x, log_p, b * p.gradient + (1 - b) * q.gradient)
 
 
 def _next_exponent(ratio: Tensor, b: float, share: float) -> float:

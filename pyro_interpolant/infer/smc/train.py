@@ -22,7 +22,8 @@ from ...distributions.bases import WhitenedBase
 from ...distributions.interpolant import InterpolantDistribution
 from ...interpolants.couplings import independent
 from ...solvers.ode import Solver
-from ...training.data import trainable_flow
+from ...training.fitting import trainable_flow
+from ...training.loop import check_ranges
 from ...training.objective import Objective
 from ...training.optimization import Descent, assign
 from ...training.rows import Rows
@@ -30,7 +31,7 @@ from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
 from .flow_proposal import Jump, coarse_solver, flow_proposal_step, importance_weights
 from .pathfinder import StudentTMixture, initial_mixture, pathfinder
-from .schedule import Budget, RateSchedule
+from .schedule import Budget, RateSchedule, clocked
 from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
 
 __all__ = [
@@ -86,16 +87,14 @@ class FlowRegression:
         Raises:
             RuntimeError: If gradients stay non-finite.
         """
-        until, losses = time.monotonic() + seconds, []
+        losses = []
         rows = self.objective.whitened(Rows(torch.cat(self.pools), None))
         count = len(rows.w)
 
         def batch() -> Rows:
             return rows.take(torch.randint(count, (min(_BATCH_ROWS, count),)).to(rows.w.device))
 
-        for i in range(steps):
-            if i >= _MIN_STEPS and time.monotonic() > until:
-                break
+        for _ in clocked(seconds, _MIN_STEPS, steps):
             warm = min(1.0, (self.descent.steps + 1) / _WARMUP_STEPS)
             (points,) = self.objective.points([batch])
             with torch.enable_grad():
@@ -109,10 +108,6 @@ class FlowRegression:
     def values(self) -> list[Tensor]:
         """Return copies of the averaged weights."""
         return [v.clone() for v in self.average.values]
-
-    def assign(self, values: list[Tensor]) -> None:
-        """Put weights into the network."""
-        assign(self.descent.parameters, values)
 
 
 _FLAT = 2e-3  # nats, the improvement over a window of rounds below which a run is flat
@@ -197,7 +192,7 @@ class Start(NamedTuple):
 
 
 def _find_particles(
-    density: LogDensity, wide: StudentTMixture, draws: int, budget: Budget, progress: "_Progress"
+    density: LogDensity, wide: StudentTMixture, draws: int, budget: Budget, bar: tqdm
 ) -> Start:
     """Carry particles from a wide start to the target, at most ``draws``, and let them mix."""
     mixture = pathfinder(density, wide, seconds=budget.pathfinder * budget.seconds)
@@ -207,34 +202,18 @@ def _find_particles(
     affordable = seconds / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
     count = int(max(min(_MIN_PARTICLES, draws), min(draws, affordable)))
     deadline = budget.began + budget.tempering * budget.seconds
-    for level in tempered_smc(mixture, count, density, kernel, deadline=deadline):
-        progress.show(f"tempering: {level.exponent:.3g}")
+    x, start = mixture.sample(count), LogDensity(mixture.log_prob)
+    for level in tempered_smc(x, start, density, kernel, deadline=deadline):
+        _show(bar, budget.done(), f"tempering: {level.exponent:.3g}")
     particles = level.particles
     kernel.adapt_metric(particles.x)
     pools = [particles.x]
-    until, (fewest, most) = time.monotonic() + budget.mixing * budget.seconds, _MIXING_MOVES
-    every = most // _POOLS_OF_MIXING
-    for i in range(most):
-        if i >= fewest and time.monotonic() > until:
-            break
-        particles, _ = kernel(particles, density.with_gradient)
+    every = max(_MIXING_MOVES) // _POOLS_OF_MIXING
+    for i in clocked(budget.mixing * budget.seconds, *_MIXING_MOVES):
+        particles, _ = kernel(particles, density.particles)
         if i % every == every - 1:
             pools.append(particles.x)
     return Start(particles, kernel, pools)
-
-
-class _Progress:
-    """A bar that shows which share of the time, or of the rounds, is done."""
-
-    def __init__(self, bar: tqdm, budget: Budget) -> None:
-        self.bar, self.budget = bar, budget
-
-    def show(self, text: str, rounds: int = 0) -> None:
-        """Advance the bar, with a few words beside it."""
-        self.bar.set_postfix_str(text, refresh=False)
-        done = self.budget.spent() / self.budget.seconds
-        done = max(done, self.budget.share_of_rounds(rounds))
-        self.bar.update(max(0, min(100, int(100 * done)) - self.bar.n))
 
 
 class Run:
@@ -266,8 +245,8 @@ class Run:
 
     def rate(self) -> float:
         """Return the learning rate."""
-        rounds = self.budget.share_of_rounds(len(self.history))
-        return self.schedule.rate(self.budget.spent(), rounds)
+        budget = self.budget
+        return self.schedule.rate(budget.spent(), budget.share_of_rounds(len(self.history)))
 
     def round(self, steps: int) -> bool:
         """Regress the flow, propose by it, move by the gradient; return whether to go on."""
@@ -286,31 +265,23 @@ class Run:
         self.history.append(self._diagnosed(jump, acceptance))
         if self._is_flat():
             self.schedule = self.schedule.landed(budget.spent())
-        done = budget.rounds is not None and len(self.history) >= budget.rounds
-        return budget.spent() < self.schedule.end and not done
+        left = budget.share_of_rounds(len(self.history)) < 1
+        return left and budget.spent() < self.schedule.end
 
     def _moved(self, particles: Particles, seconds: float) -> tuple[Particles, float]:
         """Move by the gradient of the target, for a share of the time of the round so far."""
         self.kernel.adapt_metric(particles.x)
-        until, rates = time.monotonic() + self.budget.moves * seconds, list[float]()
-        fewest, most = _ROUND_MOVES
-        while len(rates) < fewest or (len(rates) < most and time.monotonic() < until):
-            particles, rate = self.kernel(particles, self.density.with_gradient)
+        rates = []
+        for _ in clocked(self.budget.moves * seconds, *_ROUND_MOVES):
+            particles, rate = self.kernel(particles, self.density.particles)
             rates.append(rate)
         return particles, sum(rates) / len(rates)
 
     def _diagnosed(self, jump: Jump, acceptance: float) -> Round:
         """Return the diagnostics of a round, by the weights of independent draws."""
-        summary, count = judge(jump.log_weights), len(jump.log_weights)
-        return Round(
-            summary.k_hat,
-            summary.ess / count,
-            summary.log_evidence,
-            jump.gap,
-            jump.acceptance,
-            acceptance,
-            self.budget.spent(),
-        )
+        k_hat, ess, log_evidence, _ = judge(jump.log_weights)
+        share, spent = ess / len(jump.log_weights), self.budget.spent()
+        return Round(k_hat, share, log_evidence, jump.gap, jump.acceptance, acceptance, spent)
 
     def _is_flat(self) -> bool:
         """Return whether the gap stayed for some rounds, while the rate does not fall yet."""
@@ -324,25 +295,27 @@ class Run:
     def verdict(self) -> RoundsResult:
         """Keep the last flow or the best, whichever is better on fresh draws, and judge it."""
         last, few = self.regression.values(), self.particles.x[: _CALIBRATION_ROWS * 8]
-        self.regression.assign(last)
-        self.distribution.clear_cache()
+        self._use(last)
         few = few[torch.randperm(len(few))[:_CALIBRATION_ROWS].to(few.device)]
         solver = calibrate(self.distribution, few)
         chosen = len(self.history) - 1
         if self.best_round != chosen:
             if self._effective(self.best_weights) > 1.2 * self._effective(last):
                 chosen = self.best_round
-                self.regression.assign(self.best_weights)
-        self.distribution.clear_cache()
+                self._use(self.best_weights)
         w = importance_weights(self.distribution, self.density, _VERDICT_DRAWS)
         return RoundsResult(
             *judge(w), len(w), self.particles.x, self.history, chosen, self.budget.spent(), solver
         )
 
+    def _use(self, weights: list[Tensor]) -> None:
+        """Put weights into the network."""
+        assign(self.regression.descent.parameters, weights)
+        self.distribution.clear_cache()
+
     def _effective(self, weights: list[Tensor]) -> float:
         """Put weights into the network, and return the effective sample size of some draws."""
-        self.regression.assign(weights)
-        self.distribution.clear_cache()
+        self._use(weights)
         w = importance_weights(self.distribution, self.density, _VERDICT_DRAWS // 4)
         if not bool(torch.isfinite(w).any()):
             return 0.0
@@ -397,21 +370,31 @@ def train_from_density(
     """
     budget = Budget(max_seconds, rounds, began=time.monotonic())
     flow = _checked_flow(distribution)
-    _check_settings(budget, draws, steps)
+    check_ranges(
+        ("max_seconds > 0", max_seconds > 0, max_seconds),
+        ("draws >= 100", draws >= 100, draws),
+        ("steps >= 1", steps >= 1, steps),
+        ("rounds >= 1", rounds is None or rounds >= 1, rounds),
+    )
     with seeded(seed), torch.no_grad():
         wide = initial_mixture(start, flow.loc)
         density = LogDensity(log_density)
         density.check(wide.sample(256))
         with tqdm(total=100, disable=not progress, desc="rounds", unit="%", leave=False) as bar:
-            shown = _Progress(bar, budget)
-            particles = _find_particles(density, wide, draws, budget, shown)
+            particles = _find_particles(density, wide, draws, budget, bar)
             with trainable(flow.velocity):
                 run = Run(distribution, density, particles, budget)
                 going = True
                 while going:
                     going = run.round(steps)
-                    shown.show(run.history[-1].text(), len(run.history))
+                    _show(bar, budget.done(len(run.history)), run.history[-1].text())
             return run.verdict()
+
+
+def _show(bar: tqdm, done: float, text: str) -> None:
+    """Advance a bar to the share of a run that is done, with a few words beside it."""
+    bar.set_postfix_str(text, refresh=False)
+    bar.update(min(100, int(100 * done)) - bar.n)
 
 
 def _checked_flow(distribution: InterpolantDistribution) -> Flow:
@@ -425,18 +408,4 @@ def _checked_flow(distribution: InterpolantDistribution) -> Flow:
             f"support={distribution.constraint} and base={distribution.base}: write the density "
             "in unconstrained coordinates, with the Jacobian"
         )
-    flow.interpolant.check_ends(flow.event_dim)
     return flow
-
-
-def _check_settings(budget: Budget, draws: int, steps: int) -> None:
-    """Raise a ValueError that names the first setting out of range."""
-    max_seconds, rounds = budget.seconds, budget.rounds
-    for name, good, value in (
-        ("max_seconds > 0", max_seconds > 0, max_seconds),
-        ("draws >= 100", draws >= 100, draws),
-        ("steps >= 1", steps >= 1, steps),
-        ("rounds >= 1", rounds is None or rounds >= 1, rounds),
-    ):
-        if not good:
-            raise ValueError(f"expected {name}, got {value}")

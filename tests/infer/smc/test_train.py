@@ -24,7 +24,7 @@ from pyro_interpolant.infer.smc.flow_proposal import (
 )
 from pyro_interpolant.infer.smc.pathfinder import StudentTMixture, initial_mixture, pathfinder
 from pyro_interpolant.infer.smc.schedule import Budget, RateSchedule
-from pyro_interpolant.infer.smc.tempering import HMCKernel, LogDensity, Particles, tempered_smc
+from pyro_interpolant.infer.smc.tempering import HMCKernel, LogDensity, tempered_smc
 from pyro_interpolant.infer.smc.train import FlowRegression, RoundsResult, train_from_density
 
 
@@ -72,7 +72,7 @@ def test_a_density_gives_values_and_gradients_in_chunks():
     target, x = slanted(), torch.randn(300, 2)
     density = LogDensity(target.log_prob)
     density.rows = 7
-    value, gradient = density.with_gradient(x)
+    _, value, gradient = density.particles(x)
     leaf = x.clone().requires_grad_()
     expected = target.log_prob(leaf)
     torch.testing.assert_close(value, expected.detach())
@@ -85,7 +85,7 @@ def test_a_density_gives_values_and_gradients_in_chunks():
 
 def test_what_is_not_finite_counts_as_no_density():
     density = LogDensity(lambda x: x[:, 0].log())
-    value, gradient = density.with_gradient(torch.tensor([[2.0], [-1.0], [0.0]]))
+    _, value, gradient = density.particles(torch.tensor([[2.0], [-1.0], [0.0]]))
     assert value.tolist() == [math.log(2.0), -math.inf, -math.inf]
     assert gradient.tolist() == [[0.5], [0.0], [0.0]]
     assert float(LogDensity(lambda x: x[:, 0] / 0)(torch.ones(1, 1))) == -math.inf
@@ -109,10 +109,10 @@ def test_moves_leave_the_density_as_it_is():
         )
 
     density, kernel = LogDensity(banana), HMCKernel()
-    particles = Particles.at(x, density.with_gradient)
+    particles = density.particles(x)
     kernel.adapt_metric(x)
     for _ in range(25):
-        particles, rate = kernel(particles, density.with_gradient)
+        particles, rate = kernel(particles, density.particles)
     assert 0.5 < rate < 0.9
     y = particles.x
     assert float((y != x).all(-1).double().mean()) > 0.85
@@ -128,10 +128,10 @@ def test_moves_leave_the_density_as_it_is():
 def test_moves_find_the_density_from_elsewhere():
     target, kernel = slanted(), HMCKernel()
     density = LogDensity(target.log_prob)
-    particles = Particles.at(target.mean + 2 * torch.randn(2000, 2), density.with_gradient)
+    particles = density.particles(target.mean + 2 * torch.randn(2000, 2))
     for _ in range(60):
         kernel.adapt_metric(particles.x)
-        particles, _ = kernel(particles, density.with_gradient)
+        particles, _ = kernel(particles, density.particles)
     torch.testing.assert_close(particles.x.mean(0), target.mean, rtol=0, atol=0.08)
     torch.testing.assert_close(particles.x.T.cov(), target.covariance_matrix, rtol=0.15, atol=0.02)
 
@@ -147,8 +147,9 @@ def test_tempering_carries_a_wide_start_to_a_narrow_target():
     target = gaussian([3.0, -1.0], [[0.05, 0.0], [0.1, 0.02]])
     density = LogDensity(lambda x: target.log_prob(x) - 7.0)
     q = wide(2)
-    found = list(tempered_smc(q, 2000, density, HMCKernel(), deadline=math.inf))
-    levels, (_, particles, evidence, _) = [level.exponent for level in found], found[-1]
+    start = LogDensity(q.log_prob)
+    found = list(tempered_smc(q.sample(2000), start, density, HMCKernel(), deadline=math.inf))
+    levels, (_, particles, evidence) = [level.exponent for level in found], found[-1]
     assert levels == sorted(levels)
     assert levels[-1] == 1.0
     assert len(levels) > 3
@@ -162,7 +163,8 @@ def test_tempering_carries_a_wide_start_to_a_narrow_target():
 
 def test_tempering_begins_at_its_start_and_stops_without_a_density():
     q, density = wide(2), LogDensity(lambda x: x.sum(-1) - math.inf)
-    (level,) = tempered_smc(q, 500, density, HMCKernel(), deadline=math.inf)
+    start = LogDensity(q.log_prob)
+    (level,) = tempered_smc(q.sample(500), start, density, HMCKernel(), deadline=math.inf)
     assert level.exponent == level.log_evidence == 0.0
     assert level.particles.x.shape == (500, 2)
 
@@ -180,7 +182,7 @@ def test_a_mixture_has_the_density_the_gradient_and_the_draws_of_student_ts():
     x = mixture.sample(4000)
     leaf = x[:50].clone().requires_grad_()
     expected = (parts.log_prob(leaf[:, None]) + share.log()).logsumexp(-1)
-    value, gradient = mixture.with_gradient(x[:50])
+    _, value, gradient = LogDensity(mixture.log_prob).particles(x[:50])
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(mixture.log_prob(x[:50]), value)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), leaf)[0])
@@ -278,7 +280,7 @@ def test_jumps_leave_the_density_as_it_is_and_measure_the_divergence():
     flow = gaussian_prior(torch.tensor([2.5, -1.0]), torch.tensor([[0.8, 0.0], [0.9, 0.5]]))
     target, x = slanted(), slanted().sample((6000,))
     density = LogDensity(lambda x: target.log_prob(x) + 4.0)
-    particles = Particles.at(x, density.with_gradient)
+    particles = density.particles(x)
     for _ in range(8):
         jump = flow_proposal_step(flow, particles, density)
         particles = jump.particles
