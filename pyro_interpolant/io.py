@@ -25,12 +25,11 @@ StrPath = str | os.PathLike[str]
 
 _FORMAT = 1
 _KEY = "pyro_interpolant"
-# What a header that was edited or damaged can raise on the way to a flow.
-_DAMAGE = (
-    KeyError,
+# Which errors an edited or damaged header can cause while the flow is built.
+_ERRORS_OF_DAMAGE = (
+    LookupError,
     TypeError,
     AttributeError,
-    IndexError,
     RuntimeError,
     OverflowError,
     AssertionError,
@@ -87,7 +86,7 @@ def load(
     try:
         with seeded(0):  # weights are initialised, then overwritten
             return build(header, tensors, velocity=velocity, interpolant=interpolant)
-    except _DAMAGE as error:
+    except _ERRORS_OF_DAMAGE as error:
         raise ValueError(f"{path} is damaged or was edited: {error!r}") from error
 
 

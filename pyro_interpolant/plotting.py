@@ -1,4 +1,4 @@
-r"""Plots of flows by matplotlib (extra ``[plot]``), which is imported by the first plot.
+r"""Plots of flows by matplotlib (extra ``[plot]``), which the first plot imports.
 
 Every function draws on the axes it is given, or on new ones, and returns them.
 """
@@ -26,7 +26,7 @@ __all__ = ["coefficients", "corner", "density", "evolution", "training_curve", "
 _DATA_COLOR, _MODEL_COLOR, _THIRD_COLOR = "#4c566a", "#d1495b", "#2a9d8f"
 _EXTENT_SAMPLES = 2000
 _SCATTER_POINTS = 4000
-_ARROWS = 15  # per dimension
+_ARROWS_PER_AXIS = 15
 
 
 def trajectories(
@@ -98,7 +98,7 @@ def density(
     ax.pcolormesh(*axes, value, shading="gouraud", cmap="magma_r", rasterized=True)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", xlim=box[:2], ylim=box[2:])
     if velocity:
-        coarse = grid[:: points // _ARROWS, :: points // _ARROWS]
+        coarse = grid[:: points // _ARROWS_PER_AXIS, :: points // _ARROWS_PER_AXIS]
         v = _velocity(distribution, coarse).cpu()
         ax.quiver(
             *coarse.cpu().numpy().transpose(2, 0, 1),
@@ -204,39 +204,30 @@ def corner(
         (data.detach().cpu().numpy(), _DATA_COLOR, "data"),
         (samples.detach().cpu().numpy(), _MODEL_COLOR, "model"),
     )
-    for i in range(dim):
-        for j in range(dim):
-            one = ax[i][j]
-            if j > i:
-                one.set_axis_off()
-                continue
-            for rows, color, label in pair:
-                points = rows[:_SCATTER_POINTS]
-                if i == j:
-                    one.hist(
-                        rows[:, i], 40, density=True, histtype="step", color=color, label=label
-                    )
-                else:
-                    one.scatter(
-                        points[:, j], points[:, i], s=2, alpha=0.3, color=color, linewidths=0
-                    )
-            one.set(xlabel=names[j] if i == dim - 1 else "", ylabel=names[i] if j == 0 < i else "")
+    for i, j in np.ndindex(dim, dim):
+        one = ax[i][j]
+        if j > i:
+            one.set_axis_off()
+            continue
+        for rows, color, label in pair:
             if i == j:
-                one.set_yticks([])
+                one.hist(rows[:, i], 40, density=True, histtype="step", color=color, label=label)
+            else:
+                x, y = rows[:_SCATTER_POINTS, j], rows[:_SCATTER_POINTS, i]
+                one.scatter(x, y, s=2, alpha=0.3, color=color, linewidths=0)
+        one.set(xlabel=names[j] if i == dim - 1 else "", ylabel=names[i] if j == 0 < i else "")
+        if i == j:
+            one.set_yticks([])
     ax[0][0].legend(frameon=False, fontsize="small")
     return ax
 
 
 def _axes(ax: "Axes | None") -> "Axes":
     """Return the axes, or new ones."""
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(layout="constrained")[1]
+    return _axes_array(1, 1)[0, 0] if ax is None else ax
 
 
-def _axes_array(rows: int, columns: int, size: tuple[float, float]) -> np.ndarray:
+def _axes_array(rows: int, columns: int, size: tuple[float, float] | None = None) -> np.ndarray:
     """Return new axes, shape ``(rows, columns)``, in a figure of a size in inches."""
     from matplotlib import pyplot as plt
 
@@ -254,16 +245,12 @@ def _paths(
     distribution: InterpolantDistribution, count: int, steps: int
 ) -> tuple[np.ndarray, ...]:
     """Return times and points of paths, shape ``(steps + 1, count, D)``, in data coordinates."""
-    transform = distribution.transform
-    chain = list(distribution.transforms)
-    here = next(i for i, part in enumerate(chain) if part is transform)
-    path = transform._path()._replace(solver=FixedGrid(steps))
+    flow = distribution.transform.flow
+    path = distribution.transform._path()._replace(solver=FixedGrid(steps))
     with torch.no_grad():
-        x = distribution.base_dist.sample((count,))
-        for part in chain[:here]:
-            x = part(x)
-        x = transform.flow.whitening.from_white(transform.flow.integrate(x, path, forward=True))
-        for part in chain[here + 1 :]:
+        w = distribution.white_base().sample((count, *distribution.batch_shape))
+        x = flow.whitening.from_white(flow.integrate(w, path, forward=True))
+        for part in distribution.space.transforms(flow):
             x = part(x)
     return path.times()[0].numpy(), x.cpu().numpy()
 

@@ -2,6 +2,8 @@ import dataclasses
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import pyro.distributions as dist
 import pytest
@@ -535,6 +537,75 @@ def test_others_may_read_the_file_as_far_as_the_umask_lets_them(path):
 def test_the_file_holds_no_pickle(saved):
     assert b"pickle" not in saved.read_bytes()
     assert pyro_interpolant.io._FORMAT == 1
+
+
+def test_what_is_replaced_can_be_kept(tmp_path):
+    new, previous = tmp_path / "state", tmp_path / "previous"
+    module.write(new, {"a": torch.zeros(2)}, {"n": "1"}, previous=previous)
+    assert not previous.exists()
+    for n in (2, 3):
+        module.write(new, {"a": torch.full((2,), float(n))}, {"n": str(n)}, previous=previous)
+        assert safetensors.torch.load_file(new)["a"].tolist() == [n, n]
+    assert safetensors.torch.load_file(previous)["a"].tolist() == [2.0, 2.0]
+    assert sorted(os.listdir(tmp_path)) == ["previous", "state"]
+
+
+def test_a_failure_between_the_two_names_loses_neither(tmp_path, monkeypatch):
+    """The old file has moved to its second name, the new one not yet to the first."""
+    new, previous, scratch = tmp_path / "state", tmp_path / "previous", tmp_path / "scratch"
+    module.write(new, {"a": torch.zeros(2)}, {})
+    replace = os.replace
+
+    def fail(source, target):
+        if target == new:
+            raise OSError("No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        module.write(new, {"a": torch.ones(2)}, {}, scratch=scratch, previous=previous)
+    monkeypatch.undo()
+    assert safetensors.torch.load_file(previous)["a"].tolist() == [0.0, 0.0]
+    assert os.listdir(tmp_path) == ["previous"]
+
+
+# ---- without torch ------------------------------------------------------------------------------
+
+NUMPY_ALONE = """
+import sys
+for name in ("torch", "pyro", "jax", "scipy"):
+    sys.modules[name] = None  # importing it is an error
+import numpy
+import pyro_interpolant
+header, tensors = pyro_interpolant.io.read(sys.argv[1])
+assert header["class"] == "InterpolantDistribution" and header["dim"] == 2
+assert header["support"] == "positive"
+assert all(isinstance(tensor, numpy.ndarray) for tensor in tensors.values())
+print(tensors["loc"].tolist())
+"""
+
+
+def test_a_file_is_read_by_numpy_alone(path):
+    flow = InterpolantDistribution(random_flow(2), support=constraints.positive)
+    save(flow, path)
+    done = subprocess.run(
+        [sys.executable, "-c", NUMPY_ALONE, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == flow.transform.flow.loc.tolist()
+
+
+def test_headers_and_tensors_are_the_same_for_both_readers(path):
+    save(InterpolantDistribution(random_flow(2), BASES["normal"]()), path)
+    (header, arrays), (again, tensors) = module.read(path), module.read(path, framework="pt")
+    assert header == again
+    assert arrays.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(torch.as_tensor(arrays[name]), tensor), name
 
 
 @dataclasses.dataclass(frozen=True)

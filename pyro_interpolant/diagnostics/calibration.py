@@ -1,6 +1,6 @@
-r"""How far a solver, or random probes, leave log_prob from its value without them.
+r"""The numerical error of log_prob, and the fewest solver steps that keep it within a tolerance.
 
-The log-density of a flow is :math:`\log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\,dt`: a grid of
+The log-density of a flow is :math:`\log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\,dt`. A grid of
 times makes an error of the path and of the integral, Hutchinson's probes one of the divergence.
 """
 
@@ -20,8 +20,8 @@ from ..solvers.ode import Adaptive, FixedGrid
 __all__ = ["SolverError", "calibrate", "log_prob_stderr", "solver_error"]
 
 _REFERENCE = Adaptive(rtol=1e-8, atol=1e-8, nodes=96)
-_LIMIT = 256  # steps
-_WORST = 5.0  # how far above the mean's tolerance the worst row may be
+_MAX_STEPS = 256
+_WORST_ROW_FACTOR = 5.0  # by which its error may exceed the tolerance of the mean
 
 
 class SolverError(NamedTuple):
@@ -57,20 +57,14 @@ def solver_error(
         ValueError: If a row is outside the support, or the reference solve fails.
     """
     with torch.no_grad():
-        view = distribution.given(context)
-        flow, rows = _bare(view), view.to_flow(x)
+        flow, rows = _bare(distribution.given(context), x)
         errors = flow.log_prob(rows).double() - _reference(flow, rows)
         transform = flow.transform
         again = transform._call(transform._inverse(rows))
         trips = transform.flow.whitening.unpush(again - rows).norm(dim=-1)
     absolute = errors.abs()
-    return SolverError(
-        float(absolute.mean()),
-        float(absolute.max()),
-        float(errors.mean()),
-        float(trips.mean()),
-        float(trips.max()),
-    )
+    found = absolute.mean(), absolute.max(), errors.mean(), trips.mean(), trips.max()
+    return SolverError(*map(float, found))
 
 
 def log_prob_stderr(
@@ -93,7 +87,7 @@ def log_prob_stderr(
     """
     divergence = distribution.transform.divergence
     if isinstance(divergence, HutchinsonDivergence) and divergence.probes < 2:
-        raise ValueError("expected at least two probes to tell their spread, got probes=1")
+        raise ValueError("expected at least two probes, to estimate their spread, got probes=1")
     if not isinstance(divergence, ExactDivergence | HutchinsonDivergence):
         raise TypeError(
             "expected ExactDivergence or HutchinsonDivergence, got "
@@ -121,7 +115,7 @@ def calibrate(
     tolerance: float = 1e-2,
     context: Tensor | None = None,
 ) -> FixedGrid:
-    """Choose the fewest steps at which log_prob is right, and set them.
+    """Set the solver to the fewest steps at which log_prob is within a tolerance.
 
     A grid is good if the mean absolute error of log_prob on the rows is within ``tolerance`` and
     that of the worst row within 5 times as much, against a tight adaptive solve in float64. A grid
@@ -146,26 +140,25 @@ def calibrate(
     present = distribution.transform.solver
     template = present if isinstance(present, FixedGrid) else FixedGrid()
     with torch.no_grad():
-        view = distribution.given(context)
-        flow, rows = _bare(view), view.to_flow(x)
+        flow, rows = _bare(distribution.given(context), x)
         reference = _reference(flow, rows)
 
         def excess(steps: int) -> float:
-            """Return the larger of the two errors over what is allowed: good up to 1."""
+            """Return the larger ratio of mean and worst error to what each may be."""
             flow.transform.solver = dataclasses.replace(template, steps=steps)
             error = (flow.log_prob(rows).double() - reference).abs()
-            value = float(torch.maximum(error.mean(), error.max() / _WORST)) / tolerance
+            value = float(torch.maximum(error.mean(), error.max() / _WORST_ROW_FACTOR)) / tolerance
             return value if math.isfinite(value) else math.inf
 
         high = 4
-        while high < _LIMIT and excess(high) > 1:
+        while high < _MAX_STEPS and excess(high) > 1:
             high *= 2
         low = high // 2 if high > 4 else 0
         failed = excess(high)
         if failed > 1:
             warn_user(
-                f"no grid up to {_LIMIT} steps has log_prob within {tolerance} nats of the "
-                f"reference: at {_LIMIT} it is {failed:.3g} times the tolerance. Set "
+                f"no grid up to {_MAX_STEPS} steps has log_prob within {tolerance} nats of the "
+                f"reference: at {_MAX_STEPS} it is {failed:.3g} times the tolerance. Set "
                 "transform.solver = Adaptive(...) for likelihoods, train longer, or use a "
                 "smoother network."
             )
@@ -178,9 +171,9 @@ def calibrate(
     return grid
 
 
-def _bare(view: InterpolantDistribution) -> InterpolantDistribution:
-    """Return a flow in its own coordinates, whose solver is no one else's."""
-    return view.without_support().at(view.transform.end)
+def _bare(view: InterpolantDistribution, x: Tensor) -> tuple[InterpolantDistribution, Tensor]:
+    """Return the flow on real vectors, with a solver of its own, and rows there, ``(N, D)``."""
+    return view.without_support().at(view.transform.end), view.to_flow(x)
 
 
 def _reference(flow: InterpolantDistribution, rows: Tensor) -> Tensor:

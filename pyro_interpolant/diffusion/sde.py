@@ -38,7 +38,7 @@ __all__ = ["InterpolantSDE", "sample_sde", "sde_log_prob"]
 
 Diffusion = Callable[[Tensor], Tensor | float]
 
-_FULLY_GUIDED = 0.01  # the share of its largest divisor above which a score guides fully
+_GUIDED_SHARE = 0.01  # of the largest divisor: above it the score guides fully
 
 
 # ---- the equation -------------------------------------------------------------------------------
@@ -366,14 +366,16 @@ def sde_log_prob(
         arXiv 2303.08797, Section 2.5.
     """
     if paths < 2:
-        raise ValueError(f"expected at least two paths to tell their spread, got paths={paths}")
+        raise ValueError(
+            f"expected at least two paths, to estimate their spread, got paths={paths}"
+        )
     sde = InterpolantSDE(distribution, diffusion, forward=False)
     terms, half_step = _time_grid(sde, 2 * steps)
     _check_score_determined(sde, terms)
     with torch.no_grad():
         white = _to_white(sde, distribution, x)
         share = terms.divisor.abs() / terms.divisor.abs().max()
-        kappa = guidance * (share / _FULLY_GUIDED).clamp(max=1)
+        kappa = guidance * (share / _GUIDED_SHARE).clamp(max=1)
         w = white.expand(paths, *white.shape)
         w, exponent = _guided_paths(sde, terms, half_step, kappa, w)
         base = distribution.white_base()

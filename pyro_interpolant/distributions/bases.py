@@ -56,7 +56,7 @@ class _Base(dist.TorchDistribution):
 
 
 class _DerivedBase(_Base):
-    """A base that is drawn from another distribution, its source."""
+    """A base whose draws are a function of those of another distribution, its source."""
 
     @abstractmethod
     def _source(self) -> Distribution:
@@ -151,11 +151,13 @@ class ExternalBase(_DerivedBase):
 
 
 class WhitenedBase:
-    """A base in the coordinates that the velocity moves.
+    r"""The base in whitened coordinates :math:`w = L^{-1}(x - \mathrm{loc})`.
+
+    Its density there is :math:`\rho_0(\mathrm{loc} + L w)\,|\det L|`.
 
     Args:
         base: A distribution in data coordinates, or None for N(0, I) in whitened ones.
-        whitening: The map between both.
+        whitening: The map :math:`x = \mathrm{loc} + L w`.
     """
 
     def __init__(self, base: Distribution | None, whitening: Whitening) -> None:
@@ -246,7 +248,7 @@ def _copy_parts(value: Any, like: Tensor) -> Any:
     return new
 
 
-_TURN = 2 * math.pi
+_FULL_TURN = 2 * math.pi
 
 
 def in_planes(u: Tensor, radius: Tensor | float) -> Tensor:
@@ -282,14 +284,14 @@ class UniformTorus(_Base):
     def __init__(self, event_dim: int, *, validate_args: bool | None = None) -> None:
         if event_dim < 1:
             raise ValueError(f"expected event_dim >= 1, got {event_dim}")
-        self.origin = torch.zeros(event_dim)  # tells the type and the device of draws
+        self.origin = torch.zeros(event_dim)  # of the type and on the device of draws
         super().__init__(torch.Size(), self.origin.shape, validate_args=validate_args)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Return draws in [-pi, pi), shape ``(*sample_shape, *batch_shape, D)``."""
         shape = self._extended_shape(torch.Size(sample_shape))
         like = self.origin
-        return wrap(_TURN * torch.rand(shape, dtype=like.dtype, device=like.device))
+        return wrap(_FULL_TURN * torch.rand(shape, dtype=like.dtype, device=like.device))
 
     def log_prob(self, value: Tensor) -> Tensor:
         r"""Return :math:`-D \log 2\pi`, shape ``(*)``, of real values of shape ``(*, D)``."""
@@ -297,16 +299,17 @@ class UniformTorus(_Base):
             self._validate_sample(value)
         batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         # Constant, yet a function of the value: whoever asks for its gradient gets zeros.
-        flat = (0 * value).sum(-1) - self.event_shape[0] * math.log(_TURN)
+        flat = (0 * value).sum(-1) - self.event_shape[0] * math.log(_FULL_TURN)
         return flat.expand(batch)
 
 
 class Planar(_DerivedBase):
-    r"""A base on the torus as a proper density on real vectors, for samplers that walk there.
+    r"""A base on the torus as a density on :math:`R^{2D}`, for samplers on real vectors.
 
-    Each angle becomes the direction of a point of the plane at a Rayleigh distance; the vector w
-    of these points has density :math:`p(u) \, e^{-|w|^2 / 2}`, normal where p is uniform. A circle
-    has no seam there. (On the real line p is improper, and a window tilts what is at its edge.)
+    Each angle is the direction of a point of the plane, at a Rayleigh distance from its origin.
+    The vector w of these points has density :math:`p(u) \, e^{-|w|^2 / 2}`, normal where p is
+    uniform. The plane has no seam; on the real line p would be improper, and cut off at a period
+    it would be distorted at the edges.
 
     Args:
         base: A distribution of D angles whose density, shape ``(*)``, has period :math:`2\pi`.

@@ -1,7 +1,10 @@
-r"""Constraints beside Pyro's own: angles, and events of any shape; and rows of finite numbers.
+r"""Constraints: the set S that values live in, and its bijection :math:`b: R^D \to S`.
+
+Beside Pyro's own: angles, which have none, and events of any shape. Rows of data are checked here
+for finite numbers.
 
 A constraint keeps the arguments of its constructor as attributes of the same names, as Pyro's do:
-constraints, numbers, tensors, or lists of these. So files can hold it.
+constraints, numbers, tensors, or lists of these. By that, files can hold it.
 """
 
 import math
@@ -37,7 +40,7 @@ class Circular(Constraint):
     event_dim = 1
 
     def check(self, value: Tensor) -> Tensor:
-        """Tell which vectors, ``(*)``, of values, ``(*, D)``, have all angles in range."""
+        """Return which vectors, ``(*)``, of values, ``(*, D)``, have all angles in range."""
         return ((value >= -math.pi) & (value <= math.pi)).all(-1)
 
     def __repr__(self) -> str:
@@ -87,10 +90,10 @@ def bijection(support: Constraint) -> Transform:
 
 
 class OnEvents(Constraint):
-    """A support as a constraint on whole events, whatever the support's own idea of them.
+    """A support as a constraint on whole events: one boolean for each.
 
-    Pyro's bijections end in element-wise maps, so the codomain of a composed one says nothing of
-    the support, and some constraints check elements where they claim to check events.
+    Pyro's own do not serve. The codomain of a composed bijection is that of its last, element-wise
+    part, and some constraints check single elements although their event has a dimension.
 
     Args:
         support: The support.
@@ -102,7 +105,7 @@ class OnEvents(Constraint):
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
-        """Tell which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
+        """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
         return self.reduced(self.inner.check(value), value)
 
     def reduced(self, inside: Tensor, value: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ class Shaped(Constraint):
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
-        """Tell which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
+        """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
         inside = self.base_constraint.check(value.flatten(-self.event_dim))
         return inside if self.base_constraint.event_dim else inside.all(-1)
 
@@ -191,7 +194,7 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
 
 
 def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:
-    """Return x as a finite floating tensor of rows, or say what is wrong with it.
+    """Return x as a tensor of rows of finite floating-point numbers.
 
     Args:
         x: A tensor or array, expected of shape ``(N, *event_shape)``.

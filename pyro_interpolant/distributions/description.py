@@ -1,25 +1,25 @@
-r"""A flow as a header of names and numbers beside named tensors, for files: nothing is code.
+r"""A flow as a header of names and numbers, and tensors by name, for files without code.
 
-Every part is written as the name of its class, in this package or in Pyro, with the numbers that
-its constructor takes; what cannot be written so is refused, or passed when the flow is built
+Each part is the name of its class, in this package or in Pyro, and the numbers that its
+constructor takes. A part that is not of this form is refused, or passed in when the flow is built
 again. :mod:`~pyro_interpolant.io` puts both into a file.
 """
 
-import dataclasses
 from collections.abc import Callable
 from inspect import signature
+from types import ModuleType, UnionType
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, MultivariateNormal
 
+from .. import distributions, solvers, transforms
 from .. import interpolants as paths
 from .. import nn as networks
-from .. import solvers, transforms
 from .._torch import warn_user
-from ..interpolants.learned import LearnedInterpolant
 from ..interpolants.linear import Interpolant
 from ..transforms.gaussianize import Gaussianizer, Gaussianized, MarginalTransform, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
@@ -37,11 +37,6 @@ __all__ = ["build", "build_constraint", "describe", "describe_constraint"]
 
 Header = dict[str, Any]
 
-_KINDS = (
-    InterpolantDistribution,
-    ConditionalInterpolantDistribution,
-    JointInterpolantDistribution,
-)
 # Names of tensors in files that are older than the whitening's own module.
 _NAMES_IN_FILES = {
     "whitening.loc": "loc",
@@ -66,15 +61,14 @@ def describe(distribution: AnyDistribution, prefix: str = "") -> tuple[Header, d
     if not transform.owns_flow():
         raise ValueError("expected a flow that owns its weights: save the one it came from")
     flow = transform.flow
-    if flow.noise is not None and not _is_ours(flow.noise):
+    if flow.noise is not None and not _is_of(flow.noise, networks):
         raise ValueError(
             "expected a network of this package for the noise, got a "
             f"{type(flow.noise).__name__}: set transform.flow.noise = None to save the flow alone"
         )
     base, tensors = _describe_base(distribution.base, f"{prefix}base.")
     for name, tensor in flow.state_dict().items():
-        # A copy: safetensors refuses tensors that share memory.
-        tensors[prefix + _NAMES_IN_FILES.get(name, name)] = tensor.detach().clone().contiguous()
+        tensors[prefix + _NAMES_IN_FILES.get(name, name)] = _stored(tensor)
     sites = getattr(distribution, "sites", {})
     return {
         "class": type(distribution).__name__,
@@ -118,9 +112,7 @@ def build(
         ValueError: If the header names a class that was not passed, or nothing that is known.
         Exception: Of many kinds, if the header was damaged or edited.
     """
-    kind = next((k for k in _KINDS if k.__name__ == header["class"]), None)
-    if kind is None:
-        raise ValueError(f"unknown kind of distribution {header['class']!r} in the file")
+    kind = _known(header["class"], distributions, AnyDistribution)
     if interpolant is None:
         interpolant = _build_choice(header["interpolant"], paths, argument="interpolant=")
     size = header["dim"]
@@ -144,14 +136,19 @@ def build(
         if in_file in own:
             own[name] = own.pop(in_file)
     flow.load_state_dict(own)
-    options: Any = {"support": build_constraint(header["support"])}
+    options: dict[str, Any] = {"support": build_constraint(header["support"])}
     if kind is JointInterpolantDistribution:
         options["sites"] = {
             s: (tuple(shape), build_constraint(c)) for s, shape, c in header["sites"]
         }
     base = _build_base(header["base"], _below("base.", tensors))
-    distribution: Any = kind(transform, base, **options)  # type: ignore[arg-type]
+    distribution = kind(transform, base, **options)
     return distribution.freeze() if header["frozen"] else distribution
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor of any shape: safetensors refuses those that share memory."""
+    return tensor.detach().clone().contiguous()
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,19 +157,19 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _network_arguments(network: Any) -> Any:
     """Return what the constructor of a network of this package was given, or None."""
-    return network.arguments() if _is_ours(network) else None
+    return network.arguments() if _is_of(network, networks) else None
 
 
-def _is_ours(value: Any, room: Any = networks) -> bool:
-    """Return whether a value is of a class of one of this package's rooms."""
+def _is_of(value: object, room: ModuleType) -> bool:
+    """Return whether a value is of a class that a module has by its name."""
     return getattr(room, type(value).__name__, None) is type(value)
 
 
-def _known(name: str, room: Any, parent: type = object) -> Any:
-    """Return a class of a room by its name.
+def _known(name: str, room: ModuleType, parent: type | UnionType = object) -> Any:
+    """Return a class of a module by its public name.
 
     Raises:
-        ValueError: If the room has no such class.
+        ValueError: If the module has no such class.
     """
     kind = getattr(room, name) if name in room.__all__ else None
     if not (isinstance(kind, type) and issubclass(kind, parent)):
@@ -193,24 +190,27 @@ def _build_velocity(header: Header, velocity: nn.Module | None) -> nn.Module:
     return velocity
 
 
-def _describe_choice(choice: Any, room: Any) -> Any:
-    name = type(choice).__name__
-    if type(choice) is LearnedInterpolant:
-        return [name, choice.arguments()]
-    if not _is_ours(choice, room) or not dataclasses.is_dataclass(choice):
+def _arguments(value: object) -> dict[str, Any]:
+    """Return what a constructor was given, kept as attributes of the same names."""
+    return {key: getattr(value, key) for key in signature(type(value)).parameters}
+
+
+def _describe_choice(choice: object, room: ModuleType) -> list[Any]:
+    """Return the class of a choice and its arguments, or None where that is the user's own."""
+    name, fields = type(choice).__name__, {}
+    if not _is_of(choice, room):
         return [name, None]
-    fields = {}
-    for part in dataclasses.fields(choice):
-        value = getattr(choice, part.name)
-        if not isinstance(value, (bool, int, float, str, type(None))):
+    own = getattr(choice, "arguments", None)
+    for key, value in (_arguments(choice) if own is None else own()).items():
+        if not isinstance(value, (bool, int, float, str, tuple, type(None))):
             value = _describe_choice(value, room)
             if value[1] is None:  # a function of the user's
                 return [name, None]
-        fields[part.name] = value
+        fields[key] = value
     return [name, fields]
 
 
-def _build_choice(description: Any, room: Any, argument: str = "") -> Any:
+def _build_choice(description: list[Any], room: ModuleType, argument: str = "") -> Any:
     name, fields = description
     if fields is None:
         if not argument:
@@ -220,16 +220,16 @@ def _build_choice(description: Any, room: Any, argument: str = "") -> Any:
             )
             return None
         raise ValueError(f"the flow's interpolant is a {name}: pass it, load(path, {argument}...)")
-    kind = _known(name, room)
-    if kind is LearnedInterpolant:
-        return kind(**fields)
-    if not hasattr(kind, "__dataclass_fields__"):
-        raise ValueError(f"unknown choice {name!r} in the file")
     parts = {
-        key: _build_choice(value, room, argument) if isinstance(value, list) else value
+        key: _build_choice(value, room, argument) if _is_choice(value) else value
         for key, value in fields.items()
     }
-    return kind(**parts)
+    return _known(name, room)(**parts)
+
+
+def _is_choice(value: object) -> bool:
+    """Return whether a value stands for a choice, and not for numbers."""
+    return isinstance(value, list) and isinstance(value[0], str)
 
 
 def _describe_base(base: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
@@ -239,25 +239,23 @@ def _describe_base(base: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
     if isinstance(base, InterpolantDistribution):
         header, tensors = describe(base, prefix)
         return {"flow": header}, tensors
-    if isinstance(base, torch.distributions.Independent):
+    if isinstance(base, Independent):
         inner, tensors = _describe_base(base.base_dist, prefix)
         return {"independent": inner, "ndims": base.reinterpreted_batch_ndims}, tensors
     if isinstance(base, UniformTorus):
-        return {"uniform_torus": True}, {prefix + "origin": base.origin.clone()}
+        return {"uniform_torus": True}, {prefix + "origin": _stored(base.origin)}
     if isinstance(base, Samples):
-        return {"samples": True}, {prefix + "rows": base.rows.detach().clone().contiguous()}
+        return {"samples": True}, {prefix + "rows": _stored(base.rows)}
     name = type(base).__name__
-    if getattr(dist, name, None) is not type(base):
+    if not _is_of(base, dist):
         raise ValueError(
             f"expected a base from pyro.distributions, samples or a flow, got a {name}"
         )
     arguments = [k for k in type(base).arg_constraints if k in vars(base)]
-    if isinstance(base, torch.distributions.MultivariateNormal):
+    if isinstance(base, MultivariateNormal):
         arguments = ["loc", "scale_tril"]  # the others appear when somebody asks for them
-    return {"class": name, "arguments": arguments}, {
-        prefix + key: torch.as_tensor(getattr(base, key)).detach().clone().contiguous()
-        for key in arguments
-    }
+    tensors = {prefix + key: _stored(torch.as_tensor(getattr(base, key))) for key in arguments}
+    return {"class": name, "arguments": arguments}, tensors
 
 
 def _build_base(description: Any, tensors: dict[str, Tensor]) -> Any:
@@ -271,10 +269,7 @@ def _build_base(description: Any, tensors: dict[str, Tensor]) -> Any:
         return Samples(tensors["rows"])
     if "independent" in description:
         return _build_base(description["independent"], tensors).to_event(description["ndims"])
-    kind: Any = getattr(dist, description["class"], None)
-    known = isinstance(kind, type) and issubclass(kind, torch.distributions.Distribution)
-    if not known:
-        raise ValueError(f"unknown base {description['class']!r} in the file")
+    kind = _known(description["class"], dist, Distribution)
     return kind(**{key: tensors[key] for key in description["arguments"]})
 
 
@@ -288,6 +283,10 @@ _CONSTRAINTS = {
     if isinstance(value := getattr(room, name), Constraint)
     or (isinstance(value, type) and issubclass(value, Constraint) and value is not Constraint)
 }
+# The name of a class, or of the only one of a class, which stands for copies of itself too.
+_CONSTRAINT_NAMES: dict[object, str] = {type(value): name for name, value in _CONSTRAINTS.items()}
+_CONSTRAINT_NAMES.update({value: name for name, value in reversed(_CONSTRAINTS.items())})
+_BOUNDS = ("lower_bound", "upper_bound")  # of constraints that have nothing else
 _GAUSSIANIZERS: dict[str, Callable[..., Gaussianizer]] = {
     "gaussianized": MarginalTransform,
     "tempered": RadialTransform,
@@ -306,24 +305,16 @@ def describe_constraint(constraint: Constraint) -> Any:
         if name is None:
             raise ValueError(f"expected a map of this library, got {chart}")
         return [name, inner, [part.tolist() for part in chart.arguments()]]
-    kind = type(constraint)
-    named = _CONSTRAINTS.items()
-    name = next((name for name, value in named if value is constraint), None)
-    if name is not None:
-        return name
-    name = next((name for name, value in named if value is kind), None)
-    if name is None:  # a copy of the only one of its class, such as a pickled one
-        name = next((name for name, value in named if type(value) is kind), None)
-        if name is not None:
-            return name
+    name = _CONSTRAINT_NAMES.get(constraint, _CONSTRAINT_NAMES.get(type(constraint)))
+    if name is None:
         raise ValueError(
             f"expected a support from pyro.distributions.constraints, got {constraint}"
         )
-    arguments = {
-        key: _describe_argument(getattr(constraint, key)) for key in signature(kind).parameters
-    }
-    if arguments and set(arguments) <= {"lower_bound", "upper_bound"}:
-        return ["bounded", name, [arguments.get(f"{side}_bound") for side in ("lower", "upper")]]
+    if isinstance(_CONSTRAINTS[name], Constraint):
+        return name
+    arguments = {key: _describe_argument(part) for key, part in _arguments(constraint).items()}
+    if arguments and set(arguments) <= set(_BOUNDS):
+        return ["bounded", name, [arguments.get(key) for key in _BOUNDS]]
     return [name, *arguments.values()]
 
 
@@ -334,9 +325,12 @@ def build_constraint(description: Any) -> Constraint:
         ValueError: If the description names no constraint of Pyro's or of this package.
     """
     kind, *arguments = [description] if isinstance(description, str) else description
+    bounds: dict[str, Any] = {}
     if kind == "bounded":
-        kind, bounds = arguments
-        arguments = [bound for bound in bounds if bound is not None]
+        kind, values = arguments
+        given = zip(_BOUNDS, values, strict=True)
+        bounds = {key: _build_argument(value) for key, value in given if value is not None}
+        arguments = []
     if kind in _GAUSSIANIZERS:
         inner, parts = arguments
         tables = (torch.tensor(part, dtype=torch.float64) for part in parts)
@@ -347,10 +341,10 @@ def build_constraint(description: Any) -> Constraint:
     if isinstance(known, Constraint):
         return known
     count = len(signature(known).parameters)
-    return known(*(_build_argument(argument) for argument in arguments[:count]))
+    return known(*(_build_argument(argument) for argument in arguments[:count]), **bounds)
 
 
-def _describe_argument(value: Any) -> Any:
+def _describe_argument(value: object) -> Any:
     """Return what a constraint is made of, for a file: a constraint, numbers, or several."""
     if isinstance(value, Constraint):
         return describe_constraint(value)

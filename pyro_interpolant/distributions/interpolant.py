@@ -1,4 +1,10 @@
-r"""The flow as a Pyro distribution: a learned prior or likelihood for ``pyro.sample``."""
+r"""The flow as a Pyro distribution: a learned prior or likelihood for ``pyro.sample``.
+
+With :math:`x_t` the path through x, :math:`\dot x_t = v_t(x_t)`, the density is
+:math:`\log\rho_1(x) = \log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\,dt`, in the chain base,
+transform, bijection of the support. Given a context c, a conditional flow has the density
+:math:`\rho_1(x | c)`.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -29,8 +35,11 @@ __all__ = [
 ]
 
 
+AnyTransform = InterpolantTransform | ConditionalInterpolantTransform
+
+
 class _FlowDistribution:
-    """A flow from a base to a support, conditional or not.
+    """The parts of a distribution, conditional or not: a base, a flow and a support.
 
     Attributes:
         transform: The flow.
@@ -39,15 +48,25 @@ class _FlowDistribution:
         space: The support.
     """
 
-    transform: InterpolantTransform | ConditionalInterpolantTransform
+    transform: AnyTransform
     base: TorchDistributionMixin | None
     constraint: Constraint
     space: Support
     clear_cache: Callable[[], None]
+    _transform_kind: type[AnyTransform]
 
-    def _set_parts(self, base: TorchDistributionMixin | None, constraint: Constraint) -> None:
+    def _set_parts(
+        self, transform: AnyTransform, base: TorchDistributionMixin | None, constraint: Constraint
+    ) -> None:
+        if not isinstance(transform, self._transform_kind):
+            raise TypeError(
+                f"expected transform to be of class {self._transform_kind.__name__}, got "
+                f"{type(transform).__name__}: use ConditionalInterpolantDistribution for "
+                "conditional transforms, InterpolantDistribution for all others"
+            )
+        self.transform = transform
         self.constraint, self.space = constraint, support_of(constraint)
-        self.base = self.space.default_base(self.transform.flow) if base is None else base
+        self.base = self.space.default_base(transform.flow) if base is None else base
 
     def _flow_base(self) -> TorchDistributionMixin:
         """Return the distribution of the flow's input, of event shape ``(D,)``."""
@@ -58,10 +77,10 @@ class _FlowDistribution:
 
     @abstractmethod
     def _set_chain(self) -> None:
-        """Set what the parts mean to Pyro: the distribution it starts from, and its transforms."""
+        """Set the attributes by which Pyro knows the parts: ``base_dist`` and ``transforms``."""
 
     def set_base(self, base: TorchDistributionMixin) -> None:
-        """Start from another base, of event shape ``(D,)`` in data coordinates, from now on."""
+        """Replace the base by another of event shape ``(D,)`` in data coordinates."""
         self.base = base
         self._set_chain()
 
@@ -81,7 +100,7 @@ class _FlowDistribution:
         self.set_base(Samples(samples.to(flow.loc)))
 
     def white_base(self) -> WhitenedBase:
-        """Return the base in the coordinates that the velocity moves."""
+        """Return the base in whitened coordinates, those of the velocity."""
         return WhitenedBase(self.base, self.transform.flow.whitening)
 
     def unconstrained(self, value: Tensor) -> Tensor:
@@ -93,7 +112,7 @@ class _FlowDistribution:
         return support_of(without_gaussianizer(self.constraint)).unconstrained(value)
 
     def to_flow(self, value: Tensor) -> Tensor:
-        """Return values in the flow's coordinates: real vectors, behind the map if there is one.
+        """Return values as real vectors in the flow's coordinates, behind a map if there is one.
 
         Raises:
             ValueError: If a value is outside the support.
@@ -120,6 +139,9 @@ class _FlowDistribution:
 
 class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
     r"""A distribution learned by a stochastic interpolant.
+
+    .. math:: \log\rho_1(x) = \log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\, dt, \qquad
+              \dot x_t = v_t(x_t), \quad x_1 = x.
 
     ``x ~ InterpolantDistribution(transform)`` has event shape ``(D,)``, or that of the support.
 
@@ -151,6 +173,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
     """
 
     transform: InterpolantTransform
+    _transform_kind = InterpolantTransform
     has_rsample = True  # a plain attribute: handlers such as pyro.poutine.broadcast set it
 
     def __init__(
@@ -162,17 +185,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         event_shape: Sequence[int] | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if not isinstance(transform, InterpolantTransform):
-            hint = (
-                ": use ConditionalInterpolantDistribution"
-                if isinstance(transform, ConditionalInterpolantTransform)
-                else ""
-            )
-            raise TypeError(
-                f"expected an InterpolantTransform, got {type(transform).__name__}{hint}"
-            )
-        self.transform = transform
-        self._set_parts(base, shaped(support, event_shape))
+        self._set_parts(transform, base, shaped(support, event_shape))
         super().__init__(self._flow_base(), self._chain(), validate_args=validate_args)
         self.has_rsample = self.base_dist.has_rsample
 
@@ -264,7 +277,10 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         return InterpolantDistribution(self.transform, self.base)
 
     def given(self, context: Tensor | None) -> "InterpolantDistribution":
-        """Return self: the context is None, where a conditional flow takes one, shape ``(*, C)``.
+        """Return the distribution itself, which takes no context.
+
+        Args:
+            context: None; a conditional flow takes one of shape ``(*, C)``.
 
         Raises:
             ValueError: If there is a context.
@@ -282,7 +298,9 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
 
 
 class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransformedDistribution):
-    """A learned conditional distribution: ``condition(context)`` gives an ordinary one.
+    r"""A learned conditional distribution :math:`\rho_1(x | c)`, by a velocity :math:`v_t(x | c)`.
+
+    ``condition(context)`` gives an ordinary one.
 
     Args:
         transform: The conditional flow.
@@ -302,6 +320,7 @@ class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransform
     """
 
     transform: ConditionalInterpolantTransform
+    _transform_kind = ConditionalInterpolantTransform
 
     def __init__(
         self,
@@ -311,12 +330,7 @@ class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransform
         support: Constraint = constraints.real_vector,
         event_shape: Sequence[int] | None = None,
     ) -> None:
-        if not isinstance(transform, ConditionalInterpolantTransform):
-            raise TypeError(
-                f"expected a ConditionalInterpolantTransform, got {type(transform).__name__}"
-            )
-        self.transform = transform
-        self._set_parts(base, shaped(support, event_shape))
+        self._set_parts(transform, base, shaped(support, event_shape))
         self.space.transforms(transform.flow)
         self._set_chain()
 

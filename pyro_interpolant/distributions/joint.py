@@ -1,4 +1,8 @@
-r"""Several named sites learned together: a posterior that becomes the next model's prior."""
+r"""The joint density of named sites: a posterior that becomes the next model's prior.
+
+With :math:`b_i` the bijection to the support of site i, the flow learns the packed vector
+:math:`x = (b_1^{-1}(s_1), \dots, b_k^{-1}(s_k))` of all sites, on real vectors.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,9 +22,10 @@ __all__ = ["JointInterpolantDistribution", "pack", "sites_of"]
 
 
 class JointInterpolantDistribution(InterpolantDistribution):
-    """A learned joint distribution of named sites, each with its own shape and support.
+    r"""A learned joint distribution of named sites, each with its own shape and support.
 
-    The event is the packed vector of all sites, unconstrained. In a model,
+    The event is the packed vector :math:`(b_1^{-1}(s_1), \dots, b_k^{-1}(s_k))` of all sites,
+    unconstrained by the bijections of their supports. In a model,
     :meth:`sample_sites` draws it and gives the sites back under their names; everywhere else it is
     an :class:`InterpolantDistribution`. :func:`~pyro_interpolant.from_samples` makes one from a
     dictionary of draws.

@@ -1,14 +1,15 @@
-r"""Supports: what takes values to the real vectors that a flow moves, and back.
+r"""Supports: from a flow on real vectors x to a density on the values y that a constraint allows.
 
-A support has two members. On the bijective image of real vectors, such as positive numbers or a
-simplex, a flow moves the unconstrained vectors. On the torus there is no bijection: the flow moves
-angles on the real line, whole turns included, and they are wrapped at the end.
+There are two. A bijective image of real vectors, :math:`y = b(x)`, such as positive numbers or a
+simplex, has density :math:`\rho(x)\,|\det \partial x / \partial y|`. The torus is no such image:
+a flow of period :math:`2\pi` runs on the real line, whole turns included, and its end is wrapped,
+:math:`y = x \bmod 2\pi`.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
@@ -23,12 +24,12 @@ from .constraints import Circular, Constraint, OnEvents, bijection, circular
 
 __all__ = ["BijectiveSupport", "CircularSupport", "Support", "support_of"]
 
-_TYPICAL_RADIUS = 2**0.5  # the root mean square of a Rayleigh distance
+_RAYLEIGH_RMS = 2**0.5  # the root mean square of a Rayleigh distance
 _PERIOD_ROWS = 64  # on which the period of a velocity is checked
 
 
 class Support(ABC):
-    """Where values live, and what takes them to real vectors.
+    """The set that values live in, and its map from real vectors.
 
     Args:
         constraint: The constraint.
@@ -38,7 +39,7 @@ class Support(ABC):
         self.constraint = constraint
 
     def shown(self) -> Constraint:
-        """Return the constraint on whole events, as Pyro is to see it."""
+        """Return the constraint on whole events, which Pyro checks values with."""
         return self.constraint
 
     @abstractmethod
@@ -59,7 +60,7 @@ class Support(ABC):
 
     @abstractmethod
     def transforms(self, flow: Flow) -> list[Transform]:
-        """Return what comes after a flow, to end on the support.
+        """Return the transforms from the end of a flow to the support.
 
         Raises:
             ValueError: If the flow is not one for this support.
@@ -69,7 +70,7 @@ class Support(ABC):
         """Return whether values are real vectors themselves."""
         return False
 
-    def default_base(self, flow: Flow) -> Any:
+    def default_base(self, flow: Flow) -> TorchDistributionMixin | None:
         """Return the base of a flow without one of its own; None for N(0, I)."""
         return None
 
@@ -87,10 +88,10 @@ class Support(ABC):
             context: Their contexts, shape ``(N, C)``, or None.
         """
 
-    # Samplers walk in the base; on the torus, in a plane for each angle, which has no seam.
+    # Samplers explore the base; on the torus, in a plane for each angle, which has no seam.
 
-    def sampled_base(self, base: Any) -> Any:
-        """Return the base as a distribution that samplers on real vectors can walk in."""
+    def sampled_base(self, base: TorchDistributionMixin) -> TorchDistributionMixin:
+        """Return the base as a proper density on real vectors, for samplers."""
         return base
 
     def from_sampled(self, z: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class Support(ABC):
 
 
 class BijectiveSupport(Support):
-    """A bijective image of real vectors, perhaps behind a Gaussianizing map.
+    r"""A bijective image :math:`y = b(x)` of real vectors, perhaps behind a Gaussianizing map.
 
     Args:
         constraint: A constraint with a bijection in Pyro's registry.
@@ -136,10 +137,9 @@ class BijectiveSupport(Support):
         """
         if self.is_real():
             return value
-        on_events = OnEvents(self.constraint)
-        inside = on_events.check(value)
-        if bool(inside.all()):
-            inside = on_events.reduced(_off_the_edge(self.constraint, value), value)
+        events = OnEvents(self.constraint)
+        inside = events.check(value)
+        inside = inside & events.reduced(_off_the_edge(self.constraint, value), value)
         if bool(inside.all()):
             real = self.bijection.inv(value)
             inside = torch.isfinite(real).all(-1)
@@ -217,7 +217,7 @@ class CircularSupport(Support):
         )
 
     def transforms(self, flow: Flow) -> list[Transform]:
-        """Return the map that takes whole turns off.
+        """Return the map that subtracts whole turns.
 
         Raises:
             ValueError: If the flow is not one on the torus.
@@ -269,7 +269,7 @@ class CircularSupport(Support):
                 "feed it with cosines and sines"
             )
 
-    def sampled_base(self, base: Any) -> Planar:
+    def sampled_base(self, base: TorchDistributionMixin) -> Planar:
         """Return the base in a plane for each angle."""
         return Planar(base)
 
@@ -279,7 +279,7 @@ class CircularSupport(Support):
 
     def to_sampled(self, x: Tensor) -> Tensor:
         """Return points of the planes, ``(*, 2 D)``, for angles, ``(*, D)``."""
-        return in_planes(x, _TYPICAL_RADIUS)
+        return in_planes(x, _RAYLEIGH_RMS)
 
 
 def support_of(constraint: Constraint) -> Support:
@@ -311,7 +311,7 @@ class _Wrap(Transform):
 
 
 def _off_the_edge(support: Constraint, value: Tensor) -> Tensor:
-    """Return which elements are off the bounds, where bijections clamp instead of diverging."""
+    """Return which elements are not on a bound, where bijections clamp instead of diverging."""
     inner = getattr(support, "base_constraint", None)
     if inner is not None:
         return _off_the_edge(inner, value)

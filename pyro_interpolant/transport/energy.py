@@ -21,7 +21,7 @@ from ..transforms.gaussianize import refuse_gaussianized
 __all__ = ["PathEnergy", "W2Bound", "path_energy", "w2_bound"]
 
 _PATHS_PER_CHUNK = 512
-_JACOBIAN_ROWS = 512  # at which the velocity's Lipschitz constant is sought
+_JACOBIAN_ROWS = 512  # over which the largest norm of the velocity's Jacobian is taken
 
 
 class PathEnergy(NamedTuple):

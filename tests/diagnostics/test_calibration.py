@@ -88,7 +88,7 @@ def test_the_method_and_the_warp_are_kept():
 
 
 def test_where_no_grid_suffices_it_says_so(monkeypatch):
-    monkeypatch.setattr(calibration, "_LIMIT", 8)
+    monkeypatch.setattr(calibration, "_MAX_STEPS", 8)
     velocity = narrow_mixture(0.1)
     distribution = flow_of(velocity)
     x = velocity.sample(1.0, 40)

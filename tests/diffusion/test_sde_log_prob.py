@@ -55,7 +55,7 @@ MEMBERS = {
 @pytest.fixture
 def _guided_to_the_ends(monkeypatch):
     """Guide paths where only an exact score can be trusted: their weights are then all equal."""
-    monkeypatch.setattr(sde, "_FULLY_GUIDED", 1e-9)
+    monkeypatch.setattr(sde, "_GUIDED_SHARE", 1e-9)
 
 
 @pytest.mark.usefixtures("_guided_to_the_ends")
@@ -219,7 +219,7 @@ def test_shapes_contexts_and_types():
 def test_errors_say_what_was_expected():
     flow = InterpolantDistribution(interpolant_transform(2, (8, 8)))
     x = torch.zeros(3, 2)
-    with pytest.raises(ValueError, match="at least two paths to tell their spread, got paths=1"):
+    with pytest.raises(ValueError, match="at least two paths, .* got paths=1"):
         sde_log_prob(flow, x, paths=1)
     with pytest.raises(ValueError, match="at least one step"):
         sde_log_prob(flow, x, steps=0)

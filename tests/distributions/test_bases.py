@@ -1,4 +1,5 @@
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from pyro_interpolant import (
     Mirror,
     NonlinearInterpolant,
     Samples,
+    UniformTorus,
     VelocityMLP,
     conditional_interpolant_transform,
     fit,
@@ -30,6 +32,7 @@ from pyro_interpolant import (
     optimal_transport,
     save,
 )
+from pyro_interpolant.distributions.bases import Planar
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
@@ -335,3 +338,77 @@ def test_velocity_of_ones_own_learns_noise_too():
     fit(distribution, crescent(200), **QUICK)
     fit(distribution, crescent(200), learn="noise", **QUICK)
     assert isinstance(flow.flow.noise, VelocityMLP)
+
+
+# ---- bases in whitened coordinates --------------------------------------------------------------
+
+WHITE_BASES = {
+    "default": lambda: None,
+    "given": lambda: dist.Laplace(torch.tensor([0.5, -1.0]), torch.ones(2)).to_event(1),
+    "external": lambda: ExternalBase(Lazy()),
+    "samples": lambda: Samples(torch.randn(30, 2)),
+    "flow": lambda: InterpolantDistribution(random_flow(2)),
+}
+
+
+@pytest.mark.parametrize("name", WHITE_BASES)
+def test_a_whitened_base_is_the_start_of_the_chain(name):
+    """Its draws are what the transform gets, its density what ``at(0)`` has."""
+    flow = InterpolantDistribution(random_flow(2), WHITE_BASES[name]())
+    white, whitening = flow.white_base(), flow.transform.flow.whitening
+    torch.manual_seed(1)
+    w = white.sample((4, 3))
+    assert w.shape == (4, 3, 2)
+    assert not w.requires_grad
+    torch.manual_seed(1)
+    x0 = flow.at(0.0).sample((4, 3))
+    torch.testing.assert_close(w, whitening.to_white(x0))
+    if name == "default":
+        assert torch.equal(white.to_white(w), w)
+    else:
+        torch.testing.assert_close(white.to_white(x0), flow.transforms[0](x0))
+    if name == "samples":
+        with pytest.raises(ValueError, match="samples alone"):
+            white.log_prob(w)
+        return
+    expected = flow.at(0.0).log_prob(x0) + whitening.log_det
+    torch.testing.assert_close(white.log_prob(w), expected)
+    x = flow.transform(w)
+    total = white.log_prob(w) - flow.transform.log_abs_det_jacobian(w, x)
+    torch.testing.assert_close(total, flow.log_prob(x))  # the same solve, remembered
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_whitened_base_has_the_type_of_the_flow(dtype):
+    flow = InterpolantDistribution(random_flow(2).to(dtype))
+    white = flow.white_base()
+    assert white.sample((3,)).dtype == dtype
+    assert white.to_white(torch.randn(3, 2, dtype=torch.float64)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Samples(torch.randn(5, 2)),
+        lambda: UniformTorus(2),
+        lambda: ExternalBase(Lazy()),
+        lambda: ExternalBase(dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)),
+        lambda: Planar(dist.VonMises(torch.zeros(1), torch.ones(1)).to_event(1)),
+    ],
+    ids=["samples", "torus", "module", "distribution", "planar"],
+)
+def test_every_base_is_expanded_converted_and_copied(make):
+    base = make()
+    wide = base.expand((3,))
+    assert (base.batch_shape, wide.batch_shape, wide.event_shape) == ((), (3,), (2,))
+    assert wide.sample((4,)).shape == (4, 3, 2)
+    assert wide.has_rsample == base.has_rsample
+    half = wide.to(torch.zeros((), dtype=torch.float32))
+    assert half.sample((4,)).dtype == torch.float32
+    assert half.sample((4,)).shape == (4, 3, 2)
+    assert base.sample().dtype == torch.float64
+    again = pickle.loads(pickle.dumps(wide))
+    assert again.sample((4,)).shape == (4, 3, 2)
+    if base.has_rsample:
+        assert wide.rsample((4,)).shape == (4, 3, 2)
+        assert wide.log_prob(wide.sample((4,))).shape == (4, 3)

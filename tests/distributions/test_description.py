@@ -104,11 +104,19 @@ def test_a_constraint_of_this_package_needs_nothing_else(monkeypatch):
         def __init__(self, floor, inner, steps=(1, 2)):
             self.floor, self.inner, self.steps = floor, inner, steps
 
+    class Between(Constraint):
+        def __init__(self, upper_bound=None, lower_bound=None):
+            self.lower_bound, self.upper_bound = lower_bound, upper_bound
+
     class Everywhere(Constraint):
         pass
 
-    known = {**description._CONSTRAINTS, "above": Above, "everywhere": Everywhere()}
-    monkeypatch.setattr(description, "_CONSTRAINTS", known)
+    known = {"above": Above, "between": Between, "everywhere": Everywhere()}
+    for name, value in known.items():
+        monkeypatch.setitem(description._CONSTRAINTS, name, value)
+    monkeypatch.setitem(description._CONSTRAINT_NAMES, Above, "above")
+    monkeypatch.setitem(description._CONSTRAINT_NAMES, Between, "between")
+    monkeypatch.setitem(description._CONSTRAINT_NAMES, Everywhere, "everywhere")
     above = Above(torch.ones(2), [constraints.real, Above(0.5, Everywhere())], (3, 4))
     described = describe_constraint(above)
     assert described[0] == "above"
@@ -118,6 +126,8 @@ def test_a_constraint_of_this_package_needs_nothing_else(monkeypatch):
     assert again.inner[0] is constraints.real
     assert again.inner[1].floor == 0.5
     assert again.inner[1].inner is known["everywhere"]
+    below = build_constraint(describe_constraint(Between(upper_bound=2.0)))
+    assert (below.upper_bound, below.lower_bound) == (2.0, None)
     with pytest.raises(ValueError, match="made of numbers and supports, got 'x'"):
         describe_constraint(Above("x", 1.0))
 

@@ -636,11 +636,11 @@ def test_no_device_is_named():
 
 
 def test_wrong_transform_raises():
-    with pytest.raises(TypeError, match="expected an InterpolantTransform, got VelocityMLP"):
+    with pytest.raises(TypeError, match="class InterpolantTransform, got VelocityMLP"):
         InterpolantDistribution(VelocityMLP(2, (8,)))
     with pytest.raises(TypeError, match="use ConditionalInterpolantDistribution"):
         InterpolantDistribution(random_flow(2, context_dim=3))
-    with pytest.raises(TypeError, match="expected a ConditionalInterpolantTransform, got Interp"):
+    with pytest.raises(TypeError, match="class ConditionalInterpolantTransform, got Interp"):
         ConditionalInterpolantDistribution(random_flow(2))
 
 

@@ -1,0 +1,193 @@
+"""What both kinds of support offer: values to real vectors and back, sizes, bases, checks."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import SUPPORTS, random_flow
+from pyro.distributions import constraints
+from torch import nn
+
+from pyro_interpolant import (
+    Geodesic,
+    InterpolantDistribution,
+    InterpolantTransform,
+    TorusMLP,
+    UniformTorus,
+    VelocityMLP,
+    circular,
+)
+from pyro_interpolant.distributions.bases import Planar
+from pyro_interpolant.distributions.supports import BijectiveSupport, CircularSupport, support_of
+
+
+def torus_flow(dim, **choices):
+    return InterpolantTransform(TorusMLP(dim, (8,)), interpolant=Geodesic(), **choices).flow
+
+
+def composed(transforms, x):
+    """The value of a chain at x, and its log-determinant."""
+    total = x.new_zeros(x.shape[:-1])
+    for transform in transforms:
+        y = transform(x)
+        total, x = total + transform.log_abs_det_jacobian(x, y), y
+    return x, total
+
+
+# ---- bijective images ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_values_come_back_from_real_vectors(name):
+    case = SUPPORTS[name]
+    space = support_of(case.support)
+    assert isinstance(space, BijectiveSupport)
+    u = torch.randn(6, case.dim)
+    y, log_det = composed(space.transforms(random_flow(case.dim).flow), u)
+    assert y.shape == (6, *case.event_shape)
+    assert log_det.shape == (6,)
+    assert bool(space.shown().check(y).all())
+    assert space.shown().check(y).shape == (6,)
+    torch.testing.assert_close(space.unconstrained(y), u)
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_sizes_and_shapes_are_inverse(name):
+    case = SUPPORTS[name]
+    space = support_of(case.support)
+    assert space.event_shape(case.dim) == case.event_shape
+    assert space.size(torch.Size(case.event_shape)) == case.dim
+    assert space.size(space.event_shape(case.dim)) == case.dim
+
+
+@pytest.mark.parametrize(
+    "real",
+    [constraints.real, constraints.real_vector, constraints.independent(constraints.real, 1)],
+    ids=["real", "real_vector", "independent"],
+)
+def test_real_vectors_are_left_alone(real):
+    space = support_of(real)
+    x = torch.randn(3, 2)
+    assert space.is_real()
+    assert space.shown() is constraints.real_vector
+    assert space.unconstrained(x) is x
+    assert space.transforms(random_flow(2).flow) == []
+    assert (space.event_shape(2), space.size(torch.Size((2,)))) == ((2,), 2)
+
+
+def test_no_other_support_is_real():
+    others = [case.support for case in SUPPORTS.values()] + [circular]
+    assert not any(support_of(support).is_real() for support in others)
+
+
+def test_a_bijective_support_keeps_the_base():
+    space, base, z = support_of(constraints.positive), dist.Normal(0, 1), torch.randn(3, 2)
+    assert space.default_base(random_flow(2).flow) is None
+    assert space.sampled_base(base) is base
+    assert space.from_sampled(z) is z
+    assert space.to_sampled(z) is z
+    transform = space.new_transform(3)
+    assert (transform.flow.event_dim, type(transform.velocity)) == (3, VelocityMLP)
+
+
+def test_a_path_on_the_torus_needs_angles():
+    space, rows = support_of(constraints.positive), torch.randn(5, 2)
+    space.check_rows(random_flow(2).flow, rows, None)
+    with pytest.raises(ValueError, match=r"support=circular for the interpolant Geodesic, got"):
+        space.check_rows(torus_flow(2), rows, None)
+
+
+@pytest.mark.parametrize("what", ["positive", 1.0, None])
+def test_what_is_no_constraint_is_refused(what):
+    with pytest.raises(TypeError, match="support to be a constraint such as"):
+        support_of(what)
+
+
+# ---- the torus ----------------------------------------------------------------------------------
+
+
+def test_angles_come_back_up_to_whole_turns():
+    space = support_of(circular)
+    assert isinstance(space, CircularSupport)
+    assert space.shown() is circular
+    u = 20 * torch.rand(50, 2) - 10
+    y, log_det = composed(space.transforms(torus_flow(2)), u)
+    assert bool(circular.check(y).all())
+    assert torch.equal(log_det, torch.zeros(50))
+    back = space.unconstrained(y)
+    assert back is y
+    turns = (u - back) / (2 * math.pi)
+    torch.testing.assert_close(turns, turns.round(), atol=1e-12, rtol=0)
+    assert (space.event_shape(2), space.size(torch.Size((2,)))) == ((2,), 2)
+    with pytest.raises(ValueError, match=r"angles in \[-pi, pi\], in radians, got 1 of 2 rows"):
+        space.unconstrained(torch.tensor([[0.0, 1.0], [0.0, 4.0]]))
+
+
+def test_the_base_of_angles_is_uniform_and_sampled_in_planes():
+    space = support_of(circular)
+    flow = torus_flow(3)
+    base = space.default_base(flow)
+    assert isinstance(base, UniformTorus)
+    assert base.sample().shape == (3,)
+    planar = space.sampled_base(base)
+    assert isinstance(planar, Planar)
+    x = base.sample((40,))
+    z = space.to_sampled(x)
+    assert z.shape == (40, 6)
+    torch.testing.assert_close(space.from_sampled(z), x)
+    torch.testing.assert_close(z.square().sum(-1), torch.full((40,), 6.0))  # as on average
+    assert planar.sample((40,)).shape == (40, 6)
+    transform = space.new_transform(3)
+    assert (type(transform.velocity), type(transform.interpolant)) == (TorusMLP, Geodesic)
+
+
+class Straight(nn.Module):
+    event_dim = 2
+
+    def forward(self, t, x, context=None):
+        return 0.1 * x if context is None else 0.1 * x + context
+
+
+class Turning(nn.Module):
+    event_dim = 2
+
+    def forward(self, t, x, context=None):
+        return x.sin() if context is None else x.sin() + context
+
+
+@pytest.mark.parametrize("context", [None, torch.ones(7, 2)], ids=["plain", "context"])
+def test_a_velocity_without_a_period_is_found(context):
+    space, rows = support_of(circular), torch.rand(7, 2)
+    flow = InterpolantTransform(Turning(), interpolant=Geodesic()).flow
+    space.check_rows(flow, rows, context)
+    flow = InterpolantTransform(Straight(), interpolant=Geodesic()).flow
+    with pytest.raises(ValueError, match="period 2 pi .* got Straight, which differs by 1.26 "):
+        space.check_rows(flow, rows, context)
+
+
+def test_what_is_no_flow_on_the_torus_is_refused():
+    space = support_of(circular)
+    with pytest.raises(ValueError, match=r"Geodesic\(\) for angles, got Trigonometric"):
+        space.transforms(random_flow(2).flow)
+    with pytest.raises(ValueError, match="period 2 pi .* got VelocityMLP"):
+        space.transforms(InterpolantTransform(VelocityMLP(2), interpolant=Geodesic()).flow)
+    flow = torus_flow(2)
+    flow.whitening.set(torch.zeros(2), 2 * torch.eye(2))
+    with pytest.raises(ValueError, match="no whitening map for angles"):
+        space.transforms(flow)
+
+
+# ---- both, of a distribution --------------------------------------------------------------------
+
+
+def test_flow_coordinates_and_unconstrained_ones_differ_by_the_map():
+    case = SUPPORTS["gaussianized stack"]
+    flow = InterpolantDistribution(random_flow(case.dim), support=case.support)
+    y = flow.sample((5,))
+    chart = case.support.gaussianizer
+    torch.testing.assert_close(chart(flow.to_flow(y)), flow.unconstrained(y))
+    plain = flow.without_support()
+    assert plain.space.is_real()
+    change = flow.transforms[-1].log_abs_det_jacobian(flow.to_flow(y), y)
+    torch.testing.assert_close(flow.log_prob(y), plain.log_prob(flow.to_flow(y)) - change)
