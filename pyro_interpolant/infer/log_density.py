@@ -109,7 +109,7 @@ class LogJoint:
             total = total + site["log_prob"].sum()
         return total
 
-    def trace(self, values: Mapping[str, Tensor], count: int | None = None) -> Sites:
+    def trace(self, values: dict[str, Tensor], count: int | None = None) -> Sites:
         """Return the sites of the model, with log densities, at values ``(*, *site_shape)``.
 
         Args:
@@ -316,7 +316,11 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
         with poutine.block(), poutine.trace() as tracer, _FromPrior():
             with density.plate(*batch) if batch else contextlib.nullcontext():
                 density.model()
-        return density.sites.unconstrain(cast("Sites", tracer.trace.nodes), *batch)
+        parts = [
+            biject_to(support).inv(tracer.trace.nodes[name]["value"]).reshape(*batch, -1)
+            for name, (_, support) in density.sites.sites.items()
+        ]
+        return torch.cat(parts, dim=-1)
 
     try:
         with (

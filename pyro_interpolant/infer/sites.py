@@ -13,11 +13,12 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
-from ..distributions.joint import pack
+from ..distributions.joint import pack, unpack
 
 __all__ = [
     "InitToSupport",
@@ -52,38 +53,28 @@ class InitToSupport:
             ValueError: If the site is discrete, in a subsampled plate, or in a sequential one.
         """
         _check_site(site)
+        fn = site["fn"]
         try:
-            transform = biject_to(site["fn"].support)
+            transform = biject_to(fn.support)
         except NotImplementedError as error:
             raise _unsupported(site) from error
         try:
             return self.init(site)
         except NotImplementedError:  # improper priors cannot be sampled, not even for their shape
-            fn = site["fn"]
             shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
             return transform(torch.zeros(shape))
 
 
-class Substitute(Messenger):
-    """Substitute values for latent sites, as if they were observed.
+class Substitute(ConditionMessenger):
+    """Substitute values, by name each ``(*, *site_shape)``, for sites that must be latent."""
 
-    Args:
-        values: By name, each of shape ``(*, *site_shape)``.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["name"] not in self.values:
-            return
-        if msg["is_observed"]:
+    def _pyro_sample(self, msg: Message) -> None:
+        if msg["is_observed"] and str(msg["name"]) in self.data:
             raise ValueError(
                 f"expected site {msg['name']!r} to be latent, as when the guide was set up, got "
                 "it observed: set the guide up with the data, guide(*args)"
             )
-        msg["value"], msg["is_observed"] = self.values[msg["name"]], True
+        super()._pyro_sample(msg)
 
 
 def ensure_prototype(guide: AutoContinuous, *args: object, **kwargs: object) -> None:
@@ -135,13 +126,18 @@ class LatentSites:
         **kwargs: Its named arguments.
 
     Attributes:
-        shapes: The shape of each site, by name, in the order of packing.
+        sites: The shape and the support of each, by name, in the order of packing.
+        shapes: The shapes alone.
     """
 
     def __init__(self, guide: AutoContinuous, *args: object, **kwargs: object) -> None:
         ensure_prototype(guide, *args, **kwargs)
         self.guide, self.args, self.kwargs = guide, args, kwargs
-        self.shapes = {name: site["value"].shape for name, site in self._nodes()}
+        self.sites = {
+            name: (site["value"].shape, _innermost(site["fn"].support))
+            for name, site in guide.prototype_trace.iter_stochastic_nodes()
+        }
+        self.shapes = {name: shape for name, (shape, _) in self.sites.items()}
 
     @property
     def model(self) -> Model:
@@ -177,12 +173,7 @@ class LatentSites:
 
     def unpack(self, z: Tensor) -> dict[str, Tensor]:
         """Return the sites, each ``(N, *site_shape)``, of vectors of shape ``(N, D)``."""
-        nesting = max(len(shape) for shape in self.shapes.values())
-        latent = z.reshape(len(z), *(1,) * nesting, -1)
-        return {
-            name: transform(real).reshape(-1, *self.shapes[name])
-            for name, transform, real in self.split(latent)
-        }
+        return unpack(self.sites, z)
 
     def pack(self, draws: Mapping[str, object]) -> Tensor:
         """Return vectors, shape ``(N, D)``, of draws of the sites, each ``(*, *site_shape)``.
@@ -193,12 +184,8 @@ class LatentSites:
             ValueError: If a site is missing, of another shape, or outside its support, or there
                 are not as many draws of each.
         """
-        sites, flat = {}, {}
-        for name, site in self._nodes():
-            shape, support = self.shapes[name], site["fn"].support
-            while isinstance(support, constraints.independent):  # what is in it has its own events
-                support = support.base_constraint
-            sites[name] = (shape, support)
+        flat = {}
+        for name, shape in self.shapes.items():
             value = None if name not in draws else torch.as_tensor(draws[name])
             lead = -1 if value is None else value.dim() - len(shape)
             if value is None or lead < 1 or value.shape[lead:] != shape:
@@ -212,18 +199,14 @@ class LatentSites:
         counts = {name: len(value) for name, value in flat.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"expected as many draws of every site, got {counts}")
-        return pack(sites, flat)
+        return pack(self.sites, flat)
 
-    def unconstrain(self, trace: Mapping[str, Site], *batch: int) -> Tensor:
-        """Return vectors, shape ``(*batch, D)``, of the sites' values in a trace."""
-        parts = [
-            biject_to(site["fn"].support).inv(trace[name]["value"]).reshape(*batch, -1)
-            for name, site in self._nodes()
-        ]
-        return torch.cat(parts, dim=-1)
 
-    def _nodes(self) -> Iterator[tuple[str, Site]]:
-        return self.guide.prototype_trace.iter_stochastic_nodes()
+def _innermost(support: constraints.Constraint) -> constraints.Constraint:
+    """Return the constraint on the smallest events, inside those declared independent."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
 
 
 def _check_site(site: Site) -> None:
