@@ -4,7 +4,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import pyro
 import torch
@@ -70,7 +70,7 @@ class LogJoint:
         """
         if z.dim() != 2 or z.shape[-1] != self.event_dim:
             raise ValueError(f"expected z of shape (N, {self.event_dim}), got {tuple(z.shape)}")
-        evaluate = self.by_plate if self.batching == "plate" else self.by_vmap
+        evaluate = self.by(self.batching)
         with pyro.validation_enabled(is_validate=False):
             return torch.cat([nan_to_minus_inf(evaluate, part) for part in z.split(self.rows)])
 
@@ -85,6 +85,10 @@ class LogJoint:
             ValueError: If a site is missing, of another shape, or outside its support.
         """
         return self.sites.pack(draws)
+
+    def by(self, batching: Batching) -> Evaluate:
+        """Return the function that evaluates the log density of many vectors in a way."""
+        return self.by_plate if batching == "plate" else self.by_vmap
 
     def by_plate(self, z: Tensor) -> Tensor:
         """Return the log density, shape ``(N,)``, of z, ``(N, D)``, in an outermost plate."""
@@ -108,6 +112,10 @@ class LogJoint:
         for site in _scored(self.trace(values)):
             total = total + site["log_prob"].sum()
         return total
+
+    def one_by_one(self, z: Tensor) -> Tensor:
+        """Return the log density, shape ``(N,)``, of z, ``(N, D)``, by N runs of the model."""
+        return torch.stack([nan_to_minus_inf(self.single, row) for row in z])
 
     def trace(self, values: dict[str, Tensor], count: int | None = None) -> Sites:
         """Return the sites of the model, with log densities, at values ``(*, *site_shape)``.
@@ -201,19 +209,15 @@ def nan_to_minus_inf(evaluate: Evaluate, z: Tensor) -> Tensor:
 
 def _batching(density: LogJoint, center: Tensor) -> Batching:
     """Return the first way to evaluate many draws at once that agrees with one at a time."""
-    z, expected = _probes(density, center)
+    z, values = _probes(density, center)
+    expected = torch.cat((values[:-1], values))
     tolerance = 1e-6 if z.dtype == torch.float64 else 1e-3
     problems = []
-    ways: tuple[tuple[Batching, Evaluate], ...] = (
-        ("plate", density.by_plate),
-        ("vmap", density.by_vmap),
-    )
-    for batching, evaluate in ways:
+    for batching in get_args(Batching):
         try:
-            error = max(
-                float(((nan_to_minus_inf(evaluate, z[:k]) - e) / (1 + e.abs())).abs().max())
-                for k, e in ((len(z) - 1, expected[:-1]), (len(z), expected))
-            )
+            sizes = (len(z) - 1, len(z))
+            found = torch.cat([nan_to_minus_inf(density.by(batching), z[:k]) for k in sizes])
+            error = float(((found - expected) / (1 + expected.abs())).abs().max())
         except Exception as failure:  # whatever a model does with shapes it does not expect
             what = str(failure).partition("\n")[0]  # Pyro adds its trace
             problems.append(f"by {batching} it fails with {type(failure).__name__}: {what}")
@@ -235,7 +239,7 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, Tensor]:
     noise = torch.randn(_PROBES, len(center), generator=generator, dtype=center.dtype).to(center)
     for scale in (0.5, 0.05, 0.005):
         z = center + scale * noise
-        values = torch.stack([nan_to_minus_inf(density.single, row) for row in z])
+        values = density.one_by_one(z)
         if bool(torch.isfinite(values).all()):
             break
     else:
@@ -246,7 +250,7 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, Tensor]:
     _checked_trace(density, z[0])
     with seeded(1):
         torch.rand(1)
-        again = torch.stack([nan_to_minus_inf(density.single, row) for row in z])
+        again = density.one_by_one(z)
     if not torch.allclose(again, values, rtol=1e-6, atol=1e-6):
         raise ValueError(
             "expected a log density without noise, got two values for the same latent sites: a "

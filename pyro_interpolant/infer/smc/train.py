@@ -114,7 +114,7 @@ _FLAT = 2e-3  # nats, the improvement over a window of rounds below which a run 
 _FLAT_WINDOW = 5  # rounds
 _GRADIENTS_PER_PARTICLE = 40  # at the least, on the way from the start
 _MIN_PARTICLES = 500  # however slow the density is
-_LEAPFROG_STEPS = {"quick": 8, "slow": 3}  # by what the density costs
+_LEAPFROG_STEPS, _SLOW_LEAPFROG_STEPS = 8, 3  # the most in a move, by what the density costs
 _ROUND_MOVES = (3, 200)  # the fewest and the most in a round
 _MIXING_MOVES = (3, 240)  # before the first round: narrow places fill slowly
 _POOLS_OF_MIXING = 8  # how often the rows are kept meanwhile
@@ -197,9 +197,8 @@ def _find_particles(
     """Carry particles from a wide start to the target, at most ``draws``, and let them mix."""
     mixture = pathfinder(density, wide, seconds=budget.pathfinder * budget.seconds)
     seconds = budget.gradients * budget.seconds
-    slow = density.seconds * draws * _GRADIENTS_PER_PARTICLE > seconds
-    kernel = HMCKernel(_LEAPFROG_STEPS["slow" if slow else "quick"])
     affordable = seconds / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
+    kernel = HMCKernel(_SLOW_LEAPFROG_STEPS if affordable < draws else _LEAPFROG_STEPS)
     count = int(max(min(_MIN_PARTICLES, draws), min(draws, affordable)))
     deadline = budget.began + budget.tempering * budget.seconds
     x, start = mixture.sample(count), LogDensity(mixture.log_prob)
