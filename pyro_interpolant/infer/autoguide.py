@@ -29,7 +29,7 @@ from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
 from .importance_sampling import importance_of, verdict_with_warning
 from .log_density import LogJoint, prior_draws
-from .sites import InitToSupport, LatentSites, Model, check_jacobians, forget_data
+from .sites import LatentSites, Model, forget_data, init_to_support
 from .smc.train import RoundsResult, train_from_density
 
 __all__ = ["AutoInterpolant", "GuideResult", "fit_guide"]
@@ -98,7 +98,7 @@ class AutoInterpolant(AutoContinuous):
         if not callable(model):
             raise TypeError(f"expected a model, a callable, got {type(model).__name__}")
         check_ranges(("init_scale > 0", init_scale > 0, init_scale))
-        super().__init__(model, init_loc_fn=InitToSupport(init_loc_fn))
+        super().__init__(model, init_loc_fn=functools.partial(init_to_support, init=init_loc_fn))
         self._hidden_dims, self._init_scale = hidden_dims, init_scale
         solver = FixedGrid(steps=12) if solver is None else solver
         self._transform_of = functools.partial(
@@ -122,9 +122,9 @@ class AutoInterpolant(AutoContinuous):
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         with torch.no_grad():  # a prototype with a graph could not be copied
             super()._setup_prototype(*args, **kwargs)
-            check_jacobians(self)
-            forget_data(self)
             loc = self._init_loc()
+            LatentSites(self, *args, **kwargs).constrain(loc)  # raises without a Jacobian
+            forget_data(self)
         hidden = self._hidden_dims
         if hidden is None and self.latent_dim <= _MAX_DEEP_DIM:
             hidden = (128, 128, 128)

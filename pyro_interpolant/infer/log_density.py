@@ -18,7 +18,7 @@ from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
 from .._torch import seeded
-from .sites import InitToSupport, LatentSites, Model, Site, Substitute
+from .sites import LatentSites, Model, Site, Substitute, init_to_support
 
 __all__ = ["LogJoint", "log_joint", "prior_draws"]
 
@@ -46,8 +46,8 @@ class LogJoint:
 
     def __init__(self, sites: LatentSites) -> None:
         self.sites, self.model = sites, sites.model
-        self.event_dim: int = sites.event_dim
-        center = sites.initial()
+        self.event_dim: int = sites.guide.latent_dim
+        center = sites.guide._init_loc()
         with torch.no_grad():
             # The first with the user's own validation, which explains what is wrong.
             scored = list(_scored(_checked_trace(self, center)))
@@ -176,7 +176,7 @@ def log_joint(target: AutoContinuous | Model, *args: object, **kwargs: object) -
                 "expected a model, or a guide over one unconstrained vector (AutoContinuous), got "
                 f"{type(target).__name__}"
             )
-        target = AutoContinuous(target, init_loc_fn=InitToSupport())
+        target = AutoContinuous(target, init_loc_fn=init_to_support)
     return LogJoint(LatentSites(target, *args, **kwargs))
 
 

@@ -21,14 +21,12 @@ from torch.distributions import Transform, biject_to, constraints
 from ..distributions.joint import pack, unpack
 
 __all__ = [
-    "InitToSupport",
     "LatentSites",
     "Model",
     "Site",
     "Substitute",
-    "check_jacobians",
-    "ensure_prototype",
     "forget_data",
+    "init_to_support",
     "unwrapped_model",
 ]
 
@@ -36,33 +34,31 @@ Site = dict[str, Any]  # a site of a trace, Pyro's message
 Model = Callable[..., Any]
 
 
-class InitToSupport:
-    """An initialisation of latent sites that refuses those no guide over one vector can hold.
+def init_to_support(site: Site, init: Callable[..., Tensor] = init_to_median) -> Tensor:
+    """Return an initial value of a latent site, if a guide over one vector can hold it.
 
     Args:
+        site: The site.
         init: One of Pyro's initialisation functions, from a site to a value.
+
+    Returns:
+        The value, shape ``(*, *event_shape)``.
+
+    Raises:
+        ValueError: If the site is discrete, in a subsampled plate, in a sequential one, or on a
+            support without a bijection.
     """
-
-    def __init__(self, init: Callable[..., Tensor] = init_to_median) -> None:
-        self.init = init
-
-    def __call__(self, site: Site) -> Tensor:
-        """Return an initial value, shape ``(*, *event_shape)``, of a latent site.
-
-        Raises:
-            ValueError: If the site is discrete, in a subsampled plate, or in a sequential one.
-        """
-        _check_site(site)
-        fn = site["fn"]
-        try:
-            transform = biject_to(fn.support)
-        except NotImplementedError as error:
-            raise _unsupported(site) from error
-        try:
-            return self.init(site)
-        except NotImplementedError:  # improper priors cannot be sampled, not even for their shape
-            shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-            return transform(torch.zeros(shape))
+    _check_site(site)
+    fn = site["fn"]
+    try:
+        transform = biject_to(fn.support)
+    except NotImplementedError as error:
+        raise _unsupported(site["name"], fn.support) from error
+    try:
+        return init(site)
+    except NotImplementedError:  # improper priors cannot be sampled, not even for their shape
+        shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+        return transform(torch.zeros(shape))
 
 
 class Substitute(ConditionMessenger):
@@ -75,25 +71,6 @@ class Substitute(ConditionMessenger):
                 "it observed: set the guide up with the data, guide(*args)"
             )
         super()._pyro_sample(msg)
-
-
-def ensure_prototype(guide: AutoContinuous, *args: object, **kwargs: object) -> None:
-    """Run the model once, with its arguments, for a guide that does not know its sites yet."""
-    if guide.prototype_trace is None:
-        guide._setup_prototype(*args, **kwargs)
-    if not hasattr(guide, "plates"):
-        with poutine.block():
-            guide._create_plates(*args, **kwargs)
-
-
-def check_jacobians(guide: AutoContinuous) -> None:
-    """Raise a ValueError if a support of a guide's sites is reached without a Jacobian."""
-    for site, real in guide._unpack_latent(guide._init_loc()):
-        transform = biject_to(site["fn"].support)
-        try:
-            transform.log_abs_det_jacobian(real, transform(real))
-        except NotImplementedError as error:
-            raise _unsupported(site) from error
 
 
 def forget_data(guide: AutoContinuous) -> None:
@@ -131,7 +108,11 @@ class LatentSites:
     """
 
     def __init__(self, guide: AutoContinuous, *args: object, **kwargs: object) -> None:
-        ensure_prototype(guide, *args, **kwargs)
+        if guide.prototype_trace is None:
+            guide._setup_prototype(*args, **kwargs)
+        if not hasattr(guide, "plates"):
+            with poutine.block():
+                guide._create_plates(*args, **kwargs)
         self.guide, self.args, self.kwargs = guide, args, kwargs
         self.sites = {
             name: (site["value"].shape, _innermost(site["fn"].support))
@@ -144,15 +125,6 @@ class LatentSites:
         """The model with its arguments, a function of none."""
         return functools.partial(unwrapped_model(self.guide.model), *self.args, **self.kwargs)
 
-    @property
-    def event_dim(self) -> int:
-        """D, the size of the vector."""
-        return self.guide.latent_dim
-
-    def initial(self) -> Tensor:
-        """Return the vector of the initial values of the sites, shape ``(D,)``."""
-        return self.guide._init_loc()
-
     def split(self, z: Tensor) -> Iterator[tuple[str, Transform, Tensor]]:
         """Yield the name of each site, the bijection to its support, and its part of z, ``(D,)``.
 
@@ -163,11 +135,18 @@ class LatentSites:
             yield site["name"], biject_to(site["fn"].support), real
 
     def constrain(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        r"""Return the sites and :math:`\log |dx / dz|`, ``(N)``, of z, ``(N, 1, .., 1, D)``."""
+        r"""Return the sites and :math:`\log |dx / dz|`, ``(N)``, of z, ``(N, 1, .., 1, D)``.
+
+        Raises:
+            ValueError: If the bijection of a site has no Jacobian.
+        """
         values, total = {}, z.new_zeros(z.shape[:1] if z.dim() > 1 else ())
         for name, transform, real in self.split(z):
             values[name] = transform(real)
-            log_det = transform.log_abs_det_jacobian(real, values[name])
+            try:
+                log_det = transform.log_abs_det_jacobian(real, values[name])
+            except NotImplementedError as error:
+                raise _unsupported(name, self.sites[name][1]) from error
             total = total + log_det.reshape(*total.shape, -1).sum(-1)
         return values, total
 
@@ -233,11 +212,11 @@ def _check_site(site: Site) -> None:
             )
 
 
-def _unsupported(site: Site) -> ValueError:
+def _unsupported(name: str, support: constraints.Constraint) -> ValueError:
     """Return the error for a site whose support has no bijection, or none with a Jacobian."""
     return ValueError(
         f"expected supports with a bijection from real vectors and its Jacobian, got site "
-        f"{site['name']!r} on {site['fn'].support}: write a covariance as an LKJCholesky factor "
+        f"{name!r} on {support}: write a covariance as an LKJCholesky factor "
         "and scales, a direction by ProjectedNormalReparam, anything else as an ImproperUniform "
         "site and a pyro.factor"
     )

@@ -34,15 +34,7 @@ from .pathfinder import StudentTMixture, initial_mixture, pathfinder
 from .schedule import Budget, RateSchedule, clocked
 from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
 
-__all__ = [
-    "Budget",
-    "FlowRegression",
-    "RateSchedule",
-    "Round",
-    "RoundsResult",
-    "Run",
-    "train_from_density",
-]
+__all__ = ["FlowRegression", "Round", "RoundsResult", "Run", "train_from_density"]
 
 
 _BATCH_ROWS = 512  # in a regression step
