@@ -28,7 +28,7 @@ _NUMBERS_AT_ONCE = 2**22  # of all sites and their log densities together, evalu
 
 Batching = Literal["plate", "vmap"]
 Evaluate = Callable[[Tensor], Tensor]
-Sites = dict[str, Site]
+Nodes = dict[str, Site]
 
 
 class LogJoint:
@@ -87,8 +87,9 @@ class LogJoint:
         return self.sites.pack(draws)
 
     def by(self, batching: Batching) -> Evaluate:
-        """Return the function that evaluates the log density of many vectors in a way."""
-        return self.by_plate if batching == "plate" else self.by_vmap
+        """Return a function from z, ``(N, D)``, to log densities, ``(N,)``, all in one run."""
+        each = torch.func.vmap(self.single, randomness="same")
+        return self.by_plate if batching == "plate" else each
 
     def by_plate(self, z: Tensor) -> Tensor:
         """Return the log density, shape ``(N,)``, of z, ``(N, D)``, in an outermost plate."""
@@ -102,10 +103,6 @@ class LogJoint:
             total = total + log_prob.reshape(log_prob.shape[0], -1).sum(-1)
         return total
 
-    def by_vmap(self, z: Tensor) -> Tensor:
-        """Return the log density, shape ``(N,)``, of z, ``(N, D)``, draw by draw in one batch."""
-        return torch.func.vmap(self.single, randomness="same")(z)
-
     def single(self, z: Tensor) -> Tensor:
         """Return the log density, a scalar, of one vector, shape ``(D,)``."""
         values, total = self.sites.constrain(z)
@@ -117,7 +114,7 @@ class LogJoint:
         """Return the log density, shape ``(N,)``, of z, ``(N, D)``, by N runs of the model."""
         return torch.stack([nan_to_minus_inf(self.single, row) for row in z])
 
-    def trace(self, values: dict[str, Tensor], count: int | None = None) -> Sites:
+    def trace(self, values: dict[str, Tensor], count: int | None = None) -> Nodes:
         """Return the sites of the model, with log densities, at values ``(*, *site_shape)``.
 
         Args:
@@ -133,7 +130,7 @@ class LogJoint:
         with poutine.block():
             trace = poutine.trace(run).get_trace()  # whose errors show the shapes of all sites
             trace.compute_log_prob()
-        return cast("Sites", trace.nodes)
+        return cast("Nodes", trace.nodes)
 
     def plate(self, count: int) -> pyro.plate:
         """Return a plate of draws to the left of all plates of the model."""
@@ -260,7 +257,7 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, Tensor]:
     return z, values
 
 
-def _checked_trace(density: LogJoint, z: Tensor) -> Sites:
+def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
     """Return the sites at z, shape ``(D,)``, of a model whose log density is a function of z."""
     values, _ = density.sites.constrain(z)
     trace = density.trace(values)
@@ -297,7 +294,7 @@ def _is_subsample(site: Site) -> bool:
     return site_is_subsample(cast("Message", site))
 
 
-def _scored(trace: Sites) -> Iterator[Site]:
+def _scored(trace: Nodes) -> Iterator[Site]:
     """Yield the sites of a trace that carry a log density."""
     for site in trace.values():
         if site["type"] == "sample" and not _is_subsample(site):
@@ -312,7 +309,7 @@ _IMPROPER_SCALE = 2.0  # of unconstrained sites with an improper prior
 def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
 
-    Sites with an improper prior are drawn widely; the rarest 1% is clamped to the rest, for priors
+    Nodes with an improper prior are drawn widely; the rarest 1% is clamped to the rest, for priors
     without moments.
     """
 

@@ -39,7 +39,6 @@ __all__ = ["FlowRegression", "Round", "RoundsResult", "Run", "train_from_density
 
 _BATCH_ROWS = 512  # in a regression step
 _FIRST_RATE = 1e-3  # the learning rate before the first is asked for
-_EMA_DECAY = 0.999  # of the averaged weights, in a step
 _WARMUP_STEPS = 100  # in which the rate rises
 _MAX_POOLS = 10  # the most rounds whose rows are kept; of fewer, the later half
 _MIN_STEPS = 10  # in a round, whatever the clock says
@@ -55,9 +54,8 @@ class FlowRegression:
 
     def __init__(self, flow: Flow, pools: list[Tensor]) -> None:
         self.objective = Objective(flow, WhitenedBase(None, flow.whitening), independent)
-        self.descent = Descent(
-            self.objective, self.objective.process, learning_rate=_FIRST_RATE, ema=_EMA_DECAY
-        )
+        process = self.objective.process
+        self.descent = Descent(self.objective, process, learning_rate=_FIRST_RATE)
         self.average = self.descent.average
         self.pools = pools[-_MAX_POOLS:]
         self.added = 0
@@ -68,8 +66,8 @@ class FlowRegression:
         keep = max(2, min(_MAX_POOLS, self.added // 2 + 1))
         self.pools = [*self.pools, rows][-keep:]
 
-    def __call__(self, steps: int, rate: Callable[[], float], *, seconds: float) -> float:
-        """Take steps, at most as many as the time allows; return the mean loss.
+    def __call__(self, steps: int, rate: Callable[[], float], *, seconds: float) -> None:
+        """Take steps, at most as many as the time allows.
 
         Args:
             steps: The number of steps.
@@ -79,7 +77,6 @@ class FlowRegression:
         Raises:
             RuntimeError: If gradients stay non-finite.
         """
-        losses = []
         rows = self.objective.whitened(Rows(torch.cat(self.pools), None))
         count = len(rows.w)
 
@@ -90,12 +87,9 @@ class FlowRegression:
             warm = min(1.0, (self.descent.steps + 1) / _WARMUP_STEPS)
             (points,) = self.objective.points([batch])
             with torch.enable_grad():
-                loss = self.descent(points, rate() * warm)
-            if loss is not None:
-                losses.append(loss)
-            elif self.descent.is_stuck():
+                self.descent(points, rate() * warm)
+            if self.descent.is_stuck():
                 self.descent.check()
-        return float(torch.stack(losses).mean()) if losses else math.nan
 
     def values(self) -> list[Tensor]:
         """Return copies of the averaged weights."""
@@ -256,8 +250,8 @@ class Run:
         self.history.append(self._diagnosed(jump, acceptance))
         if self._is_flat():
             self.schedule = self.schedule.landed(budget.spent())
-        left = budget.share_of_rounds(len(self.history)) < 1
-        return left and budget.spent() < self.schedule.end
+        rounds = budget.share_of_rounds(len(self.history))
+        return rounds < 1 and budget.spent() < self.schedule.end
 
     def _moved(self, particles: Particles, seconds: float) -> tuple[Particles, float]:
         """Move by the gradient of the target, for a share of the time of the round so far."""
