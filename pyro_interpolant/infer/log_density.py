@@ -1,6 +1,7 @@
 r"""The log joint density of a model, :math:`\log p(x(z), y) + \log |dx / dz|`, of many z."""
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
-from pyro.poutine.messenger import Messenger
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -309,12 +310,13 @@ _IMPROPER_SCALE = 2.0  # of unconstrained sites with an improper prior
 def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
 
-    Nodes with an improper prior are drawn widely; the rarest 1% is clamped to the rest, for priors
+    Sites with an improper prior are drawn widely; the rarest 1% is clamped to the rest, for priors
     without moments.
     """
+    init = functools.partial(init_to_support, init=init_to_sample, spread=_IMPROPER_SCALE)
 
     def draw(*batch: int) -> Tensor:
-        with poutine.block(), poutine.trace() as tracer, _FromPrior():
+        with poutine.block(), poutine.trace() as tracer, InitMessenger(init):
             with density.plate(*batch) if batch else contextlib.nullcontext():
                 density.model()
         parts = [
@@ -342,18 +344,3 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
         return None
     low, high = torch.quantile(z, z.new_tensor([_RARE, 1 - _RARE]), dim=0)
     return torch.maximum(low, torch.minimum(z, high))
-
-
-class _FromPrior(Messenger):
-    """Sample latent sites from their priors; from a wide Gaussian where a prior is improper."""
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["value"] is not None or _is_subsample(msg):
-            return
-        fn = msg["fn"]
-        try:
-            msg["value"] = fn.sample()
-        except NotImplementedError:
-            transform = biject_to(fn.support)
-            shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-            msg["value"] = transform(_IMPROPER_SCALE * torch.randn(shape))

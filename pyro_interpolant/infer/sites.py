@@ -34,12 +34,15 @@ Site = dict[str, Any]  # a site of a trace, Pyro's message
 Model = Callable[..., Any]
 
 
-def init_to_support(site: Site, init: Callable[..., Tensor] = init_to_median) -> Tensor:
+def init_to_support(
+    site: Site, init: Callable[..., Tensor] = init_to_median, spread: float = 0.0
+) -> Tensor:
     """Return an initial value of a latent site, if a guide over one vector can hold it.
 
     Args:
         site: The site.
         init: One of Pyro's initialisation functions, from a site to a value.
+        spread: The standard deviation, unconstrained, of a site whose prior is improper.
 
     Returns:
         The value, shape ``(*, *event_shape)``.
@@ -58,7 +61,7 @@ def init_to_support(site: Site, init: Callable[..., Tensor] = init_to_median) ->
         return init(site)
     except NotImplementedError:  # improper priors cannot be sampled, not even for their shape
         shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-        return transform(torch.zeros(shape))
+        return transform(spread * torch.randn(shape))
 
 
 class Substitute(ConditionMessenger):
