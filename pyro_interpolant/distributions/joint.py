@@ -18,7 +18,9 @@ from .constraints import Constraint, bijection, checked_rows
 from .interpolant import InterpolantDistribution
 from .supports import BijectiveSupport
 
-__all__ = ["JointInterpolantDistribution", "pack", "sites_of"]
+__all__ = ["JointInterpolantDistribution", "Sites", "pack", "sites_of", "unpack"]
+
+Sites = Mapping[str, tuple[torch.Size, Constraint]]  # shape and support, in the order of packing
 
 
 class JointInterpolantDistribution(InterpolantDistribution):
@@ -74,12 +76,7 @@ class JointInterpolantDistribution(InterpolantDistribution):
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``."""
-        shapes = {name: _real_shape(*site) for name, site in self.sites.items()}
-        parts = packed.split([s.numel() for s in shapes.values()], dim=-1)
-        return {
-            name: biject_to(self.sites[name][1])(part.reshape(part.shape[:-1] + shape))
-            for (name, shape), part in zip(shapes.items(), parts, strict=True)
-        }
+        return unpack(self.sites, packed)
 
     def pack(self, draws: Mapping[str, Tensor]) -> Tensor:
         """Return packed vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.
@@ -120,7 +117,7 @@ def sites_of(draws: Mapping[str, Any], supports: Any) -> dict[str, tuple[torch.S
     return sites
 
 
-def pack(sites: Mapping[str, tuple[torch.Size, Constraint]], draws: Mapping[str, Any]) -> Tensor:
+def pack(sites: Sites, draws: Mapping[str, Any]) -> Tensor:
     """Return packed unconstrained vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.
 
     Raises:
@@ -141,6 +138,16 @@ def pack(sites: Mapping[str, tuple[torch.Size, Constraint]], draws: Mapping[str,
             raise ValueError(f"site {name!r}: {error}") from error
         parts.append(real.reshape(*value.shape[:batch], -1))
     return torch.cat(parts, dim=-1)
+
+
+def unpack(sites: Sites, packed: Tensor) -> dict[str, Tensor]:
+    """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``."""
+    shapes = {name: _real_shape(*site) for name, site in sites.items()}
+    parts = packed.split([s.numel() for s in shapes.values()], dim=-1)
+    return {
+        name: biject_to(sites[name][1])(part.reshape(part.shape[:-1] + shape))
+        for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
 
 
 def _real_shape(shape: Sequence[int], support: Constraint) -> torch.Size:

@@ -2,10 +2,11 @@ r"""The flow as a guide for any Pyro model with continuous latent sites."""
 
 import copy
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -23,11 +24,12 @@ from ..nn.mlp import VelocityMLP
 from ..solvers.divergence import Divergence
 from ..solvers.ode import FixedGrid, RandomGrid, Solver
 from ..training.fitting import FitResult, fit
+from ..training.loop import check_ranges
 from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
-from .importance_sampling import importance_of, verdict_of, warn_if_poor
+from .importance_sampling import importance_of, verdict_with_warning
 from .log_density import LogJoint, prior_draws
-from .sites import InitToSupport, LatentSites, Model, check_jacobians, forget_data
+from .sites import LatentSites, Model, forget_data, init_to_support
 from .smc.train import RoundsResult, train_from_density
 
 __all__ = ["AutoInterpolant", "GuideResult", "fit_guide"]
@@ -35,14 +37,6 @@ __all__ = ["AutoInterpolant", "GuideResult", "fit_guide"]
 
 _QUANTILE_POINTS = 4096  # of the base
 _MAX_DEEP_DIM = 12  # latent dimensions: a funnel in 10 was learned better by a deeper network
-
-
-class _Choices(TypedDict):
-    """What the flow is made with; in a dictionary, where no module registers it as its part."""
-
-    interpolant: Interpolant | None
-    solver: Solver
-    divergence: Divergence | None
 
 
 class AutoInterpolant(AutoContinuous):
@@ -103,14 +97,12 @@ class AutoInterpolant(AutoContinuous):
     ) -> None:
         if not callable(model):
             raise TypeError(f"expected a model, a callable, got {type(model).__name__}")
-        if not init_scale > 0:
-            raise ValueError(f"expected init_scale > 0, got {init_scale}")
-        super().__init__(model, init_loc_fn=InitToSupport(init_loc_fn))
+        check_ranges(("init_scale > 0", init_scale > 0, init_scale))
+        super().__init__(model, init_loc_fn=functools.partial(init_to_support, init=init_loc_fn))
         self._hidden_dims, self._init_scale = hidden_dims, init_scale
-        self._choices = _Choices(
-            interpolant=interpolant,
-            solver=FixedGrid(steps=12) if solver is None else solver,
-            divergence=divergence,
+        solver = FixedGrid(steps=12) if solver is None else solver
+        self._transform_of = functools.partial(
+            InterpolantTransform, interpolant=interpolant, solver=solver, divergence=divergence
         )
 
     @property
@@ -130,16 +122,16 @@ class AutoInterpolant(AutoContinuous):
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         with torch.no_grad():  # a prototype with a graph could not be copied
             super()._setup_prototype(*args, **kwargs)
-            check_jacobians(self)
-            forget_data(self)
             loc = self._init_loc()
+            LatentSites(self, *args, **kwargs).constrain(loc)  # raises without a Jacobian
+            forget_data(self)
         hidden = self._hidden_dims
         if hidden is None and self.latent_dim <= _MAX_DEEP_DIM:
             hidden = (128, 128, 128)
         velocity = VelocityMLP(self.latent_dim, hidden).to(loc)
-        transform = InterpolantTransform(velocity, **self._choices)
-        transform.flow.whitening.set(loc, self._init_scale * torch.eye(len(loc)).to(loc))
-        self.transform = transform
+        self.transform = self._transform_of(velocity)
+        scale = self._init_scale * torch.eye(len(loc)).to(loc)
+        self.transform.flow.whitening.set(loc, scale)
 
     def get_base_dist(self) -> Distribution:
         """Return N(0, I), of event shape ``(D,)``."""
@@ -164,7 +156,7 @@ class AutoInterpolant(AutoContinuous):
 
     def _for_training(self, flow: InterpolantTransform) -> InterpolantTransform:
         """Return the flow with random nodes, no fewer than the guide was made with."""
-        own, present = self._choices["solver"], flow.solver
+        own, present = self._transform_of.keywords["solver"], flow.solver
         if isinstance(own, FixedGrid) and isinstance(present, FixedGrid):
             steps = max(own.steps, present.steps)
             flow = flow.at(1.0)
@@ -281,11 +273,7 @@ _VERDICT_DRAWS = 10_000  # fresh draws that judge the guide
 _SAMPLES_SHARE = 0.9  # of the time, for regression; the rest: calibration and verdict
 _MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: the verdict
 _MIN_TRAINING_SHARE = 0.1  # of the time, however long the set-up took
-_UNKNOWN = (
-    ImportanceSummary(*[math.nan] * 4),
-    0,
-    "Unknown, the log joint density cannot be evaluated.",
-)
+_UNKNOWN = "Unknown, the log joint density cannot be evaluated."
 
 
 class GuideResult(NamedTuple):
@@ -369,8 +357,7 @@ def fit_guide(
     start = time.monotonic()
     if not isinstance(guide, AutoInterpolant):
         raise TypeError(f"expected an AutoInterpolant, got {type(guide).__name__}")
-    if not max_seconds > 0:
-        raise ValueError(f"expected max_seconds > 0, got {max_seconds}")
+    check_ranges(("max_seconds > 0", max_seconds > 0, max_seconds))
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
     rows = None if samples is None else sites.pack(samples)
@@ -392,14 +379,13 @@ def fit_guide(
     else:
         rows = rows.to(guide.transform.flow.loc)
         training = fit(posterior, rows, **left(_SAMPLES_SHARE))
-    summary, count, verdict = _UNKNOWN
+    summary, count, verdict = ImportanceSummary(*[math.nan] * 4), 0, _UNKNOWN
     if density is not None:
         with seeded(None if seed is None else seed + 1):
             posterior = InterpolantDistribution(guide.transform)  # fit may have set another base
             _, log_weights = importance_of(posterior, density, _VERDICT_DRAWS)
         summary, count = judge(log_weights), _VERDICT_DRAWS
-        verdict = verdict_of(summary, count)
-        warn_if_poor(summary, count)
+        verdict = verdict_with_warning(summary, count)
     return GuideResult(*summary, count, verdict, time.monotonic() - start, training)
 
 

@@ -23,10 +23,11 @@ from ..diagnostics.psis import (
     systematic_resampling,
 )
 from ..distributions.interpolant import InterpolantDistribution
+from ..training.loop import check_ranges
 from .log_density import LogJoint
 from .sites import LatentSites
 
-__all__ = ["ImportanceResult", "importance", "importance_of", "verdict_of", "warn_if_poor"]
+__all__ = ["ImportanceResult", "importance", "importance_of", "verdict_of", "verdict_with_warning"]
 
 
 _GOOD_SHARE = 0.5  # the effective share of the draws from which they need no weights
@@ -70,8 +71,7 @@ class ImportanceResult(NamedTuple):
             ValueError: If ``count`` is below 1, or no weight is positive.
         """
         count = len(self.log_weights) if count is None else count
-        if count < 1:
-            raise ValueError(f"expected count >= 1, got {count}")
+        check_ranges(("count >= 1", count >= 1, count))
         if not self.ess > 0:
             raise ValueError("expected draws with positive weights, got none")
         device = self.log_weights.device
@@ -135,17 +135,16 @@ def importance(
             "expected a guide with a density, got the point AutoLaplaceApproximation trains: pass "
             "guide.laplace_approximation(*args)"
         )
-    if count < _MIN_DRAWS:
-        raise ValueError(f"expected count >= {_MIN_DRAWS}, got {count}")
+    check_ranges((f"count >= {_MIN_DRAWS}", count >= _MIN_DRAWS, count))
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
     with seeded(seed):
         posterior = guide.get_posterior(*args, **kwargs)
         z, raw = importance_of(posterior, LogJoint(sites), count)
     summary = judge(raw)
-    warn_if_poor(summary, count)
+    verdict = verdict_with_warning(summary, count)
     log_weights = pareto_smooth(raw).log_weights if summary.ess > 0 else raw
-    return ImportanceResult(*summary, verdict_of(summary, count), log_weights, sites.unpack(z))
+    return ImportanceResult(*summary, verdict, log_weights, sites.unpack(z))
 
 
 @torch.no_grad()
@@ -199,7 +198,9 @@ def verdict_of(summary: ImportanceSummary, count: int) -> str:
     return f"Good, {numbers}the guide's own draws will do, and resampled() ones do better."
 
 
-def warn_if_poor(summary: ImportanceSummary, count: int) -> None:
-    """Warn where the guide cannot be relied on, by ``count`` draws."""
+def verdict_with_warning(summary: ImportanceSummary, count: int) -> str:
+    """Return the verdict on ``count`` draws, and warn with it where none can be relied on."""
+    verdict = verdict_of(summary, count)
     if not summary.k_hat <= K_HAT_LIMIT:
-        warn_user(verdict_of(summary, count))
+        warn_user(verdict)
+    return verdict

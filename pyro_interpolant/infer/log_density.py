@@ -1,16 +1,17 @@
 r"""The log joint density of a model, :math:`\log p(x(z), y) + \log |dx / dz|`, of many z."""
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
-from pyro.poutine.messenger import Messenger
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
 from .._torch import seeded
-from .sites import InitToSupport, LatentSites, Model, Site, Substitute
+from .sites import LatentSites, Model, Site, Substitute, init_to_support
 
 __all__ = ["LogJoint", "log_joint", "prior_draws"]
 
@@ -28,7 +29,7 @@ _NUMBERS_AT_ONCE = 2**22  # of all sites and their log densities together, evalu
 
 Batching = Literal["plate", "vmap"]
 Evaluate = Callable[[Tensor], Tensor]
-Sites = dict[str, Site]
+Nodes = dict[str, Site]
 
 
 class LogJoint:
@@ -46,8 +47,8 @@ class LogJoint:
 
     def __init__(self, sites: LatentSites) -> None:
         self.sites, self.model = sites, sites.model
-        self.event_dim: int = sites.event_dim
-        center = sites.initial()
+        self.event_dim: int = sites.guide.latent_dim
+        center = sites.guide._init_loc()
         with torch.no_grad():
             # The first with the user's own validation, which explains what is wrong.
             scored = list(_scored(_checked_trace(self, center)))
@@ -70,7 +71,7 @@ class LogJoint:
         """
         if z.dim() != 2 or z.shape[-1] != self.event_dim:
             raise ValueError(f"expected z of shape (N, {self.event_dim}), got {tuple(z.shape)}")
-        evaluate = self.by_plate if self.batching == "plate" else self.by_vmap
+        evaluate = self.by(self.batching)
         with pyro.validation_enabled(is_validate=False):
             return torch.cat([nan_to_minus_inf(evaluate, part) for part in z.split(self.rows)])
 
@@ -86,6 +87,11 @@ class LogJoint:
         """
         return self.sites.pack(draws)
 
+    def by(self, batching: Batching) -> Evaluate:
+        """Return a function from z, ``(N, D)``, to log densities, ``(N,)``, all in one run."""
+        each = torch.func.vmap(self.single, randomness="same")
+        return self.by_plate if batching == "plate" else each
+
     def by_plate(self, z: Tensor) -> Tensor:
         """Return the log density, shape ``(N,)``, of z, ``(N, D)``, in an outermost plate."""
         values, total = self.sites.constrain(z.reshape(len(z), *(1,) * self.nesting, -1))
@@ -98,10 +104,6 @@ class LogJoint:
             total = total + log_prob.reshape(log_prob.shape[0], -1).sum(-1)
         return total
 
-    def by_vmap(self, z: Tensor) -> Tensor:
-        """Return the log density, shape ``(N,)``, of z, ``(N, D)``, draw by draw in one batch."""
-        return torch.func.vmap(self.single, randomness="same")(z)
-
     def single(self, z: Tensor) -> Tensor:
         """Return the log density, a scalar, of one vector, shape ``(D,)``."""
         values, total = self.sites.constrain(z)
@@ -109,7 +111,11 @@ class LogJoint:
             total = total + site["log_prob"].sum()
         return total
 
-    def trace(self, values: Mapping[str, Tensor], count: int | None = None) -> Sites:
+    def one_by_one(self, z: Tensor) -> Tensor:
+        """Return the log density, shape ``(N,)``, of z, ``(N, D)``, by N runs of the model."""
+        return torch.stack([nan_to_minus_inf(self.single, row) for row in z])
+
+    def trace(self, values: dict[str, Tensor], count: int | None = None) -> Nodes:
         """Return the sites of the model, with log densities, at values ``(*, *site_shape)``.
 
         Args:
@@ -125,7 +131,7 @@ class LogJoint:
         with poutine.block():
             trace = poutine.trace(run).get_trace()  # whose errors show the shapes of all sites
             trace.compute_log_prob()
-        return cast("Sites", trace.nodes)
+        return cast("Nodes", trace.nodes)
 
     def plate(self, count: int) -> pyro.plate:
         """Return a plate of draws to the left of all plates of the model."""
@@ -168,7 +174,7 @@ def log_joint(target: AutoContinuous | Model, *args: object, **kwargs: object) -
                 "expected a model, or a guide over one unconstrained vector (AutoContinuous), got "
                 f"{type(target).__name__}"
             )
-        target = AutoContinuous(target, init_loc_fn=InitToSupport())
+        target = AutoContinuous(target, init_loc_fn=init_to_support)
     return LogJoint(LatentSites(target, *args, **kwargs))
 
 
@@ -201,19 +207,15 @@ def nan_to_minus_inf(evaluate: Evaluate, z: Tensor) -> Tensor:
 
 def _batching(density: LogJoint, center: Tensor) -> Batching:
     """Return the first way to evaluate many draws at once that agrees with one at a time."""
-    z, expected = _probes(density, center)
+    z, values = _probes(density, center)
+    expected = torch.cat((values[:-1], values))
     tolerance = 1e-6 if z.dtype == torch.float64 else 1e-3
     problems = []
-    ways: tuple[tuple[Batching, Evaluate], ...] = (
-        ("plate", density.by_plate),
-        ("vmap", density.by_vmap),
-    )
-    for batching, evaluate in ways:
+    for batching in get_args(Batching):
         try:
-            error = max(
-                float(((nan_to_minus_inf(evaluate, z[:k]) - e) / (1 + e.abs())).abs().max())
-                for k, e in ((len(z) - 1, expected[:-1]), (len(z), expected))
-            )
+            sizes = (len(z) - 1, len(z))
+            found = torch.cat([nan_to_minus_inf(density.by(batching), z[:k]) for k in sizes])
+            error = float(((found - expected) / (1 + expected.abs())).abs().max())
         except Exception as failure:  # whatever a model does with shapes it does not expect
             what = str(failure).partition("\n")[0]  # Pyro adds its trace
             problems.append(f"by {batching} it fails with {type(failure).__name__}: {what}")
@@ -235,7 +237,7 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, Tensor]:
     noise = torch.randn(_PROBES, len(center), generator=generator, dtype=center.dtype).to(center)
     for scale in (0.5, 0.05, 0.005):
         z = center + scale * noise
-        values = torch.stack([nan_to_minus_inf(density.single, row) for row in z])
+        values = density.one_by_one(z)
         if bool(torch.isfinite(values).all()):
             break
     else:
@@ -246,7 +248,7 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, Tensor]:
     _checked_trace(density, z[0])
     with seeded(1):
         torch.rand(1)
-        again = torch.stack([nan_to_minus_inf(density.single, row) for row in z])
+        again = density.one_by_one(z)
     if not torch.allclose(again, values, rtol=1e-6, atol=1e-6):
         raise ValueError(
             "expected a log density without noise, got two values for the same latent sites: a "
@@ -256,7 +258,7 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, Tensor]:
     return z, values
 
 
-def _checked_trace(density: LogJoint, z: Tensor) -> Sites:
+def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
     """Return the sites at z, shape ``(D,)``, of a model whose log density is a function of z."""
     values, _ = density.sites.constrain(z)
     trace = density.trace(values)
@@ -293,7 +295,7 @@ def _is_subsample(site: Site) -> bool:
     return site_is_subsample(cast("Message", site))
 
 
-def _scored(trace: Sites) -> Iterator[Site]:
+def _scored(trace: Nodes) -> Iterator[Site]:
     """Yield the sites of a trace that carry a log density."""
     for site in trace.values():
         if site["type"] == "sample" and not _is_subsample(site):
@@ -311,12 +313,17 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     Sites with an improper prior are drawn widely; the rarest 1% is clamped to the rest, for priors
     without moments.
     """
+    init = functools.partial(init_to_support, init=init_to_sample, spread=_IMPROPER_SCALE)
 
     def draw(*batch: int) -> Tensor:
-        with poutine.block(), poutine.trace() as tracer, _FromPrior():
+        with poutine.block(), poutine.trace() as tracer, InitMessenger(init):
             with density.plate(*batch) if batch else contextlib.nullcontext():
                 density.model()
-        return density.sites.unconstrain(cast("Sites", tracer.trace.nodes), *batch)
+        parts = [
+            biject_to(support).inv(tracer.trace.nodes[name]["value"]).reshape(*batch, -1)
+            for name, (_, support) in density.sites.sites.items()
+        ]
+        return torch.cat(parts, dim=-1)
 
     try:
         with (
@@ -337,18 +344,3 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
         return None
     low, high = torch.quantile(z, z.new_tensor([_RARE, 1 - _RARE]), dim=0)
     return torch.maximum(low, torch.minimum(z, high))
-
-
-class _FromPrior(Messenger):
-    """Sample latent sites from their priors; from a wide Gaussian where a prior is improper."""
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["value"] is not None or _is_subsample(msg):
-            return
-        fn = msg["fn"]
-        try:
-            msg["value"] = fn.sample()
-        except NotImplementedError:
-            transform = biject_to(fn.support)
-            shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-            msg["value"] = transform(_IMPROPER_SCALE * torch.randn(shape))

@@ -4,6 +4,7 @@ By ``base_space`` for learned priors inside a model; by ``neutra`` for all laten
 through a trained guide.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -19,6 +20,7 @@ from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
+from torch.distributions import ComposeTransform
 
 from ..distributions.interpolant import InterpolantDistribution
 from ..solvers.ode import FixedGrid
@@ -73,41 +75,35 @@ class _BaseSpaceMessenger(Messenger):
             return
         event_dim = msg["fn"].event_dim
         value = msg["value"] if msg["value"] is not None else _requested_value(msg)
-        z = self._sampled(msg["name"], flow, wrappers, value)
+        z = _sampled(msg["name"], flow, wrappers, value)
         # As pyro.deterministic does it, in place of the site.
         msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(mask=False)
         msg["value"] = z
         msg["is_observed"] = True
         msg["infer"] = {**msg["infer"], "_deterministic": True}
 
-    @staticmethod
-    def _sampled(
-        name: str,
-        flow: InterpolantDistribution,
-        wrappers: list[TorchDistributionMixin],
-        value: Tensor | None,
-    ) -> Tensor:
-        """Sample the base of a flow, inside its wrappers, and return the value of the site."""
-        space = flow.space
-        base = space.sampled_base(flow.base_dist)
-        for wrapper in reversed(wrappers):
-            if isinstance(wrapper, dist.MaskedDistribution):
-                base = base.mask(wrapper._mask)
-            else:
-                base = base.to_event(wrapper.reinterpreted_batch_ndims)
-        if value is None:
-            z = pyro.sample(f"{name}_base", base)
+
+def _sampled(
+    name: str,
+    flow: InterpolantDistribution,
+    wrappers: list[TorchDistributionMixin],
+    value: Tensor | None,
+) -> Tensor:
+    """Sample the base of a flow, inside its wrappers, and return the value of the site."""
+    space, transform = flow.space, ComposeTransform(flow.transforms)
+    base = space.sampled_base(flow.base_dist)
+    for wrapper in reversed(wrappers):
+        if isinstance(wrapper, dist.MaskedDistribution):
+            base = base.mask(wrapper._mask)
         else:
-            with torch.no_grad():
-                for transform in reversed(flow.transforms):
-                    value = transform.inv(value)
-                value = space.to_sampled(value)
-            with InitMessenger(init_to_value(values={f"{name}_base": value})):
-                z = pyro.sample(f"{name}_base", base)
-        z = space.from_sampled(z)
-        for transform in flow.transforms:
-            z = transform(z)
-        return z
+            base = base.to_event(wrapper.reinterpreted_batch_ndims)
+    start: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if value is not None:
+        with torch.no_grad():
+            value = space.to_sampled(transform.inv(value))
+        start = InitMessenger(init_to_value(values={f"{name}_base": value}))
+    with start:
+        return transform(space.from_sampled(pyro.sample(f"{name}_base", base)))
 
 
 def _unwrapped(

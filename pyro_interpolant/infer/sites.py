@@ -13,21 +13,20 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
-from ..distributions.joint import pack
+from ..distributions.joint import pack, unpack
 
 __all__ = [
-    "InitToSupport",
     "LatentSites",
     "Model",
     "Site",
     "Substitute",
-    "check_jacobians",
-    "ensure_prototype",
     "forget_data",
+    "init_to_support",
     "unwrapped_model",
 ]
 
@@ -35,74 +34,46 @@ Site = dict[str, Any]  # a site of a trace, Pyro's message
 Model = Callable[..., Any]
 
 
-class InitToSupport:
-    """An initialisation of latent sites that refuses those no guide over one vector can hold.
+def init_to_support(
+    site: Site, init: Callable[..., Tensor] = init_to_median, spread: float = 0.0
+) -> Tensor:
+    """Return an initial value of a latent site, if a guide over one vector can hold it.
 
     Args:
+        site: The site.
         init: One of Pyro's initialisation functions, from a site to a value.
+        spread: The standard deviation, unconstrained, of a site whose prior is improper.
+
+    Returns:
+        The value, shape ``(*, *event_shape)``.
+
+    Raises:
+        ValueError: If the site is discrete, in a subsampled plate, in a sequential one, or on a
+            support without a bijection.
     """
-
-    def __init__(self, init: Callable[..., Tensor] = init_to_median) -> None:
-        self.init = init
-
-    def __call__(self, site: Site) -> Tensor:
-        """Return an initial value, shape ``(*, *event_shape)``, of a latent site.
-
-        Raises:
-            ValueError: If the site is discrete, in a subsampled plate, or in a sequential one.
-        """
-        _check_site(site)
-        try:
-            transform = biject_to(site["fn"].support)
-        except NotImplementedError as error:
-            raise _unsupported(site) from error
-        try:
-            return self.init(site)
-        except NotImplementedError:  # improper priors cannot be sampled, not even for their shape
-            fn = site["fn"]
-            shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-            return transform(torch.zeros(shape))
+    _check_site(site)
+    fn = site["fn"]
+    try:
+        transform = biject_to(fn.support)
+    except NotImplementedError as error:
+        raise _unsupported(site["name"], fn.support) from error
+    try:
+        return init(site)
+    except NotImplementedError:  # improper priors cannot be sampled, not even for their shape
+        shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+        return transform(spread * torch.randn(shape))
 
 
-class Substitute(Messenger):
-    """Substitute values for latent sites, as if they were observed.
+class Substitute(ConditionMessenger):
+    """Substitute values, by name each ``(*, *site_shape)``, for sites that must be latent."""
 
-    Args:
-        values: By name, each of shape ``(*, *site_shape)``.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["name"] not in self.values:
-            return
-        if msg["is_observed"]:
+    def _pyro_sample(self, msg: Message) -> None:
+        if msg["is_observed"] and str(msg["name"]) in self.data:
             raise ValueError(
                 f"expected site {msg['name']!r} to be latent, as when the guide was set up, got "
                 "it observed: set the guide up with the data, guide(*args)"
             )
-        msg["value"], msg["is_observed"] = self.values[msg["name"]], True
-
-
-def ensure_prototype(guide: AutoContinuous, *args: object, **kwargs: object) -> None:
-    """Run the model once, with its arguments, for a guide that does not know its sites yet."""
-    if guide.prototype_trace is None:
-        guide._setup_prototype(*args, **kwargs)
-    if not hasattr(guide, "plates"):
-        with poutine.block():
-            guide._create_plates(*args, **kwargs)
-
-
-def check_jacobians(guide: AutoContinuous) -> None:
-    """Raise a ValueError if a support of a guide's sites is reached without a Jacobian."""
-    for site, real in guide._unpack_latent(guide._init_loc()):
-        transform = biject_to(site["fn"].support)
-        try:
-            transform.log_abs_det_jacobian(real, transform(real))
-        except NotImplementedError as error:
-            raise _unsupported(site) from error
+        super()._pyro_sample(msg)
 
 
 def forget_data(guide: AutoContinuous) -> None:
@@ -135,27 +106,27 @@ class LatentSites:
         **kwargs: Its named arguments.
 
     Attributes:
-        shapes: The shape of each site, by name, in the order of packing.
+        sites: The shape and the support of each, by name, in the order of packing.
+        shapes: The shapes alone.
     """
 
     def __init__(self, guide: AutoContinuous, *args: object, **kwargs: object) -> None:
-        ensure_prototype(guide, *args, **kwargs)
+        if guide.prototype_trace is None:
+            guide._setup_prototype(*args, **kwargs)
+        if not hasattr(guide, "plates"):
+            with poutine.block():
+                guide._create_plates(*args, **kwargs)
         self.guide, self.args, self.kwargs = guide, args, kwargs
-        self.shapes = {name: site["value"].shape for name, site in self._nodes()}
+        self.sites = {
+            name: (site["value"].shape, _innermost(site["fn"].support))
+            for name, site in guide.prototype_trace.iter_stochastic_nodes()
+        }
+        self.shapes = {name: shape for name, (shape, _) in self.sites.items()}
 
     @property
     def model(self) -> Model:
         """The model with its arguments, a function of none."""
         return functools.partial(unwrapped_model(self.guide.model), *self.args, **self.kwargs)
-
-    @property
-    def event_dim(self) -> int:
-        """D, the size of the vector."""
-        return self.guide.latent_dim
-
-    def initial(self) -> Tensor:
-        """Return the vector of the initial values of the sites, shape ``(D,)``."""
-        return self.guide._init_loc()
 
     def split(self, z: Tensor) -> Iterator[tuple[str, Transform, Tensor]]:
         """Yield the name of each site, the bijection to its support, and its part of z, ``(D,)``.
@@ -167,22 +138,24 @@ class LatentSites:
             yield site["name"], biject_to(site["fn"].support), real
 
     def constrain(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        r"""Return the sites and :math:`\log |dx / dz|`, ``(N)``, of z, ``(N, 1, .., 1, D)``."""
+        r"""Return the sites and :math:`\log |dx / dz|`, ``(N)``, of z, ``(N, 1, .., 1, D)``.
+
+        Raises:
+            ValueError: If the bijection of a site has no Jacobian.
+        """
         values, total = {}, z.new_zeros(z.shape[:1] if z.dim() > 1 else ())
         for name, transform, real in self.split(z):
             values[name] = transform(real)
-            log_det = transform.log_abs_det_jacobian(real, values[name])
+            try:
+                log_det = transform.log_abs_det_jacobian(real, values[name])
+            except NotImplementedError as error:
+                raise _unsupported(name, self.sites[name][1]) from error
             total = total + log_det.reshape(*total.shape, -1).sum(-1)
         return values, total
 
     def unpack(self, z: Tensor) -> dict[str, Tensor]:
         """Return the sites, each ``(N, *site_shape)``, of vectors of shape ``(N, D)``."""
-        nesting = max(len(shape) for shape in self.shapes.values())
-        latent = z.reshape(len(z), *(1,) * nesting, -1)
-        return {
-            name: transform(real).reshape(-1, *self.shapes[name])
-            for name, transform, real in self.split(latent)
-        }
+        return unpack(self.sites, z)
 
     def pack(self, draws: Mapping[str, object]) -> Tensor:
         """Return vectors, shape ``(N, D)``, of draws of the sites, each ``(*, *site_shape)``.
@@ -193,12 +166,8 @@ class LatentSites:
             ValueError: If a site is missing, of another shape, or outside its support, or there
                 are not as many draws of each.
         """
-        sites, flat = {}, {}
-        for name, site in self._nodes():
-            shape, support = self.shapes[name], site["fn"].support
-            while isinstance(support, constraints.independent):  # what is in it has its own events
-                support = support.base_constraint
-            sites[name] = (shape, support)
+        flat = {}
+        for name, shape in self.shapes.items():
             value = None if name not in draws else torch.as_tensor(draws[name])
             lead = -1 if value is None else value.dim() - len(shape)
             if value is None or lead < 1 or value.shape[lead:] != shape:
@@ -212,18 +181,14 @@ class LatentSites:
         counts = {name: len(value) for name, value in flat.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"expected as many draws of every site, got {counts}")
-        return pack(sites, flat)
+        return pack(self.sites, flat)
 
-    def unconstrain(self, trace: Mapping[str, Site], *batch: int) -> Tensor:
-        """Return vectors, shape ``(*batch, D)``, of the sites' values in a trace."""
-        parts = [
-            biject_to(site["fn"].support).inv(trace[name]["value"]).reshape(*batch, -1)
-            for name, site in self._nodes()
-        ]
-        return torch.cat(parts, dim=-1)
 
-    def _nodes(self) -> Iterator[tuple[str, Site]]:
-        return self.guide.prototype_trace.iter_stochastic_nodes()
+def _innermost(support: constraints.Constraint) -> constraints.Constraint:
+    """Return the constraint on the smallest events, inside those declared independent."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
 
 
 def _check_site(site: Site) -> None:
@@ -250,11 +215,11 @@ def _check_site(site: Site) -> None:
             )
 
 
-def _unsupported(site: Site) -> ValueError:
+def _unsupported(name: str, support: constraints.Constraint) -> ValueError:
     """Return the error for a site whose support has no bijection, or none with a Jacobian."""
     return ValueError(
         f"expected supports with a bijection from real vectors and its Jacobian, got site "
-        f"{site['name']!r} on {site['fn'].support}: write a covariance as an LKJCholesky factor "
+        f"{name!r} on {support}: write a covariance as an LKJCholesky factor "
         "and scales, a direction by ProjectedNormalReparam, anything else as an ImproperUniform "
         "site and a pyro.factor"
     )

@@ -13,7 +13,7 @@ from pyro.nn import PyroModule, PyroSample
 
 from pyro_interpolant import AutoInterpolant, log_joint
 from pyro_interpolant.infer import LogJoint
-from pyro_interpolant.infer.sites import InitToSupport
+from pyro_interpolant.infer.sites import init_to_support
 
 Y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2], dtype=torch.float64)
 
@@ -159,7 +159,7 @@ MODELS = {
 
 def potential(model):
     """Return Pyro's own log density of one draw, sites by name, and its bijections."""
-    _, energy, transforms, _ = initialize_model(InitMessenger(InitToSupport())(model))
+    _, energy, transforms, _ = initialize_model(InitMessenger(init_to_support)(model))
     return lambda values: -energy({k: transforms[k](v) for k, v in values.items()})
 
 

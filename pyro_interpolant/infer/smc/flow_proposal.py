@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...diagnostics.psis import recompute_largest
 from ...distributions.interpolant import InterpolantDistribution
-from ...solvers.ode import FixedGrid, Solver
+from ...solvers.ode import FixedGrid
 from .tempering import LogDensity, Particles
 
 __all__ = ["Jump", "coarse_solver", "importance_weights", "flow_proposal_step"]
@@ -79,8 +79,8 @@ def flow_proposal_step(
     return Jump(new.where(accepted, particles), log_weights[chosen], gap, rate)
 
 
-def coarse_solver(distribution: InterpolantDistribution, x: Tensor) -> Solver:
-    """Set and return the coarsest grid on which densities hardly change at the next finer one.
+def coarse_solver(distribution: InterpolantDistribution, x: Tensor) -> None:
+    """Set the coarsest grid on which densities hardly change at the next finer one.
 
     A solver that is no fixed grid is left alone.
 
@@ -90,7 +90,7 @@ def coarse_solver(distribution: InterpolantDistribution, x: Tensor) -> Solver:
     """
     present = distribution.transform.solver
     if not isinstance(present, FixedGrid):
-        return present
+        return
     x = x[torch.randperm(len(x))[:_ERROR_ROWS].to(x.device)]
     last, chosen = None, _GRID_STEPS[0]
     for steps in _GRID_STEPS:
@@ -100,7 +100,6 @@ def coarse_solver(distribution: InterpolantDistribution, x: Tensor) -> Solver:
             break
         last, chosen = value, steps
     distribution.transform.solver = replace(present, steps=chosen)
-    return distribution.transform.solver
 
 
 @torch.no_grad()

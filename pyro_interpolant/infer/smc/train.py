@@ -34,20 +34,11 @@ from .pathfinder import StudentTMixture, initial_mixture, pathfinder
 from .schedule import Budget, RateSchedule, clocked
 from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
 
-__all__ = [
-    "Budget",
-    "FlowRegression",
-    "RateSchedule",
-    "Round",
-    "RoundsResult",
-    "Run",
-    "train_from_density",
-]
+__all__ = ["FlowRegression", "Round", "RoundsResult", "Run", "train_from_density"]
 
 
 _BATCH_ROWS = 512  # in a regression step
 _FIRST_RATE = 1e-3  # the learning rate before the first is asked for
-_EMA_DECAY = 0.999  # of the averaged weights, in a step
 _WARMUP_STEPS = 100  # in which the rate rises
 _MAX_POOLS = 10  # the most rounds whose rows are kept; of fewer, the later half
 _MIN_STEPS = 10  # in a round, whatever the clock says
@@ -63,9 +54,8 @@ class FlowRegression:
 
     def __init__(self, flow: Flow, pools: list[Tensor]) -> None:
         self.objective = Objective(flow, WhitenedBase(None, flow.whitening), independent)
-        self.descent = Descent(
-            self.objective, self.objective.process, learning_rate=_FIRST_RATE, ema=_EMA_DECAY
-        )
+        process = self.objective.process
+        self.descent = Descent(self.objective, process, learning_rate=_FIRST_RATE)
         self.average = self.descent.average
         self.pools = pools[-_MAX_POOLS:]
         self.added = 0
@@ -76,8 +66,8 @@ class FlowRegression:
         keep = max(2, min(_MAX_POOLS, self.added // 2 + 1))
         self.pools = [*self.pools, rows][-keep:]
 
-    def __call__(self, steps: int, rate: Callable[[], float], *, seconds: float) -> float:
-        """Take steps, at most as many as the time allows; return the mean loss.
+    def __call__(self, steps: int, rate: Callable[[], float], *, seconds: float) -> None:
+        """Take steps, at most as many as the time allows.
 
         Args:
             steps: The number of steps.
@@ -87,7 +77,6 @@ class FlowRegression:
         Raises:
             RuntimeError: If gradients stay non-finite.
         """
-        losses = []
         rows = self.objective.whitened(Rows(torch.cat(self.pools), None))
         count = len(rows.w)
 
@@ -98,12 +87,9 @@ class FlowRegression:
             warm = min(1.0, (self.descent.steps + 1) / _WARMUP_STEPS)
             (points,) = self.objective.points([batch])
             with torch.enable_grad():
-                loss = self.descent(points, rate() * warm)
-            if loss is not None:
-                losses.append(loss)
-            elif self.descent.is_stuck():
+                self.descent(points, rate() * warm)
+            if self.descent.is_stuck():
                 self.descent.check()
-        return float(torch.stack(losses).mean()) if losses else math.nan
 
     def values(self) -> list[Tensor]:
         """Return copies of the averaged weights."""
@@ -114,7 +100,7 @@ _FLAT = 2e-3  # nats, the improvement over a window of rounds below which a run 
 _FLAT_WINDOW = 5  # rounds
 _GRADIENTS_PER_PARTICLE = 40  # at the least, on the way from the start
 _MIN_PARTICLES = 500  # however slow the density is
-_LEAPFROG_STEPS = {"quick": 8, "slow": 3}  # by what the density costs
+_LEAPFROG_STEPS, _SLOW_LEAPFROG_STEPS = 8, 3  # the most in a move, by what the density costs
 _ROUND_MOVES = (3, 200)  # the fewest and the most in a round
 _MIXING_MOVES = (3, 240)  # before the first round: narrow places fill slowly
 _POOLS_OF_MIXING = 8  # how often the rows are kept meanwhile
@@ -197,9 +183,8 @@ def _find_particles(
     """Carry particles from a wide start to the target, at most ``draws``, and let them mix."""
     mixture = pathfinder(density, wide, seconds=budget.pathfinder * budget.seconds)
     seconds = budget.gradients * budget.seconds
-    slow = density.seconds * draws * _GRADIENTS_PER_PARTICLE > seconds
-    kernel = HMCKernel(_LEAPFROG_STEPS["slow" if slow else "quick"])
     affordable = seconds / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
+    kernel = HMCKernel(_SLOW_LEAPFROG_STEPS if affordable < draws else _LEAPFROG_STEPS)
     count = int(max(min(_MIN_PARTICLES, draws), min(draws, affordable)))
     deadline = budget.began + budget.tempering * budget.seconds
     x, start = mixture.sample(count), LogDensity(mixture.log_prob)
@@ -265,8 +250,8 @@ class Run:
         self.history.append(self._diagnosed(jump, acceptance))
         if self._is_flat():
             self.schedule = self.schedule.landed(budget.spent())
-        left = budget.share_of_rounds(len(self.history)) < 1
-        return left and budget.spent() < self.schedule.end
+        rounds = budget.share_of_rounds(len(self.history))
+        return rounds < 1 and budget.spent() < self.schedule.end
 
     def _moved(self, particles: Particles, seconds: float) -> tuple[Particles, float]:
         """Move by the gradient of the target, for a share of the time of the round so far."""
