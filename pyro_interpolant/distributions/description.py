@@ -21,7 +21,7 @@ from .. import interpolants as paths
 from .. import nn as networks
 from .._torch import warn_user
 from ..interpolants.linear import Interpolant
-from ..transforms.gaussianize import Gaussianizer, Gaussianized, MarginalTransform, RadialTransform
+from ..transforms.gaussianize import Gaussianized, Gaussianizer, MarginalTransform, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from . import constraints as ours
 from .bases import Samples, UniformTorus
@@ -300,11 +300,11 @@ def describe_constraint(constraint: Constraint) -> Any:
         ValueError: If it is neither one of Pyro's nor of this package.
     """
     if isinstance(constraint, Gaussianized):
-        inner, chart = describe_constraint(constraint.base_constraint), constraint.gaussianizer
-        name = next((name for name, kind in _GAUSSIANIZERS.items() if type(chart) is kind), None)
+        inner, found = describe_constraint(constraint.base_constraint), constraint.gaussianizer
+        name = next((name for name, kind in _GAUSSIANIZERS.items() if type(found) is kind), None)
         if name is None:
-            raise ValueError(f"expected a map of this library, got {chart}")
-        return [name, inner, [part.tolist() for part in chart.arguments()]]
+            raise ValueError(f"expected a map of this library, got {found}")
+        return [name, inner, [part.tolist() for part in found.arguments()]]
     name = _CONSTRAINT_NAMES.get(constraint, _CONSTRAINT_NAMES.get(type(constraint)))
     if name is None:
         raise ValueError(
