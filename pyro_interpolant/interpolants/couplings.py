@@ -36,7 +36,7 @@ def optimal_transport(x0: Tensor, x1: Tensor, context: Tensor | None = None) -> 
     The assignment is exact, within the batch, without replacement; rows of data keep their place,
     so they stay beside their context. With a context, each base draw has the context of the row of
     its own index, and the cost becomes :math:`|x_0 - x_1|^2 + 10\,|c_0 - c_1|^2`, contexts in
-    units of their standard deviation: draws are exchanged between rows of like context alone. What
+    units of their standard deviation: draws are exchanged only between rows of like context. What
     remains is a bias: draws for one context are no longer exactly distributed as the base, by an
     amount that shrinks as the batch grows and rows of like context become many.
 

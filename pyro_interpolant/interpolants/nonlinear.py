@@ -23,7 +23,7 @@ __all__ = ["Geodesic", "NonlinearInterpolant", "wrap"]
 
 
 class _WithoutCoefficients(Interpolant):
-    """What the paths below share: no coefficients, and no latent term."""
+    r"""A path without coefficients, and without a latent term :math:`\gamma z`."""
 
     def is_linear(self) -> bool:
         """Return False."""

@@ -33,9 +33,8 @@ __all__ = ["Adaptive", "FixedGrid", "RandomGrid", "Solver", "only_x_needs_grad",
 
 
 # Explicit Runge-Kutta methods: stage times c, stage matrix a (rows), weights b.
-_TABLEAUS: dict[
-    str, tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]
-] = {
+Tableau = tuple[Sequence[float], Sequence[Sequence[float]], Sequence[float]]
+_TABLEAUS: dict[str, Tableau] = {
     "euler": ((0.0,), ((),), (1.0,)),
     "midpoint": ((0.0, 0.5), ((), (0.5,)), (0.0, 1.0)),
     "rk4": (

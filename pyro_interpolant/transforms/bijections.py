@@ -11,18 +11,14 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from .cache import CachedTransform, WithoutTorchCache
+from .cache import CachedTransform, RealVectorTransform
 from .whitening import Whitening
 
 __all__ = ["PerEvent", "Cached", "Whiten"]
 
 
-class Whiten(WithoutTorchCache):
+class Whiten(RealVectorTransform):
     r"""The map :math:`w = L^{-1}(x - \mathrm{loc})` from data to whitened coordinates."""
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
 
     def __init__(self, whitening: Whitening) -> None:
         super().__init__()
@@ -39,7 +35,7 @@ class Whiten(WithoutTorchCache):
         return (-self.whitening.log_det).expand(x.shape[:-1])
 
 
-class PerEvent(WithoutTorchCache):
+class PerEvent(RealVectorTransform):
     r"""A bijection from vectors, shape ``(*, D)``, whose log-determinant is an event's, ``(*)``.
 
     For an element-wise one it is :math:`\sum_i \log |dy_i / dx_i|`, where torch gives the terms;
@@ -48,8 +44,6 @@ class PerEvent(WithoutTorchCache):
     Args:
         wrapped: A bijection from real vectors, or element-wise.
     """
-
-    domain = constraints.real_vector
 
     def __init__(self, wrapped: Transform) -> None:
         super().__init__()

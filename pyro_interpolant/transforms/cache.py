@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributions import Transform
+from torch.distributions import Transform, constraints
 
 from .._torch import is_functorch_tensor, is_tracing
 
-__all__ = ["CachedTransform", "Entry", "IdentityCache", "WithoutTorchCache"]
+__all__ = ["CachedTransform", "Entry", "IdentityCache", "RealVectorTransform"]
 
 
 _ENTRIES_KEPT = 4  # of one transform
@@ -184,18 +184,20 @@ def _mark_freed_on_backward(entry: Entry, graph: Tensor) -> None:
     graph.register_hook(mark)
 
 
-class WithoutTorchCache(Transform):
-    """A transform for which torch's own cache, which does not see weights move, stays off."""
+class RealVectorTransform(Transform):
+    """A bijection of real vectors, without torch's own cache, which does not see weights move."""
+
+    domain: constraints.Constraint = constraints.real_vector
+    codomain: constraints.Constraint = constraints.real_vector
+    bijective = True
 
     def with_cache(self, cache_size: int = 1) -> Transform:
         """Return self."""
         return self
 
 
-class CachedTransform(WithoutTorchCache):
+class CachedTransform(RealVectorTransform):
     """A bijection that gives back the very tensor it was called with, under the cache's guards."""
-
-    bijective = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,14 +19,7 @@ from torch import Tensor, nn
 
 from .._torch import is_tracing, keep_freed_memory, recomputed
 from ..interpolants.linear import Interpolant, Trigonometric
-from ..nn.velocity import (
-    StateFunction,
-    check_velocity,
-    evaluate,
-    field,
-    rows_at_once,
-    size_of,
-)
+from ..nn.velocity import StateFunction, check_velocity, evaluate, field, rows_at_once, size_of
 from ..solvers.divergence import Divergence
 from ..solvers.ode import FixedGrid, Solver, only_x_needs_grad, through_nodes
 from .whitening import DenseWhitening, Whitening
@@ -114,7 +107,7 @@ class Flow(nn.Module):
 
     @property
     def context_dim(self) -> int | None:
-        """C, the size of a context; None where the velocity does not say."""
+        """C, the size of a context; None where the velocity has no ``context_dim``."""
         return size_of(self.velocity, "context_dim")
 
     def check_path(self) -> None:

@@ -25,7 +25,7 @@ from torch.distributions import ComposeTransform, Transform, biject_to, constrai
 from torch.distributions.constraint_registry import ConstraintRegistry
 
 from .bijections import PerEvent
-from .cache import WithoutTorchCache
+from .cache import RealVectorTransform
 
 __all__ = [
     "Gaussianized",
@@ -44,15 +44,13 @@ Knots = tuple[Tensor, Tensor, Tensor]
 _VALUES_PER_CALL = 2**22
 
 
-class Gaussianizer(WithoutTorchCache):
+class Gaussianizer(RealVectorTransform):
     """A smooth map from rows nearer to normal to those of a support's unconstrained space.
 
     Attributes:
         effect: Its effect on the data, in words.
     """
 
-    domain = codomain = constraints.real_vector
-    bijective = True
     effect: str
 
     def arguments(self) -> tuple[Tensor, ...]:

@@ -46,10 +46,6 @@ class _FlowHolder(nn.Module):
     solver: Solver
     divergence: Divergence
 
-    domain: constraints.Constraint = constraints.real_vector
-    codomain: constraints.Constraint = constraints.real_vector
-    bijective = True
-
     def __init__(
         self,
         velocity: nn.Module,
@@ -266,6 +262,9 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
         >>> flow.condition(torch.randn(10, 3))(torch.randn(10, 2)).shape
         torch.Size([10, 2])
     """
+
+    domain = codomain = constraints.real_vector
+    bijective = True
 
     def condition(self, context: Tensor) -> InterpolantTransform:
         """Return the transform given a context; it shares the weights and owns none.

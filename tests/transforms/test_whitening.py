@@ -80,6 +80,18 @@ def test_a_dense_map_takes_an_inverse_that_is_known():
     torch.testing.assert_close(map_.unpush(map_.push(torch.eye(2))), torch.eye(2))
 
 
+@every_member
+def test_it_is_set_from_one_scale_per_column(name):
+    map_, loc, scale = whitening(name), torch.randn(3), torch.tensor([0.5, 1.0, 3.0])
+    map_.set_diagonal(loc, scale)
+    one = scale.square().mean().sqrt().expand(3)  # a scalar keeps their root mean square
+    expected = (one if name == "scalar" else scale).diag()
+    torch.testing.assert_close(map_.matrix(), expected)
+    torch.testing.assert_close(map_.loc, loc)
+    torch.testing.assert_close(map_.push(map_.unpush(torch.eye(3))), torch.eye(3))
+    torch.testing.assert_close(map_.log_det, torch.linalg.slogdet(expected).logabsdet)
+
+
 @pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf])
 @every_member
 def test_a_map_that_is_not_invertible_is_refused_and_changes_nothing(name, bad):
@@ -90,6 +102,11 @@ def test_a_map_that_is_not_invertible_is_refused_and_changes_nothing(name, bad):
     with pytest.raises(ValueError, match="expected an invertible linear map"):
         map_.set(torch.zeros(3), linear)
     assert all(torch.equal(value, before[key]) for key, value in map_.state_dict().items())
+
+
+def test_an_infinite_entry_is_refused_where_the_determinant_is_finite():
+    with pytest.raises(ValueError, match="expected an invertible linear map"):
+        DenseWhitening(2).set(torch.zeros(2), torch.tensor([[1.0, torch.inf], [0.0, 1.0]]))
 
 
 @every_member
