@@ -49,8 +49,9 @@ def at_time(mixture, flow, t):
     """Return the mixture that the interpolant makes of another by time t, in data coordinates."""
     a, b, g = flow.interpolant.coefficients(torch.tensor(t))
     weights, means, covs = mixture
-    noise = (a**2 + g**2) * flow.linear @ flow.linear.T
-    return weights, flow.loc + b * (means - flow.loc), b**2 * covs + noise
+    loc, linear = flow.whitening.loc, flow.whitening.matrix()
+    noise = (a**2 + g**2) * linear @ linear.T
+    return weights, loc + b * (means - loc), b**2 * covs + noise
 
 
 def log_prob(mixture, x):
@@ -114,7 +115,7 @@ def main():
     # An SDE runs in the flow's own coordinates: here they must be the data's.
     prior = pi.from_samples(draw(mixture, 40_000), marginals=False, seed=0, steps=steps)
     for t in CHECKED:
-        now = at_time(mixture, prior.transform, t)
+        now = at_time(mixture, prior.transform.flow, t)
         x = draw(now, 5_000)
         truth, found = true_score(now, x), pi.score(prior, t, x)
         error = float(((found - truth).square().sum() / truth.square().sum()).sqrt())
@@ -134,7 +135,7 @@ def main():
     line = torch.linspace(-5.4, 5.4, 160)
     grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
     for ax, t in zip(axes[1], SHOWN, strict=True):
-        show_score(ax, prior, at_time(mixture, prior.transform, t), grid, t)
+        show_score(ax, prior, at_time(mixture, prior.transform.flow, t), grid, t)
     for ax in axes.flat:
         ax.set(xlim=(-5.4, 5.4), ylim=(-5.4, 5.4), xticks=(), yticks=(), aspect="equal")
     figure.tight_layout()
