@@ -19,6 +19,7 @@ all its times in advance can share work between them.
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +47,19 @@ _TABLEAUS: dict[str, Tableau] = {
 
 
 _SYSTEM_ELEMENTS = 2**24  # of the matrices of the linear systems solved at once
+
+
+@lru_cache(maxsize=64)
+def _nodes(steps: int, warp: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the nodes on [0, 1] and their weights as tensors, shape ``(N + 1,)``, shared."""
+    nodes, weights = clenshaw_curtis(steps, warp)
+    return torch.tensor(nodes), torch.tensor(weights)
+
+
+@lru_cache(maxsize=64)
+def _matrix(steps: int, warp: float) -> Tensor:
+    """Return the integration matrix as a tensor, shape ``(N + 1, N + 1)``, shared."""
+    return torch.tensor(integration_matrix(steps, warp))
 
 
 class Solver(Protocol):
@@ -151,11 +165,11 @@ class FixedGrid(_RungeKutta):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 1,)``."""
-        return clenshaw_curtis(self.steps, self.warp)
+        return _nodes(self.steps, self.warp)
 
     def matrix(self) -> Tensor:
         """Return the matrix that integrates from 0 to each node, shape ``(N + 1, N + 1)``."""
-        return integration_matrix(self.steps, self.warp)
+        return _matrix(self.steps, self.warp)
 
 
 @dataclass(frozen=True)
@@ -190,7 +204,7 @@ class Adaptive:
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 1,)``."""
-        return clenshaw_curtis(self.nodes)
+        return _nodes(self.nodes)
 
     def solve(self, field: Field, x: Tensor, times: Tensor) -> Tensor:
         """Return the states at ``times``, ``(N + 1, *, D)``, starting from x at the first.

@@ -3,11 +3,18 @@ import math
 import pytest
 import torch
 
-from pyro_interpolant.solvers import clenshaw_curtis
-from pyro_interpolant.solvers.quadrature import integration_matrix
+from pyro_interpolant.solvers import quadrature
 
 STEPS = [1, 2, 3, 4, 7, 8, 16, 33]
 WARPS = [0.0, 0.3, 0.6, 0.95]
+
+
+def clenshaw_curtis(steps, warp=0.0):
+    return tuple(map(torch.tensor, quadrature.clenshaw_curtis(steps, warp)))
+
+
+def integration_matrix(steps, warp=0.0):
+    return torch.tensor(quadrature.integration_matrix(steps, warp))
 
 
 def degree(steps, warp):
