@@ -26,8 +26,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .mlp import VelocityMLP
-
 __all__ = [
     "Field",
     "StateFunction",
@@ -41,7 +39,7 @@ __all__ = [
     "rows_at_once",
     "set_scales",
     "size_of",
-    "untrained_like",
+    "untrained_copy",
 ]
 
 _ROWS_AT_ONCE = 512  # of networks without a method rows_at_once
@@ -151,12 +149,10 @@ def set_scales(
         own(w, context)
 
 
-def untrained_like(velocity: nn.Module, event_dim: int) -> nn.Module:
-    """Return an untrained network: a velocity's own copy, or the default one of the same sizes."""
+def untrained_copy(velocity: nn.Module) -> nn.Module | None:
+    """Return an untrained network of the same shape and scales, or None where it makes none."""
     own = getattr(velocity, "untrained_copy", None)
-    if own is not None:
-        return own()
-    return VelocityMLP(event_dim, context_dim=size_of(velocity, "context_dim") or 0)
+    return None if own is None else own()
 
 
 def may_be_periodic(velocity: nn.Module) -> bool:

@@ -20,7 +20,8 @@ from ..distributions.joint import JointInterpolantDistribution, pack, sites_of
 from ..distributions.supports import CircularSupport, Support, support_of
 from ..interpolants.couplings import independent
 from ..interpolants.linear import Mirror
-from ..nn.velocity import untrained_like
+from ..nn.mlp import VelocityMLP
+from ..nn.velocity import untrained_copy
 from ..solvers.ode import FixedGrid
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import Gaussianized, RadialTransform
@@ -220,7 +221,10 @@ def noise_network(flow: Flow) -> nn.Module:
         )
     if flow.noise is not None:
         return flow.noise
-    return untrained_like(flow.velocity, flow.event_dim).to(flow.loc)
+    network = untrained_copy(flow.velocity)
+    if network is None:
+        network = VelocityMLP(flow.event_dim, context_dim=flow.context_dim or 0)
+    return network.to(flow.loc)
 
 
 def _checked_share(validation: Any, tolerance: float) -> float | None:
