@@ -26,6 +26,7 @@ __all__ = [
     "pareto_smooth",
     "recompute_largest",
     "systematic_resampling",
+    "tail_length",
 ]
 
 
@@ -144,7 +145,7 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
     raw = _checked(log_weights).double()
     raw = raw - raw.max()
     count = len(raw)
-    length = min(count - 1, math.ceil(min(count / 5, 3 * math.sqrt(count))))
+    length = tail_length(count)
     smoothed, k_hat = raw.clone(), math.inf
     if length >= _MIN_TAIL:
         values, order = torch.sort(raw)
@@ -161,6 +162,11 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
                 new = (cutoff + _quantile(p, k_hat, scale)).log()
                 smoothed[order[-length:]] = new.clamp_max(0.0)
     return Smoothed((smoothed - smoothed.logsumexp(0)).to(log_weights), k_hat)
+
+
+def tail_length(count: int) -> int:
+    """Return the number of the largest of ``count`` weights to which a Pareto tail is fitted."""
+    return min(count - 1, math.ceil(min(count / 5, 3 * math.sqrt(count))))
 
 
 def effective_sample_size(log_weights: Tensor) -> float:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 from torch.distributions import Distribution
@@ -253,11 +253,8 @@ class AutoInterpolant(AutoContinuous):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickles: without the model, and leaving this guide as it is."""
-        model, master = self._model, self.master
-        try:
-            return dict(super().__getstate__())
-        finally:
-            self._model, self.master = model, master
+        state = super(AutoGuide, self).__getstate__()  # AutoGuide's own takes them from this one
+        return {**state, "_model": None, "master": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AutoInterpolant":
         """Return a guide of the same model with weights of its own."""

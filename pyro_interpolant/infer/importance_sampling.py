@@ -4,7 +4,6 @@ The weights :math:`w = p(x(z), y) |dx / dz| / q(z)` of draws of the guide q esti
 correct the draws, and show by the tail of their distribution whether q can be relied on.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from ..diagnostics.psis import (
     pareto_smooth,
     recompute_largest,
     systematic_resampling,
+    tail_length,
 )
 from ..distributions.interpolant import InterpolantDistribution
 from ..training.loop import check_ranges
@@ -164,8 +164,7 @@ def importance_of(
     z = posterior.rsample((count,))
     log_p, log_q = density(z), posterior.log_prob(z)
     if isinstance(posterior, InterpolantDistribution):
-        tail = math.ceil(min(count / 5, 3 * math.sqrt(count)))
-        log_q, change = recompute_largest(posterior, z, log_p, log_q, tail)
+        log_q, change = recompute_largest(posterior, z, log_p, log_q, tail_length(count))
         if change > _COARSE:
             warn_user(
                 "the guide's solver is too coarse: where weights are largest, log densities move "

@@ -6,7 +6,6 @@ from which particles are carried to the target.
 
 import math
 import time
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,29 +34,20 @@ _MIN_GAIN = 1e-2  # nats, below which a search has arrived
 _MAX_DIM = 64  # above which no Hessians are computed
 
 
-class StudentTMixture(NamedTuple):
+class StudentTMixture:
     """A mixture of multivariate Student-t's with 5 degrees of freedom.
 
-    Attributes:
-        log_share: Log weights, shape ``(K,)``.
+    Args:
+        share: Weights, shape ``(K,)``.
         loc: Centres, shape ``(K, D)``.
         root: Scales L with L L^T the shape matrix, shape ``(K, D, D)``.
-        inverse: Their inverses, shape ``(K, D, D)``.
-        log_det: The logs of the determinants of the inverses, shape ``(K,)``.
     """
 
-    log_share: Tensor
-    loc: Tensor
-    root: Tensor
-    inverse: Tensor
-    log_det: Tensor
-
-    @classmethod
-    def of(cls, share: Tensor, loc: Tensor, root: Tensor) -> "StudentTMixture":
-        """Return the mixture of given shares, centres and scales."""
+    def __init__(self, share: Tensor, loc: Tensor, root: Tensor) -> None:
+        self.log_share, self.loc, self.root = share.log(), loc, root
         exact = torch.linalg.inv(root.double())
-        log_det = torch.linalg.slogdet(exact).logabsdet
-        return cls(share.log(), loc, root, exact.to(root), log_det.to(root))
+        self.inverse = exact.to(root)
+        self.log_det = torch.linalg.slogdet(exact).logabsdet.to(root)
 
     def sample(self, count: int) -> Tensor:
         """Return draws, shape ``(count, D)``."""
@@ -113,7 +103,7 @@ def initial_mixture(start: Tensor | Distribution | None, like: Tensor) -> Studen
         if len(start) < 2 or not float(spread.min()) > 0:
             raise ValueError("expected rows of start that vary in every column: pass more")
         start, root = start.mean(0), _INFLATION * torch.diag(spread)
-    return StudentTMixture.of(like.new_ones(1), start.to(like)[None], root.to(like)[None])
+    return StudentTMixture(like.new_ones(1), start.to(like)[None], root.to(like)[None])
 
 
 @torch.no_grad()
@@ -229,7 +219,7 @@ def _mixed(wide: StudentTMixture, bound: Tensor, loc: Tensor, root: Tensor) -> S
     share = (1 - _WIDE_SHARE) * torch.ones_like(bound) / len(bound)
     share = torch.cat((share, _WIDE_SHARE * wide.log_share.double().exp()))
     roots = torch.cat((_INFLATION * root.to(loc), wide.root))
-    return StudentTMixture.of(share.to(loc), torch.cat((loc, wide.loc)), roots)
+    return StudentTMixture(share.to(loc), torch.cat((loc, wide.loc)), roots)
 
 
 def _derivatives(density: LogDensity, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def funnel(x):
 
 
 def wide(dim, scale=4.0):
-    return StudentTMixture.of(torch.ones(1), torch.zeros(1, dim), scale * torch.eye(dim)[None])
+    return StudentTMixture(torch.ones(1), torch.zeros(1, dim), scale * torch.eye(dim)[None])
 
 
 def tiny(dim=2):
@@ -175,7 +175,7 @@ def test_tempering_begins_at_its_start_and_stops_without_a_density():
 def test_a_mixture_has_the_density_the_gradient_and_the_draws_of_student_ts():
     root = torch.stack((torch.tensor([[0.3, 1.0], [-0.5, 0.2]]), 0.5 * torch.eye(2)))
     loc, share = torch.tensor([[0.0, 1.0], [4.0, -2.0]]), torch.tensor([0.3, 0.7])
-    mixture = StudentTMixture.of(share, loc, root)
+    mixture = StudentTMixture(share, loc, root)
     parts = dist.MultivariateStudentT(
         torch.tensor(5.0), loc, torch.linalg.cholesky(root @ root.mT)
     )
