@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import is_watched
+from .velocity import StateFunction
 
 __all__ = ["TorusMLP", "VelocityMLP"]
 
@@ -181,9 +182,7 @@ class VelocityMLP(nn.Module):
         """
         return self._velocity(x, self._modulation(t, context))
 
-    def field(
-        self, times: Tensor, context: Tensor | None = None
-    ) -> list[Callable[[Tensor], Tensor]]:
+    def field(self, times: Tensor, context: Tensor | None = None) -> list[StateFunction]:
         """Return one function ``x -> v`` per time, the time embedding computed once for all.
 
         Args:
@@ -213,7 +212,7 @@ class VelocityMLP(nn.Module):
 
     def divergence_field(
         self, times: Tensor, context: Tensor | None = None
-    ) -> list[Callable[[Tensor], Tensor]]:
+    ) -> list[StateFunction]:
         """Return one function ``x -> divergence`` per time, what they share computed once.
 
         Args:

@@ -90,7 +90,7 @@ def test_a_network_with_forward_alone_has_a_field_and_defaults_for_all_else():
     torch.testing.assert_close(found, expected)
     assert protocol.exact_divergence(velocity) is None
     assert protocol.divergence_field(velocity, TIMES, None) is None
-    assert type(protocol.untrained_like(velocity, 2)) is VelocityMLP
+    assert protocol.untrained_copy(velocity) is None
     assert protocol.rows_at_once(velocity) > 1
     assert protocol.may_be_periodic(velocity)
     assert protocol.size_of(velocity, "event_dim") is None
@@ -140,7 +140,7 @@ def test_every_optional_part_is_used():
     assert not protocol.may_be_periodic(velocity)
     assert protocol.size_of(velocity, "event_dim") == 2
     assert protocol.size_of(velocity, "context_dim") == 0
-    assert type(protocol.untrained_like(velocity, 2)) is Decay
+    assert type(protocol.untrained_copy(velocity)) is Decay
 
 
 def test_scales_of_a_trained_network_are_kept_where_they_shall_be():
