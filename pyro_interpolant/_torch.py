@@ -19,20 +19,6 @@ from torch.autograd import forward_ad
 from torch.func import jvp
 from torch.utils.checkpoint import checkpoint
 
-__all__ = [
-    "evaluated",
-    "is_functorch_tensor",
-    "is_tracing",
-    "is_transformed",
-    "is_watched",
-    "keep_freed_memory",
-    "recomputed",
-    "seeded",
-    "slopes",
-    "trainable",
-    "warn_user",
-]
-
 # No warning is raised at lines of this package, of torch, or of what runs decorated functions.
 _NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__)) + (
     contextlib.__file__,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .distributions.interpolant import AnyDistribution
     from .interpolants.linear import Interpolant
 
+
 __all__ = ["load", "read", "save", "write"]
 
 StrPath = str | os.PathLike[str]

@@ -20,8 +20,8 @@ from .transforms.gaussianize import Gaussianized
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["coefficients", "corner", "density", "evolution", "training_curve", "trajectories"]
 
+__all__ = ["coefficients", "corner", "density", "evolution", "training_curve", "trajectories"]
 
 _DATA_COLOR, _MODEL_COLOR, _THIRD_COLOR = "#4c566a", "#d1495b", "#2a9d8f"
 _EXTENT_SAMPLES = 2000

@@ -581,6 +581,8 @@ header, tensors = pyro_interpolant.io.read(sys.argv[1])
 assert header["class"] == "InterpolantDistribution" and header["dim"] == 2
 assert header["support"] == "positive"
 assert all(isinstance(tensor, numpy.ndarray) for tensor in tensors.values())
+nodes, weights = pyro_interpolant.solvers.clenshaw_curtis(4)
+assert isinstance(nodes, numpy.ndarray) and abs(weights.sum() - 1) < 1e-14
 print(tensors["loc"].tolist())
 """
 

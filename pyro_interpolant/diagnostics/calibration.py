@@ -17,8 +17,6 @@ from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence
 from ..solvers.ode import Adaptive, FixedGrid
 
-__all__ = ["SolverError", "calibrate", "log_prob_stderr", "solver_error"]
-
 _REFERENCE = Adaptive(rtol=1e-8, atol=1e-8, nodes=96)
 _MAX_STEPS = 256
 _WORST_ROW_FACTOR = 5.0  # by which its error may exceed the tolerance of the mean

@@ -15,21 +15,6 @@ from torch import Tensor
 from ..distributions.interpolant import InterpolantDistribution
 from ..solvers.ode import FixedGrid
 
-__all__ = [
-    "K_HAT_LIMIT",
-    "ImportanceSummary",
-    "Smoothed",
-    "effective_sample_size",
-    "judge",
-    "log_mean_weight",
-    "log_ratio",
-    "pareto_smooth",
-    "recompute_largest",
-    "systematic_resampling",
-    "tail_length",
-]
-
-
 K_HAT_LIMIT = 0.7  # above it weighted averages are not reliable, of any number of draws
 _MIN_TAIL = 5  # the fewest largest weights to which a tail is fitted
 

@@ -30,9 +30,6 @@ from torch import Tensor
 
 from ..interpolants.linear import Interpolant
 
-__all__ = ["Conversion", "convert"]
-
-
 Time = Tensor | float
 
 SCORE_INSTEAD = "another, or the gradient of a density, distribution.at(t).score(x)"

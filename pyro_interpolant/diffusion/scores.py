@@ -26,8 +26,6 @@ from .conversions import (
     roundoff,
 )
 
-__all__ = ["denoiser", "score"]
-
 
 def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
     r"""Return :math:`\nabla\log\rho_t(x)`, shape ``(*, D)``, from the velocity: no ODE is solved.

@@ -33,9 +33,6 @@ from ..interpolants.linear import END_MARGIN
 from .conversions import noise_and_data, roundoff, score_terms
 from .scores import network_output, transform_with_score
 
-__all__ = ["InterpolantSDE", "sample_sde", "sde_log_prob"]
-
-
 Diffusion = Callable[[Tensor], Tensor | float]
 
 _GUIDED_SHARE = 0.01  # of the largest divisor: above it the score guides fully

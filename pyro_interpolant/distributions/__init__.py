@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .interpolant import *
     from .joint import *
     from .bases import *
-    from .constraints import *
+    from .constraints import circular
 
 __all__, __getattr__, __dir__ = attach(
     __name__,

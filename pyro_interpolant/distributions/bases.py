@@ -24,19 +24,6 @@ from .constraints import checked_rows
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = [
-    "ExternalBase",
-    "Planar",
-    "Samples",
-    "UniformTorus",
-    "WhitenedBase",
-    "checked_base",
-    "copy_like",
-    "directions",
-    "in_planes",
-    "standard_normal",
-]
-
 
 class _Base(dist.TorchDistribution):
     """A distribution of real vectors without parameters that torch would check."""

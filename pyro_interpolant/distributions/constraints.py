@@ -17,19 +17,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 from torch.distributions.transforms import ComposeTransform, ReshapeTransform
 
-from ..transforms.bijections import Cached, PerEvent
-
-__all__ = [
-    "Circular",
-    "Constraint",
-    "OnEvents",
-    "Shaped",
-    "bijection",
-    "checked_rows",
-    "circular",
-    "shaped",
-]
-
+from ..transforms.bijections import PerEvent
 
 Constraint = constraints.Constraint
 
@@ -87,45 +75,6 @@ def bijection(support: Constraint) -> Transform:
             "independent(..., 1), stack or another constraint for which biject_to is bijective"
         )
     return transform
-
-
-class OnEvents(Constraint):
-    """A support as a constraint on whole events: one boolean for each.
-
-    Pyro's own do not serve. The codomain of a composed bijection is that of its last, element-wise
-    part, and some constraints check single elements although their event has a dimension.
-
-    Args:
-        support: The support.
-    """
-
-    def __init__(self, support: Constraint) -> None:
-        self.inner = support
-        self.event_dim = max(1, bijection(support).codomain.event_dim)
-        super().__init__()
-
-    def check(self, value: Tensor) -> Tensor:
-        """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
-        return self.reduced(self.inner.check(value), value)
-
-    def reduced(self, inside: Tensor, value: Tensor) -> Tensor:
-        """Return what holds for all elements of an event, shape ``(*)``."""
-        extra = inside.dim() - (value.dim() - self.event_dim)
-        return inside.flatten(-extra).all(-1) if extra > 0 else inside
-
-    def __repr__(self) -> str:
-        """Name the support."""
-        return repr(self.inner)
-
-
-@biject_to.register(OnEvents)
-def _(constraint: OnEvents) -> Transform:
-    return Cached(bijection(constraint.inner))
-
-
-@transform_to.register(OnEvents)
-def _(constraint: OnEvents) -> Transform:
-    return transform_to(constraint.inner)
 
 
 class Shaped(Constraint):

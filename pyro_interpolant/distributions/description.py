@@ -33,8 +33,6 @@ from .interpolant import (
 )
 from .joint import JointInterpolantDistribution
 
-__all__ = ["build", "build_constraint", "describe", "describe_constraint"]
-
 Header = dict[str, Any]
 
 # Names of tensors in files that are older than the whitening's own module.

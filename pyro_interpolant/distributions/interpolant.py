@@ -28,12 +28,6 @@ from .supports import Support, support_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = [
-    "AnyDistribution",
-    "ConditionalInterpolantDistribution",
-    "InterpolantDistribution",
-]
-
 
 AnyTransform = InterpolantTransform | ConditionalInterpolantTransform
 

@@ -18,8 +18,6 @@ from .constraints import Constraint, bijection, checked_rows
 from .interpolant import InterpolantDistribution
 from .supports import BijectiveSupport
 
-__all__ = ["JointInterpolantDistribution", "Sites", "pack", "sites_of", "unpack"]
-
 Sites = Mapping[str, tuple[torch.Size, Constraint]]  # shape and support, in the order of packing
 
 

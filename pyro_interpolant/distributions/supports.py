@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import Transform, constraints
+from torch.distributions import Transform, biject_to, constraints, transform_to
 
 from ..interpolants.nonlinear import Geodesic, wrap
 from ..nn.mlp import TorusMLP
@@ -20,9 +20,7 @@ from ..transforms.bijections import Cached
 from ..transforms.flow import Flow
 from ..transforms.interpolant import InterpolantTransform, interpolant_transform
 from .bases import Planar, UniformTorus, directions, in_planes
-from .constraints import Circular, Constraint, OnEvents, bijection, circular
-
-__all__ = ["BijectiveSupport", "CircularSupport", "Support", "support_of"]
+from .constraints import Circular, Constraint, bijection, circular
 
 _RAYLEIGH_RMS = 2**0.5  # the root mean square of a Rayleigh distance
 _PERIOD_ROWS = 64  # on which the period of a velocity is checked
@@ -290,6 +288,45 @@ def support_of(constraint: Constraint) -> Support:
         ValueError: If it is no bijective image of real vectors, nor :data:`circular`.
     """
     return CircularSupport() if isinstance(constraint, Circular) else BijectiveSupport(constraint)
+
+
+class OnEvents(Constraint):
+    """A support as a constraint on whole events: one boolean for each.
+
+    Pyro's own do not serve. The codomain of a composed bijection is that of its last, element-wise
+    part, and some constraints check single elements although their event has a dimension.
+
+    Args:
+        support: The support.
+    """
+
+    def __init__(self, support: Constraint) -> None:
+        self.inner = support
+        self.event_dim = max(1, bijection(support).codomain.event_dim)
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
+        return self.reduced(self.inner.check(value), value)
+
+    def reduced(self, inside: Tensor, value: Tensor) -> Tensor:
+        """Return what holds for all elements of an event, shape ``(*)``."""
+        extra = inside.dim() - (value.dim() - self.event_dim)
+        return inside.flatten(-extra).all(-1) if extra > 0 else inside
+
+    def __repr__(self) -> str:
+        """Name the support."""
+        return repr(self.inner)
+
+
+@biject_to.register(OnEvents)
+def _(constraint: OnEvents) -> Transform:
+    return Cached(bijection(constraint.inner))
+
+
+@transform_to.register(OnEvents)
+def _(constraint: OnEvents) -> Transform:
+    return transform_to(constraint.inner)
 
 
 class _Wrap(Transform):

@@ -32,9 +32,6 @@ from .log_density import LogJoint, prior_draws
 from .sites import LatentSites, Model, forget_data, init_to_support
 from .smc.train import RoundsResult, train_from_density
 
-__all__ = ["AutoInterpolant", "GuideResult", "fit_guide"]
-
-
 _QUANTILE_POINTS = 4096  # of the base
 _MAX_DEEP_DIM = 12  # latent dimensions: a funnel in 10 was learned better by a deeper network
 

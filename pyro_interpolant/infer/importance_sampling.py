@@ -27,9 +27,6 @@ from ..training.loop import check_ranges
 from .log_density import LogJoint
 from .sites import LatentSites
 
-__all__ = ["ImportanceResult", "importance", "importance_of", "verdict_of", "verdict_with_warning"]
-
-
 _GOOD_SHARE = 0.5  # the effective share of the draws from which they need no weights
 _COARSE = 0.1  # nats, the mean change of the largest weights at doubled steps worth a warning
 _MIN_DRAWS = 100  # the fewest draws to whose weights a tail can be fitted

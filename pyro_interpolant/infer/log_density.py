@@ -21,9 +21,6 @@ from torch.overrides import TorchFunctionMode
 from .._torch import seeded
 from .sites import LatentSites, Model, Site, Substitute, init_to_support
 
-__all__ = ["LogJoint", "log_joint", "prior_draws"]
-
-
 _PROBES = 3  # draws on which a batched evaluation is compared with single ones
 _NUMBERS_AT_ONCE = 2**22  # of all sites and their log densities together, evaluated in one go
 

@@ -27,8 +27,6 @@ from ..solvers.ode import FixedGrid
 from .autoguide import AutoInterpolant
 from .sites import LatentSites, Model, Site, unwrapped_model
 
-__all__ = ["Neutra", "base_space", "neutra"]
-
 
 def base_space(model: Model) -> Model:
     r"""Return the model with its learned priors sampled in base space.

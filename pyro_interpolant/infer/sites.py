@@ -20,16 +20,6 @@ from torch.distributions import Transform, biject_to, constraints
 
 from ..distributions.joint import pack, unpack
 
-__all__ = [
-    "LatentSites",
-    "Model",
-    "Site",
-    "Substitute",
-    "forget_data",
-    "init_to_support",
-    "unwrapped_model",
-]
-
 Site = dict[str, Any]  # a site of a trace, Pyro's message
 Model = Callable[..., Any]
 

@@ -7,11 +7,7 @@ distance make paths straighter.
 """
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-
-__all__ = ["independent", "optimal_transport"]
-
 
 _CONTEXT_WEIGHT = 10.0  # of squared distances between contexts in the cost
 
@@ -57,6 +53,8 @@ def optimal_transport(x0: Tensor, x1: Tensor, context: Tensor | None = None) -> 
         spread = context.std(0, correction=0)
         c = context / torch.where(spread > 0, spread, 1.0)
         cost = cost + _CONTEXT_WEIGHT * _squared_distances(c, c)
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     _, columns = linear_sum_assignment(cost.cpu().numpy())
     return x0[torch.from_numpy(columns).to(x0.device)]
 

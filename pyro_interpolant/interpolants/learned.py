@@ -15,8 +15,6 @@ from torch.func import jvp
 
 from .linear import Coefficients, Interpolant
 
-__all__ = ["LearnedInterpolant"]
-
 
 class LearnedInterpolant(nn.Module, Interpolant):
     r"""Trigonometric coefficients plus sine waves, and a network that vanishes at the ends.

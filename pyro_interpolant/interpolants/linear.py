@@ -20,19 +20,6 @@ from torch import Tensor
 
 from .._torch import slopes
 
-__all__ = [
-    "BrownianBridge",
-    "EncodingDecoding",
-    "Interpolant",
-    "Latent",
-    "Linear",
-    "Mirror",
-    "SineSquared",
-    "Trigonometric",
-    "VariancePreserving",
-]
-
-
 Coefficients = tuple[Tensor, Tensor, Tensor]
 
 END_MARGIN = 1e-3  # derivatives that are infinite at an end are taken at this distance from it

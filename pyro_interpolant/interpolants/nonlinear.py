@@ -19,8 +19,6 @@ from torch.func import jvp
 
 from .linear import Coefficients, Interpolant
 
-__all__ = ["Geodesic", "NonlinearInterpolant", "wrap"]
-
 
 class _WithoutCoefficients(Interpolant):
     r"""A path without coefficients, and without a latent term :math:`\gamma z`."""

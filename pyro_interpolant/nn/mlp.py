@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from .._torch import is_watched
 from .velocity import StateFunction
 
-__all__ = ["TorusMLP", "VelocityMLP"]
-
-
 _EMBEDDING_WIDTH = 64
 _MAX_DEEP_DIM = 8  # up to this D three layers, and finer times
 _MAX_NARROW_DIM = 32  # above this D wider layers

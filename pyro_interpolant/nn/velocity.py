@@ -26,22 +26,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = [
-    "Field",
-    "StateFunction",
-    "check_velocity",
-    "divergence_field",
-    "evaluate",
-    "exact_divergence",
-    "expanded",
-    "field",
-    "may_be_periodic",
-    "rows_at_once",
-    "set_scales",
-    "size_of",
-    "untrained_copy",
-]
-
 _ROWS_AT_ONCE = 512  # of networks without a method rows_at_once
 
 StateFunction = Callable[[Tensor], Tensor]

@@ -19,8 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from ..nn.velocity import divergence_field, exact_divergence, expanded
 
-__all__ = ["Divergence", "ExactDivergence", "HutchinsonDivergence"]
-
 
 class Divergence(Protocol):
     """The divergence of a velocity, as a callable ``(velocity, t, x, context)``."""

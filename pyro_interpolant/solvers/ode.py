@@ -30,9 +30,6 @@ from .._torch import is_transformed, recomputed
 from ..nn.velocity import Field, StateFunction
 from .quadrature import clenshaw_curtis, integration_matrix
 
-__all__ = ["Adaptive", "FixedGrid", "RandomGrid", "Solver", "only_x_needs_grad", "through_nodes"]
-
-
 # Explicit Runge-Kutta methods: stage times c, stage matrix a (rows), weights b.
 Tableau = tuple[Sequence[float], Sequence[Sequence[float]], Sequence[float]]
 _TABLEAUS: dict[str, Tableau] = {

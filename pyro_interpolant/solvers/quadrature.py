@@ -11,8 +11,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["clenshaw_curtis", "integration_matrix"]
-
 Array = NDArray[np.float64]
 
 

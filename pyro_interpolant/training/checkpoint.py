@@ -17,16 +17,6 @@ from .._torch import warn_user
 from ..distributions.bases import Samples
 from ..transforms.flow import Flow
 
-__all__ = [
-    "Checkpoint",
-    "check_place",
-    "checksum",
-    "from_json",
-    "open_checkpoint",
-    "to_json",
-    "warn_inexact",
-]
-
 StrPath = str | os.PathLike[str]
 
 _KEY = "pyro_interpolant_snapshot"

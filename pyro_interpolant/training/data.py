@@ -16,16 +16,6 @@ from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
 from .rows import Rows, search_weights
 
-__all__ = [
-    "Split",
-    "Table",
-    "TableBatches",
-    "checked_weights",
-    "drop_zero_weights",
-    "held_out_rows",
-    "rows_of",
-]
-
 _DEFAULT_BATCH_ROWS = 1024
 _MOST_BATCHES = 8  # whose points are evaluated at once
 _MOST_VALUES = 2**20  # of rows and contexts in them

@@ -12,9 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Process"]
-
-
 _NEEDED = ("setup", "backward", "broadcast", "all_reduce", "barrier", "global_rank", "world_size")
 _TYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 Value = TypeVar("Value", int, float, Tensor)

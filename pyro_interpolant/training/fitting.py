@@ -37,8 +37,6 @@ from .rows import Rows
 from .streaming import Stream, first_rows, is_stream
 from .whitening import inliers, moments, set_whitening
 
-__all__ = ["FitResult", "fit", "from_samples", "start_from", "trainable_flow"]
-
 _CALIBRATION_ROWS = 256
 _MIN_PARTNERS = 50  # whose moments tell whether they are draws of N(0, I)
 

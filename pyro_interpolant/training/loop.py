@@ -17,8 +17,6 @@ from .objective import Objective, Points
 from .optimization import Descent, ExponentialMovingAverage, assign, fill, numbered
 from .streaming import StreamBatches
 
-__all__ = ["HeldOutMonitor", "Run", "Schedule", "TrainingState"]
-
 Callback = Callable[["TrainingState"], bool | None]
 
 _log = logging.getLogger("pyro_interpolant")

@@ -26,16 +26,6 @@ from ..transforms.flow import Flow
 from .distributed import Process
 from .rows import Rows
 
-__all__ = [
-    "Coupling",
-    "Objective",
-    "Points",
-    "interpolant_loss",
-    "path_points",
-    "regression_loss",
-]
-
-
 Target = Literal["velocity", "noise"]
 Metric = Callable[[Tensor], Tensor]
 

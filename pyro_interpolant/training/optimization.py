@@ -16,15 +16,6 @@ from torch import Tensor
 from .distributed import Process
 from .objective import Objective, Points
 
-__all__ = [
-    "Descent",
-    "ExponentialMovingAverage",
-    "NonFiniteError",
-    "assign",
-    "fill",
-    "numbered",
-]
-
 _MOST_SKIPPED_IN_A_ROW = 20
 _CLIP_RATIO = 2.0  # of the gradient's norm to its running mean
 _NORM_DECAY, _NORM_WEIGHT = 0.98, 0.02  # of that mean, and what the last norm adds

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from scipy.special import gammaincinv
 from torch import Tensor
 
 from .._torch import warn_user
@@ -25,17 +24,6 @@ from ..transforms.gaussianize import (
 )
 from .rows import subsample, weighted_indices
 from .whitening import inliers, moments
-
-__all__ = [
-    "dequantize",
-    "marginal_transform",
-    "preferred_support",
-    "quantile_knots",
-    "radial_transform",
-    "warn_if_rounded",
-    "with_slopes",
-]
-
 
 _CHECKED_ROWS = 20_000  # rows, for repeated values
 _MIN_CHECKED_ROWS = 100  # rows that tell
@@ -340,6 +328,8 @@ def radial_transform(rows: Tensor) -> RadialTransform | None:
     if float(length.max() - length.min()) < _MIN_LENGTH_SPREAD:
         return None
     x, normal = quantile_knots(length)
+    from scipy.special import gammaincinv  # slow to import
+
     squares = 2 * gammaincinv(0.5 * dim, torch.special.ndtr(normal).numpy())  # chi-squared
     full = 0.5 * torch.from_numpy(squares).log()
     x, y, slopes = with_slopes(x, torch.lerp(x, full, _LENGTH_SHARE))

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "search_weights", "subsample", "weighted_indices"]
-
 
 class Rows(NamedTuple):
     """Whitened rows, shape ``(N, D)``, with what belongs to each.

@@ -15,8 +15,6 @@ from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
 from .rows import Rows
 
-__all__ = ["Stream", "StreamBatches", "first_rows", "is_stream"]
-
 _SAMPLE_VALUES = 2**23  # kept of a stream for the whitening: 64 MiB in float64
 _MOST_HELD = 8192  # rows held out of a stream
 _LEAST_ROWS = 64  # per step, of loaders that give fewer at once

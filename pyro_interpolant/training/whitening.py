@@ -17,16 +17,6 @@ from ..nn.velocity import set_scales
 from ..transforms.whitening import DenseWhitening, Whitening
 from .rows import Rows, subsample
 
-__all__ = [
-    "Moments",
-    "moments",
-    "set_whitening",
-    "column_moments",
-    "winsorize",
-    "inliers",
-]
-
-
 _MIN_EIGENVALUE = 1e-12  # of a correlation, below which columns are linearly dependent
 _MIN_DEVIATION = 1e-3  # a standard deviation along an eigenvector, of scaled columns
 _TAIL_SHARE = 0.005  # of the values on either side, which may be outliers

@@ -14,8 +14,6 @@ from torch.distributions import Transform, constraints
 from .cache import CachedTransform, RealVectorTransform
 from .whitening import Whitening
 
-__all__ = ["PerEvent", "Cached", "Whiten"]
-
 
 class Whiten(RealVectorTransform):
     r"""The map :math:`w = L^{-1}(x - \mathrm{loc})` from data to whitened coordinates."""

@@ -17,9 +17,6 @@ from torch.distributions import Transform, constraints
 
 from .._torch import is_functorch_tensor, is_tracing
 
-__all__ = ["CachedTransform", "Entry", "IdentityCache", "RealVectorTransform"]
-
-
 _ENTRIES_KEPT = 4  # of one transform
 
 

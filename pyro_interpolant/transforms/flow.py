@@ -24,9 +24,6 @@ from ..solvers.divergence import Divergence
 from ..solvers.ode import FixedGrid, Solver, only_x_needs_grad, through_nodes
 from .whitening import DenseWhitening, Whitening
 
-__all__ = ["Flow", "Path"]
-
-
 _MAX_KEPT_BYTES = 2**26  # of a trajectory that is kept: 64 MiB
 _ROWS_PER_SOLVE = 512  # without gradients
 

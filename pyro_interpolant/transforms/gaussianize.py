@@ -27,18 +27,6 @@ from torch.distributions.constraint_registry import ConstraintRegistry
 from .bijections import PerEvent
 from .cache import RealVectorTransform
 
-__all__ = [
-    "Gaussianized",
-    "Gaussianizer",
-    "Knots",
-    "MarginalTransform",
-    "RadialTransform",
-    "log_length",
-    "refuse_gaussianized",
-    "without_gaussianizer",
-]
-
-
 Constraint = constraints.Constraint
 Knots = tuple[Tensor, Tensor, Tensor]
 _VALUES_PER_CALL = 2**22

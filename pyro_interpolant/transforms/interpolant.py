@@ -23,13 +23,6 @@ from .cache import CachedTransform, Entry
 from .flow import Flow, Path
 from .whitening import Whitening
 
-__all__ = [
-    "ConditionalInterpolantTransform",
-    "InterpolantTransform",
-    "conditional_interpolant_transform",
-    "interpolant_transform",
-]
-
 
 class _FlowHolder(nn.Module):
     """A transform module of one flow, with its solver and divergence.

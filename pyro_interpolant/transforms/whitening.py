@@ -11,8 +11,6 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DenseWhitening", "DiagonalWhitening", "ScalarWhitening", "Whitening"]
-
 
 class Whitening(nn.Module, ABC):
     r"""The map :math:`y = \mathrm{loc} + L w`; at first the identity.

@@ -18,8 +18,6 @@ from ..nn.velocity import evaluate
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import refuse_gaussianized
 
-__all__ = ["PathEnergy", "W2Bound", "path_energy", "w2_bound"]
-
 _PATHS_PER_CHUNK = 512
 _JACOBIAN_ROWS = 512  # over which the largest norm of the velocity's Jacobian is taken
 

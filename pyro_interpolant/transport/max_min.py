@@ -25,8 +25,6 @@ from ..training.optimization import Descent
 from ..training.rows import Rows, subsample
 from ..training.whitening import set_whitening
 
-__all__ = ["TransportResult", "learn_interpolant"]
-
 _HEAD_START = 0.2  # the share of all descents that come before the first ascent
 _REST_SHARE = 0.15  # the share of the steps, at the end, in which the interpolant rests
 _MOMENT_ROWS = 20_000

@@ -16,8 +16,6 @@ from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
 from ..training.fitting import FitResult, fit, trainable_flow
 
-__all__ = ["PathReport", "ReflowResult", "reflow"]
-
 
 class PathReport(NamedTuple):
     """How straight a flow's paths are, to a solver.

@@ -15,9 +15,6 @@ from ...distributions.interpolant import InterpolantDistribution
 from ...solvers.ode import FixedGrid
 from .tempering import LogDensity, Particles
 
-__all__ = ["Jump", "coarse_solver", "importance_weights", "flow_proposal_step"]
-
-
 _GRID_STEPS = (6, 8, 12, 16, 24, 32, 48)  # that are tried
 _MAX_SOLVER_ERROR = 0.03  # nats, mean, within a round
 _ERROR_ROWS = 64  # on which it is measured

@@ -13,9 +13,6 @@ from torch.distributions import Distribution
 
 from .tempering import HMCKernel, LogDensity, tempered_smc
 
-__all__ = ["StudentTMixture", "pathfinder", "initial_mixture"]
-
-
 _START_SCALE = 4.0  # of the default start
 _START_ROWS = 2000  # that are drawn of a start given as a distribution
 _SEARCHES = (4, 256)  # the fewest and the most, by what an iteration costs

@@ -5,9 +5,6 @@ import math
 import time
 from collections.abc import Iterator
 
-__all__ = ["Budget", "RateSchedule", "clocked"]
-
-
 _RATE = 2e-3  # the learning rate, before it falls
 _CONSTANT_SHARE = 0.4  # of the training, before the rate falls
 _LANDING_SHARE = 0.5  # of the time trained so far, in which the rate of a flat run falls

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from ...diagnostics.psis import effective_sample_size, systematic_resampling
 
-__all__ = ["HMCKernel", "Level", "LogDensity", "Particles", "tempered_smc"]
-
-
 _BLOCKS = (128, 1024, 4096)  # numbers of rows evaluated at once that are tried
 _TUNING_SECONDS = 1.0  # beyond which larger blocks are not tried
 _TARGET_ACCEPTANCE = 0.7  # of the longer steps

@@ -34,9 +34,6 @@ from .pathfinder import StudentTMixture, initial_mixture, pathfinder
 from .schedule import Budget, RateSchedule, clocked
 from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
 
-__all__ = ["FlowRegression", "Round", "RoundsResult", "Run", "train_from_density"]
-
-
 _BATCH_ROWS = 512  # in a regression step
 _FIRST_RATE = 1e-3  # the learning rate before the first is asked for
 _WARMUP_STEPS = 100  # in which the rate rises
