@@ -115,6 +115,7 @@ class BijectiveSupport(Support):
     def __init__(self, constraint: Constraint) -> None:
         super().__init__(constraint)
         self.bijection = bijection(constraint)
+        self.on_events = OnEvents(constraint)
 
     def is_real(self) -> bool:
         """Return whether values are real vectors themselves."""
@@ -125,7 +126,7 @@ class BijectiveSupport(Support):
 
     def shown(self) -> Constraint:
         """Return the constraint on whole events."""
-        return constraints.real_vector if self.is_real() else OnEvents(self.constraint)
+        return constraints.real_vector if self.is_real() else self.on_events
 
     def unconstrained(self, value: Tensor) -> Tensor:
         """Return values, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
@@ -135,9 +136,8 @@ class BijectiveSupport(Support):
         """
         if self.is_real():
             return value
-        events = OnEvents(self.constraint)
-        inside = events.check(value)
-        inside = inside & events.reduced(_off_the_edge(self.constraint, value), value)
+        inside = self.on_events.check(value)
+        inside = inside & self.on_events.reduced(_off_the_edge(self.constraint, value), value)
         if bool(inside.all()):
             real = self.bijection.inv(value)
             inside = torch.isfinite(real).all(-1)
