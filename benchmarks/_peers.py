@@ -64,10 +64,10 @@ def prepare(args):
     transform = distribution.transform
     calibrated, matched = solver.steps, None
     with torch.no_grad():
-        white = transform.to_white(rows)
+        white = transform.flow.whitening.to_white(rows)
         transform.solver = pi.Adaptive(rtol=1e-8, atol=1e-8, nodes=96)
         exact = distribution.to(torch.float64).log_prob(rows.double())
-        exact_white = exact + transform.linear_log_det
+        exact_white = exact + transform.flow.whitening.log_det
         for steps in range(2, calibrated + 1):  # peers are held to the mean alone, and so are we
             transform.solver, matched = pi.FixedGrid(steps), steps
             if float((distribution.log_prob(rows.double()) - exact).abs().mean()) <= _TOLERANCE:

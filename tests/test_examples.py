@@ -1,4 +1,4 @@
-"""Every example runs from start to end, in a process of its own."""
+"""Every example and every benchmark runs from start to end, in a process of its own."""
 
 import os
 import subprocess
@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES, BENCHMARKS = ROOT / "examples", ROOT / "benchmarks"
 NAMES = sorted(
     {path.name for path in EXAMPLES.glob("*.py")}
     | {"score_sde.py", "stellar_distances.py", "svi_guide.py", "two_moons.py"}
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_the_example_runs_and_draws_its_picture(name, tmp_path):
+def run(program, *arguments, cwd):
+    """Run a program in a folder, and return what it prints."""
     # One thread, as the tests beside it: more would only wait for one another.
-    environment = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    environment = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), "--smoke"],
-        cwd=tmp_path,
+        [sys.executable, str(program), *arguments],
+        cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -29,10 +29,25 @@ def test_the_example_runs_and_draws_its_picture(name, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_runs_and_draws_its_picture(name, tmp_path):
+    output = run(EXAMPLES / name, "--smoke", cwd=tmp_path)
     pictures = list(tmp_path.glob("*.png"))
     assert [p.name for p in pictures] == [name.replace(".py", ".png")]
     assert pictures[0].stat().st_size > 5000
-    assert done.stdout.strip()
+    assert output.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.name for path in sorted(BENCHMARKS.glob("[a-z]*.py"))])
+def test_the_benchmark_runs(name, tmp_path):
+    # Peers that are not installed are left out of its tables.
+    arguments = ["--kills", "1"] if name == "kill_resume.py" else ["--smoke"]
+    assert run(BENCHMARKS / name, *arguments, cwd=tmp_path).strip()
 
 
 @pytest.mark.parametrize("name", NAMES)
