@@ -165,7 +165,7 @@ def training_curve(result: Any, *, ax: "Axes | None" = None) -> "Axes":
     """Draw the losses of a run against its steps, and the step of the kept weights.
 
     Args:
-        result: A :class:`~pyro_interpolant.FitResult`.
+        result: A :class:`~pyro_interpolant.training.FitResult`.
         ax: Axes, or None for new ones.
     """
     ax = _axes(ax)

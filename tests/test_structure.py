@@ -2,6 +2,8 @@ import ast
 import doctest
 import importlib
 import inspect
+import operator
+import pkgutil
 import re
 import subprocess
 import sys
@@ -204,9 +206,18 @@ def test_the_conventions_are_in_the_docstring_of_the_package():
     assert "``(t, x)``" in text
 
 
+ROOMS = sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py"))
+HOMES = public() + [
+    f"{room}.{name}"
+    for room in ROOMS
+    for name in importlib.import_module(f"pyro_interpolant.{room}").__all__
+    if name not in public()
+]
+
+
 def documented(name):
     """A public name and, of a class, its public methods that the package defines."""
-    value = getattr(pyro_interpolant, name)
+    value = operator.attrgetter(name)(pyro_interpolant)
     yield name, value
     if inspect.isclass(value):
         for key, member in vars(value).items():
@@ -217,7 +228,7 @@ def documented(name):
                 yield f"{name}.{key}", member
 
 
-@pytest.mark.parametrize("name", public())
+@pytest.mark.parametrize("name", HOMES)
 def test_public_names_are_documented(name):
     for label, value in documented(name):
         own = value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__
@@ -225,7 +236,7 @@ def test_public_names_are_documented(name):
         assert own.strip().splitlines()[0].rstrip(" :").endswith((".", "?")) or "\n" in own, label
 
 
-@pytest.mark.parametrize("name", public())
+@pytest.mark.parametrize("name", HOMES)
 def test_tensors_are_documented_with_their_shapes(name):
     for label, value in documented(name):
         if not callable(value):  # a constraint
@@ -239,6 +250,12 @@ def test_tensors_are_documented_with_their_shapes(name):
 
 
 MODULES = [name for name in NAMES if not name.endswith("__init__")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_references_in_docstrings_lead_somewhere(path):
+    for reference in re.findall(r":\w+:`~?(pyro_interpolant[\w.]*)`", path.read_text()):
+        assert pkgutil.resolve_name(reference) is not None
 
 
 @pytest.mark.parametrize("name", MODULES)

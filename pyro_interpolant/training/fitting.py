@@ -134,7 +134,8 @@ def fit(
             go back to the best weights and let the rate fall to zero within a fifth of the
             schedule; not in its first three tenths.
         ema: The decay of the moving average of the weights.
-        coupling: Who is paired with whom in a batch; see :mod:`~pyro_interpolant.couplings`.
+        coupling: Who is paired with whom in a batch; see
+            :mod:`~pyro_interpolant.interpolants.couplings`.
         learn: ``"velocity"``; or, once that is trained and the interpolant has a latent term,
             ``"noise"``: :math:`E[z \mid I_t]`, which gives :func:`~pyro_interpolant.score` for any
             base and coupling.

@@ -69,7 +69,7 @@ class MarginalTransform(Gaussianizer):
         self._bins = (x[:, :-1], y[:, :-1], width, height, p0, p1)
 
     def arguments(self) -> tuple[Tensor, ...]:
-        """Return the arguments of the constructor."""
+        """Return the arguments of the constructor, shape ``(D, K)`` each."""
         return self.knots
 
     def log_slope(self, x: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class RadialTransform(Gaussianizer):
         self.log_det = float(torch.linalg.slogdet(linear).logabsdet)
 
     def arguments(self) -> tuple[Tensor, ...]:
-        """Return the arguments of the constructor."""
+        """Return the arguments of the constructor, of the shapes above."""
         return self.loc, self.linear, *self.spline.knots
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
