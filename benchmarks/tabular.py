@@ -73,12 +73,15 @@ def ours(train, val, seconds, seed):
     import torch
 
     import pyro_interpolant as pi
+    from pyro_interpolant.transforms.gaussianize import Gaussianized
 
     looks = []
     options = {"progress": False, "callback": looks.append}
     flow = pi.from_samples(train, validation=val, max_seconds=seconds, seed=seed, **options)
-    chart = getattr(flow.constraint, "chart", None)
-    extra = {"steps": looks[-1].step, "map": chart and chart.effect}
+    found = (
+        flow.constraint.gaussianizer.effect if isinstance(flow.constraint, Gaussianized) else None
+    )
+    extra = {"steps": looks[-1].step, "map": found}
     extra["solver_steps"] = flow.transform.solver.steps
     reference = copy.deepcopy(flow).to(torch.float64)
     reference.transform.solver = pi.Adaptive(rtol=1e-7, atol=1e-7, nodes=96)
