@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.infer import autoguide as guides
 from torch import Tensor, nn
 
 from pyro_interpolant import (
@@ -37,6 +38,18 @@ from pyro_interpolant.transforms.whitening import Whitening
 def slow_but(members: Iterable[str], *quick: str) -> list[Any]:
     """Return all members as parameters, those not named as quick marked slow."""
     return [m if m in quick else pytest.param(m, marks=pytest.mark.slow) for m in members]
+
+
+AUTOGUIDES = {  # Pyro's
+    "AutoNormal": guides.AutoNormal,
+    "AutoDiagonalNormal": guides.AutoDiagonalNormal,
+    "AutoMultivariateNormal": guides.AutoMultivariateNormal,
+    "AutoLowRankMultivariateNormal": guides.AutoLowRankMultivariateNormal,
+    "AutoDelta": guides.AutoDelta,
+    "AutoLaplaceApproximation": guides.AutoLaplaceApproximation,
+    "AutoIAFNormal": guides.AutoIAFNormal,
+    "AutoStructured": guides.AutoStructured,
+}
 
 
 INTERPOLANTS = {"trigonometric": Trigonometric(), "linear": Linear()}

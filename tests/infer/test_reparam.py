@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import BASES, gaussian_prior, random_flow
+from cases import AUTOGUIDES, BASES, gaussian_prior, random_flow
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import (
@@ -563,18 +563,6 @@ def test_nuts_starts_near_the_prior():
         start = kernel.initial_params
         assert sorted(start) == ["w_base", "z_base"]
         assert all(v.abs().max() < 5 for v in start.values())
-
-
-AUTOGUIDES = {
-    "AutoNormal": guides.AutoNormal,
-    "AutoDiagonalNormal": guides.AutoDiagonalNormal,
-    "AutoMultivariateNormal": guides.AutoMultivariateNormal,
-    "AutoLowRankMultivariateNormal": guides.AutoLowRankMultivariateNormal,
-    "AutoDelta": guides.AutoDelta,
-    "AutoLaplaceApproximation": guides.AutoLaplaceApproximation,
-    "AutoIAFNormal": guides.AutoIAFNormal,
-    "AutoStructured": guides.AutoStructured,
-}
 
 
 @pytest.mark.parametrize("name", AUTOGUIDES)

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import gaussian_prior, random_flow, random_prior, slow_but
+from cases import AUTOGUIDES, gaussian_prior, random_flow, random_prior, slow_but
 from pyro import poutine
 from pyro.infer import (
     MCMC,
@@ -340,17 +340,6 @@ def test_enumeration_above_a_latent_flow():
 
 
 # -------------------------------------------------------------------------------------- autoguides
-
-AUTOGUIDES = {
-    "AutoNormal": guides.AutoNormal,
-    "AutoDiagonalNormal": guides.AutoDiagonalNormal,
-    "AutoMultivariateNormal": guides.AutoMultivariateNormal,
-    "AutoLowRankMultivariateNormal": guides.AutoLowRankMultivariateNormal,
-    "AutoDelta": guides.AutoDelta,
-    "AutoLaplaceApproximation": guides.AutoLaplaceApproximation,
-    "AutoIAFNormal": guides.AutoIAFNormal,
-    "AutoStructured": guides.AutoStructured,
-}
 
 
 @pytest.mark.parametrize("space", SPACES)
