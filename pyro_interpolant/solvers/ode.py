@@ -19,14 +19,13 @@ all its times in advance can share work between them.
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from .._torch import is_transformed, recomputed
+from .._torch import constant, is_compiling, is_transformed, recomputed
 from ..nn.velocity import Field, StateFunction
 from .quadrature import clenshaw_curtis, integration_matrix
 
@@ -46,17 +45,10 @@ _TABLEAUS: dict[str, Tableau] = {
 _SYSTEM_ELEMENTS = 2**24  # of the matrices of the linear systems solved at once
 
 
-@lru_cache(maxsize=64)
 def _nodes(steps: int, warp: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return the nodes on [0, 1] and their weights as tensors, shape ``(N + 1,)``, shared."""
+    """Return the nodes on [0, 1] and their weights as tensors, shape ``(N + 1,)``."""
     nodes, weights = clenshaw_curtis(steps, warp)
-    return torch.tensor(nodes), torch.tensor(weights)
-
-
-@lru_cache(maxsize=64)
-def _matrix(steps: int, warp: float) -> Tensor:
-    """Return the integration matrix as a tensor, shape ``(N + 1, N + 1)``, shared."""
-    return torch.tensor(integration_matrix(steps, warp))
+    return constant(nodes), constant(weights)
 
 
 class Solver(Protocol):
@@ -102,7 +94,8 @@ class _RungeKutta:
         if self.checkpoint:
             stages = [recomputed(stage) for stage in stages]
         states = [x]
-        for i, h in enumerate(gaps.tolist()):
+        # As numbers they save a kernel each; a compiler has none.
+        for i, h in enumerate(gaps.to(x).unbind() if is_compiling() else gaps.tolist()):
             slopes: list[Tensor] = []
             for cj, row in zip(c, a, strict=True):
                 f = stages[i * len(distinct) + distinct.index(cj)]
@@ -112,11 +105,11 @@ class _RungeKutta:
         return torch.stack(states)
 
 
-def _step(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+def _step(x: Tensor, h: float | Tensor, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
     """Return ``x + h sum_i weights_i slopes_i``, shape ``(*, D)``."""
     for w, k in zip(weights, slopes, strict=True):
         if w:
-            x = torch.add(x, k, alpha=h * w)
+            x = x + (h * w) * k if isinstance(h, Tensor) else torch.add(x, k, alpha=h * w)
     return x
 
 
@@ -166,7 +159,7 @@ class FixedGrid(_RungeKutta):
 
     def matrix(self) -> Tensor:
         """Return the matrix that integrates from 0 to each node, shape ``(N + 1, N + 1)``."""
-        return _matrix(self.steps, self.warp)
+        return constant(integration_matrix(self.steps, self.warp))
 
 
 @dataclass(frozen=True)
