@@ -35,6 +35,14 @@ def is_transformed() -> bool:
     )
 
 
+def is_abstract() -> bool:
+    """Return whether no values can be read that a choice could depend on: in a transform, ..."""
+    if torch.compiler.is_dynamo_compiling():  # where Python decides, it runs as usual
+        return False
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return is_transformed() or fake is not None
+
+
 def is_watched() -> bool:
     """Return whether autograd, :mod:`torch.func` or a tracer may need intermediate results.
 
@@ -134,7 +142,7 @@ def is_tracing() -> bool:
 
 
 def is_compiling() -> bool:
-    """Return whether tensors may be without values: for ``torch.compile``, ``torch.export``, ..."""
+    """Return whether tensors may have no values: for ``torch.compile``, ``torch.export``, ..."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -154,7 +162,10 @@ def slopes(
     plain = torch._C._functorch.peek_interpreter_stack() is None
     if not plain or forward_ad._current_level >= 0:
         return jvp(function, (t,), (tangent,))[1]
-    with forward_ad.dual_level():  # the same at a third of the price; it cannot be nested
+    with (
+        _forward_mode,
+        forward_ad.dual_level(),
+    ):  # the same at a third of the price; it cannot be nested
         found = map(forward_ad.unpack_dual, function(forward_ad.make_dual(t, tangent)))
         a, b, g = (torch.zeros_like(t) if s.tangent is None else s.tangent for s in found)
         return a, b, g

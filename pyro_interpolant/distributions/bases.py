@@ -32,7 +32,12 @@ class _Base(dist.TorchDistribution):
     support = constraints.real_vector
 
     def expand(self, batch_shape: Sequence[int], _instance: "Self | None" = None) -> "Self":
-        """Return the base with another batch shape."""
+        """Return the base with another batch shape.
+
+        Raises:
+            ValueError: If the batch shape does not expand to it.
+        """
+        check_expansion(self.batch_shape, batch_shape)
         new = type(self).__new__(type(self)) if _instance is None else _instance
         new.__dict__.update(self.__dict__, _batch_shape=torch.Size(batch_shape))
         return new
@@ -184,6 +189,17 @@ class WhitenedBase:
         if self.base is None:
             return x0.to(self.whitening.loc)
         return self.whitening.double_to_white(x0)
+
+
+def check_expansion(old: Sequence[int], new: Sequence[int]) -> None:
+    """Raise a ValueError unless a batch shape expands to another."""
+    old, new = tuple(old), tuple(new)
+    last = new[len(new) - len(old) :]
+    if len(old) > len(new) or any(o not in (1, n) for o, n in zip(old, last, strict=True)):
+        raise ValueError(
+            f"expected a shape that the batch shape {old} expands to, with its sizes, or any in "
+            f"place of ones, on the right, got {new}"
+        )
 
 
 def standard_normal(like: Tensor) -> TorchDistributionMixin:

@@ -6,6 +6,7 @@ transform, bijection of the support. Given a context c, a conditional flow has t
 :math:`\rho_1(x | c)`.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,18 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from .._torch import is_compiling, is_tracing, is_transformed
 from ..transforms.bijections import Whiten
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .bases import Samples, WhitenedBase, checked_base, copy_like, standard_normal
+from .bases import (
+    Samples,
+    WhitenedBase,
+    check_expansion,
+    checked_base,
+    copy_like,
+    standard_normal,
+)
 from .constraints import Constraint, checked_rows, shaped
 from .supports import Support, support_of
 
@@ -213,7 +222,12 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         self.__dict__["base_dist"] = value
 
     def expand(self, batch_shape: Sequence[int], _instance: "Self | None" = None) -> "Self":
-        """Return the distribution with another batch shape; weights and cache are shared."""
+        """Return the distribution with another batch shape; weights and cache are shared.
+
+        Raises:
+            ValueError: If the batch shape does not expand to it.
+        """
+        check_expansion(self.batch_shape, batch_shape)
         new = type(self).__new__(type(self)) if _instance is None else _instance
         new.__dict__.update(
             {k: v for k, v in self.__dict__.items() if k not in ("base_dist", "_batch_shape")}
@@ -223,10 +237,18 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density, shape ``(*)``, of values of shape ``(*, *event_shape)``.
 
+        It is ``-inf`` at infinity and, with validation off, beyond the bounds of the
+        support. Angles may then have any number of turns, as those of Pyro's ``VonMises``.
+
         Raises:
             ValueError: If the shape or the type does not match, or a value is outside the support
                 (while validation is on).
         """
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"expected a value that is a tensor, got {type(value).__name__}: convert it, "
+                f"torch.as_tensor(value, dtype={self.transform.flow.loc.dtype})"
+            )
         event = len(self.event_shape)
         if tuple(value.shape[max(0, value.dim() - event) :]) != tuple(self.event_shape):
             hint = ""
@@ -236,14 +258,45 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
                 f"expected a value of shape (*, {', '.join(map(str, self.event_shape))}), got "
                 f"{tuple(value.shape)}.{hint}"
             )
+        batch = torch.broadcast_shapes(value.shape[: value.dim() - event], self.batch_shape)
+        if 0 in batch:  # which neither torch's checks nor its sums can take
+            return (0 * value.sum()).expand(batch)
         if self._validate_args:
             self._validate_sample(value)
-        batch = torch.broadcast_shapes(value.shape[: value.dim() - event], self.batch_shape)
+        possible = self.space.within_bounds(value)
+        x = value
         log_det: Tensor | float = 0.0
-        for transform in reversed(self.transforms):
-            value, term = transform.inverse_and_log_det(value)
+        chain: list[Any] = self.transforms
+        for transform in reversed(chain):
+            if transform is self.transform:
+                x, possible = self._finite(x, possible)
+            x, term = transform.inverse_and_log_det(x)
             log_det = log_det + term
-        return (self.base_dist.log_prob(value) - log_det).expand(batch)
+        log_prob = self.base_dist.log_prob(x) - log_det
+        if self.batch_shape:  # otherwise a tracer may leave the batch of values open
+            log_prob = log_prob.expand(batch)
+        if possible is None:
+            return log_prob
+        unknown = value.isnan().flatten(possible.dim()).any(-1)
+        return log_prob.where(possible, torch.where(unknown, math.nan, -math.inf).to(log_prob))
+
+    def _finite(self, x: Tensor, possible: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the flow's values with finite ones for those that cannot be, and which can.
+
+        Args:
+            x: Unconstrained values, shape ``(*, D)``.
+            possible: Which are within bounds, shape ``(*)``, or None for all.
+
+        Returns:
+            The values, and which were left as they are, shape ``(*)``, or None for all.
+        """
+        finite = x.isfinite().all(-1)
+        possible = finite if possible is None else finite & possible
+        if is_tracing() and not is_compiling():  # a guide's own draws, which the cache must know
+            return x, None
+        if not is_transformed() and not is_compiling() and bool(possible.all()):
+            return x, None
+        return x.where(possible[..., None], self.transform.flow.loc.to(x)), possible
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Return samples, ``(*sample_shape, *batch, *event)``, and log-densities, in one solve."""

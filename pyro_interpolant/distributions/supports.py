@@ -6,7 +6,10 @@ a flow of period :math:`2\pi` runs on the real line, whole turns included, and i
 :math:`y = x \bmod 2\pi`.
 """
 
+import operator
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -63,6 +66,17 @@ class Support(ABC):
         Raises:
             ValueError: If the flow is not one for this support.
         """
+
+    def within_bounds(self, value: Tensor) -> Tensor | None:
+        """Return which events, shape ``(*)``, are within bounds that the bijection would clamp to.
+
+        Args:
+            value: Values, shape ``(*, *event_shape)``.
+
+        Returns:
+            One boolean an event, or None where there are no such bounds.
+        """
+        return None
 
     def is_real(self) -> bool:
         """Return whether values are real vectors themselves."""
@@ -137,7 +151,8 @@ class BijectiveSupport(Support):
         if self.is_real():
             return value
         inside = self.on_events.check(value)
-        inside = inside & self.on_events.reduced(_off_the_edge(self.constraint, value), value)
+        off_the_edge = _within_bounds(self.constraint, value, operator.gt)
+        inside = inside & self.on_events.reduced(off_the_edge, value)
         if bool(inside.all()):
             real = self.bijection.inv(value)
             inside = torch.isfinite(real).all(-1)
@@ -149,6 +164,17 @@ class BijectiveSupport(Support):
             f"first being row {int((~inside).reshape(-1).nonzero()[0])}: remove them, or choose "
             "the support that the data have"
         )
+
+    def within_bounds(self, value: Tensor) -> Tensor | None:
+        """Return which events, shape ``(*)``, of values are within bounds or on them.
+
+        Args:
+            value: Values, shape ``(*, *event_shape)``.
+        """
+        if self.is_real():
+            return None
+        within = _within_bounds(self.constraint, value, operator.ge)
+        return self.on_events.reduced(within, value)
 
     def event_shape(self, size: int) -> torch.Size:
         """Return the shape of an event that has ``size`` unconstrained coordinates."""
@@ -347,18 +373,27 @@ class _Wrap(Transform):
         return x.new_zeros(x.shape[:-1])
 
 
-def _off_the_edge(support: Constraint, value: Tensor) -> Tensor:
-    """Return which elements are not on a bound, where bijections clamp instead of diverging."""
+def _within_bounds(
+    support: Constraint, value: Tensor, above: Callable[[Any, Any], Tensor]
+) -> Tensor:
+    """Return which elements are above the lower bound and below the upper, to which maps clamp.
+
+    Args:
+        support: The support.
+        value: Values, shape ``(*, *event_shape)``.
+        above: ``>``, or ``>=`` to allow for the bounds themselves.
+    """
     inner = getattr(support, "base_constraint", None)
     if inner is not None:
-        return _off_the_edge(inner, value)
+        return _within_bounds(inner, value, above)
     if isinstance(support, constraints.stack):
         parts = zip(support.cseq, value.unbind(support.dim), strict=True)
-        return torch.stack([_off_the_edge(c, v) for c, v in parts], support.dim)
+        return torch.stack([_within_bounds(c, v, above) for c, v in parts], support.dim)
     inside = torch.ones_like(value, dtype=torch.bool)
     lower, upper = (getattr(support, f"{side}_bound", None) for side in ("lower", "upper"))
+    lower, upper = (b.to(value) if isinstance(b, Tensor) else b for b in (lower, upper))
     if isinstance(support, type(constraints.simplex)):
         lower = 0.0
     if lower is not None:
-        inside = inside & (value > lower)
-    return inside if upper is None else inside & (value < upper)
+        inside = inside & above(value, lower)
+    return inside if upper is None else inside & above(upper, value)

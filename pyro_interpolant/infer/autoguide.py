@@ -29,7 +29,7 @@ from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
 from .importance_sampling import importance_of, verdict_with_warning
 from .log_density import LogJoint, prior_draws
-from .sites import LatentSites, Model, forget_data, init_to_support
+from .sites import LatentSites, Model, forget_data, init_to_support, unsupported_sites_named
 from .smc.train import RoundsResult, train_from_density
 
 _QUANTILE_POINTS = 4096  # of the base
@@ -118,7 +118,8 @@ class AutoInterpolant(AutoContinuous):
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         with torch.no_grad():  # a prototype with a graph could not be copied
-            super()._setup_prototype(*args, **kwargs)
+            with unsupported_sites_named(self):
+                super()._setup_prototype(*args, **kwargs)
             loc = self._init_loc()
             LatentSites(self, *args, **kwargs).constrain(loc)  # raises without a Jacobian
             forget_data(self)

@@ -4,6 +4,7 @@ Pyro's guides over one vector (``AutoContinuous``) pack their latent sites in th
 model, each through the bijection of its support.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,6 +30,8 @@ def init_to_support(
 ) -> Tensor:
     """Return an initial value of a latent site, if a guide over one vector can hold it.
 
+    Of a site that has no bijection, too: a reparametrisation may be about to replace it.
+
     Args:
         site: The site.
         init: One of Pyro's initialisation functions, from a site to a value.
@@ -39,19 +42,28 @@ def init_to_support(
 
     Raises:
         ValueError: If the site is discrete, in a subsampled plate, in a sequential one, or on a
-            support without a bijection.
+            support without a bijection on which there is no value to be had.
     """
     _check_site(site)
     fn = site["fn"]
     try:
-        transform = biject_to(fn.support)
-    except NotImplementedError as error:
-        raise _unsupported(site["name"], fn.support) from error
-    try:
         return init(site)
     except NotImplementedError:  # improper priors cannot be sampled, not even for their shape
+        transform = _bijection(site)
         shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
         return transform(spread * torch.randn(shape))
+
+
+@contextlib.contextmanager
+def unsupported_sites_named(guide: AutoContinuous) -> Iterator[None]:
+    """Raise a ValueError that names the site where a guide meets one without a bijection."""
+    try:
+        yield
+    except (NotImplementedError, ValueError):
+        if guide.prototype_trace is not None:
+            for _, site in guide.prototype_trace.iter_stochastic_nodes():
+                _bijection(site)
+        raise
 
 
 class Substitute(ConditionMessenger):
@@ -102,7 +114,8 @@ class LatentSites:
 
     def __init__(self, guide: AutoContinuous, *args: object, **kwargs: object) -> None:
         if guide.prototype_trace is None:
-            guide._setup_prototype(*args, **kwargs)
+            with unsupported_sites_named(guide):
+                guide._setup_prototype(*args, **kwargs)
         if not hasattr(guide, "plates"):
             with poutine.block():
                 guide._create_plates(*args, **kwargs)
@@ -188,7 +201,8 @@ def _check_site(site: Site) -> None:
         raise ValueError(
             f"expected continuous latent sites, got the discrete site {name!r}: marginalise it "
             "(a mixture distribution), or hide it, AutoInterpolant(poutine.block(model, "
-            f"hide=[{name!r}])), and enumerate it in SVI with TraceEnum_ELBO"
+            f"hide=[{name!r}])), and enumerate it in SVI with TraceEnum_ELBO, see "
+            "https://pyro.ai/examples/enumeration.html"
         )
     for frame in site["cond_indep_stack"]:
         if not frame.vectorized:
@@ -203,6 +217,15 @@ def _check_site(site: Site) -> None:
                 "has no place for local latents that come and go. Do not subsample, or hide the "
                 "site and give it a guide of its own in an AutoGuideList"
             )
+
+
+def _bijection(site: Site) -> Transform:
+    """Return the bijection of a latent site, or raise a ValueError where there is none."""
+    support = site["fn"].support
+    try:
+        return biject_to(support)
+    except NotImplementedError as error:
+        raise _unsupported(site["name"], support) from error
 
 
 def _unsupported(name: str, support: constraints.Constraint) -> ValueError:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from .._torch import constant, is_compiling, is_transformed, recomputed
+from .._torch import constant, is_abstract, is_compiling, is_transformed, recomputed
 from ..nn.velocity import Field, StateFunction
 from .quadrature import clenshaw_curtis, integration_matrix
 
@@ -205,8 +205,15 @@ class Adaptive:
             times: Ascending or descending, shape ``(N + 1,)``.
 
         Raises:
-            ValueError: If the velocity is too stiff or not finite.
+            ValueError: If the velocity is too stiff or not finite, or the values are not known,
+                inside :mod:`torch.func` or a tracer.
         """
+        if is_abstract():
+            raise ValueError(
+                "expected a FixedGrid under torch.func, forward mode or a tracer, got Adaptive, "
+                "whose steps depend on the values: set transform.solver = FixedGrid(), or "
+                "calibrate the distribution, which chooses its steps"
+            )
 
         def rate(t: Tensor, x: Tensor) -> Tensor:
             stage = field(t[None])[0]

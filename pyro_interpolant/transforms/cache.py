@@ -127,7 +127,12 @@ class IdentityCache:
             x: The input, shape ``(*, D)``.
             y: The output, shape ``(*, D')``.
         """
-        if is_compiling() or self._last is None or self._last[0]() is not x or self._last[1]() is not y:
+        if (
+            is_compiling()
+            or self._last is None
+            or self._last[0]() is not x
+            or self._last[1]() is not y
+        ):
             return None
         return self._last[2]
 

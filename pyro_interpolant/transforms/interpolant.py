@@ -138,6 +138,11 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
             raise ValueError(f"expected a time t in [0, 1], got {t}")
         return self._view(self, self.context, t)
 
+    @property
+    def sign(self) -> int:
+        """The sign of the Jacobian's determinant: a flow keeps orientation, L may turn it."""
+        return self.flow.whitening.sign()
+
     def _call(self, x: Tensor) -> Tensor:
         states = self.flow.integrate(self._checked(x), self._path(), forward=True)
         return self.flow.whitening.from_white(states[-1])
@@ -280,12 +285,28 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
                 dimensions of size one are dropped.
 
         Raises:
-            ValueError: If the last dimension is not the velocity's ``context_dim``.
+            TypeError: If it is not a tensor.
+            ValueError: If the last dimension is not the velocity's ``context_dim``, or the
+                context is of another floating type than the flow.
         """
-        expected = self.flow.context_dim
-        if context.dim() < 1 or expected not in (None, context.shape[-1]):
+        if not isinstance(context, Tensor):
+            raise TypeError(
+                f"expected a context that is a tensor, got {type(context).__name__}: convert it, "
+                f"torch.as_tensor(context, dtype={self.flow.loc.dtype})"
+            )
+        loc = self.flow.loc
+        if context.dtype == torch.bool:
+            context = context.to(loc)
+        if context.dtype != loc.dtype and (context.is_floating_point() or context.is_complex()):
             raise ValueError(
-                f"expected a context of shape (*, {expected}), got {tuple(context.shape)}"
+                f"expected a context of {loc.dtype}, the type of the flow, got {context.dtype}: "
+                "convert the context, or the flow by .to(dtype)"
+            )
+        expected = self.flow.context_dim
+        if context.dim() < 1 or not context.shape[-1] or expected not in (None, context.shape[-1]):
+            size = "C" if expected is None else expected
+            raise ValueError(
+                f"expected a context of shape (*, {size}), got {tuple(context.shape)}"
             )
         while context.dim() > 1 and context.shape[0] == 1:
             context = context[0]

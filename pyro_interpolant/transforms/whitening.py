@@ -36,8 +36,8 @@ class Whitening(nn.Module, ABC):
         """Return the L of the identity, in the shape and type that the member stores."""
 
     @abstractmethod
-    def _log_abs_det(self, linear: Tensor) -> Tensor:
-        r"""Return :math:`\log |\det L|`, shape ``()``."""
+    def _slogdet(self, linear: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the sign of :math:`\det L` and :math:`\log |\det L|`, shape ``()`` each."""
 
     @abstractmethod
     def set_diagonal(self, loc: Tensor, scale: Tensor) -> None:
@@ -83,7 +83,7 @@ class Whitening(nn.Module, ABC):
                 f"expected loc of shape {tuple(self.loc.shape)} and linear of shape "
                 f"{tuple(self.linear.shape)}, got {tuple(loc.shape)} and {tuple(linear.shape)}"
             )
-        log_det = self._log_abs_det(linear.double())
+        _, log_det = self._slogdet(linear.double())
         if not bool(torch.isfinite(linear).all() & torch.isfinite(log_det)):
             raise ValueError(
                 "expected an invertible linear map, got one that is singular or not finite"
@@ -91,6 +91,10 @@ class Whitening(nn.Module, ABC):
         self.loc.copy_(loc)
         self.linear.copy_(linear)
         self.log_det.copy_(log_det)
+
+    def sign(self) -> int:
+        r"""Return the sign of :math:`\det L`."""
+        return int(self._slogdet(self.linear.double())[0])
 
     def is_identity(self) -> bool:
         """Return whether L is the identity."""
@@ -131,8 +135,8 @@ class DenseWhitening(Whitening):
     def _identity(self) -> Tensor:
         return torch.eye(len(self.loc))
 
-    def _log_abs_det(self, linear: Tensor) -> Tensor:
-        return torch.linalg.slogdet(linear).logabsdet
+    def _slogdet(self, linear: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.slogdet(linear)
 
     @torch.no_grad()
     def set(self, loc: Tensor, linear: Tensor, inverse: Tensor | None = None) -> None:
@@ -180,8 +184,9 @@ class DiagonalWhitening(Whitening):
     def _identity(self) -> Tensor:
         return torch.ones(len(self.loc))
 
-    def _log_abs_det(self, linear: Tensor) -> Tensor:
-        return linear.abs().log().expand_as(self.loc).sum()
+    def _slogdet(self, linear: Tensor) -> tuple[Tensor, Tensor]:
+        scales = linear.expand_as(self.loc)
+        return scales.sign().prod(), scales.abs().log().sum()
 
     def set_diagonal(self, loc: Tensor, scale: Tensor) -> None:
         """Set the map from a centre and one scale per column, each of shape ``(D,)``."""
