@@ -28,10 +28,15 @@ _NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (__file__, to
 def is_transformed() -> bool:
     """Return whether :mod:`torch.func`, forward mode or a tracer is active."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
+        is_functional()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+def is_functional() -> bool:
+    """Return whether a transform of :mod:`torch.func` is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_watched() -> bool:
@@ -99,8 +104,7 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     def call(*args: Tensor) -> Tensor:
-        in_transform = torch._C._functorch.peek_interpreter_stack() is not None
-        if in_transform or not torch.is_grad_enabled() or torch._C._get_tracing_state():
+        if is_functional() or not torch.is_grad_enabled() or torch._C._get_tracing_state():
             return function(*args)
         return checkpoint(function, *args, use_reentrant=False)
 
@@ -127,6 +131,27 @@ def is_functorch_tensor(x: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def has_other_leaves(y: Tensor, x: Tensor) -> bool:
+    """Return whether the graph of y leads to a leaf that requires a gradient, other than x."""
+    seen, stack = set(), [y.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", x) is not x:
+            return True
+        stack.extend(above for above, _ in node.next_functions)
+    return False
+
+
+def innermost(x: Tensor) -> Tensor:
+    """Return the plain tensor inside all wrappers of ``torch.func.grad``, ``vmap``, ..."""
+    while is_functorch_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def slopes(
     function: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,8 +160,7 @@ def slopes(
         with torch.inference_mode(mode=False):
             return slopes(function, t.clone())
     tangent = torch.ones_like(t)
-    plain = torch._C._functorch.peek_interpreter_stack() is None
-    if not plain or forward_ad._current_level >= 0:
+    if is_functional() or forward_ad._current_level >= 0:
         return jvp(function, (t,), (tangent,))[1]
     with forward_ad.dual_level():  # the same at a third of the price; it cannot be nested
         found = map(forward_ad.unpack_dual, function(forward_ad.make_dual(t, tangent)))

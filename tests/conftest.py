@@ -39,6 +39,12 @@ def _clean_state(_clean_module):
 
 
 @pytest.fixture
+def _nodes_stay(monkeypatch):
+    """Flows with weights to train keep their solver's nodes: other modes, or weights, compare."""
+    monkeypatch.setattr("pyro_interpolant.transforms.flow.Flow.node_seed", lambda flow: None)
+
+
+@pytest.fixture
 def _few_held_draws(monkeypatch):
     """Short runs that look at the held-out loss at every step or two would do little else."""
     monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
