@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import io
@@ -43,7 +42,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: StrPath, every: int | None = None) -> None:
-        self.path, self.every = Path(path), every
+        # Behind a link: the states before it are kept beside the file itself.
+        self.path, self.every = Path(os.path.realpath(path)), every
         self.identity: list[Any] = []
         self.initial = torch.get_rng_state()
         self.tensors: dict[str, Tensor] | None = None
@@ -80,7 +80,7 @@ class Checkpoint:
                 continue
             try:
                 self.tensors, self.numbers = _read_state(candidate)
-            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 damage.append(f"{candidate} ({error})")
                 warn_user(f"the snapshot {candidate} is damaged: passed over")
                 continue
@@ -150,7 +150,8 @@ def check_place(path: str | os.PathLike[str] | None, every: int | None) -> None:
     """Raise a ValueError if no state can be kept there, or so often."""
     if every is not None and every < 1:
         raise ValueError(f"expected checkpoint_every >= 1, got {every}")
-    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    real = None if path is None else Path(os.path.realpath(path))
+    if real is not None and (real.is_dir() or not real.parent.is_dir()):
         raise ValueError(f"expected a checkpoint, a file in a folder that is there, got {path}")
 
 
@@ -222,11 +223,10 @@ def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()[_KEY])
-        numbers = json.loads(header["numbers"])
-        # In the order of writing: the checksum runs over it.
-        tensors = {name: file.get_tensor(name) for name in numbers["names"]}
+    texts, found = io.contents(path, framework="pt")
+    header = json.loads(texts[_KEY])
+    numbers = json.loads(header["numbers"])
+    tensors = {name: found[name] for name in numbers["names"]}  # as the checksum runs over them
     if checksum(tensors.values(), header["numbers"]) != header["checksum"]:
         raise ValueError("its checksum is wrong")
     return tensors, numbers
