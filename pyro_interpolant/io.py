@@ -7,7 +7,6 @@ a checksum of its header and of its tensors. With a
 torch's generator: the tensor ``divergence.probes``, signs of shape ``(P, D)``.
 """
 
-import contextlib
 import json
 import os
 import secrets
@@ -206,12 +205,15 @@ def write(
 
 def _mode_of(path: Path) -> int | None:
     """Return the mode of a file that may be replaced; None if there is none."""
-    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(f"expected a file, got {path}, which is none to be replaced")
-        return stat.S_IMODE(mode)
-    return None
+    try:
+        handle = os.open(path, os.O_RDWR)  # an error where it must not be written
+    except FileNotFoundError:
+        return None
+    mode = os.fstat(handle).st_mode
+    os.close(handle)
+    if not stat.S_ISREG(mode):
+        raise OSError(f"expected a file to replace, got {path}, which is something else")
+    return stat.S_IMODE(mode)
 
 
 def _tensors(raw: bytes, framework: Literal["np", "pt"]) -> dict[str, Any]:

@@ -152,9 +152,7 @@ KEPT = {
     "precision": lambda: dist.MultivariateNormal(A, precision_matrix=torch.eye(2) + 0.3),
     "all kinds of covariance": lambda: used(dist.MultivariateNormal(A, torch.eye(2) + 0.3)),
     "LowRankMultivariateNormal": lambda: dist.LowRankMultivariateNormal(A, torch.ones(2, 1), B),
-    "MultivariateStudentT": lambda: dist.MultivariateStudentT(
-        torch.tensor(5.0), A, torch.eye(2)
-    ),
+    "MultivariateStudentT": lambda: dist.MultivariateStudentT(torch.tensor(5.0), A, torch.eye(2)),
     "OMTMultivariateNormal": lambda: dist.OMTMultivariateNormal(A, torch.eye(2)),
     "Dirichlet": lambda: dist.Dirichlet(B),
     "ProjectedNormal": lambda: dist.ProjectedNormal(A),
@@ -168,8 +166,10 @@ KEPT = {
     "mixture by logits": lambda: mixture(logits=torch.randn(7)),
     "mixture, used": lambda: used(mixture(probs=torch.rand(7))),
     "mixture by logits, used": lambda: used(mixture(logits=torch.randn(7))),
-    "MaskedMixture": lambda: dist.MaskedMixture(torch.tensor(True), normal(), normal()),
-    "masked by a number": lambda: dist.MaskedDistribution(normal(), False),
+    "MaskedMixture": lambda: dist.MaskedMixture(
+        torch.ones((), dtype=torch.bool), normal(), normal()
+    ),
+    "masked by a number": lambda: dist.MaskedDistribution(normal(), mask=False),
     "composed": lambda: transformed(
         normal(), maps.ComposeTransform([maps.AffineTransform(A, B, event_dim=1)])
     ),
@@ -229,8 +229,8 @@ REFUSED = {
     "_InverseTransform": lambda: transformed(normal(), maps.ExpTransform().inv),
     "RelaxedOneHotCategorical": lambda: dist.RelaxedOneHotCategorical(torch.tensor(0.5), B),
     "_IndependentConstraint": lambda: dist.ImproperUniform(constraints.real_vector, (), (2,)),
-    "has_rsample": lambda: dist.Normal(A, B).has_rsample_(False).to_event(1),
-    "InterpolantDistribution": lambda: dist.MaskedDistribution(flow(), True),
+    "has_rsample": lambda: dist.Normal(A, B).has_rsample_(value=False).to_event(1),
+    "InterpolantDistribution": lambda: dist.MaskedDistribution(flow(), mask=True),
 }
 
 
@@ -416,7 +416,7 @@ class OwnGamma:
 def test_weights_that_are_frozen_in_part_come_back_so(part, path):
     distribution = flow()
     distribution.transform.flow.noise = VelocityMLP(2, (8,))
-    distribution.transform.flow.get_submodule(part).requires_grad_(False)
+    distribution.transform.flow.get_submodule(part).requires_grad_(requires_grad=False)
     save(distribution, path)
     assert_same(distribution, load(path))
 
@@ -436,7 +436,9 @@ def test_a_base_is_frozen_or_not_by_itself(inner, outer, path):
 def test_a_velocity_that_was_passed_in_frozen_trains_as_what_was_saved(path):
     distribution = own_flow()
     save(distribution, path)
-    assert_same(distribution, load(path, velocity=OwnVelocity(2).requires_grad_(False)))
+    assert_same(
+        distribution, load(path, velocity=OwnVelocity(2).requires_grad_(requires_grad=False))
+    )
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 1), (0,)])
@@ -537,7 +539,7 @@ def test_numbers_of_numpy_are_numbers(path):
 
 def test_saving_changes_nothing_in_the_flow(path):
     distribution = own_flow(flow())
-    distribution.transform.velocity.out.requires_grad_(False)
+    distribution.transform.velocity.out.requires_grad_(requires_grad=False)
     distribution.transform.train()
     before = copy.deepcopy(distribution.transform)
     versions = [p._version for p in distribution.transform.parameters()]

@@ -67,7 +67,8 @@ def build_base(description: Any, tensors: Tensors) -> Any:
     if description is None:
         return None
     if "uniform_torus" in description:
-        return UniformTorus(len(tensors["origin"])).to(tensors["origin"])
+        (size,) = tensors["origin"].shape
+        return UniformTorus(size).to(tensors["origin"])
     if "samples" in description:
         return Samples(tensors["rows"])
     if "independent" in description:

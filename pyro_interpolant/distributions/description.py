@@ -55,7 +55,8 @@ _NAMES_IN_FILES = {
 }
 _NAMES_IN_CODE = {in_file: name for name, in_file in _NAMES_IN_FILES.items()}
 _PROBES = "divergence.probes"
-_MAX_STEPS = 4096  # of a solver: its weights take 0.3 s and 70 MB, more with the square
+# Of a solver's steps, whose weights take 0.3 s and 70 MB then and more with the square; of probes.
+_MAX_COUNT = 4096
 
 
 class PartError(ValueError):
@@ -349,7 +350,7 @@ def _new_whitening(name: str, tensors: Tensors, dtype: torch.dtype) -> Whitening
         kind, size = known(name, transforms, Whitening), len(tensors["whitening.loc"])
         for key, value in kind(1).state_dict().items():
             if tensors[f"whitening.{key}"].shape != (size,) * value.dim():
-                raise PartError(f"expected {key!r} of a {name} of {size} dimensions")
+                raise PartError(f"expected the whitening a {name} of {size} dimensions")
         new = _new_module("whitening", partial(kind, size), tensors, dtype, device="cpu")
         return cast(Whitening, new)
 
@@ -392,9 +393,10 @@ def _set_flags(transform: AnyTransform, *, frozen: bool | list[str], fill: bool)
 def _check_probes(transform: AnyTransform, probes: Tensor | None) -> None:
     """Raise a PartError if the file's probes are not those that the divergence draws."""
     divergence, size = transform.divergence, transform.flow.event_dim
-    if probes is not None and not (
+    if probes is not None and not (  # version 0.1.0 kept none
         isinstance(divergence, HutchinsonDivergence)
         and probes.shape == (divergence.probes, size)
+        and probes.dtype == torch.int8
         and torch.equal(divergence.directions(size).to(probes), probes)
     ):
         raise PartError(f"expected the probes of {divergence}, got others")
@@ -455,8 +457,8 @@ def _build_choice(description: list[Any], room: ModuleType) -> Any:
         )
         return None
     with _part(name):
-        if max(fields.get("steps", 1), fields.get("nodes", 1)) > _MAX_STEPS:
-            raise PartError(f"expected at most {_MAX_STEPS} steps")
+        if max(fields.get(count, 1) for count in ("steps", "nodes", "probes")) > _MAX_COUNT:
+            raise PartError(f"expected at most {_MAX_COUNT} steps or probes in a {name}")
         parts = {
             key: _build_choice(value, room) if _is_choice(value) else value
             for key, value in fields.items()
