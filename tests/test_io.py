@@ -1,8 +1,6 @@
-import contextlib
 import dataclasses
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -474,24 +472,13 @@ def test_edited_tensors(change, saved):
 # ---- atomic -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def full_disk(size):
-    """Let no file grow beyond a size, in bytes: the system refuses the rest."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def fail(*args, **kwargs):
     raise OSError("No space left on device")
 
 
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
 @pytest.mark.parametrize("existed", [True, False])
-def test_a_write_that_fails_leaves_what_was_there(step, existed, path, monkeypatch):
+def test_a_write_that_fails_leaves_what_was_there(step, existed, path, monkeypatch, full_disk):
     old = InterpolantDistribution(random_flow(2))
     if existed:
         save(old, path)

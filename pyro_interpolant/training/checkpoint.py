@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import io
 from .._torch import warn_user
+from ..distributions.base_description import describe_base
 from ..distributions.bases import Samples
 from ..transforms.flow import Flow
 
@@ -117,7 +118,8 @@ def open_checkpoint(
         if checkpoint.numbers["identity"] != checkpoint.identity:
             raise ValueError(
                 f"expected {path} to be of this run, got the state of one with other data, "
-                "another network or other settings: delete it, or pass another file"
+                f"another network or other settings: delete it and {checkpoint.previous}, or "
+                "pass another file"
             )
         checkpoint.initial = checkpoint.tensors["initial"]
         torch.set_rng_state(checkpoint.initial)
@@ -141,9 +143,17 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, torch.distributions.Distribution):
         names: Any = type(value).arg_constraints  # a property where its author wrote none
         numbers = [getattr(value, name) for name in names] if isinstance(names, dict) else []
-        value = [*numbers, getattr(value, "base_dist", None), getattr(value, "transforms", None)]
-    parts = value if isinstance(value, (list, tuple)) else []
-    return [tensor for part in parts for tensor in _tensors(part)]
+        parts = [*numbers, getattr(value, "base_dist", None), getattr(value, "transforms", None)]
+        return max(_tensors(parts), _described(value), key=len)
+    inner = value if isinstance(value, (list, tuple)) else []
+    return [tensor for part in inner for tensor in _tensors(part)]
+
+
+def _described(base: torch.distributions.Distribution) -> list[Tensor]:
+    """Return the tensors that a file would have of a base; none if no file has it."""
+    with contextlib.suppress(ValueError):
+        return list(describe_base(base, "")[1].values())
+    return []
 
 
 def check_place(path: str | os.PathLike[str] | None, every: int | None) -> None:
