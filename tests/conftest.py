@@ -3,6 +3,7 @@
 Each module starts from it too, so that what its fixtures train once is no slower and no different.
 """
 
+import resource
 from contextlib import contextmanager
 
 import pyro
@@ -48,3 +49,19 @@ def _nodes_stay(monkeypatch):
 def _few_held_draws(monkeypatch):
     """Short runs that look at the held-out loss at every step or two would do little else."""
     monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
+
+
+@pytest.fixture
+def full_disk():
+    """A scope in which no file grows beyond a size, in bytes: the system refuses the rest."""
+
+    @contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

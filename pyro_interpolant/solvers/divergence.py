@@ -107,8 +107,12 @@ class HutchinsonDivergence:
 
         Their standard deviation over p, divided by :math:`\sqrt P`, is the standard error.
         """
-        probes = _probes(self.probes, self.seed, x.shape[-1]).to(x)
+        probes = self.directions(x.shape[-1]).to(x)
         return _quadratic_forms(velocity, t, x, context, probes)
+
+    def directions(self, dim: int) -> Tensor:
+        """Return the probes, random signs, shape ``(P, dim)``; they are shared: do not modify."""
+        return _probes(self.probes, self.seed, dim)
 
 
 @lru_cache(maxsize=32)
