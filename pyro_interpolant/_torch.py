@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -121,9 +122,24 @@ def keep_freed_memory() -> None:
     torch.empty(2**24, dtype=torch.uint8)
 
 
+def constant(values: np.ndarray) -> Tensor:
+    """Return numbers as a tensor of their own, on the CPU and of the array's type and shape.
+
+    What is computed once and shared is kept as numpy arrays. A tensor made inside
+    :mod:`torch.func`, ``torch.export``, inference mode or ``torch.device("meta")`` belongs there,
+    and would break, or be broken by, whoever meets it outside.
+    """
+    return torch.from_numpy(values.copy())  # wherever the default device is
+
+
 def is_tracing() -> bool:
-    """Return whether a tracer records what is computed now."""
-    return torch._C._get_tracing_state() is not None
+    """Return whether a tracer records what is computed now: for ``torch.jit`` or a compiler."""
+    return torch._C._get_tracing_state() is not None or is_compiling()
+
+
+def is_compiling() -> bool:
+    """Return whether tensors may be without values: for ``torch.compile``, ``torch.export``, ..."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_functorch_tensor(x: Tensor) -> bool:

@@ -205,10 +205,8 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
     def base_dist(self) -> Any:
         """The distribution of the flow's input, in the type and on the device of the flow."""
         base = self.__dict__["base_dist"]
-        loc = self.transform.flow.loc
-        if self.base is None and (base.mean.dtype != loc.dtype or base.mean.device != loc.device):
-            base = standard_normal(loc).expand(base.batch_shape)
-            self.__dict__["base_dist"] = base
+        if self.base is None:  # made anew: the flow's type may change, also inside torch.func
+            return standard_normal(self.transform.flow.loc).expand(base.batch_shape)
         return base
 
     @base_dist.setter
@@ -239,10 +237,14 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
                 f"expected a value of shape (*, {', '.join(map(str, self.event_shape))}), got "
                 f"{tuple(value.shape)}.{hint}"
             )
-        if self.batch_shape:
-            batch = torch.broadcast_shapes(value.shape[: value.dim() - event], self.batch_shape)
-            return super().log_prob(value).expand(batch)
-        return super().log_prob(value)
+        if self._validate_args:
+            self._validate_sample(value)
+        batch = torch.broadcast_shapes(value.shape[: value.dim() - event], self.batch_shape)
+        log_det: Tensor | float = 0.0
+        for transform in reversed(self.transforms):
+            value, term = transform.inverse_and_log_det(value)
+            log_det = log_det + term
+        return (self.base_dist.log_prob(value) - log_det).expand(batch)
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Return samples, ``(*sample_shape, *batch, *event)``, and log-densities, in one solve."""

@@ -227,7 +227,8 @@ class VelocityMLP(nn.Module):
 
     def _both(self, x: Tensor, modulation: Modulation, trace: Trace) -> tuple[Tensor, Tensor]:
         """Return velocity and divergence."""
-        inputs, slopes = self._inputs(x), list[Tensor]()
+        slopes: list[Tensor] = []
+        inputs = self._inputs(x)
         u = self._ungated(inputs, modulation, slopes)
         if self.is_periodic:
             return u, trace(inputs, slopes)

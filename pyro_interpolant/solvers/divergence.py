@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
 
+from .._torch import constant
 from ..nn.velocity import divergence_field, exact_divergence, expanded
 
 
@@ -111,15 +114,18 @@ class HutchinsonDivergence:
         return _quadratic_forms(velocity, t, x, context, probes)
 
     def directions(self, dim: int) -> Tensor:
-        """Return the probes, random signs, shape ``(P, dim)``; they are shared: do not modify."""
-        return _probes(self.probes, self.seed, dim)
+        """Return the probes, random signs, shape ``(P, dim)``."""
+        return constant(_probes(self.probes, self.seed, dim))
 
 
 @lru_cache(maxsize=32)
-def _probes(count: int, seed: int, dim: int) -> Tensor:
-    """Return random signs, shape ``(count, dim)``."""
-    generator = torch.Generator().manual_seed(seed)
-    return 2.0 * torch.randint(0, 2, (count, dim), generator=generator) - 1.0
+def _probes(count: int, seed: int, dim: int) -> NDArray[np.float32]:
+    """Return random signs, shape ``(count, dim)``: the last bits of the Mersenne twister.
+
+    They are those of ``torch.randint`` with a generator of this seed, which ``vmap`` refuses.
+    """
+    bits = np.random.RandomState(seed % 2**32).randint(2**32, size=(count, dim), dtype=np.uint32)
+    return 2 * (bits % 2).astype(np.float32) - 1
 
 
 def _quadratic_forms(

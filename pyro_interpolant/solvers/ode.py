@@ -19,7 +19,6 @@ all its times in advance can share work between them.
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from .._torch import is_tracing, is_transformed, recomputed
+from .._torch import constant, is_tracing, is_transformed, recomputed
 from ..nn.velocity import Field, StateFunction
 from .quadrature import clenshaw_curtis, integration_matrix
 
@@ -47,17 +46,10 @@ _TABLEAUS: dict[str, Tableau] = {
 _SYSTEM_ELEMENTS = 2**24  # of the matrices of the linear systems solved at once
 
 
-@lru_cache(maxsize=64)
 def _nodes(steps: int, warp: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return the nodes on [0, 1] and their weights as tensors, shape ``(N + 1,)``, shared."""
+    """Return the nodes on [0, 1] and their weights as tensors, shape ``(N + 1,)``."""
     nodes, weights = clenshaw_curtis(steps, warp)
-    return torch.tensor(nodes), torch.tensor(weights)
-
-
-@lru_cache(maxsize=64)
-def _matrix(steps: int, warp: float) -> Tensor:
-    """Return the integration matrix as a tensor, shape ``(N + 1, N + 1)``, shared."""
-    return torch.tensor(integration_matrix(steps, warp))
+    return constant(nodes), constant(weights)
 
 
 class Solver(Protocol):
@@ -103,7 +95,8 @@ class _RungeKutta:
         if self.checkpoint:
             stages = [recomputed(stage) for stage in stages]
         states = [x]
-        for i, h in enumerate(gaps if is_tracing() else gaps.tolist()):
+        # As numbers they save a kernel each; a tracer may draw them anew, a compiler has none.
+        for i, h in enumerate(gaps.to(x).unbind() if is_tracing() else gaps.tolist()):
             slopes: list[Tensor] = []
             for cj, row in zip(c, a, strict=True):
                 f = stages[i * len(distinct) + distinct.index(cj)]
@@ -169,7 +162,7 @@ class FixedGrid(_RungeKutta):
 
     def matrix(self) -> Tensor:
         """Return the matrix that integrates from 0 to each node, shape ``(N + 1, N + 1)``."""
-        return _matrix(self.steps, self.warp)
+        return constant(integration_matrix(self.steps, self.warp))
 
 
 @dataclass(frozen=True)

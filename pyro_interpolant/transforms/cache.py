@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from .._torch import is_functorch_tensor, is_tracing
+from .._torch import is_compiling, is_functorch_tensor, is_tracing
 
 _ENTRIES_KEPT = 4  # of one transform
 
@@ -83,7 +83,7 @@ class IdentityCache:
             sources: All other tensors the result depends on: parameters, buffers, context.
             key: All else that the result depends on, to compare.
         """
-        if not self._entries or _any_functorch(sources):
+        if is_compiling() or not self._entries or _any_functorch(sources):
             return None
         for entry in reversed(self._entries):
             if (x is not None and entry.x is not x) or (y is not None and entry.y is not y):
@@ -94,13 +94,15 @@ class IdentityCache:
         return None
 
     def store(self, entry: Entry, sources: Sequence[Tensor] = (), key: Hashable = None) -> None:
-        """Keep an entry, unless it lives inside a functorch transform.
+        """Keep an entry, unless it lives inside a functorch transform, or is being compiled.
 
         Args:
             entry: What was computed.
             sources: All other tensors the result depends on: parameters, buffers, context.
             key: All else that the result depends on, to compare.
         """
+        if is_compiling():
+            return
         self._last = weakref.ref(entry.x), weakref.ref(entry.y), entry.forward
         if _any_functorch((entry.x, entry.y, *sources)):
             return
@@ -125,7 +127,12 @@ class IdentityCache:
             x: The input, shape ``(*, D)``.
             y: The output, shape ``(*, D')``.
         """
-        if self._last is None or self._last[0]() is not x or self._last[1]() is not y:
+        if (
+            is_compiling()
+            or self._last is None
+            or self._last[0]() is not x
+            or self._last[1]() is not y
+        ):
             return None
         return self._last[2]
 
@@ -191,6 +198,15 @@ class RealVectorTransform(Transform):
     def with_cache(self, cache_size: int = 1) -> Transform:
         """Return self."""
         return self
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x with ``y = T(x)``, shape ``(*, D)``, and ``log |dy/dx|``, shape ``(*)``.
+
+        Args:
+            y: The output, shape ``(*, D')``.
+        """
+        x = self._inv_call(y)
+        return x, self.log_abs_det_jacobian(x, y)
 
 
 class CachedTransform(RealVectorTransform):

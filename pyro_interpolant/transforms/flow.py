@@ -172,7 +172,7 @@ class Flow(nn.Module):
         if path.end == 0.0:
             return self.whitening.log_det.expand(states.shape[1:-1])
         times, weights = (s.to(states) for s in path.times)
-        if not path.recomputes() and (self._needs_graph(states, path) or is_tracing()):
+        if not path.recomputes() and (is_tracing() or self._needs_graph(states, path)):
             shape = (-1,) + (1,) * (states.dim() - 2)
             together = self._rate(times.reshape(shape), path)(states)
             return self.whitening.log_det + torch.tensordot(weights, together, dims=1)
@@ -205,12 +205,13 @@ class Flow(nn.Module):
         Returns:
             The states, and the log-determinant, shape ``(*)``, where it was computed here.
         """
+        if is_tracing():
+            return self.integrate(white, path, forward=forward), None
         keep_freed_memory()
         row_bytes = len(path.times[0]) * self.event_dim * white.element_size()
         rows = white.numel() // self.event_dim
         at_once = min(_ROWS_PER_SOLVE, max(1, _MAX_KEPT_BYTES // row_bytes))
-        whole = self._needs_graph(white, path) or rows <= at_once
-        if whole or is_tracing():
+        if self._needs_graph(white, path) or rows <= at_once:
             return self.integrate(white, path, forward=forward), None
         keep = rows * row_bytes <= _MAX_KEPT_BYTES
         states, log_dets = [], []

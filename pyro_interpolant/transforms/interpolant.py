@@ -170,12 +170,25 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
                 entry = self._entry_from_input(x, density=True)
             else:
                 entry = self._entry_from_output(y)
-        if entry.log_det is not None:
-            return entry.log_det
-        states = entry.states
-        if states is None:  # an earlier solve kept only its ends
-            states = self.flow.integrate(self._checked(x), entry.path, forward=True)
-        entry.log_det = self.flow.log_det(states, entry.path)
+        return self._log_det_of(entry)
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x with ``y = T(x)`` and ``log |dy/dx|``, from one solve with or without a cache.
+
+        Args:
+            y: Data, shape ``(*, D)``.
+        """
+        entry = self._find(y=y)
+        if entry is None:
+            entry = self._entry_from_output(y)
+        return entry.x, self._log_det_of(entry)
+
+    def _log_det_of(self, entry: _Solve) -> Tensor:
+        if entry.log_det is None:
+            states = entry.states
+            if states is None:  # an earlier solve kept only its ends
+                states = self.flow.integrate(self._checked(entry.x), entry.path, forward=True)
+            entry.log_det = self.flow.log_det(states, entry.path)
         return entry.log_det
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
