@@ -14,9 +14,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vmap
+from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
+from .._torch import jvp
 from ..nn.velocity import divergence_field, exact_divergence, expanded
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import io
-from .._torch import warn_user
+from .._torch import rng_state, set_rng_state, warn_user
 from ..distributions.bases import Samples
 from ..transforms.flow import Flow
 
@@ -45,7 +45,7 @@ class Checkpoint:
     def __init__(self, path: StrPath, every: int | None = None) -> None:
         self.path, self.every = Path(path), every
         self.identity: list[Any] = []
-        self.initial = torch.get_rng_state()
+        self.initial = rng_state()
         self.tensors: dict[str, Tensor] | None = None
         self.numbers: dict[str, Any] = {}
         self._read()
@@ -120,7 +120,7 @@ def open_checkpoint(
                 "another network or other settings: delete it, or pass another file"
             )
         checkpoint.initial = checkpoint.tensors["initial"]
-        torch.set_rng_state(checkpoint.initial)
+        set_rng_state(checkpoint.initial)
     return checkpoint
 
 
