@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import jvp, vmap
+from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
-from .._torch import constant
+from .._torch import constant, jvp
 from ..nn.velocity import divergence_field, exact_divergence, expanded
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import io
-from .._torch import warn_user
+from .._torch import rng_state, set_rng_state, warn_user
 from ..distributions.base_description import describe_base
 from ..distributions.bases import Samples
 from ..transforms.flow import Flow
@@ -46,7 +46,7 @@ class Checkpoint:
         # Behind a link: the states before it are kept beside the file itself.
         self.path, self.every = Path(os.path.realpath(path)), every
         self.identity: list[Any] = []
-        self.initial = torch.get_rng_state()
+        self.initial = rng_state()
         self.tensors: dict[str, Tensor] | None = None
         self.numbers: dict[str, Any] = {}
         self._read()
@@ -122,7 +122,7 @@ def open_checkpoint(
                 "pass another file"
             )
         checkpoint.initial = checkpoint.tensors["initial"]
-        torch.set_rng_state(checkpoint.initial)
+        set_rng_state(checkpoint.initial)
     return checkpoint
 
 
