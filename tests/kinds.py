@@ -171,6 +171,10 @@ _NO_CDF = Reason(NotImplementedError, "no cdf")
 PENDING: dict[str, dict[str, Reason]] = {
     "expand_error": _OPEN_EXPANDS,
     "expand_reshaped": _OPEN_EXPANDS,
+    "traced_module": dict.fromkeys(
+        ("plain", "flow base", "angles", "hutchinson"),
+        Reason(NotImplementedError, "a tracer reads all attributes of a module, sign among them"),
+    ),
     "moments": dict.fromkeys(("plain", "positive", "angles"), _NO_MOMENTS),
     "cdf": dict.fromkeys(("one", "one angle"), _NO_CDF),
 }
