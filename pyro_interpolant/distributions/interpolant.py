@@ -196,7 +196,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         self.has_rsample = self.base_dist.has_rsample
         self.clear_cache()
 
-    @property
+    @constraints.dependent_property(is_discrete=False)  # which Pyro may ask the class for
     def support(self) -> Constraint:
         """The support of one event."""
         return self.space.shown()
