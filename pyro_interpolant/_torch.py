@@ -8,16 +8,18 @@ derivatives :math:`\partial_t f(t)` by forward mode; and warnings at the user's 
 import contextlib
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import jvp
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 # No warning is raised at lines of this package, of torch, or of what runs decorated functions.
@@ -29,18 +31,15 @@ _NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (__file__, to
 def is_transformed() -> bool:
     """Return whether :mod:`torch.func`, forward mode or a tracer is active."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
+        is_functional()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
 
 
-def is_abstract() -> bool:
-    """Return whether no values can be read that a choice could depend on: in a transform, ..."""
-    if torch.compiler.is_dynamo_compiling():  # where Python decides, it runs as usual
-        return False
-    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    return is_transformed() or fake is not None
+def is_functional() -> bool:
+    """Return whether a transform of :mod:`torch.func` is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_watched() -> bool:
@@ -53,18 +52,156 @@ def is_watched() -> bool:
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seed the generators of all devices in use, and restore their states afterwards.
+    """Let this thread draw from generators of its own, whoever draws: torch, Pyro, a loader.
+
+    The numbers are those that the global generators would give after ``manual_seed``; those of
+    the process are left alone, and other threads too.
 
     Args:
-        seed: The seed; None leaves the generators as they are.
+        seed: The seed; None leaves everything as it is.
     """
     if seed is None:
         yield
         return
-    in_use = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=list(in_use)):
-        torch.manual_seed(seed)
+    outer = getattr(_SCOPE, "generators", None)
+    with _OwnGenerators(seed) as _SCOPE.generators:
+        try:
+            yield
+        finally:
+            _SCOPE.generators = outer
+
+
+@contextlib.contextmanager
+def draws_nothing() -> Iterator[None]:
+    """Run a block that draws no random numbers, in a seeded scope too, at full speed.
+
+    Looking at each operation costs some microseconds.
+    """
+    own = getattr(_SCOPE, "generators", None)
+    if own is None:
         yield
+        return
+    own.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        own.__enter__()
+
+
+def draws() -> int:
+    """Return how many operations have drawn in this seeded scope; 0 outside."""
+    own = getattr(_SCOPE, "generators", None)
+    return 0 if own is None else own.draws
+
+
+def rng_state() -> Tensor:
+    """Return the state of the generator from which this thread draws on the CPU, ``(S,)``."""
+    return _cpu_generator().get_state()
+
+
+def set_rng_state(state: Tensor) -> None:
+    """Set that state, shape ``(S,)``."""
+    _cpu_generator().set_state(state)
+
+
+def _cpu_generator() -> torch.Generator:
+    own = getattr(_SCOPE, "generators", None)
+    return torch.default_generator if own is None else own.on(torch.device("cpu"))
+
+
+_SCOPE = threading.local()
+_BORROWING = threading.Lock()
+
+
+class _OwnGenerators(TorchDispatchMode):
+    """Supply whatever draws random numbers in this thread with generators, one a device.
+
+    Args:
+        seed: The seed of each.
+
+    Attributes:
+        draws: How many operations have drawn.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed, self.draws = seed, 0
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    def on(self, device: torch.device) -> torch.Generator:
+        """Return the generator of a device."""
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self.generators[device]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call an operation, with a generator if it draws."""
+        kwargs = kwargs or {}
+        drawing = _drawing_form(func)
+        if drawing is None:
+            return func(*args, **kwargs)
+        operation, place = drawing
+        named = kwargs.get("generator")
+        given = args[place] if place is not None and place < len(args) else named
+        tensor = next((a for a in args if isinstance(a, Tensor)), None)
+        device = kwargs.get("device") if tensor is None else tensor.device
+        device = torch.device("cpu") if device is None else torch.device(device)
+        if given is not None or device.type == "meta":
+            return func(*args, **kwargs)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.draws += 1
+        if operation is None:
+            return self._by_the_default(device, func, args, kwargs)
+        return operation(*args[:place], **{**kwargs, "generator": self.on(device)})
+
+    def _by_the_default(self, device: torch.device, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operation that takes no generator, the default one being in the own's state.
+
+        It is held for as long as that takes, which other threads that draw may notice.
+        """
+        default = torch.default_generator
+        if device.type == "cuda":
+            default = torch.cuda.default_generators[device.index]
+        own = self.on(device)
+        with _BORROWING:
+            before = default.get_state()
+            default.set_state(own.get_state())
+            try:
+                return func(*args, **kwargs)
+            finally:
+                own.set_state(default.get_state())
+                default.set_state(before)
+
+
+@lru_cache(maxsize=None)
+def _drawing_form(operation: Any) -> tuple[Any, int | None] | None:
+    """Return how to give an operation a generator, or None if it draws nothing.
+
+    Returns:
+        Its form with an argument ``generator``, or None where there is no such form; and the place
+        of that argument, if it may come by position.
+    """
+    if not hasattr(operation, "_schema"):  # of higher order: what it calls comes by itself
+        return None
+    names = [a.name for a in operation._schema.arguments]
+    if "generator" not in names:
+        if torch.Tag.nondeterministic_seeded not in operation.tags:
+            return None
+        packet = operation.overloadpacket
+        forms = [getattr(packet, name) for name in packet.overloads()]
+        wanted = {*names, "generator"}
+        for form in forms:
+            if {a.name for a in form._schema.arguments} == wanted:
+                return form, None
+        return None, None
+    place = names.index("generator")
+    by_keyword = operation._schema.arguments[place].kwarg_only
+    return operation, None if by_keyword else place
 
 
 @contextlib.contextmanager
@@ -108,8 +245,7 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     def call(*args: Tensor) -> Tensor:
-        in_transform = torch._C._functorch.peek_interpreter_stack() is not None
-        if in_transform or not torch.is_grad_enabled() or torch._C._get_tracing_state():
+        if is_functional() or not torch.is_grad_enabled() or torch._C._get_tracing_state():
             return function(*args)
         return checkpoint(function, *args, use_reentrant=False)
 
@@ -142,13 +278,65 @@ def is_tracing() -> bool:
 
 
 def is_compiling() -> bool:
-    """Return whether tensors may have no values: for ``torch.compile``, ``torch.export``, ..."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Return whether tensors may be without values: for ``torch.compile`` or ``torch.export``."""
+    kinds = torch._C._TorchDispatchModeKey
+    return torch.compiler.is_compiling() or any(
+        torch._C._get_dispatch_mode(kind) is not None for kind in (kinds.FAKE, kinds.PROXY)
+    )
+
+
+def is_abstract() -> bool:
+    """Return whether no values can be read here, to decide what is computed.
+
+    So it is in :mod:`torch.func` and for tracers; where ``torch.compile`` meets a decision, it
+    stops and lets it be taken.
+    """
+    return not torch.compiler.is_dynamo_compiling() and (is_functional() or is_tracing())
 
 
 def is_functorch_tensor(x: Tensor) -> bool:
     """Return whether a tensor, of any shape, lives inside ``torch.func.grad``, ``vmap``, ..."""
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def has_other_leaves(y: Tensor, x: Tensor) -> bool:
+    """Return whether the graph of y leads to a leaf that requires a gradient, other than x."""
+    seen, stack = set(), [y.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", x) is not x:
+            return True
+        stack.extend(above for above, _ in node.next_functions)
+    return False
+
+
+def innermost(x: Tensor) -> Tensor:
+    """Return the plain tensor inside all wrappers of ``torch.func.grad``, ``vmap``, ..."""
+    while is_functorch_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+_FORWARD_MODE = threading.RLock()
+
+
+def forward_mode() -> contextlib.AbstractContextManager[object]:
+    """Return a scope for forward mode, in which torch lets one thread of a process be at a time.
+
+    Its level is global: a thread that enters while another is there fails as if it were nested.
+    """
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _FORWARD_MODE
+
+
+def jvp(
+    function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Any, Any]:
+    """Return values and derivatives along tangents, as :func:`torch.func.jvp`, in any thread."""
+    with forward_mode():
+        return torch.func.jvp(function, primals, tangents)
 
 
 def slopes(
@@ -159,16 +347,13 @@ def slopes(
         with torch.inference_mode(mode=False):
             return slopes(function, t.clone())
     tangent = torch.ones_like(t)
-    plain = torch._C._functorch.peek_interpreter_stack() is None
-    if not plain or forward_ad._current_level >= 0:
-        return jvp(function, (t,), (tangent,))[1]
-    with (
-        _forward_mode,
-        forward_ad.dual_level(),
-    ):  # the same at a third of the price; it cannot be nested
-        found = map(forward_ad.unpack_dual, function(forward_ad.make_dual(t, tangent)))
-        a, b, g = (torch.zeros_like(t) if s.tangent is None else s.tangent for s in found)
-        return a, b, g
+    with forward_mode():
+        if is_functional() or forward_ad._current_level >= 0:
+            return jvp(function, (t,), (tangent,))[1]
+        with forward_ad.dual_level():  # the same at a third of the price; it cannot be nested
+            found = map(forward_ad.unpack_dual, function(forward_ad.make_dual(t, tangent)))
+            a, b, g = (torch.zeros_like(t) if s.tangent is None else s.tangent for s in found)
+            return a, b, g
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:

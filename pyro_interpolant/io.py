@@ -1,17 +1,23 @@
 r"""Files: tensors in safetensors, all else in a JSON header; nothing in them is executed.
 
 A flow's header and tensors are those of :mod:`~pyro_interpolant.distributions.description`. What
-reads and writes files needs numpy alone; :func:`save` and :func:`load` import torch.
+reads and writes files needs numpy alone; :func:`save` and :func:`load` import torch. A file holds
+a checksum of its header and of its tensors. With a
+:class:`~pyro_interpolant.HutchinsonDivergence` it holds the probes too, so that no reader needs
+torch's generator: the tensor ``divergence.probes``, signs of shape ``(P, D)``.
 """
 
 import json
 import os
-import tempfile
+import secrets
+import stat
+import zlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,32 +30,28 @@ __all__ = ["load", "read", "save", "write"]
 
 StrPath = str | os.PathLike[str]
 
-_FORMAT = 1
+_FORMAT = 2  # 1 was that of version 0.1.0, without a checksum
 _KEY = "pyro_interpolant"
-# Which errors an edited or damaged header can cause while the flow is built.
-_ERRORS_OF_DAMAGE = (
-    LookupError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    OverflowError,
-    AssertionError,
-)
+_CHECKSUM = "checksum"
 
 
 def save(distribution: "AnyDistribution", path: StrPath) -> None:
     """Write a flow with its whitening, support, base, interpolant, solver and divergence.
 
-    The file appears complete or not at all: an existing one is replaced only by a finished one.
+    What is written has been built again from its description, and found equal. The file appears
+    complete or not at all: an existing one is replaced only by a finished one, and keeps its mode;
+    behind a symbolic link, the file is replaced, not the link.
 
     Args:
         distribution: A flow that owns its weights.
         path: The file, conventionally ``*.safetensors``.
 
     Raises:
-        ValueError: If a part cannot be written: a conditioned flow, a base that is neither a Pyro
-            distribution of plain tensors nor a flow, a constraint that no name describes.
-        OSError: If the file cannot be written.
+        ValueError: If :func:`load` would not give the flow back equal, before the file is touched:
+            a conditioned flow, a class of your own other than the velocity's or interpolant's, a
+            base that is neither a flow nor made of Pyro's distributions, a constraint that no name
+            describes. Of flows from flows, one may have a velocity of your own.
+        OSError: If the file cannot be written; what was there is then untouched.
     """
     from .distributions.description import describe
 
@@ -68,7 +70,8 @@ def load(
     Args:
         path: A file that :func:`save` wrote.
         velocity: An instance of the velocity's class, where that is your own; its weights are
-            overwritten.
+            overwritten. Where the base is a flow too, the outermost of them that needs it takes
+            it.
         interpolant: The interpolant, where its class is your own.
 
     Returns:
@@ -76,19 +79,20 @@ def load(
         that was saved.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        OSError: If there is no such file, or it cannot be read.
         ValueError: If the file is damaged, not one of ours, of a newer format, or needs a class
             that was not passed; the message names the class.
     """
-    from ._torch import seeded
-    from .distributions.description import build
+    import torch
 
-    header, tensors = read(path, framework="pt")
-    try:
-        with seeded(0):  # weights are initialised, then overwritten
+    from .distributions.description import PartError, build
+
+    with torch.inference_mode(mode=False):  # weights made in it could never be differentiated
+        header, tensors = read(path, framework="pt")
+        try:
             return build(header, tensors, velocity=velocity, interpolant=interpolant)
-    except _ERRORS_OF_DAMAGE as error:
-        raise ValueError(f"{path} is damaged or was edited: {error!r}") from error
+        except PartError as error:
+            raise ValueError(f"{path} is damaged or was edited: {error}") from error
 
 
 def read(
@@ -101,19 +105,11 @@ def read(
         framework: Whether tensors are numpy's or torch's.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        OSError: If there is no such file, or it cannot be read.
         ValueError: If the file is damaged, not one of ours, or of a newer format.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        with safe_open(path, framework=framework) as file:
-            text = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or not a safetensors file ({error}): save the flow again"
-        ) from error
+    metadata, tensors = contents(path, framework=framework)
+    text = metadata.get(_KEY)
     if text is None:
         raise ValueError(f"{path} is a safetensors file, but not of a pyro_interpolant flow")
     try:
@@ -121,11 +117,42 @@ def read(
         version = header["format"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"the header of {path} is damaged ({error!r})") from error
-    if version != _FORMAT:
+    if version not in (1, _FORMAT):
         raise ValueError(
-            f"{path} has format {version}, this version reads format {_FORMAT}: update the package"
+            f"{path} has format {version}, this version reads formats up to {_FORMAT}: update the "
+            "package"
         )
+    if version == _FORMAT and _CHECKSUM not in metadata:
+        raise ValueError(f"{path} is damaged: it has no checksum")
     return header, tensors
+
+
+def contents(
+    path: StrPath, *, framework: Literal["np", "pt"] = "np"
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the texts and the tensors, of any shapes, of a file that :func:`write` wrote.
+
+    Args:
+        path: The file.
+        framework: Whether tensors are numpy's or torch's.
+
+    Raises:
+        OSError: If there is no such file, or it cannot be read.
+        ValueError: If the file is damaged, or not of safetensors.
+    """
+    # Not mapped into memory: whatever happens to the file later, tensors stay what they are.
+    raw = Path(path).read_bytes()
+    try:
+        head, start = _parsed(raw)
+        metadata = head.get("__metadata__", {})
+        claimed = metadata.get(_CHECKSUM)
+        if claimed is not None and claimed != _checksum(head, memoryview(raw)[start:]):
+            raise ValueError("its checksum is another")
+        return metadata, _tensors(raw, framework)
+    except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file ({error}): save the flow again"
+        ) from error
 
 
 def write(
@@ -139,28 +166,36 @@ def write(
     """Write tensors, of any shapes, and text; a file is replaced by a finished one or not at all.
 
     Args:
-        path: The file.
+        path: The file, or a symbolic link to it.
         tensors: Tensors by name, which do not share memory.
         metadata: Text by name.
         scratch: Where to write first, beside the file; by default under a name of its own.
         previous: Where to keep the file that is replaced, or None to drop it.
 
     Raises:
+        ValueError: If a tensor is of a type that no such file has.
         OSError: If the file cannot be written; what was there is then untouched.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialized
 
-    path = Path(path)
-    if scratch is None:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        scratch = Path(name)
     try:
-        save_file(dict(tensors), scratch, metadata=dict(metadata))
-        with open(scratch, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(scratch, 0o666 & ~_umask())  # as any new file, not as a temporary one
-        if previous is not None and path.exists():
+        head, body = _with_checksum(serialized(dict(tensors), dict(metadata)))
+    except (SafetensorError, LookupError, RuntimeError) as error:
+        raise ValueError(f"expected tensors that safetensors can hold, got {error}") from error
+    path = Path(os.path.realpath(path))
+    mode = _mode_of(path)
+    scratch = scratch or path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    scratch.unlink(missing_ok=True)
+    try:
+        # As any new file, the umask taken off, or with the mode of what it replaces.
+        with open(scratch, "xb", opener=partial(os.open, mode=mode or 0o666)) as file:
+            if mode is not None:
+                os.chmod(scratch, mode)
+            file.write(head)
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and mode is not None:
             os.replace(path, previous)
         os.replace(scratch, path)
     except BaseException:
@@ -168,7 +203,59 @@ def write(
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _mode_of(path: Path) -> int | None:
+    """Return the mode of a file that may be replaced; None if there is none."""
+    try:
+        handle = os.open(path, os.O_RDWR)  # an error where it must not be written
+    except FileNotFoundError:
+        return None
+    mode = os.fstat(handle).st_mode
+    os.close(handle)
+    if not stat.S_ISREG(mode):
+        raise OSError(f"expected a file to replace, got {path}, which is something else")
+    return stat.S_IMODE(mode)
+
+
+def _tensors(raw: bytes, framework: Literal["np", "pt"]) -> dict[str, Any]:
+    """Return the tensors of a safetensors file."""
+    if framework == "pt":
+        from safetensors.torch import load
+
+        # Copied to where torch itself would put them: sums may depend on how data are aligned.
+        return {name: tensor.clone() for name, tensor in load(raw).items()}
+    from safetensors.numpy import load as load_arrays
+
+    try:
+        return load_arrays(raw)
+    except KeyError as error:
+        raise ValueError(f"numpy has no type {error}") from error
+
+
+def _parsed(raw: bytes) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file, and where its tensors start.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    start = 8 + int.from_bytes(raw[:8], "little")
+    head = json.loads(raw[8:start].decode())
+    if not (isinstance(head, dict) and isinstance(head.get("__metadata__", {}), dict)):
+        raise ValueError("it has no header")
+    return head, start
+
+
+def _checksum(head: dict[str, Any], body: memoryview) -> str:
+    """Return the checksum of a file's tensors and of its header, save the checksum itself."""
+    texts = {k: v for k, v in head.get("__metadata__", {}).items() if k != _CHECKSUM}
+    covered = json.dumps({**head, "__metadata__": texts}, sort_keys=True)
+    return f"{zlib.crc32(body, zlib.crc32(covered.encode())):08x}"
+
+
+def _with_checksum(raw: bytes) -> tuple[bytes, memoryview]:
+    """Return the bytes of a safetensors file, checksum included, up to the tensors and of them."""
+    head, start = _parsed(raw)
+    body = memoryview(raw)[start:]
+    head["__metadata__"][_CHECKSUM] = _checksum(head, body)
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text, body

@@ -4,6 +4,7 @@ Every function draws on the axes it is given, or on new ones, and returns them.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -246,13 +247,13 @@ def _paths(
 ) -> tuple[np.ndarray, ...]:
     """Return times and points of paths, shape ``(steps + 1, count, D)``, in data coordinates."""
     flow = distribution.transform.flow
-    path = distribution.transform._path()._replace(solver=FixedGrid(steps))
     with torch.no_grad():
+        path = replace(distribution.transform.path(), solver=FixedGrid(steps))
         w = distribution.white_base().sample((count, *distribution.batch_shape))
         x = flow.whitening.from_white(flow.integrate(w, path, forward=True))
         for part in distribution.space.transforms(flow):
             x = part(x)
-    return path.times()[0].numpy(), x.cpu().numpy()
+    return path.times[0].numpy(), x.cpu().numpy()
 
 
 def _velocity(distribution: InterpolantDistribution, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Each module starts from it too, so that what its fixtures train once is no slower and no different.
 """
 
+import resource
 from contextlib import contextmanager
 
 import pyro
@@ -39,6 +40,28 @@ def _clean_state(_clean_module):
 
 
 @pytest.fixture
+def _nodes_stay(monkeypatch):
+    """Flows with weights to train keep their solver's nodes: other modes, or weights, compare."""
+    monkeypatch.setattr("pyro_interpolant.transforms.flow.Flow.node_seed", lambda flow: None)
+
+
+@pytest.fixture
 def _few_held_draws(monkeypatch):
     """Short runs that look at the held-out loss at every step or two would do little else."""
     monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
+
+
+@pytest.fixture
+def full_disk():
+    """A scope in which no file grows beyond a size, in bytes: the system refuses the rest."""
+
+    @contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

@@ -1,11 +1,16 @@
 """What the package keeps between itself and torch."""
 
+import threading
 import warnings
 
+import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
 from pyro_interpolant import _torch
+from pyro_interpolant._torch import draws, draws_nothing, jvp, seeded, slopes
 
 
 def inside(source, **names):
@@ -39,3 +44,117 @@ def test_a_warning_names_the_line_outside_the_package(source):
 def test_a_warning_can_be_of_another_kind():
     with pytest.warns(DeprecationWarning, match="careful"):
         _torch.warn_user("careful", DeprecationWarning)
+
+
+def everything_that_draws():
+    """Draws of torch, of its layers and their initialisation, of Pyro and of a loader."""
+    linear, layer = nn.Linear(3, 4), nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True)
+    found = [
+        torch.randn(5),
+        torch.rand(3, 2),
+        torch.randint(10, (4,)),
+        torch.randint(2, 10, (4,)),
+        torch.randperm(7),
+        torch.randn_like(torch.zeros(4, 5).T),
+        torch.rand_like(torch.zeros(4)),
+        torch.randint_like(torch.zeros(4), 5),
+        torch.empty(3).normal_(),
+        torch.empty((), dtype=torch.int64).random_(),
+        torch.multinomial(torch.ones(10), 4),
+        nn.functional.dropout(torch.ones(50), 0.3),
+        nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 2, 5, 4), dropout_p=0.5),
+        nn.LSTM(3, 4, num_layers=2, dropout=0.5)(torch.ones(2, 5, 3))[0],
+        layer(torch.ones(2, 5, 8)),
+        *linear.parameters(),
+        torch.func.vmap(lambda _: torch.randn(3), randomness="different")(torch.zeros(4)),
+        *DataLoader(torch.arange(20), batch_size=4, shuffle=True),
+    ]
+    for base in (
+        dist.Normal(0.0, 1.0),
+        dist.Gamma(2.0, 1.0),
+        dist.Dirichlet(torch.ones(3)),
+        dist.Binomial(10, torch.tensor(0.3)),
+        dist.Poisson(torch.tensor(3.0)),
+        dist.Categorical(torch.ones(3)),
+        dist.VonMises(0.0, 1.0),
+    ):
+        found.append(base.sample((20,)))
+    return [part.detach() for part in found]
+
+
+def test_a_seeded_scope_draws_what_the_global_generator_would_and_leaves_it_alone():
+    torch.manual_seed(3)
+    expected = everything_that_draws()
+    with torch.random.fork_rng():
+        torch.manual_seed(17)
+        state = torch.get_rng_state()
+        with seeded(3):
+            found = everything_that_draws()
+        assert torch.equal(torch.get_rng_state(), state)
+    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+        assert torch.equal(a, b), i
+
+
+def test_an_operation_without_a_form_for_generators_draws_the_same(monkeypatch):
+    torch.manual_seed(3)
+    expected = torch.randn(5), torch.randn(4)
+    state = torch.get_rng_state()
+    monkeypatch.setattr(
+        _torch,
+        "_drawing_form",
+        lambda operation: (None, None) if "randn" in str(operation) else None,
+    )
+    with seeded(3):
+        found = torch.randn(5), torch.randn(4)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_generator_that_is_given_is_used():
+    expected = torch.randn(5, generator=torch.Generator().manual_seed(8))
+    with seeded(3):
+        assert torch.equal(torch.randn(5, generator=torch.Generator().manual_seed(8)), expected)
+
+
+def test_scopes_nest_and_a_block_that_draws_nothing_interrupts_them():
+    with seeded(1):
+        first, second = torch.randn(3), torch.randn(3)
+    with seeded(1):
+        a = torch.randn(3)
+        with seeded(2):
+            torch.randn(3)
+        with draws_nothing():
+            assert draws() == 1
+        with seeded(None):
+            b = torch.randn(3)
+        assert draws() == 2
+    assert torch.equal(a, first)
+    assert torch.equal(b, second)
+
+
+@pytest.mark.parametrize("other", ["slopes", "jvp"])
+def test_two_threads_differentiate_forward_at_a_time(other):
+    inside, done, errors = threading.Event(), threading.Event(), []
+
+    def slow(t):
+        inside.set()
+        done.wait(0.2)
+        return t, t**2, t**3
+
+    def second():
+        inside.wait(5)
+        try:
+            if other == "slopes":
+                slopes(lambda t: (t, t, t), torch.tensor(0.3))
+            else:
+                jvp(torch.sin, (torch.tensor(0.3),), (torch.tensor(1.0),))
+        except RuntimeError as error:
+            errors.append(error)
+        done.set()
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    found = slopes(slow, torch.tensor(0.5))
+    thread.join()
+    assert not errors
+    assert [float(s) for s in found] == pytest.approx([1.0, 1.0, 0.75])

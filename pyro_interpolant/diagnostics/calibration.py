@@ -93,10 +93,10 @@ def log_prob_stderr(
         )
     with torch.no_grad():
         view = distribution.given(context)
-        rows, flow, path = view.to_flow(x), view.transform.flow, view.transform._path()
+        rows, flow, path = view.to_flow(x), view.transform.flow, view.transform.path()
         if isinstance(divergence, ExactDivergence):
             return rows.new_zeros(rows.shape[:-1])
-        times, weights = (s.to(rows) for s in path.times())
+        times, weights = (s.to(rows) for s in path.times)
         states = flow.integrate(flow.whitening.to_white(rows), path, forward=False)
         rates = [
             divergence.samples(flow.velocity, t, s, path.context)

@@ -37,7 +37,7 @@ class ImportanceSummary(NamedTuple):
     r"""What importance weights :math:`w = p / q` say of the proposal and of the evidence.
 
     Attributes:
-        k_hat: Pareto's k-hat: up to 0.5 good, above 0.7 not reliable.
+        k_hat: Pareto's k-hat: above 0.7 averages over the weights are not reliable.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2`.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of :math:`\log \int p`, nats.
         log_evidence_stderr: Its standard error; too small where k-hat is large.

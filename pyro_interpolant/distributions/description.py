@@ -2,32 +2,43 @@ r"""A flow as a header of names and numbers, and tensors by name, for files with
 
 Each part is the name of its class, in this package or in Pyro, and the numbers that its
 constructor takes. A part that is not of this form is refused, or passed in when the flow is built
-again. :mod:`~pyro_interpolant.io` puts both into a file.
+again: what is described is built from its description and compared, before anything is written.
+:mod:`~pyro_interpolant.io` puts both into a file.
 """
 
-from collections.abc import Callable
-from inspect import signature
-from types import ModuleType, UnionType
-from typing import Any
+import contextlib
+import json
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any, cast
 
-import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, MultivariateNormal
 
 from .. import distributions, solvers, transforms
 from .. import interpolants as paths
 from .. import nn as networks
 from .._torch import warn_user
 from ..interpolants.linear import Interpolant
-from ..transforms.gaussianize import Gaussianized, Gaussianizer, MarginalTransform, RadialTransform
+from ..solvers.divergence import HutchinsonDivergence
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from . import constraints as ours
-from .bases import Samples, UniformTorus
-from .constraints import Constraint
+from ..transforms.whitening import ScalarWhitening, Whitening
+from .base_description import (
+    ERRORS,
+    Tensors,
+    below,
+    build_base,
+    describe_base,
+    is_of,
+    known,
+    stored,
+)
+from .constraint_description import arguments_of, build_constraint, describe_constraint
+from .differences import difference
 from .interpolant import (
     AnyDistribution,
+    AnyTransform,
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
@@ -42,31 +53,95 @@ _NAMES_IN_FILES = {
     "whitening.inverse": "whitening",
     "whitening.log_det": "linear_log_det",
 }
+_NAMES_IN_CODE = {in_file: name for name, in_file in _NAMES_IN_FILES.items()}
+_PROBES = "divergence.probes"
+# Of a solver's steps, whose weights take 0.3 s and 70 MB then and more with the square; of probes.
+_MAX_COUNT = 4096
 
 
-def describe(distribution: AnyDistribution, prefix: str = "") -> tuple[Header, dict[str, Tensor]]:
-    """Return the header and the tensors of a flow, these with a prefix to their names.
+class PartError(ValueError):
+    """A part that cannot be built from its description."""
+
+
+class NotPassedError(ValueError):
+    """A class of the user's own that was not passed in."""
+
+
+def describe(distribution: AnyDistribution) -> tuple[Header, Tensors]:
+    """Return the header and the tensors of a flow, from which :func:`build` gives it back.
 
     Args:
         distribution: A flow that owns its weights.
-        prefix: What the names of the tensors begin with.
 
     Raises:
-        ValueError: If a part cannot be written: a conditioned flow, a base that is neither a Pyro
-            distribution of plain tensors nor a flow, a constraint that no name describes.
+        ValueError: If it would not come back equal: a conditioned flow, a class of the user's own
+            other than that of the velocity or of the interpolant, a base that is neither a flow
+            nor made of Pyro's distributions, a constraint that no name describes.
     """
+    header, tensors = _describe(distribution, "")
+    header = json.loads(json.dumps(header, default=_plain_number))
+    try:
+        again = _build(header, _at_home(tensors), *_own_parts(distribution), fill=False)
+        lost = difference(_content(distribution), _content(again))
+    except ERRORS as error:
+        raise ValueError(f"expected a flow that a file can hold, but {error}") from error
+    if lost is not None:
+        raise ValueError(f"expected a flow that a file can hold, but it would lose its {lost}")
+    return header, tensors
+
+
+def build(
+    header: Header,
+    tensors: Tensors,
+    *,
+    velocity: nn.Module | None = None,
+    interpolant: Interpolant | None = None,
+) -> AnyDistribution:
+    """Return the flow that :func:`describe` described, its weights frozen or not as they were.
+
+    Args:
+        header: The header.
+        tensors: The tensors by name.
+        velocity: An instance of the velocity's class, where that is the user's own. Where the
+            base is a flow too, the outermost of them that needs it takes it.
+        interpolant: The interpolant, where its class is the user's own.
+
+    Raises:
+        PartError: If the header was damaged or edited, or is not of these tensors.
+        NotPassedError: If it names a class that was not passed.
+    """
+    try:
+        return _build(header, _at_home(tensors), velocity, interpolant, fill=True)
+    except (PartError, NotPassedError):
+        raise
+    except ERRORS as error:
+        raise PartError(repr(error)) from error
+
+
+def _at_home(tensors: Tensors) -> Tensors:
+    """Return tensors on the device where new ones are made, such as those of a support."""
+    return {name: tensor.to(torch.get_default_device()) for name, tensor in tensors.items()}
+
+
+def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tensors]:
+    """Return the header and the tensors of a flow, these with a prefix to their names."""
     transform = distribution.transform
     if not transform.owns_flow():
         raise ValueError("expected a flow that owns its weights: save the one it came from")
-    flow = transform.flow
-    if flow.noise is not None and not _is_of(flow.noise, networks):
-        raise ValueError(
-            "expected a network of this package for the noise, got a "
-            f"{type(flow.noise).__name__}: set transform.flow.noise = None to save the flow alone"
-        )
-    base, tensors = _describe_base(distribution.base, f"{prefix}base.")
+    _check_classes(distribution)
+    flow, base = transform.flow, distribution.base
+    if isinstance(base, InterpolantDistribution):
+        inner, tensors = _describe(base, f"{prefix}base.")
+        described: Any = {"flow": inner}
+    else:
+        described, tensors = describe_base(base, f"{prefix}base.")
     for name, tensor in flow.state_dict().items():
-        tensors[prefix + _NAMES_IN_FILES.get(name, name)] = _stored(tensor)
+        tensors[prefix + _NAMES_IN_FILES.get(name, name)] = stored(tensor)
+    if isinstance(transform.divergence, HutchinsonDivergence):
+        probes = transform.divergence.directions(flow.event_dim)
+        tensors[prefix + _PROBES] = probes.to(torch.int8)
+    fixed = [name for name, p in flow.named_parameters() if not p.requires_grad]
+    count = len(list(flow.parameters()))
     sites = getattr(distribution, "sites", {})
     return {
         "class": type(distribution).__name__,
@@ -77,7 +152,7 @@ def describe(distribution: AnyDistribution, prefix: str = "") -> tuple[Header, d
         "noise": _network_arguments(flow.noise),
         "noise_class": type(flow.noise).__name__,
         "independent": flow.independent,
-        "frozen": not any(p.requires_grad for p in flow.velocity.parameters()),
+        "frozen": fixed if 0 < len(fixed) < count else len(fixed) == count,
         "interpolant": _describe_choice(flow.interpolant, paths),
         "solver": _describe_choice(transform.solver, solvers),
         "divergence": _describe_choice(transform.divergence, solvers),
@@ -87,119 +162,267 @@ def describe(distribution: AnyDistribution, prefix: str = "") -> tuple[Header, d
             [name, list(shape), describe_constraint(support)]
             for name, (shape, support) in sites.items()
         ],
-        "base": base,
+        "base": described,
+        "batch_shape": list(getattr(distribution, "batch_shape", ())),
+        "validate_args": vars(distribution).get("_validate_args"),
     }, tensors
 
 
-def build(
+def _check_classes(distribution: AnyDistribution) -> None:
+    """Raise a ValueError for a class of the user's own that cannot be passed in again."""
+    transform = distribution.transform
+    parts = (
+        ("distribution", distribution, distributions),
+        ("transform", transform, transforms),
+        ("whitening", transform.flow.whitening, transforms),
+        ("solver", transform.solver, solvers),
+        ("divergence", transform.divergence, solvers),
+        ("noise", transform.flow.noise, networks),
+    )
+    for what, part, room in parts:
+        if part is not None and not is_of(part, room):
+            raise ValueError(
+                f"expected a {what} of this package, got a {type(part).__name__}, which a file "
+                "cannot hold: set one of the package to save the flow, and your own when it is "
+                "loaded"
+            )
+
+
+def _own_parts(distribution: Any) -> tuple[nn.Module | None, Interpolant | None]:
+    """Return velocity and interpolant of the user's own, of the outermost flow that has one."""
+    velocity = interpolant = None
+    while isinstance(distribution, AnyDistribution):
+        flow, distribution = distribution.transform.flow, distribution.base
+        if velocity is None and not is_of(flow.velocity, networks):
+            velocity = flow.velocity
+        if interpolant is None and _describe_choice(flow.interpolant, paths)[1] is None:
+            interpolant = flow.interpolant
+    return velocity, interpolant
+
+
+def _content(distribution: Any) -> Any:
+    """Return all that a file has to give back of a flow, by the names of its parts."""
+    if not isinstance(distribution, AnyDistribution):
+        return distribution
+    transform = distribution.transform
+    flow = transform.flow
+    return {
+        "class": [type(distribution), type(transform), type(flow)],
+        **{name: getattr(flow, name) for name in ("velocity", "noise", "interpolant")},
+        "whitening": flow.whitening,
+        "weights": transform.state_dict(),
+        "requires_grad": {name: p.requires_grad for name, p in flow.named_parameters()},
+        "independent": flow.independent,
+        "solver": transform.solver,
+        "divergence": transform.divergence,
+        "support": distribution.constraint,
+        "sites": getattr(distribution, "sites", {}),
+        "base": _content(distribution.base),
+        "batch_shape": getattr(distribution, "batch_shape", ()),
+        "validate_args": vars(distribution).get("_validate_args"),
+    }
+
+
+def _build(
     header: Header,
-    tensors: dict[str, Tensor],
+    tensors: Tensors,
+    velocity: nn.Module | None,
+    interpolant: Interpolant | None,
     *,
-    velocity: nn.Module | None = None,
-    interpolant: Interpolant | None = None,
+    fill: bool,
 ) -> AnyDistribution:
-    """Return the flow that :func:`describe` described, its weights frozen or not as they were.
+    """Return the flow of a header; a velocity that is passed in gets its weights if ``fill``."""
+    kind = known(header["class"], distributions, AnyDistribution)
+    transform = _build_transform(header, tensors, velocity, interpolant, fill=fill)
+    description = header["base"]
+    given = {k: v.to(transform.flow.loc.device) for k, v in below("base.", tensors).items()}
+    if isinstance(description, dict) and "flow" in description:
+        left = None if header["arguments"] is None else velocity
+        base: Any = _build(description["flow"], given, left, interpolant, fill=fill)
+    else:
+        with _part("base"):
+            base = build_base(description, given)
+    with _part("support"):
+        options: dict[str, Any] = {"support": build_constraint(header["support"])}
+        if kind is JointInterpolantDistribution:
+            options["sites"] = {
+                s: (tuple(shape), build_constraint(c)) for s, shape, c in header["sites"]
+            }
+        if kind is not ConditionalInterpolantDistribution:
+            options["validate_args"] = header.get("validate_args")
+        distribution = kind(transform, base, **options)
+    with _part("batch_shape"):
+        natural = getattr(distribution, "batch_shape", ())
+        shape = torch.Size(header.get("batch_shape", natural))
+        return distribution if shape == natural else distribution.expand(shape)
 
-    Args:
-        header: The header.
-        tensors: The tensors by name.
-        velocity: An instance of the velocity's class, where that is the user's own.
-        interpolant: The interpolant, where its class is the user's own.
 
-    Raises:
-        ValueError: If the header names a class that was not passed, or nothing that is known.
-        Exception: Of many kinds, if the header was damaged or edited.
-    """
-    kind = _known(header["class"], distributions, AnyDistribution)
-    if interpolant is None:
-        interpolant = _build_choice(header["interpolant"], paths, argument="interpolant=")
-    size = header["dim"]
-    conditional = kind is ConditionalInterpolantDistribution
+def _build_transform(
+    header: Header,
+    tensors: Tensors,
+    velocity: nn.Module | None,
+    interpolant: Interpolant | None,
+    *,
+    fill: bool,
+) -> AnyTransform:
+    """Return the transform of a header, its weights frozen or not as they were."""
+    own = {_NAMES_IN_CODE.get(k, k): v for k, v in tensors.items() if not k.startswith("base.")}
+    loc, dtype = own["whitening.loc"], getattr(torch, header["dtype"])
+    if list(loc.shape) != [header["dim"]] or loc.dtype != dtype:
+        raise PartError(f"expected {header['dim']} dimensions of type {dtype} in its tensors")
+    if header["arguments"] is None:
+        net = _passed("velocity", header["velocity"], velocity)
+        if fill:
+            _fill(net.to(dtype), below("velocity.", own))
+            own = {k: v.to(next(net.parameters(), loc).device) for k, v in own.items()}
+    else:
+        net = _new_network("velocity", header["velocity"], header["arguments"], own, dtype)
+    conditional = header["class"] == ConditionalInterpolantDistribution.__name__
     make = ConditionalInterpolantTransform if conditional else InterpolantTransform
     transform = make(
-        _build_velocity(header, velocity).to(getattr(torch, header["dtype"])),
-        size,
-        interpolant=interpolant,
+        net,
+        len(loc),
+        interpolant=_build_interpolant(header["interpolant"], interpolant, own, fill=fill),
         solver=_build_choice(header["solver"], solvers),
         divergence=_build_choice(header["divergence"], solvers),
-        whitening=_known(header.get("whitening", "DenseWhitening"), transforms, nn.Module)(size),
+        whitening=ScalarWhitening(len(loc)),
     )
     flow = transform.flow
+    flow.whitening = _new_whitening(header.get("whitening", "DenseWhitening"), own, dtype)
     if header.get("noise") is not None:
-        noise = _known(header.get("noise_class", "VelocityMLP"), networks, nn.Module)
-        flow.noise = noise(*header["noise"]).to(flow.loc)
+        name = header.get("noise_class", "VelocityMLP")
+        flow.noise = _new_network("noise", name, header["noise"], own, dtype)
     flow.independent = header.get("independent", True)
-    own = {k: v for k, v in tensors.items() if not k.startswith("base.")}
-    for name, in_file in _NAMES_IN_FILES.items():
-        if in_file in own:
-            own[name] = own.pop(in_file)
-    flow.load_state_dict(own)
-    options: dict[str, Any] = {"support": build_constraint(header["support"])}
-    if kind is JointInterpolantDistribution:
-        options["sites"] = {
-            s: (tuple(shape), build_constraint(c)) for s, shape, c in header["sites"]
-        }
-    base = _build_base(header["base"], _below("base.", tensors))
-    distribution = kind(transform, base, **options)
-    return distribution.freeze() if header["frozen"] else distribution
+    _check_probes(transform, own.pop(_PROBES, None))
+    _set_flags(transform, frozen=header["frozen"], fill=fill)
+    surplus = sorted(own.keys() ^ flow.state_dict().keys())
+    if surplus:
+        raise PartError(f"expected tensors of its parts and no others, got {surplus}")
+    return transform
 
 
-def _stored(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor of any shape: safetensors refuses those that share memory."""
-    return tensor.detach().clone().contiguous()
+@contextlib.contextmanager
+def _part(name: str) -> Iterator[None]:
+    """Name the part whose description cannot be built."""
+    try:
+        yield
+    except PartError:
+        raise
+    except ERRORS as error:
+        raise PartError(f"its {name} cannot be built: {error}") from error
 
 
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+def _passed(what: str, name: str, value: Any) -> Any:
+    """Return what was passed in for a class of the user's own.
+
+    Raises:
+        NotPassedError: If nothing was, or something of another class.
+    """
+    if value is None or name not in (type(value).__qualname__, type(value).__name__):
+        got = "" if value is None else f", got a {type(value).__qualname__}"
+        raise NotPassedError(
+            f"the flow's {what} is a {name}: pass an instance, load(path, {what}={name}(...)){got}"
+        )
+    return value
+
+
+def _fill(module: nn.Module, tensors: Tensors) -> None:
+    """Give a module that was passed in its tensors, in their own types."""
+    for name, value in module.state_dict(keep_vars=True).items():
+        if name in tensors and not nn.parameter.is_lazy(value):
+            if tensors[name].is_floating_point() != value.is_floating_point():
+                raise PartError(f"expected {name!r} of a type like {value.dtype}")
+            value.data = value.data.to(tensors[name].dtype)
+    module.load_state_dict(tensors)
+
+
+def _new_network(
+    part: str, name: str, arguments: list[Any], tensors: Tensors, dtype: torch.dtype
+) -> nn.Module:
+    with _part(part):
+        return _new_module(
+            part, partial(known(name, networks, nn.Module), *arguments), tensors, dtype
+        )
+
+
+def _new_whitening(name: str, tensors: Tensors, dtype: torch.dtype) -> Whitening:
+    with _part("whitening"):
+        kind, size = known(name, transforms, Whitening), len(tensors["whitening.loc"])
+        for key, value in kind(1).state_dict().items():
+            if tensors[f"whitening.{key}"].shape != (size,) * value.dim():
+                raise PartError(f"expected the whitening a {name} of {size} dimensions")
+        new = _new_module("whitening", partial(kind, size), tensors, dtype, device="cpu")
+        return cast(Whitening, new)
+
+
+def _new_module(
+    part: str,
+    make: partial[nn.Module],
+    tensors: Tensors,
+    dtype: torch.dtype | None = None,
+    *,
+    device: str = "meta",
+) -> nn.Module:
+    """Return a new module that takes the file's tensors as they are.
+
+    By default none is made for it before: sizes in an edited header may be huge.
+    """
+    own = below(f"{part}.", tensors)
+    with _part(part):
+        lists = [a for a in (*make.args, *make.keywords.values()) if isinstance(a, list)]
+        if any(len(a) > len(own) for a in lists):
+            raise PartError(f"expected at most {len(own)} layers, as it has tensors")
+        if any(t.dtype != (dtype or t.dtype) or not t.is_floating_point() for t in own.values()):
+            raise PartError(f"expected its {part} of type {dtype or 'float'}")
+        with torch.device(device):
+            module = make()
+        module.load_state_dict(own, assign=True)
+    return module
+
+
+def _set_flags(transform: AnyTransform, *, frozen: bool | list[str], fill: bool) -> None:
+    """Freeze all weights, none, or some by name."""
+    for name, p in transform.flow.named_parameters():
+        trained = not (frozen if isinstance(frozen, bool) else name in frozen)
+        if p.requires_grad != trained:
+            p.requires_grad_(trained)
+    if fill and frozen is True:
+        transform.eval()
+
+
+def _check_probes(transform: AnyTransform, probes: Tensor | None) -> None:
+    """Raise a PartError if the file's probes are not those that the divergence draws."""
+    divergence, size = transform.divergence, transform.flow.event_dim
+    if probes is not None and not (  # version 0.1.0 kept none
+        isinstance(divergence, HutchinsonDivergence)
+        and probes.shape == (divergence.probes, size)
+        and probes.dtype == torch.int8
+        and torch.equal(divergence.directions(size).to(probes), probes)
+    ):
+        raise PartError(f"expected the probes of {divergence}, got others")
 
 
 def _network_arguments(network: Any) -> Any:
     """Return what the constructor of a network of this package was given, or None."""
-    return network.arguments() if _is_of(network, networks) else None
+    return network.arguments() if is_of(network, networks) else None
 
 
-def _is_of(value: object, room: ModuleType) -> bool:
-    """Return whether a value is of a class that a module has by its name."""
-    return getattr(room, type(value).__name__, None) is type(value)
-
-
-def _known(name: str, room: ModuleType, parent: type | UnionType = object) -> Any:
-    """Return a class of a module by its public name.
-
-    Raises:
-        ValueError: If the module has no such class.
-    """
-    kind = getattr(room, name) if name in room.__all__ else None
-    if not (isinstance(kind, type) and issubclass(kind, parent)):
-        raise ValueError(f"unknown part {name!r} in the file")
-    return kind
-
-
-def _build_velocity(header: Header, velocity: nn.Module | None) -> nn.Module:
-    name = header["velocity"]
-    if header["arguments"] is not None:
-        return _known(name, networks, nn.Module)(*header["arguments"])
-    if velocity is None or type(velocity).__qualname__ != name:
-        got = "" if velocity is None else f", got a {type(velocity).__qualname__}"
-        raise ValueError(
-            f"the flow's velocity is a {name}: pass an instance, load(path, "
-            f"velocity={name}(...)){got}"
-        )
-    return velocity
-
-
-def _arguments(value: object) -> dict[str, Any]:
-    """Return what a constructor was given, kept as attributes of the same names."""
-    return {key: getattr(value, key) for key in signature(type(value)).parameters}
+def _plain_number(value: Any) -> Any:
+    """Return a number of numpy's or torch's as one of Python's."""
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise ValueError(f"expected parts made of numbers and text, got a {type(value).__name__}")
 
 
 def _describe_choice(choice: object, room: ModuleType) -> list[Any]:
     """Return the class of a choice and its arguments, or None where that is the user's own."""
     name, fields = type(choice).__name__, {}
-    if not _is_of(choice, room):
+    if not is_of(choice, room):
         return [name, None]
     own = getattr(choice, "arguments", None)
-    for key, value in (_arguments(choice) if own is None else own()).items():
+    for key, value in (arguments_of(choice) if own is None else own()).items():
+        if getattr(value, "ndim", None) == 0:
+            value = _plain_number(value)
         if not isinstance(value, (bool, int, float, str, tuple, type(None))):
             value = _describe_choice(value, room)
             if value[1] is None:  # a function of the user's
@@ -208,162 +431,41 @@ def _describe_choice(choice: object, room: ModuleType) -> list[Any]:
     return [name, fields]
 
 
-def _build_choice(description: list[Any], room: ModuleType, argument: str = "") -> Any:
+def _build_interpolant(
+    description: list[Any], given: Interpolant | None, tensors: Tensors, *, fill: bool
+) -> Any:
     name, fields = description
     if fields is None:
-        if not argument:
-            warn_user(
-                f"the flow was saved with a {name} of your own, which a file cannot hold: it has "
-                "the default now, set transform.solver or transform.divergence"
-            )
-            return None
-        raise ValueError(f"the flow's interpolant is a {name}: pass it, load(path, {argument}...)")
-    parts = {
-        key: _build_choice(value, room, argument) if _is_choice(value) else value
-        for key, value in fields.items()
-    }
-    return _known(name, room)(**parts)
+        own = _passed("interpolant", name, given)
+        if fill and isinstance(own, nn.Module):
+            _fill(own, below("interpolant.", tensors))
+        return own
+    with _part("interpolant"):
+        kind = known(name, paths)
+        if issubclass(kind, nn.Module):
+            return _new_module("interpolant", partial(kind, **fields), tensors)
+        return _build_choice(description, paths)
+
+
+def _build_choice(description: list[Any], room: ModuleType) -> Any:
+    """Return a choice, or None for the default where it was the user's own."""
+    name, fields = description
+    if fields is None:  # in files that version 0.1.0 wrote
+        warn_user(
+            f"the flow was saved with a {name} of your own, which a file cannot hold: it has "
+            "the default now, set transform.solver or transform.divergence"
+        )
+        return None
+    with _part(name):
+        if max(fields.get(count, 1) for count in ("steps", "nodes", "probes")) > _MAX_COUNT:
+            raise PartError(f"expected at most {_MAX_COUNT} steps or probes in a {name}")
+        parts = {
+            key: _build_choice(value, room) if _is_choice(value) else value
+            for key, value in fields.items()
+        }
+        return known(name, room)(**parts)
 
 
 def _is_choice(value: object) -> bool:
     """Return whether a value stands for a choice, and not for numbers."""
     return isinstance(value, list) and isinstance(value[0], str)
-
-
-def _describe_base(base: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
-    """Return what describes a base, and its tensors."""
-    if base is None:
-        return None, {}
-    if isinstance(base, InterpolantDistribution):
-        header, tensors = describe(base, prefix)
-        return {"flow": header}, tensors
-    if isinstance(base, Independent):
-        inner, tensors = _describe_base(base.base_dist, prefix)
-        return {"independent": inner, "ndims": base.reinterpreted_batch_ndims}, tensors
-    if isinstance(base, UniformTorus):
-        return {"uniform_torus": True}, {prefix + "origin": _stored(base.origin)}
-    if isinstance(base, Samples):
-        return {"samples": True}, {prefix + "rows": _stored(base.rows)}
-    name = type(base).__name__
-    if not _is_of(base, dist):
-        raise ValueError(
-            f"expected a base from pyro.distributions, samples or a flow, got a {name}"
-        )
-    arguments = [k for k in type(base).arg_constraints if k in vars(base)]
-    if isinstance(base, MultivariateNormal):
-        arguments = ["loc", "scale_tril"]  # the others appear when somebody asks for them
-    tensors = {prefix + key: _stored(torch.as_tensor(getattr(base, key))) for key in arguments}
-    return {"class": name, "arguments": arguments}, tensors
-
-
-def _build_base(description: Any, tensors: dict[str, Tensor]) -> Any:
-    if description is None:
-        return None
-    if "flow" in description:
-        return build(description["flow"], tensors)
-    if "uniform_torus" in description:
-        return UniformTorus(len(tensors["origin"])).to(tensors["origin"])
-    if "samples" in description:
-        return Samples(tensors["rows"])
-    if "independent" in description:
-        return _build_base(description["independent"], tensors).to_event(description["ndims"])
-    kind = _known(description["class"], dist, Distribution)
-    return kind(**{key: tensors[key] for key in description["arguments"]})
-
-
-# ---- constraints --------------------------------------------------------------------------------
-
-# By name: classes of constraints, and constraints that are the only ones of their class.
-_CONSTRAINTS = {
-    name.lower(): value
-    for room, names in ((constraints, constraints.__all__), (ours, vars(ours)))
-    for name in names
-    if isinstance(value := getattr(room, name), Constraint)
-    or (isinstance(value, type) and issubclass(value, Constraint) and value is not Constraint)
-}
-# The name of a class, or of the only one of a class, which stands for copies of itself too.
-_CONSTRAINT_NAMES: dict[object, str] = {type(value): name for name, value in _CONSTRAINTS.items()}
-_CONSTRAINT_NAMES.update({value: name for name, value in reversed(_CONSTRAINTS.items())})
-_BOUNDS = ("lower_bound", "upper_bound")  # of constraints that have nothing else
-_GAUSSIANIZERS: dict[str, Callable[..., Gaussianizer]] = {
-    "gaussianized": MarginalTransform,
-    "tempered": RadialTransform,
-}
-
-
-def describe_constraint(constraint: Constraint) -> Any:
-    """Return a constraint as nested lists, for a file: a name, or a class with its arguments.
-
-    Raises:
-        ValueError: If it is neither one of Pyro's nor of this package.
-    """
-    if isinstance(constraint, Gaussianized):
-        inner, found = describe_constraint(constraint.base_constraint), constraint.gaussianizer
-        name = next((name for name, kind in _GAUSSIANIZERS.items() if type(found) is kind), None)
-        if name is None:
-            raise ValueError(f"expected a map of this library, got {found}")
-        return [name, inner, [part.tolist() for part in found.arguments()]]
-    name = _CONSTRAINT_NAMES.get(constraint, _CONSTRAINT_NAMES.get(type(constraint)))
-    if name is None:
-        raise ValueError(
-            f"expected a support from pyro.distributions.constraints, got {constraint}"
-        )
-    if isinstance(_CONSTRAINTS[name], Constraint):
-        return name
-    arguments = {key: _describe_argument(part) for key, part in _arguments(constraint).items()}
-    if arguments and set(arguments) <= set(_BOUNDS):
-        return ["bounded", name, [arguments.get(key) for key in _BOUNDS]]
-    return [name, *arguments.values()]
-
-
-def build_constraint(description: Any) -> Constraint:
-    """Return the constraint that :func:`describe_constraint` described.
-
-    Raises:
-        ValueError: If the description names no constraint of Pyro's or of this package.
-    """
-    kind, *arguments = [description] if isinstance(description, str) else description
-    bounds: dict[str, Any] = {}
-    if kind == "bounded":
-        kind, values = arguments
-        given = zip(_BOUNDS, values, strict=True)
-        bounds = {key: _build_argument(value) for key, value in given if value is not None}
-        arguments = []
-    if kind in _GAUSSIANIZERS:
-        inner, parts = arguments
-        tables = (torch.tensor(part, dtype=torch.float64) for part in parts)
-        return Gaussianized(build_constraint(inner), _GAUSSIANIZERS[kind](*tables))
-    known = _CONSTRAINTS.get(kind)
-    if known is None:
-        raise ValueError(f"unknown support {kind!r} in the file")
-    if isinstance(known, Constraint):
-        return known
-    count = len(signature(known).parameters)
-    return known(*(_build_argument(argument) for argument in arguments[:count]), **bounds)
-
-
-def _describe_argument(value: object) -> Any:
-    """Return what a constraint is made of, for a file: a constraint, numbers, or several."""
-    if isinstance(value, Constraint):
-        return describe_constraint(value)
-    if isinstance(value, Tensor):
-        return [str(value.dtype).removeprefix("torch."), value.tolist()]
-    if isinstance(value, (list, tuple)):
-        return [_describe_argument(part) for part in value]
-    if isinstance(value, (int, float, type(None))):
-        return value
-    raise ValueError(f"expected a support made of numbers and supports, got {value!r} in one")
-
-
-def _build_argument(value: Any) -> Any:
-    if isinstance(value, str):
-        return build_constraint(value)
-    if not isinstance(value, list):
-        return value
-    first = value[0] if value and isinstance(value[0], str) else ""
-    dtype = getattr(torch, first, None)
-    if isinstance(dtype, torch.dtype):
-        return torch.tensor(value[1], dtype=dtype)
-    if first in ("bounded", *_GAUSSIANIZERS) or isinstance(_CONSTRAINTS.get(first), type):
-        return build_constraint(value)
-    return [_build_argument(part) for part in value]

@@ -19,7 +19,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from .._torch import is_compiling, is_tracing, is_transformed
+from .._torch import has_other_leaves, is_compiling, is_functional, is_tracing
 from ..transforms.bijections import Whiten
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
@@ -204,7 +204,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         self.has_rsample = self.base_dist.has_rsample
         self.clear_cache()
 
-    @property
+    @constraints.dependent_property(is_discrete=False)  # which Pyro may ask the class for
     def support(self) -> Constraint:
         """The support of one event."""
         return self.space.shown()
@@ -294,7 +294,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         possible = finite if possible is None else finite & possible
         if is_tracing() and not is_compiling():  # a guide's own draws, which the cache must know
             return x, None
-        if not is_transformed() and not is_compiling() and bool(possible.all()):
+        if not is_functional() and not is_compiling() and bool(possible.all()):
             return x, None
         return x.where(possible[..., None], self.transform.flow.loc.to(x)), possible
 
@@ -304,10 +304,71 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         return x, self.log_prob(x)
 
     def score(self, x: Tensor) -> Tensor:
-        """Return the gradient of ``log_prob`` at x, exact for this solver, of the shape of x."""
-        with torch.enable_grad():
-            leaf = x.detach().clone().requires_grad_()
-            return torch.autograd.grad(self.log_prob(leaf).sum(), leaf)[0]
+        r"""Return :math:`\nabla_x \log\rho_1(x)`, exact for this solver, ``(*, *event_shape)``.
+
+        It can be differentiated itself, in x, weights and context, while gradients are enabled,
+        and under :mod:`torch.func`.
+
+        Args:
+            x: Values, shape ``(*, *event_shape)``, broadcast with the batch shape: each member of
+                the batch has its own score.
+
+        Raises:
+            ValueError: As :meth:`log_prob`.
+        """
+        batch = x.shape[: max(0, x.dim() - len(self.event_shape))]
+        shape = torch.broadcast_shapes(batch, self.batch_shape) + x.shape[len(batch) :]
+        if is_functional():
+            return torch.func.grad(lambda value: self.log_prob(value).sum())(x.expand(shape))
+        enabled = torch.is_grad_enabled()
+        density = self if enabled else self._as_function()
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            value = x.expand(shape).clone()
+            if not value.requires_grad:
+                value.requires_grad_()
+            total = density.log_prob(value).sum()
+            graph = enabled and (x.requires_grad or has_other_leaves(total, value))
+            return torch.autograd.grad(total, value, create_graph=graph)[0]
+
+    def _as_function(self) -> "InterpolantDistribution":
+        """Return the distribution at the solver's own nodes, also while gradients are enabled."""
+        same = self.at(self.transform.end)
+        same.transform.trains_weights = False
+        return same
+
+    def transport(self, x: Tensor, *, inverse: bool = False) -> Tensor:
+        r"""Return where the flow carries points of one's own, all in data coordinates.
+
+        The path that starts at x ends at the result; the base has the density ``at(0)``, that of
+        :math:`N(\mathrm{loc}, L L^T)` by default. (``transform(w)`` takes whitened draws
+        :math:`w \sim N(0, I)` instead, :math:`x = \mathrm{loc} + L w`.)
+
+        Args:
+            x: Points of the base, shape ``(*, D)``; under a support, in its unconstrained space.
+                With ``inverse``, data, shape ``(*, *event_shape)``.
+            inverse: Whether to go from the data to the base instead.
+
+        Returns:
+            Data, shape ``(*, *event_shape)``, or, with ``inverse``, points of the base.
+
+        Raises:
+            ValueError: If the shape or the type does not match, or data are outside the support.
+
+        Example:
+            >>> prior = InterpolantDistribution(interpolant_transform(2))
+            >>> x = torch.randn(5, 2)
+            >>> y = prior.transport(x)
+            >>> bool(torch.allclose(prior.transport(y, inverse=True), x, atol=1e-5))
+            True
+        """
+        first = [] if self.base is not None else [Whiten(self.transform.flow.whitening)]
+        parts = [*first, *self.transforms]
+        if inverse:
+            self.to_flow(x)  # raises for data outside the support
+            parts = [part.inv for part in reversed(parts)]
+        for part in parts:
+            x = part(x)
+        return x
 
     def at(self, t: float) -> "InterpolantDistribution":
         """Return the distribution at time t: the base at 0, the model at 1.

@@ -27,8 +27,8 @@ class JointInterpolantDistribution(InterpolantDistribution):
     The event is the packed vector :math:`(b_1^{-1}(s_1), \dots, b_k^{-1}(s_k))` of all sites,
     unconstrained by the bijections of their supports. In a model,
     :meth:`sample_sites` draws it and gives the sites back under their names; everywhere else it is
-    an :class:`InterpolantDistribution`. :func:`~pyro_interpolant.from_samples` makes one from a
-    dictionary of draws.
+    an :class:`InterpolantDistribution`. :meth:`sample_dict` draws the sites by name, outside of
+    models. :func:`~pyro_interpolant.from_samples` makes one from a dictionary of draws.
 
     Args:
         transform: The flow over packed vectors.
@@ -64,17 +64,30 @@ class JointInterpolantDistribution(InterpolantDistribution):
             name: The name of the latent site that holds the packed vector, shape ``(D,)``.
 
         Returns:
-            The sites by name, each of its own shape, with the batch of the packed vector in front.
+            The sites by name, each of its own shape, with the batch of the packed vector in front:
+            what ``pyro.deterministic`` returns, so that ``do``, ``condition`` and draws given to
+            ``Predictive`` by these names take effect.
         """
-        sites = self.unpack(pyro.sample(name, self))
-        for site, value in sites.items():
-            shape = self.sites[site][0]
-            pyro.deterministic(site, value, event_dim=len(shape))
-        return sites
+        return {
+            site: pyro.deterministic(site, value, event_dim=len(self.sites[site][0]))
+            for site, value in self.unpack(pyro.sample(name, self)).items()
+        }
+
+    def sample_dict(self, sample_shape: Sequence[int] = ()) -> dict[str, Tensor]:
+        """Return draws by name, each on its support, ``(*sample_shape, *batch, *site_shape)``."""
+        return self.unpack(self.sample(torch.Size(sample_shape)))
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``."""
         return unpack(self.sites, packed)
+
+    def __repr__(self) -> str:
+        """Name the sites, with their shapes and supports, and the batch."""
+        sites = ", ".join(
+            f"{name}: {tuple(shape)} on {support}" for name, (shape, support) in self.sites.items()
+        )
+        batch = tuple(self.batch_shape)
+        return f"{type(self).__name__}(sites={{{sites}}}, batch_shape={batch})"
 
     def pack(self, draws: Mapping[str, Tensor]) -> Tensor:
         """Return packed vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.

@@ -1,7 +1,6 @@
 r"""The flow as a guide for any Pyro model with continuous latent sites."""
 
 import copy
-import dataclasses
 import functools
 import math
 import time
@@ -15,19 +14,19 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .._torch import is_tracing, seeded, warn_user
+from .._torch import seeded, warn_user
 from ..diagnostics.psis import ImportanceSummary, judge
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
 from ..solvers.divergence import Divergence
-from ..solvers.ode import FixedGrid, RandomGrid, Solver
+from ..solvers.ode import FixedGrid, Solver
 from ..training.fitting import FitResult, fit
 from ..training.loop import check_ranges
 from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
-from .importance_sampling import importance_of, verdict_with_warning
+from .importance_sampling import are_raw_draws_good, importance_of, verdict_with_warning
 from .log_density import LogJoint, prior_draws
 from .sites import LatentSites, Model, forget_data, init_to_support, unsupported_sites_named
 from .smc.train import RoundsResult, train_from_density
@@ -52,10 +51,10 @@ class AutoInterpolant(AutoContinuous):
             to 12 latent dimensions, as funnels want, and as :class:`VelocityMLP` chooses above.
         interpolant: The path the velocity is trained for; by default
             :class:`~pyro_interpolant.Trigonometric`.
-        solver: By default a :class:`~pyro_interpolant.FixedGrid` of 12 steps. While a fixed grid
-            is trained through, its nodes are drawn at random, as many as here at least
-            (:class:`~pyro_interpolant.solvers.RandomGrid`): an ELBO learns to exploit a grid that
-            stays (12 steps became 75 nats too good).
+        solver: By default a :class:`~pyro_interpolant.FixedGrid` of 12 steps. As in any flow
+            whose weights are trained through it, random nodes take the place of its own meanwhile
+            (:func:`~pyro_interpolant.solvers.random_nodes`): an ELBO learns to exploit a grid
+            that stays (12 steps became 75 nats too good).
         divergence: By default exact.
         init_loc_fn: Where the sites start, one of Pyro's initialisation functions.
         init_scale: The standard deviation of each unconstrained dimension at the start.
@@ -80,6 +79,7 @@ class AutoInterpolant(AutoContinuous):
     """
 
     transform: InterpolantTransform
+    poor: str | None = None  # a bad verdict on the draws, until they have been warned of
 
     def __init__(
         self,
@@ -146,26 +146,11 @@ class AutoInterpolant(AutoContinuous):
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Sample the unconstrained latent vector, shape ``(*, D)``, as an auxiliary site."""
         self._claim_weights()
-        flow = self.transform
-        if torch.is_grad_enabled() and any(p.requires_grad for p in flow.parameters()):
-            flow = self._for_training(flow)
+        if self.poor is not None:
+            warn_user(f"the guide's own draws are not those of the posterior: {self.poor}")
+            self.poor = None
         name = f"_{self._pyro_name}_latent"
-        return pyro.sample(name, InterpolantDistribution(flow), infer={"is_auxiliary": True})
-
-    def _for_training(self, flow: InterpolantTransform) -> InterpolantTransform:
-        """Return the flow with random nodes, no fewer than the guide was made with."""
-        own, present = self._transform_of.keywords["solver"], flow.solver
-        if isinstance(own, FixedGrid) and isinstance(present, FixedGrid):
-            steps = max(own.steps, present.steps)
-            flow = flow.at(1.0)
-            if is_tracing():  # a compiled ELBO keeps the nodes it has seen
-                flow.solver = dataclasses.replace(present, steps=2 * steps)
-            else:
-                seed = int(torch.randint(2**31, ()))
-                flow.solver = RandomGrid(
-                    steps, present.method, seed=seed, checkpoint=present.checkpoint
-                )
-        return flow
+        return pyro.sample(name, self.get_posterior(), infer={"is_auxiliary": True})
 
     def _claim_weights(self) -> None:
         """Remove from the parameter store the weights of copies and of guides of the same name.
@@ -275,7 +260,7 @@ class GuideResult(NamedTuple):
     r"""How good a guide has become, by importance weights of fresh draws.
 
     Attributes:
-        k_hat: Pareto's k-hat: up to 0.5 good, above 0.7 not reliable.
+        k_hat: Pareto's k-hat, of the tail of the weights: above 0.7 none of this is reliable.
         ess: The effective sample size of ``draws`` draws.
         log_evidence: An estimate of the model's log-evidence, nats.
         log_evidence_stderr: Its standard error; too small where k-hat is large.
@@ -381,6 +366,7 @@ def fit_guide(
             _, log_weights = importance_of(posterior, density, _VERDICT_DRAWS)
         summary, count = judge(log_weights), _VERDICT_DRAWS
         verdict = verdict_with_warning(summary, count)
+        guide.poor = None if are_raw_draws_good(summary, count) else verdict
     return GuideResult(*summary, count, verdict, time.monotonic() - start, training)
 
 

@@ -36,7 +36,7 @@ class ImportanceResult(NamedTuple):
     r"""How well a guide covers its posterior, by weights ``w = p / q`` of its own draws.
 
     Attributes:
-        k_hat: Pareto's k-hat of the weights: up to 0.5 good, above 0.7 not reliable.
+        k_hat: Pareto's k-hat of the weights: above 0.7 none of this is reliable.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2` of the draws.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of the model's log-evidence, nats.
         log_evidence_stderr: Its standard error; too small where k-hat is large.
@@ -192,6 +192,11 @@ def verdict_of(summary: ImportanceSummary, count: int) -> str:
     if ess < _GOOD_SHARE * count:
         return f"Usable with weights, {numbers}use resampled() draws, not the guide's own."
     return f"Good, {numbers}the guide's own draws will do, and resampled() ones do better."
+
+
+def are_raw_draws_good(summary: ImportanceSummary, count: int) -> bool:
+    """Return whether ``count`` draws will do without weights, as :func:`verdict_of` says."""
+    return summary.k_hat <= K_HAT_LIMIT and summary.ess >= _GOOD_SHARE * count
 
 
 def verdict_with_warning(summary: ImportanceSummary, count: int) -> str:

@@ -9,10 +9,12 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from pyro.infer.reparam import NeuTraReparam
@@ -27,8 +29,65 @@ from ..solvers.ode import FixedGrid
 from .autoguide import AutoInterpolant
 from .sites import LatentSites, Model, Site, unwrapped_model
 
+_BASE = "_base"  # what a site in base space has after its name
+_FLOW = "_interpolant_flow"  # where a trace keeps the distribution of a site in base space
 
-def base_space(model: Model) -> Model:
+
+class BaseSpace:
+    """A model whose learned priors are sampled in base space; made by :func:`base_space`.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: Model) -> None:
+        functools.update_wrapper(self, model, updated=())
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with its learned priors in base space."""
+        with _BaseSpaceMessenger():
+            return self.model(*args, **kwargs)
+
+    @torch.no_grad()
+    def samples(
+        self, draws: Mapping[str, Tensor], *args: object, **kwargs: object
+    ) -> dict[str, Tensor]:
+        """Return draws in the sites of the model: ``z_base`` becomes z, a joint prior its sites.
+
+        For summaries, ``pyro.infer.mcmc.util.print_summary(base.samples(draws, *args))``, and for
+        ``Predictive`` with the model itself.
+
+        Args:
+            draws: What ``mcmc.get_samples()`` gives, by chain or not, each ``(*, *site_shape)``.
+            *args: The arguments of the model.
+            **kwargs: Its named arguments.
+
+        Returns:
+            Every site that is no ``z_base`` as it was; in place of each such, ``z``, in one solve,
+            and of a joint distribution the sites by name.
+
+        Raises:
+            ValueError: If a prior is conditioned on another site, so that each draw has its own.
+        """
+        trace = poutine.trace(self).get_trace(*args, **kwargs)
+        named = {k: v for k, v in draws.items() if not k.endswith(_BASE)}
+        for name, node in trace.nodes.items():
+            options: dict[str, Any] = node.get("infer") or {}  # type: ignore[assignment]
+            flow = options.get(_FLOW)
+            if flow is None or name + _BASE not in draws:
+                continue
+            if flow.transform.context is not None:
+                raise ValueError(
+                    f"expected priors that are the same for all draws, got the site {name!r} with "
+                    "a context: use Predictive(base_space(model), draws)"
+                )
+            value = ComposeTransform(flow.transforms)(flow.space.from_sampled(draws[name + _BASE]))
+            named |= flow.unpack(value) if hasattr(flow, "unpack") else {name: value}
+        return named
+
+
+def base_space(model: Model) -> BaseSpace:
     r"""Return the model with its learned priors sampled in base space.
 
     Every latent site ``z`` whose distribution is an
@@ -49,17 +108,20 @@ def base_space(model: Model) -> Model:
 
     Returns:
         A model with the same joint density, for any inference Pyro has. ``Predictive`` with it
-        gives z itself.
+        gives z itself, and its method ``samples`` that of draws.
 
     Example:
         >>> prior = InterpolantDistribution(interpolant_transform(2)).freeze()
         >>> def model():
         ...     z = pyro.sample("z", prior)
         ...     pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
-        >>> sorted(pyro.poutine.trace(base_space(model)).get_trace().stochastic_nodes)
+        >>> base = base_space(model)
+        >>> sorted(pyro.poutine.trace(base).get_trace().stochastic_nodes)
         ['z_base']
+        >>> base.samples({"z_base": torch.zeros(10, 2)})["z"].shape
+        torch.Size([10, 2])
     """
-    return _BaseSpaceMessenger()(model)
+    return BaseSpace(model)
 
 
 class _BaseSpaceMessenger(Messenger):
@@ -78,7 +140,7 @@ class _BaseSpaceMessenger(Messenger):
         msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(mask=False)
         msg["value"] = z
         msg["is_observed"] = True
-        msg["infer"] = {**msg["infer"], "_deterministic": True}
+        msg["infer"] = {**msg["infer"], "_deterministic": True, _FLOW: flow}
 
 
 def _sampled(
@@ -99,9 +161,9 @@ def _sampled(
     if value is not None:
         with torch.no_grad():
             value = space.to_sampled(transform.inv(value))
-        start = InitMessenger(init_to_value(values={f"{name}_base": value}))
+        start = InitMessenger(init_to_value(values={name + _BASE: value}))
     with start:
-        return transform(space.from_sampled(pyro.sample(f"{name}_base", base)))
+        return transform(space.from_sampled(pyro.sample(name + _BASE, base)))
 
 
 def _unwrapped(

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp
 
+from .._torch import jvp
 from .linear import Coefficients, Interpolant
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
+from .._torch import jvp
 from .linear import Coefficients, Interpolant
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = attach(
     __name__,
     {
-        "ode": ["Adaptive", "FixedGrid", "RandomGrid"],
+        "ode": ["Adaptive", "FixedGrid", "RandomGrid", "random_nodes"],
         "divergence": ["ExactDivergence", "HutchinsonDivergence"],
         "quadrature": ["clenshaw_curtis", "integration_matrix"],
     },

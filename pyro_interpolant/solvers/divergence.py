@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import jvp, vmap
+from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
-from .._torch import constant
+from .._torch import constant, jvp
 from ..nn.velocity import divergence_field, exact_divergence, expanded
 
 
@@ -110,8 +110,12 @@ class HutchinsonDivergence:
 
         Their standard deviation over p, divided by :math:`\sqrt P`, is the standard error.
         """
-        probes = constant(_probes(self.probes, self.seed, x.shape[-1])).to(x)
+        probes = self.directions(x.shape[-1]).to(x)
         return _quadratic_forms(velocity, t, x, context, probes)
+
+    def directions(self, dim: int) -> Tensor:
+        """Return the probes, random signs, shape ``(P, dim)``."""
+        return constant(_probes(self.probes, self.seed, dim))
 
 
 @lru_cache(maxsize=32)

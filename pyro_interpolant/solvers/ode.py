@@ -5,8 +5,8 @@ evaluated afterwards, along the stored states, where a density is computed.
 
 - :class:`FixedGrid` takes one Runge-Kutta step, :math:`x + h \sum_i b_i k_i` with
   :math:`k_i = v_{t + c_i h}(x + h \sum_j a_{ij} k_j)`, per gap between Clenshaw-Curtis nodes.
-- :class:`RandomGrid` takes the same steps between random nodes, whose quadrature is unbiased: for
-  weights that are trained through the solver.
+- :class:`RandomGrid` takes the same steps between random nodes, whose quadrature is unbiased. Any
+  solver reports at such nodes while weights are trained through it, see :func:`random_nodes`.
 - :class:`Adaptive` chooses its steps by torchdiffeq, and reports at the nodes.
 - :func:`through_nodes` gives a solve the gradient of the differential equation: with J the
   Jacobians of the velocity at the nodes and Q the integration matrix, the states obey
@@ -21,11 +21,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from .._torch import constant, is_abstract, is_compiling, is_transformed, recomputed
+from .._torch import constant, is_abstract, is_tracing, is_transformed, recomputed
 from ..nn.velocity import Field, StateFunction
 from .quadrature import clenshaw_curtis, integration_matrix
 
@@ -94,8 +95,8 @@ class _RungeKutta:
         if self.checkpoint:
             stages = [recomputed(stage) for stage in stages]
         states = [x]
-        # As numbers they save a kernel each; a compiler has none.
-        for i, h in enumerate(gaps.to(x).unbind() if is_compiling() else gaps.tolist()):
+        # As numbers they save a kernel each; a tracer may draw them anew, a compiler has none.
+        for i, h in enumerate(gaps.to(x).unbind() if is_tracing() else gaps.tolist()):
             slopes: list[Tensor] = []
             for cj, row in zip(c, a, strict=True):
                 f = stages[i * len(distinct) + distinct.index(cj)]
@@ -105,7 +106,9 @@ class _RungeKutta:
         return torch.stack(states)
 
 
-def _step(x: Tensor, h: float | Tensor, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+def _step(
+    x: Tensor, h: float | Tensor, weights: Sequence[float], slopes: Sequence[Tensor]
+) -> Tensor:
     """Return ``x + h sum_i weights_i slopes_i``, shape ``(*, D)``."""
     for w, k in zip(weights, slopes, strict=True):
         if w:
@@ -210,7 +213,7 @@ class Adaptive:
         """
         if is_abstract():
             raise ValueError(
-                "expected a FixedGrid under torch.func, forward mode or a tracer, got Adaptive, "
+                "expected a FixedGrid under torch.func or a tracer, got Adaptive, "
                 "whose steps depend on the values: set transform.solver = FixedGrid(), or "
                 "calibrate the distribution, which chooses its steps"
             )
@@ -230,15 +233,42 @@ class Adaptive:
             ) from error
 
 
-@dataclass(frozen=True)
-class RandomGrid(_RungeKutta):
-    r"""Integrate between random nodes, one in each of N equal pieces of time.
+def random_nodes(steps: int, seed: int) -> tuple[Tensor, Tensor]:
+    r"""Return random nodes on [0, 1], one in each of N equal pieces, and their weights.
 
     With nodes :math:`t_j = (j + u_j) / N`, :math:`u_j \sim U(0, 1)`, and equal weights, the
     log-determinant :math:`\frac1N \sum_j \nabla \cdot v_{t_j}` is unbiased: over seeds, its error
     averages out. So training through the solver cannot profit from it, whereas a velocity learns
-    to peak between the nodes of a quadrature that stays. For one seed the nodes are always the
-    same, and a density is a function.
+    to peak between the nodes of a quadrature that stays.
+
+    Args:
+        steps: The number N of pieces of time.
+        seed: Of the nodes. A tracer records draws of the global generator instead, so that what
+            it has recorded draws its nodes anew at each call.
+
+    Returns:
+        Ascending nodes that begin with 0 and end with 1, and their quadrature weights, zero at the
+        ends, each of shape ``(N + 2,)``.
+    """
+    if is_tracing():
+        offsets = torch.rand(steps, dtype=torch.float64)
+    else:  # by numpy: torch.func.vmap refuses random numbers of torch's
+        offsets = torch.from_numpy(np.random.default_rng(seed).random(steps))
+    nodes = (torch.arange(steps, dtype=torch.float64) + offsets) / steps
+    weights = torch.full((steps,), 1 / steps, dtype=torch.float64)
+    end = torch.nn.functional.pad
+    return end(end(nodes, (1, 0)), (0, 1), value=1.0), end(weights, (1, 1))
+
+
+@dataclass(frozen=True)
+class RandomGrid(_RungeKutta):
+    r"""Integrate between random nodes, one in each of N equal pieces of time.
+
+    The nodes are those of :func:`random_nodes`, whose quadrature is unbiased over seeds. For one
+    seed they are always the same, and a density is a function.
+
+    A flow whose weights are being trained draws such nodes by itself, whatever its solver; as a
+    solver of one's own this is for studying what they cost.
 
     Args:
         steps: The number N of pieces of time.
@@ -259,12 +289,7 @@ class RandomGrid(_RungeKutta):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 2,)``."""
-        generator = torch.Generator().manual_seed(self.seed)
-        offsets = torch.rand(self.steps, generator=generator, dtype=torch.float64)
-        nodes = (torch.arange(self.steps, dtype=torch.float64) + offsets) / self.steps
-        weights = torch.full_like(nodes, 1 / self.steps)
-        end = torch.nn.functional.pad
-        return end(end(nodes, (1, 0)), (0, 1), value=1.0), end(weights, (1, 1))
+        return random_nodes(self.steps, self.seed)
 
 
 def only_x_needs_grad(x: Tensor, others: Iterable[Tensor | None]) -> bool:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import io
-from .._torch import warn_user
+from .._torch import rng_state, set_rng_state, warn_user
+from ..distributions.base_description import describe_base
 from ..distributions.bases import Samples
 from ..transforms.flow import Flow
 
@@ -43,9 +43,10 @@ class Checkpoint:
     """
 
     def __init__(self, path: StrPath, every: int | None = None) -> None:
-        self.path, self.every = Path(path), every
+        # Behind a link: the states before it are kept beside the file itself.
+        self.path, self.every = Path(os.path.realpath(path)), every
         self.identity: list[Any] = []
-        self.initial = torch.get_rng_state()
+        self.initial = rng_state()
         self.tensors: dict[str, Tensor] | None = None
         self.numbers: dict[str, Any] = {}
         self._read()
@@ -80,7 +81,7 @@ class Checkpoint:
                 continue
             try:
                 self.tensors, self.numbers = _read_state(candidate)
-            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 damage.append(f"{candidate} ({error})")
                 warn_user(f"the snapshot {candidate} is damaged: passed over")
                 continue
@@ -117,10 +118,11 @@ def open_checkpoint(
         if checkpoint.numbers["identity"] != checkpoint.identity:
             raise ValueError(
                 f"expected {path} to be of this run, got the state of one with other data, "
-                "another network or other settings: delete it, or pass another file"
+                f"another network or other settings: delete it and {checkpoint.previous}, or "
+                "pass another file"
             )
         checkpoint.initial = checkpoint.tensors["initial"]
-        torch.set_rng_state(checkpoint.initial)
+        set_rng_state(checkpoint.initial)
     return checkpoint
 
 
@@ -141,16 +143,25 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, torch.distributions.Distribution):
         names: Any = type(value).arg_constraints  # a property where its author wrote none
         numbers = [getattr(value, name) for name in names] if isinstance(names, dict) else []
-        value = [*numbers, getattr(value, "base_dist", None), getattr(value, "transforms", None)]
-    parts = value if isinstance(value, (list, tuple)) else []
-    return [tensor for part in parts for tensor in _tensors(part)]
+        parts = [*numbers, getattr(value, "base_dist", None), getattr(value, "transforms", None)]
+        return max(_tensors(parts), _described(value), key=len)
+    inner = value if isinstance(value, (list, tuple)) else []
+    return [tensor for part in inner for tensor in _tensors(part)]
+
+
+def _described(base: torch.distributions.Distribution) -> list[Tensor]:
+    """Return the tensors that a file would have of a base; none if no file has it."""
+    with contextlib.suppress(ValueError):
+        return list(describe_base(base, "")[1].values())
+    return []
 
 
 def check_place(path: str | os.PathLike[str] | None, every: int | None) -> None:
     """Raise a ValueError if no state can be kept there, or so often."""
     if every is not None and every < 1:
         raise ValueError(f"expected checkpoint_every >= 1, got {every}")
-    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    real = None if path is None else Path(os.path.realpath(path))
+    if real is not None and (real.is_dir() or not real.parent.is_dir()):
         raise ValueError(f"expected a checkpoint, a file in a folder that is there, got {path}")
 
 
@@ -222,11 +233,10 @@ def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()[_KEY])
-        numbers = json.loads(header["numbers"])
-        # In the order of writing: the checksum runs over it.
-        tensors = {name: file.get_tensor(name) for name in numbers["names"]}
+    texts, found = io.contents(path, framework="pt")
+    header = json.loads(texts[_KEY])
+    numbers = json.loads(header["numbers"])
+    tensors = {name: found[name] for name in numbers["names"]}  # as the checksum runs over them
     if checksum(tensors.values(), header["numbers"]) != header["checksum"]:
         raise ValueError("its checksum is wrong")
     return tensors, numbers

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .._torch import rng_state, set_rng_state
 from ..distributions.constraints import checked_rows
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
@@ -174,7 +175,7 @@ class TableBatches:
             self.points = self.objective.points([self.next_rows] * self.at_once)
 
     def _place(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {"order": self.order, "before": torch.get_rng_state()}
+        tensors = {"order": self.order, "before": rng_state()}
         return tensors, {"position": self.position}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -187,7 +188,7 @@ class TableBatches:
         self.order = tensors["order"].to(self.order)
         self.position = numbers["position"]
         if numbers["left"]:
-            torch.set_rng_state(tensors["before"])
+            set_rng_state(tensors["before"])
             self._evaluate()
             self.points = self.points[-numbers["left"] :]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._torch import rng_state, set_rng_state
 from .checkpoint import Checkpoint
 from .data import TableBatches
 from .objective import Objective, Points
@@ -349,7 +350,7 @@ class Run:
         weights, counts = self.descent.state()
         best, looks = self.monitor.state()
         rows, place = self.batches.state()
-        tensors = {**weights, **best, **rows, "generator": torch.get_rng_state()}
+        tensors = {**weights, **best, **rows, "generator": rng_state()}
         numbers = {
             "run": {"step": self.descent.steps, **{name: getattr(self, name) for name in _PLACE}},
             "seconds": seconds,
@@ -367,4 +368,4 @@ class Run:
             setattr(self, name, numbers["run"][name])
         self.start = time.monotonic() - numbers["seconds"]
         self.batches.restore(tensors, numbers["batches"])
-        torch.set_rng_state(tensors["generator"])
+        set_rng_state(tensors["generator"])

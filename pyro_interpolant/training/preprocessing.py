@@ -6,7 +6,6 @@ behind it, and as many without it.
 """
 
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -171,22 +170,20 @@ def _best(rows: Tensor) -> Callable[[Tensor], Gaussianizer | None] | None:
     if rows.shape[1] > _MOST_DIMS:
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the fit gives them
-            m = moments(rows)
-            rows = rows[inliers(m.white(rows))]
-            # Rows that repeat, as a Markov chain's or weighted ones do, are held out together.
-            part = torch.unique(rows, dim=0, return_inverse=True)[1] % 10
-            gains = dict.fromkeys((marginal_transform, radial_transform), math.inf)
-            for i in range(_SPLITS):
-                kept, held = rows[part != i], rows[part == i]
-                if len(kept) < _COMPONENTS * _ROWS_PER_COMPONENT * rows.shape[1]:
-                    return None
-                plain = _mixture(kept, held)
-                gains = {make: min(g, _gain(make, kept, held, plain)) for make, g in gains.items()}
-                gains = {make: gain for make, gain in gains.items() if gain > 0}
-                if not gains:
-                    break
+        m = moments(rows, warn=False)  # the fit does
+        rows = rows[inliers(m.white(rows))]
+        # Rows that repeat, as a Markov chain's or weighted ones do, are held out together.
+        part = torch.unique(rows, dim=0, return_inverse=True)[1] % 10
+        gains = dict.fromkeys((marginal_transform, radial_transform), math.inf)
+        for i in range(_SPLITS):
+            kept, held = rows[part != i], rows[part == i]
+            if len(kept) < _COMPONENTS * _ROWS_PER_COMPONENT * rows.shape[1]:
+                return None
+            plain = _mixture(kept, held)
+            gains = {make: min(g, _gain(make, kept, held, plain)) for make, g in gains.items()}
+            gains = {make: gain for make, gain in gains.items() if gain > 0}
+            if not gains:
+                break
     except (ValueError, torch.linalg.LinAlgError):  # columns that the fit refuses, and says why
         return None
     return max(gains, key=lambda make: gains[make], default=None)
@@ -219,7 +216,7 @@ def _gain(
 
 def _mixture(kept: Tensor, held: Tensor) -> Tensor:
     """Return held-out log-densities, shape ``(M,)``, of a Gaussian mixture fitted by EM."""
-    m = moments(kept)
+    m = moments(kept, warn=False)
     x, dim = m.white(kept), kept.shape[1]
     nearest = torch.cdist(x, x[:_COMPONENTS]).argmin(1)
     shares = torch.nn.functional.one_hot(nearest, _COMPONENTS).T.to(x)
@@ -321,9 +318,7 @@ def radial_transform(rows: Tensor) -> RadialTransform | None:
     dim = rows.shape[1]
     if len(rows) < MIN_ROWS or dim < 2:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # who chooses the map gives them
-        m = moments(rows.double())
+    m = moments(rows.double(), warn=False)  # who chooses the map does
     length = log_length(m.white(rows))[:, 0]
     if float(length.max() - length.min()) < _MIN_LENGTH_SPREAD:
         return None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import rng_state, set_rng_state
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from .checkpoint import from_json, to_json
 from .data import Split, checked_weights, drop_zero_weights, held_out_rows, rows_of
@@ -220,7 +221,7 @@ class StreamBatches:
         self.pool: Rows | None = None
         self.used = 0  # of its rows
         self.present: Iterator[Any] | None = None
-        self.position, self.found, self.generator = 0, 0, torch.get_rng_state()
+        self.position, self.found, self.generator = 0, 0, rng_state()
 
     def next(self) -> tuple[Points, ...]:
         """Return the points of the next step."""
@@ -246,7 +247,7 @@ class StreamBatches:
     def _from_stream(self) -> Rows:
         while True:
             if self.present is None:
-                self.generator, self.position, self.found = torch.get_rng_state(), 0, 0
+                self.generator, self.position, self.found = rng_state(), 0, 0
                 self.present = iter(self.stream.iterable)
             try:
                 batch = next(self.present)
@@ -311,7 +312,7 @@ class StreamBatches:
             owner.load_state_dict(from_json(numbers["own"], tensors))
         if not numbers["began"]:
             return
-        torch.set_rng_state(self.generator)
+        set_rng_state(self.generator)
         self.present = iter(self.stream.iterable)
         if owner is None:
             for _ in range(self.position):

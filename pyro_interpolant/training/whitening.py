@@ -106,7 +106,7 @@ def _robust_axes(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Ten
     return _axes(x if cut is along else loc + scale * (cut @ vectors.T), share)
 
 
-def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
+def moments(x: Tensor, weights: Tensor | None = None, *, warn: bool = True) -> Moments:
     """Return the map that whitens the rows of x.
 
     Columns are centred and scaled first, so that their units do not matter, then multiplied by the
@@ -119,6 +119,7 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
     Args:
         x: Finite rows, shape ``(N, D)``.
         weights: Non-negative weights, shape ``(N,)``, or None.
+        warn: Whether to warn.
 
     Warns:
         UserWarning: If the columns are dependent but for little more than rounding.
@@ -150,7 +151,8 @@ def moments(x: Tensor, weights: Tensor | None = None) -> Moments:
         )
     roots = eigenvalues.sqrt()
     rounding = eps * (loc.abs() + scale) / scale
-    _warn_if_unresolved(vectors[:, 0], rounding, float(roots[0]))
+    if warn:
+        _warn_if_unresolved(vectors[:, 0], rounding, float(roots[0]))
     # Near dependence the eigenvectors keep the rounding of the narrow directions to themselves.
     turn = vectors if float(roots[0]) > _MIN_DEVIATION else torch.eye(dim).to(vectors)
     linear = scale[:, None] * ((vectors * roots) @ turn.T)

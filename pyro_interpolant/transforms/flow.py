@@ -9,26 +9,28 @@ with L whitening the data. The solver stores the states at the quadrature nodes 
 is one weighted sum along them, computed only where a density is wanted.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import repeat
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import is_tracing, keep_freed_memory, recomputed
+from .._torch import innermost, is_tracing, keep_freed_memory, recomputed
 from ..interpolants.linear import Interpolant, Trigonometric
 from ..nn.velocity import StateFunction, check_velocity, evaluate, field, rows_at_once, size_of
 from ..solvers.divergence import Divergence
-from ..solvers.ode import FixedGrid, Solver, only_x_needs_grad, through_nodes
+from ..solvers.ode import FixedGrid, Solver, only_x_needs_grad, random_nodes, through_nodes
 from .whitening import DenseWhitening, Whitening
 
 _MAX_KEPT_BYTES = 2**26  # of a trajectory that is kept: 64 MiB
 _ROWS_PER_SOLVE = 512  # without gradients
+_MIN_RANDOM_NODES = 12  # however few a solver needs for weights that are trained already
 
 
-class Path(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Path:
     """One way through a flow: its context, its end in time, and how it is computed.
 
     Attributes:
@@ -36,18 +38,23 @@ class Path(NamedTuple):
         end: The time in [0, 1] at which the path stops.
         solver: How it is integrated.
         divergence: How the rate of its log-determinant is computed.
+        seed: Of random nodes, for weights that are being trained, or None for those of the solver.
     """
 
-    context: Tensor | None
+    context: Tensor | None = dataclasses.field(compare=False)  # tensors have no one truth value
     end: float
     solver: Solver
     divergence: Divergence
+    seed: int | None = None
 
+    @cached_property
     def times(self) -> tuple[Tensor, Tensor]:
-        """Return the nodes on [0, end] and their weights, each of shape ``(N + 1,)``."""
+        """The nodes on [0, end] and their weights, each of shape ``(N + 1,)``."""
         if self.end == 0.0:
             return torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         nodes, weights = self.solver.grid()
+        if self.seed is not None:
+            nodes, weights = random_nodes(max(len(nodes) - 1, _MIN_RANDOM_NODES), self.seed)
         return nodes * self.end, weights * self.end
 
     def recomputes(self) -> bool:
@@ -107,6 +114,21 @@ class Flow(nn.Module):
         """C, the size of a context; None where the velocity has no ``context_dim``."""
         return size_of(self.velocity, "context_dim")
 
+    def node_seed(self) -> int | None:
+        """Return a seed of random nodes where a gradient may reach the weights, else None.
+
+        A density that is maximised in the weights would rise by errors of the quadrature, if its
+        nodes stayed. The seed is a function of the weights, the bits of a sum over all of them: so
+        the nodes change whenever the weights do, and a density remains a function of both.
+        """
+        weights = [p for p in self.parameters() if p.requires_grad]
+        if not weights or not torch.is_grad_enabled():
+            return None
+        if is_tracing():
+            return 0
+        total = sum(innermost(p).detach().double().square().sum() for p in weights)
+        return abs(int(torch.as_tensor(total).cpu().view(torch.int64)))
+
     def check_path(self) -> None:
         """Raise a ValueError unless the interpolant joins base and data of this size."""
         self.interpolant.check_ends(self.event_dim)
@@ -121,7 +143,7 @@ class Flow(nn.Module):
         """
         if path.end == 0.0:
             return white[None]
-        times, _ = path.times()
+        times, _ = path.times
         velocity_at = partial(field, self.velocity, context=path.context)
 
         def solve(white: Tensor) -> Tensor:
@@ -130,7 +152,7 @@ class Flow(nn.Module):
             return path.solver.solve(velocity_at, white, times.flip(0)).flip(0)
 
         solver = path.solver
-        if not isinstance(solver, FixedGrid) or not solver.adjoint:
+        if not isinstance(solver, FixedGrid) or not solver.adjoint or path.seed is not None:
             return solve(white)
         if not only_x_needs_grad(white, (path.context, *self.parameters())):
             return solve(white)
@@ -149,7 +171,7 @@ class Flow(nn.Module):
         """
         if path.end == 0.0:
             return self.whitening.log_det.expand(states.shape[1:-1])
-        times, weights = (s.to(states) for s in path.times())
+        times, weights = (s.to(states) for s in path.times)
         if not path.recomputes() and (is_tracing() or self._needs_graph(states, path)):
             shape = (-1,) + (1,) * (states.dim() - 2)
             together = self._rate(times.reshape(shape), path)(states)
@@ -186,7 +208,7 @@ class Flow(nn.Module):
         if is_tracing():
             return self.integrate(white, path, forward=forward), None
         keep_freed_memory()
-        row_bytes = len(path.times()[0]) * self.event_dim * white.element_size()
+        row_bytes = len(path.times[0]) * self.event_dim * white.element_size()
         rows = white.numel() // self.event_dim
         at_once = min(_ROWS_PER_SOLVE, max(1, _MAX_KEPT_BYTES // row_bytes))
         if self._needs_graph(white, path) or rows <= at_once:
@@ -230,4 +252,4 @@ def _pieces(states: Tensor, path: Path, size: int) -> Iterator[tuple[Tensor, Pat
         contexts = every_row.flatten(0, -2).split(size)
     rows = states.reshape(len(states), -1, states.shape[-1])
     for part, context in zip(rows.split(size, dim=1), contexts, strict=False):
-        yield part, path._replace(context=context)
+        yield part, dataclasses.replace(path, context=context)

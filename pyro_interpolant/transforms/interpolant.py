@@ -7,6 +7,7 @@ time, is a view: it shares the weights and registers none.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ from ..solvers.ode import FixedGrid, Solver
 from .cache import CachedTransform, Entry
 from .flow import Flow, Path
 from .whitening import Whitening
+
+
+@dataclass(eq=False)
+class _Solve(Entry):
+    """A solved pair, with the way it was solved."""
+
+    path: Path = field(kw_only=True)
 
 
 class _FlowHolder(nn.Module):
@@ -108,6 +116,7 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
     # Plain attributes: the context of a view is no buffer of its own.
     context: Tensor | None = None
     end: float = 1.0
+    trains_weights: bool = True  # whether gradients through it may be those of a training
 
     __repr__ = nn.Module.__repr__
 
@@ -144,12 +153,12 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         return self.flow.whitening.sign()
 
     def _call(self, x: Tensor) -> Tensor:
-        states = self.flow.integrate(self._checked(x), self._path(), forward=True)
+        states = self.flow.integrate(self._checked(x), self.path(), forward=True)
         return self.flow.whitening.from_white(states[-1])
 
     def _inverse(self, y: Tensor) -> Tensor:
         white = self.flow.whitening.to_white(self._checked(y))
-        return self.flow.integrate(white, self._path(), forward=False)[0]
+        return self.flow.integrate(white, self.path(), forward=False)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log |dy/dx|``, shape ``(*)``.
@@ -179,12 +188,12 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
             entry = self._entry_from_output(y)
         return entry.x, self._log_det_of(entry)
 
-    def _log_det_of(self, entry: Entry) -> Tensor:
+    def _log_det_of(self, entry: _Solve) -> Tensor:
         if entry.log_det is None:
             states = entry.states
             if states is None:  # an earlier solve kept only its ends
-                states = self.flow.integrate(self._checked(entry.x), self._path(), forward=True)
-            entry.log_det = self.flow.log_det(states, self._path())
+                states = self.flow.integrate(self._checked(entry.x), entry.path, forward=True)
+            entry.log_det = self.flow.log_det(states, entry.path)
         return entry.log_det
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
@@ -207,27 +216,30 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         self.__dict__["context"] = None if self.context is None else fn(self.context)
         return self
 
-    def _path(self) -> Path:
-        return Path(self.context, self.end, self.solver, self.divergence)
+    def path(self) -> Path:
+        """Return the way through the flow, at random nodes while gradients reach its weights."""
+        seed = self.flow.node_seed() if self.end > 0 and self.trains_weights else None
+        return Path(self.context, self.end, self.solver, self.divergence, seed)
 
-    def _find(self, *, x: Tensor | None = None, y: Tensor | None = None) -> Entry | None:
-        return self._cache.find(x=x, y=y, sources=self._sources(), key=self._path()[1:])
+    def _find(self, *, x: Tensor | None = None, y: Tensor | None = None) -> _Solve | None:
+        entry = self._cache.find(x=x, y=y, sources=self._sources(), key=self.path())
+        return entry if isinstance(entry, _Solve) else None
 
     def _sources(self) -> list[Tensor]:
         context = [] if self.context is None else [self.context]
         return [*self.flow.parameters(), *self.flow.buffers(), *context]
 
-    def _entry_from_input(self, x: Tensor, *, density: bool = False) -> Entry:
-        states, log_det = self.flow.trajectory(
-            self._checked(x), self._path(), forward=True, density=density
-        )
-        return self._keep(Entry(x, self.flow.whitening.from_white(states[-1]), states, log_det))
+    def _entry_from_input(self, x: Tensor, *, density: bool = False) -> _Solve:
+        white, path = self._checked(x), self.path()
+        states, log_det = self.flow.trajectory(white, path, forward=True, density=density)
+        y = self.flow.whitening.from_white(states[-1])
+        return self._kept(_Solve(x, y, states, log_det, path=path))
 
-    def _entry_from_output(self, y: Tensor) -> Entry:
-        white = self.flow.whitening.to_white(self._checked(y))
+    def _entry_from_output(self, y: Tensor) -> _Solve:
+        white, path = self.flow.whitening.to_white(self._checked(y)), self.path()
         # An inverse is nearly always followed by its log-determinant.
-        states, log_det = self.flow.trajectory(white, self._path(), forward=False, density=True)
-        return self._keep(Entry(states[0], y, states, log_det, forward=False))
+        states, log_det = self.flow.trajectory(white, path, forward=False, density=True)
+        return self._kept(_Solve(states[0], y, states, log_det, forward=False, path=path))
 
     def _is_input_given(self, x: Tensor, y: Tensor) -> bool:
         """Return which end to solve a pair from: as the last time, else from one with no past."""
@@ -236,10 +248,10 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
             return as_before
         return x.grad_fn is None and (x.requires_grad or not y.requires_grad)
 
-    def _keep(self, entry: Entry) -> Entry:
-        if entry.states is not None and len(entry.states) < len(self._path().times()[0]):
+    def _kept(self, entry: _Solve) -> _Solve:
+        if entry.states is not None and len(entry.states) < len(entry.path.times[0]):
             entry.states = None  # reduced to its ends
-        self._cache.store(entry, self._sources(), self._path()[1:])
+        self._cache.store(entry, self._sources(), entry.path)
         return entry
 
     def _checked(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ excess H of the regression's loss over its minimum bounds that of model and data
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -77,16 +78,17 @@ def path_energy(
         raise ValueError(f"expected at least two paths for a standard error, got count={count}")
     refuse_gaussianized(distribution.constraint, "distance")
     given = distribution.given(context)
-    flow, path = given.transform.flow, given.transform._path()
-    times, weights = (s.to(flow.loc) for s in path.times())
+    flow = given.transform.flow
     with torch.no_grad():
+        path = given.transform.path()
+        times, weights = (s.to(flow.loc) for s in path.times)
         w0 = given.white_base().sample((count,))
         energies = []
         for i in range(0, count, _PATHS_PER_CHUNK):
             own, chunk = path.context, slice(i, i + _PATHS_PER_CHUNK)
             if own is not None and own.dim() > 1:
                 own = own[chunk]
-            states = flow.integrate(w0[chunk], path._replace(context=own), forward=True)
+            states = flow.integrate(w0[chunk], replace(path, context=own), forward=True)
             total = torch.zeros_like(states[0, :, 0])
             for t, w, x in zip(times, weights, states, strict=True):
                 v = flow.whitening.push(evaluate(flow.velocity, t, x, own))

@@ -1,6 +1,7 @@
 r"""Straighter paths: reflow, training on the flow's own pairs."""
 
 import copy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -130,7 +131,7 @@ def _report(
     ends = {}
     with torch.no_grad():
         for n in (1, 2, 128):
-            path = view.transform._path()._replace(solver=FixedGrid(steps=n))
+            path = replace(view.transform.path(), solver=FixedGrid(steps=n))
             ends[n] = flow.integrate(w0, path, forward=True)[-1]
     errors = {n: float((ends[n] - ends[128]).norm(dim=-1).mean()) for n in (1, 2)}
     return PathReport(errors, steps)

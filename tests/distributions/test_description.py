@@ -21,13 +21,12 @@ from pyro_interpolant import (
     save,
 )
 from pyro_interpolant.distributions import constraints as ours
-from pyro_interpolant.distributions.constraints import Constraint, Shaped, circular
-from pyro_interpolant.distributions.description import (
-    build,
+from pyro_interpolant.distributions.constraint_description import (
     build_constraint,
-    describe,
     describe_constraint,
 )
+from pyro_interpolant.distributions.constraints import Constraint, Shaped, circular
+from pyro_interpolant.distributions.description import build, describe
 from pyro_interpolant.transforms.whitening import (
     DenseWhitening,
     DiagonalWhitening,
@@ -98,7 +97,7 @@ def test_what_version_0_1_wrote_otherwise(old, expected):
 
 def test_a_constraint_of_this_package_needs_nothing_else(monkeypatch):
     """A class with arguments, and an only one of its class, as if they were in the module."""
-    from pyro_interpolant.distributions import description
+    from pyro_interpolant.distributions import constraint_description as description
 
     class Above(Constraint):
         def __init__(self, floor, inner, steps=(1, 2)):
@@ -231,5 +230,5 @@ def test_the_noise_is_a_network_of_its_own_class(kind):
 def test_a_noise_of_the_users_is_refused():
     flow = InterpolantDistribution(random_flow(2))
     flow.transform.flow.noise = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="a network of this package for the noise, got a Linear"):
+    with pytest.raises(ValueError, match="a noise of this package, got a Linear"):
         describe(flow)

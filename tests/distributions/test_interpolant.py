@@ -363,19 +363,82 @@ def test_time_outside_raises(t):
         InterpolantDistribution(random_flow(2)).at(t)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", [*SINGLE])
-def test_score_is_the_gradient(name):
+def test_score_is_the_gradient(name, frozen):
     d = make(SINGLE, name)
+    d = d.freeze() if frozen else d
     x = d.sample((5,)).clone()
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(d.log_prob(leaf).sum(), leaf)
-    for wanted in (x, x.clone().requires_grad_()):
+    for wanted in (x, leaf):
         score = d.score(wanted)
         assert score.shape == x.shape
+        trained = not frozen and not name.startswith("start")  # where no weight matters
+        assert score.requires_grad == (wanted.requires_grad or trained)
+        assert torch.allclose(score, expected, atol=1e-10)
+    assert torch.allclose(torch.func.vmap(d.score)(x), expected, atol=1e-10)
+    d.freeze()
+    (expected,) = torch.autograd.grad(d.log_prob(leaf).sum(), leaf)
+    d.transform.flow.requires_grad_(not frozen)  # without gradients, a function all the same
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            score = d.score(x)
         assert not score.requires_grad
         assert torch.allclose(score, expected, atol=1e-10)
-    with torch.no_grad():
-        assert torch.allclose(d.score(x), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", slow_but([*SINGLE], "two", "laplace"))
+def test_the_jacobian_of_the_score_is_the_hessian(name):
+    d = make(SINGLE, name).freeze()
+    x = d.sample()
+    expected = torch.autograd.functional.hessian(d.log_prob, x)
+    assert expected.abs().max() > 0.01
+    assert torch.allclose(torch.autograd.functional.jacobian(d.score, x), expected, atol=1e-8)
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        assert torch.allclose(jacobian(d.score)(x), expected, atol=1e-8)
+
+
+def test_the_score_trains_weights_and_context():
+    likelihood = ConditionalInterpolantDistribution(random_flow(2, context_dim=3))
+    context = torch.randn(4, 3, requires_grad=True)
+    likelihood.condition(context).score(torch.randn(2)).square().sum().backward()
+    assert context.grad.abs().min() > 0
+    assert likelihood.transform.flow.velocity.output.weight.grad.abs().max() > 0
+
+
+def test_each_member_of_a_batch_has_its_score():
+    prior = random_prior(2)
+    x, many = torch.randn(2), torch.randn(5, 1, 2)
+    assert torch.allclose(prior.expand((3,)).score(x), prior.score(x).expand(3, 2))
+    assert torch.allclose(prior.expand((3,)).score(many), prior.score(many).expand(5, 3, 2))
+    likelihood = ConditionalInterpolantDistribution(random_flow(2, context_dim=3)).freeze()
+    contexts = torch.randn(4, 3)
+    expected = torch.stack([likelihood.condition(c).score(x) for c in contexts])
+    assert torch.allclose(likelihood.condition(contexts).score(x), expected)
+
+
+@pytest.mark.parametrize("name", [*SINGLE])
+def test_transport_is_in_data_coordinates(name):
+    d = make(SINGLE, name).freeze()
+    d.transform.solver = FixedGrid(steps=32)
+    x = d.at(0).sample((5,))
+    y = d.transport(x)
+    assert torch.allclose(d.transport(y, inverse=True), x, atol=1e-6)
+    # d log-density along the path is the log-determinant of the whole chain
+    jacobian = torch.func.vmap(torch.func.jacrev(d.transport))(x)
+    change = d.at(0).log_prob(x) - torch.linalg.slogdet(jacobian).logabsdet
+    assert torch.allclose(d.log_prob(y), change, atol=1e-5)
+
+
+def test_transport_under_a_support():
+    d = InterpolantDistribution(random_flow(2), support=constraints.positive).freeze()
+    x = torch.randn(5, 2)
+    y = d.transport(x)
+    assert bool((y > 0).all())
+    assert torch.allclose(d.transport(y, inverse=True), x, atol=1e-4)
+    with pytest.raises(ValueError, match="strictly inside the support"):
+        d.transport(-y, inverse=True)
 
 
 def test_score_is_the_finite_difference():
@@ -544,6 +607,7 @@ def test_copies_after_use(copied, kind):
 # ------------------------------------------------------------------------------- types and devices
 
 
+@pytest.mark.usefixtures("_nodes_stay")
 @pytest.mark.parametrize("name", ["two", "laplace", "multivariate", "flow_base", "halfway"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_to_type(name, dtype):
@@ -581,6 +645,7 @@ def test_default_base_follows_the_transform():
     assert x.shape == (3, 2)
 
 
+@pytest.mark.usefixtures("_nodes_stay")
 @pytest.mark.parametrize("batch", [(), (4,)])
 def test_to_type_of_the_conditional(batch):
     d = conditional(base=BASES["laplace"](2))

@@ -139,6 +139,55 @@ def test_sample_sites_in_a_plate():
 
 
 @pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
+@pytest.mark.parametrize("fix", [poutine.do, poutine.condition])
+def test_named_sites_can_be_fixed(space, fix):
+    d = joint("scalar", "scales").freeze()
+
+    def model():
+        sites = d.sample_sites("theta")
+        return pyro.sample("y", dist.Delta(100 * sites["scalar"] + sites["scales"].sum(-1)))
+
+    given = {"scalar": torch.tensor(5.0), "scales": torch.tensor([1.0, 2.0])}
+    assert fix(space(model), given)() == 503
+    assert space(fix(model, given))() == 503
+
+
+@pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_draws_by_name_reach_the_model(space, parallel):
+    d = joint("scalar", "scales").freeze()
+
+    def model():
+        pyro.sample("y", dist.Normal(100 * d.sample_sites("theta")["scalar"], 1e-3))
+
+    draws = {"scalar": torch.arange(3.0)}
+    y = Predictive(space(model), draws, parallel=parallel)()["y"]
+    assert torch.allclose(y, 100 * draws["scalar"], atol=0.1)
+
+
+def test_named_draws():
+    d = joint(*SITES).freeze()
+    for batch in ((), (4,)):
+        draws = d.expand(batch).sample_dict((5,))
+        assert list(draws) == list(SITES)
+        for name, (shape, support) in SITES.items():
+            assert draws[name].shape == (5, *batch, *shape)
+            assert support.check(draws[name]).all()
+    pyro.set_rng_seed(0)
+    named = d.sample_dict()
+    pyro.set_rng_seed(0)
+    assert torch.allclose(d.pack(named), d.sample())
+
+
+def test_its_repr_names_the_sites():
+    text = repr(joint("scalar", "scales").expand((4,)))
+    assert text == (
+        "JointInterpolantDistribution(sites={scalar: () on Real(), scales: (2,) on "
+        "GreaterThan(lower_bound=0.0)}, batch_shape=(4,))"
+    )
+
+
+@pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
 @pytest.mark.parametrize("vectorized", [False, True])
 def test_svi(space, vectorized):
     prior = joint("scalar", "vector", "scale").freeze()

@@ -41,6 +41,7 @@ from pyro_interpolant import (
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
 GRID = FixedGrid(steps=3)
+TRAINING_STEPS = 13  # between the 12 random nodes, at the least, of weights that are trained
 Y = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
 
 
@@ -111,7 +112,7 @@ def test_one_solve_per_step_and_all_weights_move(loss, particles, target):
     else:
         elbo = loss(num_particles=particles, vectorize_particles=vectorised, max_plate_nesting=1)
     steps = [svi(guide, target, elbo).step() for _ in range(2)]
-    assert len(calls) == 2 * 4 * (GRID.steps + 1)
+    assert len(calls) == 2 * 4 * TRAINING_STEPS
     assert all(torch.isfinite(torch.tensor(steps)))
     assert all(moved(guide, before))
 
@@ -128,13 +129,18 @@ def test_a_compiled_elbo(particles):
         SVI(model, guide, still, jit),
         SVI(model, guide, still, Trace_ELBO(**options)),
     )
-    compiled.step()  # compiles, with nodes that stay
-    guide.transform.solver = FixedGrid(2 * GRID.steps)
-    for seed in range(2):
-        pyro.set_rng_seed(seed)
-        expected = eager.evaluate_loss()
-        pyro.set_rng_seed(seed)
-        assert compiled.step() == pytest.approx(expected, rel=1e-9)
+    compiled.step()  # compiles
+    # Both draw their nodes at random, by generators of their own.
+    found, expected = (
+        torch.tensor([loss() for _ in range(100)]) for loss in (compiled.step, eager.evaluate_loss)
+    )
+    error = ((found.var() + expected.var()) / 100) ** 0.5
+    assert abs(found.mean() - expected.mean()) < 4 * error
+    pyro.set_rng_seed(0)
+    first = compiled.step()
+    assert first != compiled.step()
+    pyro.set_rng_seed(0)
+    assert first == compiled.step()
     before = weights(guide)
     SVI(model, guide, Adam({"lr": 0.01}), jit).step()
     assert all(moved(guide, before))
@@ -173,7 +179,7 @@ def test_optimisers_of_torch(local):
         calls = counted(guide)
         elbo().backward()
         optimiser.step()
-        assert len(calls) == 4 * (GRID.steps + 1)
+        assert len(calls) == 4 * TRAINING_STEPS
         assert all(moved(guide, before))
 
 
@@ -297,24 +303,6 @@ def test_it_starts_from_another_guide():
         guide.start_from(guides.AutoMultivariateNormal(single))
 
 
-def test_training_takes_no_fewer_nodes_than_the_guide_was_made_with():
-    guide = small(solver=FixedGrid(5))
-    guide.transform.solver = FixedGrid(2)
-    calls, step = counted(guide), svi(guide)
-    step.step()
-    assert len(calls) == 4 * (5 + 1)
-    calls.clear()
-    with torch.no_grad():
-        guide()
-    assert len(calls) == 4 * 2
-    calls.clear()
-    guide.transform.solver = FixedGrid(6)
-    step.step()
-    assert len(calls) == 4 * (6 + 1)
-    guide.transform.solver = adaptive = Adaptive(nodes=4)
-    assert guide._for_training(guide.transform).solver is adaptive
-
-
 def test_its_solver_is_calibrated_through_its_posterior():
     guide = AutoInterpolant(model, hidden_dims=(4,), solver=FixedGrid(40))  # not trained
     guide()
@@ -322,25 +310,6 @@ def test_its_solver_is_calibrated_through_its_posterior():
     found = calibrate(posterior, posterior.sample((16,)))
     assert guide.transform.solver is found
     assert found.steps < 40
-
-
-def test_training_nodes_are_random_and_their_density_unbiased():
-    guide = small(solver=FixedGrid(4))
-    flows = [guide._for_training(guide.transform) for _ in range(100)]
-    nodes, weights = flows[0].solver.grid()
-    assert torch.equal(nodes, nodes.sort().values)
-    assert (nodes[0], nodes[-1], len(nodes)) == (0, 1, 6)
-    assert torch.equal((nodes[1:-1] * 4).long(), torch.arange(4))
-    assert float(weights.sum()) == pytest.approx(1)
-    assert not torch.equal(flows[1].solver.grid()[0], nodes)
-    z = guide.get_posterior().sample((5,))
-    with torch.no_grad():
-        estimates = torch.stack([flow.log_abs_det_jacobian(flow.inv(z), z) for flow in flows])
-        fine = guide.transform.at(1.0)
-        fine.solver = FixedGrid(64)
-        exact = fine.log_abs_det_jacobian(fine.inv(z), z)
-    error = estimates.std(0) / 100**0.5
-    assert ((estimates.mean(0) - exact).abs() < 5 * error + 1e-3).all()
 
 
 # ---------------------------------------------------------------------------- median and quantiles

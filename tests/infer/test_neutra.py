@@ -55,6 +55,7 @@ def test_draws_come_back_in_the_models_sites():
     assert Predictive(model, samples)(None)["y"].shape == (5, 2)
 
 
+@pytest.mark.usefixtures("_nodes_stay")
 def test_the_density_in_base_space_is_the_models():
     guide = small()
     base = neutra(guide)

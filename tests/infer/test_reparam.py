@@ -26,14 +26,19 @@ from pyro.infer.autoguide.initialization import (
     init_to_uniform,
     init_to_value,
 )
-from pyro.infer.mcmc.util import initialize_model
+from pyro.infer.mcmc.util import initialize_model, print_summary
 from pyro.optim import Adam
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     FixedGrid,
+    Geodesic,
     InterpolantDistribution,
+    InterpolantTransform,
+    JointInterpolantDistribution,
+    TorusMLP,
     base_space,
+    circular,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
@@ -691,3 +696,50 @@ def test_of_a_module():
 
     trace = trace_of(base_space(Model(random_prior(2))))
     assert trace.stochastic_nodes == ["z_base"]
+
+
+# Draws by the model's own names
+
+
+def test_draws_in_base_space_become_those_of_the_model(capsys):
+    joint = JointInterpolantDistribution(
+        random_flow(3, solver=STEPS),
+        sites={"slope": ((), constraints.real), "scales": ((2,), constraints.positive)},
+    ).freeze()
+    torus = InterpolantTransform(TorusMLP(2), interpolant=Geodesic(), solver=STEPS)
+    stars, angles = random_prior(2), InterpolantDistribution(torus, support=circular).freeze()
+
+    def model(count):
+        joint.sample_sites("earlier")
+        with pyro.plate("rows", count):
+            pyro.sample("star", stars)
+        pyro.sample("angle", angles)
+        pyro.sample("free", dist.Normal(0.0, 1.0))
+
+    base = base_space(model)
+    draws = {
+        "earlier_base": torch.randn(2, 5, 3),
+        "star_base": torch.randn(2, 5, 4, 2),
+        "angle_base": torch.randn(2, 5, 4),
+        "free": torch.randn(2, 5),
+    }
+    found = base.samples(draws, 4)
+    assert sorted(found) == ["angle", "free", "scales", "slope", "star"]
+    one = {name: value[1, 3] for name, value in draws.items()}
+    expected = poutine.trace(poutine.condition(base, one)).get_trace(4)
+    for name, value in found.items():
+        assert torch.allclose(value[1, 3], expected.nodes[name]["value"], atol=1e-10)
+    print_summary(found)
+    printed = capsys.readouterr().out
+    assert all(f"{name}[0" in printed for name in ("scales", "star", "angle"))
+
+
+def test_a_prior_with_a_context_has_no_one_map_for_all_draws():
+    likelihood = family()
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("z", likelihood.condition(x))
+
+    with pytest.raises(ValueError, match="'z' with a context: use Predictive"):
+        base_space(model).samples({"x": torch.randn(5, 2), "z_base": torch.randn(5, 2)})

@@ -17,6 +17,7 @@ from pyro_interpolant import (
 )
 
 
+@pytest.mark.usefixtures("_nodes_stay")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_its_flow_has_an_inverse_and_the_density_of_its_jacobian(name):
     transform = FLOWS[name](2, solver=FixedGrid(steps=32))

@@ -117,6 +117,7 @@ def test_shapes(builder, batch):
                 assert direction.inverse_shape(shape) == shape
 
 
+@pytest.mark.usefixtures("_nodes_stay")
 @pytest.mark.parametrize("dim", [1, 2, 5])
 def test_jacobian(builder, dim):
     transform = builder(dim)

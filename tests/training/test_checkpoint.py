@@ -24,7 +24,7 @@ from pyro_interpolant import (
     optimal_transport,
 )
 from pyro_interpolant.training import fitting
-from pyro_interpolant.training.checkpoint import Checkpoint
+from pyro_interpolant.training.checkpoint import Checkpoint, _identity
 from pyro_interpolant.training.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
@@ -247,20 +247,86 @@ def test_nothing_but_damage_is_an_error(tmp_path):
     assert path.read_bytes() == b"nonsense"
 
 
-def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["write", "replace"])
+def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(
+    how, tmp_path, monkeypatch, full_disk
+):
     path = tmp_path / "run"
     Checkpoint(path).write({"a": torch.ones(2)}, {"n": 1})
 
     def fail(*arguments, **options):
         raise OSError("no space left")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(OSError, match="no space"):
-        Checkpoint(path).write({"a": torch.zeros(2)}, {"n": 2})
-    monkeypatch.undo()
+    with monkeypatch.context() as patch, full_disk(4096 if how == "write" else 2**30):
+        if how == "replace":
+            patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="File too large" if how == "write" else "no space"):
+            Checkpoint(path).write({"a": torch.zeros(2)}, {"n": 2})
     assert torch.equal(Checkpoint(path).tensors["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     assert Checkpoint(tmp_path / "nowhere").tensors is None
+
+
+def test_a_full_disk_ends_a_run_with_an_os_error_and_its_last_state(tmp_path, full_disk):
+    path = tmp_path / "run"
+    with pytest.raises(Stop):
+        fit(made(), rows(), checkpoint=path, callback=stopping(20), **QUICK)
+    before = path.read_bytes()
+    with full_disk(len(before) // 2), pytest.raises(OSError, match="File too large"):
+        fit(made(), rows(), checkpoint=path, **QUICK)
+    assert path.read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} <= {"run", "run.previous"}
+
+
+def test_states_are_kept_behind_a_link_with_their_mode(tmp_path):
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "run-12", tmp_path / "current"
+    link.symlink_to(target)
+    for n in range(3):
+        checkpoint = Checkpoint(link)
+        assert checkpoint.numbers.get("n", -1) == n - 1
+        checkpoint.write({"a": torch.full((2,), n)}, {"n": n})
+        target.chmod(0o600)
+    assert link.is_symlink()
+    assert not target.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["current", "disk"]
+    kept = tmp_path / "disk" / "run-12.previous"
+    assert sorted(p.name for p in target.parent.iterdir()) == [target.name, kept.name]
+    assert target.stat().st_mode & 0o777 == kept.stat().st_mode & 0o777 == 0o600
+    link.unlink()
+    link.symlink_to(tmp_path / "nowhere" / "run")
+    with pytest.raises(ValueError, match="in a folder that is there, got .*current"):
+        fit(made(), rows(), checkpoint=link, **QUICK)
+
+
+def affine(loc):
+    parts = [dist.transforms.AffineTransform(torch.full((2,), loc), 1.0, event_dim=1)]
+    return dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), parts)
+
+
+def mixed(loc):
+    means = torch.stack((torch.zeros(2), torch.full((2,), loc)))
+    parts = dist.Normal(means, 1.0).to_event(1)
+    return dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts)
+
+
+BASES = {
+    "uniform": lambda loc: dist.Uniform(torch.full((2,), loc - 9), 9.0).to_event(1),
+    "mixture": mixed,
+    "affine": affine,
+    "masked": lambda loc: dist.Normal(torch.full((2,), loc), 1.0).to_event(1).mask(mask=True),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_run_from_another_base_is_another_run(name, tmp_path):
+    """Also where the numbers of a base are not those that torch would check."""
+    flow = made().transform.flow
+    one, again, other = (
+        _identity(flow, BASES[name](loc), None, rows()) for loc in (0.0, 0.0, 0.25)
+    )
+    assert one == again
+    assert one != other
 
 
 def test_where_no_state_can_be_kept(tmp_path):

@@ -26,7 +26,10 @@ from pyro_interpolant import (
 )
 
 # Raised inside torch, by its own first use of forward-mode differentiation.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
+    pytest.mark.usefixtures("_nodes_stay"),
+]
 
 KINDS = sorted(FLOWS)
 CLOSE = 2e-6  # between the two directions of a solve

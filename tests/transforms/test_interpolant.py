@@ -77,6 +77,7 @@ def test_hessian_against_finite_differences(kind, dim, divergence):
     assert hessian.abs().max() > 0.1
 
 
+@pytest.mark.usefixtures("_nodes_stay")
 @every_kind
 def test_gradient_of_the_weights_against_finite_differences(kind):
     prior = InterpolantDistribution(flow(kind))
@@ -224,6 +225,7 @@ def trained_losses(make_elbo, model, guide, transform, steps=3):
     return torch.tensor([*losses, svi.evaluate_loss()]), copy.deepcopy(transform.state_dict())
 
 
+@pytest.mark.usefixtures("_nodes_stay")
 @tracing
 @every_kind
 def test_jit_elbo_of_an_observed_likelihood(kind):
@@ -337,6 +339,7 @@ def test_wrong_context():
         plain.velocity(torch.tensor(0.5), torch.randn(2), torch.randn(4))
 
 
+@pytest.mark.usefixtures("_nodes_stay")
 @pytest.mark.parametrize("shape", [(3,), (1, 3), (4, 3)])
 @every_kind
 def test_gradient_of_the_context(kind, shape):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._torch import draws_nothing
 from ...diagnostics.psis import effective_sample_size, systematic_resampling
 
 _BLOCKS = (128, 1024, 4096)  # numbers of rows evaluated at once that are tried
@@ -125,7 +126,8 @@ class LogDensity:
         return Particles(x, torch.cat(values), torch.cat(gradients))
 
     def _value(self, x: Tensor) -> Tensor:
-        value = self.function(x)
+        with draws_nothing():
+            value = self.function(x)
         if value.shape != x.shape[:1]:
             raise ValueError(
                 f"expected log densities of shape ({len(x)},) for rows of shape "

@@ -1,0 +1,71 @@
+r"""Where two values differ: whether what was built from a description is what was described."""
+
+import dataclasses
+from collections.abc import Mapping
+from inspect import getattr_static
+from numbers import Number
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
+from torch.distributions.constraints import Constraint
+from torch.distributions.utils import lazy_property
+
+# What no density depends on: modes, validation, caches, what a compiler made.
+_LEFT_OUT = {"training", "_validate_args", "_compiled_call_impl", "_inv", "_cached_x_y", "_cache"}
+
+
+def difference(one: Any, other: Any) -> str | None:
+    """Return the place at which two values differ, empty if it is the whole; None if they do not.
+
+    Modules, distributions, transforms and constraints are compared by their attributes, save those
+    that are computed when somebody asks for them; tensors of any shapes by their bits.
+    """
+    if one is other:
+        return None
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return None if _is_same_tensor(one, other) else ""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
+    elif type(one) is not type(other) and not _are_numbers(one, other):
+        return ""
+    elif _is_made_of_parts(one):
+        one, other = _parts(one), _parts(other)
+    if not isinstance(one, Mapping):
+        return None if one == other or (one != one and other != other) else ""
+    for key in {**one, **other}:
+        if key not in one or key not in other:
+            return str(key)
+        inner = difference(one[key], other[key])
+        if inner is not None:
+            return f"{key}.{inner}".rstrip(".")
+    return None
+
+
+def _is_same_tensor(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = one.detach().cpu(), other.detach().cpu()
+    if torch.equal(one, other):
+        return True
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(value, Number) for value in values)
+
+
+def _is_made_of_parts(value: Any) -> bool:
+    kinds = (nn.Module, Distribution, Transform, Constraint)
+    return isinstance(value, kinds) or dataclasses.is_dataclass(value)
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """Return the attributes of a value, without those that only save time."""
+    return {
+        key: part
+        for key, part in vars(value).items()
+        if key not in _LEFT_OUT
+        and not isinstance(getattr_static(type(value), key, None), lazy_property)
+    }

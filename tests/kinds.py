@@ -1,0 +1,223 @@
+"""Every kind of flow distribution by name, small and untrained, with what no kind has to satisfy.
+
+Each is built anew by a call, from the random numbers of the moment, in the default type.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cases import BASES, SUPPORTS, WHITENINGS, own_flow, random_flow, random_prior
+from pyro.distributions import constraints
+
+from pyro_interpolant import (
+    Adaptive,
+    ConditionalInterpolantDistribution,
+    ConditionalInterpolantTransform,
+    FixedGrid,
+    Geodesic,
+    HutchinsonDivergence,
+    InterpolantDistribution,
+    InterpolantTransform,
+    JointInterpolantDistribution,
+    TorusMLP,
+    circular,
+)
+from pyro_interpolant.distributions.bases import Samples
+
+GRID = FixedGrid(steps=8)
+
+SITES = {
+    "slope": ((), constraints.real),
+    "scales": ((2,), constraints.positive),
+    "weights": ((3,), constraints.simplex),
+}
+
+
+def flow_of(dim: int = 2, **choices: Any) -> Any:
+    return random_flow(dim, **{"solver": GRID, **choices})
+
+
+def plain(dim: int = 2, **kwargs: Any) -> InterpolantDistribution:
+    return InterpolantDistribution(flow_of(dim), **kwargs)
+
+
+def supported(name: str) -> InterpolantDistribution:
+    return plain(SUPPORTS[name].dim, support=SUPPORTS[name].support)
+
+
+def family(context_dim: int = 3, **kwargs: Any) -> ConditionalInterpolantDistribution:
+    return ConditionalInterpolantDistribution(flow_of(context_dim=context_dim), **kwargs)
+
+
+def given(*batch: int, **kwargs: Any) -> InterpolantDistribution:
+    """Return a member of a family, or a batch of them, one for each of its contexts."""
+    return family(**kwargs).condition(torch.randn(*batch, 3))
+
+
+def angular_flow(dim: int = 2, context_dim: int = 0) -> Any:
+    velocity = TorusMLP(dim, (16, 16), context_dim)
+    with torch.no_grad():
+        velocity.output.weight.normal_(std=0.3)
+    kind = ConditionalInterpolantTransform if context_dim else InterpolantTransform
+    return kind(velocity, interpolant=Geodesic(), solver=GRID)
+
+
+def angles(dim: int = 2) -> InterpolantDistribution:
+    return InterpolantDistribution(angular_flow(dim), support=circular)
+
+
+def angles_given() -> InterpolantDistribution:
+    flow = ConditionalInterpolantDistribution(angular_flow(context_dim=3), support=circular)
+    return flow.condition(torch.randn(3))
+
+
+def joint() -> JointInterpolantDistribution:
+    return JointInterpolantDistribution(flow_of(5), sites=SITES)
+
+
+def gaussianized_joint() -> JointInterpolantDistribution:
+    sites = {"slope": ((), constraints.real), "scale": ((), constraints.positive)}
+    support = SUPPORTS["gaussianized"].support
+    return JointInterpolantDistribution(flow_of(2), sites=sites, support=support)
+
+
+def whitened(name: str) -> InterpolantDistribution:
+    make, linear = WHITENINGS[name]
+    transform = flow_of()
+    transform.flow.whitening = make(2)
+    transform.flow.whitening.set(torch.randn(2), linear(2))
+    return InterpolantDistribution(transform)
+
+
+KINDS: dict[str, Callable[[], InterpolantDistribution]] = {
+    "plain": plain,
+    "one": lambda: plain(1),
+    "own network": lambda: InterpolantDistribution(own_flow(2, solver=GRID)),
+    "diagonal": lambda: whitened("diagonal"),
+    "scalar": lambda: whitened("scalar"),
+    "positive": lambda: supported("positive"),
+    "interval": lambda: supported("interval"),
+    "simplex": lambda: supported("simplex"),
+    "ordered": lambda: supported("ordered_vector"),
+    "corr_cholesky": lambda: supported("corr_cholesky"),
+    "stack": lambda: supported("stack"),
+    "shaped": lambda: plain(4, event_shape=(2, 2)),
+    "gaussianized": lambda: supported("gaussianized"),
+    "tempered": lambda: supported("tempered"),
+    "laplace": lambda: plain(base=BASES["laplace"](2)),
+    "multivariate": lambda: plain(base=BASES["multivariate"](2)),
+    "flow base": lambda: plain(base=random_prior(2)),
+    "laplace, positive": lambda: plain(base=BASES["laplace"](2), support=constraints.positive),
+    "samples": lambda: plain(base=Samples(torch.randn(50, 2))),
+    "given": given,
+    "given rows": lambda: given(4),
+    "given, positive": lambda: given(support=constraints.positive),
+    "joint": joint,
+    "joint, gaussianized": gaussianized_joint,
+    "angles": angles,
+    "one angle": lambda: angles(1),
+    "angles given": angles_given,
+    "halfway": lambda: plain().at(0.5),
+    "halfway, laplace": lambda: plain(base=BASES["laplace"](2)).at(0.5),
+    "halfway, angles": lambda: angles().at(0.5),
+    "start": lambda: plain().at(0.0),
+    "adaptive": lambda: InterpolantDistribution(
+        flow_of(solver=Adaptive(rtol=1e-7, atol=1e-7, nodes=12))
+    ),
+    "hutchinson": lambda: InterpolantDistribution(
+        flow_of(divergence=HutchinsonDivergence(probes=2, seed=1))
+    ),
+    "expanded": lambda: plain().expand((4,)),
+    "expanded, positive": lambda: supported("positive").expand((4,)),
+    "expanded angles": lambda: angles().expand((4,)),
+}
+
+
+class Reason(NamedTuple):
+    """Why a check does not hold of a kind: the error that comes instead, and an argument."""
+
+    error: type[Exception] | tuple[type[Exception], ...]
+    why: str
+
+
+# What Pyro asks of its own classes and these do not satisfy, by design: check, kind, reason.
+EXCEPTIONS: dict[str, dict[str, Reason]] = {
+    "entropy": dict.fromkeys(
+        ("plain", "positive", "angles"),
+        Reason(NotImplementedError, "the mean of -log_prob over draws is all there is"),
+    ),
+    "local_latents": {
+        "": Reason(ValueError, "a flow over one vector has no place for sites that come and go")
+    },
+    "jacobian": {
+        "hutchinson": Reason(AssertionError, "its log-determinant is an estimate, always the same")
+    },
+    "infer_shapes": {
+        "plain": Reason(NotImplementedError, "no argument is a tensor: the flow has the shapes")
+    },
+}
+
+# What does not hold today and should: a line goes when its cause is mended.
+_UNCHECKED = Reason(pytest.fail.Exception, "the base does not check that its batch expands")
+_OPEN_EXPANDS = {
+    f"{kind}, own": _UNCHECKED for kind in KINDS if kind == "samples" or "angle" in kind
+}
+_NO_MOMENTS = Reason(NotImplementedError, "no mean, no variance")
+_NO_SIGN = Reason(NotImplementedError, "a tracer reads all of a module, its sign too")
+_NO_CDF = Reason(NotImplementedError, "no cdf")
+
+PENDING: dict[str, dict[str, Reason]] = {
+    "expand_error": _OPEN_EXPANDS,
+    "expand_reshaped": _OPEN_EXPANDS,
+    "discrete_error": {"": Reason(AssertionError, "no link to the page on enumeration")},
+    "sphere_reparam": {"": Reason(ValueError, "asked for a value before it is reparametrized")},
+    "guide_jit": {"": _NO_SIGN},
+    "predictive_jit": {"": _NO_SIGN},
+    "traced": {"adaptive": Reason(AssertionError, "steps of one value, for all: to be refused")},
+    "validation": {"adaptive, off": Reason(ValueError, "no step is small enough for a NaN")},
+    "traced_module": dict.fromkeys(("plain", "flow base", "angles", "hutchinson"), _NO_SIGN),
+    "moments": dict.fromkeys(("plain", "positive", "angles"), _NO_MOMENTS),
+    "cdf": dict.fromkeys(("one", "one angle"), _NO_CDF),
+}
+
+
+def expected(check: str, case: str = "") -> list[pytest.MarkDecorator]:
+    """Return the mark of a case that is expected to fail as stated, or none."""
+    reason = {**EXCEPTIONS.get(check, {}), **PENDING.get(check, {})}.get(case)
+    if reason is None:
+        return []
+    return [pytest.mark.xfail(reason=reason.why, raises=reason.error, strict=True)]
+
+
+def known(check: str) -> Callable[[Any], Any]:
+    """Decorate a test of one case, which may be expected to fail as stated."""
+    marks = expected(check)
+    return marks[0] if marks else lambda test: test
+
+
+def over(
+    check: str,
+    quick: Iterable[str] = (),
+    kinds: Iterable[str] = KINDS,
+    **cases: Iterable[str],
+) -> pytest.MarkDecorator:
+    """Parametrize a test over kinds: all but some slow, the excepted expected to fail as stated.
+
+    Args:
+        check: The name of the check in the lists of exceptions.
+        quick: The kinds that are not slow.
+        kinds: All kinds that the check is about.
+        **cases: One more parameter, its name and values; exceptions are then of "kind, value".
+    """
+    (name, values), *_ = [*cases.items(), ("", [None])]
+    members = []
+    for kind, value in itertools.product(kinds, values):
+        case = kind if value is None else f"{kind}, {value}"
+        marks = [*([] if kind in quick else [pytest.mark.slow]), *expected(check, case)]
+        members.append(pytest.param(*([kind, value] if name else [kind]), marks=marks, id=case))
+    unknown = {*EXCEPTIONS.get(check, ()), *PENDING.get(check, ())} - {m.id for m in members}
+    assert not unknown, f"exceptions of {check} that are no case: {sorted(unknown)}"
+    return pytest.mark.parametrize(("kind", name) if name else "kind", members)

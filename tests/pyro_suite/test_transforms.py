@@ -1,0 +1,136 @@
+"""What Pyro asserts of every transform, of the whole chain from the base to the support."""
+
+import copy
+import pickle
+
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import SUPPORTS
+from kinds import KINDS, over
+from torch.distributions import ComposeTransform
+
+from pyro_interpolant import FixedGrid
+
+DELTA, EPSILON = 1e-6, 1e-4  # of an inverse, and of a numeric log-determinant
+
+QUICK = ("plain", "simplex", "given")
+
+
+def made(kind):
+    """Return a kind of flow that is solved finely, and the chain of its transforms."""
+    d = KINDS[kind]()
+    if isinstance(d.transform.solver, FixedGrid):
+        d.transform.solver = FixedGrid(steps=48)
+    return d, ComposeTransform(d.transforms)
+
+
+@over("inverse", QUICK)
+@torch.no_grad()
+def test_inverse(kind):
+    d, chain = made(kind)
+    x = d.base_dist.sample((10,))
+    y = chain(x)
+    d.clear_cache()  # what comes back is solved, not remembered
+    back = chain.inv(y.clone())
+    torch.testing.assert_close(chain(back.clone()), y, rtol=DELTA, atol=DELTA)
+    there, here = (chain.log_abs_det_jacobian(s, y.clone()) for s in (x.clone(), back))
+    torch.testing.assert_close(there, here, rtol=0, atol=DELTA)
+    assert there.shape == x.shape[:-1]
+    gap = back - x
+    if "angle" in kind:  # whole turns are lost on the torus
+        gap = torch.remainder(gap + torch.pi, 2 * torch.pi) - torch.pi
+    assert gap.abs().max() < DELTA
+
+
+@over("shape", QUICK)
+@torch.no_grad()
+def test_shape(kind):
+    d, chain = made(kind)
+    d.transform.solver = FixedGrid(steps=1)
+    full = d.base_dist.shape()
+    for lead in ((), (3,), (3, 4, 5)):
+        x = torch.randn(*lead, *full)
+        y = chain(x)
+        assert y.shape == lead + d.shape()
+        assert tuple(chain.forward_shape(x.shape)) == y.shape
+        assert tuple(chain.inverse_shape(y.shape)) == x.shape
+        # Of one event alone: the chain knows its context, and not that there is a batch.
+        assert chain.forward_shape(full[-1:])[-d.event_dim :] == d.event_shape
+        base = dist.Normal(torch.zeros(*lead, *full), 1.0)
+        flow = dist.TransformedDistribution(base, d.transforms)
+        assert flow.shape() == y.shape == flow.sample().shape
+        assert flow.log_prob(flow.sample()).shape == lead + d.batch_shape
+    assert chain.domain.event_dim == 1
+    assert chain.codomain.event_dim == d.event_dim
+    assert chain.bijective
+
+
+def free(kind, y):
+    """Return the coordinates of values that a density is with respect to, shape ``(*, D)``."""
+    found = SUPPORTS[kind].free(y) if kind in ("simplex", "corr_cholesky") else y
+    return found.reshape(*found.shape[: found.dim() - (2 if kind == "shaped" else 1)], -1)
+
+
+@over("jacobian", QUICK, [kind for kind in KINDS if kind not in ("given rows",)])
+@torch.no_grad()
+def test_jacobian(kind):
+    d, chain = made(kind)
+    x = d.base_dist.sample()
+    x = x[0] if x.dim() > 1 else x
+    steps = EPSILON * torch.eye(len(x)) / 2
+    numeric = (free(kind, chain(x + steps)) - free(kind, chain(x - steps))) / EPSILON
+    y = chain(x)
+    analytic = chain.log_abs_det_jacobian(x, y)
+    expected = torch.linalg.slogdet(numeric).logabsdet
+    torch.testing.assert_close(analytic, expected, rtol=0, atol=EPSILON)
+    torch.testing.assert_close(chain.inv.log_abs_det_jacobian(y, x), -analytic)
+
+
+@over("autodiff", QUICK, [kind for kind in KINDS if kind not in ("samples", "start")])
+def test_three_steps_of_maximum_likelihood(kind):
+    """Through one reused distribution; the value follows the weights, as a fresh copy's does."""
+    d = KINDS[kind]()
+    optimizer = torch.optim.Adam(d.transform.flow.parameters(), lr=2e-3)
+    x = d.sample((10,))
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = -d.log_prob(x).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        fresh = -copy.deepcopy(d).log_prob(x.clone()).mean()
+        torch.testing.assert_close(-d.log_prob(x).mean(), fresh)
+    assert losses[2] < losses[1] < losses[0]
+
+
+@over("parts", QUICK)
+def test_parts(kind):
+    """Each part can be inverted, kept with a cache or without, copied and pickled."""
+    d, _ = made(kind)
+    x = d.base_dist.sample()
+    for part in d.transforms:
+        assert part.inv.inv is part
+        assert part.inv is part.inv
+        assert part.bijective
+        y = part(x)
+        for other in (
+            part.with_cache(0),
+            part.with_cache(1),
+            copy.deepcopy(part),
+            pickle.loads(pickle.dumps(part)),
+        ):
+            torch.testing.assert_close(other(x.clone()), y)
+            assert other.inv.inv is other
+        x = y
+
+
+@pytest.mark.parametrize("cache_size", [0, 1])
+@over("modules", QUICK)
+def test_a_composed_module_has_the_weights(kind, cache_size):
+    d, chain = made(kind)
+    module = dist.transforms.ComposeTransformModule(d.transforms, cache_size=cache_size)
+    assert set(module.parameters()) == set(d.transform.parameters())
+    x = d.base_dist.sample((3,))
+    torch.testing.assert_close(module(x), chain(x.clone()))
