@@ -11,7 +11,7 @@ is one weighted sum along them, computed only where a density is wanted.
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import repeat
 
 import torch
@@ -47,9 +47,14 @@ class Path:
     divergence: Divergence
     seed: int | None = None
 
-    @cached_property
+    @property
     def times(self) -> tuple[Tensor, Tensor]:
         """The nodes on [0, end] and their weights, each of shape ``(N + 1,)``."""
+        if "times" not in vars(self):  # no cached_property, whose lock compilers cannot take
+            vars(self)["times"] = self._times()
+        return vars(self)["times"]
+
+    def _times(self) -> tuple[Tensor, Tensor]:
         if self.end == 0.0:
             return torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         nodes, weights = self.solver.grid()

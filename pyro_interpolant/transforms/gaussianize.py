@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to, constraints, transform_to
 from torch.distributions.constraint_registry import ConstraintRegistry
 
+from .._torch import is_tracing
 from .bijections import PerEvent
 from .cache import RealVectorTransform
 
@@ -227,7 +228,7 @@ _register(transform_to)
 def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return a function of rows, ``(*, D)``, that needs many times their memory, of all rows."""
     size = max(1, _VALUES_PER_CALL // max(1, x.shape[-1]))
-    if x.dim() < 2 or x[..., 0].numel() <= size:
+    if is_tracing() or x.dim() < 2 or x[..., 0].numel() <= size:
         return function(x)
     parts = x.reshape(-1, x.shape[-1]).split(size)
     return torch.cat([function(part) for part in parts]).reshape(x.shape)
