@@ -278,8 +278,11 @@ def is_tracing() -> bool:
 
 
 def is_compiling() -> bool:
-    """Return whether tensors may be without values: for ``torch.compile``, ``torch.export``, ..."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Return whether tensors may be without values: for ``torch.compile`` or ``torch.export``."""
+    kinds = torch._C._TorchDispatchModeKey
+    return torch.compiler.is_compiling() or any(
+        torch._C._get_dispatch_mode(kind) is not None for kind in (kinds.FAKE, kinds.PROXY)
+    )
 
 
 def is_functorch_tensor(x: Tensor) -> bool:
