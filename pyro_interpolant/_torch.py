@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ class _OwnGenerators(TorchDispatchMode):
                 default.set_state(before)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _drawing_form(operation: Any) -> tuple[Any, int | None] | None:
     """Return how to give an operation a generator, or None if it draws nothing.
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,6 +47,7 @@ def save(distribution: "AnyDistribution", path: StrPath) -> None:
         path: The file, conventionally ``*.safetensors``.
 
     Raises:
+        TypeError: If it is no distribution of this package.
         ValueError: If :func:`load` would not give the flow back equal, before the file is touched:
             a conditioned flow, a class of your own other than the velocity's or interpolant's, a
             base that is neither a flow nor made of Pyro's distributions, a constraint that no name
@@ -140,7 +141,6 @@ def contents(
         OSError: If there is no such file, or it cannot be read.
         ValueError: If the file is damaged, or not of safetensors.
     """
-    # Not mapped into memory: whatever happens to the file later, tensors stay what they are.
     raw = Path(path).read_bytes()
     try:
         head, start = _parsed(raw)
@@ -148,8 +148,13 @@ def contents(
         claimed = metadata.get(_CHECKSUM)
         if claimed is not None and claimed != _checksum(head, memoryview(raw)[start:]):
             raise ValueError("its checksum is another")
-        return metadata, _tensors(raw, framework)
-    except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
+        return metadata, _tensors(path, framework)
+    except TypeError as error:
+        raise ValueError(
+            f"expected tensors of types that numpy has, got others in {path} ({error}): save the "
+            "flow in float32 or float64"
+        ) from error
+    except (SafetensorError, ValueError, LookupError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged or not a safetensors file ({error}): save the flow again"
         ) from error
@@ -216,19 +221,15 @@ def _mode_of(path: Path) -> int | None:
     return stat.S_IMODE(mode)
 
 
-def _tensors(raw: bytes, framework: Literal["np", "pt"]) -> dict[str, Any]:
-    """Return the tensors of a safetensors file."""
-    if framework == "pt":
-        from safetensors.torch import load
+def _tensors(path: StrPath, framework: Literal["np", "pt"]) -> dict[str, Any]:
+    """Return the tensors of a safetensors file, copied from where it is mapped into memory.
 
-        # Copied to where torch itself would put them: sums may depend on how data are aligned.
-        return {name: tensor.clone() for name, tensor in load(raw).items()}
-    from safetensors.numpy import load as load_arrays
-
-    try:
-        return load_arrays(raw)
-    except KeyError as error:
-        raise ValueError(f"numpy has no type {error}") from error
+    Mapped ones would change with the file, and end the process where it is cut; and sums may
+    depend on how numbers are aligned.
+    """
+    with safe_open(path, framework=framework) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    return {k: v.clone() if framework == "pt" else v.copy() for k, v in tensors.items()}
 
 
 def _parsed(raw: bytes) -> tuple[dict[str, Any], int]:

@@ -724,6 +724,13 @@ def test_headers_and_tensors_are_the_same_for_both_readers(path):
         assert torch.equal(torch.as_tensor(arrays[name]), tensor), name
 
 
+def test_numpy_has_not_all_types(path):
+    save(InterpolantDistribution(random_flow(2)).to(torch.bfloat16), path)
+    assert load(path).transform.flow.loc.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="types that numpy has, got others in .*bfloat16"):
+        module.read(path)
+
+
 @dataclasses.dataclass(frozen=True)
 class OwnSolver:
     """A user's own solver, which a file cannot hold."""

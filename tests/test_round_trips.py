@@ -295,6 +295,12 @@ def parametrized():
     return distribution
 
 
+@pytest.mark.parametrize("what", ["a path", dist.Normal(0.0, 1.0), VelocityMLP(2)], ids=type)
+def test_what_is_no_distribution_of_this_package(what, path):
+    with pytest.raises(TypeError, match=f"of this package.*got {type(what).__name__}"):
+        save(what, path)
+
+
 SUBCLASSES = {
     "distribution": lambda: OwnDistribution(random_flow(2)),
     "transform": lambda: InterpolantDistribution(OwnTransform(VelocityMLP(2, (8,)))),
@@ -456,6 +462,24 @@ def test_whether_arguments_are_checked_is_kept(validate, path):
     distribution = InterpolantDistribution(random_flow(2, (8,)), validate_args=validate)
     save(distribution, path)
     assert vars(load(path)).get("_validate_args") is validate
+
+
+class Dropping(OwnVelocity):
+    """A velocity with dropout."""
+
+    def forward(self, t, x, context=None):
+        return nn.functional.dropout(super().forward(t, x), training=self.training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_dropout_is_on_or_off_as_it_was(training, frozen, path):
+    velocity = Dropping(2).requires_grad_(requires_grad=not frozen).train(training)
+    distribution = InterpolantDistribution(InterpolantTransform(velocity, 2))
+    save(distribution, path)
+    again = load(path, velocity=Dropping(2).train(not training))
+    assert again.transform.velocity.training == training
+    assert_same(distribution, again)
 
 
 class Mixed(OwnVelocity):

@@ -74,10 +74,16 @@ def describe(distribution: AnyDistribution) -> tuple[Header, Tensors]:
         distribution: A flow that owns its weights.
 
     Raises:
+        TypeError: If it is no distribution of this package.
         ValueError: If it would not come back equal: a conditioned flow, a class of the user's own
             other than that of the velocity or of the interpolant, a base that is neither a flow
             nor made of Pyro's distributions, a constraint that no name describes.
     """
+    if not isinstance(distribution, AnyDistribution):
+        raise TypeError(
+            "expected a distribution of this package, such as an InterpolantDistribution, got "
+            f"{type(distribution).__name__}"
+        )
     header, tensors = _describe(distribution, "")
     header = json.loads(json.dumps(header, default=_plain_number))
     try:
@@ -153,6 +159,7 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
         "noise_class": type(flow.noise).__name__,
         "independent": flow.independent,
         "frozen": fixed if 0 < len(fixed) < count else len(fixed) == count,
+        "training": flow.velocity.training,
         "interpolant": _describe_choice(flow.interpolant, paths),
         "solver": _describe_choice(transform.solver, solvers),
         "divergence": _describe_choice(transform.divergence, solvers),
@@ -294,7 +301,9 @@ def _build_transform(
         flow.noise = _new_network("noise", name, header["noise"], own, dtype)
     flow.independent = header.get("independent", True)
     _check_probes(transform, own.pop(_PROBES, None))
-    _set_flags(transform, frozen=header["frozen"], fill=fill)
+    _set_frozen(transform, header["frozen"])
+    if fill:  # dropout off where it was
+        transform.train(header.get("training", header["frozen"] is not True))
     surplus = sorted(own.keys() ^ flow.state_dict().keys())
     if surplus:
         raise PartError(f"expected tensors of its parts and no others, got {surplus}")
@@ -380,14 +389,12 @@ def _new_module(
     return module
 
 
-def _set_flags(transform: AnyTransform, *, frozen: bool | list[str], fill: bool) -> None:
+def _set_frozen(transform: AnyTransform, which: Any) -> None:
     """Freeze all weights, none, or some by name."""
     for name, p in transform.flow.named_parameters():
-        trained = not (frozen if isinstance(frozen, bool) else name in frozen)
+        trained = not (which if isinstance(which, bool) else name in which)
         if p.requires_grad != trained:
             p.requires_grad_(trained)
-    if fill and frozen is True:
-        transform.eval()
 
 
 def _check_probes(transform: AnyTransform, probes: Tensor | None) -> None:

@@ -265,7 +265,7 @@ class CircularSupport(Support):
 
     def default_base(self, flow: Flow) -> UniformTorus:
         """Return the uniform base: there is no normal one."""
-        return UniformTorus(flow.event_dim).to(flow.loc)
+        return UniformTorus(flow.event_dim, validate_args=False).to(flow.loc)
 
     def new_transform(self, size: int) -> InterpolantTransform:
         """Return an untrained transform of ``size`` angles."""

@@ -515,7 +515,7 @@ def test_a_file_keeps_a_conditional_flow_and_its_type(tmp_path):
 def test_a_schedule_of_your_own_has_to_be_passed(tmp_path):
     interpolant = Geodesic(lambda t: t * t)
     save(random_angles(2, interpolant=interpolant), tmp_path / "angles.safetensors")
-    with pytest.raises(ValueError, match="interpolant is a Geodesic: pass it"):
+    with pytest.raises(ValueError, match="interpolant is a Geodesic: pass an instance"):
         load(tmp_path / "angles.safetensors")
     again = load(tmp_path / "angles.safetensors", interpolant=interpolant)
     assert again.transform.interpolant is interpolant

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pyro
@@ -487,3 +488,39 @@ def test_wrong_arguments_are_refused():
         AutoInterpolant(model, init_scale=0.0)
     with pytest.raises(RuntimeError, match="found no latent variables"):
         AutoInterpolant(lambda: None)()
+
+
+# ------------------------------------------------------------------------ what its draws are worth
+
+
+def test_poor_draws_are_warned_of_once(tmp_path):
+    guide = AutoInterpolant(single, hidden_dims=(8,), solver=GRID)
+    off = {"x": 1.0 + 0.2 * torch.randn(500)}  # the posterior is N(1, 1/2)
+    with pytest.warns(UserWarning, match="Poor"):
+        result = fit_guide(guide, samples=off, seed=0, progress=False, options={"steps": 5})
+    assert result.verdict.startswith("Poor")
+    copied = pickle.loads(pickle.dumps(guide)).attach(single)
+    for made in (guide, copied):
+        with pytest.warns(
+            UserWarning, match="own draws are not those of the posterior: Poor"
+        ) as seen:
+            Predictive(single, guide=made, num_samples=3)()
+        assert len(seen) == 1
+        made()
+
+
+def test_good_draws_are_not():
+    guide = AutoInterpolant(single, hidden_dims=(8,), solver=GRID)
+    right = {"x": 1.0 + 0.5**0.5 * torch.randn(4000)}
+    result = fit_guide(guide, samples=right, seed=0, progress=False, options={"steps": 5})
+    assert result.verdict.startswith("Good")
+    guide()
+
+
+def test_predictive_in_parallel_is_one_solve():
+    guide = small(single).requires_grad_(requires_grad=False).eval()
+    calls = counted(guide)
+    draws = Predictive(single, guide=guide, num_samples=500, parallel=True)()["x"]
+    assert draws.shape == (500,)
+    assert draws.std() > 0.1
+    assert len(calls) <= 3 * 4 * GRID.steps  # and two of one draw, by which Pyro learns shapes

@@ -58,6 +58,7 @@ def seeded_sample(d):
 
 
 @over("pickle", QUICK, how=COPIES)
+@pytest.mark.usefixtures("_nodes_stay")
 def test_copies(kind, how):
     d, x, expected = used(kind)
     made = COPIES[how](d)

@@ -15,7 +15,6 @@ from pyro_interpolant import (
     VelocityMLP,
     fit,
     from_samples,
-    interpolant_transform,
 )
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
