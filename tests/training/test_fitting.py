@@ -235,7 +235,26 @@ def test_whichever_limit_comes_first_ends_the_run():
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_flags_and_modes_are_restored(frozen):
+def test_weights_are_frozen_afterwards_and_trained_all_the_same(frozen):
+    distribution = tiny()
+    if frozen:
+        distribution.freeze()
+    before = weights_of(distribution)
+    for _ in range(2):
+        quick(distribution, torch.randn(200, 2))
+        assert not any(p.requires_grad for p in distribution.transform.parameters())
+        assert not any(part.training for part in distribution.transform.modules())
+        assert all(p.grad is None for p in distribution.transform.parameters())
+        after = weights_of(distribution)
+        assert not torch.equal(after[LAST_LAYER], before[LAST_LAYER])
+        before = after
+    distribution.transform.requires_grad_(True)  # noqa: FBT003
+    distribution.log_prob(torch.randn(5, 2)).sum().backward()
+    assert all(p.grad is not None for p in distribution.transform.parameters())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_error_in_the_middle_leaves_flags_and_modes_as_they_were(frozen):
     distribution = tiny()
     if frozen:
         distribution.freeze()
@@ -243,7 +262,13 @@ def test_flags_and_modes_are_restored(frozen):
         distribution.transform.velocity.shifts.weight.requires_grad_(False)  # noqa: FBT003
     flags = [p.requires_grad for p in distribution.transform.parameters()]
     mode, before = distribution.transform.velocity.training, weights_of(distribution)
-    quick(distribution, torch.randn(200, 2))
+
+    def fail(state):
+        if state.step >= 10:
+            raise KeyError(state.step)
+
+    with pytest.raises(KeyError):
+        quick(distribution, torch.randn(200, 2), callback=fail)
     assert [p.requires_grad for p in distribution.transform.parameters()] == flags
     assert distribution.transform.velocity.training == mode
     assert all(p.grad is None for p in distribution.transform.parameters())
@@ -337,7 +362,6 @@ def test_looks_see_the_network_as_it_is_used():
     quick(distribution, torch.randn(300, 2), steps=20)
     assert not any(velocity.modes[:20])
     assert not velocity.drop.training
-    assert velocity.training
 
 
 def test_a_run_without_one_good_step_is_an_error_too():
