@@ -29,7 +29,7 @@ from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
 from .importance_sampling import importance_of, verdict_with_warning
 from .log_density import LogJoint, prior_draws
-from .sites import LatentSites, Model, forget_data, init_to_support
+from .sites import Imaged, LatentSites, Model, forget_data, init_to_support
 from .smc.train import RoundsResult, train_from_density
 
 _QUANTILE_POINTS = 4096  # of the base
@@ -150,6 +150,11 @@ class AutoInterpolant(AutoContinuous):
             flow = self._for_training(flow)
         name = f"_{self._pyro_name}_latent"
         return pyro.sample(name, InterpolantDistribution(flow), infer={"is_auxiliary": True})
+
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Sample the latent sites, each of the site's shape, by name."""
+        with Imaged():
+            return super().forward(*args, **kwargs)
 
     def _for_training(self, flow: InterpolantTransform) -> InterpolantTransform:
         """Return the flow with random nodes, no fewer than the guide was made with."""
