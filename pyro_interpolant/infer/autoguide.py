@@ -29,7 +29,14 @@ from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
 from .importance_sampling import are_raw_draws_good, importance_of, verdict_with_warning
 from .log_density import LogJoint, prior_draws
-from .sites import LatentSites, Model, forget_data, init_to_support, unsupported_sites_named
+from .sites import (
+    Imaged,
+    LatentSites,
+    Model,
+    forget_data,
+    init_to_support,
+    unsupported_sites_named,
+)
 from .smc.flow_proposal import affordable_draws
 from .smc.train import RoundsResult, train_from_density
 
@@ -153,6 +160,11 @@ class AutoInterpolant(AutoContinuous):
             self.poor = None
         name = f"_{self._pyro_name}_latent"
         return pyro.sample(name, self.get_posterior(), infer={"is_auxiliary": True})
+
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Sample the latent sites, each of the site's shape, by name."""
+        with Imaged():
+            return super().forward(*args, **kwargs)
 
     def _claim_weights(self) -> None:
         """Remove from the parameter store the weights of copies and of guides of the same name.
