@@ -184,9 +184,8 @@ def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,))
         hint = f": for N scalars pass shape (N, 1), {name}[:, None]" if x.dim() == 1 else ""
         raise ValueError(f"expected {name} of shape (N, {want}), got {tuple(x.shape)}{hint}")
     if x.numel() == 0:
-        raise ValueError(
-            f"expected rows of {name} with at least one number each, got shape {tuple(x.shape)}"
-        )
+        got = "none" if len(x) == 0 else f"{len(x)} without a number"
+        raise ValueError(f"expected rows of {name}, got {got}: their shape is {tuple(x.shape)}")
     bad = (~torch.isfinite(x)).reshape(len(x), -1).any(dim=1)
     if bool(bad.any()):
         raise ValueError(
