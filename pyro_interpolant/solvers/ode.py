@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from .._torch import constant, is_abstract, is_tracing, is_transformed, recomputed
+from .._torch import constant, is_abstract, is_functional, is_tracing, is_transformed, recomputed
 from ..nn.velocity import Field, StateFunction
 from .quadrature import clenshaw_curtis, integration_matrix
 
@@ -90,13 +90,15 @@ class _RungeKutta:
         gaps = times.diff()
         # Equal stage times are evaluated once: rk4 needs its midpoint twice.
         distinct = sorted(set(c))
-        stage_times = times[:-1, None] + gaps[:, None] * times.new_tensor(distinct)
+        stage_times = times[:-1, None] + gaps[:, None] * torch.tensor(distinct).to(times)
         stages = field(stage_times.reshape(-1).to(x))
         if self.checkpoint:
             stages = [recomputed(stage) for stage in stages]
         states = [x]
-        # As numbers they save a kernel each; a tracer may draw them anew, a compiler has none.
-        for i, h in enumerate(gaps.to(x).unbind() if is_tracing() else gaps.tolist()):
+        # As numbers they save a kernel each; a tracer may draw them anew, a compiler has none, and
+        # inside torch.func some versions of torch cannot read them.
+        as_tensors = is_tracing() or is_functional()
+        for i, h in enumerate(gaps.to(x).unbind() if as_tensors else gaps.tolist()):
             slopes: list[Tensor] = []
             for cj, row in zip(c, a, strict=True):
                 f = stages[i * len(distinct) + distinct.index(cj)]

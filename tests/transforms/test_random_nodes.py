@@ -43,7 +43,7 @@ def student():
 
 
 HIDDEN = (64, 64)
-FEW = FixedGrid(8)  # of nodes that stayed, 300 steps learned to claim 14 to 330 nats too much
+FEW = FixedGrid(12)  # of 8 nodes that stayed, 300 steps learned to claim 14 to 330 nats too much
 DENSITIES = {"banana": Banana, "modes": modes, "student": student}
 
 
