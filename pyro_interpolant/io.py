@@ -4,7 +4,8 @@ A flow's header and tensors are those of :mod:`~pyro_interpolant.distributions.d
 reads and writes files needs numpy alone; :func:`save` and :func:`load` import torch. A file holds
 a checksum of its header and of its tensors. With a
 :class:`~pyro_interpolant.HutchinsonDivergence` it holds the probes too, so that no reader needs
-torch's generator: the tensor ``divergence.probes``, signs of shape ``(P, D)``.
+torch's generator: the tensor ``divergence.probes``, signs of shape ``(P, D)``. What belongs to a
+base, a flow's tensors too, has ``base.`` before its name.
 """
 
 import json

@@ -64,7 +64,7 @@ class PartError(ValueError):
 
 
 class NotPassedError(ValueError):
-    """A class of the user's own that was not passed in."""
+    """A part of the user's own that was not passed in, or another that was."""
 
 
 def describe(distribution: AnyDistribution) -> tuple[Header, Tensors]:
@@ -302,8 +302,9 @@ def _build_transform(
     flow.independent = header.get("independent", True)
     _check_probes(transform, own.pop(_PROBES, None))
     _set_frozen(transform, header["frozen"])
-    if fill:  # dropout off where it was
-        transform.train(header.get("training", header["frozen"] is not True))
+    training = header.get("training", False if header["frozen"] is True else None)
+    if fill and training is not None:  # for dropout; version 0.1.0 kept it of frozen flows alone
+        transform.train(training)
     surplus = sorted(own.keys() ^ flow.state_dict().keys())
     if surplus:
         raise PartError(f"expected tensors of its parts and no others, got {surplus}")
@@ -336,13 +337,23 @@ def _passed(what: str, name: str, value: Any) -> Any:
 
 
 def _fill(module: nn.Module, tensors: Tensors) -> None:
-    """Give a module that was passed in its tensors, in their own types."""
+    """Give a module that was passed in its tensors, in their own types.
+
+    Raises:
+        NotPassedError: If it has others.
+    """
     for name, value in module.state_dict(keep_vars=True).items():
         if name in tensors and not nn.parameter.is_lazy(value):
             if tensors[name].is_floating_point() != value.is_floating_point():
                 raise PartError(f"expected {name!r} of a type like {value.dtype}")
             value.data = value.data.to(tensors[name].dtype)
-    module.load_state_dict(tensors)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise NotPassedError(
+            f"expected a {type(module).__qualname__} as it was saved, got one of other tensors: "
+            f"{error}"
+        ) from error
 
 
 def _new_network(

@@ -189,8 +189,9 @@ def test_a_base_that_is_a_flow_from_a_flow_from_a_base():
     for _ in range(3):
         inner, inner_again = inner.base, inner_again.base
         assert type(inner_again) is type(inner)
+    tensors = describe(again)[1]
     for name, tensor in describe(flow)[1].items():
-        assert torch.equal(describe(again)[1][name], tensor), name
+        assert torch.equal(tensors[name], tensor), name
     assert torch.equal(again.log_prob(x), flow.log_prob(x))
 
 
