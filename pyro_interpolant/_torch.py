@@ -133,7 +133,7 @@ class _OwnGenerators(TorchDispatchMode):
     def on(self, device: torch.device) -> torch.Generator:
         """Return the generator of a device."""
         if device not in self.generators:
-            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
+            self.generators[device] = torch.Generator(device).manual_seed(int(self.seed))
         return self.generators[device]
 
     def __torch_dispatch__(
@@ -202,6 +202,13 @@ def _drawing_form(operation: Any) -> tuple[Any, int | None] | None:
     place = names.index("generator")
     by_keyword = operation._schema.arguments[place].kwarg_only
     return operation, None if by_keyword else place
+
+
+@contextlib.contextmanager
+def with_gradients() -> Iterator[None]:
+    """Record gradients, whatever the caller has switched off: no_grad, or inference mode."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
 
 
 @contextlib.contextmanager
@@ -333,7 +340,7 @@ def forward_mode() -> contextlib.AbstractContextManager[object]:
 
 def jvp(
     function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
-) -> tuple[Any, Any]:
+) -> tuple[Any, ...]:
     """Return values and derivatives along tangents, as :func:`torch.func.jvp`, in any thread."""
     with forward_mode():
         return torch.func.jvp(function, primals, tangents)

@@ -161,24 +161,12 @@ EXCEPTIONS: dict[str, dict[str, Reason]] = {
 }
 
 # What does not hold today and should: a line goes when its cause is mended.
-_UNCHECKED = Reason(pytest.fail.Exception, "the base does not check that its batch expands")
-_OPEN_EXPANDS = {
-    f"{kind}, own": _UNCHECKED for kind in KINDS if kind == "samples" or "angle" in kind
-}
 _NO_MOMENTS = Reason(NotImplementedError, "no mean, no variance")
-_NO_SIGN = Reason(NotImplementedError, "a tracer reads all of a module, its sign too")
 _NO_CDF = Reason(NotImplementedError, "no cdf")
 
 PENDING: dict[str, dict[str, Reason]] = {
-    "expand_error": _OPEN_EXPANDS,
-    "expand_reshaped": _OPEN_EXPANDS,
-    "discrete_error": {"": Reason(AssertionError, "no link to the page on enumeration")},
-    "sphere_reparam": {"": Reason(ValueError, "asked for a value before it is reparametrized")},
-    "guide_jit": {"": _NO_SIGN},
-    "predictive_jit": {"": _NO_SIGN},
     "traced": {"adaptive": Reason(AssertionError, "steps of one value, for all: to be refused")},
     "validation": {"adaptive, off": Reason(ValueError, "no step is small enough for a NaN")},
-    "traced_module": dict.fromkeys(("plain", "flow base", "angles", "hutchinson"), _NO_SIGN),
     "moments": dict.fromkeys(("plain", "positive", "angles"), _NO_MOMENTS),
     "cdf": dict.fromkeys(("one", "one angle"), _NO_CDF),
 }

@@ -7,18 +7,21 @@ times makes an error of the path and of the integral, Hutchinson's probes one of
 import copy
 import dataclasses
 import math
+import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._torch import warn_user
+from .._torch import evaluated, warn_user
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence
 from ..solvers.ode import Adaptive, FixedGrid
 
 _REFERENCE = Adaptive(rtol=1e-8, atol=1e-8, nodes=96)
-_MAX_STEPS = 256
+_FIRST_STEPS, _MAX_STEPS = 4, 256
+_REFERENCE_TRIALS = 40  # as long as so many trials of the fewest steps a reference takes: 12 to 40
+_LEAST_ROWS = 16  # on which a grid is chosen
 _WORST_ROW_FACTOR = 5.0  # by which its error may exceed the tolerance of the mean
 
 
@@ -135,38 +138,118 @@ def calibrate(
     """
     if not tolerance > 0:
         raise ValueError(f"expected a positive tolerance in nats, got {tolerance}")
+    return calibrate_until(math.inf, distribution, x, tolerance=tolerance, context=context)
+
+
+def calibrate_until(
+    deadline: float,
+    distribution: AnyDistribution,
+    x: Tensor,
+    *,
+    tolerance: float,
+    context: Tensor | None = None,
+) -> FixedGrid:
+    """Set the solver as :func:`calibrate`, on fewer rows or with a warning where time is short.
+
+    Args:
+        deadline: The time, by :func:`time.monotonic`, from which no solve is begun.
+        distribution: As in :func:`calibrate`.
+        x: As in :func:`calibrate`, shape ``(N, *event_shape)``.
+        tolerance: As in :func:`calibrate`.
+        context: As in :func:`calibrate`, shape ``(N, C)``.
+
+    Returns:
+        The grid that was set.
+    """
     present = distribution.transform.solver
     template = present if isinstance(present, FixedGrid) else FixedGrid()
-    with torch.no_grad():
-        flow, rows = _bare(distribution.given(context), x)
-        reference = _reference(flow, rows)
+    with torch.no_grad(), evaluated(distribution.transform):
+        trials = _Trials(distribution.given(context), x, template, tolerance)
+        few = trials.affordable(deadline - time.monotonic())
+        if few < len(x):
+            x, context = x[:few], context if context is None else context[:few]
+            trials = _Trials(distribution.given(context), x, template, tolerance)
+        steps = trials.fewest(deadline) if few else None
+    if steps is None:
+        warn_user(
+            "no time was left to calibrate the solver, which is the one before: call "
+            "calibrate(distribution, rows), which says what its densities are worth"
+        )
+        return template
+    distribution.transform.solver = dataclasses.replace(template, steps=steps)
+    return distribution.transform.solver
+
+
+class _Trials:
+    """The errors of grids of more and more steps on given rows.
+
+    Args:
+        view: The flow, given its contexts.
+        x: Rows, shape ``(N, *event_shape)``.
+        template: The grid, but for its steps.
+        tolerance: The mean absolute error allowed, nats.
+    """
+
+    def __init__(
+        self, view: InterpolantDistribution, x: Tensor, template: FixedGrid, tolerance: float
+    ) -> None:
+        self.template, self.tolerance = template, tolerance
+        self.flow, self.rows = _bare(view, x)
+        began = time.monotonic()
+        self.first = self._log_prob(_FIRST_STEPS)
+        self.seconds = time.monotonic() - began  # which the fewest steps take
+
+    def affordable(self, seconds: float) -> int:
+        """Return on how many rows a reference can be had in time, 0 where on too few."""
+        share = seconds / (_REFERENCE_TRIALS * max(self.seconds, 1e-9))
+        count = int(min(1.0, max(0.0, share)) * len(self.rows))
+        return count if count >= min(_LEAST_ROWS, len(self.rows)) else 0
+
+    def fewest(self, deadline: float) -> int:
+        """Return the fewest steps that are good, or the most tried, with a warning."""
+        reference = _reference(self.flow, self.rows)
+
+        def in_time(steps: int) -> bool:
+            return time.monotonic() + self.seconds * steps / _FIRST_STEPS <= deadline
 
         def excess(steps: int) -> float:
             """Return the larger ratio of mean and worst error to what each may be."""
-            flow.transform.solver = dataclasses.replace(template, steps=steps)
-            error = (flow.log_prob(rows).double() - reference).abs()
-            value = float(torch.maximum(error.mean(), error.max() / _WORST_ROW_FACTOR)) / tolerance
-            return value if math.isfinite(value) else math.inf
+            value = self.first if steps == _FIRST_STEPS else self._log_prob(steps)
+            error = (value.double() - reference).abs()
+            worst = torch.maximum(error.mean(), error.max() / _WORST_ROW_FACTOR)
+            ratio = float(worst) / self.tolerance
+            return ratio if math.isfinite(ratio) else math.inf
 
-        high = 4
-        while high < _MAX_STEPS and excess(high) > 1:
+        high, ratio = _FIRST_STEPS, excess(_FIRST_STEPS)
+        while ratio > 1 and high < _MAX_STEPS and in_time(2 * high):
             high *= 2
-        low = high // 2 if high > 4 else 0
-        failed = excess(high)
-        if failed > 1:
+            ratio = excess(high)
+        if ratio > 1:
+            self._warn(high, ratio)
+            return high
+        low = high // 2 if high > _FIRST_STEPS else 0
+        while high - low > 1 and in_time(high):
+            middle = (low + high) // 2
+            low, high = (low, middle) if excess(middle) <= 1 else (middle, high)
+        return high
+
+    def _log_prob(self, steps: int) -> Tensor:
+        self.flow.transform.solver = dataclasses.replace(self.template, steps=steps)
+        return self.flow.log_prob(self.rows)
+
+    def _warn(self, steps: int, ratio: float) -> None:
+        found = f"at {steps} it is {ratio:.3g} times the tolerance"
+        if steps < _MAX_STEPS:
             warn_user(
-                f"no grid up to {_MAX_STEPS} steps has log_prob within {tolerance} nats of the "
-                f"reference: at {_MAX_STEPS} it is {failed:.3g} times the tolerance. Set "
-                "transform.solver = Adaptive(...) for likelihoods, train longer, or use a "
-                "smoother network."
+                f"the time was over before a grid had log_prob within {self.tolerance} nats of "
+                f"the reference: {found}. Call calibrate(distribution, rows)"
             )
-        else:
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (low, middle) if excess(middle) <= 1 else (middle, high)
-    grid = dataclasses.replace(template, steps=high)
-    distribution.transform.solver = grid
-    return grid
+            return
+        warn_user(
+            f"no grid up to {_MAX_STEPS} steps has log_prob within {self.tolerance} nats of the "
+            f"reference: {found}. Set transform.solver = Adaptive(...) for likelihoods, train "
+            "longer, or use a smoother network."
+        )
 
 
 def _bare(view: InterpolantDistribution, x: Tensor) -> tuple[InterpolantDistribution, Tensor]:
@@ -177,5 +260,6 @@ def _bare(view: InterpolantDistribution, x: Tensor) -> tuple[InterpolantDistribu
 def _reference(flow: InterpolantDistribution, rows: Tensor) -> Tensor:
     """Return log_prob, shape ``(N,)``, at rows, shape ``(N, D)``, by a tight solve in float64."""
     exact = copy.deepcopy(flow).to(torch.float64)
+    exact.transform.eval()  # an adaptive solve of a path with noise in it would not end
     exact.transform.solver = _REFERENCE
     return exact.log_prob(rows.double())

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
@@ -142,6 +143,13 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
     return Shaped(support, shape)
 
 
+def as_tensor(x: Any) -> Tensor:
+    """Return a tensor of the values of x; of an array of any strides, byte order and flags."""
+    if isinstance(x, np.ndarray) and x.dtype.kind != "O":
+        x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
+    return torch.as_tensor(x)
+
+
 def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:
     """Return x as a tensor of rows of finite floating-point numbers.
 
@@ -158,15 +166,15 @@ def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,))
         ValueError: If it has no rows, rows of another shape, or NaN or infinite rows.
     """
     try:
-        x = torch.as_tensor(x).detach()
+        x = as_tensor(x).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"expected {name} to be a tensor or an array, got {type(x).__name__}"
         ) from error
     if not x.is_floating_point():
         raise TypeError(
-            f"expected {name} of a floating type, got {x.dtype}: convert it with .float(), and "
-            "add uniform noise of one step to counts and rounded values, which have no density"
+            f"expected {name} of a floating type, got {x.dtype}: convert it with .float(), or, if "
+            "these are counts or rounded values, which have no density, by dequantize(...)"
         )
     expected = tuple(event_shape)
     if x.dim() != 1 + len(expected) or any(
@@ -176,13 +184,13 @@ def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,))
         hint = f": for N scalars pass shape (N, 1), {name}[:, None]" if x.dim() == 1 else ""
         raise ValueError(f"expected {name} of shape (N, {want}), got {tuple(x.shape)}{hint}")
     if x.numel() == 0:
-        raise ValueError(
-            f"expected rows of {name} with at least one number each, got shape {tuple(x.shape)}"
-        )
+        got = "none" if len(x) == 0 else f"{len(x)} without a number"
+        raise ValueError(f"expected rows of {name}, got {got}: their shape is {tuple(x.shape)}")
     bad = (~torch.isfinite(x)).reshape(len(x), -1).any(dim=1)
     if bool(bad.any()):
         raise ValueError(
             f"expected finite {name}, got NaN or infinite values in {int(bad.sum())} of {len(x)} "
-            f"rows, the first being row {int(bad.nonzero()[0])}: remove or impute them"
+            f"rows, the first being row {int(bad.nonzero()[0])}: remove or impute them, or give "
+            "them weight 0"
         )
     return x

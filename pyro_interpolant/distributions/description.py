@@ -360,7 +360,8 @@ def _new_whitening(name: str, tensors: Tensors, dtype: torch.dtype) -> Whitening
         for key, value in kind(1).state_dict().items():
             if tensors[f"whitening.{key}"].shape != (size,) * value.dim():
                 raise PartError(f"expected the whitening a {name} of {size} dimensions")
-        new = _new_module("whitening", partial(kind, size), tensors, dtype, device="cpu")
+        device = tensors["whitening.loc"].device
+        new = _new_module("whitening", partial(kind, size), tensors, dtype, device=device)
         return cast(Whitening, new)
 
 
@@ -370,7 +371,7 @@ def _new_module(
     tensors: Tensors,
     dtype: torch.dtype | None = None,
     *,
-    device: str = "meta",
+    device: str | torch.device = "meta",
 ) -> nn.Module:
     """Return a new module that takes the file's tensors as they are.
 

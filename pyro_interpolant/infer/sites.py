@@ -15,9 +15,10 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, biject_to, constraints, register_kl
 
 from ..distributions.joint import pack, unpack
 
@@ -76,6 +77,27 @@ class Substitute(ConditionMessenger):
                 "it observed: set the guide up with the data, guide(*args)"
             )
         super()._pyro_sample(msg)
+
+
+class Image(dist.Delta):
+    """A site's value as the image of an unconstrained one, whose Jacobian is its log-density.
+
+    Divergences of Pyro's ``Delta`` leave the log-density out, and ``TraceMeanField_ELBO`` with it.
+    """
+
+
+@register_kl(Image, dist.Distribution)
+def _(image: Image, other: dist.Distribution) -> Tensor:
+    return image.log_density - other.log_prob(image.v)
+
+
+class Imaged(Messenger):
+    """Make an :class:`Image` of each value that a guide over one vector gives its sites."""
+
+    def _pyro_sample(self, msg: Message) -> None:
+        fn = msg["fn"]
+        if type(fn) is dist.Delta:
+            msg["fn"] = Image(fn.v, fn.log_density, fn.event_dim)
 
 
 def forget_data(guide: AutoContinuous) -> None:

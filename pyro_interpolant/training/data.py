@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._torch import rng_state, set_rng_state
-from ..distributions.constraints import checked_rows
+from ..distributions.constraints import as_tensor, checked_rows
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from .checkpoint import checksum
@@ -32,6 +32,7 @@ class Split(NamedTuple):
             a stream.
         size: Rows per batch and coupling.
         mean_weight: The mean weight of a row of a stream.
+        batches: How many batches of a stream were looked at, or None: all.
     """
 
     held: Rows
@@ -39,6 +40,7 @@ class Split(NamedTuple):
     total: float
     size: int
     mean_weight: float = 1.0
+    batches: int | None = None
 
 
 class Table:
@@ -89,6 +91,11 @@ class Table:
         self.share = validation if isinstance(validation, float) else None
         if self.share is not None:
             self.held = max(1, round(self.share * count))
+            if self.held >= count:
+                raise ValueError(
+                    f"expected rows to train on besides {self.held} held out, got {count} in all, "
+                    "of positive weight: get more data"
+                )
         else:
             given = None if validation is None else held_out_rows(distribution, validation)
             self.held = 0 if given is None else len(given.w)
@@ -97,19 +104,19 @@ class Table:
         self.rows = found.to(distribution.transform.flow.loc.device)
         self.checksum = checksum(self.rows)
 
-    def split(self, process: Process, batch_size: int | None, *, whole: bool = True) -> Split:
-        """Split off the rows held out, drawing from the global generator.
+    def split(self, process: Process, batch_size: int | None, **survey: Any) -> Split:
+        """Split off the rows held out, at random.
 
         Args:
             process: This process, or one of several that share each batch.
             batch_size: Rows per step and process, or None for the default.
-            whole: Unused: all rows are there.
+            **survey: Unused: all rows are there.
 
         Raises:
             ValueError: If the batch size is below 1 or above the number of training rows.
         """
         available = (len(self.rows.w) - self.held) // process.world
-        if batch_size is not None and not 1 <= batch_size <= available:
+        if batch_size is not None and batch_size not in range(1, available + 1):
             raise ValueError(
                 f"expected batch_size between 1 and the {available} training rows, got "
                 f"{batch_size}"
@@ -212,6 +219,12 @@ def rows_of(distribution: AnyDistribution, data: Any, context: ArrayLike | None 
             raise TypeError(
                 "expected a tensor of rows: only a JointInterpolantDistribution takes named draws"
             )
+        unknown = sorted(set(data) - set(distribution.sites))
+        if unknown:
+            raise ValueError(
+                f"expected draws of the sites {sorted(distribution.sites)}, got {unknown} "
+                "besides: leave them out, or learn all of them anew by from_samples(draws)"
+            )
         data, shape = distribution.pack(data), torch.Size((flow.event_dim,))
     rows = distribution.to_flow(checked_rows(data, "data", shape))
     count = len(rows)
@@ -225,10 +238,32 @@ def rows_of(distribution: AnyDistribution, data: Any, context: ArrayLike | None 
         raise ValueError(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
-    context = checked_rows(context, "context", (flow.context_dim,))
+    context = checked_context(context, flow.context_dim)
     if len(context) != count:
         raise ValueError(f"expected as many contexts as rows of data, {count}, got {len(context)}")
     return Rows(rows, context.to(flow.loc))
+
+
+def checked_context(context: Any, size: int | None) -> Tensor:
+    """Return contexts as a tensor of finite floating-point numbers, shape ``(N, C)``.
+
+    Args:
+        context: A tensor or an array.
+        size: The expected C, or None for any.
+
+    Raises:
+        TypeError: If they are not of a floating type.
+        ValueError: If they are of another shape, or not finite.
+    """
+    dtype = getattr(context, "dtype", None)
+    kind = str(dtype).removeprefix("torch.")
+    if kind.startswith(("int", "uint", "bool")):
+        raise TypeError(
+            f"expected context of a floating type, got {dtype}: convert numbers with .float(), "
+            "and labels with torch.nn.functional.one_hot(labels, K).float(), for a flow of "
+            "context_dim=K"
+        )
+    return checked_rows(context, "context", (size,))
 
 
 def held_out_rows(distribution: AnyDistribution, validation: Any) -> Rows:
@@ -265,7 +300,7 @@ def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[An
     def kept(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {name: kept(inner) for name, inner in value.items()}
-        value = torch.as_tensor(value)
+        value = as_tensor(value)
         if value.dim() == 0 or len(value) != len(keep):
             raise ValueError(
                 f"expected as many non-negative weights as rows, got {len(keep)} beside a tensor "
@@ -291,7 +326,7 @@ def checked_weights(weights: ArrayLike | None, count: int | None, *, part: bool 
     """
     if weights is None:
         return None
-    weights = torch.as_tensor(weights)
+    weights = as_tensor(weights)
     weights = weights if weights.is_floating_point() else weights.double()  # counts, a mask
     weights = checked_rows(weights, "weights", ())
     count = len(weights) if count is None else count

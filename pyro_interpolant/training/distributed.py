@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 _NEEDED = ("setup", "backward", "broadcast", "all_reduce", "barrier", "global_rank", "world_size")
 _TYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
-Value = TypeVar("Value", int, float, Tensor)
+Value = TypeVar("Value")
 
 
 class Process:

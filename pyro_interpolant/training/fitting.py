@@ -1,9 +1,11 @@
 r"""``fit`` and ``from_samples``: training by a quadratic regression. No ODE is solved in it."""
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,8 +13,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .._torch import seeded, trainable, warn_user
-from ..diagnostics.calibration import calibrate
+from .._torch import seeded, trainable, warn_user, with_gradients
+from ..diagnostics.calibration import calibrate_until
 from ..distributions.bases import Samples
 from ..distributions.constraints import Constraint, checked_rows, shaped
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
@@ -26,7 +28,9 @@ from ..solvers.ode import FixedGrid
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import Gaussianized, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
+from .agreement import warn_if_draws_differ
 from .checkpoint import check_place, open_checkpoint, warn_inexact
+from .clock import Clock, Seconds
 from .data import Split, Table, checked_weights, drop_zero_weights
 from .distributed import Process
 from .loop import Callback, Run, Schedule, check_ranges
@@ -34,8 +38,8 @@ from .objective import Coupling, Objective
 from .optimization import NonFiniteError
 from .preprocessing import preferred_support, warn_if_rounded
 from .rows import Rows
-from .streaming import Stream, first_rows, is_stream
-from .whitening import inliers, moments, set_whitening
+from .streaming import Stream, first_rows, is_stream, surveyed
+from .whitening import inliers, moments, set_whitening, wild_rows
 
 _CALIBRATION_ROWS = 256
 _MIN_PARTNERS = 50  # whose moments tell whether they are draws of N(0, I)
@@ -68,6 +72,7 @@ class FitResult(NamedTuple):
     solver: FixedGrid
 
 
+@with_gradients()
 def fit(
     distribution: AnyDistribution,
     data: Any,
@@ -165,7 +170,7 @@ def fit(
     References:
         arXiv 2209.15571, Algorithm 1.
     """
-    process = Process(fabric, own_rows=is_stream(data))
+    clock, process = Clock(max_seconds), Process(fabric, own_rows=is_stream(data))
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
     share = _checked_share(validation, tolerance)
     flow = trainable_flow(distribution)
@@ -181,7 +186,11 @@ def fit(
         state = open_checkpoint(checkpoint, checkpoint_every, settings, flow, *parts)
         if state is not None and not (source.exact and process.takes_all_rows()):
             warn_inexact()
-        split = source.split(process, batch_size, whole=whiten and learn == "velocity")
+        whole = whiten and learn == "velocity"
+        survey: dict[str, Any] = {
+            "whole": whole, "clock": clock, "batches": surveyed(state), "progress": progress,
+        }  # fmt: skip
+        split = source.split(process, batch_size, **survey)
         start_from(distribution, base_samples, split)
         if learn == "velocity":
             flow.independent = coupling is independent and pairs is None
@@ -194,16 +203,26 @@ def fit(
         objective = Objective(flow, seen, coupling, process, target=learn)
         held = split.held.take(inliers(objective.whitened(split.held).w))
         fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
-        with trainable(objective.network):
-            run = Run(
-                objective, source.batches(split, objective), fixed, schedule, callback, state
-            )
+        with trainable(objective.network), _naming_rows(source, flow):
+            batches = source.batches(split, objective)
+            run = Run(objective, batches, fixed, schedule, clock, callback, state)
             run.to_the_end(progress=progress)
     outcome = run.outcome()
-    distribution.clear_cache()
-    if learn == "velocity" and not isinstance(distribution.base, Samples):
-        _calibrate(distribution, held, tolerance)
+    distribution.freeze()
+    if learn == "velocity":
+        _finish(distribution, split.held, held, tolerance, process, clock.deadline())
     return FitResult._make((*outcome, distribution.transform.solver))
+
+
+@contextlib.contextmanager
+def _naming_rows(source: Table | Stream, flow: Flow) -> Iterator[None]:
+    """Add to the error of a run without finite gradients which rows of a table lie far out."""
+    try:
+        yield
+    except NonFiniteError as error:
+        rows = source.rows.w if isinstance(source, Table) else None
+        where = "" if rows is None else wild_rows(flow.whitening.double_to_white(rows))
+        raise NonFiniteError(f"{error}{where}") from error
 
 
 def noise_network(flow: Flow) -> nn.Module:
@@ -240,7 +259,7 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
     """Return the flow that a distribution owns, or say why it cannot be trained.
 
     Raises:
-        TypeError: If it is no distribution of a flow.
+        TypeError: If it is no distribution of a flow, or its type is too coarse.
         ValueError: If it does not own its weights, or its path does not join base and data.
     """
     transform = getattr(distribution, "transform", None)
@@ -255,6 +274,17 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
             "at(t): fit the distribution it came from"
         )
     transform.flow.check_path()
+    loc = transform.flow.loc
+    if loc.dtype == torch.float16:
+        raise TypeError(
+            "expected a flow in float32 or float64, got float16, whose range training leaves: "
+            "distribution.to(torch.float32), or from_samples(x.float())"
+        )
+    if any(p.is_inference() for p in transform.flow.state_dict(keep_vars=True).values()):
+        raise ValueError(
+            "expected a flow made outside torch.inference_mode(), whose weights can change, got "
+            "one made inside it"
+        )
     return transform.flow
 
 
@@ -283,20 +313,41 @@ def start_from(distribution: AnyDistribution, base_samples: ArrayLike | None, da
             )
 
 
-def _calibrate(distribution: AnyDistribution, held: Rows, tolerance: float) -> None:
-    """Calibrate the solver to held-out rows; an interrupt leaves the one that is there."""
-    few = held._replace(weight=None).repeated(min(_CALIBRATION_ROWS, len(held.w)))
+def _finish(
+    distribution: AnyDistribution,
+    held: Rows,
+    near: Rows,
+    tolerance: float,
+    process: Process,
+    deadline: float,
+) -> None:
+    """Calibrate the solver to held-out rows, and compare draws with them; or be interrupted.
+
+    Args:
+        distribution: What was trained.
+        held: The rows held out.
+        near: The same without outliers.
+        tolerance: Of the calibration, nats.
+        process: This process.
+        deadline: The time, by :func:`time.monotonic`, when all must be done.
+    """
+    few = near._replace(weight=None).repeated(min(_CALIBRATION_ROWS, len(near.w)))
     rows = few.w.to(distribution.transform.flow.loc)
-    bare = distribution.without_support()
+    bare, transform = distribution.without_support(), distribution.transform
     try:
-        calibrate(bare, rows, context=few.context, tolerance=tolerance)
+        if not isinstance(distribution.base, Samples):
+            calibrate_until(deadline, bare, rows, context=few.context, tolerance=tolerance)
+            transform.solver = process.agreed(transform.solver)
+        if process.rank == 0:
+            warn_if_draws_differ(distribution, held, deadline)
     except KeyboardInterrupt:
         warn_user(
-            "the calibration was interrupted: the weights are trained, and the solver is the one "
-            "before. Call calibrate(distribution, rows)"
+            "the calibration was interrupted: the weights are trained, and the solver may be the "
+            "one before. Call calibrate(distribution, rows)"
         )
 
 
+@with_gradients()
 def from_samples(
     x: Any,
     *,
@@ -342,6 +393,8 @@ def from_samples(
         >>> bool((prior.sample((5,)) > 0).all())
         True
     """
+    limit = Seconds.since(time.monotonic(), fit_options.get("max_seconds"))
+    fit_options = {**fit_options, "max_seconds": limit}
     streamed = is_stream(x)
     if streamed:
         with seeded(seed):
@@ -349,7 +402,7 @@ def from_samples(
     else:
         given = fit_options.get("weights"), x, fit_options.get("pairs")
         rows, pairs, weights = drop_zero_weights(*given)
-        fit_options = {**fit_options, "pairs": pairs, "weights": weights}
+        fit_options |= {"pairs": pairs, "weights": weights}
     named = isinstance(x, Mapping)
     constraint, sites, rows = (_named if named else _unnamed)(rows, support, event_shape)
     space = support_of(constraint)
@@ -406,7 +459,8 @@ def _with_map(
         return space.constraint
     weights = checked_weights(fit_options.get("weights"), len(rows))
     real = space.unconstrained(rows)
-    found = preferred_support(real, space.constraint, weights, always=bool(marginals))
+    clock = Clock(fit_options["max_seconds"])
+    found = preferred_support(real, space.constraint, weights, clock, always=bool(marginals))
     if isinstance(found, Gaussianized) and isinstance(found.gaussianizer, RadialTransform):
         warn_if_rounded(real)  # what is wrong with columns, the fit cannot see behind the map
         moments(real)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .._torch import rng_state, set_rng_state
 from .checkpoint import Checkpoint
+from .clock import Clock
 from .data import TableBatches
 from .objective import Objective, Points
 from .optimization import Descent, ExponentialMovingAverage, assign, fill, numbered
@@ -73,9 +74,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        limit, decay = self.max_seconds, self.weight_decay
+        steps, limit, decay = self.steps, self.max_seconds, self.weight_decay
         check_ranges(
-            ("steps >= 1", self.steps is None or self.steps >= 1, self.steps),
+            ("steps >= 1, a whole number", steps is None or steps >= 1 and steps % 1 == 0, steps),
             ("max_seconds > 0", limit is None or limit > 0, limit),
             ("learning_rate > 0", self.learning_rate > 0, self.learning_rate),
             ("weight_decay >= 0", decay is None or decay >= 0, decay),
@@ -89,10 +90,15 @@ class Schedule:
             return self.weight_decay
         return min(_MOST_DECAY, (_DECAY_FACTOR * columns_per_row) ** 2)
 
-    def progress(self, step: int, seconds: float) -> float:
-        """Return the share of the run that is done, 1 at its end."""
+    def progress(self, step: int, share: float) -> float:
+        """Return the share of the run that is done, 1 at its end.
+
+        Args:
+            step: The number of steps taken.
+            share: The share of the time for training that is spent.
+        """
         limit = self.steps or (_DEFAULT_STEPS if self.max_seconds is None else math.inf)
-        return max(step / limit, seconds / (self.max_seconds or math.inf))
+        return max(step / limit, share)
 
     def rate(self, progress: float, stalled: float | None = None) -> float:
         """Return the learning rate at a share of the run, which may have stalled at another."""
@@ -126,6 +132,9 @@ class HeldOutMonitor:
         objective: What evaluates the loss.
         points: The points at which it is evaluated.
         callback: Called each time; it stops the run by returning True.
+
+    Attributes:
+        seconds: How long the last evaluation took.
     """
 
     def __init__(
@@ -136,7 +145,7 @@ class HeldOutMonitor:
         callback: Callback | None,
     ) -> None:
         self.average, self.objective, self.points = average, objective, points
-        self.callback, self.stopped = callback, False
+        self.callback, self.stopped, self.seconds = callback, False, 0.0
         self.total: list[Tensor] = []  # training losses since the last time
         self.steps: list[int] = []
         self.losses: list[float] = []
@@ -146,9 +155,10 @@ class HeldOutMonitor:
 
     def look(self, step: int, rate: float, seconds: float) -> None:
         """Evaluate the held-out loss, and keep the averaged weights if it is the best."""
-        process = self.objective.process
+        process, began = self.objective.process, time.monotonic()
         with torch.no_grad(), self.average.applied():
             held = process.agreed(float(self.objective.held_loss(self.points)))
+        self.seconds = process.agreed(time.monotonic() - began)
         recent = torch.stack(self.total).mean() if self.total else torch.tensor(math.nan)
         self.steps.append(step)
         self.losses.append(float(process.mean(recent)))
@@ -204,6 +214,7 @@ class Run:
         batches: What gives the points of the steps, and tells its state.
         held: The points at which the held-out loss is evaluated.
         schedule: When to stop, and the learning rate on the way.
+        clock: The time.
         callback: Called each time the held-out loss is evaluated; it stops the run by returning
             True.
         checkpoint: Where to keep the state, and what to resume from.
@@ -220,10 +231,12 @@ class Run:
         batches: TableBatches | StreamBatches,
         held: tuple[Points, ...],
         schedule: Schedule,
+        clock: Clock,
         callback: Callback | None,
         checkpoint: Checkpoint | None,
     ) -> None:
-        self.batches, self.schedule, self.checkpoint = batches, schedule, checkpoint
+        self.batches, self.checkpoint = batches, checkpoint
+        self.schedule, self.clock = schedule, clock
         self.process = objective.process
         columns = objective.flow.event_dim
         self.descent = Descent(
@@ -237,7 +250,6 @@ class Run:
         self.seen, self.done = 0, 0.0  # looks, and the share of the schedule
         self.stalled: float | None = None  # the share of the schedule at which it did
         self.ended = "schedule"
-        self.start = time.monotonic()
         if checkpoint is not None and checkpoint.tensors is not None:
             self.restore(checkpoint.tensors, checkpoint.numbers)
 
@@ -275,7 +287,7 @@ class Run:
 
     def seconds(self) -> float:
         """Return the time spent, in this process and those it resumes."""
-        spent = time.monotonic() - self.start
+        spent = self.clock.spent()
         return spent if self.schedule.max_seconds is None else self.process.agreed(spent)
 
     def rate(self) -> float:
@@ -308,7 +320,8 @@ class Run:
         elif self.descent.is_stuck():
             return False
         seconds = self.seconds()
-        self.done = self.schedule.progress(self.descent.steps, seconds)
+        spent = self.clock.share(seconds + self.monitor.seconds)  # a last look is to come
+        self.done = self.schedule.progress(self.descent.steps, spent)
         if int(self.done * _LOOKS) <= self.seen and self.done < 1:
             return True
         self.seen = int(self.done * _LOOKS)
@@ -366,6 +379,6 @@ class Run:
         self.monitor.restore(tensors, numbers["looks"])
         for name in _PLACE:
             setattr(self, name, numbers["run"][name])
-        self.start = time.monotonic() - numbers["seconds"]
+        self.clock.before = numbers["seconds"]
         self.batches.restore(tensors, numbers["batches"])
         set_rng_state(tensors["generator"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._torch import warn_user
-from ..distributions.constraints import Constraint, checked_rows
+from ..distributions.constraints import Constraint, as_tensor, checked_rows
 from ..transforms.gaussianize import (
     Gaussianized,
     Gaussianizer,
@@ -21,6 +21,7 @@ from ..transforms.gaussianize import (
     RadialTransform,
     log_length,
 )
+from .clock import Clock
 from .rows import subsample, weighted_indices
 from .whitening import inliers, moments
 
@@ -68,7 +69,9 @@ def dequantize(x: Tensor, step: Tensor | float | None = None, *, seed: int = 0) 
     Args:
         x: Rows of numbers of any type, shape ``(N, *event_shape)``.
         step: The rounding step, one or per column, shape ``event_shape``; 0 leaves a column alone.
-            By default the smallest difference between values of the column, where it repeats any.
+            By default the smallest difference between values of the column, where it repeats any;
+            of a constant column the smallest of these steps, or 1 where there are whole numbers
+            alone.
         seed: Of the noise.
 
     Returns:
@@ -82,14 +85,17 @@ def dequantize(x: Tensor, step: Tensor | float | None = None, *, seed: int = 0) 
         >>> bool(((x.round() - torch.tensor([[1.0], [2.0], [2.0], [4.0]])).abs() < 0.51).all())
         True
     """
-    given = torch.as_tensor(x)
+    given = as_tensor(x)
     x = given if given.is_floating_point() else given.to(torch.get_default_dtype())
     x = checked_rows(x, "x", (None,) * max(1, x.dim() - 1))
     if step is None:
         eps = torch.finfo(x.dtype).eps if given.is_floating_point() else 0.0
         columns = given.detach().double().flatten(1).T
         steps = [_rounding_step(column, _ULPS * eps) for column in columns]
-        step = torch.stack(steps).reshape(x.shape[1:])
+        found = torch.stack(steps)
+        real, constant = found[found > 0], (columns == columns[:, :1]).all(1)
+        least = real.min() if len(real) else found.new_tensor(float(not given.is_floating_point()))
+        step = torch.where(constant, least, found).reshape(x.shape[1:])
     step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
     if float(step.min()) < 0:
         raise ValueError(f"expected steps of at least 0, got {float(step.min()):.3g}")
@@ -116,6 +122,7 @@ _COMPARED_ROWS = 4000  # of them, for the comparison, or
 _COMPARED_PER_DIM = 100  # times the dimension
 _MOST_DIMS = 64  # dimensions: beyond, the comparison would take too long
 _SPLITS = 3
+_CHOICE_SHARE = 0.5  # of the time, for the comparison: beyond, no map is taken
 _TRIMMED_SHARE = 0.01  # of the differences, on either side
 _COMPONENTS = 8
 _ROWS_PER_COMPONENT = 10  # times the dimension, for a component
@@ -124,7 +131,12 @@ _VARIANCE_FLOOR = 1e-5  # added to the variances of whitened rows
 
 
 def preferred_support(
-    rows: Tensor, support: Constraint, weights: Tensor | None = None, *, always: bool = False
+    rows: Tensor,
+    support: Constraint,
+    weights: Tensor | None = None,
+    clock: Clock | None = None,
+    *,
+    always: bool = False,
 ) -> Constraint:
     """Return a support behind the map that pays, set by rows, or itself where none does.
 
@@ -140,6 +152,7 @@ def preferred_support(
         rows: Unconstrained rows, shape ``(N, D)``.
         support: The support they come from.
         weights: Non-negative weights, shape ``(N,)``, or None.
+        clock: What tells how much time there is, or None.
         always: Whether to take a map of single columns without comparing.
 
     Raises:
@@ -151,7 +164,7 @@ def preferred_support(
     make = (
         marginal_transform
         if always
-        else _best(few[: max(_COMPARED_ROWS, _COMPARED_PER_DIM * rows.shape[1])])
+        else _best(few[: max(_COMPARED_ROWS, _COMPARED_PER_DIM * rows.shape[1])], clock)
     )
     gaussianizer = None if make is None else make(few)
     return support if gaussianizer is None else Gaussianized(support, gaussianizer)
@@ -165,8 +178,8 @@ def _shuffled(count: int, weights: Tensor | None) -> Tensor:
     return weighted_indices(weights.cpu(), min(count, _KNOT_ROWS), generator)
 
 
-def _best(rows: Tensor) -> Callable[[Tensor], Gaussianizer | None] | None:
-    """Return what makes the map that pays most, or None."""
+def _best(rows: Tensor, clock: Clock | None) -> Callable[[Tensor], Gaussianizer | None] | None:
+    """Return what makes the map that pays most, or None, also where time is too short to tell."""
     if rows.shape[1] > _MOST_DIMS:
         return None
     try:
@@ -180,7 +193,10 @@ def _best(rows: Tensor) -> Callable[[Tensor], Gaussianizer | None] | None:
             if len(kept) < _COMPONENTS * _ROWS_PER_COMPONENT * rows.shape[1]:
                 return None
             plain = _mixture(kept, held)
-            gains = {make: min(g, _gain(make, kept, held, plain)) for make, g in gains.items()}
+            for make, gain in list(gains.items()):
+                gains[make] = min(gain, _gain(make, kept, held, plain))
+                if clock is not None and clock.is_beyond(_CHOICE_SHARE):
+                    return None
             gains = {make: gain for make, gain in gains.items() if gain > 0}
             if not gains:
                 break

@@ -1,15 +1,18 @@
 r"""Streams: iterables of batches, which may be larger than memory, checked as they come."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .._torch import rng_state, set_rng_state
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
-from .checkpoint import from_json, to_json
+from .checkpoint import Checkpoint, from_json, to_json
+from .clock import Clock
 from .data import Split, checked_weights, drop_zero_weights, held_out_rows, rows_of
 from .distributed import Process
 from .objective import Objective, Points
@@ -18,6 +21,11 @@ from .rows import Rows
 
 _SAMPLE_VALUES = 2**23  # kept of a stream for the whitening: 64 MiB in float64
 _MOST_HELD = 8192  # rows held out of a stream
+_MOST_ROWS = 2**17  # of a stream of unknown length, in a first pass: a tenth of them is held out
+_MOST_VALUES = 2**26  # the same in numbers, for rows of many columns
+_SURVEY_SHARE = 0.1  # of the time, for the first pass
+_ROWS_PER_COLUMN = 20  # that a whitening needs, however short the time
+_MOST_EMPTY = 2**17  # batches in a row without rows to train on
 _LEAST_ROWS = 64  # per step, of loaders that give fewer at once
 _ROW_MULTIPLE = 64  # batches are cut to whole multiples of so many rows
 
@@ -110,54 +118,77 @@ class Stream:
         weights = checked_weights(weights, len(rows.w))
         return rows._replace(weight=weights).to(self.like.device)
 
-    def split(self, process: Process, batch_size: int | None, *, whole: bool = True) -> Split:
+    def split(
+        self,
+        process: Process,
+        batch_size: int | None,
+        *,
+        whole: bool = True,
+        clock: Clock | None = None,
+        batches: float | None = None,
+        progress: bool = False,
+    ) -> Split:
         """Go through the stream once, or as far as needed, and hold out rows of its first batches.
 
         Args:
             process: This process, or one of several with batches of their own.
             batch_size: Rows per step and process, or None for those of the first batch.
-            whole: Whether moments are wanted, and so all of it.
+            whole: Whether moments are wanted, and so all of it, as far as it has an end.
+            clock: What tells how much time there is.
+            batches: How many batches to look at, where an earlier process decided it.
+            progress: Whether to show a bar.
 
         Raises:
             ValueError: If it has no batches, or too few rows, or the batch size is below 1.
         """
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-        kept: list[Rows] = []
-        first: list[Rows] = []
-        total, values, weight, squares, stride, size = 0, 0, 0.0, 0.0, 1, 0
-        for number, batch in enumerate(self.iterable):
-            rows = self.rows(batch, number)
-            size = size or len(rows.w)
-            if self.share is not None and total < _MOST_HELD:
-                first.append(rows)
-            total += len(rows.w)
-            weights = torch.ones(len(rows.w)) if rows.weight is None else rows.weight
-            weight += float(weights.double().sum())
-            squares += float(weights.double().square().sum())
-            if number % stride == 0:
-                kept.append(rows)
-                values += rows.w.numel()
-            if values > _SAMPLE_VALUES and len(kept) > 1:  # every second of them is enough
-                kept, stride = kept[::2], 2 * stride
-                values = sum(part.w.numel() for part in kept)
-            if not whole and (self.share is None or total * self.share >= _MOST_HELD):
-                break
-        if total < 2:
-            raise ValueError(f"expected batches of rows, got an iterable with {total} rows in all")
-        sample, held = Rows.joined(kept), self.given
+        if batch_size is not None and (batch_size < 1 or batch_size != int(batch_size)):
+            raise ValueError(f"expected batch_size >= 1, a whole number, got {batch_size}")
+        survey = self._survey(clock or Clock(None), batches, whole=whole, progress=progress)
+        if survey.total < 2:
+            raise ValueError(
+                f"expected batches of rows, got an iterable with {survey.total} rows in all"
+            )
+        sample, held, effective = Rows.joined(survey.kept), self.given, survey.effective()
         warn_if_rounded(sample.w)
-        effective = weight**2 / squares if whole else math.inf
+        if not survey.ended:
+            known = _length(self.iterable)
+            effective *= known / survey.batches if known else math.inf
         if held is None:
-            count = min(_MOST_HELD, max(1, round((self.share or 0.0) * total)))
-            held = Rows.joined(first).take(torch.arange(count, device=sample.w.device))
-            effective *= 1 - count / total
-            if stride == 1:
+            share = self.share or 0.0
+            count = min(_MOST_HELD, max(1, round(share * survey.total)))
+            held = Rows.joined(survey.first).take(torch.arange(count, device=sample.w.device))
+            effective *= 1 - count / survey.total
+            if survey.stride == 1:
                 sample = sample.rest(count)
         held = held.each(process.agreed).to(self.like.device)
-        own = max(_LEAST_ROWS, int(process.agreed(size)))
-        rows_per_step = own if batch_size is None else batch_size
-        return Split(held, sample, effective * process.world, rows_per_step, weight / total)
+        own = max(_LEAST_ROWS, int(process.agreed(survey.size)))
+        return Split(
+            held,
+            sample,
+            effective * process.world if whole else math.inf,
+            own if batch_size is None else batch_size,
+            survey.weight / survey.total,
+            None if survey.ended else survey.batches,
+        )
+
+    def _survey(
+        self, clock: Clock, batches: float | None, *, whole: bool, progress: bool
+    ) -> "_Survey":
+        """Go through the stream as far as wanted."""
+        known, survey = _length(self.iterable), _Survey()
+        bar = tqdm(self.iterable, "first pass", known, leave=False, disable=not progress)
+        with contextlib.closing(bar):
+            for batch in bar:
+                survey.add(self.rows(batch, survey.batches))
+                held = math.inf if self.share is None else self.share * survey.total
+                if batches is None:
+                    enough = held >= _MOST_HELD and not whole or survey.is_enough(known, clock)
+                else:
+                    enough = survey.batches == batches
+                if enough:
+                    return survey
+        survey.ended = True
+        return survey
 
     def batches(self, split: Split, objective: Objective) -> "StreamBatches":
         """Return the points of batches of the rows that are not held out, without end."""
@@ -173,6 +204,81 @@ class Stream:
         for owner in (self.iterable, *samplers):
             if hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
                 return owner
+        return None
+
+
+class _Survey:
+    """What a first pass over batches learns.
+
+    Attributes:
+        kept: Each batch, each second, each fourth, ...: a sample of all rows.
+        first: The first batches.
+        batches: Their number.
+        total: The number of rows.
+        size: The number of rows in the first batch that has any.
+        weight: The sum of their weights.
+        stride: Which batches are in the sample: each first, second, fourth, ...
+        ended: Whether the batches came to an end.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[Rows] = []
+        self.first: list[Rows] = []
+        self.batches, self.total, self.size, self.stride = 0, 0, 0, 1
+        self.values, self.weight, self.squares = 0, 0.0, 0.0
+        self.ended = False
+
+    def add(self, rows: Rows) -> None:
+        """Take the next batch in."""
+        self.size = self.size or len(rows.w)
+        if self.total < _MOST_HELD:
+            self.first.append(rows)
+        self.total += len(rows.w)
+        weights = torch.ones(len(rows.w)) if rows.weight is None else rows.weight
+        self.weight += float(weights.double().sum())
+        self.squares += float(weights.double().square().sum())
+        if self.batches % self.stride == 0:
+            self.kept.append(rows)
+            self.values += rows.w.numel()
+        if self.values > _SAMPLE_VALUES and len(self.kept) > 1:  # every second is enough
+            self.kept, self.stride = self.kept[::2], 2 * self.stride
+            self.values = sum(part.w.numel() for part in self.kept)
+        self.batches += 1
+
+    def effective(self) -> float:
+        """Return the number of rows that weigh as much."""
+        return self.weight**2 / self.squares
+
+    def is_enough(self, known: int | None, clock: Clock) -> bool:
+        """Return whether to stop here, at an end that nobody knows or for lack of time.
+
+        Args:
+            known: The number of all batches, or None.
+            clock: What tells how much time there is.
+        """
+        dim = self.kept[0].w.shape[-1]
+        if clock.is_beyond(_SURVEY_SHARE) and self.total >= _ROWS_PER_COLUMN * dim:
+            return True
+        rows = max(self.total, self.batches)  # batches may be empty
+        return self.batches >= (known or 0) and rows >= min(_MOST_ROWS, _MOST_VALUES // dim)
+
+
+def surveyed(checkpoint: Checkpoint | None) -> float | None:
+    """Return how many batches the first pass of a run that goes on went through, all if infinite.
+
+    None of a new run.
+    """
+    if checkpoint is None or checkpoint.tensors is None:
+        return None
+    found = checkpoint.numbers["batches"].get("surveyed")
+    return math.inf if found is None else found
+
+
+def _length(iterable: Any) -> int | None:
+    """Return how many batches an iterable says it has, or None."""
+    try:
+        return len(iterable)
+    except (TypeError, NotImplementedError):
         return None
 
 
@@ -215,6 +321,7 @@ class StreamBatches:
 
     def __init__(self, stream: Stream, split: Split, objective: Objective) -> None:
         self.stream, self.objective, self.mean_weight = stream, objective, split.mean_weight
+        self.surveyed = split.batches
         size, self.total = split.size, split.total
         self.size = size - size % _ROW_MULTIPLE if size > _ROW_MULTIPLE else size
         self.held = None if stream.share is None else _keys(split.held.w)
@@ -245,7 +352,7 @@ class StreamBatches:
         return pool.take(places)
 
     def _from_stream(self) -> Rows:
-        while True:
+        for _ in range(_MOST_EMPTY):
             if self.present is None:
                 self.generator, self.position, self.found = rng_state(), 0, 0
                 self.present = iter(self.stream.iterable)
@@ -265,6 +372,10 @@ class StreamBatches:
             if len(rows.w):
                 self.found += len(rows.w)
                 return self.objective.whitened(rows._replace(weight=None))
+        raise ValueError(
+            f"expected batches with rows to train on, got {_MOST_EMPTY} in a row without: all of "
+            "weight 0, or among those held out"
+        )
 
     def _chosen(self, rows: Rows) -> Rows:
         """Return the rows that are not held out, as often as their weights say."""
@@ -294,6 +405,7 @@ class StreamBatches:
             "found": self.found,
             "own": own,
             "began": began,
+            "surveyed": self.surveyed,
         }
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:

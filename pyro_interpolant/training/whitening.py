@@ -5,6 +5,7 @@ With means m, scales s and the correlation :math:`C = V \Lambda V^T` of columns,
 of winsorized data, so that a wild row does not set the scale of all others.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ _ROUNDING_SHARE = 0.1  # of the smallest deviation, beyond which rounding is war
 _WILD_DEVIATIONS = 20.0  # robust standard deviations from the median, beyond which a value is cut
 _QUARTILE_RANGE, _TAIL_RANGE = 1.349, 5.152  # in standard deviations of a normal
 _QUANTILE_VALUES = 2**20  # from which quantiles are computed
+_NAMED_ROWS = 5  # the most rows that an error names
 _AXIS_CUTS = 3  # the most rounds of winsorizing along the eigenvectors
 
 
@@ -106,7 +108,13 @@ def _robust_axes(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Ten
     return _axes(x if cut is along else loc + scale * (cut @ vectors.T), share)
 
 
-def moments(x: Tensor, weights: Tensor | None = None, *, warn: bool = True) -> Moments:
+def moments(
+    x: Tensor,
+    weights: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    warn: bool = True,
+) -> Moments:
     """Return the map that whitens the rows of x.
 
     Columns are centred and scaled first, so that their units do not matter, then multiplied by the
@@ -119,6 +127,7 @@ def moments(x: Tensor, weights: Tensor | None = None, *, warn: bool = True) -> M
     Args:
         x: Finite rows, shape ``(N, D)``.
         weights: Non-negative weights, shape ``(N,)``, or None.
+        dtype: The type of the flow, where it is not that of the rows.
         warn: Whether to warn.
 
     Warns:
@@ -134,13 +143,13 @@ def moments(x: Tensor, weights: Tensor | None = None, *, warn: bool = True) -> M
             f"expected more rows than dimensions, got {count} rows of {dim}: get more data, or "
             "drop columns"
         )
-    eps, x = torch.finfo(x.dtype).eps, x.double()
+    eps, x = max(torch.finfo(kind).eps for kind in (x.dtype, dtype or x.dtype)), x.double()
     constant = (x == x[0]).all(dim=0)
     if bool(constant.any()):
         columns = constant.nonzero().flatten().tolist()
         raise ValueError(
             f"expected columns that vary, got constant columns {columns}: drop them, they have no "
-            "density"
+            "density, or spread counts by dequantize(x)"
         )
     loc, scale, eigenvalues, vectors = _robust_axes(x, weights)
     if float(eigenvalues[0]) < _MIN_EIGENVALUE:
@@ -172,6 +181,42 @@ def _warn_if_unresolved(direction: Tensor, rounding: Tensor, spread: float) -> N
         )
 
 
+def warn_if_coarse(x: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Warn where the flow's type is too coarse for columns that come in a finer one.
+
+    Args:
+        x: Rows, shape ``(N, D)``, as they were given.
+        dtype: The type of the flow.
+        name: What to call them.
+    """
+    eps = torch.finfo(dtype).eps
+    if torch.finfo(x.dtype).eps >= eps:
+        return
+    loc, variance = column_moments(x)
+    spread = variance.sqrt()
+    coarse = (eps * loc.abs() > _ROUNDING_SHARE * spread) & (spread > 0)
+    if bool(coarse.any()):
+        warn_user(
+            f"columns {coarse.nonzero().flatten().tolist()} of {name} lie so far from zero that "
+            f"the flow's type, {dtype}, rounds away what they vary by: convert the flow first, "
+            "distribution.to(torch.float64), or centre the columns"
+        )
+
+
+def _check_range(x: Tensor, dtype: torch.dtype) -> None:
+    """Raise a ValueError where the type of the flow does not reach to columns, ``(N, D)``."""
+    limits, (low, high) = torch.finfo(dtype), x.aminmax(dim=0)
+    spread, size = high.double() - low.double(), torch.maximum(low.abs(), high.abs()).double()
+    bad = ((spread < limits.tiny) & (spread > 0)) | (size > limits.max)
+    if bool(bad.any()):
+        raise ValueError(
+            f"expected columns within the range of the flow's type {dtype}, up to "
+            f"{limits.max:.1e}, and varying by {limits.tiny:.1e} at least, got columns "
+            f"{bad.nonzero().flatten().tolist()} outside it: choose other units, or give rows and "
+            "flow in float64"
+        )
+
+
 def inliers(w: Tensor) -> Tensor:
     """Return the indices of whitened rows without outliers, shape ``(N,)``.
 
@@ -190,6 +235,25 @@ def inliers(w: Tensor) -> Tensor:
     return places[torch.arange(len(w), device=w.device) % len(places)]
 
 
+def wild_rows(w: Tensor) -> str:
+    """Return which rows lie far from all others, as a sentence; nothing where none does.
+
+    Args:
+        w: Whitened rows, shape ``(N, D)``.
+    """
+    distance = w.double().norm(dim=-1).nan_to_num(nan=math.inf)
+    times = distance / distance.median()
+    far = (times > _WILD_DEVIATIONS).nonzero().flatten()
+    if len(far) == 0:
+        return ""
+    worst = far[times[far].argsort(descending=True)[:_NAMED_ROWS]]
+    return (
+        f" Far out are rows {worst.tolist()} of {len(w)}, counted from 0 among those of positive "
+        f"weight: {float(times[worst[0]]):.1e} times as far from the centre as half of them. "
+        "Remove them, or give them weight 0."
+    )
+
+
 def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = False) -> None:
     """Set a flow's whitening map, and the scales of its network, from training rows.
 
@@ -199,6 +263,7 @@ def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = Fal
         keep: Whether to keep the present map, and the scales of a network that is trained.
     """
     flow = distribution.transform.flow
+    _check_range(rows.w, flow.loc.dtype)
     if not keep:
         distribution.space.check_rows(flow, rows.w, rows.context)
         if not isinstance(flow.interpolant, Geodesic):  # the scale of angles is the circle's
@@ -210,13 +275,15 @@ def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = Fal
 
 def _set_map(whitening: Whitening, base: Any, rows: Rows) -> None:
     """Set a map from rows in data coordinates, and the base if it is not N(0, I)."""
+    if base is not None or not isinstance(whitening, DenseWhitening):
+        warn_if_coarse(rows.w, whitening.loc.dtype, "data")
     if base is not None:  # one scale: a full whitening would change what the shortest path is
         start, spread = column_moments(base.sample((len(rows.w),)))
         end, other = column_moments(rows.w, rows.weight)
         scale = ((spread.mean() + other.mean()) / 2).sqrt()
         whitening.set_diagonal((start + end) / 2, scale.expand_as(end))
     elif isinstance(whitening, DenseWhitening):
-        m = moments(rows.w, rows.weight)
+        m = moments(rows.w, rows.weight, dtype=whitening.loc.dtype)
         whitening.set(*(m if rows.partner is None else _aligned(m, rows.w, rows.partner)))
     else:
         loc, variance = column_moments(rows.w, rows.weight)

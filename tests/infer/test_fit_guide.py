@@ -235,7 +235,7 @@ def test_the_model_alone(rounds):
     z = log_joint(guide).pack(draws_of(4000))
     guide.transform.flow.whitening.set(z.mean(0), torch.linalg.cholesky(z.T.cov()))  # a good guide
     state = torch.get_rng_state()
-    result = fit_guide(guide, max_seconds=7.0, seed=3, progress=False, options={"rounds": 2})
+    result = fit_guide(guide, max_seconds=70.0, seed=3, progress=False, options={"rounds": 2})
     assert torch.equal(torch.get_rng_state(), state)
     assert result.verdict.startswith("Good, k-hat")
     assert abs(result.log_evidence) < 0.02
@@ -244,7 +244,7 @@ def test_the_model_alone(rounds):
     distribution, density, kwargs = rounds[0]
     assert distribution.transform is guide.transform
     start = kwargs.pop("start")
-    assert 0.7 <= kwargs.pop("max_seconds") < 7.0  # less the set-up and the judgement
+    assert 60.0 <= kwargs.pop("max_seconds") < 70.0  # less the judgement
     assert kwargs == {"seed": 3, "progress": False, "rounds": 2}
     z = torch.zeros(2, 3)
     assert torch.equal(density(z), log_joint(guide)(z))

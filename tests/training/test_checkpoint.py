@@ -439,7 +439,7 @@ def test_an_interrupt_while_the_solver_is_calibrated_keeps_the_weights(monkeypat
 
     expected, flow = made(), made()
     fit(expected, rows(), **QUICK)
-    monkeypatch.setattr(fitting, "calibrate", interrupted)
+    monkeypatch.setattr(fitting, "calibrate_until", interrupted)
     with pytest.warns(UserWarning, match="calibration was interrupted"):
         result = fit(flow, rows(), **QUICK)
     assert result.solver is flow.transform.solver

@@ -28,7 +28,11 @@ ERRORS = {
     ),
     "inf": (lambda: with_values(math.inf, [4]), ValueError, r"in 1 of 20 rows.*being row 4"),
     "-inf": (lambda: with_values(-math.inf, [0, 1]), ValueError, r"in 2 of 20 rows.*being row 0"),
-    "int": (lambda: torch.ones(9, 2, dtype=torch.int64), TypeError, r"int64.*\.float\(\).*noise"),
+    "int": (
+        lambda: torch.ones(9, 2, dtype=torch.int64),
+        TypeError,
+        r"int64.*\.float\(\).*dequantize",
+    ),
     "bool": (lambda: torch.ones(9, 2, dtype=torch.bool), TypeError, "floating type.*bool"),
     "complex": (lambda: torch.ones(9, 2) * 1j, TypeError, "floating type.*complex"),
     "numpy int": (lambda: np.ones((9, 2), dtype=int), TypeError, "floating type.*int64"),

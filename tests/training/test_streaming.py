@@ -356,7 +356,7 @@ def test_what_belongs_to_rows_comes_in_the_batches(name):
 
 
 def test_the_batch_size_of_a_stream_is_checked():
-    with pytest.raises(ValueError, match="batch_size >= 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size >= 1, a whole number, got 0"):
         fit(made(), [X], batch_size=0, **QUICK)
 
 

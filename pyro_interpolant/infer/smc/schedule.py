@@ -5,6 +5,8 @@ import math
 import time
 from collections.abc import Iterator
 
+from ...training.clock import Clock
+
 _RATE = 2e-3  # the learning rate, before it falls
 _CONSTANT_SHARE = 0.4  # of the training, before the rate falls
 _LANDING_SHARE = 0.5  # of the time trained so far, in which the rate of a flat run falls
@@ -17,7 +19,7 @@ class Budget:
     Attributes:
         seconds: The time in all.
         rounds: The most rounds, or None.
-        began: When the run began, by :func:`time.monotonic`.
+        clock: What tells the time.
         pathfinder: The share for finding where to begin.
         tempering: The share at which tempering should have reached the target.
         gradients: The share for the fewest gradients of each particle on the way.
@@ -29,7 +31,7 @@ class Budget:
 
     seconds: float
     rounds: int | None
-    began: float
+    clock: Clock
     pathfinder: float = 0.07
     tempering: float = 0.25
     gradients: float = 0.2
@@ -40,7 +42,11 @@ class Budget:
 
     def spent(self) -> float:
         """Return the seconds since the start."""
-        return time.monotonic() - self.began
+        return self.clock.spent()
+
+    def deadline(self) -> float:
+        """Return when all must be done, by :func:`time.monotonic`."""
+        return self.clock.deadline()
 
     def share_of_rounds(self, count: int) -> float:
         """Return which share of the rounds, where their number is limited, ``count`` are."""

@@ -16,12 +16,13 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from ..._torch import seeded, trainable
-from ...diagnostics.calibration import calibrate
+from ...diagnostics.calibration import calibrate_until
 from ...diagnostics.psis import K_HAT_LIMIT, effective_sample_size, judge, pareto_smooth
 from ...distributions.bases import WhitenedBase
 from ...distributions.interpolant import InterpolantDistribution
 from ...interpolants.couplings import independent
 from ...solvers.ode import Solver
+from ...training.clock import Clock
 from ...training.fitting import trainable_flow
 from ...training.loop import check_ranges
 from ...training.objective import Objective
@@ -29,7 +30,13 @@ from ...training.optimization import Descent, assign
 from ...training.rows import Rows
 from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
-from .flow_proposal import Jump, coarse_solver, flow_proposal_step, importance_weights
+from .flow_proposal import (
+    Jump,
+    affordable_draws,
+    coarse_solver,
+    flow_proposal_step,
+    importance_weights,
+)
 from .pathfinder import StudentTMixture, initial_mixture, pathfinder
 from .schedule import Budget, RateSchedule, clocked
 from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
@@ -102,6 +109,7 @@ _ROUND_MOVES = (3, 200)  # the fewest and the most in a round
 _MIXING_MOVES = (3, 240)  # before the first round: narrow places fill slowly
 _POOLS_OF_MIXING = 8  # how often the rows are kept meanwhile
 _CALIBRATION_ROWS = 128  # particles on which the solver is calibrated
+_TOLERANCE = 1e-2  # nats, of the calibration
 _VERDICT_DRAWS = 10_000  # fresh draws that judge the flow
 
 
@@ -183,7 +191,7 @@ def _find_particles(
     affordable = seconds / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
     kernel = HMCKernel(_SLOW_LEAPFROG_STEPS if affordable < draws else _LEAPFROG_STEPS)
     count = int(max(min(_MIN_PARTICLES, draws), min(draws, affordable)))
-    deadline = budget.began + budget.tempering * budget.seconds
+    deadline = budget.clock.began + budget.tempering * budget.seconds
     x, start = mixture.sample(count), LogDensity(mixture.log_prob)
     for level in tempered_smc(x, start, density, kernel, deadline=deadline):
         _show(bar, budget.done(), f"tempering: {level.exponent:.3g}")
@@ -279,13 +287,16 @@ class Run:
         last, few = self.regression.values(), self.particles.x[: _CALIBRATION_ROWS * 8]
         self._use(last)
         few = few[torch.randperm(len(few))[:_CALIBRATION_ROWS].to(few.device)]
-        solver = calibrate(self.distribution, few)
+        deadline = self.budget.deadline()
+        solver = calibrate_until(deadline, self.distribution, few, tolerance=_TOLERANCE)
+        left = deadline - time.monotonic()
+        count = affordable_draws(self.distribution, self.density, left, _VERDICT_DRAWS)
         chosen = len(self.history) - 1
-        if self.best_round != chosen:
+        if self.best_round != chosen and count == _VERDICT_DRAWS:
             if self._effective(self.best_weights) > 1.2 * self._effective(last):
                 chosen = self.best_round
                 self._use(self.best_weights)
-        w = importance_weights(self.distribution, self.density, _VERDICT_DRAWS)
+        w = importance_weights(self.distribution, self.density, count)
         return RoundsResult(
             *judge(w), len(w), self.particles.x, self.history, chosen, self.budget.spent(), solver
         )
@@ -316,7 +327,7 @@ def train_from_density(
     seed: int | None = None,
     progress: bool = True,
 ) -> RoundsResult:
-    r"""Train a flow on an unnormalised log-density, in place.
+    r"""Train a flow on an unnormalised log-density, in place, and freeze its weights.
 
     No diagnostic sees a mode or a neck that neither the start nor the moves reached: a start wider
     than the target helps, or writing the model without the neck.
@@ -350,7 +361,7 @@ def train_from_density(
         2022, arXiv 2105.12603 (the rounds); Del Moral, Doucet & Jasra, JRSS B 68, 2006
         (tempering); Vehtari et al., arXiv 1507.02646 (k-hat).
     """
-    budget = Budget(max_seconds, rounds, began=time.monotonic())
+    budget = Budget(max_seconds, rounds, Clock(max_seconds))
     flow = _checked_flow(distribution)
     check_ranges(
         ("max_seconds > 0", max_seconds > 0, max_seconds),
@@ -358,7 +369,7 @@ def train_from_density(
         ("steps >= 1", steps >= 1, steps),
         ("rounds >= 1", rounds is None or rounds >= 1, rounds),
     )
-    with seeded(seed), torch.no_grad():
+    with torch.inference_mode(mode=False), torch.no_grad(), seeded(seed):
         wide = initial_mixture(start, flow.loc)
         density = LogDensity(log_density)
         density.check(wide.sample(256))
@@ -370,6 +381,7 @@ def train_from_density(
                 while going:
                     going = run.round(steps)
                     _show(bar, budget.done(len(run.history)), run.history[-1].text())
+            distribution.freeze()
             return run.verdict()
 
 

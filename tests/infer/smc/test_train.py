@@ -26,6 +26,7 @@ from pyro_interpolant.infer.smc.pathfinder import StudentTMixture, initial_mixtu
 from pyro_interpolant.infer.smc.schedule import Budget, RateSchedule
 from pyro_interpolant.infer.smc.tempering import HMCKernel, LogDensity, tempered_smc
 from pyro_interpolant.infer.smc.train import FlowRegression, RoundsResult, train_from_density
+from pyro_interpolant.training.clock import Clock, Seconds
 
 
 def gaussian(loc, scale_tril):
@@ -355,7 +356,7 @@ def test_the_rate_is_constant_then_falls_to_zero_and_lands_early_from_where_it_i
 
 
 def test_a_budget_counts_seconds_and_rounds():
-    budget = Budget(60.0, None, began=time.monotonic() - 3.0)
+    budget = Budget(60.0, None, Clock(Seconds.since(time.monotonic() - 3.0, 60.0)))
     assert 3.0 <= budget.spent() < 4.0
     assert budget.share_of_rounds(5) == 0.0
     assert dataclasses.replace(budget, rounds=20).share_of_rounds(5) == 0.25

@@ -1,0 +1,65 @@
+r"""The clock of a run: what share of its time is spent, and when the rest must be done.
+
+Time counts from the call that the user made, with whatever is done before the first step and
+after the last.
+"""
+
+import math
+import time
+
+_TRAINING_SHARE = 0.95  # of the time, to the last step; the rest: calibration and comparison
+_OVERTIME_SHARE, _OVERTIME = 0.05, 5.0  # of the time, and seconds: what these may take beyond it
+
+
+class Seconds(float):
+    """A time limit that counts from an earlier moment, the call of whoever passes it on.
+
+    Attributes:
+        began: That moment, by :func:`time.monotonic`.
+    """
+
+    began: float
+
+    @classmethod
+    def since(cls, began: float, limit: float | None) -> "Seconds | None":
+        """Return a limit that counts from a moment, or None for no limit."""
+        if limit is None:
+            return None
+        new = cls(limit)
+        new.began = began
+        return new
+
+
+class Clock:
+    """The time of a run.
+
+    Args:
+        limit: The time that a user gave, or None.
+
+    Attributes:
+        limit: The same; infinite for None.
+        began: When the run began, by :func:`time.monotonic`.
+        before: The time spent by a run that is resumed.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit = math.inf if limit is None else limit
+        self.began: float = getattr(limit, "began", time.monotonic())
+        self.before = 0.0
+
+    def spent(self) -> float:
+        """Return the time spent so far."""
+        return time.monotonic() - self.began + self.before
+
+    def share(self, seconds: float) -> float:
+        """Return which share of the time for training so many seconds are."""
+        return seconds / (_TRAINING_SHARE * self.limit)
+
+    def is_beyond(self, share: float) -> bool:
+        """Return whether more than a share of all the time is spent."""
+        return self.spent() > share * self.limit
+
+    def deadline(self) -> float:
+        """Return when all must be done, by :func:`time.monotonic`."""
+        whole = (1 + _OVERTIME_SHARE) * self.limit + _OVERTIME
+        return self.began - self.before + whole
