@@ -177,7 +177,7 @@ class Flow(nn.Module):
         if path.end == 0.0:
             return self.whitening.log_det.expand(states.shape[1:-1])
         times, weights = (s.to(states) for s in path.times)
-        if not path.recomputes() and (is_tracing() or self._needs_graph(states, path)):
+        if is_tracing() or (not path.recomputes() and self._needs_graph(states, path)):
             shape = (-1,) + (1,) * (states.dim() - 2)
             together = self._rate(times.reshape(shape), path)(states)
             return self.whitening.log_det + torch.tensordot(weights, together, dims=1)
