@@ -152,6 +152,7 @@ EXCEPTIONS: dict[str, dict[str, Reason]] = {
     "local_latents": {
         "": Reason(ValueError, "a flow over one vector has no place for sites that come and go")
     },
+    "traced": {"adaptive": Reason(ValueError, "steps that depend on the values are refused")},
     "jacobian": {
         "hutchinson": Reason(AssertionError, "its log-determinant is an estimate, always the same")
     },
@@ -165,8 +166,6 @@ _NO_MOMENTS = Reason(NotImplementedError, "no mean, no variance")
 _NO_CDF = Reason(NotImplementedError, "no cdf")
 
 PENDING: dict[str, dict[str, Reason]] = {
-    "traced": {"adaptive": Reason(AssertionError, "steps of one value, for all: to be refused")},
-    "validation": {"adaptive, off": Reason(ValueError, "no step is small enough for a NaN")},
     "moments": dict.fromkeys(("plain", "positive", "angles"), _NO_MOMENTS),
     "cdf": dict.fromkeys(("one", "one angle"), _NO_CDF),
 }

@@ -96,12 +96,15 @@ FREE = {
 }
 
 
-@over("gof", (), [kind for kind in DENSITIES if kind != "corr_cholesky"])
+NOT_COUNTED = ("corr_cholesky", "hutchinson")
+
+
+@over("gof", (), [kind for kind in DENSITIES if kind not in NOT_COUNTED])
 def test_draws_follow_the_density(kind):
     """Of dependent distances the p-value is far from uniform: an exact Gaussian reaches 1e-6.
 
     Near the edge of the Cholesky factors, where most draws are, it is 0 or 1; the density there is
-    tested by its Jacobian.
+    tested by its Jacobian. With Hutchinson's probes the density is an estimate.
     """
     d = KINDS[kind]()
     with torch.no_grad():

@@ -764,6 +764,7 @@ WILD = pytest.mark.parametrize(
 
 
 @pytest.mark.filterwarnings("ignore:no grid up to:UserWarning")
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # a far mode flattens the other
 @WILD
 def test_far_from_the_data_densities_fall_and_gradients_are_finite(make, dim, wild_flows):
     data, distribution = wild_flows(make, dim)
@@ -780,6 +781,7 @@ def test_far_from_the_data_densities_fall_and_gradients_are_finite(make, dim, wi
 
 
 @pytest.mark.filterwarnings("ignore:no grid up to:UserWarning")
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # a far mode flattens the other
 @WILD
 def test_samples_of_wild_data_are_finite_and_have_densities(make, dim, wild_flows):
     data, distribution = wild_flows(make, dim)
