@@ -393,7 +393,9 @@ def test_the_jacobian_of_the_score_is_the_hessian(name):
     d = make(SINGLE, name).freeze()
     x = d.sample()
     expected = torch.autograd.functional.hessian(d.log_prob, x)
-    assert expected.abs().max() > 0.01
+    assert (
+        expected.abs().max() > 0.01 or name == "start_laplace"
+    )  # whose logarithm is piecewise linear
     assert torch.allclose(torch.autograd.functional.jacobian(d.score, x), expected, atol=1e-8)
     for jacobian in (torch.func.jacrev, torch.func.jacfwd):
         assert torch.allclose(jacobian(d.score)(x), expected, atol=1e-8)

@@ -319,7 +319,7 @@ def test_on_the_torus(name, dim):
         line = 2 * math.pi * torch.arange(60) / 60 - math.pi
         x = torch.cartesian_prod(*[line] * dim).reshape(-1, dim)
     else:
-        x = 2 * math.pi * torch.rand(4000, dim) - math.pi
+        x = 2 * math.pi * torch.rand(12000, dim) - math.pi
     log_prob = distribution.log_prob(x.reshape(-1, *[1] * len(batch), dim))
     each = (log_prob + dim * math.log(2 * math.pi)).exp()
     assert float(each.max() / each.min()) > 1.2
