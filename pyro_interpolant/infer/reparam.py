@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributions import ComposeTransform
 
 from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.joint import JointInterpolantDistribution
 from ..solvers.ode import FixedGrid
 from .autoguide import AutoInterpolant
 from .sites import LatentSites, Model, Site, unwrapped_model
@@ -71,7 +72,7 @@ class BaseSpace:
             ValueError: If a prior is conditioned on another site, so that each draw has its own.
         """
         trace = poutine.trace(self).get_trace(*args, **kwargs)
-        named = {k: v for k, v in draws.items() if not k.endswith(_BASE)}
+        named = dict(draws)
         for name, node in trace.nodes.items():
             options: dict[str, Any] = node.get("infer") or {}  # type: ignore[assignment]
             flow = options.get(_FLOW)
@@ -82,8 +83,9 @@ class BaseSpace:
                     f"expected priors that are the same for all draws, got the site {name!r} with "
                     "a context: use Predictive(base_space(model), draws)"
                 )
-            value = ComposeTransform(flow.transforms)(flow.space.from_sampled(draws[name + _BASE]))
-            named |= flow.unpack(value) if hasattr(flow, "unpack") else {name: value}
+            value = _image(flow, named.pop(name + _BASE))
+            joint = isinstance(flow, JointInterpolantDistribution)
+            named |= flow.unpack(value) if joint else {name: value}
         return named
 
 
@@ -150,7 +152,7 @@ def _sampled(
     value: Tensor | None,
 ) -> Tensor:
     """Sample the base of a flow, inside its wrappers, and return the value of the site."""
-    space, transform = flow.space, ComposeTransform(flow.transforms)
+    space = flow.space
     base = space.sampled_base(flow.base_dist)
     for wrapper in reversed(wrappers):
         if isinstance(wrapper, dist.MaskedDistribution):
@@ -160,10 +162,15 @@ def _sampled(
     start: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if value is not None:
         with torch.no_grad():
-            value = space.to_sampled(transform.inv(value))
+            value = space.to_sampled(ComposeTransform(flow.transforms).inv(value))
         start = InitMessenger(init_to_value(values={name + _BASE: value}))
     with start:
-        return transform(space.from_sampled(pyro.sample(name + _BASE, base)))
+        return _image(flow, pyro.sample(name + _BASE, base))
+
+
+def _image(flow: InterpolantDistribution, z: Tensor) -> Tensor:
+    """Return the values, ``(*, *event_shape)``, of what is sampled in base space."""
+    return ComposeTransform(flow.transforms)(flow.space.from_sampled(z))
 
 
 def _unwrapped(

@@ -715,6 +715,7 @@ def test_draws_in_base_space_become_those_of_the_model(capsys):
             pyro.sample("star", stars)
         pyro.sample("angle", angles)
         pyro.sample("free", dist.Normal(0.0, 1.0))
+        pyro.sample("data_base", dist.Normal(0.0, 1.0))  # a name of the user's own
 
     base = base_space(model)
     draws = {
@@ -722,9 +723,10 @@ def test_draws_in_base_space_become_those_of_the_model(capsys):
         "star_base": torch.randn(2, 5, 4, 2),
         "angle_base": torch.randn(2, 5, 4),
         "free": torch.randn(2, 5),
+        "data_base": torch.randn(2, 5),
     }
     found = base.samples(draws, 4)
-    assert sorted(found) == ["angle", "free", "scales", "slope", "star"]
+    assert sorted(found) == ["angle", "data_base", "free", "scales", "slope", "star"]
     one = {name: value[1, 3] for name, value in draws.items()}
     expected = poutine.trace(poutine.condition(base, one)).get_trace(4)
     for name, value in found.items():
