@@ -110,6 +110,26 @@ def random_prior(dim: int, *, frozen: bool = True, **kwargs: Any) -> Interpolant
     return prior.freeze() if frozen else prior
 
 
+def losses_of_adam(
+    distribution: Any,
+    parameters: Iterable[Tensor],
+    x: Tensor,
+    *,
+    rate: float,
+    check: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Return the losses of three steps of maximum likelihood; a check is made after each."""
+    optimizer, losses = torch.optim.Adam(parameters, lr=rate), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = -distribution.log_prob(x).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        check()
+    return losses
+
+
 def gaussian_prior(loc: Tensor, linear: Tensor) -> InterpolantDistribution:
     """Return the flow that is N(loc, L L^T) exactly: an untrained velocity is zero."""
     velocity = VelocityMLP(len(loc), (8, 8))

@@ -17,9 +17,15 @@ from numpy.typing import ArrayLike
 from pyro.distributions.conditional import ConditionalTransformedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import Transform, constraints
+from torch.distributions import ComposeTransform, Transform, constraints
 
-from .._torch import has_other_leaves, is_compiling, is_functional, is_tracing
+from .._torch import (
+    has_other_leaves,
+    is_compiling,
+    is_functional,
+    is_tracing,
+    with_gradients,
+)
 from ..transforms.bijections import Whiten
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
@@ -322,7 +328,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
             return torch.func.grad(lambda value: self.log_prob(value).sum())(x.expand(shape))
         enabled = torch.is_grad_enabled()
         density = self if enabled else self._as_function()
-        with torch.inference_mode(mode=False), torch.enable_grad():
+        with with_gradients():
             value = x.expand(shape).clone()
             if not value.requires_grad:
                 value.requires_grad_()
@@ -362,13 +368,11 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
             True
         """
         first = [] if self.base is not None else [Whiten(self.transform.flow.whitening)]
-        parts = [*first, *self.transforms]
-        if inverse:
-            self.to_flow(x)  # raises for data outside the support
-            parts = [part.inv for part in reversed(parts)]
-        for part in parts:
-            x = part(x)
-        return x
+        chain = ComposeTransform([*first, *self.transforms])
+        if not inverse:
+            return chain(x)
+        self.to_flow(x)  # raises for data outside the support
+        return chain.inv(x)
 
     def at(self, t: float) -> "InterpolantDistribution":
         """Return the distribution at time t: the base at 0, the model at 1.

@@ -50,7 +50,7 @@ class JointInterpolantDistribution(InterpolantDistribution):
         validate_args: bool | None = None,
     ) -> None:
         self.sites = {k: (torch.Size(shape), support) for k, (shape, support) in sites.items()}
-        size = sum(_real_shape(*site).numel() for site in self.sites.values())
+        size = sum(real_shape(*site).numel() for site in self.sites.values())
         if size != transform.flow.event_dim:
             raise ValueError(
                 f"expected a flow of dimension {size}, got {transform.flow.event_dim}"
@@ -153,7 +153,7 @@ def pack(sites: Sites, draws: Mapping[str, Any]) -> Tensor:
 
 def unpack(sites: Sites, packed: Tensor) -> dict[str, Tensor]:
     """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``."""
-    shapes = {name: _real_shape(*site) for name, site in sites.items()}
+    shapes = {name: real_shape(*site) for name, site in sites.items()}
     parts = packed.split([s.numel() for s in shapes.values()], dim=-1)
     return {
         name: biject_to(sites[name][1])(part.reshape(part.shape[:-1] + shape))
@@ -161,6 +161,6 @@ def unpack(sites: Sites, packed: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _real_shape(shape: Sequence[int], support: Constraint) -> torch.Size:
+def real_shape(shape: Sequence[int], support: Constraint) -> torch.Size:
     """Return the unconstrained shape of a site of the given shape and support."""
     return torch.Size(biject_to(support).inverse_shape(torch.Size(shape)))

@@ -171,6 +171,11 @@ def importance_of(
     return z, log_ratio(log_p, log_q)
 
 
+def are_raw_draws_good(summary: ImportanceSummary, count: int) -> bool:
+    """Return whether ``count`` draws will do without weights, as :func:`verdict_of` says."""
+    return summary.k_hat <= K_HAT_LIMIT and summary.ess >= _GOOD_SHARE * count
+
+
 def verdict_of(summary: ImportanceSummary, count: int) -> str:
     """Return what follows from the weights of ``count`` draws, in a sentence."""
     k_hat, ess = summary.k_hat, summary.ess
@@ -189,14 +194,9 @@ def verdict_of(summary: ImportanceSummary, count: int) -> str:
             f"Poor, {numbers}the guide misses parts of the posterior that weights cannot "
             f"restore, so {remedy} before you trust its draws."
         )
-    if ess < _GOOD_SHARE * count:
+    if not are_raw_draws_good(summary, count):
         return f"Usable with weights, {numbers}use resampled() draws, not the guide's own."
     return f"Good, {numbers}the guide's own draws will do, and resampled() ones do better."
-
-
-def are_raw_draws_good(summary: ImportanceSummary, count: int) -> bool:
-    """Return whether ``count`` draws will do without weights, as :func:`verdict_of` says."""
-    return summary.k_hat <= K_HAT_LIMIT and summary.ess >= _GOOD_SHARE * count
 
 
 def verdict_with_warning(summary: ImportanceSummary, count: int) -> str:

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
 from .._torch import seeded, warn_user
 from ..distributions.interpolant import AnyDistribution
-from ..distributions.joint import JointInterpolantDistribution
+from ..distributions.joint import JointInterpolantDistribution, real_shape
 from ..distributions.supports import CircularSupport, support_of
 from ..interpolants.nonlinear import wrap
 from ..transforms.gaussianize import Gaussianized, without_gaussianizer
@@ -226,6 +225,6 @@ def _names(distribution: AnyDistribution) -> list[str]:
         return [f"{kind} {i}" for i in range(distribution.transform.flow.event_dim)]
     names = []
     for name, (shape, support) in distribution.sites.items():
-        size = torch.Size(biject_to(support).inverse_shape(shape)).numel()
+        size = real_shape(shape, support).numel()
         names += [f"site {name!r}" if size == 1 else f"site {name!r}[{i}]" for i in range(size)]
     return names

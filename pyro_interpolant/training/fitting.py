@@ -419,7 +419,7 @@ def from_samples(
     except NonFiniteError as error:
         error.distribution = distribution.freeze()
         raise
-    return distribution.freeze()
+    return distribution
 
 
 def _named(

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as pyro_transforms
 import pytest
 import torch
-from cases import FLOWS, CountingDivergence, CountingSolver, slow_but
+from cases import FLOWS, CountingDivergence, CountingSolver, losses_of_adam, slow_but
 from pyro.infer import (
     MCMC,
     NUTS,
@@ -138,17 +138,14 @@ def test_three_steps_of_adam(builder, inverse):
     transform = builder(2)
     direction = transform.inv if inverse else transform
     flow = dist.TransformedDistribution(normal(2), [direction])
-    optimizer = torch.optim.Adam(list(transform.parameters()) or _owned(transform), lr=2e-3)
+    parameters = list(transform.parameters()) or _owned(transform)
     x = flow.sample((10,)) + 1.0
-    losses = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = -flow.log_prob(x.detach()).mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        fresh = -copy.deepcopy(flow).log_prob(x.detach()).mean().item()
-        assert -flow.log_prob(x.detach()).mean().item() == pytest.approx(fresh, rel=1e-12)
+
+    def check():
+        fresh = -copy.deepcopy(flow).log_prob(x).mean().item()
+        assert -flow.log_prob(x).mean().item() == pytest.approx(fresh, rel=1e-12)
+
+    losses = losses_of_adam(flow, parameters, x, rate=2e-3, check=check)
     assert losses[2] < losses[1] < losses[0]
 
 
@@ -205,15 +202,8 @@ def test_composition(kind, compose, cache_size):
     torch.testing.assert_close(chain.inv(y.detach()), x, rtol=0, atol=1e-6)
     # One reused distribution follows the weights.
     flow = dist.TransformedDistribution(normal(2).to_event(1), [chain])
-    optimizer = torch.optim.Adam([p for part in parts for p in part.parameters()], lr=1e-3)
-    data = flow.sample((10,)) + 1.0
-    losses = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = -flow.log_prob(data).mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    parameters = [p for part in parts for p in part.parameters()]
+    losses = losses_of_adam(flow, parameters, flow.sample((10,)) + 1.0, rate=1e-3)
     assert losses[2] < losses[1] < losses[0]
 
 

@@ -6,7 +6,7 @@ import pickle
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import SUPPORTS
+from cases import SUPPORTS, losses_of_adam
 from kinds import KINDS, over
 from torch.distributions import ComposeTransform
 
@@ -91,17 +91,13 @@ def test_jacobian(kind):
 def test_three_steps_of_maximum_likelihood(kind):
     """Through one reused distribution; the value follows the weights, as a fresh copy's does."""
     d = KINDS[kind]()
-    optimizer = torch.optim.Adam(d.transform.flow.parameters(), lr=2e-3)
     x = d.sample((10,))
-    losses = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = -d.log_prob(x).mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+
+    def check():
         fresh = -copy.deepcopy(d).log_prob(x.clone()).mean()
         torch.testing.assert_close(-d.log_prob(x).mean(), fresh)
+
+    losses = losses_of_adam(d, d.transform.flow.parameters(), x, rate=2e-3, check=check)
     assert losses[2] < losses[1] < losses[0]
 
 

@@ -17,9 +17,8 @@ class Budget:
     """The time and the rounds of a run, and the shares of the time that its parts may take.
 
     Attributes:
-        seconds: The time in all.
         rounds: The most rounds, or None.
-        clock: What tells the time.
+        clock: What tells the time, and how much there is.
         pathfinder: The share for finding where to begin.
         tempering: The share at which tempering should have reached the target.
         gradients: The share for the fewest gradients of each particle on the way.
@@ -29,7 +28,6 @@ class Budget:
         verdict: The share for the calibration and the weights of fresh draws.
     """
 
-    seconds: float
     rounds: int | None
     clock: Clock
     pathfinder: float = 0.07
@@ -44,17 +42,13 @@ class Budget:
         """Return the seconds since the start."""
         return self.clock.spent()
 
-    def deadline(self) -> float:
-        """Return when all must be done, by :func:`time.monotonic`."""
-        return self.clock.deadline()
-
     def share_of_rounds(self, count: int) -> float:
         """Return which share of the rounds, where their number is limited, ``count`` are."""
         return count / (self.rounds or math.inf)
 
     def done(self, count: int = 0) -> float:
         """Return which share of the run is done, after ``count`` rounds."""
-        return max(self.spent() / self.seconds, self.share_of_rounds(count))
+        return max(self.spent() / self.clock.limit, self.share_of_rounds(count))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -186,12 +186,12 @@ def _find_particles(
     density: LogDensity, wide: StudentTMixture, draws: int, budget: Budget, bar: tqdm
 ) -> Start:
     """Carry particles from a wide start to the target, at most ``draws``, and let them mix."""
-    mixture = pathfinder(density, wide, seconds=budget.pathfinder * budget.seconds)
-    seconds = budget.gradients * budget.seconds
+    mixture = pathfinder(density, wide, seconds=budget.pathfinder * budget.clock.limit)
+    seconds = budget.gradients * budget.clock.limit
     affordable = seconds / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
     kernel = HMCKernel(_SLOW_LEAPFROG_STEPS if affordable < draws else _LEAPFROG_STEPS)
     count = int(max(min(_MIN_PARTICLES, draws), min(draws, affordable)))
-    deadline = budget.clock.began + budget.tempering * budget.seconds
+    deadline = budget.clock.began + budget.tempering * budget.clock.limit
     x, start = mixture.sample(count), LogDensity(mixture.log_prob)
     for level in tempered_smc(x, start, density, kernel, deadline=deadline):
         _show(bar, budget.done(), f"tempering: {level.exponent:.3g}")
@@ -199,7 +199,7 @@ def _find_particles(
     kernel.adapt_metric(particles.x)
     pools = [particles.x]
     every = max(_MIXING_MOVES) // _POOLS_OF_MIXING
-    for i in clocked(budget.mixing * budget.seconds, *_MIXING_MOVES):
+    for i in clocked(budget.mixing * budget.clock.limit, *_MIXING_MOVES):
         particles, _ = kernel(particles, density.particles)
         if i % every == every - 1:
             pools.append(particles.x)
@@ -230,7 +230,7 @@ class Run:
         self.history = list[Round]()
         self.best_gap, self.best_round = math.inf, 0
         self.best_weights = self.regression.values()
-        end = (1 - budget.verdict) * budget.seconds
+        end = (1 - budget.verdict) * budget.clock.limit
         self.schedule = RateSchedule(budget.spent(), end)
 
     def rate(self) -> float:
@@ -242,7 +242,9 @@ class Run:
         """Regress the flow, propose by it, move by the gradient; return whether to go on."""
         began, budget = time.monotonic(), self.budget
         left = self.schedule.end - budget.spent()
-        self.regression(steps, self.rate, seconds=min(budget.regression * budget.seconds, left))
+        self.regression(
+            steps, self.rate, seconds=min(budget.regression * budget.clock.limit, left)
+        )
         with self.regression.average.applied():
             self.distribution.clear_cache()
             coarse_solver(self.distribution, self.particles.x)
@@ -287,7 +289,7 @@ class Run:
         last, few = self.regression.values(), self.particles.x[: _CALIBRATION_ROWS * 8]
         self._use(last)
         few = few[torch.randperm(len(few))[:_CALIBRATION_ROWS].to(few.device)]
-        deadline = self.budget.deadline()
+        deadline = self.budget.clock.deadline()
         solver = calibrate_until(deadline, self.distribution, few, tolerance=_TOLERANCE)
         left = deadline - time.monotonic()
         count = affordable_draws(self.distribution, self.density, left, _VERDICT_DRAWS)
@@ -361,7 +363,7 @@ def train_from_density(
         2022, arXiv 2105.12603 (the rounds); Del Moral, Doucet & Jasra, JRSS B 68, 2006
         (tempering); Vehtari et al., arXiv 1507.02646 (k-hat).
     """
-    budget = Budget(max_seconds, rounds, Clock(max_seconds))
+    budget = Budget(rounds, Clock(max_seconds))
     flow = _checked_flow(distribution)
     check_ranges(
         ("max_seconds > 0", max_seconds > 0, max_seconds),

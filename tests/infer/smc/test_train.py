@@ -356,7 +356,7 @@ def test_the_rate_is_constant_then_falls_to_zero_and_lands_early_from_where_it_i
 
 
 def test_a_budget_counts_seconds_and_rounds():
-    budget = Budget(60.0, None, Clock(Seconds.since(time.monotonic() - 3.0, 60.0)))
+    budget = Budget(None, Clock(Seconds.since(time.monotonic() - 3.0, 60.0)))
     assert 3.0 <= budget.spent() < 4.0
     assert budget.share_of_rounds(5) == 0.0
     assert dataclasses.replace(budget, rounds=20).share_of_rounds(5) == 0.25
