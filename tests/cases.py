@@ -191,6 +191,7 @@ SUPPORTS = {
         (1, 2),
         lambda y: y[..., 0, :],
     ),
+    "scalar": SupportCase(Shaped(constraints.positive, ()), 1, (), lambda y: y[..., None]),
     "gaussianized": SupportCase(Gaussianized(constraints.real_vector, _CHART), 2, (2,)),
     "tempered": SupportCase(Gaussianized(constraints.real_vector, _RADIAL), 2, (2,)),
     "gaussianized stack": SupportCase(

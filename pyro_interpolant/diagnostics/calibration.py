@@ -44,6 +44,18 @@ class SolverError(NamedTuple):
     round_trip_worst: float
 
 
+class Calibration(NamedTuple):
+    """What a calibration found.
+
+    Attributes:
+        solver: The grid.
+        error: Its mean absolute error of log_prob, nats; None where no time was left to measure.
+    """
+
+    solver: FixedGrid
+    error: float | None
+
+
 def solver_error(
     distribution: AnyDistribution, x: Tensor, *, context: Tensor | None = None
 ) -> SolverError:
@@ -138,7 +150,7 @@ def calibrate(
     """
     if not tolerance > 0:
         raise ValueError(f"expected a positive tolerance in nats, got {tolerance}")
-    return calibrate_until(math.inf, distribution, x, tolerance=tolerance, context=context)
+    return calibrate_until(math.inf, distribution, x, tolerance=tolerance, context=context).solver
 
 
 def calibrate_until(
@@ -148,7 +160,7 @@ def calibrate_until(
     *,
     tolerance: float,
     context: Tensor | None = None,
-) -> FixedGrid:
+) -> Calibration:
     """Set the solver as :func:`calibrate`, on fewer rows or with a warning where time is short.
 
     Args:
@@ -159,7 +171,7 @@ def calibrate_until(
         context: As in :func:`calibrate`, shape ``(N, C)``.
 
     Returns:
-        The grid that was set.
+        The grid that was set, and its error.
     """
     present = distribution.transform.solver
     template = present if isinstance(present, FixedGrid) else FixedGrid()
@@ -170,14 +182,15 @@ def calibrate_until(
             x, context = x[:few], context if context is None else context[:few]
             trials = _Trials(distribution.given(context), x, template, tolerance)
         steps = trials.fewest(deadline) if few else None
+        error = None if steps is None else trials.errors[steps]
     if steps is None:
         warn_user(
             "no time was left to calibrate the solver, which is the one before: call "
             "calibrate(distribution, rows), which says what its densities are worth"
         )
-        return template
+        return Calibration(template, None)
     distribution.transform.solver = dataclasses.replace(template, steps=steps)
-    return distribution.transform.solver
+    return Calibration(distribution.transform.solver, error)
 
 
 class _Trials:
@@ -188,6 +201,9 @@ class _Trials:
         x: Rows, shape ``(N, *event_shape)``.
         template: The grid, but for its steps.
         tolerance: The mean absolute error allowed, nats.
+
+    Attributes:
+        errors: The mean absolute error of each number of steps that was tried, nats.
     """
 
     def __init__(
@@ -195,6 +211,7 @@ class _Trials:
     ) -> None:
         self.template, self.tolerance = template, tolerance
         self.flow, self.rows = _bare(view, x)
+        self.errors: dict[int, float] = {}
         began = time.monotonic()
         self.first = self._log_prob(_FIRST_STEPS)
         self.seconds = time.monotonic() - began  # which the fewest steps take
@@ -216,6 +233,7 @@ class _Trials:
             """Return the larger ratio of mean and worst error to what each may be."""
             value = self.first if steps == _FIRST_STEPS else self._log_prob(steps)
             error = (value.double() - reference).abs()
+            self.errors[steps] = float(error.mean())
             worst = torch.maximum(error.mean(), error.max() / _WORST_ROW_FACTOR)
             ratio = float(worst) / self.tolerance
             return ratio if math.isfinite(ratio) else math.inf

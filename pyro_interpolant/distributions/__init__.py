@@ -23,7 +23,7 @@ __all__, __getattr__, __dir__ = attach(
     __name__,
     {
         "interpolant": ["ConditionalInterpolantDistribution", "InterpolantDistribution"],
-        "joint": ["JointInterpolantDistribution"],
+        "joint": ["ConditionalJointInterpolantDistribution", "JointInterpolantDistribution"],
         "bases": ["ExternalBase", "Samples", "UniformTorus"],
         "constraints": ["circular"],
     },

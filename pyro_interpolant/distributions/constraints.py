@@ -83,7 +83,7 @@ class Shaped(Constraint):
 
     Args:
         base_constraint: The support of scalars or of vectors.
-        shape: The shape of an event.
+        shape: The shape of an event, ``()`` for scalars.
     """
 
     def __init__(self, base_constraint: Constraint, shape: Sequence[int]) -> None:
@@ -93,7 +93,8 @@ class Shaped(Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
-        inside = self.base_constraint.check(value.flatten(-self.event_dim))
+        batch = value.shape[: value.dim() - self.event_dim]
+        inside = self.base_constraint.check(value.reshape(*batch, -1))
         return inside if self.base_constraint.event_dim else inside.all(-1)
 
     def __repr__(self) -> str:
@@ -120,15 +121,13 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
     """Return a support in events of a shape, shape ``(*event_shape)``; itself if there is none.
 
     Raises:
-        ValueError: If the shape is not one of positive sizes, or the support is already one of
+        ValueError: If a size in the shape is not positive, or the support is already one of
             events of more than one dimension.
     """
     if shape is None:
         return support
-    if not shape or any(not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(
-            f"expected event_shape to be one or more positive sizes, got {tuple(shape)}"
-        )
+    if any(not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"expected event_shape to be positive sizes, got {tuple(shape)}")
     if isinstance(support, constraints.independent) and isinstance(
         support.base_constraint, type(constraints.real)
     ):
@@ -143,11 +142,29 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
     return Shaped(support, shape)
 
 
-def as_tensor(x: Any) -> Tensor:
-    """Return a tensor of the values of x; of an array of any strides, byte order and flags."""
-    if isinstance(x, np.ndarray) and x.dtype.kind != "O":
-        x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
-    return torch.as_tensor(x)
+def as_tensor(x: Any, name: str = "data") -> Tensor:
+    """Return a tensor of the values of x; of an array of any strides, byte order and flags.
+
+    Args:
+        x: A tensor, an array, a data frame or one of its columns, or nested lists of numbers.
+        name: What to call it in messages.
+
+    Raises:
+        TypeError: If it is none of these, or a data frame with columns that are no numbers.
+    """
+    if hasattr(x, "to_numpy"):  # of pandas
+        kinds = getattr(x, "dtypes", None)
+        x = x.to_numpy()
+        if x.dtype.kind not in "biuf":
+            raise TypeError(f"expected {name} of columns of numbers, got types {kinds}")
+    try:
+        if isinstance(x, np.ndarray) and x.dtype.kind != "O":
+            x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
+        return torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"expected {name} to be a tensor or an array, got {type(x).__name__}: {error}"
+        ) from error
 
 
 def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:
@@ -165,12 +182,7 @@ def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,))
         TypeError: If it is not a tensor or an array, or not of a floating type.
         ValueError: If it has no rows, rows of another shape, or NaN or infinite rows.
     """
-    try:
-        x = as_tensor(x).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"expected {name} to be a tensor or an array, got {type(x).__name__}"
-        ) from error
+    x = as_tensor(x, name).detach()
     if not x.is_floating_point():
         raise TypeError(
             f"expected {name} of a floating type, got {x.dtype}: convert it with .float(), or, if "

@@ -42,7 +42,8 @@ from .interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
-from .joint import JointInterpolantDistribution
+from .joint import NamedSites
+from .report import Report
 
 Header = dict[str, Any]
 
@@ -172,6 +173,8 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
         "base": described,
         "batch_shape": list(getattr(distribution, "batch_shape", ())),
         "validate_args": vars(distribution).get("_validate_args"),
+        "columns": list(distribution.columns),
+        "report": None if distribution.report is None else vars(distribution.report),
     }, tensors
 
 
@@ -227,6 +230,8 @@ def _content(distribution: Any) -> Any:
         "base": _content(distribution.base),
         "batch_shape": getattr(distribution, "batch_shape", ()),
         "validate_args": vars(distribution).get("_validate_args"),
+        "columns": distribution.columns,
+        "report": distribution.report,
     }
 
 
@@ -251,13 +256,17 @@ def _build(
             base = build_base(description, given)
     with _part("support"):
         options: dict[str, Any] = {"support": build_constraint(header["support"])}
-        if kind is JointInterpolantDistribution:
+        if issubclass(kind, NamedSites):
             options["sites"] = {
                 s: (tuple(shape), build_constraint(c)) for s, shape, c in header["sites"]
             }
-        if kind is not ConditionalInterpolantDistribution:
+        if not issubclass(kind, ConditionalInterpolantDistribution):
             options["validate_args"] = header.get("validate_args")
         distribution = kind(transform, base, **options)
+    with _part("report"):
+        distribution.columns = tuple(map(str, header.get("columns", ())))
+        report = header.get("report")
+        distribution.report = None if report is None else Report(**report)
     with _part("batch_shape"):
         natural = getattr(distribution, "batch_shape", ())
         shape = torch.Size(header.get("batch_shape", natural))
@@ -284,7 +293,8 @@ def _build_transform(
             own = {k: v.to(next(net.parameters(), loc).device) for k, v in own.items()}
     else:
         net = _new_network("velocity", header["velocity"], header["arguments"], own, dtype)
-    conditional = header["class"] == ConditionalInterpolantDistribution.__name__
+    kind = known(header["class"], distributions, AnyDistribution)
+    conditional = issubclass(kind, ConditionalInterpolantDistribution)
     make = ConditionalInterpolantTransform if conditional else InterpolantTransform
     transform = make(
         net,

@@ -38,6 +38,7 @@ from .bases import (
     standard_normal,
 )
 from .constraints import Constraint, checked_rows, shaped
+from .report import Report
 from .supports import Support, support_of
 
 if TYPE_CHECKING:
@@ -55,12 +56,16 @@ class _FlowDistribution:
         base: The base in data coordinates, or None for N(0, I) in whitened ones.
         constraint: The support as a constraint.
         space: The support.
+        report: What training measured, or None before.
+        columns: The names of the columns of a data frame that it was trained on, or nothing.
     """
 
     transform: AnyTransform
     base: TorchDistributionMixin | None
     constraint: Constraint
     space: Support
+    report: Report | None = None
+    columns: tuple[str, ...] = ()
     clear_cache: Callable[[], None]
     _transform_kind: type[AnyTransform]
 
@@ -283,7 +288,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
             log_prob = log_prob.expand(batch)
         if possible is None:
             return log_prob
-        unknown = value.isnan().flatten(possible.dim()).any(-1)
+        unknown = value.isnan().reshape(*possible.shape, -1).any(-1)
         return log_prob.where(possible, torch.where(unknown, math.nan, -math.inf).to(log_prob))
 
     def _finite(self, x: Tensor, possible: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -13,15 +13,52 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from ..transforms.interpolant import InterpolantTransform
-from .constraints import Constraint, bijection, checked_rows
-from .interpolant import InterpolantDistribution
+from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
+from .constraints import Constraint, as_tensor, bijection, checked_rows
+from .interpolant import ConditionalInterpolantDistribution, InterpolantDistribution
 from .supports import BijectiveSupport
 
 Sites = Mapping[str, tuple[torch.Size, Constraint]]  # shape and support, in the order of packing
 
 
-class JointInterpolantDistribution(InterpolantDistribution):
+class NamedSites:
+    """The sites that a packed vector is made of.
+
+    Attributes:
+        sites: For each site its event shape and its support, in the order of packing.
+    """
+
+    sites: dict[str, tuple[torch.Size, Constraint]]
+
+    def _set_sites(
+        self, sites: Mapping[str, tuple[Sequence[int], Constraint]], event_dim: int
+    ) -> None:
+        self.sites = {k: (torch.Size(shape), support) for k, (shape, support) in sites.items()}
+        size = sum(real_shape(*site).numel() for site in self.sites.values())
+        if size != event_dim:
+            raise ValueError(f"expected a flow of dimension {size}, got {event_dim}")
+
+    def unpack(self, packed: Tensor) -> dict[str, Tensor]:
+        """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``."""
+        return unpack(self.sites, packed)
+
+    def pack(self, draws: Mapping[str, Tensor]) -> Tensor:
+        """Return packed vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.
+
+        Raises:
+            ValueError: If a site is missing, of another shape, or outside its support.
+        """
+        return pack(self.sites, draws)
+
+    def _named(self) -> str:
+        """Return the sites, with their shapes and supports."""
+        sites = ", ".join(
+            f"{name}: {tuple(shape)} on {support}" for name, (shape, support) in self.sites.items()
+        )
+        return f"sites={{{sites}}}"
+
+
+class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
     r"""A learned joint distribution of named sites, each with its own shape and support.
 
     The event is the packed vector :math:`(b_1^{-1}(s_1), \dots, b_k^{-1}(s_k))` of all sites,
@@ -49,12 +86,7 @@ class JointInterpolantDistribution(InterpolantDistribution):
         support: Constraint = constraints.real_vector,
         validate_args: bool | None = None,
     ) -> None:
-        self.sites = {k: (torch.Size(shape), support) for k, (shape, support) in sites.items()}
-        size = sum(real_shape(*site).numel() for site in self.sites.values())
-        if size != transform.flow.event_dim:
-            raise ValueError(
-                f"expected a flow of dimension {size}, got {transform.flow.event_dim}"
-            )
+        self._set_sites(sites, transform.flow.event_dim)
         super().__init__(transform, base, support=support, validate_args=validate_args)
 
     def sample_sites(self, name: str) -> dict[str, Tensor]:
@@ -77,25 +109,52 @@ class JointInterpolantDistribution(InterpolantDistribution):
         """Return draws by name, each on its support, ``(*sample_shape, *batch, *site_shape)``."""
         return self.unpack(self.sample(torch.Size(sample_shape)))
 
-    def unpack(self, packed: Tensor) -> dict[str, Tensor]:
-        """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``."""
-        return unpack(self.sites, packed)
-
     def __repr__(self) -> str:
         """Name the sites, with their shapes and supports, and the batch."""
-        sites = ", ".join(
-            f"{name}: {tuple(shape)} on {support}" for name, (shape, support) in self.sites.items()
-        )
-        batch = tuple(self.batch_shape)
-        return f"{type(self).__name__}(sites={{{sites}}}, batch_shape={batch})"
+        return f"{type(self).__name__}({self._named()}, batch_shape={tuple(self.batch_shape)})"
 
-    def pack(self, draws: Mapping[str, Tensor]) -> Tensor:
-        """Return packed vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.
+
+class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolantDistribution):
+    r"""A learned joint distribution of named sites given a context c.
+
+    ``condition(context)`` gives a :class:`JointInterpolantDistribution`.
+    :func:`~pyro_interpolant.from_samples` makes one from a dictionary of draws and their contexts.
+
+    Args:
+        transform: The conditional flow over packed vectors.
+        base: As in :class:`InterpolantDistribution`.
+        sites: As in :class:`JointInterpolantDistribution`.
+        support: As in :class:`JointInterpolantDistribution`.
+
+    Raises:
+        ValueError: If the packed size of the sites is not the flow's dimension.
+    """
+
+    def __init__(
+        self,
+        transform: ConditionalInterpolantTransform,
+        base: TorchDistributionMixin | None = None,
+        *,
+        sites: Mapping[str, tuple[Sequence[int], Constraint]],
+        support: Constraint = constraints.real_vector,
+    ) -> None:
+        self._set_sites(sites, transform.flow.event_dim)
+        super().__init__(transform, base, support=support)
+
+    def condition(self, context: Tensor) -> JointInterpolantDistribution:
+        """Return the joint distribution given a context of shape ``(*, C)``: batch shape ``(*)``.
 
         Raises:
-            ValueError: If a site is missing, of another shape, or outside its support.
+            ValueError: If the last dimension is not the velocity's ``context_dim``.
         """
-        return pack(self.sites, draws)
+        transform = self.transform.condition(context)
+        return JointInterpolantDistribution(
+            transform, self.base, sites=self.sites, support=self.constraint
+        )
+
+    def __repr__(self) -> str:
+        """Name the sites, with their shapes and supports."""
+        return f"{type(self).__name__}({self._named()})"
 
 
 def sites_of(draws: Mapping[str, Any], supports: Any) -> dict[str, tuple[torch.Size, Constraint]]:
@@ -136,7 +195,7 @@ def pack(sites: Sites, draws: Mapping[str, Any]) -> Tensor:
     """
     parts = []
     for name, (shape, support) in sites.items():
-        value = torch.as_tensor(draws[name]) if name in draws else None
+        value = as_tensor(draws[name]) if name in draws else None
         batch = 0 if value is None else value.dim() - len(shape)
         if value is None or batch < 0 or value.shape[batch:] != shape:
             got = "none" if value is None else f"shape {tuple(value.shape)}"

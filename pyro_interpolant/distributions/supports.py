@@ -16,14 +16,14 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, transform_to
 
+from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic, wrap
-from ..nn.mlp import TorusMLP
+from ..nn.mlp import TorusMLP, VelocityMLP
 from ..nn.velocity import evaluate, may_be_periodic
 from ..transforms.bijections import Cached
 from ..transforms.flow import Flow
-from ..transforms.interpolant import InterpolantTransform, interpolant_transform
 from .bases import Planar, UniformTorus, directions, in_planes
-from .constraints import Circular, Constraint, bijection, circular
+from .constraints import Circular, Constraint, Shaped, bijection, circular
 
 _RAYLEIGH_RMS = 2**0.5  # the root mean square of a Rayleigh distance
 _PERIOD_ROWS = 64  # on which the period of a velocity is checked
@@ -86,9 +86,13 @@ class Support(ABC):
         """Return the base of a flow without one of its own; None for N(0, I)."""
         return None
 
-    @abstractmethod
-    def new_transform(self, size: int) -> InterpolantTransform:
-        """Return an untrained transform of ``size`` unconstrained coordinates."""
+    def new_velocity(self, size: int, context_dim: int = 0, classes: int = 0) -> VelocityMLP:
+        """Return an untrained network for ``size`` unconstrained coordinates."""
+        return VelocityMLP(size, None, context_dim, classes)
+
+    def default_path(self) -> Interpolant | None:
+        """Return the one path that a flow on this support can have; None for any."""
+        return None
 
     @abstractmethod
     def check_rows(self, flow: Flow, rows: Tensor, context: Tensor | None) -> None:
@@ -201,10 +205,6 @@ class BijectiveSupport(Support):
             ) from error
         return [Cached(self.bijection)]
 
-    def new_transform(self, size: int) -> InterpolantTransform:
-        """Return an untrained transform of ``size`` unconstrained coordinates."""
-        return interpolant_transform(size)
-
     def check_rows(self, flow: Flow, rows: Tensor, context: Tensor | None) -> None:
         """Raise a ValueError for a path on the torus; rows of shape ``(N, D)`` may be any."""
         if isinstance(flow.interpolant, Geodesic):
@@ -267,9 +267,13 @@ class CircularSupport(Support):
         """Return the uniform base: there is no normal one."""
         return UniformTorus(flow.event_dim, validate_args=False).to(flow.loc)
 
-    def new_transform(self, size: int) -> InterpolantTransform:
-        """Return an untrained transform of ``size`` angles."""
-        return InterpolantTransform(TorusMLP(size), interpolant=Geodesic())
+    def new_velocity(self, size: int, context_dim: int = 0, classes: int = 0) -> VelocityMLP:
+        """Return an untrained network for ``size`` angles."""
+        return TorusMLP(size, None, context_dim, classes)
+
+    def default_path(self) -> Interpolant | None:
+        """Return the path along geodesics."""
+        return Geodesic()
 
     def check_rows(self, flow: Flow, rows: Tensor, context: Tensor | None) -> None:
         r"""Raise a ValueError unless the velocity has period :math:`2\pi` at rows.
@@ -328,7 +332,8 @@ class OnEvents(Constraint):
 
     def __init__(self, support: Constraint) -> None:
         self.inner = support
-        self.event_dim = max(1, bijection(support).codomain.event_dim)
+        event_dim = bijection(support).codomain.event_dim
+        self.event_dim = event_dim if isinstance(support, Shaped) else max(1, event_dim)
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:

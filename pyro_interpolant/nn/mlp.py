@@ -12,7 +12,7 @@ network fed with :math:`\cos k x_i, \sin k x_i`, so that it has period :math:`2\
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,8 @@ class VelocityMLP(nn.Module):
         hidden_dims: The widths of the hidden layers. By default ``(128, 128, 128)`` up to 8
             dimensions, ``(256, 256)`` up to 32 and ``(512, 512)`` above.
         context_dim: C, the size of the last dimension of the context; 0 for none.
+        classes: K, for contexts that are labels 0 to K - 1, each with shifts and scales of its
+            own; 0 for none.
 
     Raises:
         ValueError: If a size is not positive.
@@ -97,7 +99,11 @@ class VelocityMLP(nn.Module):
     context_scale: Tensor
 
     def __init__(
-        self, event_dim: int, hidden_dims: Sequence[int] | None = None, context_dim: int = 0
+        self,
+        event_dim: int,
+        hidden_dims: Sequence[int] | None = None,
+        context_dim: int = 0,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         if hidden_dims is None:
@@ -105,11 +111,18 @@ class VelocityMLP(nn.Module):
             hidden_dims = (128, 128, 128) if event_dim <= _MAX_DEEP_DIM else wide
         self.event_dim = event_dim
         self.hidden_dims = tuple(hidden_dims)
-        self.context_dim = context_dim
-        if not self.hidden_dims or min(event_dim, *self.hidden_dims) < 1 or context_dim < 0:
+        self.context_dim = 1 if classes else context_dim
+        self.classes = classes
+        sizes = context_dim, classes
+        if not self.hidden_dims or min(event_dim, *self.hidden_dims) < 1 or min(sizes) < 0:
             raise ValueError(
                 "expected a positive event_dim, at least one positive hidden width and a "
-                f"context_dim >= 0, got {event_dim}, {self.hidden_dims} and {context_dim}"
+                f"context_dim >= 0, got {event_dim}, {self.hidden_dims} and {context_dim}, with "
+                f"{classes} classes"
+            )
+        if all(sizes):
+            raise ValueError(
+                f"expected context_dim or classes, got both: {context_dim} and {classes}"
             )
         widths = (event_dim, *self.hidden_dims)
         self.layers = nn.ModuleList(
@@ -118,7 +131,7 @@ class VelocityMLP(nn.Module):
         self.output = nn.Linear(widths[-1], event_dim, bias=False)
         # High frequencies cost quadrature nodes in many dimensions (BSDS300: 37 against 17).
         self.frequencies = 8 if event_dim <= _MAX_DEEP_DIM else 4
-        self.embedding = nn.Linear(2 * self.frequencies + context_dim, _EMBEDDING_WIDTH)
+        self.embedding = nn.Linear(2 * self.frequencies + sum(sizes), _EMBEDDING_WIDTH)
         self.shifts = nn.Linear(_EMBEDDING_WIDTH, sum(self.hidden_dims) + event_dim)
         self.scales = nn.Linear(_EMBEDDING_WIDTH, sum(self.hidden_dims))
         nn.init.ones_(self.scales.bias)
@@ -126,8 +139,8 @@ class VelocityMLP(nn.Module):
         for part in (self.output.weight, *out, self.scales.weight):
             nn.init.zeros_(part)
         self.register_buffer("reach", torch.full((2, event_dim), math.inf))
-        self.register_buffer("context_loc", torch.zeros(context_dim))
-        self.register_buffer("context_scale", torch.ones(context_dim))
+        self.register_buffer("context_loc", torch.zeros(self.context_dim))
+        self.register_buffer("context_scale", torch.ones(self.context_dim))
 
     def set_scales(self, w: Tensor, context: Tensor | None = None) -> None:
         """Set the gate's reach, and location and scale of the context, from training rows.
@@ -140,7 +153,7 @@ class VelocityMLP(nn.Module):
         self.reach.copy_(
             _REACH_PER_ROW * torch.stack((-w.amin(0), w.amax(0))).clamp(min=_BASE_REACH)
         )
-        if context is not None:
+        if context is not None and not self.classes:
             context = context.double()
             scale = context.std(0, correction=0)
             self.context_loc.copy_(context.mean(0))
@@ -162,8 +175,10 @@ class VelocityMLP(nn.Module):
         deep = self.event_dim if len(self.hidden_dims) > 2 else 1
         return max(32, _ELEMENTS_PER_CALL // (deep * max(self.hidden_dims)))
 
-    def arguments(self) -> tuple[int, tuple[int, ...], int]:
-        """Return the arguments of the constructor: ``event_dim, hidden_dims, context_dim``."""
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments of the constructor, without ``classes`` where there are none."""
+        if self.classes:
+            return self.event_dim, self.hidden_dims, 0, self.classes
         return self.event_dim, self.hidden_dims, self.context_dim
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -243,7 +258,10 @@ class VelocityMLP(nn.Module):
             if context is None or context.shape[-1] != self.context_dim:
                 got = "none" if context is None else f"shape {tuple(context.shape)}"
                 raise ValueError(f"expected a context of shape (*, {self.context_dim}), got {got}")
-            context = (context - self.context_loc) / self.context_scale
+            if self.classes:
+                context = (context == torch.arange(self.classes, device=context.device)).to(t)
+            else:
+                context = (context - self.context_loc) / self.context_scale
             batch = torch.broadcast_shapes(features.shape[:-1], context.shape[:-1])
             features = torch.cat((features.expand(*batch, -1), context.expand(*batch, -1)), dim=-1)
         elif context is not None:
@@ -361,6 +379,7 @@ class TorusMLP(VelocityMLP):
         event_dim: D, the number of angles.
         hidden_dims: As in :class:`VelocityMLP`.
         context_dim: C, the size of the last dimension of the context; 0 for none.
+        classes: As in :class:`VelocityMLP`.
 
     Raises:
         ValueError: If a size is not positive.
@@ -377,9 +396,13 @@ class TorusMLP(VelocityMLP):
     is_periodic = True
 
     def __init__(
-        self, event_dim: int, hidden_dims: Sequence[int] | None = None, context_dim: int = 0
+        self,
+        event_dim: int,
+        hidden_dims: Sequence[int] | None = None,
+        context_dim: int = 0,
+        classes: int = 0,
     ) -> None:
-        super().__init__(event_dim, hidden_dims, context_dim)
+        super().__init__(event_dim, hidden_dims, context_dim, classes)
         self.layers[0] = nn.Linear(2 * _HARMONICS * event_dim, self.hidden_dims[0], bias=False)
 
     def set_scales(self, w: Tensor, context: Tensor | None = None) -> None:

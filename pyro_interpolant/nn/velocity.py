@@ -5,6 +5,7 @@ A velocity is any ``nn.Module`` with ``forward(t, x, context=None)``, from times
 is optional, and used where it is there:
 
 - ``event_dim``, ``context_dim``: D and C.
+- ``classes``: K, where contexts are labels 0 to K - 1, given as numbers of shape ``(*, 1)``.
 - ``broadcasts_time``: True if times may have any shape that broadcasts to ``(*)``, so that their
   embedding is computed once per distinct time.
 - ``field(times, context)``: one function ``x -> v`` per time, what they share computed once.
@@ -25,6 +26,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+
+from .._torch import is_functional, is_tracing
 
 _ROWS_AT_ONCE = 512  # of networks without a method rows_at_once
 
@@ -58,9 +61,35 @@ def check_velocity(velocity: nn.Module) -> None:
 
 
 def size_of(velocity: nn.Module, name: str) -> int | None:
-    """Return ``event_dim`` or ``context_dim`` of a velocity, or None where it has none."""
+    """Return a size of a velocity by the name of its attribute, or None where it has none."""
     size = getattr(velocity, name, None)
     return size if isinstance(size, int) else None
+
+
+def checked_labels(labels: Tensor, classes: int) -> Tensor:
+    """Return labels as contexts, shape ``(*, 1)``, of whole numbers from 0 to ``classes - 1``.
+
+    Args:
+        labels: Whole numbers or booleans, shape ``(*)``; or of a floating type, shape ``(*, 1)``.
+        classes: K, their number.
+
+    Raises:
+        ValueError: If they are of another shape, or one is none of the classes.
+    """
+    if not labels.is_floating_point():
+        labels = labels[..., None]
+    if labels.dim() < 1 or labels.shape[-1] != 1:
+        raise ValueError(
+            f"expected labels of {classes} classes as whole numbers of shape (*), or as numbers "
+            f"of shape (*, 1), got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if not (is_tracing() or is_functional()):
+        is_known = (labels >= 0) & (labels < classes) & (labels == labels.floor())
+        if not bool(is_known.all()):
+            raise ValueError(
+                f"expected labels from 0 to {classes - 1}, got {labels[~is_known][0].item():g}"
+            )
+    return labels
 
 
 def evaluate(velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:

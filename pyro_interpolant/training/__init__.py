@@ -1,6 +1,7 @@
 r"""Training: a quadratic regression on the interpolant. No ODE is solved, none differentiated.
 
-``fitting`` has ``fit`` and ``from_samples`` and reads as the story: check the ``data`` (a table,
+``building`` has ``from_samples``: it builds a flow for data. ``fitting`` has ``fit`` and reads as
+the story: check the ``data`` (a table,
 or a ``streaming`` one), hold some out, set the ``whitening``, minimise the ``objective`` in the
 ``loop`` by steps of ``optimization``, with a ``checkpoint`` to resume from, alone or
 ``distributed``. ``rows`` are rows in memory; ``preprocessing`` is what may be done to data before:
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from .._lazy import attach
 
 if TYPE_CHECKING:
+    from .building import *
     from .fitting import *
     from .loop import *
     from .optimization import *
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = attach(
     __name__,
     {
-        "fitting": ["FitResult", "fit", "from_samples"],
+        "building": ["from_samples"],
+        "fitting": ["FitResult", "fit"],
         "loop": ["TrainingState"],
         "optimization": ["NonFiniteError"],
         "objective": ["interpolant_loss"],

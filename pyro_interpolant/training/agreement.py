@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._torch import seeded, warn_user
 from ..distributions.interpolant import AnyDistribution
-from ..distributions.joint import JointInterpolantDistribution, real_shape
+from ..distributions.joint import NamedSites, real_shape
 from ..distributions.supports import CircularSupport, support_of
 from ..interpolants.nonlinear import wrap
 from ..transforms.gaussianize import Gaussianized, without_gaussianizer
@@ -218,11 +218,14 @@ def _unconstrained(distribution: AnyDistribution, u: Tensor) -> Tensor:
 
 def _names(distribution: AnyDistribution) -> list[str]:
     """Return what to call each unconstrained column."""
-    if not isinstance(distribution, JointInterpolantDistribution):
+    if not isinstance(distribution, NamedSites):
         space = support_of(without_gaussianizer(distribution.constraint))
         given = space.is_real() or isinstance(space, CircularSupport)
         kind = "column" if given else "unconstrained column"
-        return [f"{kind} {i}" for i in range(distribution.transform.flow.event_dim)]
+        size = distribution.transform.flow.event_dim
+        if len(distribution.columns) == size:
+            return [f"{kind} {name!r}" for name in distribution.columns]
+        return [f"{kind} {i}" for i in range(size)]
     names = []
     for name, (shape, support) in distribution.sites.items():
         size = real_shape(shape, support).numel()

@@ -10,7 +10,8 @@ from torch import Tensor
 from .._torch import rng_state, set_rng_state
 from ..distributions.constraints import as_tensor, checked_rows
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
-from ..distributions.joint import JointInterpolantDistribution
+from ..distributions.joint import NamedSites
+from ..nn.velocity import checked_labels
 from .checkpoint import checksum
 from .distributed import Process
 from .objective import Objective, Points
@@ -215,7 +216,7 @@ def rows_of(distribution: AnyDistribution, data: Any, context: ArrayLike | None 
     flow = distribution.transform.flow
     shape = distribution.space.event_shape(flow.event_dim)
     if isinstance(data, Mapping):
-        if not isinstance(distribution, JointInterpolantDistribution):
+        if not isinstance(distribution, NamedSites):
             raise TypeError(
                 "expected a tensor of rows: only a JointInterpolantDistribution takes named draws"
             )
@@ -238,32 +239,39 @@ def rows_of(distribution: AnyDistribution, data: Any, context: ArrayLike | None 
         raise ValueError(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
-    context = checked_context(context, flow.context_dim)
+    context = checked_context(context, flow.context_dim, flow.classes)
     if len(context) != count:
         raise ValueError(f"expected as many contexts as rows of data, {count}, got {len(context)}")
     return Rows(rows, context.to(flow.loc))
 
 
-def checked_context(context: Any, size: int | None) -> Tensor:
-    """Return contexts as a tensor of finite floating-point numbers, shape ``(N, C)``.
+def checked_context(context: Any, size: int | None, classes: int = 0) -> Tensor:
+    """Return contexts as a tensor of finite numbers, shape ``(N, C)``.
 
     Args:
-        context: A tensor or an array.
+        context: A tensor or an array; of labels whole numbers, shape ``(N,)`` or ``(N, 1)``.
         size: The expected C, or None for any.
+        classes: The number of classes, where contexts are labels; else 0.
 
     Raises:
-        TypeError: If they are not of a floating type.
-        ValueError: If they are of another shape, or not finite.
+        TypeError: If they are neither of a floating type nor labels.
+        ValueError: If they are of another shape, not finite, or labels of no class.
     """
-    dtype = getattr(context, "dtype", None)
-    kind = str(dtype).removeprefix("torch.")
-    if kind.startswith(("int", "uint", "bool")):
+    found = as_tensor(context, "context")
+    if found.is_floating_point():
+        found = checked_rows(found, "context", (size,))
+        return checked_labels(found, classes) if classes else found
+    if not classes:
         raise TypeError(
-            f"expected context of a floating type, got {dtype}: convert numbers with .float(), "
-            "and labels with torch.nn.functional.one_hot(labels, K).float(), for a flow of "
-            "context_dim=K"
+            f"expected context of a floating type, got {found.dtype}: convert numbers with "
+            ".float(), and labels with torch.nn.functional.one_hot(labels, K).float(), for a flow "
+            "of context_dim=K; or take a network with classes, VelocityMLP(D, classes=K)"
         )
-    return checked_rows(context, "context", (size,))
+    if found.dim() == 2 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.dim() != 1:
+        raise ValueError(f"expected labels of shape (N,), got {tuple(found.shape)}")
+    return checked_labels(found, classes)
 
 
 def held_out_rows(distribution: AnyDistribution, validation: Any) -> Rows:

@@ -4,42 +4,37 @@ import contextlib
 import dataclasses
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
-from torch.distributions import constraints
+from torch import nn
 
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_until
 from ..distributions.bases import Samples
-from ..distributions.constraints import Constraint, checked_rows, shaped
-from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
-from ..distributions.joint import JointInterpolantDistribution, pack, sites_of
-from ..distributions.supports import CircularSupport, Support, support_of
+from ..distributions.interpolant import AnyDistribution
+from ..distributions.report import Report
 from ..interpolants.couplings import independent
 from ..interpolants.linear import Mirror
 from ..nn.mlp import VelocityMLP
 from ..nn.velocity import untrained_copy
 from ..solvers.ode import FixedGrid
 from ..transforms.flow import Flow
-from ..transforms.gaussianize import Gaussianized, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .agreement import warn_if_draws_differ
 from .checkpoint import check_place, open_checkpoint, warn_inexact
-from .clock import Clock, Seconds
-from .data import Split, Table, checked_weights, drop_zero_weights
+from .clock import Clock
+from .data import Split, Table
 from .distributed import Process
 from .loop import Callback, Run, Schedule, check_ranges
 from .objective import Coupling, Objective
 from .optimization import NonFiniteError
-from .preprocessing import preferred_support, warn_if_rounded
+from .reporting import HeldOutDensity, stage, tell
 from .rows import Rows
-from .streaming import Stream, first_rows, is_stream, surveyed
-from .whitening import inliers, moments, set_whitening, wild_rows
+from .streaming import Stream, is_stream, surveyed
+from .whitening import inliers, set_whitening, wild_rows
 
 _CALIBRATION_ROWS = 256
 _MIN_PARTNERS = 50  # whose moments tell whether they are draws of N(0, I)
@@ -59,6 +54,7 @@ class FitResult(NamedTuple):
         skipped: The number of steps skipped because their loss or gradient was not finite.
         seconds: The duration, without calibration.
         solver: The calibrated solver that was set.
+        report: What was measured, in nats; of ``learn="noise"``, by the run before.
     """
 
     steps: list[int]
@@ -70,6 +66,12 @@ class FitResult(NamedTuple):
     skipped: int
     seconds: float
     solver: FixedGrid
+    report: Report | None
+
+    def __repr__(self) -> str:
+        """Say what was measured, and how it ended."""
+        skipped = f", {self.skipped} steps skipped" if self.skipped else ""
+        return f"{self.report}\nended by {self.stopped_by}{skipped}; {self.solver}"
 
 
 @with_gradients()
@@ -179,6 +181,7 @@ def fit(
         distribution.to(process.device)
     kind = Stream if process.own_rows else Table
     source = kind(distribution, data, validation, context=context, pairs=pairs, weights=weights)
+    distribution.columns = tuple(map(str, getattr(data, "columns", distribution.columns)))
     with seeded(process.seed(seed)):
         numbers = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema]
         settings = [source.checksum, [*numbers, learn, seed, share, whiten]]
@@ -186,11 +189,11 @@ def fit(
         state = open_checkpoint(checkpoint, checkpoint_every, settings, flow, *parts)
         if state is not None and not (source.exact and process.takes_all_rows()):
             warn_inexact()
-        whole = whiten and learn == "velocity"
         survey: dict[str, Any] = {
-            "whole": whole, "clock": clock, "batches": surveyed(state), "progress": progress,
-        }  # fmt: skip
-        split = source.split(process, batch_size, **survey)
+            "whole": whiten and learn == "velocity",
+            "batches": surveyed(state),
+        }
+        split = source.split(process, batch_size, clock=clock, progress=progress, **survey)
         start_from(distribution, base_samples, split)
         if learn == "velocity":
             flow.independent = coupling is independent and pairs is None
@@ -201,17 +204,19 @@ def fit(
             flow.noise = noise_network(flow)
         seen, unseen = distribution.white_base().split(share)
         objective = Objective(flow, seen, coupling, process, target=learn)
+        density = None if learn == "noise" else HeldOutDensity(distribution, split)
         held = split.held.take(inliers(objective.whitened(split.held).w))
         fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
         with trainable(objective.network), _naming_rows(source, flow):
             batches = source.batches(split, objective)
             run = Run(objective, batches, fixed, schedule, clock, callback, state)
-            run.to_the_end(progress=progress)
+            run.to_the_end(density, progress=progress)
     outcome = run.outcome()
     distribution.freeze()
-    if learn == "velocity":
-        _finish(distribution, split.held, held, tolerance, process, clock.deadline())
-    return FitResult._make((*outcome, distribution.transform.solver))
+    if density is not None:
+        report = Report(flow.event_dim, split.total + len(split.held.w), *run.taken())
+        _finish(density, report, held, tolerance, process, clock.deadline(), progress=progress)
+    return FitResult._make((*outcome, distribution.transform.solver, distribution.report))
 
 
 @contextlib.contextmanager
@@ -241,7 +246,8 @@ def noise_network(flow: Flow) -> nn.Module:
         return flow.noise
     network = untrained_copy(flow.velocity)
     if network is None:
-        network = VelocityMLP(flow.event_dim, context_dim=flow.context_dim or 0)
+        contexts = (0, flow.classes) if flow.classes else (flow.context_dim or 0,)
+        network = VelocityMLP(flow.event_dim, None, *contexts)
     return network.to(flow.loc)
 
 
@@ -314,154 +320,48 @@ def start_from(distribution: AnyDistribution, base_samples: ArrayLike | None, da
 
 
 def _finish(
-    distribution: AnyDistribution,
-    held: Rows,
+    density: HeldOutDensity,
+    report: Report,
     near: Rows,
     tolerance: float,
     process: Process,
     deadline: float,
+    *,
+    progress: bool,
 ) -> None:
-    """Calibrate the solver to held-out rows, and compare draws with them; or be interrupted.
+    """Calibrate the solver to held-out rows, measure, compare draws; or be interrupted.
 
     Args:
-        distribution: What was trained.
-        held: The rows held out.
-        near: The same without outliers.
+        density: What was trained, and the rows held out.
+        report: What the run did.
+        near: The same rows without outliers.
         tolerance: Of the calibration, nats.
         process: This process.
         deadline: The time, by :func:`time.monotonic`, when all must be done.
+        progress: Whether to show what is being done, and the report.
     """
+    distribution, progress = density.distribution, progress and process.rank == 0
+    distribution.report = report
     few = near._replace(weight=None).repeated(min(_CALIBRATION_ROWS, len(near.w)))
     rows = few.w.to(distribution.transform.flow.loc)
     bare, transform = distribution.without_support(), distribution.transform
     try:
         if not isinstance(distribution.base, Samples):
-            calibrate_until(deadline, bare, rows, context=few.context, tolerance=tolerance)
+            with stage("calibrating the solver", progress=progress):
+                transform.solver, error = calibrate_until(
+                    deadline, bare, rows, context=few.context, tolerance=tolerance
+                )
             transform.solver = process.agreed(transform.solver)
+            with stage("evaluating held-out rows", progress=progress):
+                report = dataclasses.replace(report, log_prob_error=error)
+                report = process.agreed(density.measured(report, deadline))
+        distribution.report = report
+        if progress:
+            tell(repr(report))
         if process.rank == 0:
-            warn_if_draws_differ(distribution, held, deadline)
+            warn_if_draws_differ(distribution, density.held, deadline)
     except KeyboardInterrupt:
         warn_user(
             "the calibration was interrupted: the weights are trained, and the solver may be the "
             "one before. Call calibrate(distribution, rows)"
         )
-
-
-@with_gradients()
-def from_samples(
-    x: Any,
-    *,
-    support: Constraint | Mapping[str, Constraint] = constraints.real_vector,
-    event_shape: Sequence[int] | None = None,
-    marginals: bool | None = None,
-    seed: int | None = None,
-    **fit_options: Any,
-) -> InterpolantDistribution:
-    """Learn a distribution from samples: build a flow, train it, calibrate it, freeze it.
-
-    Args:
-        x: Rows of shape ``(N, *event_shape)``; or named draws, a dictionary of tensors of shape
-            ``(N, *site_shape)`` such as ``mcmc.get_samples()``: the result is then a
-            :class:`~pyro_interpolant.JointInterpolantDistribution`; or an iterable of batches.
-        support: Where the samples live; for named draws, a dictionary that names the supports of
-            the sites that are not real.
-        event_shape: The shape of a row, where it has more than one dimension.
-        marginals: Whether each unconstrained column is first made normal by a monotone spline, so
-            that the flow learns only how they depend on each other: the remedy for slabs, spikes
-            and long tails in single columns. By default where eight Gaussians fit held-out rows
-            better behind the splines, by 0.05 nats and more than chance, in up to 64 dimensions
-            of at least 90 rows each. By default only, and where the same rule finds that to gain
-            more, the lengths of whitened rows are brought half-way to normal ones instead: the
-            remedy for one scale that is common to all columns. Neither for an iterable, for
-            angles, or beside ``base_samples`` or ``pairs``. Paths and SDEs then live behind the
-            map. True asks for 400 rows at least.
-        seed: As in :func:`fit`; also of the initial weights.
-        **fit_options: Passed to :func:`fit`.
-
-    Returns:
-        A trained distribution in the type of the samples, with frozen weights: no inference trains
-        it by accident. ``distribution.transform.requires_grad_(True)`` unfreezes it.
-
-    Raises:
-        TypeError: If the samples are not of a floating type.
-        ValueError: If the samples or the support cannot work.
-        RuntimeError: If gradients stay non-finite; its ``distribution`` has the last good weights.
-
-    Example:
-        >>> x = torch.randn(2000, 2).exp()
-        >>> prior = from_samples(x, support=constraints.positive, steps=50, progress=False)
-        >>> bool((prior.sample((5,)) > 0).all())
-        True
-    """
-    limit = Seconds.since(time.monotonic(), fit_options.get("max_seconds"))
-    fit_options = {**fit_options, "max_seconds": limit}
-    streamed = is_stream(x)
-    if streamed:
-        with seeded(seed):
-            rows = first_rows(x)
-    else:
-        given = fit_options.get("weights"), x, fit_options.get("pairs")
-        rows, pairs, weights = drop_zero_weights(*given)
-        fit_options |= {"pairs": pairs, "weights": weights}
-    named = isinstance(x, Mapping)
-    constraint, sites, rows = (_named if named else _unnamed)(rows, support, event_shape)
-    space = support_of(constraint)
-    with seeded(seed):
-        transform = space.new_transform(space.size(rows.shape[1:])).to(rows)
-    constraint = _with_map(space, None if streamed else rows, fit_options, marginals=marginals)
-    distribution = (
-        JointInterpolantDistribution(transform, sites=sites, support=constraint)
-        if named
-        else InterpolantDistribution(transform, support=constraint)
-    )
-    try:
-        fit(distribution, x if streamed else rows, seed=seed, **fit_options)
-    except NonFiniteError as error:
-        error.distribution = distribution.freeze()
-        raise
-    return distribution
-
-
-def _named(
-    draws: Any, supports: Any, event_shape: Sequence[int] | None
-) -> tuple[Constraint, dict[str, Any], Tensor]:
-    """Return the constraint, the sites and the rows, shape ``(N, D)``, of named draws."""
-    if event_shape is not None:
-        raise TypeError("expected no event_shape beside named draws, which have their own")
-    sites = sites_of(draws, {} if supports is constraints.real_vector else supports)
-    return constraints.real_vector, sites, pack(sites, draws)
-
-
-def _unnamed(
-    rows: Any, support: Any, event_shape: Sequence[int] | None
-) -> tuple[Constraint, dict[str, Any], Tensor]:
-    """Return the constraint, no sites and the rows, shape ``(N, *event_shape)``, of samples."""
-    if isinstance(support, Mapping):
-        raise TypeError("expected one support for one tensor of samples, got a dictionary")
-    constraint = shaped(support, event_shape)
-    shape = event_shape or (None,) * support_of(constraint).shown().event_dim
-    return constraint, {}, checked_rows(rows, "x", shape)
-
-
-def _with_map(
-    space: Support, rows: Tensor | None, fit_options: dict[str, Any], *, marginals: bool | None
-) -> Constraint:
-    """Return a constraint, behind a map set by rows, ``(N, *event_shape)``, if so wanted."""
-    fixed = any(fit_options.get(name) is not None for name in ("base_samples", "pairs"))
-    if rows is None or isinstance(space, CircularSupport) or fixed:
-        if marginals:
-            raise ValueError(
-                "expected marginals=True beside a table of rows that are no angles, without pairs "
-                "or base_samples"
-            )
-        return space.constraint
-    if marginals is False:
-        return space.constraint
-    weights = checked_weights(fit_options.get("weights"), len(rows))
-    real = space.unconstrained(rows)
-    clock = Clock(fit_options["max_seconds"])
-    found = preferred_support(real, space.constraint, weights, clock, always=bool(marginals))
-    if isinstance(found, Gaussianized) and isinstance(found.gaussianizer, RadialTransform):
-        warn_if_rounded(real)  # what is wrong with columns, the fit cannot see behind the map
-        moments(real)
-    return found

@@ -17,6 +17,7 @@ from .clock import Clock
 from .data import TableBatches
 from .objective import Objective, Points
 from .optimization import Descent, ExponentialMovingAverage, assign, fill, numbered
+from .reporting import HeldOutDensity
 from .streaming import StreamBatches
 
 Callback = Callable[["TrainingState"], bool | None]
@@ -25,6 +26,7 @@ _log = logging.getLogger("pyro_interpolant")
 _DEFAULT_STEPS = 6000
 _DECAY_FACTOR, _MOST_DECAY = 70.0, 0.5  # of the default weight decay
 _LOOKS = 100  # at the held-out loss, in a schedule
+_FIRST_GLIMPSE = 10  # the look from which held-out nats are shown beside the bar: few before
 _WARMUP_SHARE = 0.02  # of the schedule
 _FIRST_STALL = 0.3  # the share of the schedule before which no run is found to have stalled
 _LANDING_SHARE = 0.2  # of the schedule, in which the rate of a stalled run falls to zero
@@ -146,6 +148,8 @@ class HeldOutMonitor:
     ) -> None:
         self.average, self.objective, self.points = average, objective, points
         self.callback, self.stopped, self.seconds = callback, False, 0.0
+        self.density: HeldOutDensity | None = None  # whose nats are shown
+        self.nats = ""
         self.total: list[Tensor] = []  # training losses since the last time
         self.steps: list[int] = []
         self.losses: list[float] = []
@@ -158,6 +162,8 @@ class HeldOutMonitor:
         process, began = self.objective.process, time.monotonic()
         with torch.no_grad(), self.average.applied():
             held = process.agreed(float(self.objective.held_loss(self.points)))
+            if self.density is not None and len(self.steps) >= _FIRST_GLIMPSE:
+                self.nats = self.density.glimpse(step, seconds)
         self.seconds = process.agreed(time.monotonic() - began)
         recent = torch.stack(self.total).mean() if self.total else torch.tensor(math.nan)
         self.steps.append(step)
@@ -185,9 +191,10 @@ class HeldOutMonitor:
         assign(self.average.values, self.best_values)
 
     def text(self, rate: float, skipped: int) -> str:
-        """Return the last losses in a few words."""
-        text = f"loss={self.losses[-1]:.4g} held-out={self.held_losses[-1]:.4g} rate={rate:.1e}"
-        return f"{text} skipped={skipped}" if skipped else text
+        """Return the step and the last losses in a few words."""
+        text = f"step={self.steps[-1]:,} held-out={self.held_losses[-1]:.4g} rate={rate:.1e}"
+        text = f"{text} skipped={skipped}" if skipped else text
+        return f"{text}, {self.nats}" if self.nats else text
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state as tensors and numbers."""
@@ -253,16 +260,18 @@ class Run:
         if checkpoint is not None and checkpoint.tensors is not None:
             self.restore(checkpoint.tensors, checkpoint.numbers)
 
-    def to_the_end(self, *, progress: bool) -> None:
+    def to_the_end(self, density: HeldOutDensity | None = None, *, progress: bool) -> None:
         """Take all steps.
 
         Args:
+            density: What gives held-out nats to show beside the bar, or None.
             progress: Whether to show a bar.
 
         Raises:
             NonFiniteError: If gradients stay non-finite; the best weights are in the network.
         """
         hidden = not progress or self.process.rank > 0
+        self.monitor.density = None if hidden else density
         with tqdm(
             total=_LOOKS, initial=self.seen, disable=hidden, desc="fit", unit="%", leave=False
         ) as bar:
@@ -284,6 +293,10 @@ class Run:
         seen = self.monitor
         losses = seen.steps, seen.losses, seen.held_losses, seen.best_step
         return *losses, self.done < 1, self.ended, self.descent.skipped, self.seconds()
+
+    def taken(self) -> tuple[float, int, int]:
+        """Return the time that was taken, the best step, and the number of steps."""
+        return self.seconds(), self.monitor.best_step, self.descent.steps
 
     def seconds(self) -> float:
         """Return the time spent, in this process and those it resumes."""

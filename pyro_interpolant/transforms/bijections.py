@@ -47,7 +47,8 @@ class PerEvent(RealVectorTransform):
         super().__init__()
         self.wrapped, self.bijective = wrapped, wrapped.bijective
         end = wrapped.codomain
-        self.codomain = end if end.event_dim > 0 else constraints.independent(end, 1)
+        elementwise = wrapped.domain.event_dim == end.event_dim == 0
+        self.codomain = constraints.independent(end, 1) if elementwise else end
 
     def _call(self, x: Tensor) -> Tensor:
         return self.wrapped(x)

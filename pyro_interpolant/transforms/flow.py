@@ -117,7 +117,12 @@ class Flow(nn.Module):
     @property
     def context_dim(self) -> int | None:
         """C, the size of a context; None where the velocity has no ``context_dim``."""
-        return size_of(self.velocity, "context_dim")
+        return 1 if self.classes else size_of(self.velocity, "context_dim")
+
+    @property
+    def classes(self) -> int:
+        """K, where contexts are labels 0 to K - 1; else 0."""
+        return size_of(self.velocity, "classes") or 0
 
     def node_seed(self) -> int | None:
         """Return a seed of random nodes where a gradient may reach the weights, else None.

@@ -18,6 +18,7 @@ from torch.distributions import constraints
 
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
+from ..nn.velocity import checked_labels
 from ..solvers.divergence import Divergence, ExactDivergence
 from ..solvers.ode import FixedGrid, Solver
 from .cache import CachedTransform, Entry
@@ -294,19 +295,22 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
 
         Args:
             context: Shape ``(*, C)``; its batch shape broadcasts with that of x. Leading
-                dimensions of size one are dropped.
+                dimensions of size one are dropped. Where the velocity has ``classes``, labels:
+                whole numbers of shape ``(*)``, or of a floating type and shape ``(*, 1)``.
 
         Raises:
             TypeError: If it is not a tensor.
-            ValueError: If the last dimension is not the velocity's ``context_dim``, or the
-                context is of another floating type than the flow.
+            ValueError: If the last dimension is not the velocity's ``context_dim``, the context is
+                of another floating type than the flow, or a label is none of the classes.
         """
         if not isinstance(context, Tensor):
             raise TypeError(
                 f"expected a context that is a tensor, got {type(context).__name__}: convert it, "
                 f"torch.as_tensor(context, dtype={self.flow.loc.dtype})"
             )
-        loc = self.flow.loc
+        loc, classes = self.flow.loc, self.flow.classes
+        if classes:
+            context = checked_labels(context, classes).to(loc)
         if context.dtype == torch.bool:
             context = context.to(loc)
         if context.dtype != loc.dtype and (context.is_floating_point() or context.is_complex()):

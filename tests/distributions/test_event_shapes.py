@@ -101,15 +101,16 @@ def test_fit_and_from_samples_take_rows_of_any_shape():
     assert conditional.condition(torch.rand(9, 1)).sample().shape == (9, 2, 3)
 
 
-@pytest.mark.parametrize("shape", [(), (2, 0), (2, 1.5), (-2, -3)])
+@pytest.mark.parametrize("shape", [(2, 0), (2, 1.5), (-2, -3)])
 def test_wrong_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match="event_shape to be one or more positive sizes"):
+    with pytest.raises(ValueError, match="event_shape to be positive sizes"):
         InterpolantDistribution(flow(), event_shape=shape)
 
 
 def test_shapes_of_another_size_are_refused():
-    with pytest.raises(ValueError, match="support of 6 unconstrained dimensions"):
-        InterpolantDistribution(flow(), event_shape=(2, 2))
+    for shape in ((2, 2), ()):
+        with pytest.raises(ValueError, match="support of 6 unconstrained dimensions"):
+            InterpolantDistribution(flow(), event_shape=shape)
     with pytest.raises(ValueError, match=r"shape \(N, 2, 3\), got \(9, 3, 2\)"):
         from_samples(torch.randn(9, 3, 2), event_shape=(2, 3))
 

@@ -87,8 +87,9 @@ def test_a_bijective_support_keeps_the_base():
     assert space.sampled_base(base) is base
     assert space.from_sampled(z) is z
     assert space.to_sampled(z) is z
-    transform = space.new_transform(3)
-    assert (transform.flow.event_dim, type(transform.velocity)) == (3, VelocityMLP)
+    velocity = space.new_velocity(3, 2)
+    assert (type(velocity), velocity.arguments()) == (VelocityMLP, (3, (128,) * 3, 2))
+    assert space.default_path() is None
 
 
 def test_a_path_on_the_torus_needs_angles():
@@ -138,8 +139,9 @@ def test_the_base_of_angles_is_uniform_and_sampled_in_planes():
     torch.testing.assert_close(space.from_sampled(z), x)
     torch.testing.assert_close(z.square().sum(-1), torch.full((40,), 6.0))  # as on average
     assert planar.sample((40,)).shape == (40, 6)
-    transform = space.new_transform(3)
-    assert (type(transform.velocity), type(transform.interpolant)) == (TorusMLP, Geodesic)
+    velocity = space.new_velocity(3, 0, 4)
+    assert (type(velocity), velocity.arguments()) == (TorusMLP, (3, (128,) * 3, 0, 4))
+    assert space.default_path() == Geodesic()
 
 
 class Straight(nn.Module):

@@ -24,7 +24,6 @@ from pyro_interpolant import (
     interpolant_transform,
     optimal_transport,
 )
-from pyro_interpolant.distributions import supports
 from pyro_interpolant.training import FitResult, TrainingState, loop
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
@@ -316,7 +315,7 @@ class PoisonedTraining(Poisoned):
         return v
 
 
-def test_good_steps_before_any_look_are_kept_too(monkeypatch):
+def test_good_steps_before_any_look_are_kept_too():
     distribution = InterpolantDistribution(InterpolantTransform(PoisonedTraining(30)))
     before = weights_of(distribution)
     with pytest.raises(RuntimeError, match="not finite"):
@@ -325,11 +324,9 @@ def test_good_steps_before_any_look_are_kept_too(monkeypatch):
         before[LAST_LAYER],
         weights_of(distribution)[LAST_LAYER],
     )
-    monkeypatch.setattr(
-        supports, "interpolant_transform", lambda dim: InterpolantTransform(PoisonedTraining(30))
-    )
+    options = {"network": PoisonedTraining(30), "steps": 5000, "seed": 0, "progress": False}
     with pytest.raises(RuntimeError, match="not finite") as caught:
-        from_samples(torch.randn(100, 2).exp(), steps=5000, seed=0, progress=False)
+        from_samples(torch.randn(100, 2).exp(), **options)
     found = caught.value.distribution
     assert float(found.transform.velocity.output.weight.detach().abs().max()) > 0
 
@@ -672,7 +669,6 @@ def test_from_samples_of_named_draws():
 @pytest.mark.parametrize(
     ("x", "support", "kind", "message"),
     [
-        (torch.ones(9), constraints.real_vector, ValueError, r"pass shape \(N, 1\), x\[:, None\]"),
         (torch.ones(9, 2).long(), constraints.real_vector, TypeError, "floating type"),
         (torch.ones(9, 2), {"a": constraints.real}, TypeError, "got a dictionary"),
         (torch.ones(9, 2), constraints.sphere, ValueError, "Sphere|sphere"),

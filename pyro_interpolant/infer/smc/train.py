@@ -290,7 +290,7 @@ class Run:
         self._use(last)
         few = few[torch.randperm(len(few))[:_CALIBRATION_ROWS].to(few.device)]
         deadline = self.budget.clock.deadline()
-        solver = calibrate_until(deadline, self.distribution, few, tolerance=_TOLERANCE)
+        solver = calibrate_until(deadline, self.distribution, few, tolerance=_TOLERANCE).solver
         left = deadline - time.monotonic()
         count = affordable_draws(self.distribution, self.density, left, _VERDICT_DRAWS)
         chosen = len(self.history) - 1

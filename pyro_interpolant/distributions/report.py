@@ -1,0 +1,71 @@
+"""What training measured of a distribution, in nats: kept with it, and in its file."""
+
+import math
+from dataclasses import dataclass
+
+GAUSSIAN = "one Gaussian"
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    r"""What a training run measured. Printed, it is one line.
+
+    Densities are those of the distribution's own values, on their support; of named sites, those
+    of packed vectors.
+
+    Attributes:
+        dim: D, the number of unconstrained coordinates.
+        rows: The number of rows that weigh as much, those held out included; infinite where nobody
+            counted a stream.
+        seconds: The duration of training, without calibration.
+        best_step: The step whose weights were kept.
+        steps: The number of steps taken.
+        log_prob_error: The mean absolute error of ``log_prob`` that the solver makes, nats.
+        held_out: The mean log-density of rows held out, nats; None where there is no density, or
+            was no time.
+        held_out_stderr: Its standard error, nats.
+        reference: The mean log-density of the same rows, nats, of one Gaussian fitted to the
+            training rows in unconstrained coordinates, its mean linear in the context; for angles
+            of the uniform density.
+        reference_name: Which of the two it is.
+    """
+
+    dim: int
+    rows: float
+    seconds: float
+    best_step: int
+    steps: int
+    log_prob_error: float | None = None
+    held_out: float | None = None
+    held_out_stderr: float | None = None
+    reference: float | None = None
+    reference_name: str = GAUSSIAN
+
+    def __repr__(self) -> str:
+        """Say all in one line."""
+        rows = f" from {self.rows:,.0f} rows" if math.isfinite(self.rows) else ""
+        found = [f"{self.dim}-d density{rows} in {_duration(self.seconds)}: "]
+        if self.held_out is not None and self.held_out_stderr is not None:
+            digits = decimals(self.held_out_stderr)
+            found[0] += f"held-out {self.held_out:.{digits}f} ± {self.held_out_stderr:.{digits}f}"
+            found[0] += f" nats{beside(self.reference, self.reference_name, digits)}; "
+        if self.log_prob_error is not None:
+            found.append(f"log_prob within {self.log_prob_error:.1g} nats; ")
+        return "".join(found) + f"best at step {self.best_step:,} of {self.steps:,}"
+
+
+def decimals(error: float) -> int:
+    """Return how many decimals of a number an error leaves: two of the error at most."""
+    if not 0 < error < math.inf:
+        return 2
+    return max(0, min(6, 1 - math.floor(math.log10(error))))
+
+
+def beside(reference: float | None, name: str, digits: int) -> str:
+    """Return what a held-out density is compared with, in brackets; nothing for None."""
+    return "" if reference is None else f" ({name} {reference:.{digits}f})"
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration in seconds, or in minutes from two of them."""
+    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.3g} min"

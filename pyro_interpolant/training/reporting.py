@@ -1,0 +1,189 @@
+r"""What a run says: glimpses of held-out nats beside the bar, and the report at its end.
+
+Log-densities are those of the distribution's own values: with w a row in the flow's coordinates
+and :math:`y = s(w)` the map to its support, :math:`\log\rho(y) = \log\rho(w) - \log|\det \partial
+s / \partial w|`. They are compared with those of one Gaussian fitted to the training rows in
+unconstrained coordinates, its mean linear in the context.
+"""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .._torch import evaluated
+from ..distributions.interpolant import AnyDistribution
+from ..distributions.report import GAUSSIAN, Report, beside, decimals
+from ..distributions.supports import CircularSupport
+from ..transforms.gaussianize import Gaussianized
+from .data import Split
+from .rows import Rows
+
+_ROWS = 1000  # held out, that the report evaluates
+_FIRST_ROWS = 100  # of them, however short the time
+_GLIMPSED_ROWS = 128
+_GLIMPSE_SHARE = 0.02  # of the time of a run that glimpses may take
+_FITTED_ROWS = 20_000  # to which the Gaussian is fitted
+
+LogDensity = Callable[[Rows], Tensor]
+
+
+def log_density(distribution: AnyDistribution, rows: Rows) -> Tensor:
+    """Return the log-density of values, float64, shape ``(N,)``, given in the flow's coordinates.
+
+    Args:
+        distribution: The distribution.
+        rows: Rows, shape ``(N, D)``, and their contexts.
+    """
+    w = rows.w.to(distribution.transform.flow.loc)
+    with torch.no_grad(), evaluated(distribution.transform):
+        found = distribution.without_support().given(rows.context).log_prob(w)
+    return found.double() - _log_volume(distribution, w)
+
+
+def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
+    """Return the log-density of one Gaussian, or of the uniform one on the torus; None of neither.
+
+    Args:
+        distribution: What is trained.
+        kept: The rows that the Gaussian is fitted to, in the flow's coordinates.
+    """
+    if isinstance(distribution.space, CircularSupport):
+        constant = -distribution.transform.flow.event_dim * math.log(2 * math.pi)
+        return lambda rows: rows.w.new_full((len(rows.w),), constant, dtype=torch.float64)
+    few = kept.repeated(min(_FITTED_ROWS, len(kept.w)))
+    x, features = _unconstrained(distribution, few.w)[0], _features(distribution, few)
+    scale = x.std(0)
+    if not bool((scale > 0).all()):
+        return None
+    slopes = torch.linalg.lstsq(features, x / scale, driver="gelsd").solution
+    rest = x / scale - features @ slopes
+    root, failed = torch.linalg.cholesky_ex(torch.atleast_2d(rest.T.cov()))
+    if bool(failed):
+        return None
+    normal = torch.distributions.MultivariateNormal(
+        torch.zeros_like(scale), scale_tril=root, validate_args=False
+    )
+
+    def log_prob(rows: Rows) -> Tensor:
+        x, log_det = _unconstrained(distribution, rows.w)
+        z = x / scale - _features(distribution, rows) @ slopes
+        volume = _log_volume(distribution, rows.w.to(distribution.transform.flow.loc))
+        return normal.log_prob(z) - scale.log().sum() + log_det - volume
+
+    return log_prob
+
+
+def _log_volume(distribution: AnyDistribution, w: Tensor) -> Tensor:
+    """Return :math:`log |det ds/dw|`, float64, shape ``(N,)``, at rows w, shape ``(N, D)``."""
+    total = w.new_zeros(len(w), dtype=torch.float64)
+    for transform in distribution.space.transforms(distribution.transform.flow):
+        y = transform(w)
+        total, w = total + transform.log_abs_det_jacobian(w, y).double(), y
+    return total
+
+
+def _unconstrained(distribution: AnyDistribution, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows in front of a Gaussianizing map, ``(N, D)``, and its log-determinant, ``(N,)``.
+
+    Both in float64.
+    """
+    constraint = distribution.constraint
+    w = w.to(distribution.transform.flow.loc)
+    if not isinstance(constraint, Gaussianized):
+        return w.double(), w.new_zeros(len(w), dtype=torch.float64)
+    x = constraint.gaussianizer(w)
+    return x.double(), constraint.gaussianizer.log_abs_det_jacobian(w, x).double()
+
+
+def _features(distribution: AnyDistribution, rows: Rows) -> Tensor:
+    """Return what the Gaussian's mean is linear in, float64, shape ``(N, K)``."""
+    one = rows.w.new_ones(len(rows.w), 1, dtype=torch.float64)
+    if rows.context is None:
+        return one
+    classes = distribution.transform.flow.classes
+    if classes:
+        return torch.nn.functional.one_hot(rows.context[:, 0].long(), classes).to(one)
+    return torch.cat((one, rows.context.double()), 1)
+
+
+class HeldOutDensity:
+    """The log-density of rows held out, against that of one Gaussian.
+
+    Args:
+        distribution: What is trained.
+        split: The rows held out, and those to train on, in the flow's coordinates.
+    """
+
+    def __init__(self, distribution: AnyDistribution, split: Split) -> None:
+        self.distribution, self.held = distribution, split.held
+        distribution.report = None  # what it says will not hold
+        self.normal = reference(distribution, split.kept)
+        self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
+        self.text, self.took = "", 0.0
+
+    def glimpse(self, step: int, spent: float) -> str:
+        """Return the held-out nats in words, computed anew for a fiftieth of the time at most.
+
+        Args:
+            step: The number of steps taken.
+            spent: The duration of the run so far, seconds.
+        """
+        if self.took <= _GLIMPSE_SHARE * spent:
+            began = time.monotonic()
+            mean, error, against = self._means(self._rows(_GLIMPSED_ROWS))
+            digits = decimals(error)
+            text = f"{mean:.{digits}f} nats{beside(against, self.name, digits)}"
+            self.text = f"{text} at step {step:,}"
+            self.took += time.monotonic() - began
+        return self.text
+
+    def measured(self, report: Report, deadline: float) -> Report:
+        """Return a report with the mean log-density of rows held out.
+
+        Args:
+            report: The report.
+            deadline: The time, by :func:`time.monotonic`, after which few rows are evaluated.
+        """
+        began, rows = time.monotonic(), self._rows(_ROWS)
+        count, first = len(rows.w), min(_FIRST_ROWS, len(rows.w))
+        found = self._means(rows.take(torch.arange(first, device=rows.w.device)))
+        pace = (time.monotonic() - began) / first
+        if first < count and time.monotonic() + pace * count < deadline:
+            found = self._means(rows)
+        mean, error, normal = (x if x is not None and math.isfinite(x) else None for x in found)
+        report = replace(report, held_out=mean, held_out_stderr=error)
+        return replace(report, reference=normal, reference_name=self.name)
+
+    def _rows(self, most: int) -> Rows:
+        return self.held.repeated(min(most, len(self.held.w)))
+
+    def _means(self, rows: Rows) -> tuple[float, float, float | None]:
+        """Return the mean log-density of rows, its standard error, and the Gaussian's mean."""
+        found = log_density(self.distribution, rows)
+        error = float(found.std()) / math.sqrt(len(found))
+        normal = None if self.normal is None else float(self.normal(rows).mean())
+        return float(found.mean()), error, normal
+
+
+@contextlib.contextmanager
+def stage(text: str, *, progress: bool) -> Iterator[None]:
+    """Show what is being done while it is.
+
+    Args:
+        text: What that is.
+        progress: Whether to show it.
+    """
+    with tqdm(desc=text, bar_format="{desc}", leave=False, disable=not progress):
+        yield
+
+
+def tell(text: str) -> None:
+    """Print a line beside bars, where these go."""
+    tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,229 @@
+"""What from_samples builds from the data: scalars, frames, contexts, labels, networks, paths."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import OwnVelocity
+from pyro.distributions import constraints
+from pyro.infer import MCMC, NUTS, Predictive
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    FixedGrid,
+    InterpolantDistribution,
+    JointInterpolantDistribution,
+    Linear,
+    Trigonometric,
+    VelocityMLP,
+    base_space,
+    circular,
+    from_samples,
+    load,
+    optimal_transport,
+    save,
+)
+from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
+
+pytestmark = [
+    pytest.mark.usefixtures("_few_held_draws"),
+    # Few steps, on purpose: what is built is looked at, not how good it is.
+    pytest.mark.filterwarnings("ignore:the fit came out wrong"),
+]
+
+
+def learn(x, **options):
+    settings = {"steps": 3, "seed": 0, "progress": False, "marginals": False, "tolerance": 0.1}
+    return from_samples(x, **{**settings, **options})
+
+
+def close(a, b, **tolerance):
+    torch.testing.assert_close(a, b, **{"rtol": 1e-10, "atol": 1e-10, **tolerance})
+
+
+@pytest.mark.parametrize(
+    ("support", "scalars"),
+    [(constraints.real_vector, torch.randn(300)), (constraints.positive, torch.randn(300).exp())],
+    ids=["real", "positive"],
+)
+def test_scalars_are_the_flat_flow_without_its_dimension(support, scalars, tmp_path):
+    d, flat = learn(scalars, support=support), learn(scalars[:, None], support=support)
+    assert d.event_shape == ()
+    assert d.sample((5, 2)).shape == (5, 2)
+    close(d.log_prob(scalars), flat.log_prob(scalars[:, None]))
+    close(d.score(scalars), flat.score(scalars[:, None])[:, 0])
+    save(d, tmp_path / "scalars.safetensors")
+    close(load(tmp_path / "scalars.safetensors").log_prob(scalars), d.log_prob(scalars))
+    edge = torch.tensor([1.0, math.inf, math.nan], dtype=scalars.dtype)
+    lenient = InterpolantDistribution(d.transform, support=d.constraint, validate_args=False)
+    close(lenient.log_prob(edge)[:1], d.log_prob(edge[:1]))
+    assert lenient.log_prob(edge)[1] == -math.inf
+    assert lenient.log_prob(edge)[2].isnan()
+
+
+def test_a_scalar_prior_in_a_plate_under_nuts():
+    prior = learn(2 + torch.randn(2000), steps=20)
+    prior.transform.solver = FixedGrid(steps=2)  # moments of N(2, 1) do not hang on it
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            x = pyro.sample("x", prior)
+            assert x.shape[-1:] == y.shape
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    y = torch.tensor([0.0, 4.0])
+    mcmc = MCMC(NUTS(base_space(model)), num_samples=60, warmup_steps=40, disable_progbar=True)
+    mcmc.run(y)
+    draws = Predictive(base_space(model), mcmc.get_samples(), return_sites=("x",))(y)["x"]
+    assert draws.shape == (60, 2)
+    close(draws.mean(0), torch.tensor([1.0, 3.0]), rtol=0, atol=0.5)  # sd 0.7 / sqrt(60)
+
+
+def test_frames_and_arrays_are_tables_and_columns_keep_their_names(tmp_path):
+    rows = torch.randn(300, 2)
+    frame = pd.DataFrame(rows.numpy(), columns=["mass", "age"])
+    found = learn(frame)
+    expected = learn(rows).log_prob(rows)
+    close(found.log_prob(rows), expected)
+    close(learn(rows.numpy()).log_prob(rows), expected)
+    assert learn(frame, weights=frame["mass"].abs()).log_prob(rows).isfinite().all()
+    assert found.columns == ("mass", "age")
+    save(found, tmp_path / "frame.safetensors")
+    assert load(tmp_path / "frame.safetensors").columns == ("mass", "age")
+    series = learn(frame["age"])
+    assert series.event_shape == ()
+    assert series.log_prob(rows[:, 1]).isfinite().all()
+    named = learn({"a": frame["mass"], "b": torch.randn(300, 2).numpy()})
+    assert named.sample_dict((4,))["b"].shape == (4, 2)
+
+
+def test_a_frame_with_a_column_of_text_is_refused_by_the_types_it_has():
+    frame = pd.DataFrame({"mass": [1.0, 2.0], "name": ["a", "b"]})
+    with pytest.raises(TypeError, match=r"expected x of columns of numbers, got types[\s\S]*name"):
+        learn(frame)
+
+
+def test_a_wrong_column_is_named_by_the_frame():
+    """Three values a billion away flatten all others."""
+    frame = pd.DataFrame(torch.randn(1000, 2).numpy(), columns=["mass", "age"])
+    frame.loc[:20, "age"] += 1e9
+    with pytest.warns(UserWarning, match="the fit came out wrong: column 'age' of draws"):
+        learn(frame)
+
+
+@pytest.mark.parametrize("context", [torch.randn(400, 3), np.random.randn(400, 3).astype("f4")])
+def test_a_context_makes_a_frozen_conditional_density(context):
+    y = torch.as_tensor(context)[:, :2].double() + 0.1 * torch.randn(400, 2)
+    d = learn(y, context=context, steps=60)
+    assert isinstance(d, ConditionalInterpolantDistribution)
+    assert d.transform.velocity.context_dim == 3
+    assert not any(p.requires_grad for p in d.transform.parameters())
+    given = torch.zeros(5, 3)
+    given[:, 0] = torch.linspace(-1, 1, 5)
+    means = d.condition(given).sample((200,)).mean(0)
+    assert (means[:, 0].diff() > 0).all()
+    assert d.report.held_out > d.report.reference - 0.5
+
+
+def test_named_draws_given_a_context(tmp_path):
+    x = torch.randn(400, 1)
+    draws = {"loc": x[:, 0] + 0.1 * torch.randn(400), "scale": torch.rand(400)}
+    d = learn(draws, context=x, support={"scale": constraints.unit_interval}, steps=60)
+    assert isinstance(d, ConditionalJointInterpolantDistribution)
+    given = d.condition(torch.tensor([[-1.0], [1.0]]))
+    assert isinstance(given, JointInterpolantDistribution)
+    assert given.batch_shape == (2,)
+    found = given.sample_dict((300,))
+    assert found["loc"].shape == found["scale"].shape == (300, 2)
+    assert ((found["scale"] > 0) & (found["scale"] < 1)).all()
+    assert found["loc"][:, 0].mean() < found["loc"][:, 1].mean()
+    assert "scale: () on Interval" in repr(d)
+    packed = d.pack(draws)
+    save(d, tmp_path / "named.safetensors")
+    again = load(tmp_path / "named.safetensors")
+    close(again.condition(x).log_prob(packed), d.condition(x).log_prob(packed))
+    assert again.report == d.report
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("real", torch.long), ("real", torch.uint8), ("circular", torch.long)]
+)
+def test_whole_numbers_are_labels_of_classes(kind, dtype, tmp_path):
+    labels = torch.arange(600) % 3
+    y = torch.stack((labels - 1.0, 1.0 - labels), -1) + 0.2 * torch.randn(600, 2)
+    support = circular if kind == "circular" else constraints.real_vector
+    d = learn(y.clamp(-3, 3), context=labels.to(dtype), support=support, steps=60)
+    assert d.transform.velocity.classes == 3
+    means = d.condition(torch.tensor([0, 2], dtype=dtype)).sample((300,)).mean(0)
+    close(means, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), rtol=0, atol=0.3)
+    as_numbers = d.condition(torch.tensor([[0.0], [2.0]])).log_prob(y[:2])
+    close(as_numbers, d.condition(torch.tensor([0, 2])).log_prob(y[:2]))
+    save(d, tmp_path / "labels.safetensors")
+    close(load(tmp_path / "labels.safetensors").condition(labels[:5]).log_prob(y[:5]),
+          d.condition(labels[:5]).log_prob(y[:5]))  # fmt: skip
+    for wrong in (torch.tensor([3]), torch.tensor([-1]), torch.tensor([[0.5]])):
+        with pytest.raises(ValueError, match="expected labels from 0 to 2, got"):
+            d.condition(wrong)
+    with pytest.raises(ValueError, match=r"expected labels of 3 classes .* of shape \(2, 4\)"):
+        d.condition(torch.zeros(2, 4))
+
+
+def test_classes_are_independent_densities_under_vmap_and_gradients():
+    labels = torch.arange(400) % 2
+    d = learn(torch.randn(400, 2) + labels[:, None], context=labels, steps=20)
+    y = torch.randn(6, 2)
+    given = torch.arange(6) % 2
+    expected = d.condition(given).log_prob(y)
+    close(torch.func.vmap(lambda c, x: d.condition(c).log_prob(x))(given, y), expected)
+    close(
+        torch.stack([d.condition(c).log_prob(x) for c, x in zip(given, y, strict=True)]), expected
+    )
+
+
+def test_a_network_of_ones_own_without_classes_sees_labels_one_hot():
+    labels = torch.arange(300) % 3
+    d = learn(torch.randn(300, 2), context=labels, network=OwnVelocity(2, 3).double())
+    assert d.condition(torch.eye(3)).sample().shape == (3, 2)
+
+
+def test_a_network_of_ones_own_with_classes_sees_labels():
+    network = VelocityMLP(2, (8, 8), classes=5)
+    d = learn(torch.randn(300, 2), context=torch.arange(300) % 3, network=network)
+    assert d.transform.velocity is network
+    assert d.condition(torch.tensor([4, 0])).sample().shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("context", "error", "match"),
+    [
+        (torch.arange(40).reshape(20, 2), ValueError, r"as one label a row.*\(20, 2\)"),
+        (-torch.arange(20), ValueError, "labels 0, 1, ..., got -19"),
+        (torch.randn(20), ValueError, r"context of shape \(N, D\), got \(20,\)"),
+        (torch.randn(19, 2), ValueError, "as many contexts as rows of data, 20, got 19"),
+        (torch.full((20, 1), math.nan), ValueError, "finite context"),
+        ("labels", TypeError, "context to be a tensor or an array, got str"),
+    ],
+)
+def test_contexts_that_cannot_work_are_refused(context, error, match):
+    with pytest.raises(error, match=match):
+        learn(torch.randn(20, 2), context=context)
+
+
+def test_contexts_beside_an_iterable_are_refused():
+    with pytest.raises(ValueError, match="contexts beside a table of rows"):
+        learn([torch.randn(50, 2)], context=torch.randn(50, 1))
+
+
+def test_classes_and_a_context_dim_are_one_or_the_other():
+    with pytest.raises(ValueError, match="expected context_dim or classes, got both: 2 and 3"):
+        VelocityMLP(2, None, 2, 3)
+
+
+def test_the_path_is_straight_beside_optimal_transport():
+    x = torch.randn(200, 2)
+    assert learn(x, coupling=optimal_transport).transform.interpolant == Linear()
+    assert learn(x).transform.interpolant == Trigonometric()

@@ -1,0 +1,141 @@
+"""The report of a run: its numbers against closed forms, its line, its way through files."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+
+from pyro_interpolant import (
+    InterpolantDistribution,
+    circular,
+    fit,
+    from_samples,
+    interpolant_transform,
+    load,
+    save,
+)
+from pyro_interpolant.distributions.report import Report
+
+pytestmark = [
+    pytest.mark.usefixtures("_few_held_draws"),
+    pytest.mark.filterwarnings("ignore:the fit came out wrong"),
+]
+QUICK = {"steps": 3, "seed": 0, "progress": False}
+
+
+@pytest.mark.parametrize("kind", ["real", "positive", "spline", "radial", "joint", "scalar"])
+def test_held_out_nats_and_the_gaussian_are_those_of_the_distributions_own_values(kind):
+    """Rows held out are given, so that both means can be computed from outside."""
+    x, held = 1 + 0.5 * torch.randn(2000, 2), 1 + 0.5 * torch.randn(500, 2)
+    options = {"marginals": False, "support": constraints.real_vector}
+    jacobian = 0.0
+    if kind == "positive":
+        x, held, jacobian = x.exp(), held.exp(), held.sum(-1)
+        options["support"] = constraints.positive
+    elif kind == "spline":
+        options["marginals"] = True
+    elif kind == "radial":
+        scale = torch.randn(2500, 1).exp()
+        x, held = x * scale[:2000], held * scale[2000:]
+        options["marginals"] = None
+    elif kind == "scalar":
+        x, held = x[:, 0], held[:, 0]
+    if kind == "joint":
+        d = from_samples(
+            {"a": x[:, 0], "b": x[:, 1]}, **QUICK, validation={"a": held[:, 0], "b": held[:, 1]}
+        )
+    else:
+        d = from_samples(x, **QUICK, **options, validation=held)
+    report = d.report
+    values = d.log_prob(held)
+    assert report.held_out == pytest.approx(float(values.mean()), abs=1e-9)
+    assert report.held_out_stderr == pytest.approx(float(values.std()) / math.sqrt(500), abs=1e-9)
+    real = x.log() if kind == "positive" else x
+    rows = (held.log() if kind == "positive" else held).reshape(500, -1)
+    real = real.reshape(len(real), -1)
+    normal = dist.MultivariateNormal(real.mean(0), torch.atleast_2d(real.T.cov()))
+    expected = float((normal.log_prob(rows) - jacobian).mean())
+    assert report.reference == pytest.approx(expected, abs=1e-3)  # of N or N - 1 rows
+
+
+def test_the_gaussian_given_a_context_is_a_linear_regression():
+    c = torch.randn(4000, 2)
+    y = c @ torch.tensor([[1.0, 0.0], [2.0, -1.0]]) + torch.randn(4000, 2) @ torch.diag(
+        torch.tensor([0.1, 3.0])
+    )
+    report = from_samples(y, context=c, marginals=False, **QUICK).report
+    truth = -dist.Normal(0.0, torch.tensor([0.1, 3.0])).entropy().sum()
+    assert report.reference == pytest.approx(float(truth), abs=0.15)
+    labels = torch.arange(4000) % 3
+    report = from_samples(
+        y - y + labels[:, None] + torch.randn(4000, 2), context=labels, **QUICK
+    ).report
+    assert report.reference == pytest.approx(-math.log(2 * math.pi * math.e), abs=0.15)
+
+
+def test_angles_are_compared_with_the_uniform_density():
+    report = from_samples(torch.rand(500, 2), support=circular, **QUICK).report
+    assert report.reference == pytest.approx(-2 * math.log(2 * math.pi))
+    assert "(uniform -3.67" in repr(report)
+
+
+def test_a_distribution_has_a_report_once_it_is_trained(tmp_path):
+    d = InterpolantDistribution(interpolant_transform(2, (16, 16)))
+    assert d.report is None
+    save(d, tmp_path / "new.safetensors")
+    assert load(tmp_path / "new.safetensors").report is None
+    result = fit(d, torch.randn(300, 2), **QUICK)
+    assert result.report is d.report
+    assert d.expand((3,)).report is d.report
+    assert (d.report.rows, d.report.steps, d.report.dim) == (300, 3, 2)
+    assert d.report.log_prob_error < 1e-2
+    assert repr(result).startswith(f"{d.report!r}\nended by schedule; FixedGrid(")
+    save(d, tmp_path / "fitted.safetensors")
+    assert load(tmp_path / "fitted.safetensors").report == d.report
+
+
+def test_without_a_density_there_are_no_nats():
+    d = InterpolantDistribution(interpolant_transform(2, (16, 16)))
+    report = fit(d, torch.randn(300, 2), base_samples=torch.randn(200, 2), **QUICK).report
+    assert report.held_out is None
+    assert report.log_prob_error is None
+    assert " s: best at step " in repr(report)
+
+
+@pytest.mark.parametrize(
+    ("report", "line"),
+    [
+        (
+            Report(5, 3000, 41.4, 1080, 6000, 0.0041, -6.1234, 0.031, -6.8),
+            "5-d density from 3,000 rows in 41.4 s: held-out -6.123 ± 0.031 nats (one Gaussian "
+            "-6.800); log_prob within 0.004 nats; best at step 1,080 of 6,000",
+        ),
+        (
+            Report(2, math.inf, 600.0, 10, 20, None, -120.4, 3.2, None),
+            "2-d density in 10 min: held-out -120.4 ± 3.2 nats; best at step 10 of 20",
+        ),
+    ],
+)
+def test_a_report_is_one_line(report, line):
+    assert repr(report) == str(report) == line
+
+
+def test_the_bar_shows_nats_and_the_report_follows(capsys):
+    from_samples(torch.randn(300, 2), steps=300, seed=0)
+    told = capsys.readouterr().err
+    for text in ("choosing a map", "nats (one Gaussian", "step=", "calibrating the solver"):
+        assert text in told
+    assert told.rstrip().splitlines()[-1].startswith("2-d density from 300 rows in ")
+
+
+def test_weights_do_not_depend_on_what_is_shown():
+    shown, hidden = (
+        from_samples(torch.linspace(-1, 1, 300)[:, None], steps=120, seed=0, progress=progress)
+        for progress in (True, False)
+    )
+    assert torch.equal(
+        shown.transform.velocity.output.weight, hidden.transform.velocity.output.weight
+    )
+    assert shown.report.held_out == hidden.report.held_out
