@@ -39,6 +39,7 @@ from .bases import (
 )
 from .constraints import Constraint, checked_rows, shaped
 from .report import Report
+from .summaries import Summaries
 from .supports import Support, support_of
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class _FlowDistribution:
         return self
 
 
-class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
+class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDistribution):
     r"""A distribution learned by a stochastic interpolant.
 
     .. math:: \log\rho_1(x) = \log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\, dt, \qquad

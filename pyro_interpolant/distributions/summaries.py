@@ -1,0 +1,254 @@
+r"""Numbers of a distribution: moments and entropy by quasi-random draws; quantiles of scalars.
+
+A flow in one dimension is monotone, :math:`x = s(T(w))` with w a draw of the base, so that
+:math:`F(x) = F_0(w)` where s increases, and :math:`1 - F_0(w)` where it decreases.
+
+References:
+    Owen, *Scrambled net variance for integrals of smooth functions*, Ann. Statist. 25 (1997).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import ComposeTransform, Independent
+from torch.quasirandom import SobolEngine
+
+from .._torch import is_functional, is_tracing, seeded
+from .supports import CircularSupport
+
+_SETS, _DRAWS = 8, 512  # scrambled nets, whose spread tells the error, and the draws of each
+
+
+class Moments(NamedTuple):
+    """Moments of a distribution with their standard errors, which draws leave.
+
+    Attributes:
+        mean: The mean of each element, shape ``(*batch_shape, *event_shape)``.
+        mean_stderr: Its standard error, of the same shape.
+        variance: The variance of each element, of the same shape.
+        variance_stderr: Its standard error, of the same shape.
+        entropy: The differential entropy, nats, shape ``(*batch_shape)``.
+        entropy_stderr: Its standard error, of the same shape.
+    """
+
+    mean: Tensor
+    mean_stderr: Tensor
+    variance: Tensor
+    variance_stderr: Tensor
+    entropy: Tensor
+    entropy_stderr: Tensor
+
+
+def moments(distribution: Any) -> Moments:
+    """Return the moments of a distribution, by 8 sets of 512 draws, the same at each call.
+
+    The draws of N(0, I) are scrambled Sobol points; those of another base are random.
+
+    Args:
+        distribution: An :class:`~pyro_interpolant.InterpolantDistribution`.
+    """
+    values, densities = zip(*_sets(distribution), strict=True)
+    x, log_prob = torch.stack(values), torch.stack(densities)  # (8, 512, *batch, ...)
+    mean = x.mean((0, 1))
+    found: list[Tensor] = []
+    for part in (x, (x - mean).square(), -log_prob):
+        by_set = part.mean(1)
+        found += [by_set.mean(0), by_set.std(0) / math.sqrt(_SETS)]
+    exists = _existing(distribution.base)
+    shape = distribution.batch_shape + distribution.event_shape
+    for i, order in ((0, 0), (1, 0), (2, 1), (3, 1)):
+        found[i] = (found[i] + exists[order]).expand(shape)
+    return Moments(*found[:4], *(part.expand(distribution.batch_shape) for part in found[4:]))
+
+
+def _sets(distribution: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield sets of draws, ``(512, *batch, *event)``, with their log-densities.
+
+    The batch is that of the context: members of an expanded distribution are all alike.
+    """
+    flow, bare = distribution.transform.flow, distribution.without_support()
+    loc, batch = flow.loc, bare.batch_shape
+    chain = ComposeTransform(bare.transforms)
+    with seeded(0):  # of bases that draw themselves
+        for i in range(_SETS):
+            if bare.base is None:
+                net = SobolEngine(len(loc), scramble=True, seed=i).draw(_DRAWS, dtype=torch.double)
+                z = torch.special.ndtri(net.clamp(1e-12, 1 - 1e-12)).to(loc)
+                z = z.reshape(_DRAWS, *(1,) * len(batch), len(loc)).expand(_DRAWS, *batch, -1)
+            else:
+                z = bare.base_dist.sample((_DRAWS,))
+            x = chain(z.contiguous())
+            log_prob = bare.log_prob(x)
+            for transform in distribution.space.transforms(flow):
+                y = transform(x)
+                log_prob, x = log_prob - transform.log_abs_det_jacobian(x, y), y
+            yield x, log_prob
+
+
+def _existing(base: Any) -> tuple[float, float]:
+    """Return what to add to the mean and to the variance: NaN or infinity where the base's is.
+
+    A flow moves far points by bounded distances, so it has the moments that its base has.
+    """
+    found = []
+    for name in ("mean", "variance"):
+        try:
+            value = 0.0 if base is None else float(getattr(base, name).abs().sum())
+        except (NotImplementedError, AttributeError):
+            value = 0.0
+        found.append(0.0 if math.isfinite(value) else value)
+    return found[0], found[1]
+
+
+class Summaries:
+    """What an :class:`~pyro_interpolant.InterpolantDistribution` knows of itself in numbers."""
+
+    def moments(self: Any) -> Moments:
+        """Return mean, variance and entropy with their standard errors, which draws leave.
+
+        They are the same at each call: means over 8 sets of 512 scrambled Sobol points, or random
+        draws of a base that is given. Where the base has no mean or an infinite variance, neither
+        has the flow on real vectors.
+        """
+        return moments(self)
+
+    @property
+    def mean(self: Any) -> Tensor:
+        """The mean, shape ``(*batch_shape, *event_shape)``; :meth:`moments` tells its error.
+
+        Raises:
+            NotImplementedError: For angles, whose mean depends on where the circle is cut.
+        """
+        return _on_the_line(self).mean
+
+    @property
+    def variance(self: Any) -> Tensor:
+        """The variance of each element, ``(*batch_shape, *event_shape)``; see :meth:`moments`.
+
+        Raises:
+            NotImplementedError: For angles, whose variance depends on where the circle is cut.
+        """
+        return _on_the_line(self).variance
+
+    def entropy(self: Any) -> Tensor:
+        r"""Return the differential entropy :math:`-E[\log\rho_1(x)]`, nats, ``(*batch_shape)``.
+
+        Its error is that of :meth:`moments`.
+        """
+        return moments(self).entropy
+
+    def cdf(self: Any, value: Tensor) -> Tensor:
+        """Return the probability of values up to the given ones, of scalars.
+
+        Args:
+            value: Shape ``(*, *event_shape)``, with one element in an event.
+
+        Returns:
+            Probabilities, shape ``(*)``, differentiable in the value and in the context.
+
+        Raises:
+            NotImplementedError: If events have more than one element, or the base has no cdf.
+            ValueError: If a value is outside the support (while validation is on).
+        """
+        _check_scalar(self, "cdf")
+        if self._validate_args:
+            self._validate_sample(value)
+        middle, increases = _orientation(self)
+        inside = self.support.check(value)
+        event = value.dim() - inside.dim()
+        safe = value.where(inside.reshape(inside.shape + (1,) * event), middle)
+        flat = ComposeTransform(self.transforms).inv(safe)
+        below = _base_cdf(self, flat)
+        below = below if increases else 1 - below
+        beyond = (value > middle).to(below).reshape(inside.shape)
+        unknown = value.isnan().reshape(inside.shape)
+        return below.where(inside, beyond.masked_fill(unknown, math.nan))
+
+    def icdf(self: Any, value: Tensor) -> Tensor:
+        """Return the quantiles of scalars: the values up to which there is a given probability.
+
+        Args:
+            value: Probabilities, shape ``(*)``, broadcast with the batch shape.
+
+        Returns:
+            Values, shape ``(*, *event_shape)``, differentiable in the probabilities and in the
+            context. Of 0 and 1 they are the ends of the support.
+
+        Raises:
+            NotImplementedError: If events have more than one element, or the base has no icdf.
+            ValueError: If a probability is not between 0 and 1.
+        """
+        _check_scalar(self, "icdf")
+        q = torch.as_tensor(value).to(self.transform.flow.loc)
+        q = q.expand(torch.broadcast_shapes(q.shape, self.batch_shape))
+        if not (is_tracing() or is_functional()) and not bool(((q >= 0) & (q <= 1)).all()):
+            raise ValueError(
+                f"expected probabilities between 0 and 1, got {float(q.min()):.3g} to "
+                f"{float(q.max()):.3g}"
+            )
+        _, increases = _orientation(self)
+        q = q if increases else 1 - q
+        inner = (q > 0) & (q < 1)
+        x = ComposeTransform(self.transforms)(_base_icdf(self, q.where(inner, 0.5)))
+        end = q.new_tensor(math.inf).copysign(q - 0.5)[..., None]
+        for transform in self.space.transforms(self.transform.flow):
+            end = transform(end)
+        return x.where(inner.reshape(x.shape), end)
+
+
+def _on_the_line(distribution: Any) -> Moments:
+    if isinstance(distribution.space, CircularSupport):
+        raise NotImplementedError(
+            "angles have no mean or variance that does not depend on where the circle is cut: "
+            "take those of their cosines and sines"
+        )
+    return moments(distribution)
+
+
+def _check_scalar(distribution: Any, name: str) -> None:
+    shape = tuple(distribution.event_shape)
+    if shape not in ((), (1,)) or isinstance(distribution.space, CircularSupport):
+        raise NotImplementedError(
+            f"{name} is that of one real number, got a distribution of event shape {shape} on "
+            f"{distribution.constraint}"
+        )
+
+
+def _orientation(distribution: Any) -> tuple[Tensor, bool]:
+    """Return a value inside the support, shape ``event_shape``, and whether the map increases."""
+    loc = distribution.transform.flow.loc
+    x = torch.stack((torch.zeros_like(loc), torch.ones_like(loc)))
+    for transform in distribution.space.transforms(distribution.transform.flow):
+        x = transform(x)
+    rises = bool(x[1] > x[0]) == (distribution.transform.sign > 0)
+    return x[0], rises
+
+
+def _base_cdf(distribution: Any, x: Tensor) -> Tensor:
+    """Return the base's probability up to x, shape ``(*)``, of x of shape ``(*, 1)``."""
+    if distribution.base is None:
+        return torch.special.ndtr(x[..., 0])
+    if isinstance(distribution.base, Summaries):
+        return distribution.base.cdf(x)
+    return _scalars(distribution.base).cdf(x)[..., 0]
+
+
+def _base_icdf(distribution: Any, q: Tensor) -> Tensor:
+    """Return the base's quantiles, shape ``(*, 1)``, of probabilities, shape ``(*)``."""
+    if distribution.base is None:
+        return torch.special.ndtri(q)[..., None]
+    if isinstance(distribution.base, Summaries):
+        return distribution.base.icdf(q)
+    return _scalars(distribution.base).icdf(q[..., None])
+
+
+def _scalars(base: Any) -> Any:
+    """Return the distribution of scalars, of batch shape ``(1,)``, that a base is made of."""
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if base.event_shape:
+        raise NotImplementedError(f"quantiles of a base {type(base).__name__} are not known")
+    return base

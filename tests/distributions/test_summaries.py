@@ -1,0 +1,198 @@
+"""Moments, entropy and quantiles against closed forms, finite differences and the round trip."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import SUPPORTS, random_flow
+from kinds import angular_flow
+from pyro.distributions import constraints
+from torch.distributions import biject_to
+
+from pyro_interpolant import (
+    FixedGrid,
+    InterpolantDistribution,
+    UniformTorus,
+    circular,
+    interpolant_transform,
+)
+
+SCALES = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
+
+
+def close(a, b, **tolerance):
+    torch.testing.assert_close(a, b, **{"rtol": 1e-9, "atol": 1e-9, **tolerance})
+
+
+def normal(dim=2, **options):
+    """A flow that is untrained, and so N(loc, L L^T)."""
+    transform = interpolant_transform(dim, (8,))
+    transform.flow.whitening.set(torch.arange(dim) + 1.0, SCALES[:dim, :dim])
+    return InterpolantDistribution(transform, **options).freeze()
+
+
+def scalar(support=constraints.real, seed=0, **options):
+    torch.manual_seed(seed)
+    transform = random_flow(1, (16, 16), solver=FixedGrid(60))  # densities within 1e-5
+    return InterpolantDistribution(transform, support=support, event_shape=(), **options).freeze()
+
+
+def test_moments_of_a_normal_are_the_closed_form_within_their_errors():
+    d = normal()
+    found = d.moments()
+    truth = torch.tensor([1.0, 2.0]), (SCALES @ SCALES.T).diag()
+    entropy = dist.MultivariateNormal(truth[0], SCALES @ SCALES.T).entropy()
+    for value, error, expected in zip(found[::2], found[1::2], (*truth, entropy), strict=True):
+        assert ((value - expected).abs() < 6 * error + 1e-9).all()
+        assert (error < 6e-3).all()  # random draws would leave 0.02 to 0.08
+    close(d.mean, found.mean)
+    close(d.variance, found.variance)
+    close(d.entropy(), found.entropy)
+
+
+def test_moments_on_a_support_are_those_of_its_values():
+    found = normal(1, support=constraints.positive).moments()
+    mean = math.exp(1 + 2)  # of exp N(1, 4)
+    assert abs(float(found.mean) - mean) < 6 * float(found.mean_stderr)
+    assert float(found.mean_stderr) < 0.03 * mean
+    entropy = dist.LogNormal(1.0, 2.0).entropy()
+    close(found.entropy, entropy, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_moments_agree_with_plain_draws_on_every_support(name):
+    case = SUPPORTS[name]
+    d = InterpolantDistribution(random_flow(case.dim, (8, 8)), support=case.support)
+    if name in ("tempered", "gaussianized", "gaussianized stack"):
+        pytest.skip("their tails are long: plain draws tell nothing")
+    x = d.sample((20_000,))
+    error = 5 * x.std(0) / math.sqrt(len(x)) + 5 * d.moments().mean_stderr + 1e-9
+    assert d.mean.shape == d.event_shape
+    assert ((d.mean - x.mean(0)).abs() < error).all()
+    log_prob = d.log_prob(x)
+    error = 5 * log_prob.std() / math.sqrt(len(x)) + 5 * d.moments().entropy_stderr
+    assert (d.entropy() + log_prob.mean()).abs() < error
+
+
+def test_moments_have_the_shape_of_batch_and_context():
+    d = normal().expand((3,))
+    assert d.mean.shape == d.variance.shape == (3, 2)
+    close(d.mean[0], d.mean[2])
+    given = InterpolantDistribution(random_flow(2, context_dim=3).condition(torch.randn(4, 3)))
+    found = given.moments()
+    assert found.mean.shape == (4, 2)
+    assert found.entropy.shape == (4,)
+    again = given.sample((20_000,))
+    error = 5 * again.std(0) / 140 + 5 * found.mean_stderr
+    assert ((found.mean - again.mean(0)).abs() < error).all()
+
+
+def test_a_moment_that_does_not_exist_is_not_invented():
+    wild = dist.Cauchy(torch.zeros(2), torch.ones(2)).to_event(1)
+    assert normal(base=wild).mean.isnan().all()
+    heavy = dist.StudentT(torch.full((2,), 1.5)).to_event(1)
+    d = normal(base=heavy)
+    assert d.mean.isfinite().all()
+    assert d.variance.isinf().all()
+
+
+def test_angles_have_an_entropy_and_no_mean():
+    d = InterpolantDistribution(angular_flow(), UniformTorus(2), support=circular)
+    assert d.entropy() < 2 * math.log(2 * math.pi)
+    for name in ("mean", "variance"):
+        with pytest.raises(NotImplementedError, match="where the circle is cut"):
+            getattr(d, name)
+
+
+def test_the_cdf_of_a_normal_is_the_closed_form():
+    d = normal(1)
+    x = torch.linspace(-20, 20, 41)[:, None]
+    close(d.cdf(x), dist.Normal(1.0, 2.0).cdf(x[:, 0]), atol=1e-14)
+    q = torch.tensor([1e-200, 1e-3, 0.5, 0.9])
+    close(d.icdf(q), 1 + 2 * torch.special.ndtri(q)[:, None])
+
+
+@pytest.mark.parametrize(
+    "support",
+    [
+        constraints.real,
+        constraints.positive,
+        constraints.less_than(2.0),
+        constraints.interval(-1.0, 3.0),
+        constraints.softplus_positive,
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("base", [None, "laplace", "flow"])
+def test_cdf_and_icdf_are_inverse_and_the_integral_of_the_density(support, base):
+    given = {
+        None: None,
+        "laplace": dist.Laplace(torch.zeros(1), torch.ones(1)).to_event(1),
+        "flow": normal(1),
+    }[base]
+    d = scalar(support, base=given)
+    q = torch.linspace(0.01, 0.99, 50)
+    x = d.icdf(q)
+    assert x.shape == (50,)
+    assert (x.diff() > 0).all()
+    close(d.cdf(x), q, rtol=0, atol=1e-6)
+    real = biject_to(support)
+    u = torch.linspace(float(real.inv(x[0])), float(real.inv(x[-1])), 4001)  # smooth there
+    grid = real(u) if support is not constraints.real else u
+    grid = grid.sort().values
+    mass = torch.trapezoid(d.log_prob(grid).exp(), grid)
+    close(mass, d.cdf(grid[-1]) - d.cdf(grid[0]), rtol=0, atol=2e-4)
+    share = (d.sample((20_000,)) <= x[25]).double().mean()
+    close(share, q[25], rtol=0, atol=0.02)
+
+
+def test_derivatives_of_quantiles_are_those_of_the_density():
+    d = scalar()
+    x = torch.tensor([-0.7, 0.2, 1.5], requires_grad=True)
+    (slope,) = torch.autograd.grad(d.cdf(x).sum(), x)
+    close(slope, d.log_prob(x).exp().detach(), rtol=1e-3, atol=0)  # of two discretisations
+    q = torch.tensor([0.1, 0.6], requires_grad=True)
+    value = d.icdf(q)
+    (slope,) = torch.autograd.grad(value.sum(), q)
+    close(
+        slope * d.log_prob(value.detach()).exp(), torch.ones(2), rtol=1e-3, atol=0
+    )  # of two discretisations
+    close(torch.func.vmap(d.cdf)(x.detach()), d.cdf(x).detach())
+    close(torch.func.vmap(torch.func.grad(d.icdf))(q.detach()), slope)
+
+
+def test_the_ends_of_the_support():
+    d = scalar(constraints.interval(-1.0, 3.0), validate_args=False)
+    close(d.icdf(torch.tensor([0.0, 1.0])), torch.tensor([-1.0, 3.0]))
+    close(d.cdf(torch.tensor([-2.0, -1.0, 3.0, 9.0])), torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    assert d.cdf(torch.tensor(math.nan)).isnan()
+    falling = scalar(constraints.less_than(2.0))
+    close(falling.icdf(torch.tensor([0.0, 1.0])), torch.tensor([-math.inf, 2.0]))
+    with pytest.raises(ValueError, match="between 0 and 1, got -0.1"):
+        d.icdf(torch.tensor(-0.1))
+    with pytest.raises(ValueError, match="within the support"):
+        scalar(constraints.positive).cdf(torch.tensor(-1.0))
+
+
+def test_quantiles_given_contexts_come_in_one_batch():
+    family = random_flow(1, (16, 16), context_dim=2, solver=FixedGrid(12))
+    context = torch.randn(7, 2)
+    d = InterpolantDistribution(family.condition(context), event_shape=())
+    q = torch.linspace(0.05, 0.95, 9)[:, None]
+    x = d.icdf(q)
+    assert x.shape == (9, 7)
+    one = InterpolantDistribution(family.condition(context[3]), event_shape=())
+    close(one.icdf(q[:, 0]), x[:, 3])
+    close(d.cdf(x), q.expand(9, 7), rtol=0, atol=1e-4)
+
+
+def test_quantiles_are_those_of_one_real_number():
+    for d in (normal(), InterpolantDistribution(angular_flow(1), support=circular)):
+        with pytest.raises(NotImplementedError, match="cdf is that of one real number"):
+            d.cdf(torch.zeros(d.event_shape))
+    joint = InterpolantDistribution(
+        interpolant_transform(1, (8,)), dist.MultivariateNormal(torch.zeros(1), torch.eye(1))
+    )
+    with pytest.raises(NotImplementedError, match="base MultivariateNormal"):
+        joint.cdf(torch.zeros(1))
