@@ -246,7 +246,7 @@ class Neutra:
             ValueError: If the model has not the latent sites that the guide has seen.
         """
         first, transform = next(iter(self.sites.shapes)), self.guide.transform
-        base: Any = self.guide.get_base_dist()  # its density is the model's, not this one
+        base: Any = self.guide.get_base_dist()  # not scored: the density is the model's
         with self._start():
             w = pyro.sample(first + _SITE, base.mask(mask=False))
         z = transform(w)
