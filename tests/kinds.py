@@ -156,6 +156,30 @@ EXCEPTIONS: dict[str, dict[str, Reason]] = {
     "jacobian": {
         "hutchinson": Reason(AssertionError, "its log-determinant is an estimate, always the same")
     },
+    # Of reparametrized models.
+    "reparam_mask": dict.fromkeys(
+        (f"{kind}, TransformReparam" for kind in KINDS if "angle" in kind),
+        Reason(NotImplementedError, "a base of angles has no bijection; base_space takes planes"),
+    ),
+    "split_guide": {
+        # A part is proposed on the support of the whole, of Pyro's own distributions as well.
+        "simplex": Reason(ValueError, "each part sums to one, so that the whole is refused"),
+        "corr_cholesky": Reason(IndexError, "a part is no Cholesky factor"),
+        "stack": Reason(AssertionError, "a part has fewer columns; Pyro slices only its own"),
+        "shaped": Reason(RuntimeError, "a part has fewer elements than the shape"),
+        **dict.fromkeys(
+            ("gaussianized", "tempered", "joint, gaussianized"),
+            Reason(ValueError, "the map is one of whole rows; the error names support_fn"),
+        ),
+    },
+    "neutra": dict.fromkeys(
+        (f"{kind}, NeuTraReparam" for kind in ("given rows", "expanded", "expanded, positive")),
+        Reason(
+            AssertionError,
+            "Pyro adds the Jacobian of the whole to the first site, once for each of its plate's "
+            "members; with neutra it is a site of its own",
+        ),
+    ),
     "infer_shapes": {
         "plain": Reason(NotImplementedError, "no argument is a tensor: the flow has the shapes")
     },
