@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from cases import BASES, SUPPORTS, WHITENINGS, own_flow, random_flow, random_prior
@@ -23,6 +25,7 @@ from pyro_interpolant import (
     InterpolantTransform,
     JointInterpolantDistribution,
     TorusMLP,
+    base_space,
     circular,
 )
 from pyro_interpolant.distributions.bases import Samples
@@ -232,3 +235,35 @@ def over(
     unknown = {*EXCEPTIONS.get(check, ()), *PENDING.get(check, ())} - {m.id for m in members}
     assert not unknown, f"exceptions of {check} that are no case: {sorted(unknown)}"
     return pytest.mark.parametrize(("kind", name) if name else "kind", members)
+
+
+class EveryKind:
+    """A model of one site for each kind, an object that new processes can unpickle.
+
+    Args:
+        in_data_space: The kinds that are sampled as they are.
+        in_base_space: The kinds that ``base_space`` samples.
+    """
+
+    def __init__(self, in_data_space: Iterable[str], in_base_space: Iterable[str]) -> None:
+        self.in_data_space = {kind: KINDS[kind]().freeze() for kind in in_data_space}
+        self.in_base_space = {kind: KINDS[kind]().freeze() for kind in in_base_space}
+
+    def flows(self) -> list[InterpolantDistribution]:
+        return [*self.in_data_space.values(), *self.in_base_space.values()]
+
+    def __call__(self) -> None:
+        self.sites(self.in_data_space, "data")
+        base_space(self.sites)(self.in_base_space, "base")
+
+    def samples(self, draws: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return base_space(self.sites).samples(draws, self.in_base_space, "base")
+
+    def sites(self, flows: dict[str, InterpolantDistribution], where: str) -> None:
+        for kind, d in flows.items():
+            name = f"{kind} in {where} space"
+            with pyro.plate_stack(name, d.batch_shape):
+                x = pyro.sample(name, d)
+                total = x.flatten(len(d.batch_shape)).sum(-1)
+                y = dist.Normal(total, 10.0)
+                pyro.sample(f"data of {name}", y, obs=torch.zeros_like(total))

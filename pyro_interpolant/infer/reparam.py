@@ -76,7 +76,7 @@ class BaseSpace:
         for name, node in trace.nodes.items():
             options: dict[str, Any] = node.get("infer") or {}  # type: ignore[assignment]
             flow = options.get(_FLOW)
-            if flow is None or name + _BASE not in draws:
+            if flow is None or name + _BASE not in named:
                 continue
             if flow.transform.context is not None:
                 raise ValueError(

@@ -758,6 +758,17 @@ def test_draws_in_base_space_become_those_of_the_model(capsys):
     assert all(f"{name}[0" in printed for name in ("scales", "star", "angle"))
 
 
+def test_draws_of_a_prior_whose_base_is_a_flow():
+    """Two maps, one after another; what is in between is no site of the model."""
+    model, _ = flow_base()
+    base = base_space(model)
+    found = base.samples({"z_base_base": torch.randn(5, 2)})
+    assert list(found) == ["z"]
+    draws = Predictive(base, num_samples=3)()
+    named = base.samples({"z_base_base": draws["z_base_base"]})
+    assert torch.allclose(named["z"], draws["z"])
+
+
 def test_a_prior_with_a_context_has_no_one_map_for_all_draws():
     likelihood = family()
 
