@@ -256,8 +256,10 @@ class EveryKind:
         self.sites(self.in_data_space, "data")
         base_space(self.sites)(self.in_base_space, "base")
 
-    def samples(self, draws: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return base_space(self.sites).samples(draws, self.in_base_space, "base")
+    def named(self, draws: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return draws in base space as those of the sites, of kinds that have no context."""
+        flows = {k: d for k, d in self.in_base_space.items() if d.transform.context is None}
+        return base_space(self.sites).samples(draws, flows, "base")
 
     def sites(self, flows: dict[str, InterpolantDistribution], where: str) -> None:
         for kind, d in flows.items():
