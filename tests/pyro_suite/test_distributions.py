@@ -4,11 +4,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from kinds import KINDS, family, over
-from pyro.distributions import TorchDistribution
+from kinds import KINDS, SITES, family, flow_of, over, plain
+from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.testing.gof import auto_goodness_of_fit
 from pyro.distributions.util import broadcast_shape, scale_and_mask
+from pyro.infer.autoguide.initialization import init_to_mean
 from torch.distributions import kl_divergence
+
+from pyro_interpolant import JointInterpolantDistribution
 
 DENSITIES = [kind for kind in KINDS if kind != "samples"]
 BATCHED = [kind for kind in KINDS if kind.startswith("expanded") or kind == "given rows"]
@@ -170,6 +173,35 @@ def test_moments(kind):
     assert d.mean.shape == d.variance.shape == d.shape()
     assert ((d.mean - x.mean(0)).abs() < error).all()
     torch.testing.assert_close(d.variance, x.var(0), rtol=0.3, atol=0.0)
+
+
+HEAVY = {  # the tails of a base are those of the flow; 1.5 degrees of freedom have a mean
+    "cauchy": (lambda dim: dist.Cauchy(torch.zeros(dim), 1.0).to_event(1), ("mean", "variance")),
+    "student": (lambda dim: dist.StudentT(1.5, torch.zeros(dim), 1.0).to_event(1), ("variance",)),
+}
+WRAPPED = {
+    "site": lambda base: plain(base=base(2)),
+    "start": lambda base: plain(base=base(2)).at(0.0),
+    "positive": lambda base: plain(base=base(2), support=constraints.positive),
+    "expanded": lambda base: plain(base=base(2)).expand((3,)),
+    "joint": lambda base: JointInterpolantDistribution(flow_of(5), base(5), sites=SITES),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("name", HEAVY)
+def test_a_moment_that_does_not_exist_is_not_invented(name, wrapped):
+    """As of Pyro's Cauchy, it is NaN, or infinite, or there is none to be had."""
+    base, moments = HEAVY[name]
+    d = WRAPPED[wrapped](base)
+    for moment in (*moments, *(["stddev"] if "variance" in moments else [])):
+        try:
+            value = getattr(d, moment)
+        except (NotImplementedError, ValueError):
+            continue
+        assert not torch.isfinite(value).any(), moment
+    start = init_to_mean({"name": "x", "fn": d})  # which falls back to what there is
+    assert d.support.check(start).all()
 
 
 @over("entropy", FEW, FEW)
