@@ -100,10 +100,11 @@ def base_space(model: Model) -> BaseSpace:
     ``z_base`` has shape ``(2 D,)``: a point of the plane in the direction of each, normal where
     the base is uniform, so that samplers see no seam.
 
-    Initial values are proposed in base space too, where zero is the centre: any strategy but
-    ``init_to_value`` applies to ``z_base``, and ``init_to_value(values={"z": ...})`` is honoured
-    by inverting the flow once. A site that ``pyro.condition`` fixes, inside or around, is observed
-    in data space.
+    Initial values are proposed in base space too, where zero is the centre: strategies apply to
+    ``z_base``, but for one that has a value for the name z, such as ``init_to_value(values={"z":
+    ...})``, which is honoured by inverting the flow once. A site that ``pyro.condition`` fixes,
+    inside or around, is observed in data space. A scale or a mask weighs the base, as with Pyro's
+    ``TransformReparam``: the ELBO is the same, what a sampler explores is not.
 
     Args:
         model: A Pyro model.
