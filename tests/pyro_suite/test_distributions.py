@@ -268,22 +268,13 @@ def test_expand_to_new_dimensions(kind, how):
         check_expanded(kind, small, large)
 
 
-@over("expand_existing_dim", QUICK, how=EXPAND)
-def test_expand_of_a_dimension_of_size_one(kind, how):
-    d = KINDS[kind]()
-    small = d.expand((2, 1, *d.batch_shape))
-    for shape_type in SHAPES:
-        large = EXPAND[how](small, shape_type((2, 5, *d.batch_shape)))
-        assert large.batch_shape == (2, 5, *d.batch_shape)
-    check_expanded(kind, small, large)
-
-
 @over("subsequent_expands", QUICK, how=EXPAND)
 def test_subsequent_expands(kind, how):
     d = KINDS[kind]()
     batch_shape = d.batch_shape
-    for shape in ((2, 1, 1), (2, 1, 3), (2, 5, 3)):
-        large = EXPAND[how](d, shape + batch_shape)
+    shapes = ((2, 1, 1), (2, 1, 3), (2, 5, 3))  # to new dimensions, then to those of size one
+    for shape_type, shape in zip(SHAPES, shapes, strict=True):
+        large = EXPAND[how](d, shape_type(shape + batch_shape))
         assert large.batch_shape == shape + batch_shape
         check_expanded(kind, d, large)
         d = large
