@@ -16,13 +16,13 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
-from pyro.infer.reparam import NeuTraReparam
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
-from torch.distributions import ComposeTransform
+from torch.distributions import ComposeTransform, biject_to
 
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
@@ -76,7 +76,7 @@ class BaseSpace:
         for name, node in trace.nodes.items():
             options: dict[str, Any] = node.get("infer") or {}  # type: ignore[assignment]
             flow = options.get(_FLOW)
-            if flow is None or name + _BASE not in draws:
+            if flow is None or name + _BASE not in named:
                 continue
             if flow.transform.context is not None:
                 raise ValueError(
@@ -100,10 +100,11 @@ def base_space(model: Model) -> BaseSpace:
     ``z_base`` has shape ``(2 D,)``: a point of the plane in the direction of each, normal where
     the base is uniform, so that samplers see no seam.
 
-    Initial values are proposed in base space too, where zero is the centre: any strategy but
-    ``init_to_value`` applies to ``z_base``, and ``init_to_value(values={"z": ...})`` is honoured
-    by inverting the flow once. A site that ``pyro.condition`` fixes, inside or around, is observed
-    in data space.
+    Initial values are proposed in base space too, where zero is the centre: strategies apply to
+    ``z_base``, but for one that has a value for the name z, such as ``init_to_value(values={"z":
+    ...})``, which is honoured by inverting the flow once. A site that ``pyro.condition`` fixes,
+    inside or around, is observed in data space. A scale or a mask weighs the base, as with Pyro's
+    ``TransformReparam``: the ELBO is the same, what a sampler explores is not.
 
     Args:
         model: A Pyro model.
@@ -161,6 +162,8 @@ def _sampled(
             base = base.to_event(wrapper.reinterpreted_batch_ndims)
     start: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if value is not None:
+        if flow._validate_args:
+            flow._validate_sample(value)  # else NaN in base space, outside of the support
         with torch.no_grad():
             value = space.to_sampled(ComposeTransform(flow.transforms).inv(value))
         start = InitMessenger(init_to_value(values={name + _BASE: value}))
@@ -189,17 +192,37 @@ def _is_conditioned(name: str) -> bool:
     return any(isinstance(m, ConditionMessenger) and name in m.data for m in _PYRO_STACK)
 
 
+class _AskedForMore(Exception):
+    """A strategy looked at the distribution of a site, so that it has no value for its name."""
+
+
+class _OnlySupport:
+    """A distribution that only tells its support."""
+
+    def __init__(self, fn: TorchDistributionMixin) -> None:
+        self.support = fn.support
+
+    def __getattr__(self, name: str) -> Any:
+        raise _AskedForMore(name)
+
+
 def _requested_value(msg: Site) -> Tensor | None:
-    """Return the value that an enclosing ``init_to_value`` names for this very site."""
+    """Return the value that an enclosing strategy names for this very site, or None.
+
+    By asking it, since ``init_to_value`` may be inside another: a strategy that has a value for
+    the name does not look at the distribution.
+    """
     for messenger in reversed(_PYRO_STACK):
-        init = getattr(messenger, "init_fn", None)
-        if isinstance(init, functools.partial) and init.func is init_to_value:
-            if msg["name"] in init.keywords.get("values", {}):
-                return init.keywords["values"][msg["name"]]
+        if isinstance(messenger, InitMessenger):
+            try:
+                return messenger.init_fn({**msg, "fn": _OnlySupport(msg["fn"])})
+            except (_AskedForMore, KeyError):  # KeyError: a function of the names it knows
+                continue
     return None
 
 
-_SITE = "_shared_latent"  # how NeuTraReparam names the base draw
+_SITE = "_shared_latent"  # how NeuTraReparam names the base draw, after the first site
+_JACOBIAN = "_log_jacobian"
 
 
 class Neutra:
@@ -214,12 +237,48 @@ class Neutra:
 
     def __init__(self, guide: AutoInterpolant, model: Model) -> None:
         self.guide = guide
-        self.reparam = NeuTraReparam(guide)
         self.model = model
+        self.sites = LatentSites(guide)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """Run the model in base space; the latent sites are deterministic functions of it."""
-        return self.reparam.reparam(self.model)(*args, **kwargs)
+        """Run the model in base space; the latent sites are deterministic functions of it.
+
+        Raises:
+            ValueError: If the model has not the latent sites that the guide has seen.
+        """
+        first, transform = next(iter(self.sites.shapes)), self.guide.transform
+        base: Any = self.guide.get_base_dist()  # not scored: the density is the model's
+        with self._start():
+            w = pyro.sample(first + _SITE, base.mask(mask=False))
+        z = transform(w)
+        images = _Images({name: real for name, _, real in self.sites.split(z)}, z)
+        with images:
+            result = self.model(*args, **kwargs)
+        if images.parts:
+            raise ValueError(
+                "expected the latent sites the guide has seen, got a model without "
+                f"{sorted(images.parts)}"
+            )
+        if poutine.get_mask() is not False:
+            log_det = images.log_det + transform.log_abs_det_jacobian(w, z)
+            pyro.factor(first + _JACOBIAN, log_det)
+        return result
+
+    def _start(self) -> contextlib.AbstractContextManager[object]:
+        """Return what starts the base draw where an enclosing strategy names values of sites.
+
+        Sites without a value start at the guide's median.
+        """
+        prototype = self.guide.prototype_trace.nodes
+        named = {name: _requested_value(prototype[name]) for name in self.sites.shapes}
+        values = {name: value for name, value in named.items() if value is not None}
+        if not values:
+            return contextlib.nullcontext()
+        values = {k: v[None] for k, v in {**self.guide.median(), **values}.items()}
+        with torch.no_grad():
+            w = self.guide.transform.inv(self.sites.pack(values)[0])
+        first = next(iter(self.sites.shapes))
+        return InitMessenger(init_to_value(values={first + _SITE: w}))
 
     @torch.no_grad()
     def samples(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -240,8 +299,45 @@ class Neutra:
                 f"model, got {got}"
             )
         base = draws[names[0]]
-        sites = LatentSites(self.guide).unpack(self.guide.transform(base.reshape(-1, dim)))
-        return {k: v.reshape(*base.shape[:-1], *v.shape[1:]) for k, v in sites.items()}
+        sites = self.sites.unpack(self.guide.transform(base.reshape(-1, dim)))
+        return {k: v.reshape(base.shape[:-1] + v.shape[1:]) for k, v in sites.items()}
+
+
+class _Images(Messenger):
+    """Give latent sites their parts of one unconstrained vector, and add up the Jacobians.
+
+    The Jacobians are of the whole vector: they are no part of the density of a site, which counts
+    once for each member of a plate, or not at all under a mask.
+
+    Args:
+        parts: The unconstrained value of each site; each is taken out as its site comes.
+        z: The vector, shape ``(*, D)``.
+
+    Attributes:
+        log_det: The sum of the log-determinants so far, shape ``(*)``.
+    """
+
+    def __init__(self, parts: dict[str, Tensor], z: Tensor) -> None:
+        super().__init__()
+        self.parts, self.log_det = parts, z.new_zeros(z.shape[:-1])
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] not in self.parts:
+            return
+        if msg["is_observed"] or _is_conditioned(msg["name"]):
+            raise ValueError(
+                f"expected site {msg['name']!r} to be latent, as when the guide was set up, got "
+                "it observed: train a guide of the model with these data"
+            )
+        real, fn = self.parts.pop(msg["name"]), msg["fn"]
+        transform = biject_to(fn.support)
+        value = transform(real)
+        log_det = transform.log_abs_det_jacobian(real, value)
+        log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
+        self.log_det = self.log_det + log_det.sum_to_size(self.log_det.shape)
+        score = 0.0 if poutine.get_mask() is False else fn.log_prob(value)
+        msg["fn"] = dist.Delta(value, score, event_dim=fn.event_dim)
+        msg["value"], msg["is_observed"] = value, True
 
 
 def neutra(guide: AutoInterpolant, model: Model | None = None) -> Neutra:
@@ -249,6 +345,9 @@ def neutra(guide: AutoInterpolant, model: Model | None = None) -> Neutra:
 
     The guide is copied and the copy frozen: nothing here trains it, and it can be trained on. The
     copy's gradients are those of ``FixedGrid(..., adjoint=True)`` where it is solved on a grid.
+    ``init_to_value`` with values of sites is honoured, by inverting the flow once; a site without
+    one starts at the guide's median. The Jacobian is a site of its own: Pyro's ``NeuTraReparam``
+    adds it to the first site, where it counts once for each member of that site's plate.
 
     Args:
         guide: A trained guide.
@@ -285,6 +384,4 @@ def neutra(guide: AutoInterpolant, model: Model | None = None) -> Neutra:
     frozen = copy.deepcopy(guide).requires_grad_(requires_grad=False).eval()
     if isinstance(frozen.transform.solver, FixedGrid):
         frozen.transform.solver = dataclasses.replace(frozen.transform.solver, adjoint=True)
-    if not hasattr(frozen, "plates"):
-        frozen._create_plates()
     return Neutra(frozen, unwrapped_model(guide.model) if model is None else model)

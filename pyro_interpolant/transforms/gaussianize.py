@@ -82,9 +82,11 @@ class MarginalTransform(Gaussianizer):
         return -self.log_slope(y).sum(-1)
 
     def _call(self, x: Tensor) -> Tensor:
+        _check_columns(x, len(self.knots[0]))
         return _in_parts(self._to_data, x)
 
     def _inverse(self, y: Tensor) -> Tensor:
+        _check_columns(y, len(self.knots[0]))
         return _in_parts(self._to_normal, y)
 
     # In each bin u and r are how far x and y have come, and p the slopes over that of the chord.
@@ -162,10 +164,12 @@ class RadialTransform(Gaussianizer):
     # In the parameters' own type: in a coarser one of values near rows far away may coincide.
 
     def _white(self, y: Tensor) -> Tensor:
+        _check_columns(y, len(self.loc))
         loc, whitening = self.loc.to(y.device), self.whitening.to(y.device)
         return ((y.to(loc) - loc) @ whitening.T).to(y)
 
     def _call(self, x: Tensor) -> Tensor:
+        _check_columns(x, len(self.loc))
         length = log_length(x)
         w = x * (self.spline(length) - length).exp()
         loc, linear = self.loc.to(x.device), self.linear.to(x.device)
@@ -223,6 +227,15 @@ def _register(registry: ConstraintRegistry) -> None:
 
 _register(biject_to)
 _register(transform_to)
+
+
+def _check_columns(x: Tensor, columns: int) -> None:
+    """Raise a ValueError for rows, ``(*, D)``, of another size: a part of a row has no map."""
+    if x.shape[-1] != columns:
+        raise ValueError(
+            f"expected rows of {columns} columns, as the map was fitted to, got {x.shape[-1]}: to "
+            "split a site by SplitReparam, give its parts supports of their own by support_fn"
+        )
 
 
 def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

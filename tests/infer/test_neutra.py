@@ -6,8 +6,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from pyro.ops.stats import effective_sample_size
 from pyro.optim import Adam
 
@@ -60,12 +62,61 @@ def test_the_density_in_base_space_is_the_models():
     guide = small()
     base = neutra(guide)
     w = torch.randn(guide.latent_dim)
-    seen = pyro.poutine.trace(
-        pyro.poutine.condition(base, data={"mu_shared_latent": w})
-    ).get_trace()
+    seen = poutine.trace(poutine.condition(base, data={"mu_shared_latent": w})).get_trace()
     z = guide.transform(w)
     expected = log_joint(guide)(z[None])[0] + guide.transform.log_abs_det_jacobian(w, z)
     assert torch.allclose(seen.log_prob_sum(), expected)
+
+
+def in_a_plate():
+    with pyro.plate("rows", 3), poutine.scale(scale=0.5):
+        x = pyro.sample("x", dist.LogNormal(0.0, 1.0))
+    with poutine.mask(mask=torch.arange(2) > 0), pyro.plate("more", 2):
+        pyro.sample("y", dist.Normal(x.sum(-1, keepdim=True), 1.0))
+
+
+@pytest.mark.usefixtures("_nodes_stay")
+@pytest.mark.parametrize("target", [in_a_plate, model], ids=["plate", "global"])
+def test_the_jacobian_counts_once(target):
+    """Whatever plate, scale or mask the first site is in; of many draws, each its own."""
+    guide = small(target)
+    first = next(iter(guide()))
+    with torch.no_grad():
+        w = torch.randn(4, 1, guide.latent_dim)
+        z = guide.transform(w)[:, 0]
+        log_det = guide.transform.log_abs_det_jacobian(w[:, 0].clone(), z.clone())
+        expected = log_joint(guide)(z) + log_det
+        base = poutine.condition(neutra(guide), data={f"{first}_shared_latent": w})
+        with pyro.plate("draws", 4, dim=-2):
+            trace = poutine.trace(base).get_trace()
+        assert torch.allclose(trace.log_prob_sum(), expected.sum())
+        jacobians = trace.nodes[f"{first}_log_jacobian"]["fn"].log_factor
+        assert jacobians.shape == (4, 1)
+        one = poutine.condition(neutra(guide), data={f"{first}_shared_latent": w[0, 0]})
+        assert torch.allclose(poutine.trace(one).get_trace().log_prob_sum(), expected[0])
+
+
+@pytest.mark.usefixtures("_nodes_stay")
+def test_it_starts_where_the_sites_are_told_to():
+    guide = small()
+    values = {"mu": torch.tensor(0.4), "share": torch.tensor(0.3), "x": torch.tensor([0.2, 0.1])}
+    kernel = NUTS(neutra(guide), init_strategy=init_to_value(values=values))
+    kernel.setup(1)
+    found = neutra(guide).samples(kernel.initial_params)
+    for name, value in values.items():
+        assert torch.allclose(found[name], value, atol=1e-2)  # three steps of the solver
+    with InitMessenger(init_to_value(values={"mu": torch.tensor(0.4)})):
+        trace = poutine.trace(neutra(guide)).get_trace()
+    assert torch.allclose(trace.nodes["mu"]["value"], torch.tensor(0.4), atol=1e-2)
+    assert torch.allclose(trace.nodes["x"]["value"], guide.median()["x"], atol=1e-2)
+
+
+def test_a_site_that_is_observed_or_missing_is_refused():
+    base = neutra(small())
+    with pytest.raises(ValueError, match="'mu' to be latent"):
+        poutine.condition(base, {"mu": torch.tensor(0.0)})()
+    with pytest.raises(ValueError, match=r"a model without \['share', 'x'\]"):
+        neutra(small(), lambda: pyro.sample("mu", dist.Normal(0.0, 1.0)))()
 
 
 def test_one_solve_per_gradient():
@@ -75,9 +126,7 @@ def test_one_solve_per_gradient():
     plain = velocity._velocity
     velocity._velocity = lambda *args, **named: (calls.append(1), plain(*args, **named))[1]
     w = torch.randn(guide.latent_dim, requires_grad=True)
-    trace = pyro.poutine.trace(
-        pyro.poutine.condition(base, data={"mu_shared_latent": w})
-    ).get_trace()
+    trace = poutine.trace(poutine.condition(base, data={"mu_shared_latent": w})).get_trace()
     trace.log_prob_sum().backward()
     assert len(calls) == 4 * 3 + 1  # the Jacobians at all nodes are one batch
     assert w.grad.abs().min() > 0

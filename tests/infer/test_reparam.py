@@ -30,6 +30,7 @@ from pyro.infer.mcmc.util import initialize_model, print_summary
 from pyro.optim import Adam
 
 from pyro_interpolant import (
+    AutoInterpolant,
     ConditionalInterpolantDistribution,
     FixedGrid,
     Geodesic,
@@ -624,13 +625,34 @@ def test_init_to_value_of_the_site_is_honoured(how):
     assert not z_base.requires_grad or how == "autoguide"
 
 
-def test_init_to_value_by_a_generator():
-    """``init_to_generated`` hides another strategy, here one that names the site."""
-    prior = random_prior(2)
-    value = torch.tensor([0.7, -0.2])
-    init = init_to_generated(generate=lambda: init_to_value(values={"z": value}))
-    trace = trace_of(InitMessenger(init)(base_space(regression(prior))))
-    assert trace.nodes["z_base"]["value"].shape == (2,)
+VALUE = torch.tensor([0.7, -0.2], dtype=torch.float64)
+NAMED = {
+    "generated": init_to_generated(generate=lambda: init_to_value(values={"z": VALUE})),
+    "function": lambda site: {"z": VALUE, "w": torch.zeros(4, 2)}[site["name"]],
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_value_of_the_site_is_honoured_however_it_is_named(name):
+    """``init_to_generated`` hides another strategy; a function may know the sites by name."""
+    trace = trace_of(InitMessenger(NAMED[name])(base_space(regression(random_prior(2)))))
+    assert torch.allclose(trace.nodes["z"]["value"], VALUE, atol=ATOL)
+
+
+def test_a_guide_of_one_vector_starts_where_it_is_told_to():
+    model = base_space(regression(random_prior(2)))
+    guide = AutoInterpolant(
+        model, hidden_dims=(8,), init_scale=1e-6, init_loc_fn=init_to_value(values={"z": VALUE})
+    )
+    draws = Predictive(model, guide=guide, num_samples=1)()
+    assert torch.allclose(draws["z"].flatten(), VALUE, atol=ATOL)
+
+
+def test_a_start_outside_of_the_support_raises():
+    model, _ = positive()
+    with InitMessenger(init_to_value(values={"z": torch.tensor([1.0, -1.0])})):
+        with pytest.raises(ValueError, match="within the support"):
+            base_space(model)()
 
 
 def test_init_to_value_of_the_base_site():
@@ -734,6 +756,17 @@ def test_draws_in_base_space_become_those_of_the_model(capsys):
     print_summary(found)
     printed = capsys.readouterr().out
     assert all(f"{name}[0" in printed for name in ("scales", "star", "angle"))
+
+
+def test_draws_of_a_prior_whose_base_is_a_flow():
+    """Two maps, one after another; what is in between is no site of the model."""
+    model, _ = flow_base()
+    base = base_space(model)
+    found = base.samples({"z_base_base": torch.randn(5, 2)})
+    assert list(found) == ["z"]
+    draws = Predictive(base, num_samples=3)()
+    named = base.samples({"z_base_base": draws["z_base_base"]})
+    assert torch.allclose(named["z"], draws["z"])
 
 
 def test_a_prior_with_a_context_has_no_one_map_for_all_draws():

@@ -198,3 +198,48 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted():
     result = fit(distribution, modes(500), steps=20, **QUICK)
     assert result.skipped == 2
     assert all(torch.isfinite(p).all() for p in distribution.transform.parameters())
+
+
+# ---- rows without a density ---------------------------------------------------------------------
+
+
+def no_numbers(x):
+    x[[3, 8], 1] = math.nan
+    return x
+
+
+def in_classes(x):
+    x[:, 1] = torch.randint(0, 5, (len(x),)).to(x)
+    return x
+
+
+def half_zeros(x):
+    x[::2, 1] = 0.0
+    return x
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_rows_without_numbers_are_named_with_what_to_do(named):
+    x = no_numbers(torch.randn(200, 2))
+    draws = {"a": x[:, 0], "b": x[:, 1]} if named else x
+    what = "site 'b'" if named else "x"
+    found = f"finite {what}, got NaN .* in 2 of 200 rows, the first being row 3: remove or impute"
+    with pytest.raises(ValueError, match=found):
+        from_samples(draws, steps=5)
+
+
+@pytest.mark.slow
+def test_rows_without_numbers_may_have_no_weight():
+    """They train nothing, and the others as without them."""
+    x, weights = no_numbers(torch.randn(200, 2)), torch.ones(200)
+    weights[[3, 8]] = 0
+    d = from_samples(x, weights=weights, steps=5, **QUICK | {"batch_size": 32})
+    assert torch.isfinite(d.log_prob(x[weights > 0])).all()
+    torch.testing.assert_close(d.sample((4000,)).mean(0), x[weights > 0].mean(0), rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("make", slow_but([in_classes, half_zeros], in_classes))
+def test_columns_without_a_density_are_named_with_what_to_do(make):
+    x = make(torch.randn(400, 2))
+    with pytest.warns(UserWarning, match=r"columns \[1\] repeat .* have no density.*dequantize"):
+        from_samples(x, steps=5, **QUICK | {"batch_size": 32})

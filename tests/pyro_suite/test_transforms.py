@@ -102,6 +102,7 @@ def test_three_steps_of_maximum_likelihood(kind):
 
 
 @over("parts", QUICK)
+@torch.no_grad()
 def test_parts(kind):
     """Each part can be inverted, kept with a cache or without, copied and pickled."""
     d, _ = made(kind)
@@ -124,6 +125,7 @@ def test_parts(kind):
 
 @pytest.mark.parametrize("cache_size", [0, 1])
 @over("modules", QUICK)
+@torch.no_grad()
 def test_a_composed_module_has_the_weights(kind, cache_size):
     d, chain = made(kind)
     module = dist.transforms.ComposeTransformModule(d.transforms, cache_size=cache_size)

@@ -197,6 +197,15 @@ def drawn(make, seed=3):
     )
 
 
+@charts
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_part_of_a_row_has_no_map(make, size):
+    chart = make(torch.randn(2000, 2) * torch.randn(2000, 1).exp())
+    for direction in (chart, chart.inv):
+        with pytest.raises(ValueError, match=f"rows of 2 columns, .* got {size}: .* support_fn"):
+            direction(torch.randn(5, size))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
 @charts
 def test_copies(make, copied):
