@@ -148,10 +148,8 @@ class Reason(NamedTuple):
 
 # What Pyro asks of its own classes and these do not satisfy, by design: check, kind, reason.
 EXCEPTIONS: dict[str, dict[str, Reason]] = {
-    "entropy": dict.fromkeys(
-        ("plain", "positive", "angles"),
-        Reason(NotImplementedError, "the mean of -log_prob over draws is all there is"),
-    ),
+    "moments": {"angles": Reason(NotImplementedError, "they depend on where the circle is cut")},
+    "cdf": {"one angle": Reason(NotImplementedError, "a circle has no order")},
     "local_latents": {
         "": Reason(ValueError, "a flow over one vector has no place for sites that come and go")
     },
@@ -188,19 +186,10 @@ EXCEPTIONS: dict[str, dict[str, Reason]] = {
     },
 }
 
-# What does not hold today and should: a line goes when its cause is mended.
-_NO_MOMENTS = Reason(NotImplementedError, "no mean, no variance")
-_NO_CDF = Reason(NotImplementedError, "no cdf")
-
-PENDING: dict[str, dict[str, Reason]] = {
-    "moments": dict.fromkeys(("plain", "positive", "angles"), _NO_MOMENTS),
-    "cdf": dict.fromkeys(("one", "one angle"), _NO_CDF),
-}
-
 
 def expected(check: str, case: str = "") -> list[pytest.MarkDecorator]:
     """Return the mark of a case that is expected to fail as stated, or none."""
-    reason = {**EXCEPTIONS.get(check, {}), **PENDING.get(check, {})}.get(case)
+    reason = EXCEPTIONS.get(check, {}).get(case)
     if reason is None:
         return []
     return [pytest.mark.xfail(reason=reason.why, raises=reason.error, strict=True)]
@@ -232,7 +221,7 @@ def over(
         case = kind if value is None else f"{kind}, {value}"
         marks = [*([] if kind in quick else [pytest.mark.slow]), *expected(check, case)]
         members.append(pytest.param(*([kind, value] if name else [kind]), marks=marks, id=case))
-    unknown = {*EXCEPTIONS.get(check, ()), *PENDING.get(check, ())} - {m.id for m in members}
+    unknown = {*EXCEPTIONS.get(check, ())} - {m.id for m in members}
     assert not unknown, f"exceptions of {check} that are no case: {sorted(unknown)}"
     return pytest.mark.parametrize(("kind", name) if name else "kind", members)
 
