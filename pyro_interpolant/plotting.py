@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-__all__ = ["coefficients", "corner", "density", "evolution", "training_curve", "trajectories"]
+__all__ = [
+    "calibration",
+    "coefficients",
+    "corner",
+    "density",
+    "evolution",
+    "training_curve",
+    "trajectories",
+]
 
 _DATA_COLOR, _MODEL_COLOR, _THIRD_COLOR = "#4c566a", "#d1495b", "#2a9d8f"
 _EXTENT_SAMPLES = 2000
@@ -174,6 +182,25 @@ def training_curve(result: Any, *, ax: "Axes | None" = None) -> "Axes":
     ax.plot(result.steps, result.validation_losses, color=_MODEL_COLOR, label="held out")
     ax.axvline(result.best_step, color=_THIRD_COLOR, linestyle=":", label="kept")
     ax.set(xlabel="step", ylabel="loss $G$")
+    ax.legend(frameon=False)
+    return ax
+
+
+def calibration(check: Any, *, ax: "Axes | None" = None) -> "Axes":
+    """Draw how far numbers that should be uniform are from it, with the 99% band.
+
+    Args:
+        check: A :class:`~pyro_interpolant.diagnostics.CalibrationCheck`.
+        ax: Axes, or None for new ones.
+    """
+    ax = _axes(ax)
+    count = len(check.values)
+    shares = np.repeat(np.arange(count + 1), 2)[1:-1] / count  # on both sides of each step
+    for values, name in zip(check.values.T, check.names, strict=True):
+        u = values.sort().values.repeat_interleave(2).numpy()
+        ax.plot(u, shares - u, linewidth=1, label=name)
+    ax.axhspan(-check.band, check.band, color=_DATA_COLOR, alpha=0.15, linewidth=0, label="99%")
+    ax.set(xlabel="$u$", ylabel="share below $u$, less $u$", xlim=(0, 1))
     ax.legend(frameon=False)
     return ax
 

@@ -13,6 +13,7 @@ from pyro_interpolant import (
     fit,
     plotting,
 )
+from pyro_interpolant.diagnostics import CalibrationCheck
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -111,3 +112,16 @@ def test_too_many_dimensions_and_no_coefficients():
         plotting.density(flow(3))
     with pytest.raises(TypeError, match="no scalar coefficients"):
         plotting.coefficients(LearnedInterpolant(event_dim=2, matrices=True))
+
+
+def test_a_check_is_drawn_within_its_band():
+    u = torch.rand(50, 2).sort(0).values
+    check = CalibrationCheck(u, ("one", "two"), torch.zeros(2), 0.2, "")
+    ax = plotting.calibration(check)
+    x, y = ax.lines[0].get_xydata().T
+    assert x.tolist() == u[:, 0].repeat_interleave(2).tolist()
+    assert max(abs(y)) == pytest.approx(
+        float((torch.arange(51) / 50 - torch.cat((u[:, 0], torch.ones(1)))).abs().max()), abs=0.021
+    )
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["one", "two", "99%"]

@@ -1,8 +1,10 @@
-r"""Can it be trusted? Errors of solvers, of probes, and of importance weights.
+r"""Can it be trusted? Errors of solvers and probes, calibration of densities, importance weights.
 
 ``calibration`` measures a solver's error against a tight adaptive solve and chooses the fewest
 steps that keep it within a tolerance; ``psis`` judges importance weights by the Pareto tail of the
-largest (k-hat), and gives effective sample size and evidence.
+largest (k-hat), and gives effective sample size and evidence. ``predictive`` compares a density
+with rows that it has not seen, by ranks that are uniform where it is calibrated; ``two_sample``
+tells two sets of draws apart by a classifier.
 """
 
 from typing import TYPE_CHECKING
@@ -11,12 +13,16 @@ from .._lazy import attach
 
 if TYPE_CHECKING:
     from .calibration import *
+    from .predictive import *
     from .psis import *
+    from .two_sample import *
 
 __all__, __getattr__, __dir__ = attach(
     __name__,
     {
         "calibration": ["SolverError", "calibrate", "log_prob_stderr", "solver_error"],
+        "predictive": ["CalibrationCheck", "coverage", "pit", "sbc", "tarp"],
         "psis": ["effective_sample_size", "pareto_smooth"],
+        "two_sample": ["TwoSampleTest", "c2st"],
     },
 )

@@ -13,10 +13,15 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .constraints import Constraint, as_tensor, bijection, checked_rows
-from .interpolant import ConditionalInterpolantDistribution, InterpolantDistribution
-from .supports import BijectiveSupport
+from .interpolant import (
+    AnyDistribution,
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+)
+from .supports import BijectiveSupport, CircularSupport, support_of
 
 Sites = Mapping[str, tuple[torch.Size, Constraint]]  # shape and support, in the order of packing
 
@@ -223,3 +228,20 @@ def unpack(sites: Sites, packed: Tensor) -> dict[str, Tensor]:
 def real_shape(shape: Sequence[int], support: Constraint) -> torch.Size:
     """Return the unconstrained shape of a site of the given shape and support."""
     return torch.Size(biject_to(support).inverse_shape(torch.Size(shape)))
+
+
+def column_names(distribution: AnyDistribution) -> list[str]:
+    """Return what to call each unconstrained column."""
+    if not isinstance(distribution, NamedSites):
+        space = support_of(without_gaussianizer(distribution.constraint))
+        given = space.is_real() or isinstance(space, CircularSupport)
+        kind = "column" if given else "unconstrained column"
+        size = distribution.transform.flow.event_dim
+        if len(distribution.columns) == size:
+            return [f"{kind} {name!r}" for name in distribution.columns]
+        return [f"{kind} {i}" for i in range(size)]
+    names = []
+    for name, (shape, support) in distribution.sites.items():
+        size = real_shape(shape, support).numel()
+        names += [f"site {name!r}" if size == 1 else f"site {name!r}[{i}]" for i in range(size)]
+    return names

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from .._torch import seeded, warn_user
 from ..distributions.interpolant import AnyDistribution
-from ..distributions.joint import NamedSites, real_shape
-from ..distributions.supports import CircularSupport, support_of
+from ..distributions.joint import column_names
+from ..distributions.supports import CircularSupport
 from ..interpolants.nonlinear import wrap
-from ..transforms.gaussianize import Gaussianized, without_gaussianizer
+from ..transforms.gaussianize import Gaussianized
 from .rows import Rows
 
 _MOST_ROWS = 1000  # that are compared
@@ -179,7 +179,7 @@ def warn_if_draws_differ(distribution: AnyDistribution, held: Rows, deadline: fl
         context = None if rows.context is None else rows.context.double().cpu()
         there = _unconstrained(distribution, rows.w.to(draws)).double().cpu()
         draws = _unconstrained(distribution, draws).double().cpu()
-        found = disagreement(draws, there, context).text(_names(distribution))
+        found = disagreement(draws, there, context).text(column_names(distribution))
     if found:
         warn_user(
             f"the fit came out wrong: {found}. Train longer, or with a wider network; look for "
@@ -214,20 +214,3 @@ def _unconstrained(distribution: AnyDistribution, u: Tensor) -> Tensor:
     if isinstance(constraint, Gaussianized):
         return constraint.gaussianizer(u)
     return wrap(u) if isinstance(distribution.space, CircularSupport) else u
-
-
-def _names(distribution: AnyDistribution) -> list[str]:
-    """Return what to call each unconstrained column."""
-    if not isinstance(distribution, NamedSites):
-        space = support_of(without_gaussianizer(distribution.constraint))
-        given = space.is_real() or isinstance(space, CircularSupport)
-        kind = "column" if given else "unconstrained column"
-        size = distribution.transform.flow.event_dim
-        if len(distribution.columns) == size:
-            return [f"{kind} {name!r}" for name in distribution.columns]
-        return [f"{kind} {i}" for i in range(size)]
-    names = []
-    for name, (shape, support) in distribution.sites.items():
-        size = real_shape(shape, support).numel()
-        names += [f"site {name!r}" if size == 1 else f"site {name!r}[{i}]" for i in range(size)]
-    return names

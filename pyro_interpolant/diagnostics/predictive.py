@@ -1,0 +1,306 @@
+r"""Is a density calibrated? Ranks of held-out rows among its draws, uniform if it is.
+
+- :func:`pit`: :math:`u_j = F_j(x_j | c)` of each column j, the probability-integral transform.
+- :func:`coverage`: :math:`u = P(\rho(X | c) > \rho(x | c))`, the level of the highest-density
+  region that a row lies on.
+- :func:`sbc`: the ranks of :func:`pit`, and that of the density, of rows that were simulated with
+  their contexts: simulation-based calibration.
+- :func:`tarp`: :math:`u = P(|X - r| < |x - r|)` for references r that know nothing of x.
+
+All are uniform on [0, 1] where rows come from the density, given their contexts. They are compared
+with it by the largest difference of distribution functions, :math:`\max_u |\hat F(u) - u|`, whose
+99% band holds for all quantities of a check at once.
+
+References:
+    Gneiting, Balabdaoui & Raftery, J. R. Stat. Soc. B 69 (2007) (PIT); Talts et al., arXiv
+    1804.06788, and Modrak et al., Bayesian Anal. 20 (2025) (ranks, and the density's among them);
+    Lemos et al., ICML 2023, arXiv 2302.03026 (references).
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from .._torch import seeded
+from ..distributions.constraints import as_tensor, checked_rows
+from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
+from ..distributions.joint import column_names
+
+_LEVEL = 0.99  # of the band
+_DRAWS = 100  # for each row
+_SHARED_DRAWS = 4000  # for all rows, where there is no context
+_VALUES_AT_ONCE = 2**22  # of draws, compared with rows
+
+
+class CalibrationCheck(NamedTuple):
+    """Numbers that are uniform on [0, 1] where a density is calibrated, and whether they are.
+
+    Attributes:
+        values: The numbers, shape ``(N, K)``: a row each, a column for each quantity.
+        names: What to call the quantities.
+        distances: The largest differences of their distribution functions from the uniform one,
+            shape ``(K,)``.
+        band: What the largest of them may be: chance exceeds it in 1% of all checks.
+        verdict: What follows, in a sentence.
+    """
+
+    values: Tensor
+    names: tuple[str, ...]
+    distances: Tensor
+    band: float
+    verdict: str
+
+    def __repr__(self) -> str:
+        """Say the verdict."""
+        return self.verdict
+
+
+def pit(
+    distribution: AnyDistribution,
+    x: Any,
+    context: ArrayLike | None = None,
+    *,
+    draws: int = _DRAWS,
+    seed: int = 0,
+) -> CalibrationCheck:
+    """Return the probability-integral transform of rows: column by column, unconstrained.
+
+    Of scalars it is exact, by the cdf; else it is a rank among draws, spread over its step.
+
+    Args:
+        distribution: A density, conditional or not.
+        x: Rows it has not seen, shape ``(N, *event_shape)``; of named sites, draws by name.
+        context: Their contexts, shape ``(N, C)``, for a conditional density.
+        draws: How many for each row; without contexts all rows share 4,000.
+        seed: Of the draws.
+
+    Raises:
+        TypeError: If rows or contexts are not of a floating type.
+        ValueError: If they cannot be those of the density.
+    """
+    rows = _Rows(distribution, x, context, draws)
+    with seeded(seed):
+        values = rows.probabilities()
+        exact = values is not None
+        values = _spread(rows.ranks(), rows.draws) if values is None else values
+    return _check(values, rows, column_names(distribution), _SHAPES, exact=exact)
+
+
+def coverage(
+    distribution: AnyDistribution,
+    x: Any,
+    context: ArrayLike | None = None,
+    *,
+    draws: int = _DRAWS,
+    seed: int = 0,
+) -> CalibrationCheck:
+    """Return the level of the highest-density region on whose edge each row lies.
+
+    Where the density is calibrated, regions of level p hold a share p of the rows.
+
+    Args:
+        distribution: As in :func:`pit`.
+        x: As in :func:`pit`, shape ``(N, *event_shape)``.
+        context: As in :func:`pit`, shape ``(N, C)``.
+        draws: As in :func:`pit`.
+        seed: Of the draws.
+
+    Raises:
+        TypeError: As :func:`pit`.
+        ValueError: As :func:`pit`.
+    """
+    rows = _Rows(distribution, x, context, draws)
+    with seeded(seed):
+        values = _spread(1 - rows.ranks(densities=True)[:, -1:], rows.draws)
+    return _check(values, rows, ["highest-density regions"], _REGIONS)
+
+
+def sbc(
+    distribution: ConditionalInterpolantDistribution,
+    x: Any,
+    context: ArrayLike,
+    *,
+    draws: int = _DRAWS,
+    seed: int = 0,
+) -> CalibrationCheck:
+    """Check a learned posterior by simulation: ranks of parameters among its draws given the data.
+
+    Args:
+        distribution: The conditional density of parameters given data.
+        x: Parameters drawn from the prior, shape ``(N, *event_shape)``, or by name.
+        context: The data simulated with them, shape ``(N, C)``.
+        draws: How many for each pair.
+        seed: Of the draws.
+
+    Returns:
+        The ranks of each unconstrained parameter and, last, of the log-density.
+
+    Raises:
+        TypeError: As :func:`pit`.
+        ValueError: As :func:`pit`.
+    """
+    rows = _Rows(distribution, x, context, draws)
+    with seeded(seed):
+        values = _spread(rows.ranks(densities=True), rows.draws)
+    return _check(values, rows, [*column_names(distribution), "the log-density"], _SHAPES)
+
+
+def tarp(
+    distribution: AnyDistribution,
+    x: Any,
+    context: ArrayLike | None = None,
+    *,
+    draws: int = _DRAWS,
+    seed: int = 0,
+) -> CalibrationCheck:
+    """Return the shares of draws that are nearer to a reference than the row is.
+
+    The reference of each row is another row, drawn at random; distances are in units of the
+    columns' standard deviations.
+
+    Args:
+        distribution: As in :func:`pit`.
+        x: As in :func:`pit`, shape ``(N, *event_shape)``.
+        context: As in :func:`pit`, shape ``(N, C)``.
+        draws: As in :func:`pit`.
+        seed: Of the draws and of the references.
+
+    Raises:
+        TypeError: As :func:`pit`.
+        ValueError: As :func:`pit`.
+    """
+    rows = _Rows(distribution, x, context, draws)
+    scale = rows.u.std(0).clamp(min=torch.finfo(rows.u.dtype).tiny)
+    with seeded(seed):
+        shift = torch.randint(1, max(2, len(rows.u)), ())
+        references = rows.u.roll(int(shift), 0)
+        shares = []
+        for z, u, index in rows.with_draws():
+            r = references[index]
+            far, near = ((part - r) / scale for part in (u[None], z))
+            shares.append((near.norm(dim=-1) < far.norm(dim=-1)).double().mean(0))
+        values = _spread(torch.cat(shares)[:, None], rows.draws)
+    return _check(values, rows, ["regions around random references"], _REGIONS)
+
+
+class _Rows:
+    """Rows, their contexts, and draws of the density for them.
+
+    Attributes:
+        u: The rows, unconstrained, shape ``(N, D)``.
+        draws: The number of draws for each row, or for all.
+        shared: Whether all rows share them.
+    """
+
+    def __init__(
+        self, distribution: AnyDistribution, x: Any, context: ArrayLike | None, draws: int
+    ) -> None:
+        flow = distribution.transform.flow
+        self.distribution = distribution
+        if isinstance(x, dict):
+            x = distribution.pack(x)  # type: ignore[union-attr]
+        shape = distribution.space.event_shape(flow.event_dim)
+        self.x = checked_rows(x, "x", shape).to(flow.loc)
+        self.u = distribution.unconstrained(self.x).double()
+        self.context = None if context is None else self._contexts(context)
+        self.shared = self.context is None
+        self.draws = _SHARED_DRAWS if self.shared else draws
+        if draws < 1:
+            raise ValueError(f"expected at least one draw for each row, got draws={draws}")
+        distribution.given(None if self.context is None else self.context[:1])  # or raise
+
+    def _contexts(self, context: ArrayLike) -> Tensor:
+        found = as_tensor(context, "context")
+        if len(found) != len(self.x):
+            raise ValueError(f"expected as many contexts as rows, {len(self.x)}, got {len(found)}")
+        return found.to(self.x) if found.is_floating_point() else found
+
+    def parts(self) -> Iterator[tuple[Any, slice]]:
+        """Yield the density for parts of the rows, and which these are."""
+        size = max(1, _VALUES_AT_ONCE // (self.draws * self.u.shape[1]))
+        for start in range(0, len(self.x), size):
+            part = slice(start, start + size)
+            context = None if self.context is None else self.context[part]
+            yield self.distribution.given(context), part
+
+    def with_draws(self, *, densities: bool = False) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Yield draws, ``(L, n or 1, K)``, the rows, ``(n, K)``, and which these are.
+
+        Args:
+            densities: Whether log-densities are a last column beside unconstrained values.
+        """
+        z = None
+        with torch.no_grad():
+            for view, part in self.parts():
+                if z is None or not self.shared:
+                    x = view.rsample((self.draws,))
+                    z = self._columns(view, x, densities=densities)
+                    z = z.reshape(self.draws, -1, z.shape[-1])  # a single context has no batch
+                yield z, self._columns(view, self.x[part], densities=densities), part
+
+    def _columns(self, view: Any, x: Tensor, *, densities: bool) -> Tensor:
+        u = self.distribution.unconstrained(x).double()
+        return torch.cat((u, view.log_prob(x).double()[..., None]), -1) if densities else u
+
+    def ranks(self, *, densities: bool = False) -> Tensor:
+        """Return the share of draws below each column, shape ``(N, K)``."""
+        pairs = self.with_draws(densities=densities)
+        return torch.cat([(u > z).double().mean(0) for z, u, _ in pairs])
+
+    def probabilities(self) -> Tensor | None:
+        """Return the cdf of rows, shape ``(N, 1)``; None where there is none."""
+        if self.u.shape[1] > 1:
+            return None
+        with torch.no_grad(), contextlib.suppress(NotImplementedError):
+            parts = [view.cdf(self.x[part]).double() for view, part in self.parts()]
+            return torch.cat(parts)[:, None]
+        return None
+
+
+def _spread(shares: Tensor, draws: int) -> Tensor:
+    """Return shares of so many draws as uniform numbers: spread over the step of their rank."""
+    return (shares * draws + torch.rand_like(shares)) / (draws + 1)
+
+
+_SHAPES = tuple(f"is predicted too {word}" for word in ("narrow", "wide", "low", "high"))
+_REGIONS = ("are uneven", "are uneven", "are too small", "are too large")
+
+
+def _check(
+    values: Tensor, rows: _Rows, names: list[str], words: tuple[str, ...], *, exact: bool = False
+) -> CalibrationCheck:
+    """Compare each column of values, shape ``(N, K)``, with the uniform distribution."""
+    from scipy.stats import kstwo  # slow to import
+
+    count, quantities = values.shape
+    if count < 2:
+        raise ValueError(f"expected at least two rows to check with, got {count}")
+    shared = rows.shared and not exact  # and so is their chance
+    effective = count / (1 + count / rows.draws) if shared else count
+    band = float(kstwo.isf((1 - _LEVEL) / quantities, max(1, round(effective))))
+    order = values.sort(0).values
+    steps = torch.arange(count + 1, dtype=values.dtype)[:, None] / count
+    distances = torch.maximum(steps[1:] - order, order - steps[:-1]).amax(0)
+    off = [i for i in distances.argsort(descending=True).tolist() if distances[i] > band]
+    found = f"{float(distances.max()):.3f}, of {band:.3f} that chance allows in 99% of checks"
+    if not off:
+        verdict = f"calibrated as far as {count:,} rows tell: the largest difference is {found}"
+    else:
+        parts = [f"{names[i]} {_shape(values[:, i], words)}" for i in off]
+        verdict = f"not calibrated: {'; '.join(parts)}. The largest difference is {found}"
+    return CalibrationCheck(values, tuple(names), distances, band, verdict)
+
+
+def _shape(u: Tensor, words: tuple[str, ...]) -> str:
+    """Return what is off about numbers that should be uniform, shape ``(N,)``."""
+    narrow, wide, low, high = words
+    shift = float(u.mean() - 0.5) * math.sqrt(12)
+    spread = float((u - 0.5).square().mean()) * 12 - 1
+    if abs(shift) >= abs(spread) / 2:
+        return low if shift > 0 else high
+    return narrow if spread > 0 else wide

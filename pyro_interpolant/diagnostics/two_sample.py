@@ -1,0 +1,84 @@
+r"""Can a classifier tell two sets of draws apart? 1/2 is the best that it can be fooled to.
+
+References:
+    Lopez-Paz & Oquab, *Revisiting classifier two-sample tests*, ICLR 2017, arXiv 1610.06545;
+    Lueckmann et al., AISTATS 2021, arXiv 2101.04653 (the classifier).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..distributions.constraints import checked_rows
+
+_FOLDS = 5
+_WIDTH_PER_COLUMN = 10  # of both hidden layers
+_STEPS = 1000  # at most
+_LEVEL = 3.0  # standard errors beyond 1/2 that chance does not reach
+
+
+class TwoSampleTest(NamedTuple):
+    """How well a classifier tells two sets of draws apart.
+
+    Attributes:
+        accuracy: The share of draws that it assigns to the right set, of those it was not trained
+            on: 0.5 where the sets are alike, 1 where they are apart.
+        stderr: Its standard error, of sets that are alike.
+        verdict: What follows, in a sentence.
+    """
+
+    accuracy: float
+    stderr: float
+    verdict: str
+
+    def __repr__(self) -> str:
+        """Say the verdict."""
+        return self.verdict
+
+
+def c2st(x: Any, y: Any, *, seed: int = 0) -> TwoSampleTest:
+    """Compare two sets of draws by a classifier: scikit-learn's network, in five folds.
+
+    It has two hidden layers of ten units a column, and sees columns in units of those of x. Of the
+    larger set as many draws are taken as the smaller one has. (``pip install scikit-learn``)
+
+    Args:
+        x: Draws, shape ``(N, D)``.
+        y: Other draws, shape ``(M, D)``.
+        seed: Of the folds and of the network.
+
+    Raises:
+        TypeError: If the draws are not of a floating type.
+        ValueError: If they are of other shapes, not finite, or fewer than 20.
+
+    Example:
+        >>> c2st(torch.randn(100, 1), torch.randn(100, 1) + 5).accuracy > 0.9
+        True
+    """
+    one = checked_rows(x, "x").double().cpu()
+    other = checked_rows(y, "y", (one.shape[1],)).double().cpu()
+    count = min(len(one), len(other))
+    if count < 4 * _FOLDS:
+        raise ValueError(f"expected at least {4 * _FOLDS} draws on either side, got {count}")
+    from sklearn.model_selection import KFold, cross_val_score
+    from sklearn.neural_network import MLPClassifier
+
+    generator = torch.Generator().manual_seed(seed)
+    sets = [part[torch.randperm(len(part), generator=generator)[:count]] for part in (one, other)]
+    loc, scale = sets[0].mean(0), sets[0].std(0).clamp(min=1e-300)
+    both = ((torch.cat(sets) - loc) / scale).numpy()
+    labels = np.repeat([0, 1], count)
+    width = _WIDTH_PER_COLUMN * both.shape[1]
+    network = MLPClassifier((width, width), max_iter=_STEPS, random_state=seed)
+    folds = KFold(_FOLDS, shuffle=True, random_state=seed)
+    accuracy = float(cross_val_score(network, both, labels, cv=folds).mean())
+    stderr = 0.5 / math.sqrt(2 * count)
+    apart = accuracy > 0.5 + _LEVEL * stderr
+    word = "tells the sets apart" if apart else "cannot tell the sets apart"
+    verdict = (
+        f"a classifier {word}: it is right for {accuracy:.3f} of {2 * count:,} draws, where "
+        f"chance is 0.500 ± {stderr:.3f}"
+    )
+    return TwoSampleTest(accuracy, stderr, verdict)

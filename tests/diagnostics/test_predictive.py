@@ -1,0 +1,135 @@
+"""Checks of calibration on densities that are right by construction, and on wrong ones."""
+
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import SUPPORTS, random_flow
+from pyro.distributions import constraints
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    FixedGrid,
+    InterpolantDistribution,
+    interpolant_transform,
+)
+from pyro_interpolant.diagnostics import coverage, pit, sbc, tarp
+from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
+
+CHECKS = {"pit": pit, "coverage": coverage, "sbc": sbc, "tarp": tarp}
+COARSE = FixedGrid(steps=4)
+
+
+def family(support=constraints.real_vector, dim=2):
+    flow = random_flow(dim, (8, 8), context_dim=2, solver=COARSE)
+    return ConditionalInterpolantDistribution(flow, support=support).freeze()
+
+
+def simulated(d, count=400):
+    context = torch.randn(count, 2)
+    return d.condition(context).sample(), context
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize("support", ["positive", "simplex", "corr_cholesky"])
+def test_draws_of_the_density_itself_are_calibrated(check, support):
+    case = SUPPORTS[support]
+    d = family(case.support, case.dim)
+    x, context = simulated(d)
+    found = check(d, x, context, draws=60)
+    assert found.verdict.startswith("calibrated as far as 400 rows tell")
+    assert found.distances.max() < found.band
+    assert found.values.shape == (400, len(found.names))
+    assert ((found.values > 0) & (found.values < 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("check", "change", "words"),
+    [
+        (pit, lambda x, m: m + 2.5 * (x - m), "column 0 is predicted too narrow"),
+        (pit, lambda x, m: m + 0.3 * (x - m), "column 1 is predicted too wide"),
+        (pit, lambda x, m: x + torch.tensor([1.5, 0.0]), "column 0 is predicted too low"),
+        (coverage, lambda x, m: m + 2.5 * (x - m), "highest-density regions are too small"),
+        (coverage, lambda x, m: m + 0.3 * (x - m), "highest-density regions are too large"),
+        (sbc, lambda x, m: m + 2.5 * (x - m), "the log-density is predicted too high"),
+        (sbc, lambda x, m: x - torch.tensor([0.0, 1.5]), "column 1 is predicted too high"),
+        (tarp, lambda x, m: m + 3 * (x - m), "regions around random references are"),
+    ],
+)
+def test_what_is_off_is_named(check, change, words):
+    d = family()
+    x, context = simulated(d)
+    means = d.condition(context).sample((200,)).mean(0)
+    found = check(d, change(x, means), context, draws=60)
+    assert found.verdict.startswith("not calibrated: ")
+    assert words in found.verdict
+    assert repr(found) == found.verdict
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_a_right_density_fails_once_in_a_hundred_checks(check):
+    """Of few rows and draws, where ranks are coarse: 200 checks of N(c, 1) itself."""
+    flow = random_flow(1, (4,), context_dim=1, solver=FixedGrid(1))
+    for p in flow.parameters():
+        torch.nn.init.zeros_(p)  # no velocity: N(0, 1) whatever the context
+    d = ConditionalInterpolantDistribution(flow).freeze()
+    failed = 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        x, context = torch.randn(30, 1), torch.randn(30, 1)
+        x = d.condition(context).sample()
+        failed += "not calibrated" in check(d, x, context, draws=9, seed=seed).verdict
+    assert failed <= 8  # exceeded once in a thousand times where one in a hundred is expected
+
+
+def test_the_pit_of_scalars_is_their_cdf():
+    transform = interpolant_transform(1, (8,))
+    transform.flow.whitening.set(torch.tensor([1.0]), torch.tensor([[2.0]]))
+    d = InterpolantDistribution(transform, event_shape=()).freeze()
+    x = dist.Normal(1.0, 2.0).sample((50,))
+    torch.testing.assert_close(pit(d, x).values[:, 0], dist.Normal(1.0, 2.0).cdf(x))
+
+
+@pytest.mark.parametrize("check", [pit, coverage, tarp])
+def test_without_a_context_rows_share_draws(check):
+    d = InterpolantDistribution(random_flow(2, (8, 8), solver=COARSE)).freeze()
+    x = d.sample((1500,))
+    assert check(d, x).verdict.startswith("calibrated")
+    assert check(d, x * torch.tensor([1.0, 2.0])).verdict.startswith("not calibrated")
+
+
+def test_named_parameters_are_named():
+    flow = random_flow(2, (8, 8), context_dim=2, solver=COARSE)
+    sites = {"loc": ((), constraints.real), "scale": ((), constraints.positive)}
+    d = ConditionalJointInterpolantDistribution(flow, sites=sites).freeze()
+    context = torch.randn(300, 2)
+    draws = d.condition(context).sample_dict()
+    found = sbc(d, draws, context, draws=50)
+    assert found.names == ("site 'loc'", "site 'scale'", "the log-density")
+    assert found.verdict.startswith("calibrated")
+    wrong = {**draws, "scale": 5 * draws["scale"]}
+    assert "site 'scale' is predicted too low" in sbc(d, wrong, context, draws=50).verdict
+
+
+def test_a_check_is_the_same_at_each_call_and_leaves_the_generator_alone():
+    d = family()
+    x, context = simulated(d, 50)
+    state = torch.get_rng_state()
+    one, two = (coverage(d, x, context, draws=20) for _ in range(2))
+    assert coverage(d, x[:2], context[:2]).values.shape == (2, 1)
+    assert torch.equal(one.values, two.values)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("x", "context", "options", "match"),
+    [
+        (torch.randn(9, 3), torch.randn(9, 2), {}, r"x of shape \(N, 2\)"),
+        (torch.randn(9, 2), torch.randn(8, 2), {}, "as many contexts as rows, 9, got 8"),
+        (torch.randn(9, 2), None, {}, "expected a context for a conditional flow, got none"),
+        (torch.randn(1, 2), torch.randn(1, 2), {}, "at least two rows to check with"),
+        (torch.randn(9, 2), torch.randn(9, 2), {"draws": 0}, "at least one draw"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(x, context, options, match):
+    with pytest.raises(ValueError, match=match):
+        coverage(family(), x, context, **options)

@@ -1,0 +1,35 @@
+"""A classifier between two sets of draws: alike, apart, and what it refuses."""
+
+import pytest
+import torch
+
+from pyro_interpolant.diagnostics import c2st
+
+pytest.importorskip("sklearn")
+
+
+def test_sets_that_are_alike_cannot_be_told_apart():
+    found = c2st(torch.randn(400, 2), torch.randn(500, 2))
+    assert abs(found.accuracy - 0.5) < 3 * found.stderr
+    assert found.stderr == pytest.approx(0.5 / 800**0.5)
+    assert found.verdict.startswith("a classifier cannot tell the sets apart: it is right for 0.")
+
+
+def test_sets_that_differ_only_in_how_columns_depend_are_told_apart():
+    """The best classifier of N(0, I) and N(0, C), C of correlation 0.9, is right for 0.75."""
+    x = torch.randn(1500, 2)
+    y = torch.randn(1500, 2) @ torch.linalg.cholesky(torch.tensor([[1, 0.9], [0.9, 1.0]])).T
+    found = c2st(x, 1 * y)
+    assert 0.7 < found.accuracy < 0.8
+    assert "tells the sets apart" in repr(found)
+    scale, shift = torch.tensor([1e-20, 1e6]), torch.tensor([0.0, 5e8])
+    assert c2st(x * scale + shift, y * scale + shift).accuracy == pytest.approx(
+        found.accuracy, abs=0.03
+    )
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ValueError, match=r"y of shape \(N, 2\), got \(30, 3\)"):
+        c2st(torch.randn(30, 2), torch.randn(30, 3))
+    with pytest.raises(ValueError, match="at least 20 draws on either side, got 9"):
+        c2st(torch.randn(30, 2), torch.randn(9, 2))
