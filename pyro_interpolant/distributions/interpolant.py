@@ -264,6 +264,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
                 f"expected a value of shape (*, {', '.join(map(str, self.event_shape))}), got "
                 f"{tuple(value.shape)}.{hint}"
             )
+        self.transform.check_type(value)  # first: a bijection may take other types
         batch = torch.broadcast_shapes(value.shape[: value.dim() - event], self.batch_shape)
         if 0 in batch:  # which neither torch's checks nor its sums can take
             return (0 * value.sum()).expand(batch)

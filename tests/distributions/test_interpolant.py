@@ -677,6 +677,16 @@ def test_wrong_type_raises():
         d.log_prob(torch.zeros(3, 2, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float16])
+@pytest.mark.parametrize("validated", [True, False])
+def test_wrong_type_raises_on_a_support_whose_map_takes_it(dtype, validated):
+    d = InterpolantDistribution(random_flow(2), support=constraints.interval(-2.0, 3.0))
+    d._validate_args = validated
+    for value in (torch.ones(2, dtype=dtype), torch.ones(0, 2, dtype=dtype)):
+        with pytest.raises(ValueError, match="expected torch.float64, the type of the flow"):
+            d.log_prob(value)
+
+
 def test_float32_samples_follow_the_density():
     d = InterpolantDistribution(random_flow(2)).to(torch.float32)
     with torch.no_grad():
