@@ -243,8 +243,9 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density, shape ``(*)``, of values of shape ``(*, *event_shape)``.
 
-        It is ``-inf`` at infinity and, with validation off, beyond the bounds of the
-        support. Angles may then have any number of turns, as those of Pyro's ``VonMises``.
+        It is ``-inf`` at infinity, where whitened values leave the range of their type, and, with
+        validation off, beyond the bounds of the support. Angles may then have any number of turns,
+        as those of Pyro's ``VonMises``.
 
         Raises:
             ValueError: If the shape or the type does not match, or a value is outside the support
@@ -297,7 +298,8 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         Returns:
             The values, and which were left as they are, shape ``(*)``, or None for all.
         """
-        finite = x.isfinite().all(-1)
+        with torch.no_grad():  # a value far away may be infinite in the flow's coordinates alone
+            finite = self.transform.flow.whitening.to_white(x).isfinite().all(-1)
         possible = finite if possible is None else finite & possible
         if is_tracing() and not is_compiling():  # a guide's own draws, which the cache must know
             return x, None

@@ -1,6 +1,7 @@
 """The flow as a distribution object: shapes, densities, expand, types, errors."""
 
 import copy
+import math
 import pathlib
 import pickle
 import re
@@ -685,6 +686,17 @@ def test_wrong_type_raises_on_a_support_whose_map_takes_it(dtype, validated):
     for value in (torch.ones(2, dtype=dtype), torch.ones(0, 2, dtype=dtype)):
         with pytest.raises(ValueError, match="expected torch.float64, the type of the flow"):
             d.log_prob(value)
+
+
+def test_values_that_are_infinite_once_whitened_have_no_density():
+    """Whitened, this is infinity less infinity: it came out as NaN."""
+    linear = 1e-12 * torch.tensor([[1.0, 0.0], [0.9, 1.0]])
+    d = gaussian_prior(torch.zeros(2), linear).to(torch.float32)
+    x = torch.tensor([[1e30, 1e30], [0.0, 0.0]], dtype=torch.float32)
+    found = d.log_prob(x)
+    assert found[0] == -math.inf
+    assert found[1].isfinite()
+    assert d.log_prob(x[:1]).item() == -math.inf
 
 
 def test_float32_samples_follow_the_density():
