@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, constraints
 
 from .._torch import (
+    broadcast_batch,
     has_other_leaves,
     is_compiling,
     is_functional,
@@ -231,6 +232,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         """Return the distribution with another batch shape; weights and cache are shared.
 
         Raises:
+            TypeError: If it is no sequence of whole numbers.
             ValueError: If the batch shape does not expand to it.
         """
         check_expansion(self.batch_shape, batch_shape)
@@ -248,6 +250,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
         as those of Pyro's ``VonMises``.
 
         Raises:
+            TypeError: If the value is not a tensor.
             ValueError: If the shape or the type does not match, or a value is outside the support
                 (while validation is on).
         """
@@ -266,7 +269,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
                 f"{tuple(value.shape)}.{hint}"
             )
         self.transform.check_type(value)  # first: a bijection may take other types
-        batch = torch.broadcast_shapes(value.shape[: value.dim() - event], self.batch_shape)
+        batch = broadcast_batch(value.shape[: value.dim() - event], self.batch_shape)
         if 0 in batch:  # which neither torch's checks nor its sums can take
             return (0 * value.sum()).expand(batch)
         if self._validate_args:
@@ -326,7 +329,7 @@ class InterpolantDistribution(_FlowDistribution, dist.TransformedDistribution):
             ValueError: As :meth:`log_prob`.
         """
         batch = x.shape[: max(0, x.dim() - len(self.event_shape))]
-        shape = torch.broadcast_shapes(batch, self.batch_shape) + x.shape[len(batch) :]
+        shape = broadcast_batch(batch, self.batch_shape) + x.shape[len(batch) :]
         if is_functional():
             return torch.func.grad(lambda value: self.log_prob(value).sum())(x.expand(shape))
         enabled = torch.is_grad_enabled()

@@ -16,6 +16,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from .._torch import broadcast_batch
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
 from ..solvers.divergence import Divergence, ExactDivergence
@@ -200,7 +201,7 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         """Return the shape of the output: the input's, broadcast with the context's batch."""
         if self.context is None:
             return torch.Size(shape)
-        batch = torch.broadcast_shapes(tuple(shape[:-1]), self.context.shape[:-1])
+        batch = broadcast_batch(shape[:-1], self.context.shape[:-1])
         return torch.Size((*batch, *shape[-1:]))
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
@@ -270,8 +271,8 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         dtype = self.flow.loc.dtype
         if x.dtype != dtype:
             raise ValueError(
-                f"expected {dtype}, the type of the flow, got {x.dtype}: convert the value, or the "
-                "flow by .to(dtype)"
+                f"expected {dtype}, the type of the flow, got {x.dtype}: convert the value, "
+                "or the flow by .to(dtype)"
             )
 
 

@@ -295,6 +295,27 @@ def test_expand_error(name, shape):
         make(BATCHED, name).expand(shape)
 
 
+@pytest.mark.parametrize("shape", [3, None, "ab", (2.0,), ("a",), torch.ones(2), ((2,),)])
+def test_what_is_no_batch_shape_is_told(shape):
+    with pytest.raises(TypeError, match="expected a batch shape, a tuple of whole numbers, got"):
+        random_prior(2).expand(shape)
+
+
+@pytest.mark.parametrize("shape", [(-1,), (3, -2)])
+def test_no_batch_shape_is_negative(shape):
+    with pytest.raises(ValueError, match="expected a batch shape of sizes of at least 0, got"):
+        random_prior(2).expand(shape)
+
+
+@pytest.mark.parametrize("how", ["log_prob", "score", "transform"])
+@pytest.mark.parametrize("batch", [(2,), (4, 2)])
+def test_values_of_another_batch_are_told(how, batch):
+    member = conditional().condition(torch.randn(3, 3))
+    call = {"log_prob": member.log_prob, "score": member.score, "transform": member.transform}
+    with pytest.raises(ValueError, match=r"broadcasts with \(3,\).*got \((4, )?2,?\)"):
+        call[how](torch.randn(*batch, 2))
+
+
 def test_expand_shares_the_solve():
     d = InterpolantDistribution(random_flow(2))
     x = d.expand((3,)).rsample()
