@@ -290,8 +290,8 @@ def _build_transform(
         net,
         len(loc),
         interpolant=_build_interpolant(header["interpolant"], interpolant, own, fill=fill),
-        solver=_build_choice(header["solver"], solvers),
-        divergence=_build_choice(header["divergence"], solvers),
+        solver=_build_choice(header["solver"], solvers, "solve"),
+        divergence=_build_choice(header["divergence"], solvers, "__call__"),
         whitening=ScalarWhitening(len(loc)),
     )
     flow = transform.flow
@@ -403,7 +403,11 @@ def _new_module(
 
 def _set_frozen(transform: AnyTransform, which: Any) -> None:
     """Freeze all weights, none, or some by name."""
-    for name, p in transform.flow.named_parameters():
+    parameters = dict(transform.flow.named_parameters())
+    names = which if isinstance(which, list) else [] if isinstance(which, bool) else [None]
+    if any(name not in parameters for name in names):
+        raise PartError(f"expected which of its weights are frozen, got {which!r}")
+    for name, p in parameters.items():
         trained = not (which if isinstance(which, bool) else name in which)
         if p.requires_grad != trained:
             p.requires_grad_(trained)
@@ -466,8 +470,8 @@ def _build_interpolant(
         return _build_choice(description, paths)
 
 
-def _build_choice(description: list[Any], room: ModuleType) -> Any:
-    """Return a choice, or None for the default where it was the user's own."""
+def _build_choice(description: list[Any], room: ModuleType, offers: str = "__eq__") -> Any:
+    """Return a choice that offers a method, or None for the default where it was the user's."""
     name, fields = description
     if fields is None:  # in files that version 0.1.0 wrote
         warn_user(
@@ -482,7 +486,13 @@ def _build_choice(description: list[Any], room: ModuleType) -> Any:
             key: _build_choice(value, room) if _is_choice(value) else value
             for key, value in fields.items()
         }
-        return known(name, room)(**parts)
+        choice = known(name, room)(**parts)
+        again = json.loads(json.dumps(_describe_choice(choice, room)[1])) or {}
+        if not hasattr(choice, offers) or any(
+            again.get(k, choice) != v for k, v in fields.items()
+        ):
+            raise PartError(f"expected a {name} that {fields} describes, and of use here")
+        return choice
 
 
 def _is_choice(value: object) -> bool:
