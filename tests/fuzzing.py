@@ -54,7 +54,9 @@ def lengths(short: int, long: int) -> list[Any]:
     ]
 
 
-def run(check: Callable[[Any], str], cases: st.SearchStrategy[Any], inputs: int) -> None:
+def run(
+    check: Callable[[Any], str], cases: st.SearchStrategy[Any], inputs: int, name: str = ""
+) -> None:
     """Check so many inputs, and print how many ended in what."""
     ends: Counter[str] = Counter()
 
@@ -76,7 +78,7 @@ def run(check: Callable[[Any], str], cases: st.SearchStrategy[Any], inputs: int)
         ends[end] += 1
 
     examples()
-    print(f"\n{check.__name__}: {ends.total()} inputs, seed {SEED}")
+    print(f"\n{name or check.__name__}: {ends.total()} inputs, seed {SEED}")
     for end, count in ends.most_common():
         print(f"{count:6} {end}")
 
