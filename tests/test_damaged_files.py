@@ -258,7 +258,7 @@ def solver(name, **numbers):
         (solver("Adaptive", nodes=1e9), "at most 4096 steps"),
         (solver("FixedGrid", steps=10**8), "at most 4096 steps"),
         (solver("RandomGrid", steps=10**8), "at most 4096 steps"),
-        (solver("FixedGrid", checkpoint=[]), "expected a FixedGrid that"),
+        (solver("FixedGrid", checkpoint={"": None}), "expected a FixedGrid that"),
         ({"solver": ["HutchinsonDivergence", {}]}, "and of use here"),
         ({"divergence": ["FixedGrid", {}]}, "expected a FixedGrid that .* and of use here"),
         ({"frozen": "velocity.output.weight"}, "which of its weights are frozen"),
