@@ -143,11 +143,20 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
     return Shaped(support, shape)
 
 
-def as_tensor(x: Any) -> Tensor:
-    """Return a tensor of the values of x; of an array of any strides, byte order and flags."""
-    if isinstance(x, np.ndarray) and x.dtype.kind != "O":
-        x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
-    return torch.as_tensor(x)
+def as_tensor(x: Any, name: str = "it") -> Tensor:
+    """Return a tensor of the values of x; of an array of any strides, byte order and flags.
+
+    Raises:
+        TypeError: If x, called by a name, is no tensor and no array.
+    """
+    try:
+        if isinstance(x, np.ndarray) and x.dtype.kind != "O":
+            x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
+        return torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"expected {name} to be a tensor or an array, got {type(x).__name__}"
+        ) from error
 
 
 def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:
@@ -165,12 +174,7 @@ def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,))
         TypeError: If it is not a tensor or an array, or not of a floating type.
         ValueError: If it has no rows, rows of another shape, or NaN or infinite rows.
     """
-    try:
-        x = as_tensor(x).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"expected {name} to be a tensor or an array, got {type(x).__name__}"
-        ) from error
+    x = as_tensor(x, name).detach()
     if not x.is_floating_point():
         raise TypeError(
             f"expected {name} of a floating type, got {x.dtype}: convert it with .float(), or, if "
