@@ -72,8 +72,13 @@ def run(
     @given(cases)
     def examples(case: Any) -> None:
         torch.manual_seed(0)
-        with ends_in_time(SECONDS):
-            end = check(case)
+        always = torch.is_warn_always_enabled()
+        torch.set_warn_always(True)  # torch's own too, at each input
+        try:
+            with ends_in_time(SECONDS):
+                end = check(case)
+        finally:
+            torch.set_warn_always(always)
         event(end)
         ends[end] += 1
 
@@ -143,6 +148,8 @@ def is_clear(error: Exception) -> bool:
 
 FLOATS = {"float32": torch.float32, "float64": torch.float64}
 OTHERS = ("float16", "bfloat16", "int64", "uint8", "bool", "complex64")
+DTYPES = (*FLOATS, *OTHERS)  # one of them the flow's own
+GOOD = ("good",) * 24
 LAYOUTS = ("plain", "transposed", "sliced", "offset", "stride 0", "needs grad")
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0, 1e30, -1e30, 1e-30, 1e300, -1e-300)
 EXPONENTS = st.sampled_from((0, 0, 0, 1, -3, 6, -12, 20, -30, 30))
@@ -169,6 +176,12 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     padded = torch.zeros(x.numel() + 1, dtype=x.dtype)
     padded[1:] = x.reshape(-1)
     return padded[1:].view(x.shape)
+
+
+def converted(x: Tensor, dtype: str) -> Tensor:
+    """Return a tensor of another type."""
+    kind = getattr(torch, dtype)
+    return (x if kind.is_floating_point else x.nan_to_num(0.0, 1.0, 1.0)).to(kind)
 
 
 class Spots(NamedTuple):
@@ -201,6 +214,16 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...] | None:
             return None
         found.append(size)
     return tuple(found[::-1])
+
+
+def expands(old: tuple[int, ...], new: Any) -> bool:
+    """Return whether a batch shape expands to another."""
+    if not isinstance(new, tuple | list):
+        return False
+    if any(not isinstance(n, int) or n < 0 for n in new):
+        return False
+    last = tuple(new)[len(new) - len(old) :]
+    return len(old) <= len(new) and all(o in (1, n) for o, n in zip(old, last, strict=True))
 
 
 def as_given(x: Tensor, kind: str) -> Any:

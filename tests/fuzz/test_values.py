@@ -15,14 +15,17 @@ import pytest
 import torch
 from cases import WHITENINGS
 from fuzzing import (
+    DTYPES,
     EXPONENTS,
     FLOATS,
+    GOOD,
     LAYOUTS,
-    OTHERS,
     as_given,
     batch_shapes,
     broadcast,
+    converted,
     end_of,
+    expands,
     laid_out,
     lengths,
     run,
@@ -239,14 +242,6 @@ SHAPES = {
     "scalars": lambda x: x[..., 0],
     "scalar": lambda x: x.new_tensor(0.5),
 }
-DTYPES = (*FLOATS, *OTHERS)  # one of them the flow's own
-GOOD = ("good",) * 24
-
-
-def converted(x: Tensor, dtype: str) -> Tensor:
-    """Return a tensor of another type."""
-    kind = getattr(torch, dtype)
-    return (x if kind.is_floating_point else x.nan_to_num(0.0, 1.0, 1.0)).to(kind)
 
 
 class Value(NamedTuple):
@@ -342,7 +337,7 @@ def check_log_prob(case: tuple[Known, Value]) -> str:
     return str(end)
 
 
-@pytest.mark.parametrize("inputs", lengths(60, 1000))
+@pytest.mark.parametrize("inputs", lengths(50, 1000))
 def test_log_prob(inputs):
     run(check_log_prob, st.tuples(some_flow(), values()), inputs)
 
@@ -447,7 +442,7 @@ def check_condition(case: tuple[Context, Value]) -> str:
     return f"log_prob: {end}"
 
 
-@pytest.mark.parametrize("inputs", lengths(40, 500))
+@pytest.mark.parametrize("inputs", lengths(30, 500))
 def test_condition(inputs):
     run(check_condition, st.tuples(contexts(), values()), inputs)
 
@@ -461,16 +456,6 @@ def some_shape() -> st.SearchStrategy[Any]:
     """Return batch shapes, and what is none."""
     good = batch_shapes(4)
     return st.one_of(good, good, good.map(list), good.map(torch.Size), st.sampled_from(NO_SHAPES))
-
-
-def expands(old: tuple[int, ...], new: Any) -> bool:
-    """Return whether a batch shape expands to another."""
-    if not isinstance(new, tuple | list):
-        return False
-    if any(not isinstance(n, int) or n < 0 for n in new):
-        return False
-    last = tuple(new)[len(new) - len(old) :]
-    return len(old) <= len(new) and all(o in (1, n) for o, n in zip(old, last, strict=True))
 
 
 def check_expand(case: tuple[Known, list[Any], Value]) -> str:
@@ -511,7 +496,7 @@ def batched() -> st.SearchStrategy[Known]:
     return st.builds(given, own=st.booleans(), dtype=dtypes, batch=batches)
 
 
-@pytest.mark.parametrize("inputs", lengths(40, 500))
+@pytest.mark.parametrize("inputs", lengths(30, 500))
 def test_expand(inputs):
     shapes = st.lists(some_shape(), min_size=1, max_size=2)
     run(check_expand, st.tuples(some_flow() | batched(), shapes, values()), inputs)
