@@ -177,7 +177,7 @@ WEIGHTS = {
     "array": lambda n, seed: torch.ones(n).numpy(),
 }
 BAD_WEIGHTS = {
-    "negative": lambda n, seed: -torch.ones(n),
+    "negative": lambda n, seed: put(torch.ones(n, 1), -1.0, seed)[:, 0],
     "nan": lambda n, seed: put(torch.ones(n, 1), math.nan, seed)[:, 0],
     "inf": lambda n, seed: put(torch.ones(n, 1), math.inf, seed)[:, 0],
     "zero": lambda n, seed: torch.zeros(n),
