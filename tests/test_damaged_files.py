@@ -285,6 +285,15 @@ def test_an_edit_is_told_by_its_part(edit, match, path):
     assert time.perf_counter() - start < 2
 
 
+def test_a_base_that_was_left_out_is_missed(path):
+    """The flow started from N(0, I) instead."""
+    save(InterpolantDistribution(random_flow(2, (8,)), mixture()), path)
+    header, tensors = read(path)
+    io.write(path, tensors, {KEY: json.dumps({**header, "base": None})})
+    with pytest.raises(ValueError, match=r"its base cannot be built: expected the base that"):
+        load(path)
+
+
 def test_a_solver_of_too_many_steps_to_be_loaded_is_not_saved(path, monkeypatch):
     monkeypatch.setattr(description, "_MAX_COUNT", 8)
     flow = InterpolantDistribution(random_flow(2, (8,), solver=Adaptive(nodes=9)))
