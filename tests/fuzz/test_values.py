@@ -62,7 +62,7 @@ class Known(NamedTuple):
         draw: Values of a shape ``(*, D)`` of standard normal numbers.
         precision: The error of log-densities, beside one and relative; None for 64 roundings:
             up to 4 were seen of values, and a draw is rounded itself.
-        white: Whitened values, where there is a reach.
+        white: Whitened values, or contexts, where there is a reach.
         reach: The largest of them at which the velocity is a number and the solver good.
     """
 
@@ -377,7 +377,10 @@ def member(flow: InterpolantDistribution, context: Tensor, *, own: bool) -> Know
         return normal_sum((white(x) - moved) / rate.exp()) - 2 * rate[..., 0] - log_det(flow)
 
     eps = torch.finfo(flow.transform.flow.loc.dtype).eps
-    return Known(flow, truth, lambda w: loc + w @ linear.T, max(1e-5, 100 * eps))
+    size = context.detach().double().abs().nan_to_num(nan=math.inf)
+    largest = torch.finfo(torch.float64).max  # of infinite contexts nothing is claimed
+    draw, precision = (lambda w: loc + w @ linear.T), max(1e-5, 100 * eps)
+    return Known(flow, truth, draw, precision, lambda x: size, largest)
 
 
 SIZES = {"no size": 0, "size one": 1, "size three": 3}
