@@ -262,6 +262,7 @@ def solver(name, **numbers):
         ({"solver": ["HutchinsonDivergence", {}]}, "and of use here"),
         ({"divergence": ["FixedGrid", {}]}, "expected a FixedGrid that .* and of use here"),
         ({"frozen": "velocity.output.weight"}, "which of its weights are frozen"),
+        ({"support": ["real_vector", [[0.0]]]}, "no arguments of the support 'real_vector'"),
         ({"frozen": ["velocity"]}, "which of its weights are frozen"),
         ({"arguments": [2, [8] * 100_000, 0]}, "at most .* layers"),
         ({"arguments": [2, [10**6, 10**6], 0]}, "velocity cannot be built.*size mismatch"),
