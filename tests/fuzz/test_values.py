@@ -377,7 +377,8 @@ def member(flow: InterpolantDistribution, context: Tensor, *, own: bool) -> Know
         return normal_sum((white(x) - moved) / rate.exp()) - 2 * rate[..., 0] - log_det(flow)
 
     eps = torch.finfo(flow.transform.flow.loc.dtype).eps
-    size = context.detach().double().abs().nan_to_num(nan=math.inf)
+    size = context.detach().double().abs()
+    size = size.where(size.isfinite(), math.inf)
     largest = torch.finfo(torch.float64).max  # of infinite contexts nothing is claimed
     draw, precision = (lambda w: loc + w @ linear.T), max(1e-5, 100 * eps)
     return Known(flow, truth, draw, precision, lambda x: size, largest)
