@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -361,6 +361,26 @@ def slopes(
             found = map(forward_ad.unpack_dual, function(forward_ad.make_dual(t, tangent)))
             a, b, g = (torch.zeros_like(t) if s.tangent is None else s.tangent for s in found)
             return a, b, g
+
+
+def broadcast_batch(given: Sequence[int], own: Sequence[int]) -> torch.Size:
+    """Return the common batch shape of values and of a distribution or context.
+
+    Args:
+        given: The batch shape of the values.
+        own: That of the distribution or context.
+
+    Raises:
+        ValueError: If they do not broadcast.
+    """
+    pairs = zip(reversed(given), reversed(own), strict=False)
+    if any(a != b and a != 1 and b != 1 for a, b in pairs):
+        raise ValueError(
+            f"expected values of a batch shape that broadcasts with {tuple(own)}, that of the "
+            f"distribution or its context, got {tuple(given)}: sizes are compared from the right, "
+            "and must be equal or 1"
+        )
+    return torch.broadcast_shapes(tuple(given), tuple(own))
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "calibration",
     "coefficients",
     "corner",
     "density",
     "evolution",
+    "ranks",
     "training_curve",
     "trajectories",
 ]
@@ -186,7 +186,7 @@ def training_curve(result: Any, *, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def calibration(check: Any, *, ax: "Axes | None" = None) -> "Axes":
+def ranks(check: Any, *, ax: "Axes | None" = None) -> "Axes":
     """Draw how far numbers that should be uniform are from it, with the 99% band.
 
     Args:

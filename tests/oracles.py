@@ -28,7 +28,7 @@ def remembered(function, t: Tensor, known: dict):
     if forward_ad._current_level >= 0:
         followed = followed or forward_ad.unpack_dual(t).tangent is not None
     expanded = all(s == 0 or n == 1 for s, n in zip(t.stride(), t.shape, strict=True))
-    if followed or not expanded:
+    if followed or not expanded or not t.numel():
         return function(t)
     one = t[(0,) * t.dim()]
     key = float(one), t.dtype

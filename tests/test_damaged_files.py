@@ -29,7 +29,7 @@ from pyro_interpolant import (
     load,
     save,
 )
-from pyro_interpolant.distributions import description
+from pyro_interpolant.distributions import choice_description
 from pyro_interpolant.distributions.constraints import Shaped
 from pyro_interpolant.distributions.description import (
     NotPassedError,
@@ -258,6 +258,12 @@ def solver(name, **numbers):
         (solver("Adaptive", nodes=1e9), "at most 4096 steps"),
         (solver("FixedGrid", steps=10**8), "at most 4096 steps"),
         (solver("RandomGrid", steps=10**8), "at most 4096 steps"),
+        (solver("FixedGrid", checkpoint={"": None}), "expected a FixedGrid that"),
+        ({"solver": ["HutchinsonDivergence", {}]}, "and of use here"),
+        ({"divergence": ["FixedGrid", {}]}, "expected a FixedGrid that .* and of use here"),
+        ({"frozen": "velocity.output.weight"}, "which of its weights are frozen"),
+        ({"support": ["real_vector", [[0.0]]]}, "no arguments of the support 'real_vector'"),
+        ({"frozen": ["velocity"]}, "which of its weights are frozen"),
         ({"arguments": [2, [8] * 100_000, 0]}, "at most .* layers"),
         ({"arguments": [2, [10**6, 10**6], 0]}, "velocity cannot be built.*size mismatch"),
         ({"arguments": [2, [8], 10**9]}, "velocity cannot be built.*size mismatch"),
@@ -280,8 +286,17 @@ def test_an_edit_is_told_by_its_part(edit, match, path):
     assert time.perf_counter() - start < 2
 
 
+def test_a_base_that_was_left_out_is_missed(path):
+    """The flow started from N(0, I) instead."""
+    save(InterpolantDistribution(random_flow(2, (8,)), mixture()), path)
+    header, tensors = read(path)
+    io.write(path, tensors, {KEY: json.dumps({**header, "base": None})})
+    with pytest.raises(ValueError, match=r"its base cannot be built: expected the base that"):
+        load(path)
+
+
 def test_a_solver_of_too_many_steps_to_be_loaded_is_not_saved(path, monkeypatch):
-    monkeypatch.setattr(description, "_MAX_COUNT", 8)
+    monkeypatch.setattr(choice_description, "_MAX_COUNT", 8)
     flow = InterpolantDistribution(random_flow(2, (8,), solver=Adaptive(nodes=9)))
     with pytest.raises(ValueError, match="at most 8 steps"):
         save(flow, path)

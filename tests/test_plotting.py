@@ -117,7 +117,7 @@ def test_too_many_dimensions_and_no_coefficients():
 def test_a_check_is_drawn_within_its_band():
     u = torch.rand(50, 2).sort(0).values
     check = CalibrationCheck(u, ("one", "two"), torch.zeros(2), 0.2, "")
-    ax = plotting.calibration(check)
+    ax = plotting.ranks(check)
     x, y = ax.lines[0].get_xydata().T
     assert x.tolist() == u[:, 0].repeat_interleave(2).tolist()
     assert max(abs(y)) == pytest.approx(

@@ -65,6 +65,8 @@ def build_base(description: Any, tensors: Tensors) -> Any:
         Exception: Of many kinds, if the description was damaged or edited.
     """
     if description is None:
+        if tensors:
+            raise ValueError(f"expected the base that tensors belong to: {sorted(tensors)}")
         return None
     if "uniform_torus" in description:
         (size,) = tensors["origin"].shape

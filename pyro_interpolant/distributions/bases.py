@@ -17,6 +17,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
+from .._torch import broadcast_batch
 from ..interpolants.nonlinear import wrap
 from ..transforms.whitening import Whitening
 from .constraints import checked_rows
@@ -192,8 +193,17 @@ class WhitenedBase:
 
 
 def check_expansion(old: Sequence[int], new: Sequence[int]) -> None:
-    """Raise a ValueError unless a batch shape expands to another."""
+    """Raise an error unless a batch shape expands to another.
+
+    Raises:
+        TypeError: If that is no sequence of whole numbers.
+        ValueError: If the batch shape does not expand to it.
+    """
+    if not isinstance(new, Sequence) or not all(hasattr(n, "__index__") for n in new):
+        raise TypeError(f"expected a batch shape, a tuple of whole numbers, got {new!r}")
     old, new = tuple(old), tuple(new)
+    if any(n < 0 for n in new):
+        raise ValueError(f"expected a batch shape of sizes of at least 0, got {new}")
     last = new[len(new) - len(old) :]
     if len(old) > len(new) or any(o not in (1, n) for o, n in zip(old, last, strict=True)):
         raise ValueError(
@@ -300,7 +310,7 @@ class UniformTorus(_Base):
         r"""Return :math:`-D \log 2\pi`, shape ``(*)``, of real values of shape ``(*, D)``."""
         if self._validate_args:
             self._validate_sample(value)
-        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        batch = broadcast_batch(value.shape[:-1], self.batch_shape)
         # Constant, yet a function of the value: whoever asks for its gradient gets zeros.
         flat = (0 * value).sum(-1) - self.event_shape[0] * math.log(_FULL_TURN)
         return flat.expand(batch)

@@ -81,6 +81,8 @@ def build_constraint(description: Any) -> Constraint:
     if known is None:
         raise ValueError(f"unknown support {kind!r} in the file")
     if isinstance(known, Constraint):
+        if arguments:
+            raise ValueError(f"expected no arguments of the support {kind!r}")
         return known
     count = len(signature(known).parameters)
     return known(*(_build_argument(argument) for argument in arguments[:count]), **bounds)

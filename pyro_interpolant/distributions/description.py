@@ -6,11 +6,8 @@ again: what is described is built from its description and compared, before anyt
 :mod:`~pyro_interpolant.io` puts both into a file.
 """
 
-import contextlib
 import json
-from collections.abc import Iterator
 from functools import partial
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -19,7 +16,6 @@ from torch import Tensor, nn
 from .. import distributions, solvers, transforms
 from .. import interpolants as paths
 from .. import nn as networks
-from .._torch import warn_user
 from ..interpolants.linear import Interpolant
 from ..solvers.divergence import HutchinsonDivergence
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
@@ -34,7 +30,14 @@ from .base_description import (
     known,
     stored,
 )
-from .constraint_description import arguments_of, build_constraint, describe_constraint
+from .choice_description import (
+    PartError,
+    build_choice,
+    describe_choice,
+    naming,
+    plain_number,
+)
+from .constraint_description import build_constraint, describe_constraint
 from .differences import difference
 from .interpolant import (
     AnyDistribution,
@@ -56,12 +59,6 @@ _NAMES_IN_FILES = {
 }
 _NAMES_IN_CODE = {in_file: name for name, in_file in _NAMES_IN_FILES.items()}
 _PROBES = "divergence.probes"
-# Of a solver's steps, whose weights take 0.3 s and 70 MB then and more with the square; of probes.
-_MAX_COUNT = 4096
-
-
-class PartError(ValueError):
-    """A part that cannot be built from its description."""
 
 
 class NotPassedError(ValueError):
@@ -86,7 +83,7 @@ def describe(distribution: AnyDistribution) -> tuple[Header, Tensors]:
             f"{type(distribution).__name__}"
         )
     header, tensors = _describe(distribution, "")
-    header = json.loads(json.dumps(header, default=_plain_number))
+    header = json.loads(json.dumps(header, default=plain_number))
     try:
         again = _build(header, _at_home(tensors), *_own_parts(distribution), fill=False)
         lost = difference(_content(distribution), _content(again))
@@ -161,9 +158,9 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
         "independent": flow.independent,
         "frozen": fixed if 0 < len(fixed) < count else len(fixed) == count,
         "training": flow.velocity.training,
-        "interpolant": _describe_choice(flow.interpolant, paths),
-        "solver": _describe_choice(transform.solver, solvers),
-        "divergence": _describe_choice(transform.divergence, solvers),
+        "interpolant": describe_choice(flow.interpolant, paths),
+        "solver": describe_choice(transform.solver, solvers),
+        "divergence": describe_choice(transform.divergence, solvers),
         "whitening": type(flow.whitening).__name__,
         "support": describe_constraint(distribution.constraint),
         "sites": [
@@ -205,7 +202,7 @@ def _own_parts(distribution: Any) -> tuple[nn.Module | None, Interpolant | None]
         flow, distribution = distribution.transform.flow, distribution.base
         if velocity is None and not is_of(flow.velocity, networks):
             velocity = flow.velocity
-        if interpolant is None and _describe_choice(flow.interpolant, paths)[1] is None:
+        if interpolant is None and describe_choice(flow.interpolant, paths)[1] is None:
             interpolant = flow.interpolant
     return velocity, interpolant
 
@@ -252,9 +249,9 @@ def _build(
         left = None if header["arguments"] is None else velocity
         base: Any = _build(description["flow"], given, left, interpolant, fill=fill)
     else:
-        with _part("base"):
+        with naming("base"):
             base = build_base(description, given)
-    with _part("support"):
+    with naming("support"):
         options: dict[str, Any] = {"support": build_constraint(header["support"])}
         if issubclass(kind, NamedSites):
             options["sites"] = {
@@ -263,14 +260,24 @@ def _build(
         if not issubclass(kind, ConditionalInterpolantDistribution):
             options["validate_args"] = header.get("validate_args")
         distribution = kind(transform, base, **options)
-    with _part("report"):
+    with naming("report"):
         distribution.columns = tuple(map(str, header.get("columns", ())))
-        report = header.get("report")
-        distribution.report = None if report is None else Report(**report)
-    with _part("batch_shape"):
+        distribution.report = _build_report(header.get("report"), header["dim"])
+    with naming("batch_shape"):
         natural = getattr(distribution, "batch_shape", ())
         shape = torch.Size(header.get("batch_shape", natural))
         return distribution if shape == natural else distribution.expand(shape)
+
+
+def _build_report(fields: dict[str, Any] | None, dim: int) -> Report | None:
+    if fields is None:
+        return None
+    report = Report(**fields)
+    numbers = [value for name, value in fields.items() if name != "reference_name"]
+    are_numbers = all(isinstance(n, int | float | None) for n in numbers)
+    if report.dim != dim or not are_numbers or not isinstance(report.reference_name, str):
+        raise PartError(f"expected a report of {dim} dimensions in numbers, got {fields}")
+    return report
 
 
 def _build_transform(
@@ -300,8 +307,8 @@ def _build_transform(
         net,
         len(loc),
         interpolant=_build_interpolant(header["interpolant"], interpolant, own, fill=fill),
-        solver=_build_choice(header["solver"], solvers),
-        divergence=_build_choice(header["divergence"], solvers),
+        solver=build_choice(header["solver"], solvers, "solve"),
+        divergence=build_choice(header["divergence"], solvers, "__call__"),
         whitening=ScalarWhitening(len(loc)),
     )
     flow = transform.flow
@@ -319,17 +326,6 @@ def _build_transform(
     if surplus:
         raise PartError(f"expected tensors of its parts and no others, got {surplus}")
     return transform
-
-
-@contextlib.contextmanager
-def _part(name: str) -> Iterator[None]:
-    """Name the part whose description cannot be built."""
-    try:
-        yield
-    except PartError:
-        raise
-    except ERRORS as error:
-        raise PartError(f"its {name} cannot be built: {error}") from error
 
 
 def _passed(what: str, name: str, value: Any) -> Any:
@@ -369,14 +365,14 @@ def _fill(module: nn.Module, tensors: Tensors) -> None:
 def _new_network(
     part: str, name: str, arguments: list[Any], tensors: Tensors, dtype: torch.dtype
 ) -> nn.Module:
-    with _part(part):
+    with naming(part):
         return _new_module(
             part, partial(known(name, networks, nn.Module), *arguments), tensors, dtype
         )
 
 
 def _new_whitening(name: str, tensors: Tensors, dtype: torch.dtype) -> Whitening:
-    with _part("whitening"):
+    with naming("whitening"):
         kind, size = known(name, transforms, Whitening), len(tensors["whitening.loc"])
         for key, value in kind(1).state_dict().items():
             if tensors[f"whitening.{key}"].shape != (size,) * value.dim():
@@ -399,7 +395,7 @@ def _new_module(
     By default none is made for it before: sizes in an edited header may be huge.
     """
     own = below(f"{part}.", tensors)
-    with _part(part):
+    with naming(part):
         lists = [a for a in (*make.args, *make.keywords.values()) if isinstance(a, list)]
         if any(len(a) > len(own) for a in lists):
             raise PartError(f"expected at most {len(own)} layers, as it has tensors")
@@ -413,7 +409,11 @@ def _new_module(
 
 def _set_frozen(transform: AnyTransform, which: Any) -> None:
     """Freeze all weights, none, or some by name."""
-    for name, p in transform.flow.named_parameters():
+    parameters = dict(transform.flow.named_parameters())
+    names = which if isinstance(which, list) else [] if isinstance(which, bool) else [None]
+    if any(name not in parameters for name in names):
+        raise PartError(f"expected which of its weights are frozen, got {which!r}")
+    for name, p in parameters.items():
         trained = not (which if isinstance(which, bool) else name in which)
         if p.requires_grad != trained:
             p.requires_grad_(trained)
@@ -436,30 +436,6 @@ def _network_arguments(network: Any) -> Any:
     return network.arguments() if is_of(network, networks) else None
 
 
-def _plain_number(value: Any) -> Any:
-    """Return a number of numpy's or torch's as one of Python's."""
-    if getattr(value, "ndim", None) == 0:
-        return value.item()
-    raise ValueError(f"expected parts made of numbers and text, got a {type(value).__name__}")
-
-
-def _describe_choice(choice: object, room: ModuleType) -> list[Any]:
-    """Return the class of a choice and its arguments, or None where that is the user's own."""
-    name, fields = type(choice).__name__, {}
-    if not is_of(choice, room):
-        return [name, None]
-    own = getattr(choice, "arguments", None)
-    for key, value in (arguments_of(choice) if own is None else own()).items():
-        if getattr(value, "ndim", None) == 0:
-            value = _plain_number(value)
-        if not isinstance(value, (bool, int, float, str, tuple, type(None))):
-            value = _describe_choice(value, room)
-            if value[1] is None:  # a function of the user's
-                return [name, None]
-        fields[key] = value
-    return [name, fields]
-
-
 def _build_interpolant(
     description: list[Any], given: Interpolant | None, tensors: Tensors, *, fill: bool
 ) -> Any:
@@ -469,32 +445,8 @@ def _build_interpolant(
         if fill and isinstance(own, nn.Module):
             _fill(own, below("interpolant.", tensors))
         return own
-    with _part("interpolant"):
+    with naming("interpolant"):
         kind = known(name, paths)
         if issubclass(kind, nn.Module):
             return _new_module("interpolant", partial(kind, **fields), tensors)
-        return _build_choice(description, paths)
-
-
-def _build_choice(description: list[Any], room: ModuleType) -> Any:
-    """Return a choice, or None for the default where it was the user's own."""
-    name, fields = description
-    if fields is None:  # in files that version 0.1.0 wrote
-        warn_user(
-            f"the flow was saved with a {name} of your own, which a file cannot hold: it has "
-            "the default now, set transform.solver or transform.divergence"
-        )
-        return None
-    with _part(name):
-        if max(fields.get(count, 1) for count in ("steps", "nodes", "probes")) > _MAX_COUNT:
-            raise PartError(f"expected at most {_MAX_COUNT} steps or probes in a {name}")
-        parts = {
-            key: _build_choice(value, room) if _is_choice(value) else value
-            for key, value in fields.items()
-        }
-        return known(name, room)(**parts)
-
-
-def _is_choice(value: object) -> bool:
-    """Return whether a value stands for a choice, and not for numbers."""
-    return isinstance(value, list) and isinstance(value[0], str)
+        return build_choice(description, paths)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, constraints
 
 from .._torch import (
+    broadcast_batch,
     has_other_leaves,
     is_compiling,
     is_functional,
@@ -237,6 +238,7 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
         """Return the distribution with another batch shape; weights and cache are shared.
 
         Raises:
+            TypeError: If it is no sequence of whole numbers.
             ValueError: If the batch shape does not expand to it.
         """
         check_expansion(self.batch_shape, batch_shape)
@@ -249,10 +251,12 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density, shape ``(*)``, of values of shape ``(*, *event_shape)``.
 
-        It is ``-inf`` at infinity and, with validation off, beyond the bounds of the
-        support. Angles may then have any number of turns, as those of Pyro's ``VonMises``.
+        It is ``-inf`` at infinity, where whitened values leave the range of their type, and, with
+        validation off, beyond the bounds of the support. Angles may then have any number of turns,
+        as those of Pyro's ``VonMises``.
 
         Raises:
+            TypeError: If the value is not a tensor.
             ValueError: If the shape or the type does not match, or a value is outside the support
                 (while validation is on).
         """
@@ -270,7 +274,8 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
                 f"expected a value of shape (*, {', '.join(map(str, self.event_shape))}), got "
                 f"{tuple(value.shape)}.{hint}"
             )
-        batch = torch.broadcast_shapes(value.shape[: value.dim() - event], self.batch_shape)
+        self.transform.check_type(value)  # first: a bijection may take other types
+        batch = broadcast_batch(value.shape[: value.dim() - event], self.batch_shape)
         if 0 in batch:  # which neither torch's checks nor its sums can take
             return (0 * value.sum()).expand(batch)
         if self._validate_args:
@@ -302,7 +307,8 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
         Returns:
             The values, and which were left as they are, shape ``(*)``, or None for all.
         """
-        finite = x.isfinite().all(-1)
+        with torch.no_grad():  # a value far away may be infinite in the flow's coordinates alone
+            finite = self.transform.flow.whitening.to_white(x).isfinite().all(-1)
         possible = finite if possible is None else finite & possible
         if is_tracing() and not is_compiling():  # a guide's own draws, which the cache must know
             return x, None
@@ -329,7 +335,7 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
             ValueError: As :meth:`log_prob`.
         """
         batch = x.shape[: max(0, x.dim() - len(self.event_shape))]
-        shape = torch.broadcast_shapes(batch, self.batch_shape) + x.shape[len(batch) :]
+        shape = broadcast_batch(batch, self.batch_shape) + x.shape[len(batch) :]
         if is_functional():
             return torch.func.grad(lambda value: self.log_prob(value).sum())(x.expand(shape))
         enabled = torch.is_grad_enabled()

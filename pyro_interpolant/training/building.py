@@ -142,7 +142,7 @@ def _named(
     if event_shape is not None:
         raise TypeError("expected no event_shape beside named draws, which have their own")
     sites = sites_of(draws, {} if supports is constraints.real_vector else supports)
-    return constraints.real_vector, sites, pack(sites, draws)
+    return constraints.real_vector, sites, pack(sites, draws).detach()
 
 
 def _unnamed(

@@ -308,7 +308,7 @@ def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[An
     def kept(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {name: kept(inner) for name, inner in value.items()}
-        value = as_tensor(value)
+        value = as_tensor(value, "rows")
         if value.dim() == 0 or len(value) != len(keep):
             raise ValueError(
                 f"expected as many non-negative weights as rows, got {len(keep)} beside a tensor "
@@ -334,7 +334,7 @@ def checked_weights(weights: ArrayLike | None, count: int | None, *, part: bool 
     """
     if weights is None:
         return None
-    weights = as_tensor(weights)
+    weights = as_tensor(weights, "weights")
     weights = weights if weights.is_floating_point() else weights.double()  # counts, a mask
     weights = checked_rows(weights, "weights", ())
     count = len(weights) if count is None else count

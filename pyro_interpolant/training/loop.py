@@ -80,8 +80,8 @@ class Schedule:
         check_ranges(
             ("steps >= 1, a whole number", steps is None or steps >= 1 and steps % 1 == 0, steps),
             ("max_seconds > 0", limit is None or limit > 0, limit),
-            ("learning_rate > 0", self.learning_rate > 0, self.learning_rate),
-            ("weight_decay >= 0", decay is None or decay >= 0, decay),
+            ("a finite learning_rate > 0", 0 < self.learning_rate < math.inf, self.learning_rate),
+            ("a finite weight_decay >= 0", decay is None or 0 <= decay < math.inf, decay),
             ("patience >= 1", self.patience >= 1, self.patience),
             ("ema in [0, 1)", 0 <= self.ema < 1, self.ema),
         )

@@ -85,7 +85,7 @@ def dequantize(x: Tensor, step: Tensor | float | None = None, *, seed: int = 0) 
         >>> bool(((x.round() - torch.tensor([[1.0], [2.0], [2.0], [4.0]])).abs() < 0.51).all())
         True
     """
-    given = as_tensor(x)
+    given = as_tensor(x, "x")
     x = given if given.is_floating_point() else given.to(torch.get_default_dtype())
     x = checked_rows(x, "x", (None,) * max(1, x.dim() - 1))
     if step is None:

@@ -59,6 +59,8 @@ def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
         return lambda rows: rows.w.new_full((len(rows.w),), constant, dtype=torch.float64)
     few = kept.repeated(min(_FITTED_ROWS, len(kept.w)))
     x, features = _unconstrained(distribution, few.w)[0], _features(distribution, few)
+    if len(x) <= x.shape[1] + features.shape[1]:
+        return None
     scale = x.std(0)
     if not bool((scale > 0).all()):
         return None
@@ -167,7 +169,8 @@ class HeldOutDensity:
     def _means(self, rows: Rows) -> tuple[float, float, float | None]:
         """Return the mean log-density of rows, its standard error, and the Gaussian's mean."""
         found = log_density(self.distribution, rows)
-        error = float(found.std()) / math.sqrt(len(found))
+        count = len(found)
+        error = float(found.std()) / math.sqrt(count) if count > 1 else math.nan
         normal = None if self.normal is None else float(self.normal(rows).mean())
         return float(found.mean()), error, normal
 

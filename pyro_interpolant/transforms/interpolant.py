@@ -16,6 +16,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from .._torch import broadcast_batch
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
 from ..nn.velocity import checked_labels
@@ -201,7 +202,7 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         """Return the shape of the output: the input's, broadcast with the context's batch."""
         if self.context is None:
             return torch.Size(shape)
-        batch = torch.broadcast_shapes(tuple(shape[:-1]), self.context.shape[:-1])
+        batch = broadcast_batch(shape[:-1], self.context.shape[:-1])
         return torch.Size((*batch, *shape[-1:]))
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
@@ -257,18 +258,23 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
 
     def _checked(self, x: Tensor) -> Tensor:
         """Check x and broadcast it with the batch of the context."""
-        dim, loc = self.flow.event_dim, self.flow.loc
+        dim = self.flow.event_dim
         if x.dim() < 1 or x.shape[-1] != dim:
             hint = " For N scalars with D = 1 pass shape (N, 1): x[..., None]." if dim == 1 else ""
             raise ValueError(
                 f"expected a last dimension of size {dim}, got shape {tuple(x.shape)}.{hint}"
             )
-        if x.dtype != loc.dtype:
+        self.check_type(x)
+        return x if self.context is None else x.expand(self.forward_shape(x.shape))
+
+    def check_type(self, x: Tensor) -> None:
+        """Raise a ValueError unless x, of any shape, is of the flow's type."""
+        dtype = self.flow.loc.dtype
+        if x.dtype != dtype:
             raise ValueError(
-                f"expected {loc.dtype}, the type of the flow, got {x.dtype}: convert the value, "
+                f"expected {dtype}, the type of the flow, got {x.dtype}: convert the value, "
                 "or the flow by .to(dtype)"
             )
-        return x if self.context is None else x.expand(self.forward_shape(x.shape))
 
 
 class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):

@@ -1,6 +1,7 @@
 """The flow as a distribution object: shapes, densities, expand, types, errors."""
 
 import copy
+import math
 import pathlib
 import pickle
 import re
@@ -292,6 +293,27 @@ def test_subsequent_expands():
 def test_expand_error(name, shape):
     with pytest.raises((RuntimeError, ValueError), match="expand|shape|size|broadcast"):
         make(BATCHED, name).expand(shape)
+
+
+@pytest.mark.parametrize("shape", [3, None, "ab", (2.0,), ("a",), torch.ones(2), ((2,),)])
+def test_what_is_no_batch_shape_is_told(shape):
+    with pytest.raises(TypeError, match="expected a batch shape, a tuple of whole numbers, got"):
+        random_prior(2).expand(shape)
+
+
+@pytest.mark.parametrize("shape", [(-1,), (3, -2)])
+def test_no_batch_shape_is_negative(shape):
+    with pytest.raises(ValueError, match="expected a batch shape of sizes of at least 0, got"):
+        random_prior(2).expand(shape)
+
+
+@pytest.mark.parametrize("how", ["log_prob", "score", "transform"])
+@pytest.mark.parametrize("batch", [(2,), (4, 2)])
+def test_values_of_another_batch_are_told(how, batch):
+    member = conditional().condition(torch.randn(3, 3))
+    call = {"log_prob": member.log_prob, "score": member.score, "transform": member.transform}
+    with pytest.raises(ValueError, match=r"broadcasts with \(3,\).*got \((4, )?2,?\)"):
+        call[how](torch.randn(*batch, 2))
 
 
 def test_expand_shares_the_solve():
@@ -675,6 +697,27 @@ def test_wrong_type_raises():
     d = InterpolantDistribution(random_flow(2))
     with pytest.raises(ValueError, match=r"expected torch.float64, .* got torch.float32"):
         d.log_prob(torch.zeros(3, 2, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float16])
+@pytest.mark.parametrize("validated", [True, False])
+def test_wrong_type_raises_on_a_support_whose_map_takes_it(dtype, validated):
+    d = InterpolantDistribution(random_flow(2), support=constraints.interval(-2.0, 3.0))
+    d._validate_args = validated
+    for value in (torch.ones(2, dtype=dtype), torch.ones(0, 2, dtype=dtype)):
+        with pytest.raises(ValueError, match="expected torch.float64, the type of the flow"):
+            d.log_prob(value)
+
+
+def test_values_that_are_infinite_once_whitened_have_no_density():
+    """Whitened, this is infinity less infinity: it came out as NaN."""
+    linear = 1e-12 * torch.tensor([[1.0, 0.0], [0.9, 1.0]])
+    d = gaussian_prior(torch.zeros(2), linear).to(torch.float32)
+    x = torch.tensor([[1e30, 1e30], [0.0, 0.0]], dtype=torch.float32)
+    found = d.log_prob(x)
+    assert found[0] == -math.inf
+    assert found[1].isfinite()
+    assert d.log_prob(x[:1]).item() == -math.inf
 
 
 def test_float32_samples_follow_the_density():

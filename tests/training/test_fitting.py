@@ -449,9 +449,30 @@ BAD = {
     ),
     "batch": (tiny, lambda: X, {"batch_size": 101}, ValueError, "batch_size between 1 and the 90"),
     "batch 0": (tiny, lambda: X, {"batch_size": 0}, ValueError, "batch_size between 1"),
+    "text for weights": (
+        tiny,
+        lambda: X,
+        {"weights": "one each"},
+        TypeError,
+        "expected weights to be a tensor or an array, got str",
+    ),
+    "text for rows": (
+        tiny,
+        lambda: "rows",
+        {"weights": X[:, 0] > 0},
+        TypeError,
+        "expected (data|rows) to be a tensor or an array, got str",
+    ),
     "steps": (tiny, lambda: X, {"steps": 0}, ValueError, "steps >= 1, a whole number, got 0"),
     "seconds": (tiny, lambda: X, {"max_seconds": -1.0}, ValueError, "max_seconds > 0, got -1.0"),
     "rate": (tiny, lambda: X, {"learning_rate": 0.0}, ValueError, "learning_rate > 0"),
+    "endless rate": (
+        tiny,
+        lambda: X,
+        {"learning_rate": math.inf},
+        ValueError,
+        "a finite learning_rate > 0, got inf",
+    ),
     "decay": (tiny, lambda: X, {"weight_decay": -1.0}, ValueError, "weight_decay >= 0, got -1.0"),
     "validation": (
         tiny,
@@ -549,6 +570,18 @@ def test_a_coupling_sees_the_network_of_its_step():
 
     quick(d, torch.randn(300, 2), batch_size=64, coupling=coupling)
     assert len(set(seen[-19:])) == 19
+
+
+def test_named_draws_that_need_gradients_are_taken_as_numbers(monkeypatch):
+    from pyro_interpolant.training import fitting
+
+    rows = []
+    monkeypatch.setattr(
+        fitting, "_with_map", lambda space, x, *_, **__: rows.append(x) or space.constraint
+    )
+    draws = {"a": torch.randn(50, requires_grad=True), "b": torch.randn(50, 1)}
+    from_samples(draws, steps=1, progress=False, seed=0)
+    assert not rows[0].requires_grad
 
 
 def test_numpy_and_float32_rows_train_a_float64_flow():

@@ -1,0 +1,479 @@
+"""``fit``, ``from_samples``: what is refused leaves the flow as it was; what is fitted is right.
+
+The velocity is affine, :math:`v_t(w) = g w + s`, so the flow of whatever weights a step or two
+leave is a Gaussian in closed form, behind the whitening map; with rows held out that are given,
+that map is the mean and the covariance of all others.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from fuzzing import EXPONENTS, FLOATS, LAYOUTS, as_given, end_of, laid_out, lengths, run
+from hypothesis import strategies as st
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    ConditionalInterpolantTransform,
+    InterpolantDistribution,
+    InterpolantTransform,
+    fit,
+    from_samples,
+)
+
+
+class Affine(nn.Module):
+    """The velocity g w + s, shape ``(*, D)``, with weights g and s, shape ``(D,)``."""
+
+    def __init__(self, dim: int, context_dim: int = 0) -> None:
+        super().__init__()
+        self.event_dim, self.context_dim = dim, context_dim
+        self.gain, self.shift = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.gain * x + self.shift
+
+    def forward_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self(t, x), self.gain.sum().expand(x.shape[:-1])
+
+    def log_prob(self, w: Tensor) -> Tensor:
+        """Return the log-density at time 1 of whitened values, in float64."""
+        gain, shift = self.gain.double(), self.shift.double()
+        moved = torch.where(gain == 0, 1.0, torch.expm1(gain) / gain) * shift
+        start = (w - moved) / gain.exp()
+        return (-0.5 * start.square() - 0.5 * math.log(2 * math.pi) - gain).sum(-1)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Held-out losses and comparisons of draws on fewer rows: a run of two steps is no more."""
+    monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 64)
+    monkeypatch.setattr("pyro_interpolant.training.agreement._DRAWS", (100, 200))
+    monkeypatch.setattr("pyro_interpolant.training.agreement._SHUFFLES", 5)
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def put(x: Tensor, value: float, seed: int) -> Tensor:
+    """Return rows of which one has a value in one place."""
+    x = x.clone()
+    if len(x):
+        x[seed % len(x), seed % x.shape[1]] = value
+    return x
+
+
+def with_column(x: Tensor, column: Tensor) -> Tensor:
+    """Return rows with another last column, shape ``(N,)``."""
+    return torch.cat((x[:, :-1], column[:, None]), 1)
+
+
+# What is wrong with rows, from (rows, seed): each has to be refused.
+BROKEN = {
+    "nan": lambda x, seed: put(x, math.nan, seed),
+    "inf": lambda x, seed: put(x, math.inf, seed),
+    "constant": lambda x, seed: with_column(x, x[0, -1].expand(len(x))),
+    "one row, over and over": lambda x, seed: x[:1].expand(x.shape),
+    "empty": lambda x, seed: x[:0],
+    "few": lambda x, seed: x[: 1 + seed % x.shape[1]],
+    "no columns": lambda x, seed: x[:, :0],
+    "wide": lambda x, seed: torch.cat((x, x), 1),
+    "scalars": lambda x, seed: x[:, 0],
+    "matrices": lambda x, seed: x[..., None].expand(*x.shape, 2),
+    "scalar": lambda x, seed: x[0, 0],
+    "int64": lambda x, seed: (10 * x).nan_to_num().long(),
+    "bool": lambda x, seed: x > 0,
+    "complex64": lambda x, seed: x.to(torch.complex64),
+    "text": lambda x, seed: "rows",
+    "none": lambda x, seed: None,
+    "objects": lambda x, seed: [object()],
+}
+# What is odd with rows, and has an answer.
+ODD = {
+    "wild": lambda x, seed: put(
+        x, min(1e37, (1e30, 1e12, 1e6)[seed % 3] * float(x.abs().max())), seed
+    ),
+    "repeated": lambda x, seed: x.repeat_interleave(2, 0),
+    "rounded": lambda x, seed: x.std(0) * (x / x.std(0)).round(),
+}
+
+
+class Data(NamedTuple):
+    """A recipe of rows.
+
+    Attributes:
+        dim: D.
+        count: N.
+        offset: The centre, in units of the scale.
+        exponents: Powers of ten of the scale of all columns and of the first.
+        dtype: Of the rows.
+        layout: In memory.
+        kind: A tensor, or what else holds the rows.
+        state: What is broken or odd, or "good".
+        seed: Of the numbers.
+    """
+
+    dim: int
+    count: int
+    offset: float
+    exponents: tuple[int, int]
+    dtype: str
+    layout: str
+    kind: str
+    state: str
+    seed: int
+
+    def good(self) -> Tensor:
+        """Return Gaussian rows."""
+        make = torch.Generator().manual_seed(self.seed)
+        x = torch.randn(self.count, self.dim, generator=make)
+        x = x + 0.5 * x.roll(1, 1) + self.offset
+        scales = torch.full((self.dim,), 10.0 ** self.exponents[0])
+        scales[0] = 10.0 ** self.exponents[1]
+        return (x * scales).to(FLOATS[self.dtype])
+
+    def made(self) -> Any:
+        """Return them in their state."""
+        return {**BROKEN, **ODD}.get(self.state, lambda x, seed: x)(self.good(), self.seed)
+
+    def rows(self) -> Any:
+        """Return what a call is given."""
+        x = self.made()
+        return as_given(laid_out(x, self.layout), self.kind) if isinstance(x, Tensor) else x
+
+
+def data(counts: tuple[int, ...] = (12, 30, 60)) -> st.SearchStrategy[Data]:
+    """Return recipes of rows, half of them good."""
+    states = ("good",) * 24 + tuple(ODD) * 3 + tuple(BROKEN)
+    return st.builds(
+        Data,
+        st.integers(1, 3),
+        st.sampled_from(counts),
+        st.sampled_from((0.0, 0.0, 3.0, -30.0, 1e3)),
+        st.tuples(EXPONENTS, EXPONENTS),
+        st.sampled_from(sorted(FLOATS)),
+        st.sampled_from([name for name in LAYOUTS if name != "stride 0"]),
+        st.sampled_from(("tensor",) * 4 + ("array", "fixed array", "list")),
+        st.sampled_from(states),
+        st.integers(0, 9999),
+    )
+
+
+# ---- settings, weights, contexts ----------------------------------------------------------------
+
+# Weights of N rows, from (N, seed).
+WEIGHTS = {
+    "ones": lambda n, seed: torch.ones(n),
+    "counts": lambda n, seed: torch.randint(1, 5, (n,)),
+    "shares": lambda n, seed: torch.rand(n) + 0.1,
+    "tiny": lambda n, seed: 1e-30 * (torch.rand(n) + 0.1),
+    "huge": lambda n, seed: 1e30 * (torch.rand(n) + 0.1),
+    "all the same": lambda n, seed: torch.tensor(2.0).expand(n),
+    "mask": lambda n, seed: torch.arange(n) % 7 != seed % 7,
+    "array": lambda n, seed: torch.ones(n).numpy(),
+}
+BAD_WEIGHTS = {
+    "negative": lambda n, seed: put(torch.ones(n, 1), -1.0, seed)[:, 0],
+    "nan": lambda n, seed: put(torch.ones(n, 1), math.nan, seed)[:, 0],
+    "inf": lambda n, seed: put(torch.ones(n, 1), math.inf, seed)[:, 0],
+    "zero": lambda n, seed: torch.zeros(n),
+    "short": lambda n, seed: torch.ones(n // 2),
+    "column": lambda n, seed: torch.ones(n, 1),
+    "number": lambda n, seed: torch.tensor(1.0),
+    "text": lambda n, seed: "weights",
+    "none of them": lambda n, seed: torch.zeros(n, dtype=torch.bool),
+}
+BAD_OPTIONS = (
+    *({"batch_size": n} for n in (0, -1, 10**6, 2.5, "8")),
+    *({"steps": n} for n in (0, -1, 1.5, math.nan)),
+    *({"validation": v} for v in (0.0, 1.0, -0.5, math.nan, 2, torch.ones(3, 9), "rows")),
+    *({"max_seconds": s} for s in (0.0, -1.0, math.nan)),
+    *({"learning_rate": r} for r in (0.0, -1.0, math.nan, math.inf)),
+    *({"ema": e} for e in (-0.1, 1.0, math.nan)),
+    *({"patience": p} for p in (0, -3)),
+    *({"tolerance": t} for t in (0.0, -1.0, math.nan)),
+    *({"context": torch.ones(12, 2)}, {"pairs": torch.ones(5, 9)}, {"learn": "noise"}),
+    *({"weight_decay": w} for w in (-1.0, math.nan)),
+)
+
+
+class Settings(NamedTuple):
+    """A recipe of what goes with rows.
+
+    Attributes:
+        dtype: Of the flow.
+        weights: What weights are like, or None.
+        option: What is wrong with an option, or None.
+        own_rows: Whether the rows held out are given.
+        steps: The number of steps.
+    """
+
+    dtype: str
+    weights: str | None
+    option: dict[str, Any] | None
+    own_rows: bool
+    steps: int
+
+
+def settings() -> st.SearchStrategy[Settings]:
+    """Return recipes of settings, most of which are good."""
+    return st.builds(
+        Settings,
+        st.sampled_from(sorted(FLOATS)),
+        st.sampled_from((None,) * 24 + tuple(WEIGHTS) * 2 + tuple(BAD_WEIGHTS)),
+        st.sampled_from((None,) * 200 + BAD_OPTIONS),
+        st.booleans(),
+        st.integers(1, 2),
+    )
+
+
+def state_of(flow: Any) -> dict[str, Any]:
+    """Return all that a refused fit must leave alone."""
+    inner = flow.transform.flow
+    return {
+        **{name: value.clone() for name, value in inner.state_dict().items()},
+        "requires grad": torch.tensor([p.requires_grad for p in inner.parameters()]),
+        "base": flow.base,
+        "solver": flow.transform.solver,
+        "training": flow.transform.training,
+    }
+
+
+def is_same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Return whether two states are the same to the bit."""
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], Tensor) else a[k] == b[k] for k in a
+    )
+
+
+def is_in_range(x: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a flow of a type can hold what columns vary by, and more than rounding."""
+    x = x.double()
+    spread = x.std(0)
+    return bool((spread > 1e3 * torch.finfo(dtype).eps * x.abs().amax(0)).all())
+
+
+def check_fit(case: tuple[Data, Settings]) -> str:
+    recipe, choice = case
+    kind = FLOATS[choice.dtype]
+    flow = InterpolantDistribution(InterpolantTransform(Affine(recipe.dim).to(kind)))
+    x, good, before = recipe.rows(), recipe.good(), state_of(flow)
+    count = len(x) if hasattr(x, "__len__") and getattr(x, "ndim", 1) else 1
+    makers = {**WEIGHTS, **BAD_WEIGHTS}
+    weights = choice.weights and makers[choice.weights](count, recipe.seed)
+    options = {"steps": choice.steps, "seed": None, "progress": False, "tolerance": 0.1}
+    if choice.own_rows:
+        options["validation"] = good[:5]
+    end = end_of(lambda: fit(flow, x, weights=weights, **{**options, **(choice.option or {})}))
+    is_bad = recipe.state in BROKEN or choice.weights in BAD_WEIGHTS or bool(choice.option)
+    if end.error is not None:
+        assert is_same(state_of(flow), before), f"{end} left another flow"
+        may = choice.weights == "mask" or recipe.state == "wild" or not is_in_range(good, kind)
+        assert is_bad or may, f"{end.error} of good rows"
+        return f"fit: {end}"
+    masked = choice.weights == "mask" and recipe.state in ("nan", "inf") and not choice.option
+    assert not is_bad or masked, f"an answer of bad rows or settings: {case}"
+    is_plain = recipe.state in ("good", "repeated")
+    finite_and_right(flow, end.answer, good)
+    if choice.own_rows and is_plain and is_in_range(good, kind):
+        weight = torch.ones(count) if weights is None else torch.as_tensor(weights).double()
+        right_map(flow, recipe.made().double(), weight)
+        return "fit: the moments and the density of a Gaussian"
+    return "fit: the density of a Gaussian"
+
+
+def finite_and_right(flow: Any, result: Any, rows: Tensor, context: Tensor | None = None) -> None:
+    """Compare the density at rows, shape ``(N, D)``, with that of the weights and the map."""
+    inner = flow.transform.flow
+    assert all(p.isfinite().all() for p in inner.state_dict().values())
+    assert all(map(math.isfinite, [*result.losses, *result.validation_losses]))
+    assert not any(p.requires_grad for p in inner.parameters())
+    x = rows.to(inner.loc)
+    with torch.no_grad():
+        one = flow.given(context)
+        found, draws = one.log_prob(x), one.sample((5,))
+    w, log_det = whitened(inner, x)
+    close(found, inner.velocity.log_prob(w) - log_det, w)
+    assert draws.shape == (5, x.shape[1])
+    assert draws.isfinite().all()
+
+
+def whitened(flow: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whitened rows and log |det L| of a flow, in float64, whatever the scales."""
+    loc, linear = flow.loc.double(), flow.whitening.matrix().double()
+    scales = linear.abs().amax(-1)
+    unit = linear / scales[:, None]
+    w = torch.linalg.solve(unit, ((x.double() - loc) / scales)[..., None])[..., 0]
+    return w, scales.log().sum() + torch.linalg.slogdet(unit).logabsdet
+
+
+def close(found: Tensor, truth: Tensor, w: Tensor) -> None:
+    """Compare log-densities of whitened rows: ten times the error seen, 1e-5 and 1e-7."""
+    error = (found.double() - truth).abs() / (1 + w.square().sum(-1))
+    assert float(error.max()) < (2e-4 if found.dtype == torch.float32 else 2e-6), (found, truth)
+
+
+def right_map(flow: Any, x: Tensor, weight: Tensor) -> None:
+    """Compare the whitening map with the weighted mean and covariance of rows, ``(N, D)``."""
+    whitening = flow.transform.flow.whitening
+    share = weight / weight.sum()
+    loc = share @ x
+    scale = (share @ (x - loc).square()).sqrt()
+    z = (x - loc) / scale
+    eps = torch.finfo(whitening.loc.dtype).eps
+    rounding = 10 * eps * float(1 + (loc / scale).abs().max())
+    off = (whitening.loc.double() - loc) / scale
+    assert float(off.abs().max()) < rounding + 1e-9
+    linear = whitening.matrix().double() / scale[:, None]
+    assert float((linear @ linear.T - (share[:, None] * z).T @ z).abs().max()) < rounding + 1e-9
+
+
+@pytest.mark.parametrize("inputs", lengths(30, 1200))
+def test_fit(inputs):
+    run(check_fit, st.tuples(data(), settings()), inputs)
+
+
+# ---- contexts -----------------------------------------------------------------------------------
+
+# Contexts of N rows, from (N, seed).
+CONTEXTS = {
+    "good": lambda n, seed: torch.randn(n, 2),
+    "large": lambda n, seed: 1e30 * torch.randn(n, 2),
+    "constant": lambda n, seed: torch.ones(1, 2).expand(n, 2),
+    "wild": lambda n, seed: put(torch.randn(n, 2), 1e20, seed),
+    "single": lambda n, seed: torch.randn(n, 2, dtype=torch.float32),
+    "array": lambda n, seed: torch.randn(n, 2).numpy(),
+}
+BAD_CONTEXTS = {
+    "none": lambda n, seed: None,
+    "nan": lambda n, seed: put(torch.randn(n, 2), math.nan, seed),
+    "inf": lambda n, seed: put(torch.randn(n, 2), -math.inf, seed),
+    "short": lambda n, seed: torch.randn(n // 2, 2),
+    "wide": lambda n, seed: torch.randn(n, 3),
+    "labels": lambda n, seed: torch.ones(n, 2, dtype=torch.long),
+    "flat": lambda n, seed: torch.randn(n),
+    "text": lambda n, seed: "contexts",
+}
+
+
+def check_family(case: tuple[Data, str, str]) -> str:
+    recipe, name, dtype = case
+    transform = ConditionalInterpolantTransform(Affine(recipe.dim, 2).to(FLOATS[dtype]))
+    flow, x = ConditionalInterpolantDistribution(transform), recipe.rows()
+    before, good = state_of(flow), recipe.good()
+    count = len(x) if hasattr(x, "__len__") and getattr(x, "ndim", 1) else 1
+    context = {**CONTEXTS, **BAD_CONTEXTS}[name](count, recipe.seed)
+    end = end_of(lambda: fit(flow, x, context=context, steps=1, progress=False, tolerance=0.1))
+    is_bad = recipe.state in BROKEN or name in BAD_CONTEXTS
+    if end.error is not None:
+        assert is_same(state_of(flow), before), f"{end} left another flow"
+        may = recipe.state == "wild" or not is_in_range(good, FLOATS[dtype])
+        assert is_bad or may, f"{end.error} of good rows"
+        return f"fit of a family: {end}"
+    assert not is_bad, f"an answer of bad rows or contexts: {case}"
+    finite_and_right(flow, end.answer, good, context=torch.zeros(2).to(FLOATS[dtype]))
+    return "fit of a family: the density of a Gaussian"
+
+
+@pytest.mark.parametrize("inputs", lengths(12, 500))
+def test_fit_with_contexts(inputs):
+    names = st.sampled_from(tuple(CONTEXTS) * 3 + tuple(BAD_CONTEXTS))
+    run(check_family, st.tuples(data(), names, st.sampled_from(sorted(FLOATS))), inputs)
+
+
+# ---- from_samples -------------------------------------------------------------------------------
+
+SUPPORTS = {
+    "real": constraints.real_vector,
+    "positive": constraints.positive,
+    "interval": constraints.interval(-1.0, 2.0),
+}
+BAD_SUPPORTS = {
+    "no bijection": constraints.sphere,
+    "text": "positive",
+    "none": None,
+    "of sites": {"a": constraints.real},
+    "beside the rows": constraints.greater_than(1e12),
+}
+
+
+class Samples(NamedTuple):
+    """A recipe of samples and of how they are given.
+
+    Attributes:
+        data: The rows, unconstrained.
+        support: Its name, or that of a bad one.
+        named: Whether they are draws by name.
+        weights: What weights are like, or None.
+    """
+
+    data: Data
+    support: str
+    named: bool
+    weights: str | None
+
+
+def samples() -> st.SearchStrategy[Samples]:
+    """Return recipes of samples, most of which are good."""
+    return st.builds(
+        Samples,
+        data((12, 30)),
+        st.sampled_from(("real",) * 8 + tuple(SUPPORTS) * 2 + tuple(BAD_SUPPORTS)),
+        st.sampled_from((False, False, False, True)),
+        st.sampled_from((None,) * 6 + tuple(WEIGHTS) + tuple(BAD_WEIGHTS)),
+    )
+
+
+def check_from_samples(case: Samples) -> str:
+    recipe, x = case.data, case.data.rows()
+    support = {**SUPPORTS, **BAD_SUPPORTS}[case.support]
+    if case.support in ("positive", "interval"):  # of any rows, in units of one
+        recipe = recipe._replace(offset=0.0, exponents=(0, 0), kind="tensor")
+        x = recipe.rows()
+        if isinstance(x, Tensor) and x.is_floating_point():
+            x = torch.distributions.biject_to(support)(x)
+    named = case.named and isinstance(x, Tensor) and x.dim() == 2 and recipe.dim > 1
+    named = named and case.support == "real" and recipe.state != "wide"
+    count = len(x) if hasattr(x, "__len__") and getattr(x, "ndim", 1) else 1
+    given = {"a": x[:, 0], "b": x[:, 1:]} if named else x
+    weights = case.weights and {**WEIGHTS, **BAD_WEIGHTS}[case.weights](count, recipe.seed)
+    options = {"steps": 1, "learning_rate": 1e-7, "progress": False, "tolerance": 0.1}
+    options |= {} if named else {"support": support}
+    end = end_of(lambda: from_samples(given, weights=weights, **options))
+    bad_support = case.support in BAD_SUPPORTS and not named
+    # Columns of those that are wide are dependent; infinity is a number on an interval.
+    broken = recipe.state in BROKEN and recipe.state != "wide"
+    broken = broken and not (recipe.state == "inf" and case.support == "interval")
+    is_bad = broken or case.weights in BAD_WEIGHTS or bad_support
+    if end.error is not None:
+        may = case.weights == "mask" or recipe.state in ("wild", "wide")
+        assert is_bad or may or not is_in_range(recipe.good(), FLOATS[recipe.dtype]), end.error
+        return f"from_samples: {end}"
+    masked = case.weights == "mask" and recipe.state in ("nan", "inf") and not bad_support
+    assert not is_bad or masked, f"an answer of bad samples: {case}"
+    gaussian(end.answer, recipe.good(), named=named)
+    return "from_samples: the density of a Gaussian"
+
+
+def gaussian(flow: Any, rows: Tensor, *, named: bool) -> None:
+    """Compare the density at unconstrained rows, ``(N, D)``, with that of the map."""
+    inner = flow.transform.flow
+    assert not any(p.requires_grad for p in inner.parameters())
+    u = rows.to(inner.loc)
+    bare = flow.without_support()
+    with torch.no_grad():
+        found = bare.log_prob(u)
+        draws = flow.sample_dict((3,)) if named else {"x": flow.sample((3,))}
+    w, log_det = whitened(inner, u)
+    close(found, (-0.5 * w.square() - 0.5 * math.log(2 * math.pi)).sum(-1) - log_det, w)
+    assert all(part.isfinite().all() for part in draws.values())
+
+
+@pytest.mark.parametrize("inputs", lengths(8, 300))
+def test_from_samples(inputs):
+    run(check_from_samples, samples(), inputs)
