@@ -150,7 +150,12 @@ def test_named_draws_given_a_context(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("real", torch.long), ("real", torch.uint8), ("circular", torch.long)]
+    ("kind", "dtype"),
+    [
+        ("real", torch.uint8),
+        pytest.param("real", torch.long, marks=pytest.mark.slow),
+        pytest.param("circular", torch.long, marks=pytest.mark.slow),
+    ],
 )
 def test_whole_numbers_are_labels_of_classes(kind, dtype, tmp_path):
     labels = torch.arange(600) % 3

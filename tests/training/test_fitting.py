@@ -573,11 +573,11 @@ def test_a_coupling_sees_the_network_of_its_step():
 
 
 def test_named_draws_that_need_gradients_are_taken_as_numbers(monkeypatch):
-    from pyro_interpolant.training import fitting
+    from pyro_interpolant.training import building
 
     rows = []
     monkeypatch.setattr(
-        fitting, "_with_map", lambda space, x, *_, **__: rows.append(x) or space.constraint
+        building, "_with_map", lambda space, x, *_, **__: rows.append(x) or space.constraint
     )
     draws = {"a": torch.randn(50, requires_grad=True), "b": torch.randn(50, 1)}
     from_samples(draws, steps=1, progress=False, seed=0)

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the fit came out wrong"),
 ]
 QUICK = {"steps": 3, "seed": 0, "progress": False}
+PLAIN = {**QUICK, "marginals": False}
 
 
 @pytest.mark.parametrize("kind", ["real", "positive", "spline", "radial", "joint", "scalar"])
@@ -65,12 +66,12 @@ def test_the_gaussian_given_a_context_is_a_linear_regression():
     y = c @ torch.tensor([[1.0, 0.0], [2.0, -1.0]]) + torch.randn(4000, 2) @ torch.diag(
         torch.tensor([0.1, 3.0])
     )
-    report = from_samples(y, context=c, marginals=False, **QUICK).report
+    report = from_samples(y, context=c, **PLAIN).report
     truth = -dist.Normal(0.0, torch.tensor([0.1, 3.0])).entropy().sum()
     assert report.reference == pytest.approx(float(truth), abs=0.15)
     labels = torch.arange(4000) % 3
     report = from_samples(
-        y - y + labels[:, None] + torch.randn(4000, 2), context=labels, **QUICK
+        y - y + labels[:, None] + torch.randn(4000, 2), context=labels, **PLAIN
     ).report
     assert report.reference == pytest.approx(-math.log(2 * math.pi * math.e), abs=0.15)
 
