@@ -29,6 +29,7 @@ LEVELS = (
     {"diffusion", "diagnostics", "io", "plotting"},
     {"training"},
     {"transport", "infer"},
+    {"numpyro"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 PYRO = {"transforms", "distributions", "diagnostics", "io", "infer"}  # the rooms that know Pyro

@@ -158,7 +158,9 @@ def _build_object(name: str, arguments: dict[str, Any]) -> Any:
     if name == "Categorical":
         return dist.Categorical(**arguments)
     if name == "TransformedDistribution":
-        return dist.TransformedDistribution(arguments["base_distribution"], arguments["transforms"])
+        return dist.TransformedDistribution(
+            arguments["base_distribution"], arguments["transforms"]
+        )
     if name in _TRANSFORMS:
         return _build_transform(name, arguments)
     raise ValueError(f"its base has a {name}, which this version cannot make in NumPyro")

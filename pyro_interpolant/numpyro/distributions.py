@@ -93,10 +93,10 @@ class InterpolantDistribution(dist.TransformedDistribution):
             )
         if intermediates:
             return self.base_dist.log_prob(intermediates[0][0]) - sum(d for _, d in intermediates)
-        x, log_det, finite = value, 0.0, None
+        x, log_det, finite = value, 0.0, jnp.array(True)  # noqa: FBT003
         for transform in reversed(self.transforms):
             if isinstance(transform, InterpolantTransform):
-                x, finite = _finite(x, finite)
+                x, finite = _finite(x, transform.weights["loc"], finite)
             x, term = transform.inverse_with_log_det(x)
             log_det = log_det + term
         log_prob = self.base_dist.log_prob(x) - log_det
@@ -119,7 +119,9 @@ class InterpolantDistribution(dist.TransformedDistribution):
         """
         transforms, place = list(self.transforms), self._place()
         transforms[place] = self.transform.at(t)
-        return InterpolantDistribution(self.base_dist, transforms, validate_args=self.__dict__.get("_validate_args"))
+        return InterpolantDistribution(
+            self.base_dist, transforms, validate_args=self.__dict__.get("_validate_args")
+        )
 
     @classmethod
     def infer_shapes(cls, *args: Any, **kwargs: Any) -> Any:
@@ -134,10 +136,10 @@ class InterpolantDistribution(dist.TransformedDistribution):
         )
 
 
-def _finite(x: Array, before: Array | None) -> tuple[Array, Array]:
-    """Return rows with zeros in place of those that are not finite, and which are, ``(*)``."""
+def _finite(x: Array, loc: Any, before: Array) -> tuple[Array, Array]:
+    """Return rows, ``(*, D)``, with loc for those that are not finite, and which are, ``(*)``."""
     finite = jnp.isfinite(x).all(-1)
-    return jnp.where(finite[..., None], x, 0), finite if before is None else finite & before
+    return jnp.where(finite[..., None], x, loc), finite & before
 
 
 @promote_batch_shape.register
@@ -213,7 +215,9 @@ class JointInterpolantDistribution(InterpolantDistribution):
         self._sites = json.dumps(list(sites))
         size = sum(math.prod(real) for _, real, _ in self._parts())
         if size != self.transform.event_dim:
-            raise ValueError(f"expected a flow of dimension {size}, got {self.transform.event_dim}")
+            raise ValueError(
+                f"expected a flow of dimension {size}, got {self.transform.event_dim}"
+            )
 
     @property
     def sites(self) -> dict[str, tuple[int, ...]]:

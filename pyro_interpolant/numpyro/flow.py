@@ -48,7 +48,7 @@ class _Stages(NamedTuple):
         last: Whether it ends its step.
     """
 
-    times: NDArray[np.intp]
+    times: NDArray[np.int32]
     before: NDArray[np.float64]
     share: NDArray[np.float64]
     last: NDArray[np.bool_]
@@ -66,7 +66,7 @@ class _Plan(NamedTuple):
     """
 
     times: NDArray[np.float64]
-    nodes: NDArray[np.intp]
+    nodes: NDArray[np.int32]
     weights: NDArray[np.float64]
     forward: _Stages
     backward: _Stages
@@ -84,11 +84,11 @@ def _plan(grid: Grid) -> _Plan:
         np.concatenate((np.arange(count + 1.0), ahead.ravel(), (count - ahead).ravel())),
         return_inverse=True,
     )
-    parts = np.split(index, (count + 1, count + 1 + ahead.size))
+    parts = np.split(index.astype(np.int32), (count + 1, count + 1 + ahead.size))
     before = np.array([row[-1] if row else 0.0 for row in a])
     gaps = np.diff(nodes)[:, None]
 
-    def stages(times: NDArray[np.intp], gaps: NDArray[np.float64]) -> _Stages:
+    def stages(times: NDArray[np.int32], gaps: NDArray[np.float64]) -> _Stages:
         last = np.tile(np.arange(len(c)) == len(c) - 1, count)
         return _Stages(times, (gaps * before).ravel(), (gaps * np.array(b)).ravel(), last)
 
@@ -139,11 +139,13 @@ def solve(
 
 def _with_table(weights: Weights, grid: Grid) -> dict[str, Any]:
     """Return the weights and, for all times of a grid, the table that makes layers of them."""
-    network = mlp.of_network(weights)
-    embedded = mlp.embed_times(network, _plan(grid).times)
-    if len(network["context_loc"]):
-        return {**weights, "embedded": embedded}
-    return {**weights, **mlp.modulate(network, embedded)._asdict()}
+    network, dtype = mlp.of_network(weights), weights["loc"].dtype
+    if isinstance(weights, Frozen):  # once, so in float64
+        network = {name: array.astype(np.float64) for name, array in network.items()}
+    table = {"embedded": mlp.embed_times(network, _plan(grid).times)}
+    if not len(network["context_loc"]):
+        table = mlp.modulate(network, table["embedded"])._asdict()
+    return {**weights, **{name: array.astype(dtype) for name, array in table.items()}}
 
 
 @partial(jax.jit, static_argnames=("grid", "forward", "density"))
@@ -166,7 +168,7 @@ def _solve(
 
 def _modulations(weights: Weights, context: Array | None) -> tuple[Any, Any]:
     """Return a table by time, and the function that makes layers of one of its rows."""
-    if "embedded" not in weights:
+    if context is None:
         return mlp.Modulation(weights["shifts"], weights["scales"]), lambda row: row
     network = mlp.of_network(weights)
     given = mlp.embed_context(network, context)

@@ -4,12 +4,10 @@ A file holds names and numbers, see :mod:`pyro_interpolant.io`. Each part is loo
 checked against their description, and what has no twin here is refused by its name.
 """
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -74,8 +72,10 @@ def load(path: StrPath, *, dtype: Any = None) -> AnyDistribution:
     except RefusedError as error:
         raise ValueError(f"{path} cannot be read for NumPyro: {error}") from error
     except _ERRORS as error:
-        raise ValueError(f"{path} is damaged, was edited, or cannot be read for NumPyro: {error!r}") from error
-    if dtype is None and header["dtype"] == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError(
+            f"{path} is damaged, was edited, or cannot be read for NumPyro: {error!r}"
+        ) from error
+    if dtype is None and header["dtype"] == "float64" and jnp.result_type(float) != np.float64:
         warnings.warn(
             f"{path} holds float64, jax computes in float32: load with dtype='float32' to say "
             "that it may, or set jax.config.update('jax_enable_x64', True) before",
@@ -89,7 +89,7 @@ def _built(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -> 
     arrays = {k: _converted(v, dtype) for k, v in arrays.items()}
     transform = InterpolantTransform(_weights(header, arrays, dtype), _grid(header["solver"]))
     check_grid(transform.grid)
-    size, description = transform.event_dim, header["support"]
+    description = header["support"]
     base, before = _base(header, below("base.", arrays), transform, dtype)
     after = [] if is_real(description) else [Bijection(text_of(description))]
     _check_support(header, transform)
@@ -116,7 +116,12 @@ def _converted(array: Any, dtype: Any) -> Any:
     return array.astype(dtype) if dtype is not None and array.dtype.kind == "f" else array
 
 
-def _base(header: Mapping[str, Any], arrays: Mapping[str, Any], transform: InterpolantTransform, dtype: Any) -> tuple[Any, list[Any]]:
+def _base(
+    header: Mapping[str, Any],
+    arrays: Mapping[str, Any],
+    transform: InterpolantTransform,
+    dtype: Any,
+) -> tuple[Any, list[Any]]:
     """Return what a flow starts from, and the map that whitens it if there is one."""
     description, size = header["base"], transform.event_dim
     if description is None:
@@ -145,9 +150,7 @@ def _weights(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -
     event_dim, hidden_dims, context_dim = arguments
     if event_dim != size:
         raise ValueError(f"expected a velocity of {size} dimensions, got {event_dim}")
-    shapes = expected_shapes(
-        event_dim, hidden_dims, context_dim, periodic=name == "TorusMLP"
-    )
+    shapes = expected_shapes(event_dim, hidden_dims, context_dim, periodic=name == "TorusMLP")
     shapes = {f"velocity.{k}": shape for k, shape in shapes.items()}
     whitening = header.get("whitening", "DenseWhitening")
     shapes["loc"], shapes["linear_log_det"] = (size,), ()
@@ -171,7 +174,9 @@ def _checked(
     shapes: Mapping[str, tuple[int | None, ...]], arrays: Mapping[str, Any], dtype: Any
 ) -> Frozen:
     """Return arrays of given names and shapes; others may only belong to what is not used here."""
-    own = {k: v for k, v in arrays.items() if not k.startswith(("base.", "noise.", "interpolant."))}
+    own = {
+        k: v for k, v in arrays.items() if not k.startswith(("base.", "noise.", "interpolant."))
+    }
     wrong = sorted(own.keys() ^ shapes.keys())
     if wrong:
         raise ValueError(f"expected arrays of its parts and no others, got {wrong}")

@@ -120,9 +120,7 @@ def _inputs(weights: Weights, x: Array) -> Array:
     return jnp.concatenate([s for kx in multiples for s in (jnp.cos(kx), jnp.sin(kx))], -1)
 
 
-def _ungated(
-    weights: Weights, modulation: Modulation, inputs: Array
-) -> tuple[Array, list[Array]]:
+def _ungated(weights: Weights, modulation: Modulation, inputs: Array) -> tuple[Array, list[Array]]:
     """Return the last layer, shape ``(*, D)``, and the slopes of the scaled activations."""
     layers = _layers(weights)
     ends = np.cumsum([layer.shape[0] for layer in layers])
@@ -159,9 +157,9 @@ def _trace(weights: Weights, inputs: Array, slopes: list[Array]) -> Array:
         by_wave = (_HARMONICS, 2, last.shape[0])  # which multiple, cosine or sine, of which angle
         waves = inputs.reshape(*inputs.shape[:-1], *by_wave)
         turned = jnp.stack((-waves[..., 1, :], waves[..., 0, :]), -2)  # d inputs / d k x
-        turned = np.arange(1, _HARMONICS + 1)[:, None, None] * turned
+        k = np.arange(1, _HARMONICS + 1)[:, None, None]
         tangents = jnp.einsum(
-            "...kcd,kcdh->...dh", turned, first.T.reshape(*by_wave, -1), precision="highest"
+            "...kcd,kcdh->...dh", k * turned, first.T.reshape(*by_wave, -1), precision="highest"
         )
         return _deep_trace(weights, slopes, tangents)
     if not inner:

@@ -8,9 +8,10 @@ NumPyro's, which are those of Pyro; splines, angles and shapes are here.
 import json
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -128,22 +129,12 @@ class Bijection(RealVectorTransform):
 
     def call_with_intermediates(self, x: Array) -> tuple[Array, Array]:
         """Return values on the support and the log-determinant, shape ``(*)``."""
-        y = x = jnp.asarray(x)
-        total: Any = 0.0
-        for part in _parts(self.text)[0]:
-            y, term = _forward(part, y)
-            total = total + _per_event(term, x.shape[:-1])
-        return y.astype(x.dtype), total
+        return _onto(jnp.asarray(x), text=self.text)
 
     def inverse_with_log_det(self, y: Array) -> tuple[Array, Array]:
         """Return real vectors, shape ``(*, D)``, and ``log |dy/dx|``, shape ``(*)``."""
-        x = y = jnp.asarray(y, jnp.result_type(y, jnp.float32))
-        batch = y.shape[: y.ndim - self.codomain.event_dim]
-        total: Any = 0.0
-        for part in reversed(_parts(self.text)[0]):
-            x, term = _backward(part, x)
-            total = total + _per_event(term, batch)
-        return x.astype(y.dtype), total
+        y = jnp.asarray(y)
+        return _back(y.astype(jnp.result_type(y, jnp.float32)), text=self.text)
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape on the support."""
@@ -156,6 +147,25 @@ class Bijection(RealVectorTransform):
         for part in reversed(_parts(self.text)[0]):
             shape = part.inverse_shape(shape)
         return shape
+
+
+@partial(jax.jit, static_argnames="text")
+def _onto(x: Array, *, text: str) -> tuple[Array, Array]:
+    y, total = x, jnp.zeros(x.shape[:-1], x.dtype)
+    for part in _parts(text)[0]:
+        y, term = _forward(part, y)
+        total = total + _per_event(term, x.shape[:-1])
+    return y.astype(x.dtype), total.astype(x.dtype)
+
+
+@partial(jax.jit, static_argnames="text")
+def _back(y: Array, *, text: str) -> tuple[Array, Array]:
+    batch = y.shape[: y.ndim - OnEvents(text).event_dim]
+    x, total = y, jnp.zeros(batch, y.dtype)
+    for part in reversed(_parts(text)[0]):
+        x, term = _backward(part, x)
+        total = total + _per_event(term, batch)
+    return x.astype(y.dtype), total.astype(y.dtype)
 
 
 def _forward(part: Transform, x: Array) -> tuple[Array, Any]:
@@ -215,6 +225,7 @@ def _parts(text: str) -> tuple[Sequence[Transform], Constraint]:
 
 
 def _built(description: Any) -> tuple[Sequence[Transform], Constraint]:
+    rest: list[Any]
     kind, *rest = [description] if isinstance(description, str) else description
     if kind in _MAPS:
         inner, parts = rest
@@ -252,7 +263,7 @@ def constraint_of(description: Any) -> Constraint:
         parts = [constraint_of(part) for part in rest[0]]
         dim, *lengths = rest[1:]
         if dim == -1 and (kind == "cat" or not any(part.event_dim for part in parts)):
-            return constraints.cat(parts, -1, *([tuple(n)] for n in lengths if n is not None))
+            return constraints.cat(parts, -1, *(tuple(n) for n in lengths if n))
     name = rest[0] if kind == "bounded" else kind
     raise ValueError(f"the support {name!r} of the file is none that NumPyro has")
 

@@ -1,7 +1,7 @@
 r"""The flow as a NumPyro transform, and the map that whitens a base.
 
-:class:`InterpolantTransform` takes whitened base draws to data, :math:`y = T(w_0)`. Its weights are
-:class:`~pyro_interpolant.numpyro.frozen.Frozen`, or a dictionary of arrays that are to be trained.
+:class:`InterpolantTransform` takes whitened base draws to data, :math:`y = T(w_0)`. Its weights
+are :class:`~pyro_interpolant.numpyro.frozen.Frozen`, or a dictionary of arrays to be trained.
 Every transform here gives its log-determinant as the intermediate of a call, and, with
 ``inverse_with_log_det``, that of an inverse: one solve each.
 """
@@ -69,7 +69,8 @@ class RealVectorTransform(Transform):
 
     def eq(self, other: object, static: bool = False) -> Any:  # noqa: FBT001, FBT002
         """Return whether another transform has the same parts, as a bool if ``static``."""
-        if type(other) is not type(self) or jax.tree.structure(self) != jax.tree.structure(other):
+        structures: list[Any] = [jax.tree.structure(t) for t in (self, other)]
+        if structures[0] != structures[1]:
             return False
         pairs = zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
         same = [jnp.array_equal(a, b) for a, b in pairs]
@@ -254,7 +255,7 @@ class Spline:
 
 
 def _beyond(come: Array, before: Array, after: Array) -> Array:
-    """Return what the straight lines add before the start of a bin and past its end, ``(*, D)``."""
+    """Return what straight lines add before the start of a bin and past its end, ``(*, D)``."""
     outside = jnp.where(come < 0, come * before, (come - 1) * after)
     return jnp.where((come < 0) | (come > 1), outside, 0.0)
 

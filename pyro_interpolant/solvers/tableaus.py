@@ -1,7 +1,7 @@
 r"""Explicit Runge-Kutta methods: :math:`x + h \sum_i b_i k_i`, :math:`k_i` at times :math:`c_i`.
 
-With :math:`k_i = v_{t + c_i h}(x + h \sum_j a_{ij} k_j)`; each stage needs at most the one before it.
-Numbers alone, for those who integrate without torch.
+With :math:`k_i = v_{t + c_i h}(x + h \sum_j a_{ij} k_j)`; each stage needs at most the one before
+it. Numbers alone, for those who integrate without torch.
 """
 
 from collections.abc import Sequence
