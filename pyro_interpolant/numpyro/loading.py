@@ -60,9 +60,8 @@ def load(path: StrPath, *, dtype: Any = None) -> AnyDistribution:
     Example:
         >>> import jax, pyro_interpolant as pi
         >>> prior = pi.InterpolantDistribution(pi.interpolant_transform(2))
-        >>> path = tmp_path / "prior.safetensors"
-        >>> pi.save(prior, path)
-        >>> again = load(path)
+        >>> pi.save(prior, "prior.safetensors")
+        >>> again = load("prior.safetensors")
         >>> again.log_prob(again.sample(jax.random.key(0), (10,))).shape
         (10,)
     """

@@ -46,9 +46,9 @@ def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
 
     Example:
         >>> import jax, numpyro, pyro_interpolant as pi
-        >>> path = tmp_path / "prior.safetensors"
-        >>> pi.save(pi.InterpolantDistribution(pi.interpolant_transform(2)), path)
-        >>> prior = pi.numpyro.load(path)
+        >>> flow = pi.InterpolantDistribution(pi.interpolant_transform(2))
+        >>> pi.save(flow, "prior.safetensors")
+        >>> prior = pi.numpyro.load("prior.safetensors")
         >>> def model():
         ...     z = numpyro.sample("z", prior)
         ...     numpyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=1.0)
