@@ -168,10 +168,10 @@ def _build_object(name: str, arguments: dict[str, Any]) -> Any:
 
 def _build_transform(name: str, arguments: dict[str, Any]) -> Any:
     event_dim, _ = arguments.pop("event_dim", 0), arguments.pop("cache_size", 0)
-    if name == "AffineTransform" and event_dim in (0, 1):
-        domain = constraints.real_vector if event_dim else constraints.real
-        return maps.AffineTransform(arguments["loc"], arguments["scale"], domain=domain)
-    if not arguments and event_dim == 0:
+    if name == "AffineTransform":
+        affine = maps.AffineTransform(arguments["loc"], arguments["scale"])
+        return maps.IndependentTransform(affine, event_dim) if event_dim else affine
+    if not arguments:
         return getattr(maps, name)()
     raise ValueError(f"its base has a {name} of these arguments: {sorted(arguments)}")
 

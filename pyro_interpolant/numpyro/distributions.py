@@ -22,7 +22,7 @@ from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 from numpyro.util import not_jax_tracer
 
-from .supports import Bijection, OnEvents, bijection
+from .supports import Bijection, OnEvents, backward, bijection, per_event
 from .transforms import InterpolantTransform
 
 __all__ = [
@@ -92,16 +92,27 @@ class InterpolantDistribution(dist.TransformedDistribution):
                 f"{shape}.{hint if self.event_shape == (1,) else ''}"
             )
         if intermediates:
-            return self.base_dist.log_prob(intermediates[0][0]) - sum(d for _, d in intermediates)
-        x, log_det, finite = value, 0.0, jnp.array(True)  # noqa: FBT003
+            return self._of_drawn(value, intermediates)
+        x, finite = value, jnp.ones((), bool)
+        log_det: Any = 0.0
         for transform in reversed(self.transforms):
             if isinstance(transform, InterpolantTransform):
                 x, finite = _finite(x, transform.weights["loc"], finite)
-            x, term = transform.inverse_with_log_det(x)
-            log_det = log_det + term
+            x, term = backward(transform, x)
+            log_det = log_det + per_event(term, jnp.shape(x)[:-1])
         log_prob = self.base_dist.log_prob(x) - log_det
         unknown = jnp.isnan(value).any(tuple(range(len(shape) - event, len(shape))))
         return jnp.where(finite, log_prob, jnp.where(unknown, jnp.nan, -jnp.inf))
+
+    def _of_drawn(self, value: Array, intermediates: Any) -> Array:
+        """Return the log-density, shape ``(*)``, of what was just drawn."""
+        inputs = [x for x, _ in intermediates]
+        log_prob = self.base_dist.log_prob(inputs[0])
+        steps = zip(self.transforms, intermediates, [*inputs[1:], value], strict=True)
+        for transform, (x, known), y in steps:
+            term = transform.log_abs_det_jacobian(x, y, known)
+            log_prob = log_prob - per_event(term, jnp.shape(x)[:-1])
+        return log_prob
 
     def rsample_and_log_prob(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
         """Return samples, ``(*sample_shape, *batch, *event)``, and log-densities, in one solve."""

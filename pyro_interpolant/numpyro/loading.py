@@ -101,6 +101,8 @@ def _built(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -> 
     if transform.context_dim:
         raise ValueError("expected a flow without contexts")
     shape = tuple(header.get("batch_shape", ()))
+    if any(not isinstance(n, int) or n < 0 for n in shape):
+        raise ValueError(f"expected a batch_shape of sizes, got {shape}")
     if shape != base.batch_shape:
         base = base.expand(shape)
     options: dict[str, Any] = {"validate_args": header.get("validate_args")}

@@ -153,8 +153,8 @@ class Bijection(RealVectorTransform):
 def _onto(x: Array, *, text: str) -> tuple[Array, Array]:
     y, total = x, jnp.zeros(x.shape[:-1], x.dtype)
     for part in _parts(text)[0]:
-        y, term = _forward(part, y)
-        total = total + _per_event(term, x.shape[:-1])
+        y, term = forward(part, y)
+        total = total + per_event(term, x.shape[:-1])
     return y.astype(x.dtype), total.astype(x.dtype)
 
 
@@ -163,26 +163,28 @@ def _back(y: Array, *, text: str) -> tuple[Array, Array]:
     batch = y.shape[: y.ndim - OnEvents(text).event_dim]
     x, total = y, jnp.zeros(batch, y.dtype)
     for part in reversed(_parts(text)[0]):
-        x, term = _backward(part, x)
-        total = total + _per_event(term, batch)
+        x, term = backward(part, x)
+        total = total + per_event(term, batch)
     return x.astype(y.dtype), total.astype(y.dtype)
 
 
-def _forward(part: Transform, x: Array) -> tuple[Array, Any]:
+def forward(part: Transform, x: Array) -> tuple[Array, Any]:
+    """Return y and its log-determinant, summed over an event or not, of x of any shape."""
     if isinstance(part, RealVectorTransform):
         return part.call_with_intermediates(x)
     y = part(x)
     return y, part.log_abs_det_jacobian(x, y)
 
 
-def _backward(part: Transform, y: Array) -> tuple[Array, Any]:
+def backward(part: Transform, y: Array) -> tuple[Array, Any]:
+    """Return x and the log-determinant of y, summed over an event or not, of any shape."""
     if isinstance(part, RealVectorTransform):
         return part.inverse_with_log_det(y)
     x = part.inv(y)
     return x, part.log_abs_det_jacobian(x, y)
 
 
-def _per_event(log_det: Any, batch: tuple[int, ...]) -> Array:
+def per_event(log_det: Any, batch: tuple[int, ...]) -> Array:
     """Return the sum over an event, shape ``(*)``."""
     log_det = jnp.asarray(log_det)
     if log_det.ndim <= len(batch):

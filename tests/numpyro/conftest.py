@@ -13,18 +13,19 @@ if HAS_NUMPYRO:
 
     @pytest.fixture(autouse=True, scope="module")
     def _float64():
-        jax.config.update("jax_enable_x64", True)
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+        jax.config.update("jax_enable_x64", val=True)
+        # Most of the time is compiling.
+        jax.config.update("jax_disable_most_optimizations", val=True)
         yield
-        jax.config.update("jax_enable_x64", False)
+        jax.config.update("jax_enable_x64", val=False)
 
     @pytest.fixture
     def float32():
         """Types as jax has them by default."""
-        jax.config.update("jax_enable_x64", False)
+        jax.config.update("jax_enable_x64", val=False)
         torch.set_default_dtype(torch.float32)
         yield
-        jax.config.update("jax_enable_x64", True)
+        jax.config.update("jax_enable_x64", val=True)
 
     @pytest.fixture(scope="module")
     def twin(tmp_path_factory):
