@@ -1,6 +1,8 @@
 r"""Base space for NumPyro: :math:`z \sim q` becomes :math:`z = T(w)`, w a base draw."""
 
 import contextlib
+import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -100,33 +102,29 @@ def _config(site: dict[str, Any]) -> Reparam | None:
     """Return how a site is sampled, or None as it is."""
     if site["value"] is not None or site["is_observed"] or _unwrapped(site["fn"]) is None:
         return None
-    base = {**site, "name": site["name"] + _BASE}
+    name = site["name"]
     start = None
     for handler in _PYRO_STACK:
-        given = getattr(handler, "data", None) or {}
-        if isinstance(given, dict) and site["name"] in given and base["name"] not in given:
-            return None
-        for function in _functions(handler):
-            inner = getattr(function, "func", function)  # a strategy with options is partial
-            if inner is init_to_value:
-                values: dict[str, Any] = getattr(function, "keywords", {}).get("values", {})
-                start = values.get(site["name"], start)
-            elif not _is_strategy(inner) and function(base) is None and function(site) is not None:
+        function = getattr(handler, "substitute_fn", None)
+        if getattr(function, "func", function) is init_to_value:
+            start = _values_of(function)[0].get(name, start)
+            continue
+        for values in (getattr(handler, "data", None), *_values_of(function)):
+            if isinstance(values, dict) and name in values and name + _BASE not in values:
                 return None
     return _InBaseSpace(start)
 
 
-def _functions(handler: Any) -> Iterator[Callable[..., Any]]:
-    """Yield the functions by which a handler gives values to sites."""
-    for name in ("substitute_fn", "condition_fn"):
-        function = getattr(handler, name, None)
-        if function is not None:
-            yield function
+def _values_of(function: Any) -> list[Any]:
+    """Return what a function that gives values to sites was made of.
 
-
-def _is_strategy(function: Any) -> bool:
-    """Return whether a function is one of those that propose initial values."""
-    return getattr(function, "__module__", "") == init_to_value.__module__
+    It is not called: those of a sampler count the volume of what they give.
+    """
+    if isinstance(function, functools.partial):
+        return [*function.args, *function.keywords.values()]
+    if inspect.isfunction(function):
+        return list(inspect.getclosurevars(function).nonlocals.values())
+    return []
 
 
 def _unwrapped(fn: dist.Distribution) -> Any:
