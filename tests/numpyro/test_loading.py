@@ -286,7 +286,7 @@ def test_two_loads_of_a_file_are_one_argument(path):
     assert hash(one.transform.weights) == hash(other.transform.weights)
 
 
-@pytest.mark.parametrize("make", slow_but([plain, joint, family, angles], plain))
+@pytest.mark.parametrize("make", slow_but([plain, joint, family, angles]))
 def test_copies_and_pickles(make, path):
     save(make(), path)
     prior = load(path)

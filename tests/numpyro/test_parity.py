@@ -151,7 +151,7 @@ def test_what_learned_the_noise_is_left_alone(twin):
 
 # ---- supports -----------------------------------------------------------------------------------
 
-QUICK = ("stack", "gaussianized", "tempered")
+QUICK = ("stack", "gaussianized")
 
 
 @pytest.mark.parametrize("name", slow_but(SUPPORTS, *QUICK))
@@ -207,6 +207,7 @@ def test_beyond_the_knots_and_at_the_centre(twin):
         assert_equal(other.log_prob(jnp.asarray(y.numpy())), flow.log_prob(y))
 
 
+@pytest.mark.slow
 def test_far_rows(twin):
     flow = plain().freeze()
     flow.transform.flow.velocity.reach.fill_(7.0)
@@ -277,6 +278,7 @@ def test_named_sites(make, twin):
     assert_equal(other.pack(sites), x)
 
 
+@pytest.mark.slow
 def test_batch_shapes_are_kept(twin):
     flow = plain().freeze().expand((2, 3))
     other = twin(flow)

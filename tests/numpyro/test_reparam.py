@@ -7,7 +7,6 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import torch
-from cases import slow_but
 from kinds import angles, family, joint, plain, supported
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
@@ -133,7 +132,7 @@ def test_plates_events_and_masks(prior):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", slow_but([lambda: supported("stack"), joint], joint))
+@pytest.mark.parametrize("make", [lambda: supported("stack"), joint], ids=["stack", "joint"])
 def test_supports_and_sites(make, twin):
     prior = twin(make().freeze())
 
