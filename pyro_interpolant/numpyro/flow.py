@@ -5,6 +5,7 @@ One ``lax.scan`` runs over all Runge-Kutta stages of all steps: with k the slope
 nodes come after it, all at once. What depends on time alone is a table that numpy made.
 """
 
+import math
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from ..solvers.quadrature import clenshaw_curtis, random_offsets
 from ..solvers.tableaus import TABLEAUS
 from . import mlp
 from .frozen import Frozen, Weights
+
+_MAX_ELEMENTS = 2**25  # of the largest intermediate of a divergence: 256 MiB in float64
 
 
 class Grid(NamedTuple):
@@ -150,6 +153,34 @@ def _with_table(weights: Weights, grid: Grid) -> dict[str, Any]:
 
 @partial(jax.jit, static_argnames=("grid", "forward", "density"))
 def _solve(
+    weights: Weights, x: Array, context: Array | None, *, grid: Grid, forward: bool, density: bool
+) -> tuple[Array, Array | None]:
+    """Return what :func:`solve` returns, in chunks of rows where there are many."""
+    batch, count = x.shape[:-1], math.prod(x.shape[:-1])
+    once = partial(_solve_rows, weights, grid=grid, forward=forward, density=density)
+    largest = mlp.largest_intermediate(mlp.of_network(weights)) * len(_plan(grid).nodes)
+    at_once = max(1, _MAX_ELEMENTS // largest)
+    if count <= at_once or not density:
+        return once(x, context)
+    chunks = -(-count // at_once)
+    size = -(-count // chunks)
+
+    def split(rows: Array) -> Array:
+        flat = jnp.broadcast_to(rows, (*batch, rows.shape[-1])).reshape(count, rows.shape[-1])
+        padded = jnp.pad(flat, ((0, chunks * size - count), (0, 0)), mode="edge")
+        return padded.reshape(chunks, size, -1)
+
+    if context is None or context.ndim == 1:
+        parts = jax.lax.map(lambda rows: once(rows, context), split(x))
+    else:
+        parts = jax.lax.map(lambda rows: once(*rows), (split(x), split(context)))
+    return jax.tree.map(
+        lambda part: part.reshape(-1, *part.shape[2:])[:count].reshape(*batch, *part.shape[2:]),
+        parts,
+    )
+
+
+def _solve_rows(
     weights: Weights, x: Array, context: Array | None, *, grid: Grid, forward: bool, density: bool
 ) -> tuple[Array, Array | None]:
     white = x if forward else to_white(weights, x)

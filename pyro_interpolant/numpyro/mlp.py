@@ -99,6 +99,13 @@ def divergence(weights: Weights, modulation: Modulation, x: Array) -> Array:
     return g * trace - g**5 * (y * y * y * inverse * u).sum(-1)
 
 
+def largest_intermediate(weights: Weights) -> int:
+    """Return the number of elements that a row's divergence needs at once."""
+    layers = _layers(weights)
+    carried = weights["output.weight"].shape[0] if len(layers) > 2 or _is_periodic(weights) else 1
+    return carried * max(layer.shape[0] for layer in layers)
+
+
 def _layers(weights: Weights) -> list[Any]:
     count = sum(name.startswith("layers.") for name in weights)
     return [weights[f"layers.{i}.weight"] for i in range(count)]

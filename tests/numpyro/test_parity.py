@@ -286,6 +286,21 @@ def test_batch_shapes_are_kept(twin):
     assert other.sample(jax.random.key(0), (4,)).shape == (4, 2, 3, 2)
 
 
+@pytest.mark.slow
+def test_many_rows_in_chunks(twin, monkeypatch):
+    """Where a divergence at all nodes of all rows would not fit into memory."""
+    flow, context, x = family().freeze(), torch.randn(7, 1, 3), torch.randn(7, 3, 2)
+    given, other = flow.condition(context), twin(flow).condition(jnp.asarray(context.numpy()))
+    value = jnp.asarray(x.numpy())
+    expected = jax.grad(lambda v: other.log_prob(v).sum())(value)
+    monkeypatch.setattr("pyro_interpolant.numpyro.flow._MAX_ELEMENTS", 4 * 16 * 9)
+    jax.clear_caches()
+    assert_equal(other.log_prob(value), given.log_prob(x))
+    found = jax.grad(lambda v: other.log_prob(v).sum())(value)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    jax.clear_caches()
+
+
 # ---- float32 ------------------------------------------------------------------------------------
 
 
