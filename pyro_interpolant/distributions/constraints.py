@@ -144,7 +144,9 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
 
 
 def as_tensor(x: Any) -> Tensor:
-    """Return a tensor of the values of x; of an array of any strides, byte order and flags."""
+    """Return a tensor of the values of x; of an array of any library, strides, order and flags."""
+    if not isinstance(x, (Tensor, np.ndarray)) and hasattr(x, "__array__"):
+        x = np.asarray(x)  # of jax
     if isinstance(x, np.ndarray) and x.dtype.kind != "O":
         x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
     return torch.as_tensor(x)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from ..transforms.interpolant import InterpolantTransform
-from .constraints import Constraint, bijection, checked_rows
+from .constraints import Constraint, as_tensor, bijection, checked_rows
 from .interpolant import InterpolantDistribution
 from .supports import BijectiveSupport
 
@@ -136,7 +136,7 @@ def pack(sites: Sites, draws: Mapping[str, Any]) -> Tensor:
     """
     parts = []
     for name, (shape, support) in sites.items():
-        value = torch.as_tensor(draws[name]) if name in draws else None
+        value = as_tensor(draws[name]) if name in draws else None
         batch = 0 if value is None else value.dim() - len(shape)
         if value is None or batch < 0 or value.shape[batch:] != shape:
             got = "none" if value is None else f"shape {tuple(value.shape)}"

@@ -14,7 +14,9 @@ from kinds import family, plain, supported
 from numpyro import handlers, infer
 from numpyro.infer import autoguide
 from numpyro.infer.reparam import NeuTraReparam
+from pyro.distributions import constraints
 
+from pyro_interpolant import from_samples
 from pyro_interpolant.numpyro import base_space
 
 KEY = jax.random.key(0)
@@ -250,3 +252,23 @@ def test_one_solve_of_a_bound(prior):
     assert site["intermediates"]
     found = site["fn"].log_prob(site["value"], site["intermediates"])
     np.testing.assert_allclose(found, prior.log_prob(site["value"]), atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray], ids=["jax", "numpy"])
+def test_the_draws_of_numpyro_become_a_prior(kind, twin):
+    """Yesterday's posterior, sampled by NumPyro, is learned and serves as a prior there."""
+
+    def earlier():
+        numpyro.sample("slope", dist.Normal(1.0, 0.5))
+        numpyro.sample("scale", dist.LogNormal(jnp.zeros(2), 0.3).to_event(1))
+
+    draws = infer.Predictive(earlier, num_samples=600)(KEY)
+    draws = {name: kind(value) for name, value in draws.items()}
+    flow = from_samples(
+        draws, support={"scale": constraints.positive}, seed=0, steps=50, progress=False
+    )
+    again = twin(flow).sample_dict(KEY, (2000,))
+    assert again["scale"].shape == (2000, 2)
+    for name, value in draws.items():
+        np.testing.assert_allclose(again[name].mean(0), value.mean(0), atol=0.15)
