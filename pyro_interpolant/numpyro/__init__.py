@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .._lazy import attach
 
 if TYPE_CHECKING:
+    from .autoguide import *
     from .distributions import *
     from .frozen import *
     from .loading import *
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = attach(
     __name__,
     {
+        "autoguide": ["AutoInterpolant", "fit_guide"],
         "distributions": [
             "ConditionalInterpolantDistribution",
             "InterpolantDistribution",
             "JointInterpolantDistribution",
         ],
         "frozen": ["Frozen"],
-        "loading": ["load"],
+        "loading": ["from_torch", "load"],
         "reparam": ["base_space"],
         "transforms": ["InterpolantTransform"],
     },

@@ -24,7 +24,7 @@ from .mlp import expected_shapes
 from .supports import Bijection, event_shape, is_real, text_of
 from .transforms import InterpolantTransform, Whiten
 
-__all__ = ["load"]
+__all__ = ["from_torch", "load"]
 
 AnyDistribution = (
     InterpolantDistribution | ConditionalInterpolantDistribution | JointInterpolantDistribution
@@ -81,6 +81,27 @@ def load(path: StrPath, *, dtype: Any = None) -> AnyDistribution:
             stacklevel=2,
         )
     return distribution
+
+
+def from_torch(distribution: Any) -> AnyDistribution:
+    """Return the twin of a flow of torch's, as :func:`load` gives it, without a file.
+
+    Args:
+        distribution: A flow that owns its weights; needs torch.
+
+    Raises:
+        TypeError: If it is no distribution of this package.
+        ValueError: If no file could hold it, or NumPyro has no twin of a part.
+
+    Example:
+        >>> import pyro_interpolant as pi
+        >>> from_torch(pi.InterpolantDistribution(pi.interpolant_transform(2))).event_shape
+        (2,)
+    """
+    from ..distributions.description import describe
+
+    header, tensors = describe(distribution)
+    return _built(header, {name: tensor.numpy() for name, tensor in tensors.items()}, None)
 
 
 def _built(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -> AnyDistribution:
