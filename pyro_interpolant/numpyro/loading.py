@@ -31,6 +31,7 @@ AnyDistribution = (
 )
 _ERRORS = (LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError)
 _MAX_STEPS = 4096  # as for the files of torch
+_TYPES = ("float16", "float32", "float64")
 _PROBES = "divergence.probes"
 _WHITENINGS = {"DenseWhitening": 2, "DiagonalWhitening": 1, "ScalarWhitening": 0}  # L's dimensions
 
@@ -146,6 +147,9 @@ def _base(
 ) -> tuple[Any, list[Any]]:
     """Return what a flow starts from, and the map that whitens it if there is one."""
     description, size = header["base"], transform.event_dim
+    if description is None and header["support"] == "circular":
+        description = {"uniform_torus": True}
+        arrays = {"origin": np.zeros(size, transform.weights["loc"].dtype)}
     if description is None:
         return standard_normal(size, transform.weights["loc"].dtype), []
     if "flow" in description:
@@ -170,6 +174,8 @@ def _weights(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -
     if arguments is None or name not in ("VelocityMLP", "TorusMLP"):
         raise RefusedError(f"its velocity is a {name}, a network of which jax has no twin")
     event_dim, hidden_dims, context_dim = arguments
+    if not all(type(n) is int for n in (event_dim, *hidden_dims, context_dim)):
+        raise ValueError(f"expected sizes as arguments of the velocity, got {arguments}")
     if event_dim != size:
         raise ValueError(f"expected a velocity of {size} dimensions, got {event_dim}")
     shapes = expected_shapes(event_dim, hidden_dims, context_dim, periodic=name == "TorusMLP")
@@ -189,6 +195,8 @@ def _weights(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -
         shapes[_PROBES] = (numbers["probes"], size)
     elif kind != "ExactDivergence":
         raise RefusedError(f"its divergence is a {kind}")
+    if header["dtype"] not in _TYPES:
+        raise ValueError(f"expected a type among {_TYPES}, got {header['dtype']!r}")
     return _checked(shapes, arrays, np.dtype(header["dtype"] if dtype is None else dtype))
 
 

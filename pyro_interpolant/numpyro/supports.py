@@ -254,7 +254,7 @@ def constraint_of(description: Any) -> Constraint:
         ValueError: If NumPyro has none; the message names it.
     """
     kind, *rest = [description] if isinstance(description, str) else description
-    if kind in _PLAIN:
+    if kind in _PLAIN and not rest:
         return _PLAIN[kind]
     if kind == "bounded" and rest[0] in _BOUNDED:
         return _BOUNDED[rest[0]](*map(_bound, rest[1]))

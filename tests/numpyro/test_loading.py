@@ -1,5 +1,6 @@
 """Files: what is read without torch, what is refused and by which name, and what is compiled."""
 
+import contextlib
 import copy
 import json
 import pickle
@@ -27,9 +28,9 @@ from pyro_interpolant import (
     save,
 )
 from pyro_interpolant.distributions import constraint_description
-from pyro_interpolant.distributions.description import build
+from pyro_interpolant.distributions.description import NotPassedError, PartError, build, describe
 from pyro_interpolant.numpyro import flow as numerics
-from pyro_interpolant.numpyro import load, supports
+from pyro_interpolant.numpyro import load, loading, supports
 
 KEY = "pyro_interpolant"
 
@@ -305,3 +306,48 @@ def test_a_conditioned_flow_needs_its_context(path):
     for wrong in (jnp.ones(2), jnp.ones(())):
         with pytest.raises(ValueError, match=r"expected a context of shape \(\*, 3\)"):
             likelihood.condition(wrong)
+
+
+WRONG = [None, -1, 0, 2, 1.5, "x", [], {}, True, False, [2], "positive"]
+
+
+def edits(value):
+    """Every header that differs from a good one in a single place."""
+    if isinstance(value, (dict, list)):
+        for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            for part in (*WRONG, *edits(inner)):
+                copied = value.copy()
+                copied[key] = part
+                yield copied
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [plain, angles, joint], ids=lambda make: make.__name__)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_an_edit_is_an_error_or_the_density_that_torch_has(make):
+    """What only torch refuses, as it is of no use here, leaves the density as it was."""
+    header, tensors = describe(make().freeze())
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    x = make().sample((3,))
+    value = jnp.asarray(x.numpy())
+    before = np.asarray(loading._built(header, arrays, None).log_prob(value))
+    for edited_header in edits(header):
+        try:
+            other = loading._built(edited_header, arrays, None)
+            found = np.asarray(other.log_prob(value))
+        except loading._ERRORS:
+            continue
+        expected = before
+        with contextlib.suppress(PartError, NotPassedError):
+            expected = log_prob_of(build(edited_header, tensors), x)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=str(edited_header))
+
+
+@torch.no_grad()
+def log_prob_of(flow, x):
+    """Log-densities by torch, row by row, which raises outside the support."""
+    found = np.full(flow.expand_by((len(x),)).batch_shape, -np.inf)
+    for i, row in enumerate(x):
+        with contextlib.suppress(ValueError):
+            found[i] = flow.log_prob(row.clone()).numpy()
+    return found
