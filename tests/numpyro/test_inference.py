@@ -1,6 +1,9 @@
 """Inference with learned priors, likelihoods and guides, against importance sampling."""
 
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ from numpyro.infer import autoguide
 from numpyro.infer.reparam import NeuTraReparam
 from pyro.distributions import constraints
 
-from pyro_interpolant import from_samples
+from pyro_interpolant import from_samples, save
 from pyro_interpolant.numpyro import base_space
 
 KEY = jax.random.key(0)
@@ -272,3 +275,18 @@ def test_the_draws_of_numpyro_become_a_prior(kind, twin):
     assert again["scale"].shape == (2000, 2)
     for name, value in draws.items():
         np.testing.assert_allclose(again[name].mean(0), value.mean(0), atol=0.15)
+
+
+@pytest.mark.slow
+def test_chains_in_parallel(tmp_path):
+    save(plain().freeze(), tmp_path / "prior.safetensors")
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("parallel_chains.py"), "prior.safetensors"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(2, 50, 2)"
