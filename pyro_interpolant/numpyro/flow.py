@@ -216,6 +216,9 @@ def _integrate(
     plan = _plan(grid)
     stages = plan.forward if forward else plan.backward
 
+    # Of a stage only products are kept for gradients: all else takes longer to store and fetch
+    # than to compute again (1,000 rows: 140 ms against 192 for a gradient of three layers).
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
     def stage(carry: tuple[Array, Array, Array], now: Any) -> tuple[Any, Array]:
         x, k, end = carry
         row, before, share, last = now
