@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         training,
         transport,
         infer,
+        numpyro,
     )
     from .interpolants import (
         BrownianBridge,
@@ -175,6 +176,7 @@ __all__, __getattr__, __dir__ = attach(
         "training",
         "transport",
         "infer",
+        "numpyro",
     ],
     moved=_MOVED,
 )

@@ -143,7 +143,7 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
 
 
 def as_tensor(x: Any, name: str = "data") -> Tensor:
-    """Return a tensor of the values of x; of an array of any strides, byte order and flags.
+    """Return a tensor of the values of x; of an array of any library, strides, order and flags.
 
     Args:
         x: A tensor, an array, a data frame or one of its columns, or nested lists of numbers.
@@ -158,6 +158,8 @@ def as_tensor(x: Any, name: str = "data") -> Tensor:
         if x.dtype.kind not in "biuf":
             raise TypeError(f"expected {name} of columns of numbers, got types {kinds}")
     try:
+        if not isinstance(x, (Tensor, np.ndarray)) and hasattr(x, "__array__"):
+            x = np.asarray(x)  # of jax
         if isinstance(x, np.ndarray) and x.dtype.kind != "O":
             x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
         return torch.as_tensor(x)

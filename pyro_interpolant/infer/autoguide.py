@@ -132,10 +132,7 @@ class AutoInterpolant(AutoContinuous):
             loc = self._init_loc()
             LatentSites(self, *args, **kwargs).constrain(loc)  # raises without a Jacobian
             forget_data(self)
-        hidden = self._hidden_dims
-        if hidden is None and self.latent_dim <= _MAX_DEEP_DIM:
-            hidden = (128, 128, 128)
-        velocity = VelocityMLP(self.latent_dim, hidden).to(loc)
+        velocity = guide_network(self.latent_dim, self._hidden_dims).to(loc)
         self.transform = self._transform_of(velocity)
         scale = self._init_scale * torch.eye(len(loc)).to(loc)
         self.transform.flow.whitening.set(loc, scale)
@@ -262,10 +259,17 @@ class AutoInterpolant(AutoContinuous):
         return new
 
 
-_PRIOR_DRAWS = 4096  # from which training on the model alone starts
+def guide_network(latent_dim: int, hidden_dims: Sequence[int] | None = None) -> VelocityMLP:
+    """Return the untrained velocity of a guide, by default three layers up to 12 dimensions."""
+    if hidden_dims is None and latent_dim <= _MAX_DEEP_DIM:
+        hidden_dims = (128, 128, 128)
+    return VelocityMLP(latent_dim, hidden_dims)
+
+
+PRIOR_DRAWS = 4096  # from which training on the model alone starts
 _VERDICT_DRAWS = 10_000  # fresh draws that judge the guide
 _SAMPLES_SHARE = 0.95  # of the time, for regression and calibration; the rest: the verdict
-_MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: the verdict
+MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: the verdict
 _UNKNOWN = "Unknown, the log joint density cannot be evaluated."
 
 
@@ -367,25 +371,42 @@ def fit_guide(
     if rows is None:
         density = LogJoint(sites)
         with seeded(seed):
-            prior = prior_draws(density, _PRIOR_DRAWS)
+            prior = prior_draws(density, PRIOR_DRAWS)
         settings = {"start": prior, **settings}
         with trainable(guide.transform):  # and then as it was: SVI may train on
-            training = train_from_density(posterior, density, **within(_MODEL_SHARE))
+            training = train_from_density(posterior, density, **within(MODEL_SHARE))
     else:
         rows = rows.to(guide.transform.flow.loc)
         with trainable(guide.transform):
             training = fit(posterior, rows, **within(_SAMPLES_SHARE))
     summary, count, verdict = ImportanceSummary(*[math.nan] * 4), 0, _UNKNOWN
     if density is not None:
-        with seeded(None if seed is None else seed + 1):
-            posterior = InterpolantDistribution(guide.transform)  # fit may have set another base
-            left = clock.deadline() - time.monotonic()
-            count = affordable_draws(posterior, density, left, _VERDICT_DRAWS)
-            _, log_weights = importance_of(posterior, density, count)
-        summary = judge(log_weights)
-        verdict = verdict_with_warning(summary, count)
+        posterior = InterpolantDistribution(guide.transform)  # fit may have set another base
+        summary, count, verdict = judged(posterior, density, clock, seed)
         guide.poor = None if are_raw_draws_good(summary, count) else verdict
     return GuideResult(*summary, count, verdict, clock.spent(), training)
+
+
+def judged(
+    posterior: InterpolantDistribution,
+    density: Callable[[Tensor], Tensor],
+    clock: Clock,
+    seed: int | None,
+) -> tuple[ImportanceSummary, int, str]:
+    """Judge a trained guide by fresh draws, as many as there is time for, and their number.
+
+    Args:
+        posterior: The guide's distribution of the unconstrained vector, shape ``(D,)``.
+        density: The log joint density, from ``(N, D)`` to ``(N,)``.
+        clock: What time is left.
+        seed: The seed of the training.
+    """
+    with seeded(None if seed is None else seed + 1):
+        left = clock.deadline() - time.monotonic()
+        count = affordable_draws(posterior, density, left, _VERDICT_DRAWS)
+        _, log_weights = importance_of(posterior, density, count)
+    summary = judge(log_weights)
+    return summary, count, verdict_with_warning(summary, count)
 
 
 def _known_log_joint(sites: LatentSites) -> LogJoint | None:

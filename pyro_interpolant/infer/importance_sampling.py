@@ -4,6 +4,7 @@ The weights :math:`w = p(x(z), y) |dx / dz| / q(z)` of draws of the guide q esti
 correct the draws, and show by the tail of their distribution whether q can be relied on.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -146,7 +147,7 @@ def importance(
 
 @torch.no_grad()
 def importance_of(
-    posterior: TorchDistributionMixin, density: LogJoint, count: int
+    posterior: TorchDistributionMixin, density: Callable[[Tensor], Tensor], count: int
 ) -> tuple[Tensor, Tensor]:
     """Draw from a guide and return the importance weights of the draws.
 

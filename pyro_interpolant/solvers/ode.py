@@ -21,27 +21,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
 from .._torch import constant, is_abstract, is_functional, is_tracing, is_transformed, recomputed
 from ..nn.velocity import Field, StateFunction
-from .quadrature import clenshaw_curtis, integration_matrix
-
-# Explicit Runge-Kutta methods: stage times c, stage matrix a (rows), weights b.
-Tableau = tuple[Sequence[float], Sequence[Sequence[float]], Sequence[float]]
-_TABLEAUS: dict[str, Tableau] = {
-    "euler": ((0.0,), ((),), (1.0,)),
-    "midpoint": ((0.0, 0.5), ((), (0.5,)), (0.0, 1.0)),
-    "rk4": (
-        (0.0, 0.5, 0.5, 1.0),
-        ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
-        (1 / 6, 1 / 3, 1 / 3, 1 / 6),
-    ),
-}
-
+from .quadrature import clenshaw_curtis, integration_matrix, random_offsets
+from .tableaus import TABLEAUS
 
 _SYSTEM_ELEMENTS = 2**24  # of the matrices of the linear systems solved at once
 
@@ -74,8 +61,8 @@ class _RungeKutta:
 
     def __post_init__(self) -> None:
         """Check the choice."""
-        if self.method not in _TABLEAUS:
-            raise ValueError(f"expected a method among {sorted(_TABLEAUS)}, got {self.method!r}")
+        if self.method not in TABLEAUS:
+            raise ValueError(f"expected a method among {sorted(TABLEAUS)}, got {self.method!r}")
         clenshaw_curtis(self.steps)
 
     def solve(self, field: Field, x: Tensor, times: Tensor) -> Tensor:
@@ -86,7 +73,7 @@ class _RungeKutta:
             x: The state at ``times[0]``, shape ``(*, D)``.
             times: Ascending or descending, shape ``(N + 1,)``.
         """
-        c, a, b = _TABLEAUS[self.method]
+        c, a, b = TABLEAUS[self.method]
         gaps = times.diff()
         # Equal stage times are evaluated once: rk4 needs its midpoint twice.
         distinct = sorted(set(c))
@@ -255,7 +242,7 @@ def random_nodes(steps: int, seed: int) -> tuple[Tensor, Tensor]:
     if is_tracing():
         offsets = torch.rand(steps, dtype=torch.float64)
     else:  # by numpy: torch.func.vmap refuses random numbers of torch's
-        offsets = torch.from_numpy(np.random.default_rng(seed).random(steps))
+        offsets = torch.from_numpy(random_offsets(steps, seed))
     nodes = (torch.arange(steps, dtype=torch.float64) + offsets) / steps
     weights = torch.full((steps,), 1 / steps, dtype=torch.float64)
     end = torch.nn.functional.pad

@@ -93,3 +93,16 @@ def integration_matrix(steps: int, warp: float = 0.0) -> Array:
     q = 0.5 * (integrals - integrals[0]) @ np.linalg.inv(values)
     s = (1 - np.cos(theta[:, 0])) / 2
     return q * (1 + warp - 2 * warp * s)
+
+
+def random_offsets(steps: int, seed: int) -> Array:
+    """Return where random nodes lie in each of N equal pieces of time, in [0, 1).
+
+    Args:
+        steps: The number N of pieces.
+        seed: Of the nodes.
+
+    Returns:
+        Float64, of shape ``(N,)``: node j is at ``(j + offset) / N``.
+    """
+    return np.random.default_rng(seed).random(steps)

@@ -1,0 +1,242 @@
+r"""The flow as a guide for a NumPyro model: trained in torch, used in jax.
+
+The model's log joint density of the unconstrained vector of its latent sites is compiled by jax
+and handed to torch with its gradient; the flow that torch has trained comes back through what a
+file would hold.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpyro import handlers
+from numpyro.infer import Predictive, init_to_uniform
+from numpyro.infer.autoguide import AutoContinuous
+from numpyro.infer.util import unconstrain_fn
+
+from .distributions import InterpolantDistribution
+from .loading import from_torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..infer.autoguide import GuideResult
+
+__all__ = ["AutoInterpolant", "fit_guide"]
+
+_RARE = 0.005  # the share of prior draws on either side that is clamped to the rest
+
+
+class AutoInterpolant(AutoContinuous):
+    """A guide over all latent sites of a NumPyro model at once: a continuous normalizing flow.
+
+    Train it by :func:`fit_guide`. It has no parameters: where NumPyro wants some, give ``{}``, as
+    in ``guide.sample_posterior(key, {}, sample_shape=(100,))``, ``guide.get_posterior({})`` and
+    ``NeuTraReparam(guide, {})``.
+
+    Args:
+        model: A NumPyro model whose latent sites are continuous.
+        hidden_dims: The widths of the velocity's hidden layers; by default chosen by the number of
+            latent dimensions.
+        prefix: What the names of the guide's own sites begin with.
+        init_loc_fn: Where the sites start, one of NumPyro's initialisation strategies.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> def model():
+        ...     numpyro.sample("x", dist.Normal(3.0, 1.0))
+        >>> guide = AutoInterpolant(model, hidden_dims=(32, 32))
+        >>> draws = {"x": 3 + jax.random.normal(jax.random.key(0), (2000,))}
+        >>> result = fit_guide(
+        ...     guide, jax.random.key(0), samples=draws, seed=0, progress=False,
+        ...     options={"steps": 50},
+        ... )
+        >>> result.k_hat < 0.7, abs(result.log_evidence) < 0.1
+        (True, True)
+        >>> guide.sample_posterior(jax.random.key(1), {}, sample_shape=(5,))["x"].shape
+        (5,)
+    """
+
+    posterior: InterpolantDistribution | None = None
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        hidden_dims: Sequence[int] | None = None,
+        prefix: str = "auto",
+        init_loc_fn: Callable[..., Any] = init_to_uniform,
+    ) -> None:
+        super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
+        self.hidden_dims = hidden_dims
+
+    def _get_posterior(self) -> InterpolantDistribution:
+        if self.posterior is None:
+            raise ValueError("expected a trained guide: call fit_guide(guide, key, *args) first")
+        return self.posterior
+
+    def get_base_dist(self) -> Any:
+        """Return N(0, I), of event shape ``(D,)``."""
+        return self._get_posterior().base_dist
+
+    def get_posterior(self, params: Mapping[str, Any] | None = None) -> InterpolantDistribution:
+        """Return the distribution of the unconstrained latent vector, of event shape ``(D,)``."""
+        return self._get_posterior()
+
+    def median(self, params: Mapping[str, Any] | None = None) -> dict[str, Array]:
+        """Return the marginal medians of the latent sites, each of the site's shape."""
+        return {k: v[0] for k, v in self.quantiles(params, [0.5]).items()}
+
+    def quantiles(
+        self, params: Mapping[str, Any] | None, quantiles: Sequence[float]
+    ) -> dict[str, Array]:
+        """Return marginal quantiles of the latent sites, each ``(Q, *site_shape)``.
+
+        They are taken of each unconstrained dimension, over draws that are always the same.
+
+        Args:
+            params: Ignored.
+            quantiles: Q numbers between 0 and 1.
+        """
+        z = self._get_posterior().sample(jax.random.key(0), (4096,))
+        return self._unpack_and_constrain(jnp.quantile(z, jnp.array(quantiles), 0), {})
+
+
+def fit_guide(
+    guide: AutoInterpolant,
+    key: Array,
+    *args: object,
+    samples: Mapping[str, Any] | None = None,
+    max_seconds: float = 120.0,
+    seed: int | None = None,
+    progress: bool = True,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: object,
+) -> "GuideResult":
+    r"""Train a guide of a NumPyro model, in place, with no gradient through an ODE.
+
+    As :func:`pyro_interpolant.fit_guide`, of which it is the twin: by rounds of drawing, weighing
+    and regression from draws of the prior, or by regression on posterior draws. Needs torch.
+
+    Args:
+        guide: The guide.
+        key: For the model's initial values, and draws of the prior.
+        *args: The arguments of the model.
+        samples: Posterior draws of every latent site on its own support, each
+            ``(N, *site_shape)``, such as ``mcmc.get_samples()``, or None.
+        max_seconds: The time to spend in all, from the call to the verdict.
+        seed: Makes the run reproducible as far as the clock allows.
+        progress: Whether to show a bar.
+        options: Further options of :func:`~pyro_interpolant.fit`, or, without samples, of
+            :func:`~pyro_interpolant.train_from_density`.
+        **kwargs: The named arguments of the model.
+
+    Returns:
+        The verdict on fresh draws, with a warning if k-hat is above 0.7.
+
+    Raises:
+        TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro.
+        ValueError: If the samples miss a site, or a setting cannot work.
+    """
+    import torch
+
+    from .. import distributions, transforms
+    from ..infer import autoguide, train_from_density
+    from ..training import fit
+    from ..training.clock import Clock, Seconds
+
+    if not isinstance(guide, AutoInterpolant):
+        kind = type(guide)
+        raise TypeError(
+            "expected an AutoInterpolant of pyro_interpolant.numpyro, got "
+            f"{kind.__module__}.{kind.__name__}"
+        )
+    clock = Clock(max_seconds)
+    setup, draw = jax.random.split(key)
+    with handlers.seed(rng_seed=setup):
+        guide._setup_prototype(*args, **kwargs)
+    dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
+    network = autoguide.guide_network(guide.latent_dim, guide.hidden_dims).to(dtype)
+    posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))
+    density = _log_density(guide)
+    limit = Seconds.since(clock.began, autoguide.MODEL_SHARE * max_seconds)
+    settings: dict[str, Any] = {"max_seconds": limit, "seed": seed, "progress": progress}
+    settings |= options or {}
+    if samples is None:
+        start = _prior_draws(guide, draw, args, kwargs, autoguide.PRIOR_DRAWS)
+        training: Any = train_from_density(posterior, density, **{"start": start, **settings})
+    else:
+        rows = torch.tensor(np.asarray(_packed(guide, samples, args, kwargs)), dtype=dtype)
+        training = fit(posterior, rows, **settings)
+    summary, count, verdict = autoguide.judged(posterior, density, clock, seed)
+    guide.posterior = cast(InterpolantDistribution, from_torch(posterior))
+    return autoguide.GuideResult(*summary, count, verdict, clock.spent(), training)
+
+
+def _packed(guide: AutoInterpolant, draws: Mapping[str, Any], args: Any, kwargs: Any) -> Array:
+    """Return unconstrained vectors, shape ``(N, D)``, of draws by site.
+
+    Raises:
+        ValueError: If a site is missing.
+    """
+    names = list(guide._init_locs)
+    missing = sorted(set(names) - set(draws))
+    if missing:
+        raise ValueError(f"expected draws of the sites {names}, got none of {missing}")
+
+    def pack(sites: dict[str, Array]) -> Array:
+        real = unconstrain_fn(guide.model, args, kwargs, sites)
+        return jnp.concatenate([jnp.ravel(real[name]) for name in names])
+
+    return jax.jit(jax.vmap(pack))({name: jnp.asarray(draws[name]) for name in names})
+
+
+def _prior_draws(
+    guide: AutoInterpolant, key: Array, args: Any, kwargs: Any, count: int
+) -> "Tensor | None":
+    """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
+
+    The rarest 1% is clamped to the rest, for priors without moments.
+    """
+    import torch
+
+    try:
+        draws = Predictive(guide.model, num_samples=count)(key, *args, **kwargs)
+        z = np.asarray(_packed(guide, draws, args, kwargs))
+    except (NotImplementedError, ValueError):  # a prior that cannot be sampled
+        return None
+    z = z[np.isfinite(z).all(-1)]
+    if len(z) <= count // 2:
+        return None
+    low, high = np.quantile(z, (_RARE, 1 - _RARE), axis=0)
+    return torch.tensor(np.clip(z, low, high), dtype=torch.from_numpy(z[:0].copy()).dtype)
+
+
+def _log_density(guide: AutoInterpolant) -> Callable[["Tensor"], "Tensor"]:
+    """Return the log joint density for torch, from rows ``(N, D)`` to ``(N,)``, differentiable."""
+    import torch
+
+    def single(z: Array) -> Array:
+        return -guide._potential_fn(guide._unpack_latent(z))
+
+    both = jax.jit(jax.vmap(jax.value_and_grad(single)))
+
+    class LogDensity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, z: "Tensor") -> "Tensor":
+            rows = z.detach().cpu().numpy()
+            size = 1 << max(0, len(rows) - 1).bit_length()  # few sizes, so few compilations
+            padded = np.concatenate((rows, np.repeat(rows[-1:], size - len(rows), 0)))
+            values, slopes = (torch.tensor(np.asarray(v[: len(rows)])) for v in both(padded))
+            ctx.save_for_backward(slopes.to(z))
+            return values.to(z)
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: "Tensor") -> "Tensor":
+            (slopes,) = ctx.saved_tensors
+            return cotangents[0][:, None] * slopes
+
+    return LogDensity.apply

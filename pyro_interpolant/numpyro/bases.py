@@ -1,0 +1,187 @@
+r"""Bases that files describe, as NumPyro's distributions, and those of the torus.
+
+A base is the class of a Pyro distribution and its arguments; it is looked up here by name, with
+the names that NumPyro gives to the same arguments.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import Array
+from numpyro.distributions import constraints
+from numpyro.distributions import transforms as maps
+
+_TURN = 2 * math.pi
+
+# Of these the arguments have the same names and meanings.
+_SAME = (
+    "AsymmetricLaplace",
+    "Beta",
+    "Cauchy",
+    "Chi2",
+    "Exponential",
+    "Gamma",
+    "Gumbel",
+    "HalfCauchy",
+    "HalfNormal",
+    "InverseGamma",
+    "Laplace",
+    "LogNormal",
+    "Logistic",
+    "MultivariateNormal",
+    "MultivariateStudentT",
+    "Normal",
+    "SoftLaplace",
+    "StudentT",
+    "Uniform",
+    "VonMises",
+    "Weibull",
+)
+_TRANSFORMS = ("AffineTransform", "ExpTransform", "SigmoidTransform", "SoftplusTransform")
+
+
+class UniformTorus(dist.Distribution):
+    r"""The uniform base on the torus: density :math:`(2\pi)^{-D}` at every real vector.
+
+    Args:
+        origin: Zeros, shape ``(*batch, D)``.
+    """
+
+    arg_constraints = {"origin": constraints.real_vector}
+    support = constraints.real_vector
+    reparametrized_params = ["origin"]
+
+    def __init__(self, origin: Any, *, validate_args: bool | None = None) -> None:
+        self.origin = origin
+        shape = jnp.shape(origin)
+        super().__init__(shape[:-1], shape[-1:], validate_args=validate_args)
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
+        r"""Return draws in :math:`[-\pi, \pi)`, shape ``(*sample_shape, *batch, D)``."""
+        dtype = jnp.result_type(self.origin)
+        shape = sample_shape + self.batch_shape + self.event_shape
+        return jax.random.uniform(key, shape, dtype, -math.pi, math.pi)
+
+    def log_prob(self, value: Array, intermediates: Any = None) -> Array:  # noqa: ARG002
+        r"""Return :math:`-D \log 2\pi`, shape ``(*)``, of real values of shape ``(*, D)``."""
+        shape = jnp.broadcast_shapes(jnp.shape(value)[:-1], self.batch_shape)
+        level = -self.event_shape[0] * math.log(_TURN)
+        return jnp.full(shape, level, jnp.result_type(value, self.origin))
+
+
+class Planar(dist.Distribution):
+    r"""A base on the torus as a density on :math:`R^{2D}`, for samplers on real vectors.
+
+    Each angle is the direction of a point of the plane: see
+    :class:`~pyro_interpolant.distributions.bases.Planar`.
+
+    Args:
+        base: A distribution of D angles whose density has period :math:`2\pi`.
+    """
+
+    pytree_data_fields = ("base",)
+    support = constraints.real_vector
+
+    def __init__(self, base: dist.Distribution, *, validate_args: bool | None = None) -> None:
+        self.base = base
+        shape = (2 * base.event_shape[0],)
+        super().__init__(base.batch_shape, shape, validate_args=validate_args)
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether draws can be differentiated."""
+        return self.base.has_rsample
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Return points of the planes, shape ``(*sample_shape, *batch, 2 D)``."""
+        one, other = jax.random.split(key)
+        u = self.base.sample(one, sample_shape)
+        parts = jax.random.normal(other, (2, *u.shape), u.dtype)
+        return in_planes(u, jnp.hypot(*parts))
+
+    def log_prob(self, value: Array, intermediates: Any = None) -> Array:  # noqa: ARG002
+        """Return the log-density, shape ``(*)``, of real values, shape ``(*, 2 D)``."""
+        return self.base.log_prob(directions(value)) - 0.5 * jnp.square(value).sum(-1)
+
+
+def in_planes(u: Array, radius: Any) -> Array:
+    """Return points of the plane in the directions u, shape ``(*, D)``, as ``(*, 2 D)``."""
+    return jnp.concatenate((radius * jnp.cos(u), radius * jnp.sin(u)), -1)
+
+
+def directions(w: Array) -> Array:
+    """Return the angles, shape ``(*, D)``, of points of the plane, shape ``(*, 2 D)``."""
+    x, y = jnp.split(w, 2, -1)
+    return jnp.arctan2(y, jnp.where((x == 0) & (y == 0), 1.0, x))  # a finite slope at 0
+
+
+def standard_normal(dim: int, dtype: Any) -> dist.Distribution:
+    """Return N(0, I), event shape ``(dim,)``."""
+    zero, one = np.zeros(dim, dtype), np.ones(dim, dtype)
+    return dist.Normal(zero, one, validate_args=False).to_event(1)
+
+
+def build_base(description: Any, tensors: Mapping[str, Any]) -> dist.Distribution:
+    """Return the base of a description, given its arrays by name.
+
+    Raises:
+        ValueError: If it is none that NumPyro has; the message names it.
+    """
+    if "uniform_torus" in description:
+        return UniformTorus(tensors["origin"])
+    if "samples" in description:
+        raise ValueError("its base is samples alone, which have no density")
+    if "independent" in description:
+        inner = build_base(description["independent"], tensors)
+        return inner.to_event(description["ndims"])
+    name = description["class"]
+    arguments = {key: tensors[key] for key in description["arguments"]}
+    for key, part in description.get("parts", {}).items():
+        arguments[key] = _build_part(part, below(f"{key}.", tensors))
+    new = _build_object(name, arguments)
+    shape = description.get("batch_shape")
+    return new if shape is None else new.expand(tuple(shape))
+
+
+def _build_object(name: str, arguments: dict[str, Any]) -> Any:
+    if name in _SAME and hasattr(dist, name):
+        validate = False if name == "VonMises" else None  # of any number of turns
+        return getattr(dist, name)(**arguments, validate_args=validate)
+    if name == "MixtureSameFamily":
+        parts = arguments["mixture_distribution"], arguments["component_distribution"]
+        return dist.MixtureSameFamily(*parts)
+    if name == "Categorical":
+        return dist.Categorical(**arguments)
+    if name == "TransformedDistribution":
+        return dist.TransformedDistribution(
+            arguments["base_distribution"], arguments["transforms"]
+        )
+    if name in _TRANSFORMS:
+        return _build_transform(name, arguments)
+    raise ValueError(f"its base has a {name}, which this version cannot make in NumPyro")
+
+
+def _build_transform(name: str, arguments: dict[str, Any]) -> Any:
+    event_dim, _ = arguments.pop("event_dim", 0), arguments.pop("cache_size", 0)
+    if name == "AffineTransform":
+        affine = maps.AffineTransform(arguments["loc"], arguments["scale"])
+        return maps.IndependentTransform(affine, event_dim) if event_dim else affine
+    if not arguments:
+        return getattr(maps, name)()
+    raise ValueError(f"its base has a {name} of these arguments: {sorted(arguments)}")
+
+
+def _build_part(part: Any, tensors: Mapping[str, Any]) -> Any:
+    if isinstance(part, list):
+        return [_build_part(p, below(f"{i}.", tensors)) for i, p in enumerate(part)]
+    return build_base(part, tensors) if isinstance(part, dict) else part
+
+
+def below(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arrays, of any shapes, whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,291 @@
+r"""The flow as a NumPyro distribution: a learned prior or likelihood for ``numpyro.sample``.
+
+In the chain base, flow, bijection of the support, a log-density is one solve, and so are a draw
+and its log-density together. Frozen weights are no leaves, so that ``scan`` and ``vmap`` stack
+nothing but contexts and what the base is made of.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from numpyro.distributions import constraints
+from numpyro.distributions.batch_util import promote_batch_shape
+from numpyro.distributions.transforms import Transform
+from numpyro.distributions.util import validate_sample
+from numpyro.util import not_jax_tracer
+
+from .supports import Bijection, OnEvents, backward, bijection, per_event
+from .transforms import InterpolantTransform
+
+__all__ = [
+    "ConditionalInterpolantDistribution",
+    "InterpolantDistribution",
+    "JointInterpolantDistribution",
+]
+
+
+class InterpolantDistribution(dist.TransformedDistribution):
+    r"""A distribution learned by a stochastic interpolant; made by ``load``.
+
+    As :class:`pyro_interpolant.InterpolantDistribution`, to which it is equal.
+
+    Args:
+        base_dist: The distribution of what the first transform takes, event shape ``(D,)``.
+        transforms: Those from the base to the support, an :class:`InterpolantTransform` among
+            them.
+    """
+
+    pytree_aux_fields = ("_sites",)
+
+    def __init__(
+        self,
+        base_dist: dist.Distribution,
+        transforms: Sequence[Transform],
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        self._sites = ""
+        super().__init__(base_dist, list(transforms), validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The support of one event."""
+        last = self.transforms[-1]
+        return OnEvents(last.text) if isinstance(last, Bijection) else constraints.real_vector
+
+    @property
+    def transform(self) -> InterpolantTransform:
+        """The flow."""
+        return self.transforms[self._place()]
+
+    def _place(self) -> int:
+        """Return which of the transforms is the flow: the last, where the base is one too."""
+        flows = [isinstance(t, InterpolantTransform) for t in self.transforms]
+        return len(flows) - 1 - flows[::-1].index(True)
+
+    @validate_sample
+    def log_prob(self, value: Array, intermediates: Any = None) -> Array:
+        """Return the log-density, shape ``(*)``, of values of shape ``(*, *event_shape)``.
+
+        Beyond the support and at infinity it is ``-inf``; with validation on, for NaN too.
+
+        Args:
+            value: Values; those just drawn may come with their intermediates.
+            intermediates: What ``sample_with_intermediates`` gave beside the values, or None.
+
+        Raises:
+            ValueError: If the last dimensions are not the event's.
+        """
+        shape, event = jnp.shape(value), len(self.event_shape)
+        if len(shape) < event or shape[len(shape) - event :] != self.event_shape:
+            hint = " For N scalars pass shape (N, 1): x[..., None]."
+            raise ValueError(
+                f"expected a value of shape (*, {', '.join(map(str, self.event_shape))}), got "
+                f"{shape}.{hint if self.event_shape == (1,) else ''}"
+            )
+        if intermediates:
+            return self._of_drawn(value, intermediates)
+        x, finite = value, jnp.ones((), bool)
+        log_det: Any = 0.0
+        for transform in reversed(self.transforms):
+            if isinstance(transform, InterpolantTransform):
+                x, finite = _finite(x, transform.weights["loc"], finite)
+            x, term = backward(transform, x)
+            log_det = log_det + per_event(term, jnp.shape(x)[:-1])
+        log_prob = self.base_dist.log_prob(x) - log_det
+        unknown = jnp.isnan(value).any(tuple(range(len(shape) - event, len(shape))))
+        return jnp.where(finite, log_prob, jnp.where(unknown, jnp.nan, -jnp.inf))
+
+    def _of_drawn(self, value: Array, intermediates: Any) -> Array:
+        """Return the log-density, shape ``(*)``, of what was just drawn."""
+        inputs = [x for x, _ in intermediates]
+        log_prob = self.base_dist.log_prob(inputs[0])
+        steps = zip(self.transforms, intermediates, [*inputs[1:], value], strict=True)
+        for transform, (x, known), y in steps:
+            term = transform.log_abs_det_jacobian(x, y, known)
+            log_prob = log_prob - per_event(term, jnp.shape(x)[:-1])
+        return log_prob
+
+    def rsample_and_log_prob(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        """Return samples, ``(*sample_shape, *batch, *event)``, and log-densities, in one solve."""
+        value, intermediates = self.sample_with_intermediates(key, sample_shape)
+        return value, self.log_prob(value, intermediates)
+
+    def at(self, t: float) -> "InterpolantDistribution":
+        """Return the distribution at time t: the base at 0, the model at 1.
+
+        Args:
+            t: A time in [0, 1].
+
+        Raises:
+            ValueError: If t is outside [0, 1].
+        """
+        transforms, place = list(self.transforms), self._place()
+        transforms[place] = self.transform.at(t)
+        return InterpolantDistribution(
+            self.base_dist, transforms, validate_args=self.__dict__.get("_validate_args")
+        )
+
+    @classmethod
+    def infer_shapes(cls, *args: Any, **kwargs: Any) -> Any:
+        """Raise an error: no argument is an array, the flow has the shapes."""
+        raise NotImplementedError(f"{cls.__name__} has its shapes from a flow, not from arguments")
+
+    def __repr__(self) -> str:
+        """Name the event, the batch and the support."""
+        return (
+            f"{type(self).__name__}(event_shape={self.event_shape}, "
+            f"batch_shape={self.batch_shape}, support={self.support})"
+        )
+
+
+def _finite(x: Array, loc: Any, before: Array) -> tuple[Array, Array]:
+    """Return rows, ``(*, D)``, with loc for those that are not finite, and which are, ``(*)``."""
+    finite = jnp.isfinite(x).all(-1)
+    return jnp.where(finite[..., None], x, loc), finite & before
+
+
+@promote_batch_shape.register
+def _(distribution: InterpolantDistribution) -> InterpolantDistribution:
+    """Take the batch shape that ``scan`` has given to the base."""
+    new = copy.copy(distribution)
+    new.base_dist = promote_batch_shape(distribution.base_dist)
+    new._batch_shape = new.base_dist.batch_shape
+    return new
+
+
+class ConditionalInterpolantDistribution:
+    r"""A learned conditional distribution :math:`\rho_1(x | c)`; made by ``load``.
+
+    Args:
+        base_dist: As in :class:`InterpolantDistribution`.
+        transforms: As in :class:`InterpolantDistribution`.
+    """
+
+    def __init__(self, base_dist: dist.Distribution, transforms: Sequence[Transform]) -> None:
+        self.base_dist, self.transforms = base_dist, list(transforms)
+
+    def condition(self, context: Array) -> InterpolantDistribution:
+        """Return the distribution given a context of shape ``(*, C)``: batch shape ``(*)``.
+
+        Raises:
+            ValueError: If the last dimension is not the velocity's C.
+        """
+        transforms = [
+            t.condition(context) if isinstance(t, InterpolantTransform) and t.context_dim else t
+            for t in self.transforms
+        ]
+        return InterpolantDistribution(self.base_dist, transforms)
+
+
+jax.tree_util.register_pytree_node(
+    ConditionalInterpolantDistribution,
+    lambda d: ((d.base_dist, d.transforms), None),
+    lambda _, parts: _conditional(*parts),
+)
+
+
+def _conditional(base_dist: Any, transforms: Any) -> ConditionalInterpolantDistribution:
+    new = ConditionalInterpolantDistribution.__new__(ConditionalInterpolantDistribution)
+    new.base_dist, new.transforms = base_dist, transforms
+    return new
+
+
+class JointInterpolantDistribution(InterpolantDistribution):
+    r"""A learned joint distribution of named sites; made by ``load``.
+
+    The event is the packed vector :math:`(b_1^{-1}(s_1), \dots, b_k^{-1}(s_k))` of all sites,
+    unconstrained by the bijections of their supports.
+
+    Args:
+        base_dist: As in :class:`InterpolantDistribution`.
+        transforms: As in :class:`InterpolantDistribution`.
+        sites: Of each site its name, shape and support as a file describes it.
+
+    Raises:
+        ValueError: If the packed size of the sites is not the flow's dimension.
+    """
+
+    def __init__(
+        self,
+        base_dist: dist.Distribution,
+        transforms: Sequence[Transform],
+        *,
+        sites: Sequence[tuple[str, Sequence[int], Any]],
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__(base_dist, transforms, validate_args=validate_args)
+        self._sites = json.dumps(list(sites))
+        size = sum(math.prod(real) for _, real, _ in self._parts())
+        if size != self.transform.event_dim:
+            raise ValueError(
+                f"expected a flow of dimension {size}, got {self.transform.event_dim}"
+            )
+
+    @property
+    def sites(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the sites by name, in the order of packing."""
+        return {name: tuple(shape) for name, shape, _ in json.loads(self._sites)}
+
+    def _parts(self) -> list[tuple[str, tuple[int, ...], Transform]]:
+        """Return of each site its name, its unconstrained shape, and its bijection."""
+        parts = []
+        for name, shape, support in json.loads(self._sites):
+            transform = bijection(support)
+            parts.append((name, tuple(transform.inverse_shape(tuple(shape))), transform))
+        return parts
+
+    def sample_sites(self, name: str) -> dict[str, Array]:
+        """Sample all sites inside a NumPyro model: one latent site, and named deterministic ones.
+
+        Args:
+            name: The name of the latent site that holds the packed vector, shape ``(D,)``.
+
+        Returns:
+            The sites by name, each of its own shape, with the batch of the packed vector in front.
+        """
+        packed = numpyro.sample(name, self)
+        return {k: numpyro.deterministic(k, v) for k, v in self.unpack(packed).items()}
+
+    def sample_dict(self, key: Any, sample_shape: tuple[int, ...] = ()) -> dict[str, Array]:
+        """Return draws by name, each on its support, ``(*sample_shape, *batch, *site_shape)``."""
+        return self.unpack(self.sample(key, sample_shape))
+
+    def unpack(self, packed: Array) -> dict[str, Array]:
+        """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``."""
+        sites, start = {}, 0
+        for name, shape, transform in self._parts():
+            part = packed[..., start : start + math.prod(shape)]
+            start += math.prod(shape)
+            sites[name] = transform(part.reshape(*part.shape[:-1], *shape))
+        return sites
+
+    def pack(self, draws: Mapping[str, Any]) -> Array:
+        """Return packed vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.
+
+        Raises:
+            ValueError: If a site is missing, of another shape, or, where values are known, outside
+                its support.
+        """
+        parts = []
+        for name, real, transform in self._parts():
+            shape, value = self.sites[name], jnp.asarray(draws[name]) if name in draws else None
+            batch = -1 if value is None else value.ndim - len(shape)
+            if value is None or batch < 0 or value.shape[batch:] != shape:
+                got = "none" if value is None else f"shape {value.shape}"
+                raise ValueError(
+                    f"expected site {name!r} of shape (*, {', '.join(map(str, shape))}), got {got}"
+                )
+            packed = transform.inv(value).reshape(*value.shape[:batch], math.prod(real))
+            if not_jax_tracer(packed) and not bool(jnp.isfinite(packed).all()):
+                raise ValueError(f"expected site {name!r} strictly inside its support")
+            parts.append(packed)
+        return jnp.concatenate(parts, -1)

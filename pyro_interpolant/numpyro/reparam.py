@@ -1,0 +1,150 @@
+r"""Base space for NumPyro: :math:`z \sim q` becomes :math:`z = T(w)`, w a base draw."""
+
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from numpyro import handlers
+from numpyro.infer import init_to_value
+from numpyro.infer.reparam import Reparam
+from numpyro.primitives import _PYRO_STACK
+
+from .bases import Planar, directions, in_planes
+from .distributions import InterpolantDistribution
+from .supports import Bijection
+
+__all__ = ["base_space"]
+
+_BASE = "_base"  # what a site in base space has after its name
+_RAYLEIGH_RMS = 2**0.5  # the root mean square of a Rayleigh distance
+
+
+def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
+    r"""Return the model with its learned priors sampled in base space.
+
+    Every latent site ``z`` whose distribution is an
+    :class:`~pyro_interpolant.numpyro.InterpolantDistribution` (conditioned, expanded, in plates,
+    under ``to_event`` or ``mask``) becomes ``z_base ~ base`` and ``z = T(z_base)``, a
+    deterministic site under the same name. Inference then needs the forward solve alone, and sees
+    a Gaussian before it sees data. For D angles ``z_base`` has shape ``(2 D,)``: a point of the
+    plane in the direction of each.
+
+    A site stays as it is where it is observed, or where its own value is given from outside: by
+    ``condition``, ``do`` or ``substitute``, or by draws of ``z`` without ``z_base`` in
+    ``Predictive``. ``init_to_value(values={"z": ...})`` is honoured by inverting the flow once;
+    all other strategies apply to ``z_base``.
+
+    Args:
+        model: A NumPyro model.
+
+    Returns:
+        A model with the same joint density.
+
+    Example:
+        >>> import jax, numpyro, pyro_interpolant as pi
+        >>> flow = pi.InterpolantDistribution(pi.interpolant_transform(2))
+        >>> pi.save(flow, "prior.safetensors")
+        >>> prior = pi.numpyro.load("prior.safetensors")
+        >>> def model():
+        ...     z = numpyro.sample("z", prior)
+        ...     numpyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=1.0)
+        >>> seeded = handlers.seed(base_space(model), jax.random.key(0))
+        >>> {name: site["type"] for name, site in handlers.trace(seeded).get_trace().items()}
+        {'z_base': 'sample', 'z': 'deterministic', 'y': 'sample'}
+    """
+    return handlers.reparam(model, config=_config)
+
+
+class _InBaseSpace(Reparam):
+    """Sample the base of a flow, inside the flow's own wrappers, and map the draw.
+
+    Args:
+        value: Where to start from, on the support, or None.
+    """
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[None, Array]:
+        """Return no distribution, and the value of the site."""
+        flow = _unwrapped(fn)
+        angular = _is_angular(flow)
+        base = Planar(flow.base_dist) if angular else flow.base_dist
+        with self._start(name, flow):
+            x = numpyro.sample(name + _BASE, _wrapped(base, fn))
+        x = directions(x) if angular else x
+        for transform in flow.transforms:
+            x = transform(x)
+        return None, x
+
+    @contextlib.contextmanager
+    def _start(self, name: str, flow: InterpolantDistribution) -> Iterator[None]:
+        """Give the base the value to start from, if there is one."""
+        if self.value is None:
+            yield
+            return
+        x = self.value
+        for transform in reversed(flow.transforms):
+            x = transform.inv(x)
+        x = in_planes(x, _RAYLEIGH_RMS) if _is_angular(flow) else x
+        with warnings.catch_warnings(), handlers.substitute(data={name + _BASE: x}):
+            warnings.filterwarnings("ignore", ".*skipping initialization of site")
+            yield
+
+
+def _config(site: dict[str, Any]) -> Reparam | None:
+    """Return how a site is sampled, or None as it is."""
+    if site["value"] is not None or site["is_observed"] or _unwrapped(site["fn"]) is None:
+        return None
+    name = site["name"]
+    start = None
+    for handler in _PYRO_STACK:
+        function = getattr(handler, "substitute_fn", None)
+        if getattr(function, "func", function) is init_to_value:
+            start = _values_of(function)[0].get(name, start)
+            continue
+        for values in (getattr(handler, "data", None), *_values_of(function)):
+            if isinstance(values, dict) and name in values and name + _BASE not in values:
+                return None
+    return _InBaseSpace(start)
+
+
+def _values_of(function: Any) -> list[Any]:
+    """Return what a function that gives values to sites was made of.
+
+    It is not called: those of a sampler count the volume of what they give.
+    """
+    if isinstance(function, functools.partial):
+        return [*function.args, *function.keywords.values()]
+    if inspect.isfunction(function):
+        return list(inspect.getclosurevars(function).nonlocals.values())
+    return []
+
+
+def _unwrapped(fn: dist.Distribution) -> Any:
+    """Return the flow inside ``expand``, ``to_event`` and ``mask``, or None."""
+    while isinstance(fn, (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn if isinstance(fn, InterpolantDistribution) else None
+
+
+def _wrapped(base: dist.Distribution, fn: dist.Distribution) -> dist.Distribution:
+    """Return a base inside the wrappers that a flow has."""
+    if isinstance(fn, dist.MaskedDistribution):
+        return _wrapped(base, fn.base_dist).mask(fn._mask)
+    if isinstance(fn, dist.Independent):
+        return _wrapped(base, fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.ExpandedDistribution):
+        return _wrapped(base, fn.base_dist).expand(fn.batch_shape)
+    return base
+
+
+def _is_angular(flow: InterpolantDistribution) -> bool:
+    last = flow.transforms[-1]
+    return isinstance(last, Bijection) and last.text == '"circular"'

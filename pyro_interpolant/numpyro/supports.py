@@ -1,0 +1,290 @@
+r"""Supports that files describe, and the bijections to them from real vectors.
+
+A support is known by its description in a file, as text: so it can be compared and hashed, and is
+a pytree without leaves, which NumPyro's own constraints with bounds are not. The bijections are
+NumPyro's, which are those of Pyro; splines, angles and shapes are here.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.constraints import Constraint
+from numpyro.distributions.transforms import ComposeTransform, ReshapeTransform, Transform
+
+from .transforms import MarginalTransform, RadialTransform, RealVectorTransform, Wrap
+
+# By their names in files; the first need no arguments.
+_PLAIN = {
+    "real": constraints.real,
+    "real_vector": constraints.real_vector,
+    "positive": constraints.positive,
+    "nonnegative": constraints.nonnegative,
+    "softplus_positive": constraints.softplus_positive,
+    "unit_interval": constraints.unit_interval,
+    "simplex": constraints.simplex,
+    "ordered_vector": constraints.ordered_vector,
+    "positive_ordered_vector": constraints.positive_ordered_vector,
+    "corr_cholesky": constraints.corr_cholesky,
+    "corr_cholesky_constraint": constraints.corr_cholesky,
+    "corr_matrix": constraints.corr_matrix,
+}
+_BOUNDED: dict[str, Callable[..., Constraint]] = {
+    "greater_than": lambda low, _: constraints.greater_than(low),
+    "greater_than_eq": lambda low, _: constraints.greater_than_eq(low),
+    "less_than": lambda _, high: constraints.less_than(high),
+    "interval": constraints.interval,
+    "half_open_interval": constraints.interval,
+}
+_REAL = ("real", "real_vector", ["independent", "real", 1])
+_MAPS: dict[str, Callable[..., RealVectorTransform]] = {
+    "gaussianized": MarginalTransform,
+    "tempered": RadialTransform,
+}
+
+
+def is_real(description: Any) -> bool:
+    """Return whether values on a described support are real vectors themselves."""
+    return description in _REAL
+
+
+class OnEvents(Constraint):
+    """A support as a constraint on whole events, known by its description.
+
+    Args:
+        text: The description, as JSON.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def tree_flatten(self) -> tuple[tuple[()], tuple[tuple[()], dict[str, str]]]:
+        """Return no arrays, and the description."""
+        return (), ((), {"text": self.text})
+
+    @property
+    def event_dim(self) -> int:
+        """The number of dimensions of an event."""
+        return max(1, _parts(self.text)[1].event_dim)
+
+    def __call__(self, value: Array) -> Array:
+        """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
+        inside = jnp.asarray(_parts(self.text)[1](value))
+        batch = jnp.ndim(value) - self.event_dim
+        return inside.all(tuple(range(batch, inside.ndim))) if inside.ndim > batch else inside
+
+    def feasible_like(self, prototype: Array) -> Array:
+        """Return a value on the support, of the prototype's shape ``(*, *event_shape)``."""
+        transform = Bijection(self.text)
+        real = jnp.zeros(transform.inverse_shape(jnp.shape(prototype)))
+        return transform(real).astype(jnp.result_type(prototype))
+
+    def eq(self, other: object, static: bool = False) -> bool:  # noqa: FBT001, FBT002, ARG002
+        """Return whether another is the same support."""
+        return isinstance(other, OnEvents) and self.text == other.text
+
+    def __hash__(self) -> int:
+        """Return a number by description."""
+        return hash(self.text)
+
+    def __repr__(self) -> str:
+        """Show the description."""
+        return f"on_events({self.text if len(self.text) < 80 else self.text[:76] + ' ...'})"
+
+
+@biject_to.register(OnEvents)
+def _(constraint: OnEvents) -> Transform:
+    if constraint.text == '"circular"':
+        raise NotImplementedError(
+            "no smooth bijection maps real vectors to angles: for inference use "
+            "pyro_interpolant.numpyro.base_space(model), which samples the flow's base instead"
+        )
+    return Bijection(constraint.text)
+
+
+class Bijection(RealVectorTransform):
+    """The bijection from real vectors to a support, with one log-determinant an event.
+
+    Args:
+        text: The description of the support, as JSON.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def _static(self) -> dict[str, Any]:
+        return {"text": self.text}
+
+    @property
+    def codomain(self) -> Constraint:
+        """The support."""
+        return OnEvents(self.text)
+
+    def call_with_intermediates(self, x: Array) -> tuple[Array, Array]:
+        """Return values on the support and the log-determinant, shape ``(*)``."""
+        return _onto(jnp.asarray(x), text=self.text)
+
+    def inverse_with_log_det(self, y: Array) -> tuple[Array, Array]:
+        """Return real vectors, shape ``(*, D)``, and ``log |dy/dx|``, shape ``(*)``."""
+        y = jnp.asarray(y)
+        return _back(y.astype(jnp.result_type(y, jnp.float32)), text=self.text)
+
+    def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape on the support."""
+        for part in _parts(self.text)[0]:
+            shape = part.forward_shape(shape)
+        return shape
+
+    def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape as real vectors."""
+        for part in reversed(_parts(self.text)[0]):
+            shape = part.inverse_shape(shape)
+        return shape
+
+
+@partial(jax.jit, static_argnames="text")
+def _onto(x: Array, *, text: str) -> tuple[Array, Array]:
+    y, total = x, jnp.zeros(x.shape[:-1], x.dtype)
+    for part in _parts(text)[0]:
+        y, term = forward(part, y)
+        total = total + per_event(term, x.shape[:-1])
+    return y.astype(x.dtype), total.astype(x.dtype)
+
+
+@partial(jax.jit, static_argnames="text")
+def _back(y: Array, *, text: str) -> tuple[Array, Array]:
+    batch = y.shape[: y.ndim - OnEvents(text).event_dim]
+    x, total = y, jnp.zeros(batch, y.dtype)
+    for part in reversed(_parts(text)[0]):
+        x, term = backward(part, x)
+        total = total + per_event(term, batch)
+    return x.astype(y.dtype), total.astype(y.dtype)
+
+
+def forward(part: Transform, x: Array) -> tuple[Array, Any]:
+    """Return y and its log-determinant, summed over an event or not, of x of any shape."""
+    if isinstance(part, RealVectorTransform):
+        return part.call_with_intermediates(x)
+    y = part(x)
+    return y, part.log_abs_det_jacobian(x, y)
+
+
+def backward(part: Transform, y: Array) -> tuple[Array, Any]:
+    """Return x and the log-determinant of y, summed over an event or not, of any shape."""
+    if isinstance(part, RealVectorTransform):
+        return part.inverse_with_log_det(y)
+    x = part.inv(y)
+    return x, part.log_abs_det_jacobian(x, y)
+
+
+def per_event(log_det: Any, batch: tuple[int, ...]) -> Array:
+    """Return the sum over an event, shape ``(*)``."""
+    log_det = jnp.asarray(log_det)
+    if log_det.ndim <= len(batch):
+        return jnp.broadcast_to(log_det, batch)
+    return log_det.reshape(*batch, -1).sum(-1)
+
+
+def text_of(description: Any) -> str:
+    """Return the text that a description is known by."""
+    return json.dumps(description)
+
+
+def event_shape(description: Any, size: int) -> tuple[int, ...]:
+    """Return the shape of an event of ``size`` unconstrained coordinates.
+
+    Raises:
+        ValueError: If NumPyro has no such support, or not of this size; the message names it.
+    """
+    if is_real(description):
+        return (size,)
+    transform = Bijection(text_of(description))
+    shape = tuple(transform.forward_shape((size,)))
+    if transform.inverse_shape(shape) != (size,):
+        raise ValueError(f"expected a support of {size} unconstrained dimensions")
+    y = transform(jnp.zeros(size))
+    if y.shape != shape or transform.inverse_with_log_det(y)[1].shape != ():
+        raise ValueError(f"expected a support of events of shape {shape}")
+    return shape
+
+
+def bijection(description: Any) -> Transform:
+    """Return the bijection to the support of a site of any shape, as its description has it."""
+    return ComposeTransform(list(_parts(text_of(description))[0]))
+
+
+@lru_cache(maxsize=256)
+def _parts(text: str) -> tuple[Sequence[Transform], Constraint]:
+    """Return the transforms from real vectors to a described support, and the constraint."""
+    return _built(json.loads(text))
+
+
+def _built(description: Any) -> tuple[Sequence[Transform], Constraint]:
+    rest: list[Any]
+    kind, *rest = [description] if isinstance(description, str) else description
+    if kind in _MAPS:
+        inner, parts = rest
+        tables = [np.array(part, dtype=np.float64) for part in parts]
+        transforms, constraint = _built(inner)
+        return [_MAPS[kind](*tables), *transforms], constraint
+    if kind == "circular":
+        return [Wrap()], constraints.independent(constraints.circular, 1)
+    if kind == "shaped":
+        inner, shape = rest
+        transforms, constraint = _built(inner)
+        reshape = ReshapeTransform(tuple(shape), (math.prod(shape),))
+        return [*transforms, reshape], _Shaped(constraint, tuple(shape))
+    if is_real(description):
+        return [], constraints.real_vector
+    constraint = constraint_of(description)
+    return [biject_to(constraint)], constraint
+
+
+def constraint_of(description: Any) -> Constraint:
+    """Return NumPyro's constraint of a description.
+
+    Raises:
+        ValueError: If NumPyro has none; the message names it.
+    """
+    kind, *rest = [description] if isinstance(description, str) else description
+    if kind in _PLAIN and not rest:
+        return _PLAIN[kind]
+    if kind == "bounded" and rest[0] in _BOUNDED:
+        return _BOUNDED[rest[0]](*map(_bound, rest[1]))
+    if kind == "independent":
+        inner = constraint_of(rest[0])
+        return constraints.independent(inner, rest[1]) if rest[1] else inner
+    if kind in ("stack", "cat"):
+        parts = [constraint_of(part) for part in rest[0]]
+        dim, *lengths = rest[1:]
+        if dim == -1 and (kind == "cat" or not any(part.event_dim for part in parts)):
+            return constraints.cat(parts, -1, *(tuple(n) for n in lengths if n))
+    name = rest[0] if kind == "bounded" else kind
+    raise ValueError(f"the support {name!r} of the file is none that NumPyro has")
+
+
+def _bound(value: Any) -> Any:
+    """Return a bound: a number, or an array of any shape in the type of the file."""
+    if isinstance(value, list):
+        return np.array(value[1], dtype=np.dtype(value[0]))
+    return value
+
+
+class _Shaped(Constraint):
+    """A constraint on vectors, for events of another shape."""
+
+    def __init__(self, inner: Constraint, shape: tuple[int, ...]) -> None:
+        self.inner, self.shape = inner, shape
+        self.event_dim = len(shape)
+
+    def __call__(self, value: Array) -> Array:
+        """Return which elements or events of values, ``(*, *event_shape)``, are on it."""
+        value = jnp.asarray(value)
+        return self.inner(value.reshape(*value.shape[: value.ndim - len(self.shape)], -1))

@@ -1,0 +1,155 @@
+"""A guide of a NumPyro model: the density that torch trains on, and what comes back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+import torch
+from numpyro import handlers, infer
+from numpyro.infer.reparam import NeuTraReparam
+
+from pyro_interpolant import AutoInterpolant as TorchGuide
+from pyro_interpolant.infer import GuideResult
+from pyro_interpolant.numpyro import AutoInterpolant, fit_guide
+from pyro_interpolant.numpyro import autoguide as module
+
+KEY = jax.random.key(0)
+X = jnp.linspace(-1, 1, 10)
+Y = 0.7 * X + 0.3
+QUICK = {"max_seconds": 15.0, "seed": 0, "progress": False}
+
+
+def line(x, y=None):
+    """Conjugate, but for the scale."""
+    slope = numpyro.sample("slope", dist.Normal(0.0, 1.0))
+    scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.2))
+    offsets = numpyro.sample("offsets", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("y", dist.Normal(slope * x + offsets.sum(), scale), obs=y)
+
+
+def conjugate(y):
+    x = numpyro.sample("x", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+    numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+
+def prepared(guide, *args):
+    with handlers.seed(rng_seed=KEY):
+        guide._setup_prototype(*args)
+    return guide
+
+
+@pytest.mark.slow
+def test_the_density_that_torch_sees():
+    guide = prepared(AutoInterpolant(line), X, Y)
+    density = module._log_density(guide)
+    z = torch.randn(5, 4, requires_grad=True)
+    values = density(z)
+    (slopes,) = torch.autograd.grad((values * torch.arange(5.0)).sum(), z)
+
+    @jax.jit
+    def expected(z):
+        slope, log_scale, offsets = z[0], z[1], z[2:]
+        prior = dist.Normal().log_prob(z[jnp.array([0, 2, 3])]).sum()
+        prior += dist.Normal(0.0, 0.2).log_prob(log_scale)
+        y = dist.Normal(slope * X + offsets.sum(), jnp.exp(log_scale))
+        return prior + y.log_prob(Y).sum()
+
+    names = list(guide._init_locs)
+    assert names == ["slope", "scale", "offsets"]
+    rows = jnp.asarray(z.detach().numpy())
+    np.testing.assert_allclose(values.detach(), jax.vmap(expected)(rows), rtol=1e-10)
+    wanted = jnp.arange(5.0)[:, None] * jax.vmap(jax.grad(expected))(rows)
+    np.testing.assert_allclose(slopes, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_draws_are_packed_as_the_density_wants_them():
+    guide = prepared(AutoInterpolant(line), X, Y)
+    draws = infer.Predictive(line, num_samples=3)(KEY, X)
+    packed = module._packed(guide, draws, (X, Y), {})
+    expected = [draws["slope"][:, None], jnp.log(draws["scale"])[:, None], draws["offsets"]]
+    np.testing.assert_allclose(packed, jnp.concatenate(expected, -1), rtol=1e-10)
+    with pytest.raises(ValueError, match=r"got none of \['scale'\]"):
+        module._packed(guide, {k: v for k, v in draws.items() if k != "scale"}, (X, Y), {})
+
+
+@pytest.mark.slow
+def test_draws_of_the_prior():
+    guide = prepared(AutoInterpolant(line), X, Y)
+    z = module._prior_draws(guide, KEY, (X, Y), {}, 2000)
+    assert z.dtype == torch.float64
+    assert z.shape == (2000, 4)
+    np.testing.assert_allclose(z.std(0), [1.0, 0.2, 1.0, 1.0], rtol=0.1)
+
+    def improper():
+        numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
+
+    guide = prepared(AutoInterpolant(improper))
+    assert module._prior_draws(guide, KEY, (), {}, 10) is None
+
+
+def test_what_is_no_guide_of_this_room():
+    with pytest.raises(TypeError, match=r"an AutoInterpolant of pyro_interpolant\.numpyro, got"):
+        fit_guide(TorchGuide(conjugate), KEY)
+    guide = prepared(AutoInterpolant(conjugate), jnp.ones(2))
+    for use in (guide.get_posterior, guide.get_base_dist, guide.median):
+        with pytest.raises(ValueError, match="expected a trained guide: call fit_guide"):
+            use()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    guide = AutoInterpolant(conjugate, hidden_dims=(16, 16))
+    return guide, fit_guide(guide, KEY, jnp.array([1.0, -2.0]), **QUICK)
+
+
+# How far a guide comes in the seconds it is given is the machine's business.
+timed = pytest.mark.filterwarnings("ignore:Poor:UserWarning")
+
+
+@pytest.mark.slow
+@timed
+def test_training_on_the_model_alone(trained):
+    guide, result = trained
+    evidence = dist.Normal(0.0, np.sqrt(1.25)).log_prob(jnp.array([1.0, -2.0])).sum()
+    assert result.ess > 0.8 * result.draws
+    assert abs(result.log_evidence - float(evidence)) < 0.02
+    draws = guide.sample_posterior(KEY, {}, sample_shape=(4000,))["x"]
+    np.testing.assert_allclose(draws.mean(0), [0.8, -1.6], atol=0.05)
+    np.testing.assert_allclose(draws.std(0), np.sqrt(0.2), rtol=0.1)
+    np.testing.assert_allclose(guide.median()["x"], [0.8, -1.6], atol=0.05)
+    low, high = guide.quantiles({}, [0.1, 0.9])["x"]
+    np.testing.assert_allclose(high - low, 2 * 1.2816 * np.sqrt(0.2), rtol=0.1)
+
+
+@pytest.mark.slow
+@timed
+def test_where_numpyro_takes_a_guide(trained):
+    guide, result = trained
+    y = jnp.array([1.0, -2.0])
+    svi = infer.SVI(conjugate, guide, numpyro.optim.Adam(0.01), infer.Trace_ELBO(100))
+    loss = float(svi.evaluate(svi.init(KEY, y), y))
+    assert abs(loss + result.log_evidence) < 0.1  # the bound is nearly the evidence
+    neutra = NeuTraReparam(guide, {})
+    kernel = infer.NUTS(neutra.reparam(conjugate))
+    mcmc = infer.MCMC(kernel, num_warmup=200, num_samples=500, progress_bar=False)
+    mcmc.run(KEY, y)
+    z = mcmc.get_samples()["auto_shared_latent"]
+    np.testing.assert_allclose(z.std(0), 1.0, atol=0.2)  # the posterior is the base
+    x = neutra.transform_sample(z)["x"]
+    np.testing.assert_allclose(x.mean(0), [0.8, -1.6], atol=0.1)
+
+
+@pytest.mark.slow
+@timed
+def test_training_on_draws():
+    y = jnp.array([1.0, -2.0])
+    draws = jnp.array([0.8, -1.6]) + np.sqrt(0.2) * jax.random.normal(KEY, (3000, 2))
+    guide = AutoInterpolant(conjugate, hidden_dims=(16, 16))
+    result = fit_guide(
+        guide, KEY, y, samples={"x": draws, "other": draws}, **QUICK, options={"steps": 100}
+    )
+    assert result.ess > 0.9 * result.draws
+    assert isinstance(result, GuideResult)

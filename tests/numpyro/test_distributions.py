@@ -1,0 +1,332 @@
+"""What NumPyro asserts of its own distributions and transforms, of ours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as ndist
+import pytest
+import torch
+from cases import BASES, slow_but
+from jax import lax
+from kinds import angles, family, joint, plain, supported
+
+from pyro_interpolant import FixedGrid
+from pyro_interpolant.numpyro import (
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+    InterpolantTransform,
+    JointInterpolantDistribution,
+)
+
+KEY = jax.random.key(0)
+
+# Flows of torch, and the context that makes a distribution of a family.
+MAKERS = {
+    "plain": (plain, None),
+    "given": (family, (3,)),
+    "given rows": (family, (4, 3)),
+    "simplex": (lambda: supported("simplex"), None),
+    "stack": (lambda: supported("stack"), None),
+    "tempered": (lambda: supported("tempered"), None),
+    "laplace": (lambda: plain(base=BASES["laplace"](2)), None),
+    "joint": (joint, None),
+    "angles": (angles, None),
+}
+QUICK = ("plain",)
+
+
+@pytest.fixture(scope="module")
+def known(twin):
+    """One twin of each kind, made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            torch.manual_seed(0)
+            make, context = MAKERS[name]
+            other = twin(make().freeze())
+            made[name] = other if context is None else other.condition(jnp.ones(context) / 3)
+        return made[name]
+
+    return get
+
+
+over_kinds = pytest.mark.parametrize("name", slow_but(MAKERS, *QUICK))
+
+
+@jax.jit
+def score(distribution, value):
+    return distribution.log_prob(value)
+
+
+@over_kinds
+def test_shapes(name, known):
+    d = known(name)
+    for shape in ((), (3, 1)):
+        draws = d.sample(KEY, shape)
+        assert draws.shape == shape + d.batch_shape + d.event_shape
+        assert d.shape(shape) == draws.shape
+        assert score(d, draws).shape == shape + d.batch_shape
+        assert bool(d.support(draws).all())
+    assert d.event_dim == len(d.event_shape)
+
+
+@over_kinds
+def test_expanding(name, known):
+    d = known(name)
+    value = d.sample(KEY)
+    expanded = d.expand_by((2,))
+    assert expanded.batch_shape == (2, *d.batch_shape)
+    assert expanded.sample(KEY, (3,)).shape == (3, 2, *d.batch_shape, *d.event_shape)
+    np.testing.assert_allclose(
+        score(expanded, value), jnp.broadcast_to(score(d, value), expanded.batch_shape)
+    )
+    assert expanded.expand((5, 2, *d.batch_shape)).batch_shape == (5, 2, *d.batch_shape)
+
+
+@over_kinds
+def test_events_and_masks(name, known):
+    d = known(name).expand((2, *known(name).batch_shape))
+    value = d.sample(KEY)
+    whole = d.to_event()
+    assert whole.batch_shape == ()
+    assert whole.event_shape == d.batch_shape + d.event_shape
+    each = score(d, value)
+    np.testing.assert_allclose(score(whole, value), each.sum())
+    mask = jnp.arange(2).reshape(2, *[1] * len(known(name).batch_shape)) == 0
+    np.testing.assert_allclose(score(d.mask(mask), value), jnp.where(mask, each, 0.0))
+
+
+@over_kinds
+def test_a_pytree(name, known):
+    """Through jit, as argument and as result, and through flattening."""
+    d = known(name)
+    value = d.sample(KEY)
+    again = jax.jit(lambda d: d)(d)
+    assert type(again) is type(d)
+    assert jax.tree.structure(again) == jax.tree.structure(d)
+    assert again.batch_shape == d.batch_shape
+    np.testing.assert_allclose(score(again, value), score(d, value))
+    for one, other in zip(d.transforms, again.transforms, strict=True):
+        assert bool(one.eq(other))
+        assert one == other
+    if not d.batch_shape:  # no weight is a leaf, nor a bound, nor a knot
+        assert sum(np.size(leaf) for leaf in jax.tree.leaves(d)) <= 2 * d.transform.event_dim + 3
+
+
+@over_kinds
+def test_mapping(name, known):
+    d = known(name)
+    values = d.sample(KEY, (3,))
+    mapped = jax.jit(jax.vmap(lambda x: d.log_prob(x)))(values)
+    np.testing.assert_allclose(mapped, score(d, values), rtol=1e-10)
+    looped = jax.jit(lambda v: lax.map(d.log_prob, v))(values)
+    np.testing.assert_allclose(looped, mapped, rtol=1e-10)
+
+
+@pytest.mark.slow
+def test_mapping_over_contexts(twin):
+    likelihood = twin(family().freeze())
+    contexts, x = jax.random.normal(KEY, (4, 3)), jnp.ones(2)
+    mapped = jax.vmap(lambda c: likelihood.condition(c).log_prob(x))(contexts)
+    np.testing.assert_allclose(mapped, likelihood.condition(contexts).log_prob(x), rtol=1e-10)
+
+
+def scans(jaxpr):
+    """The number of loops of a program, those of the programs that it calls included."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name == "scan"
+        for part in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(part, "jaxpr", part)
+            count += scans(inner) if hasattr(inner, "eqns") else 0
+    return count
+
+
+@over_kinds
+def test_a_draw_and_its_density_are_one_solve(name, known):
+    """Two at most, under a mask, which drops what was computed on the way."""
+    d = known(name)
+
+    def loops(draw):
+        return scans(jax.make_jaxpr(draw)(KEY).jaxpr)
+
+    def both(d):
+        def draw(key):
+            value, intermediates = d.sample_with_intermediates(key, (3,))
+            return value, d.log_prob(value, intermediates) if intermediates else d.log_prob(value)
+
+        return draw
+
+    assert loops(both(d)) == loops(both(d.expand_by((2,)))) == 1
+    assert loops(both(d.to_event(len(d.batch_shape)))) == 1
+    assert loops(both(d.mask(jnp.ones((), bool)))) == 2
+
+
+@over_kinds
+def test_the_density_of_a_draw(name, known):
+    """From the way there, equal to that from the way back within the solver's error."""
+    d = known(name)
+    value, log_prob = jax.jit(lambda key: d.rsample_and_log_prob(key, (3,)))(KEY)
+    np.testing.assert_allclose(log_prob, score(d, value), atol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
+def test_gradients_by_differences(name, known):
+    d = known(name)
+    x = d.base_dist.sample(KEY)  # real vectors
+
+    def log_prob(x):
+        for transform in d.transforms:
+            x = transform(x)
+        return d.log_prob(x).sum()
+
+    gradient = jax.jit(jax.grad(log_prob))(x)
+    for i in np.ndindex(x.shape):
+        step = 1e-6
+        up, down = (jax.jit(log_prob)(x.at[i].add(s)) for s in (step, -step))
+        np.testing.assert_allclose(gradient[i], (up - down) / (2 * step), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_second_derivatives(known):
+    d, x = known("plain"), jnp.array([0.3, -0.2])
+    hessian = jax.jit(jax.hessian(d.log_prob))(x)
+    forward = jax.jit(jax.jacfwd(jax.jacfwd(d.log_prob)))(x)
+    np.testing.assert_allclose(hessian, forward, atol=1e-8)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def fine(twin):
+    """A flow whose solver's error is small."""
+    torch.manual_seed(0)
+    flow = plain().freeze()
+    flow.transform.solver = FixedGrid(64)
+    return twin(flow).transform
+
+
+def test_the_transform_is_a_bijection(fine):
+    """The inverse, and the log-determinant by the Jacobian."""
+    x = jax.random.normal(KEY, (5, 2))
+    y, log_det = fine.call_with_intermediates(x)
+    again, back = fine.inverse_with_log_det(y)
+    np.testing.assert_allclose(again, x, atol=1e-6)
+    np.testing.assert_allclose(back, log_det, atol=1e-5)
+    jacobian = jax.vmap(jax.jacfwd(fine))(x)
+    np.testing.assert_allclose(jnp.linalg.slogdet(jacobian)[1], log_det, atol=1e-5)
+    np.testing.assert_allclose(fine.inv.log_abs_det_jacobian(y, x), -log_det, atol=1e-5)
+    assert fine.forward_shape((5, 2)) == fine.inverse_shape((5, 2)) == (5, 2)
+
+
+def test_weights_that_are_trained_are_leaves(known):
+    d = known("plain")
+    weights = {name: jnp.asarray(value) for name, value in d.transform.weights.items()}
+    x = jnp.array([[0.3, -0.2]])
+
+    def loss(weights):
+        transform = InterpolantTransform(weights, d.transform.grid)
+        return InterpolantDistribution(d.base_dist, [transform]).log_prob(x).sum()
+
+    value, slopes = jax.jit(jax.value_and_grad(loss))(weights)
+    np.testing.assert_allclose(value, score(d, x).sum(), rtol=1e-12)
+    assert float(jnp.abs(slopes["velocity.output.weight"]).max()) > 0
+    assert len(jax.tree.leaves(InterpolantTransform(weights, d.transform.grid))) == len(weights)
+
+
+# ---- values that are none -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("validate", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_values_outside(validate, known):
+    d = known("stack")
+    checked = InterpolantDistribution(d.base_dist, d.transforms, validate_args=validate)
+    good = jnp.array([1.0, 0.5])
+    values = jnp.stack((good, jnp.array([-1.0, 0.5]), jnp.array([1.0, 1.5]), good * jnp.inf))
+    found = score(checked, values)  # jitted: no warning
+    assert np.isfinite(found[0])
+    assert (found[1:] == -jnp.inf).all()
+    unknown = score(checked, good.at[0].set(jnp.nan))
+    assert bool(unknown == -jnp.inf) if validate else bool(jnp.isnan(unknown))
+    if validate:
+        with pytest.warns(UserWarning, match="Out-of-support"):
+            checked.log_prob(values)
+
+
+@pytest.mark.slow
+def test_a_row_that_cannot_be_leaves_the_others(known):
+    d, good = known("plain"), jnp.array([0.3, -0.2])
+    rows = jnp.stack((good, good.at[0].set(jnp.inf)))
+    unchecked = InterpolantDistribution(d.base_dist, d.transforms, validate_args=False)
+    gradient = jax.grad(lambda v: unchecked.log_prob(v)[0])(rows)
+    np.testing.assert_allclose(gradient[0], jax.grad(unchecked.log_prob)(good), rtol=1e-10)
+    assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 1)])
+def test_values_of_a_wrong_shape(shape, known):
+    with pytest.raises(ValueError, match=r"expected a value of shape \(\*, 2\)"):
+        known("plain").log_prob(jnp.zeros(shape))
+    with pytest.raises(ValueError, match="expected a last dimension of size 2"):
+        known("plain").transform(jnp.zeros(shape))
+
+
+def test_what_has_no_closed_form_says_so(known):
+    d = known("plain")
+    for wanted in (lambda: d.mean, lambda: d.variance, d.entropy):
+        with pytest.raises(NotImplementedError):
+            wanted()
+    with pytest.raises(NotImplementedError, match="shapes from a flow"):
+        InterpolantDistribution.infer_shapes()
+
+
+@pytest.mark.slow
+def test_angles_have_no_bijection(known):
+    d = known("angles")
+    with pytest.raises(NotImplementedError, match=r"numpyro\.base_space\(model\)"):
+        ndist.biject_to(d.support)
+    whole = 2 * np.pi * jnp.array([1.0, -2.0])
+    unchecked = InterpolantDistribution(d.base_dist, d.transforms, validate_args=False)
+    x = jnp.array([0.4, -1.0])
+    np.testing.assert_allclose(unchecked.log_prob(x + whole), unchecked.log_prob(x), rtol=1e-10)
+
+
+# ---- families and named sites -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_family_is_an_argument(twin):
+    likelihood = twin(family().freeze())
+
+    @jax.jit
+    def given(likelihood, context, x):
+        return likelihood.condition(context).log_prob(x)
+
+    context, x = jnp.ones(3), jnp.ones(2)
+    assert isinstance(likelihood, ConditionalInterpolantDistribution)
+    np.testing.assert_allclose(
+        given(likelihood, context, x), likelihood.condition(context).log_prob(x), rtol=1e-10
+    )
+    assert likelihood.condition(jnp.ones((1, 1, 3))).batch_shape == ()
+    with pytest.raises(ValueError, match="expected a context: a conditional flow has"):
+        likelihood.transforms[0](x)
+
+
+@pytest.mark.slow
+def test_named_sites(known):
+    d = known("joint")
+    assert isinstance(d, JointInterpolantDistribution)
+    draws = d.sample_dict(KEY, (3,))
+    assert {k: v.shape[1:] for k, v in draws.items()} == d.sites
+    assert bool((draws["scales"] > 0).all())
+    np.testing.assert_allclose(draws["weights"].sum(-1), 1.0)
+    packed = d.pack(draws)
+    np.testing.assert_allclose(packed, d.sample(KEY, (3,)), rtol=1e-8, atol=1e-10)
+    with pytest.raises(ValueError, match=r"site 'slope' of shape \(\*, \), got none"):
+        d.pack({})
+    with pytest.raises(ValueError, match="site 'scales' of shape"):
+        d.pack({**draws, "scales": jnp.ones(3)})
+    with pytest.raises(ValueError, match="'scales' strictly inside its support"):
+        d.pack({**draws, "scales": -draws["scales"]})
+    jax.jit(d.pack)(draws)

@@ -1,0 +1,333 @@
+"""The same numbers as torch, from the same file: every member of every family."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from cases import (
+    BASES,
+    DIVERGENCES,
+    HIDDEN_DIMS,
+    INTERPOLANTS,
+    LATENT,
+    SOLVERS,
+    SUPPORTS,
+    WHITENINGS,
+    random_flow,
+    slow_but,
+)
+from kinds import (
+    angles,
+    angular_flow,
+    family,
+    gaussianized_joint,
+    joint,
+    plain,
+    supported,
+    whitened,
+)
+from pyro.distributions import constraints
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+    LearnedInterpolant,
+    circular,
+)
+
+ROWS = 6
+
+
+def assert_equal(found, expected, tolerance=1e-10):
+    found, expected = np.asarray(found), expected.detach().numpy()
+    assert found.shape == expected.shape
+    error = np.abs(found - expected) / (1 + np.abs(expected))
+    assert error.max() <= tolerance, error.max()
+
+
+@jax.jit
+def numbers_of(distribution, w, value):
+    """Where draws of the base go, the log-densities of values, and their gradients."""
+    z = w
+    for transform in distribution.transforms:
+        z = transform(z)
+    log_prob, gradients = jax.vjp(distribution.log_prob, value)
+    return z, log_prob, gradients(jnp.ones_like(log_prob))[0]
+
+
+def assert_twins(flow, other):
+    """The same draws of the base give the same values, and these the same densities and slopes."""
+    w = flow.base_dist.sample((ROWS,))
+    y = w
+    for transform in flow.transforms:
+        y = transform(y)
+    x = y.detach().clone().requires_grad_()
+    log_prob = flow.log_prob(x)
+    (gradient,) = torch.autograd.grad(log_prob.sum(), x)
+    found = numbers_of(other, jnp.asarray(w.numpy()), jnp.asarray(x.detach().numpy()))
+    for ours, theirs in zip(found, (y, log_prob, gradient), strict=True):
+        assert_equal(ours, theirs)
+    assert other.batch_shape == tuple(flow.batch_shape)
+    assert other.event_shape == tuple(flow.event_shape)
+
+
+# ---- the networks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", slow_but(HIDDEN_DIMS, "two", "residual"))
+def test_networks(name, twin):
+    flow = InterpolantDistribution(random_flow(2, HIDDEN_DIMS[name])).freeze()
+    flow.transform.flow.velocity.set_scales(0.4 * torch.randn(20, 2))  # the gate is felt
+    assert_twins(flow, twin(flow))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [(1, (5, 5, 7, 7)), (9, (8, 8)), (9, (4, 4, 4))], ids=str)
+def test_networks_of_other_sizes(dims, twin):
+    """From nine dimensions on, the embedding of time has fewer frequencies."""
+    flow = InterpolantDistribution(random_flow(*dims)).freeze()
+    assert_twins(flow, twin(flow))
+
+
+@pytest.mark.parametrize("dim", slow_but([1, 2], 2))
+def test_the_torus(dim, twin):
+    flow = angles(dim).freeze()
+    assert_twins(flow, twin(flow))
+
+
+# ---- solvers, divergences, whitening ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", slow_but(sorted(SOLVERS.keys() - {"adaptive"}), "warped"))
+def test_solvers(name, twin):
+    flow = InterpolantDistribution(random_flow(2, solver=SOLVERS[name])).freeze()
+    assert_twins(flow, twin(flow))
+
+
+def test_hutchinsons_divergence(twin):
+    flow = InterpolantDistribution(random_flow(2, divergence=DIVERGENCES["hutchinson"])).freeze()
+    assert_twins(flow, twin(flow))
+
+
+@pytest.mark.slow
+def test_hutchinson_on_the_torus(twin):
+    flow = angles().freeze()
+    flow.transform.divergence = DIVERGENCES["hutchinson"]
+    assert_twins(flow, twin(flow))
+
+
+@pytest.mark.parametrize("name", slow_but(WHITENINGS, "diagonal"))
+def test_whitenings(name, twin):
+    flow = whitened(name).freeze()
+    other = twin(flow)
+    assert_twins(flow, other)
+    assert int(other.transform.sign) == flow.transform.sign
+
+
+@pytest.mark.parametrize("t", slow_but([0.0, 0.4], 0.0))
+def test_the_density_at_a_time(t, twin):
+    flow = plain().freeze()
+    assert_twins(flow.at(t), twin(flow).at(t))
+    for wrong in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="a time t in"):
+            twin(flow).at(wrong)
+
+
+@pytest.mark.parametrize("name", slow_but([*INTERPOLANTS, *LATENT, "learned"]))
+def test_interpolants_matter_for_training_alone(name, twin):
+    known = {**INTERPOLANTS, **LATENT}
+    path = LearnedInterpolant(3, event_dim=2) if name == "learned" else known[name]
+    flow = InterpolantDistribution(random_flow(2, interpolant=path)).freeze()
+    assert_twins(flow, twin(flow))
+
+
+def test_what_learned_the_noise_is_left_alone(twin):
+    flow = plain().freeze()
+    expected = twin(flow)
+    flow.transform.flow.noise = random_flow(2).flow.velocity
+    assert twin(flow).transform.weights == expected.transform.weights
+
+
+# ---- supports -----------------------------------------------------------------------------------
+
+QUICK = ("stack", "gaussianized")
+
+
+@pytest.mark.parametrize("name", slow_but(SUPPORTS, *QUICK))
+def test_supports(name, twin):
+    flow = supported(name).freeze()
+    other = twin(flow)
+    assert_twins(flow, other)
+    value = jnp.asarray(flow.sample((ROWS,)).numpy())
+    assert other.support(value).shape == (ROWS,)
+    assert bool(other.support(value).all())
+
+
+MORE = {
+    "real": constraints.real,
+    "independent real": constraints.independent(constraints.real, 1),
+    "nonnegative": constraints.nonnegative,
+    "half_open_interval": constraints.half_open_interval(-1.0, 2.0),
+    "greater_than_eq": constraints.greater_than_eq(-0.5),
+    "independent interval": constraints.independent(constraints.interval(0.1, 0.7), 1),
+    "bounds by column": constraints.interval(
+        torch.tensor([0.1, -1.0], dtype=torch.float64),
+        torch.tensor([1.0, 5.7], dtype=torch.float64),
+    ),
+    "nested stack": constraints.stack(
+        [constraints.greater_than(2.0), constraints.independent(constraints.real, 0)], dim=-1
+    ),
+    "cat": constraints.cat([constraints.positive, constraints.unit_interval], dim=-1),
+    "corr_cholesky_constraint": constraints.corr_cholesky,
+}
+
+
+@pytest.mark.parametrize("name", slow_but(MORE, "bounds by column"))
+def test_more_supports(name, twin):
+    flow = plain(3 if "corr" in name else 2, support=MORE[name]).freeze()
+    assert_twins(flow, twin(flow))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("support", [constraints.real_vector, constraints.positive], ids=str)
+def test_event_shapes(support, twin):
+    flow = plain(4, event_shape=(2, 2), support=support).freeze()
+    other = twin(flow)
+    assert_twins(flow, other)
+    assert other.support.event_dim == 2
+
+
+@pytest.mark.slow
+def test_beyond_the_knots_and_at_the_centre(twin):
+    for name in ("gaussianized", "tempered"):
+        flow = supported(name).freeze()
+        other = twin(flow)
+        y = torch.tensor([[0.0, 0.0], [300.0, -2.0], [-0.01, 90.0]])
+        assert_equal(other.log_prob(jnp.asarray(y.numpy())), flow.log_prob(y))
+
+
+@pytest.mark.slow
+def test_far_rows(twin):
+    flow = plain().freeze()
+    flow.transform.flow.velocity.reach.fill_(7.0)
+    y = torch.cat([scale * torch.randn(20, 2) for scale in (1.0, 10.0, 100.0)])
+    assert_equal(twin(flow).log_prob(jnp.asarray(y.numpy())), flow.log_prob(y))
+
+
+# ---- bases, families, named sites ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", slow_but(BASES, "multivariate"))
+def test_bases(name, twin):
+    flow = plain(base=BASES[name](2)).freeze()
+    assert_twins(flow, twin(flow))
+
+
+@pytest.mark.slow
+def test_a_base_that_is_a_flow(twin):
+    inner = InterpolantDistribution(random_flow(2), BASES["laplace"](2))
+    flow = plain(base=inner, support=constraints.positive).freeze()
+    other = twin(flow)
+    y = flow.sample((ROWS,)).clone()
+    assert_equal(other.log_prob(jnp.asarray(y.numpy())), flow.log_prob(y))
+    assert other.event_shape == (2,)
+    halfway = other.at(0.5).log_prob(jnp.asarray(y.numpy()))
+    assert_equal(halfway, flow.at(0.5).log_prob(y))
+
+
+@pytest.mark.parametrize("batch", slow_but([(), (ROWS,), (3, 1)], (3, 1)), ids=str)
+def test_families(batch, twin):
+    flow = family(support=constraints.positive).freeze()
+    flow.transform.flow.velocity.set_scales(torch.randn(9, 2), 3 * torch.randn(9, 3) + 1)
+    context = torch.randn(*batch, 3)
+    given, other = flow.condition(context), twin(flow).condition(jnp.asarray(context.numpy()))
+    assert other.batch_shape == batch
+    assert_twins(given, other)
+
+
+@pytest.mark.slow
+def test_gradients_in_the_context(twin):
+    flow, context, x = family().freeze(), torch.randn(ROWS, 3), torch.randn(ROWS, 2)
+    other = twin(flow)
+    context.requires_grad_()
+    (expected,) = torch.autograd.grad(flow.condition(context).log_prob(x).sum(), context)
+    given, value = jnp.asarray(context.detach().numpy()), jnp.asarray(x.numpy())
+    found = jax.grad(lambda c: other.condition(c).log_prob(value).sum())(given)
+    assert_equal(found, expected)
+
+
+@pytest.mark.slow
+def test_a_family_on_the_torus(twin):
+    flow = ConditionalInterpolantDistribution(angular_flow(context_dim=3), support=circular)
+    context = torch.randn(ROWS, 3)
+    other = twin(flow.freeze()).condition(jnp.asarray(context.numpy()))
+    assert_twins(flow.condition(context), other)
+
+
+@pytest.mark.parametrize("make", slow_but([joint, gaussianized_joint], joint))
+def test_named_sites(make, twin):
+    flow = make().freeze()
+    other = twin(flow)
+    assert_twins(flow, other)
+    x = flow.sample((3,))
+    sites, expected = other.unpack(jnp.asarray(x.numpy())), flow.unpack(x)
+    assert list(sites) == list(expected) == list(other.sites)
+    for name, value in expected.items():
+        assert_equal(sites[name], value)
+    assert_equal(other.pack(sites), x)
+
+
+@pytest.mark.slow
+def test_batch_shapes_are_kept(twin):
+    flow = plain().freeze().expand((2, 3))
+    other = twin(flow)
+    assert other.batch_shape == (2, 3)
+    assert other.sample(jax.random.key(0), (4,)).shape == (4, 2, 3, 2)
+
+
+@pytest.mark.slow
+def test_many_rows_in_chunks(twin, monkeypatch):
+    """Where a divergence at all nodes of all rows would not fit into memory."""
+    flow, context, x = family().freeze(), torch.randn(7, 1, 3), torch.randn(7, 3, 2)
+    given, other = flow.condition(context), twin(flow).condition(jnp.asarray(context.numpy()))
+    value = jnp.asarray(x.numpy())
+    expected = jax.grad(lambda v: other.log_prob(v).sum())(value)
+    monkeypatch.setattr("pyro_interpolant.numpyro.flow._MAX_ELEMENTS", 4 * 16 * 9)
+    jax.clear_caches()
+    assert_equal(other.log_prob(value), given.log_prob(x))
+    found = jax.grad(lambda v: other.log_prob(v).sum())(value)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    jax.clear_caches()
+
+
+# ---- float32 ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize("name", slow_but(["plain", "gaussianized", "residual"], "plain"))
+def test_float32(name, twin):
+    """Log-densities within 1e-5, values as near to torch's float64 as torch's float32 is."""
+    if name == "residual":
+        flow = InterpolantDistribution(random_flow(2, (16, 16, 16))).freeze()
+    else:
+        flow = (plain() if name == "plain" else supported(name)).freeze()
+    other = twin(flow)
+    w = torch.randn(1000, 2)
+    y, z = w, jnp.asarray(w.numpy())
+    for ours, theirs in zip(flow.transforms, other.transforms, strict=True):
+        y, z = ours(y), theirs(z)
+    assert z.dtype == jnp.float32
+    error = np.abs(np.asarray(z) - y.numpy()) / (1 + np.abs(y.numpy()))
+    assert np.quantile(error, 0.999) <= 1e-5
+    # A copy: what was just drawn would be scored along its own path, forward.
+    assert_equal(other.log_prob(jnp.asarray(y.numpy())), flow.log_prob(y.clone()), 1e-5)
+
+
+@pytest.mark.slow
+def test_its_own_draws_have_the_moments_of_torchs(twin):
+    flow = plain().freeze()
+    draws = twin(flow).sample(jax.random.key(0), (4000,))
+    expected = flow.sample((4000,))
+    error = 5 * expected.std(0) * (2 / 4000) ** 0.5
+    assert (torch.tensor(np.asarray(draws)).mean(0) - expected.mean(0)).abs().lt(error).all()

@@ -1,0 +1,229 @@
+"""Base space: the same joint density, and every handler obeyed inside and outside."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+import torch
+from kinds import angles, family, joint, plain, supported
+from numpyro import handlers
+from numpyro.contrib.control_flow import scan
+from numpyro.infer import Predictive, init_to_median, init_to_value
+from numpyro.infer.reparam import TransformReparam
+from numpyro.infer.util import initialize_model, log_density
+
+from pyro_interpolant.numpyro import base_space
+
+KEY = jax.random.key(0)
+Z = jnp.array([0.3, -0.2])
+
+
+@pytest.fixture(scope="module")
+def prior(twin):
+    torch.manual_seed(0)
+    return twin(plain().freeze())
+
+
+@pytest.fixture
+def model(prior):
+    def model():
+        z = numpyro.sample("z", prior)
+        numpyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=1.0)
+        return z
+
+    return model
+
+
+def traced(model, *args):
+    return handlers.trace(handlers.seed(model, KEY)).get_trace(*args)
+
+
+def kinds_of(model, *args):
+    return {name: site["type"] for name, site in traced(model, *args).items()}
+
+
+def test_the_joint_density_is_the_same(prior, model):
+    """Up to the volume of the map, which is none of the density in base space."""
+    base = base_space(model)
+    assert kinds_of(base) == {"z_base": "sample", "z": "deterministic", "y": "sample"}
+    x = jnp.array([0.5, -1.0])
+    found, trace = log_density(base, (), {}, {"z_base": x})
+    z, log_det = prior.transform.call_with_intermediates(x)
+    np.testing.assert_allclose(trace["z"]["value"], z, rtol=1e-12)
+    likelihood = dist.Normal(z.sum(), 1.0).log_prob(1.0)
+    np.testing.assert_allclose(found, prior.base_dist.log_prob(x) + likelihood, rtol=1e-12)
+
+
+def test_as_numpyros_own_reparametrisation(model):
+    own = handlers.reparam(model, config={"z": TransformReparam()})
+    x = jnp.array([0.5, -1.0])
+    found, expected = (log_density(m, (), {}, {"z_base": x})[0] for m in (base_space(model), own))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("handler", [handlers.condition, handlers.do, handlers.substitute])
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_value_that_is_given_stays(handler, outside, model):
+    data = {"z": Z}
+    inner = model if outside else handler(model, data=data)
+    wrapped = handler(base_space(inner), data=data) if outside else base_space(inner)
+    trace = traced(wrapped)
+    assert "z_base" not in trace
+    returned = handlers.seed(wrapped, KEY)()
+    np.testing.assert_allclose(returned, Z)
+    if handler is not handlers.do:
+        np.testing.assert_allclose(trace["z"]["value"], Z)
+        assert trace["z"]["is_observed"] == (handler is handlers.condition)
+
+
+def test_an_observed_site_is_left_alone(prior):
+    def model():
+        numpyro.sample("z", prior, obs=Z)
+
+    assert kinds_of(base_space(model)) == {"z": "sample"}
+
+
+def test_draws_of_either_name(prior, model):
+    """Without ``z_base``, the draws of z themselves are taken, not drawn anew."""
+    base = base_space(model)
+    x = jax.random.normal(KEY, (3, 2))
+    z = prior.transform(x)
+    for given in ({"z": z}, {"z_base": x}, {"z": z, "z_base": x}):
+        found = Predictive(base, given, return_sites=["z"])(jax.random.key(1))["z"]
+        np.testing.assert_allclose(found, z, rtol=1e-10)
+    assert Predictive(base, num_samples=2)(KEY)["z"].shape == (2, 2)
+
+
+def test_an_initial_value_in_data_space(prior, model):
+    start = init_to_value(values={"z": Z})
+    info = initialize_model(KEY, base_space(model), init_strategy=start)
+    np.testing.assert_allclose(prior.transform(info.param_info.z["z_base"]), Z, atol=1e-3)
+    again = init_to_value(values={"z_base": Z})
+    info = initialize_model(KEY, base_space(model), init_strategy=again)
+    np.testing.assert_allclose(info.param_info.z["z_base"], Z)
+
+
+@pytest.mark.slow
+def test_other_strategies_propose_in_base_space(model):
+    info = initialize_model(KEY, base_space(model), init_strategy=init_to_median)
+    assert float(jnp.abs(info.param_info.z["z_base"]).max()) < 2
+
+
+def test_plates_events_and_masks(prior):
+    def model():
+        with numpyro.plate("n", 4), handlers.mask(mask=jnp.arange(4) < 3):
+            numpyro.sample("z", prior)
+        with numpyro.plate("m", 4, subsample_size=2):
+            numpyro.sample("s", prior.mask(jnp.array([True, False])))
+        numpyro.sample("w", prior.expand((3,)).to_event(1))
+
+    trace = traced(base_space(model))
+    assert trace["z_base"]["value"].shape == trace["z"]["value"].shape == (4, 2)
+    assert trace["s_base"]["value"].shape == (2, 2)
+    assert trace["w_base"]["fn"].event_shape == (3, 2)
+    assert trace["z_base"]["fn"].batch_shape == (4,)
+    draws = {k: v["value"] for k, v in trace.items() if k.endswith("_base")}
+    found = log_density(handlers.seed(base_space(model), KEY), (), {}, draws)[0]
+    normal = {k: dist.Normal().log_prob(v).sum(-1) for k, v in draws.items()}
+    expected = normal["z_base"][:3].sum() + 2 * normal["s_base"][0] + normal["w_base"].sum()
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda: supported("stack"), joint], ids=["stack", "joint"])
+def test_supports_and_sites(make, twin):
+    prior = twin(make().freeze())
+
+    def model():
+        if make is joint:
+            return prior.sample_sites("z")
+        return numpyro.sample("z", prior)
+
+    names = kinds_of(base_space(model))
+    assert names["z_base"] == "sample"
+    assert names["z"] == "deterministic"
+    value = traced(base_space(model))["z"]["value"]
+    assert bool(prior.support(value))
+    if make is joint:
+        assert set(prior.sites) < set(names)
+        given = {name: jnp.asarray(v)[None] for name, v in prior.unpack(value).items()}
+        again = Predictive(model, {"z": value[None]})(KEY)
+        for name, expected in given.items():
+            np.testing.assert_allclose(again[name], expected, rtol=1e-10)
+
+
+@pytest.mark.slow
+def test_contexts_from_another_site(twin):
+    likelihood = twin(family().freeze())
+
+    def model():
+        c = numpyro.sample("c", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
+        with numpyro.plate("n", 2):
+            numpyro.sample("z", likelihood.condition(c))
+
+    trace = traced(base_space(model))
+    assert trace["z_base"]["value"].shape == (2, 2)
+    expected = likelihood.condition(trace["c"]["value"]).transform(trace["z_base"]["value"])
+    np.testing.assert_allclose(trace["z"]["value"], expected, rtol=1e-10)
+
+
+def test_angles_are_sampled_in_the_plane(twin):
+    prior = twin(angles().freeze())
+
+    def model():
+        numpyro.sample("z", prior)
+
+    trace = traced(base_space(model))
+    w = trace["z_base"]["value"]
+    assert w.shape == (4,)
+    direction = jnp.arctan2(w[2:], w[:2])
+    np.testing.assert_allclose(
+        prior.transforms[-1](prior.transform(direction)), trace["z"]["value"], rtol=1e-10
+    )
+    # Normal where the base is uniform.
+    found = log_density(base_space(model), (), {}, {"z_base": w})[0]
+    np.testing.assert_allclose(found, dist.Normal().log_prob(w).sum(), rtol=1e-10)
+    start = init_to_value(values={"z": jnp.array([3.0, -3.0])})
+    info = initialize_model(KEY, base_space(model), init_strategy=start)
+    x = info.param_info.z["z_base"]
+    back = prior.transforms[-1](prior.transform(jnp.arctan2(x[2:], x[:2])))
+    np.testing.assert_allclose(back, [3.0, -3.0], atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", [lambda model: model, base_space])
+def test_inside_a_scan(space, prior):
+    def model():
+        def step(carry, _):
+            z = numpyro.sample("z", prior)
+            return carry + z.sum(), z
+
+        return scan(step, 0.0, None, length=3)
+
+    trace = traced(space(model))
+    name = "z" if "z_base" not in trace else "z_base"
+    value = trace[name]["value"]
+    assert value.shape == (3, 2)
+    found = log_density(space(model), (), {}, {name: value})[0]
+    own = prior if name == "z" else prior.base_dist
+    np.testing.assert_allclose(found, own.log_prob(value).sum(), rtol=1e-8)
+
+
+@pytest.mark.slow
+def test_a_family_inside_a_scan(twin):
+    likelihood = twin(family().freeze())
+    contexts = jax.random.normal(KEY, (3, 3))
+
+    def model():
+        def step(carry, context):
+            z = numpyro.sample("z", likelihood.condition(context))
+            return carry, z
+
+        return scan(step, 0.0, contexts)
+
+    trace = traced(model)
+    value = trace["z"]["value"]
+    found = log_density(model, (), {}, {"z": value})[0]
+    np.testing.assert_allclose(found, likelihood.condition(contexts).log_prob(value).sum())
