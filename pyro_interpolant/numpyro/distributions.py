@@ -168,13 +168,24 @@ class ConditionalInterpolantDistribution:
     Args:
         base_dist: As in :class:`InterpolantDistribution`.
         transforms: As in :class:`InterpolantDistribution`.
+        sites: As in :class:`JointInterpolantDistribution`, or nothing.
     """
 
-    def __init__(self, base_dist: dist.Distribution, transforms: Sequence[Transform]) -> None:
+    def __init__(
+        self,
+        base_dist: dist.Distribution,
+        transforms: Sequence[Transform],
+        *,
+        sites: Sequence[tuple[str, Sequence[int], Any]] = (),
+    ) -> None:
         self.base_dist, self.transforms = base_dist, list(transforms)
+        self._sites = json.dumps(list(sites))
 
     def condition(self, context: Array) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``: batch shape ``(*)``.
+
+        Of named sites it is a :class:`JointInterpolantDistribution`. Contexts of a flow of classes
+        are labels, whole numbers of shape ``(*)``.
 
         Raises:
             ValueError: If the last dimension is not the velocity's C.
@@ -183,19 +194,24 @@ class ConditionalInterpolantDistribution:
             t.condition(context) if isinstance(t, InterpolantTransform) and t.context_dim else t
             for t in self.transforms
         ]
+        sites = json.loads(self._sites)
+        if sites:
+            return JointInterpolantDistribution(self.base_dist, transforms, sites=sites)
         return InterpolantDistribution(self.base_dist, transforms)
 
 
 jax.tree_util.register_pytree_node(
     ConditionalInterpolantDistribution,
-    lambda d: ((d.base_dist, d.transforms), None),
-    lambda _, parts: _conditional(*parts),
+    lambda d: ((d.base_dist, d.transforms), d._sites),
+    lambda sites, parts: _conditional(sites, *parts),
 )
 
 
-def _conditional(base_dist: Any, transforms: Any) -> ConditionalInterpolantDistribution:
+def _conditional(
+    sites: str, base_dist: Any, transforms: Any
+) -> ConditionalInterpolantDistribution:
     new = ConditionalInterpolantDistribution.__new__(ConditionalInterpolantDistribution)
-    new.base_dist, new.transforms = base_dist, transforms
+    new.base_dist, new.transforms, new._sites = base_dist, transforms, sites
     return new
 
 

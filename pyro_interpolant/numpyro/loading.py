@@ -116,10 +116,11 @@ def _built(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -> 
     _check_support(header, transform)
     chain = [*before, transform, *after]
     kind = header["class"]
-    if kind == "ConditionalInterpolantDistribution":
+    if kind in ("ConditionalInterpolantDistribution", "ConditionalJointInterpolantDistribution"):
         if not transform.context_dim:
             raise ValueError("expected a conditional flow to have contexts")
-        return ConditionalInterpolantDistribution(base, chain)
+        sites = header["sites"] if "Joint" in kind else ()
+        return ConditionalInterpolantDistribution(base, chain, sites=sites)
     if transform.context_dim:
         raise ValueError("expected a flow without contexts")
     shape = tuple(header.get("batch_shape", ()))
@@ -173,12 +174,12 @@ def _weights(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -
     name, arguments, size = header["velocity"], header["arguments"], header["dim"]
     if arguments is None or name not in ("VelocityMLP", "TorusMLP"):
         raise RefusedError(f"its velocity is a {name}, a network of which jax has no twin")
-    event_dim, hidden_dims, context_dim = arguments
-    if not all(type(n) is int for n in (event_dim, *hidden_dims, context_dim)):
+    event_dim, hidden_dims, context_dim, classes = (*arguments, 0)[:4]
+    if not all(type(n) is int for n in (event_dim, *hidden_dims, context_dim, classes)):
         raise ValueError(f"expected sizes as arguments of the velocity, got {arguments}")
     if event_dim != size:
         raise ValueError(f"expected a velocity of {size} dimensions, got {event_dim}")
-    shapes = expected_shapes(event_dim, hidden_dims, context_dim, periodic=name == "TorusMLP")
+    shapes = expected_shapes(*(*arguments, 0)[:4], periodic=name == "TorusMLP")
     shapes = {f"velocity.{k}": shape for k, shape in shapes.items()}
     whitening = header.get("whitening", "DenseWhitening")
     shapes["loc"], shapes["linear_log_det"] = (size,), ()
@@ -197,12 +198,13 @@ def _weights(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -
         raise RefusedError(f"its divergence is a {kind}")
     if header["dtype"] not in _TYPES:
         raise ValueError(f"expected a type among {_TYPES}, got {header['dtype']!r}")
-    return _checked(shapes, arrays, np.dtype(header["dtype"] if dtype is None else dtype))
+    found = _checked(shapes, arrays, np.dtype(header["dtype"] if dtype is None else dtype))
+    return Frozen({**found, "velocity.classes": np.arange(classes)} if classes else found)
 
 
 def _checked(
     shapes: Mapping[str, tuple[int | None, ...]], arrays: Mapping[str, Any], dtype: Any
-) -> Frozen:
+) -> dict[str, Any]:
     """Return arrays of given names and shapes; others may only belong to what is not used here."""
     own = {
         k: v for k, v in arrays.items() if not k.startswith(("base.", "noise.", "interpolant."))
@@ -217,7 +219,7 @@ def _checked(
             raise ValueError(f"expected {name!r} of shape {expected}, got {found.shape}")
         if found.dtype != (np.int8 if name == _PROBES else dtype):
             raise ValueError(f"expected {name!r} of type {dtype}, got {found.dtype}")
-    return Frozen(own)
+    return own
 
 
 def _grid(description: Sequence[Any]) -> Grid:

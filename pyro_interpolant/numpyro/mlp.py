@@ -35,16 +35,19 @@ class Modulation(NamedTuple):
 
 
 def expected_shapes(
-    event_dim: int, hidden_dims: list[int], context_dim: int, *, periodic: bool
+    event_dim: int, hidden_dims: list[int], context_dim: int, classes: int = 0, *, periodic: bool
 ) -> dict[str, tuple[int | None, ...]]:
     """Return the names and shapes of a network's weights; None stands for any size."""
+    frequencies = 8 if event_dim <= 8 else 4  # as VelocityMLP has them
+    width = 2 * frequencies + (classes or context_dim)
+    context_dim = 1 if classes else context_dim
     first = 2 * _HARMONICS * event_dim if periodic else event_dim
     inputs = [first, *hidden_dims]
     total = sum(hidden_dims)
     return {
         **{f"layers.{i}.weight": (n, inputs[i]) for i, n in enumerate(hidden_dims)},
         "output.weight": (event_dim, inputs[-1]),
-        "embedding.weight": (None, None),
+        "embedding.weight": (None, width),
         "embedding.bias": (None,),
         "shifts.weight": (total + event_dim, None),
         "shifts.bias": (total + event_dim,),
@@ -59,14 +62,22 @@ def expected_shapes(
 def embed_times(weights: Weights, times: NDArray[np.float64]) -> Any:
     """Return the part of the embedding that the times give, shape ``(T, width)``."""
     weight = weights["embedding.weight"]
-    count = (weight.shape[1] - len(weights["context_loc"])) // 2
+    count = (weight.shape[1] - len(weights.get("classes", weights["context_loc"]))) // 2
     angles = np.pi * times[:, None] * np.arange(1, count + 1)
     features = np.concatenate((np.cos(angles), np.sin(angles)), -1)
     return features.astype(weight.dtype) @ weight[:, : 2 * count].T + weights["embedding.bias"]
 
 
 def embed_context(weights: Weights, context: Array) -> Array:
-    """Return the part that contexts, shape ``(*, C)``, give, shape ``(*, width)``."""
+    """Return the part that contexts, shape ``(*, C)``, give, shape ``(*, width)``.
+
+    Labels, shape ``(*, 1)``, of none of the classes give NaN.
+    """
+    if "classes" in weights:
+        classes = weights["classes"]
+        own = (context == classes).astype(weights["embedding.weight"].dtype)
+        given = own @ weights["embedding.weight"][:, -len(classes) :].T
+        return jnp.where(own.any(-1, keepdims=True), given, jnp.nan)
     loc, scale = weights["context_loc"], weights["context_scale"]
     weight = weights["embedding.weight"][:, -len(loc) :]
     return ((context - loc) / scale) @ weight.T

@@ -72,7 +72,12 @@ class OnEvents(Constraint):
     @property
     def event_dim(self) -> int:
         """The number of dimensions of an event."""
-        return max(1, _parts(self.text)[1].event_dim)
+        constraint = _parts(self.text)[1]
+        return (
+            constraint.event_dim
+            if isinstance(constraint, _Shaped)
+            else max(1, constraint.event_dim)
+        )
 
     def __call__(self, value: Array) -> Array:
         """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""

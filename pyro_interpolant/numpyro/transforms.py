@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
+from numpyro.util import not_jax_tracer
 
 from . import flow
 from .flow import Grid
@@ -127,15 +128,29 @@ class InterpolantTransform(RealVectorTransform):
     def condition(self, context: Array) -> "InterpolantTransform":
         """Return the transform given a context of shape ``(*, C)``.
 
+        Of a flow of classes: given labels, whole numbers of shape ``(*)``, or ``(*, 1)`` of a
+        floating type.
+
         Raises:
-            ValueError: If the last dimension is not C.
+            ValueError: If the last dimension is not C, or a label is known to be of no class.
         """
+        if "velocity.classes" in self.weights:
+            context = self._labels(jnp.asarray(context))
         shape = jnp.shape(context)
         if not self.context_dim or shape[-1:] != (self.context_dim,):
             raise ValueError(f"expected a context of shape (*, {self.context_dim}), got {shape}")
         while len(shape) > 1 and shape[0] == 1:
             context, shape = context[0], shape[1:]
         return InterpolantTransform(self.weights, self.grid, context)
+
+    def _labels(self, labels: Array) -> Array:
+        """Return labels, ``(*)`` or ``(*, 1)``, as contexts, shape ``(*, 1)``."""
+        classes = self.weights["velocity.classes"]
+        if not jnp.issubdtype(labels.dtype, jnp.floating):
+            labels = labels[..., None]
+        if not_jax_tracer(labels) and not bool(jnp.isin(labels, classes).all()):
+            raise ValueError(f"expected labels from 0 to {len(classes) - 1}, got others")
+        return labels
 
     def __call__(self, x: Array) -> Array:
         """Return the data, shape ``(*, D)``, of whitened base draws of that shape."""
