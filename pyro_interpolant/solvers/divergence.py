@@ -132,6 +132,10 @@ def _quadratic_forms(
     velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None, directions: Tensor
 ) -> Tensor:
     """Return ``e J e`` for each row ``e`` of ``directions``, shape ``(len(directions), *)``."""
+    if torch.is_inference_mode_enabled():  # over whose tensors older versions map no forward mode
+        given = (None if part is None else part.clone() for part in (t, x, context, directions))
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return _quadratic_forms(velocity, *given)  # type: ignore[arg-type]
     x = x.contiguous()  # forward mode cannot carry tangents on the stride-0 tensors of a plate
 
     # Shapes are read here: a traced jvp cannot.
