@@ -31,10 +31,15 @@ from pyro.distributions import constraints
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    ConditionalInterpolantTransform,
+    Geodesic,
     InterpolantDistribution,
     LearnedInterpolant,
+    TorusMLP,
+    VelocityMLP,
     circular,
 )
+from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
 
 ROWS = 6
 
@@ -331,3 +336,43 @@ def test_its_own_draws_have_the_moments_of_torchs(twin):
     expected = flow.sample((4000,))
     error = 5 * expected.std(0) * (2 / 4000) ** 0.5
     assert (torch.tensor(np.asarray(draws)).mean(0) - expected.mean(0)).abs().lt(error).all()
+
+
+# ---- labels of classes, and named sites given a context -----------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["real", "angles"])
+def test_labels_of_classes(kind, twin):
+    velocity = (TorusMLP if kind == "angles" else VelocityMLP)(2, (8, 8), classes=3)
+    for p in velocity.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    options = {"interpolant": Geodesic()} if kind == "angles" else {}
+    flow = ConditionalInterpolantDistribution(
+        ConditionalInterpolantTransform(velocity, **options),
+        support=circular if kind == "angles" else constraints.real_vector,
+    ).freeze()
+    other, labels = twin(flow), torch.tensor([0, 2, 1, 1])
+    given = flow.condition(labels)
+    x = given.sample((5,)).clone()  # which no solve is remembered of
+    assert_equal(other.condition(labels.numpy()).log_prob(x.numpy()), given.log_prob(x))
+    as_numbers = other.condition(labels.double()[:, None].numpy())
+    assert_equal(as_numbers.log_prob(x.numpy()), given.log_prob(x))
+    with pytest.raises(ValueError, match="labels from 0 to 2"):
+        other.condition(np.array([3]))
+    unknown = jax.jit(lambda label: other.condition(label).log_prob(x[0, 0].numpy()))
+    assert np.isnan(unknown(3))
+    assert np.isfinite(unknown(2))
+
+
+def test_named_sites_given_a_context(twin):
+    sites = {"loc": ((), constraints.real), "scale": ((), constraints.positive)}
+    transform = random_flow(2, (8, 8), context_dim=3)
+    flow = ConditionalJointInterpolantDistribution(transform, sites=sites).freeze()
+    other, context = twin(flow), torch.randn(4, 3)
+    draws = flow.condition(context).sample_dict((5,))
+    given = other.condition(context.numpy())
+    packed = given.pack({name: value.numpy() for name, value in draws.items()})
+    assert_equal(packed, flow.pack(draws))
+    assert_equal(given.log_prob(packed), flow.condition(context).log_prob(flow.pack(draws)))
+    again = jax.tree.unflatten(*jax.tree.flatten(other)[::-1])
+    assert again.condition(context.numpy()).sites == {"loc": (), "scale": ()}
