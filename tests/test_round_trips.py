@@ -145,6 +145,8 @@ ELEMENTWISE = {
         dist.Normal(A, B), maps.ExpTransform(), maps.AffineTransform(0.5, B), maps.TanhTransform()
     ),
 }
+if not hasattr(dist, "GeneralizedPareto"):  # of older versions of torch
+    del ELEMENTWISE["GeneralizedPareto"]
 KEPT = {
     **{name: lambda make=make: make().to_event(1) for name, make in ELEMENTWISE.items()},
     "batch": lambda: dist.Normal(torch.zeros(3, 2), 1.0).to_event(1),

@@ -668,6 +668,9 @@ def test_frozen_through_an_autoguide():
     assert not moved(prior.transform, before)
 
 
+@pytest.mark.skipif(
+    pyro.__version__ == "1.9.1", reason="it loads none of its own files in torch 2.6 and newer"
+)
 def test_param_store_round_trip(tmp_path):
     d = InterpolantDistribution(random_flow(2))
     pyro.module("flow", d.transform)
