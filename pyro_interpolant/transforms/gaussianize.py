@@ -93,7 +93,7 @@ class MarginalTransform(Gaussianizer):
 
     def _log_slope(self, x: Tensor) -> Tensor:
         x0, _, width, height, p0, p1 = self._bins_of(x, self.knots[0])
-        u = ((x - x0) / width).clamp(0, 1)
+        u = _within((x - x0) / width)
         v = u * (1 - u)
         top, bottom = p1 * u * u + 2 * v + p0 * (1 - u) ** 2, 1 + (p0 + p1 - 2) * v
         return (height / width).log() + top.log() - 2 * bottom.log()
@@ -101,7 +101,7 @@ class MarginalTransform(Gaussianizer):
     def _to_normal(self, x: Tensor) -> Tensor:
         x0, y0, width, height, p0, p1 = self._bins_of(x, self.knots[0])
         come = (x - x0) / width
-        u = come.clamp(0, 1)
+        u = _within(come)
         v = u * (1 - u)
         inner = (u * u + p0 * v) / (1 + (p0 + p1 - 2) * v)
         return y0 + height * (inner + _beyond(come, p0, p1))
@@ -109,7 +109,7 @@ class MarginalTransform(Gaussianizer):
     def _to_data(self, y: Tensor) -> Tensor:
         x0, y0, width, height, p0, p1 = self._bins_of(y, self.knots[1])
         come = (y - y0) / height
-        r = come.clamp(0, 1)
+        r = _within(come)
         # The root of the quadratic in u without a difference of numbers that are nearly equal.
         m, v = p0 * (1 - r) - p1 * r, r * (1 - r)
         larger = (m * m + 4 * v).sqrt() + m.abs()
@@ -259,6 +259,15 @@ def _last_below(edges: Tensor, values: Tensor) -> Tensor:
         below = edges.gather(1, further.clamp(max=last)) < values
         found = torch.where((further <= last) & below, further, found)
     return found
+
+
+def _within(come: Tensor) -> Tensor:
+    """Return how far values have come within a bin, from 0 to 1, of their shape.
+
+    At its ends the derivative is that inside: which one ``clamp`` has there depends on the version
+    of torch.
+    """
+    return come.where((come >= 0) & (come <= 1), (come > 1).to(come))
 
 
 def _beyond(come: Tensor, before: Tensor, after: Tensor) -> Tensor:
