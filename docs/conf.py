@@ -1,0 +1,112 @@
+"""The site: pip install -e '.[docs]' && sphinx-build -W -b html docs docs/_build/html.
+
+The tutorials are run when the site is built, and again when their pages change; remove docs/_build
+where the package has changed. DOCS_SMALL=1 runs them with small sizes, which show that all works
+and demand no accuracy; DOCS_RUN=off runs nothing.
+"""
+
+import importlib
+import os
+import pkgutil
+import sys
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+# What the tutorials' own processes see: the folder of their helper.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(HERE / "tutorials"), str(HERE.parent), os.environ.get("PYTHONPATH")))
+)
+
+project = "pyro_interpolant"
+author = "the authors of pyro_interpolant"
+copyright = author  # noqa: A001 (Sphinx's name)
+release = version = version_of("pyro-interpolant")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx-mathjax-offline",
+]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+html_theme = "furo"
+html_title = "pyro_interpolant"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {"navigation_with_keys": True}
+
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = {"off": "off"}.get(os.environ.get("DOCS_RUN", ""), "cache")
+SMALL = os.environ.get("DOCS_SMALL", "") not in ("", "0")  # pages of either size have a cache
+nb_execution_cache_path = str(HERE / "_build" / ("small-cache" if SMALL else "cache"))
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+autodoc_typehints = "none"  # signatures without types: the docstrings have shapes besides
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "inherited-members": True, "show-inheritance": True}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+PACKAGE = "pyro_interpolant"
+ROOMS = (
+    "interpolants",
+    "nn",
+    "solvers",
+    "transforms",
+    "distributions",
+    "diffusion",
+    "diagnostics",
+    "io",
+    "plotting",
+    "training",
+    "transport",
+    "infer",
+)
+
+
+def of_the_package(_app, _what, _name, value, skip, _options):
+    """Leave out what classes inherit from torch and Pyro, and the fields of tuples."""
+    value = getattr(value, "fget", value)
+    module = getattr(value, "__module__", None) or ""
+    return None if module.startswith(PACKAGE) and not skip else True
+
+
+def find_by_room(_app, environment, node, content):
+    """Resolve a name as docstrings say it, at the top or in its file, to the page of its room."""
+    if node.get("refdomain") != "py":
+        return None
+    name = node["reftarget"].removeprefix(f"{PACKAGE}.").rpartition(".")[-1]
+    owner = node["reftarget"].split(".")[-2:-1]
+    domain = environment.get_domain("py")
+    for room in ROOMS:
+        for middle in ("", *(f"{part}." for part in owner)):
+            entry = domain.objects.get(f"{PACKAGE}.{room}.{middle}{name}")
+            if entry is not None:
+                return domain.resolve_xref(
+                    environment,
+                    node["refdoc"],
+                    environment.app.builder,
+                    "obj",
+                    f"{PACKAGE}.{room}.{middle}{name}",
+                    node,
+                    content,
+                )
+    return None
+
+
+def setup(app):
+    """Connect both."""
+    for module in pkgutil.iter_modules([str(HERE.parent / PACKAGE)]):
+        if module.name in ROOMS:  # names are lazy: documented ones are there from now on
+            room = importlib.import_module(f"{PACKAGE}.{module.name}")
+            for name in getattr(room, "__all__", ()):
+                getattr(room, name)
+    app.connect("autodoc-skip-member", of_the_package)
+    app.connect("missing-reference", find_by_room)
