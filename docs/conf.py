@@ -44,12 +44,15 @@ nb_execution_mode = {"off": "off"}.get(os.environ.get("DOCS_RUN", ""), "cache")
 SMALL = os.environ.get("DOCS_SMALL", "") not in ("", "0")  # pages of either size have a cache
 nb_execution_cache_path = str(HERE / "_build" / ("small-cache" if SMALL else "cache"))
 nb_execution_timeout = 600
+suppress_warnings = ["myst-nb.lexer"] if nb_execution_mode == "off" else []
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
 autodoc_typehints = "none"  # signatures without types: the docstrings have shapes besides
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "inherited-members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True, "inherited-members": True}
+autodoc_preserve_defaults = True
+add_module_names = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

@@ -13,7 +13,6 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(
     path for path in DOCS.rglob("*.md") if not path.relative_to(DOCS).parts[0].startswith("_")
 )
-RUN = [path for path in PAGES if path.parent.name in ("how-to", "coming-from")]
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -27,6 +26,13 @@ def blocks(path, kinds=("python",)):
     for match in FENCE.finditer(text):
         if match.group(1) in kinds:
             yield text[: match.start()].count("\n") + 1, match.group(2)
+
+
+RUN = [
+    path
+    for path in PAGES
+    if path.parent.name in ("how-to", "coming-from") and next(blocks(path), None)
+]
 
 
 # How far a guide comes in the seconds it is given is the machine's business.
