@@ -7,7 +7,6 @@ and demand no accuracy; DOCS_RUN=off runs nothing.
 
 import importlib
 import os
-import pkgutil
 import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -81,35 +80,30 @@ def of_the_package(_app, _what, _name, value, skip, _options):
     return None if module.startswith(PACKAGE) and not skip else True
 
 
-def find_by_room(_app, environment, node, content):
+def find_by_room(app, environment, node, content):
     """Resolve a name as docstrings say it, at the top or in its file, to the page of its room."""
-    if node.get("refdomain") != "py":
+    target = node.get("reftarget", "")
+    ours = target.startswith(f"{PACKAGE}.") or "." not in target
+    if node.get("refdomain") != "py" or not ours:
         return None
-    name = node["reftarget"].removeprefix(f"{PACKAGE}.").rpartition(".")[-1]
-    owner = node["reftarget"].split(".")[-2:-1]
+    *owner, name = target.removeprefix(f"{PACKAGE}.").split(".")
     domain = environment.get_domain("py")
     for room in ROOMS:
-        for middle in ("", *(f"{part}." for part in owner)):
-            entry = domain.objects.get(f"{PACKAGE}.{room}.{middle}{name}")
-            if entry is not None:
+        for middle in ("", *owner[-1:]):  # of a method, its class
+            found = ".".join(filter(None, (PACKAGE, room, middle, name)))
+            if found in domain.objects:
+                page = node["refdoc"]
                 return domain.resolve_xref(
-                    environment,
-                    node["refdoc"],
-                    environment.app.builder,
-                    "obj",
-                    f"{PACKAGE}.{room}.{middle}{name}",
-                    node,
-                    content,
+                    environment, page, app.builder, "obj", found, node, content
                 )
     return None
 
 
 def setup(app):
-    """Connect both."""
-    for module in pkgutil.iter_modules([str(HERE.parent / PACKAGE)]):
-        if module.name in ROOMS:  # names are lazy: documented ones are there from now on
-            room = importlib.import_module(f"{PACKAGE}.{module.name}")
-            for name in getattr(room, "__all__", ()):
-                getattr(room, name)
+    """Connect both, and import what is documented: names of rooms are lazy."""
+    for name in ROOMS:
+        room = importlib.import_module(f"{PACKAGE}.{name}")
+        for public in room.__all__:
+            getattr(room, public)
     app.connect("autodoc-skip-member", of_the_package)
     app.connect("missing-reference", find_by_room)
