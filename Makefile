@@ -1,5 +1,5 @@
 # The commands people look for; CONTRIBUTING.md says more.
-.PHONY: install test test-all lint types smoke ci
+.PHONY: install test test-all lint types smoke docs ci
 
 install:
 	pip install -e '.[test]'
@@ -23,6 +23,10 @@ smoke:
 	for program in $(PROGRAMS); do \
 		echo "$$program" && MPLBACKEND=Agg python "$$program" --smoke || exit 1; \
 	done
+
+# The site, its tutorials run; DOCS_SMALL=1 for small sizes. It wants pip install -e '.[docs]'.
+docs:
+	sphinx-build -W -b html docs docs/_build/html
 
 ci:
 	.ci/run

@@ -1,0 +1,56 @@
+"""What the tutorials share: a comparison with a known truth, and small sizes for a quick build.
+
+With DOCS_SMALL=1 training and sampling are cut short, whatever a page asks for: all runs, and
+comparisons are shown, but nothing is demanded of them.
+"""
+
+import functools
+import os
+import warnings
+
+import matplotlib.pyplot as plt
+import pyro
+import pyro.infer
+import torch
+
+import pyro_interpolant as pi
+
+SMALL = os.environ.get("DOCS_SMALL", "") not in ("", "0")
+
+
+def check(**rows):
+    """Print found values beside true ones, and raise if one is farther away than it may be.
+
+    Args:
+        rows: For each name the value found, the truth, and the distance allowed.
+    """
+    print(f"{'':28s}{'found':>10s}{'truth':>10s}{'allowed':>10s}")
+    far = []
+    for name, (found, truth, allowed) in rows.items():
+        print(f"{name.replace('_', ' '):28s}{found:10.3f}{truth:10.3f}{allowed:10.3f}")
+        if not abs(found - truth) <= allowed:
+            far.append(name)
+    if far and not SMALL:
+        raise AssertionError(f"farther from the truth than allowed: {far}")
+
+
+def _at_most(function, **limits):
+    """Return a function whose numbers are at most these."""
+
+    @functools.wraps(function)
+    def cut(*args, **options):
+        for name, most in limits.items():
+            options[name] = min(options.get(name, most), most)
+        return function(*args, **options)
+
+    return cut
+
+
+pyro.set_rng_seed(0)
+torch.set_num_threads(1)  # as fast as two for networks of this size
+plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 9})
+if SMALL:
+    warnings.simplefilter("ignore")  # what is too short is also poor, and says so
+    pi.from_samples = _at_most(pi.from_samples, steps=100)
+    pi.fit_guide = _at_most(pi.fit_guide, max_seconds=6.0)
+    pyro.infer.MCMC = _at_most(pyro.infer.MCMC, num_samples=30, warmup_steps=30)

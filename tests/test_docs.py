@@ -1,0 +1,103 @@
+"""The pages of the site: their blocks run, page by page, and their links lead somewhere."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyro_interpolant
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(
+    path for path in DOCS.rglob("*.md") if not path.relative_to(DOCS).parts[0].startswith("_")
+)
+FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def name(path):
+    return str(path.relative_to(DOCS).with_suffix(""))
+
+
+def blocks(path, kinds=("python",)):
+    """The line of each block, and its source."""
+    text = path.read_text()
+    for match in FENCE.finditer(text):
+        if match.group(1) in kinds:
+            yield text[: match.start()].count("\n") + 1, match.group(2)
+
+
+RUN = [
+    path
+    for path in PAGES
+    if path.parent.name in ("how-to", "coming-from") and next(blocks(path), None)
+]
+
+
+# How far a guide comes in the seconds it is given is the machine's business.
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Poor:UserWarning")
+@pytest.mark.parametrize("path", RUN, ids=map(name, RUN))
+def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    torch.set_default_dtype(torch.float32)  # what a reader has
+    namespace = {"__name__": "page"}
+    for line, source in blocks(path):
+        exec(compile("\n" * line + source, str(path), "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=map(name, PAGES))
+def test_blocks_are_closed(path):
+    assert len(re.findall("^```", path.read_text(), re.MULTILINE)) % 2 == 0
+
+
+@pytest.mark.parametrize("path", PAGES, ids=map(name, PAGES))
+def test_the_names_of_a_page_are_there(path):
+    """All of ``pi.room.name``, in blocks and between backticks."""
+    found = []
+    for line, source in blocks(path, ("python", "{code-cell}")):
+        code = "\n".join("" if row.startswith(":") else row for row in source.splitlines())
+        tree = ast.parse("\n" * line + code)
+        found += [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    found += re.findall(r"`(pi\.[\w.]+)", FENCE.sub("", path.read_text()))
+    for chain in found:
+        value = pyro_interpolant
+        for part in chain.split(".")[1:] if re.fullmatch(r"pi(\.\w+)+", chain) else ():
+            assert hasattr(value, part), chain
+            value = getattr(value, part)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=map(name, PAGES))
+def test_the_links_of_a_page_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", FENCE.sub("", path.read_text())):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=map(name, PAGES))
+def test_a_page_is_in_a_table_of_contents(path):
+    own = str(path.relative_to(DOCS).with_suffix(""))
+    if own == "index":
+        return
+    index = path.parent / "index.md"
+    if path.name == "index.md" or path.parent == DOCS:
+        index, entry = DOCS / "index.md", own
+    else:
+        entry = path.stem
+    contents = "\n".join(source for _, source in blocks(index, ("{toctree}",)))
+    assert entry in contents.split()
+
+
+def test_tutorials_are_short():
+    """What a user writes in one: at most 15 lines that are no import, picture or check."""
+    for path in sorted((DOCS / "tutorials").glob("*.md")):
+        if path.stem == "index":
+            continue
+        cells = [source for _, source in blocks(path, ("{code-cell}",))]
+        lines = [
+            row for source in cells if not source.startswith(":tags") for row in source.split("\n")
+        ]
+        lines = [row for row in lines if row.strip() and not row.startswith(("import ", "from "))]
+        assert 0 < len(lines) <= 15, (path.stem, len(lines))
