@@ -40,6 +40,8 @@ RUN = [
 @pytest.mark.filterwarnings("ignore:Poor:UserWarning")
 @pytest.mark.parametrize("path", RUN, ids=map(name, RUN))
 def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
+    if path.stem == "numpyro":
+        pytest.importorskip("jax")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     torch.set_default_dtype(torch.float32)  # what a reader has

@@ -1,7 +1,6 @@
 """The README's own blocks, run as a reader would: in order, in one namespace."""
 
 import ast
-import importlib.util
 import re
 from pathlib import Path
 
@@ -30,8 +29,6 @@ def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch):
     found = list(blocks())
     assert found
     for line, source in found:
-        if "numpyro" in source and importlib.util.find_spec("jax") is None:
-            continue
         # Blank lines in front: a traceback then names the line of the README.
         exec(compile("\n" * line + source, str(README), "exec"), namespace)
 

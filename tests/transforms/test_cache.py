@@ -676,7 +676,7 @@ def test_vmap_leaves_nothing_behind(kind):
     copy.deepcopy(d)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 @every_support
 def test_second_trace_does_not_bake_in_the_first(support):
     d = prior(support=support, steps=2)  # compiling takes as long as there are steps

@@ -28,7 +28,7 @@ from pyro_interpolant import (
 
 # Raised inside torch, by its own first use of forward-mode differentiation.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-tracing = pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+tracing = pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 
 KINDS = sorted(FLOWS)
 every_kind = pytest.mark.parametrize("kind", slow_but(KINDS, "two"))
