@@ -19,7 +19,7 @@ References:
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +27,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._torch import seeded
-from ..distributions.constraints import as_tensor, checked_rows
+from ..distributions.constraints import checked_context, checked_rows
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
-from ..distributions.joint import column_names
+from ..distributions.joint import NamedSites, column_names
 
 _LEVEL = 0.99  # of the band
 _DRAWS = 100  # for each row
@@ -202,8 +202,10 @@ class _Rows:
     ) -> None:
         flow = distribution.transform.flow
         self.distribution = distribution
-        if isinstance(x, dict):
-            x = distribution.pack(x)  # type: ignore[union-attr]
+        if isinstance(x, Mapping):
+            if not isinstance(distribution, NamedSites):
+                raise TypeError("expected rows: this distribution has no named sites")
+            x = distribution.pack(x)
         shape = distribution.space.event_shape(flow.event_dim)
         self.x = checked_rows(x, "x", shape).to(flow.loc)
         self.u = distribution.unconstrained(self.x).double()
@@ -215,10 +217,11 @@ class _Rows:
         distribution.given(None if self.context is None else self.context[:1])  # or raise
 
     def _contexts(self, context: ArrayLike) -> Tensor:
-        found = as_tensor(context, "context")
+        flow = self.distribution.transform.flow
+        found = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
         if len(found) != len(self.x):
             raise ValueError(f"expected as many contexts as rows, {len(self.x)}, got {len(found)}")
-        return found.to(self.x) if found.is_floating_point() else found
+        return found.to(self.x)
 
     def parts(self) -> Iterator[tuple[Any, slice]]:
         """Yield the density for parts of the rows, and which these are."""
@@ -250,7 +253,8 @@ class _Rows:
     def ranks(self, *, densities: bool = False) -> Tensor:
         """Return the share of draws below each column, shape ``(N, K)``."""
         pairs = self.with_draws(densities=densities)
-        return torch.cat([(u > z).double().mean(0) for z, u, _ in pairs])
+        shares = [((u > z).double().mean(0), (u == z).double().mean(0)) for z, u, _ in pairs]
+        return torch.cat([below + torch.rand_like(same) * same for below, same in shares])
 
     def probabilities(self) -> Tensor | None:
         """Return the cdf of rows, shape ``(N, 1)``; None where there is none."""
@@ -286,7 +290,7 @@ def _check(
     order = values.sort(0).values
     steps = torch.arange(count + 1, dtype=values.dtype)[:, None] / count
     distances = torch.maximum(steps[1:] - order, order - steps[:-1]).amax(0)
-    off = [i for i in distances.argsort(descending=True).tolist() if distances[i] > band]
+    off = [i for i in distances.argsort(descending=True).tolist() if not distances[i] <= band]
     found = f"{float(distances.max()):.3f}, of {band:.3f} that chance allows in 99% of checks"
     if not off:
         verdict = f"calibrated as far as {count:,} rows tell: the largest difference is {found}"

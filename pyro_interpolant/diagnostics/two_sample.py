@@ -67,7 +67,9 @@ def c2st(x: Any, y: Any, *, seed: int = 0) -> TwoSampleTest:
 
     generator = torch.Generator().manual_seed(seed)
     sets = [part[torch.randperm(len(part), generator=generator)[:count]] for part in (one, other)]
-    loc, scale = sets[0].mean(0), sets[0].std(0).clamp(min=1e-300)
+    loc, scale = sets[0].mean(0), sets[0].std(0)
+    scale = scale.where(scale > 0, torch.cat(sets).std(0))
+    scale = scale.where(scale > 0, 1.0)
     both = ((torch.cat(sets) - loc) / scale).numpy()
     labels = np.repeat([0, 1], count)
     width = _WIDTH_PER_COLUMN * both.shape[1]

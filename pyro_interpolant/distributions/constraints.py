@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 from torch.distributions.transforms import ComposeTransform, ReshapeTransform
 
+from ..nn.velocity import checked_labels
 from ..transforms.bijections import PerEvent
 
 Constraint = constraints.Constraint
@@ -208,3 +209,35 @@ def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,))
             "them weight 0"
         )
     return x
+
+
+def checked_context(
+    context: Any, size: int | None, classes: int = 0, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Return contexts as a tensor of finite numbers, shape ``(N, C)``.
+
+    Args:
+        context: A tensor or an array; of labels whole numbers, shape ``(N,)`` or ``(N, 1)``.
+        size: The expected C, or None for any.
+        classes: The number of classes, where contexts are labels; else 0.
+        dtype: The type of the flow, in which labels are returned.
+
+    Raises:
+        TypeError: If they are neither of a floating type nor labels.
+        ValueError: If they are of another shape, not finite, or labels of no class.
+    """
+    found = as_tensor(context, "context")
+    if found.is_floating_point():
+        found = checked_rows(found, "context", (size,))
+        return checked_labels(found, classes, dtype) if classes else found
+    if not classes:
+        raise TypeError(
+            f"expected context of a floating type, got {found.dtype}: convert numbers with "
+            ".float(), and labels with torch.nn.functional.one_hot(labels, K).float(), for a flow "
+            "of context_dim=K; or take a network with classes, VelocityMLP(D, classes=K)"
+        )
+    if found.dim() == 2 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.dim() != 1:
+        raise ValueError(f"expected labels of shape (N,), got {tuple(found.shape)}")
+    return checked_labels(found, classes, dtype)

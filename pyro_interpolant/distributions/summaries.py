@@ -17,6 +17,7 @@ from torch.distributions import ComposeTransform, Independent
 from torch.quasirandom import SobolEngine
 
 from .._torch import is_functional, is_tracing, seeded
+from .bases import Samples
 from .supports import CircularSupport
 
 _SETS, _DRAWS = 8, 512  # scrambled nets, whose spread tells the error, and the draws of each
@@ -57,7 +58,7 @@ def moments(distribution: Any) -> Moments:
     for part in (x, (x - mean).square(), -log_prob):
         by_set = part.mean(1)
         found += [by_set.mean(0), by_set.std(0) / math.sqrt(_SETS)]
-    exists = _existing(distribution.base)
+    exists = (0.0, 0.0) if _is_bounded(distribution) else _existing(distribution.base)
     shape = distribution.batch_shape + distribution.event_shape
     for i, order in ((0, 0), (1, 0), (2, 1), (3, 1)):
         found[i] = (found[i] + exists[order]).expand(shape)
@@ -81,11 +82,22 @@ def _sets(distribution: Any) -> Iterator[tuple[Tensor, Tensor]]:
             else:
                 z = bare.base_dist.sample((_DRAWS,))
             x = chain(z.contiguous())
-            log_prob = bare.log_prob(x)
+            known = not isinstance(bare.base, Samples)
+            log_prob = bare.log_prob(x) if known else x[..., 0] * math.nan
             for transform in distribution.space.transforms(flow):
                 y = transform(x)
                 log_prob, x = log_prob - transform.log_abs_det_jacobian(x, y), y
             yield x, log_prob
+
+
+def _is_bounded(distribution: Any) -> bool:
+    """Return whether all values on the support are within bounds."""
+    flow = distribution.transform.flow
+    far = torch.tensor([[-1e7], [-1e5], [1e5], [1e7]], dtype=torch.double, device=flow.loc.device)
+    y = far.expand(4, flow.event_dim)
+    for transform in distribution.space.transforms(flow):
+        y = transform(y)
+    return bool(y.isfinite().all()) and torch.allclose(y[0], y[1]) and torch.allclose(y[2], y[3])
 
 
 def _existing(base: Any) -> tuple[float, float]:
@@ -111,7 +123,7 @@ class Summaries:
 
         They are the same at each call: means over 8 sets of 512 scrambled Sobol points, or random
         draws of a base that is given. Where the base has no mean or an infinite variance, neither
-        has the flow on real vectors.
+        has the flow, unless values are within bounds. Of a base of samples there is no entropy.
         """
         return moments(self)
 
@@ -158,14 +170,16 @@ class Summaries:
             self._validate_sample(value)
         middle, increases = _orientation(self)
         inside = self.support.check(value)
+        inside = inside & value.isfinite().reshape(inside.shape)
         event = value.dim() - inside.dim()
         safe = value.where(inside.reshape(inside.shape + (1,) * event), middle)
-        flat = ComposeTransform(self.transforms).inv(safe)
-        below = _base_cdf(self, flat)
+        below = _base_cdf(self, ComposeTransform(self.transforms).inv(safe))
         below = below if increases else 1 - below
+        inside = inside & ~below.isnan()  # on an edge that the support has
         beyond = (value > middle).to(below).reshape(inside.shape)
         unknown = value.isnan().reshape(inside.shape)
-        return below.where(inside, beyond.masked_fill(unknown, math.nan))
+        found = below.where(inside, beyond.masked_fill(unknown, math.nan))
+        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
 
     def icdf(self: Any, value: Tensor) -> Tensor:
         """Return the quantiles of scalars: the values up to which there is a given probability.
@@ -175,7 +189,8 @@ class Summaries:
 
         Returns:
             Values, shape ``(*, *event_shape)``, differentiable in the probabilities and in the
-            context. Of 0 and 1 they are the ends of the support.
+            context. Of 0 and 1 they are the ends of the support, as its bijection has them at
+            infinity.
 
         Raises:
             NotImplementedError: If events have more than one element, or the base has no icdf.
@@ -219,12 +234,13 @@ def _check_scalar(distribution: Any, name: str) -> None:
 
 def _orientation(distribution: Any) -> tuple[Tensor, bool]:
     """Return a value inside the support, shape ``event_shape``, and whether the map increases."""
-    loc = distribution.transform.flow.loc
-    x = torch.stack((torch.zeros_like(loc), torch.ones_like(loc)))
-    for transform in distribution.space.transforms(distribution.transform.flow):
-        x = transform(x)
+    flow = distribution.transform.flow
+    steps = torch.arange(2, dtype=torch.double, device=flow.loc.device)[:, None]
+    x = flow.loc.double() + steps * flow.whitening.matrix().double().abs().reshape(1)
+    for transform in distribution.space.transforms(flow):
+        x = transform(x)  # in float64: large numbers must not be one
     rises = bool(x[1] > x[0]) == (distribution.transform.sign > 0)
-    return x[0], rises
+    return x[0].to(flow.loc), rises
 
 
 def _base_cdf(distribution: Any, x: Tensor) -> Tensor:

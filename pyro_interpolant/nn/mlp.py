@@ -259,7 +259,9 @@ class VelocityMLP(nn.Module):
                 got = "none" if context is None else f"shape {tuple(context.shape)}"
                 raise ValueError(f"expected a context of shape (*, {self.context_dim}), got {got}")
             if self.classes:
-                context = (context == torch.arange(self.classes, device=context.device)).to(t)
+                own = context == torch.arange(self.classes, device=context.device)
+                # A label of no class, which nobody can refuse under torch.func, has no velocity.
+                context = own.to(t).masked_fill(~own.any(-1, keepdim=True), math.nan)
             else:
                 context = (context - self.context_loc) / self.context_scale
             batch = torch.broadcast_shapes(features.shape[:-1], context.shape[:-1])

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._torch import is_functional, is_tracing
@@ -66,18 +67,24 @@ def size_of(velocity: nn.Module, name: str) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def checked_labels(labels: Tensor, classes: int) -> Tensor:
+def checked_labels(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """Return labels as contexts, shape ``(*, 1)``, of whole numbers from 0 to ``classes - 1``.
 
     Args:
         labels: Whole numbers or booleans, shape ``(*)``; or of a floating type, shape ``(*, 1)``.
         classes: K, their number.
+        dtype: The type of the result.
 
     Raises:
-        ValueError: If they are of another shape, or one is none of the classes.
+        ValueError: If they are of another shape, one is none of the classes, or the type has not
+            so many whole numbers.
     """
+    if classes - 1 > 2 / torch.finfo(dtype).eps:
+        raise ValueError(f"expected a type that has {classes} whole numbers, got {dtype}")
+    if labels.is_complex():
+        raise ValueError(f"expected labels as whole numbers, got {labels.dtype}")
     if not labels.is_floating_point():
-        labels = labels[..., None]
+        labels = labels.long()[..., None]
     if labels.dim() < 1 or labels.shape[-1] != 1:
         raise ValueError(
             f"expected labels of {classes} classes as whole numbers of shape (*), or as numbers "
@@ -89,7 +96,7 @@ def checked_labels(labels: Tensor, classes: int) -> Tensor:
             raise ValueError(
                 f"expected labels from 0 to {classes - 1}, got {labels[~is_known][0].item():g}"
             )
-    return labels
+    return labels.to(dtype)
 
 
 def evaluate(velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:

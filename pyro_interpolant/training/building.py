@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._torch import seeded, with_gradients
-from ..distributions.constraints import Constraint, as_tensor, checked_rows, shaped
+from ..distributions.constraints import (
+    Constraint,
+    as_tensor,
+    checked_context,
+    checked_rows,
+    shaped,
+)
 from ..distributions.interpolant import (
     AnyDistribution,
     AnyTransform,
@@ -32,7 +38,7 @@ from ..interpolants.linear import Interpolant, Linear
 from ..transforms.gaussianize import Gaussianized, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .clock import Clock, Seconds
-from .data import checked_context, checked_weights, drop_zero_weights
+from .data import checked_weights, drop_zero_weights
 from .fitting import fit
 from .objective import Coupling
 from .optimization import NonFiniteError
@@ -184,7 +190,7 @@ def _transform(
                 context = nn.functional.one_hot(context.reshape(len(context)).long(), classes)
                 context = context.to(rows)
             classes = own
-        context = checked_context(context, None, classes)
+        context = checked_context(context, None, classes, rows.dtype)
         sizes = (0, classes) if classes else (context.shape[1],)
     kind = InterpolantTransform if context is None else ConditionalInterpolantTransform
     path: Interpolant | None = space.default_path()
@@ -200,7 +206,8 @@ def _number_of_classes(labels: Tensor) -> int:
     Raises:
         ValueError: If they are of another shape, or negative.
     """
-    if labels.dim() not in (1, 2) or labels.shape[1:] not in ((), (1,)):
+    labels = labels if labels.is_complex() else labels.long()
+    if labels.dim() not in (1, 2) or labels.shape[1:] not in ((), (1,)) or labels.is_complex():
         raise ValueError(
             "expected context as numbers of a floating type, shape (N, C), or as one label a row, "
             f"whole numbers of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}: "
@@ -208,7 +215,13 @@ def _number_of_classes(labels: Tensor) -> int:
         )
     if int(labels.min()) < 0:
         raise ValueError(f"expected labels 0, 1, ..., got {int(labels.min())} among them")
-    return int(labels.max()) + 1
+    classes = int(labels.max()) + 1
+    if classes > len(labels):
+        raise ValueError(
+            f"expected labels of fewer classes than rows, got {classes} classes in {len(labels)} "
+            "rows: convert numbers with .float()"
+        )
+    return classes
 
 
 def _distribution(

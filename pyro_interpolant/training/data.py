@@ -8,10 +8,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._torch import rng_state, set_rng_state
-from ..distributions.constraints import as_tensor, checked_rows
+from ..distributions.constraints import as_tensor, checked_context, checked_rows
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import NamedSites
-from ..nn.velocity import checked_labels
 from .checkpoint import checksum
 from .distributed import Process
 from .objective import Objective, Points
@@ -239,39 +238,10 @@ def rows_of(distribution: AnyDistribution, data: Any, context: ArrayLike | None 
         raise ValueError(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
-    context = checked_context(context, flow.context_dim, flow.classes)
+    context = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
     if len(context) != count:
         raise ValueError(f"expected as many contexts as rows of data, {count}, got {len(context)}")
     return Rows(rows, context.to(flow.loc))
-
-
-def checked_context(context: Any, size: int | None, classes: int = 0) -> Tensor:
-    """Return contexts as a tensor of finite numbers, shape ``(N, C)``.
-
-    Args:
-        context: A tensor or an array; of labels whole numbers, shape ``(N,)`` or ``(N, 1)``.
-        size: The expected C, or None for any.
-        classes: The number of classes, where contexts are labels; else 0.
-
-    Raises:
-        TypeError: If they are neither of a floating type nor labels.
-        ValueError: If they are of another shape, not finite, or labels of no class.
-    """
-    found = as_tensor(context, "context")
-    if found.is_floating_point():
-        found = checked_rows(found, "context", (size,))
-        return checked_labels(found, classes) if classes else found
-    if not classes:
-        raise TypeError(
-            f"expected context of a floating type, got {found.dtype}: convert numbers with "
-            ".float(), and labels with torch.nn.functional.one_hot(labels, K).float(), for a flow "
-            "of context_dim=K; or take a network with classes, VelocityMLP(D, classes=K)"
-        )
-    if found.dim() == 2 and found.shape[1] == 1:
-        found = found[:, 0]
-    if found.dim() != 1:
-        raise ValueError(f"expected labels of shape (N,), got {tuple(found.shape)}")
-    return checked_labels(found, classes)
 
 
 def held_out_rows(distribution: AnyDistribution, validation: Any) -> Rows:

@@ -57,16 +57,18 @@ def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
     if isinstance(distribution.space, CircularSupport):
         constant = -distribution.transform.flow.event_dim * math.log(2 * math.pi)
         return lambda rows: rows.w.new_full((len(rows.w),), constant, dtype=torch.float64)
-    few = kept.repeated(min(_FITTED_ROWS, len(kept.w)))
+    few = _evenly(kept, _FITTED_ROWS)
     x, features = _unconstrained(distribution, few.w)[0], _features(distribution, few)
+    share = _shares(few)
     if len(x) <= x.shape[1] + features.shape[1]:
         return None
-    scale = x.std(0)
+    scale = (share @ (x - share @ x).square()).sqrt()
     if not bool((scale > 0).all()):
         return None
-    slopes = torch.linalg.lstsq(features, x / scale, driver="gelsd").solution
-    rest = x / scale - features @ slopes
-    root, failed = torch.linalg.cholesky_ex(torch.atleast_2d(rest.T.cov()))
+    root = share.sqrt()[:, None]
+    slopes = torch.linalg.lstsq(root * features, root * (x / scale), driver="gelsd").solution
+    rest = root * (x / scale - features @ slopes)
+    root, failed = torch.linalg.cholesky_ex(rest.T @ rest)
     if bool(failed):
         return None
     normal = torch.distributions.MultivariateNormal(
@@ -115,6 +117,19 @@ def _features(distribution: AnyDistribution, rows: Rows) -> Tensor:
     return torch.cat((one, rows.context.double()), 1)
 
 
+def _evenly(rows: Rows, most: int) -> Rows:
+    """Return evenly spaced rows, at most so many: no generator is drawn from."""
+    total = len(rows.w)
+    count = min(total, most)
+    return rows.take(torch.arange(count, device=rows.w.device) * total // count)
+
+
+def _shares(rows: Rows) -> Tensor:
+    """Return the weights of rows, float64, shape ``(N,)``, which sum to one."""
+    weight = rows.w.new_ones(len(rows.w)) if rows.weight is None else rows.weight
+    return weight.double() / weight.double().sum()
+
+
 class HeldOutDensity:
     """The log-density of rows held out, against that of one Gaussian.
 
@@ -139,7 +154,7 @@ class HeldOutDensity:
         """
         if self.took <= _GLIMPSE_SHARE * spent:
             began = time.monotonic()
-            mean, error, against = self._means(self._rows(_GLIMPSED_ROWS))
+            mean, error, against = self._means(_evenly(self.held, _GLIMPSED_ROWS))
             digits = decimals(error)
             text = f"{mean:.{digits}f} nats{beside(against, self.name, digits)}"
             self.text = f"{text} at step {step:,}"
@@ -153,7 +168,7 @@ class HeldOutDensity:
             report: The report.
             deadline: The time, by :func:`time.monotonic`, after which few rows are evaluated.
         """
-        began, rows = time.monotonic(), self._rows(_ROWS)
+        began, rows = time.monotonic(), _evenly(self.held, _ROWS)
         count, first = len(rows.w), min(_FIRST_ROWS, len(rows.w))
         found = self._means(rows.take(torch.arange(first, device=rows.w.device)))
         pace = (time.monotonic() - began) / first
@@ -163,16 +178,13 @@ class HeldOutDensity:
         report = replace(report, held_out=mean, held_out_stderr=error)
         return replace(report, reference=normal, reference_name=self.name)
 
-    def _rows(self, most: int) -> Rows:
-        return self.held.repeated(min(most, len(self.held.w)))
-
     def _means(self, rows: Rows) -> tuple[float, float, float | None]:
         """Return the mean log-density of rows, its standard error, and the Gaussian's mean."""
-        found = log_density(self.distribution, rows)
-        count = len(found)
-        error = float(found.std()) / math.sqrt(count) if count > 1 else math.nan
-        normal = None if self.normal is None else float(self.normal(rows).mean())
-        return float(found.mean()), error, normal
+        found, share, count = log_density(self.distribution, rows), _shares(rows), len(rows.w)
+        mean = float(share @ found)
+        error = float((share * (found - mean)).norm()) * math.sqrt(count / max(1, count - 1))
+        normal = None if self.normal is None else float(share @ self.normal(rows))
+        return mean, error if count > 1 else math.nan, normal
 
 
 @contextlib.contextmanager

@@ -316,7 +316,7 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
             )
         loc, classes = self.flow.loc, self.flow.classes
         if classes:
-            context = checked_labels(context, classes).to(loc)
+            context = checked_labels(context, classes, loc.dtype).to(loc)
         if context.dtype == torch.bool:
             context = context.to(loc)
         if context.dtype != loc.dtype and (context.is_floating_point() or context.is_complex()):

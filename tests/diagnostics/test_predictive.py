@@ -8,8 +8,15 @@ from pyro.distributions import constraints
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    ConditionalInterpolantTransform,
     FixedGrid,
+    Geodesic,
     InterpolantDistribution,
+    InterpolantTransform,
+    TorusMLP,
+    UniformTorus,
+    VelocityMLP,
+    circular,
     interpolant_transform,
 )
 from pyro_interpolant.diagnostics import coverage, pit, sbc, tarp
@@ -135,3 +142,22 @@ def test_a_check_is_the_same_at_each_call_and_leaves_the_generator_alone():
 def test_what_cannot_be_checked_is_refused(x, context, options, match):
     with pytest.raises(ValueError, match=match):
         coverage(family(), x, context, **options)
+
+
+def test_a_density_without_a_slope_is_calibrated():
+    """All densities are equal: ranks among equals are spread."""
+    transform = InterpolantTransform(TorusMLP(2, (8,)), interpolant=Geodesic())
+    d = InterpolantDistribution(transform, UniformTorus(2), support=circular).freeze()
+    assert coverage(d, d.sample((200,))).distances.max() < 0.2
+
+
+def test_labels_and_contexts_are_checked():
+    velocity = VelocityMLP(1, (8,), classes=3)
+    d = ConditionalInterpolantDistribution(ConditionalInterpolantTransform(velocity)).freeze()
+    x, labels = torch.randn(60, 1), torch.arange(60) % 3
+    for given in (labels, labels[:, None], labels.double()[:, None]):
+        assert pit(d, x, given).values.shape == coverage(d, x, given).values.shape == (60, 1)
+    with pytest.raises(ValueError, match="finite context"):
+        pit(family(), torch.randn(9, 2), torch.full((9, 2), float("nan")))
+    with pytest.raises(TypeError, match="no named sites"):
+        pit(family(), {"a": x}, torch.randn(60, 2))

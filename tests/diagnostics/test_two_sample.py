@@ -33,3 +33,9 @@ def test_what_cannot_be_compared_is_refused():
         c2st(torch.randn(30, 2), torch.randn(30, 3))
     with pytest.raises(ValueError, match="at least 20 draws on either side, got 9"):
         c2st(torch.randn(30, 2), torch.randn(9, 2))
+
+
+def test_a_constant_column_hides_nothing():
+    x, y = torch.randn(60, 2), torch.randn(60, 2)
+    x[:, 1], y[:, 1] = 1.0, 1 + 1e-3 * y[:, 1].abs()
+    assert c2st(x, y).accuracy > 0.9

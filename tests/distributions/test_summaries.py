@@ -13,6 +13,7 @@ from torch.distributions import biject_to
 from pyro_interpolant import (
     FixedGrid,
     InterpolantDistribution,
+    Samples,
     UniformTorus,
     circular,
     interpolant_transform,
@@ -196,3 +197,34 @@ def test_quantiles_are_those_of_one_real_number():
     )
     with pytest.raises(NotImplementedError, match="base MultivariateNormal"):
         joint.cdf(torch.zeros(1))
+
+
+def test_the_order_of_large_numbers_in_a_short_type_is_seen():
+    torch.set_default_dtype(torch.float32)
+    transform = interpolant_transform(1, (8,))
+    transform.flow.whitening.set(torch.tensor([9.0]), torch.eye(1))
+    d = InterpolantDistribution(transform, support=constraints.greater_than(1e8), event_shape=())
+    x = d.freeze().icdf(torch.tensor([0.1, 0.5, 0.9]))
+    assert (x.diff() > 0).all()
+    close(d.cdf(x), torch.tensor([0.1, 0.5, 0.9]), rtol=0, atol=1e-2)
+
+
+def test_infinity_edges_and_batches_of_a_cdf():
+    line = normal(1, validate_args=False)
+    close(line.cdf(torch.tensor([[-math.inf], [math.inf]])), torch.tensor([0.0, 1.0]))
+    close(scalar(constraints.nonnegative).cdf(torch.tensor(0.0)), torch.tensor(0.0))
+    assert scalar().expand((4,)).cdf(torch.tensor(0.3)).shape == (4,)
+
+
+def test_values_within_bounds_have_all_moments():
+    d = normal(
+        1, base=dist.StudentT(1.0).expand((1,)).to_event(1), support=constraints.unit_interval
+    )
+    assert 0 < d.mean < 1
+    assert 0 < d.variance < 0.25
+
+
+def test_samples_as_a_base_have_a_mean_and_no_entropy():
+    d = InterpolantDistribution(interpolant_transform(2, (8,)), Samples(torch.randn(500, 2) + 3))
+    close(d.freeze().mean, torch.full((2,), 3.0), rtol=0, atol=0.3)
+    assert d.entropy().isnan()

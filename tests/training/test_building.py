@@ -14,6 +14,7 @@ from pyro.infer import MCMC, NUTS, Predictive
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    ConditionalInterpolantTransform,
     FixedGrid,
     InterpolantDistribution,
     JointInterpolantDistribution,
@@ -210,6 +211,8 @@ def test_a_network_of_ones_own_with_classes_sees_labels():
         (torch.randn(20), ValueError, r"context of shape \(N, D\), got \(20,\)"),
         (torch.randn(19, 2), ValueError, "as many contexts as rows of data, 20, got 19"),
         (torch.full((20, 1), math.nan), ValueError, "finite context"),
+        (torch.full((20,), 10**12), ValueError, "fewer classes than rows"),
+        (torch.ones(20, 1, dtype=torch.complex64), ValueError, "one label a row"),
         ("labels", TypeError, "context to be a tensor or an array, got str"),
     ],
 )
@@ -232,3 +235,20 @@ def test_the_path_is_straight_beside_optimal_transport():
     x = torch.randn(200, 2)
     assert learn(x, coupling=optimal_transport).transform.interpolant == Linear()
     assert learn(x).transform.interpolant == Trigonometric()
+
+
+def test_labels_of_other_types_and_of_no_class():
+    yes = torch.arange(200) % 2 > 0
+    d = learn(torch.randn(200, 2), context=yes)
+    y = torch.randn(2, 2)
+    expected = d.condition(torch.tensor([0, 1])).log_prob(y)
+    close(d.condition(torch.tensor([False, True])).log_prob(y), expected)
+    close(d.condition(torch.tensor([0, 1], dtype=torch.uint16)).log_prob(y), expected)
+    found = torch.func.vmap(lambda c, x: d.condition(c).log_prob(x))(torch.tensor([1, 7]), y)
+    assert found[0].isfinite()
+    assert found[1].isnan()
+    many = ConditionalInterpolantDistribution(
+        ConditionalInterpolantTransform(VelocityMLP(2, (8,), classes=400))
+    ).to(torch.bfloat16)
+    with pytest.raises(ValueError, match="type that has 400 whole numbers, got torch.bfloat16"):
+        many.condition(torch.tensor([257]))

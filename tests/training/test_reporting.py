@@ -17,6 +17,9 @@ from pyro_interpolant import (
     save,
 )
 from pyro_interpolant.distributions.report import Report
+from pyro_interpolant.training.data import Split
+from pyro_interpolant.training.reporting import HeldOutDensity
+from pyro_interpolant.training.rows import Rows
 
 pytestmark = [
     pytest.mark.usefixtures("_few_held_draws"),
@@ -140,3 +143,33 @@ def test_weights_do_not_depend_on_what_is_shown():
         shown.transform.velocity.output.weight, hidden.transform.velocity.output.weight
     )
     assert shown.report.held_out == hidden.report.held_out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_rows_count_and_no_generator_is_drawn_from():
+    x, weight = torch.randn(400, 2), torch.rand(400)
+    options = {"weights": weight, "steps": 40, "seed": 0, "batch_size": 64}
+    shown, hidden = (
+        from_samples(x, marginals=False, progress=progress, **options)
+        for progress in (True, False)
+    )
+    assert torch.equal(
+        shown.transform.velocity.output.weight, hidden.transform.velocity.output.weight
+    )
+    assert shown.report.held_out == hidden.report.held_out
+
+
+def test_the_error_of_weighted_rows_is_that_of_their_mean():
+    """Of 25 sets of 200 rows with weights of a long tail: the spread is what the error says."""
+    d = InterpolantDistribution(interpolant_transform(1, (8,))).freeze()
+    found = []
+    for seed in range(25):
+        torch.manual_seed(seed)
+        rows = Rows(torch.randn(200, 1), None, None, (2 * torch.randn(200)).exp())
+        split = Split(rows, rows, 200.0, 10)
+        report = HeldOutDensity(d, split).measured(Report(1, 200, 1.0, 1, 1), math.inf)
+        found.append(
+            (report.held_out + 0.5 * math.log(2 * math.pi * math.e), report.held_out_stderr)
+        )
+    error, stated = torch.tensor(found).T
+    assert 0.5 < float(error.square().mean().sqrt() / stated.square().mean().sqrt()) < 2
