@@ -261,7 +261,10 @@ def _build(
             options["validate_args"] = header.get("validate_args")
         distribution = kind(transform, base, **options)
     with naming("report"):
-        distribution.columns = tuple(map(str, header.get("columns", ())))
+        columns = header.get("columns", [])
+        if type(columns) is not list or any(type(name) is not str for name in columns):
+            raise PartError(f"expected the names of columns, got {columns!r}")
+        distribution.columns = tuple(columns)
         distribution.report = _build_report(header.get("report"), header["dim"])
     with naming("batch_shape"):
         natural = getattr(distribution, "batch_shape", ())

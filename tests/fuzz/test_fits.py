@@ -447,16 +447,18 @@ def check_from_samples(case: Samples) -> str:
     end = end_of(lambda: from_samples(given, weights=weights, **options))
     bad_support = case.support in BAD_SUPPORTS and not named
     # Columns of those that are wide are dependent; infinity is a number on an interval.
-    broken = recipe.state in BROKEN and recipe.state != "wide"
+    # Scalars, of one number a row, are events without a dimension.
+    broken = recipe.state in BROKEN and recipe.state not in ("wide", "scalars")
     broken = broken and not (recipe.state == "inf" and case.support == "interval")
     is_bad = broken or case.weights in BAD_WEIGHTS or bad_support
     if end.error is not None:
-        may = case.weights == "mask" or recipe.state in ("wild", "wide")
+        may = case.weights == "mask" or recipe.state in ("wild", "wide", "scalars")
         assert is_bad or may or not is_in_range(recipe.good(), FLOATS[recipe.dtype]), end.error
         return f"from_samples: {end}"
     masked = case.weights == "mask" and recipe.state in ("nan", "inf") and not bad_support
     assert not is_bad or masked, f"an answer of bad samples: {case}"
-    gaussian(end.answer, recipe.good(), named=named)
+    good = recipe.good()[:, :1] if recipe.state == "scalars" else recipe.good()
+    gaussian(end.answer, good, named=named)
     return "from_samples: the density of a Gaussian"
 
 
