@@ -267,7 +267,7 @@ def _within(come: Tensor) -> Tensor:
     At its ends the derivative is that inside: which one ``clamp`` has there depends on the version
     of torch.
     """
-    return come.where((come >= 0) & (come <= 1), (come > 1).to(come))
+    return come.where(~((come < 0) | (come > 1)), (come > 1).to(come))  # NaN stays
 
 
 def _beyond(come: Tensor, before: Tensor, after: Tensor) -> Tensor:
