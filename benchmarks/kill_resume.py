@@ -34,6 +34,7 @@ def train(path, tell, steps, *, keep):
     if keep:
         options.update(checkpoint=path, checkpoint_every=EVERY)
     pi.fit(flow, x, progress=False, callback=tell, **options)
+    flow.report = None  # which tells the time
     pi.save(flow, path.with_name(path.name + ".done"))
 
 

@@ -359,6 +359,7 @@ pi.fit(
     callback=lambda state: first.append(state.step), **keep,
 )
 print(first[0])
+flow.report = None  # which tells the time
 pi.save(flow, sys.argv[1] + ".done")
 """
 
