@@ -57,20 +57,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 PACKAGE = "pyro_interpolant"
-ROOMS = (
-    "interpolants",
-    "nn",
-    "solvers",
-    "transforms",
-    "distributions",
-    "diffusion",
-    "diagnostics",
-    "io",
-    "plotting",
-    "training",
-    "transport",
-    "infer",
-)
+ROOMS = sorted({page.stem for page in HERE.glob("reference/*.md")} - {"index"})
 
 
 def of_the_package(_app, _what, _name, value, skip, _options):

@@ -53,16 +53,19 @@ def moments(distribution: Any) -> Moments:
     """
     values, densities = zip(*_sets(distribution), strict=True)
     x, log_prob = torch.stack(values), torch.stack(densities)  # (8, 512, *batch, ...)
-    mean = x.mean((0, 1))
+    first, second = (0.0, 0.0) if _is_bounded(distribution) else _existing(distribution.base)
+    batch = distribution.batch_shape
+    shape = batch + distribution.event_shape
     found: list[Tensor] = []
-    for part in (x, (x - mean).square(), -log_prob):
+    for part, undefined, size in (
+        (x, first, shape),
+        ((x - x.mean((0, 1))).square(), second, shape),
+        (-log_prob, 0.0, batch),
+    ):
         by_set = part.mean(1)
-        found += [by_set.mean(0), by_set.std(0) / math.sqrt(_SETS)]
-    exists = (0.0, 0.0) if _is_bounded(distribution) else _existing(distribution.base)
-    shape = distribution.batch_shape + distribution.event_shape
-    for i, order in ((0, 0), (1, 0), (2, 1), (3, 1)):
-        found[i] = (found[i] + exists[order]).expand(shape)
-    return Moments(*found[:4], *(part.expand(distribution.batch_shape) for part in found[4:]))
+        value, error = by_set.mean(0), by_set.std(0) / math.sqrt(_SETS)
+        found += [(value + undefined).expand(size), (error + undefined).expand(size)]
+    return Moments(*found)
 
 
 def _sets(distribution: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -84,19 +87,15 @@ def _sets(distribution: Any) -> Iterator[tuple[Tensor, Tensor]]:
             x = chain(z.contiguous())
             known = not isinstance(bare.base, Samples)
             log_prob = bare.log_prob(x) if known else x[..., 0] * math.nan
-            for transform in distribution.space.transforms(flow):
-                y = transform(x)
-                log_prob, x = log_prob - transform.log_abs_det_jacobian(x, y), y
-            yield x, log_prob
+            y, log_det = distribution.space.onto(flow, x)
+            yield y, log_prob - log_det
 
 
 def _is_bounded(distribution: Any) -> bool:
     """Return whether all values on the support are within bounds."""
     flow = distribution.transform.flow
     far = torch.tensor([[-1e7], [-1e5], [1e5], [1e7]], dtype=torch.double, device=flow.loc.device)
-    y = far.expand(4, flow.event_dim)
-    for transform in distribution.space.transforms(flow):
-        y = transform(y)
+    y, _ = distribution.space.onto(flow, far.expand(4, flow.event_dim))
     return bool(y.isfinite().all()) and torch.allclose(y[0], y[1]) and torch.allclose(y[2], y[3])
 
 
@@ -209,8 +208,7 @@ class Summaries:
         inner = (q > 0) & (q < 1)
         x = ComposeTransform(self.transforms)(_base_icdf(self, q.where(inner, 0.5)))
         end = q.new_tensor(math.inf).copysign(q - 0.5)[..., None]
-        for transform in self.space.transforms(self.transform.flow):
-            end = transform(end)
+        end, _ = self.space.onto(self.transform.flow, end)
         return x.where(inner.reshape(x.shape), end)
 
 
@@ -237,8 +235,7 @@ def _orientation(distribution: Any) -> tuple[Tensor, bool]:
     flow = distribution.transform.flow
     steps = torch.arange(2, dtype=torch.double, device=flow.loc.device)[:, None]
     x = flow.loc.double() + steps * flow.whitening.matrix().double().abs().reshape(1)
-    for transform in distribution.space.transforms(flow):
-        x = transform(x)  # in float64: large numbers must not be one
+    x, _ = distribution.space.onto(flow, x)  # in float64: large numbers must not be one
     rises = bool(x[1] > x[0]) == (distribution.transform.sign > 0)
     return x[0].to(flow.loc), rises
 

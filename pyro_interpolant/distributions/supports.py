@@ -67,6 +67,22 @@ class Support(ABC):
             ValueError: If the flow is not one for this support.
         """
 
+    def onto(self, flow: Flow, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return values on the support, and the log-determinant of the map to it.
+
+        Args:
+            flow: The flow.
+            x: Values in the flow's coordinates, shape ``(*, D)``.
+
+        Returns:
+            Values, shape ``(*, *event_shape)``, and ``log |dy/dx|``, shape ``(*)``.
+        """
+        log_det = x.new_zeros(x.shape[:-1])
+        for transform in self.transforms(flow):
+            y = transform(x)
+            log_det, x = log_det + transform.log_abs_det_jacobian(x, y), y
+        return x, log_det
+
     def within_bounds(self, value: Tensor) -> Tensor | None:
         """Return which events, shape ``(*)``, are within bounds that the bijection would clamp to.
 

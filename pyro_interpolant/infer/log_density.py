@@ -336,6 +336,19 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
                 z = single(torch.zeros(count))
     except (RuntimeError, ValueError, NotImplementedError):  # a prior that cannot be sampled
         return None
+    return without_extremes(z)
+
+
+def without_extremes(z: Tensor) -> Tensor | None:
+    """Return finite draws, shape ``(<= N, D)``, the rarest 1% clamped to the rest.
+
+    Args:
+        z: Draws, shape ``(N, D)``.
+
+    Returns:
+        The draws, or None where at most half are finite.
+    """
+    count = len(z)
     z = z[torch.isfinite(z).all(-1)]
     if len(z) <= count // 2:
         return None

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AutoInterpolant", "fit_guide"]
 
-_RARE = 0.005  # the share of prior draws on either side that is clamped to the rest
-
 
 class AutoInterpolant(AutoContinuous):
     """A guide over all latent sites of a NumPyro model at once: a continuous normalizing flow.
@@ -203,16 +201,14 @@ def _prior_draws(
     """
     import torch
 
+    from ..infer.log_density import without_extremes
+
     try:
         draws = Predictive(guide.model, num_samples=count)(key, *args, **kwargs)
         z = np.asarray(_packed(guide, draws, args, kwargs))
     except (NotImplementedError, ValueError):  # a prior that cannot be sampled
         return None
-    z = z[np.isfinite(z).all(-1)]
-    if len(z) <= count // 2:
-        return None
-    low, high = np.quantile(z, (_RARE, 1 - _RARE), axis=0)
-    return torch.tensor(np.clip(z, low, high), dtype=torch.from_numpy(z[:0].copy()).dtype)
+    return without_extremes(torch.tensor(z))
 
 
 def _log_density(guide: AutoInterpolant) -> Callable[["Tensor"], "Tensor"]:

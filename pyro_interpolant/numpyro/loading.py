@@ -179,7 +179,8 @@ def _weights(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -
         raise ValueError(f"expected sizes as arguments of the velocity, got {arguments}")
     if event_dim != size:
         raise ValueError(f"expected a velocity of {size} dimensions, got {event_dim}")
-    shapes = expected_shapes(*(*arguments, 0)[:4], periodic=name == "TorusMLP")
+    periodic = name == "TorusMLP"
+    shapes = expected_shapes(event_dim, hidden_dims, context_dim, classes, periodic=periodic)
     shapes = {f"velocity.{k}": shape for k, shape in shapes.items()}
     whitening = header.get("whitening", "DenseWhitening")
     shapes["loc"], shapes["linear_log_det"] = (size,), ()

@@ -44,7 +44,7 @@ def log_density(distribution: AnyDistribution, rows: Rows) -> Tensor:
     w = rows.w.to(distribution.transform.flow.loc)
     with torch.no_grad(), evaluated(distribution.transform):
         found = distribution.without_support().given(rows.context).log_prob(w)
-    return found.double() - _log_volume(distribution, w)
+    return found.double() - distribution.space.onto(distribution.transform.flow, w)[1].double()
 
 
 def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
@@ -78,19 +78,11 @@ def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
     def log_prob(rows: Rows) -> Tensor:
         x, log_det = _unconstrained(distribution, rows.w)
         z = x / scale - _features(distribution, rows) @ slopes
-        volume = _log_volume(distribution, rows.w.to(distribution.transform.flow.loc))
+        flow = distribution.transform.flow
+        volume = distribution.space.onto(flow, rows.w.to(flow.loc))[1].double()
         return normal.log_prob(z) - scale.log().sum() + log_det - volume
 
     return log_prob
-
-
-def _log_volume(distribution: AnyDistribution, w: Tensor) -> Tensor:
-    """Return :math:`log |det ds/dw|`, float64, shape ``(N,)``, at rows w, shape ``(N, D)``."""
-    total = w.new_zeros(len(w), dtype=torch.float64)
-    for transform in distribution.space.transforms(distribution.transform.flow):
-        y = transform(w)
-        total, w = total + transform.log_abs_det_jacobian(w, y).double(), y
-    return total
 
 
 def _unconstrained(distribution: AnyDistribution, w: Tensor) -> tuple[Tensor, Tensor]:
