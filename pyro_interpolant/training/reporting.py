@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._torch import evaluated
+from ..distributions.bases import Samples
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import GAUSSIAN, Report, beside, decimals
 from ..distributions.supports import CircularSupport
@@ -135,16 +136,19 @@ class HeldOutDensity:
         distribution.report = None  # what it says will not hold
         self.normal = reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
+        self.is_known = not isinstance(distribution.base, Samples)
         self.text, self.took = "", 0.0
 
     def glimpse(self, step: int, spent: float) -> str:
         """Return the held-out nats in words, computed anew for a fiftieth of the time at most.
 
+        They are empty where the flow starts from samples, and has no density.
+
         Args:
             step: The number of steps taken.
             spent: The duration of the run so far, seconds.
         """
-        if self.took <= _GLIMPSE_SHARE * spent:
+        if self.is_known and self.took <= _GLIMPSE_SHARE * spent:
             began = time.monotonic()
             mean, error, against = self._means(_evenly(self.held, _GLIMPSED_ROWS))
             digits = decimals(error)
@@ -154,12 +158,14 @@ class HeldOutDensity:
         return self.text
 
     def measured(self, report: Report, deadline: float) -> Report:
-        """Return a report with the mean log-density of rows held out.
+        """Return a report with the mean log-density of rows held out, if there is one.
 
         Args:
             report: The report.
             deadline: The time, by :func:`time.monotonic`, after which few rows are evaluated.
         """
+        if not self.is_known:
+            return report
         began, rows = time.monotonic(), _evenly(self.held, _ROWS)
         count, first = len(rows.w), min(_FIRST_ROWS, len(rows.w))
         found = self._means(rows.take(torch.arange(first, device=rows.w.device)))
