@@ -1,4 +1,4 @@
-"""What ``numpyro_speed.py`` runs of Pyro, in a process of its own, of this version or an older one.
+"""What ``numpyro_speed.py`` runs of Pyro, in processes of their own, of this version or 0.1.0.
 
     python benchmarks/_pyro_speed.py files FOLDER        # trains the flows, and writes them
     python benchmarks/_pyro_speed.py gradients FOLDER    # prints a JSON line for each cell
