@@ -225,11 +225,17 @@ def test_weights_that_are_trained_are_leaves(known):
     weights = {name: jnp.asarray(value) for name, value in d.transform.weights.items()}
     x = jnp.array([[0.3, -0.2]])
 
+    traces = []
+
     def loss(weights):
+        traces.append(weights)
         transform = InterpolantTransform(weights, d.transform.grid)
         return InterpolantDistribution(d.base_dist, [transform]).log_prob(x).sum()
 
-    value, slopes = jax.jit(jax.value_and_grad(loss))(weights)
+    both = jax.jit(jax.value_and_grad(loss))
+    value, slopes = both(weights)
+    both({name: 1.1 * value for name, value in weights.items()})  # those of a second file
+    assert len(traces) == 1
     np.testing.assert_allclose(value, score(d, x).sum(), rtol=1e-12)
     assert float(jnp.abs(slopes["velocity.output.weight"]).max()) > 0
     assert len(jax.tree.leaves(InterpolantTransform(weights, d.transform.grid))) == len(weights)
