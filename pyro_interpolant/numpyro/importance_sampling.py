@@ -82,21 +82,6 @@ def importance(
     Raises:
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro.
         ValueError: If it is not trained, or ``count`` is below 100.
-
-    Example:
-        >>> import numpyro, numpyro.distributions as dist
-        >>> from pyro_interpolant.numpyro import fit_guide
-        >>> def model():
-        ...     numpyro.sample("x", dist.Normal(3.0, 1.0))
-        >>> guide = AutoInterpolant(model, hidden_dims=(32, 32))
-        >>> draws = {"x": 3 + jax.random.normal(jax.random.key(0), (2000,))}
-        >>> result = fit_guide(
-        ...     guide, jax.random.key(0), samples=draws, seed=0, progress=False,
-        ...     options={"steps": 50},
-        ... )
-        >>> result = importance(guide, jax.random.key(1), count=1000)
-        >>> result.k_hat < 0.7, result.resampled(jax.random.key(2), 5)["x"].shape
-        (True, (5,))
     """
     import torch
 
