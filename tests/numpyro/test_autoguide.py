@@ -74,6 +74,7 @@ def test_the_density_that_torch_sees():
     np.testing.assert_allclose(slopes, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_draws_are_packed_as_the_density_wants_them():
     guide = prepared(AutoInterpolant(line), X, Y)
     draws = infer.Predictive(line, num_samples=3)(KEY, X)

@@ -71,7 +71,8 @@ def test_shapes(name, known):
     assert d.event_dim == len(d.event_shape)
 
 
-@over_kinds
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
 def test_expanding(name, known):
     d = known(name)
     value = d.sample(KEY)
@@ -114,7 +115,8 @@ def test_a_pytree(name, known):
         assert sum(np.size(leaf) for leaf in jax.tree.leaves(d)) <= 2 * d.transform.event_dim + 3
 
 
-@over_kinds
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
 def test_mapping(name, known):
     d = known(name)
     values = d.sample(KEY, (3,))
@@ -220,6 +222,7 @@ def test_the_transform_is_a_bijection(fine):
     assert fine.forward_shape((5, 2)) == fine.inverse_shape((5, 2)) == (5, 2)
 
 
+@pytest.mark.slow
 def test_weights_that_are_trained_are_leaves(known):
     d = known("plain")
     weights = {name: jnp.asarray(value) for name, value in d.transform.weights.items()}
