@@ -20,6 +20,7 @@ from ..transforms.gaussianize import (
     MarginalTransform,
     RadialTransform,
     log_length,
+    with_slopes,
 )
 from .clock import Clock
 from .rows import subsample, weighted_indices
@@ -298,15 +299,6 @@ def quantile_knots(column: Tensor) -> tuple[Tensor, Tensor]:
     x, y = values[places], torch.special.ndtri(levels[places])
     far = torch.cat((x.new_ones(1, dtype=torch.bool), x.diff() > _KNOT_GAP * (x[-1] - x[0])))
     return x[far], y[far]
-
-
-def with_slopes(x: Tensor, y: Tensor) -> Knots:
-    """Return knots with slopes of which the spline is monotone, each of shape ``(K,)``."""
-    w = x.diff()
-    s = y.diff() / w
-    a, b = w[:-1] + 2 * w[1:], 2 * w[:-1] + w[1:]
-    inner = (a + b) / (a / s[1:] + b / s[:-1])
-    return x, y, torch.cat((s[:1], inner, s[-1:]))
 
 
 def _padded(x: Tensor, y: Tensor, slopes: Tensor, count: int) -> Knots:
