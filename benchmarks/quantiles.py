@@ -1,4 +1,4 @@
-"""Quantiles and draws of a conditional density of scalars, on one core: seconds, and the round trip.
+"""Quantiles and draws of a conditional density of scalars: seconds of one core.
 
 An outcome with two modes, given two numbers, is learned from 4,000 rows. Then: 200 quantiles of
 each of 2,000 contexts in one call of `icdf`; `cdf(icdf(q)) - q`; as many draws by `sample`; and

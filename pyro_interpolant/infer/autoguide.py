@@ -18,6 +18,7 @@ from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.psis import ImportanceSummary, judge
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.report import duration, with_error
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
 from ..solvers.divergence import Divergence
@@ -277,7 +278,8 @@ class GuideResult(NamedTuple):
     r"""How good a guide has become, by importance weights of fresh draws.
 
     Attributes:
-        k_hat: Pareto's k-hat, of the tail of the weights: above 0.7 none of this is reliable.
+        k_hat: Pareto's k-hat, of the tail of the weights: below 0.5 all is well, above 0.7 none of
+            this is reliable.
         ess: The effective sample size of ``draws`` draws.
         log_evidence: An estimate of the model's log-evidence, nats.
         log_evidence_stderr: Its standard error; too small where k-hat is large.
@@ -295,6 +297,14 @@ class GuideResult(NamedTuple):
     verdict: str
     seconds: float
     training: FitResult | RoundsResult
+
+    def __repr__(self) -> str:
+        """Say the verdict, the evidence, the time it took, and what the training did."""
+        evidence = with_error(self.log_evidence, self.log_evidence_stderr)
+        return (
+            f"{self.verdict}\nlog-evidence {evidence} nats, in {duration(self.seconds)}\n"
+            f"training: {self.training}"
+        )
 
 
 @with_gradients()

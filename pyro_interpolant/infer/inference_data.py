@@ -1,4 +1,4 @@
-"""Draws of flows, guides and importance samplers as ArviZ' ``InferenceData`` (extra ``[arviz]``)."""
+"""Draws of flows, guides and importance samplers as ArviZ' data (extra ``[arviz]``)."""
 
 from typing import Any
 
@@ -66,7 +66,9 @@ def to_arviz(
     import arviz  # slow to import
 
     columns = getattr(source, "columns", ())
-    given = {"coords": {"column": list(columns)}, "dims": {"x": ["column"]}} if columns else {}
+    given: dict[str, Any] = {}
+    if columns:
+        given = {"coords": {"column": list(columns)}, "dims": {"x": ["column"]}}
     data = arviz.from_dict(posterior=_one_chain(draws), posterior_attrs=named, **given)
     if others:
         data.add_groups(proposal=arviz.dict_to_dataset(_one_chain(others)))
