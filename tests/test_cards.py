@@ -1,4 +1,4 @@
-"""Results print as a few lines with the numbers that matter, not as lists of all that they hold."""
+"""Results print as a few lines with the numbers that matter, not as lists of all they hold."""
 
 import torch
 
@@ -16,9 +16,15 @@ from pyro_interpolant.transport import (
 )
 
 REPORT = Report(2, 3000, 41.0, 1080, 6000, 0.004, -6.12, 0.03, -6.80)
-FIT = FitResult([1] * 99, [0.1] * 99, [0.2] * 99, 1080, False, "schedule", 0, 41.0, FixedGrid(), REPORT)  # fmt: skip
+CURVES = [1] * 99, [0.1] * 99, [0.2] * 99
+FIT = FitResult(
+    *CURVES, 1080, stopped_early=False, stopped_by="schedule", skipped=0, seconds=41.0,
+    solver=FixedGrid(), report=REPORT,
+)  # fmt: skip
 ROUND = Round(0.3, 0.8, -3.0, 1.0, 0.5, 0.9, 2.0)
-ROUNDS = RoundsResult(0.3, 800.0, -3.14, 0.02, 1000, torch.zeros(500, 2), [ROUND] * 40, 37, 60.0, FixedGrid())  # fmt: skip
+ROUNDS = RoundsResult(
+    0.3, 800.0, -3.14, 0.02, 1000, torch.zeros(500, 2), [ROUND] * 40, 37, 60.0, FixedGrid()
+)
 
 
 def test_results_print_as_cards():
@@ -38,7 +44,10 @@ def test_results_print_as_cards():
         (ReflowResult(None, *paths, FIT), ["before: samples within 0.21 in 1, 0.05 in 2 steps"]),
         (TransportResult([3.0] * 50 + [2.5], FIT), ["energy 3 at first, 2.5 at last", "-6.120"]),
         (PathEnergy(2.345, 0.02), ["path energy 2.345 ± 0.020"]),
-        (W2Bound(3.2, 0.1, 1.7, True), ["W2^2 at most 3.2: excess 0.1, Lipschitz constant 1.7"]),
+        (
+            W2Bound(3.2, 0.1, 1.7, exact=True),
+            ["W2^2 at most 3.2: excess 0.1, Lipschitz constant 1.7"],
+        ),
         (SolverError(1e-3, 5e-3, -1e-4, 1e-5, 2e-4), ["within 0.001 nats", "bias -0.0001"]),
     ):
         text = repr(result)
