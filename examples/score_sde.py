@@ -13,14 +13,15 @@ import math
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.collections import LineCollection
+from matplotlib.lines import Line2D
 
 import pyro_interpolant as pi
 
 SHOWN, CHECKED = (0.5, 0.75, 0.9), (0.2, 0.5, 0.8)
 DIFFUSIONS = {
-    r"ODE: $\epsilon = 0$": lambda t: 0.0,
-    r"SDE: $\epsilon = (1 - t)\,/\,4$": lambda t: (1 - t) / 4,
-    r"SDE: $\epsilon = \frac{\pi}{2}\,\cos\frac{\pi t}{2}$, the default": None,
+    "ODE: ε = 0": lambda t: 0.0,
+    "SDE: ε = (1 - t) / 4": lambda t: (1 - t) / 4,
+    "SDE: ε = π/2 cos(πt/2), the default": None,
 }
 INK, PALE = "#1b1b3a", "#ffffff"
 COLOURS = ["#d1495b", "#e09f1f", "#2a9d8f", "#3066be", "#7b4fa3"]
@@ -91,6 +92,18 @@ def show_path(ax, path, colour):
     ax.plot(*path[-1], "o", color=colour, ms=7, mec=INK, mew=0.7)
 
 
+def name_marks(ax):
+    """Say what the marks of the upper row are."""
+    marks = {
+        "start": {"marker": "o", "mfc": PALE, "mec": INK, "ls": ""},
+        "end": {"marker": "o", "color": INK, "ls": ""},
+        "draws": {"marker": ".", "color": "#8d8da6", "ls": ""},
+        "target": {"color": "#2b2d42", "lw": 0.8},
+    }
+    lines = [Line2D([], [], label=name, **style) for name, style in marks.items()]
+    ax.legend(handles=lines, loc="lower right", fontsize="small", framealpha=0.9)
+
+
 def show_score(ax, prior, now, grid, t):
     """Draw the density of a time and arrows along its learned score, the long ones shortened."""
     density, coarse = log_prob(now, grid).exp(), grid[4::8, 4::8]
@@ -124,16 +137,20 @@ def main():
     figure, axes = plt.subplots(2, 3, figsize=(11, 7.8), sharex=True, sharey=True)
     torch.manual_seed(8)  # starts that lie apart, for the picture
     start = prior.at(0.0).sample((len(COLOURS),))
+    line = torch.linspace(-5.4, 5.4, 160)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+    target = log_prob(mixture, grid).exp()
+    levels = [0.1 * float(target.max()), 0.5 * float(target.max())]
     best = float(log_prob(mixture, draw(mixture, 20_000)).mean())
     for ax, (name, diffusion) in zip(axes[0], DIFFUSIONS.items(), strict=True):
         for path, colour in zip(paths(prior, diffusion, start).unbind(1), COLOURS, strict=True):
             show_path(ax, path, colour)
         samples = pi.sample_sde(prior, (500 if args.smoke else 6_000,), diffusion=diffusion)
+        ax.contour(grid[..., 0], grid[..., 1], target, levels, colors="#2b2d42", linewidths=0.6)
         ax.plot(*samples.T, ".", color="#8d8da6", ms=1.4, alpha=0.5, zorder=0)
         ax.set_title(name, color=INK)
         print(f"{name}: {best - log_prob(mixture, samples).mean():.3f} nats below exact samples")
-    line = torch.linspace(-5.4, 5.4, 160)
-    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+    name_marks(axes[0, 0])
     for ax, t in zip(axes[1], SHOWN, strict=True):
         show_score(ax, prior, at_time(mixture, prior.transform.flow, t), grid, t)
     for ax in axes.flat:
