@@ -18,6 +18,7 @@ from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.psis import ImportanceSummary, judge
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.joint import JointInterpolantDistribution
 from ..distributions.report import duration, with_error
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
@@ -149,6 +150,20 @@ class AutoInterpolant(AutoContinuous):
     def get_posterior(self, *args: object, **kwargs: object) -> InterpolantDistribution:
         """Return the distribution of the unconstrained latent vector, of event shape ``(D,)``."""
         return InterpolantDistribution(self.transform)
+
+    @property
+    def posterior(self) -> JointInterpolantDistribution:
+        """The joint distribution of the latent sites by name, as checks and plots take it.
+
+        Raises:
+            ValueError: If the guide does not know the model's sites yet.
+        """
+        if self.prototype_trace is None:
+            raise ValueError(
+                "expected a guide that knows the sites of its model, got one that was never "
+                "called: guide(*args), or train it by fit_guide"
+            )
+        return JointInterpolantDistribution(self.transform, sites=LatentSites(self).sites)
 
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Sample the unconstrained latent vector, shape ``(*, D)``, as an auxiliary site."""
