@@ -30,7 +30,7 @@ _LOOK_SHARE = 0.01  # of the schedule, between two looks at the held-out loss
 _LOOK_GROWTH = 0.05  # of the way so far, where that is less: few rows are learned early
 _FIRST_GLIMPSE = 10  # the look from which held-out nats are shown beside the bar: few before
 _WARMUP_SHARE = 0.02  # of the schedule
-_RISE = 0.03  # of the best held-out loss; plateaus wander by up to 0.012 of it, and may yet fall
+_RISE = 0.02  # of the best held-out loss; plateaus wander by up to 0.012 of it, and may yet fall
 _FIRST_STEPS = 250  # in which averages of few weights wander by more
 _PLACE = ("next_look", "done", "ended")
 

@@ -168,7 +168,7 @@ def test_a_run_that_forgets_how_to_generalise_ends_and_keeps_the_best_weights():
     best = min(range(len(losses)), key=losses.__getitem__)
     assert result.best_step == steps[best]
     assert steps[-1] >= 1.3 * steps[best] > 1.3 * 20
-    assert sum(losses[-3:]) / 3 > losses[best] + 0.03 * abs(losses[best])
+    assert sum(losses[-3:]) / 3 > losses[best] + 0.02 * abs(losses[best])
     kept = [p.detach() for p in distribution.transform.parameters()]
     for weight, other in zip(kept, seen[result.best_step], strict=True):
         assert torch.equal(weight, other)
@@ -177,7 +177,7 @@ def test_a_run_that_forgets_how_to_generalise_ends_and_keeps_the_best_weights():
 def test_looks_are_a_share_of_the_way_apart_and_then_of_the_schedule():
     steps = []
     rows = torch.randn(2000, 2).exp()
-    quick(tiny(), rows, steps=1000, patience=1000, callback=lambda s: steps.append(s.step))
+    quick(tiny(), rows, steps=1000, patience=10**6, callback=lambda s: steps.append(s.step))
     assert steps[0] == 20  # the end of the warm-up
     assert steps[-1] == 1000
     for before, after in zip(steps, steps[1:-1], strict=False):
