@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         importance,
         log_joint,
         neutra,
+        to_arviz,
         train_from_density,
     )
 
@@ -160,6 +161,7 @@ __all__, __getattr__, __dir__ = attach(
             "importance",
             "log_joint",
             "neutra",
+            "to_arviz",
             "train_from_density",
         ],
     },

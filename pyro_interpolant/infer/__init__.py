@@ -2,8 +2,9 @@ r"""Flows inside Pyro models: as a guide, as a prior, and as a proposal.
 
 ``autoguide`` has the guide and its training; ``log_density`` is a model's log joint as a function
 of the unconstrained vector that ``sites`` packs. ``importance_sampling`` judges a guide by the
-weights of its draws. ``reparam`` samples a model in the base space of its learned priors, or of a
-guide. ``smc`` trains a flow from an unnormalised density alone.
+weights of its draws, ``inference_data`` hands draws to ArviZ. ``reparam`` samples a model in the
+base space of its learned priors, or of a guide. ``smc`` trains a flow from an unnormalised density
+alone.
 """
 
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .autoguide import *
     from .log_density import *
     from .importance_sampling import *
+    from .inference_data import *
     from .reparam import *
     from .smc.train import *
 
@@ -23,6 +25,7 @@ __all__, __getattr__, __dir__ = attach(
         "autoguide": ["AutoInterpolant", "GuideResult", "fit_guide"],
         "log_density": ["LogJoint", "log_joint"],
         "importance_sampling": ["ImportanceResult", "importance"],
+        "inference_data": ["to_arviz"],
         "reparam": ["Neutra", "base_space", "neutra"],
         "smc.train": ["Round", "RoundsResult", "train_from_density"],
     },

@@ -19,7 +19,8 @@ class ImportanceResult(NamedTuple):
     r"""How well a guide covers its posterior, by weights ``w = p / q`` of its own draws.
 
     Attributes:
-        k_hat: Pareto's k-hat of the weights: above 0.7 none of this is reliable.
+        k_hat: Pareto's k-hat of the weights: below 0.5 all is well, above 0.7 none of this is
+            reliable.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2` of the draws.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of the model's log-evidence, nats.
         log_evidence_stderr: Its standard error; too small where k-hat is large.
@@ -35,6 +36,13 @@ class ImportanceResult(NamedTuple):
     verdict: str
     log_weights: Array
     draws: dict[str, Array]
+
+    def __repr__(self) -> str:
+        """Say the verdict, the evidence and the sites that there are draws of."""
+        from ..distributions.report import with_error
+
+        evidence = with_error(self.log_evidence, self.log_evidence_stderr)
+        return f"{self.verdict}\nlog-evidence {evidence} nats; draws of {', '.join(self.draws)}"
 
     def resampled(self, key: Array, count: int | None = None) -> dict[str, Array]:
         """Return draws resampled by their weights: posterior samples for ``Predictive``.
