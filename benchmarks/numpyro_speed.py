@@ -1,15 +1,23 @@
-"""The same file in Pyro and in NumPyro: gradients a second, NUTS, compiling, chains side by side.
+"""The same files in Pyro and in NumPyro: gradients a second, NUTS, compiling, chains side by side.
 
 Everything on one thread, in CPU seconds, in float32. Gradients are those that NUTS asks for: of a
 log-density (data space) and through the map from base to data (base space), for some rows at once.
-The model of NUTS is one draw of a banana that a sum of its coordinates is measured of.
+NUTS samples three stars with the prior of examples/stellar_distances.py, and a Gaussian prior with
+a Gaussian measurement, with the same settings in both engines; effective draws are counted by the
+second after the warm-up, without what is compiled. Posteriors are compared: how far means are from
+one another, in standard errors of the difference, and the ratio of standard deviations.
 
-    python benchmarks/numpyro_speed.py             # ten minutes
-    python benchmarks/numpyro_speed.py --smoke     # seconds
+With --old, a checkout of version 0.1.0 trains and writes the flows, and is timed beside this one.
+
+    python benchmarks/numpyro_speed.py --old DIR     # half an hour
+    python benchmarks/numpyro_speed.py --smoke       # a minute
 """
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,145 +26,161 @@ os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_paralleli
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
-import numpyro.distributions as ndist
-import pyro
-import pyro.distributions as dist
-import torch
+import numpyro.distributions as dist
+from _pyro_speed import SHAPES, milliseconds
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import MCMC as NumPyroMCMC
-from numpyro.infer import NUTS as NumPyroNUTS
-from pyro.infer import MCMC, NUTS
+from numpyro.infer import MCMC, NUTS, init_to_value
 
 import pyro_interpolant as pi
 
-SHAPES = ((2, (128, 128, 128)), (8, (256, 256)), (8, (128, 128, 128)))
-STEPS = 9
+HERE = Path(__file__).parent
+MODELS = ("conjugate", "stars")
 
 
-def flows(flow):
-    """Return a flow of torch's and its twin, through a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "flow.safetensors"
-        pi.save(flow, path)
-        return pi.load(path), pi.numpyro.load(path)
+def by_pyro(root, folder, what, *rest, args):
+    """Run a part of _pyro_speed.py with the package that is in a folder; return its JSON lines."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "_pyro_speed.py"), what, str(folder), *rest]
+    command += ["--draws", str(args.draws), *(["--smoke"] if args.smoke else [])]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def untrained(dim, hidden):
-    """Return a flow whose velocity is not zero: what it costs does not depend on its weights."""
-    torch.manual_seed(0)
-    transform = pi.interpolant_transform(dim, hidden, solver=pi.FixedGrid(STEPS))
-    with torch.no_grad():
-        transform.velocity.output.weight.normal_(std=0.1)
-    return flows(pi.InterpolantDistribution(transform).freeze())
-
-
-def milliseconds(function, count):
-    function()
-    start = time.process_time()
-    for _ in range(count):
-        function()
-    return 1e3 * (time.process_time() - start) / count
-
-
-def gradient_rows(dim, hidden, rows, count):
-    """Yield a table row for each space: milliseconds of a gradient in both, and compiling."""
-    ours, theirs = untrained(dim, hidden)
-    x = torch.randn(rows, dim) if rows > 1 else torch.randn(dim)
-    value = jnp.asarray(x.numpy())
-    spaces = {
-        "data": (lambda z: ours.log_prob(z).sum(), lambda z: theirs.log_prob(z).sum()),
-        "base": (
-            lambda z: ours.transform(z).square().sum(),
-            lambda z: jnp.square(theirs.transform(z)).sum(),
-        ),
-    }
-    for space, (by_torch, by_jax) in spaces.items():
-
-        def slow(by_torch=by_torch):
-            leaf = x.clone().requires_grad_()
-            torch.autograd.grad(by_torch(leaf), leaf)
-
+def print_gradients(engines, folder, args):
+    """Print what a gradient costs in each engine."""
+    rows = (1,) if args.smoke else (1, 100, 1000)
+    cells = [(name, n) for name in list(SHAPES)[: 1 if args.smoke else None] for n in rows]
+    texts = [f"{name}:{n}" for name, n in cells]
+    slow = [by_pyro(root, folder, "gradients", *texts, args=args) for root in engines.values()]
+    head = ["D, layers", "rows", "space", *(f"{engine}, ms" for engine in engines)]
+    head += ["NumPyro, ms", *(f"times {engine}" for engine in engines), "compiling, s"]
+    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    for each in zip(*slow, strict=True):
+        name, n, space = (each[0][k] for k in ("name", "rows", "space"))
+        flow = pi.numpyro.load(folder / f"{name}.safetensors")
+        x = jax.random.normal(jax.random.key(0), (*([n] if n > 1 else []), *flow.event_shape))
+        function = {
+            "data": lambda z, flow=flow: flow.log_prob(z).sum(),
+            "base": lambda z, flow=flow: jnp.square(flow.transform(z)).sum(),
+        }[space]
+        gradient = jax.jit(jax.grad(function))
         start = time.process_time()
-        gradient = jax.jit(jax.grad(by_jax))
-        gradient(value).block_until_ready()
+        gradient(x).block_until_ready()
         compiling = time.process_time() - start
-        a = milliseconds(slow, count)
-        b = milliseconds(lambda f=gradient: f(value).block_until_ready(), 5 * count)
-        layers = "x".join(map(str, hidden))
-        cells = (dim, layers, rows, space, f"{a:.2f}", f"{b:.3f}", f"{a / b:.1f}")
-        yield f"| {' | '.join(map(str, cells))} | {compiling:.1f} |"
-
-
-def banana(smoke):
-    x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
-    x = torch.cat((x[:, :1], x[:, :1] ** 2 + 0.3 * x[:, 1:]), -1)
-    options = {"steps": 20, "tolerance": 1e3} if smoke else {"steps": 1000}
-    return flows(pi.from_samples(x, seed=0, progress=False, **options))
-
-
-def nuts_rows(ours, theirs, warmup, samples):
-    """Yield a table row for each engine and space: effective draws a second, and the mean."""
-
-    def pyro_model():
-        z = pyro.sample("z", ours)
-        pyro.sample("y", dist.Normal(z.sum(-1), 0.5), obs=torch.tensor(1.0))
-
-    def numpyro_model():
-        z = numpyro.sample("z", theirs)
-        numpyro.sample("y", ndist.Normal(z.sum(-1), 0.5), obs=1.0)
-
-    def report(engine, space, chains, z, seconds):
-        least = float(min(effective_sample_size(z)))
-        mean = ", ".join(f"{m:.2f}" for m in z.mean((0, 1)))
-        return (
-            f"| {engine} | {space} | {chains} | {seconds:.1f} | {least:.0f} "
-            f"| {least / seconds:.2f} | {mean} |"
+        ms = milliseconds(
+            lambda f=gradient, x=x: f(x).block_until_ready(), 0.01 if args.smoke else 1.0
         )
+        line = [name, n, space, *(f"{e['ms']:.2f}" for e in each), f"{ms:.3f}"]
+        line += [*(f"{e['ms'] / ms:.1f}" for e in each), f"{compiling:.1f}"]
+        print(f"| {' | '.join(map(str, line))} |", flush=True)
 
-    for space in ("base", "data"):
-        pyro.set_rng_seed(0)
-        model = pi.base_space(pyro_model) if space == "base" else pyro_model
-        start = time.process_time()
-        mcmc = MCMC(NUTS(model), samples, warmup, disable_progbar=True)
-        mcmc.run()
-        seconds = time.process_time() - start
-        z = mcmc.get_samples()
-        z = z["z"] if space == "data" else pi.base_space(pyro_model).samples(z)["z"]
-        yield report("Pyro", space, 1, z[None].numpy(), seconds)
-        inner = pi.numpyro.base_space(numpyro_model) if space == "base" else numpyro_model
-        for chains in (1, 4):
-            options = {"num_chains": chains, "chain_method": "vectorized"}
-            start = time.process_time()
-            run = NumPyroMCMC(
-                NumPyroNUTS(inner), num_warmup=10 * warmup, num_samples=10 * samples,
-                progress_bar=False, **options,
-            )  # fmt: skip
-            run.run(jax.random.key(0))
-            seconds = time.process_time() - start
-            z = run.get_samples(group_by_chain=True)["z"]
-            yield report("NumPyro", space, chains, z, seconds)
+
+def stars_model(prior, magnitude, colour, colour_error, parallax, parallax_error):
+    with numpyro.plate("stars", len(magnitude)):
+        z = numpyro.sample("z", prior)
+        numpyro.sample("colour", dist.Normal(z[..., 0], colour_error), obs=colour)
+        expected = 10 ** (0.2 * (z[..., 1] - magnitude + 10))
+        numpyro.sample("parallax", dist.Normal(expected, parallax_error), obs=parallax)
+
+
+def conjugate_model(prior, *y):
+    z = numpyro.sample("z", prior)
+    numpyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=jnp.stack(y))
+
+
+def by_numpyro(folder, name, space, draws, chains=1):
+    """Return draws, (chains, draws, ...), the seconds of sampling alone, and of a run of one draw.
+
+    The loop is compiled in each run: of two runs of different lengths the difference is sampling.
+    """
+    prior = pi.numpyro.load(folder / f"{name}.safetensors")
+    with np.load(folder / f"{name}.npz") as file:
+        data, start = jnp.asarray(file["data"]), jnp.asarray(file["start"])
+    inner = {"stars": stars_model, "conjugate": conjugate_model}[name]
+    model = pi.numpyro.base_space(inner) if space == "base" else inner
+    start = init_to_value(values={"z": start})
+    warmup, seconds, state, z = draws // 4, [], None, None
+    for count in (1, draws):
+        kernel = NUTS(model, init_strategy=start, dense_mass=True, max_tree_depth=6)
+        options = {"num_chains": chains, "chain_method": "vectorized", "progress_bar": False}
+        mcmc = MCMC(kernel, num_warmup=warmup, num_samples=count, **options)
+        began = time.process_time()
+        if state is None:
+            mcmc.warmup(jax.random.key(0), prior, *data)
+            state = mcmc.post_warmup_state
+            warmed = time.process_time() - began
+            began = time.process_time()
+        mcmc.post_warmup_state = state
+        mcmc.run(state.rng_key, prior, *data)
+        z = jax.block_until_ready(mcmc.get_samples(group_by_chain=True)["z"])
+        seconds.append(time.process_time() - began)
+    return np.asarray(z), seconds[1] - seconds[0], warmed, seconds[0]
+
+
+def moments(z):
+    """Return means, standard deviations and least effective draws of chains, (C, N, ...)."""
+    z = z.reshape(*z.shape[:2], -1)
+    effective = effective_sample_size(z)
+    return z.mean((0, 1)), z.std((0, 1)), effective
+
+
+def print_nuts(engines, folder, args):
+    """Print effective draws a second of each engine, and how posteriors compare."""
+    head = ["model", "space", "engine", "draws", "s", "effective", "a second", "NumPyro's ratio"]
+    head += ["means apart [s. e.]", "sd ratio"]
+    print(f"\n| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    notes = []
+    for name in MODELS:
+        for space in ("base",) if args.smoke else ("base", "data"):
+            count = 20 if args.smoke else 20 * args.draws
+            z, seconds, warmed, compiled = by_numpyro(folder, name, space, count)
+            mean, sd, effective = moments(z)
+            fast = effective.min() / seconds
+            line = [name, space, "NumPyro", count, f"{seconds:.1f}", f"{effective.min():.0f}"]
+            print(f"| {' | '.join(map(str, line))} | {fast:.2f} | | | |", flush=True)
+            notes.append(
+                f"{name}, {space} space: warm-up of {count // 4} with compiling {warmed:.1f} s, "
+                f"a run of one draw, compiled anew, {compiled:.1f} s"
+            )
+            for engine, root in engines.items():
+                (found,) = by_pyro(root, folder, "nuts", name, space, args=args)
+                other, other_sd, few = moments(np.load(folder / "draws.npy")[None])
+                slow = few.min() / found["seconds"]
+                apart = (other - mean) / np.sqrt(sd**2 / effective + other_sd**2 / few)
+                ratio = other_sd / sd
+                line = [name, space, engine, args.draws, f"{found['seconds']:.1f}"]
+                line += [f"{few.min():.0f}", f"{slow:.2f}", f"{fast / slow:.0f}"]
+                line += [f"{np.abs(apart).max():.1f}", f"{ratio.min():.2f} to {ratio.max():.2f}"]
+                print(f"| {' | '.join(map(str, line))} |", flush=True)
+    print("\n" + "\n".join(notes))
+
+
+def print_chains(folder, args):
+    """Print what four chains side by side cost beside one."""
+    count = 20 if args.smoke else 10 * args.draws
+    _, one, _, _ = by_numpyro(folder, "conjugate", "base", count)
+    _, four, _, _ = by_numpyro(folder, "conjugate", "base", count, chains=4)
+    print(f"\nfour vectorized chains take {four / one:.1f} times as long as one: {four:.1f} s")
 
 
 def main():
     """Print two Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--old", type=Path, help="a checkout of version 0.1.0")
+    parser.add_argument("--draws", type=int, default=150, help="of Pyro, after as many to warm up")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    print("| D | layers | rows | space | Pyro, ms | NumPyro, ms | ratio | compiling, s |")
-    print("|" + " --- |" * 8)
-    for dim, hidden in SHAPES[:1] if args.smoke else SHAPES:
-        for rows in (1,) if args.smoke else (1, 100, 1000):
-            count = 3 if args.smoke else max(5, 200 // rows)
-            for line in gradient_rows(dim, hidden, rows, count):
-                print(line, flush=True)
-    print("\nNumPyro takes ten times as many draws; its seconds include compiling.\n")
-    print("| engine | space | chains | s | effective draws | a second | mean |")
-    print("|" + " --- |" * 7)
-    warmup, samples = (5, 10) if args.smoke else (200, 200)
-    for line in nuts_rows(*banana(args.smoke), warmup, samples):
-        print(line, flush=True)
+    args.draws = 10 if args.smoke else args.draws
+    engines = {"0.1.0": args.old.resolve()} if args.old else {}
+    engines["Pyro"] = HERE.parent
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        by_pyro(next(iter(engines.values())), folder, "files", args=args)
+        print_gradients(engines, folder, args)
+        print_nuts(engines, folder, args)
+        print_chains(folder, args)
 
 
 if __name__ == "__main__":

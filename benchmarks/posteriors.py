@@ -1,4 +1,4 @@
-"""How well does a guide match a posterior? Twelve of posteriordb, two mixtures, NUTS.
+r"""How well does a guide match a posterior? Twelve of posteriordb, two mixtures, NUTS.
 
 Each cell trains one guide on one model for the same wall time in a process of its own, and appends
 a JSON line; a rerun skips finished cells; the table is made from the lines. No method sees the
@@ -12,9 +12,12 @@ k-hat       of 5,000 weights p / q
 
 python benchmarks/posteriors.py --data DIR            # hours on 2 cores
 python benchmarks/posteriors.py --smoke               # a minute, on a made-up posterior
+python benchmarks/posteriors.py --data DIR --methods fit_guide "fit_guide in NumPyro" \
+    --tasks kilpisjarvi arma mesquite eight_schools --nuts-tasks    # the same models in NumPyro
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import platform
@@ -28,6 +31,8 @@ from pathlib import Path
 from _posteriors import FILES, load
 
 METHODS = ("AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal", "zuko NSF", "SVI", "fit_guide")
+TWIN = "fit_guide in NumPyro"  # of models written in NumPyro, where jax is installed
+IN_NUMPYRO = ("smoke", "eight_schools", "arma", "kilpisjarvi", "mesquite")
 SAMPLERS = ("guide's base space", "centred", "LocScaleReparam")
 MIXTURES, NUTS_TASKS = ("mixture2", "mixture8"), ("eight_schools", "funnel")
 CHUNK, PARTICLES, CHAINS = 500, 16, 4
@@ -234,7 +239,12 @@ def run_guide(args):
 
     target = load(args.task, args.data)
     start = time.monotonic()
-    sites, weights, extra = method_of(args.cell)(target.model, args.seconds, args.rows)
+    if args.cell == TWIN:
+        from _numpyro_posteriors import fitted
+
+        sites, weights, extra = fitted(args.task, args.data, args.seconds, args.rows)
+    else:
+        sites, weights, extra = method_of(args.cell)(target.model, args.seconds, args.rows)
     spent = time.monotonic() - start
     x = target.coordinates(sites)
     weights = weights.detach().nan_to_num(-math.inf, -math.inf, -math.inf)
@@ -322,7 +332,8 @@ def cells(args):
     """Return what is wanted: (task, method)."""
     for task in args.tasks:
         for method in args.methods:
-            yield task, method
+            if method != TWIN or task in IN_NUMPYRO:
+                yield task, method
     for task in args.nuts_tasks:
         for method in SAMPLERS:
             yield task, method
@@ -368,7 +379,7 @@ def parsed():
     add("--data", type=Path, default=Path("."), help="a folder of posteriordb's .npz files")
     add("--seconds", type=float, default=120.0, help="wall time of training in each cell")
     add("--tasks", nargs="*", default=[*FILES, *MIXTURES])
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--methods", nargs="+", choices=(*METHODS, TWIN), default=list(METHODS))
     add("--nuts-tasks", nargs="*", choices=NUTS_TASKS, default=list(NUTS_TASKS))
     add("--nuts-samples", type=int, default=500, help="of a chain, after as many for warm-up")
     add("--rows", type=int, default=5000, help="draws that are scored")
@@ -392,6 +403,7 @@ def main():
     if args.smoke:
         args.tasks, args.nuts_tasks, args.seconds, args.rows = ["smoke"], [], 2.0, 300
         args.methods = [m for m in args.methods if m != "zuko NSF"]
+        args.methods += [TWIN] if importlib.util.find_spec("numpyro") else []
         args.out = Path(scratch.name) / "smoke.jsonl"
     for name in ("tasks", "nuts_tasks"):
         there = [

@@ -1,5 +1,6 @@
 """Every example and every benchmark runs from start to end, in a process of its own."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ NAMES = sorted(
 
 def run(program, *arguments, cwd):
     """Run a program in a folder, and return what it prints."""
+    if program.stem.startswith("numpyro") and importlib.util.find_spec("numpyro") is None:
+        pytest.skip("needs NumPyro")
     # One thread, as the tests beside it: more would only wait for one another.
     environment = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

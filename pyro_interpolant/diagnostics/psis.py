@@ -129,26 +129,29 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
         >>> bool(abs(log_weights.exp().sum() - 1) < 1e-5), k_hat < 0.5
         (True, True)
     """
-    raw = _checked(log_weights).double()
-    raw = raw - raw.max()
-    count = len(raw)
-    length = tail_length(count)
+    given = _checked(log_weights)
+    raw = given.double() - given.double().max()
+    tail = tail_length(len(raw))
+    values, order = torch.sort(raw)
+    excess = values.exp() - values[-tail - 1].exp()
+    # Ties with the cutoff have none: counted in, rounded weights had a k-hat of 300.
+    length = int((excess > 0).sum())
     smoothed, k_hat = raw.clone(), math.inf
     if length >= _MIN_TAIL:
-        values, order = torch.sort(raw)
-        cutoff = values[-length - 1].exp()
-        tail = values[-length:].exp() - cutoff
-        if float(tail[0]) <= 0 and float(tail[-1]) > 0:  # ties with the cutoff
-            tail = tail.clamp_min(torch.finfo(tail.dtype).tiny)
-        if float(tail[-1]) <= 0:  # equal weights have no tail
-            k_hat = -math.inf if float(cutoff) > 0 else math.inf
-        else:
-            k_hat, scale = _fit_tail(tail)
-            if math.isfinite(k_hat):
-                p = (torch.arange(length, dtype=tail.dtype, device=tail.device) + 0.5) / length
-                new = (cutoff + _quantile(p, k_hat, scale)).log()
-                smoothed[order[-length:]] = new.clamp_max(0.0)
+        k_hat, scale = _fit_tail(excess[-length:])
+        if math.isfinite(k_hat):
+            p = (torch.arange(length, dtype=raw.dtype, device=raw.device) + 0.5) / length
+            new = (values[-tail - 1].exp() + _quantile(p, k_hat, scale)).log()
+            smoothed[order[-length:]] = new.clamp_max(0.0)
+    elif tail >= _MIN_TAIL and -float(values[-tail - 1]) <= _resolution(given):
+        k_hat = -math.inf  # equal weights have no tail
     return Smoothed((smoothed - smoothed.logsumexp(0)).to(log_weights), k_hat)
+
+
+def _resolution(log_weights: Tensor) -> float:
+    """Return by how much log weights can differ, of any shape, that rounding alone made differ."""
+    largest = log_weights[torch.isfinite(log_weights)].abs().max()
+    return 4 * torch.finfo(log_weights.dtype).eps * float(largest)
 
 
 def tail_length(count: int) -> int:

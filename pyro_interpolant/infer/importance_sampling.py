@@ -32,7 +32,7 @@ from .sites import LatentSites
 
 _GOOD_SHARE = 0.5  # the effective share of the draws from which they need no weights
 _COARSE = 0.1  # nats, the mean change of the largest weights at doubled steps worth a warning
-_MIN_DRAWS = 100  # the fewest draws to whose weights a tail can be fitted
+MIN_DRAWS = 100  # the fewest draws to whose weights a tail can be fitted
 
 
 class ImportanceResult(NamedTuple):
@@ -141,7 +141,7 @@ def importance(
             "expected a guide with a density, got the point AutoLaplaceApproximation trains: pass "
             "guide.laplace_approximation(*args)"
         )
-    check_ranges((f"count >= {_MIN_DRAWS}", count >= _MIN_DRAWS, count))
+    check_ranges((f"count >= {MIN_DRAWS}", count >= MIN_DRAWS, count))
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
     with seeded(seed):

@@ -19,6 +19,7 @@ from numpyro.infer.util import unconstrain_fn
 
 from .distributions import InterpolantDistribution
 from .loading import from_torch
+from .transforms import InterpolantTransform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +33,9 @@ class AutoInterpolant(AutoContinuous):
     """A guide over all latent sites of a NumPyro model at once: a continuous normalizing flow.
 
     Train it by :func:`fit_guide`. It has no parameters: where NumPyro wants some, give ``{}``, as
-    in ``guide.sample_posterior(key, {}, sample_shape=(100,))``, ``guide.get_posterior({})`` and
-    ``NeuTraReparam(guide, {})``.
+    in ``guide.sample_posterior(key, {}, sample_shape=(100,))``, ``guide.get_posterior({})``,
+    ``guide.get_transform({})`` and ``NeuTraReparam(guide, {})``. :func:`importance` weighs its
+    draws, and :func:`neutra` is the model in its base space.
 
     Args:
         model: A NumPyro model whose latent sites are continuous.
@@ -80,6 +82,10 @@ class AutoInterpolant(AutoContinuous):
         """Return N(0, I), of event shape ``(D,)``."""
         return self._get_posterior().base_dist
 
+    def get_transform(self, params: Mapping[str, Any] | None = None) -> InterpolantTransform:
+        """Return the flow, from N(0, I) to unconstrained vectors, each of shape ``(*, D)``."""
+        return self._get_posterior().transform
+
     def get_posterior(self, params: Mapping[str, Any] | None = None) -> InterpolantDistribution:
         """Return the distribution of the unconstrained latent vector, of event shape ``(D,)``."""
         return self._get_posterior()
@@ -124,7 +130,8 @@ def fit_guide(
         key: For the model's initial values, and draws of the prior.
         *args: The arguments of the model.
         samples: Posterior draws of every latent site on its own support, each
-            ``(N, *site_shape)``, such as ``mcmc.get_samples()``, or None.
+            ``(N, *site_shape)`` or by chain ``(C, N, *site_shape)``, such as
+            ``mcmc.get_samples()``, or None.
         max_seconds: The time to spend in all, from the call to the verdict.
         seed: Makes the run reproducible as far as the clock allows.
         progress: Whether to show a bar.
@@ -137,7 +144,8 @@ def fit_guide(
 
     Raises:
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro.
-        ValueError: If the samples miss a site, or a setting cannot work.
+        ValueError: If the samples miss a site or have another shape, a setting cannot work, or
+            the log density is noisy (a subsampled plate).
     """
     import torch
 
@@ -146,20 +154,16 @@ def fit_guide(
     from ..training import fit
     from ..training.clock import Clock, Seconds
 
-    if not isinstance(guide, AutoInterpolant):
-        kind = type(guide)
-        raise TypeError(
-            "expected an AutoInterpolant of pyro_interpolant.numpyro, got "
-            f"{kind.__module__}.{kind.__name__}"
-        )
+    check_guide(guide)
     clock = Clock(max_seconds)
     setup, draw = jax.random.split(key)
     with handlers.seed(rng_seed=setup):
         guide._setup_prototype(*args, **kwargs)
+    _check_plates(guide)
     dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
     network = autoguide.guide_network(guide.latent_dim, guide.hidden_dims).to(dtype)
     posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))
-    density = _log_density(guide)
+    density = _for_torch(log_density(guide, args, kwargs))
     limit = Seconds.since(clock.began, autoguide.MODEL_SHARE * max_seconds)
     settings: dict[str, Any] = {"max_seconds": limit, "seed": seed, "progress": progress}
     settings |= options or {}
@@ -169,27 +173,70 @@ def fit_guide(
     else:
         rows = torch.tensor(np.asarray(_packed(guide, samples, args, kwargs)), dtype=dtype)
         training = fit(posterior, rows, **settings)
+    # The guide's, whose base is N(0, I): fit may have set another.
+    posterior = distributions.InterpolantDistribution(posterior.transform)
     summary, count, verdict = autoguide.judged(posterior, density, clock, seed)
     guide.posterior = cast(InterpolantDistribution, from_torch(posterior))
     return autoguide.GuideResult(*summary, count, verdict, clock.spent(), training)
 
 
+def check_guide(guide: object) -> None:
+    """Raise a TypeError for what is no guide of this room."""
+    if not isinstance(guide, AutoInterpolant):
+        kind = type(guide)
+        raise TypeError(
+            "expected an AutoInterpolant of pyro_interpolant.numpyro, got "
+            f"{kind.__module__}.{kind.__name__}"
+        )
+
+
+def _check_plates(guide: AutoInterpolant) -> None:
+    """Raise a ValueError if a plate draws which of its rows are seen."""
+    plates = [
+        name
+        for name, site in guide.prototype_trace.items()
+        if site["type"] == "plate" and (site["args"][1] or site["args"][0]) < site["args"][0]
+    ]
+    if plates:
+        raise ValueError(
+            f"expected a log density without noise, got plates {plates} that subsample: call with "
+            "a model that sees all its data"
+        )
+
+
 def _packed(guide: AutoInterpolant, draws: Mapping[str, Any], args: Any, kwargs: Any) -> Array:
-    """Return unconstrained vectors, shape ``(N, D)``, of draws by site.
+    """Return unconstrained vectors, shape ``(N, D)``, of draws by site, by chain or not.
 
     Raises:
-        ValueError: If a site is missing.
+        ValueError: If a site is missing or of another shape.
     """
-    names = list(guide._init_locs)
-    missing = sorted(set(names) - set(draws))
+    shapes = {name: guide.prototype_trace[name]["value"].shape for name in guide._init_locs}
+    missing = sorted(set(shapes) - set(draws))
     if missing:
-        raise ValueError(f"expected draws of the sites {names}, got none of {missing}")
+        raise ValueError(f"expected draws of the sites {list(shapes)}, got none of {missing}")
+    rows = {}
+    for name, shape in shapes.items():
+        value = jnp.asarray(draws[name])
+        if (
+            value.ndim - len(shape) not in (1, 2)
+            or value.shape[value.ndim - len(shape) :] != shape
+        ):
+            raise ValueError(
+                f"expected draws of site {name!r}, of shape {shape}, along one dimension or two, "
+                f"got shape {value.shape}"
+            )
+        rows[name] = value.reshape(-1, *shape)
+    if len({len(value) for value in rows.values()}) > 1:
+        raise ValueError(
+            "expected as many draws of every site, got "
+            f"{ {name: len(value) for name, value in rows.items()} }"
+        )
 
     def pack(sites: dict[str, Array]) -> Array:
         real = unconstrain_fn(guide.model, args, kwargs, sites)
-        return jnp.concatenate([jnp.ravel(real[name]) for name in names])
+        return jnp.concatenate([jnp.ravel(real[name]) for name in shapes])
 
-    return jax.jit(jax.vmap(pack))({name: jnp.asarray(draws[name]) for name in names})
+    return jax.jit(jax.vmap(pack))(rows)
 
 
 def _prior_draws(
@@ -211,14 +258,17 @@ def _prior_draws(
     return without_extremes(torch.tensor(z))
 
 
-def _log_density(guide: AutoInterpolant) -> Callable[["Tensor"], "Tensor"]:
-    """Return the log joint density for torch, from rows ``(N, D)`` to ``(N,)``, differentiable."""
+def log_density(guide: AutoInterpolant, args: Any, kwargs: Any) -> Callable[[Array], Array]:
+    """Return the log joint density of one unconstrained vector, shape ``(D,)``, for jax."""
+    potential = guide._potential_fn_gen(*args, **kwargs)
+    return lambda z: -potential(guide._unpack_latent(z))
+
+
+def _for_torch(density: Callable[[Array], Array]) -> Callable[["Tensor"], "Tensor"]:
+    """Return a density for torch, from rows ``(N, D)`` to ``(N,)``, differentiable."""
     import torch
 
-    def single(z: Array) -> Array:
-        return -guide._potential_fn(guide._unpack_latent(z))
-
-    both = jax.jit(jax.vmap(jax.value_and_grad(single)))
+    both = jax.jit(jax.vmap(jax.value_and_grad(density)))
 
     class LogDensity(torch.autograd.Function):
         @staticmethod

@@ -219,16 +219,30 @@ def _integrate(
     # Of a stage only products are kept for gradients: all else takes longer to store and fetch
     # than to compute again (1,000 rows: 140 ms against 192 for a gradient of three layers).
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
-    def stage(carry: tuple[Array, Array, Array], now: Any) -> tuple[Any, Array]:
-        x, k, end = carry
-        row, before, share, last = now
+    def advanced(states: tuple[Array, Array, Array], row: Any, now: Any) -> Any:
+        x, k, end = states
+        before, share, last = now
         k = mlp.velocity(network, at(row), x + before * k)
         end = end + share * k
-        return (jnp.where(last, end, x), k, end), end
+        return jnp.where(last, end, x), k, end
 
-    rows = jax.tree.map(lambda part: part[stages.times], table)
+    # Of many rows the layers come one stage ahead, through the carry: those that are looked up in
+    # the stage itself are looked up anew for each number (1,000 rows: 65 ms against 34). For a
+    # single one that is cheaper than to carry them (a gradient: 0.32 ms against 0.39).
+    def stage(carry: tuple[Any, Any], now: Any) -> tuple[Any, Array]:
+        states, row = carry
+        new, *rest = now
+        states = advanced(states, new if row is None else row, rest)
+        return (states, None if row is None else new), states[-1]
+
+    first, times = None, stages.times
+    if x.ndim > 1:
+        first = jax.tree.map(lambda part: jnp.asarray(part[times[0]]), table)
+        times = np.roll(times, -1)
+    rows = jax.tree.map(lambda part: part[times], table)
     steps = stages.before.astype(x.dtype), stages.share.astype(x.dtype), stages.last
-    _, ends = jax.lax.scan(stage, (x, jnp.zeros_like(x), x), (rows, *steps))
+    start = (x, jnp.zeros_like(x), x)
+    _, ends = jax.lax.scan(stage, (start, first), (rows, *steps))
     states = jnp.concatenate((x[None], ends[len(TABLEAUS[grid.method][0]) - 1 :: _per(grid)]))
     return states if forward else states[::-1]
 

@@ -1,25 +1,32 @@
-r"""Base space for NumPyro: :math:`z \sim q` becomes :math:`z = T(w)`, w a base draw."""
+r"""Base space for NumPyro: :math:`z \sim q` becomes :math:`z = T(w)`, w a base draw.
+
+By ``base_space`` for learned priors inside a model; by ``neutra`` for all latent sites together,
+through a trained guide.
+"""
 
 import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
 from numpyro import handlers
+from numpyro.distributions.util import sum_rightmost
 from numpyro.infer import init_to_value
 from numpyro.infer.reparam import Reparam
 from numpyro.primitives import _PYRO_STACK
 
+from .autoguide import AutoInterpolant, check_guide
 from .bases import Planar, directions, in_planes
 from .distributions import InterpolantDistribution
 from .supports import Bijection
 
-__all__ = ["base_space"]
+__all__ = ["base_space", "neutra"]
 
 _BASE = "_base"  # what a site in base space has after its name
 _RAYLEIGH_RMS = 2**0.5  # the root mean square of a Rayleigh distance
@@ -148,3 +155,79 @@ def _wrapped(base: dist.Distribution, fn: dist.Distribution) -> dist.Distributio
 def _is_angular(flow: InterpolantDistribution) -> bool:
     last = flow.transforms[-1]
     return isinstance(last, Bijection) and last.text == '"circular"'
+
+
+def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
+    r"""Return the guide's model in the guide's base space, where a good guide makes it N(0, I).
+
+    All latent sites are deterministic functions of one site, ``auto_shared_latent``, which is of
+    shape ``(D,)``, and keep their names. One solve gives them and the Jacobian, where NumPyro's
+    :class:`~numpyro.infer.reparam.NeuTraReparam` takes two; nor does the Jacobian count once for
+    each member of a plate around the first site. Initial values are those of the base draw.
+
+    Args:
+        guide: A trained guide.
+
+    Returns:
+        A model with the same joint density, for NUTS.
+
+    Raises:
+        TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro.
+        ValueError: If it is not trained; when the model runs, if it has not the latent sites that
+            the guide has seen.
+
+    References:
+        Hoffman et al., *NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural
+        Transport*, arXiv 1903.03704.
+    """
+    check_guide(guide)
+    posterior = guide.get_posterior()
+
+    @functools.wraps(guide.model)
+    def model(*args: Any, **kwargs: Any) -> Any:
+        base = posterior.base_dist.mask(mask=False)  # not scored: the density is the model's
+        w = numpyro.sample(f"{guide.prefix}_shared_latent", base)
+        z, log_det = posterior.transform.call_with_intermediates(w)
+        numpyro.factor(f"{guide.prefix}_log_jacobian", log_det)
+        images = _Images(guide._unpack_latent(z))
+        with handlers.reparam(config=images.config):
+            result = guide.model(*args, **kwargs)
+        if images.parts:
+            raise ValueError(
+                "expected the latent sites the guide has seen, got a model without "
+                f"{sorted(images.parts)}"
+            )
+        return result
+
+    return model
+
+
+class _Images(Reparam):
+    """Give latent sites their parts of one unconstrained vector.
+
+    Args:
+        parts: The unconstrained value of each site; each is taken out as its site comes.
+    """
+
+    def __init__(self, parts: Mapping[str, Array]) -> None:
+        self.parts = dict(parts)
+
+    def config(self, site: dict[str, Any]) -> "_Images | None":
+        """Return how a site is sampled, or None as it is."""
+        if site["name"] not in self.parts:
+            return None
+        if site["is_observed"]:
+            raise ValueError(
+                f"expected site {site['name']!r} to be latent, as when the guide was set up, got "
+                "it observed: train a guide of the model with these data"
+            )
+        return self
+
+    def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[None, Array]:
+        """Return no distribution, and the value of the site."""
+        real, transform = self.parts.pop(name), dist.biject_to(fn.support)
+        value = transform(real)
+        log_det = transform.log_abs_det_jacobian(real, value)
+        log_det = sum_rightmost(log_det, jnp.ndim(log_det) - jnp.ndim(value) + fn.event_dim)
+        numpyro.factor(f"_{name}_log_prob", fn.log_prob(value) + log_det)
+        return None, value

@@ -141,7 +141,7 @@ def moments(
     if count <= dim:
         raise ValueError(
             f"expected more rows than dimensions, got {count} rows of {dim}: get more data, or "
-            "drop columns"
+            "drop columns; join chains first, as get_samples() does without group_by_chain"
         )
     eps, x = max(torch.finfo(kind).eps for kind in (x.dtype, dtype or x.dtype)), x.double()
     constant = (x == x[0]).all(dim=0)

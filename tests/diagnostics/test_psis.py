@@ -160,3 +160,15 @@ def test_what_cannot_be_weights_is_refused(function):
         function(torch.tensor([0.0, math.nan]))
     with pytest.raises(ValueError, match="got 0 NaN or .inf and 0 finite ones of 3"):
         function(torch.full((3,), -math.inf))
+
+
+def test_rounded_weights_have_the_tail_that_they_had():
+    """Many tie with the cutoff: they are not of another order of magnitude than the next."""
+    raw = 0.01 * torch.randn(10_000)
+    for rounded in ((raw * 200).round() / 200, raw.float() + 3e4):
+        assert pareto_smooth(rounded).k_hat < 0.3
+    equal = torch.full((10_000,), 3e4, dtype=torch.float32)
+    equal[:3] = torch.nextafter(equal[:3], equal.new_tensor(torch.inf))
+    assert pareto_smooth(equal).k_hat == -math.inf
+    equal[0] += 5.0  # more than rounding
+    assert pareto_smooth(equal).k_hat == math.inf

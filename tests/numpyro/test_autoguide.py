@@ -11,8 +11,17 @@ from numpyro import handlers, infer
 from numpyro.infer.reparam import NeuTraReparam
 
 from pyro_interpolant import AutoInterpolant as TorchGuide
+from pyro_interpolant import InterpolantDistribution as TorchDistribution
+from pyro_interpolant import interpolant_transform
 from pyro_interpolant.infer import GuideResult
-from pyro_interpolant.numpyro import AutoInterpolant, fit_guide
+from pyro_interpolant.numpyro import (
+    AutoInterpolant,
+    InterpolantDistribution,
+    fit_guide,
+    from_torch,
+    importance,
+    neutra,
+)
 from pyro_interpolant.numpyro import autoguide as module
 
 KEY = jax.random.key(0)
@@ -44,7 +53,7 @@ def prepared(guide, *args):
 @pytest.mark.slow
 def test_the_density_that_torch_sees():
     guide = prepared(AutoInterpolant(line), X, Y)
-    density = module._log_density(guide)
+    density = module._for_torch(module.log_density(guide, (X, Y), {}))
     z = torch.randn(5, 4, requires_grad=True)
     values = density(z)
     (slopes,) = torch.autograd.grad((values * torch.arange(5.0)).sum(), z)
@@ -65,14 +74,24 @@ def test_the_density_that_torch_sees():
     np.testing.assert_allclose(slopes, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_draws_are_packed_as_the_density_wants_them():
     guide = prepared(AutoInterpolant(line), X, Y)
     draws = infer.Predictive(line, num_samples=3)(KEY, X)
     packed = module._packed(guide, draws, (X, Y), {})
     expected = [draws["slope"][:, None], jnp.log(draws["scale"])[:, None], draws["offsets"]]
     np.testing.assert_allclose(packed, jnp.concatenate(expected, -1), rtol=1e-10)
-    with pytest.raises(ValueError, match=r"got none of \['scale'\]"):
-        module._packed(guide, {k: v for k, v in draws.items() if k != "scale"}, (X, Y), {})
+    by_chain = {name: draws[name][None].repeat(2, 0) for name in guide._init_locs}
+    np.testing.assert_allclose(module._packed(guide, by_chain, (X, Y), {})[3:], packed)
+    for wrong, message in (
+        ({"scale": None}, r"got none of \['scale'\]"),
+        ({"offsets": draws["offsets"][:, :1]}, r"site 'offsets', of shape \(2,\), .* \(3, 1\)"),
+        ({"offsets": draws["offsets"][0]}, r"site 'offsets', of shape \(2,\), .* \(2,\)"),
+        ({"slope": draws["slope"][:2]}, "as many draws of every site"),
+    ):
+        given = {k: v for k, v in {**draws, **wrong}.items() if v is not None}
+        with pytest.raises(ValueError, match=message):
+            module._packed(guide, given, (X, Y), {})
 
 
 @pytest.mark.slow
@@ -93,10 +112,90 @@ def test_draws_of_the_prior():
 def test_what_is_no_guide_of_this_room():
     with pytest.raises(TypeError, match=r"an AutoInterpolant of pyro_interpolant\.numpyro, got"):
         fit_guide(TorchGuide(conjugate), KEY)
+    with pytest.raises(TypeError, match=r"an AutoInterpolant of pyro_interpolant\.numpyro, got"):
+        importance(TorchGuide(conjugate), KEY)
+    with pytest.raises(TypeError, match=r"an AutoInterpolant of pyro_interpolant\.numpyro, got"):
+        neutra(TorchGuide(conjugate))
     guide = prepared(AutoInterpolant(conjugate), jnp.ones(2))
-    for use in (guide.get_posterior, guide.get_base_dist, guide.median):
+    for use in (
+        guide.get_posterior, guide.get_base_dist, guide.get_transform, guide.median,
+        lambda: importance(guide, KEY, jnp.ones(2)), lambda: neutra(guide),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="expected a trained guide: call fit_guide"):
             use()
+
+
+def test_a_plate_that_subsamples_is_no_density():
+    def model():
+        x = numpyro.sample("x", dist.Normal())
+        with numpyro.plate("rows", 10, subsample_size=2):
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=jnp.zeros(2))
+
+    with pytest.raises(ValueError, match=r"got plates \['rows'\] that subsample"):
+        fit_guide(AutoInterpolant(model), KEY, **QUICK)
+
+
+def in_plate(y):
+    with numpyro.plate("rows", 3):
+        x = numpyro.sample("x", dist.Gamma(3.0, 1.0))
+        numpyro.sample("y", dist.Normal(jnp.log(x), 0.5), obs=y)
+
+
+def known_guide(model, *args):
+    """A guide that is a Gaussian of given moments, and these."""
+    guide = prepared(AutoInterpolant(model), *args)
+    transform = interpolant_transform(guide.latent_dim, (8, 8))
+    loc, linear = torch.linspace(0.5, 1.0, guide.latent_dim), 0.6 * torch.eye(guide.latent_dim)
+    transform.flow.whitening.set(loc, linear)
+    guide.posterior = from_torch(TorchDistribution(transform).freeze())
+    return guide, loc.numpy(), linear.numpy()
+
+
+def test_the_model_in_the_base_space_of_a_guide():
+    """The potential of NumPyro and the Jacobian, once, though the first site is in a plate."""
+    y = jnp.array([1.0, 0.5, 0.0])
+    guide, loc, linear = known_guide(in_plate, y)
+    base, w = neutra(guide), jnp.array([0.3, -1.0, 0.2])
+    density, trace = infer.util.log_density(base, (y,), {}, {"auto_shared_latent": w})
+    z = loc + linear @ w
+    expected = -guide._potential_fn({"x": z}) + 3 * np.log(0.6)
+    np.testing.assert_allclose(density, expected, rtol=1e-10)
+    assert trace["x"]["type"] == "deterministic"
+    np.testing.assert_allclose(trace["x"]["value"], jnp.exp(z), rtol=1e-10)
+    assert isinstance(guide.get_posterior({}), InterpolantDistribution)
+    np.testing.assert_allclose(guide.get_transform({})(w), z, rtol=1e-10)
+    observed = handlers.condition(in_plate, data={"x": jnp.ones(3)})
+    guide.model = observed
+    with pytest.raises(ValueError, match="expected site 'x' to be latent"):
+        handlers.seed(neutra(guide), KEY)(y)
+    guide.model = lambda y: None
+    with pytest.raises(ValueError, match=r"got a model without \['x'\]"):
+        handlers.seed(neutra(guide), KEY)(y)
+
+
+@pytest.mark.slow
+def test_importance_weights():
+    """Of a Gaussian against a Gaussian posterior, in closed form."""
+    y = jnp.array([1.0, 1.0])
+    guide, loc, _ = known_guide(conjugate, y)
+    result = importance(guide, KEY, y, count=4000)
+    evidence = float(dist.Normal(0.0, np.sqrt(1.25)).log_prob(y).sum())
+    assert abs(result.log_evidence - evidence) < 6 * result.log_evidence_stderr
+    drawn = result.draws["x"]
+    np.testing.assert_allclose(drawn.mean(0), loc, atol=0.05)
+    posterior = dist.Normal(0.8 * y, np.sqrt(0.2)).to_event(1)
+    expected = posterior.log_prob(drawn) - dist.Normal(loc, 0.6).to_event(1).log_prob(drawn)
+    top = jnp.argsort(expected)[:-200]  # those that are not smoothed
+    found = result.log_weights - result.log_weights[top[-1]]
+    np.testing.assert_allclose(found[top], (expected - expected[top[-1]])[top], atol=1e-4)
+    again = result.resampled(KEY, 3000)["x"]
+    assert again.shape == (3000, 2)
+    weighted = jnp.exp(result.log_weights) @ drawn
+    np.testing.assert_allclose(again.mean(0), weighted, atol=0.02)
+    with pytest.raises(ValueError, match="count >= 1"):
+        result.resampled(KEY, 0)
+    with pytest.raises(ValueError, match="count >= 100"):
+        importance(guide, KEY, y, count=99)
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,8 @@ def test_shapes(name, known):
     assert d.event_dim == len(d.event_shape)
 
 
-@over_kinds
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
 def test_expanding(name, known):
     d = known(name)
     value = d.sample(KEY)
@@ -114,7 +115,8 @@ def test_a_pytree(name, known):
         assert sum(np.size(leaf) for leaf in jax.tree.leaves(d)) <= 2 * d.transform.event_dim + 3
 
 
-@over_kinds
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
 def test_mapping(name, known):
     d = known(name)
     values = d.sample(KEY, (3,))
@@ -220,16 +222,23 @@ def test_the_transform_is_a_bijection(fine):
     assert fine.forward_shape((5, 2)) == fine.inverse_shape((5, 2)) == (5, 2)
 
 
+@pytest.mark.slow
 def test_weights_that_are_trained_are_leaves(known):
     d = known("plain")
     weights = {name: jnp.asarray(value) for name, value in d.transform.weights.items()}
     x = jnp.array([[0.3, -0.2]])
 
+    traces = []
+
     def loss(weights):
+        traces.append(weights)
         transform = InterpolantTransform(weights, d.transform.grid)
         return InterpolantDistribution(d.base_dist, [transform]).log_prob(x).sum()
 
-    value, slopes = jax.jit(jax.value_and_grad(loss))(weights)
+    both = jax.jit(jax.value_and_grad(loss))
+    value, slopes = both(weights)
+    both({name: 1.1 * value for name, value in weights.items()})  # those of a second file
+    assert len(traces) == 1
     np.testing.assert_allclose(value, score(d, x).sum(), rtol=1e-12)
     assert float(jnp.abs(slopes["velocity.output.weight"]).max()) > 0
     assert len(jax.tree.leaves(InterpolantTransform(weights, d.transform.grid))) == len(weights)

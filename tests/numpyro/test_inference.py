@@ -110,8 +110,13 @@ def test_subsamples_of_data(prior):
 
     inner = infer.NUTS(base_space(many))
     kernel = infer.HMCECS(inner, num_blocks=5)
-    mcmc = run(kernel, prior, warmup=200, samples=400)
-    assert np.isfinite(mcmc.get_samples()["z"]).all()
+    mcmc = run(kernel, prior, warmup=300, samples=1500)
+    draws = mcmc.get_samples()["z"]
+    z = prior.sample(KEY, (20_000,))
+    log_prob = dist.Normal(z.sum(-1)[:, None], 5.0).log_prob(data).sum(-1)
+    weights = jax.nn.softmax(log_prob)
+    mean = weights @ z
+    assert_posterior(draws, (mean, jnp.sqrt(weights @ (z - mean) ** 2)), error=0.35)
 
 
 @pytest.mark.slow
@@ -275,6 +280,35 @@ def test_the_draws_of_numpyro_become_a_prior(kind, twin):
     assert again["scale"].shape == (2000, 2)
     for name, value in draws.items():
         np.testing.assert_allclose(again[name].mean(0), value.mean(0), atol=0.15)
+
+
+def test_draws_by_chain_have_to_be_joined():
+    """Which dimensions are a site's own is not known: joined by the sampler they serve."""
+    by_chain = {"z": np.zeros((2, 700, 2))}
+    with pytest.raises(ValueError, match=r"get_samples\(\) does without group_by_chain"):
+        from_samples(by_chain, seed=0, progress=False)
+
+
+@pytest.mark.slow
+def test_the_kernels_of_blackjax(prior, expected):
+    """On the potential energy that NumPyro makes of a model."""
+    blackjax = pytest.importorskip("blackjax")
+    info = infer.util.initialize_model(KEY, base_space(model), model_args=(prior,))
+
+    def log_density(z):
+        return -info.potential_fn(z)
+
+    warmup = blackjax.window_adaptation(blackjax.nuts, log_density)
+    (state, parameters), _ = warmup.run(KEY, info.param_info.z, num_steps=300)
+    kernel = blackjax.nuts(log_density, **parameters)
+
+    def step(state, key):
+        state, _ = kernel.step(key, state)
+        return state, state.position
+
+    _, positions = jax.lax.scan(step, state, jax.random.split(KEY, 700))
+    draws = jax.vmap(info.postprocess_fn)(positions)
+    assert_posterior(draws["z"], expected)
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def assert_twins(flow, other):
 # ---- the networks -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_but(HIDDEN_DIMS, "two", "residual"))
+@pytest.mark.parametrize("name", slow_but(HIDDEN_DIMS, "residual"))
 def test_networks(name, twin):
     flow = InterpolantDistribution(random_flow(2, HIDDEN_DIMS[name])).freeze()
     flow.transform.flow.velocity.set_scales(0.4 * torch.randn(20, 2))  # the gate is felt
@@ -188,7 +188,8 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(MORE, "bounds by column"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
 def test_more_supports(name, twin):
     flow = plain(3 if "corr" in name else 2, support=MORE[name]).freeze()
     assert_twins(flow, twin(flow))
@@ -341,7 +342,7 @@ def test_its_own_draws_have_the_moments_of_torchs(twin):
 # ---- labels of classes, and named sites given a context -----------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["real", "angles"])
+@pytest.mark.parametrize("kind", slow_but(["real", "angles"], "real"))
 def test_labels_of_classes(kind, twin):
     velocity = (TorusMLP if kind == "angles" else VelocityMLP)(2, (8, 8), classes=3)
     for p in velocity.parameters():

@@ -169,6 +169,7 @@ def test_contexts_from_another_site(twin):
     np.testing.assert_allclose(trace["z"]["value"], expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_angles_are_sampled_in_the_plane(twin):
     prior = twin(angles().freeze())
 

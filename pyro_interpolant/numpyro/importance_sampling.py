@@ -1,0 +1,135 @@
+"""Importance sampling with a guide of a NumPyro model: how well it covers its posterior."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .autoguide import AutoInterpolant, check_guide, log_density
+from .distributions import InterpolantDistribution
+from .transforms import InterpolantTransform
+
+__all__ = ["ImportanceResult", "importance"]
+
+
+class ImportanceResult(NamedTuple):
+    r"""How well a guide covers its posterior, by weights ``w = p / q`` of its own draws.
+
+    Attributes:
+        k_hat: Pareto's k-hat of the weights: below 0.5 all is well, above 0.7 none of this is
+            reliable.
+        ess: The effective sample size :math:`(\sum w)^2 / \sum w^2` of the draws.
+        log_evidence: :math:`\log \frac1N \sum w`, an estimate of the model's log-evidence, nats.
+        log_evidence_stderr: Its standard error; too small where k-hat is large.
+        verdict: What follows, in a sentence.
+        log_weights: Pareto-smoothed, normalised, shape ``(N,)``.
+        draws: The guide's draws by site, each ``(N, *site_shape)``.
+    """
+
+    k_hat: float
+    ess: float
+    log_evidence: float
+    log_evidence_stderr: float
+    verdict: str
+    log_weights: Array
+    draws: dict[str, Array]
+
+    def __repr__(self) -> str:
+        """Say the verdict, the evidence and the sites that there are draws of."""
+        from ..distributions.report import with_error
+
+        evidence = with_error(self.log_evidence, self.log_evidence_stderr)
+        return f"{self.verdict}\nlog-evidence {evidence} nats; draws of {', '.join(self.draws)}"
+
+    def resampled(self, key: Array, count: int | None = None) -> dict[str, Array]:
+        """Return draws resampled by their weights: posterior samples for ``Predictive``.
+
+        Args:
+            key: A random key.
+            count: How many, M, by systematic resampling, in random order; by default as many as
+                there are draws.
+
+        Returns:
+            Sites by name, each ``(M, *site_shape)``.
+
+        Raises:
+            ValueError: If ``count`` is below 1, or no weight is positive.
+        """
+        count = len(self.log_weights) if count is None else count
+        if count < 1 or not self.ess > 0:
+            raise ValueError(f"expected count >= 1 and positive weights, got {count}, {self.ess}")
+        one, other = jax.random.split(key)
+        total = np.cumsum(np.exp(np.asarray(self.log_weights, np.float64)))
+        u = (np.arange(count) + float(jax.random.uniform(one))) / count
+        chosen = np.searchsorted(total / total[-1], u).clip(max=len(total) - 1)
+        chosen = chosen[jax.random.permutation(other, count)]
+        return {name: value[chosen] for name, value in self.draws.items()}
+
+
+def importance(
+    guide: AutoInterpolant, key: Array, *args: object, count: int = 10_000, **kwargs: object
+) -> ImportanceResult:
+    """Judge a trained guide by Pareto-smoothed importance weights of its draws.
+
+    As :func:`pyro_interpolant.importance`, of which it is the twin. Needs torch.
+
+    Args:
+        guide: The guide.
+        key: A random key.
+        *args: The arguments of the model.
+        count: The number of draws N.
+        **kwargs: The named arguments of the model.
+
+    Returns:
+        The verdict, with a warning if k-hat is above 0.7; the weights; and draws that
+        ``resampled`` turns into posterior samples.
+
+    Raises:
+        TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro.
+        ValueError: If it is not trained, or ``count`` is below 100.
+    """
+    import torch
+
+    from ..diagnostics import psis
+    from ..infer import importance_sampling
+    from ..training.loop import check_ranges
+
+    check_guide(guide)
+    least = importance_sampling.MIN_DRAWS
+    check_ranges((f"count >= {least}", count >= least, count))
+    density, posterior = log_density(guide, args, kwargs), guide.get_posterior()
+    z, log_p, log_q = _weighed(posterior, density, key, count, psis.tail_length(count))
+    raw = psis.log_ratio(*(torch.tensor(np.asarray(part)) for part in (log_p, log_q)))
+    summary = psis.judge(raw)
+    verdict = importance_sampling.verdict_with_warning(summary, count)
+    weights = psis.pareto_smooth(raw).log_weights if summary.ess > 0 else raw
+    draws = guide._unpack_and_constrain(z, {})
+    return ImportanceResult(
+        *summary, verdict, jnp.asarray(weights.numpy()), {k: draws[k] for k in guide._init_locs}
+    )
+
+
+def _weighed(
+    posterior: InterpolantDistribution,
+    density: Callable[[Array], Array],
+    key: Array,
+    count: int,
+    largest: int,
+) -> tuple[Array, Array, Array]:
+    """Return draws, ``(N, D)``, their log joint densities and those under the guide, ``(N,)``.
+
+    Where the weights are largest the latter are computed again, at doubled solver steps.
+    """
+    z, log_q = posterior.rsample_and_log_prob(key, (count,))
+    log_p = jax.jit(jax.vmap(density))(z)
+    ratio = log_p - log_q
+    chosen = jnp.argsort(jnp.where(jnp.isnan(ratio), -jnp.inf, ratio))[-largest:]
+    flow = posterior.transform
+    grid = flow.grid._replace(steps=2 * flow.grid.steps)
+    finer = InterpolantDistribution(
+        posterior.base_dist, [InterpolantTransform(flow.weights, grid)]
+    )
+    return z, log_p, log_q.at[chosen].set(finer.log_prob(z[chosen]))
