@@ -27,6 +27,7 @@ __all__ = [
     "corner",
     "density",
     "evolution",
+    "predictive_check",
     "ranks",
     "training_curve",
     "trajectories",
@@ -201,6 +202,38 @@ def ranks(check: Any, *, ax: "Axes | None" = None) -> "Axes":
         ax.plot(u, shares - u, linewidth=1, label=name)
     ax.axhspan(-check.band, check.band, color=_DATA_COLOR, alpha=0.15, linewidth=0, label="99%")
     ax.set(xlabel="$u$", ylabel="share below $u$, less $u$", xlim=(0, 1))
+    ax.legend(frameon=False)
+    return ax
+
+
+def predictive_check(y: Tensor, simulated: Tensor, *, ax: "Axes | None" = None) -> "Axes":
+    """Draw the ordered values of data beside those of data simulated from a posterior.
+
+    The band holds, place by place, the middle 95% of the simulated ones: where the model is right,
+    the data leave it rarely.
+
+    Args:
+        y: The data, shape ``(*)``.
+        simulated: Data of ``Predictive``, shape ``(S, *)``.
+        ax: Axes, or None for new ones.
+
+    Raises:
+        ValueError: If the simulated data are of another shape.
+    """
+    if simulated.shape[1:] != y.shape or not len(simulated):
+        raise ValueError(
+            f"expected simulated data of shape (S, {', '.join(map(str, y.shape))}), got "
+            f"{tuple(simulated.shape)}"
+        )
+    ax = _axes(ax)
+    ordered = simulated.detach().double().cpu().flatten(1).sort(1).values
+    low, middle, high = ordered.quantile(ordered.new_tensor([0.025, 0.5, 0.975]), dim=0).numpy()
+    places = (np.arange(len(middle)) + 0.5) / len(middle)
+    ax.fill_between(places, low, high, color=_MODEL_COLOR, alpha=0.25, label="simulated, 95%")
+    ax.plot(places, middle, color=_MODEL_COLOR, linewidth=1.0, label="simulated, median")
+    values = y.detach().double().cpu().flatten().sort().values.numpy()
+    ax.plot(places, values, ".", color=_DATA_COLOR, markersize=4, label="data")
+    ax.set(xlabel="share of the data below", ylabel="value")
     ax.legend(frameon=False)
     return ax
 

@@ -189,9 +189,10 @@ class Simulator:
 
         lanes = torch.zeros(count)
         if batching == "vmap":
-            latents, data, log_prior = torch.func.vmap(single, randomness="different")(
-                lanes, given
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # some samplers loop under vmap
+                together = torch.func.vmap(single, randomness="different")
+                latents, data, log_prior = together(lanes, given)
             return Simulations(latents, data, log_prior, 0)
         parts = [single(lanes[i], {k: v[i] for k, v in given.items()}) for i in range(count)]
         latents, data = (
