@@ -33,17 +33,16 @@ def load():
 
 
 def model_of(patients):
-    """Return the model of a group; which patients it has is drawn with its outcomes."""
+    """Return the model of a group; its patients are drawn, by their place among all."""
 
-    def model(index=None, y=None):
+    def model(place=None, y=None):
         level = pyro.sample("level", dist.Normal(0.0, 1.0))
         slope = pyro.sample("slope", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         scale = pyro.sample("scale", dist.LogNormal(-0.5, 0.7))
         tail = pyro.sample("tail", dist.Gamma(3.0, 0.2))
         with pyro.plate("group", GROUP):
-            chosen = dist.Categorical(logits=torch.zeros(len(patients)))
-            index = pyro.sample("index", chosen, obs=index)
-            x = patients[index]
+            place = pyro.sample("place", dist.Uniform(0.0, 1.0), obs=place)
+            x = patients[(place * len(patients)).long()]
             mean = level + (slope * x).sum(-1)
             y = pyro.sample("y", dist.StudentT(1 + tail, mean, scale), obs=y)
         pyro.deterministic("rows", torch.cat((x, y[..., None]), -1))
@@ -51,7 +50,7 @@ def model_of(patients):
     return model
 
 
-def nuts(model, index, y, smoke):
+def nuts(model, place, y, smoke):
     """Return draws of a group's posterior by NUTS, and the seconds they took."""
     begin = time.monotonic()
     mcmc = MCMC(
@@ -60,7 +59,7 @@ def nuts(model, index, y, smoke):
         warmup_steps=5 if smoke else 400,
         disable_progbar=smoke,
     )
-    mcmc.run(index, y)
+    mcmc.run(place, y)
     return mcmc.get_samples(), time.monotonic() - begin
 
 
@@ -75,22 +74,23 @@ def main():
 
     patients, outcomes = load()
     order = torch.randperm(len(patients))[: len(patients) // GROUP * GROUP].reshape(-1, GROUP)
-    model, index, y = model_of(patients), order[0], outcomes[order[0]]
+    model, y = model_of(patients), outcomes[order[0]]
+    place = (order[0] + 0.5) / len(patients)
     rows = torch.cat((patients[order], outcomes[order][..., None]), -1)  # (groups, 40, 3)
 
     guide = pi.AmortizedInterpolant(model, observed=("rows",), embedding=pi.nn.SetEmbedding(3))
     result = pi.fit_guide(
         guide,
-        index,
+        place,
         y,
         simulations=300 if args.smoke else args.simulations,
         max_seconds=60 * args.minutes,
-        options={"steps": 10} if args.smoke else {},
+        options={"steps": 10} if args.smoke else {"batch_size": 256},
         seed=0,
         progress=not args.smoke,
     )
     print(result)
-    checks = guide.calibration(index, y, count=30 if args.smoke else 1000)
+    checks = guide.calibration(place, y, count=30 if args.smoke else 1000)
     print("by simulation:", checks)
 
     guide.condition(rows=rows).sample_dict((10,))
@@ -102,9 +102,9 @@ def main():
     for group, (mass, pressure) in enumerate(slopes.tolist()):
         print(f"  group {group:>2}: {mass:+.2f} for body mass, {pressure:+.2f} for blood pressure")
 
-    exact = pi.importance(guide, index, y, count=500 if args.smoke else 10_000, seed=0)
+    exact = pi.importance(guide, place, y, count=500 if args.smoke else 10_000, seed=0)
     print("the first group, weighed:", exact.verdict)
-    weighed, (reference, took) = exact.resampled(1000), nuts(model, index, y, args.smoke)
+    weighed, (reference, took) = exact.resampled(1000), nuts(model, place, y, args.smoke)
     print(f"NUTS, {took:.0f} s     guide           weighed         NUTS (mean, sd)")
     for name in ("level", "slope", "scale", "tail"):
         found = (draws[name][:, 0], weighed[name], reference[name])
@@ -117,7 +117,7 @@ def main():
     axes[0].set(xlabel="slope in body mass", ylabel="slope in blood pressure")
     axes[0].legend(frameon=False)
     plotting.ranks(checks.sbc, ax=axes[1])
-    replicated = Predictive(model, weighed)(index)["y"]
+    replicated = Predictive(model, weighed)(place)["y"]
     plotting.predictive_check(y, replicated, ax=axes[2])
     figure.tight_layout()
     figure.savefig(args.picture, dpi=150)

@@ -289,13 +289,13 @@ class SetEmbedding(nn.Module):
     Example:
         >>> y = torch.cat((torch.randn(10, 5, 3), torch.ones(10, 5, 1)), -1)
         >>> SetEmbedding(3, masked=True)(y).shape
-        torch.Size([10, 64])
+        torch.Size([10, 32])
     """
 
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, row_dim: int, masked: bool = False, width: int = 64) -> None:  # noqa: FBT001, FBT002
+    def __init__(self, row_dim: int, masked: bool = False, width: int = 32) -> None:  # noqa: FBT001, FBT002
         super().__init__()
         self.row_dim, self.masked, self.width = row_dim, masked, width
         if min(row_dim, width) < 1:
@@ -312,7 +312,8 @@ class SetEmbedding(nn.Module):
         """Return the mean of the embedded rows, shape ``(N, width)``.
 
         Args:
-            y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask.
+            y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask; ``(N, n)`` where d is 1
+                and there is none.
         """
         rows, there = self._rows(y)
         return _mean(self.rows(rows), there)
@@ -336,6 +337,7 @@ class SetEmbedding(nn.Module):
 
     def _rows(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return standardised rows, shape ``(N, n, d)``, and which are there, ``(N, n, 1)``."""
+        y = y[..., None] if y.dim() == 2 else y
         _check_columns(y, self.row_dim, masked=self.masked)
         there = y[..., -1:] if self.masked else torch.ones_like(y[..., :1])
         return (y[..., : self.row_dim] - self.loc) / self.scale, there
