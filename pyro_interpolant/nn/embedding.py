@@ -108,7 +108,7 @@ class EmbeddedVelocity(nn.Module):
         s = flat[:, :0] if summary is None else self._standard(summary)
         features = s if embedded is None else torch.cat((s, embedded), -1)
         found = torch.cat((s @ self.slope.T, features, self.head(features)), -1)
-        return found.reshape(*context.shape[:-1], -1)
+        return found.reshape(*context.shape[:-1], found.shape[-1])
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the velocity, shape ``(*, D)``.

@@ -51,6 +51,15 @@ def test_all_ways_to_evaluate_agree(name):
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
+def test_contexts_may_have_any_batch(name):
+    velocity, context = random_velocity(name)
+    found = velocity.embed(context)
+    torch.testing.assert_close(velocity.embed(context[3]), found[3])
+    torch.testing.assert_close(velocity.embed(context[None, :, None])[0, :, 0], found)
+    assert velocity.embed(context[:0]).shape == (0, found.shape[1])
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
 def test_files_give_it_back(name, tmp_path):
     velocity, context = random_velocity(name)
     transform = pi.ConditionalInterpolantTransform(velocity)
