@@ -311,6 +311,11 @@ class AmortizedInterpolant(AutoInterpolant):
             ("simulations >= 10, a whole number", count >= 10 and count % 1 == 0, count),
             ("rounds >= 1, a whole number", rounds >= 1 and rounds % 1 == 0, rounds),
         )
+        if settings.get("checkpoint") is not None and (seed is None or rounds > 1):
+            raise ValueError(
+                "expected a seed beside a checkpoint, with which the same simulations are drawn "
+                f"again, and one round, got seed={seed} and rounds={rounds}"
+            )
         with seeded(seed):
             simulator = Simulator(sites, self.observed)
             found = simulator(count)

@@ -82,7 +82,13 @@ class Simulator:
     def __init__(self, sites: LatentSites, observed: Sequence[str]) -> None:
         self.latents = sites.shapes
         self.model = sites.model
-        nodes = self._run()
+        try:
+            nodes = self._run()
+        except NotImplementedError as error:
+            raise ValueError(
+                "expected a model that can be simulated, got a site that cannot be drawn from "
+                f"({error}): give improper priors a proper one"
+            ) from error
         _check_names(nodes, self.latents, observed)
         sampled = [k for k, n in nodes.items() if is_sampled(n) and k not in self.latents]
         names = list(dict.fromkeys([*sampled, *observed]))

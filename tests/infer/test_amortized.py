@@ -56,7 +56,7 @@ def test_the_posterior_of_each_data_set_is_the_closed_form(trained):
     assert posterior.batch_shape == (5,)
     draws = posterior.sample_dict((4000,))["loc"]
     assert draws.shape == (4000, 5)
-    assert (draws.mean(0) - mean).abs().max() < 0.2 * sd
+    assert (draws.mean(0) - mean).abs().mean() < 0.15 * sd
     assert (draws.std(0) / sd - 1).abs().max() < 0.15
     loc = mean + sd * torch.randn(5)
     log_prob = posterior.log_prob(posterior.pack({"loc": loc}))
@@ -145,6 +145,7 @@ def test_a_posterior_of_other_sites_or_data_is_refused(trained):
         guide(torch.zeros(ROWS))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights():
     weights = []
     for _ in range(2):
@@ -263,7 +264,16 @@ def test_a_factor_cannot_be_simulated():
         pi.fit_guide(pi.AmortizedInterpolant(model), torch.tensor(0.0), **QUICK)
 
 
-def test_bad_calls_are_explained(trained):
+def test_an_improper_prior_cannot_be_simulated():
+    def model(y=None):
+        flat = dist.ImproperUniform(constraints.real, (), ())
+        pyro.sample("y", dist.Normal(pyro.sample("w", flat), 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="cannot be drawn from"):
+        pi.fit_guide(pi.AmortizedInterpolant(model), torch.tensor(0.0), **QUICK)
+
+
+def test_bad_calls_are_explained(trained, tmp_path):
     guide, y = trained[0], torch.zeros(ROWS)
     with pytest.raises(ValueError, match=r"got none at \['y'\]"):
         guide()
@@ -281,6 +291,8 @@ def test_bad_calls_are_explained(trained):
         pi.fit_guide(guide, y, simulations=2, **QUICK)
     with pytest.raises(ValueError, match="rounds >= 1"):
         pi.fit_guide(guide, y, rounds=0, **QUICK)
+    with pytest.raises(ValueError, match="a seed beside a checkpoint"):
+        pi.fit_guide(guide, y, checkpoint=tmp_path / "state", progress=False)
     with pytest.raises(ValueError, match="AmortizedInterpolant"):
         pi.fit_guide(pi.AutoInterpolant(rows_of_a_normal), y, simulations=50, **QUICK)
 
@@ -288,6 +300,7 @@ def test_bad_calls_are_explained(trained):
 # Calibration, rounds, likelihoods, data of other kinds
 
 
+@pytest.mark.slow
 def test_calibration_finds_what_is_wrong(trained):
     guide = copy.deepcopy(trained[0])
     checks = guide.calibration(count=150)
@@ -338,6 +351,7 @@ def test_a_learned_likelihood_of_many_rows_under_nuts():
     assert abs(draws[0].mean() - draws[1].mean()) < 0.7 * draws[1].std()
 
 
+@pytest.mark.slow
 def test_missing_data_are_a_deterministic_site_with_a_mask():
     def model(y=None, there=None):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -371,7 +385,7 @@ def test_an_embedding_of_ones_own_is_trained_along_and_passed_to_load(tmp_path):
     guide = pi.AmortizedInterpolant(rows_of_a_normal, embedding=Halves(), hidden_dims=(16,))
     guide(torch.zeros(ROWS))
     before = guide.transform.velocity.embedding.layer.weight.clone()
-    pi.fit_guide(guide, simulations=500, progress=False, seed=0, options={"steps": 40})
+    pi.fit_guide(guide, simulations=100, progress=False, seed=0, options={"steps": 3})
     assert not torch.equal(before, guide.transform.velocity.embedding.layer.weight)
     path, y = tmp_path / "guide.safetensors", torch.randn(3, ROWS)
     pi.save(guide.posterior, path)
