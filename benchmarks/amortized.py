@@ -251,6 +251,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=["ours"])
     parser.add_argument("--seconds", type=float, help="of training; 600 and 180 by default")
     parser.add_argument("--observations", type=int, default=10)
+    parser.add_argument("--data-sets", type=int, default=1000, help="for SBC")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fit", type=json.loads, default={}, help="options of fit, as JSON")
@@ -274,7 +275,8 @@ def main():
                     "task": task, "simulations": count, "method": method, "seed": args.seed,
                     "seconds": args.seconds or SECONDS.get(count, 600.0), "fit": args.fit,
                     "observations": list(range(1, args.observations + 1)),
-                    "threads": args.threads, "sbc": 50 if args.smoke else 1000,
+                    "threads": args.threads,
+                    "sbc": 50 if args.smoke else args.data_sets,
                     "proposals": 1000 if args.smoke else PROPOSALS,
                 }  # fmt: skip
                 if key(cell) in map(key, done):

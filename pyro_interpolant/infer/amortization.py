@@ -16,8 +16,13 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
+from .._torch import seeded
 from ..diagnostics.psis import K_HAT_LIMIT, judge
-from ..distributions.joint import ConditionalJointInterpolantDistribution, real_shape
+from ..distributions.joint import (
+    ConditionalJointInterpolantDistribution,
+    JointInterpolantDistribution,
+    real_shape,
+)
 from ..training.clock import Clock
 from ..training.fitting import FitResult
 from .importance_sampling import importance_of
@@ -28,6 +33,7 @@ from .sites import LatentSites, Model
 PRIOR = "the prior"
 _JUDGED_ROWS = 1000  # fresh simulations on which densities are measured
 _JUDGED_SETS, _JUDGED_DRAWS = 20, 1000  # data sets judged by importance weights, and draws of each
+_POINTS = 64  # draws of which the likeliest is taken
 _LEVELS = (0.05, 0.5, 0.95)  # of the quantiles over data sets
 _OUTSIDE = 1e-4  # the share of a guide's mass outside the region that a prior is truncated to
 _REGION_DRAWS = 10_000
@@ -77,16 +83,22 @@ class _GivenData(LatentSites):
     Args:
         sites: The sites of the model itself.
         data: Its simulated sites, by name, each ``(*site_shape)``.
+        center: Where its density is first tried, shape ``(D,)``.
     """
 
-    def __init__(self, sites: LatentSites, data: Mapping[str, Tensor]) -> None:
+    def __init__(self, sites: LatentSites, data: Mapping[str, Tensor], center: Tensor) -> None:
         self.__dict__.update(vars(sites))
+        self._center = center
         self._conditioned = poutine.condition(sites.model, data=dict(data))
 
     @property
     def model(self) -> Model:
         """The model with its arguments and the data, a function of none."""
         return self._conditioned
+
+    def center(self) -> Tensor:
+        """Return the point that was given, shape ``(D,)``."""
+        return self._center
 
 
 @torch.no_grad()
@@ -143,9 +155,11 @@ def _weighed(
     """
     found = []
     for i in range(min(_JUDGED_SETS, len(context))):
+        view = posterior.condition(context[i])
+        data = {name: value[i] for name, value in fresh.data.items()}
         try:
-            density = LogJoint(_GivenData(sites, {k: v[i] for k, v in fresh.data.items()}))
-            _, log_weights = importance_of(posterior.condition(context[i]), density, _JUDGED_DRAWS)
+            density = LogJoint(_GivenData(sites, data, likely_point_of(view)))
+            _, log_weights = importance_of(view, density, _JUDGED_DRAWS)
         except (ValueError, RuntimeError, NotImplementedError):  # a simulator without a density
             return []
         summary = judge(log_weights)
@@ -153,6 +167,14 @@ def _weighed(
         if time.monotonic() > clock.deadline():
             break
     return found
+
+
+@torch.no_grad()
+def likely_point_of(posterior: JointInterpolantDistribution) -> Tensor:
+    """Return the likeliest of some draws of a posterior, always the same, shape ``(D,)``."""
+    with seeded(0):
+        draws = posterior.sample((_POINTS,))
+    return draws[posterior.log_prob(draws).argmax()]
 
 
 def _log_det(posterior: ConditionalJointInterpolantDistribution, rows: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from ..transforms.interpolant import ConditionalInterpolantTransform, Interpolan
 from .amortization import (
     AmortizedResult,
     is_inside,
+    likely_point_of,
     region,
     sentence,
     truncated,
@@ -162,6 +163,15 @@ class AmortizedInterpolant(AutoInterpolant):
             ValueError: If the data are not there, or of another shape than in the simulations.
         """
         return self.posterior.condition(self._context(self._data(*args, **kwargs)))
+
+    def likely_point(self, *args: object, **kwargs: object) -> Tensor:
+        """Return where the posterior given the data is high, shape ``(D,)``.
+
+        Args:
+            *args: The arguments of the model.
+            **kwargs: Its named arguments.
+        """
+        return likely_point_of(self.get_posterior(*args, **kwargs))
 
     def get_transform(self, *args: object, **kwargs: object) -> InterpolantTransform:
         """Return the flow given the data in the arguments of the model."""
