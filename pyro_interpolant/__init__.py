@@ -77,6 +77,7 @@ if TYPE_CHECKING:
         importance,
         log_joint,
         neutra,
+        to_arviz,
         train_from_density,
     )
 
@@ -162,6 +163,7 @@ __all__, __getattr__, __dir__ = attach(
             "importance",
             "log_joint",
             "neutra",
+            "to_arviz",
             "train_from_density",
         ],
     },

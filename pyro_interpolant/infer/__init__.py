@@ -3,8 +3,8 @@ r"""Flows inside Pyro models: as a guide, as a prior, and as a proposal.
 ``autoguide`` has the guide and its training; ``amortized`` one that learns the posteriors of all
 data at once, from ``simulation``, by ``amortization``. ``log_density`` is a model's log joint as a
 function of the unconstrained vector that ``sites`` packs. ``importance_sampling`` judges a guide
-by the weights of its draws. ``reparam`` samples a model in the base space of its learned priors,
-or of a guide. ``smc`` trains a flow from an unnormalised density alone.
+by the weights of its draws, ``inference_data`` hands draws to ArviZ. ``reparam`` samples a model
+in the base space of its learned priors, or of a guide. ``smc`` trains a flow from a density alone.
 """
 
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .autoguide import *
     from .log_density import *
     from .importance_sampling import *
+    from .inference_data import *
     from .reparam import *
     from .smc.train import *
 
@@ -28,6 +29,7 @@ __all__, __getattr__, __dir__ = attach(
         "autoguide": ["AutoInterpolant", "GuideResult", "fit_guide"],
         "log_density": ["LogJoint", "log_joint"],
         "importance_sampling": ["ImportanceResult", "importance"],
+        "inference_data": ["to_arviz"],
         "reparam": ["Neutra", "base_space", "neutra"],
         "smc.train": ["Round", "RoundsResult", "train_from_density"],
     },

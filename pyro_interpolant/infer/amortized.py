@@ -37,10 +37,10 @@ from .amortization import (
     truncated,
     verdict_on,
 )
-from .autoguide import AutoInterpolant, GuideResult, Source, judged
+from .autoguide import AutoInterpolant, GuideResult, judged
 from .importance_sampling import are_raw_draws_good
 from .log_density import LogJoint
-from .simulation import Simulations, Simulator, is_sampled
+from .simulation import Simulations, Simulator, Source, is_sampled
 from .sites import LatentSites, Model, Site, unwrapped_model
 
 _SIMULATIONS = 10_000
@@ -115,7 +115,7 @@ class AmortizedInterpolant(AutoInterpolant):
     """
 
     transform: ConditionalInterpolantTransform  # type: ignore[assignment]
-    posterior: ConditionalJointInterpolantDistribution
+    _posterior: ConditionalJointInterpolantDistribution | None = None
 
     def __init__(
         self,
@@ -149,8 +149,22 @@ class AmortizedInterpolant(AutoInterpolant):
             transform = ConditionalInterpolantTransform(velocity).to(loc)
             posterior = ConditionalJointInterpolantDistribution(transform, sites=sites.sites)
         _check_posterior(posterior, sites, self.shapes)
-        self.transform, self.posterior = posterior.transform, posterior
+        self.transform, self._posterior = posterior.transform, posterior
         del self._given  # the embedding is a part of the flow
+
+    @property
+    def posterior(self) -> ConditionalJointInterpolantDistribution:  # type: ignore[override]
+        """The joint distribution of the latent sites by name, given the data, flattened.
+
+        Raises:
+            ValueError: If the guide does not know its model yet.
+        """
+        if self._posterior is None:
+            raise ValueError(
+                "expected a guide that knows its model: call fit_guide(guide, *args), or "
+                "guide(*args), first"
+            )
+        return self._posterior
 
     def get_posterior(self, *args: object, **kwargs: object) -> JointInterpolantDistribution:
         """Return the distribution of the unconstrained latent vector given the data.
@@ -191,14 +205,10 @@ class AmortizedInterpolant(AutoInterpolant):
             ValueError: If a site is missing, unknown or of another shape, or the guide does not
                 know its model yet.
         """
-        if not hasattr(self, "posterior"):
-            raise ValueError(
-                "expected a guide that knows its model: call fit_guide(guide, *args), or "
-                "guide(*args), first"
-            )
-        posterior = self.posterior.condition(self._context(data))
+        own = self.posterior
+        posterior = own.condition(self._context(data))
         posterior.transform.trains_weights = False  # it is there to be read
-        posterior.report = self.posterior.report
+        posterior.report = own.report
         return posterior
 
     def simulate(self, count: int, *args: object, **kwargs: object) -> Simulations:

@@ -19,6 +19,8 @@ from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.psis import ImportanceSummary, judge
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.joint import JointInterpolantDistribution
+from ..distributions.report import duration, with_error
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
 from ..solvers.divergence import Divergence
@@ -30,6 +32,7 @@ from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
 from .importance_sampling import are_raw_draws_good, importance_of, verdict_with_warning
 from .log_density import LogJoint, prior_draws
+from .simulation import Source
 from .sites import (
     Imaged,
     LatentSites,
@@ -158,6 +161,20 @@ class AutoInterpolant(AutoContinuous):
         """Return the distribution of the unconstrained latent vector, of event shape ``(D,)``."""
         return InterpolantDistribution(self.transform)
 
+    @property
+    def posterior(self) -> JointInterpolantDistribution:
+        """The joint distribution of the latent sites by name, as checks and plots take it.
+
+        Raises:
+            ValueError: If the guide does not know the model's sites yet.
+        """
+        if self.prototype_trace is None:
+            raise ValueError(
+                "expected a guide that knows the sites of its model, got one that was never "
+                "called: guide(*args), or train it by fit_guide"
+            )
+        return JointInterpolantDistribution(self.transform, sites=LatentSites(self).sites)
+
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Sample the unconstrained latent vector, shape ``(*, D)``, as an auxiliary site."""
         self._claim_weights()
@@ -248,7 +265,7 @@ class AutoInterpolant(AutoContinuous):
         return self
 
     def train_from(
-        self, source: "Source", sites: LatentSites, clock: Clock, settings: dict[str, Any]
+        self, source: Source, sites: LatentSites, clock: Clock, settings: dict[str, Any]
     ) -> Any:
         """Train on what there is to learn from; called by :func:`~pyro_interpolant.fit_guide`.
 
@@ -326,25 +343,12 @@ MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: th
 _UNKNOWN = "Unknown, the log joint density cannot be evaluated."
 
 
-class Source(NamedTuple):
-    """What a guide is trained on, as :func:`fit_guide` takes it.
-
-    Attributes:
-        samples: Posterior draws by site, or None.
-        simulations: The number of simulations, or None.
-        rounds: In how many rounds.
-    """
-
-    samples: Mapping[str, object] | None
-    simulations: Any
-    rounds: int
-
-
 class GuideResult(NamedTuple):
     r"""How good a guide has become, by importance weights of fresh draws.
 
     Attributes:
-        k_hat: Pareto's k-hat, of the tail of the weights: above 0.7 none of this is reliable.
+        k_hat: Pareto's k-hat, of the tail of the weights: below 0.5 all is well, above 0.7 none of
+            this is reliable.
         ess: The effective sample size of ``draws`` draws.
         log_evidence: An estimate of the model's log-evidence, nats.
         log_evidence_stderr: Its standard error; too small where k-hat is large.
@@ -362,6 +366,14 @@ class GuideResult(NamedTuple):
     verdict: str
     seconds: float
     training: FitResult | RoundsResult
+
+    def __repr__(self) -> str:
+        """Say the verdict, the evidence, the time it took, and what the training did."""
+        evidence = with_error(self.log_evidence, self.log_evidence_stderr)
+        return (
+            f"{self.verdict}\nlog-evidence {evidence} nats, in {duration(self.seconds)}\n"
+            f"training: {self.training}"
+        )
 
 
 @with_gradients()

@@ -30,6 +30,20 @@ Batching = Literal["plate", "vmap", "loop"]
 Nodes = dict[str, Site]
 
 
+class Source(NamedTuple):
+    """What a guide is trained on, as :func:`~pyro_interpolant.fit_guide` takes it.
+
+    Attributes:
+        samples: Posterior draws by site, or None.
+        simulations: The number of simulations, or None.
+        rounds: In how many rounds.
+    """
+
+    samples: Mapping[str, object] | None
+    simulations: Any
+    rounds: int
+
+
 class Simulations(NamedTuple):
     """Draws of the prior and the data simulated with them.
 

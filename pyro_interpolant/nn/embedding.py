@@ -149,11 +149,11 @@ class EmbeddedVelocity(nn.Module):
 
         Args:
             times: Times, shape ``(T,)``.
-            context: Embedded data of one row, shape ``(D + E,)``.
+            context: Embedded data, broadcastable to ``(*, D + E)``.
         """
         m, e = self._parts(context)
         own = self.network.field(times, e)
-        courses = zip(*_course(times[:, None], m), own, strict=True)
+        courses = zip(*_course(_column(times, m), m), own, strict=True)
         return [partial(_moved, place=a, rate=b, function=f) for a, b, f in courses]
 
     def divergence_field(
@@ -163,11 +163,11 @@ class EmbeddedVelocity(nn.Module):
 
         Args:
             times: Times, shape ``(T,)``.
-            context: Embedded data of one row, shape ``(D + E,)``.
+            context: Embedded data, broadcastable to ``(*, D + E)``.
         """
         m, e = self._parts(context)
         own = self.network.divergence_field(times, e)
-        courses = zip(_course(times[:, None], m)[0], own, strict=True)
+        courses = zip(_course(_column(times, m), m)[0], own, strict=True)
         return [partial(_moved, place=a, rate=0.0, function=f) for a, f in courses]
 
     def rows_at_once(self) -> int:
@@ -451,6 +451,11 @@ def _course(t: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     """Return the place and the rate of a mean m, ``(*, D)``, on its way at times t, ``(*, 1)``."""
     angle = 0.5 * math.pi * t
     return angle.sin() * m, 0.5 * math.pi * angle.cos() * m
+
+
+def _column(times: Tensor, m: Tensor) -> Tensor:
+    """Return times, shape ``(T,)``, in front of means, ``(*, D)``: ``(T, 1, .., 1)``."""
+    return times.reshape(-1, *(1,) * m.dim())
 
 
 def _moved(x: Tensor, *, place: Tensor, rate: Tensor | float, function: StateFunction) -> Tensor:

@@ -48,6 +48,8 @@ def test_all_ways_to_evaluate_agree(name):
         one = velocity.field(TIMES, e[0])[i], velocity.divergence_field(TIMES, e[0])[i]
         expected = velocity.forward_and_divergence(t, x, e[0])
         torch.testing.assert_close((one[0](x), one[1](x)), expected)
+        each = velocity.field(TIMES, e)[i], velocity.divergence_field(TIMES, e)[i]
+        torch.testing.assert_close((each[0](x), each[1](x)), (v, divergence))
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)

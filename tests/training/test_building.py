@@ -196,6 +196,39 @@ def test_a_network_of_ones_own_without_classes_sees_labels_one_hot():
     assert d.condition(torch.eye(3)).sample().shape == (3, 2)
 
 
+def test_what_a_network_sees_of_labels_is_said(capsys):
+    options = {"context": torch.arange(300) % 3, "network": OwnVelocity(2, 3).double()}
+    learn(torch.randn(300, 2), progress=True, **options)
+    assert "3 classes are one-hot for a network without" in capsys.readouterr().err
+
+
+def test_lists_and_frames_with_types_of_pandas_own():
+    x = torch.randn(50).tolist()
+    assert learn(x).event_shape == ()
+    frame = pd.DataFrame({"a": x, "b": range(50)}).convert_dtypes()
+    assert learn(frame).columns == ("a", "b")
+    labels = pd.Series([0, 1] * 25, dtype="Int64")
+    assert learn(x, context=labels).transform.flow.classes == 2
+    frame.loc[3, "a"] = pd.NA
+    with pytest.raises(ValueError, match="in 1 of 50 rows, the first being row 3"):
+        learn(frame)
+
+
+def test_draws_by_chain_are_told_to_be_flattened():
+    with pytest.raises(ValueError, match="draws by chain.*group_by_chain=False"):
+        learn({"t": torch.randn(4, 50), "u": torch.randn(4, 50, 2)})
+
+
+def test_a_context_of_a_shorter_type_is_one_of_the_flow():
+    d = learn(torch.randn(40), context=torch.randn(40, 2).half())
+    c = torch.randn(3, 2).half()
+    x = torch.randn(3)
+    assert torch.equal(d.condition(c).log_prob(x), d.condition(c.double()).log_prob(x))
+    d.transform.float()
+    with pytest.raises(ValueError, match="convert the context"):
+        d.condition(c.double())
+
+
 def test_a_network_of_ones_own_with_classes_sees_labels():
     network = VelocityMLP(2, (8, 8), classes=5)
     d = learn(torch.randn(300, 2), context=torch.arange(300) % 3, network=network)
