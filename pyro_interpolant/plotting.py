@@ -328,16 +328,12 @@ def predictive_check(y: Tensor, simulated: Tensor, *, ax: "Axes | None" = None) 
     Args:
         y: The data, shape ``(*)``.
         simulated: Data of ``Predictive``, shape ``(S, *)``.
-        ax: Axes, or None for new ones.
-
-    Raises:
-        ValueError: If the simulated data are of another shape.
+        ax: Axes, or None for new ones. Data of other shapes raise a ValueError.
     """
     if simulated.shape[1:] != y.shape:
         want, got = tuple(y.shape), tuple(simulated.shape)
         raise ValueError(f"expected simulated data of shape (S, *{want}), got {got}")
-    ax = _axes(ax)
-    ordered = simulated.detach().double().cpu().flatten(1).sort(1).values
+    ax, ordered = _axes(ax), simulated.detach().double().cpu().flatten(1).sort(1).values
     low, high = ordered.quantile(ordered.new_tensor([0.025, 0.975]), dim=0).numpy()
     places, values = np.linspace(0, 1, len(low)), y.detach().cpu().flatten().sort().values
     ax.fill_between(places, low, high, color=_MODEL_COLOR, alpha=0.25, label="simulated, 95%")
