@@ -156,13 +156,13 @@ def test_a_density_without_a_slope_is_calibrated():
 def test_labels_and_contexts_are_checked():
     velocity = VelocityMLP(1, (8,), classes=3)
     d = ConditionalInterpolantDistribution(ConditionalInterpolantTransform(velocity)).freeze()
-    x, labels = torch.randn(60, 1), torch.arange(60) % 3
+    x, labels = torch.randn(12, 1), torch.arange(12) % 3
     for given in (labels, labels[:, None], labels.double()[:, None]):
-        assert pit(d, x, given).values.shape == coverage(d, x, given).values.shape == (60, 1)
+        assert pit(d, x, given).values.shape == coverage(d, x, given).values.shape == (12, 1)
     with pytest.raises(ValueError, match="finite context"):
         pit(family(), torch.randn(9, 2), torch.full((9, 2), float("nan")))
     with pytest.raises(TypeError, match="no named sites"):
-        pit(family(), {"a": x}, torch.randn(60, 2))
+        pit(family(), {"a": x}, torch.randn(12, 2))
 
 
 def test_a_guide_is_compared_with_draws_of_another_sampler():

@@ -112,13 +112,13 @@ def test_weights_say_which_rows_there_are():
 OPTIONS = {"steps": 3, "progress": False, "seed": 0}
 
 
-def test_from_samples_chooses():
-    x = slab()[:2000]
-    by_default = from_samples(x, **OPTIONS)
-    assert isinstance(by_default.constraint, Gaussianized)
-    assert from_samples(x, marginals=False, **OPTIONS).constraint is constraints.real_vector
-    plain = torch.randn(2000, 3)
-    assert isinstance(from_samples(plain, marginals=True, **OPTIONS).constraint, Gaussianized)
+@pytest.mark.parametrize(
+    "marginals", [False, *(pytest.param(m, marks=pytest.mark.slow) for m in (None, True))]
+)
+def test_from_samples_chooses(marginals):
+    x = torch.randn(2000, 3) if marginals else slab()[:2000]
+    found = from_samples(x, marginals=marginals, **OPTIONS).constraint
+    assert isinstance(found, Gaussianized) is (marginals is not False)
 
 
 @pytest.mark.slow
