@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from .training import dequantize, fit, from_samples, interpolant_loss
     from .transport import learn_interpolant, path_energy, reflow, w2_bound
     from .infer import (
+        AmortizedInterpolant,
         AutoInterpolant,
         base_space,
         fit_guide,
@@ -155,6 +156,7 @@ __all__, __getattr__, __dir__ = attach(
         "training": ["dequantize", "fit", "from_samples", "interpolant_loss"],
         "transport": ["learn_interpolant", "path_energy", "reflow", "w2_bound"],
         "infer": [
+            "AmortizedInterpolant",
             "AutoInterpolant",
             "base_space",
             "fit_guide",

@@ -34,6 +34,7 @@ __all__ = [
     "coverage_curve",
     "density",
     "evolution",
+    "predictive_check",
     "rank_histogram",
     "ranks",
     "training_curve",
@@ -317,6 +318,27 @@ def conditional(
         ax.plot(along, line, color=_THIRD_COLOR, linewidth=width, label=name)
     ax.set(xlabel="context", ylabel="$x$", ylim=(float(values[0]), float(values[-1])))
     ax.set_xlim(along.min(), along.max())
+    ax.legend(frameon=False)
+    return ax
+
+
+def predictive_check(y: Tensor, simulated: Tensor, *, ax: "Axes | None" = None) -> "Axes":
+    """Draw the ordered values of data beside the middle 95% of those simulated from a posterior.
+
+    Args:
+        y: The data, shape ``(*)``.
+        simulated: Data of ``Predictive``, shape ``(S, *)``.
+        ax: Axes, or None for new ones. Data of other shapes raise a ValueError.
+    """
+    if simulated.shape[1:] != y.shape:
+        want, got = tuple(y.shape), tuple(simulated.shape)
+        raise ValueError(f"expected simulated data of shape (S, *{want}), got {got}")
+    ax, ordered = _axes(ax), simulated.detach().double().cpu().flatten(1).sort(1).values
+    low, high = ordered.quantile(ordered.new_tensor([0.025, 0.975]), dim=0).numpy()
+    places, values = np.linspace(0, 1, len(low)), y.detach().cpu().flatten().sort().values
+    ax.fill_between(places, low, high, color=_MODEL_COLOR, alpha=0.25, label="simulated, 95%")
+    ax.plot(places, values, ".", color=_DATA_COLOR, markersize=4, label="data")
+    ax.set(xlabel="share of the data below", ylabel="value")
     ax.legend(frameon=False)
     return ax
 

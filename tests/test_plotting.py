@@ -199,3 +199,16 @@ def test_a_conditional_density_along_one_column_of_contexts(scalars):
     wide = ConditionalInterpolantDistribution(random_flow(2, context_dim=1))
     with pytest.raises(ValueError, match="expected outcomes in one dimension, got 2"):
         plotting.conditional(wide, torch.zeros(3, 1))
+
+
+def test_data_are_drawn_beside_simulated_ones():
+    y, simulated = torch.randn(4, 5), torch.randn(100, 4, 5)
+    ax = plotting.predictive_check(y, simulated)
+    drawn = torch.as_tensor(ax.lines[0].get_ydata())
+    torch.testing.assert_close(drawn, y.flatten().sort().values)
+    low = ax.collections[0].get_paths()[0].vertices[:, 1].min()
+    assert low == pytest.approx(
+        float(simulated.flatten(1).sort(1).values.quantile(0.025, 0).min())
+    )
+    with pytest.raises(ValueError, match="expected simulated data of shape"):
+        plotting.predictive_check(y, simulated[:, :3])

@@ -200,7 +200,7 @@ def _own_parts(distribution: Any) -> tuple[nn.Module | None, Interpolant | None]
     velocity = interpolant = None
     while isinstance(distribution, AnyDistribution):
         flow, distribution = distribution.transform.flow, distribution.base
-        if velocity is None and not is_of(flow.velocity, networks):
+        if velocity is None and _network_arguments(flow.velocity) is None:
             velocity = flow.velocity
         if interpolant is None and describe_choice(flow.interpolant, paths)[1] is None:
             interpolant = flow.interpolant

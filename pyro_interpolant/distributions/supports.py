@@ -19,7 +19,7 @@ from torch.distributions import Transform, biject_to, constraints, transform_to
 from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic, wrap
 from ..nn.mlp import TorusMLP, VelocityMLP
-from ..nn.velocity import evaluate, may_be_periodic
+from ..nn.velocity import embedded, evaluate, may_be_periodic
 from ..transforms.bijections import Cached
 from ..transforms.flow import Flow
 from .bases import Planar, UniformTorus, directions, in_planes
@@ -301,6 +301,7 @@ class CircularSupport(Support):
         """
         x = rows[:_PERIOD_ROWS].to(flow.loc)
         c = None if context is None else context[:_PERIOD_ROWS].to(flow.loc)
+        c = embedded(flow.velocity, c)
         t = torch.linspace(0.1, 0.9, len(x)).to(x)
         turns = 2 * torch.pi * torch.arange(1, flow.event_dim + 1).to(x)
         with torch.no_grad():

@@ -1,10 +1,10 @@
 r"""Flows inside Pyro models: as a guide, as a prior, and as a proposal.
 
-``autoguide`` has the guide and its training; ``log_density`` is a model's log joint as a function
-of the unconstrained vector that ``sites`` packs. ``importance_sampling`` judges a guide by the
-weights of its draws, ``inference_data`` hands draws to ArviZ. ``reparam`` samples a model in the
-base space of its learned priors, or of a guide. ``smc`` trains a flow from an unnormalised density
-alone.
+``autoguide`` has the guide and its training; ``amortized`` one that learns the posteriors of all
+data at once, from ``simulation``, by ``amortization``. ``log_density`` is a model's log joint as a
+function of the unconstrained vector that ``sites`` packs. ``importance_sampling`` judges a guide
+by the weights of its draws, ``inference_data`` hands draws to ArviZ. ``reparam`` samples a model
+in the base space of its learned priors, or of a guide. ``smc`` trains a flow from a density alone.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from .._lazy import attach
 
 if TYPE_CHECKING:
+    from .amortization import *
+    from .amortized import *
     from .autoguide import *
     from .log_density import *
     from .importance_sampling import *
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = attach(
     __name__,
     {
+        "amortization": ["AmortizedResult"],
+        "amortized": ["AmortizedInterpolant", "Calibration"],
         "autoguide": ["AutoInterpolant", "GuideResult", "fit_guide"],
         "log_density": ["LogJoint", "log_joint"],
         "importance_sampling": ["ImportanceResult", "importance"],

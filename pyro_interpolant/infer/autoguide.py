@@ -3,6 +3,7 @@ r"""The flow as a guide for any Pyro model with continuous latent sites."""
 import copy
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
 from .importance_sampling import are_raw_draws_good, importance_of, verdict_with_warning
 from .log_density import LogJoint, prior_draws
+from .simulation import Source
 from .sites import (
     Imaged,
     LatentSites,
@@ -106,12 +108,16 @@ class AutoInterpolant(AutoContinuous):
         if not callable(model):
             raise TypeError(f"expected a model, a callable, got {type(model).__name__}")
         check_ranges(("init_scale > 0", init_scale > 0, init_scale))
-        super().__init__(model, init_loc_fn=functools.partial(init_to_support, init=init_loc_fn))
+        super().__init__(model, init_loc_fn=self._initializer(init_loc_fn))
         self._hidden_dims, self._init_scale = hidden_dims, init_scale
         solver = FixedGrid(steps=12) if solver is None else solver
         self._transform_of = functools.partial(
             InterpolantTransform, interpolant=interpolant, solver=solver, divergence=divergence
         )
+
+    def _initializer(self, init_loc_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return what gives the sites of the prototype their values."""
+        return functools.partial(init_to_support, init=init_loc_fn)
 
     @property
     def model(self) -> Model:
@@ -134,6 +140,10 @@ class AutoInterpolant(AutoContinuous):
             loc = self._init_loc()
             LatentSites(self, *args, **kwargs).constrain(loc)  # raises without a Jacobian
             forget_data(self)
+        self._set_flow(loc, *args, **kwargs)
+
+    def _set_flow(self, loc: Tensor, *args: object, **kwargs: object) -> None:
+        """Make the flow, given a centre of the unconstrained vector, shape ``(D,)``."""
         velocity = guide_network(self.latent_dim, self._hidden_dims).to(loc)
         self.transform = self._transform_of(velocity)
         scale = self._init_scale * torch.eye(len(loc)).to(loc)
@@ -172,7 +182,8 @@ class AutoInterpolant(AutoContinuous):
             warn_user(f"the guide's own draws are not those of the posterior: {self.poor}")
             self.poor = None
         name = f"_{self._pyro_name}_latent"
-        return pyro.sample(name, self.get_posterior(), infer={"is_auxiliary": True})
+        posterior = self.get_posterior(*args, **kwargs)
+        return pyro.sample(name, posterior, infer={"is_auxiliary": True})
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Sample the latent sites, each of the site's shape, by name."""
@@ -201,7 +212,8 @@ class AutoInterpolant(AutoContinuous):
         They are taken of each unconstrained dimension, over 4,096 quasi-random points of the base
         (always the same), then constrained.
         """
-        return {name: value[0] for name, value in self.quantiles([0.5]).items()}
+        found = self.quantiles([0.5], *args, **kwargs)
+        return {name: value[0] for name, value in found.items()}
 
     @torch.no_grad()
     def quantiles(
@@ -213,13 +225,13 @@ class AutoInterpolant(AutoContinuous):
 
         Args:
             quantiles: Q numbers between 0 and 1.
-            *args: Ignored, as the other arguments of the model.
-            **kwargs: Ignored.
+            *args: The arguments of the model, of which the guide's flow may be a function.
+            **kwargs: Its named arguments.
         """
         engine = torch.quasirandom.SobolEngine(self.latent_dim, scramble=True, seed=0)
         loc = self.transform.flow.loc
         uniform = engine.draw(_QUANTILE_POINTS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
-        z = self.transform(torch.special.ndtri(uniform).to(loc))
+        z = self.get_transform(*args, **kwargs)(torch.special.ndtri(uniform).to(loc))
         levels = torch.as_tensor(quantiles, dtype=z.dtype, device=z.device)
         return LatentSites(self).unpack(torch.quantile(z, levels, dim=0))
 
@@ -251,6 +263,48 @@ class AutoInterpolant(AutoContinuous):
         m = moments(z)
         self.transform.flow.whitening.set(m.loc, m.linear)
         return self
+
+    def train_from(
+        self, source: Source, sites: LatentSites, clock: Clock, settings: dict[str, Any]
+    ) -> Any:
+        """Train on what there is to learn from; called by :func:`~pyro_interpolant.fit_guide`.
+
+        Args:
+            source: What there is to learn from.
+            sites: The latent sites, with the model and its arguments.
+            clock: The time.
+            settings: Options of the training.
+        """
+        if source.simulations is not None or source.rounds != 1:
+            raise ValueError(
+                "expected simulations and rounds for an AmortizedInterpolant, got them for an "
+                f"{type(self).__name__}, which learns one posterior"
+            )
+        rows = None if source.samples is None else sites.pack(source.samples)
+        density = None if rows is None else _known_log_joint(sites)
+        posterior, seed = InterpolantDistribution(self.transform), settings["seed"]
+
+        def within(share: float) -> dict[str, Any]:
+            return {"max_seconds": Seconds.since(clock.began, share * clock.limit), **settings}
+
+        training: FitResult | RoundsResult
+        if rows is None:
+            density = LogJoint(sites)
+            with seeded(seed):
+                prior = prior_draws(density, PRIOR_DRAWS)
+            settings = {"start": prior, **settings}
+            with trainable(self.transform):  # and then as it was: SVI may train on
+                training = train_from_density(posterior, density, **within(MODEL_SHARE))
+        else:
+            rows = rows.to(self.transform.flow.loc)
+            with trainable(self.transform):
+                training = fit(posterior, rows, **within(_SAMPLES_SHARE))
+        summary, count, verdict = ImportanceSummary(*[math.nan] * 4), 0, _UNKNOWN
+        if density is not None:
+            posterior = InterpolantDistribution(self.transform)  # fit may have set another base
+            summary, count, verdict = judged(posterior, density, clock, seed)
+            self.poor = None if are_raw_draws_good(summary, count) else verdict
+        return GuideResult(*summary, count, verdict, clock.spent(), training)
 
     def attach(self, model: Model) -> "AutoInterpolant":
         """Give a guide that was pickled, which leaves its model behind, the model again.
@@ -327,18 +381,22 @@ def fit_guide(
     guide: AutoInterpolant,
     *args: object,
     samples: Mapping[str, object] | None = None,
+    simulations: Any = None,
+    rounds: int = 1,
     max_seconds: float = 120.0,
     seed: int | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
     options: Mapping[str, object] | None = None,
     **kwargs: object,
-) -> GuideResult:
+) -> Any:
     r"""Train a guide, in place, with no gradient through an ODE.
 
-    With ``samples``: regression on posterior draws of another sampler, as
+    An :class:`~pyro_interpolant.AmortizedInterpolant` learns from simulations of its model.
+    Another guide, with ``samples``: by regression on posterior draws of another sampler, as
     :func:`~pyro_interpolant.fit`. Without: from the model alone, by rounds of drawing, weighing
     and regression from a wide start, see :func:`~pyro_interpolant.train_from_density`. ``SVI`` can
-    train the guide on afterwards.
+    train any on afterwards.
 
     A mode or a neck that no draw visits stays invisible to k-hat; see
     :func:`~pyro_interpolant.importance` for what helps.
@@ -349,23 +407,32 @@ def fit_guide(
         samples: Posterior draws of every latent site on its own support, each
             ``(N, *site_shape)`` or by chain ``(C, N, *site_shape)``, such as
             ``mcmc.get_samples()``.
+        simulations: How many simulations an amortised guide learns from, by default 10,000.
+        rounds: How many times an amortised guide is trained for the data in the arguments: from
+            the second on, simulations come from the part of the prior where the guide has its
+            mass, so that its posterior stays right. By default once, for all data.
         max_seconds: The time to spend in all, from the call to the verdict; it takes up to 5% and
             5 s more, or one step, one solve or one evaluation of the model where those are longer.
         seed: Makes the run reproducible as far as the clock allows; the global generator is left
             as it was.
         progress: Whether to show a bar.
-        options: Further options of :func:`~pyro_interpolant.fit`, or, without samples, of
-            :func:`~pyro_interpolant.train_from_density`.
+        checkpoint: A file to keep the state of the training in, as in
+            :func:`~pyro_interpolant.fit`; beside simulations with a seed, which draws them again.
+        options: Further options of :func:`~pyro_interpolant.fit`, or, where there is nothing to
+            learn from but the density, of :func:`~pyro_interpolant.train_from_density`.
         **kwargs: The named arguments of the model.
 
     Returns:
-        The verdict on fresh draws, with a warning if k-hat is above 0.7 or, for a model whose
-        log joint density cannot be evaluated, not known.
+        A :class:`~pyro_interpolant.infer.GuideResult`, the verdict on fresh draws, with a warning
+        if k-hat is above 0.7 or, for a model whose log joint density cannot be evaluated, not
+        known; of an amortised guide an :class:`~pyro_interpolant.infer.AmortizedResult`, the
+        verdict on fresh simulations.
 
     Raises:
         TypeError: If the guide is not an :class:`~pyro_interpolant.AutoInterpolant`.
-        ValueError: If the samples miss a site or have another shape, a setting cannot work, or
-            there are no samples and the log joint density cannot be evaluated.
+        ValueError: If the samples miss a site or have another shape, a setting cannot work, there
+            are no samples and the log joint density cannot be evaluated, or no simulation is
+            finite.
 
     Example:
         >>> def model():
@@ -384,32 +451,11 @@ def fit_guide(
     check_ranges(("max_seconds > 0", max_seconds > 0, max_seconds))
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
-    rows = None if samples is None else sites.pack(samples)
-    density = None if rows is None else _known_log_joint(sites)
-    posterior = InterpolantDistribution(guide.transform)
     settings = {"seed": seed, "progress": progress, **(options or {})}
-
-    def within(share: float) -> dict[str, Any]:
-        return {"max_seconds": Seconds.since(clock.began, share * max_seconds), **settings}
-
-    training: FitResult | RoundsResult
-    if rows is None:
-        density = LogJoint(sites)
-        with seeded(seed):
-            prior = prior_draws(density, PRIOR_DRAWS)
-        settings = {"start": prior, **settings}
-        with trainable(guide.transform):  # and then as it was: SVI may train on
-            training = train_from_density(posterior, density, **within(MODEL_SHARE))
-    else:
-        rows = rows.to(guide.transform.flow.loc)
-        with trainable(guide.transform):
-            training = fit(posterior, rows, **within(_SAMPLES_SHARE))
-    summary, count, verdict = ImportanceSummary(*[math.nan] * 4), 0, _UNKNOWN
-    if density is not None:
-        posterior = InterpolantDistribution(guide.transform)  # fit may have set another base
-        summary, count, verdict = judged(posterior, density, clock, seed)
-        guide.poor = None if are_raw_draws_good(summary, count) else verdict
-    return GuideResult(*summary, count, verdict, clock.spent(), training)
+    if checkpoint is not None:
+        settings["checkpoint"] = checkpoint
+    source = Source(samples, simulations, rounds)
+    return guide.train_from(source, sites, clock, settings)
 
 
 def judged(

@@ -45,7 +45,7 @@ class LogJoint:
     def __init__(self, sites: LatentSites) -> None:
         self.sites, self.model = sites, sites.model
         self.event_dim: int = sites.guide.latent_dim
-        center = sites.guide._init_loc()
+        center = sites.center()
         with torch.no_grad():
             # The first with the user's own validation, which explains what is wrong.
             scored = list(_scored(_checked_trace(self, center)))

@@ -246,9 +246,9 @@ class Neutra:
         Raises:
             ValueError: If the model has not the latent sites that the guide has seen.
         """
-        first, transform = next(iter(self.sites.shapes)), self.guide.transform
+        first, transform = self._first(), self.guide.get_transform(*args, **kwargs)
         base: Any = self.guide.get_base_dist()  # not scored: the density is the model's
-        with self._start():
+        with self._start(*args, **kwargs):
             w = pyro.sample(first + _SITE, base.mask(mask=False))
         z = transform(w)
         images = _Images({name: real for name, _, real in self.sites.split(z)}, z)
@@ -264,7 +264,11 @@ class Neutra:
             pyro.factor(first + _JACOBIAN, log_det)
         return result
 
-    def _start(self) -> contextlib.AbstractContextManager[object]:
+    def _first(self) -> str:
+        """Return the name of the first site, after which the base draw is named."""
+        return next(iter(self.sites.shapes))
+
+    def _start(self, *args: object, **kwargs: object) -> contextlib.AbstractContextManager[object]:
         """Return what starts the base draw where an enclosing strategy names values of sites.
 
         Sites without a value start at the guide's median.
@@ -274,18 +278,21 @@ class Neutra:
         values = {name: value for name, value in named.items() if value is not None}
         if not values:
             return contextlib.nullcontext()
-        values = {k: v[None] for k, v in {**self.guide.median(), **values}.items()}
+        values = {k: v[None] for k, v in {**self.guide.median(*args, **kwargs), **values}.items()}
         with torch.no_grad():
-            w = self.guide.transform.inv(self.sites.pack(values)[0])
-        first = next(iter(self.sites.shapes))
-        return InitMessenger(init_to_value(values={first + _SITE: w}))
+            w = self.guide.get_transform(*args, **kwargs).inv(self.sites.pack(values)[0])
+        return InitMessenger(init_to_value(values={self._first() + _SITE: w}))
 
     @torch.no_grad()
-    def samples(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def samples(
+        self, draws: Mapping[str, Tensor], *args: object, **kwargs: object
+    ) -> dict[str, Tensor]:
         """Return draws in the model's sites, each ``(*, *site_shape)``, in one solve.
 
         Args:
             draws: What ``mcmc.get_samples()`` gives, by chain or not: one site, ``(*, D)``.
+            *args: The arguments of the model, with which an amortised guide finds its data.
+            **kwargs: Its named arguments.
 
         Raises:
             ValueError: If they are not draws of this model in base space.
@@ -299,7 +306,8 @@ class Neutra:
                 f"model, got {got}"
             )
         base = draws[names[0]]
-        sites = self.sites.unpack(self.guide.transform(base.reshape(-1, dim)))
+        transform = self.guide.get_transform(*args, **kwargs)
+        sites = self.sites.unpack(transform(base.reshape(-1, dim)))
         return {k: v.reshape(base.shape[:-1] + v.shape[1:]) for k, v in sites.items()}
 
 

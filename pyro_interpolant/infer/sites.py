@@ -153,6 +153,14 @@ class LatentSites:
         """The model with its arguments, a function of none."""
         return functools.partial(unwrapped_model(self.guide.model), *self.args, **self.kwargs)
 
+    def center(self) -> Tensor:
+        """Return the point about which a density is first tried, shape ``(D,)``.
+
+        That of the guide's initialisation, unless the guide knows a likely one.
+        """
+        own = getattr(self.guide, "likely_point", None)
+        return self.guide._init_loc() if own is None else own(*self.args, **self.kwargs)
+
     def split(self, z: Tensor) -> Iterator[tuple[str, Transform, Tensor]]:
         """Yield the name of each site, the bijection to its support, and its part of z, ``(D,)``.
 

@@ -6,6 +6,10 @@ is optional, and used where it is there:
 
 - ``event_dim``, ``context_dim``: D and C.
 - ``classes``: K, where contexts are labels 0 to K - 1, given as numbers of shape ``(*, 1)``.
+- ``embed(context)``: what of contexts, ``(*, C)``, depends on neither time nor state, computed
+  once per row; it, and not the contexts, is then what the functions here are given.
+- ``explained(w, context)``: the part of rows that the network takes from their contexts in closed
+  form; the whitening is then that of what it leaves.
 - ``broadcasts_time``: True if times may have any shape that broadcasts to ``(*)``, so that their
   embedding is computed once per distinct time.
 - ``field(times, context)``: one function ``x -> v`` per time, what they share computed once;
@@ -152,6 +156,24 @@ def rows_at_once(velocity: nn.Module) -> int:
     """Return the number of rows for which one call is fastest, without gradients."""
     own = getattr(velocity, "rows_at_once", None)
     return _ROWS_AT_ONCE if own is None else own()
+
+
+def embedded(velocity: nn.Module, context: Tensor | None) -> Tensor | None:
+    """Return contexts, shape ``(*, C)``, as the network takes them, ``(*, E)``; None of none."""
+    own = getattr(velocity, "embed", None)
+    return context if own is None or context is None else own(context)
+
+
+def explained(velocity: nn.Module, w: Tensor, context: Tensor | None) -> Tensor | None:
+    """Return the part of rows taken from their contexts in closed form, or None where none is.
+
+    Args:
+        velocity: The network.
+        w: Rows, shape ``(N, D)``.
+        context: Their contexts, shape ``(N, C)``, or None.
+    """
+    own = getattr(velocity, "explained", None)
+    return None if own is None or context is None else own(w, context)
 
 
 def set_scales(

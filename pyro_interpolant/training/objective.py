@@ -21,7 +21,7 @@ from ..distributions.bases import Samples, WhitenedBase
 from ..distributions.interpolant import ConditionalInterpolantDistribution, InterpolantDistribution
 from ..interpolants.couplings import independent
 from ..interpolants.linear import Interpolant
-from ..nn.velocity import evaluate
+from ..nn.velocity import embedded, evaluate
 from ..transforms.flow import Flow
 from .distributed import Process
 from .rows import Rows
@@ -150,6 +150,7 @@ def interpolant_loss(
         arXiv 2209.15571, eq. 10.
     """
     flow, base = distribution.transform.flow, distribution.white_base()
+    context = embedded(flow.velocity, context)
     if context is None:
         context = getattr(distribution.transform, "context", None)
     w1 = flow.whitening.to_white(distribution.to_flow(x1))
@@ -257,6 +258,8 @@ class Objective(nn.Module):
 
     def loss(self, points: tuple[Points, ...]) -> Tensor:
         """Return the mean regression loss at points."""
+        network = self.flow.velocity
+        points = tuple(p._replace(context=embedded(network, p.context)) for p in points)
         return regression_loss(self.network, points, self.metric).mean()
 
     def held_loss(self, points: tuple[Points, ...]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._torch import warn_user
 from ..distributions.interpolant import AnyDistribution
 from ..interpolants.nonlinear import Geodesic
-from ..nn.velocity import set_scales
+from ..nn.velocity import explained, set_scales
 from ..transforms.whitening import DenseWhitening, Whitening
 from .rows import Rows, subsample
 
@@ -264,11 +264,13 @@ def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = Fal
     """
     flow = distribution.transform.flow
     _check_range(rows.w, flow.loc.dtype)
+    context = None if rows.context is None else winsorize(rows.context.double())
     if not keep:
         distribution.space.check_rows(flow, rows.w, rows.context)
         if not isinstance(flow.interpolant, Geodesic):  # the scale of angles is the circle's
-            _set_map(flow.whitening, distribution.base, rows)
-    context = None if rows.context is None else winsorize(rows.context.double())
+            known = explained(flow.velocity, winsorize(rows.w.double()), context)
+            left = rows if known is None else rows._replace(w=rows.w - known.to(rows.w))
+            _set_map(flow.whitening, distribution.base, left)
     w = flow.whitening.to_white(rows.w.to(flow.loc))
     set_scales(flow.velocity, w, context, if_trained=not keep)
 

@@ -19,7 +19,7 @@ from torch.distributions import constraints
 from .._torch import broadcast_batch
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
-from ..nn.velocity import checked_labels
+from ..nn.velocity import checked_labels, embedded
 from ..solvers.divergence import Divergence, ExactDivergence
 from ..solvers.ode import FixedGrid, Solver
 from .cache import CachedTransform, Entry
@@ -333,7 +333,7 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
             )
         while context.dim() > 1 and context.shape[0] == 1:
             context = context[0]
-        return InterpolantTransform._view(self, context)
+        return InterpolantTransform._view(self, embedded(self.flow.velocity, context))
 
 
 def interpolant_transform(

@@ -1,0 +1,269 @@
+r"""Training of an amortised guide on simulations, and its verdict on fresh ones.
+
+For one data set, in rounds: from the second on, latents come from the prior truncated to the
+region where the guide has its mass. Truncation leaves the posterior as it is, up to the share of
+mass outside, so that all simulations in the region train the next round.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .._torch import seeded
+from ..diagnostics.psis import K_HAT_LIMIT, judge
+from ..distributions.joint import (
+    ConditionalJointInterpolantDistribution,
+    JointInterpolantDistribution,
+    real_shape,
+)
+from ..training.clock import Clock
+from ..training.fitting import FitResult
+from .importance_sampling import importance_of
+from .log_density import LogJoint
+from .simulation import Simulations, Simulator
+from .sites import LatentSites, Model
+
+PRIOR = "the prior"
+_JUDGED_ROWS = 1000  # fresh simulations on which densities are measured
+_JUDGED_SETS, _JUDGED_DRAWS = 20, 1000  # data sets judged by importance weights, and draws of each
+_POINTS = 64  # draws of which the likeliest is taken
+_LEVELS = (0.05, 0.5, 0.95)  # of the quantiles over data sets
+_OUTSIDE = 1e-4  # the share of a guide's mass outside the region that a prior is truncated to
+_REGION_DRAWS = 10_000
+_MOST_TRIES = 1000  # prior draws for each that is kept
+
+Pack = Callable[[Simulations], tuple[Tensor, Tensor]]
+
+
+class AmortizedResult(NamedTuple):
+    """What training on simulations gave, measured on fresh ones.
+
+    Attributes:
+        k_hat: Pareto's k-hat of the weights over fresh data sets, its quantiles at 5%, 50% and
+            95%; NaN where the model has no density of its data.
+        ess: The same quantiles of the effective share of draws.
+        log_evidence: The same quantiles of the log-evidence of the data sets, nats.
+        data_sets: How many these were.
+        gain: How many nats more than the prior the guide gives the latents of fresh simulations.
+        gain_stderr: Its standard error.
+        simulations: The number of simulations the guide was trained on.
+        improper: The share of simulations left out, as they were not finite.
+        verdict: What follows, in a sentence.
+        seconds: The duration.
+        training: What the training did.
+    """
+
+    k_hat: tuple[float, ...]
+    ess: tuple[float, ...]
+    log_evidence: tuple[float, ...]
+    data_sets: int
+    gain: float
+    gain_stderr: float
+    simulations: int
+    improper: float
+    verdict: str
+    seconds: float
+    training: FitResult
+
+    def __repr__(self) -> str:
+        """Say the verdict."""
+        return self.verdict
+
+
+class _GivenData(LatentSites):
+    """The latent sites of a model that is conditioned on data.
+
+    Args:
+        sites: The sites of the model itself.
+        data: Its simulated sites, by name, each ``(*site_shape)``.
+        center: Where its density is first tried, shape ``(D,)``.
+    """
+
+    def __init__(self, sites: LatentSites, data: Mapping[str, Tensor], center: Tensor) -> None:
+        self.__dict__.update(vars(sites))
+        self._center = center
+        self._conditioned = poutine.condition(sites.model, data=dict(data))
+
+    @property
+    def model(self) -> Model:
+        """The model with its arguments and the data, a function of none."""
+        return self._conditioned
+
+    def center(self) -> Tensor:
+        """Return the point that was given, shape ``(D,)``."""
+        return self._center
+
+
+@torch.no_grad()
+def verdict_on(
+    posterior: ConditionalJointInterpolantDistribution,
+    fresh: Simulations,
+    pack: Pack,
+    sites: LatentSites,
+    clock: Clock,
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], int, float, float]:
+    """Return the numbers of an :class:`AmortizedResult` from k-hat to the gain's error.
+
+    The report of the posterior becomes that on the fresh simulations, beside the prior.
+
+    Args:
+        posterior: The trained posterior.
+        fresh: Simulations it has not seen.
+        pack: From simulations to packed rows, ``(N, D)``, and contexts, ``(N, C)``.
+        sites: The latent sites, with the model and its arguments.
+        clock: The time.
+    """
+    rows, context = pack(fresh)
+    log_q = posterior.condition(context).log_prob(rows).double()
+    log_p = (fresh.log_prior + _log_det(posterior, rows)).double()
+    gains, error = log_q - log_p, math.sqrt(len(rows))
+    if posterior.report is not None:
+        posterior.report = replace(
+            posterior.report,
+            held_out=float(log_q.mean()),
+            held_out_stderr=float(log_q.std()) / error,
+            reference=float(log_p.mean()),
+            reference_name=PRIOR,
+        )
+    found = _weighed(posterior, fresh, context, sites, clock)
+    levels = torch.tensor(_LEVELS, dtype=torch.float64)
+    numbers = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
+    if not found:
+        numbers = numbers.new_full((1, 3), math.nan)
+    k_hat, ess, evidence = (tuple(torch.quantile(s, levels).tolist()) for s in numbers.T)
+    gain = float(gains.mean()), float(gains.std()) / error
+    return k_hat, ess, evidence, len(found), *gain
+
+
+def _weighed(
+    posterior: ConditionalJointInterpolantDistribution,
+    fresh: Simulations,
+    context: Tensor,
+    sites: LatentSites,
+    clock: Clock,
+) -> list[tuple[float, float, float]]:
+    """Return k-hat, the effective share of draws, and log-evidence, of some data sets.
+
+    Of as many as there is time for, and of none where the data have no density.
+    """
+    found = []
+    for i in range(min(_JUDGED_SETS, len(context))):
+        view = posterior.condition(context[i])
+        data = {name: value[i] for name, value in fresh.data.items()}
+        try:
+            density = LogJoint(_GivenData(sites, data, likely_point_of(view)))
+            _, log_weights = importance_of(view, density, _JUDGED_DRAWS)
+        except (ValueError, RuntimeError, NotImplementedError):  # a simulator without a density
+            return []
+        summary = judge(log_weights)
+        found.append((summary.k_hat, summary.ess / _JUDGED_DRAWS, summary.log_evidence))
+        if time.monotonic() > clock.deadline():
+            break
+    return found
+
+
+@torch.no_grad()
+def likely_point_of(posterior: JointInterpolantDistribution) -> Tensor:
+    """Return the likeliest of some draws of a posterior, always the same, shape ``(D,)``."""
+    with seeded(0):
+        draws = posterior.sample((_POINTS,))
+    return draws[posterior.log_prob(draws).argmax()]
+
+
+def _log_det(posterior: ConditionalJointInterpolantDistribution, rows: Tensor) -> Tensor:
+    """Return the log-determinant from packed rows, shape ``(N, D)``, to their sites, ``(N,)``."""
+    shapes = {name: real_shape(*site) for name, site in posterior.sites.items()}
+    parts = rows.split([shape.numel() for shape in shapes.values()], dim=-1)
+    total = rows.new_zeros(len(rows))
+    for (name, shape), part in zip(shapes.items(), parts, strict=True):
+        bijection, real = biject_to(posterior.sites[name][1]), part.reshape(-1, *shape)
+        log_det = bijection.log_abs_det_jacobian(real, bijection(real))
+        total = total + log_det.reshape(len(rows), -1).sum(-1)
+    return total
+
+
+def sentence(
+    k_hat: tuple[float, ...], ess: tuple[float, ...], gain: float, error: float, improper: float
+) -> str:
+    """Return the verdict on an amortised guide, in a sentence.
+
+    Args:
+        k_hat: Its quantiles over data sets, or NaN.
+        ess: Those of the effective share of draws.
+        gain: Nats more than the prior.
+        error: Its standard error.
+        improper: The share of simulations left out.
+    """
+    found = f"{gain:.2f} ± {error:.2f} nats more than the prior on fresh simulations"
+    left = f"; {improper:.2%} of the simulations were not finite and left out" if improper else ""
+    if math.isnan(k_hat[-1]):
+        return f"{found}{left}. The data have no density to weigh draws by: see calibration()."
+    weights = (
+        f"of every 100 draws {100 * ess[1]:.0f} effective (in one data set of twenty below "
+        f"{100 * ess[0]:.0f}), k-hat {k_hat[1]:.2f} (above {k_hat[-1]:.2f})"
+    )
+    if k_hat[-1] <= K_HAT_LIMIT:
+        return f"Good: {found}, {weights}{left}. importance(guide, *args) makes draws exact."
+    return (
+        f"Not to be relied on for every data set: {found}, {weights}{left}. importance(guide, "
+        "*args) judges one; more simulations or time, an embedding, or rounds=2 would help."
+    )
+
+
+@torch.no_grad()
+def truncated(
+    simulator: Simulator,
+    posteriors: list[tuple[Any, float]],
+    count: int,
+    pack: Callable[[Mapping[str, Tensor]], Tensor],
+) -> Simulations:
+    """Return simulations whose latents come from the prior truncated to regions.
+
+    Args:
+        simulator: The model.
+        posteriors: The guide's posterior given the data after each round, and its density on the
+            edge of the region.
+        count: How many simulations.
+        pack: From latents to packed rows.
+
+    Raises:
+        ValueError: If hardly any draw of the prior is in the region.
+    """
+    kept: list[dict[str, Tensor]] = []
+    there = tries = 0
+    size = max(count, _REGION_DRAWS)
+    while there < count and tries < _MOST_TRIES * count:
+        latents = simulator.prior(size)
+        inside = is_inside(posteriors, pack(latents))
+        kept.append({name: value[inside] for name, value in latents.items()})
+        there, tries = there + int(inside.sum()), tries + size
+    if not there:
+        raise ValueError(
+            f"expected some of {tries:,} draws of the prior where the guide has its mass, got "
+            "none: use fewer rounds, and weigh its draws by importance(guide, *args)"
+        )
+    latents = {k: torch.cat([part[k] for part in kept])[:count] for k in kept[0]}
+    return simulator(min(count, there), latents)
+
+
+def is_inside(posteriors: list[tuple[Any, float]], rows: Tensor) -> Tensor:
+    """Return which packed rows, shape ``(N, D)``, are in all regions, shape ``(N,)``."""
+    inside = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    for posterior, edge in posteriors:
+        index = inside.nonzero()[:, 0]
+        inside[index] = posterior.log_prob(rows[index]) >= edge
+    return inside
+
+
+@torch.no_grad()
+def region(posterior: Any) -> tuple[Any, float]:
+    """Return a posterior, and the density on the edge of the region that holds its mass."""
+    log_q = posterior.log_prob(posterior.sample((_REGION_DRAWS,)))
+    return posterior, float(log_q.quantile(_OUTSIDE))

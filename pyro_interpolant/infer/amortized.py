@@ -1,0 +1,415 @@
+r"""A guide that learns :math:`p(\text{latents} \mid \text{data})` once, from simulations alone.
+
+Latents and data are drawn from the model, and a conditional flow is trained on them by regression;
+any data the model may give are then a call. What it is worth is measured on fresh simulations.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import ArrayLike
+from pyro import poutine
+from pyro.infer.autoguide.guides import prototype_hide_fn
+from pyro.poutine.runtime import Message
+from torch import Tensor, nn
+
+from .._torch import seeded, trainable
+from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
+from ..distributions.constraints import as_tensor
+from ..distributions.joint import (
+    ConditionalJointInterpolantDistribution,
+    JointInterpolantDistribution,
+)
+from ..nn.embedding import EmbeddedVelocity
+from ..training.clock import Clock, Seconds
+from ..training.fitting import FitResult, fit
+from ..training.loop import check_ranges
+from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
+from .amortization import (
+    AmortizedResult,
+    is_inside,
+    likely_point_of,
+    region,
+    sentence,
+    truncated,
+    verdict_on,
+)
+from .autoguide import AutoInterpolant, GuideResult, judged
+from .importance_sampling import are_raw_draws_good
+from .log_density import LogJoint
+from .simulation import Simulations, Simulator, Source, is_sampled
+from .sites import LatentSites, Model, Site, unwrapped_model
+
+_SIMULATIONS = 10_000
+_TRAINING_SHARE = 0.9  # of the time, for simulations and training; the rest: the verdict
+_FRESH = 1000  # simulations for the verdict
+
+
+class Calibration(NamedTuple):
+    """Whether a guide is calibrated, on data sets simulated from its model.
+
+    Attributes:
+        sbc: The ranks of the latents, and of their density, among draws given their data.
+        coverage: The levels of the highest-density regions on whose edge the latents lie.
+        tarp: The shares of draws nearer to random references than the latents are.
+        verdict: What follows, in a sentence.
+    """
+
+    sbc: CalibrationCheck
+    coverage: CalibrationCheck
+    tarp: CalibrationCheck
+    verdict: str
+
+    def __repr__(self) -> str:
+        """Say the verdict."""
+        return self.verdict
+
+
+class AmortizedInterpolant(AutoInterpolant):
+    r"""A guide of the latent sites given the data: a conditional flow, learned from simulations.
+
+    ``guide(*args)`` finds the data in the arguments of the model, or where the model is
+    conditioned on them, and samples the latents given them: it works wherever a guide does, in
+    :class:`~pyro.infer.Predictive`, :func:`~pyro_interpolant.importance`,
+    :func:`~pyro_interpolant.neutra` and :class:`~pyro.infer.SVI`, which refines it for one data
+    set. :meth:`condition` takes data by name, many data sets at once.
+
+    Train it by :func:`~pyro_interpolant.fit_guide`. The posterior inside, ``guide.posterior``, is
+    what :func:`~pyro_interpolant.save` writes.
+
+    Args:
+        model: A Pyro model that simulates its data: what it observes are sample sites, not
+            factors; its latent sites are continuous, of fixed shapes and supports.
+        observed: The names of the sites that the latents are given: observed sample sites, or
+            deterministic functions of them. Where data are missing, such a function holds them
+            with zeros in their places, and a mask beside them; the guide is then to be trained
+            with data of the right shapes in the arguments, whose values do not matter.
+        embedding: A module that is called with the observed sites, each ``(N, *site_shape)``, and
+            returns ``(N, E)``, trained along, such as :class:`~pyro_interpolant.nn.SetEmbedding`;
+            by default the network sees all numbers.
+        posterior: A posterior that is trained already, as :func:`~pyro_interpolant.load` gives it.
+        hidden_dims: The widths of the velocity's hidden layers.
+
+    Raises:
+        TypeError: If the model is not callable.
+        ValueError: If there are no observed sites; at the first call, if one is not in the model,
+            if the model has a factor, or its latent sites are as :class:`AutoInterpolant` refuses.
+
+    References:
+        Papamakarios & Murray, NeurIPS 2016, arXiv 1605.06376 (posterior estimation); Wildberger
+        et al., NeurIPS 2023, arXiv 2305.17161 (by flow matching).
+
+    Example:
+        >>> def model(y=None):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("rows", 5):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> guide = AmortizedInterpolant(model)
+        >>> guide(torch.ones(5))["loc"].shape
+        torch.Size([])
+        >>> guide.condition(y=torch.randn(10, 5)).sample_dict((100,))["loc"].shape
+        torch.Size([100, 10])
+    """
+
+    transform: ConditionalInterpolantTransform  # type: ignore[assignment]
+    _posterior: ConditionalJointInterpolantDistribution | None = None
+
+    def __init__(
+        self,
+        model: Model,
+        observed: Sequence[str] = ("y",),
+        embedding: nn.Module | None = None,
+        *,
+        posterior: ConditionalJointInterpolantDistribution | None = None,
+        hidden_dims: Sequence[int] | None = None,
+    ) -> None:
+        # The prototype's initialisation, set up before a module is there, knows the names.
+        self.__dict__["observed"] = (observed,) if isinstance(observed, str) else tuple(observed)
+        super().__init__(model, hidden_dims=hidden_dims)
+        if not self.observed:
+            raise ValueError("expected the name of at least one observed site, got none")
+        self._given = embedding, posterior
+        self._prototype_hide_fn = functools.partial(_hides, self.observed)
+
+    def _initializer(self, init_loc_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return functools.partial(_init, self.observed, super()._initializer(init_loc_fn))
+
+    def _set_flow(self, loc: Tensor, *args: object, **kwargs: object) -> None:
+        sites = LatentSites(self, *args, **kwargs)
+        shapes = Simulator(sites, self.observed).shapes
+        self.shapes = {name: shapes[name] for name in self.observed}
+        embedding, posterior = self._given
+        if posterior is None:
+            velocity = EmbeddedVelocity(
+                self.latent_dim, list(self.shapes.values()), embedding, self._hidden_dims
+            )
+            transform = ConditionalInterpolantTransform(velocity).to(loc)
+            posterior = ConditionalJointInterpolantDistribution(transform, sites=sites.sites)
+        _check_posterior(posterior, sites, self.shapes)
+        self.transform, self._posterior = posterior.transform, posterior
+        del self._given  # the embedding is a part of the flow
+
+    @property
+    def posterior(self) -> ConditionalJointInterpolantDistribution:  # type: ignore[override]
+        """The joint distribution of the latent sites by name, given the data, flattened.
+
+        Raises:
+            ValueError: If the guide does not know its model yet.
+        """
+        if self._posterior is None:
+            raise ValueError(
+                "expected a guide that knows its model: call fit_guide(guide, *args), or "
+                "guide(*args), first"
+            )
+        return self._posterior
+
+    def get_posterior(self, *args: object, **kwargs: object) -> JointInterpolantDistribution:
+        """Return the distribution of the unconstrained latent vector given the data.
+
+        Args:
+            *args: The arguments of the model.
+            **kwargs: Its named arguments.
+
+        Raises:
+            ValueError: If the data are not there, or of another shape than in the simulations.
+        """
+        return self.posterior.condition(self._context(self._data(*args, **kwargs)))
+
+    def likely_point(self, *args: object, **kwargs: object) -> Tensor:
+        """Return where the posterior given the data is high, shape ``(D,)``.
+
+        Args:
+            *args: The arguments of the model.
+            **kwargs: Its named arguments.
+        """
+        return likely_point_of(self.get_posterior(*args, **kwargs))
+
+    def get_transform(self, *args: object, **kwargs: object) -> InterpolantTransform:
+        """Return the flow given the data in the arguments of the model."""
+        return self.get_posterior(*args, **kwargs).transform
+
+    def condition(self, **data: ArrayLike) -> JointInterpolantDistribution:
+        """Return the distribution of the latents given data, of many data sets at once.
+
+        Args:
+            **data: Every observed site by name, ``(*, *site_shape)``.
+
+        Returns:
+            The joint distribution of the latent sites, of batch shape ``(*)``: ``sample_dict``
+            draws them by name, ``pack`` makes of them what ``log_prob`` takes.
+
+        Raises:
+            ValueError: If a site is missing, unknown or of another shape, or the guide does not
+                know its model yet.
+        """
+        own = self.posterior
+        posterior = own.condition(self._context(data))
+        posterior.transform.trains_weights = False  # it is there to be read
+        posterior.report = own.report
+        return posterior
+
+    def simulate(self, count: int, *args: object, **kwargs: object) -> Simulations:
+        """Return simulations from the model, those that are finite.
+
+        Args:
+            count: How many, N, to try.
+            *args: The arguments of the model.
+            **kwargs: Its named arguments.
+
+        Raises:
+            ValueError: If none is finite.
+        """
+        return Simulator(LatentSites(self, *args, **kwargs), self.observed)(count)
+
+    def rows_of(self, simulations: Simulations) -> tuple[Tensor, Tensor]:
+        """Return latents, packed, shape ``(N, D)``, and their data, flattened, ``(N, C)``."""
+        loc = self.transform.flow.loc
+        rows = self.posterior.pack(simulations.latents).to(loc)
+        return rows, self._context({name: simulations.data[name] for name in self.observed})
+
+    def _context(self, data: Mapping[str, Any]) -> Tensor:
+        """Return data, each ``(*, *site_shape)``, flattened and joined, shape ``(*, C)``."""
+        if set(data) != set(self.shapes):
+            raise ValueError(
+                f"expected data of the observed sites {list(self.shapes)}, got {sorted(data)}"
+            )
+        parts, loc = [], self.transform.flow.loc
+        for name, shape in self.shapes.items():
+            value = as_tensor(data[name], name)
+            batch = value.dim() - len(shape)
+            if batch < 0 or value.shape[batch:] != shape:
+                want = ", ".join(("*", *map(str, shape)))
+                raise ValueError(
+                    f"expected data of site {name!r} of shape ({want}), as they were simulated, "
+                    f"got {tuple(value.shape)}"
+                )
+            if not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"expected finite data, got NaN or infinite numbers at site {name!r}: where "
+                    "data may be missing, observe a deterministic site that holds zeros there, "
+                    "and a mask"
+                )
+            parts.append(value.to(loc).reshape(*value.shape[:batch], -1))
+        batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return torch.cat([part.expand(*batch_shape, -1) for part in parts], -1)
+
+    def _data(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Return the data at the observed sites of a run of the model."""
+        with torch.no_grad(), poutine.block():
+            trace = poutine.trace(unwrapped_model(self.model)).get_trace(*args, **kwargs)
+        nodes: dict[str, Site] = dict(trace.nodes)  # type: ignore[arg-type]
+        latents = LatentSites(self).shapes
+        drawn = [name for name, n in nodes.items() if is_sampled(n) and not n["is_observed"]]
+        missing = [name for name in drawn if name not in latents]
+        missing += [name for name in self.observed if name not in nodes]
+        if missing:
+            raise ValueError(
+                f"expected data at all sites but the latent ones, got none at {missing}: give "
+                "them in the arguments, guide(y), condition the model on them, or use "
+                "guide.condition(y=y)"
+            )
+        found = {}
+        for name in self.observed:
+            value, fn = nodes[name]["value"], nodes[name]["fn"]
+            is_short = value.dim() < len(self.shapes[name])  # of an observation that broadcasts
+            found[name] = value.expand(fn.batch_shape + fn.event_shape) if is_short else value
+        return found
+
+    @torch.no_grad()
+    def calibration(
+        self, *args: object, count: int = 1000, seed: int = 0, **kwargs: object
+    ) -> Calibration:
+        """Check by simulation whether the posteriors are calibrated: SBC, coverage and TARP.
+
+        Args:
+            *args: The arguments of the model.
+            count: How many data sets to simulate, N.
+            seed: Of the simulations and the draws.
+            **kwargs: The named arguments of the model.
+
+        Returns:
+            The three checks of :mod:`~pyro_interpolant.diagnostics.predictive`, and what follows.
+
+        References:
+            Talts et al., arXiv 1804.06788; Lemos et al., arXiv 2302.03026.
+        """
+        check_ranges(("count >= 2", count >= 2, count))
+        with seeded(seed):
+            rows, context = self.rows_of(self.simulate(count, *args, **kwargs))
+        checks = [check(self.posterior, rows, context, seed=seed) for check in _CHECKS]
+        failed = [
+            f"{name}: {check.verdict}"
+            for name, check in zip(Calibration._fields, checks, strict=False)
+            if not float(check.distances.max()) <= check.band
+        ]
+        verdict = "; ".join(failed) or f"calibrated as far as {len(rows):,} data sets tell"
+        return Calibration._make((*checks, verdict))
+
+    def train_from(
+        self, source: Source, sites: LatentSites, clock: Clock, settings: dict[str, Any]
+    ) -> Any:
+        """Train on simulations; called by :func:`~pyro_interpolant.fit_guide`.
+
+        Args:
+            source: How many simulations, in how many rounds.
+            sites: The latent sites, with the model and its arguments.
+            clock: The time.
+            settings: Options of :func:`~pyro_interpolant.fit`.
+        """
+        if source.samples is not None:
+            raise ValueError(
+                "expected no samples for an AmortizedInterpolant, which learns from simulations: "
+                "of simulations made elsewhere, from_samples(latents, context=data, ...) learns "
+                "what guide.posterior holds"
+            )
+        count = _SIMULATIONS if source.simulations is None else source.simulations
+        rounds, seed = source.rounds, settings["seed"]
+        check_ranges(
+            ("simulations >= 10, a whole number", count >= 10 and count % 1 == 0, count),
+            ("rounds >= 1, a whole number", rounds >= 1 and rounds % 1 == 0, rounds),
+        )
+        if settings.get("checkpoint") is not None and (seed is None or rounds > 1):
+            raise ValueError(
+                "expected a seed beside a checkpoint, with which the same simulations are drawn "
+                f"again, and one round, got seed={seed} and rounds={rounds}"
+            )
+        with seeded(seed):
+            simulator = Simulator(sites, self.observed)
+            found = simulator(count)
+            fresh = simulator(_FRESH) if rounds == 1 else found
+        training = self._regress(found, clock, 1 / rounds, settings)
+        if rounds > 1:
+            return self._in_rounds(source, sites, simulator, found, clock, settings)
+        numbers = verdict_on(self.posterior, fresh, self.rows_of, sites, clock)
+        size = len(found.log_prior)
+        improper = found.improper / (size + found.improper)
+        verdict = sentence(*numbers[:2], *numbers[4:], improper)
+        return AmortizedResult(*numbers, size, improper, verdict, clock.spent(), training)
+
+    def _in_rounds(
+        self,
+        source: Source,
+        sites: LatentSites,
+        simulator: Simulator,
+        found: Simulations,
+        clock: Clock,
+        settings: dict[str, Any],
+    ) -> GuideResult:
+        """Train on, after the first round, on simulations where the guide has its mass."""
+        seed, count = settings["seed"], len(found.log_prior) + found.improper
+        regions: list[Any] = []
+        known = self._context(self._data(*sites.args, **sites.kwargs))
+        for i in range(1, source.rounds):
+            ended = copy.deepcopy(self.posterior).freeze()  # the weights go on
+            with seeded(None if seed is None else seed + i):
+                regions.append(region(ended.condition(known)))
+                new = truncated(simulator, regions, count, self.posterior.pack)
+            inside = is_inside(regions, self.posterior.pack(found.latents))
+            found = Simulations.joined([found.take(inside), new])
+            training = self._regress(found, clock, (i + 1) / source.rounds, settings)
+        posterior = self.posterior.condition(known)
+        summary, draws, verdict = judged(posterior, LogJoint(sites), clock, seed)
+        self.poor = None if are_raw_draws_good(summary, draws) else verdict
+        return GuideResult(*summary, draws, verdict, clock.spent(), training)
+
+    def _regress(
+        self, found: Simulations, clock: Clock, share: float, settings: dict[str, Any]
+    ) -> FitResult:
+        """Train on simulations until a share of the time is spent."""
+        rows, context = self.rows_of(found)
+        limit = Seconds.since(clock.began, share * _TRAINING_SHARE * clock.limit)
+        with trainable(self.transform):  # and then as it was: SVI may train on
+            return fit(self.posterior, rows, context=context, **{"max_seconds": limit, **settings})
+
+
+_CHECKS = (sbc, coverage, tarp)
+
+
+def _init(observed: tuple[str, ...], init: Callable[..., Tensor], site: Site) -> Tensor:
+    """Return a draw of a site that is observed, or else an initial value."""
+    return site["fn"].sample() if site["name"] in observed else init(site)
+
+
+def _hides(observed: tuple[str, ...], msg: Message) -> bool:
+    """Return whether a site is not latent: where the model is run without data, too."""
+    return prototype_hide_fn(msg) or msg["name"] in observed
+
+
+def _check_posterior(
+    posterior: ConditionalJointInterpolantDistribution,
+    sites: LatentSites,
+    shapes: Mapping[str, torch.Size],
+) -> None:
+    """Raise a ValueError unless a posterior is one of these sites given these data."""
+    own = {name: shape for name, (shape, _) in posterior.sites.items()}
+    size = sum(shape.numel() for shape in shapes.values())
+    if list(own.items()) != list(sites.shapes.items()):
+        raise ValueError(f"expected a posterior of the sites {sites.shapes}, got one of {own}")
+    if posterior.transform.flow.context_dim != size:
+        raise ValueError(
+            f"expected a posterior given {size} numbers, those of {dict(shapes)}, got one given "
+            f"{posterior.transform.flow.context_dim}"
+        )

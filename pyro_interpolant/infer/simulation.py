@@ -1,0 +1,366 @@
+r"""Simulations from a model: its latent sites drawn from the prior, and the data they give.
+
+Many are drawn in one run of the model, in a plate to the left of all its own, where every density
+there is that of a run of its own; else under :func:`torch.func.vmap`; else one by one.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .._torch import warn_user
+from ..training.loop import check_ranges
+from .sites import LatentSites, Site
+
+_PROBES = 3  # simulations on which a plate is compared with single runs
+_NUMBERS_AT_ONCE = 2**22  # of all sites together, simulated in one run
+
+Batching = Literal["plate", "vmap", "loop"]
+Nodes = dict[str, Site]
+
+
+class Source(NamedTuple):
+    """What a guide is trained on, as :func:`~pyro_interpolant.fit_guide` takes it.
+
+    Attributes:
+        samples: Posterior draws by site, or None.
+        simulations: The number of simulations, or None.
+        rounds: In how many rounds.
+    """
+
+    samples: Mapping[str, object] | None
+    simulations: Any
+    rounds: int
+
+
+class Simulations(NamedTuple):
+    """Draws of the prior and the data simulated with them.
+
+    Attributes:
+        latents: Each latent site, ``(N, *site_shape)``.
+        data: Each site simulated with them, or deterministic one that is observed, alike.
+        log_prior: The log density of the latents, each on its support, shape ``(N,)``.
+        improper: How many more were simulated that had numbers that are not finite.
+    """
+
+    latents: dict[str, Tensor]
+    data: dict[str, Tensor]
+    log_prior: Tensor
+    improper: int
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Simulations]") -> "Simulations":
+        """Return all of several, one after the other."""
+
+        def joined(which: str) -> dict[str, Tensor]:
+            found = [getattr(part, which) for part in parts]
+            return {name: torch.cat([f[name] for f in found]) for name in found[0]}
+
+        log_prior = torch.cat([part.log_prior for part in parts])
+        improper = sum(part.improper for part in parts)
+        return cls(joined("latents"), joined("data"), log_prior, improper)
+
+    def take(self, index: Tensor) -> "Simulations":
+        """Return those of an index or a mask, shape ``(M,)``; none of them improper."""
+        latents, data = ({k: v[index] for k, v in part.items()} for part in self[:2])
+        return Simulations(latents, data, self.log_prior[index], 0)
+
+
+class Simulator:
+    """A model that simulates.
+
+    Args:
+        sites: The latent sites, with the model and its arguments.
+        observed: The names of what is to be simulated: sample sites, or deterministic functions
+            of them.
+
+    Attributes:
+        shapes: The shapes of what is simulated, by name.
+        batching: How many simulations are drawn in one run of the model.
+
+    Raises:
+        ValueError: If a name is not in the model, or the model cannot be simulated.
+    """
+
+    def __init__(self, sites: LatentSites, observed: Sequence[str]) -> None:
+        self.latents = sites.shapes
+        self.model = sites.model
+        try:
+            nodes = self._run()
+        except NotImplementedError as error:
+            raise ValueError(
+                "expected a model that can be simulated, got a site that cannot be drawn from "
+                f"({error}): give improper priors a proper one"
+            ) from error
+        _check_names(nodes, self.latents, observed)
+        sampled = [k for k, n in nodes.items() if is_sampled(n) and k not in self.latents]
+        names = list(dict.fromkeys([*sampled, *observed]))
+        self.sampled = [*self.latents, *sampled]
+        self.shapes = {name: nodes[name]["value"].shape for name in names}
+        dims = [-f.dim for n in nodes.values() for f in n["cond_indep_stack"] if f.vectorized]
+        self.batch_dims = {name: len(nodes[name]["fn"].batch_shape) for name in self.sampled}
+        self.nesting = max([0, *dims, *self.batch_dims.values()])
+        numbers = sum(nodes[name]["value"].numel() for name in [*self.latents, *names])
+        self.rows = max(1, _NUMBERS_AT_ONCE // numbers)
+        self.batching: Batching = self._best()
+
+    @torch.no_grad()
+    def __call__(self, count: int, given: Mapping[str, Tensor] | None = None) -> Simulations:
+        """Simulate; those with numbers that are not finite are left out, and counted.
+
+        Args:
+            count: How many, N, of which those that are finite are returned.
+            given: Latents to simulate from, each ``(N, *site_shape)``; by default the prior's.
+
+        Raises:
+            ValueError: If none is finite.
+        """
+        check_ranges(("at least one simulation", count >= 1, count))
+        parts = []
+        for start in range(0, count, self.rows):
+            stop = min(count, start + self.rows)
+            few = {} if given is None else {k: v[start:stop] for k, v in given.items()}
+            parts.append(self._drawn(stop - start, self.batching, few))
+        found = Simulations.joined(parts)
+        values = {**found.latents, **found.data, "the prior's log density": found.log_prior}
+        finite = {name: v.reshape(count, -1).isfinite().all(1) for name, v in values.items()}
+        good = torch.stack(list(finite.values())).all(0)
+        improper = count - int(good.sum())
+        if improper == count:
+            bad = [name for name, each in finite.items() if not bool(each.any())]
+            raise ValueError(
+                f"expected finite simulations, got {count:,} with NaN or infinite numbers each, "
+                f"in {bad or list(finite)}: run the model, and see where they come from"
+            )
+        if improper:
+            warn_user(
+                f"{improper:,} of {count:,} simulations ({improper / count:.2%}) have numbers "
+                "that are not finite, and are left out: the prior is then that of the others"
+            )
+        return found.take(good)._replace(improper=improper)
+
+    def _best(self) -> Batching:
+        """Return the first way of many simulations in one run that works and is right."""
+        ways: tuple[Batching, ...] = ("plate", "vmap")
+        for batching in ways:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # of attempts that may come to nothing
+                try:
+                    found = self._drawn(_PROBES, batching)
+                    if batching == "vmap" or self._agrees(found):
+                        return batching
+                except Exception:  # noqa: S112  # whatever a model does with shapes
+                    continue
+        return "loop"
+
+    def _agrees(self, found: Simulations) -> bool:
+        """Return whether single runs give the simulations of a plate the densities it gives."""
+        values = found.latents | found.data
+        nodes = self._run(_PROBES, {name: values[name] for name in self.sampled})
+        together = self._log_probs(nodes, self.sampled, _PROBES)
+        for i in range(_PROBES):
+            own = self._run(None, {name: values[name][i] for name in self.sampled})
+            alone = self._log_probs(own, self.sampled)
+            if not torch.allclose(alone, together[:, i], rtol=1e-4, atol=1e-4):
+                return False
+            for name in self.shapes:  # deterministic ones, too
+                if not torch.allclose(own[name]["value"], values[name][i], rtol=1e-4, atol=1e-5):
+                    return False
+        return True
+
+    @torch.no_grad()
+    def prior(self, count: int) -> dict[str, Tensor]:
+        """Return draws of the latents alone, each ``(N, *site_shape)``: no data are simulated.
+
+        Args:
+            count: How many, N.
+        """
+        return self._drawn(count, self.batching, {}, latents_alone=True).latents
+
+    def _drawn(
+        self,
+        count: int,
+        batching: Batching,
+        given: dict[str, Tensor] | None = None,
+        *,
+        latents_alone: bool = False,
+    ) -> Simulations:
+        """Return simulations, finite or not."""
+        given = given or {}
+        if batching == "plate":
+            nodes = self._run(count, given, latents_alone=latents_alone)
+            return self._collected(nodes, count, latents_alone=latents_alone)
+
+        def single(lane: Tensor, values: dict[str, Tensor]) -> tuple[Any, ...]:
+            with _DrawnInLanes(lane):
+                nodes = self._run(None, values, latents_alone=latents_alone)
+                return self._collected(nodes, latents_alone=latents_alone)[:3]
+
+        lanes = torch.zeros(count)
+        if batching == "vmap":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # some samplers loop under vmap
+                together = torch.func.vmap(single, randomness="different")
+                latents, data, log_prior = together(lanes, given)
+            return Simulations(latents, data, log_prior, 0)
+        parts = [single(lanes[i], {k: v[i] for k, v in given.items()}) for i in range(count)]
+        latents, data = (
+            {name: torch.stack([part[i][name] for part in parts]) for name in parts[0][i]}
+            for i in (0, 1)
+        )
+        return Simulations(latents, data, torch.stack([part[2] for part in parts]), 0)
+
+    def _collected(
+        self, nodes: Nodes, count: int | None = None, *, latents_alone: bool = False
+    ) -> Simulations:
+        """Return the simulations of a run, of one without a batch."""
+        lead = () if count is None else (count,)
+
+        def of(shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+            found = {}
+            for name, shape in shapes.items():
+                value = nodes[name]["value"]
+                if count is not None and value.shape[:1] != (count,):
+                    raise ValueError(f"site {name!r} has not one value for each simulation")
+                found[name] = value.reshape((*lead, *shape))
+            return found
+
+        log_prior = self._log_probs(nodes, list(self.latents), count).sum(0)
+        shapes = {} if latents_alone else self.shapes
+        return Simulations(of(self.latents), of(shapes), log_prior, 0)
+
+    def _log_probs(self, nodes: Nodes, names: list[str], count: int | None = None) -> Tensor:
+        """Return the log density of each site, shape ``(K,)``, or ``(K, N)`` of N simulations."""
+        lead = () if count is None else (count,)
+        found = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names]
+        return torch.stack([f.reshape((*lead, -1)).sum(-1) for f in found])
+
+    def _run(
+        self,
+        count: int | None = None,
+        values: Mapping[str, Tensor] | None = None,
+        *,
+        latents_alone: bool = False,
+    ) -> Nodes:
+        """Return the sites of a run of the model that draws its data.
+
+        Args:
+            count: The number of simulations in a plate to the left of all others, or None.
+            values: Values of sites, each ``(*, *site_shape)``, that are not drawn then.
+            latents_alone: Whether to stop the run once all latent sites have been drawn.
+        """
+        model = self.model
+        if count is not None:
+            model = pyro.plate("_simulations", count, dim=-1 - self.nesting)(model)
+        given = {} if values is None else dict(values)
+        if count is not None:  # to the left of all plates
+            for name, value in given.items():
+                ones = (1,) * (self.nesting - self.batch_dims[name])
+                given[name] = value.reshape(count, *ones, *value.shape[1:])
+        tracer = poutine.trace()
+        ending = _Stop(self.latents) if latents_alone else contextlib.nullcontext()
+        with contextlib.suppress(_AllDrawn), poutine.block(), tracer:
+            with poutine.condition(data=given), _Unobserved(), ending:
+                model()
+        return cast("Nodes", tracer.trace.nodes)
+
+
+class _Unobserved(Messenger):
+    """Draw what a model observes; deterministic sites stay as they are."""
+
+    def _pyro_sample(self, msg: Message) -> None:
+        infer = cast("dict[str, Any]", msg["infer"])
+        if not msg["is_observed"] or infer.get("_deterministic"):
+            return
+        if isinstance(msg["fn"], Unit):
+            raise ValueError(
+                f"expected a model that draws its data, got the factor {msg['name']!r}, which "
+                "cannot be drawn from: write it as a site"
+            )
+        msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+_IN_PLACE = {
+    Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.cauchy_, Tensor.bernoulli_,
+    Tensor.random_,
+}  # fmt: skip
+
+
+class _AllDrawn(Exception):
+    """All latent sites of a run have been drawn."""
+
+
+class _Stop(Messenger):
+    """End a run once sites have been drawn.
+
+    Args:
+        names: The sites.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.left = set(names)
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        self.left.discard(str(msg["name"]))
+        if not self.left:
+            raise _AllDrawn
+
+
+class _DrawnInLanes(TorchFunctionMode):
+    """Draw random numbers in place for every lane of a vmap, also into tensors without lanes.
+
+    Args:
+        lane: A scalar that is another in each lane.
+    """
+
+    def __init__(self, lane: Tensor) -> None:
+        super().__init__()
+        self.lane = lane
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor:
+        """Call a function of torch, one that draws in place on a copy with lanes."""
+        if func in _IN_PLACE:
+            into = torch.zeros_like(args[0]) + self.lane.to(args[0])
+            return func(into, *args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def is_sampled(node: Site) -> bool:
+    """Return whether a node of a trace is a sample, and not of a plate's indices."""
+    sampled = node["type"] == "sample" and not site_is_subsample(cast("Message", node))
+    return sampled and not node["infer"].get("_deterministic")
+
+
+def _check_names(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[str]) -> None:
+    """Raise a ValueError unless what is observed is in a model, and not latent."""
+    there = [
+        name
+        for name, node in nodes.items()
+        if node["type"] == "sample"
+        and not site_is_subsample(cast("Message", node))
+        and name not in latents
+    ]
+    missing = [name for name in observed if name not in there]
+    if missing:
+        raise ValueError(
+            f"expected observed sites that the model has, got {missing}: it has {there}, and the "
+            f"latent ones {list(latents)}. Pass AmortizedInterpolant(model, observed=(...))"
+        )

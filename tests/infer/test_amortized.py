@@ -1,0 +1,428 @@
+"""Amortised guides: simulations, posteriors and evidence against closed forms, and bad input."""
+
+import copy
+import pickle
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from torch import nn
+from torch.distributions import constraints
+
+import pyro_interpolant as pi
+from pyro_interpolant.infer.simulation import Simulator
+from pyro_interpolant.infer.sites import LatentSites
+
+ROWS = 4
+QUICK = {"progress": False, "seed": 0, "options": {"steps": 40}}
+
+
+def rows_of_a_normal(y=None):
+    """Location N(0, 2^2), rows N(location, 1)."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", ROWS):
+        y = pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+    pyro.deterministic("mean", y.mean(-1))
+
+
+def exact(y):
+    """The posterior's mean and sd, and the log-evidence, of rows ``(*, ROWS)``."""
+    precision = ROWS + 0.25
+    cov = torch.eye(ROWS) + 4.0
+    evidence = dist.MultivariateNormal(torch.zeros(ROWS), cov).log_prob(y)
+    return y.sum(-1) / precision, precision**-0.5, evidence
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A guide of the normal rows, and its result."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
+    result = pi.fit_guide(guide, simulations=2000, **QUICK)
+    torch.set_default_dtype(dtype)
+    return guide, result
+
+
+def test_the_posterior_of_each_data_set_is_the_closed_form(trained):
+    guide, _ = trained
+    y = 2 * torch.randn(5, 1) + torch.randn(5, ROWS)
+    mean, sd, _ = exact(y)
+    posterior = guide.condition(y=y)
+    assert posterior.batch_shape == (5,)
+    draws = posterior.sample_dict((4000,))["loc"]
+    assert draws.shape == (4000, 5)
+    assert (draws.mean(0) - mean).abs().mean() < 0.15 * sd
+    assert (draws.std(0) / sd - 1).abs().max() < 0.15
+    loc = mean + sd * torch.randn(5)
+    log_prob = posterior.log_prob(posterior.pack({"loc": loc}))
+    assert (log_prob - dist.Normal(mean, sd).log_prob(loc)).abs().max() < 0.3
+
+
+def test_the_result_is_in_nats_against_the_prior(trained):
+    guide, result = trained
+    information = 0.5 * torch.tensor(1 + 4.0 * ROWS).log()  # of data and location
+    assert abs(result.gain - information) < 4 * result.gain_stderr + 0.03
+    assert result.improper == 0.0
+    assert result.simulations == 2000
+    assert result.data_sets == 20
+    assert result.ess[1] > 0.9
+    evidence = exact(2 * torch.randn(500, 1) + torch.randn(500, ROWS))[2]
+    assert abs(result.log_evidence[1] - evidence.median()) < 1.5
+    report = guide.condition(y=torch.zeros(ROWS)).report
+    assert report.reference_name == "the prior"
+    assert report.held_out - report.reference == pytest.approx(result.gain)
+    assert repr(result) == result.verdict
+
+
+def test_weights_give_the_evidence(trained):
+    y = torch.tensor([0.5, 1.0, -1.0, 2.0])
+    result = pi.importance(trained[0], y, count=500, seed=0)
+    assert abs(result.log_evidence - exact(y)[2]) < 0.02
+    assert result.ess > 400
+
+
+def test_data_are_found_in_arguments_and_conditions(trained):
+    guide, y = copy.deepcopy(trained[0]), torch.tensor([3.0, 3.0, 2.0, 4.0])
+    mean, sd, _ = exact(y)
+    assert abs(guide.median(y)["loc"] - mean) < 0.2 * sd
+    guide.attach(pyro.condition(rows_of_a_normal, {"y": y}))
+    assert abs(guide.median()["loc"] - mean) < 0.2 * sd
+
+
+def test_a_guide_works_where_guides_do(trained):
+    pyro.clear_param_store()
+    guide, y = copy.deepcopy(trained[0]), torch.tensor([3.0, 3.0, 2.0, 4.0])
+    draws = Predictive(rows_of_a_normal, guide=guide, num_samples=200, parallel=True)(y)
+    mean, sd, _ = exact(y)
+    assert abs(draws["loc"].mean() - mean) < 0.4 * sd
+    elbo = Trace_ELBO(num_particles=4, vectorize_particles=True)
+    svi = SVI(rows_of_a_normal, guide, pyro.optim.Adam({"lr": 1e-4}), elbo)
+    before = [p.clone() for p in guide.transform.parameters()]
+    assert svi.step(y) == pytest.approx(-float(exact(y)[2]), abs=0.5)
+    assert any((a != b).any() for a, b in zip(before, guide.transform.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_nuts_in_its_base_space(trained):
+    guide, y = trained[0], torch.tensor([3.0, 3.0, 2.0, 4.0])
+    base = pi.neutra(guide)
+    mcmc = MCMC(NUTS(base), num_samples=200, warmup_steps=50, disable_progbar=True)
+    mcmc.run(y)
+    draws, (mean, sd, _) = base.samples(mcmc.get_samples(), y)["loc"], exact(y)
+    assert abs(draws.mean() - mean) < 0.35 * sd
+
+
+def test_files_and_copies_give_the_same_posterior(trained, tmp_path):
+    guide, y = trained[0], torch.randn(3, ROWS)
+    loc = torch.randn(3)
+    expected = guide.condition(y=y).log_prob(loc[:, None])
+    pi.save(guide.posterior, tmp_path / "posterior.safetensors")
+    posterior = pi.load(tmp_path / "posterior.safetensors")
+    again = pi.AmortizedInterpolant(rows_of_a_normal, posterior=posterior)
+    again(y[0])
+    pickled = pickle.loads(pickle.dumps(guide)).attach(rows_of_a_normal)
+    for other in (again, pickled, copy.deepcopy(guide)):
+        torch.testing.assert_close(other.condition(y=y).log_prob(loc[:, None]), expected)
+
+
+def test_a_posterior_of_other_sites_or_data_is_refused(trained):
+    def other(y=None):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(0.0, scale).expand([ROWS]).to_event(1), obs=y)
+
+    guide = pi.AmortizedInterpolant(other, posterior=trained[0].posterior)
+    with pytest.raises(ValueError, match="expected a posterior of the sites"):
+        guide(torch.zeros(ROWS))
+    guide = pi.AmortizedInterpolant(
+        rows_of_a_normal, observed=("mean",), posterior=trained[0].posterior
+    )
+    with pytest.raises(ValueError, match="given 1 numbers"):
+        guide(torch.zeros(ROWS))
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_weights():
+    weights = []
+    for _ in range(2):
+        guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pi.fit_guide(guide, simulations=50, progress=False, seed=3, options={"steps": 3})
+        weights.append(torch.cat([p.flatten() for p in guide.transform.parameters()]))
+    assert torch.equal(*weights)
+
+
+# Simulations
+
+
+def scales_and_rows(y=None):
+    """Sites of several shapes and supports, in plates, with a positive latent."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    shift = pyro.sample("shift", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("groups", 2, dim=-1):
+        group = pyro.sample("group", dist.Normal(shift.sum(-1), scale))
+        return pyro.sample("y", dist.Poisson(group.exp()), obs=y)
+
+
+def indexed(y=None):
+    """A model that does not broadcast, with randomness of its own."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    noise = torch.randn(2)
+    pyro.sample("y", dist.Normal(w[0] + noise, 0.1).to_event(1), obs=y)
+
+
+def looped(y=None):
+    """A model whose simulator leaves torch."""
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    value = torch.tensor([float(w.item()), 1.0]) + torch.randn(2)
+    pyro.sample("y", dist.Delta(value, event_dim=1), obs=y)
+
+
+def simulator_of(model, *args, observed=("y",)):
+    guide = pi.AmortizedInterpolant(model, observed)
+    return Simulator(LatentSites(guide, *args), observed)
+
+
+@pytest.mark.parametrize(
+    ("model", "batching", "shapes", "variance"),
+    [
+        (scales_and_rows, "plate", {"scale": (), "shift": (3,), "group": (2,), "y": (2,)}, None),
+        (indexed, "vmap", {"w": (3,), "y": (2,)}, 2.01),
+        (looped, "loop", {"w": (), "y": (2,)}, 1.5),
+    ],
+)
+def test_simulations_have_the_shapes_and_laws_of_the_sites(model, batching, shapes, variance):
+    simulator = simulator_of(model)
+    assert simulator.batching == batching
+    found = simulator(600)
+    values = found.latents | found.data
+    assert {name: tuple(v.shape[1:]) for name, v in values.items()} == shapes
+    assert all(len(v) == 600 for v in values.values())
+    if variance is not None:
+        assert abs(found.data["y"].var(0).mean() - variance) < 0.3
+    alone = simulator.prior(600)
+    assert set(alone) == set(found.latents)
+    given = simulator(5, {name: value[:5] for name, value in alone.items()})
+    assert all(torch.equal(given.latents[name], alone[name][:5]) for name in alone)
+
+
+def test_the_prior_density_of_simulations_is_that_of_their_latents():
+    found = simulator_of(scales_and_rows)(50)
+    scale, shift, group = (found.latents[name] for name in ("scale", "shift", "group"))
+    expected = (
+        dist.LogNormal(0.0, 0.5).log_prob(scale)
+        + dist.Normal(0.0, 1.0).log_prob(shift).sum(-1)
+        + dist.Normal(shift.sum(-1, keepdim=True), scale[:, None]).log_prob(group).sum(-1)
+    )
+    torch.testing.assert_close(found.log_prior, expected)
+
+
+def test_improper_simulations_are_counted_and_left_out():
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(torch.where(w > 1.0, torch.nan, w), 1.0), obs=y)
+
+    with pyro.validation_enabled(is_validate=False):
+        simulator = simulator_of(model)
+        with pytest.warns(UserWarning, match=r"of 500 simulations .* not finite"):
+            found = simulator(500)
+    assert 40 < found.improper < 130
+    assert len(found.log_prior) == 500 - found.improper
+    assert bool((found.latents["w"] <= 1.0).all())
+
+
+def test_no_finite_simulation_is_an_error():
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Delta(w * torch.inf), obs=y)
+
+    with pyro.validation_enabled(is_validate=False):
+        with pytest.raises(ValueError, match=r"expected finite simulations.*\['y'\]"):
+            pi.fit_guide(pi.AmortizedInterpolant(model), simulations=20, **QUICK)
+
+
+def test_a_site_that_is_not_there_is_an_error_with_those_that_are():
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, observed=("x",))
+    with pytest.raises(ValueError, match=r"got \['x'\]: it has \['y', 'mean'\]"):
+        pi.fit_guide(guide, torch.zeros(ROWS), **QUICK)
+    with pytest.raises(ValueError, match="at least one observed site"):
+        pi.AmortizedInterpolant(rows_of_a_normal, observed=())
+
+
+def test_a_factor_cannot_be_simulated():
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+        pyro.factor("extra", -(w**2))
+
+    with pytest.raises(ValueError, match="the factor 'extra'"):
+        pi.fit_guide(pi.AmortizedInterpolant(model), torch.tensor(0.0), **QUICK)
+
+
+def test_an_improper_prior_cannot_be_simulated():
+    def model(y=None):
+        flat = dist.ImproperUniform(constraints.real, (), ())
+        pyro.sample("y", dist.Normal(pyro.sample("w", flat), 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="cannot be drawn from"):
+        pi.fit_guide(pi.AmortizedInterpolant(model), torch.tensor(0.0), **QUICK)
+
+
+def test_bad_calls_are_explained(trained, tmp_path):
+    guide, y = trained[0], torch.zeros(ROWS)
+    with pytest.raises(ValueError, match=r"got none at \['y'\]"):
+        guide()
+    with pytest.raises(ValueError, match="observed sites"):
+        guide.condition(x=y)
+    with pytest.raises(ValueError, match=rf"of shape \(\*, {ROWS}\)"):
+        guide.condition(y=y[:2])
+    with pytest.raises(ValueError, match="finite data"):
+        guide.condition(y=y * torch.nan)
+    with pytest.raises(ValueError, match="knows its model"):
+        pi.AmortizedInterpolant(rows_of_a_normal).condition(y=y)
+    with pytest.raises(ValueError, match="no samples"):
+        pi.fit_guide(guide, y, samples={"loc": y}, **QUICK)
+    with pytest.raises(ValueError, match="simulations >= 10"):
+        pi.fit_guide(guide, y, simulations=2, **QUICK)
+    with pytest.raises(ValueError, match="rounds >= 1"):
+        pi.fit_guide(guide, y, rounds=0, **QUICK)
+    with pytest.raises(ValueError, match="a seed beside a checkpoint"):
+        pi.fit_guide(guide, y, checkpoint=tmp_path / "state", progress=False)
+    with pytest.raises(ValueError, match="AmortizedInterpolant"):
+        pi.fit_guide(pi.AutoInterpolant(rows_of_a_normal), y, simulations=50, **QUICK)
+
+
+# Calibration, rounds, likelihoods, data of other kinds
+
+
+@pytest.mark.slow
+def test_calibration_finds_what_is_wrong(trained):
+    guide = copy.deepcopy(trained[0])
+    checks = guide.calibration(count=150)
+    assert checks.verdict == "calibrated as far as 150 data sets tell"
+    assert checks.sbc.names == ("site 'loc'", "the log-density")
+    with torch.no_grad():
+        guide.transform.flow.whitening.set(torch.zeros(1) + 0.5, torch.eye(1))
+    assert "sbc: not calibrated" in repr(guide.calibration(count=150))
+
+
+@pytest.mark.slow
+def test_rounds_give_the_posterior_and_the_evidence_of_one_data_set():
+    y = torch.tensor([4.0, 3.5, 4.5, 4.2])
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
+    result = pi.fit_guide(
+        guide, y, simulations=500, rounds=2, seed=0, progress=False, options={"steps": 100}
+    )
+    mean, sd, evidence = exact(y)
+    assert abs(result.log_evidence - evidence) < 0.05
+    assert abs(guide.median(y)["loc"] - mean) < 0.2 * sd
+
+
+@pytest.mark.slow
+def test_data_that_the_middle_of_the_prior_cannot_give_have_weights_too():
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Uniform(w, w + 1.0), obs=y)
+
+    guide = pi.AmortizedInterpolant(model, hidden_dims=(32, 32))
+    with pyro.validation_enabled(is_validate=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = pi.fit_guide(guide, simulations=2000, **QUICK)
+        found = pi.importance(guide, torch.tensor(2.5), count=2000, seed=0)
+    normal = dist.Normal(0.0, 1.0).cdf(torch.tensor([1.5, 2.5]))
+    assert abs(found.log_evidence - normal.diff().log()) < 0.1
+    assert result.data_sets == 20
+
+
+@pytest.mark.slow
+def test_a_learned_likelihood_of_many_rows_under_nuts():
+    theta = 4 * torch.rand(4000, 1) - 2
+    simulated = theta + (0.5 + 0.2 * theta.abs()) * torch.randn(4000, 1)
+    likelihood = pi.from_samples(
+        simulated, context=theta, seed=0, steps=400, progress=False, marginals=False,
+        network=pi.VelocityMLP(1, (32, 32), 1),
+    )  # fmt: skip
+    truth, rows = torch.tensor(0.7), 20
+    y = truth + (0.5 + 0.2 * truth.abs()) * torch.randn(rows, 1)
+
+    def model(y):
+        theta = pyro.sample("theta", dist.Uniform(-2.0, 2.0))
+        with pyro.plate("rows", rows):
+            pyro.sample("y", likelihood.condition(theta.reshape(1)), obs=y)
+
+    pyro.set_rng_seed(0)
+    mcmc = MCMC(NUTS(model), num_samples=150, warmup_steps=60, disable_progbar=True)
+    mcmc.run(y)
+    draws = mcmc.get_samples()["theta"]
+    grid = torch.linspace(-2, 2, 2001)
+    log_p = dist.Normal(grid, 0.5 + 0.2 * grid.abs()).log_prob(y).sum(0)
+    mean = (log_p.softmax(0) * grid).sum()
+    sd = (log_p.softmax(0) * (grid - mean) ** 2).sum().sqrt()
+    assert abs(draws.mean() - mean) < 0.7 * sd
+    assert 0.6 < draws.std() / sd < 1.6
+
+
+@pytest.mark.slow
+def test_missing_data_are_a_deterministic_site_with_a_mask():
+    def model(y=None, there=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 6):
+            there = pyro.sample("there", dist.Bernoulli(0.5), obs=there)
+            y = pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        pyro.deterministic("seen", torch.stack((y * there, there), -1))
+
+    embedding = pi.nn.SetEmbedding(1, True, width=16)  # noqa: FBT003
+    guide = pi.AmortizedInterpolant(model, ("seen",), embedding, hidden_dims=(16, 16))
+    y, there = torch.full((6,), 1.5), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    pi.fit_guide(guide, y, there, simulations=2000, **QUICK)
+    draws = guide.condition(seen=torch.stack((y * there, there), -1)).sample_dict((2000,))["loc"]
+    assert abs(draws.mean() - 1.5 * 4 / 5) < 0.15  # four rows, a prior of one
+    assert abs(draws.std() - 5**-0.5) < 0.12
+    assert guide(y, there)["loc"].shape == ()
+
+
+class Halves(nn.Module):
+    """An embedding of a user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, y):
+        return self.layer(torch.stack((y[:, :2].mean(1), y[:, 2:].mean(1)), 1))
+
+
+def test_an_embedding_of_ones_own_is_trained_along_and_passed_to_load(tmp_path):
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, embedding=Halves(), hidden_dims=(16,))
+    guide(torch.zeros(ROWS))
+    before = guide.transform.velocity.embedding.layer.weight.clone()
+    pi.fit_guide(guide, simulations=100, progress=False, seed=0, options={"steps": 3})
+    assert not torch.equal(before, guide.transform.velocity.embedding.layer.weight)
+    path, y = tmp_path / "guide.safetensors", torch.randn(3, ROWS)
+    pi.save(guide.posterior, path)
+    with pytest.raises(ValueError, match="EmbeddedVelocity"):
+        pi.load(path)
+    velocity = pi.nn.EmbeddedVelocity(1, [(ROWS,)], Halves(), (16,))
+    again, z = pi.load(path, velocity=velocity), torch.randn(3, 1)
+    with torch.no_grad():
+        expected = guide.condition(y=y).log_prob(z)
+        torch.testing.assert_close(again.condition(y).log_prob(z), expected)
+
+
+def test_supports_are_kept_and_plates_are_left_alone():
+    guide = pi.AmortizedInterpolant(scales_and_rows, hidden_dims=(16,))
+    y = torch.tensor([1.0, 3.0])
+    with poutine.trace() as tracer:
+        guide(y)
+    assert tracer.trace.nodes["group"]["value"].shape == (2,)
+    draws = guide.condition(y=torch.ones(7, 2)).sample_dict((3,))
+    assert {k: tuple(v.shape) for k, v in draws.items()} == {
+        "scale": (3, 7), "shift": (3, 7, 3), "group": (3, 7, 2)
+    }  # fmt: skip
+    assert bool((draws["scale"] > 0).all())
+    assert guide.posterior.sites["scale"][1] is constraints.positive
