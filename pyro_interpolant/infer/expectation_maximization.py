@@ -27,7 +27,7 @@ _ROUND_STEPS = 50  # of the regression
 _ROUND_ROWS = 2048  # whose latents are drawn anew
 _PICKED = 4  # latents of each
 _MOST_POOLS = 10  # rounds whose latents are kept, or as many as go once through all rows
-_DECAY = 0.99  # of the average of the weights: the flow that latents are drawn under lags little
+_DECAY = 0.995  # of the average of the weights: the flow that latents are drawn under lags little
 _LOOKS = 10  # at the log-evidence of rows held out
 _LOOK_ROWS, _MOST_HELD = 500, 2000  # in a look; in the report, and so held out
 _SOLVER = FixedGrid(steps=6)  # between the rounds

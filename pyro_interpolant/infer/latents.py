@@ -31,6 +31,7 @@ from .noise import Measurements, Noise, measurements
 _VALUES_AT_ONCE = 2**20  # weights in a chunk of rows
 _DIFFERENCE = 1e-2  # in the base, which gives the slopes of the flow
 _STEP_SIZES = (1.0, 0.3)  # of a Gauss-Newton step, of which the best is taken, if any is good
+_CHEAPER = 32  # how many draws that are shared by all rows go for one of each
 _OBJECT_STEPS = 5  # of them, from the best draw of the flow
 _TAIL = 5.0  # degrees of freedom of the proposal at the mode
 _WIDENING = 1.2  # of its variance, beyond what the curvature at the mode says
@@ -116,11 +117,13 @@ def draw_latents(
     Args:
         flow: The population; given contexts of shape ``(n, 1, C)`` if it takes any.
         rows: The measurements, n of them.
-        shared: M, the number of draws that all rows share.
+        shared: M, the number of draws that all rows share; with contexts each row needs its own,
+            and has fewer.
         own: K, the number of each row's own.
         steps: Gauss-Newton steps to the mode.
     """
     many = len(rows) if flow.batch_shape else 1
+    shared = shared if many == 1 else max(own, shared // _CHEAPER)
     loc = flow.transform.flow.loc
     z = torch.randn(many, shared, len(loc), dtype=loc.dtype, device=loc.device)
     u, likelihood = _pushed(flow, rows, z)
@@ -170,7 +173,7 @@ def local_proposal(
     for _ in range(steps):
         u = flow.transform(z[:, None] + offsets)
         x = flow.space.onto(flow.transform.flow, u)[0]
-        slopes = (x[:, 1:] - x[:, :1]).flatten(2).mT / _DIFFERENCE
+        slopes = (x[:, 1:] - x[:, :1]).reshape(len(z), dim, -1).mT / _DIFFERENCE
         gradient, curvature = likelihood_derivatives(rows, x[:, 0])
         precision = identity + slopes.mT @ curvature @ slopes
         found, failed = torch.linalg.cholesky_ex(precision.nan_to_num())
