@@ -1,14 +1,13 @@
 """Learn where stars lie in colour and luminosity from a noisy catalogue; then measure distances.
 
-Most catalogued parallaxes are too noisy to be useful alone. The population behind all of them,
-with the errors that the catalogue states, is learned nevertheless: each star's colour (B-V) and
+Most catalogued parallaxes are too noisy to be useful alone. The population behind all of them is
+learned nevertheless, by the errors that the catalogue states: each star's colour (B-V) and
 absolute magnitude are latent. As a prior it turns a parallax of signal-to-noise 2 into a distance.
 
-Two selections matter. The catalogue is limited in apparent magnitude: luminous stars are seen from
-farther away. What is learned is the density of catalogued stars, not of stars in a volume; it is
-the right prior for another catalogued star. Stars of precise parallaxes are near, and so mostly
-faint: learned from these alone, a prior knows too few giants. The stars by which both priors are
-tested have precise parallaxes, so all posteriors are told that the star is near enough for one.
+Two selections matter. The catalogue is limited in apparent magnitude, and luminous stars are seen
+from farther away: what is learned is the density of catalogued stars, not of stars in a volume.
+Stars of precise parallaxes are near, and so mostly faint: a prior learned from these alone knows
+too few giants. Those that test both priors are such stars, which their likelihood says.
 """
 
 import argparse
@@ -41,25 +40,26 @@ def parallax_of(absolute, magnitude):
     return 10 ** (0.2 * (absolute - magnitude + 10))
 
 
-def absolute_of(parallax, magnitude):
-    """Return the absolute magnitude of a star of given parallax and apparent magnitude."""
-    return magnitude + 5 * parallax.log10() - 10
-
-
 def noise(star, row):
     """Return the distribution of (colour, parallax) given (colour, absolute magnitude)."""
     parallax = parallax_of(star[..., 1], row[..., 0])
     colour = star[..., 0].expand_as(parallax)
-    return dist.Normal(torch.stack((colour, parallax), -1), row[..., 1:]).to_event(1)
+    return dist.Normal(torch.stack((colour, parallax), -1), row[..., 1:3]).to_event(1)
 
 
-def posteriors(prior, y, row, near, draws):
-    """Return draws of absolute magnitude, (S, stars), and weights, by a learned prior."""
-    found = pi.infer.object_posteriors(prior, y, noise, noise_data=row, draws=draws, seed=0)
-    absolute = found.draws[..., 1].T
-    possible = parallax_of(absolute, row[:, 0]) > near
-    weights = found.log_weights.exp().T * possible
-    return absolute, weights / weights.sum(0).clamp(min=1e-30)
+class Selected(dist.Normal):
+    """Normal errors of stars that passed a cut with a probability."""
+
+    def log_prob(self, y):
+        """Return the log-density of y and of having passed."""
+        return super().log_prob(y).sum(-1) + self.log_passed
+
+
+def noise_if_precise(star, row):
+    """As noise, of a star whose parallax was above GOOD times a catalogued error, row[3]."""
+    found = Selected(noise(star, row).mean, row[..., 1:3])
+    found.log_passed = torch.special.log_ndtr(found.mean[..., 1] / row[..., 3] - GOOD)
+    return found
 
 
 def quantile(values, weights, q):
@@ -69,19 +69,19 @@ def quantile(values, weights, q):
     return values.gather(0, order).gather(0, index.clamp(max=len(values) - 1))[0]
 
 
-def row_of(name, values, weights, truth, evidence=None):
+def row_of(name, values, weights, truth, scores=None):
     """Print one line of the table, and return each star's error."""
     error = (quantile(values, weights, 0.5) - truth).abs()
     pit = (weights * (values < truth)).sum(0)
-    known = "" if evidence is None else f"{evidence.mean():.3f}"
-    print(f"| {name} | {error.median():.2f} | {pit.mean():.2f} | {pit.std():.2f} | {known} |")
+    scores = "" if scores is None else f"{scores.mean():.3f}"
+    print(f"| {name} | {error.median():.2f} | {pit.mean():.2f} | {pit.std():.2f} | {scores} |")
     return error
 
 
 def paired(name, ours, other):
     """Print a mean difference with its standard error."""
     d = ours.double() - other.double()
-    print(f"{name}: {d.mean():.4f} ± {d.std() / len(d) ** 0.5:.4f}")
+    print(f"{name}: {d.mean():.4f} ± {d.std() / len(d) ** 0.5:.4f}, median {d.median():.4f}")
 
 
 def picture(path, panels):
@@ -113,8 +113,8 @@ def main():
     test, known = good.split((stars, len(good) - stars))
     # The stars taken out to test are replaced by others as near: their share must stay.
     train = torch.cat((others, known, known[torch.randint(len(known), (stars,))]))
-    rounded = y[:, 0] + 0.001 * (torch.rand(len(y)) - 0.5)  # colours, which have no density so
-    naive = torch.stack((rounded, absolute_of(y[:, 1].maximum(row[:, 2]), row[:, 0])), -1)
+    spread = y[:, 0] + 0.001 * (torch.rand(len(y)) - 0.5)  # rounded colours have no density
+    naive = torch.stack((spread, row[:, 0] + 5 * y[:, 1].maximum(row[:, 2]).log10() - 10), -1)
     plain = pi.from_samples(naive[known], steps=steps or 2000, seed=0, progress=False)
     print(f"{len(known)} precise stars: {plain.report}; {time.monotonic() - start:.0f} s")
     measured = train[row[train, 1] < 1]
@@ -128,18 +128,19 @@ def main():
         pi.infer.object_posteriors(p, y[held], noise, **options).log_evidence
         for p in (plain, prior)
     ]
-    truth, exact, near = naive[test, 1], y[test, 1], GOOD * row[test, 2]
-    worse = torch.stack((row[test, 0], row[test, 1], exact / 2), -1)  # signal-to-noise 2
+    truth, exact = naive[test, 1], y[test, 1]
+    worse = torch.stack((*row[test, :2].T, exact / 2, row[test, 2]), -1)  # signal-to-noise 2
     noisy = torch.stack((y[test, 0], exact + exact / 2 * torch.randn(len(test))), -1)
-    flat = dist.Normal(parallax_of(GRID, worse[:, 0]), worse[:, 2]).log_prob(noisy[:, 1]).exp()
-    flat = flat * (parallax_of(GRID, worse[:, 0]) > near)
+    line = torch.stack((noisy[:, 0].expand(len(GRID), -1), GRID.expand(-1, len(test))), -1)
+    flat = noise_if_precise(line, worse).log_prob(noisy).softmax(0)
     print("\n| prior | median abs. error [mag] | PIT mean | PIT sd | log p(colour, parallax) |")
     print("| --- | --- | --- | --- | --- |")
-    row_of("flat", GRID.expand_as(flat), flat / flat.sum(0), truth)
-    errors = [
-        row_of(name, *posteriors(p, noisy, worse, near, draws), truth, found)
-        for name, p, found in zip(("precise", "all"), (plain, prior), evidence, strict=True)
-    ]
+    row_of("flat", GRID.expand_as(flat), flat, truth)
+    options, errors = {"noise_data": worse, "draws": draws, "seed": 0}, []
+    for name, p, scores in zip(("precise", "all"), (plain, prior), evidence, strict=True):
+        found = pi.infer.object_posteriors(p, noisy, noise_if_precise, **options)
+        absolute, weights = found.draws[..., 1].T, found.log_weights.exp().T
+        errors.append(row_of(name, absolute, weights, truth, scores))
     paired("\nerror [mag], all less precise", errors[1], errors[0])
     paired("log p(colour, parallax), all less precise", evidence[1], evidence[0])
     shown = {"catalogue, as measured": naive[measured], "precise stars": naive[known]}

@@ -31,6 +31,7 @@ from .noise import Measurements, Noise, measurements
 _VALUES_AT_ONCE = 2**20  # weights in a chunk of rows
 _DIFFERENCE = 1e-2  # in the base, which gives the slopes of the flow
 _STEP_SIZES = (1.0, 0.3)  # of a Gauss-Newton step, of which the best is taken, if any is good
+_STARTS = 1024  # draws of the flow, the best of which is where the search for a mode begins
 _CHEAPER = 32  # how many draws that are shared by all rows go for one of each
 _OBJECT_STEPS = 5  # of them, from the best draw of the flow
 _TAIL = 5.0  # degrees of freedom of the proposal at the mode
@@ -125,11 +126,12 @@ def draw_latents(
     many = len(rows) if flow.batch_shape else 1
     shared = shared if many == 1 else max(own, shared // _CHEAPER)
     loc = flow.transform.flow.loc
-    z = torch.randn(many, shared, len(loc), dtype=loc.dtype, device=loc.device)
+    most = max(shared, _STARTS) if many == 1 else shared
+    z = torch.randn(many, most, len(loc), dtype=loc.dtype, device=loc.device)
     u, likelihood = _pushed(flow, rows, z)
-    prior = standard_log_prob(z)
-    best = (prior + likelihood).argmax(-1)
+    best = (standard_log_prob(z) + likelihood).argmax(-1)
     start = z.expand(len(rows), -1, -1)[torch.arange(len(rows), device=z.device), best]
+    z, u, likelihood = z[:, :shared], u[:, :shared], likelihood[:, :shared]
     proposal = local_proposal(flow, rows, start, steps)
     own_z = proposal.sample(own)
     own_u, own_likelihood = _pushed(flow, rows, own_z)
@@ -299,7 +301,7 @@ def object_posteriors(
     rows = of_population(measurements(y, noise, noise_data), distribution, context)
     found = []
     with seeded(seed), evaluated(distribution.transform):
-        for part in chunks(len(rows), draws):
+        for part in chunks(len(rows), max(draws, _STARTS)):
             few = rows.take(part)
             view = given(distribution, few.context)
             half = draws // 2
