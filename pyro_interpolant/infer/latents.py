@@ -33,7 +33,7 @@ _DIFFERENCE = 1e-2  # in the base, which gives the slopes of the flow
 _STEP_SIZES = (1.0, 0.3)  # of a Gauss-Newton step, of which the best is taken, if any is good
 _STARTS = 1024  # draws of the flow, the best of which is where the search for a mode begins
 _CHEAPER = 32  # how many draws that are shared by all rows go for one of each
-_OBJECT_STEPS = 5  # of them, from the best draw of the flow
+_OBJECT_STEPS = 4  # of them, from the best draw of the flow
 _TAIL = 5.0  # degrees of freedom of the proposal at the mode
 _WIDENING = 1.2  # of its variance, beyond what the curvature at the mode says
 
