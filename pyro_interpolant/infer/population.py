@@ -99,10 +99,10 @@ def from_noisy_samples(
         RuntimeError: If gradients stay non-finite.
 
     Example:
-        >>> x = torch.randn(2000, 2)
-        >>> sds = torch.rand(2000, 2) + 0.1
-        >>> y = x + sds * torch.randn(2000, 2)
-        >>> population = from_noisy_samples(y, sds, steps=100, seed=0, progress=False)
+        >>> x = torch.randn(200, 2)
+        >>> sds = torch.rand(200, 2) + 0.1
+        >>> y = x + sds * torch.randn(200, 2)
+        >>> population = from_noisy_samples(y, sds, steps=50, seed=0, progress=False)
         >>> population.sample((5,)).shape
         torch.Size([5, 2])
     """
@@ -173,10 +173,10 @@ def from_posterior_samples(
 
     Example:
         >>> interim = torch.distributions.Normal(0.0, 3.0)
-        >>> centres = torch.randn(500, 1, 1)
-        >>> draws = 0.9 * (centres + torch.randn(500, 1, 1)) + 0.95 * torch.randn(500, 20, 1)
+        >>> centres = torch.randn(100, 1, 1)
+        >>> draws = 0.9 * (centres + torch.randn(100, 1, 1)) + 0.95 * torch.randn(100, 20, 1)
         >>> log_prior = interim.log_prob(draws).sum(-1)
-        >>> population = from_posterior_samples(draws, log_prior, steps=100, progress=False)
+        >>> population = from_posterior_samples(draws, log_prior, steps=50, progress=False)
         >>> population.sample((5,)).shape
         torch.Size([5, 1])
     """
