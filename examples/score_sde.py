@@ -13,65 +13,55 @@ import math
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.collections import LineCollection
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import pyro_interpolant as pi
 
 SHOWN, CHECKED = (0.5, 0.75, 0.9), (0.2, 0.5, 0.8)
 DIFFUSIONS = {
-    r"ODE: $\epsilon = 0$": lambda t: 0.0,
-    r"SDE: $\epsilon = (1 - t)\,/\,4$": lambda t: (1 - t) / 4,
-    r"SDE: $\epsilon = \frac{\pi}{2}\,\cos\frac{\pi t}{2}$, the default": None,
+    "ODE: ε = 0": lambda t: 0.0,
+    "SDE: ε = (1 - t) / 4": lambda t: (1 - t) / 4,
+    "SDE: ε = π/2 cos(πt/2), the default": None,
 }
 INK, PALE = "#1b1b3a", "#ffffff"
+MARKS = {
+    "start": {"marker": "o", "mfc": PALE, "mec": INK, "ls": ""},
+    "end": {"marker": "o", "color": INK, "ls": ""},
+    "draws": {"marker": ".", "color": "#8d8da6", "ls": ""},
+    "target": {"color": INK, "lw": 0.6},
+}
 COLOURS = ["#d1495b", "#e09f1f", "#2a9d8f", "#3066be", "#7b4fa3"]
 
 
 def spiral(arms=2, knots=12):
-    """Return weights, means and covariances of a mixture along the arms of a spiral."""
+    """Return a mixture of Gaussians along the arms of a spiral."""
     s = torch.linspace(0.25, 1.0, knots)
     angle = 1.35 * math.pi * s + 2 * math.pi * torch.arange(arms)[:, None] / arms
     means = 4 * s[:, None] * torch.stack((angle.cos(), angle.sin()), -1)
     along = torch.stack((-angle.sin(), angle.cos()), -1)
     outer = along[..., :, None] * along[..., None, :]
     covs = 0.02 * torch.eye(2) + 0.12 * (s**2)[:, None, None] * outer
-    return s.repeat(arms), means.reshape(-1, 2), covs.reshape(-1, 2, 2)
-
-
-def draw(mixture, count):
-    """Return samples of a mixture, shape (count, 2)."""
-    weights, means, covs = mixture
-    k = torch.multinomial(weights, count, replacement=True)
-    root = torch.linalg.cholesky(covs)[k]
-    return means[k] + (root @ torch.randn(count, 2, 1))[..., 0]
+    parts = MultivariateNormal(means.reshape(-1, 2), covs.reshape(-1, 2, 2))
+    return MixtureSameFamily(Categorical(s.repeat(arms)), parts)
 
 
 def at_time(mixture, flow, t):
     """Return the mixture that the interpolant makes of another by time t, in data coordinates."""
     a, b, g = flow.interpolant.coefficients(torch.tensor(t))
-    weights, means, covs = mixture
-    loc, linear = flow.whitening.loc, flow.whitening.matrix()
-    noise = (a**2 + g**2) * linear @ linear.T
-    return weights, loc + b * (means - loc), b**2 * covs + noise
-
-
-def log_prob(mixture, x):
-    """Return the log-density of a mixture at x, shape (*)."""
-    weights, means, covs = mixture
-    parts = torch.distributions.MultivariateNormal(means, covs).log_prob(x[..., None, :])
-    return (parts + (weights / weights.sum()).log()).logsumexp(-1)
+    parts, loc, linear = mixture.component_distribution, flow.loc, flow.whitening.matrix()
+    covs = b**2 * parts.covariance_matrix + (a**2 + g**2) * linear @ linear.T
+    moved = MultivariateNormal(loc + b * (parts.loc - loc), covs)
+    return MixtureSameFamily(mixture.mixture_distribution, moved)
 
 
 def true_score(mixture, x):
     """Return the gradient of the log-density of a mixture at x, shape (*, 2)."""
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(log_prob(mixture, x).sum(), x)[0]
+    return torch.autograd.grad(mixture.log_prob(x).sum(), x)[0]
 
 
 def paths(prior, diffusion, start, steps=400):
-    """Return Euler-Maruyama paths from given starts, shape (steps + 1, N, 2).
-
-    torchsde.sdeint takes the same equation; sample_sde gives its end alone.
-    """
+    """Return Euler-Maruyama paths from given starts, shape (steps + 1, N, 2)."""
     sde = pi.InterpolantSDE(prior, diffusion)
     states = [start]
     with torch.no_grad():
@@ -93,12 +83,12 @@ def show_path(ax, path, colour):
 
 def show_score(ax, prior, now, grid, t):
     """Draw the density of a time and arrows along its learned score, the long ones shortened."""
-    density, coarse = log_prob(now, grid).exp(), grid[4::8, 4::8]
+    density, coarse = now.log_prob(grid).exp(), grid[4::8, 4::8]
     ax.contourf(grid[..., 0], grid[..., 1], density.sqrt(), levels=12, cmap="Greys", alpha=0.7)
     arrows = pi.score(prior, t, coarse)
     length = arrows.norm(dim=-1, keepdim=True)
     arrows = arrows / length * length.clamp(max=8).sqrt()
-    seen = log_prob(now, coarse).exp() > 0.02 * density.max()
+    seen = now.log_prob(coarse).exp() > 0.02 * density.max()
     ax.quiver(*coarse[seen].T, *arrows[seen].T, length[seen][:, 0], cmap="plasma", scale=45)
     ax.set_title(rf"score $\nabla\log\rho_t$ at $t = {t:g}$", color=INK)
 
@@ -113,10 +103,10 @@ def main():
     mixture = spiral()
     steps = 50 if args.smoke else 4_000
     # An SDE runs in the flow's own coordinates: here they must be the data's.
-    prior = pi.from_samples(draw(mixture, 40_000), marginals=False, seed=0, steps=steps)
+    prior = pi.from_samples(mixture.sample((40_000,)), marginals=False, seed=0, steps=steps)
     for t in CHECKED:
         now = at_time(mixture, prior.transform.flow, t)
-        x = draw(now, 5_000)
+        x = now.sample((5_000,))
         truth, found = true_score(now, x), pi.score(prior, t, x)
         error = float(((found - truth).square().sum() / truth.square().sum()).sqrt())
         print(f"score at t = {t}: relative error {100 * error:.1f}%")
@@ -124,20 +114,24 @@ def main():
     figure, axes = plt.subplots(2, 3, figsize=(11, 7.8), sharex=True, sharey=True)
     torch.manual_seed(8)  # starts that lie apart, for the picture
     start = prior.at(0.0).sample((len(COLOURS),))
-    best = float(log_prob(mixture, draw(mixture, 20_000)).mean())
+    line = torch.linspace(-5.4, 5.4, 160)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+    target = mixture.log_prob(grid).exp()
+    best = float(mixture.log_prob(mixture.sample((20_000,))).mean())
     for ax, (name, diffusion) in zip(axes[0], DIFFUSIONS.items(), strict=True):
         for path, colour in zip(paths(prior, diffusion, start).unbind(1), COLOURS, strict=True):
             show_path(ax, path, colour)
         samples = pi.sample_sde(prior, (500 if args.smoke else 6_000,), diffusion=diffusion)
+        ax.contour(line, line, target / target.max(), [0.1], colors=INK, linewidths=0.6)
         ax.plot(*samples.T, ".", color="#8d8da6", ms=1.4, alpha=0.5, zorder=0)
         ax.set_title(name, color=INK)
-        print(f"{name}: {best - log_prob(mixture, samples).mean():.3f} nats below exact samples")
-    line = torch.linspace(-5.4, 5.4, 160)
-    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+        print(f"{name}: {best - mixture.log_prob(samples).mean():.3f} nats below exact samples")
+    for name, style in MARKS.items():
+        axes[0, 0].plot([], [], label=name, **style)
+    axes[0, 0].legend(loc="lower right", fontsize="small")
     for ax, t in zip(axes[1], SHOWN, strict=True):
         show_score(ax, prior, at_time(mixture, prior.transform.flow, t), grid, t)
-    for ax in axes.flat:
-        ax.set(xlim=(-5.4, 5.4), ylim=(-5.4, 5.4), xticks=(), yticks=(), aspect="equal")
+    plt.setp(axes, xlim=(-5.4, 5.4), ylim=(-5.4, 5.4), xticks=(), yticks=(), aspect="equal")
     figure.tight_layout()
     figure.savefig(args.out, dpi=150)
     print(f"{args.out} written")

@@ -40,6 +40,28 @@ def bimodal():
     pyro.sample("y", dist.Normal(a**2, 0.6), obs=torch.tensor(2.5))
 
 
+def exact(model, x, y):
+    """Return the log-density of (offset, log spread), or of (b, a), up to a constant."""
+    if model is bimodal:
+        parts = dist.Normal(0.3, 1.5).log_prob(y), dist.Normal(y, 0.5).log_prob(x)
+        return sum(parts) + dist.Normal(y**2, 0.6).log_prob(torch.tensor(2.5))
+    spread = y.exp()
+    others = dist.Normal(0.0, (spread[..., None] ** 2 + 9).sqrt()).log_prob(Y[1:]).sum(-1)
+    own = dist.Normal(0.0, spread).log_prob(x) + dist.Normal(x, 3.0).log_prob(Y[0])
+    return others + own + dist.Normal(0.0, 1.5).log_prob(y)
+
+
+def contours(ax, model):
+    """Draw the regions of highest density that hold 50% and 95% of the exact posterior."""
+    lines = [torch.linspace(*limits, 200) for limits in (ax.get_xlim(), ax.get_ylim())]
+    density = exact(model, *torch.meshgrid(*lines, indexing="xy")).flatten().softmax(0)
+    height = density.sort(descending=True).values
+    levels = sorted(float(height[(height.cumsum(0) < p).sum()]) for p in (0.5, 0.95))
+    ax.contour(*lines, density.reshape(200, 200), levels, colors="#1b1b3a", linewidths=0.9)
+    ax.plot([], [], color="#1b1b3a", linewidth=0.9, label="exact, 50% and 95%")
+    ax.legend(loc="upper left", frameon=False, markerscale=4)
+
+
 def gaussian_guide(model, steps):
     """Return Pyro's multivariate normal guide, trained by SVI."""
     guide = AutoMultivariateNormal(model, init_loc_fn=init_to_feasible)
@@ -76,12 +98,16 @@ def main():
             )
             first, second = (result.draws[n].reshape(len(result.log_weights), -1) for n in names)
             first = first.log() if model is funnel else first
-            ax.plot(second[:2000, 0], first[:2000, 0], ".", ms=2, alpha=0.4, color="#2a6f97")
+            style = {"ms": 2, "alpha": 0.4, "color": "#2a6f97", "label": "draws of the guide"}
+            ax.plot(second[:2000, 0], first[:2000, 0], ".", **style)
+            if model is bimodal:
+                print(f"draws between the modes: {100 * (first.abs() < 0.9).float().mean():.1f}%")
             ax.set_title(f"{label}: k-hat {result.k_hat:.2f}")
         limits = [(ax.get_xlim(), ax.get_ylim()) for ax in row[1:]]
         for ax in row:
             ax.set(xlim=limits[0][0], ylim=limits[0][1], xlabel=names[1])
             ax.spines[["top", "right"]].set_visible(False)
+            contours(ax, model)
         row[0].set_ylabel("log spread" if model is funnel else names[0])
     figure.savefig(args.picture, dpi=150)
     print(f"{args.picture} written")

@@ -79,6 +79,8 @@ def main():
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
     for ax, (name, flow) in zip(axes, flows.items(), strict=False):
         plotting.trajectories(flow, count=250, ax=ax)
+        ax.plot(*fresh1[:500].T, ".", ms=2, color="#2a2a2a", alpha=0.5, zorder=0, label="target")
+        ax.legend(frameon=False, loc="upper left", fontsize="small")
         ax.set(title=f"{name} interpolant", aspect="equal")
     bars = axes[2].bar(
         [*energies, "shortest"],

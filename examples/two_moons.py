@@ -43,7 +43,9 @@ def main():
     for ax, t in zip(axes, (0.0, 0.5, 0.8, 1.0), strict=True):
         ax.pcolormesh(grid[..., 0], grid[..., 1], moons.at(t).log_prob(grid).exp(), cmap="magma")
         ax.set_title(f"density at t = {t:g}")
-    axes[-1].plot(*samples[:300].T, ".", color="white", ms=1.5)
+    axes[-1].plot(*test[:300].T, ".", color="#4cc9f0", ms=2, label="data, held out")
+    axes[-1].plot(*samples[:300].T, ".", color="white", ms=2, label="draws of the flow")
+    axes[-1].legend(loc="upper right", labelcolor="white", frameon=False, markerscale=4)
     figure.tight_layout()
     figure.savefig(args.picture, dpi=150)
     print(f"{args.picture} written")

@@ -78,6 +78,7 @@ if TYPE_CHECKING:
         importance,
         log_joint,
         neutra,
+        to_arviz,
         train_from_density,
     )
 
@@ -164,6 +165,7 @@ __all__, __getattr__, __dir__ = attach(
             "importance",
             "log_joint",
             "neutra",
+            "to_arviz",
             "train_from_density",
         ],
     },

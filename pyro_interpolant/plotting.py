@@ -3,7 +3,7 @@ r"""Plots of flows by matplotlib (extra ``[plot]``), which the first plot import
 Every function draws on the axes it is given, or on new ones, and returns them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .distributions.interpolant import InterpolantDistribution
+from .distributions.constraints import as_tensor
+from .distributions.interpolant import (
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+)
+from .distributions.joint import JointInterpolantDistribution
 from .interpolants.linear import Interpolant
 from .nn.velocity import evaluate
 from .solvers.ode import FixedGrid
@@ -24,9 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "coefficients",
+    "conditional",
     "corner",
+    "coverage_curve",
     "density",
     "evolution",
+    "rank_histogram",
     "ranks",
     "training_curve",
     "trajectories",
@@ -36,6 +44,8 @@ _DATA_COLOR, _MODEL_COLOR, _THIRD_COLOR = "#4c566a", "#d1495b", "#2a9d8f"
 _EXTENT_SAMPLES = 2000
 _SCATTER_POINTS = 4000
 _ARROWS_PER_AXIS = 15
+_CONTOUR_BINS = 60  # per axis
+_NORMAL_99 = 2.576  # standard deviations, of a bar
 
 
 def trajectories(
@@ -205,49 +215,212 @@ def ranks(check: Any, *, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def corner(
-    samples: Tensor | Distribution,
-    data: Tensor,
-    *,
-    names: Sequence[str] | None = None,
-    count: int = 2000,
-    ax: np.ndarray | None = None,
-) -> np.ndarray:
-    """Compare samples with data: histograms on the diagonal, pairs of columns below it.
+def rank_histogram(check: Any, *, bins: int = 20, ax: "Axes | None" = None) -> "Axes":
+    """Draw the histogram of numbers that should be uniform, with the 99% band of a bar.
 
     Args:
-        samples: Samples, shape ``(M, D)``, or a distribution to draw ``count`` from.
-        data: Rows, shape ``(N, D)``.
-        names: One per column.
+        check: A :class:`~pyro_interpolant.diagnostics.CalibrationCheck`.
+        bins: The number of bars.
+        ax: Axes, or None for new ones.
+    """
+    ax = _axes(ax)
+    count, quantities = check.values.shape
+    for values, name in zip(check.values.T.cpu().numpy(), check.names, strict=True):
+        heights, edges = np.histogram(values, bins, (0, 1), density=True)
+        ax.stairs(heights, edges, baseline=0, label=name, fill=quantities == 1, alpha=0.7)
+    half = _NORMAL_99 * _chance(check) * np.sqrt((bins - 1) / count)
+    ax.axhspan(1 - half, 1 + half, color=_DATA_COLOR, alpha=0.15, linewidth=0, label="99%")
+    ax.axhline(1, color=_DATA_COLOR, linewidth=0.8)
+    ax.set(xlabel="$u$", ylabel="density", xlim=(0, 1))
+    ax.legend(frameon=False)
+    return ax
+
+
+def coverage_curve(check: Any, *, ax: "Axes | None" = None) -> "Axes":
+    """Draw the share of rows within central regions against the probability of these.
+
+    The curve of a calibrated density is the diagonal; with the 99% band that holds for all of it.
+
+    Args:
+        check: A :class:`~pyro_interpolant.diagnostics.CalibrationCheck`. Of
+            :func:`~pyro_interpolant.diagnostics.coverage` and ``tarp`` regions are those of the
+            check; of ``pit`` and ``sbc`` intervals in the middle of each quantity.
+        ax: Axes, or None for new ones.
+    """
+    ax = _axes(ax)
+    count = len(check.values)
+    levels = np.linspace(0, 1, 201)
+    shares = np.append(np.arange(count + 1) / count, 1)
+    ax.fill_between(
+        levels, np.clip(levels - check.band, 0, 1), np.clip(levels + check.band, 0, 1),
+        color=_DATA_COLOR, alpha=0.15, linewidth=0, label="99%",
+    )  # fmt: skip
+    for values, name in zip(check.values.T, check.names, strict=True):
+        inside = values if "regions" in name else (2 * values - 1).abs()
+        edges = np.concatenate(([0], inside.sort().values.cpu().numpy(), [1]))
+        ax.step(edges, shares, where="post", linewidth=1, label=name)
+    ax.plot((0, 1), (0, 1), color=_DATA_COLOR, linewidth=0.8)
+    ax.set(xlabel="probability of the region", ylabel="share of rows inside")
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    ax.legend(frameon=False, loc="upper left")
+    return ax
+
+
+def conditional(
+    distribution: ConditionalInterpolantDistribution,
+    context: Any,
+    *,
+    column: int = 0,
+    data: tuple[Any, Any] | None = None,
+    levels: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95),
+    points: int = 120,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw the density of a scalar, and its quantiles, along contexts of which one column varies.
+
+    Args:
+        distribution: A conditional flow in one dimension.
+        context: Contexts, shape ``(K, C)`` or ``(K,)`` where C = 1, ascending in one column.
+        column: Which one that is.
+        data: Outcomes, shape ``(N,)`` or ``(N, 1)``, and their contexts, to draw as points.
+        levels: Of the quantiles.
+        points: Of the grid of outcomes.
+        ax: Axes, or None for new ones.
+
+    Raises:
+        ValueError: If the flow has more than one dimension.
+    """
+    flow = distribution.transform.flow
+    if flow.event_dim > 1:
+        raise ValueError(
+            f"expected outcomes in one dimension, got {flow.event_dim}: use "
+            "corner(distribution.condition(context), data)"
+        )
+    ax = _axes(ax)
+    contexts, _ = _table(context)
+    given = distribution.condition(torch.as_tensor(contexts).to(flow.loc))
+    along = contexts[:, column]
+    q = torch.tensor([0.005, *levels, 0.995])[:, None].to(flow.loc)
+    with torch.no_grad():
+        lines = given.icdf(q.expand(-1, len(along))).reshape(len(q), -1)
+        values = torch.linspace(float(lines[0].min()), float(lines[-1].max()), points).to(lines)
+        grid = values[:, None].expand(-1, len(along))
+        density = given.log_prob(grid.reshape(*grid.shape, *given.event_shape)).exp()
+    heights = density.cpu().numpy()
+    ax.pcolormesh(along, values.cpu().numpy(), heights, shading="gouraud", cmap="magma_r")
+    if data is not None:
+        y, c = (_table(part)[0][:_SCATTER_POINTS] for part in data)
+        ax.scatter(c[:, column], y[:, 0], s=3, color=_DATA_COLOR, linewidths=0, label="data")
+    for i, (level, line) in enumerate(zip(levels, lines[1:-1].cpu().numpy(), strict=True)):
+        name = ", ".join(f"{100 * x:g}%" for x in levels) if i == 0 else None
+        width = 1.6 if level == 0.5 else 0.8
+        ax.plot(along, line, color=_THIRD_COLOR, linewidth=width, label=name)
+    ax.set(xlabel="context", ylabel="$x$", ylim=(float(values[0]), float(values[-1])))
+    ax.set_xlim(along.min(), along.max())
+    ax.legend(frameon=False)
+    return ax
+
+
+def corner(
+    samples: Any,
+    data: Any,
+    *,
+    names: Sequence[str] | None = None,
+    levels: Sequence[float] = (0.5, 0.9),
+    count: int = 4000,
+    ax: np.ndarray | None = None,
+) -> np.ndarray:
+    """Compare samples with data: histograms on the diagonal, contours of pairs of columns below.
+
+    Contours enclose shares of the rows. All axes of a column have the same limits, those of both
+    sets but for the farthest 0.5% on each side.
+
+    Args:
+        samples: Samples, shape ``(M, D)``, a data frame or draws by name; or a distribution to
+            draw ``count`` from.
+        data: Rows, shape ``(N, D)``, a data frame or draws by name.
+        names: One per column; by default those of the data.
+        levels: The shares that contours enclose.
         count: The number of samples to draw.
         ax: An array of D x D axes, or None for new ones.
     """
-    if not isinstance(samples, Tensor):
+    if isinstance(samples, JointInterpolantDistribution) and isinstance(data, Mapping):
+        samples = samples.sample_dict((count,))
+    elif isinstance(samples, Distribution):
         samples = samples.sample(torch.Size((count,)))
-    dim = data.shape[-1]
+    rows, found = _table(data)
+    pair = ((rows, _DATA_COLOR, "data"), (_table(samples)[0], _MODEL_COLOR, "model"))
+    dim = rows.shape[-1]
     if ax is None:
         ax = _axes_array(dim, dim, (1.6 * dim + 1, 1.6 * dim + 1))
-    names = [f"$x_{{{i + 1}}}$" for i in range(dim)] if names is None else names
-    pair = (
-        (data.detach().cpu().numpy(), _DATA_COLOR, "data"),
-        (samples.detach().cpu().numpy(), _MODEL_COLOR, "model"),
-    )
+    names = (found or [f"$x_{{{i + 1}}}$" for i in range(dim)]) if names is None else names
+    boxes = np.stack([_extents(part) for part, *_ in pair])
+    low, high = boxes[..., 0].min(0), boxes[..., 1].max(0)
     for i, j in np.ndindex(dim, dim):
         one = ax[i][j]
         if j > i:
             one.set_axis_off()
             continue
-        for rows, color, label in pair:
+        for part, color, label in pair:
             if i == j:
-                one.hist(rows[:, i], 40, density=True, histtype="step", color=color, label=label)
-            else:
-                x, y = rows[:_SCATTER_POINTS, j], rows[:_SCATTER_POINTS, i]
-                one.scatter(x, y, s=2, alpha=0.3, color=color, linewidths=0)
+                bins = np.linspace(low[i], high[i], 41)
+                heights = np.histogram(part[:, i], bins, density=True)[0]
+                one.stairs(heights, bins, color=color, label=label)
+                continue
+            _contours(one, part[:, [j, i]], (low[[j, i]], high[[j, i]]), levels, color)
+            if label == "data":
+                x, y = part[:_SCATTER_POINTS, j], part[:_SCATTER_POINTS, i]
+                one.scatter(x, y, s=2, alpha=0.2, color=color, linewidths=0, zorder=0)
         one.set(xlabel=names[j] if i == dim - 1 else "", ylabel=names[i] if j == 0 < i else "")
+        one.set_xlim(low[j], high[j])
         if i == j:
             one.set_yticks([])
+        else:
+            one.set_ylim(low[i], high[i])
     ax[0][0].legend(frameon=False, fontsize="small")
     return ax
+
+
+def _table(x: Any) -> tuple[np.ndarray, list[str] | None]:
+    """Return rows, shape ``(N, D)``, of a tensor, a frame or draws by name, and names if any."""
+    if isinstance(x, Mapping) and not hasattr(x, "columns"):
+        parts = {name: _table(value)[0] for name, value in x.items()}
+        names = [
+            name if part.shape[1] == 1 else f"{name}[{i}]"
+            for name, part in parts.items()
+            for i in range(part.shape[1])
+        ]
+        return np.concatenate(list(parts.values()), 1), names
+    names = [str(column) for column in getattr(x, "columns", ())]
+    rows = as_tensor(x).detach().double().cpu()
+    return rows.reshape(len(rows), -1).numpy(), names or None
+
+
+def _contours(
+    ax: "Axes",
+    x: np.ndarray,
+    box: tuple[np.ndarray, np.ndarray],
+    levels: Sequence[float],
+    color: str,
+) -> None:
+    """Draw contours that enclose shares of points, shape ``(N, 2)``, of a smoothed histogram."""
+    from scipy.ndimage import gaussian_filter
+
+    bins = [np.linspace(a, b, _CONTOUR_BINS + 1) for a, b in zip(*box, strict=True)]
+    counts = gaussian_filter(np.histogram2d(x[:, 0], x[:, 1], bins)[0], _CONTOUR_BINS / 30)
+    heights = np.sort(counts, axis=None)[::-1]
+    inside = heights.cumsum() / heights.sum()
+    at = np.unique([heights[np.searchsorted(inside, level)] for level in levels])
+    middles = [0.5 * (edges[1:] + edges[:-1]) for edges in bins]
+    ax.contour(*middles, counts.T, at, colors=color, linewidths=1)
+
+
+def _chance(check: Any) -> float:
+    """Return by how much draws that all rows share widen the band of a check."""
+    from scipy.stats import kstwo  # slow to import
+
+    count, quantities = check.values.shape
+    return check.band / float(kstwo.isf(0.01 / quantities, count))
 
 
 def _axes(ax: "Axes | None") -> "Axes":
@@ -267,6 +440,11 @@ def _extent(x: Tensor) -> tuple[float, ...]:
     bounds = torch.quantile(x.double().cpu(), torch.tensor([0.005, 0.995]).double(), dim=0)
     margin = 0.15 * (bounds[1] - bounds[0])
     return tuple(torch.stack((bounds[0] - margin, bounds[1] + margin), -1).flatten().tolist())
+
+
+def _extents(x: np.ndarray) -> np.ndarray:
+    """Return the bounds of each column of samples, as :func:`_extent`, shape ``(D, 2)``."""
+    return np.reshape(_extent(torch.as_tensor(x)), (-1, 2))
 
 
 def _paths(

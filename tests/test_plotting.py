@@ -6,7 +6,9 @@ from cases import random_flow
 from pyro.distributions import constraints
 
 from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
     InterpolantDistribution,
+    JointInterpolantDistribution,
     Latent,
     LearnedInterpolant,
     Linear,
@@ -97,7 +99,11 @@ def test_corner_compares_every_pair(drawn):
     axes = plotting.corner(samples, data, names=["a", "b", "c"])
     assert axes.shape == (3, 3)
     assert not axes[0][2].axison
-    assert len(axes[2][0].collections) == 2
+    assert [type(part).__name__ for part in axes[2][0].collections] == [
+        "QuadContourSet", "PathCollection", "QuadContourSet",
+    ]  # fmt: skip
+    assert axes[2][0].get_xlim() == axes[1][0].get_xlim() == axes[0][0].get_xlim()
+    assert axes[2][0].get_ylim() == axes[2][1].get_ylim() == axes[2][2].get_xlim()
     assert axes[2][1].get_xlabel() == "b"
     assert axes[2][0].get_ylabel() == "c"
     assert plotting.corner(samples, data, ax=axes) is axes
@@ -125,3 +131,71 @@ def test_a_check_is_drawn_within_its_band():
     )
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["one", "two", "99%"]
+
+
+def test_contours_enclose_their_shares():
+    data = torch.randn(20_000, 2)
+    axes = plotting.corner(data, data, levels=(0.5, 0.9))
+    paths = axes[1][0].collections[0].get_paths()
+    inside = sorted(float(path.contains_points(data.numpy()).mean()) for path in paths)
+    assert inside == pytest.approx([0.5, 0.9], abs=0.03)
+
+
+def test_corner_of_named_draws_and_of_frames():
+    pd = pytest.importorskip("pandas")
+    sites = {"slope": ((2,), constraints.real), "noise": ((), constraints.positive)}
+    joint = JointInterpolantDistribution(random_flow(3), sites=sites).freeze()
+    axes = plotting.corner(joint, joint.sample_dict((200,)))
+    assert axes[2][1].get_xlabel() == "slope[1]"
+    assert axes[2][0].get_ylabel() == "noise"
+    assert axes[2][2].get_xlim()[1] > 0
+    frame = pd.DataFrame(torch.randn(100, 2).numpy(), columns=["mass", "radius"])
+    axes = plotting.corner(torch.randn(100, 2), frame)
+    assert (axes[1][0].get_xlabel(), axes[1][0].get_ylabel()) == ("mass", "radius")
+
+
+def uniform_check(count=400, names=("a", "b"), band=0.08):
+    u = (torch.arange(count) + 0.5) / count
+    return CalibrationCheck(u[:, None].repeat(1, len(names)), names, torch.zeros(2), band, "")
+
+
+def test_a_histogram_of_ranks_is_flat_within_its_band():
+    ax = plotting.rank_histogram(uniform_check(), bins=10)
+    bars = [patch for patch in ax.patches if hasattr(patch, "get_data")]
+    assert len(bars) == 2
+    assert bars[0].get_data().values == pytest.approx([1.0] * 10)
+    band = next(patch for patch in ax.patches if not hasattr(patch, "get_data"))
+    low, high = band.get_y(), band.get_y() + band.get_height()
+    found = torch.distributions.Binomial(400, torch.tensor(0.1)).sample((4000,)) / 40
+    share = ((found > low) & (found < high)).double().mean()
+    assert 0.98 <= float(share) <= 1.0
+    assert high < 1.5
+
+
+def test_a_coverage_curve_is_the_diagonal_where_regions_hold_their_share():
+    check = uniform_check(names=("highest-density regions", "column 1"))
+    ax = plotting.coverage_curve(check)
+    for line in ax.lines[:2]:
+        x, y = line.get_xydata().T
+        assert abs(x - y).max() < 0.01
+    wide = check._replace(values=0.5 + 0.1 * (check.values - 0.5))
+    x, y = plotting.coverage_curve(wide).lines[1].get_xydata().T
+    assert x[-2] < 0.11  # intervals of a tenth hold all rows
+    assert y[-2] == 1.0
+
+
+@pytest.mark.parametrize("scalars", [True, False])
+def test_a_conditional_density_along_one_column_of_contexts(scalars):
+    options = {"support": constraints.real, "event_shape": ()} if scalars else {}
+    family = ConditionalInterpolantDistribution(random_flow(1, context_dim=2), **options).freeze()
+    grid = torch.stack((torch.zeros(9), torch.linspace(-1, 1, 9)), 1)
+    y, c = torch.randn(30, 1), torch.randn(30, 2)
+    ax = plotting.conditional(family, grid, column=1, data=(y, c), levels=(0.5,), points=20)
+    x, median = ax.lines[0].get_xydata().T
+    assert x.tolist() == grid[:, 1].tolist()
+    expected = family.condition(grid).icdf(torch.tensor(0.5)).reshape(-1)
+    assert median == pytest.approx(expected.numpy())
+    assert len(ax.collections) == 2
+    wide = ConditionalInterpolantDistribution(random_flow(2, context_dim=1))
+    with pytest.raises(ValueError, match="expected outcomes in one dimension, got 2"):
+        plotting.conditional(wide, torch.zeros(3, 1))

@@ -34,7 +34,16 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 PYRO = {"transforms", "distributions", "diagnostics", "io", "infer"}  # the rooms that know Pyro
-FOREIGN = ("jax", "numpyro", "matplotlib", "zuko", "sklearn", "lightning_fabric", "lightning")
+FOREIGN = (
+    "jax",
+    "numpyro",
+    "matplotlib",
+    "arviz",
+    "zuko",
+    "sklearn",
+    "lightning_fabric",
+    "lightning",
+)
 FILE_LINES, BODY_LINES = 500, 45
 
 HAS_JAX = importlib.util.find_spec("jax") is not None

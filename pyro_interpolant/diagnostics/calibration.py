@@ -43,6 +43,14 @@ class SolverError(NamedTuple):
     round_trip_mean: float
     round_trip_worst: float
 
+    def __repr__(self) -> str:
+        """Say it in a line."""
+        return (
+            f"log_prob within {self.density_mean:.1g} nats (worst {self.density_worst:.1g}, bias "
+            f"{self.density_bias:+.1g}); round trip within {self.round_trip_mean:.1g} (worst "
+            f"{self.round_trip_worst:.1g}) whitened units"
+        )
+
 
 class Calibration(NamedTuple):
     """What a calibration found.

@@ -24,11 +24,16 @@ from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from .._torch import seeded
 from ..distributions.constraints import checked_context, checked_rows
-from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
+from ..distributions.interpolant import (
+    AnyDistribution,
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+)
 from ..distributions.joint import NamedSites, column_names
 
 _LEVEL = 0.99  # of the band
@@ -61,7 +66,7 @@ class CalibrationCheck(NamedTuple):
 
 
 def pit(
-    distribution: AnyDistribution,
+    distribution: AnyDistribution | AutoGuide,
     x: Any,
     context: ArrayLike | None = None,
     *,
@@ -73,7 +78,8 @@ def pit(
     Of scalars it is exact, by the cdf; else it is a rank among draws, spread over its step.
 
     Args:
-        distribution: A density, conditional or not.
+        distribution: A density, conditional or not; or a guide, whose ``posterior`` is compared
+            with draws of another sampler, nearly independent ones.
         x: Rows it has not seen, shape ``(N, *event_shape)``; of named sites, draws by name.
         context: Their contexts, shape ``(N, C)``, for a conditional density.
         draws: How many for each row; without contexts all rows share 4,000.
@@ -88,11 +94,11 @@ def pit(
         values = rows.probabilities()
         exact = values is not None
         values = _spread(rows.ranks(), rows.draws) if values is None else values
-    return _check(values, rows, column_names(distribution), _SHAPES, exact=exact)
+    return _check(values, rows, column_names(rows.distribution), _SHAPES, exact=exact)
 
 
 def coverage(
-    distribution: AnyDistribution,
+    distribution: AnyDistribution | AutoGuide,
     x: Any,
     context: ArrayLike | None = None,
     *,
@@ -121,7 +127,7 @@ def coverage(
 
 
 def sbc(
-    distribution: ConditionalInterpolantDistribution,
+    distribution: ConditionalInterpolantDistribution | AutoGuide,
     x: Any,
     context: ArrayLike,
     *,
@@ -131,7 +137,8 @@ def sbc(
     """Check a learned posterior by simulation: ranks of parameters among its draws given the data.
 
     Args:
-        distribution: The conditional density of parameters given data.
+        distribution: The conditional density of parameters given data; or an amortized guide,
+            whose ``posterior`` it is.
         x: Parameters drawn from the prior, shape ``(N, *event_shape)``, or by name.
         context: The data simulated with them, shape ``(N, C)``.
         draws: How many for each pair.
@@ -147,11 +154,11 @@ def sbc(
     rows = _Rows(distribution, x, context, draws)
     with seeded(seed):
         values = _spread(rows.ranks(densities=True), rows.draws)
-    return _check(values, rows, [*column_names(distribution), "the log-density"], _SHAPES)
+    return _check(values, rows, [*column_names(rows.distribution), "the log-density"], _SHAPES)
 
 
 def tarp(
-    distribution: AnyDistribution,
+    distribution: AnyDistribution | AutoGuide,
     x: Any,
     context: ArrayLike | None = None,
     *,
@@ -197,9 +204,10 @@ class _Rows:
         shared: Whether all rows share them.
     """
 
-    def __init__(
-        self, distribution: AnyDistribution, x: Any, context: ArrayLike | None, draws: int
-    ) -> None:
+    def __init__(self, distribution: Any, x: Any, context: ArrayLike | None, draws: int) -> None:
+        distribution = getattr(distribution, "posterior", distribution)  # of a guide
+        if context is not None and isinstance(distribution, InterpolantDistribution):
+            distribution.given(torch.as_tensor(context))  # raises: it takes none
         flow = distribution.transform.flow
         self.distribution = distribution
         if isinstance(x, Mapping):

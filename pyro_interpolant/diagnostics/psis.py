@@ -15,6 +15,7 @@ from torch import Tensor
 from ..distributions.interpolant import InterpolantDistribution
 from ..solvers.ode import FixedGrid
 
+K_HAT_GOOD = 0.5  # up to it the weights have a variance, and averages the usual error
 K_HAT_LIMIT = 0.7  # above it weighted averages are not reliable, of any number of draws
 _MIN_TAIL = 5  # the fewest largest weights to which a tail is fitted
 
@@ -37,7 +38,8 @@ class ImportanceSummary(NamedTuple):
     r"""What importance weights :math:`w = p / q` say of the proposal and of the evidence.
 
     Attributes:
-        k_hat: Pareto's k-hat: above 0.7 averages over the weights are not reliable.
+        k_hat: Pareto's k-hat: below 0.5 all is well, above 0.7 averages over the weights are not
+            reliable.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2`.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of :math:`\log \int p`, nats.
         log_evidence_stderr: Its standard error; too small where k-hat is large.

@@ -154,10 +154,7 @@ def as_tensor(x: Any, name: str = "data") -> Tensor:
         TypeError: If it is none of these, or a data frame with columns that are no numbers.
     """
     if hasattr(x, "to_numpy"):  # of pandas
-        kinds = getattr(x, "dtypes", None)
-        x = x.to_numpy()
-        if x.dtype.kind not in "biuf":
-            raise TypeError(f"expected {name} of columns of numbers, got types {kinds}")
+        x = _from_frame(x, name)
     try:
         if not isinstance(x, (Tensor, np.ndarray)) and hasattr(x, "__array__"):
             x = np.asarray(x)  # of jax
@@ -209,6 +206,27 @@ def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,))
             "them weight 0"
         )
     return x
+
+
+def _from_frame(x: Any, name: str) -> np.ndarray:
+    """Return the values of a data frame or one of its columns, missing ones as NaN.
+
+    Raises:
+        TypeError: If there are columns that are no numbers.
+    """
+    kinds = getattr(x, "dtypes", None)
+    values = x.to_numpy()
+    if values.dtype.kind == "O":  # types of pandas' own, which have a value for missing ones
+        own = {getattr(kind, "kind", "O") for kind in getattr(kinds, "tolist", lambda: [kinds])()}
+        if own <= set("biuf"):
+            is_whole = "f" not in own and not x.isna().to_numpy().any()
+            values = x.astype("int64" if is_whole else "float64").to_numpy()
+    if values.dtype.kind not in "biuf":
+        raise TypeError(
+            f"expected {name} of columns of numbers, got types {kinds}: leave other columns out, "
+            "or write categories as whole numbers, column.cat.codes"
+        )
+    return values
 
 
 def checked_context(

@@ -40,7 +40,7 @@ from .bases import (
 )
 from .constraints import Constraint, checked_rows, shaped
 from .report import Report
-from .summaries import Summaries
+from .summaries import Summaries, pushed
 from .supports import Support, support_of
 
 if TYPE_CHECKING:
@@ -315,6 +315,16 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
         if not is_functional() and not is_compiling() and bool(possible.all()):
             return x, None
         return x.where(possible[..., None], self.transform.flow.loc.to(x)), possible
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Return samples, ``(*sample_shape, *batch, *event)``; of many scalars by their quantiles.
+
+        Those are read off a spline, see :meth:`icdf`; :meth:`rsample` solves for each.
+        """
+        if self.base is not None or self.transform.flow.event_dim > 1:
+            return super().sample(sample_shape)
+        with torch.no_grad():
+            return pushed(self, self.base_dist.sample(sample_shape))
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Return samples, ``(*sample_shape, *batch, *event)``, and log-densities, in one solve."""

@@ -15,7 +15,7 @@ from torch.distributions import biject_to, constraints
 
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .constraints import Constraint, as_tensor, bijection, checked_rows
+from .constraints import Constraint, Shaped, as_tensor, bijection, checked_rows
 from .interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -233,7 +233,10 @@ def real_shape(shape: Sequence[int], support: Constraint) -> torch.Size:
 def column_names(distribution: AnyDistribution) -> list[str]:
     """Return what to call each unconstrained column."""
     if not isinstance(distribution, NamedSites):
-        space = support_of(without_gaussianizer(distribution.constraint))
+        constraint = without_gaussianizer(distribution.constraint)
+        if isinstance(constraint, Shaped):
+            constraint = constraint.base_constraint
+        space = support_of(constraint)
         given = space.is_real() or isinstance(space, CircularSupport)
         kind = "column" if given else "unconstrained column"
         size = distribution.transform.flow.event_dim

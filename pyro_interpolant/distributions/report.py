@@ -48,10 +48,10 @@ class Report:
     def __repr__(self) -> str:
         """Say all in one line."""
         rows = f" from {self.rows:,.0f} rows" if math.isfinite(self.rows) else ""
-        found = [f"{self.dim}-d density{rows} in {_duration(self.seconds)}: "]
+        found = [f"{self.dim}-d density{rows} in {duration(self.seconds)}: "]
         if self.held_out is not None and self.held_out_stderr is not None:
             digits = decimals(self.held_out_stderr)
-            value = f"{self.held_out:.{digits}f} ± {self.held_out_stderr:.{digits}f}"
+            value = with_error(self.held_out, self.held_out_stderr)
             found[0] += f"{self.held_out_name} {value}"
             found[0] += f" nats{beside(self.reference, self.reference_name, digits)}; "
         if self.log_prob_error is not None:
@@ -66,11 +66,17 @@ def decimals(error: float) -> int:
     return max(0, min(6, 1 - math.floor(math.log10(error))))
 
 
+def with_error(value: float, error: float) -> str:
+    """Return a number and its error in as many decimals as that leaves."""
+    digits = decimals(error)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
 def beside(reference: float | None, name: str, digits: int) -> str:
     """Return what a held-out density is compared with, in brackets; nothing for None."""
     return "" if reference is None else f" ({name} {reference:.{digits}f})"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return a duration in seconds, or in minutes from two of them."""
     return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.3g} min"

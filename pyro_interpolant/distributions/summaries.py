@@ -17,6 +17,7 @@ from torch.distributions import ComposeTransform, Independent
 from torch.quasirandom import SobolEngine
 
 from .._torch import is_functional, is_tracing, seeded
+from ..transforms.monotone import mapped
 from .bases import Samples
 from .supports import CircularSupport
 
@@ -206,7 +207,7 @@ class Summaries:
         _, increases = _orientation(self)
         q = q if increases else 1 - q
         inner = (q > 0) & (q < 1)
-        x = ComposeTransform(self.transforms)(_base_icdf(self, q.where(inner, 0.5)))
+        x = pushed(self, _base_icdf(self, q.where(inner, 0.5)))
         end = q.new_tensor(math.inf).copysign(q - 0.5)[..., None]
         end, _ = self.space.onto(self.transform.flow, end)
         return x.where(inner.reshape(x.shape), end)
@@ -256,6 +257,18 @@ def _base_icdf(distribution: Any, q: Tensor) -> Tensor:
     if isinstance(distribution.base, Summaries):
         return distribution.base.icdf(q)
     return _scalars(distribution.base).icdf(q[..., None])
+
+
+def pushed(distribution: Any, x: Tensor) -> Tensor:
+    """Return where a flow of scalars takes values of its base, shape ``(*, 1)``."""
+    chain = distribution.transforms
+    place = chain.index(distribution.transform)
+    before, after = (ComposeTransform(part) for part in (chain[:place], chain[place + 1 :]))
+
+    def probability(w: Tensor) -> Tensor:
+        return _base_cdf(distribution, before.inv(w[..., None]))
+
+    return after(mapped(distribution.transform, before(x), probability))
 
 
 def _scalars(base: Any) -> Any:

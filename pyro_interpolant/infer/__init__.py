@@ -2,10 +2,10 @@ r"""Flows inside Pyro models: as a guide, as a prior, and as a proposal.
 
 ``autoguide`` has the guide and its training; ``log_density`` is a model's log joint as a function
 of the unconstrained vector that ``sites`` packs. ``importance_sampling`` judges a guide by the
-weights of its draws. ``reparam`` samples a model in the base space of its learned priors, or of a
-guide. ``smc`` trains a flow from an unnormalised density alone. ``population`` learns the density
-behind a noisy catalogue: ``noise`` is what a row says about its latent, which ``latents`` draws,
-and ``regression`` fits the flow to rows that change.
+weights of its draws, ``inference_data`` hands draws to ArviZ. ``reparam`` samples a model in the
+base space of its learned priors, or of a guide. ``smc`` trains a flow from an unnormalised density
+alone. ``population`` learns the density behind a noisy catalogue: ``noise`` is what a row says
+about its latent, which ``latents`` draws, and ``regression`` fits the flow to rows that change.
 """
 
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .importance_sampling import *
     from .latents import *
     from .population import *
+    from .inference_data import *
     from .reparam import *
     from .smc.train import *
 
@@ -29,6 +30,7 @@ __all__, __getattr__, __dir__ = attach(
         "importance_sampling": ["ImportanceResult", "importance"],
         "latents": ["ObjectPosteriors", "object_posteriors"],
         "population": ["from_noisy_samples", "from_posterior_samples"],
+        "inference_data": ["to_arviz"],
         "reparam": ["Neutra", "base_space", "neutra"],
         "smc.train": ["Round", "RoundsResult", "train_from_density"],
     },

@@ -18,6 +18,8 @@ from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.psis import ImportanceSummary, judge
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.joint import JointInterpolantDistribution
+from ..distributions.report import duration, with_error
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
 from ..solvers.divergence import Divergence
@@ -149,6 +151,20 @@ class AutoInterpolant(AutoContinuous):
         """Return the distribution of the unconstrained latent vector, of event shape ``(D,)``."""
         return InterpolantDistribution(self.transform)
 
+    @property
+    def posterior(self) -> JointInterpolantDistribution:
+        """The joint distribution of the latent sites by name, as checks and plots take it.
+
+        Raises:
+            ValueError: If the guide does not know the model's sites yet.
+        """
+        if self.prototype_trace is None:
+            raise ValueError(
+                "expected a guide that knows the sites of its model, got one that was never "
+                "called: guide(*args), or train it by fit_guide"
+            )
+        return JointInterpolantDistribution(self.transform, sites=LatentSites(self).sites)
+
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Sample the unconstrained latent vector, shape ``(*, D)``, as an auxiliary site."""
         self._claim_weights()
@@ -277,7 +293,8 @@ class GuideResult(NamedTuple):
     r"""How good a guide has become, by importance weights of fresh draws.
 
     Attributes:
-        k_hat: Pareto's k-hat, of the tail of the weights: above 0.7 none of this is reliable.
+        k_hat: Pareto's k-hat, of the tail of the weights: below 0.5 all is well, above 0.7 none of
+            this is reliable.
         ess: The effective sample size of ``draws`` draws.
         log_evidence: An estimate of the model's log-evidence, nats.
         log_evidence_stderr: Its standard error; too small where k-hat is large.
@@ -295,6 +312,14 @@ class GuideResult(NamedTuple):
     verdict: str
     seconds: float
     training: FitResult | RoundsResult
+
+    def __repr__(self) -> str:
+        """Say the verdict, the evidence, the time it took, and what the training did."""
+        evidence = with_error(self.log_evidence, self.log_evidence_stderr)
+        return (
+            f"{self.verdict}\nlog-evidence {evidence} nats, in {duration(self.seconds)}\n"
+            f"training: {self.training}"
+        )
 
 
 @with_gradients()

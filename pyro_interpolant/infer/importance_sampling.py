@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._torch import seeded, warn_user
 from ..diagnostics.psis import (
+    K_HAT_GOOD,
     K_HAT_LIMIT,
     ImportanceSummary,
     judge,
@@ -24,6 +25,7 @@ from ..diagnostics.psis import (
     tail_length,
 )
 from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.report import with_error
 from ..training.loop import check_ranges
 from .log_density import LogJoint
 from .sites import LatentSites
@@ -37,7 +39,8 @@ class ImportanceResult(NamedTuple):
     r"""How well a guide covers its posterior, by weights ``w = p / q`` of its own draws.
 
     Attributes:
-        k_hat: Pareto's k-hat of the weights: above 0.7 none of this is reliable.
+        k_hat: Pareto's k-hat of the weights: below 0.5 all is well, above 0.7 none of this is
+            reliable.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2` of the draws.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of the model's log-evidence, nats.
         log_evidence_stderr: Its standard error; too small where k-hat is large.
@@ -53,6 +56,11 @@ class ImportanceResult(NamedTuple):
     verdict: str
     log_weights: Tensor
     draws: dict[str, Tensor]
+
+    def __repr__(self) -> str:
+        """Say the verdict, the evidence and the sites that there are draws of."""
+        evidence = with_error(self.log_evidence, self.log_evidence_stderr)
+        return f"{self.verdict}\nlog-evidence {evidence} nats; draws of {', '.join(self.draws)}"
 
     def resampled(self, count: int | None = None, *, seed: int | None = None) -> dict[str, Tensor]:
         """Return draws resampled by their weights: posterior samples for ``Predictive``.
@@ -174,7 +182,7 @@ def importance_of(
 
 def are_raw_draws_good(summary: ImportanceSummary, count: int) -> bool:
     """Return whether ``count`` draws will do without weights, as :func:`verdict_of` says."""
-    return summary.k_hat <= K_HAT_LIMIT and summary.ess >= _GOOD_SHARE * count
+    return summary.k_hat <= K_HAT_GOOD and summary.ess >= _GOOD_SHARE * count
 
 
 def verdict_of(summary: ImportanceSummary, count: int) -> str:

@@ -204,7 +204,7 @@ class VelocityMLP(nn.Module):
         inverses = self._inverse_reach()
         return [
             partial(self._velocity, modulation=m, inverses=inverses)
-            for m in self._modulation(times, context).unbind()
+            for m in self._modulations(times, context)
         ]
 
     def forward_and_divergence(
@@ -229,12 +229,12 @@ class VelocityMLP(nn.Module):
 
         Args:
             times: Times, shape ``(T,)``.
-            context: One context, shape ``(C,)``, or contexts broadcastable to ``(*, C)``, or None.
+            context: Contexts, broadcastable to ``(*, C)``, or None.
         """
         trace = self._tracer()
         return [
             partial(self._divergence, modulation=m, trace=trace)
-            for m in self._modulation(times, context).unbind()
+            for m in self._modulations(times, context)
         ]
 
     def _divergence(self, x: Tensor, modulation: Modulation, trace: Trace) -> Tensor:
@@ -251,6 +251,11 @@ class VelocityMLP(nn.Module):
         # div(g u) = g div u + u . grad g, where grad_i g = -g^5 y_i^3 / R_i
         along = (y * y * y * inverse * u).sum(-1)
         return g[..., None] * u, g * trace(inputs, slopes) - g**5 * along
+
+    def _modulations(self, times: Tensor, context: Tensor | None) -> list[Modulation]:
+        """Return the modulation at each of the times, shape ``(T,)``."""
+        batch = 0 if context is None else context.dim() - 1
+        return self._modulation(times.reshape(-1, *(1,) * batch), context).unbind()
 
     def _modulation(self, t: Tensor, context: Tensor | None) -> Modulation:
         features = self._features(t)

@@ -8,7 +8,8 @@ is optional, and used where it is there:
 - ``classes``: K, where contexts are labels 0 to K - 1, given as numbers of shape ``(*, 1)``.
 - ``broadcasts_time``: True if times may have any shape that broadcasts to ``(*)``, so that their
   embedding is computed once per distinct time.
-- ``field(times, context)``: one function ``x -> v`` per time, what they share computed once.
+- ``field(times, context)``: one function ``x -> v`` per time, what they share computed once;
+  called with few contexts.
 - ``forward_and_divergence(t, x, context)``: the velocity and its exact divergence, ``(*)``.
 - ``divergence_field(times, context)``: one function ``x -> divergence`` per time.
 - ``rows_at_once()``: the number of rows for which one call is fastest, without gradients.
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from .._torch import is_functional, is_tracing
 
 _ROWS_AT_ONCE = 512  # of networks without a method rows_at_once
+_SHARED_CONTEXTS = 64  # of rows, up to which what depends on them is kept for all times
 
 StateFunction = Callable[[Tensor], Tensor]
 Field = Callable[[Tensor], Sequence[StateFunction]]  # from T times to T functions x -> v
@@ -181,8 +183,8 @@ def may_be_periodic(velocity: nn.Module) -> bool:
 
 
 def _is_shared(context: Tensor | None) -> bool:
-    """Return whether all rows share one context: a table of every row and time would be large."""
-    return context is None or context.dim() == 1
+    """Return whether rows share few contexts: a table of every row and time would be large."""
+    return context is None or context[..., 0].numel() <= _SHARED_CONTEXTS
 
 
 def _own(velocity: nn.Module, name: str, *, stands_for: str) -> Callable[..., Any] | None:

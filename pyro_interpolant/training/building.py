@@ -43,7 +43,7 @@ from .fitting import fit
 from .objective import Coupling
 from .optimization import NonFiniteError
 from .preprocessing import preferred_support, warn_if_rounded
-from .reporting import stage
+from .reporting import stage, tell
 from .streaming import first_rows, is_stream
 from .whitening import moments
 
@@ -127,8 +127,9 @@ def from_samples(
     space = support_of(constraint)
     with seeded(seed):
         transform, context = _transform(
-            space, rows, context, network, fit_options.get("coupling", independent)
-        )
+            space, rows, context, network, fit_options.get("coupling", independent),
+            progress=fit_options.get("progress", True),
+        )  # fmt: skip
     with stage("choosing a map", progress=fit_options.get("progress", True)):
         constraint = _with_map(space, None if streamed else rows, fit_options, marginals=marginals)
     distribution = _distribution(transform, sites, constraint)
@@ -148,7 +149,14 @@ def _named(
     if event_shape is not None:
         raise TypeError("expected no event_shape beside named draws, which have their own")
     sites = sites_of(draws, {} if supports is constraints.real_vector else supports)
-    return constraints.real_vector, sites, pack(sites, draws).detach()
+    rows = pack(sites, draws).detach()
+    if len(rows) <= rows.shape[1] and all(shape for shape, _ in sites.values()):
+        raise ValueError(
+            f"expected draws of shape (N, *site_shape), got {len(rows)} draws of sites of shapes "
+            f"{[tuple(shape) for shape, _ in sites.values()]}: draws by chain, "
+            "(C, N, *site_shape), are flattened first, mcmc.get_samples(group_by_chain=False)"
+        )
+    return constraints.real_vector, sites, rows
 
 
 def _unnamed(
@@ -157,6 +165,8 @@ def _unnamed(
     """Return the constraint, no sites and the rows, shape ``(N, *event_shape)``, of samples."""
     if isinstance(support, Mapping):
         raise TypeError("expected one support for one tensor of samples, got a dictionary")
+    if isinstance(rows, Sequence):  # lists of numbers
+        rows = as_tensor(rows, "x")
     if event_shape is None and getattr(rows, "ndim", None) == 1:
         event_shape = ()
         support = constraints.real if support is constraints.real_vector else support
@@ -168,7 +178,13 @@ def _unnamed(
 
 
 def _transform(
-    space: Support, rows: Tensor, context: Any, network: nn.Module | None, coupling: Coupling
+    space: Support,
+    rows: Tensor,
+    context: Any,
+    network: nn.Module | None,
+    coupling: Coupling,
+    *,
+    progress: bool,
 ) -> tuple[AnyTransform, Tensor | None]:
     """Return an untrained transform for rows, and the contexts that it takes, ``(N, C)``.
 
@@ -178,6 +194,7 @@ def _transform(
         context: Contexts, shape ``(N, C)``, labels, shape ``(N,)``, or None.
         network: The velocity, or None for a new one.
         coupling: Who is paired with whom, which decides the path.
+        progress: Whether to say what labels become.
     """
     size = space.size(rows.shape[1:])
     sizes: tuple[int, ...] = ()
@@ -187,6 +204,10 @@ def _transform(
         if network is not None and classes:
             own = getattr(network, "classes", 0)
             if not own:
+                if progress:
+                    tell(
+                        f"labels of {classes} classes are one-hot for a network without `classes`"
+                    )
                 context = nn.functional.one_hot(context.reshape(len(context)).long(), classes)
                 context = context.to(rows)
             classes = own

@@ -125,8 +125,8 @@ def fit(
             flow then starts from them, transports and samples, and has no ``log_prob``.
         weights: Non-negative weights of the rows, shape ``(N,)``, or counts, or a mask; batches
             are drawn in their proportion, and rows of weight 0 count as absent.
-        steps: The number of optimiser steps; by default 6,000, or as many as ``max_seconds``
-            allows.
+        steps: The number of optimiser steps; by default N D / 6 for N training rows of D columns,
+            2,000 at least and 6,000 at most, or as many as ``max_seconds`` allows.
         max_seconds: Stop after this time; the schedule adapts to whichever ends first.
         batch_size: Rows per step and process; by default 1,024, or all training rows if fewer;
             of an iterable as many as its first batch has, but 64 at least. Above 64, rows come
@@ -137,9 +137,10 @@ def fit(
             pass counts an iterable's rows.
         validation: The share of rows held out, of an iterable from its first batches; or rows of
             your own, shape ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
-        patience: After this many looks at the held-out loss, of 100 in all, without a better one,
-            go back to the best weights and let the rate fall to zero within a fifth of the
-            schedule; not in its first three tenths.
+        patience: End where the steps since the best held-out loss are more than this percentage
+            of those up to it, and the loss has risen by 2% of the best: what is learned no
+            longer holds for rows held out. On a plateau a run goes on, for the falling rate
+            improves it yet.
         ema: The decay of the moving average of the weights.
         coupling: Who is paired with whom in a batch; see
             :mod:`~pyro_interpolant.interpolants.couplings`.

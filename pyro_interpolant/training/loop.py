@@ -23,14 +23,16 @@ from .streaming import StreamBatches
 Callback = Callable[["TrainingState"], bool | None]
 
 _log = logging.getLogger("pyro_interpolant")
-_DEFAULT_STEPS = 6000
+_FEWEST_STEPS, _MOST_STEPS = 2000, 6000  # of a run without a limit
+_NUMBERS_PER_STEP = 6.0  # in all rows, N D: fewer steps lost nothing for 3,000 rows in 5-d
 _DECAY_FACTOR, _MOST_DECAY = 70.0, 0.5  # of the default weight decay
-_LOOKS = 100  # at the held-out loss, in a schedule
+_LOOK_SHARE = 0.01  # of the schedule, between two looks at the held-out loss
+_LOOK_GROWTH = 0.05  # of the way so far, where that is less: few rows are learned early
 _FIRST_GLIMPSE = 10  # the look from which held-out nats are shown beside the bar: few before
 _WARMUP_SHARE = 0.02  # of the schedule
-_FIRST_STALL = 0.3  # the share of the schedule before which no run is found to have stalled
-_LANDING_SHARE = 0.2  # of the schedule, in which the rate of a stalled run falls to zero
-_PLACE = ("seen", "done", "stalled", "ended")
+_RISE = 0.02  # of the best held-out loss; plateaus wander by up to 0.012 of it, and may yet fall
+_FIRST_STEPS = 250  # in which averages of few weights wander by more
+_PLACE = ("next_look", "done", "ended")
 
 
 class TrainingState(NamedTuple):
@@ -60,7 +62,8 @@ class Schedule:
         max_seconds: The time, or None; whichever ends first.
         learning_rate: The peak.
         weight_decay: AdamW's, or None until the number of rows decides it.
-        patience: Looks without a better held-out loss after which a run has stalled.
+        patience: The percentage of the steps up to the best held-out loss, after which a run may
+            end.
         ema: The decay of the averaged weights.
 
     Raises:
@@ -92,22 +95,22 @@ class Schedule:
             return self.weight_decay
         return min(_MOST_DECAY, (_DECAY_FACTOR * columns_per_row) ** 2)
 
-    def progress(self, step: int, share: float) -> float:
-        """Return the share of the run that is done, 1 at its end.
+    def length(self, numbers: float) -> float:
+        """Return the number of steps, infinite where time alone limits it.
 
         Args:
-            step: The number of steps taken.
-            share: The share of the time for training that is spent.
+            numbers: How many there are in all rows, N D, which decides where nothing else does.
         """
-        limit = self.steps or (_DEFAULT_STEPS if self.max_seconds is None else math.inf)
-        return max(step / limit, share)
+        if self.steps is not None:
+            return self.steps
+        if self.max_seconds is not None:
+            return math.inf
+        return int(max(_FEWEST_STEPS, min(_MOST_STEPS, numbers / _NUMBERS_PER_STEP)))
 
-    def rate(self, progress: float, stalled: float | None = None) -> float:
-        """Return the learning rate at a share of the run, which may have stalled at another."""
-        if stalled is not None:
-            return self.rate(stalled) * _falling((progress - stalled) / _LANDING_SHARE)
+    def rate(self, progress: float) -> float:
+        """Return the learning rate at a share of the run: half a cosine, behind the warm-up."""
         warm = min(1.0, (progress + 1e-3) / _WARMUP_SHARE)
-        return self.learning_rate * warm * _falling(progress)
+        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def check_ranges(*settings: tuple[str, bool, Any]) -> None:
@@ -119,11 +122,6 @@ def check_ranges(*settings: tuple[str, bool, Any]) -> None:
     for name, good, value in settings:
         if not good:
             raise ValueError(f"expected {name}, got {value}")
-
-
-def _falling(share: float) -> float:
-    """Return half a cosine, from 1 to 0."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
 class HeldOutMonitor:
@@ -185,10 +183,17 @@ class HeldOutMonitor:
         """Leave the best averaged weights in the network."""
         assign(self.average.parameters, self.best_values)
 
-    def return_to_best(self) -> None:
-        """Go on from the best averaged weights."""
-        self.keep_best()
-        assign(self.average.values, self.best_values)
+    def rises(self, patience: float) -> bool:
+        """Return whether the best look is long ago, and the later half of those since lies above.
+
+        Args:
+            patience: What is long, a percentage of the steps up to the best look.
+        """
+        since = self.steps[-1] - self.best_step
+        if self.steps[-1] < _FIRST_STEPS or since < patience / 100 * self.best_step:
+            return False
+        recent = self.held_losses[-(self.since_best + 1) // 2 :]
+        return sum(recent) / len(recent) - self.best > _RISE * abs(self.best)
 
     def text(self, rate: float, skipped: int) -> str:
         """Return the step and the last losses in a few words."""
@@ -213,8 +218,7 @@ class HeldOutMonitor:
 class Run:
     """A run of training: it leaves the best averaged weights in the network, whatever ends it.
 
-    A run that stalls lands: it goes back to the best weights, and its learning rate falls to zero
-    within a fifth of the schedule. A keyboard interrupt ends a run at once.
+    A run whose held-out loss rises ends, and so does one that a keyboard interrupt meets.
 
     Args:
         objective: The loss.
@@ -245,17 +249,17 @@ class Run:
         self.batches, self.checkpoint = batches, checkpoint
         self.schedule, self.clock = schedule, clock
         self.process = objective.process
-        columns = objective.flow.event_dim
+        columns, total = objective.flow.event_dim, self.process.agreed(batches.total)
+        self.length = schedule.length(columns * total)
         self.descent = Descent(
             objective,
             self.process,
             learning_rate=schedule.learning_rate,
-            weight_decay=schedule.decay(self.process.agreed(columns / batches.total)),
+            weight_decay=schedule.decay(columns / total),
             ema=schedule.ema,
         )
         self.monitor = HeldOutMonitor(self.descent.average, objective, held, callback)
-        self.seen, self.done = 0, 0.0  # looks, and the share of the schedule
-        self.stalled: float | None = None  # the share of the schedule at which it did
+        self.done, self.next_look = 0.0, _WARMUP_SHARE  # shares of the schedule
         self.ended = "schedule"
         if checkpoint is not None and checkpoint.tensors is not None:
             self.restore(checkpoint.tensors, checkpoint.numbers)
@@ -273,7 +277,12 @@ class Run:
         hidden = not progress or self.process.rank > 0
         self.monitor.density = None if hidden else density
         with tqdm(
-            total=_LOOKS, initial=self.seen, disable=hidden, desc="fit", unit="%", leave=False
+            total=100,
+            initial=int(100 * self.done),
+            disable=hidden,
+            desc="fit",
+            unit="%",
+            leave=False,
         ) as bar:
             try:
                 self._go(bar)
@@ -305,19 +314,19 @@ class Run:
 
     def rate(self) -> float:
         """Return the present learning rate."""
-        return self.schedule.rate(self.done, self.stalled)
+        return self.schedule.rate(self.done)
 
     def _go(self, bar: Any) -> None:
         """Take steps to the end, and write the state when it is due."""
         going = self.done < 1 and self.ended == "schedule"
         while going:
-            before = self.seen
+            before = self.next_look
             going = self._advance()
-            looked = self.seen > before
+            looked = self.next_look > before
             if looked:
                 text = self.monitor.text(self.rate(), self.descent.skipped)
                 bar.set_postfix_str(text, refresh=False)
-                bar.update(min(_LOOKS, self.seen) - bar.n)
+                bar.update(int(100 * min(1.0, self.done)) - bar.n)
             if self.checkpoint is not None:
                 every = self.checkpoint.every
                 due = looked if every is None else not self.descent.steps % every
@@ -334,29 +343,27 @@ class Run:
             return False
         seconds = self.seconds()
         spent = self.clock.share(seconds + self.monitor.seconds)  # a last look is to come
-        self.done = self.schedule.progress(self.descent.steps, spent)
-        if int(self.done * _LOOKS) <= self.seen and self.done < 1:
+        self.done = max(self.descent.steps / self.length, spent)
+        if self.done < min(1.0, self.next_look):
             return True
-        self.seen = int(self.done * _LOOKS)
+        self._plan_look()
         monitor.look(self.descent.steps, self.rate(), seconds)
         if self.done >= 1:
             return False
         if monitor.stopped:
             self.ended = "callback"
-        elif self.stalled is not None and self.done >= self.stalled + _LANDING_SHARE:
+        elif monitor.rises(self.schedule.patience):
             self.ended = "patience"
-        elif self.stalled is None and self._stalls():
-            self.stalled = self.done
-            monitor.return_to_best()
         return self.ended == "schedule"
+
+    def _plan_look(self) -> None:
+        """Set when the next look is due, after one now."""
+        self.next_look = self.done + min(_LOOK_SHARE, _LOOK_GROWTH * self.done)
 
     def _look_back(self) -> None:
         """Evaluate what came of the steps since the last look, where a run ends early."""
         if self.descent.steps not in self.monitor.steps[-1:]:
             self.monitor.look(self.descent.steps, self.rate(), self.seconds())
-
-    def _stalls(self) -> bool:
-        return self.done > _FIRST_STALL and self.monitor.since_best >= self.schedule.patience
 
     def _say_why(self, bar: Any) -> None:
         """Say that a run stopped early, and why, beside the bar and in the log."""
@@ -390,8 +397,8 @@ class Run:
         """Take a state back."""
         self.descent.restore(tensors, numbers["clip"])
         self.monitor.restore(tensors, numbers["looks"])
-        for name in _PLACE:
-            setattr(self, name, numbers["run"][name])
+        self.__dict__.update({name: numbers["run"][name] for name in ("done", "ended")})
+        self.next_look = numbers["run"].get("next_look", self.done + _LOOK_SHARE)
         self.clock.before = numbers["seconds"]
         self.batches.restore(tensors, numbers["batches"])
         set_rng_state(tensors["generator"])

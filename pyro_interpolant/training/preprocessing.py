@@ -7,6 +7,7 @@ behind it, and as many without it.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..transforms.gaussianize import (
     MarginalTransform,
     RadialTransform,
     log_length,
+    with_slopes,
 )
 from .clock import Clock
 from .rows import subsample, weighted_indices
@@ -29,6 +31,12 @@ _CHECKED_ROWS = 20_000  # rows, for repeated values
 _MIN_CHECKED_ROWS = 100  # rows that tell
 _REPEATED_SHARE = 0.1  # the share of repeated values in a column from which a user is warned
 _REDRAWN_SHARE = 0.5  # the same of a column alone: rows drawn again repeat up to 0.37
+_ATOM_SHARE = 0.05  # the share of rows from which one value counts as an atom
+_ATOMS = (
+    "repeat single values, such as zeros or a limit, beside others that do not repeat: a share of "
+    "rows at one value has no density. Learn the other rows alone, and the share as a probability"
+)
+_ULPS_PER_STEP = 1000  # units in the last place, that a rounding step must have
 _ULPS = 1.5  # units in the last place within which values are the same
 
 
@@ -52,6 +60,10 @@ def warn_if_rounded(x: Tensor) -> None:
     counts = [len(torch.unique(column)) for column in few.T]
     shares = [1 - count / len(few) if count > 1 else 0.0 for count in counts]
     found = [i for i, share in enumerate(shares) if share > limit]
+    atoms = [i for i in found if _atoms(few[:, i])]
+    if atoms:
+        warn_user(f"columns {atoms} {_ATOMS}")
+        found = [i for i in found if i not in atoms]
     if found:
         warn_user(
             f"columns {found} repeat up to {max(shares):.0%} of their values, as rounded or "
@@ -60,48 +72,71 @@ def warn_if_rounded(x: Tensor) -> None:
         )
 
 
-def dequantize(x: Tensor, step: Tensor | float | None = None, *, seed: int = 0) -> Tensor:
+def _atoms(column: Tensor) -> bool:
+    """Return whether few values repeat, shape ``(N,)``, beside others that hardly do."""
+    _, counts = torch.unique(column, return_counts=True)
+    others = counts[counts < _ATOM_SHARE * len(column)]
+    rows = int(others.sum())
+    return len(column) > rows > _ATOM_SHARE * len(column) and (
+        len(others) >= (1 - _REPEATED_SHARE) * rows
+    )
+
+
+def dequantize(x: Any, step: Tensor | float | None = None, *, seed: int = 0) -> Any:
     """Spread rounded or discrete values uniformly over their rounding step.
 
     Densities learned from the result are those of the values per step: the probability of a value
     is the mean density over its step times the step.
 
     Args:
-        x: Rows of numbers of any type, shape ``(N, *event_shape)``.
+        x: Rows of numbers of any type, shape ``(N, *event_shape)``, or a data frame of them.
         step: The rounding step, one or per column, shape ``event_shape``; 0 leaves a column alone.
             By default the smallest difference between values of the column, where it repeats any;
-            of a constant column the smallest of these steps, or 1 where there are whole numbers
-            alone.
+            of a constant column the smallest of these steps, or 1 where there are none.
         seed: Of the noise.
 
     Returns:
-        ``x + step * (u - 1/2)`` with u uniform on [0, 1), shape ``(N, *event_shape)``, floating.
+        ``x + step * (u - 1/2)`` with u uniform on [0, 1), shape ``(N, *event_shape)``, floating:
+        in float64 where a shorter type could not hold it. Of a data frame, a data frame.
 
     Raises:
-        ValueError: If a step is negative, or x has no rows of values.
+        ValueError: If a step is negative, x has no rows of values, or, without a step, a column
+            repeats single values beside others that do not repeat, which is no rounding.
 
     Example:
         >>> x = dequantize(torch.tensor([[1.0], [2.0], [2.0], [4.0]]))
         >>> bool(((x.round() - torch.tensor([[1.0], [2.0], [2.0], [4.0]])).abs() < 0.51).all())
         True
     """
-    given = as_tensor(x, "x")
-    x = given if given.is_floating_point() else given.to(torch.get_default_dtype())
-    x = checked_rows(x, "x", (None,) * max(1, x.dim() - 1))
+    frame, given = x, as_tensor(x, "x")
+    x = given if given.is_floating_point() else given.double()
+    x = checked_rows(x, "x", (None,) * max(0, x.dim() - 1)).double()
     if step is None:
-        eps = torch.finfo(x.dtype).eps if given.is_floating_point() else 0.0
-        columns = given.detach().double().flatten(1).T
-        steps = [_rounding_step(column, _ULPS * eps) for column in columns]
-        found = torch.stack(steps)
+        eps = torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0
+        columns = x.detach().reshape(len(x), -1).T
+        atoms = [i for i, column in enumerate(columns) if _atoms(column)]
+        if atoms:
+            raise ValueError(f"expected rounded values, got columns {atoms} that {_ATOMS}")
+        found = torch.stack([_rounding_step(column, _ULPS * eps) for column in columns])
         real, constant = found[found > 0], (columns == columns[:, :1]).all(1)
-        least = real.min() if len(real) else found.new_tensor(float(not given.is_floating_point()))
+        least = real.min() if len(real) else found.new_ones(())
         step = torch.where(constant, least, found).reshape(x.shape[1:])
     step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
     if float(step.min()) < 0:
         raise ValueError(f"expected steps of at least 0, got {float(step.min()):.3g}")
     generator = torch.Generator().manual_seed(seed)
     u = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    return x + step * (u - 0.5)
+    x = (x + step * (u - 0.5)).to(_type_for(x, step, given.dtype))
+    is_frame = hasattr(frame, "columns")
+    return type(frame)(x.numpy(), frame.index, frame.columns) if is_frame else x
+
+
+def _type_for(x: Tensor, step: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return a type of at least 32 bits that parts values within a step of x, ``(N, *)``."""
+    default = torch.get_default_dtype()
+    dtype = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else default
+    ulp = torch.finfo(dtype).eps * x.detach().abs().amax(0)
+    return torch.float64 if bool(((step > 0) & (step < _ULPS_PER_STEP * ulp)).any()) else dtype
 
 
 def _rounding_step(column: Tensor, precision: float) -> Tensor:
@@ -298,15 +333,6 @@ def quantile_knots(column: Tensor) -> tuple[Tensor, Tensor]:
     x, y = values[places], torch.special.ndtri(levels[places])
     far = torch.cat((x.new_ones(1, dtype=torch.bool), x.diff() > _KNOT_GAP * (x[-1] - x[0])))
     return x[far], y[far]
-
-
-def with_slopes(x: Tensor, y: Tensor) -> Knots:
-    """Return knots with slopes of which the spline is monotone, each of shape ``(K,)``."""
-    w = x.diff()
-    s = y.diff() / w
-    a, b = w[:-1] + 2 * w[1:], 2 * w[:-1] + w[1:]
-    inner = (a + b) / (a / s[1:] + b / s[:-1])
-    return x, y, torch.cat((s[:1], inner, s[-1:]))
 
 
 def _padded(x: Tensor, y: Tensor, slopes: Tensor, count: int) -> Knots:

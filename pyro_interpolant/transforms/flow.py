@@ -188,15 +188,15 @@ class Flow(nn.Module):
             return self.whitening.log_det + torch.tensordot(weights, together, dims=1)
         # In pieces that stay in the processor's cache.
         size = rows_at_once(self.velocity)
-        totals = []
-        for part, own_path in _pieces(states, path, size):
-            nodes = max(1, size // part.shape[1])
+        blocks, totals = _Blocks(states, path, size), []
+        for part, own_path in blocks:
+            nodes = max(1, size // part[0, ..., 0].numel())
             total = self.whitening.log_det
             rates = self._rates(times, nodes, own_path)
             for s, rate, w in zip(part.split(nodes), rates, weights.split(nodes), strict=True):
                 total = total + torch.tensordot(w, rate(s), dims=1)
-            totals.append(total)
-        return torch.cat(totals).reshape(states.shape[1:-1])
+            totals.append(total[None])
+        return blocks.joined(totals)[0]
 
     def trajectory(
         self, white: Tensor, path: Path, *, forward: bool, density: bool
@@ -224,14 +224,13 @@ class Flow(nn.Module):
         if self._needs_graph(white, path) or rows <= at_once:
             return self.integrate(white, path, forward=forward), None
         keep = rows * row_bytes <= _MAX_KEPT_BYTES
-        states, log_dets = [], []
-        for part, own_path in _pieces(white[None], path, at_once):
+        blocks, states, log_dets = _Blocks(white[None], path, at_once), [], []
+        for part, own_path in blocks:
             chunk = self.integrate(part[0], own_path, forward=forward)
             if density and not keep:
-                log_dets.append(self.log_det(chunk, own_path))
+                log_dets.append(self.log_det(chunk, own_path)[None])
             states.append(chunk if keep else chunk[[0, -1]])
-        joined = torch.cat(states, dim=1).reshape(-1, *white.shape)
-        return joined, torch.cat(log_dets).reshape(white.shape[:-1]) if log_dets else None
+        return blocks.joined(states), blocks.joined(log_dets)[0] if log_dets else None
 
     def _rate(self, t: Tensor, path: Path) -> StateFunction:
         """Return the rate of the log-determinant at times t as a function of the states."""
@@ -245,7 +244,7 @@ class Flow(nn.Module):
         """Return the rate for each run of so many nodes, which come first in the states."""
         shared = getattr(path.divergence, "field", None) if nodes == 1 else None
         if shared is None:
-            return [self._rate(t[:, None], path) for t in times.split(nodes)]
+            return [self._rate(t[:, None, None], path) for t in times.split(nodes)]
         rates = shared(self.velocity, times, path.context)
         return [recomputed(rate) if path.recomputes() else rate for rate in rates]
 
@@ -254,12 +253,42 @@ class Flow(nn.Module):
         return torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources)
 
 
-def _pieces(states: Tensor, path: Path, size: int) -> Iterator[tuple[Tensor, Path]]:
-    """Yield states ``(T, *, D)`` as ``(T, <= size, D)``, and the path of each piece's rows."""
-    contexts: Iterable[Tensor | None] = repeat(path.context)
-    if path.context is not None and path.context.dim() > 1:  # rows have their own
-        every_row = path.context.expand(*states.shape[1:-1], -1)
-        contexts = every_row.flatten(0, -2).split(size)
-    rows = states.reshape(len(states), -1, states.shape[-1])
-    for part, context in zip(rows.split(size, dim=1), contexts, strict=False):
-        yield part, dataclasses.replace(path, context=context)
+class _Blocks:
+    """States in blocks of rows, with the path of each.
+
+    Rows that share a context are in one block, so that it is embedded once for all of them.
+
+    Args:
+        states: States, shape ``(T, *, D)``.
+        path: Their path; its context, shape ``(*, C)``, belongs to the last dimensions of theirs.
+        size: The most rows in a block.
+    """
+
+    def __init__(self, states: Tensor, path: Path, size: int) -> None:
+        self.path, self.size, self.batch = path, size, states.shape[1:-1]
+        own = None if path.context is None else path.context.shape[:-1]
+        self.contexts = path.context if own else None
+        if self.contexts is not None and self.batch[-len(own or ()) :] != own:
+            self.contexts = self.contexts.expand(*self.batch, -1)
+        many = 1 if self.contexts is None else self.contexts[..., 0].numel()
+        rows = states.reshape(len(states), -1, many, states.shape[-1])
+        self.rows = rows.transpose(1, 2)  # (T, contexts, rows of each, D)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Path]]:
+        """Yield states, shape ``(T, b, r, D)``, and their path, with contexts ``(b, 1, C)``."""
+        each = max(1, min(self.rows.shape[2], self.size))
+        blocks = self.rows.split(max(1, self.size // each), dim=1)
+        contexts: Iterable[Tensor | None] = repeat(self.path.context)
+        if self.contexts is not None:
+            flat = self.contexts.flatten(0, -2)[:, None]
+            contexts = flat.split(max(1, self.size // each))
+        for block, context in zip(blocks, contexts, strict=False):
+            path = dataclasses.replace(self.path, context=context)
+            for part in block.split(each, dim=2):
+                yield part.contiguous(), path
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return what was computed of all blocks, each ``(T, b, r, ...)``, as ``(T, *, ...)``."""
+        flat = torch.cat([part.flatten(1, 2) for part in parts], dim=1)
+        whole = flat.unflatten(1, self.rows.shape[1:3]).transpose(1, 2)
+        return whole.reshape(len(flat), *self.batch, *flat.shape[2:])

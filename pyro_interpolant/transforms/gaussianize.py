@@ -127,6 +127,15 @@ class MarginalTransform(Gaussianizer):
         return [table.reshape(columns.shape).movedim(0, -1) for table in found]
 
 
+def with_slopes(x: Tensor, y: Tensor) -> Knots:
+    """Return knots with slopes of which the spline is monotone, each of shape ``(*, K)``."""
+    w = x.diff()
+    s = y.diff() / w
+    a, b = w[..., :-1] + 2 * w[..., 1:], 2 * w[..., :-1] + w[..., 1:]
+    inner = (a + b) / (a / s[..., 1:] + b / s[..., :-1])
+    return x, y, torch.cat((s[..., :1], inner, s[..., -1:]), -1)
+
+
 class RadialTransform(Gaussianizer):
     r"""From rows of tempered lengths to the data's, shape ``(*, D)`` each.
 

@@ -307,7 +307,7 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
         Raises:
             TypeError: If it is not a tensor.
             ValueError: If the last dimension is not the velocity's ``context_dim``, the context is
-                of another floating type than the flow, or a label is none of the classes.
+                of a finer floating type than the flow, or a label is none of the classes.
         """
         if not isinstance(context, Tensor):
             raise TypeError(
@@ -317,7 +317,8 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
         loc, classes = self.flow.loc, self.flow.classes
         if classes:
             context = checked_labels(context, classes, loc.dtype).to(loc)
-        if context.dtype == torch.bool:
+        coarser = torch.promote_types(context.dtype, loc.dtype) == loc.dtype
+        if context.dtype == torch.bool or (context.is_floating_point() and coarser):
             context = context.to(loc)
         if context.dtype != loc.dtype and (context.is_floating_point() or context.is_complex()):
             raise ValueError(

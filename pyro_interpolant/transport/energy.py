@@ -15,6 +15,7 @@ from torch.func import jacfwd, vmap
 
 from .._torch import seeded
 from ..distributions.interpolant import AnyDistribution
+from ..distributions.report import with_error
 from ..nn.velocity import evaluate
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import refuse_gaussianized
@@ -34,6 +35,10 @@ class PathEnergy(NamedTuple):
     value: float
     stderr: float
 
+    def __repr__(self) -> str:
+        """Say it with its error."""
+        return f"path energy {with_error(self.value, self.stderr)}"
+
 
 class W2Bound(NamedTuple):
     r"""An upper bound of :math:`W_2^2` between the flow's law and the data's.
@@ -51,6 +56,14 @@ class W2Bound(NamedTuple):
     excess: float
     lipschitz: float
     exact: bool
+
+    def __repr__(self) -> str:
+        """Say the bound, and what it is made of."""
+        kind = "" if self.exact else "at most "
+        return (
+            f"W2^2 at most {self.bound:.3g}: excess {kind}{self.excess:.3g}, Lipschitz constant "
+            f"{self.lipschitz:.3g}"
+        )
 
 
 def path_energy(

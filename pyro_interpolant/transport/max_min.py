@@ -42,6 +42,14 @@ class TransportResult(NamedTuple):
     energies: list[float]
     fit: FitResult
 
+    def __repr__(self) -> str:
+        """Say where the energy began and ended, and what the final training did."""
+        if not self.energies:
+            return repr(self.fit)
+        return (
+            f"energy {self.energies[0]:.4g} at first, {self.energies[-1]:.4g} at last\n{self.fit}"
+        )
+
 
 def learn_interpolant(
     distribution: AnyDistribution,

@@ -30,6 +30,11 @@ class PathReport(NamedTuple):
     sampling_errors: dict[int, float]
     density_steps: int
 
+    def __repr__(self) -> str:
+        """Say it in a line."""
+        errors = (f"{error:.2g} in {steps}" for steps, error in self.sampling_errors.items())
+        return f"samples within {', '.join(errors)} steps; densities in {self.density_steps}"
+
 
 class ReflowResult(NamedTuple):
     """A flow with straighter paths, and what that gave.
@@ -45,6 +50,10 @@ class ReflowResult(NamedTuple):
     before: PathReport
     after: PathReport
     fit: FitResult
+
+    def __repr__(self) -> str:
+        """Say how straight the paths were and are, and what the training did."""
+        return f"before: {self.before}\nafter: {self.after}\n{self.fit}"
 
 
 def reflow(

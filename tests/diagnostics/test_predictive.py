@@ -1,5 +1,6 @@
 """Checks of calibration on densities that are right by construction, and on wrong ones."""
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -7,6 +8,7 @@ from cases import SUPPORTS, random_flow
 from pyro.distributions import constraints
 
 from pyro_interpolant import (
+    AutoInterpolant,
     ConditionalInterpolantDistribution,
     ConditionalInterpolantTransform,
     FixedGrid,
@@ -154,10 +156,39 @@ def test_a_density_without_a_slope_is_calibrated():
 def test_labels_and_contexts_are_checked():
     velocity = VelocityMLP(1, (8,), classes=3)
     d = ConditionalInterpolantDistribution(ConditionalInterpolantTransform(velocity)).freeze()
-    x, labels = torch.randn(60, 1), torch.arange(60) % 3
+    x, labels = torch.randn(12, 1), torch.arange(12) % 3
     for given in (labels, labels[:, None], labels.double()[:, None]):
-        assert pit(d, x, given).values.shape == coverage(d, x, given).values.shape == (60, 1)
+        assert pit(d, x, given).values.shape == coverage(d, x, given).values.shape == (12, 1)
     with pytest.raises(ValueError, match="finite context"):
         pit(family(), torch.randn(9, 2), torch.full((9, 2), float("nan")))
     with pytest.raises(TypeError, match="no named sites"):
-        pit(family(), {"a": x}, torch.randn(60, 2))
+        pit(family(), {"a": x}, torch.randn(12, 2))
+
+
+def test_a_guide_is_compared_with_draws_of_another_sampler():
+    def model():
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        return scale
+
+    guide = AutoInterpolant(model, hidden_dims=(8,), solver=COARSE)
+    draws = {"scale": torch.randn(300).exp(), "x": torch.randn(300, 2)}
+    with pytest.raises(ValueError, match="knows the sites of its model"):
+        pit(guide, draws)
+    guide()  # N(median, I) in unconstrained coordinates: the posterior but for the init's noise
+    guide.transform.flow.whitening.set(torch.zeros(3), torch.eye(3))
+    for check in (pit, coverage, tarp):
+        found = check(guide, draws)
+        assert found.verdict.startswith("calibrated"), found
+    assert pit(guide, draws).names[0] == "site 'scale'"
+    wide = {**draws, "x": 3 * draws["x"]}
+    assert "site 'x'[1] is predicted too narrow" in pit(guide, wide).verdict
+    with pytest.raises(ValueError, match="expected no context"):
+        sbc(guide, draws, torch.zeros(300, 1))
+
+
+def test_columns_of_scalars_are_called_by_what_they_are():
+    flow = random_flow(1, (8, 8), solver=COARSE)
+    for support, name in ((constraints.real, "column 0"), (constraints.positive, "unc")):
+        d = InterpolantDistribution(flow, support=support, event_shape=()).freeze()
+        assert pit(d, d.sample((20,))).names[0].startswith(name)

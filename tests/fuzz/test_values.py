@@ -428,7 +428,8 @@ def check_condition(case: tuple[Context, Value]) -> str:
     end = end_of(lambda: flow.condition(given))
     whole = not (context.is_floating_point() or context.is_complex())
     is_bad = recipe.defect in SIZES or not isinstance(given, Tensor)
-    is_bad = is_bad or not (whole or context.dtype == dtype)
+    fits = whole or torch.promote_types(context.dtype, dtype) == dtype  # nothing is rounded
+    is_bad = is_bad or not fits
     assert is_bad == (end.error is not None), f"{end}, wanted {is_bad}"
     if is_bad:
         return f"condition: {end}"

@@ -256,7 +256,8 @@ def verdict(k_hat, ess):
 
 def test_verdicts():
     assert verdict(0.3, 900.0).startswith("Good, k-hat 0.30, 900 effective draws of 1,0")
-    assert verdict(0.6, 100.0).startswith("Usable with weights, k-hat 0.60")
+    assert verdict(0.3, 100.0).startswith("Usable with weights, k-hat 0.30")
+    assert verdict(0.6, 900.0).startswith("Usable with weights, k-hat 0.60")
     assert verdict(0.8, 900.0).startswith("Poor in the tails, k-hat 0.80")
     assert verdict(0.8, 100.0).startswith("Poor, k-hat 0.80")
     assert verdict(math.nan, 100.0).startswith("Poor, k-hat nan")

@@ -154,10 +154,11 @@ def test_scales_of_a_trained_network_are_kept_where_they_shall_be():
     assert velocity.calls == ["set_scales"] * 2
 
 
-def test_a_context_for_every_row_goes_through_forward():
+def test_a_context_for_every_row_goes_through_forward(monkeypatch):
     velocity, x, context = Decay(), torch.randn(4, 2), torch.randn(4, 1)
     protocol.field(velocity, TIMES, context[0])
     assert velocity.calls == ["field"]
+    monkeypatch.setattr(protocol, "_SHARED_CONTEXTS", 3)  # fewer than there are
     values(protocol.field(velocity, TIMES, context), x)
     assert velocity.calls == ["field"] + ["forward"] * 3
     assert protocol.divergence_field(velocity, TIMES, context) is None

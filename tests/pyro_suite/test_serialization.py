@@ -20,8 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
-QUICK = ("plain", "given rows", "joint", "angles")
-
 
 def through_torch(value):
     file = io.BytesIO()
@@ -57,7 +55,7 @@ def seeded_sample(d):
     return d.sample((2,))
 
 
-@over("pickle", QUICK, how=COPIES)
+@over("pickle", ("given rows",), how=COPIES)
 @pytest.mark.usefixtures("_nodes_stay")
 def test_copies(kind, how):
     d, x, expected = used(kind)

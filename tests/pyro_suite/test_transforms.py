@@ -14,7 +14,7 @@ from pyro_interpolant import FixedGrid
 
 DELTA, EPSILON = 1e-6, 1e-4  # of an inverse, and of a numeric log-determinant
 
-QUICK = ("plain", "simplex", "given")
+QUICK = ("plain", "given")
 
 
 def made(kind):

@@ -67,7 +67,7 @@ def test_scalars_are_the_flat_flow_without_its_dimension(support, scalars, tmp_p
 
 
 def test_a_scalar_prior_in_a_plate_under_nuts():
-    prior = learn(2 + torch.randn(2000), steps=20)
+    prior = learn(2 + torch.randn(2000), steps=20, network=VelocityMLP(1, (8,)))
     prior.transform.solver = FixedGrid(steps=2)  # moments of N(2, 1) do not hang on it
 
     def model(y):
@@ -87,7 +87,7 @@ def test_a_scalar_prior_in_a_plate_under_nuts():
 def test_frames_and_arrays_are_tables_and_columns_keep_their_names(tmp_path):
     rows = torch.randn(300, 2)
     frame = pd.DataFrame(rows.numpy(), columns=["mass", "age"])
-    found = learn(frame)
+    found = learn(frame)  # with the default network: of the same seed the same weights
     expected = learn(rows).log_prob(rows)
     close(found.log_prob(rows), expected)
     close(learn(rows.numpy()).log_prob(rows), expected)
@@ -116,7 +116,13 @@ def test_a_wrong_column_is_named_by_the_frame():
         learn(frame)
 
 
-@pytest.mark.parametrize("context", [torch.randn(400, 3), np.random.randn(400, 3).astype("f4")])
+@pytest.mark.parametrize(
+    "context",
+    [
+        pytest.param(torch.randn(400, 3), marks=pytest.mark.slow),
+        np.random.randn(400, 3).astype("f4"),
+    ],
+)
 def test_a_context_makes_a_frozen_conditional_density(context):
     y = torch.as_tensor(context)[:, :2].double() + 0.1 * torch.randn(400, 2)
     d = learn(y, context=context, steps=60)
@@ -194,6 +200,39 @@ def test_a_network_of_ones_own_without_classes_sees_labels_one_hot():
     labels = torch.arange(300) % 3
     d = learn(torch.randn(300, 2), context=labels, network=OwnVelocity(2, 3).double())
     assert d.condition(torch.eye(3)).sample().shape == (3, 2)
+
+
+def test_what_a_network_sees_of_labels_is_said(capsys):
+    options = {"context": torch.arange(300) % 3, "network": OwnVelocity(2, 3).double()}
+    learn(torch.randn(300, 2), progress=True, **options)
+    assert "3 classes are one-hot for a network without" in capsys.readouterr().err
+
+
+def test_lists_and_frames_with_types_of_pandas_own():
+    x = torch.randn(50).tolist()
+    assert learn(x).event_shape == ()
+    frame = pd.DataFrame({"a": x, "b": range(50)}).convert_dtypes()
+    assert learn(frame).columns == ("a", "b")
+    labels = pd.Series([0, 1] * 25, dtype="Int64")
+    assert learn(x, context=labels).transform.flow.classes == 2
+    frame.loc[3, "a"] = pd.NA
+    with pytest.raises(ValueError, match="in 1 of 50 rows, the first being row 3"):
+        learn(frame)
+
+
+def test_draws_by_chain_are_told_to_be_flattened():
+    with pytest.raises(ValueError, match="draws by chain.*group_by_chain=False"):
+        learn({"t": torch.randn(4, 50), "u": torch.randn(4, 50, 2)})
+
+
+def test_a_context_of_a_shorter_type_is_one_of_the_flow():
+    d = learn(torch.randn(40), context=torch.randn(40, 2).half())
+    c = torch.randn(3, 2).half()
+    x = torch.randn(3)
+    assert torch.equal(d.condition(c).log_prob(x), d.condition(c.double()).log_prob(x))
+    d.transform.float()
+    with pytest.raises(ValueError, match="convert the context"):
+        d.condition(c.double())
 
 
 def test_a_network_of_ones_own_with_classes_sees_labels():

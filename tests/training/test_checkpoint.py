@@ -118,22 +118,6 @@ def test_a_run_resumes_from_any_place_in_what_is_drawn_ahead(at, tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.slow
-def test_a_run_that_stalled_resumes_in_its_landing(tmp_path):
-    x, options = rows(60), {**QUICK, "steps": 400, "patience": 2, "batch_size": 20}
-    whole, part, rates = made(), made(), []
-    expected = fit(whole, x, callback=lambda s: rates.append(s.learning_rate), **options)
-    assert expected.stopped_by == "patience"
-    steepest = max(range(31, len(rates)), key=lambda i: rates[i - 1] - rates[i])  # it is landing
-    options["checkpoint"] = tmp_path / "run"
-    with pytest.raises(Stop):
-        fit(part, x, callback=stopping(expected.steps[steepest]), **options)
-    result = fit(part, x, **options)
-    assert result[:6] == expected[:6]
-    for a, b in zip(weights_of(whole), weights_of(part), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_a_finished_run_is_not_run_again(tmp_path):
     first, second = made(), made()
     fit(first, rows(), checkpoint=tmp_path / "run", **QUICK)

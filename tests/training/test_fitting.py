@@ -146,55 +146,42 @@ def test_the_result_and_the_callback_tell_the_same_story():
 
 
 @pytest.mark.slow
-def test_a_stalled_run_lands_and_keeps_the_best_weights():
+def test_a_run_that_forgets_how_to_generalise_ends_and_keeps_the_best_weights():
     """Without averaging the weights at the best look are those the callback saw there."""
-    distribution, seen, rates = tiny(), {}, []
+    distribution, seen = tiny(), {}
 
     def remember(state):
         seen[state.step] = [p.detach().clone() for p in distribution.transform.parameters()]
-        rates.append(state.learning_rate)
 
     result = quick(
         distribution,
         torch.randn(40, 2),
         steps=3000,
         learning_rate=0.005,
-        patience=3,
         ema=0.0,
         validation=0.25,
         callback=remember,
     )
     assert result.stopped_early
     assert result.stopped_by == "patience"
-    assert len(result.steps) < 100
-    losses = result.validation_losses
+    losses, steps = result.validation_losses, result.steps
     best = min(range(len(losses)), key=losses.__getitem__)
-    assert result.best_step == result.steps[best]
-    # No run stalls in the first three of ten parts of its schedule; a landing takes a fifth.
-    since = [i - min(range(i + 1), key=losses.__getitem__) for i in range(len(losses))]
-    stall = next(i for i in range(30, len(losses)) if since[i] >= 3)
-    assert len(losses) - 1 == stall + 20
-    assert 1e-3 < rates[stall - 1] < 0.005
-    assert rates[-1] < 0.01 * rates[stall - 1]
-    assert rates[stall:] == sorted(rates[stall:], reverse=True)
-    # It starts from the best weights so far.
-    places = (stall - since[stall], stall, stall + 1)
-    best_so_far, left, landed = (seen[result.steps[i]] for i in places)
-    apart = [
-        sum(float((a - b).square().sum()) for a, b in zip(landed, other, strict=True))
-        for other in (best_so_far, left)
-    ]
-    assert apart[0] < 0.5 * apart[1]
-    for kept, there in zip(
-        distribution.transform.parameters(), seen[result.best_step], strict=True
-    ):
-        assert torch.equal(kept, there)
-    assert any(
-        not torch.equal(kept, last)
-        for kept, last in zip(
-            distribution.transform.parameters(), seen[result.steps[-1]], strict=True
-        )
-    )
+    assert result.best_step == steps[best]
+    assert steps[-1] >= 1.3 * steps[best] > 1.3 * 20
+    assert sum(losses[-3:]) / 3 > losses[best] + 0.02 * abs(losses[best])
+    kept = [p.detach() for p in distribution.transform.parameters()]
+    for weight, other in zip(kept, seen[result.best_step], strict=True):
+        assert torch.equal(weight, other)
+
+
+def test_looks_are_a_share_of_the_way_apart_and_then_of_the_schedule():
+    steps = []
+    rows = torch.randn(2000, 2).exp()
+    quick(tiny(), rows, steps=1000, patience=10**6, callback=lambda s: steps.append(s.step))
+    assert steps[0] == 20  # the end of the warm-up
+    assert steps[-1] == 1000
+    for before, after in zip(steps, steps[1:-1], strict=False):
+        assert 0 <= after - before - min(10, before / 20) < 1.001  # whole steps
 
 
 def test_the_weights_kept_are_averaged_ones():
@@ -533,7 +520,12 @@ def test_every_coupling_trains(coupling, monkeypatch):
         return coupling(x0, x1, context)
 
     result = quick(
-        distribution, bimodal().sample((300,)), steps=300, batch_size=64, coupling=watched
+        distribution,
+        bimodal().sample((300,)),
+        steps=300,
+        batch_size=64,
+        coupling=watched,
+        patience=1000,
     )
     assert len(calls) >= 300
     assert (torch.Size([64, 2]), torch.Size([64, 2]), None) in calls

@@ -10,7 +10,7 @@ from cases import slow_but
 from pyro.distributions import constraints
 
 from pyro_interpolant import circular, fit, from_samples, load, save
-from pyro_interpolant.training.preprocessing import preferred_support
+from pyro_interpolant.training.preprocessing import dequantize, preferred_support, warn_if_rounded
 from pyro_interpolant.transforms.gaussianize import (
     Gaussianized,
     MarginalTransform,
@@ -112,13 +112,13 @@ def test_weights_say_which_rows_there_are():
 OPTIONS = {"steps": 3, "progress": False, "seed": 0}
 
 
-def test_from_samples_chooses():
-    x = slab()[:2000]
-    by_default = from_samples(x, **OPTIONS)
-    assert isinstance(by_default.constraint, Gaussianized)
-    assert from_samples(x, marginals=False, **OPTIONS).constraint is constraints.real_vector
-    plain = torch.randn(2000, 3)
-    assert isinstance(from_samples(plain, marginals=True, **OPTIONS).constraint, Gaussianized)
+@pytest.mark.parametrize(
+    "marginals", [False, *(pytest.param(m, marks=pytest.mark.slow) for m in (None, True))]
+)
+def test_from_samples_chooses(marginals):
+    x = torch.randn(2000, 3) if marginals else slab()[:2000]
+    found = from_samples(x, marginals=marginals, **OPTIONS).constraint
+    assert isinstance(found, Gaussianized) is (marginals is not False)
 
 
 @pytest.mark.slow
@@ -225,3 +225,49 @@ def test_one_wild_row_decides_nothing(far):
 def test_where_it_cannot_be_asked_for(x, options):
     with pytest.raises(ValueError, match="expected marginals=True beside a table"):
         from_samples(x, marginals=True, **options, **OPTIONS)
+
+
+def grids(n=400):
+    z = torch.randn(n, 2)
+    return {
+        "rounded": (z * 10).round() / 10,
+        "whole": (z * 3).round().long(),
+        "bytes": (torch.rand(n, 2) * 255).to(torch.uint8),
+        "booleans": torch.rand(n, 2) < 0.3,
+        "halves": z.half(),
+        "scalars": (z[:, 0] * 5).round(),
+        "a constant column": torch.stack((z[:, 0], torch.full((n,), 3.7)), 1),
+        "constant columns": torch.full((n, 2), 1e9).long(),
+        "thirds": (z * 20).round().float() / 3,
+        "large whole numbers": 2**30 + torch.randint(0, 50, (n, 2)),
+        "rows drawn again": ((z * 10).round() / 10)[torch.randint(n, (n,))],
+    }
+
+
+@pytest.mark.parametrize("name", slow_but(grids(100), "whole", "scalars", "a constant column"))
+def test_what_is_dequantized_can_be_learned(name):
+    x = dequantize(grids()[name].numpy())
+    assert x.dtype in (torch.float32, torch.float64)
+    rows = x if x.dim() > 1 else x[:, None]
+    assert all(len(torch.unique(column)) > 0.85 * len(column) for column in rows.T)
+    distribution = from_samples(x, steps=1, seed=0, progress=False, tolerance=1e9)
+    assert distribution.event_shape == x.shape[1:]
+
+
+def test_single_values_beside_others_are_no_rounding():
+    x = torch.randn(500, 2).exp()
+    x[:200, 1] = 0.0
+    with pytest.raises(ValueError, match=r"columns \[1\] that repeat single values"):
+        dequantize(x)
+    assert torch.equal(dequantize(x, 0.0), x.double())
+    with pytest.warns(UserWarning, match=r"columns \[1\] repeat single values.*probability"):
+        warn_if_rounded(x)
+
+
+def test_a_data_frame_stays_one():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"mass": [1, 2, 2, 4], "kind": [0, 1, 1, 0]}, index=list("abcd"))
+    found = dequantize(frame)
+    assert list(found.columns) == ["mass", "kind"]
+    assert list(found.index) == list("abcd")
+    assert ((found - frame).abs() <= 0.5).all().all()

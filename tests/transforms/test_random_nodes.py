@@ -111,7 +111,7 @@ def test_a_solver_of_few_nodes_trains_at_more(solver):
 
 
 def test_a_short_training_by_hand():
-    start, worst, calibrated = train(Banana, maximum_likelihood, 40, 2000)
+    start, worst, calibrated = train(Banana, maximum_likelihood, 20, 1000)
     assert worst < 0.05
     assert calibrated > start
 

@@ -19,6 +19,7 @@ from ..._torch import seeded, trainable
 from ...diagnostics.calibration import calibrate_until
 from ...diagnostics.psis import K_HAT_LIMIT, effective_sample_size, judge, pareto_smooth
 from ...distributions.interpolant import InterpolantDistribution
+from ...distributions.report import duration, with_error
 from ...solvers.ode import Solver
 from ...training.clock import Clock
 from ...training.fitting import trainable_flow
@@ -83,7 +84,8 @@ class RoundsResult(NamedTuple):
     r"""The importance weights of fresh draws of a trained flow, its particles, and the rounds.
 
     Attributes:
-        k_hat: Pareto's k-hat of the weights p / q: above 0.7 the flow misses part of a tail.
+        k_hat: Pareto's k-hat of the weights p / q: below 0.5 all is well, above 0.7 the flow
+            misses part of a tail.
         ess: The effective sample size of ``draws`` fresh draws.
         log_evidence: :math:`\log \int p`, an estimate.
         log_evidence_stderr: Its standard error; too small where k-hat is large.
@@ -105,6 +107,16 @@ class RoundsResult(NamedTuple):
     best_round: int
     seconds: float
     solver: Solver
+
+    def __repr__(self) -> str:
+        """Say how good the flow is, and what it took."""
+        evidence = with_error(self.log_evidence, self.log_evidence_stderr)
+        return (
+            f"k-hat {self.k_hat:.2f}, {self.ess:,.0f} effective draws of {self.draws:,}; "
+            f"log-evidence {evidence} nats; best of "
+            f"{len(self.rounds)} rounds: {self.best_round + 1}, in {duration(self.seconds)}; "
+            f"{len(self.particles):,} particles; {self.solver}"
+        )
 
 
 class Start(NamedTuple):
