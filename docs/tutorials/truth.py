@@ -52,5 +52,6 @@ plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True, "
 if SMALL:
     warnings.simplefilter("ignore")  # what is too short is also poor, and says so
     pi.from_samples = _at_most(pi.from_samples, steps=100)
+    pi.from_noisy_samples = _at_most(pi.from_noisy_samples, steps=100)
     pi.fit_guide = _at_most(pi.fit_guide, max_seconds=6.0)
     pyro.infer.MCMC = _at_most(pyro.infer.MCMC, num_samples=30, warmup_steps=30)

@@ -276,9 +276,11 @@ def _build_report(fields: dict[str, Any] | None, dim: int) -> Report | None:
     if fields is None:
         return None
     report = Report(**fields)
-    numbers = [value for name, value in fields.items() if name != "reference_name"]
+    names = {name: value for name, value in fields.items() if name.endswith("_name")}
+    numbers = [value for name, value in fields.items() if name not in names]
     are_numbers = all(isinstance(n, int | float | None) for n in numbers)
-    if report.dim != dim or not are_numbers or not isinstance(report.reference_name, str):
+    are_names = all(isinstance(n, str) for n in names.values())
+    if report.dim != dim or not are_numbers or not are_names:
         raise PartError(f"expected a report of {dim} dimensions in numbers, got {fields}")
     return report
 

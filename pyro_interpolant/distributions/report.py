@@ -27,7 +27,10 @@ class Report:
         reference: The mean log-density of the same rows, nats, of one Gaussian fitted to the
             training rows in unconstrained coordinates, its mean linear in the context; for angles
             of the uniform density.
-        reference_name: Which of the two it is.
+        reference_name: Which of the two it is; of a population learned from noisy rows, ``"the
+            start"``.
+        held_out_name: What ``held_out`` is the mean of, where it is not the density: of such a
+            population, the log-evidence of rows.
     """
 
     dim: int
@@ -40,6 +43,7 @@ class Report:
     held_out_stderr: float | None = None
     reference: float | None = None
     reference_name: str = GAUSSIAN
+    held_out_name: str = "held-out"
 
     def __repr__(self) -> str:
         """Say all in one line."""
@@ -47,7 +51,8 @@ class Report:
         found = [f"{self.dim}-d density{rows} in {duration(self.seconds)}: "]
         if self.held_out is not None and self.held_out_stderr is not None:
             digits = decimals(self.held_out_stderr)
-            found[0] += f"held-out {with_error(self.held_out, self.held_out_stderr)}"
+            value = with_error(self.held_out, self.held_out_stderr)
+            found[0] += f"{self.held_out_name} {value}"
             found[0] += f" nats{beside(self.reference, self.reference_name, digits)}; "
         if self.log_prob_error is not None:
             found.append(f"log_prob within {self.log_prob_error:.1g} nats; ")

@@ -1,10 +1,12 @@
 r"""Flows inside Pyro models: as a guide, as a prior, and as a proposal.
 
 ``autoguide`` has the guide and its training; ``amortized`` one that learns the posteriors of all
-data at once, from ``simulation``, by ``amortization``. ``log_density`` is a model's log joint as a
-function of the unconstrained vector that ``sites`` packs. ``importance_sampling`` judges a guide
-by the weights of its draws, ``inference_data`` hands draws to ArviZ. ``reparam`` samples a model
-in the base space of its learned priors, or of a guide. ``smc`` trains a flow from a density alone.
+data at once, from ``simulation``, judged by ``amortization``. ``log_density`` is a model's log
+joint as a function of the unconstrained vector that ``sites`` packs. ``importance_sampling``
+judges a guide by the weights of its draws, ``inference_data`` hands draws to ArviZ. ``reparam``
+samples a model in the base space of its learned priors, or of a guide. ``smc`` trains a flow from
+a density alone. ``population`` learns the density behind a noisy catalogue: ``noise`` is what a
+row says of its latent, which ``latents`` draws; ``expectation_maximization`` fits the flow to them.
 """
 
 from typing import TYPE_CHECKING
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from .autoguide import *
     from .log_density import *
     from .importance_sampling import *
+    from .latents import *
+    from .population import *
     from .inference_data import *
     from .reparam import *
     from .smc.train import *
@@ -29,6 +33,8 @@ __all__, __getattr__, __dir__ = attach(
         "autoguide": ["AutoInterpolant", "GuideResult", "fit_guide"],
         "log_density": ["LogJoint", "log_joint"],
         "importance_sampling": ["ImportanceResult", "importance"],
+        "latents": ["ObjectPosteriors", "object_posteriors"],
+        "population": ["from_noisy_samples", "from_posterior_samples"],
         "inference_data": ["to_arviz"],
         "reparam": ["Neutra", "base_space", "neutra"],
         "smc.train": ["Round", "RoundsResult", "train_from_density"],

@@ -18,19 +18,17 @@ from tqdm.auto import tqdm
 from ..._torch import seeded, trainable
 from ...diagnostics.calibration import calibrate_until
 from ...diagnostics.psis import K_HAT_LIMIT, effective_sample_size, judge, pareto_smooth
-from ...distributions.bases import WhitenedBase
 from ...distributions.interpolant import InterpolantDistribution
 from ...distributions.report import duration, with_error
-from ...interpolants.couplings import independent
 from ...solvers.ode import Solver
 from ...training.clock import Clock
 from ...training.fitting import trainable_flow
 from ...training.loop import check_ranges
-from ...training.objective import Objective
-from ...training.optimization import Descent, assign
+from ...training.optimization import assign
 from ...training.rows import Rows
 from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
+from ..regression import FlowRegression
 from .flow_proposal import (
     Jump,
     affordable_draws,
@@ -41,65 +39,6 @@ from .flow_proposal import (
 from .pathfinder import StudentTMixture, initial_mixture, pathfinder
 from .schedule import Budget, RateSchedule, clocked
 from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
-
-_BATCH_ROWS = 512  # in a regression step
-_FIRST_RATE = 1e-3  # the learning rate before the first is asked for
-_WARMUP_STEPS = 100  # in which the rate rises
-_MAX_POOLS = 10  # the most rounds whose rows are kept; of fewer, the later half
-_MIN_STEPS = 10  # in a round, whatever the clock says
-
-
-class FlowRegression:
-    """The regression of a flow on rows that change from round to round, its optimiser kept.
-
-    Args:
-        flow: The flow, its whitening map set.
-        pools: Rows to begin with, each of shape ``(N, D)``.
-    """
-
-    def __init__(self, flow: Flow, pools: list[Tensor]) -> None:
-        self.objective = Objective(flow, WhitenedBase(None, flow.whitening), independent)
-        process = self.objective.process
-        self.descent = Descent(self.objective, process, learning_rate=_FIRST_RATE)
-        self.average = self.descent.average
-        self.pools = pools[-_MAX_POOLS:]
-        self.added = 0
-
-    def add(self, rows: Tensor) -> None:
-        """Add the rows of a round, shape ``(N, D)``, and drop the oldest."""
-        self.added += 1
-        keep = max(2, min(_MAX_POOLS, self.added // 2 + 1))
-        self.pools = [*self.pools, rows][-keep:]
-
-    def __call__(self, steps: int, rate: Callable[[], float], *, seconds: float) -> None:
-        """Take steps, at most as many as the time allows.
-
-        Args:
-            steps: The number of steps.
-            rate: The present learning rate.
-            seconds: The time to spend.
-
-        Raises:
-            RuntimeError: If gradients stay non-finite.
-        """
-        rows = self.objective.whitened(Rows(torch.cat(self.pools), None))
-        count = len(rows.w)
-
-        def batch() -> Rows:
-            return rows.take(torch.randint(count, (min(_BATCH_ROWS, count),)).to(rows.w.device))
-
-        for _ in clocked(seconds, _MIN_STEPS, steps):
-            warm = min(1.0, (self.descent.steps + 1) / _WARMUP_STEPS)
-            (points,) = self.objective.points([batch])
-            with torch.enable_grad():
-                self.descent(points, rate() * warm)
-            if self.descent.is_stuck():
-                self.descent.check()
-
-    def values(self) -> list[Tensor]:
-        """Return copies of the averaged weights."""
-        return [v.clone() for v in self.average.values]
-
 
 _FLAT = 2e-3  # nats, the improvement over a window of rounds below which a run is flat
 _FLAT_WINDOW = 5  # rounds
@@ -238,7 +177,9 @@ class Run:
         self.distribution, self.density, self.budget = distribution, density, budget
         self.particles, self.kernel, pools = start
         set_whitening(self.distribution, Rows(self.particles.x, None))
-        self.regression = FlowRegression(distribution.transform.flow, pools)
+        self.regression = FlowRegression(
+            distribution.transform.flow, [Rows(pool, None) for pool in pools]
+        )
         self.history = list[Round]()
         self.best_gap, self.best_round = math.inf, 0
         self.best_weights = self.regression.values()
@@ -265,7 +206,7 @@ class Run:
             self.best_gap, self.best_round = jump.gap, len(self.history)
             self.best_weights = self.regression.values()
         self.particles, acceptance = self._moved(jump.particles, time.monotonic() - began)
-        self.regression.add(self.particles.x)
+        self.regression.add(Rows(self.particles.x, None))
         self.history.append(self._diagnosed(jump, acceptance))
         if self._is_flat():
             self.schedule = self.schedule.landed(budget.spent())

@@ -17,6 +17,7 @@ from pyro_interpolant import (
     interpolant_transform,
 )
 from pyro_interpolant.diagnostics.psis import systematic_resampling
+from pyro_interpolant.infer.regression import FlowRegression
 from pyro_interpolant.infer.smc.flow_proposal import (
     coarse_solver,
     flow_proposal_step,
@@ -25,8 +26,9 @@ from pyro_interpolant.infer.smc.flow_proposal import (
 from pyro_interpolant.infer.smc.pathfinder import StudentTMixture, initial_mixture, pathfinder
 from pyro_interpolant.infer.smc.schedule import Budget, RateSchedule
 from pyro_interpolant.infer.smc.tempering import HMCKernel, LogDensity, tempered_smc
-from pyro_interpolant.infer.smc.train import FlowRegression, RoundsResult, train_from_density
+from pyro_interpolant.infer.smc.train import RoundsResult, train_from_density
 from pyro_interpolant.training.clock import Clock, Seconds
+from pyro_interpolant.training.rows import Rows
 
 
 def gaussian(loc, scale_tril):
@@ -323,7 +325,7 @@ def test_the_solver_of_a_round_is_as_coarse_as_the_flow_allows():
 def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
     flow = InterpolantDistribution(interpolant_transform(2, (32, 32)))
     rows = torch.where(torch.rand(1000, 1) < 0.5, 1.0, -1.0) + 0.2 * torch.randn(1000, 2)
-    refit = FlowRegression(flow.transform.flow, [rows])
+    refit = FlowRegression(flow.transform.flow, [Rows(rows, None)])
     first = float(flow.log_prob(rows).detach().mean())
     refit(200, lambda: 5e-3, seconds=60.0)
     assert float(flow.log_prob(rows).detach().mean()) > first + 0.1
@@ -331,12 +333,14 @@ def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
     refit(1000, lambda: 5e-3, seconds=0.0)
     assert refit.descent.steps == 210
     for i in range(30):
-        refit.add(torch.full((1, 2), float(i)))
-    assert [float(pool[0, 0]) for pool in refit.pools] == list(range(20, 30))
+        refit.add(Rows(torch.full((1, 2), float(i)), None))
+    assert [float(pool.w[0, 0]) for pool in refit.pools] == list(range(20, 30))
 
 
 def test_a_refit_whose_gradients_stay_wild_says_so():
-    refit = FlowRegression(interpolant_transform(2, (8, 8)).flow, [torch.full((10, 2), math.inf)])
+    refit = FlowRegression(
+        interpolant_transform(2, (8, 8)).flow, [Rows(torch.full((10, 2), math.inf), None)]
+    )
     with pytest.raises(RuntimeError, match="gradient was not finite"):
         refit(100, lambda: 1e-3, seconds=60.0)
 

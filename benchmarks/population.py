@@ -1,0 +1,307 @@
+"""Populations behind noisy rows: ours against the truth and against extreme deconvolution.
+
+Five populations whose log p(y) is known; 10,000 rows with errors from 0.1 to 2 standard deviations
+of the population, another in each row and column. Each finished cell appends a line to a file; a
+rerun skips what is there; the tables are made from the lines.
+
+    pip install --no-deps astroML                       # for extreme deconvolution
+    python benchmarks/population.py                     # five minutes a cell of ours, hours in all
+    python benchmarks/population.py --tasks banana      # one of them
+    python benchmarks/population.py --smoke             # seconds
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+
+import pyro_interpolant as pi
+
+LEAST, MOST = 0.1, 2.0  # errors, in standard deviations of the population
+COMPONENTS = (1, 2, 4, 8, 16, 32)  # of extreme deconvolution, of which the best is taken
+MISSING = 0.2  # the share of numbers that are missing, where some are
+
+
+# ---- populations: latents, and the log-evidence of rows -----------------------------------------
+
+
+def normal(y, mean, variance):
+    """Return log N(y; mean, variance), one number at a time."""
+    found = -0.5 * (
+        (y.nan_to_num() - mean) ** 2 / variance + variance.log() + math.log(2 * math.pi)
+    )
+    return torch.where(variance.isinf(), 0.0, found)
+
+
+class Curve:
+    """Points on curves, with a scatter in both columns; some of them far outliers."""
+
+    support, missing = torch.distributions.constraints.real_vector, 0.0
+
+    def __init__(self, curve, arms, scatter, outliers=0.0, wide=3.0):
+        self.curve, self.arms, self.outliers, self.wide = curve, arms, outliers, wide
+        self.scatter = torch.tensor(scatter).double()
+
+    def sample(self, count):
+        """Return latents, shape (N, 2)."""
+        t, arm = torch.rand(count).double(), torch.randint(self.arms, (count,))
+        x = self.curve(t, arm) + self.scatter * torch.randn(count, 2).double()
+        far = torch.rand(count, 1) < self.outliers
+        return torch.where(far, self.wide * torch.randn(count, 2).double(), x)
+
+    def log_evidence(self, y, sds):
+        """Return log p(y) by quadrature along the curves, which the errors smooth."""
+        t = ((torch.arange(4000) + 0.5) / 4000).double()
+        nodes = torch.cat([self.curve(t, torch.full(t.shape, a)) for a in range(self.arms)])
+        found = []
+        for rows, errors in zip(y.split(200), sds.split(200), strict=True):
+            variance = (self.scatter**2 + errors**2)[:, None]
+            on = normal(rows[:, None], nodes, variance).sum(-1).logsumexp(1) - math.log(len(nodes))
+            off = normal(rows, torch.zeros(2), self.wide**2 + errors**2).sum(-1)
+            share = torch.tensor(self.outliers).double()
+            found.append(torch.logaddexp((1 - share).log() + on, share.log() + off))
+        return torch.cat(found)
+
+
+class Mixture:
+    """A mixture of Gaussians."""
+
+    support, missing = torch.distributions.constraints.real_vector, MISSING
+
+    def __init__(self, shares, means, covariances):
+        self.shares, self.means, self.covariances = shares, means, covariances
+
+    def sample(self, count):
+        """Return latents, shape (N, D)."""
+        which = torch.multinomial(self.shares, count, replacement=True)
+        roots = torch.linalg.cholesky(self.covariances)
+        z = torch.randn(count, self.means.shape[1]).double()
+        return self.means[which] + (roots[which] @ z[..., None])[..., 0]
+
+    def log_evidence(self, y, sds):
+        """Return log p(y), where what is missing is integrated out."""
+        there = sds.isfinite()
+        both = (there[:, :, None] & there[:, None, :])[:, None]
+        total = self.covariances + torch.diag_embed(sds.where(there, 1.0) ** 2)[:, None]
+        neutral = torch.eye(y.shape[1]).double() / (2 * math.pi)  # a density of 1 at its mean
+        far = (y.nan_to_num()[:, None] - self.means).where(there[:, None], 0.0)
+        parts = torch.distributions.MultivariateNormal(
+            torch.zeros_like(far), torch.where(both, total, neutral)
+        ).log_prob(far)
+        return (parts + self.shares.log()).logsumexp(-1)
+
+
+class Positive:
+    """A mixture of products of normals that are cut off at zero."""
+
+    support, missing = torch.distributions.constraints.positive, 0.0
+
+    def __init__(self, shares, means, sds):
+        self.shares, self.means, self.sds = shares, means, sds
+
+    def sample(self, count):
+        """Return latents, shape (N, D)."""
+        which = torch.multinomial(self.shares, count, replacement=True)
+        mean, sd = self.means[which], self.sds[which]
+        below = torch.special.ndtr(-mean / sd)
+        u = below + (1 - below) * torch.rand(mean.shape).double()
+        return (mean + sd * torch.special.ndtri(u)).clamp(min=1e-12)
+
+    def log_evidence(self, y, sds):
+        """Return log p(y): each factor is a normal times a ratio of two of its integrals."""
+        y, error = y[:, None], sds[:, None] ** 2
+        variance = self.sds**2 + error
+        centre = (self.means * error + y * self.sds**2) / variance
+        width = self.sds * sds[:, None] / variance.sqrt()
+        log_cut = torch.special.log_ndtr(centre / width) - torch.special.log_ndtr(
+            self.means / self.sds
+        )
+        return ((normal(y, self.means, variance) + log_cut).sum(-1) + self.shares.log()).logsumexp(
+            -1
+        )
+
+
+def banana(t, arm):
+    """Return a parabola whose first column is standard normal."""
+    x = torch.special.ndtri(t)
+    return torch.stack((x, 0.7 * x**2), -1)
+
+
+def arms(t, arm):
+    """Return two arms of a spiral."""
+    angle, sign = 0.3 + 3.5 * t, 1.0 - 2.0 * arm
+    return (sign * 0.5 * angle)[:, None] * torch.stack((angle.cos(), angle.sin()), -1)
+
+
+def line(t, arm):
+    """Return a straight line."""
+    return torch.stack((4 * t - 2, 2 * t - 1), -1)
+
+
+def populations():
+    """Return the five populations by name."""
+    random = torch.Generator().manual_seed(0)
+    roots = 0.35 * torch.randn(4, 5, 5, generator=random).double()
+    covariances = roots @ roots.mT + 0.05 * torch.eye(5).double()
+    means = 1.2 * torch.randn(4, 5, generator=random).double()
+    shares = torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
+    cut = torch.tensor([[1.0, 0.3, 2.0], [3.0, 1.0, 0.3], [0.3, 2.0, 1.0]]).double()
+    return {
+        "banana": Curve(banana, 1, (1e-3, 0.3)),
+        "arms": Curve(arms, 2, (0.12, 0.12)),
+        "line": Curve(line, 1, (0.03, 0.03), outliers=0.01),
+        "mixture": Mixture(shares, means, covariances),
+        "positive": Positive(shares[:3] / shares[:3].sum(), cut, 0.2 + 0.3 * cut),
+    }
+
+
+def catalogue(population, count, seed):
+    """Return latents, rows and standard deviations, float64."""
+    torch.manual_seed(seed)
+    x = population.sample(count)
+    sds = population.sample(20_000).std(0) * LEAST * (MOST / LEAST) ** torch.rand(x.shape).double()
+    y = x + sds * torch.randn(x.shape).double()
+    gone = torch.rand(x.shape) < population.missing
+    gone[gone.all(1), 0] = False  # something is measured of each row
+    return x, y.masked_fill(gone, math.nan), sds.masked_fill(gone, math.inf)
+
+
+# ---- methods: draws of the population, and the log-evidence of rows held out --------------------
+
+
+def ours(population, y, sds, args, seed):
+    """Learn the population, defaults only."""
+    limit = {"steps": 100} if args.smoke else {"max_seconds": 60 * args.minutes}
+    flow = pi.from_noisy_samples(
+        y.float(), sds.float(), support=population.support, seed=seed, progress=False, **limit
+    )
+
+    def objects(y, sds):
+        return pi.infer.object_posteriors(flow, y.float(), sds.float(), draws=args.draws, seed=0)
+
+    report = flow.report
+    return flow.sample, objects, {"steps": report.steps, "best_step": report.best_step}
+
+
+def extreme_deconvolution(population, y, sds, args, seed):
+    """Fit mixtures of Gaussians to all rows but a tenth, on which the best number is chosen."""
+    from astroML.density_estimation import XDGMM
+
+    known = sds.isfinite()
+    filled = torch.where(known, y, 0.0).numpy()
+    covariances = torch.diag_embed(torch.where(known, sds, 1e3) ** 2).numpy()
+    train, best, kept = len(y) * 9 // 10, -math.inf, None
+    for count in (1, 2) if args.smoke else COMPONENTS:
+        iterations = 5 if args.smoke else 500
+        model = XDGMM(count, max_iter=iterations, tol=1e-6, random_state=seed)
+        model.fit(filled[:train], covariances[:train])
+        parts = (torch.as_tensor(part).double() for part in (model.alpha, model.mu, model.V))
+        found = Mixture(*parts)
+        score = float(found.log_evidence(y[train:], sds[train:]).mean())
+        if score > best:
+            best, kept, components = score, found, count
+    return (lambda shape: kept.sample(*shape)), kept.log_evidence, {"components": components}
+
+
+METHODS = {"ours": ours, "XD": extreme_deconvolution}
+
+
+def energy_distance(a, b):
+    """Return the energy distance of two samples, in units of the standard deviations of b."""
+
+    def mean_distance(u, v):
+        return float(torch.stack([torch.cdist(s, v).mean() for s in u.split(500)]).mean())
+
+    a, b = a.float() / b.std(0).float(), b.float() / b.std(0).float()
+    return 2 * mean_distance(a, b) - mean_distance(a, a) - mean_distance(b, b)
+
+
+def pit_distance(found, x):
+    """Return the largest difference of the PIT of objects from uniform, over its 99% band."""
+    from scipy.stats import kstwo
+
+    weights = found.log_weights.double().exp()[..., None]
+    values = (weights * (found.draws < x[:, None])).sum(1).sort(0).values
+    steps = (torch.arange(len(x)).double()[:, None] + 0.5) / len(x)
+    distance = float((values - steps).abs().max()) + 0.5 / len(x)
+    return distance / float(kstwo.isf(0.01 / x.shape[1], len(x)))
+
+
+def run_cell(args, task, method, seed):
+    """Return what is measured of one method on one population."""
+    population, start = populations()[task], time.monotonic()
+    _, y, sds = catalogue(population, args.rows, seed)
+    sample, objects, extra = METHODS[method](population, y, sds, args, seed)
+    seconds = time.monotonic() - start
+    x, y, sds = catalogue(population, args.held, 1000 + seed)
+    truth, found = population.log_evidence(y, sds), objects(y, sds)
+    if method == "ours":
+        extra["pit"] = pit_distance(found, x)
+        extra["bad_k_hat"] = float((found.k_hat > 0.7).double().mean())
+        extra["monte_carlo_error"] = float(found.log_evidence_stderr.square().mean().sqrt())
+        found = found.log_evidence
+    lost = found.double() - truth
+    torch.manual_seed(2000 + seed)
+    z, true = sample((args.sample,)), population.sample(args.sample)
+    return {
+        "lost": float(lost.mean()),
+        "stderr": float(lost.std()) / math.sqrt(len(lost)),
+        "energy": energy_distance(z, true),
+        "floor": energy_distance(population.sample(args.sample), true),
+        "seconds": seconds,
+        **extra,
+    }
+
+
+def table(done):
+    """Return a Markdown table of the finished cells."""
+    columns = ("lost", "stderr", "energy", "floor", "pit", "bad_k_hat", "seconds")
+    heads = ("log p(y) - truth's", "its error", "energy distance", "of the truth itself")
+    heads += ("PIT / band", "k-hat > 0.7", "seconds")
+    lines = [f"| population | method | seed | {' | '.join(heads)} |", "| --- " * 10 + "|"]
+    for (task, method, seed), found in sorted(done.items()):
+        cells = [f"{found[c]:.4g}" if c in found else "" for c in columns]
+        lines.append(f"| {task} | {method} | {seed} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", default=list(populations()), help="which of them")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="ours, XD")
+    parser.add_argument("--seeds", type=int, default=3, help="of rows and of training")
+    parser.add_argument("--minutes", type=float, default=5.0, help="to train, each of ours")
+    parser.add_argument("--rows", type=int, default=10_000, help="to learn from")
+    parser.add_argument("--held", type=int, default=5000, help="to compare on")
+    parser.add_argument("--sample", type=int, default=20_000, help="draws of the population")
+    parser.add_argument("--draws", type=int, default=400, help="of each object")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--out", type=Path, default=Path("population.jsonl"), help="the lines")
+    parser.add_argument("--smoke", action="store_true", help="seconds, to see that it works")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.smoke:
+        args.rows, args.held, args.sample, args.draws, args.seeds = 300, 50, 500, 100, 1
+        args.tasks, args.methods, args.out = args.tasks[-1:], args.methods[:1], Path("smoke.jsonl")
+    lines = args.out.read_text().splitlines() if args.out.exists() and not args.smoke else []
+    done = {(r["task"], r["method"], r["seed"]): r for r in map(json.loads, lines)}
+    for seed in range(args.seeds):
+        for task in args.tasks:
+            for method in args.methods:
+                if (task, method, seed) in done:
+                    continue
+                found = run_cell(args, task, method, seed)
+                done[task, method, seed] = found
+                line = {"task": task, "method": method, "seed": seed, **found}
+                print(json.dumps(line), flush=True)
+                if not args.smoke:
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+    print(table(done))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+r"""Noise: what a measured row y says about the latent x behind it, :math:`\log p(y | x)`.
+
+Gaussian noise of given standard deviations or covariances is whitened once: with
+:math:`S^{-1} = W^T W`, :math:`\log p(y | x) = -\frac12 |W (y - x)|^2 + \log|W| + \text{const}`. A
+missing number has an infinite error: its row and column of W are zero, and it counts nowhere. Any
+other noise is a function of x and of a row's own numbers that returns a distribution of y.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from ..distributions.constraints import as_tensor, checked_rows
+
+NoiseFunction = Callable[[Tensor, Any], Any]
+Noise = ArrayLike | NoiseFunction
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurements:
+    r"""Rows of a noisy catalogue, each with the numbers that its noise takes.
+
+    Attributes:
+        y: What was measured, shape ``(N, *shape)``; zero where it is missing.
+        row: The numbers of each row's noise, shape ``(N, ...)``: inverse standard deviations, the
+            matrices W, or those that a function takes; None where it takes none.
+        log_density: From x, y and these numbers, broadcastable, to :math:`\log p(y | x)`.
+        context: What the population is given, shape ``(N, C)``, or None.
+    """
+
+    y: Tensor
+    row: Tensor | None
+    log_density: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    context: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.y)
+
+    def take(self, index: Tensor | slice) -> "Measurements":
+        """Return the rows of an index."""
+        parts = (None if part is None else part[index] for part in (self.row, self.context))
+        row, context = parts
+        return dataclasses.replace(self, y=self.y[index], row=row, context=context)
+
+    def is_gaussian(self) -> bool:
+        """Return whether errors are given as standard deviations or covariances."""
+        return not isinstance(self.log_density, _Function)
+
+    def known(self) -> Tensor:
+        """Return which numbers of y were measured, shape ``(N, D)``, where noise is Gaussian."""
+        row: Any = self.row
+        row = row.diagonal(dim1=-2, dim2=-1) if self.log_density is _correlated else row
+        return row.reshape(len(self), -1) > 0
+
+    def to(self, like: Tensor) -> "Measurements":
+        """Return the rows in the type and on the device of a tensor."""
+        row = self.row
+        if row is not None:
+            row = row.to(like) if row.is_floating_point() else row.to(like.device)
+        return dataclasses.replace(self, y=self.y.to(like), row=row)
+
+    def check(self, x: Tensor) -> None:
+        """Raise an error unless latents, ``(M, *event_shape)``, have likelihoods.
+
+        Raises:
+            ValueError: If the log-likelihoods of two latents of two rows are no numbers of shape
+                ``(2, 2)``, or the latents are not of the shape of y where they must be.
+        """
+        if self.is_gaussian() and x.shape[1:] != self.y.shape[1:]:
+            raise ValueError(
+                "expected x and y of one shape beside Gaussian errors, "
+                f"{tuple(self.y.shape[1:])}, got x of {tuple(x.shape[1:])}"
+            )
+        few, latents = self.take(slice(2)), x[:2].to(self.y)[None]
+        found = few.log_likelihood(latents)
+        if found.shape != (len(few), latents.shape[1]):
+            raise ValueError(
+                "expected noise(x, row) to return a distribution with a log_prob of shape "
+                f"{(len(few), latents.shape[1])} for {len(few)} rows y, x of shape "
+                f"{tuple(latents.shape)} and row of shape (2, 1, ...), got {tuple(found.shape)}: "
+                "use x[..., i] and row[..., j]"
+            )
+
+    def log_likelihood(self, x: Tensor) -> Tensor:
+        r"""Return :math:`\log p(y | x)`, shape ``(N, K)``; ``-inf`` where it is not a number.
+
+        Args:
+            x: K latents of each row, shape ``(N, K, *event_shape)``, or ``(1, K, *event_shape)``
+                the same for all.
+        """
+        row = None if self.row is None else self.row[:, None]
+        found = self.log_density(x, self.y[:, None], row)
+        return torch.where(found.isnan(), -math.inf, found)
+
+
+def measurements(y: ArrayLike, noise: Noise, noise_data: ArrayLike | None = None) -> Measurements:
+    """Return checked rows of a catalogue.
+
+    Args:
+        y: What was measured, shape ``(N, D)``, or ``(N,)``.
+        noise: Standard deviations, shape ``(N, D)``; covariances, shape ``(N, D, D)``; or a
+            function of x and a row's numbers.
+        noise_data: These numbers, shape ``(N, ...)``, for a function.
+
+    Raises:
+        TypeError: If something is of a wrong type.
+        ValueError: If something is of a wrong shape, not finite where it must be, no standard
+            deviation, or no covariance; or if a row has nothing that was measured.
+    """
+    found = as_tensor(y, "y").detach()
+    if not found.is_floating_point():
+        raise TypeError(f"expected y of a floating type, got {found.dtype}: convert it, y.float()")
+    if found.dim() not in (1, 2) or found.numel() == 0:
+        raise ValueError(f"expected y of shape (N, D) or (N,), got {tuple(found.shape)}")
+    if callable(noise):
+        found = checked_rows(found, "y", found.shape[1:])
+        row = None if noise_data is None else _numbers(noise_data, found)
+        return Measurements(found, row, _Function(noise))
+    if noise_data is not None:
+        raise ValueError(
+            "expected noise_data beside a function noise(x, row), got them beside "
+            "standard deviations or covariances, which are the rows' own already"
+        )
+    log_density: Callable[[Tensor, Tensor, Any], Tensor]
+    spread = as_tensor(noise, "noise").detach().double()
+    if len(spread) != len(found):
+        raise ValueError(f"expected noise of {len(found)} rows, as y has, got {len(spread)}")
+    if spread.shape == found.shape:
+        inverse, log_density = _inverse_sds(spread), _independent
+    elif found.dim() == 2 and spread.shape == (*found.shape, found.shape[1]):
+        inverse, log_density = _whitenings(spread), _correlated
+    else:
+        raise ValueError(
+            f"expected noise as standard deviations of shape {tuple(found.shape)} or covariances "
+            f"of shape {(*found.shape, found.shape[-1])}, got {tuple(spread.shape)}"
+        )
+    there = (inverse.diagonal(dim1=-2, dim2=-1) if log_density is _correlated else inverse) > 0
+    bad = (there & ~found.isfinite()).reshape(len(found), -1).any(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"expected finite y where errors are finite, got NaN or infinite values in "
+            f"{int(bad.sum())} rows, the first being row {int(bad.nonzero()[0])}: a missing value "
+            "has an infinite error, torch.inf"
+        )
+    empty = ~there.reshape(len(found), -1).any(1)
+    if bool(empty.any()):
+        raise ValueError(
+            f"expected at least one finite error in each row, got {int(empty.sum())} rows with "
+            f"nothing measured, the first being row {int(empty.nonzero()[0])}: remove them"
+        )
+    return Measurements(found.where(there, 0.0), inverse.to(found), log_density)
+
+
+def _numbers(noise_data: ArrayLike, y: Tensor) -> Tensor:
+    """Return the numbers of each row's noise, shape ``(N, ...)``, as floats of the type of y."""
+    row = as_tensor(noise_data, "noise_data").detach()
+    if row.dim() == 0 or len(row) != len(y):
+        raise ValueError(
+            f"expected noise_data of {len(y)} rows, as y has, got shape {tuple(row.shape)}"
+        )
+    return row.to(y) if row.is_floating_point() else row.to(y.device)
+
+
+def _inverse_sds(sds: Tensor) -> Tensor:
+    """Return inverse standard deviations, 0 for infinite ones."""
+    bad = (~(sds > 0)).reshape(len(sds), -1).any(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"expected standard deviations above 0, got others in {int(bad.sum())} rows, the "
+            f"first being row {int(bad.nonzero()[0])}: infinity where a value is missing, and a "
+            "small number where there is no error"
+        )
+    return 1 / sds
+
+
+def _whitenings(covariances: Tensor) -> Tensor:
+    """Return W with :math:`S^{-1} = W^T W`, zero in rows and columns of infinite variance."""
+    diagonal = covariances.diagonal(dim1=-2, dim2=-1)
+    there = diagonal != math.inf
+    both = there[:, :, None] & there[:, None, :]
+    known = torch.where(both, covariances, torch.eye(covariances.shape[-1]).to(covariances))
+    root, failed = torch.linalg.cholesky_ex(known.nan_to_num(nan=-1.0))
+    far = (known - known.mT).abs() > 1e-4 * known.diagonal(dim1=-2, dim2=-1).amax(-1).abs()[
+        :, None, None
+    ]
+    bad = (failed > 0) | far.any(-1).any(-1) | ~known.isfinite().all(-1).all(-1)
+    if bool(bad.any()):
+        raise ValueError(
+            "expected covariances that are symmetric and positive definite, got others in "
+            f"{int(bad.sum())} rows, the first being row {int(bad.nonzero()[0])}: an infinite "
+            "variance where a value is missing, a small one where there is no error"
+        )
+    identity = torch.eye(root.shape[-1]).to(root).expand_as(root)
+    inverse = torch.linalg.solve_triangular(root, identity, upper=False)
+    return torch.where(both, inverse, 0.0)
+
+
+def _independent(x: Tensor, y: Tensor, inverse: Any) -> Tensor:
+    """Return the log-density of y for inverse standard deviations, zero where y is missing."""
+    scaled = (y - x) * inverse
+    return (
+        _normal(scaled, inverse) if y.dim() > 2 else _normal(scaled[..., None], inverse[..., None])
+    )
+
+
+def _correlated(x: Tensor, y: Tensor, whitening: Any) -> Tensor:
+    """Return the log-density of y for matrices W, shape ``(*, D, D)``."""
+    scaled = (y - x) @ whitening[:, 0].mT
+    return _normal(scaled, whitening.diagonal(dim1=-2, dim2=-1))
+
+
+def _normal(scaled: Tensor, diagonal: Tensor) -> Tensor:
+    """Return the log-density of whitened residuals, ``(*, D)``, that the diagonals of W give."""
+    there = diagonal > 0
+    volume = diagonal.where(there, 1.0).log().sum(-1)
+    constant = 0.5 * math.log(2 * math.pi) * there.sum(-1)
+    return volume - constant - 0.5 * scaled.square().sum(-1)
+
+
+class _Function:
+    """The log-density that a function noise(x, row) gives.
+
+    Args:
+        noise: From latents, shape ``(*, *event_shape)``, and numbers of rows, broadcastable, to a
+            distribution of y.
+    """
+
+    def __init__(self, noise: NoiseFunction) -> None:
+        self.noise = noise
+
+    def __call__(self, x: Tensor, y: Tensor, row: Tensor | None) -> Tensor:
+        r"""Return :math:`\log p(y | x)`, shape ``(*)``."""
+        with pyro.validation_enabled(is_validate=False):  # y may be impossible under some x
+            found = self.noise(x, row)
+            if not hasattr(found, "log_prob"):
+                raise TypeError(
+                    "expected noise(x, row) to return a Pyro distribution of y given x, got "
+                    f"{type(found).__name__}"
+                )
+            log_prob = found.log_prob(y)
+        return log_prob.reshape(*log_prob.shape[:2], -1).sum(-1)

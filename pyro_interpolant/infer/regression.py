@@ -1,0 +1,77 @@
+r"""The regression of a flow on rows that change from round to round, its optimiser kept."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..distributions.bases import WhitenedBase
+from ..interpolants.couplings import independent
+from ..training.objective import Objective
+from ..training.optimization import Descent
+from ..training.rows import Rows
+from ..transforms.flow import Flow
+from .smc.schedule import clocked
+
+_BATCH_ROWS = 512  # in a regression step
+_FIRST_RATE = 1e-3  # the learning rate before the first is asked for
+_WARMUP_STEPS = 100  # in which the rate rises
+_MAX_POOLS = 10
+_DECAY = 0.999
+_MIN_STEPS = 10  # in a round, whatever the clock says
+
+
+class FlowRegression:
+    """The regression of a flow on rows that change from round to round, its optimiser kept.
+
+    Args:
+        flow: The flow, its whitening map set.
+        pools: Rows to begin with, in the flow's coordinates.
+        most: The most rounds whose rows are kept; of fewer, the later half.
+        ema: The decay of the average of the weights.
+    """
+
+    def __init__(
+        self, flow: Flow, pools: list[Rows], *, most: int = _MAX_POOLS, ema: float = _DECAY
+    ) -> None:
+        self.objective = Objective(flow, WhitenedBase(None, flow.whitening), independent)
+        process = self.objective.process
+        self.descent = Descent(self.objective, process, learning_rate=_FIRST_RATE, ema=ema)
+        self.average = self.descent.average
+        self.pools, self.most = pools[-most:], most
+        self.added = 0
+
+    def add(self, rows: Rows) -> None:
+        """Add the rows of a round, and drop the oldest."""
+        self.added += 1
+        keep = max(2, min(self.most, self.added // 2 + 1))
+        self.pools = [*self.pools, rows][-keep:]
+
+    def __call__(self, steps: int, rate: Callable[[], float], *, seconds: float) -> None:
+        """Take steps, at most as many as the time allows.
+
+        Args:
+            steps: The number of steps.
+            rate: The present learning rate.
+            seconds: The time to spend.
+
+        Raises:
+            RuntimeError: If gradients stay non-finite.
+        """
+        rows = self.objective.whitened(Rows.joined(self.pools))
+        count = len(rows.w)
+
+        def batch() -> Rows:
+            return rows.take(torch.randint(count, (min(_BATCH_ROWS, count),)).to(rows.w.device))
+
+        for _ in clocked(seconds, _MIN_STEPS, steps):
+            warm = min(1.0, (self.descent.steps + 1) / _WARMUP_STEPS)
+            (points,) = self.objective.points([batch])
+            with torch.enable_grad():
+                self.descent(points, rate() * warm)
+            if self.descent.is_stuck():
+                self.descent.check()
+
+    def values(self) -> list[Tensor]:
+        """Return copies of the averaged weights."""
+        return [v.clone() for v in self.average.values]

@@ -1,0 +1,305 @@
+"""Populations behind noisy rows, against the closed forms of Gaussians."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import MultivariateNormal, Normal, constraints
+
+import pyro_interpolant as pi
+from pyro_interpolant import (
+    InterpolantDistribution,
+    from_noisy_samples,
+    from_posterior_samples,
+    interpolant_transform,
+)
+from pyro_interpolant.infer import object_posteriors
+from pyro_interpolant.infer.expectation_maximization import NoisyRows, PosteriorDraws
+from pyro_interpolant.infer.latents import local_proposal, of_population
+from pyro_interpolant.infer.noise import measurements
+
+LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
+ROOT = torch.tensor([[1.0, 0.0], [0.8, 0.5]], dtype=torch.float64)
+COVARIANCE = ROOT @ ROOT.T
+QUICK = {"steps": 30, "seed": 0, "progress": False}
+
+
+def gaussian():
+    """Return the flow that is N(LOC, COVARIANCE) exactly: its velocity is zero."""
+    flow = interpolant_transform(2, (8, 8), solver=pi.FixedGrid(steps=1))
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.zero_()
+    flow.flow.whitening.set(LOC, ROOT)
+    return InterpolantDistribution(flow).freeze()
+
+
+def catalogue(count, *, least=0.1, missing=0.2):
+    """Return latents, rows and their standard deviations, some of the second column infinite."""
+    x = LOC + torch.randn(count, 2) @ ROOT.T
+    sds = least * (2.0 / least) ** torch.rand(count, 2)
+    sds[torch.rand(count) < missing, 1] = math.inf
+    y = x + torch.where(sds.isinf(), math.nan, sds) * torch.randn(count, 2)
+    return x, y, sds
+
+
+def exact(y, sds):
+    """Return mean and covariance of each row's posterior, and its log-evidence."""
+    inverse = torch.diag_embed(sds**-2)
+    covariance = torch.linalg.inv(torch.linalg.inv(COVARIANCE) + inverse)
+    mean = inverse @ (y.nan_to_num() - LOC)[..., None]
+    evidence = []
+    for row, sd in zip(y, sds, strict=True):
+        there = sd.isfinite()
+        total = COVARIANCE[there][:, there] + torch.diag(sd[there] ** 2)
+        evidence.append(MultivariateNormal(LOC[there], total).log_prob(row[there]))
+    return LOC + (covariance @ mean)[..., 0], covariance, torch.stack(evidence)
+
+
+def as_covariances(sds):
+    """Return the same errors as covariances."""
+    return torch.diag_embed(sds**2)
+
+
+def as_function(x, row):
+    """Return a distribution of y for finite standard deviations."""
+    return Normal(x, row)
+
+
+FORMS = {
+    "sds": lambda y, sds: (y, sds, None),
+    "covariances": lambda y, sds: (y, as_covariances(sds), None),
+    "function": lambda y, sds: (y, as_function, sds),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_posteriors_of_objects_are_those_of_gaussians(form):
+    _, y, sds = catalogue(40, least=0.02, missing=0.0 if form == "function" else 0.2)
+    y, noise, data = FORMS[form](y, sds)
+    found = object_posteriors(gaussian(), y, noise, noise_data=data, draws=2000, seed=0)
+    mean, covariance, evidence = exact(y, sds)
+    w = found.log_weights.exp()[..., None]
+    ours = (w * found.draws).sum(1)
+    far = found.draws - ours[:, None]
+    sd = covariance.diagonal(dim1=1, dim2=2).sqrt()
+    assert float(((ours - mean) / sd).abs().max()) < 0.2
+    spread = torch.einsum("nsd,nse->nde", w * far, far) / (sd[:, None] * sd[:, :, None])
+    wanted = covariance / (sd[:, None] * sd[:, :, None])
+    assert float((spread - wanted).abs().max()) < 0.25
+    assert float((found.log_evidence - evidence).abs().max()) < 0.2
+    z = (found.log_evidence - evidence) / found.log_evidence_stderr
+    assert 0.35 < float(z.square().mean().sqrt()) < 1.2  # fixed shares of two proposals: less
+    assert float(found.k_hat.max()) < 0.7
+    again = found.resampled(500, seed=1)
+    assert float(((again.mean(1) - mean) / sd).abs().max()) < 0.35
+    assert torch.equal(again, found.resampled(500, seed=1))
+
+
+def test_errors_that_depend_on_each_other_are_whitened_together():
+    root = torch.randn(5, 3, 3).tril() + 2 * torch.eye(3)
+    covariances = root @ root.mT
+    y, x = torch.randn(5, 3), torch.randn(5, 4, 3)
+    wanted = MultivariateNormal(x, covariances[:, None]).log_prob(y[:, None])
+    assert torch.allclose(measurements(y, covariances).log_likelihood(x), wanted)
+    y[0, 1] = math.nan
+    covariances[0, 1] = covariances[0, :, 1] = math.inf
+    there = torch.tensor([0, 2])
+    few = MultivariateNormal(x[0][:, there], covariances[0][there][:, there]).log_prob(y[0, there])
+    found = measurements(y, covariances).log_likelihood(x)
+    assert torch.allclose(found[0], few)
+    assert torch.allclose(found[1:], wanted[1:])
+
+
+def test_the_proposal_at_the_mode_is_the_posterior_in_the_base():
+    _, y, sds = catalogue(20)
+    flow = gaussian()
+    rows = of_population(measurements(y, sds), flow)
+    proposal = local_proposal(flow, rows, torch.zeros(20, 2), 3)
+    mean, covariance, _ = exact(y, sds)
+    assert torch.allclose(LOC + proposal.mean @ ROOT.T, mean, atol=1e-6)
+    root = ROOT @ proposal.root / math.sqrt(1.2)
+    assert torch.allclose(root @ root.mT, covariance, atol=1e-6)
+
+
+def test_latents_of_all_rows_together_have_the_moments_of_the_population():
+    _, y, sds = catalogue(3000)
+    flow = gaussian()
+    found = NoisyRows(of_population(measurements(y, sds), flow)).latents(flow, torch.arange(3000))
+    mean, covariance, _ = exact(y, sds)
+    second = covariance.mean(0) + (mean - LOC).T @ (mean - LOC) / 3000
+    w = found.w - LOC
+    assert found.w.shape == (12000, 2)
+    assert float((w.T @ w / len(w) - second).abs().max()) < 0.05
+
+
+def test_posterior_draws_are_weighted_by_the_population_over_the_prior():
+    interim = MultivariateNormal(torch.zeros(2), 9 * torch.eye(2))
+    u = interim.sample((300, 400))  # of objects of which nothing was measured
+    flow = gaussian()
+    objects = PosteriorDraws(u, interim.log_prob(u), None)
+    values, errors = objects.log_evidence(flow, torch.arange(300), finely=True)
+    assert float(values.exp().mean()) == pytest.approx(1.0, abs=0.05)
+    assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.4)
+    few = objects.latents(flow, torch.arange(300)).w
+    assert few.shape == (1200, 2)
+    assert float((few - LOC).norm(dim=-1).mean()) < 0.6 * float((u - LOC).norm(dim=-1).mean())
+
+
+def test_a_short_run_has_a_report_in_nats_and_weights_that_are_frozen(tmp_path):
+    _, y, sds = catalogue(200)
+    options = {"network": pi.VelocityMLP(2, (8, 8)), **QUICK}
+    population = from_noisy_samples(y, sds, **options)
+    report = population.report
+    assert report.rows == 200
+    assert report.held_out >= report.reference - 0.3
+    assert 0 < report.held_out_stderr < 1
+    assert "held-out log p(y) -" in repr(report)
+    assert "(the start -" in repr(report)
+    assert not any(p.requires_grad for p in population.transform.flow.parameters())
+    pi.save(population, tmp_path / "population.safetensors")
+    assert pi.load(tmp_path / "population.safetensors").report == report
+    found = object_posteriors(population, y[:3], sds[:3], draws=100, seed=0)
+    assert found.draws.shape == (3, 100, 2)
+
+
+def test_a_function_a_support_and_a_context_work_together():
+    c = torch.rand(150, 1)
+    x = (0.5 * torch.randn(150) + c[:, 0]).exp()
+    sds = 0.1 + 0.4 * torch.rand(150)
+    y = x + sds * torch.randn(150)
+
+    def noise(x, row):
+        return dist.Normal(x, row)
+
+    options = {"noise_data": sds, "context": c, "support": constraints.positive}
+    start = dist.LogNormal(0.5, 1.0).expand([])
+    network = pi.VelocityMLP(1, (8, 8), 1)
+    population = from_noisy_samples(
+        y, noise, start=start, event_shape=(), network=network, **options, **QUICK
+    )
+    assert isinstance(population, pi.ConditionalInterpolantDistribution)
+    few = {"noise_data": sds[:4], "context": c[:4], "draws": 100}
+    found = object_posteriors(population, y[:4], noise, **few)
+    assert found.draws.shape == (4, 100)
+    assert bool((found.draws > 0).all())
+
+
+def test_rows_that_no_draw_explains_are_said_to_be_so():
+    found = object_posteriors(
+        gaussian(), torch.tensor([[900.0, 0.0]]), lambda x, row: dist.Uniform(x - 1, x + 1)
+    )
+    assert float(found.log_evidence) == -math.inf
+    assert float(found.k_hat) == math.inf
+
+
+Y, SDS = torch.randn(60, 2), torch.ones(60, 2)
+
+
+def changed(x, index, value):
+    """Return a copy of x with another value."""
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((Y.long(), SDS), {}, "floating type"),
+        ((Y[:, :, None], SDS), {}, "shape"),
+        ((Y, SDS[:5]), {}, "60 rows"),
+        ((Y, SDS[:, :1]), {}, "standard deviations of shape"),
+        ((changed(Y, (3, 0), math.nan), SDS), {}, "row 3: a missing value"),
+        ((Y, changed(SDS, (3, 0), 0.0)), {}, "above 0.*row 3"),
+        ((Y, changed(SDS, (3, 0), math.nan)), {}, "above 0.*row 3"),
+        ((Y, changed(SDS, 3, math.inf)), {}, "nothing measured.*row 3"),
+        ((Y, changed(as_covariances(SDS), 3, -torch.eye(2))), {}, "positive definite.*row 3"),
+        ((Y, changed(as_covariances(SDS), (3, 0, 1), 0.5)), {}, "symmetric.*row 3"),
+        ((Y, changed(as_covariances(SDS), (3, 0, 0), math.nan)), {}, "row 3"),
+        ((Y, SDS), {"noise_data": SDS}, "noise_data beside a function"),
+        ((Y, as_function), {"noise_data": SDS}, "start beside a function"),
+        ((Y, as_function), {"noise_data": SDS[:5], "start": Y}, "noise_data of 60 rows"),
+        ((changed(Y, (3, 0), math.nan), as_function), {"start": Y}, "finite y"),
+        ((Y, lambda x, row: x), {"start": Y}, "return a Pyro distribution"),
+        ((Y, lambda x, row: dist.Normal(0.0, 1.0)), {"start": Y}, "log_prob of shape"),
+        ((Y, SDS), {"start": Y[:, :1]}, "one shape"),
+        ((Y - 100, SDS), {"support": constraints.positive}, "start from, got 0"),
+        ((Y, changed(SDS, (slice(None), 0), math.inf)), {}, "each column"),
+        ((Y, SDS), {"support": pi.circular}, "angles"),
+        ((Y, SDS), {"steps": 0}, "steps"),
+        ((Y, SDS), {"max_seconds": 0.0}, "max_seconds"),
+        ((Y, SDS), {"validation": 1.0}, "validation"),
+        ((Y, SDS), {"context": Y[:5]}, "60 contexts"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(arguments, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        from_noisy_samples(*arguments, **{**QUICK, **options})
+
+
+def test_posterior_draws_that_cannot_work_are_refused():
+    draws, log_prior = torch.randn(60, 5, 2), torch.zeros(60, 5)
+    for arguments, message in (
+        ((draws[0], log_prior), "draws of shape"),
+        ((draws, log_prior[:, :4]), "log_interim_prior of shape"),
+        ((draws, log_prior[:4]), "log_interim_prior of shape"),
+        ((draws, math.nan * log_prior), "finite log_interim_prior"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_posterior_samples(*arguments, **QUICK)
+    with pytest.raises(ValueError, match="60 contexts"):
+        from_posterior_samples(draws, log_prior, context=Y[:5], **QUICK)
+
+
+def test_objects_need_a_flow_from_its_default_base_and_some_draws():
+    based = InterpolantDistribution(interpolant_transform(2), dist.Normal(Y[0], 1.0).to_event(1))
+    with pytest.raises(ValueError, match="default base"):
+        object_posteriors(based, Y, SDS)
+    with pytest.raises(TypeError, match="distribution of a flow"):
+        object_posteriors(dist.Normal(0.0, 1.0), Y, SDS)
+    with pytest.raises(ValueError, match="draws >= 100"):
+        object_posteriors(gaussian(), Y, SDS, draws=50)
+    with pytest.raises(ValueError, match="expected context"):
+        object_posteriors(gaussian(), Y, SDS, context=Y)
+
+
+@pytest.mark.slow
+def test_noise_is_taken_off_a_gaussian():
+    torch.manual_seed(1)
+    _, y, sds = catalogue(3000)
+    options = {"network": pi.VelocityMLP(2, (32, 32)), "steps": 1200, "seed": 0}
+    population = from_noisy_samples(y.float(), sds.float(), progress=False, **options)
+    z = population.sample((20_000,)).double()
+    assert float((z.mean(0) - LOC).abs().max()) < 0.1
+    assert float((torch.cov(z.T) - COVARIANCE).abs().max()) < 0.2
+    _, fresh, errors = catalogue(1000)
+    ours = object_posteriors(population, fresh.float(), errors.float(), draws=200, seed=0)
+    lost = exact(fresh, errors)[2] - ours.log_evidence
+    assert float(lost.mean()) < 0.02
+
+
+@pytest.mark.slow
+def test_a_population_is_found_from_posteriors_made_under_a_wide_prior():
+    torch.manual_seed(0)
+    x = LOC[:1] + torch.randn(1500, 1)
+    y, prior = x + 0.7 * torch.randn(1500, 1), 4.0
+    share = prior**2 / (prior**2 + 0.49)
+    draws = share * y[:, None] + math.sqrt(share) * 0.7 * torch.randn(1500, 50, 1)
+    draws = draws.float()
+    log_prior = Normal(0.0, prior).log_prob(draws)[..., 0]
+    options = {"network": pi.VelocityMLP(1, (32, 32)), "steps": 800, "seed": 0}
+    population = from_posterior_samples(draws, log_prior, progress=False, **options)
+    z = population.sample((10_000,))
+    assert float(z.mean()) == pytest.approx(3.0, abs=0.1)
+    assert float(z.std()) == pytest.approx(1.0, abs=0.08)
+
+
+@pytest.mark.slow
+def test_the_same_seed_learns_the_same_population():
+    x, y, sds = catalogue(300)
+    one, two = (from_noisy_samples(y, sds, **QUICK) for _ in range(2))
+    assert torch.equal(one.log_prob(x), two.log_prob(x))
+    other = from_noisy_samples(y, sds, **{**QUICK, "seed": 1})
+    assert not torch.equal(one.log_prob(x), other.log_prob(x))
