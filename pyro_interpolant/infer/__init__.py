@@ -6,7 +6,7 @@ joint as a function of the unconstrained vector that ``sites`` packs. ``importan
 judges a guide by the weights of its draws, ``inference_data`` hands draws to ArviZ. ``reparam``
 samples a model in the base space of its learned priors, or of a guide. ``smc`` trains a flow from
 a density alone. ``population`` learns the density behind a noisy catalogue: ``noise`` is what a
-row says of its latent, which ``latents`` draws; ``expectation_maximization`` fits the flow to them.
+row says of its latent, ``latents`` draws them, ``expectation_maximization`` fits the flow.
 """
 
 from typing import TYPE_CHECKING

@@ -285,7 +285,7 @@ def test_the_draws_of_numpyro_become_a_prior(kind, twin):
 def test_draws_by_chain_have_to_be_joined():
     """Which dimensions are a site's own is not known: joined by the sampler they serve."""
     by_chain = {"z": np.zeros((2, 700, 2))}
-    with pytest.raises(ValueError, match=r"get_samples\(\) does without group_by_chain"):
+    with pytest.raises(ValueError, match=r"get_samples\(group_by_chain=False\)"):
         from_samples(by_chain, seed=0, progress=False)
 
 
