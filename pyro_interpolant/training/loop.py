@@ -30,8 +30,8 @@ _LOOK_SHARE = 0.01  # of the schedule, between two looks at the held-out loss
 _LOOK_GROWTH = 0.05  # of the way so far, where that is less: few rows are learned early
 _FIRST_GLIMPSE = 10  # the look from which held-out nats are shown beside the bar: few before
 _WARMUP_SHARE = 0.02  # of the schedule
-_RISE = 0.02  # of the best held-out loss; plateaus wander by up to 0.012 of it, and may yet fall
-_FIRST_STEPS = 250  # in which averages of few weights wander by more
+_FIRST_STEPS = 500  # before which averages of few weights wander by more than plateaus do:
+_RISE, _RISE_PER_COLUMN = 0.02, 0.005  # by up to 0.012 of the best loss, and 0.003 a column
 _PLACE = ("next_look", "done", "ended")
 
 
@@ -193,7 +193,8 @@ class HeldOutMonitor:
         if self.steps[-1] < _FIRST_STEPS or since < patience / 100 * self.best_step:
             return False
         recent = self.held_losses[-(self.since_best + 1) // 2 :]
-        return sum(recent) / len(recent) - self.best > _RISE * abs(self.best)
+        wander = max(_RISE * abs(self.best), _RISE_PER_COLUMN * self.objective.flow.event_dim)
+        return sum(recent) / len(recent) - self.best > wander
 
     def text(self, rate: float, skipped: int) -> str:
         """Return the step and the last losses in a few words."""

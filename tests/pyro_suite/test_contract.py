@@ -205,6 +205,7 @@ def test_composition(compose, cache_size):
     assert losses[2] < losses[1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_size", [0, 1])
 def test_composition_of_families(cache_size):
     family, fixed = build("two", 2, context_dim=3), build("two", 2)

@@ -66,6 +66,7 @@ def test_scalars_are_the_flat_flow_without_its_dimension(support, scalars, tmp_p
     assert lenient.log_prob(edge)[2].isnan()
 
 
+@pytest.mark.slow
 def test_a_scalar_prior_in_a_plate_under_nuts():
     prior = learn(2 + torch.randn(2000), steps=20, network=VelocityMLP(1, (8,)))
     prior.transform.solver = FixedGrid(steps=2)  # moments of N(2, 1) do not hang on it

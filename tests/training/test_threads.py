@@ -7,6 +7,7 @@ import time
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow_but
 from torch import nn
 
 from pyro_interpolant import (
@@ -54,7 +55,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", slow_but(RUNS, "dropout"))
 def test_a_seeded_run_in_a_thread_ends_in_the_weights_of_one_alone(run):
     train, found, drawn = RUNS[run](), {}, []
     expected = train().transform.state_dict()
