@@ -39,7 +39,11 @@ def write_files(folder, smoke):
         pi.save(pi.InterpolantDistribution(transform).freeze(), folder / f"{name}.safetensors")
     pyro.set_rng_seed(0)
     few = {"steps": 20, "tolerance": 1e3} if smoke else {}
-    magnitude, colour, error, absolute = stars.catalogue()
+    (colour, parallax), (magnitude, error, parallax_error) = (part.T for part in stars.catalogue())
+    good = (parallax > stars.GOOD * parallax_error) & (error < 10)
+    magnitude, error, parallax = magnitude[good], error[good], parallax[good]
+    colour = colour[good] + 0.001 * (torch.rand(len(magnitude)) - 0.5)  # which is rounded
+    absolute = magnitude + 5 * parallax.log10() - 10
     known = torch.stack((colour, absolute), -1)
     test, train = torch.randperm(len(known)).split((STARS, len(known) - STARS))
     prior = pi.from_samples(known[train], seed=0, progress=False, **{"steps": 5000, **few})

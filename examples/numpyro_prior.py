@@ -1,8 +1,8 @@
 """Measure the distances of 600 stars by NUTS in NumPyro, all in one jitted run.
 
-The prior, the stars and the importance sampler are those of stellar_distances.py; the prior comes
+The catalogue is that of stellar_distances.py, the prior that of its stars of precise parallaxes,
 through a file. Each star has a chain and an adaptation of its own: lax.map runs the same compiled
-sampler over all of them. Colours are measured well, so the chains run in data space: in base space
+sampler over all. Colours are measured well, so the chains run in data space: in base space
 (--space base) the posterior is a thin bent ridge, where NUTS diverges.
 """
 
@@ -26,14 +26,23 @@ import pyro_interpolant as pi
 FILE = "stars.safetensors"
 
 
+def precise():
+    """Return magnitude, colour, its error and absolute magnitude of stars of good parallaxes."""
+    (colour, parallax), (magnitude, error, uncertainty) = (part.T for part in stars.catalogue())
+    good = (parallax > stars.GOOD * uncertainty) & (error < 10)
+    colour = colour + 0.001 * (torch.rand(len(colour)) - 0.5)  # rounded ones have no density
+    absolute = magnitude + 5 * parallax.clamp(min=1e-9).log10() - 10
+    return magnitude[good], colour[good], error[good], absolute[good]
+
+
 def observed(count, steps):
     """Learn the prior and save it; return noisy observations of stars that it has not seen."""
-    magnitude, colour, colour_error, absolute = stars.catalogue()
+    magnitude, colour, colour_error, absolute = precise()
     known = torch.stack((colour, absolute), -1)
     test, train = torch.randperm(len(known)).split((count, len(known) - count))
     pi.save(pi.from_samples(known[train], steps=steps, seed=0), FILE)
     exact = stars.parallax_of(absolute[test], magnitude[test])
-    noisy = exact + exact / 2 * torch.randn(count)
+    noisy = exact * (1 + torch.randn(count) / 2)
     return magnitude[test], colour[test], colour_error[test], noisy, exact / 2
 
 
@@ -59,8 +68,8 @@ def nuts(space, data, draws):
         mcmc.run(key, prior, *data, extra_fields=("diverging",))
         return mcmc.get_samples()["star"], mcmc.get_extra_fields()["diverging"].sum()
 
-    keys = jax.random.split(jax.random.key(0), len(data[0]))
-    arguments = (keys, *(jnp.asarray(column.numpy()) for column in data))
+    columns = (jnp.asarray(column.numpy()) for column in data)
+    arguments = (jax.random.split(jax.random.key(0), len(data[0])), *columns)
     start = time.monotonic()
     run = jax.jit(lambda stars: jax.lax.map(of_one, stars)).lower(arguments).compile()
     compiled = time.monotonic()
@@ -83,10 +92,8 @@ def table(draws, star, weights):
 
     In standard deviations of the posterior, and in standard errors of the difference.
     """
-    draws, effective = (
-        draws[..., 1],
-        np.array([effective_sample_size(d[None]) for d in draws])[:, 1],
-    )
+    effective = np.array([effective_sample_size(d[None]) for d in draws])[:, 1]
+    draws = draws[..., 1]
     magnitude, w = star[..., 1].numpy(), weights.numpy()
     mean, count = (w * magnitude).sum(0), 1 / (w**2).sum(0)
     sd = np.sqrt((w * (magnitude - mean) ** 2).sum(0))
@@ -123,7 +130,7 @@ def main():
     parser.add_argument("--space", choices=("data", "base"), default="data")
     parser.add_argument("--picture", default="numpyro_prior.png", help="the file to write")
     args = parser.parse_args()
-    steps, count, draws, weighted = (50, 4, 20, 200) if args.smoke else (5000, 600, 400, 1500)
+    steps, count, draws = (50, 4, 20) if args.smoke else (5000, 600, 400)
     start = time.monotonic()
     torch.set_num_threads(1)
     pyro.set_rng_seed(0)
@@ -131,9 +138,9 @@ def main():
     print(f"learned in {time.monotonic() - start:.0f} s")
     found, diverged = nuts(args.space, data, draws)
     print(f"{diverged.sum()} of {count * draws} draws diverged, of {(diverged > 0).sum()} stars")
-    start = time.monotonic()
-    star, weights = stars.infer((pi.load(FILE), *data), weighted)
-    print(f"importance sampling, {weighted} draws of each star: {time.monotonic() - start:.0f} s")
+    y, rows = torch.stack(data[1::2], -1), torch.stack(data[::2], -1)
+    known = pi.infer.object_posteriors(pi.load(FILE), y, stars.noise, noise_data=rows, draws=4000)
+    star, weights = known.draws.transpose(0, 1), known.log_weights.exp().T
     picture(args.picture, found, *table(found, star, weights))
     print(f"\n{args.picture} written")
 
