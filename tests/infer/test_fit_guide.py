@@ -276,14 +276,14 @@ def test_the_model_alone_in_earnest(limits):
         warnings.simplefilter("ignore")  # a few seconds may be too few
         limits["options"] = {"draws": 1000, **limits.get("options", {})}
         result = fit_guide(guide, y, seed=0, progress=False, **limits)
-    assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert math.isfinite(SVI(model, guide, Adam({"lr": 1e-3}), Trace_ELBO()).step(y))
     s = torch.linspace(-4, 4, 2001).exp()  # of the scale, the mean integrated out
     covariance = s[:, None, None] ** 2 * torch.eye(2) + 1
     inner = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(y)
     outer = dist.Normal(0.0, 0.5).log_prob(s.log())
     exact = float((inner + outer).logsumexp(0)) + math.log(8 / 2000)
     assert abs(result.log_evidence - exact) < 0.1
-    assert math.isfinite(SVI(model, guide, Adam({"lr": 1e-3}), Trace_ELBO()).step(y))
 
 
 def by_index():
