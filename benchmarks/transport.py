@@ -243,7 +243,7 @@ def main():
     warnings.simplefilter("ignore")
     scratch = tempfile.TemporaryDirectory()
     if args.smoke:
-        args.dims, args.seeds, args.steps, args.alternations = [2], 1, 30, 10
+        args.dims, args.seeds, args.steps, args.alternations = [2], 1, 20, 3
         args.pairs, args.out = 2000, Path(scratch.name) / "smoke.jsonl"
     torch.set_num_threads(1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
