@@ -30,6 +30,7 @@ STEPS, STARS = 9, 3
 def write_files(folder, smoke):
     """Train the priors, make untrained flows, and write all of them with what is observed."""
     import stellar_distances as stars
+    from numpyro_prior import precise
 
     for name, (dim, hidden) in SHAPES.items():
         torch.manual_seed(0)
@@ -39,11 +40,7 @@ def write_files(folder, smoke):
         pi.save(pi.InterpolantDistribution(transform).freeze(), folder / f"{name}.safetensors")
     pyro.set_rng_seed(0)
     few = {"steps": 20, "tolerance": 1e3} if smoke else {}
-    (colour, parallax), (magnitude, error, parallax_error) = (part.T for part in stars.catalogue())
-    good = (parallax > stars.GOOD * parallax_error) & (error < 10)
-    magnitude, error, parallax = magnitude[good], error[good], parallax[good]
-    colour = colour[good] + 0.001 * (torch.rand(len(magnitude)) - 0.5)  # which is rounded
-    absolute = magnitude + 5 * parallax.log10() - 10
+    magnitude, colour, error, absolute = precise()
     known = torch.stack((colour, absolute), -1)
     test, train = torch.randperm(len(known)).split((STARS, len(known) - STARS))
     prior = pi.from_samples(known[train], seed=0, progress=False, **{"steps": 5000, **few})

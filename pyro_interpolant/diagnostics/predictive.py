@@ -28,7 +28,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from .._torch import seeded
-from ..distributions.constraints import checked_context, checked_rows
+from ..distributions.constraints import checked_rows, contexts_of_rows
 from ..distributions.interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -217,19 +217,13 @@ class _Rows:
         shape = distribution.space.event_shape(flow.event_dim)
         self.x = checked_rows(x, "x", shape).to(flow.loc)
         self.u = distribution.unconstrained(self.x).double()
-        self.context = None if context is None else self._contexts(context)
+        count = len(self.x)
+        self.context = None if context is None else contexts_of_rows(context, flow, count)
         self.shared = self.context is None
         self.draws = _SHARED_DRAWS if self.shared else draws
         if draws < 1:
             raise ValueError(f"expected at least one draw for each row, got draws={draws}")
         distribution.given(None if self.context is None else self.context[:1])  # or raise
-
-    def _contexts(self, context: ArrayLike) -> Tensor:
-        flow = self.distribution.transform.flow
-        found = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
-        if len(found) != len(self.x):
-            raise ValueError(f"expected as many contexts as rows, {len(self.x)}, got {len(found)}")
-        return found.to(self.x)
 
     def parts(self) -> Iterator[tuple[Any, slice]]:
         """Yield the density for parts of the rows, and which these are."""

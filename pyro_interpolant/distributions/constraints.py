@@ -259,3 +259,22 @@ def checked_context(
     if found.dim() != 1:
         raise ValueError(f"expected labels of shape (N,), got {tuple(found.shape)}")
     return checked_labels(found, classes, dtype)
+
+
+def contexts_of_rows(context: Any, flow: Any, count: int, rows: str = "rows") -> Tensor:
+    """Return the contexts of so many rows in the type of their flow, shape ``(count, C)``.
+
+    Args:
+        context: As in :func:`checked_context`.
+        flow: The flow that takes them.
+        count: The number of rows.
+        rows: What to call them.
+
+    Raises:
+        TypeError: As :func:`checked_context`.
+        ValueError: As :func:`checked_context`, or if there are more or fewer.
+    """
+    found = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
+    if len(found) != count:
+        raise ValueError(f"expected as many contexts as {rows}, {count}, got {len(found)}")
+    return found.to(flow.loc)

@@ -18,7 +18,7 @@ from ..training.clock import Clock
 from ..training.optimization import assign
 from ..training.reporting import stage, tell
 from ..training.rows import Rows
-from .latents import chunks, draw_latents, given
+from .latents import chunks, draw_latents, given, log_total
 from .noise import Measurements
 from .regression import FlowRegression
 from .smc.schedule import RateSchedule
@@ -82,10 +82,8 @@ class NoisyRows:
             flow = given(distribution, rows.context)
             draws = draw_latents(flow, rows, **_DRAWS)
             possible = draws.log_weights.isfinite().any(-1)
-            u = draws.take(possible).pick(_PICKED).flatten(0, 1)
             context = None if rows.context is None else rows.context[possible]
-            context = None if context is None else context.repeat_interleave(_PICKED, 0)
-            parts.append(Rows(u, context))
+            parts.append(_rows_of(draws.take(possible).pick(_PICKED), context))
         return Rows.joined(parts)
 
     def log_evidence(
@@ -135,9 +133,8 @@ class PosteriorDraws:
         u, log_weights = self._log_weights(distribution, index, some)
         share = log_weights.nan_to_num(nan=-1e30, neginf=-1e30).softmax(-1)  # none: any of them
         chosen = torch.multinomial(share, _PICKED, replacement=True)
-        u = u.gather(1, chosen[..., None].expand(*chosen.shape, u.shape[-1])).flatten(0, 1)
-        context = None if self.context is None else self.context[index]
-        return Rows(u, None if context is None else context.repeat_interleave(_PICKED, 0))
+        u = u.gather(1, chosen[..., None].expand(*chosen.shape, u.shape[-1]))
+        return _rows_of(u, None if self.context is None else self.context[index])
 
     def log_evidence(
         self, distribution: AnyDistribution, index: Tensor, *, finely: bool
@@ -145,10 +142,14 @@ class PosteriorDraws:
         """Return log-evidences, up to those under the other prior, and their standard errors."""
         most = self.u.shape[1] if finely else min(self.u.shape[1], _CANDIDATES)
         every = torch.arange(most, device=index.device).expand(len(index), -1)
-        log_weights = self._log_weights(distribution, index, every)[1].double()
-        share = log_weights.softmax(-1)
-        error = (share.square().sum(-1) - 1 / most).clamp(min=0).sqrt()
-        return log_weights.logsumexp(-1) - math.log(most), error
+        total, error = log_total(self._log_weights(distribution, index, every)[1])
+        return total - math.log(most), error
+
+
+def _rows_of(u: Tensor, context: Tensor | None) -> Rows:
+    """Return latents of n objects, shape ``(n, S, D)``, as rows, each with its context."""
+    each = None if context is None else context.repeat_interleave(u.shape[1], 0)
+    return Rows(u.flatten(0, 1), each)
 
 
 class ExpectationMaximization:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._torch import evaluated, seeded
 from ..diagnostics.psis import pareto_smooth, systematic_resampling
-from ..distributions.constraints import checked_context
+from ..distributions.constraints import contexts_of_rows
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..training.loop import check_ranges
 from .noise import Measurements, Noise, measurements
@@ -71,9 +71,17 @@ class Draws(NamedTuple):
 
     def log_evidence(self) -> tuple[Tensor, Tensor]:
         r"""Return :math:`\log p(y)` and its standard error, shape ``(n,)`` each."""
-        share = self.log_weights.double().softmax(-1)
-        error = (share.square().sum(-1) - 1 / share.shape[-1]).clamp(min=0).sqrt()
-        return self.log_weights.double().logsumexp(-1), error
+        return log_total(self.log_weights)
+
+
+def log_total(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`\log \sum w` and its standard error, shape ``(*)``, of ``(*, N)``.
+
+    As :func:`~pyro_interpolant.diagnostics.psis.log_mean_weight`, of many sets of weights at once.
+    """
+    share = log_weights.double().softmax(-1)
+    error = (share.square().sum(-1) - 1 / share.shape[-1]).clamp(min=0).sqrt()
+    return log_weights.double().logsumexp(-1), error
 
 
 class LocalProposal(NamedTuple):
@@ -338,12 +346,7 @@ def of_population(
     """
     flow = distribution.transform.flow
     if context is not None:
-        context = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
-        if len(context) != len(rows):
-            raise ValueError(
-                f"expected as many contexts as rows of y, {len(rows)}, got {len(context)}"
-            )
-        context = context.to(flow.loc)
+        context = contexts_of_rows(context, flow, len(rows), "rows of y")
     distribution.given(None if context is None else context[:1])  # or raise
     return dataclasses.replace(rows.to(flow.loc), context=context)
 

@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._torch import seeded, with_gradients
-from ..distributions.constraints import Constraint, as_tensor, checked_rows, shaped
+from ..distributions.constraints import (
+    Constraint,
+    as_tensor,
+    checked_rows,
+    contexts_of_rows,
+    shaped,
+)
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.supports import CircularSupport, support_of
 from ..training.building import from_samples
@@ -111,10 +117,7 @@ def from_noisy_samples(
     with seeded(seed):
         first, index = _start_rows(rows, shaped(support, event_shape), start)
     rows.check(first)
-    if context is not None:
-        context = as_tensor(context, "context")
-        if len(context) != len(rows):
-            raise ValueError(f"expected {len(rows)} contexts, one a row, got {len(context)}")
+    context = _checked_context(context, len(rows), "a row")
     options: dict[str, Any] = {"support": support, "event_shape": event_shape, "network": network}
     options |= {"marginals": marginals, "seed": seed}
     distribution = _wide(first, None if context is None else context[index], options, steps, clock)
@@ -189,10 +192,7 @@ def from_posterior_samples(
             f"expected log_interim_prior of shape {tuple(x.shape[:2])}, got "
             f"{tuple(log_prior.shape)}"
         )
-    if context is not None:
-        context = as_tensor(context, "context")
-        if len(context) != len(x):
-            raise ValueError(f"expected {len(x)} contexts, one an object, got {len(context)}")
+    context = _checked_context(context, len(x), "an object")
     with seeded(seed):
         one = torch.randint(x.shape[1], (len(x),), device=x.device)
     first = x[torch.arange(len(x), device=x.device), one]
@@ -207,16 +207,22 @@ def from_posterior_samples(
     u = distribution.to_flow(x).to(flow.loc)
     with torch.no_grad():
         log_prior = log_prior.to(u) + distribution.space.onto(flow, u)[1]
-    rows = of_population(Measurements(x, None, _no_density), distribution, context)
-    catalogue = PosteriorDraws(u, log_prior, rows.context)
+    if context is not None:
+        context = contexts_of_rows(context, flow, len(x))
+    catalogue = PosteriorDraws(u, log_prior, context)
     rest = _rest(steps, clock)
     learn(distribution, catalogue, rest, clock, validation, seed=seed, progress=progress)
     return distribution
 
 
-def _no_density(x: Tensor, y: Tensor, row: Any) -> Tensor:
-    """Raise an error: posterior draws have no likelihood of their own."""
-    raise NotImplementedError
+def _checked_context(context: Any, count: int, each: str) -> Tensor | None:
+    """Return contexts, before there is a flow that takes them, or None of none."""
+    if context is None:
+        return None
+    context = as_tensor(context, "context")
+    if len(context) != count:
+        raise ValueError(f"expected {count} contexts, one {each}, got {len(context)}")
+    return context
 
 
 def _checked_clock(

@@ -275,6 +275,54 @@ class EmbeddedVelocity(nn.Module):
         return context[..., : self.event_dim], context[..., self.event_dim :]
 
 
+class _Columns(nn.Module):
+    """Columns of values that may be missing, in units of those that were seen in training.
+
+    Args:
+        size: d, their number.
+        masked: Whether a last column more says which values are there.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, size: int, *, masked: bool) -> None:
+        super().__init__()
+        self.masked = masked
+        self.register_buffer("loc", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return standardised values, ``(N, n, d)``, zero where missing, and which are there.
+
+        Args:
+            y: Data, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask; ``(N, n)`` where d is 1
+                and there is none.
+        """
+        values, there = self._parts(y)
+        return (values - self.loc) / self.scale * there, there
+
+    @torch.no_grad()
+    def set_scales(self, y: Tensor) -> None:
+        """Set location and scale of the columns from the data that are there."""
+        values, there = self._parts(y)
+        few = values[there[..., 0] > 0].double()
+        if len(few):
+            scale = few.std(0, correction=0)
+            self.loc.copy_(few.mean(0))
+            self.scale.copy_(torch.where(scale > 0, scale, 1.0))
+
+    def _parts(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values of data, and which are there, shape ``(N, n, 1)``."""
+        y, size = (y[..., None] if y.dim() == 2 else y), len(self.loc)
+        if y.dim() != 3 or y.shape[-1] != size + self.masked:
+            mask = ", the last of them the mask" if self.masked else ""
+            raise ValueError(
+                f"expected data of shape (N, n, {size + self.masked}){mask}, got {tuple(y.shape)}"
+            )
+        return y[..., :size], y[..., -1:] if self.masked else torch.ones_like(y[..., :1])
+
+
 class SetEmbedding(nn.Module):
     r"""Embed rows that are exchangeable, by :math:`\sum_i \phi(y_i) / n` of those that are there.
 
@@ -293,17 +341,13 @@ class SetEmbedding(nn.Module):
         torch.Size([10, 32])
     """
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(self, row_dim: int, masked: bool = False, width: int = 32) -> None:  # noqa: FBT001, FBT002
         super().__init__()
         self.row_dim, self.masked, self.width = row_dim, masked, width
         if min(row_dim, width) < 1:
             raise ValueError(f"expected positive sizes, got {row_dim} and {width}")
+        self.columns = _Columns(row_dim, masked=masked)
         self.rows = _dense(row_dim, width, width)
-        self.register_buffer("loc", torch.zeros(row_dim))
-        self.register_buffer("scale", torch.ones(row_dim))
 
     def arguments(self) -> tuple[Any, ...]:
         """Return the arguments of the constructor."""
@@ -316,7 +360,7 @@ class SetEmbedding(nn.Module):
             y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask; ``(N, n)`` where d is 1
                 and there is none.
         """
-        rows, there = self._rows(y)
+        rows, there = self.columns(y)
         return _mean(self.rows(rows), there)
 
     def summary(self, y: Tensor) -> Tensor:
@@ -325,23 +369,14 @@ class SetEmbedding(nn.Module):
         Args:
             y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask.
         """
-        rows, there = self._rows(y)
+        rows, there = self.columns(y)
         i, j = torch.triu_indices(self.row_dim, self.row_dim, device=y.device)
         found = _mean(torch.cat((rows, rows[..., i] * rows[..., j]), -1), there)
         return torch.cat((found, there.sum(1).log1p()), -1) if self.masked else found
 
-    @torch.no_grad()
     def set_scales(self, y: Tensor) -> None:
         """Set location and scale of the columns from rows, shape ``(N, n, d)``, that are there."""
-        rows, there = self._rows(y)
-        _set_scales(self, rows * self.scale + self.loc, there)
-
-    def _rows(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return standardised rows, shape ``(N, n, d)``, and which are there, ``(N, n, 1)``."""
-        y = y[..., None] if y.dim() == 2 else y
-        _check_columns(y, self.row_dim, masked=self.masked)
-        there = y[..., -1:] if self.masked else torch.ones_like(y[..., :1])
-        return (y[..., : self.row_dim] - self.loc) / self.scale, there
+        self.columns.set_scales(y)
 
 
 class SeriesEmbedding(nn.Module):
@@ -358,9 +393,6 @@ class SeriesEmbedding(nn.Module):
         >>> SeriesEmbedding(50, 2)(torch.randn(10, 50, 2)).shape
         torch.Size([10, 64])
     """
-
-    loc: Tensor
-    scale: Tensor
 
     def __init__(
         self,
@@ -379,8 +411,7 @@ class SeriesEmbedding(nn.Module):
             layers += [nn.Conv1d(inputs, width, 5, stride=2, padding=2), nn.SiLU()]
             inputs, length = width, (length + 1) // 2
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * length, _HEAD_SIZE))
-        self.register_buffer("loc", torch.zeros(channels))
-        self.register_buffer("scale", torch.ones(channels))
+        self.columns = _Columns(channels, masked=masked)
 
     def arguments(self) -> tuple[Any, ...]:
         """Return the arguments of the constructor."""
@@ -393,7 +424,7 @@ class SeriesEmbedding(nn.Module):
             y: Series, shape ``(N, L, d)``, or ``(N, L, d + 1)`` with a mask; ``(N, L)`` where d is
                 1 and there is none.
         """
-        values, there = self._values(y)
+        values, there = self.columns(y)
         values = torch.cat((values, there), -1) if self.masked else values
         return self.layers(values.mT)
 
@@ -403,48 +434,21 @@ class SeriesEmbedding(nn.Module):
         Args:
             y: Series, shape ``(N, L, d)``, ``(N, L, d + 1)`` or ``(N, L)``.
         """
-        values = self._values(y)[0].mT
+        values = self.columns(y)[0].mT
         stretches = min(self.length, _STRETCHES)
         return nn.functional.adaptive_avg_pool1d(values, stretches).flatten(1)
 
-    @torch.no_grad()
     def set_scales(self, y: Tensor) -> None:
         """Set location and scale of the channels from series, ``(N, L, d)``, where they are."""
-        values, there = self._values(y)
-        _set_scales(self, values * self.scale + self.loc, there)
-
-    def _values(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return standardised values, ``(N, L, d)``, zero if missing, and which are there."""
-        y = y[..., None] if y.dim() == 2 else y
-        _check_columns(y, self.channels, masked=self.masked)
-        there = y[..., -1:] if self.masked else torch.ones_like(y[..., :1])
-        return (y[..., : self.channels] - self.loc) / self.scale * there, there
+        self.columns.set_scales(y)
 
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (SetEmbedding, SeriesEmbedding)}
 
 
-def _check_columns(y: Tensor, columns: int, *, masked: bool) -> None:
-    """Raise a ValueError unless data, ``(N, n, d)``, have their columns, the mask's too."""
-    if y.dim() != 3 or y.shape[-1] != columns + masked:
-        mask = ", the last of them the mask" if masked else ""
-        raise ValueError(
-            f"expected data of shape (N, n, {columns + masked}){mask}, got {tuple(y.shape)}"
-        )
-
-
 def _mean(values: Tensor, there: Tensor) -> Tensor:
     """Return the mean of values, ``(N, n, K)``, that are there, by ``(N, n, 1)``: ``(N, K)``."""
     return (values * there).sum(1) / there.sum(1).clamp(min=1.0)
-
-
-def _set_scales(embedding: Any, values: Tensor, there: Tensor) -> None:
-    """Set location and scale of columns, ``(N, n, K)``, from those that are there."""
-    few = values[there[..., 0] > 0].double()
-    if len(few):
-        scale = few.std(0, correction=0)
-        embedding.loc.copy_(few.mean(0))
-        embedding.scale.copy_(torch.where(scale > 0, scale, 1.0))
 
 
 def _course(t: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:

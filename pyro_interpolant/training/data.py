@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._torch import rng_state, set_rng_state
-from ..distributions.constraints import as_tensor, checked_context, checked_rows
+from ..distributions.constraints import as_tensor, checked_rows, contexts_of_rows
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import NamedSites
 from .checkpoint import checksum
@@ -238,10 +238,7 @@ def rows_of(distribution: AnyDistribution, data: Any, context: ArrayLike | None 
         raise ValueError(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
-    context = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
-    if len(context) != count:
-        raise ValueError(f"expected as many contexts as rows of data, {count}, got {len(context)}")
-    return Rows(rows, context.to(flow.loc))
+    return Rows(rows, contexts_of_rows(context, flow, count, "rows of data"))
 
 
 def held_out_rows(distribution: AnyDistribution, validation: Any) -> Rows:

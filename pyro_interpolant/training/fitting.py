@@ -138,9 +138,9 @@ def fit(
         validation: The share of rows held out, of an iterable from its first batches; or rows of
             your own, shape ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
         patience: End, after 500 steps at the earliest, where the steps since the best held-out
-            loss are more than this percentage of those up to it, and the loss has risen by 2%:
-            what is learned no longer holds for rows held out. On a plateau a run goes on, for the
-            falling rate improves it yet.
+            loss are more than this percentage of those up to it, and the loss has risen by 2% and
+            by 0.005 a column: what is learned no longer holds for rows held out. On a plateau a
+            run goes on, for the falling rate improves it yet.
         ema: The decay of the moving average of the weights.
         coupling: Who is paired with whom in a batch; see
             :mod:`~pyro_interpolant.interpolants.couplings`.

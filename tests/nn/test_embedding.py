@@ -123,7 +123,7 @@ def test_sets_do_not_depend_on_the_order_or_on_rows_that_are_not_there():
     for function in (embedding, embedding.summary):
         torch.testing.assert_close(function(masked), function(other))
         assert not torch.allclose(function(masked), function(masked * 1.1))
-    torch.testing.assert_close(embedding.loc, y[:, :4].mean((0, 1)))
+    torch.testing.assert_close(embedding.columns.loc, y[:, :4].mean((0, 1)))
     assert bool(embedding(torch.zeros(1, 6, 3)).isfinite().all())  # a set of nothing
 
 
