@@ -17,7 +17,12 @@ from ..solvers.ode import FixedGrid
 
 K_HAT_GOOD = 0.5  # up to it the weights have a variance, and averages the usual error
 K_HAT_LIMIT = 0.7  # above it weighted averages are not reliable, of any number of draws
+_NEARLY_EQUAL = 0.9  # share of the draws that is effective
 _MIN_TAIL = 5  # the fewest largest weights to which a tail is fitted
+# At most sqrt(M) times the Kolmogorov distance of M weights from the Pareto distribution fitted to
+# them. Of 5,000 sets of weights with 16 known tails, N from 500 to 100,000, the largest had 1.35;
+# tails that begin within the M largest have 3 to 6.
+_MISFIT = 1.5
 
 
 class Smoothed(NamedTuple):
@@ -113,6 +118,10 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
     The tail are the :math:`M = \lceil \min(N/5, 3\sqrt N) \rceil` largest; no weight grows beyond
     the largest raw one. Weights of zero, ``-inf``, stay zero.
 
+    Most of the M largest of nearly equal weights are no tail, and a Pareto distribution fitted to
+    them says nothing. So where 90% of the draws are effective, and yet :math:`\hat k > 1/2`, M is
+    halved until the M largest follow the distribution fitted to them (a departure from the paper).
+
     Args:
         log_weights: Unnormalised log weights, shape ``(N,)``.
 
@@ -131,21 +140,57 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
     """
     given = _checked(log_weights)
     raw = given.double() - given.double().max()
-    tail = tail_length(len(raw))
     values, order = torch.sort(raw)
-    excess = values.exp() - values[-tail - 1].exp()
-    # Ties with the cutoff have none: counted in, rounded weights had a k-hat of 300.
-    length = int((excess > 0).sum())
-    smoothed, k_hat = raw.clone(), math.inf
-    if length >= _MIN_TAIL:
-        k_hat, scale = _fit_tail(excess[-length:])
-        if math.isfinite(k_hat):
-            p = (torch.arange(length, dtype=raw.dtype, device=raw.device) + 0.5) / length
-            new = (values[-tail - 1].exp() + _quantile(p, k_hat, scale)).log()
-            smoothed[order[-length:]] = new.clamp_max(0.0)
-    elif tail >= _MIN_TAIL and -float(values[-tail - 1]) <= _resolution(given):
+    tail, excess, k_hat, scale = _tail_of(values.exp())
+    smoothed, length = raw.clone(), len(excess)
+    if length >= _MIN_TAIL and math.isfinite(k_hat):
+        p = (torch.arange(length, dtype=raw.dtype, device=raw.device) + 0.5) / length
+        new = (values[-tail - 1].exp() + _quantile(p, k_hat, scale)).log()
+        smoothed[order[-length:]] = new.clamp_max(0.0)
+    elif length < _MIN_TAIL <= tail and -float(values[-tail - 1]) <= _resolution(given):
         k_hat = -math.inf  # equal weights have no tail
     return Smoothed((smoothed - smoothed.logsumexp(0)).to(log_weights), k_hat)
+
+
+def _tail_of(weights: Tensor) -> tuple[int, Tensor, float, float]:
+    """Return how many of the largest weights are the tail, and the Pareto tail fitted to them.
+
+    Args:
+        weights: Ascending, shape ``(N,)``.
+
+    Returns:
+        M, the positive excesses over the largest weight that is not in the tail, shape ``(K,)``
+        with K at most M, and shape and scale; infinity and NaN where no tail can be fitted.
+    """
+    tail = tail_length(len(weights))
+    ess = float(weights.sum() ** 2 / weights.square().sum())
+    nearly_equal = ess >= _NEARLY_EQUAL * len(weights)
+    while True:
+        excess = weights[-tail:] - weights[-tail - 1]
+        # Ties with the cutoff have none: counted in, rounded weights had a k-hat of 300.
+        excess = excess[excess > 0]
+        shape, scale = _fit_tail(excess) if len(excess) >= _MIN_TAIL else (math.inf, math.nan)
+        follows = shape <= K_HAT_GOOD or _misfit(excess, shape, scale) <= _MISFIT
+        if follows or not nearly_equal or tail < 2 * _MIN_TAIL:
+            return tail, excess, shape, scale
+        tail //= 2
+
+
+def _misfit(excesses: Tensor, k: float, scale: float) -> float:
+    r"""Return :math:`\sqrt M` times the Kolmogorov distance of excesses from a Pareto tail.
+
+    NaN where there is none.
+
+    Args:
+        excesses: Positive and ascending, shape ``(M,)``.
+        k: The tail's shape, above 0.
+        scale: Its scale.
+    """
+    count = len(excesses)
+    p = -torch.expm1(-torch.log1p(k * excesses / scale) / k)
+    steps = torch.arange(count + 1, dtype=p.dtype, device=p.device) / count
+    distance = torch.maximum((steps[1:] - p).abs(), (p - steps[:-1]).abs())
+    return float(distance.max()) * math.sqrt(count) if count else math.nan
 
 
 def _resolution(log_weights: Tensor) -> float:

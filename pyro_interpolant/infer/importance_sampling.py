@@ -195,7 +195,7 @@ def verdict_of(summary: ImportanceSummary, count: int) -> str:
     )
     if not k_hat <= K_HAT_LIMIT and ess >= _GOOD_SHARE * count:
         return (
-            f"Poor in the tails, {numbers}rare draws outweigh all others, so neither the guide's "
+            f"Poor in the tails, {numbers}weights grow at the rarest draws, so neither the guide's "
             f"tails nor the error of the evidence are to be relied on; {remedy}."
         )
     if not k_hat <= K_HAT_LIMIT:

@@ -1,5 +1,7 @@
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from pyro_interpolant import (
     interpolant_transform,
 )
 from pyro_interpolant.diagnostics.psis import (
+    K_HAT_LIMIT,
     _fit_tail,
     effective_sample_size,
     judge,
@@ -172,3 +175,32 @@ def test_rounded_weights_have_the_tail_that_they_had():
     assert pareto_smooth(equal).k_hat == -math.inf
     equal[0] += 5.0  # more than rounding
     assert pareto_smooth(equal).k_hat == math.inf
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nearly_equal_weights_are_judged_by_their_tail_alone(seed):
+    """A normal proposal of a posterior all but normal: the 300 largest weights are mostly bulk."""
+    pyro.set_rng_seed(seed)
+    x = 1.2 * torch.randn(10_000)
+    bulk = dist.StudentT(4.0).log_prob(x / 1.2) - dist.Normal(0.0, 1.2).log_prob(x)
+    weights = 0.05 * torch.tanh(4 * bulk) + 0.3 * (x.abs() - 3.5).clamp_min(0.0)
+    assert effective_sample_size(weights) > 9_900
+    assert pareto_smooth(weights).k_hat < K_HAT_LIMIT
+
+
+def test_few_heavy_weights_among_nearly_equal_ones_stay_heavy():
+    """One in a thousand is from a wide part that the proposal misses: 0.0007 of the evidence."""
+    pyro.set_rng_seed(0)
+    x = torch.randn(10_000)
+    wide = dist.Normal(0.0, 10.0).log_prob(x) + math.log(1e-3)
+    weights = torch.logaddexp(wide, dist.Normal(0.0, 1.0).log_prob(x) + math.log1p(-1e-3))
+    weights = weights - dist.Normal(0.0, 1.0).log_prob(x)
+    assert effective_sample_size(weights) > 9_990
+    assert pareto_smooth(weights).k_hat > K_HAT_LIMIT
+
+
+def test_a_rare_mode_is_no_tail_to_be_judged_alone():
+    """Half the mass on 20 of 10,000 draws: the alarm is theirs, equal though they are."""
+    weights = 0.01 * torch.randn(10_000)
+    weights[:20] += 6.2
+    assert pareto_smooth(weights).k_hat > K_HAT_LIMIT

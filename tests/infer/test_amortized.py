@@ -312,7 +312,6 @@ def test_calibration_finds_what_is_wrong(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Poor in the tails")  # of weights that are all but equal
 def test_rounds_give_the_posterior_and_the_evidence_of_one_data_set():
     y = torch.tensor([4.0, 3.5, 4.5, 4.2])
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
