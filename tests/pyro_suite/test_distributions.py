@@ -167,7 +167,7 @@ def test_a_base_without_density(kind):
 # -------------------------------------------------------------------- what Pyro lets one leave out
 
 
-@over("moments", FEW, FEW)
+@over("moments", kinds=FEW)
 def test_moments(kind):
     d = KINDS[kind]()
     x = d.sample((4000,))
