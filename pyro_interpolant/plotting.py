@@ -47,6 +47,7 @@ _SCATTER_POINTS = 4000
 _ARROWS_PER_AXIS = 15
 _CONTOUR_BINS = 60  # per axis
 _NORMAL_99 = 2.576  # standard deviations, of a bar
+_BESIDE: Any = {"frameon": False, "fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
 
 
 def trajectories(
@@ -212,7 +213,7 @@ def ranks(check: Any, *, ax: "Axes | None" = None) -> "Axes":
         ax.plot(u, shares - u, linewidth=1, label=name)
     ax.axhspan(-check.band, check.band, color=_DATA_COLOR, alpha=0.15, linewidth=0, label="99%")
     ax.set(xlabel="$u$", ylabel="share below $u$, less $u$", xlim=(0, 1))
-    ax.legend(frameon=False)
+    ax.legend(**_BESIDE, ncols=1 + len(check.names) // 20)
     return ax
 
 
@@ -262,8 +263,8 @@ def coverage_curve(check: Any, *, ax: "Axes | None" = None) -> "Axes":
         ax.step(edges, shares, where="post", linewidth=1, label=name)
     ax.plot((0, 1), (0, 1), color=_DATA_COLOR, linewidth=0.8)
     ax.set(xlabel="probability of the region", ylabel="share of rows inside")
-    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    ax.legend(frameon=False, loc="upper left")
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.legend(**_BESIDE, ncols=1 + len(check.names) // 20)
     return ax
 
 

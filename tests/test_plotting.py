@@ -159,6 +159,17 @@ def uniform_check(count=400, names=("a", "b"), band=0.08):
     return CalibrationCheck(u[:, None].repeat(1, len(names)), names, torch.zeros(2), band, "")
 
 
+@pytest.mark.parametrize("plot", [plotting.ranks, plotting.coverage_curve])
+def test_the_legend_of_many_quantities_covers_no_curve_and_is_within_the_figure(plot):
+    ax = plot(uniform_check(names=tuple(f"slope[{i}]" for i in range(27))))
+    ax.figure.draw_without_rendering()
+    legend = ax.get_legend().get_window_extent()
+    assert legend.x0 >= ax.get_window_extent().x1
+    figure = ax.figure.bbox
+    assert 0 <= legend.y0 < legend.y1 <= figure.y1
+    assert legend.x1 <= figure.x1
+
+
 def test_a_histogram_of_ranks_is_flat_within_its_band():
     ax = plotting.rank_histogram(uniform_check(), bins=10)
     bars = [patch for patch in ax.patches if hasattr(patch, "get_data")]

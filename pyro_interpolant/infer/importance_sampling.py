@@ -195,8 +195,8 @@ def verdict_of(summary: ImportanceSummary, count: int) -> str:
     )
     if not k_hat <= K_HAT_LIMIT and ess >= _GOOD_SHARE * count:
         return (
-            f"Poor in the tails, {numbers}weights grow at the rarest draws, so neither the guide's "
-            f"tails nor the error of the evidence are to be relied on; {remedy}."
+            f"Poor in the tails, {numbers}weights grow at the rarest draws, so neither the "
+            f"guide's tails nor the error of the evidence are to be relied on; {remedy}."
         )
     if not k_hat <= K_HAT_LIMIT:
         return (
