@@ -25,8 +25,7 @@ _MIN_VALUES = 128  # of one context, from which a spline pays
 _VALUES_PER_CELL, _MAX_CELLS = 12, 512  # before the first halving
 _MIN_HALVED = 3  # values in a cell, from which halving it pays
 _TOLERANCE = 1e-3  # of log-odds, by which the last halving of a cell may move a value
-_MAX_TOGETHER = 64  # rows of a context, beyond which its embedding costs next to nothing
-_EMBEDDING_ROWS = 1.5  # of the default network, which cost as much as embedding a context
+_ROWS_PER_SOLVE = 512  # where the flow itself begins another
 
 Map = Callable[[Tensor], Tensor]
 
@@ -187,29 +186,18 @@ class _Solver:
             context = None if self.contexts is None else self.contexts[0]
             return self._solved(w, context)
         counts = torch.bincount(owner, minlength=len(self.contexts))
-        size, pieces = _pieces(counts)
-        start = (pieces.cumsum(0) - pieces) * size - (counts.cumsum(0) - counts)
-        slot = torch.arange(len(w), device=w.device) + start[owner]
-        padded = w.new_zeros(int(pieces.sum()) * size).index_put((slot,), w)
-        contexts = self.contexts.repeat_interleave(pieces, 0)
-        found = self._solved(padded.reshape(-1, size).T, contexts)
-        return found.T.flatten()[slot]
+        first, found = counts.cumsum(0) - counts, torch.empty_like(w)
+        order = counts.argsort(descending=True)[: int((counts > 0).sum())]
+        # Contexts with about as many values together: those of each share its embedding.
+        while len(order):
+            most = int(counts[order[0]])
+            many = max(1, _ROWS_PER_SOLVE // most)
+            some, order = order[:many], order[many:]
+            rows = torch.arange(most, device=w.device)[:, None].minimum(counts[some] - 1)
+            rows = rows + first[some]  # the last of a context again where others have more
+            found[rows] = self._solved(w[rows], self.contexts[some])
+        return found
 
     def _solved(self, w: Tensor, context: Tensor | None) -> Tensor:
         view = InterpolantTransform._view(self.transform, context, self.transform.end)
         return self.transform.sign * view(w[..., None])[..., 0]
-
-
-def _pieces(counts: Tensor) -> tuple[int, Tensor]:
-    """Return in pieces of how many rows those of each context cost least, and in how many.
-
-    Rows of a piece share the embedding of their context; its last rows may be padding.
-
-    Args:
-        counts: How many rows each context has, shape ``(B,)``.
-    """
-    most = min(_MAX_TOGETHER, int(counts.max()))
-    sizes = torch.arange(1, most + 1, device=counts.device)
-    pieces = (counts[:, None] + sizes - 1) // sizes
-    best = int((pieces.sum(0) * (sizes + _EMBEDDING_ROWS)).argmin())
-    return best + 1, pieces[:, best]
