@@ -73,6 +73,36 @@ def test_the_density_that_torch_sees():
     wanted = jnp.arange(5.0)[:, None] * jax.vmap(jax.grad(expected))(rows)
     np.testing.assert_allclose(slopes, wanted, rtol=1e-10, atol=1e-10)
 
+    leaf = z.detach()[:2].requires_grad_()
+    (slopes,) = torch.autograd.grad(density(leaf).sum(), leaf, create_graph=True)
+    found = [torch.autograd.grad(part, leaf, retain_graph=True)[0] for part in slopes.sum(0)]
+    wanted = jax.jit(jax.vmap(jax.hessian(expected)))(rows[:2])
+    np.testing.assert_allclose(torch.stack(found, 1), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_in_blocks_of_few_sizes(monkeypatch):
+    """Padded to the next size, and split at the last; what is padded is not seen."""
+    monkeypatch.setattr(module, "_BLOCKS", (2, 4))
+    sizes = []
+
+    def density(z):
+        return jnp.where(z[0] > 0, jnp.log(z[0]) * z[1], -jnp.inf)
+
+    def square(z, v):
+        sizes.append(z.shape)
+        return (z**2, (z * v).sum(-1))
+
+    blocks = module._in_blocks(square)
+    for count in (1, 2, 3, 4, 5, 11):
+        z, v = torch.rand(count, 2), torch.rand(count, 2)
+        first, second = blocks(z, v)
+        torch.testing.assert_close(first, z**2)
+        torch.testing.assert_close(second, (z * v).sum(-1))
+    assert sizes == [(2, 2), (4, 2)]
+    z = torch.tensor([[2.0, 1.0], [-1.0, 1.0], [3.0, 2.0]], requires_grad=True)
+    values = module._for_torch(density)(z)
+    np.testing.assert_allclose(values.detach(), [np.log(2), -np.inf, 2 * np.log(3)])
+
 
 @pytest.mark.slow
 def test_draws_are_packed_as_the_density_wants_them():
