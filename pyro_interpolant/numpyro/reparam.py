@@ -43,9 +43,10 @@ def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
     plane in the direction of each.
 
     A site stays as it is where it is observed, or where its own value is given from outside: by
-    ``condition``, ``do`` or ``substitute``, or by draws of ``z`` without ``z_base`` in
-    ``Predictive``. ``init_to_value(values={"z": ...})`` is honoured by inverting the flow once;
-    all other strategies apply to ``z_base``.
+    ``condition``, ``do``, ``substitute`` or ``replay``, so by a guide that has ``z``, or by draws
+    of ``z`` without ``z_base`` in ``Predictive``. ``init_to_value(values={"z": ...})`` is honoured
+    by inverting the flow once; all other strategies apply to ``z_base``. Sites inside NumPyro's
+    ``scan`` are left alone too, but for ``scan(base_space(step), ...)``.
 
     Args:
         model: A NumPyro model.
@@ -109,23 +110,25 @@ def _config(site: dict[str, Any]) -> Reparam | None:
         return None
     stack = list(reversed(_PYRO_STACK))  # from the inside
     here = [isinstance(h, handlers.reparam) and h.config is _config for h in stack].index(True)
+    # The name has what the scopes inside of here put before it.
+    others = [h for i, h in enumerate(stack) if i > here or not isinstance(h, handlers.scope)]
     base = {**site, "name": site["name"] + _BASE, "fn": _base_of(site["fn"])}
-    given, start = _from_outside(site, base, stack[here + 1 :])
+    given, start = _given(site, base, others)
     return None if given else _InBaseSpace(start)
 
 
-def _from_outside(
-    site: Mapping[str, Any], base: Mapping[str, Any], outside: Iterable[Messenger]
+def _given(
+    site: Mapping[str, Any], base: Mapping[str, Any], stack: Iterable[Messenger]
 ) -> tuple[bool, Any]:
     """Return whether a site is given its value, and the base none, and where to start from.
 
     Args:
         site: The site.
         base: The site that is sampled in its place.
-        outside: The handlers that both come to, from the inside.
+        stack: The handlers, from the inside.
     """
     start, name, other = None, site["name"], base["name"]
-    for handler in outside:
+    for handler in stack:
         if isinstance(handler, handlers.scope) and "sample" not in handler.hide_types:
             name, other = (f"{handler.prefix}{handler.divider}{n}" for n in (name, other))
         function = getattr(handler, "substitute_fn", None)
@@ -207,7 +210,9 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
     All latent sites are deterministic functions of one site, ``auto_shared_latent``, which is of
     shape ``(D,)``, and keep their names. One solve gives them and the Jacobian, where NumPyro's
     :class:`~numpyro.infer.reparam.NeuTraReparam` takes two; nor does the Jacobian count once for
-    each member of a plate around the first site. Initial values are those of the base draw.
+    each member of a plate around the first site. Initial values are those of the base draw. Where
+    a latent site is given its value from outside, as by ``condition`` or by draws in
+    ``Predictive``, and the base draw is not, the model runs as it is.
 
     Args:
         guide: A trained guide.
@@ -233,7 +238,7 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
         shared = {"type": "sample", "name": f"{guide.prefix}_shared_latent", "fn": base}
         stack = list(reversed(_PYRO_STACK))
         sites = [guide.prototype_trace[name] for name in guide._init_locs]
-        if any(_from_outside(site, {**site, **shared}, stack)[0] for site in sites):
+        if any(_given(site, {**site, **shared}, stack)[0] for site in sites):
             return guide.model(*args, **kwargs)
         w = numpyro.sample(f"{guide.prefix}_shared_latent", base)
         z, log_det = posterior.transform.call_with_intermediates(w)

@@ -171,11 +171,11 @@ def in_plate(y):
         numpyro.sample("y", dist.Normal(jnp.log(x), 0.5), obs=y)
 
 
-def known_guide(model, *args):
+def known_guide(model, *args, scale=0.6):
     """A guide that is a Gaussian of given moments, and these."""
     guide = prepared(AutoInterpolant(model), *args)
     transform = interpolant_transform(guide.latent_dim, (8, 8))
-    loc, linear = torch.linspace(0.5, 1.0, guide.latent_dim), 0.6 * torch.eye(guide.latent_dim)
+    loc, linear = torch.linspace(0.5, 1.0, guide.latent_dim), scale * torch.eye(guide.latent_dim)
     transform.flow.whitening.set(loc, linear)
     guide.posterior = from_torch(TorchDistribution(transform).freeze())
     return guide, loc.numpy(), linear.numpy()
@@ -226,6 +226,43 @@ def test_importance_weights():
         result.resampled(KEY, 0)
     with pytest.raises(ValueError, match="count >= 100"):
         importance(guide, KEY, y, count=99)
+
+
+@pytest.mark.slow
+def test_importance_on_a_support_that_the_data_set():
+    """The draws, as their weights, are those of the arguments that are given."""
+
+    def bounded(y):
+        x = numpyro.sample("x", dist.Uniform(0.0, y.max()))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y[0])
+
+    guide, _, _ = known_guide(bounded, jnp.array([0.5, 1.0]), scale=3.0)
+    result = importance(guide, KEY, jnp.array([0.5, 10.0]), count=20_000)
+    x = jnp.linspace(0.0, 10.0, 10_001)
+    posterior = jax.nn.softmax(dist.Normal(x, 1.0).log_prob(0.5))
+    found = jnp.exp(result.log_weights) @ result.draws["x"]
+    np.testing.assert_allclose(found, posterior @ x, atol=0.05)
+
+
+@pytest.mark.slow
+def test_the_base_space_of_a_guide_where_sites_are_given():
+    """What is given from outside stays, in the model as it is; the base draw comes first."""
+    y = jnp.array([1.0, 0.5, 0.0])
+    guide, _, _ = known_guide(in_plate, y)
+    base, x, w = neutra(guide), jnp.array([0.5, 1.0, 2.0]), jnp.zeros(3)
+    for wrapped, name in (
+        (handlers.condition(base, {"x": x}), "x"),
+        (handlers.substitute(base, {"x": x}), "x"),
+        (handlers.condition(handlers.scope(base, prefix="s"), {"s/x": x}), "s/x"),
+    ):
+        trace = handlers.trace(handlers.seed(wrapped, KEY)).get_trace(y)
+        np.testing.assert_allclose(trace[name]["value"], x)
+        assert "auto_shared_latent" not in str(list(trace))
+    found = infer.log_likelihood(base, {"x": x[None]}, y)["y"]
+    np.testing.assert_allclose(found[0], dist.Normal(jnp.log(x), 0.5).log_prob(y))
+    both = infer.Predictive(base, {"x": x[None], "auto_shared_latent": w[None]})(KEY, y)
+    expected = jnp.exp(guide.get_transform({})(w))
+    np.testing.assert_allclose(both["x"][0], expected, rtol=1e-10)
 
 
 @pytest.fixture(scope="module")
