@@ -44,7 +44,8 @@ class AutoInterpolant(AutoContinuous):
         hidden_dims: The widths of the velocity's hidden layers; by default chosen by the number of
             latent dimensions.
         prefix: What the names of the guide's own sites begin with.
-        init_loc_fn: Where the sites start, one of NumPyro's initialisation strategies.
+        init_loc_fn: What the sites are where the model is first run, one of NumPyro's
+            initialisation strategies; training starts elsewhere, from draws of the prior.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist
@@ -142,7 +143,8 @@ def fit_guide(
         **kwargs: The named arguments of the model.
 
     Returns:
-        The verdict on fresh draws, with a warning if k-hat is above 0.7.
+        The verdict on fresh draws, a :class:`~pyro_interpolant.infer.GuideResult`, with a warning
+        if k-hat is above 0.7.
 
     Raises:
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro.
