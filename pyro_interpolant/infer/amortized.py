@@ -23,7 +23,7 @@ from ..distributions.joint import (
     ConditionalJointInterpolantDistribution,
     JointInterpolantDistribution,
 )
-from ..nn.embedding import EmbeddedVelocity
+from ..nn.embedded import EmbeddedVelocity
 from ..training.clock import Clock, Seconds
 from ..training.fitting import FitResult, fit
 from ..training.loop import check_ranges
