@@ -4,13 +4,14 @@ The data y of a context are summarised in closed form, :math:`s(y)`, and embedde
 is trained along, :math:`e(y)`. Two linear regressions on s give the states given y a mean and
 deviations of their own,
 
-.. math:: m = A\, s(y), \quad \log \sigma = c + B\, s(y),
+.. math:: m = a + A\, s(y), \quad \log \sigma = b + B\, s(y),
 
 and a velocity moves draws of N(0, I) to :math:`N(m, \sigma^2)` before anything is learned; the
-network u corrects it, where :math:`a_t = \cos(\pi t / 2)` and :math:`b_t = \sin(\pi t / 2)`:
+network u corrects it:
 
-.. math:: v_t(x \mid y) = b_t'\, m + s_t' z + s_t\, u_t(z, e(y)), \quad
-          z = (x - b_t\, m) / s_t, \quad s_t^2 = a_t^2 + b_t^2 \sigma^2 .
+.. math:: v_t(x \mid y) = \mu_t' + \tau_t' z + \tau_t\, u_t(z, e(y)), \quad
+          z = (x - \mu_t) / \tau_t, \quad \mu_t = \sin(\pi t / 2)\, m, \quad
+          \tau_t^2 = \cos^2(\pi t / 2) + \sin^2(\pi t / 2)\, \sigma^2 .
 
 So u has nothing to learn where x given y is Gaussian, and its mean and the logarithms of its
 deviations are linear in s; and it sees narrow and wide posteriors in the same units. None of m,
@@ -33,7 +34,7 @@ _HEAD_WIDTH = 128
 _MOST_SUMMARIES = 1024  # that a regression takes: beyond, its matrix takes long to decompose
 _PENALTIES = torch.logspace(-8, 2, 41, dtype=torch.float64)  # of the ridge, to the mean eigenvalue
 _LOG_NORMAL = -0.5 * (0.5772156649 + math.log(2.0))  # the mean of log |z| of z ~ N(0, 1)
-_LEAST = 1e-6  # of what a regression leaves, in units of all of it
+_LEAST = 1e-6  # of a residual: its logarithm is finite
 
 
 class EmbeddedVelocity(nn.Module):
@@ -68,8 +69,10 @@ class EmbeddedVelocity(nn.Module):
     scale: Tensor
     bounds: Tensor
     slope: Tensor
-    growth: Tensor
-    log_scales: Tensor
+    offset: Tensor
+    log_slope: Tensor
+    log_offset: Tensor
+    log_bounds: Tensor
 
     def __init__(
         self,
@@ -99,8 +102,10 @@ class EmbeddedVelocity(nn.Module):
         self.register_buffer("scale", like.new_ones(columns))
         self.register_buffer("bounds", torch.full((2, columns), math.inf).to(like))
         self.register_buffer("slope", like.new_zeros(event_dim, columns))
-        self.register_buffer("growth", like.new_zeros(event_dim, columns))
-        self.register_buffer("log_scales", like.new_zeros(3, event_dim))  # lowest, mean, highest
+        self.register_buffer("offset", like.new_zeros(event_dim))
+        self.register_buffer("log_slope", like.new_zeros(event_dim, columns))
+        self.register_buffer("log_offset", like.new_zeros(event_dim))
+        self.register_buffer("log_bounds", like.new_zeros(2, event_dim))
 
     def arguments(self) -> tuple[Any, ...] | None:
         """Return the arguments of the constructor; None with an embedding of the user's own."""
@@ -121,9 +126,9 @@ class EmbeddedVelocity(nn.Module):
         summary, embedded = self._features(flat)
         s = flat[:, :0] if summary is None else self._standard(summary)
         features = s if embedded is None else torch.cat((s, embedded), -1)
-        low, mean, high = self.log_scales
-        log_scale = (mean + s @ self.growth.T).clamp(low, high)
-        found = torch.cat((s @ self.slope.T, log_scale, features, self.head(features)), -1)
+        m = self.offset + s @ self.slope.T
+        log_scale = (self.log_offset + s @ self.log_slope.T).clamp(*self.log_bounds)
+        found = torch.cat((m, log_scale, features, self.head(features)), -1)
         return found.reshape(*context.shape[:-1], found.shape[-1])
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -212,7 +217,7 @@ class EmbeddedVelocity(nn.Module):
         """
         self._set_summary(context)
         s = self._standard(self._summary(context)).to(w)
-        return s @ _ridge(s, w).T.to(w)
+        return s @ _ridge(s, w - w.mean(0)).T.to(w)
 
     @torch.no_grad()
     def set_scales(self, w: Tensor, context: Tensor | None = None) -> None:
@@ -225,16 +230,17 @@ class EmbeddedVelocity(nn.Module):
         if context is None:
             return
         self._set_summary(context)
-        s = self._standard(self._summary(context))
-        self.slope.copy_(_ridge(s, w))
-        left = (w - s @ self.slope.T).double()
-        log_left = left.abs().clamp(min=_LEAST * left.square().mean(0).sqrt()).log()
-        self.growth.copy_(_ridge(s, log_left))
-        more = s @ self.growth.T
-        mean = (log_left.mean(0) - _LOG_NORMAL).to(more)
-        self.log_scales.copy_(torch.stack((mean + more.amin(0), mean, mean + more.amax(0))))
+        s, w = self._standard(self._summary(context)).double(), w.double()
+        for own, found in zip(
+            (self.slope, self.offset, self.log_slope, self.log_offset),
+            _regressions(s, w),
+            strict=True,
+        ):
+            own.copy_(found)
+        log_scale = self.log_offset + s.to(self.slope) @ self.log_slope.T
+        self.log_bounds.copy_(torch.stack(log_scale.aminmax(dim=0)))
         m, log_scale, e = self._parts(self.embed(context.to(self.slope)))
-        self.network.set_scales((w - m) / log_scale.exp(), e)
+        self.network.set_scales((w.to(m) - m) / log_scale.exp(), e)
 
     def _set_summary(self, context: Tensor) -> None:
         """Set the scales of embedding and summary from data, shape ``(N, C)``."""
@@ -342,8 +348,37 @@ def _spread(x: Tensor, *, course: _Course, function: StateFunction) -> Tensor:
     return function((x - course.place) / course.scale) + course.growth.sum(-1)
 
 
+def _regressions(s: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return slopes and intercepts of the means of rows, and of their log-deviations.
+
+    The first round takes all rows alike; the second weighs each by its precision after the first
+    (feasible generalised least squares): where data tell much, the mean has to be right.
+
+    Args:
+        s: Centred columns, shape ``(N, S)``.
+        w: Rows, shape ``(N, D)``.
+    """
+    offset = w.mean(0)
+    slope = _ridge(s, w - offset)
+    log_slope, log_offset = _log_deviations(s, w - offset - s @ slope.T)
+    for i, log_scale in enumerate((log_offset + s @ log_slope.T).T):
+        share = (-2 * (log_scale - log_scale.min())).exp()
+        share = share / share.sum()
+        places, place, root = share @ s, share @ w[:, i], (share * len(s)).sqrt()[:, None]
+        slope[i] = _ridge((s - places) * root, (w[:, i : i + 1] - place) * root)[0]
+        offset[i] = place - slope[i] @ places
+    return slope, offset, *_log_deviations(s, w - offset - s @ slope.T)
+
+
+def _log_deviations(s: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """Return slopes, ``(D, S)``, and intercepts of the log-deviations of residuals, ``(N, D)``."""
+    log_left = left.abs().clamp(min=_LEAST).log()
+    mean = log_left.mean(0)
+    return _ridge(s, log_left - mean), mean - _LOG_NORMAL
+
+
 def _ridge(s: Tensor, w: Tensor) -> Tensor:
-    """Return the slopes, ``(D, S)``, of rows w, ``(N, D)``, on centred columns s, ``(N, S)``.
+    """Return the slopes, ``(D, S)``, of rows w, ``(N, D)``, on columns s, ``(N, S)``, both centred.
 
     The penalty is that of the least generalised cross-validation error (Golub, Heath & Wahba,
     Technometrics 21, 1979).
@@ -352,7 +387,6 @@ def _ridge(s: Tensor, w: Tensor) -> Tensor:
     count, columns = s.shape
     if not 0 < columns <= _MOST_SUMMARIES:
         return s.new_zeros(w.shape[1], columns)
-    w = w - w.mean(0)
     values, vectors = torch.linalg.eigh(s.T @ s / count)
     values = values.clamp(min=0.0)
     along = vectors.T @ (s.T @ w) / count  # (S, D)

@@ -1,8 +1,8 @@
 r"""Embeddings of data: of sets whose rows are exchangeable, and of series.
 
-Each has two parts: a network that is trained along, and :meth:`summary`, numbers in closed form, of
-which the latents of many models are nearly linear functions: means, deviations, and least-squares
-fits of columns by each other, whose division by moments a network learns slowly.
+Each has a network that is trained along, and a summary in closed form, of which the latents of many
+models are nearly linear functions: means, deviations, and least-squares fits of columns by each
+other, whose division of moments by moments a network learns slowly.
 """
 
 from typing import Any, NamedTuple
