@@ -231,11 +231,8 @@ class EmbeddedVelocity(nn.Module):
             return
         self._set_summary(context)
         s, w = self._standard(self._summary(context)).double(), w.double()
-        for own, found in zip(
-            (self.slope, self.offset, self.log_slope, self.log_offset),
-            _regressions(s, w),
-            strict=True,
-        ):
+        known = (self.slope, self.offset, self.log_slope, self.log_offset)
+        for own, found in zip(known, _regressions(s, w), strict=True):
             own.copy_(found)
         log_scale = self.log_offset + s.to(self.slope) @ self.log_slope.T
         self.log_bounds.copy_(torch.stack(log_scale.aminmax(dim=0)))
@@ -378,10 +375,10 @@ def _log_deviations(s: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ridge(s: Tensor, w: Tensor) -> Tensor:
-    """Return the slopes, ``(D, S)``, of rows w, ``(N, D)``, on columns s, ``(N, S)``, both centred.
+    """Return the slopes, ``(D, S)``, of rows w, ``(N, D)``, on columns s, ``(N, S)``.
 
-    The penalty is that of the least generalised cross-validation error (Golub, Heath & Wahba,
-    Technometrics 21, 1979).
+    Both are centred. The penalty is that of the least generalised cross-validation error (Golub,
+    Heath & Wahba, Technometrics 21, 1979).
     """
     s, w = s.double(), w.double()
     count, columns = s.shape

@@ -1,8 +1,8 @@
 r"""Embeddings of data: of sets whose rows are exchangeable, and of series.
 
-Each has a network that is trained along, and a summary in closed form, of which the latents of many
-models are nearly linear functions: means, deviations, and least-squares fits of columns by each
-other, whose division of moments by moments a network learns slowly.
+Each has a network that is trained along, and a summary in closed form: means, deviations, and
+least-squares fits of columns by each other. The latents of many models are nearly linear in them,
+while a network of the rows' moments learns slowly to divide one by another.
 """
 
 from typing import Any, NamedTuple
