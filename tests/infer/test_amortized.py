@@ -420,6 +420,28 @@ def test_a_set_embedding_loses_nothing_of_a_regression():
     assert (((draws.mean(0) - mean) / deviation).square().mean(0) < 0.3**2).all()
 
 
+@pytest.mark.parametrize(
+    ("embedding", "options", "rate"),
+    [
+        (pi.nn.SetEmbedding(1), {}, 2e-3),
+        (pi.nn.SetEmbedding(1), {"learning_rate": 0.1}, 0.1),
+        (None, {}, None),
+    ],
+)
+def test_beside_an_embedding_the_learning_rate_is_lower(embedding, options, rate, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def fit(*args, learning_rate=None, **kwargs):
+        assert learning_rate == rate
+        raise Reached
+
+    monkeypatch.setattr("pyro_interpolant.infer.amortized.fit", fit)
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, embedding=embedding)
+    with pytest.raises(Reached):
+        pi.fit_guide(guide, simulations=10, progress=False, options=options)
+
+
 class Halves(nn.Module):
     """An embedding of a user's own."""
 
