@@ -43,7 +43,7 @@ def trained():
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
-    result = pi.fit_guide(guide, simulations=2000, **QUICK)
+    result = pi.fit_guide(guide, simulations=2000, **{**QUICK, "options": {"steps": 100}})
     torch.set_default_dtype(dtype)
     return guide, result
 
