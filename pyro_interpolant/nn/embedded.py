@@ -48,7 +48,7 @@ class EmbeddedVelocity(nn.Module):
         shapes: The shape of each part of the data.
         embedding: A module that is called with the parts, each ``(N, *shape)``, and returns
             ``(N, E)``, trained along. Where it has ``summary``, called alike, that gives the
-            columns ``(N, S)`` of the regression. By default there is none, and the columns are
+            columns ``(N, S)`` of the regressions. By default there is none, and the columns are
             all numbers of the data.
         hidden_dims: The widths of the velocity's hidden layers, as in :class:`VelocityMLP`.
 
@@ -56,6 +56,7 @@ class EmbeddedVelocity(nn.Module):
         ValueError: If a size is not positive, or the embedding does not return ``(N, E)``.
 
     Example:
+        >>> from pyro_interpolant.nn import SetEmbedding
         >>> velocity = EmbeddedVelocity(2, [(5, 3)], SetEmbedding(3), hidden_dims=(32, 32))
         >>> context = velocity.embed(torch.randn(10, 15))
         >>> velocity(torch.tensor(0.3), torch.randn(10, 2), context).shape

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 SIZE = 64  # of what is embedded from a context
 _SHORT, _STRETCHES = 8, 32  # times left after convolutions, and means over time of a summary
-_RIDGE = 0.01  # rows' worth of a prior on a fit: with fewer rows than columns there is one, too
-_FLOOR = 1e-8  # of a variance, in that of the rows seen in training
+_RIDGE = 0.01  # beside the sums of squares of standardised columns: so few rows have fits, too
+_FLOOR = 1e-8  # added to the variance of a column, in units of that of all training rows
 
 
 class _Columns(nn.Module):
