@@ -23,7 +23,7 @@ from ..distributions.joint import (
     ConditionalJointInterpolantDistribution,
     JointInterpolantDistribution,
 )
-from ..nn.embedding import EmbeddedVelocity
+from ..nn.embedded import EmbeddedVelocity
 from ..training.clock import Clock, Seconds
 from ..training.fitting import FitResult, fit
 from ..training.loop import check_ranges
@@ -46,6 +46,9 @@ from .sites import LatentSites, Model, Site, unwrapped_model
 _SIMULATIONS = 10_000
 _TRAINING_SHARE = 0.9  # of the time, for simulations and training; the rest: the verdict
 _FRESH = 1000  # simulations for the verdict
+# The learning rate beside an embedding, which 1e-2 throws about: after 1,000 steps of 256 sets of
+# 20 rows, a posterior of two modes had 1.4 nats at this rate and 0.5 at that one.
+_EMBEDDING_RATE = 2e-3
 
 
 class Calibration(NamedTuple):
@@ -381,8 +384,12 @@ class AmortizedInterpolant(AutoInterpolant):
         """Train on simulations until a share of the time is spent."""
         rows, context = self.rows_of(found)
         limit = Seconds.since(clock.began, share * _TRAINING_SHARE * clock.limit)
+        defaults: dict[str, Any] = {"max_seconds": limit}
+        velocity = self.transform.velocity
+        if isinstance(velocity, EmbeddedVelocity) and velocity.embedding is not None:
+            defaults["learning_rate"] = _EMBEDDING_RATE
         with trainable(self.transform):  # and then as it was: SVI may train on
-            return fit(self.posterior, rows, context=context, **{"max_seconds": limit, **settings})
+            return fit(self.posterior, rows, context=context, **{**defaults, **settings})
 
 
 _CHECKS = (sbc, coverage, tarp)

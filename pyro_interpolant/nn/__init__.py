@@ -2,7 +2,7 @@ r"""The velocity: networks :math:`v_t(x \mid c)`, from a time, states and contex
 
 ``velocity`` is the protocol: what any ``nn.Module`` must offer to be one, and what it may;
 ``mlp`` has the default network, whose divergence is exact at about twice its own price, and its
-member on the torus. ``embedding`` has velocities given data that a network embeds, once per row.
+member on the torus. ``embedded`` has the velocity given data, which ``embedding`` embeds once.
 
 To add a network, write a module with ``forward(t, x, context=None)``; all else is optional.
 """
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 from .._lazy import attach
 
 if TYPE_CHECKING:
+    from .embedded import *
     from .embedding import *
     from .mlp import *
 
 __all__, __getattr__, __dir__ = attach(
     __name__,
     {
-        "embedding": ["EmbeddedVelocity", "SeriesEmbedding", "SetEmbedding"],
+        "embedded": ["EmbeddedVelocity"],
+        "embedding": ["SeriesEmbedding", "SetEmbedding"],
         "mlp": ["TorusMLP", "VelocityMLP"],
     },
 )

@@ -1,278 +1,19 @@
-r"""Velocities given data: a network that embeds the data once, and one that moves states.
+r"""Embeddings of data: of sets whose rows are exchangeable, and of series.
 
-The data y of a context are summarised, :math:`s(y)`, in closed form and by an embedding that is
-trained along. The path is that of what a linear regression on :math:`s` leaves of the states:
-
-.. math:: v_t(x \mid y) = \tfrac{d}{dt} b_t\, m + u_t(x - b_t\, m, e(y)), \quad
-          m = A\, s(y), \quad b_t = \sin(\pi t / 2),
-
-so that u has nothing to learn where x given y is Gaussian about a linear function of the summary.
-Neither m nor e depends on time or state: both are computed once per row of data.
+Each has a network that is trained along, and a summary in closed form: means, deviations, and
+least-squares fits of columns by each other. The latents of many models are nearly linear in them,
+while a network of the rows' moments learns slowly to divide one by another.
 """
 
-import math
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .mlp import VelocityMLP
-from .velocity import StateFunction
-
-_HEAD_WIDTH, _HEAD_SIZE = 128, 64
+SIZE = 64  # of what is embedded from a context
 _SHORT, _STRETCHES = 8, 32  # times left after convolutions, and means over time of a summary
-_MOST_SUMMARIES = 1024  # that a regression takes: beyond, its matrix takes long to decompose
-_PENALTIES = torch.logspace(-8, 2, 41, dtype=torch.float64)  # of the ridge, to the mean eigenvalue
-
-
-class EmbeddedVelocity(nn.Module):
-    r"""A velocity :math:`v_t(x \mid y)` given data y, which are embedded once per row.
-
-    A context holds the parts of the data, flattened, one after the other. :meth:`embed` turns it
-    into what the network takes; :meth:`forward` and the others expect that.
-
-    Args:
-        event_dim: D, the size of the last dimension of x.
-        shapes: The shape of each part of the data.
-        embedding: A module that is called with the parts, each ``(N, *shape)``, and returns
-            ``(N, E)``, trained along. Where it has ``summary``, called alike, that gives the
-            columns ``(N, S)`` of the regression. By default there is none, and the columns are
-            all numbers of the data.
-        hidden_dims: The widths of the velocity's hidden layers, as in :class:`VelocityMLP`.
-
-    Raises:
-        ValueError: If a size is not positive, or the embedding does not return ``(N, E)``.
-
-    Example:
-        >>> velocity = EmbeddedVelocity(2, [(5, 3)], SetEmbedding(3), hidden_dims=(32, 32))
-        >>> context = velocity.embed(torch.randn(10, 15))
-        >>> velocity(torch.tensor(0.3), torch.randn(10, 2), context).shape
-        torch.Size([10, 2])
-    """
-
-    broadcasts_time = True
-    is_periodic = False
-
-    loc: Tensor
-    scale: Tensor
-    bounds: Tensor
-    slope: Tensor
-
-    def __init__(
-        self,
-        event_dim: int,
-        shapes: Sequence[Sequence[int]],
-        embedding: nn.Module | Sequence[Any] | None = None,
-        hidden_dims: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.event_dim = event_dim
-        self.shapes = tuple(torch.Size(shape) for shape in shapes)
-        self.context_dim = sum(shape.numel() for shape in self.shapes)
-        if not self.context_dim:
-            raise ValueError(f"expected data of at least one number, got shapes {shapes}")
-        given: Any = embedding
-        if not isinstance(embedding, nn.Module | None):  # as files hold those of the package
-            given = _KINDS[embedding[0]](*embedding[1])
-        self.embedding: nn.Module | None = given
-        with torch.no_grad():
-            like = next(self.parameters(), torch.zeros(()))
-            features = self._features(like.new_zeros(2, self.context_dim))
-        sizes = [part.shape[1] for part in features if part is not None]
-        columns = 0 if features[0] is None else sizes[0]
-        self.head = _dense(sum(sizes), _HEAD_WIDTH, _HEAD_SIZE).to(like)
-        self.network = VelocityMLP(event_dim, hidden_dims, sum(sizes) + _HEAD_SIZE).to(like)
-        self.register_buffer("loc", like.new_zeros(columns))
-        self.register_buffer("scale", like.new_ones(columns))
-        self.register_buffer("bounds", torch.full((2, columns), math.inf).to(like))
-        self.register_buffer("slope", like.new_zeros(event_dim, columns))
-
-    def arguments(self) -> tuple[Any, ...] | None:
-        """Return the arguments of the constructor; None with an embedding of the user's own."""
-        embedding: Any = self.embedding
-        if embedding is not None:
-            if type(embedding) not in _KINDS.values():
-                return None
-            embedding = [type(embedding).__name__, embedding.arguments()]
-        return self.event_dim, self.shapes, embedding, self.network.hidden_dims
-
-    def embed(self, context: Tensor) -> Tensor:
-        """Return what depends neither on time nor state: m and e, shape ``(*, D + E)``.
-
-        Args:
-            context: Data, flattened, shape ``(*, C)``.
-        """
-        flat = context.reshape(-1, self.context_dim)
-        summary, embedded = self._features(flat)
-        s = flat[:, :0] if summary is None else self._standard(summary)
-        features = s if embedded is None else torch.cat((s, embedded), -1)
-        found = torch.cat((s @ self.slope.T, features, self.head(features)), -1)
-        return found.reshape(*context.shape[:-1], found.shape[-1])
-
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the velocity, shape ``(*, D)``.
-
-        Args:
-            t: Times, broadcastable to ``(*)``.
-            x: States, shape ``(*, D)``.
-            context: Embedded data, broadcastable to ``(*, D + E)``.
-
-        Raises:
-            ValueError: If the context is missing or of another size.
-        """
-        m, e = self._parts(context)
-        place, rate = _course(t[..., None], m)
-        return rate + self.network(t, x - place, e)
-
-    def forward_and_divergence(
-        self, t: Tensor, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the velocity, shape ``(*, D)``, and its exact divergence, shape ``(*)``.
-
-        Args:
-            t: Times, broadcastable to ``(*)``.
-            x: States, shape ``(*, D)``.
-            context: Embedded data, broadcastable to ``(*, D + E)``.
-
-        Raises:
-            ValueError: If the context is missing or of another size.
-        """
-        m, e = self._parts(context)
-        place, rate = _course(t[..., None], m)
-        v, divergence = self.network.forward_and_divergence(t, x - place, e)
-        return rate + v, divergence
-
-    def field(self, times: Tensor, context: Tensor | None = None) -> list[StateFunction]:
-        """Return one function ``x -> v`` per time, what they share computed once.
-
-        Args:
-            times: Times, shape ``(T,)``.
-            context: Embedded data, broadcastable to ``(*, D + E)``.
-        """
-        m, e = self._parts(context)
-        own = self.network.field(times, e)
-        courses = zip(*_course(_column(times, m), m), own, strict=True)
-        return [partial(_moved, place=a, rate=b, function=f) for a, b, f in courses]
-
-    def divergence_field(
-        self, times: Tensor, context: Tensor | None = None
-    ) -> list[StateFunction]:
-        """Return one function ``x -> divergence`` per time, what they share computed once.
-
-        Args:
-            times: Times, shape ``(T,)``.
-            context: Embedded data, broadcastable to ``(*, D + E)``.
-        """
-        m, e = self._parts(context)
-        own = self.network.divergence_field(times, e)
-        courses = zip(_course(_column(times, m), m)[0], own, strict=True)
-        return [partial(_moved, place=a, rate=0.0, function=f) for a, f in courses]
-
-    def rows_at_once(self) -> int:
-        """Return the number of rows for which one call is fastest, without gradients."""
-        return self.network.rows_at_once()
-
-    def is_untrained(self) -> bool:
-        """Return whether the last layer is zero, as it starts."""
-        return self.network.is_untrained()
-
-    def untrained_copy(self) -> VelocityMLP:
-        """Return an untrained network of the same shape that takes embedded data."""
-        size = self.event_dim + self.network.context_dim
-        new = VelocityMLP(self.event_dim, self.network.hidden_dims, size).to(self.slope)
-        new.reach.copy_(self.network.reach)
-        return new
-
-    @torch.no_grad()
-    def explained(self, w: Tensor, context: Tensor) -> Tensor:
-        """Return the part of rows that is linear in the summary of their data, ``(N, D)``.
-
-        Args:
-            w: Rows, shape ``(N, D)``.
-            context: Their data, flattened, shape ``(N, C)``.
-        """
-        self._set_summary(context)
-        s = self._standard(self._summary(context)).to(w)
-        return s @ _ridge(s, w).T.to(w)
-
-    @torch.no_grad()
-    def set_scales(self, w: Tensor, context: Tensor | None = None) -> None:
-        """Set regression and scales from training rows.
-
-        Args:
-            w: Whitened rows, shape ``(N, D)``.
-            context: Their data, flattened, shape ``(N, C)``.
-        """
-        if context is None:
-            return
-        self._set_summary(context)
-        self.slope.copy_(_ridge(self._standard(self._summary(context)), w))
-        m, e = self._parts(self.embed(context.to(self.slope)))
-        self.network.set_scales(w - m, e)
-
-    def _set_summary(self, context: Tensor) -> None:
-        """Set the scales of embedding and summary from data, shape ``(N, C)``."""
-        own = getattr(self.embedding, "set_scales", None)
-        if own is not None:
-            own(*self._split(context.to(self.slope)))
-        if not len(self.loc):
-            return
-        summary = self._summary(context).double()
-        scale = summary.std(0, correction=0)
-        self.loc.copy_(summary.mean(0))
-        self.scale.copy_(torch.where(scale > 0, scale, 1.0))
-        self.bounds.fill_(math.inf)
-        s = self._standard(summary.to(self.loc))
-        self.bounds.copy_(torch.stack((-s.amin(0), s.amax(0))))
-
-    def _summary(self, context: Tensor) -> Tensor:
-        """Return the summary of data, shape ``(N, C)``, as they are: ``(N, S)``."""
-        context = context.to(self.slope)
-        if self.embedding is None:
-            return context
-        own = getattr(self.embedding, "summary", None)
-        return context[:, :0] if own is None else own(*self._split(context))
-
-    def _standard(self, summary: Tensor) -> Tensor:
-        """Return summaries, ``(N, S)``, in units of the training rows' and within their range.
-
-        A summary beyond all that was seen would carry the regression where nothing was learned.
-        """
-        s = (summary - self.loc) / self.scale
-        return torch.maximum(torch.minimum(s, self.bounds[1]), -self.bounds[0])
-
-    def _features(self, flat: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return summary and embedding of data, ``(N, C)``, each ``(N, *)`` or None."""
-        if self.embedding is None:
-            return flat, None
-        parts = self._split(flat)
-        found: Any = self.embedding(*parts)
-        if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(flat):
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(
-                f"expected an embedding that returns (N, E) of data of shapes "
-                f"{[('N', *shape) for shape in self.shapes]}, got {got}"
-            )
-        summary = getattr(self.embedding, "summary", None)
-        return None if summary is None else summary(*parts), found
-
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        """Return the parts of the data, each ``(N, *shape)``, of shape ``(N, C)`` together."""
-        parts = flat.split([shape.numel() for shape in self.shapes], dim=-1)
-        return [p.reshape(-1, *shape) for p, shape in zip(parts, self.shapes, strict=True)]
-
-    def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return m, shape ``(*, D)``, and e, ``(*, E)``, of embedded data."""
-        size = self.event_dim + self.network.context_dim
-        if context is None or context.shape[-1] != size:
-            got = "none" if context is None else f"shape {tuple(context.shape)}"
-            raise ValueError(
-                f"expected embedded data of shape (*, {size}), as embed(context) returns, got "
-                f"{got}"
-            )
-        return context[..., : self.event_dim], context[..., self.event_dim :]
+_RIDGE = 0.01  # beside the sums of squares of standardised columns: so few rows have fits, too
+_FLOOR = 1e-8  # added to the variance of a column, in units of that of all training rows
 
 
 class _Columns(nn.Module):
@@ -324,7 +65,10 @@ class _Columns(nn.Module):
 
 
 class SetEmbedding(nn.Module):
-    r"""Embed rows that are exchangeable, by :math:`\sum_i \phi(y_i) / n` of those that are there.
+    r"""Embed rows that are exchangeable, by :math:`\sum_i \phi(y_i, r_i) / n` of those there are.
+
+    The :math:`r_i` are a row's residuals from the fit of each column by the others (of one column:
+    from its mean), in units of their deviation in the set.
 
     Args:
         row_dim: d, the size of a row.
@@ -347,7 +91,7 @@ class SetEmbedding(nn.Module):
         if min(row_dim, width) < 1:
             raise ValueError(f"expected positive sizes, got {row_dim} and {width}")
         self.columns = _Columns(row_dim, masked=masked)
-        self.rows = _dense(row_dim, width, width)
+        self.rows = dense(2 * row_dim, width, width)
 
     def arguments(self) -> tuple[Any, ...]:
         """Return the arguments of the constructor."""
@@ -361,17 +105,21 @@ class SetEmbedding(nn.Module):
                 and there is none.
         """
         rows, there = self.columns(y)
-        return _mean(self.rows(rows), there)
+        both = torch.cat((rows, _fits(rows, there).residuals), -1)
+        return _mean(self.rows(both), there)
 
     def summary(self, y: Tensor) -> Tensor:
-        """Return means and products of the rows' columns, and how many there are, ``(N, S)``.
+        """Return means, deviations and fits of the columns, and how many rows, ``(N, S)``.
+
+        Means and logarithms of deviations of each column; from two columns on the coefficients,
+        intercept and logarithm of the residual deviation of its least-squares fit by the others;
+        with a mask, the logarithm of one more than the number of rows.
 
         Args:
             y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask.
         """
         rows, there = self.columns(y)
-        i, j = torch.triu_indices(self.row_dim, self.row_dim, device=y.device)
-        found = _mean(torch.cat((rows, rows[..., i] * rows[..., j]), -1), there)
+        found = _fits(rows, there).summary
         return torch.cat((found, there.sum(1).log1p()), -1) if self.masked else found
 
     def set_scales(self, y: Tensor) -> None:
@@ -410,7 +158,7 @@ class SeriesEmbedding(nn.Module):
         while length > _SHORT or not layers:
             layers += [nn.Conv1d(inputs, width, 5, stride=2, padding=2), nn.SiLU()]
             inputs, length = width, (length + 1) // 2
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * length, _HEAD_SIZE))
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * length, SIZE))
         self.columns = _Columns(channels, masked=masked)
 
     def arguments(self) -> tuple[Any, ...]:
@@ -429,69 +177,79 @@ class SeriesEmbedding(nn.Module):
         return self.layers(values.mT)
 
     def summary(self, y: Tensor) -> Tensor:
-        """Return means over stretches of time, shape ``(N, S)``, S at most 32 d.
+        """Return means over stretches of time, and fits of neighbours in time, ``(N, S)``.
+
+        Of each channel at most 32 means, and what :class:`SetEmbedding` gives of the set of all
+        pairs of neighbours: an autoregression's coefficient, intercept and deviation are there.
 
         Args:
             y: Series, shape ``(N, L, d)``, ``(N, L, d + 1)`` or ``(N, L)``.
         """
-        values = self.columns(y)[0].mT
+        values, there = self.columns(y)
         stretches = min(self.length, _STRETCHES)
-        return nn.functional.adaptive_avg_pool1d(values, stretches).flatten(1)
+        means = nn.functional.adaptive_avg_pool1d(values.mT, stretches).flatten(1)
+        if self.length == 1:
+            return means
+        pairs = torch.stack((values[:, :-1], values[:, 1:]), -1).transpose(1, 2)  # (N, d, L-1, 2)
+        both = (there[:, :-1] * there[:, 1:])[:, None]
+        return torch.cat((means, _fits(pairs, both).summary.flatten(1)), -1)
 
     def set_scales(self, y: Tensor) -> None:
         """Set location and scale of the channels from series, ``(N, L, d)``, where they are."""
         self.columns.set_scales(y)
 
 
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (SetEmbedding, SeriesEmbedding)}
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (SetEmbedding, SeriesEmbedding)}
+
+
+class _Fits(NamedTuple):
+    """What columns of sets are, and each as a linear function of the others.
+
+    Attributes:
+        summary: Means, logarithms of deviations, and from two columns on coefficients,
+            intercepts and logarithms of residual deviations, ``(*, S)``.
+        residuals: Of the rows, in units of their deviation, ``(*, n, d)``.
+    """
+
+    summary: Tensor
+    residuals: Tensor
+
+
+def _fits(rows: Tensor, there: Tensor) -> _Fits:
+    r"""Fit each column of sets by least squares on the others.
+
+    With P the inverse of the columns' correlation, column j is fitted by :math:`-P_{jk} / P_{jj}`
+    times column k, and leaves the share :math:`1 / P_{jj}` of its variance.
+
+    Args:
+        rows: Sets, shape ``(*, n, d)``.
+        there: Which rows are there, ``(*, n, 1)``.
+    """
+    mean, size = _mean(rows, there), rows.shape[-1]
+    centred = (rows - mean[..., None, :]) * there
+    deviation = (_mean(centred.square(), there) + _FLOOR).sqrt()
+    z, count = centred / deviation[..., None, :], there.sum(-2, keepdim=True).clamp(min=1.0)
+    ridge = _RIDGE * torch.eye(size).to(rows)
+    inverse = torch.linalg.inv((z.mT @ z + ridge) / count)  # (*, d, d)
+    precision = inverse.diagonal(dim1=-2, dim2=-1)
+    residuals = z @ inverse / precision.sqrt()[..., None, :]
+    found = [mean, deviation.log()]
+    if size > 1:
+        units = deviation[..., :, None] / deviation[..., None, :]
+        slopes = -inverse / precision[..., None] * units  # -1 on the diagonal
+        intercept = -(slopes @ mean[..., None])[..., 0]
+        left = deviation.log() - 0.5 * precision.log()
+        i, j = torch.triu_indices(size, size, 1)
+        found += [slopes[..., i, j], slopes[..., j, i], intercept, left]
+    return _Fits(torch.cat(found, -1), residuals)
 
 
 def _mean(values: Tensor, there: Tensor) -> Tensor:
-    """Return the mean of values, ``(N, n, K)``, that are there, by ``(N, n, 1)``: ``(N, K)``."""
-    return (values * there).sum(1) / there.sum(1).clamp(min=1.0)
+    """Return the mean of values, ``(*, n, K)``, that are there, by ``(*, n, 1)``: ``(*, K)``."""
+    return (values * there).sum(-2) / there.sum(-2).clamp(min=1.0)
 
 
-def _course(t: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the place and the rate of a mean m, ``(*, D)``, on its way at times t, ``(*, 1)``."""
-    angle = 0.5 * math.pi * t
-    return angle.sin() * m, 0.5 * math.pi * angle.cos() * m
-
-
-def _column(times: Tensor, m: Tensor) -> Tensor:
-    """Return times, shape ``(T,)``, in front of means, ``(*, D)``: ``(T, 1, .., 1)``."""
-    return times.reshape(-1, *(1,) * m.dim())
-
-
-def _moved(x: Tensor, *, place: Tensor, rate: Tensor | float, function: StateFunction) -> Tensor:
-    """Return a function of states relative to a place, shape ``(*, D)``, plus a rate."""
-    return rate + function(x - place)
-
-
-def _ridge(s: Tensor, w: Tensor) -> Tensor:
-    """Return the slopes, ``(D, S)``, of rows w, ``(N, D)``, on centred columns s, ``(N, S)``.
-
-    The penalty is that of the least generalised cross-validation error (Golub, Heath & Wahba,
-    Technometrics 21, 1979).
-    """
-    s, w = s.double(), w.double()
-    count, columns = s.shape
-    if not 0 < columns <= _MOST_SUMMARIES:
-        return s.new_zeros(w.shape[1], columns)
-    w = w - w.mean(0)
-    values, vectors = torch.linalg.eigh(s.T @ s / count)
-    values = values.clamp(min=0.0)
-    along = vectors.T @ (s.T @ w) / count  # (S, D)
-    penalties = _PENALTIES.to(s) * values.mean().clamp(min=1e-30)
-    kept = 1 / (values + penalties[:, None])  # (P, S)
-    fitted = (kept * (2 - kept * values)) @ along.square().sum(1)
-    left = w.square().mean(0).sum() - fitted
-    freedom = ((kept * values).sum(1) + 1) / count
-    error = torch.where(freedom < 1, left / (1 - freedom).square(), math.inf)
-    best = kept[error.argmin()]
-    return (vectors @ (best[:, None] * along)).T
-
-
-def _dense(inputs: int, width: int, outputs: int) -> nn.Sequential:
+def dense(inputs: int, width: int, outputs: int) -> nn.Sequential:
     """Return two hidden layers and a linear one."""
     layers: list[nn.Module] = []
     for size in (width, width):

@@ -43,7 +43,7 @@ def trained():
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
-    result = pi.fit_guide(guide, simulations=2000, **QUICK)
+    result = pi.fit_guide(guide, simulations=2000, **{**QUICK, "options": {"steps": 100}})
     torch.set_default_dtype(dtype)
     return guide, result
 
@@ -384,6 +384,61 @@ def test_missing_data_are_a_deterministic_site_with_a_mask():
     assert abs(draws.mean() - 1.5 * 4 / 5) < 0.15  # four rows, a prior of one
     assert abs(draws.std() - 5**-0.5) < 0.12
     assert guide(y, there)["loc"].shape == ()
+
+
+def a_line(x=None, y=None):
+    """Intercept, slope and precision of a normal regression, under the conjugate prior."""
+    precision = pyro.sample("precision", dist.Gamma(2.0, 1.0))
+    scale = precision.rsqrt()
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 3 * scale[..., None]).to_event(1))
+    with pyro.plate("rows", 20):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+        y = pyro.sample("y", dist.Normal(w[..., 0, None] + w[..., 1, None] * x, scale), obs=y)
+    pyro.deterministic("seen", torch.stack((x, y), -1))
+
+
+@pytest.mark.slow
+def test_a_set_embedding_loses_nothing_of_a_regression():
+    guide = pi.AmortizedInterpolant(a_line, ("seen",), pi.nn.SetEmbedding(2), hidden_dims=(32, 32))
+    given = torch.zeros(20), torch.zeros(20)
+    options = {"progress": False, "seed": 0, "options": {"steps": 100, "batch_size": 256}}
+    pi.fit_guide(guide, *given, simulations=4000, **options)
+    seen = guide.simulate(100, *given).data["seen"]
+    x, y = torch.stack((torch.ones(100, 20), seen[..., 0]), -1), seen[..., 1:]
+    inverse = torch.linalg.inv(x.mT @ x + torch.eye(2) / 9)
+    mean = (inverse @ x.mT @ y)[..., 0]
+    shape = torch.tensor(2.0 + 20 / 2)
+    rate = 1 + 0.5 * (y.square().sum((1, 2)) - (mean * (x.mT @ y)[..., 0]).sum(-1))
+    variance = rate[:, None] / (shape - 1) * inverse.diagonal(dim1=1, dim2=2)
+    mean = torch.cat((mean, (shape.digamma() - rate.log())[:, None]), -1)
+    deviation = torch.polygamma(1, shape).sqrt().expand(100, 1)
+    deviation = torch.cat((variance.sqrt(), deviation), -1)
+    found = guide.condition(seen=seen).sample_dict((1000,))
+    draws = torch.cat((found["w"], found["precision"].log()[..., None]), -1)
+    assert ((draws.std(0) / deviation).log().mean(0).abs() < 0.15).all()
+    assert (((draws.mean(0) - mean) / deviation).square().mean(0) < 0.3**2).all()
+
+
+@pytest.mark.parametrize(
+    ("embedding", "options", "rate"),
+    [
+        (pi.nn.SetEmbedding(1), {}, 2e-3),
+        (pi.nn.SetEmbedding(1), {"learning_rate": 0.1}, 0.1),
+        (None, {}, None),
+    ],
+)
+def test_beside_an_embedding_the_learning_rate_is_lower(embedding, options, rate, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def fit(*args, learning_rate=None, **kwargs):
+        assert learning_rate == rate
+        raise Reached
+
+    monkeypatch.setattr("pyro_interpolant.infer.amortized.fit", fit)
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, embedding=embedding)
+    with pytest.raises(Reached):
+        pi.fit_guide(guide, simulations=10, progress=False, options=options)
 
 
 class Halves(nn.Module):

@@ -7,6 +7,7 @@ from torch import nn
 
 import pyro_interpolant as pi
 from pyro_interpolant.nn import EmbeddedVelocity, SeriesEmbedding, SetEmbedding, VelocityMLP
+from pyro_interpolant.solvers import FixedGrid
 from pyro_interpolant.training.rows import Rows
 from pyro_interpolant.training.whitening import set_whitening
 
@@ -33,6 +34,7 @@ def random_velocity(name, dim=2):
         velocity.set_scales(torch.randn(7, dim), context)
         velocity.network.output.weight.normal_(std=0.3)
         velocity.slope.normal_()
+        velocity.log_slope.normal_(std=0.3)
     return velocity, context
 
 
@@ -102,16 +104,88 @@ def test_a_gaussian_that_is_linear_in_its_context_is_known_before_training():
         assert (view.log_prob(x[:50]) - expected).abs().mean() < 0.03
 
 
-def test_a_regression_on_noise_is_shrunk_to_nothing():
+def test_a_deviation_whose_logarithm_is_linear_in_the_context_is_known_before_training():
+    context = torch.randn(20_000, 2)
+    loc, scale = context @ torch.tensor([1.0, -2.0]), (context[:, 0] - 1).exp()
+    x = (loc + scale * torch.randn(20_000))[:, None]
+    transform = pi.ConditionalInterpolantTransform(EmbeddedVelocity(1, [(2,)])).double()
+    flow = pi.ConditionalInterpolantDistribution(transform)
+    transform.solver = FixedGrid(64)
+    set_whitening(flow, Rows(x, context))
+    with torch.no_grad():
+        found = flow.condition(context[:200]).log_prob(x[:200])
+        expected = dist.Normal(loc, scale).log_prob(x[:, 0])[:200]
+        assert (found - expected).abs().mean() < 0.05
+
+
+def test_regressions_on_noise_are_shrunk_to_nothing():
     velocity = EmbeddedVelocity(1, [(50,)])
     velocity.set_scales(torch.randn(100, 1), torch.randn(100, 50))
     assert velocity.slope.norm() < 0.2  # least squares have a norm of about 1
+    assert velocity.log_slope.norm() < 0.2
 
 
-def test_data_far_outside_those_of_training_do_not_carry_the_regression_away():
+def test_a_state_that_the_context_tells_exactly_has_a_finite_velocity():
+    context = torch.randn(100, 2)
+    velocity = EmbeddedVelocity(2, [(2,)]).double()
+    velocity.set_scales(torch.stack((torch.zeros(100), context[:, 0]), -1), context)
+    found = velocity.forward_and_divergence(TIMES[1], torch.zeros(100, 2), velocity.embed(context))
+    assert all(bool(part.isfinite().all()) for part in found)
+
+
+def test_data_far_outside_those_of_training_do_not_carry_the_regressions_away():
     velocity, context = random_velocity("none")
-    at = [velocity.embed(s * context)[:, :2].abs().max() for s in (1e2, 1e4)]
+    at = [velocity.embed(s * context)[:, :4].abs().max() for s in (1e2, 1e4)]
     assert at[0] == at[1]
+    velocity.log_slope.mul_(100.0)
+    low, high = velocity.log_bounds
+    found = velocity.embed(context)[:, 2:4]
+    assert bool(((low <= found) & (found <= high)).all())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sets_are_summarised_by_least_squares_fits(masked):
+    """In units of all rows, which are of mean 0 and deviation 1 here."""
+    rows = torch.randn(50, 40, 3)
+    rows[..., 2] += 2 * rows[..., 0] - rows[..., 1] + 0.5
+    rows = (rows - rows.mean((0, 1))) / rows.std((0, 1), correction=0)
+    embedding, y = SetEmbedding(3, masked).double(), rows
+    if masked:
+        gaps = torch.full((50, 5, 4), 7.0)
+        gaps[..., 3] = 0.0
+        y = torch.cat((torch.cat((rows, torch.ones(50, 40, 1)), -1), gaps), 1)
+    embedding.set_scales(y)
+    found = embedding.summary(y)
+    columns = torch.cat((rows[..., :2], torch.ones(50, 40, 1)), -1)
+    fit = torch.linalg.lstsq(columns, rows[..., 2:]).solution
+    left = (rows[..., 2:] - columns @ fit).square().mean(1).sqrt().log()
+    expected = torch.cat((rows.mean(1), rows.std(1, correction=0).log(), fit[..., 0], left), -1)
+    names = [0, 1, 2, 3, 4, 5, 10, 11, 14, 17]  # slopes of 01 02 12, then 10 20 21
+    torch.testing.assert_close(found[:, names], expected, rtol=0.0, atol=0.01)
+    assert found.shape == (50, 18 + masked)
+    if masked:
+        torch.testing.assert_close(found[:, 18], torch.full((50,), 41.0).log())
+
+
+def test_series_are_summarised_by_fits_of_neighbours():
+    y, noise = torch.zeros(100, 200), torch.randn(100, 200)
+    for t in range(1, 200):
+        y[:, t] = 0.7 * y[:, t - 1] + 0.3 * noise[:, t]
+    embedding = SeriesEmbedding(200).double()
+    embedding.set_scales(y)
+    found, units = embedding.summary(y)[:, 32:], embedding.columns.scale
+    assert found.shape == (100, 10)
+    assert abs(found[:, 5].mean() - 0.7) < 0.03  # of a time by the one before
+    assert abs(found[:, 9].exp().mean() * units - 0.3) < 0.01
+
+
+def test_sets_of_fewer_rows_than_columns_and_of_equal_rows_have_finite_numbers():
+    embedding = SetEmbedding(4)
+    for y in (torch.randn(6, 2, 4), torch.randn(6, 1, 4), torch.ones(6, 5, 4)):
+        embedding.set_scales(y)
+        assert bool(embedding.summary(y).isfinite().all())
+        assert bool(embedding(y).isfinite().all())
+    assert SeriesEmbedding(1).summary(torch.randn(6, 1)).shape == (6, 1)
 
 
 def test_sets_do_not_depend_on_the_order_or_on_rows_that_are_not_there():

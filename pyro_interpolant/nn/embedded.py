@@ -1,0 +1,398 @@
+r"""A velocity given data: a network that embeds the data once, and one that moves states.
+
+The data y of a context are summarised in closed form, :math:`s(y)`, and embedded by a network that
+is trained along, :math:`e(y)`. Two linear regressions on s give the states given y a mean and
+deviations of their own,
+
+.. math:: m = a + A\, s(y), \quad \log \sigma = b + B\, s(y),
+
+and a velocity moves draws of N(0, I) to :math:`N(m, \sigma^2)` before anything is learned; the
+network u corrects it:
+
+.. math:: v_t(x \mid y) = \mu_t' + \tau_t' z + \tau_t\, u_t(z, e(y)), \quad
+          z = (x - \mu_t) / \tau_t, \quad \mu_t = \sin(\pi t / 2)\, m, \quad
+          \tau_t^2 = \cos^2(\pi t / 2) + \sin^2(\pi t / 2)\, \sigma^2 .
+
+So u has nothing to learn where x given y is Gaussian, and its mean and the logarithms of its
+deviations are linear in s; and it sees narrow and wide posteriors in the same units. None of m,
+:math:`\sigma` and e depends on time or state: they are computed once per row of data.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .embedding import KINDS, SIZE, dense
+from .mlp import VelocityMLP
+from .velocity import StateFunction
+
+_HEAD_WIDTH = 128
+_MOST_SUMMARIES = 1024  # that a regression takes: beyond, its matrix takes long to decompose
+_PENALTIES = torch.logspace(-8, 2, 41, dtype=torch.float64)  # of the ridge, to the mean eigenvalue
+_LOG_NORMAL = -0.5 * (0.5772156649 + math.log(2.0))  # the mean of log |z| of z ~ N(0, 1)
+_LEAST = 1e-6  # of a residual: its logarithm is finite
+
+
+class EmbeddedVelocity(nn.Module):
+    r"""A velocity :math:`v_t(x \mid y)` given data y, which are embedded once per row.
+
+    A context holds the parts of the data, flattened, one after the other. :meth:`embed` turns it
+    into what the network takes; :meth:`forward` and the others expect that.
+
+    Args:
+        event_dim: D, the size of the last dimension of x.
+        shapes: The shape of each part of the data.
+        embedding: A module that is called with the parts, each ``(N, *shape)``, and returns
+            ``(N, E)``, trained along. Where it has ``summary``, called alike, that gives the
+            columns ``(N, S)`` of the regressions. By default there is none, and the columns are
+            all numbers of the data.
+        hidden_dims: The widths of the velocity's hidden layers, as in :class:`VelocityMLP`.
+
+    Raises:
+        ValueError: If a size is not positive, or the embedding does not return ``(N, E)``.
+
+    Example:
+        >>> from pyro_interpolant.nn import SetEmbedding
+        >>> velocity = EmbeddedVelocity(2, [(5, 3)], SetEmbedding(3), hidden_dims=(32, 32))
+        >>> context = velocity.embed(torch.randn(10, 15))
+        >>> velocity(torch.tensor(0.3), torch.randn(10, 2), context).shape
+        torch.Size([10, 2])
+    """
+
+    broadcasts_time = True
+    is_periodic = False
+
+    loc: Tensor
+    scale: Tensor
+    bounds: Tensor
+    slope: Tensor
+    offset: Tensor
+    log_slope: Tensor
+    log_offset: Tensor
+    log_bounds: Tensor
+
+    def __init__(
+        self,
+        event_dim: int,
+        shapes: Sequence[Sequence[int]],
+        embedding: nn.Module | Sequence[Any] | None = None,
+        hidden_dims: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.event_dim = event_dim
+        self.shapes = tuple(torch.Size(shape) for shape in shapes)
+        self.context_dim = sum(shape.numel() for shape in self.shapes)
+        if not self.context_dim:
+            raise ValueError(f"expected data of at least one number, got shapes {shapes}")
+        given: Any = embedding
+        if not isinstance(embedding, nn.Module | None):  # as files hold those of the package
+            given = KINDS[embedding[0]](*embedding[1])
+        self.embedding: nn.Module | None = given
+        with torch.no_grad():
+            like = next(self.parameters(), torch.zeros(()))
+            features = self._features(like.new_zeros(2, self.context_dim))
+        sizes = [part.shape[1] for part in features if part is not None]
+        columns = 0 if features[0] is None else sizes[0]
+        self.head = dense(sum(sizes), _HEAD_WIDTH, SIZE).to(like)
+        self.network = VelocityMLP(event_dim, hidden_dims, sum(sizes) + SIZE).to(like)
+        self.register_buffer("loc", like.new_zeros(columns))
+        self.register_buffer("scale", like.new_ones(columns))
+        self.register_buffer("bounds", torch.full((2, columns), math.inf).to(like))
+        self.register_buffer("slope", like.new_zeros(event_dim, columns))
+        self.register_buffer("offset", like.new_zeros(event_dim))
+        self.register_buffer("log_slope", like.new_zeros(event_dim, columns))
+        self.register_buffer("log_offset", like.new_zeros(event_dim))
+        self.register_buffer("log_bounds", like.new_zeros(2, event_dim))
+
+    def arguments(self) -> tuple[Any, ...] | None:
+        """Return the arguments of the constructor; None with an embedding of the user's own."""
+        embedding: Any = self.embedding
+        if embedding is not None:
+            if type(embedding) not in KINDS.values():
+                return None
+            embedding = [type(embedding).__name__, embedding.arguments()]
+        return self.event_dim, self.shapes, embedding, self.network.hidden_dims
+
+    def embed(self, context: Tensor) -> Tensor:
+        r"""Return m, :math:`\log \sigma` and e, shape ``(*, 2 D + E)``.
+
+        Args:
+            context: Data, flattened, shape ``(*, C)``.
+        """
+        flat = context.reshape(-1, self.context_dim)
+        summary, embedded = self._features(flat)
+        s = flat[:, :0] if summary is None else self._standard(summary)
+        features = s if embedded is None else torch.cat((s, embedded), -1)
+        m = self.offset + s @ self.slope.T
+        log_scale = (self.log_offset + s @ self.log_slope.T).clamp(*self.log_bounds)
+        found = torch.cat((m, log_scale, features, self.head(features)), -1)
+        return found.reshape(*context.shape[:-1], found.shape[-1])
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the velocity, shape ``(*, D)``.
+
+        Args:
+            t: Times, broadcastable to ``(*)``.
+            x: States, shape ``(*, D)``.
+            context: Embedded data, broadcastable to ``(*, 2 D + E)``.
+
+        Raises:
+            ValueError: If the context is missing or of another size.
+        """
+        m, log_scale, e = self._parts(context)
+        course = _course(t[..., None], m, log_scale)
+        return _moved(x, course=course, function=lambda z: self.network(t, z, e))
+
+    def forward_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the velocity, shape ``(*, D)``, and its exact divergence, shape ``(*)``.
+
+        Args:
+            t: Times, broadcastable to ``(*)``.
+            x: States, shape ``(*, D)``.
+            context: Embedded data, broadcastable to ``(*, 2 D + E)``.
+
+        Raises:
+            ValueError: If the context is missing or of another size.
+        """
+        m, log_scale, e = self._parts(context)
+        course = _course(t[..., None], m, log_scale)
+        z = (x - course.place) / course.scale
+        u, divergence = self.network.forward_and_divergence(t, z, e)
+        v = course.rate + course.scale * (course.growth * z + u)
+        return v, divergence + course.growth.sum(-1)
+
+    def field(self, times: Tensor, context: Tensor | None = None) -> list[StateFunction]:
+        """Return one function ``x -> v`` per time, what they share computed once.
+
+        Args:
+            times: Times, shape ``(T,)``.
+            context: Embedded data, broadcastable to ``(*, 2 D + E)``.
+        """
+        m, log_scale, e = self._parts(context)
+        courses = _courses(times, m, log_scale)
+        own = zip(courses, self.network.field(times, e), strict=True)
+        return [partial(_moved, course=c, function=f) for c, f in own]
+
+    def divergence_field(
+        self, times: Tensor, context: Tensor | None = None
+    ) -> list[StateFunction]:
+        """Return one function ``x -> divergence`` per time, what they share computed once.
+
+        Args:
+            times: Times, shape ``(T,)``.
+            context: Embedded data, broadcastable to ``(*, 2 D + E)``.
+        """
+        m, log_scale, e = self._parts(context)
+        courses = _courses(times, m, log_scale)
+        own = zip(courses, self.network.divergence_field(times, e), strict=True)
+        return [partial(_spread, course=c, function=f) for c, f in own]
+
+    def rows_at_once(self) -> int:
+        """Return the number of rows for which one call is fastest, without gradients."""
+        return self.network.rows_at_once()
+
+    def is_untrained(self) -> bool:
+        """Return whether the last layer is zero, as it starts."""
+        return self.network.is_untrained()
+
+    def untrained_copy(self) -> VelocityMLP:
+        """Return an untrained network of the same shape that takes embedded data."""
+        size = 2 * self.event_dim + self.network.context_dim
+        new = VelocityMLP(self.event_dim, self.network.hidden_dims, size).to(self.slope)
+        new.reach.copy_(self.network.reach)
+        return new
+
+    @torch.no_grad()
+    def explained(self, w: Tensor, context: Tensor) -> Tensor:
+        """Return the part of rows that is linear in the summary of their data, ``(N, D)``.
+
+        Args:
+            w: Rows, shape ``(N, D)``.
+            context: Their data, flattened, shape ``(N, C)``.
+        """
+        self._set_summary(context)
+        s = self._standard(self._summary(context)).to(w)
+        return s @ _ridge(s, w - w.mean(0)).T.to(w)
+
+    @torch.no_grad()
+    def set_scales(self, w: Tensor, context: Tensor | None = None) -> None:
+        """Set regressions and scales from training rows.
+
+        Args:
+            w: Whitened rows, shape ``(N, D)``.
+            context: Their data, flattened, shape ``(N, C)``.
+        """
+        if context is None:
+            return
+        self._set_summary(context)
+        s, w = self._standard(self._summary(context)).double(), w.double()
+        known = (self.slope, self.offset, self.log_slope, self.log_offset)
+        for own, found in zip(known, _regressions(s, w), strict=True):
+            own.copy_(found)
+        log_scale = self.log_offset + s.to(self.slope) @ self.log_slope.T
+        self.log_bounds.copy_(torch.stack(log_scale.aminmax(dim=0)))
+        m, log_scale, e = self._parts(self.embed(context.to(self.slope)))
+        self.network.set_scales((w.to(m) - m) / log_scale.exp(), e)
+
+    def _set_summary(self, context: Tensor) -> None:
+        """Set the scales of embedding and summary from data, shape ``(N, C)``."""
+        own = getattr(self.embedding, "set_scales", None)
+        if own is not None:
+            own(*self._split(context.to(self.slope)))
+        if not len(self.loc):
+            return
+        summary = self._summary(context).double()
+        scale = summary.std(0, correction=0)
+        self.loc.copy_(summary.mean(0))
+        self.scale.copy_(torch.where(scale > 0, scale, 1.0))
+        self.bounds.fill_(math.inf)
+        s = self._standard(summary.to(self.loc))
+        self.bounds.copy_(torch.stack((-s.amin(0), s.amax(0))))
+
+    def _summary(self, context: Tensor) -> Tensor:
+        """Return the summary of data, shape ``(N, C)``, as they are: ``(N, S)``."""
+        context = context.to(self.slope)
+        if self.embedding is None:
+            return context
+        own = getattr(self.embedding, "summary", None)
+        return context[:, :0] if own is None else own(*self._split(context))
+
+    def _standard(self, summary: Tensor) -> Tensor:
+        """Return summaries, ``(N, S)``, in units of the training rows' and within their range.
+
+        A summary beyond all that was seen would carry the regression where nothing was learned.
+        """
+        s = (summary - self.loc) / self.scale
+        return torch.maximum(torch.minimum(s, self.bounds[1]), -self.bounds[0])
+
+    def _features(self, flat: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return summary and embedding of data, ``(N, C)``, each ``(N, *)`` or None."""
+        if self.embedding is None:
+            return flat, None
+        parts = self._split(flat)
+        found: Any = self.embedding(*parts)
+        if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(flat):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"expected an embedding that returns (N, E) of data of shapes "
+                f"{[('N', *shape) for shape in self.shapes]}, got {got}"
+            )
+        summary = getattr(self.embedding, "summary", None)
+        return None if summary is None else summary(*parts), found
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        """Return the parts of the data, each ``(N, *shape)``, of shape ``(N, C)`` together."""
+        parts = flat.split([shape.numel() for shape in self.shapes], dim=-1)
+        return [p.reshape(-1, *shape) for p, shape in zip(parts, self.shapes, strict=True)]
+
+    def _parts(self, context: Tensor | None) -> list[Tensor]:
+        r"""Return m and :math:`\log \sigma`, shape ``(*, D)``, and e, ``(*, E)``."""
+        sizes = [self.event_dim, self.event_dim, self.network.context_dim]
+        size = sum(sizes)
+        if context is None or context.shape[-1] != size:
+            got = "none" if context is None else f"shape {tuple(context.shape)}"
+            raise ValueError(
+                f"expected embedded data of shape (*, {size}), as embed(context) returns, got "
+                f"{got}"
+            )
+        return list(context.split(sizes, dim=-1))
+
+
+class _Course(NamedTuple):
+    """The way from N(0, I) to a Gaussian at some times, each ``(*, D)``.
+
+    Attributes:
+        place: Its mean.
+        rate: The rate of the mean.
+        scale: Its deviations.
+        growth: The rate of their logarithms.
+    """
+
+    place: Tensor
+    rate: Tensor
+    scale: Tensor
+    growth: Tensor
+
+
+def _course(t: Tensor, m: Tensor, log_scale: Tensor) -> _Course:
+    """Return the way to a mean and deviations, ``(*, D)``, at times t, ``(*, 1)``."""
+    angle, variance = 0.5 * math.pi * t, (2 * log_scale).exp()
+    a, b = angle.cos(), angle.sin()
+    now = a * a + b * b * variance
+    growth = 0.5 * math.pi * a * b * (variance - 1) / now
+    return _Course(b * m, 0.5 * math.pi * a * m, now.sqrt(), growth)
+
+
+def _courses(times: Tensor, m: Tensor, log_scale: Tensor) -> list[_Course]:
+    """Return the ways at each of the times, shape ``(T,)``."""
+    found = _course(times.reshape(-1, *(1,) * m.dim()), m, log_scale)
+    return [_Course(*parts) for parts in zip(*found, strict=True)]
+
+
+def _moved(x: Tensor, *, course: _Course, function: StateFunction) -> Tensor:
+    """Return the velocity of states, shape ``(*, D)``, of a function's in units of the course."""
+    z = (x - course.place) / course.scale
+    return course.rate + course.scale * (course.growth * z + function(z))
+
+
+def _spread(x: Tensor, *, course: _Course, function: StateFunction) -> Tensor:
+    """Return the divergence at states, ``(*, D)``, of a function's in units of the course."""
+    return function((x - course.place) / course.scale) + course.growth.sum(-1)
+
+
+def _regressions(s: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return slopes and intercepts of the means of rows, and of their log-deviations.
+
+    The first round takes all rows alike; the second weighs each by its precision after the first
+    (feasible generalised least squares): where data tell much, the mean has to be right.
+
+    Args:
+        s: Centred columns, shape ``(N, S)``.
+        w: Rows, shape ``(N, D)``.
+    """
+    offset = w.mean(0)
+    slope = _ridge(s, w - offset)
+    log_slope, log_offset = _log_deviations(s, w - offset - s @ slope.T)
+    for i, log_scale in enumerate((log_offset + s @ log_slope.T).T):
+        share = (-2 * (log_scale - log_scale.min())).exp()
+        share = share / share.sum()
+        places, place, root = share @ s, share @ w[:, i], (share * len(s)).sqrt()[:, None]
+        slope[i] = _ridge((s - places) * root, (w[:, i : i + 1] - place) * root)[0]
+        offset[i] = place - slope[i] @ places
+    return slope, offset, *_log_deviations(s, w - offset - s @ slope.T)
+
+
+def _log_deviations(s: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """Return slopes, ``(D, S)``, and intercepts of the log-deviations of residuals, ``(N, D)``."""
+    log_left = left.abs().clamp(min=_LEAST).log()
+    mean = log_left.mean(0)
+    return _ridge(s, log_left - mean), mean - _LOG_NORMAL
+
+
+def _ridge(s: Tensor, w: Tensor) -> Tensor:
+    """Return the slopes, ``(D, S)``, of rows w, ``(N, D)``, on columns s, ``(N, S)``.
+
+    Both are centred. The penalty is that of the least generalised cross-validation error (Golub,
+    Heath & Wahba, Technometrics 21, 1979).
+    """
+    s, w = s.double(), w.double()
+    count, columns = s.shape
+    if not 0 < columns <= _MOST_SUMMARIES:
+        return s.new_zeros(w.shape[1], columns)
+    values, vectors = torch.linalg.eigh(s.T @ s / count)
+    values = values.clamp(min=0.0)
+    along = vectors.T @ (s.T @ w) / count  # (S, D)
+    penalties = _PENALTIES.to(s) * values.mean().clamp(min=1e-30)
+    kept = 1 / (values + penalties[:, None])  # (P, S)
+    fitted = (kept * (2 - kept * values)) @ along.square().sum(1)
+    left = w.square().mean(0).sum() - fitted
+    freedom = ((kept * values).sum(1) + 1) / count
+    error = torch.where(freedom < 1, left / (1 - freedom).square(), math.inf)
+    best = kept[error.argmin()]
+    return (vectors @ (best[:, None] * along)).T
