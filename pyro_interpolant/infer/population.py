@@ -37,13 +37,14 @@ from ..distributions.supports import CircularSupport, support_of
 from ..training.building import from_samples
 from ..training.clock import Clock, Seconds
 from ..training.loop import check_ranges
-from .expectation_maximization import NoisyRows, PosteriorDraws, learn
+from .expectation_maximization import NoisyRows, PosteriorDraws, held_out, learn
 from .latents import of_population
 from .noise import Measurements, Noise, measurements
 
 _STEPS = 6000  # by default, in all
 _START_SHARE = 0.15  # of the steps and the time, for the wide start
 _FEWEST_ROWS = 50  # to start from
+_START_DRAWS = 20_000  # of posterior draws, to start from, where there are as many
 
 
 @with_gradients()
@@ -114,6 +115,9 @@ def from_noisy_samples(
     """
     clock = _checked_clock(support, steps, max_seconds, validation)
     rows = measurements(y, noise, noise_data)
+    held_out(len(rows), validation)
+    if event_shape is None and rows.is_gaussian():
+        event_shape = rows.y.shape[1:]
     with seeded(seed):
         first, index = _start_rows(rows, shaped(support, event_shape), start)
     rows.check(first)
@@ -192,19 +196,32 @@ def from_posterior_samples(
             f"expected log_interim_prior of shape {tuple(x.shape[:2])}, got "
             f"{tuple(log_prior.shape)}"
         )
+    if x.shape[1] < 2:
+        raise ValueError(
+            "expected at least two draws of each object, among which to choose, got one: rows "
+            "that are known are what from_samples takes"
+        )
+    held_out(len(x), validation)
     context = _checked_context(context, len(x), "an object")
     with seeded(seed):
-        one = torch.randint(x.shape[1], (len(x),), device=x.device)
-    first = x[torch.arange(len(x), device=x.device), one]
+        some = torch.randperm(x.shape[:2].numel())[: max(_START_DRAWS, len(x))].to(x.device)
+    first = x.flatten(0, 1)[some]
+    contexts = None if context is None else context[(some // x.shape[1]).to(context.device)]
     options: dict[str, Any] = {
         "support": support,
         "network": network,
         "marginals": marginals,
         "seed": seed,
     }
-    distribution = _wide(first, context, options, steps, clock)
+    distribution = _wide(first, contexts, options, steps, clock)
     flow = distribution.transform.flow
     u = distribution.to_flow(x).to(flow.loc)
+    bad = ~u.isfinite().all(-1).all(-1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"expected draws inside the support {support}, got others of {int(bad.sum())} objects,"
+            f" the first being object {int(bad.nonzero()[0])}: remove them"
+        )
     with torch.no_grad():
         log_prior = log_prior.to(u) + distribution.space.onto(flow, u)[1]
     if context is not None:
@@ -264,14 +281,16 @@ def _start_rows(rows: Measurements, constraint: Constraint, start: Any) -> tuple
             "expected start beside a function noise(x, row), got none: rows, shape "
             "(M, *event_shape), or a distribution of x that is wider than the population"
         )
-    filled, known = rows.y.clone(), rows.known()
-    for column, there in zip(filled.reshape(len(rows), -1).T, known.T, strict=True):
-        values = column[there]
-        if len(values) == 0:
+    filled = rows.y.clone()
+    columns = zip(filled.reshape(len(rows), -1).T, rows.inverse_errors().T, strict=True)
+    for column, inverse in columns:
+        if not bool((inverse > 0).any()):
             raise ValueError(
                 "expected each column of y to be measured somewhere, got one of "
                 "which all errors are infinite: leave it out, or pass start"
             )
+        there = _telling(column, inverse)
+        values = column[there]
         column[~there] = values[torch.randint(len(values), (int((~there).sum()),))]
     inside = constraint.check(filled).reshape(len(rows), -1).all(1)
     if int(inside.sum()) < _FEWEST_ROWS:
@@ -284,11 +303,32 @@ def _start_rows(rows: Measurements, constraint: Constraint, start: Any) -> tuple
     return filled[index], index
 
 
+def _telling(y: Tensor, inverse: Tensor) -> Tensor:
+    """Return which numbers of a column to start from, shape ``(N,)``.
+
+    Those whose errors are at most the standard deviation of the better measured half. Others tell
+    less than the rest does, and a few of very large errors would make the start far too wide.
+
+    Args:
+        y: The column, shape ``(N,)``.
+        inverse: Inverse errors, 0 where there is none, shape ``(N,)``.
+    """
+    known = inverse > 0
+    better = known & (inverse >= inverse[known].median())
+    return better | (known & (inverse * y[better].std() >= 1))
+
+
 def _rest(steps: int | None, clock: Clock) -> float:
     """Return the number of steps after the start, infinity where the clock alone decides."""
     if steps is None and clock.limit < math.inf:
         return math.inf
-    return (1 - _START_SHARE) * (steps or _STEPS)
+    total = int(steps or _STEPS)
+    return total - _start_steps(total)
+
+
+def _start_steps(total: int) -> int:
+    """Return the number of steps for the wide start, of so many in all."""
+    return max(1, int(_START_SHARE * total))
 
 
 def _wide(
@@ -297,7 +337,7 @@ def _wide(
     """Return a flow trained on a wide start, rows of shape ``(M, *event_shape)``."""
     seconds = None if clock.limit == math.inf else _START_SHARE * clock.limit
     if steps is not None or seconds is None:
-        options = {**options, "steps": max(1, int(_START_SHARE * (steps or _STEPS)))}
+        options = {**options, "steps": _start_steps(int(steps or _STEPS))}
     with warnings.catch_warnings():  # about rows that are not what is learned
         warnings.simplefilter("ignore")
         return from_samples(first, context=context, max_seconds=seconds, progress=False, **options)
