@@ -30,7 +30,12 @@ from .noise import Measurements, Noise, measurements
 
 _VALUES_AT_ONCE = 2**20  # weights in a chunk of rows
 _DIFFERENCE = 1e-2  # in the base, which gives the slopes of the flow
-_STEP_SIZES = (1.0, 0.3)  # of a Gauss-Newton step, of which the best is taken, if any is good
+_STEP_SIZES = (
+    1.0,
+    0.3,
+    0.1,
+    0.03,
+)  # of a Gauss-Newton step, of which the best is taken, if any is good
 _STARTS = 1024  # draws of the flow, the best of which is where the search for a mode begins
 _CHEAPER = 32  # how many draws that are shared by all rows go for one of each
 _OBJECT_STEPS = 4  # of them, from the best draw of the flow
@@ -141,7 +146,8 @@ def draw_latents(
     best = (standard_log_prob(z) + likelihood).argmax(-1)
     start = z.expand(len(rows), -1, -1)[torch.arange(len(rows), device=z.device), best]
     z, u, likelihood = z[:, :shared], u[:, :shared], likelihood[:, :shared]
-    proposal = local_proposal(flow, rows, start, steps)
+    # With contexts the search begins from fewer draws: at twice the steps it misses half as many.
+    proposal = local_proposal(flow, rows, start, steps if many == 1 else 2 * steps)
     own_z = proposal.sample(own)
     own_u, own_likelihood = _pushed(flow, rows, own_z)
     parts = []

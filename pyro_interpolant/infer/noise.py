@@ -56,14 +56,13 @@ class Measurements:
         """Return whether errors are given as standard deviations or covariances."""
         return not isinstance(self.log_density, _Function)
 
-    def inverse_errors(self) -> Tensor:
-        """Return inverse errors of y where noise is Gaussian, 0 of missing numbers, ``(N, D)``.
-
-        Of correlated errors those of each number given the ones before it.
-        """
+    def precisions(self) -> Tensor:
+        """Return inverse covariances of Gaussian noise, 0 of missing numbers, ``(N, D, D)``."""
         row: Any = self.row
-        row = row.diagonal(dim1=-2, dim2=-1) if self.log_density is _correlated else row
-        return row.reshape(len(self), -1)
+        row = row.double()
+        if self.log_density is _correlated:
+            return row.mT @ row
+        return torch.diag_embed(row.reshape(len(self), -1).square())
 
     def to(self, like: Tensor) -> "Measurements":
         """Return the rows in the type and on the device of a tensor."""
@@ -161,20 +160,25 @@ def measurements(y: ArrayLike, noise: Noise, noise_data: ArrayLike | None = None
             f"of shape {(*found.shape, found.shape[-1])}, got {tuple(spread.shape)}"
         )
     there = (inverse.diagonal(dim1=-2, dim2=-1) if log_density is _correlated else inverse) > 0
-    bad = (there & ~found.isfinite()).reshape(len(found), -1).any(1)
+    _check_known(found, there)
+    return Measurements(found.where(there, 0.0), inverse.to(found), log_density)
+
+
+def _check_known(y: Tensor, there: Tensor) -> None:
+    """Raise an error if a number that was measured is not finite, or a row has none."""
+    bad = (there & ~y.isfinite()).reshape(len(y), -1).any(1)
     if bool(bad.any()):
         raise ValueError(
             f"expected finite y where errors are finite, got NaN or infinite values in "
             f"{int(bad.sum())} rows, the first being row {int(bad.nonzero()[0])}: a missing value "
             "has an infinite error, torch.inf"
         )
-    empty = ~there.reshape(len(found), -1).any(1)
+    empty = ~there.reshape(len(y), -1).any(1)
     if bool(empty.any()):
         raise ValueError(
             f"expected at least one finite error in each row, got {int(empty.sum())} rows with "
             f"nothing measured, the first being row {int(empty.nonzero()[0])}: remove them"
         )
-    return Measurements(found.where(there, 0.0), inverse.to(found), log_density)
 
 
 def _numbers(noise_data: ArrayLike, y: Tensor) -> Tensor:
