@@ -3,7 +3,7 @@ r"""Populations: the density of x behind a catalogue whose rows y are noisy, or 
 The population :math:`\rho` that maximises :math:`\sum_i \log \int \rho(x) p(y_i | x) dx` is found
 by simulated expectation maximisation. A round draws latents of some rows under the present flow
 (the E-step), and regresses the flow on the latents of the last rounds (the M-step). It starts
-from latents under a Gaussian population, and sharpens. The log-evidence of rows held out, by
+wide, from the rows and a Gaussian population, and narrows. The log-evidence of rows held out, by
 importance sampling, chooses the round that is kept.
 
 References:
@@ -87,8 +87,9 @@ def from_noisy_samples(
         support: Where x lives. Errors may lead out of it.
         event_shape: The shape of an x, where it has more than one dimension.
         start: A guess that is wider than the population, from which it narrows: rows, shape
-            ``(M, *event_shape)``, or a Pyro distribution of x. By default latents of
-            the rows under a Gaussian population, those on the support; needed beside a function.
+            ``(M, *event_shape)``, or a Pyro distribution of x. By default the rows
+            of y on the support, where missing and least certain numbers are latents of a Gaussian
+            population; needed beside a function.
         network: As in :func:`~pyro_interpolant.from_samples`.
         marginals: As in :func:`~pyro_interpolant.from_samples`, decided on the start.
         steps: The number of optimiser steps in all; by default 6,000, or as many as
@@ -305,11 +306,11 @@ def _start_rows(rows: Measurements, constraint: Constraint, start: Any) -> tuple
 
 
 def _gaussian_latents(y: Tensor, precisions: Tensor) -> Tensor:
-    """Return a latent of each row under the Gaussian population that explains the rows best.
+    """Return rows whose missing and least certain numbers are latents of a Gaussian population.
 
-    The Gaussian is found by expectation maximisation in closed form. Its latents have the mean
-    and the covariance of the population: they are as y where errors are small, and widest where
-    they are large or y is missing.
+    The Gaussian that explains the rows best is found by expectation maximisation in closed form.
+    Numbers with errors below its standard deviation stay as they are: a latent drawn for them
+    would have the noise twice.
 
     Args:
         y: Rows, float64, shape ``(N, D)``; anything finite where missing.
@@ -320,10 +321,10 @@ def _gaussian_latents(y: Tensor, precisions: Tensor) -> Tensor:
     mean = y.where(known, 0.0).sum(0) / count
     scale = ((y - mean).square().where(known, 0.0).sum(0) / count).sqrt()
     scale = scale.where(scale > 0, 1.0)
-    y, precisions = (y - mean) / scale, precisions * scale * scale[:, None]
+    precisions = precisions * scale * scale[:, None]
     identity = torch.eye(y.shape[1]).to(y)
     inner, covariance = torch.zeros_like(mean), identity
-    information = (precisions @ y[..., None])[..., 0]
+    information = (precisions @ ((y - mean) / scale)[..., None])[..., 0]
     for _ in range(_GAUSSIAN_ITERATIONS):
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
         each = torch.linalg.inv(inverse + precisions)
@@ -333,7 +334,8 @@ def _gaussian_latents(y: Tensor, precisions: Tensor) -> Tensor:
         covariance = each.mean(0) + far.mT @ far / len(y) + _JITTER * identity
     root, _ = torch.linalg.cholesky_ex(0.5 * (each + each.mT))
     x = means + (root @ torch.randn_like(y)[..., None])[..., 0]
-    return mean + scale * x
+    certain = (precisions * covariance).diagonal(dim1=-2, dim2=-1) >= 1
+    return y.where(certain, mean + scale * x)
 
 
 def _rest(steps: int | None, clock: Clock) -> float:
