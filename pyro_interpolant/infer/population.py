@@ -44,6 +44,7 @@ from .noise import Measurements, Noise, measurements
 _STEPS = 6000  # by default, in all
 _START_SHARE = 0.15  # of the steps and the time, for the wide start
 _GAUSSIAN_ITERATIONS = 50  # of the Gaussian population to start from
+_WIDEST = 3.0  # errors, in its standard deviations, of numbers that stay as they are
 _JITTER = 1e-9  # of its standardised variances
 _FEWEST_ROWS = 50  # to start from
 _START_DRAWS = 20_000  # of posterior draws, to start from, where there are as many
@@ -309,8 +310,8 @@ def _gaussian_latents(y: Tensor, precisions: Tensor) -> Tensor:
     """Return rows whose missing and least certain numbers are latents of a Gaussian population.
 
     The Gaussian that explains the rows best is found by expectation maximisation in closed form.
-    Numbers with errors below its standard deviation stay as they are: a latent drawn for them
-    would have the noise twice.
+    Numbers with errors of up to three of its standard deviations stay as they are: the start is
+    wider than the population, but not by wild errors.
 
     Args:
         y: Rows, float64, shape ``(N, D)``; anything finite where missing.
@@ -334,7 +335,7 @@ def _gaussian_latents(y: Tensor, precisions: Tensor) -> Tensor:
         covariance = each.mean(0) + far.mT @ far / len(y) + _JITTER * identity
     root, _ = torch.linalg.cholesky_ex(0.5 * (each + each.mT))
     x = means + (root @ torch.randn_like(y)[..., None])[..., 0]
-    certain = (precisions * covariance).diagonal(dim1=-2, dim2=-1) >= 1
+    certain = (precisions * covariance).diagonal(dim1=-2, dim2=-1) >= _WIDEST**-2
     return y.where(certain, mean + scale * x)
 
 

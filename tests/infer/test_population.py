@@ -140,7 +140,7 @@ def test_errors_below_the_rounding_of_y_count_as_rounding():
         assert float((found.log_evidence - wanted).mean().abs()) < 0.5
 
 
-def test_the_start_is_nearly_as_narrow_as_the_population_whatever_the_errors():
+def test_the_start_is_wider_than_the_population_but_not_by_wild_errors():
     x, y, sds = catalogue(4000)
     sds = torch.where(torch.rand(4000, 2) < 0.3, 1000.0, sds)
     y = torch.where(sds == 1000.0, x + sds * torch.randn(4000, 2), y)
@@ -151,8 +151,8 @@ def test_the_start_is_nearly_as_narrow_as_the_population_whatever_the_errors():
         assert float((first.mean(0) - LOC).abs().max()) < 0.1
         wider = torch.cov(first.T) - COVARIANCE
         assert -0.1 < float(wider.min())
-        assert float(wider.max()) < 0.3
-        precise = sds < 0.5
+        assert float(wider.max()) < 1.2
+        precise = sds < 2
         assert torch.equal(first[precise], y[precise])
 
 
