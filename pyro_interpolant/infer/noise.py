@@ -2,8 +2,9 @@ r"""Noise: what a measured row y says about the latent x behind it, :math:`\log 
 
 Gaussian noise of given standard deviations or covariances is whitened once: with
 :math:`S^{-1} = W^T W`, :math:`\log p(y | x) = -\frac12 |W (y - x)|^2 + \log|W| + \text{const}`. A
-missing number has an infinite error: its row and column of W are zero, and it counts nowhere. Any
-other noise is a function of x and of a row's own numbers that returns a distribution of y.
+missing number has an infinite error: its row and column of W are zero, and it counts nowhere. An
+error below the rounding of y counts as that rounding. Any other noise is a function of x and of a
+row's own numbers that returns a distribution of y.
 """
 
 import dataclasses
@@ -17,6 +18,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..distributions.constraints import as_tensor, checked_rows
+
+_ASYMMETRY = 1e-4  # of a covariance, in units of the standard deviations
 
 NoiseFunction = Callable[[Tensor, Any], Any]
 Noise = ArrayLike | NoiseFunction
@@ -53,11 +56,13 @@ class Measurements:
         """Return whether errors are given as standard deviations or covariances."""
         return not isinstance(self.log_density, _Function)
 
-    def known(self) -> Tensor:
-        """Return which numbers of y were measured, shape ``(N, D)``, where noise is Gaussian."""
+    def precisions(self) -> Tensor:
+        """Return inverse covariances of Gaussian noise, 0 of missing numbers, ``(N, D, D)``."""
         row: Any = self.row
-        row = row.diagonal(dim1=-2, dim2=-1) if self.log_density is _correlated else row
-        return row.reshape(len(self), -1) > 0
+        row = row.double()
+        if self.log_density is _correlated:
+            return row.mT @ row
+        return torch.diag_embed(row.reshape(len(self), -1).square())
 
     def to(self, like: Tensor) -> "Measurements":
         """Return the rows in the type and on the device of a tensor."""
@@ -70,26 +75,34 @@ class Measurements:
         """Raise an error unless latents, ``(M, *event_shape)``, have likelihoods.
 
         Raises:
-            ValueError: If the log-likelihoods of two latents of two rows are no numbers of shape
-                ``(2, 2)``, or the latents are not of the shape of y where they must be.
+            ValueError: If a function fails, or the log-likelihoods of three latents of two rows
+                are not of shape ``(2, 3)``; or latents are not of the shape of y where they
+                must be.
         """
         if self.is_gaussian() and x.shape[1:] != self.y.shape[1:]:
             raise ValueError(
                 "expected x and y of one shape beside Gaussian errors, "
                 f"{tuple(self.y.shape[1:])}, got x of {tuple(x.shape[1:])}"
             )
-        few, latents = self.take(slice(2)), x[:2].to(self.y)[None]
-        found = few.log_likelihood(latents)
+        few, latents = self.take(slice(2)), x[:3].to(self.y)[None]
+        shapes = f"x of shape {tuple(latents.shape)} and row of shape ({len(few)}, 1, ...)"
+        try:
+            with torch.enable_grad():  # the search for modes needs them
+                found = few.log_likelihood(latents.detach().requires_grad_())
+        except Exception as error:  # whatever a function does with shapes it does not expect
+            raise ValueError(
+                f"expected noise(x, row) to work for {shapes}, with gradients, got "
+                f"{type(error).__name__}: {error}. Use x[..., i] and row[..., j], and torch"
+            ) from error
         if found.shape != (len(few), latents.shape[1]):
             raise ValueError(
                 "expected noise(x, row) to return a distribution with a log_prob of shape "
-                f"{(len(few), latents.shape[1])} for {len(few)} rows y, x of shape "
-                f"{tuple(latents.shape)} and row of shape (2, 1, ...), got {tuple(found.shape)}: "
-                "use x[..., i] and row[..., j]"
+                f"{(len(few), latents.shape[1])} for {len(few)} rows y, {shapes}, got "
+                f"{tuple(found.shape)}: use x[..., i] and row[..., j]"
             )
 
     def log_likelihood(self, x: Tensor) -> Tensor:
-        r"""Return :math:`\log p(y | x)`, shape ``(N, K)``; ``-inf`` where it is not a number.
+        r"""Return :math:`\log p(y | x)`, shape ``(N, K)``; ``-inf`` where it is not finite.
 
         Args:
             x: K latents of each row, shape ``(N, K, *event_shape)``, or ``(1, K, *event_shape)``
@@ -97,7 +110,7 @@ class Measurements:
         """
         row = None if self.row is None else self.row[:, None]
         found = self.log_density(x, self.y[:, None], row)
-        return torch.where(found.isnan(), -math.inf, found)
+        return torch.where(found.isfinite(), found, -math.inf)
 
 
 def measurements(y: ArrayLike, noise: Noise, noise_data: ArrayLike | None = None) -> Measurements:
@@ -130,32 +143,42 @@ def measurements(y: ArrayLike, noise: Noise, noise_data: ArrayLike | None = None
         )
     log_density: Callable[[Tensor, Tensor, Any], Tensor]
     spread = as_tensor(noise, "noise").detach().double()
-    if len(spread) != len(found):
-        raise ValueError(f"expected noise of {len(found)} rows, as y has, got {len(spread)}")
+    if spread.dim() == 0 or len(spread) != len(found):
+        raise ValueError(
+            f"expected noise of {len(found)} rows, as y has, got shape {tuple(spread.shape)}: "
+            "errors that all rows share are expanded, sds.expand(y.shape)"
+        )
+    least = _rounding(found)
     if spread.shape == found.shape:
-        inverse, log_density = _inverse_sds(spread), _independent
+        inverse, log_density = _inverse_sds(spread, least), _independent
     elif found.dim() == 2 and spread.shape == (*found.shape, found.shape[1]):
-        inverse, log_density = _whitenings(spread), _correlated
+        given = as_tensor(noise, "noise").dtype
+        inverse, log_density = _whitenings(spread, given, least), _correlated
     else:
         raise ValueError(
             f"expected noise as standard deviations of shape {tuple(found.shape)} or covariances "
             f"of shape {(*found.shape, found.shape[-1])}, got {tuple(spread.shape)}"
         )
     there = (inverse.diagonal(dim1=-2, dim2=-1) if log_density is _correlated else inverse) > 0
-    bad = (there & ~found.isfinite()).reshape(len(found), -1).any(1)
+    _check_known(found, there)
+    return Measurements(found.where(there, 0.0), inverse.to(found), log_density)
+
+
+def _check_known(y: Tensor, there: Tensor) -> None:
+    """Raise an error if a number that was measured is not finite, or a row has none."""
+    bad = (there & ~y.isfinite()).reshape(len(y), -1).any(1)
     if bool(bad.any()):
         raise ValueError(
             f"expected finite y where errors are finite, got NaN or infinite values in "
             f"{int(bad.sum())} rows, the first being row {int(bad.nonzero()[0])}: a missing value "
             "has an infinite error, torch.inf"
         )
-    empty = ~there.reshape(len(found), -1).any(1)
+    empty = ~there.reshape(len(y), -1).any(1)
     if bool(empty.any()):
         raise ValueError(
             f"expected at least one finite error in each row, got {int(empty.sum())} rows with "
             f"nothing measured, the first being row {int(empty.nonzero()[0])}: remove them"
         )
-    return Measurements(found.where(there, 0.0), inverse.to(found), log_density)
 
 
 def _numbers(noise_data: ArrayLike, y: Tensor) -> Tensor:
@@ -168,8 +191,16 @@ def _numbers(noise_data: ArrayLike, y: Tensor) -> Tensor:
     return row.to(y) if row.is_floating_point() else row.to(y.device)
 
 
-def _inverse_sds(sds: Tensor) -> Tensor:
-    """Return inverse standard deviations, 0 for infinite ones."""
+def _rounding(y: Tensor) -> Tensor:
+    """Return the rounding of each number of y, or of a median one of its column, ``(N, D)``."""
+    kind, size = torch.finfo(y.dtype), y.double().abs()
+    size = size.where(size.isfinite(), math.nan)
+    least = kind.eps * torch.fmax(size, size.nanmedian(0).values)
+    return least.nan_to_num(0.0).clamp(min=kind.tiny)
+
+
+def _inverse_sds(sds: Tensor, least: Tensor) -> Tensor:
+    """Return inverse standard deviations, 0 for infinite ones, of at least those of rounding."""
     bad = (~(sds > 0)).reshape(len(sds), -1).any(1)
     if bool(bad.any()):
         raise ValueError(
@@ -177,28 +208,41 @@ def _inverse_sds(sds: Tensor) -> Tensor:
             f"first being row {int(bad.nonzero()[0])}: infinity where a value is missing, and a "
             "small number where there is no error"
         )
-    return 1 / sds
+    return 1 / sds.maximum(least)
 
 
-def _whitenings(covariances: Tensor) -> Tensor:
-    """Return W with :math:`S^{-1} = W^T W`, zero in rows and columns of infinite variance."""
+def _whitenings(covariances: Tensor, given: torch.dtype, least: Tensor) -> Tensor:
+    """Return W with :math:`S^{-1} = W^T W`, zero in rows and columns of infinite variance.
+
+    Args:
+        covariances: Float64, shape ``(N, D, D)``.
+        given: The type they were given in, whose rounding tells which are singular.
+        least: The rounding of y, whose variance is added, shape ``(N, D)``.
+    """
+    dim = covariances.shape[-1]
     diagonal = covariances.diagonal(dim1=-2, dim2=-1)
     there = diagonal != math.inf
     both = there[:, :, None] & there[:, None, :]
-    known = torch.where(both, covariances, torch.eye(covariances.shape[-1]).to(covariances))
-    root, failed = torch.linalg.cholesky_ex(known.nan_to_num(nan=-1.0))
-    far = (known - known.mT).abs() > 1e-4 * known.diagonal(dim1=-2, dim2=-1).amax(-1).abs()[
-        :, None, None
-    ]
-    bad = (failed > 0) | far.any(-1).any(-1) | ~known.isfinite().all(-1).all(-1)
+    identity = torch.eye(dim).to(covariances)
+    known = torch.where(both, covariances, identity)
+    scale = known.diagonal(dim1=-2, dim2=-1).sqrt()
+    correlation = known / (scale[:, :, None] * scale[:, None, :])
+    finite = correlation.isfinite().all(-1).all(-1)  # of variances above zero
+    correlation = torch.where(finite[:, None, None], correlation, identity)
+    skew = (correlation - correlation.mT).abs().amax((-2, -1)) > _ASYMMETRY
+    eps = torch.finfo(given if given.is_floating_point else torch.float64).eps
+    singular = torch.linalg.eigvalsh(correlation)[:, 0] < dim * eps
+    bad = ~finite | skew | singular
     if bool(bad.any()):
         raise ValueError(
             "expected covariances that are symmetric and positive definite, got others in "
             f"{int(bad.sum())} rows, the first being row {int(bad.nonzero()[0])}: an infinite "
             "variance where a value is missing, a small one where there is no error"
         )
-    identity = torch.eye(root.shape[-1]).to(root).expand_as(root)
-    inverse = torch.linalg.solve_triangular(root, identity, upper=False)
+    raised = known + torch.diag_embed(least.where(there, 0.0) ** 2)
+    inverse = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(raised), identity.expand_as(raised), upper=False
+    )
     return torch.where(both, inverse, 0.0)
 
 

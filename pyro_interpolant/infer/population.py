@@ -3,8 +3,8 @@ r"""Populations: the density of x behind a catalogue whose rows y are noisy, or 
 The population :math:`\rho` that maximises :math:`\sum_i \log \int \rho(x) p(y_i | x) dx` is found
 by simulated expectation maximisation. A round draws latents of some rows under the present flow
 (the E-step), and regresses the flow on the latents of the last rounds (the M-step). It starts
-wide, from the rows as they are, and narrows. The log-evidence of rows held out, by importance
-sampling, chooses the round that is kept.
+wide, from the rows and a Gaussian population, and narrows. The log-evidence of rows held out, by
+importance sampling, chooses the round that is kept.
 
 References:
     Dempster, Laird & Rubin, J. R. Stat. Soc. B 39 (1977); Celeux & Diebolt, Comput. Stat. Quart. 2
@@ -37,13 +37,17 @@ from ..distributions.supports import CircularSupport, support_of
 from ..training.building import from_samples
 from ..training.clock import Clock, Seconds
 from ..training.loop import check_ranges
-from .expectation_maximization import NoisyRows, PosteriorDraws, learn
+from .expectation_maximization import NoisyRows, PosteriorDraws, held_out, learn
 from .latents import of_population
 from .noise import Measurements, Noise, measurements
 
 _STEPS = 6000  # by default, in all
 _START_SHARE = 0.15  # of the steps and the time, for the wide start
+_GAUSSIAN_ITERATIONS = 50  # of the Gaussian population to start from
+_WIDEST = 3.0  # errors, in its standard deviations, of numbers that stay as they are
+_JITTER = 1e-9  # of its standardised variances
 _FEWEST_ROWS = 50  # to start from
+_START_DRAWS = 20_000  # of posterior draws, to start from, where there are as many
 
 
 @with_gradients()
@@ -67,7 +71,9 @@ def from_noisy_samples(
     r"""Learn the density of x from rows :math:`y_i \sim p(y | x_i)`, each with its own noise.
 
     What is learned is the density before the noise, its deconvolution: ``log_prob`` is that of x.
-    :func:`object_posteriors` then gives the posterior of each row, or of new ones.
+    :func:`object_posteriors` then gives the posterior of each row, or of new ones. How large an
+    error is must not tell of x beside what ``context`` does: where faint objects have wider
+    errors, pass what the errors depend on as contexts.
 
     Args:
         y: Rows, shape ``(N, D)``, or N scalars, shape ``(N,)``.
@@ -82,8 +88,9 @@ def from_noisy_samples(
         support: Where x lives. Errors may lead out of it.
         event_shape: The shape of an x, where it has more than one dimension.
         start: A guess that is wider than the population, from which it narrows: rows, shape
-            ``(M, *event_shape)``, or a Pyro distribution of x. By default the rows of y on the
-            support, missing numbers drawn from other rows; needed beside a function.
+            ``(M, *event_shape)``, or a Pyro distribution of x. By default the rows
+            of y on the support, where missing and least certain numbers are latents of a Gaussian
+            population; needed beside a function.
         network: As in :func:`~pyro_interpolant.from_samples`.
         marginals: As in :func:`~pyro_interpolant.from_samples`, decided on the start.
         steps: The number of optimiser steps in all; by default 6,000, or as many as
@@ -114,6 +121,9 @@ def from_noisy_samples(
     """
     clock = _checked_clock(support, steps, max_seconds, validation)
     rows = measurements(y, noise, noise_data)
+    held_out(len(rows), validation)
+    if event_shape is None and rows.is_gaussian():
+        event_shape = rows.y.shape[1:]
     with seeded(seed):
         first, index = _start_rows(rows, shaped(support, event_shape), start)
     rows.check(first)
@@ -192,19 +202,32 @@ def from_posterior_samples(
             f"expected log_interim_prior of shape {tuple(x.shape[:2])}, got "
             f"{tuple(log_prior.shape)}"
         )
+    if x.shape[1] < 2:
+        raise ValueError(
+            "expected at least two draws of each object, among which to choose, got one: rows "
+            "that are known are what from_samples takes"
+        )
+    held_out(len(x), validation)
     context = _checked_context(context, len(x), "an object")
     with seeded(seed):
-        one = torch.randint(x.shape[1], (len(x),), device=x.device)
-    first = x[torch.arange(len(x), device=x.device), one]
+        some = torch.randperm(x.shape[:2].numel())[: max(_START_DRAWS, len(x))].to(x.device)
+    first = x.flatten(0, 1)[some]
+    contexts = None if context is None else context[(some // x.shape[1]).to(context.device)]
     options: dict[str, Any] = {
         "support": support,
         "network": network,
         "marginals": marginals,
         "seed": seed,
     }
-    distribution = _wide(first, context, options, steps, clock)
+    distribution = _wide(first, contexts, options, steps, clock)
     flow = distribution.transform.flow
     u = distribution.to_flow(x).to(flow.loc)
+    bad = ~u.isfinite().all(-1).all(-1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"expected draws inside the support {support}, got others of {int(bad.sum())} objects,"
+            f" the first being object {int(bad.nonzero()[0])}: remove them"
+        )
     with torch.no_grad():
         log_prior = log_prior.to(u) + distribution.space.onto(flow, u)[1]
     if context is not None:
@@ -264,15 +287,14 @@ def _start_rows(rows: Measurements, constraint: Constraint, start: Any) -> tuple
             "expected start beside a function noise(x, row), got none: rows, shape "
             "(M, *event_shape), or a distribution of x that is wider than the population"
         )
-    filled, known = rows.y.clone(), rows.known()
-    for column, there in zip(filled.reshape(len(rows), -1).T, known.T, strict=True):
-        values = column[there]
-        if len(values) == 0:
-            raise ValueError(
-                "expected each column of y to be measured somewhere, got one of "
-                "which all errors are infinite: leave it out, or pass start"
-            )
-        column[~there] = values[torch.randint(len(values), (int((~there).sum()),))]
+    precisions = rows.precisions()
+    if not bool((precisions.diagonal(dim1=-2, dim2=-1) > 0).any(0).all()):
+        raise ValueError(
+            "expected each column of y to be measured somewhere, got one of "
+            "which all errors are infinite: leave it out, or pass start"
+        )
+    filled = _gaussian_latents(rows.y.reshape(len(rows), -1).double(), precisions)
+    filled = filled.reshape(rows.y.shape).to(rows.y)
     inside = constraint.check(filled).reshape(len(rows), -1).all(1)
     if int(inside.sum()) < _FEWEST_ROWS:
         raise ValueError(
@@ -284,11 +306,50 @@ def _start_rows(rows: Measurements, constraint: Constraint, start: Any) -> tuple
     return filled[index], index
 
 
+def _gaussian_latents(y: Tensor, precisions: Tensor) -> Tensor:
+    """Return rows whose missing and least certain numbers are latents of a Gaussian population.
+
+    The Gaussian that explains the rows best is found by expectation maximisation in closed form.
+    Numbers with errors of up to three of its standard deviations stay as they are: the start is
+    wider than the population, but not by wild errors.
+
+    Args:
+        y: Rows, float64, shape ``(N, D)``; anything finite where missing.
+        precisions: Inverse covariances of their errors, shape ``(N, D, D)``.
+    """
+    known = precisions.diagonal(dim1=-2, dim2=-1) > 0
+    count = known.sum(0)
+    mean = y.where(known, 0.0).sum(0) / count
+    scale = ((y - mean).square().where(known, 0.0).sum(0) / count).sqrt()
+    scale = scale.where(scale > 0, 1.0)
+    precisions = precisions * scale * scale[:, None]
+    identity = torch.eye(y.shape[1]).to(y)
+    inner, covariance = torch.zeros_like(mean), identity
+    information = (precisions @ ((y - mean) / scale)[..., None])[..., 0]
+    for _ in range(_GAUSSIAN_ITERATIONS):
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        each = torch.linalg.inv(inverse + precisions)
+        means = (each @ (inverse @ inner + information)[..., None])[..., 0]
+        inner = means.mean(0)
+        far = means - inner
+        covariance = each.mean(0) + far.mT @ far / len(y) + _JITTER * identity
+    root, _ = torch.linalg.cholesky_ex(0.5 * (each + each.mT))
+    x = means + (root @ torch.randn_like(y)[..., None])[..., 0]
+    certain = (precisions * covariance).diagonal(dim1=-2, dim2=-1) >= _WIDEST**-2
+    return y.where(certain, mean + scale * x)
+
+
 def _rest(steps: int | None, clock: Clock) -> float:
     """Return the number of steps after the start, infinity where the clock alone decides."""
     if steps is None and clock.limit < math.inf:
         return math.inf
-    return (1 - _START_SHARE) * (steps or _STEPS)
+    total = int(steps or _STEPS)
+    return total - _start_steps(total)
+
+
+def _start_steps(total: int) -> int:
+    """Return the number of steps for the wide start, of so many in all."""
+    return max(1, int(_START_SHARE * total))
 
 
 def _wide(
@@ -297,7 +358,7 @@ def _wide(
     """Return a flow trained on a wide start, rows of shape ``(M, *event_shape)``."""
     seconds = None if clock.limit == math.inf else _START_SHARE * clock.limit
     if steps is not None or seconds is None:
-        options = {**options, "steps": max(1, int(_START_SHARE * (steps or _STEPS)))}
+        options = {**options, "steps": _start_steps(int(steps or _STEPS))}
     with warnings.catch_warnings():  # about rows that are not what is learned
         warnings.simplefilter("ignore")
         return from_samples(first, context=context, max_seconds=seconds, progress=False, **options)

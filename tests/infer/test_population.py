@@ -18,6 +18,7 @@ from pyro_interpolant.infer import object_posteriors
 from pyro_interpolant.infer.expectation_maximization import NoisyRows, PosteriorDraws
 from pyro_interpolant.infer.latents import local_proposal, of_population
 from pyro_interpolant.infer.noise import measurements
+from pyro_interpolant.infer.population import _start_rows
 
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
 ROOT = torch.tensor([[1.0, 0.0], [0.8, 0.5]], dtype=torch.float64)
@@ -25,13 +26,13 @@ COVARIANCE = ROOT @ ROOT.T
 QUICK = {"steps": 30, "seed": 0, "progress": False}
 
 
-def gaussian():
-    """Return the flow that is N(LOC, COVARIANCE) exactly: its velocity is zero."""
-    flow = interpolant_transform(2, (8, 8), solver=pi.FixedGrid(steps=1))
+def gaussian(loc=LOC, root=ROOT):
+    """Return the flow that is N(loc, root root^T) exactly: its velocity is zero."""
+    flow = interpolant_transform(2, (8, 8), solver=pi.FixedGrid(steps=1)).to(loc)
     with torch.no_grad():
         for p in flow.parameters():
             p.zero_()
-    flow.flow.whitening.set(LOC, ROOT)
+    flow.flow.whitening.set(loc, root)
     return InterpolantDistribution(flow).freeze()
 
 
@@ -112,6 +113,49 @@ def test_errors_that_depend_on_each_other_are_whitened_together():
     assert torch.allclose(found[1:], wanted[1:])
 
 
+@pytest.mark.parametrize("units", [(1.0, 1.0), (1e-10, 1e10)])
+def test_errors_in_other_units_and_along_one_direction_leave_evidence_as_it_is(units):
+    units = torch.tensor(units)
+    root = units[:, None] * ROOT.float()
+    turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]], dtype=torch.float64)
+    noise = turn @ torch.diag(torch.tensor([1.0, 1e-6]).double()) @ turn.T  # of variance
+    x = LOC + torch.randn(50, 2) @ ROOT.T
+    y = x + torch.randn(50, 2) @ torch.linalg.cholesky(noise).T
+    total = MultivariateNormal(LOC, COVARIANCE + noise)
+    covariances = (noise * units * units[:, None]).expand(50, 2, 2)
+    population = gaussian(LOC.float() * units, root)
+    found = object_posteriors(population, y.float() * units, covariances, seed=0)
+    lost = found.log_evidence + units.log().sum() - total.log_prob(y)
+    assert float(lost.abs().max()) < 0.2
+    assert float(found.k_hat.max()) < 0.7
+
+
+def test_errors_below_the_rounding_of_y_count_as_rounding():
+    y = (LOC + torch.randn(20, 2) @ ROOT.T).float()
+    population = gaussian(LOC.float(), ROOT.float())
+    wanted = MultivariateNormal(LOC, COVARIANCE).log_prob(y.double())
+    for noise in (torch.full((20, 2), 1e-30), 1e-50 * torch.eye(2).double().expand(20, 2, 2)):
+        found = object_posteriors(population, y, noise, seed=0)
+        assert float((found.draws[:, 500:] - y[:, None]).abs().max()) < 1e-4
+        assert float((found.log_evidence - wanted).mean().abs()) < 0.5
+
+
+def test_the_start_is_wider_than_the_population_but_not_by_wild_errors():
+    x, y, sds = catalogue(4000)
+    sds = torch.where(torch.rand(4000, 2) < 0.3, 1000.0, sds)
+    y = torch.where(sds == 1000.0, x + sds * torch.randn(4000, 2), y)
+    for noise in (sds, as_covariances(sds)):
+        rows = measurements(y, noise)
+        first, index = _start_rows(rows, constraints.real_vector, None)
+        assert len(index) == 4000
+        assert float((first.mean(0) - LOC).abs().max()) < 0.1
+        wider = torch.cov(first.T) - COVARIANCE
+        assert -0.1 < float(wider.min())
+        assert float(wider.max()) < 1.2
+        precise = sds < 2
+        assert torch.equal(first[precise], y[precise])
+
+
 def test_the_proposal_at_the_mode_is_the_posterior_in_the_base():
     _, y, sds = catalogue(20)
     flow = gaussian()
@@ -145,6 +189,56 @@ def test_posterior_draws_are_weighted_by_the_population_over_the_prior():
     few = objects.latents(flow, torch.arange(300)).w
     assert few.shape == (1200, 2)
     assert float((few - LOC).norm(dim=-1).mean()) < 0.6 * float((u - LOC).norm(dim=-1).mean())
+
+
+def test_draws_of_an_object_move_by_a_chain_to_its_posterior():
+    torch.manual_seed(0)
+    sd, prior = 3.0, 5.0  # each posterior is much wider than the population
+    share = prior**2 / (prior**2 + sd**2)
+    y = LOC + torch.randn(1000, 2) @ ROOT.T + sd * torch.randn(1000, 2)
+    u = share * y[:, None] + math.sqrt(share) * sd * torch.randn(1000, 400, 2)
+    flow = gaussian()
+    objects = PosteriorDraws(u, Normal(0.0, prior).log_prob(u).sum(-1), None)
+    every = torch.arange(1000)
+    for _ in range(12):
+        found = objects.latents(flow, every).w
+    mean, covariance, _ = exact(y, torch.full_like(y, sd))
+    second = (covariance.mean(0) + (mean - LOC).T @ (mean - LOC) / 1000).trace()
+    ours = (found - LOC).square().sum(-1).mean()
+    assert float(ours / second) == pytest.approx(1.0, abs=0.15)  # 16 draws alone: 1.5
+
+
+def test_scalars_need_no_support():
+    y = 3 + torch.randn(100)
+    network = pi.VelocityMLP(1, (8, 8))
+    population = from_noisy_samples(y, torch.full((100,), 0.2), network=network, **QUICK)
+    assert population.sample((5,)).shape == (5,)
+    assert population.report.steps == 26  # beside 4 of the start
+
+
+def test_a_run_without_time_says_that_noise_was_not_taken_off():
+    _, y, sds = catalogue(100)
+    options = {"network": pi.VelocityMLP(2, (8, 8)), "seed": 0, "progress": False}
+    with pytest.warns(UserWarning, match="no time was left for a round"):
+        population = from_noisy_samples(y, sds, max_seconds=1e-3, **options)
+    assert population.report.reference == population.report.held_out
+
+
+def test_rows_held_out_that_nothing_explains_do_not_choose_the_round():
+    torch.manual_seed(0)
+    x = torch.randn(200, 2)
+    y = torch.cat((x + torch.rand(200, 2) - 0.5, torch.full((40, 2), 90.0)))
+
+    def noise(x, row):
+        return dist.Uniform(x - 0.5, x + 0.5).to_event(1)
+
+    options = {"start": 2 * torch.randn(200, 2), "network": pi.VelocityMLP(2, (8, 8)), **QUICK}
+    with pytest.warns(UserWarning, match="of 24 rows held out have no likelihood"):
+        population = from_noisy_samples(y, noise, **options)
+    assert math.isfinite(population.report.held_out)
+    assert math.isfinite(population.report.held_out_stderr)
+    with pytest.raises(ValueError, match="none of which has a finite log-likelihood"):
+        from_noisy_samples(y + 90, noise, **options)
 
 
 def test_a_short_run_has_a_report_in_nats_and_weights_that_are_frozen(tmp_path):
@@ -191,10 +285,14 @@ def test_rows_that_no_draw_explains_are_said_to_be_so():
         gaussian(), torch.tensor([[900.0, 0.0]]), lambda x, row: dist.Uniform(x - 1, x + 1)
     )
     assert float(found.log_evidence) == -math.inf
+    assert float(found.log_evidence_stderr) == math.inf
     assert float(found.k_hat) == math.inf
+    with pytest.raises(ValueError, match="positive weight of each object"):
+        found.resampled(5)
 
 
 Y, SDS = torch.randn(60, 2), torch.ones(60, 2)
+TINY = torch.tensor([[1e-20, 1e-10], [1e-10, 1.0]])  # covariances with a column in other units
 
 
 def changed(x, index, value):
@@ -210,19 +308,27 @@ def changed(x, index, value):
         ((Y.long(), SDS), {}, "floating type"),
         ((Y[:, :, None], SDS), {}, "shape"),
         ((Y, SDS[:5]), {}, "60 rows"),
+        ((Y, 0.3), {}, "errors that all rows share"),
+        ((Y[:3], SDS[:3]), {"start": Y}, "two rows to learn from"),
+        ((Y, SDS), {"validation": 0.99}, "two rows to learn from"),
         ((Y, SDS[:, :1]), {}, "standard deviations of shape"),
         ((changed(Y, (3, 0), math.nan), SDS), {}, "row 3: a missing value"),
+        ((changed(Y, (3, 0), math.inf), SDS), {}, "row 3: a missing value"),
         ((Y, changed(SDS, (3, 0), 0.0)), {}, "above 0.*row 3"),
         ((Y, changed(SDS, (3, 0), math.nan)), {}, "above 0.*row 3"),
         ((Y, changed(SDS, 3, math.inf)), {}, "nothing measured.*row 3"),
         ((Y, changed(as_covariances(SDS), 3, -torch.eye(2))), {}, "positive definite.*row 3"),
         ((Y, changed(as_covariances(SDS), (3, 0, 1), 0.5)), {}, "symmetric.*row 3"),
+        ((Y, changed(as_covariances(SDS), (3, 0, 1), 0.5) * TINY), {}, "symmetric.*row 3"),
+        ((Y, changed(as_covariances(SDS), 3, torch.full((2, 2), 0.09))), {}, "definite.*row 3"),
         ((Y, changed(as_covariances(SDS), (3, 0, 0), math.nan)), {}, "row 3"),
         ((Y, SDS), {"noise_data": SDS}, "noise_data beside a function"),
         ((Y, as_function), {"noise_data": SDS}, "start beside a function"),
         ((Y, as_function), {"noise_data": SDS[:5], "start": Y}, "noise_data of 60 rows"),
         ((changed(Y, (3, 0), math.nan), as_function), {"start": Y}, "finite y"),
         ((Y, lambda x, row: x), {"start": Y}, "return a Pyro distribution"),
+        ((Y, lambda x, row: dist.Normal(x, row[0])), {"start": Y}, "to work for x of shape"),
+        ((Y, lambda x, row: dist.Normal(x[:, 0], 1.0)), {"start": Y}, "log_prob of shape"),
         ((Y, lambda x, row: dist.Normal(0.0, 1.0)), {"start": Y}, "log_prob of shape"),
         ((Y, SDS), {"start": Y[:, :1]}, "one shape"),
         ((Y - 100, SDS), {"support": constraints.positive}, "start from, got 0"),
@@ -246,6 +352,8 @@ def test_posterior_draws_that_cannot_work_are_refused():
         ((draws, log_prior[:, :4]), "log_interim_prior of shape"),
         ((draws, log_prior[:4]), "log_interim_prior of shape"),
         ((draws, math.nan * log_prior), "finite log_interim_prior"),
+        ((draws[:, :1], log_prior[:, :1]), "two draws of each object"),
+        ((draws[:3], log_prior[:3]), "two rows to learn from"),
     ):
         with pytest.raises(ValueError, match=message):
             from_posterior_samples(*arguments, **QUICK)
@@ -259,8 +367,13 @@ def test_objects_need_a_flow_from_its_default_base_and_some_draws():
         object_posteriors(based, Y, SDS)
     with pytest.raises(TypeError, match="distribution of a flow"):
         object_posteriors(dist.Normal(0.0, 1.0), Y, SDS)
-    with pytest.raises(ValueError, match="draws >= 100"):
-        object_posteriors(gaussian(), Y, SDS, draws=50)
+    for draws in (50, 100.5):
+        with pytest.raises(ValueError, match="draws >= 100, a whole number"):
+            object_posteriors(gaussian(), Y, SDS, draws=draws)
+    with pytest.raises(ValueError, match="one shape"):
+        object_posteriors(gaussian(), Y[:, :1], SDS[:, :1])
+    with pytest.raises(ValueError, match="log_prob of shape"):
+        object_posteriors(gaussian(), Y, lambda x, row: dist.Normal(x[..., 0].mean(), SDS[0, 0]))
     with pytest.raises(ValueError, match="expected context"):
         object_posteriors(gaussian(), Y, SDS, context=Y)
 
