@@ -61,10 +61,11 @@ def bijection(support: Constraint) -> Transform:
         ValueError: If it has no such bijection; the message names it.
     """
     if not isinstance(support, Constraint):
-        kind = type(support)
+        kind = type(support)  # NumPyro's constraints have the names of torch's
+        place = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
         raise TypeError(
             "expected support to be a constraint such as torch.distributions.constraints.positive,"
-            f" got {kind.__module__}.{kind.__name__}"
+            f" got {place}{kind.__name__}"
         )
     try:
         transform = biject_to(support)
