@@ -2,7 +2,8 @@ r"""The velocity: networks :math:`v_t(x \mid c)`, from a time, states and contex
 
 ``velocity`` is the protocol: what any ``nn.Module`` must offer to be one, and what it may;
 ``mlp`` has the default network, whose divergence is exact at about twice its own price, and its
-member on the torus. ``embedding`` has velocities given data that a network embeds, once per row.
+member on the torus. ``embedding`` has velocities given data that a network embeds, once per row,
+``unet`` velocities of images.
 
 To add a network, write a module with ``forward(t, x, context=None)``; all else is optional.
 """
@@ -14,11 +15,13 @@ from .._lazy import attach
 if TYPE_CHECKING:
     from .embedding import *
     from .mlp import *
+    from .unet import *
 
 __all__, __getattr__, __dir__ = attach(
     __name__,
     {
         "embedding": ["EmbeddedVelocity", "SeriesEmbedding", "SetEmbedding"],
         "mlp": ["TorusMLP", "VelocityMLP"],
+        "unet": ["ImageVelocity", "UNet"],
     },
 )

@@ -6,6 +6,7 @@ is optional, and used where it is there:
 
 - ``event_dim``, ``context_dim``: D and C.
 - ``classes``: K, where contexts are labels 0 to K - 1, given as numbers of shape ``(*, 1)``.
+- ``null_label``: a label that stands for none of the classes, given to a tenth of training rows.
 - ``embed(context)``: what of contexts, ``(*, C)``, depends on neither time nor state, computed
   once per row; it, and not the contexts, is then what the functions here are given.
 - ``explained(w, context)``: the part of rows that the network takes from their contexts in closed
