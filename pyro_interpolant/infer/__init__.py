@@ -6,7 +6,8 @@ joint as a function of the unconstrained vector that ``sites`` packs. ``importan
 judges a guide by the weights of its draws, ``inference_data`` hands draws to ArviZ. ``reparam``
 samples a model in the base space of its learned priors, or of a guide. ``smc`` trains a flow from
 a density alone. ``population`` learns the density behind a noisy catalogue: ``noise`` is what a
-row says of its latent, ``latents`` draws them, ``expectation_maximization`` fits the flow.
+row says of its latent, ``latents`` draws them, ``expectation_maximization`` fits the flow. Both
+fit it by ``regression``, in the time and at the rates of ``schedule``.
 """
 
 from typing import TYPE_CHECKING

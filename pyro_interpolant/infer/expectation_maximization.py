@@ -21,7 +21,7 @@ from ..training.rows import Rows
 from .latents import chunks, draw_latents, given, log_total
 from .noise import Measurements
 from .regression import FlowRegression
-from .smc.schedule import RateSchedule
+from .schedule import RateSchedule
 
 _END_SHARE = 0.9  # of the time; the rest: calibration, and the evidence of rows held out
 _ROUND_STEPS = 50  # of the regression

@@ -11,7 +11,7 @@ from ..training.objective import Objective
 from ..training.optimization import Descent
 from ..training.rows import Rows
 from ..transforms.flow import Flow
-from .smc.schedule import clocked
+from .schedule import clocked
 
 _BATCH_ROWS = 512  # in a regression step
 _FIRST_RATE = 1e-3  # the learning rate before the first is asked for

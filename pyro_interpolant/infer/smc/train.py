@@ -29,6 +29,7 @@ from ...training.rows import Rows
 from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
 from ..regression import FlowRegression
+from ..schedule import Budget, RateSchedule, clocked
 from .flow_proposal import (
     Jump,
     affordable_draws,
@@ -37,7 +38,6 @@ from .flow_proposal import (
     importance_weights,
 )
 from .pathfinder import StudentTMixture, initial_mixture, pathfinder
-from .schedule import Budget, RateSchedule, clocked
 from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
 
 _FLAT = 2e-3  # nats, the improvement over a window of rounds below which a run is flat

@@ -18,13 +18,13 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.diagnostics.psis import systematic_resampling
 from pyro_interpolant.infer.regression import FlowRegression
+from pyro_interpolant.infer.schedule import Budget, RateSchedule
 from pyro_interpolant.infer.smc.flow_proposal import (
     coarse_solver,
     flow_proposal_step,
     importance_weights,
 )
 from pyro_interpolant.infer.smc.pathfinder import StudentTMixture, initial_mixture, pathfinder
-from pyro_interpolant.infer.smc.schedule import Budget, RateSchedule
 from pyro_interpolant.infer.smc.tempering import HMCKernel, LogDensity, tempered_smc
 from pyro_interpolant.infer.smc.train import RoundsResult, train_from_density
 from pyro_interpolant.training.clock import Clock, Seconds

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 
-from ...training.clock import Clock
+from ..training.clock import Clock
 
 _RATE = 2e-3  # the learning rate, before it falls
 _CONSTANT_SHARE = 0.4  # of the training, before the rate falls
