@@ -66,6 +66,7 @@ LATENT = {
 SOLVERS = {
     "rk4": FixedGrid(steps=8),
     "midpoint": FixedGrid(steps=12, method="midpoint"),
+    "heun": FixedGrid(steps=12, method="heun"),
     "euler": FixedGrid(steps=24, method="euler"),
     "warped": FixedGrid(steps=8, warp=0.5),
     "adaptive": Adaptive(nodes=12),
