@@ -22,6 +22,7 @@ _REFERENCE = Adaptive(rtol=1e-8, atol=1e-8, nodes=96)
 _FIRST_STEPS, _MAX_STEPS = 4, 256
 _REFERENCE_TRIALS = 40  # as long as so many trials of the fewest steps a reference takes: 12 to 40
 _FIRST_SAMPLE_STEPS, _MAX_SAMPLE_STEPS, _SAMPLES = 2, 64, 8
+_SURE_SAMPLE_STEPS = 8  # which are tried however short the time: as long as some training steps
 _LEAST_ROWS = 16  # on which a grid is chosen
 _WORST_ROW_FACTOR = 5.0  # by which its error may exceed the tolerance of the mean
 
@@ -315,7 +316,7 @@ def calibrate_sampler_until(
     """Return what :func:`calibrate_sampler` would set, or a coarser grid where time is short.
 
     Args:
-        deadline: The time, by :func:`time.monotonic`, from which no solve is begun.
+        deadline: The time, by :func:`time.monotonic`, from which no more than 8 steps are tried.
         distribution: As in :func:`calibrate_sampler`.
         context: As in :func:`calibrate_sampler`, shape ``(N, C)``.
         tolerance: As in :func:`calibrate_sampler`.
@@ -372,7 +373,8 @@ class _Samples:
         while True:
             finer = self.ends(2 * steps)
             error = float((found - finer).double().square().mean().sqrt())
-            if error <= tolerance or steps >= _MAX_SAMPLE_STEPS or time.monotonic() >= deadline:
+            is_late = steps >= _SURE_SAMPLE_STEPS and time.monotonic() >= deadline
+            if error <= tolerance or steps >= _MAX_SAMPLE_STEPS or is_late:
                 return steps, error, finer
             steps, found = 2 * steps, finer
 

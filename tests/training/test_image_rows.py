@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_interpolant as pi
 from pyro_interpolant.diagnostics import calibrate_sampler
+from pyro_interpolant.diagnostics.calibration import calibrate_sampler_until
 from pyro_interpolant.nn import ImageVelocity, UNet
 from pyro_interpolant.training.data import Table
 from pyro_interpolant.training.distributed import Process
@@ -187,5 +188,9 @@ def test_the_sampler_gets_the_fewest_steps_that_are_good():
     assert error(grid.steps - 2) > 1e-3
     with pytest.raises(ValueError, match="expected a positive tolerance in whitened units"):
         calibrate_sampler(images, tolerance=0.0)
+    late = calibrate_sampler_until(0.0, flow(Turning(1.0)), None, 1e-3)
+    assert late.error <= 1e-3
+    with pytest.warns(UserWarning, match="the time was over before samples within"):
+        assert calibrate_sampler_until(0.0, flow(Turning(12.0)), None, 1e-3).solver.steps == 8
     with pytest.warns(UserWarning, match="no grid has samples within 0.001 whitened units"):
         calibrate_sampler(flow(Turning(300.0)), tolerance=1e-3)
