@@ -20,8 +20,8 @@ from .rows import Rows
 
 LEVELS = 256
 BATCH_IMAGES = 64  # per step and process
-HELD_IMAGES = 256  # at which a run's held-out loss is evaluated
-_HELD_NUMBERS = 2**22  # in images held out of a table
+HELD_BATCHES = 2  # of images, at which the held-out loss is evaluated: it takes less than a step
+_HELD_NUMBERS, _MIN_HELD = 2**22, 256  # in images held out of a table, and images at least
 
 
 def has_images(distribution: AnyDistribution) -> bool:
@@ -74,7 +74,7 @@ def checked_levels(distribution: AnyDistribution, x: Any) -> Tensor:
 
 def most_held(event_dim: int) -> int:
     """Return the most images of D numbers to hold out of a table: few tell the loss."""
-    return max(HELD_IMAGES, _HELD_NUMBERS // event_dim)
+    return max(_MIN_HELD, _HELD_NUMBERS // event_dim)
 
 
 def dequantized(rows: Rows, like: Tensor) -> Rows:

@@ -24,7 +24,7 @@ from ..interpolants.linear import Interpolant
 from ..nn.velocity import embedded, evaluate, images_at_once, null_label
 from ..transforms.flow import Flow
 from .distributed import Process
-from .image_rows import HELD_IMAGES, dequantized
+from .image_rows import HELD_BATCHES, dequantized
 from .rows import Rows
 
 Target = Literal["velocity", "noise"]
@@ -248,8 +248,8 @@ class Objective(nn.Module):
             base: The base to draw from.
             size: Rows per coupling, as in training.
         """
-        is_dear = images_at_once(self.network) is not None
-        rows = held.repeated(HELD_IMAGES if is_dear else _HELD_DRAWS)
+        are_images = images_at_once(self.network) is not None
+        rows = held.repeated(HELD_BATCHES * size if are_images else _HELD_DRAWS)
         order = torch.randperm(len(rows.w), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             rows = rows.take(order.to(rows.w.device))
