@@ -194,3 +194,31 @@ def test_the_sampler_gets_the_fewest_steps_that_are_good():
         assert calibrate_sampler_until(0.0, flow(Turning(12.0)), None, 1e-3).solver.steps == 8
     with pytest.warns(UserWarning, match="no grid has samples within 0.001 whitened units"):
         calibrate_sampler(flow(Turning(300.0)), tolerance=1e-3)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_run_on_levels_resumes_to_the_same_bits(tmp_path):
+    """The noise of levels and the labels that are dropped are those of the run without an end."""
+
+    def stop(state):
+        if state.step >= 6:
+            raise Stop
+
+    velocity = ImageVelocity(OwnImages(4), IMAGE_SHAPE, classes=3, null_label=3)
+    options = {"context": LABELS, "steps": 12, "batch_size": 16}
+    start = {name: value.clone() for name, value in velocity.state_dict().items()}
+
+    def run(**more):
+        velocity.load_state_dict(start)
+        family = learn(network=velocity, **options, **more)
+        return [p.clone() for p in family.transform.velocity.parameters()]
+
+    whole, path = run(), tmp_path / "run.safetensors"
+    with pytest.raises(Stop):
+        run(checkpoint=path, checkpoint_every=1, callback=stop)
+    resumed = run(checkpoint=path)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    assert any(not torch.equal(a, start[n]) for a, n in zip(whole, start, strict=True))
