@@ -229,3 +229,12 @@ def test_samples_as_a_base_have_a_mean_and_no_entropy():
     d = InterpolantDistribution(interpolant_transform(2, (8,)), Samples(torch.randn(500, 2) + 3))
     close(d.freeze().mean, torch.full((2,), 3.0), rtol=0, atol=0.3)
     assert d.entropy().isnan()
+
+
+def test_moments_of_more_dimensions_than_sobol_points_have(monkeypatch):
+    """Images of 128 x 128 in color have 49,152: random draws then, whose means err by more."""
+    net = normal().moments()
+    monkeypatch.setattr("torch.quasirandom.SobolEngine.MAXDIM", 1)
+    draws = normal().moments()
+    close(draws.mean, torch.tensor([1.0, 2.0]), rtol=0, atol=0.2)
+    assert bool((draws.mean_stderr > 3 * net.mean_stderr).all())

@@ -1,5 +1,7 @@
 """Images: whole levels spread on the fly, one scale, labels, and a solver set by samples."""
 
+import math
+
 import pytest
 import torch
 from cases import IMAGE_NETWORKS, IMAGE_SHAPE, OwnImages
@@ -8,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_interpolant as pi
-from pyro_interpolant.diagnostics import calibrate_sampler
+from pyro_interpolant.diagnostics import bits_per_dim, calibrate_sampler
 from pyro_interpolant.diagnostics.calibration import calibrate_sampler_until
 from pyro_interpolant.nn import ImageVelocity, UNet
 from pyro_interpolant.training.data import Table
@@ -194,6 +196,37 @@ def test_the_sampler_gets_the_fewest_steps_that_are_good():
         assert calibrate_sampler_until(0.0, flow(Turning(12.0)), None, 1e-3).solver.steps == 8
     with pytest.warns(UserWarning, match="no grid has samples within 0.001 whitened units"):
         calibrate_sampler(flow(Turning(300.0)), tolerance=1e-3)
+
+
+class Dense(nn.Module):
+    """A small perceptron as a network of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(SIZE + 1, 64), nn.SiLU(), nn.Linear(64, SIZE))
+
+    def forward(self, t, image):
+        inputs = torch.cat((image.flatten(1), t[:, None]), -1)
+        return self.layers(inputs).reshape(image.shape)
+
+
+@pytest.mark.slow
+def test_the_bits_that_are_learned_are_those_of_the_truth():
+    """Correlated Gaussian images, which one scale does not whiten: the network has to."""
+    torch.manual_seed(0)
+    root = 25 * (torch.eye(SIZE) + 0.15 * torch.randn(SIZE, SIZE))
+    normal = torch.distributions.MultivariateNormal(torch.full((SIZE,), 128.0), root @ root.T)
+    levels = normal.sample((6000,)).floor().clamp(0, 255).to(torch.uint8)
+    train, held = levels.reshape(-1, *IMAGE_SHAPE).split((5000, 1000))
+    network = ImageVelocity(Dense(), IMAGE_SHAPE)
+    options = {"learning_rate": 1e-2, "steps": 2000, "batch_size": 256}
+    prior = learn(train, network=network, **options)
+    spread = held.double().flatten(1) + torch.rand(1000, SIZE)
+    truth = float(-normal.log_prob(spread).mean()) / SIZE / math.log(2)
+    start = math.log2(prior.transform.flow.whitening.linear.item() * 256) + 2.047  # of N(0, s^2)
+    found = bits_per_dim(prior, held)
+    assert truth - 0.02 < found.mean < truth + 0.05
+    assert start > truth + 0.1  # there was something to learn
 
 
 class Stop(Exception):
