@@ -57,8 +57,8 @@ def test_the_divergence_is_that_of_finite_differences_by_either_mode(name):
     exact = ExactDivergence()(velocity, t, x, None)
     torch.testing.assert_close(exact, expected, rtol=1e-6, atol=1e-6)
     # Over all probes that there are, or many of them, the estimate is the trace.
-    found = pi.HutchinsonDivergence(probes=256).samples(velocity, t, x)
-    error = found.std(0) / 16
+    found = pi.HutchinsonDivergence(probes=64).samples(velocity, t, x)
+    error = found.std(0) / 8
     assert bool(((found.mean(0) - exact).abs() < 4 * error).all())
     x.requires_grad_()
     one = pi.HutchinsonDivergence()

@@ -151,6 +151,7 @@ def test_what_cannot_work_is_refused():
         learn(LEVELS.flatten(1))
 
 
+@pytest.mark.slow
 def test_the_default_network_is_a_unet():
     pytest.importorskip("diffusers")
     images = learn(context=LABELS, network=None, steps=1)
