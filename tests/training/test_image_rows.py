@@ -256,3 +256,35 @@ def test_a_run_on_levels_resumes_to_the_same_bits(tmp_path):
     resumed = run(checkpoint=path)
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
     assert any(not torch.equal(a, start[n]) for a, n in zip(whole, start, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"coupling": pi.optimal_transport},
+        {"weights": torch.arange(40.0)},
+        {"pairs": torch.randn(40, SIZE, generator=DRAWN)},
+        {"base_samples": torch.rand(40, SIZE, generator=DRAWN)},
+        {"validation": LEVELS[:9]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_all_that_goes_with_rows_goes_with_images(options):
+    images = learn(**options)
+    assert images.sample((3,)).shape == (3, *IMAGE_SHAPE)
+    assert images.report.sample_error is not None
+
+
+def test_a_trained_flow_of_images_does_what_others_do():
+    images = learn()
+    assert pi.sample_sde(images, (3,), steps=3).shape == (3, *IMAGE_SHAPE)
+    assert images.at(0.5).sample((2,)).shape == (2, *IMAGE_SHAPE)
+    x = images.sample((4,))
+    assert images.score(x).shape == x.shape
+    there = images.transport(x, inverse=True)
+    torch.testing.assert_close(images.transport(there), x, rtol=0, atol=1e-3)
+    pi.reflow(images, count=60, steps=3, seed=0, progress=False)
+    assert images.sample((2,)).shape == (2, *IMAGE_SHAPE)
+    mirror = flow(OwnImages(), interpolant=pi.Mirror())
+    assert pi.fit(mirror, LEVELS, steps=3, progress=False).report.sample_error is not None
+    assert mirror.sample((2,)).shape == (2, *IMAGE_SHAPE)
