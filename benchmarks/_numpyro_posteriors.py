@@ -11,6 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 import torch
 from _posteriors import FILES
+from numpyro.infer import init_to_feasible
 
 import pyro_interpolant as pi
 
@@ -82,7 +83,8 @@ def fitted(name, folder, seconds, count):
         with np.load(folder / f"{FILES[name]}.npz") as file:
             raw = json.loads(str(file["data"]))
         data = {k: jnp.array(v, float) if isinstance(v, list) else v for k, v in raw.items()}
-    guide, key = pi.numpyro.AutoInterpolant(MODELS[name]), jax.random.key(0)
+    guide = pi.numpyro.AutoInterpolant(MODELS[name], init_loc_fn=init_to_feasible)
+    key = jax.random.key(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a poor k-hat: it is in the table
         result = pi.numpyro.fit_guide(

@@ -55,6 +55,7 @@ add_module_names = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # nor are those of attributes shown
 
 PACKAGE = "pyro_interpolant"
 ROOMS = sorted({page.stem for page in HERE.glob("reference/*.md")} - {"index"})
@@ -75,7 +76,8 @@ def find_by_room(app, environment, node, content):
         return None
     *owner, name = target.removeprefix(f"{PACKAGE}.").split(".")
     domain = environment.get_domain("py")
-    for room in ROOMS:
+    # A room that is named comes first, and last the twin, which has names of other rooms too.
+    for room in sorted(ROOMS, key=lambda room: (room not in owner, room == "numpyro")):
         for middle in ("", *owner[-1:]):  # of a method, its class
             found = ".".join(filter(None, (PACKAGE, room, middle, name)))
             if found in domain.objects:

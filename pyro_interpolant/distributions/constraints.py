@@ -61,9 +61,10 @@ def bijection(support: Constraint) -> Transform:
         ValueError: If it has no such bijection; the message names it.
     """
     if not isinstance(support, Constraint):
+        kind = type(support)
         raise TypeError(
-            "expected support to be a constraint such as constraints.positive, got "
-            f"{type(support).__name__}"
+            "expected support to be a constraint such as torch.distributions.constraints.positive,"
+            f" got {kind.__module__}.{kind.__name__}"
         )
     try:
         transform = biject_to(support)

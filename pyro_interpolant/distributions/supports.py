@@ -22,6 +22,7 @@ from ..nn.mlp import TorusMLP, VelocityMLP
 from ..nn.velocity import embedded, evaluate, may_be_periodic
 from ..transforms.bijections import Cached
 from ..transforms.flow import Flow
+from ..transforms.gaussianize import without_gaussianizer
 from .bases import Planar, UniformTorus, directions, in_planes
 from .constraints import Circular, Constraint, Shaped, bijection, circular
 
@@ -350,7 +351,8 @@ class OnEvents(Constraint):
     def __init__(self, support: Constraint) -> None:
         self.inner = support
         event_dim = bijection(support).codomain.event_dim
-        self.event_dim = event_dim if isinstance(support, Shaped) else max(1, event_dim)
+        shaped = isinstance(without_gaussianizer(support), Shaped)  # so scalars, of dimension 0
+        self.event_dim = event_dim if shaped else max(1, event_dim)
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AutoInterpolant", "fit_guide"]
 
+_BLOCKS = (16, 128, 1024, 4096)  # numbers of rows for which a density is compiled
+
 
 class AutoInterpolant(AutoContinuous):
     """A guide over all latent sites of a NumPyro model at once: a continuous normalizing flow.
@@ -42,7 +44,8 @@ class AutoInterpolant(AutoContinuous):
         hidden_dims: The widths of the velocity's hidden layers; by default chosen by the number of
             latent dimensions.
         prefix: What the names of the guide's own sites begin with.
-        init_loc_fn: Where the sites start, one of NumPyro's initialisation strategies.
+        init_loc_fn: What the sites are where the model is first run, one of NumPyro's
+            initialisation strategies; training starts elsewhere, from draws of the prior.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist
@@ -140,7 +143,8 @@ def fit_guide(
         **kwargs: The named arguments of the model.
 
     Returns:
-        The verdict on fresh draws, with a warning if k-hat is above 0.7.
+        The verdict on fresh draws, a :class:`~pyro_interpolant.infer.GuideResult`, with a warning
+        if k-hat is above 0.7.
 
     Raises:
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro.
@@ -265,24 +269,61 @@ def log_density(guide: AutoInterpolant, args: Any, kwargs: Any) -> Callable[[Arr
 
 
 def _for_torch(density: Callable[[Array], Array]) -> Callable[["Tensor"], "Tensor"]:
-    """Return a density for torch, from rows ``(N, D)`` to ``(N,)``, differentiable."""
+    """Return a density for torch, from rows ``(N, D)`` to ``(N,)``, twice differentiable."""
     import torch
 
-    both = jax.jit(jax.vmap(jax.value_and_grad(density)))
+    both = _in_blocks(jax.vmap(jax.value_and_grad(density)))
+    pulled = _in_blocks(jax.vmap(lambda z, v: jax.vjp(jax.grad(density), z)[1](v)))
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, z: "Tensor") -> "Tensor":
+            ctx.save_for_backward(z)
+            return both(z)[1]
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: "Tensor") -> "Tensor":
+            try:
+                return pulled(*ctx.saved_tensors, cotangents[0])[0]
+            except (TypeError, ValueError) as error:  # of jax: there is no second derivative
+                raise NotImplementedError(str(error)) from error
 
     class LogDensity(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, z: "Tensor") -> "Tensor":
-            rows = z.detach().cpu().numpy()
-            size = 1 << max(0, len(rows) - 1).bit_length()  # few sizes, so few compilations
-            padded = np.concatenate((rows, np.repeat(rows[-1:], size - len(rows), 0)))
-            values, slopes = (torch.tensor(np.asarray(v[: len(rows)])) for v in both(padded))
-            ctx.save_for_backward(slopes.to(z))
-            return values.to(z)
+            values, slopes = both(z)
+            ctx.save_for_backward(z, slopes)
+            return values
 
         @staticmethod
         def backward(ctx: Any, *cotangents: "Tensor") -> "Tensor":
-            (slopes,) = ctx.saved_tensors
+            z, slopes = ctx.saved_tensors
+            if torch.is_grad_enabled():  # a gradient that is to be differentiated again
+                slopes = Gradient.apply(z)
             return cotangents[0][:, None] * slopes
 
     return LogDensity.apply
+
+
+def _in_blocks(function: Callable[..., Any]) -> Callable[..., list["Tensor"]]:
+    """Return a function of jax for rows of torch, in blocks of few sizes: few compilations.
+
+    Args:
+        function: From arrays of rows, each ``(N, D)``, to one or several of as many rows.
+    """
+    import torch
+
+    compiled = jax.jit(lambda *rows: jax.tree.leaves(function(*rows)))
+
+    def block(*rows: "Tensor") -> list["Tensor"]:
+        count = len(rows[0])
+        more = next(size for size in _BLOCKS if size >= count) - count
+        arrays = (part.detach().cpu().numpy() for part in rows)
+        padded = [np.concatenate((part, np.repeat(part[-1:], more, 0))) for part in arrays]
+        return [torch.tensor(np.asarray(part[:count])).to(rows[0]) for part in compiled(*padded)]
+
+    def blocks(*rows: "Tensor") -> list["Tensor"]:
+        parts = zip(*(part.split(_BLOCKS[-1]) for part in rows), strict=True)
+        return [torch.cat(found) for found in zip(*(block(*p) for p in parts), strict=True)]
+
+    return blocks

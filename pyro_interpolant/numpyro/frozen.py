@@ -62,6 +62,10 @@ class Frozen(Mapping[str, NDArray[Any]]):
         """Return the number of arrays."""
         return len(self._arrays)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what copies and pickles are made of: the arrays, to be frozen again."""
+        return Frozen, (self._arrays,)
+
     def __hash__(self) -> int:
         """Return a number by content."""
         return hash(self._digest)

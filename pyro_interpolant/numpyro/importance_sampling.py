@@ -1,12 +1,14 @@
 """Importance sampling with a guide of a NumPyro model: how well it covers its posterior."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpyro import handlers
+from numpyro.infer.util import constrain_fn
 
 from .autoguide import AutoInterpolant, check_guide, log_density
 from .distributions import InterpolantDistribution
@@ -106,10 +108,22 @@ def importance(
     summary = psis.judge(raw)
     verdict = importance_sampling.verdict_with_warning(summary, count)
     weights = psis.pareto_smooth(raw).log_weights if summary.ess > 0 else raw
-    draws = guide._unpack_and_constrain(z, {})
-    return ImportanceResult(
-        *summary, verdict, jnp.asarray(weights.numpy()), {k: draws[k] for k in guide._init_locs}
-    )
+    draws = _constrained(guide, z, args, kwargs)
+    return ImportanceResult(*summary, verdict, jnp.asarray(weights.numpy()), draws)
+
+
+def _constrained(guide: AutoInterpolant, z: Array, args: Any, kwargs: Any) -> dict[str, Array]:
+    """Return the sites, each ``(N, *site_shape)``, of unconstrained vectors, shape ``(N, D)``.
+
+    Their supports may depend on the arguments of the model, so may differ from the guide's own.
+    """
+    model = handlers.seed(guide.model, rng_seed=0)  # for what is drawn beside the latent sites
+
+    def of_one(row: Array) -> dict[str, Array]:
+        found = constrain_fn(model, args, kwargs, guide._unpack_latent(row))
+        return {name: found[name] for name in guide._init_locs}
+
+    return jax.jit(jax.vmap(of_one))(z)
 
 
 def _weighed(

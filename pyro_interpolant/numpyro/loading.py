@@ -78,7 +78,7 @@ def load(path: StrPath, *, dtype: Any = None) -> AnyDistribution:
     if dtype is None and header["dtype"] == "float64" and jnp.result_type(float) != np.float64:
         warnings.warn(
             f"{path} holds float64, jax computes in float32: load with dtype='float32' to say "
-            "that it may, or set jax.config.update('jax_enable_x64', True) before",
+            "that it may, or set jax.config.update('jax_enable_x64', True) and load again",
             stacklevel=2,
         )
     return distribution

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from numpyro import handlers
 from numpyro.distributions.util import sum_rightmost
 from numpyro.infer import init_to_value
 from numpyro.infer.reparam import Reparam
-from numpyro.primitives import _PYRO_STACK
+from numpyro.primitives import _PYRO_STACK, Messenger
 
 from .autoguide import AutoInterpolant, check_guide
 from .bases import Planar, directions, in_planes
@@ -43,9 +43,10 @@ def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
     plane in the direction of each.
 
     A site stays as it is where it is observed, or where its own value is given from outside: by
-    ``condition``, ``do`` or ``substitute``, or by draws of ``z`` without ``z_base`` in
-    ``Predictive``. ``init_to_value(values={"z": ...})`` is honoured by inverting the flow once;
-    all other strategies apply to ``z_base``.
+    ``condition``, ``do``, ``substitute`` or ``replay``, so by a guide that has ``z``, or by draws
+    of ``z`` without ``z_base`` in ``Predictive``. ``init_to_value(values={"z": ...})`` is honoured
+    by inverting the flow once; all other strategies apply to ``z_base``. Sites inside NumPyro's
+    ``scan`` are left alone too, but for ``scan(base_space(step), ...)``.
 
     Args:
         model: A NumPyro model.
@@ -81,11 +82,9 @@ class _InBaseSpace(Reparam):
     def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[None, Array]:
         """Return no distribution, and the value of the site."""
         flow = _unwrapped(fn)
-        angular = _is_angular(flow)
-        base = Planar(flow.base_dist) if angular else flow.base_dist
         with self._start(name, flow):
-            x = numpyro.sample(name + _BASE, _wrapped(base, fn))
-        x = directions(x) if angular else x
+            x = numpyro.sample(name + _BASE, _base_of(fn))
+        x = directions(x) if _is_angular(flow) else x
         for transform in flow.transforms:
             x = transform(x)
         return None, x
@@ -109,29 +108,71 @@ def _config(site: dict[str, Any]) -> Reparam | None:
     """Return how a site is sampled, or None as it is."""
     if site["value"] is not None or site["is_observed"] or _unwrapped(site["fn"]) is None:
         return None
-    name = site["name"]
-    start = None
-    for handler in _PYRO_STACK:
+    stack = list(reversed(_PYRO_STACK))  # from the inside
+    here = [isinstance(h, handlers.reparam) and h.config is _config for h in stack].index(True)
+    # The name has what the scopes inside of here put before it.
+    others = [h for i, h in enumerate(stack) if i > here or not isinstance(h, handlers.scope)]
+    base = {**site, "name": site["name"] + _BASE, "fn": _base_of(site["fn"])}
+    given, start = _given(site, base, others)
+    return None if given else _InBaseSpace(start)
+
+
+def _given(
+    site: Mapping[str, Any], base: Mapping[str, Any], stack: Iterable[Messenger]
+) -> tuple[bool, Any]:
+    """Return whether a site is given its value, and the base none, and where to start from.
+
+    Args:
+        site: The site.
+        base: The site that is sampled in its place.
+        stack: The handlers, from the inside.
+    """
+    start, name, other = None, site["name"], base["name"]
+    for handler in stack:
+        if isinstance(handler, handlers.scope) and "sample" not in handler.hide_types:
+            name, other = (f"{handler.prefix}{handler.divider}{n}" for n in (name, other))
         function = getattr(handler, "substitute_fn", None)
         if getattr(function, "func", function) is init_to_value:
-            start = _values_of(function)[0].get(name, start)
+            start = next(_values_of(function), {}).get(name, start)
             continue
-        for values in (getattr(handler, "data", None), *_values_of(function)):
-            if isinstance(values, dict) and name in values and name + _BASE not in values:
-                return None
-    return _InBaseSpace(start)
+        for values in (*_data_of(handler), *_values_of(function)):
+            if name in values and other not in values:
+                return True, None
+        condition = getattr(handler, "condition_fn", None)
+        if (
+            condition is not None
+            and condition({**site, "name": name}) is not None
+            and condition({**base, "name": other}) is None
+        ):
+            return True, None
+    return False, start
 
 
-def _values_of(function: Any) -> list[Any]:
-    """Return what a function that gives values to sites was made of.
+def _data_of(handler: Messenger) -> Iterator[Mapping[str, Any]]:
+    """Return the values by name that a handler gives to sites."""
+    data = (
+        handler.trace if isinstance(handler, handlers.replay) else getattr(handler, "data", None)
+    )
+    if isinstance(data, Mapping):
+        yield data
+
+
+def _values_of(function: Any) -> Iterator[Mapping[str, Any]]:
+    """Return the values by name that a function which gives them to sites was made of.
 
     It is not called: those of a sampler count the volume of what they give.
     """
+    parts: list[Any] = []
     if isinstance(function, functools.partial):
-        return [*function.args, *function.keywords.values()]
-    if inspect.isfunction(function):
-        return list(inspect.getclosurevars(function).nonlocals.values())
-    return []
+        parts = [*function.args, *function.keywords.values()]
+    elif inspect.isfunction(function):
+        used = inspect.getclosurevars(function)
+        parts = [*used.nonlocals.values(), *used.globals.values()]
+    for part in parts:
+        if isinstance(part, Mapping):
+            yield part
+        elif isinstance(part, functools.partial):
+            yield from _values_of(part)
 
 
 def _unwrapped(fn: dist.Distribution) -> Any:
@@ -139,6 +180,12 @@ def _unwrapped(fn: dist.Distribution) -> Any:
     while isinstance(fn, (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist
     return fn if isinstance(fn, InterpolantDistribution) else None
+
+
+def _base_of(fn: dist.Distribution) -> dist.Distribution:
+    """Return what is sampled in base space, inside the wrappers that a flow has."""
+    flow = _unwrapped(fn)
+    return _wrapped(Planar(flow.base_dist) if _is_angular(flow) else flow.base_dist, fn)
 
 
 def _wrapped(base: dist.Distribution, fn: dist.Distribution) -> dist.Distribution:
@@ -163,7 +210,9 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
     All latent sites are deterministic functions of one site, ``auto_shared_latent``, which is of
     shape ``(D,)``, and keep their names. One solve gives them and the Jacobian, where NumPyro's
     :class:`~numpyro.infer.reparam.NeuTraReparam` takes two; nor does the Jacobian count once for
-    each member of a plate around the first site. Initial values are those of the base draw.
+    each member of a plate around the first site. Initial values are those of the base draw. Where
+    a latent site is given its value from outside, as by ``condition`` or by draws in
+    ``Predictive``, and the base draw is not, the model runs as it is.
 
     Args:
         guide: A trained guide.
@@ -186,6 +235,11 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
     @functools.wraps(guide.model)
     def model(*args: Any, **kwargs: Any) -> Any:
         base = posterior.base_dist.mask(mask=False)  # not scored: the density is the model's
+        shared = {"type": "sample", "name": f"{guide.prefix}_shared_latent", "fn": base}
+        stack = list(reversed(_PYRO_STACK))
+        sites = [guide.prototype_trace[name] for name in guide._init_locs]
+        if any(_given(site, {**site, **shared}, stack)[0] for site in sites):
+            return guide.model(*args, **kwargs)
         w = numpyro.sample(f"{guide.prefix}_shared_latent", base)
         z, log_det = posterior.transform.call_with_intermediates(w)
         numpyro.factor(f"{guide.prefix}_log_jacobian", log_det)

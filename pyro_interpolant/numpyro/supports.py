@@ -139,7 +139,8 @@ class Bijection(RealVectorTransform):
     def inverse_with_log_det(self, y: Array) -> tuple[Array, Array]:
         """Return real vectors, shape ``(*, D)``, and ``log |dy/dx|``, shape ``(*)``."""
         y = jnp.asarray(y)
-        return _back(y.astype(jnp.result_type(y, jnp.float32)), text=self.text)
+        least = jnp.float32 if jnp.issubdtype(y.dtype, jnp.floating) else float
+        return _back(y.astype(jnp.result_type(y, least)), text=self.text)
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape on the support."""

@@ -89,7 +89,7 @@ class MarginalTransform(Gaussianizer):
         _check_columns(y, len(self.knots[0]))
         return _in_parts(self._to_normal, y)
 
-    # In each bin u and r are how far x and y have come, and p the slopes over that of the chord.
+    # In each bin p are the slopes over that of the chord.
 
     def _log_slope(self, x: Tensor) -> Tensor:
         x0, _, width, height, p0, p1 = self._bins_of(x, self.knots[0])
@@ -100,21 +100,11 @@ class MarginalTransform(Gaussianizer):
 
     def _to_normal(self, x: Tensor) -> Tensor:
         x0, y0, width, height, p0, p1 = self._bins_of(x, self.knots[0])
-        come = (x - x0) / width
-        u = _within(come)
-        v = u * (1 - u)
-        inner = (u * u + p0 * v) / (1 + (p0 + p1 - 2) * v)
-        return y0 + height * (inner + _beyond(come, p0, p1))
+        return y0 + height * rise((x - x0) / width, p0, p1)
 
     def _to_data(self, y: Tensor) -> Tensor:
         x0, y0, width, height, p0, p1 = self._bins_of(y, self.knots[1])
-        come = (y - y0) / height
-        r = _within(come)
-        # The root of the quadratic in u without a difference of numbers that are nearly equal.
-        m, v = p0 * (1 - r) - p1 * r, r * (1 - r)
-        larger = (m * m + 4 * v).sqrt() + m.abs()
-        u = 2 * r / (2 * r + torch.where(m < 0, 4 * v / larger, larger))
-        return x0 + width * (u + _beyond(come, 1 / p0, 1 / p1))
+        return x0 + width * run((y - y0) / height, p0, p1)
 
     def _bins_of(self, value: Tensor, edges: Tensor) -> list[Tensor]:
         """Return the start of each value's bin in x and y, its sides, and p at its ends.
@@ -125,6 +115,35 @@ class MarginalTransform(Gaussianizer):
         i = _last_below(edges.to(columns), columns.reshape(columns.shape[0], -1))
         found = (table.to(value).gather(1, i) for table in self._bins)
         return [table.reshape(columns.shape).movedim(0, -1) for table in found]
+
+
+def rise(come: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+    """Return how far y has come between two knots, as a share, where x has come so far.
+
+    Args:
+        come: Shares of the way in x, of any shape; below 0 and above 1 on the straight lines.
+        p0: The slope at the first knot over that of the chord, of its shape.
+        p1: That at the second knot.
+    """
+    u = _within(come)
+    v = u * (1 - u)
+    return (u * u + p0 * v) / (1 + (p0 + p1 - 2) * v) + _beyond(come, p0, p1)
+
+
+def run(come: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+    """Return how far x has come between two knots where y has come so far: :func:`rise` inverted.
+
+    Args:
+        come: Shares of the way in y, of any shape; below 0 and above 1 on the straight lines.
+        p0: The slope at the first knot over that of the chord, of its shape.
+        p1: That at the second knot.
+    """
+    r = _within(come)
+    # The root of the quadratic in x without a difference of numbers that are nearly equal.
+    m, v = p0 * (1 - r) - p1 * r, r * (1 - r)
+    larger = (m * m + 4 * v).sqrt() + m.abs()
+    u = 2 * r / (2 * r + torch.where(m < 0, 4 * v / larger, larger))
+    return u + _beyond(come, 1 / p0, 1 / p1)
 
 
 def with_slopes(x: Tensor, y: Tensor) -> Knots:

@@ -18,6 +18,9 @@ from pyro_interpolant import (
     circular,
     interpolant_transform,
 )
+from pyro_interpolant.distributions.constraints import shaped
+from pyro_interpolant.training.preprocessing import marginal_transform
+from pyro_interpolant.transforms.gaussianize import Gaussianized
 
 SCALES = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
 
@@ -238,3 +241,16 @@ def test_moments_of_more_dimensions_than_sobol_points_have(monkeypatch):
     draws = normal().moments()
     close(draws.mean, torch.tensor([1.0, 2.0]), rtol=0, atol=0.2)
     assert bool((draws.mean_stderr > 3 * net.mean_stderr).all())
+
+
+@pytest.mark.parametrize("support", [constraints.real, constraints.positive])
+def test_scalars_behind_a_map_of_their_column_have_events_of_no_dimension(support):
+    rows = biject_to(support)(torch.randn(400, 1).sinh())
+    gaussianizer = marginal_transform(biject_to(support).inv(rows))
+    support = Gaussianized(shaped(support, ()), gaussianizer)  # as from_samples has it
+    d = InterpolantDistribution(random_flow(1), support=support).freeze().expand((3,))
+    x = d.icdf(torch.rand(5, 3))
+    assert d.support.event_dim == 0
+    assert d.support.check(x).shape == (5, 3)
+    close(d.log_prob(x), torch.stack([d.log_prob(row) for row in x]))
+    close(d.cdf(x), torch.stack([d.cdf(row) for row in x]))

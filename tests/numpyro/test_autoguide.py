@@ -73,6 +73,36 @@ def test_the_density_that_torch_sees():
     wanted = jnp.arange(5.0)[:, None] * jax.vmap(jax.grad(expected))(rows)
     np.testing.assert_allclose(slopes, wanted, rtol=1e-10, atol=1e-10)
 
+    leaf = z.detach()[:2].requires_grad_()
+    (slopes,) = torch.autograd.grad(density(leaf).sum(), leaf, create_graph=True)
+    found = [torch.autograd.grad(part, leaf, retain_graph=True)[0] for part in slopes.sum(0)]
+    wanted = jax.jit(jax.vmap(jax.hessian(expected)))(rows[:2])
+    np.testing.assert_allclose(torch.stack(found, 1), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_in_blocks_of_few_sizes(monkeypatch):
+    """Padded to the next size, and split at the last; what is padded is not seen."""
+    monkeypatch.setattr(module, "_BLOCKS", (2, 4))
+    sizes = []
+
+    def density(z):
+        return jnp.where(z[0] > 0, jnp.log(z[0]) * z[1], -jnp.inf)
+
+    def square(z, v):
+        sizes.append(z.shape)
+        return (z**2, (z * v).sum(-1))
+
+    blocks = module._in_blocks(square)
+    for count in (1, 2, 3, 4, 5, 11):
+        z, v = torch.rand(count, 2), torch.rand(count, 2)
+        first, second = blocks(z, v)
+        torch.testing.assert_close(first, z**2)
+        torch.testing.assert_close(second, (z * v).sum(-1))
+    assert sizes == [(2, 2), (4, 2)]
+    z = torch.tensor([[2.0, 1.0], [-1.0, 1.0], [3.0, 2.0]], requires_grad=True)
+    values = module._for_torch(density)(z)
+    np.testing.assert_allclose(values.detach(), [np.log(2), -np.inf, 2 * np.log(3)])
+
 
 @pytest.mark.slow
 def test_draws_are_packed_as_the_density_wants_them():
@@ -141,11 +171,11 @@ def in_plate(y):
         numpyro.sample("y", dist.Normal(jnp.log(x), 0.5), obs=y)
 
 
-def known_guide(model, *args):
+def known_guide(model, *args, scale=0.6):
     """A guide that is a Gaussian of given moments, and these."""
     guide = prepared(AutoInterpolant(model), *args)
     transform = interpolant_transform(guide.latent_dim, (8, 8))
-    loc, linear = torch.linspace(0.5, 1.0, guide.latent_dim), 0.6 * torch.eye(guide.latent_dim)
+    loc, linear = torch.linspace(0.5, 1.0, guide.latent_dim), scale * torch.eye(guide.latent_dim)
     transform.flow.whitening.set(loc, linear)
     guide.posterior = from_torch(TorchDistribution(transform).freeze())
     return guide, loc.numpy(), linear.numpy()
@@ -196,6 +226,43 @@ def test_importance_weights():
         result.resampled(KEY, 0)
     with pytest.raises(ValueError, match="count >= 100"):
         importance(guide, KEY, y, count=99)
+
+
+@pytest.mark.slow
+def test_importance_on_a_support_that_the_data_set():
+    """The draws, as their weights, are those of the arguments that are given."""
+
+    def bounded(y):
+        x = numpyro.sample("x", dist.Uniform(0.0, y.max()))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y[0])
+
+    guide, _, _ = known_guide(bounded, jnp.array([0.5, 1.0]), scale=3.0)
+    result = importance(guide, KEY, jnp.array([0.5, 10.0]), count=20_000)
+    x = jnp.linspace(0.0, 10.0, 10_001)
+    posterior = jax.nn.softmax(dist.Normal(x, 1.0).log_prob(0.5))
+    found = jnp.exp(result.log_weights) @ result.draws["x"]
+    np.testing.assert_allclose(found, posterior @ x, atol=0.05)
+
+
+@pytest.mark.slow
+def test_the_base_space_of_a_guide_where_sites_are_given():
+    """What is given from outside stays, in the model as it is; the base draw comes first."""
+    y = jnp.array([1.0, 0.5, 0.0])
+    guide, _, _ = known_guide(in_plate, y)
+    base, x, w = neutra(guide), jnp.array([0.5, 1.0, 2.0]), jnp.zeros(3)
+    for wrapped, name in (
+        (handlers.condition(base, {"x": x}), "x"),
+        (handlers.substitute(base, {"x": x}), "x"),
+        (handlers.condition(handlers.scope(base, prefix="s"), {"s/x": x}), "s/x"),
+    ):
+        trace = handlers.trace(handlers.seed(wrapped, KEY)).get_trace(y)
+        np.testing.assert_allclose(trace[name]["value"], x)
+        assert "auto_shared_latent" not in str(list(trace))
+    found = infer.log_likelihood(base, {"x": x[None]}, y)["y"]
+    np.testing.assert_allclose(found[0], dist.Normal(jnp.log(x), 0.5).log_prob(y))
+    both = infer.Predictive(base, {"x": x[None], "auto_shared_latent": w[None]})(KEY, y)
+    expected = jnp.exp(guide.get_transform({})(w))
+    np.testing.assert_allclose(both["x"][0], expected, rtol=1e-10)
 
 
 @pytest.fixture(scope="module")

@@ -264,6 +264,13 @@ def test_values_outside(validate, known):
 
 
 @pytest.mark.slow
+def test_whole_numbers_are_as_exact_as_others(twin):
+    d = twin(supported("positive").freeze())
+    whole = jnp.array([[1, 2], [3, 1]])
+    np.testing.assert_array_equal(score(d, whole), score(d, whole.astype(float)))
+
+
+@pytest.mark.slow
 def test_a_row_that_cannot_be_leaves_the_others(known):
     d, good = known("plain"), jnp.array([0.3, -0.2])
     rows = jnp.stack((good, good.at[0].set(jnp.inf)))

@@ -298,6 +298,8 @@ def test_copies_and_pickles(make, path):
         x = one.sample(jax.random.key(1), (2,))
         assert jnp.array_equal(other.log_prob(x), one.log_prob(x))
         assert repr(other) == repr(one)
+        arrays = other.transforms[-1 if make is family else other._place()].weights
+        assert not any(array.flags.writeable for array in arrays.values())
 
 
 def test_a_conditioned_flow_needs_its_context(path):

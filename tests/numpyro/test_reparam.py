@@ -10,7 +10,7 @@ import torch
 from kinds import angles, family, joint, plain, supported
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
-from numpyro.infer import Predictive, init_to_median, init_to_value
+from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_median, init_to_value
 from numpyro.infer.reparam import TransformReparam
 from numpyro.infer.util import initialize_model, log_density
 
@@ -76,6 +76,65 @@ def test_a_value_that_is_given_stays(handler, outside, model):
     if handler is not handlers.do:
         np.testing.assert_allclose(trace["z"]["value"], Z)
         assert trace["z"]["is_observed"] == (handler is handlers.condition)
+
+
+def given_by(name, value):
+    """Functions that give a site its value, as handlers take them."""
+    data = {name: value}
+    return [
+        lambda site: data.get(site["name"]),
+        lambda site: value if site["name"] == name else None,
+    ]
+
+
+WAYS = {
+    "condition": lambda m, name: handlers.condition(m, {name: Z}),
+    "condition by names": lambda m, name: handlers.condition(m, condition_fn=given_by(name, Z)[0]),
+    "condition by name": lambda m, name: handlers.condition(m, condition_fn=given_by(name, Z)[1]),
+    "substitute": lambda m, name: handlers.substitute(m, {name: Z}),
+    "substitute by names": lambda m, name: handlers.substitute(
+        m, substitute_fn=given_by(name, Z)[0]
+    ),
+    "replay": lambda m, name: handlers.replay(
+        m, {name: {"type": "sample", "value": Z, "is_observed": False, "infer": {}}}
+    ),
+}
+
+
+@pytest.mark.parametrize("scoped", [False, True], ids=["", "scope"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_value_that_is_given_in_other_ways_stays(way, scoped, model):
+    """By functions and by traces, and by the name that an enclosing scope gives the site."""
+    inner = handlers.scope(base_space(model), prefix="s") if scoped else base_space(model)
+    trace = traced(WAYS[way](inner, "s/z" if scoped else "z"))
+    assert [name for name in trace if name.endswith("z_base")] == []
+    np.testing.assert_allclose(trace["s/z" if scoped else "z"]["value"], Z)
+
+
+def test_draws_of_the_base_come_before_those_of_the_site(prior, model):
+    """In traces, and in functions that give both."""
+    base, x = base_space(model), jnp.array([0.5, -1.0])
+    trace = traced(handlers.substitute(base, {"z_base": x}))
+    z = trace["z"]["value"]
+    np.testing.assert_allclose(z, prior.transform(x), rtol=1e-10)
+    again = handlers.trace(handlers.seed(handlers.replay(base, trace), jax.random.key(1)))
+    np.testing.assert_allclose(again.get_trace()["z"]["value"], z)
+    both = {"z": Z, "z_base": x}
+    found = traced(handlers.condition(base, condition_fn=lambda site: both.get(site["name"])))
+    np.testing.assert_allclose(found["z"]["value"], z)
+
+
+def test_a_guide_in_data_space(prior, model):
+    """Its draws reach the model in base space as they are: the bound is the same."""
+
+    def guide():
+        numpyro.sample("z", prior)
+
+    bounds = []
+    for inner in (model, base_space(model)):
+        svi = SVI(inner, guide, numpyro.optim.Adam(0.1), Trace_ELBO())
+        bounds.append(svi.evaluate(svi.init(KEY)))
+    np.testing.assert_allclose(*bounds)
 
 
 def test_an_observed_site_is_left_alone(prior):
@@ -210,6 +269,26 @@ def test_inside_a_scan(space, prior):
     found = log_density(space(model), (), {}, {name: value})[0]
     own = prior if name == "z" else prior.base_dist
     np.testing.assert_allclose(found, own.log_prob(value).sum(), rtol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("handler", [handlers.condition, handlers.substitute])
+def test_values_that_are_given_inside_a_scan(handler, prior):
+    """Base space around the steps; the values come to them one by one."""
+
+    def model():
+        def step(carry, _):
+            z = numpyro.sample("z", prior)
+            return carry, z
+
+        return scan(base_space(step), 0.0, None, length=3)[1]
+
+    trace = traced(model)
+    assert trace["z_base"]["value"].shape == (3, 2)
+    np.testing.assert_allclose(trace["z"]["value"], prior.transform(trace["z_base"]["value"]))
+    z = jnp.arange(6.0).reshape(3, 2) / 5
+    found = handlers.seed(handler(model, data={"z": z}), KEY)()
+    np.testing.assert_allclose(found, z)
 
 
 @pytest.mark.slow

@@ -185,10 +185,12 @@ def _spread(x: Tensor, count: int) -> Tensor:
 def _affordable(density: LogDensity, wide: StudentTMixture, seconds: float) -> int:
     """Return how many starts can be followed in the time; none without second derivatives."""
     least, most = _SEARCHES
-    began = time.monotonic()
-    _, hessian = _derivatives(density, wide.sample(least))
+    x = wide.sample(least)
+    _, hessian = _derivatives(density, x)  # not timed: the first call may compile
     if not bool(hessian.any()):
         return 0
+    began = time.monotonic()
+    _derivatives(density, x)
     each = (time.monotonic() - began) / least
     return int(max(least, min(most, seconds / (0.5 * _MAX_ITERATIONS * each))))
 

@@ -24,7 +24,12 @@ from pyro_interpolant.infer.smc.flow_proposal import (
     flow_proposal_step,
     importance_weights,
 )
-from pyro_interpolant.infer.smc.pathfinder import StudentTMixture, initial_mixture, pathfinder
+from pyro_interpolant.infer.smc.pathfinder import (
+    StudentTMixture,
+    _affordable,
+    initial_mixture,
+    pathfinder,
+)
 from pyro_interpolant.infer.smc.tempering import HMCKernel, LogDensity, tempered_smc
 from pyro_interpolant.infer.smc.train import RoundsResult, train_from_density
 from pyro_interpolant.training.clock import Clock, Seconds
@@ -84,6 +89,24 @@ def test_a_density_gives_values_and_gradients_in_chunks():
     density.tune(x)
     assert density.rows in (128, 300)
     assert density.seconds > 0
+
+
+def test_what_is_slow_once_does_not_count():
+    """A density that compiles when it first sees a number of rows is as fast as it is then."""
+    seen = set()
+
+    def compiled(x):
+        if len(x) not in seen:
+            seen.add(len(x))
+            time.sleep(0.2)
+        return slanted().log_prob(x)
+
+    density = LogDensity(compiled)
+    density.tune(torch.randn(512, 2))
+    assert seen == {128, 512}
+    assert density.seconds < 0.2 / 512
+    seen.clear()
+    assert _affordable(LogDensity(compiled), initial_mixture(None, torch.zeros(2)), 1.0) > 4
 
 
 def test_what_is_not_finite_counts_as_no_density():
