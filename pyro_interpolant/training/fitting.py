@@ -119,7 +119,8 @@ def fit(
             ``DataLoader`` or another iterable that gives batches of them each time it is gone
             through, which may be larger than memory: for a conditional flow
             ``(rows, contexts)``, and with weights as a last part. The whitening comes from a first
-            pass.
+            pass. Images, events of three dimensions, may be whole levels in ``uint8``, as in
+            :func:`from_samples`.
         context: Contexts of shape ``(N, C)`` for a conditional flow.
         pairs: The partner of each row at the base, shape ``(N, D)``, for a coupling you already
             have: in data coordinates (under a support: unconstrained) where a base is given,
@@ -131,9 +132,9 @@ def fit(
         steps: The number of optimiser steps; by default N D / 6 for N training rows of D columns,
             2,000 at least and 6,000 at most, or as many as ``max_seconds`` allows.
         max_seconds: Stop after this time; the schedule adapts to whichever ends first.
-        batch_size: Rows per step and process; by default 1,024, or all training rows if fewer;
-            of an iterable as many as its first batch has, but 64 at least. Above 64, rows come
-            in whole multiples of it.
+        batch_size: Rows per step and process; by default 1,024, or 64 images, or all training rows
+            if fewer; of an iterable as many as its first batch has, but 64 at least. Above 64,
+            rows come in whole multiples of it.
         learning_rate: The peak of the schedule.
         weight_decay: AdamW's, which shrinks all weights by this share of the learning rate at each
             step; by default (70 D / N)^2 for N training rows, at most 0.5; none where no first
