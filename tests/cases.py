@@ -28,6 +28,7 @@ from pyro_interpolant import (
     VelocityMLP,
 )
 from pyro_interpolant.distributions.constraints import Shaped
+from pyro_interpolant.nn import ImageVelocity, UNet
 from pyro_interpolant.solvers import RandomGrid
 from pyro_interpolant.training.preprocessing import marginal_transform, radial_transform
 from pyro_interpolant.transforms import DenseWhitening, DiagonalWhitening, ScalarWhitening
@@ -65,6 +66,7 @@ LATENT = {
 SOLVERS = {
     "rk4": FixedGrid(steps=8),
     "midpoint": FixedGrid(steps=12, method="midpoint"),
+    "heun": FixedGrid(steps=12, method="heun"),
     "euler": FixedGrid(steps=24, method="euler"),
     "warped": FixedGrid(steps=8, warp=0.5),
     "adaptive": Adaptive(nodes=12),
@@ -235,6 +237,28 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "two": lambda dim, context_dim: VelocityMLP(dim, (16, 12), context_dim),
     "three": lambda dim, context_dim: VelocityMLP(dim, (10, 10, 10), context_dim),
     "own": OwnVelocity,
+}
+
+
+class OwnImages(nn.Module):
+    """A user's own network of images: one convolution, and a rate for each label."""
+
+    def __init__(self, classes: int = 0) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(1, 1, 3, padding=1)
+        self.labels = nn.Embedding(max(1, classes), 1)
+
+    def forward(self, t: Tensor, image: Tensor, labels: Tensor | None = None) -> Tensor:
+        shift = t[:, None] if labels is None else t[:, None] + self.labels(labels)
+        return torch.tanh(self.mix(image)) * (1 + shift[..., None, None])
+
+
+IMAGE_SHAPE = (1, 4, 4)
+
+# Networks of images, as functions of the number of classes.
+IMAGE_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "unet": lambda classes: UNet(IMAGE_SHAPE, (4, 8), classes=classes),
+    "adapter": lambda classes: ImageVelocity(OwnImages(classes), IMAGE_SHAPE, classes),
 }
 
 

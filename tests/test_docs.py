@@ -43,6 +43,8 @@ RUN = [
 def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
     if path.stem == "numpyro":
         pytest.importorskip("jax")
+    if path.stem == "images":
+        pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     torch.set_default_dtype(torch.float32)  # what a reader has

@@ -20,6 +20,8 @@ def run(program, *arguments, cwd):
     """Run a program in a folder, and return what it prints."""
     if program.stem.startswith("numpyro") and importlib.util.find_spec("numpyro") is None:
         pytest.skip("needs NumPyro")
+    if program.stem.startswith("images") and importlib.util.find_spec("diffusers") is None:
+        pytest.skip("needs diffusers")
     # One thread, as the tests beside it: more would only wait for one another.
     environment = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

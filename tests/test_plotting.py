@@ -223,3 +223,20 @@ def test_data_are_drawn_beside_simulated_ones():
     )
     with pytest.raises(ValueError, match="expected simulated data of shape"):
         plotting.predictive_check(y, simulated[:, :3])
+
+
+def test_images_stand_row_by_row_a_pixel_apart():
+    levels = torch.arange(5 * 2 * 3, dtype=torch.uint8).reshape(5, 1, 2, 3) * 8
+    ax = plotting.images(levels)
+    shown = torch.as_tensor(ax.images[0].get_array())
+    assert shown.shape == (2 * 3 - 1, 3 * 4 - 1)  # two rows of three
+    torch.testing.assert_close(shown[3:, 4:7], levels[4, 0] / 255, check_dtype=False)
+    assert (shown[2] == 1).all()
+    assert (shown[3:, 8:] == 1).all()
+    color = torch.rand(4, 3, 2, 2) * 1.5
+    assert plotting.images(color, columns=4, ax=ax) is ax
+    shown = torch.as_tensor(ax.images[1].get_array())
+    assert shown.shape == (2, 11, 3)
+    torch.testing.assert_close(shown[:, 3:5], color[1].clamp(max=1).permute(1, 2, 0))
+    with pytest.raises(ValueError, match=r"shape \(N, 1, H, W\) or \(N, 3, H, W\), got \(2, 4, 4"):
+        plotting.images(torch.rand(2, 4, 4, 4))

@@ -43,6 +43,7 @@ FOREIGN = (
     "sklearn",
     "lightning_fabric",
     "lightning",
+    "diffusers",
 )
 FILE_LINES, BODY_LINES = 500, 45
 

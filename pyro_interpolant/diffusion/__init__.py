@@ -3,7 +3,8 @@ r"""Velocity, score and denoiser, and the diffusion with the same densities.
 For a Gaussian base and a linear interpolant, any one of velocity, score, denoiser and noise gives
 the others: ``conversions`` has the algebra, ``scores`` applies it to a distribution, in data
 coordinates. ``sde`` has the diffusions :math:`dX = (v + \epsilon S) dt + \sqrt{2 \epsilon} dW`
-with the flow's densities at all times: their samples and their likelihoods.
+with the flow's densities at all times: their samples and their likelihoods. ``guidance`` samples
+what is more typical of a label than the data are.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from .._lazy import attach
 
 if TYPE_CHECKING:
     from .conversions import *
+    from .guidance import *
     from .scores import *
     from .sde import *
 
@@ -19,6 +21,7 @@ __all__, __getattr__, __dir__ = attach(
     __name__,
     {
         "conversions": ["Conversion", "convert"],
+        "guidance": ["guided"],
         "scores": ["denoiser", "score"],
         "sde": ["InterpolantSDE", "sample_sde", "sde_log_prob"],
     },

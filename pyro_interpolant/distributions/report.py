@@ -21,6 +21,8 @@ class Report:
         best_step: The step whose weights were kept.
         steps: The number of steps taken.
         log_prob_error: The mean absolute error of ``log_prob`` that the solver makes, nats.
+        sample_error: The root mean square error that the solver makes in samples, in whitened
+            units; of images, for which it is calibrated by that.
         held_out: The mean log-density of rows held out, nats; None where there is no density, or
             was no time.
         held_out_stderr: Its standard error, nats.
@@ -44,6 +46,7 @@ class Report:
     reference: float | None = None
     reference_name: str = GAUSSIAN
     held_out_name: str = "held-out"
+    sample_error: float | None = None
 
     def __repr__(self) -> str:
         """Say all in one line."""
@@ -56,6 +59,8 @@ class Report:
             found[0] += f" nats{beside(self.reference, self.reference_name, digits)}; "
         if self.log_prob_error is not None:
             found.append(f"log_prob within {self.log_prob_error:.1g} nats; ")
+        if self.sample_error is not None:
+            found.append(f"samples within {self.sample_error:.1g} standard deviations; ")
         return "".join(found) + f"best at step {self.best_step:,} of {self.steps:,}"
 
 

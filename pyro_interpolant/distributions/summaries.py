@@ -47,7 +47,8 @@ class Moments(NamedTuple):
 def moments(distribution: Any) -> Moments:
     """Return the moments of a distribution, by 8 sets of 512 draws, the same at each call.
 
-    The draws of N(0, I) are scrambled Sobol points; those of another base are random.
+    The draws of N(0, I) are scrambled Sobol points, where there are such of so many dimensions;
+    those of another base are random.
 
     Args:
         distribution: An :class:`~pyro_interpolant.InterpolantDistribution`.
@@ -79,7 +80,7 @@ def _sets(distribution: Any) -> Iterator[tuple[Tensor, Tensor]]:
     chain = ComposeTransform(bare.transforms)
     with seeded(0):  # of bases that draw themselves
         for i in range(_SETS):
-            if bare.base is None:
+            if bare.base is None and len(loc) <= SobolEngine.MAXDIM:
                 net = SobolEngine(len(loc), scramble=True, seed=i).draw(_DRAWS, dtype=torch.double)
                 z = torch.special.ndtri(net.clamp(1e-12, 1 - 1e-12)).to(loc)
                 z = z.reshape(_DRAWS, *(1,) * len(batch), len(loc)).expand(_DRAWS, *batch, -1)

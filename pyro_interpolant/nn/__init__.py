@@ -2,7 +2,8 @@ r"""The velocity: networks :math:`v_t(x \mid c)`, from a time, states and contex
 
 ``velocity`` is the protocol: what any ``nn.Module`` must offer to be one, and what it may;
 ``mlp`` has the default network, whose divergence is exact at about twice its own price, and its
-member on the torus. ``embedded`` has the velocity given data, which ``embedding`` embeds once.
+member on the torus. ``embedded`` has the velocity given data, which ``embedding`` embeds once;
+``unet`` has velocities of images.
 
 To add a network, write a module with ``forward(t, x, context=None)``; all else is optional.
 """
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .embedded import *
     from .embedding import *
     from .mlp import *
+    from .unet import *
 
 __all__, __getattr__, __dir__ = attach(
     __name__,
@@ -22,5 +24,6 @@ __all__, __getattr__, __dir__ = attach(
         "embedded": ["EmbeddedVelocity"],
         "embedding": ["SeriesEmbedding", "SetEmbedding"],
         "mlp": ["TorusMLP", "VelocityMLP"],
+        "unet": ["ImageVelocity", "UNet"],
     },
 )

@@ -6,6 +6,9 @@ is optional, and used where it is there:
 
 - ``event_dim``, ``context_dim``: D and C.
 - ``classes``: K, where contexts are labels 0 to K - 1, given as numbers of shape ``(*, 1)``.
+- ``null_label``: a label that stands for none of the classes, given to a tenth of training rows.
+- ``image_shape``: (C, H, W), where states are images: without gradients, they are then evaluated
+  in pieces of ``rows_at_once``.
 - ``embed(context)``: what of contexts, ``(*, C)``, depends on neither time nor state, computed
   once per row; it, and not the contexts, is then what the functions here are given.
 - ``explained(w, context)``: the part of rows that the network takes from their contexts in closed
@@ -156,6 +159,21 @@ def rows_at_once(velocity: nn.Module) -> int:
     """Return the number of rows for which one call is fastest, without gradients."""
     own = getattr(velocity, "rows_at_once", None)
     return _ROWS_AT_ONCE if own is None else own()
+
+
+def null_label(velocity: nn.Module) -> int | None:
+    """Return the label that stands for none of the classes, or None where there is none."""
+    return size_of(velocity, "null_label")
+
+
+def image_shape(velocity: nn.Module) -> tuple[int, ...] | None:
+    """Return the shape of the images that states are, ``(C, H, W)``, or None."""
+    return getattr(velocity, "image_shape", None)
+
+
+def images_at_once(velocity: nn.Module) -> int | None:
+    """Return the number of images of which the network's layers fit memory; None of others."""
+    return None if image_shape(velocity) is None else rows_at_once(velocity)
 
 
 def embedded(velocity: nn.Module, context: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ products :math:`J e` are by forward-mode differentiation, which survives ``grad`
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -149,23 +149,23 @@ def _quadratic_forms(
         tangent = direction * torch.ones_like(x)
         return (jvp(field, (x,), (tangent,))[1] * direction).sum(-1)
 
-    with _CompositeLayerNorm():
+    with _Elementary():
         return vmap(form)(directions)
 
 
-class _CompositeLayerNorm(TorchFunctionMode):
-    """Compute layer normalisation from elementary operations.
+class _Elementary(TorchFunctionMode):
+    """Compute normalisation and attention from elementary operations.
 
-    Torch's own kernel has wrong derivatives of higher order inside ``torch.func``.
+    Inside ``torch.func``, torch's own kernel of layer normalisation has wrong derivatives of
+    higher order, that of group normalisation takes no tangents of other strides, and that of
+    attention on the CPU has no forward mode.
     """
 
     def __torch_function__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        """Replace ``layer_norm`` by elementary operations; call any other function as it is."""
-        if func is nn.functional.layer_norm:
-            return _layer_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        """Replace a function that has an elementary form; call any other as it is."""
+        return _ELEMENTARY.get(func, func)(*args, **(kwargs or {}))
 
 
 def _layer_norm(
@@ -176,8 +176,39 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Return the same as ``nn.functional.layer_norm``, of the shape of x."""
-    dims = tuple(range(-len(normalized_shape), 0))
-    centred = x - x.mean(dims, keepdim=True)
-    x = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    x = _standardized(x, tuple(range(-len(normalized_shape), 0)), eps)
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
+
+
+def _group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Return the same as ``nn.functional.group_norm``, of the shape ``(N, C, *)`` of x."""
+    groups = x.reshape(x.shape[0], num_groups, -1)
+    x = _standardized(groups, (-1,), eps).reshape(x.shape)
+    each = (-1,) + (1,) * (x.dim() - 2)
+    x = x if weight is None else x * weight.reshape(each)
+    return x if bias is None else x + bias.reshape(each)
+
+
+def _standardized(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """Return x, of any shape, less its mean over dimensions and over its deviation."""
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Return the same as ``nn.functional.scaled_dot_product_attention``, ``(*, L, E)``."""
+    return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
+
+
+_ELEMENTARY: dict[Callable, Callable] = {
+    nn.functional.layer_norm: _layer_norm,
+    nn.functional.group_norm: _group_norm,
+    nn.functional.scaled_dot_product_attention: _attention,
+}

@@ -114,7 +114,8 @@ class FixedGrid(_RungeKutta):
 
     Args:
         steps: The number N of steps; :func:`~pyro_interpolant.calibrate` chooses it by error.
-        method: ``"rk4"`` (4 evaluations a step), ``"midpoint"`` (2) or ``"euler"`` (1).
+        method: ``"rk4"`` (4 evaluations a step), ``"midpoint"`` or ``"heun"`` (2), or ``"euler"``
+            (1).
         warp: How far the nodes move toward the data end, see
             :func:`~pyro_interpolant.solvers.clenshaw_curtis`.
         checkpoint: Whether the backward pass recomputes each evaluation instead of storing all of
@@ -261,7 +262,7 @@ class RandomGrid(_RungeKutta):
 
     Args:
         steps: The number N of pieces of time.
-        method: ``"rk4"``, ``"midpoint"`` or ``"euler"``, one step per gap between the nodes.
+        method: As in :class:`FixedGrid`.
         seed: Of the nodes.
         checkpoint: As in :class:`FixedGrid`.
 

@@ -11,6 +11,7 @@ Tableau = tuple[Sequence[float], Sequence[Sequence[float]], Sequence[float]]
 TABLEAUS: dict[str, Tableau] = {
     "euler": ((0.0,), ((),), (1.0,)),
     "midpoint": ((0.0, 0.5), ((), (0.5,)), (0.0, 1.0)),
+    "heun": ((0.0, 1.0), ((), (1.0,)), (0.5, 0.5)),
     "rk4": (
         (0.0, 0.5, 0.5, 1.0),
         ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),

@@ -1,13 +1,14 @@
 r"""``from_samples``: a flow built for the data, then trained by ``fit``.
 
 What the data are decides what is built: an event of their shape on their support, named sites, a
-conditional flow where there are contexts, a Gaussianizing map where one pays.
+conditional flow where there are contexts, a Gaussianizing map where one pays, a U-Net for images.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -35,17 +36,24 @@ from ..distributions.joint import (
 from ..distributions.supports import CircularSupport, Support, support_of
 from ..interpolants.couplings import independent, optimal_transport
 from ..interpolants.linear import Interpolant, Linear
+from ..nn.unet import UNet
+from ..solvers.divergence import HutchinsonDivergence
 from ..transforms.gaussianize import Gaussianized, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
+from ..transforms.whitening import ScalarWhitening
 from .clock import Clock, Seconds
 from .data import checked_weights, drop_zero_weights
 from .fitting import fit
+from .image_rows import are_images, are_levels
 from .objective import Coupling
 from .optimization import NonFiniteError
 from .preprocessing import preferred_support, warn_if_rounded
 from .reporting import stage, tell
 from .streaming import first_rows, is_stream
 from .whitening import moments
+
+# Held-out losses of 600 steps on 8 x 8 digits: -59.8 at 0.001, -65.6 at 0.003, -63.7 at 0.01.
+_IMAGE_OPTIONS = {"learning_rate": 3e-3}
 
 
 @with_gradients()
@@ -67,17 +75,18 @@ def from_samples(
             scalars, shape ``(N,)``, which have event shape ``()``; or named draws, a dictionary
             of tensors of shape ``(N, *site_shape)`` such as ``mcmc.get_samples()``: the result is
             then a :class:`~pyro_interpolant.JointInterpolantDistribution`; or an iterable of
-            batches.
+            batches. Images, shape ``(N, C, H, W)``: see below.
         context: What x is given, shape ``(N, C)``: the result is then conditional,
             ``result.condition(context)``. Whole numbers, shape ``(N,)``, are labels of classes 0,
             1, ...: ``result.condition(labels)``. A network of your own without ``classes`` sees
-            them one-hot, and so must what you condition on.
+            them one-hot, and so must what you condition on. Where the network has ``classes``,
+            an iterable gives ``(rows, labels)`` instead.
         support: Where the samples live; for named draws, a dictionary that names the supports of
             the sites that are not real.
         event_shape: The shape of a row, where it has more than one dimension.
         network: The velocity, a module with ``forward(t, x, context=None)``; by default a
             :class:`~pyro_interpolant.VelocityMLP`, for angles a
-            :class:`~pyro_interpolant.TorusMLP`.
+            :class:`~pyro_interpolant.TorusMLP`, for images a :class:`~pyro_interpolant.nn.UNet`.
         marginals: Whether each unconstrained column is first made normal by a monotone spline, so
             that the flow learns only how they depend on each other: the remedy for slabs, spikes
             and long tails in single columns. By default where eight Gaussians fit held-out rows
@@ -90,6 +99,13 @@ def from_samples(
         seed: As in :func:`fit`; also of the initial weights.
         **fit_options: Passed to :func:`fit`. Beside ``coupling=optimal_transport`` the path is
             :class:`~pyro_interpolant.Linear`, else :class:`~pyro_interpolant.Trigonometric`.
+
+    Images are events of three dimensions, of any number of rows. Those of ``uint8`` are kept as
+    they are and spread over their levels anew in each batch: values are :math:`(v + u) / 256`, u
+    uniform on [0, 1). They have one scale, so that an image stays an image; log-densities are
+    estimated by :class:`~pyro_interpolant.HutchinsonDivergence`; at the end the solver is
+    calibrated to samples, by :func:`~pyro_interpolant.diagnostics.calibrate_sampler`. Batches have
+    64 images and the learning rate is 0.003, where nothing else is asked for.
 
     Returns:
         A trained distribution in the type of the samples, with frozen weights: no inference trains
@@ -108,6 +124,7 @@ def from_samples(
     """
     limit = Seconds.since(time.monotonic(), fit_options.get("max_seconds"))
     fit_options = {**fit_options, "max_seconds": limit}
+    conditional = context is not None
     streamed = is_stream(x)
     if streamed:
         if context is not None:
@@ -115,6 +132,7 @@ def from_samples(
                 "expected contexts beside a table of rows, got them beside an iterable: build a "
                 "ConditionalInterpolantDistribution and fit it on batches (rows, contexts)"
             )
+        conditional = bool(getattr(network, "classes", 0))
         with seeded(seed):
             rows = first_rows(x)
     else:
@@ -125,13 +143,16 @@ def from_samples(
         rows, support, event_shape
     )
     space = support_of(constraint)
+    if are_images(rows):
+        fit_options = {**_IMAGE_OPTIONS, **fit_options}
     with seeded(seed):
         transform, context = _transform(
             space, rows, context, network, fit_options.get("coupling", independent),
-            progress=fit_options.get("progress", True),
+            conditional=conditional, progress=fit_options.get("progress", True),
         )  # fmt: skip
     with stage("choosing a map", progress=fit_options.get("progress", True)):
-        constraint = _with_map(space, None if streamed else rows, fit_options, marginals=marginals)
+        table = None if streamed or are_images(rows) else rows
+        constraint = _with_map(space, table, fit_options, marginals=marginals)
     distribution = _distribution(transform, sites, constraint)
     distribution.columns = tuple(map(str, getattr(x, "columns", ())))
     try:
@@ -170,7 +191,11 @@ def _unnamed(
     if event_shape is None and getattr(rows, "ndim", None) == 1:
         event_shape = ()
         support = constraints.real if support is constraints.real_vector else support
+    if event_shape is None and getattr(rows, "ndim", None) == 4:
+        event_shape = tuple(rows.shape[1:])
     constraint = shaped(support, event_shape)
+    if are_levels(rows, len(event_shape or ())):
+        return constraint, {}, as_tensor(rows)
     if event_shape is None:
         any_size = (None,) * support_of(constraint).shown().event_dim
         return constraint, {}, checked_rows(rows, "x", any_size)
@@ -184,6 +209,7 @@ def _transform(
     network: nn.Module | None,
     coupling: Coupling,
     *,
+    conditional: bool,
     progress: bool,
 ) -> tuple[AnyTransform, Tensor | None]:
     """Return an untrained transform for rows, and the contexts that it takes, ``(N, C)``.
@@ -194,9 +220,11 @@ def _transform(
         context: Contexts, shape ``(N, C)``, labels, shape ``(N,)``, or None.
         network: The velocity, or None for a new one.
         coupling: Who is paired with whom, which decides the path.
+        conditional: Whether there will be contexts.
         progress: Whether to say what labels become.
     """
     size = space.size(rows.shape[1:])
+    like = rows if rows.is_floating_point() else torch.empty(0, device=rows.device)
     sizes: tuple[int, ...] = ()
     if context is not None:
         context = as_tensor(context, "context")
@@ -209,16 +237,29 @@ def _transform(
                         f"labels of {classes} classes are one-hot for a network without `classes`"
                     )
                 context = nn.functional.one_hot(context.reshape(len(context)).long(), classes)
-                context = context.to(rows)
+                context = context.to(like)
             classes = own
-        context = checked_context(context, None, classes, rows.dtype)
+        context = checked_context(context, None, classes, like.dtype)
         sizes = (0, classes) if classes else (context.shape[1],)
-    kind = InterpolantTransform if context is None else ConditionalInterpolantTransform
+    kind = ConditionalInterpolantTransform if conditional else InterpolantTransform
     path: Interpolant | None = space.default_path()
     if path is None and coupling is optimal_transport:
         path = Linear()
-    velocity = space.new_velocity(size, *sizes) if network is None else network
-    return kind(velocity, size, interpolant=path).to(rows), context
+    if not are_images(rows):
+        velocity = space.new_velocity(size, *sizes) if network is None else network
+        return kind(velocity, size, interpolant=path).to(like), context
+    if network is None and sizes and not sizes[1:]:
+        raise ValueError(
+            "expected labels as contexts of images, whole numbers of shape (N,), or a network= "
+            f"that takes others, got contexts of {sizes[0]} numbers"
+        )
+    shape = tuple(rows.shape[1:])
+    choices: dict[str, Any] = {
+        "divergence": HutchinsonDivergence(),
+        "whitening": ScalarWhitening(size),
+    }
+    velocity = UNet(shape, classes=sum(sizes)) if network is None else network
+    return kind(velocity, size, interpolant=path, **choices).to(like), context
 
 
 def _number_of_classes(labels: Tensor) -> int:
@@ -268,8 +309,8 @@ def _with_map(
     if rows is None or isinstance(space, CircularSupport) or fixed:
         if marginals:
             raise ValueError(
-                "expected marginals=True beside a table of rows that are no angles, without pairs "
-                "or base_samples"
+                "expected marginals=True beside a table of rows that are no angles or images, "
+                "without pairs or base_samples"
             )
         return space.constraint
     if marginals is False:

@@ -13,6 +13,7 @@ from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantD
 from ..distributions.joint import NamedSites
 from .checkpoint import checksum
 from .distributed import Process
+from .image_rows import BATCH_IMAGES, are_levels, checked_levels, has_images, most_held
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
 from .rows import Rows, search_weights
@@ -80,6 +81,7 @@ class Table:
         data, context, pairs, weights = drop_zero_weights(weights, data, context, pairs)
         found = rows_of(distribution, data, context)
         warn_if_rounded(found.w)
+        self.has_images = has_images(distribution)
         count, size = found.w.shape
         if pairs is not None:
             pairs = checked_rows(pairs, "pairs", (size,))
@@ -91,6 +93,8 @@ class Table:
         self.share = validation if isinstance(validation, float) else None
         if self.share is not None:
             self.held = max(1, round(self.share * count))
+            if self.has_images:
+                self.held = min(self.held, most_held(size))
             if self.held >= count:
                 raise ValueError(
                     f"expected rows to train on besides {self.held} held out, got {count} in all, "
@@ -121,13 +125,15 @@ class Table:
                 f"expected batch_size between 1 and the {available} training rows, got "
                 f"{batch_size}"
             )
-        size = max(1, min(_DEFAULT_BATCH_ROWS, available)) if batch_size is None else batch_size
+        usual = BATCH_IMAGES if self.has_images else _DEFAULT_BATCH_ROWS
+        size = max(1, min(usual, available)) if batch_size is None else batch_size
         held, kept = self.rows.split(self.held, shuffle=self.share is not None)
         return Split(held, kept, kept.effective(), process.world * size)
 
     def batches(self, split: Split, objective: Objective) -> "TableBatches":
         """Return the points of batches of the training rows, without end."""
-        return TableBatches(objective.whitened(split.kept), split.size, objective)
+        kept = split.kept if self.has_images else objective.whitened(split.kept)
+        return TableBatches(kept, split.size, objective, whiten=self.has_images)
 
 
 class TableBatches:
@@ -138,9 +144,11 @@ class TableBatches:
     them: one batch of few dimensions takes as long as eight.
 
     Args:
-        rows: All training rows, whitened.
+        rows: All training rows, whitened or not.
         size: Rows per batch, at most their number.
         objective: What draws times, base draws and noise, and evaluates paths.
+        whiten: Whether rows are yet to be whitened, batch by batch: images of whole levels take
+            little memory, and are spread over their cells each time anew.
 
     Attributes:
         total: The number of rows that weigh as much.
@@ -148,8 +156,10 @@ class TableBatches:
         position: Where in it the next batch starts.
     """
 
-    def __init__(self, rows: Rows, size: int, objective: Objective) -> None:
-        self.rows, self.size, self.objective = rows, size, objective
+    def __init__(
+        self, rows: Rows, size: int, objective: Objective, *, whiten: bool = False
+    ) -> None:
+        self.rows, self.size, self.objective, self.whiten = rows, size, objective, whiten
         self.total = rows.effective()
         values = size * sum(part.shape[-1] for part in rows[:2] if part is not None)
         most = max(1, min(_MOST_BATCHES, _MOST_VALUES // values))
@@ -168,13 +178,17 @@ class TableBatches:
 
     def next_rows(self) -> Rows:
         """Return the rows of the next batch, whitened."""
+        rows = self.rows.take(self._next_places())
+        return self.objective.whitened(rows) if self.whiten else rows
+
+    def _next_places(self) -> Tensor:
         if self.ends is not None:
-            return self.rows.take(search_weights(self.ends, self.size))
+            return search_weights(self.ends, self.size)
         if self.position + self.size > len(self.order):
             count = len(self.rows.w)
             self.order, self.position = torch.randperm(count, device=self.order.device), 0
         self.position += self.size
-        return self.rows.take(self.order[self.position - self.size : self.position])
+        return self.order[self.position - self.size : self.position]
 
     def _evaluate(self) -> None:
         self.before = self._place()
@@ -205,7 +219,8 @@ def rows_of(distribution: AnyDistribution, data: Any, context: ArrayLike | None 
 
     Args:
         distribution: What is trained.
-        data: Rows, shape ``(N, *event_shape)``, or named draws.
+        data: Rows, shape ``(N, *event_shape)``, or named draws. Images of whole levels, ``uint8``,
+            are returned as such.
         context: Contexts, shape ``(N, C)``, for a conditional flow.
 
     Raises:
@@ -226,7 +241,10 @@ def rows_of(distribution: AnyDistribution, data: Any, context: ArrayLike | None 
                 "besides: leave them out, or learn all of them anew by from_samples(draws)"
             )
         data, shape = distribution.pack(data), torch.Size((flow.event_dim,))
-    rows = distribution.to_flow(checked_rows(data, "data", shape))
+    if are_levels(data, len(shape)):
+        rows = checked_levels(distribution, data)
+    else:
+        rows = distribution.to_flow(checked_rows(data, "data", shape))
     count = len(rows)
     if not isinstance(distribution, ConditionalInterpolantDistribution):
         if context is not None:
@@ -253,6 +271,11 @@ def _with_given(rows: Rows, held: Rows) -> Rows:
     weight = rows.weight
     if weight is not None:
         weight = torch.cat((weight, weight.new_full((len(held.w),), float(weight.mean()))))
+    if held.w.is_floating_point() != rows.w.is_floating_point():
+        raise ValueError(
+            "expected validation of the type of the data, got "
+            f"{held.w.dtype} beside {rows.w.dtype}: spread both over their levels, or neither"
+        )
     held = Rows(held.w.to(rows.w), held.context)
     return Rows.joined([rows._replace(weight=None), held])._replace(weight=weight)
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from .._torch import seeded, trainable, warn_user, with_gradients
-from ..diagnostics.calibration import calibrate_until
+from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..distributions.bases import Samples
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import Report
@@ -28,6 +29,7 @@ from .checkpoint import check_place, open_checkpoint, warn_inexact
 from .clock import Clock
 from .data import Split, Table
 from .distributed import Process
+from .image_rows import dequantized, has_images
 from .loop import Callback, Run, Schedule, check_ranges
 from .objective import Coupling, Objective
 from .optimization import NonFiniteError
@@ -37,6 +39,7 @@ from .streaming import Stream, is_stream, surveyed
 from .whitening import inliers, set_whitening, wild_rows
 
 _CALIBRATION_ROWS = 256
+_CALIBRATION_IMAGES, _CALIBRATION_SHARE = 8, 0.1  # and the most of the time of a run
 _MIN_PARTNERS = 50  # whose moments tell whether they are draws of N(0, I)
 
 
@@ -116,7 +119,8 @@ def fit(
             ``DataLoader`` or another iterable that gives batches of them each time it is gone
             through, which may be larger than memory: for a conditional flow
             ``(rows, contexts)``, and with weights as a last part. The whitening comes from a first
-            pass.
+            pass. Images, events of three dimensions, may be whole levels in ``uint8``, as in
+            :func:`from_samples`.
         context: Contexts of shape ``(N, C)`` for a conditional flow.
         pairs: The partner of each row at the base, shape ``(N, D)``, for a coupling you already
             have: in data coordinates (under a support: unconstrained) where a base is given,
@@ -128,9 +132,9 @@ def fit(
         steps: The number of optimiser steps; by default N D / 6 for N training rows of D columns,
             2,000 at least and 6,000 at most, or as many as ``max_seconds`` allows.
         max_seconds: Stop after this time; the schedule adapts to whichever ends first.
-        batch_size: Rows per step and process; by default 1,024, or all training rows if fewer;
-            of an iterable as many as its first batch has, but 64 at least. Above 64, rows come
-            in whole multiples of it.
+        batch_size: Rows per step and process; by default 1,024, or 64 images, or all training rows
+            if fewer; of an iterable as many as its first batch has, but 64 at least. Above 64,
+            rows come in whole multiples of it.
         learning_rate: The peak of the schedule.
         weight_decay: AdamW's, which shrinks all weights by this share of the learning rate at each
             step; by default (70 D / N)^2 for N training rows, at most 0.5; none where no first
@@ -149,7 +153,8 @@ def fit(
             base and coupling.
         whiten: Whether to set the whitening map from the data; False keeps the present one, to
             train on from weights that know it; a network without any is told of the rows even so.
-        tolerance: For :func:`~pyro_interpolant.calibrate`, nats.
+        tolerance: For :func:`~pyro_interpolant.calibrate`, nats; of images for
+            :func:`~pyro_interpolant.diagnostics.calibrate_sampler`, whitened units.
         seed: Makes the run reproducible: same seed, same weights. The global generator is left as
             it was.
         progress: Whether to show a bar.
@@ -309,7 +314,9 @@ def start_from(distribution: AnyDistribution, base_samples: ArrayLike | None, da
     if base_samples is not None:
         distribution.set_base_samples(base_samples)
     elif isinstance(distribution.transform.interpolant, Mirror) and distribution.base is None:
-        distribution.set_base_samples(torch.cat((data.kept.w, data.held.w)))
+        loc = distribution.transform.flow.loc
+        parts = [dequantized(part, loc).w for part in (data.kept, data.held)]
+        distribution.set_base_samples(torch.cat(parts))
     pairs = data.kept.partner
     if pairs is not None and distribution.base is None and len(pairs) >= _MIN_PARTNERS:
         off = pairs.mean(0).abs().max(), pairs.std(0).log().abs().max()
@@ -347,7 +354,15 @@ def _finish(
     rows = few.w.to(distribution.transform.flow.loc)
     bare, transform = distribution.without_support(), distribution.transform
     try:
-        if not isinstance(distribution.base, Samples):
+        if has_images(distribution):
+            until = min(deadline, time.monotonic() + _CALIBRATION_SHARE * report.seconds)
+            context = None if few.context is None else few.context[:_CALIBRATION_IMAGES]
+            with stage("calibrating the sampler", progress=progress):
+                transform.solver, error = process.agreed(
+                    calibrate_sampler_until(until, distribution, context, tolerance)
+                )
+            report = dataclasses.replace(report, sample_error=error)
+        elif not isinstance(distribution.base, Samples):
             with stage("calibrating the solver", progress=progress):
                 transform.solver, error = calibrate_until(
                     deadline, bare, rows, context=few.context, tolerance=tolerance
@@ -359,7 +374,7 @@ def _finish(
         distribution.report = report
         if progress:
             tell(repr(report))
-        if process.rank == 0:
+        if process.rank == 0 and not has_images(distribution):
             warn_if_draws_differ(distribution, density.held, deadline)
     except KeyboardInterrupt:
         warn_user(

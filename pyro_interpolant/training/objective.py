@@ -21,9 +21,10 @@ from ..distributions.bases import Samples, WhitenedBase
 from ..distributions.interpolant import ConditionalInterpolantDistribution, InterpolantDistribution
 from ..interpolants.couplings import independent
 from ..interpolants.linear import Interpolant
-from ..nn.velocity import embedded, evaluate
+from ..nn.velocity import embedded, evaluate, images_at_once, null_label
 from ..transforms.flow import Flow
 from .distributed import Process
+from .image_rows import HELD_BATCHES, dequantized
 from .rows import Rows
 
 Target = Literal["velocity", "noise"]
@@ -45,8 +46,8 @@ class Points(NamedTuple):
     target: Tensor
     context: Tensor | None = None
 
-    def at(self, i: int) -> "Points":
-        """Return those at one index of the first dimension."""
+    def at(self, i: int | Tensor) -> "Points":
+        """Return those at one index, or at several, shape ``(K,)``, of the first dimension."""
         context = None if self.context is None else self.context[i]
         return Points(self.t[i], self.w[i], self.target[i], context)
 
@@ -167,6 +168,7 @@ Pairs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 _TIMES_PER_BATCH = 64  # distinct ones, which share their embedding
 _HELD_DRAWS = 8192
+_NULL_SHARE = 0.1  # of labels, as Ho & Salimans have it
 
 
 class Objective(nn.Module):
@@ -208,7 +210,11 @@ class Objective(nn.Module):
         self.has_latent = flow.interpolant.has_latent()
 
     def whitened(self, rows: Rows) -> Rows:
-        """Return rows given in the flow's coordinates whitened, by float64, in its type."""
+        """Return rows given in the flow's coordinates whitened, by float64, in its type.
+
+        Images of whole levels are spread over their cells first.
+        """
+        rows = dequantized(rows, self.flow.loc)
         partner = None if rows.partner is None else self.base.to_white(rows.partner)
         return rows._replace(w=self.flow.whitening.double_to_white(rows.w), partner=partner)
 
@@ -242,7 +248,8 @@ class Objective(nn.Module):
             base: The base to draw from.
             size: Rows per coupling, as in training.
         """
-        rows = held.repeated(_HELD_DRAWS)
+        are_images = images_at_once(self.network) is not None
+        rows = held.repeated(HELD_BATCHES * size if are_images else _HELD_DRAWS)
         order = torch.randperm(len(rows.w), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             rows = rows.take(order.to(rows.w.device))
@@ -263,9 +270,19 @@ class Objective(nn.Module):
         return regression_loss(self.network, points, self.metric).mean()
 
     def held_loss(self, points: tuple[Points, ...]) -> Tensor:
-        """Return the same loss of the network as it is used: dropout and its like are off."""
+        """Return the same loss of the network as it is used: dropout and its like are off.
+
+        Images are evaluated in pieces.
+        """
+        at_once = images_at_once(self.network)
         with evaluated(self.network):
-            return self.loss(points)
+            if at_once is None:
+                return self.loss(points)
+            times, each = points[0].w.shape[:2]
+            pieces = torch.arange(times).split(max(1, at_once // each))
+            losses = [self.loss(tuple(part.at(some) for part in points)) for some in pieces]
+            shares = [len(some) / times for some in pieces]
+            return torch.stack([a * b for a, b in zip(shares, losses, strict=True)]).sum()
 
     def forward(self, points: Callable[[], tuple[Points, ...]]) -> Tensor:
         """Return the loss at the points a function returns: Fabric rounds tensors it is given."""
@@ -291,8 +308,17 @@ class Objective(nn.Module):
             s = s[:keep].reshape(groups, -1, s.shape[-1])
             return s if process.own_rows or world == 1 else s[own]
 
-        context, z = (None if s is None else grouped(s) for s in (rows.context, z))
+        context = self._with_null(rows.context, process)
+        context, z = (None if s is None else grouped(s) for s in (context, z))
         return t[own, None], grouped(w0), grouped(rows.w), context, z
+
+    def _with_null(self, context: Tensor | None, process: Process) -> Tensor | None:
+        """Return contexts, a tenth of which are the null label of a network that has one."""
+        null = null_label(self.network)
+        if context is None or null is None:
+            return context
+        u = process.share(lambda count: torch.rand(count, 1), len(context)).to(context)
+        return context.masked_fill(u < _NULL_SHARE, null)
 
     def _points(self, pairs: Pairs) -> tuple[Points, ...]:
         t, w0, w1, context, z = pairs

@@ -24,6 +24,7 @@ from ..distributions.report import GAUSSIAN, Report, beside, decimals
 from ..distributions.supports import CircularSupport
 from ..transforms.gaussianize import Gaussianized
 from .data import Split
+from .image_rows import has_images
 from .rows import Rows
 
 _ROWS = 1000  # held out, that the report evaluates
@@ -134,9 +135,10 @@ class HeldOutDensity:
     def __init__(self, distribution: AnyDistribution, split: Split) -> None:
         self.distribution, self.held = distribution, split.held
         distribution.report = None  # what it says will not hold
-        self.normal = reference(distribution, split.kept)
+        images = has_images(distribution)  # of which a density takes as long as many steps
+        self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
-        self.is_known = not isinstance(distribution.base, Samples)
+        self.is_known = not isinstance(distribution.base, Samples) and not images
         self.text, self.took = "", 0.0
 
     def glimpse(self, step: int, spent: float) -> str:

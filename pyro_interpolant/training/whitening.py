@@ -16,6 +16,7 @@ from ..distributions.interpolant import AnyDistribution
 from ..interpolants.nonlinear import Geodesic
 from ..nn.velocity import explained, set_scales
 from ..transforms.whitening import DenseWhitening, Whitening
+from .image_rows import dequantized, has_images
 from .rows import Rows, subsample
 
 _MIN_EIGENVALUE = 1e-12  # of a correlation, below which columns are linearly dependent
@@ -24,6 +25,7 @@ _TAIL_SHARE = 0.005  # of the values on either side, which may be outliers
 _ROUNDING_SHARE = 0.1  # of the smallest deviation, beyond which rounding is warned of
 _WILD_DEVIATIONS = 20.0  # robust standard deviations from the median, beyond which a value is cut
 _QUARTILE_RANGE, _TAIL_RANGE = 1.349, 5.152  # in standard deviations of a normal
+_IMAGE_VALUES, _MIN_IMAGES = 2**22, 64  # that set the whitening of images
 _QUANTILE_VALUES = 2**20  # from which quantiles are computed
 _NAMED_ROWS = 5  # the most rows that an error names
 _AXIS_CUTS = 3  # the most rounds of winsorizing along the eigenvectors
@@ -263,6 +265,8 @@ def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = Fal
         keep: Whether to keep the present map, and the scales of a network that is trained.
     """
     flow = distribution.transform.flow
+    if has_images(distribution):
+        rows = dequantized(_few(rows), flow.loc)
     _check_range(rows.w, flow.loc.dtype)
     context = None if rows.context is None else winsorize(rows.context.double())
     if not keep:
@@ -273,6 +277,12 @@ def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = Fal
             _set_map(flow.whitening, distribution.base, left)
     w = flow.whitening.to_white(rows.w.to(flow.loc))
     set_scales(flow.velocity, w, context, if_trained=not keep)
+
+
+def _few(rows: Rows) -> Rows:
+    """Return a subsample of rows, as many as keep to so many numbers."""
+    few = subsample(len(rows.w), max(_MIN_IMAGES, _IMAGE_VALUES // rows.w.shape[1]), rows.weight)
+    return rows.take(few.to(rows.w.device))._replace(weight=None)
 
 
 def _set_map(whitening: Whitening, base: Any, rows: Rows) -> None:

@@ -10,14 +10,17 @@ changed.
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from .._torch import is_compiling, is_functorch_tensor, is_tracing
+from .._torch import constant, is_compiling, is_functorch_tensor, is_tracing
 
 _ENTRIES_KEPT = 4  # of one transform
+_COPIED_NUMBERS = 2**16  # the most in a tensor that is copied to compare it later
 
 
 @dataclass(eq=False)
@@ -32,7 +35,8 @@ class Entry:
         forward: Whether y was solved from x, or x from y.
         log_det: ``log |dy/dx|``, shape ``(*)``, or None where it has not been computed.
         token: Versions, addresses and modes at the time of the computation.
-        snapshot: Copies of all that the result depends on, to compare values.
+        snapshot: Copies of all that the result depends on, to compare values; of large weights
+            their checksums.
         carries_gradient: Whether the result has a graph.
         is_freed: Whether a backward pass has freed that graph.
     """
@@ -111,7 +115,7 @@ class IdentityCache:
         graph = output if entry.states is None else entry.states
         entry.carries_gradient = graph.requires_grad
         if not is_tracing():
-            entry.snapshot = self._snapshot([*sources, entry.x, entry.y])
+            entry.snapshot = self._snapshot(_values([*sources, entry.x, entry.y]))
             if entry.carries_gradient and graph.grad_fn is not None:
                 _mark_freed_on_backward(entry, graph)
         self._entries = [e for e in self._entries if not e.is_freed][-(_ENTRIES_KEPT - 1) :] + [
@@ -152,7 +156,7 @@ def _is_valid(entry: Entry, sources: Sequence[Tensor], key: Hashable) -> bool:
         and entry.carries_gradient == wanted
         and entry.token == _token(entry, sources, key)
         # Versions miss ``.data``, and memory shared with numpy.
-        and (is_tracing() or _equal(entry.snapshot, tensors))
+        and (is_tracing() or _equal(entry.snapshot, _values(tensors)))
     )
 
 
@@ -169,6 +173,34 @@ def _equal(kept: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
         k.shape == n.shape and k.dtype == n.dtype and k.device == n.device and torch.equal(k, n)
         for k, n in zip(kept, now, strict=True)
     )
+
+
+def _values(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors; large ones as checksums, for copies would double a network's memory."""
+    return [s if s.numel() <= _COPIED_NUMBERS else _checksums(s) for s in tensors]
+
+
+@torch.no_grad()
+def _checksums(x: Tensor) -> Tensor:
+    """Return sums of the bits of a tensor in pieces, each times an odd number, and its shape.
+
+    No change of a single number leaves its sum as it was, modulo 2^64.
+
+    Args:
+        x: A tensor of any shape.
+    """
+    # By 32 bits: of 64, a sign would be the last to count, and an even number of them be lost.
+    whole = {1: torch.uint8, 2: torch.int16}.get(x.element_size(), torch.int32)
+    factors = constant(_odd_numbers()).to(x.device)
+    pieces = x.detach().contiguous().view(whole).reshape(-1).split(len(factors))
+    sums = [(piece * factors[: len(piece)]).sum() for piece in pieces]
+    return torch.stack([*sums, *torch.tensor(x.shape, device=x.device)])
+
+
+@lru_cache(maxsize=1)
+def _odd_numbers() -> np.ndarray:
+    """Return random odd numbers."""
+    return 2 * np.random.RandomState(0).randint(2**62, size=_COPIED_NUMBERS, dtype=np.int64) + 1
 
 
 def _mark_freed_on_backward(entry: Entry, graph: Tensor) -> None:

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from .._torch import innermost, is_tracing, keep_freed_memory, recomputed
 from ..interpolants.linear import Interpolant, Trigonometric
-from ..nn.velocity import StateFunction, check_velocity, evaluate, field, rows_at_once, size_of
+from ..nn.velocity import (
+    StateFunction,
+    check_velocity,
+    evaluate,
+    field,
+    images_at_once,
+    rows_at_once,
+    size_of,
+)
 from ..solvers.divergence import Divergence
 from ..solvers.ode import FixedGrid, Solver, only_x_needs_grad, random_nodes, through_nodes
 from .whitening import DenseWhitening, Whitening
@@ -220,7 +228,9 @@ class Flow(nn.Module):
         keep_freed_memory()
         row_bytes = len(path.times[0]) * self.event_dim * white.element_size()
         rows = white.numel() // self.event_dim
-        at_once = min(_ROWS_PER_SOLVE, max(1, _MAX_KEPT_BYTES // row_bytes))
+        at_once = min(
+            images_at_once(self.velocity) or _ROWS_PER_SOLVE, max(1, _MAX_KEPT_BYTES // row_bytes)
+        )
         if self._needs_graph(white, path) or rows <= at_once:
             return self.integrate(white, path, forward=forward), None
         keep = rows * row_bytes <= _MAX_KEPT_BYTES

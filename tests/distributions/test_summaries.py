@@ -234,6 +234,15 @@ def test_samples_as_a_base_have_a_mean_and_no_entropy():
     assert d.entropy().isnan()
 
 
+def test_moments_of_more_dimensions_than_sobol_points_have(monkeypatch):
+    """Images of 128 x 128 in color have 49,152: random draws then, whose means err by more."""
+    net = normal().moments()
+    monkeypatch.setattr("torch.quasirandom.SobolEngine.MAXDIM", 1)
+    draws = normal().moments()
+    close(draws.mean, torch.tensor([1.0, 2.0]), rtol=0, atol=0.2)
+    assert bool((draws.mean_stderr > 3 * net.mean_stderr).all())
+
+
 @pytest.mark.parametrize("support", [constraints.real, constraints.positive])
 def test_scalars_behind_a_map_of_their_column_have_events_of_no_dimension(support):
     rows = biject_to(support)(torch.randn(400, 1).sinh())

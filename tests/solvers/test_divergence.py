@@ -33,6 +33,27 @@ class Own(nn.Module):
         return self.last(self.norm(self.first(torch.cat(parts, -1)).tanh())) * x.square()
 
 
+class Grouped(nn.Module):
+    """Group normalisation of 12 channels, of which another memory layout has the tangent."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.GroupNorm(3, 12)
+
+    def forward(self, h):
+        image = h.reshape(-1, 12, 1).transpose(1, 2).contiguous().transpose(1, 2)
+        return self.norm(image).reshape(h.shape)
+
+
+class Attending(nn.Module):
+    """Causal attention between 4 places of 3 numbers each."""
+
+    def forward(self, h):
+        q, k, v = (h.reshape(-1, 1, 4, 3) * s for s in (1.0, 0.5, 2.0))
+        found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7)
+        return found.reshape(h.shape)
+
+
 def mlp(hidden_dims, context_dim=0, reach=None):
     velocity = VelocityMLP(DIM, hidden_dims, context_dim)
     with torch.no_grad():
@@ -55,6 +76,8 @@ NETWORKS = {
     "residual gated": lambda c: mlp((16, 16, 16), c, 1.5),
     "own": lambda c: Own(DIM, c),
     "own layer norm": lambda c: Own(DIM, c, nn.LayerNorm(12)),
+    "own group norm": lambda c: Own(DIM, c, Grouped()),
+    "own attention": lambda c: Own(DIM, c, Attending()),
 }
 
 

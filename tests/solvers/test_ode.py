@@ -9,7 +9,7 @@ from torch import nn
 from pyro_interpolant import Adaptive, FixedGrid, InterpolantDistribution, InterpolantTransform
 from pyro_interpolant.solvers import RandomGrid
 
-ORDERS = {"rk4": 4, "midpoint": 2, "euler": 1}
+ORDERS = {"rk4": 4, "midpoint": 2, "heun": 2, "euler": 1}
 
 
 def logistic(times):
@@ -158,7 +158,10 @@ def test_an_adaptive_solve_that_fails_says_what_to_do(velocity, dim):
     ("make", "message"),
     [
         (lambda: FixedGrid(steps=0), "at least one step"),
-        (lambda: FixedGrid(method="heun"), "a method among .*'euler', 'midpoint', 'rk4'.*'heun'"),
+        (
+            lambda: FixedGrid(method="ralston"),
+            "a method among .*'euler', 'heun', 'midpoint', 'rk4'.*'ralston'",
+        ),
         (lambda: FixedGrid(warp=1.0), "a warp in"),
         (lambda: Adaptive(rtol=0.0), "positive tolerances"),
         (lambda: Adaptive(atol=-1e-3), "positive tolerances"),

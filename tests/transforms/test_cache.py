@@ -985,3 +985,35 @@ def test_a_pair_of_strangers_is_solved_from_its_input():
     torch.testing.assert_close(
         transform.log_abs_det_jacobian(x, y), transform.log_abs_det_jacobian(x, transform(x))
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_large_weights_are_not_copied_and_every_change_of_them_is_seen(dtype):
+    """A network of images has as much memory as there is; edits of ``.data`` move no version."""
+    d = InterpolantDistribution(interpolant_transform(2, (300, 300)).to(dtype)).freeze()
+    weight = d.transform.velocity.layers[1].weight  # 90,000 numbers
+    d.transform.velocity.output.weight.normal_()
+    x = torch.randn(3, 2, dtype=dtype)
+
+    def change(function):
+        """Return how much log_prob changes with the weight, which is then as before."""
+        d.clear_cache()
+        before, old = d.log_prob(x), weight.data.clone()
+        kept = d.transform._cache._entries[-1].snapshot
+        assert sum(part.numel() for part in kept) < sum(
+            p.numel() for p in d.transform.parameters()
+        )
+        weight.data.copy_(function(weight.data))
+        after = d.log_prob(x)
+        d.clear_cache()
+        assert torch.equal(d.log_prob(x), after)
+        weight.data.copy_(old)
+        return float((after - before).abs().max())
+
+    one = torch.zeros_like(weight.data)
+    one[299, 299] = 1.0
+    assert change(lambda w: w) == 0
+    assert change(lambda w: w + one) > 1e-6
+    assert change(lambda w: w.flip(0)) > 1e-6
+    assert change(lambda w: w.T.clone()) > 1e-6
+    assert change(lambda w: -w) > 1e-6

@@ -28,7 +28,7 @@ from pyro_interpolant import (
     sde_log_prob,
     w2_bound,
 )
-from pyro_interpolant.plotting import _velocity
+from pyro_interpolant.plotting.flows import _velocity
 from pyro_interpolant.training.preprocessing import marginal_transform, radial_transform
 from pyro_interpolant.transforms import gaussianize
 from pyro_interpolant.transforms.gaussianize import Gaussianized

@@ -1,0 +1,97 @@
+r"""Classifier-free guidance: samples that are more typical of their label than the data are.
+
+With the velocity :math:`v_t(x \mid c)` and that of no label, :math:`v_t(x)`, both by one network,
+samples follow
+
+.. math:: v_t(x) + s\,(v_t(x \mid c) - v_t(x)).
+
+References:
+    Ho & Salimans, *Classifier-free diffusion guidance*, arXiv 2207.12598.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..distributions.interpolant import ConditionalInterpolantDistribution
+from ..nn.velocity import image_shape, null_label, rows_at_once, size_of
+from ..transforms.interpolant import ConditionalInterpolantTransform
+
+
+def guided(
+    distribution: ConditionalInterpolantDistribution, scale: float = 2.0
+) -> ConditionalInterpolantDistribution:
+    """Return a family whose samples are guided toward their labels; it shares the weights.
+
+    ``guided(images, 3.0).condition(labels).sample()``. It has no ``log_prob``: a guided velocity
+    is not that of a path between base and data, and where it ends is not the product of densities
+    that it is motivated by.
+
+    Args:
+        distribution: A conditional flow whose network has a label for none of its classes, such
+            as :class:`~pyro_interpolant.nn.UNet`.
+        scale: s; 1 is no guidance, and 0 samples without regard to labels.
+
+    Raises:
+        ValueError: If the network has no such label.
+    """
+    transform = distribution.transform
+    flow, null = transform.flow, null_label(transform.velocity)
+    if null is None:
+        raise ValueError(
+            "expected a network with a label for none of its classes, such as UNet(..., classes=K)"
+            f" or ImageVelocity(..., null_label=K), got {type(transform.velocity).__name__}"
+        )
+    new = ConditionalInterpolantTransform(
+        _Guided(transform.velocity, null, scale),
+        flow.event_dim,
+        interpolant=flow.interpolant,
+        solver=transform.solver,
+        divergence=_NoDensity(),
+        whitening=flow.whitening,
+    )
+    return ConditionalInterpolantDistribution(
+        new, distribution.base, support=distribution.constraint
+    )
+
+
+class _Guided(nn.Module):
+    """The guided velocity: both of its parts in one call of the network.
+
+    Args:
+        velocity: The network.
+        null: Its label for none of the classes.
+        scale: s.
+    """
+
+    def __init__(self, velocity: nn.Module, null: int, scale: float) -> None:
+        super().__init__()
+        self.velocity, self.null, self.scale = velocity, null, scale
+        self.classes, self.image_shape = size_of(velocity, "classes"), image_shape(velocity)
+
+    def rows_at_once(self) -> int:
+        """Return the number of rows for which one call is fastest, without gradients."""
+        return max(1, rows_at_once(self.velocity) // 2)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor) -> Tensor:
+        """Return the velocity, shape ``(*, D)``, at times ``(*)`` given labels, ``(*, 1)``."""
+        labels = torch.stack((context, torch.full_like(context, self.null)))
+        with_label, without = self.velocity(
+            t.expand(2, *t.shape), x.expand(2, *x.shape), labels
+        ).unbind()
+        return without + self.scale * (with_label - without)
+
+
+@dataclass(frozen=True)
+class _NoDensity:
+    """The divergence of a guided velocity, which nobody should take for a log-density's rate."""
+
+    def __call__(
+        self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """Raise an error, whatever x, of shape ``(*, D)``, is."""
+        raise NotImplementedError(
+            "guided samples have no density that is known: their velocity is not that of a path "
+            "between base and data. Take log_prob of the distribution that was guided"
+        )

@@ -1,0 +1,32 @@
+"""Axes, colours, and the bounds of samples: what pictures share."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DATA_COLOR, MODEL_COLOR, THIRD_COLOR = "#4c566a", "#d1495b", "#2a9d8f"
+SCATTER_POINTS = 4000
+
+
+def new_axes(ax: "Axes | None") -> "Axes":
+    """Return the axes, or new ones."""
+    return axes_array(1, 1)[0, 0] if ax is None else ax
+
+
+def axes_array(rows: int, columns: int, size: tuple[float, float] | None = None) -> np.ndarray:
+    """Return new axes, shape ``(rows, columns)``, in a figure of a size in inches."""
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")[1]
+
+
+def extent_of(x: Tensor) -> tuple[float, ...]:
+    """Return the bounds of samples, shape ``(N, D)``, but for the farthest 0.5 % on each side."""
+    bounds = torch.quantile(x.double().cpu(), torch.tensor([0.005, 0.995]).double(), dim=0)
+    margin = 0.15 * (bounds[1] - bounds[0])
+    return tuple(torch.stack((bounds[0] - margin, bounds[1] + margin), -1).flatten().tolist())

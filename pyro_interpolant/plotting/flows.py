@@ -1,0 +1,250 @@
+"""Pictures of a flow: its paths, its densities, its velocity, its interpolant."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..distributions.interpolant import (
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+)
+from ..interpolants.linear import Interpolant
+from ..nn.velocity import evaluate
+from ..solvers.ode import FixedGrid
+from ..transforms.gaussianize import Gaussianized
+from .axes import (
+    DATA_COLOR,
+    MODEL_COLOR,
+    SCATTER_POINTS,
+    THIRD_COLOR,
+    axes_array,
+    extent_of,
+    new_axes,
+)
+from .tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_EXTENT_SAMPLES = 2000
+_ARROWS_PER_AXIS = 15
+
+
+def trajectories(
+    distribution: InterpolantDistribution,
+    *,
+    count: int = 100,
+    steps: int = 64,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw paths from base to data: against time in one dimension, else in the first two.
+
+    Args:
+        distribution: A flow.
+        count: The number of paths.
+        steps: The number of times along each.
+        ax: Axes, or None for new ones.
+    """
+    ax = new_axes(ax)
+    times, paths = _paths(distribution, count, steps)
+    if paths.shape[-1] == 1:
+        ax.plot(times, paths[..., 0], color=MODEL_COLOR, alpha=0.35, linewidth=0.8)
+        ax.set(xlabel="time", ylabel="$x$")
+        return ax
+    x, y = paths[..., 0], paths[..., 1]
+    ax.plot(x, y, color=THIRD_COLOR, alpha=0.35, linewidth=0.8, zorder=1)
+    ax.scatter(x[0], y[0], s=8, color=DATA_COLOR, label="base", zorder=2)
+    ax.scatter(x[-1], y[-1], s=8, color=MODEL_COLOR, label="model", zorder=3)
+    ax.set(xlabel="$x_1$", ylabel="$x_2$")
+    ax.legend(frameon=False)
+    return ax
+
+
+def density(
+    distribution: InterpolantDistribution,
+    *,
+    extent: Sequence[float] | None = None,
+    points: int = 120,
+    velocity: bool = False,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw the density of a flow in one or two dimensions, at the time it stops at.
+
+    Args:
+        distribution: A flow, perhaps stopped by ``at(t)``.
+        extent: ``(low, high)`` in one dimension, ``(left, right, bottom, top)`` in two; by
+            default that of samples.
+        points: Of the grid, per dimension.
+        velocity: Whether to draw the velocity at that time too, in two dimensions.
+        ax: Axes, or None for new ones.
+
+    Raises:
+        ValueError: If the flow has more than two dimensions.
+    """
+    dim = distribution.event_shape[-1]
+    if dim > 2:
+        raise ValueError(f"expected one or two dimensions, got {dim}: use corner")
+    ax = new_axes(ax)
+    box = extent_of(distribution.sample((_EXTENT_SAMPLES,))) if extent is None else tuple(extent)
+    lines = [torch.linspace(a, b, points) for a, b in zip(box[::2], box[1::2], strict=True)]
+    grid = torch.stack(torch.meshgrid(*lines, indexing="xy"), dim=-1)
+    grid = grid.to(distribution.transform.flow.loc)
+    with torch.no_grad():
+        value = distribution.log_prob(grid).exp().cpu().numpy()
+    axes = [line.numpy() for line in lines]
+    if dim == 1:
+        ax.plot(axes[0], value, color=MODEL_COLOR)
+        ax.set(xlabel="$x$", ylabel="density")
+        return ax
+    ax.pcolormesh(*axes, value, shading="gouraud", cmap="magma_r", rasterized=True)
+    ax.set(xlabel="$x_1$", ylabel="$x_2$", xlim=box[:2], ylim=box[2:])
+    if velocity:
+        coarse = grid[:: points // _ARROWS_PER_AXIS, :: points // _ARROWS_PER_AXIS]
+        v = _velocity(distribution, coarse).cpu()
+        ax.quiver(
+            *coarse.cpu().numpy().transpose(2, 0, 1),
+            *v.numpy().transpose(2, 0, 1),
+            color=THIRD_COLOR,
+            width=4e-3,
+        )
+    return ax
+
+
+def evolution(
+    distribution: InterpolantDistribution,
+    times: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    *,
+    velocity: bool = True,
+    ax: "Sequence[Axes] | np.ndarray | None" = None,
+) -> "Sequence[Axes] | np.ndarray":
+    """Draw density and velocity of a two-dimensional flow at several times, side by side.
+
+    Args:
+        distribution: A flow.
+        times: Times in [0, 1].
+        velocity: Whether to draw the velocity.
+        ax: One axes per time, or None for new ones.
+    """
+    if ax is None:
+        ax = axes_array(1, len(times), (2.6 * len(times), 2.8))[0]
+    views = [distribution.at(t) for t in times]
+    boxes = torch.tensor([extent_of(view.sample((_EXTENT_SAMPLES,))) for view in views])
+    extent = [
+        float(f(column)) for f, column in zip((min, max, min, max), boxes.T.tolist(), strict=True)
+    ]
+    for one, t, view in zip(ax, times, views, strict=True):
+        density(view, extent=extent, velocity=velocity, ax=one)
+        one.set(title=f"$t = {t:g}$", xlabel="", ylabel="", aspect="equal")
+    return ax
+
+
+def coefficients(interpolant: Interpolant, *, ax: "Axes | None" = None) -> "Axes":
+    """Draw the coefficients of a linear interpolant against time.
+
+    Args:
+        interpolant: One with scalar coefficients.
+        ax: Axes, or None for new ones.
+
+    Raises:
+        TypeError: If the interpolant has none.
+    """
+    t = torch.linspace(0.0, 1.0, 201)
+    values = interpolant.coefficients(t)
+    ax = new_axes(ax)
+    names = (r"$\alpha$, base", r"$\beta$, data", r"$\gamma$, noise")
+    for value, name, color in zip(
+        values, names, (DATA_COLOR, MODEL_COLOR, THIRD_COLOR), strict=True
+    ):
+        if bool((value != 0).any()):
+            ax.plot(t.numpy(), value.detach().numpy(), label=name, color=color)
+    ax.set(xlabel="time", ylabel="coefficient")
+    ax.legend(frameon=False)
+    return ax
+
+
+def conditional(
+    distribution: ConditionalInterpolantDistribution,
+    context: Any,
+    *,
+    column: int = 0,
+    data: tuple[Any, Any] | None = None,
+    levels: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95),
+    points: int = 120,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw the density of a scalar, and its quantiles, along contexts of which one column varies.
+
+    Args:
+        distribution: A conditional flow in one dimension.
+        context: Contexts, shape ``(K, C)`` or ``(K,)`` where C = 1, ascending in one column.
+        column: Which one that is.
+        data: Outcomes, shape ``(N,)`` or ``(N, 1)``, and their contexts, to draw as points.
+        levels: Of the quantiles.
+        points: Of the grid of outcomes.
+        ax: Axes, or None for new ones.
+
+    Raises:
+        ValueError: If the flow has more than one dimension.
+    """
+    flow = distribution.transform.flow
+    if flow.event_dim > 1:
+        raise ValueError(
+            f"expected outcomes in one dimension, got {flow.event_dim}: use "
+            "corner(distribution.condition(context), data)"
+        )
+    ax = new_axes(ax)
+    contexts, _ = table(context)
+    given = distribution.condition(torch.as_tensor(contexts).to(flow.loc))
+    along = contexts[:, column]
+    q = torch.tensor([0.005, *levels, 0.995])[:, None].to(flow.loc)
+    with torch.no_grad():
+        lines = given.icdf(q.expand(-1, len(along))).reshape(len(q), -1)
+        values = torch.linspace(float(lines[0].min()), float(lines[-1].max()), points).to(lines)
+        grid = values[:, None].expand(-1, len(along))
+        density = given.log_prob(grid.reshape(*grid.shape, *given.event_shape)).exp()
+    heights = density.cpu().numpy()
+    ax.pcolormesh(along, values.cpu().numpy(), heights, shading="gouraud", cmap="magma_r")
+    if data is not None:
+        y, c = (table(part)[0][:SCATTER_POINTS] for part in data)
+        ax.scatter(c[:, column], y[:, 0], s=3, color=DATA_COLOR, linewidths=0, label="data")
+    for i, (level, line) in enumerate(zip(levels, lines[1:-1].cpu().numpy(), strict=True)):
+        name = ", ".join(f"{100 * x:g}%" for x in levels) if i == 0 else None
+        width = 1.6 if level == 0.5 else 0.8
+        ax.plot(along, line, color=THIRD_COLOR, linewidth=width, label=name)
+    ax.set(xlabel="context", ylabel="$x$", ylim=(float(values[0]), float(values[-1])))
+    ax.set_xlim(along.min(), along.max())
+    ax.legend(frameon=False)
+    return ax
+
+
+def _paths(
+    distribution: InterpolantDistribution, count: int, steps: int
+) -> tuple[np.ndarray, ...]:
+    """Return times and points of paths, shape ``(steps + 1, count, D)``, in data coordinates."""
+    flow = distribution.transform.flow
+    with torch.no_grad():
+        path = replace(distribution.transform.path(), solver=FixedGrid(steps))
+        w = distribution.white_base().sample((count, *distribution.batch_shape))
+        x = flow.whitening.from_white(flow.integrate(w, path, forward=True))
+        for part in distribution.space.transforms(flow):
+            x = part(x)
+    return path.times[0].numpy(), x.cpu().numpy()
+
+
+def _velocity(distribution: InterpolantDistribution, x: Tensor) -> Tensor:
+    """Return the velocity, in data coordinates, at the time the flow stops at."""
+    transform = distribution.transform
+    flow = transform.flow
+    t = torch.tensor(transform.end).to(x)
+    with torch.no_grad():
+        u = distribution.to_flow(x)
+        w = flow.whitening.to_white(u)
+        v = flow.whitening.push(evaluate(flow.velocity, t, w, transform.context))
+        support = distribution.constraint
+        if isinstance(support, Gaussianized):
+            return torch.func.jvp(support.gaussianizer._call, (u,), (v,))[1]
+        return v

@@ -1,0 +1,116 @@
+"""Pictures of samples beside data, column by column."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.distributions import Distribution
+
+from ..distributions.constraints import as_tensor
+from ..distributions.joint import JointInterpolantDistribution
+from .axes import DATA_COLOR, MODEL_COLOR, SCATTER_POINTS, axes_array, extent_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_CONTOUR_BINS = 60  # per axis
+
+
+def corner(
+    samples: Any,
+    data: Any,
+    *,
+    names: Sequence[str] | None = None,
+    levels: Sequence[float] = (0.5, 0.9),
+    count: int = 4000,
+    ax: np.ndarray | None = None,
+) -> np.ndarray:
+    """Compare samples with data: histograms on the diagonal, contours of pairs of columns below.
+
+    Contours enclose shares of the rows. All axes of a column have the same limits, those of both
+    sets but for the farthest 0.5% on each side.
+
+    Args:
+        samples: Samples, shape ``(M, D)``, a data frame or draws by name; or a distribution to
+            draw ``count`` from.
+        data: Rows, shape ``(N, D)``, a data frame or draws by name.
+        names: One per column; by default those of the data.
+        levels: The shares that contours enclose.
+        count: The number of samples to draw.
+        ax: An array of D x D axes, or None for new ones.
+    """
+    if isinstance(samples, JointInterpolantDistribution) and isinstance(data, Mapping):
+        samples = samples.sample_dict((count,))
+    elif isinstance(samples, Distribution):
+        samples = samples.sample(torch.Size((count,)))
+    rows, found = table(data)
+    pair = ((rows, DATA_COLOR, "data"), (table(samples)[0], MODEL_COLOR, "model"))
+    dim = rows.shape[-1]
+    if ax is None:
+        ax = axes_array(dim, dim, (1.6 * dim + 1, 1.6 * dim + 1))
+    names = (found or [f"$x_{{{i + 1}}}$" for i in range(dim)]) if names is None else names
+    boxes = np.stack([_extents(part) for part, *_ in pair])
+    low, high = boxes[..., 0].min(0), boxes[..., 1].max(0)
+    for i, j in np.ndindex(dim, dim):
+        one = ax[i][j]
+        if j > i:
+            one.set_axis_off()
+            continue
+        for part, color, label in pair:
+            if i == j:
+                bins = np.linspace(low[i], high[i], 41)
+                heights = np.histogram(part[:, i], bins, density=True)[0]
+                one.stairs(heights, bins, color=color, label=label)
+                continue
+            _contours(one, part[:, [j, i]], (low[[j, i]], high[[j, i]]), levels, color)
+            if label == "data":
+                x, y = part[:SCATTER_POINTS, j], part[:SCATTER_POINTS, i]
+                one.scatter(x, y, s=2, alpha=0.2, color=color, linewidths=0, zorder=0)
+        one.set(xlabel=names[j] if i == dim - 1 else "", ylabel=names[i] if j == 0 < i else "")
+        one.set_xlim(low[j], high[j])
+        if i == j:
+            one.set_yticks([])
+        else:
+            one.set_ylim(low[i], high[i])
+    ax[0][0].legend(frameon=False, fontsize="small")
+    return ax
+
+
+def table(x: Any) -> tuple[np.ndarray, list[str] | None]:
+    """Return rows, shape ``(N, D)``, of a tensor, a frame or draws by name, and names if any."""
+    if isinstance(x, Mapping) and not hasattr(x, "columns"):
+        parts = {name: table(value)[0] for name, value in x.items()}
+        names = [
+            name if part.shape[1] == 1 else f"{name}[{i}]"
+            for name, part in parts.items()
+            for i in range(part.shape[1])
+        ]
+        return np.concatenate(list(parts.values()), 1), names
+    names = [str(column) for column in getattr(x, "columns", ())]
+    rows = as_tensor(x).detach().double().cpu()
+    return rows.reshape(len(rows), -1).numpy(), names or None
+
+
+def _contours(
+    ax: "Axes",
+    x: np.ndarray,
+    box: tuple[np.ndarray, np.ndarray],
+    levels: Sequence[float],
+    color: str,
+) -> None:
+    """Draw contours that enclose shares of points, shape ``(N, 2)``, of a smoothed histogram."""
+    from scipy.ndimage import gaussian_filter
+
+    bins = [np.linspace(a, b, _CONTOUR_BINS + 1) for a, b in zip(*box, strict=True)]
+    counts = gaussian_filter(np.histogram2d(x[:, 0], x[:, 1], bins)[0], _CONTOUR_BINS / 30)
+    heights = np.sort(counts, axis=None)[::-1]
+    inside = heights.cumsum() / heights.sum()
+    at = np.unique([heights[np.searchsorted(inside, level)] for level in levels])
+    middles = [0.5 * (edges[1:] + edges[:-1]) for edges in bins]
+    ax.contour(*middles, counts.T, at, colors=color, linewidths=1)
+
+
+def _extents(x: np.ndarray) -> np.ndarray:
+    """Return the bounds of each column of samples, as :func:`_extent`, shape ``(D, 2)``."""
+    return np.reshape(extent_of(torch.as_tensor(x)), (-1, 2))

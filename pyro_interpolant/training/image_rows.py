@@ -1,0 +1,90 @@
+r"""Images: events of three dimensions, ``(C, H, W)``, of any number of rows.
+
+Images of whole levels v, 0 to 255 in ``uint8``, are kept as they are, and spread anew each time
+they are used: :math:`x = (v + u) / 256` with u uniform on [0, 1), so that values lie in [0, 1) and
+the probability of an image is the mean density over its cell times :math:`256^{-D}`.
+
+References:
+    Theis, van den Oord & Bethge, *A note on the evaluation of generative models*, ICLR 2016.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributions.constraints import Shaped, as_tensor
+from ..distributions.interpolant import AnyDistribution
+from ..distributions.supports import support_of
+from .rows import Rows
+
+LEVELS = 256
+BATCH_IMAGES = 64  # per step and process
+HELD_BATCHES = 2  # of images, at which the held-out loss is evaluated: it takes less than a step
+_HELD_NUMBERS, _MIN_HELD = 2**22, 256  # in images held out of a table, and images at least
+
+
+def has_images(distribution: AnyDistribution) -> bool:
+    """Return whether events have three dimensions, which are those of an image."""
+    return len(distribution.space.event_shape(distribution.transform.flow.event_dim)) == 3
+
+
+def are_images(rows: Tensor) -> bool:
+    """Return whether rows have the shape of images, ``(N, C, H, W)``."""
+    return rows.dim() == 4
+
+
+def are_levels(x: Any, event_dim: int) -> bool:
+    """Return whether rows are images of whole levels, ``uint8``.
+
+    Args:
+        x: What a user gave as rows.
+        event_dim: The number of dimensions of an event.
+    """
+    kind = getattr(x, "dtype", None)
+    return event_dim == 3 and str(kind).removeprefix("torch.") == "uint8"
+
+
+def checked_levels(distribution: AnyDistribution, x: Any) -> Tensor:
+    """Return images of whole levels as rows, ``uint8``, shape ``(N, D)``.
+
+    Args:
+        distribution: What is trained.
+        x: Images, shape ``(N, C, H, W)``.
+
+    Raises:
+        ValueError: If they are of another shape, there are none, or the support is not that of
+            real numbers, which levels at its edge would leave.
+    """
+    constraint, levels = distribution.constraint, as_tensor(x, "images")
+    shape = tuple(distribution.space.event_shape(distribution.transform.flow.event_dim))
+    if levels.shape[1:] != shape or not len(levels):
+        raise ValueError(
+            f"expected images of shape (N, {', '.join(map(str, shape))}), got "
+            f"{tuple(levels.shape)}"
+        )
+    inner = constraint.base_constraint if isinstance(constraint, Shaped) else constraint
+    if not support_of(inner).is_real():
+        raise ValueError(
+            f"expected images of whole levels, uint8, on support real_vector, got {constraint}: "
+            "spread them yourself, (images + 0.05 + 0.9 * torch.rand(images.shape)) / 256"
+        )
+    return levels.reshape(len(levels), -1)
+
+
+def most_held(event_dim: int) -> int:
+    """Return the most images of D numbers to hold out of a table: few tell the loss."""
+    return max(_MIN_HELD, _HELD_NUMBERS // event_dim)
+
+
+def dequantized(rows: Rows, like: Tensor) -> Rows:
+    """Return rows of whole levels spread over their cells, in a tensor's type; others as given.
+
+    Args:
+        rows: Rows, of whole levels or not, shape ``(N, D)``.
+        like: A tensor of the type that is wanted.
+    """
+    if rows.w.is_floating_point():
+        return rows
+    w = rows.w.to(like)
+    return rows._replace(w=(w + torch.rand_like(w)) / LEVELS)

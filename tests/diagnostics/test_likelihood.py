@@ -1,0 +1,137 @@
+"""Bits per dimension against Gaussian images, whose bits have a closed form."""
+
+import math
+
+import pytest
+import torch
+from cases import IMAGE_SHAPE
+from torch import nn
+
+import pyro_interpolant as pi
+from pyro_interpolant.diagnostics import bits_per_dim
+from pyro_interpolant.nn import ImageVelocity
+from pyro_interpolant.transforms import ScalarWhitening
+
+SIZE, LEVELS = 16, 32
+LOC, SCALE = 0.5, 0.12
+
+
+class Constant(nn.Module):
+    """A velocity A x of images, the same at all times: a Gaussian stays one."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix = nn.Parameter(matrix)
+
+    def forward(self, t, image, labels=None):
+        rate = image.flatten(1) @ self.matrix.T
+        return rate.reshape(image.shape) * (
+            1 if labels is None else 1 + labels.reshape(-1, 1, 1, 1)
+        )
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    """A symmetric matrix, whose off-diagonal elements are the noise of probes."""
+    torch.manual_seed(3)
+    a = 0.08 * torch.randn(SIZE, SIZE)
+    return a + a.T
+
+
+def gaussian_images(matrix, classes=0, **choices):
+    choices = {"solver": pi.FixedGrid(2), "divergence": pi.HutchinsonDivergence(), **choices}
+    kind = pi.ConditionalInterpolantTransform if classes else pi.InterpolantTransform
+    velocity = ImageVelocity(Constant(matrix), IMAGE_SHAPE, classes)
+    transform = kind(velocity, whitening=ScalarWhitening(SIZE), **choices)
+    transform.flow.whitening.set(torch.full((SIZE,), LOC), torch.tensor(SCALE))
+    make = pi.ConditionalInterpolantDistribution if classes else pi.InterpolantDistribution
+    return make(transform, event_shape=IMAGE_SHAPE).freeze()
+
+
+def levels(count=60):
+    x = LOC + SCALE * torch.randn(count, *IMAGE_SHAPE)
+    return (x * LEVELS).floor().clamp(0, LEVELS - 1).long()
+
+
+def exact_bits(v, matrix):
+    """Minus E_u log2 of the density, N(loc, S S^T) with S = scale exp(A), one an image."""
+    root = SCALE * torch.linalg.matrix_exp(matrix)
+    precision = torch.linalg.inv(root @ root.T)
+    d = (v.double().flatten(1) + 0.5) / LEVELS - LOC
+    square = torch.einsum("ni,ij,nj->n", d, precision, d) + precision.trace() / 12 / LEVELS**2
+    log_prob = -0.5 * (square + SIZE * math.log(2 * math.pi)) - root.slogdet().logabsdet
+    return math.log2(LEVELS) - log_prob / SIZE / math.log(2)
+
+
+def test_bits_of_gaussian_images_are_those_of_the_closed_form(matrix):
+    v = levels()
+    expected = exact_bits(v, matrix)
+    images = gaussian_images(matrix)
+    found = bits_per_dim(images, v, LEVELS, probes=16, dequantizations=8)
+    assert found.mean == pytest.approx(float(expected.mean()), abs=0.015)
+    assert found.stderr == pytest.approx(float(expected.std()) / math.sqrt(60), rel=0.05)
+    mean, error = found
+    assert repr(found) == f"{mean:.4f} ± {error:.4f} bits per dimension"
+    exact = gaussian_images(matrix, divergence=pi.ExactDivergence(), solver=pi.Adaptive(nodes=8))
+    again = bits_per_dim(exact, v, LEVELS, dequantizations=3)
+    assert again.mean == pytest.approx(float(expected.mean()), abs=0.03)
+
+
+def test_one_probe_is_unbiased_and_independent_between_images(matrix):
+    """Over seeds the error is that of chance, and falls with the number of images and times."""
+    v = levels(1).expand(50, *IMAGE_SHAPE)  # alike: all that differs is drawn
+    expected = float(exact_bits(v, matrix)[0])
+    images = gaussian_images(matrix)
+    found = [bits_per_dim(images, v, LEVELS, seed=seed, tolerance=1.0) for seed in range(40)]
+    z = torch.tensor([(mean - expected) / error for mean, error in found])
+    assert abs(float(z.mean())) < 4 / math.sqrt(40)
+    assert 0.6 < float(z.std()) < 1.5
+    noisy = bits_per_dim(gaussian_images(4 * matrix), v, LEVELS, tolerance=1.0)
+    assert noisy.stderr > 2 * found[0].stderr  # of a larger Jacobian
+
+
+def test_pieces_and_the_generator_of_others_change_nothing(matrix, monkeypatch):
+    images, v = gaussian_images(matrix), levels(7)
+    state = torch.get_rng_state()
+    one = bits_per_dim(images, v, LEVELS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert bits_per_dim(images, v.numpy(), LEVELS) == one
+    assert bits_per_dim(images, v, LEVELS, seed=1) != one
+    monkeypatch.setattr("pyro_interpolant.nn.velocity._ROWS_AT_ONCE", 4)
+    pieces = bits_per_dim(images, v, LEVELS, probes=16, dequantizations=8)
+    assert pieces.mean == pytest.approx(float(exact_bits(v, matrix).mean()), abs=1e-2)
+
+
+def test_a_grid_that_is_too_coarse_is_refined(matrix):
+    v = levels(10)
+    images = gaussian_images(4 * matrix, solver=pi.FixedGrid(1))
+    expected = float(exact_bits(v, 4 * matrix).mean())
+    coarse, found = (
+        bits_per_dim(images, v, LEVELS, 4, 4, tolerance=tolerance).mean
+        for tolerance in (1e9, 1e-3)
+    )
+    assert abs(coarse / expected - 1) > 0.05
+    assert found == pytest.approx(expected, rel=0.02)
+    assert images.transform.solver == pi.FixedGrid(1)
+
+
+def test_bits_given_labels(matrix):
+    v, labels = levels(20), torch.arange(20) % 2
+    family = gaussian_images(matrix, classes=2)
+    found = bits_per_dim(family, v, LEVELS, 32, 16, context=labels)
+    parts = [exact_bits(v[labels == k], (1 + k) * matrix) for k in (0, 1)]
+    assert found.mean == pytest.approx(float(torch.cat(parts).mean()), abs=0.02)
+    with pytest.raises(ValueError, match="expected as many contexts as images, 20, got 3"):
+        bits_per_dim(family, v, LEVELS, context=labels[:3])
+
+
+def test_what_are_no_levels_is_refused(matrix):
+    images, v = gaussian_images(matrix), levels(4)
+    with pytest.raises(ValueError, match="whole levels from 0 to 7, got torch.int64 from"):
+        bits_per_dim(images, v, 8)
+    with pytest.raises(ValueError, match="whole levels from 0 to 31, got torch.float64"):
+        bits_per_dim(images, v / 2 + 0.25, LEVELS)
+    with pytest.raises(ValueError, match=r"images of shape \(N, 1, 4, 4\), got \(4, 1, 4, 3\)"):
+        bits_per_dim(images, v[..., :3], LEVELS)
+    with pytest.raises(ValueError, match="at least one probe and one dequantization"):
+        bits_per_dim(images, v, LEVELS, probes=0)

@@ -1,0 +1,82 @@
+"""Guided samples against a network whose guided velocity is solved in closed form."""
+
+import pytest
+import torch
+from cases import IMAGE_NETWORKS, IMAGE_SHAPE
+from torch import nn
+
+import pyro_interpolant as pi
+from pyro_interpolant.diffusion import guided
+from pyro_interpolant.nn import ImageVelocity
+
+RATES = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)  # of two labels, and of none
+
+
+class Growing(nn.Module):
+    """Images grow at a rate that their label has."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates = nn.Parameter(RATES.clone())
+
+    def forward(self, t, image, labels):
+        return self.rates[labels][:, None, None, None] * image
+
+
+def family(null_label=2):
+    velocity = ImageVelocity(Growing(), IMAGE_SHAPE, 2, null_label)
+    transform = pi.ConditionalInterpolantTransform(velocity, solver=pi.FixedGrid(8))
+    return pi.ConditionalInterpolantDistribution(transform, event_shape=IMAGE_SHAPE).freeze()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_samples_follow_the_guided_velocity(scale):
+    images, labels, w = family(), torch.tensor([0, 1, 1]), torch.randn(4, 3, 16)
+    found = guided(images, scale).condition(labels)
+    rate = RATES[2] + scale * (RATES[labels] - RATES[2])
+    torch.testing.assert_close(found.transform(w), rate.exp()[:, None] * w, rtol=1e-6, atol=1e-6)
+    assert found.sample((4,)).shape == (4, 3, *IMAGE_SHAPE)
+    assert guided(images, scale).condition(torch.tensor(1)).sample().shape == IMAGE_SHAPE
+
+
+def test_it_shares_weights_and_keeps_their_mode():
+    images = family()
+    found = guided(images, 2.0).condition(torch.tensor([0]))
+    w = torch.randn(1, 16)
+    before = found.transform(w)
+    with torch.no_grad():
+        images.transform.velocity.network.rates[2] = 1.0
+    assert (found.transform(w) - before).abs().max() > 0.1
+    images.transform.train()
+    guided(images)
+    assert images.transform.velocity.training
+
+
+def test_it_has_no_density_and_no_file(tmp_path):
+    found = guided(family())
+    given = found.condition(torch.tensor([0, 1]))
+    with pytest.raises(NotImplementedError, match="no density that is known.*log_prob of the"):
+        given.log_prob(given.sample())
+    with pytest.raises(ValueError, match="expected a divergence of this package, got a _NoDen"):
+        pi.save(found, tmp_path / "guided.safetensors")
+
+
+def test_a_network_needs_a_label_for_none():
+    with pytest.raises(ValueError, match=r"label for none of its classes.*got ImageVelocity"):
+        guided(family(null_label=None))
+
+
+def test_a_unet_has_one():
+    pytest.importorskip("diffusers")
+    velocity = IMAGE_NETWORKS["unet"](3)
+    with torch.no_grad():
+        velocity.network.conv_out.weight.normal_(std=0.3)
+    transform = pi.ConditionalInterpolantTransform(velocity, solver=pi.FixedGrid(1))
+    images = pi.ConditionalInterpolantDistribution(transform, event_shape=IMAGE_SHAPE).freeze()
+    labels, w = torch.tensor([0, 1, 2]), torch.randn(3, 16)
+    plain, once, more = (
+        found.condition(labels).transform(w)
+        for found in (images, guided(images, 1.0), guided(images, 3.0))
+    )
+    torch.testing.assert_close(once, plain)
+    assert (more - plain).abs().max() > 1e-3
