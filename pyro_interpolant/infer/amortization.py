@@ -25,7 +25,7 @@ from ..distributions.joint import (
 )
 from ..training.clock import Clock
 from ..training.fitting import FitResult
-from .importance_sampling import importance_of
+from .importance_sampling import GOOD_SHARE, importance_of
 from .log_density import LogJoint
 from .simulation import Simulations, Simulator
 from .sites import LatentSites, Model
@@ -211,6 +211,11 @@ def sentence(
     )
     if k_hat[-1] <= K_HAT_LIMIT:
         return f"Good: {found}, {weights}{left}. importance(guide, *args) makes draws exact."
+    if ess[0] >= GOOD_SHARE:
+        return (
+            f"Good, but for the rarest draws of some data sets: {found}, {weights}{left}. "
+            "importance(guide, *args) judges one, and corrects its draws."
+        )
     return (
         f"Not to be relied on for every data set: {found}, {weights}{left}. importance(guide, "
         "*args) judges one; more simulations or time, an embedding, or rounds=2 would help."

@@ -30,7 +30,7 @@ from ..training.loop import check_ranges
 from .log_density import LogJoint
 from .sites import LatentSites
 
-_GOOD_SHARE = 0.5  # the effective share of the draws from which they need no weights
+GOOD_SHARE = 0.5  # the effective share of the draws from which they need no weights
 _COARSE = 0.1  # nats, the mean change of the largest weights at doubled steps worth a warning
 MIN_DRAWS = 100  # the fewest draws to whose weights a tail can be fitted
 
@@ -182,7 +182,7 @@ def importance_of(
 
 def are_raw_draws_good(summary: ImportanceSummary, count: int) -> bool:
     """Return whether ``count`` draws will do without weights, as :func:`verdict_of` says."""
-    return summary.k_hat <= K_HAT_GOOD and summary.ess >= _GOOD_SHARE * count
+    return summary.k_hat <= K_HAT_GOOD and summary.ess >= GOOD_SHARE * count
 
 
 def verdict_of(summary: ImportanceSummary, count: int) -> str:
@@ -193,7 +193,7 @@ def verdict_of(summary: ImportanceSummary, count: int) -> str:
         "train it longer by fit_guide, start it wider, or straighten the model (LocScaleReparam "
         "on a funnel)"
     )
-    if not k_hat <= K_HAT_LIMIT and ess >= _GOOD_SHARE * count:
+    if not k_hat <= K_HAT_LIMIT and ess >= GOOD_SHARE * count:
         return (
             f"Poor in the tails, {numbers}weights grow at the rarest draws, so neither the "
             f"guide's tails nor the error of the evidence are to be relied on; {remedy}."

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyro_interpolant as pi
+from pyro_interpolant.infer.amortization import sentence
 from pyro_interpolant.infer.simulation import Simulator
 from pyro_interpolant.infer.sites import LatentSites
 
@@ -481,3 +482,15 @@ def test_supports_are_kept_and_plates_are_left_alone():
     }  # fmt: skip
     assert bool((draws["scale"] > 0).all())
     assert guide.posterior.sites["scale"][1] is constraints.positive
+
+
+@pytest.mark.parametrize(
+    ("k_hat", "ess", "says"),
+    [
+        ((0.1, 0.2, 0.6), (0.9, 0.95, 0.99), "Good: "),
+        ((0.1, 0.5, 1.3), (0.9, 0.95, 0.99), "Good, but for the rarest draws"),
+        ((0.1, 0.5, 1.3), (0.1, 0.95, 0.99), "Not to be relied on for every data set"),
+    ],
+)
+def test_the_verdict_tells_rare_draws_from_a_poor_guide(k_hat, ess, says):
+    assert sentence(k_hat, ess, 2.0, 0.1, 0.0).startswith(says)
