@@ -105,7 +105,8 @@ def gaussian(
         # By rows: their scales differ by up to 60 powers of ten.
         scales = linear.abs().amax(-1)
         z = ((x - loc) / scales)[..., None]
-        return torch.linalg.solve(linear / scales[:, None], z)[..., 0]
+        # A quotient that overflows would give inf * 0 in the solve; its square overflows anyway.
+        return torch.linalg.solve(linear / scales[:, None], z.clamp(-1e200, 1e200))[..., 0]
 
     def coloured(w: Tensor) -> Tensor:
         return loc + w @ linear.T
