@@ -145,7 +145,8 @@ class EmbeddedVelocity(nn.Module):
         """
         m, log_scale, e = self._parts(context)
         course = _course(t[..., None], m, log_scale)
-        return _moved(x, course=course, function=lambda z: self.network(t, z, e))
+        z = course.standard(x)
+        return course.velocity(z, self.network(t, z, e))
 
     def forward_and_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
@@ -162,10 +163,9 @@ class EmbeddedVelocity(nn.Module):
         """
         m, log_scale, e = self._parts(context)
         course = _course(t[..., None], m, log_scale)
-        z = (x - course.place) / course.scale
+        z = course.standard(x)
         u, divergence = self.network.forward_and_divergence(t, z, e)
-        v = course.rate + course.scale * (course.growth * z + u)
-        return v, divergence + course.growth.sum(-1)
+        return course.velocity(z, u), course.divergence(divergence)
 
     def field(self, times: Tensor, context: Tensor | None = None) -> list[StateFunction]:
         """Return one function ``x -> v`` per time, what they share computed once.
@@ -174,8 +174,7 @@ class EmbeddedVelocity(nn.Module):
             times: Times, shape ``(T,)``.
             context: Embedded data, broadcastable to ``(*, 2 D + E)``.
         """
-        m, log_scale, e = self._parts(context)
-        courses = _courses(times, m, log_scale)
+        courses, e = self._courses(times, context)
         own = zip(courses, self.network.field(times, e), strict=True)
         return [partial(_moved, course=c, function=f) for c, f in own]
 
@@ -188,8 +187,7 @@ class EmbeddedVelocity(nn.Module):
             times: Times, shape ``(T,)``.
             context: Embedded data, broadcastable to ``(*, 2 D + E)``.
         """
-        m, log_scale, e = self._parts(context)
-        courses = _courses(times, m, log_scale)
+        courses, e = self._courses(times, context)
         own = zip(courses, self.network.divergence_field(times, e), strict=True)
         return [partial(_spread, course=c, function=f) for c, f in own]
 
@@ -216,9 +214,8 @@ class EmbeddedVelocity(nn.Module):
             w: Rows, shape ``(N, D)``.
             context: Their data, flattened, shape ``(N, C)``.
         """
-        self._set_summary(context)
-        s = self._standard(self._summary(context)).to(w)
-        return s @ _ridge(s, w - w.mean(0)).T.to(w)
+        s = self._set_summary(context).to(w)
+        return s @ _Ridge(s)(w - w.mean(0)).T.to(w)
 
     @torch.no_grad()
     def set_scales(self, w: Tensor, context: Tensor | None = None) -> None:
@@ -230,8 +227,7 @@ class EmbeddedVelocity(nn.Module):
         """
         if context is None:
             return
-        self._set_summary(context)
-        s, w = self._standard(self._summary(context)).double(), w.double()
+        s, w = self._set_summary(context).double(), w.double()
         known = (self.slope, self.offset, self.log_slope, self.log_offset)
         for own, found in zip(known, _regressions(s, w), strict=True):
             own.copy_(found)
@@ -240,20 +236,21 @@ class EmbeddedVelocity(nn.Module):
         m, log_scale, e = self._parts(self.embed(context.to(self.slope)))
         self.network.set_scales((w.to(m) - m) / log_scale.exp(), e)
 
-    def _set_summary(self, context: Tensor) -> None:
-        """Set the scales of embedding and summary from data, shape ``(N, C)``."""
+    def _set_summary(self, context: Tensor) -> Tensor:
+        """Set the scales of embedding and summary from data, ``(N, C)``; return it, ``(N, S)``."""
         own = getattr(self.embedding, "set_scales", None)
         if own is not None:
             own(*self._split(context.to(self.slope)))
+        summary = self._summary(context)
         if not len(self.loc):
-            return
-        summary = self._summary(context).double()
-        scale = summary.std(0, correction=0)
-        self.loc.copy_(summary.mean(0))
+            return summary
+        scale = summary.double().std(0, correction=0)
+        self.loc.copy_(summary.double().mean(0))
         self.scale.copy_(torch.where(scale > 0, scale, 1.0))
         self.bounds.fill_(math.inf)
-        s = self._standard(summary.to(self.loc))
+        s = self._standard(summary)
         self.bounds.copy_(torch.stack((-s.amin(0), s.amax(0))))
+        return s
 
     def _summary(self, context: Tensor) -> Tensor:
         """Return the summary of data, shape ``(N, C)``, as they are: ``(N, S)``."""
@@ -303,6 +300,12 @@ class EmbeddedVelocity(nn.Module):
             )
         return list(context.split(sizes, dim=-1))
 
+    def _courses(self, times: Tensor, context: Tensor | None) -> tuple[list["_Course"], Tensor]:
+        """Return the way at each of the times, shape ``(T,)``, and e, shape ``(*, E)``."""
+        m, log_scale, e = self._parts(context)
+        found = _course(times.reshape(-1, *(1,) * m.dim()), m, log_scale)
+        return [_Course(*parts) for parts in zip(*found, strict=True)], e
+
 
 class _Course(NamedTuple):
     """The way from N(0, I) to a Gaussian at some times, each ``(*, D)``.
@@ -319,6 +322,18 @@ class _Course(NamedTuple):
     scale: Tensor
     growth: Tensor
 
+    def standard(self, x: Tensor) -> Tensor:
+        """Return states x, shape ``(*, D)``, in units of the way: z, of the same shape."""
+        return (x - self.place) / self.scale
+
+    def velocity(self, z: Tensor, u: Tensor) -> Tensor:
+        """Return the velocity of states at z, shape ``(*, D)``, where z moves by u beside."""
+        return self.rate + self.scale * (self.growth * z + u)
+
+    def divergence(self, inner: Tensor) -> Tensor:
+        """Return the divergence, shape ``(*)``, where that of u is the inner one."""
+        return inner + self.growth.sum(-1)
+
 
 def _course(t: Tensor, m: Tensor, log_scale: Tensor) -> _Course:
     """Return the way to a mean and deviations, ``(*, D)``, at times t, ``(*, 1)``."""
@@ -329,21 +344,15 @@ def _course(t: Tensor, m: Tensor, log_scale: Tensor) -> _Course:
     return _Course(b * m, 0.5 * math.pi * a * m, now.sqrt(), growth)
 
 
-def _courses(times: Tensor, m: Tensor, log_scale: Tensor) -> list[_Course]:
-    """Return the ways at each of the times, shape ``(T,)``."""
-    found = _course(times.reshape(-1, *(1,) * m.dim()), m, log_scale)
-    return [_Course(*parts) for parts in zip(*found, strict=True)]
-
-
 def _moved(x: Tensor, *, course: _Course, function: StateFunction) -> Tensor:
     """Return the velocity of states, shape ``(*, D)``, of a function's in units of the course."""
-    z = (x - course.place) / course.scale
-    return course.rate + course.scale * (course.growth * z + function(z))
+    z = course.standard(x)
+    return course.velocity(z, function(z))
 
 
 def _spread(x: Tensor, *, course: _Course, function: StateFunction) -> Tensor:
     """Return the divergence at states, ``(*, D)``, of a function's in units of the course."""
-    return function((x - course.place) / course.scale) + course.growth.sum(-1)
+    return course.divergence(function(course.standard(x)))
 
 
 def _regressions(s: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -356,43 +365,53 @@ def _regressions(s: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         s: Centred columns, shape ``(N, S)``.
         w: Rows, shape ``(N, D)``.
     """
-    offset = w.mean(0)
-    slope = _ridge(s, w - offset)
-    log_slope, log_offset = _log_deviations(s, w - offset - s @ slope.T)
+    offset, ridge = w.mean(0), _Ridge(s)
+    slope = ridge(w - offset)
+    log_slope, log_offset = _log_deviations(ridge, w - offset - s @ slope.T)
     for i, log_scale in enumerate((log_offset + s @ log_slope.T).T):
         share = (-2 * (log_scale - log_scale.min())).exp()
         share = share / share.sum()
         places, place, root = share @ s, share @ w[:, i], (share * len(s)).sqrt()[:, None]
-        slope[i] = _ridge((s - places) * root, (w[:, i : i + 1] - place) * root)[0]
+        slope[i] = _Ridge((s - places) * root)((w[:, i : i + 1] - place) * root)[0]
         offset[i] = place - slope[i] @ places
-    return slope, offset, *_log_deviations(s, w - offset - s @ slope.T)
+    return slope, offset, *_log_deviations(ridge, w - offset - s @ slope.T)
 
 
-def _log_deviations(s: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+def _log_deviations(ridge: "_Ridge", left: Tensor) -> tuple[Tensor, Tensor]:
     """Return slopes, ``(D, S)``, and intercepts of the log-deviations of residuals, ``(N, D)``."""
     log_left = left.abs().clamp(min=_LEAST).log()
     mean = log_left.mean(0)
-    return _ridge(s, log_left - mean), mean - _LOG_NORMAL
+    return ridge(log_left - mean), mean - _LOG_NORMAL
 
 
-def _ridge(s: Tensor, w: Tensor) -> Tensor:
-    """Return the slopes, ``(D, S)``, of rows w, ``(N, D)``, on columns s, ``(N, S)``.
+class _Ridge:
+    """Ridge regressions on the same columns, whose moments are decomposed once.
 
-    Both are centred. The penalty is that of the least generalised cross-validation error (Golub,
-    Heath & Wahba, Technometrics 21, 1979).
+    The penalty is that of the least generalised cross-validation error (Golub, Heath & Wahba,
+    Technometrics 21, 1979).
+
+    Args:
+        s: Centred columns, shape ``(N, S)``; beyond 1,024 of them all slopes are zero.
     """
-    s, w = s.double(), w.double()
-    count, columns = s.shape
-    if not 0 < columns <= _MOST_SUMMARIES:
-        return s.new_zeros(w.shape[1], columns)
-    values, vectors = torch.linalg.eigh(s.T @ s / count)
-    values = values.clamp(min=0.0)
-    along = vectors.T @ (s.T @ w) / count  # (S, D)
-    penalties = _PENALTIES.to(s) * values.mean().clamp(min=1e-30)
-    kept = 1 / (values + penalties[:, None])  # (P, S)
-    fitted = (kept * (2 - kept * values)) @ along.square().sum(1)
-    left = w.square().mean(0).sum() - fitted
-    freedom = ((kept * values).sum(1) + 1) / count
-    error = torch.where(freedom < 1, left / (1 - freedom).square(), math.inf)
-    best = kept[error.argmin()]
-    return (vectors @ (best[:, None] * along)).T
+
+    def __init__(self, s: Tensor) -> None:
+        self.s = s.double()
+        self.is_null = not 0 < s.shape[1] <= _MOST_SUMMARIES
+        if not self.is_null:
+            values, self.vectors = torch.linalg.eigh(self.s.T @ self.s / len(s))
+            self.values = values.clamp(min=0.0)
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """Return the slopes, ``(D, S)``, of centred rows w, ``(N, D)``."""
+        w, count = w.double(), len(self.s)
+        if self.is_null:
+            return self.s.new_zeros(w.shape[1], self.s.shape[1])
+        along = self.vectors.T @ (self.s.T @ w) / count  # (S, D)
+        penalties = _PENALTIES.to(self.s) * self.values.mean().clamp(min=1e-30)
+        kept = 1 / (self.values + penalties[:, None])  # (P, S)
+        fitted = (kept * (2 - kept * self.values)) @ along.square().sum(1)
+        left = w.square().mean(0).sum() - fitted
+        freedom = ((kept * self.values).sum(1) + 1) / count
+        error = torch.where(freedom < 1, left / (1 - freedom).square(), math.inf)
+        best = kept[error.argmin()]
+        return (self.vectors @ (best[:, None] * along)).T
