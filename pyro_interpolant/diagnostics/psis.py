@@ -141,7 +141,7 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
     given = _checked(log_weights)
     raw = given.double() - given.double().max()
     values, order = torch.sort(raw)
-    tail, excess, k_hat, scale = _tail_of(values.exp())
+    tail, excess, k_hat, scale = _tail_of(values)
     smoothed, length = raw.clone(), len(excess)
     if length >= _MIN_TAIL and math.isfinite(k_hat):
         p = (torch.arange(length, dtype=raw.dtype, device=raw.device) + 0.5) / length
@@ -152,19 +152,18 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
     return Smoothed((smoothed - smoothed.logsumexp(0)).to(log_weights), k_hat)
 
 
-def _tail_of(weights: Tensor) -> tuple[int, Tensor, float, float]:
+def _tail_of(log_weights: Tensor) -> tuple[int, Tensor, float, float]:
     """Return how many of the largest weights are the tail, and the Pareto tail fitted to them.
 
     Args:
-        weights: Ascending, shape ``(N,)``.
+        log_weights: Ascending, shape ``(N,)``.
 
     Returns:
         M, the positive excesses over the largest weight that is not in the tail, shape ``(K,)``
         with K at most M, and shape and scale; infinity and NaN where no tail can be fitted.
     """
-    tail = tail_length(len(weights))
-    ess = float(weights.sum() ** 2 / weights.square().sum())
-    nearly_equal = ess >= _NEARLY_EQUAL * len(weights)
+    weights, tail = log_weights.exp(), tail_length(len(log_weights))
+    nearly_equal = effective_sample_size(log_weights) >= _NEARLY_EQUAL * len(weights)
     while True:
         excess = weights[-tail:] - weights[-tail - 1]
         # Ties with the cutoff have none: counted in, rounded weights had a k-hat of 300.
@@ -229,9 +228,19 @@ def log_mean_weight(log_weights: Tensor) -> tuple[float, float]:
     Raises:
         ValueError: As in :func:`pareto_smooth`.
     """
-    count, ess = len(log_weights), effective_sample_size(log_weights)
-    value = float(log_weights.double().logsumexp(0)) - math.log(count)
-    return value, math.sqrt(max(0.0, count / ess - 1) / count)
+    total, error = log_total(_checked(log_weights))
+    return float(total) - math.log(len(log_weights)), float(error)
+
+
+def log_total(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`\log \sum w` and its standard error, shape ``(*)``, of ``(*, N)``.
+
+    As :func:`log_mean_weight`, of many sets of weights at once; the error is infinite where all
+    weights of a set are zero.
+    """
+    share = log_weights.double().softmax(-1)
+    error = (share.square().sum(-1) - 1 / share.shape[-1]).clamp(min=0).sqrt()
+    return log_weights.double().logsumexp(-1), error.nan_to_num(math.inf)
 
 
 def _checked(log_weights: Tensor) -> Tensor:

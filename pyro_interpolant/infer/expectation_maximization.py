@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from .._torch import seeded, trainable, warn_user
 from ..diagnostics.calibration import calibrate_until
+from ..diagnostics.psis import log_total
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import Report
 from ..solvers.ode import FixedGrid
@@ -18,7 +19,7 @@ from ..training.clock import Clock
 from ..training.optimization import assign
 from ..training.reporting import stage, tell
 from ..training.rows import Rows
-from .latents import chunks, draw_latents, given, log_total
+from .latents import chunks, draw_latents, given
 from .noise import Measurements
 from .regression import FlowRegression
 from .schedule import RateSchedule

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._torch import evaluated, seeded
-from ..diagnostics.psis import pareto_smooth, systematic_resampling
+from ..diagnostics.psis import log_total, pareto_smooth, systematic_resampling
 from ..distributions.constraints import contexts_of_rows
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..training.loop import check_ranges
@@ -30,12 +30,7 @@ from .noise import Measurements, Noise, measurements
 
 _VALUES_AT_ONCE = 2**20  # weights in a chunk of rows
 _DIFFERENCE = 1e-2  # in the base, which gives the slopes of the flow
-_STEP_SIZES = (
-    1.0,
-    0.3,
-    0.1,
-    0.03,
-)  # of a Gauss-Newton step, of which the best is taken, if any is good
+_STEP_SIZES = (1.0, 0.3, 0.1, 0.03)  # of Gauss-Newton steps; the best is taken, if one is good
 _STARTS = 1024  # draws of the flow, the best of which is where the search for a mode begins
 _CHEAPER = 32  # how many draws that are shared by all rows go for one of each
 _OBJECT_STEPS = 4  # of them, from the best draw of the flow
@@ -77,17 +72,6 @@ class Draws(NamedTuple):
     def log_evidence(self) -> tuple[Tensor, Tensor]:
         r"""Return :math:`\log p(y)` and its standard error, shape ``(n,)`` each."""
         return log_total(self.log_weights)
-
-
-def log_total(log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Return :math:`\log \sum w` and its standard error, shape ``(*)``, of ``(*, N)``.
-
-    As :func:`~pyro_interpolant.diagnostics.psis.log_mean_weight`, of many sets of weights at once.
-    """
-    share = log_weights.double().softmax(-1)
-    error = (share.square().sum(-1) - 1 / share.shape[-1]).clamp(min=0).sqrt()
-    error = error.nan_to_num(math.inf)  # where all weights are zero
-    return log_weights.double().logsumexp(-1), error
 
 
 class LocalProposal(NamedTuple):
