@@ -365,18 +365,23 @@ class _Samples:
 
     def error(self, steps: int, finer: Tensor) -> float:
         """Return the root mean square distance from finer samples, shape ``(B, D)``."""
-        return float((self.ends(steps) - finer).double().square().mean().sqrt())
+        return _distance(self.ends(steps), finer)
 
     def doubled(self, tolerance: float, deadline: float) -> tuple[int, float, Tensor]:
         """Return the first steps that are good, doubled each time, their error, finer samples."""
         steps, found = _FIRST_SAMPLE_STEPS, self.ends(_FIRST_SAMPLE_STEPS)
         while True:
             finer = self.ends(2 * steps)
-            error = float((found - finer).double().square().mean().sqrt())
+            error = _distance(found, finer)
             is_late = steps >= _SURE_SAMPLE_STEPS and time.monotonic() >= deadline
             if error <= tolerance or steps >= _MAX_SAMPLE_STEPS or is_late:
                 return steps, error, finer
             steps, found = 2 * steps, finer
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Return the root mean square distance of samples, shape ``(B, D)`` each."""
+    return float((one - other).double().square().mean().sqrt())
 
 
 def _bare(view: InterpolantDistribution, x: Tensor) -> tuple[InterpolantDistribution, Tensor]:

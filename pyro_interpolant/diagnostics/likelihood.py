@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .._torch import evaluated
-from ..distributions.constraints import as_tensor, contexts_of_rows
+from ..distributions.constraints import contexts_of_rows, images_of
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..nn.velocity import evaluate, images_at_once
 from ..solvers.divergence import ExactDivergence
@@ -110,18 +110,13 @@ def bits_per_dim(
 
 def _checked_levels(distribution: AnyDistribution, images: Any, levels: int) -> Tensor:
     """Return whole levels, shape ``(N, *event_shape)``, on the device of the flow."""
-    flow, v = distribution.transform.flow, as_tensor(images, "images")
-    shape = tuple(distribution.space.event_shape(flow.event_dim))
-    if v.shape[1:] != shape or not len(v):
-        raise ValueError(
-            f"expected images of shape (N, {', '.join(map(str, shape))}), got {tuple(v.shape)}"
-        )
+    v = images_of(distribution, images)
     low, high = (float(bound) for bound in v.aminmax())
     if not (0 <= low <= high < levels) or (v.is_floating_point() and bool((v != v.floor()).any())):
         raise ValueError(
             f"expected whole levels from 0 to {levels - 1}, got {v.dtype} from {low:g} to {high:g}"
         )
-    return v.to(flow.loc.device)
+    return v.to(distribution.transform.flow.loc.device)
 
 
 class _Bits:

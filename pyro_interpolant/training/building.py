@@ -191,7 +191,7 @@ def _unnamed(
     if event_shape is None and getattr(rows, "ndim", None) == 1:
         event_shape = ()
         support = constraints.real if support is constraints.real_vector else support
-    if event_shape is None and getattr(rows, "ndim", None) == 4:
+    if event_shape is None and are_images(rows):
         event_shape = tuple(rows.shape[1:])
     constraint = shaped(support, event_shape)
     if are_levels(rows, len(event_shape or ())):

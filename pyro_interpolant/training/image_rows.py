@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributions.constraints import Shaped, as_tensor
+from ..distributions.constraints import Shaped, images_of
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.supports import support_of
 from .rows import Rows
@@ -29,9 +29,9 @@ def has_images(distribution: AnyDistribution) -> bool:
     return len(distribution.space.event_shape(distribution.transform.flow.event_dim)) == 3
 
 
-def are_images(rows: Tensor) -> bool:
+def are_images(rows: Any) -> bool:
     """Return whether rows have the shape of images, ``(N, C, H, W)``."""
-    return rows.dim() == 4
+    return getattr(rows, "ndim", None) == 4
 
 
 def are_levels(x: Any, event_dim: int) -> bool:
@@ -56,13 +56,7 @@ def checked_levels(distribution: AnyDistribution, x: Any) -> Tensor:
         ValueError: If they are of another shape, there are none, or the support is not that of
             real numbers, which levels at its edge would leave.
     """
-    constraint, levels = distribution.constraint, as_tensor(x, "images")
-    shape = tuple(distribution.space.event_shape(distribution.transform.flow.event_dim))
-    if levels.shape[1:] != shape or not len(levels):
-        raise ValueError(
-            f"expected images of shape (N, {', '.join(map(str, shape))}), got "
-            f"{tuple(levels.shape)}"
-        )
+    constraint, levels = distribution.constraint, images_of(distribution, x)
     inner = constraint.base_constraint if isinstance(constraint, Shaped) else constraint
     if not support_of(inner).is_real():
         raise ValueError(
