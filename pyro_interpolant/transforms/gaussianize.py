@@ -147,11 +147,14 @@ def run(come: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
 
 
 def with_slopes(x: Tensor, y: Tensor) -> Knots:
-    """Return knots with slopes of which the spline is monotone, each of shape ``(*, K)``."""
+    """Return knots with slopes of which the spline is monotone, each of shape ``(*, K)``.
+
+    They are weighted harmonic means of those of the chords, the nearer weighing more.
+    """
     w = x.diff()
     s = y.diff() / w
-    a, b = w[..., :-1] + 2 * w[..., 1:], 2 * w[..., :-1] + w[..., 1:]
-    inner = (a + b) / (a / s[..., 1:] + b / s[..., :-1])
+    before, after = w[..., :-1] + 2 * w[..., 1:], 2 * w[..., :-1] + w[..., 1:]
+    inner = (before + after) / (before / s[..., :-1] + after / s[..., 1:])
     return x, y, torch.cat((s[..., :1], inner, s[..., -1:]), -1)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import random_flow
 from pyro.distributions import constraints
+from scipy.interpolate import PchipInterpolator
 from torch.distributions import biject_to, transform_to
 
 from pyro_interpolant import (
@@ -53,6 +54,14 @@ COLUMNS = {
     "far away": lambda n: 1e9 + torch.randn(n),
 }
 columns = pytest.mark.parametrize("name", COLUMNS)
+
+
+def test_slopes_at_uneven_knots():
+    x = torch.rand(12).cumsum(0) ** 2
+    y = torch.tanh(x / 4) + 0.1 * x
+    expected = PchipInterpolator(x, y).derivative()(x)[1:-1]
+    _, _, slopes = gaussianize.with_slopes(x[None], y[None])
+    torch.testing.assert_close(slopes[0, 1:-1], torch.from_numpy(expected))
 
 
 def made(name, count=5000):
