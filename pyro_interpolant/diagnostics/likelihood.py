@@ -16,9 +16,10 @@ References:
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._torch import evaluated
@@ -27,6 +28,7 @@ from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..nn.velocity import evaluate, images_at_once
 from ..solvers.divergence import ExactDivergence
 from ..solvers.ode import FixedGrid, Solver
+from ..transforms.flow import Path
 
 _TRIED_IMAGES = 8  # on which the grid is chosen
 _MAX_STEPS = 256
@@ -52,12 +54,12 @@ class BitsPerDim(NamedTuple):
 
 def bits_per_dim(
     distribution: AnyDistribution,
-    images: Any,
+    images: ArrayLike,
     levels: int = 256,
     probes: int = 1,
     dequantizations: int = 1,
     *,
-    context: Any = None,
+    context: ArrayLike | None = None,
     tolerance: float = 1e-3,
     seed: int = 0,
 ) -> BitsPerDim:
@@ -108,7 +110,7 @@ def bits_per_dim(
     return BitsPerDim(float(found.mean()), error)
 
 
-def _checked_levels(distribution: AnyDistribution, images: Any, levels: int) -> Tensor:
+def _checked_levels(distribution: AnyDistribution, images: ArrayLike, levels: int) -> Tensor:
     """Return whole levels, shape ``(N, *event_shape)``, on the device of the flow."""
     v = images_of(distribution, images)
     low, high = (float(bound) for bound in v.aminmax())
@@ -193,7 +195,7 @@ class _Bits:
         return math.log2(self.levels) - log_prob.double() / (math.log(2) * self.flow.event_dim)
 
     def _divergences(
-        self, view: InterpolantDistribution, states: Tensor, path: Any, signs: Tensor | None
+        self, view: InterpolantDistribution, states: Tensor, path: Path, signs: Tensor | None
     ) -> Tensor:
         """Return the integral of the estimated divergence along states, shape ``(N,)``."""
         times, weights = (s.to(states) for s in path.times)

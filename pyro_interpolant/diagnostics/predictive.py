@@ -20,7 +20,7 @@ References:
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
@@ -28,7 +28,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from .._torch import seeded
-from ..distributions.constraints import checked_rows, contexts_of_rows
+from ..distributions.constraints import RowsLike, checked_rows, contexts_of_rows
 from ..distributions.interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -67,7 +67,7 @@ class CalibrationCheck(NamedTuple):
 
 def pit(
     distribution: AnyDistribution | AutoGuide,
-    x: Any,
+    x: RowsLike,
     context: ArrayLike | None = None,
     *,
     draws: int = _DRAWS,
@@ -99,7 +99,7 @@ def pit(
 
 def coverage(
     distribution: AnyDistribution | AutoGuide,
-    x: Any,
+    x: RowsLike,
     context: ArrayLike | None = None,
     *,
     draws: int = _DRAWS,
@@ -128,7 +128,7 @@ def coverage(
 
 def sbc(
     distribution: ConditionalInterpolantDistribution | AutoGuide,
-    x: Any,
+    x: RowsLike,
     context: ArrayLike,
     *,
     draws: int = _DRAWS,
@@ -159,7 +159,7 @@ def sbc(
 
 def tarp(
     distribution: AnyDistribution | AutoGuide,
-    x: Any,
+    x: RowsLike,
     context: ArrayLike | None = None,
     *,
     draws: int = _DRAWS,
@@ -204,28 +204,32 @@ class _Rows:
         shared: Whether all rows share them.
     """
 
-    def __init__(self, distribution: Any, x: Any, context: ArrayLike | None, draws: int) -> None:
-        distribution = getattr(distribution, "posterior", distribution)  # of a guide
-        if context is not None and isinstance(distribution, InterpolantDistribution):
-            distribution.given(torch.as_tensor(context))  # raises: it takes none
-        flow = distribution.transform.flow
-        self.distribution = distribution
-        if isinstance(x, Mapping):
-            if not isinstance(distribution, NamedSites):
-                raise TypeError("expected rows: this distribution has no named sites")
-            x = distribution.pack(x)
-        shape = distribution.space.event_shape(flow.event_dim)
-        self.x = checked_rows(x, "x", shape).to(flow.loc)
-        self.u = distribution.unconstrained(self.x).double()
+    def __init__(
+        self,
+        distribution: AnyDistribution | AutoGuide,
+        x: RowsLike,
+        context: ArrayLike | None,
+        draws: int,
+    ) -> None:
+        density: AnyDistribution = (
+            distribution.posterior if isinstance(distribution, AutoGuide) else distribution
+        )
+        if context is not None and isinstance(density, InterpolantDistribution):
+            density.given(torch.as_tensor(context))  # raises: it takes none
+        flow = density.transform.flow
+        self.distribution = density
+        shape = density.space.event_shape(flow.event_dim)
+        self.x = checked_rows(_packed(density, x), "x", shape).to(flow.loc)
+        self.u = density.unconstrained(self.x).double()
         count = len(self.x)
         self.context = None if context is None else contexts_of_rows(context, flow, count)
         self.shared = self.context is None
         self.draws = _SHARED_DRAWS if self.shared else draws
         if draws < 1:
             raise ValueError(f"expected at least one draw for each row, got draws={draws}")
-        distribution.given(None if self.context is None else self.context[:1])  # or raise
+        density.given(None if self.context is None else self.context[:1])  # or raise
 
-    def parts(self) -> Iterator[tuple[Any, slice]]:
+    def parts(self) -> Iterator[tuple[InterpolantDistribution, slice]]:
         """Yield the density for parts of the rows, and which these are."""
         size = max(1, _VALUES_AT_ONCE // (self.draws * self.u.shape[1]))
         for start in range(0, len(self.x), size):
@@ -248,7 +252,7 @@ class _Rows:
                     z = z.reshape(self.draws, -1, z.shape[-1])  # a single context has no batch
                 yield z, self._columns(view, self.x[part], densities=densities), part
 
-    def _columns(self, view: Any, x: Tensor, *, densities: bool) -> Tensor:
+    def _columns(self, view: InterpolantDistribution, x: Tensor, *, densities: bool) -> Tensor:
         u = self.distribution.unconstrained(x).double()
         return torch.cat((u, view.log_prob(x).double()[..., None]), -1) if densities else u
 
@@ -266,6 +270,15 @@ class _Rows:
             parts = [view.cdf(self.x[part]).double() for view, part in self.parts()]
             return torch.cat(parts)[:, None]
         return None
+
+
+def _packed(distribution: AnyDistribution, x: RowsLike) -> ArrayLike:
+    """Return rows as they are, ``(N, *event_shape)``, and packed vectors of named draws."""
+    if not isinstance(x, Mapping):
+        return x
+    if not isinstance(distribution, NamedSites):
+        raise TypeError("expected rows: this distribution has no named sites")
+    return distribution.pack(x)
 
 
 def _spread(shares: Tensor, draws: int) -> Tensor:

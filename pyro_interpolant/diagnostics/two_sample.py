@@ -6,10 +6,11 @@ References:
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from ..distributions.constraints import checked_rows
 
@@ -38,7 +39,7 @@ class TwoSampleTest(NamedTuple):
         return self.verdict
 
 
-def c2st(x: Any, y: Any, *, seed: int = 0) -> TwoSampleTest:
+def c2st(x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> TwoSampleTest:
     """Compare two sets of draws by a classifier: scikit-learn's network, in five folds.
 
     It has two hidden layers of ten units a column, and sees columns in units of those of x. Of the

@@ -8,11 +8,12 @@ constraints, numbers, tensors, or lists of these. By that, files can hold it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
@@ -20,8 +21,10 @@ from torch.distributions.transforms import ComposeTransform, ReshapeTransform
 
 from ..nn.velocity import checked_labels
 from ..transforms.bijections import PerEvent
+from ..transforms.flow import Flow
 
 Constraint = constraints.Constraint
+RowsLike = ArrayLike | Mapping[str, ArrayLike]  # rows, or named draws
 
 
 class Circular(Constraint):
@@ -145,7 +148,7 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
     return Shaped(support, shape)
 
 
-def as_tensor(x: Any, name: str = "data") -> Tensor:
+def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
     """Return a tensor of the values of x; of an array of any library, strides, order and flags.
 
     Args:
@@ -169,7 +172,7 @@ def as_tensor(x: Any, name: str = "data") -> Tensor:
         ) from error
 
 
-def checked_rows(x: Any, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:
+def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:
     """Return x as a tensor of rows of finite floating-point numbers.
 
     Args:
@@ -247,7 +250,7 @@ def _from_frame(x: Any, name: str) -> np.ndarray:
 
 
 def checked_context(
-    context: Any, size: int | None, classes: int = 0, dtype: torch.dtype = torch.float64
+    context: ArrayLike, size: int | None, classes: int = 0, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Return contexts as a tensor of finite numbers, shape ``(N, C)``.
 
@@ -278,7 +281,7 @@ def checked_context(
     return checked_labels(found, classes, dtype)
 
 
-def contexts_of_rows(context: Any, flow: Any, count: int, rows: str = "rows") -> Tensor:
+def contexts_of_rows(context: ArrayLike, flow: Flow, count: int, rows: str = "rows") -> Tensor:
     """Return the contexts of so many rows in the type of their flow, shape ``(count, C)``.
 
     Args:
