@@ -27,9 +27,9 @@ LEVELS = (
     {"solvers"},
     {"transforms"},
     {"distributions"},
-    {"diffusion", "diagnostics", "io", "plotting"},
+    {"diffusion", "diagnostics", "io"},
     {"training"},
-    {"transport", "infer"},
+    {"transport", "infer", "plotting"},
     {"numpyro"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -5,16 +5,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from ..diagnostics.predictive import CalibrationCheck
+from ..training.fitting import FitResult
 from .axes import DATA_COLOR, MODEL_COLOR, THIRD_COLOR, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _NORMAL_99 = 2.576  # standard deviations, of a bar
-_BESIDE: Any = {"frameon": False, "fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
+_BESIDE: dict[str, Any] = {
+    "frameon": False,
+    "fontsize": 8,
+    "loc": "upper left",
+    "bbox_to_anchor": (1, 1),
+}
 
 
-def training_curve(result: Any, *, ax: "Axes | None" = None) -> "Axes":
+def training_curve(result: FitResult, *, ax: "Axes | None" = None) -> "Axes":
     """Draw the losses of a run against its steps, and the step of the kept weights.
 
     Args:
@@ -30,7 +37,7 @@ def training_curve(result: Any, *, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def ranks(check: Any, *, ax: "Axes | None" = None) -> "Axes":
+def ranks(check: CalibrationCheck, *, ax: "Axes | None" = None) -> "Axes":
     """Draw how far numbers that should be uniform are from it, with the 99% band.
 
     Args:
@@ -49,7 +56,7 @@ def ranks(check: Any, *, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def rank_histogram(check: Any, *, bins: int = 20, ax: "Axes | None" = None) -> "Axes":
+def rank_histogram(check: CalibrationCheck, *, bins: int = 20, ax: "Axes | None" = None) -> "Axes":
     """Draw the histogram of numbers that should be uniform, with the 99% band of a bar.
 
     Args:
@@ -70,7 +77,7 @@ def rank_histogram(check: Any, *, bins: int = 20, ax: "Axes | None" = None) -> "
     return ax
 
 
-def coverage_curve(check: Any, *, ax: "Axes | None" = None) -> "Axes":
+def coverage_curve(check: CalibrationCheck, *, ax: "Axes | None" = None) -> "Axes":
     """Draw the share of rows within central regions against the probability of these.
 
     The curve of a calibrated density is the diagonal; with the 99% band that holds for all of it.
@@ -121,7 +128,7 @@ def predictive_check(y: Tensor, simulated: Tensor, *, ax: "Axes | None" = None) 
     return ax
 
 
-def _chance(check: Any) -> float:
+def _chance(check: CalibrationCheck) -> float:
     """Return by how much draws that all rows share widen the band of a check."""
     from scipy.stats import kstwo  # slow to import
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..distributions.interpolant import (
@@ -168,10 +169,10 @@ def coefficients(interpolant: Interpolant, *, ax: "Axes | None" = None) -> "Axes
 
 def conditional(
     distribution: ConditionalInterpolantDistribution,
-    context: Any,
+    context: ArrayLike,
     *,
     column: int = 0,
-    data: tuple[Any, Any] | None = None,
+    data: tuple[ArrayLike, ArrayLike] | None = None,
     levels: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95),
     points: int = 120,
     ax: "Axes | None" = None,

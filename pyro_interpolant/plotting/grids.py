@@ -1,9 +1,10 @@
 """Pictures of images side by side."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..distributions.constraints import as_tensor
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _LEVELS = 256
 
 
-def images(x: Any, *, columns: int | None = None, ax: "Axes | None" = None) -> "Axes":
+def images(x: ArrayLike, *, columns: int | None = None, ax: "Axes | None" = None) -> "Axes":
     """Draw images side by side, row by row, a pixel apart.
 
     Args:

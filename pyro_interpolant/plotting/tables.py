@@ -1,13 +1,13 @@
 """Pictures of samples beside data, column by column."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.distributions import Distribution
 
-from ..distributions.constraints import as_tensor
+from ..distributions.constraints import RowsLike, as_tensor
 from ..distributions.joint import JointInterpolantDistribution
 from .axes import DATA_COLOR, MODEL_COLOR, SCATTER_POINTS, axes_array, extent_of
 
@@ -18,8 +18,8 @@ _CONTOUR_BINS = 60  # per axis
 
 
 def corner(
-    samples: Any,
-    data: Any,
+    samples: RowsLike | Distribution,
+    data: RowsLike,
     *,
     names: Sequence[str] | None = None,
     levels: Sequence[float] = (0.5, 0.9),
@@ -77,9 +77,9 @@ def corner(
     return ax
 
 
-def table(x: Any) -> tuple[np.ndarray, list[str] | None]:
+def table(x: RowsLike) -> tuple[np.ndarray, list[str] | None]:
     """Return rows, shape ``(N, D)``, of a tensor, a frame or draws by name, and names if any."""
-    if isinstance(x, Mapping) and not hasattr(x, "columns"):
+    if isinstance(x, Mapping):
         parts = {name: table(value)[0] for name, value in x.items()}
         names = [
             name if part.shape[1] == 1 else f"{name}[{i}]"
