@@ -12,9 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._torch import seeded, trainable
-from ..distributions.interpolant import (
-    AnyDistribution,
-)
+from ..distributions.constraints import RowsLike
+from ..distributions.interpolant import AnyDistribution
 from ..interpolants.couplings import independent
 from ..interpolants.learned import LearnedInterpolant
 from ..training.data import Table, TableBatches
@@ -53,7 +52,7 @@ class TransportResult(NamedTuple):
 
 def learn_interpolant(
     distribution: AnyDistribution,
-    data: Any,
+    data: RowsLike,
     *,
     context: ArrayLike | None = None,
     base_samples: ArrayLike | None = None,
@@ -124,7 +123,7 @@ def learn_interpolant(
         if interpolant.modes:
             _start(interpolant, objective, batches.rows.w)
         with trainable(flow.velocity):
-            energies = pace.alternate(objective, batches, progress=progress)
+            energies = pace.alternate(objective, interpolant, batches, progress=progress)
     outcome = fit(
         distribution, data, context=context, coupling=coupling, batch_size=batch_size, seed=seed,
         learning_rate=learning_rate, progress=progress, whiten=False, **fit_options,
@@ -174,11 +173,16 @@ class _Pace:
             )
 
     def alternate(
-        self, objective: Objective, batches: TableBatches, *, progress: bool
+        self,
+        objective: Objective,
+        interpolant: LearnedInterpolant,
+        batches: TableBatches,
+        *,
+        progress: bool,
     ) -> list[float]:
         """Run the alternation, and return the energy after each hundredth of it."""
         descent = Descent(objective, objective.process, learning_rate=self.learning_rate)
-        ascent = _Ascent(objective)
+        ascent = _Ascent(objective, interpolant.weights())
         recent: list[Tensor] = []
         energies: list[float] = []
         every = max(1, self.alternations // 100)
@@ -207,11 +211,11 @@ class _Ascent:
 
     Args:
         objective: What is maximised.
+        weights: The interpolant's weights, of any shapes.
     """
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self.weights: list[Tensor] = objective.flow.interpolant.weights()  # type: ignore[attr-defined]
+    def __init__(self, objective: Objective, weights: list[Tensor]) -> None:
+        self.objective, self.weights = objective, weights
         self.optimizer = torch.optim.Adam(self.weights, maximize=True)
 
     def __call__(self, rows: Callable[[], Rows], rate: float) -> None:

@@ -1,6 +1,7 @@
 r"""Straighter paths: reflow, training on the flow's own pairs."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from ..diagnostics.calibration import calibrate
 from ..distributions.interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
+    InterpolantDistribution,
 )
 from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
@@ -46,7 +48,7 @@ class ReflowResult(NamedTuple):
         fit: The training.
     """
 
-    distribution: Any
+    distribution: AnyDistribution
     before: PathReport
     after: PathReport
     fit: FitResult
@@ -99,7 +101,7 @@ def reflow(
     flow.interpolant = Linear() if interpolant is None else interpolant
     new.transform.solver = FixedGrid()
     with seeded(seed), torch.no_grad():
-        view = distribution if context is None else distribution.condition(context)
+        view = distribution.given(context)
         shape = (count,) if context is None else ()
         base, data = _pairs(view, shape)
     outcome = fit(
@@ -116,7 +118,7 @@ def reflow(
     )
 
 
-def _pairs(view: Any, shape: Any) -> tuple[Tensor, Tensor]:
+def _pairs(view: InterpolantDistribution, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return base draws, in the coordinates that ``fit`` takes pairs in, and their images."""
     base = view.base_dist.sample(shape)
     x = base
@@ -134,7 +136,7 @@ def _report(
 ) -> PathReport:
     copied = copy.deepcopy(distribution)
     steps = calibrate(copied, data, context=context, tolerance=tolerance).steps
-    view: Any = copied if context is None else copied.condition(context)
+    view = copied.given(context)
     flow = view.transform.flow
     w0 = view.white_base().to_white(base)
     ends = {}
