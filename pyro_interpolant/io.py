@@ -66,7 +66,7 @@ def load(
     *,
     velocity: "nn.Module | None" = None,
     interpolant: "Interpolant | None" = None,
-) -> Any:
+) -> "AnyDistribution":
     """Read a flow back, with its weights frozen or not as they were.
 
     Args:
