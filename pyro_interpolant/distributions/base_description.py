@@ -10,6 +10,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Transform
 from torch.distributions.utils import lazy_property
@@ -18,6 +19,7 @@ from .bases import Samples, UniformTorus
 from .differences import difference
 
 Tensors = dict[str, Tensor]
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 # Which errors a wrong description can cause while a part is built.
 ERRORS = (
@@ -35,7 +37,7 @@ _ATTRIBUTES = {"base_distribution": "base_dist", "tseq": "transforms"}
 _MAX_NUMBER = 2**20  # of an argument, which may be a length: a vector of 8 MB
 
 
-def describe_base(base: Any, prefix: str) -> tuple[Any, Tensors]:
+def describe_base(base: object, prefix: str) -> tuple[dict[str, Any] | None, Tensors]:
     """Return what describes a base that is no flow, and its tensors.
 
     Args:
@@ -57,7 +59,9 @@ def describe_base(base: Any, prefix: str) -> tuple[Any, Tensors]:
     return _describe_object(base, prefix)
 
 
-def build_base(description: Any, tensors: Tensors) -> Any:
+def build_base(
+    description: dict[str, Any] | None, tensors: Tensors
+) -> TorchDistributionMixin | None:
     """Return the base that :func:`describe_base` described, given its tensors without prefix.
 
     Raises:
@@ -74,7 +78,10 @@ def build_base(description: Any, tensors: Tensors) -> Any:
     if "samples" in description:
         return Samples(tensors["rows"])
     if "independent" in description:
-        return build_base(description["independent"], tensors).to_event(description["ndims"])
+        inner = build_base(description["independent"], tensors)
+        if inner is None:
+            raise ValueError("expected a base whose dimensions are independent, got none")
+        return inner.to_event(description["ndims"])
     return _build_object(description, tensors)
 
 
@@ -95,20 +102,20 @@ def known(name: str, room: ModuleType, parent: type | UnionType = object) -> Any
     return kind
 
 
-def stored(tensor: Any) -> Tensor:
+def stored(tensor: object) -> Tensor:
     """Return a copy of a tensor of any shape: safetensors refuses those that share memory.
 
     Raises:
         ValueError: If it is no tensor of plain numbers, or not yet of any size.
     """
-    if nn.parameter.is_lazy(tensor):
+    if isinstance(tensor, Tensor) and nn.parameter.is_lazy(tensor):
         raise ValueError("expected tensors, got one of a lazy module: call it once before")
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"expected plain tensors, got a {type(tensor).__name__} among them")
     return tensor.detach().cpu().clone().contiguous()
 
 
-def _describe_object(value: Any, prefix: str) -> tuple[Any, Tensors]:
+def _describe_object(value: object, prefix: str) -> tuple[dict[str, Any], Tensors]:
     """Return what describes a distribution or a transform of Pyro's, and its tensors.
 
     What the constructor was given cannot be known for certain: of what it may have been, that is
@@ -124,9 +131,10 @@ def _describe_object(value: Any, prefix: str) -> tuple[Any, Tensors]:
         description, tensors = _describe_arguments(name, arguments, prefix)
         try:
             new = _build_object(description, below(prefix, tensors))
-            if getattr(new, "batch_shape", None) != getattr(value, "batch_shape", None):
-                description["batch_shape"] = list(value.batch_shape)
-                new = new.expand(value.batch_shape)
+            shape = getattr(value, "batch_shape", ())  # a transform has none
+            if getattr(new, "batch_shape", ()) != shape:
+                description["batch_shape"] = list(shape)
+                new = new.expand(shape)
             lost = difference(value, new)
         except ERRORS as error:
             lost = error
@@ -135,7 +143,7 @@ def _describe_object(value: Any, prefix: str) -> tuple[Any, Tensors]:
     raise ValueError(f"expected a base that a file can hold, got a {name}: it would lose {lost}")
 
 
-def _possible_arguments(value: Any) -> Iterator[dict[str, Any]]:
+def _possible_arguments(value: object) -> Iterator[dict[str, object]]:
     """Yield arguments of the constructor that say what a value is, by name."""
     kind = type(value)
     names = [name for name in signature(kind).parameters if name != "validate_args"]
@@ -148,7 +156,7 @@ def _possible_arguments(value: Any) -> Iterator[dict[str, Any]]:
             yield {n: _argument(value, n, forms) for n in chosen}
 
 
-def _argument(value: Any, name: str, forms: Iterable[str]) -> Any:
+def _argument(value: object, name: str, forms: Iterable[str]) -> object:
     """Return an argument of a constructor, kept as an attribute of its name in some form."""
     for attribute in (*(form + name for form in forms), _ATTRIBUTES.get(name, name)):
         found = getattr(value, attribute, value)
@@ -158,7 +166,7 @@ def _argument(value: Any, name: str, forms: Iterable[str]) -> Any:
 
 
 def _describe_arguments(
-    kind: str, arguments: dict[str, Any], prefix: str
+    kind: str, arguments: dict[str, object], prefix: str
 ) -> tuple[dict[str, Any], Tensors]:
     description: dict[str, Any] = {"class": kind, "arguments": []}
     tensors: Tensors = {}
@@ -173,7 +181,7 @@ def _describe_arguments(
     return description, tensors
 
 
-def _describe_part(value: Any, prefix: str) -> tuple[Any, Tensors]:
+def _describe_part(value: object, prefix: str) -> tuple[Json, Tensors]:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value, {}
     if isinstance(value, (list, tuple)):
@@ -183,13 +191,13 @@ def _describe_part(value: Any, prefix: str) -> tuple[Any, Tensors]:
     return describe_base(value, prefix)
 
 
-def _build_object(description: Any, tensors: Tensors) -> Any:
+def _build_object(description: dict[str, Any], tensors: Tensors) -> Any:
     name = description["class"]
     room = dist if name in dist.__all__ else dist.transforms
     kind = known(name, room, Distribution | Transform)
     if issubclass(kind, nn.Module):
         raise ValueError(f"expected a part without weights, got {name!r}")
-    arguments = {name: tensors[name] for name in description["arguments"]}
+    arguments: dict[str, object] = {name: tensors[name] for name in description["arguments"]}
     for key, part in description.get("parts", {}).items():
         arguments[key] = _build_part(part, below(f"{key}.", tensors))
     new = kind(**arguments)
@@ -199,7 +207,7 @@ def _build_object(description: Any, tensors: Tensors) -> Any:
     return new if shape is None else new.expand(torch.Size(shape))
 
 
-def _build_part(part: Any, tensors: Tensors) -> Any:
+def _build_part(part: Json, tensors: Tensors) -> object:
     if isinstance(part, list):
         return [_build_part(p, below(f"{i}.", tensors)) for i, p in enumerate(part)]
     if isinstance(part, int) and abs(part) > _MAX_NUMBER:
@@ -207,7 +215,7 @@ def _build_part(part: Any, tensors: Tensors) -> Any:
     return build_base(part, tensors) if isinstance(part, dict) else part
 
 
-def _keep_bits(new: Any, made: Any, given: Tensor) -> None:
+def _keep_bits(new: object, made: object, given: Tensor) -> None:
     """Undo what a constructor rounds of an argument, as one that makes probabilities sum to 1."""
     if not isinstance(made, Tensor) or (made.shape, made.dtype) != (given.shape, given.dtype):
         return

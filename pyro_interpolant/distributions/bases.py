@@ -9,7 +9,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyro.distributions as dist
 import torch
@@ -24,6 +24,9 @@ from .constraints import checked_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_T = TypeVar("_T")
 
 
 class _Base(dist.TorchDistribution):
@@ -255,7 +258,7 @@ def copy_like(value: Any, like: Tensor) -> Any:
     return _copy_parts(value, like) if isinstance(value, (Distribution, Transform)) else value
 
 
-def _copy_parts(value: Any, like: Tensor) -> Any:
+def _copy_parts(value: _T, like: Tensor) -> _T:
     new = copy.copy(value)
     new.__dict__.update({k: copy_like(v, like) for k, v in value.__dict__.items()})
     return new

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..transforms.gaussianize import Gaussianized, Gaussianizer, MarginalTransform, RadialTransform
 from . import constraints as ours
+from .base_description import Json
 from .constraints import Constraint
 
 # By name: classes of constraints, and constraints that are the only ones of their class.
@@ -35,7 +36,7 @@ def arguments_of(value: object) -> dict[str, Any]:
     return {key: getattr(value, key) for key in signature(type(value)).parameters}
 
 
-def describe_constraint(constraint: Constraint) -> Any:
+def describe_constraint(constraint: Constraint) -> Json:
     """Return a constraint as nested lists, for a file: a name, or a class with its arguments.
 
     Raises:
@@ -60,7 +61,7 @@ def describe_constraint(constraint: Constraint) -> Any:
     return [name, *arguments.values()]
 
 
-def build_constraint(description: Any) -> Constraint:
+def build_constraint(description: str | list[Any]) -> Constraint:
     """Return the constraint that :func:`describe_constraint` described.
 
     Raises:
@@ -88,7 +89,7 @@ def build_constraint(description: Any) -> Constraint:
     return known(*(_build_argument(argument) for argument in arguments[:count]), **bounds)
 
 
-def _describe_argument(value: object) -> Any:
+def _describe_argument(value: object) -> Json:
     """Return what a constraint is made of, for a file: a constraint, numbers, or several."""
     if isinstance(value, Constraint):
         return describe_constraint(value)
@@ -101,7 +102,7 @@ def _describe_argument(value: object) -> Any:
     raise ValueError(f"expected a support made of numbers and supports, got {value!r} in one")
 
 
-def _build_argument(value: Any) -> Any:
+def _build_argument(value: Json) -> object:
     if isinstance(value, str):
         return build_constraint(value)
     if not isinstance(value, list):

@@ -213,16 +213,15 @@ def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (N
     return x
 
 
-def images_of(distribution: Any, x: Any) -> Tensor:
-    """Return x as a tensor of images that are events of a distribution, ``(N, *event_shape)``.
+def images_of(shape: Sequence[int], x: ArrayLike) -> Tensor:
+    """Return x as a tensor of images that are events of a shape, ``(N, *shape)``.
 
     Raises:
         TypeError: If it is not a tensor or an array.
         ValueError: If images are of another shape, or there are none.
     """
     found = as_tensor(x, "images")
-    shape = tuple(distribution.space.event_shape(distribution.transform.flow.event_dim))
-    if found.shape[1:] != shape or not len(found):
+    if found.shape[1:] != torch.Size(shape) or not len(found):
         want = ", ".join(map(str, shape))
         raise ValueError(f"expected images of shape (N, {want}), got {tuple(found.shape)}")
     return found

@@ -8,9 +8,10 @@ again: what is described is built from its description and compared, before anyt
 
 import json
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from .. import distributions, solvers, transforms
@@ -49,6 +50,8 @@ from .joint import NamedSites
 from .report import Report
 
 Header = dict[str, Any]
+_M = TypeVar("_M", bound=nn.Module)
+_T = TypeVar("_T")
 
 # Names of tensors in files that are older than the whitening's own module.
 _NAMES_IN_FILES = {
@@ -136,7 +139,7 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
     flow, base = transform.flow, distribution.base
     if isinstance(base, InterpolantDistribution):
         inner, tensors = _describe(base, f"{prefix}base.")
-        described: Any = {"flow": inner}
+        described: dict[str, Any] | None = {"flow": inner}
     else:
         described, tensors = describe_base(base, f"{prefix}base.")
     for name, tensor in flow.state_dict().items():
@@ -195,7 +198,7 @@ def _check_classes(distribution: AnyDistribution) -> None:
             )
 
 
-def _own_parts(distribution: Any) -> tuple[nn.Module | None, Interpolant | None]:
+def _own_parts(distribution: object) -> tuple[nn.Module | None, Interpolant | None]:
     """Return velocity and interpolant of the user's own, of the outermost flow that has one."""
     velocity = interpolant = None
     while isinstance(distribution, AnyDistribution):
@@ -207,7 +210,7 @@ def _own_parts(distribution: Any) -> tuple[nn.Module | None, Interpolant | None]
     return velocity, interpolant
 
 
-def _content(distribution: Any) -> Any:
+def _content(distribution: object) -> object:
     """Return all that a file has to give back of a flow, by the names of its parts."""
     if not isinstance(distribution, AnyDistribution):
         return distribution
@@ -247,7 +250,9 @@ def _build(
     given = {k: v.to(transform.flow.loc.device) for k, v in below("base.", tensors).items()}
     if isinstance(description, dict) and "flow" in description:
         left = None if header["arguments"] is None else velocity
-        base: Any = _build(description["flow"], given, left, interpolant, fill=fill)
+        base: AnyDistribution | TorchDistributionMixin | None = _build(
+            description["flow"], given, left, interpolant, fill=fill
+        )
     else:
         with naming("base"):
             base = build_base(description, given)
@@ -333,7 +338,7 @@ def _build_transform(
     return transform
 
 
-def _passed(what: str, name: str, value: Any) -> Any:
+def _passed(what: str, name: str, value: _T | None) -> _T:
     """Return what was passed in for a class of the user's own.
 
     Raises:
@@ -383,18 +388,17 @@ def _new_whitening(name: str, tensors: Tensors, dtype: torch.dtype) -> Whitening
             if tensors[f"whitening.{key}"].shape != (size,) * value.dim():
                 raise PartError(f"expected the whitening a {name} of {size} dimensions")
         device = tensors["whitening.loc"].device
-        new = _new_module("whitening", partial(kind, size), tensors, dtype, device=device)
-        return cast(Whitening, new)
+        return _new_module("whitening", partial(kind, size), tensors, dtype, device=device)
 
 
 def _new_module(
     part: str,
-    make: partial[nn.Module],
+    make: partial[_M],
     tensors: Tensors,
     dtype: torch.dtype | None = None,
     *,
     device: str | torch.device = "meta",
-) -> nn.Module:
+) -> _M:
     """Return a new module that takes the file's tensors as they are.
 
     By default none is made for it before: sizes in an edited header may be huge.
@@ -412,14 +416,14 @@ def _new_module(
     return module
 
 
-def _set_frozen(transform: AnyTransform, which: Any) -> None:
+def _set_frozen(transform: AnyTransform, which: object) -> None:
     """Freeze all weights, none, or some by name."""
     parameters = dict(transform.flow.named_parameters())
-    names = which if isinstance(which, list) else [] if isinstance(which, bool) else [None]
-    if any(name not in parameters for name in names):
+    frozen = list(parameters) if which is True else [] if which is False else which
+    if not isinstance(frozen, list) or any(name not in parameters for name in frozen):
         raise PartError(f"expected which of its weights are frozen, got {which!r}")
     for name, p in parameters.items():
-        trained = not (which if isinstance(which, bool) else name in which)
+        trained = name not in frozen
         if p.requires_grad != trained:
             p.requires_grad_(trained)
 
@@ -436,14 +440,14 @@ def _check_probes(transform: AnyTransform, probes: Tensor | None) -> None:
         raise PartError(f"expected the probes of {divergence}, got others")
 
 
-def _network_arguments(network: Any) -> Any:
+def _network_arguments(network: Any) -> list[Any] | None:
     """Return what the constructor of a network of this package was given, or None."""
     return network.arguments() if is_of(network, networks) else None
 
 
 def _build_interpolant(
     description: list[Any], given: Interpolant | None, tensors: Tensors, *, fill: bool
-) -> Any:
+) -> Interpolant | None:
     name, fields = description
     if fields is None:
         own = _passed("interpolant", name, given)

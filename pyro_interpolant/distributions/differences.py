@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Mapping
 from inspect import getattr_static
 from numbers import Number
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.distributions.utils import lazy_property
 _LEFT_OUT = {"training", "_validate_args", "_compiled_call_impl", "_inv", "_cached_x_y", "_cache"}
 
 
-def difference(one: Any, other: Any) -> str | None:
+def difference(one: object, other: object) -> str | None:
     """Return the place at which two values differ, empty if it is the whole; None if they do not.
 
     Modules, distributions, transforms and constraints are compared by their attributes, save those
@@ -38,7 +37,7 @@ def difference(one: Any, other: Any) -> str | None:
         states = [_state(value) for value in (one, other)]
         if None not in states:
             one, other = states
-    if not isinstance(one, Mapping):
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):  # both are or neither
         return None if one == other or (one != one and other != other) else ""
     for key in {**one, **other}:
         if key not in one or key not in other:
@@ -58,16 +57,16 @@ def _is_same_tensor(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _are_numbers(*values: Any) -> bool:
+def _are_numbers(*values: object) -> bool:
     return all(isinstance(value, Number) for value in values)
 
 
-def _is_made_of_parts(value: Any) -> bool:
+def _is_made_of_parts(value: object) -> bool:
     kinds = (nn.Module, Distribution, Transform, Constraint)
     return isinstance(value, kinds) or dataclasses.is_dataclass(value)
 
 
-def _parts(value: Any) -> dict[str, Any]:
+def _parts(value: object) -> dict[str, object]:
     """Return the attributes of a value, without those that only save time."""
     return {
         key: part
@@ -77,7 +76,7 @@ def _parts(value: Any) -> dict[str, Any]:
     }
 
 
-def _state(value: Any) -> Mapping[Any, Any] | None:
+def _state(value: object) -> Mapping[object, object] | None:
     """Return the state of an object that is its attributes alone, and has no equality; else None.
 
     Such are the attention processors of diffusers.

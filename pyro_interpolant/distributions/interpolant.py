@@ -223,7 +223,7 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
         return self.space.shown()
 
     @property
-    def base_dist(self) -> Any:
+    def base_dist(self) -> TorchDistributionMixin:
         """The distribution of the flow's input, in the type and on the device of the flow."""
         base = self.__dict__["base_dist"]
         if self.base is None:  # made anew: the flow's type may change, also inside torch.func

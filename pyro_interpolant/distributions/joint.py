@@ -5,10 +5,10 @@ With :math:`b_i` the bijection to the support of site i, the flow learns the pac
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pyro
 import torch
+from numpy.typing import ArrayLike
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import biject_to, constraints
@@ -47,7 +47,7 @@ class NamedSites:
         """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``."""
         return unpack(self.sites, packed)
 
-    def pack(self, draws: Mapping[str, Tensor]) -> Tensor:
+    def pack(self, draws: Mapping[str, ArrayLike]) -> Tensor:
         """Return packed vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.
 
         Raises:
@@ -162,7 +162,9 @@ class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolant
         return f"{type(self).__name__}({self._named()})"
 
 
-def sites_of(draws: Mapping[str, Any], supports: Any) -> dict[str, tuple[torch.Size, Constraint]]:
+def sites_of(
+    draws: Mapping[str, ArrayLike], supports: object
+) -> dict[str, tuple[torch.Size, Constraint]]:
     """Return the shape and support of each site of named draws, each ``(N, *site_shape)``.
 
     Raises:
@@ -179,20 +181,19 @@ def sites_of(draws: Mapping[str, Any], supports: Any) -> dict[str, tuple[torch.S
             f"expected named draws, and supports of sites among {sorted(draws)}, got supports of "
             f"{unknown or 'nothing'}"
         )
-    sites = {}
+    sites, lengths = {}, {}
     for name, value in draws.items():
         shape = getattr(value, "shape", (0,))[1:]
-        checked_rows(value, f"site {name!r}", shape)
+        lengths[name] = len(checked_rows(value, f"site {name!r}", shape))
         support = supports.get(name, constraints.real)
         bijection(support)
         sites[name] = (torch.Size(shape), support)
-    lengths = {name: len(value) for name, value in draws.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"expected as many draws of every site, got {lengths}")
     return sites
 
 
-def pack(sites: Sites, draws: Mapping[str, Any]) -> Tensor:
+def pack(sites: Sites, draws: Mapping[str, ArrayLike]) -> Tensor:
     """Return packed unconstrained vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.
 
     Raises:

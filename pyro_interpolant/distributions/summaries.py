@@ -8,18 +8,23 @@ References:
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import ComposeTransform, Independent
+from torch.distributions import ComposeTransform, Distribution, Independent
 from torch.quasirandom import SobolEngine
 
 from .._torch import is_functional, is_tracing, seeded
+from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
 from .bases import Samples
-from .supports import CircularSupport
+from .constraints import Constraint
+from .supports import CircularSupport, Support
 
 _SETS, _DRAWS = 8, 512  # scrambled nets, whose spread tells the error, and the draws of each
 
@@ -44,7 +49,7 @@ class Moments(NamedTuple):
     entropy_stderr: Tensor
 
 
-def moments(distribution: Any) -> Moments:
+def moments(distribution: "Summaries") -> Moments:
     """Return the moments of a distribution, by 8 sets of 512 draws, the same at each call.
 
     The draws of N(0, I) are scrambled Sobol points, where there are such of so many dimensions;
@@ -70,7 +75,7 @@ def moments(distribution: Any) -> Moments:
     return Moments(*found)
 
 
-def _sets(distribution: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
     """Yield sets of draws, ``(512, *batch, *event)``, with their log-densities.
 
     The batch is that of the context: members of an expanded distribution are all alike.
@@ -93,7 +98,7 @@ def _sets(distribution: Any) -> Iterator[tuple[Tensor, Tensor]]:
             yield y, log_prob - log_det
 
 
-def _is_bounded(distribution: Any) -> bool:
+def _is_bounded(distribution: "Summaries") -> bool:
     """Return whether all values on the support are within bounds."""
     flow = distribution.transform.flow
     far = torch.tensor([[-1e7], [-1e5], [1e5], [1e7]], dtype=torch.double, device=flow.loc.device)
@@ -101,7 +106,7 @@ def _is_bounded(distribution: Any) -> bool:
     return bool(y.isfinite().all()) and torch.allclose(y[0], y[1]) and torch.allclose(y[2], y[3])
 
 
-def _existing(base: Any) -> tuple[float, float]:
+def _existing(base: TorchDistributionMixin | None) -> tuple[float, float]:
     """Return what to add to the mean and to the variance: NaN or infinity where the base's is.
 
     A flow moves far points by bounded distances, so it has the moments that its base has.
@@ -116,10 +121,26 @@ def _existing(base: Any) -> tuple[float, float]:
     return found[0], found[1]
 
 
-class Summaries:
-    """What an :class:`~pyro_interpolant.InterpolantDistribution` knows of itself in numbers."""
+class Summaries(dist.TransformedDistribution):
+    """What an :class:`~pyro_interpolant.InterpolantDistribution` knows of itself in numbers.
 
-    def moments(self: Any) -> Moments:
+    Attributes:
+        transform: The flow.
+        base: The base in data coordinates, or None for N(0, I) in whitened ones.
+        constraint: The support as a constraint.
+        space: The support.
+    """
+
+    transform: InterpolantTransform
+    base: TorchDistributionMixin | None
+    constraint: Constraint
+    space: Support
+
+    @abstractmethod
+    def without_support(self) -> "Summaries":
+        """Return the distribution of the flow's own coordinates: real vectors."""
+
+    def moments(self) -> Moments:
         """Return mean, variance and entropy with their standard errors, which draws leave.
 
         They are the same at each call: means over 8 sets of 512 scrambled Sobol points, or random
@@ -129,7 +150,7 @@ class Summaries:
         return moments(self)
 
     @property
-    def mean(self: Any) -> Tensor:
+    def mean(self) -> Tensor:
         """The mean, shape ``(*batch_shape, *event_shape)``; :meth:`moments` tells its error.
 
         Raises:
@@ -138,7 +159,7 @@ class Summaries:
         return _on_the_line(self).mean
 
     @property
-    def variance(self: Any) -> Tensor:
+    def variance(self) -> Tensor:
         """The variance of each element, ``(*batch_shape, *event_shape)``; see :meth:`moments`.
 
         Raises:
@@ -146,14 +167,14 @@ class Summaries:
         """
         return _on_the_line(self).variance
 
-    def entropy(self: Any) -> Tensor:
+    def entropy(self) -> Tensor:
         r"""Return the differential entropy :math:`-E[\log\rho_1(x)]`, nats, ``(*batch_shape)``.
 
         Its error is that of :meth:`moments`.
         """
         return moments(self).entropy
 
-    def cdf(self: Any, value: Tensor) -> Tensor:
+    def cdf(self, value: Tensor) -> Tensor:
         """Return the probability of values up to the given ones, of scalars.
 
         Args:
@@ -182,7 +203,7 @@ class Summaries:
         found = below.where(inside, beyond.masked_fill(unknown, math.nan))
         return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
 
-    def icdf(self: Any, value: Tensor) -> Tensor:
+    def icdf(self, value: Tensor) -> Tensor:
         """Return the quantiles of scalars: the values up to which there is a given probability.
 
         Where 128 or more share a context and no gradient is wanted, they are read off a monotone
@@ -217,7 +238,7 @@ class Summaries:
         return x.where(inner.reshape(x.shape), end)
 
 
-def _on_the_line(distribution: Any) -> Moments:
+def _on_the_line(distribution: Summaries) -> Moments:
     if isinstance(distribution.space, CircularSupport):
         raise NotImplementedError(
             "angles have no mean or variance that does not depend on where the circle is cut: "
@@ -226,7 +247,7 @@ def _on_the_line(distribution: Any) -> Moments:
     return moments(distribution)
 
 
-def _check_scalar(distribution: Any, name: str) -> None:
+def _check_scalar(distribution: Summaries, name: str) -> None:
     shape = tuple(distribution.event_shape)
     if shape not in ((), (1,)) or isinstance(distribution.space, CircularSupport):
         raise NotImplementedError(
@@ -235,7 +256,7 @@ def _check_scalar(distribution: Any, name: str) -> None:
         )
 
 
-def _orientation(distribution: Any) -> tuple[Tensor, bool]:
+def _orientation(distribution: Summaries) -> tuple[Tensor, bool]:
     """Return a value inside the support, shape ``event_shape``, and whether the map increases."""
     flow = distribution.transform.flow
     steps = torch.arange(2, dtype=torch.double, device=flow.loc.device)[:, None]
@@ -245,7 +266,7 @@ def _orientation(distribution: Any) -> tuple[Tensor, bool]:
     return x[0].to(flow.loc), rises
 
 
-def _base_cdf(distribution: Any, x: Tensor) -> Tensor:
+def _base_cdf(distribution: Summaries, x: Tensor) -> Tensor:
     """Return the base's probability up to x, shape ``(*)``, of x of shape ``(*, 1)``."""
     if distribution.base is None:
         return torch.special.ndtr(x[..., 0])
@@ -254,7 +275,7 @@ def _base_cdf(distribution: Any, x: Tensor) -> Tensor:
     return _scalars(distribution.base).cdf(x)[..., 0]
 
 
-def _base_icdf(distribution: Any, q: Tensor) -> Tensor:
+def _base_icdf(distribution: Summaries, q: Tensor) -> Tensor:
     """Return the base's quantiles, shape ``(*, 1)``, of probabilities, shape ``(*)``."""
     if distribution.base is None:
         return torch.special.ndtri(q)[..., None]
@@ -263,7 +284,7 @@ def _base_icdf(distribution: Any, q: Tensor) -> Tensor:
     return _scalars(distribution.base).icdf(q[..., None])
 
 
-def pushed(distribution: Any, x: Tensor) -> Tensor:
+def pushed(distribution: Summaries, x: Tensor) -> Tensor:
     """Return where a flow of scalars takes values of its base, shape ``(*, 1)``."""
     chain = distribution.transforms
     place = chain.index(distribution.transform)
@@ -277,7 +298,7 @@ def pushed(distribution: Any, x: Tensor) -> Tensor:
     return after(mapped(distribution.transform, before(x), log_odds))
 
 
-def _scalars(base: Any) -> Any:
+def _scalars(base: TorchDistributionMixin) -> Distribution:
     """Return the distribution of scalars, of batch shape ``(1,)``, that a base is made of."""
     while isinstance(base, Independent):
         base = base.base_dist

@@ -11,6 +11,7 @@ References:
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..distributions.constraints import Shaped, images_of
@@ -45,7 +46,7 @@ def are_levels(x: Any, event_dim: int) -> bool:
     return event_dim == 3 and str(kind).removeprefix("torch.") == "uint8"
 
 
-def checked_levels(distribution: AnyDistribution, x: Any) -> Tensor:
+def checked_levels(distribution: AnyDistribution, x: ArrayLike) -> Tensor:
     """Return images of whole levels as rows, ``uint8``, shape ``(N, D)``.
 
     Args:
@@ -56,7 +57,8 @@ def checked_levels(distribution: AnyDistribution, x: Any) -> Tensor:
         ValueError: If they are of another shape, there are none, or the support is not that of
             real numbers, which levels at its edge would leave.
     """
-    constraint, levels = distribution.constraint, images_of(distribution, x)
+    shape = distribution.space.event_shape(distribution.transform.flow.event_dim)
+    constraint, levels = distribution.constraint, images_of(shape, x)
     inner = constraint.base_constraint if isinstance(constraint, Shaped) else constraint
     if not support_of(inner).is_real():
         raise ValueError(
