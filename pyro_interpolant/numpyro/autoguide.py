@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from numpyro import handlers
+from numpyro.distributions import Distribution
 from numpyro.infer import Predictive, init_to_uniform
 from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.util import unconstrain_fn
@@ -25,8 +27,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..infer.autoguide import GuideResult
+    from ..infer.smc.train import RoundsResult
+    from ..training.fitting import FitResult
 
 __all__ = ["AutoInterpolant", "fit_guide"]
+
+Arguments = tuple[object, ...]  # of a model
+Named = Mapping[str, object]
 
 _BLOCKS = (16, 128, 1024, 4096)  # numbers of rows for which a density is compiled
 
@@ -81,7 +88,7 @@ class AutoInterpolant(AutoContinuous):
             raise ValueError("expected a trained guide: call fit_guide(guide, key, *args) first")
         return self.posterior
 
-    def get_base_dist(self) -> Any:
+    def get_base_dist(self) -> Distribution:
         """Return N(0, I), of event shape ``(D,)``."""
         return self._get_posterior().base_dist
 
@@ -116,7 +123,7 @@ def fit_guide(
     guide: AutoInterpolant,
     key: Array,
     *args: object,
-    samples: Mapping[str, Any] | None = None,
+    samples: Mapping[str, ArrayLike] | None = None,
     max_seconds: float = 120.0,
     seed: int | None = None,
     progress: bool = True,
@@ -173,7 +180,9 @@ def fit_guide(
     settings |= options or {}
     if samples is None:
         start = _prior_draws(guide, draw, args, kwargs, autoguide.PRIOR_DRAWS)
-        training: Any = train_from_density(posterior, density, **{"start": start, **settings})
+        training: FitResult | RoundsResult = train_from_density(
+            posterior, density, **{"start": start, **settings}
+        )
     else:
         rows = torch.tensor(np.asarray(_packed(guide, samples, args, kwargs)), dtype=dtype)
         training = fit(posterior, rows, **settings)
@@ -208,7 +217,9 @@ def _check_plates(guide: AutoInterpolant) -> None:
         )
 
 
-def _packed(guide: AutoInterpolant, draws: Mapping[str, Any], args: Any, kwargs: Any) -> Array:
+def _packed(
+    guide: AutoInterpolant, draws: Mapping[str, ArrayLike], args: Arguments, kwargs: Named
+) -> Array:
     """Return unconstrained vectors, shape ``(N, D)``, of draws by site, by chain or not.
 
     Raises:
@@ -244,7 +255,7 @@ def _packed(guide: AutoInterpolant, draws: Mapping[str, Any], args: Any, kwargs:
 
 
 def _prior_draws(
-    guide: AutoInterpolant, key: Array, args: Any, kwargs: Any, count: int
+    guide: AutoInterpolant, key: Array, args: Arguments, kwargs: Named, count: int
 ) -> "Tensor | None":
     """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
 
@@ -262,7 +273,9 @@ def _prior_draws(
     return without_extremes(torch.tensor(z))
 
 
-def log_density(guide: AutoInterpolant, args: Any, kwargs: Any) -> Callable[[Array], Array]:
+def log_density(
+    guide: AutoInterpolant, args: Arguments, kwargs: Named
+) -> Callable[[Array], Array]:
     """Return the log joint density of one unconstrained vector, shape ``(D,)``, for jax."""
     potential = guide._potential_fn_gen(*args, **kwargs)
     return lambda z: -potential(guide._unpack_latent(z))

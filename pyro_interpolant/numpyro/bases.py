@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+from numpy.typing import NDArray
 from numpyro.distributions import constraints
 from numpyro.distributions import transforms as maps
 
@@ -56,18 +58,18 @@ class UniformTorus(dist.Distribution):
     support = constraints.real_vector
     reparametrized_params = ["origin"]
 
-    def __init__(self, origin: Any, *, validate_args: bool | None = None) -> None:
+    def __init__(self, origin: ArrayLike, *, validate_args: bool | None = None) -> None:
         self.origin = origin
         shape = jnp.shape(origin)
         super().__init__(shape[:-1], shape[-1:], validate_args=validate_args)
 
-    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         r"""Return draws in :math:`[-\pi, \pi)`, shape ``(*sample_shape, *batch, D)``."""
         dtype = jnp.result_type(self.origin)
         shape = sample_shape + self.batch_shape + self.event_shape
         return jax.random.uniform(key, shape, dtype, -math.pi, math.pi)
 
-    def log_prob(self, value: Array, intermediates: Any = None) -> Array:  # noqa: ARG002
+    def log_prob(self, value: Array, intermediates: object = None) -> Array:  # noqa: ARG002
         r"""Return :math:`-D \log 2\pi`, shape ``(*)``, of real values of shape ``(*, D)``."""
         shape = jnp.broadcast_shapes(jnp.shape(value)[:-1], self.batch_shape)
         level = -self.event_shape[0] * math.log(_TURN)
@@ -97,19 +99,19 @@ class Planar(dist.Distribution):
         """Whether draws can be differentiated."""
         return self.base.has_rsample
 
-    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         """Return points of the planes, shape ``(*sample_shape, *batch, 2 D)``."""
         one, other = jax.random.split(key)
         u = self.base.sample(one, sample_shape)
         parts = jax.random.normal(other, (2, *u.shape), u.dtype)
         return in_planes(u, jnp.hypot(*parts))
 
-    def log_prob(self, value: Array, intermediates: Any = None) -> Array:  # noqa: ARG002
+    def log_prob(self, value: Array, intermediates: object = None) -> Array:  # noqa: ARG002
         """Return the log-density, shape ``(*)``, of real values, shape ``(*, 2 D)``."""
         return self.base.log_prob(directions(value)) - 0.5 * jnp.square(value).sum(-1)
 
 
-def in_planes(u: Array, radius: Any) -> Array:
+def in_planes(u: Array, radius: ArrayLike) -> Array:
     """Return points of the plane in the directions u, shape ``(*, D)``, as ``(*, 2 D)``."""
     return jnp.concatenate((radius * jnp.cos(u), radius * jnp.sin(u)), -1)
 
@@ -120,13 +122,15 @@ def directions(w: Array) -> Array:
     return jnp.arctan2(y, jnp.where((x == 0) & (y == 0), 1.0, x))  # a finite slope at 0
 
 
-def standard_normal(dim: int, dtype: Any) -> dist.Distribution:
+def standard_normal(dim: int, dtype: DTypeLike) -> dist.Distribution:
     """Return N(0, I), event shape ``(dim,)``."""
     zero, one = np.zeros(dim, dtype), np.ones(dim, dtype)
     return dist.Normal(zero, one, validate_args=False).to_event(1)
 
 
-def build_base(description: Any, tensors: Mapping[str, Any]) -> dist.Distribution:
+def build_base(
+    description: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
+) -> dist.Distribution:
     """Return the base of a description, given its arrays by name.
 
     Raises:
@@ -140,7 +144,7 @@ def build_base(description: Any, tensors: Mapping[str, Any]) -> dist.Distributio
         inner = build_base(description["independent"], tensors)
         return inner.to_event(description["ndims"])
     name = description["class"]
-    arguments = {key: tensors[key] for key in description["arguments"]}
+    arguments: dict[str, Any] = {key: tensors[key] for key in description["arguments"]}
     for key, part in description.get("parts", {}).items():
         arguments[key] = _build_part(part, below(f"{key}.", tensors))
     new = _build_object(name, arguments)
@@ -148,7 +152,7 @@ def build_base(description: Any, tensors: Mapping[str, Any]) -> dist.Distributio
     return new if shape is None else new.expand(tuple(shape))
 
 
-def _build_object(name: str, arguments: dict[str, Any]) -> Any:
+def _build_object(name: str, arguments: dict[str, Any]) -> dist.Distribution | maps.Transform:
     if name in _SAME and hasattr(dist, name):
         validate = False if name == "VonMises" else None  # of any number of turns
         return getattr(dist, name)(**arguments, validate_args=validate)
@@ -166,7 +170,7 @@ def _build_object(name: str, arguments: dict[str, Any]) -> Any:
     raise ValueError(f"its base has a {name}, which this version cannot make in NumPyro")
 
 
-def _build_transform(name: str, arguments: dict[str, Any]) -> Any:
+def _build_transform(name: str, arguments: dict[str, Any]) -> maps.Transform:
     event_dim, _ = arguments.pop("event_dim", 0), arguments.pop("cache_size", 0)
     if name == "AffineTransform":
         affine = maps.AffineTransform(arguments["loc"], arguments["scale"])
@@ -176,12 +180,12 @@ def _build_transform(name: str, arguments: dict[str, Any]) -> Any:
     raise ValueError(f"its base has a {name} of these arguments: {sorted(arguments)}")
 
 
-def _build_part(part: Any, tensors: Mapping[str, Any]) -> Any:
+def _build_part(part: object, tensors: Mapping[str, NDArray[Any]]) -> object:
     if isinstance(part, list):
         return [_build_part(p, below(f"{i}.", tensors)) for i, p in enumerate(part)]
     return build_base(part, tensors) if isinstance(part, dict) else part
 
 
-def below(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def below(prefix: str, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Return the arrays, of any shapes, whose names begin with a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -9,13 +9,14 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
+from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.transforms import Transform
@@ -72,7 +73,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         return len(flows) - 1 - flows[::-1].index(True)
 
     @validate_sample
-    def log_prob(self, value: Array, intermediates: Any = None) -> Array:
+    def log_prob(self, value: Array, intermediates: Sequence[Any] | None = None) -> Array:
         """Return the log-density, shape ``(*)``, of values of shape ``(*, *event_shape)``.
 
         Beyond the support and at infinity it is ``-inf``; with validation on, for NaN too.
@@ -94,7 +95,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         if intermediates:
             return self._of_drawn(value, intermediates)
         x, finite = value, jnp.ones((), bool)
-        log_det: Any = 0.0
+        log_det: Array | float = 0.0
         for transform in reversed(self.transforms):
             if isinstance(transform, InterpolantTransform):
                 x, finite = _finite(x, transform.weights["loc"], finite)
@@ -104,7 +105,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         unknown = jnp.isnan(value).any(tuple(range(len(shape) - event, len(shape))))
         return jnp.where(finite, log_prob, jnp.where(unknown, jnp.nan, -jnp.inf))
 
-    def _of_drawn(self, value: Array, intermediates: Any) -> Array:
+    def _of_drawn(self, value: Array, intermediates: Sequence[Any]) -> Array:
         """Return the log-density, shape ``(*)``, of what was just drawn."""
         inputs = [x for x, _ in intermediates]
         log_prob = self.base_dist.log_prob(inputs[0])
@@ -114,7 +115,9 @@ class InterpolantDistribution(dist.TransformedDistribution):
             log_prob = log_prob - per_event(term, jnp.shape(x)[:-1])
         return log_prob
 
-    def rsample_and_log_prob(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+    def rsample_and_log_prob(
+        self, key: Array, sample_shape: tuple[int, ...] = ()
+    ) -> tuple[Array, Array]:
         """Return samples, ``(*sample_shape, *batch, *event)``, and log-densities, in one solve."""
         value, intermediates = self.sample_with_intermediates(key, sample_shape)
         return value, self.log_prob(value, intermediates)
@@ -135,7 +138,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         )
 
     @classmethod
-    def infer_shapes(cls, *args: Any, **kwargs: Any) -> Any:
+    def infer_shapes(cls, *args: object, **kwargs: object) -> NoReturn:
         """Raise an error: no argument is an array, the flow has the shapes."""
         raise NotImplementedError(f"{cls.__name__} has its shapes from a flow, not from arguments")
 
@@ -147,7 +150,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         )
 
 
-def _finite(x: Array, loc: Any, before: Array) -> tuple[Array, Array]:
+def _finite(x: Array, loc: ArrayLike, before: Array) -> tuple[Array, Array]:
     """Return rows, ``(*, D)``, with loc for those that are not finite, and which are, ``(*)``."""
     finite = jnp.isfinite(x).all(-1)
     return jnp.where(finite[..., None], x, loc), finite & before
@@ -208,7 +211,7 @@ jax.tree_util.register_pytree_node(
 
 
 def _conditional(
-    sites: str, base_dist: Any, transforms: Any
+    sites: str, base_dist: dist.Distribution, transforms: list[Transform]
 ) -> ConditionalInterpolantDistribution:
     new = ConditionalInterpolantDistribution.__new__(ConditionalInterpolantDistribution)
     new.base_dist, new.transforms, new._sites = base_dist, transforms, sites
@@ -271,7 +274,7 @@ class JointInterpolantDistribution(InterpolantDistribution):
         packed = numpyro.sample(name, self)
         return {k: numpyro.deterministic(k, v) for k, v in self.unpack(packed).items()}
 
-    def sample_dict(self, key: Any, sample_shape: tuple[int, ...] = ()) -> dict[str, Array]:
+    def sample_dict(self, key: Array, sample_shape: tuple[int, ...] = ()) -> dict[str, Array]:
         """Return draws by name, each on its support, ``(*sample_shape, *batch, *site_shape)``."""
         return self.unpack(self.sample(key, sample_shape))
 
@@ -284,7 +287,7 @@ class JointInterpolantDistribution(InterpolantDistribution):
             sites[name] = transform(part.reshape(*part.shape[:-1], *shape))
         return sites
 
-    def pack(self, draws: Mapping[str, Any]) -> Array:
+    def pack(self, draws: Mapping[str, ArrayLike]) -> Array:
         """Return packed vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.
 
         Raises:

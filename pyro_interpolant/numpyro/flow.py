@@ -6,6 +6,7 @@ nodes come after it, all at once. What depends on time alone is a table that num
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,10 @@ from ..solvers.quadrature import clenshaw_curtis, random_offsets
 from ..solvers.tableaus import TABLEAUS
 from . import mlp
 from .frozen import Frozen, Weights
+
+_Table = mlp.Modulation | Array  # by time: layers, or what contexts are added to
+_Layers = Callable[[Any], mlp.Modulation]  # those of a row of a table
+_States = tuple[Array, Array, Array]  # of a step: where it is, its slope, where it ends
 
 _MAX_ELEMENTS = 2**25  # of the largest intermediate of a divergence: 256 MiB in float64
 
@@ -197,7 +202,7 @@ def _solve_rows(
     return end, log_det
 
 
-def _modulations(weights: Weights, context: Array | None) -> tuple[Any, Any]:
+def _modulations(weights: Weights, context: Array | None) -> tuple[_Table, _Layers]:
     """Return a table by time, and the function that makes layers of one of its rows."""
     if context is None:
         return mlp.Modulation(weights["shifts"], weights["scales"]), lambda row: row
@@ -209,7 +214,7 @@ def _modulations(weights: Weights, context: Array | None) -> tuple[Any, Any]:
 
 
 def _integrate(
-    weights: Weights, x: Array, table: Any, at: Any, grid: Grid, *, forward: bool
+    weights: Weights, x: Array, table: _Table, at: _Layers, grid: Grid, *, forward: bool
 ) -> Array:
     """Return the states at the nodes, ascending in time, shape ``(N + 1, *, D)``."""
     network = mlp.of_network(weights)
@@ -219,7 +224,7 @@ def _integrate(
     # Of a stage only products are kept for gradients: all else takes longer to store and fetch
     # than to compute again (1,000 rows: 140 ms against 192 for a gradient of three layers).
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
-    def advanced(states: tuple[Array, Array, Array], row: Any, now: Any) -> Any:
+    def advanced(states: _States, row: _Table, now: Sequence[Array]) -> _States:
         x, k, end = states
         before, share, last = now
         k = mlp.velocity(network, at(row), x + before * k)
@@ -229,7 +234,9 @@ def _integrate(
     # Of many rows the layers come one stage ahead, through the carry: those that are looked up in
     # the stage itself are looked up anew for each number (1,000 rows: 65 ms against 34). For a
     # single one that is cheaper than to carry them (a gradient: 0.32 ms against 0.39).
-    def stage(carry: tuple[Any, Any], now: Any) -> tuple[Any, Array]:
+    def stage(
+        carry: tuple[_States, _Table | None], now: tuple[Any, ...]
+    ) -> tuple[tuple[_States, _Table | None], Array]:
         states, row = carry
         new, *rest = now
         states = advanced(states, new if row is None else row, rest)
@@ -251,12 +258,12 @@ def _per(grid: Grid) -> int:
     return len(TABLEAUS[grid.method][0])
 
 
-def _log_det(weights: Weights, states: Array, table: Any, at: Any, grid: Grid) -> Array:
+def _log_det(weights: Weights, states: Array, table: _Table, at: _Layers, grid: Grid) -> Array:
     """Return the weighted sum of divergences along states, ``(N + 1, *, D)``, shape ``(*)``."""
     network = mlp.of_network(weights)
     plan = _plan(grid)
 
-    def rate(row: Any, x: Array) -> Array:
+    def rate(row: _Table, x: Array) -> Array:
         if "divergence.probes" in weights:
             return _estimate(network, at(row), x, weights["divergence.probes"].astype(x.dtype))
         return mlp.divergence(network, at(row), x)
@@ -266,7 +273,7 @@ def _log_det(weights: Weights, states: Array, table: Any, at: Any, grid: Grid) -
     return jnp.tensordot(plan.weights.astype(states.dtype), rates, 1, precision="highest")
 
 
-def _estimate(network: Weights, modulation: Any, x: Array, probes: Array) -> Array:
+def _estimate(network: Weights, modulation: mlp.Modulation, x: Array, probes: Array) -> Array:
     """Return the mean of ``e J e`` over the probes e, shape ``(P, D)``: shape ``(*)``."""
     field = partial(mlp.velocity, network, modulation)
 

@@ -7,8 +7,8 @@ They are numpy's: arrays of jax that were made while something is traced could n
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ __all__ = ["Frozen"]
 
 Weights = Mapping[str, Any]  # by name: arrays of numpy or jax
 _MAX_DERIVED = 16
+_T = TypeVar("_T")
 
 
 class Frozen(Mapping[str, NDArray[Any]]):
@@ -40,9 +41,9 @@ class Frozen(Mapping[str, NDArray[Any]]):
             digest.update(repr((name, array.shape, array.dtype.str)).encode())
             digest.update(array.tobytes())
         self._digest = digest.digest()
-        self._derived: dict[Any, Any] = {}
+        self._derived: dict[Hashable, Any] = {}
 
-    def derived(self, key: Any, make: Callable[[], Any]) -> Any:
+    def derived(self, key: Hashable, make: Callable[[], _T]) -> _T:
         """Return what is computed from the arrays, of any shape, once for each key."""
         if key not in self._derived:
             if len(self._derived) >= _MAX_DERIVED:

@@ -1,7 +1,7 @@
 """Importance sampling with a guide of a NumPyro model: how well it covers its posterior."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import Array
 from numpyro import handlers
 from numpyro.infer.util import constrain_fn
 
-from .autoguide import AutoInterpolant, check_guide, log_density
+from .autoguide import Arguments, AutoInterpolant, Named, check_guide, log_density
 from .distributions import InterpolantDistribution
 from .transforms import InterpolantTransform
 
@@ -112,7 +112,9 @@ def importance(
     return ImportanceResult(*summary, verdict, jnp.asarray(weights.numpy()), draws)
 
 
-def _constrained(guide: AutoInterpolant, z: Array, args: Any, kwargs: Any) -> dict[str, Array]:
+def _constrained(
+    guide: AutoInterpolant, z: Array, args: Arguments, kwargs: Named
+) -> dict[str, Array]:
     """Return the sites, each ``(N, *site_shape)``, of unconstrained vectors, shape ``(N, D)``.
 
     Their supports may depend on the arguments of the model, so may differ from the guide's own.

@@ -6,10 +6,14 @@ checked against their description, and what has no twin here is refused by its n
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from numpy.typing import NDArray
+from numpyro.distributions import Distribution
+from numpyro.distributions.transforms import Transform
 
 from ..io import StrPath, read
 from .bases import below, build_base, standard_normal
@@ -24,7 +28,12 @@ from .mlp import expected_shapes
 from .supports import Bijection, event_shape, is_real, text_of
 from .transforms import InterpolantTransform, Whiten
 
+if TYPE_CHECKING:
+    from ..distributions.interpolant import AnyDistribution as FlowOfTorch
+
 __all__ = ["from_torch", "load"]
+
+_Arrays = Mapping[str, NDArray[Any]]  # by their names in a file
 
 AnyDistribution = (
     InterpolantDistribution | ConditionalInterpolantDistribution | JointInterpolantDistribution
@@ -40,7 +49,7 @@ class RefusedError(ValueError):
     """A part that has no twin in NumPyro."""
 
 
-def load(path: StrPath, *, dtype: Any = None) -> AnyDistribution:
+def load(path: StrPath, *, dtype: DTypeLike | None = None) -> AnyDistribution:
     """Read a flow that :func:`pyro_interpolant.save` wrote, as a distribution of NumPyro.
 
     Its weights are frozen, as numpy's arrays. Nothing of torch is imported.
@@ -84,7 +93,7 @@ def load(path: StrPath, *, dtype: Any = None) -> AnyDistribution:
     return distribution
 
 
-def from_torch(distribution: Any) -> AnyDistribution:
+def from_torch(distribution: "FlowOfTorch") -> AnyDistribution:
     """Return the twin of a flow of torch's, as :func:`load` gives it, without a file.
 
     Args:
@@ -105,7 +114,7 @@ def from_torch(distribution: Any) -> AnyDistribution:
     return _built(header, {name: tensor.numpy() for name, tensor in tensors.items()}, None)
 
 
-def _built(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -> AnyDistribution:
+def _built(header: Mapping[str, Any], arrays: _Arrays, dtype: DTypeLike | None) -> AnyDistribution:
     """Return the distribution of a header and its arrays."""
     arrays = {k: _converted(v, dtype) for k, v in arrays.items()}
     transform = InterpolantTransform(_weights(header, arrays, dtype), _grid(header["solver"]))
@@ -136,16 +145,16 @@ def _built(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -> 
     return InterpolantDistribution(base, chain, **options)
 
 
-def _converted(array: Any, dtype: Any) -> Any:
+def _converted(array: NDArray[Any], dtype: DTypeLike | None) -> NDArray[Any]:
     return array.astype(dtype) if dtype is not None and array.dtype.kind == "f" else array
 
 
 def _base(
     header: Mapping[str, Any],
-    arrays: Mapping[str, Any],
+    arrays: _Arrays,
     transform: InterpolantTransform,
-    dtype: Any,
-) -> tuple[Any, list[Any]]:
+    dtype: DTypeLike | None,
+) -> tuple[Distribution, list[Transform]]:
     """Return what a flow starts from, and the map that whitens it if there is one."""
     description, size = header["base"], transform.event_dim
     if description is None and header["support"] == "circular":
@@ -154,7 +163,7 @@ def _base(
     if description is None:
         return standard_normal(size, transform.weights["loc"].dtype), []
     if "flow" in description:
-        base: Any = _built(description["flow"], arrays, dtype)
+        base: Distribution = _built(description["flow"], arrays, dtype)
         if not isinstance(base, InterpolantDistribution):
             raise ValueError("expected a base without contexts")
     else:
@@ -164,7 +173,7 @@ def _base(
     return base, [Whiten(transform.weights)]
 
 
-def _weights(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -> Frozen:
+def _weights(header: Mapping[str, Any], arrays: _Arrays, dtype: DTypeLike | None) -> Frozen:
     """Return the weights of a flow, of the shapes and the type that its header says.
 
     Raises:
@@ -204,8 +213,8 @@ def _weights(header: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any) -
 
 
 def _checked(
-    shapes: Mapping[str, tuple[int | None, ...]], arrays: Mapping[str, Any], dtype: Any
-) -> dict[str, Any]:
+    shapes: Mapping[str, tuple[int | None, ...]], arrays: _Arrays, dtype: np.dtype[Any]
+) -> dict[str, NDArray[Any]]:
     """Return arrays of given names and shapes; others may only belong to what is not used here."""
     own = {
         k: v for k, v in arrays.items() if not k.startswith(("base.", "noise.", "interpolant."))

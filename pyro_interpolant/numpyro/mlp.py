@@ -30,8 +30,8 @@ class Modulation(NamedTuple):
         scales: Factors of the activations, ``(*, sum of widths)``.
     """
 
-    shifts: Any
-    scales: Any
+    shifts: Array
+    scales: Array
 
 
 def expected_shapes(
@@ -59,7 +59,7 @@ def expected_shapes(
     }
 
 
-def embed_times(weights: Weights, times: NDArray[np.float64]) -> Any:
+def embed_times(weights: Weights, times: NDArray[np.float64]) -> Array:
     """Return the part of the embedding that the times give, shape ``(T, width)``."""
     weight = weights["embedding.weight"]
     count = (weight.shape[1] - len(weights.get("classes", weights["context_loc"]))) // 2
@@ -83,7 +83,7 @@ def embed_context(weights: Weights, context: Array) -> Array:
     return ((context - loc) / scale) @ weight.T
 
 
-def modulate(weights: Weights, embedded: Any) -> Modulation:
+def modulate(weights: Weights, embedded: Array) -> Modulation:
     """Return shifts and scales, shape ``(*, sum of widths)``, from embeddings, ``(*, width)``."""
     tanh = np.tanh if isinstance(embedded, np.ndarray) else jnp.tanh
     s = 0.5 * embedded * (1 + tanh(0.5 * embedded))  # the SiLU
@@ -154,7 +154,7 @@ def _ungated(weights: Weights, modulation: Modulation, inputs: Array) -> tuple[A
     return _product(h, weights["output.weight"]) + last, slopes
 
 
-def _product(x: Array, weight: Any) -> Array:
+def _product(x: Array, weight: Array) -> Array:
     """Return ``W x``; accelerators would shorten the numbers."""
     return jnp.matmul(x, weight.T, precision="highest")
 

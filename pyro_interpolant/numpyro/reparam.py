@@ -73,17 +73,18 @@ class _InBaseSpace(Reparam):
     """Sample the base of a flow, inside the flow's own wrappers, and map the draw.
 
     Args:
+        flow: The flow.
         value: Where to start from, on the support, or None.
     """
 
-    def __init__(self, value: Any = None) -> None:
-        self.value = value
+    def __init__(self, flow: InterpolantDistribution, value: Array | None = None) -> None:
+        self.flow, self.value = flow, value
 
-    def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[None, Array]:
+    def __call__(self, name: str, fn: dist.Distribution, obs: Array | None) -> tuple[None, Array]:
         """Return no distribution, and the value of the site."""
-        flow = _unwrapped(fn)
+        flow = self.flow
         with self._start(name, flow):
-            x = numpyro.sample(name + _BASE, _base_of(fn))
+            x = numpyro.sample(name + _BASE, _base_of(flow, fn))
         x = directions(x) if _is_angular(flow) else x
         for transform in flow.transforms:
             x = transform(x)
@@ -106,15 +107,16 @@ class _InBaseSpace(Reparam):
 
 def _config(site: dict[str, Any]) -> Reparam | None:
     """Return how a site is sampled, or None as it is."""
-    if site["value"] is not None or site["is_observed"] or _unwrapped(site["fn"]) is None:
+    flow = _flow_in(site["fn"])
+    if site["value"] is not None or site["is_observed"] or flow is None:
         return None
     stack = list(reversed(_PYRO_STACK))  # from the inside
     here = [isinstance(h, handlers.reparam) and h.config is _config for h in stack].index(True)
     # The name has what the scopes inside of here put before it.
     others = [h for i, h in enumerate(stack) if i > here or not isinstance(h, handlers.scope)]
-    base = {**site, "name": site["name"] + _BASE, "fn": _base_of(site["fn"])}
+    base = {**site, "name": site["name"] + _BASE, "fn": _base_of(flow, site["fn"])}
     given, start = _given(site, base, others)
-    return None if given else _InBaseSpace(start)
+    return None if given else _InBaseSpace(flow, start)
 
 
 def _given(
@@ -157,7 +159,7 @@ def _data_of(handler: Messenger) -> Iterator[Mapping[str, Any]]:
         yield data
 
 
-def _values_of(function: Any) -> Iterator[Mapping[str, Any]]:
+def _values_of(function: object) -> Iterator[Mapping[str, Any]]:
     """Return the values by name that a function which gives them to sites was made of.
 
     It is not called: those of a sampler count the volume of what they give.
@@ -175,16 +177,15 @@ def _values_of(function: Any) -> Iterator[Mapping[str, Any]]:
             yield from _values_of(part)
 
 
-def _unwrapped(fn: dist.Distribution) -> Any:
+def _flow_in(fn: dist.Distribution) -> InterpolantDistribution | None:
     """Return the flow inside ``expand``, ``to_event`` and ``mask``, or None."""
     while isinstance(fn, (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist
     return fn if isinstance(fn, InterpolantDistribution) else None
 
 
-def _base_of(fn: dist.Distribution) -> dist.Distribution:
+def _base_of(flow: InterpolantDistribution, fn: dist.Distribution) -> dist.Distribution:
     """Return what is sampled in base space, inside the wrappers that a flow has."""
-    flow = _unwrapped(fn)
     return _wrapped(Planar(flow.base_dist) if _is_angular(flow) else flow.base_dist, fn)
 
 
@@ -277,7 +278,7 @@ class _Images(Reparam):
             )
         return self
 
-    def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[None, Array]:
+    def __call__(self, name: str, fn: dist.Distribution, obs: Array | None) -> tuple[None, Array]:
         """Return no distribution, and the value of the site."""
         real, transform = self.parts.pop(name), dist.biject_to(fn.support)
         value = transform(real)

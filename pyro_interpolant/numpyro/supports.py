@@ -15,11 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.constraints import Constraint
 from numpyro.distributions.transforms import ComposeTransform, ReshapeTransform, Transform
 
 from .transforms import MarginalTransform, RadialTransform, RealVectorTransform, Wrap
+
+Description = str | list[Any]  # of a support, in a file: a name, or a class and its arguments
 
 # By their names in files; the first need no arguments.
 _PLAIN = {
@@ -50,7 +54,7 @@ _MAPS: dict[str, Callable[..., RealVectorTransform]] = {
 }
 
 
-def is_real(description: Any) -> bool:
+def is_real(description: Description) -> bool:
     """Return whether values on a described support are real vectors themselves."""
     return description in _REAL
 
@@ -190,7 +194,7 @@ def backward(part: Transform, y: Array) -> tuple[Array, Any]:
     return x, part.log_abs_det_jacobian(x, y)
 
 
-def per_event(log_det: Any, batch: tuple[int, ...]) -> Array:
+def per_event(log_det: ArrayLike, batch: tuple[int, ...]) -> Array:
     """Return the sum over an event, shape ``(*)``."""
     log_det = jnp.asarray(log_det)
     if log_det.ndim <= len(batch):
@@ -198,12 +202,12 @@ def per_event(log_det: Any, batch: tuple[int, ...]) -> Array:
     return log_det.reshape(*batch, -1).sum(-1)
 
 
-def text_of(description: Any) -> str:
+def text_of(description: Description) -> str:
     """Return the text that a description is known by."""
     return json.dumps(description)
 
 
-def event_shape(description: Any, size: int) -> tuple[int, ...]:
+def event_shape(description: Description, size: int) -> tuple[int, ...]:
     """Return the shape of an event of ``size`` unconstrained coordinates.
 
     Raises:
@@ -221,7 +225,7 @@ def event_shape(description: Any, size: int) -> tuple[int, ...]:
     return shape
 
 
-def bijection(description: Any) -> Transform:
+def bijection(description: Description) -> Transform:
     """Return the bijection to the support of a site of any shape, as its description has it."""
     return ComposeTransform(list(_parts(text_of(description))[0]))
 
@@ -232,7 +236,7 @@ def _parts(text: str) -> tuple[Sequence[Transform], Constraint]:
     return _built(json.loads(text))
 
 
-def _built(description: Any) -> tuple[Sequence[Transform], Constraint]:
+def _built(description: Description) -> tuple[Sequence[Transform], Constraint]:
     rest: list[Any]
     kind, *rest = [description] if isinstance(description, str) else description
     if kind in _MAPS:
@@ -253,7 +257,7 @@ def _built(description: Any) -> tuple[Sequence[Transform], Constraint]:
     return [biject_to(constraint)], constraint
 
 
-def constraint_of(description: Any) -> Constraint:
+def constraint_of(description: Description) -> Constraint:
     """Return NumPyro's constraint of a description.
 
     Raises:
@@ -276,7 +280,7 @@ def constraint_of(description: Any) -> Constraint:
     raise ValueError(f"the support {name!r} of the file is none that NumPyro has")
 
 
-def _bound(value: Any) -> Any:
+def _bound(value: float | list[Any] | None) -> float | NDArray[Any] | None:
     """Return a bound: a number, or an array of any shape in the type of the file."""
     if isinstance(value, list):
         return np.array(value[1], dtype=np.dtype(value[0]))

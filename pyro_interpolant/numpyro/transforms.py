@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy.typing import NDArray
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.util import not_jax_tracer
@@ -22,6 +23,8 @@ from .flow import Grid
 from .frozen import Weights
 
 __all__ = ["InterpolantTransform"]
+
+_Table = NDArray[np.float64]  # of a file
 
 
 class RealVectorTransform(Transform):
@@ -45,7 +48,9 @@ class RealVectorTransform(Transform):
         """Return x with ``y = T(x)`` and ``log |dy/dx|``, shape ``(*)``."""
         raise NotImplementedError
 
-    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
+    def log_abs_det_jacobian(
+        self, x: Array, y: Array, intermediates: Array | None = None
+    ) -> Array:
         """Return ``log |dy/dx|``, shape ``(*)``.
 
         Args:
@@ -68,7 +73,7 @@ class RealVectorTransform(Transform):
         leaves = self._leaves()
         return tuple(leaves.values()), (tuple(leaves), self._static())
 
-    def eq(self, other: object, static: bool = False) -> Any:  # noqa: FBT001, FBT002
+    def eq(self, other: object, static: bool = False) -> bool | Array:  # noqa: FBT001, FBT002
         """Return whether another transform has the same parts, as a bool if ``static``."""
         structures: list[Any] = [jax.tree.structure(t) for t in (self, other)]
         if structures[0] != structures[1]:
@@ -108,7 +113,7 @@ class InterpolantTransform(RealVectorTransform):
         return self.weights["velocity.context_loc"].shape[-1]
 
     @property
-    def sign(self) -> Any:
+    def sign(self) -> Array:
         """The sign of the Jacobian's determinant, which is that of the whitening."""
         linear = self.weights["linear"]
         if linear.ndim == 2:
@@ -167,7 +172,7 @@ class InterpolantTransform(RealVectorTransform):
         """Return x with ``y = T(x)`` and ``log |dy/dx|``, shape ``(*)``, from one solve."""
         return self._solve(y, forward=False, density=True)
 
-    def _solve(self, x: Array, *, forward: bool, density: bool) -> Any:
+    def _solve(self, x: Array, *, forward: bool, density: bool) -> tuple[Array, Any]:
         if jnp.shape(x)[-1:] != (self.event_dim,):
             hint = " For N scalars pass shape (N, 1): x[..., None]." if self.event_dim == 1 else ""
             raise ValueError(
@@ -231,7 +236,7 @@ class Spline:
         slopes: The positive derivatives there, shape ``(D, K)``.
     """
 
-    def __init__(self, x: Any, y: Any, slopes: Any) -> None:
+    def __init__(self, x: _Table, y: _Table, slopes: _Table) -> None:
         self.x, self.y = x, y
         width, height = np.diff(x), np.diff(y)
         p0, p1 = slopes[:, :-1] * width / height, slopes[:, 1:] * width / height
@@ -261,7 +266,7 @@ class Spline:
         u = 2 * r / (2 * r + jnp.where(m < 0, 4 * v / larger, larger))
         return x0 + width * (u + _beyond(come, 1 / p0, 1 / p1))
 
-    def _bins_of(self, value: Array, edges: Any) -> list[Array]:
+    def _bins_of(self, value: Array, edges: _Table) -> list[Array]:
         """Return the start of each value's bin in x and y, its sides, and p at its ends."""
         inner = jnp.asarray(edges[:, 1:-1], value.dtype)
         i = (inner < value[..., None]).sum(-1)
@@ -284,7 +289,7 @@ class MarginalTransform(RealVectorTransform):
         slopes: Its positive derivatives there, shape ``(D, K)``.
     """
 
-    def __init__(self, x: Any, y: Any, slopes: Any) -> None:
+    def __init__(self, x: _Table, y: _Table, slopes: _Table) -> None:
         self.spline = Spline(x, y, slopes)
 
     def call_with_intermediates(self, x: Array) -> tuple[Array, Array]:
@@ -311,7 +316,7 @@ class RadialTransform(RealVectorTransform):
         slopes: Its slopes there, shape ``(1, K)``.
     """
 
-    def __init__(self, loc: Any, linear: Any, x: Any, y: Any, slopes: Any) -> None:
+    def __init__(self, loc: _Table, linear: _Table, x: _Table, y: _Table, slopes: _Table) -> None:
         self.loc, self.linear, self.spline = loc, linear, Spline(x, y, slopes)
         self.whitening = np.linalg.inv(linear)
         self.log_det = float(np.linalg.slogdet(linear)[1])
@@ -321,9 +326,8 @@ class RadialTransform(RealVectorTransform):
         length = _log_length(x)
         w = x * jnp.exp(self.spline.to_data(length) - length)
         own = jnp.result_type(self.loc)  # in a coarser type rows far away may coincide
-        y = (self.loc + jnp.matmul(w.astype(own), self.linear.T, precision="highest")).astype(
-            x.dtype
-        )
+        moved = jnp.matmul(w.astype(own), self.linear.T, precision="highest")
+        y = jnp.asarray(self.loc + moved).astype(x.dtype)
         return y, self.inverse_with_log_det(y)[1]
 
     def inverse_with_log_det(self, y: Array) -> tuple[Array, Array]:
