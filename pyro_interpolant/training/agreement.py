@@ -12,7 +12,7 @@ References:
 
 import math
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -190,12 +190,12 @@ def warn_if_draws_differ(distribution: AnyDistribution, held: Rows, deadline: fl
 
 def _compared(distribution: AnyDistribution, rows: Rows, deadline: float) -> tuple[Rows, Tensor]:
     """Return rows, fewer if time is short, and draws for them, ``(M, D)``, in turns."""
-    bare: Any = distribution.without_support()
+    bare = distribution.without_support()
 
     def drawn(rows: Rows, times: int) -> Tensor:
         if rows.context is None:
-            return bare.sample((times * len(rows.w),))
-        return bare.condition(rows.context.repeat(times, 1)).sample()
+            return bare.given(None).sample((times * len(rows.w),))
+        return bare.given(rows.context.repeat(times, 1)).sample()
 
     began, count = time.monotonic(), len(rows.w)
     few = rows.take(torch.arange(min(_FIRST_ROWS, count), device=rows.w.device))

@@ -34,7 +34,7 @@ from ..distributions.joint import (
     sites_of,
 )
 from ..distributions.supports import CircularSupport, Support, support_of
-from ..interpolants.couplings import independent, optimal_transport
+from ..interpolants.couplings import optimal_transport
 from ..interpolants.linear import Interpolant, Linear
 from ..nn.unet import UNet
 from ..solvers.divergence import HutchinsonDivergence
@@ -42,7 +42,7 @@ from ..transforms.gaussianize import Gaussianized, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from ..transforms.whitening import ScalarWhitening
 from .clock import Clock, Seconds
-from .data import checked_weights, drop_zero_weights
+from .data import DataLike, checked_weights, drop_zero_weights
 from .fitting import fit
 from .image_rows import are_images, are_levels
 from .objective import Coupling
@@ -58,7 +58,7 @@ _IMAGE_OPTIONS = {"learning_rate": 3e-3}
 
 @with_gradients()
 def from_samples(
-    x: Any,
+    x: DataLike,
     *,
     context: ArrayLike | None = None,
     support: Constraint | Mapping[str, Constraint] = constraints.real_vector,
@@ -145,12 +145,11 @@ def from_samples(
     space = support_of(constraint)
     if are_images(rows):
         fit_options = {**_IMAGE_OPTIONS, **fit_options}
+    progress, coupling = fit_options.get("progress", True), fit_options.get("coupling")
+    context, sizes = _contexts(context, rows, network, progress=progress)
     with seeded(seed):
-        transform, context = _transform(
-            space, rows, context, network, fit_options.get("coupling", independent),
-            conditional=conditional, progress=fit_options.get("progress", True),
-        )  # fmt: skip
-    with stage("choosing a map", progress=fit_options.get("progress", True)):
+        transform = _transform(space, rows, sizes, network, coupling, conditional=conditional)
+    with stage("choosing a map", progress=progress):
         table = None if streamed or are_images(rows) else rows
         constraint = _with_map(space, table, fit_options, marginals=marginals)
     distribution = _distribution(transform, sites, constraint)
@@ -164,7 +163,7 @@ def from_samples(
 
 
 def _named(
-    draws: Any, supports: Any, event_shape: Sequence[int] | None
+    draws: Mapping[str, ArrayLike], supports: object, event_shape: Sequence[int] | None
 ) -> tuple[Constraint, dict[str, Any], Tensor]:
     """Return the constraint, the sites and the rows, shape ``(N, D)``, of named draws."""
     if event_shape is not None:
@@ -181,7 +180,9 @@ def _named(
 
 
 def _unnamed(
-    rows: Any, support: Any, event_shape: Sequence[int] | None
+    rows: Any,
+    support: Constraint | Mapping[str, Constraint],
+    event_shape: Sequence[int] | None,
 ) -> tuple[Constraint, dict[str, Any], Tensor]:
     """Return the constraint, no sites and the rows, shape ``(N, *event_shape)``, of samples."""
     if isinstance(support, Mapping):
@@ -202,52 +203,68 @@ def _unnamed(
     return constraint, {}, checked_rows(rows, "x", event_shape)
 
 
+def _contexts(
+    context: ArrayLike | None, rows: Tensor, network: nn.Module | None, *, progress: bool
+) -> tuple[Tensor | None, tuple[int, ...]]:
+    """Return the contexts that a network takes, and the sizes that make a new one for them.
+
+    Args:
+        context: Contexts, shape ``(N, C)``, labels, shape ``(N,)``, or None.
+        rows: Rows, shape ``(N, *event_shape)``.
+        network: The velocity, or None for a new one.
+        progress: Whether to say what labels become.
+
+    Returns:
+        Contexts, shape ``(N, C)``, or labels; and ``(C,)``, ``(0, K)`` of K classes, or nothing.
+    """
+    if context is None:
+        return None, ()
+    like = _type_of(rows)
+    found = as_tensor(context, "context")
+    classes = 0 if found.is_floating_point() else _number_of_classes(found)
+    if network is not None and classes:
+        own = getattr(network, "classes", 0)
+        if not own:
+            if progress:
+                tell(f"labels of {classes} classes are one-hot for a network without `classes`")
+            found = nn.functional.one_hot(found.reshape(len(found)).long(), classes).to(like)
+        classes = own
+    found = checked_context(found, None, classes, like.dtype)
+    return found, (0, classes) if classes else (found.shape[1],)
+
+
+def _type_of(rows: Tensor) -> Tensor:
+    """Return a tensor of the type of a flow for rows of any shape: images may be whole levels."""
+    return rows if rows.is_floating_point() else torch.empty(0, device=rows.device)
+
+
 def _transform(
     space: Support,
     rows: Tensor,
-    context: Any,
+    sizes: tuple[int, ...],
     network: nn.Module | None,
-    coupling: Coupling,
+    coupling: Coupling | None,
     *,
     conditional: bool,
-    progress: bool,
-) -> tuple[AnyTransform, Tensor | None]:
-    """Return an untrained transform for rows, and the contexts that it takes, ``(N, C)``.
+) -> AnyTransform:
+    """Return an untrained transform for rows.
 
     Args:
         space: The support of the rows.
         rows: Rows, shape ``(N, *event_shape)``.
-        context: Contexts, shape ``(N, C)``, labels, shape ``(N,)``, or None.
+        sizes: Those of contexts: ``(C,)``, ``(0, K)`` of K classes, or nothing.
         network: The velocity, or None for a new one.
-        coupling: Who is paired with whom, which decides the path.
+        coupling: Who is paired with whom, which decides the path; None for the default.
         conditional: Whether there will be contexts.
-        progress: Whether to say what labels become.
     """
-    size = space.size(rows.shape[1:])
-    like = rows if rows.is_floating_point() else torch.empty(0, device=rows.device)
-    sizes: tuple[int, ...] = ()
-    if context is not None:
-        context = as_tensor(context, "context")
-        classes = 0 if context.is_floating_point() else _number_of_classes(context)
-        if network is not None and classes:
-            own = getattr(network, "classes", 0)
-            if not own:
-                if progress:
-                    tell(
-                        f"labels of {classes} classes are one-hot for a network without `classes`"
-                    )
-                context = nn.functional.one_hot(context.reshape(len(context)).long(), classes)
-                context = context.to(like)
-            classes = own
-        context = checked_context(context, None, classes, like.dtype)
-        sizes = (0, classes) if classes else (context.shape[1],)
+    size, like = space.size(rows.shape[1:]), _type_of(rows)
     kind = ConditionalInterpolantTransform if conditional else InterpolantTransform
     path: Interpolant | None = space.default_path()
     if path is None and coupling is optimal_transport:
         path = Linear()
     if not are_images(rows):
         velocity = space.new_velocity(size, *sizes) if network is None else network
-        return kind(velocity, size, interpolant=path).to(like), context
+        return kind(velocity, size, interpolant=path).to(like)
     if network is None and sizes and not sizes[1:]:
         raise ValueError(
             "expected labels as contexts of images, whole numbers of shape (N,), or a network= "
@@ -259,7 +276,7 @@ def _transform(
         "whitening": ScalarWhitening(size),
     }
     velocity = UNet(shape, classes=sum(sizes)) if network is None else network
-    return kind(velocity, size, interpolant=path, **choices).to(like), context
+    return kind(velocity, size, interpolant=path, **choices).to(like)
 
 
 def _number_of_classes(labels: Tensor) -> int:

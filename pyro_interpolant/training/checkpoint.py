@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import io
 from .._torch import rng_state, set_rng_state, warn_user
-from ..distributions.base_description import describe_base
+from ..distributions.base_description import Json, describe_base
 from ..distributions.bases import Samples
 from ..transforms.flow import Flow
 
@@ -97,7 +97,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: StrPath | None, every: int | None, settings: list[Any], *parts: Any
+    path: StrPath | None, every: int | None, settings: list[Any], flow: Flow, *parts: object
 ) -> Checkpoint | None:
     """Return the checkpoint of a run, the generator being where the run began; None for no path.
 
@@ -105,7 +105,8 @@ def open_checkpoint(
         path: The file.
         every: After how many steps it is written.
         settings: What else tells this run from another, as JSON holds it.
-        *parts: What is trained and on what: flow, base, coupling, and what was given beside.
+        flow: What is trained.
+        *parts: On what: base, coupling, and what was given beside.
 
     Raises:
         ValueError: If the file is of another run, or all files are damaged.
@@ -113,7 +114,7 @@ def open_checkpoint(
     if path is None:
         return None
     checkpoint = Checkpoint(path, every)
-    checkpoint.identity = [*settings, _identity(*parts)]
+    checkpoint.identity = [*settings, _identity(flow, *parts)]
     if checkpoint.tensors is not None:
         if checkpoint.numbers["identity"] != checkpoint.identity:
             raise ValueError(
@@ -126,7 +127,7 @@ def open_checkpoint(
     return checkpoint
 
 
-def _identity(flow: Flow, base: Any, coupling: Any, *given: Any) -> list[Any]:
+def _identity(flow: Flow, base: object, coupling: object, *given: object) -> list[Any]:
     """Return what tells a run of this flow from one of another."""
     base = None if isinstance(base, Samples) else base  # set by an earlier call
     names = [_stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
@@ -134,7 +135,7 @@ def _identity(flow: Flow, base: Any, coupling: Any, *given: Any) -> list[Any]:
     return [names, shapes, checksum(_tensors([flow.interpolant, base, *given]))]
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     """Return the numbers that a part is made of, of any shapes."""
     if isinstance(value, nn.Module):
         return list(value.state_dict().values())
@@ -175,7 +176,7 @@ def checksum(tensors: Iterable[Tensor | None], text: str = "") -> int:
     return value
 
 
-def _stable_name(value: Any) -> str:
+def _stable_name(value: object) -> str:
     """Return a text that tells a value from others, and is the same in another process."""
     with contextlib.suppress(NotImplementedError):  # distributions without named parameters
         text = repr(value)
@@ -194,7 +195,7 @@ def warn_inexact() -> None:
     )
 
 
-def to_json(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+def to_json(value: object, tensors: dict[str, Tensor], name: str) -> Json:
     """Return nested data as JSON holds it, the tensors in it put under their place's name.
 
     Raises:
@@ -206,7 +207,8 @@ def to_json(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     if getattr(value, "ndim", None) == 0:
         return _plain_number(value)
     if isinstance(value, Mapping):
-        parts = [[k, to_json(v, tensors, f"{name}.{i}")] for i, (k, v) in enumerate(value.items())]
+        items = enumerate(value.items())
+        parts: list[Json] = [[k, to_json(v, tensors, f"{name}.{i}")] for i, (k, v) in items]
         return {"dict": parts}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"

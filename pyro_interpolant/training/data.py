@@ -1,6 +1,6 @@
 r"""Tables: rows in memory, checked with clear errors, held out and given out in batches."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._torch import rng_state, set_rng_state
-from ..distributions.constraints import as_tensor, checked_rows, contexts_of_rows
+from ..distributions.constraints import RowsLike, as_tensor, checked_rows, contexts_of_rows
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import NamedSites
 from .checkpoint import checksum
@@ -17,6 +17,9 @@ from .image_rows import BATCH_IMAGES, are_levels, checked_levels, has_images, mo
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
 from .rows import Rows, search_weights
+
+DataLike = RowsLike | Iterable[Any]  # or batches: of rows, of (rows, contexts), with weights
+HeldOut = RowsLike | tuple[RowsLike, ArrayLike] | None  # a share, rows, or rows and contexts
 
 _DEFAULT_BATCH_ROWS = 1024
 _MOST_BATCHES = 8  # whose points are evaluated at once
@@ -72,7 +75,7 @@ class Table:
         self,
         distribution: AnyDistribution,
         data: Any,
-        validation: Any,
+        validation: HeldOut,
         *,
         context: ArrayLike | None = None,
         pairs: ArrayLike | None = None,
@@ -91,6 +94,7 @@ class Table:
                 )
         found = found._replace(partner=pairs, weight=checked_weights(weights, count))
         self.share = validation if isinstance(validation, float) else None
+        self.held: int
         if self.share is not None:
             self.held = max(1, round(self.share * count))
             if self.has_images:
@@ -214,7 +218,9 @@ class TableBatches:
             self.points = self.points[-numbers["left"] :]
 
 
-def rows_of(distribution: AnyDistribution, data: Any, context: ArrayLike | None = None) -> Rows:
+def rows_of(
+    distribution: AnyDistribution, data: RowsLike, context: ArrayLike | None = None
+) -> Rows:
     """Return checked data in the flow's coordinates, shape ``(N, D)``, and their contexts.
 
     Args:
@@ -240,11 +246,14 @@ def rows_of(distribution: AnyDistribution, data: Any, context: ArrayLike | None 
                 f"expected draws of the sites {sorted(distribution.sites)}, got {unknown} "
                 "besides: leave them out, or learn all of them anew by from_samples(draws)"
             )
-        data, shape = distribution.pack(data), torch.Size((flow.event_dim,))
-    if are_levels(data, len(shape)):
-        rows = checked_levels(distribution, data)
+        given: ArrayLike = distribution.pack(data)
+        shape = torch.Size((flow.event_dim,))
     else:
-        rows = distribution.to_flow(checked_rows(data, "data", shape))
+        given = data
+    if are_levels(given, len(shape)):
+        rows = checked_levels(distribution, given)
+    else:
+        rows = distribution.to_flow(checked_rows(given, "data", shape))
     count = len(rows)
     if not isinstance(distribution, ConditionalInterpolantDistribution):
         if context is not None:
@@ -259,7 +268,7 @@ def rows_of(distribution: AnyDistribution, data: Any, context: ArrayLike | None 
     return Rows(rows, contexts_of_rows(context, flow, count, "rows of data"))
 
 
-def held_out_rows(distribution: AnyDistribution, validation: Any) -> Rows:
+def held_out_rows(distribution: AnyDistribution, validation: HeldOut) -> Rows:
     """Return the validation rows a user gave: rows, or rows and contexts."""
     return rows_of(distribution, *(validation if isinstance(validation, tuple) else (validation,)))
 
@@ -311,7 +320,9 @@ def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[An
     return *parts, weights[keep]
 
 
-def checked_weights(weights: ArrayLike | None, count: int | None, *, part: bool = False) -> Any:
+def checked_weights(
+    weights: ArrayLike | None, count: int | None, *, part: bool = False
+) -> Tensor | None:
     """Return weights of rows, shape ``(N,)``, or None.
 
     Args:

@@ -7,10 +7,13 @@ process with the whole batch would take.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 _NEEDED = ("setup", "backward", "broadcast", "all_reduce", "barrier", "global_rank", "world_size")
 _TYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
@@ -33,14 +36,15 @@ class Process:
         TypeError: If ``fabric`` is not a Fabric.
     """
 
-    def __init__(self, fabric: Any = None, *, own_rows: bool = False) -> None:
+    def __init__(self, fabric: "Fabric | None" = None, *, own_rows: bool = False) -> None:
         missing = [] if fabric is None else [n for n in _NEEDED if not hasattr(fabric, n)]
         if missing:
             raise TypeError(
                 f"expected fabric to be a lightning_fabric.Fabric, got {type(fabric).__name__} "
                 f"without {', '.join(missing)}"
             )
-        self.fabric, self.own_rows = fabric, own_rows
+        self.fabric: Any = fabric
+        self.own_rows = own_rows
         self.rank: int = 0 if fabric is None else fabric.global_rank
         self.world: int = 1 if fabric is None else fabric.world_size
         self.device: torch.device | None = None if fabric is None else fabric.device
@@ -95,8 +99,8 @@ class Process:
             ValueError: If Fabric would turn the weights into another type.
         """
         self._check_type(parameters[0].dtype)
-        self.module: Any = objective
-        self.optimizer: Any = torch.optim.AdamW(
+        self.module: nn.Module = objective
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             list(parameters), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
             fused=self._scaler() is None,
         )  # fmt: skip
@@ -111,7 +115,7 @@ class Process:
                 f"{precision!r}: take a mixed one, or give distribution and rows in another type"
             )
 
-    def backward(self, given: Any) -> Tensor:
+    def backward(self, given: object) -> Tensor:
         """Set the gradients of the loss at points, the processes' mean; return this one's loss."""
         loss = self.module(lambda: given)
         for p in self.optimizer.param_groups[0]["params"]:  # what zero_grad does, in less time

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
@@ -27,7 +27,7 @@ from ..transforms.interpolant import ConditionalInterpolantTransform, Interpolan
 from .agreement import warn_if_draws_differ
 from .checkpoint import check_place, open_checkpoint, warn_inexact
 from .clock import Clock
-from .data import Split, Table
+from .data import DataLike, HeldOut, Split, Table
 from .distributed import Process
 from .image_rows import dequantized, has_images
 from .loop import Callback, Run, Schedule, check_ranges
@@ -37,6 +37,9 @@ from .reporting import HeldOutDensity, stage, tell
 from .rows import Rows
 from .streaming import Stream, is_stream, surveyed
 from .whitening import inliers, set_whitening, wild_rows
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 _CALIBRATION_ROWS = 256
 _CALIBRATION_IMAGES, _CALIBRATION_SHARE = 8, 0.1  # and the most of the time of a run
@@ -80,7 +83,7 @@ class FitResult(NamedTuple):
 @with_gradients()
 def fit(
     distribution: AnyDistribution,
-    data: Any,
+    data: DataLike,
     *,
     context: ArrayLike | None = None,
     pairs: ArrayLike | None = None,
@@ -91,7 +94,7 @@ def fit(
     batch_size: int | None = None,
     learning_rate: float = 1e-2,
     weight_decay: float | None = None,
-    validation: Any = 0.1,
+    validation: HeldOut = 0.1,
     patience: int = 30,
     ema: float = 0.999,
     coupling: Coupling = independent,
@@ -103,7 +106,7 @@ def fit(
     callback: Callback | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
-    fabric: Any = None,
+    fabric: "Fabric | None" = None,
 ) -> FitResult:
     r"""Train a flow on data, in place, then calibrate its solver.
 
@@ -221,7 +224,7 @@ def fit(
     distribution.freeze()
     if density is not None:
         report = Report(flow.event_dim, split.total + len(split.held.w), *run.taken())
-        _finish(density, report, held, tolerance, process, clock.deadline(), progress=progress)
+        _finish(run, density, report, held, tolerance, progress=progress)
     return FitResult._make((*outcome, distribution.transform.solver, distribution.report))
 
 
@@ -257,7 +260,7 @@ def noise_network(flow: Flow) -> nn.Module:
     return network.to(flow.loc)
 
 
-def _checked_share(validation: Any, tolerance: float) -> float | None:
+def _checked_share(validation: HeldOut, tolerance: float) -> float | None:
     """Return the share of rows to hold out, or None where rows were given."""
     share = validation if isinstance(validation, int | float) else None
     check_ranges(
@@ -328,26 +331,25 @@ def start_from(distribution: AnyDistribution, base_samples: ArrayLike | None, da
 
 
 def _finish(
+    run: Run,
     density: HeldOutDensity,
     report: Report,
     near: Rows,
     tolerance: float,
-    process: Process,
-    deadline: float,
     *,
     progress: bool,
 ) -> None:
     """Calibrate the solver to held-out rows, measure, compare draws; or be interrupted.
 
     Args:
+        run: The run, whose process and time these are.
         density: What was trained, and the rows held out.
         report: What the run did.
         near: The same rows without outliers.
         tolerance: Of the calibration, nats.
-        process: This process.
-        deadline: The time, by :func:`time.monotonic`, when all must be done.
         progress: Whether to show what is being done, and the report.
     """
+    process, deadline = run.process, run.clock.deadline()
     distribution, progress = density.distribution, progress and process.rank == 0
     distribution.report = report
     few = near._replace(weight=None).repeated(min(_CALIBRATION_ROWS, len(near.w)))

@@ -8,8 +8,6 @@ References:
     Theis, van den Oord & Bethge, *A note on the evaluation of generative models*, ICLR 2016.
 """
 
-from typing import Any
-
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -30,12 +28,12 @@ def has_images(distribution: AnyDistribution) -> bool:
     return len(distribution.space.event_shape(distribution.transform.flow.event_dim)) == 3
 
 
-def are_images(rows: Any) -> bool:
+def are_images(rows: object) -> bool:
     """Return whether rows have the shape of images, ``(N, C, H, W)``."""
     return getattr(rows, "ndim", None) == 4
 
 
-def are_levels(x: Any, event_dim: int) -> bool:
+def are_levels(x: object, event_dim: int) -> bool:
     """Return whether rows are images of whole levels, ``uint8``.
 
     Args:

@@ -317,7 +317,7 @@ class Run:
         """Return the present learning rate."""
         return self.schedule.rate(self.done)
 
-    def _go(self, bar: Any) -> None:
+    def _go(self, bar: tqdm) -> None:
         """Take steps to the end, and write the state when it is due."""
         going = self.done < 1 and self.ended == "schedule"
         while going:
@@ -366,7 +366,7 @@ class Run:
         if self.descent.steps not in self.monitor.steps[-1:]:
             self.monitor.look(self.descent.steps, self.rate(), self.seconds())
 
-    def _say_why(self, bar: Any) -> None:
+    def _say_why(self, bar: tqdm) -> None:
         """Say that a run stopped early, and why, beside the bar and in the log."""
         text = (
             f"fit stopped early at step {self.descent.steps}, {100 * self.done:.0f}% of its "

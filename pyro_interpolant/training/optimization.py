@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._torch import draws, draws_nothing
+from ..distributions.interpolant import AnyDistribution
 from .distributed import Process
 from .objective import Objective, Points
 
@@ -30,7 +31,7 @@ class NonFiniteError(RuntimeError):
         distribution: With the last good weights, where the caller has none of his own.
     """
 
-    distribution: Any = None
+    distribution: AnyDistribution | None = None
 
 
 class ExponentialMovingAverage:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._torch import warn_user
@@ -88,7 +89,7 @@ def _atoms(column: Tensor) -> bool:
     )
 
 
-def dequantize(x: Any, step: Tensor | float | None = None, *, seed: int = 0) -> Any:
+def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 0) -> Any:
     """Spread rounded or discrete values uniformly over their rounding step.
 
     Densities learned from the result are those of the values per step: the probability of a value
@@ -114,7 +115,8 @@ def dequantize(x: Any, step: Tensor | float | None = None, *, seed: int = 0) -> 
         >>> bool(((x.round() - torch.tensor([[1.0], [2.0], [2.0], [4.0]])).abs() < 0.51).all())
         True
     """
-    frame, given = x, as_tensor(x, "x")
+    frame: Any = x
+    given = as_tensor(x, "x")
     x = given if given.is_floating_point() else given.double()
     x = checked_rows(x, "x", (None,) * max(0, x.dim() - 1)).double()
     if step is None:
@@ -344,8 +346,11 @@ def quantile_knots(column: Tensor) -> tuple[Tensor, Tensor]:
 def _padded(x: Tensor, y: Tensor, slopes: Tensor, count: int) -> Knots:
     """Return as many knots as are wanted: more of them on the straight line beyond the last."""
     more = torch.arange(1, count - len(x) + 1, dtype=x.dtype) * (x[-1] - x[0])
-    beyond = x[-1] + more, y[-1] + slopes[-1] * more, slopes[-1].expand(len(more))
-    return tuple(torch.cat(pair) for pair in zip((x, y, slopes), beyond, strict=True))  # type: ignore[return-value]
+    return (
+        torch.cat((x, x[-1] + more)),
+        torch.cat((y, y[-1] + slopes[-1] * more)),
+        torch.cat((slopes, slopes[-1].expand(len(more)))),
+    )
 
 
 _LENGTH_SHARE = 0.5  # of the way to the lengths of normal rows

@@ -24,7 +24,8 @@ class Rows(NamedTuple):
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Rows":
         """Return the rows with a function applied to each part that is there."""
-        return Rows(*(None if part is None else function(part) for part in self))  # type: ignore[arg-type]
+        others = (None if part is None else function(part) for part in self[1:])
+        return Rows(function(self.w), *others)
 
     def take(self, index: Tensor) -> "Rows":
         """Return the rows of an index, shape ``(B,)``."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -13,7 +14,7 @@ from .._torch import rng_state, set_rng_state
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from .checkpoint import Checkpoint, from_json, to_json
 from .clock import Clock
-from .data import Split, checked_weights, drop_zero_weights, held_out_rows, rows_of
+from .data import HeldOut, Split, checked_weights, drop_zero_weights, held_out_rows, rows_of
 from .distributed import Process
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
@@ -30,7 +31,7 @@ _LEAST_ROWS = 64  # per step, of loaders that give fewer at once
 _ROW_MULTIPLE = 64  # batches are cut to whole multiples of so many rows
 
 
-def is_stream(data: Any) -> bool:
+def is_stream(data: object) -> bool:
     """Tell an iterable of batches from a table: a tensor, an array, nested lists, named draws."""
     if isinstance(data, (Tensor, Mapping, str)) or hasattr(data, "__array__"):
         return False
@@ -64,7 +65,11 @@ class Stream:
     checksum = None
 
     def __init__(
-        self, distribution: AnyDistribution, data: Any, validation: Any, **given: Any
+        self,
+        distribution: AnyDistribution,
+        data: Any,
+        validation: HeldOut,
+        **given: ArrayLike | None,
     ) -> None:
         for name, value in given.items():
             if value is not None:
@@ -85,7 +90,7 @@ class Stream:
         """Whether a resumed run can go on from the very row, as the only process."""
         return self.state_owner() is not None
 
-    def rows(self, batch: Any, number: int) -> Rows:
+    def rows(self, batch: object, number: int) -> Rows:
         """Return a batch's rows.
 
         Raises:
@@ -97,7 +102,7 @@ class Stream:
         except (TypeError, ValueError) as error:
             raise type(error)(f"in batch {number}, counted from 0: {error}") from error
 
-    def _rows(self, batch: Any) -> Rows:
+    def _rows(self, batch: object) -> Rows:
         parts = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
         if len(parts) not in (self.parts, self.parts + 1):
             wanted = "(rows, contexts)" if self.parts == 2 else "rows"
@@ -282,7 +287,7 @@ def _length(iterable: Any) -> int | None:
         return None
 
 
-def _check_again(iterable: Any) -> None:
+def _check_again(iterable: object) -> None:
     if hasattr(iterable, "__next__"):
         raise ValueError(
             "expected an iterable that gives its batches again each time it is gone through, "

@@ -6,10 +6,11 @@ of winsorized data, so that a wild row does not set the scale of all others.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .._torch import warn_user
 from ..distributions.interpolant import AnyDistribution
@@ -285,7 +286,7 @@ def _few(rows: Rows) -> Rows:
     return rows.take(few.to(rows.w.device))._replace(weight=None)
 
 
-def _set_map(whitening: Whitening, base: Any, rows: Rows) -> None:
+def _set_map(whitening: Whitening, base: Distribution | None, rows: Rows) -> None:
     """Set a map from rows in data coordinates, and the base if it is not N(0, I)."""
     if base is not None or not isinstance(whitening, DenseWhitening):
         warn_if_coarse(rows.w, whitening.loc.dtype, "data")
