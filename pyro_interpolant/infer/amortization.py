@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro import poutine
@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 
 from .._torch import seeded
 from ..diagnostics.psis import K_HAT_LIMIT, judge
+from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import (
     ConditionalJointInterpolantDistribution,
     JointInterpolantDistribution,
@@ -37,6 +38,7 @@ _POINTS = 64  # draws of which the likeliest is taken
 _LEVELS = (0.05, 0.5, 0.95)  # of the quantiles over data sets
 _OUTSIDE = 1e-4  # the share of a guide's mass outside the region that a prior is truncated to
 _REGION_DRAWS = 10_000
+Region = tuple[InterpolantDistribution, float]  # where a density is above an edge
 _MOST_TRIES = 1000  # prior draws for each that is kept
 
 Pack = Callable[[Simulations], tuple[Tensor, Tensor]]
@@ -225,7 +227,7 @@ def sentence(
 @torch.no_grad()
 def truncated(
     simulator: Simulator,
-    posteriors: list[tuple[Any, float]],
+    posteriors: list[Region],
     count: int,
     pack: Callable[[Mapping[str, Tensor]], Tensor],
 ) -> Simulations:
@@ -258,7 +260,7 @@ def truncated(
     return simulator(min(count, there), latents)
 
 
-def is_inside(posteriors: list[tuple[Any, float]], rows: Tensor) -> Tensor:
+def is_inside(posteriors: list[Region], rows: Tensor) -> Tensor:
     """Return which packed rows, shape ``(N, D)``, are in all regions, shape ``(N,)``."""
     inside = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     for posterior, edge in posteriors:
@@ -268,7 +270,7 @@ def is_inside(posteriors: list[tuple[Any, float]], rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def region(posterior: Any) -> tuple[Any, float]:
+def region(posterior: InterpolantDistribution) -> Region:
     """Return a posterior, and the density on the edge of the region that holds its mass."""
     log_q = posterior.log_prob(posterior.sample((_REGION_DRAWS,)))
     return posterior, float(log_q.quantile(_OUTSIDE))

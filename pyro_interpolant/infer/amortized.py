@@ -30,6 +30,7 @@ from ..training.loop import check_ranges
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .amortization import (
     AmortizedResult,
+    Region,
     is_inside,
     likely_point_of,
     region,
@@ -313,7 +314,7 @@ class AmortizedInterpolant(AutoInterpolant):
 
     def train_from(
         self, source: Source, sites: LatentSites, clock: Clock, settings: dict[str, Any]
-    ) -> Any:
+    ) -> AmortizedResult | GuideResult:
         """Train on simulations; called by :func:`~pyro_interpolant.fit_guide`.
 
         Args:
@@ -363,7 +364,7 @@ class AmortizedInterpolant(AutoInterpolant):
     ) -> GuideResult:
         """Train on, after the first round, on simulations where the guide has its mass."""
         seed, count = settings["seed"], len(found.log_prior) + found.improper
-        regions: list[Any] = []
+        regions: list[Region] = []
         known = self._context(self._data(*sites.args, **sites.kwargs))
         for i in range(1, source.rounds):
             ended = copy.deepcopy(self.posterior).freeze()  # the weights go on

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
-from torch.distributions import Distribution
 
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.psis import ImportanceSummary, judge
@@ -30,6 +30,7 @@ from ..training.fitting import FitResult, fit
 from ..training.loop import check_ranges
 from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
+from .amortization import AmortizedResult
 from .importance_sampling import are_raw_draws_good, importance_of, verdict_with_warning
 from .log_density import LogJoint, prior_draws
 from .simulation import Source
@@ -149,7 +150,7 @@ class AutoInterpolant(AutoContinuous):
         scale = self._init_scale * torch.eye(len(loc)).to(loc)
         self.transform.flow.whitening.set(loc, scale)
 
-    def get_base_dist(self) -> Distribution:
+    def get_base_dist(self) -> TorchDistributionMixin:
         """Return N(0, I), of event shape ``(D,)``."""
         return standard_normal(self.transform.flow.loc)
 
@@ -266,7 +267,7 @@ class AutoInterpolant(AutoContinuous):
 
     def train_from(
         self, source: Source, sites: LatentSites, clock: Clock, settings: dict[str, Any]
-    ) -> Any:
+    ) -> "GuideResult | AmortizedResult":
         """Train on what there is to learn from; called by :func:`~pyro_interpolant.fit_guide`.
 
         Args:
@@ -381,7 +382,7 @@ def fit_guide(
     guide: AutoInterpolant,
     *args: object,
     samples: Mapping[str, object] | None = None,
-    simulations: Any = None,
+    simulations: int | None = None,
     rounds: int = 1,
     max_seconds: float = 120.0,
     seed: int | None = None,
@@ -389,7 +390,7 @@ def fit_guide(
     checkpoint: str | os.PathLike[str] | None = None,
     options: Mapping[str, object] | None = None,
     **kwargs: object,
-) -> Any:
+) -> "GuideResult | AmortizedResult":
     r"""Train a guide, in place, with no gradient through an ODE.
 
     An :class:`~pyro_interpolant.AmortizedInterpolant` learns from simulations of its model.

@@ -1,6 +1,6 @@
 """Draws of flows, guides and importance samplers as ArviZ' data (extra ``[arviz]``)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.infer.autoguide import AutoContinuous
@@ -13,6 +13,9 @@ from ..training.loop import check_ranges
 from .importance_sampling import ImportanceResult
 from .sites import LatentSites
 
+if TYPE_CHECKING:
+    from arviz import InferenceData
+
 _DRAWS = 4000
 
 
@@ -22,7 +25,7 @@ def to_arviz(
     count: int | None = None,
     seed: int | None = None,
     **kwargs: object,
-) -> Any:
+) -> "InferenceData":
     """Return draws as an ``arviz.InferenceData``, for ArviZ' plots and summaries.
 
     The group ``posterior`` holds one chain of independent draws, a variable for each named site;
@@ -80,7 +83,7 @@ def _one_chain(draws: dict[str, Tensor]) -> dict[str, Any]:
     return {name: value.detach().cpu().numpy()[None] for name, value in draws.items()}
 
 
-def _flow_draws(source: Any, count: int) -> dict[str, Tensor]:
+def _flow_draws(source: object, count: int) -> dict[str, Tensor]:
     """Return draws of a flow, shape ``(N, *site_shape)`` each, by name."""
     if not isinstance(source, InterpolantDistribution):
         raise TypeError(

@@ -15,7 +15,7 @@ References:
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
@@ -343,7 +343,7 @@ def _of_objects(flow: InterpolantDistribution, draws: Draws) -> tuple[Tensor, ..
 
 
 def of_population(
-    rows: Measurements, distribution: AnyDistribution, context: Any = None
+    rows: Measurements, distribution: AnyDistribution, context: ArrayLike | None = None
 ) -> Measurements:
     """Return measurements in the type of a population, with what it is given, ``(N, C)``.
 
@@ -352,10 +352,9 @@ def of_population(
         ValueError: If they are of another shape or number, or there are none and there must be.
     """
     flow = distribution.transform.flow
-    if context is not None:
-        context = contexts_of_rows(context, flow, len(rows), "rows of y")
-    distribution.given(None if context is None else context[:1])  # or raise
-    return dataclasses.replace(rows.to(flow.loc), context=context)
+    c = None if context is None else contexts_of_rows(context, flow, len(rows), "rows of y")
+    distribution.given(None if c is None else c[:1])  # or raise
+    return dataclasses.replace(rows.to(flow.loc), context=c)
 
 
 def chunks(count: int, each: int) -> tuple[Tensor, ...]:
@@ -368,7 +367,7 @@ def given(distribution: AnyDistribution, context: Tensor | None) -> InterpolantD
     return distribution.given(None if context is None else context[:, None])
 
 
-def check_base(distribution: Any) -> None:
+def check_base(distribution: object) -> None:
     """Raise an error unless a distribution is a flow from N(0, I).
 
     Raises:

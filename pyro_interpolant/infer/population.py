@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from .._torch import seeded, with_gradients
 from ..distributions.constraints import (
@@ -59,7 +59,7 @@ def from_noisy_samples(
     context: ArrayLike | None = None,
     support: Constraint = constraints.real_vector,
     event_shape: Sequence[int] | None = None,
-    start: Any = None,
+    start: ArrayLike | Distribution | None = None,
     network: nn.Module | None = None,
     marginals: bool | None = None,
     steps: int | None = None,
@@ -238,14 +238,14 @@ def from_posterior_samples(
     return distribution
 
 
-def _checked_context(context: Any, count: int, each: str) -> Tensor | None:
+def _checked_context(context: ArrayLike | None, count: int, each: str) -> Tensor | None:
     """Return contexts, before there is a flow that takes them, or None of none."""
     if context is None:
         return None
-    context = as_tensor(context, "context")
-    if len(context) != count:
-        raise ValueError(f"expected {count} contexts, one {each}, got {len(context)}")
-    return context
+    found = as_tensor(context, "context")
+    if len(found) != count:
+        raise ValueError(f"expected {count} contexts, one {each}, got {len(found)}")
+    return found
 
 
 def _checked_clock(
@@ -265,7 +265,9 @@ def _checked_clock(
     return Clock(Seconds.since(time.monotonic(), max_seconds))
 
 
-def _start_rows(rows: Measurements, constraint: Constraint, start: Any) -> tuple[Tensor, Tensor]:
+def _start_rows(
+    rows: Measurements, constraint: Constraint, start: ArrayLike | Distribution | None
+) -> tuple[Tensor, Tensor]:
     """Return what a population starts from, and the indices of rows whose contexts it has.
 
     Args:
@@ -277,11 +279,10 @@ def _start_rows(rows: Measurements, constraint: Constraint, start: Any) -> tuple
         ValueError: If there is nothing to start from, or too little of it on the support.
     """
     if start is not None:
-        if hasattr(start, "sample"):
-            start = start.sample((len(rows),))
-        start = as_tensor(start, "start").to(rows.y)
-        index = torch.arange(max(len(rows), len(start)))
-        return start[index % len(start)], index % len(rows)
+        drawn = start.sample((len(rows),)) if hasattr(start, "sample") else start
+        wide = as_tensor(drawn, "start").to(rows.y)
+        index = torch.arange(max(len(rows), len(wide)))
+        return wide[index % len(wide)], index % len(rows)
     if not rows.is_gaussian():
         raise ValueError(
             "expected start beside a function noise(x, row), got none: rows, shape "

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro
 import pyro.distributions as dist
@@ -45,7 +45,7 @@ class BaseSpace:
         functools.update_wrapper(self, model, updated=())
         self.model = model
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Run the model with its learned priors in base space."""
         with _BaseSpaceMessenger():
             return self.model(*args, **kwargs)
@@ -202,7 +202,7 @@ class _OnlySupport:
     def __init__(self, fn: TorchDistributionMixin) -> None:
         self.support = fn.support
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise _AskedForMore(name)
 
 
@@ -247,7 +247,7 @@ class Neutra:
             ValueError: If the model has not the latent sites that the guide has seen.
         """
         first, transform = self._first(), self.guide.get_transform(*args, **kwargs)
-        base: Any = self.guide.get_base_dist()  # not scored: the density is the model's
+        base = self.guide.get_base_dist()  # not scored: the density is the model's
         with self._start(*args, **kwargs):
             w = pyro.sample(first + _SITE, base.mask(mask=False))
         z = transform(w)

@@ -40,7 +40,7 @@ class Source(NamedTuple):
     """
 
     samples: Mapping[str, object] | None
-    simulations: Any
+    simulations: int | None
     rounds: int
 
 
