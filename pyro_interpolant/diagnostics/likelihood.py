@@ -113,7 +113,7 @@ def bits_per_dim(
 def _checked_levels(distribution: AnyDistribution, images: ArrayLike, levels: int) -> Tensor:
     """Return whole levels, shape ``(N, *event_shape)``, on the device of the flow."""
     shape = distribution.space.event_shape(distribution.transform.flow.event_dim)
-    v = images_of(shape, images)
+    v = images_of(images, shape)
     low, high = (float(bound) for bound in v.aminmax())
     if not (0 <= low <= high < levels) or (v.is_floating_point() and bool((v != v.floor()).any())):
         raise ValueError(

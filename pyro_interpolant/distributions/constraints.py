@@ -213,7 +213,7 @@ def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (N
     return x
 
 
-def images_of(shape: Sequence[int], x: ArrayLike) -> Tensor:
+def images_of(x: ArrayLike, shape: Sequence[int]) -> Tensor:
     """Return x as a tensor of images that are events of a shape, ``(N, *shape)``.
 
     Raises:

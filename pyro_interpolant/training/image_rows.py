@@ -56,7 +56,7 @@ def checked_levels(distribution: AnyDistribution, x: ArrayLike) -> Tensor:
             real numbers, which levels at its edge would leave.
     """
     shape = distribution.space.event_shape(distribution.transform.flow.event_dim)
-    constraint, levels = distribution.constraint, images_of(shape, x)
+    constraint, levels = distribution.constraint, images_of(x, shape)
     inner = constraint.base_constraint if isinstance(constraint, Shaped) else constraint
     if not support_of(inner).is_real():
         raise ValueError(
