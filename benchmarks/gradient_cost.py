@@ -1,11 +1,11 @@
 """What a gradient through a learned prior costs NUTS, and how many effective draws it gives.
 
-The prior is a banana in two dimensions, of which rows are seen in part: y = z_2 + noise. A gradient
-in base space goes through the map from base to data, one in data space through the log-density;
-both are compared with forward and backward of the bare network for as many rows, in the states
-alone. NUTS then samples three rows in base space; effective draws, of the slowest number, are by
-the second after the warm-up, and by 1,000 gradients. Everything on one thread, in CPU seconds and
-in float32. Each round runs in a process of its own; the engines take turns.
+The prior is a banana in two dimensions, of which rows are seen in part: y = z_2 + noise. A
+gradient in base space goes through the map from base to data, one in data space through the
+log-density; both are compared with forward and backward of the bare network for as many rows, in
+the states alone. NUTS then samples three rows in base space; effective draws, of the slowest
+number, are by the second after the warm-up, and by 1,000 gradients. Everything on one thread, in
+CPU seconds and in float32. Each round runs in a process of its own; the engines take turns.
 
 With --old, a checkout of version 0.1.0 trains and writes the prior, and is timed beside this one.
 
@@ -145,7 +145,7 @@ def compare_nuts(engines, folder, args):
             found[name] += asked(root, folder, "nuts", seed, args=args)
             draws[name].append(np.load(folder / DRAWS))
     first, lines = next(iter(engines)), []
-    speeds = {name: [c["effective"] / c["seconds"] for c in cells] for name, cells in found.items()}
+    speeds = {k: [c["effective"] / c["seconds"] for c in cells] for k, cells in found.items()}
     of_first = np.concatenate(draws[first])
     total = {name: sum(c["effective"] for c in cells) for name, cells in found.items()}
     for name, cells in found.items():

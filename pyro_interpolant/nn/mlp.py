@@ -46,6 +46,20 @@ class Modulation(NamedTuple):
         times = zip(*(part.unbind() for part in (*self.shifts, *self.scales)), strict=True)
         return [Modulation(s[: len(self.shifts)], s[len(self.shifts) :]) for s in times]
 
+    def by_row(self, batch: Sequence[int]) -> "Modulation":
+        """Return those of R rows of a batch shape, each ``(T, R, width)``, from ``(T, *, width)``.
+
+        Args:
+            batch: The shape, with R entries, to which that of the contexts broadcasts.
+        """
+
+        def rows(part: Tensor) -> Tensor:
+            missing = len(batch) + 2 - part.dim()
+            part = part.reshape(len(part), *(1,) * missing, *part.shape[1:])
+            return part.expand(-1, *batch, -1).flatten(1, -2)
+
+        return Modulation(tuple(map(rows, self.shifts)), tuple(map(rows, self.scales)))
+
 
 Trace = Callable[[Tensor, list[Tensor]], Tensor]  # of the first layer's inputs, and all slopes
 
@@ -219,13 +233,11 @@ class VelocityMLP(nn.Module):
         if self.is_periodic or not is_recordable(x, max(self.hidden_dims)):
             return None
         batch = () if context is None else context.shape[:-1]
+        if torch.broadcast_shapes(batch, x.shape[:-1]) != x.shape[:-1]:
+            return None
         modulation = self._modulation(times.reshape(-1, *(1,) * len(batch)), context)
         if batch:
-            full = len(times), *(1,) * (x.dim() - 1 - len(batch)), *batch
-            modulation = Modulation(*(
-                tuple(p.reshape(*full, -1).expand(-1, *x.shape[:-1], -1).flatten(1, -2) for p in s)
-                for s in modulation
-            ))
+            modulation = modulation.by_row(x.shape[:-1])
         residual = [self._is_residual(i) for i in range(len(self.hidden_dims))]
         weights = [*self._weights(), self.output.weight]
         rows = x[..., 0].numel()

@@ -6,7 +6,7 @@ arrays of their own. The slopes of all evaluations are computed together, so tha
 product of matrices for each layer and little else.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import count
 from typing import Any, Protocol
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 Array = NDArray[Any]
 
-# Numbers in a layer, rows times width, up to which this is faster than autograd: at 2 x 128^3,
-# 100 rows 1.5 times, 300 rows 0.9 times.
+# Of a layer, rows times width, up to which this is faster than autograd: three layers of width 128
+# take 0.28 of its time for 1 row, 0.8 for 100, 1.1 for 300.
 _MOST_NUMBERS = 2**14
-# Multiplications up to which numpy's product is faster; beyond, it also starts threads of its own.
+# Of a product, up to which numpy's is faster; beyond, it would also start threads of its own.
 _MOST_MULTIPLICATIONS = 2**18
 
 
@@ -103,6 +103,7 @@ class MLPRecord:
         self.sum = np.ones((2 * dim, 1), like.dtype)
         largest = max(w.size for w in self.hidden)
         self.product: Any = np.dot if rows * largest <= _MOST_MULTIPLICATIONS else _product
+        self.slopes: list[Array] = []
         self.calls = count()
 
     def __call__(self, x: Array) -> Array:
@@ -133,9 +134,8 @@ class MLPRecord:
     def linearize(self) -> None:
         """Prepare the pullbacks of all calls."""
         self.gate = 1 / self.n
-        y = self.y * self.gate
-        self.along = (y * y * y) @ self.reach.T * -self.gate
-        self.slopes = []
+        y = (self.y * self.gate).reshape(-1, self.reach.shape[1])
+        self.along = _product(y * y * y, self.reach.T).reshape(self.v.shape) * -self.gate
         for z, tanh, a in zip(self.z, self.tanh, self.scales, strict=True):
             slope = 1 - tanh
             slope *= z
@@ -144,6 +144,7 @@ class MLPRecord:
             slope *= tanh
             slope *= (a if a.ndim == 3 else a[:, None]) / 2
             self.slopes.append(slope)
+        self.z = self.tanh = []
 
     def pull(self, e: int, cotangent: Array) -> Array:
         """Return the cotangent of the state in call e from that of the velocity, ``(R, D)``."""

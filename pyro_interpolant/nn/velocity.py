@@ -145,9 +145,7 @@ def field(velocity: nn.Module, times: Tensor, context: Tensor | None) -> Sequenc
     return [partial(evaluate, velocity, t, context=context) for t in times.unbind()]
 
 
-def record(
-    velocity: nn.Module, times: Tensor, x: Tensor, context: Tensor | None
-) -> Record | None:
+def record(velocity: nn.Module, times: Tensor, x: Tensor, context: Tensor | None) -> Record | None:
     """Return a velocity's record of evaluations, or None where it has none.
 
     Args:
@@ -158,6 +156,11 @@ def record(
     """
     own = _own(velocity, "record", stands_for="forward")
     return None if own is None or type(x) is not Tensor else own(times, x, context)
+
+
+def has_record(velocity: nn.Module) -> bool:
+    """Return whether a velocity has a method ``record`` that is up to date."""
+    return _own(velocity, "record", stands_for="forward") is not None
 
 
 def exact_divergence(velocity: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._torch import constant, is_functional
+from .._torch import constant, is_batch_of_gradients
 from ..nn.record import Array, Record
 from ..nn.velocity import StateFunction
 from .tableaus import TABLEAUS
@@ -62,7 +62,8 @@ class _Recorded(torch.autograd.Function):
         solve: StateFunction,
     ) -> Tensor:
         with np.errstate(all="ignore"):  # as torch
-            states = _states(record, x.detach().reshape(-1, x.shape[-1]).numpy(), gaps, method)
+            start = x.detach().reshape(-1, x.shape[-1]).numpy()
+            states = _states(record, start, gaps, method)
             record.linearize()
         ctx.save_for_backward(x, *record.weights)  # which notices a change of theirs
         ctx.record, ctx.gaps, ctx.method, ctx.solve = record, gaps, method, solve
@@ -72,15 +73,16 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None, None]:
         (g,), (x, *_) = cotangents, ctx.saved_tensors
         again = torch.is_grad_enabled()  # the gradient is to be differentiated itself
-        if again or is_functional():
+        if again or is_batch_of_gradients(g):
             with torch.enable_grad():
-                start = x if again else x.detach().requires_grad_()
-                states = ctx.solve(start)
-            (gradient,) = torch.autograd.grad(states, start, g, create_graph=again)
+                leaf = x if again else x.detach().requires_grad_()
+                states = ctx.solve(leaf)
+            (gradient,) = torch.autograd.grad(states, leaf, g, create_graph=again)
         else:
             with np.errstate(all="ignore"):
-                found = _pulled(ctx.record, g.reshape(len(g), -1, g.shape[-1]).numpy(), ctx.gaps, ctx.method)
-            gradient = torch.from_numpy(found).reshape(x.shape)
+                rows = g.reshape(len(g), -1, g.shape[-1]).numpy()
+                start = _pulled(ctx.record, rows, ctx.gaps, ctx.method)
+            gradient = torch.from_numpy(start).reshape(x.shape)
         return gradient, None, None, None, None
 
 
@@ -106,7 +108,7 @@ def _step(x: Array, h: float, weights: Sequence[float], slopes: Sequence[Array])
 
 
 def _pulled(record: Record, g: Array, gaps: Sequence[float], method: str) -> Array:
-    """Return the cotangent of the first state, ``(R, D)``, from those of all, ``(N + 1, R, D)``."""
+    """Return the cotangent of the first state, ``(R, D)``, from all, ``(N + 1, R, D)``."""
     _, a, b = TABLEAUS[method]
     stages, at_end = len(b), g[-1]
     for n in range(len(gaps) - 1, -1, -1):

@@ -201,7 +201,11 @@ class Flow(nn.Module):
             at = times.to(white).reshape(-1, *[1] * (white.dim() - 1))
             rate = partial(evaluate, self.velocity, at, context=path.context)
             return through_nodes(solve, rate, q, white)
-        if isinstance(solver, FixedGrid | RandomGrid) and not (solver.checkpoint or is_tracing()):
+        if (
+            isinstance(solver, FixedGrid | RandomGrid)
+            and type(solver).solve is FixedGrid.solve  # what is recorded; not one of the user's
+            and not (solver.checkpoint or is_tracing())
+        ):
             at = stage_times(times, solver.method).to(white)
             with torch.no_grad():
                 kept = record(self.velocity, at, white, path.context)
