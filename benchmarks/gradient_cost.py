@@ -8,6 +8,7 @@ number, are by the second after the warm-up, and by 1,000 gradients. Everything 
 CPU seconds and in float32. Each round runs in a process of its own; the engines take turns.
 
 With --old, a checkout of version 0.1.0 trains and writes the prior, and is timed beside this one.
+"Straightened" is another prior, of `reflow`: how far from the first is printed too.
 
     python benchmarks/gradient_cost.py --old DIR     # ten minutes
     python benchmarks/gradient_cost.py --smoke       # a minute
@@ -35,7 +36,7 @@ import pyro_interpolant as pi
 
 HERE = Path(__file__).parent
 NOISE, OBSERVED = 0.5, (0.2, 1.0, 3.0)
-FILE, DRAWS = "banana.safetensors", "draws.npy"
+FILE, STRAIGHT, DRAWS = "banana.safetensors", "straight.safetensors", "draws.npy"
 
 
 def write_prior(folder, smoke):
@@ -46,6 +47,27 @@ def write_prior(folder, smoke):
     few = {"steps": 20, "tolerance": 1e3} if smoke else {"steps": 2000}
     prior = pi.from_samples(x, seed=0, progress=False, **few)
     pi.save(prior, folder / FILE)
+
+
+def write_straight(folder, smoke):
+    """Straighten the paths of the prior, write it, and print what that took."""
+    prior = pi.load(folder / FILE)
+    few = {"steps": 20, "tolerance": 1e3} if smoke else {"steps": 3000}
+    start = time.process_time()
+    straight = pi.reflow(prior, seed=0, progress=False, **few).distribution
+    seconds = time.process_time() - start
+    pi.save(straight, folder / STRAIGHT)
+    with torch.no_grad():
+        z, w = prior.sample((5000,)), torch.randn(5000, 2)
+        nats = prior.log_prob(z) - straight.log_prob(z)
+        apart = (prior.transform(w) - straight.transform(w)) / z.std(0)
+    steps = [p.transform.solver.steps for p in (prior, straight)]
+    print(
+        f"`reflow` in {seconds:.0f} s: {steps[0]} steps of rk4, then {steps[1]}; the relative "
+        f"entropy of the prior to the straightened one is {nats.mean():.4f} +- "
+        f"{nats.std() / len(z) ** 0.5:.4f} nats, its map is within "
+        f"{apart.square().mean().sqrt():.3f} sd (root mean square)\n"
+    )
 
 
 def print_gradients(prior, rows, seconds):
@@ -94,10 +116,11 @@ def print_nuts(prior, folder, seed, draws):
     print(json.dumps({"seconds": seconds, "gradients": gradients, "effective": effective}))
 
 
-def asked(root, folder, *what, args):
-    """Return the JSON lines of a part of this file, run with the package that is in a folder."""
+def asked(engine, folder, what, *rest, args):
+    """Return the JSON lines of a part of this file, run by an engine: a package, and a file."""
+    root, file = engine
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--part", *map(str, (folder, *what))]
+    command = [sys.executable, __file__, "--part", *map(str, (folder / file, what, *rest))]
     command += ["--draws", str(args.draws), *(["--smoke"] if args.smoke else [])]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -123,8 +146,8 @@ def compare_gradients(engines, folder, args):
     """Print what a gradient costs with each engine."""
     found = {name: [] for name in engines}
     for _ in range(args.rounds):
-        for name, root in engines.items():
-            found[name].append(asked(root, folder, "gradients", args=args))
+        for name, engine in engines.items():
+            found[name].append(asked(engine, folder, "gradients", args=args))
     lines = []
     for name, rounds in found.items():
         for cells in zip(*rounds, strict=True):
@@ -141,8 +164,8 @@ def compare_nuts(engines, folder, args):
     """Print effective draws of each engine, and whether means agree."""
     found, draws = ({name: [] for name in engines} for _ in range(2))
     for seed in range(args.rounds):
-        for name, root in engines.items():
-            found[name] += asked(root, folder, "nuts", seed, args=args)
+        for name, engine in engines.items():
+            found[name] += asked(engine, folder, "nuts", seed, args=args)
             draws[name].append(np.load(folder / DRAWS))
     first, lines = next(iter(engines)), []
     speeds = {k: [c["effective"] / c["seconds"] for c in cells] for k, cells in found.items()}
@@ -173,24 +196,29 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.part:
-        folder, what = Path(args.part[0]), args.part[1]
-        if what == "prior":
-            write_prior(folder, args.smoke)
-        elif what == "gradients":
-            rows = (1,) if args.smoke else (1, 3, 100)
-            print_gradients(pi.load(folder / FILE), rows, 0.01 if args.smoke else 0.5)
-        else:
-            print_nuts(pi.load(folder / FILE), folder, int(args.part[2]), args.draws)
+        run_part(Path(args.part[0]), *args.part[1:], args=args)
         return
     if args.smoke:
         args.rounds, args.draws = 1, 10
-    engines = {"0.1.0": args.old.resolve()} if args.old else {}
-    engines["this version"] = HERE.parent
+    engines = {"0.1.0": (args.old.resolve(), FILE)} if args.old else {}
+    engines |= {"this version": (HERE.parent, FILE), "straightened": (HERE.parent, STRAIGHT)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         asked(next(iter(engines.values())), folder, "prior", args=args)
+        write_straight(folder, args.smoke)
         compare_gradients(engines, folder, args)
         compare_nuts(engines, folder, args)
+
+
+def run_part(file, what, *rest, args):
+    """Run what the main process asks for of a process of its own."""
+    if what == "prior":
+        write_prior(file.parent, args.smoke)
+    elif what == "gradients":
+        rows = (1,) if args.smoke else (1, 3, 100)
+        print_gradients(pi.load(file), rows, 0.01 if args.smoke else 0.5)
+    else:
+        print_nuts(pi.load(file), file.parent, int(rest[0]), args.draws)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import is_watched
-from .record import MLPRecord, Record, is_recordable
+from .record import MLPRecord, Record, by_row, is_recordable
 from .velocity import StateFunction
 
 _EMBEDDING_WIDTH = 64
@@ -45,20 +45,6 @@ class Modulation(NamedTuple):
         """Return one modulation per entry of the first dimension."""
         times = zip(*(part.unbind() for part in (*self.shifts, *self.scales)), strict=True)
         return [Modulation(s[: len(self.shifts)], s[len(self.shifts) :]) for s in times]
-
-    def by_row(self, batch: Sequence[int]) -> "Modulation":
-        """Return those of R rows of a batch shape, each ``(T, R, width)``, from ``(T, *, width)``.
-
-        Args:
-            batch: The shape, with R entries, to which that of the contexts broadcasts.
-        """
-
-        def rows(part: Tensor) -> Tensor:
-            missing = len(batch) + 2 - part.dim()
-            part = part.reshape(len(part), *(1,) * missing, *part.shape[1:])
-            return part.expand(-1, *batch, -1).flatten(1, -2)
-
-        return Modulation(tuple(map(rows, self.shifts)), tuple(map(rows, self.scales)))
 
 
 Trace = Callable[[Tensor, list[Tensor]], Tensor]  # of the first layer's inputs, and all slopes
@@ -236,12 +222,11 @@ class VelocityMLP(nn.Module):
         if torch.broadcast_shapes(batch, x.shape[:-1]) != x.shape[:-1]:
             return None
         modulation = self._modulation(times.reshape(-1, *(1,) * len(batch)), context)
-        if batch:
-            modulation = modulation.by_row(x.shape[:-1])
+        shifts, scales = ([by_row(p, x.shape[:-1]) for p in parts] for parts in modulation)
         residual = [self._is_residual(i) for i in range(len(self.hidden_dims))]
         weights = [*self._weights(), self.output.weight]
         rows = x[..., 0].numel()
-        return MLPRecord(weights, *modulation, residual, self._inverse_reach(), rows)
+        return MLPRecord(weights, shifts, scales, residual, self._inverse_reach(), rows)
 
     def forward_and_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None

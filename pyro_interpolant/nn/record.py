@@ -57,6 +57,20 @@ def is_recordable(x: Tensor, width: int) -> bool:
     )
 
 
+def by_row(part: Tensor, batch: Sequence[int]) -> Tensor:
+    """Return numbers by row, shape ``(T, R, width)``, from those of contexts, ``(T, *, width)``.
+
+    Args:
+        part: The numbers; where contexts have no batch dimension they are returned as they are.
+        batch: The batch shape of R rows, to which that of the contexts broadcasts.
+    """
+    if part.dim() == 2:
+        return part
+    missing = len(batch) + 2 - part.dim()
+    part = part.reshape(len(part), *(1,) * missing, *part.shape[1:])
+    return part.expand(-1, *batch, -1).flatten(1, -2)
+
+
 class MLPRecord:
     r"""A record of a :class:`~pyro_interpolant.VelocityMLP`.
 
@@ -159,6 +173,34 @@ class MLPRecord:
         x = product(p, self.hidden[0])
         x += product(cotangent * self.v[e], self.sum[: len(self.output)]) * self.along[e]
         return x
+
+
+class MovedRecord:
+    r"""A record of :math:`v(x) = r + s \odot (g \odot z + u(z))`, :math:`z = (x - m) / s`.
+
+    Args:
+        record: Of u.
+        m, r, s, g: At all times, each ``(E, D)`` or, by row, ``(E, R, D)``.
+    """
+
+    def __init__(self, record: Record, m: Tensor, r: Tensor, s: Tensor, g: Tensor) -> None:
+        self.record, self.weights, self.calls = record, record.weights, count()
+        self.m, self.r, self.s, self.g = (part.detach().numpy() for part in (m, r, s, g))
+
+    def __call__(self, x: Array) -> Array:
+        """Return the velocity at the next of the times, of states x, shape ``(R, D)`` each."""
+        e = next(self.calls)
+        z = (x - self.m[e]) / self.s[e]
+        return self.r[e] + self.s[e] * (self.g[e] * z + self.record(z))
+
+    def linearize(self) -> None:
+        """Prepare the pullbacks of all calls."""
+        self.record.linearize()
+
+    def pull(self, e: int, cotangent: Array) -> Array:
+        """Return the cotangent of the state in call e from that of the velocity, ``(R, D)``."""
+        inner = self.record.pull(e, self.s[e] * cotangent)
+        return self.g[e] * cotangent + inner / self.s[e]
 
 
 def _product(x: Array, w: Array, out: Array | None = None) -> Array:

@@ -158,11 +158,6 @@ def record(velocity: nn.Module, times: Tensor, x: Tensor, context: Tensor | None
     return None if own is None or type(x) is not Tensor else own(times, x, context)
 
 
-def has_record(velocity: nn.Module) -> bool:
-    """Return whether a velocity has a method ``record`` that is up to date."""
-    return _own(velocity, "record", stands_for="forward") is not None
-
-
 def exact_divergence(velocity: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """Return a velocity's own ``forward_and_divergence``, or None."""
     return getattr(velocity, "forward_and_divergence", None)

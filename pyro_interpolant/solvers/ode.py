@@ -124,7 +124,7 @@ class FixedGrid(_RungeKutta):
             equation, from one linear system over all nodes. With networks of one's own, for HMC
             over one vector in about half the time, for more than some twenty numbers (rows times
             D) in more. They differ from those of the discretisation by its error, which leaves HMC
-            exact. Those of a :class:`~pyro_interpolant.VelocityMLP` are faster without, and exact.
+            exact. Of few rows, those of the package's networks are faster without, and exact.
 
     Raises:
         ValueError: If ``steps`` is below 1, ``method`` unknown or ``warp`` outside [0, 1).

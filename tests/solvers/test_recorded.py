@@ -18,7 +18,7 @@ from pyro_interpolant import (
     TorusMLP,
     VelocityMLP,
 )
-from pyro_interpolant.nn import record
+from pyro_interpolant.nn import EmbeddedVelocity, record
 from pyro_interpolant.solvers import RandomGrid, recorded
 
 
@@ -157,9 +157,23 @@ def test_what_is_not_finite_passes_silently():
     close(found[1], gradient(of_sample, transform, z[1]))
 
 
+def embedded():
+    velocity = EmbeddedVelocity(3, [(2,)], hidden_dims=(16, 16)).double()
+    nn.init.normal_(velocity.network.output.weight, std=0.3)
+    velocity.network.reach.fill_(4.0)
+    for part in (velocity.slope, velocity.offset, velocity.log_slope, velocity.log_offset):
+        nn.init.normal_(part, std=0.5)
+    velocity.log_bounds.copy_(torch.tensor([[-2.0], [2.0]]).expand(2, 3))
+    return velocity
+
+
+WITH_CONTEXTS = {"plain": lambda: mlp(16, 16, context_dim=2), "embedded": embedded}
+
+
 @pytest.mark.parametrize("shape", [(2,), (5, 2), (4, 1, 2)], ids=["shared", "own", "of rows"])
-def test_contexts_are_heeded(shape, solves):
-    family = ConditionalInterpolantTransform(mlp(16, 16, context_dim=2), 3, solver=FixedGrid(6))
+@pytest.mark.parametrize("name", WITH_CONTEXTS)
+def test_contexts_are_heeded(name, shape, solves):
+    family = ConditionalInterpolantTransform(WITH_CONTEXTS[name](), 3, solver=FixedGrid(6))
     family = family.double().requires_grad_(requires_grad=False)
     other = copy.deepcopy(family)
     other.solver = FixedGrid(6, checkpoint=True)
