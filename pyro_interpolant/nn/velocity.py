@@ -18,8 +18,8 @@ is optional, and used where it is there:
 - ``field(times, context)``: one function ``x -> v`` per time, what they share computed once;
   called with few contexts.
 - ``forward_and_divergence(t, x, context)``: the velocity and its exact divergence, ``(*)``.
-- ``record(times, x, context)``: a :class:`~pyro_interpolant.nn.record.Record` of evaluations at
-  those times, of states like x, shape ``(*, D)``; None where autograd is as fast.
+- ``record(times, x, context)``: a ``Record`` (see ``nn/record.py``) of evaluations at those times,
+  of states like x, shape ``(*, D)``, by which gradients of few rows are cheap; or None.
 - ``divergence_field(times, context)``: one function ``x -> divergence`` per time.
 - ``rows_at_once()``: the number of rows for which one call is fastest, without gradients.
 - ``set_scales(w, context)``: called with whitened training rows before training; and
