@@ -155,7 +155,8 @@ def record(velocity: nn.Module, times: Tensor, x: Tensor, context: Tensor | None
         context: Contexts, broadcastable to ``(*, C)``, or None.
     """
     own = _own(velocity, "record", stands_for="forward")
-    return None if own is None or type(x) is not Tensor else own(times, x, context)
+    is_plain = type(x) in (Tensor, nn.Parameter)  # no subclass with operations of its own
+    return own(times, x, context) if own is not None and is_plain else None
 
 
 def exact_divergence(velocity: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:

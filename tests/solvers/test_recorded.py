@@ -116,6 +116,14 @@ def test_large_products_are_the_same(monkeypatch):
     close(gradient(of_density, transform, z), expected)
 
 
+def test_a_parameter_is_a_state_too(solves):
+    z = nn.Parameter(torch.randn(3, dtype=torch.float64))
+    transform = flow(mlp(16, 16), FixedGrid(5))
+    of_sample(transform, z).backward()
+    close(z.grad, gradient(of_sample, by_torch(transform), z.detach()))
+    assert solves
+
+
 def test_single_precision(solves):
     z = torch.randn(4, 3, dtype=torch.float32)
     transform = flow(mlp(16, 16, 16, dtype=torch.float32), FixedGrid(6))
