@@ -219,7 +219,7 @@ class VelocityMLP(nn.Module):
         if self.is_periodic or not is_recordable(x, max(self.hidden_dims)):
             return None
         batch = () if context is None else context.shape[:-1]
-        if torch.broadcast_shapes(batch, x.shape[:-1]) != x.shape[:-1]:
+        if batch and torch.broadcast_shapes(batch, x.shape[:-1]) != x.shape[:-1]:
             return None
         modulation = self._modulation(times.reshape(-1, *(1,) * len(batch)), context)
         shifts, scales = ([by_row(p, x.shape[:-1]) for p in parts] for parts in modulation)
