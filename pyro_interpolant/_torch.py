@@ -306,6 +306,11 @@ def is_functorch_tensor(x: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def is_batch_of_gradients(g: Tensor) -> bool:
+    """Return whether a cotangent, of any shape, stands for many that are pulled back at once."""
+    return is_functional() or torch._C._functorch.is_legacy_batchedtensor(g)
+
+
 def has_other_leaves(y: Tensor, x: Tensor) -> bool:
     """Return whether the graph of y leads to a leaf that requires a gradient, other than x."""
     seen, stack = set(), [y.grad_fn]

@@ -6,7 +6,6 @@ through a trained guide.
 
 import contextlib
 import copy
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -26,7 +25,6 @@ from torch.distributions import ComposeTransform, biject_to
 
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
-from ..solvers.ode import FixedGrid
 from .autoguide import AutoInterpolant
 from .sites import LatentSites, Model, Site, unwrapped_model
 
@@ -351,8 +349,7 @@ class _Images(Messenger):
 def neutra(guide: AutoInterpolant, model: Model | None = None) -> Neutra:
     """Return the model in the guide's base space, where a good guide makes it N(0, I) for NUTS.
 
-    The guide is copied and the copy frozen: nothing here trains it, and it can be trained on. The
-    copy's gradients are those of ``FixedGrid(..., adjoint=True)`` where it is solved on a grid.
+    The guide is copied and the copy frozen: nothing here trains it, and it can be trained on.
     ``init_to_value`` with values of sites is honoured, by inverting the flow once; a site without
     one starts at the guide's median. The Jacobian is a site of its own: Pyro's ``NeuTraReparam``
     adds it to the first site, where it counts once for each member of that site's plate.
@@ -390,6 +387,4 @@ def neutra(guide: AutoInterpolant, model: Model | None = None) -> Neutra:
     if guide.prototype_trace is None:
         raise ValueError("expected a guide that has seen its model: train it, or call it once")
     frozen = copy.deepcopy(guide).requires_grad_(requires_grad=False).eval()
-    if isinstance(frozen.transform.solver, FixedGrid):
-        frozen.transform.solver = dataclasses.replace(frozen.transform.solver, adjoint=True)
     return Neutra(frozen, unwrapped_model(guide.model) if model is None else model)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .embedding import KINDS, SIZE, dense
 from .mlp import VelocityMLP
+from .record import MovedRecord, Record, by_row
 from .velocity import StateFunction
 
 _HEAD_WIDTH = 128
@@ -177,6 +178,21 @@ class EmbeddedVelocity(nn.Module):
         courses, e = self._courses(times, context)
         own = zip(courses, self.network.field(times, e), strict=True)
         return [partial(_moved, course=c, function=f) for c, f in own]
+
+    def record(self, times: Tensor, x: Tensor, context: Tensor | None = None) -> Record | None:
+        """Return a record of evaluations at the times, or None where autograd is as fast.
+
+        Args:
+            times: Times, shape ``(T,)``.
+            x: States, shape ``(*, D)``; those of the evaluations are like them.
+            context: Embedded data, broadcastable to ``(*, 2 D + E)``.
+        """
+        m, log_scale, e = self._parts(context)
+        inner = self.network.record(times, x, e)
+        if inner is None:
+            return None
+        course = _course(times.reshape(-1, *(1,) * m.dim()), m, log_scale)
+        return MovedRecord(inner, *(by_row(part, x.shape[:-1]) for part in course))
 
     def divergence_field(
         self, times: Tensor, context: Tensor | None = None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import is_watched
+from .record import MLPRecord, Record, by_row, is_recordable
 from .velocity import StateFunction
 
 _EMBEDDING_WIDTH = 64
@@ -206,6 +207,26 @@ class VelocityMLP(nn.Module):
             partial(self._velocity, modulation=m, inverses=inverses)
             for m in self._modulations(times, context)
         ]
+
+    def record(self, times: Tensor, x: Tensor, context: Tensor | None = None) -> Record | None:
+        """Return a record of evaluations at the times, or None where autograd is as fast.
+
+        Args:
+            times: Times, shape ``(T,)``.
+            x: States, shape ``(*, D)``; those of the evaluations are like them.
+            context: Contexts, broadcastable to ``(*, C)``, or None.
+        """
+        if self.is_periodic or not is_recordable(x, max(self.hidden_dims)):
+            return None
+        batch = () if context is None else context.shape[:-1]
+        if batch and torch.broadcast_shapes(batch, x.shape[:-1]) != x.shape[:-1]:
+            return None
+        modulation = self._modulation(times.reshape(-1, *(1,) * len(batch)), context)
+        shifts, scales = ([by_row(p, x.shape[:-1]) for p in parts] for parts in modulation)
+        residual = [self._is_residual(i) for i in range(len(self.hidden_dims))]
+        weights = [*self._weights(), self.output.weight]
+        rows = x[..., 0].numel()
+        return MLPRecord(weights, shifts, scales, residual, self._inverse_reach(), rows)
 
     def forward_and_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None

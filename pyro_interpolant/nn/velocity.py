@@ -18,6 +18,8 @@ is optional, and used where it is there:
 - ``field(times, context)``: one function ``x -> v`` per time, what they share computed once;
   called with few contexts.
 - ``forward_and_divergence(t, x, context)``: the velocity and its exact divergence, ``(*)``.
+- ``record(times, x, context)``: a ``Record`` (see ``nn/record.py``) of evaluations at those times,
+  of states like x, shape ``(*, D)``, by which gradients of few rows are cheap; or None.
 - ``divergence_field(times, context)``: one function ``x -> divergence`` per time.
 - ``rows_at_once()``: the number of rows for which one call is fastest, without gradients.
 - ``set_scales(w, context)``: called with whitened training rows before training; and
@@ -37,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import is_functional, is_tracing
+from .record import Record
 
 _ROWS_AT_ONCE = 512  # of networks without a method rows_at_once
 _SHARED_CONTEXTS = 64  # of rows, up to which what depends on them is kept for all times
@@ -140,6 +143,20 @@ def field(velocity: nn.Module, times: Tensor, context: Tensor | None) -> Sequenc
     if own is not None and _is_shared(context):
         return own(times, context)
     return [partial(evaluate, velocity, t, context=context) for t in times.unbind()]
+
+
+def record(velocity: nn.Module, times: Tensor, x: Tensor, context: Tensor | None) -> Record | None:
+    """Return a velocity's record of evaluations, or None where it has none.
+
+    Args:
+        velocity: A module with ``forward(t, x, context)``.
+        times: Times, shape ``(T,)``.
+        x: States, shape ``(*, D)``; those of the evaluations are like them.
+        context: Contexts, broadcastable to ``(*, C)``, or None.
+    """
+    own = _own(velocity, "record", stands_for="forward")
+    is_plain = type(x) in (Tensor, nn.Parameter)  # no subclass with operations of its own
+    return own(times, x, context) if own is not None and is_plain else None
 
 
 def exact_divergence(velocity: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -71,6 +71,17 @@ class IdentityCache:
         """Forget all entries."""
         self._entries.clear()
 
+    def knows(self, x: Tensor | None, y: Tensor | None) -> bool:
+        """Return whether there is an entry of this x, this y, or this pair, valid or not.
+
+        Args:
+            x: The input to look for, shape ``(*, D)``, or None.
+            y: The output to look for, shape ``(*, D')``, or None.
+        """
+        return not is_compiling() and any(
+            (x is None or e.x is x) and (y is None or e.y is y) for e in self._entries
+        )
+
     def find(
         self,
         *,

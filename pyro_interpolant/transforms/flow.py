@@ -25,11 +25,20 @@ from ..nn.velocity import (
     evaluate,
     field,
     images_at_once,
+    record,
     rows_at_once,
     size_of,
 )
 from ..solvers.divergence import Divergence
-from ..solvers.ode import FixedGrid, Solver, only_x_needs_grad, random_nodes, through_nodes
+from ..solvers.ode import (
+    FixedGrid,
+    RandomGrid,
+    Solver,
+    only_x_needs_grad,
+    random_nodes,
+    through_nodes,
+)
+from ..solvers.recorded import recorded_solve, stage_times
 from .whitening import DenseWhitening, Whitening
 
 _MAX_KEPT_BYTES = 2**26  # of a trajectory that is kept: 64 MiB
@@ -162,23 +171,47 @@ class Flow(nn.Module):
         if path.end == 0.0:
             return white[None]
         times, _ = path.times
+        times = times if forward else times.flip(0)
         velocity_at = partial(field, self.velocity, context=path.context)
 
         def solve(white: Tensor) -> Tensor:
-            if forward:
-                return path.solver.solve(velocity_at, white, times)
-            return path.solver.solve(velocity_at, white, times.flip(0)).flip(0)
+            return path.solver.solve(velocity_at, white, times)
 
+        if only_x_needs_grad(white, (path.context, *self.parameters())):
+            states = self._solve_for_gradient(solve, white, path, times)
+        else:
+            states = solve(white)
+        return states if forward else states.flip(0)
+
+    def _solve_for_gradient(
+        self, solve: StateFunction, white: Tensor, path: Path, times: Tensor
+    ) -> Tensor:
+        """Return the states at the times, with the cheapest gradient in the first of them.
+
+        Args:
+            solve: The solve, all of whose operations autograd sees.
+            white: The first state, shape ``(*, D)``.
+            path: The way through the flow.
+            times: Its nodes, in the order of the solve, shape ``(N + 1,)``.
+        """
         solver = path.solver
-        if not isinstance(solver, FixedGrid) or not solver.adjoint or path.seed is not None:
-            return solve(white)
-        if not only_x_needs_grad(white, (path.context, *self.parameters())):
-            return solve(white)
-        q = path.end * solver.matrix()
-        q = (q if forward else q - q[-1]).to(white)
-        at = times.to(white).reshape(-1, *[1] * (white.dim() - 1))
-        rate = partial(evaluate, self.velocity, at, context=path.context)
-        return through_nodes(solve, rate, q, white)
+        if isinstance(solver, FixedGrid) and solver.adjoint:
+            q = path.end * solver.matrix()
+            q = (q if times[0] == 0 else (q - q[-1]).flip(0, 1)).to(white)
+            at = times.to(white).reshape(-1, *[1] * (white.dim() - 1))
+            rate = partial(evaluate, self.velocity, at, context=path.context)
+            return through_nodes(solve, rate, q, white)
+        if (
+            isinstance(solver, FixedGrid | RandomGrid)
+            and type(solver).solve is FixedGrid.solve  # what is recorded; not one of the user's
+            and not (solver.checkpoint or is_tracing())
+        ):
+            at = stage_times(times, solver.method).to(white)
+            with torch.no_grad():
+                kept = record(self.velocity, at, white, path.context)
+            if kept is not None:
+                return recorded_solve(kept, white, times, solver.method, solve)
+        return solve(white)
 
     def log_det(self, states: Tensor, path: Path) -> Tensor:
         """Return the integral of the divergence along the states, plus log |det L|, shape ``(*)``.
@@ -231,7 +264,7 @@ class Flow(nn.Module):
         at_once = min(
             images_at_once(self.velocity) or _ROWS_PER_SOLVE, max(1, _MAX_KEPT_BYTES // row_bytes)
         )
-        if self._needs_graph(white, path) or rows <= at_once:
+        if rows <= at_once or self._needs_graph(white, path):
             return self.integrate(white, path, forward=forward), None
         keep = rows * row_bytes <= _MAX_KEPT_BYTES
         blocks, states, log_dets = _Blocks(white[None], path, at_once), [], []

@@ -224,6 +224,8 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         return Path(self.context, self.end, self.solver, self.divergence, seed)
 
     def _find(self, *, x: Tensor | None = None, y: Tensor | None = None) -> _Solve | None:
+        if not self._cache.knows(x, y):  # at a tenth of the price of asking for a valid entry
+            return None
         entry = self._cache.find(x=x, y=y, sources=self._sources(), key=self.path())
         return entry if isinstance(entry, _Solve) else None
 

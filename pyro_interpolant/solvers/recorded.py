@@ -1,0 +1,125 @@
+r"""Solves for a few rows, and their gradients in the state they start from, by few operations.
+
+One Runge-Kutta step is :math:`y = x + h \sum_i b_i k_i`, :math:`k_i = v(u_i)`, :math:`u_i = x + h
+\sum_j a_{ij} k_j`. Cotangents are pulled back through it from the last stage to the first,
+
+.. math:: \bar k_i = h \, b_i \, \bar y + h \sum_l a_{li} \, \bar u_l, \quad
+          \bar u_i = (\partial v / \partial u_i)^T \, \bar k_i, \quad
+          \bar x = \bar y + \sum_i \bar u_i,
+
+which is the gradient of the discretised solve, not of the differential equation.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._torch import constant, is_batch_of_gradients
+from ..nn.record import Array, Record
+from ..nn.velocity import StateFunction
+from .tableaus import TABLEAUS
+
+
+def stage_times(times: Tensor, method: str) -> Tensor:
+    """Return the times of all stages of all steps between nodes, shape ``(N * stages,)``.
+
+    Args:
+        times: The nodes, shape ``(N + 1,)``.
+        method: The Runge-Kutta method.
+    """
+    c = constant(np.array(TABLEAUS[method][0])).to(times)
+    return (times[:-1, None] + times.diff()[:, None] * c).reshape(-1)
+
+
+def recorded_solve(
+    record: Record, x: Tensor, times: Tensor, method: str, solve: StateFunction
+) -> Tensor:
+    """Return the states at the nodes, shape ``(N + 1, *, D)``, with their gradient in x.
+
+    Args:
+        record: The velocity at :func:`stage_times`.
+        x: The state at the first node, shape ``(*, D)``.
+        times: The nodes, shape ``(N + 1,)``.
+        method: The Runge-Kutta method.
+        solve: The same solve by torch alone, for gradients that are differentiated themselves.
+    """
+    return _Recorded.apply(x, record, times.diff().tolist(), method, solve)
+
+
+class _Recorded(torch.autograd.Function):
+    """The solve of :func:`recorded_solve`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        record: Record,
+        gaps: Sequence[float],
+        method: str,
+        solve: StateFunction,
+    ) -> Tensor:
+        with np.errstate(all="ignore"):  # as torch
+            start = x.detach().reshape(-1, x.shape[-1]).numpy()
+            states = _states(record, start, gaps, method)
+            record.linearize()
+        ctx.save_for_backward(x, *record.weights)  # which notices a change of theirs
+        ctx.record, ctx.gaps, ctx.method, ctx.solve = record, gaps, method, solve
+        return torch.from_numpy(np.stack(states)).reshape(-1, *x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (g,), (x, *_) = cotangents, ctx.saved_tensors
+        again = torch.is_grad_enabled()  # the gradient is to be differentiated itself
+        if again or is_batch_of_gradients(g):
+            with torch.enable_grad():
+                leaf = x if again else x.detach().requires_grad_()
+                states = ctx.solve(leaf)
+            (gradient,) = torch.autograd.grad(states, leaf, g, create_graph=again)
+        else:
+            with np.errstate(all="ignore"):
+                rows = g.reshape(len(g), -1, g.shape[-1]).numpy()
+                start = _pulled(ctx.record, rows, ctx.gaps, ctx.method)
+            gradient = torch.from_numpy(start).reshape(x.shape)
+        return gradient, None, None, None, None
+
+
+def _states(record: Record, x: Array, gaps: Sequence[float], method: str) -> list[Array]:
+    """Return the states at the nodes, each ``(R, D)``."""
+    _, a, b = TABLEAUS[method]
+    states = [x]
+    for h in gaps:
+        slopes: list[Array] = []
+        for row in a:
+            slopes.append(record(_step(x, h, row, slopes)))
+        x = _step(x, h, b, slopes)
+        states.append(x)
+    return states
+
+
+def _step(x: Array, h: float, weights: Sequence[float], slopes: Sequence[Array]) -> Array:
+    """Return ``x + h sum_i weights_i slopes_i``, shape ``(R, D)``."""
+    for w, k in zip(weights, slopes, strict=True):
+        if w:
+            x = x + (h * w) * k
+    return x
+
+
+def _pulled(record: Record, g: Array, gaps: Sequence[float], method: str) -> Array:
+    """Return the cotangent of the first state, ``(R, D)``, from all, ``(N + 1, R, D)``."""
+    _, a, b = TABLEAUS[method]
+    stages, at_end = len(b), g[-1]
+    for n in range(len(gaps) - 1, -1, -1):
+        h, total = gaps[n], at_end + g[n]
+        of_stages: list[Array] = []  # from the last stage to the first
+        for i in range(stages - 1, -1, -1):
+            k = (h * b[i]) * at_end
+            for row, u in zip(a[:i:-1], of_stages, strict=True):
+                if row[i]:
+                    k += (h * row[i]) * u
+            of_stages.append(record.pull(n * stages + i, k))
+            total += of_stages[-1]
+        at_end = total
+    return at_end
