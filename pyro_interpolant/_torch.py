@@ -279,6 +279,15 @@ def constant(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.copy())  # wherever the default device is
 
 
+def is_for_numpy(x: Tensor) -> bool:
+    """Return whether numpy can compute with the numbers of x, of any shape, as torch would."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def is_tracing() -> bool:
     """Return whether a tracer records what is computed now: for ``torch.jit`` or a compiler."""
     return torch._C._get_tracing_state() is not None or is_compiling()

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._torch import is_for_numpy
+
 Array = NDArray[Any]
 
 # Of a layer, rows times width, up to which this is faster than autograd: widths of 128 to 512 take
@@ -49,12 +51,7 @@ def is_recordable(x: Tensor, width: int) -> bool:
         x: States.
         width: The largest width of a layer.
     """
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled("cpu")
-        and 0 < x[..., 0].numel() * width <= _MOST_NUMBERS
-    )
+    return is_for_numpy(x) and 0 < x[..., 0].numel() * width <= _MOST_NUMBERS
 
 
 def by_row(part: Tensor, batch: Sequence[int]) -> Tensor:

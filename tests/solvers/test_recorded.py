@@ -245,6 +245,14 @@ def test_transforms_and_traces_see_torch(solves):
     close(y.grad, gradient(of_density, transform, z + 1))
 
 
+def test_lower_precision_that_was_asked_for_is_torchs(solves):
+    z = torch.randn(4, 3, dtype=torch.float32)
+    transform = flow(mlp(16, 16, dtype=torch.float32), FixedGrid(5))
+    with torch.autocast("cpu"):
+        gradient(lambda transform, z: transform(z).sum(), transform, z)
+    assert not solves
+
+
 def test_a_graph_that_is_kept_gives_the_same_again():
     z = torch.randn(3, dtype=torch.float64, requires_grad=True)
     x = flow(mlp(16, 16, 16), FixedGrid(5))(z)
