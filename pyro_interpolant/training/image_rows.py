@@ -23,6 +23,8 @@ from .rows import Rows
 
 LEVELS = 256
 BATCH_IMAGES = 64  # per step and process
+# Held-out losses of 600 steps on 8 x 8 digits: -59.8 at 0.001, -65.6 at 0.003, -63.7 at 0.01.
+IMAGE_OPTIONS: dict[str, Any] = {"learning_rate": 3e-3}
 HELD_BATCHES = 2  # of images, at which the held-out loss is evaluated: it takes less than a step
 _HELD_NUMBERS, _MIN_HELD = 2**22, 256  # in images held out of a table, and images at least
 
