@@ -264,6 +264,27 @@ def test_the_default_network_is_a_unet():
     assert images.transform.velocity.classes == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["channels last", "compiled"])
+def test_networks_in_other_forms_are_trained_measured_and_kept(how, tmp_path):
+    pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    plain, other = IMAGE_NETWORKS["unet"](0), IMAGE_NETWORKS["unet"](0)
+    other.load_state_dict(plain.state_dict())
+    if how == "compiled":
+        other.compile(backend="aot_eager")
+    else:
+        other.to(memory_format=torch.channels_last)
+    expected, images = learn(network=plain), learn(network=other)
+    values = LEVELS[:5].double() / 256
+    torch.testing.assert_close(images.log_prob(values), expected.log_prob(values))
+    found = [bits_per_dim(prior, LEVELS[:5], tolerance=1.0).mean for prior in (expected, images)]
+    assert found[0] == pytest.approx(found[1])
+    path = tmp_path / "images.safetensors"
+    pi.save(images, path)
+    torch.testing.assert_close(pi.load(path).log_prob(values), images.log_prob(values))
+
+
 class Turning(nn.Module):
     """An image's first two numbers turn by an angle: sines, which few steps do not follow."""
 
