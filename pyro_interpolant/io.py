@@ -9,19 +9,12 @@ base, a flow's tensors too, has ``base.`` before its name.
 """
 
 import json
-import os
-import secrets
-import stat
-import zlib
-from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors import SafetensorError, safe_open
+from ._files import CHECKSUM, StrPath, contents, write
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from .distributions.interpolant import AnyDistribution
     from .interpolants.linear import Interpolant
@@ -29,11 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "read", "save", "write"]
 
-StrPath = str | os.PathLike[str]
-
 _FORMAT = 2  # 1 was that of version 0.1.0, without a checksum
 _KEY = "pyro_interpolant"
-_CHECKSUM = "checksum"
 
 
 def save(distribution: "AnyDistribution", path: StrPath) -> None:
@@ -124,140 +114,6 @@ def read(
             f"{path} has format {version}, this version reads formats up to {_FORMAT}: update the "
             "package"
         )
-    if version == _FORMAT and _CHECKSUM not in metadata:
+    if version == _FORMAT and CHECKSUM not in metadata:
         raise ValueError(f"{path} is damaged: it has no checksum")
     return header, tensors
-
-
-def contents(
-    path: StrPath, *, framework: Literal["np", "pt"] = "np"
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the texts and the tensors, of any shapes, of a file that :func:`write` wrote.
-
-    Args:
-        path: The file.
-        framework: Whether tensors are numpy's or torch's.
-
-    Raises:
-        OSError: If there is no such file, or it cannot be read.
-        ValueError: If the file is damaged, or not of safetensors.
-    """
-    raw = Path(path).read_bytes()
-    try:
-        head, start = _parsed(raw)
-        metadata = head.get("__metadata__", {})
-        claimed = metadata.get(_CHECKSUM)
-        if claimed is not None and claimed != _checksum(head, memoryview(raw)[start:]):
-            raise ValueError("its checksum is another")
-        return metadata, _tensors(path, framework)
-    except TypeError as error:
-        raise ValueError(
-            f"expected tensors of types that numpy has, got others in {path} ({error}): save the "
-            "flow in float32 or float64"
-        ) from error
-    except (SafetensorError, ValueError, LookupError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged or not a safetensors file ({error}): save the flow again"
-        ) from error
-
-
-def write(
-    path: StrPath,
-    tensors: "Mapping[str, Tensor]",
-    metadata: Mapping[str, str],
-    *,
-    scratch: Path | None = None,
-    previous: Path | None = None,
-) -> None:
-    """Write tensors, of any shapes, and text; a file is replaced by a finished one or not at all.
-
-    Args:
-        path: The file, or a symbolic link to it.
-        tensors: Tensors by name, which do not share memory.
-        metadata: Text by name.
-        scratch: Where to write first, beside the file; by default under a name of its own.
-        previous: Where to keep the file that is replaced, or None to drop it.
-
-    Raises:
-        ValueError: If a tensor is of a type that no such file has.
-        OSError: If the file cannot be written; what was there is then untouched.
-    """
-    from safetensors.torch import save as serialized
-
-    try:
-        head, body = _with_checksum(serialized(dict(tensors), dict(metadata)))
-    except (SafetensorError, LookupError, RuntimeError) as error:
-        raise ValueError(f"expected tensors that safetensors can hold, got {error}") from error
-    path = Path(os.path.realpath(path))
-    mode = _mode_of(path)
-    scratch = scratch or path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    scratch.unlink(missing_ok=True)
-    try:
-        # As any new file, the umask taken off, or with the mode of what it replaces.
-        with open(scratch, "xb", opener=partial(os.open, mode=mode or 0o666)) as file:
-            if mode is not None:
-                os.chmod(scratch, mode)
-            file.write(head)
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and mode is not None:
-            os.replace(path, previous)
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
-def _mode_of(path: Path) -> int | None:
-    """Return the mode of a file that may be replaced; None if there is none."""
-    try:
-        handle = os.open(path, os.O_RDWR)  # an error where it must not be written
-    except FileNotFoundError:
-        return None
-    mode = os.fstat(handle).st_mode
-    os.close(handle)
-    if not stat.S_ISREG(mode):
-        raise OSError(f"expected a file to replace, got {path}, which is something else")
-    return stat.S_IMODE(mode)
-
-
-def _tensors(path: StrPath, framework: Literal["np", "pt"]) -> dict[str, Any]:
-    """Return the tensors of a safetensors file, copied from where it is mapped into memory.
-
-    Mapped ones would change with the file, and end the process where it is cut; and sums may
-    depend on how numbers are aligned.
-    """
-    with safe_open(path, framework=framework) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    return {k: v.clone() if framework == "pt" else v.copy() for k, v in tensors.items()}
-
-
-def _parsed(raw: bytes) -> tuple[dict[str, Any], int]:
-    """Return the header of a safetensors file, and where its tensors start.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    start = 8 + int.from_bytes(raw[:8], "little")
-    head = json.loads(raw[8:start].decode())
-    if not (isinstance(head, dict) and isinstance(head.get("__metadata__", {}), dict)):
-        raise ValueError("it has no header")
-    return head, start
-
-
-def _checksum(head: dict[str, Any], body: memoryview) -> str:
-    """Return the checksum of a file's tensors and of its header, save the checksum itself."""
-    texts = {k: v for k, v in head.get("__metadata__", {}).items() if k != _CHECKSUM}
-    covered = json.dumps({**head, "__metadata__": texts}, sort_keys=True)
-    return f"{zlib.crc32(body, zlib.crc32(covered.encode())):08x}"
-
-
-def _with_checksum(raw: bytes) -> tuple[bytes, memoryview]:
-    """Return the bytes of a safetensors file, checksum included, up to the tensors and of them."""
-    head, start = _parsed(raw)
-    body = memoryview(raw)[start:]
-    head["__metadata__"][_CHECKSUM] = _checksum(head, body)
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)  # tensors are aligned
-    return len(text).to_bytes(8, "little") + text, body

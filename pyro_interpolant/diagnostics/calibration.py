@@ -97,7 +97,8 @@ def log_prob_stderr(
 
     With :math:`\ell_p` the log-density by probe p alone, it is the standard deviation of
     :math:`\ell_1, \dots, \ell_P` over :math:`\sqrt P`, at the present solver setting. Rows share
-    their probes: the error of a mean over rows does not fall with their number.
+    their probes: the error of a mean over rows does not fall with their number. What the
+    solver's steps add is not in it: of images, whose solver is set by samples, it may be more.
 
     Args:
         distribution: A flow; zero where its divergence is exact.

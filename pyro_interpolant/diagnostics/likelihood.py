@@ -15,41 +15,64 @@ References:
 """
 
 import dataclasses
+import json
 import math
-from typing import NamedTuple
+import os
+import re
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._torch import evaluated
+from .._files import StrPath, checksum, contents, write
+from .._torch import evaluated, warn_user
 from ..distributions.constraints import contexts_of_rows, images_of
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..nn.velocity import evaluate, images_at_once
 from ..solvers.divergence import ExactDivergence
-from ..solvers.ode import FixedGrid, Solver
+from ..solvers.ode import Adaptive, FixedGrid, Solver
 from ..transforms.flow import Path
 
 _TRIED_IMAGES = 8  # on which the grid is chosen
 _MAX_STEPS = 256
 _MAX_STATES = 2**24  # numbers in the states of a chunk at all nodes: 64 MiB in float32
 _ROWS = 512  # in a chunk, where rows are no images
+_KEY = "pyro_interpolant_bits"  # of a file's text
 
 
-class BitsPerDim(NamedTuple):
-    """The bits per dimension of images.
+class _MeanAndError(NamedTuple):
+    mean: float
+    stderr: float
+
+
+class BitsPerDim(_MeanAndError):
+    """The bits per dimension of images: a pair ``(mean, stderr)``.
 
     Attributes:
         mean: Their mean.
         stderr: Its standard error: images, levels' noise and probes together.
+        solver_error: How much the bits of the first 8 images change, on average without the sign,
+            by a solver of twice the steps, or a tenth of the tolerances; None of solvers that
+            have neither. The standard error does not know of it.
     """
 
-    mean: float
-    stderr: float
+    solver_error: float | None
+
+    def __new__(
+        cls, mean: float, stderr: float, solver_error: float | None = None
+    ) -> "BitsPerDim":
+        """Return the pair; the solver's error is no part of it."""
+        pair = super().__new__(cls, mean, stderr)
+        pair.solver_error = solver_error
+        return pair
 
     def __repr__(self) -> str:
         """Say it in a few words."""
-        return f"{self.mean:.4f} ± {self.stderr:.4f} bits per dimension"
+        text = f"{self.mean:.4f} ± {self.stderr:.4f} bits per dimension"
+        return (
+            text if self.solver_error is None else f"{text}, solver within {self.solver_error:.1g}"
+        )
 
 
 def bits_per_dim(
@@ -62,6 +85,7 @@ def bits_per_dim(
     context: ArrayLike | None = None,
     tolerance: float = 1e-3,
     seed: int = 0,
+    checkpoint: StrPath | None = None,
 ) -> BitsPerDim:
     """Return the mean bits per dimension of images under a density of ``(v + u) / levels``.
 
@@ -80,10 +104,15 @@ def bits_per_dim(
         context: Contexts, shape ``(N, C)``, or labels, for a conditional flow.
         tolerance: Of the grid, bits per dimension.
         seed: Of the probes and of u.
+        checkpoint: A file to keep the bits of each piece of images in. The same call goes on from
+            it, to the same result.
+
+    Warns:
+        UserWarning: If bits change by more than the tolerance at 256 steps.
 
     Raises:
-        ValueError: If images have another shape or other levels, a number is not positive, or
-            contexts are of another number.
+        ValueError: If images have another shape or other levels, a number is not positive,
+            contexts are of another number, or the file is of another call.
     """
     values = _checked_levels(distribution, images, levels)
     if min(probes, dequantizations) < 1 or not tolerance > 0:
@@ -99,15 +128,18 @@ def bits_per_dim(
     bits = _Bits(distribution, levels, probes, generator)
     with torch.no_grad(), evaluated(distribution.transform):
         few = slice(_TRIED_IMAGES)
-        solver = bits.solver(values[few], None if given is None else given[few], tolerance)
-        parts = []
-        for part in torch.arange(len(values)).split(bits.rows_at_once(solver)):
+        solver, change = bits.solver(values[few], None if given is None else given[few], tolerance)
+        numbers = [levels, probes, dequantizations, tolerance, seed]
+        kept = _Kept(checkpoint, [numbers, _identity(distribution), checksum([values, given])])
+        found = kept.restored(generator)
+        while len(found) < len(values):
+            part = slice(len(found), len(found) + bits.rows_at_once(solver))
             own = None if given is None else given[part]
             draws = [bits(values[part], own, solver) for _ in range(dequantizations)]
-            parts.append(torch.stack(draws).mean(0))
-    found = torch.cat(parts)
+            found = torch.cat((found, torch.stack(draws).mean(0).cpu()))
+            kept.write(found, generator)
     error = float(found.std()) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-    return BitsPerDim(float(found.mean()), error)
+    return BitsPerDim(float(found.mean()), error, change)
 
 
 def _checked_levels(distribution: AnyDistribution, images: ArrayLike, levels: int) -> Tensor:
@@ -120,6 +152,53 @@ def _checked_levels(distribution: AnyDistribution, images: ArrayLike, levels: in
             f"expected whole levels from 0 to {levels - 1}, got {v.dtype} from {low:g} to {high:g}"
         )
     return v.to(distribution.transform.flow.loc.device)
+
+
+def _identity(distribution: AnyDistribution) -> list[Any]:
+    """Return what tells this density from others, as JSON holds it."""
+    transform, flow = distribution.transform, distribution.transform.flow
+    parts = transform.solver, transform.divergence, flow.interpolant
+    view = [getattr(transform, name, None) for name in ("end", "context")]
+    text = repr((*parts, *view, distribution.base, distribution.constraint))
+    tensors = [*flow.state_dict().values(), view[1]]
+    return [re.sub(" at 0x[0-9a-f]+", "", text), checksum(tensors)]
+
+
+class _Kept:
+    """The bits of images in a file, as far as they are known.
+
+    Args:
+        path: The file, or None to keep nothing.
+        identity: What tells this call from others, as JSON holds it.
+    """
+
+    def __init__(self, path: StrPath | None, identity: list[Any]) -> None:
+        self.path, self.text = path, json.dumps(identity)
+
+    def restored(self, generator: torch.Generator) -> Tensor:
+        """Return the bits in the file, float64, shape ``(N,)``, and set the generator behind them.
+
+        Raises:
+            ValueError: If the file is damaged, or of another call.
+        """
+        if self.path is None or not os.path.exists(self.path):
+            return torch.zeros(0, dtype=torch.float64)
+        try:
+            texts, tensors = contents(self.path, framework="pt")
+        except ValueError as error:
+            raise ValueError(f"{error}; or delete it, to start anew") from error
+        if texts.get(_KEY) != self.text:
+            raise ValueError(
+                f"expected {self.path} to have bits of these images by this density, got those of "
+                "others, or another file: delete it, or pass another"
+            )
+        generator.set_state(tensors["generator"])
+        return tensors["bits"]
+
+    def write(self, bits: Tensor, generator: torch.Generator) -> None:
+        """Keep bits, shape ``(N,)``, and the state of the generator behind them."""
+        if self.path is not None:
+            write(self.path, {"bits": bits, "generator": generator.get_state()}, {_KEY: self.text})
 
 
 class _Bits:
@@ -144,26 +223,35 @@ class _Bits:
         most = _MAX_STATES // (len(solver.grid()[0]) * self.flow.event_dim)
         return max(1, min((images_at_once(self.flow.velocity) or 2 * _ROWS) // 2, most))
 
-    def solver(self, v: Tensor, context: Tensor | None, tolerance: float) -> Solver:
-        """Return the grid whose bits change by less than a tolerance when its steps are doubled.
+    def solver(
+        self, v: Tensor, context: Tensor | None, tolerance: float
+    ) -> tuple[Solver, float | None]:
+        """Return the grid whose bits change little when its steps are doubled, and how much.
 
         Args:
             v: A few images, shape ``(N, *event_shape)``.
             context: Their contexts, shape ``(N, C)``, or None.
             tolerance: Bits per dimension.
         """
-        solver = self.distribution.transform.solver
-        if not isinstance(solver, FixedGrid):
-            return solver
-        u, signs = self._uniform(v), self._signs(v.reshape(len(v), -1))
-        before = self(v, context, solver, u, signs)
-        while solver.steps < _MAX_STEPS:
-            finer = dataclasses.replace(solver, steps=2 * solver.steps)
-            after = self(v, context, finer, u, signs)
-            if float((after - before).abs().mean()) < tolerance:
+        solver: Any = self.distribution.transform.solver
+        finer = _finer(solver)
+        if finer is None:
+            return solver, None
+        drawn = self._uniform(v), self._signs(v.reshape(len(v), -1))
+        before, after = (self(v, context, one, *drawn) for one in (solver, finer))
+        change = float((after - before).abs().mean())
+        while isinstance(solver, FixedGrid) and change >= tolerance:
+            if solver.steps >= _MAX_STEPS:
+                warn_user(
+                    f"no grid up to {_MAX_STEPS} steps has bits that change by less than "
+                    f"{tolerance} when steps are doubled: at {solver.steps} it is {change:.2g}"
+                )
                 break
             solver, before = finer, after
-        return solver
+            finer = _finer(solver)
+            after = self(v, context, finer, *drawn)
+            change = float((after - before).abs().mean())
+        return solver, change
 
     def __call__(
         self,
@@ -222,3 +310,13 @@ class _Bits:
         like, shape = self.flow.loc, (self.probes, *x.shape)
         bits = torch.randint(2, shape, generator=self.generator, device=like.device)
         return (2 * bits - 1).to(like)
+
+
+def _finer(solver: Solver) -> Any:
+    """Return a solver whose bits tell the error of a solver's, or None where there is none."""
+    if isinstance(solver, FixedGrid):
+        return dataclasses.replace(solver, steps=2 * solver.steps)
+    if isinstance(solver, Adaptive):
+        rtol, atol = solver.rtol / 10, solver.atol / 10
+        return dataclasses.replace(solver, rtol=rtol, atol=atol, nodes=2 * solver.nodes)
+    return None

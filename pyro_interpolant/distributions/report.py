@@ -22,7 +22,7 @@ class Report:
         steps: The number of steps taken.
         log_prob_error: The mean absolute error of ``log_prob`` that the solver makes, nats.
         sample_error: The root mean square error that the solver makes in samples, in whitened
-            units; of images, for which it is calibrated by that.
+            units; of images, for which it is calibrated by that, and not by ``log_prob``.
         held_out: The mean log-density of rows held out, nats; None where there is no density, or
             was no time.
         held_out_stderr: Its standard error, nats.
@@ -60,7 +60,10 @@ class Report:
         if self.log_prob_error is not None:
             found.append(f"log_prob within {self.log_prob_error:.1g} nats; ")
         if self.sample_error is not None:
-            found.append(f"samples within {self.sample_error:.1g} standard deviations; ")
+            found.append(
+                f"samples within {self.sample_error:.1g} standard deviations, log_prob not "
+                "calibrated; "
+            )
         return "".join(found) + f"best at step {self.best_step:,} of {self.steps:,}"
 
 

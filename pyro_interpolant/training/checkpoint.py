@@ -3,21 +3,18 @@ r"""Checkpoints: the state of a run in a file, complete or not there at all, to 
 import contextlib
 import json
 import os
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import io
+from .._files import StrPath, checksum, contents, write
 from .._torch import rng_state, set_rng_state, warn_user
 from ..distributions.base_description import Json, describe_base
 from ..distributions.bases import Samples
 from ..transforms.flow import Flow
-
-StrPath = str | os.PathLike[str]
 
 _KEY = "pyro_interpolant_snapshot"
 
@@ -72,7 +69,7 @@ class Checkpoint:
         text = json.dumps(numbers, default=_plain_number)
         text = json.dumps({"checksum": checksum(kept.values(), text), "numbers": text})
         scratch = self.path.with_name(f".{self.path.name}.partial")  # killed runs leave no heap
-        io.write(self.path, kept, {_KEY: text}, scratch=scratch, previous=self.previous)
+        write(self.path, kept, {_KEY: text}, scratch=scratch, previous=self.previous)
 
     def _read(self) -> None:
         damage = []
@@ -166,16 +163,6 @@ def check_place(path: str | os.PathLike[str] | None, every: int | None) -> None:
         raise ValueError(f"expected a checkpoint, a file in a folder that is there, got {path}")
 
 
-def checksum(tensors: Iterable[Tensor | None], text: str = "") -> int:
-    """Return a checksum of a text and the bytes of tensors of any shapes."""
-    value = zlib.crc32(text.encode())
-    for tensor in tensors:
-        if tensor is not None:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            value = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), value)
-    return value
-
-
 def _stable_name(value: object) -> str:
     """Return a text that tells a value from others, and is the same in another process."""
     with contextlib.suppress(NotImplementedError):  # distributions without named parameters
@@ -235,7 +222,7 @@ def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    texts, found = io.contents(path, framework="pt")
+    texts, found = contents(path, framework="pt")
     header = json.loads(texts[_KEY])
     numbers = json.loads(header["numbers"])
     tensors = {name: found[name] for name in numbers["names"]}  # as the checksum runs over them

@@ -1,6 +1,6 @@
 r"""Tables: rows in memory, checked with clear errors, held out and given out in batches."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,14 @@ from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantD
 from ..distributions.joint import NamedSites
 from .checkpoint import checksum
 from .distributed import Process
-from .image_rows import BATCH_IMAGES, are_levels, checked_levels, has_images, most_held
+from .image_rows import (
+    BATCH_IMAGES,
+    are_levels,
+    checked_levels,
+    flips,
+    has_images,
+    most_held,
+)
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
 from .rows import Rows, search_weights
@@ -58,6 +65,7 @@ class Table:
         context: Contexts, shape ``(N, C)``, for a conditional flow.
         pairs: The partner of each row at the base, shape ``(N, D)``.
         weights: Non-negative weights, shape ``(N,)``.
+        flip: Whether images of a batch are mirrored by chance.
 
     Attributes:
         rows: All rows; those held out come last where the user gave them.
@@ -80,7 +88,13 @@ class Table:
         context: ArrayLike | None = None,
         pairs: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        flip: bool = False,
     ) -> None:
+        self.flipped = flips(distribution, flip=flip)
+        if flip and pairs is not None:
+            raise ValueError(
+                "expected flip=False beside pairs, whose partners belong to images as they are"
+            )
         data, context, pairs, weights = drop_zero_weights(weights, data, context, pairs)
         found = rows_of(distribution, data, context)
         warn_if_rounded(found.w)
@@ -136,8 +150,11 @@ class Table:
 
     def batches(self, split: Split, objective: Objective) -> "TableBatches":
         """Return the points of batches of the training rows, without end."""
-        kept = split.kept if self.has_images else objective.whitened(split.kept)
-        return TableBatches(kept, split.size, objective, whiten=self.has_images)
+        if not self.has_images:
+            return TableBatches(objective.whitened(split.kept), split.size, objective)
+        return TableBatches(
+            split.kept, split.size, objective, lambda rows: objective.whitened(self.flipped(rows))
+        )
 
 
 class TableBatches:
@@ -151,8 +168,9 @@ class TableBatches:
         rows: All training rows, whitened or not.
         size: Rows per batch, at most their number.
         objective: What draws times, base draws and noise, and evaluates paths.
-        whiten: Whether rows are yet to be whitened, batch by batch: images of whole levels take
-            little memory, and are spread over their cells each time anew.
+        prepare: From the rows of a batch to what is trained on, or None for the rows: images of
+            whole levels take little memory, and are mirrored, spread over their cells and whitened
+            each time anew.
 
     Attributes:
         total: The number of rows that weigh as much.
@@ -161,9 +179,13 @@ class TableBatches:
     """
 
     def __init__(
-        self, rows: Rows, size: int, objective: Objective, *, whiten: bool = False
+        self,
+        rows: Rows,
+        size: int,
+        objective: Objective,
+        prepare: Callable[[Rows], Rows] | None = None,
     ) -> None:
-        self.rows, self.size, self.objective, self.whiten = rows, size, objective, whiten
+        self.rows, self.size, self.objective, self.prepare = rows, size, objective, prepare
         self.total = rows.effective()
         values = size * sum(part.shape[-1] for part in rows[:2] if part is not None)
         most = max(1, min(_MOST_BATCHES, _MOST_VALUES // values))
@@ -183,7 +205,7 @@ class TableBatches:
     def next_rows(self) -> Rows:
         """Return the rows of the next batch, whitened."""
         rows = self.rows.take(self._next_places())
-        return self.objective.whitened(rows) if self.whiten else rows
+        return rows if self.prepare is None else self.prepare(rows)
 
     def _next_places(self) -> Tensor:
         if self.ends is not None:

@@ -5,6 +5,7 @@ own share of a batch; Fabric averages the gradients, so every process takes the 
 process with the whole batch would take.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -115,16 +116,31 @@ class Process:
                 f"{precision!r}: take a mixed one, or give distribution and rows in another type"
             )
 
-    def backward(self, given: object) -> Tensor:
-        """Set the gradients of the loss at points, the processes' mean; return this one's loss."""
-        loss = self.module(lambda: given)
+    def backward(self, pieces: Sequence[tuple[float, Any]]) -> Tensor:
+        """Set the gradients of the loss at points, the processes' mean; return this one's loss.
+
+        Args:
+            pieces: Points, evaluated one after the other, and each one's share of the loss.
+        """
         for p in self.optimizer.param_groups[0]["params"]:  # what zero_grad does, in less time
             p.grad = None
-        if self.fabric is None:
-            loss.backward()
-        else:
-            self.fabric.backward(loss)
-        return loss.detach()
+        losses = []
+        for i, (share, given) in enumerate(pieces):
+            with self._synchronised(at_once=i == len(pieces) - 1):
+                loss = self.module(lambda given=given: given)
+                loss = loss if share == 1 else share * loss
+                if self.fabric is None:
+                    loss.backward()
+                else:
+                    self.fabric.backward(loss)
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _synchronised(self, *, at_once: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return a scope in which processes average gradients at once, or leave it for later."""
+        if self.fabric is None or at_once:
+            return contextlib.nullcontext()
+        return self.fabric.no_backward_sync(self.module)
 
     def norm(self, gradients: list[Tensor], loss: Tensor) -> float:
         """Return the norm of the gradients, not finite where the loss is not."""

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 _CALIBRATION_ROWS = 256
 _CALIBRATION_IMAGES, _CALIBRATION_SHARE = 8, 0.1  # and the most of the time of a run
+_MOST_PIECES = 64  # a batch has so many groups of one time
 _MIN_PARTNERS = 50  # whose moments tell whether they are draws of N(0, I)
 
 
@@ -89,9 +90,11 @@ def fit(
     pairs: ArrayLike | None = None,
     base_samples: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    flip: bool = False,
     steps: int | None = None,
     max_seconds: float | None = None,
     batch_size: int | None = None,
+    accumulate: int = 1,
     learning_rate: float = 1e-2,
     weight_decay: float | None = None,
     validation: HeldOut = 0.1,
@@ -132,12 +135,17 @@ def fit(
             flow then starts from them, transports and samples, and has no ``log_prob``.
         weights: Non-negative weights of the rows, shape ``(N,)``, or counts, or a mask; batches
             are drawn in their proportion, and rows of weight 0 count as absent.
+        flip: Whether each image of a batch is mirrored left to right with a chance of one half,
+            anew each time: for images whose mirror images are as likely. Images held out are left
+            as they are.
         steps: The number of optimiser steps; by default N D / 6 for N training rows of D columns,
             2,000 at least and 6,000 at most, or as many as ``max_seconds`` allows.
         max_seconds: Stop after this time; the schedule adapts to whichever ends first.
         batch_size: Rows per step and process; by default 1,024, or 64 images, or all training rows
             if fewer; of an iterable as many as its first batch has, but 64 at least. Above 64,
             rows come in whole multiples of it.
+        accumulate: In how many pieces, up to 64, the gradient of a batch is computed one after the
+            other: the step is that of the batch, and the memory that of a piece.
         learning_rate: The peak of the schedule.
         weight_decay: AdamW's, which shrinks all weights by this share of the learning rate at each
             step; by default (70 D / N)^2 for N training rows, at most 0.5; none where no first
@@ -183,26 +191,26 @@ def fit(
     """
     clock, process = Clock(max_seconds), Process(fabric, own_rows=is_stream(data))
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
-    share = _checked_share(validation, tolerance)
+    share = _checked_share(validation, tolerance, accumulate)
     flow = trainable_flow(distribution)
     check_place(None if process.rank else checkpoint, checkpoint_every)
     if process.device is not None:
         distribution.to(process.device)
     kind = Stream if process.own_rows else Table
-    source = kind(distribution, data, validation, context=context, pairs=pairs, weights=weights)
+    given = {"context": context, "pairs": pairs, "weights": weights}
+    source = kind(distribution, data, validation, **given, flip=flip)
     distribution.columns = tuple(map(str, getattr(data, "columns", distribution.columns)))
     with seeded(process.seed(seed)):
         numbers = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema]
-        settings = [source.checksum, [*numbers, learn, seed, share, whiten]]
+        settings = [source.checksum, [*numbers, learn, seed, share, whiten, *["flip"] * flip]]
         parts = distribution.base, coupling, base_samples, validation
         state = open_checkpoint(checkpoint, checkpoint_every, settings, flow, *parts)
         if state is not None and not (source.exact and process.takes_all_rows()):
             warn_inexact()
-        survey: dict[str, Any] = {
-            "whole": whiten and learn == "velocity",
-            "batches": surveyed(state),
-        }
-        split = source.split(process, batch_size, clock=clock, progress=progress, **survey)
+        whole, known = whiten and learn == "velocity", surveyed(state)
+        split = source.split(
+            process, batch_size, whole=whole, clock=clock, batches=known, progress=progress
+        )
         start_from(distribution, base_samples, split)
         if learn == "velocity":
             flow.independent = coupling is independent and pairs is None
@@ -218,7 +226,7 @@ def fit(
         fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
         with trainable(objective.network), _naming_rows(source, flow):
             batches = source.batches(split, objective)
-            run = Run(objective, batches, fixed, schedule, clock, callback, state)
+            run = Run(objective, batches, fixed, schedule, clock, callback, state, accumulate)
             run.to_the_end(density, progress=progress)
     outcome = run.outcome()
     distribution.freeze()
@@ -260,12 +268,17 @@ def noise_network(flow: Flow) -> nn.Module:
     return network.to(flow.loc)
 
 
-def _checked_share(validation: HeldOut, tolerance: float) -> float | None:
-    """Return the share of rows to hold out, or None where rows were given."""
+def _checked_share(validation: HeldOut, tolerance: float, accumulate: int) -> float | None:
+    """Return the share of rows to hold out, or None where rows were given; check what is beside.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
     share = validation if isinstance(validation, int | float) else None
     check_ranges(
         ("validation between 0 and 1, or rows", share is None or 0 < share < 1, share),
         ("tolerance > 0", tolerance > 0, tolerance),
+        ("accumulate from 1 to 64, whole", accumulate in range(1, _MOST_PIECES + 1), accumulate),
     )
     return share
 

@@ -8,6 +8,11 @@ References:
     Theis, van den Oord & Bethge, *A note on the evaluation of generative models*, ICLR 2016.
 """
 
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -19,6 +24,8 @@ from .rows import Rows
 
 LEVELS = 256
 BATCH_IMAGES = 64  # per step and process
+# Held-out losses of 600 steps on 8 x 8 digits: -59.8 at 0.001, -65.6 at 0.003, -63.7 at 0.01.
+IMAGE_OPTIONS: dict[str, Any] = {"learning_rate": 3e-3}
 HELD_BATCHES = 2  # of images, at which the held-out loss is evaluated: it takes less than a step
 _HELD_NUMBERS, _MIN_HELD = 2**22, 256  # in images held out of a table, and images at least
 
@@ -64,6 +71,34 @@ def checked_levels(distribution: AnyDistribution, x: ArrayLike) -> Tensor:
             "spread them yourself, (images + 0.05 + 0.9 * torch.rand(images.shape)) / 256"
         )
     return levels.reshape(len(levels), -1)
+
+
+def flips(distribution: AnyDistribution, *, flip: bool) -> Callable[[Rows], Rows]:
+    """Return what mirrors images of a batch by chance, or leaves all rows as they are.
+
+    Args:
+        distribution: What is trained.
+        flip: Whether to mirror images.
+
+    Raises:
+        ValueError: If rows to mirror are no images.
+    """
+    if not flip:
+        return lambda rows: rows
+    size = distribution.transform.flow.event_dim
+    shape = distribution.space.event_shape(size)
+    if len(shape) != 3 or math.prod(shape) != size:
+        raise ValueError(
+            f"expected images to flip, events of shape (C, H, W), got events of {tuple(shape)}"
+        )
+    return partial(_flipped, shape)
+
+
+def _flipped(shape: Sequence[int], rows: Rows) -> Rows:
+    """Return images, shape ``(N, D)``, each mirrored left to right with a chance of one half."""
+    images = rows.w.unflatten(-1, shape)
+    chosen = (torch.rand(len(images), 1, 1, 1) < 0.5).to(images.device)
+    return rows._replace(w=torch.where(chosen, images.flip(-1), images).flatten(1))
 
 
 def most_held(event_dim: int) -> int:

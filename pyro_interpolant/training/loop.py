@@ -230,6 +230,7 @@ class Run:
         callback: Called each time the held-out loss is evaluated; it stops the run by returning
             True.
         checkpoint: Where to keep the state, and what to resume from.
+        pieces: In how many a gradient is computed.
 
     Attributes:
         monitor: The losses.
@@ -246,6 +247,7 @@ class Run:
         clock: Clock,
         callback: Callback | None,
         checkpoint: Checkpoint | None,
+        pieces: int = 1,
     ) -> None:
         self.batches, self.checkpoint = batches, checkpoint
         self.schedule, self.clock = schedule, clock
@@ -258,6 +260,7 @@ class Run:
             learning_rate=schedule.learning_rate,
             weight_decay=schedule.decay(columns / total),
             ema=schedule.ema,
+            pieces=pieces,
         )
         self.monitor = HeldOutMonitor(self.descent.average, objective, held, callback)
         self.done, self.next_look = 0.0, _WARMUP_SHARE  # shares of the schedule

@@ -71,6 +71,7 @@ class Descent:
         learning_rate: The rate before any other is asked for.
         weight_decay: AdamW's.
         ema: The decay of the average.
+        pieces: In how many, at most, the points of a step are evaluated, one after the other.
 
     Attributes:
         average: The average of the weights.
@@ -88,7 +89,9 @@ class Descent:
         learning_rate: float,
         weight_decay: float = 0.0,
         ema: float = 0.999,
+        pieces: int = 1,
     ) -> None:
+        self.pieces = pieces
         self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
         self.process = process
         process.set_up(objective, self.parameters, learning_rate, weight_decay)
@@ -115,7 +118,7 @@ class Descent:
     def _step(self, points: tuple[Points, ...], learning_rate: float) -> Tensor | None:
         process = self.process
         process.optimizer.param_groups[0]["lr"] = learning_rate
-        loss = process.backward(points)
+        loss = process.backward(in_pieces(points, self.pieces))
         if not self._clip(loss):
             process.skip()
             return None
@@ -187,6 +190,21 @@ class Descent:
                 }
         for name in _COUNTS:
             setattr(self, name, numbers[name])
+
+
+def in_pieces(points: tuple[Points, ...], count: int) -> list[tuple[float, tuple[Points, ...]]]:
+    """Return the points of a step in pieces of whole groups of a time, and each one's share.
+
+    Args:
+        points: The points, shape ``(T, *, D)``.
+        count: The most pieces, at most T of which there are.
+    """
+    if count == 1:
+        return [(1.0, points)]
+    groups = torch.arange(len(points[0].w)).tensor_split(min(count, len(points[0].w)))
+    return [
+        (len(some) / len(points[0].w), tuple(part.at(some) for part in points)) for some in groups
+    ]
 
 
 def numbered(name: str, values: Sequence[Tensor]) -> dict[str, Tensor]:

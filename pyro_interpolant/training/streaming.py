@@ -16,6 +16,7 @@ from .checkpoint import Checkpoint, from_json, to_json
 from .clock import Clock
 from .data import HeldOut, Split, checked_weights, drop_zero_weights, held_out_rows, rows_of
 from .distributed import Process
+from .image_rows import flips
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
 from .rows import Rows
@@ -52,6 +53,7 @@ class Stream:
             shape ``(B,)`` as weights.
         validation: The share held out, from the first batches, or rows of the user's own, with
             contexts or without.
+        flip: Whether images of a batch are mirrored by chance.
         **given: What goes with a table alone; None here.
 
     Attributes:
@@ -69,8 +71,11 @@ class Stream:
         distribution: AnyDistribution,
         data: Any,
         validation: HeldOut,
+        *,
+        flip: bool = False,
         **given: ArrayLike | None,
     ) -> None:
+        self.flipped = flips(distribution, flip=flip)
         for name, value in given.items():
             if value is not None:
                 raise ValueError(
@@ -376,7 +381,8 @@ class StreamBatches:
             rows = self._chosen(rows)
             if len(rows.w):
                 self.found += len(rows.w)
-                return self.objective.whitened(rows._replace(weight=None))
+                rows = self.stream.flipped(rows._replace(weight=None))
+                return self.objective.whitened(rows)
         raise ValueError(
             f"expected batches with rows to train on, got {_MOST_EMPTY} in a row without: all of "
             "weight 0, or among those held out"

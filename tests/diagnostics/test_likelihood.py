@@ -1,14 +1,16 @@
 """Bits per dimension against Gaussian images, whose bits have a closed form."""
 
 import math
+import pickle
 
 import pytest
 import torch
 from cases import IMAGE_SHAPE
+from safetensors.torch import load_file
 from torch import nn
 
 import pyro_interpolant as pi
-from pyro_interpolant.diagnostics import bits_per_dim
+from pyro_interpolant.diagnostics import bits_per_dim, likelihood
 from pyro_interpolant.nn import ImageVelocity
 from pyro_interpolant.transforms import ScalarWhitening
 
@@ -71,10 +73,12 @@ def test_bits_of_gaussian_images_are_those_of_the_closed_form(matrix):
     assert found.mean == pytest.approx(float(expected.mean()), abs=0.015)
     assert found.stderr == pytest.approx(float(expected.std()) / math.sqrt(60), rel=0.05)
     mean, error = found
-    assert repr(found) == f"{mean:.4f} ± {error:.4f} bits per dimension"
+    assert repr(found).startswith(f"{mean:.4f} ± {error:.4f} bits per dimension, solver within ")
+    assert pickle.loads(pickle.dumps(found)).solver_error == found.solver_error
     exact = gaussian_images(matrix, divergence=pi.ExactDivergence(), solver=pi.Adaptive(nodes=8))
     again = bits_per_dim(exact, v, LEVELS, dequantizations=3)
     assert again.mean == pytest.approx(float(expected.mean()), abs=0.03)
+    assert again.solver_error < 1e-4  # tolerances of 1e-5
 
 
 def test_one_probe_is_unbiased_and_independent_between_images(matrix):
@@ -107,12 +111,64 @@ def test_a_grid_that_is_too_coarse_is_refined(matrix):
     images = gaussian_images(4 * matrix, solver=pi.FixedGrid(1))
     expected = float(exact_bits(v, 4 * matrix).mean())
     coarse, found = (
-        bits_per_dim(images, v, LEVELS, 4, 4, tolerance=tolerance).mean
-        for tolerance in (1e9, 1e-3)
+        bits_per_dim(images, v, LEVELS, 4, 4, tolerance=tolerance) for tolerance in (1e9, 1e-3)
     )
-    assert abs(coarse / expected - 1) > 0.05
-    assert found == pytest.approx(expected, rel=0.02)
+    assert abs(coarse.mean / expected - 1) > 0.05
+    assert found.mean == pytest.approx(expected, rel=0.02)
     assert images.transform.solver == pi.FixedGrid(1)
+    # What is said of the solver is what it does, of the same images.
+    assert coarse.solver_error == pytest.approx(abs(coarse.mean - found.mean), rel=0.3)
+    assert found.solver_error < 1e-3
+
+
+def test_a_grid_that_is_never_fine_enough_is_warned_of(matrix, monkeypatch):
+    monkeypatch.setattr("pyro_interpolant.diagnostics.likelihood._MAX_STEPS", 4)
+    with pytest.warns(UserWarning, match=r"up to 4 steps has bits .* at 4 it is [\d.e-]+$"):
+        found = bits_per_dim(gaussian_images(4 * matrix), levels(4), LEVELS, tolerance=1e-9)
+    assert found.solver_error > 1e-9
+
+
+def test_bits_go_on_from_a_file(matrix, tmp_path, monkeypatch):
+    """To the very bits of the call left alone, from behind the last piece that was kept."""
+    images, v, path = gaussian_images(matrix), levels(30), tmp_path / "bits"
+    monkeypatch.setattr("pyro_interpolant.nn.velocity._ROWS_AT_ONCE", 8)
+    whole = bits_per_dim(images, v, LEVELS, dequantizations=2)
+    calls = []
+
+    def ending(self, *arguments):
+        calls.append(len(arguments[0]))
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return evaluated(self, *arguments)
+
+    evaluated = likelihood._Bits.__call__
+    monkeypatch.setattr(likelihood._Bits, "__call__", ending)
+    with pytest.raises(KeyboardInterrupt):
+        bits_per_dim(images, v, LEVELS, dequantizations=2, checkpoint=path)
+    before = len(load_file(path)["bits"])
+    assert 0 < before < 30
+    assert bits_per_dim(images, v, LEVELS, dequantizations=2, checkpoint=path) == whole
+    assert len(load_file(path)["bits"]) == 30
+    again = bits_per_dim(images, v, LEVELS, dequantizations=2, checkpoint=path)
+    assert again == whole
+    assert again.solver_error == whole.solver_error
+    others = {
+        "weights": (gaussian_images(1.01 * matrix), v, {}),
+        "images": (images, v.flip(0), {}),
+        "numbers": (images, v, {"seed": 1}),
+        "solver": (gaussian_images(matrix, solver=pi.FixedGrid(3)), v, {}),
+    }
+    for density, shown, numbers in others.values():
+        options = {"dequantizations": 2, "checkpoint": path, **numbers}
+        with pytest.raises(ValueError, match="to have bits of these images by this density"):
+            bits_per_dim(density, shown, LEVELS, **options)
+    flow = tmp_path / "flow"
+    pi.save(pi.InterpolantDistribution(pi.interpolant_transform(2)), flow)
+    with pytest.raises(ValueError, match=r"or another file: delete it, or pass another"):
+        bits_per_dim(images, v, LEVELS, checkpoint=flow)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is damaged .*; or delete it, to start anew"):
+        bits_per_dim(images, v, LEVELS, dequantizations=2, checkpoint=path)
 
 
 def test_bits_given_labels(matrix):

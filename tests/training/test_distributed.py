@@ -208,6 +208,17 @@ with open(f"{folder}/{devices}.{rank}.json", "w") as file:
 """
 
 
+def in_a_process(script, *arguments):
+    """Run a script with arguments, and return what it says on the standard error."""
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
@@ -217,14 +228,7 @@ def runs(tmp_path_factory):
     for devices in (1, 2):
         out = folder / str(devices)
         out.mkdir()
-        root = str(Path(__file__).parents[2])
-        done = subprocess.run(
-            [sys.executable, str(script), str(out), str(devices)],
-            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=240, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        text[devices] = done.stderr
+        text[devices] = in_a_process(script, out, str(devices))
         for rank in range(devices):
             found[devices, rank] = json.loads((out / f"{devices}.{rank}.json").read_text())
     return found, text
@@ -280,3 +284,76 @@ def test_mixed_precision_trains_nearly_the_same_and_another_type_is_refused(runs
     assert 1e-6 < far(exact, mixed) < 0.1
     assert mixed["held"][-1] == pytest.approx(exact["held"][-1], abs=0.01)
     assert "torch.float32, got precision '64-true'" in found["64-true"]
+
+
+IMAGES = """
+import json, sys, torch
+from lightning_fabric import Fabric
+import pyro_interpolant as pi
+from pyro_interpolant.nn import ImageVelocity
+
+torch.set_num_threads(1)
+folder, devices, precision = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+strategy = "ddp" if devices > 1 else "auto"
+fabric = Fabric(accelerator="cpu", devices=devices, strategy=strategy, precision=precision)
+fabric.launch()
+torch.manual_seed(0)
+levels = torch.randint(0, 200, (256, 1, 4, 4), dtype=torch.uint8)
+seen = set()
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lift, self.back = (torch.nn.Conv2d(a, b, 3, padding=1) for a, b in ((1, 4), (4, 1)))
+        self.labels = torch.nn.Embedding(4, 4)
+
+    def forward(self, t, image, labels):
+        shift = self.labels(labels)[..., None, None] + t[:, None, None, None]
+        lifted = self.lift(image)
+        seen.add(str(lifted.dtype))
+        return self.back(torch.tanh(lifted + shift))
+
+
+def run(accumulate):
+    torch.manual_seed(5)
+    network = ImageVelocity(Network(), (1, 4, 4), classes=3, null_label=3)
+    torch.manual_seed(100 + fabric.global_rank)
+    told = []
+    family = pi.from_samples(
+        levels, context=torch.arange(256) % 3, network=network, steps=20, seed=3, progress=False,
+        batch_size=64 // devices, accumulate=accumulate, flip=True, fabric=fabric,
+        callback=lambda state: told.append(state.validation_loss),
+    )
+    flat = torch.cat([p.detach().flatten() for p in family.transform.parameters()])
+    return {"weights": flat.tolist(), "held": told, "type": str(flat.dtype)}
+
+
+found = {str(k): run(k) for k in (1, 4)}
+found["seen"] = sorted(seen)
+with open(f"{folder}/{fabric.global_rank}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+@in_processes
+def test_images_train_in_pieces_in_bf16_and_in_two_processes(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(IMAGES)
+    found = {}
+    for devices, precision in ((1, "32-true"), (2, "32-true"), (2, "bf16-mixed")):
+        in_a_process(script, tmp_path, str(devices), precision)
+        for rank in range(devices):
+            found[devices, precision, rank] = json.loads((tmp_path / f"{rank}.json").read_text())
+    exact = found[1, "32-true", 0]["1"]
+    for (_, precision, rank), kept in found.items():
+        assert ("torch.bfloat16" in kept["seen"]) == (precision == "bf16-mixed")
+        for pieces in ("1", "4"):
+            run = kept[pieces]
+            assert run["type"] == "torch.float32"
+            if rank:
+                assert run["weights"] == found[2, precision, 0][pieces]["weights"]
+                continue
+            assert torch.tensor(run["held"]).isfinite().all()
+            difference = far(exact, run)
+            assert difference < 1e-6 if precision == "32-true" else 1e-6 < difference < 0.02

@@ -7,7 +7,7 @@ import torch
 from cases import IMAGE_NETWORKS, IMAGE_SHAPE, OwnImages
 from pyro.distributions import constraints
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyro_interpolant as pi
 from pyro_interpolant.diagnostics import bits_per_dim, calibrate_sampler
@@ -16,6 +16,7 @@ from pyro_interpolant.nn import ImageVelocity, UNet
 from pyro_interpolant.training.data import Table
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
+from pyro_interpolant.training.optimization import in_pieces
 from pyro_interpolant.transforms import ScalarWhitening
 
 SIZE = 16
@@ -55,7 +56,7 @@ def test_images_of_any_number_are_learned_and_come_back_as_images(tmp_path):
     assert prior.log_prob(values).isfinite().all()
     assert prior.report.held_out is None
     assert prior.report.sample_error < 1e-2
-    assert "samples within" in repr(prior.report)
+    assert "standard deviations, log_prob not calibrated" in repr(prior.report)
     path = tmp_path / "images.safetensors"
     pi.save(prior, path)
     again = pi.load(path, velocity=IMAGE_NETWORKS["adapter"](0))
@@ -73,8 +74,8 @@ def test_images_in_other_numbers_are_taken_as_they_are():
     assert torch.equal(as_array.log_prob(images), learn(LEVELS).log_prob(images))
 
 
-def objective_and_batches(distribution, data):
-    table = Table(distribution, data, None)
+def objective_and_batches(distribution, data, **options):
+    table = Table(distribution, data, None, **options)
     split = table.split(Process(), None)
     objective = Objective(
         distribution.transform.flow, distribution.white_base(), pi.independent, Process()
@@ -100,6 +101,57 @@ def test_levels_are_spread_over_their_cells_anew_in_each_batch():
     assert not torch.equal(seen[0], seen[1])
 
 
+def test_half_of_the_images_of_a_batch_are_mirrored_anew_each_time():
+    distribution = flow(OwnImages())
+    _, batches = objective_and_batches(distribution, LEVELS, flip=True)
+    mirrored = []
+    for _ in range(50):
+        w = batches.next_rows().w
+        values = (distribution.transform.flow.whitening.from_white(w) * 256).floor()
+        seen, given = values.reshape(LEVELS.shape), LEVELS[batches.order].double()
+        same, other = (
+            (seen == as_given).flatten(1).all(1) for as_given in (given, given.flip(-1))
+        )
+        assert bool((same ^ other).all())
+        mirrored.append(other)
+    mirrored = torch.stack(mirrored)
+    assert float(mirrored.double().mean()) == pytest.approx(0.5, abs=0.04)
+    assert not torch.equal(mirrored[0], mirrored[1])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_run_with_mirrored_images_is_reproducible_and_its_held_out_ones_are_not(streamed):
+    held = []
+
+    class Asymmetric(nn.Module):
+        """It tells where the heavier half of images is, of those that are evaluated."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, t, image):
+            if not self.training and not held:
+                held.append(float((image[..., :2].mean() - image[..., 2:].mean()).detach()))
+            return image * self.scale
+
+    left = LEVELS.clone()
+    left[..., 2:] = 0
+    data = DataLoader(left, batch_size=20) if streamed else left
+
+    def run(**options):
+        held.clear()
+        network = ImageVelocity(Asymmetric(), IMAGE_SHAPE)
+        images = learn(data, network=network, whiten=False, **options)
+        return float(images.transform.velocity.network.scale), held[0]
+
+    mirrored, again, plain = run(flip=True), run(flip=True), run()
+    assert mirrored == again
+    assert mirrored[0] != plain[0]
+    assert mirrored[1] == pytest.approx(plain[1], rel=0.2)
+    assert mirrored[1] > 0.1  # all to the left
+
+
 def test_the_held_out_loss_in_pieces_is_that_of_the_whole(monkeypatch):
     objective, batches = objective_and_batches(flow(OwnImages()), LEVELS)
     points = batches.next()
@@ -107,6 +159,51 @@ def test_the_held_out_loss_in_pieces_is_that_of_the_whole(monkeypatch):
         whole = objective.loss(points)
         monkeypatch.setattr("pyro_interpolant.nn.velocity._ROWS_AT_ONCE", 3)
         torch.testing.assert_close(objective.held_loss(points), whole)
+
+
+@pytest.mark.parametrize("count", [4, 7, 64])
+@pytest.mark.parametrize("latent", [False, True])
+def test_gradients_in_pieces_are_those_of_the_whole(count, latent):
+    path = pi.Latent(pi.Trigonometric(), pi.SineSquared()) if latent else pi.Linear()
+    objective, batches = objective_and_batches(flow(OwnImages(), interpolant=path), LEVELS)
+    points, process = batches.next(), objective.process
+    process.set_up(objective, list(objective.network.parameters()), 1e-3)
+
+    def gradients(pieces):
+        loss = process.backward(pieces)
+        return [loss, *(p.grad for p in objective.network.parameters() if p.grad is not None)]
+
+    pieces = in_pieces(points, count)
+    assert len(pieces) == min(count, 40)
+    assert max(len(part[0].w) for _, part in pieces) == -(-40 // len(pieces))
+    for a, b in zip(gradients(in_pieces(points, 1)), gradients(pieces), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+        assert bool(a.any())
+
+
+def test_accumulated_steps_are_those_of_the_batch_and_see_a_piece_at_a_time():
+    seen = []
+
+    class Watched(OwnImages):
+        def forward(self, t, image, labels=None):
+            if torch.is_grad_enabled():
+                seen.append(len(image))
+            return super().forward(t, image, labels)
+
+    def run(**options):
+        seen.clear()
+        torch.manual_seed(0)
+        network = ImageVelocity(Watched(), IMAGE_SHAPE)
+        images = learn(network=network, batch_size=32, steps=4, **options)
+        return [p.double() for p in images.transform.velocity.parameters()], max(seen)
+
+    (whole, most), (added, few) = run(), run(accumulate=4)
+    assert (most, few) == (32, 8)
+    for a, b in zip(whole, added, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # in float32
+    for wrong in (0, 65, 1.5):
+        with pytest.raises(ValueError, match=f"accumulate from 1 to 64, whole, got {wrong}"):
+            run(accumulate=wrong)
 
 
 def test_labels_are_classes_and_a_tenth_of_them_is_dropped():
@@ -149,6 +246,13 @@ def test_what_cannot_work_is_refused():
         pi.fit(flow(OwnImages()), LEVELS[:, :, :2], progress=False)
     with pytest.raises(TypeError, match="expected x of a floating type, got torch.uint8"):
         learn(LEVELS.flatten(1))
+    with pytest.raises(ValueError, match=r"images to flip, .* got events of \(2,\)"):
+        pi.from_samples(torch.randn(99, 2), flip=True, progress=False)
+    rows = DataLoader(torch.randn(99, 2), batch_size=9)
+    with pytest.raises(ValueError, match=r"images to flip, .* got events of \(2,\)"):
+        pi.from_samples(rows, flip=True, progress=False)
+    with pytest.raises(ValueError, match="expected flip=False beside pairs"):
+        learn(flip=True, pairs=torch.randn(40, SIZE))
 
 
 @pytest.mark.slow
@@ -158,6 +262,27 @@ def test_the_default_network_is_a_unet():
     assert isinstance(images.transform.velocity, UNet)
     assert images.transform.velocity.arguments()[0] == IMAGE_SHAPE
     assert images.transform.velocity.classes == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["channels last", "compiled"])
+def test_networks_in_other_forms_are_trained_measured_and_kept(how, tmp_path):
+    pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    plain, other = IMAGE_NETWORKS["unet"](0), IMAGE_NETWORKS["unet"](0)
+    other.load_state_dict(plain.state_dict())
+    if how == "compiled":
+        other.compile(backend="aot_eager")
+    else:
+        other.to(memory_format=torch.channels_last)
+    expected, images = learn(network=plain), learn(network=other)
+    values = LEVELS[:5].double() / 256
+    torch.testing.assert_close(images.log_prob(values), expected.log_prob(values))
+    found = [bits_per_dim(prior, LEVELS[:5], tolerance=1.0).mean for prior in (expected, images)]
+    assert found[0] == pytest.approx(found[1])
+    path = tmp_path / "images.safetensors"
+    pi.save(images, path)
+    torch.testing.assert_close(pi.load(path).log_prob(values), images.log_prob(values))
 
 
 class Turning(nn.Module):
@@ -211,6 +336,69 @@ class Dense(nn.Module):
         return self.layers(inputs).reshape(image.shape)
 
 
+class Turns(nn.Module):
+    """As :class:`Turning`, by weights: an angle for each label."""
+
+    def __init__(self, angles):
+        super().__init__()
+        matrices = torch.zeros(len(angles), SIZE, SIZE)
+        matrices[:, 0, 1], matrices[:, 1, 0] = -torch.tensor(angles), torch.tensor(angles)
+        self.matrices = nn.Parameter(matrices)
+
+    def forward(self, t, image, labels=None):
+        labels = image.new_zeros(len(image), dtype=torch.long) if labels is None else labels
+        rate = torch.einsum("nij,nj->ni", self.matrices[labels], image.flatten(1))
+        return rate.reshape(image.shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [0, 2])
+def test_reflow_makes_samples_of_two_steps_better(classes):
+    """Nearly a whole turn, and a little one back, lead to the same place."""
+    velocity = ImageVelocity(Turns([6.0, -6.0]), IMAGE_SHAPE, classes).double()
+    kind = pi.ConditionalInterpolantTransform if classes else pi.InterpolantTransform
+    choices = {"divergence": pi.HutchinsonDivergence(), "whitening": ScalarWhitening(SIZE)}
+    make = pi.ConditionalInterpolantDistribution if classes else pi.InterpolantDistribution
+    bent = make(kind(velocity, **choices), event_shape=IMAGE_SHAPE)
+    labels = torch.arange(500) % 2 if classes else None
+    options = {"count": 500, "steps": 150, "learning_rate": 0.2, "seed": 0, "progress": False}
+    found = pi.reflow(bent, context=labels, **options)
+    assert found.before.density_steps is found.after.density_steps is None
+    w, few = torch.randn(50, SIZE), None if labels is None else labels[:50]
+
+    @torch.no_grad()
+    def error(images):
+        ends = []
+        for steps in (2, 64):
+            images.transform.solver = pi.FixedGrid(steps)
+            ends.append(images.given(few).transform(w))
+        return float((ends[0] - ends[1]).norm(dim=-1).mean())
+
+    before, after = error(bent), error(found.distribution)
+    assert after < 0.2 * before
+    assert found.before.sampling_errors[2] == pytest.approx(before, rel=0.5)
+    assert found.after.sampling_errors[2] == pytest.approx(after, rel=0.5)
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_samples_of_the_sde_have_the_law_of_those_of_the_ode(classes):
+    """Of N(loc, s^2), whose velocity is zero."""
+    velocity = IMAGE_NETWORKS["adapter"](classes)
+    for p in velocity.parameters():
+        nn.init.zeros_(p)
+    images = learn(LEVELS, classes, network=velocity, context=LABELS if classes else None, steps=1)
+    for p in images.transform.velocity.parameters():
+        nn.init.zeros_(p)
+    shape = (20,) if classes else (20, 40)
+    view = images.given(LABELS if classes else None)
+    x = pi.sample_sde(view, shape, steps=50)
+    assert x.shape == (20, 40, *IMAGE_SHAPE)
+    flow, scale = images.transform.flow, float(images.transform.flow.whitening.linear)
+    away = (x.flatten(2) - flow.loc) / scale
+    assert float(away.mean()) == pytest.approx(0, abs=0.04)
+    assert float(away.std()) == pytest.approx(1, abs=0.04)
+
+
 @pytest.mark.slow
 def test_the_bits_that_are_learned_are_those_of_the_truth():
     """Correlated Gaussian images, which one scale does not whiten: the network has to."""
@@ -234,20 +422,45 @@ class Stop(Exception):
     pass
 
 
-def test_a_run_on_levels_resumes_to_the_same_bits(tmp_path):
-    """The noise of levels and the labels that are dropped are those of the run without an end."""
+class Remembered(IterableDataset):
+    """Batches of images and labels in an order of their own, which can go on from any of them."""
+
+    def __init__(self, *tensors):
+        self.tensors, self.place = tensors, 0
+
+    def __iter__(self):
+        order = torch.randperm(len(self.tensors[0]), generator=torch.Generator().manual_seed(0))
+        parts = order.split(10)
+        while self.place < len(parts):
+            self.place += 1
+            yield tuple(x[parts[self.place - 1]] for x in self.tensors)
+        self.place = 0
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_run_on_levels_resumes_to_the_same_bits(streamed, tmp_path):
+    """The noise of levels, flips and the labels dropped are those of the run without an end."""
 
     def stop(state):
         if state.step >= 6:
             raise Stop
 
     velocity = ImageVelocity(OwnImages(4), IMAGE_SHAPE, classes=3, null_label=3)
-    options = {"context": LABELS, "steps": 12, "batch_size": 16}
+    options = {"steps": 12, "batch_size": 16, "flip": True, "accumulate": 2}
     start = {name: value.clone() for name, value in velocity.state_dict().items()}
 
     def run(**more):
         velocity.load_state_dict(start)
-        family = learn(network=velocity, **options, **more)
+        data, context = LEVELS, LABELS
+        if streamed:
+            data, context = Remembered(LEVELS, LABELS), None
+        family = learn(data, network=velocity, context=context, **options, **more)
         return [p.clone() for p in family.transform.velocity.parameters()]
 
     whole, path = run(), tmp_path / "run.safetensors"
