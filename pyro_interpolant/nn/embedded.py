@@ -48,8 +48,8 @@ class EmbeddedVelocity(nn.Module):
         shapes: The shape of each part of the data.
         embedding: A module that is called with the parts, each ``(N, *shape)``, and returns
             ``(N, E)``, trained along. Where it has ``summary``, called alike, that gives the
-            columns ``(N, S)`` of the regressions. By default there is none, and the columns are
-            all numbers of the data.
+            columns ``(N, S)`` of the regressions; where it has ``forward_and_summary``, that gives
+            both at once. By default there is none, and the columns are all numbers of the data.
         hidden_dims: The widths of the velocity's hidden layers, as in :class:`VelocityMLP`.
 
     Raises:
@@ -273,15 +273,19 @@ class EmbeddedVelocity(nn.Module):
         if self.embedding is None:
             return flat, None
         parts = self._split(flat)
-        found: Any = self.embedding(*parts)
+        both = getattr(self.embedding, "forward_and_summary", None)
+        if both is None:
+            own = getattr(self.embedding, "summary", None)
+            found, summary = self.embedding(*parts), None if own is None else own(*parts)
+        else:
+            found, summary = both(*parts)
         if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(flat):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
                 f"expected an embedding that returns (N, E) of data of shapes "
                 f"{[('N', *shape) for shape in self.shapes]}, got {got}"
             )
-        summary = getattr(self.embedding, "summary", None)
-        return None if summary is None else summary(*parts), found
+        return summary, found
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         """Return the parts of the data, each ``(N, *shape)``, of shape ``(N, C)`` together."""

@@ -7,6 +7,7 @@ from torch import nn
 
 import pyro_interpolant as pi
 from pyro_interpolant.nn import EmbeddedVelocity, SeriesEmbedding, SetEmbedding, VelocityMLP
+from pyro_interpolant.nn import embedding as embedding_module
 from pyro_interpolant.solvers import FixedGrid
 from pyro_interpolant.training.rows import Rows
 from pyro_interpolant.training.whitening import set_whitening
@@ -88,6 +89,19 @@ def test_data_are_embedded_once_for_all_times_and_evaluations():
     flow = pi.InterpolantDistribution(transform)
     flow.log_prob(flow.sample())
     assert calls == [5]
+
+
+@pytest.mark.parametrize("name", ["set", "masked set"])
+def test_the_fits_of_a_set_are_made_once_for_summary_and_network(name, monkeypatch):
+    velocity, context = random_velocity(name)
+    y, fits = context.reshape(7, 5, 3), []
+    both = velocity.embedding.forward_and_summary(y)
+    assert torch.equal(both[0], velocity.embedding(y))
+    assert torch.equal(both[1], velocity.embedding.summary(y))
+    own = embedding_module._fits
+    monkeypatch.setattr(embedding_module, "_fits", lambda *args: fits.append(1) or own(*args))
+    velocity.embed(context)
+    assert len(fits) == 1
 
 
 def test_a_gaussian_that_is_linear_in_its_context_is_known_before_training():
