@@ -161,6 +161,7 @@ class AmortizedInterpolant(AutoInterpolant):
             posterior = ConditionalJointInterpolantDistribution(transform, sites=sites.sites)
         _check_posterior(posterior, sites, self.shapes)
         self.transform, self._posterior = posterior.transform, posterior
+        self.transform.eval()  # dropout is for the regression: SVI and draws do without
         del self._given  # the embedding is a part of the flow
 
     @property

@@ -26,7 +26,7 @@ EMBEDDINGS = {
 def random_velocity(name, dim=2):
     """Return a velocity with an embedding that is not zero, and data for it."""
     embedding, shape = EMBEDDINGS[name]
-    velocity = EmbeddedVelocity(dim, [shape], embedding, (8, 8)).double()
+    velocity = EmbeddedVelocity(dim, [shape], embedding, (8, 8)).double().eval()
     y = torch.randn(7, *shape)
     if name.startswith("masked"):
         y[..., -1] = (y[..., -1] > -0.5).double()
@@ -102,6 +102,18 @@ def test_the_fits_of_a_set_are_made_once_for_summary_and_network(name, monkeypat
     monkeypatch.setattr(embedding_module, "_fits", lambda *args: fits.append(1) or own(*args))
     velocity.embed(context)
     assert len(fits) == 1
+
+
+def test_units_are_dropped_in_training_the_more_the_fewer_rows_there_are():
+    velocity, context = random_velocity("none")
+    found = velocity.embed(context)
+    assert torch.equal(velocity.embed(context), found)
+    velocity.train()
+    assert not torch.allclose(velocity.embed(context), found)
+    given = 2 * velocity.event_dim + 6  # mean, deviation and data stay
+    assert torch.equal(velocity.embed(context)[:, :given], found[:, :given])
+    velocity.set_scales(torch.randn(20_000, 2), torch.randn(20_000, 6))
+    assert torch.equal(velocity.embed(context), velocity.eval().embed(context))
 
 
 def test_a_gaussian_that_is_linear_in_its_context_is_known_before_training():
@@ -212,7 +224,8 @@ def test_sets_do_not_depend_on_the_order_or_on_rows_that_are_not_there():
         torch.testing.assert_close(function(masked), function(other))
         assert not torch.allclose(function(masked), function(masked * 1.1))
     torch.testing.assert_close(embedding.columns.loc, y[:, :4].mean((0, 1)))
-    assert bool(embedding(torch.zeros(1, 6, 3)).isfinite().all())  # a set of nothing
+    for function in (embedding, embedding.summary):
+        assert bool(function(torch.zeros(1, 6, 3)).isfinite().all())  # a set of nothing
 
 
 def test_series_do_not_depend_on_values_that_are_missing():
