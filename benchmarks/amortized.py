@@ -4,9 +4,11 @@ For each task and number of simulations one guide is trained, then asked for the
 observations: C2ST against 10,000 reference draws (0.5 is the best), of its own draws and after
 importance resampling with the known likelihood; SBC on 1,000 fresh data sets; the time of 10,000
 draws. Beside it sbi's NPE and FMPE at their defaults, on the same simulations, where sbi is there.
+Of sir and lotka_volterra, which have no targets, sbibm's files are read; torchdiffeq simulates.
 
     pip install --no-deps sbibm            # tasks, simulators, reference draws
     python benchmarks/amortized.py         # 5 tasks x 2 sizes, about three hours on two cores
+    python benchmarks/amortized.py --tasks sir lotka_volterra
     python benchmarks/amortized.py --methods ours npe fmpe
     python benchmarks/amortized.py --smoke # seconds, without sbibm
 
@@ -28,6 +30,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
+from torchdiffeq import odeint
 
 import pyro_interpolant as pi
 from pyro_interpolant.diagnostics import c2st
@@ -55,7 +58,8 @@ class _Simulated(TorchDistribution):
     def sample(self, sample_shape=()):
         shape = torch.Size(sample_shape) + self.batch_shape
         rows = self.theta.expand(*shape, self.theta.shape[-1]).reshape(-1, self.theta.shape[-1])
-        return self.simulate(rows).reshape(*shape, self.size)
+        with pyro.poutine.block():  # sbibm's simulators have sites of their own
+            return self.simulate(rows).reshape(*shape, self.size)
 
     def log_prob(self, value):
         return self.density(value, self.theta).expand(
@@ -131,9 +135,84 @@ class _Toy:
         return y / 1.1 + (0.1 / 1.1) ** 0.5 * torch.randn(500, 2)
 
 
+def _solved(field, start, theta, times):
+    """Return the states of an ODE at some times, shape ``(*, T, 2)``, given parameters."""
+    rows = theta.double().reshape(-1, theta.shape[-1])
+    begin = torch.tensor(start).double().expand(len(rows), 2)
+    options = {"norm": lambda error: error.abs().max()}  # each row keeps the tolerance
+    at = torch.as_tensor(times, dtype=torch.float64)
+    u = odeint(lambda _, u: field(u, *rows.T), begin, at, rtol=1e-6, atol=1e-9, options=options)
+    return u.movedim(0, 1).reshape(*theta.shape[:-1], len(times), 2)
+
+
+def epidemic(theta):
+    """Return the law of sir's data: of 1,000 people, how many are infected, every 17 days."""
+
+    def field(u, beta, gamma):  # of the shares of susceptible and infected people
+        new = beta * u[:, 0] * u[:, 1]
+        return torch.stack((-new, new - gamma * u[:, 1]), -1)
+
+    share = _solved(field, [1 - 1e-6, 1e-6], theta, range(0, 161, 17))[..., 1]
+    return dist.Binomial(1000, share.clamp(1e-12, 1.0).to(theta), validate_args=False).to_event(1)
+
+
+def predation(theta):
+    """Return the law of lotka_volterra's data: prey, then predators, every 2.1 units of time."""
+
+    def field(u, alpha, beta, gamma, delta):  # of the logarithms of both
+        prey, predators = u.exp().unbind(-1)
+        return torch.stack((alpha - beta * predators, delta * prey - gamma), -1)
+
+    times = torch.arange(10) * 2.1
+    logs = _solved(field, [math.log(30.0), 0.0], theta, times).mT.flatten(-2)
+    logs = logs.clamp(math.log(1e-10), math.log(1e4)).to(theta)
+    return dist.LogNormal(logs, 0.1, validate_args=False).to_event(1)
+
+
+class _Stored:
+    """A task whose observations and reference draws are sbibm's files.
+
+    Its own class there needs Julia.
+    """
+
+    def __init__(self, name):
+        import sbibm
+
+        self.path = Path(sbibm.__file__).parent / "tasks" / name
+        mean, scale, self.law = {
+            "sir": ([math.log(0.4), math.log(0.125)], [0.5, 0.2], epidemic),
+            "lotka_volterra": ([-0.125, -3.0, -0.125, -3.0], [0.5] * 4, predation),
+        }[name]
+        self.prior = dist.LogNormal(torch.tensor(mean), torch.tensor(scale)).to_event(1)
+
+    def get_prior_dist(self):
+        return self.prior
+
+    def get_simulator(self):
+        return lambda theta: self.law(theta).sample()
+
+    def density(self, y, theta):
+        return self.law(theta).log_prob(y)
+
+    def _read(self, i, name):
+        import pandas
+
+        path = self.path / "files" / f"num_observation_{i}" / name
+        return torch.tensor(pandas.read_csv(path).values)
+
+    def get_observation(self, i):
+        return self._read(i, "observation.csv").float()
+
+    def get_reference_posterior_samples(self, i):
+        return self._read(i, "reference_posterior_samples.csv.bz2").float()
+
+
 def load_task(name):
     if name == "toy":
         return _Toy(), lambda y, t: dist.Normal(t, 0.1**0.5).log_prob(y).sum(-1)
+    if name in ("sir", "lotka_volterra"):
+        task = _Stored(name)
+        return task, task.density
     import sbibm
 
     task = sbibm.get_task(name)

@@ -108,6 +108,7 @@ def verdict_on(
     posterior: ConditionalJointInterpolantDistribution,
     fresh: Simulations,
     pack: Pack,
+    simulator: Simulator,
     sites: LatentSites,
     clock: Clock,
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], int, float, float]:
@@ -119,6 +120,7 @@ def verdict_on(
         posterior: The trained posterior.
         fresh: Simulations it has not seen.
         pack: From simulations to packed rows, ``(N, D)``, and contexts, ``(N, C)``.
+        simulator: The model, which knows what has to be there for a density of the data.
         sites: The latent sites, with the model and its arguments.
         clock: The time.
     """
@@ -134,7 +136,8 @@ def verdict_on(
             reference=float(log_p.mean()),
             reference_name=PRIOR,
         )
-    found = _weighed(posterior, fresh, context, sites, clock)
+    is_whole = set(simulator.sampled) <= {*fresh.latents, *fresh.data}
+    found = _weighed(posterior, fresh, context, sites, clock) if is_whole else []
     levels = torch.tensor(_LEVELS, dtype=torch.float64)
     numbers = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
     if not found:

@@ -6,7 +6,7 @@ any data the model may give are then a call. What it is worth is measured on fre
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ from .amortization import (
 from .autoguide import AutoInterpolant, GuideResult, judged
 from .importance_sampling import are_raw_draws_good
 from .log_density import LogJoint
+from .simulated_batches import SimulatedBatches
 from .simulation import Simulations, Simulator, Source, is_sampled
 from .sites import LatentSites, Model, Site, unwrapped_model
 
@@ -96,11 +97,15 @@ class AmortizedInterpolant(AutoInterpolant):
             by default the network sees all numbers.
         posterior: A posterior that is trained already, as :func:`~pyro_interpolant.load` gives it.
         hidden_dims: The widths of the velocity's hidden layers.
+        num_workers: How many processes simulate where the model can only be run for one simulation
+            at a time; 0 for this one alone. They import the model, and with one seed they give the
+            same simulations however many they are.
 
     Raises:
         TypeError: If the model is not callable.
-        ValueError: If there are no observed sites; at the first call, if one is not in the model,
-            if the model has a factor, or its latent sites are as :class:`AutoInterpolant` refuses.
+        ValueError: If there are no observed sites, or fewer than no workers; at the first call, if
+            an observed site is not in the model, if the model has a factor, or its latent sites
+            are as :class:`AutoInterpolant` refuses.
 
     References:
         Papamakarios & Murray, NeurIPS 2016, arXiv 1605.06376 (posterior estimation); Wildberger
@@ -129,12 +134,15 @@ class AmortizedInterpolant(AutoInterpolant):
         *,
         posterior: ConditionalJointInterpolantDistribution | None = None,
         hidden_dims: Sequence[int] | None = None,
+        num_workers: int = 0,
     ) -> None:
         # The prototype's initialisation, set up before a module is there, knows the names.
         self.__dict__["observed"] = (observed,) if isinstance(observed, str) else tuple(observed)
         super().__init__(model, hidden_dims=hidden_dims)
         if not self.observed:
             raise ValueError("expected the name of at least one observed site, got none")
+        check_ranges(("num_workers >= 0", num_workers >= 0, num_workers))
+        self.num_workers = num_workers
         self._given = embedding, posterior
         self._prototype_hide_fn = functools.partial(_hides, self.observed)
 
@@ -154,6 +162,7 @@ class AmortizedInterpolant(AutoInterpolant):
             posterior = ConditionalJointInterpolantDistribution(transform, sites=sites.sites)
         _check_posterior(posterior, sites, self.shapes)
         self.transform, self._posterior = posterior.transform, posterior
+        self.transform.eval()  # dropout is for the regression: SVI and draws do without
         del self._given  # the embedding is a part of the flow
 
     @property
@@ -224,9 +233,11 @@ class AmortizedInterpolant(AutoInterpolant):
             **kwargs: Its named arguments.
 
         Raises:
-            ValueError: If none is finite.
+            ValueError: If none is finite, or workers cannot import the model.
+            RuntimeError: If a simulation fails in a worker.
         """
-        return Simulator(LatentSites(self, *args, **kwargs), self.observed)(count)
+        sites = LatentSites(self, *args, **kwargs)
+        return Simulator(sites, self.observed, self.num_workers)(count)
 
     def rows_of(self, simulations: Simulations) -> tuple[Tensor, Tensor]:
         """Return latents, packed, shape ``(N, D)``, and their data, flattened, ``(N, C)``."""
@@ -318,7 +329,7 @@ class AmortizedInterpolant(AutoInterpolant):
         """Train on simulations; called by :func:`~pyro_interpolant.fit_guide`.
 
         Args:
-            source: How many simulations, in how many rounds.
+            source: How many simulations, or batches of them, in how many rounds.
             sites: The latent sites, with the model and its arguments.
             clock: The time.
             settings: Options of :func:`~pyro_interpolant.fit`.
@@ -331,9 +342,11 @@ class AmortizedInterpolant(AutoInterpolant):
             )
         count = _SIMULATIONS if source.simulations is None else source.simulations
         rounds, seed = source.rounds, settings["seed"]
+        check_ranges(("rounds >= 1, a whole number", rounds >= 1 and rounds % 1 == 0, rounds))
+        if isinstance(count, Iterable):
+            return self._train_from_batches(count, rounds, sites, clock, settings)
         check_ranges(
             ("simulations >= 10, a whole number", count >= 10 and count % 1 == 0, count),
-            ("rounds >= 1, a whole number", rounds >= 1 and rounds % 1 == 0, rounds),
         )
         if settings.get("checkpoint") is not None and (seed is None or rounds > 1):
             raise ValueError(
@@ -341,15 +354,51 @@ class AmortizedInterpolant(AutoInterpolant):
                 f"again, and one round, got seed={seed} and rounds={rounds}"
             )
         with seeded(seed):
-            simulator = Simulator(sites, self.observed)
+            simulator = Simulator(sites, self.observed, self.num_workers)
             found = simulator(count)
             fresh = simulator(_FRESH) if rounds == 1 else found
         training = self._regress(found, clock, 1 / rounds, settings)
         if rounds > 1:
             return self._in_rounds(source, sites, simulator, found, clock, settings)
-        numbers = verdict_on(self.posterior, fresh, self.rows_of, sites, clock)
         size = len(found.log_prior)
         improper = found.improper / (size + found.improper)
+        return self._result(fresh, simulator, sites, clock, training, size, improper)
+
+    def _train_from_batches(
+        self,
+        batches: Iterable[Any],
+        rounds: int,
+        sites: LatentSites,
+        clock: Clock,
+        settings: dict[str, Any],
+    ) -> AmortizedResult:
+        """Train on batches of simulations made elsewhere, the first of which judge the guide."""
+        if rounds > 1:
+            raise ValueError(
+                f"expected a number of simulations beside rounds={rounds}, got batches: "
+                "later rounds simulate where the guide has its mass"
+            )
+        with seeded(settings["seed"]):
+            simulator = Simulator(sites, self.observed)
+            found = SimulatedBatches(batches, simulator, self.observed, self.rows_of)
+        held = {"validation": self.rows_of(found.held), **settings}
+        training = self._fit(found, clock, 1.0, held)
+        size = found.count - len(found.held.log_prior)
+        improper = found.improper / (found.count + found.improper)
+        return self._result(found.held, simulator, sites, clock, training, size, improper)
+
+    def _result(
+        self,
+        fresh: Simulations,
+        simulator: Simulator,
+        sites: LatentSites,
+        clock: Clock,
+        training: FitResult,
+        size: int,
+        improper: float,
+    ) -> AmortizedResult:
+        """Return what training on so many simulations gave; a share of all was improper."""
+        numbers = verdict_on(self.posterior, fresh, self.rows_of, simulator, sites, clock)
         verdict = sentence(*numbers[:2], *numbers[4:], improper)
         return AmortizedResult(*numbers, size, improper, verdict, clock.spent(), training)
 
@@ -384,13 +433,17 @@ class AmortizedInterpolant(AutoInterpolant):
     ) -> FitResult:
         """Train on simulations until a share of the time is spent."""
         rows, context = self.rows_of(found)
+        return self._fit(rows, clock, share, {"context": context, **settings})
+
+    def _fit(self, rows: Any, clock: Clock, share: float, settings: dict[str, Any]) -> FitResult:
+        """Train on packed rows, or on batches of them and their contexts."""
         limit = Seconds.since(clock.began, share * _TRAINING_SHARE * clock.limit)
         defaults: dict[str, Any] = {"max_seconds": limit}
         velocity = self.transform.velocity
         if isinstance(velocity, EmbeddedVelocity) and velocity.embedding is not None:
             defaults["learning_rate"] = _EMBEDDING_RATE
         with trainable(self.transform):  # and then as it was: SVI may train on
-            return fit(self.posterior, rows, context=context, **{**defaults, **settings})
+            return fit(self.posterior, rows, **{**defaults, **settings})
 
 
 _CHECKS = (sbc, coverage, tarp)

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -382,7 +382,7 @@ def fit_guide(
     guide: AutoInterpolant,
     *args: object,
     samples: Mapping[str, object] | None = None,
-    simulations: int | None = None,
+    simulations: int | Iterable[Any] | None = None,
     rounds: int = 1,
     max_seconds: float = 120.0,
     seed: int | None = None,
@@ -408,7 +408,11 @@ def fit_guide(
         samples: Posterior draws of every latent site on its own support, each
             ``(N, *site_shape)`` or by chain ``(C, N, *site_shape)``, such as
             ``mcmc.get_samples()``.
-        simulations: How many simulations an amortised guide learns from, by default 10,000.
+        simulations: How many simulations an amortised guide learns from, by default 10,000. Or
+            batches of simulations made elsewhere: an iterable that gives ``(latents, data)``, two
+            dictionaries by site, each value ``(B, *site_shape)``, again each time it is gone
+            through; it may be larger than memory. The first ones, a tenth of 10,000, judge the
+            guide.
         rounds: How many times an amortised guide is trained for the data in the arguments: from
             the second on, simulations come from the part of the prior where the guide has its
             mass, so that its posterior stays right. By default once, for all data.

@@ -1,7 +1,8 @@
 r"""Simulations from a model: its latent sites drawn from the prior, and the data they give.
 
 Many are drawn in one run of the model, in a plate to the left of all its own, where every density
-there is that of a run of its own; else under :func:`torch.func.vmap`; else one by one.
+there is that of a run of its own; else under :func:`torch.func.vmap`; else one by one, in worker
+processes if asked.
 """
 
 import contextlib
@@ -22,9 +23,11 @@ from torch.overrides import TorchFunctionMode
 from .._torch import warn_user
 from ..training.loop import check_ranges
 from .sites import LatentSites, Site
+from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
 _NUMBERS_AT_ONCE = 2**22  # of all sites together, simulated in one run
+_CALL = 16  # simulations in one call of a worker process, whatever the number of processes
 
 Batching = Literal["plate", "vmap", "loop"]
 Nodes = dict[str, Site]
@@ -35,12 +38,12 @@ class Source(NamedTuple):
 
     Attributes:
         samples: Posterior draws by site, or None.
-        simulations: The number of simulations, or None.
+        simulations: The number of simulations, an iterable of batches of them, or None.
         rounds: In how many rounds.
     """
 
     samples: Mapping[str, object] | None
-    simulations: int | None
+    simulations: int | Iterable[Any] | None
     rounds: int
 
 
@@ -84,6 +87,7 @@ class Simulator:
         sites: The latent sites, with the model and its arguments.
         observed: The names of what is to be simulated: sample sites, or deterministic functions
             of them.
+        num_workers: How many processes simulate, where it is one by one; 0 for this one alone.
 
     Attributes:
         shapes: The shapes of what is simulated, by name.
@@ -93,8 +97,8 @@ class Simulator:
         ValueError: If a name is not in the model, or the model cannot be simulated.
     """
 
-    def __init__(self, sites: LatentSites, observed: Sequence[str]) -> None:
-        self.latents = sites.shapes
+    def __init__(self, sites: LatentSites, observed: Sequence[str], num_workers: int = 0) -> None:
+        self.latents, self.num_workers = sites.shapes, num_workers
         self.model = sites.model
         try:
             nodes = self._run()
@@ -127,11 +131,17 @@ class Simulator:
             ValueError: If none is finite.
         """
         check_ranges(("at least one simulation", count >= 1, count))
-        parts = []
-        for start in range(0, count, self.rows):
-            stop = min(count, start + self.rows)
+        in_workers = self.num_workers > 0 and self.batching == "loop"
+        size = _CALL if in_workers else self.rows
+        calls = []
+        for start in range(0, count, size):
+            stop = min(count, start + size)
             few = {} if given is None else {k: v[start:stop] for k, v in given.items()}
-            parts.append(self._drawn(stop - start, self.batching, few))
+            calls.append((stop - start, self.batching, few))
+        if in_workers:
+            parts = list(called_in_workers(self._drawn, calls, self.num_workers))
+        else:
+            parts = [self._drawn(*call) for call in calls]
         found = Simulations.joined(parts)
         values = {**found.latents, **found.data, "the prior's log density": found.log_prior}
         finite = {name: v.reshape(count, -1).isfinite().all(1) for name, v in values.items()}
@@ -188,6 +198,17 @@ class Simulator:
         """
         return self._drawn(count, self.batching, {}, latents_alone=True).latents
 
+    @torch.no_grad()
+    def log_prior(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Return the log density of latents, each ``(N, *site_shape)`` on its support, ``(N,)``.
+
+        Args:
+            latents: The latents; no data are simulated with them.
+        """
+        count, given = len(next(iter(latents.values()))), dict(latents)
+        return self._drawn(count, self.batching, given, latents_alone=True).log_prior
+
+    @torch.no_grad()
     def _drawn(
         self,
         count: int,

@@ -104,9 +104,7 @@ class SetEmbedding(nn.Module):
             y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask; ``(N, n)`` where d is 1
                 and there is none.
         """
-        rows, there = self.columns(y)
-        both = torch.cat((rows, _fits(rows, there).residuals), -1)
-        return _mean(self.rows(both), there)
+        return self.forward_and_summary(y)[0]
 
     def summary(self, y: Tensor) -> Tensor:
         """Return means, deviations and fits of the columns, and how many rows, ``(N, S)``.
@@ -119,8 +117,24 @@ class SetEmbedding(nn.Module):
             y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask.
         """
         rows, there = self.columns(y)
-        found = _fits(rows, there).summary
-        return torch.cat((found, there.sum(1).log1p()), -1) if self.masked else found
+        return self._summary(_fits(rows, there), there)
+
+    def forward_and_summary(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`forward` and :meth:`summary` do, which share the fits.
+
+        Args:
+            y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask.
+        """
+        rows, there = self.columns(y)
+        fits = _fits(rows, there)
+        both = torch.cat((rows, fits.residuals), -1)
+        return _mean(self.rows(both), there), self._summary(fits, there)
+
+    def _summary(self, fits: "_Fits", there: Tensor) -> Tensor:
+        """Return the summary of sets by their fits and which rows are there, ``(N, n, 1)``."""
+        if not self.masked:
+            return fits.summary
+        return torch.cat((fits.summary, there.sum(1).log1p()), -1)
 
     def set_scales(self, y: Tensor) -> None:
         """Set location and scale of the columns from rows, shape ``(N, n, d)``, that are there."""

@@ -30,6 +30,7 @@ _LOOK_SHARE = 0.01  # of the schedule, between two looks at the held-out loss
 _LOOK_GROWTH = 0.05  # of the way so far, where that is less: few rows are learned early
 _FIRST_GLIMPSE = 10  # the look from which held-out nats are shown beside the bar: few before
 _WARMUP_SHARE = 0.02  # of the schedule
+_WARMUP_STEPS = 40  # at least, where time is the limit: as many as the shortest schedule has
 _FIRST_STEPS = 500  # before which averages of few weights wander by more than plateaus do:
 _RISE, _RISE_PER_COLUMN = 0.02, 0.005  # by up to 0.012 of the best loss, and 0.003 a column
 _PLACE = ("next_look", "done", "ended")
@@ -107,9 +108,17 @@ class Schedule:
             return math.inf
         return int(max(_FEWEST_STEPS, min(_MOST_STEPS, numbers / _NUMBERS_PER_STEP)))
 
-    def rate(self, progress: float) -> float:
-        """Return the learning rate at a share of the run: half a cosine, behind the warm-up."""
+    def rate(self, progress: float, taken: int) -> float:
+        """Return the learning rate at a share of the run: half a cosine, behind the warm-up.
+
+        Args:
+            progress: The share.
+            taken: The number of steps taken: time that something else took warms nothing up.
+        """
         warm = min(1.0, (progress + 1e-3) / _WARMUP_SHARE)
+        if self.max_seconds is not None:
+            steps = _WARMUP_STEPS if self.steps is None else _WARMUP_SHARE * self.steps
+            warm = min(warm, (taken + 1) / steps)
         return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -318,7 +327,7 @@ class Run:
 
     def rate(self) -> float:
         """Return the present learning rate."""
-        return self.schedule.rate(self.done)
+        return self.schedule.rate(self.done, self.descent.steps)
 
     def _go(self, bar: tqdm) -> None:
         """Take steps to the end, and write the state when it is due."""

@@ -83,7 +83,7 @@ class Stream:
                     "give batches (rows, contexts) for a conditional flow, and weights as their "
                     "last part"
                 )
-        _check_again(data)
+        check_again(data)
         self.distribution, self.iterable = distribution, data
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)
         self.share = validation if isinstance(validation, float) else None
@@ -292,7 +292,8 @@ def _length(iterable: Any) -> int | None:
         return None
 
 
-def _check_again(iterable: object) -> None:
+def check_again(iterable: object) -> None:
+    """Raise a ValueError where an iterable can be gone through only once."""
     if hasattr(iterable, "__next__"):
         raise ValueError(
             "expected an iterable that gives its batches again each time it is gone through, "
@@ -307,7 +308,7 @@ def first_rows(iterable: Any) -> Any:
     Raises:
         ValueError: If there is none, or the iterable can be gone through only once.
     """
-    _check_again(iterable)
+    check_again(iterable)
     batch = next(iter(iterable), None)
     if batch is None:
         raise ValueError("expected batches of rows, got an iterable without any")
@@ -334,7 +335,7 @@ class StreamBatches:
         self.surveyed = split.batches
         size, self.total = split.size, split.total
         self.size = size - size % _ROW_MULTIPLE if size > _ROW_MULTIPLE else size
-        self.held = None if stream.share is None else _keys(split.held.w)
+        self.held = None if stream.share is None else row_keys(split.held.w)
         self.pool: Rows | None = None
         self.used = 0  # of its rows
         self.present: Iterator[Any] | None = None
@@ -391,7 +392,7 @@ class StreamBatches:
     def _chosen(self, rows: Rows) -> Rows:
         """Return the rows that are not held out, as often as their weights say."""
         if self.held is not None:
-            new = ~torch.isin(_keys(rows.w), self.held)
+            new = ~torch.isin(row_keys(rows.w), self.held)
             if not bool(new.all()):
                 rows = rows.take(new.nonzero().flatten())
         if rows.weight is None:
@@ -442,7 +443,7 @@ class StreamBatches:
                 next(self.present, None)
 
 
-def _keys(rows: Tensor) -> Tensor:
+def row_keys(rows: Tensor) -> Tensor:
     """Return one integer per row, shape ``(N,)``, equal for equal rows."""
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(2**62, (rows.shape[-1],), generator=generator) * 2 + 1

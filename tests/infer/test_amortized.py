@@ -44,7 +44,7 @@ def trained():
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
-    result = pi.fit_guide(guide, simulations=2000, **{**QUICK, "options": {"steps": 100}})
+    result = pi.fit_guide(guide, simulations=3500, **{**QUICK, "options": {"steps": 100}})
     torch.set_default_dtype(dtype)
     return guide, result
 
@@ -69,7 +69,7 @@ def test_the_result_is_in_nats_against_the_prior(trained):
     information = 0.5 * torch.tensor(1 + 4.0 * ROWS).log()  # of data and location
     assert abs(result.gain - information) < 4 * result.gain_stderr + 0.03
     assert result.improper == 0.0
-    assert result.simulations == 2000
+    assert result.simulations == 3500
     assert result.data_sets == 20
     assert result.ess[1] > 0.9
     evidence = exact(2 * torch.randn(500, 1) + torch.randn(500, ROWS))[2]
@@ -78,6 +78,13 @@ def test_the_result_is_in_nats_against_the_prior(trained):
     assert report.reference_name == "the prior"
     assert report.held_out - report.reference == pytest.approx(result.gain)
     assert repr(result) == result.verdict
+
+
+def test_units_are_dropped_in_the_regression_alone(trained):
+    guide, y = trained[0], torch.randn(3, ROWS)
+    assert guide.transform.velocity.dropped > 0
+    one, two = (guide.condition(y=y).log_prob(torch.zeros(3, 1)) for _ in range(2))
+    assert torch.equal(one, two)
 
 
 def test_weights_give_the_evidence(trained):

@@ -7,6 +7,7 @@ from torch import nn
 
 import pyro_interpolant as pi
 from pyro_interpolant.nn import EmbeddedVelocity, SeriesEmbedding, SetEmbedding, VelocityMLP
+from pyro_interpolant.nn import embedding as embedding_module
 from pyro_interpolant.solvers import FixedGrid
 from pyro_interpolant.training.rows import Rows
 from pyro_interpolant.training.whitening import set_whitening
@@ -25,7 +26,7 @@ EMBEDDINGS = {
 def random_velocity(name, dim=2):
     """Return a velocity with an embedding that is not zero, and data for it."""
     embedding, shape = EMBEDDINGS[name]
-    velocity = EmbeddedVelocity(dim, [shape], embedding, (8, 8)).double()
+    velocity = EmbeddedVelocity(dim, [shape], embedding, (8, 8)).double().eval()
     y = torch.randn(7, *shape)
     if name.startswith("masked"):
         y[..., -1] = (y[..., -1] > -0.5).double()
@@ -88,6 +89,31 @@ def test_data_are_embedded_once_for_all_times_and_evaluations():
     flow = pi.InterpolantDistribution(transform)
     flow.log_prob(flow.sample())
     assert calls == [5]
+
+
+@pytest.mark.parametrize("name", ["set", "masked set"])
+def test_the_fits_of_a_set_are_made_once_for_summary_and_network(name, monkeypatch):
+    velocity, context = random_velocity(name)
+    y, fits = context.reshape(7, 5, 3), []
+    both = velocity.embedding.forward_and_summary(y)
+    assert torch.equal(both[0], velocity.embedding(y))
+    assert torch.equal(both[1], velocity.embedding.summary(y))
+    own = embedding_module._fits
+    monkeypatch.setattr(embedding_module, "_fits", lambda *args: fits.append(1) or own(*args))
+    velocity.embed(context)
+    assert len(fits) == 1
+
+
+def test_units_are_dropped_in_training_the_more_the_fewer_rows_there_are():
+    velocity, context = random_velocity("none")
+    found = velocity.embed(context)
+    assert torch.equal(velocity.embed(context), found)
+    velocity.train()
+    assert not torch.allclose(velocity.embed(context), found)
+    given = 2 * velocity.event_dim + 6  # mean, deviation and data stay
+    assert torch.equal(velocity.embed(context)[:, :given], found[:, :given])
+    velocity.set_scales(torch.randn(20_000, 2), torch.randn(20_000, 6))
+    assert torch.equal(velocity.embed(context), velocity.eval().embed(context))
 
 
 def test_a_gaussian_that_is_linear_in_its_context_is_known_before_training():
@@ -198,7 +224,8 @@ def test_sets_do_not_depend_on_the_order_or_on_rows_that_are_not_there():
         torch.testing.assert_close(function(masked), function(other))
         assert not torch.allclose(function(masked), function(masked * 1.1))
     torch.testing.assert_close(embedding.columns.loc, y[:, :4].mean((0, 1)))
-    assert bool(embedding(torch.zeros(1, 6, 3)).isfinite().all())  # a set of nothing
+    for function in (embedding, embedding.summary):
+        assert bool(function(torch.zeros(1, 6, 3)).isfinite().all())  # a set of nothing
 
 
 def test_series_do_not_depend_on_values_that_are_missing():

@@ -184,6 +184,18 @@ def test_looks_are_a_share_of_the_way_apart_and_then_of_the_schedule():
         assert 0 <= after - before - min(10, before / 20) < 1.001  # whole steps
 
 
+def test_time_that_passes_before_the_first_step_leaves_the_warm_up_of_the_rate():
+    """Simulations take time of the run: the first steps after them are small even so."""
+    by_time = loop.Schedule(None, 100.0, 1e-2, None, 30, 0.999)
+    rates = [by_time.rate(0.3, taken) for taken in (0, 19, 39, 1000)]
+    full = 1e-2 * 0.5 * (1 + math.cos(math.pi * 0.3))
+    assert rates == pytest.approx([full / 40, full / 2, full, full])
+    by_steps = loop.Schedule(1000, None, 1e-2, None, 30, 0.999)
+    assert by_steps.rate(0.3, 0) == pytest.approx(full)
+    both = loop.Schedule(1000, 100.0, 1e-2, None, 30, 0.999)
+    assert both.rate(0.3, 9) == pytest.approx(full / 2)
+
+
 def test_the_weights_kept_are_averaged_ones():
     distribution, seen = tiny(), {}
 

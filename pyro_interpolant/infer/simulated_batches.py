@@ -1,0 +1,113 @@
+"""Batches of simulations made elsewhere: rows and contexts to train on, and some held out."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributions.constraints import as_tensor
+from ..training.streaming import check_again, row_keys
+from .simulation import Simulations, Simulator
+
+_HELD = 1000  # simulations held out, at most: what the verdict of a guide takes
+_HELD_SHARE = 10  # at most one out of so many of the first ones
+_FEWEST = 10
+
+Pack = Callable[[Simulations], tuple[Tensor, Tensor]]
+
+
+class SimulatedBatches:
+    """Batches of simulations as :func:`~pyro_interpolant.fit` takes them, ``(rows, contexts)``.
+
+    A tenth of the first 10,000 simulations is held out, wherever these come again. Those that are
+    not finite are left out, and counted.
+
+    Args:
+        batches: What gives, each time it is gone through, ``(latents, data)``: two dictionaries by
+            site, each value ``(B, *site_shape)``.
+        simulator: The model, which knows the sites.
+        observed: The names of the sites that the latents are given.
+        pack: From simulations to packed rows, ``(N, D)``, and contexts, ``(N, C)``.
+
+    Attributes:
+        held: The simulations held out.
+        count: How many finite ones a pass over the batches has given, at most, so far.
+        improper: How many others.
+
+    Raises:
+        ValueError: If the batches can be gone through only once, are of another form, or hold
+            fewer than 10 finite simulations.
+    """
+
+    def __init__(
+        self, batches: Iterable[Any], simulator: Simulator, observed: Iterable[str], pack: Pack
+    ) -> None:
+        check_again(batches)
+        self.batches, self.simulator, self.pack = batches, simulator, pack
+        self.names = [*simulator.latents, *observed]
+        self.count, self.improper = 0, 0
+        first, total = [], 0
+        for found in self._finite():
+            first.append(found)
+            total += len(found.log_prior)
+            if total >= _HELD * _HELD_SHARE:
+                break
+        if total < _FEWEST:
+            raise ValueError(
+                f"expected batches of at least {_FEWEST} finite simulations, got {total} and "
+                f"{self.improper} with NaN or infinite numbers"
+            )
+        held = Simulations.joined(first).take(torch.arange(min(_HELD, total // _HELD_SHARE)))
+        self.held = held._replace(log_prior=simulator.log_prior(held.latents))
+        self._held_keys = row_keys(pack(held)[0])
+
+    def __len__(self) -> int:
+        """Return the number of batches, if they know it."""
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield rows, ``(B, D)``, and contexts, ``(B, C)``, of those that are not held out."""
+        for found in self._finite():
+            rows, context = self.pack(found)
+            new = ~torch.isin(row_keys(rows), self._held_keys)
+            if bool(new.any()):
+                yield rows[new], context[new]
+
+    def _finite(self) -> Iterator[Simulations]:
+        """Yield the finite simulations of each batch, and count."""
+        count = improper = 0
+        for number, batch in enumerate(self.batches):
+            try:
+                found = self._checked(batch)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"in batch {number}, counted from 0: {error}") from error
+            count, improper = count + len(found.log_prior), improper + found.improper
+            self.count, self.improper = max(self.count, count), max(self.improper, improper)
+            yield found
+
+    def _checked(self, batch: Any) -> Simulations:
+        """Return the finite simulations of a batch; their prior's density is left at 0."""
+        parts = list(batch[:2]) if isinstance(batch, list | tuple) else []
+        if len(parts) < 2 or not all(isinstance(part, Mapping) for part in parts):
+            raise ValueError(
+                "expected (latents, data), two dictionaries by site, each value "
+                f"(B, *site_shape), got {type(batch).__name__}"
+            )
+        latents, data = ({k: as_tensor(v, k) for k, v in part.items()} for part in parts)
+        values = {**latents, **data}
+        missing = [name for name in self.names if name not in values]
+        if missing:
+            raise ValueError(
+                f"expected values of the sites {self.names}, got none of {missing}: it has "
+                f"{sorted(values)}"
+            )
+        sizes = {name: len(value) if value.dim() else 0 for name, value in values.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"expected one value per simulation at each site, got {sizes}")
+        count = next(iter(sizes.values()))
+        finite = [values[name].reshape(count, -1).isfinite().all(1) for name in self.names]
+        good = torch.stack(finite).all(0)
+        own = {name: latents[name] for name in self.simulator.latents}
+        found = Simulations(own, data, torch.zeros(count), 0).take(good)
+        return found._replace(improper=count - int(good.sum()))
