@@ -98,7 +98,7 @@ def train(make, training, steps, held_rows, solver=SOLVER):
 @pytest.mark.parametrize("training", [maximum_likelihood, inside_a_model])
 @pytest.mark.parametrize("name", DENSITIES)
 def test_no_likelihood_above_the_truth(name, training):
-    start, worst, calibrated = train(DENSITIES[name], training, 300, 20_000)
+    start, worst, calibrated = train(DENSITIES[name], training, 300, 5000)
     assert worst < 0.05
     assert calibrated > start
 
