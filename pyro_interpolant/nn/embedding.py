@@ -1,8 +1,9 @@
 r"""Embeddings of data: of sets whose rows are exchangeable, and of series.
 
 Each has a network that is trained along, and a summary in closed form: means, deviations, and
-least-squares fits of columns by each other. The latents of many models are nearly linear in them,
-while a network of the rows' moments learns slowly to divide one by another.
+least-squares fits of columns by each other; of sets the extremes, too. The latents of many models
+are nearly linear in them, while a network of the rows' moments learns slowly to divide one by
+another.
 """
 
 from typing import Any, NamedTuple
@@ -107,17 +108,18 @@ class SetEmbedding(nn.Module):
         return self.forward_and_summary(y)[0]
 
     def summary(self, y: Tensor) -> Tensor:
-        """Return means, deviations and fits of the columns, and how many rows, ``(N, S)``.
+        """Return means, deviations, fits and extremes of the columns, and how many rows, (N, S).
 
         Means and logarithms of deviations of each column; from two columns on the coefficients,
         intercept and logarithm of the residual deviation of its least-squares fit by the others;
-        with a mask, the logarithm of one more than the number of rows.
+        the least and the greatest value of each; with a mask, the logarithm of one more than the
+        number of rows.
 
         Args:
             y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask.
         """
         rows, there = self.columns(y)
-        return self._summary(_fits(rows, there), there)
+        return self._summary(rows, there, _fits(rows, there))
 
     def forward_and_summary(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return what :meth:`forward` and :meth:`summary` do, which share the fits.
@@ -128,13 +130,12 @@ class SetEmbedding(nn.Module):
         rows, there = self.columns(y)
         fits = _fits(rows, there)
         both = torch.cat((rows, fits.residuals), -1)
-        return _mean(self.rows(both), there), self._summary(fits, there)
+        return _mean(self.rows(both), there), self._summary(rows, there, fits)
 
-    def _summary(self, fits: "_Fits", there: Tensor) -> Tensor:
-        """Return the summary of sets by their fits and which rows are there, ``(N, n, 1)``."""
-        if not self.masked:
-            return fits.summary
-        return torch.cat((fits.summary, there.sum(1).log1p()), -1)
+    def _summary(self, rows: Tensor, there: Tensor, fits: "_Fits") -> Tensor:
+        """Return the summary of sets, ``(N, n, d)``, by which rows are there and their fits."""
+        found = [fits.summary, *_extremes(rows, there)]
+        return torch.cat([*found, there.sum(1).log1p()] if self.masked else found, -1)
 
     def set_scales(self, y: Tensor) -> None:
         """Set location and scale of the columns from rows, shape ``(N, n, d)``, that are there."""
@@ -261,6 +262,15 @@ def _fits(rows: Tensor, there: Tensor) -> _Fits:
 def _mean(values: Tensor, there: Tensor) -> Tensor:
     """Return the mean of values, ``(*, n, K)``, that are there, by ``(*, n, 1)``: ``(*, K)``."""
     return (values * there).sum(-2) / there.sum(-2).clamp(min=1.0)
+
+
+def _extremes(values: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Return least and greatest values, ``(*, n, K)``, that are there: ``(*, K)``, or zeros."""
+    gone = there == 0
+    low = values.masked_fill(gone, torch.inf).amin(-2)
+    high = values.masked_fill(gone, -torch.inf).amax(-2)
+    is_empty = gone.all(-2)
+    return low.masked_fill(is_empty, 0.0), high.masked_fill(is_empty, 0.0)
 
 
 def dense(inputs: int, width: int, outputs: int) -> nn.Sequential:

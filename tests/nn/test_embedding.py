@@ -188,9 +188,11 @@ def test_sets_are_summarised_by_least_squares_fits(masked):
     expected = torch.cat((rows.mean(1), rows.std(1, correction=0).log(), fit[..., 0], left), -1)
     names = [0, 1, 2, 3, 4, 5, 10, 11, 14, 17]  # slopes of 01 02 12, then 10 20 21
     torch.testing.assert_close(found[:, names], expected, rtol=0.0, atol=0.01)
-    assert found.shape == (50, 18 + masked)
+    assert found.shape == (50, 24 + masked)
+    extremes = torch.cat((rows.amin(1), rows.amax(1)), -1)
+    torch.testing.assert_close(found[:, 18:24], extremes, rtol=1e-4, atol=1e-4)
     if masked:
-        torch.testing.assert_close(found[:, 18], torch.full((50,), 41.0).log())
+        torch.testing.assert_close(found[:, 24], torch.full((50,), 41.0).log())
 
 
 def test_series_are_summarised_by_fits_of_neighbours():
