@@ -233,12 +233,14 @@ class Trained(NamedTuple):
         density: A flow for :func:`~pyro_interpolant.diagnostics.bits_per_dim`, or None.
         steps: The number of steps of the optimiser.
         seconds: The time of all training.
+        cpu: The processor's time of the same, of this process alone.
     """
 
     sample: object
     density: object
     steps: int
     seconds: float
+    cpu: float
 
 
 def ours(images, recipe, cell, folder):
@@ -252,6 +254,7 @@ def ours(images, recipe, cell, folder):
         from lightning_fabric import Fabric
 
         options["fabric"] = Fabric(cell["device"], devices=1, precision="bf16-mixed")
+        options["fabric"].launch()
     flow = pi.from_samples(
         images.train.to(cell["device"]),
         network=recipe.network(cell["seed"]).to(cell["device"]),
@@ -262,12 +265,13 @@ def ours(images, recipe, cell, folder):
         **options,
     )
     steps, seconds = looks[-1].step if looks else 0, time.monotonic() - begin
+    cpu = time.process_time()
 
     def sample(count):
         x = torch.cat([flow.sample((len(s),)) for s in torch.arange(count).split(_AT_ONCE)])
         return (256 * x).floor().clamp(0, 255).to("cpu", torch.uint8), evaluations(flow)
 
-    return Trained(sample, flow, steps, seconds)
+    return Trained(sample, flow, steps, seconds, cpu)
 
 
 def flat(images, recipe, cell, folder):
@@ -284,12 +288,13 @@ def flat(images, recipe, cell, folder):
         checkpoint=folder / "state.safetensors",
     )
     steps, seconds = looks[-1].step if looks else 0, time.monotonic() - begin
+    cpu = time.process_time()
 
     def sample(count):
         x = (256 * flow.sample((count,))).floor().clamp(0, 255).to("cpu", torch.uint8)
         return x.reshape(-1, *recipe.image_shape), evaluations(flow)
 
-    return Trained(sample, flow, steps, seconds)
+    return Trained(sample, flow, steps, seconds, cpu)
 
 
 def evaluations(flow):
@@ -315,6 +320,7 @@ def torchcfm(images, recipe, cell, folder):
         return functional.mse_loss(network.network(xt, 1000 * t).sample, ut)
 
     steps, seconds = descend(network, loss, images.train, recipe, cell, folder, torch.optim.Adam)
+    cpu = time.process_time()
     calls = []
 
     def velocity(t, x):
@@ -340,7 +346,7 @@ def torchcfm(images, recipe, cell, folder):
         network, interpolant=pi.Linear(), divergence=pi.HutchinsonDivergence(), whitening=whitening
     )
     flow = pi.InterpolantDistribution(transform, event_shape=recipe.image_shape)
-    return Trained(sample, flow.to(cell["device"]).freeze(), steps, seconds)
+    return Trained(sample, flow.to(cell["device"]).freeze(), steps, seconds, cpu)
 
 
 def ddpm(images, recipe, cell, folder):
@@ -360,6 +366,7 @@ def ddpm(images, recipe, cell, folder):
     steps, seconds = descend(
         network, loss, images.train, recipe, cell, folder, optimizer, cosine=True
     )
+    cpu = time.process_time()
     sampler = DDIMScheduler.from_config(noise.config)
     sampler.set_timesteps(50)
 
@@ -374,7 +381,7 @@ def ddpm(images, recipe, cell, folder):
             found.append(as_levels(x))
         return torch.cat(found), len(sampler.timesteps)
 
-    return Trained(sample, None, steps, seconds)
+    return Trained(sample, None, steps, seconds, cpu)
 
 
 def as_levels(x):

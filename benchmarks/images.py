@@ -41,15 +41,15 @@ from pyro_interpolant.diagnostics import bits_per_dim
 NEEDED = {"I-CFM": "torchcfm", "OT-CFM": "torchcfm", "DDPM": "diffusers"}
 # Each the better of 1e-3 and 2e-4, of torchcfm's two examples, and of 1e-3 and diffusers' 1e-4.
 RATES = {"I-CFM": 1e-3, "OT-CFM": 1e-3, "DDPM": 1e-3}
-MEMORY = {  # a recipe, and a step, a sample or bits on a grid of so many steps
-    "8 x 8, a step": ("digits", "train"),
-    "128 x 128 x 3, a step of 8": ("small128", "train"),
-    "128 x 128 x 3, a sample": ("small128", "sample"),
-    "32 x 32 x 3, bits of 64, 8 steps": ("default32", "bits 8"),
-    "32 x 32 x 3, bits of 64, 32 steps": ("default32", "bits 32"),
-    "CIFAR-10, a step": ("cifar10", "train"),
-    "ImageNet 32 x 32, a step": ("imagenet32", "train"),
-    "flowers 128 x 128, a step": ("flowers128", "train"),
+MEMORY = {  # a recipe, how many images, and a step, samples, or bits on a grid of so many steps
+    "8 x 8, a step": ("digits", 64, "train"),
+    "128 x 128 x 3, (32, 64), a step": ("small128", 8, "train"),
+    "128 x 128 x 3, (32, 64), a sample": ("small128", 1, "sample"),
+    "32 x 32 x 3, (32, 64, 64), bits, 8 steps": ("default32", 64, "bits 8"),
+    "32 x 32 x 3, (32, 64, 64), bits, 32 steps": ("default32", 64, "bits 32"),
+    "CIFAR-10, a step": ("cifar10", 16, "train"),
+    "ImageNet 32 x 32, a step": ("imagenet32", 16, "train"),
+    "flowers 128 x 128, a step": ("flowers128", 4, "train"),
 }
 
 
@@ -62,7 +62,7 @@ def quality(cell, folder):
     begin = time.monotonic()
     samples, evaluations = trained.sample(cell["samples"])
     took = time.monotonic() - begin
-    found = {"steps": trained.steps, "train": trained.seconds}
+    found = {"steps": trained.steps, "train": trained.seconds, "cpu": trained.cpu}
     found |= {"evaluations": evaluations, "sampling": took}
     file = folder.parent / f"classifier-{cell['recipe']}-{cell['images']}-{cell['epochs']}.pt"
     classifier, accuracy = classifier_of(images, file, cell["epochs"], cell["device"])
@@ -119,22 +119,22 @@ def seconds_a_step(cell, folder):
 
 def peak_memory(cell, folder):
     """Return the peak of one thing's memory above that of the process before it, in MiB."""
-    name, act = MEMORY[cell["method"]]
+    name, count, act = MEMORY[cell["method"]]
     recipe, device = RECIPES[name], cell["device"]
     flow = flow_of(recipe, device, int(act.split()[1]) if " " in act else 2)
-    images = noise(recipe, 2 * recipe.batch, device)
+    images = noise(recipe, 2 * count, device)
     parameters = sum(p.numel() for p in flow.transform.parameters())
     start, begin = used(device), time.monotonic()
     if act == "train":  # a tolerance that calibrates by the first grid
-        few = {"validation": images[: recipe.batch // 8], "batch_size": recipe.batch}
-        pi.fit(flow, images, steps=1, progress=False, tolerance=1e3, seed=0, **few)
+        few = {"validation": images[:count], "batch_size": count, "tolerance": 1e3}
+        pi.fit(flow, images, steps=1, progress=False, seed=0, **few)
     elif act == "sample":
         with torch.no_grad():
-            flow.sample((1,))
+            flow.sample((count,))
     else:
-        bits_per_dim(flow, images[:64])
+        bits_per_dim(flow, images[:count])
     found = {"start": start, "peak": used(device) - start, "parameters": parameters}
-    return {**found, "batch": recipe.batch, "took": time.monotonic() - begin}
+    return {**found, "batch": count, "took": time.monotonic() - begin}
 
 
 def used(device):
@@ -159,7 +159,10 @@ def cells(args):
                 if importlib.util.find_spec(NEEDED.get(method, "torch")) is None:
                     print(f"{method}: left out, for it is not installed", file=sys.stderr)
                     continue
-                peer = {"rate": args.rate or RATES.get(method, 0.0), "batch": args.batch}
+                peer = {
+                    "rate": args.rate or RATES.get(method, 0.0),
+                    "batch": args.batch or RECIPES[args.recipe].batch,
+                }
                 yield {
                     **cell, "method": method, "seed": seed, "minutes": args.minutes,
                     "images": args.images, "samples": args.samples, "bits_images": args.bits,
@@ -189,8 +192,11 @@ def table(lines):
     if found:
         accuracy, floor = found[0]["accuracy"], found[0]["fid_train"]
         out += [f"Accuracy of the classifier {accuracy:.3f}; FID of training images {floor:.2f}."]
-        out += ["", "| images | method | steps | FID | evaluations | bits per dimension | s |"]
-        out += ["| --- " * 7 + "|"]
+        out += [
+            "",
+            "| images | method | steps | FID | evaluations | bits per dimension | s | CPU s |",
+        ]
+        out += ["| --- " * 8 + "|"]
     groups = {}
     for line in found:
         peer = f", rate {line['rate']:g}, {line['batch']} a step" if "rate" in line else ""
@@ -207,8 +213,9 @@ def table(lines):
         steps = round(statistics.mean(line["steps"] for line in group))
         calls = round(statistics.mean(line["evaluations"] for line in group))
         said = ", ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in bits) or "-"
-        seconds = max(line["train"] for line in group)
-        out += [f"| {images} | {name} | {steps:,} | {text} | {calls} | {said} | {seconds:.0f} |"]
+        seconds, cpu = (max(line[each] for line in group) for each in ("train", "cpu"))
+        numbers = f"{steps:,} | {text} | {calls} | {said} | {seconds:.0f} | {cpu:.0f}"
+        out += [f"| {images} | {name} | {numbers} |"]
     for line in (line for line in lines if line["what"] == "steps"):
         out += [
             f"{line['recipe']} on {line['device']}: a bare step {line['bare']:.3f} s, one of fit "
@@ -257,7 +264,7 @@ def parsed():
     add("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "ours OT"])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--rate", type=float, help="the learning rate of peers, where not their better one")
-    add("--batch", type=int, default=128, help="images per step of peers")
+    add("--batch", type=int, help="images per step of peers, where not as many as ours")
     add("--fit", type=json.loads, default={}, help="options of from_samples, as JSON")
     add("--samples", type=int, default=5000)
     add("--bits", type=int, default=200, help="images whose bits are measured")
