@@ -233,14 +233,12 @@ class Trained(NamedTuple):
         density: A flow for :func:`~pyro_interpolant.diagnostics.bits_per_dim`, or None.
         steps: The number of steps of the optimiser.
         seconds: The time of all training.
-        cpu: The processor's time of the same, of this process alone.
     """
 
     sample: object
     density: object
     steps: int
     seconds: float
-    cpu: float
 
 
 def ours(images, recipe, cell, folder):
@@ -265,13 +263,12 @@ def ours(images, recipe, cell, folder):
         **options,
     )
     steps, seconds = looks[-1].step if looks else 0, time.monotonic() - begin
-    cpu = time.process_time()
 
     def sample(count):
         x = torch.cat([flow.sample((len(s),)) for s in torch.arange(count).split(_AT_ONCE)])
         return (256 * x).floor().clamp(0, 255).to("cpu", torch.uint8), evaluations(flow)
 
-    return Trained(sample, flow, steps, seconds, cpu)
+    return Trained(sample, flow, steps, seconds)
 
 
 def flat(images, recipe, cell, folder):
@@ -288,13 +285,12 @@ def flat(images, recipe, cell, folder):
         checkpoint=folder / "state.safetensors",
     )
     steps, seconds = looks[-1].step if looks else 0, time.monotonic() - begin
-    cpu = time.process_time()
 
     def sample(count):
         x = (256 * flow.sample((count,))).floor().clamp(0, 255).to("cpu", torch.uint8)
         return x.reshape(-1, *recipe.image_shape), evaluations(flow)
 
-    return Trained(sample, flow, steps, seconds, cpu)
+    return Trained(sample, flow, steps, seconds)
 
 
 def evaluations(flow):
@@ -320,7 +316,6 @@ def torchcfm(images, recipe, cell, folder):
         return functional.mse_loss(network.network(xt, 1000 * t).sample, ut)
 
     steps, seconds = descend(network, loss, images.train, recipe, cell, folder, torch.optim.Adam)
-    cpu = time.process_time()
     calls = []
 
     def velocity(t, x):
@@ -346,7 +341,7 @@ def torchcfm(images, recipe, cell, folder):
         network, interpolant=pi.Linear(), divergence=pi.HutchinsonDivergence(), whitening=whitening
     )
     flow = pi.InterpolantDistribution(transform, event_shape=recipe.image_shape)
-    return Trained(sample, flow.to(cell["device"]).freeze(), steps, seconds, cpu)
+    return Trained(sample, flow.to(cell["device"]).freeze(), steps, seconds)
 
 
 def ddpm(images, recipe, cell, folder):
@@ -366,7 +361,6 @@ def ddpm(images, recipe, cell, folder):
     steps, seconds = descend(
         network, loss, images.train, recipe, cell, folder, optimizer, cosine=True
     )
-    cpu = time.process_time()
     sampler = DDIMScheduler.from_config(noise.config)
     sampler.set_timesteps(50)
 
@@ -381,7 +375,7 @@ def ddpm(images, recipe, cell, folder):
             found.append(as_levels(x))
         return torch.cat(found), len(sampler.timesteps)
 
-    return Trained(sample, None, steps, seconds, cpu)
+    return Trained(sample, None, steps, seconds)
 
 
 def as_levels(x):

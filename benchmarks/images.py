@@ -57,12 +57,14 @@ def quality(cell, folder):
     """Train one method on one set of images, and return what its samples are worth."""
     recipe = RECIPES[cell["recipe"]]
     images = load(cell["recipe"], cell["data"], cell["images"])
+    begin = time.process_time()
     trained = METHODS[cell["method"]](images, recipe, cell, folder)
+    cpu = time.process_time() - begin
     torch.manual_seed(cell["seed"])
     begin = time.monotonic()
     samples, evaluations = trained.sample(cell["samples"])
     took = time.monotonic() - begin
-    found = {"steps": trained.steps, "train": trained.seconds, "cpu": trained.cpu}
+    found = {"steps": trained.steps, "train": trained.seconds, "cpu": cpu}
     found |= {"evaluations": evaluations, "sampling": took}
     file = folder.parent / f"classifier-{cell['recipe']}-{cell['images']}-{cell['epochs']}.pt"
     classifier, accuracy = classifier_of(images, file, cell["epochs"], cell["device"])
