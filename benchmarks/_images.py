@@ -232,7 +232,7 @@ class Trained(NamedTuple):
             times that the network was evaluated for each.
         density: A flow for :func:`~pyro_interpolant.diagnostics.bits_per_dim`, or None.
         steps: The number of steps of the optimiser.
-        seconds: The time of all training.
+        seconds: The time of all training, of ours without the calibration of the solver.
     """
 
     sample: object
@@ -243,7 +243,6 @@ class Trained(NamedTuple):
 
 def ours(images, recipe, cell, folder):
     """Learn from uint8 by ``from_samples``, with its defaults and the recipe's network."""
-    looks, begin = [], time.monotonic()
     options = {"batch_size": recipe.batch, "checkpoint": folder / "state.safetensors"}
     if cell["method"] == "ours OT":
         options["coupling"] = pi.optimal_transport
@@ -259,38 +258,34 @@ def ours(images, recipe, cell, folder):
         max_seconds=60 * cell["minutes"],
         seed=cell["seed"],
         progress=False,
-        callback=looks.append,
         **options,
     )
-    steps, seconds = looks[-1].step if looks else 0, time.monotonic() - begin
 
     def sample(count):
         x = torch.cat([flow.sample((len(s),)) for s in torch.arange(count).split(_AT_ONCE)])
         return (256 * x).floor().clamp(0, 255).to("cpu", torch.uint8), evaluations(flow)
 
-    return Trained(sample, flow, steps, seconds)
+    return Trained(sample, flow, flow.report.steps, flow.report.seconds)
 
 
 def flat(images, recipe, cell, folder):
     """Learn rows of pixels by ``from_samples``, with its own network: no image is seen."""
     torch.manual_seed(cell["seed"])
-    rows, begin, looks = images.train.flatten(1), time.monotonic(), []
+    rows = images.train.flatten(1)
     rows = (rows + torch.rand(rows.shape)).to(cell["device"]) / 256
     flow = pi.from_samples(
         rows,
         max_seconds=60 * cell["minutes"],
         seed=cell["seed"],
         progress=False,
-        callback=looks.append,
         checkpoint=folder / "state.safetensors",
     )
-    steps, seconds = looks[-1].step if looks else 0, time.monotonic() - begin
 
     def sample(count):
         x = (256 * flow.sample((count,))).floor().clamp(0, 255).to("cpu", torch.uint8)
         return x.reshape(-1, *recipe.image_shape), evaluations(flow)
 
-    return Trained(sample, flow, steps, seconds)
+    return Trained(sample, flow, flow.report.steps, flow.report.seconds)
 
 
 def evaluations(flow):
