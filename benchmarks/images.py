@@ -39,7 +39,7 @@ import pyro_interpolant as pi
 from pyro_interpolant.diagnostics import bits_per_dim
 
 NEEDED = {"I-CFM": "torchcfm", "OT-CFM": "torchcfm", "DDPM": "diffusers"}
-# Of torchcfm's MNIST example, and for DDPM alike (diffusers' example has 1e-4); `--rate` for others.
+# That of torchcfm's MNIST example, for DDPM alike (diffusers' has 1e-4); `--rate` for others.
 RATES = {"I-CFM": 1e-3, "OT-CFM": 1e-3, "DDPM": 1e-3}
 MEMORY = {  # a recipe, how many images, and a step, samples, or bits on a grid of so many steps
     "8 x 8, a step": ("digits", 64, "train"),
