@@ -3,8 +3,8 @@
 A step of `fit` draws rows, times and base draws, evaluates the interpolant and its rate, clips,
 steps AdamW and averages the weights. Between any two looks at the held-out loss the same network
 takes as many bare steps (forward, mean square, backward) on one batch that stays, so that both
-meet the same machine. A look evaluates 8,192 draws, as much as two or three steps, so looks are
-200 steps apart: it adds about 1% to the ratio.
+meet the same machine. Looks are not counted: each evaluates 8,192 draws, as much as two or three
+steps, and a run of 6,000 steps has some 130 of them.
 
     python benchmarks/step_cost.py             # minutes
     python benchmarks/step_cost.py --smoke     # seconds
@@ -32,33 +32,48 @@ def bare_steps(network, batch, count):
     for _ in range(count):
         network.zero_grad()
         ((network(t, x) - target) ** 2).mean().backward()
+    if x.is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def ratios(dim, hidden, batch_size, looks, between):
-    """Return milliseconds of a bare step, and one ratio per look."""
+def ratios(flow, rows, batch_size, looks, between):
+    """Return milliseconds of a bare step, and `looks` ratios of a whole step to a bare one.
+
+    Looks themselves are left out of whole steps: early in a run they come often.
+
+    Args:
+        flow: An untrained flow.
+        rows: What it is trained on, shape ``(N, *event_shape)``.
+        batch_size: Rows per step.
+        looks: How many ratios.
+        between: The fewest steps of each.
+    """
     torch.manual_seed(0)
-    flow = pi.InterpolantDistribution(pi.interpolant_transform(dim, hidden))
     network = copy.deepcopy(flow.transform.velocity)
     times = math.gcd(TIMES, batch_size)
-    shape = (times, batch_size // times, dim)
+    shape = (times, batch_size // times, network.event_dim)
     batch = torch.rand(times, 1), torch.randn(shape), torch.randn(shape)
-    whole, bare, began = [], [], [None]
+    batch = tuple(part.to(flow.transform.flow.loc.device) for part in batch)
+    whole, bare, state = [], [], {"steps": 0, "seconds": 0.0, "at": 0, "from": None}
 
-    def look(state):
-        if began[0] is not None:
-            whole.append(time.perf_counter() - began[0])
-            bare.append(bare_steps(network, batch, between))
-        began[0] = time.perf_counter()
+    def look(now):
+        if state["from"] is not None:
+            state["steps"] += now.step - state["at"]
+            state["seconds"] += began + now.seconds - state["from"]
+        if state["steps"] >= between:
+            whole.append(state["seconds"] / state["steps"])
+            bare.append(bare_steps(network, batch, state["steps"]) / state["steps"])
+            state["steps"], state["seconds"] = 0, 0.0
+        state["at"], state["from"] = now.step, time.monotonic()
         return len(whole) == looks
 
-    rows = torch.randn(20_000, dim)
+    began = time.monotonic()
     pi.fit(
-        flow, rows, validation=torch.randn(64, dim), batch_size=batch_size, steps=100 * between,
+        flow, rows, validation=rows[:64], batch_size=batch_size, steps=100 * between,
         whiten=False, seed=0, progress=False, callback=look, tolerance=1e3,
     )  # fmt: skip
-    bare_ms = 1e3 * statistics.median(bare) / between
-    return bare_ms, [a / b for a, b in zip(whole, bare, strict=True)]
+    return 1e3 * statistics.median(bare), [a / b for a, b in zip(whole, bare, strict=True)]
 
 
 def main():
@@ -75,7 +90,8 @@ def main():
     print("| D | hidden layers | bare step, ms | whole / bare | quartiles |")
     print("| --- | --- | --- | --- | --- |")
     for dim, hidden in CASES[:1] if args.smoke else CASES:
-        bare, found = ratios(dim, hidden, args.batch_size, looks, between)
+        flow = pi.InterpolantDistribution(pi.interpolant_transform(dim, hidden))
+        bare, found = ratios(flow, torch.randn(20_000, dim), args.batch_size, looks, between)
         low, middle, high = statistics.quantiles(found, n=4)
         name = "default" if hidden is None else str(list(hidden))
         spread = f"{middle:.2f} | {low:.2f} to {high:.2f}"

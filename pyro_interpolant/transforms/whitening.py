@@ -212,6 +212,8 @@ class DiagonalWhitening(Whitening):
 class ScalarWhitening(DiagonalWhitening):
     """L is one scale: an image stays an image, and the metric is that of data space.
 
+    Data set one centre for all columns as well.
+
     Args:
         event_dim: D.
     """
@@ -220,5 +222,9 @@ class ScalarWhitening(DiagonalWhitening):
         return torch.ones(())
 
     def set_diagonal(self, loc: Tensor, scale: Tensor) -> None:
-        """Set the map from a centre and the root mean square of scales, each of shape ``(D,)``."""
-        self.set(loc, scale.square().mean().sqrt())
+        """Set one centre, the mean, and the scale about it, from those of shape ``(D,)`` each.
+
+        A mean image taken from each would show in what a convolution sees.
+        """
+        centre = loc.mean().expand_as(loc)
+        self.set(centre, (scale.square() + (loc - centre).square()).mean().sqrt())

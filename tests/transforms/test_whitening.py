@@ -84,8 +84,10 @@ def test_a_dense_map_takes_an_inverse_that_is_known():
 def test_it_is_set_from_one_scale_per_column(name):
     map_, loc, scale = whitening(name), torch.randn(3), torch.tensor([0.5, 1.0, 3.0])
     map_.set_diagonal(loc, scale)
-    one = scale.square().mean().sqrt().expand(3)  # a scalar keeps their root mean square
-    expected = (one if name == "scalar" else scale).diag()
+    if name == "scalar":  # one centre for all, and the root mean square about it
+        spread = scale.square() + (loc - loc.mean()).square()
+        loc, scale = loc.mean().expand(3), spread.mean().sqrt().expand(3)
+    expected = scale.diag()
     torch.testing.assert_close(map_.matrix(), expected)
     torch.testing.assert_close(map_.loc, loc)
     torch.testing.assert_close(map_.push(map_.unpush(torch.eye(3))), torch.eye(3))
