@@ -163,7 +163,16 @@ class InterpolantSDE:
             now: The coefficients at the time.
             w: Whitened states, shape ``(*, D)``.
         """
-        v = network_output(self.transform, self.flow.velocity, now.t, w)
+        return self.drift_of(now, w, network_output(self.transform, self.flow.velocity, now.t, w))
+
+    def drift_of(self, now: TimeTerms, w: Tensor, v: Tensor) -> Tensor:
+        """Return the drift in whitened coordinates, shape ``(*, D)``, given the velocity there.
+
+        Args:
+            now: The coefficients at the time.
+            w: Whitened states, shape ``(*, D)``.
+            v: The velocity, shape ``(*, D)``.
+        """
         if self.diffusion is None:  # rate / divisor is a sign: no division, and no singularity
             ratio = now.divisor.sign()
         else:
@@ -259,35 +268,46 @@ def sample_sde(
     sde = InterpolantSDE(distribution, diffusion, forward=x is None)
     with torch.no_grad():
         if x is None:
-            w = _sample_base(distribution, shape)
+            w = base_draws(distribution, shape)
         else:
             w = _to_white(sde, distribution, x)
             w = w.expand(*shape, *w.shape)
-        terms, step = _time_grid(sde, steps)
-        for i in range(steps):
-            now, then = terms.at(i), terms.at(i + 1)
-            kick = (step * (now.rate + then.rate)).sqrt() * torch.randn_like(w)
-            slope = sde.drift(now, w)
-            if method == "heun":
-                slope = 0.5 * (slope + sde.drift(then, w + step * slope + kick))
-            w = w + step * slope + kick
-        y = sde.flow.whitening.from_white(w)
-        return y if distribution.space.is_real() else distribution.transforms[-1](y)
+        w = path_ends(sde, w, uniform_times(steps, sde.transform.end), method)
+        return to_values(distribution, w)
 
 
-def _time_grid(sde: InterpolantSDE, steps: int) -> tuple[TimeTerms, float]:
-    """Return the coefficients at equal steps, each of shape ``(steps + 1,)``, and the step.
+def path_ends(
+    sde: InterpolantSDE, w: Tensor, times: Tensor, method: Literal["heun", "euler"] = "heun"
+) -> Tensor:
+    """Return the ends of paths in whitened coordinates, shape ``(*, D)``.
 
-    They are in the order of the path.
+    Args:
+        sde: The equation.
+        w: Where they start, shape ``(*, D)``.
+        times: The flow's times between steps, ascending, shape ``(T,)``.
+        method: ``"heun"`` or ``"euler"``.
+    """
+    times = times.to(w) if sde.forward else times.to(w).flip(0)
+    terms = sde.terms(times)
+    for i, step in enumerate(times.diff().abs()):
+        now, then = terms.at(i), terms.at(i + 1)
+        kick = (step * (now.rate + then.rate)).sqrt() * torch.randn_like(w)
+        slope = sde.drift(now, w)
+        if method == "heun":
+            slope = 0.5 * (slope + sde.drift(then, w + step * slope + kick))
+        w = w + step * slope + kick
+    return w
+
+
+def uniform_times(steps: int, end: float = 1.0) -> Tensor:
+    """Return the times between equal steps from 0 to an end, float64, shape ``(steps + 1,)``.
 
     Raises:
         ValueError: If there is no step.
     """
     if steps < 1:
         raise ValueError(f"expected at least one step, got steps={steps}")
-    end = sde.transform.end
-    times = torch.linspace(0.0, end, steps + 1).to(sde.flow.loc)
-    return sde.terms(times if sde.forward else times.flip(0)), end / steps
+    return torch.linspace(0.0, end, steps + 1, dtype=torch.float64)
 
 
 def _to_white(sde: InterpolantSDE, distribution: InterpolantDistribution, x: Tensor) -> Tensor:
@@ -295,7 +315,13 @@ def _to_white(sde: InterpolantSDE, distribution: InterpolantDistribution, x: Ten
     return sde.flow.whitening.to_white(sde.transform._checked(distribution.to_flow(x)))
 
 
-def _sample_base(distribution: InterpolantDistribution, shape: Sequence[int]) -> Tensor:
+def to_values(distribution: InterpolantDistribution, w: Tensor) -> Tensor:
+    """Return values, shape ``(*, *event_shape)``, of whitened coordinates, shape ``(*, D)``."""
+    y = distribution.transform.flow.whitening.from_white(w)
+    return y if distribution.space.is_real() else distribution.transforms[-1](y)
+
+
+def base_draws(distribution: InterpolantDistribution, shape: Sequence[int]) -> Tensor:
     """Return draws of the base in whitened coordinates, shape ``(*shape, *batch, D)``."""
     flow = distribution.transform.flow
     if distribution.base is None and flow.interpolant.ends[0][0] == 0:
@@ -367,7 +393,8 @@ def sde_log_prob(
             f"expected at least two paths, to estimate their spread, got paths={paths}"
         )
     sde = InterpolantSDE(distribution, diffusion, forward=False)
-    terms, half_step = _time_grid(sde, 2 * steps)
+    times = uniform_times(2 * steps, sde.transform.end).to(sde.flow.loc).flip(0)
+    terms, half_step = sde.terms(times), sde.transform.end / (2 * steps)
     _check_score_determined(sde, terms)
     with torch.no_grad():
         white = _to_white(sde, distribution, x)

@@ -1,0 +1,210 @@
+"""Posterior draws against Gaussian posteriors in closed form, and others by quadrature."""
+
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import IMAGE_NETWORKS, IMAGE_SHAPE, LATENT, random_flow, slow_but
+from oracles import LatentNoise, MixtureVelocity, random_mixture
+from pyro.distributions import constraints
+
+import pyro_interpolant as pi
+from pyro_interpolant.diffusion import approximate_posterior
+from pyro_interpolant.diffusion.sde import InterpolantSDE, path_ends
+
+LOC = torch.tensor([3.0, -1.0, 0.5], dtype=torch.float64)
+LINEAR = torch.tensor([[2.0, 0.0, 0.0], [0.7, 0.8, 0.0], [0.1, -0.5, 0.6]], dtype=torch.float64)
+SEEN = torch.tensor([[1.0, 0.5, 0.0], [0.0, -1.0, 2.0]], dtype=torch.float64)
+NOISE = torch.tensor([0.3, 0.1], dtype=torch.float64)
+
+
+class GaussianPrior:
+    """A flow that is exact for a Gaussian, whitened by a map that is not its own, and its law."""
+
+    def __init__(self, interpolant, **kwargs):
+        lower = 0.5 * torch.randn(3, 3)
+        white, cov = torch.randn(3), lower @ lower.T + 0.2 * torch.eye(3)
+        velocity = MixtureVelocity(torch.ones(1), white[None], cov[None], interpolant)
+        transform = pi.InterpolantTransform(velocity, interpolant=interpolant)
+        transform.flow.whitening.set(LOC, LINEAR)
+        self.flow = pi.InterpolantDistribution(transform, **kwargs)
+        self.mean, self.cov = LOC + LINEAR @ white, LINEAR @ cov @ LINEAR.T
+
+    def posterior(self, y):
+        """Mean and covariance given y ~ N(SEEN x, NOISE^2)."""
+        precision = torch.linalg.inv(self.cov)
+        cov = torch.linalg.inv(precision + SEEN.T @ (SEEN / NOISE[:, None] ** 2))
+        return cov @ (precision @ self.mean + SEEN.T @ (y / NOISE**2)), cov
+
+
+def likelihood(y):
+    return lambda x: dist.Normal(x @ SEEN.T, NOISE).to_event(1).log_prob(y)
+
+
+def assert_normal(draws, mean, cov):
+    """Draws have these moments: 25 time steps add a few per cent to a narrow variance."""
+    white = torch.linalg.solve(torch.linalg.cholesky(cov), (draws - mean).T).T
+    assert white.mean(0).abs().max() < 4 / len(draws) ** 0.5
+    assert (torch.cov(white.T) - torch.eye(len(mean))).abs().max() < 0.12
+
+
+PATHS = {
+    "trigonometric": pi.Trigonometric(),
+    "linear": pi.Linear(),
+    "encoding-decoding": pi.EncodingDecoding(),
+    "bridge": pi.Latent(pi.Linear(), pi.BrownianBridge(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(PATHS, "trigonometric"))
+def test_it_has_the_posterior_of_gaussians(name):
+    prior, y = GaussianPrior(PATHS[name]), torch.tensor([2.0, 3.0])
+    draws = approximate_posterior(prior.flow, likelihood(y), (1500,), steps=40)
+    assert_normal(draws, *prior.posterior(y))
+
+
+def test_each_of_several_observations_has_its_own_posterior():
+    prior, y = GaussianPrior(pi.Trigonometric()), torch.tensor([[2.0, 3.0], [-1.0, 0.0]])
+    draws = approximate_posterior(prior.flow, likelihood(y), (600, 2), steps=25)
+    for i in range(2):
+        mean, cov = prior.posterior(y[i])
+        off = torch.linalg.solve(torch.linalg.cholesky(cov), draws[:, i].mean(0) - mean)
+        assert off.abs().max() < 4 / 600**0.5
+
+
+def test_a_likelihood_that_says_nothing_leaves_the_prior():
+    flow = random_flow_distribution()
+    torch.manual_seed(1)
+    draws = approximate_posterior(flow, lambda x: torch.zeros(x.shape[:-1]), (50,), steps=10)
+    torch.manual_seed(1)
+    sde = InterpolantSDE(flow)
+    times = 1 - (1 - torch.linspace(0, 1, 11)).square()
+    expected = path_ends(sde, torch.randn(50, 2), times)
+    torch.testing.assert_close(draws, flow.transform.flow.whitening.from_white(expected))
+
+
+def test_a_linear_log_likelihood_tilts_a_gaussian():
+    prior, slope = GaussianPrior(pi.Trigonometric()), torch.tensor([0.3, -0.5, 1.0])
+    draws = approximate_posterior(prior.flow, lambda x: x @ slope, (1500,), steps=25)
+    assert_normal(draws, prior.mean + prior.cov @ slope, prior.cov)
+
+
+def test_values_are_on_the_support():
+    """Of a log-normal prior, and of an observation with log-normal noise: normal in logarithms."""
+    prior = GaussianPrior(pi.Trigonometric(), support=constraints.positive)
+    y = torch.tensor([2.0, 3.0])
+    draws = approximate_posterior(prior.flow, lambda x: likelihood(y)(x.log()), (1500,), steps=30)
+    assert bool((draws > 0).all())
+    assert_normal(draws.log(), *prior.posterior(y))
+
+
+def test_shares_of_distant_modes_are_the_least_accurate():
+    """Of 83% and 17% it makes about 69% and 31%: as long as a state may go to either, a Gaussian
+    stands for both. Within a mode, means are off by a fifth of a deviation."""
+    means, cov, noise = torch.tensor([[-1.5, 0.0], [1.5, 0.0]]), 0.2 * torch.eye(2), 0.6
+    velocity = MixtureVelocity(torch.ones(2), means, cov.expand(2, 2, 2), pi.Trigonometric())
+    flow, y = pi.InterpolantDistribution(pi.InterpolantTransform(velocity)), torch.tensor(0.4)
+    draws = approximate_posterior(
+        flow, lambda x: dist.Normal(x.sum(-1), noise).log_prob(y), (1000,), steps=25
+    )
+    spread = (2 * 0.2 + noise**2) ** 0.5
+    exact = dist.Normal(means.sum(-1), spread).log_prob(y).softmax(0)[1]
+    assert float(exact) == pytest.approx(0.83, abs=0.005)
+    right = draws[draws[:, 0] > 0]
+    assert len(right) / 1000 == pytest.approx(0.69, abs=0.06)
+    gain = 0.2 / spread**2  # of a Gaussian, given the sum of its two coordinates
+    deviation = (0.2 * (1 - gain)) ** 0.5
+    off = right.mean(0) - means[1] - gain * (0.4 - 1.5)
+    assert off.abs().max() < 0.3 * deviation
+
+
+def test_a_likelihood_that_is_not_concave():
+    """N(0, 1) seen by its square: both modes are found, their means off by 0.7 deviations."""
+    flow = pi.InterpolantDistribution(pi.interpolant_transform(1, (4, 4)))
+
+    def log_likelihood(x):
+        return dist.Normal(x[..., 0].square(), 0.3).log_prob(torch.tensor(2.0))
+
+    draws = approximate_posterior(flow, log_likelihood, (1000,))[:, 0]
+    grid = torch.linspace(0.0, 4.0, 4001)
+    weight = (log_likelihood(grid[:, None]) - 0.5 * grid.square()).softmax(0)
+    mean = (weight * grid).sum()
+    deviation = (weight * (grid - mean).square()).sum().sqrt()
+    assert abs(float((draws > 0).double().mean()) - 0.5) < 0.06
+    assert abs(float(draws.abs().mean() - mean)) < float(deviation)
+    assert 0.5 < float(draws.abs().std() / deviation) < 2
+
+
+def random_flow_distribution(**kwargs):
+    flow = random_flow(2, **kwargs)
+    flow.flow.whitening.set(LOC[:2], LINEAR[:2, :2])
+    return pi.InterpolantDistribution(flow).freeze()
+
+
+@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+def test_images_and_their_labels(name):
+    if name == "unet":
+        pytest.importorskip("diffusers")
+    velocity = IMAGE_NETWORKS[name](3)
+    transform = pi.ConditionalInterpolantTransform(velocity, solver=pi.FixedGrid(1))
+    images = pi.ConditionalInterpolantDistribution(transform, event_shape=IMAGE_SHAPE).freeze()
+    given, y = images.condition(torch.tensor([0, 2])), torch.rand(2, *IMAGE_SHAPE)
+    draws = approximate_posterior(
+        given, lambda x: dist.Normal(x, 0.01).to_event(3).log_prob(y), (3,), steps=20
+    )
+    assert draws.shape == (3, 2, *IMAGE_SHAPE)
+    assert (draws - y).abs().max() < 0.1
+
+
+def test_float32_and_inference_mode():
+    flow = random_flow_distribution().to(torch.float32)
+    with torch.inference_mode():
+        draws = approximate_posterior(flow, lambda x: -x.square().sum(-1), (5,), steps=3)
+    assert draws.dtype == torch.float32
+    assert not draws.requires_grad
+
+
+def with_noise():
+    truth = random_mixture(2, LATENT["trigonometric, smooth"])
+    transform = pi.InterpolantTransform(truth, interpolant=truth.interpolant)
+    transform.flow.noise = LatentNoise(truth)
+    return pi.InterpolantDistribution(transform)
+
+
+def with_base():
+    base = dist.Laplace(torch.zeros(2), torch.ones(2)).to_event(1)
+    return pi.InterpolantDistribution(pi.interpolant_transform(2), base)
+
+
+def family():
+    return pi.ConditionalInterpolantDistribution(random_flow(2, context_dim=1))
+
+
+REFUSED = {
+    "base": (with_base, ValueError, "expected the default base.*got Independent"),
+    "noise": (
+        with_noise,
+        ValueError,
+        "learned the velocity alone, got one that learned the noise",
+    ),
+    "stopped": (
+        lambda: random_flow_distribution().at(0.5),
+        ValueError,
+        "ends at the data, t = 1, got one stopped at t = 0.5",
+    ),
+    "no context": (family, TypeError, r"a conditional one gives it by \.condition"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_flows_that_cannot_be_guided_are_refused(name):
+    build, kind, message = REFUSED[name]
+    with pytest.raises(kind, match=message):
+        approximate_posterior(build(), lambda x: x.sum(-1), (3,))
+
+
+def test_wrong_arguments():
+    flow = random_flow_distribution()
+    with pytest.raises(ValueError, match=r"of shape \(3,\), one for each.*got \(3, 2\): sum over"):
+        approximate_posterior(flow, lambda x: -x.square(), (3,))
+    with pytest.raises(ValueError, match="at least one step, got steps=0"):
+        approximate_posterior(flow, lambda x: x.sum(-1), (3,), steps=0)
