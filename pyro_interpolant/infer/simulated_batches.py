@@ -47,7 +47,6 @@ class SimulatedBatches:
         self.batches, self.simulator, self.pack = batches, simulator, pack
         self.names = [*simulator.latents, *observed]
         self.count, self.improper = 0, 0
-        self._held_keys: Tensor | None = None
         first, total = [], 0
         for found in self._finite():
             first.append(found)
