@@ -340,7 +340,7 @@ class AmortizedInterpolant(AutoInterpolant):
                 "of simulations made elsewhere, from_samples(latents, context=data, ...) learns "
                 "what guide.posterior holds"
             )
-        count = _SIMULATIONS if source.simulations is None else source.simulations
+        count: Any = _SIMULATIONS if source.simulations is None else source.simulations
         rounds, seed = source.rounds, settings["seed"]
         check_ranges(("rounds >= 1, a whole number", rounds >= 1 and rounds % 1 == 0, rounds))
         if isinstance(count, Iterable):
