@@ -8,7 +8,7 @@ nodes come after it, all at once. What depends on time alone is a table that num
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from ..solvers.tableaus import TABLEAUS
 from . import mlp
 from .frozen import Frozen, Weights
 
-_Table = mlp.Modulation | Array  # by time: layers, or what contexts are added to
+_Table: TypeAlias = mlp.Modulation | Array  # by time: layers, or what contexts are added to
 _Layers = Callable[[Any], mlp.Modulation]  # those of a row of a table
 _States = tuple[Array, Array, Array]  # of a step: where it is, its slope, where it ends
 
