@@ -140,7 +140,7 @@ class _PosteriorSDE(InterpolantSDE):
         b, _, square, half = noise_and_data(self.transform.interpolant, now.t)
         if bool(b <= roundoff(w)):  # nothing of the data yet
             return super().drift(now, w)
-        v, pull_velocity = torch.func.vjp(
+        v, pull_velocity, *_ = torch.func.vjp(
             lambda w: network_output(self.transform, self.flow.velocity, now.t, w), w
         )
 
@@ -162,7 +162,7 @@ class _PosteriorSDE(InterpolantSDE):
             pull: Its transposed Jacobian, a function of tensors ``(*, D)``.
             per_jacobian: The covariance C over the Jacobian.
         """
-        residual, curvature = torch.func.vjp(torch.func.grad(self._sum), mean)
+        residual, curvature, *_ = torch.func.vjp(torch.func.grad(self._sum), mean)
         pulled = pull(residual)
         direction, along = residual, pulled
         length, score = _dot(residual, pulled), torch.zeros_like(mean)
