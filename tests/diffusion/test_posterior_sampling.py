@@ -58,7 +58,7 @@ PATHS = {
 @pytest.mark.parametrize("name", slow_but(PATHS, "trigonometric"))
 def test_it_has_the_posterior_of_gaussians(name):
     prior, y = GaussianPrior(PATHS[name]), torch.tensor([2.0, 3.0])
-    draws = approximate_posterior(prior.flow, likelihood(y), (1500,), steps=40)
+    draws = approximate_posterior(prior.flow, likelihood(y), (1500,), steps=25)
     assert_normal(draws, *prior.posterior(y))
 
 
@@ -140,7 +140,7 @@ def random_flow_distribution(**kwargs):
     return pi.InterpolantDistribution(flow).freeze()
 
 
-@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+@pytest.mark.parametrize("name", slow_but(IMAGE_NETWORKS, "adapter"))
 def test_images_and_their_labels(name):
     if name == "unet":
         pytest.importorskip("diffusers")
