@@ -94,5 +94,7 @@ def setup(app):
         room = importlib.import_module(f"{PACKAGE}.{name}")
         for public in room.__all__:
             getattr(room, public)
+    # It adds a folder of static files, and does not say that pages may be read in parallel.
+    app.extensions["sphinx-mathjax-offline"].parallel_read_safe = True
     app.connect("autodoc-skip-member", of_the_package)
     app.connect("missing-reference", find_by_room)

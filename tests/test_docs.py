@@ -35,10 +35,11 @@ RUN = [
 ]
 
 
-# How far a guide comes in the seconds it is given is the machine's business.
+# How far a guide, or a calibration, comes in its seconds is the machine's business.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Poor:UserWarning")
 @pytest.mark.filterwarnings("ignore:no time was left:UserWarning")
+@pytest.mark.filterwarnings("ignore:the time was over before samples:UserWarning")
 @pytest.mark.parametrize("path", RUN, ids=map(name, RUN))
 def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
     if path.stem == "numpyro":

@@ -54,4 +54,5 @@ if SMALL:
     pi.from_samples = _at_most(pi.from_samples, steps=100)
     pi.from_noisy_samples = _at_most(pi.from_noisy_samples, steps=100)
     pi.fit_guide = _at_most(pi.fit_guide, max_seconds=6.0)
+    pi.diagnostics.bits_per_dim = functools.partial(pi.diagnostics.bits_per_dim, tolerance=1.0)
     pyro.infer.MCMC = _at_most(pyro.infer.MCMC, num_samples=30, warmup_steps=30)
