@@ -346,7 +346,7 @@ def main():
         done = [json.loads(line) for line in args.out.read_text().splitlines()]
     if args.smoke:
         args.tasks, args.simulations, args.observations = ["toy"], [500], 1
-        args.fit, args.seconds = {"steps": 20}, 30.0
+        args.fit, args.seconds, args.threads = {"steps": 20}, 30.0, 1
     for task in args.tasks:
         for count in args.simulations:
             for method in args.methods:
