@@ -32,16 +32,16 @@ from .simulation import Simulations, Simulator
 from .sites import LatentSites, Model
 
 PRIOR = "the prior"
-_JUDGED_ROWS = 1000  # fresh simulations on which densities are measured
+JUDGED_ROWS = 1000  # fresh simulations on which densities are measured
 _JUDGED_SETS, _JUDGED_DRAWS = 20, 1000  # data sets judged by importance weights, and draws of each
 _POINTS = 64  # draws of which the likeliest is taken
 _LEVELS = (0.05, 0.5, 0.95)  # of the quantiles over data sets
 _OUTSIDE = 1e-4  # the share of a guide's mass outside the region that a prior is truncated to
 _REGION_DRAWS = 10_000
-Region = tuple[InterpolantDistribution, float]  # where a density is above an edge
 _MOST_TRIES = 1000  # prior draws for each that is kept
 
 Pack = Callable[[Simulations], tuple[Tensor, Tensor]]
+Region = tuple[InterpolantDistribution, float]  # where a density is above an edge
 
 
 class AmortizedResult(NamedTuple):

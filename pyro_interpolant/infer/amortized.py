@@ -29,6 +29,7 @@ from ..training.fitting import FitResult, fit
 from ..training.loop import check_ranges
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .amortization import (
+    JUDGED_ROWS,
     AmortizedResult,
     Region,
     is_inside,
@@ -47,7 +48,6 @@ from .sites import LatentSites, Model, Site, unwrapped_model
 
 _SIMULATIONS = 10_000
 _TRAINING_SHARE = 0.9  # of the time, for simulations and training; the rest: the verdict
-_FRESH = 1000  # simulations for the verdict
 # The learning rate beside an embedding, which 1e-2 throws about: after 1,000 steps of 256 sets of
 # 20 rows, a posterior of two modes had 1.4 nats at this rate and 0.5 at that one.
 _EMBEDDING_RATE = 2e-3
@@ -356,7 +356,7 @@ class AmortizedInterpolant(AutoInterpolant):
         with seeded(seed):
             simulator = Simulator(sites, self.observed, self.num_workers)
             found = simulator(count)
-            fresh = simulator(_FRESH) if rounds == 1 else found
+            fresh = simulator(JUDGED_ROWS) if rounds == 1 else found
         training = self._regress(found, clock, 1 / rounds, settings)
         if rounds > 1:
             return self._in_rounds(source, sites, simulator, found, clock, settings)

@@ -1,6 +1,6 @@
 """Batches of simulations made elsewhere: rows and contexts to train on, and some held out."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,13 +8,11 @@ from torch import Tensor
 
 from ..distributions.constraints import as_tensor
 from ..training.streaming import check_again, row_keys
+from .amortization import JUDGED_ROWS, Pack
 from .simulation import Simulations, Simulator
 
-_HELD = 1000  # simulations held out, at most: what the verdict of a guide takes
 _HELD_SHARE = 10  # at most one out of so many of the first ones
 _FEWEST = 10
-
-Pack = Callable[[Simulations], tuple[Tensor, Tensor]]
 
 
 class SimulatedBatches:
@@ -51,14 +49,14 @@ class SimulatedBatches:
         for found in self._finite():
             first.append(found)
             total += len(found.log_prior)
-            if total >= _HELD * _HELD_SHARE:
+            if total >= JUDGED_ROWS * _HELD_SHARE:
                 break
         if total < _FEWEST:
             raise ValueError(
                 f"expected batches of at least {_FEWEST} finite simulations, got {total} and "
                 f"{self.improper} with NaN or infinite numbers"
             )
-        held = Simulations.joined(first).take(torch.arange(min(_HELD, total // _HELD_SHARE)))
+        held = Simulations.joined(first).take(torch.arange(min(JUDGED_ROWS, total // _HELD_SHARE)))
         self.held = held._replace(log_prior=simulator.log_prior(held.latents))
         self._held_keys = row_keys(pack(held)[0])
 

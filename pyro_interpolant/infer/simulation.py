@@ -189,7 +189,6 @@ class Simulator:
                     return False
         return True
 
-    @torch.no_grad()
     def prior(self, count: int) -> dict[str, Tensor]:
         """Return draws of the latents alone, each ``(N, *site_shape)``: no data are simulated.
 
@@ -198,7 +197,6 @@ class Simulator:
         """
         return self._drawn(count, self.batching, {}, latents_alone=True).latents
 
-    @torch.no_grad()
     def log_prior(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Return the log density of latents, each ``(N, *site_shape)`` on its support, ``(N,)``.
 

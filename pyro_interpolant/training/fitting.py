@@ -31,7 +31,7 @@ from .data import DataLike, HeldOut, Split, Table
 from .distributed import Process
 from .image_rows import dequantized, has_images
 from .loop import Callback, Run, Schedule, check_ranges
-from .objective import Coupling, Objective
+from .objective import TIMES_PER_BATCH, Coupling, Objective
 from .optimization import NonFiniteError
 from .reporting import HeldOutDensity, stage, tell
 from .rows import Rows
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 _CALIBRATION_ROWS = 256
 _CALIBRATION_IMAGES, _CALIBRATION_SHARE = 8, 0.1  # and the most of the time of a run
-_MOST_PIECES = 64  # a batch has so many groups of one time
 _MIN_PARTNERS = 50  # whose moments tell whether they are draws of N(0, I)
 
 
@@ -278,7 +277,11 @@ def _checked_share(validation: HeldOut, tolerance: float, accumulate: int) -> fl
     check_ranges(
         ("validation between 0 and 1, or rows", share is None or 0 < share < 1, share),
         ("tolerance > 0", tolerance > 0, tolerance),
-        ("accumulate from 1 to 64, whole", accumulate in range(1, _MOST_PIECES + 1), accumulate),
+        (
+            f"accumulate from 1 to {TIMES_PER_BATCH}, whole",
+            accumulate in range(1, TIMES_PER_BATCH + 1),
+            accumulate,
+        ),
     )
     return share
 

@@ -166,7 +166,7 @@ Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 # Times, base draws and rows; contexts and noise where there are any.
 Pairs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
-_TIMES_PER_BATCH = 64  # distinct ones, which share their embedding
+TIMES_PER_BATCH = 64  # distinct ones, which share their embedding
 _HELD_DRAWS = 8192
 _NULL_SHARE = 0.1  # of labels, as Ho & Salimans have it
 
@@ -296,7 +296,7 @@ class Objective(nn.Module):
         """
         count, world = len(rows.w), process.world
         whole = count * world if process.own_rows else count
-        times = world * max(1, min(_TIMES_PER_BATCH, whole) // world)
+        times = world * max(1, min(TIMES_PER_BATCH, whole) // world)
         w0 = self._coupled(rows, base, count, process) if rows.partner is None else rows.partner
         t = (torch.arange(times) + torch.rand(times)).to(rows.w) / times
         z = process.share(partial(_normal, rows.w), count) if self.has_latent else None
