@@ -52,7 +52,7 @@ def contents(
         ) from error
     except (SafetensorError, ValueError, LookupError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged or not a safetensors file ({error}): save the flow again"
+            f"{path} is damaged or not a safetensors file ({error}): save it again"
         ) from error
 
 
@@ -114,6 +114,13 @@ def checksum(tensors: "Iterable[Tensor | None]", text: str = "") -> int:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             value = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), value)
     return value
+
+
+def refuse_no_place(path: StrPath) -> None:
+    """Raise a ValueError where no checkpoint can be kept: in no folder, or in place of one."""
+    real = Path(os.path.realpath(path))
+    if real.is_dir() or not real.parent.is_dir():
+        raise ValueError(f"expected a checkpoint, a file in a folder that is there, got {path}")
 
 
 def _mode_of(path: Path) -> int | None:

@@ -18,16 +18,16 @@ import dataclasses
 import json
 import math
 import os
-import re
 from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._files import StrPath, checksum, contents, write
+from .._files import StrPath, checksum, contents, refuse_no_place, write
 from .._torch import evaluated, warn_user
 from ..distributions.constraints import contexts_of_rows, images_of
+from ..distributions.identity import stable_name, tensors_of
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..nn.velocity import evaluate, images_at_once
 from ..solvers.divergence import ExactDivergence
@@ -124,13 +124,13 @@ def bits_per_dim(
     given = None
     if context is not None:
         given = contexts_of_rows(context, flow, len(values), "images")
+    numbers = [levels, probes, dequantizations, tolerance, seed]
+    kept = _Kept(checkpoint, numbers, distribution, values, given)
     generator = torch.Generator(flow.loc.device).manual_seed(seed)
     bits = _Bits(distribution, levels, probes, generator)
     with torch.no_grad(), evaluated(distribution.transform):
         few = slice(_TRIED_IMAGES)
         solver, change = bits.solver(values[few], None if given is None else given[few], tolerance)
-        numbers = [levels, probes, dequantizations, tolerance, seed]
-        kept = _Kept(checkpoint, [numbers, _identity(distribution), checksum([values, given])])
         found = kept.restored(generator)
         while len(found) < len(values):
             part = slice(len(found), len(found) + bits.rows_at_once(solver))
@@ -154,46 +154,61 @@ def _checked_levels(distribution: AnyDistribution, images: ArrayLike, levels: in
     return v.to(distribution.transform.flow.loc.device)
 
 
-def _identity(distribution: AnyDistribution) -> list[Any]:
-    """Return what tells this density from others, as JSON holds it."""
-    transform, flow = distribution.transform, distribution.transform.flow
-    parts = transform.solver, transform.divergence, flow.interpolant
-    view = [getattr(transform, name, None) for name in ("end", "context")]
-    text = repr((*parts, *view, distribution.base, distribution.constraint))
-    tensors = [*flow.state_dict().values(), view[1]]
-    return [re.sub(" at 0x[0-9a-f]+", "", text), checksum(tensors)]
-
-
 class _Kept:
     """The bits of images in a file, as far as they are known.
 
     Args:
         path: The file, or None to keep nothing.
-        identity: What tells this call from others, as JSON holds it.
+        numbers: The settings.
+        distribution: The density.
+        images: The images, shape ``(N, *event_shape)``.
+        context: Their contexts, shape ``(N, C)``, or None.
+
+    Raises:
+        ValueError: If no file can be there, or the one that is there is damaged or of another
+            call.
     """
 
-    def __init__(self, path: StrPath | None, identity: list[Any]) -> None:
-        self.path, self.text = path, json.dumps(identity)
+    def __init__(
+        self,
+        path: StrPath | None,
+        numbers: list[Any],
+        distribution: AnyDistribution,
+        images: Tensor,
+        context: Tensor | None,
+    ) -> None:
+        self.path, self.tensors = path, None
+        if path is None:
+            return
+        refuse_no_place(path)
+        transform, base = distribution.transform, distribution.base
+        flow = transform.flow
+        end, own = (getattr(transform, name, None) for name in ("end", "context"))
+        parts = transform.solver, transform.divergence, flow.interpolant, flow.velocity, base
+        names = [stable_name(part) for part in (*parts, distribution.constraint, end)]
+        found = checksum(tensors_of([flow, base, own, images, context]))
+        self.text = json.dumps([numbers, names, found])
+        if os.path.exists(path):
+            self.tensors = self._read(path)
 
-    def restored(self, generator: torch.Generator) -> Tensor:
-        """Return the bits in the file, float64, shape ``(N,)``, and set the generator behind them.
-
-        Raises:
-            ValueError: If the file is damaged, or of another call.
-        """
-        if self.path is None or not os.path.exists(self.path):
-            return torch.zeros(0, dtype=torch.float64)
+    def _read(self, path: StrPath) -> dict[str, Tensor]:
         try:
-            texts, tensors = contents(self.path, framework="pt")
+            texts, tensors = contents(path, framework="pt")
         except ValueError as error:
             raise ValueError(f"{error}; or delete it, to start anew") from error
         if texts.get(_KEY) != self.text:
             raise ValueError(
-                f"expected {self.path} to have bits of these images by this density, got those of "
+                f"expected {path} to have bits of these images by this density, got those of "
                 "others, or another file: delete it, or pass another"
             )
-        generator.set_state(tensors["generator"])
-        return tensors["bits"]
+        return tensors
+
+    def restored(self, generator: torch.Generator) -> Tensor:
+        """Return the bits in the file, float64, ``(N,)``, and set the generator behind them."""
+        if self.tensors is None:
+            return torch.zeros(0, dtype=torch.float64)
+        generator.set_state(self.tensors["generator"])
+        return self.tensors["bits"]
 
     def write(self, bits: Tensor, generator: torch.Generator) -> None:
         """Keep bits, shape ``(N,)``, and the state of the generator behind them."""

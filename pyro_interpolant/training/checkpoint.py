@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._files import StrPath, checksum, contents, write
+from .._files import StrPath, checksum, contents, refuse_no_place, write
 from .._torch import rng_state, set_rng_state, warn_user
-from ..distributions.base_description import Json, describe_base
+from ..distributions.base_description import Json
 from ..distributions.bases import Samples
+from ..distributions.identity import stable_name, tensors_of
 from ..transforms.flow import Flow
 
 _KEY = "pyro_interpolant_snapshot"
@@ -127,49 +127,17 @@ def open_checkpoint(
 def _identity(flow: Flow, base: object, coupling: object, *given: object) -> list[Any]:
     """Return what tells a run of this flow from one of another."""
     base = None if isinstance(base, Samples) else base  # set by an earlier call
-    names = [_stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
+    names = [stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
     shapes = [list(p.shape) for p in flow.velocity.parameters()]
-    return [names, shapes, checksum(_tensors([flow.interpolant, base, *given]))]
+    return [names, shapes, checksum(tensors_of([flow.interpolant, base, *given]))]
 
 
-def _tensors(value: object) -> list[Tensor]:
-    """Return the numbers that a part is made of, of any shapes."""
-    if isinstance(value, nn.Module):
-        return list(value.state_dict().values())
-    if hasattr(value, "__array__"):
-        return [torch.as_tensor(value)]
-    if isinstance(value, torch.distributions.Distribution):
-        names: Any = type(value).arg_constraints  # a property where its author wrote none
-        numbers = [getattr(value, name) for name in names] if isinstance(names, dict) else []
-        parts = [*numbers, getattr(value, "base_dist", None), getattr(value, "transforms", None)]
-        return max(_tensors(parts), _described(value), key=len)
-    inner = value if isinstance(value, (list, tuple)) else []
-    return [tensor for part in inner for tensor in _tensors(part)]
-
-
-def _described(base: torch.distributions.Distribution) -> list[Tensor]:
-    """Return the tensors that a file would have of a base; none if no file has it."""
-    with contextlib.suppress(ValueError):
-        return list(describe_base(base, "")[1].values())
-    return []
-
-
-def check_place(path: str | os.PathLike[str] | None, every: int | None) -> None:
+def check_place(path: StrPath | None, every: int | None) -> None:
     """Raise a ValueError if no state can be kept there, or so often."""
     if every is not None and every < 1:
         raise ValueError(f"expected checkpoint_every >= 1, got {every}")
-    real = None if path is None else Path(os.path.realpath(path))
-    if real is not None and (real.is_dir() or not real.parent.is_dir()):
-        raise ValueError(f"expected a checkpoint, a file in a folder that is there, got {path}")
-
-
-def _stable_name(value: object) -> str:
-    """Return a text that tells a value from others, and is the same in another process."""
-    with contextlib.suppress(NotImplementedError):  # distributions without named parameters
-        text = repr(value)
-        if " at 0x" not in text:
-            return text
-    return getattr(value, "__qualname__", type(value).__qualname__)
+    if path is not None:
+        refuse_no_place(path)
 
 
 def warn_inexact() -> None:

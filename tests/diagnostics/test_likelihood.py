@@ -166,6 +166,8 @@ def test_bits_go_on_from_a_file(matrix, tmp_path, monkeypatch):
     pi.save(pi.InterpolantDistribution(pi.interpolant_transform(2)), flow)
     with pytest.raises(ValueError, match=r"or another file: delete it, or pass another"):
         bits_per_dim(images, v, LEVELS, checkpoint=flow)
+    with pytest.raises(ValueError, match="a file in a folder that is there"):
+        bits_per_dim(images, v, LEVELS, checkpoint=tmp_path / "nowhere" / "bits")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="is damaged .*; or delete it, to start anew"):
         bits_per_dim(images, v, LEVELS, dequantizations=2, checkpoint=path)
