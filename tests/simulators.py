@@ -1,9 +1,20 @@
-"""Models that run one simulation at a time, where worker processes can import them."""
+"""Models to learn guides from by simulation, where worker processes can import them."""
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+
+ROWS = 4
+QUICK = {"progress": False, "seed": 0, "options": {"steps": 40}}
+
+
+def rows_of_a_normal(y=None):
+    """Location N(0, 2^2), rows N(location, 1)."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", ROWS):
+        y = pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+    pyro.deterministic("mean", y.mean(-1))
 
 
 def by_numpy(limit=10.0, y=None):

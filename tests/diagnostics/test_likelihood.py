@@ -3,6 +3,7 @@
 import math
 import pickle
 
+import pyro.distributions as dist
 import pytest
 import torch
 from cases import IMAGE_SHAPE
@@ -171,6 +172,19 @@ def test_bits_go_on_from_a_file(matrix, tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="is damaged .*; or delete it, to start anew"):
         bits_per_dim(images, v, LEVELS, dequantizations=2, checkpoint=path)
+
+
+def test_bits_of_another_base_are_not_gone_on_from(matrix, tmp_path):
+    """Bases whose text is the same: that of many numbers says their shape alone."""
+    transform, v, path = gaussian_images(matrix).transform, levels(4), tmp_path / "bits"
+
+    def starting(at):
+        base = dist.Normal(torch.full((SIZE,), at), torch.ones(SIZE)).to_event(1)
+        return pi.InterpolantDistribution(transform, base, event_shape=IMAGE_SHAPE)
+
+    bits_per_dim(starting(0.1), v, LEVELS, checkpoint=path)
+    with pytest.raises(ValueError, match="to have bits of these images by this density"):
+        bits_per_dim(starting(0.2), v, LEVELS, checkpoint=path)
 
 
 def test_bits_given_labels(matrix):

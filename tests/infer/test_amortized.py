@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from simulators import QUICK, ROWS, rows_of_a_normal
 from torch import nn
 from torch.distributions import constraints
 
@@ -17,17 +18,6 @@ import pyro_interpolant as pi
 from pyro_interpolant.infer.amortization import sentence
 from pyro_interpolant.infer.simulation import Simulator
 from pyro_interpolant.infer.sites import LatentSites
-
-ROWS = 4
-QUICK = {"progress": False, "seed": 0, "options": {"steps": 40}}
-
-
-def rows_of_a_normal(y=None):
-    """Location N(0, 2^2), rows N(location, 1)."""
-    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
-    with pyro.plate("rows", ROWS):
-        y = pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
-    pyro.deterministic("mean", y.mean(-1))
 
 
 def exact(y):

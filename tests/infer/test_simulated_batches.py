@@ -7,23 +7,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from simulators import by_numpy, of_a_parameter
+from simulators import QUICK, ROWS, by_numpy, of_a_parameter, rows_of_a_normal
 from torch.utils.data import DataLoader
 
 import pyro_interpolant as pi
 from pyro_interpolant._torch import seeded
 from pyro_interpolant.infer.workers import called_in_workers
-
-ROWS = 4
-QUICK = {"progress": False, "seed": 0, "options": {"steps": 40}}
-
-
-def normal_rows(y=None):
-    """Location N(0, 2^2), rows N(location, 1)."""
-    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
-    with pyro.plate("rows", ROWS):
-        y = pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
-    pyro.deterministic("mean", y.mean(-1))
 
 
 def batches_of(count, size=250):
@@ -36,7 +25,7 @@ def test_batches_train_a_guide_and_judge_it_by_those_held_out():
     batches = batches_of(1500)
     batches[0][1]["y"][3] = torch.nan
     as_arrays = [({"loc": a["loc"].numpy()}, {"y": b["y"].numpy()}) for a, b in batches]
-    guide = pi.AmortizedInterpolant(normal_rows, hidden_dims=(32, 32))
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
     result = pi.fit_guide(guide, simulations=as_arrays, **QUICK)
     assert abs(result.gain - 0.5 * np.log(17)) < 4 * result.gain_stderr + 0.05
     assert result.simulations == 1499 - 149  # a tenth is held out
@@ -59,7 +48,7 @@ def test_what_is_held_out_does_not_train_wherever_it_comes(monkeypatch):
         raise StopIteration
 
     monkeypatch.setattr("pyro_interpolant.infer.amortized.fit", fit)
-    guide = pi.AmortizedInterpolant(normal_rows, hidden_dims=(8,))
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
     with pytest.raises(StopIteration):
         pi.fit_guide(guide, simulations=batches, **QUICK)
     first, second, held = seen
@@ -70,7 +59,7 @@ def test_what_is_held_out_does_not_train_wherever_it_comes(monkeypatch):
 
 
 def test_loaders_and_simulations_of_the_guide_itself_are_batches():
-    guide = pi.AmortizedInterpolant(normal_rows, hidden_dims=(8,))
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
     latents, data = batches_of(300, 300)[0]
     rows = [({"loc": a}, {"y": b}) for a, b in zip(latents["loc"], data["y"], strict=True)]
     quick = {**QUICK, "options": {"steps": 3}}
@@ -81,7 +70,7 @@ def test_loaders_and_simulations_of_the_guide_itself_are_batches():
 
 def test_no_draw_is_weighed_where_the_batches_lack_what_the_model_draws():
     batches = [(latents, {"mean": data["y"].mean(-1)}) for latents, data in batches_of(300)]
-    guide = pi.AmortizedInterpolant(normal_rows, ("mean",), hidden_dims=(8,))
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, ("mean",), hidden_dims=(8,))
     result = pi.fit_guide(guide, torch.zeros(ROWS), simulations=batches, **QUICK)
     assert result.data_sets == 0
     assert "no density" in result.verdict
@@ -100,13 +89,13 @@ def test_no_draw_is_weighed_where_the_batches_lack_what_the_model_draws():
     ],
 )
 def test_batches_of_another_form_are_explained(simulations, message):
-    guide = pi.AmortizedInterpolant(normal_rows, hidden_dims=(8,))
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
     with pytest.raises(ValueError, match=message):
         pi.fit_guide(guide, simulations=simulations, **QUICK)
 
 
 def test_batches_know_no_rounds():
-    guide = pi.AmortizedInterpolant(normal_rows, hidden_dims=(8,))
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
     with pytest.raises(ValueError, match="got batches"):
         pi.fit_guide(guide, torch.zeros(ROWS), simulations=batches_of(300), rounds=2, **QUICK)
 

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cases import slow_but
+from gradients import at_a_time, flow, gradient, of_density, of_sample
 from torch import nn
 
 from pyro_interpolant import (
@@ -16,7 +17,6 @@ from pyro_interpolant import (
     ConditionalInterpolantTransform,
     FixedGrid,
     InterpolantDistribution,
-    InterpolantTransform,
     VelocityMLP,
     load,
     neutra,
@@ -43,36 +43,10 @@ def mlp(hidden, context_dim=0):
     return velocity
 
 
-def flow(velocity, **grid):
-    transform = InterpolantTransform(velocity, 3, solver=FixedGrid(**grid)).double()
-    a = torch.tensor([[1.0, 0.2, 0.0], [0.0, 0.8, 0.0], [0.1, 0.0, 1.2]], dtype=torch.float64)
-    transform.flow.whitening.set(torch.ones(3, dtype=torch.float64), a)
-    return transform.requires_grad_(requires_grad=False)
-
-
 def with_adjoint(transform):
     other = copy.deepcopy(transform)
     other.solver = dataclasses.replace(transform.solver, adjoint=True)
     return other
-
-
-def of_sample(transform, z):
-    x = transform(z)
-    return x.square().sum() + x.sin().sum() + transform.log_abs_det_jacobian(z, x).sum()
-
-
-def of_density(transform, y):
-    return InterpolantDistribution(transform).log_prob(y).sum()
-
-
-def at_a_time(transform, y):
-    return InterpolantDistribution(transform).at(0.6).log_prob(y).sum()
-
-
-def gradient(value, transform, z):
-    z = z.clone().requires_grad_()
-    (out,) = torch.autograd.grad(value(transform, z), z)
-    return out
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +69,7 @@ def test_the_gradient_is_that_of_every_stage_to_the_solvers_error(name, value, w
     z = torch.randn(shape, dtype=torch.float64)
     velocity, errors = VELOCITIES[name](), []
     for steps in (12, 24):
-        plain = flow(velocity, steps=steps, warp=warp)
+        plain = flow(velocity, FixedGrid(steps=steps, warp=warp))
         expected = gradient(value, plain, z)
         found = gradient(value, with_adjoint(plain), z)
         errors.append(float((found - expected).abs().max() / expected.abs().max()))
@@ -105,14 +79,14 @@ def test_the_gradient_is_that_of_every_stage_to_the_solvers_error(name, value, w
 
 def test_values_are_those_of_the_plain_solve():
     z = torch.randn(4, 3, dtype=torch.float64)
-    plain = flow(mlp((16, 16)), steps=6)
+    plain = flow(mlp((16, 16)), FixedGrid(steps=6))
     expected, y = of_sample(plain, z), z.clone().requires_grad_()
     assert of_sample(with_adjoint(plain), y).item() == pytest.approx(expected.item(), abs=1e-12)
 
 
 def test_rows_solved_in_parts_give_the_same(monkeypatch):
     z = torch.randn(7, 3, dtype=torch.float64)
-    transform = with_adjoint(flow(mlp((16, 16)), steps=6))
+    transform = with_adjoint(flow(mlp((16, 16)), FixedGrid(steps=6)))
     expected = gradient(of_sample, transform, z)
     monkeypatch.setattr(ode, "_SYSTEM_ELEMENTS", 1)
     torch.testing.assert_close(gradient(of_sample, transform, z), expected, rtol=0, atol=1e-12)
@@ -135,7 +109,7 @@ def test_contexts_are_heeded(shape):
 
 def test_hessians_are_those_of_every_stage_to_the_solvers_error():
     z = torch.randn(3, dtype=torch.float64)
-    plain = flow(mlp((16, 16)), steps=32)
+    plain = flow(mlp((16, 16)), FixedGrid(steps=32))
     expected = torch.autograd.functional.hessian(lambda s: of_sample(plain, s), z)
     found = torch.autograd.functional.hessian(lambda s: of_sample(with_adjoint(plain), s), z)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -143,7 +117,7 @@ def test_hessians_are_those_of_every_stage_to_the_solvers_error():
 
 
 def test_weights_that_learn_get_their_gradients():
-    plain = flow(mlp((16, 16)), steps=6).requires_grad_(requires_grad=True)
+    plain = flow(mlp((16, 16)), FixedGrid(steps=6)).requires_grad_(requires_grad=True)
     other, z = with_adjoint(plain), torch.randn(4, 3, dtype=torch.float64)
     for transform in (plain, other):
         of_sample(transform, z.requires_grad_()).backward()
@@ -152,7 +126,7 @@ def test_weights_that_learn_get_their_gradients():
 
 
 def test_transforms_and_traces_take_every_stage():
-    plain = flow(mlp((16, 16)), steps=6)
+    plain = flow(mlp((16, 16)), FixedGrid(steps=6))
     other, z = with_adjoint(plain), torch.randn(4, 3, dtype=torch.float64)
     expected = gradient(of_density, plain, z)
     found = torch.func.vmap(torch.func.grad(lambda y: of_density(other, y)))(z)
@@ -167,7 +141,7 @@ def test_transforms_and_traces_take_every_stage():
 
 
 def test_the_choice_is_saved(tmp_path):
-    transform = with_adjoint(flow(mlp((16, 16)), steps=6))
+    transform = with_adjoint(flow(mlp((16, 16)), FixedGrid(steps=6)))
     save(InterpolantDistribution(transform), tmp_path / "flow.pt")
     assert load(tmp_path / "flow.pt").transform.solver == FixedGrid(6, adjoint=True)
 

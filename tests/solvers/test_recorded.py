@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 from cases import slow_but
+from gradients import at_a_time, flow, gradient, of_density, of_sample
 from torch import nn
 
 from pyro_interpolant import (
     ConditionalInterpolantTransform,
     FixedGrid,
-    InterpolantDistribution,
     InterpolantTransform,
     TorusMLP,
     VelocityMLP,
@@ -30,37 +30,11 @@ def mlp(*hidden, dtype=torch.float64, **options):
     return velocity
 
 
-def flow(velocity, solver):
-    transform = InterpolantTransform(velocity, 3, solver=solver).to(velocity.reach.dtype)
-    a = torch.tensor([[1.0, 0.2, 0.0], [0.0, 0.8, 0.0], [0.1, 0.0, 1.2]])
-    transform.flow.whitening.set(torch.ones(3).to(a), a)
-    return transform.requires_grad_(requires_grad=False)
-
-
 def by_torch(transform):
     """Return a copy whose solves keep nothing, and so are torch's."""
     other = copy.deepcopy(transform)
     other.solver = dataclasses.replace(transform.solver, checkpoint=True)
     return other
-
-
-def of_sample(transform, z):
-    x = transform(z)
-    return x.square().sum() + x.sin().sum() + transform.log_abs_det_jacobian(z, x).sum()
-
-
-def of_density(transform, y):
-    return InterpolantDistribution(transform).log_prob(y).sum()
-
-
-def at_a_time(transform, y):
-    return InterpolantDistribution(transform).at(0.6).log_prob(y).sum()
-
-
-def gradient(value, transform, z):
-    z = z.clone().requires_grad_()
-    (out,) = torch.autograd.grad(value(transform, z), z)
-    return out
 
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
