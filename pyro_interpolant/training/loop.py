@@ -28,6 +28,7 @@ _NUMBERS_PER_STEP = 6.0  # in all rows, N D: fewer steps lost nothing for 3,000 
 _DECAY_FACTOR, _MOST_DECAY = 70.0, 0.5  # of the default weight decay
 _LOOK_SHARE = 0.01  # of the schedule, between two looks at the held-out loss
 _LOOK_GROWTH = 0.05  # of the way so far, where that is less: few rows are learned early
+_LOOK_TIMES = 30.0  # of the time one takes, until the next where time is the limit: few of images
 _FIRST_GLIMPSE = 10  # the look from which held-out nats are shown beside the bar: few before
 _WARMUP_SHARE = 0.02  # of the schedule
 _WARMUP_STEPS = 40  # at least, where time is the limit: as many as the shortest schedule has
@@ -359,8 +360,8 @@ class Run:
         self.done = max(self.descent.steps / self.length, spent)
         if self.done < min(1.0, self.next_look):
             return True
-        self._plan_look()
         monitor.look(self.descent.steps, self.rate(), seconds)
+        self._plan_look()
         if self.done >= 1:
             return False
         if monitor.stopped:
@@ -371,7 +372,8 @@ class Run:
 
     def _plan_look(self) -> None:
         """Set when the next look is due, after one now."""
-        self.next_look = self.done + min(_LOOK_SHARE, _LOOK_GROWTH * self.done)
+        way = min(_LOOK_SHARE, _LOOK_GROWTH * self.done)
+        self.next_look = self.done + max(way, _LOOK_TIMES * self.clock.share(self.monitor.seconds))
 
     def _look_back(self) -> None:
         """Evaluate what came of the steps since the last look, where a run ends early."""

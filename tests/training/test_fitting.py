@@ -228,6 +228,22 @@ def test_max_seconds_ends_the_run(monkeypatch):
     assert not result.stopped_early
 
 
+def test_looks_that_take_long_are_few_where_time_is_the_limit(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+
+    class Slow(VelocityMLP):
+        def forward(self, t, x, context=None):
+            is_look = not self.training and len(x) == 64  # times, as a batch has
+            now[0] += 0.5 if self.training else 1.0 if is_look else 0.0
+            return super().forward(t, x, context)
+
+    distribution = InterpolantDistribution(InterpolantTransform(Slow(2, (8,))))
+    result = quick(distribution, torch.randn(200, 2), steps=None, max_seconds=500.0)
+    assert 5 < len(result.steps) < 25  # 475 s at 31 or more each: 100 looks in a quarter, before
+    assert result.steps[-1] > 850
+
+
 def test_whichever_limit_comes_first_ends_the_run():
     assert quick(tiny(), torch.randn(200, 2), steps=7, max_seconds=60.0).steps[-1] == 7
 
