@@ -110,6 +110,20 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
             for site, value in self.unpack(pyro.sample(name, self)).items()
         }
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of packed vectors, shape ``(*)``, ``(*, D)``: see :meth:`pack`.
+
+        Raises:
+            TypeError: If the value is not a tensor.
+            ValueError: If the shape or the type does not match.
+        """
+        if isinstance(value, Mapping):
+            raise TypeError(
+                "expected packed vectors, whose density it is, got a dictionary of sites: "
+                "log_prob(joint.pack(draws))"
+            )
+        return super().log_prob(value)
+
     def sample_dict(self, sample_shape: Sequence[int] = ()) -> dict[str, Tensor]:
         """Return draws by name, each on its support, ``(*sample_shape, *batch, *site_shape)``."""
         return self.unpack(self.sample(torch.Size(sample_shape)))

@@ -93,6 +93,9 @@ def test_log_prob_is_that_of_the_packed_vector():
     x = d.sample((5,))
     assert x.shape == (5, 3)
     assert d.log_prob(x).shape == (5,)
+    torch.testing.assert_close(d.log_prob(d.pack(d.unpack(x))), d.log_prob(x))
+    with pytest.raises(TypeError, match=r"packed vectors.*log_prob\(joint.pack\(draws\)\)"):
+        d.log_prob(d.unpack(x))
 
 
 def test_expand_and_copy_keep_the_sites():
