@@ -273,7 +273,7 @@ class Run:
             pieces=pieces,
         )
         self.monitor = HeldOutMonitor(self.descent.average, objective, held, callback)
-        self.done, self.next_look = 0.0, _WARMUP_SHARE  # shares of the schedule
+        self.done, self.next_look = 0.0, 0.0  # shares of the schedule
         self.ended = "schedule"
         if checkpoint is not None and checkpoint.tensors is not None:
             self.restore(checkpoint.tensors, checkpoint.numbers)
@@ -371,9 +371,17 @@ class Run:
         return self.ended == "schedule"
 
     def _plan_look(self) -> None:
-        """Set when the next look is due, after one now."""
+        """Set when the next look is due, after one now; the first is that of the start.
+
+        In the first fiftieth of a long time few rows may be learned by heart: so looks begin
+        at once where time is the limit, as far apart as they may.
+        """
         way = min(_LOOK_SHARE, _LOOK_GROWTH * self.done)
-        self.next_look = self.done + max(way, _LOOK_TIMES * self.clock.share(self.monitor.seconds))
+        if self.schedule.max_seconds is None:
+            self.next_look = max(self.done + way, _WARMUP_SHARE)
+        else:
+            cost = self.clock.share(self.monitor.seconds)
+            self.next_look = self.done + max(way, _LOOK_TIMES * cost)
 
     def _look_back(self) -> None:
         """Evaluate what came of the steps since the last look, where a run ends early."""
