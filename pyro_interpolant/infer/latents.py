@@ -28,7 +28,7 @@ from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..training.loop import check_ranges
 from .noise import Measurements, Noise, measurements
 
-_VALUES_AT_ONCE = 2**20  # weights in a chunk of rows
+_VALUES_AT_ONCE = 2**21  # weights in a chunk of rows
 _DIFFERENCE = 1e-2  # in the base, which gives the slopes of the flow
 _STEP_SIZES = (1.0, 0.3, 0.1, 0.03)  # of Gauss-Newton steps; the best is taken, if one is good
 _STARTS = 1024  # draws of the flow, the best of which is where the search for a mode begins
@@ -109,7 +109,13 @@ def standard_log_prob(z: Tensor) -> Tensor:
 
 
 def draw_latents(
-    flow: InterpolantDistribution, rows: Measurements, *, shared: int, own: int, steps: int
+    flow: InterpolantDistribution,
+    rows: Measurements,
+    *,
+    shared: int,
+    own: int,
+    steps: int,
+    enough: float = math.inf,
 ) -> Draws:
     """Draw latents of rows, and weight them.
 
@@ -120,6 +126,8 @@ def draw_latents(
             and has fewer.
         own: K, the number of each row's own.
         steps: Gauss-Newton steps to the mode.
+        enough: A row with as many effective draws among those that are shared gets none of its
+            own: they have no weight.
     """
     many = len(rows) if flow.batch_shape else 1
     shared = shared if many == 1 else max(own, shared // _CHEAPER)
@@ -130,16 +138,25 @@ def draw_latents(
     best = (standard_log_prob(z) + likelihood).argmax(-1)
     start = z.expand(len(rows), -1, -1)[torch.arange(len(rows), device=z.device), best]
     z, u, likelihood = z[:, :shared], u[:, :shared], likelihood[:, :shared]
-    # With contexts the search begins from fewer draws: at twice the steps it misses half as many.
-    proposal = local_proposal(flow, rows, start, steps if many == 1 else 2 * steps)
-    own_z = proposal.sample(own)
-    own_u, own_likelihood = _pushed(flow, rows, own_z)
-    parts = []
-    for points, found in ((z, likelihood), (own_z, own_likelihood)):
-        log_prior, log_own = standard_log_prob(points), proposal.log_prob(points)
-        mixture = torch.logaddexp(log_prior + math.log(shared), log_own + math.log(own))
-        parts.append(log_prior + found - mixture)
-    return Draws(u, own_u, torch.cat(parts, -1))
+    # A flow that is given contexts is given those of all rows.
+    effective = 1 / likelihood.softmax(-1).square().sum(-1)
+    poor = ~(effective >= (enough if many == 1 else math.inf))
+    log_weights = likelihood.new_full((len(rows), shared + own), -math.inf)
+    log_weights[:, :shared] = likelihood - math.log(shared)
+    own_u = u.new_zeros(len(rows), own, len(loc))
+    if bool(poor.any()):
+        few = rows.take(poor)
+        # With contexts the search begins from fewer draws: at twice the steps it misses half.
+        proposal = local_proposal(flow, few, start[poor], steps if many == 1 else 2 * steps)
+        own_z = proposal.sample(own)
+        own_u[poor], own_likelihood = _pushed(flow, few, own_z)
+        parts = []
+        for points, found in ((z, likelihood[poor]), (own_z, own_likelihood)):
+            log_prior, log_own = standard_log_prob(points), proposal.log_prob(points)
+            mixture = torch.logaddexp(log_prior + math.log(shared), log_own + math.log(own))
+            parts.append(log_prior + found - mixture)
+        log_weights[poor] = torch.cat(parts, -1)
+    return Draws(u, own_u, log_weights)
 
 
 def _pushed(flow: InterpolantDistribution, rows: Measurements, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.infer import object_posteriors
 from pyro_interpolant.infer.expectation_maximization import NoisyRows, PosteriorDraws
-from pyro_interpolant.infer.latents import local_proposal, of_population
+from pyro_interpolant.infer.latents import draw_latents, local_proposal, of_population
 from pyro_interpolant.infer.noise import measurements
 from pyro_interpolant.infer.population import _start_rows
 
@@ -165,6 +165,21 @@ def test_the_proposal_at_the_mode_is_the_posterior_in_the_base():
     assert torch.allclose(LOC + proposal.mean @ ROOT.T, mean, atol=1e-6)
     root = ROOT @ proposal.root / math.sqrt(1.2)
     assert torch.allclose(root @ root.mT, covariance, atol=1e-6)
+
+
+def test_rows_that_shared_draws_explain_have_none_of_their_own():
+    _, y, sds = catalogue(200, least=0.01)
+    flow = gaussian()
+    rows = of_population(measurements(y, sds), flow)
+    draws = draw_latents(flow, rows, shared=2048, own=64, steps=2, enough=200)
+    effective = 1 / draws.log_weights[:, :2048].softmax(-1).square().sum(-1)
+    rich = draws.log_weights[:, 2048:].isinf().all(-1)
+    assert 20 < int(rich.sum()) < 180
+    assert float(effective[rich].min()) >= 200
+    found, _ = draws.log_evidence()
+    assert float((found - exact(y, sds)[2]).abs().max()) < 0.3
+    mean = (draws.take(rich).pick(400) - exact(y, sds)[0][rich, None]).mean(1)
+    assert float(mean.abs().max()) < 0.5
 
 
 def test_latents_of_all_rows_together_have_the_moments_of_the_population():
