@@ -28,7 +28,8 @@ _NUMBERS_PER_STEP = 6.0  # in all rows, N D: fewer steps lost nothing for 3,000 
 _DECAY_FACTOR, _MOST_DECAY = 70.0, 0.5  # of the default weight decay
 _LOOK_SHARE = 0.01  # of the schedule, between two looks at the held-out loss
 _LOOK_GROWTH = 0.05  # of the way so far, where that is less: few rows are learned early
-_LOOK_TIMES = 30.0  # of the time one takes, until the next where time is the limit: few of images
+_LOOK_TIMES = 30.0  # of the time one takes, until the next where time is the limit: few of images,
+_MOST_BETWEEN = 0.05  # but not less than one in so much: the first of a process may take long
 _FIRST_GLIMPSE = 10  # the look from which held-out nats are shown beside the bar: few before
 _WARMUP_SHARE = 0.02  # of the schedule
 _WARMUP_STEPS = 40  # at least, where time is the limit: as many as the shortest schedule has
@@ -380,8 +381,8 @@ class Run:
         if self.schedule.max_seconds is None:
             self.next_look = max(self.done + way, _WARMUP_SHARE)
         else:
-            cost = self.clock.share(self.monitor.seconds)
-            self.next_look = self.done + max(way, _LOOK_TIMES * cost)
+            cost = _LOOK_TIMES * self.clock.share(self.monitor.seconds)
+            self.next_look = self.done + max(way, min(_MOST_BETWEEN, cost))
 
     def _look_back(self) -> None:
         """Evaluate what came of the steps since the last look, where a run ends early."""
