@@ -31,13 +31,13 @@ _PICKED = 4  # latents of each
 _MOST_POOLS = 10  # rounds whose latents are kept, or as many as go once through all rows
 _DECAY = 0.995  # of the average of the weights: the flow that latents are drawn under lags little
 _LOOKS = 10  # at the log-evidence of rows held out
-_LOOK_ROWS, _MOST_HELD = 500, 2000  # in a look; in the report, and so held out
+_LOOK_ROWS, _MOST_HELD = 1000, 2000  # in a look; in the report, and so held out
 _START_MIXED = 0.01  # of the start, in the population that a look judges
 _SOLVER = FixedGrid(steps=4)  # between the rounds: 0.005 off, in whitened units
 # Of latents, see draw_latents. With 1,024 shared draws, and two steps and own draws for all rows,
 # drawing took 85% of the time: in 150 s 1,800 steps for 4,900 on two arms, 0.06 nats behind.
 _DRAWS = {"shared": 2048, "own": 4, "steps": 1, "enough": 25}
-_LOOK_DRAWS = {"shared": 2048, "own": 16, "steps": 2}
+_LOOK_DRAWS = {"shared": 2048, "own": 16, "steps": 2, "enough": 100}
 _REPORT_DRAWS = {"shared": 2048, "own": 64, "steps": 4}
 _CANDIDATES = 16  # of an object's posterior draws, in an E-step
 _CALIBRATION_ROWS = 256
