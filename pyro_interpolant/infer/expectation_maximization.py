@@ -32,6 +32,7 @@ _MOST_POOLS = 10  # rounds whose latents are kept, or as many as go once through
 _DECAY = 0.995  # of the average of the weights: the flow that latents are drawn under lags little
 _LOOKS = 10  # at the log-evidence of rows held out
 _LOOK_ROWS, _MOST_HELD = 1000, 2000  # in a look; in the report, and so held out
+_FIRST_ROWS = 500  # in the report, however short the time
 _START_MIXED = 0.01  # of the start, in the population that a look judges
 _SOLVER = FixedGrid(steps=4)  # between the rounds: 0.005 off, in whitened units
 # Of latents, see draw_latents. With 1,024 shared draws, and two steps and own draws for all rows,
@@ -345,7 +346,7 @@ def _evidence(run: ExpectationMaximization) -> tuple[Tensor, Tensor, float]:
         with seeded(0):
             return run.catalogue.log_evidence(run.distribution, index, finely=True)
 
-    began, index = time.monotonic(), run.held[:_LOOK_ROWS]
+    began, index = time.monotonic(), run.held[:_FIRST_ROWS]
     values, errors = evidence(index)
     pace = (time.monotonic() - began) / len(index)
     if len(index) < len(run.held) and 2 * pace * len(run.held) < run.clock.deadline() - began:
