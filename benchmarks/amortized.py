@@ -33,6 +33,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torchdiffeq import odeint
 
 import pyro_interpolant as pi
+from pyro_interpolant.diagnostics import c2st
 
 TASKS = ("two_moons", "slcp", "gaussian_linear", "bernoulli_glm", "gaussian_mixture")
 SECONDS = {10_000: 600.0, 1_000: 180.0}
@@ -231,21 +232,11 @@ def model_of(task, density):
 
 
 def accuracy(draws, reference):
-    """Return C2ST by sbibm's classifier, in the first of its five folds.
+    """Return C2ST as sbibm has it, in the first of five folds: on 4,000 draws its error is 0.008.
 
-    On 4,000 draws its error is 0.008, for a fifth of the time.
+    It is of as many draws as there are of both.
     """
-    from sklearn.model_selection import train_test_split
-    from sklearn.neural_network import MLPClassifier
-
-    count = min(len(draws), len(reference))
-    both = torch.cat((reference[:count], draws[:count]))
-    both = ((both - reference.mean(0)) / reference.std(0)).numpy()
-    labels = np.repeat([0, 1], count)
-    train, test, *answers = train_test_split(both, labels, test_size=0.2, random_state=0)
-    widths = 2 * (10 * both.shape[1],)
-    network = MLPClassifier(widths, max_iter=1000, random_state=0).fit(train, answers[0])
-    return float(network.score(test, answers[1]))
+    return c2st(reference, draws[: len(reference)], folds=1).accuracy
 
 
 def ours(task, density, cell):

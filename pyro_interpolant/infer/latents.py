@@ -135,28 +135,27 @@ def draw_latents(
     most = max(shared, _STARTS) if many == 1 else shared
     z = torch.randn(many, most, len(loc), dtype=loc.dtype, device=loc.device)
     u, likelihood = _pushed(flow, rows, z)
-    best = (standard_log_prob(z) + likelihood).argmax(-1)
-    start = z.expand(len(rows), -1, -1)[torch.arange(len(rows), device=z.device), best]
-    z, u, likelihood = z[:, :shared], u[:, :shared], likelihood[:, :shared]
     # A flow that is given contexts is given those of all rows.
-    effective = 1 / likelihood.softmax(-1).square().sum(-1)
+    effective = 1 / likelihood[:, :shared].softmax(-1).square().sum(-1)
     poor = ~(effective >= (enough if many == 1 else math.inf))
     log_weights = likelihood.new_full((len(rows), shared + own), -math.inf)
-    log_weights[:, :shared] = likelihood - math.log(shared)
+    log_weights[:, :shared] = likelihood[:, :shared] - math.log(shared)
     own_u = u.new_zeros(len(rows), own, len(loc))
     if bool(poor.any()):
-        few = rows.take(poor)
-        # With contexts the search begins from fewer draws: at twice the steps it misses half.
-        proposal = local_proposal(flow, few, start[poor], steps if many == 1 else 2 * steps)
+        few, likelihood = rows.take(poor), likelihood[poor]
+        best = (standard_log_prob(z) + likelihood).argmax(-1)
+        start = z.expand(len(few), -1, -1)[torch.arange(len(few), device=z.device), best]
+        # With contexts it begins from fewer draws: at twice the steps it misses half as many.
+        proposal = local_proposal(flow, few, start, steps if many == 1 else 2 * steps)
         own_z = proposal.sample(own)
         own_u[poor], own_likelihood = _pushed(flow, few, own_z)
         parts = []
-        for points, found in ((z, likelihood[poor]), (own_z, own_likelihood)):
+        for points, found in ((z[:, :shared], likelihood[:, :shared]), (own_z, own_likelihood)):
             log_prior, log_own = standard_log_prob(points), proposal.log_prob(points)
             mixture = torch.logaddexp(log_prior + math.log(shared), log_own + math.log(own))
             parts.append(log_prior + found - mixture)
         log_weights[poor] = torch.cat(parts, -1)
-    return Draws(u, own_u, log_weights)
+    return Draws(u[:, :shared], own_u, log_weights)
 
 
 def _pushed(flow: InterpolantDistribution, rows: Measurements, z: Tensor) -> tuple[Tensor, Tensor]:

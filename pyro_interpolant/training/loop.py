@@ -28,8 +28,8 @@ _NUMBERS_PER_STEP = 6.0  # in all rows, N D: fewer steps lost nothing for 3,000 
 _DECAY_FACTOR, _MOST_DECAY = 70.0, 0.5  # of the default weight decay
 _LOOK_SHARE = 0.01  # of the schedule, between two looks at the held-out loss
 _LOOK_GROWTH = 0.05  # of the way so far, where that is less: few rows are learned early
-_LOOK_TIMES = 30.0  # of the time one takes, until the next where time is the limit: few of images,
-_MOST_BETWEEN = 0.05  # but not less than one in so much: the first of a process may take long
+_LOOK_TIMES = 30.0  # its duration passes until the next, where time is the limit: few of images
+_MOST_BETWEEN = 0.05  # of the schedule, even so: the first look of a process may take long
 _FIRST_GLIMPSE = 10  # the look from which held-out nats are shown beside the bar: few before
 _WARMUP_SHARE = 0.02  # of the schedule
 _WARMUP_STEPS = 40  # at least, where time is the limit: as many as the shortest schedule has
@@ -372,10 +372,10 @@ class Run:
         return self.ended == "schedule"
 
     def _plan_look(self) -> None:
-        """Set when the next look is due, after one now; the first is that of the start.
+        """Set when the next look is due, after one now; the first is at the first step.
 
-        In the first fiftieth of a long time few rows may be learned by heart: so looks begin
-        at once where time is the limit, as far apart as they may.
+        The second is at the end of the warm-up; but where time is the limit it follows at once,
+        for in the first fiftieth of a long time few rows may be learned by heart.
         """
         way = min(_LOOK_SHARE, _LOOK_GROWTH * self.done)
         if self.schedule.max_seconds is None:

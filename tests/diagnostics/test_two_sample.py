@@ -15,6 +15,14 @@ def test_sets_that_are_alike_cannot_be_told_apart():
     assert found.verdict.startswith("a classifier cannot tell the sets apart: it is right for 0.")
 
 
+def test_one_fold_is_a_fifth_of_the_draws():
+    x, y = torch.randn(400, 1), torch.randn(400, 1) + 5
+    found = c2st(x, y, folds=1)
+    assert found.accuracy > 0.95
+    assert found.stderr == pytest.approx(0.5 / 160**0.5)
+    assert "of 160 draws" in found.verdict
+
+
 def test_sets_that_differ_only_in_how_columns_depend_are_told_apart():
     """The best classifier of N(0, I) and N(0, C), C of correlation 0.9, is right for 0.75."""
     x = torch.randn(800, 2)
@@ -40,6 +48,8 @@ def test_what_cannot_be_compared_is_refused():
         c2st(torch.randn(30, 2), torch.randn(30, 3))
     with pytest.raises(ValueError, match="at least 20 draws on either side, got 9"):
         c2st(torch.randn(30, 2), torch.randn(9, 2))
+    with pytest.raises(ValueError, match="folds from 1 to 5, got 6"):
+        c2st(torch.randn(30, 2), torch.randn(30, 2), folds=6)
 
 
 def test_a_constant_column_hides_nothing():
