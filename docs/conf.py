@@ -1,8 +1,8 @@
 """The site: pip install -e '.[docs]' && sphinx-build -W -b html docs docs/_build/html.
 
 The tutorials are run when the site is built, and again when their pages change; remove docs/_build
-where the package has changed. DOCS_SMALL=1 runs them with small sizes, which show that all works
-and demand no accuracy; DOCS_RUN=off runs nothing.
+where the package has changed. Their cache is for one process: no -j. DOCS_SMALL=1 runs them anew
+with small sizes, which show that all works and demand no accuracy; DOCS_RUN=off runs nothing.
 """
 
 import importlib
@@ -39,9 +39,11 @@ html_theme_options = {"navigation_with_keys": True}
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = {"off": "off"}.get(os.environ.get("DOCS_RUN", ""), "cache")
-SMALL = os.environ.get("DOCS_SMALL", "") not in ("", "0")  # pages of either size have a cache
-nb_execution_cache_path = str(HERE / "_build" / ("small-cache" if SMALL else "cache"))
+# Small runs have no cache: processes that read pages in parallel would break one they share.
+nb_execution_mode = "cache" if os.environ.get("DOCS_SMALL", "") in ("", "0") else "force"
+if os.environ.get("DOCS_RUN") == "off":
+    nb_execution_mode = "off"
+nb_execution_cache_path = str(HERE / "_build" / "cache")
 nb_execution_timeout = 600
 suppress_warnings = ["myst-nb.lexer"] if nb_execution_mode == "off" else []
 nb_execution_raise_on_error = True
