@@ -233,6 +233,7 @@ def truncated(
     posteriors: list[Region],
     count: int,
     pack: Callable[[Mapping[str, Tensor]], Tensor],
+    deadline: float = math.inf,
 ) -> Simulations:
     """Return simulations whose latents come from the prior truncated to regions.
 
@@ -242,6 +243,7 @@ def truncated(
             edge of the region.
         count: How many simulations.
         pack: From latents to packed rows.
+        deadline: When to be content with those that are there, by :func:`time.monotonic`.
 
     Raises:
         ValueError: If hardly any draw of the prior is in the region.
@@ -260,7 +262,7 @@ def truncated(
             "none: use fewer rounds, and weigh its draws by importance(guide, *args)"
         )
     latents = {k: torch.cat([part[k] for part in kept])[:count] for k in kept[0]}
-    return simulator(min(count, there), latents)
+    return simulator(min(count, there), latents, deadline)
 
 
 def is_inside(posteriors: list[Region], rows: Tensor) -> Tensor:

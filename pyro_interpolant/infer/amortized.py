@@ -6,6 +6,7 @@ any data the model may give are then a call. What it is worth is measured on fre
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 
-from .._torch import seeded, trainable
+from .._torch import seeded, trainable, warn_user
 from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
 from ..distributions.constraints import as_tensor
 from ..distributions.joint import (
@@ -48,6 +49,7 @@ from .sites import LatentSites, Model, Site, unwrapped_model
 
 _SIMULATIONS = 10_000
 _TRAINING_SHARE = 0.9  # of the time, for simulations and training; the rest: the verdict
+_SIMULATING, _JUDGING = 0.5, 0.05  # of the time at most, for simulations, and for fresh ones
 # The learning rate beside an embedding, which 1e-2 throws about: after 1,000 steps of 256 sets of
 # 20 rows, a posterior of two modes had 1.4 nats at this rate and 0.5 at that one.
 _EMBEDDING_RATE = 2e-3
@@ -353,10 +355,14 @@ class AmortizedInterpolant(AutoInterpolant):
                 "expected a seed beside a checkpoint, with which the same simulations are drawn "
                 f"again, and one round, got seed={seed} and rounds={rounds}"
             )
+        # A run that goes on from a checkpoint draws the same simulations, whatever their time.
+        share = math.inf if settings.get("checkpoint") is not None else _SIMULATING / rounds
         with seeded(seed):
             simulator = Simulator(sites, self.observed, self.num_workers)
-            found = simulator(count)
-            fresh = simulator(JUDGED_ROWS) if rounds == 1 else found
+            found = simulator(count, deadline=clock.moment(share))
+            _tell_of_fewer(len(found.log_prior) + found.improper, count, simulator)
+            late = clock.moment(share + _JUDGING)
+            fresh = simulator(JUDGED_ROWS, deadline=late) if rounds == 1 else found
         training = self._regress(found, clock, 1 / rounds, settings)
         if rounds > 1:
             return self._in_rounds(source, sites, simulator, found, clock, settings)
@@ -419,7 +425,8 @@ class AmortizedInterpolant(AutoInterpolant):
             ended = copy.deepcopy(self.posterior).freeze()  # the weights go on
             with seeded(None if seed is None else seed + i):
                 regions.append(region(ended.condition(known)))
-                new = truncated(simulator, regions, count, self.posterior.pack)
+                late = clock.moment((i + _SIMULATING) / source.rounds)
+                new = truncated(simulator, regions, count, self.posterior.pack, late)
             inside = is_inside(regions, self.posterior.pack(found.latents))
             found = Simulations.joined([found.take(inside), new])
             training = self._regress(found, clock, (i + 1) / source.rounds, settings)
@@ -457,6 +464,20 @@ def _init(observed: tuple[str, ...], init: Callable[..., Tensor], site: Site) ->
 def _hides(observed: tuple[str, ...], msg: Message) -> bool:
     """Return whether a site is not latent: where the model is run without data, too."""
     return prototype_hide_fn(msg) or msg["name"] in observed
+
+
+def _tell_of_fewer(there: int, count: int, simulator: Simulator) -> None:
+    """Warn where half of the time was not enough for all simulations, and say what would be."""
+    if there == count:
+        return
+    remedy = "give a longer max_seconds"
+    if simulator.batching == "loop":
+        remedy = (
+            "the model's shapes forbid to draw many at once, so index events from the right, "
+            "x[..., i], and avoid .item(); or use more processes, AmortizedInterpolant(model, "
+            f"num_workers=...), or {remedy}"
+        )
+    warn_user(f"half of the time was enough for {there:,} of {count:,} simulations: {remedy}")
 
 
 def _check_posterior(

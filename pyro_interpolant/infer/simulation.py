@@ -6,6 +6,8 @@ processes if asked.
 """
 
 import contextlib
+import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
@@ -120,29 +122,39 @@ class Simulator:
         self.batching: Batching = self._best()
 
     @torch.no_grad()
-    def __call__(self, count: int, given: Mapping[str, Tensor] | None = None) -> Simulations:
+    def __call__(
+        self,
+        count: int,
+        given: Mapping[str, Tensor] | None = None,
+        deadline: float = math.inf,
+    ) -> Simulations:
         """Simulate; those with numbers that are not finite are left out, and counted.
 
         Args:
             count: How many, N, of which those that are finite are returned.
             given: Latents to simulate from, each ``(N, *site_shape)``; by default the prior's.
+            deadline: When to be content with those that are there, by :func:`time.monotonic`.
 
         Raises:
             ValueError: If none is finite.
         """
         check_ranges(("at least one simulation", count >= 1, count))
         in_workers = self.num_workers > 0 and self.batching == "loop"
-        size = _CALL if in_workers else self.rows
+        size = _CALL if self.batching == "loop" else self.rows
         calls = []
         for start in range(0, count, size):
             stop = min(count, start + size)
             few = {} if given is None else {k: v[start:stop] for k, v in given.items()}
             calls.append((stop - start, self.batching, few))
-        if in_workers:
-            parts = list(called_in_workers(self._drawn, calls, self.num_workers))
-        else:
-            parts = [self._drawn(*call) for call in calls]
+        parts: list[Simulations] = []
+        here = (self._drawn(*call) for call in calls)
+        workers = self.num_workers
+        for part in called_in_workers(self._drawn, calls, workers) if in_workers else here:
+            parts.append(part)
+            if time.monotonic() > deadline:
+                break
         found = Simulations.joined(parts)
+        count = len(found.log_prior)
         values = {**found.latents, **found.data, "the prior's log density": found.log_prior}
         finite = {name: v.reshape(count, -1).isfinite().all(1) for name, v in values.items()}
         good = torch.stack(list(finite.values())).all(0)
@@ -228,8 +240,9 @@ class Simulator:
 
         lanes = torch.zeros(count)
         if batching == "vmap":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # some samplers loop under vmap
+            # No branch on values, and so no validation; and some samplers loop, and say so.
+            with pyro.validation_enabled(is_validate=False), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 together = torch.func.vmap(single, randomness="different")
                 latents, data, log_prior = together(lanes, given)
             return Simulations(latents, data, log_prior, 0)

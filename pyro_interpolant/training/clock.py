@@ -59,7 +59,10 @@ class Clock:
         """Return whether more than a share of all the time is spent."""
         return self.spent() > share * self.limit
 
+    def moment(self, share: float) -> float:
+        """Return when a share of all the time is spent, by :func:`time.monotonic`."""
+        return self.began - self.before + share * self.limit
+
     def deadline(self) -> float:
         """Return when all must be done, by :func:`time.monotonic`."""
-        whole = (1 + _OVERTIME_SHARE) * self.limit + _OVERTIME
-        return self.began - self.before + whole
+        return self.moment(1 + _OVERTIME_SHARE) + _OVERTIME

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import time
 import warnings
 
 import pyro
@@ -174,6 +175,14 @@ def indexed(y=None):
     pyro.sample("y", dist.Normal(w[0] + noise, 0.1).to_event(1), obs=y)
 
 
+def correlated(y=None):
+    """A model that does not broadcast, and whose distributions look at the numbers they get."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    root = torch.stack((w[0].exp(), w[1], torch.zeros(()), w[2].exp())).reshape(2, 2)
+    cov = root @ root.T + 0.1 * torch.eye(2)
+    pyro.sample("y", dist.MultivariateNormal(w[:2], cov), obs=y)
+
+
 def looped(y=None):
     """A model whose simulator leaves torch."""
     w = pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -191,6 +200,7 @@ def simulator_of(model, *args, observed=("y",)):
     [
         (scales_and_rows, "plate", {"scale": (), "shift": (3,), "group": (2,), "y": (2,)}, None),
         (indexed, "vmap", {"w": (3,), "y": (2,)}, 2.01),
+        (correlated, "vmap", {"w": (3,), "y": (2,)}, None),
         (looped, "loop", {"w": (), "y": (2,)}, 1.5),
     ],
 )
@@ -232,6 +242,26 @@ def test_improper_simulations_are_counted_and_left_out():
     assert 40 < found.improper < 130
     assert len(found.log_prior) == 500 - found.improper
     assert bool((found.latents["w"] <= 1.0).all())
+
+
+@pytest.mark.filterwarnings("ignore:no time was left to calibrate")
+def test_simulations_end_where_half_of_the_time_is_gone(tmp_path):
+    def slow(y=None):
+        time.sleep(0.01)
+        return looped(y)
+
+    guide = pi.AmortizedInterpolant(slow, hidden_dims=(8,))
+    options = {"max_seconds": 6.0, "seed": 0, "progress": False, "options": {"steps": 3}}
+    begin = time.monotonic()
+    with pytest.warns(UserWarning, match=r"enough for .* of 100,000 simulations.*num_workers"):
+        result = pi.fit_guide(guide, simulations=100_000, **options)
+    assert time.monotonic() - begin < 12.0
+    assert 10 < result.simulations < 400
+    assert result.training.steps[-1] == 3
+    # Beside a checkpoint they would be others when the run goes on.
+    again = pi.AmortizedInterpolant(slow, hidden_dims=(8,))
+    options |= {"max_seconds": 1.0, "checkpoint": tmp_path / "state"}
+    assert pi.fit_guide(again, simulations=150, **options).simulations == 150
 
 
 def test_no_finite_simulation_is_an_error():
