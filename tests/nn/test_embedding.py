@@ -144,6 +144,26 @@ def test_a_deviation_whose_logarithm_is_linear_in_the_context_is_known_before_tr
         assert (found - expected).abs().mean() < 0.05
 
 
+def test_deviations_are_those_of_the_greatest_likelihood():
+    """Where data tell much, one row in fifty is wild: its logarithm is one of many."""
+    context = torch.randn(20_000, 1)
+    wild = (context[:, 0] < -1) & (torch.rand(20_000) < 0.02)
+    scale = torch.where(wild, 1.0, context[:, 0].exp())
+    x = (scale * torch.randn(20_000))[:, None]
+    velocity = EmbeddedVelocity(1, [(1,)]).double()
+    velocity.set_scales(x[:10_000], context[:10_000])
+    _, log_scale = velocity.embed(context[10_000:])[:, :2].T
+    lines = [
+        a + b * context[10_000:, 0]
+        for a in torch.linspace(-0.5, 1, 16)
+        for b in torch.linspace(0, 1.2, 25)
+    ]
+    normal = [
+        dist.Normal(0.0, s.exp()).log_prob(x[10_000:, 0]).mean() for s in (log_scale, *lines)
+    ]
+    assert normal[0] > max(normal[1:]) - 0.01
+
+
 def test_regressions_on_noise_are_shrunk_to_nothing():
     velocity = EmbeddedVelocity(1, [(50,)])
     velocity.set_scales(torch.randn(100, 1), torch.randn(100, 50))
