@@ -74,7 +74,8 @@ class VelocityMLP(nn.Module):
     shape ``(2, D)`` for either sign of :math:`x_i`, is a buffer, infinite (no gate) until
     :func:`~pyro_interpolant.fit` sets it from the data.
 
-    The last layer starts at zero: an untrained flow is its whitening map.
+    The last layer starts at zero: an untrained flow is its whitening map. In up to 8 dimensions
+    the first starts at three times the size that torch gives it.
 
     Args:
         event_dim: D, the size of the last dimension of x.
