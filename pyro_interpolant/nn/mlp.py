@@ -24,8 +24,8 @@ from .velocity import StateFunction
 _EMBEDDING_WIDTH = 64
 _MAX_DEEP_DIM = 8  # up to this D three layers, and finer times
 _MAX_NARROW_DIM = 32  # above this D wider layers
-# Of the first layer's weights at the start, in units of torch's, up to 8 dimensions: what differs
-# at short distances is learned sooner. In many dimensions it loses (BSDS300: 1.6 nats in a minute).
+# Of the first layer at the start, in units of torch's, up to 8 dimensions: what differs at short
+# distances is learned sooner. In many dimensions it loses (BSDS300: 1.6 nats in a minute).
 _SHARPNESS = 3.0
 # Elements of the largest intermediate in a call: memory that was freed takes long to get back.
 _ELEMENTS_PER_CALL = 2**17
