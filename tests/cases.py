@@ -29,6 +29,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.distributions.constraints import Shaped
 from pyro_interpolant.nn import ImageVelocity, UNet
+from pyro_interpolant.nn.mlp import sharpness
 from pyro_interpolant.solvers import RandomGrid
 from pyro_interpolant.training.preprocessing import marginal_transform, radial_transform
 from pyro_interpolant.transforms import DenseWhitening, DiagonalWhitening, ScalarWhitening
@@ -94,7 +95,7 @@ def random_flow(
     """Return a transform (conditional where ``context_dim``) that is not the identity."""
     velocity = VelocityMLP(dim, hidden_dims, context_dim)
     with torch.no_grad():
-        velocity.layers[0].weight.div_(3.0)  # as smooth as 8 steps ask
+        velocity.layers[0].weight.div_(sharpness(dim))  # as smooth as 8 steps ask
         velocity.output.weight.normal_(std=0.3)
         velocity.shifts.weight[-dim:].normal_(std=0.3)
     choices.setdefault("solver", FixedGrid(steps=8))

@@ -24,9 +24,10 @@ from .velocity import StateFunction
 _EMBEDDING_WIDTH = 64
 _MAX_DEEP_DIM = 8  # up to this D three layers, and finer times
 _MAX_NARROW_DIM = 32  # above this D wider layers
-# Of the first layer at the start, in units of torch's, up to 8 dimensions: what differs at short
-# distances is learned sooner. In many dimensions it loses (BSDS300: 1.6 nats in a minute).
-_SHARPNESS = 3.0
+# From 3 to 8 dimensions the first layer starts at so many times torch's size: what differs at
+# short distances is learned sooner. In 63 it loses (BSDS300: 1.6 nats in a minute), and in 2 it
+# gains little, and costs the calibration of a population behind noise.
+_SHARPNESS, _LEAST_SHARP_DIM = 3.0, 3
 # Elements of the largest intermediate in a call: memory that was freed takes long to get back.
 _ELEMENTS_PER_CALL = 2**17
 _REACH_PER_ROW = 2.0  # the gate's reach over the distance of the farthest training row
@@ -74,7 +75,7 @@ class VelocityMLP(nn.Module):
     shape ``(2, D)`` for either sign of :math:`x_i`, is a buffer, infinite (no gate) until
     :func:`~pyro_interpolant.fit` sets it from the data.
 
-    The last layer starts at zero: an untrained flow is its whitening map. In up to 8 dimensions
+    The last layer starts at zero: an untrained flow is its whitening map. From 3 to 8 dimensions
     the first starts at three times the size that torch gives it.
 
     Args:
@@ -143,9 +144,8 @@ class VelocityMLP(nn.Module):
         out = self.shifts.weight[-event_dim:], self.shifts.bias[-event_dim:]
         for part in (self.output.weight, *out, self.scales.weight):
             nn.init.zeros_(part)
-        if event_dim <= _MAX_DEEP_DIM:
-            with torch.no_grad():
-                next(self.layers.parameters()).mul_(_SHARPNESS)
+        with torch.no_grad():
+            next(self.layers.parameters()).mul_(sharpness(event_dim))
         self.register_buffer("reach", torch.full((2, event_dim), math.inf))
         self.register_buffer("context_loc", torch.zeros(self.context_dim))
         self.register_buffer("context_scale", torch.ones(self.context_dim))
@@ -400,6 +400,11 @@ def _affine(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
 
 
 _HARMONICS = 2  # multiples of an angle that are seen: on von Mises mixtures 1 needs more steps
+
+
+def sharpness(event_dim: int) -> float:
+    """Return the size of the first layer's weights at the start, over what torch gives them."""
+    return _SHARPNESS if _LEAST_SHARP_DIM <= event_dim <= _MAX_DEEP_DIM else 1.0
 
 
 class TorusMLP(VelocityMLP):

@@ -217,3 +217,9 @@ def test_tangents_survive_without_gradients():
     ahead, behind = (velocity.forward_and_divergence(t, x + s * direction) for s in (step, -step))
     for tangent, a, b in zip(tangents, ahead, behind, strict=True):
         torch.testing.assert_close(tangent, (a - b) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("dim", "factor"), [(2, 1.0), (3, 3.0), (8, 3.0), (9, 1.0)])
+def test_the_first_layer_starts_sharper_from_3_to_8_dimensions(dim, factor):
+    largest = float(VelocityMLP(dim, (256, 256)).layers[0].weight.detach().abs().max())
+    assert 0.95 * factor < largest * math.sqrt(dim) <= factor + 1e-6

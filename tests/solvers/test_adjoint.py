@@ -22,6 +22,7 @@ from pyro_interpolant import (
     neutra,
     save,
 )
+from pyro_interpolant.nn.mlp import sharpness
 from pyro_interpolant.solvers import ode
 
 
@@ -40,7 +41,7 @@ def mlp(hidden, context_dim=0):
     velocity = VelocityMLP(3, hidden, context_dim).double()
     nn.init.normal_(velocity.output.weight, std=0.3)
     with torch.no_grad():
-        velocity.layers[0].weight.div_(3.0)  # as smooth as few steps ask
+        velocity.layers[0].weight.div_(sharpness(3))  # as smooth as few steps ask
     velocity.reach.fill_(4.0)
     return velocity
 
