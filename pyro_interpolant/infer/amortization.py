@@ -233,7 +233,7 @@ def truncated(
     posteriors: list[Region],
     count: int,
     pack: Callable[[Mapping[str, Tensor]], Tensor],
-    deadline: float = math.inf,
+    deadline: float,
 ) -> Simulations:
     """Return simulations whose latents come from the prior truncated to regions.
 

@@ -42,7 +42,7 @@ from .amortization import (
 )
 from .autoguide import AutoInterpolant, GuideResult, judged
 from .importance_sampling import are_raw_draws_good
-from .log_density import LogJoint
+from .log_density import TO_BATCH, LogJoint
 from .simulated_batches import SimulatedBatches
 from .simulation import Simulations, Simulator, Source, is_sampled
 from .sites import LatentSites, Model, Site, unwrapped_model
@@ -470,14 +470,13 @@ def _tell_of_fewer(there: int, count: int, simulator: Simulator) -> None:
     """Warn where half of the time was not enough for all simulations, and say what would be."""
     if there == count:
         return
-    remedy = "give a longer max_seconds"
+    remedy = "Give a longer max_seconds"
     if simulator.batching == "loop":
         remedy = (
-            "the model's shapes forbid to draw many at once, so index events from the right, "
-            "x[..., i], and avoid .item(); or use more processes, AmortizedInterpolant(model, "
-            f"num_workers=...), or {remedy}"
+            f"The model cannot be drawn from many times at once. {TO_BATCH}; or use more "
+            "processes, AmortizedInterpolant(model, num_workers=...), or a longer max_seconds"
         )
-    warn_user(f"half of the time was enough for {there:,} of {count:,} simulations: {remedy}")
+    warn_user(f"half of the time was enough for {there:,} of {count:,} simulations. {remedy}")
 
 
 def _check_posterior(

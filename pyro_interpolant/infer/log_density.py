@@ -3,7 +3,6 @@ r"""The log joint density of a model, :math:`\log p(x(z), y) + \log |dx / dz|`, 
 import contextlib
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, cast, get_args
 
@@ -19,12 +18,16 @@ from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
 from .._torch import seeded
-from .sites import LatentSites, Model, Site, Substitute, init_to_support
+from .sites import LatentSites, Model, Site, Substitute, init_to_support, unchecked
 
 _PROBES = 3  # draws on which a batched evaluation is compared with single ones
 _NUMBERS_AT_ONCE = 2**22  # of all sites and their log densities together, evaluated in one go
 
 Batching = Literal["plate", "vmap"]
+TO_BATCH = (  # what makes a model one of many draws at once
+    "Index events from the right, x[..., i], declare batch dimensions by pyro.plate, and avoid "
+    ".item(), in-place writes and branches on latent values"
+)
 Evaluate = Callable[[Tensor], Tensor]
 Nodes = dict[str, Site]
 
@@ -53,8 +56,7 @@ class LogJoint:
             self.nesting = max([*dims, *(s["log_prob"].dim() for s in scored)])
             numbers = sum(s["value"].numel() + s["log_prob"].numel() for s in scored)
             self.rows = max(1, _NUMBERS_AT_ONCE // numbers)
-            with pyro.validation_enabled(is_validate=False), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of attempts that may come to nothing
+            with unchecked():  # attempts may come to nothing
                 self.batching: Batching = _batching(self, center)
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -222,9 +224,8 @@ def _batching(density: LogJoint, center: Tensor) -> Batching:
         problems.append(f"by {batching} its log density is wrong by {error:.2g}, relatively")
     raise ValueError(
         "expected a model that can be evaluated for many draws at once, in a plate to the left of "
-        f"its own or under torch.func.vmap, got one for which {'; '.join(problems)}. Index "
-        "events from the right, x[..., i], declare batch dimensions by pyro.plate, and avoid "
-        ".item(), in-place writes and branches on latent values"
+        f"its own or under torch.func.vmap, got one for which {'; '.join(problems)}. "
+        f"{TO_BATCH}"
     )
 
 
@@ -323,12 +324,7 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
         return torch.cat(parts, dim=-1)
 
     try:
-        with (
-            torch.no_grad(),
-            pyro.validation_enabled(is_validate=False),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")  # some samplers loop under vmap, once
+        with torch.no_grad(), unchecked():
             if density.batching == "plate":
                 z = draw(count)
             else:

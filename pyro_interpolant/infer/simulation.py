@@ -24,12 +24,12 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch import warn_user
 from ..training.loop import check_ranges
-from .sites import LatentSites, Site
+from .sites import LatentSites, Site, unchecked
 from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
 _NUMBERS_AT_ONCE = 2**22  # of all sites together, simulated in one run
-_CALL = 16  # simulations in one call of a worker process, whatever the number of processes
+_CALL = 16  # simulations, one by one, in one call, whatever the number of processes
 
 Batching = Literal["plate", "vmap", "loop"]
 Nodes = dict[str, Site]
@@ -139,17 +139,17 @@ class Simulator:
             ValueError: If none is finite.
         """
         check_ranges(("at least one simulation", count >= 1, count))
-        in_workers = self.num_workers > 0 and self.batching == "loop"
         size = _CALL if self.batching == "loop" else self.rows
         calls = []
         for start in range(0, count, size):
             stop = min(count, start + size)
             few = {} if given is None else {k: v[start:stop] for k, v in given.items()}
             calls.append((stop - start, self.batching, few))
+        drawn: Iterable[Simulations] = (self._drawn(*call) for call in calls)
+        if self.num_workers > 0 and self.batching == "loop":
+            drawn = called_in_workers(self._drawn, calls, self.num_workers)
         parts: list[Simulations] = []
-        here = (self._drawn(*call) for call in calls)
-        workers = self.num_workers
-        for part in called_in_workers(self._drawn, calls, workers) if in_workers else here:
+        for part in drawn:
             parts.append(part)
             if time.monotonic() > deadline:
                 break
@@ -240,9 +240,7 @@ class Simulator:
 
         lanes = torch.zeros(count)
         if batching == "vmap":
-            # No branch on values, and so no validation; and some samplers loop, and say so.
-            with pyro.validation_enabled(is_validate=False), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with unchecked():
                 together = torch.func.vmap(single, randomness="different")
                 latents, data, log_prior = together(lanes, given)
             return Simulations(latents, data, log_prior, 0)

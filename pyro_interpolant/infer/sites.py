@@ -6,9 +6,11 @@ model, each through the bijection of its support.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -110,6 +112,17 @@ def forget_data(guide: AutoContinuous) -> None:
         fn = site["fn"]
         site["fn"] = dist.ImproperUniform(fn.support, fn.batch_shape, fn.event_shape)
         site["args"], site["kwargs"] = (), {}
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Run a model without validation, which branches on values, and without warnings.
+
+    Under ``torch.func.vmap`` nothing may branch on them, and some samplers loop, and say so.
+    """
+    with pyro.validation_enabled(is_validate=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def unwrapped_model(model: Model) -> Model:

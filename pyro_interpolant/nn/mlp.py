@@ -399,12 +399,12 @@ def _affine(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
     return nn.functional.linear(x, weight) + shift
 
 
-_HARMONICS = 2  # multiples of an angle that are seen: on von Mises mixtures 1 needs more steps
-
-
 def sharpness(event_dim: int) -> float:
     """Return the size of the first layer's weights at the start, over what torch gives them."""
     return _SHARPNESS if _LEAST_SHARP_DIM <= event_dim <= _MAX_DEEP_DIM else 1.0
+
+
+_HARMONICS = 2  # multiples of an angle that are seen: on von Mises mixtures 1 needs more steps
 
 
 class TorusMLP(VelocityMLP):
