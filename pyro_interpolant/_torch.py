@@ -154,27 +154,30 @@ class _OwnGenerators(TorchDispatchMode):
             return func(*args, **kwargs)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        self.draws += 1
         if operation is None:
             return self._by_the_default(device, func, args, kwargs)
+        self.draws += 1
         return operation(*args[:place], **{**kwargs, "generator": self.on(device)})
 
     def _by_the_default(self, device: torch.device, func: Any, args: Any, kwargs: Any) -> Any:
         """Call an operation that takes no generator, the default one being in the own's state.
 
-        It is held for as long as that takes, which other threads that draw may notice.
+        It is held for as long as that takes, which other threads that draw may notice. Attention
+        without dropout, which is of this kind, leaves it as it is: it has drawn nothing.
         """
         default = torch.default_generator
         if device.type == "cuda":
             default = torch.cuda.default_generators[device.index]
         own = self.on(device)
         with _BORROWING:
-            before = default.get_state()
-            default.set_state(own.get_state())
+            before, start = default.get_state(), own.get_state()
+            default.set_state(start)
             try:
                 return func(*args, **kwargs)
             finally:
-                own.set_state(default.get_state())
+                end = default.get_state()
+                self.draws += not torch.equal(start, end)
+                own.set_state(end)
                 default.set_state(before)
 
 

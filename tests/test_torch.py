@@ -132,6 +132,14 @@ def test_scopes_nest_and_a_block_that_draws_nothing_interrupts_them():
     assert torch.equal(b, second)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_attention_draws_where_it_has_dropout(share):
+    q = torch.randn(1, 2, 5, 4, requires_grad=True)
+    with seeded(0):
+        nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=share).sum().backward()
+        assert (draws() > 0) == (share > 0)
+
+
 @pytest.mark.parametrize("other", ["slopes", "jvp"])
 def test_two_threads_differentiate_forward_at_a_time(other):
     inside, done, errors = threading.Event(), threading.Event(), []
