@@ -61,7 +61,8 @@ def bijection(support: Constraint) -> Transform:
 
     Raises:
         TypeError: If ``support`` is not a constraint.
-        ValueError: If it has no such bijection; the message names it.
+        ValueError: If it has no such bijection, or joins others along another dimension than the
+            last; the message names it.
     """
     if not isinstance(support, Constraint):
         kind = type(support)  # NumPyro's constraints have the names of torch's
@@ -70,6 +71,7 @@ def bijection(support: Constraint) -> Transform:
             "expected support to be a constraint such as torch.distributions.constraints.positive,"
             f" got {place}{kind.__name__}"
         )
+    _check_dims(support)
     try:
         transform = biject_to(support)
         domain_dim, is_bijective = transform.domain.event_dim, transform.bijective
@@ -82,6 +84,20 @@ def bijection(support: Constraint) -> Transform:
             "independent(..., 1), stack or another constraint for which biject_to is bijective"
         )
     return transform
+
+
+def _check_dims(support: Constraint) -> None:
+    """Raise a ValueError where parts of a support are joined along a dimension not the last."""
+    if isinstance(support, (constraints.stack, constraints.cat)) and support.dim != -1:
+        name = type(support).__name__.strip("_").lower()
+        raise ValueError(
+            "expected parts of a support joined along the last dimension of an event, got "
+            f"constraints.{name} with dim={support.dim}: pass dim=-1; torch's default, 0, is the "
+            "dimension of rows"
+        )
+    inner = getattr(support, "base_constraint", None)
+    for part in (*getattr(support, "cseq", ()), *([] if inner is None else [inner])):
+        _check_dims(part)
 
 
 class Shaped(Constraint):
@@ -153,6 +169,7 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
 
     Args:
         x: A tensor, an array, a data frame or one of its columns, or nested lists of numbers.
+            Masked numbers become NaN, as missing ones of a frame do.
         name: What to call it in messages.
 
     Raises:
@@ -161,6 +178,8 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
     if hasattr(x, "to_numpy"):  # of pandas
         x = _from_frame(x, name)
     try:
+        if isinstance(x, np.ma.MaskedArray):
+            x = _unmasked(x)
         if not isinstance(x, (Tensor, np.ndarray)) and hasattr(x, "__array__"):
             x = np.asarray(x)  # of jax
         if isinstance(x, np.ndarray) and x.dtype.kind != "O":
@@ -218,13 +237,13 @@ def images_of(x: ArrayLike, shape: Sequence[int]) -> Tensor:
 
     Raises:
         TypeError: If it is not a tensor or an array.
-        ValueError: If images are of another shape, or there are none.
+        ValueError: If images are of another shape, or not finite, or there are none.
     """
     found = as_tensor(x, "images")
     if found.shape[1:] != torch.Size(shape) or not len(found):
         want = ", ".join(map(str, shape))
         raise ValueError(f"expected images of shape (N, {want}), got {tuple(found.shape)}")
-    return found
+    return checked_rows(found, "images", shape) if found.is_floating_point() else found
 
 
 def _from_frame(x: Any, name: str) -> np.ndarray:
@@ -246,6 +265,13 @@ def _from_frame(x: Any, name: str) -> np.ndarray:
             "or write categories as whole numbers, column.cat.codes"
         )
     return values
+
+
+def _unmasked(x: np.ma.MaskedArray) -> np.ndarray:
+    """Return the values of a masked array, those that are masked as NaN, of any shape."""
+    if not np.ma.is_masked(x):
+        return x.data
+    return np.ma.filled(x if x.dtype.kind in "fc" else x.astype(np.float64), np.nan)
 
 
 def checked_context(

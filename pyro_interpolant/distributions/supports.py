@@ -171,9 +171,7 @@ class BijectiveSupport(Support):
         """
         if self.is_real():
             return value
-        inside = self.on_events.check(value)
-        off_the_edge = _within_bounds(self.constraint, value, operator.gt)
-        inside = inside & self.on_events.reduced(off_the_edge, value)
+        inside = self.strictly_inside(value)
         if bool(inside.all()):
             real = self.bijection.inv(value)
             inside = torch.isfinite(real).all(-1)
@@ -185,6 +183,15 @@ class BijectiveSupport(Support):
             f"first being row {int((~inside).reshape(-1).nonzero()[0])}: remove them, or choose "
             "the support that the data have"
         )
+
+    def strictly_inside(self, value: Tensor) -> Tensor:
+        """Return which events, shape ``(*)``, of values are inside the support, off its edge.
+
+        Args:
+            value: Values, shape ``(*, *event_shape)``.
+        """
+        off_the_edge = _within_bounds(self.constraint, value, operator.gt)
+        return self.on_events.check(value) & self.on_events.reduced(off_the_edge, value)
 
     def within_bounds(self, value: Tensor) -> Tensor | None:
         """Return which events, shape ``(*)``, of values are within bounds or on them.
@@ -407,12 +414,16 @@ def _within_bounds(
         value: Values, shape ``(*, *event_shape)``.
         above: ``>``, or ``>=`` to allow for the bounds themselves.
     """
+    if isinstance(support, Shaped):
+        flat = value.flatten(-support.event_dim) if support.event_dim else value[..., None]
+        return _within_bounds(support.base_constraint, flat, above).reshape(value.shape)
     inner = getattr(support, "base_constraint", None)
     if inner is not None:
         return _within_bounds(inner, value, above)
-    if isinstance(support, constraints.stack):
-        parts = zip(support.cseq, value.unbind(support.dim), strict=True)
-        return torch.stack([_within_bounds(c, v, above) for c, v in parts], support.dim)
+    if isinstance(support, (constraints.stack, constraints.cat)):
+        lengths = getattr(support, "lengths", [1] * len(support.cseq))
+        parts = zip(support.cseq, value.split(lengths, support.dim), strict=True)
+        return torch.cat([_within_bounds(c, v, above) for c, v in parts], support.dim)
     inside = torch.ones_like(value, dtype=torch.bool)
     lower, upper = (getattr(support, f"{side}_bound", None) for side in ("lower", "upper"))
     lower, upper = (b.to(value) if isinstance(b, Tensor) else b for b in (lower, upper))

@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .._torch import seeded
+from .._torch import seeded, warn_user
 from ..diagnostics.psis import K_HAT_LIMIT, judge
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import (
@@ -27,7 +27,7 @@ from ..distributions.joint import (
 from ..training.clock import Clock
 from ..training.fitting import FitResult
 from .importance_sampling import GOOD_SHARE, importance_of
-from .log_density import LogJoint
+from .log_density import TO_BATCH, LogJoint
 from .simulation import Simulations, Simulator
 from .sites import LatentSites, Model
 
@@ -136,13 +136,15 @@ def verdict_on(
             reference=float(log_p.mean()),
             reference_name=PRIOR,
         )
-    is_whole = set(simulator.sampled) <= {*fresh.latents, *fresh.data}
+    # Data that are no sample sites, but functions of numbers drawn otherwise, have no density.
+    is_whole = {*fresh.latents} < {*simulator.sampled} <= {*fresh.latents, *fresh.data}
     found = _weighed(posterior, fresh, context, sites, clock) if is_whole else []
     levels = torch.tensor(_LEVELS, dtype=torch.float64)
     numbers = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
     if not found:
         numbers = numbers.new_full((1, 3), math.nan)
-    k_hat, ess, evidence = (tuple(torch.quantile(s, levels).tolist()) for s in numbers.T)
+    found_at = [torch.quantile(s, levels, interpolation="nearest") for s in numbers.T]
+    k_hat, ess, evidence = (tuple(s.tolist()) for s in found_at)
     gain = float(gains.mean()), float(gains.std()) / error
     return k_hat, ess, evidence, len(found), *gain
 
@@ -156,22 +158,26 @@ def _weighed(
 ) -> list[tuple[float, float, float]]:
     """Return k-hat, the effective share of draws, and log-evidence, of some data sets.
 
-    Of as many as there is time for, and of none where the data have no density.
+    Of as many as there is time for, and of none where the data have no density. Where the model
+    allows no point that the guide takes for likely, no draw counts.
     """
-    found = []
+    found, failed = [], 0
     for i in range(min(_JUDGED_SETS, len(context))):
         view = posterior.condition(context[i])
         data = {name: value[i] for name, value in fresh.data.items()}
         try:
             density = LogJoint(_GivenData(sites, data, likely_point_of(view)))
             _, log_weights = importance_of(view, density, _JUDGED_DRAWS)
-        except (ValueError, RuntimeError, NotImplementedError):  # a simulator without a density
+        except NotImplementedError:  # a simulator without a density
             return []
-        summary = judge(log_weights)
-        found.append((summary.k_hat, summary.ess / _JUDGED_DRAWS, summary.log_evidence))
+        except (ValueError, RuntimeError):
+            failed += 1
+        else:
+            summary = judge(log_weights)
+            found.append((summary.k_hat, summary.ess / _JUDGED_DRAWS, summary.log_evidence))
         if time.monotonic() > clock.deadline():
             break
-    return found
+    return found + failed * [(math.inf, 0.0, -math.inf)] if found else []
 
 
 @torch.no_grad()
@@ -252,6 +258,8 @@ def truncated(
     there = tries = 0
     size = max(count, _REGION_DRAWS)
     while there < count and tries < _MOST_TRIES * count:
+        if there and time.monotonic() > deadline:
+            break
         latents = simulator.prior(size)
         inside = is_inside(posteriors, pack(latents))
         kept.append({name: value[inside] for name, value in latents.items()})
@@ -279,3 +287,33 @@ def region(posterior: InterpolantDistribution) -> Region:
     """Return a posterior, and the density on the edge of the region that holds its mass."""
     log_q = posterior.log_prob(posterior.sample((_REGION_DRAWS,)))
     return posterior, float(log_q.quantile(_OUTSIDE))
+
+
+def tell_of_fewer(there: int, count: int, simulator: Simulator) -> None:
+    """Warn where half of the time was not enough for all simulations, and say what would be."""
+    if there == count:
+        return
+    remedy = "Give a longer max_seconds"
+    if simulator.batching == "loop":
+        remedy = (
+            f"The model cannot be drawn from many times at once. {TO_BATCH}; or use more "
+            "processes, AmortizedInterpolant(model, num_workers=...), or a longer max_seconds"
+        )
+    warn_user(f"half of the time was enough for {there:,} of {count:,} simulations. {remedy}")
+
+
+def check_posterior(
+    posterior: ConditionalJointInterpolantDistribution,
+    sites: LatentSites,
+    shapes: Mapping[str, torch.Size],
+) -> None:
+    """Raise a ValueError unless a posterior is one of these sites given these data."""
+    own = {name: shape for name, (shape, _) in posterior.sites.items()}
+    size = sum(shape.numel() for shape in shapes.values())
+    if list(own.items()) != list(sites.shapes.items()):
+        raise ValueError(f"expected a posterior of the sites {sites.shapes}, got one of {own}")
+    if posterior.transform.flow.context_dim != size:
+        raise ValueError(
+            f"expected a posterior given {size} numbers, those of {dict(shapes)}, got one given "
+            f"{posterior.transform.flow.context_dim}"
+        )

@@ -33,19 +33,28 @@ from .amortization import (
     JUDGED_ROWS,
     AmortizedResult,
     Region,
+    check_posterior,
     is_inside,
     likely_point_of,
     region,
     sentence,
+    tell_of_fewer,
     truncated,
     verdict_on,
 )
-from .autoguide import AutoInterpolant, GuideResult, judged
-from .importance_sampling import are_raw_draws_good
-from .log_density import TO_BATCH, LogJoint
+from .autoguide import AutoInterpolant, GuideResult
+from .log_density import known_log_joint
 from .simulated_batches import SimulatedBatches
-from .simulation import Simulations, Simulator, Source, is_sampled
-from .sites import LatentSites, Model, Site, unwrapped_model
+from .simulation import (
+    Simulations,
+    Simulator,
+    Source,
+    check_rows_count,
+    example_of,
+    is_alike,
+    is_sampled,
+)
+from .sites import LatentSites, Model, Nodes, Site, unwrapped_model
 
 _SIMULATIONS = 10_000
 _TRAINING_SHARE = 0.9  # of the time, for simulations and training; the rest: the verdict
@@ -127,6 +136,7 @@ class AmortizedInterpolant(AutoInterpolant):
 
     transform: ConditionalInterpolantTransform  # type: ignore[assignment]
     _posterior: ConditionalJointInterpolantDistribution | None = None
+    _example: dict[str, Tensor] | None = None  # of a simulation of the model that was trained with
 
     def __init__(
         self,
@@ -162,7 +172,7 @@ class AmortizedInterpolant(AutoInterpolant):
             )
             transform = ConditionalInterpolantTransform(velocity).to(loc)
             posterior = ConditionalJointInterpolantDistribution(transform, sites=sites.sites)
-        _check_posterior(posterior, sites, self.shapes)
+        check_posterior(posterior, sites, self.shapes)
         self.transform, self._posterior = posterior.transform, posterior
         self.transform.eval()  # dropout is for the regression: SVI and draws do without
         del self._given  # the embedding is a part of the flow
@@ -277,7 +287,8 @@ class AmortizedInterpolant(AutoInterpolant):
         """Return the data at the observed sites of a run of the model."""
         with torch.no_grad(), poutine.block():
             trace = poutine.trace(unwrapped_model(self.model)).get_trace(*args, **kwargs)
-        nodes: dict[str, Site] = dict(trace.nodes)  # type: ignore[arg-type]
+        nodes: Nodes = dict(trace.nodes)  # type: ignore[arg-type]
+        check_rows_count(nodes)
         latents = LatentSites(self).shapes
         drawn = [name for name, n in nodes.items() if is_sampled(n) and not n["is_observed"]]
         missing = [name for name in drawn if name not in latents]
@@ -288,12 +299,29 @@ class AmortizedInterpolant(AutoInterpolant):
                 "them in the arguments, guide(y), condition the model on them, or use "
                 "guide.condition(y=y)"
             )
+        self._check_arguments(nodes, *args, **kwargs)
         found = {}
         for name in self.observed:
             value, fn = nodes[name]["value"], nodes[name]["fn"]
             is_short = value.dim() < len(self.shapes[name])  # of an observation that broadcasts
             found[name] = value.expand(fn.batch_shape + fn.event_shape) if is_short else value
         return found
+
+    def _check_arguments(self, nodes: Nodes, *args: object, **kwargs: object) -> None:
+        """Warn where the arguments make other simulations than those the guide learned from.
+
+        Observed sites that are deterministic may hold any of the arguments: then nobody knows.
+        """
+        if self._example is None or not all(is_sampled(nodes[name]) for name in self.observed):
+            return
+        example = example_of(functools.partial(unwrapped_model(self.model), *args, **kwargs))
+        if not is_alike(example, self._example):
+            warn_user(
+                "the arguments of the model make other simulations than those of its training: "
+                "the guide knows the data at its observed sites alone, and its posterior is that "
+                "of the model it was trained with. Let the model draw what changes, and observe "
+                "it too, by a deterministic site: AmortizedInterpolant(model, ('y', 'x'))"
+            )
 
     @torch.no_grad()
     def calibration(
@@ -342,6 +370,9 @@ class AmortizedInterpolant(AutoInterpolant):
                 "of simulations made elsewhere, from_samples(latents, context=data, ...) learns "
                 "what guide.posterior holds"
             )
+        first, second = (example_of(sites.model) for _ in range(2))
+        # Alike, unless the model draws numbers that are not torch's.
+        self._example = first if is_alike(first, second) else None
         count: Any = _SIMULATIONS if source.simulations is None else source.simulations
         rounds, seed = source.rounds, settings["seed"]
         check_ranges(("rounds >= 1, a whole number", rounds >= 1 and rounds % 1 == 0, rounds))
@@ -360,7 +391,7 @@ class AmortizedInterpolant(AutoInterpolant):
         with seeded(seed):
             simulator = Simulator(sites, self.observed, self.num_workers)
             found = simulator(count, deadline=clock.moment(share))
-            _tell_of_fewer(len(found.log_prior) + found.improper, count, simulator)
+            tell_of_fewer(len(found.log_prior) + found.improper, count, simulator)
             late = clock.moment(share + _JUDGING)
             fresh = simulator(JUDGED_ROWS, deadline=late) if rounds == 1 else found
         training = self._regress(found, clock, 1 / rounds, settings)
@@ -427,13 +458,12 @@ class AmortizedInterpolant(AutoInterpolant):
                 regions.append(region(ended.condition(known)))
                 late = clock.moment((i + _SIMULATING) / source.rounds)
                 new = truncated(simulator, regions, count, self.posterior.pack, late)
+            tell_of_fewer(len(new.log_prior) + new.improper, count, simulator)
             inside = is_inside(regions, self.posterior.pack(found.latents))
             found = Simulations.joined([found.take(inside), new])
             training = self._regress(found, clock, (i + 1) / source.rounds, settings)
         posterior = self.posterior.condition(known)
-        summary, draws, verdict = judged(posterior, LogJoint(sites), clock, seed)
-        self.poor = None if are_raw_draws_good(summary, draws) else verdict
-        return GuideResult(*summary, draws, verdict, clock.spent(), training)
+        return self._judged(posterior, known_log_joint(sites), clock, seed, training)
 
     def _regress(
         self, found: Simulations, clock: Clock, share: float, settings: dict[str, Any]
@@ -464,33 +494,3 @@ def _init(observed: tuple[str, ...], init: Callable[..., Tensor], site: Site) ->
 def _hides(observed: tuple[str, ...], msg: Message) -> bool:
     """Return whether a site is not latent: where the model is run without data, too."""
     return prototype_hide_fn(msg) or msg["name"] in observed
-
-
-def _tell_of_fewer(there: int, count: int, simulator: Simulator) -> None:
-    """Warn where half of the time was not enough for all simulations, and say what would be."""
-    if there == count:
-        return
-    remedy = "Give a longer max_seconds"
-    if simulator.batching == "loop":
-        remedy = (
-            f"The model cannot be drawn from many times at once. {TO_BATCH}; or use more "
-            "processes, AmortizedInterpolant(model, num_workers=...), or a longer max_seconds"
-        )
-    warn_user(f"half of the time was enough for {there:,} of {count:,} simulations. {remedy}")
-
-
-def _check_posterior(
-    posterior: ConditionalJointInterpolantDistribution,
-    sites: LatentSites,
-    shapes: Mapping[str, torch.Size],
-) -> None:
-    """Raise a ValueError unless a posterior is one of these sites given these data."""
-    own = {name: shape for name, (shape, _) in posterior.sites.items()}
-    size = sum(shape.numel() for shape in shapes.values())
-    if list(own.items()) != list(sites.shapes.items()):
-        raise ValueError(f"expected a posterior of the sites {sites.shapes}, got one of {own}")
-    if posterior.transform.flow.context_dim != size:
-        raise ValueError(
-            f"expected a posterior given {size} numbers, those of {dict(shapes)}, got one given "
-            f"{posterior.transform.flow.context_dim}"
-        )

@@ -32,7 +32,7 @@ from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
 from .amortization import AmortizedResult
 from .importance_sampling import are_raw_draws_good, importance_of, verdict_with_warning
-from .log_density import LogJoint, prior_draws
+from .log_density import LogJoint, known_log_joint, prior_draws
 from .simulation import Source
 from .sites import (
     Imaged,
@@ -282,7 +282,7 @@ class AutoInterpolant(AutoContinuous):
                 f"{type(self).__name__}, which learns one posterior"
             )
         rows = None if source.samples is None else sites.pack(source.samples)
-        density = None if rows is None else _known_log_joint(sites)
+        density = None if rows is None else known_log_joint(sites)
         posterior, seed = InterpolantDistribution(self.transform), settings["seed"]
 
         def within(share: float) -> dict[str, Any]:
@@ -300,9 +300,20 @@ class AutoInterpolant(AutoContinuous):
             rows = rows.to(self.transform.flow.loc)
             with trainable(self.transform):
                 training = fit(posterior, rows, **within(_SAMPLES_SHARE))
+        posterior = InterpolantDistribution(self.transform)  # fit may have set another base
+        return self._judged(posterior, density, clock, seed, training)
+
+    def _judged(
+        self,
+        posterior: InterpolantDistribution,
+        density: LogJoint | None,
+        clock: Clock,
+        seed: int | None,
+        training: FitResult | RoundsResult,
+    ) -> "GuideResult":
+        """Return what training gave, judged where there is a density."""
         summary, count, verdict = ImportanceSummary(*[math.nan] * 4), 0, _UNKNOWN
         if density is not None:
-            posterior = InterpolantDistribution(self.transform)  # fit may have set another base
             summary, count, verdict = judged(posterior, density, clock, seed)
             self.poor = None if are_raw_draws_good(summary, count) else verdict
         return GuideResult(*summary, count, verdict, clock.spent(), training)
@@ -484,12 +495,3 @@ def judged(
         _, log_weights = importance_of(posterior, density, count)
     summary = judge(log_weights)
     return summary, count, verdict_with_warning(summary, count)
-
-
-def _known_log_joint(sites: LatentSites) -> LogJoint | None:
-    """Return the log joint density, or None, with a warning, where it cannot be evaluated."""
-    try:
-        return LogJoint(sites)
-    except ValueError as error:
-        warn_user(f"the guide will not be judged by importance weights: {error}")
-        return None

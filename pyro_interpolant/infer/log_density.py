@@ -3,22 +3,32 @@ r"""The log joint density of a model, :math:`\log p(x(z), y) + \log |dx / dz|`, 
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Literal, cast, get_args
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
-from pyro.poutine.runtime import Message
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
-from .._torch import seeded
-from .sites import LatentSites, Model, Site, Substitute, init_to_support, unchecked
+from .._torch import seeded, warn_user
+from .sites import (
+    LatentSites,
+    Model,
+    Nodes,
+    Site,
+    Substitute,
+    init_to_support,
+    is_subsample,
+    subsampling_plates,
+    unchecked,
+)
+from .validity import innermost, is_valid
 
 _PROBES = 3  # draws on which a batched evaluation is compared with single ones
 _NUMBERS_AT_ONCE = 2**22  # of all sites and their log densities together, evaluated in one go
@@ -29,7 +39,6 @@ TO_BATCH = (  # what makes a model one of many draws at once
     ".item(), in-place writes and branches on latent values"
 )
 Evaluate = Callable[[Tensor], Tensor]
-Nodes = dict[str, Site]
 
 
 class LogJoint:
@@ -95,7 +104,7 @@ class LogJoint:
         """Return the log density, shape ``(N,)``, of z, ``(N, D)``, in an outermost plate."""
         values, total = self.sites.constrain(z.reshape(len(z), *(1,) * self.nesting, -1))
         for site in _scored(self.trace(values, len(z))):
-            log_prob = site["log_prob"]
+            log_prob = _where_valid(site, self.sites.shapes)
             if log_prob.dim() > self.nesting + 1:
                 raise ValueError(f"site {site['name']!r} has a shape that the plate does not know")
             if log_prob.dim() <= self.nesting:  # not a function of z
@@ -107,7 +116,7 @@ class LogJoint:
         """Return the log density, a scalar, of one vector, shape ``(D,)``."""
         values, total = self.sites.constrain(z)
         for site in _scored(self.trace(values)):
-            total = total + site["log_prob"].sum()
+            total = total + _where_valid(site, self.sites.shapes).sum()
         return total
 
     def one_by_one(self, z: Tensor) -> Tensor:
@@ -175,6 +184,15 @@ def log_joint(target: AutoContinuous | Model, *args: object, **kwargs: object) -
             )
         target = AutoContinuous(target, init_loc_fn=init_to_support)
     return LogJoint(LatentSites(target, *args, **kwargs))
+
+
+def known_log_joint(sites: LatentSites) -> LogJoint | None:
+    """Return the log joint density, or None, with a warning, where it cannot be evaluated."""
+    try:
+        return LogJoint(sites)
+    except (ValueError, NotImplementedError) as error:
+        warn_user(f"the guide will not be judged by importance weights: {error}")
+        return None
 
 
 class _NotPositiveDefinite(TorchFunctionMode):
@@ -260,12 +278,7 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
     """Return the sites at z, shape ``(D,)``, of a model whose log density is a function of z."""
     values, _ = density.sites.constrain(z)
     trace = density.trace(values)
-    plates = [
-        name
-        for name, site in trace.items()
-        if site["type"] == "sample" and _is_subsample(site)
-        and (site["fn"].subsample_size or site["fn"].size) < site["fn"].size
-    ]  # fmt: skip
+    plates = subsampling_plates(trace)
     if plates:
         raise ValueError(
             f"expected a log density without noise, got plates {plates} that subsample: call with "
@@ -279,6 +292,13 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
             f"{sorted(extra)} besides and without {sorted(missing)}"
         )
     for name, _, real in density.sites.split(z):
+        if isinstance(innermost(trace[name]["fn"]), (dist.VonMises, dist.SineBivariateVonMises)):
+            raise ValueError(
+                f"expected latent sites with a density on real numbers, got the angle {name!r}, "
+                f"whose density repeats with each turn: write it as "
+                "pyro.sample(name, dist.Uniform(-pi, pi)) with its density as a pyro.factor, or "
+                "as a direction by ProjectedNormalReparam"
+            )
         now = biject_to(trace[name]["fn"].support)(real)
         if not torch.allclose(now, values[name], rtol=1e-4):
             raise ValueError(
@@ -288,15 +308,21 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
     return trace
 
 
-def _is_subsample(site: Site) -> bool:
-    """Return whether a site draws the indices of a plate."""
-    return site_is_subsample(cast("Message", site))
+def _where_valid(site: Site, latents: Collection[str]) -> Tensor:
+    """Return a site's log density, shape ``(*)``, ``-inf`` where it is that of nothing."""
+    value = None if site["name"] in latents else site["value"]  # those come from the support
+    valid, mask, log_prob = is_valid(site["fn"], value), site["mask"], site["log_prob"]
+    if valid is None or mask is False:
+        return log_prob
+    if isinstance(mask, Tensor):
+        valid = valid | ~mask
+    return torch.where(valid, log_prob, -math.inf)
 
 
 def _scored(trace: Nodes) -> Iterator[Site]:
     """Yield the sites of a trace that carry a log density."""
     for site in trace.values():
-        if site["type"] == "sample" and not _is_subsample(site):
+        if site["type"] == "sample" and not is_subsample(site):
             if not site["infer"].get("_deterministic"):
                 yield site
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from ..distributions.constraints import as_tensor
-from ..training.streaming import check_again, row_keys
+from ..training.rows import Rows
+from ..training.streaming import check_again
+from ..training.survey import keys_of
 from .amortization import JUDGED_ROWS, Pack
 from .simulation import Simulations, Simulator
 
@@ -58,7 +60,7 @@ class SimulatedBatches:
             )
         held = Simulations.joined(first).take(torch.arange(min(JUDGED_ROWS, total // _HELD_SHARE)))
         self.held = held._replace(log_prior=simulator.log_prior(held.latents))
-        self._held_keys = row_keys(pack(held)[0])
+        self._held_keys = keys_of(Rows(*pack(held)))  # latents may repeat, with other data
 
     def __len__(self) -> int:
         """Return the number of batches, if they know it."""
@@ -68,7 +70,7 @@ class SimulatedBatches:
         """Yield rows, ``(B, D)``, and contexts, ``(B, C)``, of those that are not held out."""
         for found in self._finite():
             rows, context = self.pack(found)
-            new = ~torch.isin(row_keys(rows), self._held_keys)
+            new = ~torch.isin(keys_of(Rows(rows, context)), self._held_keys)
             if bool(new.any()):
                 yield rows[new], context[new]
 
@@ -82,7 +84,8 @@ class SimulatedBatches:
                 raise type(error)(f"in batch {number}, counted from 0: {error}") from error
             count, improper = count + len(found.log_prior), improper + found.improper
             self.count, self.improper = max(self.count, count), max(self.improper, improper)
-            yield found
+            if len(found.log_prior):
+                yield found
 
     def _checked(self, batch: Any) -> Simulations:
         """Return the finite simulations of a batch; their prior's density is left at 0."""
@@ -104,8 +107,10 @@ class SimulatedBatches:
         if len(set(sizes.values())) != 1:
             raise ValueError(f"expected one value per simulation at each site, got {sizes}")
         count = next(iter(sizes.values()))
-        finite = [values[name].reshape(count, -1).isfinite().all(1) for name in self.names]
-        good = torch.stack(finite).all(0)
         own = {name: latents[name] for name in self.simulator.latents}
-        found = Simulations(own, data, torch.zeros(count), 0).take(good)
-        return found._replace(improper=count - int(good.sum()))
+        found = Simulations(own, data, torch.zeros(count), 0)
+        if count == 0:
+            return found
+        proper = self.simulator.proper(found)
+        good = torch.stack([proper[name] for name in self.names]).all(0)
+        return found.take(good)._replace(improper=count - int(good.sum()))

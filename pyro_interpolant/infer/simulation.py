@@ -7,24 +7,26 @@ processes if asked.
 
 import contextlib
 import math
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .._torch import warn_user
+from .._torch import is_functorch_tensor, seeded, warn_user
+from ..distributions.supports import BijectiveSupport
 from ..training.loop import check_ranges
-from .sites import LatentSites, Site, unchecked
+from .sites import LatentSites, Model, Nodes, Site, is_subsample, subsampling_plates, unchecked
 from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
@@ -32,7 +34,6 @@ _NUMBERS_AT_ONCE = 2**22  # of all sites together, simulated in one run
 _CALL = 16  # simulations, one by one, in one call, whatever the number of processes
 
 Batching = Literal["plate", "vmap", "loop"]
-Nodes = dict[str, Site]
 
 
 class Source(NamedTuple):
@@ -101,6 +102,7 @@ class Simulator:
 
     def __init__(self, sites: LatentSites, observed: Sequence[str], num_workers: int = 0) -> None:
         self.latents, self.num_workers = sites.shapes, num_workers
+        self.supports = {name: support for name, (_, support) in sites.sites.items()}
         self.model = sites.model
         try:
             nodes = self._run()
@@ -110,6 +112,7 @@ class Simulator:
                 f"({error}): give improper priors a proper one"
             ) from error
         _check_names(nodes, self.latents, observed)
+        check_rows_count(nodes)
         sampled = [k for k, n in nodes.items() if is_sampled(n) and k not in self.latents]
         names = list(dict.fromkeys([*sampled, *observed]))
         self.sampled = [*self.latents, *sampled]
@@ -155,35 +158,53 @@ class Simulator:
                 break
         found = Simulations.joined(parts)
         count = len(found.log_prior)
-        values = {**found.latents, **found.data, "the prior's log density": found.log_prior}
-        finite = {name: v.reshape(count, -1).isfinite().all(1) for name, v in values.items()}
-        good = torch.stack(list(finite.values())).all(0)
+        proper = self.proper(found)
+        good = torch.stack(list(proper.values())).all(0)
         improper = count - int(good.sum())
         if improper == count:
-            bad = [name for name, each in finite.items() if not bool(each.any())]
+            bad = [name for name, each in proper.items() if not bool(each.any())]
             raise ValueError(
                 f"expected finite simulations, got {count:,} with NaN or infinite numbers each, "
-                f"in {bad or list(finite)}: run the model, and see where they come from"
+                f"or latents on the edge of their support, in {bad or list(proper)}: run the "
+                "model, and see where they come from"
             )
         if improper:
             warn_user(
                 f"{improper:,} of {count:,} simulations ({improper / count:.2%}) have numbers "
-                "that are not finite, and are left out: the prior is then that of the others"
+                "that are not finite, or latents on the edge of their support, and are left out: "
+                "the prior is then that of the others"
             )
         return found.take(good)._replace(improper=improper)
 
+    def proper(self, found: Simulations) -> dict[str, Tensor]:
+        """Return, by name, which of N simulations a flow can learn, shape ``(N,)`` each.
+
+        They are finite, and latents are strictly inside their support: rounded draws may lie on
+        its edge, which a bijection takes to infinity.
+        """
+        values = {**found.latents, **found.data, "the prior's log density": found.log_prior}
+        count = len(found.log_prior)
+        good = {name: v.isfinite().reshape(count, -1).all(1) for name, v in values.items()}
+        for name, support in self.supports.items():
+            value = values[name].reshape(*values[name].shape, *(1,) * (values[name].dim() == 1))
+            inside = BijectiveSupport(support).strictly_inside(value)  # of events, none of them ()
+            good[name] = good[name] & inside.reshape(count, -1).all(1)
+        return good
+
     def _best(self) -> Batching:
         """Return the first way of many simulations in one run that works and is right."""
-        ways: tuple[Batching, ...] = ("plate", "vmap")
-        for batching in ways:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")  # of attempts that may come to nothing
-                try:
-                    found = self._drawn(_PROBES, batching)
-                    if batching == "vmap" or self._agrees(found):
-                        return batching
-                except Exception:  # noqa: S112  # whatever a model does with shapes
-                    continue
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of attempts that may come to nothing
+            with contextlib.suppress(Exception):  # whatever a model does with shapes
+                if self._agrees(self._drawn(_PROBES, "plate")):
+                    return "plate"
+            with contextlib.suppress(Exception):
+                before = _other_generators()
+                found = self._drawn(_PROBES, "vmap")
+                # Numbers that are not torch's are drawn once for all lanes.
+                lanes = _other_generators() == before
+                if lanes and bool(torch.stack(list(self.proper(found).values())).all(0).any()):
+                    return "vmap"
         return "loop"
 
     def _agrees(self, found: Simulations) -> bool:
@@ -194,6 +215,8 @@ class Simulator:
         for i in range(_PROBES):
             own = self._run(None, {name: values[name][i] for name in self.sampled})
             alone = self._log_probs(own, self.sampled)
+            if not bool(alone.isfinite().all()):  # of a simulator's own noise: they tell nothing
+                return False
             if not torch.allclose(alone, together[:, i], rtol=1e-4, atol=1e-4):
                 return False
             for name in self.shapes:  # deterministic ones, too
@@ -205,9 +228,10 @@ class Simulator:
         """Return draws of the latents alone, each ``(N, *site_shape)``: no data are simulated.
 
         Args:
-            count: How many, N.
+            count: How many, of which those N that are proper are returned.
         """
-        return self._drawn(count, self.batching, {}, latents_alone=True).latents
+        found = self._drawn(count, self.batching, {}, latents_alone=True)
+        return found.take(torch.stack(list(self.proper(found).values())).all(0)).latents
 
     def log_prior(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Return the log density of latents, each ``(N, *site_shape)`` on its support, ``(N,)``.
@@ -233,18 +257,20 @@ class Simulator:
             nodes = self._run(count, given, latents_alone=latents_alone)
             return self._collected(nodes, count, latents_alone=latents_alone)
 
-        def single(lane: Tensor, values: dict[str, Tensor]) -> tuple[Any, ...]:
-            with _DrawnInLanes(lane):
-                nodes = self._run(None, values, latents_alone=latents_alone)
-                return self._collected(nodes, latents_alone=latents_alone)[:3]
+        def single(values: dict[str, Tensor]) -> tuple[Any, ...]:
+            nodes = self._run(None, values, latents_alone=latents_alone)
+            return self._collected(nodes, latents_alone=latents_alone)[:3]
 
-        lanes = torch.zeros(count)
+        def in_lane(lane: Tensor, values: dict[str, Tensor]) -> tuple[Any, ...]:
+            with _DrawnInLanes(lane):
+                return single(values)
+
         if batching == "vmap":
             with unchecked():
-                together = torch.func.vmap(single, randomness="different")
-                latents, data, log_prior = together(lanes, given)
+                together = torch.func.vmap(in_lane, randomness="different")
+                latents, data, log_prior = together(torch.zeros(count), given)
             return Simulations(latents, data, log_prior, 0)
-        parts = [single(lanes[i], {k: v[i] for k, v in given.items()}) for i in range(count)]
+        parts = [single({k: v[i] for k, v in given.items()}) for i in range(count)]
         latents, data = (
             {name: torch.stack([part[i][name] for part in parts]) for name in parts[0][i]}
             for i in (0, 1)
@@ -351,6 +377,9 @@ class _Stop(Messenger):
 class _DrawnInLanes(TorchFunctionMode):
     """Draw random numbers in place for every lane of a vmap, also into tensors without lanes.
 
+    What is drawn is what the call returns: a tensor without lanes cannot hold it, and is filled
+    with NaN, so that whoever reads it there gives no proper simulation.
+
     Args:
         lane: A scalar that is another in each lane.
     """
@@ -368,14 +397,90 @@ class _DrawnInLanes(TorchFunctionMode):
     ) -> Tensor:
         """Call a function of torch, one that draws in place on a copy with lanes."""
         if func in _IN_PLACE:
-            into = torch.zeros_like(args[0]) + self.lane.to(args[0])
-            return func(into, *args[1:], **(kwargs or {}))
+            tensor, *others = args
+            if is_functorch_tensor(tensor):
+                return func(*args, **(kwargs or {}))
+            if not tensor.is_floating_point():
+                raise TypeError(f"expected to draw into floating numbers, got {tensor.dtype}")
+            into = torch.zeros_like(tensor) + self.lane.to(tensor)
+            tensor.fill_(math.nan)
+            return func(into, *others, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _other_generators() -> tuple[Any, ...]:
+    """Return the states of the generators of ``random`` and numpy."""
+    own: Any = np.random.get_state()  # noqa: NPY002  # whichever a model draws from
+    name, keys, *rest = own
+    return random.getstate(), name, bytes(keys), *rest
+
+
+def check_rows_count(nodes: Nodes) -> None:
+    """Raise a ValueError unless each row of a run counts, and once: a flow given data sees all.
+
+    Args:
+        nodes: The sites of a run of the model.
+    """
+    plates = subsampling_plates(nodes)
+    if plates:
+        raise ValueError(
+            f"expected a model that sees all its data, got plates {plates} that subsample: the "
+            "posterior given some rows is another one"
+        )
+    masked = [name for name, node in nodes.items() if is_sampled(node) and _is_masked(node)]
+    if masked:
+        raise ValueError(
+            f"expected sites without a mask, got {masked} with rows masked out, which a guide "
+            "given the data would take for seen: let a deterministic site hold the data, with "
+            "zeros where there are none, and the mask beside them, and observe that"
+        )
+    scaled = [
+        name
+        for name, node in nodes.items()
+        if is_sampled(node) and bool((torch.as_tensor(node["scale"]) != 1).any())
+    ]
+    if scaled:
+        raise ValueError(
+            f"expected sites that count once, got {scaled} scaled, which simulations do not show: "
+            "write the model without poutine.scale"
+        )
+
+
+def _is_masked(node: Site) -> bool:
+    """Return whether rows of a site are masked out, in the model or in its distribution."""
+    masks, fn = [node["mask"]], node["fn"]
+    while fn is not None:
+        masks.append(getattr(fn, "_mask", None))
+        fn = getattr(fn, "base_dist", None)
+    return any(mask is not None and not bool(torch.as_tensor(mask).all()) for mask in masks)
+
+
+def example_of(model: Model) -> dict[str, Tensor]:
+    """Return the sampled sites of one simulation of a model, its data too, always of one seed."""
+    with seeded(0), poutine.block(), poutine.trace() as tracer, _Unobserved():
+        model()
+    nodes = cast("Nodes", tracer.trace.nodes)
+    return {name: node["value"] for name, node in nodes.items() if is_sampled(node)}
+
+
+def is_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Return whether sites of two simulations, by name, have the same values.
+
+    In another type, such as the default one, draws of a seed are others: nobody knows. Plates may
+    be in other places: outer ones push them to the left.
+    """
+
+    def agree(a: Tensor, b: Tensor) -> bool:
+        if a.dtype != b.dtype:
+            return True
+        return a.numel() == b.numel() and torch.allclose(a.flatten(), b.flatten(), equal_nan=True)
+
+    return one.keys() == other.keys() and all(agree(v, other[k]) for k, v in one.items())
 
 
 def is_sampled(node: Site) -> bool:
     """Return whether a node of a trace is a sample, and not of a plate's indices."""
-    sampled = node["type"] == "sample" and not site_is_subsample(cast("Message", node))
+    sampled = node["type"] == "sample" and not is_subsample(node)
     return sampled and not node["infer"].get("_deterministic")
 
 
@@ -384,9 +489,7 @@ def _check_names(nodes: Nodes, latents: Mapping[str, object], observed: Sequence
     there = [
         name
         for name, node in nodes.items()
-        if node["type"] == "sample"
-        and not site_is_subsample(cast("Message", node))
-        and name not in latents
+        if node["type"] == "sample" and not is_subsample(node) and name not in latents
     ]
     missing = [name for name in observed if name not in there]
     if missing:

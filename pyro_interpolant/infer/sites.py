@@ -8,7 +8,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -19,12 +19,14 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, register_kl
 
 from ..distributions.joint import pack, unpack
 
 Site = dict[str, Any]  # a site of a trace, Pyro's message
+Nodes = dict[str, Site]
 Model = Callable[..., Any]
 
 
@@ -123,6 +125,21 @@ def unchecked() -> Iterator[None]:
     with pyro.validation_enabled(is_validate=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def is_subsample(site: Site) -> bool:
+    """Return whether a site draws the indices of a plate."""
+    return site_is_subsample(cast("Message", site))
+
+
+def subsampling_plates(nodes: Nodes) -> list[str]:
+    """Return the names of a trace's plates that hold fewer rows than there are."""
+    return [
+        name
+        for name, site in nodes.items()
+        if site["type"] == "sample" and is_subsample(site)
+        and (site["fn"].subsample_size or site["fn"].size) < site["fn"].size
+    ]  # fmt: skip
 
 
 def unwrapped_model(model: Model) -> Model:

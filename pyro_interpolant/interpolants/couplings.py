@@ -3,7 +3,8 @@ r"""Couplings: which base draw is paired with which row of a batch of data.
 A coupling is a function :math:`(x_0, x_1) \mapsto x_{0,\pi}` that reorders the base draws of a
 batch; training then regresses on paths from :math:`x_{0,\pi(i)}` to :math:`x_{1,i}`. Independent
 pairs, :math:`\pi = 1`, are the product coupling of the paper; those of the smallest total squared
-distance make paths straighter.
+distance make paths straighter. Where contexts are labels of classes, training gives a coupling the
+rows of one label at a time.
 """
 
 import torch

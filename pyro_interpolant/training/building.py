@@ -131,7 +131,7 @@ def from_samples(
             )
         conditional = bool(getattr(network, "classes", 0))
         with seeded(seed):
-            rows = first_rows(x)
+            rows = first_rows(x, of_scalars=event_shape is not None and not len(event_shape))
     else:
         given = fit_options.get("weights"), x, fit_options.get("pairs"), context
         rows, pairs, context, weights = drop_zero_weights(*given)
@@ -188,7 +188,8 @@ def _unnamed(
         rows = as_tensor(rows, "x")
     if event_shape is None and getattr(rows, "ndim", None) == 1:
         event_shape = ()
-        support = constraints.real if support is constraints.real_vector else support
+    if event_shape is not None and not len(event_shape) and support is constraints.real_vector:
+        support = constraints.real
     if event_shape is None and are_images(rows):
         event_shape = tuple(rows.shape[1:])
     constraint = shaped(support, event_shape)

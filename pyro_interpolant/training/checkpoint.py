@@ -124,6 +124,19 @@ def open_checkpoint(
     return checkpoint
 
 
+def buffers_of(flow: Flow) -> dict[str, Tensor]:
+    """Return what a flow keeps beside its weights, of any shapes: the whitening above all."""
+    return {f"buffer.{name}": value for name, value in flow.named_buffers()}
+
+
+def restore_buffers(flow: Flow, state: Checkpoint | None) -> None:
+    """Take back what a flow kept beside its weights, which belong to it, where a run goes on."""
+    kept = {} if state is None or state.tensors is None else state.tensors
+    for name, value in buffers_of(flow).items():
+        if name in kept:  # states of version 0.1.0 have none, and are those of tables
+            value.copy_(kept[name])
+
+
 def _identity(flow: Flow, base: object, coupling: object, *given: object) -> list[Any]:
     """Return what tells a run of this flow from one of another."""
     base = None if isinstance(base, Samples) else base  # set by an earlier call

@@ -24,6 +24,7 @@ from .image_rows import (
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
 from .rows import Rows, search_weights
+from .survey import Surveyed
 
 DataLike = RowsLike | Iterable[Any]  # or batches: of rows, of (rows, contexts), with weights
 HeldOut = RowsLike | tuple[RowsLike, ArrayLike] | None  # a share, rows, or rows and contexts
@@ -43,7 +44,8 @@ class Split(NamedTuple):
             a stream.
         size: Rows per batch and coupling.
         mean_weight: The mean weight of a row of a stream.
-        batches: How many batches of a stream were looked at, or None: all.
+        below: The key below which a row of a stream is held out, or None: rows were given.
+        surveyed: What a first pass over a stream went through.
     """
 
     held: Rows
@@ -51,7 +53,8 @@ class Split(NamedTuple):
     total: float
     size: int
     mean_weight: float = 1.0
-    batches: int | None = None
+    below: int | None = None
+    surveyed: Surveyed | None = None
 
 
 class Table:

@@ -25,7 +25,7 @@ from ..solvers.ode import FixedGrid
 from ..transforms.flow import Flow
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .agreement import warn_if_draws_differ
-from .checkpoint import check_place, open_checkpoint, warn_inexact
+from .checkpoint import Checkpoint, check_place, open_checkpoint, restore_buffers, warn_inexact
 from .clock import Clock
 from .data import DataLike, HeldOut, Split, Table
 from .distributed import Process
@@ -35,7 +35,7 @@ from .objective import TIMES_PER_BATCH, Coupling, Objective
 from .optimization import NonFiniteError
 from .reporting import HeldOutDensity, stage, tell
 from .rows import Rows
-from .streaming import Stream, is_stream, surveyed
+from .streaming import Stream, is_stream
 from .whitening import inliers, set_whitening, wild_rows
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ def fit(
             have: in data coordinates (under a support: unconstrained) where a base is given,
             draws of N(0, I) otherwise.
         base_samples: Samples of the base, shape ``(M, D)``, where no density of it is known: the
-            flow then starts from them, transports and samples, and has no ``log_prob``.
+            flow then starts from them, transports and samples, and has no ``log_prob``. Without,
+            a :class:`~pyro_interpolant.Mirror` starts from the data.
         weights: Non-negative weights of the rows, shape ``(N,)``, or counts, or a mask; batches
             are drawn in their proportion, and rows of weight 0 count as absent.
         flip: Whether each image of a batch is mirrored left to right with a chance of one half,
@@ -149,20 +150,22 @@ def fit(
         weight_decay: AdamW's, which shrinks all weights by this share of the learning rate at each
             step; by default (70 D / N)^2 for N training rows, at most 0.5; none where no first
             pass counts an iterable's rows.
-        validation: The share of rows held out, of an iterable from its first batches; or rows of
-            your own, shape ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
+        validation: The share of rows held out, of an iterable up to 8,192, with all copies of
+            each; or rows of your own, shape ``(M, *event_shape)``; for a conditional flow
+            ``(rows, contexts)``.
         patience: End, after 500 steps at the earliest, where the steps since the best held-out
             loss are more than this percentage of those up to it, and the loss has risen by 2% and
             by 0.005 a column: what is learned no longer holds for rows held out. On a plateau a
             run goes on, for the falling rate improves it yet.
         ema: The decay of the moving average of the weights.
-        coupling: Who is paired with whom in a batch; see
+        coupling: Who is paired with whom in a batch, of classes among the rows of each label; see
             :mod:`~pyro_interpolant.interpolants.couplings`.
         learn: ``"velocity"``; or, once that is trained and the interpolant has a latent term,
             ``"noise"``: :math:`E[z \mid I_t]`, which gives :func:`~pyro_interpolant.score` for any
             base and coupling.
-        whiten: Whether to set the whitening map from the data; False keeps the present one, to
-            train on from weights that know it; a network without any is told of the rows even so.
+        whiten: Whether to set the whitening map from the data, and to forget the noise that an
+            earlier run learned; False keeps the present ones, to train on from weights that know
+            them; a network without any is told of the rows even so.
         tolerance: For :func:`~pyro_interpolant.calibrate`, nats; of images for
             :func:`~pyro_interpolant.diagnostics.calibrate_sampler`, whitened units.
         seed: Makes the run reproducible: same seed, same weights. The global generator is left as
@@ -206,15 +209,14 @@ def fit(
         state = open_checkpoint(checkpoint, checkpoint_every, settings, flow, *parts)
         if state is not None and not (source.exact and process.takes_all_rows()):
             warn_inexact()
-        whole, known = whiten and learn == "velocity", surveyed(state)
+        anew = whiten and learn == "velocity"
         split = source.split(
-            process, batch_size, whole=whole, clock=clock, batches=known, progress=progress
+            process, batch_size, whole=anew, clock=clock, state=state, progress=progress
         )
-        start_from(distribution, base_samples, split)
+        start_from(distribution, base_samples, split, anew=anew)
         if learn == "velocity":
             flow.independent = coupling is independent and pairs is None
-            if whiten or math.isfinite(split.total):
-                set_whitening(distribution, split.kept, keep=not whiten)
+            _tell_of_rows(distribution, split, state, keep=not whiten)
             process.agree(flow.buffers())
         else:
             flow.noise = noise_network(flow)
@@ -319,20 +321,28 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
     return transform.flow
 
 
-def start_from(distribution: AnyDistribution, base_samples: ArrayLike | None, data: Split) -> None:
+def start_from(
+    distribution: AnyDistribution,
+    base_samples: ArrayLike | None,
+    data: Split,
+    *,
+    anew: bool = False,
+) -> None:
     """Let a flow start from samples, where they are given, or from the data of a mirror.
 
     Args:
         distribution: What is trained.
         base_samples: Samples of the base, shape ``(M, D)``, or None.
         data: The data.
+        anew: Whether a mirror leaves the samples that it started from before.
 
     Raises:
         ValueError: If there are samples beside another base, or pairs that are no draws of it.
     """
+    known, is_mirror = distribution.base, isinstance(distribution.transform.interpolant, Mirror)
     if base_samples is not None:
         distribution.set_base_samples(base_samples)
-    elif isinstance(distribution.transform.interpolant, Mirror) and distribution.base is None:
+    elif is_mirror and (known is None or (anew and isinstance(known, Samples))):
         loc = distribution.transform.flow.loc
         parts = [dequantized(part, loc).w for part in (data.kept, data.held)]
         distribution.set_base_samples(torch.cat(parts))
@@ -344,6 +354,26 @@ def start_from(distribution: AnyDistribution, base_samples: ArrayLike | None, da
                 "expected pairs drawn from N(0, I), the base of this distribution, got rows with "
                 "other moments: pass the base they come from, or base_samples=pairs as well"
             )
+
+
+def _tell_of_rows(
+    distribution: AnyDistribution, data: Split, state: Checkpoint | None, *, keep: bool
+) -> None:
+    """Set what a flow is to know of the rows before it is trained on them.
+
+    Args:
+        distribution: The distribution of the flow.
+        data: The rows.
+        state: What the run goes on from, if anything: its weights know the map that they began
+            with, which other rows, drawn anew, would set a little differently.
+        keep: Whether to keep the present map, and the noise that was learned.
+    """
+    flow = distribution.transform.flow
+    if not keep:
+        flow.noise = None
+    if not keep or math.isfinite(data.total):
+        set_whitening(distribution, data.kept, keep=keep)
+    restore_buffers(flow, state)
 
 
 def _finish(

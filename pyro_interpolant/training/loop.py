@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._torch import rng_state, set_rng_state
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, buffers_of
 from .clock import Clock
 from .data import TableBatches
 from .objective import Objective, Points
@@ -407,7 +407,8 @@ class Run:
         weights, counts = self.descent.state()
         best, looks = self.monitor.state()
         rows, place = self.batches.state()
-        tensors = {**weights, **best, **rows, "generator": rng_state()}
+        kept = buffers_of(self.monitor.objective.flow)
+        tensors = {**weights, **best, **rows, **kept, "generator": rng_state()}
         numbers = {
             "run": {"step": self.descent.steps, **{name: getattr(self, name) for name in _PLACE}},
             "seconds": seconds,

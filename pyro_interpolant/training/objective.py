@@ -177,7 +177,8 @@ class Objective(nn.Module):
     Args:
         flow: The flow.
         base: Its base.
-        coupling: Which base draw is paired with which row.
+        coupling: Which base draw is paired with which row; of classes, it is given the rows of one
+            label at a time.
         process: This process, or one of several that share each batch: each draws the times, base
             draws and noise of all, and keeps its own.
         target: Whether the velocity is trained, or the network of the latent noise.
@@ -331,8 +332,23 @@ class Objective(nn.Module):
         for part in torch.arange(len(rows.w), device=rows.w.device).split(size):
             few = rows.take(part)
             x0 = process.share(lambda count: base.sample((count,)), len(part))
-            found.append(self.coupling(x0, few.w, few.context))
+            found.append(self._paired(x0, few))
         return torch.cat(found)
+
+    def _paired(self, x0: Tensor, rows: Rows) -> Tensor:
+        """Return base draws coupled with rows, shape ``(N, D)`` each.
+
+        Labels of classes are no numbers of which some are near: the rows of each are coupled by
+        themselves, so that the draws of a class remain those of the base.
+        """
+        if not self.flow.classes or rows.context is None or self.coupling is independent:
+            return self.coupling(x0, rows.w, rows.context)
+        found = torch.empty_like(x0)
+        for label in rows.context.unique():
+            own = (rows.context[:, 0] == label).nonzero().flatten()
+            few = rows.take(own)
+            found[own] = self.coupling(x0[own], few.w, few.context)
+        return found
 
 
 def _normal(like: Tensor, count: int) -> Tensor:

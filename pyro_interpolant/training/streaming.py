@@ -8,25 +8,29 @@ from typing import Any
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from .._torch import rng_state, set_rng_state
+from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from .checkpoint import Checkpoint, from_json, to_json
 from .clock import Clock
-from .data import HeldOut, Split, checked_weights, drop_zero_weights, held_out_rows, rows_of
+from .data import (
+    HeldOut,
+    Split,
+    checked_weights,
+    drop_zero_weights,
+    held_out_rows,
+    rows_of,
+)
 from .distributed import Process
 from .image_rows import flips
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
 from .rows import Rows
+from .survey import MOST_HELD, Survey, Surveyed, check_rows_came_again, keys_of, surveyed
 
-_SAMPLE_VALUES = 2**23  # kept of a stream for the whitening: 64 MiB in float64
-_MOST_HELD = 8192  # rows held out of a stream
-_MOST_ROWS = 2**17  # of a stream of unknown length, in a first pass: a tenth of them is held out
-_MOST_VALUES = 2**26  # the same in numbers, for rows of many columns
-_SURVEY_SHARE = 0.1  # of the time, for the first pass
-_ROWS_PER_COLUMN = 20  # that a whitening needs, however short the time
 _MOST_EMPTY = 2**17  # batches in a row without rows to train on
 _LEAST_ROWS = 64  # per step, of loaders that give fewer at once
 _ROW_MULTIPLE = 64  # batches are cut to whole multiples of so many rows
@@ -51,8 +55,7 @@ class Stream:
         data: What gives the batches, again each time it is gone through: rows, shape
             ``(B, *event_shape)``; for a conditional flow ``(rows, contexts)``; with a last part of
             shape ``(B,)`` as weights.
-        validation: The share held out, from the first batches, or rows of the user's own, with
-            contexts or without.
+        validation: The share held out, or rows of the user's own, with contexts or without.
         flip: Whether images of a batch are mirrored by chance.
         **given: What goes with a table alone; None here.
 
@@ -115,7 +118,7 @@ class Stream:
                 f"expected {wanted}, and weights or not, got {len(parts)} parts of types "
                 f"{', '.join(type(p).__name__ for p in parts)}"
             )
-        weights = parts[self.parts] if len(parts) > self.parts else None
+        weights = _part_of_weights(parts[self.parts]) if len(parts) > self.parts else None
         context = parts[1] if self.parts == 2 else None
         data, context, weights = drop_zero_weights(weights, parts[0], context, part=True)
         if weights is not None and len(weights) == 0:
@@ -135,41 +138,53 @@ class Stream:
         *,
         whole: bool = True,
         clock: Clock | None = None,
-        batches: float | None = None,
+        state: Checkpoint | None = None,
         progress: bool = False,
     ) -> Split:
-        """Go through the stream once, or as far as needed, and hold out rows of its first batches.
+        """Go through the stream once, or as far as needed, and hold out a share of its rows.
+
+        Which rows is a function of the rows: those of the lowest keys, with all copies of each.
 
         Args:
             process: This process, or one of several with batches of their own.
             batch_size: Rows per step and process, or None for those of the first batch.
             whole: Whether moments are wanted, and so all of it, as far as it has an end.
             clock: What tells how much time there is.
-            batches: How many batches to look at, where an earlier process decided it.
+            state: What the run goes on from: as many batches are looked at as then.
             progress: Whether to show a bar.
 
         Raises:
-            ValueError: If it has no batches, or too few rows, or the batch size is below 1.
+            ValueError: If it has no batches, or too few rows, or the batch size is below 1; or if
+                the state is of a run on other rows.
+
+        Warns:
+            UserWarning: If the state may be of a run on other rows.
         """
         if batch_size is not None and (batch_size < 1 or batch_size != int(batch_size)):
             raise ValueError(f"expected batch_size >= 1, a whole number, got {batch_size}")
-        survey = self._survey(clock or Clock(None), batches, whole=whole, progress=progress)
+        before = surveyed(state)
+        survey = self._survey(clock or Clock(None), before, whole=whole, progress=progress)
         if survey.total < 2:
             raise ValueError(
                 f"expected batches of rows, got an iterable with {survey.total} rows in all"
             )
-        sample, held, effective = Rows.joined(survey.kept), self.given, survey.effective()
+        outcome = process.agreed(survey.outcome())
+        if before is not None and state is not None:
+            check_rows_came_again(outcome, before, state)
+        sample, keys = survey.sample()
+        held, effective = self.given, survey.effective()
+        below: int | None = None
         warn_if_rounded(sample.w)
         if not survey.ended:
             known = _length(self.iterable)
             effective *= known / survey.batches if known else math.inf
         if held is None:
-            share = self.share or 0.0
-            count = min(_MOST_HELD, max(1, round(share * survey.total)))
-            held = Rows.joined(survey.first).take(torch.arange(count, device=sample.w.device))
-            effective *= 1 - count / survey.total
-            if survey.stride == 1:
-                sample = sample.rest(count)
+            held, lowest = survey.held_out(self.share or 0.0)
+            effective *= 1 - len(held.w) / survey.total
+            below = process.agreed(lowest)
+            sample = sample.take((keys >= below).nonzero().flatten())
+            if not len(sample.w):
+                raise ValueError(f"expected rows that differ, got {survey.total} that are equal")
         held = held.each(process.agreed).to(self.like.device)
         own = max(_LEAST_ROWS, int(process.agreed(survey.size)))
         return Split(
@@ -178,23 +193,24 @@ class Stream:
             effective * process.world if whole else math.inf,
             own if batch_size is None else batch_size,
             survey.weight / survey.total,
-            None if survey.ended else survey.batches,
+            below,
+            outcome,
         )
 
     def _survey(
-        self, clock: Clock, batches: float | None, *, whole: bool, progress: bool
-    ) -> "_Survey":
+        self, clock: Clock, before: Surveyed | None, *, whole: bool, progress: bool
+    ) -> Survey:
         """Go through the stream as far as wanted."""
-        known, survey = _length(self.iterable), _Survey()
+        known, survey = _length(self.iterable), Survey()
         bar = tqdm(self.iterable, "first pass", known, leave=False, disable=not progress)
         with contextlib.closing(bar):
             for batch in bar:
                 survey.add(self.rows(batch, survey.batches))
                 held = math.inf if self.share is None else self.share * survey.total
-                if batches is None:
-                    enough = held >= _MOST_HELD and not whole or survey.is_enough(known, clock)
+                if before is None:
+                    enough = held >= MOST_HELD and not whole or survey.is_enough(known, clock)
                 else:
-                    enough = survey.batches == batches
+                    enough = survey.batches == before.batches
                 if enough:
                     return survey
         survey.ended = True
@@ -217,71 +233,21 @@ class Stream:
         return None
 
 
-class _Survey:
-    """What a first pass over batches learns.
+def _part_of_weights(weights: Any) -> Tensor:
+    """Return the last part of a batch, shape ``(B,)``, if it can be weights.
 
-    Attributes:
-        kept: Each batch, each second, each fourth, ...: a sample of all rows.
-        first: The first batches.
-        batches: Their number.
-        total: The number of rows.
-        size: The number of rows in the first batch that has any.
-        weight: The sum of their weights.
-        stride: Which batches are in the sample: each first, second, fourth, ...
-        ended: Whether the batches came to an end.
+    Raises:
+        TypeError: If it is of whole numbers, as labels are.
     """
-
-    def __init__(self) -> None:
-        self.kept: list[Rows] = []
-        self.first: list[Rows] = []
-        self.batches, self.total, self.size, self.stride = 0, 0, 0, 1
-        self.values, self.weight, self.squares = 0, 0.0, 0.0
-        self.ended = False
-
-    def add(self, rows: Rows) -> None:
-        """Take the next batch in."""
-        self.size = self.size or len(rows.w)
-        if self.total < _MOST_HELD:
-            self.first.append(rows)
-        self.total += len(rows.w)
-        weights = torch.ones(len(rows.w)) if rows.weight is None else rows.weight
-        self.weight += float(weights.double().sum())
-        self.squares += float(weights.double().square().sum())
-        if self.batches % self.stride == 0:
-            self.kept.append(rows)
-            self.values += rows.w.numel()
-        if self.values > _SAMPLE_VALUES and len(self.kept) > 1:  # every second is enough
-            self.kept, self.stride = self.kept[::2], 2 * self.stride
-            self.values = sum(part.w.numel() for part in self.kept)
-        self.batches += 1
-
-    def effective(self) -> float:
-        """Return the number of rows that weigh as much."""
-        return self.weight**2 / self.squares
-
-    def is_enough(self, known: int | None, clock: Clock) -> bool:
-        """Return whether to stop here, at an end that nobody knows or for lack of time.
-
-        Args:
-            known: The number of all batches, or None.
-            clock: What tells how much time there is.
-        """
-        dim = self.kept[0].w.shape[-1]
-        if clock.is_beyond(_SURVEY_SHARE) and self.total >= _ROWS_PER_COLUMN * dim:
-            return True
-        rows = max(self.total, self.batches)  # batches may be empty
-        return self.batches >= (known or 0) and rows >= min(_MOST_ROWS, _MOST_VALUES // dim)
-
-
-def surveyed(checkpoint: Checkpoint | None) -> float | None:
-    """Return how many batches the first pass of a run that goes on went through, all if infinite.
-
-    None of a new run.
-    """
-    if checkpoint is None or checkpoint.tensors is None:
-        return None
-    found = checkpoint.numbers["batches"].get("surveyed")
-    return math.inf if found is None else found
+    found = as_tensor(weights, "weights")
+    if not found.is_floating_point() and found.dtype != torch.bool:
+        raise TypeError(
+            "expected weights as the last part of a batch, of a floating type or a mask of "
+            f"booleans, got {found.dtype}: counts are converted with .float(); for labels of "
+            "classes take a conditional flow whose network has them, VelocityMLP(D, classes=K), "
+            "and for from_samples network=VelocityMLP(D, classes=K)"
+        )
+    return found
 
 
 def _length(iterable: Any) -> int | None:
@@ -302,17 +268,37 @@ def check_again(iterable: object) -> None:
         )
 
 
-def first_rows(iterable: Any) -> Any:
+def first_rows(iterable: Any, *, of_scalars: bool = False) -> Any:
     """Return the rows of the first batch, as they come, shape ``(B, *event_shape)``.
 
+    Args:
+        iterable: What gives the batches.
+        of_scalars: Whether it is known that rows are scalars.
+
     Raises:
-        ValueError: If there is none, or the iterable can be gone through only once.
+        ValueError: If there is none, or the iterable can be gone through only once, or gives
+            single rows.
     """
     check_again(iterable)
+    kind = type(iterable).__name__
+    if isinstance(iterable, Dataset) and not isinstance(iterable, IterableDataset):
+        raise ValueError(
+            f"expected batches of rows, got a {kind}, which gives single rows: wrap it, "
+            "DataLoader(dataset, batch_size=256, shuffle=True); or, where its items are batches, "
+            "DataLoader(dataset, batch_size=None)"
+        )
     batch = next(iter(iterable), None)
     if batch is None:
         raise ValueError("expected batches of rows, got an iterable without any")
-    return batch[0] if isinstance(batch, (list, tuple)) else batch
+    rows = batch[0] if isinstance(batch, (list, tuple)) else batch
+    is_row = isinstance(iterable, (list, tuple, Dataset)) and getattr(rows, "ndim", None) == 1
+    if is_row and not of_scalars:
+        raise ValueError(
+            f"expected batches of rows, shape (B, D), got a {kind} of items of shape "
+            f"{tuple(rows.shape)}: stack rows into a table, torch.stack(rows), or columns, "
+            "torch.stack(columns, -1); for batches of scalars say event_shape=()"
+        )
+    return rows
 
 
 class StreamBatches:
@@ -332,10 +318,9 @@ class StreamBatches:
 
     def __init__(self, stream: Stream, split: Split, objective: Objective) -> None:
         self.stream, self.objective, self.mean_weight = stream, objective, split.mean_weight
-        self.surveyed = split.batches
+        self.surveyed, self.below = split.surveyed, split.below
         size, self.total = split.size, split.total
         self.size = size - size % _ROW_MULTIPLE if size > _ROW_MULTIPLE else size
-        self.held = None if stream.share is None else row_keys(split.held.w)
         self.pool: Rows | None = None
         self.used = 0  # of its rows
         self.present: Iterator[Any] | None = None
@@ -391,10 +376,8 @@ class StreamBatches:
 
     def _chosen(self, rows: Rows) -> Rows:
         """Return the rows that are not held out, as often as their weights say."""
-        if self.held is not None:
-            new = ~torch.isin(row_keys(rows.w), self.held)
-            if not bool(new.all()):
-                rows = rows.take(new.nonzero().flatten())
+        if self.below is not None:
+            rows = rows.take((keys_of(rows) >= self.below).nonzero().flatten())
         if rows.weight is None:
             return rows
         copies = (rows.weight / self.mean_weight + torch.rand(len(rows.w)).to(rows.weight)).floor()
@@ -441,10 +424,3 @@ class StreamBatches:
         if owner is None:
             for _ in range(self.position):
                 next(self.present, None)
-
-
-def row_keys(rows: Tensor) -> Tensor:
-    """Return one integer per row, shape ``(N,)``, equal for equal rows."""
-    generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(2**62, (rows.shape[-1],), generator=generator) * 2 + 1
-    return (rows.double().view(torch.int64) * odd.to(rows.device)).sum(-1)

@@ -107,6 +107,7 @@ def reflow(
     trainable_flow(new)
     flow = new.transform.flow
     flow.interpolant = Linear() if interpolant is None else interpolant
+    flow.noise = None  # of the path before
     new.transform.solver = FixedGrid()
     with seeded(seed), torch.no_grad():
         view = distribution.given(context)

@@ -30,6 +30,7 @@ from pyro_interpolant import (
     interpolant_transform,
     load,
     optimal_transport,
+    reflow,
     save,
 )
 from pyro_interpolant.distributions.bases import Planar
@@ -207,6 +208,41 @@ def test_latent_interpolants_train_and_learn_their_noise(interpolant, tmp_path):
     again = load(tmp_path / "flow.safetensors").transform.flow.noise
     t, w = torch.tensor(0.4), torch.randn(5, 2)
     assert torch.equal(again(t, w), distribution.transform.flow.noise(t, w))
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+def test_the_noise_of_other_data_is_forgotten(whiten):
+    path = Latent(Linear(), BrownianBridge(0.3))
+    d = InterpolantDistribution(interpolant_transform(2, (8, 8), interpolant=path))
+    x = torch.randn(80, 2)
+    quick = {**QUICK, "steps": 3, "tolerance": 0.1}
+    fit(d, x, **quick)
+    fit(d, x, learn="noise", **quick)
+    assert d.transform.flow.noise is not None
+    straight = reflow(d, count=80, **quick).distribution
+    assert straight.transform.flow.noise is None
+    fit(d, x + whiten, whiten=whiten, **quick)
+    assert (d.transform.flow.noise is None) == whiten
+
+
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # three steps, on purpose
+def test_a_mirror_starts_from_the_data_of_its_last_fit(tmp_path):
+    def sorted_rows(rows):
+        return rows[rows[:, 0].argsort()]
+
+    quick = {**QUICK, "steps": 3}
+    x, y, start = crescent(80), crescent(90), crescent(70)
+    d = InterpolantDistribution(interpolant_transform(2, (8, 8), interpolant=Mirror()))
+    fit(d, x, **quick)
+    save(d, tmp_path / "flow.safetensors")
+    for one in (d, load(tmp_path / "flow.safetensors")):
+        fit(one, y, **quick)
+        assert torch.equal(sorted_rows(one.base.rows), sorted_rows(y))
+    for options in ({"learn": "noise"}, {"whiten": False}):
+        fit(d, x, **quick, **options)
+        assert torch.equal(sorted_rows(d.base.rows), sorted_rows(y))
+    fit(d, x, base_samples=start, **quick)
+    assert torch.equal(d.base.rows, start)
 
 
 def test_a_mirror_starts_from_its_data():

@@ -19,6 +19,7 @@ from pyro_interpolant import (
     circular,
 )
 from pyro_interpolant.distributions.bases import Planar
+from pyro_interpolant.distributions.constraints import Shaped
 from pyro_interpolant.distributions.supports import BijectiveSupport, CircularSupport, support_of
 
 
@@ -97,6 +98,51 @@ def test_a_path_on_the_torus_needs_angles():
     space.check_rows(random_flow(2).flow, rows, None)
     with pytest.raises(ValueError, match=r"support=circular for the interpolant Geodesic, got"):
         space.check_rows(torus_flow(2), rows, None)
+
+
+CAT = constraints.cat([constraints.positive, constraints.unit_interval], dim=-1, lengths=[2, 1])
+WITHIN = [[1.0, 2.0, 0.5], [0.0, 1.0, 0.5], [1.0, -1.0, 0.5], [1.0, 1.0, 1.0], [1.0, 1.0, 1.5]]
+
+
+@pytest.mark.parametrize(
+    "support",
+    [
+        CAT,
+        constraints.independent(CAT, 0),
+        Shaped(CAT, (3,)),
+        Shaped(CAT, (1, 3)),
+        constraints.stack(
+            [constraints.positive, constraints.positive, constraints.unit_interval], dim=-1
+        ),
+        Shaped(
+            constraints.stack(
+                [constraints.positive, constraints.positive, constraints.unit_interval], dim=-1
+            ),
+            (3, 1),
+        ),
+    ],
+    ids=["cat", "independent", "vector", "row", "stack", "column"],
+)
+def test_bounds_of_supports_in_parts_are_those_of_each(support):
+    space = support_of(support)
+    y = torch.tensor(WITHIN).reshape(5, *space.event_shape(3))
+    assert space.within_bounds(y).tolist() == [True, True, False, True, False]
+    assert space.unconstrained(y[:1]).isfinite().all()
+    with pytest.raises(ValueError, match="got 4 of 5 rows outside it or on its edge"):
+        space.unconstrained(y)
+    d = InterpolantDistribution(random_flow(3), support=support, validate_args=False)
+    found = d.log_prob(y)
+    assert found[0].isfinite()
+    assert (found[[2, 4]] == -math.inf).all()
+
+
+@pytest.mark.parametrize("kind", ["stack", "cat"])
+@pytest.mark.parametrize("dim", [0, 1, -2])
+def test_parts_along_another_dimension_than_the_last_are_refused(kind, dim):
+    support = getattr(constraints, kind)([constraints.positive, constraints.real], dim)
+    for given in (support, Shaped(constraints.cat([support], -1, [2]), (1, 2))):
+        with pytest.raises(ValueError, match=rf"got constraints.{kind} with dim={dim}: pass dim"):
+            support_of(given)
 
 
 @pytest.mark.parametrize("what", ["positive", 1.0, None])

@@ -1,11 +1,14 @@
 """A model's log joint density for many draws at once: against Pyro's own potential energy."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
+from pyro.distributions.transforms import AffineTransform
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_sample, init_to_value
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.mcmc.util import initialize_model
@@ -13,7 +16,8 @@ from pyro.nn import PyroModule, PyroSample
 
 from pyro_interpolant import AutoInterpolant, log_joint
 from pyro_interpolant.infer import LogJoint
-from pyro_interpolant.infer.sites import init_to_support
+from pyro_interpolant.infer.log_density import nan_to_minus_inf
+from pyro_interpolant.infer.sites import init_to_support, unchecked
 
 Y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2], dtype=torch.float64)
 
@@ -299,6 +303,83 @@ def test_a_matrix_without_a_factor_spoils_no_other_draw(way):
 
 
 # ---------------------------------------------------------------------------------------- refusals
+
+
+LIKELIHOODS = {
+    "pareto": (lambda x: dist.Pareto(x.exp(), 2.0), torch.tensor([1.5, 2.0])),
+    "threshold": (
+        lambda x: dist.TransformedDistribution(dist.Exponential(1.0), [AffineTransform(x, 1.0)]),
+        torch.tensor([0.3, 0.5]),
+    ),
+    "uniform": (lambda x: dist.Uniform(x, x + 1.0), torch.tensor([0.4, 0.9])),
+    "uniform in a plane": (
+        lambda x: dist.Uniform(x[..., None].expand(*x.shape, 2), x[..., None] + 1.0).to_event(1),
+        torch.tensor([[0.4, 0.9], [0.6, 1.1]]),
+    ),
+    "poisson": (dist.Poisson, torch.tensor([0.0, 1.0])),
+    "bernoulli": (dist.Bernoulli, torch.tensor([0.0, 1.0])),
+    "gamma": (lambda x: dist.Gamma(x, 1.0), torch.tensor([0.2, 1.3])),
+    "normal": (lambda x: dist.Normal(x, 1.0), torch.tensor([0.4, 0.9])),
+    "log-normal": (lambda x: dist.LogNormal(x, 1.0), torch.tensor([0.4, 0.9])),
+    "inflated": (
+        lambda x: dist.ZeroInflatedPoisson(x.exp(), gate=torch.tensor(0.1)),
+        torch.tensor([0.0, 2.0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("way", ["plate", "vmap"])
+def test_what_validation_refuses_has_no_density(name, way):
+    fn, y = LIKELIHOODS[name]
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.3, 0.1))
+        with pyro.plate("rows", 2):
+            pyro.sample("y", fn(x.expand(2) if x.dim() == 0 else x), obs=y)
+
+    density = log_joint(model)
+    z = torch.linspace(-1.5, 2.5, 60)[:, None]
+    expected = []
+    for row in z:
+        try:
+            expected.append(validated(density, row))
+        except ValueError:
+            expected.append(torch.tensor(-math.inf))
+    with unchecked():
+        found = nan_to_minus_inf(density.by(way), z)
+    torch.testing.assert_close(found, torch.stack(expected))
+    assert name in ("normal", "log-normal", "inflated") or not found.isfinite().all()
+    assert found.isfinite().any()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_rows_that_are_masked_out_may_have_any_value(inside):
+    def model():
+        x = pyro.sample("x", dist.Normal(0.3, 0.1))
+        fn, seen = dist.Uniform(x, x + 1.0).expand([2]), torch.tensor([True, False])
+        with pyro.plate("rows", 2), poutine.mask(mask=True if inside else seen):
+            y = torch.tensor([0.4, 9.0])
+            pyro.sample("y", fn.mask(seen) if inside else fn, obs=y)
+
+    with pyro.validation_enabled(is_validate=False):
+        found = log_joint(model)(torch.tensor([[0.3], [0.5]]))
+    assert found.isfinite().tolist() == [True, False]
+
+
+def validated(density, row):
+    values, log_det = density.sites.constrain(row)
+    trace = poutine.trace(poutine.condition(density.model, values)).get_trace()
+    return trace.log_prob_sum() + log_det
+
+
+def test_an_angle_whose_density_repeats_is_refused():
+    def model():
+        a = pyro.sample("a", dist.VonMises(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.VonMises(a.sum(-1), 20.0), obs=torch.tensor(3.0))
+
+    with pytest.raises(ValueError, match="repeats with each turn"):
+        log_joint(model)
 
 
 def subsampled():

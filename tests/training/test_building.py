@@ -11,6 +11,7 @@ import torch
 from cases import OwnVelocity
 from pyro.distributions import constraints
 from pyro.infer import MCMC, NUTS, Predictive
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
@@ -264,6 +265,47 @@ def test_contexts_that_cannot_work_are_refused(context, error, match):
 def test_contexts_beside_an_iterable_are_refused():
     with pytest.raises(ValueError, match="contexts beside a table of rows"):
         learn([torch.randn(50, 2)], context=torch.randn(50, 1))
+
+
+class OfRows(IterableDataset):
+    def __iter__(self):
+        return iter(torch.randn(40, 3))
+
+
+ROWS = torch.randn(40, 3)
+SINGLE = {
+    "dataset": (TensorDataset(ROWS), "a TensorDataset, which gives single rows: wrap it, DataL"),
+    "labelled": (TensorDataset(ROWS, torch.arange(40)), "a TensorDataset, which gives single"),
+    "images": (TensorDataset(torch.randn(9, 3, 4, 4)), "a TensorDataset, which gives single"),
+    "iterable": (OfRows(), r"a OfRows of items of shape \(3,\)"),
+    "list": (list(ROWS), r"a list of items of shape \(3,\): stack rows into a table"),
+    "arrays": (list(ROWS.numpy()), r"a list of items of shape \(3,\)"),
+    "pairs": ([(row, 1.0) for row in ROWS], r"a list of items of shape \(3,\)"),
+    "columns": (tuple(ROWS.T), r"a tuple of items of shape \(40,\): .*or columns, torch.stack"),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_single_rows_are_no_batches_of_scalars(name):
+    x, message = SINGLE[name]
+    with pytest.raises(ValueError, match=f"expected batches of rows, .*got {message}"):
+        learn(x)
+
+
+def test_batches_of_scalars_are_said_to_be():
+    x = torch.randn(120)
+    found = learn(list(x.split(40)), event_shape=())
+    assert found.event_shape == ()
+    again = learn(DataLoader(x, batch_size=40))  # whose items are batches
+    assert (again.event_shape, str(again.support)) == ((), str(found.support))
+    assert learn(DataLoader(TensorDataset(ROWS), batch_size=20)).event_shape == (3,)
+
+
+def test_labels_from_a_loader_are_no_weights():
+    loader = DataLoader(TensorDataset(ROWS, torch.arange(40) % 3), batch_size=20)
+    with pytest.raises(TypeError, match="in batch 0, .* weights .* got torch.int64: .* labels"):
+        learn(loader)
+    assert learn(loader, network=VelocityMLP(3, (8,), classes=3)).transform.flow.classes == 3
 
 
 def test_classes_and_a_context_dim_are_one_or_the_other():

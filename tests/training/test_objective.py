@@ -13,10 +13,12 @@ from pyro_interpolant import (
     InterpolantDistribution,
     InterpolantTransform,
     NonlinearInterpolant,
+    VelocityMLP,
     interpolant_loss,
 )
 from pyro_interpolant.distributions.bases import WhitenedBase
-from pyro_interpolant.interpolants.couplings import independent
+from pyro_interpolant.interpolants.couplings import independent, optimal_transport
+from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective, path_points, regression_loss
 from pyro_interpolant.training.rows import Rows
 
@@ -68,6 +70,32 @@ def test_points_of_several_draws_are_those_of_each(name, context_dim, target):
         alone = tuple(part._replace(context=context) for part in alone)
         expected = regression_loss(objective.network, alone).mean()
         torch.testing.assert_close(objective.loss(points), expected)
+
+
+def test_rows_of_a_class_are_coupled_by_themselves():
+    """Labels are no numbers: draws of the base that move between classes bias each of them."""
+    seen = []
+
+    def coupling(x0, x1, context):
+        seen.append((len(x0), context.unique().tolist()))
+        return optimal_transport(x0, x1, context)
+
+    flow = InterpolantTransform(VelocityMLP(2, (8,), classes=10)).flow
+    base = WhitenedBase(None, flow.whitening)
+    labels = torch.randint(0, 10, (256, 1))
+    turn = 2 * torch.pi * labels / 10
+    rows = Rows(3 * torch.cat((turn.cos(), turn.sin()), -1), labels.double())
+    torch.manual_seed(1)
+    x0 = base.sample((256,))
+    torch.manual_seed(1)
+    found = Objective(flow, base, coupling)._coupled(rows, base, 256, Process())
+    for label in range(10):
+        own = (labels == label).flatten()
+        assert (int(own.sum()), [label]) in seen
+        assert torch.equal(found[own], optimal_transport(x0[own], rows.w[own]))
+    torch.manual_seed(1)
+    alone = Objective(flow, base, independent)._coupled(rows, base, 256, Process())
+    assert torch.equal(alone, x0)
 
 
 def test_regression_loss_of_a_users_own_velocity_and_context():

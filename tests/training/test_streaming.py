@@ -19,10 +19,11 @@ from pyro_interpolant import (
     interpolant_transform,
 )
 from pyro_interpolant.interpolants.couplings import independent
-from pyro_interpolant.training.checkpoint import from_json, to_json
+from pyro_interpolant.training.checkpoint import Checkpoint, from_json, to_json
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.streaming import Stream, is_stream
+from pyro_interpolant.training.survey import row_keys
 from pyro_interpolant.training.whitening import moments
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
@@ -124,22 +125,135 @@ def test_same_seed_same_weights_and_the_global_generator_is_left_alone():
 def test_the_first_pass_finds_the_moments_of_all_rows_it_did_not_hold_out():
     x = rows(1000)
     found = Stream(made(), list(x.split(90)), 0.1).split(Process(), None)
-    assert torch.equal(found.held.w, x[:100])
-    assert torch.equal(found.kept.w, x[100:])
+    held = {tuple(row) for row in found.held.w.tolist()}
+    assert len(found.held.w) == len(held) == 100
+    kept = torch.tensor([tuple(row) not in held for row in x.tolist()])
+    assert torch.equal(found.kept.w, x[kept])
     assert (found.total, found.size) == (900, 90)
     distribution = made()
     fit(distribution, list(x.split(90)), **QUICK)
-    torch.testing.assert_close(distribution.transform.flow.loc, moments(x[100:]).loc)
+    torch.testing.assert_close(distribution.transform.flow.loc, moments(x[kept]).loc)
+
+
+def test_the_rows_held_out_are_the_same_in_any_order():
+    x = rows(1000)
+    found = [
+        Stream(made(), list(part.split(90)), 0.1).split(Process(), None)
+        for part in (x, x.flip(0), x[torch.randperm(1000)])
+    ]
+    for split in found[1:]:
+        assert torch.equal(split.held.w, found[0].held.w)
+        assert split.below == found[0].below
+        assert split.surveyed == found[0].surveyed
+    other = Stream(made(), list((x + 1e-9).split(90)), 0.1).split(Process(), None)
+    assert other.surveyed.checksum != found[0].surveyed.checksum
+
+
+def one_pass(data, distribution=None, share=0.1):
+    """Rows held out, and those that train in one pass, ``(N, D)``, with their contexts."""
+    distribution = distribution or made()
+    stream = Stream(distribution, data, share)
+    found = stream.split(Process(), 64)
+    batches = stream.batches(found, unwhitened(distribution))
+    parts = [batches._chosen(stream.rows(batch, i)) for i, batch in enumerate(data)]
+    join = [torch.cat([v for v in part if v is not None], -1) for part in (found.held, *parts)]
+    return join[0], torch.cat(join[1:])
+
+
+def test_rows_that_repeat_train_as_often_as_in_a_table():
+    """A chain with rejections, an oversampled minority: copies must not vanish."""
+    x = torch.cat((rows(2000), (rows(400) - 40).repeat(5, 1)))
+    data = list(x[torch.randperm(len(x))].split(100))
+    held, seen = one_pass(data)
+    times = Counter(map(tuple, seen.tolist()))
+    copies = Counter(map(tuple, held.tolist()))
+    assert not set(times) & set(copies)
+    assert times + copies == Counter(map(tuple, x.tolist()))
+    assert 320 <= len(held) <= 400  # a tenth, but for copies that would go beyond
+    assert float((seen[:, 0] < -20).double().mean()) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.filterwarnings("ignore:columns .* repeat")
+def test_rows_with_other_contexts_are_other_rows():
+    """Many simulations of each of few parameters."""
+    x, context = rows(20).repeat(50, 1), torch.rand(1000, 1)
+    data = list(zip(x.split(100), context.split(100), strict=True))
+    held, seen = one_pass(data, made_conditional())
+    assert len(held) == 100
+    assert len({tuple(row) for row in seen[:, :2].tolist()}) == 20
+
+
+@pytest.mark.filterwarnings("ignore:columns .* repeat")
+@pytest.mark.parametrize(
+    ("x", "share", "count"),
+    [
+        (rows(2), 0.1, 1),
+        (rows(2), 0.99, 1),
+        (rows(5).repeat(60, 1), 0.1, 60),
+        (rows(30), 0.99, 29),
+        (torch.cat((rows(2)[:1].repeat(99, 1), rows(2)[1:])), 0.5, None),
+    ],
+)
+def test_one_row_is_held_out_at_least_and_one_is_left(x, share, count):
+    held, seen = one_pass(list(x.split(7)), share=share)
+    assert len(held) in ((1, 99) if count is None else (count,))
+    assert len(held) + len(seen) == len(x)
+
+
+@pytest.mark.filterwarnings("ignore:columns .* repeat")
+def test_rows_that_are_all_equal_are_refused():
+    with pytest.raises(ValueError, match="expected rows that differ, got 300 that are equal"):
+        fit(made(), list(rows(1).repeat(300, 1).split(50)), **QUICK)
+
+
+@pytest.mark.filterwarnings("ignore:columns .* repeat")
+def test_a_table_without_end_keeps_its_rows():
+    x = rows(600)
+    data = Again(lambda _: itertools.chain.from_iterable(itertools.repeat(x.split(100))))
+    stream = Stream(made(), data, 0.1)
+    found = stream.split(Process(), 64)
+    assert 0.05 < len(found.held.w.unique(dim=0)) / 600 < 0.15
+    batches = stream.batches(found, unwhitened(made()))
+    seen = {tuple(row) for _ in range(12) for row in batches.next_rows().w.tolist()}
+    held = {tuple(row) for row in found.held.w.tolist()}
+    assert not seen & held
+    assert seen | held == {tuple(row) for row in x.tolist()}
+
+
+GRIDS = {
+    "binary": torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 12),
+    "line": torch.linspace(-1, 1, 4096)[:, None],
+    "whole": torch.arange(4096.0)[:, None],
+    "short": torch.randn(4096, 2).bfloat16(),
+    "levels": torch.cartesian_prod(torch.arange(64), torch.arange(64)).to(torch.uint8),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_keys_are_as_if_at_random(name):
+    keys = row_keys(GRIDS[name])
+    assert len(keys.unique()) == len(GRIDS[name].unique(dim=0)) > 4000
+    u = (keys.double() / 2.0**64 + 0.5).sort().values
+    even = (torch.arange(4096) + 0.5) / 4096
+    assert float((u - even).abs().max()) < 2 / 64  # Kolmogorov's: 1.95 at a chance of 0.001
+    order = keys.argsort().argsort().double()
+    both = torch.stack((order, torch.arange(4096.0)))
+    assert abs(float(both.corrcoef()[0, 1])) < 4 / 64
 
 
 def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
-    monkeypatch.setattr("pyro_interpolant.training.streaming._SAMPLE_VALUES", 400)
+    monkeypatch.setattr("pyro_interpolant.training.survey._SAMPLE_VALUES", 400)
     x = torch.arange(4000.0)[:, None].expand(-1, 2) + torch.rand(4000, 2)
+    whole = Stream(made(), list(x.split(10)), x[:2]).split(Process(), None)
+    assert 100 <= len(whole.kept.w) <= 200
+    assert float(whole.kept.w.mean()) == pytest.approx(2000, rel=0.05)
     found = Stream(made(), list(x.split(10)), 0.1).split(Process(), None)
-    assert 100 <= len(found.kept.w) <= 200
-    assert float(found.kept.w.mean()) == pytest.approx(2000, rel=0.05)
     assert len(found.held.w) == 400
     assert found.total == 3600
+    held, kept, sample = (
+        {tuple(row) for row in part.w.tolist()} for part in (found.held, found.kept, whole.kept)
+    )
+    assert kept == sample - held
 
 
 def test_without_moments_the_first_pass_reads_no_more_than_it_needs():
@@ -323,6 +437,7 @@ BAD = {
     "nan": (lambda: nan_at(4), ValueError, "in batch 4, .*finite data.*being row 3"),
     "inf": (lambda: nan_at(2, math.inf), ValueError, "in batch 2, .*finite data"),
     "parts": (lambda: [(X, X, X)], ValueError, "in batch 0, .*expected rows, .*got 3 parts"),
+    "labels": (lambda: [(X, X[:, 0].long())], TypeError, "in batch 0, .*got torch.int64.*labels"),
     "weights": (lambda: [(X, -X[:, 0])], ValueError, "in batch 0, .*non-negative weights"),
     "dataset": (Single, ValueError, r"in batch 0, .*shape \(N, 2\), got \(2,\)"),
     "empty": (lambda: Again(lambda _: []), ValueError, "an iterable with 0 rows"),
@@ -447,6 +562,67 @@ def test_a_run_on_batches_resumes_to_the_same_bits(kind, every, tmp_path):
     result = run(again, **keep)
     assert same(whole, again)
     assert result.validation_losses == expected.validation_losses
+
+
+def started(path, data):
+    """A flow in the middle of a run on data, whose state is kept."""
+    flow = made()
+    with pytest.raises(Stop):
+        with warnings.catch_warnings(action="ignore"):
+            fit(flow, data, checkpoint=path, callback=stopping(22), **QUICK)
+    return flow
+
+
+@pytest.mark.parametrize("kind", ["list", "shuffled"])
+def test_a_run_on_other_rows_is_not_resumed(kind, tmp_path):
+    started(tmp_path / "run", LOADERS[kind](rows()))
+    flow = made()
+    before = {k: v.clone() for k, v in flow.transform.state_dict().items()}
+    with (
+        pytest.warns(UserWarning, match="to the bit only if"),
+        pytest.raises(ValueError, match=r"expected the 600 rows with which .* began, got 599"),
+    ):
+        fit(flow, LOADERS[kind](rows(599)), checkpoint=tmp_path / "run", **QUICK)
+    after = flow.transform.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_weights_and_whitening_of_a_resumed_run_belong_together(tmp_path):
+    first = started(tmp_path / "run", LOADERS["list"](rows()))
+    flow = made()
+    with (
+        pytest.warns(UserWarning, match="to the bit only if"),
+        pytest.warns(UserWarning, match="gave other rows than when the run in .* began"),
+    ):
+        fit(flow, LOADERS["list"](rows() + 0.1), checkpoint=tmp_path / "run", **QUICK)
+    for name, value in first.transform.flow.named_buffers():
+        assert torch.equal(flow.transform.flow.get_buffer(name), value)
+
+
+def test_rows_in_another_order_are_the_same_rows(tmp_path):
+    def loader(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return DataLoader(rows(), batch_size=70, shuffle=True, generator=generator)
+
+    first, flow = started(tmp_path / "run", loader(1)), made()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(flow, loader(2), checkpoint=tmp_path / "run", **QUICK)
+    assert not [w for w in caught if "other rows" in str(w.message)]
+    assert torch.equal(flow.transform.flow.loc, first.transform.flow.loc)
+
+
+def test_a_state_that_does_not_tell_of_its_rows_is_refused(tmp_path):
+    started(tmp_path / "run", LOADERS["list"](rows()))
+    kept = Checkpoint(tmp_path / "run")
+    kept.identity, kept.initial = kept.numbers["identity"], kept.tensors["initial"]
+    batches = {**kept.numbers["batches"], "surveyed": None}
+    kept.write(kept.tensors, {**kept.numbers, "batches": batches})
+    with (
+        pytest.warns(UserWarning, match="to the bit only if"),
+        pytest.raises(ValueError, match="which rows the iterable gave, .* an earlier version"),
+    ):
+        fit(made(), LOADERS["list"](rows()), checkpoint=tmp_path / "run", **QUICK)
 
 
 def test_the_state_of_a_sampler_is_found():

@@ -1,0 +1,83 @@
+"""Where a density is that of nothing: outside what a distribution's own validation allows.
+
+Validation raises an error for all of many draws at once, so it is off, and formulas go on outside
+the support: an exponential density grows without bound below zero, a Poisson rate may be negative.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import TransformedDistribution, constraints
+
+_ALWAYS = (type(constraints.real), type(constraints.dependent))
+
+
+def innermost(fn: Any) -> Any:
+    """Return the distribution inside all that wrap it."""
+    while getattr(fn, "base_dist", None) is not None:
+        fn = fn.base_dist
+    return fn
+
+
+def is_valid(fn: Any, value: Tensor | None) -> Tensor | None:
+    """Return where parameters are in their range, and a value on a support that they move.
+
+    Constraints on single numbers count, such as intervals, and parameters of single numbers. A
+    fixed support does not: data are checked once.
+
+    Args:
+        fn: A distribution of batch shape ``(*)``.
+        value: A value, broadcastable to ``(*, *event_shape)``, or None: parameters alone count.
+
+    Returns:
+        A mask that broadcasts to ``(*)``, or None where there is nothing to check.
+    """
+    return _is_valid(fn, value, moved=False)
+
+
+def _is_valid(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | None:
+    """Return the same, of a value that a transform may have moved off a fixed support."""
+    if isinstance(fn, TransformedDistribution):
+        moved = value is not None and _leaf_support(fn) is not None
+        for transform in reversed(fn.transforms if moved else []):
+            value = transform.inv(value)
+    elif getattr(fn, "base_dist", None) is None:
+        return _of_numbers(fn, value, moved=moved)
+    found = _is_valid(fn.base_dist, value, moved=moved)
+    if found is None:
+        return None
+    mask, events = getattr(fn, "_mask", None), getattr(fn, "reinterpreted_batch_ndims", 0)
+    if isinstance(mask, Tensor):
+        found = found | ~mask
+    if not events:
+        return found
+    shape = torch.broadcast_shapes(found.shape, fn.base_dist.batch_shape)
+    return found.expand(shape).flatten(-events).all(-1)
+
+
+def _of_numbers(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | None:
+    """Return the mask of a distribution that wraps no other."""
+    found, support, events = None, _leaf_support(fn), len(fn.event_shape)
+    if value is not None and support is not None:
+        if moved or constraints.is_dependent(type(fn).support):
+            inside = support.check(value)
+            found = inside.flatten(-events).all(-1) if events else inside
+    known = getattr(type(fn), "arg_constraints", {})
+    named = known if isinstance(known, dict) else fn.arg_constraints
+    for name, constraint in named.items() if not events else ():
+        number = fn.__dict__.get(name)
+        if not torch.is_tensor(number) or isinstance(constraint, _ALWAYS) or constraint.event_dim:
+            continue
+        own = constraint.check(number)
+        found = own if found is None else found & own
+    return found
+
+
+def _leaf_support(fn: Any) -> constraints.Constraint | None:
+    """Return the support of the innermost distribution, if it is one of single numbers."""
+    try:
+        support = innermost(fn).support
+    except NotImplementedError:
+        return None
+    return None if isinstance(support, _ALWAYS) or support.event_dim else support

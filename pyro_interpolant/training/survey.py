@@ -1,0 +1,191 @@
+r"""The first pass over a stream: how many rows, which to hold out, a sample for the whitening.
+
+Each row has a key, an integer that is as if drawn at random, and equal for equal rows. Rows of the
+lowest keys are held out: with all their copies, in whatever order and however often they come.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._torch import warn_user
+from .checkpoint import Checkpoint
+from .clock import Clock
+from .rows import Rows
+
+_SAMPLE_VALUES = 2**23  # kept of a stream for the whitening: 64 MiB in float64
+MOST_HELD = 8192  # rows held out of a stream
+_MOST_ROWS = 2**17  # of a stream of unknown length, in a first pass: a tenth of them is held out
+_MOST_VALUES = 2**26  # the same in numbers, for rows of many columns
+_SURVEY_SHARE = 0.1  # of the time, for the first pass
+_ROWS_PER_COLUMN = 20  # that a whitening needs, however short the time
+
+
+class Surveyed(NamedTuple):
+    """What a first pass over a stream went through.
+
+    Attributes:
+        batches: The number of batches, or None: all, to the end.
+        rows: The number of rows.
+        checksum: A number that tells these rows from others, in whatever order they come.
+    """
+
+    batches: int | None
+    rows: int
+    checksum: int
+
+
+class Survey:
+    """What a first pass over batches learns.
+
+    Attributes:
+        kept: Each batch, each second, each fourth, ..., with its keys: a sample of all rows.
+        lowest: The rows of the lowest keys, with these; now and then cut to as many as may be
+            held out, and one more.
+        bar: The highest key that rows may have to be among them.
+        checksum: The sum of all keys, weights included.
+        batches: Their number.
+        total: The number of rows.
+        size: The number of rows in the first batch that has any.
+        weight: The sum of their weights.
+        stride: Which batches are in the sample: each first, second, fourth, ...
+        ended: Whether the batches came to an end.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[Rows, Tensor]] = []
+        self.lowest: list[tuple[Rows, Tensor]] = []
+        self.bar, self.checksum = 2**63 - 1, 0
+        self.batches, self.total, self.size, self.stride = 0, 0, 0, 1
+        self.values, self.weight, self.squares = 0, 0.0, 0.0
+        self.ended = False
+
+    def add(self, rows: Rows) -> None:
+        """Take the next batch in."""
+        self.size, keys = self.size or len(rows.w), keys_of(rows)
+        self._add_lowest(rows, keys)
+        weights = torch.ones(len(rows.w)) if rows.weight is None else rows.weight
+        told = keys if rows.weight is None else keys ^ row_keys(rows.weight[:, None])
+        self.checksum = (self.checksum + int(told.sum())) % 2**64
+        self.total += len(rows.w)
+        self.weight += float(weights.double().sum())
+        self.squares += float(weights.double().square().sum())
+        if self.batches % self.stride == 0:
+            self.kept.append((rows, keys))
+            self.values += rows.w.numel()
+        if self.values > _SAMPLE_VALUES and len(self.kept) > 1:  # every second is enough
+            self.kept, self.stride = self.kept[::2], 2 * self.stride
+            self.values = sum(part.w.numel() for part, _ in self.kept)
+        self.batches += 1
+
+    def _add_lowest(self, rows: Rows, keys: Tensor) -> None:
+        few = (keys <= self.bar).nonzero().flatten()
+        if len(few):
+            self.lowest.append((rows.take(few), keys[few]))
+        if sum(len(part) for _, part in self.lowest) > 2 * MOST_HELD:
+            rows, keys = _joined(self.lowest)
+            order = keys.argsort(stable=True)[: MOST_HELD + 1]
+            self.lowest = [(rows.take(order), keys[order])]
+            self.bar = int(keys[order[-1]])
+
+    def held_out(self, share: float) -> tuple[Rows, int]:
+        """Return the rows to hold out, and the key below which they are: copies stay together.
+
+        Args:
+            share: The most of all rows, but for one row, with its copies, at least.
+        """
+        count = max(1, min(MOST_HELD, round(share * self.total), self.total - 1))
+        rows, keys = _joined(self.lowest)
+        keys, order = keys.sort(stable=True)
+        below = int(keys[count]) if keys[0] < keys[count] else int(keys[0]) + 1
+        return rows.take(order[keys < below]), below
+
+    def sample(self) -> tuple[Rows, Tensor]:
+        """Return a sample of all rows, and their keys."""
+        return _joined(self.kept)
+
+    def outcome(self) -> Surveyed:
+        """Return how far this pass went, and through which rows."""
+        return Surveyed(None if self.ended else self.batches, self.total, self.checksum)
+
+    def effective(self) -> float:
+        """Return the number of rows that weigh as much."""
+        return self.weight**2 / self.squares
+
+    def is_enough(self, known: int | None, clock: Clock) -> bool:
+        """Return whether to stop here, at an end that nobody knows or for lack of time.
+
+        Args:
+            known: The number of all batches, or None.
+            clock: What tells how much time there is.
+        """
+        dim = self.kept[0][0].w.shape[-1]
+        if clock.is_beyond(_SURVEY_SHARE) and self.total >= _ROWS_PER_COLUMN * dim:
+            return True
+        rows = max(self.total, self.batches)  # batches may be empty
+        return self.batches >= (known or 0) and rows >= min(_MOST_ROWS, _MOST_VALUES // dim)
+
+
+def surveyed(state: Checkpoint | None) -> Surveyed | None:
+    """Return what the first pass of a run that goes on went through; None of a new run.
+
+    Raises:
+        ValueError: If the state does not tell.
+    """
+    if state is None or state.tensors is None:
+        return None
+    found = state.numbers["batches"].get("surveyed")
+    if not isinstance(found, list):
+        raise ValueError(
+            f"expected {state.path} to tell which rows the iterable gave, got a state of an "
+            f"earlier version: delete it and {state.previous}, or pass another file"
+        )
+    return Surveyed(*found)
+
+
+def check_rows_came_again(now: Surveyed, before: Surveyed, state: Checkpoint) -> None:
+    """Raise a ValueError, or warn, where a run would go on with other rows than it began with.
+
+    Args:
+        now: What the first pass of this process went through.
+        before: What that of the run did, when it began.
+        state: What it would go on from.
+    """
+    if now.rows != before.rows:
+        raise ValueError(
+            f"expected the {before.rows} rows with which the run in {state.path} began, got "
+            f"{now.rows}: pass the same data, from their beginning, or delete it and "
+            f"{state.previous}"
+        )
+    if now.checksum != before.checksum:
+        warn_user(
+            f"the iterable gave other rows than when the run in {state.path} began, as many: good "
+            "where rows are drawn or altered anew each time. If these are other data, delete it "
+            f"and {state.previous}"
+        )
+
+
+def _joined(parts: list[tuple[Rows, Tensor]]) -> tuple[Rows, Tensor]:
+    """Return all rows of several batches, and their keys."""
+    return Rows.joined([rows for rows, _ in parts]), torch.cat([keys for _, keys in parts])
+
+
+def keys_of(rows: Rows) -> Tensor:
+    """Return one integer per row and context, shape ``(N,)``."""
+    parts = [part.double() for part in rows[:2] if part is not None]
+    return row_keys(torch.cat(parts, -1))
+
+
+def row_keys(rows: Tensor) -> Tensor:
+    """Return one integer per row, shape ``(N,)``, equal for equal rows, else as if at random."""
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.randint(2**62, (rows.shape[-1] + 1,), generator=generator) * 2 + 1
+    odd = odd.to(rows.device)
+    keys = (_folded(rows.double().view(torch.int64)) * odd[1:]).sum(-1)
+    return _folded(_folded(keys) * odd[0])
+
+
+def _folded(bits: Tensor) -> Tensor:
+    """Return integers whose lower halves depend on the upper, too: products carry upwards only."""
+    return bits ^ ((bits >> 32) & 0xFFFFFFFF)

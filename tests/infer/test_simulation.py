@@ -1,0 +1,239 @@
+"""Simulations that would mislead a guide without an error: each is refused, mended or told of."""
+
+import random
+import time
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from simulators import QUICK
+from torch import nn
+
+import pyro_interpolant as pi
+from pyro_interpolant.infer.amortization import truncated
+from pyro_interpolant.infer.simulated_batches import SimulatedBatches
+from pyro_interpolant.infer.simulation import Simulator
+from pyro_interpolant.infer.sites import LatentSites
+
+QUICK = {**QUICK, "options": {"steps": 5}, "simulations": 100}
+
+
+def simulator_of(model, *args, **kwargs):
+    guide = pi.AmortizedInterpolant(model)
+    return Simulator(LatentSites(guide, *args, **kwargs), ("y",))
+
+
+def with_mask(y=None, mask=None, scale=1.0, size=None, inside=None):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    mask = torch.ones(6, dtype=torch.bool) if mask is None else mask
+    all_of_them = torch.ones((), dtype=torch.bool)
+    fn = dist.Normal(loc, 1.0).expand([size or 6])
+    with pyro.plate("rows", 6, subsample_size=size), poutine.scale(scale=scale):
+        with poutine.mask(mask=all_of_them if inside else mask):
+            pyro.sample("y", fn.mask(mask) if inside else fn, obs=y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ({"mask": torch.arange(6) < 3}, "without a mask"),
+        ({"mask": torch.arange(6) < 3, "inside": True}, "without a mask"),
+        ({"scale": 2.0}, "count once"),
+        ({"size": 4, "mask": torch.arange(4) < 4}, "subsample"),
+    ],
+    ids=["mask", "masked distribution", "scale", "subsample"],
+)
+def test_rows_that_do_not_count_once_are_refused(kind, message):
+    with pytest.raises(ValueError, match=message):
+        pi.fit_guide(pi.AmortizedInterpolant(with_mask), **kind, **QUICK)
+    guide = pi.AmortizedInterpolant(with_mask)
+    pi.fit_guide(guide, **QUICK)
+    with pytest.raises(ValueError, match=message):
+        guide(torch.ones(kind.get("size", 6)), **kind)
+
+
+def test_gaps_by_obs_mask_are_refused():
+    def model(y=None, there=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y, obs_mask=there)
+
+    guide = pi.AmortizedInterpolant(model)
+    pi.fit_guide(guide, **QUICK)
+    with pytest.raises(ValueError, match=r"without a mask, got .'y_observed'"):
+        guide(torch.ones(3), torch.tensor([True, True, False]))
+
+
+def line(x, y=None):
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(slope * x, 0.1), obs=y)
+
+
+def test_arguments_that_make_other_simulations_are_told_of(recwarn):
+    x = torch.linspace(-1, 1, 4)
+    guide = pi.AmortizedInterpolant(line)
+    pi.fit_guide(guide, x, **QUICK)
+    guide(x, 2 * x)
+    guide(x.clone(), torch.ones(4))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="other simulations"):
+        guide(-x, 2 * x)
+
+
+def test_a_model_of_numbers_that_are_not_from_torch_is_not_judged_by_them(recwarn):
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        noise = torch.as_tensor(np.random.randn(4)).to(w)
+        pyro.sample("y", dist.Normal(w + noise, 0.1).to_event(1), obs=y)
+
+    guide = pi.AmortizedInterpolant(model)
+    pi.fit_guide(guide, **QUICK)
+    recwarn.clear()
+    guide(torch.ones(4))
+    assert not recwarn.list
+
+
+def by_numpy():
+    return torch.as_tensor(np.random.randn(4))
+
+
+def by_random():
+    return torch.tensor([random.gauss(0, 1) for _ in range(4)])
+
+
+def in_place():
+    noise = torch.zeros(4)
+    noise.normal_()
+    return noise
+
+
+def returned():
+    return torch.empty(4).normal_()
+
+
+def of_a_layer():
+    return nn.Linear(1, 4).weight.detach()[:, 0] * 3**0.5
+
+
+def into_lanes():
+    noise = torch.zeros(4) + torch.randn(4)
+    noise.normal_()
+    return noise
+
+
+@pytest.mark.parametrize(
+    "noise", [by_numpy, by_random, in_place, returned, of_a_layer, into_lanes]
+)
+@pytest.mark.parametrize("branches", [False, True])
+def test_every_simulation_has_noise_of_its_own(noise, branches):
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        value = w + noise().to(w)
+        if branches:  # no plate can run it
+            value = value + 0 * float(torch.rand(()) > 2)
+        pyro.sample("y", dist.Normal(value, 1e-3).to_event(1), obs=y)
+
+    torch.manual_seed(0)
+    found = simulator_of(model)(400)
+    off = found.data["y"] - found.latents["w"][:, None]
+    assert off.std(0).min() > 0.8
+    assert torch.corrcoef(off.T).fill_diagonal_(0).abs().max() < 0.25
+    assert torch.unique(off[:, 0]).numel() == 400
+
+
+def test_draws_on_the_edge_of_a_support_are_left_out():
+    def model(y=None):
+        w = pyro.sample("w", dist.Uniform(1000.0, 1000.01))
+        with pyro.plate("parts", 2):
+            p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("y", dist.Normal(w + p.sum(), 1.0), obs=y)
+
+    torch.set_default_dtype(torch.float32)
+    guide = pi.AmortizedInterpolant(model)
+    with pytest.warns(UserWarning, match="on the edge"):
+        found = guide.simulate(2000)
+    assert 0 < found.improper < 200
+    guide.rows_of(found)
+    simulator = simulator_of(model)
+    assert len(simulator.prior(2000)["w"]) < 2000
+
+
+def test_batches_without_a_proper_simulation_are_passed_over():
+    def draws(count):
+        loc = torch.randn(count)
+        return {"loc": loc}, {"y": loc[:, None] + torch.randn(count, 6)}
+
+    def model(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(loc, 1.0).expand([6]).to_event(1), obs=y)
+
+    bad = {"loc": torch.zeros(1)}, {"y": torch.full((1, 6), torch.nan)}
+    result = pi.fit_guide(
+        pi.AmortizedInterpolant(model),
+        **{**QUICK, "simulations": [bad, draws(0), draws(200), bad, draws(0)]},
+    )
+    assert result.improper == pytest.approx(2 / 202)
+
+
+def test_latents_that_repeat_with_other_data_are_not_held_out():
+    def model(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(loc, 1.0).expand([6]).to_event(1), obs=y)
+
+    loc = torch.randn(20).repeat(50)
+    batches = [({"loc": loc}, {"y": loc[:, None] + torch.randn(1000, 6)})]
+    simulator = simulator_of(model)
+    guide = pi.AmortizedInterpolant(model)
+    guide(torch.zeros(6))
+    found = SimulatedBatches(batches, simulator, ("y",), guide.rows_of)
+    assert sum(len(rows) for rows, _ in found) == 900
+
+
+def test_data_that_are_no_sample_site_have_no_density():
+    def model():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.deterministic("y", w + 0.1 * torch.randn(4))
+
+    result = pi.fit_guide(pi.AmortizedInterpolant(model), **QUICK)
+    assert "no density" in result.verdict
+
+
+def test_data_sets_that_a_guide_takes_for_impossible_count_against_it():
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Uniform(w, w + 1.0), obs=y)
+
+    result = pi.fit_guide(pi.AmortizedInterpolant(model), **QUICK)
+    assert result.data_sets == 20
+    assert result.verdict.startswith("Not to be relied on")
+
+
+def test_a_truncated_prior_is_content_when_the_time_is_up():
+    simulator = simulator_of(line, torch.ones(3))
+    asked = []
+
+    class Narrow:
+        def log_prob(self, rows):
+            asked.append(len(rows))
+            return torch.where(rows[:, 0] > 3.0, 0.0, -torch.inf)
+
+    found = truncated(
+        simulator, [(Narrow(), -1.0)], 10_000, lambda d: d["slope"][:, None], time.monotonic()
+    )
+    assert 0 < len(found.log_prior) < 100
+    assert len(asked) == 1
+
+
+def test_rounds_of_a_simulator_without_a_density_are_not_lost():
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Delta(w + torch.randn(3), event_dim=1), obs=y)
+
+    guide = pi.AmortizedInterpolant(model)
+    with pytest.warns(UserWarning, match="not be judged"):
+        result = pi.fit_guide(guide, torch.ones(3), rounds=2, **QUICK)
+    assert result.verdict.startswith("Unknown")
