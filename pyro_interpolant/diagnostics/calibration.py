@@ -287,14 +287,14 @@ def calibrate_sampler(
     """Set the solver to the fewest steps at which samples are within a tolerance.
 
     The error is the root mean square, over numbers and over 8 draws of the base that are always
-    the same, of the distance of samples from those of a solve with twice the steps or more. It is
+    the same, of the distance of samples from those of a solve with twice the steps or more, over
+    that of these from the centre of the data. It is
     for images, whose log-density may need more steps, and a reference of it more time than there
     is.
 
     Args:
         distribution: A trained flow; its ``transform.solver`` is set.
-        tolerance: The error allowed, in whitened units: 0.01 is 1% of the standard deviation of
-            data.
+        tolerance: The error allowed: 0.01 is 1% of the standard deviation of data.
         context: Contexts to sample for, shape ``(N, C)``, or labels, for a conditional flow.
 
     Returns:
@@ -305,7 +305,7 @@ def calibrate_sampler(
         ValueError: If the tolerance is not positive.
     """
     if not tolerance > 0:
-        raise ValueError(f"expected a positive tolerance in whitened units, got {tolerance}")
+        raise ValueError(f"expected a positive tolerance in standard deviations, got {tolerance}")
     found = calibrate_sampler_until(math.inf, distribution, context, tolerance).solver
     distribution.transform.solver = found
     return found
@@ -338,7 +338,7 @@ def calibrate_sampler_until(
     if error > tolerance:
         short = "the time was over before" if steps < _MAX_SAMPLE_STEPS else "no grid has"
         warn_user(
-            f"{short} samples within {tolerance} whitened units of a finer solve: at {steps} "
+            f"{short} samples within {tolerance} standard deviations of a finer solve: at {steps} "
             f"steps they are within {error:.2g}. Set transform.solver = FixedGrid(...), or call "
             "diagnostics.calibrate_sampler(distribution)"
         )
@@ -365,7 +365,7 @@ class _Samples:
         return transform.flow.integrate(self.w, path, forward=True)[-1]
 
     def error(self, steps: int, finer: Tensor) -> float:
-        """Return the root mean square distance from finer samples, shape ``(B, D)``."""
+        """Return the distance from finer samples, shape ``(B, D)``."""
         return _distance(self.ends(steps), finer)
 
     def doubled(self, tolerance: float, deadline: float) -> tuple[int, float, Tensor]:
@@ -381,8 +381,9 @@ class _Samples:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Return the root mean square distance of samples, shape ``(B, D)`` each."""
-    return float((one - other).double().square().mean().sqrt())
+    """Return the distance of whitened samples, ``(B, D)`` each, over the size of the others."""
+    off, size = ((x.double().square().mean()).sqrt() for x in (one - other, other))
+    return float(off / size)
 
 
 def _bare(view: InterpolantDistribution, x: Tensor) -> tuple[InterpolantDistribution, Tensor]:

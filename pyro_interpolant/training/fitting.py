@@ -167,7 +167,7 @@ def fit(
             earlier run learned; False keeps the present ones, to train on from weights that know
             them; a network without any is told of the rows even so.
         tolerance: For :func:`~pyro_interpolant.calibrate`, nats; of images for
-            :func:`~pyro_interpolant.diagnostics.calibrate_sampler`, whitened units.
+            :func:`~pyro_interpolant.diagnostics.calibrate_sampler`, standard deviations.
         seed: Makes the run reproducible: same seed, same weights. The global generator is left as
             it was.
         progress: Whether to show a bar.

@@ -26,6 +26,10 @@ LEVELS = 256
 BATCH_IMAGES = 64  # per step and process
 # Held-out losses of 600 steps on 8 x 8 digits: -59.8 at 0.001, -65.6 at 0.003, -63.7 at 0.01.
 IMAGE_OPTIONS: dict[str, Any] = {"learning_rate": 3e-3}
+# The standard deviation of whitened images: more of the path is then in the noise in which an
+# image as a whole is decided. MNIST, 3 minutes, seed 1: bits per dimension 2.65 at 1, 2.36 at 0.5
+# and 2.33 at 0.33; FID 8.3, 7.4 and 7.9.
+IMAGE_DEVIATION = 0.5
 HELD_BATCHES = 2  # of images, at which the held-out loss is evaluated: it takes less than a step
 _HELD_NUMBERS, _MIN_HELD = 2**22, 256  # in images held out of a table, and images at least
 

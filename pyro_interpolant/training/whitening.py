@@ -17,7 +17,7 @@ from ..distributions.interpolant import AnyDistribution
 from ..interpolants.nonlinear import Geodesic
 from ..nn.velocity import explained, set_scales
 from ..transforms.whitening import DenseWhitening, Whitening
-from .image_rows import dequantized, has_images
+from .image_rows import IMAGE_DEVIATION, dequantized, has_images
 from .rows import Rows, subsample
 
 _MIN_EIGENVALUE = 1e-12  # of a correlation, below which columns are linearly dependent
@@ -265,9 +265,9 @@ def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = Fal
         rows: The rows, in the flow's coordinates.
         keep: Whether to keep the present map, and the scales of a network that is trained.
     """
-    flow = distribution.transform.flow
+    flow, deviation = distribution.transform.flow, 1.0
     if has_images(distribution):
-        rows = dequantized(_few(rows), flow.loc)
+        rows, deviation = dequantized(_few(rows), flow.loc), IMAGE_DEVIATION
     _check_range(rows.w, flow.loc.dtype)
     context = None if rows.context is None else winsorize(rows.context.double())
     if not keep:
@@ -275,7 +275,7 @@ def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = Fal
         if not isinstance(flow.interpolant, Geodesic):  # the scale of angles is the circle's
             known = explained(flow.velocity, winsorize(rows.w.double()), context)
             left = rows if known is None else rows._replace(w=rows.w - known.to(rows.w))
-            _set_map(flow.whitening, distribution.base, left)
+            _set_map(flow.whitening, distribution.base, left, deviation)
     w = flow.whitening.to_white(rows.w.to(flow.loc))
     set_scales(flow.velocity, w, context, if_trained=not keep)
 
@@ -286,8 +286,17 @@ def _few(rows: Rows) -> Rows:
     return rows.take(few.to(rows.w.device))._replace(weight=None)
 
 
-def _set_map(whitening: Whitening, base: Distribution | None, rows: Rows) -> None:
-    """Set a map from rows in data coordinates, and the base if it is not N(0, I)."""
+def _set_map(
+    whitening: Whitening, base: Distribution | None, rows: Rows, deviation: float
+) -> None:
+    """Set a map from rows in data coordinates, and the base if it is not N(0, I).
+
+    Args:
+        whitening: The map.
+        base: The base, or None.
+        rows: The rows.
+        deviation: The standard deviation of whitened rows, where whitening is not by a matrix.
+    """
     if base is not None or not isinstance(whitening, DenseWhitening):
         warn_if_coarse(rows.w, whitening.loc.dtype, "data")
     if base is not None:  # one scale: a full whitening would change what the shortest path is
@@ -300,7 +309,7 @@ def _set_map(whitening: Whitening, base: Distribution | None, rows: Rows) -> Non
         whitening.set(*(m if rows.partner is None else _aligned(m, rows.w, rows.partner)))
     else:
         loc, variance = column_moments(rows.w, rows.weight)
-        whitening.set_diagonal(loc, variance.sqrt())
+        whitening.set_diagonal(loc, variance.sqrt() / deviation)
 
 
 def column_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

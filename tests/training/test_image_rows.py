@@ -50,7 +50,7 @@ def test_images_of_any_number_are_learned_and_come_back_as_images(tmp_path):
     values = (few.double() + 0.5) / 256
     loc = prior.transform.flow.loc  # one centre: a mean image would stay behind in what is seen
     torch.testing.assert_close(loc, values.mean().expand(SIZE), rtol=0, atol=0.1)
-    scale = float(values.std(correction=0))
+    scale = float(values.std(correction=0)) / 0.5  # whitened images have half a deviation
     assert float(prior.transform.flow.whitening.linear) == pytest.approx(scale, rel=0.2)
     assert prior.log_prob(values).isfinite().all()
     assert prior.report.held_out is None
@@ -313,13 +313,13 @@ def test_the_sampler_gets_the_fewest_steps_that_are_good():
 
     assert error(grid.steps) < 1.5e-3
     assert error(grid.steps - 2) > 1e-3
-    with pytest.raises(ValueError, match="expected a positive tolerance in whitened units"):
+    with pytest.raises(ValueError, match="expected a positive tolerance in standard deviations"):
         calibrate_sampler(images, tolerance=0.0)
     late = calibrate_sampler_until(0.0, flow(Turning(1.0)), None, 1e-3)
     assert late.error <= 1e-3
     with pytest.warns(UserWarning, match="the time was over before samples within"):
         assert calibrate_sampler_until(0.0, flow(Turning(12.0)), None, 1e-3).solver.steps == 8
-    with pytest.warns(UserWarning, match="no grid has samples within 0.001 whitened units"):
+    with pytest.warns(UserWarning, match="no grid has samples within 0.001 standard deviations"):
         calibrate_sampler(flow(Turning(300.0)), tolerance=1e-3)
 
 

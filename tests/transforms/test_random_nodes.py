@@ -98,7 +98,7 @@ def train(make, training, steps, held_rows, solver=SOLVER):
 @pytest.mark.parametrize("training", [maximum_likelihood, inside_a_model])
 @pytest.mark.parametrize("name", DENSITIES)
 def test_no_likelihood_above_the_truth(name, training):
-    start, worst, calibrated = train(DENSITIES[name], training, 300, 5000)
+    start, worst, calibrated = train(DENSITIES[name], training, 300, 2000)
     assert worst < 0.05
     assert calibrated > start
 
@@ -106,7 +106,7 @@ def test_no_likelihood_above_the_truth(name, training):
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", [FixedGrid(4), Adaptive(nodes=4)], ids=["grid", "adaptive"])
 def test_a_solver_of_few_nodes_trains_at_more(solver):
-    start, _, calibrated = train(Banana, maximum_likelihood, 150, 4000, solver)
+    start, _, calibrated = train(Banana, maximum_likelihood, 150, 2000, solver)
     assert start + 0.5 < calibrated < 0.05
 
 
