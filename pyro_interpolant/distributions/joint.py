@@ -103,7 +103,9 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
         Returns:
             The sites by name, each of its own shape, with the batch of the packed vector in front:
             what ``pyro.deterministic`` returns, so that ``do``, ``condition`` and draws given to
-            ``Predictive`` by these names take effect.
+            ``Predictive`` by these names replace values. None of them changes a density, nor what
+            other sites are: to condition on a part of them, learn the others given it,
+            ``from_samples(others, context=part)``.
         """
         return {
             site: pyro.deterministic(site, value, event_dim=len(self.sites[site][0]))
@@ -223,7 +225,8 @@ def pack(sites: Sites, draws: Mapping[str, ArrayLike]) -> Tensor:
                 f"expected site {name!r} of shape (*, {', '.join(map(str, shape))}), got {got}"
             )
         try:
-            real = BijectiveSupport(support).unconstrained(value)
+            of_events = value if shape else value[..., None]
+            real = BijectiveSupport(support).unconstrained(of_events)
         except ValueError as error:
             raise ValueError(f"site {name!r}: {error}") from error
         parts.append(real.reshape(*value.shape[:batch], -1))

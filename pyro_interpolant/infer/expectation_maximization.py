@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._torch import seeded, trainable, warn_user
+from .._torch import evaluated, seeded, trainable, warn_user
 from ..diagnostics.calibration import calibrate_until
 from ..diagnostics.psis import log_total
 from ..distributions.interpolant import AnyDistribution
@@ -41,6 +41,7 @@ _DRAWS = {"shared": 2048, "own": 4, "steps": 1, "enough": 25}
 _LOOK_DRAWS = {"shared": 2048, "own": 16, "steps": 2, "enough": 100}
 _REPORT_DRAWS = {"shared": 2048, "own": 64, "steps": 4}
 _CANDIDATES = 16  # of an object's posterior draws, in an E-step
+_LOOK_CANDIDATES = 256  # in a look, at fewer objects: of 16 in 2-d, a nat was missing
 _CALIBRATION_ROWS = 256
 _TOLERANCE = 1e-2  # nats, of the calibration
 _EVIDENCE = "held-out log p(y)"
@@ -50,6 +51,7 @@ class Catalogue(Protocol):
     """N objects, of each of which something is known."""
 
     round_rows: int
+    look_rows: int
 
     def __len__(self) -> int:
         """Return N."""
@@ -70,7 +72,7 @@ class NoisyRows:
         rows: The measurements, in the type of the population.
     """
 
-    round_rows = _ROUND_ROWS
+    round_rows, look_rows = _ROUND_ROWS, _LOOK_ROWS
 
     def __init__(self, rows: Measurements) -> None:
         self.rows = rows
@@ -118,7 +120,7 @@ class PosteriorDraws:
         context: What the population is given, shape ``(N, C)``, or None.
     """
 
-    round_rows = _ROUND_ROWS // 2
+    round_rows, look_rows = _ROUND_ROWS // 2, _LOOK_ROWS // 4
 
     def __init__(self, u: Tensor, log_prior: Tensor, context: Tensor | None) -> None:
         self.u, self.log_prior, self.context = u, log_prior, context
@@ -151,11 +153,18 @@ class PosteriorDraws:
     def log_evidence(
         self, distribution: AnyDistribution, index: Tensor, *, finely: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return log-evidences, up to those under the other prior, and their standard errors."""
-        most = self.u.shape[1] if finely else min(self.u.shape[1], _CANDIDATES)
-        every = torch.arange(most, device=index.device).expand(len(index), -1)
-        total, error = log_total(self._log_weights(distribution, index, every)[1])
-        return total - math.log(most), error
+        """Return log-evidences, up to those under the other prior, and their standard errors.
+
+        The log of a mean of few weights is too low, by half of its variance to second order, and
+        by more where the population is narrower: uncorrected, looks prefer wide ones.
+        """
+        count = self.u.shape[1]  # in an order, where they are those of a chain
+        most = count if finely else min(count, _LOOK_CANDIDATES)
+        some = torch.arange(most, device=index.device) * count // most
+        weights = self._log_weights(distribution, index, some.expand(len(index), -1))[1]
+        total, error = log_total(weights)
+        bias = torch.where(error.isfinite(), -0.5 * error.square(), 0.0)
+        return total - bias - math.log(most), error
 
 
 def _rows_of(u: Tensor, context: Tensor | None) -> Rows:
@@ -196,7 +205,7 @@ class ExpectationMaximization:
         self.schedule = RateSchedule(clock.spent(), _END_SHARE * clock.limit)
         self.order = _passes(len(catalogue), held, catalogue.round_rows)
         distribution.transform.solver = _SOLVER
-        self.last = catalogue.latents(distribution, next(self.order))
+        self.last = self._latents()
         passes = math.ceil(len(catalogue) / catalogue.round_rows)
         self.regression = FlowRegression(
             distribution.transform.flow, [self.last], most=min(_MOST_POOLS, passes), ema=_DECAY
@@ -218,11 +227,16 @@ class ExpectationMaximization:
         self.regression(int(min(_ROUND_STEPS, left)), self._rate, seconds=math.inf)
         with self.regression.average.applied():
             self.distribution.clear_cache()
-            self.last = self.catalogue.latents(self.distribution, next(self.order))
+            self.last = self._latents()
             if int(self.done() * _LOOKS) > self.looks:
                 self.looks = int(self.done() * _LOOKS)
                 self._look()
         self.regression.add(self.last)
+
+    def _latents(self) -> Rows:
+        """Return latents of the next objects, drawn by the network as it is used."""
+        with evaluated(self.distribution.transform):
+            return self.catalogue.latents(self.distribution, next(self.order))
 
     def keep(self, weights: list[Tensor]) -> None:
         """Put weights into the network."""
@@ -246,8 +260,8 @@ class ExpectationMaximization:
 
     def _held_out(self) -> Tensor:
         """Return log-evidences of some rows held out, by the same draws each time."""
-        with seeded(0):
-            few = self.held[:_LOOK_ROWS]
+        with seeded(0), evaluated(self.distribution.transform):
+            few = self.held[: self.catalogue.look_rows]
             found, _ = self.catalogue.log_evidence(self.distribution, few, finely=False)
             return possible(found)
 

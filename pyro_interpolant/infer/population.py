@@ -33,8 +33,8 @@ from ..distributions.constraints import (
     shaped,
 )
 from ..distributions.interpolant import AnyDistribution
-from ..distributions.supports import CircularSupport, support_of
-from ..training.building import from_samples
+from ..distributions.supports import BijectiveSupport, CircularSupport, support_of
+from ..training.building import contexts_for, from_samples
 from ..training.clock import Clock, Seconds
 from ..training.loop import check_ranges
 from .expectation_maximization import NoisyRows, PosteriorDraws, held_out, learn
@@ -127,7 +127,7 @@ def from_noisy_samples(
     with seeded(seed):
         first, index = _start_rows(rows, shaped(support, event_shape), start)
     rows.check(first)
-    context = _checked_context(context, len(rows), "a row")
+    context = _checked_context(context, rows.y, network)
     options: dict[str, Any] = {"support": support, "event_shape": event_shape, "network": network}
     options |= {"marginals": marginals, "seed": seed}
     distribution = _wide(first, None if context is None else context[index], options, steps, clock)
@@ -207,8 +207,15 @@ def from_posterior_samples(
             "expected at least two draws of each object, among which to choose, got one: rows "
             "that are known are what from_samples takes"
         )
+    bad = ~BijectiveSupport(shaped(support, x.shape[2:])).strictly_inside(x).all(-1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"expected draws strictly inside the support {support}, got others of "
+            f"{int(bad.sum())} objects, the first being object {int(bad.nonzero()[0])}: remove "
+            "them"
+        )
     held_out(len(x), validation)
-    context = _checked_context(context, len(x), "an object")
+    context = _checked_context(context, x, network)
     with seeded(seed):
         some = torch.randperm(x.shape[:2].numel())[: max(_START_DRAWS, len(x))].to(x.device)
     first = x.flatten(0, 1)[some]
@@ -222,30 +229,33 @@ def from_posterior_samples(
     distribution = _wide(first, contexts, options, steps, clock)
     flow = distribution.transform.flow
     u = distribution.to_flow(x).to(flow.loc)
-    bad = ~u.isfinite().all(-1).all(-1)
-    if bool(bad.any()):
-        raise ValueError(
-            f"expected draws inside the support {support}, got others of {int(bad.sum())} objects,"
-            f" the first being object {int(bad.nonzero()[0])}: remove them"
-        )
     with torch.no_grad():
         log_prior = log_prior.to(u) + distribution.space.onto(flow, u)[1]
     if context is not None:
         context = contexts_of_rows(context, flow, len(x))
-    catalogue = PosteriorDraws(u, log_prior, context)
+    with seeded(seed):
+        catalogue = PosteriorDraws(u, log_prior, context)
     rest = _rest(steps, clock)
     learn(distribution, catalogue, rest, clock, validation, seed=seed, progress=progress)
     return distribution
 
 
-def _checked_context(context: ArrayLike | None, count: int, each: str) -> Tensor | None:
-    """Return contexts, before there is a flow that takes them, or None of none."""
-    if context is None:
+def _checked_context(
+    context: ArrayLike | None, rows: Tensor, network: nn.Module | None
+) -> Tensor | None:
+    """Return contexts, before there is a flow that takes them, or None of none.
+
+    Args:
+        context: Contexts, shape ``(N, C)``, labels, shape ``(N,)``, or None.
+        rows: What there is of each object, shape ``(N, ...)``.
+        network: The velocity, or None for a new one.
+    """
+    found, sizes = contexts_for(context, rows, network)
+    if found is None or context is None:
         return None
-    found = as_tensor(context, "context")
-    if len(found) != count:
-        raise ValueError(f"expected {count} contexts, one {each}, got {len(found)}")
-    return found
+    if len(found) != len(rows):
+        raise ValueError(f"expected {len(rows)} contexts, one each, got {len(found)}")
+    return as_tensor(context, "context") if len(sizes) == 2 else found  # labels stay labels
 
 
 def _checked_clock(
@@ -279,7 +289,7 @@ def _start_rows(
         ValueError: If there is nothing to start from, or too little of it on the support.
     """
     if start is not None:
-        drawn = start.sample((len(rows),)) if hasattr(start, "sample") else start
+        drawn = start.sample((len(rows),)) if isinstance(start, Distribution) else start
         wide = as_tensor(drawn, "start").to(rows.y)
         index = torch.arange(max(len(rows), len(wide)))
         return wide[index % len(wide)], index % len(rows)
@@ -296,7 +306,7 @@ def _start_rows(
         )
     filled = _gaussian_latents(rows.y.reshape(len(rows), -1).double(), precisions)
     filled = filled.reshape(rows.y.shape).to(rows.y)
-    inside = constraint.check(filled).reshape(len(rows), -1).all(1)
+    inside = BijectiveSupport(constraint).strictly_inside(filled).reshape(len(rows), -1).all(1)
     if int(inside.sum()) < _FEWEST_ROWS:
         raise ValueError(
             f"expected at least {_FEWEST_ROWS} rows of y on the support {constraint}, to start "

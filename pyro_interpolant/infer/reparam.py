@@ -8,7 +8,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn, cast
 
 import pyro
 import pyro.distributions as dist
@@ -26,7 +26,7 @@ from torch.distributions import ComposeTransform, biject_to
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from .autoguide import AutoInterpolant
-from .sites import LatentSites, Model, Site, unwrapped_model
+from .sites import LatentSites, Model, Nodes, Site, unwrapped_model
 
 _BASE = "_base"  # what a site in base space has after its name
 _FLOW = "_interpolant_flow"  # where a trace keeps the distribution of a site in base space
@@ -67,12 +67,13 @@ class BaseSpace:
             and of a joint distribution the sites by name.
 
         Raises:
-            ValueError: If a prior is conditioned on another site, so that each draw has its own.
+            ValueError: If a prior depends on another site, so that each draw has its own.
         """
-        trace = poutine.trace(self).get_trace(*args, **kwargs)
+        nodes = cast("Nodes", poutine.trace(self).get_trace(*args, **kwargs).nodes)
         named = dict(draws)
-        for name, node in trace.nodes.items():
-            options: dict[str, Any] = node.get("infer") or {}  # type: ignore[assignment]
+        last = self._last(nodes, draws, *args, **kwargs)
+        for name, node in nodes.items():
+            options = node.get("infer") or {}
             flow = options.get(_FLOW)
             if flow is None or name + _BASE not in named:
                 continue
@@ -82,9 +83,26 @@ class BaseSpace:
                     "a context: use Predictive(base_space(model), draws)"
                 )
             value = _image(flow, named.pop(name + _BASE))
+            own = last[name]["value"]
+            if not torch.allclose(value.reshape(-1, *own.shape)[-1], own, rtol=1e-3, atol=1e-5):
+                raise ValueError(
+                    f"expected priors that are the same for all draws, got the site {name!r} with "
+                    "one that depends on other sites: use Predictive(base_space(model), draws)"
+                )
             joint = isinstance(flow, JointInterpolantDistribution)
             named |= flow.unpack(value) if joint else {name: value}
         return named
+
+    def _last(
+        self, nodes: Nodes, draws: Mapping[str, Tensor], *args: object, **kwargs: object
+    ) -> Nodes:
+        """Return the sites of a run with the last of the draws of its sites."""
+        values = {}
+        for name, node in nodes.items():
+            if name in draws and node["type"] == "sample" and not node["is_observed"]:
+                values[name] = draws[name].reshape(-1, *node["value"].shape)[-1]
+        run = poutine.condition(self, data=values)
+        return cast("Nodes", poutine.trace(run).get_trace(*args, **kwargs).nodes)
 
 
 def base_space(model: Model) -> BaseSpace:
@@ -306,6 +324,15 @@ class Neutra:
         base = draws[names[0]]
         transform = self.guide.get_transform(*args, **kwargs)
         sites = self.sites.unpack(transform(base.reshape(-1, dim)))
+        with poutine.block(), poutine.trace() as tracer:
+            poutine.condition(self, data={names[0]: base.reshape(-1, dim)[-1]})(*args, **kwargs)
+        for name, value in sites.items():
+            own = cast("Nodes", tracer.trace.nodes)[name]["value"]
+            if not torch.allclose(value[-1], own, rtol=1e-3, atol=1e-5):
+                raise ValueError(
+                    f"expected sites of fixed supports, got {name!r} on one that depends on other "
+                    "sites: use Predictive(neutra(guide), draws)"
+                )
         return {k: v.reshape(base.shape[:-1] + v.shape[1:]) for k, v in sites.items()}
 
 

@@ -143,7 +143,7 @@ def from_samples(
     if are_images(rows):
         fit_options = {**IMAGE_OPTIONS, **fit_options}
     progress, coupling = fit_options.get("progress", True), fit_options.get("coupling")
-    context, sizes = _contexts(context, rows, network, progress=progress)
+    context, sizes = contexts_for(context, rows, network, progress=progress)
     with seeded(seed):
         transform = _transform(space, rows, sizes, network, coupling, conditional=conditional)
     with stage("choosing a map", progress=progress):
@@ -201,8 +201,8 @@ def _unnamed(
     return constraint, {}, checked_rows(rows, "x", event_shape)
 
 
-def _contexts(
-    context: ArrayLike | None, rows: Tensor, network: nn.Module | None, *, progress: bool
+def contexts_for(
+    context: ArrayLike | None, rows: Tensor, network: nn.Module | None, *, progress: bool = False
 ) -> tuple[Tensor | None, tuple[int, ...]]:
     """Return the contexts that a network takes, and the sizes that make a new one for them.
 

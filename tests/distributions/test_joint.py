@@ -328,6 +328,13 @@ def test_draws_outside_the_support_raise():
         quick(draws, support=supports_of("scales"))
 
 
+def test_the_row_of_a_scalar_site_is_named():
+    scale = torch.ones(100) + torch.rand(100)
+    scale[[50, 60]] = 0.0
+    with pytest.raises(ValueError, match="site 'scale'.*got 2 of 100 rows.*first being row 50"):
+        quick({"scale": scale}, support={"scale": constraints.positive})
+
+
 def test_support_without_a_bijection_raises():
     with pytest.raises(ValueError, match="expected a support"):
         quick(draws_of("vector"), support={"vector": constraints.sphere})

@@ -5,6 +5,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 from torch.distributions import MultivariateNormal, Normal, constraints
 
 import pyro_interpolant as pi
@@ -221,6 +222,76 @@ def test_draws_of_an_object_move_by_a_chain_to_its_posterior():
     second = (covariance.mean(0) + (mean - LOC).T @ (mean - LOC) / 1000).trace()
     ours = (found - LOC).square().sum(-1).mean()
     assert float(ours / second) == pytest.approx(1.0, abs=0.15)  # 16 draws alone: 1.5
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_look_prefers_the_true_width_to_wider_ones(in_order):
+    torch.manual_seed(0)
+    n, k, sd = 1000, 400, 3.0
+    y = torch.randn(n, 2) + sd * torch.randn(n, 2)
+    noise = torch.randn(n, k, 2)
+    if in_order:  # as of a chain, whose first draws are alike: those on one side
+        noise = noise.gather(1, noise[..., :1].argsort(1).expand(noise.shape))
+    objects = PosteriorDraws(y[:, None] + sd * noise, torch.zeros(n, k), None)
+    looks = {}
+    for width in (1.0, 1.4, 2.0, 3.0):
+        flow = gaussian(torch.zeros(2), width * torch.eye(2))
+        looks[width] = objects.log_evidence(flow, torch.arange(n), finely=False)[0].mean()
+        exact = Normal(0.0, math.hypot(width, sd)).log_prob(y).sum(-1).mean()
+        assert abs(looks[width] - exact) < 0.05
+    assert max(looks, key=looks.get) < 1.5
+
+
+class Noisy(pi.VelocityMLP):
+    """A network with dropout, which counts the points it is asked at with it and without."""
+
+    def __init__(self):
+        super().__init__(2, (8,))
+        self.seen = {False: 0, True: 0}
+
+    def forward(self, t, x, context=None):
+        self.seen[self.training] += 1
+        return super().forward(t, nn.functional.dropout(x, 0.2, self.training), context)
+
+
+def test_dropout_is_for_the_regression_alone():
+    _, y, sds = catalogue(200, missing=0.0)
+    network = Noisy()
+    from_noisy_samples(y, sds, network=network, **{**QUICK, "steps": 60})
+    assert 0 < network.seen[True] <= 60
+    assert network.seen[False] > 60
+
+
+def test_posterior_draws_and_a_seed_learn_the_same_and_leave_the_generator_alone():
+    u = torch.randn(60, 1, 2) + torch.randn(60, 20, 2)
+    found = []
+    for i in range(2):
+        torch.manual_seed(i)
+        state = torch.get_rng_state()
+        flow = from_posterior_samples(u, torch.zeros(60, 20), **QUICK)
+        found.append(flow.log_prob(u[:, 0]))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(*found)
+
+
+def test_rows_on_a_closed_edge_may_be_there():
+    x = torch.randn(300).exp()
+    y = (x + torch.randn(300)).clamp(min=0)
+    flow = from_noisy_samples(y, torch.ones(300), support=constraints.nonnegative, **QUICK)
+    assert (flow.sample((10,)) > 0).all()
+
+
+def test_labels_are_one_hot_for_a_network_of_ones_own():
+    _, y, sds = catalogue(90, missing=0.0)
+    labels, network = torch.arange(90) % 3, pi.VelocityMLP(2, (8,), 3)
+    flow = from_noisy_samples(y, sds, context=labels, network=network, **QUICK)
+    assert flow.condition(torch.eye(3)).sample().shape == (3, 2)
+    draws = y[:, None] + torch.randn(90, 5, 2)
+    network = pi.VelocityMLP(2, (8,), 3)
+    flow = from_posterior_samples(
+        draws, torch.zeros(90, 5), context=labels, network=network, **QUICK
+    )
+    assert flow.condition(torch.eye(3)).sample().shape == (3, 2)
 
 
 def test_scalars_need_no_support():

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from ..._torch import seeded, trainable
+from ..._torch import evaluated, seeded, trainable
 from ...diagnostics.calibration import calibrate_until
 from ...diagnostics.psis import K_HAT_LIMIT, effective_sample_size, judge, pareto_smooth
 from ...distributions.interpolant import InterpolantDistribution
@@ -198,7 +198,7 @@ class Run:
         self.regression(
             steps, self.rate, seconds=min(budget.regression * budget.clock.limit, left)
         )
-        with self.regression.average.applied():
+        with self.regression.average.applied(), evaluated(self.distribution.transform):
             self.distribution.clear_cache()
             coarse_solver(self.distribution, self.particles.x)
             jump = flow_proposal_step(self.distribution, self.particles, self.density)
