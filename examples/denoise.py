@@ -4,8 +4,10 @@ python examples/denoise.py                   # patches of two photographs, ten m
 python examples/denoise.py --smoke           # seconds, to see that it runs
 python examples/denoise.py --data FILE.npz   # your own: uint8 arrays train, test, shape (N, 64)
 
-A patch x is seen through a matrix A, y ~ N(A x, s^2): in noise, blurred, in half of its pixels.
-Its posterior is had by one pass of the network (the mean, under white noise), by an approximate
+A patch is its mean grey and its detail, x = m + B d, with B orthonormal: the mean, which tells
+next to nothing of the detail and varies ten times as much, has a normal prior, and the detail a
+flow. It is seen through a matrix A, y ~ N(A x, s^2): in noise, blurred, in half of its pixels. The
+posterior is had by one pass of the network (the mean, under white noise), by an approximate
 sampler, and by NUTS; under a Gaussian and a mixture as priors, in closed form.
 """
 
@@ -25,6 +27,8 @@ import pyro_interpolant as pi
 from pyro_interpolant.diffusion import approximate_posterior
 
 HELD = slice(136, 232), slice(240, 400)  # rows and columns of each photograph to test on
+# 63 patterns of length 1 without a mean, as columns, shape (64, 63).
+BASIS = torch.linalg.svd(torch.ones(1, 64)).Vh[1:].T
 
 
 def patches_of(path):
@@ -66,32 +70,60 @@ def mixture_posterior(weights, means, covs, matrix, s, y):
     return mean, mean - half, mean + half
 
 
-def denoised(prior, y, s):
-    """Return the mean of x given y ~ N(x, s^2): at one time, noise and data are in this ratio."""
-    flow = prior.transform.flow
+def patch(mean, detail):
+    """Return patches, shape ``(*, 64)``, of means, ``(*)``, and details, ``(*, 63)``."""
+    return mean[..., None] + detail @ BASIS.T
+
+
+def mean_given(grey, seen, rest, s):
+    """Return the normal distribution of a mean m ~ grey, given rest ~ N(m seen, s^2)."""
+    precision = grey.scale**-2 + seen @ seen / s**2
+    loc = (grey.loc * grey.scale**-2 + rest @ seen / s**2) / precision
+    return dist.Normal(loc, precision**-0.5)
+
+
+def denoised(prior, grey, y, s):
+    """Return the mean of x given y ~ N(x, s^2): at one time, noise and detail are in this ratio.
+
+    White noise in y is white in the detail, and independent of that in the mean.
+    """
+    flow, detail = prior.transform.flow, y @ BASIS
     angle = torch.atan2(flow.whitening.linear, torch.tensor(s))
-    return pi.denoiser(prior, 2 * angle / torch.pi, flow.loc + angle.sin() * (y - flow.loc))
+    state = flow.loc + angle.sin() * (detail - flow.loc)
+    mean = mean_given(grey, torch.ones(64), y, s).mean
+    return patch(mean, pi.denoiser(prior, 2 * angle / torch.pi, state))
 
 
-def compare(prior, mixtures, x, task, matrix, s, draws):
+def approximately(prior, grey, matrix, s, y, draws):
+    """Return approximate posterior draws of x, shape ``(draws, N, 64)``.
+
+    The detail has the likelihood in which the mean, normal as the noise is, is integrated out.
+    """
+    through, seen = matrix @ BASIS, matrix.sum(-1)
+    cov = s**2 * torch.eye(len(matrix)) + grey.scale**2 * seen[:, None] * seen
+
+    def log_likelihood(detail):
+        return dist.MultivariateNormal(grey.loc * seen + detail @ through.T, cov).log_prob(y)
+
+    detail = approximate_posterior(prior, log_likelihood, (draws, len(y)), steps=draws)
+    return patch(mean_given(grey, seen, y - detail @ through.T, s).sample(), detail)
+
+
+def compare(prior, grey, mixtures, x, task, matrix, s, draws):
     """Print how good each posterior is, and return pictures: of x, y and posterior means."""
     y = x @ matrix.T + s * torch.randn(len(x), len(matrix))
 
-    def likelihood(x):
-        return dist.Normal(x.flatten(-3) @ matrix.T, s).to_event(1)
-
     def model(y):
         with pyro.plate("patches", len(y)):
-            pyro.sample("y", likelihood(pyro.sample("x", prior)), obs=y)
+            x = patch(pyro.sample("mean", grey), pyro.sample("detail", prior))
+            pyro.sample("y", dist.Normal(x @ matrix.T, s).to_event(1), obs=y)
 
     found = {name: mixture_posterior(*parts, matrix, s, y) for name, parts in mixtures.items()}
-    shape = draws, len(y)
-    sampled = approximate_posterior(prior, lambda x: likelihood(x).log_prob(y), shape, steps=draws)
-    sampled = sampled.flatten(-3)
+    sampled = approximately(prior, grey, matrix, s, y, draws)
     ends = torch.quantile(sampled, torch.tensor([0.05, 0.95]), 0)
     found["flow, approximate"] = sampled.mean(0), *ends
     if task == "noise":
-        found |= {"flow, one pass": (denoised(prior, y, s),), "observed": (y,)}
+        found |= {"flow, one pass": (denoised(prior, grey, y, s),), "observed": (y,)}
     worse = (found["mixture"][0] - x).square().mean(-1)
     for name, (mean, *ends) in found.items():
         error = (mean - x).square().mean(-1)
@@ -104,7 +136,8 @@ def compare(prior, mixtures, x, task, matrix, s, draws):
     base = pi.base_space(model)
     mcmc = MCMC(NUTS(base, max_tree_depth=5), 2 * draws, draws, disable_progbar=True)
     mcmc.run(y[some])
-    exact = base.samples(mcmc.get_samples(), y[some])["x"].flatten(-3)
+    kept = base.samples(mcmc.get_samples(), y[some])
+    exact = patch(kept["mean"], kept["detail"])
     off = ((sampled.mean(0)[some] - exact.mean(0)) / exact.std(0)).square().mean().sqrt()
     wide = (sampled.std(0)[some] / exact.std(0)).log().mean().exp()
     print(f"{task}, approximate to NUTS: {off:.2f} deviations off, {wide:.2f} times as wide")
@@ -125,17 +158,19 @@ def main():
     levels = levels[torch.randperm(len(levels))[: 3000 if args.smoke else None]]
     train, x = (levels + torch.rand_like(levels) - 0.5) / 255, test / 255
     length = {"steps": 30} if args.smoke else {"max_seconds": 60 * args.minutes}
-    network = pi.VelocityMLP(64, (16, 16) if args.smoke else None)
-    length |= {"batch_size": 256, "learning_rate": 0.005, "tolerance": 0.1, "seed": 0}
-    # As images they have one scale, so that white noise is white to the flow.
-    prior = pi.from_samples(train.reshape(-1, 1, 8, 8), network=network, **length)
+    # One scale for all of the detail, so that white noise is white to the flow.
+    velocity = pi.VelocityMLP(63, (16, 16) if args.smoke else None)
+    transform = pi.InterpolantTransform(velocity, whitening=pi.transforms.ScalarWhitening(63))
+    prior = pi.InterpolantDistribution(transform)
+    pi.fit(prior, train @ BASIS, batch_size=256, learning_rate=0.005, seed=0, **length)
+    grey = dist.Normal(train.mean(), train.mean(-1).std())
     fitted = GaussianMixture(2 if args.smoke else 15, random_state=0).fit(train.numpy())
     parts = fitted.weights_, fitted.means_, fitted.covariances_
     mixtures = {"mixture": [torch.tensor(part).float() for part in parts]}
     mixtures["Gaussian"] = torch.ones(1), train.mean(0)[None], torch.cov(train.T)[None]
     figure, axes = plt.subplots(3, 5, figsize=(15, 5.8), layout="constrained")
     for row, (task, known) in zip(axes, tasks().items(), strict=True):
-        shown = compare(prior, mixtures, x, task, *known, draws=5 if args.smoke else 50)
+        shown = compare(prior, grey, mixtures, x, task, *known, draws=5 if args.smoke else 50)
         for ax, (name, patches) in zip(row, shown.items(), strict=False):
             mosaic = patches[:240].reshape(12, 20, 8, 8).transpose(1, 2).reshape(96, 160)
             ax.imshow(mosaic, cmap="gray", vmin=0, vmax=1)

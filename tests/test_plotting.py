@@ -7,12 +7,14 @@ from pyro.distributions import constraints
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    FixedGrid,
     InterpolantDistribution,
     JointInterpolantDistribution,
     Latent,
     LearnedInterpolant,
     Linear,
     fit,
+    interpolant_transform,
     plotting,
 )
 from pyro_interpolant.diagnostics import CalibrationCheck
@@ -240,3 +242,115 @@ def test_images_stand_row_by_row_a_pixel_apart():
     torch.testing.assert_close(shown[:, 3:5], color[1].clamp(max=1).permute(1, 2, 0))
     with pytest.raises(ValueError, match=r"shape \(N, 1, H, W\) or \(N, 3, H, W\), got \(2, 4, 4"):
         plotting.images(torch.rand(2, 4, 4, 4))
+
+
+def shown_data_and_model(ax, i):
+    """Means of the histograms of a column, of data and of the model."""
+    for patch in ax[i][i].patches:
+        heights, edges, _ = patch.get_data()
+        yield float((heights * (edges[1:] + edges[:-1]) / 2).sum() / heights.sum())
+
+
+def far_apart():
+    """Two columns about 0 and 10: those of other names are 10 standard deviations away."""
+    transform = interpolant_transform(2, (8,), solver=FixedGrid(2))
+    transform.flow.whitening.set(torch.tensor([0.0, 10.0]), torch.eye(2))
+    return transform
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+@pytest.mark.parametrize("kind", ["joint", "draws", "frame", "distribution"])
+def test_corner_compares_columns_of_the_same_names(kind, swapped):
+    pd = pytest.importorskip("pandas")
+    sites = {"a": ((), constraints.real), "b": ((), constraints.real)}
+    joint = JointInterpolantDistribution(far_apart(), sites=sites).freeze()
+    draws, order = joint.sample_dict((500,)), "ba" if swapped else "ab"
+    data = {name: draws[name] for name in order}
+    frame = pd.DataFrame({name: data[name].numpy() for name in order})
+    alone = InterpolantDistribution(far_apart()).freeze()
+    alone.columns = ("a", "b")
+    samples = {"joint": joint, "draws": draws, "frame": draws, "distribution": alone}[kind]
+    axes = plotting.corner(samples, frame if kind in ("frame", "distribution") else data)
+    for i, name in enumerate(order):
+        assert list(shown_data_and_model(axes, i)) == pytest.approx(
+            [10.0 * (name == "b")] * 2, abs=0.5
+        )
+    assert axes[1][0].get_xlabel() == order[0]
+
+
+def test_corner_refuses_other_columns():
+    draws = {"a": torch.randn(30), "b": torch.randn(30)}
+    with pytest.raises(
+        ValueError, match=r"samples with the columns \['a', 'c'\].*got \['a', 'b'\]"
+    ):
+        plotting.corner(draws, {"a": draws["a"], "c": draws["b"]})
+    with pytest.raises(ValueError, match="as many columns as the data, 2, got 3"):
+        plotting.corner(torch.randn(30, 3), draws)
+    with pytest.raises(
+        ValueError, match="as many draws of every name in data, got {'a': 30, 'b':"
+    ):
+        plotting.corner(draws, {"a": draws["a"], "b": torch.randn(20)})
+
+
+def test_contexts_of_data_are_taken_by_their_names():
+    pd = pytest.importorskip("pandas")
+    family = ConditionalInterpolantDistribution(random_flow(1, context_dim=2)).freeze()
+    grid = pd.DataFrame({"size": torch.zeros(9).numpy(), "dose": torch.linspace(-1, 1, 9).numpy()})
+    c = pd.DataFrame({"dose": torch.full((30,), 0.5).numpy(), "size": torch.zeros(30).numpy()})
+    ax = plotting.conditional(
+        family, grid, column=1, data=(torch.randn(30, 1), c), levels=(0.5,), points=9
+    )
+    assert set(ax.collections[1].get_offsets()[:, 0].tolist()) == {0.5}
+
+
+@pytest.mark.parametrize("support", [constraints.positive, constraints.interval(-1.0, 2.0)])
+def test_a_density_is_zero_where_values_cannot_be(support):
+    """In the default box, which is wider than the samples; arrows are rates of the values."""
+    distribution = flow(2, support=support)
+    ax = plotting.density(distribution, extent=(-2, 3, -2, 3), points=30, velocity=True)
+    axes = plotting.evolution(distribution, times=(0.0, 1.0))
+    assert axes[1].get_xlim()[0] < 0
+    heights = torch.as_tensor(ax.collections[0].get_array()).reshape(30, 30)
+    line = torch.linspace(-2, 3, 30)
+    inside = support.check(line)
+    inside = inside[:, None] & inside
+    assert (heights[~inside] == 0).all()
+    assert (heights[inside] > 0).all()
+    arrows = ax.collections[1]
+    xy, v = (
+        torch.as_tensor(arrows.XY),
+        torch.stack([torch.as_tensor(a) for a in (arrows.U, arrows.V)], -1),
+    )
+    known = support.check(xy).all(-1)
+    assert torch.equal(torch.as_tensor(arrows.Umask), ~known)
+    transform, step = distribution.transform, 1e-5
+    u = distribution.unconstrained(xy[known].float()).double()
+    whitening = transform.flow.whitening
+    w = whitening.to_white(u.to(whitening.loc))
+    rate = whitening.push(transform.velocity(torch.tensor(1.0), w)).double()
+    to_values = torch.distributions.biject_to(support)
+    expected = (to_values(u + step * rate) - to_values(u - step * rate)) / (2 * step)
+    torch.testing.assert_close(v[known].double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_densities_and_paths_of_events_of_any_shape(shape):
+    scalars = flow(1, support=constraints.positive, event_shape=shape)
+    x, y = torch.as_tensor(plotting.density(scalars).lines[0].get_xydata()).T
+    assert float(torch.trapezoid(y, x)) == pytest.approx(1.0, abs=0.05)
+    paths = plotting.trajectories(scalars, count=3, steps=4).lines
+    assert [line.get_xydata().shape for line in paths] == [(5, 2)] * 3
+    plane = flow(2, support=constraints.real_vector, event_shape=(2, *shape))
+    assert len(plotting.density(plane, points=20, velocity=True).collections) == 2
+
+
+def test_a_density_on_a_line_in_the_plane_is_refused():
+    with pytest.raises(ValueError, match="got one on a line in it, Simplex"):
+        plotting.density(flow(1, support=constraints.simplex))
+
+
+def test_a_column_called_regions_is_a_column():
+    check = uniform_check(names=("column 'regions'",))
+    narrow = check._replace(values=0.5 + 0.1 * (check.values - 0.5))
+    x, _ = plotting.coverage_curve(narrow).lines[0].get_xydata().T
+    assert x[-2] < 0.11

@@ -28,17 +28,26 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from .._torch import seeded
-from ..distributions.constraints import RowsLike, checked_rows, contexts_of_rows
+from ..distributions.constraints import (
+    RowsLike,
+    checked_rows,
+    contexts_of_rows,
+    in_order,
+    named_columns,
+)
 from ..distributions.interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
-from ..distributions.joint import NamedSites, column_names
+from ..distributions.joint import NamedSites, column_names, real_shape
+from ..distributions.supports import BijectiveSupport, support_of
+from ..transforms.gaussianize import without_gaussianizer
 
 _LEVEL = 0.99  # of the band
 _DRAWS = 100  # for each row
 _SHARED_DRAWS = 4000  # for all rows, where there is no context
+REGIONS = ("highest-density regions", "regions around random references")  # not of one column
 _VALUES_AT_ONCE = 2**22  # of draws, compared with rows
 
 
@@ -75,12 +84,14 @@ def pit(
 ) -> CalibrationCheck:
     """Return the probability-integral transform of rows: column by column, unconstrained.
 
+    Low is where values are low, also below a bound, where unconstrained columns fall as they rise.
     Of scalars it is exact, by the cdf; else it is a rank among draws, spread over its step.
 
     Args:
         distribution: A density, conditional or not; or a guide, whose ``posterior`` is compared
             with draws of another sampler, nearly independent ones.
-        x: Rows it has not seen, shape ``(N, *event_shape)``; of named sites, draws by name.
+        x: Rows it has not seen, shape ``(N, *event_shape)``; of named sites, draws by name. Where
+            it was trained on a data frame, the columns of another are taken by their names.
         context: Their contexts, shape ``(N, C)``, for a conditional density.
         draws: How many for each row; without contexts all rows share 4,000.
         seed: Of the draws.
@@ -123,7 +134,7 @@ def coverage(
     rows = _Rows(distribution, x, context, draws)
     with seeded(seed):
         values = _spread(1 - rows.ranks(densities=True)[:, -1:], rows.draws)
-    return _check(values, rows, ["highest-density regions"], _REGIONS)
+    return _check(values, rows, [REGIONS[0]], _UNEVEN)
 
 
 def sbc(
@@ -192,7 +203,7 @@ def tarp(
             far, near = ((part - r) / scale for part in (u[None], z))
             shares.append((near.norm(dim=-1) < far.norm(dim=-1)).double().mean(0))
         values = _spread(torch.cat(shares)[:, None], rows.draws)
-    return _check(values, rows, ["regions around random references"], _REGIONS)
+    return _check(values, rows, [REGIONS[1]], _UNEVEN)
 
 
 class _Rows:
@@ -200,6 +211,7 @@ class _Rows:
 
     Attributes:
         u: The rows, unconstrained, shape ``(N, D)``.
+        directions: Of the unconstrained columns, as the values rise, shape ``(D,)``.
         draws: The number of draws for each row, or for all.
         shared: Whether all rows share them.
     """
@@ -220,7 +232,8 @@ class _Rows:
         self.distribution = density
         shape = density.space.event_shape(flow.event_dim)
         self.x = checked_rows(_packed(density, x), "x", shape).to(flow.loc)
-        self.u = density.unconstrained(self.x).double()
+        self.directions = _directions(density)
+        self.u = self.unconstrained(self.x)
         count = len(self.x)
         self.context = None if context is None else contexts_of_rows(context, flow, count)
         self.shared = self.context is None
@@ -228,6 +241,10 @@ class _Rows:
         if draws < 1:
             raise ValueError(f"expected at least one draw for each row, got draws={draws}")
         density.given(None if self.context is None else self.context[:1])  # or raise
+
+    def unconstrained(self, x: Tensor) -> Tensor:
+        """Return values, ``(*, *event_shape)``, as vectors that rise with them, ``(*, D)``."""
+        return self.distribution.unconstrained(x).double() * self.directions
 
     def parts(self) -> Iterator[tuple[InterpolantDistribution, slice]]:
         """Yield the density for parts of the rows, and which these are."""
@@ -247,13 +264,14 @@ class _Rows:
         with torch.no_grad():
             for view, part in self.parts():
                 if z is None or not self.shared:
-                    x = view.rsample((self.draws,))
+                    draw = view.rsample if view.has_rsample else view.sample
+                    x = draw(torch.Size((self.draws,)))
                     z = self._columns(view, x, densities=densities)
                     z = z.reshape(self.draws, -1, z.shape[-1])  # a single context has no batch
                 yield z, self._columns(view, self.x[part], densities=densities), part
 
     def _columns(self, view: InterpolantDistribution, x: Tensor, *, densities: bool) -> Tensor:
-        u = self.distribution.unconstrained(x).double()
+        u = self.unconstrained(x)
         return torch.cat((u, view.log_prob(x).double()[..., None]), -1) if densities else u
 
     def ranks(self, *, densities: bool = False) -> Tensor:
@@ -273,12 +291,34 @@ class _Rows:
 
 
 def _packed(distribution: AnyDistribution, x: RowsLike) -> ArrayLike:
-    """Return rows as they are, ``(N, *event_shape)``, and packed vectors of named draws."""
+    """Return rows, ``(N, *event_shape)``, those of a data frame in the order of training's.
+
+    Of named draws they are packed vectors.
+    """
     if not isinstance(x, Mapping):
-        return x
+        return in_order(*named_columns(x, "x"), distribution.columns, "x")
     if not isinstance(distribution, NamedSites):
         raise TypeError("expected rows: this distribution has no named sites")
     return distribution.pack(x)
+
+
+def _directions(distribution: AnyDistribution) -> Tensor:
+    """Return 1 or, for columns that fall as their values rise, as below a bound, -1, ``(D,)``."""
+    flow = distribution.transform.flow
+    ends = torch.stack((torch.zeros_like(flow.loc), torch.ones_like(flow.loc))).double()
+    space = support_of(without_gaussianizer(distribution.constraint))
+    if isinstance(distribution, NamedSites):
+        values = list(distribution.unpack(ends).values())
+        sizes = [real_shape(*site).numel() for site in distribution.sites.values()]
+    else:
+        values = [space.bijection(ends) if isinstance(space, BijectiveSupport) else ends]
+        sizes = [flow.event_dim]
+    signs = []
+    for value, size in zip(values, sizes, strict=True):
+        rise = (value[1] - value[0]).reshape(-1)
+        has_direction = len(rise) == size  # a number for each column, not as in a simplex
+        signs.append(rise.sign() if has_direction else rise.new_ones(size))
+    return torch.cat(signs)
 
 
 def _spread(shares: Tensor, draws: int) -> Tensor:
@@ -287,7 +327,7 @@ def _spread(shares: Tensor, draws: int) -> Tensor:
 
 
 _SHAPES = tuple(f"is predicted too {word}" for word in ("narrow", "wide", "low", "high"))
-_REGIONS = ("are uneven", "are uneven", "are too small", "are too large")
+_UNEVEN = ("are uneven", "are uneven", "are too small", "are too large")
 
 
 def _check(
@@ -296,6 +336,7 @@ def _check(
     """Compare each column of values, shape ``(N, K)``, with the uniform distribution."""
     from scipy.stats import kstwo  # slow to import
 
+    values = values.cpu()  # a check is a table of numbers, wherever the flow is
     count, quantities = values.shape
     if count < 2:
         raise ValueError(f"expected at least two rows to check with, got {count}")

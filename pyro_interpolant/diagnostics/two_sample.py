@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 
-from ..distributions.constraints import checked_rows
+from ..distributions.constraints import RowsLike, checked_rows, in_order, named_columns
 
 _FOLDS = 5
 _WIDTH_PER_COLUMN = 10  # of both hidden layers
@@ -39,29 +38,31 @@ class TwoSampleTest(NamedTuple):
         return self.verdict
 
 
-def c2st(x: ArrayLike, y: ArrayLike, *, folds: int = _FOLDS, seed: int = 0) -> TwoSampleTest:
+def c2st(x: RowsLike, y: RowsLike, *, folds: int = _FOLDS, seed: int = 0) -> TwoSampleTest:
     """Compare two sets of draws by a classifier: scikit-learn's network, in five folds.
 
     It has two hidden layers of ten units a column, and sees columns in units of those of x. Of the
     larger set as many draws are taken as the smaller one has. (``pip install scikit-learn``)
 
     Args:
-        x: Draws, shape ``(N, D)``.
-        y: Other draws, shape ``(M, D)``.
+        x: Draws, shape ``(N, D)``, a data frame or draws by name.
+        y: Other draws, shape ``(M, D)``; where both have names, columns are compared by them.
         folds: In how many of the five the classifier is tried: one takes a fifth of the time.
         seed: Of the folds and of the network.
 
     Raises:
         TypeError: If the draws are not of a floating type.
-        ValueError: If they are of other shapes, not finite, or fewer than 20, or the folds are not
-            1 to 5.
+        ValueError: If they are of other shapes or names, not finite, or fewer than 20, or the
+            folds are not 1 to 5.
 
     Example:
         >>> c2st(torch.randn(100, 1), torch.randn(100, 1) + 5).accuracy > 0.9
         True
     """
-    one = checked_rows(x, "x").double().cpu()
-    other = checked_rows(y, "y", (one.shape[1],)).double().cpu()
+    rows, names = named_columns(x, "x")
+    one = checked_rows(rows, "x").double().cpu()
+    rows = in_order(*named_columns(y, "y"), names, "y")
+    other = checked_rows(rows, "y", (one.shape[1],)).double().cpu()
     count = min(len(one), len(other))
     if count < 4 * _FOLDS:
         raise ValueError(f"expected at least {4 * _FOLDS} draws on either side, got {count}")

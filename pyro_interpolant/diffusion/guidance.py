@@ -34,39 +34,46 @@ def guided(
         scale: s; 1 is no guidance, and 0 samples without regard to labels.
 
     Raises:
-        ValueError: If the network has no such label.
+        ValueError: If the network, or that of the noise where one is learned, has no such label.
     """
     transform = distribution.transform
-    flow, null = transform.flow, null_label(transform.velocity)
-    if null is None:
-        raise ValueError(
-            "expected a network with a label for none of its classes, such as UNet(..., classes=K)"
-            f" or ImageVelocity(..., null_label=K), got {type(transform.velocity).__name__}"
-        )
+    flow = transform.flow
     new = ConditionalInterpolantTransform(
-        _Guided(transform.velocity, null, scale),
+        _Guided(flow.velocity, scale),
         flow.event_dim,
         interpolant=flow.interpolant,
         solver=transform.solver,
         divergence=_NoDensity(),
         whitening=flow.whitening,
     )
+    # What the score follows from, if there is one: of a guided noise it is guided, too.
+    new.flow.independent = flow.independent
+    new.flow.noise = None if flow.noise is None else _Guided(flow.noise, scale)
     return ConditionalInterpolantDistribution(
         new, distribution.base, support=distribution.constraint
     )
 
 
 class _Guided(nn.Module):
-    """The guided velocity: both of its parts in one call of the network.
+    """The guided velocity, or noise: both of its parts in one call of the network.
 
     Args:
         velocity: The network.
-        null: Its label for none of the classes.
         scale: s.
+
+    Raises:
+        ValueError: If the network has no label for none of its classes.
     """
 
-    def __init__(self, velocity: nn.Module, null: int, scale: float) -> None:
+    def __init__(self, velocity: nn.Module, scale: float) -> None:
         super().__init__()
+        null = null_label(velocity)
+        if null is None:
+            raise ValueError(
+                "expected a network with a label for none of its classes, such as "
+                "UNet(..., classes=K) or ImageVelocity(..., null_label=K), got "
+                f"{type(velocity).__name__}"
+            )
         self.velocity, self.null, self.scale = velocity, null, scale
         self.classes, self.image_shape = size_of(velocity, "classes"), image_shape(velocity)
 

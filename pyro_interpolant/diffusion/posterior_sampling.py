@@ -80,8 +80,8 @@ def approximate_posterior(
     Raises:
         TypeError: As :func:`~pyro_interpolant.score`.
         ValueError: As :func:`~pyro_interpolant.score`; also of a flow that learned the noise of a
-            latent term or that stops before t = 1, if there is no step, or the log-likelihoods
-            are of another shape.
+            latent term, that starts from its data or that stops before t = 1, if there is no step,
+            or the log-likelihoods are of another shape.
 
     Example:
         >>> prior = InterpolantDistribution(interpolant_transform(2))  # untrained: N(0, I)
@@ -111,7 +111,7 @@ class _PosteriorSDE(InterpolantSDE):
     Raises:
         TypeError: As :class:`InterpolantSDE`.
         ValueError: As :class:`InterpolantSDE`; also of a flow that learned the noise of a latent
-            term, or that stops before t = 1.
+            term, that starts from its data, or that stops before t = 1.
     """
 
     def __init__(
@@ -122,6 +122,12 @@ class _PosteriorSDE(InterpolantSDE):
             raise ValueError(
                 "expected a flow that learned the velocity alone, got one that learned the noise "
                 "of a latent term: how much the data vary given a state does not follow from it"
+            )
+        if self.transform.interpolant.ends[0][1] != 0:
+            raise ValueError(
+                "expected a path that starts from noise alone, which observations say nothing of, "
+                f"got {type(self.transform.interpolant).__name__}, which starts from the data: "
+                "train a flow on another"
             )
         if self.transform.end != 1:
             raise ValueError(

@@ -191,6 +191,61 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
         ) from error
 
 
+def named_columns(x: RowsLike, name: str = "data") -> tuple[Tensor, tuple[str, ...]]:
+    """Return the values of x, and the names of its columns, none where it has none.
+
+    Args:
+        x: As in :func:`as_tensor`; or draws by name, each of shape ``(N, *)``, which are joined as
+            columns.
+        name: What to call it in messages.
+
+    Returns:
+        The values, of draws by name of shape ``(N, D)``, and D names or none.
+
+    Raises:
+        TypeError: As :func:`as_tensor`.
+        ValueError: If there are not as many draws of each name.
+    """
+    if not isinstance(x, Mapping):
+        return as_tensor(x, name), tuple(map(str, getattr(x, "columns", ())))
+    parts = {str(k): torch.atleast_1d(as_tensor(v, f"{name} {k!r}")) for k, v in x.items()}
+    lengths = {k: len(part) for k, part in parts.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"expected as many draws of every name in {name}, got {lengths}")
+    flat = {k: part.reshape(len(part), -1) for k, part in parts.items()}
+    names = [
+        k if part.shape[1] == 1 else f"{k}[{i}]"
+        for k, part in flat.items()
+        for i in range(part.shape[1])
+    ]
+    return torch.cat(list(flat.values()), 1), tuple(names)
+
+
+def in_order(
+    rows: Tensor, names: Sequence[str], expected: Sequence[str], name: str = "data"
+) -> Tensor:
+    """Return rows with their columns in an order of names: frames and dictionaries have any.
+
+    Args:
+        rows: Rows, shape ``(N, D)``.
+        names: The names of their columns.
+        expected: The names in their order. Where either are none, rows are returned as they are.
+        name: What to call the rows in messages.
+
+    Raises:
+        ValueError: If the names are others, or one of several in another order is there twice.
+    """
+    found, wanted = list(names), list(expected)
+    if not found or not wanted or found == wanted:
+        return rows
+    if sorted(found) != sorted(wanted) or len(set(found)) < len(found):
+        raise ValueError(
+            f"expected {name} with the columns {wanted}, each once and in any order, got {found}: "
+            "rename or select them"
+        )
+    return rows[:, [found.index(column) for column in wanted]]
+
+
 def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:
     """Return x as a tensor of rows of finite floating-point numbers.
 

@@ -406,6 +406,7 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
             ValueError: If t is outside [0, 1].
         """
         new = InterpolantDistribution(self.transform.at(t), self.base, support=self.constraint)
+        new.columns = self.columns
         return new.expand(self.batch_shape)
 
     def without_support(self) -> "InterpolantDistribution":
@@ -480,7 +481,9 @@ class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransform
             ValueError: If the last dimension is not the velocity's ``context_dim``.
         """
         transform = self.transform.condition(context)
-        return InterpolantDistribution(transform, self.base, support=self.constraint)
+        new = InterpolantDistribution(transform, self.base, support=self.constraint)
+        new.columns = self.columns
+        return new
 
     def given(self, context: Tensor | None) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``, as :meth:`condition`.

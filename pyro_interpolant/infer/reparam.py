@@ -21,12 +21,13 @@ from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
-from torch.distributions import ComposeTransform, biject_to
+from torch.distributions import ComposeTransform, Transform, biject_to, constraints
 
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from .autoguide import AutoInterpolant
 from .sites import LatentSites, Model, Nodes, Site, unwrapped_model
+from .validity import innermost
 
 _BASE = "_base"  # what a site in base space has after its name
 _FLOW = "_interpolant_flow"  # where a trace keeps the distribution of a site in base space
@@ -267,7 +268,7 @@ class Neutra:
         with self._start(*args, **kwargs):
             w = pyro.sample(first + _SITE, base.mask(mask=False))
         z = transform(w)
-        images = _Images({name: real for name, _, real in self.sites.split(z)}, z)
+        images = _Images({name: (real, t) for name, t, real in self.sites.split(z)}, z)
         with images:
             result = self.model(*args, **kwargs)
         if images.parts:
@@ -324,15 +325,6 @@ class Neutra:
         base = draws[names[0]]
         transform = self.guide.get_transform(*args, **kwargs)
         sites = self.sites.unpack(transform(base.reshape(-1, dim)))
-        with poutine.block(), poutine.trace() as tracer:
-            poutine.condition(self, data={names[0]: base.reshape(-1, dim)[-1]})(*args, **kwargs)
-        for name, value in sites.items():
-            own = cast("Nodes", tracer.trace.nodes)[name]["value"]
-            if not torch.allclose(value[-1], own, rtol=1e-3, atol=1e-5):
-                raise ValueError(
-                    f"expected sites of fixed supports, got {name!r} on one that depends on other "
-                    "sites: use Predictive(neutra(guide), draws)"
-                )
         return {k: v.reshape(base.shape[:-1] + v.shape[1:]) for k, v in sites.items()}
 
 
@@ -343,14 +335,15 @@ class _Images(Messenger):
     once for each member of a plate, or not at all under a mask.
 
     Args:
-        parts: The unconstrained value of each site; each is taken out as its site comes.
+        parts: The unconstrained value of each site, and the bijection by which its draws come
+            back; each is taken out as its site comes.
         z: The vector, shape ``(*, D)``.
 
     Attributes:
         log_det: The sum of the log-determinants so far, shape ``(*)``.
     """
 
-    def __init__(self, parts: dict[str, Tensor], z: Tensor) -> None:
+    def __init__(self, parts: dict[str, tuple[Tensor, Transform]], z: Tensor) -> None:
         super().__init__()
         self.parts, self.log_det = parts, z.new_zeros(z.shape[:-1])
 
@@ -362,9 +355,15 @@ class _Images(Messenger):
                 f"expected site {msg['name']!r} to be latent, as when the guide was set up, got "
                 "it observed: train a guide of the model with these data"
             )
-        real, fn = self.parts.pop(msg["name"]), msg["fn"]
+        (real, known), fn = self.parts.pop(msg["name"]), msg["fn"]
         transform = biject_to(fn.support)
         value = transform(real)
+        if constraints.is_dependent(type(innermost(fn)).support):
+            if not torch.allclose(value, known(real), rtol=1e-4):
+                raise ValueError(
+                    f"expected site {msg['name']!r} to have a fixed support, got one that depends "
+                    "on other sites: sample it on a fixed support and transform it"
+                )
         log_det = transform.log_abs_det_jacobian(real, value)
         log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
         self.log_det = self.log_det + log_det.sum_to_size(self.log_det.shape)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from ..diagnostics.predictive import CalibrationCheck
+from ..diagnostics.predictive import REGIONS, CalibrationCheck
 from ..training.fitting import FitResult
 from .axes import DATA_COLOR, MODEL_COLOR, THIRD_COLOR, new_axes
 
@@ -48,7 +48,7 @@ def ranks(check: CalibrationCheck, *, ax: "Axes | None" = None) -> "Axes":
     count = len(check.values)
     shares = np.repeat(np.arange(count + 1), 2)[1:-1] / count  # on both sides of each step
     for values, name in zip(check.values.T, check.names, strict=True):
-        u = values.sort().values.repeat_interleave(2).numpy()
+        u = values.sort().values.repeat_interleave(2).cpu().numpy()
         ax.plot(u, shares - u, linewidth=1, label=name)
     ax.axhspan(-check.band, check.band, color=DATA_COLOR, alpha=0.15, linewidth=0, label="99%")
     ax.set(xlabel="$u$", ylabel="share below $u$, less $u$", xlim=(0, 1))
@@ -97,7 +97,7 @@ def coverage_curve(check: CalibrationCheck, *, ax: "Axes | None" = None) -> "Axe
         color=DATA_COLOR, alpha=0.15, linewidth=0, label="99%",
     )  # fmt: skip
     for values, name in zip(check.values.T, check.names, strict=True):
-        inside = values if "regions" in name else (2 * values - 1).abs()
+        inside = values if name in REGIONS else (2 * values - 1).abs()
         edges = np.concatenate(([0], inside.sort().values.cpu().numpy(), [1]))
         ax.step(edges, shares, where="post", linewidth=1, label=name)
     ax.plot((0, 1), (0, 1), color=DATA_COLOR, linewidth=0.8)

@@ -1,7 +1,9 @@
 """Pictures of a flow: its paths, its densities, its velocity, its interpolant."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from ..diffusion.sde import to_values
 from ..distributions.interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
@@ -16,7 +19,6 @@ from ..distributions.interpolant import (
 from ..interpolants.linear import Interpolant
 from ..nn.velocity import evaluate
 from ..solvers.ode import FixedGrid
-from ..transforms.gaussianize import Gaussianized
 from .axes import (
     DATA_COLOR,
     MODEL_COLOR,
@@ -84,34 +86,33 @@ def density(
         ax: Axes, or None for new ones.
 
     Raises:
-        ValueError: If the flow has more than two dimensions.
+        ValueError: If the flow has more than two dimensions, or fewer than its events.
     """
-    dim = distribution.event_shape[-1]
+    dim = distribution.event_shape.numel()
     if dim > 2:
         raise ValueError(f"expected one or two dimensions, got {dim}: use corner")
+    if dim > distribution.transform.flow.event_dim:
+        raise ValueError(
+            f"expected a density in the plane, got one on a line in it, {distribution.constraint}:"
+            " use corner"
+        )
     ax = new_axes(ax)
-    box = extent_of(distribution.sample((_EXTENT_SAMPLES,))) if extent is None else tuple(extent)
+    box = _extent(distribution) if extent is None else tuple(extent)
     lines = [torch.linspace(a, b, points) for a, b in zip(box[::2], box[1::2], strict=True)]
     grid = torch.stack(torch.meshgrid(*lines, indexing="xy"), dim=-1)
-    grid = grid.to(distribution.transform.flow.loc)
-    with torch.no_grad():
-        value = distribution.log_prob(grid).exp().cpu().numpy()
+    value = _on_support(distribution, grid, lambda x: distribution.log_prob(x).exp()[..., None], 0)
     axes = [line.numpy() for line in lines]
     if dim == 1:
-        ax.plot(axes[0], value, color=MODEL_COLOR)
+        ax.plot(axes[0], value[..., 0], color=MODEL_COLOR)
         ax.set(xlabel="$x$", ylabel="density")
         return ax
-    ax.pcolormesh(*axes, value, shading="gouraud", cmap="magma_r", rasterized=True)
+    ax.pcolormesh(*axes, value[..., 0], shading="gouraud", cmap="magma_r", rasterized=True)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", xlim=box[:2], ylim=box[2:])
     if velocity:
-        coarse = grid[:: points // _ARROWS_PER_AXIS, :: points // _ARROWS_PER_AXIS]
-        v = _velocity(distribution, coarse).cpu()
-        ax.quiver(
-            *coarse.cpu().numpy().transpose(2, 0, 1),
-            *v.numpy().transpose(2, 0, 1),
-            color=THIRD_COLOR,
-            width=4e-3,
-        )
+        every = slice(None, None, max(1, points // _ARROWS_PER_AXIS))
+        coarse = grid[every, every]
+        v = _on_support(distribution, coarse, partial(_velocity, distribution), math.nan)
+        ax.quiver(*coarse.permute(2, 0, 1), *v.transpose(2, 0, 1), color=THIRD_COLOR, width=4e-3)
     return ax
 
 
@@ -133,7 +134,7 @@ def evolution(
     if ax is None:
         ax = axes_array(1, len(times), (2.6 * len(times), 2.8))[0]
     views = [distribution.at(t) for t in times]
-    boxes = torch.tensor([extent_of(view.sample((_EXTENT_SAMPLES,))) for view in views])
+    boxes = torch.tensor([_extent(view) for view in views])
     extent = [
         float(f(column)) for f, column in zip((min, max, min, max), boxes.T.tolist(), strict=True)
     ]
@@ -183,7 +184,8 @@ def conditional(
         distribution: A conditional flow in one dimension.
         context: Contexts, shape ``(K, C)`` or ``(K,)`` where C = 1, ascending in one column.
         column: Which one that is.
-        data: Outcomes, shape ``(N,)`` or ``(N, 1)``, and their contexts, to draw as points.
+        data: Outcomes, shape ``(N,)`` or ``(N, 1)``, and their contexts, to draw as points. Where
+            both contexts have names, columns are taken by them.
         levels: Of the quantiles.
         points: Of the grid of outcomes.
         ax: Axes, or None for new ones.
@@ -198,7 +200,7 @@ def conditional(
             "corner(distribution.condition(context), data)"
         )
     ax = new_axes(ax)
-    contexts, _ = table(context)
+    contexts, names = table(context)
     given = distribution.condition(torch.as_tensor(contexts).to(flow.loc))
     along = contexts[:, column]
     q = torch.tensor([0.005, *levels, 0.995])[:, None].to(flow.loc)
@@ -210,7 +212,7 @@ def conditional(
     heights = density.cpu().numpy()
     ax.pcolormesh(along, values.cpu().numpy(), heights, shading="gouraud", cmap="magma_r")
     if data is not None:
-        y, c = (table(part)[0][:SCATTER_POINTS] for part in data)
+        y, c = (part[:SCATTER_POINTS] for part in (table(data[0])[0], table(data[1], names)[0]))
         ax.scatter(c[:, column], y[:, 0], s=3, color=DATA_COLOR, linewidths=0, label="data")
     for i, (level, line) in enumerate(zip(levels, lines[1:-1].cpu().numpy(), strict=True)):
         name = ", ".join(f"{100 * x:g}%" for x in levels) if i == 0 else None
@@ -230,22 +232,50 @@ def _paths(
     with torch.no_grad():
         path = replace(distribution.transform.path(), solver=FixedGrid(steps))
         w = distribution.white_base().sample((count, *distribution.batch_shape))
-        x = flow.whitening.from_white(flow.integrate(w, path, forward=True))
-        for part in distribution.space.transforms(flow):
-            x = part(x)
-    return path.times[0].numpy(), x.cpu().numpy()
+        x = to_values(distribution, flow.integrate(w, path, forward=True))
+    batch = x.shape[: x.dim() - len(distribution.event_shape)]  # scalars have no dimension
+    return path.times[0].numpy(), x.reshape(*batch, -1).cpu().numpy()
+
+
+def _extent(distribution: InterpolantDistribution) -> tuple[float, ...]:
+    """Return the bounds of samples, those of each dimension in turn."""
+    x = distribution.sample((_EXTENT_SAMPLES,))
+    return extent_of(x.reshape(len(x), -1))
+
+
+def _on_support(
+    distribution: InterpolantDistribution,
+    grid: Tensor,
+    function: Callable[[Tensor], Tensor],
+    outside: float,
+) -> np.ndarray:
+    """Return a function at points of a grid, shape ``(*, K)``.
+
+    Args:
+        distribution: The flow, whose support it is.
+        grid: Points, shape ``(*, D)``.
+        function: A function from values, ``(N, *event_shape)``, to ``(N, K)``.
+        outside: What to return beyond the support.
+    """
+    x = grid.to(distribution.transform.flow.loc).reshape(-1, *distribution.event_shape)
+    inside = distribution.support.check(x)
+    with torch.no_grad():
+        found = function(x[inside])
+    values = found.new_full((len(x), found.shape[-1]), outside)
+    values[inside] = found
+    return values.reshape(*grid.shape[:-1], -1).cpu().numpy()
 
 
 def _velocity(distribution: InterpolantDistribution, x: Tensor) -> Tensor:
-    """Return the velocity, in data coordinates, at the time the flow stops at."""
+    """Return the velocity of values, shape ``(N, D)``, at the time the flow stops at.
+
+    Args:
+        distribution: The flow.
+        x: Values, shape ``(N, *event_shape)``.
+    """
     transform = distribution.transform
     flow = transform.flow
     t = torch.tensor(transform.end).to(x)
-    with torch.no_grad():
-        u = distribution.to_flow(x)
-        w = flow.whitening.to_white(u)
-        v = flow.whitening.push(evaluate(flow.velocity, t, w, transform.context))
-        support = distribution.constraint
-        if isinstance(support, Gaussianized):
-            return torch.func.jvp(support.gaussianizer._call, (u,), (v,))[1]
-        return v
+    w = flow.whitening.to_white(distribution.to_flow(x))
+    v = evaluate(flow.velocity, t, w, transform.context)
+    return torch.func.jvp(partial(to_values, distribution), (w,), (v,))[1].reshape(len(x), -1)

@@ -1,13 +1,14 @@
 """Pictures of samples beside data, column by column."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributions import Distribution
 
-from ..distributions.constraints import RowsLike, as_tensor
+from ..distributions.constraints import RowsLike, in_order, named_columns
 from ..distributions.joint import JointInterpolantDistribution
 from .axes import DATA_COLOR, MODEL_COLOR, SCATTER_POINTS, axes_array, extent_of
 
@@ -39,13 +40,13 @@ def corner(
         levels: The shares that contours enclose.
         count: The number of samples to draw.
         ax: An array of D x D axes, or None for new ones.
+
+    Raises:
+        ValueError: If samples and data have other columns. Where both have names, as those of a
+            distribution trained on a data frame, columns are compared by them.
     """
-    if isinstance(samples, JointInterpolantDistribution) and isinstance(data, Mapping):
-        samples = samples.sample_dict((count,))
-    elif isinstance(samples, Distribution):
-        samples = samples.sample(torch.Size((count,)))
-    rows, found = table(data)
-    pair = ((rows, DATA_COLOR, "data"), (table(samples)[0], MODEL_COLOR, "model"))
+    rows, drawn, found = _beside(samples, data, count)
+    pair = ((rows, DATA_COLOR, "data"), (drawn, MODEL_COLOR, "model"))
     dim = rows.shape[-1]
     if ax is None:
         ax = axes_array(dim, dim, (1.6 * dim + 1, 1.6 * dim + 1))
@@ -77,19 +78,51 @@ def corner(
     return ax
 
 
-def table(x: RowsLike) -> tuple[np.ndarray, list[str] | None]:
-    """Return rows, shape ``(N, D)``, of a tensor, a frame or draws by name, and names if any."""
-    if isinstance(x, Mapping):
-        parts = {name: table(value)[0] for name, value in x.items()}
-        names = [
-            name if part.shape[1] == 1 else f"{name}[{i}]"
-            for name, part in parts.items()
-            for i in range(part.shape[1])
-        ]
-        return np.concatenate(list(parts.values()), 1), names
-    names = [str(column) for column in getattr(x, "columns", ())]
-    rows = as_tensor(x).detach().double().cpu()
-    return rows.reshape(len(rows), -1).numpy(), names or None
+def table(x: RowsLike, names: Sequence[str] = ()) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return rows, shape ``(N, D)``, of a tensor, a frame or draws by name, and names if any.
+
+    Args:
+        x: The rows, shape ``(N, *)``.
+        names: Of the columns, in the order to return them in, where x has names, too.
+    """
+    found, own = _flat(x)
+    return in_order(found, own, names).numpy(), own
+
+
+def _flat(x: RowsLike) -> tuple[Tensor, tuple[str, ...]]:
+    rows, names = named_columns(x)
+    rows = rows.detach().double().cpu()
+    return rows.reshape(len(rows), -1), names
+
+
+def _beside(
+    samples: RowsLike | Distribution, data: RowsLike, count: int
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Return the data, samples with the same columns, and the names of the data's, if any.
+
+    Args:
+        samples: Samples, shape ``(M, D)`` or by name, or a distribution to draw them from.
+        data: The data, shape ``(N, D)`` or by name.
+        count: How many samples to draw.
+
+    Raises:
+        ValueError: If there are other columns.
+    """
+    rows, names = table(data)
+    own: tuple[str, ...] = ()
+    if isinstance(samples, JointInterpolantDistribution) and names:
+        samples = samples.sample_dict((count,))
+    elif isinstance(samples, Distribution):
+        own = getattr(samples, "columns", ())
+        samples = samples.sample(torch.Size((count,)))
+    drawn, found = _flat(samples)
+    drawn = in_order(drawn, found or own, names, "samples")
+    if drawn.shape[1] != rows.shape[1]:
+        raise ValueError(
+            f"expected samples with as many columns as the data, {rows.shape[1]}, got "
+            f"{drawn.shape[1]}"
+        )
+    return rows, drawn.numpy(), names
 
 
 def _contours(

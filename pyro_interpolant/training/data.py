@@ -8,7 +8,14 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._torch import rng_state, set_rng_state
-from ..distributions.constraints import RowsLike, as_tensor, checked_rows, contexts_of_rows
+from ..distributions.constraints import (
+    RowsLike,
+    as_tensor,
+    checked_rows,
+    contexts_of_rows,
+    in_order,
+    named_columns,
+)
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import NamedSites
 from .checkpoint import checksum
@@ -122,7 +129,7 @@ class Table:
                     "of positive weight: get more data"
                 )
         else:
-            given = None if validation is None else held_out_rows(distribution, validation)
+            given = None if validation is None else held_out_rows(distribution, validation, data)
             self.held = 0 if given is None else len(given.w)
             if given is not None:
                 found = _with_given(found, given)
@@ -293,9 +300,20 @@ def rows_of(
     return Rows(rows, contexts_of_rows(context, flow, count, "rows of data"))
 
 
-def held_out_rows(distribution: AnyDistribution, validation: HeldOut) -> Rows:
-    """Return the validation rows a user gave: rows, or rows and contexts."""
-    return rows_of(distribution, *(validation if isinstance(validation, tuple) else (validation,)))
+def held_out_rows(distribution: AnyDistribution, validation: HeldOut, data: object) -> Rows:
+    """Return the validation rows a user gave: rows, or rows and contexts.
+
+    Args:
+        distribution: What is trained.
+        validation: What was given.
+        data: The data beside it: columns of two data frames are taken by their names.
+    """
+    given: Any = validation if isinstance(validation, tuple) else (validation,)
+    rows, *context = given
+    if not isinstance(rows, Mapping):
+        names = tuple(map(str, getattr(data, "columns", distribution.columns)))
+        rows = in_order(*named_columns(rows, "validation"), names, "validation")
+    return rows_of(distribution, rows, *context)
 
 
 def _with_given(rows: Rows, held: Rows) -> Rows:

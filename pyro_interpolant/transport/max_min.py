@@ -138,9 +138,9 @@ def _start(interpolant: LearnedInterpolant, objective: Objective, w: Tensor) -> 
     means = base.mean(0), w.mean(0)
     if objective.base.base is None:  # both are zero, but for the draws
         means = torch.zeros_like(means[0]), torch.zeros_like(means[1])
-    interpolant.start_from_moments(
-        means[0], base.T.cov(), means[1], w.T.cov(), metric=objective.flow.whitening.matrix()
-    )
+    cov0, cov1 = (torch.atleast_2d(rows.T.cov()) for rows in (base, w))  # of one column a number
+    metric = objective.flow.whitening.matrix()
+    interpolant.start_from_moments(means[0], cov0, means[1], cov1, metric=metric)
 
 
 @dataclass(frozen=True)

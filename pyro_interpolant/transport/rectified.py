@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._torch import seeded
 from ..diagnostics.calibration import calibrate
+from ..distributions.bases import Samples
 from ..distributions.interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -31,7 +32,7 @@ class PathReport(NamedTuple):
         sampling_errors: By number of steps, 1 and 2, the mean distance in whitened units between
             a sample and the converged one from the same base draw.
         density_steps: The fewest steps at which log_prob meets the tolerance; None of images,
-            whose exact densities take too long.
+            whose exact densities take too long, and where the base has none, samples alone.
     """
 
     sampling_errors: dict[int, float]
@@ -84,7 +85,7 @@ def reflow(
         distribution: A trained flow.
         count: The number of pairs to draw.
         context: Contexts, shape ``(count, C)``, for a conditional flow.
-        interpolant: The path between the pairs; by default straight.
+        interpolant: The path between the pairs; by default straight, of angles along geodesics.
         tolerance: Of the density, nats, for the report and the calibration; of images of samples,
             whitened units.
         seed: As in :func:`~pyro_interpolant.fit`.
@@ -106,7 +107,8 @@ def reflow(
     new = copy.deepcopy(distribution)
     trainable_flow(new)
     flow = new.transform.flow
-    flow.interpolant = Linear() if interpolant is None else interpolant
+    straight = new.space.default_path() or Linear()
+    flow.interpolant = straight if interpolant is None else interpolant
     flow.noise = None  # of the path before
     new.transform.solver = FixedGrid()
     with seeded(seed), torch.no_grad():
@@ -146,7 +148,7 @@ def _report(
     tolerance: float,
 ) -> PathReport:
     copied, steps = copy.deepcopy(distribution), None
-    if not has_images(copied):
+    if not has_images(copied) and not isinstance(copied.base, Samples):
         steps = calibrate(copied, data, context=context, tolerance=tolerance).steps
     view = copied.given(context)
     flow = view.transform.flow

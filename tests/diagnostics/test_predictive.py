@@ -15,6 +15,7 @@ from pyro_interpolant import (
     Geodesic,
     InterpolantDistribution,
     InterpolantTransform,
+    Samples,
     TorusMLP,
     UniformTorus,
     VelocityMLP,
@@ -192,3 +193,62 @@ def test_columns_of_scalars_are_called_by_what_they_are():
     for support, name in ((constraints.real, "column 0"), (constraints.positive, "unc")):
         d = InterpolantDistribution(flow, support=support, event_shape=()).freeze()
         assert pit(d, d.sample((20,))).names[0].startswith(name)
+
+
+@pytest.mark.parametrize("check", [pit, coverage, tarp])
+def test_columns_of_a_frame_are_those_of_training(check):
+    pd = pytest.importorskip("pandas")
+    transform = interpolant_transform(2, (8,), solver=COARSE)
+    transform.flow.whitening.set(torch.tensor([0.0, 10.0]), torch.eye(2))
+    d = InterpolantDistribution(transform).freeze()
+    d.columns = ("mass", "radius")
+    frame = pd.DataFrame(d.sample((100,)).numpy(), columns=d.columns)
+    found = check(d, frame[["radius", "mass"]])
+    assert torch.equal(found.values, check(d, frame).values)
+    assert found.verdict.startswith("calibrated")
+    with pytest.raises(
+        ValueError, match=r"x with the columns \['mass', 'radius'\].*got \['mass', 'z'\]"
+    ):
+        check(d, frame.rename(columns={"radius": "z"}))
+
+
+BASES = {
+    "mixture": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)),
+        dist.Normal(torch.tensor([[-2.0], [2.0]]), torch.ones(2, 1)).to_event(1),
+    ),
+    "samples": lambda: Samples(torch.randn(50, 1)),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_base_without_a_gradient_of_its_draws(base):
+    flow = random_flow(1, (8, 8), solver=COARSE)
+    d = InterpolantDistribution(flow, BASES[base]()).freeze()
+    x = d.sample((100,))
+    for check in (pit, tarp) if base == "samples" else (pit, tarp, coverage):
+        assert check(d, x).verdict.startswith("calibrated")
+
+
+@pytest.mark.parametrize("check", [pit, sbc])
+def test_low_and_high_are_those_of_the_values_below_a_bound(check):
+    flow = random_flow(2, (8, 8), context_dim=2, solver=COARSE)
+    below = constraints.less_than(3.0)
+    sites = {"loc": ((), constraints.real), "below": ((), below)}
+    joint = ConditionalJointInterpolantDistribution(flow, sites=sites).freeze()
+    context = torch.randn(300, 2)
+    draws = joint.condition(context).sample_dict()
+    wrong = {**draws, "below": 3 - 0.2 * (3 - draws["below"])}  # nearer to the bound, and higher
+    assert "site 'below' is predicted too low" in check(joint, wrong, context, draws=50).verdict
+    d = ConditionalInterpolantDistribution(flow, support=constraints.independent(below, 1))
+    x = 3 - 0.2 * (3 - d.condition(context).sample())
+    found = check(d, x, context, draws=50).verdict
+    for i in range(2):
+        assert f"unconstrained column {i} is predicted too low" in found
+
+
+def test_ranks_below_a_bound_agree_with_the_cdf():
+    d = InterpolantDistribution(random_flow(1), support=constraints.less_than(0.0)).freeze()
+    x = d.sample((100,))
+    exact, ranks = pit(d, x).values[:, 0], sbc(d, x, None).values[:, 0]
+    assert (exact - ranks).abs().max() < 0.05

@@ -56,3 +56,14 @@ def test_a_constant_column_hides_nothing():
     x, y = torch.randn(60, 2), torch.randn(60, 2)
     x[:, 1], y[:, 1] = 1.0, 1 + 1e-3 * y[:, 1].abs()
     assert c2st(x, y).accuracy > 0.9
+
+
+def test_columns_are_compared_by_their_names():
+    pd = pytest.importorskip("pandas")
+    x = pd.DataFrame(torch.randn(400, 2).numpy() + [0.0, 10.0], columns=["a", "b"])
+    y = pd.DataFrame(torch.randn(400, 2).numpy() + [0.0, 10.0], columns=["a", "b"])[["b", "a"]]
+    assert abs(c2st(x, y, folds=1).accuracy - 0.5) < 0.3
+    draws = {name: y[name].to_numpy() for name in y}
+    assert c2st(x, draws, folds=1) == c2st(x, y, folds=1)
+    with pytest.raises(ValueError, match=r"y with the columns \['a', 'b'\].*got \['b', 'c'\]"):
+        c2st(x, y.rename(columns={"a": "c"}))

@@ -6,7 +6,7 @@ from cases import IMAGE_NETWORKS, IMAGE_SHAPE
 from torch import nn
 
 import pyro_interpolant as pi
-from pyro_interpolant.diffusion import guided
+from pyro_interpolant.diffusion import guided, sample_sde, score
 from pyro_interpolant.nn import ImageVelocity
 
 RATES = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)  # of two labels, and of none
@@ -80,3 +80,34 @@ def test_a_unet_has_one():
     )
     torch.testing.assert_close(once, plain)
     assert (more - plain).abs().max() > 1e-3
+
+
+class Shifted(nn.Module):
+    """The noise of images that are moved by as much as their label says."""
+
+    def forward(self, t, image, labels):
+        return image + RATES[labels].to(image)[:, None, None, None]
+
+
+def test_the_score_of_a_guided_flow_is_known_where_its_own_is():
+    images = family()
+    images.transform.flow.independent = False  # trained on pairs
+    given = guided(images).condition(torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="trained with the independent coupling"):
+        sample_sde(given, steps=2)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_learned_noise_is_guided_too(scale):
+    images, labels = family(), torch.tensor([0, 1])
+    images.transform.flow.interpolant = pi.Latent(pi.Linear(), pi.BrownianBridge(0.5))
+    images.transform.flow.noise = ImageVelocity(Shifted(), IMAGE_SHAPE, 2, 2)
+    x, t = torch.randn(2, 16), torch.tensor(0.5)
+    found = score(guided(images, scale).condition(labels), t, x)
+    gamma = float(images.transform.interpolant.coefficients(t)[2])
+    shift = RATES[2] + scale * (RATES[labels] - RATES[2])
+    expected = -(x + shift[:, None].to(x)) / gamma
+    torch.testing.assert_close(found, expected)
+    images.transform.flow.noise = pi.VelocityMLP(16, (8,), classes=2)
+    with pytest.raises(ValueError, match=r"label for none of its classes.*got VelocityMLP"):
+        guided(images)

@@ -186,6 +186,11 @@ REFUSED = {
         ValueError,
         "learned the velocity alone, got one that learned the noise",
     ),
+    "mirror": (
+        lambda: random_flow_distribution(interpolant=pi.Mirror()),
+        ValueError,
+        "starts from noise alone.*got Mirror, which starts from the data",
+    ),
     "stopped": (
         lambda: random_flow_distribution().at(0.5),
         ValueError,

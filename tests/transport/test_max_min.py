@@ -5,12 +5,15 @@ from gaussians import GaussianTransport
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    Geodesic,
     InterpolantDistribution,
     InterpolantTransform,
     LearnedInterpolant,
     Linear,
+    TorusMLP,
     Trigonometric,
     VelocityMLP,
+    circular,
     conditional_interpolant_transform,
     fit,
     interpolant_transform,
@@ -19,6 +22,7 @@ from pyro_interpolant import (
     path_energy,
     reflow,
 )
+from pyro_interpolant.interpolants.nonlinear import wrap
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
@@ -129,6 +133,16 @@ def test_two_data_sets_and_contexts():
     learn_interpolant(conditional, x0, context=context, alternations=5, steps=5, **QUICK)
 
 
+@pytest.mark.parametrize("options", [{"modes": 2}, {"modes": 2, "event_dim": 1, "matrices": True}])
+def test_one_column_alone(options):
+    path = LearnedInterpolant(**options).double()
+    distribution = InterpolantDistribution(interpolant_transform(1, (8, 8), interpolant=path))
+    data = 0.1 * torch.randn(300, 1) + 5
+    found = learn_interpolant(distribution, data, alternations=5, steps=5, **QUICK)
+    assert len(found.energies) == 5
+    assert path.waves.any()
+
+
 @pytest.mark.parametrize(
     ("interpolant", "options", "kind", "message"),
     [
@@ -200,3 +214,25 @@ def test_reflow_of_a_given_base_and_of_contexts():
     assert reflow(conditional, context=context, steps=20, **QUICK).after.density_steps >= 1
     with pytest.raises(ValueError, match="expected contexts to draw pairs for"):
         reflow(conditional, steps=20, **QUICK)
+
+
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
+def test_reflow_of_a_base_of_samples_is_reported():
+    distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
+    fit(distribution, ring(300), base_samples=torch.randn(300, 2), steps=5, **QUICK)
+    result = reflow(distribution, count=300, steps=5, **QUICK)
+    assert result.before.density_steps is None
+    assert result.after.sampling_errors.keys() == {1, 2}
+    assert "densities" not in repr(result.after)
+
+
+def test_reflow_of_angles_is_along_geodesics():
+    angles = wrap(torch.stack((2 * torch.randn(400), torch.randn(400) + 3.0), -1))
+    transform = InterpolantTransform(TorusMLP(2, (16, 16)), interpolant=Geodesic())
+    distribution = InterpolantDistribution(transform, support=circular)
+    fit(distribution, angles, steps=200, **QUICK)
+    result = reflow(distribution, count=400, steps=200, **QUICK)
+    assert result.distribution.transform.interpolant == Geodesic()
+    assert result.after.sampling_errors[1] < result.before.sampling_errors[1]
+    x = result.distribution.sample((2000,))
+    assert (x.cos().mean(0) - angles.cos().mean(0)).abs().max() < 0.2
