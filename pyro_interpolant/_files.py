@@ -6,15 +6,19 @@ numpy alone.
 
 import json
 import os
+import re
 import secrets
 import stat
+import time
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
+from safetensors import SafetensorError, deserialize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +26,17 @@ if TYPE_CHECKING:
 StrPath = str | os.PathLike[str]
 
 CHECKSUM = "checksum"  # its name among a file's texts
+
+_STALE = 3600.0  # seconds without a byte after which nobody writes to a file any more
+_NUMPY_NAMES = {"BOOL": "bool", "BF16": "bfloat16", "C64": "complex64"} | {
+    f"{letter}{bits}": f"{kind}{bits}"
+    for letter, kind, sizes in (
+        ("F", "float", (16, 32, 64)),
+        ("I", "int", (8, 16, 32, 64)),
+        ("U", "uint", (8, 16, 32, 64)),
+    )
+    for bits in sizes
+}
 
 
 def contents(
@@ -37,14 +52,31 @@ def contents(
         OSError: If there is no such file, or it cannot be read.
         ValueError: If the file is damaged, or not of safetensors.
     """
-    raw = Path(path).read_bytes()
+    return contents_of(Path(path).read_bytes(), path, framework=framework)
+
+
+def contents_of(
+    raw: bytes, path: StrPath, *, framework: Literal["np", "pt"] = "np"
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the texts and the tensors, of any shapes, that the bytes of a file hold.
+
+    Tensors come from the very bytes that the checksum is of, whatever happens to the file.
+
+    Args:
+        raw: The bytes.
+        path: The file, named in errors.
+        framework: Whether tensors are numpy's or torch's.
+
+    Raises:
+        ValueError: If the file is damaged, or not of safetensors.
+    """
     try:
         head, start = _parsed(raw)
         metadata = head.get("__metadata__", {})
         claimed = metadata.get(CHECKSUM)
         if claimed is not None and claimed != _checksum(head, memoryview(raw)[start:]):
             raise ValueError("its checksum is another")
-        return metadata, _tensors(path, framework)
+        return metadata, _tensors(raw, framework)
     except TypeError as error:
         raise ValueError(
             f"expected tensors of types that numpy has, got others in {path} ({error}): save the "
@@ -61,16 +93,16 @@ def write(
     tensors: "Mapping[str, Tensor]",
     metadata: Mapping[str, str],
     *,
-    scratch: Path | None = None,
     previous: Path | None = None,
 ) -> None:
     """Write tensors, of any shapes, and text; a file is replaced by a finished one or not at all.
+
+    Several processes may write one file at once: it is that of the last, complete.
 
     Args:
         path: The file, or a symbolic link to it.
         tensors: Tensors by name, which do not share memory.
         metadata: Text by name.
-        scratch: Where to write first, beside the file; by default under a name of its own.
         previous: Where to keep the file that is replaced, or None to drop it.
 
     Raises:
@@ -85,8 +117,8 @@ def write(
         raise ValueError(f"expected tensors that safetensors can hold, got {error}") from error
     path = Path(os.path.realpath(path))
     mode = _mode_of(path)
-    scratch = scratch or path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    scratch.unlink(missing_ok=True)
+    # A name of its own: another process that writes the same file neither sees nor removes it.
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
         # As any new file, the umask taken off, or with the mode of what it replaces.
         with open(scratch, "xb", opener=partial(os.open, mode=mode or 0o666)) as file:
@@ -97,11 +129,13 @@ def write(
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and mode is not None:
-            os.replace(path, previous)
+            with suppress(FileNotFoundError):  # another process has just done so
+                os.replace(path, previous)
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+    _remove_stale(path)
 
 
 def checksum(tensors: "Iterable[Tensor | None]", text: str = "") -> int:
@@ -136,15 +170,39 @@ def _mode_of(path: Path) -> int | None:
     return stat.S_IMODE(mode)
 
 
-def _tensors(path: StrPath, framework: Literal["np", "pt"]) -> dict[str, Any]:
-    """Return the tensors of a safetensors file, copied from where it is mapped into memory.
+def _remove_stale(path: Path) -> None:
+    """Remove what killed processes left of writes to a file.
 
-    Mapped ones would change with the file, and end the process where it is cut; and sums may
-    depend on how numbers are aligned.
+    Age tells, and not whether a process of that number runs: it may be one of another machine.
     """
-    with safe_open(path, framework=framework) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    return {k: v.clone() if framework == "pt" else v.copy() for k, v in tensors.items()}
+    names = re.compile(rf"\.{re.escape(path.name)}(\.\d+\.[0-9a-f]{{8}})?\.partial")
+    # The file itself is written; and another process may be first.
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if names.fullmatch(entry.name) and entry.stat().st_mtime < time.time() - _STALE:
+                os.unlink(entry)
+
+
+def _tensors(raw: bytes, framework: Literal["np", "pt"]) -> dict[str, Any]:
+    """Return the tensors in the bytes of a safetensors file, as arrays of their own.
+
+    They are copied, for sums may depend on how numbers are aligned. Each is dropped once copied:
+    beside the bytes, memory holds the tensors once, and the largest twice.
+    """
+    tensors: dict[str, Any] = {}
+    if framework == "pt":
+        from safetensors.torch import load
+
+        found = load(raw)
+        for name in sorted(found):
+            tensors[name] = found.pop(name).clone()
+        return tensors
+    views = dict(deserialize(raw))
+    for name in sorted(views):
+        view = views.pop(name)
+        dtype = np.dtype(_NUMPY_NAMES.get(view["dtype"], view["dtype"]))
+        tensors[name] = np.frombuffer(view["data"], dtype).reshape(view["shape"]).copy()
+    return tensors
 
 
 def _parsed(raw: bytes) -> tuple[dict[str, Any], int]:

@@ -27,6 +27,7 @@ from pyro_interpolant import (
     JointInterpolantDistribution,
     Linear,
     Samples,
+    _files,
     load,
     save,
 )
@@ -626,7 +627,7 @@ def test_what_is_replaced_can_be_kept(tmp_path):
 
 def test_a_failure_between_the_two_names_loses_neither(tmp_path, monkeypatch):
     """The old file has moved to its second name, the new one not yet to the first."""
-    new, previous, scratch = tmp_path / "state", tmp_path / "previous", tmp_path / "scratch"
+    new, previous = tmp_path / "state", tmp_path / "previous"
     module.write(new, {"a": torch.zeros(2)}, {})
     replace = os.replace
 
@@ -637,10 +638,77 @@ def test_a_failure_between_the_two_names_loses_neither(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space left"):
-        module.write(new, {"a": torch.ones(2)}, {}, scratch=scratch, previous=previous)
+        module.write(new, {"a": torch.ones(2)}, {}, previous=previous)
     monkeypatch.undo()
     assert safetensors.torch.load_file(previous)["a"].tolist() == [0.0, 0.0]
     assert os.listdir(tmp_path) == ["previous"]
+
+
+def test_two_processes_write_one_file(tmp_path, monkeypatch):
+    """The second does all of it between the first one's two renames, at its worst."""
+    new, previous = tmp_path / "state", tmp_path / "previous"
+    module.write(new, {"a": torch.zeros(2)}, {})
+    replace, scratches = os.replace, []
+
+    def interleaved(source, target):
+        if target == new:
+            scratches.append(source.name)
+            if len(scratches) == 1:
+                module.write(new, {"a": torch.ones(2)}, {}, previous=previous)
+        elif not scratches:  # the other has just moved the old file
+            replace(source, target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interleaved)
+    module.write(new, {"a": torch.full((2,), 2.0)}, {}, previous=previous)
+    assert len(set(scratches)) == 2
+    assert all(f".{os.getpid()}." in name for name in scratches)
+    assert safetensors.torch.load_file(new)["a"].tolist() == [2.0, 2.0]
+    assert safetensors.torch.load_file(previous)["a"].tolist() == [0.0, 0.0]
+    assert sorted(os.listdir(tmp_path)) == ["previous", "state"]
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path):
+    old = [".state.partial", ".state.12.0a1b2c3d.partial"]
+    others = [".state.13.0a1b2c3d.partial", ".other.12.0a1b2c3d.partial", ".state.zip.partial"]
+    for name in (*old, *others):
+        (tmp_path / name).touch()
+        if name != others[0]:  # which may be another process's, at work
+            os.utime(tmp_path / name, (0, 0))
+    module.write(tmp_path / "state", {"a": torch.ones(2)}, {})
+    assert sorted(os.listdir(tmp_path)) == sorted(["state", *others])
+
+
+@pytest.mark.parametrize("framework", ["np", "pt"])
+def test_header_and_tensors_are_of_one_file(framework, path, monkeypatch):
+    """Another process saves while a file is read: it is the old one, or the new."""
+    module.write(path, {"a": torch.zeros(3)}, {KEY: json.dumps({"format": 1, "n": 0})})
+    checked = _files._checksum
+
+    def saved_meanwhile(head, body):
+        monkeypatch.undo()
+        module.write(path, {"a": torch.ones(3)}, {KEY: json.dumps({"format": 1, "n": 1})})
+        return checked(head, body)
+
+    monkeypatch.setattr(_files, "_checksum", saved_meanwhile)
+    header, tensors = module.read(path, framework=framework)
+    assert (header["n"], tensors["a"].tolist()) == (0, [0.0] * 3)
+    header, tensors = module.read(path, framework=framework)
+    assert (header["n"], tensors["a"].tolist()) == (1, [1.0] * 3)
+
+
+@pytest.mark.parametrize("framework", ["np", "pt"])
+def test_tensors_of_every_type_are_read(framework, path):
+    names = "bool uint8 int8 int16 int32 int64 float16 float32 float64 complex64".split()
+    expected = {name: torch.tensor([[1, 0, 1]]).to(getattr(torch, name)) for name in names}
+    expected |= {"empty": torch.zeros(0, 2), "scalar": torch.tensor(2.0)}
+    module.write(path, expected, {KEY: json.dumps({"format": 1})})
+    _, found = module.read(path, framework=framework)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        tensor = torch.as_tensor(found[name])
+        assert tensor.dtype == value.dtype
+        assert torch.equal(tensor, value)
 
 
 def test_a_file_holds_the_probes(path):

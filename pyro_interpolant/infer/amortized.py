@@ -396,7 +396,7 @@ class AmortizedInterpolant(AutoInterpolant):
             fresh = simulator(JUDGED_ROWS, deadline=late) if rounds == 1 else found
         training = self._regress(found, clock, 1 / rounds, settings)
         if rounds > 1:
-            return self._in_rounds(source, sites, simulator, found, clock, settings)
+            return self._in_rounds(source, sites, simulator, (found, training), clock, settings)
         size = len(found.log_prior)
         improper = found.improper / (size + found.improper)
         return self._result(fresh, simulator, sites, clock, training, size, improper)
@@ -444,15 +444,18 @@ class AmortizedInterpolant(AutoInterpolant):
         source: Source,
         sites: LatentSites,
         simulator: Simulator,
-        found: Simulations,
+        first: tuple[Simulations, FitResult],
         clock: Clock,
         settings: dict[str, Any],
     ) -> GuideResult:
         """Train on, after the first round, on simulations where the guide has its mass."""
+        found, training = first
         seed, count = settings["seed"], len(found.log_prior) + found.improper
         regions: list[Region] = []
         known = self._context(self._data(*sites.args, **sites.kwargs))
         for i in range(1, source.rounds):
+            if training.stopped_by == "interrupt":
+                break
             ended = copy.deepcopy(self.posterior).freeze()  # the weights go on
             with seeded(None if seed is None else seed + i):
                 regions.append(region(ended.condition(known)))

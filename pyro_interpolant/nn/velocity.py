@@ -161,13 +161,19 @@ def record(velocity: nn.Module, times: Tensor, x: Tensor, context: Tensor | None
 
 def exact_divergence(velocity: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """Return a velocity's own ``forward_and_divergence``, or None."""
-    return getattr(velocity, "forward_and_divergence", None)
+    name = "forward_and_divergence"
+    is_outdated = (
+        hasattr(type(velocity), name) and _own(velocity, name, stands_for="forward") is None
+    )
+    return None if is_outdated else getattr(velocity, name, None)
 
 
 def divergence_field(
     velocity: nn.Module, times: Tensor, context: Tensor | None
 ) -> Sequence[StateFunction] | None:
     """Return one function ``x -> divergence`` per time, or None where a velocity has none."""
+    if exact_divergence(velocity) is None:
+        return None
     own = _own(velocity, "divergence_field", stands_for="forward_and_divergence")
     return own(times, context) if own is not None and _is_shared(context) else None
 

@@ -2,6 +2,7 @@ r"""Checkpoints: the state of a run in a file, complete or not there at all, to 
 
 import contextlib
 import json
+import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import StrPath, checksum, contents, refuse_no_place, write
+from .._files import StrPath, checksum, contents_of, refuse_no_place, write
 from .._torch import rng_state, set_rng_state, warn_user
 from ..distributions.base_description import Json
 from ..distributions.bases import Samples
@@ -17,6 +18,12 @@ from ..distributions.identity import stable_name, tensors_of
 from ..transforms.flow import Flow
 
 _KEY = "pyro_interpolant_snapshot"
+# How the header of a state begins, spaces taken out.
+_START = f'{{"__metadata__":{{"{_KEY}"'.encode()
+
+
+class _OtherFileError(ValueError):
+    """A file that never was a state of a run."""
 
 
 class Checkpoint:
@@ -36,7 +43,7 @@ class Checkpoint:
         numbers: The rest of it, what JSON holds.
 
     Raises:
-        ValueError: If files are there and all are damaged.
+        ValueError: If files are there and all are damaged, or one is no state of a run.
     """
 
     def __init__(self, path: StrPath, every: int | None = None) -> None:
@@ -68,16 +75,19 @@ class Checkpoint:
         numbers = {**numbers, "identity": self.identity, "names": list(kept)}
         text = json.dumps(numbers, default=_plain_number)
         text = json.dumps({"checksum": checksum(kept.values(), text), "numbers": text})
-        scratch = self.path.with_name(f".{self.path.name}.partial")  # killed runs leave no heap
-        write(self.path, kept, {_KEY: text}, scratch=scratch, previous=self.previous)
+        write(self.path, kept, {_KEY: text}, previous=self.previous)
 
     def _read(self) -> None:
         damage = []
         for candidate in (self.path, self.previous):
-            if not candidate.exists():
+            try:
+                raw = candidate.read_bytes()
+            except FileNotFoundError:
                 continue
             try:
-                self.tensors, self.numbers = _read_state(candidate)
+                self.tensors, self.numbers = _read_state(candidate, raw)
+            except _OtherFileError:
+                raise  # nobody should delete it, nor is it renamed
             except (ValueError, KeyError, TypeError) as error:
                 damage.append(f"{candidate} ({error})")
                 warn_user(f"the snapshot {candidate} is damaged: passed over")
@@ -106,7 +116,7 @@ def open_checkpoint(
         *parts: On what: base, coupling, and what was given beside.
 
     Raises:
-        ValueError: If the file is of another run, or all files are damaged.
+        ValueError: If the file is of another run or of another kind, or all files are damaged.
     """
     if path is None:
         return None
@@ -202,14 +212,39 @@ def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tuple(parts) if kind == "tuple" else parts
 
 
-def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    texts, found = contents(path, framework="pt")
+def _read_state(path: Path, raw: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the numbers of a state, of a file's bytes.
+
+    Raises:
+        _OtherFileError: If the file is of another kind.
+        ValueError: If it is damaged; a KeyError or TypeError tells the same.
+    """
+    try:
+        texts, found = contents_of(raw, path, framework="pt")
+        is_state = _KEY in texts
+    except ValueError:
+        if _began_as_state(raw):
+            raise
+        is_state = False
+    if not is_state:
+        raise _OtherFileError(
+            f"expected a state of a run at {path}, got another file: pass another path"
+        )
     header = json.loads(texts[_KEY])
     numbers = json.loads(header["numbers"])
     tensors = {name: found[name] for name in numbers["names"]}  # as the checksum runs over them
     if checksum(tensors.values(), header["numbers"]) != header["checksum"]:
         raise ValueError("its checksum is wrong")
     return tensors, numbers
+
+
+def _began_as_state(raw: bytes) -> bool:
+    """Return whether damaged bytes may have been those of a state.
+
+    They begin as one does, but for a flipped bit or two, or end before it shows, or are blank.
+    """
+    start = raw[8:80].replace(b" ", b"")[: len(_START)]
+    return not any(start) or sum(map(operator.ne, start, _START)) <= 2
 
 
 def _plain_number(value: Any) -> Any:

@@ -1,6 +1,6 @@
 r"""Tables: rows in memory, checked with clear errors, held out and given out in batches."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +105,7 @@ class Table:
             raise ValueError(
                 "expected flip=False beside pairs, whose partners belong to images as they are"
             )
+        names = tuple(map(str, getattr(data, "columns", distribution.columns)))
         data, context, pairs, weights = drop_zero_weights(weights, data, context, pairs)
         found = rows_of(distribution, data, context)
         warn_if_rounded(found.w)
@@ -129,7 +130,7 @@ class Table:
                     "of positive weight: get more data"
                 )
         else:
-            given = None if validation is None else held_out_rows(distribution, validation, data)
+            given = None if validation is None else held_out_rows(distribution, validation, names)
             self.held = 0 if given is None else len(given.w)
             if given is not None:
                 found = _with_given(found, given)
@@ -300,18 +301,19 @@ def rows_of(
     return Rows(rows, contexts_of_rows(context, flow, count, "rows of data"))
 
 
-def held_out_rows(distribution: AnyDistribution, validation: HeldOut, data: object) -> Rows:
+def held_out_rows(
+    distribution: AnyDistribution, validation: HeldOut, names: Sequence[str] = ()
+) -> Rows:
     """Return the validation rows a user gave: rows, or rows and contexts.
 
     Args:
         distribution: What is trained.
         validation: What was given.
-        data: The data beside it: columns of two data frames are taken by their names.
+        names: Those of the columns of the data beside it, by which a data frame's are taken.
     """
     given: Any = validation if isinstance(validation, tuple) else (validation,)
     rows, *context = given
     if not isinstance(rows, Mapping):
-        names = tuple(map(str, getattr(data, "columns", distribution.columns)))
         rows = in_order(*named_columns(rows, "validation"), names, "validation")
     return rows_of(distribution, rows, *context)
 

@@ -192,6 +192,7 @@ def fit(
         arXiv 2209.15571, Algorithm 1.
     """
     clock, process = Clock(max_seconds), Process(fabric, own_rows=is_stream(data))
+    max_seconds = None if max_seconds == math.inf else max_seconds
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
     share = _checked_share(validation, tolerance, accumulate)
     flow = trainable_flow(distribution)
@@ -223,7 +224,8 @@ def fit(
         seen, unseen = distribution.white_base().split(share)
         objective = Objective(flow, seen, coupling, process, target=learn)
         density = None if learn == "noise" else HeldOutDensity(distribution, split)
-        held = split.held.take(inliers(objective.whitened(split.held).w))
+        known = None if flow.classes else split.held.context
+        held = split.held.take(inliers(objective.whitened(split.held).w, known))
         fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
         with trainable(objective.network), _naming_rows(source, flow):
             batches = source.batches(split, objective)
@@ -276,8 +278,9 @@ def _checked_share(validation: HeldOut, tolerance: float, accumulate: int) -> fl
         ValueError: If a number is out of range.
     """
     share = validation if isinstance(validation, int | float) else None
+    is_share = validation is not None and (share is None or 0 < share < 1)
     check_ranges(
-        ("validation between 0 and 1, or rows", share is None or 0 < share < 1, share),
+        ("validation between 0 and 1, or rows", is_share, share),
         ("tolerance > 0", tolerance > 0, tolerance),
         (
             f"accumulate from 1 to {TIMES_PER_BATCH}, whole",

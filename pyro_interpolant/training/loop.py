@@ -11,12 +11,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._torch import rng_state, set_rng_state
+from .._torch import rng_state, set_rng_state, warn_user
 from .checkpoint import Checkpoint, buffers_of
 from .clock import Clock
 from .data import TableBatches
 from .objective import Objective, Points
-from .optimization import Descent, ExponentialMovingAverage, assign, fill, numbered
+from .optimization import (
+    Descent,
+    ExponentialMovingAverage,
+    NonFiniteError,
+    assign,
+    fill,
+    numbered,
+)
 from .reporting import HeldOutDensity
 from .streaming import StreamBatches
 
@@ -194,6 +201,18 @@ class HeldOutMonitor:
         """Leave the best averaged weights in the network."""
         assign(self.average.parameters, self.best_values)
 
+    def check(self) -> None:
+        """Raise an error if no look had a finite loss: then no weights were ever the best.
+
+        Raises:
+            NonFiniteError: If so.
+        """
+        if self.held_losses and self.best == math.inf:
+            raise NonFiniteError(
+                "the held-out loss was not finite at any look: the weights are those before the "
+                "run. Look for wild rows or contexts among those held out"
+            )
+
     def rises(self, patience: float) -> bool:
         """Return whether the best look is long ago, and the later half of those since lies above.
 
@@ -306,9 +325,11 @@ class Run:
             except KeyboardInterrupt:
                 self.ended = "interrupt"
                 self._look_back()
+                warn_user("the run was interrupted: the best weights so far are kept")
             finally:
                 self.monitor.keep_best()
             self.descent.check()
+            self.monitor.check()
             if self.done < 1:
                 self._say_why(bar)
 

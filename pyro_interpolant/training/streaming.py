@@ -90,7 +90,7 @@ class Stream:
         self.distribution, self.iterable = distribution, data
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)
         self.share = validation if isinstance(validation, float) else None
-        self.given = None if self.share else held_out_rows(distribution, validation, None)
+        self.given = None if self.share else held_out_rows(distribution, validation)
         self.like = distribution.transform.flow.loc
 
     @property

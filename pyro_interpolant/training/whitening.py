@@ -220,7 +220,7 @@ def _check_range(x: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def inliers(w: Tensor) -> Tensor:
+def inliers(w: Tensor, context: Tensor | None = None) -> Tensor:
     """Return the indices of whitened rows without outliers, shape ``(N,)``.
 
     Far is 20 times the median distance from the centre, rare the farthest 0.5%. One such row would
@@ -228,8 +228,13 @@ def inliers(w: Tensor) -> Tensor:
 
     Args:
         w: Whitened rows, shape ``(N, D)``.
+        context: Their contexts, shape ``(N, C)``, scaled here, or None.
     """
     distance = w.double().norm(dim=-1)
+    if context is not None:
+        loc, variance = column_moments(context)
+        scaled = (context - loc) / torch.where(variance > 0, variance, 1.0).sqrt()
+        distance = torch.hypot(distance, scaled.nan_to_num().norm(dim=-1))
     few = distance[subsample(len(w), _QUANTILE_VALUES).to(w.device)]
     good = distance <= torch.maximum(
         _WILD_DEVIATIONS * few.median(), few.quantile(1 - _TAIL_SHARE)

@@ -153,7 +153,8 @@ def test_an_interrupt_keeps_the_best_weights(monkeypatch):
             raise KeyboardInterrupt
 
     guide = small()
-    result = quick(guide, options={**QUICK, "callback": interrupt})
+    with pytest.warns(UserWarning, match="run was interrupted"):
+        result = quick(guide, options={**QUICK, "callback": interrupt})
     assert result.training.stopped_early
     assert math.isfinite(result.log_evidence)
 

@@ -221,6 +221,13 @@ class Doubled(VelocityMLP):
         return tuple(2 * part for part in super().forward_and_divergence(t, x, context))
 
 
+class DoubledForward(VelocityMLP):
+    """The same network, by whoever overrides the velocity alone."""
+
+    def forward(self, t, x, context=None):
+        return 2 * super().forward(t, x, context)
+
+
 class Plain(nn.Module):
     """The same without any optional part."""
 
@@ -232,11 +239,12 @@ class Plain(nn.Module):
         return 2 * self.inner(t, x, context)
 
 
+@pytest.mark.parametrize("subclass", [Doubled, DoubledForward])
 @pytest.mark.parametrize("context_dim", [0, 3])
-def test_a_flow_of_a_subclass_is_that_of_its_own_forward(context_dim):
+def test_a_flow_of_a_subclass_is_that_of_its_own_forward(context_dim, subclass):
     kind = ConditionalInterpolantTransform if context_dim else InterpolantTransform
     inner = random_flow(2, context_dim=context_dim).velocity
-    doubled = Doubled(2, (16, 16), context_dim)
+    doubled = subclass(2, (16, 16), context_dim)
     doubled.load_state_dict(inner.state_dict())
     flows = [kind(v, 2, solver=FixedGrid(steps=8)) for v in (doubled, Plain(inner))]
     if context_dim:

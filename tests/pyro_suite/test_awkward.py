@@ -138,7 +138,8 @@ def test_patience_and_interrupts_are_named(capsys):
             raise KeyboardInterrupt
 
     options = {**QUICK, "progress": True}
-    result = fit(made(), modes(500), steps=100, callback=interrupt, **options)
+    with pytest.warns(UserWarning, match="run was interrupted"):
+        result = fit(made(), modes(500), steps=100, callback=interrupt, **options)
     assert result.stopped_by == "interrupt"
     assert "by interrupt" in capsys.readouterr().out
     result = fit(

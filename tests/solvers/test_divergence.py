@@ -45,6 +45,35 @@ class Grouped(nn.Module):
         return self.norm(image).reshape(h.shape)
 
 
+class Planes(nn.Module):
+    """A normalisation of the 3 channels of 4 places that hidden numbers are taken for."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, h):
+        return self.norm(h.reshape(-1, 3, 4)).reshape(h.shape)
+
+
+SCALE, SHIFT = (0.5, 2.0, -1.5), (0.3, -0.2, 1.0)
+
+
+def torch_layer_norm(h):
+    return torch.layer_norm(h, (4,), h.new_tensor((*SCALE, 1.0)), h.new_tensor((*SHIFT, 0.0)))
+
+
+def torch_group_norm(h):
+    h = h.transpose(1, 2).contiguous().transpose(1, 2)  # its tangents have another layout
+    return torch.group_norm(h, 3, h.new_tensor(SCALE), bias=h.new_tensor(SHIFT))
+
+
+def torch_instance_norm(h):
+    parts = h.new_tensor(SCALE), h.new_tensor(SHIFT), None, None
+    options = {"use_input_stats": True, "momentum": 0.1, "eps": 1e-5, "cudnn_enabled": False}
+    return torch.instance_norm(h, *parts, **options)
+
+
 class Attending(nn.Module):
     """Causal attention between 4 places of 3 numbers each."""
 
@@ -77,6 +106,13 @@ NETWORKS = {
     "own": lambda c: Own(DIM, c),
     "own layer norm": lambda c: Own(DIM, c, nn.LayerNorm(12)),
     "own group norm": lambda c: Own(DIM, c, Grouped()),
+    "own instance norm": lambda c: Own(DIM, c, Planes(nn.InstanceNorm1d(3, affine=True))),
+    "own kept statistics": lambda c: Own(
+        DIM, c, Planes(nn.InstanceNorm1d(3, track_running_stats=True).eval())
+    ),
+    "torch.layer_norm": lambda c: Own(DIM, c, Planes(torch_layer_norm)),
+    "torch.group_norm": lambda c: Own(DIM, c, Planes(torch_group_norm)),
+    "torch.instance_norm": lambda c: Own(DIM, c, Planes(torch_instance_norm)),
     "own attention": lambda c: Own(DIM, c, Attending()),
 }
 
@@ -248,7 +284,14 @@ def test_the_mixture_oracle_through_torch_func():
 
 
 @pytest.mark.parametrize("divergence", [ExactDivergence(), HutchinsonDivergence(2)])
-@pytest.mark.parametrize("name", ["two gated", "residual", "own", "own layer norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("two gated", "residual", "own", "own layer norm", "own group norm"),
+        *("own instance norm", "own kept statistics"),
+        *("torch.layer_norm", "torch.group_norm", "torch.instance_norm"),
+    ],
+)
 def test_the_divergence_has_gradients_of_first_and_second_order(name, divergence):
     velocity = NETWORKS[name](0)
     x, t = torch.randn(2, DIM, requires_grad=True), torch.tensor(0.5)

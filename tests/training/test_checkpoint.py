@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
 from cases import slow_but
+from safetensors.torch import save_file
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
@@ -22,7 +24,9 @@ from pyro_interpolant import (
     from_samples,
     interpolant_transform,
     optimal_transport,
+    save,
 )
+from pyro_interpolant._files import write
 from pyro_interpolant.training import fitting
 from pyro_interpolant.training.checkpoint import Checkpoint, _identity
 from pyro_interpolant.training.rows import Rows
@@ -222,13 +226,59 @@ def test_a_damaged_file_is_passed_over_for_the_one_before(how, tmp_path):
 
 def test_nothing_but_damage_is_an_error(tmp_path):
     path = tmp_path / "run"
-    path.write_bytes(b"nonsense")
-    with (
-        pytest.warns(UserWarning, match="is damaged"),
-        pytest.raises(ValueError, match="got damaged files.*Delete them to start anew"),
-    ):
+    Checkpoint(path).write({"a": torch.ones(2)}, {"n": 1})
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[30] ^= 1  # in the very name that tells a state
+    parts = [b"", whole[:7], whole[:20], whole[:60], whole[:-1], bytes(len(whole)), bytes(flipped)]
+    for part in parts:
+        path.write_bytes(part)
+        with (
+            pytest.warns(UserWarning, match="is damaged"),
+            pytest.raises(ValueError, match="got damaged files.*Delete them to start anew"),
+        ):
+            fit(made(), rows(), checkpoint=path, **QUICK)
+        assert path.read_bytes() == part
+
+
+OTHERS = {
+    "flow": lambda path: save(made(), path),
+    "cut flow": lambda path: (save(made(), path), path.write_bytes(path.read_bytes()[:-9])),
+    "bits": lambda path: write(path, {"bits": torch.ones(3)}, {"pyro_interpolant_bits": "[]"}),
+    "tensors": lambda path: save_file({"a": torch.ones(3)}, path),
+    "text": lambda path: path.write_text("one line of many of somebody's notes\n" * 20),
+    "array": lambda path: path.write_bytes(torch.ones(500).numpy().tobytes()),
+}
+
+
+@pytest.mark.parametrize("with_previous", [False, True])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_file_of_another_kind_is_refused_and_left_alone(kind, with_previous, tmp_path):
+    """It was called damaged, to be deleted, or moved away."""
+    path = tmp_path / "run"
+    if with_previous:
+        Checkpoint(tmp_path / "run.previous").write({"a": torch.ones(2)}, {"n": 1})
+    OTHERS[kind](path)
+    whole, files = path.read_bytes(), sorted(os.listdir(tmp_path))
+    with pytest.raises(ValueError, match=r"a state of a run at .*run, got another file: pass an"):
         fit(made(), rows(), checkpoint=path, **QUICK)
-    assert path.read_bytes() == b"nonsense"
+    assert path.read_bytes() == whole
+    assert sorted(os.listdir(tmp_path)) == files
+
+
+def test_a_state_that_another_process_is_replacing_is_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    for n in range(2):
+        Checkpoint(path).write({"a": torch.ones(2)}, {"n": n})
+    read = Path.read_bytes
+
+    def moving(self):
+        if self.name == "run":
+            os.replace(path, path.with_name("run.previous"))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", moving)
+    assert Checkpoint(path).numbers["n"] == 1
 
 
 @pytest.mark.parametrize("how", ["write", "replace"])
@@ -394,7 +444,8 @@ def test_an_interrupt_keeps_the_best_weights_so_far():
         if len(seen) == 50:
             raise KeyboardInterrupt
 
-    result = fit(distribution, rows(), callback=callback, **{**QUICK, "steps": 100})
+    with pytest.warns(UserWarning, match="run was interrupted"):
+        result = fit(distribution, rows(), callback=callback, **{**QUICK, "steps": 100})
     assert result.stopped_early
     assert result.steps == seen
     assert result.best_step > 0
@@ -413,7 +464,8 @@ def test_an_interrupt_while_rows_are_read_keeps_the_weights(count):
                     raise KeyboardInterrupt
                 yield part
 
-    result = fit(made(), Loader(), validation=rows()[:50], **QUICK)
+    with pytest.warns(UserWarning, match="run was interrupted"):
+        result = fit(made(), Loader(), validation=rows()[:50], **QUICK)
     assert result.stopped_by == "interrupt"
     assert result.steps[-1] == (0 if count == 0 else 2)
 

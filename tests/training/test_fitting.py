@@ -62,6 +62,58 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("wild", [1e6, 1e20])
+def test_a_wild_context_held_out_does_not_choose_the_weights(wild):
+    c, held = torch.randn(1000, 1), torch.randn(300, 1)
+    x, unseen = (0.5 * s + torch.randn(len(s), 2) for s in (c, held))
+    held[0] = wild
+    d = tiny_conditional()
+    result = quick(d, x, context=c, validation=(unseen, held), steps=60)
+    assert result.best_step > 30
+
+
+def test_a_held_out_loss_that_is_never_finite_is_an_error():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(2))
+
+        def forward(self, t, x, context=None):
+            return x + self.shift if self.training else x * math.inf
+
+    d = InterpolantDistribution(InterpolantTransform(Broken(), 2))
+    with pytest.raises(RuntimeError, match="held-out loss was not finite at any look"):
+        quick(d, torch.randn(200, 2))
+
+
+def test_no_validation_is_refused_before_any_work():
+    d = tiny()
+    before = weights_of(d)
+    with pytest.raises(ValueError, match="expected validation between 0 and 1, or rows, got None"):
+        quick(d, torch.randn(200, 2), validation=None)
+    assert equal(weights_of(d), before)
+
+
+def test_an_infinite_time_is_none(monkeypatch):
+    monkeypatch.setattr(loop, "_FEWEST_STEPS", 30)
+    d = tiny()
+    result = fit(d, torch.randn(60, 2), max_seconds=math.inf, seed=0, progress=False)
+    assert result.steps[-1] == 30
+
+
+def test_columns_of_a_validation_frame_go_by_name_beside_a_mask():
+    import pandas as pd
+
+    x = torch.randn(300, 2) * torch.tensor([1.0, 5.0]) + torch.tensor([0.0, 30.0])
+    frame = pd.DataFrame(x.numpy(), columns=["a", "b"])
+    mask, d = torch.arange(300) > 50, tiny()
+    found = [
+        quick(copy.deepcopy(d), frame, weights=mask, validation=held).validation_losses
+        for held in (frame[:50], frame[:50][["b", "a"]])
+    ]
+    assert found[0] == found[1]
+
+
 def test_fit_learns_a_bimodal_mixture():
     truth, distribution = bimodal(), tiny()
     result = quick(
