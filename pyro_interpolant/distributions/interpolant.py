@@ -30,14 +30,7 @@ from .._torch import (
 from ..transforms.bijections import Whiten
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .bases import (
-    Samples,
-    WhitenedBase,
-    check_expansion,
-    checked_base,
-    copy_like,
-    standard_normal,
-)
+from .bases import Samples, WhitenedBase, check_expansion, checked_base, copy_like, standard_normal
 from .constraints import Constraint, checked_rows, shaped
 from .report import Report
 from .summaries import Summaries, pushed

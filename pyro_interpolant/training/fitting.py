@@ -192,7 +192,6 @@ def fit(
         arXiv 2209.15571, Algorithm 1.
     """
     clock, process = Clock(max_seconds), Process(fabric, own_rows=is_stream(data))
-    max_seconds = None if max_seconds == math.inf else max_seconds
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
     share = _checked_share(validation, tolerance, accumulate)
     flow = trainable_flow(distribution)

@@ -113,7 +113,7 @@ class Schedule:
         """
         if self.steps is not None:
             return self.steps
-        if self.max_seconds is not None:
+        if self.max_seconds is not None and self.max_seconds < math.inf:
             return math.inf
         return int(max(_FEWEST_STEPS, min(_MOST_STEPS, numbers / _NUMBERS_PER_STEP)))
 
