@@ -43,7 +43,7 @@ TARGETS = {
     1_000: dict(zip(TASKS, (0.66, 0.93, 0.60, 0.78, 0.62), strict=True)),
 }
 PROPOSALS, RESAMPLED = 100_000, 10_000
-ROWS = {"slcp rows": (4, 2)}  # that the data of a task are, exchangeable
+ROWS = {"slcp rows": ("slcp", (4, 2))}  # the task, and the rows that its data are, exchangeable
 
 
 class _Simulated(TorchDistribution):
@@ -209,11 +209,6 @@ class _Stored:
         return self._read(i, "reference_posterior_samples.csv.bz2").float()
 
 
-def bare(name):
-    """Return the name that sbibm has for a task."""
-    return name.removesuffix(" rows")
-
-
 def load_task(name):
     if name == "toy":
         return _Toy(), lambda y, t: dist.Normal(t, 0.1**0.5).log_prob(y).sum(-1)
@@ -222,21 +217,21 @@ def load_task(name):
         return task, task.density
     import sbibm
 
-    name = bare(name)
+    name, _ = ROWS.get(name, (name, None))
     task = sbibm.get_task(name)
     return task, density_of(name, task)
 
 
-def model_of(task, density, rows):
-    """Return the task as a Pyro model; its site "data" holds y, in rows where a shape is given."""
+def model_of(task, density, rows=None):
+    """Return the task as a Pyro model; its site "rows" holds the data in rows of a shape."""
     prior, simulate = task.get_prior_dist(), task.get_simulator()
     size = task.get_observation(1).shape[-1]
 
     def model(y=None):
         theta = pyro.sample("theta", prior)
         y = pyro.sample("y", _Simulated(theta, simulate, density, size), obs=y)
-        shape = rows or (size,)
-        pyro.deterministic("data", y.reshape(*y.shape[:-1], *shape), event_dim=len(shape))
+        if rows is not None:
+            pyro.deterministic("rows", y.reshape(*y.shape[:-1], *rows), event_dim=2)
         return y
 
     return model
@@ -252,13 +247,15 @@ def accuracy(draws, reference):
 
 def ours(task, density, cell):
     """Train a guide, and return what it is worth."""
-    rows = ROWS.get(cell["task"])
+    _, rows = ROWS.get(cell["task"], (None, None))
     model, begin = model_of(task, density, rows), time.monotonic()
-    embedding = None if rows is None else pi.nn.SetEmbedding(rows[-1])
-    guide = pi.AmortizedInterpolant(model, ("data",), embedding)
+    guide, observed = pi.AmortizedInterpolant(model), "y"
+    if rows is not None:
+        observed, embedding = "rows", pi.nn.SetEmbedding(rows[-1])
+        guide = pi.AmortizedInterpolant(model, (observed,), embedding)
 
     def given(y):
-        return guide.condition(data=y.reshape(rows or y.shape))
+        return guide.condition(**{observed: y if rows is None else y.reshape(rows)})
 
     options = {"max_seconds": cell["seconds"], "seed": cell["seed"], "progress": False}
     result = pi.fit_guide(guide, simulations=cell["simulations"], **options, options=cell["fit"])
@@ -331,7 +328,8 @@ def table(lines):
     print("task, simulations, method: C2ST (target), weighed, SBC distance (band), 10,000 draws")
     for line in lines:
         mean = sum(line["c2st"]) / len(line["c2st"])
-        target = TARGETS.get(line["simulations"], {}).get(bare(line["task"]), math.nan)
+        name, _ = ROWS.get(line["task"], (line["task"], None))
+        target = TARGETS.get(line["simulations"], {}).get(name, math.nan)
         weighed = line["c2st_weighed"]
         text = f"{line['task']:>17} {line['simulations']:>7,} {line['method']:>5}: {mean:.3f} "
         text += f"({target:.2f})"
