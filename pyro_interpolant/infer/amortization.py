@@ -138,7 +138,8 @@ def verdict_on(
         )
     # Data that are no sample sites, but functions of numbers drawn otherwise, have no density.
     is_whole = {*fresh.latents} < {*simulator.sampled} <= {*fresh.latents, *fresh.data}
-    found = _weighed(posterior, fresh, context, sites, clock) if is_whole else []
+    packed = rows, context
+    found = _weighed(posterior, fresh, packed, sites, clock) if is_whole else []
     levels = torch.tensor(_LEVELS, dtype=torch.float64)
     numbers = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
     if not found:
@@ -152,21 +153,21 @@ def verdict_on(
 def _weighed(
     posterior: ConditionalJointInterpolantDistribution,
     fresh: Simulations,
-    context: Tensor,
+    packed: tuple[Tensor, Tensor],
     sites: LatentSites,
     clock: Clock,
 ) -> list[tuple[float, float, float]]:
     """Return k-hat, the effective share of draws, and log-evidence, of some data sets.
 
-    Of as many as there is time for, and of none where the data have no density. Where the model
-    allows no point that the guide takes for likely, no draw counts.
+    Of as many as there is time for, and of none where the data have no density: it is first tried
+    at the latents that gave them. Where it fails there for some, no draw counts.
     """
-    found, failed = [], 0
+    (rows, context), found, failed = packed, [], 0
     for i in range(min(_JUDGED_SETS, len(context))):
         view = posterior.condition(context[i])
         data = {name: value[i] for name, value in fresh.data.items()}
         try:
-            density = LogJoint(_GivenData(sites, data, likely_point_of(view)))
+            density = LogJoint(_GivenData(sites, data, rows[i]))
             _, log_weights = importance_of(view, density, _JUDGED_DRAWS)
         except NotImplementedError:  # a simulator without a density
             return []

@@ -254,6 +254,7 @@ class Noisy(pi.VelocityMLP):
         return super().forward(t, nn.functional.dropout(x, 0.2, self.training), context)
 
 
+@pytest.mark.slow
 def test_dropout_is_for_the_regression_alone():
     _, y, sds = catalogue(200, missing=0.0)
     network = Noisy()
@@ -262,6 +263,7 @@ def test_dropout_is_for_the_regression_alone():
     assert network.seen[False] > 60
 
 
+@pytest.mark.slow
 def test_posterior_draws_and_a_seed_learn_the_same_and_leave_the_generator_alone():
     u = torch.randn(60, 1, 2) + torch.randn(60, 20, 2)
     found = []
@@ -281,6 +283,7 @@ def test_rows_on_a_closed_edge_may_be_there():
     assert (flow.sample((10,)) > 0).all()
 
 
+@pytest.mark.slow
 def test_labels_are_one_hot_for_a_network_of_ones_own():
     _, y, sds = catalogue(90, missing=0.0)
     labels, network = torch.arange(90) % 3, pi.VelocityMLP(2, (8,), 3)

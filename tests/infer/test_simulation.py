@@ -21,8 +21,12 @@ from pyro_interpolant.infer.sites import LatentSites
 QUICK = {**QUICK, "options": {"steps": 5}, "simulations": 100}
 
 
+def guide_of(model):
+    return pi.AmortizedInterpolant(model, hidden_dims=(8,))
+
+
 def simulator_of(model, *args, **kwargs):
-    guide = pi.AmortizedInterpolant(model)
+    guide = guide_of(model)
     return Simulator(LatentSites(guide, *args, **kwargs), ("y",))
 
 
@@ -48,8 +52,8 @@ def with_mask(y=None, mask=None, scale=1.0, size=None, inside=None):
 )
 def test_rows_that_do_not_count_once_are_refused(kind, message):
     with pytest.raises(ValueError, match=message):
-        pi.fit_guide(pi.AmortizedInterpolant(with_mask), **kind, **QUICK)
-    guide = pi.AmortizedInterpolant(with_mask)
+        pi.fit_guide(guide_of(with_mask), **kind, **QUICK)
+    guide = guide_of(with_mask)
     pi.fit_guide(guide, **QUICK)
     with pytest.raises(ValueError, match=message):
         guide(torch.ones(kind.get("size", 6)), **kind)
@@ -61,7 +65,7 @@ def test_gaps_by_obs_mask_are_refused():
         with pyro.plate("rows", 3):
             pyro.sample("y", dist.Normal(loc, 1.0), obs=y, obs_mask=there)
 
-    guide = pi.AmortizedInterpolant(model)
+    guide = guide_of(model)
     pi.fit_guide(guide, **QUICK)
     with pytest.raises(ValueError, match=r"without a mask, got .'y_observed'"):
         guide(torch.ones(3), torch.tensor([True, True, False]))
@@ -75,7 +79,7 @@ def line(x, y=None):
 
 def test_arguments_that_make_other_simulations_are_told_of(recwarn):
     x = torch.linspace(-1, 1, 4)
-    guide = pi.AmortizedInterpolant(line)
+    guide = guide_of(line)
     pi.fit_guide(guide, x, **QUICK)
     guide(x, 2 * x)
     guide(x.clone(), torch.ones(4))
@@ -90,7 +94,7 @@ def test_a_model_of_numbers_that_are_not_from_torch_is_not_judged_by_them(recwar
         noise = torch.as_tensor(np.random.randn(4)).to(w)
         pyro.sample("y", dist.Normal(w + noise, 0.1).to_event(1), obs=y)
 
-    guide = pi.AmortizedInterpolant(model)
+    guide = guide_of(model)
     pi.fit_guide(guide, **QUICK)
     recwarn.clear()
     guide(torch.ones(4))
@@ -153,7 +157,7 @@ def test_draws_on_the_edge_of_a_support_are_left_out():
         pyro.sample("y", dist.Normal(w + p.sum(), 1.0), obs=y)
 
     torch.set_default_dtype(torch.float32)
-    guide = pi.AmortizedInterpolant(model)
+    guide = guide_of(model)
     with pytest.warns(UserWarning, match="on the edge"):
         found = guide.simulate(2000)
     assert 0 < found.improper < 200
@@ -173,7 +177,7 @@ def test_batches_without_a_proper_simulation_are_passed_over():
 
     bad = {"loc": torch.zeros(1)}, {"y": torch.full((1, 6), torch.nan)}
     result = pi.fit_guide(
-        pi.AmortizedInterpolant(model),
+        guide_of(model),
         **{**QUICK, "simulations": [bad, draws(0), draws(200), bad, draws(0)]},
     )
     assert result.improper == pytest.approx(2 / 202)
@@ -187,7 +191,7 @@ def test_latents_that_repeat_with_other_data_are_not_held_out():
     loc = torch.randn(20).repeat(50)
     batches = [({"loc": loc}, {"y": loc[:, None] + torch.randn(1000, 6)})]
     simulator = simulator_of(model)
-    guide = pi.AmortizedInterpolant(model)
+    guide = guide_of(model)
     guide(torch.zeros(6))
     found = SimulatedBatches(batches, simulator, ("y",), guide.rows_of)
     assert sum(len(rows) for rows, _ in found) == 900
@@ -198,18 +202,18 @@ def test_data_that_are_no_sample_site_have_no_density():
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
         pyro.deterministic("y", w + 0.1 * torch.randn(4))
 
-    result = pi.fit_guide(pi.AmortizedInterpolant(model), **QUICK)
+    result = pi.fit_guide(guide_of(model), **QUICK)
     assert "no density" in result.verdict
 
 
-def test_data_sets_that_a_guide_takes_for_impossible_count_against_it():
+def test_every_data_set_of_a_model_with_hard_edges_is_judged():
     def model(y=None):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Uniform(w, w + 1.0), obs=y)
 
-    result = pi.fit_guide(pi.AmortizedInterpolant(model), **QUICK)
+    result = pi.fit_guide(guide_of(model), **QUICK)
     assert result.data_sets == 20
-    assert result.verdict.startswith("Not to be relied on")
+    assert 0 < result.ess[1] < 0.9  # some draws are where the data cannot be
 
 
 def test_a_truncated_prior_is_content_when_the_time_is_up():
@@ -233,7 +237,7 @@ def test_rounds_of_a_simulator_without_a_density_are_not_lost():
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Delta(w + torch.randn(3), event_dim=1), obs=y)
 
-    guide = pi.AmortizedInterpolant(model)
+    guide = guide_of(model)
     with pytest.warns(UserWarning, match="not be judged"):
         result = pi.fit_guide(guide, torch.ones(3), rounds=2, **QUICK)
     assert result.verdict.startswith("Unknown")
