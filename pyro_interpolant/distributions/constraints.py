@@ -191,6 +191,11 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
         ) from error
 
 
+def names_of(x: object, default: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the names of the columns of a data frame; of anything else the default."""
+    return tuple(map(str, getattr(x, "columns", default)))
+
+
 def named_columns(x: RowsLike, name: str = "data") -> tuple[Tensor, tuple[str, ...]]:
     """Return the values of x, and the names of its columns, none where it has none.
 
@@ -207,7 +212,7 @@ def named_columns(x: RowsLike, name: str = "data") -> tuple[Tensor, tuple[str, .
         ValueError: If there are not as many draws of each name.
     """
     if not isinstance(x, Mapping):
-        return as_tensor(x, name), tuple(map(str, getattr(x, "columns", ())))
+        return as_tensor(x, name), names_of(x)
     parts = {str(k): torch.atleast_1d(as_tensor(v, f"{name} {k!r}")) for k, v in x.items()}
     lengths = {k: len(part) for k, part in parts.items()}
     if len(set(lengths.values())) != 1:

@@ -23,6 +23,7 @@ from .sites import (
     Nodes,
     Site,
     Substitute,
+    check_fixed_support,
     init_to_support,
     is_subsample,
     subsampling_plates,
@@ -295,16 +296,11 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
         if isinstance(innermost(trace[name]["fn"]), (dist.VonMises, dist.SineBivariateVonMises)):
             raise ValueError(
                 f"expected latent sites with a density on real numbers, got the angle {name!r}, "
-                f"whose density repeats with each turn: write it as "
+                "whose density repeats with each turn: write it as "
                 "pyro.sample(name, dist.Uniform(-pi, pi)) with its density as a pyro.factor, or "
                 "as a direction by ProjectedNormalReparam"
             )
-        now = biject_to(trace[name]["fn"].support)(real)
-        if not torch.allclose(now, values[name], rtol=1e-4):
-            raise ValueError(
-                f"expected site {name!r} to have a fixed support, got one that depends on "
-                "other sites: sample it on a fixed support and transform it"
-            )
+        check_fixed_support(name, biject_to(trace[name]["fn"].support)(real), values[name])
     return trace
 
 

@@ -26,7 +26,7 @@ from torch.distributions import ComposeTransform, Transform, biject_to, constrai
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from .autoguide import AutoInterpolant
-from .sites import LatentSites, Model, Nodes, Site, unwrapped_model
+from .sites import LatentSites, Model, Nodes, Site, check_fixed_support, unwrapped_model
 from .validity import innermost
 
 _BASE = "_base"  # what a site in base space has after its name
@@ -360,11 +360,7 @@ class _Images(Messenger):
         transform = biject_to(fn.support)
         value = transform(real)
         if constraints.is_dependent(type(innermost(fn)).support):
-            if not torch.allclose(value, known(real), rtol=1e-4):
-                raise ValueError(
-                    f"expected site {msg['name']!r} to have a fixed support, got one that depends "
-                    "on other sites: sample it on a fixed support and transform it"
-                )
+            check_fixed_support(msg["name"], value, known(real))
         log_det = transform.log_abs_det_jacobian(real, value)
         log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
         self.log_det = self.log_det + log_det.sum_to_size(self.log_det.shape)

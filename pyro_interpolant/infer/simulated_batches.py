@@ -12,6 +12,7 @@ from ..training.streaming import check_again
 from ..training.survey import keys_of
 from .amortization import JUDGED_ROWS, Pack
 from .simulation import Simulations, Simulator
+from .validity import all_of
 
 _HELD_SHARE = 10  # at most one out of so many of the first ones
 _FEWEST = 10
@@ -112,5 +113,5 @@ class SimulatedBatches:
         if count == 0:
             return found
         proper = self.simulator.proper(found)
-        good = torch.stack([proper[name] for name in self.names]).all(0)
+        good = all_of({name: proper[name] for name in self.names})
         return found.take(good)._replace(improper=count - int(good.sum()))

@@ -27,6 +27,7 @@ from .._torch import is_functorch_tensor, seeded, warn_user
 from ..distributions.supports import BijectiveSupport
 from ..training.loop import check_ranges
 from .sites import LatentSites, Model, Nodes, Site, is_subsample, subsampling_plates, unchecked
+from .validity import all_of
 from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
@@ -159,7 +160,7 @@ class Simulator:
         found = Simulations.joined(parts)
         count = len(found.log_prior)
         proper = self.proper(found)
-        good = torch.stack(list(proper.values())).all(0)
+        good = all_of(proper)
         improper = count - int(good.sum())
         if improper == count:
             bad = [name for name, each in proper.items() if not bool(each.any())]
@@ -186,7 +187,7 @@ class Simulator:
         count = len(found.log_prior)
         good = {name: v.isfinite().reshape(count, -1).all(1) for name, v in values.items()}
         for name, support in self.supports.items():
-            value = values[name].reshape(*values[name].shape, *(1,) * (values[name].dim() == 1))
+            value = values[name] if self.latents[name] else values[name][..., None]
             inside = BijectiveSupport(support).strictly_inside(value)  # of events, none of them ()
             good[name] = good[name] & inside.reshape(count, -1).all(1)
         return good
@@ -203,7 +204,7 @@ class Simulator:
                 found = self._drawn(_PROBES, "vmap")
                 # Numbers that are not torch's are drawn once for all lanes.
                 lanes = _other_generators() == before
-                if lanes and bool(torch.stack(list(self.proper(found).values())).all(0).any()):
+                if lanes and bool(all_of(self.proper(found)).any()):
                     return "vmap"
         return "loop"
 
@@ -231,7 +232,7 @@ class Simulator:
             count: How many, of which those N that are proper are returned.
         """
         found = self._drawn(count, self.batching, {}, latents_alone=True)
-        return found.take(torch.stack(list(self.proper(found).values())).all(0)).latents
+        return found.take(all_of(self.proper(found))).latents
 
     def log_prior(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Return the log density of latents, each ``(N, *site_shape)`` on its support, ``(N,)``.

@@ -288,6 +288,21 @@ def _bijection(site: Site) -> Transform:
         raise _unsupported(site["name"], support) from error
 
 
+def check_fixed_support(name: str, now: Tensor, known: Tensor) -> None:
+    """Raise a ValueError where a site's support is another than when the guide was set up.
+
+    Args:
+        name: The site.
+        now: The image of an unconstrained value under the bijection of its support, any shape.
+        known: The same under that of the support that the guide knows.
+    """
+    if not torch.allclose(now, known, rtol=1e-4):
+        raise ValueError(
+            f"expected site {name!r} to have a fixed support, got one that depends on other "
+            "sites: sample it on a fixed support and transform it"
+        )
+
+
 def _unsupported(name: str, support: constraints.Constraint) -> ValueError:
     """Return the error for a site whose support has no bijection, or none with a Jacobian."""
     return ValueError(

@@ -4,6 +4,7 @@ Validation raises an error for all of many draws at once, so it is off, and form
 the support: an exponential density grows without bound below zero, a Poisson rate may be negative.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -81,3 +82,8 @@ def _leaf_support(fn: Any) -> constraints.Constraint | None:
     except NotImplementedError:
         return None
     return None if isinstance(support, _ALWAYS) or support.event_dim else support
+
+
+def all_of(masks: Mapping[str, Tensor]) -> Tensor:
+    """Return where all of several masks hold, shape ``(N,)`` each."""
+    return torch.stack(list(masks.values())).all(0)

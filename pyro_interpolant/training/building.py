@@ -19,6 +19,7 @@ from ..distributions.constraints import (
     as_tensor,
     checked_context,
     checked_rows,
+    names_of,
     shaped,
 )
 from ..distributions.interpolant import (
@@ -150,7 +151,7 @@ def from_samples(
         table = None if streamed or are_images(rows) else rows
         constraint = _with_map(space, table, fit_options, marginals=marginals)
     distribution = _distribution(transform, sites, constraint)
-    distribution.columns = tuple(map(str, getattr(x, "columns", ())))
+    distribution.columns = names_of(x)
     try:
         fit(distribution, x if streamed else rows, context=context, seed=seed, **fit_options)
     except NonFiniteError as error:

@@ -15,6 +15,7 @@ from ..distributions.constraints import (
     contexts_of_rows,
     in_order,
     named_columns,
+    names_of,
 )
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import NamedSites
@@ -105,7 +106,7 @@ class Table:
             raise ValueError(
                 "expected flip=False beside pairs, whose partners belong to images as they are"
             )
-        names = tuple(map(str, getattr(data, "columns", distribution.columns)))
+        names = names_of(data, distribution.columns)
         data, context, pairs, weights = drop_zero_weights(weights, data, context, pairs)
         found = rows_of(distribution, data, context)
         warn_if_rounded(found.w)

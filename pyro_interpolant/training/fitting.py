@@ -15,6 +15,7 @@ from torch import nn
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..distributions.bases import Samples
+from ..distributions.constraints import names_of
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
@@ -201,7 +202,7 @@ def fit(
     kind = Stream if process.own_rows else Table
     given = {"context": context, "pairs": pairs, "weights": weights}
     source = kind(distribution, data, validation, **given, flip=flip)
-    distribution.columns = tuple(map(str, getattr(data, "columns", distribution.columns)))
+    distribution.columns = names_of(data, distribution.columns)
     with seeded(process.seed(seed)):
         numbers = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema]
         settings = [source.checksum, [*numbers, learn, seed, share, whiten, *["flip"] * flip]]
