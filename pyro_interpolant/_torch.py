@@ -94,19 +94,41 @@ def draws() -> int:
     return 0 if own is None else own.draws
 
 
-def rng_state() -> Tensor:
-    """Return the state of the generator from which this thread draws on the CPU, ``(S,)``."""
-    return _cpu_generator().get_state()
+def rng_state(device: torch.device | None = None) -> Tensor:
+    """Return the state from which this thread draws on the CPU and on a device, ``(S,)``.
+
+    Args:
+        device: The device; where it is None or the CPU, the state is that of one generator.
+    """
+    return torch.cat([generator.get_state() for generator in _generators(device)])
 
 
-def set_rng_state(state: Tensor) -> None:
-    """Set that state, shape ``(S,)``."""
-    _cpu_generator().set_state(state)
+def set_rng_state(state: Tensor, device: torch.device) -> None:
+    """Set that state, shape ``(S,)``; one that was taken on the CPU alone sets that alone.
+
+    Args:
+        state: The state.
+        device: The device, which need not be the one on which the state was taken.
+    """
+    for generator in _generators(device):
+        size = len(generator.get_state())
+        if len(state) >= size:
+            generator.set_state(state[:size].clone())  # torch reads from where storage begins
+        state = state[size:]
 
 
-def _cpu_generator() -> torch.Generator:
+def _generators(device: torch.device | None) -> list[torch.Generator]:
+    """Return those from which this thread draws on the CPU and, if it is another, on a device."""
     own = getattr(_SCOPE, "generators", None)
-    return torch.default_generator if own is None else own.on(torch.device("cpu"))
+    devices = dict.fromkeys((torch.device("cpu"), device or torch.device("cpu")))
+    return [_default(d) if own is None else own.on(d) for d in devices]
+
+
+def _default(device: torch.device) -> torch.Generator:
+    """Return the global generator of the CPU or of a GPU, given with its index."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return torch.default_generator
 
 
 _SCOPE = threading.local()
@@ -127,7 +149,7 @@ class _OwnGenerators(TorchDispatchMode):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.seed, self.draws = seed, 0
+        self.seed, self.draws, self.process = seed, 0, os.getpid()
         self.generators: dict[torch.device, torch.Generator] = {}
 
     def on(self, device: torch.device) -> torch.Generator:
@@ -142,7 +164,9 @@ class _OwnGenerators(TorchDispatchMode):
         """Call an operation, with a generator if it draws."""
         kwargs = kwargs or {}
         drawing = _drawing_form(func)
-        if drawing is None:
+        # A worker of a DataLoader inherits this scope: all would draw the same, as this one does.
+        # Its default generator is seeded by its number and a draw from here.
+        if drawing is None or self.process != os.getpid():
             return func(*args, **kwargs)
         operation, place = drawing
         named = kwargs.get("generator")
@@ -165,10 +189,7 @@ class _OwnGenerators(TorchDispatchMode):
         It is held for as long as that takes, which other threads that draw may notice. Attention
         without dropout, which is of this kind, leaves it as it is: it has drawn nothing.
         """
-        default = torch.default_generator
-        if device.type == "cuda":
-            default = torch.cuda.default_generators[device.index]
-        own = self.on(device)
+        default, own = _default(device), self.on(device)
         with _BORROWING:
             before, start = default.get_state(), own.get_state()
             default.set_state(start)

@@ -61,10 +61,10 @@ def load(
 
     Args:
         path: A file that :func:`save` wrote.
-        velocity: An instance of the velocity's class, where that is your own; its weights are
-            overwritten. Where the base is a flow too, the outermost of them that needs it takes
-            it.
-        interpolant: The interpolant, where its class is your own.
+        velocity: An instance of the velocity's class, where that is your own, made as the one that
+            was saved; a copy of it gets the weights. Where the base is a flow too, the outermost
+            of them that needs it takes it.
+        interpolant: The interpolant, where its class is your own; of a module a copy, too.
 
     Returns:
         An :class:`~pyro_interpolant.InterpolantDistribution`, or the joint or conditional kind
@@ -73,7 +73,8 @@ def load(
     Raises:
         OSError: If there is no such file, or it cannot be read.
         ValueError: If the file is damaged, not one of ours, of a newer format, or needs a class
-            that was not passed; the message names the class.
+            that was not passed, or something was that computes other values than what was saved,
+            by 2% or more at two fixed points; the message names the class.
     """
     import torch
 

@@ -303,6 +303,26 @@ def test_contexts_of_data_are_taken_by_their_names():
     assert set(ax.collections[1].get_offsets()[:, 0].tolist()) == {0.5}
 
 
+def test_contexts_along_a_frame_are_those_of_training():
+    """The column that varies is counted as in the frame."""
+    pd = pytest.importorskip("pandas")
+    family = ConditionalInterpolantDistribution(random_flow(1, context_dim=2)).freeze()
+    family.context_columns = ("dose", "size")
+    grid = torch.stack((torch.linspace(-1, 1, 9), torch.full((9,), 0.7)), 1)
+    frame = pd.DataFrame(grid.numpy(), columns=family.context_columns)
+    data = torch.randn(9, 1), frame
+    options = {"data": data, "levels": (0.5,), "points": 9}
+    for context, column in ((grid, 0), (frame, 0), (frame[["size", "dose"]], 1)):
+        ax = plotting.conditional(family, context, column=column, **options)
+        x, median = ax.lines[0].get_xydata().T
+        assert x.tolist() == grid[:, 0].tolist()
+        assert ax.collections[1].get_offsets()[:, 0].tolist() == grid[:, 0].tolist()
+        expected = family.condition(grid).icdf(torch.tensor(0.5)).reshape(-1)
+        assert median == pytest.approx(expected.numpy())
+    swapped = plotting.conditional(family, grid, data=(data[0], frame[["size", "dose"]]), points=9)
+    assert swapped.collections[1].get_offsets()[:, 0].tolist() == grid[:, 0].tolist()
+
+
 @pytest.mark.parametrize("support", [constraints.positive, constraints.interval(-1.0, 2.0)])
 def test_a_density_is_zero_where_values_cannot_be(support):
     """In the default box, which is wider than the samples; arrows are rates of the values."""

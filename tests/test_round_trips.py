@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import json
 import os
+import threading
 
 import numpy as np
 import pyro.distributions as dist
@@ -16,6 +18,7 @@ from torch.nn.utils import parametrizations
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    ConditionalInterpolantTransform,
     FixedGrid,
     HutchinsonDivergence,
     Interpolant,
@@ -27,10 +30,12 @@ from pyro_interpolant import (
     Samples,
     UniformTorus,
     VelocityMLP,
+    io,
     load,
     save,
 )
 from pyro_interpolant.distributions.differences import difference
+from pyro_interpolant.nn import ImageVelocity
 from pyro_interpolant.transforms import DenseWhitening
 
 A = torch.tensor([0.3, -0.7], dtype=torch.float64)
@@ -412,6 +417,161 @@ def test_a_function_of_ones_own_inside_a_choice(path):
         load(path)
 
 
+class Net(OwnVelocity):
+    """A velocity with an activation and a factor, which no tensor tells."""
+
+    def __init__(self, activation=torch.tanh, scale=1.0):
+        super().__init__(2)
+        self.activation, self.scale = activation, scale
+
+    def forward(self, t, x, context=None):
+        h = self.activation(self.hidden(torch.cat((x, t[..., None]), -1)))
+        return self.scale * self.out(h)
+
+
+def net_flow(network, dtype=torch.float64):
+    return InterpolantDistribution(InterpolantTransform(network.to(dtype), 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "other", [{"activation": torch.relu}, {"scale": 2.0}], ids=["activation", "factor"]
+)
+def test_a_velocity_that_computes_something_else_is_refused(other, dtype, path):
+    save(net_flow(Net(), dtype), path)
+    assert load(path, velocity=Net()).transform.flow.loc.dtype == dtype
+    match = r"expected the Net that was saved.*values at two fixed points.*velocity=Net\("
+    with pytest.raises(ValueError, match=match):
+        load(path, velocity=Net(**other))
+
+
+def test_a_file_without_values_is_loaded_as_before(path):
+    save(net_flow(Net()), path)
+    header, tensors = io.read(path, framework="pt")
+    del header["own"], header["levels"]
+    io.write(path, tensors, {"pyro_interpolant": json.dumps(header)})
+    assert load(path, velocity=Net(torch.relu)).transform.velocity.activation is torch.relu
+
+
+def test_values_that_another_machine_rounds_otherwise_are_the_same(path):
+    save(net_flow(Net()), path)
+    header, tensors = io.read(path, framework="pt")
+    saved = header["own"]["velocity"]
+    assert len(saved["values"]) == 4
+    saved["values"] = [1.003 * value for value in saved["values"]]
+    io.write(path, tensors, {"pyro_interpolant": json.dumps(header)})
+    load(path, velocity=Net())
+    saved["values"].pop()
+    io.write(path, tensors, {"pyro_interpolant": json.dumps(header)})
+    with pytest.raises(ValueError, match="damaged or was edited"):
+        load(path, velocity=Net())
+
+
+class Noisy(Net):
+    def forward(self, t, x, context=None):
+        return super().forward(t, x) + torch.randn_like(x)
+
+
+class NoisyByNumpy(Net):
+    def forward(self, t, x, context=None):
+        return super().forward(t, x) + np.random.default_rng().normal()
+
+
+class Picky(Net):
+    def forward(self, t, x, context=None):
+        if len(x) == 2:
+            raise KeyError("rows that it does not expect")
+        return super().forward(t, x)
+
+
+class Infinite(Net):
+    def forward(self, t, x, context=None):
+        return super().forward(t, x) / torch.zeros(())
+
+
+class Locked(Net):
+    """It cannot be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("kind", [Noisy, NoisyByNumpy, Picky, Infinite, Locked])
+def test_a_velocity_whose_values_tell_nothing_is_saved_and_loaded(kind, path):
+    state = torch.get_rng_state()
+    network = kind()
+    torch.set_rng_state(state)
+    save(net_flow(network), path)
+    again = load(path, velocity=kind())
+    assert difference(network.state_dict(), again.transform.velocity.state_dict()) is None
+    values = io.read(path)[0]["own"]["velocity"]["values"]
+    assert (values is None) == (kind is not Locked)
+
+
+def test_values_are_those_of_evaluation_and_change_nothing(path):
+    """Neither the mode of the network, nor the generator of others."""
+    network = Dropping(2).train()
+    distribution = InterpolantDistribution(InterpolantTransform(network, 2))
+    state = torch.get_rng_state()
+    save(distribution, path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert network.training
+    assert io.read(path)[0]["own"]["velocity"]["values"] is not None
+
+
+def test_flows_that_are_given_one_network_do_not_share_it(path):
+    flows = [net_flow(Net()) for _ in range(2)]
+    paths = [path.with_name(name) for name in ("one", "two")]
+    for distribution, place in zip(flows, paths, strict=True):
+        save(distribution, place)
+    passed = Net()
+    before = copy.deepcopy(passed.state_dict())
+    for distribution, again in zip(flows, [load(p, velocity=passed) for p in paths], strict=True):
+        assert_same(distribution, again)
+    assert difference(passed.state_dict(), before) is None
+
+
+class Pointwise(nn.Module):
+    """A network of images of any shape and with any labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(1))
+
+    def forward(self, t, image, labels=None):
+        return self.shift * image
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "match"),
+    [((1, 2, 8), 3, "image_shape is"), ((1, 4, 4), 5, "classes is 5 in place of 3")],
+)
+def test_an_adapter_of_images_of_another_shape_or_classes_is_refused(shape, classes, match, path):
+    transform = ConditionalInterpolantTransform(ImageVelocity(Pointwise(), (1, 4, 4), 3))
+    distribution = ConditionalInterpolantDistribution(transform, event_shape=(1, 4, 4))
+    save(distribution, path)
+    found = load(path, velocity=ImageVelocity(Pointwise(), (1, 4, 4), 3))
+    assert found.transform.velocity.image_shape == (1, 4, 4)
+    with pytest.raises(ValueError, match=f"expected the ImageVelocity that was saved.*{match}"):
+        load(path, velocity=ImageVelocity(Pointwise(), shape, classes))
+
+
+def test_an_interpolant_that_computes_something_else_is_refused(path):
+    save(flow(interpolant=OwnInterpolant(2.0)), path)
+    with pytest.raises(ValueError, match=r"expected the OwnInterpolant that was saved.*values"):
+        load(path, interpolant=OwnInterpolant(3.0))
+
+
+def test_flows_that_are_given_one_interpolant_with_tensors_do_not_share_it(path):
+    save(flow(interpolant=OwnWaves(2)), path)
+    passed = OwnWaves(2)
+    one, two = (load(path, interpolant=passed).transform.interpolant for _ in range(2))
+    one.waves.fill_(1.0)
+    assert not two.waves.any()
+    assert not passed.waves.any()
+
+
 class OwnGamma:
     def __call__(self, t):
         return 0.3 * torch.sin(torch.pi * t) ** 2
@@ -500,11 +660,10 @@ def test_a_velocity_keeps_the_types_of_its_tensors_and_those_that_it_shares(path
     distribution = InterpolantDistribution(InterpolantTransform(velocity, 2))
     save(distribution, path)
     passed = Mixed(2)
-    again = load(path, velocity=passed)
-    assert again.transform.velocity is passed
-    assert passed.twin.weight is passed.out.weight
-    assert passed.count.dtype == torch.long
-    assert difference(velocity.state_dict(), passed.state_dict()) is None
+    found = load(path, velocity=passed).transform.velocity
+    assert found.twin.weight is found.out.weight
+    assert found.count.dtype == torch.long
+    assert difference(velocity.state_dict(), found.state_dict()) is None
 
 
 def test_an_interpolant_keeps_its_own_type(path):

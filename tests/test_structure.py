@@ -281,6 +281,7 @@ def test_references_in_docstrings_lead_somewhere(path):
             assert pkgutil.resolve_name(reference) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODULES if is_there(name)])
 def test_the_examples_in_docstrings_run(name, tmp_path, monkeypatch):
     if name == "infer.inference_data":

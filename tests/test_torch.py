@@ -7,10 +7,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_interpolant import _torch
-from pyro_interpolant._torch import draws, draws_nothing, jvp, seeded, slopes
+from pyro_interpolant._torch import (
+    draws,
+    draws_nothing,
+    jvp,
+    rng_state,
+    seeded,
+    set_rng_state,
+    slopes,
+)
 
 
 def inside(source, **names):
@@ -95,6 +103,31 @@ def test_a_seeded_scope_draws_what_the_global_generator_would_and_leaves_it_alon
         assert torch.equal(a, b), i
 
 
+@pytest.mark.parametrize("seed", [3, None])
+def test_a_state_is_that_of_the_cpu_and_of_a_gpu(seed, monkeypatch):
+    cpu, gpu, own = torch.device("cpu"), torch.device("cuda", 0), torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (own,))  # it stands for that of a GPU
+
+    def drawn():
+        return torch.cat((torch.randn(4), torch.randn(4, generator=own)))
+
+    with seeded(seed):
+        if seed is not None:
+            _torch._SCOPE.generators.generators[gpu] = own
+        both, one = rng_state(gpu), rng_state(cpu)
+        assert torch.equal(both[: len(one)], one)
+        assert torch.equal(both[len(one) :], own.get_state())
+        first, second = drawn(), drawn()
+        set_rng_state(both, gpu)
+        assert torch.equal(drawn(), first)
+        for state, device in ((one, gpu), (both, cpu)):  # of or on a machine without one
+            set_rng_state(state, device)
+            third = drawn()
+            assert torch.equal(third[:4], first[:4])
+            assert not torch.equal(third[4:], first[4:])
+        assert not torch.equal(first, second)
+
+
 def test_an_operation_without_a_form_for_generators_draws_the_same(monkeypatch):
     torch.manual_seed(3)
     expected = torch.randn(5), torch.randn(4)
@@ -130,6 +163,21 @@ def test_scopes_nest_and_a_block_that_draws_nothing_interrupts_them():
         assert draws() == 2
     assert torch.equal(a, first)
     assert torch.equal(b, second)
+
+
+class Simulated(IterableDataset):
+    def __iter__(self):
+        for _ in range(2):
+            yield torch.randn(3)
+
+
+def test_workers_of_a_loader_draw_numbers_of_their_own():
+    loader = DataLoader(Simulated(), batch_size=None, num_workers=2)
+    with seeded(0):
+        rows = [*loader, *torch.randn(2, 3)]
+    assert len(torch.stack(rows).unique(dim=0)) == 6
+    with seeded(0):
+        assert torch.equal(torch.stack(rows[:4]), torch.stack(list(loader)))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])

@@ -97,7 +97,7 @@ def bits_per_dim(
         distribution: What was learned from such images, spread over their levels, as
             :func:`~pyro_interpolant.from_samples` does with ``uint8``.
         images: Whole levels v, 0 to ``levels - 1``, shape ``(N, *event_shape)``.
-        levels: Their number L.
+        levels: Their number L; of a flow that learned ``uint8``, 256 however many there are.
         probes: How many estimate a divergence; none where the transform's is
             :class:`~pyro_interpolant.ExactDivergence`.
         dequantizations: How many u are drawn for each image.
@@ -111,8 +111,9 @@ def bits_per_dim(
         UserWarning: If bits change by more than the tolerance at 256 steps.
 
     Raises:
-        ValueError: If images have another shape or other levels, a number is not positive,
-            contexts are of another number, or the file is of another call.
+        ValueError: If images have another shape or other levels, or training spread them over
+            another number of levels, a number is not positive, contexts are of another number, or
+            the file is of another call.
     """
     values = _checked_levels(distribution, images, levels)
     if min(probes, dequantizations) < 1 or not tolerance > 0:
@@ -123,7 +124,8 @@ def bits_per_dim(
     flow = distribution.transform.flow
     given = None
     if context is not None:
-        given = contexts_of_rows(context, flow, len(values), "images")
+        names = distribution.context_columns
+        given = contexts_of_rows(context, flow, names, len(values), "images")
     numbers = [levels, probes, dequantizations, tolerance, seed]
     kept = _Kept(checkpoint, numbers, distribution, values, given)
     generator = torch.Generator(flow.loc.device).manual_seed(seed)
@@ -144,6 +146,12 @@ def bits_per_dim(
 
 def _checked_levels(distribution: AnyDistribution, images: ArrayLike, levels: int) -> Tensor:
     """Return whole levels, shape ``(N, *event_shape)``, on the device of the flow."""
+    spread = distribution.transform.flow.levels
+    if spread not in (None, levels):
+        raise ValueError(
+            f"expected levels={spread}, as training spread them, (v + u) / {spread}, also where "
+            f"images have fewer, got levels={levels}"
+        )
     shape = distribution.space.event_shape(distribution.transform.flow.event_dim)
     v = images_of(images, shape)
     low, high = (float(bound) for bound in v.aminmax())

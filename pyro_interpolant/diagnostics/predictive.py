@@ -32,15 +32,14 @@ from ..distributions.constraints import (
     RowsLike,
     checked_rows,
     contexts_of_rows,
-    in_order,
-    named_columns,
+    real_shape,
 )
 from ..distributions.interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
-from ..distributions.joint import NamedSites, column_names, real_shape
+from ..distributions.joint import NamedSites, column_names, rows_by_name
 from ..distributions.supports import BijectiveSupport, support_of
 from ..transforms.gaussianize import without_gaussianizer
 
@@ -90,9 +89,12 @@ def pit(
     Args:
         distribution: A density, conditional or not; or a guide, whose ``posterior`` is compared
             with draws of another sampler, nearly independent ones.
-        x: Rows it has not seen, shape ``(N, *event_shape)``; of named sites, draws by name. Where
-            it was trained on a data frame, the columns of another are taken by their names.
-        context: Their contexts, shape ``(N, C)``, for a conditional density.
+        x: Rows it has not seen, shape ``(N, *event_shape)``; of named sites, draws by name, or a
+            data frame of them, with columns ``mu[0]``, ``mu[1]``, ... of a site of several
+            numbers. Where it was trained on a data frame, the columns of another are taken by
+            their names.
+        context: Their contexts, shape ``(N, C)``, for a conditional density; those of a data frame
+            as the columns of x.
         draws: How many for each row; without contexts all rows share 4,000.
         seed: Of the draws.
 
@@ -235,7 +237,8 @@ class _Rows:
         self.directions = _directions(density)
         self.u = self.unconstrained(self.x)
         count = len(self.x)
-        self.context = None if context is None else contexts_of_rows(context, flow, count)
+        names = density.context_columns
+        self.context = None if context is None else contexts_of_rows(context, flow, names, count)
         self.shared = self.context is None
         self.draws = _SHARED_DRAWS if self.shared else draws
         if draws < 1:
@@ -295,8 +298,9 @@ def _packed(distribution: AnyDistribution, x: RowsLike) -> ArrayLike:
 
     Of named draws they are packed vectors.
     """
+    x = rows_by_name(distribution, x, distribution.columns, "x")
     if not isinstance(x, Mapping):
-        return in_order(*named_columns(x, "x"), distribution.columns, "x")
+        return x
     if not isinstance(distribution, NamedSites):
         raise TypeError("expected rows: this distribution has no named sites")
     return distribution.pack(x)

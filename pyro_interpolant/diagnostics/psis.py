@@ -92,7 +92,7 @@ def recompute_largest(
 
     Args:
         flow: The proposal.
-        x: Its draws, shape ``(N, D)``.
+        x: Its draws, shape ``(N, *event_shape)``.
         log_p: Their target log densities, shape ``(N,)``.
         log_q: Their log densities under the flow, shape ``(N,)``.
         count: How many of the largest.
@@ -101,15 +101,16 @@ def recompute_largest(
         The log densities under the flow, shape ``(N,)``, and the mean absolute change of those
         that were computed again, nats.
     """
-    view = flow.transform.at(1.0)
-    if not isinstance(view.solver, FixedGrid):
+    finer = flow.at(flow.transform.end)  # which shares the weights, and has a solver of its own
+    solver = finer.transform.solver
+    if not isinstance(solver, FixedGrid):
         return log_q, 0.0
-    view.solver = dataclasses.replace(view.solver, steps=2 * view.solver.steps)
+    finer.transform.solver = dataclasses.replace(solver, steps=2 * solver.steps)
     ratio = log_p - log_q
     largest = torch.where(torch.isnan(ratio), -math.inf, ratio).topk(count).indices
-    finer = InterpolantDistribution(view).log_prob(x[largest])
-    change = (finer - log_q[largest]).abs().nan_to_num(math.inf)
-    return log_q.index_copy(0, largest, finer), float(change.mean())
+    new = finer.log_prob(x[largest])
+    change = (new - log_q[largest]).abs().nan_to_num(math.inf)
+    return log_q.index_copy(0, largest, new), float(change.mean())
 
 
 def pareto_smooth(log_weights: Tensor) -> Smoothed:

@@ -94,6 +94,7 @@ def approximate_posterior(
     """
     sde = _PosteriorSDE(distribution, log_likelihood)
     with torch.no_grad():
+        sde.transform = sde.transform.held()
         w = base_draws(distribution, shape)
         # Equal steps of the square root of the time left: where little noise is left, the
         # posterior may be narrow, and the noise of a step must be less than it.

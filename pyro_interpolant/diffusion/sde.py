@@ -267,6 +267,7 @@ def sample_sde(
         raise ValueError(f"expected the method 'heun' or 'euler', got {method!r}")
     sde = InterpolantSDE(distribution, diffusion, forward=x is None)
     with torch.no_grad():
+        sde.transform = sde.transform.held()
         if x is None:
             w = base_draws(distribution, shape)
         else:
@@ -389,14 +390,13 @@ def sde_log_prob(
         arXiv 2303.08797, Section 2.5.
     """
     if paths < 2:
-        raise ValueError(
-            f"expected at least two paths, to estimate their spread, got paths={paths}"
-        )
+        raise ValueError(f"expected at least two paths, for their spread, got paths={paths}")
     sde = InterpolantSDE(distribution, diffusion, forward=False)
     times = uniform_times(2 * steps, sde.transform.end).to(sde.flow.loc).flip(0)
     terms, half_step = sde.terms(times), sde.transform.end / (2 * steps)
     _check_score_determined(sde, terms)
     with torch.no_grad():
+        sde.transform = sde.transform.held()
         white = _to_white(sde, distribution, x)
         share = terms.divisor.abs() / terms.divisor.abs().max()
         kappa = guidance * (share / _GUIDED_SHARE).clamp(max=1)

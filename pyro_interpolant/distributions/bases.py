@@ -8,7 +8,7 @@ uniform, :math:`\rho_0(x) = (2\pi)^{-D}`.
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyro.distributions as dist
@@ -48,7 +48,7 @@ class _Base(dist.TorchDistribution):
 
     def to(self, like: Tensor) -> "Self":
         """Return the base in the type and on the device of a tensor of any shape."""
-        return _copy_parts(self, like)
+        return _copy_parts(self, lambda part: copy_like(part, like))
 
 
 class _DerivedBase(_Base):
@@ -176,12 +176,16 @@ class WhitenedBase:
     def split(self, share: float | None) -> "tuple[WhitenedBase, WhitenedBase]":
         """Return the base to train on and that of the held-out loss: disjoint where samples.
 
+        Of the same samples they are the same at each call.
+
         Args:
             share: The share of the samples for the latter; by default 0.1.
         """
         if not isinstance(self.base, Samples):
             return self, self
-        rows = self.base.rows[torch.randperm(len(self.base.rows), device=self.base.rows.device)]
+        rows = self.base.rows
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        rows = rows[order.to(rows.device)]
         count = max(1, round((0.1 if share is None else share) * len(rows)))
         kept, held = rows[count:] if len(rows) > count else rows, rows[:count]
         return WhitenedBase(Samples(kept), self.whitening), WhitenedBase(
@@ -246,21 +250,45 @@ def copy_like(value: Any, like: Tensor) -> Any:
     """Return a copy of a distribution in the type and on the device of a tensor of any shape.
 
     Distributions have no ``to`` of their own: all tensors among their parts are converted.
+
+    Raises:
+        ValueError: If a tensor that requires a gradient is not of that type and device: the copy
+            would not follow its training.
     """
     if isinstance(value, Distribution) and hasattr(value, "to"):
         return value.to(like)
     if isinstance(value, Tensor):
-        return value.to(like) if value.is_floating_point() else value.to(like.device)
+        new = value.to(like) if value.is_floating_point() else value.to(like.device)
+        if new is not value and value.requires_grad:
+            raise ValueError(
+                f"expected a base of {new.dtype} on {new.device}, got one of {value.dtype} on "
+                f"{value.device} with a tensor that requires a gradient, which a copy would not "
+                "follow: make a base from converted tensors, or detach them"
+            )
+        return new
     if isinstance(value, (list, tuple)):
         return type(value)(copy_like(v, like) for v in value)
     if isinstance(value, nn.Module):
         return copy.deepcopy(value).to(like)
-    return _copy_parts(value, like) if isinstance(value, (Distribution, Transform)) else value
+    if isinstance(value, (Distribution, Transform)):
+        return _copy_parts(value, lambda part: copy_like(part, like))
+    return value
 
 
-def _copy_parts(value: _T, like: Tensor) -> _T:
+def detached(value: Any) -> Any:
+    """Return a copy of a distribution through which no gradient reaches its parameters."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, (list, tuple)):
+        return type(value)(detached(v) for v in value)
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).requires_grad_(requires_grad=False)
+    return _copy_parts(value, detached) if isinstance(value, (Distribution, Transform)) else value
+
+
+def _copy_parts(value: _T, changed: Callable[[Any], Any]) -> _T:
     new = copy.copy(value)
-    new.__dict__.update({k: copy_like(v, like) for k, v in value.__dict__.items()})
+    new.__dict__.update({k: changed(v) for k, v in value.__dict__.items()})
     return new
 
 

@@ -86,6 +86,27 @@ def bijection(support: Constraint) -> Transform:
     return transform
 
 
+def real_shape(shape: Sequence[int], support: Constraint) -> torch.Size:
+    """Return the shape of the real vectors, or scalars, behind events of a shape on a support.
+
+    Raises:
+        ValueError: If the support has no events of that shape, for one because its bounds are
+            tensors of another.
+    """
+    transform = biject_to(support)
+    try:
+        real = torch.Size(transform.inverse_shape(torch.Size(shape)))
+        found = torch.Size(transform.forward_shape(real))
+    except RuntimeError:  # where bounds do not broadcast with it
+        found = None
+    if found != torch.Size(shape):
+        raise ValueError(
+            f"expected a support of events of shape {tuple(shape)}, got {support}: bounds that "
+            "are tensors have the shape of one event; beside event_shape they are flat, (D,)"
+        )
+    return real
+
+
 def _check_dims(support: Constraint) -> None:
     """Raise a ValueError where parts of a support are joined along a dimension not the last."""
     if isinstance(support, (constraints.stack, constraints.cat)) and support.dim != -1:
@@ -161,6 +182,7 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
             f"expected a support of scalars or of vectors beside event_shape, got {support}, "
             "whose events have a shape of their own"
         )
+    real_shape((math.prod(shape),), support)
     return Shaped(support, shape)
 
 
@@ -218,12 +240,17 @@ def named_columns(x: RowsLike, name: str = "data") -> tuple[Tensor, tuple[str, .
     if len(set(lengths.values())) != 1:
         raise ValueError(f"expected as many draws of every name in {name}, got {lengths}")
     flat = {k: part.reshape(len(part), -1) for k, part in parts.items()}
-    names = [
-        k if part.shape[1] == 1 else f"{k}[{i}]"
-        for k, part in flat.items()
-        for i in range(part.shape[1])
-    ]
-    return torch.cat(list(flat.values()), 1), tuple(names)
+    names = flat_names({k: part.shape[1] for k, part in flat.items()})
+    return torch.cat(list(flat.values()), 1), names
+
+
+def flat_names(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Return what to call the numbers of draws by name: ``k``, or ``k[0]``, ``k[1]``, ... of many.
+
+    Args:
+        sizes: How many numbers there are of each name.
+    """
+    return tuple(k if size == 1 else f"{k}[{i}]" for k, size in sizes.items() for i in range(size))
 
 
 def in_order(
@@ -290,6 +317,32 @@ def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (N
             "them weight 0"
         )
     return x
+
+
+def check_value(value: object, event_shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise an error unless a value is a tensor of shape ``(*, *event_shape)``.
+
+    Args:
+        value: What a density is asked for.
+        event_shape: The shape of an event.
+        dtype: The type of the flow, for the message.
+
+    Raises:
+        TypeError: If it is not a tensor.
+        ValueError: If it is of another shape.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"expected a value that is a tensor, got {type(value).__name__}: convert it, "
+            f"torch.as_tensor(value, dtype={dtype})"
+        )
+    if tuple(value.shape[max(0, value.dim() - len(event_shape)) :]) != tuple(event_shape):
+        scalars = tuple(event_shape) == (1,)
+        hint = " For N scalars use shape (N, 1): x[..., None]." if scalars else ""
+        raise ValueError(
+            f"expected a value of shape (*, {', '.join(map(str, event_shape))}), got "
+            f"{tuple(value.shape)}.{hint}"
+        )
 
 
 def images_of(x: ArrayLike, shape: Sequence[int]) -> Tensor:
@@ -366,19 +419,38 @@ def checked_context(
     return checked_labels(found, classes, dtype)
 
 
-def contexts_of_rows(context: ArrayLike, flow: Flow, count: int, rows: str = "rows") -> Tensor:
+def context_in_order(context: ArrayLike, names: Sequence[str]) -> Tensor:
+    """Return contexts as a tensor, those of a data frame with their columns in an order of names.
+
+    Args:
+        context: Contexts, shape ``(N, C)``, or labels, shape ``(N,)``.
+        names: The names of the columns in their order, or none.
+
+    Raises:
+        TypeError: As :func:`as_tensor`.
+        ValueError: If the names of a data frame are others.
+    """
+    return in_order(as_tensor(context, "context"), names_of(context), names, "context")
+
+
+def contexts_of_rows(
+    context: ArrayLike, flow: Flow, names: Sequence[str], count: int, rows: str = "rows"
+) -> Tensor:
     """Return the contexts of so many rows in the type of their flow, shape ``(count, C)``.
 
     Args:
-        context: As in :func:`checked_context`.
+        context: As in :func:`checked_context`; the columns of a data frame may have any order.
         flow: The flow that takes them.
+        names: The names of their columns in the order that the flow takes them in, or none.
         count: The number of rows.
         rows: What to call them.
 
     Raises:
         TypeError: As :func:`checked_context`.
-        ValueError: As :func:`checked_context`, or if there are more or fewer.
+        ValueError: As :func:`checked_context`, or if there are more or fewer, or the columns of a
+            data frame have other names.
     """
+    context = context_in_order(context, names)
     found = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
     if len(found) != count:
         raise ValueError(f"expected as many contexts as {rows}, {count}, got {len(found)}")

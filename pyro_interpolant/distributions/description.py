@@ -47,11 +47,18 @@ from .interpolant import (
     InterpolantDistribution,
 )
 from .joint import NamedSites
+from .own_description import (
+    NotPassedError,
+    check_own,
+    describe_own,
+    filled,
+    network_arguments,
+    passed,
+)
 from .report import Report
 
 Header = dict[str, Any]
 _M = TypeVar("_M", bound=nn.Module)
-_T = TypeVar("_T")
 
 # Names of tensors in files that are older than the whitening's own module.
 _NAMES_IN_FILES = {
@@ -62,10 +69,6 @@ _NAMES_IN_FILES = {
 }
 _NAMES_IN_CODE = {in_file: name for name, in_file in _NAMES_IN_FILES.items()}
 _PROBES = "divergence.probes"
-
-
-class NotPassedError(ValueError):
-    """A part of the user's own that was not passed in, or another that was."""
 
 
 def describe(distribution: AnyDistribution) -> tuple[Header, Tensors]:
@@ -115,7 +118,8 @@ def build(
 
     Raises:
         PartError: If the header was damaged or edited, or is not of these tensors.
-        NotPassedError: If it names a class that was not passed.
+        NotPassedError: If it names a class that was not passed, or what was passed computes other
+            values than what was saved.
     """
     try:
         return _build(header, _at_home(tensors), velocity, interpolant, fill=True)
@@ -142,23 +146,21 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
         described: dict[str, Any] | None = {"flow": inner}
     else:
         described, tensors = describe_base(base, f"{prefix}base.")
-    for name, tensor in flow.state_dict().items():
-        tensors[prefix + _NAMES_IN_FILES.get(name, name)] = stored(tensor)
-    if isinstance(transform.divergence, HutchinsonDivergence):
-        probes = transform.divergence.directions(flow.event_dim)
-        tensors[prefix + _PROBES] = probes.to(torch.int8)
+    tensors |= {prefix + name: tensor for name, tensor in _tensors(transform).items()}
+    is_conditional = isinstance(distribution, ConditionalInterpolantDistribution)
     fixed = [name for name, p in flow.named_parameters() if not p.requires_grad]
     count = len(list(flow.parameters()))
     sites = getattr(distribution, "sites", {})
     return {
         "class": type(distribution).__name__,
         "velocity": type(flow.velocity).__qualname__,
-        "arguments": _network_arguments(flow.velocity),
+        "arguments": network_arguments(flow.velocity),
         "dim": flow.event_dim,
         "dtype": str(flow.loc.dtype).removeprefix("torch."),
-        "noise": _network_arguments(flow.noise),
+        "noise": network_arguments(flow.noise),
         "noise_class": type(flow.noise).__name__,
         "independent": flow.independent,
+        "levels": flow.levels,
         "frozen": fixed if 0 < len(fixed) < count else len(fixed) == count,
         "training": flow.velocity.training,
         "interpolant": describe_choice(flow.interpolant, paths),
@@ -174,8 +176,20 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
         "batch_shape": list(getattr(distribution, "batch_shape", ())),
         "validate_args": vars(distribution).get("_validate_args"),
         "columns": list(distribution.columns),
+        "context_columns": list(distribution.context_columns),
         "report": None if distribution.report is None else vars(distribution.report),
+        "own": describe_own(flow, is_conditional=is_conditional),
     }, tensors
+
+
+def _tensors(transform: AnyTransform) -> Tensors:
+    """Return the tensors of a flow by their names in a file, and the probes of its divergence."""
+    state = transform.flow.state_dict()
+    tensors = {_NAMES_IN_FILES.get(name, name): stored(value) for name, value in state.items()}
+    if isinstance(transform.divergence, HutchinsonDivergence):
+        probes = transform.divergence.directions(transform.flow.event_dim)
+        tensors[_PROBES] = probes.to(torch.int8)
+    return tensors
 
 
 def _check_classes(distribution: AnyDistribution) -> None:
@@ -203,7 +217,7 @@ def _own_parts(distribution: object) -> tuple[nn.Module | None, Interpolant | No
     velocity = interpolant = None
     while isinstance(distribution, AnyDistribution):
         flow, distribution = distribution.transform.flow, distribution.base
-        if velocity is None and _network_arguments(flow.velocity) is None:
+        if velocity is None and network_arguments(flow.velocity) is None:
             velocity = flow.velocity
         if interpolant is None and describe_choice(flow.interpolant, paths)[1] is None:
             interpolant = flow.interpolant
@@ -223,6 +237,7 @@ def _content(distribution: object) -> object:
         "weights": transform.state_dict(),
         "requires_grad": {name: p.requires_grad for name, p in flow.named_parameters()},
         "independent": flow.independent,
+        "levels": flow.levels,
         "solver": transform.solver,
         "divergence": transform.divergence,
         "support": distribution.constraint,
@@ -231,6 +246,7 @@ def _content(distribution: object) -> object:
         "batch_shape": getattr(distribution, "batch_shape", ()),
         "validate_args": vars(distribution).get("_validate_args"),
         "columns": distribution.columns,
+        "context_columns": distribution.context_columns,
         "report": distribution.report,
     }
 
@@ -266,15 +282,19 @@ def _build(
             options["validate_args"] = header.get("validate_args")
         distribution = kind(transform, base, **options)
     with naming("report"):
-        columns = header.get("columns", [])
-        if type(columns) is not list or any(type(name) is not str for name in columns):
-            raise PartError(f"expected the names of columns, got {columns!r}")
-        distribution.columns = tuple(columns)
+        distribution.columns = _build_names(header.get("columns", []))
+        distribution.context_columns = _build_names(header.get("context_columns", []))
         distribution.report = _build_report(header.get("report"), header["dim"])
     with naming("batch_shape"):
         natural = getattr(distribution, "batch_shape", ())
         shape = torch.Size(header.get("batch_shape", natural))
         return distribution if shape == natural else distribution.expand(shape)
+
+
+def _build_names(names: object) -> tuple[str, ...]:
+    if type(names) is not list or any(type(name) is not str for name in names):
+        raise PartError(f"expected the names of columns, got {names!r}")
+    return tuple(names)
 
 
 def _build_report(fields: dict[str, Any] | None, dim: int) -> Report | None:
@@ -304,9 +324,9 @@ def _build_transform(
     if list(loc.shape) != [header["dim"]] or loc.dtype != dtype:
         raise PartError(f"expected {header['dim']} dimensions of type {dtype} in its tensors")
     if header["arguments"] is None:
-        net = _passed("velocity", header["velocity"], velocity)
+        net = passed("velocity", header["velocity"], velocity)
         if fill:
-            _fill(net.to(dtype), below("velocity.", own))
+            net = filled(net, below("velocity.", own), dtype)
             own = {k: v.to(next(net.parameters(), loc).device) for k, v in own.items()}
     else:
         net = _new_network("velocity", header["velocity"], header["arguments"], own, dtype)
@@ -327,6 +347,7 @@ def _build_transform(
         name = header.get("noise_class", "VelocityMLP")
         flow.noise = _new_network("noise", name, header["noise"], own, dtype)
     flow.independent = header.get("independent", True)
+    flow.levels = _checked_levels(header.get("levels"))
     _check_probes(transform, own.pop(_PROBES, None))
     _set_frozen(transform, header["frozen"])
     training = header.get("training", False if header["frozen"] is True else None)
@@ -335,41 +356,9 @@ def _build_transform(
     surplus = sorted(own.keys() ^ flow.state_dict().keys())
     if surplus:
         raise PartError(f"expected tensors of its parts and no others, got {surplus}")
+    if fill:
+        check_own(header.get("own", {}), flow, is_conditional=conditional)
     return transform
-
-
-def _passed(what: str, name: str, value: _T | None) -> _T:
-    """Return what was passed in for a class of the user's own.
-
-    Raises:
-        NotPassedError: If nothing was, or something of another class.
-    """
-    if value is None or name not in (type(value).__qualname__, type(value).__name__):
-        got = "" if value is None else f", got a {type(value).__qualname__}"
-        raise NotPassedError(
-            f"the flow's {what} is a {name}: pass an instance, load(path, {what}={name}(...)){got}"
-        )
-    return value
-
-
-def _fill(module: nn.Module, tensors: Tensors) -> None:
-    """Give a module that was passed in its tensors, in their own types.
-
-    Raises:
-        NotPassedError: If it has others.
-    """
-    for name, value in module.state_dict(keep_vars=True).items():
-        if name in tensors and not nn.parameter.is_lazy(value):
-            if tensors[name].is_floating_point() != value.is_floating_point():
-                raise PartError(f"expected {name!r} of a type like {value.dtype}")
-            value.data = value.data.to(tensors[name].dtype)
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise NotPassedError(
-            f"expected a {type(module).__qualname__} as it was saved, got one of other tensors: "
-            f"{error}"
-        ) from error
 
 
 def _new_network(
@@ -428,6 +417,12 @@ def _set_frozen(transform: AnyTransform, which: object) -> None:
             p.requires_grad_(trained)
 
 
+def _checked_levels(levels: object) -> int | None:
+    if levels is None or (type(levels) is int and levels > 0):
+        return levels
+    raise PartError(f"expected the number of levels of images, got {levels!r}")
+
+
 def _check_probes(transform: AnyTransform, probes: Tensor | None) -> None:
     """Raise a PartError if the file's probes are not those that the divergence draws."""
     divergence, size = transform.divergence, transform.flow.event_dim
@@ -440,19 +435,14 @@ def _check_probes(transform: AnyTransform, probes: Tensor | None) -> None:
         raise PartError(f"expected the probes of {divergence}, got others")
 
 
-def _network_arguments(network: Any) -> list[Any] | None:
-    """Return what the constructor of a network of this package was given, or None."""
-    return network.arguments() if is_of(network, networks) else None
-
-
 def _build_interpolant(
     description: list[Any], given: Interpolant | None, tensors: Tensors, *, fill: bool
 ) -> Interpolant | None:
     name, fields = description
     if fields is None:
-        own = _passed("interpolant", name, given)
+        own = passed("interpolant", name, given)
         if fill and isinstance(own, nn.Module):
-            _fill(own, below("interpolant.", tensors))
+            return filled(own, below("interpolant.", tensors))
         return own
     with naming("interpolant"):
         kind = known(name, paths)

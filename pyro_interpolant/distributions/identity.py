@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .base_description import describe_base
+from .constraints import as_tensor
 
 
 def stable_name(value: object) -> str:
@@ -23,7 +24,7 @@ def tensors_of(value: object) -> list[Tensor]:
     if isinstance(value, nn.Module):
         return list(value.state_dict().values())
     if hasattr(value, "__array__"):
-        return [torch.as_tensor(value)]
+        return [as_tensor(value)]
     if isinstance(value, torch.distributions.Distribution):
         names: Any = type(value).arg_constraints  # a property where its author wrote none
         numbers = [getattr(value, name) for name in names] if isinstance(names, dict) else []

@@ -31,7 +31,7 @@ from ..transforms.bijections import Whiten
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .bases import Samples, WhitenedBase, check_expansion, checked_base, copy_like, standard_normal
-from .constraints import Constraint, checked_rows, shaped
+from .constraints import Constraint, check_value, checked_rows, shaped
 from .report import Report
 from .summaries import Summaries, pushed
 from .supports import Support, support_of
@@ -53,6 +53,7 @@ class _FlowDistribution:
         space: The support.
         report: What training measured, or None before.
         columns: The names of the columns of a data frame that it was trained on, or nothing.
+        context_columns: The same of contexts, where it takes them.
     """
 
     transform: AnyTransform
@@ -61,6 +62,7 @@ class _FlowDistribution:
     space: Support
     report: Report | None = None
     columns: tuple[str, ...] = ()
+    context_columns: tuple[str, ...] = ()
     clear_cache: Callable[[], None]
     _transform_kind: type[AnyTransform]
 
@@ -138,10 +140,16 @@ class _FlowDistribution:
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> "Self":
-        """Convert weights, buffers and base to a type or device, in place; return self."""
+        """Convert weights, buffers and base to a type or device, in place; return self.
+
+        Raises:
+            ValueError: If a copy would cut the base off from a tensor that requires a gradient.
+        """
+        like = self.transform.flow.loc.new_empty(1, 1, 1, 1).to(*args, **kwargs)
+        base = copy_like(self.base, like)  # first, for it may refuse
         self.transform.to(*args, **kwargs)
-        if self.base is not None:
-            self.set_base(copy_like(self.base, self.transform.flow.loc))
+        if base is not None:
+            self.set_base(base)
         self.clear_cache()
         return self
 
@@ -253,22 +261,10 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
             ValueError: If the shape or the type does not match, or a value is outside the support
                 (while validation is on).
         """
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"expected a value that is a tensor, got {type(value).__name__}: convert it, "
-                f"torch.as_tensor(value, dtype={self.transform.flow.loc.dtype})"
-            )
-        event = len(self.event_shape)
-        if tuple(value.shape[max(0, value.dim() - event) :]) != tuple(self.event_shape):
-            hint = ""
-            if self.event_shape == (1,):
-                hint = " For N scalars use shape (N, 1): x[..., None]."
-            raise ValueError(
-                f"expected a value of shape (*, {', '.join(map(str, self.event_shape))}), got "
-                f"{tuple(value.shape)}.{hint}"
-            )
+        check_value(value, self.event_shape, self.transform.flow.loc.dtype)
         self.transform.check_type(value)  # first: a bijection may take other types
-        batch = broadcast_batch(value.shape[: value.dim() - event], self.batch_shape)
+        given = value.shape[: value.dim() - len(self.event_shape)]
+        batch = broadcast_batch(given, self.batch_shape)
         if 0 in batch:  # which neither torch's checks nor its sums can take
             return (0 * value.sum()).expand(batch)
         if self._validate_args:
@@ -287,7 +283,7 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
             log_prob = log_prob.expand(batch)
         if possible is None:
             return log_prob
-        unknown = value.isnan().reshape(*possible.shape, -1).any(-1)
+        unknown = value.isnan().reshape(*given, -1).any(-1)
         return log_prob.where(possible, torch.where(unknown, math.nan, -math.inf).to(log_prob))
 
     def _finite(self, x: Tensor, possible: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -298,13 +294,13 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
             possible: Which are within bounds, shape ``(*)``, or None for all.
 
         Returns:
-            The values, and which were left as they are, shape ``(*)``, or None for all.
+            The values, and which can be, shape ``(*)``, or None for all.
         """
         with torch.no_grad():  # a value far away may be infinite in the flow's coordinates alone
             finite = self.transform.flow.whitening.to_white(x).isfinite().all(-1)
         possible = finite if possible is None else finite & possible
         if is_tracing() and not is_compiling():  # a guide's own draws, which the cache must know
-            return x, None
+            return x, possible
         if not is_functional() and not is_compiling() and bool(possible.all()):
             return x, None
         return x.where(possible[..., None], self.transform.flow.loc.to(x)), possible
@@ -339,10 +335,10 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
         """
         batch = x.shape[: max(0, x.dim() - len(self.event_shape))]
         shape = broadcast_batch(batch, self.batch_shape) + x.shape[len(batch) :]
-        if is_functional():
-            return torch.func.grad(lambda value: self.log_prob(value).sum())(x.expand(shape))
         enabled = torch.is_grad_enabled()
         density = self if enabled else self._as_function()
+        if is_functional():
+            return torch.func.grad(lambda value: density.log_prob(value).sum())(x.expand(shape))
         with with_gradients():
             value = x.expand(shape).clone()
             if not value.requires_grad:
@@ -354,7 +350,9 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
     def _as_function(self) -> "InterpolantDistribution":
         """Return the distribution at the solver's own nodes, also while gradients are enabled."""
         same = self.at(self.transform.end)
-        same.transform.trains_weights = False
+        same.transform.trains_weights, same._validate_args = False, self._validate_args
+        if isinstance(self.base, InterpolantDistribution):
+            same.set_base(self.base._as_function())
         return same
 
     def transport(self, x: Tensor, *, inverse: bool = False) -> Tensor:
@@ -490,7 +488,9 @@ class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransform
 
     def without_support(self) -> "ConditionalInterpolantDistribution":
         """Return the distribution of the flow's own coordinates: real vectors."""
-        return ConditionalInterpolantDistribution(self.transform, self.base)
+        new = ConditionalInterpolantDistribution(self.transform, self.base)
+        new.context_columns = self.context_columns
+        return new
 
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution

@@ -15,7 +15,18 @@ from torch.distributions import biject_to, constraints
 
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .constraints import Constraint, Shaped, as_tensor, bijection, checked_rows
+from .constraints import (
+    Constraint,
+    RowsLike,
+    Shaped,
+    as_tensor,
+    bijection,
+    checked_rows,
+    flat_names,
+    in_order,
+    named_columns,
+    real_shape,
+)
 from .interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -79,7 +90,8 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
         support: All real vectors, or a Gaussianized support of them.
 
     Raises:
-        ValueError: If the packed size of the sites is not the flow's dimension.
+        ValueError: If the packed size of the sites is not the flow's dimension, or a support has
+            events of another shape than its site.
     """
 
     def __init__(
@@ -148,7 +160,8 @@ class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolant
         support: As in :class:`JointInterpolantDistribution`.
 
     Raises:
-        ValueError: If the packed size of the sites is not the flow's dimension.
+        ValueError: If the packed size of the sites is not the flow's dimension, or a support has
+            events of another shape than its site.
     """
 
     def __init__(
@@ -187,7 +200,8 @@ def sites_of(
         TypeError: If the draws of a site are not a floating tensor, or the supports not a
             dictionary.
         ValueError: If there are no sites, sites of different lengths, non-finite draws, a support
-            of a site that is not there, or one without a bijection.
+            of a site that is not there, one without a bijection, or one of events of another
+            shape.
     """
     if not isinstance(supports, Mapping):
         raise TypeError("expected the supports of named draws as a dictionary, site by site")
@@ -203,6 +217,7 @@ def sites_of(
         lengths[name] = len(checked_rows(value, f"site {name!r}", shape))
         support = supports.get(name, constraints.real)
         bijection(support)
+        real_shape(shape, support)
         sites[name] = (torch.Size(shape), support)
     if len(set(lengths.values())) > 1:
         raise ValueError(f"expected as many draws of every site, got {lengths}")
@@ -243,9 +258,37 @@ def unpack(sites: Sites, packed: Tensor) -> dict[str, Tensor]:
     }
 
 
-def real_shape(shape: Sequence[int], support: Constraint) -> torch.Size:
-    """Return the unconstrained shape of a site of the given shape and support."""
-    return torch.Size(biject_to(support).inverse_shape(torch.Size(shape)))
+def rows_by_name(
+    distribution: AnyDistribution, x: RowsLike, names: Sequence[str], name: str = "data"
+) -> RowsLike:
+    """Return rows or named draws as they are, but the columns of a data frame by their names.
+
+    Args:
+        distribution: What they are rows of. The columns of named sites are values on their
+            supports, called ``mu``, or ``mu[0]``, ``mu[1]``, ... of a site of several numbers.
+        x: Rows, shape ``(N, *event_shape)``, a data frame, or named draws.
+        names: The names of the columns of rows in their order, or none; sites have their own.
+        name: What to call x in messages.
+
+    Returns:
+        Named draws as given; a data frame of named sites as named draws; other rows as a tensor,
+        shape ``(N, *event_shape)``.
+
+    Raises:
+        TypeError: As :func:`~pyro_interpolant.distributions.constraints.as_tensor`.
+        ValueError: If a data frame has columns of other names.
+    """
+    if isinstance(x, Mapping):
+        return x
+    rows, found = named_columns(x, name)
+    if not found or not isinstance(distribution, NamedSites):
+        return in_order(rows, found, names, name)
+    sizes = {site: shape.numel() for site, (shape, _) in distribution.sites.items()}
+    parts = in_order(rows, found, flat_names(sizes), name).split(list(sizes.values()), 1)
+    return {
+        site: part.reshape(len(part), *shape)
+        for (site, (shape, _)), part in zip(distribution.sites.items(), parts, strict=True)
+    }
 
 
 def column_names(distribution: AnyDistribution) -> list[str]:

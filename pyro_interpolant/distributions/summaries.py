@@ -16,17 +16,25 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import ComposeTransform, Distribution, Independent
+from torch.distributions import ComposeTransform, Distribution, Independent, MixtureSameFamily
 from torch.quasirandom import SobolEngine
 
 from .._torch import is_functional, is_tracing, seeded
 from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
-from .bases import Samples
+from .bases import Samples, detached
 from .constraints import Constraint
 from .supports import CircularSupport, Support
 
 _SETS, _DRAWS = 8, 512  # scrambled nets, whose spread tells the error, and the draws of each
+_LIGHT = (  # tails as light as a normal's
+    dist.Normal,
+    dist.HalfNormal,
+    dist.Uniform,
+    dist.MultivariateNormal,
+    dist.LowRankMultivariateNormal,
+    Samples,
+)
 
 
 class Moments(NamedTuple):
@@ -60,7 +68,7 @@ def moments(distribution: "Summaries") -> Moments:
     """
     values, densities = zip(*_sets(distribution), strict=True)
     x, log_prob = torch.stack(values), torch.stack(densities)  # (8, 512, *batch, ...)
-    first, second = (0.0, 0.0) if _is_bounded(distribution) else _existing(distribution.base)
+    first, second = _undefined(distribution)
     batch = distribution.batch_shape
     shape = batch + distribution.event_shape
     found: list[Tensor] = []
@@ -82,6 +90,9 @@ def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
     """
     flow, bare = distribution.transform.flow, distribution.without_support()
     loc, batch = flow.loc, bare.batch_shape
+    if not bare.base_dist.has_rsample:  # without a gradient of draws that of densities is wrong
+        bare.base_dist = detached(bare.base_dist)
+    source = bare.base_dist
     chain = ComposeTransform(bare.transforms)
     with seeded(0):  # of bases that draw themselves
         for i in range(_SETS):
@@ -90,7 +101,8 @@ def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
                 z = torch.special.ndtri(net.clamp(1e-12, 1 - 1e-12)).to(loc)
                 z = z.reshape(_DRAWS, *(1,) * len(batch), len(loc)).expand(_DRAWS, *batch, -1)
             else:
-                z = bare.base_dist.sample((_DRAWS,))
+                draw = source.rsample if source.has_rsample else source.sample
+                z = draw(torch.Size((_DRAWS,)))
             x = chain(z.contiguous())
             known = not isinstance(bare.base, Samples)
             log_prob = bare.log_prob(x) if known else x[..., 0] * math.nan
@@ -98,15 +110,50 @@ def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
             yield y, log_prob - log_det
 
 
-def _is_bounded(distribution: "Summaries") -> bool:
-    """Return whether all values on the support are within bounds."""
-    flow = distribution.transform.flow
-    far = torch.tensor([[-1e7], [-1e5], [1e5], [1e7]], dtype=torch.double, device=flow.loc.device)
-    y, _ = distribution.space.onto(flow, far.expand(4, flow.event_dim))
-    return bool(y.isfinite().all()) and torch.allclose(y[0], y[1]) and torch.allclose(y[2], y[3])
+def _undefined(distribution: "Summaries") -> tuple[Tensor | float, Tensor | float]:
+    """Return what to add to means and to variances: NaN or infinity where there is none.
+
+    Within bounds all moments exist. What grows in proportion, as on the real line, has those that
+    the base has. For what grows faster, as exponentials do, the base must be known to have light
+    tails: they decide, and no draw shows them.
+    """
+    base, like = distribution.base, distribution.transform.flow.loc
+    if base is None or _is_light(base):
+        return 0.0, 0.0
+    bounded, fast = _growth(distribution)
+    first, second = (
+        torch.where(fast, math.nan, torch.where(bounded, 0.0, existing)).to(like)
+        for existing in _existing(base)
+    )
+    return first, second
 
 
-def _existing(base: TorchDistributionMixin | None) -> tuple[float, float]:
+def _growth(distribution: "Summaries") -> tuple[Tensor, Tensor]:
+    """Return which elements on the support are bounded, and which grow faster than real vectors.
+
+    Two booleans of each, shape ``(*batch_shape, *event_shape)``.
+    """
+    far = torch.tensor([-3e7, -2e7, -1e7, 1e7, 2e7, 3e7], dtype=torch.double)
+    y = _at_steps(distribution, far)
+    steps = y.diff(dim=0).abs()  # not finite where values are not
+    inner, outer = steps[[1, 3]], steps[[0, 4]]
+    bounded = (inner + outer <= 1e-5 * (1 + y[2].abs() + y[3].abs())).all(0)
+    return bounded, ~(outer <= 1.001 * inner + 10).all(0)  # of angles, neither
+
+
+def _is_light(base: Distribution | None) -> bool:
+    """Return whether the tails of a base are known to be as light as those of a normal one."""
+    if isinstance(base, Summaries):
+        bounded, fast = _growth(base)
+        return bool(bounded.all()) or (not bool(fast.any()) and _is_light(base.base))
+    if isinstance(base, (Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
+        return _is_light(base.base_dist)
+    if isinstance(base, MixtureSameFamily):
+        return _is_light(base.component_distribution)
+    return base is None or isinstance(base, _LIGHT)
+
+
+def _existing(base: TorchDistributionMixin) -> tuple[float, float]:
     """Return what to add to the mean and to the variance: NaN or infinity where the base's is.
 
     A flow moves far points by bounded distances, so it has the moments that its base has.
@@ -114,7 +161,7 @@ def _existing(base: TorchDistributionMixin | None) -> tuple[float, float]:
     found = []
     for name in ("mean", "variance"):
         try:
-            value = 0.0 if base is None else float(getattr(base, name).abs().sum())
+            value = float(getattr(base, name).detach().abs().sum())
         except (NotImplementedError, AttributeError):
             value = 0.0
         found.append(0.0 if math.isfinite(value) else value)
@@ -145,7 +192,12 @@ class Summaries(dist.TransformedDistribution):
 
         They are the same at each call: means over 8 sets of 512 scrambled Sobol points, or random
         draws of a base that is given. Where the base has no mean or an infinite variance, neither
-        has the flow, unless values are within bounds. Of a base of samples there is no entropy.
+        has the flow, unless values are within bounds. On a support whose bijection grows faster
+        than its argument, such as positive numbers, moments hang on tails that draws do not show:
+        they are NaN unless the base is normal, of samples, on an interval, a mixture of such, or a
+        flow from one. Of a base of samples there is no entropy.
+
+        Gradients reach weights, contexts and the parameters of a base that has ``rsample``.
         """
         return moments(self)
 
@@ -190,18 +242,18 @@ class Summaries(dist.TransformedDistribution):
         _check_scalar(self, "cdf")
         if self._validate_args:
             self._validate_sample(value)
-        middle, increases = _orientation(self)
+        shape = self.batch_shape + self.event_shape
+        value = value.expand(torch.broadcast_shapes(value.shape, shape))
+        middle, _, increases = _orientation(self)
         inside = self.support.check(value)
         inside = inside & value.isfinite().reshape(inside.shape)
-        event = value.dim() - inside.dim()
-        safe = value.where(inside.reshape(inside.shape + (1,) * event), middle)
+        safe = value.where(inside.reshape(value.shape), middle)
         below = _base_cdf(self, ComposeTransform(self.transforms).inv(safe))
         below = below if increases else 1 - below
         inside = inside & ~below.isnan()  # on an edge that the support has
         beyond = (value > middle).to(below).reshape(inside.shape)
         unknown = value.isnan().reshape(inside.shape)
-        found = below.where(inside, beyond.masked_fill(unknown, math.nan))
-        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+        return below.where(inside, beyond.masked_fill(unknown, math.nan))
 
     def icdf(self, value: Tensor) -> Tensor:
         """Return the quantiles of scalars: the values up to which there is a given probability.
@@ -229,12 +281,12 @@ class Summaries(dist.TransformedDistribution):
                 f"expected probabilities between 0 and 1, got {float(q.min()):.3g} to "
                 f"{float(q.max()):.3g}"
             )
-        _, increases = _orientation(self)
+        _, rises, increases = _orientation(self)
+        end = q.new_tensor(math.inf).copysign(q - 0.5 if rises else 0.5 - q)[..., None]
+        end, _ = self.space.onto(self.transform.flow, end)
         q = q if increases else 1 - q
         inner = (q > 0) & (q < 1)
         x = pushed(self, _base_icdf(self, q.where(inner, 0.5)))
-        end = q.new_tensor(math.inf).copysign(q - 0.5)[..., None]
-        end, _ = self.space.onto(self.transform.flow, end)
         return x.where(inner.reshape(x.shape), end)
 
 
@@ -256,14 +308,36 @@ def _check_scalar(distribution: Summaries, name: str) -> None:
         )
 
 
-def _orientation(distribution: Summaries) -> tuple[Tensor, bool]:
-    """Return a value inside the support, shape ``event_shape``, and whether the map increases."""
+def _orientation(distribution: Summaries) -> tuple[Tensor, bool, bool]:
+    """Return a value inside the support and the directions of maps to it.
+
+    Returns:
+        The value, shape ``(*batch_shape, *event_shape)``; whether the map from real numbers to the
+        support increases; and whether that from the base does.
+    """
     flow = distribution.transform.flow
-    steps = torch.arange(2, dtype=torch.double, device=flow.loc.device)[:, None]
-    x = flow.loc.double() + steps * flow.whitening.matrix().double().abs().reshape(1)
-    x, _ = distribution.space.onto(flow, x)  # in float64: large numbers must not be one
-    rises = bool(x[1] > x[0]) == (distribution.transform.sign > 0)
-    return x[0].to(flow.loc), rises
+    scale = flow.whitening.matrix().double().abs().reshape(())
+    steps = torch.arange(2, dtype=torch.double, device=scale.device)
+    y = _at_steps(distribution, flow.loc.double() + steps * scale)
+    rises = bool((y[1] > y[0]).all())
+    # A base that is given is in data coordinates: L is undone before, and turns nothing.
+    keeps = distribution.base is not None or distribution.transform.sign > 0
+    return y[0].to(flow.loc), rises, rises == keeps
+
+
+def _at_steps(distribution: Summaries, x: Tensor) -> Tensor:
+    """Return values on the support where all the flow's coordinates are the same.
+
+    Args:
+        distribution: The distribution.
+        x: The coordinates, shape ``(N,)``, in float64: large numbers must not become one.
+
+    Returns:
+        The values, shape ``(N, *batch_shape, *event_shape)``: bounds may have a batch.
+    """
+    flow, batch = distribution.transform.flow, distribution.batch_shape
+    x = x.to(flow.loc.device).reshape(-1, *(1,) * len(batch), 1)
+    return distribution.space.onto(flow, x.expand(-1, *batch, flow.event_dim))[0]
 
 
 def _base_cdf(distribution: Summaries, x: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ class BijectiveSupport(Support):
             value: Values, shape ``(*, *event_shape)``.
         """
         off_the_edge = _within_bounds(self.constraint, value, operator.gt)
-        return self.on_events.check(value) & self.on_events.reduced(off_the_edge, value)
+        return self.on_events.check(value) & self.on_events.reduced(off_the_edge, off_the_edge)
 
     def within_bounds(self, value: Tensor) -> Tensor | None:
         """Return which events, shape ``(*)``, of values are within bounds or on them.
@@ -202,11 +202,12 @@ class BijectiveSupport(Support):
         if self.is_real():
             return None
         within = _within_bounds(self.constraint, value, operator.ge)
-        return self.on_events.reduced(within, value)
+        return self.on_events.reduced(within, within)  # whose batch may be that of bounds
 
     def event_shape(self, size: int) -> torch.Size:
         """Return the shape of an event that has ``size`` unconstrained coordinates."""
-        return torch.Size(self.bijection.forward_shape(torch.Size((size,))))
+        shape = torch.Size(self.bijection.forward_shape(torch.Size((size,))))
+        return shape[len(shape) - self.on_events.event_dim :]  # without the batch of bounds
 
     def size(self, event_shape: torch.Size) -> int:
         """Return the number of unconstrained coordinates of an event of a shape."""
@@ -221,12 +222,15 @@ class BijectiveSupport(Support):
         if self.is_real():
             return []
         try:
-            self.bijection(torch.zeros_like(flow.loc))
-        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            y = self.bijection(torch.zeros_like(flow.loc))
+            size = self.size(y.shape[y.dim() - self.on_events.event_dim :])
+        except (RuntimeError, ValueError, AssertionError, IndexError):
+            size = 0
+        if size != flow.event_dim:
             raise ValueError(
                 f"expected a support of {flow.event_dim} unconstrained dimensions, the flow's, "
                 f"got {self.constraint}"
-            ) from error
+            )
         return [Cached(self.bijection)]
 
     def check_rows(self, flow: Flow, rows: Tensor, context: Tensor | None) -> None:
@@ -364,6 +368,8 @@ class OnEvents(Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
+        within = _within_bounds(self.inner, value, operator.ge)
+        value = value.expand(within.shape)  # whose batch may be that of bounds
         return self.reduced(self.inner.check(value), value)
 
     def reduced(self, inside: Tensor, value: Tensor) -> Tensor:
@@ -416,7 +422,8 @@ def _within_bounds(
     """
     if isinstance(support, Shaped):
         flat = value.flatten(-support.event_dim) if support.event_dim else value[..., None]
-        return _within_bounds(support.base_constraint, flat, above).reshape(value.shape)
+        inside = _within_bounds(support.base_constraint, flat, above)
+        return inside.reshape(inside.shape[:-1] + support.shape)
     inner = getattr(support, "base_constraint", None)
     if inner is not None:
         return _within_bounds(inner, value, above)

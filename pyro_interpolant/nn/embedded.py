@@ -30,7 +30,7 @@ from .._torch import evaluated
 from .embedding import KINDS, SIZE, dense
 from .mlp import VelocityMLP
 from .record import MovedRecord, Record, by_row
-from .velocity import StateFunction
+from .velocity import StateFunction, is_hooked
 
 _HEAD_WIDTH = 128
 _MOST_SUMMARIES = 1024  # that a regression takes: beyond, its matrix takes long to decompose
@@ -312,7 +312,7 @@ class EmbeddedVelocity(nn.Module):
             return flat, None
         parts = self._split(flat)
         both = getattr(self.embedding, "forward_and_summary", None)
-        if both is None:
+        if both is None or is_hooked(self.embedding):
             own = getattr(self.embedding, "summary", None)
             found, summary = self.embedding(*parts), None if own is None else own(*parts)
         else:

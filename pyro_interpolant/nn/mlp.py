@@ -10,7 +10,7 @@ network fed with :math:`\cos k x_i, \sin k x_i`, so that it has period :math:`2\
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .._torch import is_watched
 from .record import MLPRecord, Record, by_row, is_recordable
-from .velocity import StateFunction
+from .velocity import StateFunction, is_hooked
 
 _EMBEDDING_WIDTH = 64
 _MAX_DEEP_DIM = 8  # up to this D three layers, and finer times
@@ -328,8 +328,9 @@ class VelocityMLP(nn.Module):
     ) -> Tensor:
         """Return the last layer, and append those of the scaled activations to ``slopes``."""
         h, plain = inputs, not is_watched()
-        for i, (weight, shift, scale) in enumerate(self._layers(modulation)):
-            z = _affine(h, weight, shift)
+        parts = zip(self.layers, modulation.shifts[:-1], modulation.scales, strict=True)
+        for i, (layer, shift, scale) in enumerate(parts):
+            z = _affine(layer, h, shift)
             if plain:  # fewer passes over memory
                 if slopes is not None:
                     slopes.append(torch.ops.aten.silu_backward(scale.expand_as(z), z))
@@ -342,11 +343,7 @@ class VelocityMLP(nn.Module):
                 slopes.append((sigmoid + s - s * sigmoid) * scale)
                 s = s * scale
             h = h + s if self._is_residual(i) else s
-        return _affine(h, self.output.weight, modulation.shifts[-1])
-
-    def _layers(self, modulation: Modulation) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Return weight, shift and scale of each hidden layer."""
-        return zip(self._weights(), modulation.shifts[:-1], modulation.scales, strict=True)
+        return _affine(self.output, h, modulation.shifts[-1])
 
     def _weights(self) -> list[Tensor]:
         return [cast(nn.Linear, layer).weight for layer in self.layers]
@@ -392,8 +389,11 @@ class VelocityMLP(nn.Module):
         return (tangents * self.output.weight).sum((-2, -1))
 
 
-def _affine(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+def _affine(layer: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
     """Return ``W x + b`` in one fused call where the shift is shared by all rows."""
+    if is_hooked(layer):
+        return layer(x) + shift
+    weight = cast(nn.Linear, layer).weight
     if shift.dim() == 1:
         return nn.functional.linear(x, weight, shift)
     return nn.functional.linear(x, weight) + shift

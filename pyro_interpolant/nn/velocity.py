@@ -48,6 +48,15 @@ StateFunction = Callable[[Tensor], Tensor]
 Field = Callable[[Tensor], Sequence[StateFunction]]  # from T times to T functions x -> v
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether a call of a module is more than the ``forward`` of its class.
+
+    Such are calls with hooks before or after it, by which weights are pruned or normalised too,
+    and those of a ``forward`` that was set on the object.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def check_velocity(velocity: nn.Module) -> None:
     """Raise an error unless a velocity is a module that treats rows independently.
 
@@ -199,6 +208,11 @@ def images_at_once(velocity: nn.Module) -> int | None:
     return None if image_shape(velocity) is None else rows_at_once(velocity)
 
 
+def has_embedding(velocity: nn.Module) -> bool:
+    """Return whether a velocity takes contexts embedded."""
+    return getattr(velocity, "embed", None) is not None
+
+
 def embedded(velocity: nn.Module, context: Tensor | None) -> Tensor | None:
     """Return contexts, shape ``(*, C)``, as the network takes them, ``(*, E)``; None of none."""
     own = getattr(velocity, "embed", None)
@@ -253,11 +267,14 @@ def _is_shared(context: Tensor | None) -> bool:
 def _own(velocity: nn.Module, name: str, *, stands_for: str) -> Callable[..., Any] | None:
     """Return an optional method of a velocity, or None where there is none, or it is out of date.
 
-    It is out of date where a subclass overrides the method that it stands for, but not itself.
+    It is out of date where a subclass overrides the method that it stands for, but not itself, and
+    where a call of the network or of a part of it is more than its ``forward``.
     """
     has, replaced = (
         next((c for c in type(velocity).__mro__ if n in vars(c)), None) for n in (name, stands_for)
     )
     if has is None or (replaced is not None and not issubclass(has, replaced)):
+        return None
+    if any(is_hooked(part) for part in velocity.modules()):
         return None
     return getattr(velocity, name)

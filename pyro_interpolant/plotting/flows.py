@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..diffusion.sde import to_values
+from ..distributions.constraints import in_order
 from ..distributions.interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
@@ -183,7 +184,9 @@ def conditional(
     Args:
         distribution: A conditional flow in one dimension.
         context: Contexts, shape ``(K, C)`` or ``(K,)`` where C = 1, ascending in one column.
-        column: Which one that is.
+            Where the flow was trained on a data frame of contexts, the columns of another are
+            taken by their names.
+        column: Which one that is, as they are given.
         data: Outcomes, shape ``(N,)`` or ``(N, 1)``, and their contexts, to draw as points. Where
             both contexts have names, columns are taken by them.
         levels: Of the quantiles.
@@ -191,7 +194,8 @@ def conditional(
         ax: Axes, or None for new ones.
 
     Raises:
-        ValueError: If the flow has more than one dimension.
+        ValueError: If the flow has more than one dimension, or a data frame of contexts other
+            columns.
     """
     flow = distribution.transform.flow
     if flow.event_dim > 1:
@@ -201,7 +205,9 @@ def conditional(
         )
     ax = new_axes(ax)
     contexts, names = table(context)
-    given = distribution.condition(torch.as_tensor(contexts).to(flow.loc))
+    names = names or distribution.context_columns
+    taken = in_order(torch.as_tensor(contexts), names, distribution.context_columns, "context")
+    given = distribution.condition(taken.to(flow.loc))
     along = contexts[:, column]
     q = torch.tensor([0.005, *levels, 0.995])[:, None].to(flow.loc)
     with torch.no_grad():

@@ -122,7 +122,7 @@ def from_samples(
     """
     limit = Seconds.since(time.monotonic(), fit_options.get("max_seconds"))
     fit_options = {**fit_options, "max_seconds": limit}
-    conditional = context is not None
+    conditional, contexts = context is not None, context
     streamed = is_stream(x)
     if streamed:
         if context is not None:
@@ -133,7 +133,9 @@ def from_samples(
         conditional = bool(getattr(network, "classes", 0))
         with seeded(seed):
             rows = first_rows(x, of_scalars=event_shape is not None and not len(event_shape))
+        columns = names_of(rows)  # of a frame, by which those of the batches to come are taken
     else:
+        columns = names_of(x)
         given = fit_options.get("weights"), x, fit_options.get("pairs"), context
         rows, pairs, context, weights = drop_zero_weights(*given)
         fit_options |= {"pairs": pairs, "weights": weights}
@@ -151,7 +153,8 @@ def from_samples(
         table = None if streamed or are_images(rows) else rows
         constraint = _with_map(space, table, fit_options, marginals=marginals)
     distribution = _distribution(transform, sites, constraint)
-    distribution.columns = names_of(x)
+    distribution.columns = columns
+    distribution.context_columns = context_names(contexts, context)
     try:
         fit(distribution, x if streamed else rows, context=context, seed=seed, **fit_options)
     except NonFiniteError as error:
@@ -230,6 +233,17 @@ def contexts_for(
         classes = own
     found = checked_context(found, None, classes, like.dtype)
     return found, (0, classes) if classes else (found.shape[1],)
+
+
+def context_names(given: object, taken: Tensor | None) -> tuple[str, ...]:
+    """Return the names of the columns of contexts, or nothing where a network sees others.
+
+    Args:
+        given: What the user gave: a data frame, or anything without names.
+        taken: What the network takes, shape ``(N, C)``, where labels may be one-hot; or None.
+    """
+    names = names_of(given)
+    return names if taken is not None and taken.shape[1:] == (len(names),) else ()
 
 
 def _type_of(rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._files import StrPath, checksum, contents_of, refuse_no_place, write
@@ -35,10 +36,11 @@ class Checkpoint:
     Args:
         path: The file.
         every: After how many steps it is written, or None: with each look at the held-out loss.
+        device: On which the run draws beside the CPU, or None: on the CPU alone.
 
     Attributes:
         identity: What tells this run from another.
-        initial: The state of the generator before anything was drawn, shape ``(S,)``.
+        initial: The state of the generators before anything was drawn, shape ``(S,)``.
         tensors: What was kept, to resume from, by name and of any shapes; None of a new run.
         numbers: The rest of it, what JSON holds.
 
@@ -46,11 +48,13 @@ class Checkpoint:
         ValueError: If files are there and all are damaged, or one is no state of a run.
     """
 
-    def __init__(self, path: StrPath, every: int | None = None) -> None:
+    def __init__(
+        self, path: StrPath, every: int | None = None, device: torch.device | None = None
+    ) -> None:
         # Behind a link: the states before it are kept beside the file itself.
         self.path, self.every = Path(os.path.realpath(path)), every
         self.identity: list[Any] = []
-        self.initial = rng_state()
+        self.initial = rng_state(device)
         self.tensors: dict[str, Tensor] | None = None
         self.numbers: dict[str, Any] = {}
         self._read()
@@ -106,7 +110,7 @@ class Checkpoint:
 def open_checkpoint(
     path: StrPath | None, every: int | None, settings: list[Any], flow: Flow, *parts: object
 ) -> Checkpoint | None:
-    """Return the checkpoint of a run, the generator being where the run began; None for no path.
+    """Return the checkpoint of a run, generators being where the run began; None for no path.
 
     Args:
         path: The file.
@@ -120,7 +124,7 @@ def open_checkpoint(
     """
     if path is None:
         return None
-    checkpoint = Checkpoint(path, every)
+    checkpoint = Checkpoint(path, every, flow.loc.device)
     checkpoint.identity = [*settings, _identity(flow, *parts)]
     if checkpoint.tensors is not None:
         if checkpoint.numbers["identity"] != checkpoint.identity:
@@ -130,7 +134,7 @@ def open_checkpoint(
                 "pass another file"
             )
         checkpoint.initial = checkpoint.tensors["initial"]
-        set_rng_state(checkpoint.initial)
+        set_rng_state(checkpoint.initial, flow.loc.device)
     return checkpoint
 
 

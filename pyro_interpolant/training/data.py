@@ -1,6 +1,6 @@
 r"""Tables: rows in memory, checked with clear errors, held out and given out in batches."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +13,6 @@ from ..distributions.constraints import (
     as_tensor,
     checked_rows,
     contexts_of_rows,
-    in_order,
-    named_columns,
-    names_of,
 )
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import NamedSites
@@ -29,6 +26,7 @@ from .image_rows import (
     has_images,
     most_held,
 )
+from .names import Names
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
 from .rows import Rows, search_weights
@@ -64,6 +62,14 @@ class Split(NamedTuple):
     below: int | None = None
     surveyed: Surveyed | None = None
 
+    def everything(self) -> Rows:
+        """Return as many rows as are kept and held out: all of them, or drawn by weight."""
+        kept, held = self.kept, self.held
+        if kept.weight is not None and held.weight is None:  # beside a stream: the user's own
+            held = held._replace(weight=kept.weight.mean().expand(len(held.w)))
+        rows = Rows.joined((kept, held))
+        return rows if rows.weight is None else rows.repeated(len(rows.w))
+
 
 class Table:
     """A table of rows with what belongs to each, in the flow's coordinates.
@@ -77,9 +83,12 @@ class Table:
         pairs: The partner of each row at the base, shape ``(N, D)``.
         weights: Non-negative weights, shape ``(N,)``.
         flip: Whether images of a batch are mirrored by chance.
+        anew: Whether a new map is set from the data, which may then have columns of other names.
 
     Attributes:
+        names: The names of the columns, in the order that rows and contexts have.
         rows: All rows; those held out come last where the user gave them.
+        copies: Whether equal rows are copies of one, not equal by chance.
         checksum: What tells this table from another.
         exact: Whether a resumed run goes on from the very row.
 
@@ -100,16 +109,18 @@ class Table:
         pairs: ArrayLike | None = None,
         weights: ArrayLike | None = None,
         flip: bool = False,
+        anew: bool = True,
     ) -> None:
         self.flipped = flips(distribution, flip=flip)
         if flip and pairs is not None:
             raise ValueError(
                 "expected flip=False beside pairs, whose partners belong to images as they are"
             )
-        names = names_of(data, distribution.columns)
+        self.names = Names.for_training(distribution, data, context, anew=anew)
+        data, context = self.names.ordered(distribution, data, context)
         data, context, pairs, weights = drop_zero_weights(weights, data, context, pairs)
         found = rows_of(distribution, data, context)
-        warn_if_rounded(found.w)
+        self.copies = not warn_if_rounded(found.w)
         self.has_images = has_images(distribution)
         count, size = found.w.shape
         if pairs is not None:
@@ -131,7 +142,9 @@ class Table:
                     "of positive weight: get more data"
                 )
         else:
-            given = None if validation is None else held_out_rows(distribution, validation, names)
+            given = None
+            if validation is not None:
+                given = held_out_rows(distribution, validation, self.names)
             self.held = 0 if given is None else len(given.w)
             if given is not None:
                 found = _with_given(found, given)
@@ -139,7 +152,7 @@ class Table:
         self.checksum = checksum(self.rows)
 
     def split(self, process: Process, batch_size: int | None, **survey: Any) -> Split:
-        """Split off the rows held out, at random.
+        """Split off the rows held out, at random, each with its copies.
 
         Args:
             process: This process, or one of several that share each batch.
@@ -149,7 +162,9 @@ class Table:
         Raises:
             ValueError: If the batch size is below 1 or above the number of training rows.
         """
-        available = (len(self.rows.w) - self.held) // process.world
+        shuffle = self.share is not None
+        held, kept = self.rows.split(self.held, shuffle=shuffle, copies=shuffle and self.copies)
+        available = len(kept.w) // process.world
         if batch_size is not None and batch_size not in range(1, available + 1):
             raise ValueError(
                 f"expected batch_size between 1 and the {available} training rows, got "
@@ -157,7 +172,6 @@ class Table:
             )
         usual = BATCH_IMAGES if self.has_images else _DEFAULT_BATCH_ROWS
         size = max(1, min(usual, available)) if batch_size is None else batch_size
-        held, kept = self.rows.split(self.held, shuffle=self.share is not None)
         return Split(held, kept, kept.effective(), process.world * size)
 
     def batches(self, split: Split, objective: Objective) -> "TableBatches":
@@ -234,7 +248,7 @@ class TableBatches:
             self.points = self.objective.points([self.next_rows] * self.at_once)
 
     def _place(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {"order": self.order, "before": rng_state()}
+        tensors = {"order": self.order, "before": rng_state(self.order.device)}
         return tensors, {"position": self.position}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -247,7 +261,7 @@ class TableBatches:
         self.order = tensors["order"].to(self.order)
         self.position = numbers["position"]
         if numbers["left"]:
-            set_rng_state(tensors["before"])
+            set_rng_state(tensors["before"], self.order.device)
             self._evaluate()
             self.points = self.points[-numbers["left"] :]
 
@@ -256,6 +270,8 @@ def rows_of(
     distribution: AnyDistribution, data: RowsLike, context: ArrayLike | None = None
 ) -> Rows:
     """Return checked data in the flow's coordinates, shape ``(N, D)``, and their contexts.
+
+    Columns are taken as they are: those of a data frame are put in order before.
 
     Args:
         distribution: What is trained.
@@ -299,24 +315,19 @@ def rows_of(
         raise ValueError(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
-    return Rows(rows, contexts_of_rows(context, flow, count, "rows of data"))
+    return Rows(rows, contexts_of_rows(context, flow, (), count, "rows of data"))
 
 
-def held_out_rows(
-    distribution: AnyDistribution, validation: HeldOut, names: Sequence[str] = ()
-) -> Rows:
+def held_out_rows(distribution: AnyDistribution, validation: HeldOut, names: Names) -> Rows:
     """Return the validation rows a user gave: rows, or rows and contexts.
 
     Args:
         distribution: What is trained.
         validation: What was given.
-        names: Those of the columns of the data beside it, by which a data frame's are taken.
+        names: Those of the columns of the data beside it, by which data frames' are taken.
     """
     given: Any = validation if isinstance(validation, tuple) else (validation,)
-    rows, *context = given
-    if not isinstance(rows, Mapping):
-        rows = in_order(*named_columns(rows, "validation"), names, "validation")
-    return rows_of(distribution, rows, *context)
+    return rows_of(distribution, *names.ordered(distribution, *given, name="validation"))
 
 
 def _with_given(rows: Rows, held: Rows) -> Rows:

@@ -15,14 +15,13 @@ from torch import nn
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..distributions.bases import Samples
-from ..distributions.constraints import names_of
-from ..distributions.interpolant import AnyDistribution
+from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
 from ..interpolants.linear import Mirror
 from ..nn.mlp import VelocityMLP
 from ..nn.velocity import untrained_copy
-from ..solvers.ode import FixedGrid
+from ..solvers.ode import FixedGrid, Solver
 from ..transforms.flow import Flow
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .agreement import warn_if_draws_differ
@@ -30,7 +29,7 @@ from .checkpoint import Checkpoint, check_place, open_checkpoint, restore_buffer
 from .clock import Clock
 from .data import DataLike, HeldOut, Split, Table
 from .distributed import Process
-from .image_rows import dequantized, has_images
+from .image_rows import LEVELS, dequantized, has_images
 from .loop import Callback, Run, Schedule, check_ranges
 from .objective import TIMES_PER_BATCH, Coupling, Objective
 from .optimization import NonFiniteError
@@ -60,7 +59,7 @@ class FitResult(NamedTuple):
             ``"interrupt"``.
         skipped: The number of steps skipped because their loss or gradient was not finite.
         seconds: The duration, without calibration.
-        solver: The calibrated solver that was set.
+        solver: The calibrated solver that was set; the one before, where a warning says so.
         report: What was measured, in nats; of ``learn="noise"``, by the run before.
     """
 
@@ -121,7 +120,8 @@ def fit(
     Args:
         distribution: The flow to train. Frozen weights are trained too, and are frozen afterwards.
         data: Rows of shape ``(N, *event_shape)``, or, for a
-            :class:`~pyro_interpolant.JointInterpolantDistribution`, a dictionary of draws. Or a
+            :class:`~pyro_interpolant.JointInterpolantDistribution`, a dictionary of draws or a
+            data frame of them, with columns ``mu[0]``, ``mu[1]``, ... of a site of several. Or a
             ``DataLoader`` or another iterable that gives batches of them each time it is gone
             through, which may be larger than memory: for a conditional flow
             ``(rows, contexts)``, and with weights as a last part. The whitening comes from a first
@@ -133,7 +133,8 @@ def fit(
             draws of N(0, I) otherwise.
         base_samples: Samples of the base, shape ``(M, D)``, where no density of it is known: the
             flow then starts from them, transports and samples, and has no ``log_prob``. Without,
-            a :class:`~pyro_interpolant.Mirror` starts from the data.
+            a :class:`~pyro_interpolant.Mirror` starts from the data, drawn by weight where there
+            are weights; with contexts, to which the data belong, it needs them.
         weights: Non-negative weights of the rows, shape ``(N,)``, or counts, or a mask; batches
             are drawn in their proportion, and rows of weight 0 count as absent.
         flip: Whether each image of a batch is mirrored left to right with a chance of one half,
@@ -166,7 +167,9 @@ def fit(
             base and coupling.
         whiten: Whether to set the whitening map from the data, and to forget the noise that an
             earlier run learned; False keeps the present ones, to train on from weights that know
-            them; a network without any is told of the rows even so.
+            them; a network without any is told of the rows even so. Beside them, and for
+            ``learn="noise"``, the columns of a data frame are taken by the names that the flow was
+            trained with; a new map has those of the data.
         tolerance: For :func:`~pyro_interpolant.calibrate`, nats; of images for
             :func:`~pyro_interpolant.diagnostics.calibrate_sampler`, standard deviations.
         seed: Makes the run reproducible: same seed, same weights. The global generator is left as
@@ -196,13 +199,14 @@ def fit(
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
     share = _checked_share(validation, tolerance, accumulate)
     flow = trainable_flow(distribution)
+    _check_start(distribution, base_samples)
     check_place(None if process.rank else checkpoint, checkpoint_every)
     if process.device is not None:
         distribution.to(process.device)
-    kind = Stream if process.own_rows else Table
+    kind, anew = Stream if process.own_rows else Table, whiten and learn == "velocity"
     given = {"context": context, "pairs": pairs, "weights": weights}
-    source = kind(distribution, data, validation, **given, flip=flip)
-    distribution.columns = names_of(data, distribution.columns)
+    source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
+    distribution.columns, distribution.context_columns = source.names
     with seeded(process.seed(seed)):
         numbers = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema]
         settings = [source.checksum, [*numbers, learn, seed, share, whiten, *["flip"] * flip]]
@@ -210,7 +214,6 @@ def fit(
         state = open_checkpoint(checkpoint, checkpoint_every, settings, flow, *parts)
         if state is not None and not (source.exact and process.takes_all_rows()):
             warn_inexact()
-        anew = whiten and learn == "velocity"
         split = source.split(
             process, batch_size, whole=anew, clock=clock, state=state, progress=progress
         )
@@ -324,6 +327,26 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
     return transform.flow
 
 
+def _check_start(distribution: AnyDistribution, base_samples: ArrayLike | None) -> None:
+    """Raise a ValueError if a mirror under contexts is given nothing to start from.
+
+    Each of the data belongs to its own context, and a base is drawn from for all of them alike.
+    """
+    conditional = isinstance(distribution, ConditionalInterpolantDistribution)
+    given = base_samples is not None or distribution.base is not None
+    if conditional and _is_mirror(distribution) and not given:
+        raise ValueError(
+            "expected base_samples or a base for a conditional flow with a Mirror, got neither: "
+            "it starts from the data of its context, and a base is the same for all contexts. "
+            "Pass samples that are good for every context, fit a flow for each class, or take a "
+            "path from noise, such as Latent(Linear())"
+        )
+
+
+def _is_mirror(distribution: AnyDistribution) -> bool:
+    return isinstance(distribution.transform.interpolant, Mirror)
+
+
 def start_from(
     distribution: AnyDistribution,
     base_samples: ArrayLike | None,
@@ -342,13 +365,12 @@ def start_from(
     Raises:
         ValueError: If there are samples beside another base, or pairs that are no draws of it.
     """
-    known, is_mirror = distribution.base, isinstance(distribution.transform.interpolant, Mirror)
+    known, is_own = distribution.base, data.kept.context is None and _is_mirror(distribution)
     if base_samples is not None:
         distribution.set_base_samples(base_samples)
-    elif is_mirror and (known is None or (anew and isinstance(known, Samples))):
+    elif is_own and (known is None or (anew and isinstance(known, Samples))):
         loc = distribution.transform.flow.loc
-        parts = [dequantized(part, loc).w for part in (data.kept, data.held)]
-        distribution.set_base_samples(torch.cat(parts))
+        distribution.set_base_samples(dequantized(data.everything(), loc).w)
     pairs = data.kept.partner
     if pairs is not None and distribution.base is None and len(pairs) >= _MIN_PARTNERS:
         off = pairs.mean(0).abs().max(), pairs.std(0).log().abs().max()
@@ -372,6 +394,7 @@ def _tell_of_rows(
         keep: Whether to keep the present map, and the noise that was learned.
     """
     flow = distribution.transform.flow
+    flow.levels = None if data.kept.w.is_floating_point() else LEVELS
     if not keep:
         flow.noise = None
     if not keep or math.isfinite(data.total):
@@ -390,6 +413,8 @@ def _finish(
 ) -> None:
     """Calibrate the solver to held-out rows, measure, compare draws; or be interrupted.
 
+    What fails on one of several processes does so before they agree on what the first has found.
+
     Args:
         run: The run, whose process and time these are.
         density: What was trained, and the rows held out.
@@ -404,31 +429,55 @@ def _finish(
     few = near._replace(weight=None).repeated(min(_CALIBRATION_ROWS, len(near.w)))
     rows = few.w.to(distribution.transform.flow.loc)
     bare, transform = distribution.without_support(), distribution.transform
+    found: tuple[Solver, float | None] = transform.solver, None
     try:
         if has_images(distribution):
             until = min(deadline, time.monotonic() + _CALIBRATION_SHARE * report.seconds)
             context = None if few.context is None else few.context[:_CALIBRATION_IMAGES]
-            with stage("calibrating the sampler", progress=progress):
-                transform.solver, error = process.agreed(
-                    calibrate_sampler_until(until, distribution, context, tolerance)
-                )
+            with _stage("calibrating the sampler", progress=progress):
+                found = calibrate_sampler_until(until, distribution, context, tolerance)
+            transform.solver, error = process.agreed(found)
             report = dataclasses.replace(report, sample_error=error)
         elif not isinstance(distribution.base, Samples):
-            with stage("calibrating the solver", progress=progress):
-                transform.solver, error = calibrate_until(
+            with _stage("calibrating the solver", progress=progress):
+                found = calibrate_until(
                     deadline, bare, rows, context=few.context, tolerance=tolerance
                 )
-            transform.solver = process.agreed(transform.solver)
-            with stage("evaluating held-out rows", progress=progress):
-                report = dataclasses.replace(report, log_prob_error=error)
-                report = process.agreed(density.measured(report, deadline))
+            transform.solver, error = process.agreed(found)
+            report = dataclasses.replace(report, log_prob_error=error)
+            with _stage("evaluating held-out rows", progress=progress):
+                report = density.measured(report, deadline)
+            report = process.agreed(report)
         distribution.report = report
         if progress:
             tell(repr(report))
         if process.rank == 0 and not has_images(distribution):
-            warn_if_draws_differ(distribution, density.held, deadline)
+            with _stage("comparing draws", progress=False):
+                warn_if_draws_differ(distribution, density.held, deadline)
     except KeyboardInterrupt:
         warn_user(
             "the calibration was interrupted: the weights are trained, and the solver may be the "
             "one before. Call calibrate(distribution, rows)"
+        )
+
+
+@contextlib.contextmanager
+def _stage(text: str, *, progress: bool) -> Iterator[None]:
+    """Show what is being done with trained weights, and warn where it fails: they are kept.
+
+    The reference of the calibration is solved in float64, for which a network of the user's may
+    not be made, and may need more steps or memory than there are.
+
+    Args:
+        text: What that is.
+        progress: Whether to show it.
+    """
+    try:
+        with stage(text, progress=progress):
+            yield
+    except (RuntimeError, ValueError) as error:
+        warn_user(
+            f"{text} failed: the weights are trained, and the solver may be the one before. Call "
+            "calibrate(distribution, rows), or calibrate_sampler(distribution) of images, once "
+            f"the cause is away. It was a {type(error).__name__}: {error}"
         )

@@ -281,7 +281,7 @@ class Run:
     ) -> None:
         self.batches, self.checkpoint = batches, checkpoint
         self.schedule, self.clock = schedule, clock
-        self.process = objective.process
+        self.process, self.device = objective.process, objective.flow.loc.device
         columns, total = objective.flow.event_dim, self.process.agreed(batches.total)
         self.length = schedule.length(columns * total)
         self.descent = Descent(
@@ -429,7 +429,7 @@ class Run:
         best, looks = self.monitor.state()
         rows, place = self.batches.state()
         kept = buffers_of(self.monitor.objective.flow)
-        tensors = {**weights, **best, **rows, **kept, "generator": rng_state()}
+        tensors = {**weights, **best, **rows, **kept, "generator": rng_state(self.device)}
         numbers = {
             "run": {"step": self.descent.steps, **{name: getattr(self, name) for name in _PLACE}},
             "seconds": seconds,
@@ -447,4 +447,4 @@ class Run:
         self.next_look = numbers["run"].get("next_look", self.done + _LOOK_SHARE)
         self.clock.before = numbers["seconds"]
         self.batches.restore(tensors, numbers["batches"])
-        set_rng_state(tensors["generator"])
+        set_rng_state(tensors["generator"], self.device)

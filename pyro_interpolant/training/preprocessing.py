@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .._files import checksum
 from .._torch import warn_user
 from ..distributions.constraints import Constraint, as_tensor, checked_rows
 from ..transforms.gaussianize import (
@@ -41,7 +42,7 @@ _ULPS_PER_STEP = 1000  # units in the last place, that a rounding step must have
 _ULPS = 1.5  # units in the last place within which values are the same
 
 
-def warn_if_rounded(x: Tensor) -> None:
+def warn_if_rounded(x: Tensor) -> bool:
     """Warn where columns repeat their values: rounded and discrete data have no density.
 
     Rows that repeat as a whole, as a Markov chain's do, count once: in one dimension, or where
@@ -50,9 +51,12 @@ def warn_if_rounded(x: Tensor) -> None:
 
     Args:
         x: Rows, shape ``(N, D)``.
+
+    Returns:
+        Whether all do: rows that are equal may then be so by chance, and no copies.
     """
     if not x.is_floating_point():
-        return
+        return False
     looked_at = min(x.shape[1], _CHECKED_COLUMNS)
     names = (torch.arange(looked_at) * x.shape[1] // looked_at).tolist()
     x = x[:, names] if looked_at < x.shape[1] else x
@@ -63,10 +67,11 @@ def warn_if_rounded(x: Tensor) -> None:
     if x.shape[1] > 1 and len(distinct) >= _MIN_CHECKED_ROWS:
         few, limit = distinct, _REPEATED_SHARE
     if len(few) < _MIN_CHECKED_ROWS:
-        return
+        return False
     counts = [len(torch.unique(column)) for column in few.T]
     shares = [1 - count / len(few) if count > 1 else 0.0 for count in counts]
     found = [i for i, share in enumerate(shares) if share > limit]
+    every = len(found) == len(shares)
     atoms = [i for i in found if _atoms(few[:, i])]
     if atoms:
         warn_user(f"columns {[names[i] for i in atoms]} {_ATOMS}")
@@ -77,6 +82,7 @@ def warn_if_rounded(x: Tensor) -> None:
             "as rounded or discrete data do, which have no density: a flow learns spikes. Spread "
             "them over their rounding step first, fit(distribution, dequantize(x))"
         )
+    return every
 
 
 def _atoms(column: Tensor) -> bool:
@@ -100,7 +106,7 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
         step: The rounding step, one or per column, shape ``event_shape``; 0 leaves a column alone.
             By default the smallest difference between values of the column, where it repeats any;
             of a constant column the smallest of these steps, or 1 where there are none.
-        seed: Of the noise.
+        seed: Of the noise, which depends on x too.
 
     Returns:
         ``x + step * (u - 1/2)`` with u uniform on [0, 1), shape ``(N, *event_shape)``, floating:
@@ -132,7 +138,8 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
     step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
     if float(step.min()) < 0:
         raise ValueError(f"expected steps of at least 0, got {float(step.min()):.3g}")
-    generator = torch.Generator().manual_seed(seed)
+    # Of the values too: columns that are spread one at a time would share their noise.
+    generator = torch.Generator().manual_seed(checksum([x], str(seed)))
     u = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     x = (x + step * (u - 0.5)).to(_type_for(x, step, given.dtype))
     is_frame = hasattr(frame, "columns")

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_VALUES_AT_ONCE = 2**22  # whose keys are taken at once
+
 
 class Rows(NamedTuple):
     """Whitened rows, shape ``(N, D)``, with what belongs to each.
@@ -50,11 +52,21 @@ class Rows(NamedTuple):
         rows = torch.cat([part.w for part in parts])
         return cls(rows, joined("context"), joined("partner"), joined("weight"))
 
-    def split(self, count: int, *, shuffle: bool) -> tuple["Rows", "Rows"]:
-        """Return ``count`` rows, the last or any, and the others."""
+    def split(self, count: int, *, shuffle: bool, copies: bool = False) -> tuple["Rows", "Rows"]:
+        """Return ``count`` rows, the last or any, and the others.
+
+        Args:
+            count: How many.
+            shuffle: Whether they are any rows.
+            copies: Whether equal rows are copies, which stay together: those that are left in one
+                part would tell the other's. There are then fewer than ``count``, or all copies of
+                one row.
+        """
         total = len(self.w)
         order = torch.randperm(total) if shuffle else torch.arange(total).roll(count)
         order = order.to(self.w.device)
+        if copies:
+            order, count = _copies_together(order, count, keys_of(self))
         return self.take(order[:count]), self.take(order[count:])
 
     def repeated(self, count: int) -> "Rows":
@@ -75,6 +87,25 @@ class Rows(NamedTuple):
             return len(self.w)
         share = self.weight.double() / self.weight.max().double()
         return float(share.sum() ** 2 / share.square().sum())
+
+
+def _copies_together(order: Tensor, count: int, keys: Tensor) -> tuple[Tensor, int]:
+    """Return an order in which equal rows follow each other, and where to cut it between them.
+
+    Args:
+        order: The order that each row's first copy keeps, shape ``(N,)``.
+        count: Where to cut, or before.
+        keys: What equal rows share, shape ``(N,)``.
+    """
+    distinct, group = keys[order].unique(return_inverse=True)
+    if len(distinct) in (1, len(keys)):
+        return order, count
+    places = torch.arange(len(keys), device=keys.device)
+    first = places.new_full((len(distinct),), len(keys)).scatter_reduce(0, group, places, "amin")
+    first, by_copies = first[group].sort(stable=True)
+    ends = (first.diff() > 0).nonzero().flatten() + 1
+    few = ends[ends <= count]
+    return order[by_copies], int(few[-1] if len(few) else ends[0])
 
 
 def subsample(count: int, most: int, weights: Tensor | None = None) -> Tensor:
@@ -108,3 +139,26 @@ def search_weights(ends: Tensor, count: int, generator: torch.Generator | None =
     """Return indices drawn by weight, given its running sums, float64, shape ``(N,)``."""
     u = torch.rand(count, dtype=ends.dtype, device=ends.device, generator=generator)
     return torch.searchsorted(ends, u * ends[-1], right=True).clamp_(max=len(ends) - 1)
+
+
+def keys_of(rows: Rows) -> Tensor:
+    """Return one integer per row and context, shape ``(N,)``."""
+    size = max(1, _VALUES_AT_ONCE // rows.w.shape[-1])  # images of whole levels are small
+    parts = [part.split(size) for part in rows[:2] if part is not None]
+    return torch.cat(
+        [row_keys(torch.cat([s.double() for s in few], -1)) for few in zip(*parts, strict=True)]
+    )
+
+
+def row_keys(rows: Tensor) -> Tensor:
+    """Return one integer per row, shape ``(N,)``, equal for equal rows, else as if at random."""
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.randint(2**62, (rows.shape[-1] + 1,), generator=generator) * 2 + 1
+    odd = odd.to(rows.device)
+    keys = (_folded(rows.double().view(torch.int64)) * odd[1:]).sum(-1)
+    return _folded(_folded(keys) * odd[0])
+
+
+def _folded(bits: Tensor) -> Tensor:
+    """Return integers whose lower halves depend on the upper, too: products carry upwards only."""
+    return bits ^ ((bits >> 32) & 0xFFFFFFFF)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .._torch import rng_state, set_rng_state
 from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
-from .checkpoint import Checkpoint, from_json, to_json
+from .checkpoint import Checkpoint, checksum, from_json, to_json
 from .clock import Clock
 from .data import (
     HeldOut,
@@ -25,11 +25,12 @@ from .data import (
     rows_of,
 )
 from .distributed import Process
-from .image_rows import flips
+from .image_rows import are_levels, flips, has_images
+from .names import Names
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
-from .rows import Rows
-from .survey import MOST_HELD, Survey, Surveyed, check_rows_came_again, keys_of, surveyed
+from .rows import Rows, keys_of
+from .survey import MOST_HELD, Survey, Surveyed, check_rows_came_again, surveyed
 
 _MOST_EMPTY = 2**17  # batches in a row without rows to train on
 _LEAST_ROWS = 64  # per step, of loaders that give fewer at once
@@ -57,17 +58,18 @@ class Stream:
             shape ``(B,)`` as weights.
         validation: The share held out, or rows of the user's own, with contexts or without.
         flip: Whether images of a batch are mirrored by chance.
+        anew: As of a table.
         **given: What goes with a table alone; None here.
 
     Attributes:
-        checksum: None: what a stream gives is not known before.
+        names: As of a table.
+        checksum: That of rows held out that a user gave, else None: what a stream gives is not
+            known before.
 
     Raises:
         ValueError: If it can be gone through only once, or something is given that goes with a
             table alone.
     """
-
-    checksum = None
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class Stream:
         validation: HeldOut,
         *,
         flip: bool = False,
+        anew: bool = True,
         **given: ArrayLike | None,
     ) -> None:
         self.flipped = flips(distribution, flip=flip)
@@ -90,7 +93,11 @@ class Stream:
         self.distribution, self.iterable = distribution, data
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)
         self.share = validation if isinstance(validation, float) else None
-        self.given = None if self.share else held_out_rows(distribution, validation)
+        self.names = Names.for_training(distribution, data, None, anew=anew)
+        self.given = None
+        if not self.share:
+            self.given = held_out_rows(distribution, validation, self.names)
+        self.checksum = None if self.given is None else checksum(self.given)
         self.like = distribution.transform.flow.loc
 
     @property
@@ -119,14 +126,15 @@ class Stream:
                 f"{', '.join(type(p).__name__ for p in parts)}"
             )
         weights = _part_of_weights(parts[self.parts]) if len(parts) > self.parts else None
-        context = parts[1] if self.parts == 2 else None
-        data, context, weights = drop_zero_weights(weights, parts[0], context, part=True)
+        data, context = self.names.ordered(self.distribution, *parts[: self.parts])
+        data, context, weights = drop_zero_weights(weights, data, context, part=True)
         if weights is not None and len(weights) == 0:
             none = self.like.new_zeros(0, len(self.like))
             size = self.distribution.transform.flow.context_dim or 0
-            return Rows(
-                none, none.new_zeros(0, size) if self.parts == 2 else None, None, none[:, 0]
-            )
+            context = none.new_zeros(0, size) if self.parts == 2 else None
+            # Joined with others, rows of another type would turn levels into plain numbers.
+            levels = has_images(self.distribution) and are_levels(data, 3)
+            return Rows(none.to(torch.uint8) if levels else none, context, None, none[:, 0])
         rows = rows_of(self.distribution, data, context)
         weights = checked_weights(weights, len(rows.w))
         return rows._replace(weight=weights).to(self.like.device)
@@ -324,7 +332,8 @@ class StreamBatches:
         self.pool: Rows | None = None
         self.used = 0  # of its rows
         self.present: Iterator[Any] | None = None
-        self.position, self.found, self.generator = 0, 0, rng_state()
+        self.device = stream.like.device
+        self.position, self.found, self.generator = 0, 0, rng_state(self.device)
 
     def next(self) -> tuple[Points, ...]:
         """Return the points of the next step."""
@@ -350,7 +359,7 @@ class StreamBatches:
     def _from_stream(self) -> Rows:
         for _ in range(_MOST_EMPTY):
             if self.present is None:
-                self.generator, self.position, self.found = rng_state(), 0, 0
+                self.position, self.found, self.generator = 0, 0, rng_state(self.device)
                 self.present = iter(self.stream.iterable)
             try:
                 batch = next(self.present)
@@ -419,7 +428,7 @@ class StreamBatches:
             owner.load_state_dict(from_json(numbers["own"], tensors))
         if not numbers["began"]:
             return
-        set_rng_state(self.generator)
+        set_rng_state(self.generator, self.device)
         self.present = iter(self.stream.iterable)
         if owner is None:
             for _ in range(self.position):

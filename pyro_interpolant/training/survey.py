@@ -12,7 +12,7 @@ from torch import Tensor
 from .._torch import warn_user
 from .checkpoint import Checkpoint
 from .clock import Clock
-from .rows import Rows
+from .rows import Rows, keys_of, row_keys
 
 _SAMPLE_VALUES = 2**23  # kept of a stream for the whitening: 64 MiB in float64
 MOST_HELD = 8192  # rows held out of a stream
@@ -169,23 +169,3 @@ def check_rows_came_again(now: Surveyed, before: Surveyed, state: Checkpoint) ->
 def _joined(parts: list[tuple[Rows, Tensor]]) -> tuple[Rows, Tensor]:
     """Return all rows of several batches, and their keys."""
     return Rows.joined([rows for rows, _ in parts]), torch.cat([keys for _, keys in parts])
-
-
-def keys_of(rows: Rows) -> Tensor:
-    """Return one integer per row and context, shape ``(N,)``."""
-    parts = [part.double() for part in rows[:2] if part is not None]
-    return row_keys(torch.cat(parts, -1))
-
-
-def row_keys(rows: Tensor) -> Tensor:
-    """Return one integer per row, shape ``(N,)``, equal for equal rows, else as if at random."""
-    generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(2**62, (rows.shape[-1] + 1,), generator=generator) * 2 + 1
-    odd = odd.to(rows.device)
-    keys = (_folded(rows.double().view(torch.int64)) * odd[1:]).sum(-1)
-    return _folded(_folded(keys) * odd[0])
-
-
-def _folded(bits: Tensor) -> Tensor:
-    """Return integers whose lower halves depend on the upper, too: products carry upwards only."""
-    return bits ^ ((bits >> 32) & 0xFFFFFFFF)

@@ -72,3 +72,14 @@ class PerEvent(RealVectorTransform):
 
 class Cached(PerEvent, CachedTransform):
     """A :class:`PerEvent` that gives back the very tensor it was called with."""
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log |dy/dx|``, shape ``(*)``.
+
+        Of a pair that came from x, with a graph, it is a function of x alone. Where x is found
+        again by y, a gradient in y would be that of a part of what was computed: torch refuses it.
+        """
+        entry = self._find(x=x, y=y) if y.requires_grad else None
+        if entry is not None and entry.forward:
+            y = self._call(x)
+        return super().log_abs_det_jacobian(x, y)

@@ -11,10 +11,11 @@ import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from .._torch import constant, is_compiling, is_functorch_tensor, is_tracing
@@ -57,10 +58,10 @@ class IdentityCache:
 
     A hit needs: the identity of x or y; equal versions, addresses, types *and values* of
     everything the result depends on (versions miss fused optimisers and ``.data``; values miss the
-    graph); the same key (solver, divergence, ...), inference mode and tracing state; a graph
-    exactly where one is wanted; and no backward pass through that graph since. An entry with a
-    graph is never found by the *input* of its solve alone: two results of one input must not share
-    a graph that the backward pass of the first frees.
+    graph); the same key (solver, divergence, ...), inference mode, autocast and tracing state; a
+    graph exactly where one is wanted; and no backward pass through that graph since. An entry with
+    a graph is never found by the *input* of its solve alone: two results of one input must not
+    share a graph that the backward pass of the first frees.
     """
 
     def __init__(self) -> None:
@@ -176,7 +177,15 @@ def _token(entry: Entry, sources: Sequence[Tensor], key: Hashable) -> Hashable:
         (None if s.is_inference() else s._version, s.data_ptr(), s.dtype, s.device)
         for s in (entry.x, entry.y, *sources)
     )
-    return key, marks, torch.is_inference_mode_enabled(), is_tracing()
+    modes = torch.is_inference_mode_enabled(), is_tracing(), _autocast_type(entry.y.device)
+    return key, marks, modes
+
+
+def _autocast_type(device: torch.device) -> torch.dtype | None:
+    """Return the type in which autocast computes on a device; None where it is off."""
+    kind = device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_on else None
 
 
 def _equal(kept: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
@@ -212,6 +221,70 @@ def _checksums(x: Tensor) -> Tensor:
 def _odd_numbers() -> np.ndarray:
     """Return random odd numbers."""
     return 2 * np.random.RandomState(0).randint(2**62, size=_COPIED_NUMBERS, dtype=np.int64) + 1
+
+
+def state_of(network: nn.Module) -> tuple[list[Tensor], Hashable]:
+    """Return what the result of a network depends on: tensors, and all else, to compare.
+
+    The tensors, of any shapes, are parameters, buffers and plain attributes. All else is the
+    class, the mode and the hooks of each module, and its attributes: numbers, text, arrays, and
+    lists and dictionaries of them, by value; other objects by identity, so that a change inside of
+    one is not seen.
+
+    Args:
+        network: The network.
+    """
+    tensors: list[Tensor] = []
+    rest: list[object] = []
+    for module in network.modules():
+        own = (*module._parameters.values(), *module._buffers.values())
+        tensors += [tensor for tensor in own if tensor is not None]
+        hooks = *module._forward_hooks, *module._forward_pre_hooks  # numbers that no two share
+        rest += [type(module), module.training, hooks]
+        for name, value in vars(module).items():
+            if name not in _PARTS_OF_MODULES:
+                rest += [name, _comparable(value, tensors)]
+    return tensors, tuple(rest)
+
+
+_PARTS_OF_MODULES = frozenset(vars(nn.Module()))
+_PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device}
+_MOST_NESTED = 4  # lists and dictionaries inside each other, which may be circles
+
+
+def _comparable(value: object, tensors: list[Tensor], depth: int = 0) -> Hashable:
+    """Return what is equal as long as a value is the same, and append its tensors to a list.
+
+    Args:
+        value: An attribute, or an entry of one.
+        tensors: Where tensors, of any shapes, go, which are compared by themselves.
+        depth: The number of lists and dictionaries around the value.
+    """
+    if type(value) in _PLAIN:
+        return cast(Hashable, value)
+    if type(value) in (Tensor, nn.Parameter) and cast(Tensor, value).layout == torch.strided:
+        tensors.append(cast(Tensor, value))
+        return Tensor
+    if isinstance(value, np.ndarray | np.generic):
+        return value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, dict) and depth < _MOST_NESTED:
+        value = [part for item in value.items() for part in item]
+    if isinstance(value, list | tuple) and depth < _MOST_NESTED:
+        return tuple(_comparable(part, tensors, depth + 1) for part in value)
+    return _Itself(value)
+
+
+class _Itself:
+    """An object by its identity, kept so that no other is made in its place."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def _mark_freed_on_backward(entry: Entry, graph: Tensor) -> None:

@@ -96,6 +96,8 @@ class Flow(nn.Module):
     Attributes:
         noise: The network for :math:`E[z | w_t]`, where training has learned it, or None.
         independent: Whether training paired base and data at random.
+        levels: L, where training spread whole levels of images over :math:`(v + u) / L`, u uniform
+            on [0, 1); None where it was given other rows.
 
     Raises:
         ValueError: If the size D is not known, or the velocity couples rows (batch normalisation).
@@ -122,6 +124,7 @@ class Flow(nn.Module):
         self.velocity = velocity
         self.noise: nn.Module | None = None
         self.independent = True
+        self.levels: int | None = None
         self.interpolant = Trigonometric() if interpolant is None else interpolant
         like = next(velocity.parameters(), torch.zeros(()))
         self.whitening = (DenseWhitening(size) if whitening is None else whitening).to(like)

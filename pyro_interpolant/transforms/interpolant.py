@@ -6,9 +6,9 @@ trajectory that the cache kept of the solve. A transform that is conditioned, or
 time, is a view: it shares the weights and registers none.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.distributions.conditional import ConditionalTransformModule
@@ -16,13 +16,13 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .._torch import broadcast_batch
+from .._torch import broadcast_batch, is_tracing
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
-from ..nn.velocity import checked_labels, embedded
+from ..nn.velocity import checked_labels, embedded, has_embedding
 from ..solvers.divergence import Divergence, ExactDivergence
 from ..solvers.ode import FixedGrid, Solver
-from .cache import CachedTransform, Entry
+from .cache import CachedTransform, Entry, IdentityCache, state_of
 from .flow import Flow, Path
 from .whitening import Whitening
 
@@ -116,7 +116,8 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
     """
 
     # Plain attributes: the context of a view is no buffer of its own.
-    context: Tensor | None = None
+    raw_context: Tensor | None = None
+    embeds: bool = True  # whether that is to be embedded, by a velocity that does so
     end: float = 1.0
     trains_weights: bool = True  # whether gradients through it may be those of a training
 
@@ -124,14 +125,41 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
 
     @classmethod
     def _view(
-        cls, owner: _FlowHolder, context: Tensor | None, end: float = 1.0
+        cls, owner: _FlowHolder, context: Tensor | None, end: float = 1.0, *, embeds: bool = True
     ) -> "InterpolantTransform":
         """Return a transform with the owner's flow and choices that registers no weights."""
         view = cls.__new__(cls)
         view._choose(owner.solver, owner.divergence)
-        view.__dict__.update(flow=owner.flow, context=context, end=end)
+        view.__dict__.update(flow=owner.flow, raw_context=context, embeds=embeds, end=end)
         view.training = owner.flow.training
         return view
+
+    def _choose(self, solver: Solver, divergence: Divergence) -> None:
+        super()._choose(solver, divergence)
+        self._embeddings = IdentityCache()
+
+    @property
+    def context(self) -> Tensor | None:
+        """The context as the velocity takes it, ``(*, C)``, embedded by its weights as they are.
+
+        An embedding without a graph is kept until something that it depends on changes.
+        """
+        raw, velocity = self.raw_context, self.flow.velocity
+        if raw is None or not self.embeds or not has_embedding(velocity):
+            return raw
+        if is_tracing():  # a result of one trace is a constant in the next
+            return embedded(velocity, raw)
+        sources, key = state_of(velocity)
+        entry = self._embeddings.find(x=raw, sources=sources, key=key)
+        if entry is None:
+            entry = Entry(raw, cast(Tensor, embedded(velocity, raw)))
+            if not entry.y.requires_grad:  # a graph is freed by the first backward pass
+                self._embeddings.store(entry, sources, key)
+        return entry.y
+
+    def held(self) -> "InterpolantTransform":
+        """Return the transform with its context embedded now, for a computation of many steps."""
+        return self._view(self, self.context, self.end, embeds=False)
 
     def at(self, t: float) -> "InterpolantTransform":
         """Return the transform that stops at time t: from the base to the density at t.
@@ -147,7 +175,9 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         t = float(t)
         if not 0.0 <= t <= 1.0:
             raise ValueError(f"expected a time t in [0, 1], got {t}")
-        return self._view(self, self.context, t)
+        view = self._view(self, self.raw_context, t, embeds=self.embeds)
+        view._embeddings = self._embeddings
+        return view
 
     @property
     def sign(self) -> int:
@@ -200,9 +230,9 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         """Return the shape of the output: the input's, broadcast with the context's batch."""
-        if self.context is None:
+        if self.raw_context is None:
             return torch.Size(shape)
-        batch = broadcast_batch(shape[:-1], self.context.shape[:-1])
+        batch = broadcast_batch(shape[:-1], self.raw_context.shape[:-1])
         return torch.Size((*batch, *shape[-1:]))
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
@@ -215,23 +245,29 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         super()._apply(fn, *args, **kwargs)
         if not self.owns_flow():
             self.flow._apply(fn, *args, **kwargs)
-        self.__dict__["context"] = None if self.context is None else fn(self.context)
+        self.__dict__["raw_context"] = None if self.raw_context is None else fn(self.raw_context)
         return self
 
     def path(self) -> Path:
         """Return the way through the flow, at random nodes while gradients reach its weights."""
+        return self._path(self.context)
+
+    def _path(self, context: Tensor | None) -> Path:
         seed = self.flow.node_seed() if self.end > 0 and self.trains_weights else None
-        return Path(self.context, self.end, self.solver, self.divergence, seed)
+        return Path(context, self.end, self.solver, self.divergence, seed)
 
     def _find(self, *, x: Tensor | None = None, y: Tensor | None = None) -> _Solve | None:
         if not self._cache.knows(x, y):  # at a tenth of the price of asking for a valid entry
             return None
-        entry = self._cache.find(x=x, y=y, sources=self._sources(), key=self.path())
+        sources, state = self._state()
+        key = self._path(None), state  # the context is among the sources
+        entry = self._cache.find(x=x, y=y, sources=sources, key=key)
         return entry if isinstance(entry, _Solve) else None
 
-    def _sources(self) -> list[Tensor]:
-        context = [] if self.context is None else [self.context]
-        return [*self.flow.parameters(), *self.flow.buffers(), *context]
+    def _state(self) -> tuple[list[Tensor], Hashable]:
+        """Return the tensors that results depend on, of any shapes, and all else of the flow."""
+        tensors, state = state_of(self.flow)
+        return tensors if self.raw_context is None else [*tensors, self.raw_context], state
 
     def _entry_from_input(self, x: Tensor, *, density: bool = False) -> _Solve:
         white, path = self._checked(x), self.path()
@@ -255,8 +291,18 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
     def _kept(self, entry: _Solve) -> _Solve:
         if entry.states is not None and len(entry.states) < len(entry.path.times[0]):
             entry.states = None  # reduced to its ends
-        self._cache.store(entry, self._sources(), entry.path)
+        sources, state = self._state()
+        self._cache.store(entry, sources, (entry.path, state))
         return entry
+
+    def clear_cache(self) -> None:
+        """Forget all pairs and what was computed with them, and the embedding of the context."""
+        super().clear_cache()
+        self._embeddings.clear()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return the state for copies and pickles: without what is cached."""
+        return {**super().__getstate__(), "_embeddings": IdentityCache()}
 
     def _checked(self, x: Tensor) -> Tensor:
         """Check x and broadcast it with the batch of the context."""
@@ -267,7 +313,7 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
                 f"expected a last dimension of size {dim}, got shape {tuple(x.shape)}.{hint}"
             )
         self.check_type(x)
-        return x if self.context is None else x.expand(self.forward_shape(x.shape))
+        return x if self.raw_context is None else x.expand(self.forward_shape(x.shape))
 
     def check_type(self, x: Tensor) -> None:
         """Raise a ValueError unless x, of any shape, is of the flow's type."""
@@ -335,7 +381,7 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
             )
         while context.dim() > 1 and context.shape[0] == 1:
             context = context[0]
-        return InterpolantTransform._view(self, embedded(self.flow.velocity, context))
+        return InterpolantTransform._view(self, context)
 
 
 def interpolant_transform(

@@ -199,5 +199,6 @@ class _Solver:
         return found
 
     def _solved(self, w: Tensor, context: Tensor | None) -> Tensor:
-        view = InterpolantTransform._view(self.transform, context, self.transform.end)
+        end = self.transform.end
+        view = InterpolantTransform._view(self.transform, context, end, embeds=False)
         return self.transform.sign * view(w[..., None])[..., 0]

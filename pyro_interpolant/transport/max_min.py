@@ -27,6 +27,7 @@ from ..training.whitening import set_whitening
 _HEAD_START = 0.2  # the share of all descents that come before the first ascent
 _REST_SHARE = 0.15  # the share of the steps, at the end, in which the interpolant rests
 _MOMENT_ROWS = 20_000
+_OF_ROWS = ("validation", "pairs", "weights", "flip")  # options of fit that the alternation obeys
 
 
 class TransportResult(NamedTuple):
@@ -92,7 +93,8 @@ def learn_interpolant(
             the velocity must follow.
         seed: As in :func:`~pyro_interpolant.fit`.
         progress: Whether to show bars.
-        **fit_options: For the final :func:`~pyro_interpolant.fit`.
+        **fit_options: For the final :func:`~pyro_interpolant.fit`. Rows that it holds out are held
+            out of the alternation, too, which takes pairs, weights and flips alike.
 
     Returns:
         The course of the energy, and the final fit.
@@ -112,29 +114,34 @@ def learn_interpolant(
             f"expected a flow with a LearnedInterpolant, got {type(interpolant).__name__}: "
             "InterpolantTransform(velocity, interpolant=LearnedInterpolant(...))"
         )
-    source = Table(distribution, data, None, context=context)
-    split = source.split(Process(), batch_size)
-    start_from(distribution, base_samples, split)
+    given = {"validation": 0.1} | {k: fit_options[k] for k in _OF_ROWS if k in fit_options}
+    source = Table(distribution, data, context=context, **given)
+    distribution.columns, distribution.context_columns = source.names
+    if seed is None:
+        seed = Process(fit_options.get("fabric")).agreed(int(torch.randint(2**62, ())))
     with seeded(seed):
+        split = source.split(Process(), batch_size)  # at first, as in fit: the same rows
+        start_from(distribution, base_samples, split)
         set_whitening(distribution, split.kept)
-        push = flow.whitening.push
-        objective = Objective(flow, distribution.white_base(), coupling, metric=push)
+        push, (seen, _) = flow.whitening.push, distribution.white_base().split(source.share)
+        objective = Objective(flow, seen, coupling, metric=push)
         batches = source.batches(split, objective)
         if interpolant.modes:
-            _start(interpolant, objective, batches.rows.w)
+            _start(interpolant, objective, split.kept)
         with trainable(flow.velocity):
             energies = pace.alternate(objective, interpolant, batches, progress=progress)
     outcome = fit(
         distribution, data, context=context, coupling=coupling, batch_size=batch_size, seed=seed,
-        learning_rate=learning_rate, progress=progress, whiten=False, **fit_options,
+        learning_rate=learning_rate, progress=progress, whiten=False, **{**given, **fit_options},
     )  # fmt: skip
     return TransportResult(energies, outcome)
 
 
-def _start(interpolant: LearnedInterpolant, objective: Objective, w: Tensor) -> None:
-    """Start the waves from the moments of base and data, whitened rows of shape ``(N, D)``."""
+def _start(interpolant: LearnedInterpolant, objective: Objective, rows: Rows) -> None:
+    """Start the waves from the moments of base and data."""
     base = objective.base.sample((_MOMENT_ROWS,)).double()
-    w = w[subsample(len(w), _MOMENT_ROWS).to(w.device)].double()
+    few = subsample(len(rows.w), _MOMENT_ROWS, rows.weight).to(rows.w.device)
+    w = objective.whitened(rows.take(few)).w.double()
     means = base.mean(0), w.mean(0)
     if objective.base.base is None:  # both are zero, but for the draws
         means = torch.zeros_like(means[0]), torch.zeros_like(means[1])

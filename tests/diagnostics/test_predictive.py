@@ -23,7 +23,10 @@ from pyro_interpolant import (
     interpolant_transform,
 )
 from pyro_interpolant.diagnostics import coverage, pit, sbc, tarp
-from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
+from pyro_interpolant.distributions import (
+    ConditionalJointInterpolantDistribution,
+    JointInterpolantDistribution,
+)
 
 CHECKS = {"pit": pit, "coverage": coverage, "sbc": sbc, "tarp": tarp}
 COARSE = FixedGrid(steps=3)
@@ -210,6 +213,33 @@ def test_columns_of_a_frame_are_those_of_training(check):
         ValueError, match=r"x with the columns \['mass', 'radius'\].*got \['mass', 'z'\]"
     ):
         check(d, frame.rename(columns={"radius": "z"}))
+
+
+def test_a_frame_of_named_sites_is_taken_by_name_and_on_the_support():
+    pd = pytest.importorskip("pandas")
+    sites = {"mu": ((), constraints.real), "sigma": ((2,), constraints.positive)}
+    joint = JointInterpolantDistribution(random_flow(3, (8, 8), solver=COARSE), sites=sites)
+    draws = joint.freeze().sample_dict((300,))
+    sigma = draws["sigma"].numpy()
+    frame = pd.DataFrame({"sigma[1]": sigma[:, 1], "mu": draws["mu"], "sigma[0]": sigma[:, 0]})
+    expected = pit(joint, draws)
+    assert torch.equal(pit(joint, frame).values, expected.values)
+    assert torch.equal(pit(joint, frame[["mu", "sigma[0]", "sigma[1]"]]).values, expected.values)
+    with pytest.raises(ValueError, match=r"x with the columns \['mu', 'sigma\[0\]'.*got \['mu'\]"):
+        pit(joint, frame[["mu"]])
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_contexts_of_a_frame_are_taken_by_name(check):
+    pd = pytest.importorskip("pandas")
+    d = family()
+    d.context_columns = ("age", "dose")
+    x, context = simulated(d, 50)
+    frame = pd.DataFrame(context.numpy(), columns=d.context_columns)
+    expected = check(d, x, context, draws=5).values
+    assert torch.equal(check(d, x, frame[["dose", "age"]], draws=5).values, expected)
+    with pytest.raises(ValueError, match=r"context with the columns \['age', 'dose'\].*'z'\]"):
+        check(d, x, frame.rename(columns={"dose": "z"}))
 
 
 BASES = {

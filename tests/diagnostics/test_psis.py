@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from kinds import KINDS
 
 from pyro_interpolant import (
     Adaptive,
@@ -143,6 +144,18 @@ def test_the_largest_weights_are_computed_again_at_doubled_steps():
     same, change = recompute_largest(flow, x, log_p, log_q, 7)
     assert same is log_q
     assert change == 0.0
+
+
+@pytest.mark.parametrize(
+    "kind", ["gaussianized", "joint, gaussianized", "laplace, positive", "simplex", "halfway"]
+)
+def test_what_is_computed_again_is_the_density_of_the_whole_distribution(kind):
+    flow = KINDS[kind]().freeze()
+    flow.transform.solver = FixedGrid(3, "euler")
+    x, log_q = flow.rsample_and_log_prob((20,))
+    new, _ = recompute_largest(flow, x, torch.zeros(20), log_q, 20)
+    flow.transform.solver = FixedGrid(6, "euler")
+    torch.testing.assert_close(new, flow.log_prob(x))
 
 
 def test_the_mean_weight_and_its_error():

@@ -67,6 +67,7 @@ def test_samples_draw_their_rows():
         Samples(torch.full((2, 2), torch.nan))
 
 
+@pytest.mark.slow
 def test_two_data_sets_transport():
     """From one cloud to another, neither with a known density."""
     x0, x1 = crescent(2000) + 5, -0.5 * crescent(2000)
@@ -93,6 +94,7 @@ def test_samples_in_a_model_and_in_a_file(tmp_path):
     assert copy.deepcopy(flow).to(torch.float32).sample((3,)).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_conditional_flows_start_from_samples():
     context = torch.rand(1000, 1)
     transform = conditional_interpolant_transform(2, 1, (32, 32))
@@ -183,6 +185,7 @@ def test_whether_pairs_were_independent_is_remembered(tmp_path):
 # ---- interpolants in training -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "interpolant",
     [
@@ -253,6 +256,41 @@ def test_a_mirror_starts_from_its_data():
     assert torch.equal(rows[rows[:, 0].argsort()], x[x[:, 0].argsort()])
 
 
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # one step, on purpose
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_mirror_starts_from_rows_in_proportion_to_their_weights(stream):
+    x = torch.cat((torch.randn(500, 1) - 4, torch.randn(500, 1) + 4))[torch.randperm(1000)]
+    weights = torch.where(x[:, 0] < 0, 0.8, 0.2)
+    for held in (0.1, x[:100]):
+        d = InterpolantDistribution(interpolant_transform(1, (8, 8), interpolant=Mirror()))
+        options = {**QUICK, "steps": 1, "validation": held}
+        if stream:
+            fit(d, list(zip(x.split(100), weights.split(100), strict=True)), **options)
+        else:
+            fit(d, x, weights=weights, **options)
+        share = 0.8 if isinstance(held, float) else (8 + 0.5) / 11  # rows of mean weight
+        assert float((d.base.rows < 0).double().mean()) == pytest.approx(share, abs=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # one step, on purpose
+def test_a_conditional_mirror_starts_from_what_it_is_given_alone():
+    def conditional(**options):
+        transform = conditional_interpolant_transform(2, 1, (8, 8), interpolant=Mirror())
+        return ConditionalInterpolantDistribution(transform, **options)
+
+    x, context, options = crescent(80), torch.randn(80, 1), {**QUICK, "steps": 1}
+    d = conditional()
+    with pytest.raises(ValueError, match="expected base_samples or a base for a conditional"):
+        fit(d, map(None, ()), **options)  # which nobody looks at
+    fit(d, x, context=context, base_samples=2 * x, **options)
+    fit(d, x, context=context, **options)
+    assert torch.equal(d.base.rows, 2 * x)
+    base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
+    d = conditional(base=base)
+    fit(d, x, context=context, **options)
+    assert d.base is base
+
+
 def test_the_noise_needs_a_latent_term():
     distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
     with pytest.raises(ValueError, match=r"latent term to learn the noise, got Trigonometric"):
@@ -314,7 +352,11 @@ class Wrong(nn.Module):
         return 1.0
 
 
-@pytest.mark.parametrize("make", [Lazy, lambda: Lazy()()], ids=["module", "distribution"])
+@pytest.mark.parametrize(
+    "make",
+    [Lazy, lambda: Lazy().requires_grad_(requires_grad=False)()],
+    ids=["module", "distribution"],
+)
 def test_an_external_base(make):
     base, reference = ExternalBase(make()), Lazy()()
     assert base.event_shape == (2,)

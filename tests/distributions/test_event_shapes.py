@@ -71,6 +71,20 @@ def test_outside_of_the_support_is_told():
             fit(shaped, bad, progress=False)
 
 
+def test_bounds_of_elements_are_flat():
+    low = torch.arange(3.0)
+    shape = (3, 1)
+    with pytest.raises(ValueError, match=r"bounds that are tensors .* are flat, \(D,\)"):
+        InterpolantDistribution(
+            flow(3), support=constraints.greater_than(low.reshape(shape)), event_shape=shape
+        )
+    support = constraints.greater_than(low)
+    shaped = InterpolantDistribution(flow(3), support=support, event_shape=shape)
+    x = shaped.sample((5,))
+    assert x.shape == (5, 3, 1)
+    assert (x > low[:, None]).all()
+
+
 def test_in_models():
     shaped = InterpolantDistribution(flow(), event_shape=(2, 3))
 

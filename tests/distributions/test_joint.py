@@ -82,6 +82,21 @@ def test_pack_with_any_batch(batch):
     assert torch.allclose(d.pack(sites), packed)
 
 
+def test_bounds_of_a_site_have_its_shape():
+    bounded = constraints.interval(torch.zeros(1), torch.ones(1))
+    with pytest.raises(ValueError, match=r"events of shape \(\), got Interval"):
+        JointInterpolantDistribution(random_flow(1), sites={"a": ((), bounded)})
+    with pytest.raises(ValueError, match=r"events of shape \(\), got Interval"):
+        from_samples({"a": torch.rand(50)}, support={"a": bounded})
+    two = constraints.greater_than(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"events of shape \(3,\), got GreaterThan"):
+        JointInterpolantDistribution(random_flow(3), sites={"a": ((3,), two)})
+    with pytest.raises(ValueError, match=r"events of shape \(3,\), got GreaterThan"):
+        from_samples({"a": torch.rand(50, 3)}, support={"a": two})
+    d = JointInterpolantDistribution(random_flow(2), sites={"a": ((2,), bounded)})
+    assert d.sample_dict((5,))["a"].shape == (5, 2)
+
+
 def test_packing_order_is_that_of_the_sites():
     d = joint("vector", "scalar")
     packed = d.pack({"scalar": torch.tensor(7.0), "vector": torch.arange(3.0)})

@@ -79,6 +79,7 @@ def test_moments_agree_with_plain_draws_on_every_support(name):
     assert (d.entropy() + log_prob.mean()).abs() < error
 
 
+@pytest.mark.slow
 def test_moments_have_the_shape_of_batch_and_context():
     d = normal().expand((3,))
     assert d.mean.shape == d.variance.shape == (3, 2)
@@ -100,6 +101,69 @@ def test_a_moment_that_does_not_exist_is_not_invented():
     d = normal(base=heavy)
     assert d.mean.isfinite().all()
     assert d.variance.isinf().all()
+    assert d.to(torch.float32).mean.dtype == torch.float32
+
+
+LIGHT = {
+    "normal": lambda: dist.Normal(torch.zeros(1), 0.5),
+    "uniform": lambda: dist.Uniform(torch.zeros(1), 1.0),
+    "mixture": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(1, 2)), dist.Normal(torch.zeros(1, 2), 0.5)
+    ),
+}
+HEAVY = {
+    "student": lambda: dist.StudentT(torch.full((1,), 5.0)),
+    "laplace": lambda: dist.Laplace(torch.zeros(1), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", [*LIGHT, *HEAVY])
+def test_moments_on_an_unbounded_support_need_light_tails(name):
+    make = {**LIGHT, **HEAVY}[name]
+
+    def flow(base, support=constraints.real):
+        transform = interpolant_transform(1, (8,), solver=FixedGrid(1, "euler"))
+        return InterpolantDistribution(transform, base, support=support).freeze()
+
+    base = make().to_event(1)
+    for given in (base, flow(base)):
+        found = flow(given, constraints.positive).moments()
+        assert bool(torch.cat(found[:4]).isfinite().all()) == (name in LIGHT)
+        assert found.entropy.isfinite()
+    assert flow(flow(base, constraints.unit_interval), constraints.positive).mean.isfinite()
+    assert flow(base, constraints.softplus_positive).variance.isfinite()  # which grows as x does
+
+
+def test_each_part_of_a_support_has_its_moments():
+    parts = [constraints.real, constraints.unit_interval, constraints.positive]
+    heavy = dist.StudentT(torch.full((3,), 5.0)).to_event(1)
+    transform = interpolant_transform(3, (8,))
+    d = InterpolantDistribution(transform, heavy, support=constraints.stack(parts, dim=-1))
+    assert d.freeze().mean.isfinite().tolist() == [True, True, False]
+
+
+def test_moments_have_gradients_in_the_parameters_of_a_base():
+    loc, scale = torch.zeros(2, requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
+    transform = interpolant_transform(2, (8,))  # untrained, so the base itself
+    given = dist.Laplace(loc, scale).to_event(1)
+    d = InterpolantDistribution(transform, given).freeze()
+    (slope,) = torch.autograd.grad(d.entropy(), scale)
+    close(slope, 1 / scale)
+    (slope,) = torch.autograd.grad(d.mean.sum(), loc)
+    close(slope, torch.ones(2))
+    (slope,) = torch.autograd.grad(d.variance.sum(), scale)
+    close(slope, 4 * scale, rtol=0.1, atol=0)
+
+
+def test_a_base_without_gradients_of_draws_gives_none_rather_than_a_part():
+    scale = torch.ones(2, 2, requires_grad=True)
+    parts = dist.Normal(torch.zeros(2, 2), scale).to_event(1)
+    d = normal(base=dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
+    assert not d.base.has_rsample
+    assert not any(value.requires_grad for value in d.moments())
+    d.transform.flow.requires_grad_(requires_grad=True)
+    assert d.entropy().requires_grad
+    assert torch.autograd.grad(d.entropy(), scale, allow_unused=True)[0] is None
 
 
 def test_angles_have_an_entropy_and_no_mean():
@@ -178,6 +242,38 @@ def test_the_ends_of_the_support():
         d.icdf(torch.tensor(-0.1))
     with pytest.raises(ValueError, match="within the support"):
         scalar(constraints.positive).cdf(torch.tensor(-1.0))
+
+
+@pytest.mark.parametrize("name", ["real", "below 2"])
+@pytest.mark.parametrize("base", [None, dist.Normal(torch.zeros(1), 1.0).to_event(1)])
+@pytest.mark.parametrize("scale", [2.0, -2.0])
+def test_quantiles_increase_whatever_turns(name, base, scale):
+    d = scalar(SCALARS[name], base=base)
+    d.transform.flow.whitening.set(torch.ones(1), torch.tensor([[scale]]))
+    x = d.icdf(torch.linspace(0, 1, 6))
+    assert (x.diff() > 0).all()
+    close(x[[0, -1]], torch.tensor([-math.inf, 2.0 if name == "below 2" else math.inf]))
+    u = torch.linspace(-20.0, 40.0, 4001)
+    grid = u if name == "real" else 2 - u.flip(0).exp()
+    below = grid[grid <= x[2]]
+    close(torch.trapezoid(d.log_prob(below).exp(), below), d.cdf(below[-1]), rtol=0, atol=2e-3)
+
+
+def test_quantiles_between_bounds_of_each_context():
+    family = random_flow(1, (16, 16), context_dim=2, solver=FixedGrid(12))
+    context, low = torch.randn(4, 2), torch.arange(4.0)[:, None]
+    d = InterpolantDistribution(
+        family.condition(context), support=constraints.interval(low, low + 1)
+    )
+    q = torch.linspace(0.05, 0.95, 9)[:, None]
+    x = d.icdf(q)
+    assert x.shape == (9, 4, 1)
+    assert (x.diff(dim=0) > 0).all()
+    close(d.cdf(x), q.expand(9, 4), rtol=0, atol=1e-4)
+    one = InterpolantDistribution(
+        family.condition(context[3]), support=constraints.interval(low[3], low[3] + 1)
+    )
+    close(one.icdf(q[:, 0]), x[:, 3])
 
 
 def test_quantiles_given_contexts_come_in_one_batch():

@@ -136,6 +136,31 @@ def test_bounds_of_supports_in_parts_are_those_of_each(support):
     assert (found[[2, 4]] == -math.inf).all()
 
 
+@pytest.mark.parametrize("per_event", [False, True])
+def test_each_member_of_a_batch_has_its_bounds(per_event):
+    low = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    support = constraints.interval(low, low + 1)
+    support = constraints.independent(support, 1) if per_event else support
+    d = InterpolantDistribution(random_flow(2), support=support, validate_args=False)
+    assert (d.batch_shape, d.event_shape) == ((3,), (2,))
+    assert d.space.event_shape(2) == (2,)
+    y = torch.tensor([0.5, 0.5])
+    found = d.log_prob(y)
+    first = constraints.interval(low[0], low[0] + 1)
+    alone = InterpolantDistribution(d.transform, support=first).log_prob(y)
+    torch.testing.assert_close(found, torch.stack([alone, *torch.full((2,), -math.inf)]))
+    assert d.support.check(y).tolist() == [True, False, False]
+    assert d.space.strictly_inside(y).tolist() == [True, False, False]
+
+
+def test_bounds_of_another_size_than_the_flow_are_refused():
+    support = constraints.interval(torch.zeros(3), torch.ones(3))
+    for options in ({}, {"event_shape": (3,)}, {"event_shape": ()}):
+        with pytest.raises(ValueError, match="expected a support of "):
+            InterpolantDistribution(random_flow(1), support=support, **options)
+    assert InterpolantDistribution(random_flow(3), support=support).event_shape == (3,)
+
+
 @pytest.mark.parametrize("kind", ["stack", "cat"])
 @pytest.mark.parametrize("dim", [0, 1, -2])
 def test_parts_along_another_dimension_than_the_last_are_refused(kind, dim):

@@ -1,5 +1,7 @@
 """Velocities given data: a regression in closed form, and embeddings."""
 
+import copy
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -87,8 +89,78 @@ def test_data_are_embedded_once_for_all_times_and_evaluations():
     calls.clear()
     transform = pi.ConditionalInterpolantTransform(velocity).condition(torch.randn(5, 3))
     flow = pi.InterpolantDistribution(transform)
-    flow.log_prob(flow.sample())
+    flow.rsample_and_log_prob()
     assert calls == [5]
+    flow.freeze()
+    for _ in range(2):
+        x = flow.sample().requires_grad_()
+        assert flow.log_prob(x).requires_grad
+        flow.score(x)
+        flow.at(0.5).log_prob(x)
+        pi.sample_sde(flow, steps=2)
+    assert calls == [5, 5]
+
+
+def random_family():
+    """Return a conditional flow with an embedding of its own, and data for it."""
+    velocity, context = random_velocity("set")
+    velocity = copy.deepcopy(velocity).requires_grad_(requires_grad=True)
+    transform = pi.ConditionalInterpolantTransform(velocity, solver=FixedGrid(steps=4))
+    return pi.ConditionalInterpolantDistribution(transform), context
+
+
+def move(family):
+    """Train for a step by a fused optimiser, which moves no version of weights."""
+    weights = list(family.transform.parameters())
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    torch.optim.Adam(weights, lr=0.1, fused=True).step()
+
+
+@pytest.mark.parametrize("kind", ["optimizer", "loaded", "scales", "data", "frozen"])
+@pytest.mark.parametrize("used", [False, True])
+def test_a_conditioned_flow_follows_what_its_embedding_depends_on(kind, used):
+    family, context = random_family()
+    velocity = family.transform.velocity.train(kind == "frozen")  # drops units, of few rows
+    posterior, x = family.condition(context), torch.randn(7, 2)
+    with torch.no_grad():
+        before = posterior.log_prob(x) if used else family.condition(context).log_prob(x)
+    if kind == "optimizer":
+        move(family)
+    elif kind == "loaded":
+        other = {k: v + 0.1 for k, v in family.transform.state_dict().items()}
+        family.transform.load_state_dict(other)
+    elif kind == "scales":
+        velocity.slope.data.add_(0.1)
+    elif kind == "data":
+        context.add_(0.1)
+    family.freeze()
+    after, expected = posterior.log_prob(x), family.condition(context).log_prob(x)
+    assert not after.requires_grad
+    assert torch.equal(after, expected)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_a_conditioned_flow_has_gradients_of_its_embedding_each_time():
+    family, context = random_family()
+    posterior, x = family.condition(context), torch.randn(7, 2)
+    weights = list(family.transform.velocity.embedding.parameters())
+    with torch.no_grad():
+        posterior.log_prob(x)
+    found = [torch.autograd.grad(posterior.log_prob(x).sum(), weights) for _ in range(2)]
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+        assert one.abs().max() > 0
+
+
+def test_hooks_of_an_embedding_count():
+    velocity, context = random_velocity("set")
+    before = velocity.embed(context)
+    handle = velocity.embedding.register_forward_hook(lambda module, y, out: 0 * out)
+    after = velocity.embed(context)
+    handle.remove()
+    assert not torch.equal(after, before)
+    assert torch.equal(velocity.embed(context), before)
 
 
 @pytest.mark.parametrize("name", ["set", "masked set"])

@@ -1,9 +1,12 @@
 """The protocol of a velocity: optional parts are used where they are there, and only there."""
 
+import copy
+
 import pytest
 import torch
 from cases import OwnVelocity, random_flow
 from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from pyro_interpolant import (
     ConditionalInterpolantTransform,
@@ -259,3 +262,80 @@ def test_a_flow_of_a_subclass_is_that_of_its_own_forward(context_dim, subclass):
         torch.testing.assert_close(y, other)
         torch.testing.assert_close(log_det, expected)
         assert log_det.abs().max() > 1e-2
+
+
+# Hooks
+
+
+class Called(nn.Module):
+    """A network that calls another."""
+
+    def __init__(self, velocity):
+        super().__init__()
+        self.inner = velocity
+
+    def forward(self, t, x, context=None):
+        return self.inner(t, x)
+
+
+def double(module, given, out):
+    return 2 * out
+
+
+def results(velocity, x):
+    """Images, log-determinants, and the gradient in x of both, of a frozen flow."""
+    flow = InterpolantTransform(velocity, 2, solver=FixedGrid(steps=4))
+    flow.requires_grad_(requires_grad=False)
+    with torch.no_grad():
+        y = flow(x)
+        found = [y, flow.log_abs_det_jacobian(x, y)]
+    x = x.clone().requires_grad_()
+    y = flow(x)
+    total = y.sum() + flow.log_abs_det_jacobian(x, y).sum()
+    return torch.cat([part.flatten() for part in (*found, *torch.autograd.grad(total, x))])
+
+
+HOOKS = {
+    "after": lambda v: v.register_forward_hook(double),
+    "before": lambda v: v.register_forward_pre_hook(lambda _, given: (0 * given[0], *given[1:])),
+    "of a part": lambda v: v.embedding.register_forward_hook(double),
+    "own forward": lambda v: setattr(v, "forward", lambda t, x, context=None: -x),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_count_in_a_flow_as_in_a_call(hook):
+    velocity, x = random_flow(2, (8, 8)).velocity, torch.randn(3, 2)
+    before = results(velocity, x)
+    HOOKS[hook](velocity)
+    after = results(velocity, x)
+    torch.testing.assert_close(after, results(Called(velocity), x))
+    assert (after - before).abs().max() > 1e-2
+
+
+COMPUTED = {
+    "hook": lambda layer: layer.register_forward_hook(double),
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "spectral norm": spectral_norm,
+    "weight norm": weight_norm,
+    "new spectral norm": parametrizations.spectral_norm,
+    "new weight norm": parametrizations.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["layers.1", "output"])
+@pytest.mark.parametrize("how", COMPUTED)
+def test_weights_that_are_computed_from_others_follow_them(how, name):
+    velocity, x = random_flow(2, (8, 8, 8)).velocity, torch.randn(3, 2)
+    plain, layer = copy.deepcopy(velocity), velocity.get_submodule(name)
+    COMPUTED[how](layer)
+    velocity.eval()
+    layer = velocity.get_submodule(name)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    found = results(velocity, x)  # before a call of the layer itself
+    with torch.no_grad():
+        plain.get_submodule(name).weight.copy_(layer(torch.eye(8)).T)
+    torch.testing.assert_close(found, results(plain, x))

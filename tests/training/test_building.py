@@ -138,6 +138,7 @@ def test_a_context_makes_a_frozen_conditional_density(context):
     assert d.report.held_out > d.report.reference - 0.5
 
 
+@pytest.mark.slow
 def test_named_draws_given_a_context(tmp_path):
     x = torch.randn(400, 1)
     draws = {"loc": x[:, 0] + 0.1 * torch.randn(400), "scale": torch.rand(400)}

@@ -1,24 +1,33 @@
 """Long runs: kept on the way, killed, resumed; weights, validation rows, interrupts."""
 
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
 from cases import slow_but
+from pyro.distributions import constraints
 from safetensors.torch import save_file
+from torch import nn
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    FixedGrid,
     InterpolantDistribution,
+    JointInterpolantDistribution,
     Linear,
+    VelocityMLP,
+    _torch,
     conditional_interpolant_transform,
     fit,
     from_samples,
@@ -166,6 +175,35 @@ def test_another_run_is_not_resumed(change, finished, tmp_path):
         fit(flow(), data, checkpoint=tmp_path / "run", **{**QUICK, **change})
 
 
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
+@pytest.mark.parametrize("seed", [0, None])
+def test_the_generator_of_a_device_goes_on_too(seed, tmp_path, monkeypatch):
+    device, plain = torch.Generator(), _torch._generators  # it stands for that of a GPU
+    monkeypatch.setattr(_torch, "_generators", lambda where: [*plain(where), device])
+
+    class There(dist.TorchDistribution):
+        def sample(self, sample_shape=()):
+            return torch.randn(*sample_shape, 2, generator=device)
+
+        def log_prob(self, value):
+            return -value.square().sum(-1) / 2
+
+    def learned(seeds, **options):
+        torch.manual_seed(seeds)
+        device.manual_seed(seeds)
+        base = There(torch.Size(), torch.Size([2]), validate_args=False)
+        flow = InterpolantDistribution(made().transform, base)
+        torch.manual_seed(seeds)
+        fit(flow, rows(), **{**QUICK, "seed": seed, "steps": 12, **options})
+        return weights_of(flow)
+
+    expected, file = learned(1), tmp_path / "run"
+    with pytest.raises(Stop):
+        learned(1, checkpoint=file, callback=stopping(6))
+    assert all(map(torch.equal, expected, learned(2, checkpoint=file)))
+
+
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
 def test_a_base_without_named_parameters_is_kept_too(tmp_path):
     class Square(dist.TorchDistribution):
         def sample(self, sample_shape=()):
@@ -179,7 +217,7 @@ def test_a_base_without_named_parameters_is_kept_too(tmp_path):
     x = rows()
     with pytest.raises(Stop):
         fit(started(), x, callback=stopping(20), **options)
-    with pytest.raises(NotImplementedError):  # the solver's calibration asks for its density
+    with pytest.warns(UserWarning, match="failed: .* NotImplementedError"):  # it has no density
         fit(started(), x, callback=lambda state: told.append(state.step), **options)
     assert told[0] == 20
 
@@ -483,6 +521,59 @@ def test_an_interrupt_while_the_solver_is_calibrated_keeps_the_weights(monkeypat
     assert all(map(torch.equal, weights_of(expected), weights_of(flow)))
 
 
+class Float32Alone(nn.Module):
+    """A velocity with the usual embedding of times, which takes whatever comes to float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def forward(self, t, x, context=None):
+        angles = t.float()[..., None] * torch.tensor([1.0, 4.0])
+        embedded = torch.cat((angles.sin(), angles.cos()), -1).expand(*x.shape[:-1], 4)
+        return self.layers(torch.cat((x.float(), embedded), -1))
+
+
+def test_a_network_that_cannot_be_calibrated_is_returned_trained():
+    torch.set_default_dtype(torch.float32)
+    with pytest.warns(UserWarning, match=r"calibrating the solver failed: .* same dtype"):
+        learned = from_samples(rows(), network=Float32Alone(), marginals=False, **QUICK)
+    assert math.isfinite(learned.report.held_out)
+    assert learned.report.log_prob_error is None
+    assert learned.transform.solver == FixedGrid()
+    assert not any(p.requires_grad for p in learned.transform.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("fitting.calibrate_until", ValueError("dopri5 gave up")),
+        ("fitting.calibrate_sampler_until", torch.OutOfMemoryError("no memory is left")),
+        ("fitting.HeldOutDensity.measured", RuntimeError("no memory is left")),
+        ("fitting.warn_if_draws_differ", RuntimeError("no memory is left")),
+    ],
+)
+def test_what_fails_after_the_last_step_keeps_the_weights(name, error, monkeypatch):
+    def failing(*given, **options):
+        raise error
+
+    x = rows(60, 16).view(-1, 1, 4, 4) if "sampler" in name else rows()
+    options = {**QUICK, "batch_size": 32, "steps": 5}
+
+    def learn():
+        torch.manual_seed(0)
+        network = VelocityMLP(x[0].numel(), (8,))
+        return from_samples(x, network=network, marginals=False, **options)
+
+    expected = learn()
+    monkeypatch.setattr(f"pyro_interpolant.training.{name}", failing)
+    with pytest.warns(UserWarning, match=f"failed: the weights are trained.*{error}"):
+        learned = learn()
+    assert learned.report.steps == 5
+    assert all(map(torch.equal, weights_of(expected), weights_of(learned)))
+
+
 def test_weighted_rows_are_learned_in_proportion():
     x = torch.cat((torch.randn(1000, 1) * 0.3 - 2, torch.randn(1000, 1) * 0.3 + 2))
     weights = torch.cat((torch.ones(1000), 4 * torch.ones(1000)))
@@ -515,6 +606,34 @@ def test_rows_of_no_weight_are_absent_and_counts_are_weights():
         for s, w in ((rows(), torch.ones(300)), (x, weights))
     )
     assert all(map(torch.equal, *map(weights_of, learned)))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_held_out_rows_of_a_frame_tell_one_run_from_another(streamed, tmp_path):
+    """Those of an iterable, too, which are no part of what it gives."""
+    held = pd.DataFrame(rows(60).numpy(), columns=["a", "b"])
+    data = list(rows().split(100)) if streamed else rows()
+    options = {**QUICK, "steps": 2, "tolerance": 1e3, "checkpoint": tmp_path / "run"}
+    with warnings.catch_warnings(action="ignore"):  # a list has no place to resume from
+        fit(made(), data, validation=held, **options)
+        fit(made(), data, validation=held, **options)
+        with pytest.raises(ValueError, match="to be of this run, got the state of one"):
+            fit(made(), data, validation=held + 0.1, **options)
+
+
+def test_held_out_draws_by_name_tell_one_run_on_an_iterable_from_another(tmp_path):
+    held, sites = rows(60), {name: ((), constraints.real) for name in "ab"}
+    options = {**QUICK, "steps": 2, "tolerance": 1e3, "checkpoint": tmp_path / "run"}
+
+    def run(validation):
+        flow = JointInterpolantDistribution(interpolant_transform(2, (8,)), sites=sites)
+        fit(flow, list(rows().split(100)), validation=validation, **options)
+
+    with warnings.catch_warnings(action="ignore"):
+        run({"a": held[:, 0], "b": held[:, 1]})
+        run({"b": held[:, 1], "a": held[:, 0]})
+        with pytest.raises(ValueError, match="to be of this run, got the state of one"):
+            run({"a": held[:, 1], "b": held[:, 0]})
 
 
 def test_validation_rows_in_an_order_all_count():

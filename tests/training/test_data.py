@@ -7,10 +7,11 @@ import torch
 from pyro_interpolant import InterpolantDistribution, independent, interpolant_transform
 from pyro_interpolant.distributions.constraints import checked_rows
 from pyro_interpolant.training import whitening
-from pyro_interpolant.training.data import TableBatches
+from pyro_interpolant.training.data import Table, TableBatches
+from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.preprocessing import dequantize, warn_if_rounded
-from pyro_interpolant.training.rows import Rows, weighted_indices
+from pyro_interpolant.training.rows import Rows, keys_of, weighted_indices
 from pyro_interpolant.training.whitening import inliers, moments
 
 
@@ -296,6 +297,12 @@ def test_rounded_columns_are_noticed_and_spread():
     assert not torch.equal(dequantize(x, seed=1), y)
 
 
+def test_columns_that_are_spread_one_at_a_time_have_noise_of_their_own():
+    x = torch.randint(0, 6, (2000, 2)).double()
+    u, v = (dequantize(column) - column for column in x.T)
+    assert abs(float(torch.corrcoef(torch.stack((u, v)))[0, 1])) < 0.1
+
+
 @pytest.mark.parametrize("dim", [1, 2])
 def test_counts_in_few_columns_are_noticed_and_spread(dim):
     x = torch.randint(0, 6, (3000, dim)).double()
@@ -365,3 +372,42 @@ def test_outliers_are_few_and_far():
     w[17] = 1e9
     assert 17 not in inliers(w)
     assert len(inliers(w).unique()) >= 995
+
+
+@pytest.mark.parametrize("context", [None, 2])
+def test_copies_of_a_row_are_held_out_together(context):
+    x = torch.randn(60, 3).repeat_interleave(torch.randint(1, 9, (60,)), dim=0)
+    x = x[torch.randperm(len(x))]
+    if context is not None:  # the same rows twice, which contexts tell apart
+        x = torch.cat((x, x))
+        context = torch.arange(2.0, dtype=x.dtype).repeat_interleave(len(x) // 2)[:, None]
+    rows = Rows(x, context)
+    held, kept = rows.split(len(x) // 4, shuffle=True, copies=True)
+    assert 0.1 * len(x) < len(held.w) <= len(x) // 4
+    assert len(held.w) + len(kept.w) == len(x)
+    assert not torch.isin(keys_of(held), keys_of(kept)).any()
+    assert torch.equal(keys_of(Rows.joined([held, kept])).sort()[0], keys_of(rows).sort()[0])
+
+
+def test_rows_without_copies_are_held_out_as_before():
+    rows, one = Rows(torch.randn(50, 2), None), Rows(torch.ones(20, 2), None)
+    state = torch.get_rng_state()
+    first = rows.split(7, shuffle=True)
+    torch.set_rng_state(state)
+    for a, b in zip(first, rows.split(7, shuffle=True, copies=True), strict=True):
+        assert torch.equal(a.w, b.w)
+    assert [len(part.w) for part in one.split(3, shuffle=True, copies=True)] == [3, 17]
+
+
+def test_values_that_agree_by_chance_are_held_out_singly():
+    flow = InterpolantDistribution(interpolant_transform(1))
+    x = torch.randint(18, 80, (2000, 1)).double()
+    with pytest.warns(UserWarning, match="repeat"):
+        table = Table(flow, x, 0.1)
+    split = table.split(Process(), None)
+    assert len(split.held.w) == 200
+    assert len(split.kept.w.unique()) == len(x.unique())
+    x = torch.randn(500, 2).repeat(3, 1)
+    copies = Table(InterpolantDistribution(interpolant_transform(2)), x, 0.1)
+    split = copies.split(Process(), None)
+    assert not torch.isin(split.held.w[:, 0], split.kept.w[:, 0]).any()

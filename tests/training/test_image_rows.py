@@ -1,5 +1,6 @@
 """Images: whole levels spread on the fly, one scale, labels, and a solver set by samples."""
 
+import copy
 import math
 
 import pytest
@@ -17,6 +18,7 @@ from pyro_interpolant.training.data import Table
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.optimization import in_pieces
+from pyro_interpolant.training.streaming import Stream
 from pyro_interpolant.transforms import ScalarWhitening
 
 SIZE = 16
@@ -71,6 +73,23 @@ def test_images_in_other_numbers_are_taken_as_they_are():
     assert torch.equal(shown.log_prob(images), given.log_prob(images))
     as_array = learn(LEVELS.numpy())
     assert torch.equal(as_array.log_prob(images), learn(LEVELS).log_prob(images))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_levels_that_training_did_not_spread_images_over_are_refused(streamed, tmp_path):
+    """Also where images have fewer: the density is that of (v + u) / 256."""
+    few = LEVELS % 17
+    prior = learn([few[:20], few[20:]] if streamed else few)
+    pi.save(prior, tmp_path / "images")
+    again = pi.load(tmp_path / "images", velocity=IMAGE_NETWORKS["adapter"](0))
+    for density in (prior, copy.deepcopy(prior), again, again.expand((2,))):
+        with pytest.raises(ValueError, match=r"levels=256, as training .*, got levels=17"):
+            bits_per_dim(density, few, levels=17)
+    assert bits_per_dim(again, few[:2], tolerance=1.0) == bits_per_dim(
+        prior, few[:2], tolerance=1.0
+    )
+    pi.fit(prior, (few + torch.rand(few.shape)) / 17, steps=1, progress=False)  # not known
+    assert bits_per_dim(prior, few[:2], levels=17, tolerance=1.0).mean < 20
 
 
 def objective_and_batches(distribution, data, **options):
@@ -500,3 +519,10 @@ def test_a_trained_flow_of_images_does_what_others_do():
     mirror = flow(OwnImages(), interpolant=pi.Mirror())
     assert pi.fit(mirror, LEVELS, steps=3, progress=False).report.sample_error is not None
     assert mirror.sample((2,)).shape == (2, *IMAGE_SHAPE)
+
+
+def test_a_batch_without_weight_leaves_levels_what_they_are():
+    parts = [(LEVELS[:20], torch.ones(20)), (LEVELS[20:], torch.zeros(len(LEVELS) - 20))]
+    source = Stream(flow(OwnImages()), parts * 2, 0.1)
+    split = source.split(Process(), 16)
+    assert split.kept.w.dtype == torch.uint8

@@ -8,6 +8,7 @@ import weakref
 from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -22,8 +23,10 @@ from pyro_interpolant import (
     FixedGrid,
     HutchinsonDivergence,
     InterpolantDistribution,
+    InterpolantTransform,
     interpolant_transform,
 )
+from pyro_interpolant.transforms.gaussianize import Gaussianized, MarginalTransform, with_slopes
 
 # Raised inside torch, by its own first use of forward-mode differentiation.
 pytestmark = [
@@ -374,7 +377,107 @@ def test_a_mutated_copy_leaves_the_original_alone():
     assert (other.log_prob(x) - before).abs().max() > 1e-3
 
 
+class Scaled(torch.nn.Module):
+    """A network with dropout, and attributes that are neither parameters nor buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 2)
+        )
+        self.strength, self.vector, self.array = 1.0, torch.ones(2), np.ones(2)
+        self.options = {"scales": [torch.ones(2), 1.0], "function": torch.tanh}
+        self.options["itself"] = self.options
+
+    def forward(self, t, x, context=None):
+        first, second = self.options["scales"]
+        scale = self.strength * second * self.vector * first * torch.from_numpy(self.array)
+        return scale * self.options["function"](self.layers(x))
+
+
+ATTRIBUTES = {
+    "number": lambda v: setattr(v, "strength", 2.0),
+    "tensor": lambda v: setattr(v, "vector", torch.full((2,), 2.0)),
+    "tensor_in_place": lambda v: v.vector.mul_(2.0),
+    "tensor_data": lambda v: v.vector.data.mul_(2.0),
+    "array": lambda v: np.multiply(v.array, 2.0, out=v.array),
+    "list": lambda v: v.options["scales"].__setitem__(1, 2.0),
+    "tensor_in_a_list": lambda v: v.options["scales"][0].mul_(2.0),
+    "function": lambda v: v.options.update(function=torch.sin),
+    "part": lambda v: v.layers.__setitem__(1, torch.nn.SiLU()),
+    "hook": lambda v: v.layers[0].register_forward_hook(lambda module, x, out: 2 * out),
+    "pre_hook": lambda v: v.register_forward_pre_hook(
+        lambda module, given: (given[0], 0 * given[1])
+    ),
+    "mode": lambda v: v.train(),
+    "mode_of_a_part": lambda v: v.layers[2].train(),
+}
+
+
+@pytest.mark.parametrize("change", sorted(ATTRIBUTES))
+def test_attributes_modes_and_hooks_of_a_network_are_seen(change):
+    transform = InterpolantTransform(Scaled().eval(), 2, solver=CountingSolver())
+    x, solver = torch.randn(5, 2), transform.solver
+    with torch.no_grad():
+        before = transform(x)
+        assert transform(x) is before
+        assert transform.inv(before) is x
+        ATTRIBUTES[change](transform.velocity)
+        after = transform(x)
+        assert transform(x) is after
+        assert solver.solves == 2
+        assert (after - before).abs().max() > 1e-3
+        if "mode" not in change:
+            assert torch.equal(copy.deepcopy(transform)(x), after)
+
+
+@pytest.mark.parametrize("support", ["real", "positive"])
+def test_autocast_then_not(support):
+    d = prior(support=support).freeze().to(torch.float32)
+    x = d.sample((5,))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = d.log_prob(x)
+        y = d.sample((5,))
+        d.log_prob(y)
+    for value in (x, y):
+        expected = fresh(d).log_prob(value)
+        torch.testing.assert_close(d.log_prob(value), expected, rtol=0, atol=CLOSE)
+    with torch.autocast("cpu", torch.float16):
+        assert not torch.equal(d.log_prob(x), inside)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(d.log_prob(x), inside)
+
+
 # Gradients
+
+
+GRADED = {
+    **SUPPORTS,
+    "corr_cholesky": constraints.corr_cholesky,
+    "gaussianized": Gaussianized(
+        constraints.real_vector,
+        MarginalTransform(*with_slopes(*torch.tensor([[[-3.0, 0, 3]] * 2, [[-4.0, 0, 1]] * 2]))),
+    ),
+}
+
+
+@pytest.mark.parametrize("support", sorted(GRADED))
+def test_a_gradient_in_a_draw_is_refused_and_those_of_weights_are_exact(support):
+    """A draw with a graph is not inverted: where it came from is found again."""
+    dim = 3 if support == "corr_cholesky" else 2
+    d = InterpolantDistribution(flow(dim=dim, steps=24), support=GRADED[support])
+    torch.manual_seed(1)
+    y = d.rsample((2,))
+    value = d.log_prob(y).sum()
+    torch.testing.assert_close(value, fresh(d).log_prob(y.detach()).sum(), rtol=0, atol=1e-4)
+    with pytest.raises(RuntimeError, match="used in the graph"):
+        torch.autograd.grad(value, y, retain_graph=True)
+    found = gradients(d.transform, value)
+    torch.manual_seed(1)
+    y = d.rsample((2,))
+    d.clear_cache()
+    expected = gradients(d.transform, d.log_prob(y).sum())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4)
 
 
 @every_support

@@ -22,7 +22,9 @@ from pyro_interpolant import (
     path_energy,
     reflow,
 )
+from pyro_interpolant.distributions.bases import WhitenedBase
 from pyro_interpolant.interpolants.nonlinear import wrap
+from pyro_interpolant.training.data import Table
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
@@ -70,6 +72,7 @@ def test_scalar_waves_shorten_the_path():
     assert result.energies[-1] == pytest.approx(reached, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
 def test_the_interpolant_rests_at_the_end_and_in_every_other_training():
     pair = GaussianTransport(4, 2)
@@ -117,6 +120,7 @@ def test_optimal_pairs_shorten_the_path():
     assert pair.energy(Linear()) > 1.1 * pair.w2()
 
 
+@pytest.mark.slow
 def test_two_data_sets_and_contexts():
     x0 = torch.randn(600, 2) - 3
     distribution = InterpolantDistribution(
@@ -131,6 +135,64 @@ def test_two_data_sets_and_contexts():
     )
     context = torch.rand(600, 1)
     learn_interpolant(conditional, x0, context=context, alternations=5, steps=5, **QUICK)
+
+
+def learned_path(dim=2):
+    path = LearnedInterpolant(2).double()
+    return InterpolantDistribution(interpolant_transform(dim, (8, 8), interpolant=path))
+
+
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
+def test_columns_of_a_frame_are_those_of_the_rows_that_the_map_is_set_from():
+    pd = pytest.importorskip("pandas")
+    distribution = learned_path()
+    distribution.columns = ("a", "b")
+    frame = pd.DataFrame(torch.randn(60, 2).numpy() + [30.0, 0.0], columns=["b", "a"])
+    options = {**QUICK, "batch_size": 32, "alternations": 1, "steps": 1, "tolerance": 10.0}
+    learn_interpolant(distribution, frame, **options)
+    assert distribution.columns == ("b", "a")
+    assert distribution.transform.flow.loc[0] > 20
+
+
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
+@pytest.mark.parametrize("options", [{"seed": 3}, {"seed": None}, {"validation": 0.3}])
+def test_no_row_held_out_at_the_end_is_learned_before(options, monkeypatch):
+    found = {"rows": [], "base": []}
+
+    def noted(kind, name):
+        plain = kind.split
+
+        def split(self, *given, **more):
+            outcome = plain(self, *given, **more)
+            found[name].append(outcome)
+            return outcome
+
+        monkeypatch.setattr(kind, "split", split)
+
+    noted(Table, "rows")
+    noted(WhitenedBase, "base")
+    quick = {**QUICK, "batch_size": 64, "alternations": 2, "steps": 2, **options}
+    x, base = torch.randn(100, 2), torch.randn(90, 2)
+    learn_interpolant(learned_path(), x, base_samples=base, **quick)
+    (first, last), (start, end) = found["rows"], found["base"]
+    assert len(first.held.w) == (30 if "validation" in options else 10)
+    assert torch.equal(first.held.w, last.held.w)
+    assert torch.equal(first.kept.w, last.kept.w)
+    assert all(torch.equal(a.base.rows, b.base.rows) for a, b in zip(start, end, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
+def test_the_alternation_takes_weights_and_pairs_too():
+    def energies(data, **options):
+        torch.manual_seed(1)
+        quick = {**QUICK, "batch_size": 64, "alternations": 2, "steps": 2}
+        return learn_interpolant(learned_path(), data, **quick, **options).energies
+
+    x = torch.randn(200, 2)
+    with_others = torch.cat((x, torch.full((100, 2), torch.nan)))
+    weighted = energies(x, weights=torch.ones(200))
+    assert energies(with_others, weights=torch.arange(300) < 200) == weighted
+    assert energies(x, pairs=x) != energies(x)
 
 
 @pytest.mark.parametrize("options", [{"modes": 2}, {"modes": 2, "event_dim": 1, "matrices": True}])
@@ -200,6 +262,7 @@ def test_reflow_straightens_the_paths(ring_flow):
     assert not result.distribution.transform.flow.independent
 
 
+@pytest.mark.slow
 def test_reflow_of_a_given_base_and_of_contexts():
     base = dist.Normal(torch.tensor([4.0, 0.0]), torch.ones(2)).to_event(1)
     distribution = InterpolantDistribution(interpolant_transform(2, (16, 16)), base)

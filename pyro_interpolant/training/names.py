@@ -1,0 +1,56 @@
+r"""By which names the columns of data frames are taken, whatever order they come in."""
+
+from typing import Any, NamedTuple
+
+from ..distributions.constraints import context_in_order, names_of
+from ..distributions.interpolant import AnyDistribution
+from ..distributions.joint import NamedSites, rows_by_name
+
+
+class Names(NamedTuple):
+    """The names of the columns of rows and of contexts, in the order that a flow is trained on.
+
+    Attributes:
+        rows: Those of rows, or nothing; of named sites, which have names of their own, nothing.
+        contexts: Those of contexts, or nothing.
+    """
+
+    rows: tuple[str, ...]
+    contexts: tuple[str, ...]
+
+    @classmethod
+    def for_training(
+        cls, distribution: AnyDistribution, data: object, context: object, *, anew: bool
+    ) -> "Names":
+        """Return those of a distribution and of data frames, of which the former go first.
+
+        Args:
+            distribution: What is trained.
+            data: What it is trained on.
+            context: Their contexts, or None.
+            anew: Whether a new map is set from the data, so that the names of theirs go first.
+        """
+        rows = () if isinstance(distribution, NamedSites) else names_of(data)
+        pairs = (
+            (rows, distribution.columns),
+            (names_of(context), distribution.context_columns),
+        )
+        return cls(*(found or known if anew else known or found for found, known in pairs))
+
+    def ordered(
+        self, distribution: AnyDistribution, rows: Any, context: Any = None, *, name: str = "data"
+    ) -> tuple[Any, Any]:
+        """Return rows, and contexts or None, with the columns of data frames in this order.
+
+        Args:
+            distribution: What is trained.
+            rows: Rows, shape ``(N, *event_shape)``, a data frame, or named draws.
+            context: Contexts, shape ``(N, C)``, a data frame of them, or None.
+            name: What to call the rows in messages.
+
+        Raises:
+            TypeError: If they are no numbers.
+            ValueError: If a data frame has columns of other names.
+        """
+        rows = rows_by_name(distribution, rows, self.rows, name)
+        return rows, None if context is None else context_in_order(context, self.contexts)

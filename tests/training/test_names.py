@@ -1,0 +1,176 @@
+"""Columns of data frames are taken by their names, in whatever order they come."""
+
+import copy
+import pickle
+
+import pandas as pd
+import pytest
+import torch
+from cases import OwnVelocity
+from pyro.distributions import constraints
+
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+    JointInterpolantDistribution,
+    Latent,
+    Linear,
+    VelocityMLP,
+    conditional_interpolant_transform,
+    fit,
+    from_samples,
+    interpolant_transform,
+    load,
+    save,
+)
+from pyro_interpolant.diagnostics import pit
+from pyro_interpolant.training.data import Table
+from pyro_interpolant.training.streaming import Stream
+
+pytestmark = [
+    pytest.mark.usefixtures("_few_held_draws"),
+    # Few steps, on purpose: what is learned does not matter.
+    pytest.mark.filterwarnings("ignore:the fit came out wrong"),
+]
+
+QUICK = {"steps": 3, "seed": 0, "progress": False, "tolerance": 10.0}
+SITES = {
+    "mu": ((), constraints.real),
+    "w": ((2,), constraints.real),
+    "sigma": ((), constraints.positive),
+}
+
+
+def frame_of(**columns):
+    return pd.DataFrame({name: value.numpy() for name, value in columns.items()})
+
+
+def two_columns(count=200):
+    """Columns of other locations and scales, and the same frame with them swapped."""
+    frame = frame_of(a=torch.randn(count), b=30 + 5 * torch.randn(count))
+    return frame, frame[["b", "a"]]
+
+
+def latent_flow():
+    transform = interpolant_transform(2, (8,), interpolant=Latent(Linear()))
+    return InterpolantDistribution(transform)
+
+
+def joint_and_draws():
+    joint = JointInterpolantDistribution(interpolant_transform(4, (8,)), sites=SITES)
+    draws = {"mu": torch.randn(50), "w": torch.randn(50, 2), "sigma": torch.randn(50).exp()}
+    w = draws["w"]
+    columns = {"sigma": draws["sigma"], "w[1]": w[:, 1], "mu": draws["mu"], "w[0]": w[:, 0]}
+    return joint, draws, columns
+
+
+def test_a_frame_of_named_sites_is_on_their_supports():
+    joint, draws, columns = joint_and_draws()
+    frame = frame_of(**columns)
+    expected = Table(joint, draws, None).rows.w
+    assert torch.equal(Table(joint, frame, None).rows.w, expected)
+    for data in (draws, frame):
+        assert torch.equal(Table(joint, data, frame[:5]).rows.w[-5:], expected[:5])
+    assert torch.equal(Stream(joint, [frame], frame[:5]).given.w, expected[:5])
+    assert torch.equal(Stream(joint, [frame], 0.1).rows(frame, 0).w, expected)
+    absent = frame_of(**{**columns, "sigma": draws["sigma"].clone().index_fill(0, SOME, -1.0)})
+    mask = torch.ones(50).index_fill(0, SOME, 0.0)
+    assert torch.equal(Table(joint, absent, None, weights=mask).rows.w, expected[mask > 0])
+    stream = Stream(joint, [(absent, mask)], 0.1)
+    assert torch.equal(stream.rows((absent, mask), 0).w, expected[mask > 0])
+
+
+SOME = torch.tensor([0, 7])
+
+
+def test_named_sites_refuse_other_columns_and_keep_no_names():
+    joint, draws, columns = joint_and_draws()
+    frame = frame_of(**columns)
+    with pytest.raises(
+        ValueError, match=r"data with the columns \['mu', 'w\[0\]', 'w\[1\]', 'sigma'\].*got \['0"
+    ):
+        Table(joint, pd.DataFrame(joint.pack(draws).numpy()), None)
+    with pytest.raises(ValueError, match="expected validation with the columns"):
+        Table(joint, draws, frame.rename(columns={"mu": "m"}))
+    assert Table(joint, frame, None).names == ((), ())
+
+
+@pytest.mark.parametrize("kept", [{"whiten": False}, {"learn": "noise"}], ids=["map", "noise"])
+def test_a_map_that_is_kept_keeps_its_columns(kept):
+    frame, swapped = two_columns()
+    d = latent_flow()
+    fit(d, frame, **QUICK)
+    losses = []
+    for data in (frame, swapped):
+        again = copy.deepcopy(d)
+        losses.append(fit(again, data, **kept, **QUICK).validation_losses)
+        assert again.columns == ("a", "b")
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"expected data with the columns \['a', 'b'\]"):
+        fit(d, frame.rename(columns={"a": "z"}), **kept, **QUICK)
+    fit(d, swapped, **QUICK)
+    assert d.columns == ("b", "a")
+
+
+def test_a_flow_without_names_takes_those_of_the_data_and_orders_rows_held_out():
+    frame, swapped = two_columns()
+    d = latent_flow()
+    table = Table(d, frame, swapped[:5], anew=False)
+    assert torch.equal(table.rows.w[-5:], table.rows.w[:5])
+    assert table.names == (("a", "b"), ())
+
+
+def test_frames_of_an_iterable_go_by_the_names_of_the_first():
+    frame, swapped = two_columns()
+    d = from_samples([frame[:100], swapped[100:]], **QUICK)
+    assert d.columns == ("a", "b")
+    assert float(d.transform.flow.loc[0].abs()) < 1
+    assert torch.equal(Stream(d, [frame], swapped).given.w, torch.tensor(frame.to_numpy()))
+
+
+def of_contexts():
+    """Outcomes, a frame of contexts, and the same with its columns swapped."""
+    contexts, swapped = two_columns()
+    return torch.randn(200) + torch.tensor(contexts["a"].to_numpy()), contexts, swapped
+
+
+def test_contexts_of_a_frame_keep_their_names(tmp_path):
+    y, contexts, swapped = of_contexts()
+    found, network = [], VelocityMLP(1, (8,), 2)
+    for held in (contexts, swapped):
+        options = {"network": copy.deepcopy(network), "validation": (y[:50], held[:50]), **QUICK}
+        found.append(from_samples(y, context=contexts, **options))
+    assert found[0].report.held_out == found[1].report.held_out
+    d = found[0]
+    save(d, tmp_path / "contexts.safetensors")
+    copies = copy.deepcopy(d), pickle.loads(pickle.dumps(d)), d.without_support()
+    for other in (d, load(tmp_path / "contexts.safetensors"), *copies):
+        assert other.context_columns == ("a", "b")
+    assert torch.equal(pit(d, y, swapped).values, pit(d, y, contexts).values)
+    with pytest.raises(ValueError, match=r"context with the columns \['a', 'b'\].*got \['b', 'z"):
+        pit(d, y, swapped.rename(columns={"a": "z"}))
+
+
+def test_contexts_of_a_frame_go_by_name_where_the_map_is_kept():
+    y, contexts, swapped = of_contexts()
+    d = ConditionalInterpolantDistribution(conditional_interpolant_transform(1, 2, (8,)))
+    fit(d, y[:, None], context=contexts, **QUICK)
+    expected = Table(d, y[:, None], None, context=contexts).rows.context
+    mask = torch.ones(200).index_fill(0, SOME, 0.0)
+    for anew, weights in ((False, None), (False, mask)):
+        table = Table(d, y[:, None], None, context=swapped, weights=weights, anew=anew)
+        assert torch.equal(table.rows.context, expected if weights is None else expected[mask > 0])
+        assert table.names == ((), ("a", "b"))
+    batch = y[:, None], swapped
+    assert torch.equal(Stream(d, [batch], batch).given.context, expected)
+    assert torch.equal(Stream(d, [batch], 0.1).rows(batch, 0).context, expected)
+    fit(d, y[:, None], context=swapped, **QUICK)
+    assert d.context_columns == ("b", "a")
+
+
+def test_labels_that_a_network_sees_one_hot_have_no_names():
+    labels = pd.DataFrame({"kind": [0, 1, 2, 1] * 50})
+    d = from_samples(
+        torch.randn(200, 2), context=labels, network=OwnVelocity(2, 3).double(), **QUICK
+    )
+    assert d.context_columns == ()
