@@ -244,6 +244,7 @@ def main():
     scratch = tempfile.TemporaryDirectory()
     if args.smoke:
         args.dims, args.seeds, args.steps, args.alternations = [2], 1, 20, 3
+        args.methods = ["scalar"]
         args.pairs, args.out = 2000, Path(scratch.name) / "smoke.jsonl"
     torch.set_num_threads(1)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,9 @@ RUN = [
 @pytest.mark.parametrize("path", RUN, ids=map(name, RUN))
 def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
     if path.stem == "numpyro":
-        pytest.importorskip("jax")
+        jax = pytest.importorskip("jax")
+        # Most of the time is compiling.
+        jax.config.update("jax_disable_most_optimizations", val=True)
     if path.stem == "images":
         pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)

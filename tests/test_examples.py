@@ -22,8 +22,10 @@ def run(program, *arguments, cwd):
         pytest.skip("needs NumPyro")
     if program.stem.startswith("images") and importlib.util.find_spec("diffusers") is None:
         pytest.skip("needs diffusers")
-    # One thread, as the tests beside it: more would only wait for one another.
+    # One thread, as the tests beside it: more would only wait for one another. Most of the time of
+    # what is compiled for a few calls is compiling.
     environment = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     done = subprocess.run(
         [sys.executable, str(program), *arguments],
         cwd=cwd,

@@ -33,6 +33,7 @@ from .amortization import (
     JUDGED_ROWS,
     AmortizedResult,
     Region,
+    are_enough,
     check_posterior,
     is_inside,
     likely_point_of,
@@ -40,20 +41,14 @@ from .amortization import (
     sentence,
     tell_of_fewer,
     truncated,
+    untrained_posterior,
     verdict_on,
 )
 from .autoguide import AutoInterpolant, GuideResult
 from .log_density import known_log_joint
+from .runs import check_rows_count, example_of, is_alike, is_sampled
 from .simulated_batches import SimulatedBatches
-from .simulation import (
-    Simulations,
-    Simulator,
-    Source,
-    check_rows_count,
-    example_of,
-    is_alike,
-    is_sampled,
-)
+from .simulation import Simulations, Simulator, Source
 from .sites import LatentSites, Model, Nodes, Site, unwrapped_model
 
 _SIMULATIONS = 10_000
@@ -100,13 +95,16 @@ class AmortizedInterpolant(AutoInterpolant):
         model: A Pyro model that simulates its data: what it observes are sample sites, not
             factors; its latent sites are continuous, of fixed shapes and supports.
         observed: The names of the sites that the latents are given: observed sample sites, or
-            deterministic functions of them. Where data are missing, such a function holds them
-            with zeros in their places, and a mask beside them; the guide is then to be trained
-            with data of the right shapes in the arguments, whose values do not matter.
+            deterministic functions of them. Other sites that the model observes keep their
+            values. Where data are missing, such a function holds them with zeros in their places,
+            and a mask beside them; the guide is then to be trained with data of the right shapes
+            in the arguments, whose values do not matter, as all that is observed is drawn: fix a
+            site by ``pyro.do`` there.
         embedding: A module that is called with the observed sites, each ``(N, *site_shape)``, and
             returns ``(N, E)``, trained along, such as :class:`~pyro_interpolant.nn.SetEmbedding`;
             by default the network sees all numbers.
-        posterior: A posterior that is trained already, as :func:`~pyro_interpolant.load` gives it.
+        posterior: A posterior that is trained already, as :func:`~pyro_interpolant.load` gives it:
+            of the latent sites on their supports, given the observed ones in this order.
         hidden_dims: The widths of the velocity's hidden layers.
         num_workers: How many processes simulate where the model can only be run for one simulation
             at a time; 0 for this one alone. They import the model, and with one seed they give the
@@ -167,11 +165,8 @@ class AmortizedInterpolant(AutoInterpolant):
         self.shapes = {name: shapes[name] for name in self.observed}
         embedding, posterior = self._given
         if posterior is None:
-            velocity = EmbeddedVelocity(
-                self.latent_dim, list(self.shapes.values()), embedding, self._hidden_dims
-            )
-            transform = ConditionalInterpolantTransform(velocity).to(loc)
-            posterior = ConditionalJointInterpolantDistribution(transform, sites=sites.sites)
+            given = embedding, self._hidden_dims
+            posterior = untrained_posterior(sites, self.shapes, *given, loc)
         check_posterior(posterior, sites, self.shapes)
         self.transform, self._posterior = posterior.transform, posterior
         self.transform.eval()  # dropout is for the regression: SVI and draws do without
@@ -314,7 +309,8 @@ class AmortizedInterpolant(AutoInterpolant):
         """
         if self._example is None or not all(is_sampled(nodes[name]) for name in self.observed):
             return
-        example = example_of(functools.partial(unwrapped_model(self.model), *args, **kwargs))
+        model = functools.partial(unwrapped_model(self.model), *args, **kwargs)
+        example = example_of(model, self.observed)
         if not is_alike(example, self._example):
             warn_user(
                 "the arguments of the model make other simulations than those of its training: "
@@ -370,7 +366,7 @@ class AmortizedInterpolant(AutoInterpolant):
                 "of simulations made elsewhere, from_samples(latents, context=data, ...) learns "
                 "what guide.posterior holds"
             )
-        first, second = (example_of(sites.model) for _ in range(2))
+        first, second = (example_of(sites.model, self.observed) for _ in range(2))
         # Alike, unless the model draws numbers that are not torch's.
         self._example = first if is_alike(first, second) else None
         count: Any = _SIMULATIONS if source.simulations is None else source.simulations
@@ -461,9 +457,12 @@ class AmortizedInterpolant(AutoInterpolant):
                 regions.append(region(ended.condition(known)))
                 late = clock.moment((i + _SIMULATING) / source.rounds)
                 new = truncated(simulator, regions, count, self.posterior.pack, late)
-            tell_of_fewer(len(new.log_prior) + new.improper, count, simulator)
-            inside = is_inside(regions, self.posterior.pack(found.latents))
-            found = Simulations.joined([found.take(inside), new])
+            inside = found.take(is_inside(regions, self.posterior.pack(found.latents)))
+            found = inside if new is None else Simulations.joined([inside, new])
+            if not are_enough(found, count, i + 1):
+                break
+            there = 0 if new is None else len(new.log_prior) + new.improper
+            tell_of_fewer(there, count, simulator)
             training = self._regress(found, clock, (i + 1) / source.rounds, settings)
         posterior = self.posterior.condition(known)
         return self._judged(posterior, known_log_joint(sites), clock, seed, training)

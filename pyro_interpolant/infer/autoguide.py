@@ -33,6 +33,7 @@ from ..transforms.interpolant import InterpolantTransform
 from .amortization import AmortizedResult
 from .importance_sampling import are_raw_draws_good, importance_of, verdict_with_warning
 from .log_density import LogJoint, known_log_joint, prior_draws
+from .quantiles import SPREAD_DRAWS, quantiles_of, spread_of
 from .simulation import Source
 from .sites import (
     Imaged,
@@ -45,7 +46,6 @@ from .sites import (
 from .smc.flow_proposal import affordable_draws
 from .smc.train import RoundsResult, train_from_density
 
-_QUANTILE_POINTS = 4096  # of the base
 _MAX_DEEP_DIM = 12  # latent dimensions: a funnel in 10 was learned better by a deeper network
 
 
@@ -208,13 +208,14 @@ class AutoInterpolant(AutoContinuous):
 
     @torch.no_grad()
     def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Return the marginal medians of the latent sites, each of the site's shape.
+        """Return a point in the middle of the latent sites, on their supports, of their shapes.
 
-        They are taken of each unconstrained dimension, over 4,096 quasi-random points of the base
-        (always the same), then constrained.
+        It has the median of each unconstrained dimension, so that real and positive numbers and
+        those of an interval have their marginal medians. Those of a simplex or a matrix, which
+        :meth:`quantiles` gives, need not lie on the support together.
         """
-        found = self.quantiles([0.5], *args, **kwargs)
-        return {name: value[0] for name, value in found.items()}
+        middle = quantiles_of(spread_of(self.get_posterior(*args, **kwargs)), [0.5])
+        return {name: value[0] for name, value in LatentSites(self).unpack(middle).items()}
 
     @torch.no_grad()
     def quantiles(
@@ -222,19 +223,15 @@ class AutoInterpolant(AutoContinuous):
     ) -> dict[str, Tensor]:
         """Return marginal quantiles of the latent sites, each ``(Q, *site_shape)``.
 
-        They are taken as in :meth:`median`.
+        They are those of each number of a site, over 4,096 quasi-random draws, always the same.
 
         Args:
             quantiles: Q numbers between 0 and 1.
             *args: The arguments of the model, of which the guide's flow may be a function.
             **kwargs: Its named arguments.
         """
-        engine = torch.quasirandom.SobolEngine(self.latent_dim, scramble=True, seed=0)
-        loc = self.transform.flow.loc
-        uniform = engine.draw(_QUANTILE_POINTS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
-        z = self.get_transform(*args, **kwargs)(torch.special.ndtri(uniform).to(loc))
-        levels = torch.as_tensor(quantiles, dtype=z.dtype, device=z.device)
-        return LatentSites(self).unpack(torch.quantile(z, levels, dim=0))
+        draws = LatentSites(self).unpack(spread_of(self.get_posterior(*args, **kwargs)))
+        return {name: quantiles_of(value, quantiles) for name, value in draws.items()}
 
     @torch.no_grad()
     def start_from(
@@ -260,7 +257,7 @@ class AutoInterpolant(AutoContinuous):
         ours, theirs = (LatentSites(g, *args, **kwargs).shapes for g in (self, other))
         if list(ours.items()) != list(theirs.items()):
             raise ValueError(f"expected a guide of the sites {ours}, got one of {theirs}")
-        z = other.get_posterior(*args, **kwargs).sample((_QUANTILE_POINTS,))
+        z = other.get_posterior(*args, **kwargs).sample((SPREAD_DRAWS,))
         m = moments(z)
         self.transform.flow.whitening.set(m.loc, m.linear)
         return self

@@ -368,7 +368,9 @@ def of_population(
         ValueError: If they are of another shape or number, or there are none and there must be.
     """
     flow = distribution.transform.flow
-    c = None if context is None else contexts_of_rows(context, flow, len(rows), "rows of y")
+    c, names = None, distribution.context_columns
+    if context is not None:
+        c = contexts_of_rows(context, flow, names, len(rows), "rows of y")
     distribution.given(None if c is None else c[:1])  # or raise
     return dataclasses.replace(rows.to(flow.loc), context=c)
 

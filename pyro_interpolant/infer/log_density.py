@@ -29,9 +29,12 @@ from .sites import (
     subsampling_plates,
     unchecked,
 )
-from .validity import innermost, is_valid
+from .validity import innermost, is_valid, log_prob_left_out, without_masks
 
 _PROBES = 3  # draws on which a batched evaluation is compared with single ones
+_MANY = 100  # of them at once, again and again the same ones
+_ROUNDING = 1e-7  # relatively, of float32
+_MARGIN = 10.0  # times the rounding of a sum of terms of this size, and that of z
 _NUMBERS_AT_ONCE = 2**22  # of all sites and their log densities together, evaluated in one go
 
 Batching = Literal["plate", "vmap"]
@@ -98,31 +101,49 @@ class LogJoint:
 
     def by(self, batching: Batching) -> Evaluate:
         """Return a function from z, ``(N, D)``, to log densities, ``(N,)``, all in one run."""
-        each = torch.func.vmap(self.single, randomness="same")
-        return self.by_plate if batching == "plate" else each
+        parts = self.parts_by(batching)
+        return lambda z: parts(z).sum(0)
 
-    def by_plate(self, z: Tensor) -> Tensor:
-        """Return the log density, shape ``(N,)``, of z, ``(N, D)``, in an outermost plate."""
-        values, total = self.sites.constrain(z.reshape(len(z), *(1,) * self.nesting, -1))
+    def parts_by(self, batching: Batching) -> Evaluate:
+        """Return a function from z, ``(N, D)``, to the parts of log densities, ``(1 + S, N)``.
+
+        The first part is the log-determinant, the others are those of the S sites that have any.
+        """
+        each = torch.func.vmap(self.parts, out_dims=1, randomness="same")
+        return self.parts_by_plate if batching == "plate" else each
+
+    def parts_by_plate(self, z: Tensor) -> Tensor:
+        """Return the parts, shape ``(1 + S, N)``, of z, ``(N, D)``, in an outermost plate."""
+        values, log_det = self.sites.constrain(z.reshape(len(z), *(1,) * self.nesting, -1))
+        parts = [log_det]
         for site in _scored(self.trace(values, len(z))):
-            log_prob = _where_valid(site, self.sites.shapes)
+            log_prob = _log_prob(site, self.sites.shapes)
             if log_prob.dim() > self.nesting + 1:
                 raise ValueError(f"site {site['name']!r} has a shape that the plate does not know")
             if log_prob.dim() <= self.nesting:  # not a function of z
                 log_prob = log_prob.sum().expand(len(z))
-            total = total + log_prob.reshape(log_prob.shape[0], -1).sum(-1)
-        return total
+            parts.append(log_prob.reshape(log_prob.shape[0], -1).sum(-1).expand(len(z)))
+        return torch.stack(parts)
 
-    def single(self, z: Tensor) -> Tensor:
-        """Return the log density, a scalar, of one vector, shape ``(D,)``."""
-        values, total = self.sites.constrain(z)
-        for site in _scored(self.trace(values)):
-            total = total + _where_valid(site, self.sites.shapes).sum()
-        return total
+    def parts(self, z: Tensor) -> Tensor:
+        """Return the parts of the log density, shape ``(1 + S,)``, of one vector, ``(D,)``."""
+        values, log_det = self.sites.constrain(z)
+        scored = _scored(self.trace(values))
+        return torch.stack([log_det, *(_log_prob(s, self.sites.shapes).sum() for s in scored)])
 
     def one_by_one(self, z: Tensor) -> Tensor:
-        """Return the log density, shape ``(N,)``, of z, ``(N, D)``, by N runs of the model."""
-        return torch.stack([nan_to_minus_inf(self.single, row) for row in z])
+        """Return the parts, shape ``(1 + S, N)``, of z, ``(N, D)``, by N runs of the model.
+
+        Raises:
+            ValueError: If one run has other sites than another.
+        """
+        parts = [nan_to_minus_inf(self.parts, row) for row in z]
+        if len({len(each) for each in parts}) > 1:
+            raise ValueError(
+                "expected the same sites at all values of the latent ones, got a model that "
+                f"branches on them. {TO_BATCH}"
+            )
+        return torch.stack(parts, 1)
 
     def trace(self, values: dict[str, Tensor], count: int | None = None) -> Nodes:
         """Return the sites of the model, with log densities, at values ``(*, *site_shape)``.
@@ -134,7 +155,7 @@ class LogJoint:
 
         def run() -> None:
             with contextlib.nullcontext() if count is None else self.plate(count):
-                with Substitute(values):
+                with Substitute(values, self.sites.shapes):
                     self.model()
 
         with poutine.block():
@@ -153,7 +174,9 @@ def log_joint(target: AutoContinuous | Model, *args: object, **kwargs: object) -
     The function takes many vectors at once: with the model in a plate to the left of all its
     plates, as Pyro's vectorised particles, where that gives the values it has one by one; else
     under :func:`torch.func.vmap`, for models that index or loop over their values. Masks, scales
-    and factors count; deterministic sites do not.
+    and factors count; deterministic sites do not. A tensor that masks out rows of a latent site
+    leaves them their own density, without which the whole has no integral: so do rows of an
+    ``obs_mask`` that are there.
 
     Args:
         target: A model, or an :class:`~pyro.infer.autoguide.AutoContinuous` guide of it.
@@ -224,23 +247,28 @@ def nan_to_minus_inf(evaluate: Evaluate, z: Tensor) -> Tensor:
 
 
 def _batching(density: LogJoint, center: Tensor) -> Batching:
-    """Return the first way to evaluate many draws at once that agrees with one at a time."""
-    z, values = _probes(density, center)
-    expected = torch.cat((values[:-1], values))
-    tolerance = 1e-6 if z.dtype == torch.float64 else 1e-3
-    problems = []
+    """Return the first way to evaluate many draws at once that agrees with one at a time.
+
+    They agree at each site by itself, whose rounding would hide what is wrong at a smaller one;
+    and many draws at once, where a sum over all of them, in place of one's own, goes far off.
+    """
+    z, names, values, tolerances = _probes(density, center)
+    counts = (_PROBES - 1, _PROBES, min(_MANY, density.rows))
+    indices, problems = [torch.arange(count) % _PROBES for count in counts], []
+    expected = values[:, torch.cat(indices)]
     for batching in get_args(Batching):
         try:
-            sizes = (len(z) - 1, len(z))
-            found = torch.cat([nan_to_minus_inf(density.by(batching), z[:k]) for k in sizes])
-            error = float(((found - expected) / (1 + expected.abs())).abs().max())
+            parts = density.parts_by(batching)
+            found = torch.cat([nan_to_minus_inf(parts, z[index]) for index in indices], 1)
+            errors = (found - expected).abs().amax(1)
         except Exception as failure:  # whatever a model does with shapes it does not expect
             what = str(failure).partition("\n")[0]  # Pyro adds its trace
             problems.append(f"by {batching} it fails with {type(failure).__name__}: {what}")
             continue
-        if error <= tolerance:
+        if bool((errors <= tolerances).all()):
             return batching
-        problems.append(f"by {batching} its log density is wrong by {error:.2g}, relatively")
+        worst = int((errors / tolerances).argmax())
+        problems.append(f"by {batching} {names[worst]} is off by {float(errors[worst]):.2g} nats")
     raise ValueError(
         "expected a model that can be evaluated for many draws at once, in a plate to the left of "
         f"its own or under torch.func.vmap, got one for which {'; '.join(problems)}. "
@@ -248,8 +276,13 @@ def _batching(density: LogJoint, center: Tensor) -> Batching:
     )
 
 
-def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, Tensor]:
-    """Return draws near the initial point, shape ``(K, D)``, and their log densities, ``(K,)``."""
+def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, list[str], Tensor, Tensor]:
+    """Return draws near the initial point, and what their log densities are made of.
+
+    Returns:
+        The draws, shape ``(K, D)``; what the parts are; their values, shape ``(1 + S, K)``, by
+        single runs; and how far from them values may be, shape ``(1 + S,)``.
+    """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(_PROBES, len(center), generator=generator, dtype=center.dtype).to(center)
     for scale in (0.5, 0.05, 0.005):
@@ -260,19 +293,26 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, Tensor]:
     else:
         raise ValueError(
             "expected a finite log density near the initial point, got "
-            f"{[round(v, 3) for v in values.tolist()]}: pass another init_loc_fn to the guide"
+            f"{[round(v, 3) for v in values.sum(0).tolist()]}: pass another init_loc_fn to the "
+            "guide"
         )
-    _checked_trace(density, z[0])
+    scored = list(_scored(_checked_trace(density, z[0])))
     with seeded(1):
         torch.rand(1)
         again = density.one_by_one(z)
-    if not torch.allclose(again, values, rtol=1e-6, atol=1e-6):
+    if not torch.allclose(again.sum(0), values.sum(0), rtol=1e-6, atol=1e-6):
         raise ValueError(
             "expected a log density without noise, got two values for the same latent sites: a "
             "site that poutine.block hides, or randomness of the model's own. Marginalise hidden "
             "sites, and fix what is random"
         )
-    return z, values
+    names = ["the log-determinant", *(f"site {site['name']!r}" for site in scored)]
+    counts = [z.shape[1], *(s["value"].numel() + s["log_prob"].numel() for s in scored)]
+    # Relatively. No less than in float32, in which a part of any model may be computed.
+    rounding = max(_ROUNDING, 8 * torch.finfo(z.dtype).eps)
+    change = (density.one_by_one(z + rounding * noise * z) - values).abs().nan_to_num(0.0, 0.0)
+    size = values.abs().amax(1) + z.new_tensor(counts)
+    return z, names, values, _MARGIN * (rounding * size + change.amax(1))
 
 
 def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
@@ -304,11 +344,18 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
     return trace
 
 
-def _where_valid(site: Site, latents: Collection[str]) -> Tensor:
+def _log_prob(site: Site, latents: Collection[str]) -> Tensor:
     """Return a site's log density, shape ``(*)``, ``-inf`` where it is that of nothing."""
-    value = None if site["name"] in latents else site["value"]  # those come from the support
-    valid, mask, log_prob = is_valid(site["fn"], value), site["mask"], site["log_prob"]
-    if valid is None or mask is False:
+    fn, value, mask, log_prob = site["fn"], site["value"], site["mask"], site["log_prob"]
+    if mask is False:
+        return log_prob
+    if site["name"] in latents:
+        left_out = log_prob_left_out(fn, value, mask=mask)
+        if left_out is not None:
+            log_prob = log_prob + left_out
+        fn, value, mask = without_masks(fn), None, None  # the value comes from the support
+    valid = is_valid(fn, value)
+    if valid is None:
         return log_prob
     if isinstance(mask, Tensor):
         valid = valid | ~mask

@@ -16,8 +16,10 @@ import pyro
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.distributions import Distribution
 
 from ..distributions.constraints import as_tensor, checked_rows
+from .validity import is_valid
 
 _ASYMMETRY = 1e-4  # of a covariance, in units of the standard deviations
 
@@ -280,7 +282,7 @@ class _Function:
         self.noise = noise
 
     def __call__(self, x: Tensor, y: Tensor, row: Tensor | None) -> Tensor:
-        r"""Return :math:`\log p(y | x)`, shape ``(*)``."""
+        r"""Return :math:`\log p(y | x)`, shape ``(n, S)``, ``-inf`` where x makes y impossible."""
         with pyro.validation_enabled(is_validate=False):  # y may be impossible under some x
             found = self.noise(x, row)
             if not hasattr(found, "log_prob"):
@@ -289,4 +291,11 @@ class _Function:
                     f"{type(found).__name__}"
                 )
             log_prob = found.log_prob(y)
-        return log_prob.reshape(*log_prob.shape[:2], -1).sum(-1)
+            valid = is_valid(found, y) if isinstance(found, Distribution) else None
+        log_prob = log_prob.reshape(*log_prob.shape[:2], -1).sum(-1)
+        if valid is None:
+            return log_prob
+        # The shape of all numbers of y: a distribution of one's own may have summed over some.
+        shape = torch.broadcast_shapes(valid.shape, y.shape[: y.dim() - len(found.event_shape)])
+        valid = valid.expand(shape).reshape(*shape[:2], -1).all(-1)
+        return torch.where(valid, log_prob, -math.inf)

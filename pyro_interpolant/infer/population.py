@@ -34,7 +34,7 @@ from ..distributions.constraints import (
 )
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.supports import BijectiveSupport, CircularSupport, support_of
-from ..training.building import contexts_for, from_samples
+from ..training.building import context_names, contexts_for, from_samples
 from ..training.clock import Clock, Seconds
 from ..training.loop import check_ranges
 from .expectation_maximization import NoisyRows, PosteriorDraws, held_out, learn
@@ -127,10 +127,11 @@ def from_noisy_samples(
     with seeded(seed):
         first, index = _start_rows(rows, shaped(support, event_shape), start)
     rows.check(first)
-    context = _checked_context(context, rows.y, network)
+    context, names = _checked_context(context, rows.y, network)
     options: dict[str, Any] = {"support": support, "event_shape": event_shape, "network": network}
     options |= {"marginals": marginals, "seed": seed}
-    distribution = _wide(first, None if context is None else context[index], options, steps, clock)
+    contexts = None if context is None else context[index]
+    distribution = _wide(first, contexts, names, options, steps, clock)
     catalogue = NoisyRows(of_population(rows, distribution, context))
     rest = _rest(steps, clock)
     learn(distribution, catalogue, rest, clock, validation, seed=seed, progress=progress)
@@ -215,7 +216,7 @@ def from_posterior_samples(
             "them"
         )
     held_out(len(x), validation)
-    context = _checked_context(context, x, network)
+    context, names = _checked_context(context, x, network)
     with seeded(seed):
         some = torch.randperm(x.shape[:2].numel())[: max(_START_DRAWS, len(x))].to(x.device)
     first = x.flatten(0, 1)[some]
@@ -226,13 +227,13 @@ def from_posterior_samples(
         "marginals": marginals,
         "seed": seed,
     }
-    distribution = _wide(first, contexts, options, steps, clock)
+    distribution = _wide(first, contexts, names, options, steps, clock)
     flow = distribution.transform.flow
     u = distribution.to_flow(x).to(flow.loc)
     with torch.no_grad():
         log_prior = log_prior.to(u) + distribution.space.onto(flow, u)[1]
     if context is not None:
-        context = contexts_of_rows(context, flow, len(x))
+        context = contexts_of_rows(context, flow, names, len(x))
     with seeded(seed):
         catalogue = PosteriorDraws(u, log_prior, context)
     rest = _rest(steps, clock)
@@ -242,8 +243,8 @@ def from_posterior_samples(
 
 def _checked_context(
     context: ArrayLike | None, rows: Tensor, network: nn.Module | None
-) -> Tensor | None:
-    """Return contexts, before there is a flow that takes them, or None of none.
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Return contexts, before there is a flow that takes them, or None of none, and their names.
 
     Args:
         context: Contexts, shape ``(N, C)``, labels, shape ``(N,)``, or None.
@@ -252,10 +253,11 @@ def _checked_context(
     """
     found, sizes = contexts_for(context, rows, network)
     if found is None or context is None:
-        return None
+        return None, ()
     if len(found) != len(rows):
         raise ValueError(f"expected {len(rows)} contexts, one each, got {len(found)}")
-    return as_tensor(context, "context") if len(sizes) == 2 else found  # labels stay labels
+    taken = as_tensor(context, "context") if len(sizes) == 2 else found  # labels stay labels
+    return taken, context_names(context, found)
 
 
 def _checked_clock(
@@ -364,12 +366,29 @@ def _start_steps(total: int) -> int:
 
 
 def _wide(
-    first: Tensor, context: Tensor | None, options: dict[str, Any], steps: int | None, clock: Clock
+    first: Tensor,
+    context: Tensor | None,
+    names: tuple[str, ...],
+    options: dict[str, Any],
+    steps: int | None,
+    clock: Clock,
 ) -> AnyDistribution:
-    """Return a flow trained on a wide start, rows of shape ``(M, *event_shape)``."""
+    """Return a flow trained on a wide start, rows of shape ``(M, *event_shape)``.
+
+    Args:
+        first: The rows.
+        context: Their contexts, or None.
+        names: Those of the columns of the contexts, or none.
+        options: For :func:`~pyro_interpolant.from_samples`.
+        steps: The number of steps in all, or None.
+        clock: What tells how much time there is.
+    """
     seconds = None if clock.limit == math.inf else _START_SHARE * clock.limit
     if steps is not None or seconds is None:
         options = {**options, "steps": _start_steps(int(steps or _STEPS))}
     with warnings.catch_warnings():  # about rows that are not what is learned
         warnings.simplefilter("ignore")
-        return from_samples(first, context=context, max_seconds=seconds, progress=False, **options)
+        options = {**options, "context": context, "max_seconds": seconds}
+        distribution = from_samples(first, progress=False, **options)
+    distribution.context_columns = names
+    return distribution

@@ -26,8 +26,16 @@ from torch.distributions import ComposeTransform, Transform, biject_to, constrai
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from .autoguide import AutoInterpolant
-from .sites import LatentSites, Model, Nodes, Site, check_fixed_support, unwrapped_model
-from .validity import innermost
+from .sites import (
+    LatentSites,
+    Model,
+    Nodes,
+    Site,
+    check_fixed_shape,
+    check_fixed_support,
+    unwrapped_model,
+)
+from .validity import innermost, log_prob_left_out
 
 _BASE = "_base"  # what a site in base space has after its name
 _FLOW = "_interpolant_flow"  # where a trace keeps the distribution of a site in base space
@@ -269,7 +277,8 @@ class Neutra:
         with self._start(*args, **kwargs):
             w = pyro.sample(first + _SITE, base.mask(mask=False))
         z = transform(w)
-        images = _Images({name: (real, t) for name, t, real in self.sites.split(z)}, z)
+        parts = {name: (real, t) for name, t, real in self.sites.split(z)}
+        images = _Images(parts, self.sites.shapes, z)
         with images:
             result = self.model(*args, **kwargs)
         if images.parts:
@@ -278,7 +287,7 @@ class Neutra:
                 f"{sorted(images.parts)}"
             )
         if poutine.get_mask() is not False:
-            log_det = images.log_det + transform.log_abs_det_jacobian(w, z)
+            log_det = images.total + transform.log_abs_det_jacobian(w, z)
             pyro.factor(first + _JACOBIAN, log_det)
         return result
 
@@ -338,15 +347,22 @@ class _Images(Messenger):
     Args:
         parts: The unconstrained value of each site, and the bijection by which its draws come
             back; each is taken out as its site comes.
+        shapes: The shape of each site.
         z: The vector, shape ``(*, D)``.
 
     Attributes:
-        log_det: The sum of the log-determinants so far, shape ``(*)``.
+        total: The sum so far of the log-determinants, and of the log densities of rows that are
+            masked out, shape ``(*)``.
     """
 
-    def __init__(self, parts: dict[str, tuple[Tensor, Transform]], z: Tensor) -> None:
+    def __init__(
+        self,
+        parts: dict[str, tuple[Tensor, Transform]],
+        shapes: Mapping[str, torch.Size],
+        z: Tensor,
+    ) -> None:
         super().__init__()
-        self.parts, self.log_det = parts, z.new_zeros(z.shape[:-1])
+        self.parts, self.shapes, self.total = parts, shapes, z.new_zeros(z.shape[:-1])
 
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] not in self.parts:
@@ -359,11 +375,15 @@ class _Images(Messenger):
         (real, known), fn = self.parts.pop(msg["name"]), msg["fn"]
         transform = biject_to(fn.support)
         value = transform(real)
+        check_fixed_shape(msg["name"], fn, value, self.shapes[msg["name"]])
         if constraints.is_dependent(type(innermost(fn)).support):
             check_fixed_support(msg["name"], value, known(real))
         log_det = transform.log_abs_det_jacobian(real, value)
         log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
-        self.log_det = self.log_det + log_det.sum_to_size(self.log_det.shape)
+        self.total = self.total + log_det.sum_to_size(self.total.shape)
+        left_out = log_prob_left_out(fn, value, mask=msg["mask"])
+        if left_out is not None:
+            self.total = self.total + left_out.sum_to_size(self.total.shape)
         score = 0.0 if poutine.get_mask() is False else fn.log_prob(value)
         msg["fn"] = dist.Delta(value, score, event_dim=fn.event_dim)
         msg["value"], msg["is_observed"] = value, True

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from ..distributions.constraints import as_tensor
-from ..training.rows import Rows
+from ..training.rows import Rows, keys_of
 from ..training.streaming import check_again
-from ..training.survey import keys_of
 from .amortization import JUDGED_ROWS, Pack
 from .simulation import Simulations, Simulator
 from .validity import all_of

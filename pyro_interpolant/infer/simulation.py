@@ -7,26 +7,22 @@ processes if asked.
 
 import contextlib
 import math
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from .._torch import is_functorch_tensor, seeded, warn_user
+from .._torch import seeded, warn_user
 from ..distributions.supports import BijectiveSupport
 from ..training.loop import check_ranges
-from .sites import LatentSites, Model, Nodes, Site, is_subsample, subsampling_plates, unchecked
+from .lanes import DrawnInLanes
+from .runs import AllDrawn, Stop, Unobserved, check_names, check_rows_count, is_sampled
+from .sites import LatentSites, Nodes, unchecked
 from .validity import all_of
 from .workers import called_in_workers
 
@@ -95,7 +91,10 @@ class Simulator:
 
     Attributes:
         shapes: The shapes of what is simulated, by name.
-        batching: How many simulations are drawn in one run of the model.
+        drawn: Which of the sites that the model observes are drawn: the observed ones, where all
+            of them are sample sites. The others keep their values. Else None, for all.
+        batching: How many simulations are drawn in one run of the model; one where it draws
+            numbers that are not torch's.
 
     Raises:
         ValueError: If a name is not in the model, or the model cannot be simulated.
@@ -105,6 +104,7 @@ class Simulator:
         self.latents, self.num_workers = sites.shapes, num_workers
         self.supports = {name: support for name, (_, support) in sites.sites.items()}
         self.model = sites.model
+        self.drawn: Sequence[str] | None = None
         try:
             nodes = self._run()
         except NotImplementedError as error:
@@ -112,18 +112,25 @@ class Simulator:
                 "expected a model that can be simulated, got a site that cannot be drawn from "
                 f"({error}): give improper priors a proper one"
             ) from error
-        _check_names(nodes, self.latents, observed)
+        check_names(nodes, self.latents, observed)
+        if all(is_sampled(nodes[name]) for name in observed):
+            self.drawn = observed
+            nodes = self._run()
+            self._check_kept(nodes)
         check_rows_count(nodes)
-        sampled = [k for k, n in nodes.items() if is_sampled(n) and k not in self.latents]
+        drawn = [k for k, n in nodes.items() if is_sampled(n) and not n["is_observed"]]
+        sampled = [k for k in drawn if k not in self.latents]
         names = list(dict.fromkeys([*sampled, *observed]))
         self.sampled = [*self.latents, *sampled]
         self.shapes = {name: nodes[name]["value"].shape for name in names}
         dims = [-f.dim for n in nodes.values() for f in n["cond_indep_stack"] if f.vectorized]
-        self.batch_dims = {name: len(nodes[name]["fn"].batch_shape) for name in self.sampled}
+        self.batch_dims = {k: len(n["fn"].batch_shape) for k, n in nodes.items() if is_sampled(n)}
         self.nesting = max([0, *dims, *self.batch_dims.values()])
         numbers = sum(nodes[name]["value"].numel() for name in [*self.latents, *names])
         self.rows = max(1, _NUMBERS_AT_ONCE // numbers)
         self.batching: Batching = self._best()
+        if num_workers > 0 and self.batching == "loop":
+            self._tell_of_own_generators()
 
     @torch.no_grad()
     def __call__(
@@ -192,27 +199,89 @@ class Simulator:
             good[name] = good[name] & inside.reshape(count, -1).all(1)
         return good
 
+    def _check_kept(self, nodes: Nodes) -> None:
+        """Raise a ValueError where an observed site that keeps its value is latent, or data.
+
+        Data depend on the latent sites, so that their density is another where those are.
+
+        Args:
+            nodes: The sites of a run.
+        """
+        kept = [name for name, n in nodes.items() if is_sampled(n) and n["is_observed"]]
+        latent = [name for name in kept if name in self.latents]
+        if latent:
+            raise ValueError(
+                f"expected sites {latent} to be latent, as when the guide was set up, got them "
+                "observed: set up a new guide with these arguments, guide(*args)"
+            )
+        if not kept:
+            return
+        pairs = zip(kept, *(self._log_probs(n, kept) for n in (nodes, self._run())), strict=True)
+        data = [name for name, one, other in pairs if not torch.allclose(one, other)]
+        if data:
+            raise ValueError(
+                f"expected all data among the observed sites {list(self.drawn or ())}, got {data} "
+                "observed too, which depend on the latent sites: AmortizedInterpolant(model, "
+                "observed=(...))"
+            )
+
     def _best(self) -> Batching:
         """Return the first way of many simulations in one run that works and is right."""
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of attempts that may come to nothing
+            if self._repeats() is not True:  # other numbers would be drawn once for all
+                return "loop"
             with contextlib.suppress(Exception):  # whatever a model does with shapes
                 if self._agrees(self._drawn(_PROBES, "plate")):
                     return "plate"
             with contextlib.suppress(Exception):
-                before = _other_generators()
-                found = self._drawn(_PROBES, "vmap")
-                # Numbers that are not torch's are drawn once for all lanes.
-                lanes = _other_generators() == before
-                if lanes and bool(all_of(self.proper(found)).any()):
+                if bool(all_of(self.proper(self._drawn(_PROBES, "vmap"))).any()):
                     return "vmap"
         return "loop"
+
+    def _tell_of_own_generators(self) -> None:
+        """Warn of a model whose numbers are not those of the seeds that workers are given."""
+        state = pyro.util.get_rng_state()
+        if self._repeats(lambda: pyro.util.set_rng_state(state)) is False:
+            warn_user(
+                "the model draws numbers from a generator of its own, which no seed reaches: "
+                "worker processes that import it may all draw the same ones. Make it in the "
+                "model, np.random.default_rng(int(torch.randint(2**31, ())))"
+            )
+
+    def _repeats(self, begin: Callable[[], None] = lambda: None) -> bool | None:
+        """Return whether two runs from one seed of torch's give the same simulation.
+
+        Args:
+            begin: What is called before each, such as to seed other generators.
+
+        Returns:
+            True or False, or None for a model that fails with these numbers.
+        """
+        runs = []
+        with contextlib.suppress(Exception):
+            for _ in range(2):
+                begin()
+                with seeded(0):
+                    runs.append(self._run())
+        return self._are_equal(*runs) if len(runs) == 2 else None
+
+    def _are_equal(self, one: Nodes, other: Nodes) -> bool:
+        """Return whether two runs gave the same latents and data, to the last digit."""
+        pairs = ((one[k]["value"], other[k]["value"]) for k in (*self.latents, *self.shapes))
+        return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
     def _agrees(self, found: Simulations) -> bool:
         """Return whether single runs give the simulations of a plate the densities it gives."""
         values = found.latents | found.data
-        nodes = self._run(_PROBES, {name: values[name] for name in self.sampled})
+        given = {name: values[name] for name in self.sampled}
+        nodes, again = self._run(_PROBES, given), self._run(_PROBES, given)
         together = self._log_probs(nodes, self.sampled, _PROBES)
+        # Noise that is no site's may be drawn once for all of a plate.
+        if not torch.equal(together, self._log_probs(again, self.sampled, _PROBES)):
+            return False
+        if not self._are_equal(nodes, again):
+            return False
         for i in range(_PROBES):
             own = self._run(None, {name: values[name][i] for name in self.sampled})
             alone = self._log_probs(own, self.sampled)
@@ -263,7 +332,7 @@ class Simulator:
             return self._collected(nodes, latents_alone=latents_alone)[:3]
 
         def in_lane(lane: Tensor, values: dict[str, Tensor]) -> tuple[Any, ...]:
-            with _DrawnInLanes(lane):
+            with DrawnInLanes(lane):
                 return single(values)
 
         if batching == "vmap":
@@ -326,175 +395,8 @@ class Simulator:
                 ones = (1,) * (self.nesting - self.batch_dims[name])
                 given[name] = value.reshape(count, *ones, *value.shape[1:])
         tracer = poutine.trace()
-        ending = _Stop(self.latents) if latents_alone else contextlib.nullcontext()
-        with contextlib.suppress(_AllDrawn), poutine.block(), tracer:
-            with poutine.condition(data=given), _Unobserved(), ending:
+        ending = Stop(self.latents) if latents_alone else contextlib.nullcontext()
+        with contextlib.suppress(AllDrawn), poutine.block(), tracer:
+            with poutine.condition(data=given), Unobserved(self.drawn), ending:
                 model()
         return cast("Nodes", tracer.trace.nodes)
-
-
-class _Unobserved(Messenger):
-    """Draw what a model observes; deterministic sites stay as they are."""
-
-    def _pyro_sample(self, msg: Message) -> None:
-        infer = cast("dict[str, Any]", msg["infer"])
-        if not msg["is_observed"] or infer.get("_deterministic"):
-            return
-        if isinstance(msg["fn"], Unit):
-            raise ValueError(
-                f"expected a model that draws its data, got the factor {msg['name']!r}, which "
-                "cannot be drawn from: write it as a site"
-            )
-        msg["is_observed"], msg["value"], msg["done"] = False, None, False
-
-
-_IN_PLACE = {
-    Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.cauchy_, Tensor.bernoulli_,
-    Tensor.random_,
-}  # fmt: skip
-
-
-class _AllDrawn(Exception):
-    """All latent sites of a run have been drawn."""
-
-
-class _Stop(Messenger):
-    """End a run once sites have been drawn.
-
-    Args:
-        names: The sites.
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        super().__init__()
-        self.left = set(names)
-
-    def _pyro_post_sample(self, msg: Message) -> None:
-        self.left.discard(str(msg["name"]))
-        if not self.left:
-            raise _AllDrawn
-
-
-class _DrawnInLanes(TorchFunctionMode):
-    """Draw random numbers in place for every lane of a vmap, also into tensors without lanes.
-
-    What is drawn is what the call returns: a tensor without lanes cannot hold it, and is filled
-    with NaN, so that whoever reads it there gives no proper simulation.
-
-    Args:
-        lane: A scalar that is another in each lane.
-    """
-
-    def __init__(self, lane: Tensor) -> None:
-        super().__init__()
-        self.lane = lane
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Tensor],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> Tensor:
-        """Call a function of torch, one that draws in place on a copy with lanes."""
-        if func in _IN_PLACE:
-            tensor, *others = args
-            if is_functorch_tensor(tensor):
-                return func(*args, **(kwargs or {}))
-            if not tensor.is_floating_point():
-                raise TypeError(f"expected to draw into floating numbers, got {tensor.dtype}")
-            into = torch.zeros_like(tensor) + self.lane.to(tensor)
-            tensor.fill_(math.nan)
-            return func(into, *others, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _other_generators() -> tuple[Any, ...]:
-    """Return the states of the generators of ``random`` and numpy."""
-    own: Any = np.random.get_state()  # noqa: NPY002  # whichever a model draws from
-    name, keys, *rest = own
-    return random.getstate(), name, bytes(keys), *rest
-
-
-def check_rows_count(nodes: Nodes) -> None:
-    """Raise a ValueError unless each row of a run counts, and once: a flow given data sees all.
-
-    Args:
-        nodes: The sites of a run of the model.
-    """
-    plates = subsampling_plates(nodes)
-    if plates:
-        raise ValueError(
-            f"expected a model that sees all its data, got plates {plates} that subsample: the "
-            "posterior given some rows is another one"
-        )
-    masked = [name for name, node in nodes.items() if is_sampled(node) and _is_masked(node)]
-    if masked:
-        raise ValueError(
-            f"expected sites without a mask, got {masked} with rows masked out, which a guide "
-            "given the data would take for seen: let a deterministic site hold the data, with "
-            "zeros where there are none, and the mask beside them, and observe that"
-        )
-    scaled = [
-        name
-        for name, node in nodes.items()
-        if is_sampled(node) and bool((torch.as_tensor(node["scale"]) != 1).any())
-    ]
-    if scaled:
-        raise ValueError(
-            f"expected sites that count once, got {scaled} scaled, which simulations do not show: "
-            "write the model without poutine.scale"
-        )
-
-
-def _is_masked(node: Site) -> bool:
-    """Return whether rows of a site are masked out, in the model or in its distribution."""
-    masks, fn = [node["mask"]], node["fn"]
-    while fn is not None:
-        masks.append(getattr(fn, "_mask", None))
-        fn = getattr(fn, "base_dist", None)
-    return any(mask is not None and not bool(torch.as_tensor(mask).all()) for mask in masks)
-
-
-def example_of(model: Model) -> dict[str, Tensor]:
-    """Return the sampled sites of one simulation of a model, its data too, always of one seed."""
-    with seeded(0), poutine.block(), poutine.trace() as tracer, _Unobserved():
-        model()
-    nodes = cast("Nodes", tracer.trace.nodes)
-    return {name: node["value"] for name, node in nodes.items() if is_sampled(node)}
-
-
-def is_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Return whether sites of two simulations, by name, have the same values.
-
-    In another type, such as the default one, draws of a seed are others: nobody knows. Plates may
-    be in other places: outer ones push them to the left.
-    """
-
-    def agree(a: Tensor, b: Tensor) -> bool:
-        if a.dtype != b.dtype:
-            return True
-        return a.numel() == b.numel() and torch.allclose(a.flatten(), b.flatten(), equal_nan=True)
-
-    return one.keys() == other.keys() and all(agree(v, other[k]) for k, v in one.items())
-
-
-def is_sampled(node: Site) -> bool:
-    """Return whether a node of a trace is a sample, and not of a plate's indices."""
-    sampled = node["type"] == "sample" and not is_subsample(node)
-    return sampled and not node["infer"].get("_deterministic")
-
-
-def _check_names(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[str]) -> None:
-    """Raise a ValueError unless what is observed is in a model, and not latent."""
-    there = [
-        name
-        for name, node in nodes.items()
-        if node["type"] == "sample" and not is_subsample(node) and name not in latents
-    ]
-    missing = [name for name in observed if name not in there]
-    if missing:
-        raise ValueError(
-            f"expected observed sites that the model has, got {missing}: it has {there}, and the "
-            f"latent ones {list(latents)}. Pass AmortizedInterpolant(model, observed=(...))"
-        )

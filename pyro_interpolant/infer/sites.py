@@ -72,14 +72,27 @@ def unsupported_sites_named(guide: AutoContinuous) -> Iterator[None]:
 
 
 class Substitute(ConditionMessenger):
-    """Substitute values, by name each ``(*, *site_shape)``, for sites that must be latent."""
+    """Substitute values for sites that must be latent, and of the shapes they had.
+
+    Args:
+        values: The values by name, each ``(*, *site_shape)``.
+        shapes: The shapes of the sites.
+    """
+
+    def __init__(self, values: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__(values)
+        self.values, self.shapes = values, shapes
 
     def _pyro_sample(self, msg: Message) -> None:
-        if msg["is_observed"] and str(msg["name"]) in self.data:
+        name = str(msg["name"])
+        if name not in self.values:
+            return
+        if msg["is_observed"]:
             raise ValueError(
-                f"expected site {msg['name']!r} to be latent, as when the guide was set up, got "
-                "it observed: set the guide up with the data, guide(*args)"
+                f"expected site {name!r} to be latent, as when the guide was set up, got it "
+                "observed: set the guide up with the data, guide(*args)"
             )
+        check_fixed_shape(name, msg["fn"], self.values[name], self.shapes[name])
         super()._pyro_sample(msg)
 
 
@@ -138,7 +151,7 @@ def subsampling_plates(nodes: Nodes) -> list[str]:
         name
         for name, site in nodes.items()
         if site["type"] == "sample" and is_subsample(site)
-        and (site["fn"].subsample_size or site["fn"].size) < site["fn"].size
+        and len(site["value"]) < site["fn"].size
     ]  # fmt: skip
 
 
@@ -286,6 +299,27 @@ def _bijection(site: Site) -> Transform:
         return biject_to(support)
     except NotImplementedError as error:
         raise _unsupported(site["name"], support) from error
+
+
+def check_fixed_shape(name: str, fn: Any, value: Tensor, shape: torch.Size) -> None:
+    """Raise a ValueError where a site's shape is another than when the guide was set up.
+
+    Args:
+        name: The site.
+        fn: Its distribution.
+        value: Its value, shape ``(*, *shape)``, with the dimensions of draws in front.
+        shape: The shape that the guide knows.
+    """
+    now = fn.batch_shape + fn.event_shape
+    try:
+        is_whole = torch.broadcast_shapes(now, value.shape) == value.shape
+    except RuntimeError:
+        is_whole = False
+    if not is_whole or now[len(now) - len(shape) :] != shape:
+        raise ValueError(
+            f"expected site {name!r} of shape {tuple(shape)}, as when the guide was set up, got "
+            f"shape {tuple(now)}: set up a new guide with these arguments, guide(*args)"
+        )
 
 
 def check_fixed_support(name: str, now: Tensor, known: Tensor) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
-from torch.distributions import TransformedDistribution, constraints
+from torch.distributions import Independent, TransformedDistribution, constraints
 
 _ALWAYS = (type(constraints.real), type(constraints.dependent))
 
@@ -19,6 +20,40 @@ def innermost(fn: Any) -> Any:
     while getattr(fn, "base_dist", None) is not None:
         fn = fn.base_dist
     return fn
+
+
+def without_masks(fn: Any) -> Any:
+    """Return a distribution without the tensors inside it that mask some of its rows."""
+    if isinstance(fn, MaskedDistribution) and isinstance(fn._mask, Tensor):
+        return without_masks(fn.base_dist)
+    if isinstance(fn, Independent):
+        base = without_masks(fn.base_dist)
+        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
+    return fn
+
+
+def log_prob_left_out(fn: Any, value: Tensor, *, mask: Tensor | bool | None) -> Tensor | None:
+    """Return the log density of the rows of a latent site that tensors mask out, else zero.
+
+    It is for those to count, unscaled, beside what the masks leave: such a row would else have no
+    density of its own, and the whole no integral. Where a mask is ``False``, as beside a factor
+    that takes the place of a density, that is meant.
+
+    Args:
+        fn: The distribution of the site, of batch shape ``(*)``.
+        value: Its value, shape ``(*, *event_shape)``.
+        mask: That of the handlers around it.
+
+    Returns:
+        Shape ``(*)``, or None where no tensor masks anything.
+    """
+    whole = without_masks(fn)
+    if mask is False or (whole is fn and not isinstance(mask, Tensor)):
+        return None
+    own, counted = whole.log_prob(value), fn.log_prob(value)
+    if isinstance(mask, Tensor):
+        counted = torch.where(mask, counted, 0.0)
+    return torch.where(own == counted, 0.0, own - counted)  # of two infinite ones, too
 
 
 def is_valid(fn: Any, value: Tensor | None) -> Tensor | None:
@@ -64,15 +99,21 @@ def _of_numbers(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | None:
         if moved or constraints.is_dependent(type(fn).support):
             inside = support.check(value)
             found = inside.flatten(-events).all(-1) if events else inside
-    known = getattr(type(fn), "arg_constraints", {})
-    named = known if isinstance(known, dict) else fn.arg_constraints
-    for name, constraint in named.items() if not events else ():
+    for name, constraint in _parameters(fn).items() if not events else ():
         number = fn.__dict__.get(name)
         if not torch.is_tensor(number) or isinstance(constraint, _ALWAYS) or constraint.event_dim:
             continue
         own = constraint.check(number)
         found = own if found is None else found & own
     return found
+
+
+def _parameters(fn: Any) -> Mapping[str, Any]:
+    """Return the constraints on a distribution's parameters, none where its author wrote none."""
+    try:
+        return fn.arg_constraints
+    except (AttributeError, NotImplementedError):
+        return {}
 
 
 def _leaf_support(fn: Any) -> constraints.Constraint | None:

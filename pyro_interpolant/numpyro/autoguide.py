@@ -21,6 +21,7 @@ from numpyro.infer.util import unconstrain_fn
 
 from .distributions import InterpolantDistribution
 from .loading import from_torch
+from .log_density import Arguments, Named, log_density
 from .transforms import InterpolantTransform
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from ..training.fitting import FitResult
 
 __all__ = ["AutoInterpolant", "fit_guide"]
-
-Arguments = tuple[object, ...]  # of a model
-Named = Mapping[str, object]
 
 _BLOCKS = (16, 128, 1024, 4096)  # numbers of rows for which a density is compiled
 
@@ -101,22 +99,31 @@ class AutoInterpolant(AutoContinuous):
         return self._get_posterior()
 
     def median(self, params: Mapping[str, Any] | None = None) -> dict[str, Array]:
-        """Return the marginal medians of the latent sites, each of the site's shape."""
-        return {k: v[0] for k, v in self.quantiles(params, [0.5]).items()}
+        """Return a point in the middle of the latent sites, on their supports, of their shapes.
+
+        It has the median of each unconstrained dimension, so that real and positive numbers and
+        those of an interval have their marginal medians. Those of a simplex or a matrix, which
+        :meth:`quantiles` gives, need not lie on the support together.
+        """
+        return self._unpack_and_constrain(jnp.median(self._spread(), 0), {})
 
     def quantiles(
         self, params: Mapping[str, Any] | None, quantiles: Sequence[float]
     ) -> dict[str, Array]:
         """Return marginal quantiles of the latent sites, each ``(Q, *site_shape)``.
 
-        They are taken of each unconstrained dimension, over draws that are always the same.
+        They are those of each number of a site, over draws that are always the same.
 
         Args:
             params: Ignored.
             quantiles: Q numbers between 0 and 1.
         """
-        z = self._get_posterior().sample(jax.random.key(0), (4096,))
-        return self._unpack_and_constrain(jnp.quantile(z, jnp.array(quantiles), 0), {})
+        draws = self._unpack_and_constrain(self._spread(), {})
+        return {k: jnp.quantile(v, jnp.array(quantiles), 0) for k, v in draws.items()}
+
+    def _spread(self) -> Array:
+        """Return draws of the unconstrained vector, always the same, shape ``(4096, D)``."""
+        return self._get_posterior().sample(jax.random.key(0), (4096,))
 
 
 def fit_guide(
@@ -271,14 +278,6 @@ def _prior_draws(
     except (NotImplementedError, ValueError):  # a prior that cannot be sampled
         return None
     return without_extremes(torch.tensor(z))
-
-
-def log_density(
-    guide: AutoInterpolant, args: Arguments, kwargs: Named
-) -> Callable[[Array], Array]:
-    """Return the log joint density of one unconstrained vector, shape ``(D,)``, for jax."""
-    potential = guide._potential_fn_gen(*args, **kwargs)
-    return lambda z: -potential(guide._unpack_latent(z))
 
 
 def _for_torch(density: Callable[[Array], Array]) -> Callable[["Tensor"], "Tensor"]:

@@ -23,6 +23,7 @@ from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 from numpyro.util import not_jax_tracer
 
+from .given import given_value
 from .supports import Bijection, OnEvents, backward, bijection, per_event
 from .transforms import InterpolantTransform
 
@@ -270,9 +271,15 @@ class JointInterpolantDistribution(InterpolantDistribution):
 
         Returns:
             The sites by name, each of its own shape, with the batch of the packed vector in front.
+            ``do``, ``condition`` and draws given to ``Predictive`` by these names replace values,
+            such draws where they have none of the packed vector. None of them changes a density,
+            nor what other sites are: to condition on a part of them, learn the others given it.
         """
-        packed = numpyro.sample(name, self)
-        return {k: numpyro.deterministic(k, v) for k, v in self.unpack(packed).items()}
+        packed, sites = numpyro.sample(name, self), {}
+        for k, value in self.unpack(packed).items():
+            given = given_value(k, name)
+            sites[k] = numpyro.deterministic(k, value if given is None else given)
+        return sites
 
     def sample_dict(self, key: Array, sample_shape: tuple[int, ...] = ()) -> dict[str, Array]:
         """Return draws by name, each on its support, ``(*sample_shape, *batch, *site_shape)``."""

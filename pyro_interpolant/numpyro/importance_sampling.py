@@ -10,8 +10,9 @@ from jax import Array
 from numpyro import handlers
 from numpyro.infer.util import constrain_fn
 
-from .autoguide import Arguments, AutoInterpolant, Named, check_guide, log_density
+from .autoguide import AutoInterpolant, check_guide
 from .distributions import InterpolantDistribution
+from .log_density import Arguments, Named, log_density
 from .transforms import InterpolantTransform
 
 __all__ = ["ImportanceResult", "importance"]

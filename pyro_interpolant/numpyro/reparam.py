@@ -6,9 +6,8 @@ through a trained guide.
 
 import contextlib
 import functools
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,15 +15,16 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 from numpyro import handlers
-from numpyro.distributions.util import sum_rightmost
-from numpyro.infer import init_to_value
 from numpyro.infer.reparam import Reparam
-from numpyro.primitives import _PYRO_STACK, Messenger
+from numpyro.primitives import _PYRO_STACK
 
 from .autoguide import AutoInterpolant, check_guide
 from .bases import Planar, directions, in_planes
 from .distributions import InterpolantDistribution
+from .given import is_given
+from .log_density import check_fixed_shape
 from .supports import Bijection
+from .validity import log_prob_left_out
 
 __all__ = ["base_space", "neutra"]
 
@@ -115,66 +115,8 @@ def _config(site: dict[str, Any]) -> Reparam | None:
     # The name has what the scopes inside of here put before it.
     others = [h for i, h in enumerate(stack) if i > here or not isinstance(h, handlers.scope)]
     base = {**site, "name": site["name"] + _BASE, "fn": _base_of(flow, site["fn"])}
-    given, start = _given(site, base, others)
+    given, start = is_given(site, base, others)
     return None if given else _InBaseSpace(flow, start)
-
-
-def _given(
-    site: Mapping[str, Any], base: Mapping[str, Any], stack: Iterable[Messenger]
-) -> tuple[bool, Any]:
-    """Return whether a site is given its value, and the base none, and where to start from.
-
-    Args:
-        site: The site.
-        base: The site that is sampled in its place.
-        stack: The handlers, from the inside.
-    """
-    start, name, other = None, site["name"], base["name"]
-    for handler in stack:
-        if isinstance(handler, handlers.scope) and "sample" not in handler.hide_types:
-            name, other = (f"{handler.prefix}{handler.divider}{n}" for n in (name, other))
-        function = getattr(handler, "substitute_fn", None)
-        if getattr(function, "func", function) is init_to_value:
-            start = next(_values_of(function), {}).get(name, start)
-            continue
-        for values in (*_data_of(handler), *_values_of(function)):
-            if name in values and other not in values:
-                return True, None
-        condition = getattr(handler, "condition_fn", None)
-        if (
-            condition is not None
-            and condition({**site, "name": name}) is not None
-            and condition({**base, "name": other}) is None
-        ):
-            return True, None
-    return False, start
-
-
-def _data_of(handler: Messenger) -> Iterator[Mapping[str, Any]]:
-    """Return the values by name that a handler gives to sites."""
-    data = (
-        handler.trace if isinstance(handler, handlers.replay) else getattr(handler, "data", None)
-    )
-    if isinstance(data, Mapping):
-        yield data
-
-
-def _values_of(function: object) -> Iterator[Mapping[str, Any]]:
-    """Return the values by name that a function which gives them to sites was made of.
-
-    It is not called: those of a sampler count the volume of what they give.
-    """
-    parts: list[Any] = []
-    if isinstance(function, functools.partial):
-        parts = [*function.args, *function.keywords.values()]
-    elif inspect.isfunction(function):
-        used = inspect.getclosurevars(function)
-        parts = [*used.nonlocals.values(), *used.globals.values()]
-    for part in parts:
-        if isinstance(part, Mapping):
-            yield part
-        elif isinstance(part, functools.partial):
-            yield from _values_of(part)
 
 
 def _flow_in(fn: dist.Distribution) -> InterpolantDistribution | None:
@@ -239,14 +181,14 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
         shared = {"type": "sample", "name": f"{guide.prefix}_shared_latent", "fn": base}
         stack = list(reversed(_PYRO_STACK))
         sites = [guide.prototype_trace[name] for name in guide._init_locs]
-        if any(_given(site, {**site, **shared}, stack)[0] for site in sites):
+        if any(is_given(site, {**site, **shared}, stack)[0] for site in sites):
             return guide.model(*args, **kwargs)
         w = numpyro.sample(f"{guide.prefix}_shared_latent", base)
         z, log_det = posterior.transform.call_with_intermediates(w)
-        numpyro.factor(f"{guide.prefix}_log_jacobian", log_det)
         images = _Images(guide._unpack_latent(z))
         with handlers.reparam(config=images.config):
             result = guide.model(*args, **kwargs)
+        numpyro.factor(f"{guide.prefix}_log_jacobian", log_det + images.total)
         if images.parts:
             raise ValueError(
                 "expected the latent sites the guide has seen, got a model without "
@@ -258,14 +200,21 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
 
 
 class _Images(Reparam):
-    """Give latent sites their parts of one unconstrained vector.
+    """Give latent sites their parts of one unconstrained vector, and add up the Jacobians.
+
+    The Jacobians are of the whole vector: they are no part of the density of a site, which counts
+    as often as its scale says, or not at all under a mask.
 
     Args:
         parts: The unconstrained value of each site; each is taken out as its site comes.
+
+    Attributes:
+        total: The sum so far of the log-determinants, and of the log densities of rows that are
+            masked out.
     """
 
     def __init__(self, parts: Mapping[str, Array]) -> None:
-        self.parts = dict(parts)
+        self.parts, self.total = dict(parts), jnp.zeros(())
 
     def config(self, site: dict[str, Any]) -> "_Images | None":
         """Return how a site is sampled, or None as it is."""
@@ -282,7 +231,10 @@ class _Images(Reparam):
         """Return no distribution, and the value of the site."""
         real, transform = self.parts.pop(name), dist.biject_to(fn.support)
         value = transform(real)
-        log_det = transform.log_abs_det_jacobian(real, value)
-        log_det = sum_rightmost(log_det, jnp.ndim(log_det) - jnp.ndim(value) + fn.event_dim)
-        numpyro.factor(f"_{name}_log_prob", fn.log_prob(value) + log_det)
+        check_fixed_shape(name, fn, value)
+        left_out = log_prob_left_out(fn, value)
+        self.total = self.total + jnp.sum(transform.log_abs_det_jacobian(real, value))
+        if left_out is not None:
+            self.total = self.total + left_out.sum()
+        numpyro.factor(f"_{name}_log_prob", fn.log_prob(value))
         return None, value

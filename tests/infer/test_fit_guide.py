@@ -255,6 +255,7 @@ def test_the_model_alone(rounds):
         fit_guide(small(), seed=3, progress=False)  # not trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limits",
     [

@@ -14,7 +14,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.mcmc.util import initialize_model
 from pyro.nn import PyroModule, PyroSample
 
-from pyro_interpolant import AutoInterpolant, log_joint
+from pyro_interpolant import AutoInterpolant, log_joint, neutra
 from pyro_interpolant.infer import LogJoint
 from pyro_interpolant.infer.log_density import nan_to_minus_inf
 from pyro_interpolant.infer.sites import init_to_support, unchecked
@@ -105,8 +105,8 @@ def dressed():
     """Masks, scales, factors and deterministic sites."""
     a = pyro.sample("a", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", 4), poutine.scale(scale=2.5):
+        b = pyro.sample("b", dist.Normal(a, 1.0))
         with poutine.mask(mask=torch.tensor([True, False, True, True])):
-            b = pyro.sample("b", dist.Normal(a, 1.0))
             pyro.sample("y", dist.Normal(b, 1.0), obs=Y[:4])
     pyro.deterministic("c", a.square())
     pyro.factor("f", -(a**4))
@@ -181,6 +181,46 @@ def test_the_log_density_is_pyros_own(member):
     sites = density.unpack(z)
     expected = [one_by_one({k: v[i] for k, v in sites.items()}) for i in range(6)]
     assert torch.allclose(density(z), torch.stack(expected), rtol=1e-8, atol=1e-8)
+
+
+MANY = torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+
+
+def observed_rows(loc):
+    """Observe many rows, as one event."""
+    pyro.sample("y", dist.Normal(loc, torch.ones(len(MANY))).to_event(1), obs=MANY)
+
+
+def penalised():
+    x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.factor("penalty", -2 * x[..., 1:].square().sum())
+    observed_rows(0.01 * x[..., :1])
+
+
+def counted():
+    x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.factor("penalty", -x.square().sum(-1) / x.shape[0])
+    observed_rows(0.01 * x[..., :1])
+
+
+def shifted():
+    x = pyro.sample("x", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+    observed_rows(x + 0.001 * x.sum())
+
+
+def curved():
+    """Right in a plate, and rounded."""
+    x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    observed_rows(10 * (x.exp() / 3).sum(-1, keepdim=True) * torch.linspace(-1, 1, len(MANY)))
+
+
+@pytest.mark.parametrize(
+    ("model", "way"),
+    [(penalised, "vmap"), (counted, "vmap"), (shifted, "vmap"), (curved, "plate")],
+)
+def test_a_small_error_does_not_hide_in_a_large_log_density(model, way):
+    torch.set_default_dtype(torch.float32)
+    assert log_joint(model).batching == way
 
 
 def test_gradients_flow_row_by_row(member):
@@ -353,6 +393,26 @@ def test_what_validation_refuses_has_no_density(name, way):
     assert found.isfinite().any()
 
 
+class Own(dist.TorchDistribution):
+    """N(loc, 1), of which its author wrote the density alone."""
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=False)
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, 1.0).log_prob(value)
+
+
+def test_a_distribution_without_constraints_has_a_density():
+    def model(fn):
+        pyro.sample("y", fn(pyro.sample("x", dist.Normal(0.0, 1.0))), obs=torch.tensor(0.5))
+
+    z = torch.randn(4, 1)
+    expected = log_joint(model, lambda x: dist.Normal(x, 1.0))(z)
+    assert torch.allclose(log_joint(model, Own)(z), expected)
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_rows_that_are_masked_out_may_have_any_value(inside):
     def model():
@@ -365,6 +425,53 @@ def test_rows_that_are_masked_out_may_have_any_value(inside):
     with pyro.validation_enabled(is_validate=False):
         found = log_joint(model)(torch.tensor([[0.3], [0.5]]))
     assert found.isfinite().tolist() == [True, False]
+
+
+SEEN = torch.tensor([True, False, True])
+
+
+def partly_observed():
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        pyro.sample("y", dist.Normal(a, 1.0), obs=Y[:3], obs_mask=SEEN)
+
+
+def masked_latents():
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3), poutine.mask(mask=SEEN), poutine.scale(scale=2.5):
+        pyro.sample("b", dist.Normal(a, 1.0))
+
+
+def masked_inside():
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    fn = dist.Normal(a[..., None], 1.0).expand([*a.shape, 3]).mask(SEEN)
+    pyro.sample("b", fn.to_event(1))
+
+
+def flat():
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        b = pyro.sample("b", dist.Normal(a, 1.0).mask(mask=False))
+        pyro.factor("f", -b.abs())
+
+
+@pytest.mark.parametrize("way", ["plate", "vmap"])
+@pytest.mark.parametrize("model", [partly_observed, masked_latents, masked_inside, flat])
+def test_rows_of_latents_that_are_masked_out_have_their_own_density(model, way):
+    """So that the whole has an integral; not where a factor takes the place of a density."""
+    density = log_joint(model)
+    density.batching = way
+    z = 0.7 * torch.randn(5, 4)
+    a, b = z[:, 0], z[:, 1:]
+    own = dist.Normal(a[:, None], 1.0).log_prob(b)
+    rows = {
+        partly_observed: own + torch.where(SEEN, dist.Normal(a[:, None], 1.0).log_prob(Y[:3]), 0),
+        masked_latents: own * torch.where(SEEN, 2.5, 1.0),
+        masked_inside: own,
+        flat: -b.abs(),
+    }[model]
+    expected = dist.Normal(0.0, 1.0).log_prob(a) + rows.sum(-1)
+    assert torch.allclose(density(z), expected)
 
 
 def validated(density, row):
@@ -382,15 +489,17 @@ def test_an_angle_whose_density_repeats_is_refused():
         log_joint(model)
 
 
-def subsampled():
-    x = pyro.sample("x", dist.Normal(0.0, 1.0))
-    with pyro.plate("rows", 8, subsample_size=3) as rows:
-        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[rows])
+@pytest.mark.parametrize(
+    "part", [{"subsample_size": 3}, {"subsample": torch.arange(3)}], ids=["drawn", "given"]
+)
+def test_a_plate_that_subsamples_is_refused(part):
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 8, **part) as rows:
+            pyro.sample("y", dist.Normal(x, 1.0), obs=Y[rows])
 
-
-def test_a_plate_that_subsamples_is_refused():
     with pytest.raises(ValueError, match=r"plates \['rows'\] that subsample: call with"):
-        log_joint(subsampled)
+        log_joint(model)
 
 
 def hidden():
@@ -449,6 +558,21 @@ def test_a_site_that_was_latent_and_is_observed_now_is_refused():
     guide()
     with pytest.raises(ValueError, match="site 'y' to be latent, as when .* got it observed: set"):
         log_joint(guide, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 4), (4, 1), (4, 2)])
+def test_a_plate_of_another_size_is_refused(before, now):
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    guide = AutoInterpolant(model)
+    guide(Y[:before])
+    with pytest.raises(ValueError, match=rf"'x' of shape \({before},\), .* got shape \({now},\)"):
+        log_joint(guide, Y[:now])
+    with pytest.raises(ValueError, match=rf"'x' of shape \({before},\), .* got shape \({now},\)"):
+        neutra(guide)(Y[:now])
 
 
 def test_a_structure_that_changes_is_refused():

@@ -85,7 +85,8 @@ def in_a_plate():
     with pyro.plate("rows", 3), poutine.scale(scale=0.5):
         x = pyro.sample("x", dist.LogNormal(0.0, 1.0))
     with poutine.mask(mask=torch.arange(2) > 0), pyro.plate("more", 2):
-        pyro.sample("y", dist.Normal(x.sum(-1, keepdim=True), 1.0))
+        z = pyro.sample("z", dist.Normal(x.sum(-1, keepdim=True), 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.ones(2), obs_mask=torch.arange(2) > 0)
 
 
 @pytest.mark.usefixtures("_nodes_stay")

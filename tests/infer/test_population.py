@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
-from torch.distributions import MultivariateNormal, Normal, constraints
+from torch.distributions import AffineTransform, MultivariateNormal, Normal, constraints
 
 import pyro_interpolant as pi
 from pyro_interpolant import (
@@ -224,7 +224,7 @@ def test_draws_of_an_object_move_by_a_chain_to_its_posterior():
     assert float(ours / second) == pytest.approx(1.0, abs=0.15)  # 16 draws alone: 1.5
 
 
-@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("in_order", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_look_prefers_the_true_width_to_wider_ones(in_order):
     torch.manual_seed(0)
     n, k, sd = 1000, 400, 3.0
@@ -276,6 +276,7 @@ def test_posterior_draws_and_a_seed_learn_the_same_and_leave_the_generator_alone
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 def test_rows_on_a_closed_edge_may_be_there():
     x = torch.randn(300).exp()
     y = (x + torch.randn(300)).clamp(min=0)
@@ -369,6 +370,20 @@ def test_a_function_a_support_and_a_context_work_together():
     assert bool((found.draws > 0).all())
 
 
+def test_contexts_of_a_frame_are_taken_by_name(monkeypatch):
+    pd = pytest.importorskip("pandas")
+    monkeypatch.setattr("pyro_interpolant.infer.population.learn", lambda *_, **__: None)
+    frame = pd.DataFrame({"age": 30 + torch.randn(80).numpy(), "dose": torch.rand(80).numpy()})
+    y, sds = torch.randn(80, 1), torch.full((80, 1), 0.3)
+    options = {"context": frame, "network": pi.VelocityMLP(1, (8,), 2), **QUICK}
+    noisy = from_noisy_samples(y, sds, **options)
+    drawn = from_posterior_samples(torch.randn(80, 5, 1), torch.zeros(80, 5), **options)
+    for population in (noisy, drawn):
+        assert population.context_columns == ("age", "dose")
+        rows = of_population(measurements(y, sds), population, frame[["dose", "age"]])
+        assert rows.context.tolist() == frame.to_numpy().tolist()
+
+
 def test_rows_that_no_draw_explains_are_said_to_be_so():
     found = object_posteriors(
         gaussian(), torch.tensor([[900.0, 0.0]]), lambda x, row: dist.Uniform(x - 1, x + 1)
@@ -378,6 +393,51 @@ def test_rows_that_no_draw_explains_are_said_to_be_so():
     assert float(found.k_hat) == math.inf
     with pytest.raises(ValueError, match="positive weight of each object"):
         found.resampled(5)
+
+
+class Window(dist.Uniform):
+    """A distribution of the user's own, whose log-density is that of both numbers of a row."""
+
+    def log_prob(self, value):
+        return super().log_prob(value).sum(-1)
+
+
+def later(x, row):
+    """Return an exponential distribution that begins at x."""
+    return dist.TransformedDistribution(
+        dist.Exponential(torch.full_like(x, 2.0)), [AffineTransform(x, 1.0)]
+    )
+
+
+IMPOSSIBLE = {
+    "later": (later, lambda x, y: x <= y),
+    "later as events": (lambda x, row: later(x, row).to_event(1), lambda x, y: x <= y),
+    "pareto": (lambda x, row: dist.Pareto(x, 2.0), lambda x, y: (x > 0) & (x <= y)),
+    "poisson": (lambda x, row: dist.Poisson(x), lambda x, y: x >= 0),
+    "summed": (lambda x, row: Window(x, x + 1.0), lambda x, y: (x <= y) & (y < x + 1)),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_latents_that_make_y_impossible_have_no_likelihood(name):
+    noise, possible = IMPOSSIBLE[name]
+    x, y = torch.randn(1, 100, 2), torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    found = measurements(y, noise).log_likelihood(x)
+    inside = possible(x, y[:, None]).all(-1)
+    assert torch.equal(found.isfinite(), inside.expand_as(found))
+    assert bool(inside.any())
+    log_prob = noise(x[:, inside[0]], None).log_prob(y[:1, None])
+    assert torch.allclose(found[0, inside[0]], log_prob.reshape(int(inside[0].sum()), -1).sum(-1))
+
+
+def test_objects_behind_noise_of_one_sign_have_the_closed_form():
+    flow = interpolant_transform(1, (8,), solver=pi.FixedGrid(steps=1))  # untrained: N(0, 1)
+    normal, y = InterpolantDistribution(flow), torch.tensor([0.5])
+    found = object_posteriors(normal, y[:, None], later, draws=4000, seed=0)
+    # N(x; 0, 1) exp(2 x) is N(x; 2, 1) exp(2).
+    wanted = math.log(2.0) - 2.0 * y + 2.0 + Normal(2.0, 1.0).cdf(y).log()
+    assert torch.allclose(found.log_evidence, wanted, atol=0.05)
+    assert not bool(((found.draws[..., 0] > y) & found.log_weights.isfinite()).any())
 
 
 Y, SDS = torch.randn(60, 2), torch.ones(60, 2)

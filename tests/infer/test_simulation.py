@@ -1,7 +1,9 @@
 """Simulations that would mislead a guide without an error: each is refused, mended or told of."""
 
+import functools
 import random
 import time
+import warnings
 
 import numpy as np
 import pyro
@@ -13,7 +15,9 @@ from simulators import QUICK
 from torch import nn
 
 import pyro_interpolant as pi
+from pyro_interpolant.infer import amortized
 from pyro_interpolant.infer.amortization import truncated
+from pyro_interpolant.infer.runs import example_of, is_alike
 from pyro_interpolant.infer.simulated_batches import SimulatedBatches
 from pyro_interpolant.infer.simulation import Simulator
 from pyro_interpolant.infer.sites import LatentSites
@@ -101,12 +105,77 @@ def test_a_model_of_numbers_that_are_not_from_torch_is_not_judged_by_them(recwar
     assert not recwarn.list
 
 
+def with_nuisance(y=None, sigma=None, other=None):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0), obs=sigma)
+    pyro.sample("y", dist.Normal(x, sigma), obs=y)
+    if other is not None:
+        pyro.sample("other", dist.Normal(x, 1.0), obs=other)
+
+
+def nuisance_by_condition():
+    return pyro.condition(with_nuisance, {"sigma": torch.tensor(0.1)}), {}
+
+
+def nuisance_by_argument():
+    return with_nuisance, {"sigma": torch.tensor(0.1)}
+
+
+@pytest.mark.parametrize("given", [nuisance_by_condition, nuisance_by_argument])
+def test_an_observed_site_that_is_no_data_keeps_its_value(given):
+    model, named = given()
+    guide = guide_of(model)
+    found = guide.simulate(500, **named)
+    assert set(found.data) == {"y"}
+    assert abs((found.data["y"] - found.latents["x"]).std() - 0.1) < 0.02
+    one, other, again = (
+        example_of(functools.partial(with_nuisance, sigma=torch.tensor(sigma)), ("y",))
+        for sigma in (0.1, 1.0, 0.1)
+    )
+    assert is_alike(one, again)
+    assert not is_alike(one, other)  # of which a guide warns
+
+
+def test_beside_a_deterministic_site_all_that_is_observed_is_drawn():
+    def model(y=None, there=None):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            there = pyro.sample("there", dist.Bernoulli(0.7), obs=there)
+            y = pyro.sample("y", dist.Normal(level, 0.5), obs=y)
+        pyro.deterministic("seen", torch.stack((y * there, there), -1))
+
+    guide = pi.AmortizedInterpolant(model, ("seen",), hidden_dims=(8,))
+    found = guide.simulate(50, torch.zeros(3), torch.ones(3))
+    assert bool((found.data["seen"].std(0) > 0.1).all())
+
+
+def test_data_that_the_guide_is_not_given_are_refused():
+    guide = guide_of(with_nuisance)
+    with pytest.raises(ValueError, match=r"observed sites \['y'\], got \['other'\] observed too"):
+        guide.simulate(10, other=torch.tensor(0.3), sigma=torch.tensor(0.1))
+    guide = guide_of(with_nuisance)
+    guide(torch.tensor(0.5))
+    with pytest.raises(ValueError, match=r"expected sites \['sigma'\] to be latent"):
+        guide.simulate(10, sigma=torch.tensor(0.1))
+
+
 def by_numpy():
     return torch.as_tensor(np.random.randn(4))
 
 
 def by_random():
     return torch.tensor([random.gauss(0, 1) for _ in range(4)])
+
+
+GENERATOR, RANDOM = np.random.default_rng(0), random.Random(0)
+
+
+def by_a_generator():
+    return torch.as_tensor(GENERATOR.normal(size=4))
+
+
+def by_a_random():
+    return torch.tensor([RANDOM.gauss(0, 1) for _ in range(4)])
 
 
 def in_place():
@@ -129,9 +198,12 @@ def into_lanes():
     return noise
 
 
-@pytest.mark.parametrize(
-    "noise", [by_numpy, by_random, in_place, returned, of_a_layer, into_lanes]
-)
+NOISES = [
+    by_numpy, by_random, by_a_generator, by_a_random, in_place, returned, of_a_layer, into_lanes
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("branches", [False, True])
 def test_every_simulation_has_noise_of_its_own(noise, branches):
     def model(y=None):
@@ -147,6 +219,30 @@ def test_every_simulation_has_noise_of_its_own(noise, branches):
     assert off.std(0).min() > 0.8
     assert torch.corrcoef(off.T).fill_diagonal_(0).abs().max() < 0.25
     assert torch.unique(off[:, 0]).numel() == 400
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_deterministic_data_have_noise_of_their_own(noise):
+    def model():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.deterministic("y", 1e6 + w[..., None] + noise().to(w))
+
+    torch.manual_seed(0)
+    found = simulator_of(model)(100)
+    off = found.data["y"] - 1e6 - found.latents["w"][:, None]
+    assert off.std(0).min() > 0.7
+
+
+@pytest.mark.parametrize("noise", [by_numpy, by_random, by_a_generator, by_a_random])
+def test_generators_that_workers_cannot_seed_are_told_of(noise, recwarn):
+    def model():
+        pyro.deterministic("y", pyro.sample("w", dist.Normal(0.0, 1.0)) + noise().sum())
+
+    guide = pi.AmortizedInterpolant(model, num_workers=1)
+    with pytest.raises(ValueError, match="pickled"):  # a model that no worker can import
+        guide.simulate(1)
+    told = ["a generator of its own" in str(w.message) for w in recwarn]
+    assert told == [True] * (noise in (by_a_generator, by_a_random))
 
 
 def test_draws_on_the_edge_of_a_support_are_left_out():
@@ -230,6 +326,46 @@ def test_a_truncated_prior_is_content_when_the_time_is_up():
     )
     assert 0 < len(found.log_prior) < 100
     assert len(asked) == 1
+
+
+def test_a_truncated_prior_without_a_draw_ends_when_the_time_is_up():
+    simulator, asked = simulator_of(line, torch.ones(3)), []
+
+    class Empty:
+        def log_prob(self, rows):
+            asked.append(len(rows))
+            return torch.full((len(rows),), -torch.inf)
+
+    arguments = [(Empty(), -1.0)], 10_000, lambda d: d["slope"][:, None]
+    assert truncated(simulator, *arguments, time.monotonic()) is None
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("hits", [0, 5])
+def test_a_round_of_too_few_simulations_leaves_the_guide_as_it_was(hits, monkeypatch):
+    guide, weights = guide_of(line), []
+    regress = guide._regress
+
+    def regressed(*args):
+        training = regress(*args)
+        weights.append([p.clone() for p in guide.transform.state_dict().values()])
+        return training
+
+    def few(simulator, *args):
+        return simulator(hits) if hits else None
+
+    monkeypatch.setattr(amortized, "truncated", few)
+    monkeypatch.setattr(amortized, "is_inside", lambda regions, rows: rows[:, 0].isnan())
+    guide.__dict__["_regress"] = regressed
+    x = torch.linspace(-1, 1, 4)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result = pi.fit_guide(guide, x, 2 * x, rounds=3, **QUICK)
+    assert ["round 2 is left out" in str(w.message) for w in told].count(True) == 1
+    assert result.draws > 0
+    (after_the_first,) = weights
+    now = guide.transform.state_dict().values()
+    assert all(torch.equal(*pair) for pair in zip(after_the_first, now, strict=True))
 
 
 def test_rounds_of_a_simulator_without_a_density_are_not_lost():

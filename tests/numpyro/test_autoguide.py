@@ -11,8 +11,8 @@ from numpyro import handlers, infer
 from numpyro.infer.reparam import NeuTraReparam
 
 from pyro_interpolant import AutoInterpolant as TorchGuide
+from pyro_interpolant import FixedGrid, interpolant_transform
 from pyro_interpolant import InterpolantDistribution as TorchDistribution
-from pyro_interpolant import interpolant_transform
 from pyro_interpolant.infer import GuideResult
 from pyro_interpolant.numpyro import (
     AutoInterpolant,
@@ -155,6 +155,22 @@ def test_what_is_no_guide_of_this_room():
             use()
 
 
+@pytest.mark.slow
+def test_quantiles_are_those_of_draws_on_the_supports():
+    def model():
+        numpyro.sample("p", dist.Dirichlet(jnp.array([2.0, 3.0, 5.0])))
+
+    guide, levels = prepared(AutoInterpolant(model)), np.array([0.05, 0.5, 0.95])
+    flow = interpolant_transform(2, (8, 8), solver=FixedGrid(steps=1))
+    guide.posterior = from_torch(TorchDistribution(flow))
+    found, middle = guide.quantiles({}, levels), guide.median()
+    normal = np.array([-1.645, 0.0, 1.645])  # the flow is N(0, I)
+    np.testing.assert_allclose(found["p"][:, 0], 1 / (1 + 2 * np.exp(-normal)), rtol=0.1)
+    assert (np.diff(found["p"], axis=0) > 0).all()
+    np.testing.assert_allclose(middle["p"][0], found["p"][1, 0], atol=0.01)
+    np.testing.assert_allclose(middle["p"].sum(), 1)
+
+
 def test_a_plate_that_subsamples_is_no_density():
     def model():
         x = numpyro.sample("x", dist.Normal())
@@ -169,6 +185,92 @@ def in_plate(y):
     with numpyro.plate("rows", 3):
         x = numpyro.sample("x", dist.Gamma(3.0, 1.0))
         numpyro.sample("y", dist.Normal(jnp.log(x), 0.5), obs=y)
+
+
+def scaled():
+    with handlers.scale(scale=0.5):
+        numpyro.sample("x", dist.HalfNormal(1.0))
+
+
+def scoped():
+    handlers.scope(scaled, prefix="s")()
+
+
+def masked():
+    a = numpyro.sample("a", dist.HalfNormal(1.0))
+    with numpyro.plate("rows", 2), handlers.mask(mask=SEEN):
+        numpyro.sample("b", dist.LogNormal(a, 1.0))
+
+
+def partly_observed():
+    a = numpyro.sample("a", dist.HalfNormal(1.0))
+    with numpyro.plate("rows", 2):
+        numpyro.sample("y", dist.LogNormal(a, 1.0), obs=jnp.ones(2), obs_mask=SEEN)
+
+
+SEEN = jnp.array([True, False])
+
+
+@pytest.mark.parametrize("model", [scaled, scoped, masked, partly_observed])
+def test_jacobians_and_rows_that_are_masked_out_count_once(model):
+    """As in torch, whatever scale and mask a latent site has; in base space, too."""
+    guide, loc, linear = known_guide(model)
+    w = jnp.array([0.3, -1.0, 0.2])[: guide.latent_dim]
+    z = jnp.asarray(loc + linear @ w)
+    a, b = jnp.exp(z[0]), jnp.exp(z[1:])
+    prior = dist.HalfNormal(1.0).log_prob(a)
+    rows = dist.LogNormal(a, 1.0)
+    own = {
+        scaled: lambda: 0.5 * prior,
+        scoped: lambda: 0.5 * prior,
+        masked: lambda: prior + rows.log_prob(b).sum(),
+        partly_observed: lambda: prior + rows.log_prob(b).sum() + rows.log_prob(1.0),
+    }
+    expected = own[model]() + z.sum()
+    np.testing.assert_allclose(module.log_density(guide, (), {})(z), expected, rtol=1e-10)
+    found = infer.util.log_density(neutra(guide), (), {}, {"auto_shared_latent": w})[0]
+    expected = expected + np.linalg.slogdet(linear)[1]
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
+LIKELIHOODS = {
+    "poisson": (dist.Poisson, 0, [False, True, True]),
+    "uniform": (lambda x: dist.Uniform(x, x + 1.0), 0.9, [False, True, False]),
+    "pareto": (lambda x: dist.Pareto(jnp.exp(x), 2.0), 1.5, [True, True, False]),
+    "normal": (lambda x: dist.Normal(x, 1.0), 0.9, [True, True, True]),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_what_validation_refuses_has_no_density(name):
+    fn, y, there = LIKELIHOODS[name]
+
+    def model():
+        x = numpyro.sample("x", dist.Normal())
+        numpyro.sample("y", fn(jnp.stack((x, x))).to_event(1), obs=jnp.full(2, y))
+
+    with numpyro.validation_enabled(is_validate=False):
+        start = infer.init_to_value(values={"x": jnp.array(0.2)})
+        guide = prepared(AutoInterpolant(model, init_loc_fn=start))
+        density = jax.jit(jax.vmap(module.log_density(guide, (), {})))
+        found = density(jnp.array([[-2.0], [0.2], [2.0]]))
+    assert (found > -jnp.inf).tolist() == there
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 3), (3, 1)])
+def test_a_plate_of_another_size_is_refused(before, now):
+    def model(y):
+        with numpyro.plate("rows", len(y)):
+            x = numpyro.sample("x", dist.Normal())
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    guide, _, _ = known_guide(model, jnp.ones(before))
+    for use in (
+        lambda: module.log_density(guide, (jnp.ones(now),), {})(jnp.zeros(before)),
+        lambda: handlers.seed(neutra(guide), KEY)(jnp.ones(now)),
+    ):
+        with pytest.raises(ValueError, match=r"expected site 'x' of shape .* train a new guide"):
+            use()
 
 
 def known_guide(model, *args, scale=0.6):

@@ -9,6 +9,8 @@ import torch
 from cases import BASES, slow_but
 from jax import lax
 from kinds import angles, family, joint, plain, supported
+from numpyro import handlers
+from numpyro.infer import Predictive
 
 from pyro_interpolant import FixedGrid
 from pyro_interpolant.numpyro import (
@@ -346,3 +348,29 @@ def test_named_sites(known):
     with pytest.raises(ValueError, match="'scales' strictly inside its support"):
         d.pack({**draws, "scales": -draws["scales"]})
     jax.jit(d.pack)(draws)
+
+
+def test_values_by_name_replace_those_of_sites(known):
+    """In all handlers, as in torch; draws of the packed vector come before those of its sites."""
+    d = known("joint")
+    packed = jax.random.normal(KEY, (3, *d.event_shape))
+    draws, given = d.unpack(packed), {"slope": jnp.full(d.sites["slope"], 0.3)}
+
+    def solved():
+        return d.sample_sites("z")["slope"]
+
+    model = handlers.substitute(solved, {"z": packed[0]})  # without a solve
+    for wrapped in (
+        handlers.condition(model, given),
+        handlers.condition(model, condition_fn=lambda site: given.get(site["name"])),
+        handlers.do(model, given),
+        handlers.substitute(model, given),
+        handlers.do(handlers.scope(model, prefix="s"), {"s/slope": given["slope"]}),
+    ):
+        trace = handlers.trace(wrapped).get_trace()
+        found = trace["s/slope" if "s/slope" in trace else "slope"]["value"]
+        np.testing.assert_array_equal(found, given["slope"])
+        np.testing.assert_array_equal(wrapped(), given["slope"])
+    for values, expected in ((draws, draws), ({"slope": 1 + draws["slope"], "z": packed}, draws)):
+        found = Predictive(model, values)(KEY)
+        np.testing.assert_allclose(found["slope"], expected["slope"], rtol=1e-12)

@@ -214,9 +214,9 @@ def test_a_flow_as_its_own_guide(loss, prior):
 @pytest.mark.slow
 def test_neutra(prior, expected):
     bound = base_space(functools.partial(model, prior))
-    guide = autoguide.AutoBNAFNormal(bound)
+    guide = autoguide.AutoIAFNormal(bound, num_flows=1)
     svi = infer.SVI(bound, guide, numpyro.optim.Adam(0.02), infer.Trace_ELBO())
-    params = svi.run(KEY, 1000, progress_bar=False).params
+    params = svi.run(KEY, 500, progress_bar=False).params
     neutra = NeuTraReparam(guide, params)
     mcmc = run(infer.NUTS(neutra.reparam(bound)))
     shared = mcmc.get_samples()["auto_shared_latent"]

@@ -1,0 +1,50 @@
+"""Random numbers drawn in place under :func:`torch.func.vmap`, other ones in each lane."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .._torch import is_functorch_tensor
+
+_IN_PLACE = {
+    Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.cauchy_, Tensor.bernoulli_,
+    Tensor.random_,
+}  # fmt: skip
+
+
+class DrawnInLanes(TorchFunctionMode):
+    """Draw random numbers in place for every lane of a vmap, also into tensors without lanes.
+
+    What is drawn is what the call returns: a tensor without lanes cannot hold it, and is filled
+    with NaN, so that whoever reads it there gives no proper simulation.
+
+    Args:
+        lane: A scalar that is another in each lane.
+    """
+
+    def __init__(self, lane: Tensor) -> None:
+        super().__init__()
+        self.lane = lane
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor:
+        """Call a function of torch, one that draws in place on a copy with lanes."""
+        if func in _IN_PLACE:
+            tensor, *others = args
+            if is_functorch_tensor(tensor):
+                return func(*args, **(kwargs or {}))
+            if not tensor.is_floating_point():
+                raise TypeError(f"expected to draw into floating numbers, got {tensor.dtype}")
+            into = torch.zeros_like(tensor) + self.lane.to(tensor)
+            tensor.fill_(math.nan)
+            return func(into, *others, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

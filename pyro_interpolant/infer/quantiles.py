@@ -1,0 +1,40 @@
+"""Marginal quantiles by quasi-random draws."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributions import ComposeTransform
+from torch.quasirandom import SobolEngine
+
+from ..distributions.interpolant import InterpolantDistribution
+from ..training.loop import check_ranges
+
+SPREAD_DRAWS = 4096
+
+
+def spread_of(posterior: InterpolantDistribution) -> Tensor:
+    """Return quasi-random draws, always the same, of a flow from N(0, I), shape ``(4096, D)``."""
+    loc = posterior.transform.flow.loc
+    engine = SobolEngine(len(loc), scramble=True, seed=0)
+    uniform = engine.draw(SPREAD_DRAWS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+    return ComposeTransform(posterior.transforms)(torch.special.ndtri(uniform).to(loc))
+
+
+def quantiles_of(draws: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
+    """Return the quantiles of each number, shape ``(Q, *shape)``, of draws, ``(N, *shape)``.
+
+    Those of :func:`torch.quantile`, of any number of numbers.
+
+    Args:
+        draws: The draws.
+        levels: Q numbers between 0 and 1.
+
+    Raises:
+        ValueError: If one of them is not.
+    """
+    at = torch.as_tensor(levels, dtype=torch.float64, device=draws.device)
+    check_ranges(("quantiles between 0 and 1", bool(((at >= 0) & (at <= 1)).all()), levels))
+    ordered, place = draws.sort(0).values, at * (len(draws) - 1)
+    share = place.frac().reshape((*at.shape, *(1,) * (draws.dim() - 1)))
+    return torch.lerp(ordered[place.floor().long()], ordered[place.ceil().long()], share.to(draws))

@@ -1,0 +1,148 @@
+"""One run of a model that draws its data: what it observes, and what is refused of its sites."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from torch import Tensor
+
+from .._torch import seeded
+from .sites import Model, Nodes, Site, is_subsample, subsampling_plates
+
+
+class Unobserved(Messenger):
+    """Draw what a model observes; deterministic sites stay as they are.
+
+    Args:
+        drawn: The sites that are drawn where they are observed, or None for all.
+    """
+
+    def __init__(self, drawn: Sequence[str] | None) -> None:
+        super().__init__()
+        self.drawn = drawn
+
+    def _pyro_sample(self, msg: Message) -> None:
+        infer = cast("dict[str, Any]", msg["infer"])
+        if not msg["is_observed"] or infer.get("_deterministic"):
+            return
+        if isinstance(msg["fn"], Unit):
+            raise ValueError(
+                f"expected a model that draws its data, got the factor {msg['name']!r}, which "
+                "cannot be drawn from: write it as a site"
+            )
+        if self.drawn is None or msg["name"] in self.drawn:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+class AllDrawn(Exception):
+    """All latent sites of a run have been drawn."""
+
+
+class Stop(Messenger):
+    """End a run once sites have been drawn.
+
+    Args:
+        names: The sites.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.left = set(names)
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        self.left.discard(str(msg["name"]))
+        if not self.left:
+            raise AllDrawn
+
+
+def check_rows_count(nodes: Nodes) -> None:
+    """Raise a ValueError unless each row of a run counts, and once: a flow given data sees all.
+
+    Args:
+        nodes: The sites of a run of the model.
+    """
+    plates = subsampling_plates(nodes)
+    if plates:
+        raise ValueError(
+            f"expected a model that sees all its data, got plates {plates} that subsample: the "
+            "posterior given some rows is another one"
+        )
+    masked = [name for name, node in nodes.items() if is_sampled(node) and _is_masked(node)]
+    if masked:
+        raise ValueError(
+            f"expected sites without a mask, got {masked} with rows masked out, which a guide "
+            "given the data would take for seen: let a deterministic site hold the data, with "
+            "zeros where there are none, and the mask beside them, and observe that"
+        )
+    scaled = [
+        name
+        for name, node in nodes.items()
+        if is_sampled(node) and bool((torch.as_tensor(node["scale"]) != 1).any())
+    ]
+    if scaled:
+        raise ValueError(
+            f"expected sites that count once, got {scaled} scaled, which simulations do not show: "
+            "write the model without poutine.scale"
+        )
+
+
+def _is_masked(node: Site) -> bool:
+    """Return whether rows of a site are masked out, in the model or in its distribution."""
+    masks, fn = [node["mask"]], node["fn"]
+    while fn is not None:
+        masks.append(getattr(fn, "_mask", None))
+        fn = getattr(fn, "base_dist", None)
+    return any(mask is not None and not bool(torch.as_tensor(mask).all()) for mask in masks)
+
+
+def example_of(model: Model, observed: Sequence[str]) -> dict[str, Tensor]:
+    """Return the sampled sites of one simulation of a model, its data too, always of one seed.
+
+    Args:
+        model: The model.
+        observed: Its observed sites; others keep their values.
+    """
+    with seeded(0), poutine.block(), poutine.trace() as tracer, Unobserved(observed):
+        model()
+    nodes = cast("Nodes", tracer.trace.nodes)
+    return {name: node["value"] for name, node in nodes.items() if is_sampled(node)}
+
+
+def is_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Return whether sites of two simulations, by name, have the same values.
+
+    In another type, such as the default one, draws of a seed are others: nobody knows. Plates may
+    be in other places: outer ones push them to the left.
+    """
+
+    def agree(a: Tensor, b: Tensor) -> bool:
+        if a.dtype != b.dtype:
+            return True
+        return a.numel() == b.numel() and torch.allclose(a.flatten(), b.flatten(), equal_nan=True)
+
+    return one.keys() == other.keys() and all(agree(v, other[k]) for k, v in one.items())
+
+
+def is_sampled(node: Site) -> bool:
+    """Return whether a node of a trace is a sample, and not of a plate's indices."""
+    sampled = node["type"] == "sample" and not is_subsample(node)
+    return sampled and not node["infer"].get("_deterministic")
+
+
+def check_names(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[str]) -> None:
+    """Raise a ValueError unless what is observed is in a model, and not latent."""
+    there = [
+        name
+        for name, node in nodes.items()
+        if node["type"] == "sample" and not is_subsample(node) and name not in latents
+    ]
+    missing = [name for name in observed if name not in there]
+    if missing:
+        raise ValueError(
+            f"expected observed sites that the model has, got {missing}: it has {there}, and the "
+            f"latent ones {list(latents)}. Pass AmortizedInterpolant(model, observed=(...))"
+        )

@@ -1,0 +1,85 @@
+r"""The log joint density of a NumPyro model, :math:`\log p(x(z), y) + \log |dx / dz|`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import Array
+from numpyro import handlers
+from numpyro.infer.autoguide import AutoContinuous
+
+from .validity import innermost, log_prob_left_out, where_valid, without_masks
+
+Arguments = tuple[object, ...]  # of a model
+Named = Mapping[str, object]
+Site = Mapping[str, Any]  # a site of a trace, NumPyro's message
+
+
+def log_density(guide: AutoContinuous, args: Arguments, kwargs: Named) -> Callable[[Array], Array]:
+    """Return the log joint density of one unconstrained vector, shape ``(D,)``, for jax.
+
+    As :func:`pyro_interpolant.log_joint`: NumPyro's own counts the Jacobian of a latent site as
+    often as the site, by its scale and its mask.
+
+    Args:
+        guide: A guide that knows its model.
+        args: The arguments of the model.
+        kwargs: Its named arguments.
+    """
+    potential = guide._potential_fn_gen(*args, **kwargs)
+
+    def of_one(z: Array) -> Array:
+        parts = guide._unpack_latent(z)
+        with handlers.block(), handlers.trace() as trace:
+            potential(parts)
+        total = jnp.zeros(())
+        for name, site in trace.items():
+            if site["type"] == "sample":
+                total = total + _log_prob(name, site, parts)
+        return total
+
+    return of_one
+
+
+def _log_prob(name: str, site: Site, latents: Mapping[str, Array]) -> Array:
+    """Return the log density of a site, summed, ``-inf`` where it is that of nothing.
+
+    Raises:
+        ValueError: If a latent site has another shape than when the guide was set up.
+    """
+    fn, value, scale = site["fn"], site["value"], site["scale"]
+    if any(_is_jacobian(name, latent) for latent in latents):
+        return jnp.sum(innermost(fn).log_factor)
+    log_prob = fn.log_prob(value) if scale is None else scale * fn.log_prob(value)
+    if name in latents:
+        check_fixed_shape(name, fn, value)
+        left_out = log_prob_left_out(fn, value)
+        if left_out is not None:
+            log_prob = log_prob + left_out
+        fn, value = without_masks(fn), None  # the value comes from the support
+    return where_valid(fn, value, log_prob).sum()
+
+
+def check_fixed_shape(name: str, fn: dist.Distribution, value: Array) -> None:
+    """Raise a ValueError where a site's shape is another than when the guide was set up.
+
+    Args:
+        name: The site.
+        fn: Its distribution.
+        value: Its value, of the shape that the guide knows.
+    """
+    if jnp.shape(value) != tuple(fn.shape()):
+        raise ValueError(
+            f"expected site {name!r} of shape {jnp.shape(value)}, as when the guide was set up, "
+            f"got shape {tuple(fn.shape())}: train a new guide with these arguments"
+        )
+
+
+def _is_jacobian(name: str, latent: str) -> bool:
+    """Return whether a site is the Jacobian that NumPyro adds for a latent one.
+
+    A scope prefixes the name of the latent site, and that of its Jacobian once more.
+    """
+    tail = f"_{latent}_log_det"
+    return name.endswith(tail) and latent.startswith(name.removesuffix(tail))
