@@ -27,7 +27,6 @@ from ..distributions.joint import (
 from ..nn.embedded import EmbeddedVelocity
 from ..training.clock import Clock
 from ..training.fitting import FitResult
-from ..transforms.gaussianize import refuse_gaussianized
 from ..transforms.interpolant import ConditionalInterpolantTransform
 from .importance_sampling import GOOD_SHARE, importance_of
 from .log_density import TO_BATCH, LogJoint
@@ -388,7 +387,6 @@ def check_posterior(
         )
     if posterior.base is not None:
         raise ValueError(f"expected a posterior from the base N(0, I), got {posterior.base}")
-    refuse_gaussianized(posterior.constraint, "the base space of a guide")
 
 
 def _data_names(shapes: Mapping[str, torch.Size]) -> tuple[str, ...]:

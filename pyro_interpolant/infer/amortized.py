@@ -16,6 +16,7 @@ from pyro import poutine
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.runtime import Message
 from torch import Tensor, nn
+from torch.distributions import ComposeTransform, Transform
 
 from .._torch import seeded, trainable, warn_user
 from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
@@ -28,7 +29,7 @@ from ..nn.embedded import EmbeddedVelocity
 from ..training.clock import Clock, Seconds
 from ..training.fitting import FitResult, fit
 from ..training.loop import check_ranges
-from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
+from ..transforms.interpolant import ConditionalInterpolantTransform
 from .amortization import (
     JUDGED_ROWS,
     AmortizedResult,
@@ -207,9 +208,10 @@ class AmortizedInterpolant(AutoInterpolant):
         """
         return likely_point_of(self.get_posterior(*args, **kwargs))
 
-    def get_transform(self, *args: object, **kwargs: object) -> InterpolantTransform:
-        """Return the flow given the data in the arguments of the model."""
-        return self.get_posterior(*args, **kwargs).transform
+    def get_transform(self, *args: object, **kwargs: object) -> Transform:
+        """Return the flow given the data, and the map behind it if the posterior has one."""
+        parts = self.get_posterior(*args, **kwargs).transforms
+        return parts[0] if len(parts) == 1 else ComposeTransform(parts)
 
     def condition(self, **data: ArrayLike) -> JointInterpolantDistribution:
         """Return the distribution of the latents given data, of many data sets at once.

@@ -14,6 +14,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
+from torch.distributions import Transform
 
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.psis import ImportanceSummary, judge
@@ -154,7 +155,7 @@ class AutoInterpolant(AutoContinuous):
         """Return N(0, I), of event shape ``(D,)``."""
         return standard_normal(self.transform.flow.loc)
 
-    def get_transform(self, *args: object, **kwargs: object) -> InterpolantTransform:
+    def get_transform(self, *args: object, **kwargs: object) -> Transform:
         """Return the flow; it does not depend on the arguments of the model."""
         return self.transform
 

@@ -190,12 +190,21 @@ def test_a_posterior_on_another_support_or_base_is_refused():
     base = dist.Laplace(torch.zeros(1), 1.0).to_event(1)
     others = {
         r"site 'spread' on GreaterThan.* got one on Real.*support=": posterior(marginals=False),
-        "marginals=False": posterior(support=support, marginals=True),
         r"from the base N\(0, I\)": type(plain)(plain.transform, base, sites=plain.sites),
     }
     for message, other in others.items():
         with pytest.raises(ValueError, match=message):
             pi.AmortizedInterpolant(spread_and_rows, posterior=other)(torch.ones(2))
+    mapped = posterior(support=support, marginals=True)
+    guide = pi.AmortizedInterpolant(spread_and_rows, posterior=mapped)
+    guide(torch.ones(2))
+    transform = guide.get_transform(torch.ones(2))
+    w = torch.randn(5, 1)
+    z = transform(w)
+    density = dist.Normal(0.0, 1.0).log_prob(w[:, 0]) - transform.log_abs_det_jacobian(w, z)
+    found = guide.get_posterior(torch.ones(2)).log_prob(z)  # by a solve the other way
+    torch.testing.assert_close(density, found, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(z, guide.get_posterior(torch.ones(2)).transform(w))
 
 
 @pytest.mark.slow
