@@ -7,6 +7,7 @@ A constraint keeps the arguments of its constructor as attributes of the same na
 constraints, numbers, tensors, or lists of these. By that, files can hold it.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -182,7 +183,8 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
             f"expected a support of scalars or of vectors beside event_shape, got {support}, "
             "whose events have a shape of their own"
         )
-    real_shape((math.prod(shape),), support)
+    with contextlib.suppress(NotImplementedError):  # angles, or what a flow is refused for
+        real_shape((math.prod(shape),), support)
     return Shaped(support, shape)
 
 

@@ -11,6 +11,7 @@ from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
     base_space,
+    circular,
     conditional_interpolant_transform,
     fit,
     from_samples,
@@ -134,3 +135,9 @@ def test_supports_with_a_shape_of_their_own_need_no_other():
         InterpolantDistribution(flow(3), support=constraints.corr_cholesky, event_shape=(3, 3))
     with pytest.raises(TypeError, match="no event_shape beside named draws"):
         from_samples({"a": torch.randn(50, 2)}, event_shape=(2,))
+
+
+@pytest.mark.parametrize("support", [circular, constraints.sphere], ids=["angles", "sphere"])
+def test_a_support_without_a_bijection_is_refused_in_words(support):
+    with pytest.raises(ValueError, match="bijective image of real vectors, got"):
+        from_samples(torch.randn(60), support=support, steps=2, progress=False)
