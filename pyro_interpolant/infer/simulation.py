@@ -6,6 +6,7 @@ processes if asked.
 """
 
 import contextlib
+import functools
 import math
 import time
 import warnings
@@ -93,8 +94,6 @@ class Simulator:
         shapes: The shapes of what is simulated, by name.
         drawn: Which of the sites that the model observes are drawn: the observed ones, where all
             of them are sample sites. The others keep their values. Else None, for all.
-        batching: How many simulations are drawn in one run of the model; one where it draws
-            numbers that are not torch's.
 
     Raises:
         ValueError: If a name is not in the model, or the model cannot be simulated.
@@ -128,7 +127,6 @@ class Simulator:
         self.nesting = max([0, *dims, *self.batch_dims.values()])
         numbers = sum(nodes[name]["value"].numel() for name in [*self.latents, *names])
         self.rows = max(1, _NUMBERS_AT_ONCE // numbers)
-        self.batching: Batching = self._best()
         if num_workers > 0 and self.batching == "loop":
             self._tell_of_own_generators()
 
@@ -225,8 +223,12 @@ class Simulator:
                 "observed=(...))"
             )
 
-    def _best(self) -> Batching:
-        """Return the first way of many simulations in one run that works and is right."""
+    @functools.cached_property
+    def batching(self) -> Batching:
+        """The first way of many simulations in one run that works and is right.
+
+        It is looked for by some runs of the model, which who asks for shapes alone is spared.
+        """
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of attempts that may come to nothing
             if self._repeats() is not True:  # other numbers would be drawn once for all
