@@ -97,8 +97,7 @@ def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
     with seeded(0):  # of bases that draw themselves
         for i in range(_SETS):
             if bare.base is None and len(loc) <= SobolEngine.MAXDIM:
-                net = SobolEngine(len(loc), scramble=True, seed=i).draw(_DRAWS, dtype=torch.double)
-                z = torch.special.ndtri(net.clamp(1e-12, 1 - 1e-12)).to(loc)
+                z = normal_points(loc, _DRAWS, seed=i)
                 z = z.reshape(_DRAWS, *(1,) * len(batch), len(loc)).expand(_DRAWS, *batch, -1)
             else:
                 draw = source.rsample if source.has_rsample else source.sample
@@ -108,6 +107,18 @@ def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
             log_prob = bare.log_prob(x) if known else x[..., 0] * math.nan
             y, log_det = distribution.space.onto(flow, x)
             yield y, log_prob - log_det
+
+
+def normal_points(like: Tensor, count: int, *, seed: int = 0) -> Tensor:
+    """Return quasi-random points of N(0, I), always the same, shape ``(count, D)``.
+
+    Args:
+        like: A tensor of their type and on their device, shape ``(D,)``.
+        count: How many.
+        seed: Of the scrambling.
+    """
+    net = SobolEngine(len(like), scramble=True, seed=seed).draw(count, dtype=torch.double)
+    return torch.special.ndtri(net.clamp(1e-12, 1 - 1e-12)).to(like)
 
 
 def _undefined(distribution: "Summaries") -> tuple[Tensor | float, Tensor | float]:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.distributions import ComposeTransform
-from torch.quasirandom import SobolEngine
 
 from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.summaries import normal_points
 from ..training.loop import check_ranges
 
 SPREAD_DRAWS = 4096
@@ -15,10 +15,8 @@ SPREAD_DRAWS = 4096
 
 def spread_of(posterior: InterpolantDistribution) -> Tensor:
     """Return quasi-random draws, always the same, of a flow from N(0, I), shape ``(4096, D)``."""
-    loc = posterior.transform.flow.loc
-    engine = SobolEngine(len(loc), scramble=True, seed=0)
-    uniform = engine.draw(SPREAD_DRAWS, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
-    return ComposeTransform(posterior.transforms)(torch.special.ndtri(uniform).to(loc))
+    z = normal_points(posterior.transform.flow.loc, SPREAD_DRAWS)
+    return ComposeTransform(posterior.transforms)(z)
 
 
 def quantiles_of(draws: Tensor, levels: Sequence[float] | Tensor) -> Tensor:

@@ -79,20 +79,22 @@ class Substitute(ConditionMessenger):
         shapes: The shapes of the sites.
     """
 
+    data: dict[str, Tensor]
+
     def __init__(self, values: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
         super().__init__(values)
-        self.values, self.shapes = values, shapes
+        self.shapes = shapes
 
     def _pyro_sample(self, msg: Message) -> None:
         name = str(msg["name"])
-        if name not in self.values:
+        if name not in self.data:
             return
         if msg["is_observed"]:
             raise ValueError(
                 f"expected site {name!r} to be latent, as when the guide was set up, got it "
                 "observed: set the guide up with the data, guide(*args)"
             )
-        check_fixed_shape(name, msg["fn"], self.values[name], self.shapes[name])
+        check_fixed_shape(name, msg["fn"], self.data[name], self.shapes[name])
         super()._pyro_sample(msg)
 
 
