@@ -17,6 +17,15 @@ def rows_of_a_normal(y=None):
     pyro.deterministic("mean", y.mean(-1))
 
 
+def rows_with_gaps(y=None, there=None):
+    """Location N(0, 1), rows N(location, 1), of which one half are there."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 6):
+        there = pyro.sample("there", dist.Bernoulli(0.5), obs=there)
+        y = pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+    pyro.deterministic("seen", torch.stack((y * there, there), -1))
+
+
 def by_numpy(limit=10.0, y=None):
     """A simulator that leaves torch, and fails beyond a limit."""
     w = pyro.sample("w", dist.Normal(0.0, 1.0))

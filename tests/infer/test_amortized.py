@@ -12,7 +12,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
-from simulators import QUICK, ROWS, rows_of_a_normal
+from simulators import QUICK, ROWS, rows_of_a_normal, rows_with_gaps
 from torch import nn
 from torch.distributions import constraints
 
@@ -461,15 +461,8 @@ def test_a_learned_likelihood_of_many_rows_under_nuts():
 
 @pytest.mark.slow
 def test_missing_data_are_a_deterministic_site_with_a_mask():
-    def model(y=None, there=None):
-        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", 6):
-            there = pyro.sample("there", dist.Bernoulli(0.5), obs=there)
-            y = pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
-        pyro.deterministic("seen", torch.stack((y * there, there), -1))
-
     embedding = pi.nn.SetEmbedding(1, True, width=16)  # noqa: FBT003
-    guide = pi.AmortizedInterpolant(model, ("seen",), embedding, hidden_dims=(16, 16))
+    guide = pi.AmortizedInterpolant(rows_with_gaps, ("seen",), embedding, hidden_dims=(16, 16))
     y, there = torch.full((6,), 1.5), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     pi.fit_guide(guide, y, there, simulations=2000, **QUICK)
     draws = guide.condition(seen=torch.stack((y * there, there), -1)).sample_dict((2000,))["loc"]

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from simulators import QUICK
+from simulators import QUICK, rows_with_gaps
 from torch import nn
 
 import pyro_interpolant as pi
@@ -137,15 +137,8 @@ def test_an_observed_site_that_is_no_data_keeps_its_value(given):
 
 
 def test_beside_a_deterministic_site_all_that_is_observed_is_drawn():
-    def model(y=None, there=None):
-        level = pyro.sample("level", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", 3):
-            there = pyro.sample("there", dist.Bernoulli(0.7), obs=there)
-            y = pyro.sample("y", dist.Normal(level, 0.5), obs=y)
-        pyro.deterministic("seen", torch.stack((y * there, there), -1))
-
-    guide = pi.AmortizedInterpolant(model, ("seen",), hidden_dims=(8,))
-    found = guide.simulate(50, torch.zeros(3), torch.ones(3))
+    guide = pi.AmortizedInterpolant(rows_with_gaps, ("seen",), hidden_dims=(8,))
+    found = guide.simulate(50, torch.zeros(6), torch.ones(6))
     assert bool((found.data["seen"].std(0) > 0.1).all())
 
 
