@@ -62,7 +62,7 @@ def run(kernel, *args, warmup=300, samples=700, **options):
 SPACES = {"data": lambda model: model, "base": base_space}
 
 
-@pytest.mark.parametrize("space", slow_but(SPACES, "base"))
+@pytest.mark.parametrize("space", slow_but(SPACES))
 def test_nuts(space, prior, expected):
     """The prior is an argument of the model, and of the compiled run."""
     mcmc = run(infer.NUTS(SPACES[space](model)), prior)

@@ -170,6 +170,7 @@ def test_other_strategies_propose_in_base_space(model):
     assert float(jnp.abs(info.param_info.z["z_base"]).max()) < 2
 
 
+@pytest.mark.slow
 def test_plates_events_and_masks(prior):
     def model():
         with numpyro.plate("n", 4), handlers.mask(mask=jnp.arange(4) < 3):

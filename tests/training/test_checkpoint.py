@@ -574,6 +574,7 @@ def test_what_fails_after_the_last_step_keeps_the_weights(name, error, monkeypat
     assert all(map(torch.equal, weights_of(expected), weights_of(learned)))
 
 
+@pytest.mark.slow
 def test_weighted_rows_are_learned_in_proportion():
     x = torch.cat((torch.randn(1000, 1) * 0.3 - 2, torch.randn(1000, 1) * 0.3 + 2))
     weights = torch.cat((torch.ones(1000), 4 * torch.ones(1000)))

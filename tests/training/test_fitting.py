@@ -227,6 +227,7 @@ def test_a_run_that_forgets_how_to_generalise_ends_and_keeps_the_best_weights():
         assert torch.equal(weight, other)
 
 
+@pytest.mark.slow
 def test_looks_are_a_share_of_the_way_apart_and_then_of_the_schedule():
     steps = []
     rows = torch.randn(2000, 2).exp()

@@ -448,6 +448,7 @@ def test_no_gradient_goes_through_a_solve_and_nothing_but_weights_changes(monkey
     assert not any(p.requires_grad for p in flow.transform.parameters())
 
 
+@pytest.mark.slow
 def test_the_type_of_the_flow_is_that_of_the_rows():
     seen, flow = set(), tiny().to(torch.float32)
 
