@@ -335,7 +335,7 @@ def calibrate_sampler_until(
                 steps, error = middle, found
             else:
                 low = middle
-    if error > tolerance:
+    if not error <= tolerance:  # that of samples which are not finite is NaN
         short = "the time was over before" if steps < _MAX_SAMPLE_STEPS else "no grid has"
         warn_user(
             f"{short} samples within {tolerance} standard deviations of a finer solve: at {steps} "

@@ -25,12 +25,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._files import StrPath, checksum, contents, refuse_no_place, write
-from .._torch import evaluated, warn_user
+from .._torch import evaluated, warn_user, with_gradients
 from ..distributions.constraints import contexts_of_rows, images_of
 from ..distributions.identity import stable_name, tensors_of
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..nn.velocity import evaluate, images_at_once
-from ..solvers.divergence import ExactDivergence
+from ..solvers.divergence import HutchinsonDivergence
 from ..solvers.ode import Adaptive, FixedGrid, Solver
 from ..transforms.flow import Path
 
@@ -98,8 +98,8 @@ def bits_per_dim(
             :func:`~pyro_interpolant.from_samples` does with ``uint8``.
         images: Whole levels v, 0 to ``levels - 1``, shape ``(N, *event_shape)``.
         levels: Their number L; of a flow that learned ``uint8``, 256 however many there are.
-        probes: How many estimate a divergence; none where the transform's is
-            :class:`~pyro_interpolant.ExactDivergence`.
+        probes: How many estimate a divergence where the transform's is
+            :class:`~pyro_interpolant.HutchinsonDivergence`; another is taken as it is.
         dequantizations: How many u are drawn for each image.
         context: Contexts, shape ``(N, C)``, or labels, for a conditional flow.
         tolerance: Of the grid, bits per dimension.
@@ -113,7 +113,8 @@ def bits_per_dim(
     Raises:
         ValueError: If images have another shape or other levels, or training spread them over
             another number of levels, a number is not positive, contexts are of another number, or
-            the file is of another call.
+            given already, one for each image, or the file is of another call.
+        NotImplementedError: If the distribution has no density, as one that is guided.
     """
     values = _checked_levels(distribution, images, levels)
     if min(probes, dequantizations) < 1 or not tolerance > 0:
@@ -123,6 +124,12 @@ def bits_per_dim(
         )
     flow = distribution.transform.flow
     given = None
+    known = getattr(distribution.transform, "raw_context", None)
+    if known is not None and known.dim() > 1:
+        raise ValueError(
+            "expected a conditional flow and context=, which goes through in pieces as the images "
+            f"do, got one conditioned already, of batch shape {tuple(known.shape[:-1])}"
+        )
     if context is not None:
         names = distribution.context_columns
         given = contexts_of_rows(context, flow, names, len(values), "images")
@@ -130,7 +137,7 @@ def bits_per_dim(
     kept = _Kept(checkpoint, numbers, distribution, values, given)
     generator = torch.Generator(flow.loc.device).manual_seed(seed)
     bits = _Bits(distribution, levels, probes, generator)
-    with torch.no_grad(), evaluated(distribution.transform):
+    with with_gradients(), torch.no_grad(), evaluated(distribution.transform):
         few = slice(_TRIED_IMAGES)
         solver, change = bits.solver(values[few], None if given is None else given[few], tolerance)
         found = kept.restored(generator)
@@ -239,7 +246,7 @@ class _Bits:
     ) -> None:
         self.distribution, self.levels, self.probes = distribution, levels, probes
         self.flow, self.generator = distribution.transform.flow, generator
-        self.is_exact = isinstance(distribution.transform.divergence, ExactDivergence)
+        self.has_probes = isinstance(distribution.transform.divergence, HutchinsonDivergence)
 
     def rows_at_once(self, solver: Solver) -> int:
         """Return how many images are evaluated at once; of half as many a graph fits memory."""
@@ -293,15 +300,16 @@ class _Bits:
             u: Where in its cell each value is, shape ``(N, *event_shape)``; drawn if not given.
             signs: Probes of all times, shape ``(P, N, D)``; new ones each time if not given.
         """
-        view = self.distribution.given(context)
+        # A copy, for one made in inference mode could not be differentiated through.
+        view = self.distribution.given(None if context is None else context.clone())
         x = (v.to(self.flow.loc) + (self._uniform(v) if u is None else u)) / self.levels
         rows = view.to_flow(x)
         path = dataclasses.replace(view.transform.path(), solver=solver)
         states = self.flow.integrate(self.flow.whitening.to_white(rows), path, forward=False)
-        if self.is_exact:
-            log_det = self.flow.log_det(states, path)
-        else:
+        if self.has_probes:
             log_det = self.flow.whitening.log_det + self._divergences(view, states, path, signs)
+        else:
+            log_det = self.flow.log_det(states, path)
         log_prob = view.white_base().log_prob(states[0]) - log_det
         log_prob = log_prob - view.space.onto(self.flow, rows)[1]
         return math.log2(self.levels) - log_prob.double() / (math.log(2) * self.flow.event_dim)

@@ -47,7 +47,7 @@ def guided(
         whitening=flow.whitening,
     )
     # What the score follows from, if there is one: of a guided noise it is guided, too.
-    new.flow.independent = flow.independent
+    new.flow.independent, new.flow.levels = flow.independent, flow.levels
     new.flow.noise = None if flow.noise is None else _Guided(flow.noise, scale)
     return ConditionalInterpolantDistribution(
         new, distribution.base, support=distribution.constraint

@@ -58,7 +58,8 @@ def called_in_workers(
             for each in arguments
         ]
         for call in calls:
-            yield _found(*call.result())
+            value, failure, can_import = call.result()
+            yield _found(value, failure, can_import=can_import)
     except BrokenProcessPool as error:
         raise RuntimeError(
             "a worker process ended before its time: it was killed, as for lack of memory, or the "
@@ -68,7 +69,7 @@ def called_in_workers(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _found(value: bytes | None, failure: str, can_import: bool) -> Any:  # noqa: FBT001
+def _found(value: bytes | None, failure: str, *, can_import: bool) -> Any:
     """Return what a call returned, or raise what it raised."""
     if value is not None:
         return pickle.loads(value)

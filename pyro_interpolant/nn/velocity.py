@@ -132,10 +132,30 @@ def evaluate(velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None =
     Returns:
         The velocity, shape ``(*, D)``.
     """
+    at_once = images_at_once(velocity)
+    if at_once is not None and _is_divisible(x, at_once):
+        return _in_pieces(velocity, t, x, context, at_once)
     if getattr(velocity, "broadcasts_time", False):
         return velocity(t, x, context)
     t, *rest = expanded(t, x, context)
     return velocity(t, x, *rest)
+
+
+def _is_divisible(x: Tensor, at_once: int) -> bool:
+    """Return whether states, ``(*, D)``, are more than so many, and no graph is recorded."""
+    is_plain = not (torch.is_grad_enabled() or is_tracing() or is_functional())
+    return is_plain and x.shape[:-1].numel() > at_once
+
+
+def _in_pieces(
+    velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None, at_once: int
+) -> Tensor:
+    """Return what :func:`evaluate` does, ``(*, D)``, by calls with so many rows each."""
+    t, *rest = expanded(t, x, context)
+    contexts = [c.reshape(-1, c.shape[-1]).split(at_once) for c in rest]
+    rows = x.reshape(-1, x.shape[-1]).split(at_once)
+    parts = zip(t.reshape(-1).split(at_once), rows, *contexts, strict=True)
+    return torch.cat([velocity(*part) for part in parts]).reshape(x.shape)
 
 
 def expanded(t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:

@@ -150,8 +150,8 @@ def fit(
             other: the step is that of the batch, and the memory that of a piece.
         learning_rate: The peak of the schedule.
         weight_decay: AdamW's, which shrinks all weights by this share of the learning rate at each
-            step; by default (70 D / N)^2 for N training rows, at most 0.5; none where no first
-            pass counts an iterable's rows.
+            step; by default (70 D / N)^2 for N training rows, at most 0.5; none for a network of
+            images, or where no first pass counts an iterable's rows.
         validation: The share of rows held out, of an iterable up to 8,192, with all copies of
             each; or rows of your own, shape ``(M, *event_shape)``; for a conditional flow
             ``(rows, contexts)``.
@@ -175,8 +175,8 @@ def fit(
         seed: Makes the run reproducible: same seed, same weights. The global generator is left as
             it was.
         progress: Whether to show a bar.
-        callback: Called with a :class:`TrainingState` at each look; to stop the run it returns
-            True.
+        callback: Called with a :class:`TrainingState` at each look, while the flow has the
+            averaged weights that the held-out loss is of; to stop the run it returns True.
         checkpoint: A file to keep the state of the run in. The same call resumes from it: with
             ``steps`` and the same number of threads to bitwise the same weights; an iterable, or
             its sampler, must have ``state_dict`` and ``load_state_dict`` for that.

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._torch import rng_state, set_rng_state, warn_user
+from .._torch import evaluated, rng_state, set_rng_state, warn_user
+from ..nn.velocity import image_shape
 from .checkpoint import Checkpoint, buffers_of
 from .clock import Clock
 from .data import TableBatches
@@ -35,6 +36,7 @@ _NUMBERS_PER_STEP = 6.0  # in all rows, N D: fewer steps lost nothing for 3,000 
 _DECAY_FACTOR, _MOST_DECAY = 70.0, 0.5  # of the default weight decay
 _LOOK_SHARE = 0.01  # of the schedule, between two looks at the held-out loss
 _LOOK_GROWTH = 0.05  # of the way so far, where that is less: few rows are learned early
+_STEPS_BETWEEN = 10  # at least, where time is no limit: a look takes as long as some steps
 _LOOK_TIMES = 30.0  # its duration passes until the next, where time is the limit: few of images
 _MOST_BETWEEN = 0.05  # of the schedule, even so: the first look of a process may take long
 _FIRST_GLIMPSE = 10  # the look from which held-out nats are shown beside the bar: few before
@@ -192,7 +194,9 @@ class HeldOutMonitor:
             self.best_values = [v.clone() for v in self.average.values]
         wanted: Any = False
         if self.callback is not None and process.rank == 0:
-            wanted = self.callback(TrainingState(step, self.losses[-1], held, rate, seconds))
+            told = TrainingState(step, self.losses[-1], held, rate, seconds)
+            with self.average.applied(), evaluated(self.objective.network):
+                wanted = self.callback(told)
         if getattr(wanted, "ndim", None) == 0:  # numpy's and torch's
             wanted = wanted.item()
         self.stopped = bool(process.agreed(float(wanted is True)))
@@ -284,11 +288,14 @@ class Run:
         self.process, self.device = objective.process, objective.flow.loc.device
         columns, total = objective.flow.event_dim, self.process.agreed(batches.total)
         self.length = schedule.length(columns * total)
+        # Networks of images share weights between pixels: rows per column say nothing of them.
+        # MNIST, 20 minutes: FID 3.31 at a decay of 0.5, which the default would be, 1.85 without.
+        of_images = image_shape(objective.network) is not None
         self.descent = Descent(
             objective,
             self.process,
             learning_rate=schedule.learning_rate,
-            weight_decay=schedule.decay(columns / total),
+            weight_decay=schedule.decay(0.0 if of_images else columns / total),
             ema=schedule.ema,
             pieces=pieces,
         )
@@ -400,6 +407,7 @@ class Run:
         """
         way = min(_LOOK_SHARE, _LOOK_GROWTH * self.done)
         if self.schedule.max_seconds is None:
+            way = max(way, _STEPS_BETWEEN / self.length)
             self.next_look = max(self.done + way, _WARMUP_SHARE)
         else:
             cost = _LOOK_TIMES * self.clock.share(self.monitor.seconds)

@@ -134,7 +134,8 @@ def interpolant_loss(
 
     :math:`G(v) = E[|v_t(I_t)|^2 - 2\,\partial_t I_t \cdot v_t(I_t)]`, in whitened units: its
     minimum over v is :math:`-E|v^\star|^2`, so values are negative where something has been
-    learned, and only differences matter. No ODE is solved.
+    learned, and only differences matter. No ODE is solved. Of a network with a label for none of
+    its classes, as :class:`~pyro_interpolant.nn.UNet` has, a tenth of labels become that one.
 
     Args:
         distribution: The flow to train; its whitening map is used as it is.
@@ -154,6 +155,7 @@ def interpolant_loss(
     context = embedded(flow.velocity, context)
     if context is None:
         context = getattr(distribution.transform, "context", None)
+    context = _some_null(flow.velocity, context, torch.rand)
     w1 = flow.whitening.to_white(distribution.to_flow(x1))
     w0 = base.sample(w1.shape[:-1]) if x0 is None else base.to_white(x0)
     if t is None:
@@ -271,19 +273,9 @@ class Objective(nn.Module):
         return regression_loss(self.network, points, self.metric).mean()
 
     def held_loss(self, points: tuple[Points, ...]) -> Tensor:
-        """Return the same loss of the network as it is used: dropout and its like are off.
-
-        Images are evaluated in pieces.
-        """
-        at_once = images_at_once(self.network)
-        with evaluated(self.network):
-            if at_once is None:
-                return self.loss(points)
-            times, each = points[0].w.shape[:2]
-            pieces = torch.arange(times).split(max(1, at_once // each))
-            losses = [self.loss(tuple(part.at(some) for part in points)) for some in pieces]
-            shares = [len(some) / times for some in pieces]
-            return torch.stack([a * b for a, b in zip(shares, losses, strict=True)]).sum()
+        """Return the same loss of the network as it is used: dropout and its like are off."""
+        with torch.no_grad(), evaluated(self.network):
+            return self.loss(points)
 
     def forward(self, points: Callable[[], tuple[Points, ...]]) -> Tensor:
         """Return the loss at the points a function returns: Fabric rounds tensors it is given."""
@@ -309,17 +301,13 @@ class Objective(nn.Module):
             s = s[:keep].reshape(groups, -1, s.shape[-1])
             return s if process.own_rows or world == 1 else s[own]
 
-        context = self._with_null(rows.context, process)
+        context = _some_null(
+            self.network,
+            rows.context,
+            lambda shape: process.share(lambda count: torch.rand(count, *shape[1:]), shape[0]),
+        )
         context, z = (None if s is None else grouped(s) for s in (context, z))
         return t[own, None], grouped(w0), grouped(rows.w), context, z
-
-    def _with_null(self, context: Tensor | None, process: Process) -> Tensor | None:
-        """Return contexts, a tenth of which are the null label of a network that has one."""
-        null = null_label(self.network)
-        if context is None or null is None:
-            return context
-        u = process.share(lambda count: torch.rand(count, 1), len(context)).to(context)
-        return context.masked_fill(u < _NULL_SHARE, null)
 
     def _points(self, pairs: Pairs) -> tuple[Points, ...]:
         t, w0, w1, context, z = pairs
@@ -349,6 +337,23 @@ class Objective(nn.Module):
             few = rows.take(own)
             found[own] = self.coupling(x0[own], few.w, few.context)
         return found
+
+
+def _some_null(
+    network: nn.Module, context: Tensor | None, uniform: Callable[[Sequence[int]], Tensor]
+) -> Tensor | None:
+    """Return contexts, a tenth of which are the null label of a network that has one.
+
+    Args:
+        network: The network.
+        context: Contexts, shape ``(*, C)``, or None.
+        uniform: Draws uniform numbers of a shape.
+    """
+    null = null_label(network)
+    if context is None or null is None:
+        return context
+    u = uniform((*context.shape[:-1], 1)).to(context.device)
+    return context.masked_fill(u < _NULL_SHARE, null)
 
 
 def _normal(like: Tensor, count: int) -> Tensor:

@@ -25,7 +25,7 @@ from .data import (
     rows_of,
 )
 from .distributed import Process
-from .image_rows import are_levels, flips, has_images
+from .image_rows import are_levels, flips, has_images, most_held
 from .names import Names
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
@@ -99,6 +99,9 @@ class Stream:
             self.given = held_out_rows(distribution, validation, self.names)
         self.checksum = None if self.given is None else checksum(self.given)
         self.like = distribution.transform.flow.loc
+        self.most_held = MOST_HELD
+        if has_images(distribution):
+            self.most_held = min(MOST_HELD, most_held(len(self.like)))
 
     @property
     def exact(self) -> bool:
@@ -209,14 +212,14 @@ class Stream:
         self, clock: Clock, before: Surveyed | None, *, whole: bool, progress: bool
     ) -> Survey:
         """Go through the stream as far as wanted."""
-        known, survey = _length(self.iterable), Survey()
+        known, survey = _length(self.iterable), Survey(self.most_held)
         bar = tqdm(self.iterable, "first pass", known, leave=False, disable=not progress)
         with contextlib.closing(bar):
             for batch in bar:
                 survey.add(self.rows(batch, survey.batches))
                 held = math.inf if self.share is None else self.share * survey.total
                 if before is None:
-                    enough = held >= MOST_HELD and not whole or survey.is_enough(known, clock)
+                    enough = held >= self.most_held and not whole or survey.is_enough(known, clock)
                 else:
                     enough = survey.batches == before.batches
                 if enough:

@@ -39,6 +39,9 @@ class Surveyed(NamedTuple):
 class Survey:
     """What a first pass over batches learns.
 
+    Args:
+        most_held: The most rows that may be held out.
+
     Attributes:
         kept: Each batch, each second, each fourth, ..., with its keys: a sample of all rows.
         lowest: The rows of the lowest keys, with these; now and then cut to as many as may be
@@ -53,7 +56,8 @@ class Survey:
         ended: Whether the batches came to an end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_held: int = MOST_HELD) -> None:
+        self.most_held = most_held
         self.kept: list[tuple[Rows, Tensor]] = []
         self.lowest: list[tuple[Rows, Tensor]] = []
         self.bar, self.checksum = 2**63 - 1, 0
@@ -83,9 +87,9 @@ class Survey:
         few = (keys <= self.bar).nonzero().flatten()
         if len(few):
             self.lowest.append((rows.take(few), keys[few]))
-        if sum(len(part) for _, part in self.lowest) > 2 * MOST_HELD:
+        if sum(len(part) for _, part in self.lowest) > 2 * self.most_held:
             rows, keys = _joined(self.lowest)
-            order = keys.argsort(stable=True)[: MOST_HELD + 1]
+            order = keys.argsort(stable=True)[: self.most_held + 1]
             self.lowest = [(rows.take(order), keys[order])]
             self.bar = int(keys[order[-1]])
 
@@ -95,7 +99,7 @@ class Survey:
         Args:
             share: The most of all rows, but for one row, with its copies, at least.
         """
-        count = max(1, min(MOST_HELD, round(share * self.total), self.total - 1))
+        count = max(1, min(self.most_held, round(share * self.total), self.total - 1))
         rows, keys = _joined(self.lowest)
         keys, order = keys.sort(stable=True)
         below = int(keys[count]) if keys[0] < keys[count] else int(keys[0]) + 1

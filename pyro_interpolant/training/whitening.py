@@ -314,7 +314,8 @@ def _set_map(
         whitening.set(*(m if rows.partner is None else _aligned(m, rows.w, rows.partner)))
     else:
         loc, variance = column_moments(rows.w, rows.weight)
-        whitening.set_diagonal(loc, variance.sqrt() / deviation)
+        whitening.set_diagonal(loc, variance.sqrt())
+        whitening.set(whitening.loc, whitening.linear / deviation)  # of all columns together
 
 
 def column_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

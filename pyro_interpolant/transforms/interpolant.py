@@ -222,10 +222,13 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
 
     def _log_det_of(self, entry: _Solve) -> Tensor:
         if entry.log_det is None:
-            states = entry.states
-            if states is None:  # an earlier solve kept only its ends
-                states = self.flow.integrate(self._checked(entry.x), entry.path, forward=True)
-            entry.log_det = self.flow.log_det(states, entry.path)
+            states, path = entry.states, entry.path
+            if states is None:  # an earlier solve kept only its ends, for they were too many
+                states, entry.log_det = self.flow.trajectory(
+                    self._checked(entry.x), path, forward=True, density=True
+                )
+            if entry.log_det is None:
+                entry.log_det = self.flow.log_det(states, path)
         return entry.log_det
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:

@@ -121,6 +121,7 @@ def reflow(
         new, data, context=context, pairs=base, seed=seed, tolerance=tolerance, whiten=False,
         **fit_options,
     )  # fmt: skip
+    flow.levels = distribution.transform.flow.levels  # whose spread images its own are
     few = slice(0, _IMAGES if images else _ROWS)
     rows = data[few], None if context is None else context[few]
     return ReflowResult(

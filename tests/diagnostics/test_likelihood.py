@@ -195,6 +195,13 @@ def test_bits_given_labels(matrix):
     assert found.mean == pytest.approx(float(torch.cat(parts).mean()), abs=0.02)
     with pytest.raises(ValueError, match="expected as many contexts as images, 20, got 3"):
         bits_per_dim(family, v, LEVELS, context=labels[:3])
+    with torch.inference_mode():
+        again = bits_per_dim(family, v.clone(), LEVELS, 32, 16, context=labels.clone())
+    assert again == found
+    with pytest.raises(ValueError, match=r"conditional flow and context=.*batch shape \(20,\)"):
+        bits_per_dim(family.condition(labels), v, LEVELS)
+    one = bits_per_dim(family.condition(torch.tensor(1)), v[labels == 1], LEVELS, 32, 16)
+    assert one.mean == pytest.approx(float(parts[1].mean()), abs=0.02)
 
 
 def test_what_are_no_levels_is_refused(matrix):

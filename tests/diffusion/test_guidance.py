@@ -6,6 +6,7 @@ from cases import IMAGE_NETWORKS, IMAGE_SHAPE
 from torch import nn
 
 import pyro_interpolant as pi
+from pyro_interpolant.diagnostics import bits_per_dim
 from pyro_interpolant.diffusion import guided, sample_sde, score
 from pyro_interpolant.nn import ImageVelocity
 
@@ -57,6 +58,9 @@ def test_it_has_no_density_and_no_file(tmp_path):
     given = found.condition(torch.tensor([0, 1]))
     with pytest.raises(NotImplementedError, match="no density that is known.*log_prob of the"):
         given.log_prob(given.sample())
+    levels = torch.zeros(2, *IMAGE_SHAPE, dtype=torch.uint8)
+    with pytest.raises(NotImplementedError, match="no density that is known"):
+        bits_per_dim(found, levels, context=torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="expected a divergence of this package, got a _NoDen"):
         pi.save(found, tmp_path / "guided.safetensors")
 
