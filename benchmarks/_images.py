@@ -330,10 +330,11 @@ def torchcfm(images, recipe, cell, folder):
             found.append(as_levels(x))
         return torch.cat(found), round(len(calls) / len(parts))
 
-    # Our own likelihood of its velocity: torchcfm has none of images.
+    # Our own likelihood of its velocity: torchcfm has none of images. A level v was v / 127.5 - 1
+    # to the network, which is to be the middle of the cell from v / 256 to (v + 1) / 256.
     size = math.prod(recipe.image_shape)
     whitening = pi.transforms.ScalarWhitening(size)
-    whitening.set_diagonal(torch.full((size,), 0.5), torch.full((size,), 0.5))
+    whitening.set_diagonal(torch.full((size,), 0.5), torch.full((size,), 127.5 / 256))
     transform = pi.InterpolantTransform(
         network, interpolant=pi.Linear(), divergence=pi.HutchinsonDivergence(), whitening=whitening
     )

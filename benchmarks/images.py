@@ -66,7 +66,8 @@ def quality(cell, folder):
     took = time.monotonic() - begin
     found = {"steps": trained.steps, "train": trained.seconds, "cpu": cpu}
     found |= {"evaluations": evaluations, "sampling": took}
-    file = folder.parent / f"classifier-{cell['recipe']}-{cell['images']}-{cell['epochs']}.pt"
+    name = json.dumps([cell[part] for part in ("recipe", "data", "images", "epochs")])
+    file = folder.parent / f"classifier-{zlib.crc32(name.encode()):08x}.pt"
     classifier, accuracy = classifier_of(images, file, cell["epochs"], cell["device"])
     found |= {"fid": fid(images.test, samples, classifier), "accuracy": accuracy}
     found["fid_train"] = fid(images.test, images.train, classifier)
@@ -75,8 +76,8 @@ def quality(cell, folder):
     if trained.density is not None:
         shape = trained.density.event_shape
         levels = images.test[: cell["bits_images"]].reshape(-1, *shape).to(cell["device"])
-        mean, error = bits_per_dim(trained.density, levels)
-        found |= {"bits": mean, "bits_error": error}
+        bits = bits_per_dim(trained.density, levels)
+        found |= {"bits": bits.mean, "bits_error": bits.stderr, "bits_solver": bits.solver_error}
     if importlib.util.find_spec("matplotlib") is not None:
         grid(samples[:64], folder.with_suffix(".png"))
     return found
@@ -169,14 +170,15 @@ def cells(args):
                     **cell, "method": method, "seed": seed, "minutes": args.minutes,
                     "images": args.images, "samples": args.samples, "bits_images": args.bits,
                     "epochs": args.epochs, "inception": args.inception,
-                    **(peer if method in RATES else {"fit": args.fit}),
+                    **(peer if method in RATES else {} if method == "flat" else {"fit": args.fit}),
                 }  # fmt: skip
 
 
 def key(cell):
     """Return what tells cells apart."""
     names = ("what", "recipe", "method", "seed", "minutes", "rate", "batch", "fit", "images")
-    return json.dumps([cell.get(name) for name in (*names, "threads", "device")])
+    names += ("threads", "device", "data", "samples", "bits_images", "inception", "looks")
+    return json.dumps([cell.get(name) for name in names])
 
 
 def finished(file):
@@ -192,8 +194,11 @@ def table(lines):
     out = []
     found = [line for line in lines if line["what"] == "quality"]
     if found:
-        accuracy, floor = found[0]["accuracy"], found[0]["fid_train"]
-        out += [f"Accuracy of the classifier {accuracy:.3f}; FID of training images {floor:.2f}."]
+        known = {line["recipe"]: (line["accuracy"], line["fid_train"]) for line in found}
+        out += [
+            f"{recipe}: the classifier is right in {accuracy:.1%}, FID of what it saw {least:.2f}."
+            for recipe, (accuracy, least) in known.items()
+        ]
         out += [
             "",
             "| images | method | steps | FID | evaluations | bits per dimension | s | CPU s |",
@@ -211,10 +216,14 @@ def table(lines):
         text = f"{middle:.2f}"
         if len(fids) > 1:
             text += f" ({', '.join(f'{value:.2f}' for value in fids)})"
-        bits = [(line["bits"], line["bits_error"]) for line in group if "bits" in line]
+        bits = [
+            f"{line['bits']:.3f} ± {line['bits_error']:.3f}, solver {line['bits_solver']:.0e}"
+            for line in group
+            if "bits" in line
+        ]
         steps = round(statistics.mean(line["steps"] for line in group))
         calls = round(statistics.mean(line["evaluations"] for line in group))
-        said = ", ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in bits) or "-"
+        said = "; ".join(bits) or "-"
         seconds, cpu = (max(line[each] for line in group) for each in ("train", "cpu"))
         numbers = f"{steps:,} | {text} | {calls} | {said} | {seconds:.0f} | {cpu:.0f}"
         out += [f"| {images} | {name} | {numbers} |"]
