@@ -39,18 +39,22 @@ def write_files(folder, smoke):
             transform.velocity.output.weight.normal_(std=0.1)
         pi.save(pi.InterpolantDistribution(transform).freeze(), folder / f"{name}.safetensors")
     pyro.set_rng_seed(0)
-    few = {"steps": 20, "tolerance": 1e3} if smoke else {}
+
+    def few():
+        tiny = pi.VelocityMLP(2, (16, 16))
+        return {"steps": 20, "tolerance": 1e3, "network": tiny} if smoke else {}
+
     magnitude, colour, error, absolute = precise()
     known = torch.stack((colour, absolute), -1)
     test, train = torch.randperm(len(known)).split((STARS, len(known) - STARS))
-    prior = pi.from_samples(known[train], seed=0, progress=False, **{"steps": 5000, **few})
+    prior = pi.from_samples(known[train], seed=0, progress=False, **{"steps": 5000, **few()})
     pi.save(prior, folder / "stars.safetensors")
     exact = stars.parallax_of(absolute[test], magnitude[test])
     columns = (magnitude[test], colour[test], error[test], exact * (1 + torch.randn(STARS) / 2))
     start = torch.stack((colour[test], absolute[test]), -1)
     np.savez(folder / "stars.npz", start=start, data=torch.stack((*columns, exact / 2)))
     x = torch.randn(8000, 2) @ torch.tensor([[1.0, 0.0], [0.8, 0.6]]).T
-    prior = pi.from_samples(x, seed=0, progress=False, **{"steps": 500, **few})
+    prior = pi.from_samples(x, seed=0, progress=False, **{"steps": 500, **few()})
     pi.save(prior, folder / "conjugate.safetensors")
     np.savez(folder / "conjugate.npz", start=torch.zeros(2), data=torch.tensor([1.0, -0.5]))
 

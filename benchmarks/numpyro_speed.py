@@ -15,6 +15,7 @@ With --old, a checkout of version 0.1.0 trains and writes the flows, and is time
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -92,6 +93,7 @@ def conjugate_model(prior, *y):
     numpyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=jnp.stack(y))
 
 
+@functools.cache  # small runs ask twice for the same
 def by_numpyro(folder, name, space, draws, chains=1):
     """Return draws, (chains, draws, ...), the seconds of sampling alone, and of a run of one draw.
 

@@ -174,7 +174,7 @@ def catalogue(population, count, seed):
 
 def ours(population, y, sds, args, seed):
     """Learn the population, defaults only."""
-    limit = {"steps": 100} if args.smoke else {"max_seconds": 60 * args.minutes}
+    limit = {"steps": 30} if args.smoke else {"max_seconds": 60 * args.minutes}
     flow = pi.from_noisy_samples(
         y.float(), sds.float(), support=population.support, seed=seed, progress=False, **limit
     )

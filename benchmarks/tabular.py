@@ -364,7 +364,7 @@ def main():
         return
     scratch = tempfile.TemporaryDirectory()
     if args.smoke:
-        args.tasks, args.minutes, args.seeds, args.threads = ["smoke"], 0.05, 1, 1
+        args.tasks, args.minutes, args.seeds, args.threads = ["smoke"], 0.02, 1, 1
         args.rows = Path(scratch.name) / "rows"
         args.out = Path(scratch.name) / "smoke.jsonl"
     args.out.parent.mkdir(parents=True, exist_ok=True)

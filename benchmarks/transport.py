@@ -45,14 +45,14 @@ def gaussian(args, method, dim, seed):
     }[method]
     transform = pi.interpolant_transform(dim, (128, 128), interpolant=interpolant)
     flow = pi.InterpolantDistribution(transform, base)
-    data, start = pair.sample(1, 200_000).float(), time.perf_counter()
+    data, start = pair.sample(1, args.rows).float(), time.perf_counter()
     options = {"steps": args.steps, "seed": 0, "progress": False}
     if method == "trigonometric":
         pi.fit(flow, data, **options)
     else:
         pi.learn_interpolant(flow, data, alternations=args.alternations, **options)
-    energy = pi.path_energy(flow, count=20_000)
-    y = flow.sample((200_000,)).double()
+    energy = pi.path_energy(flow, count=args.rows // 10)
+    y = flow.sample((args.rows,)).double()
     scale = pair.covs[1].diagonal().sqrt()
     cov = torch.linalg.matrix_norm(y.T.cov() - pair.covs[1]) / torch.linalg.matrix_norm(
         pair.covs[1]
@@ -103,7 +103,7 @@ def mixtures(args):
         else:
             # Exact assignment costs the cube of the batch.
             pi.fit(flow, x1, coupling=coupling, batch_size=256, **options)
-        out[name] = pi.path_energy(flow, count=10_000).value
+        out[name] = pi.path_energy(flow, count=args.rows // 20).value
     return {**out, "seconds": time.perf_counter() - start}
 
 
@@ -236,6 +236,7 @@ def main():
     add("--modes", type=int, default=10, help="of the scalar interpolant")
     add("--steps", type=int, default=3000)
     add("--alternations", type=int, default=400)
+    add("--rows", type=int, default=200_000, help="of Gaussians, to learn from and to judge by")
     add("--pairs", type=int, default=100_000)
     add("--only", default="", help="cells whose name starts so")
     add("--smoke", action="store_true")
@@ -245,7 +246,7 @@ def main():
     if args.smoke:
         args.dims, args.seeds, args.steps, args.alternations = [2], 1, 20, 3
         args.methods = ["scalar"]
-        args.pairs, args.out = 2000, Path(scratch.name) / "smoke.jsonl"
+        args.rows, args.pairs, args.out = 2000, 2000, Path(scratch.name) / "smoke.jsonl"
     torch.set_num_threads(1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = {}

@@ -85,7 +85,7 @@ def main():
         y,
         simulations=300 if args.smoke else args.simulations,
         max_seconds=60 * args.minutes,
-        options={"steps": 10} if args.smoke else {"batch_size": 256},
+        options={"steps": 5} if args.smoke else {"batch_size": 256},
         seed=0,
         progress=not args.smoke,
     )

@@ -52,7 +52,7 @@ def approximately(prior, grey, matrix, s, y, draws):
     return patch(mean_given(grey, seen, y - detail @ through.T, s).sample(), detail)
 
 
-def compare(prior, grey, mixtures, x, task, matrix, s, draws):
+def compare(prior, grey, mixtures, x, task, matrix, s, draws, depth):
     """Print how good each posterior is, and return pictures: of x, y and posterior means."""
     y = x @ matrix.T + s * torch.randn(len(x), len(matrix))
 
@@ -77,7 +77,7 @@ def compare(prior, grey, mixtures, x, task, matrix, s, draws):
         print(f"{task}, {name}: {value}{hold}")
     some = torch.arange(0, len(x), len(x) // 4)[:4]
     base = pi.base_space(model)
-    mcmc = MCMC(NUTS(base, max_tree_depth=5), 2 * draws, draws, disable_progbar=True)
+    mcmc = MCMC(NUTS(base, max_tree_depth=depth), 2 * draws, draws, disable_progbar=True)
     mcmc.run(y[some])
     kept = base.samples(mcmc.get_samples(), y[some])
     exact = patch(kept["mean"], kept["detail"])
@@ -100,7 +100,7 @@ def main():
     levels, test = patches_of(args.data)
     levels = levels[torch.randperm(len(levels))[: 3000 if args.smoke else None]]
     train, x = (levels + torch.rand_like(levels) - 0.5) / 255, test / 255
-    length = {"steps": 30} if args.smoke else {"max_seconds": 60 * args.minutes}
+    length = {"steps": 20} if args.smoke else {"max_seconds": 60 * args.minutes}
     # One scale for all of the detail, so that white noise is white to the flow.
     velocity = pi.VelocityMLP(63, (16, 16) if args.smoke else None)
     transform = pi.InterpolantTransform(velocity, whitening=pi.transforms.ScalarWhitening(63))
@@ -113,7 +113,8 @@ def main():
     mixtures["Gaussian"] = torch.ones(1), train.mean(0)[None], torch.cov(train.T)[None]
     figure, axes = plt.subplots(3, 5, figsize=(15, 5.8), layout="constrained")
     for row, (task, known) in zip(axes, tasks().items(), strict=True):
-        shown = compare(prior, grey, mixtures, x, task, *known, draws=5 if args.smoke else 50)
+        draws, depth = (5, 2) if args.smoke else (50, 5)
+        shown = compare(prior, grey, mixtures, x, task, *known, draws, depth)
         for ax, (name, patches) in zip(row, shown.items(), strict=False):
             mosaic = patches[:240].reshape(12, 20, 8, 8).transpose(1, 2).reshape(96, 160)
             ax.imshow(mosaic, cmap="gray", vmin=0, vmax=1)

@@ -56,7 +56,7 @@ def main():
         flow,
         data,
         batch_size=512,  # per process
-        steps=40 if args.smoke else 3_000,
+        steps=20 if args.smoke else 3_000,
         seed=0,
         fabric=fabric,
         progress=not args.smoke,

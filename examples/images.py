@@ -52,7 +52,7 @@ def main():
     x, y = levels[test:], labels[test:]
     if number != 256:  # 256 levels are spread on the fly, others here: to (v + u) / levels
         x = (x + torch.rand(x.shape, device=args.device)) / number
-    length = {"steps": 30} if args.smoke else {"max_seconds": 60 * args.minutes}
+    length = {"steps": 10} if args.smoke else {"max_seconds": 60 * args.minutes}
     network = UNet(x.shape[1:], (8, 16) if args.smoke else (16, 32), classes=10)
     images = pi.from_samples(x, context=y, network=network.to(args.device), seed=0, **length)
     print(f"samples take {images.transform.solver.steps} steps")

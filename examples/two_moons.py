@@ -27,7 +27,7 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    steps, rows, side = (50, 500, 30) if args.smoke else (3_000, 2_000, 150)
+    steps, rows, side = (20, 500, 30) if args.smoke else (3_000, 2_000, 150)
     train, test = two_moons(20_000), two_moons(rows)
     moons = pi.from_samples(train, seed=0, steps=steps)
     samples, log_prob = moons.rsample_and_log_prob((rows,))

@@ -3,12 +3,19 @@
 Each module starts from it too, so that what its fixtures train once is no slower and no different.
 """
 
+import gc
 import resource
 from contextlib import contextmanager
 
 import pyro
 import pytest
 import torch
+
+
+def pytest_collection_finish():
+    """Keep what was collected from the garbage collector, which would go through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager

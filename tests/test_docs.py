@@ -35,10 +35,17 @@ RUN = [
 ]
 
 
-# How far a guide, or a calibration, comes in its seconds is the machine's business: few will do.
+def shortened(source):
+    """A block whose trainings are short: how far one comes is not what running it tells."""
+    source = re.sub(r"\bmax_seconds=\d+\.0", "max_seconds=3.0", source)
+    return re.sub(r"\bsteps=\d{2,3}\b", "steps=20", source)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_few_held_draws")
 @pytest.mark.filterwarnings("ignore:Poor:UserWarning")
 @pytest.mark.filterwarnings("ignore:no time was left:UserWarning")
+@pytest.mark.filterwarnings("ignore:the fit came out wrong:UserWarning")
 @pytest.mark.filterwarnings("ignore:the time was over before samples:UserWarning")
 @pytest.mark.parametrize("path", RUN, ids=map(name, RUN))
 def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
@@ -53,8 +60,7 @@ def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
     torch.set_default_dtype(torch.float32)  # what a reader has
     namespace = {"__name__": "page"}
     for line, source in blocks(path):
-        source = re.sub(r"max_seconds=1\d\.0", "max_seconds=5.0", source)
-        exec(compile("\n" * line + source, str(path), "exec"), namespace)
+        exec(compile("\n" * line + shortened(source), str(path), "exec"), namespace)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=map(name, PAGES))

@@ -1,6 +1,7 @@
 """Every example and every benchmark runs from start to end, in a process of its own."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -16,32 +17,51 @@ NAMES = sorted(
 )
 
 
-def run(program, *arguments, cwd):
-    """Run a program in a folder, and return what it prints."""
-    if program.stem.startswith("numpyro") and importlib.util.find_spec("numpyro") is None:
-        pytest.skip("needs NumPyro")
-    if program.stem.startswith("images") and importlib.util.find_spec("diffusers") is None:
-        pytest.skip("needs diffusers")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run a program in a folder, and return what it prints.
+
+    Its process is a fork of one that has imported torch and Pyro, which takes seconds.
+    """
     # One thread, as the tests beside it: more would only wait for one another. Most of the time of
     # what is compiled for a few calls is compiling.
     environment = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    done = subprocess.run(
-        [sys.executable, str(program), *arguments],
-        cwd=cwd,
+    command = [sys.executable, str(Path(__file__).parent / "forking.py")]
+    written = tmp_path_factory.mktemp("written")
+
+    def run(program, *arguments, cwd):
+        skip_without(program)
+        name = f"{program.parent.name}-{program.stem}"
+        output, errors = written / f"{name}.out", written / f"{name}.err"
+        told = {"program": str(program), "arguments": arguments, "cwd": str(cwd), "seconds": 240}
+        told |= {"output": str(output), "errors": str(errors)}
+        print(json.dumps(told), file=parent.stdin, flush=True)
+        code = int(parent.stdout.readline())
+        assert code == 0, f"exit status {code}: {errors.read_text()[-3000:]}"
+        return output.read_text()
+
+    with subprocess.Popen(
+        command,
         env={**os.environ, **environment},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    ) as parent:
+        yield run
+
+
+def skip_without(program):
+    """Skip a program whose package is not there."""
+    if program.stem.startswith("numpyro") and importlib.util.find_spec("numpyro") is None:
+        pytest.skip("needs NumPyro")
+    if program.stem.startswith("images") and importlib.util.find_spec("diffusers") is None:
+        pytest.skip("needs diffusers")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_example_runs_and_draws_its_picture(name, tmp_path):
+def test_the_example_runs_and_draws_its_picture(name, run, tmp_path):
     output = run(EXAMPLES / name, "--smoke", cwd=tmp_path)
     pictures = list(tmp_path.glob("*.png"))
     assert [p.name for p in pictures] == [name.replace(".py", ".png")]
@@ -51,7 +71,7 @@ def test_the_example_runs_and_draws_its_picture(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.name for path in sorted(BENCHMARKS.glob("[a-z]*.py"))])
-def test_the_benchmark_runs(name, tmp_path):
+def test_the_benchmark_runs(name, run, tmp_path):
     # Peers that are not installed are left out of its tables.
     arguments = ["--kills", "1"] if name == "kill_resume.py" else ["--smoke"]
     assert run(BENCHMARKS / name, *arguments, cwd=tmp_path).strip()

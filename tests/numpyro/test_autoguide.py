@@ -370,7 +370,9 @@ def test_the_base_space_of_a_guide_where_sites_are_given():
 @pytest.fixture(scope="module")
 def trained():
     guide = AutoInterpolant(conjugate, hidden_dims=(16, 16))
-    return guide, fit_guide(guide, KEY, jnp.array([1.0, -2.0]), **QUICK)
+    return guide, fit_guide(
+        guide, KEY, jnp.array([1.0, -2.0]), **QUICK, options={"rounds": 3, "steps": 100}
+    )
 
 
 # How far a guide comes in the seconds it is given is the machine's business.

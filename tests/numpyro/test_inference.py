@@ -190,7 +190,7 @@ def test_autoguides(name, space, prior):
     result = svi.run(KEY, 200, progress_bar=False)
     assert np.isfinite(result.losses).all()
     assert result.losses[-20:].mean() < result.losses[:20].mean()
-    draws = guide.sample_posterior(KEY, result.params, sample_shape=(5,))
+    draws = jax.jit(lambda p: guide.sample_posterior(KEY, p, sample_shape=(5,)))(result.params)
     draws = infer.Predictive(bound, draws, return_sites=["z"])(KEY)["z"]
     assert draws.shape == (5, 2)
 

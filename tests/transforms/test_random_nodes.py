@@ -77,7 +77,7 @@ def excess(prior, density, held):
         return float((prior.log_prob(held) - density.log_prob(held)).mean())
 
 
-def train(make, training, steps, held_rows, solver=SOLVER):
+def train(make, training, steps, held_rows, solver=SOLVER, *, looks=True):
     """Return the largest excess over the truth on the way, and that of a fine solve at the end."""
     torch.set_default_dtype(torch.float32)
     density = make()
@@ -88,7 +88,7 @@ def train(make, training, steps, held_rows, solver=SOLVER):
     start = excess(prior, density, held)
     for i in range(steps):
         step()
-        if (i + 1) % 10 == 0:
+        if looks and (i + 1) % 10 == 0:
             worst = max(worst, excess(prior, density, held))
     calibrate(prior, held[:500])
     return start, worst, excess(prior, density, held)
@@ -100,7 +100,7 @@ def train(make, training, steps, held_rows, solver=SOLVER):
     [*((name, maximum_likelihood) for name in DENSITIES), ("banana", inside_a_model)],
 )
 def test_no_likelihood_above_the_truth(name, training):
-    start, worst, calibrated = train(DENSITIES[name], training, 300, 2000)
+    start, worst, calibrated = train(DENSITIES[name], training, 150, 1000)
     assert worst < 0.05
     assert calibrated > start
 
@@ -108,7 +108,7 @@ def test_no_likelihood_above_the_truth(name, training):
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", [FixedGrid(4), Adaptive(nodes=4)], ids=["grid", "adaptive"])
 def test_a_solver_of_few_nodes_trains_at_more(solver):
-    start, _, calibrated = train(Banana, maximum_likelihood, 150, 2000, solver)
+    start, _, calibrated = train(Banana, maximum_likelihood, 150, 2000, solver, looks=False)
     assert start + 0.5 < calibrated < 0.05
 
 
