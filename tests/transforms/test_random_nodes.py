@@ -100,7 +100,7 @@ def train(make, training, steps, held_rows, solver=SOLVER, *, looks=True):
     [*((name, maximum_likelihood) for name in DENSITIES), ("banana", inside_a_model)],
 )
 def test_no_likelihood_above_the_truth(name, training):
-    start, worst, calibrated = train(DENSITIES[name], training, 150, 1000)
+    start, worst, calibrated = train(DENSITIES[name], training, 300, 2000)
     assert worst < 0.05
     assert calibrated > start
 
