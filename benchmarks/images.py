@@ -196,7 +196,8 @@ def table(lines):
     if found:
         known = {line["recipe"]: (line["accuracy"], line["fid_train"]) for line in found}
         out += [
-            f"{recipe}: the classifier is right in {accuracy:.1%}, FID of what it saw {least:.2f}."
+            f"{recipe}: accuracy of the classifier {accuracy:.3f}, "
+            f"FID of training images {least:.2f}."
             for recipe, (accuracy, least) in known.items()
         ]
         out += [

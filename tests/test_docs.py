@@ -1,34 +1,24 @@
-"""The pages of the site: their blocks run, page by page, and their links lead somewhere."""
+"""The pages of the site: their blocks and the README's run, and their links lead somewhere."""
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from pages import DOCS, FENCE, README, blocks
 
 import pyro_interpolant
 
-DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(
     path for path in DOCS.rglob("*.md") if not path.relative_to(DOCS).parts[0].startswith("_")
 )
-FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def name(path):
-    return str(path.relative_to(DOCS).with_suffix(""))
+    return path.stem if path == README else str(path.relative_to(DOCS).with_suffix(""))
 
 
-def blocks(path, kinds=("python",)):
-    """The line of each block, and its source."""
-    text = path.read_text()
-    for match in FENCE.finditer(text):
-        if match.group(1) in kinds:
-            yield text[: match.start()].count("\n") + 1, match.group(2)
-
-
-RUN = [
+RUN = [README] + [
     path
     for path in PAGES
     if path.parent.name in ("how-to", "coming-from") and next(blocks(path), None)
@@ -49,6 +39,7 @@ def shortened(source):
 @pytest.mark.filterwarnings("ignore:the time was over before samples:UserWarning")
 @pytest.mark.parametrize("path", RUN, ids=map(name, RUN))
 def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
+    """As a reader would run them: in order, in one namespace."""
     if path.stem == "numpyro":
         jax = pytest.importorskip("jax")
         # Most of the time is compiling.
@@ -58,8 +49,10 @@ def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     torch.set_default_dtype(torch.float32)  # what a reader has
-    namespace = {"__name__": "page"}
-    for line, source in blocks(path):
+    namespace, found = {"__name__": "page"}, list(blocks(path))
+    assert found
+    for line, source in found:
+        # Blank lines in front: a traceback then names the line of the page.
         exec(compile("\n" * line + shortened(source), str(path), "exec"), namespace)
 
 

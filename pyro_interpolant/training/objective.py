@@ -21,7 +21,7 @@ from ..distributions.bases import Samples, WhitenedBase
 from ..distributions.interpolant import ConditionalInterpolantDistribution, InterpolantDistribution
 from ..interpolants.couplings import independent
 from ..interpolants.linear import Interpolant
-from ..nn.velocity import embedded, evaluate, images_at_once, null_label
+from ..nn.velocity import embedded, evaluate, image_shape, null_label
 from ..transforms.flow import Flow
 from .distributed import Process
 from .image_rows import HELD_BATCHES, dequantized
@@ -251,7 +251,7 @@ class Objective(nn.Module):
             base: The base to draw from.
             size: Rows per coupling, as in training.
         """
-        are_images = images_at_once(self.network) is not None
+        are_images = image_shape(self.network) is not None
         rows = held.repeated(HELD_BATCHES * size if are_images else _HELD_DRAWS)
         order = torch.randperm(len(rows.w), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
