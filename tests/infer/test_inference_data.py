@@ -1,5 +1,7 @@
 """Draws in ArviZ' form: of flows, of guides, and of importance samplers with their weights."""
 
+import tempfile
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -15,7 +17,12 @@ from pyro_interpolant import (
     to_arviz,
 )
 
-pytest.importorskip("arviz")
+# ArviZ notes the day of its import in the user's cache, by way of one file that two processes
+# of the suite, importing at once, take from each other; matplotlib's cache stays where it is.
+pytest.importorskip("matplotlib.pyplot")
+with tempfile.TemporaryDirectory() as own, pytest.MonkeyPatch.context() as patched:
+    patched.setenv("XDG_CACHE_HOME", own)
+    pytest.importorskip("arviz")
 SITES = {"slope": ((2,), constraints.real), "noise": ((), constraints.positive)}
 
 
