@@ -66,7 +66,7 @@ def nuts(model, place, y, smoke):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=3.0, help="of training")
-    parser.add_argument("--simulations", type=int, default=20_000)
+    parser.add_argument("--simulations", type=int, default=20_000, help="to learn from")
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that it works")
     parser.add_argument("--picture", default="amortized.png", help="the file to write")
     args = parser.parse_args()

@@ -27,9 +27,9 @@ def rings(count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--accelerator", default="cpu")
-    parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--accelerator", default="cpu", help="such as gpu")
+    parser.add_argument("--devices", type=int, default=2, help="how many processes")
+    parser.add_argument("--precision", default="32-true", help="such as bf16-mixed")
     parser.add_argument("--batches", action="store_true", help="a loader instead of a table")
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that it works")
     parser.add_argument("--picture", default="distributed.png", help="the file to write")

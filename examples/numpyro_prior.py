@@ -3,7 +3,11 @@
 The catalogue is that of stellar_distances.py, the prior that of its stars of precise parallaxes,
 through a file. Each star has a chain and an adaptation of its own: lax.map runs the same compiled
 sampler over all. Colours are measured well, so the chains run in data space: in base space
-(--space base) the posterior is a thin bent ridge, where NUTS diverges.
+(--space base) the posterior is a thin bent ridge, where NUTS diverges. The prior is written to
+stars.safetensors.
+
+pip install 'pyro-interpolant[examples,numpyro]'
+python examples/numpyro_prior.py
 """
 
 import argparse
@@ -127,7 +131,7 @@ def picture(path, draws, mean, sd, two):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that it works")
-    parser.add_argument("--space", choices=("data", "base"), default="data")
+    parser.add_argument("--space", choices=("data", "base"), default="data", help="of chains")
     parser.add_argument("--picture", default="numpyro_prior.png", help="the file to write")
     args = parser.parse_args()
     steps, count, draws = (20, 4, 20) if args.smoke else (5000, 600, 400)

@@ -96,7 +96,7 @@ def show_score(ax, prior, now, grid, t):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that it works")
-    parser.add_argument("--out", default="score_sde.png", help="the picture to write")
+    parser.add_argument("--picture", default="score_sde.png", help="the file to write")
     args = parser.parse_args()
     torch.manual_seed(3)
 
@@ -133,8 +133,8 @@ def main():
         show_score(ax, prior, at_time(mixture, prior.transform.flow, t), grid, t)
     plt.setp(axes, xlim=(-5.4, 5.4), ylim=(-5.4, 5.4), xticks=(), yticks=(), aspect="equal")
     figure.tight_layout()
-    figure.savefig(args.out, dpi=150)
-    print(f"{args.out} written")
+    figure.savefig(args.picture, dpi=150)
+    print(f"{args.picture} written")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def main():
     for model, names, row in cases:
         pyro.clear_param_store()
         gaussian = gaussian_guide(model, 20 if args.smoke else 3000)
-        flow = pi.AutoInterpolant(model, init_loc_fn=init_to_feasible)
+        flow = pi.AutoInterpolant(model)
         options = {"rounds": 1, "steps": 30, "draws": 500} if args.smoke else {}
         pi.fit_guide(flow, max_seconds=5.0 if args.smoke else 50.0, seed=0, options=options)
         for ax, guide, label in zip(row, (gaussian, flow), ("Gaussian", "flow"), strict=True):

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from .diagnostics import calibrate, log_prob_stderr, solver_error
     from .io import load, save
     from .training import dequantize, fit, from_samples, interpolant_loss
-    from .transport import learn_interpolant, path_energy, reflow, w2_bound
+    from .transport import distill, learn_interpolant, path_energy, reflow, w2_bound
     from .infer import (
         AmortizedInterpolant,
         AutoInterpolant,
@@ -156,7 +156,7 @@ __all__, __getattr__, __dir__ = attach(
         "diagnostics": ["calibrate", "log_prob_stderr", "solver_error"],
         "io": ["load", "save"],
         "training": ["dequantize", "fit", "from_samples", "interpolant_loss"],
-        "transport": ["learn_interpolant", "path_energy", "reflow", "w2_bound"],
+        "transport": ["distill", "learn_interpolant", "path_energy", "reflow", "w2_bound"],
         "infer": [
             "AmortizedInterpolant",
             "AutoInterpolant",

@@ -59,6 +59,8 @@ def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
     if not isinstance(support, Gaussianized):
         return _flow_score(distribution, t, x)
     gaussianizer, x = support.gaussianizer, transform._checked(x)
+    own = () if transform.context is None else transform.context.shape[:-1]
+    x = x.expand(*broadcast_shapes(checked_times(t, x).shape, x.shape[:-1], own), -1)
     log_det_score = torch.func.grad(lambda y: -gaussianizer.log_abs_det_jacobian(y, y).sum())(x)
     u, pullback, *_ = torch.func.vjp(gaussianizer._inverse, x)
     return pullback(_flow_score(distribution, t, u))[0] + log_det_score

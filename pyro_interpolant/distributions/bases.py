@@ -5,6 +5,7 @@ a density too: from samples alone a flow still transports, and is sampled from. 
 uniform, :math:`\rho_0(x) = (2\pi)^{-D}`.
 """
 
+import contextlib
 import copy
 import math
 from abc import abstractmethod
@@ -15,12 +16,12 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform, constraints
+from torch.distributions import Distribution, Transform, constraints, transform_to
 
 from .._torch import broadcast_batch
 from ..interpolants.nonlinear import wrap
 from ..transforms.whitening import Whitening
-from .constraints import checked_rows
+from .constraints import checked_rows, circular
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -136,6 +137,8 @@ class ExternalBase(_DerivedBase):
                 f"arguments, got {type(source).__name__}"
             )
         self.has_rsample = inner.has_rsample
+        with contextlib.suppress(NotImplementedError):  # zuko's need not state it
+            self.support: Any = inner.support
         super().__init__(inner.batch_shape, inner.event_shape, validate_args=validate_args)
 
     def _source(self) -> Distribution:
@@ -171,7 +174,7 @@ class WhitenedBase:
         """Return the log-density, shape ``(*)``, of whitened states, shape ``(*, D)``."""
         if self.base is None:
             return standard_normal(w).log_prob(w)
-        return self.base.log_prob(self.whitening.from_white(w)) + self.whitening.log_det
+        return base_log_prob(self.base, self.whitening.from_white(w)) + self.whitening.log_det
 
     def split(self, share: float | None) -> "tuple[WhitenedBase, WhitenedBase]":
         """Return the base to train on and that of the held-out loss: disjoint where samples.
@@ -225,23 +228,52 @@ def standard_normal(like: Tensor) -> TorchDistributionMixin:
     return dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
 
 
-def checked_base(base: object, dim: int) -> TorchDistributionMixin:
-    """Return a base of event shape ``(dim,)``.
+def base_log_prob(base: Distribution, x: Tensor) -> Tensor:
+    """Return the log-density of a base, shape ``(*)``, of real vectors, shape ``(*, D)``.
+
+    It is ``-inf`` beyond the support of the base, to where a flow may lead back.
+    """
+    try:
+        support: Any = base.support
+        if support is circular:
+            return base.log_prob(wrap(x))
+        end = support
+        while isinstance(end, constraints.independent):
+            end = end.base_constraint
+        if isinstance(end, type(constraints.real)):
+            return base.log_prob(x)
+        inside: Tensor = support.check(x)
+        known = transform_to(support)(torch.zeros_like(x))
+    except NotImplementedError:  # supports that nobody states, or has a bijection of
+        return base.log_prob(x)
+    log_prob = base.log_prob(x.where(inside[..., None], known))
+    unknown = x.isnan().any(-1)
+    return log_prob.where(inside, torch.where(unknown, math.nan, -math.inf).to(log_prob))
+
+
+def base_of(base: object | None, like: Tensor) -> TorchDistributionMixin:
+    """Return the base of a flow, of event shape ``(D,)``: N(0, I) where none is given.
+
+    Args:
+        base: What was given, or None.
+        like: A tensor of the flow's, shape ``(D,)``.
 
     Raises:
         TypeError: If it is not a distribution that Pyro can sample.
         ValueError: If it has another event shape.
     """
+    if base is None:
+        return standard_normal(like)
     if not isinstance(base, TorchDistributionMixin):
         raise TypeError(
             "expected a base from pyro.distributions (torch's own cannot be sampled by Pyro), got "
             f"{type(base).__name__}"
         )
-    if base.event_shape != (dim,):
-        hint = ": add .to_event(1)" if base.batch_shape[-1:] == (dim,) else ""
+    if base.event_shape != like.shape:
+        hint = ": add .to_event(1)" if base.batch_shape[-1:] == like.shape else ""
         raise ValueError(
-            f"expected a base of event shape ({dim},), got event shape {tuple(base.event_shape)} "
-            f"and batch shape {tuple(base.batch_shape)}{hint}"
+            f"expected a base of event shape {tuple(like.shape)}, got event shape "
+            f"{tuple(base.event_shape)} and batch shape {tuple(base.batch_shape)}{hint}"
         )
     return base
 

@@ -1,6 +1,7 @@
 """What tells one density from another, where files say which they belong to."""
 
 import contextlib
+import re
 from typing import Any
 
 import torch
@@ -9,14 +10,19 @@ from torch import Tensor, nn
 from .base_description import describe_base
 from .constraints import as_tensor
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
 
 def stable_name(value: object) -> str:
     """Return a text that tells a value from others, and is the same in another process."""
     with contextlib.suppress(NotImplementedError):  # distributions without named parameters
-        text = repr(value)
-        if " at 0x" not in text:
-            return text
-    return getattr(value, "__qualname__", type(value).__qualname__)
+        return getattr(value, "__qualname__", _ADDRESS.sub("", repr(value)))
+    return type(value).__qualname__
+
+
+def has_function(value: object) -> bool:
+    """Return whether a value has a part, such as a function, of which its text has the name."""
+    return _ADDRESS.search(repr(value)) is not None
 
 
 def tensors_of(value: object) -> list[Tensor]:
@@ -28,7 +34,8 @@ def tensors_of(value: object) -> list[Tensor]:
     if isinstance(value, torch.distributions.Distribution):
         names: Any = type(value).arg_constraints  # a property where its author wrote none
         numbers = [getattr(value, name) for name in names] if isinstance(names, dict) else []
-        parts = [*numbers, getattr(value, "base_dist", None), getattr(value, "transforms", None)]
+        names = ("base_dist", "transforms", "source")  # the last of bases of other libraries
+        parts = [*numbers, *(getattr(value, name, None) for name in names)]
         return max(tensors_of(parts), _described(value), key=len)
     inner = value if isinstance(value, (list, tuple)) else []
     return [tensor for part in inner for tensor in tensors_of(part)]

@@ -30,7 +30,7 @@ from .._torch import (
 from ..transforms.bijections import Whiten
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .bases import Samples, WhitenedBase, check_expansion, checked_base, copy_like, standard_normal
+from .bases import Samples, WhitenedBase, base_log_prob, base_of, check_expansion, copy_like
 from .constraints import Constraint, check_value, checked_rows, shaped
 from .report import Report
 from .summaries import Summaries, pushed
@@ -81,16 +81,13 @@ class _FlowDistribution:
 
     def _flow_base(self) -> TorchDistributionMixin:
         """Return the distribution of the flow's input, of event shape ``(D,)``."""
-        flow = self.transform.flow
-        if self.base is None:
-            return standard_normal(flow.loc)
-        return checked_base(self.base, flow.event_dim)
+        return base_of(self.base, self.transform.flow.loc)
 
     @abstractmethod
     def _set_chain(self) -> None:
         """Set the attributes by which Pyro knows the parts: ``base_dist`` and ``transforms``."""
 
-    def set_base(self, base: TorchDistributionMixin) -> None:
+    def set_base(self, base: TorchDistributionMixin | None) -> None:
         """Replace the base by another of event shape ``(D,)`` in data coordinates."""
         self.base = base
         self._set_chain()
@@ -228,7 +225,7 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
         """The distribution of the flow's input, in the type and on the device of the flow."""
         base = self.__dict__["base_dist"]
         if self.base is None:  # made anew: the flow's type may change, also inside torch.func
-            return standard_normal(self.transform.flow.loc).expand(base.batch_shape)
+            return base_of(None, self.transform.flow.loc).expand(base.batch_shape)
         return base
 
     @base_dist.setter
@@ -278,7 +275,7 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
                 x, possible = self._finite(x, possible)
             x, term = transform.inverse_and_log_det(x)
             log_det = log_det + term
-        log_prob = self.base_dist.log_prob(x) - log_det
+        log_prob = base_log_prob(self.base_dist, x) - log_det
         if self.batch_shape:  # otherwise a tracer may leave the batch of values open
             log_prob = log_prob.expand(batch)
         if possible is None:
@@ -397,7 +394,7 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
             ValueError: If t is outside [0, 1].
         """
         new = InterpolantDistribution(self.transform.at(t), self.base, support=self.constraint)
-        new.columns = self.columns
+        new.columns, new._validate_args = self.columns, self._validate_args
         return new.expand(self.batch_shape)
 
     def without_support(self) -> "InterpolantDistribution":

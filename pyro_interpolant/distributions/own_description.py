@@ -106,7 +106,7 @@ def describe_own(flow: Flow, *, is_conditional: bool) -> Own:
     if network_arguments(flow.velocity) is None:
         own["velocity"] = _describe_velocity(flow, is_conditional=is_conditional)
     if describe_choice(flow.interpolant, paths)[1] is None:
-        own["interpolant"] = _describe_interpolant(flow)
+        own["interpolant"] = describe_path(flow)
     return own
 
 
@@ -143,7 +143,7 @@ def _describe_velocity(flow: Flow, *, is_conditional: bool) -> dict[str, Any]:
     return {"sizes": sizes, "values": _values(network, rates)}
 
 
-def _describe_interpolant(flow: Flow) -> dict[str, Any]:
+def describe_path(flow: Flow) -> dict[str, Any]:
     """Return the values of the interpolant of a flow: of a path, and of its rate."""
     path, (t, points) = flow.interpolant, _points(flow.loc)
     return {"values": _values(path, lambda: torch.cat(path.sample(t, *points), -1))}

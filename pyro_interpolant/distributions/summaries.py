@@ -86,9 +86,13 @@ def moments(distribution: "Summaries") -> Moments:
 def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
     """Yield sets of draws, ``(512, *batch, *event)``, with their log-densities.
 
-    The batch is that of the context: members of an expanded distribution are all alike.
+    The batch is that of the context and of the bounds of the support: members of an expanded
+    distribution are all alike.
     """
     flow, bare = distribution.transform.flow, distribution.without_support()
+    end = ComposeTransform(distribution.space.transforms(flow))
+    shape = end.forward_shape(bare.batch_shape + bare.event_shape)
+    own = shape[: len(shape) - len(distribution.event_shape)]
     loc, batch = flow.loc, bare.batch_shape
     if not bare.base_dist.has_rsample:  # without a gradient of draws that of densities is wrong
         bare.base_dist = detached(bare.base_dist)
@@ -105,8 +109,10 @@ def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
             x = chain(z.contiguous())
             known = not isinstance(bare.base, Samples)
             log_prob = bare.log_prob(x) if known else x[..., 0] * math.nan
+            new = (1,) * (len(own) - len(batch))
+            x = x.reshape(_DRAWS, *new, *batch, -1).expand(_DRAWS, *own, -1)
             y, log_det = distribution.space.onto(flow, x)
-            yield y, log_prob - log_det
+            yield y, log_prob.reshape(_DRAWS, *new, *batch) - log_det
 
 
 def normal_points(like: Tensor, count: int, *, seed: int = 0) -> Tensor:

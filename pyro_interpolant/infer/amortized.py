@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from numpy.typing import ArrayLike
 from pyro import poutine
-from pyro.infer.autoguide.guides import prototype_hide_fn
-from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
@@ -47,10 +45,10 @@ from .amortization import (
 )
 from .autoguide import AutoInterpolant, GuideResult
 from .log_density import known_log_joint
-from .runs import check_rows_count, example_of, is_alike, is_sampled
+from .runs import apart, check_data, check_rows_count, example_of, is_alike, is_sampled
 from .simulated_batches import SimulatedBatches
 from .simulation import Simulations, Simulator, Source
-from .sites import LatentSites, Model, Nodes, Site, unwrapped_model
+from .sites import LatentSites, Model, Nodes, init_latent, is_not_latent, unwrapped_model
 
 _SIMULATIONS = 10_000
 _TRAINING_SHARE = 0.9  # of the time, for simulations and training; the rest: the verdict
@@ -136,6 +134,7 @@ class AmortizedInterpolant(AutoInterpolant):
     transform: ConditionalInterpolantTransform  # type: ignore[assignment]
     _posterior: ConditionalJointInterpolantDistribution | None = None
     _example: dict[str, Tensor] | None = None  # of a simulation of the model that was trained with
+    refined_for: Tensor | None = None  # the data, ``(C,)``, that later rounds were trained for
 
     def __init__(
         self,
@@ -155,10 +154,10 @@ class AmortizedInterpolant(AutoInterpolant):
         check_ranges(("num_workers >= 0", num_workers >= 0, num_workers))
         self.num_workers = num_workers
         self._given = embedding, posterior
-        self._prototype_hide_fn = functools.partial(_hides, self.observed)
+        self._prototype_hide_fn = functools.partial(is_not_latent, self.observed)
 
     def _initializer(self, init_loc_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return functools.partial(_init, self.observed, super()._initializer(init_loc_fn))
+        return functools.partial(init_latent, self.observed, super()._initializer(init_loc_fn))
 
     def _set_flow(self, loc: Tensor, *args: object, **kwargs: object) -> None:
         sites = LatentSites(self, *args, **kwargs)
@@ -197,7 +196,7 @@ class AmortizedInterpolant(AutoInterpolant):
         Raises:
             ValueError: If the data are not there, or of another shape than in the simulations.
         """
-        return self.posterior.condition(self._context(self._data(*args, **kwargs)))
+        return self._conditioned(self._context(self._data(*args, **kwargs)))
 
     def likely_point(self, *args: object, **kwargs: object) -> Tensor:
         """Return where the posterior given the data is high, shape ``(D,)``.
@@ -226,12 +225,25 @@ class AmortizedInterpolant(AutoInterpolant):
         Raises:
             ValueError: If a site is missing, unknown or of another shape, or the guide does not
                 know its model yet.
+
+        Warns:
+            UserWarning: If the guide was trained in rounds for other data.
         """
-        own = self.posterior
-        posterior = own.condition(self._context(data))
+        own, context = self.posterior, self._context(data)
+        posterior = self._conditioned(context).expand(context.shape[:-1])
         posterior.transform.trains_weights = False  # it is there to be read
         posterior.report = own.report
         return posterior
+
+    def _conditioned(self, context: Tensor) -> JointInterpolantDistribution:
+        """Return the posterior given a context, ``(*, C)``; warn of one not trained for."""
+        known = context if self.refined_for is None else self.refined_for.to(context)
+        if not torch.allclose(context, known.expand_as(context)):
+            warn_user(
+                "the guide was trained in rounds for other data, and on a prior truncated to "
+                "their posterior: train it by fit_guide for these, or a copy of it in rounds"
+            )
+        return self.posterior.condition(context)
 
     def simulate(self, count: int, *args: object, **kwargs: object) -> Simulations:
         """Return simulations from the model, those that are finite.
@@ -282,20 +294,11 @@ class AmortizedInterpolant(AutoInterpolant):
 
     def _data(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Return the data at the observed sites of a run of the model."""
-        with torch.no_grad(), poutine.block():
+        with torch.no_grad(), apart():
             trace = poutine.trace(unwrapped_model(self.model)).get_trace(*args, **kwargs)
         nodes: Nodes = dict(trace.nodes)  # type: ignore[arg-type]
         check_rows_count(nodes)
-        latents = LatentSites(self).shapes
-        drawn = [name for name, n in nodes.items() if is_sampled(n) and not n["is_observed"]]
-        missing = [name for name in drawn if name not in latents]
-        missing += [name for name in self.observed if name not in nodes]
-        if missing:
-            raise ValueError(
-                f"expected data at all sites but the latent ones, got none at {missing}: give "
-                "them in the arguments, guide(y), condition the model on them, or use "
-                "guide.condition(y=y)"
-            )
+        check_data(nodes, LatentSites(self).shapes, self.observed)
         self._check_arguments(nodes, *args, **kwargs)
         found = {}
         for name in self.observed:
@@ -342,7 +345,9 @@ class AmortizedInterpolant(AutoInterpolant):
         check_ranges(("count >= 2", count >= 2, count))
         with seeded(seed):
             rows, context = self.rows_of(self.simulate(count, *args, **kwargs))
-        checks = [check(self.posterior, rows, context, seed=seed) for check in _CHECKS]
+        checks = [
+            check(self.posterior, rows, context, seed=seed) for check in (sbc, coverage, tarp)
+        ]
         failed = [
             f"{name}: {check.verdict}"
             for name, check in zip(Calibration._fields, checks, strict=False)
@@ -368,17 +373,18 @@ class AmortizedInterpolant(AutoInterpolant):
                 "of simulations made elsewhere, from_samples(latents, context=data, ...) learns "
                 "what guide.posterior holds"
             )
+        self.refined_for = None
         first, second = (example_of(sites.model, self.observed) for _ in range(2))
         # Alike, unless the model draws numbers that are not torch's.
         self._example = first if is_alike(first, second) else None
         count: Any = _SIMULATIONS if source.simulations is None else source.simulations
         rounds, seed = source.rounds, settings["seed"]
         check_ranges(("rounds >= 1, a whole number", rounds >= 1 and rounds % 1 == 0, rounds))
+        source = source._replace(rounds=int(rounds))
         if isinstance(count, Iterable):
-            return self._train_from_batches(count, rounds, sites, clock, settings)
-        check_ranges(
-            ("simulations >= 10, a whole number", count >= 10 and count % 1 == 0, count),
-        )
+            return self._train_from_batches(count, source.rounds, sites, clock, settings)
+        check_ranges(("simulations >= 10, a whole number", count >= 10 and count % 1 == 0, count))
+        count, rounds = int(count), source.rounds
         if settings.get("checkpoint") is not None and (seed is None or rounds > 1):
             raise ValueError(
                 "expected a seed beside a checkpoint, with which the same simulations are drawn "
@@ -397,7 +403,8 @@ class AmortizedInterpolant(AutoInterpolant):
             return self._in_rounds(source, sites, simulator, (found, training), clock, settings)
         size = len(found.log_prior)
         improper = found.improper / (size + found.improper)
-        return self._result(fresh, simulator, sites, clock, training, size, improper)
+        with seeded(None if seed is None else seed + 1):
+            return self._result(fresh, simulator, sites, clock, training, size, improper)
 
     def _train_from_batches(
         self,
@@ -420,7 +427,8 @@ class AmortizedInterpolant(AutoInterpolant):
         training = self._fit(found, clock, 1.0, held)
         size = found.count - len(found.held.log_prior)
         improper = found.improper / (found.count + found.improper)
-        return self._result(found.held, simulator, sites, clock, training, size, improper)
+        with seeded(None if settings["seed"] is None else settings["seed"] + 1):
+            return self._result(found.held, simulator, sites, clock, training, size, improper)
 
     def _result(
         self,
@@ -450,7 +458,9 @@ class AmortizedInterpolant(AutoInterpolant):
         found, training = first
         seed, count = settings["seed"], len(found.log_prior) + found.improper
         regions: list[Region] = []
-        known = self._context(self._data(*sites.args, **sites.kwargs))
+        with seeded(seed):
+            known = self._context(self._data(*sites.args, **sites.kwargs))
+            density = known_log_joint(sites)
         for i in range(1, source.rounds):
             if training.stopped_by == "interrupt":
                 break
@@ -465,9 +475,10 @@ class AmortizedInterpolant(AutoInterpolant):
                 break
             there = 0 if new is None else len(new.log_prior) + new.improper
             tell_of_fewer(there, count, simulator)
+            self.refined_for = known
             training = self._regress(found, clock, (i + 1) / source.rounds, settings)
         posterior = self.posterior.condition(known)
-        return self._judged(posterior, known_log_joint(sites), clock, seed, training)
+        return self._judged(posterior, density, clock, seed, training)
 
     def _regress(
         self, found: Simulations, clock: Clock, share: float, settings: dict[str, Any]
@@ -485,16 +496,3 @@ class AmortizedInterpolant(AutoInterpolant):
             defaults["learning_rate"] = _EMBEDDING_RATE
         with trainable(self.transform):  # and then as it was: SVI may train on
             return fit(self.posterior, rows, **{**defaults, **settings})
-
-
-_CHECKS = (sbc, coverage, tarp)
-
-
-def _init(observed: tuple[str, ...], init: Callable[..., Tensor], site: Site) -> Tensor:
-    """Return a draw of a site that is observed, or else an initial value."""
-    return site["fn"].sample() if site["name"] in observed else init(site)
-
-
-def _hides(observed: tuple[str, ...], msg: Message) -> bool:
-    """Return whether a site is not latent: where the model is run without data, too."""
-    return prototype_hide_fn(msg) or msg["name"] in observed

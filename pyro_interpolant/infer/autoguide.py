@@ -136,13 +136,17 @@ class AutoInterpolant(AutoContinuous):
         return super().model
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
-        with torch.no_grad():  # a prototype with a graph could not be copied
-            with unsupported_sites_named(self):
-                super()._setup_prototype(*args, **kwargs)
-            loc = self._init_loc()
-            LatentSites(self, *args, **kwargs).constrain(loc)  # raises without a Jacobian
-            forget_data(self)
-        self._set_flow(loc, *args, **kwargs)
+        try:
+            with torch.no_grad():  # a prototype with a graph could not be copied
+                with unsupported_sites_named(self):
+                    super()._setup_prototype(*args, **kwargs)
+                loc = self._init_loc()
+                LatentSites(self, *args, **kwargs).constrain(loc)  # raises without a Jacobian
+                forget_data(self)
+            self._set_flow(loc, *args, **kwargs)
+        except BaseException:  # the next call sets up again
+            self.prototype_trace = None
+            raise
 
     def _set_flow(self, loc: Tensor, *args: object, **kwargs: object) -> None:
         """Make the flow, given a centre of the unconstrained vector, shape ``(D,)``."""
@@ -440,8 +444,8 @@ def fit_guide(
     Returns:
         A :class:`~pyro_interpolant.infer.GuideResult`, the verdict on fresh draws, with a warning
         if k-hat is above 0.7 or, for a model whose log joint density cannot be evaluated, not
-        known; of an amortised guide an :class:`~pyro_interpolant.infer.AmortizedResult`, the
-        verdict on fresh simulations.
+        known; of an amortised guide trained in one round an
+        :class:`~pyro_interpolant.infer.AmortizedResult`, the verdict on fresh simulations.
 
     Raises:
         TypeError: If the guide is not an :class:`~pyro_interpolant.AutoInterpolant`.

@@ -141,8 +141,9 @@ class PosteriorDraws:
 
     def latents(self, distribution: AnyDistribution, index: Tensor) -> Rows:
         """Return draws of objects, chosen by weight under a population, and remember one."""
-        fresh = torch.randint(self.u.shape[1], (len(index), _CANDIDATES - 1)).to(index.device)
-        some = torch.cat((self.present[index, None], fresh), -1)
+        fresh = torch.randint(self.u.shape[1], (len(index), _CANDIDATES - 1))
+        known = self.present[index, None]
+        some = torch.cat((known, fresh.to(known)), -1)
         u, log_weights = self._log_weights(distribution, index, some)
         share = log_weights.nan_to_num(nan=-1e30, neginf=-1e30).softmax(-1)  # none: any of them
         chosen = torch.multinomial(share, _PICKED, replacement=True)

@@ -172,10 +172,12 @@ def importance_of(
     if isinstance(posterior, InterpolantDistribution):
         log_q, change = recompute_largest(posterior, z, log_p, log_q, tail_length(count))
         if change > _COARSE:
+            rows = "guide.get_posterior(), guide.get_posterior().sample((256,))"
+            if posterior.transform.context is not None:
+                rows = "guide.posterior, rows, context=data"
             warn_user(
                 "the guide's solver is too coarse: where weights are largest, log densities move "
-                f"by {change:.2g} nats at doubled steps. Call calibrate(guide.get_posterior(), "
-                "guide.get_posterior().sample((256,)))"
+                f"by {change:.2g} nats at doubled steps. Call calibrate({rows})"
             )
     return z, log_ratio(log_p, log_q)
 

@@ -25,6 +25,8 @@ from .._torch import evaluated, seeded
 from ..diagnostics.psis import log_total, pareto_smooth, systematic_resampling
 from ..distributions.constraints import contexts_of_rows
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
+from ..distributions.joint import NamedSites
+from ..distributions.supports import support_of
 from ..training.loop import check_ranges
 from .noise import Measurements, Noise, measurements
 
@@ -325,7 +327,7 @@ def object_posteriors(
         >>> found.draws.shape, bool(found.k_hat < 0.7)
         (torch.Size([1, 1000, 1]), True)
     """
-    check_ranges(("draws >= 100, a whole number", draws >= 100 and draws % 1 == 0, draws))
+    check_ranges(("draws >= 100, an even number", draws >= 100 and draws % 2 == 0, draws))
     check_base(distribution)
     rows = of_population(measurements(y, noise, noise_data), distribution, context)
     found, draws = [], int(draws)
@@ -390,7 +392,7 @@ def check_base(distribution: object) -> None:
 
     Raises:
         TypeError: If it is no flow.
-        ValueError: If it starts from another base.
+        ValueError: If it starts from another base, or holds named sites unconstrained.
     """
     if not isinstance(distribution, AnyDistribution):
         raise TypeError(
@@ -401,4 +403,11 @@ def check_base(distribution: object) -> None:
         raise ValueError(
             f"expected a flow from its default base N(0, I), got {distribution.base}, from which "
             "latents cannot be drawn: train it without base, base_samples or circular support"
+        )
+    sites = distribution.sites if isinstance(distribution, NamedSites) else {}
+    moved = [name for name, (_, support) in sites.items() if not support_of(support).is_real()]
+    if moved:
+        raise ValueError(
+            f"expected a population of rows, got one of named sites with {moved} on a support, of "
+            "which it holds unconstrained numbers: learn rows, from_samples(x, support=...)"
         )

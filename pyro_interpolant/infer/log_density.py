@@ -17,6 +17,8 @@ from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
 from .._torch import seeded, warn_user
+from .lanes import DrawnInLanes
+from .runs import AllDrawn, Stop
 from .sites import (
     LatentSites,
     Model,
@@ -382,23 +384,27 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     """
     init = functools.partial(init_to_support, init=init_to_sample, spread=_IMPROPER_SCALE)
 
-    def draw(*batch: int) -> Tensor:
-        with poutine.block(), poutine.trace() as tracer, InitMessenger(init):
-            with density.plate(*batch) if batch else contextlib.nullcontext():
-                density.model()
+    def draw(*batch: int) -> Tensor:  # up to the last latent: data may be large
+        with contextlib.suppress(AllDrawn), poutine.block(), poutine.trace() as tracer:
+            with InitMessenger(init), Stop(density.sites.sites):
+                with density.plate(*batch) if batch else contextlib.nullcontext():
+                    density.model()
         parts = [
             biject_to(support).inv(tracer.trace.nodes[name]["value"]).reshape(*batch, -1)
             for name, (_, support) in density.sites.sites.items()
         ]
         return torch.cat(parts, dim=-1)
 
+    def in_lane(lane: Tensor) -> Tensor:
+        with DrawnInLanes(lane):
+            return draw()
+
     try:
         with torch.no_grad(), unchecked():
             if density.batching == "plate":
                 z = draw(count)
             else:
-                single = torch.func.vmap(lambda _: draw(), randomness="different")
-                z = single(torch.zeros(count))
+                z = torch.func.vmap(in_lane, randomness="different")(torch.zeros(count))
     except (RuntimeError, ValueError, NotImplementedError):  # a prior that cannot be sampled
         return None
     return without_extremes(z)

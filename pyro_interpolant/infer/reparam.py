@@ -259,11 +259,18 @@ class Neutra:
     Args:
         guide: A trained guide; frozen here.
         model: Its model.
+        student: A distribution whose transforms take the place of the guide's, or None.
     """
 
-    def __init__(self, guide: AutoInterpolant, model: Model) -> None:
+    def __init__(
+        self,
+        guide: AutoInterpolant,
+        model: Model,
+        student: dist.TransformedDistribution | None = None,
+    ) -> None:
         self.guide = guide
         self.model = model
+        self.student = student
         self.sites = LatentSites(guide)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
@@ -272,7 +279,7 @@ class Neutra:
         Raises:
             ValueError: If the model has not the latent sites that the guide has seen.
         """
-        first, transform = self._first(), self.guide.get_transform(*args, **kwargs)
+        first, transform = self._first(), self._transform(*args, **kwargs)
         base = self.guide.get_base_dist()  # not scored: the density is the model's
         with self._start(*args, **kwargs):
             w = pyro.sample(first + _SITE, base.mask(mask=False))
@@ -291,6 +298,12 @@ class Neutra:
             pyro.factor(first + _JACOBIAN, log_det)
         return result
 
+    def _transform(self, *args: object, **kwargs: object) -> Transform:
+        """Return the map from base space to the unconstrained vector."""
+        if self.student is not None:
+            return ComposeTransform(self.student.transforms)
+        return self.guide.get_transform(*args, **kwargs)
+
     def _first(self) -> str:
         """Return the name of the first site, after which the base draw is named."""
         return next(iter(self.sites.shapes))
@@ -307,7 +320,7 @@ class Neutra:
             return contextlib.nullcontext()
         values = {k: v[None] for k, v in {**self.guide.median(*args, **kwargs), **values}.items()}
         with torch.no_grad():
-            w = self.guide.get_transform(*args, **kwargs).inv(self.sites.pack(values)[0])
+            w = self._transform(*args, **kwargs).inv(self.sites.pack(values)[0])
         return InitMessenger(init_to_value(values={self._first() + _SITE: w}))
 
     @torch.no_grad()
@@ -333,7 +346,7 @@ class Neutra:
                 f"model, got {got}"
             )
         base = draws[names[0]]
-        transform = self.guide.get_transform(*args, **kwargs)
+        transform = self._transform(*args, **kwargs)
         sites = self.sites.unpack(transform(base.reshape(-1, dim)))
         return {k: v.reshape(base.shape[:-1] + v.shape[1:]) for k, v in sites.items()}
 
@@ -389,7 +402,12 @@ class _Images(Messenger):
         msg["value"], msg["is_observed"] = value, True
 
 
-def neutra(guide: AutoInterpolant, model: Model | None = None) -> Neutra:
+def neutra(
+    guide: AutoInterpolant,
+    model: Model | None = None,
+    *,
+    student: dist.TransformedDistribution | None = None,
+) -> Neutra:
     """Return the model in the guide's base space, where a good guide makes it N(0, I) for NUTS.
 
     The guide is copied and the copy frozen: nothing here trains it, and it can be trained on.
@@ -400,13 +418,17 @@ def neutra(guide: AutoInterpolant, model: Model | None = None) -> Neutra:
     Args:
         guide: A trained guide.
         model: Its model; by default the one it was made with.
+        student: What :func:`~pyro_interpolant.distill` makes of ``guide.get_posterior()``: a map
+            of one pass in place of the guide's, for cheaper gradients. The posterior is exact
+            with either.
 
     Returns:
         A model for ``NUTS``, and, by its method ``samples``, draws in the sites of the model.
 
     Raises:
         TypeError: If the guide is not an :class:`~pyro_interpolant.AutoInterpolant`.
-        ValueError: If it has not seen its model yet, or lost it in a pickle.
+        ValueError: If it has not seen its model yet, or lost it in a pickle, or the student is
+            not one of its unconstrained vector.
 
     References:
         Hoffman et al., arXiv 1903.03704.
@@ -429,5 +451,12 @@ def neutra(guide: AutoInterpolant, model: Model | None = None) -> Neutra:
         )
     if guide.prototype_trace is None:
         raise ValueError("expected a guide that has seen its model: train it, or call it once")
+    size = torch.Size((guide.latent_dim,))
+    if student is not None and (student.batch_shape or student.event_shape != size):
+        raise ValueError(
+            f"expected a student of event shape {tuple(size)}, the guide's vector, got "
+            f"{tuple(student.event_shape)} and batch shape {tuple(student.batch_shape)}: "
+            "distill(guide.get_posterior()).distribution"
+        )
     frozen = copy.deepcopy(guide).requires_grad_(requires_grad=False).eval()
-    return Neutra(frozen, unwrapped_model(guide.model) if model is None else model)
+    return Neutra(frozen, unwrapped_model(guide.model) if model is None else model, student)

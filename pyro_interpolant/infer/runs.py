@@ -1,13 +1,14 @@
 """One run of a model that draws its data: what it observes, and what is refused of its sites."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
+from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from torch import Tensor
 
 from .._torch import seeded
@@ -36,6 +37,17 @@ class Unobserved(Messenger):
             )
         if self.drawn is None or msg["name"] in self.drawn:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Run a model as if nothing were around it: handlers, and plates that hold dimensions."""
+    stack, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+    try:
+        with poutine.block():
+            yield
+    finally:
+        _DIM_ALLOCATOR._stack = stack
 
 
 class AllDrawn(Exception):
@@ -106,7 +118,7 @@ def example_of(model: Model, observed: Sequence[str]) -> dict[str, Tensor]:
         model: The model.
         observed: Its observed sites; others keep their values.
     """
-    with seeded(0), poutine.block(), poutine.trace() as tracer, Unobserved(observed):
+    with seeded(0), apart(), poutine.trace() as tracer, Unobserved(observed):
         model()
     nodes = cast("Nodes", tracer.trace.nodes)
     return {name: node["value"] for name, node in nodes.items() if is_sampled(node)}
@@ -131,6 +143,19 @@ def is_sampled(node: Site) -> bool:
     """Return whether a node of a trace is a sample, and not of a plate's indices."""
     sampled = node["type"] == "sample" and not is_subsample(node)
     return sampled and not node["infer"].get("_deterministic")
+
+
+def check_data(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[str]) -> None:
+    """Raise a ValueError unless a run has data at all sites that are not latent."""
+    drawn = [name for name, n in nodes.items() if is_sampled(n) and not n["is_observed"]]
+    missing = [name for name in drawn if name not in latents]
+    missing += [name for name in observed if name not in nodes]
+    if missing:
+        raise ValueError(
+            f"expected data at all sites but the latent ones, got none at {missing}: give "
+            "them in the arguments, guide(y), condition the model on them, or use "
+            "guide.condition(y=y)"
+        )
 
 
 def check_names(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
@@ -57,6 +58,22 @@ def init_to_support(
         transform = _bijection(site)
         shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
         return transform(spread * torch.randn(shape))
+
+
+def init_latent(observed: tuple[str, ...], init: Callable[..., Tensor], site: Site) -> Tensor:
+    """Return an initial value of a latent site, and of one that is to be observed a draw.
+
+    Args:
+        observed: The names of the sites that are to be observed.
+        init: One of Pyro's initialisation functions, from a site to a value.
+        site: The site.
+    """
+    return site["fn"].sample() if site["name"] in observed else init(site)
+
+
+def is_not_latent(observed: tuple[str, ...], msg: Message) -> bool:
+    """Return whether a site is not latent: where the model is run without data, too."""
+    return prototype_hide_fn(msg) or msg["name"] in observed
 
 
 @contextlib.contextmanager

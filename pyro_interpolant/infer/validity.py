@@ -75,6 +75,8 @@ def is_valid(fn: Any, value: Tensor | None) -> Tensor | None:
 def _is_valid(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | None:
     """Return the same, of a value that a transform may have moved off a fixed support."""
     if isinstance(fn, TransformedDistribution):
+        if type(fn).log_prob is not TransformedDistribution.log_prob:
+            value = None  # it has a formula of its own: the base, such as Gumbel's, only draws
         moved = value is not None and _leaf_support(fn) is not None
         for transform in reversed(fn.transforms if moved else []):
             value = transform.inv(value)

@@ -128,6 +128,18 @@ def standard_normal(dim: int, dtype: DTypeLike) -> dist.Distribution:
     return dist.Normal(zero, one, validate_args=False).to_event(1)
 
 
+def base_log_prob(base: dist.Distribution, x: Array) -> Array:
+    """Return the log-density of a base, shape ``(*)``, of real vectors, shape ``(*, D)``.
+
+    It is ``-inf`` beyond the support of the base, to where a flow may lead back.
+    """
+    inside = base.support(x)
+    known = base.support.feasible_like(x)
+    log_prob = base.log_prob(jnp.where(inside[..., None], x, known))
+    unknown = jnp.isnan(x).any(-1)
+    return jnp.where(inside, log_prob, jnp.where(unknown, jnp.nan, -jnp.inf))
+
+
 def build_base(
     description: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
 ) -> dist.Distribution:

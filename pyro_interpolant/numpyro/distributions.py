@@ -23,6 +23,7 @@ from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 from numpyro.util import not_jax_tracer
 
+from .bases import base_log_prob
 from .given import given_value
 from .supports import Bijection, OnEvents, backward, bijection, per_event
 from .transforms import InterpolantTransform
@@ -102,7 +103,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
                 x, finite = _finite(x, transform.weights["loc"], finite)
             x, term = backward(transform, x)
             log_det = log_det + per_event(term, jnp.shape(x)[:-1])
-        log_prob = self.base_dist.log_prob(x) - log_det
+        log_prob = base_log_prob(self.base_dist, x) - log_det
         unknown = jnp.isnan(value).any(tuple(range(len(shape) - event, len(shape))))
         return jnp.where(finite, log_prob, jnp.where(unknown, jnp.nan, -jnp.inf))
 

@@ -84,12 +84,8 @@ def load(path: StrPath, *, dtype: DTypeLike | None = None) -> AnyDistribution:
         raise ValueError(
             f"{path} is damaged, was edited, or cannot be read for NumPyro: {error!r}"
         ) from error
-    if dtype is None and header["dtype"] == "float64" and jnp.result_type(float) != np.float64:
-        warnings.warn(
-            f"{path} holds float64, jax computes in float32: load with dtype='float32' to say "
-            "that it may, or set jax.config.update('jax_enable_x64', True) and load again",
-            stacklevel=2,
-        )
+    if dtype is None:
+        _warn_if_shortened(header, f"{path} holds", "load with dtype='float32' to say that it may")
     return distribution
 
 
@@ -111,7 +107,18 @@ def from_torch(distribution: "FlowOfTorch") -> AnyDistribution:
     from ..distributions.description import describe
 
     header, tensors = describe(distribution)
+    _warn_if_shortened(header, "the flow is of", "convert the flow, .to(torch.float32)")
     return _built(header, {name: tensor.numpy() for name, tensor in tensors.items()}, None)
+
+
+def _warn_if_shortened(header: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Warn where jax computes in float32 what is of float64."""
+    if header["dtype"] == "float64" and jnp.result_type(float) != np.float64:
+        warnings.warn(
+            f"{what} float64, jax computes in float32: {remedy}, or set "
+            "jax.config.update('jax_enable_x64', True) and load again",
+            stacklevel=3,
+        )
 
 
 def _built(header: Mapping[str, Any], arrays: _Arrays, dtype: DTypeLike | None) -> AnyDistribution:

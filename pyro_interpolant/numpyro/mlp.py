@@ -76,11 +76,11 @@ def embed_context(weights: Weights, context: Array) -> Array:
     if "classes" in weights:
         classes = weights["classes"]
         own = (context == classes).astype(weights["embedding.weight"].dtype)
-        given = own @ weights["embedding.weight"][:, -len(classes) :].T
+        given = _product(own, weights["embedding.weight"][:, -len(classes) :])
         return jnp.where(own.any(-1, keepdims=True), given, jnp.nan)
     loc, scale = weights["context_loc"], weights["context_scale"]
     weight = weights["embedding.weight"][:, -len(loc) :]
-    return ((context - loc) / scale) @ weight.T
+    return _product((context - loc) / scale, weight)
 
 
 def modulate(weights: Weights, embedded: Array) -> Modulation:

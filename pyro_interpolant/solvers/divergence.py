@@ -57,7 +57,10 @@ class ExactDivergence:
         """Return the exact divergence, shape ``(*)``, at ``x``, shape ``(*, D)``."""
         own = exact_divergence(velocity)
         if own is not None:
-            return own(t, x, context)[1]
+            if getattr(velocity, "broadcasts_time", False):
+                return own(t, x, context)[1]
+            t, *rest = expanded(t, x, context)
+            return own(t, x, *rest)[1]
         basis = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
         return _quadratic_forms(velocity, t, x, context, basis).sum(0)
 

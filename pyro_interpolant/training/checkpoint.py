@@ -15,7 +15,8 @@ from .._files import StrPath, checksum, contents_of, refuse_no_place, write
 from .._torch import rng_state, set_rng_state, warn_user
 from ..distributions.base_description import Json
 from ..distributions.bases import Samples
-from ..distributions.identity import stable_name, tensors_of
+from ..distributions.identity import has_function, stable_name, tensors_of
+from ..distributions.own_description import describe_path
 from ..transforms.flow import Flow
 
 _KEY = "pyro_interpolant_snapshot"
@@ -156,7 +157,9 @@ def _identity(flow: Flow, base: object, coupling: object, *given: object) -> lis
     base = None if isinstance(base, Samples) else base  # set by an earlier call
     names = [stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
     shapes = [list(p.shape) for p in flow.velocity.parameters()]
-    return [names, shapes, checksum(tensors_of([flow.interpolant, base, *given]))]
+    found = [names, shapes, checksum(tensors_of([flow.interpolant, base, *given]))]
+    # Two functions may have one name.
+    return [*found, describe_path(flow)] if has_function(flow.interpolant) else found
 
 
 def check_place(path: StrPath | None, every: int | None) -> None:

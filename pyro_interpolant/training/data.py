@@ -31,6 +31,7 @@ from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
 from .rows import Rows, search_weights
 from .survey import Surveyed
+from .whitening import warn_if_coarse
 
 DataLike = RowsLike | Iterable[Any]  # or batches: of rows, of (rows, contexts), with weights
 HeldOut = RowsLike | tuple[RowsLike, ArrayLike] | None  # a share, rows, or rows and contexts
@@ -315,7 +316,10 @@ def rows_of(
         raise ValueError(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
-    return Rows(rows, contexts_of_rows(context, flow, (), count, "rows of data"))
+    contexts = contexts_of_rows(context, flow, (), count, "rows of data")
+    if not flow.classes:
+        warn_if_coarse(as_tensor(context, "context"), flow.loc.dtype, "context")
+    return Rows(rows, contexts)
 
 
 def held_out_rows(distribution: AnyDistribution, validation: HeldOut, names: Names) -> Rows:

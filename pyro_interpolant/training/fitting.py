@@ -2,7 +2,6 @@ r"""``fit`` and ``from_samples``: training by a quadratic regression. No ODE is 
 
 import contextlib
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -206,7 +205,6 @@ def fit(
     kind, anew = Stream if process.own_rows else Table, whiten and learn == "velocity"
     given = {"context": context, "pairs": pairs, "weights": weights}
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
-    distribution.columns, distribution.context_columns = source.names
     with seeded(process.seed(seed)):
         numbers = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema]
         settings = [source.checksum, [*numbers, learn, seed, share, whiten, *["flip"] * flip]]
@@ -217,19 +215,21 @@ def fit(
         split = source.split(
             process, batch_size, whole=anew, clock=clock, state=state, progress=progress
         )
-        start_from(distribution, base_samples, split, anew=anew)
-        if learn == "velocity":
-            flow.independent = coupling is independent and pairs is None
-            _tell_of_rows(distribution, split, state, keep=not whiten)
-            process.agree(flow.buffers())
-        else:
-            flow.noise = noise_network(flow)
-        seen, unseen = distribution.white_base().split(share)
-        objective = Objective(flow, seen, coupling, process, target=learn)
-        density = None if learn == "noise" else HeldOutDensity(distribution, split)
-        known = None if flow.classes else split.held.context
-        held = split.held.take(inliers(objective.whitened(split.held).w, known))
-        fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
+        with _as_it_was_on_error(distribution):
+            start_from(distribution, base_samples, split, anew=anew)
+            if learn == "velocity":
+                flow.independent = coupling is independent and pairs is None
+                _tell_of_rows(distribution, split, state, keep=not whiten)
+                process.agree(flow.buffers())
+            else:
+                flow.noise = noise_network(flow)
+            seen, unseen = distribution.white_base().split(share)
+            objective = Objective(flow, seen, coupling, process, target=learn)
+            density = None if learn == "noise" else HeldOutDensity(distribution, split)
+            known = None if flow.classes else split.held.context
+            held = split.held.take(inliers(objective.whitened(split.held).w, known))
+            fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
+        distribution.columns, distribution.context_columns = source.names
         with trainable(objective.network), _naming_rows(source, flow):
             batches = source.batches(split, objective)
             run = Run(objective, batches, fixed, schedule, clock, callback, state, accumulate)
@@ -237,9 +237,26 @@ def fit(
     outcome = run.outcome()
     distribution.freeze()
     if density is not None:
-        report = Report(flow.event_dim, split.total + len(split.held.w), *run.taken())
+        report = Report(flow.event_dim, split.total + split.held.effective(), *run.taken())
         _finish(run, density, report, held, tolerance, progress=progress)
     return FitResult._make((*outcome, distribution.transform.solver, distribution.report))
+
+
+@contextlib.contextmanager
+def _as_it_was_on_error(distribution: AnyDistribution) -> Iterator[None]:
+    """Take back what a flow was told of data with which it then cannot be trained."""
+    flow, base = distribution.transform.flow, distribution.base
+    told = {name: getattr(flow, name) for name in ("independent", "noise", "levels")}
+    buffers = {name: value.clone() for name, value in flow.named_buffers()}
+    try:
+        yield
+    except BaseException:
+        for name, value in told.items():
+            setattr(flow, name, value)
+        for name, value in flow.named_buffers():
+            value.copy_(buffers[name])
+        distribution.set_base(base)
+        raise
 
 
 @contextlib.contextmanager
@@ -397,8 +414,7 @@ def _tell_of_rows(
     flow.levels = None if data.kept.w.is_floating_point() else LEVELS
     if not keep:
         flow.noise = None
-    if not keep or math.isfinite(data.total):
-        set_whitening(distribution, data.kept, keep=keep)
+    set_whitening(distribution, data.kept, keep=keep)
     restore_buffers(flow, state)
 
 

@@ -37,6 +37,19 @@ class Names(NamedTuple):
         )
         return cls(*(found or known if anew else known or found for found, known in pairs))
 
+    def filled(
+        self, distribution: AnyDistribution, rows: object, context: object = None
+    ) -> "Names":
+        """Return these names, and those of data frames where there were none yet.
+
+        Args:
+            distribution: What is trained.
+            rows: Rows of any kind.
+            context: Their contexts, or None.
+        """
+        found = Names.for_training(distribution, rows, context, anew=True)
+        return Names(*(known or new for known, new in zip(self, found, strict=True)))
+
     def ordered(
         self, distribution: AnyDistribution, rows: Any, context: Any = None, *, name: str = "data"
     ) -> tuple[Any, Any]:

@@ -18,13 +18,17 @@ from torch import Tensor, nn
 
 from .._torch import evaluated
 from ..distributions.bases import Samples, WhitenedBase
-from ..distributions.interpolant import ConditionalInterpolantDistribution, InterpolantDistribution
+from ..distributions.interpolant import (
+    AnyDistribution,
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+)
 from ..interpolants.couplings import independent
 from ..interpolants.linear import Interpolant
 from ..nn.velocity import embedded, evaluate, image_shape, null_label
 from ..transforms.flow import Flow
 from .distributed import Process
-from .image_rows import HELD_BATCHES, dequantized
+from .image_rows import HELD_BATCHES, are_levels, dequantized
 from .rows import Rows
 
 Target = Literal["velocity", "noise"]
@@ -139,7 +143,8 @@ def interpolant_loss(
 
     Args:
         distribution: The flow to train; its whitening map is used as it is.
-        x1: Data, shape ``(*, *event_shape)``.
+        x1: Data, shape ``(*, *event_shape)``; images of whole levels, ``uint8``, are spread over
+            their levels anew, as :func:`~pyro_interpolant.fit` does.
         x0: Base draws paired with them: data coordinates for a given base, :math:`N(0, I)` draws
             in whitened coordinates for the default one; shape ``(*, D)``. Drawn if not given.
         t: Times in [0, 1], broadcastable to ``(*)``. Drawn uniformly, one per row, if not given.
@@ -147,6 +152,9 @@ def interpolant_loss(
 
     Returns:
         The loss of each row, shape ``(*)``, differentiable in the weights.
+
+    Raises:
+        TypeError: If data are neither of a floating type nor such images.
 
     References:
         arXiv 2209.15571, eq. 10.
@@ -156,12 +164,25 @@ def interpolant_loss(
     if context is None:
         context = getattr(distribution.transform, "context", None)
     context = _some_null(flow.velocity, context, torch.rand)
-    w1 = flow.whitening.to_white(distribution.to_flow(x1))
+    w1 = flow.whitening.to_white(distribution.to_flow(_floating(distribution, x1)))
     w0 = base.sample(w1.shape[:-1]) if x0 is None else base.to_white(x0)
     if t is None:
         t = torch.rand(w1.shape[:-1], dtype=w1.dtype, device=w1.device)
     points = path_points(flow.interpolant, t, w0, w1)
     return regression_loss(flow.velocity, tuple(p._replace(context=context) for p in points))
+
+
+def _floating(distribution: AnyDistribution, x1: Tensor) -> Tensor:
+    """Return data as they are, and whole levels of images spread over their cells."""
+    event = distribution.space.event_shape(distribution.transform.flow.event_dim)
+    if are_levels(x1, len(event)):
+        return dequantized(Rows(x1, None), distribution.transform.flow.loc).w
+    if not x1.is_floating_point():
+        raise TypeError(
+            f"expected data of a floating type, got {x1.dtype}: convert numbers with .float(), "
+            "and spread whole ones by pi.dequantize(x)"
+        )
+    return x1
 
 
 Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -144,7 +144,8 @@ class HeldOutDensity:
     def glimpse(self, step: int, spent: float) -> str:
         """Return the held-out nats in words, computed anew for a fiftieth of the time at most.
 
-        They are empty where the flow starts from samples, and has no density.
+        They are empty where the flow starts from samples, and has no density, and from where they
+        cannot be computed: that is no reason to end a training.
 
         Args:
             step: The number of steps taken.
@@ -152,7 +153,11 @@ class HeldOutDensity:
         """
         if self.is_known and self.took <= _GLIMPSE_SHARE * spent:
             began = time.monotonic()
-            mean, error, against = self._means(_evenly(self.held, _GLIMPSED_ROWS))
+            try:
+                mean, error, against = self._means(_evenly(self.held, _GLIMPSED_ROWS))
+            except (RuntimeError, ValueError):
+                self.text, self.took = "", math.inf
+                return ""
             digits = decimals(error)
             text = f"{mean:.{digits}f} nats{beside(against, self.name, digits)}"
             self.text = f"{text} at step {step:,}"

@@ -96,6 +96,8 @@ class Stream:
         self.names = Names.for_training(distribution, data, None, anew=anew)
         self.given = None
         if not self.share:
+            frames: Any = validation if isinstance(validation, tuple) else (validation,)
+            self.names = self.names.filled(distribution, *frames)
             self.given = held_out_rows(distribution, validation, self.names)
         self.checksum = None if self.given is None else checksum(self.given)
         self.like = distribution.transform.flow.loc
@@ -129,6 +131,7 @@ class Stream:
                 f"{', '.join(type(p).__name__ for p in parts)}"
             )
         weights = _part_of_weights(parts[self.parts]) if len(parts) > self.parts else None
+        self.names = self.names.filled(self.distribution, *parts[: self.parts])
         data, context = self.names.ordered(self.distribution, *parts[: self.parts])
         data, context, weights = drop_zero_weights(weights, data, context, part=True)
         if weights is not None and len(weights) == 0:

@@ -51,15 +51,15 @@ class PerEvent(RealVectorTransform):
         self.codomain = constraints.independent(end, 1) if elementwise else end
 
     def _call(self, x: Tensor) -> Tensor:
-        return self.wrapped(x)
+        return self.wrapped(x).to(x.dtype)  # bounds may be of a finer type
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self.wrapped.inv(y)
+        return self.wrapped.inv(y).to(y.dtype)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log |dy/dx|``, shape ``(*)``."""
         value = self.wrapped.log_abs_det_jacobian(x, y)
-        return value.reshape(*x.shape[:-1], -1).sum(-1)
+        return value.reshape(*x.shape[:-1], -1).sum(-1).to(x.dtype)
 
     def forward_shape(self, shape: Sequence[int]) -> Sequence[int]:
         """Return the shape on the support."""

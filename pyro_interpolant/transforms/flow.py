@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +130,12 @@ class Flow(nn.Module):
         like = next(velocity.parameters(), torch.zeros(()))
         self.whitening = (DenseWhitening(size) if whitening is None else whitening).to(like)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a path of numbers may take the place of a learned one, a module."""
+        if name == "interpolant":
+            self._modules.pop(name, None)
+        super().__setattr__(name, value)
+
     @property
     def loc(self) -> Tensor:
         """The centre in data space, shape ``(D,)``; its type and device are the flow's."""
@@ -234,7 +241,7 @@ class Flow(nn.Module):
         size = rows_at_once(self.velocity)
         blocks, totals = _Blocks(states, path, size), []
         for part, own_path in blocks:
-            nodes = max(1, size // part[0, ..., 0].numel())
+            nodes = max(1, size // max(1, part[0, ..., 0].numel()))
             total = self.whitening.log_det
             rates = self._rates(times, nodes, own_path)
             for s, rate, w in zip(part.split(nodes), rates, weights.split(nodes), strict=True):

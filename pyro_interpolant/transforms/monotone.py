@@ -44,7 +44,8 @@ def mapped(transform: InterpolantTransform, w: Tensor, log_odds: Map) -> Tensor:
     """
     context = transform.context
     own = torch.Size() if context is None else context.shape[:-1]
-    if w.shape[w.dim() - 1 - len(own) : -1] != own or _needs_graph(transform, w):
+    is_whole = w.numel() and w.shape[w.dim() - 1 - len(own) : -1] == own
+    if not is_whole or _needs_graph(transform, w):
         return transform(w)
     values = w.reshape(-1, own.numel()).T
     if values.shape[1] < _MIN_VALUES:

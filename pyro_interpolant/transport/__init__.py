@@ -2,7 +2,8 @@ r"""Shorter and straighter paths, toward optimal transport.
 
 ``energy`` measures paths: their kinetic energy, which bounds the squared Wasserstein distance of
 base and model, and a bound of that between model and data. ``max_min`` shortens them by learning
-the interpolant; ``rectified`` straightens them by training on the flow's own pairs.
+the interpolant; ``rectified`` straightens them by training on the flow's own pairs;
+``distillation`` fits a map of one pass to the flow's draws.
 """
 
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from .._lazy import attach
 
 if TYPE_CHECKING:
+    from .distillation import *
     from .energy import *
     from .max_min import *
     from .rectified import *
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = attach(
     __name__,
     {
+        "distillation": ["DistillResult", "distill"],
         "energy": ["PathEnergy", "W2Bound", "path_energy", "w2_bound"],
         "max_min": ["TransportResult", "learn_interpolant"],
         "rectified": ["PathReport", "ReflowResult", "reflow"],

@@ -18,6 +18,7 @@ from pyro_interpolant import (
     SineSquared,
     Trigonometric,
     denoiser,
+    from_samples,
     interpolant_transform,
     score,
 )
@@ -240,3 +241,13 @@ def test_a_velocity_of_ones_own_is_given_full_times():
     flow = InterpolantDistribution(InterpolantTransform(velocity))
     score(flow, 0.5, torch.zeros(4, 5, 2))
     assert velocity.seen == [(4, 5)]
+
+
+def test_times_of_another_dimension_behind_a_map():
+    torch.set_default_dtype(torch.float64)
+    rows = torch.randn(2000, 2).exp()
+    behind = from_samples(rows, marginals=True, steps=5, progress=False, seed=0)
+    x, t = torch.randn(6, 2).exp(), torch.tensor([0.2, 0.5])[:, None]
+    found = score(behind, t, x)
+    assert found.shape == (2, 6, 2)
+    assert torch.allclose(found[1], score(behind, 0.5, x))

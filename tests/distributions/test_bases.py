@@ -490,3 +490,33 @@ def test_every_base_is_expanded_converted_and_copied(make):
     if base.has_rsample:
         assert wide.rsample((4,)).shape == (4, 3, 2)
         assert wide.log_prob(wide.sample((4,))).shape == (4, 3)
+
+
+BOUNDED = {
+    "uniform": (dist.Uniform(torch.zeros(2), torch.ones(2)).to_event(1), 2.0),
+    "exponential": (dist.Exponential(torch.ones(2)).to_event(1), -1.0),
+    "log-normal": (dist.LogNormal(torch.zeros(2), torch.ones(2)).to_event(1), -0.5),
+    "of another library": (ExternalBase(dist.Gamma(torch.ones(2), 1.0).to_event(1)), -0.5),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_density_is_zero_where_the_base_has_none(name):
+    base, outside = BOUNDED[name]
+    base = base.to(torch.zeros(2)) if name == "of another library" else base
+    flow = InterpolantDistribution(InterpolantTransform(VelocityMLP(2, (8,))).float(), base)
+    x = torch.tensor([[0.5, 0.5], [0.5, outside]], dtype=torch.float32).requires_grad_()
+    found = flow.log_prob(x)  # an untrained flow: the base itself
+    assert torch.allclose(found[0], base.log_prob(x[0]))
+    assert found[1] == -float("inf")
+    (slope,) = torch.autograd.grad(found[0], x)
+    assert bool(slope.isfinite().all())
+
+
+def test_a_bounded_base_ends_no_training():
+    base = dist.Uniform(torch.zeros(2), torch.ones(2)).to_event(1)
+    flow = InterpolantDistribution(interpolant_transform(2, (8, 8)), base)
+    options = {**QUICK, "steps": 150, "progress": True}
+    with pytest.warns(UserWarning, match="no grid up to 256 steps"):  # rows have no density
+        result = fit(flow, torch.randn(400, 2), **options)  # with looks that glimpse
+    assert result.stopped_by == "schedule"

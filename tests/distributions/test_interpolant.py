@@ -838,3 +838,21 @@ def test_base_is_an_event_already():
     assert isinstance(base, Independent)
     assert base.event_dim == 1
     assert base.batch_shape == ()
+
+
+def test_other_times_keep_validation_as_it_is():
+    flow = InterpolantDistribution(
+        random_flow(2), support=constraints.positive, validate_args=False
+    ).freeze()
+    x = torch.tensor([-1.0, 1.0])
+    assert flow.log_prob(x) == flow.at(0.5).log_prob(x) == -math.inf
+
+
+def test_no_rows():
+    flow = random_prior(2).freeze()
+    x = torch.empty(0, 2)
+    assert flow.transform.log_abs_det_jacobian(x, flow.transform(x)).shape == (0,)
+    scalars = ConditionalInterpolantDistribution(
+        pyro_interpolant.conditional_interpolant_transform(1, 2)
+    ).freeze()
+    assert scalars.condition(torch.empty(0, 2)).sample().shape == (0, 1)

@@ -350,3 +350,14 @@ def test_scalars_behind_a_map_of_their_column_have_events_of_no_dimension(suppor
     assert d.support.check(x).shape == (5, 3)
     close(d.log_prob(x), torch.stack([d.log_prob(row) for row in x]))
     close(d.cdf(x), torch.stack([d.cdf(row) for row in x]))
+
+
+@pytest.mark.parametrize("members", [3, 512])  # as many as there are draws in a set, too
+def test_moments_of_members_with_bounds_of_their_own(members):
+    low = torch.arange(float(members))[:, None].expand(members, 2)
+    flow = InterpolantDistribution(
+        interpolant_transform(2), support=constraints.interval(low, low + 1)
+    ).freeze()
+    assert flow.batch_shape == (members,)
+    assert torch.allclose(flow.mean, low + 0.5, atol=1e-2)
+    assert flow.entropy().shape == (members,)

@@ -653,3 +653,20 @@ def test_from_samples():
     assert bool(circular.check(prior.sample((100,))).all())
     assert prior.sample().dtype == torch.float32
     assert not any(p.requires_grad for p in prior.transform.parameters())
+
+
+def test_a_flow_on_the_torus_has_its_period_as_a_base():
+    def torus(base=None):
+        transform = InterpolantTransform(TorusMLP(1, (16, 16)), interpolant=Geodesic())
+        return InterpolantDistribution(transform, base, support=circular)
+
+    first = torus()
+    with torch.no_grad():
+        first.transform.flow.velocity.output.weight.normal_(std=0.3)
+    first.freeze()
+    turned = torus(first)
+    with torch.no_grad():
+        turned.transform.flow.velocity.shifts.bias[-1] = 3.0  # turns by three radians
+    turned.freeze()
+    x = torch.tensor([[-2.0], [0.5], [3.0]])
+    assert torch.allclose(turned.log_prob(x), first.log_prob(wrap(x - 3.0)), atol=1e-6)

@@ -414,6 +414,8 @@ def test_rounds_give_the_posterior_and_the_evidence_of_one_data_set():
     mean, sd, evidence = exact(y)
     assert abs(result.log_evidence - evidence) < 0.05
     assert abs(guide.median(y)["loc"] - mean) < 0.2 * sd
+    with pytest.warns(UserWarning, match="trained in rounds for other data"):
+        guide.condition(y=torch.stack((y, 2 * y)))
 
 
 @pytest.mark.slow
@@ -579,3 +581,47 @@ def test_supports_are_kept_and_plates_are_left_alone():
 )
 def test_the_verdict_tells_rare_draws_from_a_poor_guide(k_hat, ess, says):
     assert sentence(k_hat, ess, 2.0, 0.1, 0.0).startswith(says)
+
+
+def test_a_seed_leaves_the_global_generator_and_repeats_the_verdict():
+    def run():
+        guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
+        return pi.fit_guide(guide, simulations=200.0, **{**QUICK, "options": {"steps": 3}})
+
+    before = torch.get_rng_state()
+    first = run()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    again = run()
+    assert (first.k_hat, first.ess, first.gain) == (again.k_hat, again.ess, again.gain)
+
+
+def test_parallel_predictive_with_plates_of_given_dimensions():
+    def model(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 5, dim=-1):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    guide = pi.AmortizedInterpolant(model, hidden_dims=(8,))
+    guide(torch.ones(5))
+    found = Predictive(model, guide=guide, num_samples=10, parallel=True)(torch.ones(5))
+    assert found["loc"].reshape(-1).shape == (10,)
+    assert len(found["loc"].unique()) == 10
+
+
+def test_a_first_call_that_fails_leaves_a_guide_to_be_set_up():
+    def model(y=None, w=1.0):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with poutine.scale(scale=w):
+            pyro.sample("y", dist.Normal(loc, 1.0).expand([5]).to_event(1), obs=y)
+
+    guide = pi.AmortizedInterpolant(model, hidden_dims=(8,))
+    with pytest.raises(ValueError, match="count once"):
+        guide(torch.ones(5), w=2.0)
+    assert guide(torch.ones(5))["loc"].shape == ()
+
+
+def test_a_batch_of_one_data_set_is_a_batch(trained):
+    guide, _ = trained
+    assert guide.condition(y=torch.ones(1, ROWS)).batch_shape == (1,)
+    assert guide.condition(y=torch.ones(ROWS)).batch_shape == ()

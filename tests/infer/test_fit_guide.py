@@ -302,6 +302,7 @@ def unsampled():
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     if x.dim() > 0 and x.requires_grad is False and x.shape[0] > 100:
         raise RuntimeError("no")
+    pyro.sample("y", dist.Normal(x, 1.0))
 
 
 def test_draws_of_the_prior():

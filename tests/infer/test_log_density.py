@@ -16,7 +16,7 @@ from pyro.nn import PyroModule, PyroSample
 
 from pyro_interpolant import AutoInterpolant, log_joint, neutra
 from pyro_interpolant.infer import LogJoint
-from pyro_interpolant.infer.log_density import nan_to_minus_inf
+from pyro_interpolant.infer.log_density import nan_to_minus_inf, prior_draws
 from pyro_interpolant.infer.sites import init_to_support, unchecked
 
 Y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2], dtype=torch.float64)
@@ -643,3 +643,45 @@ def test_improper_priors_start_at_the_centre_unless_told_otherwise():
     assert value.shape == (2,)
     with pytest.raises(ValueError, match="discrete site"):
         AutoInterpolant(hidden, init_loc_fn=init_to_sample)()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_data_far_in_the_tail_of_a_gumbel_have_a_density(dtype):
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(torch.zeros((), dtype=dtype), 1.0))
+        pyro.sample("y", dist.Gumbel(loc, 1.0), obs=y)
+
+    z = torch.tensor([[-40.0], [6.8], [0.0]], dtype=dtype)
+    found = log_joint(model, torch.zeros((), dtype=dtype))(z)
+    exact = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) + dist.Gumbel(z[:, 0], 1.0).log_prob(
+        0.0 * z[0]
+    )
+    assert torch.allclose(found, exact)
+
+
+def test_priors_that_draw_in_place_are_drawn_under_vmap():
+    def model():
+        z = pyro.sample("z", dist.Normal(1000.0, 50.0).expand([2]).to_event(1))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        pyro.sample("y", dist.Normal(z[0] + z[1], tau), obs=torch.tensor(2100.0))
+
+    density = log_joint(model)
+    assert density.batching == "vmap"
+    draws = prior_draws(density, 200)
+    assert abs(float(draws[:, :2].mean()) - 1000) < 20
+    assert len(draws[:, 2].unique()) > 190
+
+
+def test_prior_draws_do_not_run_what_follows_the_latents():
+    calls = []
+
+    def model(x):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            calls.append((b[..., None] * x if b.dim() == 0 else b * x).numel())
+            pyro.sample("y", dist.Normal(b * x, 1.0), obs=x)
+
+    density = log_joint(model, torch.randn(50))
+    calls.clear()
+    assert prior_draws(density, 4000).shape == (4000, 1)
+    assert calls == [] or max(calls) < 4000 * 50

@@ -517,7 +517,7 @@ def test_objects_need_a_flow_from_its_default_base_and_some_draws():
     with pytest.raises(TypeError, match="distribution of a flow"):
         object_posteriors(dist.Normal(0.0, 1.0), Y, SDS)
     for draws in (50, 100.5):
-        with pytest.raises(ValueError, match="draws >= 100, a whole number"):
+        with pytest.raises(ValueError, match="draws >= 100, an even number"):
             object_posteriors(gaussian(), Y, SDS, draws=draws)
     with pytest.raises(ValueError, match="one shape"):
         object_posteriors(gaussian(), Y[:, :1], SDS[:, :1])
@@ -565,3 +565,13 @@ def test_the_same_seed_learns_the_same_population():
     assert torch.equal(one.log_prob(x), two.log_prob(x))
     other = from_noisy_samples(y, sds, **{**QUICK, "seed": 1})
     assert not torch.equal(one.log_prob(x), other.log_prob(x))
+
+
+def test_a_population_of_named_sites_on_supports_is_refused():
+    mass = {"mass": torch.randn(300).exp()}
+    options = {**QUICK, "steps": 3, "tolerance": 10.0}
+    named = pi.from_samples(mass, support={"mass": constraints.positive}, **options)
+    with pytest.raises(ValueError, match="of named sites with .'mass'. on a support"):
+        object_posteriors(named, torch.tensor([[2.0]]), torch.tensor([[0.1]]))
+    with pytest.raises(ValueError, match="an even number"):
+        object_posteriors(named, torch.tensor([[2.0]]), torch.tensor([[0.1]]), draws=101)

@@ -6,20 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as ndist
+import pyro.distributions as dist
 import pytest
 import torch
-from cases import BASES, slow_but
+from cases import BASES, random_flow, slow_but
 from jax import lax
 from kinds import angles, family, joint, plain, supported
 from numpyro import handlers
 from numpyro.infer import Predictive
 
+import pyro_interpolant as pi
 from pyro_interpolant import FixedGrid
 from pyro_interpolant.numpyro import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
     InterpolantTransform,
     JointInterpolantDistribution,
+    from_torch,
 )
 
 KEY = jax.random.key(0)
@@ -385,3 +388,16 @@ def test_values_by_name_replace_those_of_sites(known):
     for values, expected in ((draws, draws), ({"slope": 1 + draws["slope"], "z": packed}, draws)):
         found = Predictive(model, values)(KEY)
         np.testing.assert_allclose(found["slope"], expected["slope"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["Uniform", "Exponential", "HalfNormal", "LogNormal"])
+def test_beyond_a_bounded_base_there_is_no_density(name):
+    numbers = [torch.ones(2)] if name in ("Exponential", "HalfNormal") else [torch.zeros(2), 1.0]
+    base = getattr(dist, name)(*numbers).to_event(1)
+    flow = pi.InterpolantDistribution(random_flow(2).to(torch.zeros(2)), base).freeze()
+    twin = from_torch(flow)
+    x = torch.tensor([[0.5, 0.3], [30.0, 30.0], [-30.0, -30.0]])
+    expected = flow.log_prob(x)
+    assert expected[-1] == -float("inf")
+    np.testing.assert_allclose(twin.log_prob(jnp.asarray(x.numpy())), expected, rtol=1e-4)
+    assert bool(jnp.isfinite(jax.grad(lambda v: twin.log_prob(v))(jnp.asarray([0.5, 0.3]))).all())

@@ -326,3 +326,25 @@ def test_a_velocity_of_ones_own_and_the_closed_form_give_one_density():
 def test_fewer_than_one_probe_is_refused(probes):
     with pytest.raises(ValueError, match=f"at least one probe, got probes={probes}"):
         HutchinsonDivergence(probes)
+
+
+class Joined(nn.Module):
+    """A velocity that joins times and states, and knows its divergence."""
+
+    event_dim = 1
+
+    def forward(self, t, x, context=None):
+        return 0.1 * torch.cat((x, t[..., None]), -1).sum(-1, keepdim=True)
+
+    def forward_and_divergence(self, t, x, context=None):
+        return self(t, x), torch.full_like(x[..., 0], 0.1)
+
+
+def test_a_divergence_of_ones_own_is_given_times_of_all_rows():
+    flow = InterpolantDistribution(InterpolantTransform(Joined()))
+    x = torch.randn(5, 1)
+    w = x * torch.tensor(-0.1).exp()  # less what time adds, the same for all
+    z = flow.transform.inv(x)
+    assert torch.allclose(z - z[:1], w - w[:1], atol=1e-6)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z[:, 0]) - 0.1
+    assert torch.allclose(flow.log_prob(x), expected, atol=1e-6)

@@ -1,5 +1,6 @@
 """Long runs: kept on the way, killed, resumed; weights, validation rows, interrupts."""
 
+import functools
 import math
 import os
 import shutil
@@ -20,10 +21,12 @@ from torch import nn
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    ExternalBase,
     FixedGrid,
     InterpolantDistribution,
     JointInterpolantDistribution,
     Linear,
+    VariancePreserving,
     VelocityMLP,
     _torch,
     conditional_interpolant_transform,
@@ -675,3 +678,36 @@ def test_validation_rows_of_ones_own():
         fit(conditional, x, context=context, validation=held, **QUICK)
     with pytest.raises(ValueError, match="expected a share for validation beside pairs"):
         fit(made(), x, pairs=torch.randn(300, 2), validation=held, **QUICK)
+
+
+def _slow(t):
+    return t**2
+
+
+def _fast(t):
+    return 1 - (1 - t) ** 2
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_on_another_path_is_another_run(tmp_path, named):
+    paths = [_slow, _fast] if named else [lambda t: t**2, lambda t: 1 - (1 - t) ** 2]
+    x, options = torch.randn(300, 2), {**QUICK, "steps": 5, "checkpoint": tmp_path / "run.state"}
+
+    def flow(function):
+        path = VariancePreserving(function)
+        return InterpolantDistribution(interpolant_transform(2, (8,), interpolant=path))
+
+    fit(flow(paths[0]), x, **options)
+    fit(flow(paths[0]), x, **options)  # the same one is read
+    with pytest.raises(ValueError, match="of this run"):
+        fit(flow(paths[1]), x, **options)
+
+
+def test_what_a_coupling_is_given_and_what_another_library_holds_tell_runs_apart():
+    def tell(base, coupling):
+        return _identity(interpolant_transform(2, (8,)).flow, base, coupling)
+
+    near, far = (functools.partial(optimal_transport, scale=s) for s in (1.0, 2.0))
+    assert tell(None, near) == tell(None, near) != tell(None, far)
+    one, other = (ExternalBase(dist.Normal(torch.zeros(2) + m, 1.0).to_event(1)) for m in (0, 1))
+    assert tell(one, near) != tell(other, near)

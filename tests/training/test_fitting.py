@@ -902,3 +902,29 @@ def test_samples_of_wild_data_are_finite_and_have_densities(make, dim, wild_flow
     assert torch.isfinite(distribution.log_prob(x[:500])).all()
     extent = (data - data.mean(0)).abs().amax(0)
     assert ((x - data.mean(0)).abs() < 20 * extent).all()
+
+
+def test_a_refused_fit_leaves_a_flow_as_it_was():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame(torch.randn(200, 2).numpy(), columns=["a", "b"])
+    flow = InterpolantDistribution(interpolant_transform(2, (8,)))
+    fit(flow, frame, steps=3, progress=False, seed=0)
+    x = torch.randn(5, 2)
+    before, loc = flow.log_prob(x), flow.transform.flow.loc.clone()
+    constant = frame[["b", "a"]].assign(a=1.0)
+    with pytest.raises(ValueError, match="constant"):
+        fit(flow, constant, steps=3, progress=False, coupling=optimal_transport)
+    assert flow.columns == ("a", "b")
+    assert flow.transform.flow.independent
+    assert torch.equal(flow.transform.flow.loc, loc)
+    assert torch.equal(flow.log_prob(x), before)
+
+
+def test_contexts_that_the_type_rounds_away_are_warned_of():
+    t = 2_459_000 + 3 * torch.rand(400, 1, dtype=torch.float64)
+    y = torch.sin(6 * t).float() + 0.1 * torch.randn(400, 1).float()
+    flow = ConditionalInterpolantDistribution(
+        conditional_interpolant_transform(1, 1, (8,)).float()
+    )
+    with pytest.warns(UserWarning, match="columns .0. of context"):
+        fit(flow, y, context=t, steps=3, progress=False, seed=0)

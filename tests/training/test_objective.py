@@ -3,7 +3,7 @@ from functools import partial
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import INTERPOLANTS, LATENT, random_flow
+from cases import INTERPOLANTS, LATENT, random_flow, random_prior
 from oracles import random_mixture
 from pyro.distributions import constraints
 from torch import nn
@@ -232,3 +232,16 @@ def test_the_closed_form_velocity_is_the_minimiser(name, change):
     assert float(rise.mean()) == pytest.approx(float(distance), rel=0.2)
     floor = losses[0].std() / count**0.5
     assert abs(float(losses[0].mean() + v.square().sum(-1).mean())) < 5 * floor
+
+
+def test_whole_numbers_are_spread_or_refused():
+    images = torch.randint(256, (50, 1, 2, 2), dtype=torch.uint8)
+    flow = random_prior(4, event_shape=(1, 2, 2))
+    torch.manual_seed(0)
+    found = interpolant_loss(flow, images, x0=torch.zeros(50, 4), t=torch.zeros(50))
+    torch.manual_seed(0)
+    spread = (images.flatten(1) + torch.rand(50, 4)).reshape(images.shape) / 256
+    expected = interpolant_loss(flow, spread, x0=torch.zeros(50, 4), t=torch.zeros(50))
+    assert torch.allclose(found, expected)
+    with pytest.raises(TypeError, match="floating type"):
+        interpolant_loss(random_prior(2), torch.ones(5, 2, dtype=torch.int64))

@@ -187,3 +187,10 @@ def test_the_error_of_weighted_rows_is_that_of_their_mean():
         )
     error, stated = torch.tensor(found).T
     assert 0.5 < float(error.square().mean().sqrt() / stated.square().mean().sqrt()) < 2
+
+
+def test_rows_of_little_weight_count_for_little():
+    weights = torch.full((2000,), 1e-6)
+    weights[:100] = 1.0
+    prior = from_samples(torch.randn(2000, 2), weights=weights, **PLAIN, tolerance=10.0)
+    assert 90 < prior.report.rows < 110

@@ -651,3 +651,30 @@ def test_states_are_packed_without_pickling():
     assert found == state
     with pytest.raises(TypeError, match="numbers, text, tensors.*got a object in it"):
         to_json({"a": object()}, {}, "x")
+
+
+def test_frames_of_a_stream_are_taken_by_their_columns():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"a": torch.randn(400).numpy(), "b": 100 + torch.randn(400).numpy()})
+    parts = [frame[:200], frame[200:][["b", "a"]]]
+    flow = InterpolantDistribution(interpolant_transform(2, (8,)))
+    fit(flow, parts, **{**QUICK, "steps": 3})
+    assert flow.columns == ("a", "b")
+    loc = torch.tensor([0.0, 100.0])
+    assert (flow.transform.flow.loc - loc).abs().max() < 0.3
+    held = InterpolantDistribution(interpolant_transform(2, (8,)))
+    fit(held, parts[:1], validation=parts[1], **{**QUICK, "steps": 3})
+    assert held.columns == ("b", "a")
+    assert (held.transform.flow.loc.flip(0) - loc).abs().max() < 0.3
+
+
+def test_a_network_is_told_of_a_stream_whose_map_is_kept():
+    c = 2000 + 5 * torch.rand(400, 1)
+    y = torch.sin(c) + 0.1 * torch.randn(400, 1)
+    flow = ConditionalInterpolantDistribution(conditional_interpolant_transform(1, 1, (8,)))
+    flow.transform.flow.whitening.set(y.mean(0), y.std() * torch.eye(1))
+    batches = list(zip(y.split(50), c.split(50), strict=True))
+    fit(flow, batches, whiten=False, **{**QUICK, "steps": 3})
+    velocity = flow.transform.velocity
+    assert abs(float(velocity.context_loc) - 2002.5) < 1
+    assert bool(velocity.reach.isfinite().all())

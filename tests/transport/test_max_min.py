@@ -299,3 +299,12 @@ def test_reflow_of_angles_is_along_geodesics():
     assert result.after.sampling_errors[1] < result.before.sampling_errors[1]
     x = result.distribution.sample((2000,))
     assert (x.cos().mean(0) - angles.cos().mean(0)).abs().max() < 0.2
+
+
+def test_a_learned_path_gives_way_to_a_straight_one():
+    flow = InterpolantDistribution(
+        interpolant_transform(2, (8, 8), interpolant=LearnedInterpolant(3))
+    )
+    straight = reflow(flow, count=400, steps=5, **QUICK).distribution
+    assert straight.transform.flow.interpolant == Linear()
+    assert isinstance(flow.transform.flow.interpolant, LearnedInterpolant)

@@ -129,9 +129,9 @@ def pathfinder(density: LogDensity, wide: StudentTMixture, *, seconds: float) ->
         return wide
     x = _spread(x, count)
     floor = 1e-4 / wide.root.double().square().sum(-1).mean(0)  # precisions, shape (D,)
-    bound = torch.full((len(x),), -math.inf, dtype=torch.float64)
+    bound = x.new_full((len(x),), -math.inf, dtype=torch.float64)
     loc, root = x.clone(), wide.root[0].double().repeat(len(x), 1, 1)
-    value, active = density(x), torch.arange(len(x))
+    value, active = density(x), torch.arange(len(x), device=x.device)
     for _ in range(_MAX_ITERATIONS):
         here = x[active]
         step, own = _newton(*_derivatives(density, here), floor)
@@ -145,7 +145,8 @@ def pathfinder(density: LogDensity, wide: StudentTMixture, *, seconds: float) ->
         gain = (best.values - value[active]).nan_to_num(nan=0.0, posinf=math.inf)
         moved = gain > 0
         at = active[moved]
-        x[at], value[at] = tried[best.indices, torch.arange(len(here))][moved], best.values[moved]
+        found = tried[best.indices, torch.arange(len(here), device=x.device)]
+        x[at], value[at] = found[moved], best.values[moved]
         active = active[gain > _MIN_GAIN]
         if len(active) == 0 or time.monotonic() - began > _MAX_OVERTIME * seconds:
             break
@@ -255,7 +256,7 @@ def _newton(gradient: Tensor, hessian: Tensor, floor: Tensor) -> tuple[Tensor, T
 
 def _bound(density: LogDensity, loc: Tensor, root: Tensor) -> Tensor:
     """Return the evidence bound of each Gaussian by a few draws, shape ``(S,)``."""
-    z = torch.randn(_BOUND_DRAWS // 2, *loc.shape, dtype=torch.float64)
+    z = torch.randn(_BOUND_DRAWS // 2, *loc.shape, dtype=torch.float64, device=loc.device)
     z = torch.cat((z, -z))
     x = loc + torch.einsum("sij,msj->msi", root, z).to(loc.dtype)
     log_p = density(x.flatten(0, 1)).reshape(_BOUND_DRAWS, -1).double()

@@ -1,0 +1,247 @@
+r"""Students of a flow: an invertible map of one pass, fitted to the draws of the flow.
+
+With :math:`\rho_1` the flow's density and q the student's, training minimises
+:math:`-E_{x\sim\rho_1}\log q(x)`, for which the flow gives as many draws as are wanted. What is
+left is :math:`\mathrm{KL}(\rho_1\,\|\,q) = E_{x\sim\rho_1}[\log\rho_1(x) - \log q(x)]`.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.transforms import Permute, Spline, affine_coupling
+from torch import Tensor, nn
+from torch.distributions import Transform
+from tqdm import tqdm
+
+from .._torch import seeded, with_gradients
+from ..distributions.bases import Samples, standard_normal
+from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.report import with_error
+from ..distributions.supports import CircularSupport
+from ..training.loop import check_ranges
+from ..training.whitening import moments
+from ..transforms.bijections import Whiten
+from ..transforms.whitening import DenseWhitening
+
+_HELD = 0.1  # of the draws, on which the relative entropy is measured
+_LARGEST_NORM = 5.0  # of a gradient
+_LAYERS, _WIDTH = 4, 64  # of couplings, which cost a quarter of those by splines
+_BINS, _BOUND = 16, 4.0  # of a spline, and where it ends, in standard deviations
+_UNIT_SLOPE = math.log(math.e - 1)  # whose softplus is 1
+
+
+class DistillResult(NamedTuple):
+    r"""A student, and how far it is from the flow.
+
+    Attributes:
+        distribution: The student, frozen, on the support of the flow: a plain Pyro distribution.
+        relative_entropy: :math:`\mathrm{KL}(\rho_1\,\|\,q)` of the flow to the student, nats, on
+            draws that it was not trained on; NaN where the flow has no density.
+        stderr: Its standard error, nats.
+        steps: The number of steps taken.
+        seconds: The time that it took, with that of the draws.
+    """
+
+    distribution: dist.TransformedDistribution
+    relative_entropy: float
+    stderr: float
+    steps: int
+    seconds: float
+
+    def __repr__(self) -> str:
+        """Say how far the student is from the flow, and what it took."""
+        apart = with_error(self.relative_entropy, self.stderr)
+        return f"{apart} nats from the flow, after {self.steps:,} steps in {self.seconds:.3g} s"
+
+
+def distill(
+    distribution: InterpolantDistribution,
+    student: Sequence[Transform] | nn.Module | None = None,
+    *,
+    count: int = 50_000,
+    steps: int = 2_000,
+    batch_size: int = 512,
+    learning_rate: float = 5e-3,
+    seed: int | None = None,
+    progress: bool = True,
+) -> DistillResult:
+    r"""Return a student: an invertible map of one pass in place of the flow's solve.
+
+    It is fitted by maximum likelihood to draws of the flow (see the module), in coordinates where
+    these have mean 0 and covariance I. As a prior it is another distribution than the flow, by as
+    many nats as the result says. As the map of :func:`~pyro_interpolant.neutra`,
+    ``neutra(guide, student=distill(guide.get_posterior()).distribution)``, it leaves the posterior
+    exact whatever its error, for the density there is the model's own.
+
+    Args:
+        distribution: A trained flow; of a conditional one ``condition(c)``, of one context.
+        student: Transforms from N(0, I), shape ``(*, D)``, to the whitened draws, such as Pyro's;
+            or a module whose call gives a distribution with a ``transform`` from draws to N(0, I),
+            as flows of zuko are. By default affine couplings, or a spline in one dimension. Far
+            modes need splines; autoregressive transforms are slow in one direction.
+        count: The number of draws of the flow, of which a tenth is held out.
+        steps: The number of steps of Adam, whose rate falls to zero by a cosine.
+        batch_size: The number of draws in a step.
+        learning_rate: The rate at the start.
+        seed: Of the draws, the default student's weights and the batches.
+        progress: Whether to show a bar.
+
+    Returns:
+        The student, and its distance from the flow.
+
+    Raises:
+        TypeError: If the distribution is not an :class:`~pyro_interpolant.InterpolantDistribution`
+            or the student is of another kind.
+        ValueError: If a setting cannot work, or the distribution has a batch shape or is one of
+            angles.
+        RuntimeError: If the student's density of held-out draws is not finite.
+
+    References:
+        Hoffman et al., arXiv 1903.03704 (maps for NUTS); Dinh et al., *Density estimation using
+        Real NVP*, ICLR 2017, arXiv 1605.08803.
+
+    Example:
+        >>> prior = InterpolantDistribution(interpolant_transform(2, hidden_dims=(16, 16)))
+        >>> result = distill(prior, count=500, steps=5, seed=0, progress=False)
+        >>> result.distribution.sample((10,)).shape
+        torch.Size([10, 2])
+    """
+    _check(distribution)
+    check_ranges(
+        ("count >= 100", count >= 100, count),
+        ("steps >= 1", steps >= 1, steps),
+        ("batch_size >= 1", batch_size >= 1, batch_size),
+        ("learning_rate > 0", learning_rate > 0, learning_rate),
+    )
+    began, flow = time.monotonic(), distribution.transform.flow
+    view = distribution.without_support()
+    with seeded(seed), torch.no_grad():
+        x = view.sample((count,))
+        known = moments(x, warn=False)
+        whitening = DenseWhitening(flow.event_dim).to(flow.loc)
+        whitening.set(known.loc.to(x), known.linear.to(x))
+        pupil = Pupil(_couplings(flow.event_dim) if student is None else student).to(x)
+        w = whitening.to_white(x)
+        seen, held = w.tensor_split([count - round(_HELD * count)])
+        with with_gradients():
+            pupil.learn(seen, steps, batch_size, learning_rate, progress=progress)
+        log_q = pupil.over(x).log_prob(held) - whitening.log_det
+        has_density = not isinstance(view.base, Samples)
+        log_p = view.log_prob(x[len(seen) :]) if has_density else torch.full_like(log_q, math.nan)
+    if not bool(log_q.isfinite().all()):
+        raise RuntimeError(
+            f"the student's density is not finite for {int((~log_q.isfinite()).sum())} of "
+            f"{len(log_q)} held-out draws: lower learning_rate, or choose another student"
+        )
+    excess = (log_p - log_q).double()
+    error = float(excess.std()) / math.sqrt(len(excess))
+    ends = [Whiten(whitening).inv, *distribution.space.transforms(flow)]
+    seconds = time.monotonic() - began
+    return DistillResult(pupil.over(x, ends), float(excess.mean()), error, steps, seconds)
+
+
+class Pupil(nn.Module):
+    """The transforms of a student, and their training.
+
+    Args:
+        source: Transforms from N(0, I), or a module whose call gives a distribution with them.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+
+    def __init__(self, source: Sequence[Transform] | nn.Module) -> None:
+        super().__init__()
+        self.source: Any = source
+        parts = [source] if isinstance(source, nn.Module) else list(source)
+        if not isinstance(source, nn.Module):
+            wrong = [type(part).__name__ for part in parts if not isinstance(part, Transform)]
+            if wrong or not parts:
+                raise TypeError(f"expected transforms, got {', '.join(wrong) or 'none'}")
+        self.parts = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
+
+    def chain(self) -> list[Transform]:
+        """Return the transforms from N(0, I) to draws, each of shape ``(*, D)``.
+
+        Raises:
+            TypeError: If the module gives no distribution with a transform.
+        """
+        if isinstance(self.source, Transform):
+            return [self.source]
+        if not isinstance(self.source, nn.Module):
+            return list(self.source)
+        found = getattr(self.source(), "transform", None)
+        if not isinstance(found, Transform):
+            raise TypeError(
+                "expected transforms, or a module whose call gives a distribution with a "
+                f"transform, as flows of zuko are, got {type(self.source).__name__}"
+            )
+        return [found.inv]
+
+    def over(self, like: Tensor, ends: Sequence[Transform] = ()) -> dist.TransformedDistribution:
+        """Return the distribution of the transforms' images, and of further ones behind them.
+
+        Args:
+            like: A tensor of the type and on the device that it is to have, shape ``(*, D)``.
+            ends: Transforms behind those that are learned.
+        """
+        return dist.TransformedDistribution(standard_normal(like), [*self.chain(), *ends])
+
+    def learn(
+        self, rows: Tensor, steps: int, batch_size: int, learning_rate: float, *, progress: bool
+    ) -> None:
+        """Fit the transforms to rows, shape ``(N, D)``, by maximum likelihood, and freeze them."""
+        weights = [p for p in self.parameters() if p.requires_grad]
+        if not weights:
+            return
+        optimizer = torch.optim.Adam(weights, learning_rate, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        self.train()
+        for _ in tqdm(range(steps), "student", leave=False, disable=not progress):
+            batch = rows[torch.randint(len(rows), (batch_size,), device=rows.device)]
+            loss = -self.over(batch).log_prob(batch).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            if bool(nn.utils.clip_grad_norm_(weights, _LARGEST_NORM).isfinite()):
+                optimizer.step()
+            schedule.step()
+        self.eval().requires_grad_(requires_grad=False)
+
+
+def _check(distribution: object) -> None:
+    """Raise an error unless a distribution is one flow from real vectors."""
+    if not isinstance(distribution, InterpolantDistribution):
+        raise TypeError(
+            f"expected an InterpolantDistribution, got {type(distribution).__name__}: of a "
+            "conditional flow condition(c), of a guide its get_posterior()"
+        )
+    if distribution.batch_shape:
+        raise ValueError(
+            f"expected one density, got a batch of shape {tuple(distribution.batch_shape)}"
+        )
+    if isinstance(distribution.space, CircularSupport):
+        raise ValueError("expected real vectors, got angles: no student here has their period")
+
+
+def _couplings(dim: int) -> list[Transform]:
+    """Return an untrained student in so many dimensions: the identity, and shuffles."""
+    if dim == 1:
+        spline = Spline(1, count_bins=_BINS, bound=_BOUND)
+        for weight in spline.parameters():
+            nn.init.zeros_(weight)
+        nn.init.constant_(spline.unnormalized_derivatives, _UNIT_SLOPE)
+        return [spline]
+    parts: list[Transform] = []
+    for i in range(_LAYERS):
+        if i:  # halves change places, so that each is carried by the other
+            order = torch.arange(dim).flip(0) if i % 2 else torch.randperm(dim)
+            parts.append(Permute(order))
+        coupling = affine_coupling(dim, [_WIDTH, _WIDTH])
+        nn.init.zeros_(coupling.nn.layers[-1].weight)
+        nn.init.zeros_(coupling.nn.layers[-1].bias)
+        parts.append(coupling)
+    return parts

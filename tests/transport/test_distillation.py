@@ -1,0 +1,241 @@
+"""Students of a flow: how far they are from it, on which supports, and under NUTS."""
+
+import copy
+import math
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import random_flow, random_prior
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.distributions.transforms import affine_coupling
+from pyro.infer import MCMC, NUTS
+from pyro.infer.reparam import TransformReparam
+from torch import nn
+from torch.distributions import AffineTransform, ComposeTransform, Independent, Transform
+
+from pyro_interpolant import (
+    AutoInterpolant,
+    ConditionalInterpolantDistribution,
+    Geodesic,
+    InterpolantDistribution,
+    InterpolantTransform,
+    JointInterpolantDistribution,
+    Samples,
+    TorusMLP,
+    circular,
+    conditional_interpolant_transform,
+    distill,
+    interpolant_transform,
+    log_joint,
+    neutra,
+)
+
+QUICK = {"count": 2000, "steps": 40, "batch_size": 128, "seed": 0, "progress": False}
+
+
+def gaussian(dim=2, **kwargs):
+    """An untrained flow, N(loc, L L^T)."""
+    flow = interpolant_transform(dim, (8,)).double()
+    flow.flow.whitening.set(3.0 + torch.arange(float(dim)), 2.0 * torch.eye(dim))
+    return InterpolantDistribution(flow, **kwargs).freeze()
+
+
+def test_the_student_of_a_gaussian_is_near_and_says_how_near():
+    flow = gaussian()
+    result = distill(flow, **QUICK)
+    assert abs(result.relative_entropy) < 0.02
+    assert 0 < result.stderr < 0.01
+    student, x = result.distribution, flow.sample((3000,))
+    assert (flow.log_prob(x) - student.log_prob(x)).mean().abs() < 0.02
+    assert (student.sample((4000,)).mean(0) - torch.tensor([3.0, 4.0])).abs().max() < 0.2
+    assert "nats from the flow, after 40 steps" in repr(result)
+
+
+def test_the_relative_entropy_is_that_of_known_densities():
+    flow = gaussian()
+    shift = AffineTransform(torch.tensor([0.5, 0.0]), torch.ones(2), event_dim=1)
+    result = distill(flow, [shift], **{**QUICK, "count": 20_000})  # nothing to train
+    assert abs(result.relative_entropy - 0.125) < 4 * result.stderr + 0.02
+
+
+def test_training_brings_a_student_nearer():
+    flow = random_prior(3)
+    first, last = (distill(flow, **{**QUICK, "steps": n}).relative_entropy for n in (1, 60))
+    assert last < 0.5 * first
+    assert last < 0.05
+
+
+@pytest.mark.parametrize("support", [constraints.positive, constraints.simplex, constraints.real])
+def test_students_are_on_the_support_of_the_flow(support):
+    dim = 1 if support is constraints.real else 2
+    flow = random_prior(dim, support=support)
+    student = distill(flow, **QUICK).distribution
+    x = student.sample((100,))
+    assert student.event_shape == flow.event_shape
+    assert bool(support.check(x).all())
+    assert (student.log_prob(x) - flow.log_prob(x)).abs().median() < 1.0
+
+
+def test_a_student_of_named_sites_is_one_of_the_packed_vector():
+    sites = {"slope": ((2,), constraints.real), "noise": ((), constraints.positive)}
+    flow = JointInterpolantDistribution(random_flow(3), sites=sites).freeze()
+    draws = flow.unpack(distill(flow, **QUICK).distribution.sample((7,)))
+    assert draws["slope"].shape == (7, 2)
+    assert bool((draws["noise"] > 0).all())
+
+
+def test_a_base_without_a_density():
+    flow = InterpolantDistribution(random_flow(2), Samples(torch.randn(500, 2))).freeze()
+    result = distill(flow, **QUICK)
+    assert math.isnan(result.relative_entropy)
+    assert result.distribution.log_prob(flow.sample((5,))).shape == (5,)
+
+
+def test_one_seed_gives_one_student_and_leaves_the_generator():
+    flow, before = random_prior(2), torch.get_rng_state()
+    one, other = (distill(flow, **QUICK) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one.relative_entropy == other.relative_entropy
+    x = flow.sample((5,))
+    assert torch.equal(one.distribution.log_prob(x), other.distribution.log_prob(x))
+
+
+def test_students_are_frozen_and_can_be_copied():
+    student = distill(random_prior(2), **QUICK).distribution
+    modules = [part for part in student.transforms if isinstance(part, nn.Module)]
+    assert modules
+    assert not any(p.requires_grad for part in modules for p in part.parameters())
+    x = torch.randn(5, 2)
+    for copied in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+        assert torch.equal(copied.log_prob(x), student.log_prob(x))
+
+
+class LikeZuko(nn.Module):
+    """A module whose call gives a distribution with a transform from draws to N(0, I)."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(2))
+
+    def forward(self):
+        base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        new = dist.TransformedDistribution(base, [])
+        new.transform = AffineTransform(self.shift, torch.ones(2), event_dim=1)
+        return new
+
+
+def test_students_of_ones_own():
+    flow = random_prior(2)
+    couplings = [affine_coupling(2, [16]), affine_coupling(2, [16])]
+    ours = distill(flow, couplings, **QUICK)
+    assert ours.distribution.transforms[:2] == couplings
+    module = LikeZuko()
+    theirs = distill(flow, module, **QUICK)
+    assert float(module.shift.abs().max()) > 0  # it was trained
+    assert not module.shift.requires_grad
+    assert max(ours.relative_entropy, theirs.relative_entropy) < 0.1
+
+
+class Unrelated(nn.Module):
+    def forward(self):
+        return torch.zeros(2)
+
+
+class Broken(Transform):
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def _call(self, x):
+        return x
+
+    def _inverse(self, y):
+        return y
+
+    def log_abs_det_jacobian(self, x, y):
+        return math.nan * x.sum(-1)
+
+
+def test_what_cannot_be_distilled_is_refused():
+    family = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1))
+    with pytest.raises(TypeError, match=r"condition\(c\)"):
+        distill(family, **QUICK)
+    with pytest.raises(ValueError, match=r"batch of shape \(3,\)"):
+        distill(family.condition(torch.zeros(3, 1)), **QUICK)
+    torus = InterpolantTransform(TorusMLP(1, (8,)), interpolant=Geodesic())
+    with pytest.raises(ValueError, match="got angles"):
+        distill(InterpolantDistribution(torus, support=circular), **QUICK)
+    flow = random_prior(2)
+    for wrong in ([], [nn.Linear(2, 2)], Unrelated()):
+        with pytest.raises(TypeError, match="expected transforms"):
+            distill(flow, wrong, **QUICK)
+    with pytest.raises(ValueError, match="steps >= 1"):
+        distill(flow, **{**QUICK, "steps": 0})
+    with pytest.raises(RuntimeError, match="not finite for 200 of 200"):
+        distill(flow, [affine_coupling(2, [8]), Broken()], **QUICK)
+
+
+# ----------------------------------------------------------------------------------- under NUTS
+
+
+def model():
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("rows", 2):
+        x = pyro.sample("x", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(x, 0.5), obs=torch.tensor([0.3, -0.4]))
+
+
+def trained_guide():
+    guide = AutoInterpolant(model, hidden_dims=(16, 16))
+    guide()
+    return guide
+
+
+def test_the_density_under_a_student_is_the_models_own():
+    guide = trained_guide()
+    student = distill(guide.get_posterior(), **QUICK).distribution
+    base = neutra(guide, student=student)
+    w = 2 * torch.randn(3)  # the student is a poor one, which does not matter
+    trace = poutine.trace(poutine.condition(base, data={"scale_shared_latent": w})).get_trace()
+    transform = ComposeTransform(student.transforms)
+    z = transform(w)
+    expected = log_joint(model)(z[None])[0] + transform.log_abs_det_jacobian(w, z)
+    assert torch.allclose(trace.log_prob_sum(), expected)
+    sites = base.samples({"scale_shared_latent": w[None]})
+    assert torch.allclose(sites["x"][0], z[1:])
+    with pytest.raises(ValueError, match=r"event shape \(3,\)"):
+        neutra(guide, student=distill(random_prior(2), **QUICK).distribution)
+
+
+@pytest.mark.slow
+def test_nuts_under_a_student_finds_the_posterior():
+    guide = trained_guide()
+    base = neutra(guide, student=distill(guide.get_posterior(), **QUICK).distribution)
+    mcmc = MCMC(NUTS(base), num_samples=600, warmup_steps=300, disable_progbar=True)
+    mcmc.run()
+    found = base.samples(mcmc.get_samples())["scale"]
+    s = torch.linspace(1e-3, 5.0, 5000)  # by a grid: y given the scale is normal
+    y = torch.tensor([0.3, -0.4])
+    density = dist.HalfNormal(1.0).log_prob(s)
+    density = density + dist.Normal(0.0, (s**2 + 0.25).sqrt()[:, None]).log_prob(y).sum(-1)
+    mean = float((density.softmax(0) * s).sum())
+    assert abs(float(found.mean()) - mean) < 0.1
+
+
+def test_a_student_is_a_prior_like_any():
+    student = distill(random_prior(2), **QUICK).distribution
+
+    def with_student():
+        with pyro.plate("rows", 3):
+            pyro.sample("z", student)
+
+    trace = poutine.trace(poutine.reparam(with_student, {"z": TransformReparam()})).get_trace()
+    assert trace.nodes["z_base"]["value"].shape == (3, 2)
+    assert isinstance(trace.nodes["z_base"]["fn"], Independent)
+    assert torch.allclose(
+        ComposeTransform(student.transforms)(trace.nodes["z_base"]["value"]),
+        trace.nodes["z"]["value"],
+    )
