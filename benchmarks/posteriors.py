@@ -33,7 +33,8 @@ from _posteriors import FILES, load
 METHODS = ("AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal", "zuko NSF", "SVI", "fit_guide")
 TWIN = "fit_guide in NumPyro"  # of models written in NumPyro, where jax is installed
 IN_NUMPYRO = ("smoke", "eight_schools", "arma", "kilpisjarvi", "mesquite")
-SAMPLERS = ("guide's base space", "centred", "LocScaleReparam")
+STUDENT = "base space of the guide's student"
+SAMPLERS = ("guide's base space", STUDENT, "centred", "LocScaleReparam")
 MIXTURES, NUTS_TASKS = ("mixture2", "mixture8"), ("eight_schools", "funnel")
 CHUNK, PARTICLES, CHAINS = 500, 16, 4
 SHARE = 0.2  # of the time, for the Gaussian that zuko's flow and ours by SVI start from
@@ -275,7 +276,7 @@ def bulk_ess(chains):
 
 
 def run_nuts(args):
-    """Sample a funnel by NUTS in three ways, and return effective draws per second."""
+    """Sample a funnel by NUTS in four ways, and return effective draws per second."""
     import pyro
     import torch
     from pyro.infer import MCMC, NUTS
@@ -293,8 +294,11 @@ def run_nuts(args):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pi.fit_guide(inner, max_seconds=args.seconds, seed=0, progress=False)
+        student = None
+        if args.cell == STUDENT:
+            student = pi.distill(inner.get_posterior(), seed=0, progress=False).distribution
         prepared = time.monotonic() - start
-        model = base = pi.neutra(inner)
+        model = base = pi.neutra(inner, student=student)
     chains, start = [], time.monotonic()
     for seed in range(CHAINS):
         pyro.set_rng_seed(seed)

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
         UniformTorus,
         circular,
     )
-    from .diffusion import InterpolantSDE, denoiser, sample_sde, score, sde_log_prob
+    from .diffusion import InterpolantSDE, denoiser, sample_sde, score
     from .diagnostics import calibrate, log_prob_stderr, solver_error
     from .io import load, save
     from .training import dequantize, fit, from_samples, interpolant_loss
@@ -89,6 +89,7 @@ _MOVED = {
     name: f"it is {__name__}.{room}.{name}"
     for room, names in {
         "solvers": ["clenshaw_curtis"],
+        "diffusion": ["sde_log_prob"],
         "diagnostics": ["SolverError", "effective_sample_size", "pareto_smooth"],
         "training": ["FitResult", "TrainingState"],
         "transport": ["PathEnergy", "PathReport", "ReflowResult", "TransportResult", "W2Bound"],
@@ -152,7 +153,7 @@ __all__, __getattr__, __dir__ = attach(
             "UniformTorus",
             "circular",
         ],
-        "diffusion": ["InterpolantSDE", "denoiser", "sample_sde", "score", "sde_log_prob"],
+        "diffusion": ["InterpolantSDE", "denoiser", "sample_sde", "score"],
         "diagnostics": ["calibrate", "log_prob_stderr", "solver_error"],
         "io": ["load", "save"],
         "training": ["dequantize", "fit", "from_samples", "interpolant_loss"],

@@ -33,7 +33,7 @@ LEVELS = (
     {"numpyro"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-PYRO = {"transforms", "distributions", "diagnostics", "io", "infer"}  # the rooms that know Pyro
+PYRO = {"transforms", "distributions", "diagnostics", "io", "transport", "infer"}  # know Pyro
 FOREIGN = (
     "jax",
     "numpyro",

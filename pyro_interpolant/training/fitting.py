@@ -30,6 +30,7 @@ from .data import DataLike, HeldOut, Split, Table
 from .distributed import Process
 from .image_rows import LEVELS, dequantized, has_images
 from .loop import Callback, Run, Schedule, check_ranges
+from .names import Names
 from .objective import TIMES_PER_BATCH, Coupling, Objective
 from .optimization import NonFiniteError
 from .reporting import HeldOutDensity, stage, tell
@@ -215,7 +216,7 @@ def fit(
         split = source.split(
             process, batch_size, whole=anew, clock=clock, state=state, progress=progress
         )
-        with _as_it_was_on_error(distribution):
+        with _told(distribution, source.names):
             start_from(distribution, base_samples, split, anew=anew)
             if learn == "velocity":
                 flow.independent = coupling is independent and pairs is None
@@ -229,7 +230,6 @@ def fit(
             known = None if flow.classes else split.held.context
             held = split.held.take(inliers(objective.whitened(split.held).w, known))
             fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
-        distribution.columns, distribution.context_columns = source.names
         with trainable(objective.network), _naming_rows(source, flow):
             batches = source.batches(split, objective)
             run = Run(objective, batches, fixed, schedule, clock, callback, state, accumulate)
@@ -243,8 +243,8 @@ def fit(
 
 
 @contextlib.contextmanager
-def _as_it_was_on_error(distribution: AnyDistribution) -> Iterator[None]:
-    """Take back what a flow was told of data with which it then cannot be trained."""
+def _told(distribution: AnyDistribution, names: Names) -> Iterator[None]:
+    """Give a flow the names of data that it is told of, or, on an error, take all back."""
     flow, base = distribution.transform.flow, distribution.base
     told = {name: getattr(flow, name) for name in ("independent", "noise", "levels")}
     buffers = {name: value.clone() for name, value in flow.named_buffers()}
@@ -257,6 +257,7 @@ def _as_it_was_on_error(distribution: AnyDistribution) -> Iterator[None]:
             value.copy_(buffers[name])
         distribution.set_base(base)
         raise
+    distribution.columns, distribution.context_columns = names
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = attach(
     __name__,
     {
-        "distillation": ["DistillResult", "distill"],
+        "distillation": ["DistillResult", "Student", "distill"],
         "energy": ["PathEnergy", "W2Bound", "path_energy", "w2_bound"],
         "max_min": ["TransportResult", "learn_interpolant"],
         "rectified": ["PathReport", "ReflowResult", "reflow"],

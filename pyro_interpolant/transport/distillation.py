@@ -34,11 +34,21 @@ _BINS, _BOUND = 16, 4.0  # of a spline, and where it ends, in standard deviation
 _UNIT_SLOPE = math.log(math.e - 1)  # whose softplus is 1
 
 
+class Student(dist.TransformedDistribution):
+    """A Pyro distribution of transforms from N(0, I), whose densities have all gradients."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density, shape ``(*)``, of values of shape ``(*, *event_shape)``."""
+        # A view, which the caches of Pyro's transforms have not seen: of what was drawn without
+        # gradients they would give back the way without gradients.
+        return super().log_prob(value.view_as(value))
+
+
 class DistillResult(NamedTuple):
     r"""A student, and how far it is from the flow.
 
     Attributes:
-        distribution: The student, frozen, on the support of the flow: a plain Pyro distribution.
+        distribution: The student, frozen, on the support of the flow.
         relative_entropy: :math:`\mathrm{KL}(\rho_1\,\|\,q)` of the flow to the student, nats, on
             draws that it was not trained on; NaN where the flow has no density.
         stderr: Its standard error, nats.
@@ -46,7 +56,7 @@ class DistillResult(NamedTuple):
         seconds: The time that it took, with that of the draws.
     """
 
-    distribution: dist.TransformedDistribution
+    distribution: Student
     relative_entropy: float
     stderr: float
     steps: int
@@ -124,12 +134,14 @@ def distill(
         known = moments(x, warn=False)
         whitening = DenseWhitening(flow.event_dim).to(flow.loc)
         whitening.set(known.loc.to(x), known.linear.to(x))
-        pupil = Pupil(_couplings(flow.event_dim) if student is None else student).to(x)
+        fitted = StudentTransforms(_couplings(flow.event_dim) if student is None else student).to(
+            x
+        )
         w = whitening.to_white(x)
         seen, held = w.tensor_split([count - round(_HELD * count)])
         with with_gradients():
-            pupil.learn(seen, steps, batch_size, learning_rate, progress=progress)
-        log_q = pupil.over(x).log_prob(held) - whitening.log_det
+            fitted.learn(seen, steps, batch_size, learning_rate, progress=progress)
+        log_q = fitted.over(x).log_prob(held) - whitening.log_det
         has_density = not isinstance(view.base, Samples)
         log_p = view.log_prob(x[len(seen) :]) if has_density else torch.full_like(log_q, math.nan)
     if not bool(log_q.isfinite().all()):
@@ -141,10 +153,10 @@ def distill(
     error = float(excess.std()) / math.sqrt(len(excess))
     ends = [Whiten(whitening).inv, *distribution.space.transforms(flow)]
     seconds = time.monotonic() - began
-    return DistillResult(pupil.over(x, ends), float(excess.mean()), error, steps, seconds)
+    return DistillResult(fitted.over(x, ends), float(excess.mean()), error, steps, seconds)
 
 
-class Pupil(nn.Module):
+class StudentTransforms(nn.Module):
     """The transforms of a student, and their training.
 
     Args:
@@ -182,14 +194,14 @@ class Pupil(nn.Module):
             )
         return [found.inv]
 
-    def over(self, like: Tensor, ends: Sequence[Transform] = ()) -> dist.TransformedDistribution:
+    def over(self, like: Tensor, ends: Sequence[Transform] = ()) -> Student:
         """Return the distribution of the transforms' images, and of further ones behind them.
 
         Args:
             like: A tensor of the type and on the device that it is to have, shape ``(*, D)``.
             ends: Transforms behind those that are learned.
         """
-        return dist.TransformedDistribution(standard_normal(like), [*self.chain(), *ends])
+        return Student(standard_normal(like), [*self.chain(), *ends])
 
     def learn(
         self, rows: Tensor, steps: int, batch_size: int, learning_rate: float, *, progress: bool

@@ -20,9 +20,8 @@ from pyro_interpolant import (
     SineSquared,
     Trigonometric,
     interpolant_transform,
-    sde_log_prob,
 )
-from pyro_interpolant.diffusion import sde
+from pyro_interpolant.diffusion import sde, sde_log_prob
 
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
 LINEAR = torch.tensor([[2.0, 0.0], [0.7, 0.8]], dtype=torch.float64)

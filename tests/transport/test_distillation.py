@@ -114,6 +114,17 @@ def test_students_are_frozen_and_can_be_copied():
         assert torch.equal(copied.log_prob(x), student.log_prob(x))
 
 
+def test_what_was_drawn_has_a_gradient_too():
+    student = distill(random_prior(2), **QUICK).distribution
+    z = student.sample((5,))
+    known = student.log_prob(z)
+    (found,) = torch.autograd.grad(student.log_prob(z.requires_grad_()).sum(), z)
+    other = z.detach().clone().requires_grad_()
+    (expected,) = torch.autograd.grad(student.log_prob(other).sum(), other)
+    assert torch.allclose(found, expected)
+    assert torch.equal(student.expand((5,)).log_prob(z), known)
+
+
 class LikeZuko(nn.Module):
     """A module whose call gives a distribution with a transform from draws to N(0, I)."""
 
