@@ -21,7 +21,7 @@ from torch.distributions import Distribution, Transform, constraints, transform_
 from .._torch import broadcast_batch
 from ..interpolants.nonlinear import wrap
 from ..transforms.whitening import Whitening
-from .constraints import checked_rows, circular
+from .constraints import Circular, checked_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -137,12 +137,17 @@ class ExternalBase(_DerivedBase):
                 f"arguments, got {type(source).__name__}"
             )
         self.has_rsample = inner.has_rsample
-        with contextlib.suppress(NotImplementedError):  # zuko's need not state it
-            self.support: Any = inner.support
         super().__init__(inner.batch_shape, inner.event_shape, validate_args=validate_args)
 
     def _source(self) -> Distribution:
         return self.source() if isinstance(self.source, nn.Module) else self.source
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def support(self) -> Any:
+        """The support of the source; all real vectors where it states none."""
+        with contextlib.suppress(NotImplementedError):
+            return self._source().support
+        return constraints.real_vector
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density, shape ``(*)``, of values of shape ``(*, D)``."""
@@ -235,7 +240,7 @@ def base_log_prob(base: Distribution, x: Tensor) -> Tensor:
     """
     try:
         support: Any = base.support
-        if support is circular:
+        if isinstance(support, Circular):
             return base.log_prob(wrap(x))
         end = support
         while isinstance(end, constraints.independent):

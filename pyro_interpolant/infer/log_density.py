@@ -405,7 +405,7 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
                 z = draw(count)
             else:
                 z = torch.func.vmap(in_lane, randomness="different")(torch.zeros(count))
-    except (RuntimeError, ValueError, NotImplementedError):  # a prior that cannot be sampled
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # it cannot be sampled
         return None
     return without_extremes(z)
 

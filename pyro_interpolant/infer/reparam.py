@@ -283,6 +283,8 @@ class Neutra:
         base = self.guide.get_base_dist()  # not scored: the density is the model's
         with self._start(*args, **kwargs):
             w = pyro.sample(first + _SITE, base.mask(mask=False))
+            if self.student is not None:  # a view, which the caches of its transforms do not know
+                w = w.view_as(w)
         z = transform(w)
         parts = {name: (real, t) for name, t, real in self.sites.split(z)}
         images = _Images(parts, self.sites.shapes, z)
@@ -418,15 +420,16 @@ def neutra(
     Args:
         guide: A trained guide.
         model: Its model; by default the one it was made with.
-        student: What :func:`~pyro_interpolant.distill` makes of ``guide.get_posterior()``: a map
-            of one pass in place of the guide's, for cheaper gradients. The posterior is exact
-            with either.
+        student: The ``distribution`` of what :func:`~pyro_interpolant.distill` makes of
+            ``guide.get_posterior()``: its map, of one pass, takes the place of the guide's, for
+            cheaper gradients. The posterior is exact with either.
 
     Returns:
         A model for ``NUTS``, and, by its method ``samples``, draws in the sites of the model.
 
     Raises:
-        TypeError: If the guide is not an :class:`~pyro_interpolant.AutoInterpolant`.
+        TypeError: If the guide is not an :class:`~pyro_interpolant.AutoInterpolant`, or the
+            student no distribution of transforms.
         ValueError: If it has not seen its model yet, or lost it in a pickle, or the student is
             not one of its unconstrained vector.
 
@@ -451,12 +454,26 @@ def neutra(
         )
     if guide.prototype_trace is None:
         raise ValueError("expected a guide that has seen its model: train it, or call it once")
-    size = torch.Size((guide.latent_dim,))
-    if student is not None and (student.batch_shape or student.event_shape != size):
-        raise ValueError(
-            f"expected a student of event shape {tuple(size)}, the guide's vector, got "
-            f"{tuple(student.event_shape)} and batch shape {tuple(student.batch_shape)}: "
-            "distill(guide.get_posterior()).distribution"
-        )
+    if student is not None:
+        _check_student(student, guide.latent_dim)
     frozen = copy.deepcopy(guide).requires_grad_(requires_grad=False).eval()
     return Neutra(frozen, unwrapped_model(guide.model) if model is None else model, student)
+
+
+def _check_student(student: object, dim: int) -> None:
+    """Raise an error unless a student is one of real vectors, shape ``(dim,)``."""
+    remedy = "distill(guide.get_posterior()).distribution"
+    if not isinstance(student, dist.TransformedDistribution):
+        raise TypeError(
+            f"expected a student that is a distribution, got {type(student).__name__}: {remedy}"
+        )
+    end = student.support
+    while isinstance(end, constraints.independent):
+        end = end.base_constraint
+    is_real = isinstance(end, type(constraints.real))
+    if student.batch_shape or student.event_shape != (dim,) or not is_real:
+        raise ValueError(
+            f"expected a student of event shape {(dim,)}, the guide's real vector, got event "
+            f"shape {tuple(student.event_shape)} on {student.support} and batch shape "
+            f"{tuple(student.batch_shape)}: {remedy}"
+        )

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from numpyro.distributions import constraints
 from numpyro.distributions import transforms as maps
 
+from .supports import OnEvents
+
 _TURN = 2 * math.pi
 
 # Of these the arguments have the same names and meanings.
@@ -133,6 +135,13 @@ def base_log_prob(base: dist.Distribution, x: Array) -> Array:
 
     It is ``-inf`` beyond the support of the base, to where a flow may lead back.
     """
+    end = base.support
+    while isinstance(end, type(constraints.independent(constraints.real, 1))):
+        end = end.base_constraint
+    kinds = type(constraints.real), type(constraints.circular), OnEvents
+    if isinstance(end, kinds):  # angles have any number of turns, and flows know their own
+        return base.log_prob(x)
+    x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, base.batch_shape + base.event_shape))
     inside = base.support(x)
     known = base.support.feasible_like(x)
     log_prob = base.log_prob(jnp.where(inside[..., None], x, known))

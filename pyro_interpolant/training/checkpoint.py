@@ -158,8 +158,10 @@ def _identity(flow: Flow, base: object, coupling: object, *given: object) -> lis
     names = [stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
     shapes = [list(p.shape) for p in flow.velocity.parameters()]
     found = [names, shapes, checksum(tensors_of([flow.interpolant, base, *given]))]
-    # Two functions may have one name.
-    return [*found, describe_path(flow)] if has_function(flow.interpolant) else found
+    if not has_function(flow.interpolant):
+        return found
+    values = describe_path(flow)["values"] or []  # two functions may have one name
+    return [*found, [f"{value:.3g}" for value in values]]
 
 
 def check_place(path: StrPath | None, every: int | None) -> None:

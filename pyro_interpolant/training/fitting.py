@@ -245,14 +245,14 @@ def fit(
 @contextlib.contextmanager
 def _told(distribution: AnyDistribution, names: Names) -> Iterator[None]:
     """Give a flow the names of data that it is told of, or, on an error, take all back."""
-    flow, base = distribution.transform.flow, distribution.base
-    told = {name: getattr(flow, name) for name in ("independent", "noise", "levels")}
+    flow, base, report = distribution.transform.flow, distribution.base, distribution.report
+    told = flow.independent, flow.noise, flow.levels
     buffers = {name: value.clone() for name, value in flow.named_buffers()}
     try:
         yield
     except BaseException:
-        for name, value in told.items():
-            setattr(flow, name, value)
+        flow.independent, flow.noise, flow.levels = told
+        distribution.report = report
         for name, value in flow.named_buffers():
             value.copy_(buffers[name])
         distribution.set_base(base)

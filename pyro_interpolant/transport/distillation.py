@@ -7,18 +7,19 @@ left is :math:`\mathrm{KL}(\rho_1\,\|\,q) = E_{x\sim\rho_1}[\log\rho_1(x) - \log
 
 import math
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import Permute, Spline, affine_coupling
 from torch import Tensor, nn
-from torch.distributions import Transform
+from torch.distributions import Transform, constraints
 from tqdm import tqdm
 
 from .._torch import seeded, with_gradients
 from ..distributions.bases import Samples, standard_normal
+from ..distributions.constraints import Constraint
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
 from ..distributions.supports import CircularSupport
@@ -26,6 +27,9 @@ from ..training.loop import check_ranges
 from ..training.whitening import moments
 from ..transforms.bijections import Whiten
 from ..transforms.whitening import DenseWhitening
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _HELD = 0.1  # of the draws, on which the relative entropy is measured
 _LARGEST_NORM = 5.0  # of a gradient
@@ -35,13 +39,42 @@ _UNIT_SLOPE = math.log(math.e - 1)  # whose softplus is 1
 
 
 class Student(dist.TransformedDistribution):
-    """A Pyro distribution of transforms from N(0, I), whose densities have all gradients."""
+    """A Pyro distribution of transforms from N(0, I), whose densities have all gradients.
+
+    Args:
+        base: N(0, I), of event shape ``(D,)``.
+        transforms: From there to the support.
+        support: The support of one event, which Pyro's compositions do not know.
+    """
+
+    def __init__(
+        self, base: dist.TorchDistribution, transforms: Sequence[Transform], support: Constraint
+    ) -> None:
+        self._support = support
+        super().__init__(base, list(transforms))
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> Constraint:
+        """The support of one event."""
+        return self._support
+
+    def expand(self, batch_shape: Sequence[int], _instance: "Self | None" = None) -> "Self":
+        """Return the distribution with another batch shape; weights are shared."""
+        new = type(self).__new__(type(self)) if _instance is None else _instance
+        new._support = self._support
+        return super().expand(torch.Size(batch_shape), _instance=new)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density, shape ``(*)``, of values of shape ``(*, *event_shape)``."""
         # A view, which the caches of Pyro's transforms have not seen: of what was drawn without
         # gradients they would give back the way without gradients.
         return super().log_prob(value.view_as(value))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copies and pickles, without what caches hold of a backward pass."""
+        with torch.no_grad():
+            self.log_prob(self.sample())
+        return self.__dict__
 
 
 class DistillResult(NamedTuple):
@@ -134,9 +167,7 @@ def distill(
         known = moments(x, warn=False)
         whitening = DenseWhitening(flow.event_dim).to(flow.loc)
         whitening.set(known.loc.to(x), known.linear.to(x))
-        fitted = StudentTransforms(_couplings(flow.event_dim) if student is None else student).to(
-            x
-        )
+        fitted = StudentTransforms(_couplings(flow.loc) if student is None else student).to(x)
         w = whitening.to_white(x)
         seen, held = w.tensor_split([count - round(_HELD * count)])
         with with_gradients():
@@ -153,7 +184,8 @@ def distill(
     error = float(excess.std()) / math.sqrt(len(excess))
     ends = [Whiten(whitening).inv, *distribution.space.transforms(flow)]
     seconds = time.monotonic() - began
-    return DistillResult(fitted.over(x, ends), float(excess.mean()), error, steps, seconds)
+    found = fitted.over(x, ends, distribution.space.shown())
+    return DistillResult(found, float(excess.mean()), error, steps, seconds)
 
 
 class StudentTransforms(nn.Module):
@@ -169,12 +201,12 @@ class StudentTransforms(nn.Module):
     def __init__(self, source: Sequence[Transform] | nn.Module) -> None:
         super().__init__()
         self.source: Any = source
-        parts = [source] if isinstance(source, nn.Module) else list(source)
+        parts: list[Any] = [source] if isinstance(source, nn.Module) else list(source)
         if not isinstance(source, nn.Module):
             wrong = [type(part).__name__ for part in parts if not isinstance(part, Transform)]
             if wrong or not parts:
                 raise TypeError(f"expected transforms, got {', '.join(wrong) or 'none'}")
-        self.parts = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
+        self.parts = nn.ModuleList(module for part in parts for module in _modules(part))
 
     def chain(self) -> list[Transform]:
         """Return the transforms from N(0, I) to draws, each of shape ``(*, D)``.
@@ -194,14 +226,20 @@ class StudentTransforms(nn.Module):
             )
         return [found.inv]
 
-    def over(self, like: Tensor, ends: Sequence[Transform] = ()) -> Student:
+    def over(
+        self,
+        like: Tensor,
+        ends: Sequence[Transform] = (),
+        support: Constraint = constraints.real_vector,
+    ) -> Student:
         """Return the distribution of the transforms' images, and of further ones behind them.
 
         Args:
             like: A tensor of the type and on the device that it is to have, shape ``(*, D)``.
             ends: Transforms behind those that are learned.
+            support: Where they lead.
         """
-        return Student(standard_normal(like), [*self.chain(), *ends])
+        return Student(standard_normal(like), [*self.chain(), *ends], support)
 
     def learn(
         self, rows: Tensor, steps: int, batch_size: int, learning_rate: float, *, progress: bool
@@ -224,6 +262,18 @@ class StudentTransforms(nn.Module):
         self.eval().requires_grad_(requires_grad=False)
 
 
+def _modules(part: Any) -> Iterator[nn.Module]:
+    """Yield the modules that a transform is, or is made of."""
+    if isinstance(part, nn.Module):
+        yield part
+        return
+    inner = (*getattr(part, "parts", ()), *vars(part).get("tseq", ()))
+    names = "_inv", "base_transform"  # of inverses, which hold what they invert, and of events
+    for each in (*inner, *(vars(part).get(name) for name in names)):
+        if isinstance(each, Transform):
+            yield from _modules(each)
+
+
 def _check(distribution: object) -> None:
     """Raise an error unless a distribution is one flow from real vectors."""
     if not isinstance(distribution, InterpolantDistribution):
@@ -239,8 +289,9 @@ def _check(distribution: object) -> None:
         raise ValueError("expected real vectors, got angles: no student here has their period")
 
 
-def _couplings(dim: int) -> list[Transform]:
-    """Return an untrained student in so many dimensions: the identity, and shuffles."""
+def _couplings(like: Tensor) -> list[Transform]:
+    """Return an untrained student like a tensor, ``(D,)``: the identity, and shuffles."""
+    dim = len(like)
     if dim == 1:
         spline = Spline(1, count_bins=_BINS, bound=_BOUND)
         for weight in spline.parameters():
@@ -251,7 +302,7 @@ def _couplings(dim: int) -> list[Transform]:
     for i in range(_LAYERS):
         if i:  # halves change places, so that each is carried by the other
             order = torch.arange(dim).flip(0) if i % 2 else torch.randperm(dim)
-            parts.append(Permute(order))
+            parts.append(Permute(order.to(like.device)))
         coupling = affine_coupling(dim, [_WIDTH, _WIDTH])
         nn.init.zeros_(coupling.nn.layers[-1].weight)
         nn.init.zeros_(coupling.nn.layers[-1].bias)

@@ -496,7 +496,10 @@ BOUNDED = {
     "uniform": (dist.Uniform(torch.zeros(2), torch.ones(2)).to_event(1), 2.0),
     "exponential": (dist.Exponential(torch.ones(2)).to_event(1), -1.0),
     "log-normal": (dist.LogNormal(torch.zeros(2), torch.ones(2)).to_event(1), -0.5),
-    "of another library": (ExternalBase(dist.Gamma(torch.ones(2), 1.0).to_event(1)), -0.5),
+    "of another library": (
+        ExternalBase(dist.Uniform(torch.zeros(2).double(), 1.0).to_event(1)),
+        -0.5,
+    ),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import BASES, random_flow, slow_but
 from jax import lax
-from kinds import angles, family, joint, plain, supported
+from kinds import angles, angular_flow, family, joint, plain, supported
 from numpyro import handlers
 from numpyro.infer import Predictive
 
@@ -401,3 +401,27 @@ def test_beyond_a_bounded_base_there_is_no_density(name):
     assert expected[-1] == -float("inf")
     np.testing.assert_allclose(twin.log_prob(jnp.asarray(x.numpy())), expected, rtol=1e-4)
     assert bool(jnp.isfinite(jax.grad(lambda v: twin.log_prob(v))(jnp.asarray([0.5, 0.3]))).all())
+
+
+@pytest.mark.parametrize("name", ["von Mises", "a flow on the torus"])
+def test_angles_lead_back_by_any_number_of_turns(name):
+    base = angles(1).freeze()
+    if name == "von Mises":
+        base = dist.VonMises(torch.ones(1), 2.0, validate_args=False).to_event(1)
+    flow = angular_flow(1)
+    with torch.no_grad():
+        flow.flow.velocity.shifts.bias[-1] = 3.0
+    flow = pi.InterpolantDistribution(flow, base, support=pi.circular).freeze()
+    x = torch.tensor([[-2.0], [0.5], [3.0]])
+    expected = flow.log_prob(x)
+    assert bool(expected.isfinite().all())
+    np.testing.assert_allclose(from_torch(flow).log_prob(jnp.asarray(x.numpy())), expected, 1e-4)
+
+
+def test_a_base_with_a_batch_of_bounds():
+    low = torch.arange(3.0)[:, None].expand(3, 2)
+    base = dist.Uniform(low, low + 1).to_event(1)
+    flow = pi.InterpolantDistribution(random_flow(2).to(low), base).freeze()
+    x = torch.full((2,), 0.5)
+    found = from_torch(flow).log_prob(jnp.asarray(x.numpy()))
+    np.testing.assert_allclose(found, flow.log_prob(x), rtol=1e-4)

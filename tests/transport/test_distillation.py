@@ -11,7 +11,7 @@ import torch
 from cases import random_flow, random_prior
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.distributions.transforms import affine_coupling
+from pyro.distributions.transforms import affine_autoregressive, affine_coupling
 from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import TransformReparam
 from torch import nn
@@ -78,6 +78,8 @@ def test_students_are_on_the_support_of_the_flow(support):
     assert student.event_shape == flow.event_shape
     assert bool(support.check(x).all())
     assert (student.log_prob(x) - flow.log_prob(x)).abs().median() < 1.0
+    assert student.support == flow.support  # which samplers ask for
+    assert student.expand((3,)).support == flow.support
 
 
 def test_a_student_of_named_sites_is_one_of_the_packed_vector():
@@ -110,6 +112,7 @@ def test_students_are_frozen_and_can_be_copied():
     assert modules
     assert not any(p.requires_grad for part in modules for p in part.parameters())
     x = torch.randn(5, 2)
+    student.log_prob(x.requires_grad_()).sum().backward()  # of which caches keep the graph
     for copied in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
         assert torch.equal(copied.log_prob(x), student.log_prob(x))
 
@@ -144,6 +147,10 @@ def test_students_of_ones_own():
     couplings = [affine_coupling(2, [16]), affine_coupling(2, [16])]
     ours = distill(flow, couplings, **QUICK)
     assert ours.distribution.transforms[:2] == couplings
+    slow = affine_autoregressive(2, [16])
+    before = next(slow.parameters()).clone()
+    distill(flow, [ComposeTransform([slow.inv])], **{**QUICK, "steps": 3})
+    assert not torch.equal(next(slow.parameters()), before)  # modules inside of others, too
     module = LikeZuko()
     theirs = distill(flow, module, **QUICK)
     assert float(module.shift.abs().max()) > 0  # it was trained
@@ -219,6 +226,11 @@ def test_the_density_under_a_student_is_the_models_own():
     assert torch.allclose(sites["x"][0], z[1:])
     with pytest.raises(ValueError, match=r"event shape \(3,\)"):
         neutra(guide, student=distill(random_prior(2), **QUICK).distribution)
+    inside = random_prior(3, support=constraints.positive)
+    with pytest.raises(ValueError, match="real vector"):
+        neutra(guide, student=distill(inside, **QUICK).distribution)
+    with pytest.raises(TypeError, match="got DistillResult"):
+        neutra(guide, student=distill(inside, **QUICK))
 
 
 @pytest.mark.slow
