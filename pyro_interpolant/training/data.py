@@ -121,6 +121,8 @@ class Table:
         data, context = self.names.ordered(distribution, data, context)
         data, context, pairs, weights = drop_zero_weights(weights, data, context, pairs)
         found = rows_of(distribution, data, context)
+        if found.context is not None and not distribution.transform.flow.classes:
+            warn_if_coarse(as_tensor(context, "context"), found.context.dtype, "context")
         self.copies = not warn_if_rounded(found.w)
         self.has_images = has_images(distribution)
         count, size = found.w.shape
@@ -316,10 +318,7 @@ def rows_of(
         raise ValueError(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
-    contexts = contexts_of_rows(context, flow, (), count, "rows of data")
-    if not flow.classes:
-        warn_if_coarse(as_tensor(context, "context"), flow.loc.dtype, "context")
-    return Rows(rows, contexts)
+    return Rows(rows, contexts_of_rows(context, flow, (), count, "rows of data"))
 
 
 def held_out_rows(distribution: AnyDistribution, validation: HeldOut, names: Names) -> Rows:
