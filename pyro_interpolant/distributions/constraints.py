@@ -395,7 +395,7 @@ def checked_context(
     """Return contexts as a tensor of finite numbers, shape ``(N, C)``.
 
     Args:
-        context: A tensor or an array; of labels whole numbers, shape ``(N,)``.
+        context: A tensor or an array; of labels whole numbers, shape ``(N,)`` or ``(N, 1)``.
         size: The expected C, or None for any.
         classes: The number of classes, where contexts are labels; else 0.
         dtype: The type of the flow, in which labels are returned.
@@ -414,10 +414,10 @@ def checked_context(
             ".float(), and labels with torch.nn.functional.one_hot(labels, K).float(), for a flow "
             "of context_dim=K; or take a network with classes, VelocityMLP(D, classes=K)"
         )
+    if found.dim() == 2 and found.shape[1] == 1:
+        found = found[:, 0]
     if found.dim() != 1:
-        raise ValueError(
-            f"expected labels of shape (N,), got {tuple(found.shape)}: of one column labels[:, 0]"
-        )
+        raise ValueError(f"expected labels of shape (N,), got {tuple(found.shape)}")
     return checked_labels(found, classes, dtype)
 
 
@@ -425,17 +425,14 @@ def context_in_order(context: ArrayLike, names: Sequence[str]) -> Tensor:
     """Return contexts as a tensor, those of a data frame with their columns in an order of names.
 
     Args:
-        context: Contexts, shape ``(N, C)``, or labels, shape ``(N,)``, or a frame of one column.
+        context: Contexts, shape ``(N, C)``, or labels, shape ``(N,)``.
         names: The names of the columns in their order, or none.
 
     Raises:
         TypeError: As :func:`as_tensor`.
         ValueError: If the names of a data frame are others.
     """
-    own = names_of(context)
-    found = in_order(as_tensor(context, "context"), own, names, "context")
-    is_labels = len(own) == 1 and not found.is_floating_point()
-    return found[:, 0] if is_labels else found
+    return in_order(as_tensor(context, "context"), names_of(context), names, "context")
 
 
 def contexts_of_rows(

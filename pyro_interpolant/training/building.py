@@ -19,7 +19,6 @@ from ..distributions.constraints import (
     as_tensor,
     checked_context,
     checked_rows,
-    context_in_order,
     names_of,
     shaped,
 )
@@ -223,14 +222,14 @@ def contexts_for(
     if context is None:
         return None, ()
     like = _type_of(rows)
-    found = context_in_order(context, ())
+    found = as_tensor(context, "context")
     classes = 0 if found.is_floating_point() else _number_of_classes(found)
     if network is not None and classes:
         own = getattr(network, "classes", 0)
         if not own:
             if progress:
                 tell(f"labels of {classes} classes are one-hot for a network without `classes`")
-            found = nn.functional.one_hot(found.long(), classes).to(like)
+            found = nn.functional.one_hot(found.reshape(len(found)).long(), classes).to(like)
         classes = own
     found = checked_context(found, None, classes, like.dtype)
     return found, (0, classes) if classes else (found.shape[1],)
@@ -294,17 +293,17 @@ def _transform(
 
 
 def _number_of_classes(labels: Tensor) -> int:
-    """Return K for labels from 0 to K - 1, shape ``(N,)``.
+    """Return K for labels from 0 to K - 1, shape ``(N,)`` or ``(N, 1)``.
 
     Raises:
         ValueError: If they are of another shape, or negative.
     """
     labels = labels if labels.is_complex() else labels.long()
-    if labels.dim() != 1 or labels.is_complex():
+    if labels.dim() not in (1, 2) or labels.shape[1:] not in ((), (1,)) or labels.is_complex():
         raise ValueError(
             "expected context as numbers of a floating type, shape (N, C), or as one label a row, "
             f"whole numbers of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}: "
-            "convert numbers with .float(), and take labels of one column by labels[:, 0]"
+            "convert numbers with .float()"
         )
     if int(labels.min()) < 0:
         raise ValueError(f"expected labels 0, 1, ..., got {int(labels.min())} among them")

@@ -335,11 +335,3 @@ def test_labels_of_other_types_and_of_no_class():
     ).to(torch.bfloat16)
     with pytest.raises(ValueError, match="type that has 400 whole numbers, got torch.bfloat16"):
         many.condition(torch.tensor([257]))
-
-
-def test_labels_of_one_column_are_refused():
-    y, labels = torch.randn(500, 2), torch.randint(3, (500, 1))
-    with pytest.raises(ValueError, match=r"labels\[:, 0\]"):
-        from_samples(y, context=labels, steps=2, progress=False)
-    family = from_samples(y, context=labels[:, 0], steps=2, progress=False, tolerance=10.0)
-    assert family.condition(labels[:, 0]).log_prob(y).shape == (500,)
