@@ -1,13 +1,9 @@
 """Measure the distances of 600 stars by NUTS in NumPyro, all in one jitted run.
 
 The catalogue is that of stellar_distances.py, the prior that of its stars of precise parallaxes,
-through a file. Each star has a chain and an adaptation of its own: lax.map runs the same compiled
+through the file stars.safetensors. Each star has a chain of its own: lax.map runs one compiled
 sampler over all. Colours are measured well, so the chains run in data space: in base space
-(--space base) the posterior is a thin bent ridge, where NUTS diverges. The prior is written to
-stars.safetensors.
-
-pip install 'pyro-interpolant[examples,numpyro]'
-python examples/numpyro_prior.py
+(--space base) the posterior is a thin bent ridge, where NUTS diverges. (Extra `numpyro`.)
 """
 
 import argparse

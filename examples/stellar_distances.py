@@ -8,9 +8,6 @@ Two selections matter. The catalogue is limited in apparent magnitude, and lumin
 from farther away: what is learned is the density of catalogued stars, not of stars in a volume.
 Stars of precise parallaxes are near, and so mostly faint: a prior learned from these alone knows
 too few giants. Those that test both priors are such stars, which their likelihood says.
-
-python examples/stellar_distances.py            # three minutes on 2 cores
-python examples/stellar_distances.py --smoke    # seconds, to see that it runs
 """
 
 import argparse
