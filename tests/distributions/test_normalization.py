@@ -41,8 +41,8 @@ from pyro_interpolant import (
     JointInterpolantDistribution,
     TorusMLP,
     circular,
-    sde_log_prob,
 )
+from pyro_interpolant.diffusion import sde_log_prob
 from pyro_interpolant.training.preprocessing import marginal_transform, radial_transform
 from pyro_interpolant.transforms.gaussianize import Gaussianized
 

@@ -26,9 +26,9 @@ from pyro_interpolant import (
     sample_sde,
     save,
     score,
-    sde_log_prob,
     w2_bound,
 )
+from pyro_interpolant.diffusion import sde_log_prob
 from pyro_interpolant.plotting.flows import _velocity
 from pyro_interpolant.training.preprocessing import marginal_transform, radial_transform
 from pyro_interpolant.transforms import gaussianize
