@@ -83,7 +83,8 @@ class DistillResult(NamedTuple):
     Attributes:
         distribution: The student, frozen, on the support of the flow.
         relative_entropy: :math:`\mathrm{KL}(\rho_1\,\|\,q)` of the flow to the student, nats, on
-            draws that it was not trained on; NaN where the flow has no density.
+            draws that it was not trained on; NaN where the flow has no density. The error that the
+            flow's solver makes in ``log_prob`` is in it: near 0 it may be as much below.
         stderr: Its standard error, nats.
         steps: The number of steps taken.
         seconds: The time that it took, with that of the draws.
