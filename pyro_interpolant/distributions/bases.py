@@ -21,7 +21,7 @@ from torch.distributions import Distribution, Transform, constraints, transform_
 from .._torch import broadcast_batch
 from ..interpolants.nonlinear import wrap
 from ..transforms.whitening import Whitening
-from .constraints import Circular, checked_rows
+from .constraints import Circular, checked_rows, is_all_real
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -242,10 +242,7 @@ def base_log_prob(base: Distribution, x: Tensor) -> Tensor:
         support: Any = base.support
         if isinstance(support, Circular):
             return base.log_prob(wrap(x))
-        end = support
-        while isinstance(end, constraints.independent):
-            end = end.base_constraint
-        if isinstance(end, type(constraints.real)):
+        if is_all_real(support):
             return base.log_prob(x)
         inside: Tensor = support.check(x)
         known = transform_to(support)(torch.zeros_like(x))

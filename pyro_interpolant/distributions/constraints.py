@@ -45,6 +45,18 @@ class Circular(Constraint):
 circular = Circular()
 
 
+def is_all_real(constraint: Constraint) -> bool:
+    """Return whether all real numbers satisfy a constraint, on events of any dimension."""
+    return isinstance(innermost_constraint(constraint), type(constraints.real))
+
+
+def innermost_constraint(constraint: Constraint) -> Constraint:
+    """Return the constraint on the smallest events, inside those declared independent."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
 @biject_to.register(Circular)
 @transform_to.register(Circular)
 def _(constraint: Circular) -> Transform:

@@ -23,6 +23,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to, constraints
 
+from ..distributions.constraints import is_all_real
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from .autoguide import AutoInterpolant
@@ -467,10 +468,7 @@ def _check_student(student: object, dim: int) -> None:
         raise TypeError(
             f"expected a student that is a distribution, got {type(student).__name__}: {remedy}"
         )
-    end = student.support
-    while isinstance(end, constraints.independent):
-        end = end.base_constraint
-    is_real = isinstance(end, type(constraints.real))
+    is_real = is_all_real(student.support)
     if student.batch_shape or student.event_shape != (dim,) or not is_real:
         raise ValueError(
             f"expected a student of event shape {(dim,)}, the guide's real vector, got event "

@@ -24,6 +24,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, register_kl
 
+from ..distributions.constraints import innermost_constraint
 from ..distributions.joint import pack, unpack
 
 Site = dict[str, Any]  # a site of a trace, Pyro's message
@@ -205,7 +206,7 @@ class LatentSites:
                 guide._create_plates(*args, **kwargs)
         self.guide, self.args, self.kwargs = guide, args, kwargs
         self.sites = {
-            name: (site["value"].shape, _innermost(site["fn"].support))
+            name: (site["value"].shape, innermost_constraint(site["fn"].support))
             for name, site in guide.prototype_trace.iter_stochastic_nodes()
         }
         self.shapes = {name: shape for name, (shape, _) in self.sites.items()}
@@ -277,13 +278,6 @@ class LatentSites:
         if len(set(counts.values())) > 1:
             raise ValueError(f"expected as many draws of every site, got {counts}")
         return pack(self.sites, flat)
-
-
-def _innermost(support: constraints.Constraint) -> constraints.Constraint:
-    """Return the constraint on the smallest events, inside those declared independent."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
 
 
 def _check_site(site: Site) -> None:

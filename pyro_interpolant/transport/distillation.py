@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import Permute, Spline, affine_coupling
 from torch import Tensor, nn
-from torch.distributions import Transform, constraints
+from torch.distributions import ComposeTransform, Transform, constraints
 from tqdm import tqdm
 
 from .._torch import seeded, with_gradients
@@ -72,8 +72,8 @@ class Student(dist.TransformedDistribution):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles, without what caches hold of a backward pass."""
-        with torch.no_grad():
-            self.log_prob(self.sample())
+        with torch.no_grad():  # not of a sample: copying is to draw no random numbers
+            self.log_prob(ComposeTransform(self.transforms)(self.base_dist.mean))
         return self.__dict__
 
 
@@ -167,7 +167,7 @@ def distill(
         x = view.sample((count,))
         known = moments(x, warn=False)
         whitening = DenseWhitening(flow.event_dim).to(flow.loc)
-        whitening.set(known.loc.to(x), known.linear.to(x))
+        whitening.set(known.loc, known.linear)
         fitted = StudentTransforms(_couplings(flow.loc) if student is None else student).to(x)
         w = whitening.to_white(x)
         seen, held = w.tensor_split([count - round(_HELD * count)])
@@ -201,13 +201,15 @@ class StudentTransforms(nn.Module):
 
     def __init__(self, source: Sequence[Transform] | nn.Module) -> None:
         super().__init__()
+        if isinstance(source, Transform):
+            source = [source]
         self.source: Any = source
-        parts: list[Any] = [source] if isinstance(source, nn.Module) else list(source)
-        if not isinstance(source, nn.Module):
-            wrong = [type(part).__name__ for part in parts if not isinstance(part, Transform)]
-            if wrong or not parts:
-                raise TypeError(f"expected transforms, got {', '.join(wrong) or 'none'}")
-        self.parts = nn.ModuleList(module for part in parts for module in _modules(part))
+        if isinstance(source, nn.Module):
+            return  # whose weights are this module's, as an attribute of it
+        wrong = [type(part).__name__ for part in source if not isinstance(part, Transform)]
+        if wrong or not source:
+            raise TypeError(f"expected transforms, got {', '.join(wrong) or 'none'}")
+        self.parts = nn.ModuleList(module for part in source for module in _modules(part))
 
     def chain(self) -> list[Transform]:
         """Return the transforms from N(0, I) to draws, each of shape ``(*, D)``.
@@ -215,8 +217,6 @@ class StudentTransforms(nn.Module):
         Raises:
             TypeError: If the module gives no distribution with a transform.
         """
-        if isinstance(self.source, Transform):
-            return [self.source]
         if not isinstance(self.source, nn.Module):
             return list(self.source)
         found = getattr(self.source(), "transform", None)
@@ -268,9 +268,10 @@ def _modules(part: Any) -> Iterator[nn.Module]:
     if isinstance(part, nn.Module):
         yield part
         return
-    inner = (*getattr(part, "parts", ()), *vars(part).get("tseq", ()))
-    names = "_inv", "base_transform"  # of inverses, which hold what they invert, and of events
-    for each in (*inner, *(vars(part).get(name) for name in names)):
+    held = vars(part)
+    # Those of compositions, of stacks, of an inverse and of one that is applied to whole events.
+    inner = (*held.get("parts", ()), *held.get("transforms", ()))
+    for each in (*inner, held.get("_inv"), held.get("base_transform")):
         if isinstance(each, Transform):
             yield from _modules(each)
 

@@ -113,8 +113,10 @@ def test_students_are_frozen_and_can_be_copied():
     assert not any(p.requires_grad for part in modules for p in part.parameters())
     x = torch.randn(5, 2)
     student.log_prob(x.requires_grad_()).sum().backward()  # of which caches keep the graph
+    before = torch.get_rng_state()
     for copied in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
         assert torch.equal(copied.log_prob(x), student.log_prob(x))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_was_drawn_has_a_gradient_too():
