@@ -135,10 +135,8 @@ def evaluate(velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None =
     at_once = images_at_once(velocity)
     if at_once is not None and _is_divisible(x, at_once):
         return _in_pieces(velocity, t, x, context, at_once)
-    if getattr(velocity, "broadcasts_time", False):
-        return velocity(t, x, context)
-    t, *rest = expanded(t, x, context)
-    return velocity(t, x, *rest)
+    inputs = inputs_of(velocity, t, x, context)
+    return velocity(inputs[0], x, *inputs[1:])
 
 
 def _is_divisible(x: Tensor, at_once: int) -> bool:
@@ -156,6 +154,15 @@ def _in_pieces(
     rows = x.reshape(-1, x.shape[-1]).split(at_once)
     parts = zip(t.reshape(-1).split(at_once), rows, *contexts, strict=True)
     return torch.cat([velocity(*part) for part in parts]).reshape(x.shape)
+
+
+def inputs_of(
+    velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the time and the context, if any, as a velocity takes them beside x, ``(*, D)``."""
+    if getattr(velocity, "broadcasts_time", False):
+        return t, context
+    return expanded(t, x, context)
 
 
 def expanded(t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:

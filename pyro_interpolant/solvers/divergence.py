@@ -20,7 +20,7 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
 from .._torch import constant, jvp
-from ..nn.velocity import divergence_field, exact_divergence, expanded
+from ..nn.velocity import divergence_field, exact_divergence, expanded, inputs_of
 
 
 class Divergence(Protocol):
@@ -57,10 +57,8 @@ class ExactDivergence:
         """Return the exact divergence, shape ``(*)``, at ``x``, shape ``(*, D)``."""
         own = exact_divergence(velocity)
         if own is not None:
-            if getattr(velocity, "broadcasts_time", False):
-                return own(t, x, context)[1]
-            t, *rest = expanded(t, x, context)
-            return own(t, x, *rest)[1]
+            inputs = inputs_of(velocity, t, x, context)
+            return own(inputs[0], x, *inputs[1:])[1]
         basis = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
         return _quadratic_forms(velocity, t, x, context, basis).sum(0)
 
