@@ -245,7 +245,9 @@ def base_log_prob(base: Distribution, x: Tensor) -> Tensor:
         if is_all_real(support):
             return base.log_prob(x)
         inside: Tensor = support.check(x)
-        known = transform_to(support)(torch.zeros_like(x))
+        # Torch's constraint of a mixture, which has no bijection, is that of its parts.
+        mixed = isinstance(base, dist.MixtureSameFamily)
+        known = transform_to(support.base_constraint if mixed else support)(torch.zeros_like(x))
     except NotImplementedError:  # supports that nobody states, or has a bijection of
         return base.log_prob(x)
     log_prob = base.log_prob(x.where(inside[..., None], known))

@@ -134,6 +134,25 @@ def _check_dims(support: Constraint) -> None:
         _check_dims(part)
 
 
+def check_parts(support: Constraint, value: Tensor) -> Tensor:
+    """Return which elements or events of values, ``(*, *event_shape)``, are on a support.
+
+    Of a support of joined parts which elements; those of a part of vectors hold all or none.
+    Torch joins what its parts say as it comes, which has no shape where some are of vectors.
+    """
+    if not isinstance(support, constraints.cat):
+        return support.check(value)
+    parts = zip(support.cseq, value.split(list(support.lengths), -1), strict=True)
+    found = [(check_parts(c, v), v) for c, v in parts]
+    return torch.cat(
+        [
+            (inside if inside.dim() == v.dim() else inside[..., None]).expand_as(v)
+            for inside, v in found
+        ],
+        -1,
+    )
+
+
 class Shaped(Constraint):
     """A support of vectors, laid out in events of another shape.
 
@@ -150,8 +169,8 @@ class Shaped(Constraint):
     def check(self, value: Tensor) -> Tensor:
         """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
         batch = value.shape[: value.dim() - self.event_dim]
-        inside = self.base_constraint.check(value.reshape(*batch, -1))
-        return inside if self.base_constraint.event_dim else inside.all(-1)
+        inside = check_parts(self.base_constraint, value.reshape(*batch, -1))
+        return inside.all(-1) if inside.dim() > len(batch) else inside
 
     def __repr__(self) -> str:
         """Name the support and the shape."""

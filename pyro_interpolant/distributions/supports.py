@@ -24,7 +24,7 @@ from ..transforms.bijections import Cached
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import without_gaussianizer
 from .bases import Planar, UniformTorus, directions, in_planes
-from .constraints import Circular, Constraint, Shaped, bijection, circular
+from .constraints import Circular, Constraint, Shaped, bijection, check_parts, circular
 
 _RAYLEIGH_RMS = 2**0.5  # the root mean square of a Rayleigh distance
 _PERIOD_ROWS = 64  # on which the period of a velocity is checked
@@ -370,7 +370,7 @@ class OnEvents(Constraint):
         """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
         within = _within_bounds(self.inner, value, operator.ge)
         value = value.expand(within.shape)  # whose batch may be that of bounds
-        return self.reduced(self.inner.check(value), value)
+        return self.reduced(check_parts(without_gaussianizer(self.inner), value), value)
 
     def reduced(self, inside: Tensor, value: Tensor) -> Tensor:
         """Return what holds for all elements of an event, shape ``(*)``."""

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from numpyro.distributions import constraints
 from numpyro.distributions import transforms as maps
 
-from .supports import OnEvents
+from .supports import OnEvents, text_of
+from .transforms import Wrap
 
 _TURN = 2 * math.pi
 
@@ -138,8 +139,9 @@ def base_log_prob(base: dist.Distribution, x: Array) -> Array:
     end = base.support
     while isinstance(end, type(constraints.independent(constraints.real, 1))):
         end = end.base_constraint
-    kinds = type(constraints.real), type(constraints.circular), OnEvents
-    if isinstance(end, kinds):  # angles have any number of turns, and flows know their own
+    if isinstance(end, type(constraints.circular)) or end == OnEvents(text_of("circular")):
+        return base.log_prob(Wrap()(x))
+    if isinstance(end, type(constraints.real) | OnEvents):  # flows know their own
         return base.log_prob(x)
     x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, base.batch_shape + base.event_shape))
     inside = base.support(x)

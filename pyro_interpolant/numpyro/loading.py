@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
-from numpyro.distributions import Distribution
+from numpyro.distributions import Distribution, ExpandedDistribution, TransformedDistribution
 from numpyro.distributions.transforms import Transform
 
 from ..io import StrPath, read
@@ -175,6 +175,9 @@ def _base(
             raise ValueError("expected a base without contexts")
     else:
         base = build_base(description, arrays)
+        if isinstance(base, TransformedDistribution):
+            # Its transforms would be joined to the flow's, and its own support be forgotten.
+            base = ExpandedDistribution(base, base.batch_shape)
     if base.event_shape != (size,):
         raise ValueError(f"expected a base of event shape ({size},), got {base.event_shape}")
     return base, [Whiten(transform.weights)]

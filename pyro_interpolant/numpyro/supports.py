@@ -85,7 +85,7 @@ class OnEvents(Constraint):
 
     def __call__(self, value: Array) -> Array:
         """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
-        inside = jnp.asarray(_parts(self.text)[1](value))
+        inside = check_parts(_parts(self.text)[1], value)
         batch = jnp.ndim(value) - self.event_dim
         return inside.all(tuple(range(batch, inside.ndim))) if inside.ndim > batch else inside
 
@@ -287,6 +287,26 @@ def _bound(value: float | list[Any] | None) -> float | NDArray[Any] | None:
     return value
 
 
+def check_parts(constraint: Constraint, value: ArrayLike) -> Array:
+    """Return which elements or events of values, ``(*, *event_shape)``, are on a constraint.
+
+    Of one of joined parts which elements; those of a part of vectors hold all or none.
+    """
+    value = jnp.asarray(value)
+    if not isinstance(constraint, constraints.cat):
+        return jnp.asarray(constraint(value))
+    ends = np.cumsum(constraint.lengths)[:-1]
+    parts = zip(constraint.cseq, jnp.split(value, ends, -1), strict=True)
+    found = [(check_parts(part, v), v) for part, v in parts]
+    return jnp.concatenate(
+        [
+            jnp.broadcast_to(inside if inside.ndim == v.ndim else inside[..., None], v.shape)
+            for inside, v in found
+        ],
+        -1,
+    )
+
+
 class _Shaped(Constraint):
     """A constraint on vectors, for events of another shape."""
 
@@ -297,4 +317,6 @@ class _Shaped(Constraint):
     def __call__(self, value: Array) -> Array:
         """Return which elements or events of values, ``(*, *event_shape)``, are on it."""
         value = jnp.asarray(value)
-        return self.inner(value.reshape(*value.shape[: value.ndim - len(self.shape)], -1))
+        return check_parts(
+            self.inner, value.reshape(*value.shape[: value.ndim - len(self.shape)], -1)
+        )

@@ -496,6 +496,13 @@ BOUNDED = {
     "uniform": (dist.Uniform(torch.zeros(2), torch.ones(2)).to_event(1), 2.0),
     "exponential": (dist.Exponential(torch.ones(2)).to_event(1), -1.0),
     "log-normal": (dist.LogNormal(torch.zeros(2), torch.ones(2)).to_event(1), -0.5),
+    "mixture": (
+        dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(3)),
+            dist.LogNormal(torch.arange(6.0).reshape(3, 2), 1.0).to_event(1),
+        ),
+        -0.5,
+    ),
     "of another library": (
         ExternalBase(dist.Uniform(torch.zeros(2).double(), 1.0).to_event(1)),
         -0.5,

@@ -101,6 +101,7 @@ def test_a_path_on_the_torus_needs_angles():
 
 
 CAT = constraints.cat([constraints.positive, constraints.unit_interval], dim=-1, lengths=[2, 1])
+HALVES = [constraints.independent(constraints.positive, 1), constraints.unit_interval]
 WITHIN = [[1.0, 2.0, 0.5], [0.0, 1.0, 0.5], [1.0, -1.0, 0.5], [1.0, 1.0, 1.0], [1.0, 1.0, 1.5]]
 
 
@@ -111,6 +112,8 @@ WITHIN = [[1.0, 2.0, 0.5], [0.0, 1.0, 0.5], [1.0, -1.0, 0.5], [1.0, 1.0, 1.0], [
         constraints.independent(CAT, 0),
         Shaped(CAT, (3,)),
         Shaped(CAT, (1, 3)),
+        constraints.cat(HALVES, -1, [2, 1]),
+        Shaped(constraints.cat(HALVES, -1, [2, 1]), (3, 1)),
         constraints.stack(
             [constraints.positive, constraints.positive, constraints.unit_interval], dim=-1
         ),
@@ -121,7 +124,16 @@ WITHIN = [[1.0, 2.0, 0.5], [0.0, 1.0, 0.5], [1.0, -1.0, 0.5], [1.0, 1.0, 1.0], [
             (3, 1),
         ),
     ],
-    ids=["cat", "independent", "vector", "row", "stack", "column"],
+    ids=[
+        "cat",
+        "independent",
+        "vector",
+        "row",
+        "of a vector",
+        "same in a column",
+        "stack",
+        "column",
+    ],
 )
 def test_bounds_of_supports_in_parts_are_those_of_each(support):
     space = support_of(support)

@@ -390,10 +390,24 @@ def test_values_by_name_replace_those_of_sites(known):
         np.testing.assert_allclose(found["slope"], expected["slope"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["Uniform", "Exponential", "HalfNormal", "LogNormal"])
+BOUNDED = {
+    "uniform": lambda: dist.Uniform(torch.zeros(2), 1.0).to_event(1),
+    "exponential": lambda: dist.Exponential(torch.ones(2)).to_event(1),
+    "half-normal": lambda: dist.HalfNormal(torch.ones(2)).to_event(1),
+    "log-normal": lambda: dist.LogNormal(torch.zeros(2), 1.0).to_event(1),
+    "correlated log-normal": lambda: dist.TransformedDistribution(
+        dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, 0.5], [0.5, 1.0]])),
+        [dist.transforms.ExpTransform()],
+    ),
+    "mixture": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.LogNormal(torch.eye(2), 1.0).to_event(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
 def test_beyond_a_bounded_base_there_is_no_density(name):
-    numbers = [torch.ones(2)] if name in ("Exponential", "HalfNormal") else [torch.zeros(2), 1.0]
-    base = getattr(dist, name)(*numbers).to_event(1)
+    base = BOUNDED[name]()
     flow = pi.InterpolantDistribution(random_flow(2).to(torch.zeros(2)), base).freeze()
     twin = from_torch(flow)
     x = torch.tensor([[0.5, 0.3], [30.0, 30.0], [-30.0, -30.0]])
@@ -403,11 +417,20 @@ def test_beyond_a_bounded_base_there_is_no_density(name):
     assert bool(jnp.isfinite(jax.grad(lambda v: twin.log_prob(v))(jnp.asarray([0.5, 0.3]))).all())
 
 
-@pytest.mark.parametrize("name", ["von Mises", "a flow on the torus"])
+ANGLES = {
+    "von Mises": lambda: dist.VonMises(torch.ones(1), 2.0, validate_args=False).to_event(1),
+    "mixture": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)),
+        dist.VonMises(torch.tensor([[1.0], [-1.0]]), 2.0).to_event(1),
+    ),
+    "flow": lambda: angles(1).freeze(),
+    "flows": lambda: angles(1).freeze().expand((3,)),
+}
+
+
+@pytest.mark.parametrize("name", ANGLES)
 def test_angles_lead_back_by_any_number_of_turns(name):
-    base = angles(1).freeze()
-    if name == "von Mises":
-        base = dist.VonMises(torch.ones(1), 2.0, validate_args=False).to_event(1)
+    base = ANGLES[name]()
     flow = angular_flow(1)
     with torch.no_grad():
         flow.flow.velocity.shifts.bias[-1] = 3.0

@@ -184,6 +184,9 @@ MORE = {
         [constraints.greater_than(2.0), constraints.independent(constraints.real, 0)], dim=-1
     ),
     "cat": constraints.cat([constraints.positive, constraints.unit_interval], dim=-1),
+    "cat of a vector": constraints.cat(
+        [constraints.ordered_vector, constraints.positive], dim=-1, lengths=[2, 1]
+    ),
     "corr_cholesky_constraint": constraints.corr_cholesky,
 }
 
@@ -191,7 +194,7 @@ MORE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
 def test_more_supports(name, twin):
-    flow = plain(3 if "corr" in name else 2, support=MORE[name]).freeze()
+    flow = plain(3 if "corr" in name or "vector" in name else 2, support=MORE[name]).freeze()
     assert_twins(flow, twin(flow))
 
 
@@ -211,6 +214,15 @@ def test_beyond_the_knots_and_at_the_centre(twin):
         other = twin(flow)
         y = torch.tensor([[0.0, 0.0], [300.0, -2.0], [-0.01, 90.0]])
         assert_equal(other.log_prob(jnp.asarray(y.numpy())), flow.log_prob(y))
+
+
+def test_gradients_at_the_knots_which_are_rows(twin):
+    flow = supported("gaussianized").freeze()
+    other = twin(flow)
+    for row in flow.constraint.gaussianizer.knots[0].mT[[0, 3, -1]]:
+        y = row.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(flow.log_prob(y), y)
+        assert_equal(jax.grad(other.log_prob)(jnp.asarray(row.numpy())), expected)
 
 
 @pytest.mark.slow
