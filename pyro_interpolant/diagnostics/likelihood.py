@@ -159,8 +159,7 @@ def _checked_levels(distribution: AnyDistribution, images: ArrayLike, levels: in
             f"expected levels={spread}, as training spread them, (v + u) / {spread}, also where "
             f"images have fewer, got levels={levels}"
         )
-    shape = distribution.space.event_shape(distribution.transform.flow.event_dim)
-    v = images_of(images, shape)
+    v = images_of(images, distribution.row_shape)
     low, high = (float(bound) for bound in v.aminmax())
     if not (0 <= low <= high < levels) or (v.is_floating_point() and bool((v != v.floor()).any())):
         raise ValueError(
@@ -311,7 +310,7 @@ class _Bits:
         else:
             log_det = self.flow.log_det(states, path)
         log_prob = view.white_base().log_prob(states[0]) - log_det
-        log_prob = log_prob - view.space.onto(self.flow, rows)[1]
+        log_prob = log_prob - view.from_flow(rows)[1]
         return math.log2(self.levels) - log_prob.double() / (math.log(2) * self.flow.event_dim)
 
     def _divergences(

@@ -232,8 +232,7 @@ class _Rows:
             density.given(torch.as_tensor(context))  # raises: it takes none
         flow = density.transform.flow
         self.distribution = density
-        shape = density.space.event_shape(flow.event_dim)
-        self.x = checked_rows(_packed(density, x), "x", shape).to(flow.loc)
+        self.x = checked_rows(_packed(density, x), "x", density.row_shape).to(flow.loc)
         self.directions = _directions(density)
         self.u = self.unconstrained(self.x)
         count = len(self.x)

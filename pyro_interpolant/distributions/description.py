@@ -42,7 +42,6 @@ from .constraint_description import build_constraint, describe_constraint
 from .differences import difference
 from .interpolant import (
     AnyDistribution,
-    AnyTransform,
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
@@ -55,6 +54,7 @@ from .own_description import (
     network_arguments,
     passed,
 )
+from .parts import AnyTransform
 from .report import Report
 
 Header = dict[str, Any]

@@ -7,10 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._files import checksum
+from ..transforms.flow import Flow
 from .base_description import describe_base
+from .bases import Samples
 from .constraints import as_tensor
+from .own_description import describe_path
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> list[Any]:
+    """Return what tells the training of a flow from that of another, as JSON holds it.
+
+    Args:
+        flow: The flow.
+        base: What it starts from; samples, which an earlier call has set, do not count.
+        coupling: Who is paired with whom.
+        *given: What else the training was given.
+    """
+    base = None if isinstance(base, Samples) else base
+    names = [stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
+    shapes = [list(p.shape) for p in flow.velocity.parameters()]
+    tensors = tensors_of([flow.interpolant, base, *given])
+    values = None
+    if has_function(flow.interpolant):  # two functions may have one name
+        values = describe_path(flow)["values"] or []
+    found = [names, shapes, checksum(tensors)]
+    return found if values is None else [*found, [f"{value:.3g}" for value in values]]
 
 
 def stable_name(value: object) -> str:

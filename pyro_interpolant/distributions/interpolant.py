@@ -7,13 +7,11 @@ transform, bijection of the support. Given a context c, a conditional flow has t
 """
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
-from numpy.typing import ArrayLike
 from pyro.distributions.conditional import ConditionalTransformedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
@@ -28,130 +26,17 @@ from .._torch import (
     with_gradients,
 )
 from ..transforms.bijections import Whiten
-from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .bases import Samples, WhitenedBase, base_log_prob, base_of, check_expansion, copy_like
-from .constraints import Constraint, check_value, checked_rows, shaped
-from .report import Report
+from .bases import base_log_prob, base_of, check_expansion
+from .constraints import Constraint, check_value, shaped
+from .parts import FlowDistribution
 from .summaries import Summaries, pushed
-from .supports import Support, support_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-AnyTransform = InterpolantTransform | ConditionalInterpolantTransform
-
-
-class _FlowDistribution:
-    """The parts of a distribution, conditional or not: a base, a flow and a support.
-
-    Attributes:
-        transform: The flow.
-        base: The base in data coordinates, or None for N(0, I) in whitened ones.
-        constraint: The support as a constraint.
-        space: The support.
-        report: What training measured, or None before.
-        columns: The names of the columns of a data frame that it was trained on, or nothing.
-        context_columns: The same of contexts, where it takes them.
-    """
-
-    transform: AnyTransform
-    base: TorchDistributionMixin | None
-    constraint: Constraint
-    space: Support
-    report: Report | None = None
-    columns: tuple[str, ...] = ()
-    context_columns: tuple[str, ...] = ()
-    clear_cache: Callable[[], None]
-    _transform_kind: type[AnyTransform]
-
-    def _set_parts(
-        self, transform: AnyTransform, base: TorchDistributionMixin | None, constraint: Constraint
-    ) -> None:
-        if not isinstance(transform, self._transform_kind):
-            raise TypeError(
-                f"expected transform to be of class {self._transform_kind.__name__}, got "
-                f"{type(transform).__name__}: use ConditionalInterpolantDistribution for "
-                "conditional transforms, InterpolantDistribution for all others"
-            )
-        self.transform = transform
-        self.constraint, self.space = constraint, support_of(constraint)
-        self.base = self.space.default_base(transform.flow) if base is None else base
-
-    def _flow_base(self) -> TorchDistributionMixin:
-        """Return the distribution of the flow's input, of event shape ``(D,)``."""
-        return base_of(self.base, self.transform.flow.loc)
-
-    @abstractmethod
-    def _set_chain(self) -> None:
-        """Set the attributes by which Pyro knows the parts: ``base_dist`` and ``transforms``."""
-
-    def set_base(self, base: TorchDistributionMixin | None) -> None:
-        """Replace the base by another of event shape ``(D,)`` in data coordinates."""
-        self.base = base
-        self._set_chain()
-
-    def set_base_samples(self, samples: ArrayLike) -> None:
-        """Start from samples, shape ``(M, D)`` in data coordinates, from now on.
-
-        Raises:
-            ValueError: If they are of another shape, or there is a base with a density.
-        """
-        if not isinstance(self.base, Samples | None):
-            raise ValueError(
-                "expected base_samples or a base, got both: this distribution starts from a "
-                f"{type(self.base).__name__}, which training draws from"
-            )
-        flow = self.transform.flow
-        samples = checked_rows(samples, "base_samples", (flow.event_dim,))
-        self.set_base(Samples(samples.to(flow.loc)))
-
-    def white_base(self) -> WhitenedBase:
-        """Return the base in whitened coordinates, those of the velocity."""
-        return WhitenedBase(self.base, self.transform.flow.whitening)
-
-    def unconstrained(self, value: Tensor) -> Tensor:
-        """Return values, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
-
-        Raises:
-            ValueError: If a value is outside the support.
-        """
-        return support_of(without_gaussianizer(self.constraint)).unconstrained(value)
-
-    def to_flow(self, value: Tensor) -> Tensor:
-        """Return values as real vectors in the flow's coordinates, behind a map if there is one.
-
-        Raises:
-            ValueError: If a value is outside the support.
-        """
-        return self.space.unconstrained(value)
-
-    def freeze(self) -> "Self":
-        """Fix all weights, so that no inference trains them, and return self."""
-        self.transform.eval()
-        self.transform.flow.requires_grad_(requires_grad=False).eval()  # of a view, no part of it
-        if isinstance(self.base, InterpolantDistribution):
-            self.base.freeze()
-        self.clear_cache()
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> "Self":
-        """Convert weights, buffers and base to a type or device, in place; return self.
-
-        Raises:
-            ValueError: If a copy would cut the base off from a tensor that requires a gradient.
-        """
-        like = self.transform.flow.loc.new_empty(1, 1, 1, 1).to(*args, **kwargs)
-        base = copy_like(self.base, like)  # first, for it may refuse
-        self.transform.to(*args, **kwargs)
-        if base is not None:
-            self.set_base(base)
-        self.clear_cache()
-        return self
-
-
-class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDistribution):
+class InterpolantDistribution(Summaries, FlowDistribution, dist.TransformedDistribution):
     r"""A distribution learned by a stochastic interpolant.
 
     .. math:: \log\rho_1(x) = \log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\, dt, \qquad
@@ -422,7 +307,7 @@ class InterpolantDistribution(Summaries, _FlowDistribution, dist.TransformedDist
         )
 
 
-class ConditionalInterpolantDistribution(_FlowDistribution, ConditionalTransformedDistribution):
+class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransformedDistribution):
     r"""A learned conditional distribution :math:`\rho_1(x | c)`, by a velocity :math:`v_t(x | c)`.
 
     ``condition(context)`` gives an ordinary one.

@@ -166,7 +166,7 @@ def _pushed(flow: InterpolantDistribution, rows: Measurements, z: Tensor) -> tup
     They are in the flow's coordinates.
     """
     u = flow.transform(z)
-    x = flow.space.onto(flow.transform.flow, u)[0]
+    x = flow.from_flow(u)[0]
     return u, rows.log_likelihood(x)
 
 
@@ -192,7 +192,7 @@ def local_proposal(
     root = identity.expand(len(z), dim, dim)
     for _ in range(steps):
         u = flow.transform(z[:, None] + offsets)
-        x = flow.space.onto(flow.transform.flow, u)[0]
+        x = flow.from_flow(u)[0]
         slopes = (x[:, 1:] - x[:, :1]).reshape(len(z), dim, -1).mT.double() / _DIFFERENCE
         gradient, hessian = (part.double() for part in likelihood_derivatives(rows, x[:, 0]))
         precision = identity + _positive_part(-slopes.mT @ hessian @ slopes)
@@ -356,7 +356,7 @@ def _of_objects(flow: InterpolantDistribution, draws: Draws) -> tuple[Tensor, ..
     ]
     k_hat = torch.tensor([k for _, k in smoothed], dtype=torch.float64)
     weights = torch.stack([w for w, _ in smoothed])
-    x = flow.space.onto(flow.transform.flow, u)[0]
+    x = flow.from_flow(u)[0]
     return x, weights, k_hat, *draws.log_evidence()
 
 

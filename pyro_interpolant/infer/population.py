@@ -231,7 +231,7 @@ def from_posterior_samples(
     flow = distribution.transform.flow
     u = distribution.to_flow(x).to(flow.loc)
     with torch.no_grad():
-        log_prior = log_prior.to(u) + distribution.space.onto(flow, u)[1]
+        log_prior = log_prior.to(u) + distribution.from_flow(u)[1]
     if context is not None:
         context = contexts_of_rows(context, flow, names, len(x))
     with seeded(seed):

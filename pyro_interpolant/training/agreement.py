@@ -23,7 +23,6 @@ from ..distributions.interpolant import AnyDistribution
 from ..distributions.joint import column_names
 from ..distributions.supports import CircularSupport
 from ..interpolants.nonlinear import wrap
-from ..transforms.gaussianize import Gaussianized
 from .rows import Rows
 
 _MOST_ROWS = 1000  # that are compared
@@ -210,7 +209,5 @@ def _compared(distribution: AnyDistribution, rows: Rows, deadline: float) -> tup
 
 def _unconstrained(distribution: AnyDistribution, u: Tensor) -> Tensor:
     """Return values of the flow's coordinates, ``(*, D)``, in front of any Gaussianizing map."""
-    constraint = distribution.constraint
-    if isinstance(constraint, Gaussianized):
-        return constraint.gaussianizer(u)
-    return wrap(u) if isinstance(distribution.space, CircularSupport) else u
+    x, _ = distribution.ungaussianized(u)
+    return wrap(x) if isinstance(distribution.space, CircularSupport) else x

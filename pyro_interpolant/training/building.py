@@ -24,7 +24,6 @@ from ..distributions.constraints import (
 )
 from ..distributions.interpolant import (
     AnyDistribution,
-    AnyTransform,
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
@@ -34,6 +33,7 @@ from ..distributions.joint import (
     pack,
     sites_of,
 )
+from ..distributions.parts import AnyTransform
 from ..distributions.supports import CircularSupport, Support, support_of
 from ..interpolants.couplings import optimal_transport
 from ..interpolants.linear import Interpolant, Linear

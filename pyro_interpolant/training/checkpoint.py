@@ -14,9 +14,6 @@ from torch import Tensor
 from .._files import StrPath, checksum, contents_of, refuse_no_place, write
 from .._torch import rng_state, set_rng_state, warn_user
 from ..distributions.base_description import Json
-from ..distributions.bases import Samples
-from ..distributions.identity import has_function, stable_name, tensors_of
-from ..distributions.own_description import describe_path
 from ..transforms.flow import Flow
 
 _KEY = "pyro_interpolant_snapshot"
@@ -109,24 +106,23 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: StrPath | None, every: int | None, settings: list[Any], flow: Flow, *parts: object
+    path: StrPath | None, every: int | None, identity: list[Any], device: torch.device
 ) -> Checkpoint | None:
     """Return the checkpoint of a run, generators being where the run began; None for no path.
 
     Args:
         path: The file.
         every: After how many steps it is written.
-        settings: What else tells this run from another, as JSON holds it.
-        flow: What is trained.
-        *parts: On what: base, coupling, and what was given beside.
+        identity: What tells this run from another, as JSON holds it.
+        device: On which the run draws beside the CPU.
 
     Raises:
         ValueError: If the file is of another run or of another kind, or all files are damaged.
     """
     if path is None:
         return None
-    checkpoint = Checkpoint(path, every, flow.loc.device)
-    checkpoint.identity = [*settings, _identity(flow, *parts)]
+    checkpoint = Checkpoint(path, every, device)
+    checkpoint.identity = identity
     if checkpoint.tensors is not None:
         if checkpoint.numbers["identity"] != checkpoint.identity:
             raise ValueError(
@@ -135,7 +131,7 @@ def open_checkpoint(
                 "pass another file"
             )
         checkpoint.initial = checkpoint.tensors["initial"]
-        set_rng_state(checkpoint.initial, flow.loc.device)
+        set_rng_state(checkpoint.initial, device)
     return checkpoint
 
 
@@ -150,18 +146,6 @@ def restore_buffers(flow: Flow, state: Checkpoint | None) -> None:
     for name, value in buffers_of(flow).items():
         if name in kept:  # states of version 0.1.0 have none, and are those of tables
             value.copy_(kept[name])
-
-
-def _identity(flow: Flow, base: object, coupling: object, *given: object) -> list[Any]:
-    """Return what tells a run of this flow from one of another."""
-    base = None if isinstance(base, Samples) else base  # set by an earlier call
-    names = [stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
-    shapes = [list(p.shape) for p in flow.velocity.parameters()]
-    found = [names, shapes, checksum(tensors_of([flow.interpolant, base, *given]))]
-    if not has_function(flow.interpolant):
-        return found
-    values = describe_path(flow)["values"] or []  # two functions may have one name
-    return [*found, [f"{value:.3g}" for value in values]]
 
 
 def check_place(path: StrPath | None, every: int | None) -> None:

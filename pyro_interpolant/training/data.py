@@ -287,7 +287,7 @@ def rows_of(
         ValueError: If something is of a wrong shape, not finite or outside the support.
     """
     flow = distribution.transform.flow
-    shape = distribution.space.event_shape(flow.event_dim)
+    shape = distribution.row_shape
     if isinstance(data, Mapping):
         if not isinstance(distribution, NamedSites):
             raise TypeError(

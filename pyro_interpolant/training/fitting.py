@@ -14,6 +14,7 @@ from torch import nn
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..distributions.bases import Samples
+from ..distributions.identity import identity_of
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
@@ -36,7 +37,7 @@ from .optimization import NonFiniteError
 from .reporting import HeldOutDensity, stage, tell
 from .rows import Rows
 from .streaming import Stream, is_stream
-from .whitening import inliers, set_whitening, wild_rows
+from .whitening import set_whitening, wild_rows
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -210,7 +211,8 @@ def fit(
         numbers = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema]
         settings = [source.checksum, [*numbers, learn, seed, share, whiten, *["flip"] * flip]]
         parts = distribution.base, coupling, base_samples, validation
-        state = open_checkpoint(checkpoint, checkpoint_every, settings, flow, *parts)
+        own = [] if checkpoint is None else [*settings, identity_of(flow, *parts)]
+        state = open_checkpoint(checkpoint, checkpoint_every, own, flow.loc.device)
         if state is not None and not (source.exact and process.takes_all_rows()):
             warn_inexact()
         split = source.split(
@@ -226,11 +228,10 @@ def fit(
                 flow.noise = noise_network(flow)
             seen, unseen = distribution.white_base().split(share)
             objective = Objective(flow, seen, coupling, process, target=learn)
-            density = None if learn == "noise" else HeldOutDensity(distribution, split)
-            known = None if flow.classes else split.held.context
-            held = split.held.take(inliers(objective.whitened(split.held).w, known))
+            held = objective.typical(split.held)
             fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
-        with trainable(objective.network), _naming_rows(source, flow):
+            density = None if learn == "noise" else HeldOutDensity(distribution, split)
+        with trainable(objective.network), _naming_rows(source, objective):
             batches = source.batches(split, objective)
             run = Run(objective, batches, fixed, schedule, clock, callback, state, accumulate)
             run.to_the_end(density, progress=progress)
@@ -261,13 +262,12 @@ def _told(distribution: AnyDistribution, names: Names) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _naming_rows(source: Table | Stream, flow: Flow) -> Iterator[None]:
+def _naming_rows(source: Table | Stream, objective: Objective) -> Iterator[None]:
     """Add to the error of a run without finite gradients which rows of a table lie far out."""
     try:
         yield
     except NonFiniteError as error:
-        rows = source.rows.w if isinstance(source, Table) else None
-        where = "" if rows is None else wild_rows(flow.whitening.double_to_white(rows))
+        where = wild_rows(objective.whitened(source.rows).w) if isinstance(source, Table) else ""
         raise NonFiniteError(f"{error}{where}") from error
 
 

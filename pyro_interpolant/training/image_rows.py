@@ -36,7 +36,7 @@ _HELD_NUMBERS, _MIN_HELD = 2**22, 256  # in images held out of a table, and imag
 
 def has_images(distribution: AnyDistribution) -> bool:
     """Return whether events have three dimensions, which are those of an image."""
-    return len(distribution.space.event_shape(distribution.transform.flow.event_dim)) == 3
+    return len(distribution.row_shape) == 3
 
 
 def are_images(rows: object) -> bool:
@@ -66,8 +66,7 @@ def checked_levels(distribution: AnyDistribution, x: ArrayLike) -> Tensor:
         ValueError: If they are of another shape, there are none, or the support is not that of
             real numbers, which levels at its edge would leave.
     """
-    shape = distribution.space.event_shape(distribution.transform.flow.event_dim)
-    constraint, levels = distribution.constraint, images_of(x, shape)
+    constraint, levels = distribution.constraint, images_of(x, distribution.row_shape)
     inner = constraint.base_constraint if isinstance(constraint, Shaped) else constraint
     if not support_of(inner).is_real():
         raise ValueError(
@@ -89,9 +88,8 @@ def flips(distribution: AnyDistribution, *, flip: bool) -> Callable[[Rows], Rows
     """
     if not flip:
         return lambda rows: rows
-    size = distribution.transform.flow.event_dim
-    shape = distribution.space.event_shape(size)
-    if len(shape) != 3 or math.prod(shape) != size:
+    shape = distribution.row_shape
+    if len(shape) != 3 or math.prod(shape) != distribution.transform.flow.event_dim:
         raise ValueError(
             f"expected images to flip, events of shape (C, H, W), got events of {tuple(shape)}"
         )

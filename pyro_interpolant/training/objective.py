@@ -30,6 +30,7 @@ from ..transforms.flow import Flow
 from .distributed import Process
 from .image_rows import HELD_BATCHES, are_levels, dequantized
 from .rows import Rows
+from .whitening import inliers
 
 Target = Literal["velocity", "noise"]
 Metric = Callable[[Tensor], Tensor]
@@ -174,8 +175,7 @@ def interpolant_loss(
 
 def _floating(distribution: AnyDistribution, x1: Tensor) -> Tensor:
     """Return data as they are, and whole levels of images spread over their cells."""
-    event = distribution.space.event_shape(distribution.transform.flow.event_dim)
-    if are_levels(x1, len(event)):
+    if are_levels(x1, len(distribution.row_shape)):
         return dequantized(Rows(x1, None), distribution.transform.flow.loc).w
     if not x1.is_floating_point():
         raise TypeError(
@@ -241,6 +241,11 @@ class Objective(nn.Module):
         rows = dequantized(rows, self.flow.loc)
         partner = None if rows.partner is None else self.base.to_white(rows.partner)
         return rows._replace(w=self.flow.whitening.double_to_white(rows.w), partner=partner)
+
+    def typical(self, rows: Rows) -> Rows:
+        """Return rows, given in the flow's coordinates, with others in the stead of outliers."""
+        known = None if self.flow.classes else rows.context  # labels are no numbers
+        return rows.take(inliers(self.whitened(rows).w, known))
 
     def points(self, draws: Sequence[Callable[[], Rows]]) -> list[tuple[Points, ...]]:
         """Return the points of several batches of equal size, whose paths are evaluated at once.

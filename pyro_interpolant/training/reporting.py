@@ -22,7 +22,6 @@ from ..distributions.bases import Samples
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import GAUSSIAN, Report, beside, decimals
 from ..distributions.supports import CircularSupport
-from ..transforms.gaussianize import Gaussianized
 from .data import Split
 from .image_rows import has_images
 from .rows import Rows
@@ -46,7 +45,7 @@ def log_density(distribution: AnyDistribution, rows: Rows) -> Tensor:
     w = rows.w.to(distribution.transform.flow.loc)
     with torch.no_grad(), evaluated(distribution.transform):
         found = distribution.without_support().given(rows.context).log_prob(w)
-    return found.double() - distribution.space.onto(distribution.transform.flow, w)[1].double()
+    return found.double() - distribution.from_flow(w)[1].double()
 
 
 def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
@@ -59,8 +58,9 @@ def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
     if isinstance(distribution.space, CircularSupport):
         constant = -distribution.transform.flow.event_dim * math.log(2 * math.pi)
         return lambda rows: rows.w.new_full((len(rows.w),), constant, dtype=torch.float64)
-    few = _evenly(kept, _FITTED_ROWS)
-    x, features = _unconstrained(distribution, few.w)[0], _features(distribution, few)
+    few, flow = _evenly(kept, _FITTED_ROWS), distribution.transform.flow
+    x = distribution.ungaussianized(few.w.to(flow.loc))[0].double()
+    features = _features(few, flow.classes)
     share = _shares(few)
     if len(x) <= x.shape[1] + features.shape[1]:
         return None
@@ -78,34 +78,25 @@ def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
     )
 
     def log_prob(rows: Rows) -> Tensor:
-        x, log_det = _unconstrained(distribution, rows.w)
-        z = x / scale - _features(distribution, rows) @ slopes
-        flow = distribution.transform.flow
-        volume = distribution.space.onto(flow, rows.w.to(flow.loc))[1].double()
+        w = rows.w.to(flow.loc)
+        x, log_det = (part.double() for part in distribution.ungaussianized(w))
+        z = x / scale - _features(rows, flow.classes) @ slopes
+        volume = distribution.from_flow(w)[1].double()
         return normal.log_prob(z) - scale.log().sum() + log_det - volume
 
     return log_prob
 
 
-def _unconstrained(distribution: AnyDistribution, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows in front of a Gaussianizing map, ``(N, D)``, and its log-determinant, ``(N,)``.
+def _features(rows: Rows, classes: int) -> Tensor:
+    """Return what the Gaussian's mean is linear in, float64, shape ``(N, K)``.
 
-    Both in float64.
+    Args:
+        rows: The rows.
+        classes: The number of classes, where contexts are labels; else 0.
     """
-    constraint = distribution.constraint
-    w = w.to(distribution.transform.flow.loc)
-    if not isinstance(constraint, Gaussianized):
-        return w.double(), w.new_zeros(len(w), dtype=torch.float64)
-    x = constraint.gaussianizer(w)
-    return x.double(), constraint.gaussianizer.log_abs_det_jacobian(w, x).double()
-
-
-def _features(distribution: AnyDistribution, rows: Rows) -> Tensor:
-    """Return what the Gaussian's mean is linear in, float64, shape ``(N, K)``."""
     one = rows.w.new_ones(len(rows.w), 1, dtype=torch.float64)
     if rows.context is None:
         return one
-    classes = distribution.transform.flow.classes
     if classes:
         return torch.nn.functional.one_hot(rows.context[:, 0].long(), classes).to(one)
     return torch.cat((one, rows.context.double()), 1)

@@ -37,8 +37,9 @@ from pyro_interpolant import (
     save,
 )
 from pyro_interpolant._files import write
+from pyro_interpolant.distributions.identity import identity_of
 from pyro_interpolant.training import fitting
-from pyro_interpolant.training.checkpoint import Checkpoint, _identity
+from pyro_interpolant.training.checkpoint import Checkpoint
 from pyro_interpolant.training.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
@@ -396,7 +397,7 @@ def test_a_run_from_another_base_is_another_run(name, tmp_path):
     """Also where the numbers of a base are not those that torch would check."""
     flow = made().transform.flow
     one, again, other = (
-        _identity(flow, BASES[name](loc), None, rows()) for loc in (0.0, 0.0, 0.25)
+        identity_of(flow, BASES[name](loc), None, rows()) for loc in (0.0, 0.0, 0.25)
     )
     assert one == again
     assert one != other
@@ -705,7 +706,7 @@ def test_a_run_on_another_path_is_another_run(tmp_path, named):
 
 def test_what_a_coupling_is_given_and_what_another_library_holds_tell_runs_apart():
     def tell(base, coupling):
-        return _identity(interpolant_transform(2, (8,)).flow, base, coupling)
+        return identity_of(interpolant_transform(2, (8,)).flow, base, coupling)
 
     near, far = (functools.partial(optimal_transport, scale=s) for s in (1.0, 2.0))
     assert tell(None, near) == tell(None, near) != tell(None, far)
