@@ -186,7 +186,7 @@ def calibrate_until(
     """
     present = distribution.transform.solver
     template = present if isinstance(present, FixedGrid) else FixedGrid()
-    with torch.no_grad(), evaluated(distribution.transform):
+    with torch.no_grad(), evaluated(distribution.transform.flow):
         trials = _Trials(distribution.given(context), x, template, tolerance)
         few = trials.affordable(deadline - time.monotonic())
         if few < len(x):
@@ -324,7 +324,7 @@ def calibrate_sampler_until(
     """
     present = distribution.transform.solver
     template = present if isinstance(present, FixedGrid) else FixedGrid()
-    with torch.no_grad(), evaluated(distribution.transform), seeded(0):
+    with torch.no_grad(), evaluated(distribution.transform.flow), seeded(0):
         solves = _Samples(distribution.given(context), template)
         steps, error, finest = solves.doubled(tolerance, deadline)
         low = steps // 2 if steps > _FIRST_SAMPLE_STEPS else steps
@@ -394,6 +394,6 @@ def _bare(view: InterpolantDistribution, x: Tensor) -> tuple[InterpolantDistribu
 def _reference(flow: InterpolantDistribution, rows: Tensor) -> Tensor:
     """Return log_prob, shape ``(N,)``, at rows, shape ``(N, D)``, by a tight solve in float64."""
     exact = copy.deepcopy(flow).to(torch.float64)
-    exact.transform.eval()  # an adaptive solve of a path with noise in it would not end
+    exact.transform.flow.eval()  # an adaptive solve of a path with noise in it would not end
     exact.transform.solver = _REFERENCE
     return exact.log_prob(rows.double())

@@ -137,7 +137,7 @@ def bits_per_dim(
     kept = _Kept(checkpoint, numbers, distribution, values, given)
     generator = torch.Generator(flow.loc.device).manual_seed(seed)
     bits = _Bits(distribution, levels, probes, generator)
-    with with_gradients(), torch.no_grad(), evaluated(distribution.transform):
+    with with_gradients(), torch.no_grad(), evaluated(distribution.transform.flow):
         few = slice(_TRIED_IMAGES)
         solver, change = bits.solver(values[few], None if given is None else given[few], tolerance)
         found = kept.restored(generator)

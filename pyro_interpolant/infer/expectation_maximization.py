@@ -236,7 +236,7 @@ class ExpectationMaximization:
 
     def _latents(self) -> Rows:
         """Return latents of the next objects, drawn by the network as it is used."""
-        with evaluated(self.distribution.transform):
+        with evaluated(self.distribution.transform.flow):
             return self.catalogue.latents(self.distribution, next(self.order))
 
     def keep(self, weights: list[Tensor]) -> None:
@@ -261,7 +261,7 @@ class ExpectationMaximization:
 
     def _held_out(self) -> Tensor:
         """Return log-evidences of some rows held out, by the same draws each time."""
-        with seeded(0), evaluated(self.distribution.transform):
+        with seeded(0), evaluated(self.distribution.transform.flow):
             few = self.held[: self.catalogue.look_rows]
             found, _ = self.catalogue.log_evidence(self.distribution, few, finely=False)
             return possible(found)

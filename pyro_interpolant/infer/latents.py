@@ -331,7 +331,7 @@ def object_posteriors(
     check_base(distribution)
     rows = of_population(measurements(y, noise, noise_data), distribution, context)
     found, draws = [], int(draws)
-    with seeded(seed), evaluated(distribution.transform):
+    with seeded(seed), evaluated(distribution.transform.flow):
         first = None if rows.context is None else rows.context[0]
         rows.check(distribution.given(first).sample((3,)))
         for part in chunks(len(rows), max(draws, _STARTS)):

@@ -141,11 +141,22 @@ def buffers_of(flow: Flow) -> dict[str, Tensor]:
 
 
 def restore_buffers(flow: Flow, state: Checkpoint | None) -> None:
-    """Take back what a flow kept beside its weights, which belong to it, where a run goes on."""
+    """Take back what a flow kept beside its weights, which belong to it, where a run goes on.
+
+    Raises:
+        ValueError: If that is of other shapes.
+    """
     kept = {} if state is None or state.tensors is None else state.tensors
     for name, value in buffers_of(flow).items():
-        if name in kept:  # states of version 0.1.0 have none, and are those of tables
-            value.copy_(kept[name])
+        if name not in kept:  # states of version 0.1.0 have none, and are those of tables
+            continue
+        if kept[name].shape != value.shape:
+            raise ValueError(
+                f"expected the state of a run of this flow, got one whose {name} has shape "
+                f"{tuple(kept[name].shape)} in place of {tuple(value.shape)}, as of another "
+                "whitening: pass another file"
+            )
+        value.copy_(kept[name])
 
 
 def check_place(path: StrPath | None, every: int | None) -> None:

@@ -340,13 +340,18 @@ def _with_given(rows: Rows, held: Rows) -> Rows:
     weight = rows.weight
     if weight is not None:
         weight = torch.cat((weight, weight.new_full((len(held.w),), float(weight.mean()))))
+    check_same_scale(held, rows)
+    held = Rows(held.w.to(rows.w), held.context)
+    return Rows.joined([rows._replace(weight=None), held])._replace(weight=weight)
+
+
+def check_same_scale(held: Rows, rows: Rows) -> None:
+    """Raise a ValueError where only one of rows held out and rows to train on is whole levels."""
     if held.w.is_floating_point() != rows.w.is_floating_point():
         raise ValueError(
             "expected validation of the type of the data, got "
             f"{held.w.dtype} beside {rows.w.dtype}: spread both over their levels, or neither"
         )
-    held = Rows(held.w.to(rows.w), held.context)
-    return Rows.joined([rows._replace(weight=None), held])._replace(weight=weight)
 
 
 def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[Any, ...]:

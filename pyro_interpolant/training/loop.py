@@ -174,6 +174,8 @@ class HeldOutMonitor:
         self.held_losses: list[float] = []
         self.best, self.best_step, self.since_best = math.inf, 0, 0
         self.best_values = [v.clone() for v in average.values]
+        self.buffers = list(objective.network.buffers())  # statistics that move in training
+        self.best_buffers = [b.clone() for b in self.buffers]
 
     def look(self, step: int, rate: float, seconds: float) -> None:
         """Evaluate the held-out loss, and keep the averaged weights if it is the best."""
@@ -192,6 +194,7 @@ class HeldOutMonitor:
         if held < self.best:
             self.best, self.best_step, self.since_best = held, step, 0
             self.best_values = [v.clone() for v in self.average.values]
+            self.best_buffers = [b.clone() for b in self.buffers]
         wanted: Any = False
         if self.callback is not None and process.rank == 0:
             told = TrainingState(step, self.losses[-1], held, rate, seconds)
@@ -202,8 +205,9 @@ class HeldOutMonitor:
         self.stopped = bool(process.agreed(float(wanted is True)))
 
     def keep_best(self) -> None:
-        """Leave the best averaged weights in the network."""
+        """Leave the best averaged weights in the network, and the buffers beside them."""
         assign(self.average.parameters, self.best_values)
+        assign(self.buffers, self.best_buffers)
 
     def check(self) -> None:
         """Raise an error if no look had a finite loss: then no weights were ever the best.
@@ -241,6 +245,7 @@ class HeldOutMonitor:
         recent = torch.stack(self.total) if self.total else torch.zeros(0)
         names = ("steps", "losses", "held_losses", "best", "best_step", "since_best")
         tensors = {"recent": recent, **numbered("best", self.best_values)}
+        tensors |= numbered("best_buffer", self.best_buffers)
         return tensors, {name: getattr(self, name) for name in names}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -248,6 +253,8 @@ class HeldOutMonitor:
         self.__dict__.update(numbers)
         self.total = list(tensors["recent"].to(self.best_values[0]).unbind())
         fill(self.best_values, "best", tensors)
+        if "best_buffer.0" in tensors:  # states of version 0.1.0 have none
+            fill(self.best_buffers, "best_buffer", tensors)
 
 
 class Run:
@@ -390,6 +397,7 @@ class Run:
         if self.done < min(1.0, self.next_look):
             return True
         monitor.look(self.descent.steps, self.rate(), seconds)
+        self.descent.draws = None  # a callback may have switched dropout on
         self._plan_look()
         if self.done >= 1:
             return False

@@ -107,7 +107,7 @@ class Descent:
 
     def __call__(self, points: tuple[Points, ...], learning_rate: float) -> Tensor | None:
         """Take a step, and return the loss before it, a scalar; None if it had to be skipped."""
-        if self.draws is None:  # by the first step: dropout does so in each
+        if self.draws is None:  # by the first step after a look: dropout does so in each
             before = draws()
             loss = self._step(points, learning_rate)
             self.draws = draws() > before

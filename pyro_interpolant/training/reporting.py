@@ -24,7 +24,7 @@ from ..distributions.report import GAUSSIAN, Report, beside, decimals
 from ..distributions.supports import CircularSupport
 from .data import Split
 from .image_rows import has_images
-from .rows import Rows
+from .rows import Rows, keys_of
 
 _ROWS = 1000  # held out, that the report evaluates
 _FIRST_ROWS = 100  # of them, however short the time
@@ -43,7 +43,7 @@ def log_density(distribution: AnyDistribution, rows: Rows) -> Tensor:
         rows: Rows, shape ``(N, D)``, and their contexts.
     """
     w = rows.w.to(distribution.transform.flow.loc)
-    with torch.no_grad(), evaluated(distribution.transform):
+    with torch.no_grad(), evaluated(distribution.transform.flow):
         found = distribution.without_support().given(rows.context).log_prob(w)
     return found.double() - distribution.from_flow(w)[1].double()
 
@@ -68,7 +68,9 @@ def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
     if not bool((scale > 0).all()):
         return None
     root = share.sqrt()[:, None]
-    slopes = torch.linalg.lstsq(root * features, root * (x / scale), driver="gelsd").solution
+    # On the CPU: what bears features that depend on each other, CUDA has not.
+    sides = (root * features).cpu(), (root * (x / scale)).cpu()
+    slopes = torch.linalg.lstsq(*sides, driver="gelsd").solution.to(x)
     rest = root * (x / scale - features @ slopes)
     root, failed = torch.linalg.cholesky_ex(rest.T @ rest)
     if bool(failed):
@@ -176,9 +178,13 @@ class HeldOutDensity:
 
     def _means(self, rows: Rows) -> tuple[float, float, float | None]:
         """Return the mean log-density of rows, its standard error, and the Gaussian's mean."""
-        found, share, count = log_density(self.distribution, rows), _shares(rows), len(rows.w)
+        found, share = log_density(self.distribution, rows), _shares(rows)
         mean = float(share @ found)
-        error = float((share * (found - mean)).norm()) * math.sqrt(count / max(1, count - 1))
+        # Copies of a row, which stay together, are one.
+        distinct, group = keys_of(rows).unique(return_inverse=True)
+        count = len(distinct)
+        parts = found.new_zeros(count).index_add(0, group, share * (found - mean))
+        error = float(parts.norm()) * math.sqrt(count / max(1, count - 1))
         normal = None if self.normal is None else float(share @ self.normal(rows))
         return mean, error if count > 1 else math.nan, normal
 

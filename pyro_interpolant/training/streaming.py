@@ -19,6 +19,7 @@ from .clock import Clock
 from .data import (
     HeldOut,
     Split,
+    check_same_scale,
     checked_weights,
     drop_zero_weights,
     held_out_rows,
@@ -143,7 +144,8 @@ class Stream:
             return Rows(none.to(torch.uint8) if levels else none, context, None, none[:, 0])
         rows = rows_of(self.distribution, data, context)
         weights = checked_weights(weights, len(rows.w))
-        return rows._replace(weight=weights).to(self.like.device)
+        # Copied, for an iterable may fill the same tensor anew with each batch.
+        return rows._replace(weight=weights).to(self.like.device).each(torch.clone)
 
     def split(
         self,
@@ -188,6 +190,8 @@ class Stream:
         sample, keys = survey.sample()
         held, effective = self.given, survey.effective()
         below: int | None = None
+        if held is not None:
+            check_same_scale(held, sample)
         warn_if_rounded(sample.w)
         if not survey.ended:
             known = _length(self.iterable)

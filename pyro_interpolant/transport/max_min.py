@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._torch import seeded, trainable
+from .._torch import seeded, trainable, with_gradients
 from ..distributions.constraints import RowsLike
 from ..distributions.interpolant import AnyDistribution
 from ..interpolants.couplings import independent
@@ -51,6 +51,7 @@ class TransportResult(NamedTuple):
         )
 
 
+@with_gradients()
 def learn_interpolant(
     distribution: AnyDistribution,
     data: RowsLike,

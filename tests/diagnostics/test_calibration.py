@@ -262,3 +262,19 @@ def test_calibration_keeps_what_it_does_not_choose():
     distribution = flow_of(VelocityMLP(2, (8, 8)), solver=start)
     grid = calibrate(distribution, torch.randn(20, 2))
     assert (grid.method, grid.warp, grid.checkpoint) == ("midpoint", 0.4, True)
+
+
+def test_a_tight_solve_meets_the_network_in_evaluation():
+    modes = []
+
+    class Watched(VelocityMLP):
+        def forward_and_divergence(self, t, x, context=None):
+            modes.append(self.training)
+            return super().forward_and_divergence(t, x, context)
+
+    flow = flow_of(Watched(2, (8,)))
+    flow.transform.train()
+    solver_error(flow, torch.randn(5, 2))
+    assert modes[0]  # the present solver's, as the caller has it
+    assert not modes[-1]
+    assert flow.transform.training

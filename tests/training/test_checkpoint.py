@@ -24,6 +24,7 @@ from pyro_interpolant import (
     ExternalBase,
     FixedGrid,
     InterpolantDistribution,
+    InterpolantTransform,
     JointInterpolantDistribution,
     Linear,
     VariancePreserving,
@@ -41,6 +42,7 @@ from pyro_interpolant.distributions.identity import identity_of
 from pyro_interpolant.training import fitting
 from pyro_interpolant.training.checkpoint import Checkpoint
 from pyro_interpolant.training.rows import Rows
+from pyro_interpolant.transforms import DenseWhitening, ScalarWhitening
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
@@ -712,3 +714,19 @@ def test_what_a_coupling_is_given_and_what_another_library_holds_tell_runs_apart
     assert tell(None, near) == tell(None, near) != tell(None, far)
     one, other = (ExternalBase(dist.Normal(torch.zeros(2) + m, 1.0).to_event(1)) for m in (0, 1))
     assert tell(one, near) != tell(other, near)
+
+
+def test_the_state_of_another_whitening_is_refused(tmp_path):
+    x, options = rows(), {**QUICK, "steps": 3, "checkpoint": tmp_path / "run"}
+
+    def flow(whitening):
+        return InterpolantDistribution(
+            InterpolantTransform(VelocityMLP(2, (8,)), whitening=whitening)
+        )
+
+    fit(flow(ScalarWhitening(2)), x, **options)
+    other = flow(DenseWhitening(2))
+    before = other.transform.flow.whitening.linear.clone()
+    with pytest.raises(ValueError, match=r"got one whose buffer.whitening.linear has shape \(\)"):
+        fit(other, x, **options)
+    assert torch.equal(other.transform.flow.whitening.linear, before)

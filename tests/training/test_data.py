@@ -389,6 +389,17 @@ def test_copies_of_a_row_are_held_out_together(context):
     assert torch.equal(keys_of(Rows.joined([held, kept])).sort()[0], keys_of(rows).sort()[0])
 
 
+def test_a_row_of_many_copies_is_held_out_no_sooner_than_another():
+    x = torch.cat((torch.randn(2000, 1), (torch.randn(400, 1) - 40).repeat(5, 1)))
+    held, kept = Rows(x, None).split(400, shuffle=True, copies=True)
+    # Of 400 groups of which a sixth has five rows: a standard deviation of 0.04.
+    assert float((held.w < -20).double().mean()) == pytest.approx(0.5, abs=0.13)
+    x[:500] = 0.0  # more copies than are held out
+    held, _ = Rows(x, None).split(400, shuffle=True, copies=True)
+    assert 395 <= len(held.w) <= 400
+    assert not (held.w == 0).any()
+
+
 def test_rows_without_copies_are_held_out_as_before():
     rows, one = Rows(torch.randn(50, 2), None), Rows(torch.ones(20, 2), None)
     state = torch.get_rng_state()

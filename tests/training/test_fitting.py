@@ -928,3 +928,57 @@ def test_contexts_that_the_type_rounds_away_are_warned_of():
     )
     with pytest.warns(UserWarning, match="columns .0. of context"):
         fit(flow, y, context=t, steps=3, progress=False, seed=0)
+
+
+class Counting(nn.Module):
+    """A velocity with a statistic that moves in training."""
+
+    event_dim = 2
+
+    def __init__(self):
+        super().__init__()
+        self.network = VelocityMLP(2, (8,))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, t, x, context=None):
+        if self.training:
+            self.seen += 1
+        return self.network(t, x, context)
+
+
+def test_buffers_are_kept_with_the_weights_they_are_of():
+    network, at = Counting(), {}
+    flow = InterpolantDistribution(InterpolantTransform(network))
+
+    def look(now):
+        at[now.step] = float(network.seen)
+
+    result = quick(flow, torch.randn(60, 2), steps=700, patience=1, callback=look)
+    assert result.best_step < max(at)
+    assert float(network.seen) == at[result.best_step]
+
+
+class Late(VelocityMLP):
+    """A velocity whose dropout a callback switches on."""
+
+    share = 0.0
+
+    def forward(self, t, x, context=None):
+        return super().forward(t, nn.functional.dropout(x, self.share, self.training), context)
+
+
+def test_a_network_that_begins_to_draw_late_leaves_the_global_generator():
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network, x = Late(2, (8,)), torch.randn(50, 2)
+
+        def look(_, network=network):
+            network.share = 0.1
+
+        flow, state = InterpolantDistribution(InterpolantTransform(network)), torch.get_rng_state()
+        quick(flow, x, callback=look)
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append(weights_of(flow))
+        torch.randn(7)
+    assert equal(*found)

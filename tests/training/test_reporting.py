@@ -189,6 +189,17 @@ def test_the_error_of_weighted_rows_is_that_of_their_mean():
     assert 0.5 < float(error.square().mean().sqrt() / stated.square().mean().sqrt()) < 2
 
 
+def test_copies_of_a_row_make_its_mean_no_surer():
+    d = InterpolantDistribution(interpolant_transform(1, (8,))).freeze()
+    x = torch.randn(50, 1)
+    found = [
+        HeldOutDensity(d, Split(rows, rows, 50.0, 10)).measured(Report(1, 50, 1.0, 1, 1), math.inf)
+        for rows in (Rows(x, None), Rows(x.repeat_interleave(4, 0), None))
+    ]
+    for name in ("held_out", "held_out_stderr"):
+        assert getattr(found[0], name) == pytest.approx(getattr(found[1], name))
+
+
 def test_rows_of_little_weight_count_for_little():
     weights = torch.full((2000,), 1e-6)
     weights[:100] = 1.0

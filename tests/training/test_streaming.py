@@ -8,23 +8,27 @@ from collections import Counter
 import pytest
 import torch
 from cases import slow_but
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
+    InterpolantTransform,
     conditional_interpolant_transform,
     fit,
     from_samples,
     interpolant_transform,
 )
 from pyro_interpolant.interpolants.couplings import independent
+from pyro_interpolant.nn import ImageVelocity
 from pyro_interpolant.training.checkpoint import Checkpoint, from_json, to_json
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.rows import row_keys
 from pyro_interpolant.training.streaming import Stream, is_stream
 from pyro_interpolant.training.whitening import moments
+from pyro_interpolant.transforms import ScalarWhitening
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
@@ -678,3 +682,32 @@ def test_a_network_is_told_of_a_stream_whose_map_is_kept():
     velocity = flow.transform.velocity
     assert abs(float(velocity.context_loc) - 2002.5) < 1
     assert bool(velocity.reach.isfinite().all())
+
+
+def test_an_iterable_may_fill_one_tensor_anew_with_each_batch():
+    x = rows(2000) + torch.linspace(-5, 5, 2000)[:, None]
+
+    class Reader:
+        def __iter__(self):
+            buffer = torch.empty(100, 2)
+            for part in x.split(100):
+                yield buffer.copy_(part)
+
+    found = []
+    for data in (Reader(), list(x.split(100))):
+        torch.manual_seed(0)
+        flow = InterpolantDistribution(interpolant_transform(2, (8,)))
+        fit(flow, data, **{**QUICK, "steps": 30})
+        found.append(flow)
+    assert same(*found)
+    assert torch.equal(*(flow.transform.flow.loc for flow in found))
+
+
+def test_rows_held_out_on_another_scale_than_the_levels_of_a_stream_are_refused():
+    velocity = ImageVelocity(nn.Flatten(), (1, 2, 2))
+    transform = InterpolantTransform(velocity, whitening=ScalarWhitening(4))
+    flow = InterpolantDistribution(transform, event_shape=(1, 2, 2))
+    levels = torch.randint(0, 256, (60, 1, 2, 2), dtype=torch.uint8)
+    stream = Stream(flow, list(levels.split(20)), levels[:10].double())
+    with pytest.raises(ValueError, match="expected validation of the type of the data"):
+        stream.split(Process(), None)

@@ -308,3 +308,10 @@ def test_a_learned_path_gives_way_to_a_straight_one():
     straight = reflow(flow, count=400, steps=5, **QUICK).distribution
     assert straight.transform.flow.interpolant == Linear()
     assert isinstance(flow.transform.flow.interpolant, LearnedInterpolant)
+
+
+def test_a_path_is_learned_where_gradients_are_off():
+    flow = learned_path()
+    with torch.no_grad():
+        learn_interpolant(flow, torch.randn(300, 2), alternations=2, steps=2, **QUICK)
+    assert flow.transform.flow.requires_grad_

@@ -198,7 +198,7 @@ class Run:
         self.regression(
             steps, self.rate, seconds=min(budget.regression * budget.clock.limit, left)
         )
-        with self.regression.average.applied(), evaluated(self.distribution.transform):
+        with self.regression.average.applied(), evaluated(self.distribution.transform.flow):
             self.distribution.clear_cache()
             coarse_solver(self.distribution, self.particles.x)
             jump = flow_proposal_step(self.distribution, self.particles, self.density)
