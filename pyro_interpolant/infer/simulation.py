@@ -17,13 +17,14 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import biject_to
 
 from .._torch import seeded, warn_user
 from ..distributions.supports import BijectiveSupport
 from ..training.loop import check_ranges
 from .lanes import DrawnInLanes
 from .runs import AllDrawn, Stop, Unobserved, check_names, check_rows_count, is_sampled
-from .sites import LatentSites, Nodes, unchecked
+from .sites import LatentSites, Nodes, check_fixed_support, unchecked
 from .validity import all_of
 from .workers import called_in_workers
 
@@ -96,7 +97,8 @@ class Simulator:
             of them are sample sites. The others keep their values. Else None, for all.
 
     Raises:
-        ValueError: If a name is not in the model, or the model cannot be simulated.
+        ValueError: If a name is not in the model, the model cannot be simulated, or the support
+            of a latent site depends on other sites.
     """
 
     def __init__(self, sites: LatentSites, observed: Sequence[str], num_workers: int = 0) -> None:
@@ -117,6 +119,7 @@ class Simulator:
             nodes = self._run()
             self._check_kept(nodes)
         check_rows_count(nodes)
+        self._check_supports(nodes)
         drawn = [k for k, n in nodes.items() if is_sampled(n) and not n["is_observed"]]
         sampled = [k for k in drawn if k not in self.latents]
         names = list(dict.fromkeys([*sampled, *observed]))
@@ -196,6 +199,20 @@ class Simulator:
             inside = BijectiveSupport(support).strictly_inside(value)  # of events, none of them ()
             good[name] = good[name] & inside.reshape(count, -1).all(1)
         return good
+
+    def _check_supports(self, nodes: Nodes) -> None:
+        """Raise a ValueError where the support of a latent site is another in this run.
+
+        The run draws the sites that it may depend on, which the guide has seen elsewhere.
+
+        Args:
+            nodes: The sites of a run.
+        """
+        for name, known in self.supports.items():
+            fn, value = nodes[name]["fn"], nodes[name]["value"]
+            shape = biject_to(known).inverse_shape(self.latents[name])
+            real = torch.linspace(-1.0, 1.0, shape.numel()).to(value).reshape(shape)
+            check_fixed_support(name, biject_to(fn.support)(real), biject_to(known)(real))
 
     def _check_kept(self, nodes: Nodes) -> None:
         """Raise a ValueError where an observed site that keeps its value is latent, or data.

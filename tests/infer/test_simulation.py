@@ -255,6 +255,18 @@ def test_draws_on_the_edge_of_a_support_are_left_out():
     assert len(simulator.prior(2000)["w"]) < 2000
 
 
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_a_support_that_depends_on_other_sites_is_refused(low):
+    def model(y=None):
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("rows", 2):
+            x = pyro.sample("x", dist.Uniform(low * top, top))
+        pyro.sample("y", dist.Normal(x.sum(-1), 0.1), obs=y)
+
+    with pytest.raises(ValueError, match="site 'x' to have a fixed support, got one that depends"):
+        guide_of(model)(torch.ones(()))
+
+
 def test_batches_without_a_proper_simulation_are_passed_over():
     def draws(count):
         loc = torch.randn(count)
