@@ -4,13 +4,19 @@ Validation raises an error for all of many draws at once, so it is off, and form
 the support: an exponential density grows without bound below zero, a Poisson rate may be negative.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pyro.distributions import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Independent, TransformedDistribution, constraints
+from torch.distributions import (
+    Independent,
+    MixtureSameFamily,
+    TransformedDistribution,
+    constraints,
+)
 
 _ALWAYS = (type(constraints.real), type(constraints.dependent))
 
@@ -74,6 +80,7 @@ def is_valid(fn: Any, value: Tensor | None) -> Tensor | None:
 
 def _is_valid(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | None:
     """Return the same, of a value that a transform may have moved off a fixed support."""
+    own = _in_range(fn)
     if isinstance(fn, TransformedDistribution):
         if type(fn).log_prob is not TransformedDistribution.log_prob:
             value = None  # it has a formula of its own: the base, such as Gumbel's, only draws
@@ -81,33 +88,59 @@ def _is_valid(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | None:
         for transform in reversed(fn.transforms if moved else []):
             value = transform.inv(value)
     elif getattr(fn, "base_dist", None) is None:
-        return _of_numbers(fn, value, moved=moved)
+        return _both(own, _on_support(fn, value, moved=moved))
     found = _is_valid(fn.base_dist, value, moved=moved)
     if found is None:
-        return None
+        return own
     mask, events = getattr(fn, "_mask", None), getattr(fn, "reinterpreted_batch_ndims", 0)
     if isinstance(mask, Tensor):
         found = found | ~mask
-    if not events:
-        return found
-    shape = torch.broadcast_shapes(found.shape, fn.base_dist.batch_shape)
-    return found.expand(shape).flatten(-events).all(-1)
+    return _both(own, _of_all(found, fn.base_dist, events) if events else found)
 
 
-def _of_numbers(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | None:
-    """Return the mask of a distribution that wraps no other."""
-    found, support, events = None, _leaf_support(fn), len(fn.event_shape)
-    if value is not None and support is not None:
-        if moved or constraints.is_dependent(type(fn).support):
-            inside = support.check(value)
-            found = inside.flatten(-events).all(-1) if events else inside
-    for name, constraint in _parameters(fn).items() if not events else ():
-        number = fn.__dict__.get(name)
-        if not torch.is_tensor(number) or isinstance(constraint, _ALWAYS) or constraint.event_dim:
+def _on_support(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | None:
+    """Return where a value is on the support of a distribution that wraps no other, if it moves.
+
+    Whether it does, a transform around it may tell, too.
+    """
+    support, events = _leaf_support(fn), len(fn.event_shape)
+    if value is None or support is None:
+        return None
+    if not moved and not constraints.is_dependent(type(fn).support):
+        return None
+    inside = support.check(value)
+    return inside.flatten(-events).all(-1) if events else inside
+
+
+def _in_range(fn: Any) -> Tensor | None:
+    """Return where a distribution's own parameters are, and those of what a mixture mixes."""
+    if isinstance(fn, MixtureSameFamily):
+        of_each = _is_valid(fn.component_distribution, None, moved=False)
+        return None if of_each is None else _of_all(of_each, fn.component_distribution, 1)
+    found = None
+    for name, constraint in _parameters(fn).items() if not fn.event_shape else ():
+        if isinstance(constraint, _ALWAYS) or constraint.event_dim:
             continue
-        own = constraint.check(number)
-        found = own if found is None else found & own
+        number = fn.__dict__.get(name)
+        # Some keep them in a part; a lazy one is another parameter, which is there, in new words.
+        if number is None and type(inspect.getattr_static(fn, name, None)) is property:
+            number = getattr(fn, name)
+        if torch.is_tensor(number):
+            found = _both(found, constraint.check(number))
     return found
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Return where both of two masks hold; None holds everywhere."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one & other
+
+
+def _of_all(found: Tensor, fn: Any, dims: int) -> Tensor:
+    """Return where a mask holds for all of the last batch dimensions of a distribution."""
+    shape = torch.broadcast_shapes(found.shape, fn.batch_shape)
+    return found.expand(shape).flatten(-dims).all(-1)
 
 
 def _parameters(fn: Any) -> Mapping[str, Any]:

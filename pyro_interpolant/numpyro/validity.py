@@ -4,6 +4,7 @@ NumPyro checks parameters only where ``validate_args`` is on and their values ar
 are not under ``jit``; formulas go on where a Poisson rate is negative, or a value is outside.
 """
 
+import inspect
 import math
 from typing import Any
 
@@ -80,39 +81,65 @@ def _is_valid(fn: Any, value: Any, *, moved: bool) -> Array | None:
     """Return the same, of a value that a transform may have moved off a fixed support."""
     if isinstance(fn, InterpolantDistribution):  # which knows its support
         return None
+    own = _in_range(fn)
     if isinstance(fn, dist.TransformedDistribution):
         moved = value is not None and _support(innermost(fn)) is not None
         for transform in reversed(fn.transforms if moved else []):
             value = transform.inv(value)
     elif not isinstance(fn, _WRAPPERS):
-        return _of_numbers(fn, value, moved=moved)
+        return _both(own, _on_support(fn, value, moved=moved))
     found = _is_valid(fn.base_dist, value, moved=moved)
     if found is None:
-        return None
+        return own
     mask, events = getattr(fn, "_mask", None), getattr(fn, "reinterpreted_batch_ndims", 0)
     if mask is not None:
         found = found | ~jnp.asarray(mask)
-    if not events:
-        return found
-    shape = jnp.broadcast_shapes(jnp.shape(found), fn.base_dist.batch_shape)
-    return jnp.broadcast_to(found, shape).all(tuple(range(-events, 0)))
+    return _both(own, _of_all(found, fn.base_dist, events) if events else found)
 
 
-def _of_numbers(fn: Any, value: Any, *, moved: bool) -> Array | None:
-    """Return the mask of a distribution that wraps no other."""
-    found, support, events = None, _support(fn), len(fn.event_shape)
-    if value is not None and support is not None:
-        if moved or constraints.is_dependent(type(fn).support):
-            found = support(value)
-            found = found.all(tuple(range(-events, 0))) if events else found
-    known = getattr(fn, "arg_constraints", {})  # those of other libraries have none
-    for name, constraint in known.items() if not events else ():
-        number = fn.__dict__.get(name)
-        if number is None or isinstance(constraint, _ALWAYS) or constraint.event_dim:
+def _on_support(fn: Any, value: Any, *, moved: bool) -> Array | None:
+    """Return where a value is on the support of a distribution that wraps no other, if it moves.
+
+    Whether it does, a transform around it may tell, too.
+    """
+    support, events = _support(fn), len(fn.event_shape)
+    if value is None or support is None:
+        return None
+    if not moved and not constraints.is_dependent(type(fn).support):
+        return None
+    inside = support(value)
+    return inside.all(tuple(range(-events, 0))) if events else inside
+
+
+def _in_range(fn: Any) -> Array | None:
+    """Return where a distribution's own parameters are, and those of what a mixture mixes."""
+    if isinstance(fn, dist.MixtureSameFamily):
+        of_each = _is_valid(fn.component_distribution, None, moved=False)
+        return None if of_each is None else _of_all(of_each, fn.component_distribution, 1)
+    found, known = None, getattr(fn, "arg_constraints", {})  # those of other libraries have none
+    for name, constraint in known.items() if not fn.event_shape else ():
+        if isinstance(constraint, _ALWAYS) or constraint.event_dim:
             continue
-        own = jnp.asarray(constraint(number))
-        found = own if found is None else found & own
+        number = fn.__dict__.get(name)
+        # Some keep them in a part; a lazy one is another parameter, which is there, in new words.
+        if number is None and type(inspect.getattr_static(fn, name, None)) is property:
+            number = getattr(fn, name)
+        if number is not None:
+            found = _both(found, jnp.asarray(constraint(number)))
     return found
+
+
+def _both(one: Array | None, other: Array | None) -> Array | None:
+    """Return where both of two masks hold; None holds everywhere."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one & other
+
+
+def _of_all(found: Array, fn: Any, dims: int) -> Array:
+    """Return where a mask holds for all of the last batch dimensions of a distribution."""
+    shape = jnp.broadcast_shapes(jnp.shape(found), fn.batch_shape)
+    return jnp.broadcast_to(found, shape).all(tuple(range(-dims, 0)))
 
 
 def _support(fn: Any) -> constraints.Constraint | None:

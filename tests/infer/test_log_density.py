@@ -361,6 +361,21 @@ LIKELIHOODS = {
     "gamma": (lambda x: dist.Gamma(x, 1.0), torch.tensor([0.2, 1.3])),
     "normal": (lambda x: dist.Normal(x, 1.0), torch.tensor([0.4, 0.9])),
     "log-normal": (lambda x: dist.LogNormal(x, 1.0), torch.tensor([0.4, 0.9])),
+    "beta": (lambda x: dist.Beta(4 * x, 4 * (1 - x)), torch.tensor([0.02, 0.3])),
+    "beta-binomial": (
+        lambda x: dist.BetaBinomial(x, 1.0, total_count=torch.tensor(3.0)),
+        torch.tensor([0.0, 1.0]),
+    ),
+    "chi-squared": (dist.Chi2, torch.tensor([0.2, 1.3])),
+    "gamma-poisson": (lambda x: dist.GammaPoisson(x, 1.0), torch.tensor([2.0, 3.0])),
+    "weibull": (lambda x: dist.Weibull(1.0, x), torch.tensor([0.2, 1.3])),
+    "mixture": (
+        lambda x: dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(2)),
+            dist.Gamma(torch.stack((x, torch.ones_like(x)), -1), 1.0),
+        ),
+        torch.tensor([0.2, 1.3]),
+    ),
     "inflated": (
         lambda x: dist.ZeroInflatedPoisson(x.exp(), gate=torch.tensor(0.1)),
         torch.tensor([0.0, 2.0]),

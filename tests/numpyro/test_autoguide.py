@@ -233,10 +233,31 @@ def test_jacobians_and_rows_that_are_masked_out_count_once(model):
     np.testing.assert_allclose(found, expected, rtol=1e-8)
 
 
+class Weibull(dist.TransformedDistribution):
+    """As in torch: a power of exponential numbers."""
+
+    arg_constraints = {"concentration": dist.constraints.positive}
+
+    def __init__(self, concentration):
+        self.concentration = concentration
+        base = dist.Exponential(jnp.ones_like(concentration))
+        super().__init__(base, dist.transforms.PowerTransform(1 / concentration))
+
+
 LIKELIHOODS = {
     "poisson": (dist.Poisson, 0, [False, True, True]),
     "uniform": (lambda x: dist.Uniform(x, x + 1.0), 0.9, [False, True, False]),
     "pareto": (lambda x: dist.Pareto(jnp.exp(x), 2.0), 1.5, [True, True, False]),
+    "proportion": (lambda x: dist.BetaProportion(x, 4.2), 0.02, [False, True, False]),
+    "weibull": (Weibull, 0.9, [False, True, True]),
+    "mixture": (
+        lambda x: dist.MixtureSameFamily(
+            dist.Categorical(jnp.full(2, 0.5)),
+            dist.Gamma(jnp.stack((x, jnp.ones_like(x)), -1), 1.0),
+        ),
+        0.9,
+        [False, True, True],
+    ),
     "normal": (lambda x: dist.Normal(x, 1.0), 0.9, [True, True, True]),
 }
 
