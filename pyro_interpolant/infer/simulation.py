@@ -291,25 +291,31 @@ class Simulator:
         return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
     def _agrees(self, found: Simulations) -> bool:
-        """Return whether single runs give the simulations of a plate the densities it gives."""
+        """Return whether single runs give the simulations of a plate the densities it gives.
+
+        They are compared one by one: in the rounding of a sum of many, what is wrong may hide.
+        """
         values = found.latents | found.data
         given = {name: values[name] for name in self.sampled}
         nodes, again = self._run(_PROBES, given), self._run(_PROBES, given)
-        together = self._log_probs(nodes, self.sampled, _PROBES)
+        together = torch.cat(self._each_log_prob(nodes, self.sampled, _PROBES), -1)
         # Noise that is no site's may be drawn once for all of a plate.
-        if not torch.equal(together, self._log_probs(again, self.sampled, _PROBES)):
+        repeated = torch.cat(self._each_log_prob(again, self.sampled, _PROBES), -1)
+        if not torch.equal(together, repeated):
             return False
         if not self._are_equal(nodes, again):
             return False
         for i in range(_PROBES):
             own = self._run(None, {name: values[name][i] for name in self.sampled})
-            alone = self._log_probs(own, self.sampled)
+            alone = torch.cat(self._each_log_prob(own, self.sampled))
             if not bool(alone.isfinite().all()):  # of a simulator's own noise: they tell nothing
                 return False
-            if not torch.allclose(alone, together[:, i], rtol=1e-4, atol=1e-4):
+            if not torch.allclose(alone, together[i], rtol=1e-4, atol=1e-4):
                 return False
-            for name in self.shapes:  # deterministic ones, too
-                if not torch.allclose(own[name]["value"], values[name][i], rtol=1e-4, atol=1e-5):
+            for name in self.shapes:  # deterministic ones, too, in whatever unit
+                size = float(values[name].abs().nan_to_num(0.0, 0.0).max())
+                value = own[name]["value"]
+                if not torch.allclose(value, values[name][i], rtol=1e-4, atol=1e-5 * size):
                     return False
         return True
 
@@ -387,9 +393,15 @@ class Simulator:
 
     def _log_probs(self, nodes: Nodes, names: list[str], count: int | None = None) -> Tensor:
         """Return the log density of each site, shape ``(K,)``, or ``(K, N)`` of N simulations."""
+        return torch.stack([each.sum(-1) for each in self._each_log_prob(nodes, names, count)])
+
+    def _each_log_prob(
+        self, nodes: Nodes, names: list[str], count: int | None = None
+    ) -> list[Tensor]:
+        """Return all log densities of each site, ``(M,)``, or ``(N, M)`` of N simulations."""
         lead = () if count is None else (count,)
         found = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names]
-        return torch.stack([f.reshape((*lead, -1)).sum(-1) for f in found])
+        return [f.reshape((*lead, -1)) for f in found]
 
     def _run(
         self,

@@ -191,6 +191,29 @@ def into_lanes():
     return noise
 
 
+def test_a_sum_over_all_simulations_does_not_hide_among_many_rows():
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", 20_000):
+            pyro.sample("y", dist.Normal(w.sum(), 200.0), obs=y)
+
+    torch.manual_seed(0)
+    found = simulator_of(model)(100)
+    assert abs((found.data["y"].mean(1) - found.latents["w"].sum(1)).mean()) < 0.5
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-9])
+def test_a_mean_over_all_simulations_does_not_hide_in_small_units(unit):
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 5):
+            y = pyro.sample("y", dist.Normal(unit * w, unit), obs=y)
+        pyro.deterministic("centred", y - y.mean())
+
+    simulator = Simulator(LatentSites(guide_of(model)), ("centred",))
+    assert simulator(20).data["centred"].mean(-1).abs().max() < 1e-9 * unit
+
+
 NOISES = [
     by_numpy, by_random, by_a_generator, by_a_random, in_place, returned, of_a_layer, into_lanes
 ]  # fmt: skip
