@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
-from .._torch import seeded, warn_user
+from .._torch import draws, is_functorch_tensor, seeded, warn_user
 from .lanes import DrawnInLanes
 from .runs import AllDrawn, Stop
 from .sites import (
@@ -301,8 +301,10 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, list[str], Tenso
     scored = list(_scored(_checked_trace(density, z[0])))
     with seeded(1):
         torch.rand(1)
+        before = draws()
         again = density.one_by_one(z)
-    if not torch.allclose(again.sum(0), values.sum(0), rtol=1e-6, atol=1e-6):
+        is_drawn = draws() > before and _depends_on_draws(density, z[0])
+    if is_drawn or not torch.allclose(again.sum(0), values.sum(0), rtol=1e-6, atol=1e-6):
         raise ValueError(
             "expected a log density without noise, got two values for the same latent sites: a "
             "site that poutine.block hides, or randomness of the model's own. Marginalise hidden "
@@ -315,6 +317,25 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, list[str], Tenso
     change = (density.one_by_one(z + rounding * noise * z) - values).abs().nan_to_num(0.0, 0.0)
     size = values.abs().amax(1) + z.new_tensor(counts)
     return z, names, values, _MARGIN * (rounding * size + change.amax(1))
+
+
+def _depends_on_draws(density: LogJoint, z: Tensor) -> bool:
+    """Return whether a log density at z, shape ``(D,)``, is made of numbers that its model draws.
+
+    They may be the same many times, such as those of a rare event. Under ``torch.func.vmap`` they
+    have lanes, and so has what is made of them.
+    """
+    has_lanes = []
+
+    def in_lane(lane: Tensor) -> Tensor:
+        with DrawnInLanes(lane):
+            values = density.parts(z)
+        has_lanes.append(is_functorch_tensor(values) or not bool(values.isfinite().all()))
+        return values
+
+    with contextlib.suppress(Exception):  # of a model that branches on what it draws
+        torch.func.vmap(in_lane, randomness="different")(z.new_zeros(2))
+    return has_lanes != [False]
 
 
 def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:

@@ -19,7 +19,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .._torch import seeded, warn_user
+from .._torch import draws, seeded, warn_user
 from ..distributions.supports import BijectiveSupport
 from ..training.loop import check_ranges
 from .lanes import DrawnInLanes
@@ -297,11 +297,13 @@ class Simulator:
         """
         values = found.latents | found.data
         given = {name: values[name] for name in self.sampled}
-        nodes, again = self._run(_PROBES, given), self._run(_PROBES, given)
+        with seeded(0):
+            nodes, again = self._run(_PROBES, given), self._run(_PROBES, given)
+            if draws() > 0:  # noise that is no site's may be drawn once for all of a plate
+                return False
         together = torch.cat(self._each_log_prob(nodes, self.sampled, _PROBES), -1)
-        # Noise that is no site's may be drawn once for all of a plate.
         repeated = torch.cat(self._each_log_prob(again, self.sampled, _PROBES), -1)
-        if not torch.equal(together, repeated):
+        if not torch.equal(together, repeated):  # noise that is not torch's
             return False
         if not self._are_equal(nodes, again):
             return False

@@ -537,6 +537,47 @@ def test_randomness_of_the_models_own_is_refused():
         log_joint(model)
 
 
+def by_site():
+    return pyro.sample("k", dist.Bernoulli(0.001))
+
+
+def by_rand():
+    return torch.rand(()) < 0.001
+
+
+def in_place():
+    noise = torch.zeros(())
+    noise.exponential_(1e6)
+    return (noise - 1e-5).clamp(min=0.0)
+
+
+def by_branch():
+    return torch.tensor(1.0 if bool(torch.rand(()) < 0.001) else 0.0)
+
+
+@pytest.mark.parametrize("event", [by_site, by_rand, in_place, by_branch])
+def test_a_rare_event_is_refused(event):
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x + 10.0 * event(), 1.0), obs=torch.tensor(1.0))
+
+    with pytest.raises(ValueError, match="expected a log density without noise"):
+        log_joint(poutine.block(model, hide=["k"]))
+
+
+def test_draws_that_the_density_is_not_made_of_are_allowed():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        shift = pyro.param("shift", torch.randn(2))
+        with pyro.plate("rows", 2):
+            pyro.sample("y", dist.Normal(x + shift, 1.0), obs=torch.ones(2))
+            pyro.sample("more", dist.Normal(x + shift, 1.0))
+
+    density = log_joint(poutine.block(model, hide=["more"]))
+    z = torch.randn(3, 1)
+    assert torch.equal(density(z), density(z))
+
+
 @pytest.mark.parametrize("fn", [dist.Bernoulli(0.5), dist.Poisson(3.0)])
 def test_a_discrete_site_is_refused(fn):
     def model():

@@ -237,6 +237,20 @@ def test_every_simulation_has_noise_of_its_own(noise, branches):
     assert torch.unique(off[:, 0]).numel() == 400
 
 
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_rare_event_is_drawn_for_every_simulation(hides):
+    def model(y=None):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Bernoulli(0.02)) if hides else torch.rand(()) < 0.02
+        pyro.sample("y", dist.Normal(x + 10.0 * k, 0.1), obs=y)
+
+    torch.manual_seed(0)
+    for _ in range(3):  # of probes that meet it or not
+        found = simulator_of(poutine.block(model, hide=["k"]))(2000)
+        share = (found.data["y"] - found.latents["x"] > 5).to(torch.float64).mean()
+        assert abs(share - 0.02) < 0.015
+
+
 @pytest.mark.parametrize("noise", NOISES)
 def test_deterministic_data_have_noise_of_their_own(noise):
     def model():
