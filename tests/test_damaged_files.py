@@ -270,6 +270,7 @@ def solver(name, **numbers):
         ({"dim": 10**6}, "1000000 dimensions"),
         ({"whitening": "ScalarWhitening"}, "whitening"),
         ({"divergence": ["HutchinsonDivergence", {"probes": 10**9, "seed": 0}]}, "probes"),
+        ({"refined_for": [0.0]}, "refined_for of 0 finite numbers"),
         ({"batch_shape": [-1]}, "batch_shape"),
         ({"base": {"class": "LKJ", "arguments": [], "parts": {"dim": 10**9}}}, "at most"),
         ({"base": {"class": "Planar", "arguments": [], "parts": {"input_dim": 2}}}, "weights"),

@@ -150,7 +150,7 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
     is_conditional = isinstance(distribution, ConditionalInterpolantDistribution)
     fixed = [name for name, p in flow.named_parameters() if not p.requires_grad]
     count = len(list(flow.parameters()))
-    sites = getattr(distribution, "sites", {})
+    sites, refined_for = getattr(distribution, "sites", {}), distribution.refined_for
     return {
         "class": type(distribution).__name__,
         "velocity": type(flow.velocity).__qualname__,
@@ -177,6 +177,7 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
         "validate_args": vars(distribution).get("_validate_args"),
         "columns": list(distribution.columns),
         "context_columns": list(distribution.context_columns),
+        "refined_for": None if refined_for is None else refined_for.tolist(),
         "report": None if distribution.report is None else vars(distribution.report),
         "own": describe_own(flow, is_conditional=is_conditional),
     }, tensors
@@ -247,6 +248,7 @@ def _content(distribution: object) -> object:
         "validate_args": vars(distribution).get("_validate_args"),
         "columns": distribution.columns,
         "context_columns": distribution.context_columns,
+        "refined_for": distribution.refined_for,
         "report": distribution.report,
     }
 
@@ -285,6 +287,8 @@ def _build(
         distribution.columns = _build_names(header.get("columns", []))
         distribution.context_columns = _build_names(header.get("context_columns", []))
         distribution.report = _build_report(header.get("report"), header["dim"])
+    with naming("refined_for"):
+        distribution.refined_for = _build_context(header.get("refined_for"), transform)
     with naming("batch_shape"):
         natural = getattr(distribution, "batch_shape", ())
         shape = torch.Size(header.get("batch_shape", natural))
@@ -295,6 +299,16 @@ def _build_names(names: object) -> tuple[str, ...]:
     if type(names) is not list or any(type(name) is not str for name in names):
         raise PartError(f"expected the names of columns, got {names!r}")
     return tuple(names)
+
+
+def _build_context(numbers: Any, transform: AnyTransform) -> Tensor | None:
+    if numbers is None:
+        return None
+    loc, size = transform.flow.loc, transform.flow.context_dim
+    context = torch.tensor(numbers, dtype=loc.dtype, device=loc.device)
+    if context.shape != (size,) or not bool(context.isfinite().all()):
+        raise PartError(f"expected refined_for of {size} finite numbers, got {numbers}")
+    return context
 
 
 def _build_report(fields: dict[str, Any] | None, dim: int) -> Report | None:

@@ -37,6 +37,8 @@ class FlowDistribution:
         report: What training measured, or None before.
         columns: The names of the columns of a data frame that it was trained on, or nothing.
         context_columns: The same of contexts, where it takes them.
+        refined_for: The context, shape ``(C,)``, for which alone it was trained in later rounds,
+            or None for all.
     """
 
     transform: AnyTransform
@@ -46,6 +48,7 @@ class FlowDistribution:
     report: Report | None = None
     columns: tuple[str, ...] = ()
     context_columns: tuple[str, ...] = ()
+    refined_for: Tensor | None = None
     clear_cache: Callable[[], None]
     _transform_kind: type[AnyTransform]
 

@@ -134,7 +134,6 @@ class AmortizedInterpolant(AutoInterpolant):
     transform: ConditionalInterpolantTransform  # type: ignore[assignment]
     _posterior: ConditionalJointInterpolantDistribution | None = None
     _example: dict[str, Tensor] | None = None  # of a simulation of the model that was trained with
-    refined_for: Tensor | None = None  # the data, ``(C,)``, that later rounds were trained for
 
     def __init__(
         self,
@@ -237,7 +236,8 @@ class AmortizedInterpolant(AutoInterpolant):
 
     def _conditioned(self, context: Tensor) -> JointInterpolantDistribution:
         """Return the posterior given a context, ``(*, C)``; warn of one not trained for."""
-        known = context if self.refined_for is None else self.refined_for.to(context)
+        refined_for = self.posterior.refined_for
+        known = context if refined_for is None else refined_for.to(context)
         if not torch.allclose(context, known.expand_as(context)):
             warn_user(
                 "the guide was trained in rounds for other data, and on a prior truncated to "
@@ -310,13 +310,15 @@ class AmortizedInterpolant(AutoInterpolant):
     def _check_arguments(self, nodes: Nodes, *args: object, **kwargs: object) -> None:
         """Warn where the arguments make other simulations than those the guide learned from.
 
-        Observed sites that are deterministic may hold any of the arguments: then nobody knows.
+        Observed sites that are deterministic may hold any of the arguments: sizes alone tell then.
         """
-        if self._example is None or not all(is_sampled(nodes[name]) for name in self.observed):
+        if self._example is None:
             return
         model = functools.partial(unwrapped_model(self.model), *args, **kwargs)
-        example = example_of(model, self.observed)
-        if not is_alike(example, self._example):
+        both = [example_of(model, self.observed), self._example]
+        if not all(is_sampled(nodes[name]) for name in self.observed):
+            both = [{k: torch.zeros_like(v) for k, v in one.items()} for one in both]
+        if not is_alike(*both):
             warn_user(
                 "the arguments of the model make other simulations than those of its training: "
                 "the guide knows the data at its observed sites alone, and its posterior is that "
@@ -373,7 +375,7 @@ class AmortizedInterpolant(AutoInterpolant):
                 "of simulations made elsewhere, from_samples(latents, context=data, ...) learns "
                 "what guide.posterior holds"
             )
-        self.refined_for = None
+        self.posterior.refined_for = None
         first, second = (example_of(sites.model, self.observed) for _ in range(2))
         # Alike, unless the model draws numbers that are not torch's.
         self._example = first if is_alike(first, second) else None
@@ -475,7 +477,7 @@ class AmortizedInterpolant(AutoInterpolant):
                 break
             there = 0 if new is None else len(new.log_prior) + new.improper
             tell_of_fewer(there, count, simulator)
-            self.refined_for = known
+            self.posterior.refined_for = known
             training = self._regress(found, clock, (i + 1) / source.rounds, settings)
         posterior = self.posterior.condition(known)
         return self._judged(posterior, density, clock, seed, training)

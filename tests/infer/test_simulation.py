@@ -92,6 +92,39 @@ def test_arguments_that_make_other_simulations_are_told_of(recwarn):
         guide(-x, 2 * x)
 
 
+def test_data_of_another_size_behind_a_summary_are_told_of(recwarn):
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            y = pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        pyro.deterministic("mean", y.mean(-1))
+
+    guide = pi.AmortizedInterpolant(model, ("mean",), hidden_dims=(8,))
+    pi.fit_guide(guide, torch.zeros(5), **QUICK)
+    recwarn.clear()
+    guide(torch.ones(5))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="other simulations"):
+        guide(torch.ones(10))
+
+
+def test_a_guide_that_was_trained_for_some_data_says_so_from_its_file(tmp_path, recwarn):
+    x, path = torch.linspace(-1, 1, 4), tmp_path / "posterior.safetensors"
+    guide = guide_of(line)
+    pi.fit_guide(guide, x, 2 * x, rounds=2, **{**QUICK, "simulations": 500})
+    pi.save(guide.posterior, path)
+    recwarn.clear()
+    again = pi.AmortizedInterpolant(line, posterior=pi.load(path))
+    again(x, 2 * x)
+    assert not recwarn.list
+    for each in (guide, again):
+        with pytest.warns(UserWarning, match="trained in rounds for other data"):
+            each(x, -2 * x)
+    pi.fit_guide(again, x, **QUICK)
+    pi.save(again.posterior, path)
+    assert pi.load(path).refined_for is None
+
+
 def test_a_model_of_numbers_that_are_not_from_torch_is_not_judged_by_them(recwarn):
     def model(y=None):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
