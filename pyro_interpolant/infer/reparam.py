@@ -62,7 +62,7 @@ class BaseSpace:
     def samples(
         self, draws: Mapping[str, Tensor], *args: object, **kwargs: object
     ) -> dict[str, Tensor]:
-        """Return draws in the sites of the model: ``z_base`` becomes z, a joint prior its sites.
+        """Return draws in the sites of the model: ``z_base`` becomes z, by name if it is joint.
 
         For summaries, ``pyro.infer.mcmc.util.print_summary(base.samples(draws, *args))``, and for
         ``Predictive`` with the model itself.
@@ -74,7 +74,7 @@ class BaseSpace:
 
         Returns:
             Every site that is no ``z_base`` as it was; in place of each such, ``z``, in one solve,
-            and of a joint distribution the sites by name.
+            or, where ``sample_sites`` drew it, the sites of a joint distribution by name.
 
         Raises:
             ValueError: If a prior depends on another site, so that each draw has its own.
@@ -100,8 +100,7 @@ class BaseSpace:
                     f"expected priors that are the same for all draws, got the site {name!r} with "
                     "one that depends on other sites: use Predictive(base_space(model), draws)"
                 )
-            joint = isinstance(flow, JointInterpolantDistribution)
-            named |= flow.unpack(value) if joint else {name: value}
+            named |= flow.unpack(value) if _is_named(nodes, name, flow) else {name: value}
         return named
 
     def _last(
@@ -212,6 +211,22 @@ def _unwrapped(
         wrappers.append(fn)
         fn = fn.base_dist
     return (fn if isinstance(fn, InterpolantDistribution) else None), wrappers
+
+
+def _is_named(nodes: Nodes, name: str, flow: InterpolantDistribution) -> bool:
+    """Return whether the parts of a joint site are deterministic sites of a run, by their names.
+
+    As ``sample_sites`` makes them. Elsewhere the names may be those of other sites of the model.
+    """
+    if not isinstance(flow, JointInterpolantDistribution):
+        return False
+    parts = flow.unpack(nodes[name]["value"])
+    return all(
+        site in nodes
+        and (nodes[site].get("infer") or {}).get("_deterministic", False)
+        and torch.equal(nodes[site]["value"], part)
+        for site, part in parts.items()
+    )
 
 
 def _is_conditioned(name: str) -> bool:

@@ -758,6 +758,22 @@ def test_draws_in_base_space_become_those_of_the_model(capsys):
     assert all(f"{name}[0" in printed for name in ("scales", "star", "angle"))
 
 
+def test_names_of_a_joint_prior_that_are_other_sites_of_the_model_stay_theirs():
+    sites = {"mu": ((), constraints.real), "tau": ((), constraints.positive)}
+    joint = JointInterpolantDistribution(random_flow(2, solver=STEPS), sites=sites).freeze()
+
+    def model():
+        past, other = (joint.unpack(pyro.sample(name, joint)) for name in ("past", "other"))
+        pyro.sample("mu", dist.Normal(past["mu"], other["tau"]))  # today's
+
+    w = {f"{name}_base": torch.randn(5, 2) for name in ("past", "other")}
+    found = base_space(model).samples({**w, "mu": 100 + torch.arange(5.0)})
+    assert sorted(found) == ["mu", "other", "past"]
+    assert torch.equal(found["mu"], 100 + torch.arange(5.0))
+    for name in ("past", "other"):
+        assert torch.allclose(found[name], joint.transform(w[f"{name}_base"]))
+
+
 def test_draws_of_a_prior_whose_base_is_a_flow():
     """Two maps, one after another; what is in between is no site of the model."""
     model, _ = flow_base()
