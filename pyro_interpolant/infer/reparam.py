@@ -35,6 +35,7 @@ from .sites import (
     check_fixed_shape,
     check_fixed_support,
     unwrapped_model,
+    whole_value,
 )
 from .validity import innermost, log_prob_left_out
 
@@ -163,7 +164,8 @@ class _BaseSpaceMessenger(Messenger):
         if flow is None or _is_conditioned(msg["name"]):
             return
         event_dim = msg["fn"].event_dim
-        value = msg["value"] if msg["value"] is not None else _requested_value(msg)
+        value = msg["value"]
+        value = _requested_value(msg) if value is None else whole_value(msg, value)
         z = _sampled(msg["name"], flow, wrappers, value)
         # As pyro.deterministic does it, in place of the site.
         msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(mask=False)
@@ -253,11 +255,15 @@ def _requested_value(msg: Site) -> Tensor | None:
 
     By asking it, since ``init_to_value`` may be inside another: a strategy that has a value for
     the name does not look at the distribution.
+
+    Raises:
+        ValueError: If the value does not broadcast to the shape of the site.
     """
     for messenger in reversed(_PYRO_STACK):
         if isinstance(messenger, InitMessenger):
             try:
-                return messenger.init_fn({**msg, "fn": _OnlySupport(msg["fn"])})
+                value = messenger.init_fn({**msg, "fn": _OnlySupport(msg["fn"])})
+                return None if value is None else whole_value(msg, value)
             except (_AskedForMore, KeyError):  # KeyError: a function of the names it knows
                 continue
     return None

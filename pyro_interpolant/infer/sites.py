@@ -45,20 +45,47 @@ def init_to_support(
         spread: The standard deviation, unconstrained, of a site whose prior is improper.
 
     Returns:
-        The value, shape ``(*, *event_shape)``.
+        The value, shape ``(*batch_shape, *event_shape)``.
 
     Raises:
         ValueError: If the site is discrete, in a subsampled plate, in a sequential one, or on a
-            support without a bijection on which there is no value to be had.
+            support without a bijection on which there is no value to be had, or if the value does
+            not broadcast to its shape.
     """
     _check_site(site)
     fn = site["fn"]
     try:
-        return init(site)
+        value = init(site)
+        # Else it only asks whether there is a value for the name.
+        is_whole = isinstance(fn, torch.distributions.Distribution)
+        return whole_value(site, value) if is_whole else value
     except NotImplementedError:  # improper priors cannot be sampled, not even for their shape
         transform = _bijection(site)
         shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
         return transform(spread * torch.randn(shape))
+
+
+def whole_value(site: Site, value: Tensor) -> Tensor:
+    """Return a value of a site in its shape, of one for a plate the same for each member.
+
+    Else the plate would expand it as it comes, and all members would be one latent.
+
+    Args:
+        site: The site.
+        value: Its value, which broadcasts to ``(*batch_shape, *event_shape)``.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    shape = site["fn"].shape()
+    try:
+        return value if value.shape == shape else value.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"expected an initial value of site {site['name']!r} that broadcasts to its shape "
+            f"{tuple(shape)}, got shape {tuple(value.shape)}: pass one for each member of its "
+            "plates, or one for all"
+        ) from error
 
 
 def init_latent(observed: tuple[str, ...], init: Callable[..., Tensor], site: Site) -> Tensor:

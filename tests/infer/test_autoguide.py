@@ -254,6 +254,25 @@ def importance_quietly(guide, **kwargs):
 # ------------------------------------------------------------------------------------ the start
 
 
+def test_one_value_for_a_plate_starts_each_of_its_members():
+    """And not one latent for all of them, whose Jacobian would count once for each."""
+
+    def model():
+        with pyro.plate("rows", 3):
+            pyro.sample("x", dist.LogNormal(0.0, 1.0))
+
+    start = guides.init_to_value(values={"x": torch.tensor(0.5)})
+    guide = AutoInterpolant(model, init_loc_fn=start, hidden_dims=(4,))
+    assert guide()["x"].unique().shape == (3,)
+    assert guide.latent_dim == 3
+    assert torch.allclose(guide.transform.flow.loc, torch.tensor(0.5).log())
+    start = guides.init_to_value(values={"x": torch.ones(2)})
+    with pytest.raises(
+        ValueError, match=r"'x' that broadcasts to its shape \(3,\), got shape \(2"
+    ):
+        AutoInterpolant(model, init_loc_fn=start)()
+
+
 def test_it_starts_at_the_initial_location_and_scale():
     start = guides.init_to_value(
         values={"mu": torch.tensor(3.0), "scale": torch.tensor(2.0), "x": torch.arange(3.0)}

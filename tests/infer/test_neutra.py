@@ -123,6 +123,9 @@ def test_it_starts_where_the_sites_are_told_to():
         trace = poutine.trace(neutra(guide)).get_trace()
     assert torch.allclose(trace.nodes["mu"]["value"], torch.tensor(0.4), atol=1e-2)
     assert torch.allclose(trace.nodes["x"]["value"], guide.median()["x"], atol=1e-2)
+    with InitMessenger(init_to_value(values={"x": torch.tensor(0.4)})):  # one for a whole plate
+        trace = poutine.trace(neutra(guide)).get_trace()
+    assert torch.allclose(trace.nodes["x"]["value"], torch.tensor(0.4), atol=1e-2)
 
 
 def test_a_site_that_is_observed_or_missing_is_refused():

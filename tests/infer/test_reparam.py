@@ -625,6 +625,37 @@ def test_init_to_value_of_the_site_is_honoured(how):
     assert not z_base.requires_grad or how == "autoguide"
 
 
+@pytest.mark.parametrize("how", ["messenger", "nuts"])
+def test_one_value_for_a_plate_starts_each_of_its_members(how):
+    """And not one latent for all of them."""
+    prior = random_prior(2)
+
+    def model():
+        with pyro.plate("rows", 3):
+            pyro.sample("z", prior)
+
+    value = torch.tensor([0.7, -0.2])
+    z_base = initial_values(base_space(model), init_to_value(values={"z": value}), how)
+    assert z_base.shape == (3, 2)
+    assert torch.allclose(z_base, prior.transform.inv(value).expand(3, 2), atol=ATOL)
+    init = init_to_value(values={"z": torch.zeros(4, 2)})
+    with pytest.raises(
+        ValueError, match=r"'z' that broadcasts to its shape \(3, 2\), got shape \(4"
+    ):
+        initial_values(base_space(model), init, how)
+
+
+@pytest.mark.parametrize("how", ["messenger", "nuts"])
+def test_an_inner_strategy_starts_each_member_of_a_plate_too(how):
+    prior = random_prior(2)
+
+    def model():
+        with InitMessenger(init_to_value(values={"z": torch.zeros(2)})), pyro.plate("rows", 3):
+            pyro.sample("z", prior)
+
+    assert initial_values(base_space(model), init_to_median, how).shape == (3, 2)
+
+
 VALUE = torch.tensor([0.7, -0.2], dtype=torch.float64)
 NAMED = {
     "generated": init_to_generated(generate=lambda: init_to_value(values={"z": VALUE})),
