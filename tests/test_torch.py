@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_interpolant import _torch
 from pyro_interpolant._torch import (
+    are_close,
     draws,
     draws_nothing,
     jvp,
@@ -214,3 +215,24 @@ def test_two_threads_differentiate_forward_at_a_time(other):
     thread.join()
     assert not errors
     assert [float(s) for s in found] == pytest.approx([1.0, 1.0, 0.75])
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_are_compared_in_any_unit(unit, dtype):
+    x = unit * torch.tensor([0.0, 1e-3, 1.0], dtype=dtype)
+    rounding = 4 * torch.finfo(dtype).eps * unit
+    assert are_close(x, x + rounding)
+    assert are_close(x, x * (1 + 1e-6))
+    assert not are_close(x, 1.01 * x)
+    assert not are_close(x, x + unit * torch.tensor([0.0, 1e-5, 0.0], dtype=dtype))
+
+
+def test_values_of_any_kind_are_compared():
+    special = torch.tensor([torch.nan, torch.inf, 1.0])
+    assert are_close(special, special.clone())
+    assert not are_close(special, special * torch.tensor([1.0, -1.0, 1.0]))
+    assert are_close(torch.zeros(0), torch.zeros(0))
+    assert are_close(torch.arange(3), torch.arange(3))
+    assert not are_close(torch.arange(3), torch.tensor([0, 1, 3]))
+    assert not are_close(torch.tensor([True, False]), torch.tensor([True, True]))

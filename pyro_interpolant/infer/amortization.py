@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from .._torch import seeded, warn_user
+from .._torch import are_close, seeded, warn_user
 from ..diagnostics.psis import K_HAT_LIMIT, judge
 from ..distributions.constraints import Constraint, flat_names, real_shape
 from ..distributions.interpolant import InterpolantDistribution
@@ -400,4 +400,4 @@ def _are_alike(one: Constraint, other: Constraint, shape: torch.Size, like: Tens
     if real != real_shape(shape, other):
         return False
     z = torch.linspace(-1.0, 1.0, 3 * real.numel()).to(like).reshape(3, *real)
-    return torch.allclose(biject_to(one)(z).double(), biject_to(other)(z).double(), rtol=1e-4)
+    return are_close(biject_to(one)(z).double(), biject_to(other)(z).double(), rtol=1e-4)

@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
-from .._torch import seeded, trainable, warn_user
+from .._torch import are_close, seeded, trainable, warn_user
 from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
 from ..distributions.constraints import as_tensor
 from ..distributions.joint import (
@@ -238,7 +238,7 @@ class AmortizedInterpolant(AutoInterpolant):
         """Return the posterior given a context, ``(*, C)``; warn of one not trained for."""
         refined_for = self.posterior.refined_for
         known = context if refined_for is None else refined_for.to(context)
-        if not torch.allclose(context, known.expand_as(context)):
+        if not are_close(context, known.expand_as(context)):
             warn_user(
                 "the guide was trained in rounds for other data, and on a prior truncated to "
                 "their posterior: train it by fit_guide for these, or a copy of it in rounds"

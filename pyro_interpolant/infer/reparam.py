@@ -23,6 +23,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to
 
+from .._torch import are_close
 from ..distributions.constraints import is_all_real
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
@@ -96,7 +97,7 @@ class BaseSpace:
             w = named.pop(name + _BASE)
             value, row = _image(flow, w), w.reshape(-1, *last[name + _BASE]["value"].shape)[-1]
             own = last[name]["infer"][_FLOW]
-            if own is not flow and not torch.allclose(_image(own, row), _image(flow, row)):
+            if own is not flow and not are_close(_image(own, row), _image(flow, row)):
                 raise ValueError(
                     f"expected priors that are the same for all draws, got the site {name!r} with "
                     "one that depends on other sites: use Predictive(base_space(model), draws)"

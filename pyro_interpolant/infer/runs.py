@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from torch import Tensor
 
-from .._torch import seeded
+from .._torch import are_close, seeded
 from .sites import Model, Nodes, Site, is_subsample, subsampling_plates
 
 
@@ -134,7 +134,7 @@ def is_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     def agree(a: Tensor, b: Tensor) -> bool:
         if a.dtype != b.dtype:
             return True
-        return a.numel() == b.numel() and torch.allclose(a.flatten(), b.flatten(), equal_nan=True)
+        return a.numel() == b.numel() and are_close(a.flatten(), b.flatten())
 
     return one.keys() == other.keys() and all(agree(v, other[k]) for k, v in one.items())
 

@@ -24,6 +24,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, register_kl
 
+from .._torch import are_close
 from ..distributions.constraints import innermost_constraint
 from ..distributions.joint import pack, unpack
 
@@ -370,7 +371,7 @@ def check_fixed_support(name: str, now: Tensor, known: Tensor) -> None:
         now: The image of an unconstrained value under the bijection of its support, any shape.
         known: The same under that of the support that the guide knows.
     """
-    if not torch.allclose(now, known, rtol=1e-4):
+    if not are_close(now, known, rtol=1e-4):
         raise ValueError(
             f"expected site {name!r} to have a fixed support, got one that depends on other "
             "sites: sample it on a fixed support and transform it"

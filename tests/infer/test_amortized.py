@@ -418,6 +418,29 @@ def test_rounds_give_the_posterior_and_the_evidence_of_one_data_set():
         guide.condition(y=torch.stack((y, 2 * y)))
 
 
+def in_metres(top):
+    def model(y=None):
+        x = pyro.sample("x", dist.Uniform(0.0, top))
+        pyro.sample("y", dist.Normal(x, 1e-9).expand([2]).to_event(1), obs=y)
+
+    return model
+
+
+def test_supports_and_data_in_a_small_unit_are_told_apart():
+    guide, y = pi.AmortizedInterpolant(in_metres(1e-9), hidden_dims=(8,)), torch.full((2,), 1e-9)
+    guide(y)
+    pi.AmortizedInterpolant(in_metres(1e-9), posterior=guide.posterior)(y)
+    with pytest.raises(ValueError, match="expected a posterior of site 'x' on"):
+        pi.AmortizedInterpolant(in_metres(2e-9), posterior=guide.posterior)(y)
+    quick = {"seed": 0, "progress": False, "options": {"steps": 2}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pi.fit_guide(guide, y, simulations=200, rounds=2, **quick)
+    guide.condition(y=y)
+    with pytest.warns(UserWarning, match="trained in rounds for other data"):
+        guide.condition(y=2 * y)
+
+
 @pytest.mark.slow
 def test_data_that_the_middle_of_the_prior_cannot_give_have_weights_too():
     def model(y=None):

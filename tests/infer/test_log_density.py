@@ -596,9 +596,10 @@ def test_a_sequential_plate_of_latent_sites_is_refused():
         log_joint(model)
 
 
-def test_a_support_that_depends_on_other_sites_is_refused():
+@pytest.mark.parametrize("unit", [1.0, 1e-9])
+def test_a_support_that_depends_on_other_sites_is_refused(unit):
     def model():
-        top = pyro.sample("top", dist.Gamma(3.0, 1.0))
+        top = pyro.sample("top", dist.Gamma(3.0, 1.0 / unit))
         pyro.sample("x", dist.Uniform(0.0, top))
 
     with pytest.raises(ValueError, match="site 'x' to have a fixed support, got one that depends"):

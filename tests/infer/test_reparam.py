@@ -816,12 +816,13 @@ def test_draws_of_a_prior_whose_base_is_a_flow():
     assert torch.allclose(named["z"], draws["z"])
 
 
-def test_a_prior_on_a_support_that_moves_has_no_one_map_for_all_draws():
+@pytest.mark.parametrize("unit", [1.0, 1e-9])
+def test_a_prior_on_a_support_that_moves_has_no_one_map_for_all_draws(unit):
     flow = random_prior(1).transform
 
     def model():
         top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
-        support = dist.constraints.interval(0.0, top)
+        support = dist.constraints.interval(0.0, unit * top)
         pyro.sample("z", InterpolantDistribution(flow, support=support))
 
     with pytest.raises(ValueError, match="'z' with one that depends on other sites"):

@@ -154,6 +154,17 @@ def nuisance_by_argument():
     return with_nuisance, {"sigma": torch.tensor(0.1)}
 
 
+def test_simulations_in_a_small_unit_are_told_apart():
+    def model(size):
+        pyro.sample("y", dist.Normal(0.0, 1e-9 * size))
+
+    one, other, again = (
+        example_of(functools.partial(model, size), ("y",)) for size in (1.0, 2.0, 1.0)
+    )
+    assert is_alike(one, again)
+    assert not is_alike(one, other)
+
+
 @pytest.mark.parametrize("given", [nuisance_by_condition, nuisance_by_argument])
 def test_an_observed_site_that_is_no_data_keeps_its_value(given):
     model, named = given()
