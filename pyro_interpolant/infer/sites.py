@@ -27,6 +27,7 @@ from torch.distributions import Transform, biject_to, constraints, register_kl
 from .._torch import are_close
 from ..distributions.constraints import innermost_constraint
 from ..distributions.joint import pack, unpack
+from ..distributions.supports import OnEvents
 
 Site = dict[str, Any]  # a site of a trace, Pyro's message
 Nodes = dict[str, Site]
@@ -234,7 +235,7 @@ class LatentSites:
                 guide._create_plates(*args, **kwargs)
         self.guide, self.args, self.kwargs = guide, args, kwargs
         self.sites = {
-            name: (site["value"].shape, innermost_constraint(site["fn"].support))
+            name: (site["value"].shape, _support_of(site))
             for name, site in guide.prototype_trace.iter_stochastic_nodes()
         }
         self.shapes = {name: shape for name, (shape, _) in self.sites.items()}
@@ -340,6 +341,15 @@ def _bijection(site: Site) -> Transform:
         return biject_to(support)
     except NotImplementedError as error:
         raise _unsupported(site["name"], support) from error
+
+
+def _support_of(site: Site) -> constraints.Constraint:
+    """Return the support of the smallest events of a site; of a learned prior what it was given.
+
+    Files hold that one, and values on its edges are known by it.
+    """
+    support = innermost_constraint(site["fn"].support)
+    return innermost_constraint(support.inner) if isinstance(support, OnEvents) else support
 
 
 def check_fixed_shape(name: str, fn: Any, value: Tensor, shape: torch.Size) -> None:

@@ -9,8 +9,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import slow_but
-from kinds import gaussianized_joint
+from cases import random_flow, slow_but
+from kinds import KINDS, gaussianized_joint
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import (
@@ -33,6 +33,7 @@ from pyro_interpolant import (
     Adaptive,
     AutoInterpolant,
     FixedGrid,
+    InterpolantDistribution,
     Linear,
     calibrate,
     fit_guide,
@@ -371,6 +372,33 @@ def test_quantiles_are_those_of_torch():
     assert quantiles_of(draws[:, :0], levels).shape == (3, 0)  # which torch refuses
     with pytest.raises(ValueError, match="quantiles between 0 and 1"):
         quantiles_of(draws, [0.5, 1.1])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "angle" not in kind])
+def test_a_posterior_under_a_learned_prior_can_be_saved(kind, tmp_path):
+    prior = KINDS[kind]().freeze()
+
+    def model():
+        with pyro.plate_stack("rows", (2, *prior.batch_shape)):
+            pyro.sample("z", prior)
+
+    guide = AutoInterpolant(model, hidden_dims=(4,), solver=GRID)
+    guide()
+    kept = guide.posterior
+    pyro_interpolant.save(kept, tmp_path / "posterior.safetensors")
+    loaded = pyro_interpolant.load(tmp_path / "posterior.safetensors")
+    draws = kept.sample_dict((3,))
+    assert draws["z"].shape == (3, 2, *prior.shape())
+    assert torch.equal(loaded.log_prob(loaded.pack(draws)), kept.log_prob(kept.pack(draws)))
+
+
+def test_draws_on_the_edge_of_a_learned_priors_support_are_refused():
+    support = constraints.interval(0.0, 1.0)
+    prior = InterpolantDistribution(random_flow(1), support=support).freeze()
+    guide = AutoInterpolant(lambda: pyro.sample("z", prior), hidden_dims=(4,), solver=GRID)
+    guide()
+    with pytest.raises(ValueError, match="site 'z': .* strictly inside .* 1 of 2 rows outside"):
+        guide.posterior.pack({"z": torch.tensor([[0.5], [1.0]])})
 
 
 def test_quantiles_of_a_posterior_behind_a_map_have_the_map():
