@@ -35,7 +35,7 @@ from .sites import (
     Site,
     check_fixed_shape,
     check_fixed_support,
-    unwrapped_model,
+    whole_model,
     whole_value,
 )
 from .validity import log_prob_left_out
@@ -442,7 +442,7 @@ def neutra(
 
     Args:
         guide: A trained guide.
-        model: Its model; by default the one it was made with.
+        model: Its model, with all its sites; by default the one it was made with.
         student: The ``distribution`` of what :func:`~pyro_interpolant.distill` makes of
             ``guide.get_posterior()``: its map, of one pass, takes the place of the guide's, for
             cheaper gradients. The posterior is exact with either.
@@ -453,8 +453,8 @@ def neutra(
     Raises:
         TypeError: If the guide is not an :class:`~pyro_interpolant.AutoInterpolant`, or the
             student no distribution of transforms.
-        ValueError: If it has not seen its model yet, or lost it in a pickle, or the student is
-            not one of its unconstrained vector.
+        ValueError: If it has not seen its model yet, lost it in a pickle, or was made with one
+            that ``poutine.block`` wraps, or the student is not one of its unconstrained vector.
 
     References:
         Hoffman et al., arXiv 1903.03704.
@@ -480,7 +480,7 @@ def neutra(
     if student is not None:
         _check_student(student, guide.latent_dim)
     frozen = copy.deepcopy(guide).requires_grad_(requires_grad=False).eval()
-    return Neutra(frozen, unwrapped_model(guide.model) if model is None else model, student)
+    return Neutra(frozen, whole_model(guide.model) if model is None else model, student)
 
 
 def _check_student(student: object, dim: int) -> None:

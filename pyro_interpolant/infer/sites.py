@@ -17,6 +17,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -209,6 +210,26 @@ def unwrapped_model(model: Model) -> Model:
     arguments: tuple[Any, ...] = getattr(getattr(model, "func", None), "args", ())
     if len(arguments) == 2 and isinstance(arguments[0], InitMessenger):
         return arguments[1]
+    return model
+
+
+def whole_model(model: Model) -> Model:
+    """Return the model inside the messenger by which a guide initialises it, if it has all sites.
+
+    What ``poutine.block`` hides is drawn anew in each run, out of any sampler's sight.
+
+    Raises:
+        ValueError: If the model hides sites.
+    """
+    inner = model = unwrapped_model(model)
+    while arguments := getattr(getattr(inner, "func", None), "args", ()):
+        if isinstance(arguments[0], BlockMessenger):
+            raise ValueError(
+                "expected a guide of a model with all its sites, got one that poutine.block "
+                "wraps, whose hidden sites would be noise: pass the model itself, "
+                "neutra(guide, model), which a sampler can enumerate or sample"
+            )
+        inner = arguments[-1]
     return model
 
 

@@ -147,6 +147,36 @@ def test_it_starts_where_the_sites_are_told_to():
     assert torch.allclose(trace.nodes["x"]["value"], torch.tensor(0.4), atol=1e-2)
 
 
+def with_a_choice(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+    pyro.sample("y", dist.Normal(x + 4.0 * k, 0.5), obs=y)
+
+
+@pytest.mark.parametrize(
+    "wrapped", [lambda hidden: hidden, lambda hidden: poutine.scale(hidden, 1.0)]
+)
+def test_a_guide_whose_model_hides_a_site_needs_the_model(wrapped):
+    """Else the site is drawn anew in each run, and the density is noise."""
+    hidden, y = poutine.block(with_a_choice, hide=["k"]), torch.tensor(2.5)
+    guide = AutoInterpolant(wrapped(hidden), hidden_dims=(8,), solver=FixedGrid(3))
+    guide(y)
+    with pytest.raises(ValueError, match=r"poutine.block wraps.*: pass the model itself, neutra"):
+        neutra(guide)
+    base = neutra(guide, with_a_choice)
+    kernel = NUTS(base)
+    kernel.setup(1, y)
+    w = {"x_shared_latent": torch.tensor([0.3])}
+    one, again = (kernel.potential_fn(w) for _ in range(2))
+    assert torch.equal(one, again)
+    z = guide.transform(w["x_shared_latent"])
+    prior = dist.Normal(0.0, 1.0).log_prob(z[0])
+    likelihood = dist.Normal(z + torch.tensor([0.0, 4.0]), 0.5).log_prob(y).exp().mean().log()
+    log_det = guide.transform.log_abs_det_jacobian(w["x_shared_latent"], z)
+    assert torch.allclose(-one, prior + likelihood + log_det)
+    assert base.samples(run(base, y).get_samples())["x"].shape == (5,)
+
+
 def test_a_site_that_is_observed_or_missing_is_refused():
     base = neutra(small())
     with pytest.raises(ValueError, match="'mu' to be latent"):
