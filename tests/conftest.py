@@ -10,6 +10,9 @@ from contextlib import contextmanager
 import pyro
 import pytest
 import torch
+from narrow import narrow
+
+import pyro_interpolant
 
 
 def pytest_collection_finish():
@@ -56,6 +59,25 @@ def _nodes_stay(monkeypatch):
 def _few_held_draws(monkeypatch):
     """Short runs that look at the held-out loss at every step or two would do little else."""
     monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
+
+
+@pytest.fixture
+def _narrow_networks(monkeypatch):
+    """Runs whose weights nobody looks at need no wide network; widths that are given stay."""
+    cls = "pyro_interpolant.nn.mlp.VelocityMLP"
+    monkeypatch.setattr(f"{cls}.__init__", narrow(pyro_interpolant.VelocityMLP.__init__))
+    monkeypatch.setattr(
+        "pyro_interpolant.infer.autoguide.guide_network",
+        lambda dim, hidden=None: pyro_interpolant.VelocityMLP(dim, hidden),
+    )
+
+
+@pytest.fixture
+def _few_judged(monkeypatch):
+    """Amortised guides whose verdict nobody looks at are judged on few data sets."""
+    monkeypatch.setattr("pyro_interpolant.infer.amortization._JUDGED_SETS", 2)
+    monkeypatch.setattr("pyro_interpolant.infer.amortization._JUDGED_DRAWS", 200)
+    monkeypatch.setattr("pyro_interpolant.infer.amortized.JUDGED_ROWS", 100)
 
 
 @pytest.fixture

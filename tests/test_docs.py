@@ -32,7 +32,7 @@ def shortened(source):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_few_held_draws")
+@pytest.mark.usefixtures("_few_held_draws", "_narrow_networks", "_few_judged")
 @pytest.mark.filterwarnings("ignore:Poor:UserWarning")
 @pytest.mark.filterwarnings("ignore:no time was left:UserWarning")
 @pytest.mark.filterwarnings("ignore:the fit came out wrong:UserWarning")

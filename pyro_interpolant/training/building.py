@@ -93,7 +93,9 @@ def from_samples(
             more, the lengths of whitened rows are brought half-way to normal ones instead: the
             remedy for one scale that is common to all columns. Neither for an iterable, for
             angles, or beside ``base_samples`` or ``pairs``. Paths and SDEs then live behind the
-            map. True asks for 400 rows at least.
+            map. True asks for 400 rows at least. Splines are set by all rows, those held out among
+            them, of which ``report`` then says too much: 0.2 nats with 3,000 rows in 20
+            dimensions, a tenth of which were held out.
         seed: As in :func:`fit`; also of the initial weights.
         **fit_options: Passed to :func:`fit`. Beside ``coupling=optimal_transport`` the path is
             :class:`~pyro_interpolant.Linear`, else :class:`~pyro_interpolant.Trigonometric`.

@@ -27,6 +27,9 @@ COVARIANCE = ROOT @ ROOT.T
 QUICK = {"steps": 30, "seed": 0, "progress": False}
 
 
+pytestmark = pytest.mark.usefixtures("_narrow_networks")
+
+
 def gaussian(loc=LOC, root=ROOT):
     """Return the flow that is N(loc, root root^T) exactly: its velocity is zero."""
     flow = interpolant_transform(2, (8, 8), solver=pi.FixedGrid(steps=1)).to(loc)

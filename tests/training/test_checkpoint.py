@@ -422,6 +422,7 @@ def test_numbers_of_numpy_are_kept(tmp_path):
 
 KILLED = """
 import os, signal, sys, time, traceback, torch
+import torch._dynamo  # by the first optimiser of each fork, otherwise
 import pyro_interpolant as pi
 torch.set_num_threads(1)
 

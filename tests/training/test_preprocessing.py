@@ -17,7 +17,7 @@ from pyro_interpolant.transforms.gaussianize import (
     RadialTransform,
 )
 
-pytestmark = pytest.mark.usefixtures("_few_held_draws")
+pytestmark = pytest.mark.usefixtures("_few_held_draws", "_narrow_networks")
 
 N = 4000
 
