@@ -128,7 +128,7 @@ KINDS: dict[str, Callable[[], InterpolantDistribution]] = {
     "halfway, angles": lambda: angles().at(0.5),
     "start": lambda: plain().at(0.0),
     "adaptive": lambda: InterpolantDistribution(
-        flow_of(solver=Adaptive(rtol=1e-6, atol=1e-6, nodes=12))
+        flow_of(solver=Adaptive(rtol=1e-7, atol=1e-7, nodes=12))
     ),
     "hutchinson": lambda: InterpolantDistribution(
         flow_of(divergence=HutchinsonDivergence(probes=2, seed=1))
