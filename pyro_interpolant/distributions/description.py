@@ -150,7 +150,7 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
     is_conditional = isinstance(distribution, ConditionalInterpolantDistribution)
     fixed = [name for name, p in flow.named_parameters() if not p.requires_grad]
     count = len(list(flow.parameters()))
-    sites, refined_for = getattr(distribution, "sites", {}), distribution.refined_for
+    sites, refined_for = getattr(distribution, "sites", {}), _refined_for(distribution)
     return {
         "class": type(distribution).__name__,
         "velocity": type(flow.velocity).__qualname__,
@@ -248,7 +248,7 @@ def _content(distribution: object) -> object:
         "validate_args": vars(distribution).get("_validate_args"),
         "columns": distribution.columns,
         "context_columns": distribution.context_columns,
-        "refined_for": distribution.refined_for,
+        "refined_for": _refined_for(distribution),
         "report": distribution.report,
     }
 
@@ -299,6 +299,12 @@ def _build_names(names: object) -> tuple[str, ...]:
     if type(names) is not list or any(type(name) is not str for name in names):
         raise PartError(f"expected the names of columns, got {names!r}")
     return tuple(names)
+
+
+def _refined_for(distribution: AnyDistribution) -> Tensor | None:
+    """Return the data of later rounds, shape ``(C,)``, in the type that the weights have now."""
+    context = distribution.refined_for
+    return None if context is None else context.to(distribution.transform.flow.loc)
 
 
 def _build_context(numbers: Any, transform: AnyTransform) -> Tensor | None:

@@ -36,6 +36,8 @@ from .supports import BijectiveSupport, CircularSupport, support_of
 
 Sites = Mapping[str, tuple[torch.Size, Constraint]]  # shape and support, in the order of packing
 
+NAMED = "_interpolant_sites"  # among what "infer" holds: parts of the site are sites, too
+
 
 class NamedSites:
     """The sites that a packed vector is made of.
@@ -121,7 +123,7 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
         """
         return {
             site: pyro.deterministic(site, value, event_dim=len(self.sites[site][0]))
-            for site, value in self.unpack(pyro.sample(name, self)).items()
+            for site, value in self.unpack(pyro.sample(name, self, infer={NAMED: True})).items()
         }
 
     def log_prob(self, value: Tensor) -> Tensor:

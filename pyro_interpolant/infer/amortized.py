@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
-from .._torch import are_close, seeded, trainable, warn_user
+from .._torch import seeded, trainable, warn_user
 from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
 from ..distributions.constraints import as_tensor
 from ..distributions.joint import (
@@ -236,9 +236,8 @@ class AmortizedInterpolant(AutoInterpolant):
 
     def _conditioned(self, context: Tensor) -> JointInterpolantDistribution:
         """Return the posterior given a context, ``(*, C)``; warn of one not trained for."""
-        refined_for = self.posterior.refined_for
-        known = context if refined_for is None else refined_for.to(context)
-        if not are_close(context, known.expand_as(context)):
+        known = self.posterior.refined_for  # numbers of any units: each is compared in its own
+        if known is not None and not torch.allclose(context, known.to(context), atol=0.0):
             warn_user(
                 "the guide was trained in rounds for other data, and on a prior truncated to "
                 "their posterior: train it by fit_guide for these, or a copy of it in rounds"
@@ -308,17 +307,16 @@ class AmortizedInterpolant(AutoInterpolant):
         return found
 
     def _check_arguments(self, nodes: Nodes, *args: object, **kwargs: object) -> None:
-        """Warn where the arguments make other simulations than those the guide learned from.
-
-        Observed sites that are deterministic may hold any of the arguments: sizes alone tell then.
-        """
+        """Warn where the arguments make other simulations than those the guide learned from."""
         if self._example is None:
             return
-        model = functools.partial(unwrapped_model(self.model), *args, **kwargs)
-        both = [example_of(model, self.observed), self._example]
-        if not all(is_sampled(nodes[name]) for name in self.observed):
-            both = [{k: torch.zeros_like(v) for k, v in one.items()} for one in both]
-        if not is_alike(*both):
+        if all(is_sampled(nodes[name]) for name in self.observed):
+            model = functools.partial(unwrapped_model(self.model), *args, **kwargs)
+            is_other = not is_alike(example_of(model, self.observed), self._example)
+        else:  # deterministic ones may hold any of the arguments: sizes alone tell
+            pairs = ((nodes[k]["value"], v) for k, v in self._example.items() if k in nodes)
+            is_other = any(a.numel() != b.numel() for a, b in pairs)
+        if is_other:
             warn_user(
                 "the arguments of the model make other simulations than those of its training: "
                 "the guide knows the data at its observed sites alone, and its posterior is that "

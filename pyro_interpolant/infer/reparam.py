@@ -26,7 +26,7 @@ from torch.distributions import ComposeTransform, Transform, biject_to
 from .._torch import are_close
 from ..distributions.constraints import is_all_real
 from ..distributions.interpolant import InterpolantDistribution
-from ..distributions.joint import JointInterpolantDistribution
+from ..distributions.joint import NAMED
 from .autoguide import AutoInterpolant
 from .sites import (
     LatentSites,
@@ -35,6 +35,7 @@ from .sites import (
     Site,
     check_fixed_shape,
     check_fixed_support,
+    is_same_map,
     whole_model,
     whole_value,
 )
@@ -64,7 +65,7 @@ class BaseSpace:
     def samples(
         self, draws: Mapping[str, Tensor], *args: object, **kwargs: object
     ) -> dict[str, Tensor]:
-        """Return draws in the sites of the model: ``z_base`` becomes z, by name if it is joint.
+        """Return draws in the sites of the model: ``z_base`` becomes z, or its sites by name.
 
         For summaries, ``pyro.infer.mcmc.util.print_summary(base.samples(draws, *args))``, and for
         ``Predictive`` with the model itself.
@@ -102,7 +103,7 @@ class BaseSpace:
                     f"expected priors that are the same for all draws, got the site {name!r} with "
                     "one that depends on other sites: use Predictive(base_space(model), draws)"
                 )
-            named |= flow.unpack(value) if _is_named(nodes, name, flow) else {name: value}
+            named |= flow.unpack(value) if options.get(NAMED) else {name: value}
         return named
 
     def _last(
@@ -214,22 +215,6 @@ def _unwrapped(
         wrappers.append(fn)
         fn = fn.base_dist
     return (fn if isinstance(fn, InterpolantDistribution) else None), wrappers
-
-
-def _is_named(nodes: Nodes, name: str, flow: InterpolantDistribution) -> bool:
-    """Return whether the parts of a joint site are deterministic sites of a run, by their names.
-
-    As ``sample_sites`` makes them. Elsewhere the names may be those of other sites of the model.
-    """
-    if not isinstance(flow, JointInterpolantDistribution):
-        return False
-    parts = flow.unpack(nodes[name]["value"])
-    return all(
-        site in nodes
-        and (nodes[site].get("infer") or {}).get("_deterministic", False)
-        and torch.equal(nodes[site]["value"], part)
-        for site, part in parts.items()
-    )
 
 
 def _is_conditioned(name: str) -> bool:
@@ -414,7 +399,7 @@ class _Images(Messenger):
         transform = biject_to(fn.support)
         value = transform(real)
         check_fixed_shape(msg["name"], fn, value, self.shapes[msg["name"]])
-        if transform != known:  # which most supports spare the comparison of values
+        if not is_same_map(transform, known):  # which most supports spare comparing values
             check_fixed_support(msg["name"], value, known(real))
         log_det = transform.log_abs_det_jacobian(real, value)
         log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)

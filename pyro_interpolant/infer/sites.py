@@ -394,6 +394,29 @@ def check_fixed_shape(name: str, fn: Any, value: Tensor, shape: torch.Size) -> N
         )
 
 
+def is_same_map(one: Any, other: Any) -> bool:
+    """Return whether two bijections are equal as far as they tell: torch compares few by parts."""
+    one, other = _unwrapped(one), _unwrapped(other)
+    parts, others = _parts(one), _parts(other)
+    if not parts or type(one) is not type(other):
+        return bool(one == other)
+    return len(parts) == len(others) and all(map(is_same_map, parts, others))
+
+
+def _parts(transform: Any) -> list[Any]:
+    """Return those that a transform joins, or has in a row."""
+    return list(getattr(transform, "parts", getattr(transform, "transforms", [])))
+
+
+def _unwrapped(transform: Any) -> Any:
+    """Return the transform inside those that only sum its log-determinant, or keep its values."""
+    while True:
+        inner = getattr(transform, "base_transform", getattr(transform, "wrapped", None))
+        if inner is None:
+            return transform
+        transform = inner
+
+
 def check_fixed_support(name: str, now: Tensor, known: Tensor) -> None:
     """Raise a ValueError where a site's support is another than when the guide was set up.
 

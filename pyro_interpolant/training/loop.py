@@ -174,8 +174,7 @@ class HeldOutMonitor:
         self.held_losses: list[float] = []
         self.best, self.best_step, self.since_best = math.inf, 0, 0
         self.best_values = [v.clone() for v in average.values]
-        self.buffers = list(objective.network.buffers())  # statistics that move in training
-        self.best_buffers = [b.clone() for b in self.buffers]
+        self.best_buffers = self._buffers()
 
     def look(self, step: int, rate: float, seconds: float) -> None:
         """Evaluate the held-out loss, and keep the averaged weights if it is the best."""
@@ -194,7 +193,7 @@ class HeldOutMonitor:
         if held < self.best:
             self.best, self.best_step, self.since_best = held, step, 0
             self.best_values = [v.clone() for v in self.average.values]
-            self.best_buffers = [b.clone() for b in self.buffers]
+            self.best_buffers = self._buffers()
         wanted: Any = False
         if self.callback is not None and process.rank == 0:
             told = TrainingState(step, self.losses[-1], held, rate, seconds)
@@ -204,10 +203,14 @@ class HeldOutMonitor:
             wanted = wanted.item()
         self.stopped = bool(process.agreed(float(wanted is True)))
 
+    def _buffers(self) -> list[Tensor]:
+        """Return copies of the buffers, of any shapes: statistics may move in training."""
+        return [b.clone() for b in self.objective.network.buffers()]
+
     def keep_best(self) -> None:
         """Leave the best averaged weights in the network, and the buffers beside them."""
         assign(self.average.parameters, self.best_values)
-        assign(self.buffers, self.best_buffers)
+        assign(list(self.objective.network.buffers()), self.best_buffers)
 
     def check(self) -> None:
         """Raise an error if no look had a finite loss: then no weights were ever the best.

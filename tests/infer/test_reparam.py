@@ -28,6 +28,7 @@ from pyro.infer.autoguide.initialization import (
 )
 from pyro.infer.mcmc.util import initialize_model, print_summary
 from pyro.optim import Adam
+from torch.distributions import biject_to
 
 from pyro_interpolant import (
     AutoInterpolant,
@@ -41,6 +42,7 @@ from pyro_interpolant import (
     base_space,
     circular,
 )
+from pyro_interpolant.infer.sites import is_same_map
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
@@ -787,6 +789,36 @@ def test_draws_in_base_space_become_those_of_the_model(capsys):
     print_summary(found)
     printed = capsys.readouterr().out
     assert all(f"{name}[0" in printed for name in ("scales", "star", "angle"))
+
+
+def test_the_parts_of_a_joint_prior_come_by_name_where_one_is_intervened_on():
+    sites = {"mu": ((), constraints.real), "tau": ((), constraints.positive)}
+    joint = JointInterpolantDistribution(random_flow(2, solver=STEPS), sites=sites).freeze()
+
+    def model():
+        joint.sample_sites("past")
+
+    w = {"past_base": torch.randn(5, 2)}
+    expected = base_space(model).samples(w)
+    for handler in (poutine.do, poutine.condition):
+        found = base_space(handler(model, {"mu": torch.tensor(7.0)})).samples(w)
+        assert sorted(found) == ["mu", "tau"]
+        assert torch.equal(found["tau"], expected["tau"])
+
+
+def test_bijections_are_the_same_where_their_parts_are():
+    low, high = torch.zeros(3), torch.ones(3)
+    same = constraints.interval(low, high), constraints.interval(low.clone(), high.clone())
+    other = constraints.interval(low, 2 * high)
+    for wrap in (
+        lambda c: c,
+        lambda c: constraints.independent(c, 1),
+        lambda c: constraints.cat([c, constraints.real], -1, [3, 1]),
+    ):
+        one, again, another = (biject_to(wrap(c)) for c in (*same, other))
+        assert is_same_map(one, again)
+        assert not is_same_map(one, another)
+        assert not is_same_map(one, biject_to(constraints.simplex))
 
 
 def test_names_of_a_joint_prior_that_are_other_sites_of_the_model_stay_theirs():

@@ -120,6 +120,8 @@ def test_a_guide_that_was_trained_for_some_data_says_so_from_its_file(tmp_path, 
     for each in (guide, again):
         with pytest.warns(UserWarning, match="trained in rounds for other data"):
             each(x, -2 * x)
+    pi.save(pi.load(path).to(torch.float32), path)
+    assert torch.equal(pi.load(path).refined_for.double(), guide.posterior.refined_for.float())
     pi.fit_guide(again, x, **QUICK)
     pi.save(again.posterior, path)
     assert pi.load(path).refined_for is None
@@ -256,6 +258,27 @@ def test_a_mean_over_all_simulations_does_not_hide_in_small_units(unit):
 
     simulator = Simulator(LatentSites(guide_of(model)), ("centred",))
     assert simulator(20).data["centred"].mean(-1).abs().max() < 1e-9 * unit
+
+
+def test_a_mean_over_all_simulations_does_not_hide_beside_a_large_number():
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 5):
+            y = pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+        centred = y - y.mean()
+        pyro.deterministic("summary", torch.stack((centred.sum(-1), 1e6 + y.sum(-1)), -1))
+
+    simulator = Simulator(LatentSites(guide_of(model)), ("summary",))
+    assert simulator(20).data["summary"][:, 0].abs().max() < 1e-6
+
+
+def test_booleans_are_simulated_in_a_plate():
+    def model():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        y = pyro.sample("y", dist.Normal(w, 1.0))
+        pyro.deterministic("seen", y > 0)
+
+    assert Simulator(LatentSites(guide_of(model)), ("seen",)).batching == "plate"
 
 
 NOISES = [

@@ -942,7 +942,7 @@ class Counting(nn.Module):
 
     def forward(self, t, x, context=None):
         if self.training:
-            self.seen += 1
+            self.seen = self.seen + 1
         return self.network(t, x, context)
 
 
