@@ -5,6 +5,7 @@ With :math:`b_i` the bijection to the support of site i, the flow learns the pac
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 import torch
@@ -121,9 +122,10 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
             other sites are: to condition on a part of them, learn the others given it,
             ``from_samples(others, context=part)``.
         """
+        mark: Any = {NAMED: True}
         return {
             site: pyro.deterministic(site, value, event_dim=len(self.sites[site][0]))
-            for site, value in self.unpack(pyro.sample(name, self, infer={NAMED: True})).items()
+            for site, value in self.unpack(pyro.sample(name, self, infer=mark)).items()
         }
 
     def log_prob(self, value: Tensor) -> Tensor:

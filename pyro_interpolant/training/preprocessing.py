@@ -389,4 +389,8 @@ def radial_transform(rows: Tensor) -> RadialTransform | None:
     full = 0.5 * torch.from_numpy(squares).log()
     x, y, slopes = with_slopes(x, torch.lerp(x, full, _LENGTH_SHARE))
     slopes[0] = 1.0
+    # Where lengths end abruptly the last chord is steep, 20 for modes on a circle: lengths beyond
+    # would be raised to that power, and densities be NaN a few deviations on. They grow in
+    # proportion there, and tails are a Gaussian's.
+    slopes[-1] = slopes[-1].clamp(max=1.0)
     return RadialTransform(m.loc, m.linear, x[None], y[None], slopes[None])

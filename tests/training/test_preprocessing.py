@@ -9,8 +9,21 @@ import torch
 from cases import slow_but
 from pyro.distributions import constraints
 
-from pyro_interpolant import circular, fit, from_samples, load, save
-from pyro_interpolant.training.preprocessing import dequantize, preferred_support, warn_if_rounded
+from pyro_interpolant import (
+    InterpolantDistribution,
+    circular,
+    fit,
+    from_samples,
+    interpolant_transform,
+    load,
+    save,
+)
+from pyro_interpolant.training.preprocessing import (
+    dequantize,
+    preferred_support,
+    radial_transform,
+    warn_if_rounded,
+)
 from pyro_interpolant.transforms.gaussianize import (
     Gaussianized,
     MarginalTransform,
@@ -165,6 +178,19 @@ def test_rounded_columns_are_noticed_behind_a_map_of_lengths():
     with pytest.warns(UserWarning, match="repeat up to"):
         d = from_samples((10 * x).round() / 10, **OPTIONS)
     assert isinstance(d.constraint.gaussianizer, RadialTransform)
+
+
+def test_beyond_lengths_that_end_abruptly_densities_fall_and_are_finite():
+    angle = torch.arange(8.0) * torch.pi / 4
+    modes = 20 * torch.stack((angle.cos(), angle.sin()), -1)
+    x = modes[torch.randint(0, 8, (2000,))] + 0.1 * torch.randn(2000, 2)
+    support = Gaussianized(constraints.real_vector, radial_transform(x))
+    flow = InterpolantDistribution(interpolant_transform(2, (8,)), support=support)
+    far = torch.tensor([1.5, 3.0, 10.0, 100.0, 1000.0])[:, None] * torch.tensor([20.0, 10.0])
+    for dtype in (torch.float64, torch.float32):
+        found = flow.to(dtype).log_prob(far.to(dtype))
+        assert bool(found.isfinite().all())
+        assert bool((found.diff() < 0).all())
 
 
 def test_named_draws(tmp_path):
