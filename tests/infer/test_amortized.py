@@ -404,8 +404,8 @@ def test_calibration_finds_what_is_wrong(trained):
     assert "sbc: not calibrated" in repr(guide.calibration(count=150))
 
 
-# How many simulations a round has depends on the time, so that runs differ: one draw of 10,000 once
-# had a k-hat of 3 with 9,875 effective. Posterior and evidence are what is asked for here.
+# How many simulations a round has depends on the time, so that runs differ: once a few of 10,000
+# draws made a k-hat of 3, with 9,875 effective. Posterior and evidence are what is asked for here.
 @pytest.mark.filterwarnings("ignore:Poor in the tails:UserWarning")
 @pytest.mark.slow
 def test_rounds_give_the_posterior_and_the_evidence_of_one_data_set():
