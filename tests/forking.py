@@ -13,9 +13,15 @@ import signal
 import sys
 import traceback
 
-IMPORTED = ("pyro_interpolant.infer", "pyro_interpolant.training", "matplotlib.pyplot")
-IMPORTED += ("sklearn.mixture", "sklearn.model_selection", "sklearn.neural_network")
-IMPORTED += ("torch._dynamo",)  # by the first optimiser of a process
+IMPORTED = (
+    "pyro_interpolant.infer",
+    "pyro_interpolant.training",
+    "matplotlib.pyplot",
+    "sklearn.mixture",
+    "sklearn.model_selection",
+    "sklearn.neural_network",
+    "torch._dynamo",  # by the first optimiser of a process
+)
 
 
 def become(program, arguments, cwd, output, errors, seconds):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class InterpolantDistribution(Summaries, FlowDistribution, dist.TransformedDistribution):
+class InterpolantDistribution(Summaries, dist.TransformedDistribution):
     r"""A distribution learned by a stochastic interpolant.
 
     .. math:: \log\rho_1(x) = \log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\, dt, \qquad

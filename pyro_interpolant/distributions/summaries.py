@@ -23,8 +23,8 @@ from .._torch import is_functional, is_tracing, seeded
 from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
 from .bases import Samples, detached
-from .constraints import Constraint
-from .supports import CircularSupport, Support
+from .parts import FlowDistribution
+from .supports import CircularSupport
 
 _SETS, _DRAWS = 8, 512  # scrambled nets, whose spread tells the error, and the draws of each
 _LIGHT = (  # tails as light as a normal's
@@ -111,7 +111,7 @@ def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
             log_prob = bare.log_prob(x) if known else x[..., 0] * math.nan
             new = (1,) * (len(own) - len(batch))
             x = x.reshape(_DRAWS, *new, *batch, -1).expand(_DRAWS, *own, -1)
-            y, log_det = distribution.space.onto(flow, x)
+            y, log_det = distribution.from_flow(x)
             yield y, log_prob.reshape(_DRAWS, *new, *batch) - log_det
 
 
@@ -185,20 +185,10 @@ def _existing(base: TorchDistributionMixin) -> tuple[float, float]:
     return found[0], found[1]
 
 
-class Summaries(dist.TransformedDistribution):
-    """What an :class:`~pyro_interpolant.InterpolantDistribution` knows of itself in numbers.
-
-    Attributes:
-        transform: The flow.
-        base: The base in data coordinates, or None for N(0, I) in whitened ones.
-        constraint: The support as a constraint.
-        space: The support.
-    """
+class Summaries(FlowDistribution, dist.TransformedDistribution):
+    """What an :class:`~pyro_interpolant.InterpolantDistribution` knows of itself in numbers."""
 
     transform: InterpolantTransform
-    base: TorchDistributionMixin | None
-    constraint: Constraint
-    space: Support
 
     @abstractmethod
     def without_support(self) -> "Summaries":
@@ -300,7 +290,7 @@ class Summaries(dist.TransformedDistribution):
             )
         _, rises, increases = _orientation(self)
         end = q.new_tensor(math.inf).copysign(q - 0.5 if rises else 0.5 - q)[..., None]
-        end, _ = self.space.onto(self.transform.flow, end)
+        end, _ = self.from_flow(end)
         q = q if increases else 1 - q
         inner = (q > 0) & (q < 1)
         x = pushed(self, _base_icdf(self, q.where(inner, 0.5)))
@@ -354,7 +344,7 @@ def _at_steps(distribution: Summaries, x: Tensor) -> Tensor:
     """
     flow, batch = distribution.transform.flow, distribution.batch_shape
     x = x.to(flow.loc.device).reshape(-1, *(1,) * len(batch), 1)
-    return distribution.space.onto(flow, x.expand(-1, *batch, flow.event_dim))[0]
+    return distribution.from_flow(x.expand(-1, *batch, flow.event_dim))[0]
 
 
 def _base_cdf(distribution: Summaries, x: Tensor) -> Tensor:

@@ -58,15 +58,15 @@ class Rows(NamedTuple):
         Args:
             count: How many.
             shuffle: Whether they are any rows.
-            copies: Whether equal rows are copies, which stay together: those that are left in one
-                part would tell the other's. There are then fewer than ``count``, or all copies of
-                one row.
+            copies: Of any rows: whether equal ones are copies, which stay together: those that are
+                left in one part would tell the other's. There are then fewer than ``count``, or
+                all copies of one row.
         """
         total = len(self.w)
         order = torch.randperm(total) if shuffle else torch.arange(total).roll(count)
         order = order.to(self.w.device)
         if copies:
-            order, count = _copies_together(order, count, keys_of(self), shuffle=shuffle)
+            order, count = _copies_together(order, count, keys_of(self))
         return self.take(order[:count]), self.take(order[count:])
 
     def repeated(self, count: int) -> "Rows":
@@ -89,27 +89,20 @@ class Rows(NamedTuple):
         return float(share.sum() ** 2 / share.square().sum())
 
 
-def _copies_together(
-    order: Tensor, count: int, keys: Tensor, *, shuffle: bool
-) -> tuple[Tensor, int]:
-    """Return an order in which equal rows follow each other, and where to cut it between them.
+def _copies_together(order: Tensor, count: int, keys: Tensor) -> tuple[Tensor, int]:
+    """Return a random order in which equal rows follow each other, and where to cut it between.
+
+    Each distinct row comes first as often as any other, which the first of many copies would not.
 
     Args:
-        order: The order that each row's first copy keeps, shape ``(N,)``.
+        order: A random order, which stays where no rows are equal, shape ``(N,)``.
         count: Where to cut, or before.
         keys: What equal rows share, shape ``(N,)``.
-        shuffle: Whether the order is random: then each distinct row comes first as often as any
-            other, which the first of many copies would not.
     """
     distinct, group, copies = keys[order].unique(return_inverse=True, return_counts=True)
     if len(distinct) in (1, len(keys)):
         return order, count
-    places = torch.arange(len(keys), device=keys.device)
-    if shuffle:
-        first = torch.randperm(len(distinct)).to(keys.device)
-    else:
-        first = places.new_full((len(distinct),), len(keys))
-        first = first.scatter_reduce(0, group, places, "amin")
+    first = torch.randperm(len(distinct)).to(keys.device)
     first = first + len(keys) * (copies > count)  # which no cut before ``count`` could follow
     first, by_copies = first[group].sort(stable=True)
     ends = (first.diff() > 0).nonzero().flatten() + 1
