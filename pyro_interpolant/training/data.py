@@ -34,8 +34,10 @@ from .survey import Surveyed
 from .whitening import warn_if_coarse
 
 DataLike = RowsLike | Iterable[Any]  # or batches: of rows, of (rows, contexts), with weights
-HeldOut = RowsLike | tuple[RowsLike, ArrayLike] | None  # a share, rows, or rows and contexts
+# A share, a number of rows, rows, or rows and contexts.
+HeldOut = RowsLike | tuple[RowsLike, ArrayLike] | None
 
+DEFAULT_SHARE = 0.1  # of rows, held out
 _DEFAULT_BATCH_ROWS = 1024
 _MOST_BATCHES = 8  # whose points are evaluated at once
 _MOST_VALUES = 2**20  # of rows and contexts in them
@@ -78,8 +80,8 @@ class Table:
     Args:
         distribution: What is trained.
         data: Rows, shape ``(N, *event_shape)``, or named draws.
-        validation: The share held out, or rows of the user's own, with contexts or without; None
-            to hold out nothing.
+        validation: The share held out, or how many of the last rows, or rows of the user's own,
+            with contexts or without; None to hold out nothing.
         context: Contexts, shape ``(N, C)``, for a conditional flow.
         pairs: The partner of each row at the base, shape ``(N, D)``.
         weights: Non-negative weights, shape ``(N,)``.
@@ -135,9 +137,9 @@ class Table:
         found = found._replace(partner=pairs, weight=checked_weights(weights, count))
         self.share = validation if isinstance(validation, float) else None
         self.held: int
-        if self.share is not None:
-            self.held = max(1, round(self.share * count))
-            if self.has_images:
+        if isinstance(validation, int | float):
+            self.held = validation if self.share is None else max(1, round(self.share * count))
+            if self.has_images and self.share is not None:
                 self.held = min(self.held, most_held(size))
             if self.held >= count:
                 raise ValueError(
@@ -319,6 +321,11 @@ def rows_of(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
     return Rows(rows, contexts_of_rows(context, flow, (), count, "rows of data"))
+
+
+def is_count(validation: HeldOut) -> bool:
+    """Return whether what is held out is a number of rows."""
+    return isinstance(validation, int) and not isinstance(validation, bool) and validation > 0
 
 
 def held_out_rows(distribution: AnyDistribution, validation: HeldOut, names: Names) -> Rows:

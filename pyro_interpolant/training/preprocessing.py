@@ -55,8 +55,16 @@ def warn_if_rounded(x: Tensor) -> bool:
     Returns:
         Whether all do: rows that are equal may then be so by chance, and no copies.
     """
+    every, messages = rounded(x)
+    for message in messages:
+        warn_user(message)
+    return every
+
+
+def rounded(x: Tensor) -> tuple[bool, list[str]]:
+    """Return whether all columns of rows, ``(N, D)``, repeat their values, and what to say."""
     if not x.is_floating_point():
-        return False
+        return False, []
     looked_at = min(x.shape[1], _CHECKED_COLUMNS)
     names = (torch.arange(looked_at) * x.shape[1] // looked_at).tolist()
     x = x[:, names] if looked_at < x.shape[1] else x
@@ -67,22 +75,21 @@ def warn_if_rounded(x: Tensor) -> bool:
     if x.shape[1] > 1 and len(distinct) >= _MIN_CHECKED_ROWS:
         few, limit = distinct, _REPEATED_SHARE
     if len(few) < _MIN_CHECKED_ROWS:
-        return False
+        return False, []
     counts = [len(torch.unique(column)) for column in few.T]
     shares = [1 - count / len(few) if count > 1 else 0.0 for count in counts]
     found = [i for i, share in enumerate(shares) if share > limit]
     every = len(found) == len(shares)
     atoms = [i for i in found if _atoms(few[:, i])]
-    if atoms:
-        warn_user(f"columns {[names[i] for i in atoms]} {_ATOMS}")
-        found = [i for i in found if i not in atoms]
+    messages = [f"columns {[names[i] for i in atoms]} {_ATOMS}"] if atoms else []
+    found = [i for i in found if i not in atoms]
     if found:
-        warn_user(
+        messages.append(
             f"columns {[names[i] for i in found]} repeat up to {max(shares):.0%} of their values, "
             "as rounded or discrete data do, which have no density: a flow learns spikes. Spread "
             "them over their rounding step first, fit(distribution, dequantize(x))"
         )
-    return every
+    return every, messages
 
 
 def _atoms(column: Tensor) -> bool:

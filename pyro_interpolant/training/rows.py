@@ -53,11 +53,16 @@ class Rows(NamedTuple):
         return cls(rows, joined("context"), joined("partner"), joined("weight"))
 
     def split(self, count: int, *, shuffle: bool, copies: bool = False) -> tuple["Rows", "Rows"]:
-        """Return ``count`` rows, the last or any, and the others.
+        """Return ``count`` rows, the last or any, and the others, as :meth:`order` has them."""
+        order, count = self.order(count, shuffle=shuffle, copies=copies)
+        return self.take(order[:count]), self.take(order[count:])
+
+    def order(self, count: int, *, shuffle: bool, copies: bool = False) -> tuple[Tensor, int]:
+        """Return an order of all rows, of which the first are split off, and how many these are.
 
         Args:
             count: How many.
-            shuffle: Whether they are any rows.
+            shuffle: Whether they are any rows, or the last.
             copies: Of any rows: whether equal ones are copies, which stay together: those that are
                 left in one part would tell the other's. There are then fewer than ``count``, or
                 all copies of one row.
@@ -65,9 +70,7 @@ class Rows(NamedTuple):
         total = len(self.w)
         order = torch.randperm(total) if shuffle else torch.arange(total).roll(count)
         order = order.to(self.w.device)
-        if copies:
-            order, count = _copies_together(order, count, keys_of(self))
-        return self.take(order[:count]), self.take(order[count:])
+        return _copies_together(order, count, keys_of(self)) if copies else (order, count)
 
     def repeated(self, count: int) -> "Rows":
         """Return ``count`` rows or a little less: whole copies of all, or drawn by weight.

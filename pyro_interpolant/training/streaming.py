@@ -91,6 +91,11 @@ class Stream:
                     "last part"
                 )
         check_again(data)
+        if isinstance(validation, int):
+            raise ValueError(
+                "expected a share for validation, or rows, beside an iterable, whose last rows "
+                f"are not known, got {validation}"
+            )
         self.distribution, self.iterable = distribution, data
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)
         self.share = validation if isinstance(validation, float) else None

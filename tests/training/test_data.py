@@ -410,6 +410,15 @@ def test_rows_without_copies_are_held_out_as_before():
     assert [len(part.w) for part in one.split(3, shuffle=True, copies=True)] == [3, 17]
 
 
+def test_a_number_of_rows_is_the_last_of_them():
+    x = torch.randn(50, 2)
+    split = Table(InterpolantDistribution(interpolant_transform(2)), x, 7).split(Process(), None)
+    assert torch.equal(split.held.w, x[-7:])
+    assert torch.equal(split.kept.w, x[:-7])
+    with pytest.raises(ValueError, match="rows to train on besides 50 held out"):
+        Table(InterpolantDistribution(interpolant_transform(2)), x, 50)
+
+
 def test_values_that_agree_by_chance_are_held_out_singly():
     flow = InterpolantDistribution(interpolant_transform(1))
     x = torch.randint(18, 80, (2000, 1)).double()

@@ -657,9 +657,13 @@ def test_named_draws_that_need_gradients_are_taken_as_numbers(monkeypatch):
     from pyro_interpolant.training import building
 
     rows = []
-    monkeypatch.setattr(
-        building, "_with_map", lambda space, x, *_, **__: rows.append(x) or space.constraint
-    )
+    choose = building._with_map
+
+    def with_map(space, x, *args, **options):
+        rows.append(x)
+        return choose(space, x, *args, **options)
+
+    monkeypatch.setattr(building, "_with_map", with_map)
     draws = {"a": torch.randn(50, requires_grad=True), "b": torch.randn(50, 1)}
     from_samples(draws, steps=1, progress=False, seed=0)
     assert not rows[0].requires_grad

@@ -174,7 +174,7 @@ def test_from_samples_takes_lengths(kind):
 
 
 def test_rounded_columns_are_noticed_behind_a_map_of_lengths():
-    x = torch.randn(N, 10) * torch.randn(N, 1).exp()
+    x = torch.randn(N, 10) * (1.5 * torch.randn(N, 1)).exp()
     with pytest.warns(UserWarning, match="repeat up to"):
         d = from_samples((10 * x).round() / 10, **OPTIONS)
     assert isinstance(d.constraint.gaussianizer, RadialTransform)
