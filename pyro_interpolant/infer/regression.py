@@ -1,5 +1,6 @@
 r"""The regression of a flow on rows that change from round to round, its optimiser kept."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from ..interpolants.couplings import independent
 from ..training.objective import Objective
 from ..training.optimization import Descent
 from ..training.rows import Rows
+from ..training.threads import Threads
 from ..transforms.flow import Flow
 from .schedule import clocked
 
@@ -38,6 +40,7 @@ class FlowRegression:
         process = self.objective.process
         self.descent = Descent(self.objective, process, learning_rate=_FIRST_RATE, ema=ema)
         self.average = self.descent.average
+        self.threads = Threads(choose=flow.loc.device.type == "cpu")
         self.pools, self.most = pools[-most:], most
         self.added = 0
 
@@ -66,9 +69,11 @@ class FlowRegression:
 
         for _ in clocked(seconds, _MIN_STEPS, steps):
             warm = min(1.0, (self.descent.steps + 1) / _WARMUP_STEPS)
+            began = time.monotonic()
             (points,) = self.objective.points([batch])
             with torch.enable_grad():
                 self.descent(points, rate() * warm)
+            self.threads.took(time.monotonic() - began)
             if self.descent.is_stuck():
                 self.descent.check()
 

@@ -34,9 +34,10 @@ from .loop import Callback, Run, Schedule, check_ranges
 from .names import Names
 from .objective import TIMES_PER_BATCH, Coupling, Objective
 from .optimization import NonFiniteError
-from .reporting import HeldOutDensity, stage, tell
+from .reporting import HeldOutDensity, attempted, tell
 from .rows import Rows
 from .streaming import Stream, is_stream
+from .threads import threads_restored
 from .whitening import set_whitening, wild_rows
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class FitResult(NamedTuple):
 
 
 @with_gradients()
+@threads_restored()
 def fit(
     distribution: AnyDistribution,
     data: DataLike,
@@ -451,50 +453,28 @@ def _finish(
         if has_images(distribution):
             until = min(deadline, time.monotonic() + _CALIBRATION_SHARE * report.seconds)
             context = None if few.context is None else few.context[:_CALIBRATION_IMAGES]
-            with _stage("calibrating the sampler", progress=progress):
+            with attempted("calibrating the sampler", progress=progress):
                 found = calibrate_sampler_until(until, distribution, context, tolerance)
             transform.solver, error = process.agreed(found)
             report = dataclasses.replace(report, sample_error=error)
         elif not isinstance(distribution.base, Samples):
-            with _stage("calibrating the solver", progress=progress):
+            with attempted("calibrating the solver", progress=progress):
                 found = calibrate_until(
                     deadline, bare, rows, context=few.context, tolerance=tolerance
                 )
             transform.solver, error = process.agreed(found)
             report = dataclasses.replace(report, log_prob_error=error)
-            with _stage("evaluating held-out rows", progress=progress):
+            with attempted("evaluating held-out rows", progress=progress):
                 report = density.measured(report, deadline)
             report = process.agreed(report)
         distribution.report = report
         if progress:
             tell(repr(report))
         if process.rank == 0 and not has_images(distribution):
-            with _stage("comparing draws", progress=False):
+            with attempted("comparing draws", progress=False):
                 warn_if_draws_differ(distribution, density.held, deadline)
     except KeyboardInterrupt:
         warn_user(
             "the calibration was interrupted: the weights are trained, and the solver may be the "
             "one before. Call calibrate(distribution, rows)"
-        )
-
-
-@contextlib.contextmanager
-def _stage(text: str, *, progress: bool) -> Iterator[None]:
-    """Show what is being done with trained weights, and warn where it fails: they are kept.
-
-    The reference of the calibration is solved in float64, for which a network of the user's may
-    not be made, and may need more steps or memory than there are.
-
-    Args:
-        text: What that is.
-        progress: Whether to show it.
-    """
-    try:
-        with stage(text, progress=progress):
-            yield
-    except (RuntimeError, ValueError) as error:
-        warn_user(
-            f"{text} failed: the weights are trained, and the solver may be the one before. Call "
-            "calibrate(distribution, rows), or calibrate_sampler(distribution) of images, once "
-            f"the cause is away. It was a {type(error).__name__}: {error}"
         )

@@ -27,6 +27,7 @@ from .optimization import (
 )
 from .reporting import HeldOutDensity
 from .streaming import StreamBatches
+from .threads import Threads
 
 Callback = Callable[["TrainingState"], bool | None]
 
@@ -296,6 +297,7 @@ class Run:
         self.batches, self.checkpoint = batches, checkpoint
         self.schedule, self.clock = schedule, clock
         self.process, self.device = objective.process, objective.flow.loc.device
+        self.threads = Threads(choose=self.device.type == "cpu" and self.process.world == 1)
         columns, total = objective.flow.event_dim, self.process.agreed(batches.total)
         self.length = schedule.length(columns * total)
         # Networks of images share weights between pixels: rows per column say nothing of them.
@@ -388,8 +390,9 @@ class Run:
 
     def _advance(self) -> bool:
         """Take a step, look if it is time, and return whether to go on."""
-        monitor = self.monitor
+        monitor, began = self.monitor, time.monotonic()
         loss = self.descent(self.batches.next(), self.rate())
+        self.threads.took(time.monotonic() - began)
         if loss is not None:
             monitor.total.append(loss)
         elif self.descent.is_stuck():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._torch import evaluated
+from .._torch import evaluated, warn_user
 from ..distributions.bases import Samples
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import GAUSSIAN, Report, beside, decimals
@@ -199,6 +199,28 @@ def stage(text: str, *, progress: bool) -> Iterator[None]:
     """
     with tqdm(desc=text, bar_format="{desc}", leave=False, disable=not progress):
         yield
+
+
+@contextlib.contextmanager
+def attempted(text: str, *, progress: bool) -> Iterator[None]:
+    """Show what is being done with trained weights, and warn where it fails: they are kept.
+
+    The reference of the calibration is solved in float64, for which a network of the user's may
+    not be made, and may need more steps or memory than there are.
+
+    Args:
+        text: What that is.
+        progress: Whether to show it.
+    """
+    try:
+        with stage(text, progress=progress):
+            yield
+    except (RuntimeError, ValueError) as error:
+        warn_user(
+            f"{text} failed: the weights are trained, and the solver may be the one before. Call "
+            "calibrate(distribution, rows), or calibrate_sampler(distribution) of images, once "
+            f"the cause is away. It was a {type(error).__name__}: {error}"
+        )
 
 
 def tell(text: str) -> None:
