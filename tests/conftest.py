@@ -4,15 +4,26 @@ Each module starts from it too, so that what its fixtures train once is no slowe
 """
 
 import gc
+import os
 import resource
+import tempfile
 from contextlib import contextmanager
 
 import pyro
 import pytest
 import torch
+from compiling import settings
 from narrow import narrow
 
 import pyro_interpolant
+
+
+def pytest_configure(config):
+    """Tell jax how to compile, in all processes of a run: those of workers begin after this."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="compiled-")
+        config.add_cleanup(folder.cleanup)
+        os.environ.update(settings(folder.name))
 
 
 def pytest_collection_finish():

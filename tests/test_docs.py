@@ -41,9 +41,7 @@ def shortened(source):
 def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
     """As a reader would run them: in order, in one namespace."""
     if path.stem == "numpyro":
-        jax = pytest.importorskip("jax")
-        # Most of the time is compiling.
-        jax.config.update("jax_disable_most_optimizations", val=True)
+        pytest.importorskip("jax")
     if path.stem == "images":
         pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)

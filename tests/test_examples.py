@@ -23,10 +23,8 @@ def run(tmp_path_factory):
 
     Its process is a fork of one that has imported torch and Pyro, which takes seconds.
     """
-    # One thread, as the tests beside it: more would only wait for one another. Most of the time of
-    # what is compiled for a few calls is compiling.
+    # One thread, as the tests beside it: more would only wait for one another.
     environment = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     command = [sys.executable, str(Path(__file__).parent / "forking.py")]
     written = tmp_path_factory.mktemp("written")
 

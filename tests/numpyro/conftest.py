@@ -14,8 +14,6 @@ if HAS_NUMPYRO:
     @pytest.fixture(autouse=True, scope="module")
     def _float64():
         jax.config.update("jax_enable_x64", val=True)
-        # Most of the time is compiling.
-        jax.config.update("jax_disable_most_optimizations", val=True)
         yield
         jax.config.update("jax_enable_x64", val=False)
         jax.clear_caches()  # gigabytes, of all modules together
