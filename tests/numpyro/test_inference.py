@@ -122,7 +122,7 @@ def test_subsamples_of_data(prior):
 @pytest.mark.slow
 def test_a_positive_prior(twin):
     prior = twin(supported("positive").freeze())
-    z = prior.sample(KEY, (100_000,))
+    z = prior.sample(KEY, (20_000,))
     weights = jax.nn.softmax(dist.Normal(z.sum(-1), 0.5).log_prob(2.0))
     mean = weights @ z
 
@@ -149,7 +149,7 @@ def test_a_learned_likelihood(twin):
             numpyro.sample("x", likelihood.condition(c), obs=observed)
 
     draws = run(infer.NUTS(inverse), likelihood).get_samples()["c"]
-    c = jax.random.normal(KEY, (20_000, 3))
+    c = jax.random.normal(KEY, (5000, 3))
     log_prob = likelihood.condition(c[:, None]).log_prob(observed).sum(-1)
     weights = jax.nn.softmax(log_prob)
     mean = weights @ c
