@@ -1,7 +1,7 @@
 """Runs programs in forks of this process, which has imported what most of them import.
 
-It reads a line of JSON for each, the arguments of :func:`become`, and writes a line with its exit
-status.
+It reads a line of JSON for each, the arguments of :func:`fork`, and writes a line with its exit
+status. What a program starts in processes of their own, as it starts itself, are forks of it.
 """
 
 import atexit
@@ -10,6 +10,7 @@ import json
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import traceback
 
@@ -22,14 +23,15 @@ IMPORTED = (
     "sklearn.neural_network",
     "torch._dynamo",  # by the first optimiser of a process
 )
+SECONDS = 240  # the longest that a program may take
 
 
-def become(program, arguments, cwd, output, errors, seconds):
+def become(program, *arguments):
     """Run a program in place of this process, and end."""
-    os.chdir(cwd)
-    for number, path in ((1, output), (2, errors)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
-    signal.alarm(seconds)
+    signal.alarm(SECONDS)
+    # What was left to do at the end of the process before is not for this one to do.
+    atexit._clear()
+    sys.stdin = open(0, closefd=False)
     sys.argv, sys.path[0], code = [program, *arguments], os.path.dirname(program), 0
     try:
         runpy.run_path(program, run_name="__main__")
@@ -44,11 +46,45 @@ def become(program, arguments, cwd, output, errors, seconds):
     os._exit(code)
 
 
+class Fork(subprocess.Popen):
+    """A process that, where it is to run a file of Python, is a fork of this one."""
+
+    def __init__(self, command, **options):
+        def instead():
+            # All but the standard three: the other side waits for one of them to be closed.
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            environment = options.get("env")
+            if environment is not None:
+                os.environ.clear()
+                os.environ.update(environment)
+            become(*command[1:])
+
+        python = command[0] == sys.executable and command[1].endswith(".py")
+        if python and "jax" not in sys.modules:  # which has threads, and no fork has those
+            sys.stdout.flush()
+            sys.stderr.flush()
+            options["preexec_fn"] = instead
+        super().__init__(command, **options)
+
+
+def fork(program, arguments, cwd, output, errors):
+    """Run a program in a fork, and return its exit status."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.chdir(cwd)
+    for number, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    return become(program, *arguments)
+
+
 if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
+    import torch
+
+    # Beside an accelerator, what has computed a gradient has threads, which no fork has.
+    if not torch.accelerator.is_available():
+        subprocess.Popen = Fork
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            become(**json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(fork(**json.loads(line)), flush=True)

@@ -32,7 +32,7 @@ def run(tmp_path_factory):
         skip_without(program)
         name = f"{program.parent.name}-{program.stem}"
         output, errors = written / f"{name}.out", written / f"{name}.err"
-        told = {"program": str(program), "arguments": arguments, "cwd": str(cwd), "seconds": 240}
+        told = {"program": str(program), "arguments": arguments, "cwd": str(cwd)}
         told |= {"output": str(output), "errors": str(errors)}
         print(json.dumps(told), file=parent.stdin, flush=True)
         code = int(parent.stdout.readline())
