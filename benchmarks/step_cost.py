@@ -83,6 +83,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
+    if args.smoke:
+        args.threads, args.batch_size = 1, 128
     torch.set_num_threads(args.threads)
     looks, between = (2, 1) if args.smoke else (10, 200)
     print(f"{args.threads} threads, {platform.machine()}, torch {torch.__version__},")

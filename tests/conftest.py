@@ -13,9 +13,7 @@ import pyro
 import pytest
 import torch
 from compiling import settings
-from narrow import narrow
-
-import pyro_interpolant
+from narrow import narrow_networks, small_runs
 
 
 def pytest_configure(config):
@@ -75,20 +73,13 @@ def _few_held_draws(monkeypatch):
 @pytest.fixture
 def _narrow_networks(monkeypatch):
     """Runs whose weights nobody looks at need no wide network; widths that are given stay."""
-    cls = "pyro_interpolant.nn.mlp.VelocityMLP"
-    monkeypatch.setattr(f"{cls}.__init__", narrow(pyro_interpolant.VelocityMLP.__init__))
-    monkeypatch.setattr(
-        "pyro_interpolant.infer.autoguide.guide_network",
-        lambda dim, hidden=None: pyro_interpolant.VelocityMLP(dim, hidden),
-    )
+    narrow_networks(monkeypatch.setattr)
 
 
 @pytest.fixture
-def _few_judged(monkeypatch):
-    """Amortised guides whose verdict nobody looks at are judged on few data sets."""
-    monkeypatch.setattr("pyro_interpolant.infer.amortization._JUDGED_SETS", 2)
-    monkeypatch.setattr("pyro_interpolant.infer.amortization._JUDGED_DRAWS", 200)
-    monkeypatch.setattr("pyro_interpolant.infer.amortized.JUDGED_ROWS", 100)
+def _small_runs(monkeypatch):
+    """Runs of which nobody looks at what comes of them."""
+    small_runs(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -82,7 +82,9 @@ if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
     import torch
+    from narrow import small_runs
 
+    small_runs()  # who asks for a program asks for its smoke run
     # Beside an accelerator, what has computed a gradient has threads, which no fork has.
     if not torch.accelerator.is_available():
         subprocess.Popen = Fork

@@ -1,6 +1,40 @@
-"""Networks whose width nobody chose are narrow, where what they learn is not looked at."""
+"""Small runs: narrow networks and few rows and draws, where what comes of them is not looked at.
+
+All that runs otherwise runs in them too.
+"""
 
 import functools
+import importlib
+
+import pyro_interpolant
+from pyro_interpolant import Adaptive
+
+# What a run does around its training, which is most of it where that takes a few steps.
+FEW = {
+    "training.objective._HELD_DRAWS": 256,
+    "training.agreement._MOST_ROWS": 100,
+    "training.agreement._DRAWS": (100, 200),
+    "training.agreement._SHUFFLES": 5,
+    "training.reporting._ROWS": 100,
+    "training.fitting._CALIBRATION_ROWS": 32,
+    "diagnostics.calibration._REFERENCE": Adaptive(rtol=1e-6, atol=1e-6, nodes=64),
+    "diagnostics.likelihood._TRIED_IMAGES": 2,
+    "diagnostics.predictive._SHARED_DRAWS": 400,
+    "diagnostics.two_sample._STEPS": 20,
+    "transport.rectified._ROWS": 32,
+    "transport.rectified._FINE_STEPS": 16,
+    "infer.autoguide._VERDICT_DRAWS": 500,
+    "infer.smc.train._VERDICT_DRAWS": 500,
+    "infer.smc.train._CALIBRATION_ROWS": 32,
+    "infer.amortization._JUDGED_SETS": 2,
+    "infer.amortization._JUDGED_DRAWS": 200,
+    "infer.amortized.JUDGED_ROWS": 100,
+    "infer.latents._STARTS": 128,
+    "infer.expectation_maximization._CALIBRATION_ROWS": 32,
+    "infer.expectation_maximization._LOOK_ROWS": 50,
+    "infer.expectation_maximization._LOOK_CANDIDATES": 64,
+    "infer.expectation_maximization._ROUND_ROWS": 256,
+}
 
 
 def narrow(plain):
@@ -13,3 +47,21 @@ def narrow(plain):
         plain(self, event_dim, hidden_dims, *sizes, **more)
 
     return init
+
+
+def narrow_networks(put=setattr):
+    """Make networks narrow, but not those whose widths are given."""
+    cls = pyro_interpolant.VelocityMLP
+    guides = importlib.import_module("pyro_interpolant.infer.autoguide")
+    put(cls, "__init__", narrow(cls.__init__))
+    put(guides, "guide_network", lambda dim, hidden=None: cls(dim, hidden))
+
+
+def small_runs(put=setattr):
+    """Make all that runs small; a test gives the function that undoes it at its end."""
+    narrow_networks(put)
+    for name, few in FEW.items():
+        module, _, constant = name.rpartition(".")
+        module = importlib.import_module(f"pyro_interpolant.{module}")
+        assert hasattr(module, constant), name
+        put(module, constant, few)

@@ -28,15 +28,16 @@ RUN = [README] + [
 def shortened(source):
     """A block whose trainings are short: how far one comes is not what running it tells."""
     source = re.sub(r"\bmax_seconds=\d+\.0", "max_seconds=3.0", source)
-    return re.sub(r"\bsteps=\d{2,3}\b", "steps=20", source)
+    return re.sub(r"\bsteps=\d{2,3}\b", "steps=8", source)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_few_held_draws", "_narrow_networks", "_few_judged")
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.filterwarnings("ignore:Poor:UserWarning")
 @pytest.mark.filterwarnings("ignore:no time was left:UserWarning")
 @pytest.mark.filterwarnings("ignore:the fit came out wrong:UserWarning")
 @pytest.mark.filterwarnings("ignore:the time was over before samples:UserWarning")
+@pytest.mark.filterwarnings("ignore:Stochastic Optimizer. Maximum iterations:UserWarning")
 @pytest.mark.parametrize("path", RUN, ids=map(name, RUN))
 def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
     """As a reader would run them: in order, in one namespace."""
