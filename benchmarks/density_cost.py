@@ -378,6 +378,8 @@ def main():
     print("\n".join(text + targets(args, lines)))
     if scratch:
         scratch.cleanup()
+        own = [line for line in lines.cells.values() if line["peer"] == "ours"]
+        raise SystemExit(any("failed" in line for line in own))
 
 
 if __name__ == "__main__":

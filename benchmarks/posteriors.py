@@ -435,7 +435,10 @@ def main():
         command += ["--floor", str(floors[0])] if floors else []
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if child.returncode:
-            print(f"{task}, {method}: failed with {child.returncode}", file=sys.stderr, flush=True)
+            failed = f"{task}, {method}: failed with {child.returncode}"
+            if args.smoke:  # of what is there, all has to run
+                raise SystemExit(failed)
+            print(failed, file=sys.stderr, flush=True)
             continue
         line = {"task": task, "method": method, **settings}
         line |= json.loads(child.stdout.splitlines()[-1])
