@@ -360,8 +360,8 @@ def main():
         args.repeats, args.cell_seconds = min(3, args.repeats), min(5.0, args.cell_seconds)
     scratch = tempfile.TemporaryDirectory() if args.smoke else None
     if scratch:
-        args.dims, args.hidden, args.steps, args.repeats = [2], [32, 32], 50, 2
-        args.threads = 1
+        args.dims, args.hidden, args.steps, args.repeats = [2], [32, 32], 20, 1
+        args.threads, args.rows = 1, 64
         args.peers, args.out = ["ours", "zuko CNF, exact"], Path(scratch.name) / "smoke.jsonl"
     args.peers = ["ours", *(p for p in args.peers if p != "ours")]
     if 63 in args.dims and not (Path(args.data or ".") / "bsds300_8x8_uint8.npz").exists():

@@ -405,7 +405,7 @@ def main():
         return
     scratch = tempfile.TemporaryDirectory()
     if args.smoke:
-        args.tasks, args.nuts_tasks, args.seconds, args.rows = ["smoke"], [], 1.0, 100
+        args.tasks, args.nuts_tasks, args.seconds, args.rows = ["smoke"], [], 0.3, 100
         args.threads = 1
         args.methods = ["AutoIAFNormal", "SVI", "fit_guide"]
         args.methods += [TWIN] if importlib.util.find_spec("numpyro") else []

@@ -85,8 +85,9 @@ def mixtures(args):
         return centre + 0.3 * torch.randn(count, 2)
 
     torch.manual_seed(0)
-    x0, x1, start = draw(0, 20_000), draw(1, 20_000), time.perf_counter()
-    out = {"w2": distance(draw(0, 2000), draw(1, 2000), 2)}
+    count, few = (1000, 200) if args.smoke else (20_000, 2000)
+    x0, x1, start = draw(0, count), draw(1, count), time.perf_counter()
+    out = {"w2": distance(draw(0, few), draw(1, few), 2)}
     for name, interpolant, coupling in (
         ("trigonometric", pi.Trigonometric(), pi.independent),
         ("optimal pairs", pi.Linear(), pi.optimal_transport),
@@ -244,7 +245,7 @@ def main():
     warnings.simplefilter("ignore")
     scratch = tempfile.TemporaryDirectory()
     if args.smoke:
-        args.dims, args.seeds, args.steps, args.alternations = [2], 1, 20, 3
+        args.dims, args.seeds, args.steps, args.alternations = [2], 1, 5, 3
         args.methods = ["scalar"]
         args.rows, args.pairs, args.out = 2000, 2000, Path(scratch.name) / "smoke.jsonl"
     torch.set_num_threads(1)

@@ -83,14 +83,14 @@ def main():
         guide,
         place,
         y,
-        simulations=300 if args.smoke else args.simulations,
+        simulations=100 if args.smoke else args.simulations,
         max_seconds=60 * args.minutes,
         options={"steps": 5} if args.smoke else {"batch_size": 256},
         seed=0,
         progress=not args.smoke,
     )
     print(result)
-    checks = guide.calibration(place, y, count=30 if args.smoke else 1000)
+    checks = guide.calibration(place, y, count=20 if args.smoke else 1000)
     print("by simulation:", checks)
 
     guide.condition(rows=rows).sample_dict((10,))
@@ -102,7 +102,7 @@ def main():
     for group, (mass, pressure) in enumerate(slopes.tolist()):
         print(f"  group {group:>2}: {mass:+.2f} for body mass, {pressure:+.2f} for blood pressure")
 
-    exact = pi.importance(guide, place, y, count=500 if args.smoke else 10_000, seed=0)
+    exact = pi.importance(guide, place, y, count=200 if args.smoke else 10_000, seed=0)
     print("the first group, weighed:", exact.verdict)
     weighed, (reference, took) = exact.resampled(1000), nuts(model, place, y, args.smoke)
     print(f"NUTS, {took:.0f} s     guide           weighed         NUTS (mean, sd)")
