@@ -19,16 +19,30 @@ from torch.autograd import forward_ad
 from pyro_interpolant import Interpolant
 
 
+def is_followed(t: Tensor) -> bool:
+    """Tell whether somebody differentiates in t."""
+    if t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+
+
+def slopes_of(function, t: Tensor):
+    """Return the derivatives of functions of t, each of its shape, by the mode that is faster."""
+    if is_followed(t) or torch.is_inference_mode_enabled():
+        return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    with torch.enable_grad():
+        t = t.detach().requires_grad_()
+        values = [v + 0 * t for v in function(t)]  # constants have slopes, too
+        return [torch.autograd.grad(v.sum(), t, retain_graph=True)[0] for v in values]
+
+
 def remembered(function, t: Tensor, known: dict):
     """Return a function of t as tensors like t, from ``known`` where t is plain and one number.
 
-    Solvers ask for the same few times again and again, and forward mode is slow at telling slopes.
+    Solvers ask for the same few times again and again, and slopes take long to tell.
     """
-    followed = t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t)
-    if forward_ad._current_level >= 0:
-        followed = followed or forward_ad.unpack_dual(t).tangent is not None
     expanded = all(s == 0 or n == 1 for s, n in zip(t.stride(), t.shape, strict=True))
-    if followed or not expanded or not t.numel():
+    if is_followed(t) or not expanded or not t.numel():
         return function(t)
     one = t[(0,) * t.dim()]
     key = float(one), t.dtype
@@ -107,10 +121,8 @@ class MixtureVelocity(nn.Module):
             return b, a * a + g * g, b * b  # powers and factors are slow in forward mode
 
         t = t.contiguous()  # no tangents on stride-0 tensors
-        at, near = (
-            torch.func.jvp(halves, (s,), (torch.ones_like(s),))[1]
-            for s in (t, t.clamp(1e-6, 1 - 1e-6))
-        )
+        both = torch.stack((t, t.clamp(1e-6, 1 - 1e-6)))
+        at, near = zip(*(s.unbind() for s in slopes_of(halves, both)), strict=True)
         db, *twice = (torch.where(torch.isfinite(a), a, b) for a, b in zip(at, near, strict=True))
         return [db, *(0.5 * s for s in twice)]
 
