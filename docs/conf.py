@@ -12,11 +12,15 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 
 HERE = Path(__file__).parent
+SMALL = os.environ.get("DOCS_SMALL", "") not in ("", "0")
 sys.path.insert(0, str(HERE))
 # What the tutorials' own processes see: the folder of their helper.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, (str(HERE / "tutorials"), str(HERE.parent), os.environ.get("PYTHONPATH")))
-)
+seen = [str(HERE / "tutorials"), str(HERE.parent), os.environ.get("PYTHONPATH")]
+if SMALL:  # and that of what makes the tests' runs small
+    sys.path.insert(1, str(HERE.parent / "tests"))
+    os.environ.update(importlib.import_module("compiling").settings(HERE / "_build" / "compiled"))
+    seen.append(sys.path[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, seen))
 
 project = "pyro_interpolant"
 author = "the authors of pyro_interpolant"
@@ -40,7 +44,7 @@ html_theme_options = {"navigation_with_keys": True}
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
 # Small runs have no cache: processes that read pages in parallel would break one they share.
-nb_execution_mode = "cache" if os.environ.get("DOCS_SMALL", "") in ("", "0") else "force"
+nb_execution_mode = "force" if SMALL else "cache"
 if os.environ.get("DOCS_RUN") == "off":
     nb_execution_mode = "off"
 nb_execution_cache_path = str(HERE / "_build" / "cache")

@@ -51,8 +51,12 @@ torch.set_num_threads(1)  # as fast as two for networks of this size
 plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 9})
 if SMALL:
     warnings.simplefilter("ignore")  # what is too short is also poor, and says so
-    pi.from_samples = _at_most(pi.from_samples, steps=100)
-    pi.from_noisy_samples = _at_most(pi.from_noisy_samples, steps=100)
-    pi.fit_guide = _at_most(pi.fit_guide, max_seconds=6.0)
+    from narrow import small_runs
+
+    small_runs()
+    pi.from_samples = _at_most(pi.from_samples, steps=20)
+    pi.from_noisy_samples = _at_most(pi.from_noisy_samples, steps=20)
+    pi.fit_guide = _at_most(pi.fit_guide, max_seconds=2.0)
+    pi.infer.object_posteriors = _at_most(pi.infer.object_posteriors, draws=100)
     pi.diagnostics.bits_per_dim = functools.partial(pi.diagnostics.bits_per_dim, tolerance=1.0)
-    pyro.infer.MCMC = _at_most(pyro.infer.MCMC, num_samples=30, warmup_steps=30)
+    pyro.infer.MCMC = _at_most(pyro.infer.MCMC, num_samples=20, warmup_steps=20)
