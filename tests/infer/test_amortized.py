@@ -207,6 +207,7 @@ def test_a_posterior_on_another_support_or_base_is_refused():
     assert not torch.allclose(z, guide.get_posterior(torch.ones(2)).transform(w))
 
 
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights():
     weights = []
@@ -307,6 +308,7 @@ def test_improper_simulations_are_counted_and_left_out():
     assert bool((found.latents["w"] <= 1.0).all())
 
 
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no time was left to calibrate")
 def test_simulations_end_where_half_of_the_time_is_gone(tmp_path, monkeypatch):
@@ -429,6 +431,7 @@ def in_metres(top):
     return model
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_supports_and_data_in_a_small_unit_are_told_apart():
     guide, y = pi.AmortizedInterpolant(in_metres(1e-9), hidden_dims=(8,)), torch.full((2,), 1e-9)
     guide(y)
@@ -566,6 +569,7 @@ class Halves(nn.Module):
         return self.layer(torch.stack((y[:, :2].mean(1), y[:, 2:].mean(1)), 1))
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_an_embedding_of_ones_own_is_trained_along_and_passed_to_load(tmp_path):
     guide = pi.AmortizedInterpolant(rows_of_a_normal, embedding=Halves(), hidden_dims=(16,))
     guide(torch.zeros(ROWS))
@@ -609,6 +613,7 @@ def test_the_verdict_tells_rare_draws_from_a_poor_guide(k_hat, ess, says):
     assert sentence(k_hat, ess, 2.0, 0.1, 0.0).startswith(says)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_a_seed_leaves_the_global_generator_and_repeats_the_verdict():
     def run():
         guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))

@@ -76,6 +76,7 @@ def test_regression_on_samples():
     assert torch.allclose(z.T.cov(), expected.T.cov(), atol=0.1)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_no_ode_is_solved_before_the_last_weights(monkeypatch):
     guide = unsettled()
     solved = []
@@ -89,6 +90,7 @@ def test_no_ode_is_solved_before_the_last_weights(monkeypatch):
     assert not any(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_samples_by_chain_and_from_predictive():
     flat = draws_of()
     by_chain = {k: v.reshape(4, 500, *v.shape[1:]) for k, v in flat.items()}
@@ -121,6 +123,7 @@ def test_samples_of_a_sampler():
     assert abs(result.log_evidence - float(exact)) < 0.05
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_the_same_seed_gives_the_same_guide_and_leaves_the_generator():
     guides = []
     for noise in (1, 2):
@@ -139,6 +142,7 @@ torch.manual_seed(5)
 SAMPLES = {k: v.double() for k, v in draws_of(500).items()}
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_a_guide_trained_from_the_draws_themselves_is_judged_from_its_own_base():
     guide = small(interpolant=Mirror())
     with warnings.catch_warnings():
@@ -147,6 +151,7 @@ def test_a_guide_trained_from_the_draws_themselves_is_judged_from_its_own_base()
     assert math.isfinite(result.log_evidence)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_an_interrupt_keeps_the_best_weights(monkeypatch):
     def interrupt(state):
         if state.step >= 5:
@@ -159,6 +164,7 @@ def test_an_interrupt_keeps_the_best_weights(monkeypatch):
     assert math.isfinite(result.log_evidence)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_after_it_everything_else_works():
     guide = small(solver=FixedGrid(4))
     quick(guide)
@@ -176,6 +182,7 @@ def test_after_it_everything_else_works():
     mcmc.run()
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_frozen_weights_are_trained_and_frozen_afterwards():
     guide = unsettled()
     guide.requires_grad_(requires_grad=False)
@@ -195,6 +202,7 @@ def test_a_poor_guide_warns_with_what_to_do():
     assert [warning.filename for warning in w] == [__file__]
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_a_model_without_a_log_joint_is_fitted_but_not_judged():
     data = torch.zeros(8)
 

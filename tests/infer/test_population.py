@@ -257,6 +257,7 @@ class Noisy(pi.VelocityMLP):
         return super().forward(t, nn.functional.dropout(x, 0.2, self.training), context)
 
 
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.slow
 def test_dropout_is_for_the_regression_alone():
     _, y, sds = catalogue(200, missing=0.0)
@@ -266,6 +267,7 @@ def test_dropout_is_for_the_regression_alone():
     assert network.seen[False] > 60
 
 
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.slow
 def test_posterior_draws_and_a_seed_learn_the_same_and_leave_the_generator_alone():
     u = torch.randn(60, 1, 2) + torch.randn(60, 20, 2)
@@ -279,6 +281,7 @@ def test_posterior_draws_and_a_seed_learn_the_same_and_leave_the_generator_alone
     assert torch.equal(*found)
 
 
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.slow
 def test_rows_on_a_closed_edge_may_be_there():
     x = torch.randn(300).exp()
@@ -287,6 +290,7 @@ def test_rows_on_a_closed_edge_may_be_there():
     assert (flow.sample((10,)) > 0).all()
 
 
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.slow
 def test_labels_are_one_hot_for_a_network_of_ones_own():
     _, y, sds = catalogue(90, missing=0.0)
@@ -301,6 +305,7 @@ def test_labels_are_one_hot_for_a_network_of_ones_own():
     assert flow.condition(torch.eye(3)).sample().shape == (3, 2)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_scalars_need_no_support():
     y = 3 + torch.randn(100)
     network = pi.VelocityMLP(1, (8, 8))
@@ -351,6 +356,7 @@ def test_a_short_run_has_a_report_in_nats_and_weights_that_are_frozen(tmp_path):
     assert found.draws.shape == (3, 100, 2)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_a_function_a_support_and_a_context_work_together():
     c = torch.rand(150, 1)
     x = (0.5 * torch.randn(150) + c[:, 0]).exp()
@@ -561,6 +567,7 @@ def test_a_population_is_found_from_posteriors_made_under_a_wide_prior():
     assert float(z.std()) == pytest.approx(1.0, abs=0.08)
 
 
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.slow
 def test_the_same_seed_learns_the_same_population():
     x, y, sds = catalogue(300)
@@ -570,6 +577,7 @@ def test_the_same_seed_learns_the_same_population():
     assert not torch.equal(one.log_prob(x), other.log_prob(x))
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_a_population_of_named_sites_on_supports_is_refused():
     mass = {"mass": torch.randn(300).exp()}
     options = {**QUICK, "steps": 3, "tolerance": 10.0}

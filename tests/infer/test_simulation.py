@@ -54,6 +54,7 @@ def with_mask(y=None, mask=None, scale=1.0, size=None, inside=None):
     ],
     ids=["mask", "masked distribution", "scale", "subsample"],
 )
+@pytest.mark.usefixtures("_small_runs")
 def test_rows_that_do_not_count_once_are_refused(kind, message):
     with pytest.raises(ValueError, match=message):
         pi.fit_guide(guide_of(with_mask), **kind, **QUICK)
@@ -63,6 +64,7 @@ def test_rows_that_do_not_count_once_are_refused(kind, message):
         guide(torch.ones(kind.get("size", 6)), **kind)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_gaps_by_obs_mask_are_refused():
     def model(y=None, there=None):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -81,6 +83,7 @@ def line(x, y=None):
         pyro.sample("y", dist.Normal(slope * x, 0.1), obs=y)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_arguments_that_make_other_simulations_are_told_of(recwarn):
     x = torch.linspace(-1, 1, 4)
     guide = guide_of(line)
@@ -92,6 +95,7 @@ def test_arguments_that_make_other_simulations_are_told_of(recwarn):
         guide(-x, 2 * x)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_data_of_another_size_behind_a_summary_are_told_of(recwarn):
     def model(y):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -108,6 +112,7 @@ def test_data_of_another_size_behind_a_summary_are_told_of(recwarn):
         guide(torch.ones(10))
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_a_guide_that_was_trained_for_some_data_says_so_from_its_file(tmp_path, recwarn):
     x, path = torch.linspace(-1, 1, 4), tmp_path / "posterior.safetensors"
     guide = guide_of(line)
@@ -127,6 +132,7 @@ def test_a_guide_that_was_trained_for_some_data_says_so_from_its_file(tmp_path, 
     assert pi.load(path).refined_for is None
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_a_model_of_numbers_that_are_not_from_torch_is_not_judged_by_them(recwarn):
     def model(y=None):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -371,6 +377,7 @@ def test_a_support_that_depends_on_other_sites_is_refused(low):
         guide_of(model)(torch.ones(()))
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_batches_without_a_proper_simulation_are_passed_over():
     def draws(count):
         loc = torch.randn(count)
@@ -402,6 +409,7 @@ def test_latents_that_repeat_with_other_data_are_not_held_out():
     assert sum(len(rows) for rows, _ in found) == 900
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_data_that_are_no_sample_site_have_no_density():
     def model():
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -451,6 +459,7 @@ def test_a_truncated_prior_without_a_draw_ends_when_the_time_is_up():
 
 
 @pytest.mark.parametrize("hits", [0, 5])
+@pytest.mark.usefixtures("_small_runs")
 def test_a_round_of_too_few_simulations_leaves_the_guide_as_it_was(hits, monkeypatch):
     guide, weights = guide_of(line), []
     regress = guide._regress
@@ -477,6 +486,7 @@ def test_a_round_of_too_few_simulations_leaves_the_guide_as_it_was(hits, monkeyp
     assert all(torch.equal(*pair) for pair in zip(after_the_first, now, strict=True))
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_rounds_of_a_simulator_without_a_density_are_not_lost():
     def model(y=None):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))

@@ -430,6 +430,7 @@ def test_a_flat_run_lands_before_its_time():
     assert len(result.rounds) >= 10
 
 
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.slow
 def test_no_gradient_goes_through_a_solve_and_nothing_but_weights_changes(monkeypatch):
     solves, solve = [], FixedGrid.solve
