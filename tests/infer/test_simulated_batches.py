@@ -58,6 +58,7 @@ def test_what_is_held_out_does_not_train_wherever_it_comes(monkeypatch):
         assert torch.equal(torch.cat((rows, held)).sort().values, every.sort().values)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_loaders_and_simulations_of_the_guide_itself_are_batches():
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
     latents, data = batches_of(300, 300)[0]
@@ -68,6 +69,7 @@ def test_loaders_and_simulations_of_the_guide_itself_are_batches():
     assert pi.fit_guide(guide, simulations=own, **quick).simulations == 180
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_no_draw_is_weighed_where_the_batches_lack_what_the_model_draws():
     batches = [(latents, {"mean": data["y"].mean(-1)}) for latents, data in batches_of(300)]
     guide = pi.AmortizedInterpolant(rows_of_a_normal, ("mean",), hidden_dims=(8,))
@@ -88,6 +90,7 @@ def test_no_draw_is_weighed_where_the_batches_lack_what_the_model_draws():
         ([({"loc": torch.zeros(20)}, {"y": torch.zeros(20, 2)})], rf"of shape \(\*, {ROWS}\)"),
     ],
 )
+@pytest.mark.usefixtures("_small_runs")
 def test_batches_of_another_form_are_explained(simulations, message):
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
     with pytest.raises(ValueError, match=message):
