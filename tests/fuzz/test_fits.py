@@ -12,10 +12,12 @@ import pytest
 import torch
 from fuzzing import EXPONENTS, FLOATS, LAYOUTS, as_given, end_of, laid_out, lengths, run
 from hypothesis import strategies as st
+from narrow import small_runs
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_interpolant import (
+    Adaptive,
     ConditionalInterpolantDistribution,
     ConditionalInterpolantTransform,
     InterpolantDistribution,
@@ -51,10 +53,11 @@ class Affine(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    """Held-out losses and comparisons of draws on fewer rows: a run of two steps is no more."""
+    """What is around a run of two steps is small; an affine velocity needs few nodes."""
+    small_runs(monkeypatch.setattr)
     monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 64)
-    monkeypatch.setattr("pyro_interpolant.training.agreement._DRAWS", (100, 200))
-    monkeypatch.setattr("pyro_interpolant.training.agreement._SHUFFLES", 5)
+    few = Adaptive(rtol=1e-6, atol=1e-6, nodes=8)
+    monkeypatch.setattr("pyro_interpolant.diagnostics.calibration._REFERENCE", few)
 
 
 # ---- rows ---------------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ BAD_WEIGHTS = {
 BAD_OPTIONS = (
     *({"batch_size": n} for n in (0, -1, 10**6, 2.5, "8")),
     *({"steps": n} for n in (0, -1, 1.5, math.nan)),
-    *({"validation": v} for v in (0.0, 1.0, -0.5, math.nan, 2, torch.ones(3, 9), "rows")),
+    *({"validation": v} for v in (0.0, 1.0, -0.5, math.nan, -2, 10**6, torch.ones(3, 9), "rows")),
     *({"max_seconds": s} for s in (0.0, -1.0, math.nan)),
     *({"learning_rate": r} for r in (0.0, -1.0, math.nan, math.inf)),
     *({"ema": e} for e in (-0.1, 1.0, math.nan)),
