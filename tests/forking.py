@@ -2,9 +2,11 @@
 
 It reads a line of JSON for each, the arguments of :func:`fork`, and writes a line with its exit
 status. What a program starts in processes of their own, as it starts itself, are forks of it.
+What it is to have imported can be given as its arguments. :func:`forks` starts it.
 """
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -78,8 +80,28 @@ def fork(program, arguments, cwd, output, errors):
     return become(program, *arguments)
 
 
+@contextlib.contextmanager
+def forks(environment, *imported):
+    """Start a process that forks; the function that this gives runs a program in a fork of it.
+
+    Args:
+        environment: What programs find in theirs beside what there is.
+        *imported: The names of the modules that are imported once for all.
+    """
+    command = [sys.executable, os.path.abspath(__file__), *imported]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env={**os.environ, **environment}, **pipes) as parent:
+
+        def run(**told):
+            """Return the exit status of a program; the arguments are those of :func:`fork`."""
+            print(json.dumps(told), file=parent.stdin, flush=True)
+            return int(parent.stdout.readline())
+
+        yield run
+
+
 if __name__ == "__main__":
-    for name in IMPORTED:
+    for name in sys.argv[1:] or IMPORTED:
         importlib.import_module(name)
     import torch
     from narrow import small_runs

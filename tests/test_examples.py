@@ -1,13 +1,10 @@
 """Every example and every benchmark runs from start to end, in a process of its own."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forking import forks
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES, BENCHMARKS = ROOT / "examples", ROOT / "benchmarks"
@@ -25,7 +22,6 @@ def run(tmp_path_factory):
     """
     # One thread, as the tests beside it: more would only wait for one another.
     environment = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(__file__).parent / "forking.py")]
     written = tmp_path_factory.mktemp("written")
 
     def run(program, *arguments, cwd):
@@ -34,18 +30,11 @@ def run(tmp_path_factory):
         output, errors = written / f"{name}.out", written / f"{name}.err"
         told = {"program": str(program), "arguments": arguments, "cwd": str(cwd)}
         told |= {"output": str(output), "errors": str(errors)}
-        print(json.dumps(told), file=parent.stdin, flush=True)
-        code = int(parent.stdout.readline())
+        code = process(**told)
         assert code == 0, f"exit status {code}: {errors.read_text()[-3000:]}"
         return output.read_text()
 
-    with subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as parent:
+    with forks(environment) as process:
         yield run
 
 

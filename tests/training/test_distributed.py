@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from forking import forks
 
 from pyro_interpolant import (
     InterpolantDistribution,
@@ -27,6 +25,8 @@ from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.rows import Rows
 
+# By the scripts, and by the first optimiser of a process.
+IMPORTED = ("lightning_fabric", "torch._dynamo", "pyro_interpolant.training")
 HAS_FABRIC = importlib.util.find_spec("lightning_fabric") is not None
 needs_fabric = pytest.mark.skipif(not HAS_FABRIC, reason="without the extra [distributed]")
 
@@ -208,19 +208,30 @@ with open(f"{folder}/{devices}.{rank}.json", "w") as file:
 """
 
 
-def in_a_process(script, *arguments):
-    """Run a script with arguments, and return what it says on the standard error."""
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+@pytest.fixture(scope="module")
+def in_a_process(tmp_path_factory):
+    """Run a script with arguments, and return what it says on the standard error.
+
+    Its process, and those that it starts, are forks of one that has imported what it imports.
+    """
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    written = tmp_path_factory.mktemp("written")
+    output, errors = written / "output", written / "errors"
+
+    def run(script, *arguments):
+        output.unlink(missing_ok=True)
+        errors.unlink(missing_ok=True)
+        told = {"program": str(script), "arguments": [*map(str, arguments)]}
+        code = process(**told, cwd=str(written), output=str(output), errors=str(errors))
+        assert code == 0, errors.read_text()[-3000:]
+        return errors.read_text()
+
+    with forks(environment, *IMPORTED) as process:
+        yield run
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, in_a_process):
     folder = tmp_path_factory.mktemp("runs")
     script = folder / "script.py"
     script.write_text(SCRIPT)
@@ -337,7 +348,7 @@ with open(f"{folder}/{fabric.global_rank}.json", "w") as file:
 
 
 @in_processes
-def test_images_train_in_pieces_in_bf16_and_in_two_processes(tmp_path):
+def test_images_train_in_pieces_in_bf16_and_in_two_processes(tmp_path, in_a_process):
     script = tmp_path / "script.py"
     script.write_text(IMAGES)
     found = {}
