@@ -33,10 +33,17 @@ from pyro_interpolant.distributions import ConditionalJointInterpolantDistributi
 from pyro_interpolant.training import building, fitting
 
 pytestmark = [
-    pytest.mark.usefixtures("_few_held_draws"),
+    pytest.mark.usefixtures("_small_runs"),
     # Few steps, on purpose: what is built is looked at, not how good it is.
     pytest.mark.filterwarnings("ignore:the fit came out wrong"),
 ]
+
+
+@pytest.fixture
+def _learned(_small_runs, monkeypatch):
+    """Networks as wide as ever, where what they learn is looked at."""
+    monkeypatch.undo()
+    monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
 
 
 def learn(x, **options):
@@ -119,6 +126,7 @@ def test_a_wrong_column_is_named_by_the_frame():
         learn(frame)
 
 
+@pytest.mark.usefixtures("_learned")
 @pytest.mark.parametrize(
     "context",
     [
@@ -139,6 +147,7 @@ def test_a_context_makes_a_frozen_conditional_density(context):
     assert d.report.held_out > d.report.reference - 0.5
 
 
+@pytest.mark.usefixtures("_learned")
 @pytest.mark.slow
 def test_named_draws_given_a_context(tmp_path):
     x = torch.randn(400, 1)
@@ -160,6 +169,7 @@ def test_named_draws_given_a_context(tmp_path):
     assert again.report == d.report
 
 
+@pytest.mark.usefixtures("_learned")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [

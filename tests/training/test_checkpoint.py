@@ -44,7 +44,7 @@ from pyro_interpolant.training.checkpoint import Checkpoint
 from pyro_interpolant.training.rows import Rows
 from pyro_interpolant.transforms import DenseWhitening, ScalarWhitening
 
-pytestmark = pytest.mark.usefixtures("_few_held_draws")
+pytestmark = pytest.mark.usefixtures("_small_runs")
 
 QUICK = {"batch_size": 64, "progress": False, "seed": 0, "steps": 40}
 

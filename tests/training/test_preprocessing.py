@@ -30,7 +30,7 @@ from pyro_interpolant.transforms.gaussianize import (
     RadialTransform,
 )
 
-pytestmark = pytest.mark.usefixtures("_few_held_draws", "_narrow_networks")
+pytestmark = pytest.mark.usefixtures("_small_runs")
 
 N = 4000
 

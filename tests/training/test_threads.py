@@ -18,7 +18,7 @@ from pyro_interpolant import (
     from_samples,
 )
 
-pytestmark = pytest.mark.usefixtures("_few_held_draws")
+pytestmark = pytest.mark.usefixtures("_small_runs")
 QUICK = {"seed": 0, "steps": 40, "batch_size": 32, "tolerance": 0.1, "progress": False}
 
 
