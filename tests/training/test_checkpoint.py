@@ -46,6 +46,7 @@ from pyro_interpolant.transforms import DenseWhitening, ScalarWhitening
 
 pytestmark = pytest.mark.usefixtures("_small_runs")
 
+TESTS = str(Path(__file__).parents[1])
 QUICK = {"batch_size": 64, "progress": False, "seed": 0, "steps": 40}
 
 
@@ -424,7 +425,10 @@ KILLED = """
 import os, signal, sys, time, traceback, torch
 import torch._dynamo  # by the first optimiser of each fork, otherwise
 import pyro_interpolant as pi
+from narrow import small_runs
+
 torch.set_num_threads(1)
+small_runs()
 
 def started(path, **keep):
     process = os.fork()  # which has imported what takes seconds to import
@@ -482,7 +486,9 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
     script, paths = tmp_path / "run.py", [tmp_path / "whole", tmp_path / "kept"]
     script.write_text(KILLED)
     command = [sys.executable, str(script), *map(str, paths)]
-    done = subprocess.run(command, check=True, capture_output=True)
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), TESTS)))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, check=True, capture_output=True, env=environment)
     assert int(done.stdout) >= 2  # kills
     assert int((tmp_path / "kept.first").read_text()) > 6  # it did not start anew
     whole, kept = (path.with_name(path.name + ".done").read_bytes() for path in paths)
