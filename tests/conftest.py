@@ -83,6 +83,13 @@ def _small_runs(monkeypatch):
 
 
 @pytest.fixture
+def _learned(_small_runs, monkeypatch):
+    """Runs that are as large as ever in a module of small ones: what they learn is looked at."""
+    monkeypatch.undo()
+    monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
+
+
+@pytest.fixture
 def full_disk():
     """A scope in which no file grows beyond a size, in bytes: the system refuses the rest."""
 

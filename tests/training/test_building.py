@@ -39,13 +39,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def _learned(_small_runs, monkeypatch):
-    """Networks as wide as ever, where what they learn is looked at."""
-    monkeypatch.undo()
-    monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
-
-
 def learn(x, **options):
     settings = {"steps": 3, "seed": 0, "progress": False, "marginals": False, "tolerance": 0.1}
     return from_samples(x, **{**settings, **options})

@@ -30,7 +30,7 @@ from pyro_interpolant.training.streaming import Stream, is_stream
 from pyro_interpolant.training.whitening import moments
 from pyro_interpolant.transforms import ScalarWhitening
 
-pytestmark = pytest.mark.usefixtures("_few_held_draws")
+pytestmark = pytest.mark.usefixtures("_small_runs")
 
 QUICK = {"progress": False, "seed": 0, "steps": 40, "tolerance": 0.1}
 
@@ -372,6 +372,7 @@ def test_rows_without_weight_are_absent():
         fit(made(), parts[1:2], **QUICK)
 
 
+@pytest.mark.usefixtures("_learned")
 @pytest.mark.slow
 def test_a_conditional_flow_learns_from_batches_with_contexts():
     context = torch.rand(3000, 1)
@@ -392,6 +393,7 @@ def test_batches_with_contexts_and_held_out_rows_with_theirs():
     torch.testing.assert_close(distribution.transform.flow.loc, x.mean(0))
 
 
+@pytest.mark.usefixtures("_learned")
 @pytest.mark.slow
 def test_weights_come_as_the_last_part():
     x = torch.cat((torch.randn(1000, 1) * 0.3 - 2, torch.randn(1000, 1) * 0.3 + 2))
