@@ -43,7 +43,14 @@ from ..transforms.gaussianize import Gaussianized, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from ..transforms.whitening import ScalarWhitening
 from .clock import Clock, Seconds
-from .data import DEFAULT_SHARE, DataLike, checked_weights, drop_zero_weights
+from .data import (
+    DEFAULT_SHARE,
+    DataLike,
+    checked_mask,
+    checked_weights,
+    drop_zero_weights,
+    mask_of,
+)
 from .fitting import fit
 from .image_rows import IMAGE_OPTIONS, are_images, are_levels
 from .objective import Coupling
@@ -94,8 +101,7 @@ def from_samples(
             more, the lengths of whitened rows are brought half-way to normal ones instead: the
             remedy for one scale that is common to all columns. Neither for an iterable, for
             angles, or beside ``base_samples`` or ``pairs``. Paths and SDEs then live behind the
-            map. True asks for 400 rows at least. Rows that are
-            held out, which come last, set no map.
+            map. True asks for 400 rows at least. No map is set by rows that are held out.
         seed: As in :func:`fit`; also of the initial weights.
         **fit_options: Passed to :func:`fit`. Beside ``coupling=optimal_transport`` the path is
             :class:`~pyro_interpolant.Linear`, else :class:`~pyro_interpolant.Trigonometric`.
@@ -139,8 +145,10 @@ def from_samples(
     else:
         columns = names_of(x)
         given = fit_options.get("weights"), x, fit_options.get("pairs"), context
-        rows, pairs, context, weights = drop_zero_weights(*given)
-        fit_options |= {"pairs": pairs, "weights": weights}
+        validation = fit_options.get("validation", DEFAULT_SHARE)
+        rows, pairs, context, mask, weights = drop_zero_weights(*given, mask_of(validation))
+        validation = validation if mask is None else mask
+        fit_options |= {"pairs": pairs, "weights": weights, "validation": validation}
     constraint, sites, rows = (_named if isinstance(x, Mapping) else _unnamed)(
         rows, support, event_shape
     )
@@ -152,7 +160,7 @@ def from_samples(
     with seeded(seed):
         transform = _transform(space, rows, sizes, network, coupling, conditional=conditional)
     with stage("choosing a map", progress=progress):
-        constraint, rows, context, fit_options = _with_map(
+        constraint, fit_options = _with_map(
             space, rows, context, fit_options, marginals=marginals, streamed=streamed
         )
     distribution = _distribution(transform, sites, constraint)
@@ -342,11 +350,10 @@ def _with_map(
     *,
     marginals: bool | None,
     streamed: bool,
-) -> tuple[Constraint, Tensor, Tensor | None, dict[str, Any]]:
-    """Return a constraint, behind a map if so wanted, and what it is fitted to.
+) -> tuple[Constraint, dict[str, Any]]:
+    """Return a constraint, behind a map if so wanted, and options, which say what is held out.
 
-    Rows to be held out, which the map would know, do not set it: they then come last, and
-    ``validation`` is their number.
+    Rows to be held out do not set the map, which would know them.
 
     Args:
         space: The support.
@@ -363,34 +370,28 @@ def _with_map(
                 "expected marginals=True beside a table of rows that are no angles or images, "
                 "without pairs or base_samples"
             )
-        return space.constraint, rows, context, fit_options
+        return space.constraint, fit_options
     if marginals is False:
-        return space.constraint, rows, context, fit_options
+        return space.constraint, fit_options
     weights = checked_weights(fit_options.get("weights"), len(rows))
     real = space.unconstrained(rows)
-    order, held = _held_last(real, context, fit_options)
-    kept = order[: len(real) - held]
+    held = _held_out(real, context, fit_options)
+    kept = torch.arange(len(real)) if held is None else (~held).nonzero().flatten()
     clock, few = Clock(fit_options["max_seconds"]), None if weights is None else weights[kept]
     found = preferred_support(real[kept], space.constraint, few, clock, always=bool(marginals))
     if not isinstance(found, Gaussianized):
-        return found, rows, context, fit_options
+        return found, fit_options
     if isinstance(found.gaussianizer, RadialTransform):
         warn_if_rounded(real)  # what is wrong with columns, the fit cannot see behind the map
         moments(real)
-    if held:
-        rows, context = rows[order], None if context is None else context[order]
-        weights = None if weights is None else weights[order]
-        fit_options = {**fit_options, "weights": weights, "validation": held}
-    return found, rows, context, fit_options
+    return found, fit_options if held is None else {**fit_options, "validation": held}
 
 
-def _held_last(
-    real: Tensor, context: Tensor | None, fit_options: dict[str, Any]
-) -> tuple[Tensor, int]:
-    """Return an order in which the rows to be held out, with all copies, are last; their number.
+def _held_out(real: Tensor, context: Tensor | None, fit_options: dict[str, Any]) -> Tensor | None:
+    """Return which rows are to be held out, a mask of shape ``(N,)``; None where none of them is.
 
-    It is not drawn from the global generator: a run that resumes has the same. Where no share is
-    to be held out, rows stay as they are, and the number is 0.
+    With the copies of each. It is not drawn from the global generator: a run that resumes has the
+    same.
 
     Args:
         real: Unconstrained rows, shape ``(N, D)``.
@@ -398,10 +399,16 @@ def _held_last(
         fit_options: Passed to :func:`fit`.
     """
     share = fit_options.get("validation", DEFAULT_SHARE)
+    mask = mask_of(share)
+    if mask is not None:
+        return checked_mask(mask, len(real)).to(real.device)
     if not isinstance(share, float) or not 0 < share < 1 or round(share * len(real)) >= len(real):
-        return torch.arange(len(real), device=real.device), 0
+        return None
     every, _ = rounded(real)
-    count = max(1, round(share * len(real)))
     with seeded(fit_options["seed"] or 0):
-        order, held = Rows(real, context).order(count, shuffle=True, copies=not every)
-    return order.roll(-held), held
+        order, count = Rows(real, context).order(
+            max(1, round(share * len(real))), shuffle=True, copies=not every
+        )
+    mask = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    mask[order[:count]] = True
+    return mask

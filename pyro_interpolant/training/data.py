@@ -3,6 +3,7 @@ r"""Tables: rows in memory, checked with clear errors, held out and given out in
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -34,7 +35,7 @@ from .survey import Surveyed
 from .whitening import warn_if_coarse
 
 DataLike = RowsLike | Iterable[Any]  # or batches: of rows, of (rows, contexts), with weights
-# A share, a number of rows, rows, or rows and contexts.
+# A share, a mask of the rows, rows of one's own, or these and contexts.
 HeldOut = RowsLike | tuple[RowsLike, ArrayLike] | None
 
 DEFAULT_SHARE = 0.1  # of rows, held out
@@ -80,8 +81,8 @@ class Table:
     Args:
         distribution: What is trained.
         data: Rows, shape ``(N, *event_shape)``, or named draws.
-        validation: The share held out, or how many of the last rows, or rows of the user's own,
-            with contexts or without; None to hold out nothing.
+        validation: The share held out, or which rows are, a mask of shape ``(N,)``, or rows of the
+            user's own, with contexts or without; None to hold out nothing.
         context: Contexts, shape ``(N, C)``, for a conditional flow.
         pairs: The partner of each row at the base, shape ``(N, D)``.
         weights: Non-negative weights, shape ``(N,)``.
@@ -121,7 +122,8 @@ class Table:
             )
         self.names = Names.for_training(distribution, data, context, anew=anew)
         data, context = self.names.ordered(distribution, data, context)
-        data, context, pairs, weights = drop_zero_weights(weights, data, context, pairs)
+        given = weights, data, context, pairs, mask_of(validation)
+        data, context, pairs, mask, weights = drop_zero_weights(*given)
         found = rows_of(distribution, data, context)
         if found.context is not None and not distribution.transform.flow.classes:
             warn_if_coarse(as_tensor(context, "context"), found.context.dtype, "context")
@@ -136,10 +138,13 @@ class Table:
                 )
         found = found._replace(partner=pairs, weight=checked_weights(weights, count))
         self.share = validation if isinstance(validation, float) else None
+        self.mask = None if mask is None else checked_mask(mask, count)
         self.held: int
-        if isinstance(validation, int | float):
-            self.held = validation if self.share is None else max(1, round(self.share * count))
-            if self.has_images and self.share is not None:
+        if self.mask is not None:
+            self.held = int(self.mask.sum())
+        elif self.share is not None:
+            self.held = max(1, round(self.share * count))
+            if self.has_images:
                 self.held = min(self.held, most_held(size))
             if self.held >= count:
                 raise ValueError(
@@ -147,17 +152,17 @@ class Table:
                     "of positive weight: get more data"
                 )
         else:
-            given = None
+            own = None
             if validation is not None:
-                given = held_out_rows(distribution, validation, self.names)
-            self.held = 0 if given is None else len(given.w)
-            if given is not None:
-                found = _with_given(found, given)
+                own = held_out_rows(distribution, validation, self.names)
+            self.held = 0 if own is None else len(own.w)
+            if own is not None:
+                found = _with_given(found, own)
         self.rows = found.to(distribution.transform.flow.loc.device)
         self.checksum = checksum(self.rows)
 
     def split(self, process: Process, batch_size: int | None, **survey: Any) -> Split:
-        """Split off the rows held out, at random, each with its copies.
+        """Split off the rows held out, those of the mask, or at random, each with its copies.
 
         Args:
             process: This process, or one of several that share each batch.
@@ -167,8 +172,14 @@ class Table:
         Raises:
             ValueError: If the batch size is below 1 or above the number of training rows.
         """
-        shuffle = self.share is not None
-        held, kept = self.rows.split(self.held, shuffle=shuffle, copies=shuffle and self.copies)
+        if self.mask is not None:
+            mask = self.mask.to(self.rows.w.device)
+            parts = mask, ~mask
+            held, kept = (self.rows.take(part.nonzero().flatten()) for part in parts)
+        else:
+            shuffle = self.share is not None
+            copies = shuffle and self.copies
+            held, kept = self.rows.split(self.held, shuffle=shuffle, copies=copies)
         available = len(kept.w) // process.world
         if batch_size is not None and batch_size not in range(1, available + 1):
             raise ValueError(
@@ -323,9 +334,32 @@ def rows_of(
     return Rows(rows, contexts_of_rows(context, flow, (), count, "rows of data"))
 
 
-def is_count(validation: HeldOut) -> bool:
-    """Return whether what is held out is a number of rows."""
-    return isinstance(validation, int) and not isinstance(validation, bool) and validation > 0
+def mask_of(validation: HeldOut) -> Tensor | None:
+    """Return which rows are held out, shape ``(N,)``, where it is this that a user says."""
+    if isinstance(validation, np.ndarray) and validation.dtype == np.bool_:
+        return torch.from_numpy(validation)
+    if isinstance(validation, Tensor) and validation.dtype == torch.bool:
+        return validation
+    return None
+
+
+def checked_mask(mask: Tensor, count: int) -> Tensor:
+    """Return a mask of the rows held out, if it is one.
+
+    Args:
+        mask: Which rows, shape ``(N,)``.
+        count: N.
+
+    Raises:
+        ValueError: If its shape is another, or all or none of the rows are held out.
+    """
+    held = int(mask.sum())
+    if mask.shape != (count,) or held in (0, count):
+        raise ValueError(
+            f"expected a mask, shape ({count},), of some of the rows to hold out, got {held} in a "
+            f"mask of shape {tuple(mask.shape)}"
+        )
+    return mask
 
 
 def held_out_rows(distribution: AnyDistribution, validation: HeldOut, names: Names) -> Rows:

@@ -27,7 +27,7 @@ from ..transforms.interpolant import ConditionalInterpolantTransform, Interpolan
 from .agreement import warn_if_draws_differ
 from .checkpoint import Checkpoint, check_place, open_checkpoint, restore_buffers, warn_inexact
 from .clock import Clock
-from .data import DEFAULT_SHARE, DataLike, HeldOut, Split, Table, is_count
+from .data import DEFAULT_SHARE, DataLike, HeldOut, Split, Table
 from .distributed import Process
 from .image_rows import LEVELS, dequantized, has_images
 from .loop import Callback, Run, Schedule, check_ranges
@@ -156,8 +156,8 @@ def fit(
             step; by default (70 D / N)^2 for N training rows, at most 0.5; none for a network of
             images, or where no first pass counts an iterable's rows.
         validation: The share of rows held out, of an iterable up to 8,192, with all copies of
-            each; how many of a table's last rows; or rows of your own, ``(M, *event_shape)``; for
-            a conditional flow ``(rows, contexts)``.
+            each; which rows of a table, a mask of shape ``(N,)``; or rows of your own, shape
+            ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
         patience: End, after 500 steps at the earliest, where the steps since the best held-out
             loss are more than this percentage of those up to it, and the loss has risen by 2% and
             by 0.005 a column: what is learned no longer holds for rows held out. On a plateau a
@@ -228,7 +228,7 @@ def fit(
                 process.agree(flow.buffers())
             else:
                 flow.noise = noise_network(flow)
-            seen, unseen = distribution.white_base().split(source.share)
+            seen, unseen = distribution.white_base().split(share)
             objective = Objective(flow, seen, coupling, process, target=learn)
             held = objective.typical(split.held)
             fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
@@ -295,15 +295,15 @@ def noise_network(flow: Flow) -> nn.Module:
 
 
 def _checked_share(validation: HeldOut, tolerance: float, accumulate: int) -> float | None:
-    """Return the share or number of rows to hold out, or None; check what is beside.
+    """Return the share of rows to hold out, or None where rows were given; check what is beside.
 
     Raises:
         ValueError: If a number is out of range.
     """
     share = validation if isinstance(validation, int | float) else None
-    fits = validation is not None and (share is None or 0 < share < 1)
+    is_share = validation is not None and (share is None or 0 < share < 1)
     check_ranges(
-        ("validation between 0 and 1, or rows", fits or is_count(validation), share),
+        ("validation between 0 and 1, or rows", is_share, share),
         ("tolerance > 0", tolerance > 0, tolerance),
         (
             f"accumulate from 1 to {TIMES_PER_BATCH}, whole",

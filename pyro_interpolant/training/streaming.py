@@ -23,6 +23,7 @@ from .data import (
     checked_weights,
     drop_zero_weights,
     held_out_rows,
+    mask_of,
     rows_of,
 )
 from .distributed import Process
@@ -91,10 +92,10 @@ class Stream:
                     "last part"
                 )
         check_again(data)
-        if isinstance(validation, int):
+        if mask_of(validation) is not None:
             raise ValueError(
-                "expected a share for validation, or rows, beside an iterable, whose last rows "
-                f"are not known, got {validation}"
+                "expected a share for validation, or rows, beside an iterable, whose rows are not "
+                "counted, got a mask"
             )
         self.distribution, self.iterable = distribution, data
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)

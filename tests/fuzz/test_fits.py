@@ -194,7 +194,7 @@ BAD_WEIGHTS = {
 BAD_OPTIONS = (
     *({"batch_size": n} for n in (0, -1, 10**6, 2.5, "8")),
     *({"steps": n} for n in (0, -1, 1.5, math.nan)),
-    *({"validation": v} for v in (0.0, 1.0, -0.5, math.nan, -2, 10**6, torch.ones(3, 9), "rows")),
+    *({"validation": v} for v in (0.0, 1.0, -0.5, math.nan, 2, torch.ones(3, 9), "rows")),
     *({"max_seconds": s} for s in (0.0, -1.0, math.nan)),
     *({"learning_rate": r} for r in (0.0, -1.0, math.nan, math.inf)),
     *({"ema": e} for e in (-0.1, 1.0, math.nan)),

@@ -410,13 +410,18 @@ def test_rows_without_copies_are_held_out_as_before():
     assert [len(part.w) for part in one.split(3, shuffle=True, copies=True)] == [3, 17]
 
 
-def test_a_number_of_rows_is_the_last_of_them():
-    x = torch.randn(50, 2)
-    split = Table(InterpolantDistribution(interpolant_transform(2)), x, 7).split(Process(), None)
-    assert torch.equal(split.held.w, x[-7:])
-    assert torch.equal(split.kept.w, x[:-7])
-    with pytest.raises(ValueError, match="rows to train on besides 50 held out"):
-        Table(InterpolantDistribution(interpolant_transform(2)), x, 50)
+@pytest.mark.parametrize("kind", [lambda mask: mask, lambda mask: mask.numpy()])
+def test_a_mask_says_which_rows_are_held_out(kind):
+    x, weights = torch.randn(50, 2), torch.ones(50)
+    weights[3] = 0.0  # of no weight: neither held out nor learned
+    mask, flow = torch.arange(50) % 7 == 3, InterpolantDistribution(interpolant_transform(2))
+    split = Table(flow, x, kind(mask), weights=weights).split(Process(), None)
+    mask[3] = False
+    assert torch.equal(split.held.w, x[mask])
+    assert torch.equal(split.kept.w, x[~mask & (weights > 0)])
+    for wrong in (mask[1:], torch.ones_like(mask), torch.zeros_like(mask), mask[:, None]):
+        with pytest.raises(ValueError, match=r"a mask, shape \(50,\), of some of the rows"):
+            Table(flow, x, kind(wrong))
 
 
 def test_values_that_agree_by_chance_are_held_out_singly():

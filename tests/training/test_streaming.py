@@ -705,9 +705,9 @@ def test_an_iterable_may_fill_one_tensor_anew_with_each_batch():
     assert torch.equal(*(flow.transform.flow.loc for flow in found))
 
 
-def test_the_last_rows_of_an_iterable_are_not_known():
+def test_a_mask_of_rows_is_refused_beside_an_iterable():
     with pytest.raises(ValueError, match="a share for validation, or rows, beside an iterable"):
-        fit(made(), list(rows().split(100)), validation=20, **QUICK)
+        fit(made(), list(rows().split(100)), validation=torch.arange(20) < 5, **QUICK)
 
 
 def test_rows_held_out_on_another_scale_than_the_levels_of_a_stream_are_refused():
