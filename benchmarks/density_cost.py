@@ -379,7 +379,7 @@ def main():
     if scratch:
         scratch.cleanup()
         own = [line for line in lines.cells.values() if line["peer"] == "ours"]
-        raise SystemExit(any("failed" in line for line in own))
+        raise SystemExit(not own or any("failed" in line for line in own))
 
 
 if __name__ == "__main__":

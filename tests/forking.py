@@ -1,7 +1,7 @@
 """Runs programs in forks of this process, which has imported what most of them import.
 
 It reads a line of JSON for each, the arguments of :func:`fork`, and writes a line with its exit
-status. What a program starts in processes of their own, as it starts itself, are forks of it.
+status. Where a program starts others, or itself, in processes of their own, these are forks of it.
 What it is to have imported can be given as its arguments. :func:`forks` starts it.
 """
 
@@ -39,6 +39,8 @@ def become(program, *arguments):
         runpy.run_path(program, run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -71,7 +71,7 @@ def run(
     @seed(SEED)
     @given(cases)
     def examples(case: Any) -> None:
-        torch.default_generator.manual_seed(0)  # of which torch.manual_seed keeps the stack
+        torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack for each call
         always = torch.is_warn_always_enabled()
         torch.set_warn_always(True)  # torch's own too, at each input
         try:

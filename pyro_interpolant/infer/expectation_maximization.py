@@ -19,7 +19,6 @@ from ..training.clock import Clock
 from ..training.optimization import assign
 from ..training.reporting import stage, tell
 from ..training.rows import Rows
-from ..training.threads import threads_restored
 from .latents import chunks, draw_latents, given
 from .noise import Measurements
 from .regression import FlowRegression
@@ -309,7 +308,6 @@ def held_out(count: int, validation: float) -> int:
     return held
 
 
-@threads_restored()
 def learn(
     distribution: AnyDistribution,
     catalogue: Catalogue,

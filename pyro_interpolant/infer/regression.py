@@ -11,7 +11,7 @@ from ..interpolants.couplings import independent
 from ..training.objective import Objective
 from ..training.optimization import Descent
 from ..training.rows import Rows
-from ..training.threads import Threads
+from ..training.threads import Threads, threads_restored
 from ..transforms.flow import Flow
 from .schedule import clocked
 
@@ -40,7 +40,7 @@ class FlowRegression:
         process = self.objective.process
         self.descent = Descent(self.objective, process, learning_rate=_FIRST_RATE, ema=ema)
         self.average = self.descent.average
-        self.threads = Threads(choose=flow.loc.device.type == "cpu")
+        self.threads = Threads(choose=flow.loc.is_cpu)
         self.pools, self.most = pools[-most:], most
         self.added = 0
 
@@ -50,6 +50,7 @@ class FlowRegression:
         keep = max(2, min(self.most, self.added // 2 + 1))
         self.pools = [*self.pools, rows][-keep:]
 
+    @threads_restored()
     def __call__(self, steps: int, rate: Callable[[], float], *, seconds: float) -> None:
         """Take steps, at most as many as the time allows.
 
@@ -67,10 +68,11 @@ class FlowRegression:
         def batch() -> Rows:
             return rows.take(torch.randint(count, (min(_BATCH_ROWS, count),)).to(rows.w.device))
 
+        self.threads.settle()
         for _ in clocked(seconds, _MIN_STEPS, steps):
             warm = min(1.0, (self.descent.steps + 1) / _WARMUP_STEPS)
-            began = time.monotonic()
             (points,) = self.objective.points([batch])
+            began = time.monotonic()
             with torch.enable_grad():
                 self.descent(points, rate() * warm)
             self.threads.took(time.monotonic() - began)

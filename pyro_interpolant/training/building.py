@@ -97,12 +97,13 @@ def from_samples(
             that the flow learns only how they depend on each other: the remedy for slabs, spikes
             and long tails in single columns. By default where eight Gaussians fit held-out rows
             better behind the splines, by 0.05 nats and more than chance, in up to 64 dimensions
-            of at least 90 rows each. By default only, and where the same rule finds that to gain
+            of about 100 rows each. By default only, and where the same rule finds that to gain
             more, the lengths of whitened rows are brought half-way to normal ones instead: the
             remedy for one scale that is common to all columns. Neither for an iterable, for
             angles, or beside ``base_samples`` or ``pairs``. Paths and SDEs then live behind the
-            map. True asks for 400 rows at least. No map is set by rows that are held out.
-        seed: As in :func:`fit`; also of the initial weights.
+            map. True asks for 400 rows at least besides those held out, which set no map.
+        seed: As in :func:`fit`; also of the initial weights. Behind a map, rows are held out as if
+            it were 0 where none is given.
         **fit_options: Passed to :func:`fit`. Beside ``coupling=optimal_transport`` the path is
             :class:`~pyro_interpolant.Linear`, else :class:`~pyro_interpolant.Trigonometric`.
 
@@ -375,6 +376,8 @@ def _with_map(
         return space.constraint, fit_options
     weights = checked_weights(fit_options.get("weights"), len(rows))
     real = space.unconstrained(rows)
+    context = None if context is None else context.to(real.device)
+    weights = None if weights is None else weights.to(real.device)
     held = _held_out(real, context, fit_options)
     kept = torch.arange(len(real)) if held is None else (~held).nonzero().flatten()
     clock, few = Clock(fit_options["max_seconds"]), None if weights is None else weights[kept]

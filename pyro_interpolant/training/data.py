@@ -336,11 +336,12 @@ def rows_of(
 
 def mask_of(validation: HeldOut) -> Tensor | None:
     """Return which rows are held out, shape ``(N,)``, where it is this that a user says."""
-    if isinstance(validation, np.ndarray) and validation.dtype == np.bool_:
-        return torch.from_numpy(validation)
-    if isinstance(validation, Tensor) and validation.dtype == torch.bool:
-        return validation
-    return None
+    if isinstance(validation, Tensor):
+        return validation if validation.dtype == torch.bool else None
+    if validation is None or isinstance(validation, bool | float | tuple | Mapping):
+        return None
+    found = np.asarray(validation)  # of a list, or a column of a frame, too
+    return torch.tensor(found) if found.dtype == np.bool_ else None
 
 
 def checked_mask(mask: Tensor, count: int) -> Tensor:

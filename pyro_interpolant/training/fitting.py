@@ -175,13 +175,14 @@ def fit(
             trained with; a new map has those of the data.
         tolerance: For :func:`~pyro_interpolant.calibrate`, nats; of images for
             :func:`~pyro_interpolant.diagnostics.calibrate_sampler`, standard deviations.
-        seed: Makes the run reproducible: same seed, same weights. The global generator is left as
+        seed: Makes the run reproducible: same seed, same weights, to the bit where torch's numbers
+            do not depend on how many threads it has, or has one. The global generator is left as
             it was.
         progress: Whether to show a bar.
         callback: Called with a :class:`TrainingState` at each look, while the flow has the
             averaged weights that the held-out loss is of; to stop the run it returns True.
         checkpoint: A file to keep the state of the run in. The same call resumes from it: with
-            ``steps`` and the same number of threads to bitwise the same weights; an iterable, or
+            ``steps`` to bitwise the same weights, where ``seed`` alone gives them; an iterable, or
             its sampler, must have ``state_dict`` and ``load_state_dict`` for that.
         checkpoint_every: After how many steps it is written; by default at each look.
         fabric: A launched ``lightning_fabric.Fabric``: its device, precision and processes. A

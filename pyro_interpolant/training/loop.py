@@ -297,7 +297,7 @@ class Run:
         self.batches, self.checkpoint = batches, checkpoint
         self.schedule, self.clock = schedule, clock
         self.process, self.device = objective.process, objective.flow.loc.device
-        self.threads = Threads(choose=self.device.type == "cpu" and self.process.world == 1)
+        self.threads = Threads(choose=objective.flow.loc.is_cpu and self.process.world == 1)
         columns, total = objective.flow.event_dim, self.process.agreed(batches.total)
         self.length = schedule.length(columns * total)
         # Networks of images share weights between pixels: rows per column say nothing of them.
@@ -338,6 +338,7 @@ class Run:
             leave=False,
         ) as bar:
             try:
+                self.threads.settle()
                 self._go(bar)
                 if self.descent.is_stuck():
                     self._look_back()
@@ -346,6 +347,7 @@ class Run:
                 self._look_back()
                 warn_user("the run was interrupted: the best weights so far are kept")
             finally:
+                self.threads.settle()
                 self.monitor.keep_best()
             self.descent.check()
             self.monitor.check()
@@ -390,8 +392,9 @@ class Run:
 
     def _advance(self) -> bool:
         """Take a step, look if it is time, and return whether to go on."""
-        monitor, began = self.monitor, time.monotonic()
-        loss = self.descent(self.batches.next(), self.rate())
+        monitor, points = self.monitor, self.batches.next()
+        began = time.monotonic()
+        loss = self.descent(points, self.rate())
         self.threads.took(time.monotonic() - began)
         if loss is not None:
             monitor.total.append(loss)

@@ -216,7 +216,10 @@ def preferred_support(
         ValueError: If a map is to be taken always, and there are too few rows to set one.
     """
     if always and len(rows) < MIN_ROWS:
-        raise ValueError(f"expected at least {MIN_ROWS} rows for marginals=True, got {len(rows)}")
+        raise ValueError(
+            f"expected at least {MIN_ROWS} rows for marginals=True, besides those held out, got "
+            f"{len(rows)}"
+        )
     few = rows[_shuffled(len(rows), weights).to(rows.device)].cpu().double()  # where maps are kept
     make = (
         marginal_transform

@@ -7,34 +7,42 @@ cores tell which is faster: the clock does, and again while a run goes on.
 """
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Iterator
 
 import torch
 
-_TRIED = 8  # steps of a trial, as many as are prepared at once: any so many do the same work
+_TRIED = 4  # steps of a trial
 _TRIAL_SHARE = 0.02  # of the time, that trials may lose
 
 
 class Threads:
-    """Sets torch's number of threads to one or to all, by how long steps took on each.
+    """Sets torch's number of threads to one or to all, by how long steps take on each.
 
-    It begins with one. The other number is tried for eight steps, or until these have taken longer
-    than the last eight did, and is kept if they have not. The next trial follows when the time
-    that this one lost is a fiftieth of that since.
+    It begins with all. The other number is tried for four steps, or until these have taken longer
+    than the last four did, and is kept if they have not. The number that has lost its place is
+    tried again at once, for a single step may have taken long by accident; otherwise the next
+    trial follows when the time that this one lost is a fiftieth of that since.
 
     Args:
         choose: Whether there is a choice: not where steps run on a GPU, or several processes take
-            them together.
+            them together; nor beside other threads of Python, which torch gives the same number.
     """
 
     def __init__(self, *, choose: bool) -> None:
-        total = torch.get_num_threads()
-        self.used, self.other = 1 if choose else total, total
+        choose = choose and threading.current_thread() is threading.main_thread()
+        self.used = torch.get_num_threads()
+        self.other = 1 if choose else self.used
         self.recent: deque[float] = deque(maxlen=_TRIED)  # seconds of steps on the number in use
         self.tried: list[float] | None = None  # of those on the other, in a trial
         self.until = 0.0  # seconds until the next trial
-        torch.set_num_threads(self.used)
+
+    def settle(self) -> None:
+        """Set the number that is in use, and end a trial."""
+        if self.used != self.other:
+            self.tried = None
+            torch.set_num_threads(self.used)
 
     def took(self, seconds: float) -> None:
         """Take note of a step's time, and set the number of threads of the next."""
@@ -49,14 +57,14 @@ class Threads:
             return
         self.tried.append(seconds)
         usual, spent = sum(self.recent), sum(self.tried)
-        if len(self.tried) < _TRIED and spent < usual:
-            return
-        self.until = abs(spent - usual * len(self.tried) / _TRIED) / _TRIAL_SHARE
-        if spent < usual:
+        if spent >= usual:
+            self.until = (spent - usual * len(self.tried) / _TRIED) / _TRIAL_SHARE
+            self.settle()
+        elif len(self.tried) == _TRIED:
             self.used, self.other = self.other, self.used
-            self.recent.extend(self.tried)
-        self.tried = None
-        torch.set_num_threads(self.used)
+            self.recent.clear()  # so that a trial of the other follows as many steps as it takes
+            self.until = 0.0
+            self.settle()
 
 
 @contextlib.contextmanager
@@ -66,4 +74,5 @@ def threads_restored() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)

@@ -602,6 +602,7 @@ def test_what_fails_after_the_last_step_keeps_the_weights(name, error, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_learned")
 def test_weighted_rows_are_learned_in_proportion():
     x = torch.cat((torch.randn(1000, 1) * 0.3 - 2, torch.randn(1000, 1) * 0.3 + 2))
     weights = torch.cat((torch.ones(1000), 4 * torch.ones(1000)))

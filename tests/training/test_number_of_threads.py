@@ -1,10 +1,14 @@
 """Steps take one thread or all, by the clock; the caller's number is there afterwards."""
 
+import threading
+
 import pytest
 import torch
 
 from pyro_interpolant import InterpolantDistribution, fit, interpolant_transform
+from pyro_interpolant.infer import regression
 from pyro_interpolant.training import loop
+from pyro_interpolant.training.rows import Rows
 from pyro_interpolant.training.threads import Threads
 
 ALL = 4
@@ -16,20 +20,24 @@ def _all_threads():
     torch.set_num_threads(ALL)
 
 
-def taken(seconds, steps, threads=None):
-    """Return the time of some steps, whose seconds on one and on all threads are given."""
+def taken(seconds, steps, threads=None, pause=()):
+    """Return the time of steps, whose seconds on one and on all threads are given, less pauses."""
     threads, total = threads or Threads(choose=True), 0.0
     for i in range(steps):
-        share = 4.5 if i % 8 == 0 else 0.5  # what several steps need is made at once
-        spent = share * seconds[torch.get_num_threads()]
-        threads.took(spent)
+        spent = seconds[torch.get_num_threads()]
+        threads.took(spent + 30 * (i in pause))
         total += spent
     return total
 
 
-@pytest.mark.parametrize("of_all", [0.3, 0.7, 1.0, 1.3, 3.0, 9.0])
-def test_no_slower_by_a_tenth_than_the_better(of_all):
-    assert taken({1: 1.0, ALL: of_all}, 1000) < 1.1 * 1000 * min(1.0, of_all)
+@pytest.mark.parametrize("of_all", [0.1, 0.7, 1.0, 1.3, 3.0, 9.0])
+@pytest.mark.parametrize("pause", [(), (0,), (2, 700), (9, 12)])
+def test_no_slower_by_a_tenth_than_the_better(of_all, pause):
+    assert taken({1: 1.0, ALL: of_all}, 2000, pause=pause) < 1.1 * 2000 * min(1.0, of_all)
+
+
+def test_a_few_long_steps_are_not_spent_on_one_thread():
+    assert taken({1: 20.0, ALL: 1.0}, 20) <= 20 + 20
 
 
 def test_a_busy_machine_and_one_that_is_idle_again_are_noticed():
@@ -42,20 +50,30 @@ def test_a_busy_machine_and_one_that_is_idle_again_are_noticed():
     assert threads.used == ALL
 
 
-def test_there_is_no_choice_beside_other_processes_or_on_a_gpu():
+def test_there_is_no_choice_beside_other_threads_or_processes():
     taken({ALL: 1.0}, 100, Threads(choose=False))
-    assert torch.get_num_threads() == ALL
+    seen = []
+    other = threading.Thread(target=lambda: seen.append(Threads(choose=True).other))
+    other.start()
+    other.join()
+    assert seen == [ALL]
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_fit_leaves_the_number_of_threads_as_it_was(fails, monkeypatch):
-    seen, go_on = [], loop.Threads.took
+def counted(monkeypatch, module):
+    """Return a list that will hold the number of threads of each step: all are slower."""
+    seen, go_on = [], module.Threads.took
 
     def took(threads, seconds):
         seen.append(torch.get_num_threads())
         go_on(threads, 10.0 if seen[-1] == ALL else 1.0)
 
-    monkeypatch.setattr(loop.Threads, "took", took)
+    monkeypatch.setattr(module.Threads, "took", took)
+    return seen
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_fit_leaves_the_number_of_threads_as_it_was(fails, monkeypatch):
+    seen = counted(monkeypatch, loop)
     flow = InterpolantDistribution(interpolant_transform(2, (8,)))
 
     def callback(state):
@@ -65,5 +83,17 @@ def test_fit_leaves_the_number_of_threads_as_it_was(fails, monkeypatch):
     options = {"steps": 40, "seed": 0, "progress": False, "tolerance": 1.0}
     with pytest.raises(KeyError) if fails else torch.no_grad():
         fit(flow, torch.randn(100, 2), callback=callback, **options)
-    assert seen[:9] == [1] * 8 + [ALL]
+    assert seen[:18] == [ALL] * 4 + [1] * 8 + [ALL] + [1] * 5
     assert torch.get_num_threads() == ALL
+
+
+def test_the_regression_of_rounds_does_too(monkeypatch):
+    seen = counted(monkeypatch, regression)
+    flow = InterpolantDistribution(interpolant_transform(2, (8,))).transform.flow
+    fitted = regression.FlowRegression(flow, [Rows(torch.randn(50, 2), None)])
+    for number in (ALL, 1):
+        fitted(10, lambda: 1e-3, seconds=60.0)
+        assert fitted.threads.used == 1
+        assert torch.get_num_threads() == ALL
+        assert seen[0] == number
+        seen.clear()

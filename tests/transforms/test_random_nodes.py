@@ -45,7 +45,7 @@ def student():
 HIDDEN = (64, 64)
 SOLVER = FixedGrid(20)  # the default; 8 nodes that stayed learned to claim 14 to 330 nats too much
 DENSITIES = {"banana": Banana, "modes": modes, "student": student}
-# Of the smallest batches by which nodes that stay are found, where they are found at all.
+# Of the smallest batches by which nodes that stay are found, if any are found.
 BATCHES = {"banana": 64, "modes": 256, "student": 64}
 
 

@@ -26,7 +26,6 @@ from ...training.fitting import trainable_flow
 from ...training.loop import check_ranges
 from ...training.optimization import assign
 from ...training.rows import Rows
-from ...training.threads import threads_restored
 from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
 from ..regression import FlowRegression
@@ -271,7 +270,6 @@ class Run:
         return effective_sample_size(pareto_smooth(w).log_weights)
 
 
-@threads_restored()
 def train_from_density(
     distribution: InterpolantDistribution,
     log_density: Callable[[Tensor], Tensor],
