@@ -26,6 +26,7 @@ IMPORTED = (
     "torch._dynamo",  # by the first optimiser of a process
 )
 SECONDS = 240  # the longest that a program may take
+STARTED = []  # the processes that a program has started
 
 
 def become(program, *arguments):
@@ -33,6 +34,7 @@ def become(program, *arguments):
     signal.alarm(SECONDS)
     # What was left to do at the end of the process before is not for this one to do.
     atexit._clear()
+    STARTED.clear()
     sys.stdin = open(0, closefd=False)
     sys.argv, sys.path[0], code = [program, *arguments], os.path.dirname(program), 0
     try:
@@ -44,6 +46,10 @@ def become(program, *arguments):
     except BaseException:
         traceback.print_exc()
         code = 1
+    for process in STARTED:  # which may still read, and write what is asked for
+        if process.stdin:
+            process.stdin.close()
+        process.wait()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -63,12 +69,14 @@ class Fork(subprocess.Popen):
                 os.environ.update(environment)
             become(*command[1:])
 
-        python = command[0] == sys.executable and command[1].endswith(".py")
-        if python and "jax" not in sys.modules:  # which has threads, and no fork has those
+        is_program = len(command) > 1 and str(command[1]).endswith(".py")
+        # jax has threads, and no fork has those.
+        if is_program and command[0] == sys.executable and "jax" not in sys.modules:
             sys.stdout.flush()
             sys.stderr.flush()
             options["preexec_fn"] = instead
         super().__init__(command, **options)
+        STARTED.append(self)
 
 
 def fork(program, arguments, cwd, output, errors):
