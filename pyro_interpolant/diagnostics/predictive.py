@@ -197,8 +197,8 @@ def tarp(
     rows = _Rows(distribution, x, context, draws)
     scale = rows.u.std(0).clamp(min=torch.finfo(rows.u.dtype).tiny)
     with seeded(seed):
-        shift = torch.randint(1, max(2, len(rows.u)), ())
-        references = rows.u.roll(int(shift), 0)
+        order = torch.randperm(len(rows.u)).to(rows.u.device)  # in a ring: no row is its own
+        references = torch.empty_like(rows.u).index_copy(0, order, rows.u[order.roll(1)])
         shares = []
         for z, u, index in rows.with_draws():
             r = references[index]

@@ -7,6 +7,8 @@ distance make paths straighter. Where contexts are labels of classes, training g
 rows of one label at a time.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,9 @@ def independent(x0: Tensor, x1: Tensor, context: Tensor | None = None) -> Tensor
     return x0
 
 
-def optimal_transport(x0: Tensor, x1: Tensor, context: Tensor | None = None) -> Tensor:
+def optimal_transport(
+    x0: Tensor, x1: Tensor, context: Tensor | None = None, *, period: float = math.inf
+) -> Tensor:
     r"""Return the base draws reordered to minimise :math:`\sum_i |x_{0,i} - x_{1,i}|^2`.
 
     The assignment is exact, within the batch, without replacement; rows of data keep their place,
@@ -41,6 +45,8 @@ def optimal_transport(x0: Tensor, x1: Tensor, context: Tensor | None = None) -> 
         x0: Base draws, shape ``(N, D)``.
         x1: Data rows, shape ``(N, D)``.
         context: Contexts of the data rows, shape ``(N, C)``, or None.
+        period: Of every coordinate, on a torus, whose distances are those the shorter way around:
+            :math:`2\pi` in the training of flows on angles.
 
     Returns:
         The partners of ``x1``, shape ``(N, D)``: a permutation of the rows of ``x0``.
@@ -49,7 +55,12 @@ def optimal_transport(x0: Tensor, x1: Tensor, context: Tensor | None = None) -> 
         Pooladian et al., *Multisample flow matching*, ICML 2023; Hosseini et al., *Conditional
         optimal transport on function spaces*, SIAM/ASA JUQ 2025.
     """
-    cost = _squared_distances(x1, x0)
+    if math.isinf(period):
+        cost = _squared_distances(x1, x0)
+    else:
+        cost = x0.new_zeros(len(x1), len(x0))
+        for a, b in zip(x1.detach().unbind(-1), x0.detach().unbind(-1), strict=True):
+            cost += _around(a[:, None] - b, period).square()
     if context is not None:
         spread = context.std(0, correction=0)
         c = context / torch.where(spread > 0, spread, 1.0)
@@ -58,6 +69,11 @@ def optimal_transport(x0: Tensor, x1: Tensor, context: Tensor | None = None) -> 
 
     _, columns = linear_sum_assignment(cost.cpu().numpy())
     return x0[torch.from_numpy(columns).to(x0.device)]
+
+
+def _around(difference: Tensor, period: float) -> Tensor:
+    """Return differences the shorter way around, of the same shape."""
+    return difference - period * (difference / period).round()
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

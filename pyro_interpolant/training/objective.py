@@ -9,6 +9,7 @@ References:
     Albergo & Vanden-Eijnden, ICLR 2023, arXiv 2209.15571, eq. 10.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -23,8 +24,9 @@ from ..distributions.interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
-from ..interpolants.couplings import independent
+from ..interpolants.couplings import independent, optimal_transport
 from ..interpolants.linear import Interpolant
+from ..interpolants.nonlinear import Geodesic
 from ..nn.velocity import embedded, evaluate, image_shape, null_label
 from ..transforms.flow import Flow
 from .distributed import Process
@@ -229,6 +231,8 @@ class Objective(nn.Module):
             raise ValueError("expected a flow with a network for the latent noise, got none")
         self.network = network
         self.__dict__["flow"] = flow  # no part: whoever wraps this module sees one network
+        if coupling is optimal_transport and isinstance(flow.interpolant, Geodesic):
+            coupling = partial(optimal_transport, period=2 * math.pi)
         self.base, self.coupling, self.target, self.metric = base, coupling, target, metric
         self.process = Process() if process is None else process
         self.has_latent = flow.interpolant.has_latent()

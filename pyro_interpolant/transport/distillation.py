@@ -140,8 +140,8 @@ def distill(
     Raises:
         TypeError: If the distribution is not an :class:`~pyro_interpolant.InterpolantDistribution`
             or the student is of another kind.
-        ValueError: If a setting cannot work, or the distribution has a batch shape or is one of
-            angles.
+        ValueError: If a setting cannot work, the distribution has a batch shape or is one of
+            angles, or the student's weights are frozen, as training leaves them.
         RuntimeError: If the student's density of held-out draws is not finite.
 
     References:
@@ -245,8 +245,17 @@ class StudentTransforms(nn.Module):
     def learn(
         self, rows: Tensor, steps: int, batch_size: int, learning_rate: float, *, progress: bool
     ) -> None:
-        """Fit the transforms to rows, shape ``(N, D)``, by maximum likelihood, and freeze them."""
+        """Fit the transforms to rows, shape ``(N, D)``, by maximum likelihood, and freeze them.
+
+        Raises:
+            ValueError: If all weights are frozen.
+        """
         weights = [p for p in self.parameters() if p.requires_grad]
+        if not weights and any(True for _ in self.parameters()):
+            raise ValueError(
+                "expected a student with weights to train, got frozen ones, as those of a student "
+                "that has been trained are: build a new one"
+            )
         if not weights:
             return
         optimizer = torch.optim.Adam(weights, learning_rate, fused=True)

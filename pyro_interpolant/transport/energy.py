@@ -148,6 +148,7 @@ def w2_bound(
     w1 = flow.whitening.to_white(given.to_flow(data))
     with torch.no_grad(), seeded(seed):
         w0 = given.white_base().sample(w1.shape[:1])
+        w0 = w0[torch.randperm(len(w0))]  # rows may be made of the same seed's draws, in order
         t = (torch.arange(len(w1)) + torch.rand(len(w1))).to(w1) / len(w1)
         t = t[torch.randperm(len(t))]
         w_t, dw_t = flow.interpolant.sample(t, w0, w1)

@@ -96,6 +96,15 @@ def test_a_right_density_fails_once_in_a_hundred_checks(check):
     assert failed <= 8  # exceeded once in a thousand times where one in a hundred is expected
 
 
+@pytest.mark.parametrize("check", [pit, coverage, tarp])
+def test_rows_may_come_in_order(check):
+    d = InterpolantDistribution(interpolant_transform(2, (4,), solver=FixedGrid(1))).freeze()
+    torch.manual_seed(1)
+    x = torch.randn(600, 2)
+    found = check(d, x[x[:, 0].argsort()], draws=100)
+    assert found.verdict.startswith("calibrated")
+
+
 def test_the_pit_of_scalars_is_their_cdf():
     transform = interpolant_transform(1, (8,))
     transform.flow.whitening.set(torch.tensor([1.0]), torch.tensor([[2.0]]))

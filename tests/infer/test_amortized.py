@@ -174,13 +174,13 @@ def test_a_posterior_on_another_support_or_base_is_refused():
         spread = pyro.sample("spread", dist.LogNormal(1.0, 0.3))
         pyro.sample("y", dist.Normal(0.0, spread).expand([2]).to_event(1), obs=y)
 
-    spread, network = dist.LogNormal(1.0, 0.3).sample((400,)), pi.VelocityMLP(1, (8,), 2)
+    spread, network = dist.LogNormal(1.0, 0.3).sample((450,)), pi.VelocityMLP(1, (8,), 2)
 
     def posterior(**options):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return pi.from_samples(
-                {"spread": spread}, context=torch.randn(400, 2), steps=2, seed=0, progress=False,
+                {"spread": spread}, context=torch.randn(450, 2), steps=2, seed=0, progress=False,
                 network=network, **options,
             )  # fmt: skip
 

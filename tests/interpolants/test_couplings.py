@@ -1,10 +1,21 @@
 import itertools
+import math
 
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from pyro_interpolant import independent, optimal_transport
+from pyro_interpolant import (
+    Geodesic,
+    InterpolantDistribution,
+    InterpolantTransform,
+    TorusMLP,
+    circular,
+    independent,
+    optimal_transport,
+)
+from pyro_interpolant.training.objective import Objective
+from pyro_interpolant.training.rows import Rows
 
 COUPLINGS = [independent, optimal_transport]
 
@@ -83,3 +94,28 @@ def test_a_context_keeps_draws_among_rows_of_like_context():
     # The units of the context do not matter, and one that does not vary changes nothing.
     assert torch.equal(partners, optimal_transport(x0, x1, 1e3 * context))
     assert torch.equal(without, optimal_transport(x0, x1, torch.ones(2 * count, 3)))
+
+
+def test_on_a_torus_distances_are_the_shorter_way_around():
+    x0, x1 = 2 * math.pi * torch.rand(2, 6, 2) - math.pi
+
+    def around(x0, x1):
+        d = (x0 - x1).abs()
+        return float(torch.minimum(d, 2 * math.pi - d).square().sum())
+
+    best = min(around(x0[list(p)], x1) for p in itertools.permutations(range(6)))
+    found = optimal_transport(x0, x1, period=2 * math.pi)
+    assert around(found, x1) == pytest.approx(best, rel=1e-12)
+    assert around(optimal_transport(x0, x1), x1) > best + 0.1
+
+
+def test_training_on_angles_pairs_them_so():
+    x = torch.cat((torch.full((300, 1), -3.1), torch.zeros(300, 1))) + 0.01 * torch.randn(600, 1)
+    flow = InterpolantDistribution(
+        InterpolantTransform(TorusMLP(1, (8,)), interpolant=Geodesic()), support=circular
+    )
+    for coupling, least, most in ((optimal_transport, 0.6, 1.1), (independent, 2.8, 3.8)):
+        made = Objective(flow.transform.flow, flow.white_base(), coupling)
+        points = made.points([lambda: Rows(x, None)])[0]
+        energy = float(torch.cat([p.target.flatten() for p in points]).square().mean())
+        assert least < energy < most  # a twelfth and a third of pi squared

@@ -194,6 +194,10 @@ def test_what_cannot_be_distilled_is_refused():
             distill(flow, wrong, **QUICK)
     with pytest.raises(ValueError, match="steps >= 1"):
         distill(flow, **{**QUICK, "steps": 0})
+    student = [affine_coupling(2, [8])]
+    distill(flow, student, **QUICK)
+    with pytest.raises(ValueError, match="that has been trained are: build a new one"):
+        distill(flow, student, **QUICK)
     with pytest.raises(RuntimeError, match="not finite for 200 of 200"):
         distill(flow, [affine_coupling(2, [8]), Broken()], **QUICK)
 

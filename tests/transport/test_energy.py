@@ -15,6 +15,7 @@ from pyro_interpolant import (
     InterpolantTransform,
     Linear,
     Trigonometric,
+    interpolant_transform,
     path_energy,
     w2_bound,
 )
@@ -129,3 +130,11 @@ def test_the_lipschitz_constant_is_the_spectral_norm_in_data_coordinates():
     bound = w2_bound(InterpolantDistribution(flow), torch.randn(50, 2))
     expected = torch.linalg.matrix_norm(linear @ matrix @ linear.inverse(), ord=2)
     assert bound.lipschitz == pytest.approx(float(expected))
+
+
+def test_rows_of_the_same_seed_are_paired_with_other_base_draws():
+    torch.manual_seed(0)
+    x = torch.randn(4000, 2)  # what the default seed draws for the base
+    flow = InterpolantDistribution(interpolant_transform(2, (8,), interpolant=Linear()))
+    # No velocity: the excess is the energy of the paths from base to data, E|x1 - x0|^2.
+    assert w2_bound(flow, x).excess == pytest.approx(4.0, rel=0.1)

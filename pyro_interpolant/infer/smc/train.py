@@ -177,6 +177,8 @@ class Run:
         self.distribution, self.density, self.budget = distribution, density, budget
         self.particles, self.kernel, pools = start
         set_whitening(self.distribution, Rows(self.particles.x, None))
+        # What was learned or measured of other rows does not hold for these.
+        distribution.transform.flow.noise = distribution.report = None
         self.regression = FlowRegression(
             distribution.transform.flow, [Rows(pool, None) for pool in pools]
         )

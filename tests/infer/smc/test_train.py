@@ -13,7 +13,11 @@ from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     FixedGrid,
     InterpolantDistribution,
+    Latent,
+    SineSquared,
+    Trigonometric,
     conditional_interpolant_transform,
+    fit,
     interpolant_transform,
 )
 from pyro_interpolant.diagnostics.psis import K_HAT_LIMIT, systematic_resampling
@@ -71,6 +75,20 @@ def tiny(dim=2):
 def quick(distribution, density, **options):
     settings = {"steps": 60, "rounds": 2, "draws": 1000, "seed": 0, "progress": False}
     return train_from_density(distribution, density, **{**settings, **options})
+
+
+def test_what_was_learned_of_other_rows_is_forgotten():
+    flow = InterpolantDistribution(
+        interpolant_transform(2, (8,), interpolant=Latent(Trigonometric(), SineSquared()))
+    )
+    options = {"steps": 5, "seed": 0, "progress": False, "tolerance": 1.0}
+    x = 5 + torch.randn(100, 2)
+    fit(flow, x, **options)
+    fit(flow, x, learn="noise", **options)
+    flow.transform.requires_grad_()
+    quick(flow, slanted().log_prob, steps=10)
+    assert flow.transform.flow.noise is None
+    assert flow.report is None
 
 
 # ---- a density ------------------------------------------------------------------------------
