@@ -48,6 +48,7 @@ def guided(
     )
     # What the score follows from, if there is one: of a guided noise it is guided, too.
     new.flow.independent, new.flow.levels = flow.independent, flow.levels
+    new.flow.reached = 0 if flow.was_trained_through_solver() else None
     new.flow.noise = None if flow.noise is None else _Guided(flow.noise, scale)
     return ConditionalInterpolantDistribution(
         new, distribution.base, support=distribution.constraint

@@ -127,6 +127,12 @@ def transform_with_score(distribution: InterpolantDistribution) -> InterpolantTr
         )
     transform = distribution.transform
     check_linear(transform.interpolant)
+    if transform.flow.was_trained_through_solver():
+        raise ValueError(
+            "expected a velocity trained by regression, got weights that were trained through the "
+            "solver, as SVI and maximum likelihood do: they move draws, but no score follows from "
+            "them. Fit a flow to these draws, fit(new, distribution.sample((N,)))"
+        )
     if transform.flow.noise is not None or transform.interpolant.ends[0][0] == 0:
         return transform  # no condition on the base: its score is not used
     instead = "use an interpolant with a latent term and fit(..., learn='noise')"

@@ -40,6 +40,7 @@ class FlowRegression:
         process = self.objective.process
         self.descent = Descent(self.objective, process, learning_rate=_FIRST_RATE, ema=ema)
         self.average = self.descent.average
+        flow.independent, flow.reached = True, None
         self.threads = Threads(choose=flow.loc.is_cpu)
         self.pools, self.most = pools[-most:], most
         self.added = 0

@@ -224,7 +224,7 @@ def fit(
         with _told(distribution, source.names):
             start_from(distribution, base_samples, split, anew=anew)
             if learn == "velocity":
-                flow.independent = coupling is independent and pairs is None
+                flow.independent, flow.reached = coupling is independent and pairs is None, None
                 _tell_of_rows(distribution, split, state, keep=not whiten)
                 process.agree(flow.buffers())
             else:
@@ -250,12 +250,12 @@ def fit(
 def _told(distribution: AnyDistribution, names: Names) -> Iterator[None]:
     """Give a flow the names of data that it is told of, or, on an error, take all back."""
     flow, base, report = distribution.transform.flow, distribution.base, distribution.report
-    told = flow.independent, flow.noise, flow.levels
+    told = flow.independent, flow.reached, flow.noise, flow.levels
     buffers = {name: value.clone() for name, value in flow.named_buffers()}
     try:
         yield
     except BaseException:
-        flow.independent, flow.noise, flow.levels = told
+        flow.independent, flow.reached, flow.noise, flow.levels = told
         distribution.report = report
         for name, value in flow.named_buffers():
             value.copy_(buffers[name])

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import innermost, is_tracing, keep_freed_memory, recomputed
+from .._torch import innermost, is_functional, is_tracing, keep_freed_memory, recomputed
 from ..interpolants.linear import Interpolant, Trigonometric
 from ..nn.velocity import (
     StateFunction,
@@ -125,6 +125,7 @@ class Flow(nn.Module):
         self.velocity = velocity
         self.noise: nn.Module | None = None
         self.independent = True
+        self.reached: int | None = None  # the weights that the gradient of a solve reached last
         self.levels: int | None = None
         self.interpolant = Trigonometric() if interpolant is None else interpolant
         like = next(velocity.parameters(), torch.zeros(()))
@@ -158,12 +159,25 @@ class Flow(nn.Module):
         nodes stayed. The seed is a function of the weights, the bits of a sum over all of them: so
         the nodes change whenever the weights do, and a density remains a function of both.
         """
-        weights = [p for p in self.parameters() if p.requires_grad]
-        if not weights or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters()):
             return None
         if is_tracing():
             return 0
-        total = sum(innermost(p).detach().double().square().sum() for p in weights)
+        seed = self._bits()
+        if not is_functional():
+            self.reached = seed
+        return seed
+
+    def was_trained_through_solver(self) -> bool:
+        """Return whether weights have changed since a gradient reached them through a solve.
+
+        A velocity that maximises a likelihood is not the mean of a path's rate.
+        """
+        return self.reached is not None and self.reached != self._bits()
+
+    def _bits(self) -> int:
+        """Return the bits of a sum over all weights, which tell these from others."""
+        total = sum(innermost(p).detach().double().square().sum() for p in self.parameters())
         return abs(int(torch.as_tensor(total).cpu().view(torch.int64)))
 
     def check_path(self) -> None:

@@ -1,7 +1,9 @@
+import copy
+
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import INTERPOLANTS, LATENT, own_flow, random_flow
+from cases import INTERPOLANTS, LATENT, own_flow, random_flow, random_prior
 from oracles import LatentNoise, PairVelocity, random_mixture
 from pyro.distributions import constraints
 from torch import nn
@@ -18,8 +20,11 @@ from pyro_interpolant import (
     SineSquared,
     Trigonometric,
     denoiser,
+    fit,
     from_samples,
     interpolant_transform,
+    load,
+    save,
     score,
 )
 
@@ -251,3 +256,19 @@ def test_times_of_another_dimension_behind_a_map():
     found = score(behind, t, x)
     assert found.shape == (2, 6, 2)
     assert torch.allclose(found[1], score(behind, 0.5, x))
+
+
+def test_weights_trained_by_a_likelihood_give_no_score(tmp_path):
+    flow, x = random_prior(2, frozen=False), torch.randn(20, 2)
+    flow.log_prob(x.requires_grad_()).sum().backward()  # a gradient alone changes no weights
+    score(flow, 0.5, x.detach())
+    torch.optim.SGD(flow.transform.parameters(), 1e-2).step()
+    trained = (flow, copy.deepcopy(flow), flow.freeze())
+    for each in trained:
+        with pytest.raises(ValueError, match="weights that were trained through the solver"):
+            score(each, 0.5, x.detach())
+    save(flow, tmp_path / "flow")
+    with pytest.raises(ValueError, match="score does not follow"):
+        score(load(tmp_path / "flow"), 0.5, x.detach())
+    fit(flow, x.detach(), steps=2, seed=0, progress=False, tolerance=1.0)
+    score(flow, 0.5, x.detach())
