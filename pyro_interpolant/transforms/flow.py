@@ -97,6 +97,7 @@ class Flow(nn.Module):
     Attributes:
         noise: The network for :math:`E[z | w_t]`, where training has learned it, or None.
         independent: Whether training paired base and data at random.
+        reached: A fingerprint of the weights that the gradient of a solve reached last, or None.
         levels: L, where training spread whole levels of images over :math:`(v + u) / L`, u uniform
             on [0, 1); None where it was given other rows.
 
@@ -125,7 +126,7 @@ class Flow(nn.Module):
         self.velocity = velocity
         self.noise: nn.Module | None = None
         self.independent = True
-        self.reached: int | None = None  # the weights that the gradient of a solve reached last
+        self.reached: int | None = None
         self.levels: int | None = None
         self.interpolant = Trigonometric() if interpolant is None else interpolant
         like = next(velocity.parameters(), torch.zeros(()))
