@@ -17,9 +17,9 @@ sys.path.insert(0, str(HERE))
 # What the tutorials' own processes see: the folder of their helper.
 seen = [str(HERE / "tutorials"), str(HERE.parent), os.environ.get("PYTHONPATH")]
 if SMALL:  # and that of what makes the tests' runs small
-    sys.path.insert(1, str(HERE.parent / "tests"))
+    seen.append(str(HERE.parent / "tests"))
+    sys.path.append(seen[-1])
     os.environ.update(importlib.import_module("compiling").settings(HERE / "_build" / "compiled"))
-    seen.append(sys.path[1])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, seen))
 
 project = "pyro_interpolant"

@@ -116,7 +116,7 @@ if __name__ == "__main__":
     import torch
     from narrow import small_runs
 
-    small_runs()  # who asks for a program asks for its smoke run
+    small_runs()  # programs are asked for smoke runs, and scripts compare equal runs
     # Beside an accelerator, what has computed a gradient has threads, which no fork has.
     if not torch.accelerator.is_available():
         subprocess.Popen = Fork

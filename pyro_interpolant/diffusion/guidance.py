@@ -47,8 +47,8 @@ def guided(
         whitening=flow.whitening,
     )
     # What the score follows from, if there is one: of a guided noise it is guided, too.
-    new.flow.independent, new.flow.levels = flow.independent, flow.levels
-    new.flow.reached = 0 if flow.was_trained_through_solver() else None
+    new.flow.independent, new.flow.reached = flow.independent, flow.reached
+    new.flow.levels = flow.levels
     new.flow.noise = None if flow.noise is None else _Guided(flow.noise, scale)
     return ConditionalInterpolantDistribution(
         new, distribution.base, support=distribution.constraint

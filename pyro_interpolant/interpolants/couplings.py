@@ -7,10 +7,10 @@ distance make paths straighter. Where contexts are labels of classes, training g
 rows of one label at a time.
 """
 
-import math
-
 import torch
 from torch import Tensor
+
+from .nonlinear import wrap
 
 _CONTEXT_WEIGHT = 10.0  # of squared distances between contexts in the cost
 
@@ -30,7 +30,7 @@ def independent(x0: Tensor, x1: Tensor, context: Tensor | None = None) -> Tensor
 
 
 def optimal_transport(
-    x0: Tensor, x1: Tensor, context: Tensor | None = None, *, period: float = math.inf
+    x0: Tensor, x1: Tensor, context: Tensor | None = None, *, on_torus: bool = False
 ) -> Tensor:
     r"""Return the base draws reordered to minimise :math:`\sum_i |x_{0,i} - x_{1,i}|^2`.
 
@@ -45,8 +45,8 @@ def optimal_transport(
         x0: Base draws, shape ``(N, D)``.
         x1: Data rows, shape ``(N, D)``.
         context: Contexts of the data rows, shape ``(N, C)``, or None.
-        period: Of every coordinate, on a torus, whose distances are those the shorter way around:
-            :math:`2\pi` in the training of flows on angles.
+        on_torus: Whether coordinates are angles, whose distances are those the shorter way around;
+            so they are in the training of flows on angles.
 
     Returns:
         The partners of ``x1``, shape ``(N, D)``: a permutation of the rows of ``x0``.
@@ -55,12 +55,12 @@ def optimal_transport(
         Pooladian et al., *Multisample flow matching*, ICML 2023; Hosseini et al., *Conditional
         optimal transport on function spaces*, SIAM/ASA JUQ 2025.
     """
-    if math.isinf(period):
-        cost = _squared_distances(x1, x0)
-    else:
+    if on_torus:
         cost = x0.new_zeros(len(x1), len(x0))
         for a, b in zip(x1.detach().unbind(-1), x0.detach().unbind(-1), strict=True):
-            cost += _around(a[:, None] - b, period).square()
+            cost += wrap(a[:, None] - b).square()
+    else:
+        cost = _squared_distances(x1, x0)
     if context is not None:
         spread = context.std(0, correction=0)
         c = context / torch.where(spread > 0, spread, 1.0)
@@ -69,11 +69,6 @@ def optimal_transport(
 
     _, columns = linear_sum_assignment(cost.cpu().numpy())
     return x0[torch.from_numpy(columns).to(x0.device)]
-
-
-def _around(difference: Tensor, period: float) -> Tensor:
-    """Return differences the shorter way around, of the same shape."""
-    return difference - period * (difference / period).round()
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

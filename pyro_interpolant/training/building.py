@@ -50,6 +50,7 @@ from .data import (
     checked_weights,
     drop_zero_weights,
     mask_of,
+    rows_held,
 )
 from .fitting import fit
 from .image_rows import IMAGE_OPTIONS, are_images, are_levels
@@ -405,13 +406,14 @@ def _held_out(real: Tensor, context: Tensor | None, fit_options: dict[str, Any])
     mask = mask_of(share)
     if mask is not None:
         return checked_mask(mask, len(real)).to(real.device)
-    if not isinstance(share, float) or not 0 < share < 1 or round(share * len(real)) >= len(real):
+    if not isinstance(share, float) or not 0 < share < 1:
+        return None
+    count = rows_held(share, len(real))
+    if count >= len(real):
         return None
     every, _ = rounded(real)
     with seeded(fit_options["seed"] or 0):
-        order, count = Rows(real, context).order(
-            max(1, round(share * len(real))), shuffle=True, copies=not every
-        )
+        order, count = Rows(real, context).order(count, shuffle=True, copies=not every)
     mask = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     mask[order[:count]] = True
     return mask

@@ -143,7 +143,7 @@ class Table:
         if self.mask is not None:
             self.held = int(self.mask.sum())
         elif self.share is not None:
-            self.held = max(1, round(self.share * count))
+            self.held = rows_held(self.share, count)
             if self.has_images:
                 self.held = min(self.held, most_held(size))
             if self.held >= count:
@@ -332,6 +332,11 @@ def rows_of(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
     return Rows(rows, contexts_of_rows(context, flow, (), count, "rows of data"))
+
+
+def rows_held(share: float, count: int) -> int:
+    """Return how many of N rows a share to hold out are."""
+    return max(1, round(share * count))
 
 
 def mask_of(validation: HeldOut) -> Tensor | None:

@@ -9,7 +9,6 @@ References:
     Albergo & Vanden-Eijnden, ICLR 2023, arXiv 2209.15571, eq. 10.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -232,7 +231,7 @@ class Objective(nn.Module):
         self.network = network
         self.__dict__["flow"] = flow  # no part: whoever wraps this module sees one network
         if coupling is optimal_transport and isinstance(flow.interpolant, Geodesic):
-            coupling = partial(optimal_transport, period=2 * math.pi)
+            coupling = partial(optimal_transport, on_torus=True)
         self.base, self.coupling, self.target, self.metric = base, coupling, target, metric
         self.process = Process() if process is None else process
         self.has_latent = flow.interpolant.has_latent()

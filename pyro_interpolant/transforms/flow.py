@@ -176,6 +176,10 @@ class Flow(nn.Module):
         """
         return self.reached is not None and self.reached != self._bits()
 
+    def is_regression(self) -> bool:
+        """Return whether the velocity is one on independent pairs, as far as this flow knows."""
+        return self.independent and not self.was_trained_through_solver()
+
     def _bits(self) -> int:
         """Return the bits of a sum over all weights, which tell these from others."""
         total = sum(innermost(p).detach().double().square().sum() for p in self.parameters())

@@ -161,6 +161,7 @@ def distill(
         ("batch_size >= 1", batch_size >= 1, batch_size),
         ("learning_rate > 0", learning_rate > 0, learning_rate),
     )
+    given = None if student is None else StudentTransforms(student)
     began, flow = time.monotonic(), distribution.transform.flow
     view = distribution.without_support()
     with seeded(seed), torch.no_grad():
@@ -168,7 +169,7 @@ def distill(
         known = moments(x, warn=False)
         whitening = DenseWhitening(flow.event_dim).to(flow.loc)
         whitening.set(known.loc, known.linear)
-        fitted = StudentTransforms(_couplings(flow.loc) if student is None else student).to(x)
+        fitted = (StudentTransforms(_couplings(flow.loc)) if given is None else given).to(x)
         w = whitening.to_white(x)
         seen, held = w.tensor_split([count - round(_HELD * count)])
         with with_gradients():
@@ -197,6 +198,7 @@ class StudentTransforms(nn.Module):
 
     Raises:
         TypeError: If it is neither.
+        ValueError: If it has weights, and all of them are frozen.
     """
 
     def __init__(self, source: Sequence[Transform] | nn.Module) -> None:
@@ -204,12 +206,17 @@ class StudentTransforms(nn.Module):
         if isinstance(source, Transform):
             source = [source]
         self.source: Any = source
-        if isinstance(source, nn.Module):
-            return  # whose weights are this module's, as an attribute of it
-        wrong = [type(part).__name__ for part in source if not isinstance(part, Transform)]
-        if wrong or not source:
-            raise TypeError(f"expected transforms, got {', '.join(wrong) or 'none'}")
-        self.parts = nn.ModuleList(module for part in source for module in _modules(part))
+        if not isinstance(source, nn.Module):  # whose weights are this module's, as an attribute
+            wrong = [type(part).__name__ for part in source if not isinstance(part, Transform)]
+            if wrong or not source:
+                raise TypeError(f"expected transforms, got {', '.join(wrong) or 'none'}")
+            self.parts = nn.ModuleList(module for part in source for module in _modules(part))
+        weights = list(self.parameters())
+        if weights and not any(p.requires_grad for p in weights):
+            raise ValueError(
+                "expected a student with weights to train, got frozen ones, as those of a student "
+                "that has been trained are: build a new one"
+            )
 
     def chain(self) -> list[Transform]:
         """Return the transforms from N(0, I) to draws, each of shape ``(*, D)``.
@@ -245,17 +252,8 @@ class StudentTransforms(nn.Module):
     def learn(
         self, rows: Tensor, steps: int, batch_size: int, learning_rate: float, *, progress: bool
     ) -> None:
-        """Fit the transforms to rows, shape ``(N, D)``, by maximum likelihood, and freeze them.
-
-        Raises:
-            ValueError: If all weights are frozen.
-        """
+        """Fit the transforms to rows, shape ``(N, D)``, by maximum likelihood, and freeze them."""
         weights = [p for p in self.parameters() if p.requires_grad]
-        if not weights and any(True for _ in self.parameters()):
-            raise ValueError(
-                "expected a student with weights to train, got frozen ones, as those of a student "
-                "that has been trained are: build a new one"
-            )
         if not weights:
             return
         optimizer = torch.optim.Adam(weights, learning_rate, fused=True)

@@ -101,6 +101,16 @@ def test_the_score_of_a_guided_flow_is_known_where_its_own_is():
         sample_sde(given, steps=2)
 
 
+def test_weights_trained_by_a_likelihood_are_known_behind_guidance():
+    images = family()
+    flow = images.transform.flow
+    flow.reached = flow._bits()  # by a gradient alone
+    sample_sde(guided(images).condition(torch.tensor([0, 1])), steps=2)
+    flow.reached += 1
+    with pytest.raises(ValueError, match="trained through the solver"):
+        sample_sde(guided(images).condition(torch.tensor([0, 1])), steps=2)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
 def test_learned_noise_is_guided_too(scale):
     images, labels = family(), torch.tensor([0, 1])

@@ -104,7 +104,7 @@ def test_on_a_torus_distances_are_the_shorter_way_around():
         return float(torch.minimum(d, 2 * math.pi - d).square().sum())
 
     best = min(around(x0[list(p)], x1) for p in itertools.permutations(range(6)))
-    found = optimal_transport(x0, x1, period=2 * math.pi)
+    found = optimal_transport(x0, x1, on_torus=True)
     assert around(found, x1) == pytest.approx(best, rel=1e-12)
     assert around(optimal_transport(x0, x1), x1) > best + 0.1
 
