@@ -67,6 +67,7 @@ def test_density_in_a_box_of_ones_own():
     assert ax.get_ylim() == (-2, 5)
 
 
+@pytest.mark.slow
 def test_evolution_shows_every_time():
     axes = plotting.evolution(flow(2), times=(0.0, 0.3, 1.0))
     assert [ax.get_title() for ax in axes] == ["$t = 0$", "$t = 0.3$", "$t = 1$"]

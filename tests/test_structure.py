@@ -355,6 +355,7 @@ assert not present, present
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_and_pulls_in_nothing_foreign():
     done = subprocess.run(
         [sys.executable, "-c", CLEAN % (FOREIGN,)],

@@ -77,6 +77,7 @@ def test_tighter_tolerances_and_narrower_densities_need_more_steps():
     assert calibrate(flow_of(wide), wide.sample(1.0, 60), tolerance=1e-3).steps < by_tolerance[1]
 
 
+@pytest.mark.slow
 def test_the_method_and_the_warp_are_kept():
     velocity = narrow_mixture(0.4)
     start = FixedGrid(steps=3, method="midpoint", warp=0.4)
@@ -87,6 +88,7 @@ def test_the_method_and_the_warp_are_kept():
     )
 
 
+@pytest.mark.slow
 def test_where_no_grid_suffices_it_says_so(monkeypatch):
     monkeypatch.setattr(calibration, "_MAX_STEPS", 8)
     velocity = narrow_mixture(0.1)
@@ -132,6 +134,7 @@ def test_solver_error_is_the_error_against_the_closed_form():
     assert error.density_worst > error.density_mean > 1e-3
 
 
+@pytest.mark.slow
 def test_round_trips_are_in_whitened_units():
     flow = random_flow(2, solver=FixedGrid(steps=2))
     distribution = InterpolantDistribution(flow)
@@ -143,6 +146,7 @@ def test_round_trips_are_in_whitened_units():
     assert after.density_mean == pytest.approx(before.density_mean, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_a_coarse_grid_is_worse_and_nothing_is_changed():
     velocity = random_mixture(2, Trigonometric())
     distribution = flow_of(velocity, solver=FixedGrid(steps=3))
@@ -154,6 +158,7 @@ def test_a_coarse_grid_is_worse_and_nothing_is_changed():
     assert solver_error(distribution, x).density_mean < 0.1 * coarse.density_mean
 
 
+@pytest.mark.slow
 def test_float32_flows_are_measured_in_float64():
     distribution = InterpolantDistribution(random_flow(2, solver=FixedGrid(steps=24)).float())
     x = torch.randn(40, 2, dtype=torch.float32)
@@ -163,6 +168,7 @@ def test_float32_flows_are_measured_in_float64():
     assert distribution.transform.flow.loc.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_conditional_flows_need_the_context():
     flow = random_flow(2, context_dim=2).requires_grad_(requires_grad=False)
     distribution = ConditionalInterpolantDistribution(flow)
@@ -180,6 +186,7 @@ def test_conditional_flows_need_the_context():
         calibrate(InterpolantDistribution(random_flow(2)), x, context=context)
 
 
+@pytest.mark.slow
 def test_on_a_support_the_rows_are_those_of_the_support():
     flow = random_flow(2)
     distribution = InterpolantDistribution(flow, support=constraints.positive)
@@ -191,6 +198,7 @@ def test_on_a_support_the_rows_are_those_of_the_support():
         calibrate(distribution, -y)
 
 
+@pytest.mark.slow
 def test_a_given_base_is_part_of_the_density():
     base = InterpolantDistribution(random_flow(2)).freeze()
     flow = random_flow(2).requires_grad_(requires_grad=False)  # nodes of others are drawn
@@ -216,6 +224,7 @@ def test_neither_weights_nor_gradients_nor_the_generator_are_touched():
     assert all(p.requires_grad and p.grad is None for p in flow.parameters())
 
 
+@pytest.mark.slow
 def test_the_standard_error_of_probes_tells_their_error():
     flow = random_flow(6).requires_grad_(requires_grad=False)
     distribution, x = InterpolantDistribution(flow), torch.randn(40, 6)

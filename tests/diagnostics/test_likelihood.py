@@ -95,6 +95,7 @@ def test_one_probe_is_unbiased_and_independent_between_images(matrix):
     assert noisy.stderr > 2 * found[0].stderr  # of a larger Jacobian
 
 
+@pytest.mark.slow
 def test_pieces_and_the_generator_of_others_change_nothing(matrix, monkeypatch):
     images, v = gaussian_images(matrix), levels(7)
     state = torch.get_rng_state()
@@ -107,6 +108,7 @@ def test_pieces_and_the_generator_of_others_change_nothing(matrix, monkeypatch):
     assert pieces.mean == pytest.approx(float(exact_bits(v, matrix).mean()), abs=1e-2)
 
 
+@pytest.mark.slow
 def test_a_grid_that_is_too_coarse_is_refined(matrix):
     v = levels(10)
     images = gaussian_images(4 * matrix, solver=pi.FixedGrid(1))
@@ -187,6 +189,7 @@ def test_bits_of_another_base_are_not_gone_on_from(matrix, tmp_path):
         bits_per_dim(starting(0.2), v, LEVELS, checkpoint=path)
 
 
+@pytest.mark.slow
 def test_bits_given_labels(matrix):
     v, labels = levels(20), torch.arange(20) % 2
     family = gaussian_images(matrix, classes=2)

@@ -159,6 +159,7 @@ def test_what_cannot_be_checked_is_refused(x, context, options, match):
         coverage(family(), x, context, **options)
 
 
+@pytest.mark.slow
 def test_a_density_without_a_slope_is_calibrated():
     """All densities are equal: ranks among equals are spread."""
     transform = InterpolantTransform(TorusMLP(2, (8,)), interpolant=Geodesic())
@@ -166,6 +167,7 @@ def test_a_density_without_a_slope_is_calibrated():
     assert coverage(d, d.sample((200,))).distances.max() < 0.2
 
 
+@pytest.mark.slow
 def test_labels_and_contexts_are_checked():
     velocity = VelocityMLP(1, (8,), classes=3)
     d = ConditionalInterpolantDistribution(ConditionalInterpolantTransform(velocity)).freeze()
@@ -178,6 +180,7 @@ def test_labels_and_contexts_are_checked():
         pit(family(), {"a": x}, torch.randn(12, 2))
 
 
+@pytest.mark.slow
 def test_a_guide_is_compared_with_draws_of_another_sampler():
     def model():
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
@@ -224,6 +227,7 @@ def test_columns_of_a_frame_are_those_of_training(check):
         check(d, frame.rename(columns={"radius": "z"}))
 
 
+@pytest.mark.slow
 def test_a_frame_of_named_sites_is_taken_by_name_and_on_the_support():
     pd = pytest.importorskip("pandas")
     sites = {"mu": ((), constraints.real), "sigma": ((2,), constraints.positive)}

@@ -69,6 +69,7 @@ def test_only_the_tail_changes_and_keeps_its_order():
     assert float(smoothed.max() - shift[body[0]]) <= float(raw.max()) + 1e-12
 
 
+@pytest.mark.slow
 def test_smoothing_lowers_the_error_of_a_heavy_estimate():
     x = torch.distributions.Exponential(1.0).sample((300, 1000))
     errors = []

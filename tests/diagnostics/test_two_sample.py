@@ -15,6 +15,7 @@ def test_sets_that_are_alike_cannot_be_told_apart():
     assert found.verdict.startswith("a classifier cannot tell the sets apart: it is right for 0.")
 
 
+@pytest.mark.slow
 def test_one_fold_is_a_fifth_of_the_draws():
     x, y = torch.randn(400, 1), torch.randn(400, 1) + 5
     found = c2st(x, y, folds=1)
@@ -23,6 +24,7 @@ def test_one_fold_is_a_fifth_of_the_draws():
     assert "of 160 draws" in found.verdict
 
 
+@pytest.mark.slow
 def test_sets_that_differ_only_in_how_columns_depend_are_told_apart():
     """The best classifier of N(0, I) and N(0, C), C of correlation 0.9, is right for 0.75."""
     x = torch.randn(800, 2)
@@ -52,12 +54,14 @@ def test_what_cannot_be_compared_is_refused():
         c2st(torch.randn(30, 2), torch.randn(30, 2), folds=6)
 
 
+@pytest.mark.slow
 def test_a_constant_column_hides_nothing():
     x, y = torch.randn(60, 2), torch.randn(60, 2)
     x[:, 1], y[:, 1] = 1.0, 1 + 1e-3 * y[:, 1].abs()
     assert c2st(x, y).accuracy > 0.9
 
 
+@pytest.mark.slow
 def test_columns_are_compared_by_their_names():
     pd = pytest.importorskip("pandas")
     x = pd.DataFrame(torch.randn(400, 2).numpy() + [0.0, 10.0], columns=["a", "b"])

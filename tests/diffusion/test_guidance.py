@@ -70,6 +70,7 @@ def test_a_network_needs_a_label_for_none():
         guided(family(null_label=None))
 
 
+@pytest.mark.slow
 def test_a_unet_has_one():
     pytest.importorskip("diffusers")
     velocity = IMAGE_NETWORKS["unet"](3)

@@ -62,6 +62,7 @@ def test_it_has_the_posterior_of_gaussians(name):
     assert_normal(draws, *prior.posterior(y))
 
 
+@pytest.mark.slow
 def test_each_of_several_observations_has_its_own_posterior():
     prior, y = GaussianPrior(pi.Trigonometric()), torch.tensor([[2.0, 3.0], [-1.0, 0.0]])
     draws = approximate_posterior(prior.flow, likelihood(y), (600, 2), steps=25)
@@ -97,6 +98,7 @@ def test_values_are_on_the_support():
     assert_normal(draws.log(), *prior.posterior(y))
 
 
+@pytest.mark.slow
 def test_shares_of_distant_modes_are_the_least_accurate():
     """Of 83% and 17% it makes about 69% and 31%: as long as a state may go to either, a Gaussian
     stands for both. Within a mode, means are off by a fifth of a deviation."""
@@ -117,6 +119,7 @@ def test_shares_of_distant_modes_are_the_least_accurate():
     assert off.abs().max() < 0.3 * deviation
 
 
+@pytest.mark.slow
 def test_a_likelihood_that_is_not_concave():
     """N(0, 1) seen by its square: both modes are found, their means off by 0.7 deviations."""
     flow = pi.InterpolantDistribution(pi.interpolant_transform(1, (4, 4)))

@@ -248,6 +248,7 @@ def test_a_velocity_of_ones_own_is_given_full_times():
     assert velocity.seen == [(4, 5)]
 
 
+@pytest.mark.slow
 def test_times_of_another_dimension_behind_a_map():
     torch.set_default_dtype(torch.float64)
     rows = torch.randn(2000, 2).exp()

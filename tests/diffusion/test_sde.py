@@ -131,6 +131,7 @@ def test_the_default_diffusion_serves_every_interpolant(name):
     assert has_law(sample_sde(flow, x=Exact(truth, 1.0)(COUNT), steps=50), Exact(truth, 0.0))
 
 
+@pytest.mark.slow
 def test_noise_that_no_score_makes_up_for_is_seen():
     truth = random_mixture(2, Trigonometric())
     flow = flow_of(truth)
@@ -199,6 +200,7 @@ def test_both_ends_are_finite(interpolant, forward):
             assert torch.isfinite(sde.g(torch.tensor(t), y)).all()
 
 
+@pytest.mark.slow
 def test_a_mirror_diffuses_the_data_and_back():
     truth = random_mixture(2, Mirror(SineSquared(1.0)))
     draw = Exact(truth, 1.0)
@@ -288,6 +290,7 @@ def test_float32_is_kept():
     assert sde.f(torch.tensor(0.5), y).dtype == sde.g(torch.tensor(0.5), y).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_the_order_of_a_step():
     truth = MixtureVelocity(torch.ones(1), torch.zeros(1, 1), torch.full((1, 1, 1), 4.0), Linear())
     flow = InterpolantDistribution(InterpolantTransform(truth, interpolant=Linear()))

@@ -105,6 +105,7 @@ def test_a_score_that_is_wrong_at_the_ends_does_no_harm(gamma):
     assert float((value - log_prob(truth, y)).abs().max()) < 0.4
 
 
+@pytest.mark.slow
 def test_the_estimator_of_the_paper():
     truth = random_mixture(1, Trigonometric(), seed=2)
     flow, y = flow_of(truth), LOC[:1] + truth.sample(1.0, 6) @ LINEAR[:1, :1].T
@@ -169,6 +170,7 @@ def test_without_diffusion_it_is_the_log_prob_of_the_flow(guidance):
     assert float(stderr.max()) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_guided_to_the_ends")
 def test_any_time_and_any_support():
     truth = random_mixture(2, Trigonometric())

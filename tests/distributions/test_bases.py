@@ -125,6 +125,7 @@ def test_a_base_and_base_samples_are_too_many():
 # ---- pairs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pairs_are_kept_together():
     """A coupling that turns by a right angle."""
     turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
@@ -173,6 +174,7 @@ def test_pairs_refused(pairs, message):
         fit(distribution, torch.randn(60, 2), pairs=pairs, **QUICK)
 
 
+@pytest.mark.slow
 def test_whether_pairs_were_independent_is_remembered(tmp_path):
     for coupling, expected in ((independent, True), (optimal_transport, False)):
         distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
@@ -228,6 +230,7 @@ def test_the_noise_of_other_data_is_forgotten(whiten):
     assert (d.transform.flow.noise is None) == whiten
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # three steps, on purpose
 def test_a_mirror_starts_from_the_data_of_its_last_fit(tmp_path):
     def sorted_rows(rows):
@@ -272,6 +275,7 @@ def test_a_mirror_starts_from_rows_in_proportion_to_their_weights(stream):
         assert float((d.base.rows < 0).double().mean()) == pytest.approx(share, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # one step, on purpose
 def test_a_conditional_mirror_starts_from_what_it_is_given_alone():
     def conditional(**options):
@@ -321,6 +325,7 @@ def test_wrong_ends_are_refused_before_training(interpolant, message):
     assert torch.equal(distribution.transform.flow.loc, loc)
 
 
+@pytest.mark.slow
 def test_a_non_linear_path_trains():
     def bow(t, x0, x1):
         return (1 - t) * x0 + t * x1 + t * (1 - t) * (x1 - x0).tanh()
@@ -400,6 +405,7 @@ def test_a_zuko_flow_as_base():
     subprocess.run([sys.executable, "-W", "ignore", "-c", ZUKO], check=True)
 
 
+@pytest.mark.slow
 def test_velocity_of_ones_own_learns_noise_too():
     class Own(nn.Module):
         event_dim = 2
@@ -523,6 +529,7 @@ def test_a_density_is_zero_where_the_base_has_none(name):
     assert bool(slope.isfinite().all())
 
 
+@pytest.mark.slow
 def test_a_bounded_base_ends_no_training():
     base = dist.Uniform(torch.zeros(2), torch.ones(2)).to_event(1)
     flow = InterpolantDistribution(interpolant_transform(2, (8, 8)), base)

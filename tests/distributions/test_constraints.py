@@ -253,6 +253,7 @@ def test_integrates_to_one_on_a_product():
     assert float(total) == pytest.approx(1.0, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_integrates_to_one_on_a_triangle():
     """On the simplex a density is one of its first coordinates, as Dirichlet's is."""
     d, _ = make("simplex")

@@ -276,6 +276,7 @@ def test_fit_takes_named_draws():
     assert ((d.transform.flow.loc - torch.zeros(5)).abs() < 0.5).all()
 
 
+@pytest.mark.slow
 def test_from_samples_is_reproducible():
     draws = draws_of("vector", "scales", rows=100)
     a, b = (quick(draws, support=supports_of("scales")) for _ in range(2))

@@ -42,6 +42,7 @@ def scalar(support=constraints.real, seed=0, **options):
     return InterpolantDistribution(transform, support=support, event_shape=(), **options).freeze()
 
 
+@pytest.mark.slow
 def test_moments_of_a_normal_are_the_closed_form_within_their_errors():
     d = normal()
     found = d.moments()
@@ -94,6 +95,7 @@ def test_moments_have_the_shape_of_batch_and_context():
     assert ((found.mean - again.mean(0)).abs() < error).all()
 
 
+@pytest.mark.slow
 def test_a_moment_that_does_not_exist_is_not_invented():
     wild = dist.Cauchy(torch.zeros(2), torch.ones(2)).to_event(1)
     assert normal(base=wild).mean.isnan().all()
@@ -134,6 +136,7 @@ def test_moments_on_an_unbounded_support_need_light_tails(name):
     assert flow(base, constraints.softplus_positive).variance.isfinite()  # which grows as x does
 
 
+@pytest.mark.slow
 def test_each_part_of_a_support_has_its_moments():
     parts = [constraints.real, constraints.unit_interval, constraints.positive]
     heavy = dist.StudentT(torch.full((3,), 5.0)).to_event(1)
@@ -142,6 +145,7 @@ def test_each_part_of_a_support_has_its_moments():
     assert d.freeze().mean.isfinite().tolist() == [True, True, False]
 
 
+@pytest.mark.slow
 def test_moments_have_gradients_in_the_parameters_of_a_base():
     loc, scale = torch.zeros(2, requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
     transform = interpolant_transform(2, (8,))  # untrained, so the base itself
@@ -155,6 +159,7 @@ def test_moments_have_gradients_in_the_parameters_of_a_base():
     close(slope, 4 * scale, rtol=0.1, atol=0)
 
 
+@pytest.mark.slow
 def test_a_base_without_gradients_of_draws_gives_none_rather_than_a_part():
     scale = torch.ones(2, 2, requires_grad=True)
     parts = dist.Normal(torch.zeros(2, 2), scale).to_event(1)
@@ -166,6 +171,7 @@ def test_a_base_without_gradients_of_draws_gives_none_rather_than_a_part():
     assert torch.autograd.grad(d.entropy(), scale, allow_unused=True)[0] is None
 
 
+@pytest.mark.slow
 def test_angles_have_an_entropy_and_no_mean():
     d = InterpolantDistribution(angular_flow(), UniformTorus(2), support=circular)
     assert d.entropy() < 2 * math.log(2 * math.pi)
@@ -317,6 +323,7 @@ def test_infinity_edges_and_batches_of_a_cdf():
     assert scalar().expand((4,)).cdf(torch.tensor(0.3)).shape == (4,)
 
 
+@pytest.mark.slow
 def test_values_within_bounds_have_all_moments():
     d = normal(
         1, base=dist.StudentT(1.0).expand((1,)).to_event(1), support=constraints.unit_interval
@@ -325,12 +332,14 @@ def test_values_within_bounds_have_all_moments():
     assert 0 < d.variance < 0.25
 
 
+@pytest.mark.slow
 def test_samples_as_a_base_have_a_mean_and_no_entropy():
     d = InterpolantDistribution(interpolant_transform(2, (8,)), Samples(torch.randn(500, 2) + 3))
     close(d.freeze().mean, torch.full((2,), 3.0), rtol=0, atol=0.3)
     assert d.entropy().isnan()
 
 
+@pytest.mark.slow
 def test_moments_of_more_dimensions_than_sobol_points_have(monkeypatch):
     """Images of 128 x 128 in color have 49,152: random draws then, whose means err by more."""
     net = normal().moments()

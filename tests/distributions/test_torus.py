@@ -419,6 +419,7 @@ def test_plates_and_copies():
     )
 
 
+@pytest.mark.slow
 def test_contexts():
     flow = random_transform(2, context_dim=3, solver=FixedGrid(steps=64))
     model = ConditionalInterpolantDistribution(flow, support=circular)
@@ -588,6 +589,7 @@ def test_training_refuses_what_are_not_angles():
         fit(model, angles, steps=1, progress=False)
 
 
+@pytest.mark.slow
 def test_training_conditional_flows_keeps_the_scale_of_the_circle():
     flow = random_transform(2, context_dim=1)
     model = ConditionalInterpolantDistribution(flow, support=circular)
@@ -632,6 +634,7 @@ def test_a_trained_flow_is_the_mixture_and_has_no_seam():
         assert float(p.sum() * volume) == pytest.approx(1.0, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_nuts_does_not_wander_off_where_little_is_known():
     prior = random_angles(2, solver=FixedGrid(steps=2, method="euler")).freeze()
     evaluations = []
@@ -647,6 +650,7 @@ def test_nuts_does_not_wander_off_where_little_is_known():
     assert len(evaluations) < 2000
 
 
+@pytest.mark.slow
 def test_from_samples():
     angles = wrap(3 + 0.3 * torch.randn(500, 2)).float()
     prior = from_samples(angles, support=circular, steps=20, seed=0, progress=False, tolerance=0.1)

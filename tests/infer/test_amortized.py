@@ -41,6 +41,7 @@ def trained():
     return guide, result
 
 
+@pytest.mark.slow
 def test_the_posterior_of_each_data_set_is_the_closed_form(trained):
     guide, _ = trained
     y = 2 * torch.randn(5, 1) + torch.randn(5, ROWS)
@@ -169,6 +170,7 @@ def test_a_posterior_given_data_in_another_order_is_refused(shape, tmp_path):
         pi.AmortizedInterpolant(model, ("b", "a"), posterior=posterior)(*data)
 
 
+@pytest.mark.slow
 def test_a_posterior_on_another_support_or_base_is_refused():
     def spread_and_rows(y=None):
         spread = pyro.sample("spread", dist.LogNormal(1.0, 0.3))
@@ -613,6 +615,7 @@ def test_the_verdict_tells_rare_draws_from_a_poor_guide(k_hat, ess, says):
     assert sentence(k_hat, ess, 2.0, 0.1, 0.0).startswith(says)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_a_seed_leaves_the_global_generator_and_repeats_the_verdict():
     def run():

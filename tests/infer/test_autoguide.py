@@ -312,6 +312,7 @@ def test_it_follows_the_type_of_the_model():
     assert guide()["x"].dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_it_starts_from_another_guide():
     other = guides.AutoMultivariateNormal(model, init_scale=0.3)
     other()
@@ -401,6 +402,7 @@ def test_draws_on_the_edge_of_a_learned_priors_support_are_refused():
         guide.posterior.pack({"z": torch.tensor([[0.5], [1.0]])})
 
 
+@pytest.mark.slow
 def test_quantiles_of_a_posterior_behind_a_map_have_the_map():
     posterior, levels = gaussianized_joint(), torch.tensor([0.05, 0.5, 0.95])
     found = quantiles_of(spread_of(posterior), levels)

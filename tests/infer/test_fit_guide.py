@@ -59,6 +59,7 @@ def unsettled():
 # -------------------------------------------------------------------------------------- on samples
 
 
+@pytest.mark.slow
 def test_regression_on_samples():
     guide = small()
     result = fit_guide(
@@ -76,6 +77,7 @@ def test_regression_on_samples():
     assert torch.allclose(z.T.cov(), expected.T.cov(), atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_no_ode_is_solved_before_the_last_weights(monkeypatch):
     guide = unsettled()
@@ -90,6 +92,7 @@ def test_no_ode_is_solved_before_the_last_weights(monkeypatch):
     assert not any(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_samples_by_chain_and_from_predictive():
     flat = draws_of()
@@ -104,6 +107,7 @@ def test_samples_by_chain_and_from_predictive():
     assert torch.equal(solutions[0], solutions[2])
 
 
+@pytest.mark.slow
 def test_samples_of_a_sampler():
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
@@ -123,6 +127,7 @@ def test_samples_of_a_sampler():
     assert abs(result.log_evidence - float(exact)) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_the_same_seed_gives_the_same_guide_and_leaves_the_generator():
     guides = []
@@ -142,6 +147,7 @@ torch.manual_seed(5)
 SAMPLES = {k: v.double() for k, v in draws_of(500).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_a_guide_trained_from_the_draws_themselves_is_judged_from_its_own_base():
     guide = small(interpolant=Mirror())
@@ -164,6 +170,7 @@ def test_an_interrupt_keeps_the_best_weights(monkeypatch):
     assert math.isfinite(result.log_evidence)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_after_it_everything_else_works():
     guide = small(solver=FixedGrid(4))
@@ -182,6 +189,7 @@ def test_after_it_everything_else_works():
     mcmc.run()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_frozen_weights_are_trained_and_frozen_afterwards():
     guide = unsettled()
@@ -192,6 +200,7 @@ def test_frozen_weights_are_trained_and_frozen_afterwards():
     assert not any(p.requires_grad for p in guide.parameters())
 
 
+@pytest.mark.slow
 def test_a_poor_guide_warns_with_what_to_do():
     narrow = {k: v.mean(0) + 0.05 * (v - v.mean(0)) for k, v in draws_of().items()}
     with pytest.warns(
@@ -202,6 +211,7 @@ def test_a_poor_guide_warns_with_what_to_do():
     assert [warning.filename for warning in w] == [__file__]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_a_model_without_a_log_joint_is_fitted_but_not_judged():
     data = torch.zeros(8)

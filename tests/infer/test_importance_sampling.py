@@ -83,6 +83,7 @@ def test_a_wide_guide_is_mended_by_its_weights():
     assert float(x.std()) == pytest.approx(3**-0.5, abs=0.03)
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_that_of_repetitions():
     guide = gaussian(1.0, 1.2)
     results = [importance(guide, count=400, seed=seed) for seed in range(40)]

@@ -67,6 +67,7 @@ def test_a_poor_guide_is_told_of():
         to_arviz(guide, count=5)
 
 
+@pytest.mark.slow
 def test_weighted_draws_are_resampled_and_kept_with_their_weights():
     def line():
         pyro.sample("x", dist.Normal(3.0, 1.0))

@@ -210,12 +210,14 @@ def test_the_guide_stays_trainable_and_the_sampler_does_not_follow():
     assert all(torch.equal(a, b) for a, b in zip(base.guide.parameters(), kept, strict=True))
 
 
+@pytest.mark.slow
 def test_it_can_be_pickled_for_chains_in_other_processes():
     again = pickle.loads(pickle.dumps(neutra(small())))
     samples = again.samples(run(again).get_samples())
     assert samples["x"].shape == (5, 2)
 
 
+@pytest.mark.slow
 def test_another_model_with_the_same_sites():
     base = neutra(small(), lambda: model(Y + 1))
     assert base.samples(run(base).get_samples())["x"].shape == (5, 2)

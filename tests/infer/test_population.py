@@ -134,6 +134,7 @@ def test_errors_in_other_units_and_along_one_direction_leave_evidence_as_it_is(u
     assert float(found.k_hat.max()) < 0.7
 
 
+@pytest.mark.slow
 def test_errors_below_the_rounding_of_y_count_as_rounding():
     y = (LOC + torch.randn(20, 2) @ ROOT.T).float()
     population = gaussian(LOC.float(), ROOT.float())
@@ -186,6 +187,7 @@ def test_rows_that_shared_draws_explain_have_none_of_their_own():
     assert float(mean.abs().max()) < 0.5
 
 
+@pytest.mark.slow
 def test_latents_of_all_rows_together_have_the_moments_of_the_population():
     _, y, sds = catalogue(3000)
     flow = gaussian()
@@ -210,6 +212,7 @@ def test_posterior_draws_are_weighted_by_the_population_over_the_prior():
     assert float((few - LOC).norm(dim=-1).mean()) < 0.6 * float((u - LOC).norm(dim=-1).mean())
 
 
+@pytest.mark.slow
 def test_draws_of_an_object_move_by_a_chain_to_its_posterior():
     torch.manual_seed(0)
     sd, prior = 3.0, 5.0  # each posterior is much wider than the population
@@ -314,6 +317,7 @@ def test_scalars_need_no_support():
     assert population.report.steps == 26  # beside 4 of the start
 
 
+@pytest.mark.slow
 def test_a_run_without_time_says_that_noise_was_not_taken_off():
     _, y, sds = catalogue(100)
     options = {"network": pi.VelocityMLP(2, (8, 8)), "seed": 0, "progress": False}
@@ -322,6 +326,7 @@ def test_a_run_without_time_says_that_noise_was_not_taken_off():
     assert population.report.reference == population.report.held_out
 
 
+@pytest.mark.slow
 def test_rows_held_out_that_nothing_explains_do_not_choose_the_round():
     torch.manual_seed(0)
     x = torch.randn(200, 2)
@@ -339,6 +344,7 @@ def test_rows_held_out_that_nothing_explains_do_not_choose_the_round():
         from_noisy_samples(y + 90, noise, **options)
 
 
+@pytest.mark.slow
 def test_a_short_run_has_a_report_in_nats_and_weights_that_are_frozen(tmp_path):
     _, y, sds = catalogue(200)
     options = {"network": pi.VelocityMLP(2, (8, 8)), **QUICK}
@@ -356,6 +362,7 @@ def test_a_short_run_has_a_report_in_nats_and_weights_that_are_frozen(tmp_path):
     assert found.draws.shape == (3, 100, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_a_function_a_support_and_a_context_work_together():
     c = torch.rand(150, 1)
@@ -379,6 +386,7 @@ def test_a_function_a_support_and_a_context_work_together():
     assert bool((found.draws > 0).all())
 
 
+@pytest.mark.slow
 def test_contexts_of_a_frame_are_taken_by_name(monkeypatch):
     pd = pytest.importorskip("pandas")
     monkeypatch.setattr("pyro_interpolant.infer.population.learn", lambda *_, **__: None)

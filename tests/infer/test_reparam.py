@@ -497,6 +497,7 @@ def test_predictive_gives_the_site_back(parallel):
     assert torch.allclose(draws["w"], prior.transform(posterior["w_base"]))
 
 
+@pytest.mark.slow
 def test_predictive_with_a_guide_gives_the_site_back():
     prior = random_prior(2)
     model = base_space(regression(prior))
@@ -516,6 +517,7 @@ def test_vectorized_particles(loss):
     assert torch.isfinite(losses).all()
 
 
+@pytest.mark.slow
 def test_jit():
     """The compiled loss is that of the guide's present parameters, not of the first step's."""
     prior = random_prior(2)

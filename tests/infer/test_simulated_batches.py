@@ -21,6 +21,7 @@ def batches_of(count, size=250):
     return [({"loc": a}, {"y": b}) for a, b in zip(loc.split(size), y.split(size), strict=True)]
 
 
+@pytest.mark.slow
 def test_batches_train_a_guide_and_judge_it_by_those_held_out():
     batches = batches_of(1500)
     batches[0][1]["y"][3] = torch.nan
@@ -69,6 +70,7 @@ def test_loaders_and_simulations_of_the_guide_itself_are_batches():
     assert pi.fit_guide(guide, simulations=own, **quick).simulations == 180
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_no_draw_is_weighed_where_the_batches_lack_what_the_model_draws():
     batches = [(latents, {"mean": data["y"].mean(-1)}) for latents, data in batches_of(300)]

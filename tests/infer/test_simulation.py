@@ -64,6 +64,7 @@ def test_rows_that_do_not_count_once_are_refused(kind, message):
         guide(torch.ones(kind.get("size", 6)), **kind)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_gaps_by_obs_mask_are_refused():
     def model(y=None, there=None):
@@ -83,6 +84,7 @@ def line(x, y=None):
         pyro.sample("y", dist.Normal(slope * x, 0.1), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_arguments_that_make_other_simulations_are_told_of(recwarn):
     x = torch.linspace(-1, 1, 4)
@@ -95,6 +97,7 @@ def test_arguments_that_make_other_simulations_are_told_of(recwarn):
         guide(-x, 2 * x)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_data_of_another_size_behind_a_summary_are_told_of(recwarn):
     def model(y):
@@ -112,6 +115,7 @@ def test_data_of_another_size_behind_a_summary_are_told_of(recwarn):
         guide(torch.ones(10))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_a_guide_that_was_trained_for_some_data_says_so_from_its_file(tmp_path, recwarn):
     x, path = torch.linspace(-1, 1, 4), tmp_path / "posterior.safetensors"
@@ -132,6 +136,7 @@ def test_a_guide_that_was_trained_for_some_data_says_so_from_its_file(tmp_path, 
     assert pi.load(path).refined_for is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_a_model_of_numbers_that_are_not_from_torch_is_not_judged_by_them(recwarn):
     def model(y=None):
@@ -348,6 +353,7 @@ def test_generators_that_workers_cannot_seed_are_told_of(noise, recwarn):
     assert told == [True] * (noise in (by_a_generator, by_a_random))
 
 
+@pytest.mark.slow
 def test_draws_on_the_edge_of_a_support_are_left_out():
     def model(y=None):
         w = pyro.sample("w", dist.Uniform(1000.0, 1000.01))
@@ -377,6 +383,7 @@ def test_a_support_that_depends_on_other_sites_is_refused(low):
         guide_of(model)(torch.ones(()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_batches_without_a_proper_simulation_are_passed_over():
     def draws(count):
@@ -409,6 +416,7 @@ def test_latents_that_repeat_with_other_data_are_not_held_out():
     assert sum(len(rows) for rows, _ in found) == 900
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_data_that_are_no_sample_site_have_no_density():
     def model():
@@ -419,6 +427,7 @@ def test_data_that_are_no_sample_site_have_no_density():
     assert "no density" in result.verdict
 
 
+@pytest.mark.slow
 def test_every_data_set_of_a_model_with_hard_edges_is_judged():
     def model(y=None):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -486,6 +495,7 @@ def test_a_round_of_too_few_simulations_leaves_the_guide_as_it_was(hits, monkeyp
     assert all(torch.equal(*pair) for pair in zip(after_the_first, now, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_rounds_of_a_simulator_without_a_density_are_not_lost():
     def model(y=None):

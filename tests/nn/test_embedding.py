@@ -202,6 +202,7 @@ def test_a_gaussian_that_is_linear_in_its_context_is_known_before_training():
         assert (view.log_prob(x[:50]) - expected).abs().mean() < 0.03
 
 
+@pytest.mark.slow
 def test_a_deviation_whose_logarithm_is_linear_in_the_context_is_known_before_training():
     context = torch.randn(20_000, 2)
     loc, scale = context @ torch.tensor([1.0, -2.0]), (context[:, 0] - 1).exp()
@@ -349,6 +350,7 @@ def test_what_cannot_be_is_refused(make, message):
         make()
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_latent_path_takes_embedded_data():
     velocity, context = random_velocity("none")
     transform = pi.ConditionalInterpolantTransform(

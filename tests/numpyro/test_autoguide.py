@@ -171,6 +171,7 @@ def test_quantiles_are_those_of_draws_on_the_supports():
     np.testing.assert_allclose(middle["p"].sum(), 1)
 
 
+@pytest.mark.slow
 def test_a_plate_that_subsamples_is_no_density():
     def model():
         x = numpyro.sample("x", dist.Normal())
@@ -304,6 +305,7 @@ def known_guide(model, *args, scale=0.6):
     return guide, loc.numpy(), linear.numpy()
 
 
+@pytest.mark.slow
 def test_the_model_in_the_base_space_of_a_guide():
     """The potential of NumPyro and the Jacobian, once, though the first site is in a plate."""
     y = jnp.array([1.0, 0.5, 0.0])

@@ -224,6 +224,7 @@ def fine(twin):
     return twin(flow).transform
 
 
+@pytest.mark.slow
 def test_the_transform_is_a_bijection(fine):
     """The inverse, and the log-determinant by the Jacobian."""
     x = jax.random.normal(KEY, (5, 2))
@@ -364,6 +365,7 @@ def test_named_sites(known):
     jax.jit(d.pack)(draws)
 
 
+@pytest.mark.slow
 def test_values_by_name_replace_those_of_sites(known):
     """In all handlers, as in torch; draws of the packed vector come before those of its sites."""
     d = known("joint")
@@ -441,6 +443,7 @@ def test_angles_lead_back_by_any_number_of_turns(name):
     np.testing.assert_allclose(from_torch(flow).log_prob(jnp.asarray(x.numpy())), expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_base_with_a_batch_of_bounds():
     low = torch.arange(3.0)[:, None].expand(3, 2)
     base = dist.Uniform(low, low + 1).to_event(1)

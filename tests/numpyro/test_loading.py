@@ -59,6 +59,7 @@ def edited(path, header=None, tensors=None):
     io.write(path, {**old_tensors, **(tensors or {})}, {KEY: json.dumps(new)})
 
 
+@pytest.mark.slow
 def test_a_process_without_torch_loads_a_file(path):
     flow = plain(support=constraints.positive).freeze()
     save(flow, path)

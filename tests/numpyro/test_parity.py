@@ -216,6 +216,7 @@ def test_beyond_the_knots_and_at_the_centre(twin):
         assert_equal(other.log_prob(jnp.asarray(y.numpy())), flow.log_prob(y))
 
 
+@pytest.mark.slow
 def test_gradients_at_the_knots_which_are_rows(twin):
     flow = supported("gaussianized").freeze()
     other = twin(flow)
@@ -379,6 +380,7 @@ def test_labels_of_classes(kind, twin):
     assert np.isfinite(unknown(2))
 
 
+@pytest.mark.slow
 def test_named_sites_given_a_context(twin):
     sites = {"loc": ((), constraints.real), "scale": ((), constraints.positive)}
     transform = random_flow(2, (8, 8), context_dim=3)

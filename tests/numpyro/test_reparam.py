@@ -144,6 +144,7 @@ def test_an_observed_site_is_left_alone(prior):
     assert kinds_of(base_space(model)) == {"z": "sample"}
 
 
+@pytest.mark.slow
 def test_draws_of_either_name(prior, model):
     """Without ``z_base``, the draws of z themselves are taken, not drawn anew."""
     base = base_space(model)
@@ -155,6 +156,7 @@ def test_draws_of_either_name(prior, model):
     assert Predictive(base, num_samples=2)(KEY)["z"].shape == (2, 2)
 
 
+@pytest.mark.slow
 def test_an_initial_value_in_data_space(prior, model):
     start = init_to_value(values={"z": Z})
     info = initialize_model(KEY, base_space(model), init_strategy=start)

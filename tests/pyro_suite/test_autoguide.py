@@ -488,6 +488,7 @@ def test_predictive():
     assert len(draws["sigma"].unique()) == 10
 
 
+@pytest.mark.slow
 @known("predictive_jit")
 def test_a_compiled_predictive():
     x, y = torch.randn(3, 2), torch.randn(3)

@@ -46,6 +46,7 @@ def test_heavy_tails_are_learned_where_the_data_are():
     assert float(gap.mean()) < 0.1
 
 
+@pytest.mark.slow
 def test_modes_far_apart_keep_their_shares():
     distribution = made()
     fit(distribution, modes(10_000), steps=400, **QUICK)
@@ -101,6 +102,7 @@ def test_units_do_not_matter(dtype):
     torch.testing.assert_close(spread, x.std(0), rtol=0.3, atol=0)
 
 
+@pytest.mark.slow
 def test_columns_that_hardly_differ_are_learned_or_told():
     x = torch.randn(3000, 2)
     x[:, 1] = x[:, 0] + 1e-5 * x[:, 1]
@@ -147,6 +149,7 @@ def test_true_of_any_kind_stops_it(true):
     assert result.stopped_by == "callback"
 
 
+@pytest.mark.slow
 def test_patience_and_interrupts_are_named(capsys):
     def interrupt(state):
         if state.step > 10:
@@ -164,6 +167,7 @@ def test_patience_and_interrupts_are_named(capsys):
     assert "by patience" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_a_run_that_was_stopped_is_not_run_again(tmp_path):
     keep = {"checkpoint": tmp_path / "run", "steps": 100}
@@ -177,6 +181,7 @@ def test_a_run_that_was_stopped_is_not_run_again(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_the_elapsed_time_is_kept_over_a_resume(tmp_path):
     class Stop(Exception):

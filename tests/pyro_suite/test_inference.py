@@ -283,6 +283,7 @@ def test_learned_likelihood_of_a_latent_context(loss):
     assert torch.isfinite(run_svi(model, guide, loss=LOSSES[loss]())).all()
 
 
+@pytest.mark.slow
 def test_vectorized_particles_have_the_right_expectation():
     """Many particles at once are as many particles one by one."""
     prior = random_prior(2)
@@ -746,6 +747,7 @@ def test_conditional_flow_trained_as_a_likelihood():
     assert right > wrong + 0.1
 
 
+@pytest.mark.slow
 def test_flow_trained_as_a_guide():
     flow = fresh(2)
     target = dist.Normal(torch.tensor([1.0, -1.0]), 0.5).to_event(1)

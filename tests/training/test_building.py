@@ -87,6 +87,7 @@ def test_a_scalar_prior_in_a_plate_under_nuts():
     close(draws.mean(0), torch.tensor([1.0, 3.0]), rtol=0, atol=0.5)  # sd 0.7 / sqrt(60)
 
 
+@pytest.mark.slow
 def test_frames_and_arrays_are_tables_and_columns_keep_their_names(tmp_path):
     rows = torch.randn(300, 2)
     frame = pd.DataFrame(rows.numpy(), columns=["mass", "age"])
@@ -191,6 +192,7 @@ def test_whole_numbers_are_labels_of_classes(kind, dtype, tmp_path):
         d.condition(torch.zeros(2, 4))
 
 
+@pytest.mark.slow
 def test_classes_are_independent_densities_under_vmap_and_gradients():
     labels = torch.arange(400) % 2
     d = learn(torch.randn(400, 2) + labels[:, None], context=labels, steps=20)
@@ -215,6 +217,7 @@ def test_what_a_network_sees_of_labels_is_said(capsys):
     assert "3 classes are one-hot for a network without" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_lists_and_frames_with_types_of_pandas_own():
     x = torch.randn(50).tolist()
     assert learn(x).event_shape == ()
@@ -297,6 +300,7 @@ def test_single_rows_are_no_batches_of_scalars(name):
         learn(x)
 
 
+@pytest.mark.slow
 def test_batches_of_scalars_are_said_to_be():
     x = torch.randn(120)
     found = learn(list(x.split(40)), event_shape=())

@@ -136,6 +136,7 @@ def test_a_run_resumes_from_any_place_in_what_is_drawn_ahead(at, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(tmp_path):
     first, second = made(), made()
     fit(first, rows(), checkpoint=tmp_path / "run", **QUICK)
@@ -208,6 +209,7 @@ def test_the_generator_of_a_device_goes_on_too(seed, tmp_path, monkeypatch):
     assert all(map(torch.equal, expected, learned(2, checkpoint=file)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
 def test_a_base_without_named_parameters_is_kept_too(tmp_path):
     class Square(dist.TorchDistribution):
@@ -413,6 +415,7 @@ def test_where_no_state_can_be_kept(tmp_path):
         fit(made(), rows(), checkpoint=tmp_path / "run", checkpoint_every=0, **QUICK)
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_are_kept(tmp_path):
     options = {**QUICK, "steps": np.int64(20), "checkpoint": tmp_path / "run"}
     told = []
@@ -622,6 +625,7 @@ def test_wrong_weights_are_refused(weights):
         fit(made(), rows(), weights=weights, **QUICK)
 
 
+@pytest.mark.slow
 def test_rows_of_no_weight_are_absent_and_counts_are_weights():
     x = torch.cat((rows(), torch.full((700, 2), torch.nan)))
     weights = torch.cat((torch.ones(300), torch.zeros(700)))
@@ -673,6 +677,7 @@ def test_validation_rows_in_an_order_all_count():
     assert places[-1] > 19_990
 
 
+@pytest.mark.slow
 def test_validation_rows_of_ones_own():
     x, held = rows(300), rows(400)[300:]
     distribution = made()

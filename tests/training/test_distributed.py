@@ -123,6 +123,7 @@ def test_a_seed_is_made_up_once_for_all():
     assert Process(fabric).seed(3) == 3
 
 
+@pytest.mark.slow
 @needs_fabric
 @pytest.mark.filterwarnings("ignore")  # of the import of others
 def test_one_process_of_a_fabric_takes_the_steps_of_none():

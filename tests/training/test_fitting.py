@@ -95,6 +95,7 @@ def test_no_validation_is_refused_before_any_work():
     assert equal(weights_of(d), before)
 
 
+@pytest.mark.slow
 def test_an_infinite_time_is_none(monkeypatch):
     monkeypatch.setattr(loop, "_FEWEST_STEPS", 30)
     d = tiny()
@@ -102,6 +103,7 @@ def test_an_infinite_time_is_none(monkeypatch):
     assert result.steps[-1] == 30
 
 
+@pytest.mark.slow
 def test_columns_of_a_validation_frame_go_by_name_beside_a_mask():
     import pandas as pd
 
@@ -115,6 +117,7 @@ def test_columns_of_a_validation_frame_go_by_name_beside_a_mask():
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_fit_learns_a_bimodal_mixture():
     truth, distribution = bimodal(), tiny()
     result = quick(
@@ -168,6 +171,7 @@ def test_a_seeded_run_leaves_the_global_generator_alone(make):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_without_a_seed_runs_differ():
     x, start = torch.randn(200, 2), interpolant_transform(2, (32, 32))
     runs = []
@@ -178,6 +182,7 @@ def test_without_a_seed_runs_differ():
     assert not equal(*runs)
 
 
+@pytest.mark.slow
 def test_the_result_and_the_callback_tell_the_same_story():
     told = []
     result = quick(tiny(), torch.randn(300, 2), steps=40, callback=told.append)
@@ -250,6 +255,7 @@ def test_time_that_passes_before_the_first_step_leaves_the_warm_up_of_the_rate()
     assert both.rate(0.3, 9) == pytest.approx(full / 2)
 
 
+@pytest.mark.slow
 def test_the_weights_kept_are_the_averaged_ones_that_a_callback_sees():
     def run(ema):
         torch.manual_seed(0)
@@ -365,6 +371,7 @@ class Poisoned(VelocityMLP):
         return v * math.nan if self.calls > self.good else v
 
 
+@pytest.mark.slow
 def test_a_loss_that_turns_to_nan_keeps_the_last_good_weights():
     x = torch.randint(0, 2, (300, 1)) * 4.0 + 0.2 * torch.randn(300, 2)
     distribution = InterpolantDistribution(InterpolantTransform(Poisoned(400)))
@@ -391,6 +398,7 @@ class PoisonedTraining(Poisoned):
         return v
 
 
+@pytest.mark.slow
 def test_good_steps_before_any_look_are_kept_too():
     distribution = InterpolantDistribution(InterpolantTransform(PoisonedTraining(30)))
     before = weights_of(distribution)
@@ -407,6 +415,7 @@ def test_good_steps_before_any_look_are_kept_too():
     assert float(found.transform.velocity.output.weight.detach().abs().max()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # after steps that do nothing
 def test_a_network_keeps_what_it_was_told():
     x = 5 * torch.randn(300, 2)
@@ -419,6 +428,7 @@ def test_a_network_keeps_what_it_was_told():
     assert velocity.reach.isinf().all()
 
 
+@pytest.mark.slow
 def test_looks_see_the_network_as_it_is_used():
     class Dropping(VelocityMLP):
         def __init__(self):
@@ -633,6 +643,7 @@ class Weighted(nn.Module, Interpolant):
         return 1 - t, t + wave, torch.zeros_like(t)
 
 
+@pytest.mark.slow
 def test_a_path_with_weights_of_its_own_is_left_alone():
     path = Weighted()
     flow = InterpolantTransform(VelocityMLP(2, (8,)), interpolant=path)
@@ -669,6 +680,7 @@ def test_named_draws_that_need_gradients_are_taken_as_numbers(monkeypatch):
     assert not rows[0].requires_grad
 
 
+@pytest.mark.slow
 def test_numpy_and_float32_rows_train_a_float64_flow():
     for x in (torch.randn(100, 2).numpy(), torch.randn(100, 2, dtype=torch.float32)):
         distribution = tiny()
@@ -950,6 +962,7 @@ class Counting(nn.Module):
         return self.network(t, x, context)
 
 
+@pytest.mark.slow
 def test_buffers_are_kept_with_the_weights_they_are_of():
     network, at = Counting(), {}
     flow = InterpolantDistribution(InterpolantTransform(network))
@@ -971,6 +984,7 @@ class Late(VelocityMLP):
         return super().forward(t, nn.functional.dropout(x, self.share, self.training), context)
 
 
+@pytest.mark.slow
 def test_a_network_that_begins_to_draw_late_leaves_the_global_generator():
     found = []
     for _ in range(2):

@@ -368,6 +368,7 @@ class Turning(nn.Module):
         return torch.cat((turned, 0 * x[:, 2:]), -1).reshape(image.shape)
 
 
+@pytest.mark.slow
 def test_the_sampler_gets_the_fewest_steps_that_are_good():
     images = flow(Turning(6.0))
     grid = calibrate_sampler(images, tolerance=1e-3)

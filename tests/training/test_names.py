@@ -151,6 +151,7 @@ def test_contexts_of_a_frame_keep_their_names(tmp_path):
         pit(d, y, swapped.rename(columns={"a": "z"}))
 
 
+@pytest.mark.slow
 def test_contexts_of_a_frame_go_by_name_where_the_map_is_kept():
     y, contexts, swapped = of_contexts()
     d = ConditionalInterpolantDistribution(conditional_interpolant_transform(1, 2, (8,)))

@@ -137,6 +137,7 @@ def test_drawn_times_and_base_one_value_per_row(shape):
     assert distribution.transform.velocity.output.weight.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_a_given_base_lives_in_data_coordinates():
     flow = random_flow(2)
     base = dist.MultivariateNormal(torch.tensor([5.0, -2.0]), torch.eye(2))

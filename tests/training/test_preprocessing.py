@@ -110,11 +110,13 @@ def test_the_choice(name, seed):
         assert type(found.gaussianizer) is wanted
 
 
+@pytest.mark.slow
 def test_units_do_not_matter():
     x = slab() * torch.tensor([1e-12, 1.0, 1e12]) + torch.tensor([0.0, 1e3, 0.0])
     assert isinstance(preferred_support(x, constraints.real_vector), Gaussianized)
 
 
+@pytest.mark.slow
 def test_weights_say_which_rows_there_are():
     x, weights = torch.cat((slab(), torch.randn(N, 3))), torch.ones(2 * N)
     weights[:N] = 0.0
@@ -145,6 +147,7 @@ def test_from_samples_chooses_the_same_again_without_need_and_by_weights():
     assert isinstance(weighted.constraint, Gaussianized)
 
 
+@pytest.mark.slow
 def test_from_samples_behind_a_support():
     x = slab().exp()
     d = from_samples(x, support=constraints.positive, **OPTIONS)
@@ -173,6 +176,7 @@ def test_from_samples_takes_lengths(kind):
         assert (y > 0).all()
 
 
+@pytest.mark.slow
 def test_rounded_columns_are_noticed_behind_a_map_of_lengths():
     x = torch.randn(N, 10) * (1.5 * torch.randn(N, 1)).exp()
     with pytest.warns(UserWarning, match="repeat up to"):
@@ -193,6 +197,7 @@ def test_beyond_lengths_that_end_abruptly_densities_fall_and_are_finite():
         assert bool((found.diff() < 0).all())
 
 
+@pytest.mark.slow
 def test_named_draws(tmp_path):
     x = slab()
     draws = {"scale": x[:, 0].exp(), "effects": x[:, 1:]}

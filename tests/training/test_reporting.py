@@ -73,6 +73,7 @@ def test_held_out_nats_and_the_gaussian_are_those_of_the_distributions_own_value
     assert report.reference == pytest.approx(expected, abs=1e-3)  # of N or N - 1 rows
 
 
+@pytest.mark.slow
 def test_the_gaussian_given_a_context_is_a_linear_regression():
     c = torch.randn(4000, 2)
     y = c @ torch.tensor([[1.0, 0.0], [2.0, -1.0]]) + torch.randn(4000, 2) @ torch.diag(
@@ -91,6 +92,7 @@ def test_the_gaussian_given_a_context_is_a_linear_regression():
     assert report.reference == pytest.approx(-math.log(2 * math.pi * math.e), abs=0.15)
 
 
+@pytest.mark.slow
 def test_angles_are_compared_with_the_uniform_density():
     report = from_samples(torch.rand(500, 2), support=circular, **QUICK).report
     assert report.reference == pytest.approx(-2 * math.log(2 * math.pi))
@@ -112,6 +114,7 @@ def test_a_distribution_has_a_report_once_it_is_trained(tmp_path):
     assert load(tmp_path / "fitted.safetensors").report == d.report
 
 
+@pytest.mark.slow
 def test_without_a_density_there_are_no_nats():
     d = InterpolantDistribution(interpolant_transform(2, (16, 16)))
     given = {"base_samples": torch.randn(200, 2), "seed": 0}
@@ -140,6 +143,7 @@ def test_a_report_is_one_line(report, line):
     assert repr(report) == str(report) == line
 
 
+@pytest.mark.slow
 def test_the_bar_shows_nats_and_the_report_follows(capsys):
     from_samples(torch.randn(300, 2), steps=300, seed=0, network=small(2))
     told = capsys.readouterr().err
@@ -148,6 +152,7 @@ def test_the_bar_shows_nats_and_the_report_follows(capsys):
     assert told.rstrip().splitlines()[-1].startswith("2-d density from 300 rows in ")
 
 
+@pytest.mark.slow
 def test_weights_do_not_depend_on_what_is_shown():
     shown, hidden = (
         from_samples(torch.linspace(-1, 1, 300)[:, None], steps=40, seed=0, progress=progress)
@@ -159,6 +164,7 @@ def test_weights_do_not_depend_on_what_is_shown():
     assert shown.report.held_out == hidden.report.held_out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_weights_of_rows_count_and_no_generator_is_drawn_from():
     x, weight = torch.randn(400, 2), torch.rand(400)
@@ -173,6 +179,7 @@ def test_weights_of_rows_count_and_no_generator_is_drawn_from():
     assert shown.report.held_out == hidden.report.held_out
 
 
+@pytest.mark.slow
 def test_the_error_of_weighted_rows_is_that_of_their_mean():
     """Of 25 sets of 200 rows with weights of a long tail: the spread is what the error says."""
     d = InterpolantDistribution(interpolant_transform(1, (8,))).freeze()
@@ -200,6 +207,7 @@ def test_copies_of_a_row_make_its_mean_no_surer():
         assert getattr(found[0], name) == pytest.approx(getattr(found[1], name))
 
 
+@pytest.mark.slow
 def test_rows_of_little_weight_count_for_little():
     weights = torch.full((2000,), 1e-6)
     weights[:100] = 1.0

@@ -115,6 +115,7 @@ def test_a_run_on_batches_is_as_good_as_one_on_the_table(name, monkeypatch):
     torch.testing.assert_close(stream.transform.flow.loc, x.mean(0), rtol=0, atol=0.1)
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights_and_the_global_generator_is_left_alone():
     found = []
     for _ in range(2):
@@ -210,6 +211,7 @@ def test_rows_that_are_all_equal_are_refused():
         fit(made(), list(rows(1).repeat(300, 1).split(50)), **QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:columns .* repeat")
 def test_a_table_without_end_keeps_its_rows():
     x = rows(600)
@@ -245,6 +247,7 @@ def test_keys_are_as_if_at_random(name):
     assert abs(float(both.corrcoef()[0, 1])) < 4 / 64
 
 
+@pytest.mark.slow
 def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
     monkeypatch.setattr("pyro_interpolant.training.survey._SAMPLE_VALUES", 400)
     x = torch.arange(4000.0)[:, None].expand(-1, 2) + torch.rand(4000, 2)
@@ -260,6 +263,7 @@ def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
     assert kept == sample - held
 
 
+@pytest.mark.slow
 def test_without_moments_the_first_pass_reads_no_more_than_it_needs():
     x = rows(600)
     data = Again(lambda _: itertools.repeat(x[:100], 300))
@@ -327,6 +331,7 @@ def test_batches_in_an_order_meet_all_times():
     assert len(set(map(int, places))) > 10
 
 
+@pytest.mark.slow
 def test_loaders_of_single_rows_give_batches():
     loader = DataLoader(TensorDataset(rows(300)), shuffle=True)
     steps = []
@@ -384,6 +389,7 @@ def test_a_conditional_flow_learns_from_batches_with_contexts():
     torch.testing.assert_close(given.mean(-1), torch.tensor([0.8, 3.2]), rtol=0, atol=0.3)
 
 
+@pytest.mark.slow
 def test_batches_with_contexts_and_held_out_rows_with_theirs():
     context = torch.rand(1000, 1)
     x = 4 * context + 0.1 * torch.randn(1000, 2)
@@ -610,6 +616,7 @@ def test_weights_and_whitening_of_a_resumed_run_belong_together(tmp_path):
         assert torch.equal(flow.transform.flow.get_buffer(name), value)
 
 
+@pytest.mark.slow
 def test_rows_in_another_order_are_the_same_rows(tmp_path):
     def loader(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -623,6 +630,7 @@ def test_rows_in_another_order_are_the_same_rows(tmp_path):
     assert torch.equal(flow.transform.flow.loc, first.transform.flow.loc)
 
 
+@pytest.mark.slow
 def test_a_state_that_does_not_tell_of_its_rows_is_refused(tmp_path):
     started(tmp_path / "run", LOADERS["list"](rows()))
     kept = Checkpoint(tmp_path / "run")
@@ -659,6 +667,7 @@ def test_states_are_packed_without_pickling():
         to_json({"a": object()}, {}, "x")
 
 
+@pytest.mark.slow
 def test_frames_of_a_stream_are_taken_by_their_columns():
     pd = pytest.importorskip("pandas")
     frame = pd.DataFrame({"a": torch.randn(400).numpy(), "b": 100 + torch.randn(400).numpy()})
@@ -686,6 +695,7 @@ def test_a_network_is_told_of_a_stream_whose_map_is_kept():
     assert bool(velocity.reach.isfinite().all())
 
 
+@pytest.mark.slow
 def test_an_iterable_may_fill_one_tensor_anew_with_each_batch():
     x = rows(2000) + torch.linspace(-5, 5, 2000)[:, None]
 

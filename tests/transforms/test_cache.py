@@ -890,6 +890,7 @@ def test_training_steps_do_not_accumulate(support):
         assert transform.solver.alive() <= 4
 
 
+@pytest.mark.slow
 def test_a_transform_is_collected_with_its_cache():
     transform = watched("two", frozen=False)
     solver = transform.solver

@@ -154,6 +154,7 @@ def test_far_tails_are_as_good_in_proportion(own):
     torch.testing.assert_close(d.cdf(x), d.cdf(alone), rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_draws_given_contexts_are_those_of_each(own):
     d = given("two modes", torch.tensor([[[-1.0], [0.0], [0.5]], [[1.0], [2.0], [-2.0]]]))
 

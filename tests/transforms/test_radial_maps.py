@@ -39,6 +39,7 @@ def test_lengths_come_half_way_to_normal_ones(dim):
     assert torch.allclose(torch.nn.functional.cosine_similarity(u, white), torch.ones(()))
 
 
+@pytest.mark.slow
 def test_it_is_a_smooth_bijection_with_the_determinant_of_autograd():
     x = contrast(5000)
     chart = radial_transform(x)

@@ -124,12 +124,14 @@ def test_a_solver_of_few_nodes_trains_at_more(solver):
     assert start + 0.5 < calibrated < 0.05
 
 
+@pytest.mark.slow
 def test_a_short_training_by_hand():
     start, worst, calibrated = train(Banana, maximum_likelihood, 20, 1000)
     assert worst < 0.05
     assert calibrated > start
 
 
+@pytest.mark.slow
 def test_the_log_determinant_is_unbiased():
     flow, x = random_flow(2), torch.randn(5, 2)
     flow.solver = FixedGrid(64)

@@ -44,6 +44,7 @@ def gaussian(dim=2, **kwargs):
     return InterpolantDistribution(flow, **kwargs).freeze()
 
 
+@pytest.mark.slow
 def test_the_student_of_a_gaussian_is_near_and_says_how_near():
     flow = gaussian()
     result = distill(flow, **QUICK)
@@ -55,6 +56,7 @@ def test_the_student_of_a_gaussian_is_near_and_says_how_near():
     assert "nats from the flow, after 40 steps" in repr(result)
 
 
+@pytest.mark.slow
 def test_the_relative_entropy_is_that_of_known_densities():
     flow = gaussian()
     shift = AffineTransform(torch.tensor([0.5, 0.0]), torch.ones(2), event_dim=1)
@@ -62,6 +64,7 @@ def test_the_relative_entropy_is_that_of_known_densities():
     assert abs(result.relative_entropy - 0.125) < 4 * result.stderr + 0.02
 
 
+@pytest.mark.slow
 def test_training_brings_a_student_nearer():
     flow = random_prior(3)
     first, last = (distill(flow, **{**QUICK, "steps": n}).relative_entropy for n in (1, 60))
@@ -82,6 +85,7 @@ def test_students_are_on_the_support_of_the_flow(support):
     assert student.expand((3,)).support == flow.support
 
 
+@pytest.mark.slow
 def test_a_student_of_named_sites_is_one_of_the_packed_vector():
     sites = {"slope": ((2,), constraints.real), "noise": ((), constraints.positive)}
     flow = JointInterpolantDistribution(random_flow(3), sites=sites).freeze()
@@ -90,6 +94,7 @@ def test_a_student_of_named_sites_is_one_of_the_packed_vector():
     assert bool((draws["noise"] > 0).all())
 
 
+@pytest.mark.slow
 def test_a_base_without_a_density():
     flow = InterpolantDistribution(random_flow(2), Samples(torch.randn(500, 2))).freeze()
     result = distill(flow, **QUICK)
@@ -97,6 +102,7 @@ def test_a_base_without_a_density():
     assert result.distribution.log_prob(flow.sample((5,))).shape == (5,)
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_student_and_leaves_the_generator():
     flow, before = random_prior(2), torch.get_rng_state()
     one, other = (distill(flow, **QUICK) for _ in range(2))
@@ -106,6 +112,7 @@ def test_one_seed_gives_one_student_and_leaves_the_generator():
     assert torch.equal(one.distribution.log_prob(x), other.distribution.log_prob(x))
 
 
+@pytest.mark.slow
 def test_students_are_frozen_and_can_be_copied():
     student = distill(random_prior(2), **QUICK).distribution
     modules = [part for part in student.transforms if isinstance(part, nn.Module)]
@@ -119,6 +126,7 @@ def test_students_are_frozen_and_can_be_copied():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_what_was_drawn_has_a_gradient_too():
     student = distill(random_prior(2), **QUICK).distribution
     z = student.sample((5,))
@@ -144,6 +152,7 @@ class LikeZuko(nn.Module):
         return new
 
 
+@pytest.mark.slow
 def test_students_of_ones_own():
     flow = random_prior(2)
     couplings = [affine_coupling(2, [16]), affine_coupling(2, [16])]
@@ -218,6 +227,7 @@ def trained_guide():
     return guide
 
 
+@pytest.mark.slow
 def test_the_density_under_a_student_is_the_models_own():
     guide = trained_guide()
     student = distill(guide.get_posterior(), **QUICK).distribution

@@ -181,6 +181,7 @@ def test_no_row_held_out_at_the_end_is_learned_before(options, monkeypatch):
     assert all(torch.equal(a.base.rows, b.base.rows) for a, b in zip(start, end, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
 def test_the_alternation_takes_weights_and_pairs_too():
     def energies(data, **options):
@@ -279,6 +280,7 @@ def test_reflow_of_a_given_base_and_of_contexts():
         reflow(conditional, steps=20, **QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
 def test_reflow_of_a_base_of_samples_is_reported():
     distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
@@ -289,6 +291,7 @@ def test_reflow_of_a_base_of_samples_is_reported():
     assert "densities" not in repr(result.after)
 
 
+@pytest.mark.slow
 def test_reflow_of_angles_is_along_geodesics():
     angles = wrap(torch.stack((2 * torch.randn(400), torch.randn(400) + 3.0), -1))
     transform = InterpolantTransform(TorusMLP(2, (16, 16)), interpolant=Geodesic())
@@ -310,6 +313,7 @@ def test_a_learned_path_gives_way_to_a_straight_one():
     assert isinstance(flow.transform.flow.interpolant, LearnedInterpolant)
 
 
+@pytest.mark.slow
 def test_a_path_is_learned_where_gradients_are_off():
     flow = learned_path()
     with torch.no_grad():

@@ -109,6 +109,7 @@ def test_a_density_gives_values_and_gradients_in_chunks():
     assert density.seconds > 0
 
 
+@pytest.mark.slow
 def test_what_is_slow_once_does_not_count():
     """A density that compiles when it first sees a number of rows is as fast as it is then."""
     seen = set()
@@ -235,6 +236,7 @@ def test_a_mixture_has_the_density_the_gradient_and_the_draws_of_student_ts():
     torch.testing.assert_close(x[second].median(0).values, loc[1], rtol=0, atol=0.06)
 
 
+@pytest.mark.slow
 def test_the_search_finds_a_far_narrow_slanted_target():
     target = gaussian([30.0, -0.5], [[1e-3, 0.0], [5e-3, 1e-4]])
     found = pathfinder(LogDensity(target.log_prob), wide(2), seconds=5.0)
@@ -253,6 +255,7 @@ def test_the_search_finds_four_modes(dim):
     assert float(away.max()) < 1.0
 
 
+@pytest.mark.slow
 def test_the_search_does_not_end_at_a_mode_without_mass():
     found = pathfinder(LogDensity(funnel), wide(10), seconds=5.0)  # whose mode is at v = -40
     assert float(found.loc[:, 0].min()) > -25
@@ -363,6 +366,7 @@ def test_the_solver_of_a_round_is_as_coarse_as_the_flow_allows():
     assert flow.transform.solver == Adaptive()
 
 
+@pytest.mark.slow
 def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
     flow = InterpolantDistribution(interpolant_transform(2, (32, 32)))
     rows = torch.where(torch.rand(1000, 1) < 0.5, 1.0, -1.0) + 0.2 * torch.randn(1000, 2)
@@ -410,6 +414,7 @@ def test_a_budget_counts_seconds_and_rounds():
 # ---- the whole ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_gaussian_is_learned_from_its_density_alone():
     target, flow = slanted(), tiny()
     result = quick(flow, lambda x: target.log_prob(x) - 11.0, draws=2000, steps=100)
