@@ -139,7 +139,7 @@ def test_interpolants(name, path):
     assert_same(distribution, round_trip(distribution, path))
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", slow_but(SOLVERS, "rk4", "warped", "random"))
 def test_solvers(name, path):
     distribution = InterpolantDistribution(random_flow(2, solver=SOLVERS[name]))
     assert_same(distribution, round_trip(distribution, path))
@@ -438,7 +438,8 @@ EDITED = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(EDITED, "base", "stack"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EDITED)
 @pytest.mark.filterwarnings("ignore:the flow was saved with")  # a flow, and a clear word
 def test_an_edited_header_gives_a_clear_error_or_a_flow(name, path, monkeypatch):
     save(EDITED[name](), path)

@@ -95,7 +95,7 @@ def test_training_curve_shows_both_losses_and_what_was_kept():
     assert ax.lines[2].get_xdata()[0] == result.best_step
 
 
-@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("drawn", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_corner_compares_every_pair(drawn):
     data = torch.randn(300, 3)
     samples = torch.randn(100, 3) if drawn else flow(3)
@@ -324,6 +324,7 @@ def test_contexts_along_a_frame_are_those_of_training():
     assert swapped.collections[1].get_offsets()[:, 0].tolist() == grid[:, 0].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", [constraints.positive, constraints.interval(-1.0, 2.0)])
 def test_a_density_is_zero_where_values_cannot_be(support):
     """In the default box, which is wider than the samples; arrows are rates of the values."""

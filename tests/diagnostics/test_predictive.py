@@ -59,14 +59,17 @@ def test_draws_of_the_density_itself_are_calibrated(check, support):
 @pytest.mark.parametrize(
     ("check", "change", "words"),
     [
-        (pit, lambda x, m: m + 2.5 * (x - m), "column 0 is predicted too narrow"),
-        (pit, lambda x, m: m + 0.3 * (x - m), "column 1 is predicted too wide"),
-        (pit, lambda x, m: x + torch.tensor([1.5, 0.0]), "column 0 is predicted too low"),
-        (coverage, lambda x, m: m + 2.5 * (x - m), "highest-density regions are too small"),
-        (coverage, lambda x, m: m + 0.3 * (x - m), "highest-density regions are too large"),
-        (sbc, lambda x, m: m + 2.5 * (x - m), "the log-density is predicted too high"),
-        (sbc, lambda x, m: x - torch.tensor([0.0, 1.5]), "column 1 is predicted too high"),
-        (tarp, lambda x, m: m + 3 * (x - m), "regions around random references are"),
+        pytest.param(*case, marks=() if case[0] is tarp else pytest.mark.slow)
+        for case in [
+            (pit, lambda x, m: m + 2.5 * (x - m), "column 0 is predicted too narrow"),
+            (pit, lambda x, m: m + 0.3 * (x - m), "column 1 is predicted too wide"),
+            (pit, lambda x, m: x + torch.tensor([1.5, 0.0]), "column 0 is predicted too low"),
+            (coverage, lambda x, m: m + 2.5 * (x - m), "highest-density regions are too small"),
+            (coverage, lambda x, m: m + 0.3 * (x - m), "highest-density regions are too large"),
+            (sbc, lambda x, m: m + 2.5 * (x - m), "the log-density is predicted too high"),
+            (sbc, lambda x, m: x - torch.tensor([0.0, 1.5]), "column 1 is predicted too high"),
+            (tarp, lambda x, m: m + 3 * (x - m), "regions around random references are"),
+        ]
     ],
 )
 def test_what_is_off_is_named(check, change, words):
@@ -113,6 +116,7 @@ def test_the_pit_of_scalars_is_their_cdf():
     torch.testing.assert_close(pit(d, x).values[:, 0], dist.Normal(1.0, 2.0).cdf(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [pit, coverage, tarp])
 def test_without_a_context_rows_share_draws(check):
     d = InterpolantDistribution(random_flow(2, (8, 8), solver=COARSE)).freeze()
@@ -264,6 +268,7 @@ BASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_a_base_without_a_gradient_of_its_draws(base):
     flow = random_flow(1, (8, 8), solver=COARSE)
@@ -273,6 +278,7 @@ def test_a_base_without_a_gradient_of_its_draws(base):
         assert check(d, x).verdict.startswith("calibrated")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [pit, sbc])
 def test_low_and_high_are_those_of_the_values_below_a_bound(check):
     flow = random_flow(2, (8, 8), context_dim=2, solver=COARSE)

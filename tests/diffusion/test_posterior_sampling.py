@@ -55,7 +55,8 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(PATHS, "trigonometric"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PATHS)
 def test_it_has_the_posterior_of_gaussians(name):
     prior, y = GaussianPrior(PATHS[name]), torch.tensor([2.0, 3.0])
     draws = approximate_posterior(prior.flow, likelihood(y), (1500,))

@@ -89,7 +89,7 @@ def has_law(samples, law):
     return near and discrepancy(law.features(samples), law.features(law(20_000))) < 4.5
 
 
-@pytest.mark.parametrize("name", slow_but(DIFFUSIONS, "default", "constant"))
+@pytest.mark.parametrize("name", slow_but(DIFFUSIONS, "default"))
 def test_forward_paths_have_the_marginals_of_the_flow(name):
     diffusion = DIFFUSIONS[name]
     truth = random_mixture(2, Trigonometric())
@@ -99,7 +99,7 @@ def test_forward_paths_have_the_marginals_of_the_flow(name):
         assert has_law(y, Exact(truth, t)), t
 
 
-@pytest.mark.parametrize("name", slow_but(DIFFUSIONS, "default", "constant"))
+@pytest.mark.parametrize("name", slow_but(DIFFUSIONS, "constant"))
 def test_backward_paths_have_the_marginals_of_the_flow(name):
     diffusion = DIFFUSIONS[name]
     truth = random_mixture(2, Trigonometric())
@@ -123,7 +123,8 @@ INTERPOLANTS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(INTERPOLANTS, "bridge"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_the_default_diffusion_serves_every_interpolant(name):
     truth = random_mixture(2, INTERPOLANTS[name])
     flow = flow_of(truth)
@@ -142,8 +143,9 @@ def test_noise_that_no_score_makes_up_for_is_seen():
     assert not has_law(end, Exact(truth, 1.0))
 
 
-@pytest.mark.parametrize("method", slow_but(["euler", "srk"], "euler"))
-@pytest.mark.parametrize("forward", [True, pytest.param(False, marks=pytest.mark.slow)])  # noqa: FBT003
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["euler", "srk"])
+@pytest.mark.parametrize("forward", [True, False])
 def test_torchsde_takes_it(method, forward):
     truth = random_mixture(2, Linear())
     sde = InterpolantSDE(flow_of(truth), forward=forward)
@@ -225,9 +227,8 @@ def pair(gamma):
     return flow_of(truth, base, LatentNoise(truth)), truth
 
 
-@pytest.mark.parametrize(
-    "gamma", [BrownianBridge(0.5), pytest.param(SineSquared(0.8), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("gamma", [BrownianBridge(0.5), SineSquared(0.8)])
 def test_with_a_learned_noise_any_base_will_do(gamma):
     flow, truth = pair(gamma)
     data = Exact(truth, 1.0)

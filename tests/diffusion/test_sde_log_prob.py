@@ -1,7 +1,7 @@
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import random_flow, slow_but
+from cases import random_flow
 from oracles import LatentNoise, MixtureVelocity, PairVelocity, random_mixture
 from pyro.distributions import constraints
 from torch import nn
@@ -57,8 +57,9 @@ def _guided_to_the_ends(monkeypatch):
     monkeypatch.setattr(sde, "_GUIDED_SHARE", 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_guided_to_the_ends")
-@pytest.mark.parametrize("name", slow_but(MEMBERS, "bridge"))
+@pytest.mark.parametrize("name", MEMBERS)
 def test_guided_paths_all_tell_the_density_of_an_exact_flow(name):
     truth = random_mixture(2, MEMBERS[name])
     flow, y = flow_of(truth), LOC + truth.sample(1.0, 8) @ LINEAR.T
@@ -79,7 +80,8 @@ def test_finer_steps_bring_it_nearer():
     assert errors[1] < 0.5 * errors[0] < 0.01
 
 
-@pytest.mark.parametrize("name", slow_but(MEMBERS, "trigonometric"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEMBERS)
 def test_guidance_that_fades_at_the_ends_costs_little(name):
     truth = random_mixture(2, MEMBERS[name])
     flow, y = flow_of(truth), LOC + truth.sample(1.0, 8) @ LINEAR.T

@@ -215,6 +215,7 @@ def test_latent_interpolants_train_and_learn_their_noise(interpolant, tmp_path):
     assert torch.equal(again(t, w), distribution.transform.flow.noise(t, w))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whiten", [True, False])
 def test_the_noise_of_other_data_is_forgotten(whiten):
     path = Latent(Linear(), BrownianBridge(0.3))

@@ -95,9 +95,7 @@ def test_goodness_of_fit_sees_a_wrong_density(name):
     assert auto_goodness_of_fit(x, wrong) < FAILURE_RATE
 
 
-@pytest.mark.parametrize(
-    "name", slow_but([n for n in SINGLE if n != "three"], "one", "two", "multivariate", "halfway")
-)
+@pytest.mark.parametrize("name", slow_but([n for n in SINGLE if n != "three"], "one"))
 def test_density_integrates_to_one_and_to_the_moments_of_samples(name):
     d = make(SINGLE, name)
     dim = d.event_shape[0]
@@ -381,7 +379,7 @@ def test_time_outside_raises(t):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("name", [*SINGLE])
+@pytest.mark.parametrize("name", slow_but(SINGLE, "laplace", "start", "conditioned_halfway"))
 def test_score_is_the_gradient(name, frozen):
     d = make(SINGLE, name)
     d = d.freeze() if frozen else d
@@ -405,7 +403,8 @@ def test_score_is_the_gradient(name, frozen):
         assert torch.allclose(score, expected, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", slow_but([*SINGLE], "two", "laplace"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SINGLE)
 def test_the_jacobian_of_the_score_is_the_hessian(name):
     d = make(SINGLE, name).freeze()
     x = d.sample()

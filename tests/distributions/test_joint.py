@@ -244,6 +244,7 @@ def test_base_space_keeps_the_names():
 # -------------------------------------------------------------------------------------- from draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("scalar",), ("vector",), ("scalar", "matrix"), tuple(SITES)])
 def test_from_samples(names):
     draws = draws_of(*names, rows=100)

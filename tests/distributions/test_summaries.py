@@ -5,7 +5,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import SUPPORTS, random_flow, slow_but
+from cases import SUPPORTS, random_flow
 from kinds import angular_flow
 from pyro.distributions import constraints
 from torch.distributions import biject_to
@@ -65,7 +65,8 @@ def test_moments_on_a_support_are_those_of_its_values():
     close(found.entropy, entropy, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", slow_but(SUPPORTS, "simplex"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUPPORTS)
 def test_moments_agree_with_plain_draws_on_every_support(name):
     case = SUPPORTS[name]
     d = InterpolantDistribution(random_flow(case.dim, (8, 8)), support=case.support)
@@ -119,6 +120,7 @@ HEAVY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LIGHT, *HEAVY])
 def test_moments_on_an_unbounded_support_need_light_tails(name):
     make = {**LIGHT, **HEAVY}[name]
@@ -197,8 +199,9 @@ SCALARS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(SCALARS, "below 2"))
-@pytest.mark.parametrize("base", slow_but(["none", "laplace", "flow"], "none"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCALARS)
+@pytest.mark.parametrize("base", ["none", "laplace", "flow"])
 def test_cdf_and_icdf_are_inverse_and_the_integral_of_the_density(name, base):
     support = SCALARS[name]
     given = {
@@ -251,6 +254,7 @@ def test_the_ends_of_the_support():
         scalar(constraints.positive).cdf(torch.tensor(-1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["real", "below 2"])
 @pytest.mark.parametrize("base", [None, dist.Normal(torch.zeros(1), 1.0).to_event(1)])
 @pytest.mark.parametrize("scale", [2.0, -2.0])
@@ -362,6 +366,7 @@ def test_scalars_behind_a_map_of_their_column_have_events_of_no_dimension(suppor
     close(d.cdf(x), torch.stack([d.cdf(row) for row in x]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [3, 512])  # as many as there are draws in a set, too
 def test_moments_of_members_with_bounds_of_their_own(members):
     low = torch.arange(float(members))[:, None].expand(members, 2)

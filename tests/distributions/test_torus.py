@@ -317,7 +317,7 @@ def test_directions_have_a_slope_everywhere():
 
 
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
-@pytest.mark.parametrize(("dim", "count"), [(1, 200), (2, 64)])
+@pytest.mark.parametrize(("dim", "count"), [(1, 200), pytest.param(2, 64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("t", slow_but([0.4, 1.0], 1.0))
 def test_the_density_integrates_to_one_at_any_time(base, dim, count, t):
     x, volume = grid(dim, count)
@@ -328,6 +328,7 @@ def test_the_density_integrates_to_one_at_any_time(base, dim, count, t):
     assert float(p.sum() * volume) == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 @pytest.mark.parametrize("coordinate", [0, 1])
 def test_the_density_is_periodic_and_has_no_seam(base, coordinate):
@@ -366,6 +367,7 @@ def test_time_zero_is_the_base():
     assert bool(circular.check(model.at(0.0).sample((100,))).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 def test_samples_are_in_range_and_follow_the_density(base):
     model = random_angles(1, base(1))

@@ -134,6 +134,7 @@ def check_bytes(folder: Path, case: tuple[str, list[Damage]]) -> str:
     return "the same flow, " + ("undamaged" if raw == whole.raw else "damaged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", lengths(40, 1000))
 def test_damaged_bytes(inputs, tmp_path):
     several = st.lists(damages(), min_size=1, max_size=3)

@@ -383,6 +383,7 @@ def check_family(case: tuple[Data, str, str]) -> str:
     return "fit of a family: the density of a Gaussian"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", lengths(12, 500))
 def test_fit_with_contexts(inputs):
     names = st.sampled_from(tuple(CONTEXTS) * 3 + tuple(BAD_CONTEXTS))
@@ -479,6 +480,7 @@ def gaussian(flow: Any, rows: Tensor, *, named: bool) -> None:
     assert all(part.isfinite().all() for part in draws.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", lengths(8, 300))
 def test_from_samples(inputs):
     run(check_from_samples, samples(), inputs)

@@ -338,6 +338,7 @@ def check_log_prob(case: tuple[Known, Value]) -> str:
     return str(end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", lengths(50, 1000))
 def test_log_prob(inputs):
     run(check_log_prob, st.tuples(some_flow(), values()), inputs)
@@ -502,6 +503,7 @@ def batched() -> st.SearchStrategy[Known]:
     return st.builds(given, own=st.booleans(), dtype=dtypes, batch=batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", lengths(30, 500))
 def test_expand(inputs):
     shapes = st.lists(some_shape(), min_size=1, max_size=2)

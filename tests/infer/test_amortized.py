@@ -267,7 +267,7 @@ def simulator_of(model, *args, observed=("y",)):
         (scales_and_rows, "plate", {"scale": (), "shift": (3,), "group": (2,), "y": (2,)}, None),
         (indexed, "vmap", {"w": (3,), "y": (2,)}, 2.01),
         (correlated, "vmap", {"w": (3,), "y": (2,)}, None),
-        (looped, "loop", {"w": (), "y": (2,)}, 1.5),
+        pytest.param(looped, "loop", {"w": (), "y": (2,)}, 1.5, marks=pytest.mark.slow),
     ],
 )
 def test_simulations_have_the_shapes_and_laws_of_the_sites(model, batching, shapes, variance):

@@ -345,7 +345,7 @@ def below():
     pyro.factor("f", -0.5 * (x - 2).square())
 
 
-@pytest.mark.parametrize("target", [model, constrained, single, below])
+@pytest.mark.parametrize("target", slow_but([model, constrained, single, below], single, below))
 def test_medians_and_quantiles_are_those_of_draws(target):
     guide = small(target)
     state = torch.get_rng_state()
@@ -375,7 +375,21 @@ def test_quantiles_are_those_of_torch():
         quantiles_of(draws, [0.5, 1.1])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "angle" not in kind])
+@pytest.mark.parametrize(
+    "kind",
+    slow_but(
+        [kind for kind in KINDS if "angle" not in kind],
+        "plain",
+        "own network",
+        "positive",
+        "simplex",
+        "shaped",
+        "multivariate",
+        "samples",
+        "given",
+        "start",
+    ),
+)
 def test_a_posterior_under_a_learned_prior_can_be_saved(kind, tmp_path):
     prior = KINDS[kind]().freeze()
 
@@ -413,6 +427,7 @@ def test_quantiles_of_a_posterior_behind_a_map_have_the_map():
 # ------------------------------------------------------------------------------ copies and pickles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_copy_has_weights_of_its_own_and_harms_nothing(trained):
     guide = small()
@@ -465,6 +480,7 @@ def parametric():
     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [model, parametric])
 def test_pickles_leave_the_model_behind_and_the_original_whole(target):
     guide = small(target)

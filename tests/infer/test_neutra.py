@@ -153,6 +153,7 @@ def with_a_choice(y):
     pyro.sample("y", dist.Normal(x + 4.0 * k, 0.5), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrapped", [lambda hidden: hidden, lambda hidden: poutine.scale(hidden, 1.0)]
 )

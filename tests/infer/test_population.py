@@ -5,6 +5,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow_but
 from torch import nn
 from torch.distributions import AffineTransform, MultivariateNormal, Normal, constraints
 
@@ -79,7 +80,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(FORMS, "covariances"))
 def test_posteriors_of_objects_are_those_of_gaussians(form):
     _, y, sds = catalogue(40, least=0.02, missing=0.0 if form == "function" else 0.2)
     y, noise, data = FORMS[form](y, sds)
@@ -117,6 +118,7 @@ def test_errors_that_depend_on_each_other_are_whitened_together():
     assert torch.allclose(found[1:], wanted[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("units", [(1.0, 1.0), (1e-10, 1e10)])
 def test_errors_in_other_units_and_along_one_direction_leave_evidence_as_it_is(units):
     units = torch.tensor(units)
@@ -230,7 +232,8 @@ def test_draws_of_an_object_move_by_a_chain_to_its_posterior():
     assert float(ours / second) == pytest.approx(1.0, abs=0.15)  # 16 draws alone: 1.5
 
 
-@pytest.mark.parametrize("in_order", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("in_order", [False, True])
 def test_a_look_prefers_the_true_width_to_wider_ones(in_order):
     torch.manual_seed(0)
     n, k, sd = 1000, 400, 3.0

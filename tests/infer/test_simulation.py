@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import slow_but
 from pyro import poutine
 from simulators import QUICK, rows_with_gaps
 from torch import nn
@@ -44,6 +45,7 @@ def with_mask(y=None, mask=None, scale=1.0, size=None, inside=None):
             pyro.sample("y", fn.mask(mask) if inside else fn, obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -297,7 +299,7 @@ NOISES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise", slow_but(NOISES, into_lanes))
 @pytest.mark.parametrize("branches", [False, True])
 def test_every_simulation_has_noise_of_its_own(noise, branches):
     def model(y=None):
@@ -467,6 +469,7 @@ def test_a_truncated_prior_without_a_draw_ends_when_the_time_is_up():
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hits", [0, 5])
 @pytest.mark.usefixtures("_small_runs")
 def test_a_round_of_too_few_simulations_leaves_the_guide_as_it_was(hits, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import FLOWS, NETWORKS
+from cases import FLOWS, NETWORKS, slow_but
 from torch import nn
 
 from pyro_interpolant import (
@@ -55,7 +55,7 @@ def test_a_file_keeps_its_weights(name, tmp_path):
 
 @pytest.mark.usefixtures("_few_held_draws")
 @pytest.mark.parametrize("context_dim", [0, 1])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_but(NETWORKS, "own"))
 def test_it_can_be_trained(name, context_dim):
     velocity = NETWORKS[name](2, context_dim)
     velocity.event_dim = 2

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from cases import IMAGE_NETWORKS, IMAGE_SHAPE
+from cases import IMAGE_NETWORKS, IMAGE_SHAPE, slow_but
 from torch import nn
 
 import pyro_interpolant as pi
@@ -47,7 +47,7 @@ def test_images_are_vectors_in_row_major_order_and_rows_stay_apart(name):
         assert change[2:].abs().max() == change[:, 2:].abs().max() == 0
 
 
-@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+@pytest.mark.parametrize("name", slow_but(IMAGE_NETWORKS, "adapter"))
 def test_the_divergence_is_that_of_finite_differences_by_either_mode(name):
     velocity = random_velocity(name)
     t, x, e, h = torch.tensor(0.3), torch.randn(2, SIZE), torch.eye(SIZE), 1e-5
@@ -70,7 +70,7 @@ def test_the_divergence_is_that_of_finite_differences_by_either_mode(name):
 
 
 @pytest.mark.parametrize("classes", [0, 3])
-@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+@pytest.mark.parametrize("name", slow_but(IMAGE_NETWORKS, "adapter"))
 def test_a_file_keeps_it(name, classes, tmp_path):
     velocity = random_velocity(name, classes)
     kind = pi.ConditionalInterpolantTransform if classes else pi.InterpolantTransform

@@ -7,6 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import torch
+from cases import slow_but
 from numpyro import handlers, infer
 from numpyro.infer.reparam import NeuTraReparam
 
@@ -212,7 +213,7 @@ def partly_observed():
 SEEN = jnp.array([True, False])
 
 
-@pytest.mark.parametrize("model", [scaled, scoped, masked, partly_observed])
+@pytest.mark.parametrize("model", slow_but([scaled, scoped, masked, partly_observed], scoped))
 def test_jacobians_and_rows_that_are_masked_out_count_once(model):
     """As in torch, whatever scale and mask a latent site has; in base space, too."""
     guide, loc, linear = known_guide(model)
@@ -263,7 +264,7 @@ LIKELIHOODS = {
 }
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("name", slow_but(LIKELIHOODS, "uniform", "normal"))
 def test_what_validation_refuses_has_no_density(name):
     fn, y, there = LIKELIHOODS[name]
 
@@ -279,6 +280,7 @@ def test_what_validation_refuses_has_no_density(name):
     assert (found > -jnp.inf).tolist() == there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "now"), [(1, 3), (3, 1)])
 def test_a_plate_of_another_size_is_refused(before, now):
     def model(y):

@@ -71,7 +71,8 @@ def draws_and_support(d, shape):
     return draws, d.support(draws)
 
 
-@over_kinds
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
 def test_shapes(name, known):
     d = known(name)
     for shape in ((), (3, 1)):
@@ -97,7 +98,8 @@ def test_expanding(name, known):
     assert expanded.expand((5, 2, *d.batch_shape)).batch_shape == (5, 2, *d.batch_shape)
 
 
-@over_kinds
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
 def test_events_and_masks(name, known):
     d = known(name).expand((2, *known(name).batch_shape))
     value = d.sample(KEY)
@@ -178,7 +180,8 @@ def test_a_draw_and_its_density_are_one_solve(name, known):
     assert loops(both(d.mask(jnp.ones((), bool)))) == 2
 
 
-@over_kinds
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
 def test_the_density_of_a_draw(name, known):
     """From the way there, equal to that from the way back within the solver's error."""
     d = known(name)
@@ -263,7 +266,8 @@ def test_weights_that_are_trained_are_leaves(known):
 # ---- values that are none -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("validate", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("validate", [True, False])
 def test_values_outside(validate, known):
     d = known("stack")
     checked = InterpolantDistribution(d.base_dist, d.transforms, validate_args=validate)
@@ -407,7 +411,7 @@ BOUNDED = {
 }
 
 
-@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("name", slow_but(BOUNDED, "log-normal"))
 def test_beyond_a_bounded_base_there_is_no_density(name):
     base = BOUNDED[name]()
     flow = pi.InterpolantDistribution(random_flow(2).to(torch.zeros(2)), base).freeze()
@@ -430,7 +434,7 @@ ANGLES = {
 }
 
 
-@pytest.mark.parametrize("name", ANGLES)
+@pytest.mark.parametrize("name", slow_but(ANGLES, "flow", "flows"))
 def test_angles_lead_back_by_any_number_of_turns(name):
     base = ANGLES[name]()
     flow = angular_flow(1)

@@ -7,7 +7,6 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import slow_but
 
 from pyro_interpolant import (
     InterpolantDistribution,
@@ -83,7 +82,8 @@ def test_a_wild_row_does_not_change_the_fit_of_the_rest(plain, far):
     assert abs(float((first - wild).mean())) < 0.08  # seeds differ by 0.05
 
 
-@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.float64], torch.float32))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_units_do_not_matter(dtype):
     units = torch.tensor([1e-12, 1.0, 1e12], dtype=torch.float64)
     x = torch.randn(2000, 3, dtype=torch.float64)

@@ -86,7 +86,7 @@ def normal(*shape):
 # Pyro's harness
 
 
-@pytest.mark.parametrize("dim", [2, 5])
+@pytest.mark.parametrize("dim", slow_but([2, 5], 2))
 def test_inverse(builder, dim):
     transform = builder(dim)
     x_true = torch.randn(7, dim)
@@ -119,7 +119,7 @@ def test_shapes(builder, batch):
 
 
 @pytest.mark.usefixtures("_nodes_stay")
-@pytest.mark.parametrize("dim", [1, 2, 5])
+@pytest.mark.parametrize("dim", slow_but([1, 2, 5], 2))
 def test_jacobian(builder, dim):
     transform = builder(dim)
     x = torch.randn(dim)
@@ -134,6 +134,7 @@ def test_jacobian(builder, dim):
     assert (inverse + analytic).abs() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inverse", [False, True])
 def test_three_steps_of_adam(builder, inverse):
     transform = builder(2)
@@ -180,6 +181,7 @@ def test_inverse_of_a_family():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_size", [0, 1])
 @pytest.mark.parametrize(
     "compose", [dist.transforms.ComposeTransform, dist.transforms.ComposeTransformModule]
@@ -290,11 +292,12 @@ SUPPORTS = {
     "interval": (constraints.interval(-1.0, 2.0), 2),
 }
 
-every_case = pytest.mark.parametrize(
-    ("kind", "support", "frozen"),
-    [(k, "real", f) for k in KINDS for f in (True, False)]
-    + [("two", s, f) for s in SUPPORTS if s != "real" for f in (True, False)],
-)
+CASES = [
+    *((k, "real", f) for k in KINDS for f in (True, False)),
+    *(("two", s, f) for s in SUPPORTS if s != "real" for f in (True, False)),
+]
+every_case = pytest.mark.parametrize(("kind", "support", "frozen"), CASES)
+EXPANDED = [("own", "real", False), ("two", "positive", True), ("two", "simplex", True)]
 
 
 @every_case
@@ -339,7 +342,10 @@ def test_second_log_prob_without_gradients_is_free(kind, support, frozen):
     assert counts(prior) == (1, 1)
 
 
-@every_case
+@pytest.mark.parametrize(
+    ("kind", "support", "frozen"),
+    [pytest.param(*c, marks=() if c in EXPANDED else pytest.mark.slow) for c in CASES],
+)
 def test_expanded_is_one_solve(kind, support, frozen):
     prior = counted(kind, frozen=frozen, support=SUPPORTS[support][0])
     for expanded in (prior.expand((4,)), prior.expand((1,)).expand((3, 4)), prior.expand_by((2,))):
@@ -388,7 +394,7 @@ def test_transform_and_its_inverse_share_one_solve():
     assert counts(prior) == (1, 1)
 
 
-@pytest.mark.parametrize("support", sorted(SUPPORTS))
+@pytest.mark.parametrize("support", slow_but(sorted(SUPPORTS), "simplex"))
 @pytest.mark.parametrize(
     ("elbo", "batches"),
     [

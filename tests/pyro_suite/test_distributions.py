@@ -4,7 +4,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import slow_but
 from kinds import KINDS, SITES, family, flow_of, over, plain
 from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.testing.gof import auto_goodness_of_fit
@@ -190,7 +189,8 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("wrapped", slow_but(WRAPPED, "site"))
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapped", WRAPPED)
 @pytest.mark.parametrize("name", HEAVY)
 def test_a_moment_that_does_not_exist_is_not_invented(name, wrapped):
     """As of Pyro's Cauchy, it is NaN, or infinite, or there is none to be had."""
@@ -206,7 +206,7 @@ def test_a_moment_that_does_not_exist_is_not_invented(name, wrapped):
     assert d.support.check(start).all()
 
 
-@over("entropy", FEW, FEW)
+@over("entropy", kinds=FEW)
 def test_entropy(kind):
     d = KINDS[kind]()
     surprise = -d.log_prob(d.sample((4000,)))

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import random_flow, random_prior
+from cases import random_flow, random_prior, slow_but
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
@@ -97,7 +97,7 @@ def test_do(where):
     torch.testing.assert_close(trace.log_prob_sum(), prior + case.data(VALUE).sum())
 
 
-@where
+@pytest.mark.parametrize("where", slow_but(WHERE, "data", "outside"))
 def test_uncondition(where):
     """Observed sites are drawn; a prior that is conditioned on as well."""
     case = Case()

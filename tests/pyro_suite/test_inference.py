@@ -375,7 +375,8 @@ def test_guide_list(space):
     assert guide()[second].shape == (4, 2)
 
 
-@pytest.mark.parametrize("space", slow_but(SPACES, "base"))
+@pytest.mark.slow
+@pytest.mark.parametrize("space", SPACES)
 def test_laplace_is_exact_for_a_gaussian(space):
     prior = gaussian_prior(torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 0.0], [0.5, 1.0]]))
     model = SPACES[space](one_site(prior))
@@ -704,6 +705,7 @@ def train(model, steps=15):
     return [svi.step() for _ in range(steps)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_flow_trained_as_a_likelihood(dtype):
     flow = fresh(2).to(dtype)

@@ -150,7 +150,7 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("name", slow_but(STARTS, "median", "sample"))
 @over("reparam_start", QUICK, ("plain", "positive", "simplex", "laplace", "given rows"))
 @torch.no_grad()
 def test_where_a_site_starts(kind, name):

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from cases import random_flow
+from cases import random_flow, slow_but
 from oracles import random_mixture
 from torch import nn
 
@@ -286,11 +286,14 @@ def test_the_mixture_oracle_through_torch_func():
 @pytest.mark.parametrize("divergence", [ExactDivergence(), HutchinsonDivergence(2)])
 @pytest.mark.parametrize(
     "name",
-    [
-        *("two gated", "residual", "own", "own layer norm", "own group norm"),
-        *("own instance norm", "own kept statistics"),
-        *("torch.layer_norm", "torch.group_norm", "torch.instance_norm"),
-    ],
+    slow_but(
+        ["two gated", "residual", "own", "own layer norm", "own group norm"]
+        + ["own instance norm", "own kept statistics"]
+        + ["torch.layer_norm", "torch.group_norm", "torch.instance_norm"],
+        "two gated",
+        "own",
+        "own kept statistics",
+    ),
 )
 def test_the_divergence_has_gradients_of_first_and_second_order(name, divergence):
     velocity = NETWORKS[name](0)

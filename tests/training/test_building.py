@@ -120,14 +120,9 @@ def test_a_wrong_column_is_named_by_the_frame():
         learn(frame)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_learned")
-@pytest.mark.parametrize(
-    "context",
-    [
-        pytest.param(torch.randn(400, 3), marks=pytest.mark.slow),
-        np.random.randn(400, 3).astype("f4"),
-    ],
-)
+@pytest.mark.parametrize("context", [torch.randn(400, 3), np.random.randn(400, 3).astype("f4")])
 def test_a_context_makes_a_frozen_conditional_density(context):
     y = torch.as_tensor(context)[:, :2].double() + 0.1 * torch.randn(400, 2)
     d = learn(y, context=context, steps=60)
@@ -163,14 +158,11 @@ def test_named_draws_given_a_context(tmp_path):
     assert again.report == d.report
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_learned")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [
-        ("real", torch.uint8),
-        pytest.param("real", torch.long, marks=pytest.mark.slow),
-        pytest.param("circular", torch.long, marks=pytest.mark.slow),
-    ],
+    [("real", torch.uint8), ("real", torch.long), ("circular", torch.long)],
 )
 def test_whole_numbers_are_labels_of_classes(kind, dtype, tmp_path):
     labels = torch.arange(600) % 3

@@ -84,7 +84,11 @@ def stopping(at):
 
 @pytest.mark.parametrize("every", slow_but([None, 7], 7))
 @pytest.mark.parametrize("seed", slow_but([0, None], 0))
-@pytest.mark.parametrize("options", [{}, {"coupling": optimal_transport}], ids=["", "ot"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"coupling": optimal_transport}, marks=pytest.mark.slow)],
+    ids=["", "ot"],
+)
 def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
     torch.manual_seed(5)
     options = {**QUICK, **options, "seed": seed}
@@ -112,7 +116,8 @@ def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
         assert getattr(result, name) == getattr(expected, name)
 
 
-@pytest.mark.parametrize("at", slow_but(range(16, 25), 23))
+@pytest.mark.slow
+@pytest.mark.parametrize("at", range(16, 25))
 def test_a_run_resumes_from_any_place_in_what_is_drawn_ahead(at, tmp_path):
     def fitted(flow, **options):
         return fit(flow, rows(), weights=torch.rand(300), checkpoint_every=1, **QUICK, **options)
@@ -166,7 +171,9 @@ def finished(tmp_path_factory):
         {"coupling": optimal_transport},
         {"flow": lambda: made(interpolant=Linear())},
         {"flow": lambda: based(5.0)},
-        {"flow": lambda: based(1.0), "first": lambda: based(0.0)},
+        pytest.param(
+            {"flow": lambda: based(1.0), "first": lambda: based(0.0)}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda c: next(iter(c)),
 )
@@ -181,6 +188,7 @@ def test_another_run_is_not_resumed(change, finished, tmp_path):
         fit(flow(), data, checkpoint=tmp_path / "run", **{**QUICK, **change})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
 @pytest.mark.parametrize("seed", [0, None])
 def test_the_generator_of_a_device_goes_on_too(seed, tmp_path, monkeypatch):
@@ -244,7 +252,8 @@ def damaged(path, how):
         path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("how", slow_but(["cut", "flipped", "number", "empty"], "cut", "number"))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["cut", "flipped", "number", "empty"])
 def test_a_damaged_file_is_passed_over_for_the_one_before(how, tmp_path):
     path = tmp_path / "run"
     whole = made()
@@ -704,6 +713,7 @@ def _fast(t):
     return 1 - (1 - t) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
 def test_a_run_on_another_path_is_another_run(tmp_path, named):
     paths = [_slow, _fast] if named else [lambda t: t**2, lambda t: 1 - (1 - t) ** 2]

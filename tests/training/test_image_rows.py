@@ -83,6 +83,7 @@ def test_images_in_other_numbers_are_taken_as_they_are():
     assert torch.equal(as_array.log_prob(images), learn(LEVELS).log_prob(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_levels_that_training_did_not_spread_images_over_are_refused(streamed, tmp_path):
     """Also where images have fewer: the density is that of (v + u) / 256."""
@@ -191,6 +192,7 @@ class Watched(OwnImages):
         return super().forward(t, image, labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [0, 3])
 def test_without_gradients_images_are_evaluated_in_pieces(classes, monkeypatch):
     """In the held-out loss, samples of either law, scores, and densities of its own samples."""
@@ -516,7 +518,7 @@ class Remembered(IterableDataset):
         self.place = state["place"]
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_on_levels_resumes_to_the_same_bits(streamed, tmp_path):
     """The noise of levels, flips and the labels dropped are those of the run without an end."""
 

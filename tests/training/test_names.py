@@ -95,6 +95,7 @@ def test_named_sites_refuse_other_columns_and_keep_no_names():
     assert Table(joint, frame, None).names == ((), ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [{"whiten": False}, {"learn": "noise"}], ids=["map", "noise"])
 def test_a_map_that_is_kept_keeps_its_columns(kept):
     frame, swapped = two_columns()

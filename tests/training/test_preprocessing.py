@@ -94,7 +94,7 @@ def choices():
     """Names and seeds: one seed for those that take long."""
     for name in PAYS | LENGTHS | DOES_NOT:
         for seed in range(1 if name in ("wide contrast", "wide modes") else 3):
-            quick = seed == 0 and name in ("slab", "annulus", "shell", "normal", "ring", "few")
+            quick = seed == 0 and name in ("slab", "ring", "few")
             yield pytest.param(name, seed, marks=() if quick else pytest.mark.slow)
 
 
@@ -235,7 +235,8 @@ def test_errors_are_those_of_the_fit():
         from_samples(x, **OPTIONS)
 
 
-@pytest.mark.parametrize("far", slow_but([1e10, 1e30, 1e300], 1e300))
+@pytest.mark.slow
+@pytest.mark.parametrize("far", [1e10, 1e30, 1e300])
 def test_one_wild_row_decides_nothing(far):
     for make, wanted in ((slab, True), (ring, False)):
         x = make()

@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import slow_but
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -101,7 +100,8 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(LOADERS, "shuffled"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOADERS)
 def test_a_run_on_batches_is_as_good_as_one_on_the_table(name, monkeypatch):
     monkeypatch.undo()  # both are judged by as many held-out rows as there ever are
     x, held = rows(2600).split((2000, 600))  # with rows held out of each, losses differ by those
@@ -555,8 +555,9 @@ class Stateful:
         self.generator.set_state(state["generator"])
 
 
-@pytest.mark.parametrize("every", slow_but([None, 1, 7], 7))
-@pytest.mark.parametrize("kind", slow_but(["stateful", "list", "shuffled"], "stateful"))
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [None, 1, 7])
+@pytest.mark.parametrize("kind", ["stateful", "list", "shuffled"])
 def test_a_run_on_batches_resumes_to_the_same_bits(kind, every, tmp_path):
     def loader():
         return Stateful(rows(), 70) if kind == "stateful" else LOADERS[kind](rows())
@@ -590,6 +591,7 @@ def started(path, data):
     return flow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["list", "shuffled"])
 def test_a_run_on_other_rows_is_not_resumed(kind, tmp_path):
     started(tmp_path / "run", LOADERS[kind](rows()))

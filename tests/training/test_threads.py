@@ -55,7 +55,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", slow_but(RUNS, "dropout"))
+@pytest.mark.parametrize("run", slow_but(RUNS, "from_samples"))
 def test_a_seeded_run_in_a_thread_ends_in_the_weights_of_one_alone(run):
     train, found, drawn = RUNS[run](), {}, []
     expected = train().transform.state_dict()

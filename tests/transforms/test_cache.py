@@ -177,15 +177,23 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "mode"),
-    [
-        *(pytest.param(k, "grad", marks=pytest.mark.slow if k != "two" else ()) for k in KINDS),
-        pytest.param("two", "no_grad", marks=pytest.mark.slow),
-        ("own", "inference"),
-    ],
-)
-@pytest.mark.parametrize("change", sorted(CHANGES))
+QUICK = {  # others are among those under a support
+    ("two", "grad"): ("foreach_adam", "gate", "replaced_parameter", "transform_half_and_back"),
+    ("own", "inference"): ("no_grad", "data_assigned", "numpy", "vector", "load_state_dict")
+    + ("buffer_data", "solver", "divergence"),
+}
+
+
+def changes():
+    """Changes, kinds and modes: one of each sort of change is quick."""
+    modes = [*((k, "grad") for k in KINDS), ("two", "no_grad"), ("own", "inference")]
+    for change in sorted(CHANGES):
+        for case in modes:
+            quick = change in QUICK.get(case, ())
+            yield pytest.param(change, *case, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("change", "kind", "mode"), list(changes()))
 def test_nothing_stale_after(change, kind, mode):
     d = prior(kind)
     transform = d.transform
@@ -779,6 +787,7 @@ def test_vmap_leaves_nothing_behind(kind):
     copy.deepcopy(d)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 @every_support
 def test_second_trace_does_not_bake_in_the_first(support):
@@ -843,8 +852,8 @@ def test_states_die_with_clear_cache(kind, frozen):
     assert transform.solver.alive() == 0
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("frozen", [pytest.param(True, marks=pytest.mark.slow), False])
 @every_kind
 def test_states_die_after_five_newer_entries(kind, frozen, backward):
     transform = watched(kind, frozen)
@@ -1091,6 +1100,7 @@ def test_a_pair_of_strangers_is_solved_from_its_input():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_large_weights_are_not_copied_and_every_change_of_them_is_seen(dtype):
     """A network of images has as much memory as there is; edits of ``.data`` move no version."""

@@ -97,14 +97,9 @@ def test_gradient_of_the_weights_against_finite_differences(kind):
     torch.testing.assert_close(slope, (moved(1e-6) - moved(-1e-6)) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("kind", "conditioned"),
-    [
-        pytest.param(k, c, marks=pytest.mark.slow if (k, c) != ("own", True) else ())
-        for k in KINDS
-        for c in (False, True)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 def test_torch_func(kind, conditioned):
     prior = (conditioned_prior if conditioned else frozen_prior)(kind, steps=32)
     x, w = torch.randn(4, 2), torch.randn(4, 2)
@@ -150,7 +145,7 @@ def test_torch_func_takes_the_same_steps(kind, conditioned):
 # Rows
 
 
-@pytest.mark.parametrize("rows", [1000, 5000])
+@pytest.mark.parametrize("rows", slow_but([1000, 5000], 5000))
 @every_kind
 def test_a_row_alone_is_a_row_in_a_batch(kind, rows):
     """Above 1,024 rows a solve without gradients goes in chunks."""
@@ -174,8 +169,9 @@ def test_a_row_alone_is_a_row_in_a_batch(kind, rows):
     torch.testing.assert_close(with_graph.detach(), together, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", slow_but([(5000,), (2500, 2), (2, 2500)], (2500, 2)))
-@every_kind
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(5000,), (2500, 2), (2, 2500)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_chunks_keep_rows_and_contexts_together(kind, shape):
     family = flow(kind, context_dim=3)
     for batch in (shape, shape[-1:]):
@@ -225,9 +221,10 @@ def trained_losses(make_elbo, model, guide, transform, steps=3):
     return torch.tensor([*losses, svi.evaluate_loss()]), copy.deepcopy(transform.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_nodes_stay")
 @tracing
-@every_kind
+@pytest.mark.parametrize("kind", KINDS)
 def test_jit_elbo_of_an_observed_likelihood(kind):
     data = torch.randn(6, 2)
     found = []
@@ -254,8 +251,9 @@ def test_jit_elbo_of_an_observed_likelihood(kind):
         torch.testing.assert_close(jit_state[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @tracing
-@every_kind
+@pytest.mark.parametrize("kind", KINDS)
 def test_jit_elbo_of_a_latent_prior_in_base_space(kind):
     prior = frozen_prior(kind)
 

@@ -236,7 +236,8 @@ def test_files_keep_every_bit(make, tmp_path):
         assert torch.equal(mine, other)
 
 
-@one_chart
+@pytest.mark.slow
+@charts
 def test_the_density_is_that_of_the_flow_through_the_map(make):
     """Over a grid it integrates to one, which a wrong Jacobian would not."""
     d = drawn(make)
@@ -249,6 +250,7 @@ def test_the_density_is_that_of_the_flow_through_the_map(make):
     assert total == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [0.3, 0.8])
 @charts
 def test_scores_are_those_of_the_density_in_data_coordinates(make, t):
@@ -291,6 +293,7 @@ def test_what_normal_columns_cannot_tell_is_refused(make, support):
             ask()
 
 
+@pytest.mark.slow
 @charts
 def test_a_density_can_be_traced(make):
     d = drawn(make).freeze()
@@ -301,7 +304,8 @@ def test_a_density_can_be_traced(make):
     assert torch.allclose(traced(x[20:]), d.log_prob(x[20:]))
 
 
-@one_chart
+@pytest.mark.slow
+@charts
 def test_sdes_end_where_the_data_are(make):
     d = InterpolantDistribution(interpolant_transform(2), support=drawn(make).constraint)
     torch.manual_seed(1)

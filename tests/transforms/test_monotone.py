@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import random_flow, slow_but
+from cases import random_flow
 from pyro.distributions import constraints
 
 from pyro_interpolant import ConditionalInterpolantDistribution, FixedGrid, InterpolantDistribution
@@ -64,8 +64,9 @@ def own(monkeypatch):
     return solved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("shape", slow_but(SHAPES, "two modes", "near-discrete"))
+@pytest.mark.parametrize("shape", SHAPES)
 def test_quantiles_given_contexts_are_those_of_each(own, shape, dtype):
     torch.set_default_dtype(dtype)
     d = given(shape, torch.tensor([[-1.0], [0.0], [0.5], [2.0]]))
@@ -93,7 +94,10 @@ def test_quantiles_on_a_support_are_those_of_each(own, support):
     assert (x.diff(dim=0) > 0).all()
 
 
-@pytest.mark.parametrize(("shape", "share"), [("smooth", 0.4), ("two modes", 0.6)])
+@pytest.mark.parametrize(
+    ("shape", "share"),
+    [("smooth", 0.4), pytest.param("two modes", 0.6, marks=pytest.mark.slow)],
+)
 def test_a_spline_takes_few_evaluations_of_the_network(own, shape, share):
     d = given(shape, torch.linspace(-1, 1, 50)[:, None])
     velocity = d.transform.velocity

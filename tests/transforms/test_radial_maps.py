@@ -27,7 +27,7 @@ def lengths(x, like):
     return ((x - m.loc) @ m.whitening.T).norm(dim=-1)
 
 
-@pytest.mark.parametrize("dim", slow_but([2, 5, 63], 2, 5))
+@pytest.mark.parametrize("dim", slow_but([2, 5, 63], 2))
 def test_lengths_come_half_way_to_normal_ones(dim):
     x = contrast(20_000, dim)
     u = radial_transform(x).inv(x)

@@ -188,6 +188,7 @@ def test_a_flow_has_the_density_of_the_dense_flow_of_the_same_matrix(name):
     torch.testing.assert_close(here.at(0.4).score(y), there.at(0.4).score(y))
 
 
+@pytest.mark.slow
 @every_member
 def test_the_density_of_a_flow_integrates_to_one(name):
     distribution = InterpolantDistribution(flow_with(name, 1, solver=FixedGrid(steps=16)))

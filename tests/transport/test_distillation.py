@@ -72,6 +72,7 @@ def test_training_brings_a_student_nearer():
     assert last < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", [constraints.positive, constraints.simplex, constraints.real])
 def test_students_are_on_the_support_of_the_flow(support):
     dim = 1 if support is constraints.real else 2

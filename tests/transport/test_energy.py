@@ -49,7 +49,9 @@ def exact_flow(seed, dim, interpolant):
     return pair, InterpolantDistribution(flow, base)
 
 
-@pytest.mark.parametrize("interpolant", [Trigonometric(), Linear()])
+@pytest.mark.parametrize(
+    "interpolant", [pytest.param(Trigonometric(), marks=pytest.mark.slow), Linear()]
+)
 @pytest.mark.parametrize("dim", slow_but([2, 8], 2))
 def test_the_energy_is_the_closed_form(interpolant, dim):
     pair, distribution = exact_flow(0, dim, interpolant)

@@ -154,6 +154,7 @@ def test_columns_of_a_frame_are_those_of_the_rows_that_the_map_is_set_from():
     assert distribution.transform.flow.loc[0] > 20
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
 @pytest.mark.parametrize("options", [{"seed": 3}, {"seed": None}, {"validation": 0.3}])
 def test_no_row_held_out_at_the_end_is_learned_before(options, monkeypatch):
@@ -196,7 +197,13 @@ def test_the_alternation_takes_weights_and_pairs_too():
     assert energies(x, pairs=x) != energies(x)
 
 
-@pytest.mark.parametrize("options", [{"modes": 2}, {"modes": 2, "event_dim": 1, "matrices": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"modes": 2}, marks=pytest.mark.slow),
+        {"modes": 2, "event_dim": 1, "matrices": True},
+    ],
+)
 def test_one_column_alone(options):
     path = LearnedInterpolant(**options).double()
     distribution = InterpolantDistribution(interpolant_transform(1, (8, 8), interpolant=path))
