@@ -15,6 +15,7 @@ def rows_of_a_normal(y=None):
     with pyro.plate("rows", ROWS):
         y = pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
     pyro.deterministic("mean", y.mean(-1))
+    pyro.deterministic("first", y[..., 0])
 
 
 def rows_with_gaps(y=None, there=None):

@@ -27,6 +27,7 @@ from ..distributions.joint import (
 from ..nn.embedded import EmbeddedVelocity
 from ..training.clock import Clock
 from ..training.fitting import FitResult
+from ..training.whitening import warn_if_coarse
 from ..transforms.interpolant import ConditionalInterpolantTransform
 from .importance_sampling import GOOD_SHARE, importance_of
 from .log_density import TO_BATCH, LogJoint
@@ -141,8 +142,10 @@ def verdict_on(
             reference=float(log_p.mean()),
             reference_name=PRIOR,
         )
-    # Data that are no sample sites, but functions of numbers drawn otherwise, have no density.
+    # Data that are no sample sites, but functions of numbers drawn otherwise, have no density,
+    # and the density of all data is not that of those that are there, where some are missing.
     is_whole = {*fresh.latents} < {*simulator.sampled} <= {*fresh.latents, *fresh.data}
+    is_whole = is_whole and not simulator.hides()
     packed = rows, context
     found = _weighed(posterior, fresh, packed, sites, clock) if is_whole else []
     levels = torch.tensor(_LEVELS, dtype=torch.float64)
@@ -221,7 +224,7 @@ def sentence(
     found = f"{gain:.2f} ± {error:.2f} nats more than the prior on fresh simulations"
     left = f"; {improper:.2%} of the simulations were not finite and left out" if improper else ""
     if math.isnan(k_hat[-1]):
-        return f"{found}{left}. The data have no density to weigh draws by: see calibration()."
+        return f"{found}{left}. What it is given has no density to weigh by: see calibration()."
     weights = (
         f"of every 100 draws {100 * ess[1]:.0f} effective (in one data set of twenty below "
         f"{100 * ess[0]:.0f}), k-hat {k_hat[1]:.2f} (above {k_hat[-1]:.2f})"
@@ -319,6 +322,20 @@ def tell_of_fewer(there: int, count: int, simulator: Simulator) -> None:
             "processes, AmortizedInterpolant(model, num_workers=...), or a longer max_seconds"
         )
     warn_user(f"half of the time was enough for {there:,} of {count:,} simulations. {remedy}")
+
+
+def tell_if_coarse(found: Simulations, observed: Sequence[str], dtype: torch.dtype) -> None:
+    """Warn where the type of a guide rounds away what its data vary by.
+
+    Args:
+        found: Simulations.
+        observed: The sites that the guide is given.
+        dtype: The type.
+    """
+    for name in observed:
+        value = found.data[name].reshape(len(found.log_prior), -1)
+        if value.is_floating_point():
+            warn_if_coarse(value, dtype, f"site {name!r}")
 
 
 def untrained_posterior(

@@ -38,6 +38,7 @@ from .amortization import (
     likely_point_of,
     region,
     sentence,
+    tell_if_coarse,
     tell_of_fewer,
     truncated,
     untrained_posterior,
@@ -345,9 +346,7 @@ class AmortizedInterpolant(AutoInterpolant):
         check_ranges(("count >= 2", count >= 2, count))
         with seeded(seed):
             rows, context = self.rows_of(self.simulate(count, *args, **kwargs))
-        checks = [
-            check(self.posterior, rows, context, seed=seed) for check in (sbc, coverage, tarp)
-        ]
+        checks = [c(self.posterior, rows, context, seed=seed) for c in (sbc, coverage, tarp)]
         failed = [
             f"{name}: {check.verdict}"
             for name, check in zip(Calibration._fields, checks, strict=False)
@@ -396,6 +395,7 @@ class AmortizedInterpolant(AutoInterpolant):
             simulator = Simulator(sites, self.observed, self.num_workers)
             found = simulator(count, deadline=clock.moment(share))
             tell_of_fewer(len(found.log_prior) + found.improper, count, simulator)
+            tell_if_coarse(found, self.observed, self.transform.flow.loc.dtype)
             late = clock.moment(share + _JUDGING)
             fresh = simulator(JUDGED_ROWS, deadline=late) if rounds == 1 else found
         training = self._regress(found, clock, 1 / rounds, settings)
@@ -423,6 +423,7 @@ class AmortizedInterpolant(AutoInterpolant):
         with seeded(settings["seed"]):
             simulator = Simulator(sites, self.observed)
             found = SimulatedBatches(batches, simulator, self.observed, self.rows_of)
+        tell_if_coarse(found.held, self.observed, self.transform.flow.loc.dtype)
         held = {"validation": self.rows_of(found.held), **settings}
         training = self._fit(found, clock, 1.0, held)
         size = found.count - len(found.held.log_prior)
@@ -457,17 +458,17 @@ class AmortizedInterpolant(AutoInterpolant):
         """Train on, after the first round, on simulations where the guide has its mass."""
         found, training = first
         seed, count = settings["seed"], len(found.log_prior) + found.improper
-        regions: list[Region] = []
         with seeded(seed):
             known = self._context(self._data(*sites.args, **sites.kwargs))
-            density = known_log_joint(sites)
+            density = None if simulator.hides() else known_log_joint(sites)
+        regions: list[Region] = []
         for i in range(1, source.rounds):
             if training.stopped_by == "interrupt":
                 break
             ended = copy.deepcopy(self.posterior).freeze()  # the weights go on
+            late = clock.moment((i + _SIMULATING) / source.rounds)
             with seeded(None if seed is None else seed + i):
                 regions.append(region(ended.condition(known)))
-                late = clock.moment((i + _SIMULATING) / source.rounds)
                 new = truncated(simulator, regions, count, self.posterior.pack, late)
             inside = found.take(is_inside(regions, self.posterior.pack(found.latents)))
             found = inside if new is None else Simulations.joined([inside, new])

@@ -28,6 +28,7 @@ from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
 from ..training.loop import check_ranges
 from .log_density import LogJoint
+from .simulation import Simulator
 from .sites import LatentSites
 
 GOOD_SHARE = 0.5  # the effective share of the draws from which they need no weights
@@ -119,6 +120,10 @@ def importance(
         ValueError: If ``count`` is below 100, the guide has no density, or the model's log joint
             density cannot be evaluated; see :func:`~pyro_interpolant.log_joint`.
 
+    Warns:
+        UserWarning: If k-hat is above 0.7, or data are missing in what an
+            :class:`~pyro_interpolant.AmortizedInterpolant` is given, where the model weighs all.
+
     References:
         Vehtari, Simpson, Gelman, Yao & Gabry, *Pareto Smoothed Importance Sampling*, JMLR 2024,
         arXiv 1507.02646; Yao, Vehtari, Simpson & Gelman, *Yes, but Did It Work?*, ICML 2018,
@@ -144,6 +149,14 @@ def importance(
     check_ranges((f"count >= {MIN_DRAWS}", count >= MIN_DRAWS, count))
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
+        observed = getattr(guide, "observed", None)  # of an AmortizedInterpolant
+        is_whole = observed is None or not Simulator(sites, observed).hides()
+    if not is_whole:
+        warn_user(
+            f"the weights are for all data in the arguments, and the guide is given {observed}, "
+            "where some are missing: a zero in their place is weighed as data. The guide's own "
+            "draws are those given what is there; guide.calibration() judges them"
+        )
     with seeded(seed):
         posterior = guide.get_posterior(*args, **kwargs)
         z, raw = importance_of(posterior, LogJoint(sites), count)

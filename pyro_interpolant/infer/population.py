@@ -197,7 +197,8 @@ def from_posterior_samples(
     clock = _checked_clock(support, steps, max_seconds, validation)
     x = checked_rows(draws, "draws", (None, None))
     log_prior = log_interim_prior(x) if callable(log_interim_prior) else log_interim_prior
-    log_prior = checked_rows(log_prior, "log_interim_prior", (x.shape[1],)).to(x)
+    log_prior = checked_rows(log_prior, "log_interim_prior", (x.shape[1],))
+    log_prior = log_prior.to(x.device, torch.float64)  # whose constant may be large
     if len(log_prior) != len(x):
         raise ValueError(
             f"expected log_interim_prior of shape {tuple(x.shape[:2])}, got "
@@ -231,7 +232,7 @@ def from_posterior_samples(
     flow = distribution.transform.flow
     u = distribution.to_flow(x).to(flow.loc)
     with torch.no_grad():
-        log_prior = log_prior.to(u) + distribution.from_flow(u)[1]
+        log_prior = log_prior.to(u.device) + distribution.from_flow(u)[1]
     if context is not None:
         context = contexts_of_rows(context, flow, names, len(x))
     with seeded(seed):

@@ -7,6 +7,7 @@ processes if asked.
 
 import contextlib
 import functools
+import itertools
 import math
 import time
 import warnings
@@ -31,6 +32,7 @@ from .workers import called_in_workers
 _PROBES = 3  # simulations on which a plate is compared with single runs
 _NUMBERS_AT_ONCE = 2**22  # of all sites together, simulated in one run
 _CALL = 16  # simulations, one by one, in one call, whatever the number of processes
+_REPLACED = 64  # numbers of a data site, evenly spread, that are replaced to see if it is noticed
 
 Batching = Literal["plate", "vmap", "loop"]
 
@@ -103,6 +105,7 @@ class Simulator:
 
     def __init__(self, sites: LatentSites, observed: Sequence[str], num_workers: int = 0) -> None:
         self.latents, self.num_workers = sites.shapes, num_workers
+        self.observed = tuple(observed)
         self.supports = {name: support for name, (_, support) in sites.sites.items()}
         self.model = sites.model
         self.drawn: Sequence[str] | None = None
@@ -199,6 +202,31 @@ class Simulator:
             inside = BijectiveSupport(support).strictly_inside(value)  # of events, none of them ()
             good[name] = good[name] & inside.reshape(count, -1).all(1)
         return good
+
+    @torch.no_grad()
+    def hides(self) -> bool:
+        """Return whether numbers of the data may be others while all that is observed stays.
+
+        So may those that are missing in it. The density of all data is then not that of what is
+        observed. Numbers of each of two simulations are replaced, one at a time, by the other's.
+        """
+        hidden = [k for k in self.sampled if k not in (*self.latents, *self.observed)]
+        if not hidden:
+            return False
+        found = self._drawn(2, self.batching)
+        for name, i in itertools.product(hidden, range(2)):
+            own, other = found.data[name].reshape(2, -1)[[i, 1 - i]]
+            at = torch.linspace(0, len(own) - 1, _REPLACED).long().unique()
+            rows = own.repeat(len(at) + 1, 1)  # the last stays as it is
+            rows[torch.arange(len(at)), at] = other[at]
+            values = {k: (found.latents | found.data)[k][i] for k in self.sampled}
+            given = {k: v.expand(len(rows), *v.shape) for k, v in values.items()}
+            given[name] = rows.reshape(len(rows), *self.shapes[name])
+            seen = self._drawn(len(rows), self.batching, given).data
+            same = [(seen[k] == seen[k][-1:]).reshape(len(rows), -1).all(1) for k in self.observed]
+            if bool((torch.stack(same).all(0)[:-1] & (own[at] != other[at])).any()):
+                return True
+        return False
 
     def _check_supports(self, nodes: Nodes) -> None:
         """Raise a ValueError where the support of a latent site is another in this run.

@@ -493,12 +493,40 @@ def test_a_learned_likelihood_of_many_rows_under_nuts():
     assert 0.6 < draws.std() / sd < 1.6
 
 
+def test_data_that_the_type_of_the_guide_rounds_away_are_told_of():
+    def dates(y=None):
+        phase = pyro.sample("phase", dist.Normal(torch.tensor(0.0, dtype=torch.float32), 1.0))
+        day = 2459000.5 + 0.01 * phase.double()
+        pyro.sample("y", dist.Normal(day, 1e-3 * torch.ones_like(day)), obs=y)
+
+    guide = pi.AmortizedInterpolant(dates, hidden_dims=(8,))
+    with pytest.warns(UserWarning, match="of site 'y' lie so far from zero"):
+        pi.fit_guide(guide, simulations=50, progress=False, options={"steps": 1})
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "expected"),
+    [
+        (rows_with_gaps, "seen", True),
+        (rows_of_a_normal, "first", True),
+        (rows_of_a_normal, "mean", False),
+        (rows_of_a_normal, "y", False),
+    ],
+)
+def test_data_that_may_change_unseen_are_hidden(model, name, expected):
+    args = (torch.zeros(ROWS),) if model is rows_of_a_normal else (torch.zeros(6), torch.ones(6))
+    assert simulator_of(model, *args, observed=(name,)).hides() == expected
+
+
 @pytest.mark.slow
 def test_missing_data_are_a_deterministic_site_with_a_mask():
     embedding = pi.nn.SetEmbedding(1, True, width=16)  # noqa: FBT003
     guide = pi.AmortizedInterpolant(rows_with_gaps, ("seen",), embedding, hidden_dims=(16, 16))
     y, there = torch.full((6,), 1.5), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    pi.fit_guide(guide, y, there, simulations=2000, **QUICK)
+    result = pi.fit_guide(guide, y, there, simulations=2000, **QUICK)
+    assert "calibration()" in result.verdict  # its zeros would be weighed as data
+    with pytest.warns(UserWarning, match="weighed as data"):
+        pi.importance(guide, y * there, there, count=100, seed=0)
     draws = guide.condition(seen=torch.stack((y * there, there), -1)).sample_dict((2000,))["loc"]
     assert abs(draws.mean() - 1.5 * 4 / 5) < 0.15  # four rows, a prior of one
     assert abs(draws.std() - 5**-0.5) < 0.12

@@ -215,6 +215,17 @@ def test_posterior_draws_are_weighted_by_the_population_over_the_prior():
 
 
 @pytest.mark.slow
+def test_the_constant_of_the_prior_is_as_large_as_it_likes():
+    draws = 0.9 * torch.randn(100, 1, 1) + torch.randn(100, 20, 1)
+    log_prior = Normal(0.0, 3.0).log_prob(draws).sum(-1)
+    options = {"steps": 30, "seed": 0, "progress": False}
+    few = draws.float()  # which have 7 digits
+    one, other = (pi.from_posterior_samples(few, log_prior + c, **options) for c in (0.0, 1e8))
+    assert float(other.mean) == pytest.approx(float(one.mean), rel=1e-3)
+    assert float(other.variance) == pytest.approx(float(one.variance), rel=1e-3)
+
+
+@pytest.mark.slow
 def test_draws_of_an_object_move_by_a_chain_to_its_posterior():
     torch.manual_seed(0)
     sd, prior = 3.0, 5.0  # each posterior is much wider than the population
