@@ -79,7 +79,7 @@ class FlowDistribution:
         self._set_chain()
 
     def set_base_samples(self, samples: ArrayLike) -> None:
-        """Start from samples, shape ``(M, D)`` in data coordinates, from now on.
+        """Start from a copy of samples, shape ``(M, D)`` in data coordinates, from now on.
 
         Raises:
             ValueError: If they are of another shape, or there is a base with a density.
@@ -91,7 +91,7 @@ class FlowDistribution:
             )
         flow = self.transform.flow
         samples = checked_rows(samples, "base_samples", (flow.event_dim,))
-        self.set_base(Samples(samples.to(flow.loc)))
+        self.set_base(Samples(samples.to(flow.loc, copy=True)))
 
     def white_base(self) -> WhitenedBase:
         """Return the base in whitened coordinates, those of the velocity."""

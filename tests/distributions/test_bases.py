@@ -114,6 +114,15 @@ def test_conditional_flows_start_from_samples():
     assert means[1] == pytest.approx(0.9, abs=0.15)
 
 
+def test_samples_of_a_base_are_its_own():
+    given = torch.randn(50, 2)
+    distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
+    distribution.set_base_samples(given)
+    before = given.clone()
+    given.fill_(7.0)
+    assert torch.equal(distribution.base.rows, before)
+
+
 def test_a_base_and_base_samples_are_too_many():
     base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
     distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)), base)
