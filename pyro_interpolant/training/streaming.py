@@ -233,6 +233,7 @@ class Stream:
                 held = math.inf if self.share is None else self.share * survey.total
                 if before is None:
                     enough = held >= self.most_held and not whole or survey.is_enough(known, clock)
+                    enough = enough and survey.total >= 2  # the fewest that a run begins with
                 else:
                     enough = survey.batches == before.batches
                 if enough:

@@ -487,6 +487,14 @@ def test_what_belongs_to_rows_comes_in_the_batches(name):
         fit(made(), [X], **{name: X}, **QUICK)
 
 
+@pytest.mark.parametrize("size", [1, 10], ids=["one by one", "masked"])
+def test_a_stream_may_begin_with_fewer_than_two_rows(size):
+    seen = torch.arange(len(X)) >= (size if size > 1 else 0)
+    parts = list(zip(X.split(size), seen.split(size), strict=True))
+    split = Stream(made(), parts, X).split(Process(), None, whole=False)
+    assert len(split.kept.w) >= 2
+
+
 def test_the_batch_size_of_a_stream_is_checked():
     with pytest.raises(ValueError, match="batch_size >= 1, a whole number, got 0"):
         fit(made(), [X], batch_size=0, **QUICK)
