@@ -287,12 +287,19 @@ def rows_by_name(
     rows, found = named_columns(x, name)
     if not found or not isinstance(distribution, NamedSites):
         return in_order(rows, found, names, name)
-    sizes = {site: shape.numel() for site, (shape, _) in distribution.sites.items()}
-    parts = in_order(rows, found, flat_names(sizes), name).split(list(sizes.values()), 1)
+    sizes = [shape.numel() for shape, _ in distribution.sites.values()]
+    parts = in_order(rows, found, names_in_frames(distribution), name).split(sizes, 1)
     return {
         site: part.reshape(len(part), *shape)
         for (site, (shape, _)), part in zip(distribution.sites.items(), parts, strict=True)
     }
+
+
+def names_in_frames(distribution: AnyDistribution) -> tuple[str, ...]:
+    """Return the names by which columns of a data frame are taken, in their order, or none."""
+    if not isinstance(distribution, NamedSites):
+        return distribution.columns
+    return flat_names({site: shape.numel() for site, (shape, _) in distribution.sites.items()})
 
 
 def column_names(distribution: AnyDistribution) -> list[str]:

@@ -25,7 +25,7 @@ from .._torch import evaluated, seeded
 from ..diagnostics.psis import log_total, pareto_smooth, systematic_resampling
 from ..distributions.constraints import contexts_of_rows
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
-from ..distributions.joint import NamedSites
+from ..distributions.joint import NamedSites, names_in_frames
 from ..distributions.supports import support_of
 from ..training.loop import check_ranges
 from .noise import Measurements, Noise, measurements
@@ -309,7 +309,8 @@ def object_posteriors(
     Args:
         distribution: The population :math:`\rho`, such as :func:`from_noisy_samples` or
             :func:`~pyro_interpolant.from_samples` returns.
-        y: Measurements, shape ``(N, D)``, or ``(N,)``; of objects it has seen or not.
+        y: Measurements, shape ``(N, D)``, or ``(N,)``; of objects it has seen or not. The columns
+            of a data frame are taken by the names that the population has.
         noise: As in :func:`from_noisy_samples`.
         noise_data: As in :func:`from_noisy_samples`, shape ``(N, ...)``.
         context: Contexts of a conditional population, shape ``(N, C)``.
@@ -329,7 +330,8 @@ def object_posteriors(
     """
     check_ranges(("draws >= 100, an even number", draws >= 100 and draws % 2 == 0, draws))
     check_base(distribution)
-    rows = of_population(measurements(y, noise, noise_data), distribution, context)
+    names = names_in_frames(distribution)
+    rows = of_population(measurements(y, noise, noise_data, names), distribution, context)
     found, draws = [], int(draws)
     with seeded(seed), evaluated(distribution.transform.flow):
         first = None if rows.context is None else rows.context[0]

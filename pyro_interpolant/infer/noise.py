@@ -9,7 +9,7 @@ row's own numbers that returns a distribution of y.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..distributions.constraints import as_tensor, checked_rows
+from ..distributions.constraints import as_tensor, checked_rows, in_order, names_of
 from .validity import is_valid
 
 _ASYMMETRY = 1e-4  # of a covariance, in units of the standard deviations
@@ -115,7 +115,9 @@ class Measurements:
         return torch.where(found.isfinite(), found, -math.inf)
 
 
-def measurements(y: ArrayLike, noise: Noise, noise_data: ArrayLike | None = None) -> Measurements:
+def measurements(
+    y: ArrayLike, noise: Noise, noise_data: ArrayLike | None = None, names: Sequence[str] = ()
+) -> Measurements:
     """Return checked rows of a catalogue.
 
     Args:
@@ -123,13 +125,16 @@ def measurements(y: ArrayLike, noise: Noise, noise_data: ArrayLike | None = None
         noise: Standard deviations, shape ``(N, D)``; covariances, shape ``(N, D, D)``; or a
             function of x and a row's numbers.
         noise_data: These numbers, shape ``(N, ...)``, for a function.
+        names: Those of the columns of latents in their order, or none: a data frame y is taken by
+            them. Errors, and beside a function y, may have other names, and go by position then.
 
     Raises:
         TypeError: If something is of a wrong type.
         ValueError: If something is of a wrong shape, not finite where it must be, no standard
-            deviation, or no covariance; or if a row has nothing that was measured.
+            deviation, or no covariance; if a row has nothing that was measured, or a data frame
+            columns of other names.
     """
-    found = as_tensor(y, "y").detach()
+    found = _by_name(y, names, "y", strict=not callable(noise)).detach()
     if not found.is_floating_point():
         raise TypeError(f"expected y of a floating type, got {found.dtype}: convert it, y.float()")
     if found.dim() not in (1, 2) or found.numel() == 0:
@@ -144,7 +149,8 @@ def measurements(y: ArrayLike, noise: Noise, noise_data: ArrayLike | None = None
             "standard deviations or covariances, which are the rows' own already"
         )
     log_density: Callable[[Tensor, Tensor, Any], Tensor]
-    spread = as_tensor(noise, "noise").detach().double()
+    given = _by_name(noise, names, "noise", strict=False)
+    spread = given.detach().double()
     if spread.dim() == 0 or len(spread) != len(found):
         raise ValueError(
             f"expected noise of {len(found)} rows, as y has, got shape {tuple(spread.shape)}: "
@@ -154,8 +160,7 @@ def measurements(y: ArrayLike, noise: Noise, noise_data: ArrayLike | None = None
     if spread.shape == found.shape:
         inverse, log_density = _inverse_sds(spread, least), _independent
     elif found.dim() == 2 and spread.shape == (*found.shape, found.shape[1]):
-        given = as_tensor(noise, "noise").dtype
-        inverse, log_density = _whitenings(spread, given, least), _correlated
+        inverse, log_density = _whitenings(spread, given.dtype, least), _correlated
     else:
         raise ValueError(
             f"expected noise as standard deviations of shape {tuple(found.shape)} or covariances "
@@ -164,6 +169,20 @@ def measurements(y: ArrayLike, noise: Noise, noise_data: ArrayLike | None = None
     there = (inverse.diagonal(dim1=-2, dim2=-1) if log_density is _correlated else inverse) > 0
     _check_known(found, there)
     return Measurements(found.where(there, 0.0), inverse.to(found), log_density)
+
+
+def _by_name(x: ArrayLike, names: Sequence[str], name: str, *, strict: bool) -> Tensor:
+    """Return values, those of a data frame with their columns in an order of names.
+
+    Args:
+        x: What was given, shape ``(N, D)``.
+        names: The names in their order, or none.
+        name: What to call it in messages.
+        strict: Whether other names are refused; else such columns stay where they are.
+    """
+    found = names_of(x)
+    expected = names if strict or set(found) == set(names) else ()
+    return in_order(as_tensor(x, name), found, expected, name)
 
 
 def _check_known(y: Tensor, there: Tensor) -> None:

@@ -30,6 +30,8 @@ from ..distributions.constraints import (
     as_tensor,
     checked_rows,
     contexts_of_rows,
+    in_order,
+    names_of,
     shaped,
 )
 from ..distributions.interpolant import AnyDistribution
@@ -37,6 +39,7 @@ from ..distributions.supports import BijectiveSupport, CircularSupport, support_
 from ..training.building import context_names, contexts_for, from_samples
 from ..training.clock import Clock, Seconds
 from ..training.loop import check_ranges
+from ..training.names import Names
 from .expectation_maximization import NoisyRows, PosteriorDraws, held_out, learn
 from .latents import of_population
 from .noise import Measurements, Noise, measurements
@@ -76,7 +79,9 @@ def from_noisy_samples(
     errors, pass what the errors depend on as contexts.
 
     Args:
-        y: Rows, shape ``(N, D)``, or N scalars, shape ``(N,)``.
+        y: Rows, shape ``(N, D)``, or N scalars, shape ``(N,)``. The population keeps the names of
+            the columns of a data frame, by which those of ``start`` are taken, and of ``noise``
+            where it has the same.
         noise: Standard deviations of Gaussian errors, of the shape of y; their covariances, shape
             ``(N, D, D)``; or ``noise(x, row)``, a function that returns a Pyro distribution of y
             given latents x, shape ``(n or 1, S, *event_shape)``, and ``row``, those rows of
@@ -120,14 +125,16 @@ def from_noisy_samples(
         torch.Size([5, 2])
     """
     clock = _checked_clock(support, steps, max_seconds, validation)
-    rows = measurements(y, noise, noise_data)
+    columns = _names_of_latents(y, noise, start)
+    rows = measurements(y, noise, noise_data, columns)
     held_out(len(rows), validation)
     if event_shape is None and rows.is_gaussian():
         event_shape = rows.y.shape[1:]
     with seeded(seed):
-        first, index = _start_rows(rows, shaped(support, event_shape), start)
+        first, index = _start_rows(rows, shaped(support, event_shape), start, columns)
     rows.check(first)
-    context, names = _checked_context(context, rows.y, network)
+    context, of_contexts = _checked_context(context, rows.y, network)
+    names = Names(columns if first.shape[1:] == (len(columns),) else (), of_contexts)
     options: dict[str, Any] = {"support": support, "event_shape": event_shape, "network": network}
     options |= {"marginals": marginals, "seed": seed}
     contexts = None if context is None else context[index]
@@ -217,7 +224,8 @@ def from_posterior_samples(
             "them"
         )
     held_out(len(x), validation)
-    context, names = _checked_context(context, x, network)
+    context, of_contexts = _checked_context(context, x, network)
+    names = Names((), of_contexts)
     with seeded(seed):
         some = torch.randperm(x.shape[:2].numel())[: max(_START_DRAWS, len(x))].to(x.device)
     first = x.flatten(0, 1)[some]
@@ -234,7 +242,7 @@ def from_posterior_samples(
     with torch.no_grad():
         log_prior = log_prior.to(u.device) + distribution.from_flow(u)[1]
     if context is not None:
-        context = contexts_of_rows(context, flow, names, len(x))
+        context = contexts_of_rows(context, flow, names.contexts, len(x))
     with seeded(seed):
         catalogue = PosteriorDraws(u, log_prior, context)
     rest = _rest(steps, clock)
@@ -278,8 +286,23 @@ def _checked_clock(
     return Clock(Seconds.since(time.monotonic(), max_seconds))
 
 
+def _names_of_latents(
+    y: ArrayLike, noise: Noise, start: ArrayLike | Distribution | None
+) -> tuple[str, ...]:
+    """Return the names of the columns of latents: those of y, or of what they start from.
+
+    Beside a function, y may be other numbers than x, of which those are that a start tells of.
+    """
+    of_y, of_start = names_of(y), names_of(start)
+    is_other = callable(noise) and bool(of_start) and set(of_start) != set(of_y)
+    return of_start if is_other else of_y or of_start
+
+
 def _start_rows(
-    rows: Measurements, constraint: Constraint, start: ArrayLike | Distribution | None
+    rows: Measurements,
+    constraint: Constraint,
+    start: ArrayLike | Distribution | None,
+    names: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return what a population starts from, and the indices of rows whose contexts it has.
 
@@ -287,13 +310,15 @@ def _start_rows(
         rows: The measurements.
         constraint: The support, of events of their shape.
         start: What the user gave: rows, a distribution, or None.
+        names: The names of the columns of latents in their order, or none.
 
     Raises:
-        ValueError: If there is nothing to start from, or too little of it on the support.
+        ValueError: If there is nothing to start from, or too little of it on the support; or if
+            it has columns of other names.
     """
     if start is not None:
         drawn = start.sample((len(rows),)) if isinstance(start, Distribution) else start
-        wide = as_tensor(drawn, "start").to(rows.y)
+        wide = in_order(as_tensor(drawn, "start"), names_of(start), names, "start").to(rows.y)
         index = torch.arange(max(len(rows), len(wide)))
         return wide[index % len(wide)], index % len(rows)
     if not rows.is_gaussian():
@@ -369,7 +394,7 @@ def _start_steps(total: int) -> int:
 def _wide(
     first: Tensor,
     context: Tensor | None,
-    names: tuple[str, ...],
+    names: Names,
     options: dict[str, Any],
     steps: int | None,
     clock: Clock,
@@ -379,7 +404,7 @@ def _wide(
     Args:
         first: The rows.
         context: Their contexts, or None.
-        names: Those of the columns of the contexts, or none.
+        names: Those of the columns of rows and contexts.
         options: For :func:`~pyro_interpolant.from_samples`.
         steps: The number of steps in all, or None.
         clock: What tells how much time there is.
@@ -391,5 +416,5 @@ def _wide(
         warnings.simplefilter("ignore")
         options = {**options, "context": context, "max_seconds": seconds}
         distribution = from_samples(first, progress=False, **options)
-    distribution.context_columns = names
+    distribution.columns, distribution.context_columns = names
     return distribution

@@ -16,6 +16,7 @@ from pyro_interpolant import (
     from_posterior_samples,
     interpolant_transform,
 )
+from pyro_interpolant.distributions.joint import names_in_frames
 from pyro_interpolant.infer import object_posteriors
 from pyro_interpolant.infer.expectation_maximization import NoisyRows, PosteriorDraws
 from pyro_interpolant.infer.latents import draw_latents, local_proposal, of_population
@@ -413,6 +414,82 @@ def test_contexts_of_a_frame_are_taken_by_name(monkeypatch):
         assert population.context_columns == ("age", "dose")
         rows = of_population(measurements(y, sds), population, frame[["dose", "age"]])
         assert rows.context.tolist() == frame.to_numpy().tolist()
+
+
+def frames(*parts):
+    """Return tables of two columns as data frames, and the same with their columns swapped."""
+    pd = pytest.importorskip("pandas")
+    found = [pd.DataFrame(part.numpy(), columns=["a", "b"]) for part in parts]
+    return found, [frame[["b", "a"]] for frame in found]
+
+
+@pytest.mark.parametrize("form", ["sds", "function"])
+def test_frames_of_objects_are_taken_by_the_names_of_the_population(form):
+    population = gaussian()
+    population.columns = ("a", "b")
+    _, y, sds = catalogue(3, missing=0.0)
+    rows, noise, data = FORMS[form](y, sds)
+    expected = object_posteriors(population, rows, noise, noise_data=data, draws=100, seed=0)
+    for y_frame, noise in frames(y, sds):
+        noise = noise if form == "sds" else as_function
+        found = object_posteriors(population, y_frame, noise, noise_data=data, draws=100, seed=0)
+        assert torch.equal(found.draws, expected.draws)
+        assert torch.equal(found.log_evidence, expected.log_evidence)
+
+
+def test_errors_of_other_names_go_by_position_and_rows_of_other_names_are_refused():
+    _, y, sds = catalogue(3, missing=0.0)
+    (y_frame, sd_frame), (swapped, _) = frames(y, sds)
+    sd_frame.columns = ["a_error", "b_error"]
+    assert torch.equal(measurements(y_frame, sd_frame).row, 1 / sds)
+    other = y_frame.rename(columns={"b": "z"})
+    with pytest.raises(ValueError, match=r"expected y with the columns \['a', 'b'\]"):
+        measurements(other, sds, None, ("a", "b"))
+    assert torch.equal(measurements(other, as_function, sds, ("a", "b")).y, y)
+    assert torch.equal(measurements(swapped, as_function, sds, ("a", "b")).y, y)
+    joint = pi.JointInterpolantDistribution(
+        gaussian().transform, sites={"a": ((), constraints.real), "b": ((), constraints.real)}
+    )
+    assert names_in_frames(joint) == ("a", "b")
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """The rows that populations start from, and their errors; nothing is learned from them."""
+    found, room = [], "pyro_interpolant.infer.population."
+
+    def started(first, **_):
+        found.append(first)
+        return gaussian()
+
+    def learned(_, rows, *__, **___):
+        found.append(rows.rows.row)
+
+    monkeypatch.setattr(f"{room}from_samples", started)
+    monkeypatch.setattr(f"{room}learn", learned)
+    return found
+
+
+def test_a_population_of_a_frame_has_its_names_and_takes_the_start_and_errors_by_them(
+    starts, tmp_path
+):
+    x, y, sds = catalogue(60, missing=0.0)
+    for start, noise in frames(x, sds):
+        population = from_noisy_samples(frames(y)[0][0], noise, start=start, **QUICK)
+        assert torch.equal(starts.pop(), 1 / sds)
+        assert torch.equal(starts.pop(), x)
+    pi.save(population, tmp_path / "population.safetensors")
+    assert pi.load(tmp_path / "population.safetensors").columns == ("a", "b")
+
+
+def test_a_population_behind_a_function_has_the_names_of_its_start(starts):
+    x, y, sds = catalogue(60, missing=0.0)
+    (of_x, of_y), _ = frames(x, y)
+    of_y.columns = ["g", "r"]
+    for start, names in ((of_x, ("a", "b")), (x, ("g", "r"))):
+        population = from_noisy_samples(of_y, as_function, noise_data=sds, start=start, **QUICK)
+        assert population.columns == names
+    assert from_noisy_samples(y, sds, start=of_x, **QUICK).columns == ("a", "b")
 
 
 def test_rows_that_no_draw_explains_are_said_to_be_so():
