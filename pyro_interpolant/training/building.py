@@ -54,6 +54,7 @@ from .data import (
 )
 from .fitting import fit
 from .image_rows import IMAGE_OPTIONS, are_images, are_levels
+from .names import Names
 from .objective import Coupling
 from .optimization import NonFiniteError
 from .preprocessing import preferred_support, rounded, warn_if_rounded
@@ -146,7 +147,8 @@ def from_samples(
         columns = names_of(rows)  # of a frame, by which those of the batches to come are taken
     else:
         columns = names_of(x)
-        given = fit_options.get("weights"), x, fit_options.get("pairs"), context
+        pairs = Names(columns, ()).at_base(fit_options.get("pairs"), "pairs")
+        given = fit_options.get("weights"), x, pairs, context
         validation = fit_options.get("validation", DEFAULT_SHARE)
         rows, pairs, context, mask, weights = drop_zero_weights(*given, mask_of(validation))
         validation = validation if mask is None else mask

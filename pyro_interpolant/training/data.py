@@ -122,6 +122,7 @@ class Table:
             )
         self.names = Names.for_training(distribution, data, context, anew=anew)
         data, context = self.names.ordered(distribution, data, context)
+        pairs = self.names.at_base(pairs, "pairs")
         given = weights, data, context, pairs, mask_of(validation)
         data, context, pairs, mask, weights = drop_zero_weights(*given)
         found = rows_of(distribution, data, context)

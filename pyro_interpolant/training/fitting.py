@@ -133,7 +133,8 @@ def fit(
         context: Contexts of shape ``(N, C)`` for a conditional flow.
         pairs: The partner of each row at the base, shape ``(N, D)``, for a coupling you already
             have: in data coordinates (under a support: unconstrained) where a base is given,
-            draws of N(0, I) otherwise.
+            draws of N(0, I) otherwise. The columns of a data frame, here and below, are taken by
+            the names of those of the data.
         base_samples: Samples of the base, shape ``(M, D)``, where no density of it is known: the
             flow then starts from them, transports and samples, and has no ``log_prob``. Without,
             a :class:`~pyro_interpolant.Mirror` starts from the data, drawn by weight where there
@@ -222,7 +223,7 @@ def fit(
             process, batch_size, whole=anew, clock=clock, state=state, progress=progress
         )
         with _told(distribution, source.names):
-            start_from(distribution, base_samples, split, anew=anew)
+            start_from(distribution, base_samples, split, source.names, anew=anew)
             if learn == "velocity":
                 flow.independent, flow.reached = coupling is independent and pairs is None, None
                 _tell_of_rows(distribution, split, state, keep=not whiten)
@@ -372,6 +373,7 @@ def start_from(
     distribution: AnyDistribution,
     base_samples: ArrayLike | None,
     data: Split,
+    names: Names,
     *,
     anew: bool = False,
 ) -> None:
@@ -381,14 +383,16 @@ def start_from(
         distribution: What is trained.
         base_samples: Samples of the base, shape ``(M, D)``, or None.
         data: The data.
+        names: The names of their columns.
         anew: Whether a mirror leaves the samples that it started from before.
 
     Raises:
         ValueError: If there are samples beside another base, or pairs that are no draws of it.
     """
     known, is_own = distribution.base, data.kept.context is None and _is_mirror(distribution)
-    if base_samples is not None:
-        distribution.set_base_samples(base_samples)
+    samples = names.at_base(base_samples, "base_samples")
+    if samples is not None:
+        distribution.set_base_samples(samples)
     elif is_own and (known is None or (anew and isinstance(known, Samples))):
         loc = distribution.transform.flow.loc
         distribution.set_base_samples(dequantized(data.everything(), loc).w)

@@ -2,7 +2,10 @@ r"""By which names the columns of data frames are taken, whatever order they com
 
 from typing import Any, NamedTuple
 
-from ..distributions.constraints import context_in_order, names_of
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from ..distributions.constraints import as_tensor, context_in_order, in_order, names_of
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.joint import NamedSites, rows_by_name
 
@@ -67,3 +70,21 @@ class Names(NamedTuple):
         """
         rows = rows_by_name(distribution, rows, self.rows, name)
         return rows, None if context is None else context_in_order(context, self.contexts)
+
+    def at_base(self, rows: ArrayLike | None, name: str) -> Tensor | None:
+        """Return rows at the base, or None, with the columns of a data frame in this order.
+
+        Args:
+            rows: Rows, shape ``(M, D)``, or None. Where the data have more columns than D, as in a
+                simplex, they go by position.
+            name: What to call them in messages.
+
+        Raises:
+            TypeError: If they are no numbers.
+            ValueError: If a data frame has columns of other names.
+        """
+        if rows is None:
+            return None
+        found = names_of(rows)
+        names = self.rows if len(found) == len(self.rows) else ()
+        return in_order(as_tensor(rows, name), found, names, name)

@@ -122,7 +122,7 @@ def learn_interpolant(
         seed = Process(fit_options.get("fabric")).agreed(int(torch.randint(2**62, ())))
     with seeded(seed):
         split = source.split(Process(), batch_size)  # at first, as in fit: the same rows
-        start_from(distribution, base_samples, split)
+        start_from(distribution, base_samples, split, source.names)
         set_whitening(distribution, split.kept)
         push, (seen, _) = flow.whitening.push, distribution.white_base().split(source.share)
         objective = Objective(flow, seen, coupling, metric=push)

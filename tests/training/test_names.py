@@ -24,7 +24,11 @@ from pyro_interpolant import (
     save,
 )
 from pyro_interpolant.diagnostics import pit
+from pyro_interpolant.training import building
 from pyro_interpolant.training.data import Table
+from pyro_interpolant.training.distributed import Process
+from pyro_interpolant.training.fitting import start_from
+from pyro_interpolant.training.names import Names
 from pyro_interpolant.training.streaming import Stream
 
 pytestmark = [
@@ -119,6 +123,24 @@ def test_a_flow_without_names_takes_those_of_the_data_and_orders_rows_held_out()
     table = Table(d, frame, swapped[:5], anew=False)
     assert torch.equal(table.rows.w[-5:], table.rows.w[:5])
     assert table.names == (("a", "b"), ())
+
+
+def test_frames_at_the_base_go_by_the_names_of_the_data(monkeypatch):
+    frame, swapped = two_columns()
+    rows, mask = torch.tensor(frame.to_numpy()), torch.ones(200).index_fill(0, SOME, 0.0)
+    table = Table(latent_flow(), frame, None, pairs=swapped, weights=mask)
+    assert torch.equal(table.rows.partner, rows[mask > 0])
+    given = {}
+    monkeypatch.setattr(building, "fit", lambda *_, **options: given.update(options))
+    from_samples(frame, pairs=swapped, weights=mask)
+    assert torch.equal(given["pairs"], rows[mask > 0])
+    d = latent_flow()
+    start_from(d, swapped, table.split(Process(), None), table.names)
+    assert torch.equal(d.base.rows, rows)
+    with pytest.raises(ValueError, match=r"expected base_samples with the columns \['a', 'b'\]"):
+        fit(d, frame, base_samples=frame.rename(columns={"a": "z"}), **QUICK)
+    of_a_simplex = Names(("a", "b", "c"), ()).at_base(swapped, "pairs")
+    assert torch.equal(of_a_simplex, rows.flip(1))
 
 
 def test_frames_of_an_iterable_go_by_the_names_of_the_first():
