@@ -492,8 +492,10 @@ class AmortizedInterpolant(AutoInterpolant):
         """Train on packed rows, or on batches of them and their contexts."""
         limit = Seconds.since(clock.began, share * _TRAINING_SHARE * clock.limit)
         defaults: dict[str, Any] = {"max_seconds": limit}
-        velocity = self.transform.velocity
+        velocity, names = self.transform.velocity, self.posterior.context_columns
         if isinstance(velocity, EmbeddedVelocity) and velocity.embedding is not None:
             defaults["learning_rate"] = _EMBEDDING_RATE
         with trainable(self.transform):  # and then as it was: SVI may train on
-            return fit(self.posterior, rows, **{**defaults, **settings})
+            training = fit(self.posterior, rows, **{**defaults, **settings})
+        self.posterior.context_columns = names  # of sites, which the rows do not tell
+        return training

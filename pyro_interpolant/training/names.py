@@ -31,14 +31,15 @@ class Names(NamedTuple):
             distribution: What is trained.
             data: What it is trained on.
             context: Their contexts, or None.
-            anew: Whether a new map is set from the data, so that the names of theirs go first.
+            anew: Whether a new map is set from the data, so that the names of theirs go first, and
+                those that an earlier run has left are forgotten.
         """
         rows = () if isinstance(distribution, NamedSites) else names_of(data)
-        pairs = (
-            (rows, distribution.columns),
-            (names_of(context), distribution.context_columns),
-        )
-        return cls(*(found or known if anew else known or found for found, known in pairs))
+        found = cls(rows, names_of(context))
+        if anew and distribution.report is not None:
+            return found
+        pairs = zip(found, (distribution.columns, distribution.context_columns), strict=True)
+        return cls(*(new or known if anew else known or new for new, known in pairs))
 
     def filled(
         self, distribution: AnyDistribution, rows: object, context: object = None
@@ -52,6 +53,11 @@ class Names(NamedTuple):
         """
         found = Names.for_training(distribution, rows, context, anew=True)
         return Names(*(known or new for known, new in zip(self, found, strict=True)))
+
+    def had_by(self, rows: object, context: object = None) -> "Names":
+        """Return these names where rows and contexts, which may be of no names, have any."""
+        found = names_of(rows), names_of(context)
+        return Names(*(known if any(own) else () for known, own in zip(self, found, strict=True)))
 
     def ordered(
         self, distribution: AnyDistribution, rows: Any, context: Any = None, *, name: str = "data"

@@ -100,7 +100,8 @@ class Stream:
         self.distribution, self.iterable = distribution, data
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)
         self.share = validation if isinstance(validation, float) else None
-        self.names = Names.for_training(distribution, data, None, anew=anew)
+        self.names = Names(distribution.columns, distribution.context_columns)
+        self.forgets = anew and distribution.report is not None  # names that the data have not
         self.given = None
         if not self.share:
             frames: Any = validation if isinstance(validation, tuple) else (validation,)
@@ -138,6 +139,8 @@ class Stream:
                 f"{', '.join(type(p).__name__ for p in parts)}"
             )
         weights = _part_of_weights(parts[self.parts]) if len(parts) > self.parts else None
+        if self.forgets:
+            self.names, self.forgets = self.names.had_by(*parts[: self.parts]), False
         self.names = self.names.filled(self.distribution, *parts[: self.parts])
         data, context = self.names.ordered(self.distribution, *parts[: self.parts])
         data, context, weights = drop_zero_weights(weights, data, context, part=True)

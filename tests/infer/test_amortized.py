@@ -441,9 +441,12 @@ def test_supports_and_data_in_a_small_unit_are_told_apart():
     with pytest.raises(ValueError, match="expected a posterior of site 'x' on"):
         pi.AmortizedInterpolant(in_metres(2e-9), posterior=guide.posterior)(y)
     quick = {"seed": 0, "progress": False, "options": {"steps": 2}}
+    names = guide.posterior.context_columns
+    assert names
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pi.fit_guide(guide, y, simulations=200, rounds=2, **quick)
+    assert guide.posterior.context_columns == names
     guide.condition(y=y)
     with pytest.warns(UserWarning, match="trained in rounds for other data"):
         guide.condition(y=2 * y)

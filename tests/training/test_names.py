@@ -24,6 +24,7 @@ from pyro_interpolant import (
     save,
 )
 from pyro_interpolant.diagnostics import pit
+from pyro_interpolant.distributions.report import Report
 from pyro_interpolant.training import building
 from pyro_interpolant.training.data import Table
 from pyro_interpolant.training.distributed import Process
@@ -115,6 +116,21 @@ def test_a_map_that_is_kept_keeps_its_columns(kept):
         fit(d, frame.rename(columns={"a": "z"}), **kept, **QUICK)
     fit(d, swapped, **QUICK)
     assert d.columns == ("b", "a")
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_names_of_an_earlier_run_stay_with_its_map_alone(anew):
+    y, contexts, _ = of_contexts()
+    d = ConditionalInterpolantDistribution(conditional_interpolant_transform(1, 2, (8,)))
+    d.columns, d.context_columns = ("y",), ("a", "b")
+    given = y[:, None], torch.tensor(contexts.to_numpy())
+    for report in (None, Report(1, 200.0, 1.0, 3, 3)):
+        d.report = report
+        names = (("y",), ("a", "b")) if report is None or not anew else ((), ())
+        assert Table(d, given[0], None, context=given[1], anew=anew).names == names
+        stream = Stream(d, [given], 0.1, anew=anew)
+        stream.rows(given, 0)
+        assert stream.names == names
 
 
 def test_a_flow_without_names_takes_those_of_the_data_and_orders_rows_held_out():
