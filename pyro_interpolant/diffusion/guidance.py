@@ -10,11 +10,13 @@ References:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..distributions.interpolant import ConditionalInterpolantDistribution
+from ..distributions.joint import ConditionalJointInterpolantDistribution
 from ..nn.velocity import image_shape, null_label, rows_at_once, size_of
 from ..transforms.interpolant import ConditionalInterpolantTransform
 
@@ -50,9 +52,13 @@ def guided(
     new.flow.independent, new.flow.reached = flow.independent, flow.reached
     new.flow.levels = flow.levels
     new.flow.noise = None if flow.noise is None else _Guided(flow.noise, scale)
-    return ConditionalInterpolantDistribution(
-        new, distribution.base, support=distribution.constraint
-    )
+    kind: Any = ConditionalInterpolantDistribution
+    parts: dict[str, Any] = {"support": distribution.constraint}
+    if isinstance(distribution, ConditionalJointInterpolantDistribution):
+        kind, parts["sites"] = ConditionalJointInterpolantDistribution, distribution.sites
+    family = kind(new, distribution.base, **parts)
+    family.columns, family.context_columns = distribution.columns, distribution.context_columns
+    return family
 
 
 class _Guided(nn.Module):

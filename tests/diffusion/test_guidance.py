@@ -4,10 +4,12 @@ import pytest
 import torch
 from cases import IMAGE_NETWORKS, IMAGE_SHAPE
 from torch import nn
+from torch.distributions import constraints
 
 import pyro_interpolant as pi
 from pyro_interpolant.diagnostics import bits_per_dim
 from pyro_interpolant.diffusion import guided, sample_sde, score
+from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
 from pyro_interpolant.nn import ImageVelocity
 
 RATES = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)  # of two labels, and of none
@@ -51,6 +53,27 @@ def test_it_shares_weights_and_keeps_their_mode():
     images.transform.train()
     guided(images)
     assert images.transform.velocity.training
+
+
+class Labelled(nn.Module):
+    """A velocity of rows with a label for none of two classes."""
+
+    event_dim, classes, null_label = 2, 2, 2
+
+    def forward(self, t, x, context=None):
+        return RATES[context[..., 0].long()][..., None] * x
+
+
+def test_it_keeps_names_and_sites():
+    transform = pi.ConditionalInterpolantTransform(Labelled())
+    rows = pi.ConditionalInterpolantDistribution(transform)
+    rows.columns, rows.context_columns = ("a", "b"), ("kind",)
+    found = guided(rows)
+    assert (found.columns, found.context_columns) == (("a", "b"), ("kind",))
+    sites = {"mu": ((), constraints.real), "sigma": ((), constraints.positive)}
+    joint = ConditionalJointInterpolantDistribution(transform, sites=sites)
+    draws = guided(joint).condition(torch.tensor(1)).sample_dict((4,))
+    assert bool((draws["sigma"] > 0).all())
 
 
 def test_it_has_no_density_and_no_file(tmp_path):
