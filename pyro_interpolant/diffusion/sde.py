@@ -306,9 +306,9 @@ def uniform_times(steps: int, end: float = 1.0) -> Tensor:
     Raises:
         ValueError: If there is no step.
     """
-    if steps < 1:
-        raise ValueError(f"expected at least one step, got steps={steps}")
-    return torch.linspace(0.0, end, steps + 1, dtype=torch.float64)
+    if steps < 1 or steps % 1:
+        raise ValueError(f"expected a whole number, at least one step, got steps={steps}")
+    return torch.linspace(0.0, end, int(steps) + 1, dtype=torch.float64)
 
 
 def _to_white(sde: InterpolantSDE, distribution: InterpolantDistribution, x: Tensor) -> Tensor:

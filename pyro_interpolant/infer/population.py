@@ -225,7 +225,6 @@ def from_posterior_samples(
         )
     held_out(len(x), validation)
     context, of_contexts = _checked_context(context, x, network)
-    names = Names((), of_contexts)
     with seeded(seed):
         some = torch.randperm(x.shape[:2].numel())[: max(_START_DRAWS, len(x))].to(x.device)
     first = x.flatten(0, 1)[some]
@@ -236,13 +235,13 @@ def from_posterior_samples(
         "marginals": marginals,
         "seed": seed,
     }
-    distribution = _wide(first, contexts, names, options, steps, clock)
+    distribution = _wide(first, contexts, Names((), of_contexts), options, steps, clock)
     flow = distribution.transform.flow
     u = distribution.to_flow(x).to(flow.loc)
     with torch.no_grad():
         log_prior = log_prior.to(u.device) + distribution.from_flow(u)[1]
     if context is not None:
-        context = contexts_of_rows(context, flow, names.contexts, len(x))
+        context = contexts_of_rows(context, flow, of_contexts, len(x))
     with seeded(seed):
         catalogue = PosteriorDraws(u, log_prior, context)
     rest = _rest(steps, clock)

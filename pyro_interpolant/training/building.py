@@ -46,6 +46,7 @@ from .clock import Clock, Seconds
 from .data import (
     DEFAULT_SHARE,
     DataLike,
+    as_held_out,
     checked_mask,
     checked_weights,
     drop_zero_weights,
@@ -132,7 +133,8 @@ def from_samples(
         True
     """
     limit = Seconds.since(time.monotonic(), fit_options.get("max_seconds"))
-    fit_options = {**fit_options, "max_seconds": limit, "seed": seed}
+    validation = as_held_out(fit_options.get("validation", DEFAULT_SHARE))
+    fit_options |= {"max_seconds": limit, "seed": seed, "validation": validation}
     conditional, contexts = context is not None, context
     streamed = is_stream(x)
     if streamed:
@@ -149,7 +151,6 @@ def from_samples(
         columns = names_of(x)
         pairs = Names(columns, ()).at_base(fit_options.get("pairs"), "pairs")
         given = fit_options.get("weights"), x, pairs, context
-        validation = fit_options.get("validation", DEFAULT_SHARE)
         rows, pairs, context, mask, weights = drop_zero_weights(*given, mask_of(validation))
         validation = validation if mask is None else mask
         fit_options |= {"pairs": pairs, "weights": weights, "validation": validation}

@@ -1,5 +1,6 @@
 r"""Tables: rows in memory, checked with clear errors, held out and given out in batches."""
 
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -122,8 +123,7 @@ class Table:
             )
         self.names = Names.for_training(distribution, data, context, anew=anew)
         data, context = self.names.ordered(distribution, data, context)
-        pairs = self.names.at_base(pairs, "pairs")
-        given = weights, data, context, pairs, mask_of(validation)
+        given = weights, data, context, self.names.at_base(pairs, "pairs"), mask_of(validation)
         data, context, pairs, mask, weights = drop_zero_weights(*given)
         found = rows_of(distribution, data, context)
         if found.context is not None and not distribution.transform.flow.classes:
@@ -188,7 +188,7 @@ class Table:
                 f"{batch_size}"
             )
         usual = BATCH_IMAGES if self.has_images else _DEFAULT_BATCH_ROWS
-        size = max(1, min(usual, available)) if batch_size is None else batch_size
+        size = max(1, min(usual, available)) if batch_size is None else int(batch_size)
         return Split(held, kept, kept.effective(), process.world * size)
 
     def batches(self, split: Split, objective: Objective) -> "TableBatches":
@@ -340,14 +340,36 @@ def rows_held(share: float, count: int) -> int:
     return max(1, round(share * count))
 
 
+def as_held_out(validation: Any) -> HeldOut:
+    """Return a share of any real type as a float, and a list of rows and contexts as a tuple."""
+    if isinstance(validation, numbers.Real) and not isinstance(validation, int):
+        return float(validation)
+    is_pair = isinstance(validation, list) and len(validation) == 2
+    is_pair = is_pair and all(getattr(part, "ndim", 0) > 0 for part in validation)
+    return tuple(validation) if is_pair else validation
+
+
 def mask_of(validation: HeldOut) -> Tensor | None:
-    """Return which rows are held out, shape ``(N,)``, where it is this that a user says."""
-    if isinstance(validation, Tensor):
-        return validation if validation.dtype == torch.bool else None
-    if validation is None or isinstance(validation, bool | float | tuple | Mapping):
+    """Return which rows are held out, shape ``(N,)``, where it is this that a user says.
+
+    Raises:
+        TypeError: If it is a mask of whole numbers.
+    """
+    if validation is None or isinstance(validation, int | float | tuple | Mapping):
         return None
-    found = np.asarray(validation)  # of a list, or a column of a frame, too
-    return torch.tensor(found) if found.dtype == np.bool_ else None
+    if isinstance(validation, Tensor):
+        found = validation
+    else:
+        values = np.asarray(validation)  # of a list, or a column of a frame, too
+        if values.dtype.kind not in "biu":
+            return None
+        found = as_tensor(values)
+    if found.dim() == 1 and not (found.is_floating_point() or found.dtype == torch.bool):
+        raise TypeError(
+            "expected validation as a share, rows of a floating type or a mask of booleans, got "
+            f"{found.dtype} of shape {tuple(found.shape)}: a mask of 0 and 1 is mask == 1"
+        )
+    return found if found.dtype == torch.bool else None
 
 
 def checked_mask(mask: Tensor, count: int) -> Tensor:

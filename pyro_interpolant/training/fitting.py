@@ -27,7 +27,7 @@ from ..transforms.interpolant import ConditionalInterpolantTransform, Interpolan
 from .agreement import warn_if_draws_differ
 from .checkpoint import Checkpoint, check_place, open_checkpoint, restore_buffers, warn_inexact
 from .clock import Clock
-from .data import DEFAULT_SHARE, DataLike, HeldOut, Split, Table
+from .data import DEFAULT_SHARE, DataLike, HeldOut, Split, Table, as_held_out
 from .distributed import Process
 from .image_rows import LEVELS, dequantized, has_images
 from .loop import Callback, Run, Schedule, check_ranges
@@ -202,7 +202,7 @@ def fit(
     """
     clock, process = Clock(max_seconds), Process(fabric, own_rows=is_stream(data))
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
-    share = _checked_share(validation, tolerance, accumulate)
+    validation, share = _checked_held_out(validation, tolerance, accumulate)
     flow = trainable_flow(distribution)
     _check_start(distribution, base_samples)
     check_place(None if process.rank else checkpoint, checkpoint_every)
@@ -296,12 +296,15 @@ def noise_network(flow: Flow) -> nn.Module:
     return network.to(flow.loc)
 
 
-def _checked_share(validation: HeldOut, tolerance: float, accumulate: int) -> float | None:
-    """Return the share of rows to hold out, or None where rows were given; check what is beside.
+def _checked_held_out(
+    validation: HeldOut, tolerance: float, accumulate: int
+) -> tuple[HeldOut, float | None]:
+    """Return what is held out, and its share, or None where rows were given; check what is beside.
 
     Raises:
         ValueError: If a number is out of range.
     """
+    validation = as_held_out(validation)
     share = validation if isinstance(validation, int | float) else None
     is_share = validation is not None and (share is None or 0 < share < 1)
     check_ranges(
@@ -313,7 +316,7 @@ def _checked_share(validation: HeldOut, tolerance: float, accumulate: int) -> fl
             accumulate,
         ),
     )
-    return share
+    return validation, share
 
 
 def trainable_flow(distribution: AnyDistribution) -> Flow:

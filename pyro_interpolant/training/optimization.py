@@ -91,7 +91,7 @@ class Descent:
         ema: float = 0.999,
         pieces: int = 1,
     ) -> None:
-        self.pieces = pieces
+        self.pieces = int(pieces)
         self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
         self.process = process
         process.set_up(objective, self.parameters, learning_rate, weight_decay)

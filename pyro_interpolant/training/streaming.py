@@ -218,7 +218,7 @@ class Stream:
             held,
             sample,
             effective * process.world if whole else math.inf,
-            own if batch_size is None else batch_size,
+            own if batch_size is None else int(batch_size),
             survey.weight / survey.total,
             below,
             outcome,

@@ -156,11 +156,12 @@ def distill(
     """
     _check(distribution)
     check_ranges(
-        ("count >= 100", count >= 100, count),
-        ("steps >= 1", steps >= 1, steps),
-        ("batch_size >= 1", batch_size >= 1, batch_size),
+        ("count >= 100, a whole number", count >= 100 and count % 1 == 0, count),
+        ("steps >= 1, a whole number", steps >= 1 and steps % 1 == 0, steps),
+        ("batch_size >= 1, a whole number", batch_size >= 1 and batch_size % 1 == 0, batch_size),
         ("learning_rate > 0", learning_rate > 0, learning_rate),
     )
+    count, steps, batch_size = int(count), int(steps), int(batch_size)
     given = None if student is None else StudentTransforms(student)
     began, flow = time.monotonic(), distribution.transform.flow
     view = distribution.without_support()

@@ -87,8 +87,11 @@ def path_energy(
     References:
         arXiv 2209.15571, eq. 12.
     """
-    if count < 2:
-        raise ValueError(f"expected at least two paths for a standard error, got count={count}")
+    if count < 2 or count % 1:
+        raise ValueError(
+            f"expected a whole number, at least two paths for a standard error, got count={count}"
+        )
+    count = int(count)
     refuse_gaussianized(distribution.constraint, "distance")
     given = distribution.given(context)
     flow = given.transform.flow

@@ -16,7 +16,7 @@ from ..distributions.constraints import RowsLike
 from ..distributions.interpolant import AnyDistribution
 from ..interpolants.couplings import independent
 from ..interpolants.learned import LearnedInterpolant
-from ..training.data import Table, TableBatches
+from ..training.data import Table, TableBatches, as_held_out
 from ..training.distributed import Process
 from ..training.fitting import FitResult, fit, start_from, trainable_flow
 from ..training.objective import Coupling, Objective
@@ -116,6 +116,7 @@ def learn_interpolant(
             "InterpolantTransform(velocity, interpolant=LearnedInterpolant(...))"
         )
     given = {"validation": 0.1} | {k: fit_options[k] for k in _OF_ROWS if k in fit_options}
+    given["validation"] = as_held_out(given["validation"])
     source = Table(distribution, data, context=context, **given)
     distribution.columns, distribution.context_columns = source.names
     if seed is None:

@@ -20,6 +20,7 @@ from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
 from ..training.fitting import FitResult, fit, trainable_flow
 from ..training.image_rows import IMAGE_OPTIONS, has_images
+from ..training.loop import check_ranges
 
 _ROWS, _IMAGES = 256, 8  # whose paths are compared
 _FINE_STEPS = 128  # of what they are compared with
@@ -96,12 +97,13 @@ def reflow(
         The new flow, and steps and errors before and after.
 
     Raises:
-        ValueError: If the flow is conditional and no context is given.
+        ValueError: If the flow is conditional and no context is given, or ``count`` is below 1.
 
     References:
         Liu, Gong & Liu, *Flow straight and fast*, ICLR 2023; arXiv 2209.15571, Section 2.3.
     """
     trainable_flow(distribution)
+    check_ranges(("count >= 1, a whole number", count >= 1 and count % 1 == 0, count))
     if context is None and isinstance(distribution, ConditionalInterpolantDistribution):
         raise ValueError("expected contexts to draw pairs for, shape (count, C), got none")
     new = copy.deepcopy(distribution)
@@ -113,7 +115,7 @@ def reflow(
     new.transform.solver = FixedGrid()
     with seeded(seed), torch.no_grad():
         view = distribution.given(context)
-        shape = (count,) if context is None else ()
+        shape = (int(count),) if context is None else ()
         base, data = _pairs(view, shape)
     images = has_images(new)
     fit_options = {**(IMAGE_OPTIONS if images else {}), **fit_options}

@@ -314,6 +314,7 @@ def prior():
     ("call", "message"),
     [
         (lambda: sample_sde(prior(), steps=0), "at least one step, got steps=0"),
+        (lambda: sample_sde(prior(), steps=2.5), "a whole number, at least one step, got steps=2"),
         (lambda: sample_sde(prior(), method="milstein"), "'heun' or 'euler', got 'milstein'"),
         (lambda: InterpolantSDE(prior(), lambda t: t - 0.5), "at least 0, got -0.499 to 0.499"),
         (lambda: InterpolantSDE(prior(), lambda t: t.log().log()), "finite and at least 0"),
@@ -322,6 +323,10 @@ def prior():
 def test_errors_say_what_was_expected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_number_of_steps_may_be_a_whole_float():
+    assert sample_sde(prior(), (3,), steps=2.0).shape == (3, 2)
 
 
 def test_what_has_no_score_has_no_sde():

@@ -4,14 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_interpolant import InterpolantDistribution, independent, interpolant_transform
+from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    InterpolantDistribution,
+    conditional_interpolant_transform,
+    independent,
+    interpolant_transform,
+)
 from pyro_interpolant.distributions.constraints import checked_rows
 from pyro_interpolant.training import whitening
-from pyro_interpolant.training.data import Table, TableBatches
+from pyro_interpolant.training.data import Table, TableBatches, as_held_out, mask_of
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.preprocessing import dequantize, warn_if_rounded
 from pyro_interpolant.training.rows import Rows, keys_of, weighted_indices
+from pyro_interpolant.training.streaming import Stream
 from pyro_interpolant.training.whitening import inliers, moments
 
 
@@ -408,6 +415,26 @@ def test_rows_without_copies_are_held_out_as_before():
     for a, b in zip(first, rows.split(7, shuffle=True, copies=True), strict=True):
         assert torch.equal(a.w, b.w)
     assert [len(part.w) for part in one.split(3, shuffle=True, copies=True)] == [3, 17]
+
+
+def test_what_is_held_out_may_be_of_any_real_type_a_list_or_a_mask_of_booleans_alone():
+    assert as_held_out(np.float32(0.25)) == 0.25
+    x, c = torch.randn(50, 2), torch.randn(50, 1)
+    flow = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1))
+    pair = [x[:5], c[:5].numpy()]
+    assert mask_of(as_held_out(pair)) is None
+    table = Table(flow, x, as_held_out(pair), context=c)
+    assert torch.equal(table.rows.context[-5:], c[:5])
+    whole = torch.arange(50) % 7
+    for mask in (whole, (whole == 3).int(), whole.numpy(), whole.tolist()):
+        with pytest.raises(TypeError, match=r"a mask of booleans, got .*: a mask of 0 and 1 is"):
+            mask_of(mask)
+
+
+def test_a_batch_size_may_be_a_whole_float():
+    x, flow = torch.randn(50, 2), InterpolantDistribution(interpolant_transform(2))
+    sizes = [s.split(Process(), 16.0).size for s in (Table(flow, x, 0.1), Stream(flow, [x], 0.1))]
+    assert list(map(repr, sizes)) == ["16", "16"]
 
 
 @pytest.mark.parametrize("kind", [lambda mask: mask, lambda mask: mask.numpy()])

@@ -2,6 +2,7 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -102,6 +103,14 @@ def test_an_infinite_time_is_none(monkeypatch):
     d = tiny()
     result = fit(d, torch.randn(60, 2), max_seconds=math.inf, seed=0, progress=False)
     assert result.steps[-1] == 30
+
+
+@pytest.mark.slow
+def test_rows_and_contexts_held_out_may_be_a_list_and_numbers_whole_floats():
+    d, settings = tiny_conditional(), {"batch_size": 64.0, "accumulate": 2.0, "steps": 3.0}
+    quick(d, X, context=C, validation=[X[:20], C[:20]], **settings)
+    found = from_samples(X, validation=np.float32(0.25), steps=3, seed=0, progress=False)
+    assert found.report.rows == 100
 
 
 @pytest.mark.slow

@@ -254,7 +254,7 @@ def test_accumulated_steps_are_those_of_the_batch_and_see_a_piece_at_a_time():
         weights = [p.double() for p in images.transform.velocity.parameters()]
         return weights, max(network.seen[True])
 
-    (whole, most), (added, few) = run(), run(accumulate=4)
+    (whole, most), (added, few) = run(), run(accumulate=4.0)
     assert (most, few) == (32, 8)
     for a, b in zip(whole, added, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # in float32

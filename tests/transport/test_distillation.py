@@ -202,10 +202,11 @@ def test_what_cannot_be_distilled_is_refused():
     for wrong in ([], [nn.Linear(2, 2)], Unrelated()):
         with pytest.raises(TypeError, match="expected transforms"):
             distill(flow, wrong, **QUICK)
-    with pytest.raises(ValueError, match="steps >= 1"):
-        distill(flow, **{**QUICK, "steps": 0})
+    for steps in (0, 2.5):
+        with pytest.raises(ValueError, match="steps >= 1, a whole number"):
+            distill(flow, **{**QUICK, "steps": steps})
     student = [affine_coupling(2, [8])]
-    distill(flow, student, **QUICK)
+    distill(flow, student, **QUICK | {"count": 200.0, "steps": 2.0, "batch_size": 64.0})
     with pytest.raises(ValueError, match="that has been trained are: build a new one"):
         distill(flow, student, **QUICK)
     with pytest.raises(RuntimeError, match="not finite for 200 of 200"):

@@ -77,14 +77,15 @@ def test_the_energy_of_conditional_flows():
     context = torch.randn(700, 3)
     whole = path_energy(distribution, count=700, context=context)
     assert whole.value > 0
-    one = path_energy(distribution, count=100, context=context[0])
+    one = path_energy(distribution, count=1e2, context=context[0])
     assert one.value > 0
     with pytest.raises(ValueError, match="expected a context for a conditional flow"):
         path_energy(distribution)
     with pytest.raises(ValueError, match="expected no context"):
         path_energy(InterpolantDistribution(random_flow(2)), context=context)
-    with pytest.raises(ValueError, match="at least two paths"):
-        path_energy(InterpolantDistribution(random_flow(2)), count=1)
+    for count in (1, 2.5):
+        with pytest.raises(ValueError, match="a whole number, at least two paths"):
+            path_energy(InterpolantDistribution(random_flow(2)), count=count)
 
 
 def test_the_bound_is_the_excess_times_the_growth():

@@ -292,7 +292,7 @@ def test_reflow_of_a_given_base_and_of_contexts():
 def test_reflow_of_a_base_of_samples_is_reported():
     distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
     fit(distribution, ring(300), base_samples=torch.randn(300, 2), steps=5, **QUICK)
-    result = reflow(distribution, count=300, steps=5, **QUICK)
+    result = reflow(distribution, count=3e2, steps=5, **QUICK)
     assert result.before.density_steps is None
     assert result.after.sampling_errors.keys() == {1, 2}
     assert "densities" not in repr(result.after)
