@@ -2,8 +2,8 @@ r"""Torch's private parts and global state: what the package needs of them, in o
 
 Whether autograd, :mod:`torch.func` or a tracer sees a computation; scopes with a generator of
 their own, or with a network in another mode; activations recomputed in the backward pass;
-derivatives :math:`\partial_t f(t)` by forward mode; comparisons in any unit; and warnings at the
-user's line.
+derivatives :math:`\partial_t f(t)` by forward mode; comparisons in any unit, and units that far
+rows do not set; and warnings at the user's line.
 """
 
 import contextlib
@@ -27,6 +27,9 @@ from torch.utils.checkpoint import checkpoint
 _NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__)) + (
     contextlib.__file__,
 )
+
+
+_QUARTILE_RANGE = 1.349  # in standard deviations of a normal
 
 
 def is_transformed() -> bool:
@@ -442,6 +445,19 @@ def _largest(x: Tensor) -> float:
     """Return the largest size of finite numbers; 0 if there are none."""
     x = x.detach().double().nan_to_num(0.0, 0.0, 0.0)
     return float(x.abs().max()) if x.numel() else 0.0
+
+
+def robust_deviation(x: Tensor) -> Tensor:
+    """Return how much columns of rows, ``(N, D)``, vary, by their quartiles: shape ``(D,)``.
+
+    It is the standard deviation of a normal column, and far rows do not change it; the plain one
+    where half of a column is one value, and 1 where all of it is.
+    """
+    ordered = x.sort(0).values
+    count = len(x)
+    spread = (ordered[3 * count // 4] - ordered[count // 4]) / _QUARTILE_RANGE
+    spread = spread.where(spread > 0, x.std(0, correction=0))
+    return spread.where(spread > 0, 1.0)
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:

@@ -376,3 +376,23 @@ def test_a_column_called_regions_is_a_column():
     narrow = check._replace(values=0.5 + 0.1 * (check.values - 0.5))
     x, _ = plotting.coverage_curve(narrow).lines[0].get_xydata().T
     assert x[-2] < 0.11
+
+
+def test_evolution_of_one_dimension_shows_every_time():
+    axes = plotting.evolution(flow(1), times=(0.0, 0.3, 1.0))
+    assert [len(one.lines) for one in axes] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("draw", [plotting.trajectories, plotting.density, plotting.evolution])
+def test_batches_are_refused(draw):
+    with pytest.raises(ValueError, match=r"expected one flow, got a batch of shape \(3,\)"):
+        draw(flow(2).expand((3,)))
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    x, bad = torch.randn(50, 2), torch.randn(50, 2)
+    bad[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        plotting.corner(x, bad)
+    with pytest.raises(ValueError, match="NaN"):
+        plotting.predictive_check(bad, torch.randn(9, 50, 2))

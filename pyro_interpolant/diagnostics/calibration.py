@@ -387,7 +387,13 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def _bare(view: InterpolantDistribution, x: Tensor) -> tuple[InterpolantDistribution, Tensor]:
-    """Return the flow on real vectors, with a solver of its own, and rows there, ``(N, D)``."""
+    """Return the flow on real vectors, with a solver of its own, and rows there, ``(N, D)``.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    if len(x) == 0:
+        raise ValueError(f"expected rows, got none: their shape is {tuple(x.shape)}")
     return view.without_support().at(view.transform.end), view.to_flow(x)
 
 

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from .._torch import seeded
+from .._torch import robust_deviation, seeded
 from ..distributions.constraints import (
     RowsLike,
     checked_rows,
@@ -181,7 +181,7 @@ def tarp(
     """Return the shares of draws that are nearer to a reference than the row is.
 
     The reference of each row is another row, drawn at random; distances are in units of the
-    columns' standard deviations.
+    columns' deviations, by their quartiles.
 
     Args:
         distribution: As in :func:`pit`.
@@ -195,7 +195,7 @@ def tarp(
         ValueError: As :func:`pit`.
     """
     rows = _Rows(distribution, x, context, draws)
-    scale = rows.u.std(0).clamp(min=torch.finfo(rows.u.dtype).tiny)
+    scale = robust_deviation(rows.u)
     with seeded(seed):
         order = torch.randperm(len(rows.u)).to(rows.u.device)  # in a ring: no row is its own
         references = torch.empty_like(rows.u).index_copy(0, order, rows.u[order.roll(1)])
@@ -231,6 +231,11 @@ class _Rows:
         if context is not None and isinstance(density, InterpolantDistribution):
             density.given(torch.as_tensor(context))  # raises: it takes none
         flow = density.transform.flow
+        if isinstance(density, InterpolantDistribution) and density.batch_shape:
+            raise ValueError(
+                f"expected one density, got a batch of shape {tuple(density.batch_shape)}: pass "
+                "the conditional flow itself, and context=..., one for each row"
+            )
         self.distribution = density
         self.x = checked_rows(_packed(density, x), "x", density.row_shape).to(flow.loc)
         self.directions = _directions(density)

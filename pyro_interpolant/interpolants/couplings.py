@@ -10,6 +10,7 @@ rows of one label at a time.
 import torch
 from torch import Tensor
 
+from .._torch import robust_deviation
 from .nonlinear import wrap
 
 _CONTEXT_WEIGHT = 10.0  # of squared distances between contexts in the cost
@@ -37,9 +38,10 @@ def optimal_transport(
     The assignment is exact, within the batch, without replacement; rows of data keep their place,
     so they stay beside their context. With a context, each base draw has the context of the row of
     its own index, and the cost becomes :math:`|x_0 - x_1|^2 + 10\,|c_0 - c_1|^2`, contexts in
-    units of their standard deviation: draws are exchanged only between rows of like context. What
-    remains is a bias: draws for one context are no longer exactly distributed as the base, by an
-    amount that shrinks as the batch grows and rows of like context become many.
+    units of their deviation by quartiles, which far ones do not change: draws are exchanged only
+    between rows of like context. What remains is a bias: draws for one context are no longer
+    exactly distributed as the base, by an amount that shrinks as the batch grows and rows of like
+    context become many.
 
     Args:
         x0: Base draws, shape ``(N, D)``.
@@ -62,8 +64,7 @@ def optimal_transport(
     else:
         cost = _squared_distances(x1, x0)
     if context is not None:
-        spread = context.std(0, correction=0)
-        c = context / torch.where(spread > 0, spread, 1.0)
+        c = context / robust_deviation(context)
         cost = cost + _CONTEXT_WEIGHT * _squared_distances(c, c)
     from scipy.optimize import linear_sum_assignment  # slow to import
 

@@ -113,11 +113,16 @@ def predictive_check(y: Tensor, simulated: Tensor, *, ax: "Axes | None" = None) 
     Args:
         y: The data, shape ``(*)``.
         simulated: Data of ``Predictive``, shape ``(S, *)``.
-        ax: Axes, or None for new ones. Data of other shapes raise a ValueError.
+        ax: Axes, or None for new ones.
+
+    Raises:
+        ValueError: If simulated data are of another shape, or there are NaN or infinite numbers.
     """
     if simulated.shape[1:] != y.shape:
         want, got = tuple(y.shape), tuple(simulated.shape)
         raise ValueError(f"expected simulated data of shape (S, *{want}), got {got}")
+    if not all(bool(part.isfinite().all()) for part in (y, simulated)):
+        raise ValueError("expected finite data, got NaN or infinite numbers, which have no order")
     ax, ordered = new_axes(ax), simulated.detach().double().cpu().flatten(1).sort(1).values
     low, high = ordered.quantile(ordered.new_tensor([0.025, 0.975]), dim=0).numpy()
     places, values = np.linspace(0, 1, len(low)), y.detach().cpu().flatten().sort().values

@@ -52,7 +52,11 @@ def trajectories(
         count: The number of paths.
         steps: The number of times along each.
         ax: Axes, or None for new ones.
+
+    Raises:
+        ValueError: If it is a batch of flows.
     """
+    _check_single(distribution)
     ax = new_axes(ax)
     times, paths = _paths(distribution, count, steps)
     if paths.shape[-1] == 1:
@@ -87,8 +91,10 @@ def density(
         ax: Axes, or None for new ones.
 
     Raises:
-        ValueError: If the flow has more than two dimensions, or fewer than its events.
+        ValueError: If the flow has more than two dimensions, or fewer than its events, or it is a
+            batch of flows.
     """
+    _check_single(distribution)
     dim = distribution.event_shape.numel()
     if dim > 2:
         raise ValueError(f"expected one or two dimensions, got {dim}: use corner")
@@ -124,24 +130,29 @@ def evolution(
     velocity: bool = True,
     ax: "Sequence[Axes] | np.ndarray | None" = None,
 ) -> "Sequence[Axes] | np.ndarray":
-    """Draw density and velocity of a two-dimensional flow at several times, side by side.
+    """Draw the density of a flow in one or two dimensions at several times, side by side.
 
     Args:
         distribution: A flow.
         times: Times in [0, 1].
-        velocity: Whether to draw the velocity.
+        velocity: Whether to draw the velocity, in two dimensions.
         ax: One axes per time, or None for new ones.
+
+    Raises:
+        ValueError: As :func:`density`.
     """
+    _check_single(distribution)
     if ax is None:
         ax = axes_array(1, len(times), (2.6 * len(times), 2.8))[0]
     views = [distribution.at(t) for t in times]
     boxes = torch.tensor([_extent(view) for view in views])
-    extent = [
-        float(f(column)) for f, column in zip((min, max, min, max), boxes.T.tolist(), strict=True)
-    ]
+    least, most = boxes[:, ::2].amin(0), boxes[:, 1::2].amax(0)
+    extent = torch.stack((least, most), 1).flatten().tolist()
     for one, t, view in zip(ax, times, views, strict=True):
         density(view, extent=extent, velocity=velocity, ax=one)
-        one.set(title=f"$t = {t:g}$", xlabel="", ylabel="", aspect="equal")
+        one.set(title=f"$t = {t:g}$", xlabel="", ylabel="")
+        if len(extent) > 2:
+            one.set(aspect="equal")
     return ax
 
 
@@ -270,6 +281,15 @@ def _on_support(
     values = found.new_full((len(x), found.shape[-1]), outside)
     values[inside] = found
     return values.reshape(*grid.shape[:-1], -1).cpu().numpy()
+
+
+def _check_single(distribution: InterpolantDistribution) -> None:
+    """Raise a ValueError for a batch of flows."""
+    if distribution.batch_shape:
+        raise ValueError(
+            f"expected one flow, got a batch of shape {tuple(distribution.batch_shape)}: draw one "
+            "of them, such as that given one context"
+        )
 
 
 def _velocity(distribution: InterpolantDistribution, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..distributions.constraints import RowsLike, in_order, named_columns
+from ..distributions.constraints import RowsLike, checked_rows, in_order, named_columns
 from ..distributions.joint import JointInterpolantDistribution
 from .axes import DATA_COLOR, MODEL_COLOR, SCATTER_POINTS, axes_array, extent_of
 
@@ -42,8 +42,9 @@ def corner(
         ax: An array of D x D axes, or None for new ones.
 
     Raises:
-        ValueError: If samples and data have other columns. Where both have names, as those of a
-            distribution trained on a data frame, columns are compared by them.
+        ValueError: If samples and data have other columns, or numbers that are not finite. Where
+            both have names, as those of a distribution trained on a data frame, columns are
+            compared by them.
     """
     rows, drawn, found = _beside(samples, data, count)
     pair = ((rows, DATA_COLOR, "data"), (drawn, MODEL_COLOR, "model"))
@@ -92,7 +93,7 @@ def table(x: RowsLike, names: Sequence[str] = ()) -> tuple[np.ndarray, tuple[str
 def _flat(x: RowsLike) -> tuple[Tensor, tuple[str, ...]]:
     rows, names = named_columns(x)
     rows = rows.detach().double().cpu()
-    return rows.reshape(len(rows), -1), names
+    return checked_rows(rows.reshape(len(rows), -1), "what is drawn"), names
 
 
 def _beside(

@@ -208,6 +208,8 @@ class Adaptive:
                 "whose steps depend on the values: set transform.solver = FixedGrid(), or "
                 "calibrate the distribution, which chooses its steps"
             )
+        if x.numel() == 0:  # no error to choose steps by
+            return x.expand(len(times), *x.shape)
 
         def rate(t: Tensor, x: Tensor) -> Tensor:
             stage = field(t[None])[0]

@@ -120,8 +120,9 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
         in float64 where a shorter type could not hold it. Of a data frame, a data frame.
 
     Raises:
-        ValueError: If a step is negative, x has no rows of values, or, without a step, a column
-            repeats single values beside others that do not repeat, which is no rounding.
+        ValueError: If a step is negative, not finite or of another shape, x has no rows of
+            values, or, without a step, a column repeats single values beside others that do not
+            repeat, which is no rounding.
 
     Example:
         >>> x = dequantize(torch.tensor([[1.0], [2.0], [2.0], [4.0]]))
@@ -143,8 +144,10 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
         least = real.min() if len(real) else found.new_ones(())
         step = torch.where(constant, least, found).reshape(x.shape[1:])
     step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
-    if float(step.min()) < 0:
-        raise ValueError(f"expected steps of at least 0, got {float(step.min()):.3g}")
+    if not bool(((step >= 0) & step.isfinite()).all()):
+        raise ValueError(f"expected finite steps of at least 0, got {step.tolist()}")
+    if step.dim() >= x.dim():
+        raise ValueError(f"expected a step, or one per column, got shape {tuple(step.shape)}")
     # Of the values too: columns that are spread one at a time would share their noise.
     generator = torch.Generator().manual_seed(checksum([x], str(seed)))
     u = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)

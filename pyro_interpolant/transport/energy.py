@@ -81,8 +81,8 @@ def path_energy(
             conditional flow.
 
     Raises:
-        ValueError: If ``count`` is below 2, a context is missing, or the flow is behind a
-            map of :func:`from_samples`.
+        ValueError: If ``count`` is below 2, a context is missing, there are others than one or
+            ``count``, or the flow is behind a map of :func:`from_samples`.
 
     References:
         arXiv 2209.15571, eq. 12.
@@ -94,6 +94,11 @@ def path_energy(
     count = int(count)
     refuse_gaussianized(distribution.constraint, "distance")
     given = distribution.given(context)
+    if given.batch_shape.numel() not in (1, count):
+        raise ValueError(
+            f"expected one context, or one for each of {count:,} paths, got a batch of shape "
+            f"{tuple(given.batch_shape)}: the energy is a mean over paths"
+        )
     flow = given.transform.flow
     with torch.no_grad():
         path = given.transform.path()

@@ -116,6 +116,13 @@ def test_a_tolerance_must_be_positive(tolerance):
         calibrate(distribution, torch.randn(5, 2), tolerance=tolerance)
 
 
+def test_rows_are_needed():
+    d = InterpolantDistribution(random_flow(2))
+    for check in (calibrate, solver_error):
+        with pytest.raises(ValueError, match="expected rows, got none"):
+            check(d, torch.zeros(0, 2))
+
+
 def test_solver_error_is_the_error_against_the_closed_form():
     velocity = narrow_mixture()
     distribution = flow_of(velocity, solver=FixedGrid(steps=6))

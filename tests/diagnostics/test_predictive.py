@@ -301,3 +301,22 @@ def test_ranks_below_a_bound_agree_with_the_cdf():
     x = d.sample((100,))
     exact, ranks = pit(d, x).values[:, 0], sbc(d, x, None).values[:, 0]
     assert (exact - ranks).abs().max() < 0.05
+
+
+def test_a_far_row_hides_nothing_of_its_column():
+    d = InterpolantDistribution(random_flow(2, (8, 8), solver=COARSE)).freeze()
+    with torch.no_grad():
+        x = d.sample((400,))
+        x[:, 0] = x[:, 0].mean() + 0.3 * (x[:, 0] - x[:, 0].mean())
+        x[0, 0] = 1e5
+    check = tarp(d, x)
+    assert float(check.distances.max()) > 1.5 * check.band
+
+
+def test_a_batch_is_refused():
+    d = family()
+    x, context = simulated(d, 5)
+    with pytest.raises(
+        ValueError, match=r"got a batch of shape \(5,\): pass the conditional flow"
+    ):
+        pit(d.condition(context), x)

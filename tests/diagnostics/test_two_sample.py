@@ -71,3 +71,11 @@ def test_columns_are_compared_by_their_names():
     assert c2st(x, draws, folds=1) == c2st(x, y, folds=1)
     with pytest.raises(ValueError, match=r"y with the columns \['a', 'b'\].*got \['b', 'c'\]"):
         c2st(x, y.rename(columns={"a": "c"}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_far_draw_hides_nothing(which):
+    sets = [torch.randn(200, 1), torch.randn(200, 1) + 3]
+    sets[which][0] = 1e6
+    assert c2st(*sets, folds=1).accuracy > 0.85

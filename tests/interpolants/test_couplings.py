@@ -119,3 +119,17 @@ def test_training_on_angles_pairs_them_so():
         points = made.points([lambda: Rows(x, None)])[0]
         energy = float(torch.cat([p.target.flatten() for p in points]).square().mean())
         assert least < energy < most  # a twelfth and a third of pi squared
+
+
+@pytest.mark.parametrize("kind", ["one far context", "heavy tails"])
+def test_far_contexts_do_not_undo_the_context(kind):
+    torch.manual_seed(0)
+    c = torch.randn(400, 1)
+    x1 = 0.9 * c + 0.3 * torch.randn(400, 1)
+    shown = c.clone() if kind == "one far context" else c.sinh().sinh()
+    if kind == "one far context":
+        shown[0] = 1e5
+    partners = optimal_transport(torch.randn(400, 1), x1, shown)
+    known = slice(1, None)
+    correlation = torch.corrcoef(torch.stack((partners[known, 0], c[known, 0])))[0, 1]
+    assert abs(float(correlation)) < 0.3  # by standard deviations 0.9 and 0.8; normal ones: 0.1

@@ -207,3 +207,9 @@ def test_random_nodes_give_an_unbiased_log_determinant():
 def test_random_grids_that_cannot_work_are_refused(options):
     with pytest.raises(ValueError, match="expected"):
         RandomGrid(**options)
+
+
+@pytest.mark.parametrize("solver", [FixedGrid(4), Adaptive()], ids=["grid", "adaptive"])
+def test_no_rows_end_as_none(solver):
+    states = solver.solve(logistic, torch.zeros(0, 2), solver.grid()[0])
+    assert states.shape == (len(solver.grid()[0]), 0, 2)

@@ -358,6 +358,11 @@ def test_steps_of_ones_own():
     y = dequantize(x, torch.tensor([1.0, 0.0]))
     assert torch.equal(y[:, 1], x[:, 1].double())
     assert (y[:, 0] != x[:, 0]).all()
+    for step in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="expected finite steps"):
+            dequantize(torch.zeros(3, 2), step)
+    with pytest.raises(ValueError, match="one per column"):
+        dequantize(torch.zeros(3, 2), torch.ones(3, 1))
     with pytest.raises(ValueError, match="steps of at least 0, got -1"):
         dequantize(x, -1.0)
 

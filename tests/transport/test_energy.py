@@ -81,6 +81,8 @@ def test_the_energy_of_conditional_flows():
     assert one.value > 0
     with pytest.raises(ValueError, match="expected a context for a conditional flow"):
         path_energy(distribution)
+    with pytest.raises(ValueError, match="one for each of 700 paths, got a batch"):
+        path_energy(distribution, count=700, context=context[:9])
     with pytest.raises(ValueError, match="expected no context"):
         path_energy(InterpolantDistribution(random_flow(2)), context=context)
     for count in (1, 2.5):
