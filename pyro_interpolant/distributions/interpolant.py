@@ -6,7 +6,6 @@ transform, bijection of the support. Given a context c, a conditional flow has t
 :math:`\rho_1(x | c)`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from .bases import base_log_prob, base_of, check_expansion
 from .constraints import Constraint, check_value, shaped
 from .parts import FlowDistribution
 from .summaries import Summaries, pushed
+from .supports import only_possible
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -165,8 +165,7 @@ class InterpolantDistribution(Summaries, dist.TransformedDistribution):
             log_prob = log_prob.expand(batch)
         if possible is None:
             return log_prob
-        unknown = value.isnan().reshape(*given, -1).any(-1)
-        return log_prob.where(possible, torch.where(unknown, math.nan, -math.inf).to(log_prob))
+        return only_possible(log_prob, possible, value, len(self.event_shape))
 
     def _finite(self, x: Tensor, possible: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the flow's values with finite ones for those that cannot be, and which can.

@@ -6,6 +6,7 @@ a flow of period :math:`2\pi` runs on the real line, whole turns included, and i
 :math:`y = x \bmod 2\pi`.
 """
 
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -347,6 +348,19 @@ def support_of(constraint: Constraint) -> Support:
         ValueError: If it is no bijective image of real vectors, nor :data:`circular`.
     """
     return CircularSupport() if isinstance(constraint, Circular) else BijectiveSupport(constraint)
+
+
+def only_possible(log_prob: Tensor, possible: Tensor, value: Tensor, event_dim: int) -> Tensor:
+    """Return log-densities, shape ``(*)``, that are ``-inf`` where values cannot be.
+
+    Args:
+        log_prob: The log-densities, shape ``(*)``.
+        possible: Which values can be, shape ``(*)``.
+        value: The values, shape ``(*, *event_shape)``, of which those with NaN have NaN.
+        event_dim: The number of dimensions of an event.
+    """
+    unknown = value.isnan().reshape(*value.shape[: value.dim() - event_dim], -1).any(-1)
+    return log_prob.where(possible, torch.where(unknown, math.nan, -math.inf).to(log_prob))
 
 
 class OnEvents(Constraint):

@@ -22,7 +22,7 @@ from ..distributions.bases import Samples, standard_normal
 from ..distributions.constraints import Constraint
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
-from ..distributions.supports import CircularSupport
+from ..distributions.supports import CircularSupport, Support, only_possible, support_of
 from ..training.loop import check_ranges
 from ..training.whitening import moments
 from ..transforms.bijections import Whiten
@@ -43,32 +43,51 @@ class Student(dist.TransformedDistribution):
 
     Args:
         base: N(0, I), of event shape ``(D,)``.
-        transforms: From there to the support.
-        support: The support of one event, which Pyro's compositions do not know.
+        learned: Transforms from there to whitened draws.
+        ends: Transforms from those to the support.
+        space: The support, which Pyro's compositions do not know.
     """
 
     def __init__(
-        self, base: dist.TorchDistribution, transforms: Sequence[Transform], support: Constraint
+        self,
+        base: dist.TorchDistribution,
+        learned: Sequence[Transform],
+        ends: Sequence[Transform],
+        space: Support,
     ) -> None:
-        self._support = support
-        super().__init__(base, list(transforms))
+        self.space, self._ends = space, ComposeTransform(list(ends))
+        super().__init__(base, [*learned, *ends])
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> Constraint:
         """The support of one event."""
-        return self._support
+        return self.space.shown()
 
     def expand(self, batch_shape: Sequence[int], _instance: "Self | None" = None) -> "Self":
         """Return the distribution with another batch shape; weights are shared."""
         new = type(self).__new__(type(self)) if _instance is None else _instance
-        new._support = self._support
+        new.space, new._ends = self.space, self._ends
         return super().expand(torch.Size(batch_shape), _instance=new)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density, shape ``(*)``, of values of shape ``(*, *event_shape)``."""
-        # A view, which the caches of Pyro's transforms have not seen: of what was drawn without
-        # gradients they would give back the way without gradients.
-        return super().log_prob(value.view_as(value))
+        """Return the log-density, shape ``(*)``, of values of shape ``(*, *event_shape)``.
+
+        It is ``-inf`` at infinity and, with validation off, beyond the bounds of the support.
+
+        Raises:
+            ValueError: If a value is outside the support (while validation is on).
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        within, event_dim = self.space.within_bounds(value), len(self.event_shape)
+        with torch.no_grad():
+            possible = self._ends.inv(value).isfinite().all(-1)
+            middle = self._ends(torch.zeros_like(self.base_dist.mean))
+        possible = possible if within is None else within & possible
+        # A new tensor, which the caches of Pyro's transforms have not seen: of what was drawn
+        # without gradients they would give back the way without gradients.
+        inside = value.where(possible.reshape(possible.shape + (1,) * event_dim), middle)
+        return only_possible(super().log_prob(inside), possible, value, event_dim)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles, without what caches hold of a backward pass."""
@@ -187,7 +206,7 @@ def distill(
     error = float(excess.std()) / math.sqrt(len(excess))
     ends = [Whiten(whitening).inv, *distribution.space.transforms(flow)]
     seconds = time.monotonic() - began
-    found = fitted.over(x, ends, distribution.space.shown())
+    found = fitted.over(x, ends, distribution.space)
     return DistillResult(found, float(excess.mean()), error, steps, seconds)
 
 
@@ -239,16 +258,17 @@ class StudentTransforms(nn.Module):
         self,
         like: Tensor,
         ends: Sequence[Transform] = (),
-        support: Constraint = constraints.real_vector,
+        space: Support | None = None,
     ) -> Student:
         """Return the distribution of the transforms' images, and of further ones behind them.
 
         Args:
             like: A tensor of the type and on the device that it is to have, shape ``(*, D)``.
             ends: Transforms behind those that are learned.
-            support: Where they lead.
+            space: Where they lead, or None for real vectors.
         """
-        return Student(standard_normal(like), [*self.chain(), *ends], support)
+        space = support_of(constraints.real_vector) if space is None else space
+        return Student(standard_normal(like), self.chain(), ends, space)
 
     def learn(
         self, rows: Tensor, steps: int, batch_size: int, learning_rate: float, *, progress: bool

@@ -86,6 +86,34 @@ def test_students_are_on_the_support_of_the_flow(support):
     assert student.expand((3,)).support == flow.support
 
 
+@pytest.mark.parametrize(
+    ("support", "outside"),
+    [
+        (constraints.interval(-1.0, 2.0), [[-1.1, 0.0], [0.0, 7.0]]),
+        (constraints.positive, [[-0.5, 1.0], [math.inf, 1.0]]),
+        (constraints.simplex, [[-0.1, 0.5, 0.6], [0.4, 0.7, -0.1]]),
+        (constraints.real, [[math.inf, 0.0], [0.0, -math.inf]]),
+        (constraints.unit_interval, [-0.1, 1.1]),  # scalars
+    ],
+)
+def test_a_student_is_nowhere_that_the_flow_is_not(support, outside):
+    shape = () if support is constraints.unit_interval else None
+    flow = random_prior(2 if shape is None else 1, support=support, event_shape=shape)
+    student = distill(flow, **{**QUICK, "count": 100, "steps": 1}).distribution
+    with pytest.raises(ValueError, match="within the support"):
+        student.log_prob(torch.full(flow.event_shape, math.nan))
+    flow._validate_args = student._validate_args = False
+    y = torch.cat([flow.sample((2,)), torch.tensor(outside)]).requires_grad_()
+    for each in (student, student.expand((4,))):
+        found = each.log_prob(y)
+        assert torch.equal(found.isinf(), flow.log_prob(y).isinf())
+        assert found.isinf().tolist() == [False, False, True, True]
+        (gradient,) = torch.autograd.grad(found[:2].sum() + found.exp().sum(), y)
+        assert bool(gradient.isfinite().all())
+        assert not gradient[2:].any()
+    assert bool(student.log_prob(torch.full(flow.event_shape, math.nan)).isnan())
+
+
 @pytest.mark.slow
 def test_a_student_of_named_sites_is_one_of_the_packed_vector():
     sites = {"slope": ((2,), constraints.real), "noise": ((), constraints.positive)}
