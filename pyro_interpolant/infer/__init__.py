@@ -4,10 +4,11 @@ r"""Flows inside Pyro models: as a guide, as a prior, and as a proposal.
 data at once, from ``simulation``, judged by ``amortization``. ``log_density`` is a model's log
 joint as a function of the unconstrained vector that ``sites`` packs. ``importance_sampling``
 judges a guide by the weights of its draws, ``inference_data`` hands draws to ArviZ. ``reparam``
-samples a model in the base space of its learned priors, or of a guide. ``smc`` trains a flow from
-a density alone. ``population`` learns the density behind a noisy catalogue: ``noise`` is what a
-row says of its latent, ``latents`` draws them, ``expectation_maximization`` fits the flow. Both
-fit it by ``regression``, in the time and at the rates of ``schedule``.
+samples a model in the base space of its learned priors, ``neural_transport`` in that of a guide.
+``smc`` trains a flow from a density alone. ``population`` learns the density behind a noisy
+catalogue: ``noise`` is what a row says of its latent, ``latents`` draws them,
+``expectation_maximization`` fits the flow. Both fit it by ``regression``, in the time and at the
+rates of ``schedule``.
 """
 
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .population import *
     from .inference_data import *
     from .reparam import *
+    from .neural_transport import *
     from .smc.train import *
 
 __all__, __getattr__, __dir__ = attach(
@@ -37,7 +39,8 @@ __all__, __getattr__, __dir__ = attach(
         "latents": ["ObjectPosteriors", "object_posteriors"],
         "population": ["from_noisy_samples", "from_posterior_samples"],
         "inference_data": ["to_arviz"],
-        "reparam": ["Neutra", "base_space", "neutra"],
+        "reparam": ["base_space"],
+        "neural_transport": ["Neutra", "neutra"],
         "smc.train": ["Round", "RoundsResult", "train_from_density"],
     },
 )
