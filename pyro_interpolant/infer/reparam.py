@@ -6,7 +6,7 @@ r"""Inference in base space: :math:`z \sim q` becomes :math:`z = T(w)`, :math:`w
 import contextlib
 import functools
 from collections.abc import Mapping
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import pyro
 import pyro.distributions as dist
@@ -20,13 +20,14 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import ComposeTransform
 
-from .._torch import are_close
+from .._torch import are_close, seeded
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import NAMED
 from .sites import Model, Nodes, Site, whole_value
 
 _BASE = "_base"  # what a site in base space has after its name
-_FLOW = "_interpolant_flow"  # where a trace keeps the distribution of a site in base space
+_MARK = "_interpolant_flow"  # where a site in base space keeps its flow, and the site it is of
+_RUNS = 16  # of a model, which tell whether all draws have one prior
 
 
 class BaseSpace:
@@ -64,42 +65,71 @@ class BaseSpace:
             or, where ``sample_sites`` drew it, the sites of a joint distribution by name.
 
         Raises:
-            ValueError: If a prior depends on another site, so that each draw has its own.
+            ValueError: If a prior depends on another site, so that each draw has its own, as runs
+                of the model at up to 16 of the draws tell.
         """
-        nodes = cast("Nodes", poutine.trace(self).get_trace(*args, **kwargs).nodes)
+        with seeded(0):  # what no draw fixes, the same at each call
+            first, count = self._at(0.0, draws, *args, **kwargs)
+            places = torch.linspace(0, 1, min(count, _RUNS)).tolist()[1:]
+            runs = [first, *(self._at(p, draws, *args, **kwargs)[0] for p in places)]
         named = dict(draws)
-        last = self._last(nodes, draws, *args, **kwargs)
-        for name, node in nodes.items():
-            options = node.get("infer") or {}
-            flow = options.get(_FLOW)
-            if flow is None or name + _BASE not in named:
+        for name, node in {k: v for run in reversed(runs) for k, v in run.items()}.items():
+            mark = (node.get("infer") or {}).get(_MARK)
+            if mark is None or name not in named:
                 continue
+            flow, site, is_packed = mark
             if flow.transform.context is not None:
                 raise ValueError(
-                    f"expected priors that are the same for all draws, got the site {name!r} with "
+                    f"expected priors that are the same for all draws, got the site {site!r} with "
                     "a context: use Predictive(base_space(model), draws)"
                 )
-            w = named.pop(name + _BASE)
-            value, row = _image(flow, w), w.reshape(-1, *last[name + _BASE]["value"].shape)[-1]
-            own = last[name]["infer"][_FLOW]
-            if own is not flow and not are_close(_image(own, row), _image(flow, row)):
+            if not all(_has_map(run.get(name), flow) for run in runs):
                 raise ValueError(
-                    f"expected priors that are the same for all draws, got the site {name!r} with "
+                    f"expected priors that are the same for all draws, got the site {site!r} with "
                     "one that depends on other sites: use Predictive(base_space(model), draws)"
                 )
-            named |= flow.unpack(value) if options.get(NAMED) else {name: value}
+            value = _image(flow, named.pop(name))
+            named |= flow.unpack(value) if is_packed else {site: value}
         return named
 
-    def _last(
-        self, nodes: Nodes, draws: Mapping[str, Tensor], *args: object, **kwargs: object
-    ) -> Nodes:
-        """Return the sites of a run with the last of the draws of its sites."""
-        values = {}
-        for name, node in nodes.items():
-            if name in draws and node["type"] == "sample" and not node["is_observed"]:
-                values[name] = draws[name].reshape(-1, *node["value"].shape)[-1]
-        run = poutine.condition(self, data=values)
-        return cast("Nodes", poutine.trace(run).get_trace(*args, **kwargs).nodes)
+    def _at(
+        self, place: float, draws: Mapping[str, Tensor], *args: object, **kwargs: object
+    ) -> tuple[Nodes, int]:
+        """Return the sites of a run with one of the draws, and how many draws there are."""
+        with _AtDraw(draws, place) as given:
+            return cast("Nodes", poutine.trace(self).get_trace(*args, **kwargs).nodes), given.count
+
+
+class _AtDraw(Messenger):
+    """Give the sites of a model one of their draws.
+
+    Args:
+        draws: The draws of each site, ``(*, *site_shape)``.
+        place: Which of them, from 0, the first, to 1, the last.
+
+    Attributes:
+        count: The number of draws, known after a run.
+    """
+
+    def __init__(self, draws: Mapping[str, Tensor], place: float) -> None:
+        super().__init__()
+        self.draws, self.place, self.count = draws, place, 1
+
+    def _pyro_sample(self, msg: Site) -> None:
+        known, fn = self.draws.get(msg["name"]), msg["fn"]
+        if known is None or msg["is_observed"] or not isinstance(fn, TorchDistributionMixin):
+            return
+        rows = known.reshape(-1, *fn.shape())
+        self.count, msg["value"] = len(rows), rows[round(self.place * (len(rows) - 1))]
+
+
+def _has_map(node: Site | None, flow: InterpolantDistribution) -> bool:
+    """Return whether a site in base space, if it is there, is mapped as by a flow."""
+    mark = None if node is None else node["infer"].get(_MARK)
+    if node is None or mark is None:
+        return False
+    own, w = mark[0], node["value"]
+    return own.transforms is flow.transforms or are_close(_image(own, w), _image(flow, w))
 
 
 def base_space(model: Model) -> BaseSpace:
@@ -152,22 +182,22 @@ class _BaseSpaceMessenger(Messenger):
         event_dim = msg["fn"].event_dim
         value = msg["value"]
         value = requested_value(msg) if value is None else whole_value(msg, value)
-        z = _sampled(msg["name"], flow, wrappers, value)
+        z = _sampled(msg, flow, wrappers, value)
         # As pyro.deterministic does it, in place of the site.
         msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(mask=False)
         msg["value"] = z
         msg["is_observed"] = True
-        msg["infer"] = {**msg["infer"], "_deterministic": True, _FLOW: flow}
+        msg["infer"] = {**msg["infer"], "_deterministic": True}
 
 
 def _sampled(
-    name: str,
+    msg: Site,
     flow: InterpolantDistribution,
     wrappers: list[TorchDistributionMixin],
     value: Tensor | None,
 ) -> Tensor:
     """Sample the base of a flow, inside its wrappers, and return the value of the site."""
-    space = flow.space
+    name, space = msg["name"], flow.space
     base = space.sampled_base(flow.base_dist)
     for wrapper in reversed(wrappers):
         if isinstance(wrapper, dist.MaskedDistribution):
@@ -182,7 +212,8 @@ def _sampled(
             value = space.to_sampled(ComposeTransform(flow.transforms).inv(value))
         start = InitMessenger(init_to_value(values={name + _BASE: value}))
     with start:
-        return _image(flow, pyro.sample(name + _BASE, base))
+        mark: Any = {_MARK: (flow, name, NAMED in msg["infer"])}
+        return _image(flow, pyro.sample(name + _BASE, base, infer=mark))
 
 
 def _image(flow: InterpolantDistribution, z: Tensor) -> Tensor:

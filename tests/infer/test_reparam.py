@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import AUTOGUIDES, BASES, gaussian_prior, random_flow
 from pyro import poutine
+from pyro.contrib.autoname import scope
 from pyro.distributions import constraints
 from pyro.infer import (
     NUTS,
@@ -808,6 +809,21 @@ def test_the_parts_of_a_joint_prior_come_by_name_where_one_is_intervened_on():
         assert torch.equal(found["tau"], expected["tau"])
 
 
+def test_draws_of_a_site_in_a_scope_come_under_its_own_name():
+    prior = random_prior(2)
+
+    def model():
+        with scope(prefix="inner"):
+            pyro.sample("z", prior)
+
+    base = base_space(model)
+    draws = Predictive(base, num_samples=3)()
+    base_name = next(name for name in draws if name.endswith("_base"))
+    found = base.samples({base_name: draws[base_name]})
+    assert list(found) == ["inner/z"]
+    assert torch.allclose(found["inner/z"], draws["inner/z"])
+
+
 def test_bijections_are_the_same_where_their_parts_are():
     low, high = torch.zeros(3), torch.ones(3)
     same = constraints.interval(low, high), constraints.interval(low.clone(), high.clone())
@@ -861,6 +877,35 @@ def test_a_prior_on_a_support_that_moves_has_no_one_map_for_all_draws(unit):
 
     with pytest.raises(ValueError, match="'z' with one that depends on other sites"):
         base_space(model).samples({"top": torch.rand(5) + 3, "z_base": torch.randn(5, 1)})
+
+
+def test_a_prior_that_a_latent_site_chooses_has_no_one_map_for_all_draws():
+    one, other = random_prior(2), gaussian_prior(torch.zeros(2), torch.eye(2))
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("z", one if a > 0 else other)
+
+    base, w = base_space(model), torch.randn(3, 2)
+    mixed, same = torch.tensor([1.0, -1.0, 1.0]), torch.ones(3)
+    for seed in range(2):  # of which one gives a run without draws the other prior
+        pyro.set_rng_seed(seed)
+        with pytest.raises(ValueError, match="'z' with one that depends on other sites"):
+            base.samples({"a": mixed, "z_base": w})
+        before = torch.get_rng_state()
+        found = base.samples({"a": same, "z_base": w})
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.allclose(found["z"], one.transform(w))
+
+
+def test_draws_of_a_prior_that_is_not_at_each_draw_are_refused():
+    def model():
+        if pyro.sample("a", dist.Normal(0.0, 1.0)) > 0:
+            pyro.sample("z", random_prior(2))
+
+    for a in ([1.0, -1.0], [-1.0, 1.0]):
+        with pytest.raises(ValueError, match="'z' with one that depends on other sites"):
+            base_space(model).samples({"a": torch.tensor(a), "z_base": torch.randn(2, 2)})
 
 
 def test_a_prior_with_a_context_has_no_one_map_for_all_draws():
