@@ -5,7 +5,7 @@ By ``neutra``, as ``reparam`` does it for learned priors inside of a model.
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +13,10 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
+from pyro.poutine.mask_messenger import MaskMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to
 
@@ -81,7 +84,8 @@ class Neutra:
             )
         if poutine.get_mask() is not False:
             log_det = images.total + transform.log_abs_det_jacobian(w, z)
-            pyro.factor(first + _JACOBIAN, log_det)
+            with _unweighted():
+                pyro.factor(first + _JACOBIAN, log_det)
         return result
 
     def _transform(self, *args: object, **kwargs: object) -> Transform:
@@ -137,6 +141,17 @@ class Neutra:
         return {k: v.reshape(base.shape[:-1] + v.shape[1:]) for k, v in sites.items()}
 
 
+@contextlib.contextmanager
+def _unweighted() -> Iterator[None]:
+    """Keep what is inside from the scales and masks around, which weigh densities of sites."""
+    around = list(_PYRO_STACK)
+    _PYRO_STACK[:] = [m for m in around if not isinstance(m, ScaleMessenger | MaskMessenger)]
+    try:
+        yield
+    finally:
+        _PYRO_STACK[:] = around
+
+
 class _Images(Messenger):
     """Give latent sites their parts of one unconstrained vector, and add up the Jacobians.
 
@@ -180,7 +195,7 @@ class _Images(Messenger):
         log_det = transform.log_abs_det_jacobian(real, value)
         log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
         self.total = self.total + log_det.sum_to_size(self.total.shape)
-        left_out = log_prob_left_out(fn, value, mask=msg["mask"])
+        left_out = log_prob_left_out(fn, value, mask=poutine.get_mask())
         if left_out is not None:
             self.total = self.total + left_out.sum_to_size(self.total.shape)
         score = 0.0 if poutine.get_mask() is False else fn.log_prob(value)
@@ -199,7 +214,8 @@ def neutra(
     The guide is copied and the copy frozen: nothing here trains it, and it can be trained on.
     ``init_to_value`` with values of sites is honoured, by inverting the flow once; a site without
     one starts at the guide's median. The Jacobian is a site of its own: Pyro's ``NeuTraReparam``
-    adds it to the first site, where it counts once for each member of that site's plate.
+    adds it to the first site, where it counts once for each member of that site's plate. A scale
+    or a mask around the result weighs the density of the model, as one around the model.
 
     Args:
         guide: A trained guide.

@@ -16,7 +16,7 @@ import numpyro.distributions as dist
 from jax import Array
 from numpyro import handlers
 from numpyro.infer.reparam import Reparam
-from numpyro.primitives import _PYRO_STACK
+from numpyro.primitives import _PYRO_STACK, get_mask
 
 from .autoguide import AutoInterpolant, check_guide
 from .bases import Planar, directions, in_planes
@@ -153,9 +153,10 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
     All latent sites are deterministic functions of one site, ``auto_shared_latent``, which is of
     shape ``(D,)``, and keep their names. One solve gives them and the Jacobian, where NumPyro's
     :class:`~numpyro.infer.reparam.NeuTraReparam` takes two; nor does the Jacobian count once for
-    each member of a plate around the first site. Initial values are those of the base draw. Where
-    a latent site is given its value from outside, as by ``condition`` or by draws in
-    ``Predictive``, and the base draw is not, the model runs as it is.
+    each member of a plate around the first site, nor is it weighed by a scale or a mask around the
+    result. Initial values are those of the base draw. Where a latent site is given its value from
+    outside, as by ``condition`` or by draws in ``Predictive``, and the base draw is not, the model
+    runs as it is.
 
     Args:
         guide: A trained guide.
@@ -188,7 +189,9 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
         images = _Images(guide._unpack_latent(z))
         with handlers.reparam(config=images.config):
             result = guide.model(*args, **kwargs)
-        numpyro.factor(f"{guide.prefix}_log_jacobian", log_det + images.total)
+        if get_mask() is not False:
+            with _unweighted():
+                numpyro.factor(f"{guide.prefix}_log_jacobian", log_det + images.total)
         if images.parts:
             raise ValueError(
                 "expected the latent sites the guide has seen, got a model without "
@@ -197,6 +200,17 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
         return result
 
     return model
+
+
+@contextlib.contextmanager
+def _unweighted() -> Iterator[None]:
+    """Keep what is inside from the scales and masks around, which weigh densities of sites."""
+    around = list(_PYRO_STACK)
+    _PYRO_STACK[:] = [h for h in around if not isinstance(h, handlers.scale | handlers.mask)]
+    try:
+        yield
+    finally:
+        _PYRO_STACK[:] = around
 
 
 class _Images(Reparam):
@@ -232,7 +246,8 @@ class _Images(Reparam):
         real, transform = self.parts.pop(name), dist.biject_to(fn.support)
         value = transform(real)
         check_fixed_shape(name, fn, value)
-        left_out = log_prob_left_out(fn, value)
+        mask = get_mask()  # also of handlers around, which have not come to fn yet
+        left_out = log_prob_left_out(fn if mask is None else fn.mask(mask), value)
         self.total = self.total + jnp.sum(transform.log_abs_det_jacobian(real, value))
         if left_out is not None:
             self.total = self.total + left_out.sum()

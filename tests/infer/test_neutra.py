@@ -129,6 +129,31 @@ def test_the_jacobian_counts_once(target):
         assert torch.allclose(poutine.trace(one).get_trace().log_prob_sum(), expected[0])
 
 
+def rows():
+    with pyro.plate("rows", 2):
+        x = pyro.sample("x", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
+
+
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        lambda target: poutine.scale(target, 0.25),
+        lambda target: poutine.mask(target, torch.arange(2) > 0),
+    ],
+    ids=["scale", "mask"],
+)
+def test_what_weighs_a_model_weighs_it_in_base_space(weigh):
+    """A density is tempered, not the change of its variables."""
+    guide = small(rows)
+    w = {"x_shared_latent": torch.randn(2)}
+    found, expected = (
+        poutine.trace(poutine.condition(base, w)).get_trace().log_prob_sum()
+        for base in (weigh(neutra(guide)), neutra(guide, weigh(rows)))
+    )
+    assert torch.allclose(found, expected)
+
+
 @pytest.mark.usefixtures("_nodes_stay")
 def test_it_starts_where_the_sites_are_told_to():
     guide = small()

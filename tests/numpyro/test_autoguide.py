@@ -331,6 +331,21 @@ def test_the_model_in_the_base_space_of_a_guide():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mask", [None, jnp.arange(3) > 0])
+def test_what_weighs_a_model_weighs_it_in_the_base_space_of_a_guide(mask):
+    def weighed(target):
+        target = target if mask is None else handlers.mask(target, mask)
+        return handlers.scale(target, 0.25)
+
+    y, w = jnp.array([1.0, 0.5, 0.0]), {"auto_shared_latent": jnp.array([0.3, -1.0, 0.2])}
+    guide, _, _ = known_guide(in_plate, y)
+    found, _ = infer.util.log_density(weighed(neutra(guide)), (y,), {}, w)
+    guide.model = weighed(in_plate)
+    expected, _ = infer.util.log_density(neutra(guide), (y,), {}, w)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+@pytest.mark.slow
 def test_importance_weights():
     """Of a Gaussian against a Gaussian posterior, in closed form."""
     y = jnp.array([1.0, 1.0])
