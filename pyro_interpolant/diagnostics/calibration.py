@@ -355,7 +355,8 @@ class _Samples:
 
     def __init__(self, view: InterpolantDistribution, template: FixedGrid) -> None:
         self.view, self.template = view, template
-        self.w = view.white_base().sample(view.batch_shape or (_SAMPLES,))
+        own = view.without_support().batch_shape  # of contexts; of one of them there are draws
+        self.w = view.white_base().sample(own or (_SAMPLES,))
 
     def ends(self, steps: int) -> Tensor:
         """Return whitened samples, shape ``(B, D)``."""

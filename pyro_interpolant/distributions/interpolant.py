@@ -355,7 +355,12 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
         transform = self.transform.condition(context)
         new = InterpolantDistribution(transform, self.base, support=self.constraint)
         new.columns = self.columns
-        return new
+        return new.expand(self._batch_of(context))
+
+    def _batch_of(self, context: Tensor) -> torch.Size:
+        """Return the batch shape of a context, shape ``(*, C)``; its flow drops leading ones."""
+        labels = self.transform.flow.classes and not context.is_floating_point()
+        return context.shape if labels else context.shape[:-1]
 
     def given(self, context: Tensor | None) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``, as :meth:`condition`.

@@ -188,7 +188,7 @@ class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolant
         transform = self.transform.condition(context)
         return JointInterpolantDistribution(
             transform, self.base, sites=self.sites, support=self.constraint
-        )
+        ).expand(self._batch_of(context))
 
     def __repr__(self) -> str:
         """Name the sites, with their shapes and supports."""

@@ -199,10 +199,12 @@ class ConditionalInterpolantDistribution:
             t.condition(context) if isinstance(t, InterpolantTransform) and t.context_dim else t
             for t in self.transforms
         ]
+        flows = (t for t in self.transforms if isinstance(t, InterpolantTransform))
+        base = self.base_dist.expand(next(t for t in flows if t.context_dim).batch_of(context))
         sites = json.loads(self._sites)
         if sites:
-            return JointInterpolantDistribution(self.base_dist, transforms, sites=sites)
-        return InterpolantDistribution(self.base_dist, transforms)
+            return JointInterpolantDistribution(base, transforms, sites=sites)
+        return InterpolantDistribution(base, transforms)
 
 
 jax.tree_util.register_pytree_node(

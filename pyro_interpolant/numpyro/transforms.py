@@ -148,6 +148,12 @@ class InterpolantTransform(RealVectorTransform):
             context, shape = context[0], shape[1:]
         return InterpolantTransform(self.weights, self.grid, context)
 
+    def batch_of(self, context: Array) -> tuple[int, ...]:
+        """Return the batch shape of a context, shape ``(*, C)``, of labels their whole shape."""
+        is_floating = jnp.issubdtype(jnp.result_type(context), jnp.floating)
+        shape = jnp.shape(context)
+        return shape if "velocity.classes" in self.weights and not is_floating else shape[:-1]
+
     def _labels(self, labels: Array) -> Array:
         """Return labels, ``(*)`` or ``(*, 1)``, as contexts, shape ``(*, 1)``."""
         classes = self.weights["velocity.classes"]

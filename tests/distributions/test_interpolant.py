@@ -18,11 +18,13 @@ from torch.distributions import Independent
 import pyro_interpolant
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    ConditionalInterpolantTransform,
     FixedGrid,
     InterpolantDistribution,
     VelocityMLP,
     interpolant_transform,
 )
+from pyro_interpolant.distributions.joint import ConditionalJointInterpolantDistribution
 
 # The test's p-value is far from uniform in two dimensions and more: an exact Gaussian reaches
 # 1e-6. Whether it still has power is tested too.
@@ -574,6 +576,26 @@ def test_conditional_of_the_pyro_kind():
     values = torch.tensor([[1.0, 2.0]])
     assert torch.allclose(d.unconstrained(values), values.log())
     d.clear_cache()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 4)])
+def test_the_batch_is_that_of_the_context(shape):
+    """Also where it has one row, which a loop over pieces of rows ends with."""
+    joint = ConditionalJointInterpolantDistribution(
+        conditional().transform, sites={"mu": ((2,), constraints.real)}
+    )
+    classes = ConditionalInterpolantTransform(VelocityMLP(2, (4,), classes=3))
+    labels = torch.ones(shape, dtype=torch.long)
+    for member in (
+        conditional(support=constraints.positive).condition(torch.randn(*shape, 3)),
+        joint.condition(torch.randn(*shape, 3)),
+        ConditionalInterpolantDistribution(classes).condition(labels),
+        ConditionalInterpolantDistribution(classes).condition(labels[..., None].double()),
+    ):
+        assert member.batch_shape == shape
+        x = member.sample((5,))
+        assert x.shape == (5, *shape, 2)
+        assert member.log_prob(x).shape == (5, *shape)
 
 
 def test_conditioned_shares_weights():

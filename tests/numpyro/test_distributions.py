@@ -345,7 +345,7 @@ def test_a_family_is_an_argument(twin):
     np.testing.assert_allclose(
         given(likelihood, context, x), likelihood.condition(context).log_prob(x), rtol=1e-10
     )
-    assert likelihood.condition(jnp.ones((1, 1, 3))).batch_shape == ()
+    assert likelihood.condition(jnp.ones((1, 1, 3))).batch_shape == (1, 1)
     with pytest.raises(ValueError, match="expected a context: a conditional flow has"):
         likelihood.transforms[0](x)
 
