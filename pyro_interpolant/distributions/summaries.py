@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, Distribution, Independent, MixtureSameFamily
 from torch.quasirandom import SobolEngine
 
-from .._torch import is_functional, is_tracing, seeded
+from .._torch import constant, is_functional, is_tracing, seeded
 from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
 from .bases import Samples, detached
@@ -123,8 +123,10 @@ def normal_points(like: Tensor, count: int, *, seed: int = 0) -> Tensor:
         count: How many.
         seed: Of the scrambling.
     """
-    net = SobolEngine(len(like), scramble=True, seed=seed).draw(count, dtype=torch.double)
-    return torch.special.ndtri(net.clamp(1e-12, 1 - 1e-12)).to(like)
+    with torch._C._DisableFuncTorch():  # which takes the scrambling for random
+        net = SobolEngine(len(like), scramble=True, seed=seed).draw(count, dtype=torch.double)
+        points = torch.special.ndtri(net.clamp(1e-12, 1 - 1e-12)).numpy()
+    return constant(points).to(like)
 
 
 def _undefined(distribution: "Summaries") -> tuple[Tensor | float, Tensor | float]:

@@ -43,7 +43,7 @@ def mapped(transform: InterpolantTransform, w: Tensor, log_odds: Map) -> Tensor:
         log_odds: ``log F / (1 - F)`` of the base's distribution function, of any shape.
     """
     context = transform.context
-    own = torch.Size() if context is None else context.shape[:-1]
+    own = torch.Size(() if context is None else context.shape[:-1])  # a tuple of some subclasses
     is_whole = w.numel() and w.shape[w.dim() - 1 - len(own) : -1] == own
     if not is_whole or _needs_graph(transform, w):
         return transform(w)

@@ -11,6 +11,7 @@ from pyro.distributions import constraints
 from torch.distributions import biject_to
 
 from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
     FixedGrid,
     InterpolantDistribution,
     Samples,
@@ -94,6 +95,13 @@ def test_moments_have_the_shape_of_batch_and_context():
     again = given.sample((20_000,))
     error = 5 * again.std(0) / 140 + 5 * found.mean_stderr
     assert ((found.mean - again.mean(0)).abs() < error).all()
+
+
+def test_moments_of_each_context_by_vmap():
+    flow = random_flow(2, (8, 8), context_dim=3, solver=FixedGrid(2))
+    family, context = ConditionalInterpolantDistribution(flow).freeze(), torch.randn(2, 3)
+    found = torch.func.vmap(lambda c: family.condition(c).mean)(context)
+    assert torch.allclose(found, family.condition(context).mean)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import random_flow
 from pyro.distributions import constraints
+from pyro.ops.provenance import track_provenance
 
 from pyro_interpolant import ConditionalInterpolantDistribution, FixedGrid, InterpolantDistribution
 from pyro_interpolant.transforms import monotone
@@ -214,3 +215,12 @@ def test_numbers_that_a_short_type_does_not_tell_apart_are_solved_for(own):
     x, alone = d.icdf(q), own(lambda: d.icdf(q))
     assert float((x - alone).abs().max()) <= 2 / 16
     assert (x.diff(dim=0) >= 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 1)])
+def test_contexts_whose_origin_pyro_tracks(shape):
+    """As in ``render_model``; slices of their shape are plain tuples."""
+    flow = random_flow(1, (8,), context_dim=1, solver=FixedGrid(2))
+    context = track_provenance(torch.randn(shape), frozenset({"a"}))
+    given = ConditionalInterpolantDistribution(flow).freeze().condition(context)
+    assert tuple(given.sample((300,)).shape) == (300, *shape)
