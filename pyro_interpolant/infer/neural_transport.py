@@ -5,7 +5,7 @@ By ``neutra``, as ``reparam`` does it for learned priors inside of a model.
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to
 
 from ..distributions.constraints import is_all_real
+from ..transforms.bijections import Unseen
 from .autoguide import AutoInterpolant
 from .reparam import is_conditioned, requested_value
 from .sites import (
@@ -69,10 +70,11 @@ class Neutra:
         first, transform = self._first(), self._transform(*args, **kwargs)
         base = self.guide.get_base_dist()  # not scored: the density is the model's
         with self._start(*args, **kwargs):
-            w = pyro.sample(first + _SITE, base.mask(mask=False))
-            if self.student is not None:  # a view, which the caches of its transforms do not know
-                w = w.view_as(w)
-        z = transform(w)
+            points = [pyro.sample(first + _SITE, base.mask(mask=False))]
+        chain = transform.parts if isinstance(transform, ComposeTransform) else [transform]
+        for part in chain:
+            points.append(part(points[-1]))
+        z = points[-1]
         parts = {name: (real, t) for name, t, real in self.sites.split(z)}
         images = _Images(parts, self.sites.shapes, z)
         with images:
@@ -83,15 +85,14 @@ class Neutra:
                 f"{sorted(images.parts)}"
             )
         if poutine.get_mask() is not False:
-            log_det = images.total + transform.log_abs_det_jacobian(w, z)
             with _unweighted():
-                pyro.factor(first + _JACOBIAN, log_det)
+                pyro.factor(first + _JACOBIAN, images.total + _log_det(chain, points))
         return result
 
     def _transform(self, *args: object, **kwargs: object) -> Transform:
         """Return the map from base space to the unconstrained vector."""
         if self.student is not None:
-            return ComposeTransform(self.student.transforms)
+            return ComposeTransform([Unseen(), *self.student.transforms])
         return self.guide.get_transform(*args, **kwargs)
 
     def _first(self) -> str:
@@ -139,6 +140,20 @@ class Neutra:
         transform = self._transform(*args, **kwargs)
         sites = self.sites.unpack(transform(base.reshape(-1, dim)))
         return {k: v.reshape(base.shape[:-1] + v.shape[1:]) for k, v in sites.items()}
+
+
+def _log_det(chain: Sequence[Transform], points: Sequence[Tensor]) -> Tensor:
+    """Return the log-determinant, shape ``(*)``, of transforms; compositions call them again.
+
+    Args:
+        chain: The transforms.
+        points: What they were given one after another, and the end, each of shape ``(*, D)``.
+    """
+    total = points[0].new_zeros(points[0].shape[:-1])
+    for part, x, y in zip(chain, points[:-1], points[1:], strict=True):
+        term = part.log_abs_det_jacobian(x, y)
+        total = total + sum_rightmost(term, term.dim() - x.dim() + 1)
+    return total
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@ r"""Bijections around a flow: into whitened coordinates before it, onto a suppor
 ``Whiten`` is :math:`w = L^{-1}(x - \mathrm{loc})`, which takes a base that is given in data
 coordinates to where the velocity moves. ``PerEvent`` wraps a bijection from real vectors to a
 support, such as :math:`y_i = e^{x_i}`, so that its log-determinant is one number an event;
-``Cached`` remembers pairs as well, so that a sample is not inverted again.
+``Cached`` remembers pairs as well, so that a sample is not inverted again; ``Unseen`` keeps the
+caches of other libraries from doing so.
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,23 @@ class Whiten(RealVectorTransform):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``-log |det L|``, shape ``(*)``."""
         return (-self.whitening.log_det).expand(x.shape[:-1])
+
+
+class Unseen(RealVectorTransform):
+    """The identity, to a view, which the caches of transforms behind it have not seen.
+
+    Of a tensor that they have seen, Pyro's give back the way without gradients, or a freed graph.
+    """
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return zeros, shape ``(*)``, for vectors of shape ``(*, D)``."""
+        return x.new_zeros(x.shape[:-1])
 
 
 class PerEvent(RealVectorTransform):

@@ -25,7 +25,7 @@ from ..distributions.report import with_error
 from ..distributions.supports import CircularSupport, Support, only_possible, support_of
 from ..training.loop import check_ranges
 from ..training.whitening import moments
-from ..transforms.bijections import Whiten
+from ..transforms.bijections import Unseen, Whiten
 from ..transforms.whitening import DenseWhitening
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ class StudentTransforms(nn.Module):
             space: Where they lead, or None for real vectors.
         """
         space = support_of(constraints.real_vector) if space is None else space
-        return Student(standard_normal(like), self.chain(), ends, space)
+        return Student(standard_normal(like), [Unseen(), *self.chain()], ends, space)
 
     def learn(
         self, rows: Tensor, steps: int, batch_size: int, learning_rate: float, *, progress: bool
