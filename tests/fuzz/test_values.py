@@ -436,8 +436,6 @@ def check_condition(case: tuple[Context, Value]) -> str:
     if is_bad:
         return f"condition: {end}"
     one = end.answer
-    while context.dim() > 1 and context.shape[0] == 1:  # of no meaning
-        context = context[0]
     assert one.batch_shape == context.shape[:-1]
     known = member(one, context.to(dtype), own=recipe.own)
     x = value.of(known)
