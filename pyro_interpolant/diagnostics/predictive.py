@@ -181,7 +181,7 @@ def tarp(
     """Return the shares of draws that are nearer to a reference than the row is.
 
     The reference of each row is another row, drawn at random; distances are in units of the
-    columns' deviations, by their quartiles.
+    columns' deviations, but for 5% of the rows on each side.
 
     Args:
         distribution: As in :func:`pit`.
@@ -234,7 +234,8 @@ class _Rows:
         if isinstance(density, InterpolantDistribution) and density.batch_shape:
             raise ValueError(
                 f"expected one density, got a batch of shape {tuple(density.batch_shape)}: pass "
-                "the conditional flow itself, and context=..., one for each row"
+                "the conditional flow itself, and context=..., one for each row; or condition it "
+                "on one context, of shape (C,)"
             )
         self.distribution = density
         self.x = checked_rows(_packed(density, x), "x", density.row_shape).to(flow.loc)

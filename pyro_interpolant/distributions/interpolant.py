@@ -355,12 +355,18 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
         transform = self.transform.condition(context)
         new = InterpolantDistribution(transform, self.base, support=self.constraint)
         new.columns = self.columns
-        return new.expand(self._batch_of(context))
+        return new.expand(self._batch_of(context, new))
 
-    def _batch_of(self, context: Tensor) -> torch.Size:
-        """Return the batch shape of a context, shape ``(*, C)``; its flow drops leading ones."""
+    def _batch_of(self, context: Tensor, new: InterpolantDistribution) -> torch.Size:
+        """Return the batch shape given a context, shape ``(*, C)``, whose leading ones count.
+
+        Args:
+            context: The context.
+            new: The distribution given it, whose flow drops them: its batch is that of bounds and
+                of a base, too.
+        """
         labels = self.transform.flow.classes and not context.is_floating_point()
-        return context.shape if labels else context.shape[:-1]
+        return broadcast_batch(context.shape if labels else context.shape[:-1], new.batch_shape)
 
     def given(self, context: Tensor | None) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``, as :meth:`condition`.

@@ -186,9 +186,10 @@ class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolant
             ValueError: If the last dimension is not the velocity's ``context_dim``.
         """
         transform = self.transform.condition(context)
-        return JointInterpolantDistribution(
+        new = JointInterpolantDistribution(
             transform, self.base, sites=self.sites, support=self.constraint
-        ).expand(self._batch_of(context))
+        )
+        return new.expand(self._batch_of(context, new))
 
     def __repr__(self) -> str:
         """Name the sites, with their shapes and supports."""

@@ -145,7 +145,7 @@ def verdict_on(
     # Data that are no sample sites, but functions of numbers drawn otherwise, have no density,
     # and the density of all data is not that of those that are there, where some are missing.
     is_whole = {*fresh.latents} < {*simulator.sampled} <= {*fresh.latents, *fresh.data}
-    is_whole = is_whole and not simulator.hides()
+    is_whole = is_whole and not simulator.hides
     packed = rows, context
     found = _weighed(posterior, fresh, packed, sites, clock) if is_whole else []
     levels = torch.tensor(_LEVELS, dtype=torch.float64)

@@ -196,7 +196,9 @@ class AmortizedInterpolant(AutoInterpolant):
         Raises:
             ValueError: If the data are not there, or of another shape than in the simulations.
         """
-        return self._conditioned(self._context(self._data(*args, **kwargs)))
+        context = self._context(self._data(*args, **kwargs))
+        is_single = context.shape[:-1].numel() == 1  # in a plate of one, too
+        return self._conditioned(context.flatten() if is_single else context)
 
     def likely_point(self, *args: object, **kwargs: object) -> Tensor:
         """Return where the posterior given the data is high, shape ``(D,)``.
@@ -230,7 +232,7 @@ class AmortizedInterpolant(AutoInterpolant):
             UserWarning: If the guide was trained in rounds for other data.
         """
         own, context = self.posterior, self._context(data)
-        posterior = self._conditioned(context).expand(context.shape[:-1])
+        posterior = self._conditioned(context)
         posterior.transform.trains_weights = False  # it is there to be read
         posterior.report = own.report
         return posterior
@@ -460,7 +462,7 @@ class AmortizedInterpolant(AutoInterpolant):
         seed, count = settings["seed"], len(found.log_prior) + found.improper
         with seeded(seed):
             known = self._context(self._data(*sites.args, **sites.kwargs))
-            density = None if simulator.hides() else known_log_joint(sites)
+            density = None if simulator.hides else known_log_joint(sites)
         regions: list[Region] = []
         for i in range(1, source.rounds):
             if training.stopped_by == "interrupt":

@@ -121,8 +121,8 @@ def importance(
             density cannot be evaluated; see :func:`~pyro_interpolant.log_joint`.
 
     Warns:
-        UserWarning: If k-hat is above 0.7, or data are missing in what an
-            :class:`~pyro_interpolant.AmortizedInterpolant` is given, where the model weighs all.
+        UserWarning: If k-hat is above 0.7, or the model weighs data that are hidden from an
+            :class:`~pyro_interpolant.AmortizedInterpolant`, such as those that are missing.
 
     References:
         Vehtari, Simpson, Gelman, Yao & Gabry, *Pareto Smoothed Importance Sampling*, JMLR 2024,
@@ -150,12 +150,12 @@ def importance(
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
         observed = getattr(guide, "observed", None)  # of an AmortizedInterpolant
-        is_whole = observed is None or not Simulator(sites, observed).hides()
+        is_whole = observed is None or not Simulator(sites, observed).hides
     if not is_whole:
         warn_user(
-            f"the weights are for all data in the arguments, and the guide is given {observed}, "
-            "where some are missing: a zero in their place is weighed as data. The guide's own "
-            "draws are those given what is there; guide.calibration() judges them"
+            "the weights are for all data in the arguments, of which the guide is given "
+            f"{observed} alone: its own draws are those given that, which guide.calibration() "
+            "judges. Where data are missing, what is in their place is weighed as data"
         )
     with seeded(seed):
         posterior = guide.get_posterior(*args, **kwargs)

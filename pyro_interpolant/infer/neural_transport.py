@@ -143,7 +143,9 @@ class Neutra:
 
 
 def _log_det(chain: Sequence[Transform], points: Sequence[Tensor]) -> Tensor:
-    """Return the log-determinant, shape ``(*)``, of transforms; compositions call them again.
+    """Return the log-determinant, shape ``(*)``, of transforms.
+
+    As :class:`~torch.distributions.ComposeTransform` does, which would call each once more.
 
     Args:
         chain: The transforms.

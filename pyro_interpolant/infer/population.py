@@ -204,8 +204,7 @@ def from_posterior_samples(
     clock = _checked_clock(support, steps, max_seconds, validation)
     x = checked_rows(draws, "draws", (None, None))
     log_prior = log_interim_prior(x) if callable(log_interim_prior) else log_interim_prior
-    log_prior = checked_rows(log_prior, "log_interim_prior", (x.shape[1],))
-    log_prior = log_prior.to(x.device, torch.float64)  # whose constant may be large
+    log_prior = checked_rows(log_prior, "log_interim_prior", (x.shape[1],)).double()
     if len(log_prior) != len(x):
         raise ValueError(
             f"expected log_interim_prior of shape {tuple(x.shape[:2])}, got "
@@ -290,7 +289,7 @@ def _names_of_latents(
 ) -> tuple[str, ...]:
     """Return the names of the columns of latents: those of y, or of what they start from.
 
-    Beside a function, y may be other numbers than x, of which those are that a start tells of.
+    Beside a function, y may be other numbers than x: names of x are then those of the start.
     """
     of_y, of_start = names_of(y), names_of(start)
     is_other = callable(noise) and bool(of_start) and set(of_start) != set(of_y)

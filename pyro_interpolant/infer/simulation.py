@@ -203,9 +203,10 @@ class Simulator:
             good[name] = good[name] & inside.reshape(count, -1).all(1)
         return good
 
+    @functools.cached_property
     @torch.no_grad()
     def hides(self) -> bool:
-        """Return whether numbers of the data may be others while all that is observed stays.
+        """Whether numbers of the data may be others while all that is observed stays.
 
         So may those that are missing in it. The density of all data is then not that of what is
         observed. Numbers of each of two simulations are replaced, one at a time, by the other's.
@@ -216,7 +217,8 @@ class Simulator:
         found = self._drawn(2, self.batching)
         for name, i in itertools.product(hidden, range(2)):
             own, other = found.data[name].reshape(2, -1)[[i, 1 - i]]
-            at = torch.linspace(0, len(own) - 1, _REPLACED).long().unique()
+            most = max(1, min(_REPLACED, self.rows - 1))
+            at = torch.linspace(0, len(own) - 1, most).long().unique()
             rows = own.repeat(len(at) + 1, 1)  # the last stays as it is
             rows[torch.arange(len(at)), at] = other[at]
             values = {k: (found.latents | found.data)[k][i] for k in self.sampled}

@@ -38,8 +38,8 @@ def optimal_transport(
     The assignment is exact, within the batch, without replacement; rows of data keep their place,
     so they stay beside their context. With a context, each base draw has the context of the row of
     its own index, and the cost becomes :math:`|x_0 - x_1|^2 + 10\,|c_0 - c_1|^2`, contexts in
-    units of their deviation by quartiles, which far ones do not change: draws are exchanged only
-    between rows of like context. What remains is a bias: draws for one context are no longer
+    units of the deviation of their middle 90%, which far ones do not change: draws are exchanged
+    only between rows of like context. What remains is a bias: draws for one context are no longer
     exactly distributed as the base, by an amount that shrinks as the batch grows and rows of like
     context become many.
 

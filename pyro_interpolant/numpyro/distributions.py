@@ -200,7 +200,8 @@ class ConditionalInterpolantDistribution:
             for t in self.transforms
         ]
         flows = (t for t in self.transforms if isinstance(t, InterpolantTransform))
-        base = self.base_dist.expand(next(t for t in flows if t.context_dim).batch_of(context))
+        batch = next(t for t in flows if t.context_dim).batch_of(context)
+        base = self.base_dist.expand(jnp.broadcast_shapes(batch, self.base_dist.batch_shape))
         sites = json.loads(self._sites)
         if sites:
             return JointInterpolantDistribution(base, transforms, sites=sites)

@@ -288,7 +288,7 @@ def _check_single(distribution: InterpolantDistribution) -> None:
     if distribution.batch_shape:
         raise ValueError(
             f"expected one flow, got a batch of shape {tuple(distribution.batch_shape)}: draw one "
-            "of them, such as that given one context"
+            "of them, such as that given one context, of shape (C,)"
         )
 
 

@@ -37,7 +37,7 @@ class Whiten(RealVectorTransform):
 class Unseen(RealVectorTransform):
     """The identity, to a view, which the caches of transforms behind it have not seen.
 
-    Of a tensor that they have seen, Pyro's give back the way without gradients, or a freed graph.
+    Given a tensor again, Pyro's return what was computed without gradients, or a freed graph.
     """
 
     def _call(self, x: Tensor) -> Tensor:

@@ -79,3 +79,12 @@ def test_a_far_draw_hides_nothing(which):
     sets = [torch.randn(200, 1), torch.randn(200, 1) + 3]
     sets[which][0] = 1e6
     assert c2st(*sets, folds=1).accuracy > 0.85
+
+
+@pytest.mark.slow
+def test_what_is_far_is_not_all_one():
+    def spike_and(place):
+        is_far = torch.rand(500, 1) < 0.2
+        return torch.where(is_far, place + 0.1 * torch.randn(500, 1), 0.01 * torch.randn(500, 1))
+
+    assert c2st(spike_and(3.0), spike_and(9.0), folds=2).accuracy > 0.56

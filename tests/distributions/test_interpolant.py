@@ -877,3 +877,16 @@ def test_no_rows():
         pyro_interpolant.conditional_interpolant_transform(1, 2)
     ).freeze()
     assert scalars.condition(torch.empty(0, 2)).sample().shape == (0, 1)
+
+
+@pytest.mark.parametrize("context", [(3,), (1, 3), (5, 1, 3)], ids=str)
+@pytest.mark.parametrize("of", ["bounds", "base"])
+def test_the_batch_given_a_context_is_that_of_bounds_and_base_too(context, of):
+    bounds = constraints.interval(torch.zeros(4, 2), torch.ones(4, 2))
+    options = {"support": constraints.independent(bounds, 1)}
+    if of == "base":
+        options = {"base": dist.Normal(torch.zeros(4, 2), 1.0).to_event(1)}
+    family = ConditionalInterpolantDistribution(random_flow(2, context_dim=3), **options)
+    d = family.condition(torch.randn(context))
+    assert d.batch_shape == torch.broadcast_shapes(context[:-1], (4,))
+    assert d.log_prob(d.sample()).shape == d.batch_shape

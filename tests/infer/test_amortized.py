@@ -518,7 +518,7 @@ def test_data_that_the_type_of_the_guide_rounds_away_are_told_of():
 )
 def test_data_that_may_change_unseen_are_hidden(model, name, expected):
     args = (torch.zeros(ROWS),) if model is rows_of_a_normal else (torch.zeros(6), torch.ones(6))
-    assert simulator_of(model, *args, observed=(name,)).hides() == expected
+    assert simulator_of(model, *args, observed=(name,)).hides == expected
 
 
 @pytest.mark.slow
