@@ -108,7 +108,7 @@ class _InBaseSpace(Reparam):
 def _config(site: dict[str, Any]) -> Reparam | None:
     """Return how a site is sampled, or None as it is."""
     flow = _flow_in(site["fn"])
-    if site["value"] is not None or site["is_observed"] or flow is None:
+    if _is_drawn(site) or site["is_observed"] or flow is None:
         return None
     stack = list(reversed(_PYRO_STACK))  # from the inside
     here = [isinstance(h, handlers.reparam) and h.config is _config for h in stack].index(True)
@@ -117,6 +117,11 @@ def _config(site: dict[str, Any]) -> Reparam | None:
     base = {**site, "name": site["name"] + _BASE, "fn": _base_of(flow, site["fn"])}
     given, start = is_given(site, base, others)
     return None if given else _InBaseSpace(flow, start)
+
+
+def _is_drawn(site: dict[str, Any]) -> bool:
+    """Return whether a site has its value already, as those that control flow records."""
+    return site["value"] is not None
 
 
 def _flow_in(fn: dist.Distribution) -> InterpolantDistribution | None:
@@ -167,7 +172,7 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
     Raises:
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro.
         ValueError: If it is not trained; when the model runs, if it has not the latent sites that
-            the guide has seen.
+            the guide has seen, or draws one inside NumPyro's ``scan`` or ``cond``.
 
     References:
         Hoffman et al., *NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural
@@ -238,6 +243,11 @@ class _Images(Reparam):
             raise ValueError(
                 f"expected site {site['name']!r} to be latent, as when the guide was set up, got "
                 "it observed: train a guide of the model with these data"
+            )
+        if _is_drawn(site):
+            raise ValueError(
+                f"site {site['name']!r} is inside scan or cond, where it cannot be replaced: "
+                "sample the model itself, NUTS(model), or base_space(model)"
             )
         return self
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import slow_but
 from numpyro import handlers, infer
+from numpyro.contrib.control_flow import cond, scan
 from numpyro.infer.reparam import NeuTraReparam
 
 from pyro_interpolant import AutoInterpolant as TorchGuide
@@ -328,6 +329,22 @@ def test_the_model_in_the_base_space_of_a_guide():
     guide.model = lambda y: None
     with pytest.raises(ValueError, match=r"got a model without \['x'\]"):
         handlers.seed(neutra(guide), KEY)(y)
+
+
+def in_scan():
+    scan(lambda x, _: (numpyro.sample("x", dist.Normal(x)), None), 0.0, None, length=2)
+
+
+def in_cond():
+    cond(True, *[lambda _: numpyro.sample("x", dist.Normal())] * 2, None)  # noqa: FBT003
+
+
+@pytest.mark.parametrize("model", slow_but([in_scan, in_cond], in_cond))
+def test_sites_inside_control_flow_have_no_base_space_of_a_guide(model):
+    """It draws them itself, and shows what it drew."""
+    guide, _, _ = known_guide(model)
+    with pytest.raises(ValueError, match=r"site 'x' is inside scan or cond, .* NUTS\(model\)"):
+        handlers.seed(neutra(guide), KEY)()
 
 
 @pytest.mark.slow
