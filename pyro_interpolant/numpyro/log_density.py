@@ -53,7 +53,7 @@ def _log_prob(name: str, site: Site, latents: Mapping[str, Array]) -> Array:
         return jnp.sum(innermost(fn).log_factor)
     log_prob = fn.log_prob(value) if scale is None else scale * fn.log_prob(value)
     if name in latents:
-        check_fixed_shape(name, fn, value)
+        check_fixed_shape(name, fn, value, draws_of(site))
         left_out = log_prob_left_out(fn, value)
         if left_out is not None:
             log_prob = log_prob + left_out
@@ -61,18 +61,27 @@ def _log_prob(name: str, site: Site, latents: Mapping[str, Array]) -> Array:
     return where_valid(fn, value, log_prob).sum()
 
 
-def check_fixed_shape(name: str, fn: dist.Distribution, value: Array) -> None:
+def draws_of(site: Site) -> tuple[int, ...]:
+    """Return the shape of the draws that a site is of, in front of its distribution's batch."""
+    return site["kwargs"].get("sample_shape", ())
+
+
+def check_fixed_shape(
+    name: str, fn: dist.Distribution, value: Array, sample_shape: tuple[int, ...]
+) -> None:
     """Raise a ValueError where a site's shape is another than when the guide was set up.
 
     Args:
         name: The site.
         fn: Its distribution.
         value: Its value, of the shape that the guide knows.
+        sample_shape: The shape of the draws that it is of.
     """
-    if jnp.shape(value) != tuple(fn.shape()):
+    shape = tuple(fn.shape(sample_shape))
+    if jnp.shape(value) != shape:
         raise ValueError(
             f"expected site {name!r} of shape {jnp.shape(value)}, as when the guide was set up, "
-            f"got shape {tuple(fn.shape())}: train a new guide with these arguments"
+            f"got shape {shape}: train a new guide with these arguments"
         )
 
 

@@ -22,7 +22,7 @@ from .autoguide import AutoInterpolant, check_guide
 from .bases import Planar, directions, in_planes
 from .distributions import InterpolantDistribution
 from .given import is_given
-from .log_density import check_fixed_shape
+from .log_density import check_fixed_shape, draws_of
 from .supports import Bijection
 from .validity import log_prob_left_out
 
@@ -74,17 +74,20 @@ class _InBaseSpace(Reparam):
 
     Args:
         flow: The flow.
+        shape: The ``sample_shape`` of the site.
         value: Where to start from, on the support, or None.
     """
 
-    def __init__(self, flow: InterpolantDistribution, value: Array | None = None) -> None:
-        self.flow, self.value = flow, value
+    def __init__(
+        self, flow: InterpolantDistribution, shape: tuple[int, ...], value: Array | None
+    ) -> None:
+        self.flow, self.shape, self.value = flow, shape, value
 
     def __call__(self, name: str, fn: dist.Distribution, obs: Array | None) -> tuple[None, Array]:
         """Return no distribution, and the value of the site."""
         flow = self.flow
         with self._start(name, flow):
-            x = numpyro.sample(name + _BASE, _base_of(flow, fn))
+            x = numpyro.sample(name + _BASE, _base_of(flow, fn), sample_shape=self.shape)
         x = directions(x) if _is_angular(flow) else x
         for transform in flow.transforms:
             x = transform(x)
@@ -116,7 +119,7 @@ def _config(site: dict[str, Any]) -> Reparam | None:
     others = [h for i, h in enumerate(stack) if i > here or not isinstance(h, handlers.scope)]
     base = {**site, "name": site["name"] + _BASE, "fn": _base_of(flow, site["fn"])}
     given, start = is_given(site, base, others)
-    return None if given else _InBaseSpace(flow, start)
+    return None if given else _InBaseSpace(flow, draws_of(site), start)
 
 
 def _is_drawn(site: dict[str, Any]) -> bool:
@@ -234,6 +237,7 @@ class _Images(Reparam):
 
     def __init__(self, parts: Mapping[str, Array]) -> None:
         self.parts, self.total = dict(parts), jnp.zeros(())
+        self.shape: tuple[int, ...] = ()  # the sample_shape of the site that comes next
 
     def config(self, site: dict[str, Any]) -> "_Images | None":
         """Return how a site is sampled, or None as it is."""
@@ -249,13 +253,14 @@ class _Images(Reparam):
                 f"site {site['name']!r} is inside scan or cond, where it cannot be replaced: "
                 "sample the model itself, NUTS(model), or base_space(model)"
             )
+        self.shape = draws_of(site)
         return self
 
     def __call__(self, name: str, fn: dist.Distribution, obs: Array | None) -> tuple[None, Array]:
         """Return no distribution, and the value of the site."""
         real, transform = self.parts.pop(name), dist.biject_to(fn.support)
         value = transform(real)
-        check_fixed_shape(name, fn, value)
+        check_fixed_shape(name, fn, value, self.shape)
         mask = get_mask()  # also of handlers around, which have not come to fn yet
         left_out = log_prob_left_out(fn if mask is None else fn.mask(mask), value)
         self.total = self.total + jnp.sum(transform.log_abs_det_jacobian(real, value))

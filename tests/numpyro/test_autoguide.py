@@ -211,10 +211,15 @@ def partly_observed():
         numpyro.sample("y", dist.LogNormal(a, 1.0), obs=jnp.ones(2), obs_mask=SEEN)
 
 
+def repeated():
+    numpyro.sample("x", dist.HalfNormal(1.0), sample_shape=(2,))
+
+
 SEEN = jnp.array([True, False])
+MODELS = [scaled, scoped, masked, partly_observed, repeated]
 
 
-@pytest.mark.parametrize("model", slow_but([scaled, scoped, masked, partly_observed], scoped))
+@pytest.mark.parametrize("model", slow_but(MODELS, scoped))
 def test_jacobians_and_rows_that_are_masked_out_count_once(model):
     """As in torch, whatever scale and mask a latent site has; in base space, too."""
     guide, loc, linear = known_guide(model)
@@ -226,6 +231,7 @@ def test_jacobians_and_rows_that_are_masked_out_count_once(model):
     own = {
         scaled: lambda: 0.5 * prior,
         scoped: lambda: 0.5 * prior,
+        repeated: lambda: dist.HalfNormal(1.0).log_prob(jnp.exp(z)).sum(),
         masked: lambda: prior + rows.log_prob(b).sum(),
         partly_observed: lambda: prior + rows.log_prob(b).sum() + rows.log_prob(1.0),
     }
@@ -341,7 +347,6 @@ def in_cond():
 
 @pytest.mark.parametrize("model", slow_but([in_scan, in_cond], in_cond))
 def test_sites_inside_control_flow_have_no_base_space_of_a_guide(model):
-    """It draws them itself, and shows what it drew."""
     guide, _, _ = known_guide(model)
     with pytest.raises(ValueError, match=r"site 'x' is inside scan or cond, .* NUTS\(model\)"):
         handlers.seed(neutra(guide), KEY)()

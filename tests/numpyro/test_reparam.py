@@ -137,6 +137,20 @@ def test_a_guide_in_data_space(prior, model):
     np.testing.assert_allclose(*bounds)
 
 
+@pytest.mark.slow
+def test_several_draws_in_one_site(prior):
+    def model():
+        numpyro.sample("z", prior, sample_shape=(3,))
+        with numpyro.plate("n", 2):
+            numpyro.sample("rows", prior, sample_shape=(3, 2))
+
+    trace = traced(base_space(model))
+    for name, shape in (("z", (3, 2)), ("rows", (3, 2, 2))):
+        x, z = trace[f"{name}_base"]["value"], trace[name]["value"]
+        assert x.shape == z.shape == shape
+        np.testing.assert_allclose(z, prior.transform(x), rtol=1e-10)
+
+
 def test_an_observed_site_is_left_alone(prior):
     def model():
         numpyro.sample("z", prior, obs=Z)
