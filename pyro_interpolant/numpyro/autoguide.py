@@ -5,7 +5,8 @@ and handed to torch with its gradient; the flow that torch has trained comes bac
 file would hold.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -140,7 +141,8 @@ def fit_guide(
     r"""Train a guide of a NumPyro model, in place, with no gradient through an ODE.
 
     As :func:`pyro_interpolant.fit_guide`, of which it is the twin: by rounds of drawing, weighing
-    and regression from draws of the prior, or by regression on posterior draws. Needs torch.
+    and regression from draws of the prior, or by regression on posterior draws. A guide whose
+    training is refused or interrupted stays as it was. Needs torch.
 
     Args:
         guide: The guide.
@@ -175,29 +177,41 @@ def fit_guide(
     check_guide(guide)
     clock = Clock(max_seconds)
     setup, draw = jax.random.split(key)
-    with handlers.seed(rng_seed=setup):
-        guide._setup_prototype(*args, **kwargs)
-    _check_plates(guide)
-    dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
-    network = autoguide.guide_network(guide.latent_dim, guide.hidden_dims).to(dtype)
-    posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))
-    density = _for_torch(log_density(guide, args, kwargs))
-    limit = Seconds.since(clock.began, autoguide.MODEL_SHARE * max_seconds)
-    settings: dict[str, Any] = {"max_seconds": limit, "seed": seed, "progress": progress}
-    settings |= options or {}
-    if samples is None:
-        start = _prior_draws(guide, draw, args, kwargs, autoguide.PRIOR_DRAWS)
-        training: FitResult | RoundsResult = train_from_density(
-            posterior, density, **{"start": start, **settings}
-        )
-    else:
-        rows = torch.tensor(np.asarray(_packed(guide, samples, args, kwargs)), dtype=dtype)
-        training = fit(posterior, rows, **settings)
-    # The guide's, whose base is N(0, I): fit may have set another.
-    posterior = distributions.InterpolantDistribution(posterior.transform)
-    summary, count, verdict = autoguide.judged(posterior, density, clock, seed)
-    guide.posterior = cast(InterpolantDistribution, from_torch(posterior))
-    return autoguide.GuideResult(*summary, count, verdict, clock.spent(), training)
+    with _kept_if_refused(guide):
+        with handlers.seed(rng_seed=setup):
+            guide._setup_prototype(*args, **kwargs)
+        _check_plates(guide)
+        dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
+        network = autoguide.guide_network(guide.latent_dim, guide.hidden_dims).to(dtype)
+        posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))
+        density = _for_torch(log_density(guide, args, kwargs))
+        limit = Seconds.since(clock.began, autoguide.MODEL_SHARE * max_seconds)
+        settings: dict[str, Any] = {"max_seconds": limit, "seed": seed, "progress": progress}
+        settings |= options or {}
+        if samples is None:
+            start = _prior_draws(guide, draw, args, kwargs, autoguide.PRIOR_DRAWS)
+            training: FitResult | RoundsResult = train_from_density(
+                posterior, density, **{"start": start, **settings}
+            )
+        else:
+            rows = torch.tensor(np.asarray(_packed(guide, samples, args, kwargs)), dtype=dtype)
+            training = fit(posterior, rows, **settings)
+        # The guide's, whose base is N(0, I): fit may have set another.
+        posterior = distributions.InterpolantDistribution(posterior.transform)
+        summary, count, verdict = autoguide.judged(posterior, density, clock, seed)
+        guide.posterior = cast(InterpolantDistribution, from_torch(posterior))
+        return autoguide.GuideResult(*summary, count, verdict, clock.spent(), training)
+
+
+@contextlib.contextmanager
+def _kept_if_refused(guide: AutoInterpolant) -> Iterator[None]:
+    """Leave a guide as it was where its training is refused or interrupted."""
+    before = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(guide).items()}
+    try:
+        yield
+    except BaseException:
+        guide.__dict__ = before
+        raise
 
 
 def check_guide(guide: object) -> None:

@@ -184,6 +184,18 @@ def test_a_plate_that_subsamples_is_no_density():
         fit_guide(AutoInterpolant(model), KEY, **QUICK)
 
 
+def test_a_refused_training_leaves_a_guide_as_it_was():
+    def model(n):
+        with numpyro.plate("rows", n):
+            numpyro.sample("x", dist.Normal())
+
+    guide, _, _ = known_guide(model, 2)
+    before = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(guide).items()}
+    with pytest.raises(TypeError, match="nonsense"):
+        fit_guide(guide, KEY, 3, **QUICK, samples={"x": jnp.ones((9, 3))}, options={"nonsense": 1})
+    assert vars(guide) == before
+
+
 def in_plate(y):
     with numpyro.plate("rows", 3):
         x = numpyro.sample("x", dist.Gamma(3.0, 1.0))
