@@ -56,14 +56,15 @@ def load(path: StrPath, *, dtype: DTypeLike | None = None) -> AnyDistribution:
 
     Args:
         path: The file.
-        dtype: The type of the weights; by default that of the file. In float32 jax computes with
-            float32 whatever the file holds, and says so here if no type is given.
+        dtype: The type of the weights, a floating one; by default that of the file. In float32 jax
+            computes with float32 whatever the file holds, and says so here if no type is given.
 
     Returns:
         An :class:`InterpolantDistribution`, or the joint or conditional kind that was saved.
 
     Raises:
         OSError: If there is no such file, or it cannot be read.
+        TypeError: If dtype is no floating type of numpy or jax.
         ValueError: If the file is damaged, not one of ours, of a newer format, or has a part that
             NumPyro has no twin of; the message names the part.
 
@@ -75,6 +76,8 @@ def load(path: StrPath, *, dtype: DTypeLike | None = None) -> AnyDistribution:
         >>> again.log_prob(again.sample(jax.random.key(0), (10,))).shape
         (10,)
     """
+    if dtype is not None and not _is_floating(dtype):
+        raise TypeError(f"expected dtype of a floating type, such as 'float32', got {dtype!r}")
     header, arrays = read(path)
     try:
         distribution = _built(header, arrays, dtype)
@@ -87,6 +90,14 @@ def load(path: StrPath, *, dtype: DTypeLike | None = None) -> AnyDistribution:
     if dtype is None:
         _warn_if_shortened(header, f"{path} holds", "load with dtype='float32' to say that it may")
     return distribution
+
+
+def _is_floating(dtype: Any) -> bool:
+    """Return whether something names a floating type of numpy or jax."""
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # it names none
+        return False
 
 
 def from_torch(distribution: "FlowOfTorch") -> AnyDistribution:

@@ -249,6 +249,12 @@ def test_a_float64_file_where_jax_has_float32_says_so(path):
     assert prior.sample(jax.random.key(0)).dtype == jnp.float32
 
 
+@pytest.mark.parametrize("dtype", ["int32", bool, "complex64", torch.float32, "half-precision"])
+def test_types_that_are_no_floating_ones(dtype):
+    with pytest.raises(TypeError, match="expected dtype of a floating type, .* got"):
+        load("missing.safetensors", dtype=dtype)
+
+
 @pytest.mark.slow
 def test_values_of_any_type_are_promoted(path):
     save(plain().to(torch.float32), path)
