@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
@@ -315,7 +316,7 @@ class JointInterpolantDistribution(InterpolantDistribution):
                     f"expected site {name!r} of shape (*, {', '.join(map(str, shape))}), got {got}"
                 )
             packed = transform.inv(value).reshape(*value.shape[:batch], math.prod(real))
-            if not_jax_tracer(packed) and not bool(jnp.isfinite(packed).all()):
+            if not_jax_tracer(packed) and not np.isfinite(packed).all():
                 raise ValueError(f"expected site {name!r} strictly inside its support")
             parts.append(packed)
         return jnp.concatenate(parts, -1)

@@ -59,7 +59,7 @@ def is_real(description: Description) -> bool:
     return description in _REAL
 
 
-class OnEvents(Constraint):
+class OnEvents(constraints.ParameterFreeConstraint):
     """A support as a constraint on whole events, known by its description.
 
     Args:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from numpy.typing import NDArray
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
@@ -140,7 +141,7 @@ class InterpolantTransform(RealVectorTransform):
             ValueError: If the last dimension is not C, or a label is known to be of no class.
         """
         if "velocity.classes" in self.weights:
-            context = self._labels(jnp.asarray(context))
+            context = self._labels(context)
         shape = jnp.shape(context)
         if not self.context_dim or shape[-1:] != (self.context_dim,):
             raise ValueError(f"expected a context of shape (*, {self.context_dim}), got {shape}")
@@ -154,14 +155,16 @@ class InterpolantTransform(RealVectorTransform):
         shape = jnp.shape(context)
         return shape if "velocity.classes" in self.weights and not is_floating else shape[:-1]
 
-    def _labels(self, labels: Array) -> Array:
+    def _labels(self, labels: ArrayLike) -> Array:
         """Return labels, ``(*)`` or ``(*, 1)``, as contexts, shape ``(*, 1)``."""
-        classes = self.weights["velocity.classes"]
-        if not jnp.issubdtype(labels.dtype, jnp.floating):
-            labels = labels[..., None]
-        if not_jax_tracer(labels) and not bool(jnp.isin(labels, classes).all()):
-            raise ValueError(f"expected labels from 0 to {len(classes) - 1}, got others")
-        return labels
+        count = len(self.weights["velocity.classes"])
+        # By numpy, which knows values under jit, too, where jax traces what is made of them.
+        are_known = all(map(not_jax_tracer, jax.tree.leaves(labels)))
+        if are_known and not np.isin(np.asarray(labels), np.arange(count)).all():
+            raise ValueError(f"expected labels from 0 to {count - 1}, got others")
+        labels = jnp.asarray(labels)
+        is_floating = jnp.issubdtype(labels.dtype, jnp.floating)
+        return labels if is_floating else labels[..., None]
 
     def __call__(self, x: Array) -> Array:
         """Return the data, shape ``(*, D)``, of whitened base draws of that shape."""

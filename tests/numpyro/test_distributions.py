@@ -309,6 +309,20 @@ def test_values_of_a_wrong_shape(shape, known):
         known("plain").transform(jnp.zeros(shape))
 
 
+def test_flows_with_a_support_are_mixed():
+    parts = from_torch(plain(support=dist.constraints.positive)).expand((3,))
+    mixture = ndist.MixtureSameFamily(ndist.Categorical(logits=jnp.zeros(3)), parts)
+    assert mixture.support == parts.support
+
+
+def test_sites_of_known_values_are_packed_under_jit():
+    sites = {"a": ((), dist.constraints.real), "b": ((1,), dist.constraints.real)}
+    flow = pi.JointInterpolantDistribution(random_flow(2), sites=sites)
+    draws = {"a": jnp.ones(3), "b": jnp.zeros((3, 1))}
+    found = jax.jit(lambda x: x + from_torch(flow).pack(draws))(0.0)
+    np.testing.assert_allclose(found, [[1.0, 0.0]] * 3)
+
+
 def test_what_has_no_closed_form_says_so(known):
     d = known("plain")
     for wanted in (lambda: d.mean, lambda: d.variance, d.entropy):

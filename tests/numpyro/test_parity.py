@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as ndist
+import pyro.distributions as dist
 import pytest
 import torch
 from cases import (
@@ -40,6 +42,7 @@ from pyro_interpolant import (
     circular,
 )
 from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
+from pyro_interpolant.numpyro import from_torch
 
 ROWS = 6
 
@@ -384,6 +387,29 @@ def test_labels_of_classes(kind, twin):
     unknown = jax.jit(lambda label: other.condition(label).log_prob(x[0, 0].numpy()))
     assert np.isnan(unknown(3))
     assert np.isfinite(unknown(2))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_labels_that_are_known_are_checked_under_jit(kind):
+    velocity = VelocityMLP(2, (4,), classes=3)
+    flow = ConditionalInterpolantDistribution(ConditionalInterpolantTransform(velocity))
+    other = from_torch(flow.freeze())
+    for labels in ([[0.0], [2.0]], [0, 2]):
+        known, wrong = kind(labels), kind(labels) + 1
+        found = jax.jit(lambda x, c=known: x + other.condition(c).transform.context)(0.0)
+        assert found.ravel().tolist() == [0.0, 2.0]
+        with pytest.raises(ValueError, match="labels from 0 to 2"):
+            jax.jit(lambda x, c=wrong: x + other.condition(c).transform.context)(0.0)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_flows_with_a_support(twin):
+    flow = family(support=constraints.positive).freeze()
+    contexts, probs, x = torch.randn(2, 3), torch.tensor([0.3, 0.7]), torch.rand(4, 2)
+    expected = dist.MixtureSameFamily(dist.Categorical(probs), flow.condition(contexts))
+    parts = twin(flow).condition(contexts.numpy())
+    mixture = ndist.MixtureSameFamily(ndist.Categorical(probs.numpy()), parts)
+    assert_equal(mixture.log_prob(x.numpy()), expected.log_prob(x))
 
 
 @pytest.mark.slow
