@@ -118,7 +118,7 @@ def write(
     path = Path(os.path.realpath(path))
     mode = _mode_of(path)
     # A name of its own: another process that writes the same file neither sees nor removes it.
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    scratch = path.with_name(f".{_short(path)}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
         # As any new file, the umask taken off, or with the mode of what it replaces.
         with open(scratch, "xb", opener=partial(os.open, mode=mode or 0o666)) as file:
@@ -132,8 +132,10 @@ def write(
             with suppress(FileNotFoundError):  # another process has just done so
                 os.replace(path, previous)
         os.replace(scratch, path)
-    except BaseException:
+    except BaseException as error:
         scratch.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is not None:
+            error.filename = str(path)  # which is known to who called
         raise
     _remove_stale(path)
 
@@ -170,12 +172,18 @@ def _mode_of(path: Path) -> int | None:
     return stat.S_IMODE(mode)
 
 
+def _short(path: Path) -> str:
+    """Return the name of a file, or of a long one a number, to which more can be added."""
+    name = os.fsencode(path.name)
+    return path.name if len(name) < 200 else f"{zlib.crc32(name):08x}"
+
+
 def _remove_stale(path: Path) -> None:
     """Remove what killed processes left of writes to a file.
 
     Age tells, and not whether a process of that number runs: it may be one of another machine.
     """
-    names = re.compile(rf"\.{re.escape(path.name)}(\.\d+\.[0-9a-f]{{8}})?\.partial")
+    names = re.compile(rf"\.{re.escape(_short(path))}(\.\d+\.[0-9a-f]{{8}})?\.partial")
     # The file itself is written; and another process may be first.
     with suppress(OSError), os.scandir(path.parent) as entries:
         for entry in entries:

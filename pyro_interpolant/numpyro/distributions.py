@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.distributions.batch_util import promote_batch_shape
@@ -95,6 +95,9 @@ class InterpolantDistribution(dist.TransformedDistribution):
                 f"expected a value of shape (*, {', '.join(map(str, self.event_shape))}), got "
                 f"{shape}.{hint if self.event_shape == (1,) else ''}"
             )
+        batch = lax.broadcast_shapes(shape[: len(shape) - event], self.batch_shape)
+        if 0 in batch:  # of which NumPyro's own make errors
+            return jnp.zeros(batch, jnp.result_type(value, self.transform.weights["loc"]))
         if intermediates:
             return self._of_drawn(value, intermediates)
         x, finite = value, jnp.ones((), bool)
@@ -107,6 +110,9 @@ class InterpolantDistribution(dist.TransformedDistribution):
         log_prob = base_log_prob(self.base_dist, x) - log_det
         unknown = jnp.isnan(value).any(tuple(range(len(shape) - event, len(shape))))
         return jnp.where(finite, log_prob, jnp.where(unknown, jnp.nan, -jnp.inf))
+
+    def _validate_sample(self, value: Array) -> Any:
+        return super()._validate_sample(value) if jnp.size(value) else True
 
     def _of_drawn(self, value: Array, intermediates: Sequence[Any]) -> Array:
         """Return the log-density, shape ``(*)``, of what was just drawn."""

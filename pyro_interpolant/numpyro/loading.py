@@ -118,8 +118,15 @@ def from_torch(distribution: "FlowOfTorch") -> AnyDistribution:
     from ..distributions.description import describe
 
     header, tensors = describe(distribution)
-    _warn_if_shortened(header, "the flow is of", "convert the flow, .to(torch.float32)")
-    return _built(header, {name: tensor.numpy() for name, tensor in tensors.items()}, None)
+    remedy = "convert the flow, .to(torch.float32)"
+    _warn_if_shortened(header, "the flow is of", remedy)
+    try:
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    except TypeError as error:
+        raise ValueError(
+            f"expected tensors of types that numpy has, got others ({error}): {remedy}"
+        ) from error
+    return _built(header, arrays, None)
 
 
 def _warn_if_shortened(header: Mapping[str, Any], what: str, remedy: str) -> None:

@@ -323,6 +323,13 @@ def test_sites_of_known_values_are_packed_under_jit():
     np.testing.assert_allclose(found, [[1.0, 0.0]] * 3)
 
 
+def test_no_rows_have_no_densities(known):
+    none_given = from_torch(family()).condition(jnp.zeros((0, 3)))
+    for flow, shape in ((known("plain"), (4, 0)), (none_given, (0,)), (none_given, ())):
+        expected = shape or (0,)
+        assert flow.log_prob(jnp.zeros((*shape, 2))).shape == expected
+
+
 def test_what_has_no_closed_form_says_so(known):
     d = known("plain")
     for wanted in (lambda: d.mean, lambda: d.variance, d.entropy):

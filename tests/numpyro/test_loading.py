@@ -30,7 +30,7 @@ from pyro_interpolant import (
 from pyro_interpolant.distributions import constraint_description
 from pyro_interpolant.distributions.description import NotPassedError, PartError, build, describe
 from pyro_interpolant.numpyro import flow as numerics
-from pyro_interpolant.numpyro import load, loading, supports
+from pyro_interpolant.numpyro import from_torch, load, loading, supports
 
 KEY = "pyro_interpolant"
 
@@ -253,6 +253,11 @@ def test_a_float64_file_where_jax_has_float32_says_so(path):
 def test_types_that_are_no_floating_ones(dtype):
     with pytest.raises(TypeError, match="expected dtype of a floating type, .* got"):
         load("missing.safetensors", dtype=dtype)
+
+
+def test_a_type_that_numpy_has_not():
+    with pytest.raises(ValueError, match=r"types that numpy has, .*\.to\(torch\.float32\)"):
+        from_torch(plain().to(torch.bfloat16))
 
 
 @pytest.mark.slow
