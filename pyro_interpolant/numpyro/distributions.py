@@ -285,6 +285,8 @@ class JointInterpolantDistribution(InterpolantDistribution):
             ``do``, ``condition`` and draws given to ``Predictive`` by these names replace values,
             such draws where they have none of the packed vector. None of them changes a density,
             nor what other sites are: to condition on a part of them, learn the others given it.
+            Inside ``scan``, ``cond`` and ``block`` these names are not seen from outside: give
+            values of the packed vector.
         """
         packed, sites = numpyro.sample(name, self), {}
         for k, value in self.unpack(packed).items():

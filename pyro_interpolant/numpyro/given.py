@@ -44,7 +44,7 @@ def is_given(
 def given_value(name: str, packed: str) -> Any:
     """Return the value that a handler gives to a deterministic site by name, or None.
 
-    NumPyro's own pass such sites by, but for ``substitute``.
+    NumPyro's own pass such sites by, but for ``substitute``. None outside of a block is seen.
 
     Args:
         name: The site.
@@ -55,10 +55,12 @@ def given_value(name: str, packed: str) -> Any:
     for handler in reversed(_PYRO_STACK):  # from the inside: the last that gives a value is obeyed
         if isinstance(handler, handlers.scope):
             name, packed = (f"{handler.prefix}{handler.divider}{n}" for n in (name, packed))
+        site = {"type": "deterministic", "name": name}
+        if isinstance(handler, handlers.block) and handler.hide_fn(site):
+            break  # as around each step of scan, which has a part of what is given
         function, value = getattr(handler, "substitute_fn", None), None
         if isinstance(handler, (handlers.condition, handlers.do)):
             data, function = handler.data or {}, getattr(handler, "condition_fn", None)
-            site = {"type": "deterministic", "name": name}
             value = data.get(name) if function is None else function(site)
         elif getattr(function, "__module__", "") == Predictive.__module__:
             draws = next((v for v in _values_of(function) if packed not in v), {})

@@ -13,6 +13,7 @@ from cases import BASES, random_flow, slow_but
 from jax import lax
 from kinds import angles, angular_flow, family, joint, plain, supported
 from numpyro import handlers
+from numpyro.contrib.control_flow import scan
 from numpyro.infer import Predictive
 
 import pyro_interpolant as pi
@@ -415,6 +416,22 @@ def test_values_by_name_replace_those_of_sites(known):
     for values, expected in ((draws, draws), ({"slope": 1 + draws["slope"], "z": packed}, draws)):
         found = Predictive(model, values)(KEY)
         np.testing.assert_allclose(found["slope"], expected["slope"], rtol=1e-12)
+
+
+def test_values_by_name_are_not_seen_inside_blocks(known):
+    """As by NumPyro's own handlers; each step of a scan is inside one."""
+    d, packed = known("joint"), jnp.zeros((3, 5))
+
+    def model():
+        return scan(lambda c, _: (c, d.sample_sites("z")["slope"]), 0.0, None, length=3)[1]
+
+    expected, given = d.unpack(packed)["slope"], {"slope": jnp.arange(3.0), "z": packed}
+    for handler in (handlers.condition, handlers.substitute):
+        found = handlers.seed(handler(model, given), KEY)()
+        np.testing.assert_array_equal(found, expected)
+    hidden = handlers.block(lambda: d.sample_sites("z")["slope"], hide=["slope"])
+    found = handlers.do(handlers.substitute(hidden, {"z": packed[0]}), {"slope": 3.0})()
+    assert found == expected[0]
 
 
 BOUNDED = {
