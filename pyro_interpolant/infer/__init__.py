@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = attach(
     __name__,
     {
-        "amortization": ["AmortizedResult"],
-        "amortized": ["AmortizedInterpolant", "Calibration"],
+        "amortization": ["AmortizedResult", "Calibration"],
+        "amortized": ["AmortizedInterpolant"],
         "autoguide": ["AutoInterpolant", "GuideResult", "fit_guide"],
         "log_density": ["LogJoint", "log_joint"],
         "importance_sampling": ["ImportanceResult", "importance"],

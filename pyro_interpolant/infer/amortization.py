@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from .._torch import are_close, seeded, warn_user
+from ..diagnostics.predictive import CalibrationCheck
 from ..diagnostics.psis import K_HAT_LIMIT, judge
 from ..distributions.constraints import Constraint, flat_names, real_shape
 from ..distributions.interpolant import InterpolantDistribution
@@ -79,6 +80,26 @@ class AmortizedResult(NamedTuple):
     verdict: str
     seconds: float
     training: FitResult
+
+    def __repr__(self) -> str:
+        """Say the verdict."""
+        return self.verdict
+
+
+class Calibration(NamedTuple):
+    """Whether a guide is calibrated, on data sets simulated from its model.
+
+    Attributes:
+        sbc: The ranks of the latents, and of their density, among draws given their data.
+        coverage: The levels of the highest-density regions on whose edge the latents lie.
+        tarp: The shares of draws nearer to random references than the latents are.
+        verdict: What follows, in a sentence.
+    """
+
+    sbc: CalibrationCheck
+    coverage: CalibrationCheck
+    tarp: CalibrationCheck
+    verdict: str
 
     def __repr__(self) -> str:
         """Say the verdict."""

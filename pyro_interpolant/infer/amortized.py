@@ -8,7 +8,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
 from .._torch import seeded, trainable, warn_user
-from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
+from ..diagnostics.predictive import coverage, sbc, tarp
 from ..distributions.constraints import as_tensor
 from ..distributions.joint import (
     ConditionalJointInterpolantDistribution,
@@ -31,6 +31,7 @@ from ..transforms.interpolant import ConditionalInterpolantTransform
 from .amortization import (
     JUDGED_ROWS,
     AmortizedResult,
+    Calibration,
     Region,
     are_enough,
     check_posterior,
@@ -57,26 +58,6 @@ _SIMULATING, _JUDGING = 0.5, 0.05  # of the time at most, for simulations, and f
 # The learning rate beside an embedding, which 1e-2 throws about: after 1,000 steps of 256 sets of
 # 20 rows, a posterior of two modes had 1.4 nats at this rate and 0.5 at that one.
 _EMBEDDING_RATE = 2e-3
-
-
-class Calibration(NamedTuple):
-    """Whether a guide is calibrated, on data sets simulated from its model.
-
-    Attributes:
-        sbc: The ranks of the latents, and of their density, among draws given their data.
-        coverage: The levels of the highest-density regions on whose edge the latents lie.
-        tarp: The shares of draws nearer to random references than the latents are.
-        verdict: What follows, in a sentence.
-    """
-
-    sbc: CalibrationCheck
-    coverage: CalibrationCheck
-    tarp: CalibrationCheck
-    verdict: str
-
-    def __repr__(self) -> str:
-        """Say the verdict."""
-        return self.verdict
 
 
 class AmortizedInterpolant(AutoInterpolant):
@@ -197,8 +178,7 @@ class AmortizedInterpolant(AutoInterpolant):
             ValueError: If the data are not there, or of another shape than in the simulations.
         """
         context = self._context(self._data(*args, **kwargs))
-        is_single = context.shape[:-1].numel() == 1  # in a plate of one, too
-        return self._conditioned(context.flatten() if is_single else context)
+        return self._conditioned(context.flatten() if context.shape[:-1].numel() == 1 else context)
 
     def likely_point(self, *args: object, **kwargs: object) -> Tensor:
         """Return where the posterior given the data is high, shape ``(D,)``.
@@ -231,8 +211,8 @@ class AmortizedInterpolant(AutoInterpolant):
         Warns:
             UserWarning: If the guide was trained in rounds for other data.
         """
-        own, context = self.posterior, self._context(data)
-        posterior = self._conditioned(context)
+        own = self.posterior
+        posterior = self._conditioned(self._context(data))
         posterior.transform.trains_weights = False  # it is there to be read
         posterior.report = own.report
         return posterior

@@ -54,6 +54,11 @@ class Names(NamedTuple):
         found = Names.for_training(distribution, rows, context, anew=True)
         return Names(*(known or new for known, new in zip(self, found, strict=True)))
 
+    def had_by(self, rows: object, context: object = None) -> "Names":
+        """Return these names where rows and contexts, which may be of no names, have any."""
+        found = names_of(rows), names_of(context)
+        return Names(*(known if any(own) else () for known, own in zip(self, found, strict=True)))
+
     def ordered(
         self, distribution: AnyDistribution, rows: Any, context: Any = None, *, name: str = "data"
     ) -> tuple[Any, Any]:

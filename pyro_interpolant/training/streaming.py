@@ -101,8 +101,7 @@ class Stream:
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)
         self.share = validation if isinstance(validation, float) else None
         self.names = Names(distribution.columns, distribution.context_columns)
-        if anew and distribution.report is not None:  # those of an earlier run are forgotten
-            self.names = Names((), ())
+        self.forgets = anew and distribution.report is not None  # names that the data have not
         self.given = None
         if not self.share:
             frames: Any = validation if isinstance(validation, tuple) else (validation,)
@@ -140,6 +139,8 @@ class Stream:
                 f"{', '.join(type(p).__name__ for p in parts)}"
             )
         weights = _part_of_weights(parts[self.parts]) if len(parts) > self.parts else None
+        if self.forgets:
+            self.names, self.forgets = self.names.had_by(*parts[: self.parts]), False
         self.names = self.names.filled(self.distribution, *parts[: self.parts])
         data, context = self.names.ordered(self.distribution, *parts[: self.parts])
         data, context, weights = drop_zero_weights(weights, data, context, part=True)

@@ -345,7 +345,7 @@ def test_no_finite_simulation_is_an_error():
 
 def test_a_site_that_is_not_there_is_an_error_with_those_that_are():
     guide = pi.AmortizedInterpolant(rows_of_a_normal, observed=("x",))
-    with pytest.raises(ValueError, match=r"got \['x'\]: it has \['y', 'mean'\]"):
+    with pytest.raises(ValueError, match=r"got \['x'\]: it has \['y', 'mean', 'first'\]"):
         pi.fit_guide(guide, torch.zeros(ROWS), **QUICK)
     with pytest.raises(ValueError, match="at least one observed site"):
         pi.AmortizedInterpolant(rows_of_a_normal, observed=())
@@ -494,6 +494,15 @@ def test_a_learned_likelihood_of_many_rows_under_nuts():
     sd = (log_p.softmax(0) * (grid - mean) ** 2).sum().sqrt()
     assert abs(draws.mean() - mean) < 0.7 * sd
     assert 0.6 < draws.std() / sd < 1.6
+
+
+def test_data_in_a_plate_of_one_are_one_data_set():
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
+    assert guide(torch.zeros(1, ROWS))["loc"].shape == ()
+    assert pi.importance(guide, torch.zeros(1, ROWS), count=100, seed=0).draws["loc"].shape == (
+        100,
+    )
+    assert guide.condition(y=torch.zeros(1, ROWS)).batch_shape == (1,)
 
 
 def test_data_that_the_type_of_the_guide_rounds_away_are_told_of():
