@@ -189,7 +189,7 @@ def calibrate_until(
     with torch.no_grad(), evaluated(distribution.transform.flow):
         trials = _Trials(distribution.given(context), x, template, tolerance)
         few = trials.affordable(deadline - time.monotonic())
-        if few < len(x):
+        if 0 < few < len(x):
             x, context = x[:few], context if context is None else context[:few]
             trials = _Trials(distribution.given(context), x, template, tolerance)
         steps = trials.fewest(deadline) if few else None
