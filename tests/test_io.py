@@ -609,6 +609,7 @@ def test_the_longest_names_that_a_file_can_have(tmp_path):
     assert os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.slow
 def test_others_may_read_the_file_as_far_as_the_umask_lets_them(path):
     previous = os.umask(0o022)
     try:

@@ -144,6 +144,7 @@ def test_contours_enclose_their_shares():
     assert inside == pytest.approx([0.5, 0.9], abs=0.03)
 
 
+@pytest.mark.slow
 def test_corner_of_named_draws_and_of_frames():
     pd = pytest.importorskip("pandas")
     sites = {"slope": ((2,), constraints.real), "noise": ((), constraints.positive)}

@@ -47,6 +47,7 @@ def test_what_was_learned_of_the_noise_is_kept():
     assert not flow.transform.flow.independent
 
 
+@pytest.mark.slow
 def test_a_run_of_the_first_version_goes_on_to_the_weights_it_would_have_had(tmp_path):
     path = tmp_path / "run.safetensors"
     path.write_bytes((DATA / "run" / "state.safetensors").read_bytes())

@@ -102,6 +102,7 @@ def test_where_no_grid_suffices_it_says_so(monkeypatch):
     assert distribution.transform.solver is grid
 
 
+@pytest.mark.slow
 def test_no_warning_where_one_suffices():
     velocity = narrow_mixture(0.5)
     with warnings.catch_warnings():

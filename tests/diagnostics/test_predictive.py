@@ -296,6 +296,7 @@ def test_low_and_high_are_those_of_the_values_below_a_bound(check):
         assert f"unconstrained column {i} is predicted too low" in found
 
 
+@pytest.mark.slow
 def test_ranks_below_a_bound_agree_with_the_cdf():
     d = InterpolantDistribution(random_flow(1), support=constraints.less_than(0.0)).freeze()
     x = d.sample((100,))

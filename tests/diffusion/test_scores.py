@@ -75,6 +75,7 @@ def test_the_denoiser_is_the_mean_of_the_data_in_data_coordinates(interpolant):
             assert torch.allclose(denoiser(flow, t, y), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_it_agrees_with_the_gradient_of_the_solved_density():
     truth = random_mixture(2, Trigonometric())
     flow, y = flow_of(truth, Trigonometric()), rows(20)
@@ -259,6 +260,7 @@ def test_times_of_another_dimension_behind_a_map():
     assert torch.allclose(found[1], score(behind, 0.5, x))
 
 
+@pytest.mark.slow
 def test_weights_trained_by_a_likelihood_give_no_score(tmp_path):
     flow, x = random_prior(2, frozen=False), torch.randn(20, 2)
     flow.log_prob(x.requires_grad_()).sum().backward()  # a gradient alone changes no weights

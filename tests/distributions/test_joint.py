@@ -264,6 +264,7 @@ def test_from_samples(names):
     assert ((drawn.std(0) / sd - 1).abs() < 0.3).all()
 
 
+@pytest.mark.slow
 def test_from_samples_in_float32():
     draws = {k: v.float() for k, v in draws_of("vector", "scales", rows=100).items()}
     d = quick(draws, support=supports_of("scales"))

@@ -97,6 +97,7 @@ def test_moments_have_the_shape_of_batch_and_context():
     assert ((found.mean - again.mean(0)).abs() < error).all()
 
 
+@pytest.mark.slow
 def test_moments_of_each_context_by_vmap():
     flow = random_flow(2, (8, 8), context_dim=3, solver=FixedGrid(2))
     family, context = ConditionalInterpolantDistribution(flow).freeze(), torch.randn(2, 3)

@@ -496,6 +496,7 @@ def test_a_learned_likelihood_of_many_rows_under_nuts():
     assert 0.6 < draws.std() / sd < 1.6
 
 
+@pytest.mark.slow
 def test_data_in_a_plate_of_one_are_one_data_set():
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
     assert guide(torch.zeros(1, ROWS))["loc"].shape == ()
@@ -505,6 +506,7 @@ def test_data_in_a_plate_of_one_are_one_data_set():
     assert guide.condition(y=torch.zeros(1, ROWS)).batch_shape == (1,)
 
 
+@pytest.mark.slow
 def test_data_that_the_type_of_the_guide_rounds_away_are_told_of():
     def dates(y=None):
         phase = pyro.sample("phase", dist.Normal(torch.tensor(0.0, dtype=torch.float32), 1.0))

@@ -234,6 +234,7 @@ def test_subsampled_data_and_global_latents():
     assert guide.latent_dim == 1
 
 
+@pytest.mark.slow
 def test_predictive_and_psis():
     guide = small()
     drawn = Predictive(model, guide=guide, num_samples=7)(y=None)

@@ -154,6 +154,7 @@ def test_what_weighs_a_model_weighs_it_in_base_space(weigh):
     assert torch.allclose(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_nodes_stay")
 def test_it_starts_where_the_sites_are_told_to():
     guide = small()

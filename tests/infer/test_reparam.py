@@ -794,6 +794,7 @@ def test_draws_in_base_space_become_those_of_the_model(capsys):
     assert all(f"{name}[0" in printed for name in ("scales", "star", "angle"))
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_joint_prior_come_by_name_where_one_is_intervened_on():
     sites = {"mu": ((), constraints.real), "tau": ((), constraints.positive)}
     joint = JointInterpolantDistribution(random_flow(2, solver=STEPS), sites=sites).freeze()
@@ -839,6 +840,7 @@ def test_bijections_are_the_same_where_their_parts_are():
         assert not is_same_map(one, biject_to(constraints.simplex))
 
 
+@pytest.mark.slow
 def test_names_of_a_joint_prior_that_are_other_sites_of_the_model_stay_theirs():
     sites = {"mu": ((), constraints.real), "tau": ((), constraints.positive)}
     joint = JointInterpolantDistribution(random_flow(2, solver=STEPS), sites=sites).freeze()
@@ -855,6 +857,7 @@ def test_names_of_a_joint_prior_that_are_other_sites_of_the_model_stay_theirs():
         assert torch.allclose(found[name], joint.transform(w[f"{name}_base"]))
 
 
+@pytest.mark.slow
 def test_draws_of_a_prior_whose_base_is_a_flow():
     """Two maps, one after another; what is in between is no site of the model."""
     model, _ = flow_base()
@@ -879,6 +882,7 @@ def test_a_prior_on_a_support_that_moves_has_no_one_map_for_all_draws(unit):
         base_space(model).samples({"top": torch.rand(5) + 3, "z_base": torch.randn(5, 1)})
 
 
+@pytest.mark.slow
 def test_a_prior_that_a_latent_site_chooses_has_no_one_map_for_all_draws():
     one, other = random_prior(2), gaussian_prior(torch.zeros(2), torch.eye(2))
 

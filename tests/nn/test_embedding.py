@@ -188,6 +188,7 @@ def test_units_are_dropped_in_training_the_more_the_fewer_rows_there_are():
     assert torch.equal(velocity.embed(context), velocity.eval().embed(context))
 
 
+@pytest.mark.slow
 def test_a_gaussian_that_is_linear_in_its_context_is_known_before_training():
     slope, cov = torch.randn(2, 3), torch.tensor([[0.09, 0.03], [0.03, 0.04]])
     context = 5 + 3 * torch.randn(20_000, 3)
@@ -217,6 +218,7 @@ def test_a_deviation_whose_logarithm_is_linear_in_the_context_is_known_before_tr
         assert (found - expected).abs().mean() < 0.05
 
 
+@pytest.mark.slow
 def test_deviations_are_those_of_the_greatest_likelihood():
     """Where data tell much, one row in fifty is wild: its logarithm is one of many."""
     context = torch.randn(20_000, 1)

@@ -82,6 +82,7 @@ def test_the_density_that_torch_sees():
     np.testing.assert_allclose(torch.stack(found, 1), wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_rows_in_blocks_of_few_sizes(monkeypatch):
     """Padded to the next size, and split at the last; what is padded is not seen."""
     monkeypatch.setattr(module, "_BLOCKS", (2, 4))

@@ -418,6 +418,7 @@ def test_values_by_name_replace_those_of_sites(known):
         np.testing.assert_allclose(found["slope"], expected["slope"], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_values_by_name_are_not_seen_inside_blocks(known):
     """As by NumPyro's own handlers; each step of a scan is inside one."""
     d, packed = known("joint"), jnp.zeros((3, 5))

@@ -283,6 +283,7 @@ def test_a_second_file_of_the_same_shapes_compiles_nothing(path):
     assert numerics._solve._cache_size() == traced
 
 
+@pytest.mark.slow
 def test_two_loads_of_a_file_are_one_argument(path):
     save(plain(), path)
     traces = []

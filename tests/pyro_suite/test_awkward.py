@@ -132,6 +132,7 @@ def test_a_callback_stops_the_run_by_returning_true(caplog):
     assert f"step {result.best_step} were kept" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_what_a_callback_returns_beside_true_does_not_stop_it(caplog):
     with caplog.at_level(logging.INFO, "pyro_interpolant"):

@@ -128,6 +128,7 @@ def test_weights_that_learn_get_their_gradients():
         assert torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.slow
 def test_transforms_and_traces_take_every_stage():
     plain = flow(mlp((16, 16)), FixedGrid(steps=6))
     other, z = with_adjoint(plain), torch.randn(4, 3, dtype=torch.float64)

@@ -59,6 +59,7 @@ def test_gradients_through_samples_too(divergence):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     flow, values = random_flow(2), []
     for solver in PAIRS["rk4"]:

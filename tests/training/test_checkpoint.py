@@ -547,6 +547,7 @@ def test_an_interrupt_while_rows_are_read_keeps_the_weights(count):
     assert result.steps[-1] == (0 if count == 0 else 2)
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_the_solver_is_calibrated_keeps_the_weights(monkeypatch):
     def interrupted(*given, **options):
         raise KeyboardInterrupt
@@ -663,6 +664,7 @@ def test_held_out_rows_of_a_frame_tell_one_run_from_another(streamed, tmp_path):
             fit(made(), data, validation=held + 0.1, **options)
 
 
+@pytest.mark.slow
 def test_held_out_draws_by_name_tell_one_run_on_an_iterable_from_another(tmp_path):
     held, sites = rows(60), {name: ((), constraints.real) for name in "ab"}
     options = {**QUICK, "steps": 2, "tolerance": 1e3, "checkpoint": tmp_path / "run"}

@@ -322,6 +322,7 @@ def test_looks_take_a_thirtieth_of_the_time_and_begin_at_once(monkeypatch, secon
         assert 18 <= len(result.steps) <= (22 if seconds > 1 else 35)
 
 
+@pytest.mark.slow
 def test_whichever_limit_comes_first_ends_the_run():
     assert quick(tiny(), torch.randn(200, 2), steps=7, max_seconds=60.0).steps[-1] == 7
 
@@ -666,6 +667,7 @@ def test_a_path_with_weights_of_its_own_is_left_alone():
     assert path.bend.grad is None
 
 
+@pytest.mark.slow
 def test_a_coupling_sees_the_network_of_its_step():
     d, seen = tiny(), []
 
@@ -677,6 +679,7 @@ def test_a_coupling_sees_the_network_of_its_step():
     assert len(set(seen[-19:])) == 19
 
 
+@pytest.mark.slow
 def test_named_draws_that_need_gradients_are_taken_as_numbers(monkeypatch):
     from pyro_interpolant.training import building
 
@@ -701,6 +704,7 @@ def test_numpy_and_float32_rows_train_a_float64_flow():
         assert distribution.transform.flow.loc.dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_float64_rows_with_a_large_offset_train_a_float32_flow():
     distribution = InterpolantDistribution(interpolant_transform(2, (16, 16)).float())
     quick(distribution, 1e5 + torch.randn(200, 2))

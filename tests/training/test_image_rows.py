@@ -563,6 +563,7 @@ def test_all_that_goes_with_rows_goes_with_images(options):
     assert images.report.sample_error is not None
 
 
+@pytest.mark.slow
 def test_a_trained_flow_of_images_does_what_others_do():
     images = learn()
     assert pi.sample_sde(images, (3,), steps=3).shape == (3, *IMAGE_SHAPE)

@@ -159,6 +159,7 @@ def test_frames_at_the_base_go_by_the_names_of_the_data(monkeypatch):
     assert torch.equal(of_a_simplex, rows.flip(1))
 
 
+@pytest.mark.slow
 def test_frames_of_an_iterable_go_by_the_names_of_the_first():
     frame, swapped = two_columns()
     d = from_samples([frame[:100], swapped[100:]], **QUICK)

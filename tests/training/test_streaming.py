@@ -127,6 +127,7 @@ def test_same_seed_same_weights_and_the_global_generator_is_left_alone():
     assert same(*found)
 
 
+@pytest.mark.slow
 def test_the_first_pass_finds_the_moments_of_all_rows_it_did_not_hold_out():
     x = rows(1000)
     found = Stream(made(), list(x.split(90)), 0.1).split(Process(), None)
@@ -500,6 +501,7 @@ def test_the_batch_size_of_a_stream_is_checked():
         fit(made(), [X], batch_size=0, **QUICK)
 
 
+@pytest.mark.slow
 def test_a_batch_that_turns_bad_later_ends_the_run_with_the_best_weights():
     def batches(number):
         parts = rows(600).split(100)

@@ -61,6 +61,7 @@ def test_the_energy_is_the_closed_form(interpolant, dim):
     assert energy.value > pair.w2()
 
 
+@pytest.mark.slow
 def test_the_energy_is_measured_in_data_coordinates():
     velocity = random_mixture(2, Trigonometric())
     flow = InterpolantTransform(velocity)

@@ -142,6 +142,7 @@ def learned_path(dim=2):
     return InterpolantDistribution(interpolant_transform(dim, (8, 8), interpolant=path))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
 def test_columns_of_a_frame_are_those_of_the_rows_that_the_map_is_set_from():
     pd = pytest.importorskip("pandas")

@@ -77,6 +77,7 @@ def quick(distribution, density, **options):
     return train_from_density(distribution, density, **{**settings, **options})
 
 
+@pytest.mark.slow
 def test_what_was_learned_of_other_rows_is_forgotten():
     flow = InterpolantDistribution(
         interpolant_transform(2, (8,), interpolant=Latent(Trigonometric(), SineSquared()))
@@ -144,6 +145,7 @@ def test_a_density_of_another_shape_is_refused():
 # ---- moves ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_moves_leave_the_density_as_it_is():
     x = torch.randn(3000, 2)
     x[:, 1] = x[:, 1] * 0.3 + x[:, 0] ** 2  # a banana
@@ -273,6 +275,7 @@ def test_without_a_density_to_climb_the_start_is_what_is_left():
     assert found is start
 
 
+@pytest.mark.slow
 def test_a_density_without_second_derivatives_is_searched_all_the_same():
     class Once(torch.autograd.Function):
         @staticmethod
@@ -323,6 +326,7 @@ def test_starts_that_do_not_fit_are_refused(start, error, message):
 # ---- jumps and refits -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_jumps_leave_the_density_as_it_is_and_measure_the_divergence():
     flow = gaussian_prior(torch.tensor([2.5, -1.0]), torch.tensor([[0.8, 0.0], [0.9, 0.5]]))
     target, x = slanted(), slanted().sample((6000,))
