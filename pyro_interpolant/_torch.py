@@ -27,8 +27,6 @@ from torch.utils.checkpoint import checkpoint
 _NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__)) + (
     contextlib.__file__,
 )
-
-
 _MIDDLE_RANGE = 3.29  # of 90% of a normal, in standard deviations
 
 

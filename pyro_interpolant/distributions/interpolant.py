@@ -7,7 +7,7 @@ transform, bijection of the support. Given a context c, a conditional flow has t
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyro.distributions as dist
 import torch
@@ -34,6 +34,8 @@ from .supports import only_possible
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_Given = TypeVar("_Given", bound="InterpolantDistribution")
 
 
 class InterpolantDistribution(Summaries, dist.TransformedDistribution):
@@ -355,18 +357,19 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
         transform = self.transform.condition(context)
         new = InterpolantDistribution(transform, self.base, support=self.constraint)
         new.columns = self.columns
-        return new.expand(self._batch_of(context, new))
+        return self._over(context, new)
 
-    def _batch_of(self, context: Tensor, new: InterpolantDistribution) -> torch.Size:
-        """Return the batch shape given a context, shape ``(*, C)``, whose leading ones count.
+    def _over(self, context: Tensor, new: _Given) -> _Given:
+        """Return a distribution over the batch of a context, whose leading ones its flow drops.
 
         Args:
-            context: The context.
-            new: The distribution given it, whose flow drops them: its batch is that of bounds and
-                of a base, too.
+            context: The context, shape ``(*, C)``.
+            new: The distribution given it, whose batch is that of bounds and of a base, too.
         """
         labels = self.transform.flow.classes and not context.is_floating_point()
-        return broadcast_batch(context.shape if labels else context.shape[:-1], new.batch_shape)
+        own = context.shape if labels else context.shape[:-1]
+        batch = broadcast_batch(own, new.batch_shape)
+        return new if batch == new.batch_shape else new.expand(batch)
 
     def given(self, context: Tensor | None) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``, as :meth:`condition`.

@@ -189,7 +189,7 @@ class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolant
         new = JointInterpolantDistribution(
             transform, self.base, sites=self.sites, support=self.constraint
         )
-        return new.expand(self._batch_of(context, new))
+        return self._over(context, new)
 
     def __repr__(self) -> str:
         """Name the sites, with their shapes and supports."""

@@ -36,6 +36,7 @@ from .simulation import Simulations, Simulator
 from .sites import LatentSites, Model
 
 PRIOR = "the prior"
+NO_DENSITY = "What it is given has no density to weigh by: see calibration()."
 JUDGED_ROWS = 1000  # fresh simulations on which densities are measured
 _JUDGED_SETS, _JUDGED_DRAWS = 20, 1000  # data sets judged by importance weights, and draws of each
 _POINTS = 64  # draws of which the likeliest is taken
@@ -245,7 +246,7 @@ def sentence(
     found = f"{gain:.2f} ± {error:.2f} nats more than the prior on fresh simulations"
     left = f"; {improper:.2%} of the simulations were not finite and left out" if improper else ""
     if math.isnan(k_hat[-1]):
-        return f"{found}{left}. What it is given has no density to weigh by: see calibration()."
+        return f"{found}{left}. {NO_DENSITY}"
     weights = (
         f"of every 100 draws {100 * ess[1]:.0f} effective (in one data set of twenty below "
         f"{100 * ess[0]:.0f}), k-hat {k_hat[1]:.2f} (above {k_hat[-1]:.2f})"

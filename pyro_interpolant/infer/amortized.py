@@ -26,10 +26,11 @@ from ..distributions.joint import (
 from ..nn.embedded import EmbeddedVelocity
 from ..training.clock import Clock, Seconds
 from ..training.fitting import FitResult, fit
-from ..training.loop import check_ranges
+from ..training.loop import check_ranges, whole
 from ..transforms.interpolant import ConditionalInterpolantTransform
 from .amortization import (
     JUDGED_ROWS,
+    NO_DENSITY,
     AmortizedResult,
     Calibration,
     Region,
@@ -177,8 +178,7 @@ class AmortizedInterpolant(AutoInterpolant):
         Raises:
             ValueError: If the data are not there, or of another shape than in the simulations.
         """
-        context = self._context(self._data(*args, **kwargs))
-        return self._conditioned(context.flatten() if context.shape[:-1].numel() == 1 else context)
+        return self._conditioned(self._seen(*args, **kwargs))
 
     def likely_point(self, *args: object, **kwargs: object) -> Tensor:
         """Return where the posterior given the data is high, shape ``(D,)``.
@@ -274,6 +274,11 @@ class AmortizedInterpolant(AutoInterpolant):
         batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*batch_shape, -1) for part in parts], -1)
 
+    def _seen(self, *args: object, **kwargs: object) -> Tensor:
+        """Return the context of a run of the model, shape ``(*, C)``, of one data set ``(C,)``."""
+        context = self._context(self._data(*args, **kwargs))
+        return context.flatten() if context.shape[:-1].numel() == 1 else context
+
     def _data(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Return the data at the observed sites of a run of the model."""
         with torch.no_grad(), apart():
@@ -360,11 +365,11 @@ class AmortizedInterpolant(AutoInterpolant):
         self._example = first if is_alike(first, second) else None
         count: Any = _SIMULATIONS if source.simulations is None else source.simulations
         rounds, seed = source.rounds, settings["seed"]
-        check_ranges(("rounds >= 1, a whole number", rounds >= 1 and rounds % 1 == 0, rounds))
+        check_ranges(whole("rounds", rounds, 1))
         source = source._replace(rounds=int(rounds))
         if isinstance(count, Iterable):
             return self._train_from_batches(count, source.rounds, sites, clock, settings)
-        check_ranges(("simulations >= 10, a whole number", count >= 10 and count % 1 == 0, count))
+        check_ranges(whole("simulations", count, 10))
         count, rounds = int(count), source.rounds
         if settings.get("checkpoint") is not None and (seed is None or rounds > 1):
             raise ValueError(
@@ -441,7 +446,7 @@ class AmortizedInterpolant(AutoInterpolant):
         found, training = first
         seed, count = settings["seed"], len(found.log_prior) + found.improper
         with seeded(seed):
-            known = self._context(self._data(*sites.args, **sites.kwargs))
+            known = self._seen(*sites.args, **sites.kwargs)
             density = None if simulator.hides else known_log_joint(sites)
         regions: list[Region] = []
         for i in range(1, source.rounds):
@@ -461,7 +466,8 @@ class AmortizedInterpolant(AutoInterpolant):
             self.posterior.refined_for = known
             training = self._regress(found, clock, (i + 1) / source.rounds, settings)
         posterior = self.posterior.condition(known)
-        return self._judged(posterior, density, clock, seed, training)
+        result = self._judged(posterior, density, clock, seed, training)
+        return result._replace(verdict=NO_DENSITY) if simulator.hides else result
 
     def _regress(
         self, found: Simulations, clock: Clock, share: float, settings: dict[str, Any]

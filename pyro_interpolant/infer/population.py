@@ -38,7 +38,7 @@ from ..distributions.interpolant import AnyDistribution
 from ..distributions.supports import BijectiveSupport, CircularSupport, support_of
 from ..training.building import context_names, contexts_for, from_samples
 from ..training.clock import Clock, Seconds
-from ..training.loop import check_ranges
+from ..training.loop import check_ranges, whole
 from ..training.names import Names
 from .expectation_maximization import NoisyRows, PosteriorDraws, held_out, learn
 from .latents import of_population
@@ -277,7 +277,7 @@ def _checked_clock(
             "them that no row crosses, constraints.interval(...)"
         )
     check_ranges(
-        ("steps >= 1, a whole number", steps is None or steps >= 1 and steps % 1 == 0, steps),
+        whole("steps", steps, 1),
         ("max_seconds > 0", max_seconds is None or max_seconds > 0, max_seconds),
         ("validation between 0 and 1", 0 < validation < 1, validation),
     )

@@ -215,14 +215,13 @@ class Simulator:
         if not hidden:
             return False
         found = self._drawn(2, self.batching)
+        values, most = found.latents | found.data, max(1, min(_REPLACED, self.rows - 1))
         for name, i in itertools.product(hidden, range(2)):
-            own, other = found.data[name].reshape(2, -1)[[i, 1 - i]]
-            most = max(1, min(_REPLACED, self.rows - 1))
+            own, other = values[name].reshape(2, -1)[[i, 1 - i]]
             at = torch.linspace(0, len(own) - 1, most).long().unique()
             rows = own.repeat(len(at) + 1, 1)  # the last stays as it is
             rows[torch.arange(len(at)), at] = other[at]
-            values = {k: (found.latents | found.data)[k][i] for k in self.sampled}
-            given = {k: v.expand(len(rows), *v.shape) for k, v in values.items()}
+            given = {k: values[k][i].expand(len(rows), *values[k][i].shape) for k in self.sampled}
             given[name] = rows.reshape(len(rows), *self.shapes[name])
             seen = self._drawn(len(rows), self.batching, given).data
             same = [(seen[k] == seen[k][-1:]).reshape(len(rows), -1).all(1) for k in self.observed]

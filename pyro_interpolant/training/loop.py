@@ -94,7 +94,7 @@ class Schedule:
         """Check the settings."""
         steps, limit, decay = self.steps, self.max_seconds, self.weight_decay
         check_ranges(
-            ("steps >= 1, a whole number", steps is None or steps >= 1 and steps % 1 == 0, steps),
+            whole("steps", steps, 1),
             ("max_seconds > 0", limit is None or limit > 0, limit),
             ("a finite learning_rate > 0", 0 < self.learning_rate < math.inf, self.learning_rate),
             ("a finite weight_decay >= 0", decay is None or 0 <= decay < math.inf, decay),
@@ -143,6 +143,18 @@ def check_ranges(*settings: tuple[str, bool, Any]) -> None:
     for name, good, value in settings:
         if not good:
             raise ValueError(f"expected {name}, got {value}")
+
+
+def whole(name: str, value: Any, least: int) -> tuple[str, bool, Any]:
+    """Return the setting of :func:`check_ranges` that a number is whole, or None.
+
+    Args:
+        name: The name of the number.
+        value: What was given.
+        least: The least that it may be.
+    """
+    good = value is None or value >= least and value % 1 == 0
+    return f"{name} >= {least}, a whole number", good, value
 
 
 class HeldOutMonitor:

@@ -23,7 +23,7 @@ from ..distributions.constraints import Constraint
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
 from ..distributions.supports import CircularSupport, Support, only_possible, support_of
-from ..training.loop import check_ranges
+from ..training.loop import check_ranges, whole
 from ..training.whitening import moments
 from ..transforms.bijections import Unseen, Whiten
 from ..transforms.whitening import DenseWhitening
@@ -175,9 +175,9 @@ def distill(
     """
     _check(distribution)
     check_ranges(
-        ("count >= 100, a whole number", count >= 100 and count % 1 == 0, count),
-        ("steps >= 1, a whole number", steps >= 1 and steps % 1 == 0, steps),
-        ("batch_size >= 1, a whole number", batch_size >= 1 and batch_size % 1 == 0, batch_size),
+        whole("count", count, 100),
+        whole("steps", steps, 1),
+        whole("batch_size", batch_size, 1),
         ("learning_rate > 0", learning_rate > 0, learning_rate),
     )
     count, steps, batch_size = int(count), int(steps), int(batch_size)

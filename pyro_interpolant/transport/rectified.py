@@ -20,7 +20,7 @@ from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
 from ..training.fitting import FitResult, fit, trainable_flow
 from ..training.image_rows import IMAGE_OPTIONS, has_images
-from ..training.loop import check_ranges
+from ..training.loop import check_ranges, whole
 
 _ROWS, _IMAGES = 256, 8  # whose paths are compared
 _FINE_STEPS = 128  # of what they are compared with
@@ -103,7 +103,7 @@ def reflow(
         Liu, Gong & Liu, *Flow straight and fast*, ICLR 2023; arXiv 2209.15571, Section 2.3.
     """
     trainable_flow(distribution)
-    check_ranges(("count >= 1, a whole number", count >= 1 and count % 1 == 0, count))
+    check_ranges(whole("count", count, 1))
     if context is None and isinstance(distribution, ConditionalInterpolantDistribution):
         raise ValueError("expected contexts to draw pairs for, shape (count, C), got none")
     new = copy.deepcopy(distribution)
