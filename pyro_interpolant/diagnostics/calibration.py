@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import check_ranges
 from .._torch import evaluated, seeded, warn_user
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence
@@ -159,8 +160,7 @@ def calibrate(
         ValueError: If the tolerance is not positive, a row is outside the support, or the
             reference solve fails.
     """
-    if not tolerance > 0:
-        raise ValueError(f"expected a positive tolerance in nats, got {tolerance}")
+    check_ranges(("a positive tolerance in nats", tolerance > 0, tolerance))
     return calibrate_until(math.inf, distribution, x, tolerance=tolerance, context=context).solver
 
 
@@ -304,8 +304,7 @@ def calibrate_sampler(
     Raises:
         ValueError: If the tolerance is not positive.
     """
-    if not tolerance > 0:
-        raise ValueError(f"expected a positive tolerance in standard deviations, got {tolerance}")
+    check_ranges(("a positive tolerance in standard deviations", tolerance > 0, tolerance))
     found = calibrate_sampler_until(math.inf, distribution, context, tolerance).solver
     distribution.transform.solver = found
     return found

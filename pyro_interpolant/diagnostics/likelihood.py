@@ -24,6 +24,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .._checks import check_ranges
 from .._files import StrPath, checksum, contents, refuse_no_place, write
 from .._torch import evaluated, warn_user, with_gradients
 from ..distributions.constraints import contexts_of_rows, images_of
@@ -117,11 +118,11 @@ def bits_per_dim(
         NotImplementedError: If the distribution has no density, as one that is guided.
     """
     values = _checked_levels(distribution, images, levels)
-    if min(probes, dequantizations) < 1 or not tolerance > 0:
-        raise ValueError(
-            "expected at least one probe and one dequantization, and a tolerance > 0, got "
-            f"{probes}, {dequantizations} and {tolerance}"
-        )
+    fewest, both = min(probes, dequantizations), f"{probes} and {dequantizations}"
+    check_ranges(
+        ("at least one probe and one dequantization", fewest >= 1, both),
+        ("a tolerance > 0", tolerance > 0, tolerance),
+    )
     flow = distribution.transform.flow
     given = None
     known = getattr(distribution.transform, "raw_context", None)

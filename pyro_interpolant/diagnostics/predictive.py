@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
+from .._checks import check_ranges
 from .._torch import robust_deviation, seeded
 from ..distributions.constraints import (
     RowsLike,
@@ -246,8 +247,7 @@ class _Rows:
         self.context = None if context is None else contexts_of_rows(context, flow, names, count)
         self.shared = self.context is None
         self.draws = _SHARED_DRAWS if self.shared else draws
-        if draws < 1:
-            raise ValueError(f"expected at least one draw for each row, got draws={draws}")
+        check_ranges(("at least one draw for each row", draws >= 1, f"draws={draws}"))
         density.given(None if self.context is None else self.context[:1])  # or raise
 
     def unconstrained(self, x: Tensor) -> Tensor:

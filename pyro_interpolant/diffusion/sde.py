@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import check_ranges
 from ..distributions.interpolant import InterpolantDistribution
 from ..interpolants.linear import END_MARGIN
 from .conversions import noise_and_data, roundoff, score_terms
@@ -306,8 +307,8 @@ def uniform_times(steps: int, end: float = 1.0) -> Tensor:
     Raises:
         ValueError: If there is no step.
     """
-    if steps < 1 or steps % 1:
-        raise ValueError(f"expected a whole number, at least one step, got steps={steps}")
+    good = steps >= 1 and steps % 1 == 0
+    check_ranges(("a whole number, at least one step", good, f"steps={steps}"))
     return torch.linspace(0.0, end, int(steps) + 1, dtype=torch.float64)
 
 
@@ -389,8 +390,7 @@ def sde_log_prob(
     References:
         arXiv 2303.08797, Section 2.5.
     """
-    if paths < 2:
-        raise ValueError(f"expected at least two paths, for their spread, got paths={paths}")
+    check_ranges(("at least two paths, for their spread", paths >= 2, f"paths={paths}"))
     sde = InterpolantSDE(distribution, diffusion, forward=False)
     times = uniform_times(2 * steps, sde.transform.end).to(sde.flow.loc).flip(0)
     terms, half_step = sde.terms(times), sde.transform.end / (2 * steps)

@@ -18,6 +18,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints, transform_to
 
+from .._checks import check_ranges
 from .._torch import broadcast_batch
 from ..interpolants.nonlinear import wrap
 from ..transforms.whitening import Whitening
@@ -362,8 +363,7 @@ class UniformTorus(_Base):
     has_rsample = True
 
     def __init__(self, event_dim: int, *, validate_args: bool | None = None) -> None:
-        if event_dim < 1:
-            raise ValueError(f"expected event_dim >= 1, got {event_dim}")
+        check_ranges(("event_dim >= 1", event_dim >= 1, event_dim))
         self.origin = torch.zeros(event_dim)  # of the type and on the device of draws
         super().__init__(torch.Size(), self.origin.shape, validate_args=validate_args)
 

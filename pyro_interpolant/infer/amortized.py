@@ -16,6 +16,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
+from .._checks import check_ranges, whole
 from .._torch import seeded, trainable, warn_user
 from ..diagnostics.predictive import coverage, sbc, tarp
 from ..distributions.constraints import as_tensor
@@ -26,7 +27,6 @@ from ..distributions.joint import (
 from ..nn.embedded import EmbeddedVelocity
 from ..training.clock import Clock, Seconds
 from ..training.fitting import FitResult, fit
-from ..training.loop import check_ranges, whole
 from ..transforms.interpolant import ConditionalInterpolantTransform
 from .amortization import (
     JUDGED_ROWS,

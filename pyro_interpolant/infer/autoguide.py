@@ -16,6 +16,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 from torch.distributions import Transform
 
+from .._checks import check_ranges
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.psis import ImportanceSummary, judge
 from ..distributions.bases import standard_normal
@@ -28,7 +29,6 @@ from ..solvers.divergence import Divergence
 from ..solvers.ode import FixedGrid, Solver
 from ..training.clock import Clock, Seconds
 from ..training.fitting import FitResult, fit
-from ..training.loop import check_ranges
 from ..training.whitening import moments
 from ..transforms.interpolant import InterpolantTransform
 from .amortization import AmortizedResult

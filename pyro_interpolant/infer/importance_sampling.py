@@ -12,6 +12,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from torch import Tensor
 
+from .._checks import check_ranges
 from .._torch import seeded, warn_user
 from ..diagnostics.psis import (
     K_HAT_GOOD,
@@ -26,7 +27,6 @@ from ..diagnostics.psis import (
 )
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
-from ..training.loop import check_ranges
 from .log_density import LogJoint
 from .simulation import Simulator
 from .sites import LatentSites

@@ -6,10 +6,10 @@ import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
+from .._checks import check_ranges
 from .._torch import seeded, warn_user
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
-from ..training.loop import check_ranges
 from .importance_sampling import ImportanceResult
 from .sites import LatentSites
 

@@ -21,13 +21,13 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .._checks import check_ranges
 from .._torch import evaluated, seeded
 from ..diagnostics.psis import log_total, pareto_smooth, systematic_resampling
 from ..distributions.constraints import contexts_of_rows
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.joint import NamedSites, names_in_frames
 from ..distributions.supports import support_of
-from ..training.loop import check_ranges
 from .noise import Measurements, Noise, measurements
 
 _VALUES_AT_ONCE = 2**21  # weights in a chunk of rows

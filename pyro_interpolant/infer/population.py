@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from .._checks import check_ranges, whole
 from .._torch import seeded, with_gradients
 from ..distributions.constraints import (
     Constraint,
@@ -38,7 +39,6 @@ from ..distributions.interpolant import AnyDistribution
 from ..distributions.supports import BijectiveSupport, CircularSupport, support_of
 from ..training.building import context_names, contexts_for, from_samples
 from ..training.clock import Clock, Seconds
-from ..training.loop import check_ranges, whole
 from ..training.names import Names
 from .expectation_maximization import NoisyRows, PosteriorDraws, held_out, learn
 from .latents import of_population

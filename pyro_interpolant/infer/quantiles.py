@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributions import ComposeTransform
 
+from .._checks import check_ranges
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.summaries import normal_points
-from ..training.loop import check_ranges
 
 SPREAD_DRAWS = 4096
 

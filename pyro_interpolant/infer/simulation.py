@@ -20,9 +20,9 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
+from .._checks import check_ranges
 from .._torch import draws, seeded, warn_user
 from ..distributions.supports import BijectiveSupport
-from ..training.loop import check_ranges
 from .lanes import DrawnInLanes
 from .runs import AllDrawn, Stop, Unobserved, check_names, check_rows_count, is_sampled
 from .sites import LatentSites, Nodes, check_fixed_support, unchecked

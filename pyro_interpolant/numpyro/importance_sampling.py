@@ -96,9 +96,9 @@ def importance(
     """
     import torch
 
+    from .._checks import check_ranges
     from ..diagnostics import psis
     from ..infer import importance_sampling
-    from ..training.loop import check_ranges
 
     check_guide(guide)
     least = importance_sampling.MIN_DRAWS

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
+from .._checks import check_ranges
 from .._torch import constant, jvp
 from ..nn.velocity import divergence_field, exact_divergence, expanded, inputs_of
 
@@ -95,8 +96,7 @@ class HutchinsonDivergence:
 
     def __post_init__(self) -> None:
         """Check the number of probes."""
-        if self.probes < 1:
-            raise ValueError(f"expected at least one probe, got probes={self.probes}")
+        check_ranges(("at least one probe", self.probes >= 1, f"probes={self.probes}"))
 
     def __call__(
         self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None

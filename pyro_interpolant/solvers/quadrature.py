@@ -11,6 +11,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from .._checks import check_ranges
+
 Array = NDArray[np.float64]
 
 
@@ -44,10 +46,10 @@ def clenshaw_curtis(steps: int, warp: float = 0.0) -> tuple[Array, Array]:
         >>> float((weights * nodes**3).sum())
         0.25
     """
-    if steps < 1:
-        raise ValueError(f"expected at least one step, got steps={steps}")
-    if not 0.0 <= warp < 1.0:
-        raise ValueError(f"expected a warp in [0, 1), got {warp}")
+    check_ranges(
+        ("at least one step", steps >= 1, f"steps={steps}"),
+        ("a warp in [0, 1)", 0.0 <= warp < 1.0, warp),
+    )
     theta = np.pi * np.arange(steps + 1) / steps
     harmonics = np.arange(1, steps // 2 + 1)
     factors = np.where(2 * harmonics == steps, 1.0, 2.0) / (4 * harmonics**2 - 1)

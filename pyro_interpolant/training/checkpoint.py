@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_ranges
 from .._files import StrPath, checksum, contents_of, refuse_no_place, write
 from .._torch import rng_state, set_rng_state, warn_user
 from ..distributions.base_description import Json
@@ -161,8 +162,7 @@ def restore_buffers(flow: Flow, state: Checkpoint | None) -> None:
 
 def check_place(path: StrPath | None, every: int | None) -> None:
     """Raise a ValueError if no state can be kept there, or so often."""
-    if every is not None and every < 1:
-        raise ValueError(f"expected checkpoint_every >= 1, got {every}")
+    check_ranges(("checkpoint_every >= 1", every is None or every >= 1, every))
     if path is not None:
         refuse_no_place(path)
 

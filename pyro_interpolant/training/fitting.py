@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
+from .._checks import check_ranges
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..distributions.bases import Samples
@@ -30,7 +31,7 @@ from .clock import Clock
 from .data import DEFAULT_SHARE, DataLike, HeldOut, Split, Table, as_held_out
 from .distributed import Process
 from .image_rows import LEVELS, dequantized, has_images
-from .loop import Callback, Run, Schedule, check_ranges
+from .loop import Callback, Run, Schedule
 from .names import Names
 from .objective import TIMES_PER_BATCH, Coupling, Objective
 from .optimization import NonFiniteError

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._checks import check_ranges, whole
 from .._torch import evaluated, rng_state, set_rng_state, warn_user
 from ..nn.velocity import image_shape
 from .checkpoint import Checkpoint, buffers_of
@@ -132,29 +133,6 @@ class Schedule:
             steps = _WARMUP_STEPS if self.steps is None else _WARMUP_SHARE * self.steps
             warm = min(warm, (taken + 1) / steps)
         return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def check_ranges(*settings: tuple[str, bool, Any]) -> None:
-    """Raise a ValueError that names the first setting out of range.
-
-    Args:
-        *settings: What is expected, whether it is so, and what was given.
-    """
-    for name, good, value in settings:
-        if not good:
-            raise ValueError(f"expected {name}, got {value}")
-
-
-def whole(name: str, value: Any, least: int) -> tuple[str, bool, Any]:
-    """Return the setting of :func:`check_ranges` that a number is whole, or None.
-
-    Args:
-        name: The name of the number.
-        value: What was given.
-        least: The least that it may be.
-    """
-    good = value is None or value >= least and value % 1 == 0
-    return f"{name} >= {least}, a whole number", good, value
 
 
 class HeldOutMonitor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from .._checks import check_ranges
 from .._torch import rng_state, set_rng_state
 from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
@@ -185,8 +186,8 @@ class Stream:
         Warns:
             UserWarning: If the state may be of a run on other rows.
         """
-        if batch_size is not None and (batch_size < 1 or batch_size != int(batch_size)):
-            raise ValueError(f"expected batch_size >= 1, a whole number, got {batch_size}")
+        good = batch_size is None or batch_size >= 1 and batch_size % 1 == 0
+        check_ranges(("batch_size >= 1, a whole number", good, batch_size))
         before = surveyed(state)
         survey = self._survey(clock or Clock(None), before, whole=whole, progress=progress)
         if survey.total < 2:

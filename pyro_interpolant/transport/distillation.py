@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, constraints
 from tqdm import tqdm
 
+from .._checks import check_ranges, whole
 from .._torch import seeded, with_gradients
 from ..distributions.bases import Samples, standard_normal
 from ..distributions.constraints import Constraint
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
 from ..distributions.supports import CircularSupport, Support, only_possible, support_of
-from ..training.loop import check_ranges, whole
 from ..training.whitening import moments
 from ..transforms.bijections import Unseen, Whiten
 from ..transforms.whitening import DenseWhitening

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import jacfwd, vmap
 
+from .._checks import check_ranges
 from .._torch import seeded
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import with_error
@@ -87,10 +88,9 @@ def path_energy(
     References:
         arXiv 2209.15571, eq. 12.
     """
-    if count < 2 or count % 1:
-        raise ValueError(
-            f"expected a whole number, at least two paths for a standard error, got count={count}"
-        )
+    good = count >= 2 and count % 1 == 0
+    name = "a whole number, at least two paths for a standard error"
+    check_ranges((name, good, f"count={count}"))
     count = int(count)
     refuse_gaussianized(distribution.constraint, "distance")
     given = distribution.given(context)

@@ -1,6 +1,5 @@
 r"""Shorter paths: the max-min problem over the interpolant."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._checks import check_ranges
 from .._torch import seeded, trainable, with_gradients
 from ..distributions.constraints import RowsLike
 from ..distributions.interpolant import AnyDistribution
@@ -173,13 +173,11 @@ class _Pace:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        counts, rates = dataclasses.astuple(self)[:2], dataclasses.astuple(self)[2:]
-        if min(counts) < 1 or min(rates) <= 0:
-            raise ValueError(
-                "expected alternations, velocity_steps >= 1 and rates > 0, got "
-                f"{self.alternations}, {self.velocity_steps}, {self.learning_rate} and "
-                f"{self.interpolant_rate}"
-            )
+        counts = self.alternations, self.velocity_steps
+        rates = self.learning_rate, self.interpolant_rate
+        good = min(counts) >= 1 and min(rates) > 0
+        given = "{}, {}, {} and {}".format(*counts, *rates)
+        check_ranges(("alternations, velocity_steps >= 1 and rates > 0", good, given))
 
     def alternate(
         self,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import check_ranges, whole
 from .._torch import seeded
 from ..diagnostics.calibration import calibrate
 from ..distributions.bases import Samples
@@ -20,7 +21,6 @@ from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
 from ..training.fitting import FitResult, fit, trainable_flow
 from ..training.image_rows import IMAGE_OPTIONS, has_images
-from ..training.loop import check_ranges, whole
 
 _ROWS, _IMAGES = 256, 8  # whose paths are compared
 _FINE_STEPS = 128  # of what they are compared with

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
+from ..._checks import check_ranges
 from ..._torch import evaluated, seeded, trainable
 from ...diagnostics.calibration import calibrate_until
 from ...diagnostics.psis import K_HAT_LIMIT, effective_sample_size, judge, pareto_smooth
@@ -23,7 +24,6 @@ from ...distributions.report import duration, with_error
 from ...solvers.ode import Solver
 from ...training.clock import Clock
 from ...training.fitting import trainable_flow
-from ...training.loop import check_ranges
 from ...training.optimization import assign
 from ...training.rows import Rows
 from ...training.whitening import set_whitening
