@@ -409,7 +409,7 @@ def _held_out(real: Tensor, context: Tensor | None, fit_options: dict[str, Any])
     mask = mask_of(share)
     if mask is not None:
         return checked_mask(mask, len(real)).to(real.device)
-    if not isinstance(share, float) or not 0 < share < 1:
+    if not isinstance(share, float):
         return None
     count = rows_held(share, len(real))
     if count >= len(real):

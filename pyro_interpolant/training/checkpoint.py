@@ -107,7 +107,12 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: StrPath | None, every: int | None, identity: list[Any], device: torch.device
+    path: StrPath | None,
+    every: int | None,
+    identity: list[Any],
+    device: torch.device,
+    *,
+    exact: bool,
 ) -> Checkpoint | None:
     """Return the checkpoint of a run, generators being where the run began; None for no path.
 
@@ -116,9 +121,13 @@ def open_checkpoint(
         every: After how many steps it is written.
         identity: What tells this run from another, as JSON holds it.
         device: On which the run draws beside the CPU.
+        exact: Whether the run can go on from the very row.
 
     Raises:
         ValueError: If the file is of another run or of another kind, or all files are damaged.
+
+    Warns:
+        UserWarning: If a stream's batches cannot be gone on with from the very place.
     """
     if path is None:
         return None
@@ -133,6 +142,13 @@ def open_checkpoint(
             )
         checkpoint.initial = checkpoint.tensors["initial"]
         set_rng_state(checkpoint.initial, device)
+    if not exact:
+        warn_user(
+            "the iterable and its sampler have no state_dict and load_state_dict, or workers that "
+            "read ahead of it, or are several processes' own: a resumed run reads forward to "
+            "where it was, and ends in the same weights to the bit only if the batches come again "
+            "in the same order"
+        )
     return checkpoint
 
 
@@ -165,16 +181,6 @@ def check_place(path: StrPath | None, every: int | None) -> None:
     check_ranges(("checkpoint_every >= 1", every is None or every >= 1, every))
     if path is not None:
         refuse_no_place(path)
-
-
-def warn_inexact() -> None:
-    """Warn that batches of a stream cannot be gone on with from the very place."""
-    warn_user(
-        "the iterable and its sampler have no state_dict and load_state_dict, or workers that "
-        "read ahead of it, or are several processes' own: a resumed run reads forward to where it "
-        "was, and ends in the same weights to the bit only if the batches come again in the same "
-        "order"
-    )
 
 
 def to_json(value: object, tensors: dict[str, Tensor], name: str) -> Json:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .._checks import check_ranges
 from .._torch import rng_state, set_rng_state
 from ..distributions.constraints import (
     RowsLike,
@@ -341,8 +342,15 @@ def rows_held(share: float, count: int) -> int:
 
 
 def as_held_out(validation: Any) -> HeldOut:
-    """Return a share of any real type as a float, and a list of rows and contexts as a tuple."""
-    if isinstance(validation, numbers.Real) and not isinstance(validation, int):
+    """Return a share of any real type as a float, and a list of rows and contexts as a tuple.
+
+    Raises:
+        ValueError: If nothing is held out, or a share is not between 0 and 1.
+    """
+    is_share = isinstance(validation, numbers.Real)
+    good = validation is not None and (not is_share or 0 < validation < 1)
+    check_ranges(("validation between 0 and 1, or rows", good, validation))
+    if is_share:
         return float(validation)
     is_pair = isinstance(validation, list) and len(validation) == 2
     is_pair = is_pair and all(getattr(part, "ndim", 0) > 0 for part in validation)

@@ -26,14 +26,14 @@ from ..solvers.ode import FixedGrid, Solver
 from ..transforms.flow import Flow
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .agreement import warn_if_draws_differ
-from .checkpoint import Checkpoint, check_place, open_checkpoint, restore_buffers, warn_inexact
+from .checkpoint import Checkpoint, check_place, open_checkpoint, restore_buffers
 from .clock import Clock
 from .data import DEFAULT_SHARE, DataLike, HeldOut, Split, Table, as_held_out
 from .distributed import Process
 from .image_rows import LEVELS, dequantized, has_images
 from .loop import Callback, Run, Schedule
 from .names import Names
-from .objective import TIMES_PER_BATCH, Coupling, Objective
+from .objective import Coupling, Objective
 from .optimization import NonFiniteError
 from .reporting import HeldOutDensity, attempted, tell
 from .rows import Rows
@@ -202,8 +202,9 @@ def fit(
         arXiv 2209.15571, Algorithm 1.
     """
     clock, process = Clock(max_seconds), Process(fabric, own_rows=is_stream(data))
-    schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema)
-    validation, share = _checked_held_out(validation, tolerance, accumulate)
+    schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema, accumulate)
+    validation = as_held_out(validation)
+    check_ranges(("tolerance > 0", tolerance > 0, tolerance))
     flow = trainable_flow(distribution)
     _check_start(distribution, base_samples)
     check_place(None if process.rank else checkpoint, checkpoint_every)
@@ -213,44 +214,43 @@ def fit(
     given = {"context": context, "pairs": pairs, "weights": weights}
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
     with seeded(process.seed(seed)):
-        numbers = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema]
-        settings = [source.checksum, [*numbers, learn, seed, share, whiten, *["flip"] * flip]]
-        parts = distribution.base, coupling, base_samples, validation
-        own = [] if checkpoint is None else [*settings, identity_of(flow, *parts)]
-        state = open_checkpoint(checkpoint, checkpoint_every, own, flow.loc.device)
-        if state is not None and not (source.exact and process.takes_all_rows()):
-            warn_inexact()
+        settings = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema]
+        settings += [learn, seed, source.share, whiten, *["flip"] * flip]
+        identity = [source.checksum, settings]
+        if checkpoint is not None:  # it goes through all weights and samples
+            identity += [identity_of(flow, distribution.base, coupling, base_samples, validation)]
+        exact, device = source.exact and process.takes_all_rows(), flow.loc.device
+        state = open_checkpoint(checkpoint, checkpoint_every, identity, device, exact=exact)
         split = source.split(
             process, batch_size, whole=anew, clock=clock, state=state, progress=progress
         )
-        with _told(distribution, source.names):
+        with _restored_on_error(distribution):
             start_from(distribution, base_samples, split, source.names, anew=anew)
             if learn == "velocity":
                 flow.independent, flow.reached = coupling is independent and pairs is None, None
-                _tell_of_rows(distribution, split, state, keep=not whiten)
-                process.agree(flow.buffers())
+                _prepare_flow(distribution, split, state, process, keep=not whiten)
             else:
                 flow.noise = noise_network(flow)
-            seen, unseen = distribution.white_base().split(share)
+            seen, unseen = distribution.white_base().split(source.share)
             objective = Objective(flow, seen, coupling, process, target=learn)
             held = objective.typical(split.held)
-            fixed = objective.fixed_points(objective.whitened(held), unseen, split.size)
+            fixed = objective.fixed_points(held, unseen, split.size)
             density = None if learn == "noise" else HeldOutDensity(distribution, split)
+        distribution.columns, distribution.context_columns = source.names
         with trainable(objective.network), _naming_rows(source, objective):
             batches = source.batches(split, objective)
-            run = Run(objective, batches, fixed, schedule, clock, callback, state, accumulate)
+            run = Run(objective, batches, fixed, schedule, clock, callback, state)
             run.to_the_end(density, progress=progress)
     outcome = run.outcome()
     distribution.freeze()
     if density is not None:
-        report = Report(flow.event_dim, split.total + split.held.effective(), *run.taken())
-        _finish(run, density, report, held, tolerance, progress=progress)
+        _finish(run, density, held, tolerance, progress=progress)
     return FitResult._make((*outcome, distribution.transform.solver, distribution.report))
 
 
 @contextlib.contextmanager
-def _told(distribution: AnyDistribution, names: Names) -> Iterator[None]:
-    """Give a flow the names of data that it is told of, or, on an error, take all back."""
+def _restored_on_error(distribution: AnyDistribution) -> Iterator[None]:
+    """Take back what a block has told a flow and its distribution of data, on an error in it."""
     flow, base, report = distribution.transform.flow, distribution.base, distribution.report
     told = flow.independent, flow.reached, flow.noise, flow.levels
     buffers = {name: value.clone() for name, value in flow.named_buffers()}
@@ -263,7 +263,6 @@ def _told(distribution: AnyDistribution, names: Names) -> Iterator[None]:
             value.copy_(buffers[name])
         distribution.set_base(base)
         raise
-    distribution.columns, distribution.context_columns = names
 
 
 @contextlib.contextmanager
@@ -295,29 +294,6 @@ def noise_network(flow: Flow) -> nn.Module:
         contexts = (0, flow.classes) if flow.classes else (flow.context_dim or 0,)
         network = VelocityMLP(flow.event_dim, None, *contexts)
     return network.to(flow.loc)
-
-
-def _checked_held_out(
-    validation: HeldOut, tolerance: float, accumulate: int
-) -> tuple[HeldOut, float | None]:
-    """Return what is held out, and its share, or None where rows were given; check what is beside.
-
-    Raises:
-        ValueError: If a number is out of range.
-    """
-    validation = as_held_out(validation)
-    share = validation if isinstance(validation, int | float) else None
-    is_share = validation is not None and (share is None or 0 < share < 1)
-    check_ranges(
-        ("validation between 0 and 1, or rows", is_share, share),
-        ("tolerance > 0", tolerance > 0, tolerance),
-        (
-            f"accumulate from 1 to {TIMES_PER_BATCH}, whole",
-            accumulate in range(1, TIMES_PER_BATCH + 1),
-            accumulate,
-        ),
-    )
-    return validation, share
 
 
 def trainable_flow(distribution: AnyDistribution) -> Flow:
@@ -410,16 +386,22 @@ def start_from(
             )
 
 
-def _tell_of_rows(
-    distribution: AnyDistribution, data: Split, state: Checkpoint | None, *, keep: bool
+def _prepare_flow(
+    distribution: AnyDistribution,
+    data: Split,
+    state: Checkpoint | None,
+    process: Process,
+    *,
+    keep: bool,
 ) -> None:
-    """Set what a flow is to know of the rows before it is trained on them.
+    """Prepare a flow for the rows that it is trained on: its levels, whitening and scales.
 
     Args:
         distribution: The distribution of the flow.
         data: The rows.
         state: What the run goes on from, if anything: its weights know the map that they began
             with, which other rows, drawn anew, would set a little differently.
+        process: This process, or one of several, which agree on the map.
         keep: Whether to keep the present map, and the noise that was learned.
     """
     flow = distribution.transform.flow
@@ -428,12 +410,12 @@ def _tell_of_rows(
         flow.noise = None
     set_whitening(distribution, data.kept, keep=keep)
     restore_buffers(flow, state)
+    process.agree(flow.buffers())
 
 
 def _finish(
     run: Run,
     density: HeldOutDensity,
-    report: Report,
     near: Rows,
     tolerance: float,
     *,
@@ -446,13 +428,14 @@ def _finish(
     Args:
         run: The run, whose process and time these are.
         density: What was trained, and the rows held out.
-        report: What the run did.
         near: The same rows without outliers.
         tolerance: Of the calibration, nats.
         progress: Whether to show what is being done, and the report.
     """
     process, deadline = run.process, run.clock.deadline()
     distribution, progress = density.distribution, progress and process.rank == 0
+    taken = run.seconds(), run.monitor.best_step, run.descent.steps
+    report = Report(distribution.transform.flow.event_dim, density.rows, *taken)
     distribution.report = report
     few = near._replace(weight=None).repeated(min(_CALIBRATION_ROWS, len(near.w)))
     rows = few.w.to(distribution.transform.flow.loc)

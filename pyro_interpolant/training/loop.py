@@ -17,7 +17,7 @@ from ..nn.velocity import image_shape
 from .checkpoint import Checkpoint, buffers_of
 from .clock import Clock
 from .data import TableBatches
-from .objective import Objective, Points
+from .objective import TIMES_PER_BATCH, Objective, Points
 from .optimization import (
     Descent,
     ExponentialMovingAverage,
@@ -79,6 +79,7 @@ class Schedule:
         patience: The percentage of the steps up to the best held-out loss, after which a run may
             end.
         ema: The decay of the averaged weights.
+        accumulate: In how many pieces a gradient is computed.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -90,6 +91,7 @@ class Schedule:
     weight_decay: float | None
     patience: int
     ema: float
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -101,6 +103,11 @@ class Schedule:
             ("a finite weight_decay >= 0", decay is None or 0 <= decay < math.inf, decay),
             ("patience >= 1", self.patience >= 1, self.patience),
             ("ema in [0, 1)", 0 <= self.ema < 1, self.ema),
+            (
+                f"accumulate from 1 to {TIMES_PER_BATCH}, whole",
+                self.accumulate in range(1, TIMES_PER_BATCH + 1),
+                self.accumulate,
+            ),
         )
 
     def decay(self, columns_per_row: float) -> float:
@@ -265,7 +272,6 @@ class Run:
         callback: Called each time the held-out loss is evaluated; it stops the run by returning
             True.
         checkpoint: Where to keep the state, and what to resume from.
-        pieces: In how many a gradient is computed.
 
     Attributes:
         monitor: The losses.
@@ -282,7 +288,6 @@ class Run:
         clock: Clock,
         callback: Callback | None,
         checkpoint: Checkpoint | None,
-        pieces: int = 1,
     ) -> None:
         self.batches, self.checkpoint = batches, checkpoint
         self.schedule, self.clock = schedule, clock
@@ -299,7 +304,7 @@ class Run:
             learning_rate=schedule.learning_rate,
             weight_decay=schedule.decay(0.0 if of_images else columns / total),
             ema=schedule.ema,
-            pieces=pieces,
+            pieces=schedule.accumulate,
         )
         self.monitor = HeldOutMonitor(self.descent.average, objective, held, callback)
         self.done, self.next_look = 0.0, 0.0  # shares of the schedule
@@ -349,10 +354,6 @@ class Run:
         seen = self.monitor
         losses = seen.steps, seen.losses, seen.held_losses, seen.best_step
         return *losses, self.done < 1, self.ended, self.descent.skipped, self.seconds()
-
-    def taken(self) -> tuple[float, int, int]:
-        """Return the time that was taken, the best step, and the number of steps."""
-        return self.seconds(), self.monitor.best_step, self.descent.steps
 
     def seconds(self) -> float:
         """Return the time spent, in this process and those it resumes."""

@@ -271,17 +271,18 @@ class Objective(nn.Module):
         return [tuple(part.at(i) for part in together) for i in range(len(pairs))]
 
     def fixed_points(self, held: Rows, base: WhitenedBase, size: int) -> tuple[Points, ...]:
-        """Return points of held-out rows, whitened, to keep throughout a run.
+        """Return points of held-out rows to keep throughout a run.
 
         Rows may come in any order, and times go by places: so they are shuffled, always alike.
 
         Args:
-            held: The rows.
+            held: The rows, in the flow's coordinates.
             base: The base to draw from.
             size: Rows per coupling, as in training.
         """
         are_images = image_shape(self.network) is not None
-        rows = held.repeated(HELD_BATCHES * size if are_images else _HELD_DRAWS)
+        count = HELD_BATCHES * size if are_images else _HELD_DRAWS
+        rows = self.whitened(held).repeated(count)
         order = torch.randperm(len(rows.w), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             rows = rows.take(order.to(rows.w.device))

@@ -123,10 +123,14 @@ class HeldOutDensity:
     Args:
         distribution: What is trained.
         split: The rows held out, and those to train on, in the flow's coordinates.
+
+    Attributes:
+        rows: The number of all of these, of rows that weigh as much.
     """
 
     def __init__(self, distribution: AnyDistribution, split: Split) -> None:
         self.distribution, self.held = distribution, split.held
+        self.rows = split.total + split.held.effective()
         distribution.report = None  # what it says will not hold
         images = has_images(distribution)  # of which a density takes as long as many steps
         self.normal = None if images else reference(distribution, split.kept)

@@ -220,6 +220,7 @@ def test_one_column_alone(options):
         (Trigonometric(), {}, TypeError, "expected a flow with a LearnedInterpolant, got Trig"),
         (LearnedInterpolant(), {"alternations": 0}, ValueError, "expected alternations, velocity"),
         (LearnedInterpolant(), {"interpolant_rate": 0.0}, ValueError, "rates > 0"),
+        (LearnedInterpolant(), {"validation": None}, ValueError, "validation .*, got None"),
         (
             LearnedInterpolant(event_dim=3, matrices=True),
             {},
@@ -232,8 +233,11 @@ def test_refused_before_work(interpolant, options, kind, message):
     distribution = InterpolantDistribution(
         interpolant_transform(2, (8, 8), interpolant=interpolant)
     )
+    before = [p.clone() for p in distribution.transform.flow.state_dict().values()]
     with pytest.raises(kind, match=message):
         learn_interpolant(distribution, torch.randn(300, 2), **options, **QUICK)
+    for p, q in zip(before, distribution.transform.flow.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
 
 
 # ---- reflow -------------------------------------------------------------------------------------
