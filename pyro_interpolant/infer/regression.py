@@ -37,8 +37,7 @@ class FlowRegression:
         self, flow: Flow, pools: list[Rows], *, most: int = _MAX_POOLS, ema: float = _DECAY
     ) -> None:
         self.objective = Objective(flow, WhitenedBase(None, flow.whitening), independent)
-        process = self.objective.process
-        self.descent = Descent(self.objective, process, learning_rate=_FIRST_RATE, ema=ema)
+        self.descent = Descent(self.objective, learning_rate=_FIRST_RATE, ema=ema)
         self.average = self.descent.average
         flow.independent, flow.reached = True, None
         self.threads = Threads(choose=flow.loc.is_cpu)

@@ -300,7 +300,6 @@ class Run:
         of_images = image_shape(objective.network) is not None
         self.descent = Descent(
             objective,
-            self.process,
             learning_rate=schedule.learning_rate,
             weight_decay=schedule.decay(0.0 if of_images else columns / total),
             ema=schedule.ema,

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .._torch import draws, draws_nothing
 from ..distributions.interpolant import AnyDistribution
-from .distributed import Process
 from .objective import Objective, Points
 
 _MOST_SKIPPED_IN_A_ROW = 20
@@ -66,8 +65,8 @@ class Descent:
     """Steps of AdamW on an objective, with clipped gradients and averaged weights.
 
     Args:
-        objective: What is minimised over the weights of its network.
-        process: This process, or one of several that take the same steps.
+        objective: What is minimised over the weights of its network, by its process, or by several
+            that take the same steps.
         learning_rate: The rate before any other is asked for.
         weight_decay: AdamW's.
         ema: The decay of the average.
@@ -84,7 +83,6 @@ class Descent:
     def __init__(
         self,
         objective: Objective,
-        process: Process,
         *,
         learning_rate: float,
         weight_decay: float = 0.0,
@@ -93,8 +91,8 @@ class Descent:
     ) -> None:
         self.pieces = int(pieces)
         self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
-        self.process = process
-        process.set_up(objective, self.parameters, learning_rate, weight_decay)
+        self.process = objective.process
+        self.process.set_up(objective, self.parameters, learning_rate, weight_decay)
         self.average = ExponentialMovingAverage(self.parameters, ema)
         self.skipped = self.consecutive = self.taken = 0
         self.running = math.inf

@@ -188,7 +188,7 @@ class _Pace:
         progress: bool,
     ) -> list[float]:
         """Run the alternation, and return the energy after each hundredth of it."""
-        descent = Descent(objective, objective.process, learning_rate=self.learning_rate)
+        descent = Descent(objective, learning_rate=self.learning_rate)
         ascent = _Ascent(objective, interpolant.weights())
         recent: list[Tensor] = []
         energies: list[float] = []
