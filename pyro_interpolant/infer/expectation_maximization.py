@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._torch import evaluated, seeded, trainable, warn_user
 from ..diagnostics.calibration import calibrate_until
@@ -17,7 +16,7 @@ from ..distributions.report import Report
 from ..solvers.ode import FixedGrid
 from ..training.clock import Clock
 from ..training.optimization import assign
-from ..training.reporting import stage, tell
+from ..training.reporting import PercentBar, stage, tell
 from ..training.rows import Rows
 from .latents import chunks, draw_latents, given
 from .noise import Measurements
@@ -334,14 +333,11 @@ def learn(
         held = torch.randperm(count)[: held_out(count, validation)]
         with trainable(distribution.transform.flow.velocity):
             run = ExpectationMaximization(distribution, catalogue, held, steps, clock)
-            with tqdm(
-                total=100, disable=not progress, desc="rounds", unit="%", leave=False
-            ) as bar:
+            with PercentBar("rounds", progress=progress) as bar:
                 try:
                     while run.done() < 1:
                         run.round()
-                        bar.set_postfix_str(f"{_EVIDENCE}={run.best:.4g}", refresh=False)
-                        bar.update(min(100, int(100 * run.done())) - bar.n)
+                        bar.show(run.done(), f"{_EVIDENCE}={run.best:.4g}")
                 except KeyboardInterrupt:
                     warn_user("the run was interrupted: the best weights so far were kept")
                 finally:

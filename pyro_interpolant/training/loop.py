@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._checks import check_ranges, whole
 from .._torch import evaluated, rng_state, set_rng_state, warn_user
@@ -26,7 +25,7 @@ from .optimization import (
     fill,
     numbered,
 )
-from .reporting import HeldOutDensity
+from .reporting import HeldOutDensity, PercentBar
 from .streaming import StreamBatches
 from .threads import Threads
 
@@ -323,14 +322,7 @@ class Run:
         """
         hidden = not progress or self.process.rank > 0
         self.monitor.density = None if hidden else density
-        with tqdm(
-            total=100,
-            initial=int(100 * self.done),
-            disable=hidden,
-            desc="fit",
-            unit="%",
-            leave=False,
-        ) as bar:
+        with PercentBar("fit", self.done, progress=not hidden) as bar:
             try:
                 self.threads.settle()
                 self._go(bar)
@@ -363,7 +355,7 @@ class Run:
         """Return the present learning rate."""
         return self.schedule.rate(self.done, self.descent.steps)
 
-    def _go(self, bar: tqdm) -> None:
+    def _go(self, bar: PercentBar) -> None:
         """Take steps to the end, and write the state when it is due."""
         going = self.done < 1 and self.ended == "schedule"
         while going:
@@ -371,9 +363,7 @@ class Run:
             going = self._advance()
             looked = self.next_look > before
             if looked:
-                text = self.monitor.text(self.rate(), self.descent.skipped)
-                bar.set_postfix_str(text, refresh=False)
-                bar.update(int(100 * min(1.0, self.done)) - bar.n)
+                bar.show(self.done, self.monitor.text(self.rate(), self.descent.skipped))
             if self.checkpoint is not None:
                 every = self.checkpoint.every
                 due = looked if every is None else not self.descent.steps % every
@@ -425,7 +415,7 @@ class Run:
         if self.descent.steps not in self.monitor.steps[-1:]:
             self.monitor.look(self.descent.steps, self.rate(), self.seconds())
 
-    def _say_why(self, bar: tqdm) -> None:
+    def _say_why(self, bar: PercentBar) -> None:
         """Say that a run stopped early, and why, beside the bar and in the log."""
         text = (
             f"fit stopped early at step {self.descent.steps}, {100 * self.done:.0f}% of its "

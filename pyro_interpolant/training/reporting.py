@@ -193,6 +193,27 @@ class HeldOutDensity:
         return mean, error if count > 1 else math.nan, normal
 
 
+class PercentBar(tqdm):
+    """A bar of the share of a run that is done, in per cent.
+
+    Args:
+        name: What runs.
+        done: The share that is done already.
+        progress: Whether to show it.
+    """
+
+    def __init__(self, name: str, done: float = 0.0, *, progress: bool) -> None:
+        start = int(100 * done)
+        super().__init__(
+            desc=name, total=100, initial=start, unit="%", leave=False, disable=not progress
+        )
+
+    def show(self, done: float, text: str) -> None:
+        """Advance to the share that is done, with a few words beside the bar."""
+        self.set_postfix_str(text, refresh=False)
+        self.update(min(100, int(100 * done)) - self.n)
+
+
 @contextlib.contextmanager
 def stage(text: str, *, progress: bool) -> Iterator[None]:
     """Show what is being done while it is.

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from tqdm.auto import tqdm
 
 from ..._checks import check_ranges
 from ..._torch import evaluated, seeded, trainable
@@ -25,6 +24,7 @@ from ...solvers.ode import Solver
 from ...training.clock import Clock
 from ...training.fitting import trainable_flow
 from ...training.optimization import assign
+from ...training.reporting import PercentBar
 from ...training.rows import Rows
 from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
@@ -134,7 +134,7 @@ class Start(NamedTuple):
 
 
 def _find_particles(
-    density: LogDensity, wide: StudentTMixture, draws: int, budget: Budget, bar: tqdm
+    density: LogDensity, wide: StudentTMixture, draws: int, budget: Budget, bar: PercentBar
 ) -> Start:
     """Carry particles from a wide start to the target, at most ``draws``, and let them mix."""
     mixture = pathfinder(density, wide, seconds=budget.pathfinder * budget.clock.limit)
@@ -145,7 +145,7 @@ def _find_particles(
     deadline = budget.clock.began + budget.tempering * budget.clock.limit
     x, start = mixture.sample(count), LogDensity(mixture.log_prob)
     for level in tempered_smc(x, start, density, kernel, deadline=deadline):
-        _show(bar, budget.done(), f"tempering: {level.exponent:.3g}")
+        bar.show(budget.done(), f"tempering: {level.exponent:.3g}")
     particles = level.particles
     kernel.adapt_metric(particles.x)
     pools = [particles.x]
@@ -330,22 +330,16 @@ def train_from_density(
         wide = initial_mixture(start, flow.loc)
         density = LogDensity(log_density)
         density.check(wide.sample(256))
-        with tqdm(total=100, disable=not progress, desc="rounds", unit="%", leave=False) as bar:
+        with PercentBar("rounds", progress=progress) as bar:
             particles = _find_particles(density, wide, draws, budget, bar)
             with trainable(flow.velocity):
                 run = Run(distribution, density, particles, budget)
                 going = True
                 while going:
                     going = run.round(steps)
-                    _show(bar, budget.done(len(run.history)), run.history[-1].text())
+                    bar.show(budget.done(len(run.history)), run.history[-1].text())
             distribution.freeze()
             return run.verdict()
-
-
-def _show(bar: tqdm, done: float, text: str) -> None:
-    """Advance a bar to the share of a run that is done, with a few words beside it."""
-    bar.set_postfix_str(text, refresh=False)
-    bar.update(min(100, int(100 * done)) - bar.n)
 
 
 def _checked_flow(distribution: InterpolantDistribution) -> Flow:
