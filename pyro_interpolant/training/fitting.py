@@ -437,7 +437,7 @@ def _finish(
     taken = run.seconds(), run.monitor.best_step, run.descent.steps
     report = Report(distribution.transform.flow.event_dim, density.rows, *taken)
     distribution.report = report
-    few = near._replace(weight=None).repeated(min(_CALIBRATION_ROWS, len(near.w)))
+    few = near.evenly(_CALIBRATION_ROWS)
     rows = few.w.to(distribution.transform.flow.loc)
     bare, transform = distribution.without_support(), distribution.transform
     found: tuple[Solver, float | None] = transform.solver, None

@@ -58,7 +58,7 @@ def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
     if isinstance(distribution.space, CircularSupport):
         constant = -distribution.transform.flow.event_dim * math.log(2 * math.pi)
         return lambda rows: rows.w.new_full((len(rows.w),), constant, dtype=torch.float64)
-    few, flow = _evenly(kept, _FITTED_ROWS), distribution.transform.flow
+    few, flow = kept.evenly(_FITTED_ROWS), distribution.transform.flow
     x = distribution.ungaussianized(few.w.to(flow.loc))[0].double()
     features = _features(few, flow.classes)
     share = _shares(few)
@@ -104,13 +104,6 @@ def _features(rows: Rows, classes: int) -> Tensor:
     return torch.cat((one, rows.context.double()), 1)
 
 
-def _evenly(rows: Rows, most: int) -> Rows:
-    """Return evenly spaced rows, at most so many: no generator is drawn from."""
-    total = len(rows.w)
-    count = min(total, most)
-    return rows.take(torch.arange(count, device=rows.w.device) * total // count)
-
-
 def _shares(rows: Rows) -> Tensor:
     """Return the weights of rows, float64, shape ``(N,)``, which sum to one."""
     weight = rows.w.new_ones(len(rows.w)) if rows.weight is None else rows.weight
@@ -151,7 +144,7 @@ class HeldOutDensity:
         if self.is_known and self.took <= _GLIMPSE_SHARE * spent:
             began = time.monotonic()
             try:
-                mean, error, against = self._means(_evenly(self.held, _GLIMPSED_ROWS))
+                mean, error, against = self._means(self.held.evenly(_GLIMPSED_ROWS))
             except (RuntimeError, ValueError):
                 self.text, self.took = "", math.inf
                 return ""
@@ -170,7 +163,7 @@ class HeldOutDensity:
         """
         if not self.is_known:
             return report
-        began, rows = time.monotonic(), _evenly(self.held, _ROWS)
+        began, rows = time.monotonic(), self.held.evenly(_ROWS)
         count, first = len(rows.w), min(_FIRST_ROWS, len(rows.w))
         found = self._means(rows.take(torch.arange(first, device=rows.w.device)))
         pace = (time.monotonic() - began) / first

@@ -81,8 +81,14 @@ class Rows(NamedTuple):
         if self.weight is not None:
             return self.take(weighted_indices(self.weight, count))
         if total > count:
-            return self.take(torch.arange(count, device=device) * total // count)
+            return self.evenly(count)
         return self.take(torch.arange(total, device=device).repeat(count // total))
+
+    def evenly(self, most: int) -> "Rows":
+        """Return evenly spaced rows, at most so many: no generator is drawn from."""
+        total = len(self.w)
+        count = min(total, most)
+        return self.take(torch.arange(count, device=self.w.device) * total // count)
 
     def effective(self) -> float:
         """Return the number of rows that weigh as much."""
