@@ -305,21 +305,22 @@ def calibrate_sampler(
         ValueError: If the tolerance is not positive.
     """
     check_ranges(("a positive tolerance in standard deviations", tolerance > 0, tolerance))
-    found = calibrate_sampler_until(math.inf, distribution, context, tolerance).solver
-    distribution.transform.solver = found
-    return found
+    return calibrate_sampler_until(math.inf, distribution, context, tolerance).solver
 
 
 def calibrate_sampler_until(
     deadline: float, distribution: AnyDistribution, context: Tensor | None, tolerance: float
 ) -> Calibration:
-    """Return what :func:`calibrate_sampler` would set, or a coarser grid where time is short.
+    """Set the solver as :func:`calibrate_sampler`, or a coarser grid where time is short.
 
     Args:
         deadline: The time, by :func:`time.monotonic`, from which no more than 8 steps are tried.
         distribution: As in :func:`calibrate_sampler`.
         context: As in :func:`calibrate_sampler`, shape ``(N, C)``.
         tolerance: As in :func:`calibrate_sampler`.
+
+    Returns:
+        The grid that was set, and its error.
     """
     present = distribution.transform.solver
     template = present if isinstance(present, FixedGrid) else FixedGrid()
@@ -341,7 +342,8 @@ def calibrate_sampler_until(
             f"steps they are within {error:.2g}. Set transform.solver = FixedGrid(...), or call "
             "diagnostics.calibrate_sampler(distribution)"
         )
-    return Calibration(dataclasses.replace(template, steps=steps), error)
+    distribution.transform.solver = dataclasses.replace(template, steps=steps)
+    return Calibration(distribution.transform.solver, error)
 
 
 class _Samples:

@@ -389,8 +389,10 @@ def test_the_sampler_gets_the_fewest_steps_that_are_good():
     assert error(grid.steps - 2) > 1e-3
     with pytest.raises(ValueError, match="expected a positive tolerance in standard deviations"):
         calibrate_sampler(images, tolerance=0.0)
-    late = calibrate_sampler_until(0.0, flow(Turning(1.0)), None, 1e-3)
+    slow = flow(Turning(1.0))
+    late = calibrate_sampler_until(0.0, slow, None, 1e-3)
     assert late.error <= 1e-3
+    assert slow.transform.solver == late.solver
     with pytest.warns(UserWarning, match="the time was over before samples within"):
         assert calibrate_sampler_until(0.0, flow(Turning(12.0)), None, 1e-3).solver.steps == 8
     with pytest.warns(UserWarning, match="no grid has samples within 0.001 standard deviations"):
