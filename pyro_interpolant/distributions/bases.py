@@ -182,20 +182,20 @@ class WhitenedBase:
             return standard_normal(w).log_prob(w)
         return base_log_prob(self.base, self.whitening.from_white(w)) + self.whitening.log_det
 
-    def split(self, share: float | None) -> "tuple[WhitenedBase, WhitenedBase]":
+    def split(self, share: float) -> "tuple[WhitenedBase, WhitenedBase]":
         """Return the base to train on and that of the held-out loss: disjoint where samples.
 
         Of the same samples they are the same at each call.
 
         Args:
-            share: The share of the samples for the latter; by default 0.1.
+            share: The share of the samples for the latter.
         """
         if not isinstance(self.base, Samples):
             return self, self
         rows = self.base.rows
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order.to(rows.device)]
-        count = max(1, round((0.1 if share is None else share) * len(rows)))
+        count = max(1, round(share * len(rows)))
         kept, held = rows[count:] if len(rows) > count else rows, rows[:count]
         return WhitenedBase(Samples(kept), self.whitening), WhitenedBase(
             Samples(held), self.whitening

@@ -8,12 +8,11 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..distributions.constraints import as_tensor
+from ..training.image_rows import LEVELS
 from .axes import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_LEVELS = 256
 
 
 def images(x: ArrayLike, *, columns: int | None = None, ax: "Axes | None" = None) -> "Axes":
@@ -33,7 +32,7 @@ def images(x: ArrayLike, *, columns: int | None = None, ax: "Axes | None" = None
         raise ValueError(
             f"expected images of shape (N, 1, H, W) or (N, 3, H, W), got {tuple(values.shape)}"
         )
-    values = values / (_LEVELS - 1) if values.dtype == torch.uint8 else values
+    values = values / (LEVELS - 1) if values.dtype == torch.uint8 else values
     grid = _grid(values.double().clamp(0, 1), columns)
     ax = new_axes(ax)
     if grid.shape[-1] == 1:

@@ -231,7 +231,7 @@ def fit(
                 _prepare_flow(distribution, split, state, process, keep=not whiten)
             else:
                 flow.noise = noise_network(flow)
-            seen, unseen = distribution.white_base().split(source.share)
+            seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
             objective = Objective(flow, seen, coupling, process, target=learn)
             held = objective.typical(split.held)
             fixed = objective.fixed_points(held, unseen, split.size)

@@ -42,8 +42,8 @@ from ..solvers.ode import (
 from ..solvers.recorded import recorded_solve, stage_times
 from .whitening import DenseWhitening, Whitening
 
+ROWS_PER_SOLVE = 512  # without gradients
 _MAX_KEPT_BYTES = 2**26  # of a trajectory that is kept: 64 MiB
-_ROWS_PER_SOLVE = 512  # without gradients
 _MIN_RANDOM_NODES = 12  # however few a solver needs for weights that are trained already
 
 
@@ -291,7 +291,7 @@ class Flow(nn.Module):
         row_bytes = len(path.times[0]) * self.event_dim * white.element_size()
         rows = white.numel() // self.event_dim
         at_once = min(
-            images_at_once(self.velocity) or _ROWS_PER_SOLVE, max(1, _MAX_KEPT_BYTES // row_bytes)
+            images_at_once(self.velocity) or ROWS_PER_SOLVE, max(1, _MAX_KEPT_BYTES // row_bytes)
         )
         if rows <= at_once or self._needs_graph(white, path):
             return self.integrate(white, path, forward=forward), None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .._torch import is_tracing, is_transformed
+from .flow import ROWS_PER_SOLVE
 from .gaussianize import rise, run
 from .interpolant import InterpolantTransform
 
@@ -25,7 +26,6 @@ _MIN_VALUES = 128  # of one context, from which a spline pays
 _VALUES_PER_CELL, _MAX_CELLS = 12, 512  # before the first halving
 _MIN_HALVED = 3  # values in a cell, from which halving it pays
 _TOLERANCE = 1e-3  # of log-odds, by which the last halving of a cell may move a value
-_ROWS_PER_SOLVE = 512  # where the flow itself begins another
 
 Map = Callable[[Tensor], Tensor]
 
@@ -192,7 +192,7 @@ class _Solver:
         # Contexts with about as many values together: those of each share its embedding.
         while len(order):
             most = int(counts[order[0]])
-            many = max(1, _ROWS_PER_SOLVE // most)
+            many = max(1, ROWS_PER_SOLVE // most)
             some, order = order[:many], order[many:]
             rows = torch.arange(most, device=w.device)[:, None].minimum(counts[some] - 1)
             rows = rows + first[some]  # the last of a context again where others have more

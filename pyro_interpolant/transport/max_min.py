@@ -16,7 +16,7 @@ from ..distributions.constraints import RowsLike
 from ..distributions.interpolant import AnyDistribution
 from ..interpolants.couplings import independent
 from ..interpolants.learned import LearnedInterpolant
-from ..training.data import Table, TableBatches, as_held_out
+from ..training.data import DEFAULT_SHARE, Table, TableBatches, as_held_out
 from ..training.distributed import Process
 from ..training.fitting import FitResult, fit, start_from, trainable_flow
 from ..training.objective import Coupling, Objective
@@ -115,8 +115,8 @@ def learn_interpolant(
             f"expected a flow with a LearnedInterpolant, got {type(interpolant).__name__}: "
             "InterpolantTransform(velocity, interpolant=LearnedInterpolant(...))"
         )
-    given = {"validation": 0.1} | {k: fit_options[k] for k in _OF_ROWS if k in fit_options}
-    given["validation"] = as_held_out(given["validation"])
+    given = {k: fit_options[k] for k in _OF_ROWS if k in fit_options}
+    given["validation"] = as_held_out(given.get("validation", DEFAULT_SHARE))
     source = Table(distribution, data, context=context, **given)
     distribution.columns, distribution.context_columns = source.names
     if seed is None:
@@ -125,8 +125,8 @@ def learn_interpolant(
         split = source.split(Process(), batch_size)  # at first, as in fit: the same rows
         start_from(distribution, base_samples, split, source.names)
         set_whitening(distribution, split.kept)
-        push, (seen, _) = flow.whitening.push, distribution.white_base().split(source.share)
-        objective = Objective(flow, seen, coupling, metric=push)
+        seen, _ = distribution.white_base().split(source.share or DEFAULT_SHARE)
+        objective = Objective(flow, seen, coupling, metric=flow.whitening.push)
         batches = source.batches(split, objective)
         if interpolant.modes:
             _start(interpolant, objective, split.kept)
