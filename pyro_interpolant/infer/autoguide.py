@@ -29,7 +29,7 @@ from ..solvers.divergence import Divergence
 from ..solvers.ode import FixedGrid, Solver
 from ..training.clock import Clock, Seconds
 from ..training.fitting import FitResult, fit
-from ..training.whitening import moments
+from ..training.whitening import whitening_map
 from ..transforms.interpolant import InterpolantTransform
 from .amortization import AmortizedResult
 from .importance_sampling import are_raw_draws_good, importance_of, verdict_with_warning
@@ -263,7 +263,7 @@ class AutoInterpolant(AutoContinuous):
         if list(ours.items()) != list(theirs.items()):
             raise ValueError(f"expected a guide of the sites {ours}, got one of {theirs}")
         z = other.get_posterior(*args, **kwargs).sample((SPREAD_DRAWS,))
-        m = moments(z)
+        m = whitening_map(z)
         self.transform.flow.whitening.set(m.loc, m.linear)
         return self
 

@@ -62,7 +62,7 @@ from .preprocessing import preferred_support, rounded, warn_if_rounded
 from .reporting import stage, tell
 from .rows import Rows
 from .streaming import first_rows, is_stream
-from .whitening import moments
+from .whitening import whitening_map
 
 
 @with_gradients()
@@ -390,7 +390,7 @@ def _with_map(
         return found, fit_options
     if isinstance(found.gaussianizer, RadialTransform):
         warn_if_rounded(real)  # what is wrong with columns, the fit cannot see behind the map
-        moments(real)
+        whitening_map(real)
     return found, fit_options if held is None else {**fit_options, "validation": held}
 
 

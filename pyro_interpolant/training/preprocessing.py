@@ -27,7 +27,7 @@ from ..transforms.gaussianize import (
 )
 from .clock import Clock
 from .rows import subsample, weighted_indices
-from .whitening import inliers, moments
+from .whitening import inliers, whitening_map
 
 _CHECKED_ROWS, _CHECKED_COLUMNS = 20_000, 128  # for repeated values
 _MIN_CHECKED_ROWS = 100  # rows that tell
@@ -246,7 +246,7 @@ def _best(rows: Tensor, clock: Clock | None) -> Callable[[Tensor], Gaussianizer 
     if rows.shape[1] > _MOST_DIMS:
         return None
     try:
-        m = moments(rows, warn=False)  # the fit does
+        m = whitening_map(rows, warn=False)  # the fit does
         rows = rows[inliers(m.white(rows))]
         # Rows that repeat, as a Markov chain's or weighted ones do, are held out together.
         part = torch.unique(rows, dim=0, return_inverse=True)[1] % 10
@@ -295,7 +295,7 @@ def _gain(
 
 def _mixture(kept: Tensor, held: Tensor) -> Tensor:
     """Return held-out log-densities, shape ``(M,)``, of a Gaussian mixture fitted by EM."""
-    m = moments(kept, warn=False)
+    m = whitening_map(kept, warn=False)
     x, dim = m.white(kept), kept.shape[1]
     nearest = torch.cdist(x, x[:_COMPONENTS]).argmin(1)
     shares = torch.nn.functional.one_hot(nearest, _COMPONENTS).T.to(x)
@@ -391,7 +391,7 @@ def radial_transform(rows: Tensor) -> RadialTransform | None:
     dim = rows.shape[1]
     if len(rows) < MIN_ROWS or dim < 2:
         return None
-    m = moments(rows.double(), warn=False)  # who chooses the map does
+    m = whitening_map(rows.double(), warn=False)  # who chooses the map does
     length = log_length(m.white(rows))[:, 0]
     if float(length.max() - length.min()) < _MIN_LENGTH_SPREAD:
         return None

@@ -32,7 +32,7 @@ _NAMED_ROWS = 5  # the most rows that an error names
 _AXIS_CUTS = 3  # the most rounds of winsorizing along the eigenvectors
 
 
-class Moments(NamedTuple):
+class WhiteningMap(NamedTuple):
     """An affine map that whitens data: ``x = loc + linear @ w`` with ``w`` of unit covariance.
 
     Attributes:
@@ -111,14 +111,14 @@ def _robust_axes(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Ten
     return _axes(x if cut is along else loc + scale * (cut @ vectors.T), share)
 
 
-def moments(
+def whitening_map(
     x: Tensor,
     weights: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
     warn: bool = True,
-) -> Moments:
-    """Return the map that whitens the rows of x.
+) -> WhiteningMap:
+    """Return the affine map that whitens rows, from robust means and covariances.
 
     Columns are centred and scaled first, so that their units do not matter, then multiplied by the
     symmetric inverse root of their correlation: each whitened column stays as near to its own as
@@ -168,7 +168,7 @@ def moments(
     # Near dependence the eigenvectors keep the rounding of the narrow directions to themselves.
     turn = vectors if float(roots[0]) > _MIN_DEVIATION else torch.eye(dim).to(vectors)
     linear = scale[:, None] * ((vectors * roots) @ turn.T)
-    return Moments(loc, linear, (turn / roots) @ vectors.T / scale)
+    return WhiteningMap(loc, linear, (turn / roots) @ vectors.T / scale)
 
 
 def _warn_if_unresolved(direction: Tensor, rounding: Tensor, spread: float) -> None:
@@ -310,8 +310,8 @@ def _set_map(
         scale = ((spread.mean() + other.mean()) / 2).sqrt()
         whitening.set_diagonal((start + end) / 2, scale.expand_as(end))
     elif isinstance(whitening, DenseWhitening):
-        m = moments(rows.w, rows.weight, dtype=whitening.loc.dtype)
-        whitening.set(*(m if rows.partner is None else _aligned(m, rows.w, rows.partner)))
+        found = whitening_map(rows.w, rows.weight, dtype=whitening.loc.dtype)
+        whitening.set(*(found if rows.partner is None else _aligned(found, rows.w, rows.partner)))
     else:
         loc, variance = column_moments(rows.w, rows.weight)
         whitening.set_diagonal(loc, variance.sqrt())
@@ -327,9 +327,9 @@ def column_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     return loc, share @ (x - loc).square()
 
 
-def _aligned(m: Moments, rows: Tensor, partners: Tensor) -> Moments:
+def _aligned(found: WhiteningMap, rows: Tensor, partners: Tensor) -> WhiteningMap:
     """Return the map turned so that rows lie nearest to their partners: paths must not cross."""
-    w = m.white(rows)
+    w = found.white(rows)
     u, _, vh = torch.linalg.svd(w.T @ partners.double())
     turn = u @ vh
-    return Moments(m.loc, m.linear @ turn, turn.T @ m.whitening)
+    return WhiteningMap(found.loc, found.linear @ turn, turn.T @ found.whitening)

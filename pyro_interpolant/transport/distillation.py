@@ -24,7 +24,7 @@ from ..distributions.constraints import Constraint
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
 from ..distributions.supports import CircularSupport, Support, only_possible, support_of
-from ..training.whitening import moments
+from ..training.whitening import whitening_map
 from ..transforms.bijections import Unseen, Whiten
 from ..transforms.whitening import DenseWhitening
 
@@ -186,7 +186,7 @@ def distill(
     view = distribution.without_support()
     with seeded(seed), torch.no_grad():
         x = view.sample((count,))
-        known = moments(x, warn=False)
+        known = whitening_map(x, warn=False)
         whitening = DenseWhitening(flow.event_dim).to(flow.loc)
         whitening.set(known.loc, known.linear)
         fitted = (StudentTransforms(_couplings(flow.loc)) if given is None else given).to(x)

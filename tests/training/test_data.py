@@ -19,7 +19,7 @@ from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.preprocessing import dequantize, warn_if_rounded
 from pyro_interpolant.training.rows import Rows, keys_of, weighted_indices
 from pyro_interpolant.training.streaming import Stream
-from pyro_interpolant.training.whitening import inliers, moments
+from pyro_interpolant.training.whitening import inliers, whitening_map
 
 
 def with_values(value, rows):
@@ -96,7 +96,7 @@ def data(count, dim):
 @pytest.mark.parametrize("dim", [1, 2, 7])
 def test_whitened_rows_have_zero_mean_and_unit_covariance(dim, dtype):
     x = data(500, dim).to(dtype)
-    m = moments(x)
+    m = whitening_map(x)
     assert m.loc.dtype == m.linear.dtype == m.whitening.dtype == torch.float64
     w = (x.double() - m.loc) @ m.whitening.T
     torch.testing.assert_close(w.mean(0), torch.zeros(dim), rtol=0, atol=1e-10)
@@ -108,7 +108,7 @@ def test_whitened_rows_have_zero_mean_and_unit_covariance(dim, dtype):
 @pytest.mark.parametrize("scales", [(1e-12, 1.0), (1e12, 1.0), (1e-12, 1e12), (1e-30, 1e30)])
 def test_units_do_not_matter(scales):
     x = data(400, 2)
-    plain, scaled = moments(x), moments(x * torch.tensor(scales))
+    plain, scaled = whitening_map(x), whitening_map(x * torch.tensor(scales))
     w = (x * torch.tensor(scales) - scaled.loc) @ scaled.whitening.T
     torch.testing.assert_close(w.T @ w / 400, torch.eye(2), rtol=0, atol=1e-9)
     assert torch.isfinite(scaled.linear).all()
@@ -118,7 +118,7 @@ def test_units_do_not_matter(scales):
 @pytest.mark.parametrize("offset", [1e6, -1e9])
 def test_a_large_offset_does_not_matter(offset):
     x = data(400, 2)
-    m = moments(x + offset)
+    m = whitening_map(x + offset)
     w = (x + offset - m.loc) @ m.whitening.T
     torch.testing.assert_close(w.T @ w / 400, torch.eye(2), rtol=0, atol=1e-4)
 
@@ -126,9 +126,9 @@ def test_a_large_offset_does_not_matter(offset):
 @pytest.mark.parametrize("wild", [1e3, 1e6, 1e12])
 def test_one_wild_row_does_not_set_the_scale(wild):
     x = data(500, 2)
-    before = moments(x)
+    before = whitening_map(x)
     x[17] = wild
-    after = moments(x)
+    after = whitening_map(x)
     ratio = torch.linalg.svdvals(before.whitening @ after.linear)
     assert ratio.max() < 3
     assert ratio.min() > 0.3
@@ -138,20 +138,20 @@ def test_one_wild_row_does_not_set_the_scale(wild):
 def test_one_row_wild_between_columns_does_not_part_them():
     x = torch.randn(20_000, 3)
     x[:, 2] = x[:, 0] + x[:, 1] + 1e-4 * x[:, 2]
-    before = moments(x)
+    before = whitening_map(x)
     for wild in ([1e6, 0.0, 1e6], [30.0, 0.0, 0.0], [0.0, 1e4, -1e9], [3.0, 0.0, -3.0]):
         y = x.clone()
         y[9] = torch.tensor(wild)
-        ratio = torch.linalg.svdvals(before.whitening @ moments(y).linear)
+        ratio = torch.linalg.svdvals(before.whitening @ whitening_map(y).linear)
         assert 0.8 < ratio.min() <= ratio.max() < 1.25
 
 
 def test_rows_wild_in_one_column_each():
     x = torch.randn(20_000, 10) @ (torch.eye(10) + 0.3)
-    before = moments(x)
+    before = whitening_map(x)
     for column in range(10):
         x[80 * column : 80 * (column + 1), column] += 1e6
-    ratio = torch.linalg.svdvals(before.whitening @ moments(x).linear)
+    ratio = torch.linalg.svdvals(before.whitening @ whitening_map(x).linear)
     assert ratio.max() < 5
 
 
@@ -160,7 +160,7 @@ def test_a_flag_that_few_rows_have():
     x[:, 2] = 0.0
     x[[100, 30_000], 2] = 1.0
     x[[100, 30_000], 1] = 1e6  # in the same rows
-    m = moments(x)
+    m = whitening_map(x)
     assert all(part.isfinite().all() for part in m)
     assert float(m.linear[1].norm()) == pytest.approx(1.0, rel=0.2)
 
@@ -168,9 +168,9 @@ def test_a_flag_that_few_rows_have():
 def test_a_column_of_one_value_and_some_others_has_a_scale():
     x = torch.randn(5000, 2)
     x[:4000, 1] = 0.0
-    before = moments(x)
+    before = whitening_map(x)
     x[7, 1] = 1e7
-    ratio = torch.linalg.svdvals(before.whitening @ moments(x).linear)
+    ratio = torch.linalg.svdvals(before.whitening @ whitening_map(x).linear)
     assert 0.5 < ratio.min() <= ratio.max() < 2
 
 
@@ -178,7 +178,7 @@ def test_rows_that_come_in_an_order_are_looked_at_everywhere(monkeypatch):
     monkeypatch.setattr(whitening, "_QUANTILE_VALUES", 4000)  # 2,000 of the rows
     x = torch.randn(20_000, 2)
     x[18_000:] += 1000.0  # a class, not outliers
-    m = moments(x)
+    m = whitening_map(x)
     torch.testing.assert_close(m.loc, x.mean(0), rtol=1e-4, atol=0)
     assert len(inliers(m.white(x)).unique()) >= 19_800
 
@@ -188,7 +188,7 @@ def test_rows_that_weigh_most_are_no_outliers():
     x[:4] += 1e5
     weights = torch.full((1000,), 1e-3)
     weights[:4] = 1000.0
-    m = moments(x, weights)
+    m = whitening_map(x, weights)
     torch.testing.assert_close(m.loc, weights @ x / weights.sum(), rtol=1e-3, atol=0)
     assert m.linear.isfinite().all()
 
@@ -206,7 +206,7 @@ def test_constant_columns_are_named():
     x = torch.randn(30, 4)
     x[:, 1], x[:, 3] = 2.5, 0.0
     with pytest.raises(ValueError, match=r"constant columns \[1, 3\]: drop them"):
-        moments(x)
+        whitening_map(x)
 
 
 @pytest.mark.parametrize(
@@ -222,14 +222,14 @@ def test_dependent_columns_are_refused(combine):
     x = torch.randn(50, 3)
     x[:, 2] = combine(x)
     with pytest.raises(ValueError, match=r"linearly independent columns.*add noise") as caught:
-        moments(x)
+        whitening_map(x)
     assert "2" in str(caught.value)
 
 
 def test_nearly_dependent_columns_are_whitened():
     x = torch.randn(2000, 2)
     x[:, 1] = x[:, 0] + 1e-4 * x[:, 1]
-    m = moments(x)
+    m = whitening_map(x)
     w = (x - m.loc) @ m.whitening.T
     torch.testing.assert_close(w.T @ w / 2000, torch.eye(2), rtol=0, atol=1e-5)
 
@@ -237,7 +237,7 @@ def test_nearly_dependent_columns_are_whitened():
 @pytest.mark.parametrize(("count", "dim"), [(2, 2), (3, 5), (1, 1)])
 def test_too_few_rows_are_refused(count, dim):
     with pytest.raises(ValueError, match=f"more rows than dimensions, got {count} rows of {dim}"):
-        moments(torch.randn(count, dim))
+        whitening_map(torch.randn(count, dim))
 
 
 def batches(count, size, weights=None):
@@ -284,7 +284,7 @@ def test_weighted_batches_are_in_proportion():
 def test_weighted_moments_are_those_of_repeated_rows():
     x, weights = torch.randn(30, 3), torch.randint(1, 4, (30,)).double()
     repeated = x.repeat_interleave(weights.long(), dim=0)
-    for a, b in zip(moments(x, weights), moments(repeated), strict=True):
+    for a, b in zip(whitening_map(x, weights), whitening_map(repeated), strict=True):
         torch.testing.assert_close(a.abs(), b.abs())
 
 
@@ -370,9 +370,9 @@ def test_steps_of_ones_own():
 def test_columns_that_are_dependent_but_for_rounding_are_told():
     x = torch.randn(2000, 2)
     x[:, 1] = x[:, 0] + 1e-5 * x[:, 1] + 30.0
-    moments(x)  # in double precision there is no lack of digits
+    whitening_map(x)  # in double precision there is no lack of digits
     with pytest.warns(UserWarning, match=r"columns \[0, 1\] take part.*in float64, centre"):
-        moments(x.float())
+        whitening_map(x.float())
 
 
 def test_outliers_are_few_and_far():

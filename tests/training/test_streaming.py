@@ -26,7 +26,7 @@ from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.rows import row_keys
 from pyro_interpolant.training.streaming import Stream, is_stream
-from pyro_interpolant.training.whitening import moments
+from pyro_interpolant.training.whitening import whitening_map
 from pyro_interpolant.transforms import ScalarWhitening
 
 pytestmark = pytest.mark.usefixtures("_small_runs")
@@ -138,7 +138,7 @@ def test_the_first_pass_finds_the_moments_of_all_rows_it_did_not_hold_out():
     assert (found.total, found.size) == (900, 90)
     distribution = made()
     fit(distribution, list(x.split(90)), **QUICK)
-    torch.testing.assert_close(distribution.transform.flow.loc, moments(x[kept]).loc)
+    torch.testing.assert_close(distribution.transform.flow.loc, whitening_map(x[kept]).loc)
 
 
 def test_the_rows_held_out_are_the_same_in_any_order():

@@ -10,7 +10,7 @@ from pyro.distributions import constraints
 
 from pyro_interpolant import InterpolantDistribution, fit, interpolant_transform
 from pyro_interpolant.training.preprocessing import radial_transform
-from pyro_interpolant.training.whitening import moments
+from pyro_interpolant.training.whitening import whitening_map
 from pyro_interpolant.transforms.gaussianize import Gaussianized
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
@@ -23,7 +23,7 @@ def contrast(count, dim=5, spread=1.0):
 
 
 def lengths(x, like):
-    m = moments(like)
+    m = whitening_map(like)
     return ((x - m.loc) @ m.whitening.T).norm(dim=-1)
 
 
@@ -35,7 +35,7 @@ def test_lengths_come_half_way_to_normal_ones(dim):
     normal = torch.randn(200_000, dim).norm(dim=-1).quantile(levels).log()
     before, after = lengths(x, x).quantile(levels).log(), u.norm(dim=-1).quantile(levels).log()
     assert torch.allclose(after, 0.5 * (before + normal), atol=0.03)
-    white = (x - moments(x).loc) @ moments(x).whitening.T
+    white = (x - whitening_map(x).loc) @ whitening_map(x).whitening.T
     assert torch.allclose(torch.nn.functional.cosine_similarity(u, white), torch.ones(()))
 
 
