@@ -55,12 +55,13 @@ class SolverError(NamedTuple):
         )
 
 
-class Calibration(NamedTuple):
-    """What a calibration found.
+class CalibratedGrid(NamedTuple):
+    """The grid that a calibration has set.
 
     Attributes:
         solver: The grid.
-        error: Its mean absolute error of log_prob, nats; None where no time was left to measure.
+        error: Its mean absolute error of log_prob, nats, or its error of samples, standard
+            deviations; None where no time was left to measure.
     """
 
     solver: FixedGrid
@@ -171,7 +172,7 @@ def calibrate_until(
     *,
     tolerance: float,
     context: Tensor | None = None,
-) -> Calibration:
+) -> CalibratedGrid:
     """Set the solver as :func:`calibrate`, on fewer rows or with a warning where time is short.
 
     Args:
@@ -199,9 +200,9 @@ def calibrate_until(
             "no time was left to calibrate the solver, which is the one before: call "
             "calibrate(distribution, rows), which says what its densities are worth"
         )
-        return Calibration(template, None)
+        return CalibratedGrid(template, None)
     distribution.transform.solver = dataclasses.replace(template, steps=steps)
-    return Calibration(distribution.transform.solver, error)
+    return CalibratedGrid(distribution.transform.solver, error)
 
 
 class _Trials:
@@ -310,7 +311,7 @@ def calibrate_sampler(
 
 def calibrate_sampler_until(
     deadline: float, distribution: AnyDistribution, context: Tensor | None, tolerance: float
-) -> Calibration:
+) -> CalibratedGrid:
     """Set the solver as :func:`calibrate_sampler`, or a coarser grid where time is short.
 
     Args:
@@ -343,7 +344,7 @@ def calibrate_sampler_until(
             "diagnostics.calibrate_sampler(distribution)"
         )
     distribution.transform.solver = dataclasses.replace(template, steps=steps)
-    return Calibration(distribution.transform.solver, error)
+    return CalibratedGrid(distribution.transform.solver, error)
 
 
 class _Samples:

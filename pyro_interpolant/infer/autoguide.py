@@ -263,8 +263,8 @@ class AutoInterpolant(AutoContinuous):
         if list(ours.items()) != list(theirs.items()):
             raise ValueError(f"expected a guide of the sites {ours}, got one of {theirs}")
         z = other.get_posterior(*args, **kwargs).sample((SPREAD_DRAWS,))
-        m = whitening_map(z)
-        self.transform.flow.whitening.set(m.loc, m.linear)
+        found = whitening_map(z)
+        self.transform.flow.whitening.set(found.loc, found.linear)
         return self
 
     def train_from(

@@ -140,7 +140,10 @@ def evaluate(velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None =
 
 
 def _is_divisible(x: Tensor, at_once: int) -> bool:
-    """Return whether states, ``(*, D)``, are more than so many, and no graph is recorded."""
+    """Return whether states, ``(*, D)``, more than go at once, may be evaluated in pieces.
+
+    Not where a graph is recorded.
+    """
     is_plain = not (torch.is_grad_enabled() or is_tracing() or is_functional())
     return is_plain and x.shape[:-1].numel() > at_once
 

@@ -233,7 +233,7 @@ class TableBatches:
         self.total = rows.effective()
         values = size * sum(part.shape[-1] for part in rows[:2] if part is not None)
         most = max(1, min(_MOST_BATCHES, _MOST_VALUES // values))
-        self.at_once = most if objective.is_free() else 1
+        self.at_once = most if objective.can_draw_ahead() else 1
         self.ends = None if rows.weight is None else rows.weight.double().cumsum(0)
         self.order = torch.zeros(0, dtype=torch.long, device=rows.w.device)
         self.position = 0

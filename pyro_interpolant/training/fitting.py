@@ -1,4 +1,4 @@
-r"""``fit`` and ``from_samples``: training by a quadratic regression. No ODE is solved in it."""
+r"""``fit``: training by a quadratic regression. No ODE is solved in it."""
 
 import contextlib
 import dataclasses
@@ -233,7 +233,7 @@ def fit(
                 flow.noise = noise_network(flow)
             seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
             objective = Objective(flow, seen, coupling, process, target=learn)
-            held = objective.typical(split.held)
+            held = objective.without_outliers(split.held)
             fixed = objective.fixed_points(held, unseen, split.size)
             density = None if learn == "noise" else HeldOutDensity(distribution, split)
         distribution.columns, distribution.context_columns = source.names

@@ -25,7 +25,7 @@ class Names(NamedTuple):
     def for_training(
         cls, distribution: AnyDistribution, data: object, context: object, *, anew: bool
     ) -> "Names":
-        """Return those of a distribution and of data frames, of which the former go first.
+        """Return the names that a distribution has, or, where it has none, those of data frames.
 
         Args:
             distribution: What is trained.
@@ -54,8 +54,8 @@ class Names(NamedTuple):
         found = Names.for_training(distribution, rows, context, anew=True)
         return Names(*(known or new for known, new in zip(self, found, strict=True)))
 
-    def had_by(self, rows: object, context: object = None) -> "Names":
-        """Return these names where rows and contexts, which may be of no names, have any."""
+    def if_named(self, rows: object, context: object = None) -> "Names":
+        """Return these names for rows, and for contexts, that have names; none for the others."""
         found = names_of(rows), names_of(context)
         return Names(*(known if any(own) else () for known, own in zip(self, found, strict=True)))
 

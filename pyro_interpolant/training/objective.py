@@ -245,7 +245,7 @@ class Objective(nn.Module):
         partner = None if rows.partner is None else self.base.to_white(rows.partner)
         return rows._replace(w=self.flow.whitening.double_to_white(rows.w), partner=partner)
 
-    def typical(self, rows: Rows) -> Rows:
+    def without_outliers(self, rows: Rows) -> Rows:
         """Return rows, given in the flow's coordinates, with others in the stead of outliers."""
         known = None if self.flow.classes else rows.context  # labels are no numbers
         return rows.take(inliers(self.whitened(rows).w, known))
@@ -290,7 +290,7 @@ class Objective(nn.Module):
                 rows = rows._replace(partner=self._coupled(rows, base, size, Process()))
             return self._points(self._pairs(rows, base, Process()))
 
-    def is_free(self) -> bool:
+    def can_draw_ahead(self) -> bool:
         """Return whether points neither cost much nor depend on what a step may change."""
         linear = type(self.flow.interpolant).sample is Interpolant.sample
         given = self.base.base is None or isinstance(self.base.base, Samples)

@@ -246,8 +246,8 @@ def _best(rows: Tensor, clock: Clock | None) -> Callable[[Tensor], Gaussianizer 
     if rows.shape[1] > _MOST_DIMS:
         return None
     try:
-        m = whitening_map(rows, warn=False)  # the fit does
-        rows = rows[inliers(m.white(rows))]
+        whitener = whitening_map(rows, warn=False)  # the fit does
+        rows = rows[inliers(whitener.white(rows))]
         # Rows that repeat, as a Markov chain's or weighted ones do, are held out together.
         part = torch.unique(rows, dim=0, return_inverse=True)[1] % 10
         gains = dict.fromkeys((marginal_transform, radial_transform), math.inf)
@@ -295,8 +295,8 @@ def _gain(
 
 def _mixture(kept: Tensor, held: Tensor) -> Tensor:
     """Return held-out log-densities, shape ``(M,)``, of a Gaussian mixture fitted by EM."""
-    m = whitening_map(kept, warn=False)
-    x, dim = m.white(kept), kept.shape[1]
+    whitener = whitening_map(kept, warn=False)
+    x, dim = whitener.white(kept), kept.shape[1]
     nearest = torch.cdist(x, x[:_COMPONENTS]).argmin(1)
     shares = torch.nn.functional.one_hot(nearest, _COMPONENTS).T.to(x)
 
@@ -317,8 +317,8 @@ def _mixture(kept: Tensor, held: Tensor) -> Tensor:
         covs = torch.stack([part.T @ part for part in centred])
         roots = torch.linalg.cholesky(covs + _VARIANCE_FLOOR * torch.eye(dim).to(x))
         shares = joint(x).softmax(0)
-    log_density = joint(m.white(held)).logsumexp(0)
-    return log_density - torch.linalg.slogdet(m.linear).logabsdet
+    log_density = joint(whitener.white(held)).logsumexp(0)
+    return log_density - torch.linalg.slogdet(whitener.linear).logabsdet
 
 
 _KNOTS = 128
@@ -391,8 +391,8 @@ def radial_transform(rows: Tensor) -> RadialTransform | None:
     dim = rows.shape[1]
     if len(rows) < MIN_ROWS or dim < 2:
         return None
-    m = whitening_map(rows.double(), warn=False)  # who chooses the map does
-    length = log_length(m.white(rows))[:, 0]
+    whitener = whitening_map(rows.double(), warn=False)  # who chooses the map does
+    length = log_length(whitener.white(rows))[:, 0]
     if float(length.max() - length.min()) < _MIN_LENGTH_SPREAD:
         return None
     x, normal = quantile_knots(length)
@@ -406,4 +406,4 @@ def radial_transform(rows: Tensor) -> RadialTransform | None:
     # would be raised to that power, and densities be NaN a few deviations on. They grow in
     # proportion there, and tails are a Gaussian's.
     slopes[-1] = slopes[-1].clamp(max=1.0)
-    return RadialTransform(m.loc, m.linear, x[None], y[None], slopes[None])
+    return RadialTransform(whitener.loc, whitener.linear, x[None], y[None], slopes[None])

@@ -10,12 +10,12 @@ _VALUES_AT_ONCE = 2**22  # whose keys are taken at once
 
 
 class Rows(NamedTuple):
-    """Whitened rows, shape ``(N, D)``, with what belongs to each.
+    """Rows with what belongs to each, in the flow's coordinates or whitened.
 
     Attributes:
-        w: The rows.
+        w: The rows, shape ``(N, D)``.
         context: Their contexts, shape ``(N, C)``, or None.
-        partner: Their partners at the base, whitened, shape ``(N, D)``, or None.
+        partner: Their partners at the base, whitened if rows are, shape ``(N, D)``, or None.
         weight: Their weights, shape ``(N,)``, or None.
     """
 
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
         return self.each(lambda part: part.index_select(0, index))
 
     def rest(self, used: int) -> "Rows":
-        """Return all rows but the first."""
+        """Return the rows behind the first ``used``."""
         return self.each(lambda part: part[used:])
 
     def to(self, device: torch.device) -> "Rows":

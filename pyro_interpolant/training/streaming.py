@@ -141,7 +141,7 @@ class Stream:
             )
         weights = _part_of_weights(parts[self.parts]) if len(parts) > self.parts else None
         if self.forgets:
-            self.names, self.forgets = self.names.had_by(*parts[: self.parts]), False
+            self.names, self.forgets = self.names.if_named(*parts[: self.parts]), False
         self.names = self.names.filled(self.distribution, *parts[: self.parts])
         data, context = self.names.ordered(self.distribution, *parts[: self.parts])
         data, context, weights = drop_zero_weights(weights, data, context, part=True)
