@@ -378,7 +378,7 @@ def _log_prob(site: Site, latents: Collection[str]) -> Tensor:
             log_prob = log_prob + left_out
         fn, value, mask = without_masks(fn), None, None  # the value comes from the support
     valid = is_valid(fn, value)
-    if valid is None:
+    if isinstance(valid, bool):
         return log_prob
     if isinstance(mask, Tensor):
         valid = valid | ~mask

@@ -310,9 +310,9 @@ class _Function:
                     f"{type(found).__name__}"
                 )
             log_prob = found.log_prob(y)
-            valid = is_valid(found, y) if isinstance(found, Distribution) else None
+            valid = is_valid(found, y) if isinstance(found, Distribution) else True
         log_prob = log_prob.reshape(*log_prob.shape[:2], -1).sum(-1)
-        if valid is None:
+        if isinstance(valid, bool):
             return log_prob
         # The shape of all numbers of y: a distribution of one's own may have summed over some.
         shape = torch.broadcast_shapes(valid.shape, y.shape[: y.dim() - len(found.event_shape)])

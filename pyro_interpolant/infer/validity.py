@@ -62,7 +62,7 @@ def log_prob_left_out(fn: Any, value: Tensor, *, mask: Tensor | bool | None) -> 
     return torch.where(own == counted, 0.0, own - counted)  # of two infinite ones, too
 
 
-def is_valid(fn: Any, value: Tensor | None) -> Tensor | None:
+def is_valid(fn: Any, value: Tensor | None) -> Tensor | bool:
     """Return where parameters are in their range, and a value on a support that they move.
 
     Constraints on single numbers count, such as intervals, and parameters of single numbers. A
@@ -73,12 +73,12 @@ def is_valid(fn: Any, value: Tensor | None) -> Tensor | None:
         value: A value, broadcastable to ``(*, *event_shape)``, or None: parameters alone count.
 
     Returns:
-        A mask that broadcasts to ``(*)``, or None where there is nothing to check.
+        A mask that broadcasts to ``(*)``, or True where there is nothing to check.
     """
     return _is_valid(fn, value, moved=False)
 
 
-def _is_valid(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | None:
+def _is_valid(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | bool:
     """Return the same, of a value that a transform may have moved off a fixed support."""
     own = _in_range(fn)
     if isinstance(fn, TransformedDistribution):
@@ -88,36 +88,38 @@ def _is_valid(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | None:
         for transform in reversed(fn.transforms if moved else []):
             value = transform.inv(value)
     elif getattr(fn, "base_dist", None) is None:
-        return _both(own, _on_support(fn, value, moved=moved))
+        return own & _on_support(fn, value, moved=moved)
     found = _is_valid(fn.base_dist, value, moved=moved)
-    if found is None:
+    if isinstance(found, bool):
         return own
     mask, events = getattr(fn, "_mask", None), getattr(fn, "reinterpreted_batch_ndims", 0)
     if isinstance(mask, Tensor):
         found = found | ~mask
-    return _both(own, _of_all(found, fn.base_dist, events) if events else found)
+    return own & (_of_all(found, fn.base_dist, events) if events else found)
 
 
-def _on_support(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | None:
+def _on_support(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | bool:
     """Return where a value is on the support of a distribution that wraps no other, if it moves.
 
     Whether it does, a transform around it may tell, too.
     """
     support, events = _leaf_support(fn), len(fn.event_shape)
     if value is None or support is None:
-        return None
+        return True
     if not moved and not constraints.is_dependent(type(fn).support):
-        return None
+        return True
     inside = support.check(value)
     return inside.flatten(-events).all(-1) if events else inside
 
 
-def _in_range(fn: Any) -> Tensor | None:
+def _in_range(fn: Any) -> Tensor | bool:
     """Return where a distribution's own parameters are, and those of what a mixture mixes."""
     if isinstance(fn, MixtureSameFamily):
         of_each = _is_valid(fn.component_distribution, None, moved=False)
-        return None if of_each is None else _of_all(of_each, fn.component_distribution, 1)
-    found = None
+        if isinstance(of_each, bool):
+            return True
+        return _of_all(of_each, fn.component_distribution, 1)
+    found: Tensor | bool = True
     for name, constraint in _parameters(fn).items() if not fn.event_shape else ():
         if isinstance(constraint, _ALWAYS) or constraint.event_dim:
             continue
@@ -126,15 +128,8 @@ def _in_range(fn: Any) -> Tensor | None:
         if number is None and type(inspect.getattr_static(fn, name, None)) is property:
             number = getattr(fn, name)
         if torch.is_tensor(number):
-            found = _both(found, constraint.check(number))
+            found = found & constraint.check(number)
     return found
-
-
-def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """Return where both of two masks hold; None holds everywhere."""
-    if one is None or other is None:
-        return one if other is None else other
-    return one & other
 
 
 def _of_all(found: Tensor, fn: Any, dims: int) -> Tensor:

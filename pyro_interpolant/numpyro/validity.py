@@ -61,7 +61,7 @@ def log_prob_left_out(fn: dist.Distribution, value: Array) -> Array | None:
     return jnp.where(own == counted, 0.0, own - counted)  # of two infinite ones, too
 
 
-def is_valid(fn: dist.Distribution, value: Array | None) -> Array | None:
+def is_valid(fn: dist.Distribution, value: Array | None) -> Array | bool:
     """Return where parameters are in their range, and a value on a support that they move.
 
     Constraints on single numbers count, such as intervals, and parameters of single numbers. A
@@ -72,51 +72,54 @@ def is_valid(fn: dist.Distribution, value: Array | None) -> Array | None:
         value: A value, broadcastable to ``(*, *event_shape)``, or None: parameters alone count.
 
     Returns:
-        A mask that broadcasts to ``(*)``, or None where there is nothing to check.
+        A mask that broadcasts to ``(*)``, or True where there is nothing to check.
     """
     return _is_valid(fn, value, moved=False)
 
 
-def _is_valid(fn: Any, value: Any, *, moved: bool) -> Array | None:
+def _is_valid(fn: Any, value: Any, *, moved: bool) -> Array | bool:
     """Return the same, of a value that a transform may have moved off a fixed support."""
     if isinstance(fn, InterpolantDistribution):  # which knows its support
-        return None
+        return True
     own = _in_range(fn)
     if isinstance(fn, dist.TransformedDistribution):
         moved = value is not None and _support(innermost(fn)) is not None
         for transform in reversed(fn.transforms if moved else []):
             value = transform.inv(value)
     elif not isinstance(fn, _WRAPPERS):
-        return _both(own, _on_support(fn, value, moved=moved))
+        return own & _on_support(fn, value, moved=moved)
     found = _is_valid(fn.base_dist, value, moved=moved)
-    if found is None:
+    if isinstance(found, bool):
         return own
     mask, events = getattr(fn, "_mask", None), getattr(fn, "reinterpreted_batch_ndims", 0)
     if mask is not None:
         found = found | ~jnp.asarray(mask)
-    return _both(own, _of_all(found, fn.base_dist, events) if events else found)
+    return own & (_of_all(found, fn.base_dist, events) if events else found)
 
 
-def _on_support(fn: Any, value: Any, *, moved: bool) -> Array | None:
+def _on_support(fn: Any, value: Any, *, moved: bool) -> Array | bool:
     """Return where a value is on the support of a distribution that wraps no other, if it moves.
 
     Whether it does, a transform around it may tell, too.
     """
     support, events = _support(fn), len(fn.event_shape)
     if value is None or support is None:
-        return None
+        return True
     if not moved and not constraints.is_dependent(type(fn).support):
-        return None
-    inside = support(value)
+        return True
+    inside = jnp.asarray(support(value))
     return inside.all(tuple(range(-events, 0))) if events else inside
 
 
-def _in_range(fn: Any) -> Array | None:
+def _in_range(fn: Any) -> Array | bool:
     """Return where a distribution's own parameters are, and those of what a mixture mixes."""
     if isinstance(fn, dist.MixtureSameFamily):
         of_each = _is_valid(fn.component_distribution, None, moved=False)
-        return None if of_each is None else _of_all(of_each, fn.component_distribution, 1)
-    found, known = None, getattr(fn, "arg_constraints", {})  # those of other libraries have none
+        if isinstance(of_each, bool):
+            return True
+        return _of_all(of_each, fn.component_distribution, 1)
+    found: Array | bool = True
+    known = getattr(fn, "arg_constraints", {})  # those of other libraries have none
     for name, constraint in known.items() if not fn.event_shape else ():
         if isinstance(constraint, _ALWAYS) or constraint.event_dim:
             continue
@@ -125,15 +128,8 @@ def _in_range(fn: Any) -> Array | None:
         if number is None and type(inspect.getattr_static(fn, name, None)) is property:
             number = getattr(fn, name)
         if number is not None:
-            found = _both(found, jnp.asarray(constraint(number)))
+            found = found & jnp.asarray(constraint(number))
     return found
-
-
-def _both(one: Array | None, other: Array | None) -> Array | None:
-    """Return where both of two masks hold; None holds everywhere."""
-    if one is None or other is None:
-        return one if other is None else other
-    return one & other
 
 
 def _of_all(found: Array, fn: Any, dims: int) -> Array:
@@ -161,4 +157,4 @@ def where_valid(fn: dist.Distribution, value: Array | None, log_prob: Array) -> 
         log_prob: The log density.
     """
     valid = is_valid(fn, value)
-    return log_prob if valid is None else jnp.where(valid, log_prob, -math.inf)
+    return log_prob if isinstance(valid, bool) else jnp.where(valid, log_prob, -math.inf)
