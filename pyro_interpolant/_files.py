@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, deserialize
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 StrPath = str | os.PathLike[str]
+_Array = TypeVar("_Array")
 
 CHECKSUM = "checksum"  # its name among a file's texts
 
@@ -150,6 +151,22 @@ def checksum(tensors: "Iterable[Tensor | None]", text: str = "") -> int:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             value = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), value)
     return value
+
+
+def below(prefix: str, tensors: Mapping[str, _Array]) -> dict[str, _Array]:
+    """Return the tensors, of any shapes, whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of numpy's or torch's, which JSON does not know, as one of Python's.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise ValueError(f"expected parts made of numbers and text, got a {type(value).__name__}")
 
 
 def refuse_no_place(path: StrPath) -> None:

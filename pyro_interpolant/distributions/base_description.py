@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Transform
 from torch.distributions.utils import lazy_property
 
+from .._files import below
 from .bases import Samples, UniformTorus
 from .differences import difference
 
@@ -221,8 +222,3 @@ def _keep_bits(new: object, made: object, given: Tensor) -> None:
         return
     if torch.allclose(made, given):
         vars(new).update({key: given for key, value in vars(new).items() if value is made})
-
-
-def below(prefix: str, tensors: Tensors) -> Tensors:
-    """Return the tensors, of any shapes, whose names begin with a prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

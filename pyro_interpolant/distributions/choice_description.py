@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from .._files import plain_number
 from .._torch import warn_user
 from .base_description import ERRORS, is_of, known
 from .constraint_description import arguments_of
@@ -27,13 +28,6 @@ def naming(name: str) -> Iterator[None]:
         raise
     except ERRORS as error:
         raise PartError(f"its {name} cannot be built: {error}") from error
-
-
-def plain_number(value: Any) -> Any:
-    """Return a number of numpy's or torch's as one of Python's."""
-    if getattr(value, "ndim", None) == 0:
-        return value.item()
-    raise ValueError(f"expected parts made of numbers and text, got a {type(value).__name__}")
 
 
 def describe_choice(choice: object, room: ModuleType) -> list[Any]:

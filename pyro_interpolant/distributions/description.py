@@ -17,27 +17,13 @@ from torch import Tensor, nn
 from .. import distributions, solvers, transforms
 from .. import interpolants as paths
 from .. import nn as networks
+from .._files import below, plain_number
 from ..interpolants.linear import Interpolant
 from ..solvers.divergence import HutchinsonDivergence
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from ..transforms.whitening import ScalarWhitening, Whitening
-from .base_description import (
-    ERRORS,
-    Tensors,
-    below,
-    build_base,
-    describe_base,
-    is_of,
-    known,
-    stored,
-)
-from .choice_description import (
-    PartError,
-    build_choice,
-    describe_choice,
-    naming,
-    plain_number,
-)
+from .base_description import ERRORS, Tensors, build_base, describe_base, is_of, known, stored
+from .choice_description import PartError, build_choice, describe_choice, naming
 from .constraint_description import build_constraint, describe_constraint
 from .differences import difference
 from .interpolant import (

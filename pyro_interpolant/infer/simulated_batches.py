@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..distributions.constraints import as_tensor
 from ..training.rows import Rows, keys_of
-from ..training.streaming import check_again
+from ..training.streaming import check_again, naming_batch
 from .amortization import JUDGED_ROWS, Pack
 from .simulation import Simulations, Simulator
 from .validity import all_of
@@ -78,10 +78,8 @@ class SimulatedBatches:
         """Yield the finite simulations of each batch, and count."""
         count = improper = 0
         for number, batch in enumerate(self.batches):
-            try:
+            with naming_batch(number):
                 found = self._checked(batch)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"in batch {number}, counted from 0: {error}") from error
             count, improper = count + len(found.log_prior), improper + found.improper
             self.count, self.improper = max(self.count, count), max(self.improper, improper)
             if len(found.log_prior):

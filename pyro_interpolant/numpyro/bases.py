@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from numpyro.distributions import constraints
 from numpyro.distributions import transforms as maps
 
+from .._files import below
 from .supports import OnEvents, text_of
 from .transforms import Wrap
 
@@ -207,8 +208,3 @@ def _build_part(part: object, tensors: Mapping[str, NDArray[Any]]) -> object:
     if isinstance(part, list):
         return [_build_part(p, below(f"{i}.", tensors)) for i, p in enumerate(part)]
     return build_base(part, tensors) if isinstance(part, dict) else part
-
-
-def below(prefix: str, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Return the arrays, of any shapes, whose names begin with a prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

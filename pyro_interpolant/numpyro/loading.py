@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from numpyro.distributions import Distribution, ExpandedDistribution, TransformedDistribution
 from numpyro.distributions.transforms import Transform
 
+from .._files import below
 from ..io import StrPath, read
-from .bases import below, build_base, standard_normal
+from .bases import build_base, standard_normal
 from .distributions import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,

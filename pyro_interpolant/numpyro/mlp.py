@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from .._files import below
 from .frozen import Weights
 
 _HARMONICS = 2  # of a TorusMLP
@@ -161,8 +162,8 @@ def _product(x: Array, weight: Array) -> Array:
 
 def _gate(weights: Weights, x: Array) -> tuple[Array, Array, Array]:
     """Return ``y_i = x_i / R_i`` and ``1 / R_i``, shape ``(*, D)``, and the gate, ``(*)``."""
-    below, above = 1 / weights["reach"]
-    inverse = jnp.where(x < 0, below, above)
+    low, high = 1 / weights["reach"]
+    inverse = jnp.where(x < 0, low, high)
     y = x * inverse
     return y, inverse, jnp.sqrt(jax.lax.rsqrt(1 + jnp.square(jnp.square(y)).sum(-1)))
 
@@ -200,5 +201,4 @@ def _deep_trace(weights: Weights, slopes: list[Array], into: Array) -> Array:
 
 def of_network(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the weights of the velocity by their names in the network."""
-    prefix = "velocity."
-    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    return below("velocity.", weights)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_ranges
-from .._files import StrPath, checksum, contents_of, refuse_no_place, write
+from .._files import StrPath, checksum, contents_of, plain_number, refuse_no_place, write
 from .._torch import rng_state, set_rng_state, warn_user
 from ..distributions.base_description import Json
 from ..transforms.flow import Flow
@@ -76,7 +76,7 @@ class Checkpoint:
         tensors = {**tensors, "initial": self.initial}
         kept = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
         numbers = {**numbers, "identity": self.identity, "names": list(kept)}
-        text = json.dumps(numbers, default=_plain_number)
+        text = json.dumps(numbers, default=plain_number)
         text = json.dumps({"checksum": checksum(kept.values(), text), "numbers": text})
         write(self.path, kept, {_KEY: text}, previous=self.previous)
 
@@ -193,7 +193,7 @@ def to_json(value: object, tensors: dict[str, Tensor], name: str) -> Json:
         tensors[name] = value
         return {"tensor": name}
     if getattr(value, "ndim", None) == 0:
-        return _plain_number(value)
+        return plain_number(value)
     if isinstance(value, Mapping):
         items = enumerate(value.items())
         parts: list[Json] = [[k, to_json(v, tensors, f"{name}.{i}")] for i, (k, v) in items]
@@ -255,10 +255,3 @@ def _began_as_state(raw: bytes) -> bool:
     """
     start = raw[8:80].replace(b" ", b"")[: len(_START)]
     return not any(start) or sum(map(operator.ne, start, _START)) <= 2
-
-
-def _plain_number(value: Any) -> Any:
-    """Return a number of numpy's or torch's as one of Python's."""
-    if getattr(value, "ndim", None) == 0:
-        return value.item()
-    raise TypeError(f"expected numbers and text, got a {type(value).__name__}")

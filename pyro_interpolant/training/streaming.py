@@ -51,6 +51,15 @@ def is_stream(data: object) -> bool:
     return hasattr(data, "__iter__") or hasattr(data, "__getitem__")
 
 
+@contextlib.contextmanager
+def naming_batch(number: int) -> Iterator[None]:
+    """Say in an error which batch, counted from 0, it is of."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"in batch {number}, counted from 0: {error}") from error
+
+
 class Stream:
     """Batches of an iterable, checked, in the flow's coordinates.
 
@@ -126,10 +135,8 @@ class Stream:
             TypeError: If it is of a wrong type.
             ValueError: If it cannot work; the message names the batch.
         """
-        try:
+        with naming_batch(number):
             return self._rows(batch)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"in batch {number}, counted from 0: {error}") from error
 
     def _rows(self, batch: object) -> Rows:
         parts = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
