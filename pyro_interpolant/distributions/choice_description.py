@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from .._files import plain_number
+from .._files import MAX_COUNT, plain_number
 from .._torch import warn_user
 from .base_description import ERRORS, is_of, known
 from .constraint_description import arguments_of
-
-# Of a solver's steps, whose weights take 0.3 s and 70 MB then and more with the square; of probes.
-_MAX_COUNT = 4096
 
 
 class PartError(ValueError):
@@ -57,8 +54,8 @@ def build_choice(description: list[Any], room: ModuleType, offers: str = "__eq__
         )
         return None
     with naming(name):
-        if max(fields.get(count, 1) for count in ("steps", "nodes", "probes")) > _MAX_COUNT:
-            raise PartError(f"expected at most {_MAX_COUNT} steps or probes in a {name}")
+        if max(fields.get(count, 1) for count in ("steps", "nodes", "probes")) > MAX_COUNT:
+            raise PartError(f"expected at most {MAX_COUNT} steps or probes in a {name}")
         parts = {
             key: build_choice(value, room) if _is_choice(value) else value
             for key, value in fields.items()

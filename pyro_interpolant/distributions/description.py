@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import distributions, solvers, transforms
 from .. import interpolants as paths
 from .. import nn as networks
-from .._files import below, plain_number
+from .._files import PROBES, below, plain_number
 from ..interpolants.linear import Interpolant
 from ..solvers.divergence import HutchinsonDivergence
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
@@ -54,7 +54,6 @@ _NAMES_IN_FILES = {
     "whitening.log_det": "linear_log_det",
 }
 _NAMES_IN_CODE = {in_file: name for name, in_file in _NAMES_IN_FILES.items()}
-_PROBES = "divergence.probes"
 
 
 def describe(distribution: AnyDistribution) -> tuple[Header, Tensors]:
@@ -175,7 +174,7 @@ def _tensors(transform: AnyTransform) -> Tensors:
     tensors = {_NAMES_IN_FILES.get(name, name): stored(value) for name, value in state.items()}
     if isinstance(transform.divergence, HutchinsonDivergence):
         probes = transform.divergence.directions(transform.flow.event_dim)
-        tensors[_PROBES] = probes.to(torch.int8)
+        tensors[PROBES] = probes.to(torch.int8)
     return tensors
 
 
@@ -354,7 +353,7 @@ def _build_transform(
         flow.noise = _new_network("noise", name, header["noise"], own, dtype)
     flow.independent = header.get("independent", True)
     flow.levels = _checked_levels(header.get("levels"))
-    _check_probes(transform, own.pop(_PROBES, None))
+    _check_probes(transform, own.pop(PROBES, None))
     _set_frozen(transform, header["frozen"])
     training = header.get("training", False if header["frozen"] is True else None)
     if fill and training is not None:  # for dropout; version 0.1.0 kept it of frozen flows alone

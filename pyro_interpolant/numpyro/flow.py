@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from .._files import PROBES
 from ..solvers.quadrature import clenshaw_curtis, random_offsets
 from ..solvers.tableaus import TABLEAUS
 from . import mlp
@@ -264,8 +265,8 @@ def _log_det(weights: Weights, states: Array, table: _Table, at: _Layers, grid: 
     plan = _plan(grid)
 
     def rate(row: _Table, x: Array) -> Array:
-        if "divergence.probes" in weights:
-            return _estimate(network, at(row), x, weights["divergence.probes"].astype(x.dtype))
+        if PROBES in weights:
+            return _estimate(network, at(row), x, weights[PROBES].astype(x.dtype))
         return mlp.divergence(network, at(row), x)
 
     rows = jax.tree.map(lambda part: part[plan.nodes], table)

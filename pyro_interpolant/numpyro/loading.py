@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from numpyro.distributions import Distribution, ExpandedDistribution, TransformedDistribution
 from numpyro.distributions.transforms import Transform
 
-from .._files import below
+from .._files import MAX_COUNT, PROBES, below
 from ..io import StrPath, read
 from .bases import build_base, standard_normal
 from .distributions import (
@@ -40,9 +40,7 @@ AnyDistribution = (
     InterpolantDistribution | ConditionalInterpolantDistribution | JointInterpolantDistribution
 )
 _ERRORS = (LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError)
-_MAX_STEPS = 4096  # as for the files of torch
 _TYPES = ("float16", "float32", "float64")
-_PROBES = "divergence.probes"
 _WHITENINGS = {"DenseWhitening": 2, "DiagonalWhitening": 1, "ScalarWhitening": 0}  # L's dimensions
 
 
@@ -227,12 +225,12 @@ def _weights(header: Mapping[str, Any], arrays: _Arrays, dtype: DTypeLike | None
         shapes["whitening"] = (size, size)
     kind, numbers = header["divergence"]
     if kind == "HutchinsonDivergence":
-        if _PROBES not in arrays:
+        if PROBES not in arrays:
             raise RefusedError(
                 "its divergence is a HutchinsonDivergence, saved before files held its probes: "
                 "load it and save it again, in torch"
             )
-        shapes[_PROBES] = (numbers["probes"], size)
+        shapes[PROBES] = (numbers["probes"], size)
     elif kind != "ExactDivergence":
         raise RefusedError(f"its divergence is a {kind}")
     if header["dtype"] not in _TYPES:
@@ -256,7 +254,7 @@ def _checked(
         sizes = zip(found.shape, expected, strict=True)
         if found.ndim != len(expected) or any(e not in (None, n) for n, e in sizes):
             raise ValueError(f"expected {name!r} of shape {expected}, got {found.shape}")
-        if found.dtype != (np.int8 if name == _PROBES else dtype):
+        if found.dtype != (np.int8 if name == PROBES else dtype):
             raise ValueError(f"expected {name!r} of type {dtype}, got {found.dtype}")
     return own
 
@@ -272,8 +270,8 @@ def _grid(description: Sequence[Any]) -> Grid:
         hint = ": pyro_interpolant.calibrate(distribution, x) sets a FixedGrid of the same error"
         raise RefusedError(f"its solver is {name}{hint if name == 'Adaptive' else ''}")
     steps = numbers["steps"]
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= _MAX_STEPS:
-        raise ValueError(f"expected 1 to {_MAX_STEPS} steps, got {steps}")
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_COUNT:
+        raise ValueError(f"expected 1 to {MAX_COUNT} steps, got {steps}")
     if name == "RandomGrid":
         return Grid(steps, numbers["method"], seed=int(numbers["seed"]))
     return Grid(steps, numbers["method"], float(numbers["warp"]))
