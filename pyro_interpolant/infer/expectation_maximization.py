@@ -15,7 +15,6 @@ from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import Report
 from ..solvers.ode import FixedGrid
 from ..training.clock import Clock
-from ..training.optimization import assign
 from ..training.reporting import PercentBar, stage, tell
 from ..training.rows import Rows
 from .latents import chunks, draw_latents, given
@@ -208,7 +207,7 @@ class ExpectationMaximization:
         self.last = self._latents()
         passes = math.ceil(len(catalogue) / catalogue.round_rows)
         self.regression = FlowRegression(
-            distribution.transform.flow, [self.last], most=min(_MOST_POOLS, passes), ema=_DECAY
+            distribution, [self.last], most=min(_MOST_POOLS, passes), ema=_DECAY
         )
         self.looks, self.first = 0, self._held_out()
         self.best = float(self.first.mean())
@@ -217,9 +216,7 @@ class ExpectationMaximization:
 
     def done(self) -> float:
         """Return the share of the rounds that is done."""
-        spent = self.clock.spent() - self.schedule.first
-        time_share = spent / max(self.schedule.end - self.schedule.first, 1e-9)
-        return max(self._share_of_steps(), time_share)
+        return self.schedule.done(self.clock.spent(), self._share_of_steps())
 
     def round(self) -> None:
         """Regress the flow on latents, and draw some anew."""
@@ -237,11 +234,6 @@ class ExpectationMaximization:
         """Return latents of the next objects, drawn by the network as it is used."""
         with evaluated(self.distribution.transform.flow):
             return self.catalogue.latents(self.distribution, next(self.order))
-
-    def keep(self, weights: list[Tensor]) -> None:
-        """Put weights into the network."""
-        assign(self.regression.descent.parameters, weights)
-        self.distribution.clear_cache()
 
     def _share_of_steps(self) -> float:
         return self.regression.descent.steps / self.steps if self.steps else 1.0
@@ -341,7 +333,7 @@ def learn(
                 except KeyboardInterrupt:
                     warn_user("the run was interrupted: the best weights so far were kept")
                 finally:
-                    run.keep(run.best_weights)
+                    run.regression.use(run.best_weights)
         spent = clock.spent()
         distribution.freeze()
         _finish(run, spent, progress=progress)
@@ -365,9 +357,9 @@ def _evidence(run: ExpectationMaximization) -> tuple[Tensor, Tensor, float]:
         values, errors = evidence(index)
     start = values
     if run.best_step:
-        run.keep(run.start_weights)
+        run.regression.use(run.start_weights)
         start, _ = evidence(index)
-        run.keep(run.best_weights)
+        run.regression.use(run.best_weights)
     return values, errors, float(possible(start).mean())
 
 

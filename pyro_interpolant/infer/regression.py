@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ..distributions.bases import WhitenedBase
+from ..distributions.interpolant import AnyDistribution
 from ..interpolants.couplings import independent
 from ..training.objective import Objective
-from ..training.optimization import Descent
+from ..training.optimization import Descent, assign
 from ..training.rows import Rows
 from ..training.threads import Threads, threads_restored
-from ..transforms.flow import Flow
 from .schedule import clocked
 
 _BATCH_ROWS = 512  # in a regression step
@@ -27,15 +27,21 @@ class FlowRegression:
     """The regression of a flow on rows that change from round to round, its optimiser kept.
 
     Args:
-        flow: The flow, its whitening map set.
+        distribution: The flow, its whitening map set.
         pools: Rows to begin with, in the flow's coordinates.
         most: The most rounds whose rows are kept; of fewer, the later half.
         ema: The decay of the average of the weights.
     """
 
     def __init__(
-        self, flow: Flow, pools: list[Rows], *, most: int = _MAX_POOLS, ema: float = _DECAY
+        self,
+        distribution: AnyDistribution,
+        pools: list[Rows],
+        *,
+        most: int = _MAX_POOLS,
+        ema: float = _DECAY,
     ) -> None:
+        self.distribution, flow = distribution, distribution.transform.flow
         self.objective = Objective(flow, WhitenedBase(None, flow.whitening), independent)
         self.descent = Descent(self.objective, learning_rate=_FIRST_RATE, ema=ema)
         self.average = self.descent.average
@@ -82,3 +88,8 @@ class FlowRegression:
     def values(self) -> list[Tensor]:
         """Return copies of the averaged weights."""
         return [v.clone() for v in self.average.values]
+
+    def use(self, weights: list[Tensor]) -> None:
+        """Put weights, such as :meth:`values` returned, into the network."""
+        assign(self.descent.parameters, weights)
+        self.distribution.clear_cache()

@@ -67,10 +67,19 @@ class RateSchedule:
     constant: float = _CONSTANT_SHARE
     landing: bool = False
 
-    def rate(self, spent: float, share_of_rounds: float) -> float:
-        """Return the learning rate at a time, or at a share of the rounds if that is later."""
-        done = max((spent - self.first) / max(self.end - self.first, 1e-9), share_of_rounds)
-        late = min(1.0, max(0.0, (done - self.constant) / (1 - self.constant)))
+    def done(self, spent: float, share: float) -> float:
+        """Return which share of the training is done at a time, or another one if that is later.
+
+        Args:
+            spent: The seconds since the start of the run.
+            share: Which share of the rounds, or of the steps, is done.
+        """
+        return max((spent - self.first) / max(self.end - self.first, 1e-9), share)
+
+    def rate(self, spent: float, share: float) -> float:
+        """Return the learning rate there, see :meth:`done`."""
+        late = (self.done(spent, share) - self.constant) / (1 - self.constant)
+        late = min(1.0, max(0.0, late))
         return _RATE * 0.5 * (1 + math.cos(math.pi * late))
 
     def landed(self, spent: float) -> "RateSchedule":

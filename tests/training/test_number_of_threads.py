@@ -89,7 +89,7 @@ def test_fit_leaves_the_number_of_threads_as_it_was(fails, monkeypatch):
 
 def test_the_regression_of_rounds_does_too(monkeypatch):
     seen = counted(monkeypatch, regression)
-    flow = InterpolantDistribution(interpolant_transform(2, (8,))).transform.flow
+    flow = InterpolantDistribution(interpolant_transform(2, (8,)))
     fitted = regression.FlowRegression(flow, [Rows(torch.randn(50, 2), None)])
     for number in (ALL, 1):
         fitted(10, lambda: 1e-3, seconds=60.0)

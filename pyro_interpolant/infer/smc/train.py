@@ -23,7 +23,6 @@ from ...distributions.report import duration, with_error
 from ...solvers.ode import Solver
 from ...training.clock import Clock
 from ...training.fitting import trainable_flow
-from ...training.optimization import assign
 from ...training.reporting import PercentBar
 from ...training.rows import Rows
 from ...training.whitening import set_whitening
@@ -179,9 +178,7 @@ class Run:
         set_whitening(self.distribution, Rows(self.particles.x, None))
         # What was learned or measured of other rows does not hold for these.
         distribution.transform.flow.noise = distribution.report = None
-        self.regression = FlowRegression(
-            distribution.transform.flow, [Rows(pool, None) for pool in pools]
-        )
+        self.regression = FlowRegression(distribution, [Rows(pool, None) for pool in pools])
         self.history = list[Round]()
         self.best_gap, self.best_round = math.inf, 0
         self.best_weights = self.regression.values()
@@ -242,7 +239,7 @@ class Run:
     def verdict(self) -> RoundsResult:
         """Keep the last flow or the best, whichever is better on fresh draws, and judge it."""
         last, few = self.regression.values(), self.particles.x[: _CALIBRATION_ROWS * 8]
-        self._use(last)
+        self.regression.use(last)
         few = few[torch.randperm(len(few))[:_CALIBRATION_ROWS].to(few.device)]
         deadline = self.budget.clock.deadline()
         solver = calibrate_until(deadline, self.distribution, few, tolerance=_TOLERANCE).solver
@@ -252,20 +249,15 @@ class Run:
         if self.best_round != chosen and count == _VERDICT_DRAWS:
             if self._effective(self.best_weights) > 1.2 * self._effective(last):
                 chosen = self.best_round
-                self._use(self.best_weights)
+                self.regression.use(self.best_weights)
         w = importance_weights(self.distribution, self.density, count)
         return RoundsResult(
             *judge(w), len(w), self.particles.x, self.history, chosen, self.budget.spent(), solver
         )
 
-    def _use(self, weights: list[Tensor]) -> None:
-        """Put weights into the network."""
-        assign(self.regression.descent.parameters, weights)
-        self.distribution.clear_cache()
-
     def _effective(self, weights: list[Tensor]) -> float:
         """Put weights into the network, and return the effective sample size of some draws."""
-        self._use(weights)
+        self.regression.use(weights)
         w = importance_weights(self.distribution, self.density, _VERDICT_DRAWS // 4)
         if not bool(torch.isfinite(w).any()):
             return 0.0

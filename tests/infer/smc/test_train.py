@@ -374,7 +374,7 @@ def test_the_solver_of_a_round_is_as_coarse_as_the_flow_allows():
 def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
     flow = InterpolantDistribution(interpolant_transform(2, (32, 32)))
     rows = torch.where(torch.rand(1000, 1) < 0.5, 1.0, -1.0) + 0.2 * torch.randn(1000, 2)
-    refit = FlowRegression(flow.transform.flow, [Rows(rows, None)])
+    refit = FlowRegression(flow, [Rows(rows, None)])
     first = float(flow.log_prob(rows).detach().mean())
     refit(200, lambda: 5e-3, seconds=60.0)
     assert float(flow.log_prob(rows).detach().mean()) > first + 0.1
@@ -387,9 +387,8 @@ def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
 
 
 def test_a_refit_whose_gradients_stay_wild_says_so():
-    refit = FlowRegression(
-        interpolant_transform(2, (8, 8)).flow, [Rows(torch.full((10, 2), math.inf), None)]
-    )
+    flow = InterpolantDistribution(interpolant_transform(2, (8, 8)))
+    refit = FlowRegression(flow, [Rows(torch.full((10, 2), math.inf), None)])
     with pytest.raises(RuntimeError, match="gradient was not finite"):
         refit(100, lambda: 1e-3, seconds=60.0)
 
