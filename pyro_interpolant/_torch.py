@@ -44,6 +44,11 @@ def is_functional() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Return whether autograd records what is computed from tensors, of any shapes."""
+    return torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in tensors)
+
+
 def is_watched() -> bool:
     """Return whether autograd, :mod:`torch.func` or a tracer may need intermediate results.
 

@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from .._torch import constant, is_abstract, is_functional, is_tracing, is_transformed, recomputed
+from .._torch import (
+    constant,
+    is_abstract,
+    is_functional,
+    is_tracing,
+    is_transformed,
+    needs_graph,
+    recomputed,
+)
 from ..nn.velocity import Field, StateFunction
 from .quadrature import clenshaw_curtis, integration_matrix, random_offsets
 from .tableaus import TABLEAUS
@@ -292,12 +300,7 @@ def only_x_needs_grad(x: Tensor, others: Iterable[Tensor | None]) -> bool:
         x: A tensor of any shape.
         others: All other tensors that a result depends on.
     """
-    return (
-        torch.is_grad_enabled()
-        and x.requires_grad
-        and not any(s is not None and s.requires_grad for s in others)
-        and not is_transformed()
-    )
+    return needs_graph(x) and not needs_graph(*others) and not is_transformed()
 
 
 def through_nodes(solve: StateFunction, rate: StateFunction, q: Tensor, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from .._torch import constant, is_compiling, is_functorch_tensor, is_tracing
+from .._torch import constant, is_compiling, is_functorch_tensor, is_tracing, needs_graph
 
 _ENTRIES_KEPT = 4  # of one transform
 _COPIED_NUMBERS = 2**16  # the most in a tensor that is copied to compare it later
@@ -162,10 +162,9 @@ def _any_functorch(tensors: Sequence[Tensor]) -> bool:
 
 def _is_valid(entry: Entry, sources: Sequence[Tensor], key: Hashable) -> bool:
     tensors = [*sources, entry.x, entry.y]
-    wanted = torch.is_grad_enabled() and any(s.requires_grad for s in tensors)
     return (
         not entry.is_freed
-        and entry.carries_gradient == wanted
+        and entry.carries_gradient == needs_graph(*tensors)
         and entry.token == _token(entry, sources, key)
         # Versions miss ``.data``, and memory shared with numpy.
         and (is_tracing() or _equal(entry.snapshot, _values(tensors)))

@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import innermost, is_functional, is_tracing, keep_freed_memory, recomputed
+from .._torch import (
+    innermost,
+    is_functional,
+    is_tracing,
+    keep_freed_memory,
+    needs_graph,
+    recomputed,
+)
 from ..interpolants.linear import Interpolant, Trigonometric
 from ..nn.velocity import (
     StateFunction,
@@ -321,8 +328,7 @@ class Flow(nn.Module):
         return [recomputed(rate) if path.recomputes() else rate for rate in rates]
 
     def _needs_graph(self, states: Tensor, path: Path) -> bool:
-        sources = (states, path.context, *self.parameters())
-        return torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources)
+        return needs_graph(states, path.context, *self.parameters())
 
 
 class _Blocks:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._torch import is_tracing, is_transformed
+from .._torch import is_tracing, is_transformed, needs_graph
 from .flow import ROWS_PER_SOLVE
 from .gaussianize import rise, run
 from .interpolant import InterpolantTransform
@@ -57,8 +57,7 @@ def mapped(transform: InterpolantTransform, w: Tensor, log_odds: Map) -> Tensor:
 
 def _needs_graph(transform: InterpolantTransform, w: Tensor) -> bool:
     sources = (w, transform.context, *transform.flow.parameters())
-    wanted = any(s is not None and s.requires_grad for s in sources)
-    return is_tracing() or is_transformed() or (wanted and torch.is_grad_enabled())
+    return is_tracing() or is_transformed() or needs_graph(*sources)
 
 
 def _by_spline(solve: "_Solver", w: Tensor, log_odds: Map) -> Tensor:
