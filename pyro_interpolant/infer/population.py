@@ -14,7 +14,6 @@ References:
 """
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +37,7 @@ from ..distributions.constraints import (
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.supports import BijectiveSupport, CircularSupport, support_of
 from ..training.building import context_names, contexts_for, from_samples
-from ..training.clock import Clock, Seconds
+from ..training.clock import Clock
 from ..training.names import Names
 from .expectation_maximization import NoisyRows, PosteriorDraws, held_out, learn
 from .latents import of_population
@@ -136,11 +135,11 @@ def from_noisy_samples(
     context, of_contexts = _checked_context(context, rows.y, network)
     names = Names(columns if first.shape[1:] == (len(columns),) else (), of_contexts)
     options: dict[str, Any] = {"support": support, "event_shape": event_shape, "network": network}
-    options |= {"marginals": marginals, "seed": seed}
+    start_steps, rest = _shared_out(steps, clock)
+    options |= {"marginals": marginals, "steps": start_steps, "seed": seed}
     contexts = None if context is None else context[index]
-    distribution = _wide(first, contexts, names, options, steps, clock)
+    distribution = _wide(first, contexts, names, options, clock)
     catalogue = NoisyRows(of_population(rows, distribution, context))
-    rest = _rest(steps, clock)
     learn(distribution, catalogue, rest, clock, validation, seed=seed, progress=progress)
     return distribution
 
@@ -228,13 +227,10 @@ def from_posterior_samples(
         some = torch.randperm(x.shape[:2].numel())[: max(_START_DRAWS, len(x))].to(x.device)
     first = x.flatten(0, 1)[some]
     contexts = None if context is None else context[(some // x.shape[1]).to(context.device)]
-    options: dict[str, Any] = {
-        "support": support,
-        "network": network,
-        "marginals": marginals,
-        "seed": seed,
-    }
-    distribution = _wide(first, contexts, Names((), of_contexts), options, steps, clock)
+    start_steps, rest = _shared_out(steps, clock)
+    options: dict[str, Any] = {"support": support, "network": network, "marginals": marginals}
+    options |= {"steps": start_steps, "seed": seed}
+    distribution = _wide(first, contexts, Names((), of_contexts), options, clock)
     flow = distribution.transform.flow
     u = distribution.to_flow(x).to(flow.loc)
     with torch.no_grad():
@@ -243,7 +239,6 @@ def from_posterior_samples(
         context = contexts_of_rows(context, flow, of_contexts, len(x))
     with seeded(seed):
         catalogue = PosteriorDraws(u, log_prior, context)
-    rest = _rest(steps, clock)
     learn(distribution, catalogue, rest, clock, validation, seed=seed, progress=progress)
     return distribution
 
@@ -281,7 +276,7 @@ def _checked_clock(
         ("max_seconds > 0", max_seconds is None or max_seconds > 0, max_seconds),
         ("validation between 0 and 1", 0 < validation < 1, validation),
     )
-    return Clock(Seconds.since(time.monotonic(), max_seconds))
+    return Clock(max_seconds)
 
 
 def _names_of_latents(
@@ -376,17 +371,16 @@ def _gaussian_latents(y: Tensor, precisions: Tensor) -> Tensor:
     return y.where(certain, mean + scale * x)
 
 
-def _rest(steps: int | None, clock: Clock) -> float:
-    """Return the number of steps after the start, infinity where the clock alone decides."""
+def _shared_out(steps: int | None, clock: Clock) -> tuple[int | None, float]:
+    """Return the numbers of steps for the wide start and for the rest.
+
+    They are None and infinity where the clock alone decides.
+    """
     if steps is None and clock.limit < math.inf:
-        return math.inf
+        return None, math.inf
     total = int(steps or _STEPS)
-    return total - _start_steps(total)
-
-
-def _start_steps(total: int) -> int:
-    """Return the number of steps for the wide start, of so many in all."""
-    return max(1, int(_START_SHARE * total))
+    start = max(1, int(_START_SHARE * total))
+    return start, total - start
 
 
 def _wide(
@@ -394,7 +388,6 @@ def _wide(
     context: Tensor | None,
     names: Names,
     options: dict[str, Any],
-    steps: int | None,
     clock: Clock,
 ) -> AnyDistribution:
     """Return a flow trained on a wide start, rows of shape ``(M, *event_shape)``.
@@ -404,12 +397,9 @@ def _wide(
         context: Their contexts, or None.
         names: Those of the columns of rows and contexts.
         options: For :func:`~pyro_interpolant.from_samples`.
-        steps: The number of steps in all, or None.
         clock: What tells how much time there is.
     """
     seconds = None if clock.limit == math.inf else _START_SHARE * clock.limit
-    if steps is not None or seconds is None:
-        options = {**options, "steps": _start_steps(int(steps or _STEPS))}
     with warnings.catch_warnings():  # about rows that are not what is learned
         warnings.simplefilter("ignore")
         options = {**options, "context": context, "max_seconds": seconds}
