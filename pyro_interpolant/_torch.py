@@ -462,14 +462,9 @@ def robust_deviation(x: Tensor) -> Tensor:
     return spread.where(spread > 0, 1.0)
 
 
-def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line outside the package, and outside torch's decorators, that led here.
-
-    Args:
-        message: What is wrong, and what to do.
-        category: The kind of the warning.
-    """
+def warn_user(message: str) -> None:
+    """Warn at the line outside the package, and outside torch's decorators, that led here."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level)
+    warnings.warn(message, stacklevel=level)

@@ -50,11 +50,6 @@ def test_a_warning_names_the_line_outside_the_package(source):
     ]
 
 
-def test_a_warning_can_be_of_another_kind():
-    with pytest.warns(DeprecationWarning, match="careful"):
-        _torch.warn_user("careful", DeprecationWarning)
-
-
 def everything_that_draws():
     """Draws of torch, of its layers and their initialisation, of Pyro and of a loader."""
     linear, layer = nn.Linear(3, 4), nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True)

@@ -246,9 +246,9 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
         ) from error
 
 
-def names_of(x: object, default: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the names of the columns of a data frame; of anything else the default."""
-    return tuple(map(str, getattr(x, "columns", default)))
+def names_of(x: object) -> tuple[str, ...]:
+    """Return the names of the columns of a data frame; of anything else none."""
+    return tuple(map(str, getattr(x, "columns", ())))
 
 
 def named_columns(x: RowsLike, name: str = "data") -> tuple[Tensor, tuple[str, ...]]:

@@ -16,15 +16,12 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from .._torch import are_close, seeded, warn_user
+from .._torch import are_close, warn_user
 from ..diagnostics.predictive import CalibrationCheck
 from ..diagnostics.psis import K_HAT_LIMIT, judge
 from ..distributions.constraints import Constraint, flat_names, real_shape
 from ..distributions.interpolant import InterpolantDistribution
-from ..distributions.joint import (
-    ConditionalJointInterpolantDistribution,
-    JointInterpolantDistribution,
-)
+from ..distributions.joint import ConditionalJointInterpolantDistribution
 from ..nn.embedded import EmbeddedVelocity
 from ..training.clock import Clock
 from ..training.fitting import FitResult
@@ -39,7 +36,6 @@ PRIOR = "the prior"
 NO_DENSITY = "What it is given has no density to weigh by: see calibration()."
 JUDGED_ROWS = 1000  # fresh simulations on which densities are measured
 _JUDGED_SETS, _JUDGED_DRAWS = 20, 1000  # data sets judged by importance weights, and draws of each
-_POINTS = 64  # draws of which the likeliest is taken
 _LEVELS = (0.05, 0.5, 0.95)  # of the quantiles over data sets
 _OUTSIDE = 1e-4  # the share of a guide's mass outside the region that a prior is truncated to
 _REGION_DRAWS, _LOOPED_DRAWS = 10_000, 1000  # of the prior at once, and one by one
@@ -209,14 +205,6 @@ def _weighed(
         if time.monotonic() > clock.deadline():
             break
     return found + failed * [(math.inf, 0.0, -math.inf)] if found else []
-
-
-@torch.no_grad()
-def likely_point_of(posterior: JointInterpolantDistribution) -> Tensor:
-    """Return the likeliest of some draws of a posterior, always the same, shape ``(D,)``."""
-    with seeded(0):
-        draws = posterior.sample((_POINTS,))
-    return draws[posterior.log_prob(draws).argmax()]
 
 
 def _log_det(posterior: ConditionalJointInterpolantDistribution, rows: Tensor) -> Tensor:

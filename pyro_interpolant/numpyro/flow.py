@@ -251,12 +251,9 @@ def _integrate(
     steps = stages.before.astype(x.dtype), stages.share.astype(x.dtype), stages.last
     start = (x, jnp.zeros_like(x), x)
     _, ends = jax.lax.scan(stage, (start, first), (rows, *steps))
-    states = jnp.concatenate((x[None], ends[len(TABLEAUS[grid.method][0]) - 1 :: _per(grid)]))
+    per_step = len(TABLEAUS[grid.method][0])
+    states = jnp.concatenate((x[None], ends[per_step - 1 :: per_step]))
     return states if forward else states[::-1]
-
-
-def _per(grid: Grid) -> int:
-    return len(TABLEAUS[grid.method][0])
 
 
 def _log_det(weights: Weights, states: Array, table: _Table, at: _Layers, grid: Grid) -> Array:

@@ -140,7 +140,8 @@ def _warn_if_shortened(header: Mapping[str, Any], what: str, remedy: str) -> Non
 
 def _built(header: Mapping[str, Any], arrays: _Arrays, dtype: DTypeLike | None) -> AnyDistribution:
     """Return the distribution of a header and its arrays."""
-    arrays = {k: _converted(v, dtype) for k, v in arrays.items()}
+    if dtype is not None:
+        arrays = {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in arrays.items()}
     transform = InterpolantTransform(_weights(header, arrays, dtype), _grid(header["solver"]))
     check_grid(transform.grid)
     description = header["support"]
@@ -167,10 +168,6 @@ def _built(header: Mapping[str, Any], arrays: _Arrays, dtype: DTypeLike | None) 
     if kind != "InterpolantDistribution":
         raise RefusedError(f"it is a {kind}")
     return InterpolantDistribution(base, chain, **options)
-
-
-def _converted(array: NDArray[Any], dtype: DTypeLike | None) -> NDArray[Any]:
-    return array.astype(dtype) if dtype is not None and array.dtype.kind == "f" else array
 
 
 def _base(

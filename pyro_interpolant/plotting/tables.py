@@ -52,7 +52,7 @@ def corner(
     if ax is None:
         ax = axes_array(dim, dim, (1.6 * dim + 1, 1.6 * dim + 1))
     names = (found or [f"$x_{{{i + 1}}}$" for i in range(dim)]) if names is None else names
-    boxes = np.stack([_extents(part) for part, *_ in pair])
+    boxes = np.array([extent_of(torch.as_tensor(part)) for part, *_ in pair]).reshape(2, dim, 2)
     low, high = boxes[..., 0].min(0), boxes[..., 1].max(0)
     for i, j in np.ndindex(dim, dim):
         one = ax[i][j]
@@ -143,8 +143,3 @@ def _contours(
     at = np.unique([heights[np.searchsorted(inside, level)] for level in levels])
     middles = [0.5 * (edges[1:] + edges[:-1]) for edges in bins]
     ax.contour(*middles, counts.T, at, colors=color, linewidths=1)
-
-
-def _extents(x: np.ndarray) -> np.ndarray:
-    """Return the bounds of each column of samples, as :func:`_extent`, shape ``(D, 2)``."""
-    return np.reshape(extent_of(torch.as_tensor(x)), (-1, 2))
