@@ -311,6 +311,21 @@ def in_order(
     return rows[:, [found.index(column) for column in wanted]]
 
 
+def columns_in_order(x: ArrayLike, names: Sequence[str], name: str) -> Tensor:
+    """Return x as a tensor, a data frame with its columns in an order of names.
+
+    Args:
+        x: A data frame of rows, shape ``(N, D)``; anything else, of any shape, stays in its order.
+        names: The names of the columns in their order, or none.
+        name: What to call it in messages.
+
+    Raises:
+        TypeError: As :func:`as_tensor`.
+        ValueError: If the names of a data frame are others.
+    """
+    return in_order(as_tensor(x, name), names_of(x), names, name)
+
+
 def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:
     """Return x as a tensor of rows of finite floating-point numbers.
 
@@ -452,20 +467,6 @@ def checked_context(
     return checked_labels(found, classes, dtype)
 
 
-def context_in_order(context: ArrayLike, names: Sequence[str]) -> Tensor:
-    """Return contexts as a tensor, those of a data frame with their columns in an order of names.
-
-    Args:
-        context: Contexts, shape ``(N, C)``, or labels, shape ``(N,)``.
-        names: The names of the columns in their order, or none.
-
-    Raises:
-        TypeError: As :func:`as_tensor`.
-        ValueError: If the names of a data frame are others.
-    """
-    return in_order(as_tensor(context, "context"), names_of(context), names, "context")
-
-
 def contexts_of_rows(
     context: ArrayLike, flow: Flow, names: Sequence[str], count: int, rows: str = "rows"
 ) -> Tensor:
@@ -483,7 +484,7 @@ def contexts_of_rows(
         ValueError: As :func:`checked_context`, or if there are more or fewer, or the columns of a
             data frame have other names.
     """
-    context = context_in_order(context, names)
+    context = columns_in_order(context, names, "context")
     found = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
     if len(found) != count:
         raise ValueError(f"expected as many contexts as {rows}, {count}, got {len(found)}")

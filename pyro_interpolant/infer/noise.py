@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..distributions.constraints import as_tensor, checked_rows, in_order, names_of
+from ..distributions.constraints import as_tensor, checked_rows, columns_in_order, names_of
 from .validity import is_valid
 
 _ASYMMETRY = 1e-4  # of a covariance, in units of the standard deviations
@@ -180,9 +180,8 @@ def _by_name(x: ArrayLike, names: Sequence[str], name: str, *, strict: bool) -> 
         name: What to call it in messages.
         strict: Whether other names are refused; else such columns stay where they are.
     """
-    found = names_of(x)
-    expected = names if strict or set(found) == set(names) else ()
-    return in_order(as_tensor(x, name), found, expected, name)
+    known = strict or set(names_of(x)) == set(names)
+    return columns_in_order(x, names if known else (), name)
 
 
 def _check_known(y: Tensor, there: Tensor) -> None:

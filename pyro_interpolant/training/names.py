@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..distributions.constraints import as_tensor, context_in_order, in_order, names_of
+from ..distributions.constraints import columns_in_order, names_of
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.joint import NamedSites, rows_by_name
 
@@ -75,7 +75,9 @@ class Names(NamedTuple):
             ValueError: If a data frame has columns of other names.
         """
         rows = rows_by_name(distribution, rows, self.rows, name)
-        return rows, None if context is None else context_in_order(context, self.contexts)
+        if context is None:
+            return rows, None
+        return rows, columns_in_order(context, self.contexts, "context")
 
     def at_base(self, rows: ArrayLike | None, name: str) -> Tensor | None:
         """Return rows at the base, or None, with the columns of a data frame in this order.
@@ -91,6 +93,5 @@ class Names(NamedTuple):
         """
         if rows is None:
             return None
-        found = names_of(rows)
-        names = self.rows if len(found) == len(self.rows) else ()
-        return in_order(as_tensor(rows, name), found, names, name)
+        names = self.rows if len(names_of(rows)) == len(self.rows) else ()
+        return columns_in_order(rows, names, name)
