@@ -326,6 +326,11 @@ def columns_in_order(x: ArrayLike, names: Sequence[str], name: str) -> Tensor:
     return in_order(as_tensor(x, name), names_of(x), names, name)
 
 
+def counted(bad: Tensor, rows: str = "rows") -> str:
+    """Return in words how many rows a mask, shape ``(N,)``, is of, and which is the first."""
+    return f"{int(bad.sum())} {rows}, the first being row {int(bad.nonzero()[0])}"
+
+
 def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:
     """Return x as a tensor of rows of finite floating-point numbers.
 
@@ -360,8 +365,8 @@ def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (N
     bad = (~torch.isfinite(x)).reshape(len(x), -1).any(dim=1)
     if bool(bad.any()):
         raise ValueError(
-            f"expected finite {name}, got NaN or infinite values in {int(bad.sum())} of {len(x)} "
-            f"rows, the first being row {int(bad.nonzero()[0])}: remove or impute them, or give "
+            f"expected finite {name}, got NaN or infinite values in "
+            f"{counted(bad, f'of {len(x)} rows')}: remove or impute them, or give "
             "them weight 0"
         )
     return x

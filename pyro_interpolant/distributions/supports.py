@@ -25,7 +25,7 @@ from ..transforms.bijections import Cached
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import without_gaussianizer
 from .bases import Planar, UniformTorus, directions, in_planes
-from .constraints import Circular, Constraint, Shaped, bijection, check_parts, circular
+from .constraints import Circular, Constraint, Shaped, bijection, check_parts, circular, counted
 
 _RAYLEIGH_RMS = 2**0.5  # the root mean square of a Rayleigh distance
 _PERIOD_ROWS = 64  # on which the period of a velocity is checked
@@ -178,11 +178,11 @@ class BijectiveSupport(Support):
             inside = torch.isfinite(real).all(-1)
             if bool(inside.all()):
                 return real
+        outside = f"of {inside.numel()} rows outside it or on its edge"
         raise ValueError(
             f"expected values strictly inside the support {self.constraint}, got "
-            f"{int((~inside).sum())} of {inside.numel()} rows outside it or on its edge, the "
-            f"first being row {int((~inside).reshape(-1).nonzero()[0])}: remove them, or choose "
-            "the support that the data have"
+            f"{counted(~inside.reshape(-1), outside)}: remove them, or choose the support that "
+            "the data have"
         )
 
     def strictly_inside(self, value: Tensor) -> Tensor:

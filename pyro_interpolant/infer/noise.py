@@ -18,7 +18,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..distributions.constraints import as_tensor, checked_rows, columns_in_order, names_of
+from ..distributions.constraints import (
+    as_tensor,
+    checked_rows,
+    columns_in_order,
+    counted,
+    names_of,
+)
 from .validity import is_valid
 
 _ASYMMETRY = 1e-4  # of a covariance, in units of the standard deviations
@@ -189,15 +195,14 @@ def _check_known(y: Tensor, there: Tensor) -> None:
     bad = (there & ~y.isfinite()).reshape(len(y), -1).any(1)
     if bool(bad.any()):
         raise ValueError(
-            f"expected finite y where errors are finite, got NaN or infinite values in "
-            f"{int(bad.sum())} rows, the first being row {int(bad.nonzero()[0])}: a missing value "
-            "has an infinite error, torch.inf"
+            "expected finite y where errors are finite, got NaN or infinite values in "
+            f"{counted(bad)}: a missing value has an infinite error, torch.inf"
         )
     empty = ~there.reshape(len(y), -1).any(1)
     if bool(empty.any()):
         raise ValueError(
-            f"expected at least one finite error in each row, got {int(empty.sum())} rows with "
-            f"nothing measured, the first being row {int(empty.nonzero()[0])}: remove them"
+            "expected at least one finite error in each row, got "
+            f"{counted(empty, 'rows with nothing measured')}: remove them"
         )
 
 
@@ -224,9 +229,8 @@ def _inverse_sds(sds: Tensor, least: Tensor) -> Tensor:
     bad = (~(sds > 0)).reshape(len(sds), -1).any(1)
     if bool(bad.any()):
         raise ValueError(
-            f"expected standard deviations above 0, got others in {int(bad.sum())} rows, the "
-            f"first being row {int(bad.nonzero()[0])}: infinity where a value is missing, and a "
-            "small number where there is no error"
+            f"expected standard deviations above 0, got others in {counted(bad)}: infinity where "
+            "a value is missing, and a small number where there is no error"
         )
     return 1 / sds.maximum(least)
 
@@ -256,8 +260,8 @@ def _whitenings(covariances: Tensor, given: torch.dtype, least: Tensor) -> Tenso
     if bool(bad.any()):
         raise ValueError(
             "expected covariances that are symmetric and positive definite, got others in "
-            f"{int(bad.sum())} rows, the first being row {int(bad.nonzero()[0])}: an infinite "
-            "variance where a value is missing, a small one where there is no error"
+            f"{counted(bad)}: an infinite variance where a value is missing, a small one where "
+            "there is no error"
         )
     raised = known + torch.diag_embed(least.where(there, 0.0) ** 2)
     inverse = torch.linalg.solve_triangular(
