@@ -56,7 +56,7 @@ class ImportanceSummary(NamedTuple):
     log_evidence_stderr: float
 
 
-def judge(log_weights: Tensor) -> ImportanceSummary:
+def summarise_weights(log_weights: Tensor) -> ImportanceSummary:
     """Return k-hat, effective sample size and evidence; the worst there is if no weight is finite.
 
     Args:
@@ -194,7 +194,7 @@ def _misfit(excesses: Tensor, k: float, scale: float) -> float:
 
 
 def _resolution(log_weights: Tensor) -> float:
-    """Return by how much log weights can differ, of any shape, that rounding alone made differ."""
+    """Return the largest difference between log weights, ``(N,)``, that rounding can make."""
     largest = log_weights[torch.isfinite(log_weights)].abs().max()
     return 4 * torch.finfo(log_weights.dtype).eps * float(largest)
 

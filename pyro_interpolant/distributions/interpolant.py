@@ -105,7 +105,7 @@ class InterpolantDistribution(Summaries, dist.TransformedDistribution):
     @constraints.dependent_property(is_discrete=False)  # which Pyro may ask the class for
     def support(self) -> Constraint:
         """The support of one event."""
-        return self.space.shown()
+        return self.space.event_constraint()
 
     @property
     def base_dist(self) -> TorchDistributionMixin:

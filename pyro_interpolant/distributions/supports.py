@@ -41,8 +41,8 @@ class Support(ABC):
     def __init__(self, constraint: Constraint) -> None:
         self.constraint = constraint
 
-    def shown(self) -> Constraint:
-        """Return the constraint on whole events, which Pyro checks values with."""
+    def event_constraint(self) -> Constraint:
+        """Return the constraint with one boolean per event, which Pyro checks values with."""
         return self.constraint
 
     @abstractmethod
@@ -160,8 +160,8 @@ class BijectiveSupport(Support):
             inner = inner.base_constraint
         return isinstance(inner, type(constraints.real))
 
-    def shown(self) -> Constraint:
-        """Return the constraint on whole events."""
+    def event_constraint(self) -> Constraint:
+        """Return the constraint with one boolean per event."""
         return constraints.real_vector if self.is_real() else self.on_events
 
     def unconstrained(self, value: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.distributions import biject_to
 
 from .._torch import are_close, warn_user
 from ..diagnostics.predictive import CalibrationCheck
-from ..diagnostics.psis import K_HAT_LIMIT, judge
+from ..diagnostics.psis import K_HAT_LIMIT, summarise_weights
 from ..distributions.constraints import Constraint, flat_names, real_shape
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import ConditionalJointInterpolantDistribution
@@ -128,7 +128,7 @@ class _GivenData(LatentSites):
 
 
 @torch.no_grad()
-def verdict_on(
+def measured_on_simulations(
     posterior: ConditionalJointInterpolantDistribution,
     fresh: Simulations,
     pack: Pack,
@@ -165,7 +165,7 @@ def verdict_on(
     is_whole = {*fresh.latents} < {*simulator.sampled} <= {*fresh.latents, *fresh.data}
     is_whole = is_whole and not simulator.hides
     packed = rows, context
-    found = _weighed(posterior, fresh, packed, sites, clock) if is_whole else []
+    found = _importance_of_data_sets(posterior, fresh, packed, sites, clock) if is_whole else []
     levels = torch.tensor(_LEVELS, dtype=torch.float64)
     numbers = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
     if not found:
@@ -176,7 +176,7 @@ def verdict_on(
     return k_hat, ess, evidence, len(found), *gain
 
 
-def _weighed(
+def _importance_of_data_sets(
     posterior: ConditionalJointInterpolantDistribution,
     fresh: Simulations,
     packed: tuple[Tensor, Tensor],
@@ -200,7 +200,7 @@ def _weighed(
         except (ValueError, RuntimeError):
             failed += 1
         else:
-            summary = judge(log_weights)
+            summary = summarise_weights(log_weights)
             found.append((summary.k_hat, summary.ess / _JUDGED_DRAWS, summary.log_evidence))
         if time.monotonic() > clock.deadline():
             break
@@ -219,7 +219,7 @@ def _log_det(posterior: ConditionalJointInterpolantDistribution, rows: Tensor) -
     return total
 
 
-def sentence(
+def verdict_of_amortised(
     k_hat: tuple[float, ...], ess: tuple[float, ...], gain: float, error: float, improper: float
 ) -> str:
     """Return the verdict on an amortised guide, in a sentence.

@@ -37,17 +37,17 @@ from .amortization import (
     are_enough,
     check_posterior,
     is_inside,
+    measured_on_simulations,
     region,
-    sentence,
     tell_if_coarse,
     tell_of_fewer,
     truncated,
     untrained_posterior,
-    verdict_on,
+    verdict_of_amortised,
 )
 from .autoguide import AutoInterpolant, GuideResult
 from .log_density import known_log_joint
-from .runs import apart, check_data, check_rows_count, example_of, is_alike, is_sampled
+from .runs import check_data, check_rows_count, example_of, is_alike, is_sampled, isolated
 from .simulated_batches import SimulatedBatches
 from .simulation import Simulations, Simulator, Source
 from .sites import LatentSites, Model, Nodes, init_latent, is_not_latent, unwrapped_model
@@ -284,7 +284,7 @@ class AmortizedInterpolant(AutoInterpolant):
 
     def _data(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Return the data at the observed sites of a run of the model."""
-        with torch.no_grad(), apart():
+        with torch.no_grad(), isolated():
             trace = poutine.trace(unwrapped_model(self.model)).get_trace(*args, **kwargs)
         nodes: Nodes = dict(trace.nodes)  # type: ignore[arg-type]
         check_rows_count(nodes)
@@ -432,8 +432,10 @@ class AmortizedInterpolant(AutoInterpolant):
         improper: float,
     ) -> AmortizedResult:
         """Return what training on so many simulations gave; a share of all was improper."""
-        numbers = verdict_on(self.posterior, fresh, self.rows_of, simulator, sites, clock)
-        verdict = sentence(*numbers[:2], *numbers[4:], improper)
+        numbers = measured_on_simulations(
+            self.posterior, fresh, self.rows_of, simulator, sites, clock
+        )
+        verdict = verdict_of_amortised(*numbers[:2], *numbers[4:], improper)
         return AmortizedResult(*numbers, size, improper, verdict, clock.spent(), training)
 
     def _in_rounds(

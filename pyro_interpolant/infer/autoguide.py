@@ -18,7 +18,7 @@ from torch.distributions import Transform
 
 from .._checks import check_ranges
 from .._torch import seeded, trainable, warn_user, with_gradients
-from ..diagnostics.psis import ImportanceSummary, judge
+from ..diagnostics.psis import ImportanceSummary, summarise_weights
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
@@ -316,7 +316,7 @@ class AutoInterpolant(AutoContinuous):
         """Return what training gave, judged where there is a density."""
         summary, count, verdict = ImportanceSummary(*[math.nan] * 4), 0, _UNKNOWN
         if density is not None:
-            summary, count, verdict = judged(posterior, density, clock, seed)
+            summary, count, verdict = importance_verdict(posterior, density, clock, seed)
             self.poor = None if are_raw_draws_good(summary, count) else verdict
         return GuideResult(*summary, count, verdict, clock.spent(), training)
 
@@ -477,7 +477,7 @@ def fit_guide(
     return guide.train_from(source, sites, clock, settings)
 
 
-def judged(
+def importance_verdict(
     posterior: InterpolantDistribution,
     density: Callable[[Tensor], Tensor],
     clock: Clock,
@@ -495,5 +495,5 @@ def judged(
         left = clock.deadline() - time.monotonic()
         count = affordable_draws(posterior, density, left, _VERDICT_DRAWS)
         _, log_weights = importance_of(posterior, density, count)
-    summary = judge(log_weights)
+    summary = summarise_weights(log_weights)
     return summary, count, verdict_with_warning(summary, count)

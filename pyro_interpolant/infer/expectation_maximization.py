@@ -255,11 +255,11 @@ class ExpectationMaximization:
         with seeded(0), evaluated(self.distribution.transform.flow):
             few = self.held[: self.catalogue.look_rows]
             found, _ = self.catalogue.log_evidence(self.distribution, few, finely=False)
-            return possible(found)
+            return unexplained_as_worst(found)
 
 
-def possible(values: Tensor) -> Tensor:
-    """Return log-evidences, ``(n,)``; for rows that no draw explains that of the worst other.
+def unexplained_as_worst(values: Tensor) -> Tensor:
+    """Return log-evidences, ``(n,)``; rows that no draw explains get the worst of the others.
 
     Raises:
         ValueError: If there is no other.
@@ -360,7 +360,7 @@ def _evidence(run: ExpectationMaximization) -> tuple[Tensor, Tensor, float]:
         run.regression.use(run.start_weights)
         start, _ = evidence(index)
         run.regression.use(run.best_weights)
-    return values, errors, float(possible(start).mean())
+    return values, errors, float(unexplained_as_worst(start).mean())
 
 
 def _warn(run: ExpectationMaximization, values: Tensor) -> None:
@@ -392,7 +392,7 @@ def _finish(run: ExpectationMaximization, seconds: float, *, progress: bool) -> 
     with stage("evaluating rows held out", progress=progress):
         values, errors, reference = _evidence(run)
     _warn(run, values)
-    errors, values = errors[values.isfinite()], possible(values)
+    errors, values = errors[values.isfinite()], unexplained_as_worst(values)
     total = float((values.var() + errors.square().mean()).div(len(values)).sqrt())
     distribution.report = Report(
         distribution.transform.flow.event_dim,

@@ -18,10 +18,10 @@ from ..diagnostics.psis import (
     K_HAT_GOOD,
     K_HAT_LIMIT,
     ImportanceSummary,
-    judge,
     log_ratio,
     pareto_smooth,
     recompute_largest,
+    summarise_weights,
     systematic_resampling,
     tail_length,
 )
@@ -160,7 +160,7 @@ def importance(
     with seeded(seed):
         posterior = guide.get_posterior(*args, **kwargs)
         z, raw = importance_of(posterior, LogJoint(sites), count)
-    summary = judge(raw)
+    summary = summarise_weights(raw)
     verdict = verdict_with_warning(summary, count)
     log_weights = pareto_smooth(raw).log_weights if summary.ess > 0 else raw
     return ImportanceResult(*summary, verdict, log_weights, sites.unpack(z))

@@ -31,7 +31,7 @@ from .sites import (
     subsampling_plates,
     unchecked,
 )
-from .validity import innermost, is_valid, log_prob_left_out, without_masks
+from .validity import innermost_distribution, is_valid, log_prob_left_out, without_masks
 
 _PROBES = 3  # draws on which a batched evaluation is compared with single ones
 _MANY = 100  # of them at once, again and again the same ones
@@ -356,7 +356,8 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
             f"{sorted(extra)} besides and without {sorted(missing)}"
         )
     for name, _, real in density.sites.split(z):
-        if isinstance(innermost(trace[name]["fn"]), (dist.VonMises, dist.SineBivariateVonMises)):
+        innermost = innermost_distribution(trace[name]["fn"])
+        if isinstance(innermost, (dist.VonMises, dist.SineBivariateVonMises)):
             raise ValueError(
                 f"expected latent sites with a density on real numbers, got the angle {name!r}, "
                 "whose density repeats with each turn: write it as "

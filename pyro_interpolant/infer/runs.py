@@ -40,8 +40,8 @@ class Unobserved(Messenger):
 
 
 @contextlib.contextmanager
-def apart() -> Iterator[None]:
-    """Run a model as if nothing were around it: handlers, and plates that hold dimensions."""
+def isolated() -> Iterator[None]:
+    """Run a model outside all enclosing handlers and plates."""
     stack, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
     try:
         with poutine.block():
@@ -118,7 +118,7 @@ def example_of(model: Model, observed: Sequence[str]) -> dict[str, Tensor]:
         model: The model.
         observed: Its observed sites; others keep their values.
     """
-    with seeded(0), apart(), poutine.trace() as tracer, Unobserved(observed):
+    with seeded(0), isolated(), poutine.trace() as tracer, Unobserved(observed):
         model()
     nodes = cast("Nodes", tracer.trace.nodes)
     return {name: node["value"] for name, node in nodes.items() if is_sampled(node)}

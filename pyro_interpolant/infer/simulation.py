@@ -206,9 +206,9 @@ class Simulator:
     @functools.cached_property
     @torch.no_grad()
     def hides(self) -> bool:
-        """Whether numbers of the data may be others while all that is observed stays.
+        """Whether some of the data can change while all that is observed stays the same.
 
-        So may those that are missing in it. The density of all data is then not that of what is
+        Numbers that are missing in it can. The density of all data is then not that of what is
         observed. Numbers of each of two simulations are replaced, one at a time, by the other's.
         """
         hidden = [k for k in self.sampled if k not in (*self.latents, *self.observed)]

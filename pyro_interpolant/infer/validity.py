@@ -21,7 +21,7 @@ from torch.distributions import (
 _ALWAYS = (type(constraints.real), type(constraints.dependent))
 
 
-def innermost(fn: Any) -> Any:
+def innermost_distribution(fn: Any) -> Any:
     """Return the distribution inside all that wrap it."""
     while getattr(fn, "base_dist", None) is not None:
         fn = fn.base_dist
@@ -149,7 +149,7 @@ def _parameters(fn: Any) -> Mapping[str, Any]:
 def _leaf_support(fn: Any) -> constraints.Constraint | None:
     """Return the support of the innermost distribution, if it is one of single numbers."""
     try:
-        support = innermost(fn).support
+        support = innermost_distribution(fn).support
     except NotImplementedError:
         return None
     return None if isinstance(support, _ALWAYS) or support.event_dim else support

@@ -198,7 +198,7 @@ def fit_guide(
             training = fit(posterior, rows, **settings)
         # The guide's, whose base is N(0, I): fit may have set another.
         posterior = distributions.InterpolantDistribution(posterior.transform)
-        summary, count, verdict = autoguide.judged(posterior, density, clock, seed)
+        summary, count, verdict = autoguide.importance_verdict(posterior, density, clock, seed)
         guide.posterior = cast(InterpolantDistribution, from_torch(posterior))
         return autoguide.GuideResult(*summary, count, verdict, clock.spent(), training)
 

@@ -106,7 +106,7 @@ def importance(
     density, posterior = log_density(guide, args, kwargs), guide.get_posterior()
     z, log_p, log_q = _weighed(posterior, density, key, count, psis.tail_length(count))
     raw = psis.log_ratio(*(torch.tensor(np.asarray(part)) for part in (log_p, log_q)))
-    summary = psis.judge(raw)
+    summary = psis.summarise_weights(raw)
     verdict = importance_sampling.verdict_with_warning(summary, count)
     weights = psis.pareto_smooth(raw).log_weights if summary.ess > 0 else raw
     draws = _constrained(guide, z, args, kwargs)

@@ -9,7 +9,7 @@ from jax import Array
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoContinuous
 
-from .validity import innermost, log_prob_left_out, where_valid, without_masks
+from .validity import innermost_distribution, log_prob_left_out, where_valid, without_masks
 
 Arguments = tuple[object, ...]  # of a model
 Named = Mapping[str, object]
@@ -50,7 +50,7 @@ def _log_prob(name: str, site: Site, latents: Mapping[str, Array]) -> Array:
     """
     fn, value, scale = site["fn"], site["value"], site["scale"]
     if any(_is_jacobian(name, latent) for latent in latents):
-        return jnp.sum(innermost(fn).log_factor)
+        return jnp.sum(innermost_distribution(fn).log_factor)
     log_prob = fn.log_prob(value) if scale is None else scale * fn.log_prob(value)
     if name in latents:
         check_fixed_shape(name, fn, value, draws_of(site))

@@ -19,7 +19,7 @@ _WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistributio
 _ALWAYS = (type(constraints.real), type(constraints.dependent))
 
 
-def innermost(fn: Any) -> Any:
+def innermost_distribution(fn: Any) -> Any:
     """Return the distribution inside all that wrap or transform it."""
     while isinstance(fn, (*_WRAPPERS, dist.TransformedDistribution)):
         fn = fn.base_dist
@@ -83,7 +83,7 @@ def _is_valid(fn: Any, value: Any, *, moved: bool) -> Array | bool:
         return True
     own = _in_range(fn)
     if isinstance(fn, dist.TransformedDistribution):
-        moved = value is not None and _support(innermost(fn)) is not None
+        moved = value is not None and _support(innermost_distribution(fn)) is not None
         for transform in reversed(fn.transforms if moved else []):
             value = transform.inv(value)
     elif not isinstance(fn, _WRAPPERS):

@@ -216,7 +216,7 @@ def _unnamed(
     if are_levels(rows, len(event_shape or ())):
         return constraint, {}, as_tensor(rows)
     if event_shape is None:
-        any_size = (None,) * support_of(constraint).shown().event_dim
+        any_size = (None,) * support_of(constraint).event_constraint().event_dim
         return constraint, {}, checked_rows(rows, "x", any_size)
     return constraint, {}, checked_rows(rows, "x", event_shape)
 

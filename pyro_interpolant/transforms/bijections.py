@@ -35,9 +35,9 @@ class Whiten(RealVectorTransform):
 
 
 class Unseen(RealVectorTransform):
-    """The identity, to a view, which the caches of transforms behind it have not seen.
+    """The identity as a new view, so that caches keyed by identity miss.
 
-    Given a tensor again, Pyro's return what was computed without gradients, or a freed graph.
+    Those of Pyro's transforms would return what was computed without gradients, or a freed graph.
     """
 
     def _call(self, x: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Student(dist.TransformedDistribution):
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> Constraint:
         """The support of one event."""
-        return self.space.shown()
+        return self.space.event_constraint()
 
     def expand(self, batch_shape: Sequence[int], _instance: "Self | None" = None) -> "Self":
         """Return the distribution with another batch shape; weights are shared."""

@@ -16,10 +16,10 @@ from pyro_interpolant.diagnostics.psis import (
     K_HAT_LIMIT,
     _fit_tail,
     effective_sample_size,
-    judge,
     log_mean_weight,
     pareto_smooth,
     recompute_largest,
+    summarise_weights,
 )
 
 
@@ -119,11 +119,11 @@ def test_the_effective_sample_size_in_closed_form():
 
 def test_one_summary_of_weights():
     raw = torch.randn(500)
-    summary = judge(raw)
+    summary = summarise_weights(raw)
     assert summary.k_hat == pareto_smooth(raw).k_hat
     assert summary.ess == effective_sample_size(raw)
     assert summary[2:] == log_mean_weight(raw)
-    assert judge(torch.full((9,), -math.inf)) == (math.inf, 0.0, -math.inf, math.inf)
+    assert summarise_weights(torch.full((9,), -math.inf)) == (math.inf, 0.0, -math.inf, math.inf)
 
 
 def test_the_largest_weights_are_computed_again_at_doubled_steps():

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyro_interpolant as pi
-from pyro_interpolant.infer.amortization import sentence
+from pyro_interpolant.infer.amortization import verdict_of_amortised
 from pyro_interpolant.infer.simulation import Simulator
 from pyro_interpolant.infer.sites import LatentSites
 
@@ -668,7 +668,7 @@ def test_supports_are_kept_and_plates_are_left_alone():
     ],
 )
 def test_the_verdict_tells_rare_draws_from_a_poor_guide(k_hat, ess, says):
-    assert sentence(k_hat, ess, 2.0, 0.1, 0.0).startswith(says)
+    assert verdict_of_amortised(k_hat, ess, 2.0, 0.1, 0.0).startswith(says)
 
 
 @pytest.mark.slow

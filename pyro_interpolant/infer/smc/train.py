@@ -17,7 +17,12 @@ from torch.distributions import Distribution
 from ..._checks import check_ranges
 from ..._torch import evaluated, seeded, trainable
 from ...diagnostics.calibration import calibrate_until
-from ...diagnostics.psis import K_HAT_LIMIT, effective_sample_size, judge, pareto_smooth
+from ...diagnostics.psis import (
+    K_HAT_LIMIT,
+    effective_sample_size,
+    pareto_smooth,
+    summarise_weights,
+)
 from ...distributions.interpolant import InterpolantDistribution
 from ...distributions.report import duration, with_error
 from ...solvers.ode import Solver
@@ -223,7 +228,7 @@ class Run:
 
     def _diagnosed(self, jump: Jump, acceptance: float) -> Round:
         """Return the diagnostics of a round, by the weights of independent draws."""
-        k_hat, ess, log_evidence, _ = judge(jump.log_weights)
+        k_hat, ess, log_evidence, _ = summarise_weights(jump.log_weights)
         share, spent = ess / len(jump.log_weights), self.budget.spent()
         return Round(k_hat, share, log_evidence, jump.gap, jump.acceptance, acceptance, spent)
 
@@ -251,8 +256,9 @@ class Run:
                 chosen = self.best_round
                 self.regression.use(self.best_weights)
         w = importance_weights(self.distribution, self.density, count)
+        summary, spent = summarise_weights(w), self.budget.spent()
         return RoundsResult(
-            *judge(w), len(w), self.particles.x, self.history, chosen, self.budget.spent(), solver
+            *summary, len(w), self.particles.x, self.history, chosen, spent, solver
         )
 
     def _effective(self, weights: list[Tensor]) -> float:
