@@ -26,7 +26,6 @@ from ..distributions.supports import BijectiveSupport
 from .lanes import DrawnInLanes
 from .runs import AllDrawn, Stop, Unobserved, check_names, check_rows_count, is_sampled
 from .sites import LatentSites, Nodes, check_fixed_support, unchecked
-from .validity import all_of
 from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
@@ -476,3 +475,8 @@ def _is_near(value: Tensor, values: Tensor, i: int) -> bool:
     size = values.abs().nan_to_num(0.0, 0.0, 0.0).amax(0)
     near = (value - values[i]).abs() <= 1e-4 * values[i].abs() + 1e-5 * size
     return bool((near | (value == values[i])).all())
+
+
+def all_of(masks: Mapping[str, Tensor]) -> Tensor:
+    """Return where all of several masks hold, shape ``(N,)`` each."""
+    return torch.stack(list(masks.values())).all(0)

@@ -153,8 +153,3 @@ def _leaf_support(fn: Any) -> constraints.Constraint | None:
     except NotImplementedError:
         return None
     return None if isinstance(support, _ALWAYS) or support.event_dim else support
-
-
-def all_of(masks: Mapping[str, Tensor]) -> Tensor:
-    """Return where all of several masks hold, shape ``(N,)`` each."""
-    return torch.stack(list(masks.values())).all(0)
