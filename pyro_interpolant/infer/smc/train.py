@@ -33,7 +33,8 @@ from ...training.rows import Rows
 from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
 from ..regression import FlowRegression
-from ..schedule import Budget, RateSchedule, clocked
+from ..schedule import RateSchedule, clocked
+from .budget import Budget
 from .flow_proposal import (
     Jump,
     affordable_draws,

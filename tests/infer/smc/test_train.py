@@ -22,7 +22,8 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.diagnostics.psis import K_HAT_LIMIT, systematic_resampling
 from pyro_interpolant.infer.regression import FlowRegression
-from pyro_interpolant.infer.schedule import Budget, RateSchedule
+from pyro_interpolant.infer.schedule import RateSchedule
+from pyro_interpolant.infer.smc.budget import Budget
 from pyro_interpolant.infer.smc.flow_proposal import (
     coarse_solver,
     flow_proposal_step,
