@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from .._checks import check_ranges
-from .._torch import seeded, trainable, warn_user, with_gradients
+from .._torch import seeded, trainable, with_gradients
 from ..diagnostics.psis import ImportanceSummary, summarise_weights
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
@@ -32,7 +32,7 @@ from ..training.fitting import FitResult, fit
 from ..training.whitening import whitening_map
 from ..transforms.interpolant import InterpolantTransform
 from .amortization import AmortizedResult
-from .importance_sampling import are_raw_draws_good, importance_of, verdict_with_warning
+from .importance_sampling import are_raw_draws_good, importance_of, verdict_with_warning, warn_poor
 from .log_density import LogJoint, known_log_joint, prior_draws
 from .quantiles import SPREAD_DRAWS, quantiles_of, spread_of
 from .simulation import Source
@@ -184,9 +184,7 @@ class AutoInterpolant(AutoContinuous):
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Sample the unconstrained latent vector, shape ``(*, D)``, as an auxiliary site."""
         self._claim_weights()
-        if self.poor is not None:
-            warn_user(f"the guide's own draws are not those of the posterior: {self.poor}")
-            self.poor = None
+        warn_poor(self)
         name = f"_{self._pyro_name}_latent"
         posterior = self.get_posterior(*args, **kwargs)
         return pyro.sample(name, posterior, infer={"is_auxiliary": True})

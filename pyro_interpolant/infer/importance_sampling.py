@@ -5,7 +5,7 @@ correct the draws, and show by the tail of their distribution whether q can be r
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -198,6 +198,14 @@ def importance_of(
 def are_raw_draws_good(summary: ImportanceSummary, count: int) -> bool:
     """Return whether ``count`` draws will do without weights, as :func:`verdict_of` says."""
     return summary.k_hat <= K_HAT_GOOD and summary.ess >= GOOD_SHARE * count
+
+
+def warn_poor(guide: Any) -> None:
+    """Warn, once, where a guide's own draws are known not to be those of the posterior."""
+    poor = getattr(guide, "poor", None)  # guides of Pyro's have no verdict
+    if poor is not None:
+        warn_user(f"the guide's own draws are not those of the posterior: {poor}")
+        guide.poor = None
 
 
 def verdict_of(summary: ImportanceSummary, count: int) -> str:

@@ -7,10 +7,10 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from .._checks import check_ranges
-from .._torch import seeded, warn_user
+from .._torch import seeded
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
-from .importance_sampling import ImportanceResult
+from .importance_sampling import ImportanceResult, warn_poor
 from .sites import LatentSites
 
 if TYPE_CHECKING:
@@ -107,7 +107,5 @@ def _guide_draws(
 ) -> dict[str, Tensor]:
     """Return draws of a guide, shape ``(N, *site_shape)`` each, by name of the latent site."""
     sites = LatentSites(guide, *args, **kwargs)
-    poor = getattr(guide, "poor", None)
-    if poor is not None:
-        warn_user(f"the guide's own draws are not those of the posterior: {poor}")
+    warn_poor(guide)
     return sites.unpack(guide.get_posterior(*args, **kwargs).sample(torch.Size((count,))))

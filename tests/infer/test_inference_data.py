@@ -60,11 +60,13 @@ def test_draws_of_a_guide():
     assert bool((data.posterior["scale"] > 0).all())
 
 
-def test_a_poor_guide_is_told_of():
+def test_a_poor_guide_is_told_of_once():
     guide = AutoInterpolant(model, hidden_dims=(8,))
     guide.poor = "Poor, k-hat 1.2."
     with pytest.warns(UserWarning, match=r"not those of the posterior: Poor, k-hat 1\.2"):
         to_arviz(guide, count=5)
+    to_arviz(guide, count=5)
+    guide()
 
 
 @pytest.mark.slow
