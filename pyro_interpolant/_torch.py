@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 # No warning is raised at lines of this package, of torch, or of what runs decorated functions.
@@ -84,15 +84,40 @@ def draws_nothing() -> Iterator[None]:
 
     Looking at each operation costs some microseconds.
     """
-    own = getattr(_SCOPE, "generators", None)
-    if own is None:
-        yield
-        return
-    own.__exit__(None, None, None)
+    left: list[_OwnGenerators] = []  # this scope, and those around it
     try:
+        while isinstance(own := _get_current_dispatch_mode(), _OwnGenerators):
+            own.__exit__(None, None, None)
+            left.append(own)
         yield
     finally:
-        own.__enter__()
+        for own in reversed(left):
+            own.__enter__()
+
+
+class Watch:
+    """Runs blocks that all draw random numbers, or none does: then the later ones at full speed.
+
+    Attributes:
+        draws: Whether they draw; None until the first has run in a seeded scope.
+    """
+
+    def __init__(self) -> None:
+        self.draws: bool | None = None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Run a block."""
+        before = draws()
+        with draws_nothing() if self.draws is False else contextlib.nullcontext():
+            yield
+        if self.draws is None and is_seeded():
+            self.draws = draws() > before
+
+
+def is_seeded() -> bool:
+    """Return whether a seeded scope looks at what this thread does."""
+    return isinstance(_get_current_dispatch_mode(), _OwnGenerators)
 
 
 def draws() -> int:

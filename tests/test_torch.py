@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_interpolant import _torch
 from pyro_interpolant._torch import (
+    Watch,
     are_close,
     draws,
     draws_nothing,
@@ -159,6 +160,44 @@ def test_scopes_nest_and_a_block_that_draws_nothing_interrupts_them():
         assert draws() == 2
     assert torch.equal(a, first)
     assert torch.equal(b, second)
+
+
+def test_a_block_interrupts_all_scopes_around_it_and_is_not_looked_at(monkeypatch):
+    seen, look = [], _torch._OwnGenerators.__torch_dispatch__
+
+    def looking(own, *call):
+        seen.append(call[0])
+        return look(own, *call)
+
+    monkeypatch.setattr(_torch._OwnGenerators, "__torch_dispatch__", looking)
+    with seeded(1), seeded(2):
+        with draws_nothing(), draws_nothing():
+            torch.ones(3).sum()
+        assert not seen
+        assert draws() == 0
+        torch.ones(3).sum()
+    assert len(seen) == 4  # two operations, in two scopes
+
+
+def test_blocks_that_draw_go_on_to_be_looked_at_and_others_do_not():
+    drawing, quiet = Watch(), Watch()
+    with drawing(), quiet():
+        torch.randn(3)
+    assert drawing.draws is quiet.draws is None  # nobody has looked
+    with seeded(1):
+        expected = torch.randn(2, 3)
+    state = torch.get_rng_state()
+    with seeded(1):
+        found = []
+        for _ in range(2):
+            with quiet():
+                torch.ones(3).sum()
+            with drawing():
+                found.append(torch.randn(3))
+    assert drawing.draws
+    assert quiet.draws is False
+    assert torch.equal(torch.stack(found).reshape(-1), expected.reshape(-1))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Simulated(IterableDataset):

@@ -9,6 +9,7 @@ with L whitening the data. The solver stores the states at the quadrature nodes 
 is one weighted sum along them, computed only where a density is wanted.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import (
+    Watch,
     innermost,
     is_functional,
+    is_seeded,
     is_tracing,
     keep_freed_memory,
     needs_graph,
@@ -211,7 +214,8 @@ class Flow(nn.Module):
         velocity_at = partial(field, self.velocity, context=path.context)
 
         def solve(white: Tensor) -> Tensor:
-            return path.solver.solve(velocity_at, white, times)
+            with self._watch(path.solver):
+                return path.solver.solve(velocity_at, white, times)
 
         if only_x_needs_grad(white, (path.context, *self.parameters())):
             states = self._solve_for_gradient(solve, white, path, times)
@@ -249,6 +253,14 @@ class Flow(nn.Module):
                 return recorded_solve(kept, white, times, solver.method, solve)
         return solve(white)
 
+    def _watch(self, part: Solver | Divergence) -> contextlib.AbstractContextManager[None]:
+        """Return the scope of what a part of a path does with the network."""
+        if is_tracing() or not is_seeded():
+            return contextlib.nullcontext()
+        # Dropout draws in training mode, and a part of the user's may do so always.
+        kind = type(part), *(module.training for module in self.velocity.modules())
+        return self.__dict__.setdefault("_watches", {}).setdefault(kind, Watch())()
+
     def log_det(self, states: Tensor, path: Path) -> Tensor:
         """Return the integral of the divergence along the states, plus log |det L|, shape ``(*)``.
 
@@ -256,6 +268,10 @@ class Flow(nn.Module):
             states: The whitened states at the path's nodes, shape ``(N + 1, *, D)``.
             path: The way through the flow.
         """
+        with self._watch(path.divergence):
+            return self._log_det(states, path)
+
+    def _log_det(self, states: Tensor, path: Path) -> Tensor:
         if path.end == 0.0:
             return self.whitening.log_det.expand(states.shape[1:-1])
         times, weights = (s.to(states) for s in path.times)

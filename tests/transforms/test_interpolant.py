@@ -25,6 +25,7 @@ from pyro_interpolant import (
     conditional_interpolant_transform,
     interpolant_transform,
 )
+from pyro_interpolant._torch import seeded
 
 # Raised inside torch, by its own first use of forward-mode differentiation.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -649,3 +650,36 @@ def test_factories():
     torch.testing.assert_close(plain(x), x)  # an untrained flow is its affine map
     torch.testing.assert_close(family.condition(torch.randn(4, 2))(x), x)
     assert "VelocityMLP" in repr(plain)
+
+
+# Random numbers
+
+
+class Dropping(nn.Module):
+    event_dim = 2
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+
+    def forward(self, t, x, context=None):
+        return self.layers(torch.cat((t[..., None], x), -1))
+
+
+def test_a_network_with_dropout_draws_in_a_seeded_scope_whichever_mode_it_was_in_before():
+    flow = InterpolantTransform(Dropping())
+    x, state = torch.randn(3, 2), torch.get_rng_state()
+
+    def solved():
+        with seeded(1), torch.no_grad():
+            return flow(x.clone())  # a new tensor, of which nothing is kept
+
+    flow.eval()
+    quiet = solved(), solved()
+    flow.train()
+    noisy = solved(), solved(), solved()
+    assert torch.equal(*quiet)
+    assert torch.equal(noisy[0], noisy[1])
+    assert torch.equal(noisy[0], noisy[2])
+    assert not torch.equal(noisy[0], quiet[0])
+    assert torch.equal(torch.get_rng_state(), state)
