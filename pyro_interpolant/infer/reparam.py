@@ -27,6 +27,7 @@ from .sites import Model, Nodes, Site, whole_value
 
 _BASE = "_base"  # what a site in base space has after its name
 _MARK = "_interpolant_flow"  # where a site in base space keeps its flow, and the site it is of
+_SITES_OWN = (NAMED, "was_observed", "obs")  # of what "infer" holds, no part of the base draw's
 _RUNS = 16  # of a model, which tell whether all draws have one prior
 
 
@@ -211,9 +212,10 @@ def _sampled(
         with torch.no_grad():
             value = space.to_sampled(ComposeTransform(flow.transforms).inv(value))
         start = InitMessenger(init_to_value(values={name + _BASE: value}))
+    infer: Any = {k: v for k, v in msg["infer"].items() if k not in _SITES_OWN}
+    infer[_MARK] = (flow, name, NAMED in msg["infer"])
     with start:
-        mark: Any = {_MARK: (flow, name, NAMED in msg["infer"])}
-        return _image(flow, pyro.sample(name + _BASE, base, infer=mark))
+        return _image(flow, pyro.sample(name + _BASE, base, infer=infer))
 
 
 def _image(flow: InterpolantDistribution, z: Tensor) -> Tensor:

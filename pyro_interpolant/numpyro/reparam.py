@@ -74,20 +74,21 @@ class _InBaseSpace(Reparam):
 
     Args:
         flow: The flow.
-        shape: The ``sample_shape`` of the site.
+        site: The site, before it is sampled.
         value: Where to start from, on the support, or None.
     """
 
     def __init__(
-        self, flow: InterpolantDistribution, shape: tuple[int, ...], value: Array | None
+        self, flow: InterpolantDistribution, site: Mapping[str, Any], value: Array | None
     ) -> None:
-        self.flow, self.shape, self.value = flow, shape, value
+        self.flow, self.value = flow, value
+        self.how = {"sample_shape": draws_of(site), "infer": dict(site["infer"])}
 
     def __call__(self, name: str, fn: dist.Distribution, obs: Array | None) -> tuple[None, Array]:
         """Return no distribution, and the value of the site."""
         flow = self.flow
         with self._start(name, flow):
-            x = numpyro.sample(name + _BASE, _base_of(flow, fn), sample_shape=self.shape)
+            x = numpyro.sample(name + _BASE, _base_of(flow, fn), **self.how)
         x = directions(x) if _is_angular(flow) else x
         for transform in flow.transforms:
             x = transform(x)
@@ -119,7 +120,7 @@ def _config(site: dict[str, Any]) -> Reparam | None:
     others = [h for i, h in enumerate(stack) if i > here or not isinstance(h, handlers.scope)]
     base = {**site, "name": site["name"] + _BASE, "fn": _base_of(flow, site["fn"])}
     given, start = is_given(site, base, others)
-    return None if given else _InBaseSpace(flow, draws_of(site), start)
+    return None if given else _InBaseSpace(flow, site, start)
 
 
 def _is_drawn(site: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from pyro.infer import (
     Predictive,
     Trace_ELBO,
     TraceMeanField_ELBO,
+    TraceTMC_ELBO,
 )
 from pyro.infer import autoguide as guides
 from pyro.infer.autoguide.initialization import (
@@ -544,6 +545,31 @@ def test_replay():
     assert torch.allclose(again.log_prob_sum(), first.log_prob_sum())
     other = trace_of(model)
     assert not torch.equal(other.nodes["z"]["value"], first.nodes["z"]["value"])
+
+
+def test_draws_in_parallel_are_those_that_the_site_asks_for():
+    prior, many = random_prior(2), {"enumerate": "parallel", "num_samples": 50, "expand": True}
+
+    def model():
+        z = pyro.sample("z", prior, infer=many)
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    losses = []
+    for space in (model, base_space(model)):
+        pyro.set_rng_seed(0)
+        losses.append(TraceTMC_ELBO(max_plate_nesting=0).loss(space, lambda: None))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_what_a_site_was_observed_as_is_none_of_its_base():
+    prior = random_prior(2)
+
+    def model():
+        pyro.sample("z", prior, obs=torch.zeros(2))
+
+    nodes = trace_of(base_space(poutine.uncondition(model))).nodes
+    assert "was_observed" in nodes["z"]["infer"]
+    assert not {"was_observed", "obs"} & set(nodes["z_base"]["infer"])
 
 
 def test_condition_on_the_base():

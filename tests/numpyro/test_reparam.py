@@ -186,6 +186,15 @@ def test_other_strategies_propose_in_base_space(model):
     assert float(jnp.abs(info.param_info.z["z_base"]).max()) < 2
 
 
+def test_what_a_site_says_of_its_inference_holds_for_its_base(prior):
+    def model():
+        with numpyro.plate("n", 4):
+            return numpyro.sample("z", prior, infer={"block_plates": ["n"]})
+
+    trace = traced(base_space(model))
+    assert trace["z"]["value"].shape == traced(model)["z"]["value"].shape == (2,)
+
+
 @pytest.mark.slow
 def test_plates_events_and_masks(prior):
     def model():
