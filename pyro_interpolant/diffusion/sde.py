@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_ranges
+from .._torch import broadcast_batch
 from ..distributions.interpolant import InterpolantDistribution
 from ..interpolants.linear import END_MARGIN
 from .conversions import noise_and_data, roundoff, score_terms
@@ -369,7 +370,7 @@ def sde_log_prob(
 
     Args:
         distribution: A trained flow; a conditional one with its context.
-        x: Rows, shape ``(*, *event_shape)``.
+        x: Rows, shape ``(*, *event_shape)``, broadcast with the batch shape.
         diffusion: :math:`\epsilon(t) \ge 0`, as in :class:`InterpolantSDE`; the model depends on
             it. Zero gives ``log_prob``.
         paths: The number of paths of each row.
@@ -400,13 +401,13 @@ def sde_log_prob(
         white = _to_white(sde, distribution, x)
         share = terms.divisor.abs() / terms.divisor.abs().max()
         kappa = guidance * (share / _GUIDED_SHARE).clamp(max=1)
-        w = white.expand(paths, *white.shape)
+        batch = broadcast_batch(white.shape[:-1], distribution.batch_shape)
+        w = white.expand(paths, *batch, -1)
         w, exponent = _guided_paths(sde, terms, half_step, kappa, w)
         base = distribution.white_base()
         total = exponent + base.log_prob(w) - sde.flow.whitening.log_det
         if not distribution.space.is_real():
-            y = distribution.to_flow(x)
-            total = total - distribution.transforms[-1].log_abs_det_jacobian(y, x)
+            total -= distribution.transforms[-1].log_abs_det_jacobian(distribution.to_flow(x), x)
         value = total.logsumexp(0) - math.log(paths)
         stderr = (total - value).exp().std(0) / math.sqrt(paths)
     return value, stderr

@@ -219,6 +219,20 @@ def test_shapes_contexts_and_types():
     assert float((error / (stderr + 1e-3)).max()) < 4.5
 
 
+def test_a_path_is_that_of_every_member_of_a_batch_of_bases():
+    base = dist.Normal(torch.tensor([[0.0], [5.0], [-4.0]]).expand(3, 2), 1.0).to_event(1)
+    transform = interpolant_transform(2, (8,), interpolant=Latent())
+    transform.flow.noise = transform.velocity
+    flow, x = InterpolantDistribution(transform, base), torch.tensor([0.5, -0.3])
+    for paths in (3, 4):
+        value, _ = sde_log_prob(
+            flow, x, paths=paths, steps=20, guidance=0.0, diffusion=lambda t: 0.0
+        )
+        assert torch.allclose(value, flow.log_prob(x), atol=1e-3)
+    with pytest.raises(ValueError, match="a batch shape that broadcasts"):
+        sde_log_prob(flow, x.expand(4, 2))
+
+
 def test_errors_say_what_was_expected():
     flow = InterpolantDistribution(interpolant_transform(2, (8, 8)))
     x = torch.zeros(3, 2)
