@@ -27,6 +27,7 @@ from torch import Tensor
 from .._checks import check_ranges
 from .._files import StrPath, checksum, contents, refuse_no_place, write
 from .._torch import evaluated, warn_user, with_gradients
+from ..distributions.bases import check_single
 from ..distributions.constraints import contexts_of_rows, images_of
 from ..distributions.identity import stable_name, tensors_of
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
@@ -113,8 +114,9 @@ def bits_per_dim(
 
     Raises:
         ValueError: If images have another shape or other levels, or training spread them over
-            another number of levels, a number is not positive, contexts are of another number, or
-            given already, one for each image, or the file is of another call.
+            another number of levels, a number is not positive, the base has a batch, contexts are
+            of another number, or given already, one for each image, or the file is of another
+            call.
         NotImplementedError: If the distribution has no density, as one that is guided.
     """
     values = _checked_levels(distribution, images, levels)
@@ -123,6 +125,7 @@ def bits_per_dim(
         ("at least one probe and one dequantization", fewest >= 1, both),
         ("a tolerance > 0", tolerance > 0, tolerance),
     )
+    check_single(distribution.base)
     flow = distribution.transform.flow
     given = None
     known = getattr(distribution.transform, "raw_context", None)

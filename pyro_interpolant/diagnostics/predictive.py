@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .._checks import check_ranges
 from .._torch import robust_deviation, seeded
+from ..distributions.bases import check_single
 from ..distributions.constraints import (
     RowsLike,
     checked_rows,
@@ -238,6 +239,7 @@ class _Rows:
                 "the conditional flow itself, and context=..., one for each row; or condition it "
                 "on one context, of shape (C,)"
             )
+        check_single(density.base)
         self.distribution = density
         self.x = checked_rows(_packed(density, x), "x", density.row_shape).to(flow.loc)
         self.directions = _directions(density)

@@ -208,6 +208,15 @@ class WhitenedBase:
         return self.whitening.double_to_white(x0)
 
 
+def check_single(base: Distribution | None) -> None:
+    """Raise a ValueError if a base has a batch, each member of which would need rows."""
+    if base is not None and base.batch_shape:
+        raise ValueError(
+            "expected one base for all rows, of no batch shape, got one of batch shape "
+            f"{tuple(base.batch_shape)}: make a flow from each of its members"
+        )
+
+
 def check_expansion(old: Sequence[int], new: Sequence[int]) -> None:
     """Raise an error unless a batch shape expands to another.
 

@@ -217,3 +217,12 @@ def test_what_are_no_levels_is_refused(matrix):
         bits_per_dim(images, v[..., :3], LEVELS)
     with pytest.raises(ValueError, match="at least one probe and one dequantization"):
         bits_per_dim(images, v, LEVELS, probes=0)
+
+
+def test_a_base_with_a_batch_is_refused(matrix):
+    """Each image would be scored under a member of its own, where there are as many."""
+    base = dist.Normal(torch.tensor([0.0, 1.0])[:, None].expand(2, SIZE), 1.0).to_event(1)
+    transform = gaussian_images(matrix).transform
+    images = pi.InterpolantDistribution(transform, base, event_shape=IMAGE_SHAPE)
+    with pytest.raises(ValueError, match=r"expected one base for all rows.* batch shape \(2,\)"):
+        bits_per_dim(images, levels(2), LEVELS)

@@ -321,3 +321,6 @@ def test_a_batch_is_refused():
         ValueError, match=r"got a batch of shape \(5,\): pass the conditional flow"
     ):
         pit(d.condition(context), x)
+    base = dist.Normal(torch.zeros(5, 2), 1.0).to_event(1)
+    with pytest.raises(ValueError, match=r"expected one base for all rows.* batch shape \(5,\)"):
+        pit(ConditionalInterpolantDistribution(d.transform, base), x, context)
