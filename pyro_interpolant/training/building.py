@@ -54,6 +54,7 @@ from .data import (
     rows_held,
 )
 from .fitting import fit
+from .flags import flag
 from .image_rows import IMAGE_OPTIONS, are_images, are_levels
 from .names import Names
 from .objective import Coupling
@@ -122,7 +123,7 @@ def from_samples(
         it by accident. ``distribution.transform.requires_grad_(True)`` unfreezes it.
 
     Raises:
-        TypeError: If the samples are not of a floating type.
+        TypeError: If the samples are not of a floating type, or ``marginals`` is of another type.
         ValueError: If the samples, the contexts, the network or the support cannot work.
         RuntimeError: If gradients stay non-finite; its ``distribution`` has the last good weights.
 
@@ -368,6 +369,7 @@ def _with_map(
         marginals: As in :func:`from_samples`.
         streamed: Whether rows come from an iterable.
     """
+    marginals = flag(may_be_none=True, marginals=marginals)
     fixed = any(fit_options.get(name) is not None for name in ("base_samples", "pairs"))
     if streamed or are_images(rows) or isinstance(space, CircularSupport) or fixed:
         if marginals:

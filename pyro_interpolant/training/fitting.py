@@ -30,6 +30,7 @@ from .checkpoint import Checkpoint, check_place, open_checkpoint, restore_buffer
 from .clock import Clock
 from .data import DEFAULT_SHARE, DataLike, HeldOut, Split, Table, as_held_out
 from .distributed import Process
+from .flags import flag
 from .image_rows import LEVELS, dequantized, has_images
 from .loop import Callback, Run, Schedule
 from .names import Names
@@ -194,7 +195,7 @@ def fit(
         Both loss curves and what happened.
 
     Raises:
-        TypeError: If the data are not of a floating type.
+        TypeError: If the data are not of a floating type, or ``whiten`` or ``flip`` is no bool.
         ValueError: If the data, the context or a setting cannot work; raised before any work.
         RuntimeError: If gradients stay non-finite; the last good weights are kept.
 
@@ -210,7 +211,7 @@ def fit(
     check_place(None if process.rank else checkpoint, checkpoint_every)
     if process.device is not None:
         distribution.to(process.device)
-    kind, anew = Stream if process.own_rows else Table, whiten and learn == "velocity"
+    kind, anew = Stream if process.own_rows else Table, flag(whiten=whiten) and learn == "velocity"
     given = {"context": context, "pairs": pairs, "weights": weights}
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
     with seeded(process.seed(seed)):

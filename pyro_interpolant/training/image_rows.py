@@ -20,6 +20,7 @@ from torch import Tensor
 from ..distributions.constraints import Shaped, images_of
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.supports import support_of
+from .flags import flag
 from .rows import Rows
 
 LEVELS = 256
@@ -84,9 +85,10 @@ def flips(distribution: AnyDistribution, *, flip: bool) -> Callable[[Rows], Rows
         flip: Whether to mirror images.
 
     Raises:
+        TypeError: If ``flip`` is neither True nor False.
         ValueError: If rows to mirror are no images.
     """
-    if not flip:
+    if not flag(flip=flip):
         return lambda rows: rows
     shape = distribution.row_shape
     if len(shape) != 3 or math.prod(shape) != distribution.transform.flow.event_dim:

@@ -355,7 +355,7 @@ def test_rows_held_out_do_not_set_the_map(given, monkeypatch):
 
     monkeypatch.setattr(building, "preferred_support", chosen)
     monkeypatch.setattr(fitting, "HeldOutDensity", held_out)
-    x = torch.randn(500, 2).exp()
+    x = torch.randn(500, 2).exp() ** 3  # behind splines, by default
     x = torch.cat((x, x[:100]))  # with copies, which stay together
     weights = x[:, 0].clone()
     weights[5] = 0.0
@@ -371,3 +371,9 @@ def test_rows_held_out_do_not_set_the_map(given, monkeypatch):
         assert float(torch.cdist(rows, used).min()) > 1e-5
     close(held.context, rows.sum(1, keepdim=True), atol=1e-6)
     close(held.weight, rows[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["marginals", "whiten", "flip"])
+def test_a_word_is_neither_true_nor_false(name):
+    with pytest.raises(TypeError, match=f"expected {name} to be .*True or False, got 'off'"):
+        learn(torch.randn(50, 2), **{name: "off"})
