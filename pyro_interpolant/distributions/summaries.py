@@ -267,8 +267,9 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
     def icdf(self, value: Tensor) -> Tensor:
         """Return the quantiles of scalars: the values up to which there is a given probability.
 
-        Where 128 or more share a context and no gradient is wanted, they are read off a monotone
-        spline through some, within 1e-4 in probability; else each is solved for.
+        Where 128 or more share a context, no gradient is wanted, and the base has no batch, they
+        are read off a monotone spline through some, within 1e-4 in probability; else each is
+        solved for.
 
         Args:
             value: Probabilities, shape ``(*)``, broadcast with the batch shape.
@@ -372,6 +373,8 @@ def pushed(distribution: Summaries, x: Tensor) -> Tensor:
     chain = distribution.transforms
     place = chain.index(distribution.transform)
     before, after = (ComposeTransform(part) for part in (chain[:place], chain[place + 1 :]))
+    if distribution.base is not None and distribution.base.batch_shape:
+        return after(distribution.transform(before(x)))  # members have log-odds of their own
 
     def log_odds(w: Tensor) -> Tensor:
         if distribution.base is None:  # not from the probability, which is 1 far away

@@ -208,6 +208,14 @@ SCALARS = {
 }
 
 
+def test_many_quantiles_of_a_base_with_a_batch():
+    base = dist.Normal(torch.tensor([[0.0], [5.0], [-4.0]]), 1.0).to_event(1)
+    d = InterpolantDistribution(interpolant_transform(1, (8,)), base, event_shape=()).freeze()
+    q = torch.linspace(0.01, 0.99, 200)[:, None].expand(-1, 3)
+    close(d.icdf(q), base.mean[:, 0] + torch.special.ndtri(q))
+    assert d.sample((200,)).shape == (200, 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCALARS)
 @pytest.mark.parametrize("base", ["none", "laplace", "flow"])
