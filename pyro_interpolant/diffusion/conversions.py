@@ -23,11 +23,13 @@ References:
     Albergo, Boffi & Vanden-Eijnden, arXiv 2303.08797, Sections 3.2 and 4.4.
 """
 
+import math
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from .._torch import innermost, is_tracing
 from ..interpolants.linear import Interpolant
 
 Time = Tensor | float
@@ -199,8 +201,10 @@ def checked_times(t: Time, x: Tensor) -> Tensor:
         ValueError: If one is outside [0, 1].
     """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-    if not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(f"expected times in [0, 1], got {float(t.min())} to {float(t.max())}")
+    values = innermost(t)  # all that vmap goes through
+    if not is_tracing() and not bool(((values >= 0) & (values <= 1)).all()):
+        least, most = float(values.min()), float(values.max())
+        raise ValueError(f"expected times in [0, 1], got {least} to {most}")
     return t
 
 
@@ -211,6 +215,10 @@ def roundoff(x: Tensor) -> float:
 
 def raise_if_singular(singular: Tensor, t: Tensor, needed: str, instead: str) -> None:
     """Raise a ValueError that names the first singular time, if any of ``(*, 1)`` is."""
-    if bool(singular.any()):
-        first = float(t.expand(singular.shape[:-1])[singular[..., 0]].flatten()[0])
+    if is_tracing():
+        return
+    found = innermost(t.where(singular[..., 0], math.nan))  # all that vmap goes through
+    found = found[~found.isnan()]
+    if found.numel():
+        first = float(found[0])
         raise ValueError(f"expected times at which {needed}, got t = {first:g}: take {instead}")

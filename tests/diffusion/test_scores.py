@@ -228,6 +228,18 @@ def test_the_ends_and_wrong_times():
     assert torch.equal(denoiser(flow, 1.0, torch.ones(3, 2)), torch.ones(3, 2))
 
 
+@pytest.mark.parametrize("function", [score, denoiser])
+def test_vmap_over_times_checks_all_of_them(function):
+    flow, x, t = random_prior(2), torch.randn(2), torch.tensor([0.2, 0.5, 0.9])
+    found = torch.func.vmap(lambda time: function(flow, time, x))(t)
+    assert torch.allclose(found, function(flow, t, x.expand(3, 2)))
+    with pytest.raises(ValueError, match=r"expected times in \[0, 1\], got 0\.2 to 2"):
+        torch.func.vmap(lambda time: function(flow, time, x))(torch.tensor([0.2, 2.0]))
+    if function is score:
+        with pytest.raises(ValueError, match="got t = 1: take another"):
+            torch.func.vmap(lambda time: score(flow, time, x))(torch.tensor([0.5, 1.0]))
+
+
 class Expanded(nn.Module):
     """A velocity that records the shapes of the times it is given."""
 
