@@ -125,7 +125,6 @@ def bits_per_dim(
         ("at least one probe and one dequantization", fewest >= 1, both),
         ("a tolerance > 0", tolerance > 0, tolerance),
     )
-    check_single(distribution.base)
     flow = distribution.transform.flow
     given = None
     known = getattr(distribution.transform, "raw_context", None)
@@ -134,6 +133,7 @@ def bits_per_dim(
             "expected a conditional flow and context=, which goes through in pieces as the images "
             f"do, got one conditioned already, of batch shape {tuple(known.shape[:-1])}"
         )
+    check_single(distribution.base)
     if context is not None:
         names = distribution.context_columns
         given = contexts_of_rows(context, flow, names, len(values), "images")
