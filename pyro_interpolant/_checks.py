@@ -1,4 +1,4 @@
-r"""One way to refuse a number out of range, for all rooms; torch is not needed."""
+r"""One way to refuse a setting, for all rooms: by its range or kind; torch is not needed."""
 
 from typing import Any
 
@@ -24,3 +24,16 @@ def whole(name: str, value: Any, least: int) -> tuple[str, bool, Any]:
     """
     good = value is None or value >= least and value % 1 == 0
     return f"{name} >= {least}, a whole number", good, value
+
+
+def flag(name: str, value: Any, *, or_none: bool = False) -> tuple[str, bool, Any]:
+    """Return the setting that a value is True or False: any word would count as True.
+
+    Args:
+        name: The name of the argument.
+        value: What was given.
+        or_none: Whether it may be None, too.
+    """
+    choices = "None, True or False" if or_none else "True or False"
+    good = value is True or value is False or (or_none and value is None)
+    return f"{name} to be {choices}", good, repr(value)

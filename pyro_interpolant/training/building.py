@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from .._checks import check_ranges, flag
 from .._torch import seeded, with_gradients
 from ..distributions.constraints import (
     Constraint,
@@ -54,7 +55,6 @@ from .data import (
     rows_held,
 )
 from .fitting import fit
-from .flags import flag
 from .image_rows import IMAGE_OPTIONS, are_images, are_levels
 from .names import Names
 from .objective import Coupling
@@ -123,7 +123,7 @@ def from_samples(
         it by accident. ``distribution.transform.requires_grad_(True)`` unfreezes it.
 
     Raises:
-        TypeError: If the samples are not of a floating type, or ``marginals`` is of another type.
+        TypeError: If the samples are not of a floating type.
         ValueError: If the samples, the contexts, the network or the support cannot work.
         RuntimeError: If gradients stay non-finite; its ``distribution`` has the last good weights.
 
@@ -369,7 +369,7 @@ def _with_map(
         marginals: As in :func:`from_samples`.
         streamed: Whether rows come from an iterable.
     """
-    marginals = flag(may_be_none=True, marginals=marginals)
+    check_ranges(flag("marginals", marginals, or_none=True))
     fixed = any(fit_options.get(name) is not None for name in ("base_samples", "pairs"))
     if streamed or are_images(rows) or isinstance(space, CircularSupport) or fixed:
         if marginals:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
-from .._checks import check_ranges
+from .._checks import check_ranges, flag
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..distributions.bases import Samples
@@ -30,7 +30,6 @@ from .checkpoint import Checkpoint, check_place, open_checkpoint, restore_buffer
 from .clock import Clock
 from .data import DEFAULT_SHARE, DataLike, HeldOut, Split, Table, as_held_out
 from .distributed import Process
-from .flags import flag
 from .image_rows import LEVELS, dequantized, has_images
 from .loop import Callback, Run, Schedule
 from .names import Names
@@ -195,7 +194,7 @@ def fit(
         Both loss curves and what happened.
 
     Raises:
-        TypeError: If the data are not of a floating type, or ``whiten`` or ``flip`` is no bool.
+        TypeError: If the data are not of a floating type.
         ValueError: If the data, the context or a setting cannot work; raised before any work.
         RuntimeError: If gradients stay non-finite; the last good weights are kept.
 
@@ -205,13 +204,13 @@ def fit(
     clock, process = Clock(max_seconds), Process(fabric, own_rows=is_stream(data))
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema, accumulate)
     validation = as_held_out(validation)
-    check_ranges(("tolerance > 0", tolerance > 0, tolerance))
+    check_ranges(("tolerance > 0", tolerance > 0, tolerance), flag("whiten", whiten))
     flow = trainable_flow(distribution)
     _check_start(distribution, base_samples)
     check_place(None if process.rank else checkpoint, checkpoint_every)
     if process.device is not None:
         distribution.to(process.device)
-    kind, anew = Stream if process.own_rows else Table, flag(whiten=whiten) and learn == "velocity"
+    kind, anew = Stream if process.own_rows else Table, whiten and learn == "velocity"
     given = {"context": context, "pairs": pairs, "weights": weights}
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
     with seeded(process.seed(seed)):

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .._checks import check_ranges, flag
 from ..distributions.constraints import Shaped, images_of
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.supports import support_of
-from .flags import flag
 from .rows import Rows
 
 LEVELS = 256
@@ -85,10 +85,10 @@ def flips(distribution: AnyDistribution, *, flip: bool) -> Callable[[Rows], Rows
         flip: Whether to mirror images.
 
     Raises:
-        TypeError: If ``flip`` is neither True nor False.
-        ValueError: If rows to mirror are no images.
+        ValueError: If ``flip`` is neither True nor False, or rows to mirror are no images.
     """
-    if not flag(flip=flip):
+    check_ranges(flag("flip", flip))
+    if not flip:
         return lambda rows: rows
     shape = distribution.row_shape
     if len(shape) != 3 or math.prod(shape) != distribution.transform.flow.event_dim:

@@ -375,5 +375,5 @@ def test_rows_held_out_do_not_set_the_map(given, monkeypatch):
 
 @pytest.mark.parametrize("name", ["marginals", "whiten", "flip"])
 def test_a_word_is_neither_true_nor_false(name):
-    with pytest.raises(TypeError, match=f"expected {name} to be .*True or False, got 'off'"):
+    with pytest.raises(ValueError, match=f"expected {name} to be .*True or False, got 'off'"):
         learn(torch.randn(50, 2), **{name: "off"})
