@@ -150,6 +150,16 @@ class ExternalBase(_DerivedBase):
             return self._source().support
         return constraints.real_vector
 
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the source, shape ``(*batch_shape, D)``, where it states one."""
+        return self._expanded().mean
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of the source, shape ``(*batch_shape, D)``, where it states one."""
+        return self._expanded().variance
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density, shape ``(*)``, of values of shape ``(*, D)``."""
         return self._expanded().log_prob(value)

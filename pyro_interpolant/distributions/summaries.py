@@ -16,24 +16,28 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import ComposeTransform, Distribution, Independent, MixtureSameFamily
+from torch.distributions import ComposeTransform, Distribution
+from torch.distributions.transforms import AffineTransform
 from torch.quasirandom import SobolEngine
 
 from .._torch import constant, is_functional, is_tracing, seeded
 from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
-from .bases import Samples, detached
+from .bases import ExternalBase, Samples, UniformTorus, detached
 from .parts import FlowDistribution
 from .supports import CircularSupport
 
 _SETS, _DRAWS = 8, 512  # scrambled nets, whose spread tells the error, and the draws of each
-_LIGHT = (  # tails as light as a normal's
-    dist.Normal,
-    dist.HalfNormal,
-    dist.Uniform,
-    dist.MultivariateNormal,
-    dist.LowRankMultivariateNormal,
+_LIGHT = (  # tails as light as a normal's; torch's classes are those that Pyro's derive from
+    torch.distributions.Normal,
+    torch.distributions.HalfNormal,
+    torch.distributions.Uniform,
+    torch.distributions.MultivariateNormal,
+    torch.distributions.LowRankMultivariateNormal,
+    dist.MixtureOfDiagNormals,
+    dist.MixtureOfDiagNormalsSharedCovariance,
     Samples,
+    UniformTorus,
 )
 
 
@@ -165,26 +169,48 @@ def _is_light(base: Distribution | None) -> bool:
     if isinstance(base, Summaries):
         bounded, fast = _growth(base)
         return bool(bounded.all()) or (not bool(fast.any()) and _is_light(base.base))
-    if isinstance(base, (Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
-        return _is_light(base.base_dist)
-    if isinstance(base, MixtureSameFamily):
-        return _is_light(base.component_distribution)
-    return base is None or isinstance(base, _LIGHT)
+    if base is None or isinstance(base, _LIGHT):
+        return True
+    inner = _inner(base)
+    return inner is not None and _keeps_tails(base) and _is_light(inner)
 
 
-def _existing(base: TorchDistributionMixin) -> tuple[float, float]:
+def _existing(base: Distribution) -> tuple[float, float]:
     """Return what to add to the mean and to the variance: NaN or infinity where the base's is.
 
-    A flow moves far points by bounded distances, so it has the moments that its base has.
+    A flow moves far points by bounded distances, so it has the moments that its base has. One that
+    does not state them has those of what it is made of, if that is light or moved in proportion.
     """
     found = []
     for name in ("mean", "variance"):
         try:
             value = float(getattr(base, name).detach().abs().sum())
         except (NotImplementedError, AttributeError):
-            value = 0.0
+            inner = _inner(base)
+            if _is_light(base) or (inner is not None and _is_light(inner)):
+                return 0.0, 0.0
+            if inner is None or not _keeps_tails(base):
+                return math.nan, math.nan
+            return _existing(inner)
         found.append(0.0 if math.isfinite(value) else value)
     return found[0], found[1]
+
+
+def _inner(base: Distribution) -> Distribution | None:
+    """Return the distribution that another is made of, or None where none is known."""
+    if isinstance(base, ExternalBase):
+        return base._source()
+    names = ("base_dist", "component_distribution", "base")  # the last that of a flow of zuko
+    parts = (getattr(base, name, None) for name in names)
+    return next((part for part in parts if isinstance(part, Distribution)), None)
+
+
+def _keeps_tails(base: Distribution) -> bool:
+    """Return whether a distribution moves draws of what it is made of in proportion, or not."""
+    if hasattr(base, "transform"):
+        return False
+    maps = getattr(base, "transforms", ())
+    return all(isinstance(m, (AffineTransform, dist.transforms.Permute)) for m in maps)
 
 
 class Summaries(FlowDistribution, dist.TransformedDistribution):
@@ -201,10 +227,13 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
 
         They are the same at each call: means over 8 sets of 512 scrambled Sobol points, or random
         draws of a base that is given. Where the base has no mean or an infinite variance, neither
-        has the flow, unless values are within bounds. On a support whose bijection grows faster
-        than its argument, such as positive numbers, moments hang on tails that draws do not show:
-        they are NaN unless the base is normal, of samples, on an interval, a mixture of such, or a
-        flow from one. Of a base of samples there is no entropy.
+        has the flow, unless values are within bounds. A base that does not state its moments is
+        taken to have them where it is a map of normal draws, as flows of zuko and most
+        ``TransformedDistribution`` are; an affine map has those of what it moves; of any other
+        they are not known, and NaN. On a support whose bijection grows faster than its argument,
+        such as positive numbers, moments hang on tails that draws do not show: they are NaN unless
+        the base is normal, of samples, on an interval, a mixture of such, or a flow from one. Of a
+        base of samples there is no entropy.
 
         Gradients reach weights, contexts and the parameters of a base that has ``rsample``.
         """
@@ -386,7 +415,7 @@ def pushed(distribution: Summaries, x: Tensor) -> Tensor:
 
 def _scalars(base: TorchDistributionMixin) -> Distribution:
     """Return the distribution of scalars, of batch shape ``(1,)``, that a base is made of."""
-    while isinstance(base, Independent):
+    while isinstance(base, torch.distributions.Independent):
         base = base.base_dist
     if base.event_shape:
         raise NotImplementedError(f"quantiles of a base {type(base).__name__} are not known")

@@ -12,6 +12,7 @@ from torch.distributions import biject_to
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    ExternalBase,
     FixedGrid,
     InterpolantDistribution,
     Samples,
@@ -19,6 +20,7 @@ from pyro_interpolant import (
     circular,
     interpolant_transform,
 )
+from pyro_interpolant.distributions import summaries
 from pyro_interpolant.distributions.constraints import shaped
 from pyro_interpolant.training.preprocessing import marginal_transform
 from pyro_interpolant.transforms.gaussianize import Gaussianized
@@ -148,6 +150,40 @@ def test_moments_on_an_unbounded_support_need_light_tails(name):
 
 
 @pytest.mark.slow
+def squashed(scale, law):
+    """A law that states no moments: the exponential of another, or, by 2, an affine map."""
+    maps = [torch.distributions.AffineTransform(1.0, scale), torch.distributions.ExpTransform()]
+    return dist.TransformedDistribution(law, maps[: 1 if scale > 1 else 2])
+
+
+CAUCHY = torch.distributions.Independent(torch.distributions.Cauchy(torch.zeros(1), 1.0), 1)
+UNSTATED = {  # a base, and whether it has a mean and a variance
+    "external Cauchy": (lambda: ExternalBase(CAUCHY), False),
+    "a map in an external one": (lambda: ExternalBase(squashed(2.0, CAUCHY)), False),
+    "moved Cauchy": (lambda: squashed(2.0, dist.Cauchy(0.0, 1.0).expand((1,)).to_event(1)), False),
+    "exp of Cauchy": (
+        lambda: squashed(1.0, dist.Cauchy(0.0, 1.0).expand((1,))).to_event(1),
+        False,
+    ),
+    "moved Laplace": (
+        lambda: squashed(2.0, dist.Laplace(0.0, 1.0).expand((1,))).to_event(1),
+        True,
+    ),
+    "exp of normal": (lambda: squashed(1.0, dist.Normal(0.0, 1.0).expand((1,))).to_event(1), True),
+}
+
+
+@pytest.mark.parametrize("name", UNSTATED)
+def test_a_base_that_does_not_state_its_moments_has_those_of_what_it_is_made_of(name, monkeypatch):
+    monkeypatch.setattr(summaries, "_DRAWS", 8)
+    base, exist = UNSTATED[name]
+    flow = InterpolantDistribution(
+        interpolant_transform(1, (8,), solver=FixedGrid(4)), base()
+    ).freeze()
+    found = flow.moments()
+    assert bool(found.mean.isfinite().all()) == exist == bool(found.variance.isfinite().all())
+
+
 def test_each_part_of_a_support_has_its_moments():
     parts = [constraints.real, constraints.unit_interval, constraints.positive]
     heavy = dist.StudentT(torch.full((3,), 5.0)).to_event(1)
