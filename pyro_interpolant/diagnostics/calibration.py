@@ -357,8 +357,8 @@ class _Samples:
 
     def __init__(self, view: InterpolantDistribution, template: FixedGrid) -> None:
         self.view, self.template = view, template
-        own = view.without_support().batch_shape  # of contexts; of one of them there are draws
-        self.w = view.white_base().sample(own or (_SAMPLES,))
+        own = view.without_support()  # with the batch of contexts; of one of them there are draws
+        self.w = own.white_draws(() if own.batch_shape else (_SAMPLES,))
 
     def ends(self, steps: int) -> Tensor:
         """Return whitened samples, shape ``(B, D)``."""

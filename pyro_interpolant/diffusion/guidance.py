@@ -41,7 +41,7 @@ def guided(
     transform = distribution.transform
     flow = transform.flow
     new = ConditionalInterpolantTransform(
-        _Guided(flow.velocity, scale),
+        Guided(flow.velocity, scale),
         flow.event_dim,
         interpolant=flow.interpolant,
         solver=transform.solver,
@@ -51,7 +51,7 @@ def guided(
     # What the score follows from, if there is one: of a guided noise it is guided, too.
     new.flow.independent, new.flow.reached = flow.independent, flow.reached
     new.flow.levels = flow.levels
-    new.flow.noise = None if flow.noise is None else _Guided(flow.noise, scale)
+    new.flow.noise = None if flow.noise is None else Guided(flow.noise, scale)
     kind: Any = ConditionalInterpolantDistribution
     parts: dict[str, Any] = {"support": distribution.constraint}
     if isinstance(distribution, ConditionalJointInterpolantDistribution):
@@ -61,7 +61,7 @@ def guided(
     return family
 
 
-class _Guided(nn.Module):
+class Guided(nn.Module):
     """The guided velocity, or noise: both of its parts in one call of the network.
 
     Args:

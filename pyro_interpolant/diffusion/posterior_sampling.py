@@ -33,7 +33,7 @@ from torch import Tensor
 from ..distributions.interpolant import InterpolantDistribution
 from .conversions import noise_and_data, roundoff
 from .scores import network_output
-from .sde import InterpolantSDE, TimeTerms, base_draws, path_ends, to_values, uniform_times
+from .sde import InterpolantSDE, TimeTerms, path_ends, to_values, uniform_times
 
 LogLikelihood = Callable[[Tensor], Tensor]
 
@@ -95,7 +95,7 @@ def approximate_posterior(
     sde = _PosteriorSDE(distribution, log_likelihood)
     with torch.no_grad():
         sde.transform = sde.transform.held()
-        w = base_draws(distribution, shape)
+        w = distribution.white_draws(shape)
         # Equal steps of the square root of the time left: where little noise is left, the
         # posterior may be narrow, and the noise of a step must be less than it.
         times = 1 - (1 - uniform_times(steps)).square()

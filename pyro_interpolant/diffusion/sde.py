@@ -271,7 +271,7 @@ def sample_sde(
     with torch.no_grad():
         sde.transform = sde.transform.held()
         if x is None:
-            w = base_draws(distribution, shape)
+            w = distribution.white_draws(shape)
         else:
             w = _to_white(sde, distribution, x)
             w = w.expand(*shape, *w.shape)
@@ -324,17 +324,6 @@ def to_values(distribution: InterpolantDistribution, w: Tensor) -> Tensor:
     return y if distribution.space.is_real() else distribution.transforms[-1](y)
 
 
-def base_draws(distribution: InterpolantDistribution, shape: Sequence[int]) -> Tensor:
-    """Return draws of the base in whitened coordinates, shape ``(*shape, *batch, D)``."""
-    flow = distribution.transform.flow
-    if distribution.base is None and flow.interpolant.ends[0][0] == 0:
-        raise ValueError(
-            f"expected rows x to start from: the base of {type(flow.interpolant).__name__} is the "
-            "data, which this flow was not fitted to"
-        )
-    return distribution.white_base().sample((*shape, *distribution.batch_shape))
-
-
 # ---- likelihood ---------------------------------------------------------------------------------
 
 
@@ -384,14 +373,19 @@ def sde_log_prob(
 
     Raises:
         TypeError: As :class:`InterpolantSDE`.
-        ValueError: As :class:`InterpolantSDE`; also if paths or steps are too few, a row is
-            outside the support, the score is not determined at all times, or the base has no
-            density.
+        ValueError: As :class:`InterpolantSDE`; also if paths or steps are too few or not whole,
+            guidance is outside [0, 1], a row is outside the support, the score is not determined
+            at all times, or the base has no density.
 
     References:
         arXiv 2303.08797, Section 2.5.
     """
-    check_ranges(("at least two paths, for their spread", paths >= 2, f"paths={paths}"))
+    check_ranges(
+        ("at least two paths, for their spread", paths >= 2 and paths % 1 == 0, f"paths={paths}"),
+        ("guidance in [0, 1]", 0 <= guidance <= 1, guidance),
+    )
+    distribution.check_start()
+    paths, steps = int(paths), len(uniform_times(steps)) - 1
     sde = InterpolantSDE(distribution, diffusion, forward=False)
     times = uniform_times(2 * steps, sde.transform.end).to(sde.flow.loc).flip(0)
     terms, half_step = sde.terms(times), sde.transform.end / (2 * steps)

@@ -179,7 +179,12 @@ class WhitenedBase:
         self.base, self.whitening = base, whitening
 
     def sample(self, shape: Sequence[int]) -> Tensor:
-        """Return whitened draws without gradient, shape ``(*shape, D)``."""
+        """Return whitened draws without gradient, shape ``(*shape, D)``.
+
+        Raises:
+            ValueError: If the base has a batch.
+        """
+        check_single(self.base)
         like = self.whitening.loc
         if self.base is None:
             return torch.randn(*shape, len(like), dtype=like.dtype, device=like.device)

@@ -142,9 +142,10 @@ class InterpolantDistribution(Summaries, dist.TransformedDistribution):
 
         Raises:
             TypeError: If the value is not a tensor.
-            ValueError: If the shape or the type does not match, or a value is outside the support
-                (while validation is on).
+            ValueError: If the shape or the type does not match, a value is outside the support
+                (while validation is on), or a path from the data has none to start from.
         """
+        self.check_start()
         check_value(value, self.event_shape, self.transform.flow.loc.dtype)
         self.transform.check_type(value)  # first: a bijection may take other types
         given = value.shape[: value.dim() - len(self.event_shape)]
@@ -192,16 +193,47 @@ class InterpolantDistribution(Summaries, dist.TransformedDistribution):
         """Return samples, ``(*sample_shape, *batch, *event)``; of many scalars by their quantiles.
 
         Those are read off a spline, see :meth:`icdf`; :meth:`rsample` solves for each.
+
+        Raises:
+            ValueError: If a path from the data has none to start from.
         """
+        self.check_start()
         if self.base is not None or self.transform.flow.event_dim > 1:
             return super().sample(sample_shape)
         with torch.no_grad():
             return pushed(self, self.base_dist.sample(sample_shape))
 
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Return samples that have gradients, shape ``(*sample_shape, *batch, *event)``.
+
+        Raises:
+            NotImplementedError: If draws of the base have none.
+            ValueError: If a path from the data has none to start from.
+        """
+        self.check_start()
+        if not self.base_dist.has_rsample:
+            raise NotImplementedError(
+                f"draws of the base, {type(self.base).__name__}, have no gradient: take sample()"
+            )
+        return super().rsample(sample_shape)
+
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Return samples, ``(*sample_shape, *batch, *event)``, and log-densities, in one solve."""
         x = self.rsample(torch.Size(sample_shape))
         return x, self.log_prob(x)
+
+    def white_draws(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Return draws of the base in whitened coordinates, ``(*sample_shape, *batch, D)``.
+
+        Raises:
+            ValueError: If a path from the data has none to start from.
+        """
+        self.check_start()
+        white = self.white_base()
+        if self.base is None:
+            return white.sample((*sample_shape, *self.batch_shape))
+        with torch.no_grad():
+            return white.to_white(self.base_dist.sample(torch.Size(sample_shape)))
 
     def score(self, x: Tensor) -> Tensor:
         r"""Return :math:`\nabla_x \log\rho_1(x)`, exact for this solver, ``(*, *event_shape)``.

@@ -93,6 +93,16 @@ class FlowDistribution:
         samples = checked_rows(samples, "base_samples", (flow.event_dim,))
         self.set_base(Samples(samples.to(flow.loc, copy=True)))
 
+    def check_start(self) -> None:
+        """Raise a ValueError if a path from the data, as a mirror's, has none to start from."""
+        interpolant = self.transform.flow.interpolant
+        if self.base is None and interpolant.ends[0][0] == 0:
+            raise ValueError(
+                f"expected samples to start from: the base of {type(interpolant).__name__} is the "
+                "data, which this flow was not fitted to. Fit it, pass a base, or give sample_sde "
+                "rows x"
+            )
+
     def white_base(self) -> WhitenedBase:
         """Return the base in whitened coordinates, those of the velocity."""
         return WhitenedBase(self.base, self.transform.flow.whitening)

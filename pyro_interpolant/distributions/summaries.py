@@ -70,6 +70,7 @@ def moments(distribution: "Summaries") -> Moments:
     Args:
         distribution: An :class:`~pyro_interpolant.InterpolantDistribution`.
     """
+    distribution.check_start()
     values, densities = zip(*_sets(distribution), strict=True)
     x, log_prob = torch.stack(values), torch.stack(densities)  # (8, 512, *batch, ...)
     first, second = _undefined(distribution)
@@ -339,6 +340,7 @@ def _on_the_line(distribution: Summaries) -> Moments:
 
 
 def _check_scalar(distribution: Summaries, name: str) -> None:
+    distribution.check_start()
     shape = tuple(distribution.event_shape)
     if shape not in ((), (1,)) or isinstance(distribution.space, CircularSupport):
         raise NotImplementedError(

@@ -248,7 +248,7 @@ def _paths(
     flow = distribution.transform.flow
     with torch.no_grad():
         path = replace(distribution.transform.path(), solver=FixedGrid(steps))
-        w = distribution.white_base().sample((count, *distribution.batch_shape))
+        w = distribution.white_draws((count,))
         x = to_values(distribution, flow.integrate(w, path, forward=True))
     batch = x.shape[: x.dim() - len(distribution.event_shape)]  # scalars have no dimension
     return path.times[0].numpy(), x.reshape(*batch, -1).cpu().numpy()

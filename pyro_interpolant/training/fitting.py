@@ -14,7 +14,8 @@ from torch import nn
 from .._checks import check_ranges, flag
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
-from ..distributions.bases import Samples
+from ..diffusion.guidance import Guided
+from ..distributions.bases import Samples, check_single
 from ..distributions.identity import identity_of
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.report import Report
@@ -301,7 +302,8 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
 
     Raises:
         TypeError: If it is no distribution of a flow, or its type is too coarse.
-        ValueError: If it does not own its weights, or its path does not join base and data.
+        ValueError: If it does not own its weights, its base has a batch, or its path does not
+            join base and data.
     """
     transform = getattr(distribution, "transform", None)
     if not isinstance(transform, InterpolantTransform | ConditionalInterpolantTransform):
@@ -309,11 +311,12 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
             "expected an InterpolantDistribution or a ConditionalInterpolantDistribution, got "
             f"{type(distribution).__name__}"
         )
-    if not transform.owns_flow():
+    if not transform.owns_flow() or isinstance(transform.velocity, Guided):
         raise ValueError(
-            "expected a flow that owns its weights, got a conditioned one or one stopped by "
-            "at(t): fit the distribution it came from"
+            "expected a flow that owns its weights, got a conditioned or guided one, or one "
+            "stopped by at(t): fit the distribution it came from"
         )
+    check_single(distribution.base)
     transform.flow.check_path()
     loc = transform.flow.loc
     if loc.dtype == torch.float16:

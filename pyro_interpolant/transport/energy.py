@@ -15,6 +15,7 @@ from torch.func import jacfwd, vmap
 
 from .._checks import check_ranges
 from .._torch import seeded
+from ..distributions.bases import check_single
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import with_error
 from ..nn.velocity import evaluate
@@ -93,7 +94,9 @@ def path_energy(
     check_ranges((name, good, f"count={count}"))
     count = int(count)
     refuse_gaussianized(distribution.constraint, "distance")
+    check_single(distribution.base)
     given = distribution.given(context)
+    given.check_start()
     if given.batch_shape.numel() not in (1, count):
         raise ValueError(
             f"expected one context, or one for each of {count:,} paths, got a batch of shape "
@@ -145,13 +148,18 @@ def w2_bound(
 
     Raises:
         ValueError: If a row is outside the support, a context is missing, or the flow is behind a
-            map of :func:`from_samples`.
+            map of :func:`from_samples`, stopped by ``at(t)``, or from a base with a batch.
 
     References:
         arXiv 2209.15571, Proposition 3.
     """
     refuse_gaussianized(distribution.constraint, "distance")
     given = distribution.given(context)
+    if given.transform.end != 1:
+        raise ValueError(
+            "expected a flow that ends at the data, t = 1, got one stopped at t = "
+            f"{given.transform.end:g}: pass the distribution it came from"
+        )
     flow, context = given.transform.flow, given.transform.context
     w1 = flow.whitening.to_white(given.to_flow(data))
     with torch.no_grad(), seeded(seed):

@@ -88,6 +88,13 @@ def test_it_has_no_density_and_no_file(tmp_path):
         pi.save(found, tmp_path / "guided.safetensors")
 
 
+def test_it_is_not_trained_for_the_weights_are_those_of_another():
+    original = family()
+    with pytest.raises(ValueError, match="got a conditioned or guided one.*it came from"):
+        pi.fit(guided(original), torch.rand(8, *IMAGE_SHAPE), context=torch.tensor([0, 1] * 4))
+    assert torch.equal(original.transform.velocity.network.rates, RATES)
+
+
 def test_a_network_needs_a_label_for_none():
     with pytest.raises(ValueError, match=r"label for none of its classes.*got ImageVelocity"):
         guided(family(null_label=None))

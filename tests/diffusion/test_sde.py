@@ -209,7 +209,7 @@ def test_a_mirror_diffuses_the_data_and_back():
     flow = flow_of(truth, Samples(draw(20_000)))
     for t in (0.5, 1.0):
         assert has_law(sample_sde(flow.at(t), (COUNT,), steps=50), Exact(truth, t))
-    with pytest.raises(ValueError, match="expected rows x to start from: the base of Mirror"):
+    with pytest.raises(ValueError, match="expected samples to start from: the base of Mirror"):
         sample_sde(flow_of(truth), (5,))
     with pytest.raises(ValueError, match=r"not determined, as near t = 0\.5.*learn='noise'"):
         InterpolantSDE(flow, lambda t: 0.1)
@@ -336,3 +336,14 @@ def test_what_has_no_score_has_no_sde():
     likelihood = ConditionalInterpolantDistribution(random_flow(2, context_dim=3))
     with pytest.raises(TypeError, match=r"\.condition\(context\)"):
         sample_sde(likelihood)
+
+
+@pytest.mark.parametrize("batch", [(3,), (4, 3)])
+def test_samples_of_a_base_with_a_batch_have_it_once(batch):
+    loc = 100 * torch.arange(3.0)[:, None].expand(3, 2)
+    transform = interpolant_transform(2, (8,), interpolant=Latent())
+    transform.flow.noise = transform.velocity
+    flow = InterpolantDistribution(transform, dist.Normal(loc, 1.0).to_event(1)).expand(batch)
+    x = sample_sde(flow, (5,), steps=1, diffusion=lambda t: 0.0)
+    assert x.shape == (5, *batch, 2)
+    assert ((x - loc).abs() < 20).all()

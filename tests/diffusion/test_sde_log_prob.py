@@ -238,8 +238,14 @@ def test_errors_say_what_was_expected():
     x = torch.zeros(3, 2)
     with pytest.raises(ValueError, match="at least two paths, .* got paths=1"):
         sde_log_prob(flow, x, paths=1)
-    with pytest.raises(ValueError, match="at least one step"):
-        sde_log_prob(flow, x, steps=0)
+    with pytest.raises(ValueError, match="a whole number, at least two paths"):
+        sde_log_prob(flow, x, paths=2.5)
+    for steps in (0, 10.5):
+        with pytest.raises(ValueError, match=f"at least one step, got steps={steps}"):
+            sde_log_prob(flow, x, steps=steps)
+    for guidance in (-1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"expected guidance in \[0, 1\], got"):
+            sde_log_prob(flow, x, guidance=guidance)
     overtaking = flow_of(random_mixture(2, Latent(Linear(), SineSquared(4.0))))
     with pytest.raises(ValueError, match="the score is not determined"):
         sde_log_prob(overtaking, x)

@@ -27,6 +27,7 @@ from pyro_interpolant import (
     conditional_interpolant_transform,
     fit,
     independent,
+    interpolant_loss,
     interpolant_transform,
     load,
     optimal_transport,
@@ -303,6 +304,43 @@ def test_a_conditional_mirror_starts_from_what_it_is_given_alone():
     d = conditional(base=base)
     fit(d, x, context=context, **options)
     assert d.base is base
+
+
+def test_a_mirror_without_data_has_no_density_and_no_draws(tmp_path):
+    d = InterpolantDistribution(interpolant_transform(1, (8,), interpolant=Mirror()))
+    save(d, tmp_path / "mirror.safetensors")
+    for found in (d, load(tmp_path / "mirror.safetensors"), d.expand((3,)), d.at(0.5)):
+        for ask in (
+            lambda d: d.log_prob(torch.zeros(1)),
+            lambda d: d.sample(),
+            lambda d: d.rsample(),
+            lambda d: d.mean,
+            lambda d: d.cdf(torch.zeros(1)),
+            lambda d: d.icdf(torch.tensor(0.5)),
+        ):
+            with pytest.raises(ValueError, match="to start from: the base of Mirror is the data"):
+                ask(found)
+    assert d.transport(torch.zeros(1)).isfinite()  # of points, as its velocity
+    d.set_base_samples(torch.zeros(5, 1))
+    assert d.sample().isfinite()
+
+
+def test_draws_of_samples_have_no_gradient():
+    d = InterpolantDistribution(interpolant_transform(2, (8,)), Samples(torch.zeros(5, 2)))
+    for draw in (d.rsample, d.rsample_and_log_prob):
+        with pytest.raises(NotImplementedError, match=r"base, Samples, .*: take sample\(\)"):
+            draw((3,))
+
+
+def test_a_base_with_a_batch_is_refused_in_training():
+    base = dist.Normal(torch.zeros(1, 2), 1.0).to_event(1)
+    d = InterpolantDistribution(interpolant_transform(2, (8,)), base)
+    x, message = torch.randn(20, 2), r"one base for all rows.*batch shape \(1,\).*members"
+    with pytest.raises(ValueError, match=message):
+        fit(d, map(None, ()))  # which nobody looks at
+    with pytest.raises(ValueError, match=message):
+        interpolant_loss(d, x)
+    assert interpolant_loss(d, x, x0=x).shape == (20,)
 
 
 def test_the_noise_needs_a_latent_term():

@@ -144,3 +144,13 @@ def test_rows_of_the_same_seed_are_paired_with_other_base_draws():
     flow = InterpolantDistribution(interpolant_transform(2, (8,), interpolant=Linear()))
     # No velocity: the excess is the energy of the paths from base to data, E|x1 - x0|^2.
     assert w2_bound(flow, x).excess == pytest.approx(4.0, rel=0.1)
+
+
+def test_the_bound_is_of_the_whole_way_from_one_base():
+    transform, x = interpolant_transform(2, (8,)), torch.randn(20, 2)
+    with pytest.raises(ValueError, match=r"ends at the data, t = 1, got one stopped at t = 0\.5"):
+        w2_bound(InterpolantDistribution(transform).at(0.5), x)
+    base = dist.Normal(torch.zeros(3, 2), 1.0).to_event(1)
+    for bound in (lambda d: w2_bound(d, x), lambda d: path_energy(d, count=3)):
+        with pytest.raises(ValueError, match=r"one base for all rows.*batch shape \(3,\)"):
+            bound(InterpolantDistribution(transform, base))
