@@ -263,21 +263,39 @@ def base_log_prob(base: Distribution, x: Tensor) -> Tensor:
 
     It is ``-inf`` beyond the support of the base, to where a flow may lead back.
     """
-    try:
-        support: Any = base.support
-        if isinstance(support, Circular):
-            return base.log_prob(wrap(x))
-        if is_all_real(support):
-            return base.log_prob(x)
-        inside: Tensor = support.check(x)
-        # Torch's constraint of a mixture, which has no bijection, is that of its parts.
-        mixed = isinstance(base, dist.MixtureSameFamily)
-        known = transform_to(support.base_constraint if mixed else support)(torch.zeros_like(x))
-    except NotImplementedError:  # supports that nobody states, or has a bijection of
+    support = stated_support(base)
+    if isinstance(support, Circular):
+        return base.log_prob(wrap(x))
+    found = inside_support(support, x)
+    if found is None:
         return base.log_prob(x)
-    log_prob = base.log_prob(x.where(inside[..., None], known))
+    within, known = found
+    log_prob = base.log_prob(x.where(within[..., None], known))
     unknown = x.isnan().any(-1)
-    return log_prob.where(inside, torch.where(unknown, math.nan, -math.inf).to(log_prob))
+    return log_prob.where(within, torch.where(unknown, math.nan, -math.inf).to(log_prob))
+
+
+def stated_support(base: Distribution) -> Any:
+    """Return the support of a distribution, or None where it states none."""
+    with contextlib.suppress(NotImplementedError):
+        support: Any = base.support
+        # Torch's constraint of a mixture, which has no bijection, is that of its parts.
+        return support.base_constraint if isinstance(base, dist.MixtureSameFamily) else support
+    return None
+
+
+def inside_support(support: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return which values are in a support, and some that are, or None where all may be.
+
+    Args:
+        support: The support, or None for one that is not known.
+        x: Values, of whatever shape it takes.
+    """
+    if support is None or is_all_real(support):
+        return None
+    with contextlib.suppress(NotImplementedError):  # one that nobody has a bijection of
+        return support.check(x), transform_to(support)(torch.zeros_like(x))
+    return None
 
 
 def base_of(base: object | None, like: Tensor) -> TorchDistributionMixin:

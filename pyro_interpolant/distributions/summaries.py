@@ -7,10 +7,11 @@ References:
     Owen, *Scrambled net variance for integrals of smooth functions*, Ann. Statist. 25 (1997).
 """
 
+import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -23,7 +24,7 @@ from torch.quasirandom import SobolEngine
 from .._torch import constant, is_functional, is_tracing, seeded
 from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
-from .bases import ExternalBase, Samples, UniformTorus, detached
+from .bases import ExternalBase, Samples, UniformTorus, detached, inside_support, stated_support
 from .parts import FlowDistribution
 from .supports import CircularSupport
 
@@ -281,18 +282,7 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         _check_scalar(self, "cdf")
         if self._validate_args:
             self._validate_sample(value)
-        shape = self.batch_shape + self.event_shape
-        value = value.expand(torch.broadcast_shapes(value.shape, shape))
-        middle, _, increases = _orientation(self)
-        inside = self.support.check(value)
-        inside = inside & value.isfinite().reshape(inside.shape)
-        safe = value.where(inside.reshape(value.shape), middle)
-        below = _base_cdf(self, ComposeTransform(self.transforms).inv(safe))
-        below = below if increases else 1 - below
-        inside = inside & ~below.isnan()  # on an edge that the support has
-        beyond = (value > middle).to(below).reshape(inside.shape)
-        unknown = value.isnan().reshape(inside.shape)
-        return below.where(inside, beyond.masked_fill(unknown, math.nan))
+        return _cdf(self, value)
 
     def icdf(self, value: Tensor) -> Tensor:
         """Return the quantiles of scalars: the values up to which there is a given probability.
@@ -306,8 +296,8 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
 
         Returns:
             Values, shape ``(*, *event_shape)``, differentiable in the probabilities and in the
-            context. Of 0 and 1 they are the ends of the support, as its bijection has them at
-            infinity.
+            context. Of 0 and 1 they are the images of the ends of the base's support, or, where
+            that has none, the ends of the support, as its bijection has them at infinity.
 
         Raises:
             NotImplementedError: If events have more than one element, or the base has no icdf.
@@ -327,6 +317,11 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         q = q if increases else 1 - q
         inner = (q > 0) & (q < 1)
         x = pushed(self, _base_icdf(self, q.where(inner, 0.5)))
+        for at, bound in enumerate(_base_ends(self)):
+            if bool(bound.isfinite().any()):
+                image = pushed(self, bound.nan_to_num(posinf=0.0, neginf=0.0))
+                image = image.where(bound.isfinite().reshape(image.shape), end)
+                end = image.where((q == at).reshape(x.shape), end)
         return x.where(inner.reshape(x.shape), end)
 
 
@@ -347,6 +342,22 @@ def _check_scalar(distribution: Summaries, name: str) -> None:
             f"{name} is that of one real number, got a distribution of event shape {shape} on "
             f"{distribution.constraint}"
         )
+
+
+def _cdf(distribution: Summaries, value: Tensor) -> Tensor:
+    """Return probabilities, shape ``(*)``, of values anywhere, shape ``(*, *event_shape)``."""
+    shape = distribution.batch_shape + distribution.event_shape
+    value = value.expand(torch.broadcast_shapes(value.shape, shape))
+    middle, _, increases = _orientation(distribution)
+    inside = distribution.support.check(value)
+    inside = inside & value.isfinite().reshape(inside.shape)
+    safe = value.where(inside.reshape(value.shape), middle)
+    below = _base_cdf(distribution, ComposeTransform(distribution.transforms).inv(safe))
+    below = below if increases else 1 - below
+    inside = inside & ~below.isnan()  # on an edge that the support has
+    beyond = (value > middle).to(below).reshape(inside.shape)
+    unknown = value.isnan().reshape(inside.shape)
+    return below.where(inside, beyond.masked_fill(unknown, math.nan))
 
 
 def _orientation(distribution: Summaries) -> tuple[Tensor, bool, bool]:
@@ -386,8 +397,16 @@ def _base_cdf(distribution: Summaries, x: Tensor) -> Tensor:
     if distribution.base is None:
         return torch.special.ndtr(x[..., 0])
     if isinstance(distribution.base, Summaries):
-        return distribution.base.cdf(x)
-    return _scalars(distribution.base).cdf(x)[..., 0]
+        return _cdf(distribution.base, x)
+    base = _scalars(distribution.base)
+    found = inside_support(stated_support(base), x)
+    with _naming(base, "cdf"):
+        if found is None:
+            return base.cdf(x)[..., 0]
+        within, known = found
+        below = base.cdf(x.where(within, known))
+    beyond = (x > known).to(below).masked_fill(x.isnan(), math.nan)
+    return below.where(within, beyond)[..., 0]
 
 
 def _base_icdf(distribution: Summaries, q: Tensor) -> Tensor:
@@ -396,7 +415,34 @@ def _base_icdf(distribution: Summaries, q: Tensor) -> Tensor:
         return torch.special.ndtri(q)[..., None]
     if isinstance(distribution.base, Summaries):
         return distribution.base.icdf(q)
-    return _scalars(distribution.base).icdf(q[..., None])
+    base = _scalars(distribution.base)
+    with _naming(base, "icdf"):
+        return base.icdf(q[..., None])
+
+
+@contextlib.contextmanager
+def _naming(base: Distribution, name: str) -> Iterator[None]:
+    """Name the base where torch says nothing at all."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"the base, {type(base).__name__}, has no {name} in torch: choose one that has"
+        ) from error
+
+
+def _base_ends(distribution: Summaries) -> tuple[Tensor, Tensor]:
+    """Return the ends of the base's support, each of shape ``(*batch_shape, 1)``, or infinity."""
+    base, like = distribution.base, distribution.transform.flow.loc
+    if isinstance(base, Summaries):
+        low, high = (base.icdf(like.new_tensor(q)) for q in (0.0, 1.0))
+    else:
+        support: Any = None if base is None else stated_support(_scalars(base))
+        low = getattr(support, "lower_bound", -math.inf)
+        high = getattr(support, "upper_bound", math.inf)
+    shape = (*distribution.batch_shape, 1)
+    low, high = (torch.as_tensor(bound).to(like).expand(shape) for bound in (low, high))
+    return low, high
 
 
 def pushed(distribution: Summaries, x: Tensor) -> Tensor:

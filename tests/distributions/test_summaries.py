@@ -307,6 +307,46 @@ def test_the_ends_of_the_support():
         scalar(constraints.positive).cdf(torch.tensor(-1.0))
 
 
+BOUNDED = {  # a base, and the ends of its support
+    "uniform": (lambda: dist.Uniform(torch.tensor([-1.0]), 1.0).to_event(1), (-1.0, 1.0)),
+    "exponential": (lambda: dist.Exponential(torch.ones(1)).to_event(1), (0.0, math.inf)),
+    "log-normal": (lambda: dist.LogNormal(torch.zeros(1), 1.0).to_event(1), (0.0, math.inf)),
+    "a flow": (
+        lambda: InterpolantDistribution(random_flow(1), support=constraints.less_than(2.0)),
+        (-math.inf, 2.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("name", BOUNDED)
+def test_quantiles_of_a_bounded_base_end_at_the_images_of_its_ends(name, turns):
+    base, ends = BOUNDED[name][0](), torch.tensor(BOUNDED[name][1])[:, None]
+    support = constraints.less_than(2.0) if turns else constraints.real
+    d = InterpolantDistribution(random_flow(1), base, support=support, event_shape=()).freeze()
+    images = d.transport(ends.nan_to_num(posinf=0.0, neginf=0.0))
+    far = torch.tensor([2.0, -math.inf]) if turns else torch.tensor([-math.inf, math.inf])
+    images = images.where(ends[:, 0].isfinite(), far)
+    images = images.flip(0) if turns else images
+    q = torch.tensor([0.0, 1.0])
+    close(d.icdf(q), images)
+    beyond = images + torch.tensor([-0.1, 0.1])
+    known = beyond.isfinite() & (beyond < (2.0 if turns else math.inf))
+    close(d.cdf(beyond[known]), q[known])
+    close(d.cdf(d.icdf(torch.tensor([0.2, 0.7]))), torch.tensor([0.2, 0.7]), rtol=0, atol=1e-2)
+
+
+def test_bases_without_quantiles_are_named():
+    flow = interpolant_transform(1, (8,))
+    student = InterpolantDistribution(flow, dist.StudentT(3.0).expand((1,)).to_event(1))
+    with pytest.raises(NotImplementedError, match="the base, StudentT, has no cdf in torch"):
+        student.cdf(torch.zeros(1))
+    gamma = InterpolantDistribution(flow, dist.Gamma(1.0, torch.ones(1)).to_event(1))
+    assert gamma.cdf(torch.full((1,), -5.0)) == 0
+    with pytest.raises(NotImplementedError, match="the base, Gamma, has no icdf in torch"):
+        gamma.icdf(torch.tensor(0.5))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["real", "below 2"])
 @pytest.mark.parametrize("base", [None, dist.Normal(torch.zeros(1), 1.0).to_event(1)])
