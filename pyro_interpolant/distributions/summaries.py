@@ -434,6 +434,8 @@ def _naming(base: Distribution, name: str) -> Iterator[None]:
 def _base_ends(distribution: Summaries) -> tuple[Tensor, Tensor]:
     """Return the ends of the base's support, each of shape ``(*batch_shape, 1)``, or infinity."""
     base, like = distribution.base, distribution.transform.flow.loc
+    low: Any
+    high: Any
     if isinstance(base, Summaries):
         low, high = (base.icdf(like.new_tensor(q)) for q in (0.0, 1.0))
     else:

@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to
 
 from ..distributions.constraints import is_all_real
+from ..distributions.supports import OnEvents
 from ..transforms.bijections import Unseen
+from ..transforms.gaussianize import without_gaussianizer
 from .autoguide import AutoInterpolant
 from .reparam import is_conditioned, requested_value
 from .sites import (
@@ -284,10 +286,12 @@ def _check_student(student: object, dim: int) -> None:
         raise TypeError(
             f"expected a student that is a distribution, got {type(student).__name__}: {remedy}"
         )
-    is_real = is_all_real(student.support)
+    support = student.support
+    inner = support.inner if isinstance(support, OnEvents) else support
+    is_real = is_all_real(without_gaussianizer(inner))
     if student.batch_shape or student.event_shape != (dim,) or not is_real:
         raise ValueError(
             f"expected a student of event shape {(dim,)}, the guide's real vector, got event "
-            f"shape {tuple(student.event_shape)} on {student.support} and batch shape "
+            f"shape {tuple(student.event_shape)} on {support} and batch shape "
             f"{tuple(student.batch_shape)}: {remedy}"
         )

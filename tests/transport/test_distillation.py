@@ -33,6 +33,8 @@ from pyro_interpolant import (
     log_joint,
     neutra,
 )
+from pyro_interpolant.training.preprocessing import marginal_transform
+from pyro_interpolant.transforms.gaussianize import Gaussianized
 
 QUICK = {"count": 2000, "steps": 40, "batch_size": 128, "seed": 0, "progress": False}
 
@@ -292,6 +294,19 @@ def test_nuts_under_a_student_finds_the_posterior():
     density = density + dist.Normal(0.0, (s**2 + 0.25).sqrt()[:, None]).log_prob(y).sum(-1)
     mean = float((density.softmax(0) * s).sum())
     assert abs(float(found.mean()) - mean) < 0.1
+
+
+def test_a_student_behind_a_map_of_columns_takes_the_guides_place():
+    guide = trained_guide()
+    behind = Gaussianized(constraints.real_vector, marginal_transform(torch.randn(400, 3).sinh()))
+    flow = InterpolantDistribution(random_flow(3), support=behind).freeze()
+    student = distill(flow, **{**QUICK, "count": 100, "steps": 1}).distribution
+    base, w = neutra(guide, student=student), torch.randn(3)
+    trace = poutine.trace(poutine.condition(base, data={"scale_shared_latent": w})).get_trace()
+    transform = ComposeTransform(student.transforms)
+    z = transform(w)
+    expected = log_joint(model)(z[None])[0] + transform.log_abs_det_jacobian(w, z)
+    assert torch.allclose(trace.log_prob_sum(), expected)
 
 
 def test_a_student_is_a_prior_like_any():
