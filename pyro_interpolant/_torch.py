@@ -66,10 +66,15 @@ def seeded(seed: int | None) -> Iterator[None]:
 
     Args:
         seed: The seed; None leaves everything as it is.
+
+    Raises:
+        ValueError: If it is not a whole number that generators take.
     """
     if seed is None:
         yield
         return
+    if not -(2**63) <= seed < 2**64 or seed % 1:
+        raise ValueError(f"expected a seed that is whole, from -2^63 to 2^64 - 1, got {seed}")
     outer = getattr(_SCOPE, "generators", None)
     with _OwnGenerators(seed) as _SCOPE.generators:
         try:

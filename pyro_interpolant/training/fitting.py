@@ -34,7 +34,7 @@ from .distributed import Process
 from .image_rows import LEVELS, dequantized, has_images
 from .loop import Callback, Run, Schedule
 from .names import Names
-from .objective import Coupling, Objective
+from .objective import Coupling, Objective, TIMES_PER_BATCH, check_choices
 from .optimization import NonFiniteError
 from .reporting import HeldOutDensity, attempted, tell
 from .rows import Rows
@@ -195,7 +195,7 @@ def fit(
         Both loss curves and what happened.
 
     Raises:
-        TypeError: If the data are not of a floating type.
+        TypeError: If the data are not of a floating type, or a function is not one.
         ValueError: If the data, the context or a setting cannot work; raised before any work.
         RuntimeError: If gradients stay non-finite; the last good weights are kept.
 
@@ -204,10 +204,10 @@ def fit(
     """
     clock, process = Clock(max_seconds), Process(fabric, own_rows=is_stream(data))
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema, accumulate)
-    validation = as_held_out(validation)
+    check_choices(learn, coupling, callback)
     check_ranges(("tolerance > 0", tolerance > 0, tolerance), flag("whiten", whiten))
-    flow = trainable_flow(distribution)
-    _check_start(distribution, base_samples)
+    validation = as_held_out(validation)
+    flow = _started_flow(distribution, base_samples)
     check_place(None if process.rank else checkpoint, checkpoint_every)
     if process.device is not None:
         distribution.to(process.device)
@@ -332,11 +332,12 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
     return transform.flow
 
 
-def _check_start(distribution: AnyDistribution, base_samples: ArrayLike | None) -> None:
-    """Raise a ValueError if a mirror under contexts is given nothing to start from.
+def _started_flow(distribution: AnyDistribution, base_samples: ArrayLike | None) -> Flow:
+    """Return the flow to train, unless it is a mirror under contexts with nothing to start from.
 
     Each of the data belongs to its own context, and a base is drawn from for all of them alike.
     """
+    flow = trainable_flow(distribution)
     conditional = isinstance(distribution, ConditionalInterpolantDistribution)
     given = base_samples is not None or distribution.base is not None
     if conditional and _is_mirror(distribution) and not given:
@@ -346,6 +347,7 @@ def _check_start(distribution: AnyDistribution, base_samples: ArrayLike | None) 
             "Pass samples that are good for every context, fit a flow for each class, or take a "
             "path from noise, such as Latent(Linear())"
         )
+    return flow
 
 
 def _is_mirror(distribution: AnyDistribution) -> bool:

@@ -37,6 +37,25 @@ Target = Literal["velocity", "noise"]
 Metric = Callable[[Tensor], Tensor]
 
 
+def check_choices(learn: object, coupling: object, callback: object) -> None:
+    """Raise an error unless the settings of a run that are no numbers can work.
+
+    Args:
+        learn: What the network is to learn.
+        coupling: Who is paired with whom.
+        callback: What is called at each look, or None.
+
+    Raises:
+        TypeError: If one that is to be called is not a function.
+        ValueError: If it is not known what is to be learned.
+    """
+    if learn not in ("velocity", "noise"):
+        raise ValueError(f"expected learn='velocity' or learn='noise', got {learn!r}")
+    for name, given in ("coupling", coupling), ("callback", callback):
+        if not (callable(given) or (given is None and name == "callback")):
+            raise TypeError(f"expected {name} to be a function, not its name, got {given!r}")
+
+
 class Points(NamedTuple):
     """Points of paths and what the network is to match there.
 
@@ -360,12 +379,23 @@ class Objective(nn.Module):
         themselves, so that the draws of a class remain those of the base.
         """
         if not self.flow.classes or rows.context is None or self.coupling is independent:
-            return self.coupling(x0, rows.w, rows.context)
+            return self._partners(x0, rows)
         found = torch.empty_like(x0)
         for label in rows.context.unique():
             own = (rows.context[:, 0] == label).nonzero().flatten()
             few = rows.take(own)
-            found[own] = self.coupling(x0[own], few.w, few.context)
+            found[own] = self._partners(x0[own], few)
+        return found
+
+    def _partners(self, x0: Tensor, rows: Rows) -> Tensor:
+        found = self.coupling(x0, rows.w, rows.context)
+        shape = getattr(found, "shape", None)
+        if shape != x0.shape:
+            got = type(found).__name__ if shape is None else tuple(shape)
+            raise ValueError(
+                "expected a coupling that returns a partner of each row, shape "
+                f"{tuple(x0.shape)}, got {got}: return the base draws in another order"
+            )
         return found
 
 

@@ -583,6 +583,23 @@ BAD = {
     "no validation": (tiny, lambda: X, {"validation": 0.0}, ValueError, "between 0 and 1"),
     "patience": (tiny, lambda: X, {"patience": 0}, ValueError, "patience >= 1"),
     "ema": (tiny, lambda: X, {"ema": 1.0}, ValueError, r"ema in \[0, 1\)"),
+    "learn": (tiny, lambda: X, {"learn": "noises"}, ValueError, "learn='noise', got 'noises'"),
+    "coupling": (
+        tiny,
+        lambda: X,
+        {"coupling": "optimal_transport"},
+        TypeError,
+        "a coupling that is a function, got 'optimal_transport': pass the function itself",
+    ),
+    "few partners": (
+        tiny,
+        lambda: X,
+        {"coupling": lambda x0, x1, context=None: x0[:3]},
+        ValueError,
+        r"a partner of each row, shape \(\d+, 2\), got \(3, 2\): return",
+    ),
+    "seed": (tiny, lambda: X, {"seed": 2**70}, ValueError, "a seed that is whole, from"),
+    "part of a seed": (tiny, lambda: X, {"seed": 1.5}, ValueError, "a seed that is whole.*1.5"),
     "tolerance": (
         tiny,
         lambda: X,
@@ -602,6 +619,14 @@ def test_bad_input_is_refused_before_any_work(name):
         quick(distribution, data(), callback=told.append, **options)
     assert equal(weights_of(distribution), before)
     assert not told
+
+
+def test_a_callback_that_is_none_is_refused_before_any_step():
+    distribution = tiny()
+    before = weights_of(distribution)
+    with pytest.raises(TypeError, match="a callback that is a function, got 3"):
+        quick(distribution, X, callback=3)
+    assert equal(weights_of(distribution), before)
 
 
 @pytest.mark.parametrize(
