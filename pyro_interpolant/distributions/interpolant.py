@@ -138,14 +138,15 @@ class InterpolantDistribution(Summaries, dist.TransformedDistribution):
 
         It is ``-inf`` at infinity, where whitened values leave the range of their type, and, with
         validation off, beyond the bounds of the support. Angles may then have any number of turns,
-        as those of Pyro's ``VonMises``.
+        as those of Pyro's ``VonMises``. The columns of a data frame are taken by name.
 
         Raises:
-            TypeError: If the value is not a tensor.
+            TypeError: If the value is neither a tensor nor a data frame.
             ValueError: If the shape or the type does not match, a value is outside the support
                 (while validation is on), or a path from the data has none to start from.
         """
         self.check_start()
+        value = self.value_of(value)
         check_value(value, self.event_shape, self.transform.flow.loc.dtype)
         self.transform.check_type(value)  # first: a bijection may take other types
         given = value.shape[: value.dim() - len(self.event_shape)]
@@ -248,6 +249,7 @@ class InterpolantDistribution(Summaries, dist.TransformedDistribution):
         Raises:
             ValueError: As :meth:`log_prob`.
         """
+        x = self.value_of(x)
         batch = x.shape[: max(0, x.dim() - len(self.event_shape))]
         shape = broadcast_batch(batch, self.batch_shape) + x.shape[len(batch) :]
         enabled = torch.is_grad_enabled()
@@ -383,9 +385,12 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
     def condition(self, context: Tensor) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``: batch shape ``(*)``.
 
+        The columns of a data frame of contexts are taken by name.
+
         Raises:
             ValueError: If the last dimension is not the velocity's ``context_dim``.
         """
+        context = self.context_of(context)
         transform = self.transform.condition(context)
         new = InterpolantDistribution(transform, self.base, support=self.constraint)
         new.columns = self.columns

@@ -135,12 +135,20 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
             TypeError: If the value is not a tensor.
             ValueError: If the shape or the type does not match.
         """
-        if isinstance(value, Mapping):
-            raise TypeError(
-                "expected packed vectors, whose density it is, got a dictionary of sites: "
-                "log_prob(joint.pack(draws))"
-            )
         return super().log_prob(value)
+
+    def value_of(self, value: Any) -> Any:
+        """Return packed vectors, shape ``(*, D)``, as they are.
+
+        Raises:
+            TypeError: If they are sites by name: a dictionary or a data frame.
+        """
+        if isinstance(value, Mapping) or hasattr(value, "to_numpy"):
+            raise TypeError(
+                "expected packed vectors, whose density it is, got sites by name: "
+                "log_prob(joint.pack(draws)), of a dictionary of them"
+            )
+        return value
 
     def sample_dict(self, sample_shape: Sequence[int] = ()) -> dict[str, Tensor]:
         """Return draws by name, each on its support, ``(*sample_shape, *batch, *site_shape)``."""
@@ -185,6 +193,7 @@ class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolant
         Raises:
             ValueError: If the last dimension is not the velocity's ``context_dim``.
         """
+        context = self.context_of(context)
         transform = self.transform.condition(context)
         new = JointInterpolantDistribution(
             transform, self.base, sites=self.sites, support=self.constraint
@@ -233,7 +242,7 @@ def pack(sites: Sites, draws: Mapping[str, ArrayLike]) -> Tensor:
     """Return packed unconstrained vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.
 
     Raises:
-        ValueError: If a site is missing, of another shape, or outside its support.
+        ValueError: If a site is missing, of another shape or batch, or outside its support.
     """
     parts = []
     for name, (shape, support) in sites.items():
@@ -250,6 +259,9 @@ def pack(sites: Sites, draws: Mapping[str, ArrayLike]) -> Tensor:
         except ValueError as error:
             raise ValueError(f"site {name!r}: {error}") from error
         parts.append(real.reshape(*value.shape[:batch], -1))
+    batches = {name: tuple(part.shape[:-1]) for name, part in zip(sites, parts, strict=True)}
+    if len(set(batches.values())) > 1:
+        raise ValueError(f"expected draws of every site in one batch shape, got {batches}")
     return torch.cat(parts, dim=-1)
 
 

@@ -16,7 +16,15 @@ from torch import Tensor
 from ..transforms.gaussianize import Gaussianized, without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .bases import Samples, WhitenedBase, base_of, copy_like
-from .constraints import Constraint, checked_rows
+from .constraints import (
+    Constraint,
+    as_tensor,
+    checked_context,
+    checked_rows,
+    context_in_order,
+    in_order,
+    names_of,
+)
 from .report import Report
 from .supports import Support, support_of
 
@@ -119,6 +127,38 @@ class FlowDistribution:
             ValueError: If a value is outside the support.
         """
         return support_of(without_gaussianizer(self.constraint)).unconstrained(value)
+
+    def value_of(self, value: Any) -> Any:
+        """Return values, and those of a data frame as a tensor, its columns taken by name.
+
+        Args:
+            value: Values, shape ``(*, *event_shape)``, or a data frame of them.
+
+        Raises:
+            TypeError: If columns of a data frame are no numbers.
+            ValueError: If they have other names than those that the flow was trained on.
+        """
+        if not hasattr(value, "to_numpy"):
+            return value
+        rows = in_order(as_tensor(value, "value"), names_of(value), self.columns, "value")
+        return rows.to(self.transform.flow.loc) if rows.is_floating_point() else rows
+
+    def context_of(self, context: Any) -> Any:
+        """Return contexts, and those of a data frame as a tensor, its columns taken by name.
+
+        Args:
+            context: Contexts, shape ``(*, C)``, or a data frame of them.
+
+        Raises:
+            TypeError: If columns of a data frame are no numbers, or whole ones without classes.
+            ValueError: If there are others than the flow was trained on.
+        """
+        if not hasattr(context, "to_numpy"):
+            return context
+        flow = self.transform.flow
+        context = context_in_order(context, self.context_columns)
+        found = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
+        return found.to(flow.loc)
 
     def to_flow(self, value: Tensor) -> Tensor:
         """Return values as real vectors in the flow's coordinates, behind a map if there is one.

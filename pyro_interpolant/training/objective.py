@@ -169,7 +169,8 @@ def interpolant_loss(
         x0: Base draws paired with them: data coordinates for a given base, :math:`N(0, I)` draws
             in whitened coordinates for the default one; shape ``(*, D)``. Drawn if not given.
         t: Times in [0, 1], broadcastable to ``(*)``. Drawn uniformly, one per row, if not given.
-        context: Contexts, shape ``(*, C)``, for a conditional flow.
+        context: Contexts, shape ``(*, C)``, for a conditional flow. The columns of data frames are
+            taken by name.
 
     Returns:
         The loss of each row, shape ``(*)``, differentiable in the weights.
@@ -181,7 +182,7 @@ def interpolant_loss(
         arXiv 2209.15571, eq. 10.
     """
     flow, base = distribution.transform.flow, distribution.white_base()
-    context = embedded(flow.velocity, context)
+    context = embedded(flow.velocity, distribution.context_of(context))
     if context is None:
         context = getattr(distribution.transform, "context", None)
     context = _some_null(flow.velocity, context, torch.rand)
@@ -195,6 +196,7 @@ def interpolant_loss(
 
 def _floating(distribution: AnyDistribution, x1: Tensor) -> Tensor:
     """Return data as they are, and whole levels of images spread over their cells."""
+    x1 = distribution.value_of(x1)
     if are_levels(x1, len(distribution.row_shape)):
         return dequantized(Rows(x1, None), distribution.transform.flow.loc).w
     if not x1.is_floating_point():

@@ -109,8 +109,14 @@ def test_log_prob_is_that_of_the_packed_vector():
     assert x.shape == (5, 3)
     assert d.log_prob(x).shape == (5,)
     torch.testing.assert_close(d.log_prob(d.pack(d.unpack(x))), d.log_prob(x))
-    with pytest.raises(TypeError, match=r"packed vectors.*log_prob\(joint.pack\(draws\)\)"):
-        d.log_prob(d.unpack(x))
+    for ask in (d.log_prob, d.score):
+        with pytest.raises(TypeError, match=r"packed vectors.*log_prob\(joint.pack\(draws\)\)"):
+            ask(d.unpack(x))
+    sites = {**draws_of("scalar", rows=5), **draws_of("scales", rows=3)}
+    with pytest.raises(
+        ValueError, match=r"one batch shape, got \{'scalar': \(5,\), 'scales': \(3,"
+    ):
+        d.pack(sites)
 
 
 def test_expand_and_copy_keep_the_sites():

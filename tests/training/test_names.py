@@ -6,7 +6,7 @@ import pickle
 import pandas as pd
 import pytest
 import torch
-from cases import OwnVelocity
+from cases import OwnVelocity, random_flow
 from pyro.distributions import constraints
 
 from pyro_interpolant import (
@@ -19,6 +19,7 @@ from pyro_interpolant import (
     conditional_interpolant_transform,
     fit,
     from_samples,
+    interpolant_loss,
     interpolant_transform,
     load,
     save,
@@ -215,3 +216,27 @@ def test_labels_that_a_network_sees_one_hot_have_no_names():
         torch.randn(200, 2), context=labels, network=OwnVelocity(2, 3).double(), **QUICK
     )
     assert d.context_columns == ()
+
+
+def test_densities_and_contexts_take_the_columns_of_frames_by_name():
+    rows, contexts = torch.randn(6, 2).float(), torch.randn(6, 3).float()
+    d = InterpolantDistribution(random_flow(2).float())
+    family = ConditionalInterpolantDistribution(random_flow(2, context_dim=3).float())
+    d.columns = family.columns = ("a", "b")
+    family.context_columns = ("u", "v", "w")
+    frame = pd.DataFrame(rows.double().numpy(), columns=["a", "b"])[["b", "a"]]
+    given = pd.DataFrame(contexts.numpy(), columns=["u", "v", "w"])[["w", "u", "v"]]
+    assert torch.equal(d.log_prob(frame), d.log_prob(rows))
+    assert torch.equal(d.score(frame), d.score(rows))
+    by_name, by_place = family.condition(given), family.condition(contexts)
+    assert torch.equal(by_name.log_prob(frame), by_place.log_prob(rows))
+    t, x0 = torch.rand(6).float(), torch.randn(6, 2).float()
+    found = [
+        interpolant_loss(family, x, context=c, t=t, x0=x0)
+        for x, c in ((frame, given), (rows, contexts))
+    ]
+    assert torch.equal(*found)
+    with pytest.raises(ValueError, match=r"expected value with the columns \['a', 'b'\]"):
+        d.log_prob(frame.rename(columns={"a": "c"}))
+    with pytest.raises(ValueError, match=r"expected context with the columns"):
+        family.condition(given.rename(columns={"u": "c"}))
