@@ -133,8 +133,8 @@ class AmortizedInterpolant(AutoInterpolant):
         super().__init__(model, hidden_dims=hidden_dims)
         if not self.observed:
             raise ValueError("expected the name of at least one observed site, got none")
-        check_ranges(("num_workers >= 0", num_workers >= 0, num_workers))
-        self.num_workers = num_workers
+        check_ranges(whole("num_workers", num_workers, 0))
+        self.num_workers = int(num_workers)
         self._given = embedding, posterior
         self._prototype_hide_fn = functools.partial(is_not_latent, self.observed)
 
@@ -242,8 +242,9 @@ class AmortizedInterpolant(AutoInterpolant):
             ValueError: If none is finite, or workers cannot import the model.
             RuntimeError: If a simulation fails in a worker.
         """
+        check_ranges(whole("count", count, 1))
         sites = LatentSites(self, *args, **kwargs)
-        return Simulator(sites, self.observed, self.num_workers)(count)
+        return Simulator(sites, self.observed, self.num_workers)(int(count))
 
     def rows_of(self, simulations: Simulations) -> tuple[Tensor, Tensor]:
         """Return latents, packed, shape ``(N, D)``, and their data, flattened, ``(N, C)``."""
@@ -333,7 +334,7 @@ class AmortizedInterpolant(AutoInterpolant):
         References:
             Talts et al., arXiv 1804.06788; Lemos et al., arXiv 2302.03026.
         """
-        check_ranges(("count >= 2", count >= 2, count))
+        check_ranges(whole("count", count, 2))
         with seeded(seed):
             rows, context = self.rows_of(self.simulate(count, *args, **kwargs))
         checks = [c(self.posterior, rows, context, seed=seed) for c in (sbc, coverage, tarp)]

@@ -75,10 +75,10 @@ class ImportanceResult(NamedTuple):
             Sites by name, each ``(M, *site_shape)``.
 
         Raises:
-            ValueError: If ``count`` is below 1, or no weight is positive.
+            ValueError: If ``count`` is below 1 or not whole, or no weight is positive.
         """
-        count = len(self.log_weights) if count is None else count
-        check_ranges(("count >= 1", count >= 1, count))
+        check_ranges(whole("count", count, 1))
+        count = len(self.log_weights) if count is None else int(count)
         if not self.ess > 0:
             raise ValueError("expected draws with positive weights, got none")
         device = self.log_weights.device
@@ -117,8 +117,8 @@ def importance(
 
     Raises:
         TypeError: If the guide is not over one unconstrained vector.
-        ValueError: If ``count`` is below 100, the guide has no density, or the model's log joint
-            density cannot be evaluated; see :func:`~pyro_interpolant.log_joint`.
+        ValueError: If ``count`` is below 100 or not whole, the guide has no density, or the
+            model's log joint density cannot be evaluated; see :func:`~pyro_interpolant.log_joint`.
 
     Warns:
         UserWarning: If k-hat is above 0.7, or the model weighs data that are hidden from an
@@ -146,7 +146,8 @@ def importance(
             "expected a guide with a density, got the point AutoLaplaceApproximation trains: pass "
             "guide.laplace_approximation(*args)"
         )
-    check_ranges((f"count >= {MIN_DRAWS}", count >= MIN_DRAWS, count))
+    check_ranges(whole("count", count, MIN_DRAWS))
+    count = int(count)
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
         observed = getattr(guide, "observed", None)  # of an AmortizedInterpolant

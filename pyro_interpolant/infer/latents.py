@@ -274,7 +274,8 @@ class ObjectPosteriors(NamedTuple):
         Raises:
             ValueError: If ``count`` is below 1, or an object has no draw of positive weight.
         """
-        check_ranges(("count >= 1", count >= 1, count))
+        check_ranges(whole("count", count, 1))
+        count = int(count)
         none = ~self.log_weights.isfinite().any(-1)
         if bool(none.any()):
             raise ValueError(
@@ -320,7 +321,7 @@ def object_posteriors(
     Raises:
         TypeError: If something is of a wrong type.
         ValueError: If the measurements, the errors, the contexts or the number of draws cannot
-            work, or the flow starts from another base than N(0, I).
+            work, the flow starts from another base than N(0, I), or there is a batch of flows.
 
     Example:
         >>> population = from_samples(torch.randn(1000, 1), steps=50, seed=0, progress=False)
@@ -330,6 +331,12 @@ def object_posteriors(
     """
     check_ranges(("draws >= 100, an even number", draws >= 100 and draws % 2 == 0, draws))
     check_base(distribution)
+    batch = tuple(getattr(distribution, "batch_shape", ()))
+    if batch:
+        raise ValueError(
+            f"expected one population, got a batch of shape {batch}: pass the conditional one, "
+            "and what each object is given as context="
+        )
     names = names_in_frames(distribution)
     rows = of_population(measurements(y, noise, noise_data, names), distribution, context)
     found, draws = [], int(draws)

@@ -79,6 +79,25 @@ class Measurements:
             row = row.to(like) if row.is_floating_point() else row.to(like.device)
         return dataclasses.replace(self, y=self.y.to(like), row=row)
 
+    def checked_event_shape(self, shape: Sequence[int] | None) -> Sequence[int] | None:
+        """Return the shape of an x, which beside Gaussian errors is that of a row of y.
+
+        Args:
+            shape: What was given, or None.
+
+        Raises:
+            ValueError: If it is another.
+        """
+        own = self.y.shape[1:]
+        if not self.is_gaussian():
+            return shape
+        if shape is not None and tuple(shape) != own:
+            raise ValueError(
+                f"expected the event_shape of y beside Gaussian errors, {tuple(own)}, got "
+                f"{tuple(shape)}: leave it out, or pass a function noise(x, row)"
+            )
+        return own
+
     def check(self, x: Tensor) -> None:
         """Raise an error unless latents, ``(M, *event_shape)``, have likelihoods.
 

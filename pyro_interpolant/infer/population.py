@@ -127,8 +127,7 @@ def from_noisy_samples(
     columns = _names_of_latents(y, noise, start)
     rows = measurements(y, noise, noise_data, columns)
     held_out(len(rows), validation)
-    if event_shape is None and rows.is_gaussian():
-        event_shape = rows.y.shape[1:]
+    event_shape = rows.checked_event_shape(event_shape)
     with seeded(seed):
         first, index = _start_rows(rows, shaped(support, event_shape), start, columns)
     rows.check(first)
@@ -201,7 +200,7 @@ def from_posterior_samples(
         torch.Size([5, 1])
     """
     clock = _checked_clock(support, steps, max_seconds, validation)
-    x = checked_rows(draws, "draws", (None, None))
+    x = _checked_draws(draws)
     log_prior = log_interim_prior(x) if callable(log_interim_prior) else log_interim_prior
     log_prior = checked_rows(log_prior, "log_interim_prior", (x.shape[1],)).double()
     if len(log_prior) != len(x):
@@ -260,6 +259,17 @@ def _checked_context(
         raise ValueError(f"expected {len(rows)} contexts, one each, got {len(found)}")
     taken = as_tensor(context, "context") if len(sizes) == 2 else found  # labels stay labels
     return taken, context_names(context, found)
+
+
+def _checked_draws(draws: ArrayLike) -> Tensor:
+    """Return draws of each object, shape ``(N, K, D)``, or raise an error for other ones."""
+    x = as_tensor(draws, "draws")
+    if x.dim() != 3:
+        raise ValueError(
+            f"expected draws of each object, shape (N, K, D), got {tuple(x.shape)}: of one number "
+            "x that is draws[..., None]"
+        )
+    return checked_rows(x, "draws", (None, None))
 
 
 def _checked_clock(

@@ -34,7 +34,7 @@ from .distributed import Process
 from .image_rows import LEVELS, dequantized, has_images
 from .loop import Callback, Run, Schedule
 from .names import Names
-from .objective import Coupling, Objective, TIMES_PER_BATCH, check_choices
+from .objective import Coupling, Objective, check_choices
 from .optimization import NonFiniteError
 from .reporting import HeldOutDensity, attempted, tell
 from .rows import Rows

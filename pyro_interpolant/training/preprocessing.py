@@ -146,8 +146,12 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
     step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
     if not bool(((step >= 0) & step.isfinite()).all()):
         raise ValueError(f"expected finite steps of at least 0, got {step.tolist()}")
-    if step.dim() >= x.dim():
-        raise ValueError(f"expected a step, or one per column, got shape {tuple(step.shape)}")
+    sizes = zip(reversed(step.shape), reversed(x.shape[1:]), strict=False)
+    if step.dim() >= x.dim() or any(own not in (1, size) for own, size in sizes):
+        raise ValueError(
+            f"expected a step, or one per column, shape {tuple(x.shape[1:])}, got shape "
+            f"{tuple(step.shape)}"
+        )
     # Of the values too: columns that are spread one at a time would share their noise.
     generator = torch.Generator().manual_seed(checksum([x], str(seed)))
     u = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_ranges
+from .._checks import check_ranges, whole
 from .._torch import seeded, trainable, with_gradients
 from ..distributions.constraints import RowsLike
 from ..distributions.interpolant import AnyDistribution
@@ -19,6 +19,7 @@ from ..interpolants.learned import LearnedInterpolant
 from ..training.data import DEFAULT_SHARE, Table, TableBatches, as_held_out
 from ..training.distributed import Process
 from ..training.fitting import FitResult, fit, start_from, trainable_flow
+from ..training.loop import check_ranges, whole
 from ..training.objective import Coupling, Objective
 from ..training.optimization import Descent
 from ..training.rows import Rows, subsample
@@ -163,7 +164,7 @@ class _Pace:
         interpolant_rate: Of the ascents, at first.
 
     Raises:
-        ValueError: If one is not positive.
+        ValueError: If one is not positive, or a number of steps is not whole.
     """
 
     alternations: int
@@ -173,11 +174,12 @@ class _Pace:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        counts = self.alternations, self.velocity_steps
-        rates = self.learning_rate, self.interpolant_rate
-        good = min(counts) >= 1 and min(rates) > 0
-        given = "{}, {}, {} and {}".format(*counts, *rates)
-        check_ranges(("alternations, velocity_steps >= 1 and rates > 0", good, given))
+        check_ranges(
+            whole("alternations", self.alternations, 1),
+            whole("velocity_steps", self.velocity_steps, 1),
+            ("learning_rate > 0", self.learning_rate > 0, self.learning_rate),
+            ("interpolant_rate > 0", self.interpolant_rate > 0, self.interpolant_rate),
+        )
 
     def alternate(
         self,
@@ -192,13 +194,14 @@ class _Pace:
         ascent = _Ascent(objective, interpolant.weights())
         recent: list[Tensor] = []
         energies: list[float] = []
-        every = max(1, self.alternations // 100)
-        for _ in range(int(_HEAD_START * self.alternations * self.velocity_steps)):
+        alternations, velocity_steps = int(self.alternations), int(self.velocity_steps)
+        every = max(1, alternations // 100)
+        for _ in range(int(_HEAD_START * alternations * velocity_steps)):
             descent(batches.next(), self.learning_rate)
-        rests = (1 - _REST_SHARE) * self.alternations
-        steps = tqdm(range(self.alternations), disable=not progress, desc="transport", leave=False)
+        rests = (1 - _REST_SHARE) * alternations
+        steps = tqdm(range(alternations), disable=not progress, desc="transport", leave=False)
         for step in steps:
-            for _ in range(self.velocity_steps):
+            for _ in range(velocity_steps):
                 loss = descent(batches.next(), self.learning_rate)
                 recent += [] if loss is None else [-loss]
             if descent.is_stuck():

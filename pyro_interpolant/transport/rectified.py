@@ -97,13 +97,20 @@ def reflow(
         The new flow, and steps and errors before and after.
 
     Raises:
-        ValueError: If the flow is conditional and no context is given, or ``count`` is below 1.
+        ValueError: If the flow is conditional and no context is given, ``count`` is below 1, or
+            options of ``fit`` are those that are set here, ``pairs`` and ``whiten``.
 
     References:
         Liu, Gong & Liu, *Flow straight and fast*, ICLR 2023; arXiv 2209.15571, Section 2.3.
     """
     trainable_flow(distribution)
     check_ranges(whole("count", count, 1))
+    refused = sorted({"pairs", "whiten"} & fit_options.keys())
+    if refused:
+        raise ValueError(
+            f"expected other options of fit than {', '.join(refused)}: pairs are what the flow "
+            "makes, in the whitened coordinates that it has; fit(copy, data, ...) trains on yours"
+        )
     if context is None and isinstance(distribution, ConditionalInterpolantDistribution):
         raise ValueError("expected contexts to draw pairs for, shape (count, C), got none")
     new = copy.deepcopy(distribution)

@@ -344,6 +344,13 @@ def test_no_finite_simulation_is_an_error():
             pi.fit_guide(pi.AmortizedInterpolant(model), simulations=20, **QUICK)
 
 
+def test_simulations_are_counted_in_whole_numbers():
+    guide = pi.AmortizedInterpolant(rows_of_a_normal)
+    for ask in (guide.simulate, lambda count: guide.calibration(count=count)):
+        with pytest.raises(ValueError, match=r"expected count >= \d, a whole number, got 20\.5"):
+            ask(20.5)
+
+
 def test_a_site_that_is_not_there_is_an_error_with_those_that_are():
     guide = pi.AmortizedInterpolant(rows_of_a_normal, observed=("x",))
     with pytest.raises(ValueError, match=r"got \['x'\]: it has \['y', 'mean', 'first'\]"):

@@ -190,7 +190,7 @@ def test_resampling_is_in_proportion():
     assert torch.equal(drawn["v"].argmax(-1), drawn["x"].long())
     assert not torch.equal(drawn["x"], drawn["x"].sort().values)  # in random order
     assert result.resampled()["x"].shape == (4,)
-    with pytest.raises(ValueError, match="expected count >= 1, got 0"):
+    with pytest.raises(ValueError, match="expected count >= 1, a whole number, got 0"):
         result.resampled(0)
 
 
@@ -247,8 +247,13 @@ def test_what_cannot_work_is_refused():
         importance(AutoNormal(conjugate))
     with pytest.raises(TypeError, match="got function"):
         importance(conjugate)
-    with pytest.raises(ValueError, match="expected count >= 100, got 10"):
-        importance(AutoInterpolant(conjugate), count=10)
+    for count in (10, 1000.5):
+        with pytest.raises(ValueError, match=f"count >= 100, a whole number, got {count}"):
+            importance(AutoInterpolant(conjugate), count=count)
+    result = ImportanceResult(0.1, 5.0, 0.0, 0.0, "", torch.zeros(5), {"x": torch.arange(5)})
+    assert len(result.resampled(2.0)["x"]) == 2
+    with pytest.raises(ValueError, match=r"count >= 1, a whole number, got 2\.5"):
+        result.resampled(2.5)
 
 
 def verdict(k_hat, ess):

@@ -591,6 +591,7 @@ def changed(x, index, value):
         ((Y - 100, SDS), {"support": constraints.positive}, "start from, got 0"),
         ((Y, changed(SDS, (slice(None), 0), math.inf)), {}, "each column"),
         ((Y, SDS), {"support": pi.circular}, "angles"),
+        ((Y, SDS), {"event_shape": (2, 1)}, r"event_shape of y .*\(2,\), got \(2, 1\): leave"),
         ((Y, SDS), {"steps": 0}, "steps"),
         ((Y, SDS), {"max_seconds": 0.0}, "max_seconds"),
         ((Y, SDS), {"validation": 1.0}, "validation"),
@@ -605,7 +606,7 @@ def test_what_cannot_work_is_refused_before_any_work(arguments, options, message
 def test_posterior_draws_that_cannot_work_are_refused():
     draws, log_prior = torch.randn(60, 5, 2), torch.zeros(60, 5)
     for arguments, message in (
-        ((draws[0], log_prior), "draws of shape"),
+        ((draws[..., 0], log_prior), r"draws of each object, shape \(N, K, D\), got \(60, 5\)"),
         ((draws, log_prior[:, :4]), "log_interim_prior of shape"),
         ((draws, log_prior[:4]), "log_interim_prior of shape"),
         ((draws, math.nan * log_prior), "finite log_interim_prior"),
@@ -627,6 +628,8 @@ def test_objects_need_a_flow_from_its_default_base_and_some_draws():
     for draws in (50, 100.5):
         with pytest.raises(ValueError, match="draws >= 100, an even number"):
             object_posteriors(gaussian(), Y, SDS, draws=draws)
+    with pytest.raises(ValueError, match=r"got a batch of shape \(3,\): pass .* context="):
+        object_posteriors(gaussian().expand((3,)), Y, SDS)
     with pytest.raises(ValueError, match="one shape"):
         object_posteriors(gaussian(), Y[:, :1], SDS[:, :1])
     with pytest.raises(ValueError, match="log_prob of shape"):

@@ -149,8 +149,9 @@ def test_a_model_that_cannot_be_pickled_is_refused():
     guide = pi.AmortizedInterpolant(inside, num_workers=1)
     with pytest.raises(ValueError, match=r"pickled for num_workers=1.*inside.*__main__"):
         guide.simulate(20)
-    with pytest.raises(ValueError, match="num_workers >= 0"):
-        pi.AmortizedInterpolant(inside, num_workers=-1)
+    for count in (-1, 1.5):
+        with pytest.raises(ValueError, match="num_workers >= 0, a whole number"):
+            pi.AmortizedInterpolant(inside, num_workers=count)
 
 
 class Unimportable:

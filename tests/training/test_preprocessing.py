@@ -296,6 +296,11 @@ def test_single_values_beside_others_are_no_rounding():
         warn_if_rounded(x)
 
 
+def test_steps_of_other_columns_are_refused():
+    with pytest.raises(ValueError, match=r"one per column, shape \(2,\), got shape \(3,\)"):
+        dequantize(torch.zeros(5, 2), step=torch.ones(3))
+
+
 def test_a_data_frame_stays_one():
     pd = pytest.importorskip("pandas")
     frame = pd.DataFrame({"mass": [1, 2, 2, 4], "kind": [0, 1, 1, 0]}, index=list("abcd"))

@@ -218,8 +218,10 @@ def test_one_column_alone(options):
     ("interpolant", "options", "kind", "message"),
     [
         (Trigonometric(), {}, TypeError, "expected a flow with a LearnedInterpolant, got Trig"),
-        (LearnedInterpolant(), {"alternations": 0}, ValueError, "expected alternations, velocity"),
-        (LearnedInterpolant(), {"interpolant_rate": 0.0}, ValueError, "rates > 0"),
+        (LearnedInterpolant(), {"alternations": 0}, ValueError, "alternations >= 1, a whole"),
+        (LearnedInterpolant(), {"alternations": 2.5}, ValueError, "alternations >= 1, a whole"),
+        (LearnedInterpolant(), {"velocity_steps": 1.5}, ValueError, "velocity_steps >= 1, a who"),
+        (LearnedInterpolant(), {"interpolant_rate": 0.0}, ValueError, "interpolant_rate > 0"),
         (LearnedInterpolant(), {"validation": None}, ValueError, "validation .*, got None"),
         (
             LearnedInterpolant(event_dim=3, matrices=True),
@@ -273,6 +275,13 @@ def test_reflow_straightens_the_paths(ring_flow):
         change = result.distribution.log_prob(x).mean() - ring_flow.log_prob(x).mean()
     assert abs(float(change)) < 0.15
     assert not result.distribution.transform.flow.independent
+
+
+@pytest.mark.parametrize("options", [{"whiten": True}, {"pairs": torch.zeros(1)}])
+def test_options_that_reflow_sets_are_refused(options):
+    distribution = InterpolantDistribution(interpolant_transform(2, (8,)))
+    with pytest.raises(ValueError, match=f"other options of fit than {next(iter(options))}:"):
+        reflow(distribution, **options)
 
 
 @pytest.mark.slow
