@@ -79,6 +79,11 @@ def imports(path):
                 yield ".".join((*above, name)), True
 
 
+def test_the_guide_for_contributors_names_every_room():
+    named = set(re.findall("`([a-z_]+)`", (PACKAGE.parent / "CONTRIBUTING.md").read_text()))
+    assert not set(LEVEL) - named
+
+
 def test_every_room_has_a_level():
     entries = {
         p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()

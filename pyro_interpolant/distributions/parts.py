@@ -21,7 +21,7 @@ from .constraints import (
     as_tensor,
     checked_context,
     checked_rows,
-    context_in_order,
+    columns_in_order,
     in_order,
     names_of,
 )
@@ -156,7 +156,7 @@ class FlowDistribution:
         if not hasattr(context, "to_numpy"):
             return context
         flow = self.transform.flow
-        context = context_in_order(context, self.context_columns)
+        context = columns_in_order(context, self.context_columns, "the context")
         found = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
         return found.to(flow.loc)
 

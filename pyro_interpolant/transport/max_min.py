@@ -19,7 +19,6 @@ from ..interpolants.learned import LearnedInterpolant
 from ..training.data import DEFAULT_SHARE, Table, TableBatches, as_held_out
 from ..training.distributed import Process
 from ..training.fitting import FitResult, fit, start_from, trainable_flow
-from ..training.loop import check_ranges, whole
 from ..training.objective import Coupling, Objective
 from ..training.optimization import Descent
 from ..training.rows import Rows, subsample
