@@ -156,7 +156,7 @@ class FlowDistribution:
         if not hasattr(context, "to_numpy"):
             return context
         flow = self.transform.flow
-        context = columns_in_order(context, self.context_columns, "the context")
+        context = columns_in_order(context, self.context_columns, "context")
         found = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
         return found.to(flow.loc)
 

@@ -54,7 +54,7 @@ def to_arviz(
         >>> dict(to_arviz(joint, count=100).posterior.sizes)
         {'chain': 1, 'draw': 100}
     """
-    check_ranges(("count >= 1", count is None or count >= 1, count))
+    check_ranges(whole("count", count, 1))
     named, others = {}, {}
     with seeded(seed):
         if isinstance(source, ImportanceResult):
@@ -63,9 +63,9 @@ def to_arviz(
             named = {name: getattr(source, name) for name in names}
             others = {**source.draws, "log_weight": source.log_weights}
         elif isinstance(source, AutoContinuous):
-            draws = _guide_draws(source, count or _DRAWS, *args, **kwargs)
+            draws = _guide_draws(source, int(count or _DRAWS), *args, **kwargs)
         else:
-            draws = _flow_draws(source, count or _DRAWS)
+            draws = _flow_draws(source, int(count or _DRAWS))
     import arviz  # slow to import
 
     columns = getattr(source, "columns", ())

@@ -95,7 +95,8 @@ def test_what_cannot_be_handed_over_is_refused():
         to_arviz(family)
     with pytest.raises(ValueError, match="one context at a time"):
         to_arviz(family.condition(torch.zeros(3, 1)))
-    with pytest.raises(ValueError, match="count >= 1"):
-        to_arviz(random_prior(2), count=0)
+    for count in (0, 2.5):
+        with pytest.raises(ValueError, match="count >= 1, a whole number"):
+            to_arviz(random_prior(2), count=count)
     with pytest.raises(TypeError, match="dict"):
         to_arviz({"x": torch.zeros(3)})
