@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_ranges
+from .._checks import check_ranges, whole
 from .._torch import broadcast_batch
 from ..distributions.interpolant import InterpolantDistribution
 from ..interpolants.linear import END_MARGIN
@@ -380,10 +380,8 @@ def sde_log_prob(
     References:
         arXiv 2303.08797, Section 2.5.
     """
-    check_ranges(
-        ("at least two paths, for their spread", paths >= 2 and paths % 1 == 0, f"paths={paths}"),
-        ("guidance in [0, 1]", 0 <= guidance <= 1, guidance),
-    )
+    within = 0 <= guidance <= 1
+    check_ranges(whole("paths", paths, 2), ("guidance in [0, 1]", within, guidance))
     distribution.check_start()
     paths, steps = int(paths), len(uniform_times(steps)) - 1
     sde = InterpolantSDE(distribution, diffusion, forward=False)
