@@ -34,7 +34,20 @@ def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> l
     if has_function(flow.interpolant):  # two functions may have one name
         values = describe_path(flow)["values"] or []
     found = [names, shapes, checksum(tensors)]
-    return found if values is None else [*found, [f"{value:.3g}" for value in values]]
+    if values is not None:
+        found.append([f"{value:.3g}" for value in values])
+    kept = _kept_by(coupling)
+    if kept:  # two closures of one function, or objects of one class, have one name
+        found.append([[stable_name(value) for value in kept], checksum(tensors_of(kept))])
+    return found
+
+
+def _kept_by(function: object) -> list[Any]:
+    """Return what a function, or an object that is called, has beside its arguments."""
+    cells = getattr(function, "__closure__", None) or ()
+    return [cell.cell_contents for cell in cells] + list(
+        getattr(function, "__dict__", {}).values()
+    )
 
 
 def stable_name(value: object) -> str:
@@ -62,6 +75,8 @@ def tensors_of(value: object) -> list[Tensor]:
         parts = [*numbers, *(getattr(value, name, None) for name in names)]
         return max(tensors_of(parts), _described(value), key=len)
     inner = value if isinstance(value, (list, tuple)) else []
+    if inner and all(isinstance(part, (bool, int, float)) for part in inner):
+        return [torch.as_tensor(inner)]
     return [tensor for part in inner for tensor in tensors_of(part)]
 
 

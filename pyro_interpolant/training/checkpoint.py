@@ -110,7 +110,7 @@ def open_checkpoint(
     path: StrPath | None,
     every: int | None,
     identity: list[Any],
-    device: torch.device,
+    like: Tensor,
     *,
     exact: bool,
 ) -> Checkpoint | None:
@@ -120,7 +120,7 @@ def open_checkpoint(
         path: The file.
         every: After how many steps it is written.
         identity: What tells this run from another, as JSON holds it.
-        device: On which the run draws beside the CPU.
+        like: A tensor on the device, and in the type, of the flow; of any shape.
         exact: Whether the run can go on from the very row.
 
     Raises:
@@ -131,7 +131,7 @@ def open_checkpoint(
     """
     if path is None:
         return None
-    checkpoint = Checkpoint(path, every, device)
+    checkpoint = Checkpoint(path, every, like.device)
     checkpoint.identity = identity
     if checkpoint.tensors is not None:
         if checkpoint.numbers["identity"] != checkpoint.identity:
@@ -140,8 +140,14 @@ def open_checkpoint(
                 f"another network or other settings: delete it and {checkpoint.previous}, or "
                 "pass another file"
             )
+        own = checkpoint.tensors.get("weight.0", like).dtype
+        if own != like.dtype:
+            raise ValueError(
+                f"expected {path} to be of this run, in {like.dtype}, got the state of one in "
+                f"{own}: call distribution.to({own}) first, or pass another file"
+            )
         checkpoint.initial = checkpoint.tensors["initial"]
-        set_rng_state(checkpoint.initial, device)
+        set_rng_state(checkpoint.initial, like.device)
     if not exact:
         warn_user(
             "the iterable and its sampler have no state_dict and load_state_dict, or workers that "

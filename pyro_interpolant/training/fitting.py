@@ -220,8 +220,8 @@ def fit(
         identity = [source.checksum, settings]
         if checkpoint is not None:  # it goes through all weights and samples
             identity += [identity_of(flow, distribution.base, coupling, base_samples, validation)]
-        exact, device = source.exact and process.takes_all_rows(), flow.loc.device
-        state = open_checkpoint(checkpoint, checkpoint_every, identity, device, exact=exact)
+        exact = source.exact and process.takes_all_rows()
+        state = open_checkpoint(checkpoint, checkpoint_every, identity, flow.loc, exact=exact)
         split = source.split(
             process, batch_size, whole=anew, clock=clock, state=state, progress=progress
         )

@@ -112,6 +112,7 @@ class Stream:
         self.share = validation if isinstance(validation, float) else None
         self.names = Names(distribution.columns, distribution.context_columns)
         self.forgets = anew and distribution.report is not None  # names that the data have not
+        self.weighted: bool | None = None  # whether batches have weights; not known before one
         self.given = None
         if not self.share:
             frames: Any = validation if isinstance(validation, tuple) else (validation,)
@@ -146,7 +147,12 @@ class Stream:
                 f"expected {wanted}, and weights or not, got {len(parts)} parts of types "
                 f"{', '.join(type(p).__name__ for p in parts)}"
             )
-        weights = _part_of_weights(parts[self.parts]) if len(parts) > self.parts else None
+        is_weighted = len(parts) > self.parts
+        if self.weighted not in (None, is_weighted):
+            got = "some after others without" if is_weighted else "none after others with them"
+            raise ValueError(f"expected weights in all batches or in none, got {got}: pass ones")
+        self.weighted = is_weighted
+        weights = _part_of_weights(parts[self.parts]) if is_weighted else None
         if self.forgets:
             self.names, self.forgets = self.names.if_named(*parts[: self.parts]), False
         self.names = self.names.filled(self.distribution, *parts[: self.parts])

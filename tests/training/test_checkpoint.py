@@ -740,6 +740,40 @@ def test_what_a_coupling_is_given_and_what_another_library_holds_tell_runs_apart
     one, other = (ExternalBase(dist.Normal(torch.zeros(2) + m, 1.0).to_event(1)) for m in (0, 1))
     assert tell(one, near) != tell(other, near)
 
+    def scaled(scale):
+        return lambda x0, x1, context=None: optimal_transport(scale * x0, x1, context)
+
+    class Scaled:
+        def __init__(self, scale):
+            self.scale = scale
+
+        __call__ = optimal_transport
+
+    for make in (scaled, Scaled):
+        for settings in ((1.0, 2.0), (torch.zeros(2), torch.ones(2))):
+            near, far = map(make, settings)
+            assert tell(None, near) == tell(None, make(settings[0])) != tell(None, far)
+
+
+@pytest.mark.parametrize("name", ["validation", "base_samples"])
+def test_lists_of_numbers_tell_runs_apart(name, tmp_path):
+    x, options = rows(100), {**QUICK, "steps": 3, "checkpoint": tmp_path / "run"}
+    first = x.tolist() if name == "base_samples" else (torch.arange(100) < 10).tolist()
+    fit(made(), x, **{name: first}, **options)
+    fit(made(), x, **{name: first}, **options)  # the same one is read
+    with pytest.raises(ValueError, match="to be of this run, got the state of one with other"):
+        fit(made(), x, **{name: first[::-1]}, **options)
+
+
+def test_a_run_in_another_type_is_refused(tmp_path):
+    x, options = rows(100), {**QUICK, "steps": 3, "checkpoint": tmp_path / "run"}
+    fit(made(), x.float(), **options)
+    other = made().to(torch.float32)
+    before = other.transform.flow.loc.clone()
+    with pytest.raises(ValueError, match=r"in torch.float32, got .* in torch.float64: call dist"):
+        fit(other, x.float(), **options)
+    assert torch.equal(other.transform.flow.loc, before)
+
 
 def test_the_state_of_another_whitening_is_refused(tmp_path):
     x, options = rows(), {**QUICK, "steps": 3, "checkpoint": tmp_path / "run"}

@@ -414,6 +414,15 @@ def test_weights_come_as_the_last_part():
     assert float(distribution.transform.flow.loc) == pytest.approx(1.2, abs=0.1)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_come_with_all_batches_or_with_none(first):
+    x, weights = rows(), torch.ones(100)
+    batches = [(b, weights) if first == (i < 3) else b for i, b in enumerate(x.split(100))]
+    got = "none after others with them" if first else "some after others without"
+    with pytest.raises(ValueError, match=f"batch 3, .*in all batches or in none, got {got}"):
+        fit(made(), batches, **QUICK)
+
+
 def test_from_samples_takes_batches():
     x = rows().float()
     found = from_samples(LOADERS["shuffled"](x), seed=0, steps=5, progress=False)
