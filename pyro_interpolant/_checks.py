@@ -14,15 +14,16 @@ def check_ranges(*settings: tuple[str, bool, Any]) -> None:
             raise ValueError(f"expected {name}, got {value}")
 
 
-def whole(name: str, value: Any, least: int) -> tuple[str, bool, Any]:
-    """Return the setting of :func:`check_ranges` that a number is whole, or None.
+def whole(name: str, value: Any, least: int, *, or_none: bool = False) -> tuple[str, bool, Any]:
+    """Return the setting of :func:`check_ranges` that a number is whole.
 
     Args:
         name: The name of the number.
         value: What was given.
         least: The least that it may be.
+        or_none: Whether it may be None, too.
     """
-    good = value is None or value >= least and value % 1 == 0
+    good = or_none if value is None else value >= least and value % 1 == 0
     return f"{name} >= {least}, a whole number", good, value
 
 

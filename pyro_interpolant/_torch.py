@@ -11,10 +11,10 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 _NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__)) + (
     contextlib.__file__,
 )
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _MIDDLE_RANGE = 3.29  # of 90% of a normal, in standard deviations
 
 
@@ -73,10 +74,13 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    if not -(2**63) <= seed < 2**64 or seed % 1:
-        raise ValueError(f"expected a seed that is whole, from -2^63 to 2^64 - 1, got {seed}")
+    number: Any = seed
+    if getattr(number, "ndim", None) == 0:  # torch's and numpy's
+        number = number.item()
+    if not isinstance(number, int | float) or not -(2**63) <= number < 2**64 or number % 1:
+        raise ValueError(f"expected a seed that is whole, from -2^63 to 2^64 - 1, got {seed!r}")
     outer = getattr(_SCOPE, "generators", None)
-    with _OwnGenerators(seed) as _SCOPE.generators:
+    with _OwnGenerators(int(number)) as _SCOPE.generators:
         try:
             yield
         finally:
@@ -100,29 +104,33 @@ def draws_nothing() -> Iterator[None]:
             own.__enter__()
 
 
-class Watch:
-    """Runs blocks that all draw random numbers, or none does: then the later ones at full speed.
+@contextlib.contextmanager
+def watching_the_first() -> Iterator[Callable[[_Function], _Function]]:
+    """Run functions that all draw random numbers, or none does, in a seeded scope at full speed.
 
-    Attributes:
-        draws: Whether they draw; None until the first has run in a seeded scope.
+    The first call is looked at; where it draws nothing, the block goes on without.
+
+    Yields:
+        What makes such functions of others.
     """
+    with contextlib.ExitStack() as rest:
+        is_first = isinstance(_get_current_dispatch_mode(), _OwnGenerators)
 
-    def __init__(self) -> None:
-        self.draws: bool | None = None
+        def watched(function: _Function) -> _Function:
+            @wraps(function)
+            def call(*args: Any) -> Any:
+                nonlocal is_first
+                if not is_first:
+                    return function(*args)
+                before, is_first = draws(), False
+                found = function(*args)
+                if draws() == before:
+                    rest.enter_context(draws_nothing())
+                return found
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Run a block."""
-        before = draws()
-        with draws_nothing() if self.draws is False else contextlib.nullcontext():
-            yield
-        if self.draws is None and is_seeded():
-            self.draws = draws() > before
+            return call  # type: ignore[return-value]
 
-
-def is_seeded() -> bool:
-    """Return whether a seeded scope looks at what this thread does."""
-    return isinstance(_get_current_dispatch_mode(), _OwnGenerators)
+        yield watched if is_first else lambda function: function
 
 
 def draws() -> int:
@@ -436,26 +444,6 @@ def slopes(
             found = map(forward_ad.unpack_dual, function(forward_ad.make_dual(t, tangent)))
             a, b, g = (torch.zeros_like(t) if s.tangent is None else s.tangent for s in found)
             return a, b, g
-
-
-def broadcast_batch(given: Sequence[int], own: Sequence[int]) -> torch.Size:
-    """Return the common batch shape of values and of a distribution or context.
-
-    Args:
-        given: The batch shape of the values.
-        own: That of the distribution or context.
-
-    Raises:
-        ValueError: If they do not broadcast.
-    """
-    pairs = zip(reversed(given), reversed(own), strict=False)
-    if any(a != b and a != 1 and b != 1 for a, b in pairs):
-        raise ValueError(
-            f"expected values of a batch shape that broadcasts with {tuple(own)}, that of the "
-            f"distribution or its context, got {tuple(given)}: sizes are compared from the right, "
-            "and must be equal or 1"
-        )
-    return torch.broadcast_shapes(tuple(given), tuple(own))
 
 
 def are_close(one: Tensor, other: Tensor, rtol: float = 1e-5) -> bool:

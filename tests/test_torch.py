@@ -3,6 +3,7 @@
 import threading
 import warnings
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_interpolant import _torch
 from pyro_interpolant._torch import (
-    Watch,
     are_close,
     draws,
     draws_nothing,
@@ -20,6 +20,7 @@ from pyro_interpolant._torch import (
     seeded,
     set_rng_state,
     slopes,
+    watching_the_first,
 )
 
 
@@ -179,25 +180,43 @@ def test_a_block_interrupts_all_scopes_around_it_and_is_not_looked_at(monkeypatc
     assert len(seen) == 4  # two operations, in two scopes
 
 
-def test_blocks_that_draw_go_on_to_be_looked_at_and_others_do_not():
-    drawing, quiet = Watch(), Watch()
-    with drawing(), quiet():
-        torch.randn(3)
-    assert drawing.draws is quiet.draws is None  # nobody has looked
+def test_the_first_function_tells_whether_others_are_looked_at():
     with seeded(1):
         expected = torch.randn(2, 3)
     state = torch.get_rng_state()
     with seeded(1):
-        found = []
-        for _ in range(2):
-            with quiet():
-                torch.ones(3).sum()
-            with drawing():
-                found.append(torch.randn(3))
-    assert drawing.draws
-    assert quiet.draws is False
-    assert torch.equal(torch.stack(found).reshape(-1), expected.reshape(-1))
+        with watching_the_first() as watched:
+            one, other = watched(lambda: torch.ones(3).sum()), watched(lambda: draws_are_seen())
+            one()
+            assert not other()
+        with watching_the_first() as watched:
+            drawing = watched(lambda: torch.randn(3))
+            found = torch.stack([drawing(), drawing()])
+        assert draws_are_seen()
+    assert not draws_are_seen()
+    assert torch.equal(found.reshape(-1), expected.reshape(-1))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def draws_are_seen():
+    before, generator = draws(), torch.get_rng_state()
+    torch.randn(1)
+    torch.set_rng_state(generator)
+    return draws() > before
+
+
+@pytest.mark.parametrize("seed", [torch.tensor(3), np.int64(3), np.array(3), 3.0])
+def test_seeds_are_numbers_of_any_library(seed):
+    with seeded(3):
+        expected = torch.randn(2)
+    with seeded(seed):
+        assert torch.equal(torch.randn(2), expected)
+
+
+@pytest.mark.parametrize("seed", ["3", [3], 2**64, 0.5, float("nan")])
+def test_what_is_no_seed_is_refused(seed):
+    with pytest.raises(ValueError, match="expected a seed that is whole"), seeded(seed):
+        pass
 
 
 class Simulated(IterableDataset):

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_ranges, whole
-from .._torch import broadcast_batch
 from ..distributions.interpolant import InterpolantDistribution
 from ..interpolants.linear import END_MARGIN
+from ..transforms.interpolant import broadcast_batch
 from .conversions import noise_and_data, roundoff, score_terms
 from .scores import network_output, transform_with_score
 

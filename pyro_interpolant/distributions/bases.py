@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints, transform_to
 
 from .._checks import check_ranges
-from .._torch import broadcast_batch
 from ..interpolants.nonlinear import wrap
+from ..transforms.interpolant import broadcast_batch
 from ..transforms.whitening import Whitening
 from .constraints import Circular, checked_rows, is_all_real
 
@@ -184,7 +184,7 @@ class WhitenedBase:
         Raises:
             ValueError: If the base has a batch.
         """
-        check_single(self.base)
+        check_single(self.base, rows=True)
         like = self.whitening.loc
         if self.base is None:
             return torch.randn(*shape, len(like), dtype=like.dtype, device=like.device)
@@ -223,9 +223,14 @@ class WhitenedBase:
         return self.whitening.double_to_white(x0)
 
 
-def check_single(base: Distribution | None) -> None:
-    """Raise a ValueError if a base has a batch, each member of which would need rows."""
-    if base is not None and base.batch_shape:
+def check_single(base: Distribution | None, *, rows: bool = False) -> None:
+    """Raise a ValueError if a base has a batch, each member of which would need rows.
+
+    Args:
+        base: The base, or None.
+        rows: Whether rows are drawn from it, and so a batch of one is one too many.
+    """
+    if base is not None and (len(base.batch_shape) if rows else base.batch_shape.numel() != 1):
         raise ValueError(
             "expected one base for all rows, of no batch shape, got one of batch shape "
             f"{tuple(base.batch_shape)}: make a flow from each of its members"

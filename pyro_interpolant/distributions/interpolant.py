@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, constraints
 
 from .._torch import (
-    broadcast_batch,
     has_other_leaves,
     is_compiling,
     is_functional,
@@ -25,7 +24,11 @@ from .._torch import (
     with_gradients,
 )
 from ..transforms.bijections import Whiten
-from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
+from ..transforms.interpolant import (
+    ConditionalInterpolantTransform,
+    InterpolantTransform,
+    broadcast_batch,
+)
 from .bases import base_log_prob, base_of, check_expansion
 from .constraints import Constraint, check_value, shaped
 from .parts import FlowDistribution
@@ -212,11 +215,12 @@ class InterpolantDistribution(Summaries, dist.TransformedDistribution):
             ValueError: If a path from the data has none to start from.
         """
         self.check_start()
-        if not self.base_dist.has_rsample:
+        try:
+            return super().rsample(sample_shape)
+        except NotImplementedError as error:
             raise NotImplementedError(
                 f"draws of the base, {type(self.base).__name__}, have no gradient: take sample()"
-            )
-        return super().rsample(sample_shape)
+            ) from error
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Return samples, ``(*sample_shape, *batch, *event)``, and log-densities, in one solve."""

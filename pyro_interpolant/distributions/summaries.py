@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import ComposeTransform, Distribution
@@ -29,6 +30,7 @@ from .parts import FlowDistribution
 from .supports import CircularSupport
 
 _SETS, _DRAWS = 8, 512  # scrambled nets, whose spread tells the error, and the draws of each
+_BOUNDED = (constraints.simplex, constraints.sphere, constraints.corr_cholesky)
 _LIGHT = (  # tails as light as a normal's; torch's classes are those that Pyro's derive from
     torch.distributions.Normal,
     torch.distributions.HalfNormal,
@@ -174,7 +176,16 @@ def _is_light(base: Distribution | None) -> bool:
     if base is None or isinstance(base, _LIGHT):
         return True
     inner = _inner(base)
-    return inner is not None and _keeps_tails(base) and _is_light(inner)
+    within = inner is not None and _keeps_tails(base) and _is_light(inner)
+    return within or _is_bounded(stated_support(base))
+
+
+def _is_bounded(support: Any) -> bool:
+    """Return whether a support has a finite size."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    bounds = [getattr(support, name, math.inf) for name in ("lower_bound", "upper_bound")]
+    return support in _BOUNDED or all(bool(torch.as_tensor(b).isfinite().all()) for b in bounds)
 
 
 def _existing(base: Distribution) -> tuple[float, float]:
@@ -317,7 +328,8 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         q = q if increases else 1 - q
         inner = (q > 0) & (q < 1)
         x = pushed(self, _base_icdf(self, q.where(inner, 0.5)))
-        for at, bound in enumerate(_base_ends(self)):
+        is_known = not (is_tracing() or is_functional())
+        for at, bound in enumerate(() if is_known and bool(inner.all()) else _base_ends(self)):
             if bool(bound.isfinite().any()):
                 image = pushed(self, bound.nan_to_num(posinf=0.0, neginf=0.0))
                 image = image.where(bound.isfinite().reshape(image.shape), end)
@@ -401,7 +413,8 @@ def _base_cdf(distribution: Summaries, x: Tensor) -> Tensor:
     base = _scalars(distribution.base)
     found = inside_support(stated_support(base), x)
     with _naming(base, "cdf"):
-        if found is None:
+        # Parts of a mixture have bounds of their own.
+        if found is None or found[0].shape != x.shape:
             return base.cdf(x)[..., 0]
         within, known = found
         below = base.cdf(x.where(within, known))

@@ -77,7 +77,7 @@ class ImportanceResult(NamedTuple):
         Raises:
             ValueError: If ``count`` is below 1 or not whole, or no weight is positive.
         """
-        check_ranges(whole("count", count, 1))
+        check_ranges(whole("count", count, 1, or_none=True))
         count = len(self.log_weights) if count is None else int(count)
         if not self.ess > 0:
             raise ValueError("expected draws with positive weights, got none")

@@ -54,7 +54,7 @@ def to_arviz(
         >>> dict(to_arviz(joint, count=100).posterior.sizes)
         {'chain': 1, 'draw': 100}
     """
-    check_ranges(whole("count", count, 1))
+    check_ranges(whole("count", count, 1, or_none=True))
     named, others = {}, {}
     with seeded(seed):
         if isinstance(source, ImportanceResult):

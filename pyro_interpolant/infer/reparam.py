@@ -27,7 +27,8 @@ from .sites import Model, Nodes, Site, whole_value
 
 _BASE = "_base"  # what a site in base space has after its name
 _MARK = "_interpolant_flow"  # where a site in base space keeps its flow, and the site it is of
-_SITES_OWN = (NAMED, "was_observed", "obs")  # of what "infer" holds, no part of the base draw's
+# Of what "infer" holds, no part of the base draw's.
+_SITES_OWN = (NAMED, "was_observed", "obs", "_markov_scope", "_markov_depth")
 _RUNS = 16  # of a model, which tell whether all draws have one prior
 
 

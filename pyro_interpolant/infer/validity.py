@@ -108,7 +108,7 @@ def _on_support(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | bool:
         return True
     if not moved and not constraints.is_dependent(type(fn).support):
         return True
-    inside = support.check(value)
+    inside = torch.as_tensor(support.check(value))  # one of the user's may return a bool
     return inside.flatten(-events).all(-1) if events else inside
 
 

@@ -316,7 +316,7 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
             "expected a flow that owns its weights, got a conditioned or guided one, or one "
             "stopped by at(t): fit the distribution it came from"
         )
-    check_single(distribution.base)
+    check_single(distribution.base, rows=True)
     transform.flow.check_path()
     loc = transform.flow.loc
     if loc.dtype == torch.float16:

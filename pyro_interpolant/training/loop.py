@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_ranges, whole
-from .._torch import Watch, evaluated, rng_state, set_rng_state, warn_user
+from .._torch import evaluated, rng_state, set_rng_state, warn_user
 from ..nn.velocity import image_shape
 from .checkpoint import Checkpoint, buffers_of
 from .clock import Clock
@@ -98,7 +98,7 @@ class Schedule:
         """Check the settings."""
         steps, limit, decay = self.steps, self.max_seconds, self.weight_decay
         check_ranges(
-            whole("steps", steps, 1),
+            whole("steps", steps, 1, or_none=True),
             ("max_seconds > 0", limit is None or limit > 0, limit),
             ("a finite learning_rate > 0", 0 < self.learning_rate < math.inf, self.learning_rate),
             ("a finite weight_decay >= 0", decay is None or 0 <= decay < math.inf, decay),
@@ -171,7 +171,6 @@ class HeldOutMonitor:
         self.steps: list[int] = []
         self.losses: list[float] = []
         self.held_losses: list[float] = []
-        self.watch = Watch()  # of evaluations of the held-out loss
         self.best, self.best_step, self.since_best = math.inf, 0, 0
         self.best_values = [v.clone() for v in average.values]
         self.best_buffers = self._buffers()
@@ -180,9 +179,7 @@ class HeldOutMonitor:
         """Evaluate the held-out loss, and keep the averaged weights if it is the best."""
         process, began = self.objective.process, time.monotonic()
         with torch.no_grad(), self.average.applied():
-            with self.watch():
-                loss = float(self.objective.held_loss(self.points))
-            held = process.agreed(loss)
+            held = process.agreed(float(self.objective.held_loss(self.points)))
             if self.density is not None and len(self.steps) >= _FIRST_GLIMPSE:
                 self.nats = self.density.glimpse(step, seconds)
         self.seconds = process.agreed(time.monotonic() - began)
@@ -391,7 +388,7 @@ class Run:
         if self.done < min(1.0, self.next_look):
             return True
         monitor.look(self.descent.steps, self.rate(), seconds)
-        self.descent.watch = Watch()  # a callback may have switched dropout on
+        self.descent.draws = None  # a callback may have switched dropout on
         self._plan_look()
         if self.done >= 1:
             return False

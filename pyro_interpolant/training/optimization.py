@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import Watch
+from .._torch import draws, draws_nothing
 from ..distributions.interpolant import AnyDistribution
 from .objective import Objective, Points
 
@@ -96,7 +96,7 @@ class Descent:
         self.average = ExponentialMovingAverage(self.parameters, ema)
         self.skipped = self.consecutive = self.taken = 0
         self.running = math.inf
-        self.watch = Watch()  # of steps, all of which draw where the network has dropout
+        self.draws: bool | None = None  # whether the network draws random numbers
 
     @property
     def steps(self) -> int:
@@ -105,7 +105,12 @@ class Descent:
 
     def __call__(self, points: tuple[Points, ...], learning_rate: float) -> Tensor | None:
         """Take a step, and return the loss before it, a scalar; None if it had to be skipped."""
-        with self.watch():
+        if self.draws is None:  # by the first step after a look: dropout does so in each
+            before = draws()
+            loss = self._step(points, learning_rate)
+            self.draws = draws() > before
+            return loss
+        with contextlib.nullcontext() if self.draws else draws_nothing():
             return self._step(points, learning_rate)
 
     def _step(self, points: tuple[Points, ...], learning_rate: float) -> Tensor | None:

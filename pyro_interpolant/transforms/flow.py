@@ -9,7 +9,6 @@ with L whitening the data. The solver stores the states at the quadrature nodes 
 is one weighted sum along them, computed only where a density is wanted.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -20,14 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import (
-    Watch,
     innermost,
     is_functional,
-    is_seeded,
     is_tracing,
     keep_freed_memory,
     needs_graph,
     recomputed,
+    watching_the_first,
 )
 from ..interpolants.linear import Interpolant, Trigonometric
 from ..nn.velocity import (
@@ -42,6 +40,7 @@ from ..nn.velocity import (
 )
 from ..solvers.divergence import Divergence
 from ..solvers.ode import (
+    Adaptive,
     FixedGrid,
     RandomGrid,
     Solver,
@@ -54,6 +53,7 @@ from .whitening import DenseWhitening, Whitening
 
 ROWS_PER_SOLVE = 512  # without gradients
 _MAX_KEPT_BYTES = 2**26  # of a trajectory that is kept: 64 MiB
+_OWN_SOLVES = (FixedGrid.solve, Adaptive.solve)  # which draw nothing themselves
 _MIN_RANDOM_NODES = 12  # however few a solver needs for weights that are trained already
 
 
@@ -214,8 +214,14 @@ class Flow(nn.Module):
         velocity_at = partial(field, self.velocity, context=path.context)
 
         def solve(white: Tensor) -> Tensor:
-            with self._watch(path.solver):
+            if is_tracing() or getattr(type(path.solver), "solve", None) not in _OWN_SOLVES:
                 return path.solver.solve(velocity_at, white, times)
+            with watching_the_first() as watched:
+
+                def watched_at(times: Tensor) -> list[StateFunction]:
+                    return [watched(function) for function in velocity_at(times)]
+
+                return path.solver.solve(watched_at, white, times)
 
         if only_x_needs_grad(white, (path.context, *self.parameters())):
             states = self._solve_for_gradient(solve, white, path, times)
@@ -253,14 +259,6 @@ class Flow(nn.Module):
                 return recorded_solve(kept, white, times, solver.method, solve)
         return solve(white)
 
-    def _watch(self, part: Solver | Divergence) -> contextlib.AbstractContextManager[None]:
-        """Return the scope of what a part of a path does with the network."""
-        if is_tracing() or not is_seeded():
-            return contextlib.nullcontext()
-        # Dropout draws in training mode, and a part of the user's may do so always.
-        kind = type(part), *(module.training for module in self.velocity.modules())
-        return self.__dict__.setdefault("_watches", {}).setdefault(kind, Watch())()
-
     def log_det(self, states: Tensor, path: Path) -> Tensor:
         """Return the integral of the divergence along the states, plus log |det L|, shape ``(*)``.
 
@@ -268,10 +266,6 @@ class Flow(nn.Module):
             states: The whitened states at the path's nodes, shape ``(N + 1, *, D)``.
             path: The way through the flow.
         """
-        with self._watch(path.divergence):
-            return self._log_det(states, path)
-
-    def _log_det(self, states: Tensor, path: Path) -> Tensor:
         if path.end == 0.0:
             return self.whitening.log_det.expand(states.shape[1:-1])
         times, weights = (s.to(states) for s in path.times)
@@ -282,13 +276,14 @@ class Flow(nn.Module):
         # In pieces that stay in the processor's cache.
         size = rows_at_once(self.velocity)
         blocks, totals = _Blocks(states, path, size), []
-        for part, own_path in blocks:
-            nodes = max(1, size // max(1, part[0, ..., 0].numel()))
-            total = self.whitening.log_det
-            rates = self._rates(times, nodes, own_path)
-            for s, rate, w in zip(part.split(nodes), rates, weights.split(nodes), strict=True):
-                total = total + torch.tensordot(w, rate(s), dims=1)
-            totals.append(total[None])
+        with watching_the_first() as watched:
+            for part, own_path in blocks:
+                nodes = max(1, size // max(1, part[0, ..., 0].numel()))
+                total = self.whitening.log_det
+                rates = self._rates(times, nodes, own_path)
+                for s, rate, w in zip(part.split(nodes), rates, weights.split(nodes), strict=True):
+                    total = total + torch.tensordot(w, watched(rate)(s), dims=1)
+                totals.append(total[None])
         return blocks.joined(totals)[0]
 
     def trajectory(

@@ -16,7 +16,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .._torch import broadcast_batch, is_tracing
+from .._torch import is_tracing
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
 from ..nn.velocity import checked_labels, embedded, has_embedding
@@ -420,3 +420,23 @@ def conditional_interpolant_transform(
     return ConditionalInterpolantTransform(
         VelocityMLP(input_dim, hidden_dims, context_dim), **kwargs
     )
+
+
+def broadcast_batch(given: Sequence[int], own: Sequence[int]) -> torch.Size:
+    """Return the common batch shape of values and of a distribution or context.
+
+    Args:
+        given: The batch shape of the values.
+        own: That of the distribution or context.
+
+    Raises:
+        ValueError: If they do not broadcast.
+    """
+    pairs = zip(reversed(given), reversed(own), strict=False)
+    if any(a != b and a != 1 and b != 1 for a, b in pairs):
+        raise ValueError(
+            f"expected values of a batch shape that broadcasts with {tuple(own)}, that of the "
+            f"distribution or its context, got {tuple(given)}: sizes are compared from the right, "
+            "and must be equal or 1"
+        )
+    return torch.broadcast_shapes(tuple(given), tuple(own))

@@ -19,7 +19,7 @@ from ..interpolants.learned import LearnedInterpolant
 from ..training.data import DEFAULT_SHARE, Table, TableBatches, as_held_out
 from ..training.distributed import Process
 from ..training.fitting import FitResult, fit, start_from, trainable_flow
-from ..training.objective import Coupling, Objective
+from ..training.objective import Coupling, Objective, check_choices
 from ..training.optimization import Descent
 from ..training.rows import Rows, subsample
 from ..training.whitening import set_whitening
@@ -108,6 +108,7 @@ def learn_interpolant(
         arXiv 2209.15571, eq. 14 and Proposition 4.
     """
     pace = _Pace(alternations, velocity_steps, learning_rate, interpolant_rate)
+    check_choices("velocity", coupling, fit_options.get("callback"))
     flow = trainable_flow(distribution)
     interpolant = flow.interpolant
     if not isinstance(interpolant, LearnedInterpolant):

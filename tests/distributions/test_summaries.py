@@ -149,9 +149,8 @@ def test_moments_on_an_unbounded_support_need_light_tails(name):
     assert flow(base, constraints.softplus_positive).variance.isfinite()  # which grows as x does
 
 
-@pytest.mark.slow
 def squashed(scale, law):
-    """A law that states no moments: the exponential of another, or, by 2, an affine map."""
+    """A law that states no moments: twice another, or, where the scale is 1, its exponential."""
     maps = [torch.distributions.AffineTransform(1.0, scale), torch.distributions.ExpTransform()]
     return dist.TransformedDistribution(law, maps[: 1 if scale > 1 else 2])
 
@@ -170,6 +169,10 @@ UNSTATED = {  # a base, and whether it has a mean and a variance
         True,
     ),
     "exp of normal": (lambda: squashed(1.0, dist.Normal(0.0, 1.0).expand((1,))).to_event(1), True),
+    "on an interval": (
+        lambda: dist.RelaxedBernoulli(torch.tensor(0.5), probs=torch.full((1,), 0.3)).to_event(1),
+        True,
+    ),
 }
 
 
@@ -184,6 +187,7 @@ def test_a_base_that_does_not_state_its_moments_has_those_of_what_it_is_made_of(
     assert bool(found.mean.isfinite().all()) == exist == bool(found.variance.isfinite().all())
 
 
+@pytest.mark.slow
 def test_each_part_of_a_support_has_its_moments():
     parts = [constraints.real, constraints.unit_interval, constraints.positive]
     heavy = dist.StudentT(torch.full((3,), 5.0)).to_event(1)
@@ -334,6 +338,15 @@ def test_quantiles_of_a_bounded_base_end_at_the_images_of_its_ends(name, turns):
     known = beyond.isfinite() & (beyond < (2.0 if turns else math.inf))
     close(d.cdf(beyond[known]), q[known])
     close(d.cdf(d.icdf(torch.tensor([0.2, 0.7]))), torch.tensor([0.2, 0.7]), rtol=0, atol=1e-2)
+
+
+def test_parts_of_a_mixture_have_bounds_of_their_own():
+    parts = dist.Uniform(torch.tensor([-1.0, 0]), torch.tensor([1.0, 2]), validate_args=False)
+    mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts, validate_args=False)
+    base = mixture.expand((1,)).to_event(1)
+    d = InterpolantDistribution(interpolant_transform(1, (8,)), base).freeze()  # untrained
+    x = torch.tensor([-2.0, -0.5, 0.5, 1.5, 3])[:, None]
+    close(d.cdf(x), torch.tensor([0.0, 0.125, 0.5, 0.875, 1]), rtol=0, atol=1e-6)
 
 
 def test_bases_without_quantiles_are_named():

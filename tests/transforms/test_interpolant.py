@@ -1,6 +1,7 @@
 """The transform as a function: derivatives, rows, contexts, times, and what it refuses."""
 
 import copy
+import pickle
 import re
 
 import pyro
@@ -666,20 +667,22 @@ class Dropping(nn.Module):
         return self.layers(torch.cat((t[..., None], x), -1))
 
 
-def test_a_network_with_dropout_draws_in_a_seeded_scope_whichever_mode_it_was_in_before():
+@pytest.mark.parametrize("switch", ["mode", "share", "no rows"])
+def test_a_network_with_dropout_draws_in_a_seeded_scope_whatever_it_did_before(switch):
     flow = InterpolantTransform(Dropping())
-    x, state = torch.randn(3, 2), torch.get_rng_state()
+    x, state, drop = torch.randn(3, 2), torch.get_rng_state(), flow.velocity.layers[1]
 
-    def solved():
+    def solved(x):
         with seeded(1), torch.no_grad():
             return flow(x.clone())  # a new tensor, of which nothing is kept
 
-    flow.eval()
-    quiet = solved(), solved()
+    flow.train(switch != "mode")
+    drop.p = 0.0 if switch == "share" else 0.5
+    quiet = solved(x[:0] if switch == "no rows" else x)
+    drop.p = 0.5
     flow.train()
-    noisy = solved(), solved(), solved()
-    assert torch.equal(*quiet)
-    assert torch.equal(noisy[0], noisy[1])
-    assert torch.equal(noisy[0], noisy[2])
-    assert not torch.equal(noisy[0], quiet[0])
+    noisy = solved(x), solved(x)
+    assert torch.equal(*noisy)
+    assert not torch.equal(noisy[0], quiet)
     assert torch.equal(torch.get_rng_state(), state)
+    pickle.dumps(flow)

@@ -222,6 +222,8 @@ def test_one_column_alone(options):
         (LearnedInterpolant(), {"alternations": 2.5}, ValueError, "alternations >= 1, a whole"),
         (LearnedInterpolant(), {"velocity_steps": 1.5}, ValueError, "velocity_steps >= 1, a who"),
         (LearnedInterpolant(), {"interpolant_rate": 0.0}, ValueError, "interpolant_rate > 0"),
+        (LearnedInterpolant(), {"coupling": "optimal"}, TypeError, "coupling to be a function"),
+        (LearnedInterpolant(), {"callback": 3}, TypeError, "callback to be a function"),
         (LearnedInterpolant(), {"validation": None}, ValueError, "validation .*, got None"),
         (
             LearnedInterpolant(event_dim=3, matrices=True),
