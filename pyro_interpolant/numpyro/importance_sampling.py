@@ -103,7 +103,7 @@ def importance(
     check_guide(guide)
     least = importance_sampling.MIN_DRAWS
     check_ranges((f"count >= {least}", count >= least, count))
-    density, posterior = log_density(guide, args, kwargs), guide.get_posterior()
+    posterior, density = guide.get_posterior(), log_density(guide, args, kwargs)
     z, log_p, log_q = _weighed(posterior, density, key, count, psis.tail_length(count))
     raw = psis.log_ratio(*(torch.tensor(np.asarray(part)) for part in (log_p, log_q)))
     summary = psis.summarise_weights(raw)

@@ -2,7 +2,7 @@ r"""Supports that files describe, and the bijections to them from real vectors.
 
 A support is known by its description in a file, as text: so it can be compared and hashed, and is
 a pytree without leaves, which NumPyro's own constraints with bounds are not. The bijections are
-NumPyro's, which are those of Pyro; splines, angles and shapes are here.
+NumPyro's, which are those of Pyro; splines, angles, shapes and the edges of intervals are here.
 """
 
 import json
@@ -19,7 +19,14 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.constraints import Constraint
-from numpyro.distributions.transforms import ComposeTransform, ReshapeTransform, Transform
+from numpyro.distributions.transforms import (
+    CatTransform,
+    ComposeTransform,
+    IndependentTransform,
+    ReshapeTransform,
+    SigmoidTransform,
+    Transform,
+)
 
 from .transforms import MarginalTransform, RadialTransform, RealVectorTransform, Wrap
 
@@ -159,6 +166,56 @@ class Bijection(RealVectorTransform):
         return shape
 
 
+class _Between(Transform):
+    """The bijection from real numbers to an interval, whose inverse clamps as torch's does.
+
+    NumPyro's takes the edges, and what the type cannot tell from them, to infinity. Beyond the
+    edges the inverse is NaN.
+
+    Args:
+        constraint: The interval.
+    """
+
+    sign = 1
+
+    def __init__(self, constraint: Any) -> None:
+        self.constraint = constraint
+        self.low, self.high = constraint.lower_bound, constraint.upper_bound
+        self.width = self.high - self.low
+
+    def tree_flatten(self) -> tuple[tuple[()], tuple[tuple[()], dict[str, Any]]]:
+        """Return no arrays, and the interval with its edges."""
+        return (), ((), dict(vars(self)))
+
+    @property
+    def codomain(self) -> Constraint:
+        """The interval."""
+        return self.constraint
+
+    def __call__(self, x: Array) -> Array:
+        """Return values in the interval, of any shape."""
+        return self.low + self.width * SigmoidTransform()(x)
+
+    def _inverse(self, y: Array) -> Array:
+        low, high = (jnp.asarray(edge, y.dtype) for edge in (self.low, self.high))
+        u = (y - self.low) / self.width
+        limits = jnp.finfo(u.dtype)
+        least, most = limits.tiny, 1.0 - limits.eps
+        # Draws lie at these; their derivative is that inside, of which that of ``clip`` is half.
+        u = jnp.where(u < least, least, jnp.where(u > most, most, u))
+        return jnp.where((y < low) | (y > high), jnp.nan, jnp.log(u) - jnp.log1p(-u))
+
+    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: object = None) -> Array:
+        """Return ``log |dy/dx|`` of each number.
+
+        Args:
+            x: Inputs.
+            y: Their images.
+            intermediates: Unused.
+        """
+        return SigmoidTransform().log_abs_det_jacobian(x, y) + jnp.log(jnp.abs(self.width))
+
+
 @partial(jax.jit, static_argnames="text")
 def _onto(x: Array, *, text: str) -> tuple[Array, Array]:
     y, total = x, jnp.zeros(x.shape[:-1], x.dtype)
@@ -226,35 +283,58 @@ def event_shape(description: Description, size: int) -> tuple[int, ...]:
 
 
 def bijection(description: Description) -> Transform:
-    """Return the bijection to the support of a site of any shape, as its description has it."""
-    return ComposeTransform(list(_parts(text_of(description))[0]))
+    """Return the bijection to the support of a site of any shape, as its description has it.
+
+    Its inverse takes edges to infinity: packed values are strictly inside.
+    """
+    return ComposeTransform(list(_parts(text_of(description), clamps=False)[0]))
 
 
 @lru_cache(maxsize=256)
-def _parts(text: str) -> tuple[Sequence[Transform], Constraint]:
-    """Return the transforms from real vectors to a described support, and the constraint."""
-    return _built(json.loads(text))
+def _parts(text: str, *, clamps: bool = True) -> tuple[Sequence[Transform], Constraint]:
+    """Return the transforms from real vectors to a described support, and the constraint.
+
+    Args:
+        text: The description.
+        clamps: Whether inverses clamp at the edges of intervals, as those of torch.
+    """
+    return _built(json.loads(text), _clamping if clamps else biject_to)
 
 
-def _built(description: Description) -> tuple[Sequence[Transform], Constraint]:
+def _built(
+    description: Description, make: Callable[[Constraint], Transform]
+) -> tuple[Sequence[Transform], Constraint]:
     rest: list[Any]
     kind, *rest = [description] if isinstance(description, str) else description
     if kind in _MAPS:
         inner, parts = rest
         tables = [np.array(part, dtype=np.float64) for part in parts]
-        transforms, constraint = _built(inner)
+        transforms, constraint = _built(inner, make)
         return [_MAPS[kind](*tables), *transforms], constraint
     if kind == "circular":
         return [Wrap()], constraints.independent(constraints.circular, 1)
     if kind == "shaped":
         inner, shape = rest
-        transforms, constraint = _built(inner)
+        transforms, constraint = _built(inner, make)
         reshape = ReshapeTransform(tuple(shape), (math.prod(shape),))
         return [*transforms, reshape], _Shaped(constraint, tuple(shape))
     if is_real(description):
         return [], constraints.real_vector
     constraint = constraint_of(description)
-    return [biject_to(constraint)], constraint
+    return [make(constraint)], constraint
+
+
+def _clamping(constraint: Any) -> Transform:
+    """Return the bijection to a constraint, in which intervals are :class:`_Between`."""
+    if isinstance(constraint, constraints.independent):
+        inner = _clamping(constraint.base_constraint)
+        return IndependentTransform(inner, constraint.reinterpreted_batch_ndims)
+    if isinstance(constraint, constraints.cat):
+        parts = [_clamping(part) for part in constraint.cseq]
+        return CatTransform(parts, constraint.dim, constraint.lengths)
+    if isinstance(constraint, (constraints.interval, type(constraints.unit_interval))):
+        return _Between(constraint)
+    return biject_to(constraint)
 
 
 def constraint_of(description: Description) -> Constraint:

@@ -149,10 +149,10 @@ def test_what_is_no_guide_of_this_room():
         importance(TorchGuide(conjugate), KEY)
     with pytest.raises(TypeError, match=r"an AutoInterpolant of pyro_interpolant\.numpyro, got"):
         neutra(TorchGuide(conjugate))
-    guide = prepared(AutoInterpolant(conjugate), jnp.ones(2))
+    new, guide = AutoInterpolant(conjugate), prepared(AutoInterpolant(conjugate), jnp.ones(2))
     for use in (
         guide.get_posterior, guide.get_base_dist, guide.get_transform, guide.median,
-        lambda: importance(guide, KEY, jnp.ones(2)), lambda: neutra(guide),
+        lambda: importance(new, KEY, jnp.ones(2)), lambda: neutra(guide),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="expected a trained guide: call fit_guide"):
             use()

@@ -203,6 +203,26 @@ def test_more_supports(name, twin):
     assert_twins(flow, twin(flow))
 
 
+EDGES = {
+    "unit": constraints.unit_interval,
+    "half open": constraints.half_open_interval(0.0, 1.0),
+    "wide": constraints.independent(constraints.interval(0.1, 0.7), 1),
+    "stack": constraints.stack([constraints.unit_interval], dim=-1),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(EDGES, "unit"))
+def test_the_edges_of_an_interval(name, float32):
+    """There, and where float32 cannot tell, torch clamps; beyond them is no density."""
+    flow = plain(1, support=EDGES[name], validate_args=False).freeze()
+    low, high = (0.1, 0.7) if name == "wide" else (0.0, 1.0)
+    y = torch.tensor([low, high, high - 6e-8, low + 1e-30, 0.5, high + 1e-6, low - 1e-6])[:, None]
+    other = from_torch(flow)
+    found = other.log_prob(jnp.asarray(y.numpy()))
+    assert_equal(found[:5], flow.log_prob(y)[:5], 3e-5)
+    assert (found[5:] == -jnp.inf).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("support", [constraints.real_vector, constraints.positive], ids=str)
 def test_event_shapes(support, twin):
