@@ -42,6 +42,8 @@ class _Columns(nn.Module):
                 and there is none.
         """
         values, there = self._parts(y)
+        # What is missing may be NaN, which no factor makes zero, nor its gradients finite.
+        values = torch.where(there > 0, values, self.loc)
         return (values - self.loc) / self.scale * there, there
 
     @torch.no_grad()
@@ -186,8 +188,11 @@ class SeriesEmbedding(nn.Module):
         Args:
             y: Series, shape ``(N, L, d)``, or ``(N, L, d + 1)`` with a mask; ``(N, L)`` where d is
                 1 and there is none.
+
+        Raises:
+            ValueError: If they are of another length.
         """
-        values, there = self.columns(y)
+        values, there = self._parts(y)
         values = torch.cat((values, there), -1) if self.masked else values
         return self.layers(values.mT)
 
@@ -199,8 +204,11 @@ class SeriesEmbedding(nn.Module):
 
         Args:
             y: Series, shape ``(N, L, d)``, ``(N, L, d + 1)`` or ``(N, L)``.
+
+        Raises:
+            ValueError: If they are of another length.
         """
-        values, there = self.columns(y)
+        values, there = self._parts(y)
         stretches = min(self.length, _STRETCHES)
         means = nn.functional.adaptive_avg_pool1d(values.mT, stretches).flatten(1)
         if self.length == 1:
@@ -208,6 +216,16 @@ class SeriesEmbedding(nn.Module):
         pairs = torch.stack((values[:, :-1], values[:, 1:]), -1).transpose(1, 2)  # (N, d, L-1, 2)
         both = (there[:, :-1] * there[:, 1:])[:, None]
         return torch.cat((means, _fits(pairs, both).summary.flatten(1)), -1)
+
+    def _parts(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return standardised values of series, ``(N, L, d)``, and which are there."""
+        values, there = self.columns(y)
+        if values.shape[1] != self.length:
+            raise ValueError(
+                f"expected series of {self.length} times, got {values.shape[1]}: pad shorter "
+                "ones, with masked=True, or make a SeriesEmbedding of their length"
+            )
+        return values, there
 
     def set_scales(self, y: Tensor) -> None:
         """Set location and scale of the channels from series, ``(N, L, d)``, where they are."""
@@ -266,6 +284,8 @@ def _mean(values: Tensor, there: Tensor) -> Tensor:
 
 def _extremes(values: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """Return least and greatest values, ``(*, n, K)``, that are there: ``(*, K)``, or zeros."""
+    if not values.shape[-2]:
+        return values.sum(-2), values.sum(-2)
     gone = there == 0
     low = values.masked_fill(gone, torch.inf).amin(-2)
     high = values.masked_fill(gone, -torch.inf).amax(-2)

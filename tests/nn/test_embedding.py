@@ -325,6 +325,40 @@ def test_sets_do_not_depend_on_the_order_or_on_rows_that_are_not_there():
         assert bool(function(torch.zeros(1, 6, 3)).isfinite().all())  # a set of nothing
 
 
+@pytest.mark.parametrize("embedding", [SetEmbedding(2, masked=True), SeriesEmbedding(6, 2, True)])  # noqa: FBT003
+def test_what_is_missing_may_be_nan(embedding):
+    """It counts as any other value would, and so do gradients."""
+    y = torch.randn(4, 6, 3, dtype=torch.float32)
+    y[..., 2] = torch.tensor([1.0, 1, 1, 0, 1, 0])
+    y[0, :, 2] = 0  # of the first nothing is there
+    gone = y.clone()
+    gone[..., :2] = torch.where(y[..., 2:] > 0, y[..., :2], torch.nan)
+    gone.requires_grad_()
+    embedding = embedding.float()
+    found = embedding(gone), embedding.summary(gone)
+    torch.testing.assert_close(found, (embedding(y), embedding.summary(y)))
+    parts = torch.autograd.grad(sum(part.sum() for part in found), [gone, *embedding.parameters()])
+    assert all(bool(part.isfinite().all()) for part in parts)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_set_without_rows_is_one_of_which_all_are_missing(size):
+    embedding = SetEmbedding(size, masked=True).double()
+    none, missing = torch.ones(3, 0, size + 1), torch.zeros(3, 4, size + 1)
+    expected = embedding.forward_and_summary(missing)
+    torch.testing.assert_close(embedding.forward_and_summary(none), expected)
+    plain = SetEmbedding(size).double().summary(none[..., :-1])
+    torch.testing.assert_close(plain, expected[1][:, :-1])
+
+
+@pytest.mark.parametrize("length", [5, 49, 51])
+def test_series_of_another_length_are_refused(length):
+    embedding = SeriesEmbedding(50, 2, True).double()  # noqa: FBT003
+    for function in (embedding, embedding.summary):
+        with pytest.raises(ValueError, match=f"series of 50 times, got {length}: pad shorter"):
+            function(torch.ones(3, length, 3))
+
+
 def test_series_do_not_depend_on_values_that_are_missing():
     y = torch.randn(4, 30)
     there = (torch.rand(4, 30) > 0.3).double()
