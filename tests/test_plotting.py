@@ -390,6 +390,40 @@ def test_batches_are_refused(draw):
         draw(flow(2).expand((3,)))
 
 
+WRONG = {
+    r"levels, each in \(0, 1\), got \(1.5,\)": lambda x: plotting.corner(x, x, levels=(1.5,)),
+    r"2 names, one per column, got \['a'\]": lambda x: plotting.corner(x, x, names=["a"]),
+    "count >= 1, a whole number, got 0": lambda x: plotting.corner(flow(2), x, count=0),
+    "expected rows to draw, got none": lambda x: plotting.corner(x[:0], x),
+    r"extent of 2 ascending pairs of bounds.*\(-1, 1\)": lambda _: plotting.density(
+        flow(2), extent=(-1, 1)
+    ),
+    r"extent of 1 ascending pairs.* got \(1, -1\)": lambda _: plotting.density(
+        flow(1), extent=(1, -1)
+    ),
+    "points >= 2, a whole number, got 1": lambda _: plotting.density(flow(1), points=1),
+    "steps >= 1, a whole number, got 0": lambda _: plotting.trajectories(flow(1), steps=0),
+    "columns >= 1, a whole number, got -1": lambda _: plotting.images(
+        torch.rand(2, 1, 4, 4), columns=-1
+    ),
+    r"at least one time, got \(\)": lambda _: plotting.evolution(flow(2), ()),
+    "as many axes as times": lambda _: plotting.evolution(flow(1), (0.5,), ax=[None, None]),
+    "numbers of data and simulations, got none": lambda x: plotting.predictive_check(x[0], x[:0]),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_settings_that_cannot_work_are_refused_before_anything_is_drawn(message):
+    with pytest.raises(ValueError, match=message):
+        WRONG[message](torch.randn(10, 2))
+    assert not plt.get_fignums()
+
+
+def test_a_single_number_is_drawn_beside_simulated_ones():
+    ax = plotting.predictive_check(torch.tensor(0.3), torch.randn(50))
+    assert ax.lines[0].get_ydata().tolist() == [0.3]
+
+
 def test_numbers_that_are_not_finite_are_refused():
     x, bad = torch.randn(50, 2), torch.randn(50, 2)
     bad[3, 1] = torch.nan

@@ -1,6 +1,7 @@
-"""Axes, colours, and the bounds of samples: what pictures share."""
+"""Axes, colours, the bounds of samples, shares that can be: what pictures have in common."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +24,11 @@ def axes_array(rows: int, columns: int, size: tuple[float, float] | None = None)
     from matplotlib import pyplot as plt
 
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")[1]
+
+
+def shares(levels: Sequence[float]) -> tuple[str, bool, Any]:
+    """Return the setting of ``check_ranges`` that levels are shares between 0 and 1."""
+    return "levels, each in (0, 1)", all(0 < level < 1 for level in levels), levels
 
 
 def extent_of(x: Tensor) -> tuple[float, ...]:

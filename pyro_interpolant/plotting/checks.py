@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from .._checks import check_ranges, whole
 from ..diagnostics.predictive import REGIONS, CalibrationCheck
 from ..training.fitting import FitResult
 from .axes import DATA_COLOR, MODEL_COLOR, THIRD_COLOR, new_axes
@@ -63,7 +64,11 @@ def rank_histogram(check: CalibrationCheck, *, bins: int = 20, ax: "Axes | None"
         check: A :class:`~pyro_interpolant.diagnostics.CalibrationCheck`.
         bins: The number of bars.
         ax: Axes, or None for new ones.
+
+    Raises:
+        ValueError: If ``bins`` is below 1.
     """
+    check_ranges(whole("bins", bins, 1))
     ax = new_axes(ax)
     count, quantities = check.values.shape
     for values, name in zip(check.values.T.cpu().numpy(), check.names, strict=True):
@@ -116,14 +121,17 @@ def predictive_check(y: Tensor, simulated: Tensor, *, ax: "Axes | None" = None) 
         ax: Axes, or None for new ones.
 
     Raises:
-        ValueError: If simulated data are of another shape, or there are NaN or infinite numbers.
+        ValueError: If simulated data are of another shape, or there are none, or NaN or infinite
+            numbers.
     """
     if simulated.shape[1:] != y.shape:
         want, got = tuple(y.shape), tuple(simulated.shape)
         raise ValueError(f"expected simulated data of shape (S, *{want}), got {got}")
+    check_ranges(("numbers of data and simulations", simulated.numel() > 0, "none"))
     if not all(bool(part.isfinite().all()) for part in (y, simulated)):
         raise ValueError("expected finite data, got NaN or infinite numbers, which have no order")
-    ax, ordered = new_axes(ax), simulated.detach().double().cpu().flatten(1).sort(1).values
+    rows = simulated.detach().double().cpu().reshape(len(simulated), -1)
+    ax, ordered = new_axes(ax), rows.sort(1).values
     low, high = ordered.quantile(ordered.new_tensor([0.025, 0.975]), dim=0).numpy()
     places, values = np.linspace(0, 1, len(low)), y.detach().cpu().flatten().sort().values
     ax.fill_between(places, low, high, color=MODEL_COLOR, alpha=0.25, label="simulated, 95%")

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .._checks import check_ranges, whole
 from ..diffusion.sde import to_values
 from ..distributions.constraints import in_order
 from ..distributions.interpolant import (
@@ -28,6 +29,7 @@ from .axes import (
     axes_array,
     extent_of,
     new_axes,
+    shares,
 )
 from .tables import table
 
@@ -54,8 +56,9 @@ def trajectories(
         ax: Axes, or None for new ones.
 
     Raises:
-        ValueError: If it is a batch of flows.
+        ValueError: If it is a batch of flows, or ``count`` or ``steps`` is below 1.
     """
+    check_ranges(whole("count", count, 1), whole("steps", steps, 1))
     _check_single(distribution)
     ax = new_axes(ax)
     times, paths = _paths(distribution, count, steps)
@@ -91,8 +94,8 @@ def density(
         ax: Axes, or None for new ones.
 
     Raises:
-        ValueError: If the flow has more than two dimensions, or fewer than its events, or it is a
-            batch of flows.
+        ValueError: If the flow has more than two dimensions, or fewer than its events, it is a
+            batch of flows, or ``extent`` or ``points`` cannot be.
     """
     _check_single(distribution)
     dim = distribution.event_shape.numel()
@@ -103,8 +106,11 @@ def density(
             f"expected a density in the plane, got one on a line in it, {distribution.constraint}:"
             " use corner"
         )
-    ax = new_axes(ax)
     box = _extent(distribution) if extent is None else tuple(extent)
+    is_box = len(box) == 2 * dim and all(a < b for a, b in zip(box[::2], box[1::2], strict=True))
+    wanted = f"extent of {dim} ascending pairs of bounds, one per dimension"
+    check_ranges((wanted, is_box, box), whole("points", points, 2))
+    ax = new_axes(ax)
     lines = [torch.linspace(a, b, points) for a, b in zip(box[::2], box[1::2], strict=True)]
     grid = torch.stack(torch.meshgrid(*lines, indexing="xy"), dim=-1)
     value = _on_support(distribution, grid, lambda x: distribution.log_prob(x).exp()[..., None], 0)
@@ -139,8 +145,12 @@ def evolution(
         ax: One axes per time, or None for new ones.
 
     Raises:
-        ValueError: As :func:`density`.
+        ValueError: As :func:`density`, or if there are no times, or not as many axes.
     """
+    check_ranges(
+        ("at least one time", len(times) > 0, times),
+        ("as many axes as times", ax is None or len(ax) == len(times), ax),
+    )
     _check_single(distribution)
     if ax is None:
         ax = axes_array(1, len(times), (2.6 * len(times), 2.8))[0]
@@ -205,9 +215,10 @@ def conditional(
         ax: Axes, or None for new ones.
 
     Raises:
-        ValueError: If the flow has more than one dimension, or a data frame of contexts other
-            columns.
+        ValueError: If the flow has more than one dimension, a data frame of contexts other
+            columns, or a setting cannot work.
     """
+    check_ranges(shares(levels), whole("points", points, 2))
     flow = distribution.transform.flow
     if flow.event_dim > 1:
         raise ValueError(
@@ -216,6 +227,8 @@ def conditional(
         )
     ax = new_axes(ax)
     contexts, names = table(context)
+    width = contexts.shape[1]
+    check_ranges((f"column from 0 to {width - 1}", column in range(-width, width), column))
     names = names or distribution.context_columns
     taken = in_order(torch.as_tensor(contexts), names, distribution.context_columns, "context")
     given = distribution.condition(taken.to(flow.loc))

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .._checks import check_ranges, whole
 from ..distributions.constraints import as_tensor
 from ..training.image_rows import LEVELS
 from .axes import new_axes
@@ -25,8 +26,9 @@ def images(x: ArrayLike, *, columns: int | None = None, ax: "Axes | None" = None
         ax: Axes, or None for new ones.
 
     Raises:
-        ValueError: If images have another shape, or there are none.
+        ValueError: If images have another shape, or there are none, or no columns.
     """
+    check_ranges(whole("columns", columns, 1))
     values = as_tensor(x, "images").detach().cpu()
     if values.dim() != 4 or values.shape[1] not in (1, 3) or not len(values):
         raise ValueError(
@@ -46,7 +48,7 @@ def images(x: ArrayLike, *, columns: int | None = None, ax: "Axes | None" = None
 def _grid(values: Tensor, columns: int | None) -> np.ndarray:
     """Return images, ``(N, C, H, W)``, on a white ground, shape ``(height, width, C)``."""
     count, channels, height, width = values.shape
-    columns = min(count, columns or int(np.ceil(np.sqrt(count))))
+    columns = min(count, int(columns or np.ceil(np.sqrt(count))))
     rows = -(-count // columns)
     grid = values.new_ones(channels, rows * (height + 1) - 1, columns * (width + 1) - 1)
     for i, image in enumerate(values):

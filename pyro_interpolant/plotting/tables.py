@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from .._checks import check_ranges, whole
 from ..distributions.constraints import RowsLike, checked_rows, in_order, named_columns
 from ..distributions.joint import JointInterpolantDistribution
-from .axes import DATA_COLOR, MODEL_COLOR, SCATTER_POINTS, axes_array, extent_of
+from .axes import DATA_COLOR, MODEL_COLOR, SCATTER_POINTS, axes_array, extent_of, shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,16 +43,18 @@ def corner(
         ax: An array of D x D axes, or None for new ones.
 
     Raises:
-        ValueError: If samples and data have other columns, or numbers that are not finite. Where
-            both have names, as those of a distribution trained on a data frame, columns are
-            compared by them.
+        ValueError: If samples and data have other columns, or numbers that are not finite, there
+            are none of either, or a setting cannot work. Where both have names, as those of a
+            distribution trained on a data frame, columns are compared by them.
     """
+    check_ranges(shares(levels), whole("count", count, 1))
     rows, drawn, found = _beside(samples, data, count)
     pair = ((rows, DATA_COLOR, "data"), (drawn, MODEL_COLOR, "model"))
     dim = rows.shape[-1]
+    names = (found or [f"$x_{{{i + 1}}}$" for i in range(dim)]) if names is None else names
+    check_ranges((f"{dim} names, one per column", len(names) == dim, names))
     if ax is None:
         ax = axes_array(dim, dim, (1.6 * dim + 1, 1.6 * dim + 1))
-    names = (found or [f"$x_{{{i + 1}}}$" for i in range(dim)]) if names is None else names
     boxes = np.array([extent_of(torch.as_tensor(part)) for part, *_ in pair]).reshape(2, dim, 2)
     low, high = boxes[..., 0].min(0), boxes[..., 1].max(0)
     for i, j in np.ndindex(dim, dim):
@@ -92,6 +95,7 @@ def table(x: RowsLike, names: Sequence[str] = ()) -> tuple[np.ndarray, tuple[str
 
 def _flat(x: RowsLike) -> tuple[Tensor, tuple[str, ...]]:
     rows, names = named_columns(x)
+    check_ranges(("rows to draw", rows.numel() > 0, f"none, shape {tuple(rows.shape)}"))
     rows = rows.detach().double().cpu()
     return checked_rows(rows.reshape(len(rows), -1), "what is drawn"), names
 
@@ -107,7 +111,7 @@ def _beside(
         count: How many samples to draw.
 
     Raises:
-        ValueError: If there are other columns.
+        ValueError: If there are other columns, or no rows.
     """
     rows, names = table(data)
     own: tuple[str, ...] = ()
