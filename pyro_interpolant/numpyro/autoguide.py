@@ -170,11 +170,13 @@ def fit_guide(
     import torch
 
     from .. import distributions, transforms
+    from .._checks import check_ranges
     from ..infer import autoguide, train_from_density
     from ..training import fit
     from ..training.clock import Clock, Seconds
 
     check_guide(guide)
+    check_ranges(("max_seconds > 0", max_seconds > 0, max_seconds))
     clock = Clock(max_seconds)
     setup, draw = jax.random.split(key)
     with _kept_if_refused(guide):

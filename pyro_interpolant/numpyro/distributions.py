@@ -193,7 +193,7 @@ class ConditionalInterpolantDistribution:
         self.base_dist, self.transforms = base_dist, list(transforms)
         self._sites = json.dumps(list(sites))
 
-    def condition(self, context: Array) -> InterpolantDistribution:
+    def condition(self, context: ArrayLike | Sequence[Any]) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``: batch shape ``(*)``.
 
         Of named sites it is a :class:`JointInterpolantDistribution`. Contexts of a flow of classes

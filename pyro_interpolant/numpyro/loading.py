@@ -201,7 +201,7 @@ def _weights(header: Mapping[str, Any], arrays: _Arrays, dtype: DTypeLike | None
     """Return the weights of a flow, of the shapes and the type that its header says.
 
     Raises:
-        RefusedError: If its velocity or divergence is one of the user's own.
+        RefusedError: If its velocity or divergence is one of the user's own, or of bfloat16.
         ValueError: If an array is missing, superfluous or of another shape or type.
     """
     name, arguments, size = header["velocity"], header["arguments"], header["dim"]
@@ -230,6 +230,11 @@ def _weights(header: Mapping[str, Any], arrays: _Arrays, dtype: DTypeLike | None
         shapes[PROBES] = (numbers["probes"], size)
     elif kind != "ExactDivergence":
         raise RefusedError(f"its divergence is a {kind}")
+    if header["dtype"] == "bfloat16":
+        raise RefusedError(
+            "its numbers are of bfloat16, which is for torch alone: load it there, convert it, "
+            ".to(torch.float32), and save it again"
+        )
     if header["dtype"] not in _TYPES:
         raise ValueError(f"expected a type among {_TYPES}, got {header['dtype']!r}")
     found = _checked(shapes, arrays, np.dtype(header["dtype"] if dtype is None else dtype))

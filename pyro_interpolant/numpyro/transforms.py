@@ -131,7 +131,7 @@ class InterpolantTransform(RealVectorTransform):
             raise ValueError(f"expected a time t in [0, 1], got {t}")
         return InterpolantTransform(self.weights, self.grid._replace(end=float(t)), self.context)
 
-    def condition(self, context: Array) -> "InterpolantTransform":
+    def condition(self, context: Any) -> "InterpolantTransform":
         """Return the transform given a context of shape ``(*, C)``.
 
         Of a flow of classes: given labels, whole numbers of shape ``(*)``, or ``(*, 1)`` of a
@@ -140,6 +140,7 @@ class InterpolantTransform(RealVectorTransform):
         Raises:
             ValueError: If the last dimension is not C, or a label is known to be of no class.
         """
+        context = _array(context)
         if "velocity.classes" in self.weights:
             context = self._labels(context)
         shape = jnp.shape(context)
@@ -149,8 +150,9 @@ class InterpolantTransform(RealVectorTransform):
             context, shape = context[0], shape[1:]
         return InterpolantTransform(self.weights, self.grid, context)
 
-    def batch_of(self, context: Array) -> tuple[int, ...]:
+    def batch_of(self, context: Any) -> tuple[int, ...]:
         """Return the batch shape of a context, shape ``(*, C)``, of labels their whole shape."""
+        context = _array(context)
         is_floating = jnp.issubdtype(jnp.result_type(context), jnp.floating)
         shape = jnp.shape(context)
         return shape if "velocity.classes" in self.weights and not is_floating else shape[:-1]
@@ -207,6 +209,14 @@ class InterpolantTransform(RealVectorTransform):
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the input: the output's, broadcast with the context's batch."""
         return self.forward_shape(shape)
+
+
+def _array(context: Any) -> Any:
+    """Return a context as an array, of numpy's where it is a list of numbers that are known."""
+    if not isinstance(context, (list, tuple)):
+        return context
+    are_known = all(map(not_jax_tracer, jax.tree.leaves(context)))
+    return np.asarray(context) if are_known else jnp.asarray(context)
 
 
 class Whiten(RealVectorTransform):

@@ -260,6 +260,13 @@ def test_a_type_that_numpy_has_not():
         from_torch(plain().to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_a_file_of_a_type_that_numpy_has_not(dtype, path):
+    save(plain().to(torch.bfloat16), path)
+    with pytest.raises(ValueError, match=r"read for NumPyro: .*bfloat16.*\.to\(torch\.float32\)"):
+        load(path, dtype=dtype)
+
+
 @pytest.mark.slow
 def test_values_of_any_type_are_promoted(path):
     save(plain().to(torch.float32), path)
@@ -313,6 +320,15 @@ def test_copies_and_pickles(make, path):
         assert repr(other) == repr(one)
         arrays = other.transforms[-1 if make is family else other._place()].weights
         assert not any(array.flags.writeable for array in arrays.values())
+
+
+def test_a_context_may_be_a_list():
+    likelihood, c = from_torch(family()), [[0.1, 0.2, 0.3], [1, 2, 3]]
+    given = likelihood.condition(c)
+    assert given.batch_shape == (2,)
+    np.testing.assert_array_equal(given.transform.context, c)
+    traced = jax.jit(lambda one: likelihood.condition([one, c[1]]).transform.context)
+    np.testing.assert_array_equal(traced(jnp.array(c[0])), c)
 
 
 def test_a_conditioned_flow_needs_its_context(path):

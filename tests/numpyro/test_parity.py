@@ -409,13 +409,16 @@ def test_labels_of_classes(kind, twin):
     assert np.isfinite(unknown(2))
 
 
-@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+KINDS_OF_LABELS = {"numpy": np.asarray, "jax": jnp.asarray, "list": lambda c: np.array(c).tolist()}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_LABELS.values(), ids=KINDS_OF_LABELS)
 def test_labels_that_are_known_are_checked_under_jit(kind):
     velocity = VelocityMLP(2, (4,), classes=3)
     flow = ConditionalInterpolantDistribution(ConditionalInterpolantTransform(velocity))
     other = from_torch(flow.freeze())
     for labels in ([[0.0], [2.0]], [0, 2]):
-        known, wrong = kind(labels), kind(labels) + 1
+        known, wrong = kind(labels), kind(np.array(labels) + 1)
         found = jax.jit(lambda x, c=known: x + other.condition(c).transform.context)(0.0)
         assert found.ravel().tolist() == [0.0, 2.0]
         with pytest.raises(ValueError, match="labels from 0 to 2"):
