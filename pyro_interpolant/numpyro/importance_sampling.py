@@ -96,13 +96,13 @@ def importance(
     """
     import torch
 
-    from .._checks import check_ranges
+    from .._checks import check_ranges, whole
     from ..diagnostics import psis
     from ..infer import importance_sampling
 
     check_guide(guide)
-    least = importance_sampling.MIN_DRAWS
-    check_ranges((f"count >= {least}", count >= least, count))
+    check_ranges(whole("count", count, importance_sampling.MIN_DRAWS))
+    count = int(count)
     posterior, density = guide.get_posterior(), log_density(guide, args, kwargs)
     z, log_p, log_q = _weighed(posterior, density, key, count, psis.tail_length(count))
     raw = psis.log_ratio(*(torch.tensor(np.asarray(part)) for part in (log_p, log_q)))

@@ -28,7 +28,7 @@ def images(x: ArrayLike, *, columns: int | None = None, ax: "Axes | None" = None
     Raises:
         ValueError: If images have another shape, or there are none, or no columns.
     """
-    check_ranges(whole("columns", columns, 1))
+    check_ranges(whole("columns", columns, 1, or_none=True))
     values = as_tensor(x, "images").detach().cpu()
     if values.dim() != 4 or values.shape[1] not in (1, 3) or not len(values):
         raise ValueError(
