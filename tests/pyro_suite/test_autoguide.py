@@ -589,7 +589,7 @@ def test_exact_where_the_posterior_is_gaussian(name, how):
     precision, rows = precision.double(), rows.double()
     data = torch.randn(len(rows))
     mean, covariance, evidence = posterior(precision, rows, data)
-    guide = AutoInterpolant(model, hidden_dims=(16, 16), init_scale=0.5)
+    guide = AutoInterpolant(model, hidden_dims=(16, 16), init_scale=0.5, solver=FixedGrid(12))
     guide(data)
     if how == "svi":
         steps = 200
