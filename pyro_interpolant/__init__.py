@@ -13,7 +13,7 @@ References:
 
 from typing import TYPE_CHECKING
 
-from ._lazy import attach
+from ._package import attach
 
 if TYPE_CHECKING:
     from . import (

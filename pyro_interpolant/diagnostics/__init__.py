@@ -9,7 +9,7 @@ tells two sets of draws apart by a classifier. ``likelihood`` has the bits per d
 
 from typing import TYPE_CHECKING
 
-from .._lazy import attach
+from .._package import attach
 
 if TYPE_CHECKING:
     from .calibration import *

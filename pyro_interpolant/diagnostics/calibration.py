@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_ranges
+from .._package import check_ranges
 from .._torch import evaluated, seeded, warn_user
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence

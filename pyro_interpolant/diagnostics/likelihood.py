@@ -24,8 +24,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._checks import check_ranges
 from .._files import StrPath, checksum, contents, refuse_no_place, write
+from .._package import check_ranges
 from .._torch import evaluated, warn_user, with_gradients
 from ..distributions.bases import check_single
 from ..distributions.constraints import contexts_of_rows, images_of

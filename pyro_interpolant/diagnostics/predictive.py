@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from .._checks import check_ranges
+from .._package import check_ranges
 from .._torch import robust_deviation, seeded
 from ..distributions.bases import check_single
 from ..distributions.constraints import (

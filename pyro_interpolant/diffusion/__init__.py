@@ -10,7 +10,7 @@ possible, approximately.
 
 from typing import TYPE_CHECKING
 
-from .._lazy import attach
+from .._package import attach
 
 if TYPE_CHECKING:
     from .conversions import *

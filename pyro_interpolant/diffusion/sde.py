@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from ..distributions.interpolant import InterpolantDistribution
 from ..interpolants.linear import END_MARGIN
 from ..transforms.interpolant import broadcast_batch

@@ -11,7 +11,7 @@ To add a support, write a constraint in ``constraints`` and register its bijecti
 
 from typing import TYPE_CHECKING
 
-from .._lazy import attach
+from .._package import attach
 
 if TYPE_CHECKING:
     from .interpolant import *

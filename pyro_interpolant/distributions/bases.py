@@ -18,7 +18,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints, transform_to
 
-from .._checks import check_ranges
+from .._package import check_ranges
 from ..interpolants.nonlinear import wrap
 from ..transforms.interpolant import broadcast_batch
 from ..transforms.whitening import Whitening

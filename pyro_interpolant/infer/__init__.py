@@ -13,7 +13,7 @@ rates of ``schedule``.
 
 from typing import TYPE_CHECKING
 
-from .._lazy import attach
+from .._package import attach
 
 if TYPE_CHECKING:
     from .amortization import *

@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from .._torch import seeded, trainable, warn_user
 from ..diagnostics.predictive import coverage, sbc, tarp
 from ..distributions.constraints import as_tensor

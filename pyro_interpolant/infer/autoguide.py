@@ -16,7 +16,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 from torch.distributions import Transform
 
-from .._checks import check_ranges
+from .._package import check_ranges
 from .._torch import seeded, trainable, with_gradients
 from ..diagnostics.psis import ImportanceSummary, summarise_weights
 from ..distributions.bases import standard_normal

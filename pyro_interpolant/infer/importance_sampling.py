@@ -12,7 +12,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from torch import Tensor
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from .._torch import seeded, warn_user
 from ..diagnostics.psis import (
     K_HAT_GOOD,

@@ -6,7 +6,7 @@ import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from .._torch import seeded
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution

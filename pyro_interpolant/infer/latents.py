@@ -21,7 +21,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from .._torch import evaluated, seeded
 from ..diagnostics.psis import log_total, pareto_smooth, systematic_resampling
 from ..distributions.constraints import contexts_of_rows

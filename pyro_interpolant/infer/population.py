@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from .._torch import seeded, with_gradients
 from ..distributions.constraints import (
     Constraint,

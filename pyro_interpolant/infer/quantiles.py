@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import ComposeTransform
 
-from .._checks import check_ranges
+from .._package import check_ranges
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.summaries import normal_points
 

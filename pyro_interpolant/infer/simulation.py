@@ -20,7 +20,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .._checks import check_ranges
+from .._package import check_ranges
 from .._torch import draws, seeded, warn_user
 from ..distributions.supports import BijectiveSupport
 from .lanes import DrawnInLanes

@@ -11,7 +11,7 @@ has none overrides ``sample`` and ``check_ends``, in ``nonlinear``.
 
 from typing import TYPE_CHECKING
 
-from .._lazy import attach
+from .._package import attach
 
 if TYPE_CHECKING:
     from .linear import *

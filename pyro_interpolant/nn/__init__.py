@@ -10,7 +10,7 @@ To add a network, write a module with ``forward(t, x, context=None)``; all else 
 
 from typing import TYPE_CHECKING
 
-from .._lazy import attach
+from .._package import attach
 
 if TYPE_CHECKING:
     from .embedded import *

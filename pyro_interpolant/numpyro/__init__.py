@@ -11,7 +11,7 @@ comes after it. To add a network, write its functions of weights beside ``mlp``.
 
 from typing import TYPE_CHECKING
 
-from .._lazy import attach
+from .._package import attach
 
 if TYPE_CHECKING:
     from .autoguide import *

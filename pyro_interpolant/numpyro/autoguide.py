@@ -170,7 +170,7 @@ def fit_guide(
     import torch
 
     from .. import distributions, transforms
-    from .._checks import check_ranges
+    from .._package import check_ranges
     from ..infer import autoguide, train_from_density
     from ..training import fit
     from ..training.clock import Clock, Seconds

@@ -96,7 +96,7 @@ def importance(
     """
     import torch
 
-    from .._checks import check_ranges, whole
+    from .._package import check_ranges, whole
     from ..diagnostics import psis
     from ..infer import importance_sampling
 

@@ -7,7 +7,7 @@ and ``grids`` images; ``axes`` is what they share.
 
 from typing import TYPE_CHECKING
 
-from .._lazy import attach
+from .._package import attach
 
 if TYPE_CHECKING:
     from .checks import *

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from ..diagnostics.predictive import REGIONS, CalibrationCheck
 from ..training.fitting import FitResult
 from .axes import DATA_COLOR, MODEL_COLOR, THIRD_COLOR, new_axes

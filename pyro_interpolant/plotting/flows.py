@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from ..diffusion.sde import to_values
 from ..distributions.constraints import in_order
 from ..distributions.interpolant import (

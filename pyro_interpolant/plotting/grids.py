@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from ..distributions.constraints import as_tensor
 from ..training.image_rows import LEVELS
 from .axes import new_axes

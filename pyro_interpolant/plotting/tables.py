@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from ..distributions.constraints import RowsLike, checked_rows, in_order, named_columns
 from ..distributions.joint import JointInterpolantDistribution
 from .axes import DATA_COLOR, MODEL_COLOR, SCATTER_POINTS, axes_array, extent_of, shares

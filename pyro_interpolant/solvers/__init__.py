@@ -10,7 +10,7 @@ divergence is a callable ``(velocity, t, x, context)``.
 
 from typing import TYPE_CHECKING
 
-from .._lazy import attach
+from .._package import attach
 
 if TYPE_CHECKING:
     from .ode import *

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
-from .._checks import check_ranges
+from .._package import check_ranges
 from .._torch import constant, jvp
 from ..nn.velocity import divergence_field, exact_divergence, expanded, inputs_of
 

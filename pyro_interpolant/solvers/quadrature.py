@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from .._checks import check_ranges
+from .._package import check_ranges
 
 Array = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ dequantisation, and the choice of a Gaussianizing map.
 
 from typing import TYPE_CHECKING
 
-from .._lazy import attach
+from .._package import attach
 
 if TYPE_CHECKING:
     from .building import *

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .._checks import check_ranges, flag
+from .._package import check_ranges, flag
 from .._torch import seeded, with_gradients
 from ..distributions.constraints import (
     Constraint,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_ranges
 from .._files import StrPath, checksum, contents_of, plain_number, refuse_no_place, write
+from .._package import check_ranges
 from .._torch import rng_state, set_rng_state, warn_user
 from ..distributions.base_description import Json
 from ..transforms.flow import Flow

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._checks import check_ranges
+from .._package import check_ranges
 from .._torch import rng_state, set_rng_state
 from ..distributions.constraints import (
     RowsLike,

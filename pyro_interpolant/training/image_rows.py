@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._checks import check_ranges, flag
+from .._package import check_ranges, flag
 from ..distributions.constraints import Shaped, images_of
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.supports import support_of

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from .._torch import evaluated, rng_state, set_rng_state, warn_user
 from ..nn.velocity import image_shape
 from .checkpoint import Checkpoint, buffers_of

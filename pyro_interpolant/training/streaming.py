@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from .._checks import check_ranges
+from .._package import check_ranges
 from .._torch import rng_state, set_rng_state
 from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution

@@ -8,7 +8,7 @@ make data nearer to normal.
 
 from typing import TYPE_CHECKING
 
-from .._lazy import attach
+from .._package import attach
 
 if TYPE_CHECKING:
     from .interpolant import *

@@ -8,7 +8,7 @@ the interpolant; ``rectified`` straightens them by training on the flow's own pa
 
 from typing import TYPE_CHECKING
 
-from .._lazy import attach
+from .._package import attach
 
 if TYPE_CHECKING:
     from .distillation import *

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, constraints
 from tqdm import tqdm
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from .._torch import seeded, with_gradients
 from ..distributions.bases import Samples, standard_normal
 from ..distributions.constraints import Constraint

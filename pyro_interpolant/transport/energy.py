@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import jacfwd, vmap
 
-from .._checks import check_ranges
+from .._package import check_ranges
 from .._torch import seeded
 from ..distributions.bases import check_single
 from ..distributions.interpolant import AnyDistribution

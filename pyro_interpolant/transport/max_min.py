@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from .._torch import seeded, trainable, with_gradients
 from ..distributions.constraints import RowsLike
 from ..distributions.interpolant import AnyDistribution

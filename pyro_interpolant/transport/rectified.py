@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_ranges, whole
+from .._package import check_ranges, whole
 from .._torch import seeded
 from ..diagnostics.calibration import calibrate
 from ..distributions.bases import Samples

@@ -7,7 +7,7 @@ round; ``budget`` shares out the time.
 
 from typing import TYPE_CHECKING
 
-from ..._lazy import attach
+from ..._package import attach
 
 if TYPE_CHECKING:
     from .train import *

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..._checks import check_ranges
+from ..._package import check_ranges
 from ..._torch import evaluated, seeded, trainable
 from ...diagnostics.calibration import calibrate_until
 from ...diagnostics.psis import (

@@ -1,0 +1,81 @@
+r"""What every room shares, without torch: names imported when first used, and settings refused.
+
+Rooms name what is in their files, and import none of them until a name is used (PEP 562): so the
+package costs little to import, and a file that needs numpy alone can be imported where there is no
+torch. A setting out of its range is refused in one way.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def attach(
+    package: str,
+    homes: Mapping[str, Sequence[str]],
+    *,
+    rooms: Sequence[str] = (),
+    moved: Mapping[str, str] | None = None,
+) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """Return ``__all__``, ``__getattr__`` and ``__dir__`` of a package whose names are lazy.
+
+    Args:
+        package: The package, ``__name__`` in its ``__init__``.
+        homes: For each of its modules the public names it holds.
+        rooms: Subpackages and modules that are attributes of the package themselves.
+        moved: Hints for names that used to be here, shown after a colon.
+    """
+    home = {name: module for module, names in homes.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name in home:
+            value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+            setattr(sys.modules[package], name, value)  # found without this function from now on
+            return value
+        if name in rooms:
+            return importlib.import_module(f"{package}.{name}")
+        hint = f": {moved[name]}" if moved and name in moved else ""
+        raise AttributeError(f"module {package!r} has no attribute {name!r}{hint}")
+
+    def names() -> list[str]:
+        return sorted([*home, *rooms, "__all__", "__doc__", "__name__", "__path__", "__file__"])
+
+    return sorted(home), get, names
+
+
+def check_ranges(*settings: tuple[str, bool, Any]) -> None:
+    """Raise a ValueError that names the first setting out of range.
+
+    Args:
+        *settings: What is expected, whether it is so, and what was given.
+    """
+    for name, good, value in settings:
+        if not good:
+            raise ValueError(f"expected {name}, got {value}")
+
+
+def whole(name: str, value: Any, least: int, *, or_none: bool = False) -> tuple[str, bool, Any]:
+    """Return the setting of :func:`check_ranges` that a number is whole.
+
+    Args:
+        name: The name of the number.
+        value: What was given.
+        least: The least that it may be.
+        or_none: Whether it may be None, too.
+    """
+    good = or_none if value is None else value >= least and value % 1 == 0
+    return f"{name} >= {least}, a whole number", good, value
+
+
+def flag(name: str, value: Any, *, or_none: bool = False) -> tuple[str, bool, Any]:
+    """Return the setting that a value is True or False: any word would count as True.
+
+    Args:
+        name: The name of the argument.
+        value: What was given.
+        or_none: Whether it may be None, too.
+    """
+    choices = "None, True or False" if or_none else "True or False"
+    good = value is True or value is False or (or_none and value is None)
+    return f"{name} to be {choices}", good, repr(value)
