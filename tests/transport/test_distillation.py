@@ -246,11 +246,15 @@ def test_what_cannot_be_distilled_is_refused():
 # ----------------------------------------------------------------------------------- under NUTS
 
 
+# Far enough from zero that the scale is, too: in the neck of a funnel chains hardly move.
+Y = torch.tensor([1.5, -2.0], dtype=torch.float64)
+
+
 def model():
     scale = pyro.sample("scale", dist.HalfNormal(1.0))
     with pyro.plate("rows", 2):
         x = pyro.sample("x", dist.Normal(0.0, scale))
-        pyro.sample("y", dist.Normal(x, 0.5), obs=torch.tensor([0.3, -0.4]))
+        pyro.sample("y", dist.Normal(x, 0.5), obs=Y)
 
 
 def trained_guide():
@@ -285,13 +289,12 @@ def test_the_density_under_a_student_is_the_models_own():
 def test_nuts_under_a_student_finds_the_posterior():
     guide = trained_guide()
     base = neutra(guide, student=distill(guide.get_posterior(), **QUICK).distribution)
-    mcmc = MCMC(NUTS(base), num_samples=600, warmup_steps=300, disable_progbar=True)
+    mcmc = MCMC(NUTS(base), num_samples=150, warmup_steps=50, disable_progbar=True)
     mcmc.run()
     found = base.samples(mcmc.get_samples())["scale"]
-    s = torch.linspace(1e-3, 5.0, 5000)  # by a grid: y given the scale is normal
-    y = torch.tensor([0.3, -0.4])
+    s = torch.linspace(1e-3, 8.0, 8000)  # by a grid: y given the scale is normal
     density = dist.HalfNormal(1.0).log_prob(s)
-    density = density + dist.Normal(0.0, (s**2 + 0.25).sqrt()[:, None]).log_prob(y).sum(-1)
+    density = density + dist.Normal(0.0, (s**2 + 0.25).sqrt()[:, None]).log_prob(Y).sum(-1)
     mean = float((density.softmax(0) * s).sum())
     assert abs(float(found.mean()) - mean) < 0.1
 
