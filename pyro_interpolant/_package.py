@@ -44,7 +44,7 @@ def attach(
     return sorted(home), get, names
 
 
-def check_ranges(*settings: tuple[str, bool, Any]) -> None:
+def check_ranges(*settings: tuple[str, bool, object]) -> None:
     """Raise a ValueError that names the first setting out of range.
 
     Args:
@@ -68,7 +68,7 @@ def whole(name: str, value: Any, least: int, *, or_none: bool = False) -> tuple[
     return f"{name} >= {least}, a whole number", good, value
 
 
-def flag(name: str, value: Any, *, or_none: bool = False) -> tuple[str, bool, Any]:
+def flag(name: str, value: object, *, or_none: bool = False) -> tuple[str, bool, object]:
     """Return the setting that a value is True or False: any word would count as True.
 
     Args:

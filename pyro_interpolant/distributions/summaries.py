@@ -11,7 +11,7 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -180,7 +180,7 @@ def _is_light(base: Distribution | None) -> bool:
     return within or _is_bounded(stated_support(base))
 
 
-def _is_bounded(support: Any) -> bool:
+def _is_bounded(support: object) -> bool:
     """Return whether a support has a finite size."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
@@ -447,16 +447,14 @@ def _naming(base: Distribution, name: str) -> Iterator[None]:
 def _base_ends(distribution: Summaries) -> tuple[Tensor, Tensor]:
     """Return the ends of the base's support, each of shape ``(*batch_shape, 1)``, or infinity."""
     base, like = distribution.base, distribution.transform.flow.loc
-    low: Any
-    high: Any
     if isinstance(base, Summaries):
-        low, high = (base.icdf(like.new_tensor(q)) for q in (0.0, 1.0))
+        ends = [base.icdf(like.new_tensor(q)) for q in (0.0, 1.0)]
     else:
-        support: Any = None if base is None else stated_support(_scalars(base))
-        low = getattr(support, "lower_bound", -math.inf)
-        high = getattr(support, "upper_bound", math.inf)
+        support = None if base is None else stated_support(_scalars(base))
+        known = ("lower_bound", -math.inf), ("upper_bound", math.inf)
+        ends = [torch.as_tensor(getattr(support, *bound)) for bound in known]
     shape = (*distribution.batch_shape, 1)
-    low, high = (torch.as_tensor(bound).to(like).expand(shape) for bound in (low, high))
+    low, high = (bound.to(like).expand(shape) for bound in ends)
     return low, high
 
 

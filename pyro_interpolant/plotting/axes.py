@@ -1,7 +1,7 @@
 """Axes, colours, the bounds of samples, shares that can be: what pictures have in common."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ def axes_array(rows: int, columns: int, size: tuple[float, float] | None = None)
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")[1]
 
 
-def shares(levels: Sequence[float]) -> tuple[str, bool, Any]:
+def shares(levels: Sequence[float]) -> tuple[str, bool, object]:
     """Return the setting of ``check_ranges`` that levels are shares between 0 and 1."""
     return "levels, each in (0, 1)", all(0 < level < 1 for level in levels), levels
 
