@@ -22,6 +22,9 @@ from pyro_interpolant.infer.amortization import verdict_of_amortised
 from pyro_interpolant.infer.simulation import Simulator
 from pyro_interpolant.infer.sites import LatentSites
 
+# At every step or two of runs as short as these the loss is looked at: half of their time.
+pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
 
 def exact(y):
     """The posterior's mean and sd, and the log-evidence, of rows ``(*, ROWS)``."""
@@ -37,7 +40,9 @@ def trained():
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
-    result = pi.fit_guide(guide, simulations=3500, **{**QUICK, "options": {"steps": 100}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
+        result = pi.fit_guide(guide, simulations=3500, **{**QUICK, "options": {"steps": 100}})
     torch.set_default_dtype(dtype)
     return guide, result
 
@@ -113,7 +118,7 @@ def test_a_guide_works_where_guides_do(trained):
 def test_nuts_in_its_base_space(trained):
     guide, y = trained[0], torch.tensor([3.0, 3.0, 2.0, 4.0])
     base = pi.neutra(guide)
-    mcmc = MCMC(NUTS(base), num_samples=200, warmup_steps=50, disable_progbar=True)
+    mcmc = MCMC(NUTS(base), num_samples=100, warmup_steps=30, disable_progbar=True)
     mcmc.run(y)
     draws, (mean, sd, _) = base.samples(mcmc.get_samples(), y)["loc"], exact(y)
     assert abs(draws.mean() - mean) < 0.35 * sd
@@ -424,7 +429,7 @@ def test_rounds_give_the_posterior_and_the_evidence_of_one_data_set():
     y = torch.tensor([4.0, 3.5, 4.5, 4.2])
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
     result = pi.fit_guide(
-        guide, y, simulations=4000, rounds=2, seed=0, progress=False, options={"steps": 250}
+        guide, y, simulations=3000, rounds=2, seed=0, progress=False, options={"steps": 120}
     )
     mean, sd, evidence = exact(y)
     assert abs(result.log_evidence - evidence) < 0.05
@@ -493,7 +498,7 @@ def test_a_learned_likelihood_of_many_rows_under_nuts():
             pyro.sample("y", likelihood.condition(theta.reshape(1)), obs=y)
 
     pyro.set_rng_seed(0)
-    mcmc = MCMC(NUTS(model), num_samples=150, warmup_steps=60, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=80, warmup_steps=30, disable_progbar=True)
     mcmc.run(y)
     draws = mcmc.get_samples()["theta"]
     grid = torch.linspace(-2, 2, 2001)
@@ -514,7 +519,6 @@ def test_data_in_a_plate_of_one_are_one_data_set():
     assert guide.condition(y=torch.zeros(1, ROWS)).batch_shape == (1,)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_rounds_take_a_plate_of_one_and_weigh_nothing_that_is_missing():
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
