@@ -639,10 +639,11 @@ def test_objects_need_a_flow_from_its_default_base_and_some_draws():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_few_held_draws")
 def test_noise_is_taken_off_a_gaussian():
     torch.manual_seed(1)
     _, y, sds = catalogue(3000)
-    options = {"network": pi.VelocityMLP(2, (32, 32)), "steps": 1200, "seed": 0}
+    options = {"network": pi.VelocityMLP(2, (16, 16)), "steps": 600, "seed": 0}
     population = from_noisy_samples(y.float(), sds.float(), progress=False, **options)
     z = population.sample((20_000,)).double()
     assert float((z.mean(0) - LOC).abs().max()) < 0.1
