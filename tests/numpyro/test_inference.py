@@ -174,6 +174,14 @@ GUIDES = {
 }
 
 
+# Nearly all of the time of a guide is compiling it: one layer of each, and few weights.
+SMALL = {
+    "AutoIAFNormal": {"num_flows": 1},
+    "AutoBNAFNormal": {"num_flows": 1, "hidden_factors": [2]},
+    "AutoDAIS": {"K": 2},
+}
+
+
 DATA_SPACE = ("AutoNormal", "AutoLaplaceApproximation", "AutoIAFNormal")
 
 
@@ -185,7 +193,7 @@ DATA_SPACE = ("AutoNormal", "AutoLaplaceApproximation", "AutoIAFNormal")
 def test_autoguides(name, space, prior):
     """Each trains, and draws on the support."""
     bound = SPACES[space](functools.partial(model, prior))
-    guide = GUIDES[name](bound)
+    guide = GUIDES[name](bound, **SMALL.get(name, {}))
     svi = infer.SVI(bound, guide, numpyro.optim.Adam(0.02), infer.Trace_ELBO())
     result = svi.run(KEY, 200, progress_bar=False)
     assert np.isfinite(result.losses).all()
