@@ -118,7 +118,7 @@ def test_a_guide_works_where_guides_do(trained):
 def test_nuts_in_its_base_space(trained):
     guide, y = trained[0], torch.tensor([3.0, 3.0, 2.0, 4.0])
     base = pi.neutra(guide)
-    mcmc = MCMC(NUTS(base), num_samples=100, warmup_steps=30, disable_progbar=True)
+    mcmc = MCMC(NUTS(base), num_samples=200, warmup_steps=50, disable_progbar=True)
     mcmc.run(y)
     draws, (mean, sd, _) = base.samples(mcmc.get_samples(), y)["loc"], exact(y)
     assert abs(draws.mean() - mean) < 0.35 * sd
@@ -498,7 +498,7 @@ def test_a_learned_likelihood_of_many_rows_under_nuts():
             pyro.sample("y", likelihood.condition(theta.reshape(1)), obs=y)
 
     pyro.set_rng_seed(0)
-    mcmc = MCMC(NUTS(model), num_samples=80, warmup_steps=30, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=150, warmup_steps=60, disable_progbar=True)
     mcmc.run(y)
     draws = mcmc.get_samples()["theta"]
     grid = torch.linspace(-2, 2, 2001)
