@@ -76,8 +76,9 @@ class AutoInterpolant(AutoContinuous):
 
     Raises:
         TypeError: If the model is not callable.
-        ValueError: If ``init_scale`` is not positive; at the first call, if a latent site is
-            discrete, in a subsampled or sequential plate, or has a support without a Jacobian.
+        ValueError: If ``init_scale`` is not positive, or the path begins at the data; at the first
+            call, if a latent site is discrete, in a subsampled or sequential plate, or has a
+            support without a Jacobian.
 
     References:
         Hoffman et al., *NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural
@@ -109,7 +110,9 @@ class AutoInterpolant(AutoContinuous):
     ) -> None:
         if not callable(model):
             raise TypeError(f"expected a model, a callable, got {type(model).__name__}")
-        check_ranges(("init_scale > 0", init_scale > 0, init_scale))
+        is_from_noise = interpolant is None or interpolant.ends[0][0] != 0
+        path = "a path from noise, which has a density", is_from_noise, type(interpolant).__name__
+        check_ranges(("init_scale > 0", init_scale > 0, init_scale), path)
         super().__init__(model, init_loc_fn=self._initializer(init_loc_fn))
         self._hidden_dims, self._init_scale = hidden_dims, init_scale
         solver = FixedGrid(steps=12) if solver is None else solver
