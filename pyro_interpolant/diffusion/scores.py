@@ -133,7 +133,7 @@ def transform_with_score(distribution: InterpolantDistribution) -> InterpolantTr
             "solver, as SVI and maximum likelihood do: they move draws, but no score follows from "
             "them. Fit a flow to these draws, fit(new, distribution.sample((N,)))"
         )
-    if transform.flow.noise is not None or transform.interpolant.ends[0][0] == 0:
+    if transform.flow.noise is not None or transform.interpolant.starts_from_data():
         return transform  # no condition on the base: its score is not used
     instead = "use an interpolant with a latent term and fit(..., learn='noise')"
     if distribution.base is not None:

@@ -22,7 +22,7 @@ from .._package import check_ranges
 from ..interpolants.nonlinear import wrap
 from ..transforms.interpolant import broadcast_batch
 from ..transforms.whitening import Whitening
-from .constraints import Circular, checked_rows, is_all_real
+from .constraints import Circular, checked_rows, innermost_constraint, is_all_real
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -281,12 +281,18 @@ def base_log_prob(base: Distribution, x: Tensor) -> Tensor:
 
 
 def stated_support(base: Distribution) -> Any:
-    """Return the support of a distribution, or None where it states none."""
-    with contextlib.suppress(NotImplementedError):
+    """Return the support of a distribution, or None where it states none for all of its parts."""
+    try:
         support: Any = base.support
-        # Torch's constraint of a mixture, which has no bijection, is that of its parts.
-        return support.base_constraint if isinstance(base, dist.MixtureSameFamily) else support
-    return None
+    except NotImplementedError:
+        return None
+    if not isinstance(base, dist.MixtureSameFamily):
+        return support
+    # Torch's constraint of a mixture, which has no bijection, is that of its parts.
+    support = support.base_constraint
+    inner = innermost_constraint(support)
+    bounds = [getattr(inner, name, 0.0) for name in ("lower_bound", "upper_bound")]
+    return support if all(torch.as_tensor(b).numel() == 1 for b in bounds) else None
 
 
 def inside_support(support: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -16,15 +16,7 @@ from torch import Tensor
 from ..transforms.gaussianize import Gaussianized, without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .bases import Samples, WhitenedBase, base_of, copy_like
-from .constraints import (
-    Constraint,
-    as_tensor,
-    checked_context,
-    checked_rows,
-    columns_in_order,
-    in_order,
-    names_of,
-)
+from .constraints import Constraint, checked_context, checked_rows, columns_in_order
 from .report import Report
 from .supports import Support, support_of
 
@@ -104,7 +96,7 @@ class FlowDistribution:
     def check_start(self) -> None:
         """Raise a ValueError if a path from the data, as a mirror's, has none to start from."""
         interpolant = self.transform.flow.interpolant
-        if self.base is None and interpolant.ends[0][0] == 0:
+        if self.base is None and interpolant.starts_from_data():
             raise ValueError(
                 f"expected samples to start from: the base of {type(interpolant).__name__} is the "
                 "data, which this flow was not fitted to. Fit it, pass a base, or give sample_sde "
@@ -140,7 +132,7 @@ class FlowDistribution:
         """
         if not hasattr(value, "to_numpy"):
             return value
-        rows = in_order(as_tensor(value, "value"), names_of(value), self.columns, "value")
+        rows = columns_in_order(value, self.columns, "value")
         return rows.to(self.transform.flow.loc) if rows.is_floating_point() else rows
 
     def context_of(self, context: Any) -> Any:

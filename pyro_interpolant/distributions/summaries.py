@@ -26,6 +26,7 @@ from .._torch import constant, is_functional, is_tracing, seeded
 from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
 from .bases import ExternalBase, Samples, UniformTorus, detached, inside_support, stated_support
+from .constraints import innermost_constraint
 from .parts import FlowDistribution
 from .supports import CircularSupport
 
@@ -180,10 +181,11 @@ def _is_light(base: Distribution | None) -> bool:
     return within or _is_bounded(stated_support(base))
 
 
-def _is_bounded(support: object) -> bool:
-    """Return whether a support has a finite size."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+def _is_bounded(support: constraints.Constraint | None) -> bool:
+    """Return whether a support, if one is stated, has a finite size."""
+    if support is None:
+        return False
+    support = innermost_constraint(support)
     bounds = [getattr(support, name, math.inf) for name in ("lower_bound", "upper_bound")]
     return support in _BOUNDED or all(bool(torch.as_tensor(b).isfinite().all()) for b in bounds)
 
@@ -413,8 +415,7 @@ def _base_cdf(distribution: Summaries, x: Tensor) -> Tensor:
     base = _scalars(distribution.base)
     found = inside_support(stated_support(base), x)
     with _naming(base, "cdf"):
-        # Parts of a mixture have bounds of their own.
-        if found is None or found[0].shape != x.shape:
+        if found is None:
             return base.cdf(x)[..., 0]
         within, known = found
         below = base.cdf(x.where(within, known))

@@ -110,7 +110,7 @@ class AutoInterpolant(AutoContinuous):
     ) -> None:
         if not callable(model):
             raise TypeError(f"expected a model, a callable, got {type(model).__name__}")
-        is_from_noise = interpolant is None or interpolant.ends[0][0] != 0
+        is_from_noise = interpolant is None or not interpolant.starts_from_data()
         path = "a path from noise, which has a density", is_from_noise, type(interpolant).__name__
         check_ranges(("init_scale > 0", init_scale > 0, init_scale), path)
         super().__init__(model, init_loc_fn=self._initializer(init_loc_fn))

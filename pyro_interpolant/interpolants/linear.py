@@ -67,6 +67,10 @@ class Interpolant(ABC):
         r"""Return whether :math:`\gamma` is anything but zero."""
         return bool((self.coefficients(torch.linspace(0.0, 1.0, 9))[2] != 0).any())
 
+    def starts_from_data(self) -> bool:
+        """Return whether no draw of the base is left at t = 0, as of a mirror."""
+        return self.ends[0][0] == 0
+
     def check_ends(self, dim: int) -> None:
         """Raise a ValueError unless the path of D-dimensional pairs joins base and data."""
         found = torch.stack(self.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))).T

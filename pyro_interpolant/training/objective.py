@@ -312,7 +312,10 @@ class Objective(nn.Module):
             return self._points(self._pairs(rows, base, Process()))
 
     def can_draw_ahead(self) -> bool:
-        """Return whether points neither cost much nor depend on what a step may change."""
+        """Return whether points of several steps may be made together, before the first of them.
+
+        They are cheap, and depend on nothing that a step may change.
+        """
         linear = type(self.flow.interpolant).sample is Interpolant.sample
         given = self.base.base is None or isinstance(self.base.base, Samples)
         return linear and given and self.coupling is independent

@@ -347,6 +347,7 @@ def test_parts_of_a_mixture_have_bounds_of_their_own():
     d = InterpolantDistribution(interpolant_transform(1, (8,)), base).freeze()  # untrained
     x = torch.tensor([-2.0, -0.5, 0.5, 1.5, 3])[:, None]
     close(d.cdf(x), torch.tensor([0.0, 0.125, 0.5, 0.875, 1]), rtol=0, atol=1e-6)
+    close(d.log_prob(x), torch.tensor([0.0, 0.25, 0.5, 0.25, 0]).log(), rtol=0, atol=1e-6)
 
 
 def test_bases_without_quantiles_are_named():
