@@ -25,6 +25,8 @@ is optional, and used where it is there:
 - ``set_scales(w, context)``: called with whitened training rows before training; and
   ``is_untrained()``: where it returns False, scales are kept when training goes on.
 - ``untrained_copy()``: a network of the same shape and scales, to learn the latent noise.
+- ``time_exponent``: p, where training from N(0, I) takes times :math:`1 - (1 - u)^p`, u uniform
+  on [0, 1]; without it 1.
 - ``is_periodic``: whether it has period :math:`2\pi` in every coordinate.
 - ``arguments()``: the arguments of its constructor, for files; only for networks of this package.
 
@@ -226,6 +228,11 @@ def rows_at_once(velocity: nn.Module) -> int:
 def null_label(velocity: nn.Module) -> int | None:
     """Return the label that stands for none of the classes, or None where there is none."""
     return size_of(velocity, "null_label")
+
+
+def time_exponent(velocity: nn.Module) -> float:
+    r"""Return the exponent p of the times :math:`1 - (1 - u)^p` that a velocity is trained at."""
+    return getattr(velocity, "time_exponent", 1.0)
 
 
 def image_shape(velocity: nn.Module) -> tuple[int, ...] | None:

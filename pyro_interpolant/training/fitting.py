@@ -34,7 +34,7 @@ from .distributed import Process
 from .image_rows import LEVELS, dequantized, has_images
 from .loop import Callback, Run, Schedule
 from .names import Names
-from .objective import Coupling, Objective, check_choices
+from .objective import Coupling, Objective, check_choices, exponent_of
 from .optimization import NonFiniteError
 from .reporting import HeldOutDensity, attempted, tell
 from .rows import Rows
@@ -52,6 +52,8 @@ _MIN_PARTNERS = 50  # whose moments tell whether they are draws of N(0, I)
 
 class FitResult(NamedTuple):
     """What a training run did. Losses are the paper's G: negative where something is learned.
+
+    They are its means over the times that :func:`fit` takes.
 
     Attributes:
         steps: The step of each look at the held-out loss.
@@ -120,7 +122,10 @@ def fit(
     The whitening map is set from the data; the velocity is trained by regression on the
     interpolant with AdamW, a cosine schedule, clipped gradients and averaged weights; the weights
     kept are those with the best loss on held-out rows, at times and base draws that are fixed
-    throughout.
+    throughout. Times are :math:`1 - (1 - u)^p`, u uniform on [0, 1]: on paths from N(0, I) the
+    networks of this package for up to 8 dimensions take p = 2, those given data (of
+    :class:`~pyro_interpolant.AmortizedInterpolant`) p = 3, for a density hangs more on rates near
+    the data than before; all else p = 1.
 
     Args:
         distribution: The flow to train. Frozen weights are trained too, and are frozen afterwards.
@@ -215,9 +220,8 @@ def fit(
     given = {"context": context, "pairs": pairs, "weights": weights}
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
     with seeded(process.seed(seed)):
-        settings = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema]
-        settings += [learn, seed, source.share, whiten, *["flip"] * flip]
-        identity = [source.checksum, settings]
+        settings = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema, learn, seed]
+        identity = [source.checksum, [*settings, source.share, whiten, *["flip"] * flip]]
         if checkpoint is not None:  # it goes through all weights and samples
             identity += [identity_of(flow, distribution.base, coupling, base_samples, validation)]
         exact = source.exact and process.takes_all_rows()
@@ -233,7 +237,8 @@ def fit(
             else:
                 flow.noise = noise_network(flow)
             seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
-            objective = Objective(flow, seen, coupling, process, target=learn)
+            exponent = exponent_of(flow, seen, learn, state)
+            objective = Objective(flow, seen, coupling, process, target=learn, exponent=exponent)
             held = objective.without_outliers(split.held)
             fixed = objective.fixed_points(held, unseen, split.size)
             density = None if learn == "noise" else HeldOutDensity(distribution, split)

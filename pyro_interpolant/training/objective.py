@@ -26,8 +26,9 @@ from ..distributions.interpolant import (
 from ..interpolants.couplings import independent, optimal_transport
 from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic
-from ..nn.velocity import embedded, evaluate, image_shape, null_label
+from ..nn.velocity import embedded, evaluate, image_shape, null_label, time_exponent
 from ..transforms.flow import Flow
+from .checkpoint import Checkpoint
 from .distributed import Process
 from .image_rows import HELD_BATCHES, are_levels, dequantized
 from .rows import Rows
@@ -207,6 +208,23 @@ def _floating(distribution: AnyDistribution, x1: Tensor) -> Tensor:
     return x1
 
 
+def exponent_of(flow: Flow, base: WhitenedBase, target: Target, state: Checkpoint | None) -> float:
+    """Return the exponent p of the times at which a flow's network is trained.
+
+    That of its velocity on paths from N(0, I), whose rates are sharp near the data alone; other
+    bases have structure of their own, which times near them tell of.
+
+    Args:
+        flow: The flow.
+        base: Its base.
+        target: What is trained.
+        state: What the run goes on from, if anything: at the times that it began with.
+    """
+    if state is not None and state.tensors is not None:
+        return state.numbers.get("time_exponent", 1.0)  # states of version 0.1.0 have none
+    return time_exponent(flow.velocity) if base.base is None and target == "velocity" else 1.0
+
+
 Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 # Times, base draws and rows; contexts and noise where there are any.
 Pairs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -228,6 +246,7 @@ class Objective(nn.Module):
             draws and noise of all, and keeps its own.
         target: Whether the velocity is trained, or the network of the latent noise.
         metric: A linear map L of vectors, ``(*, D)``: norms of the loss are then :math:`|L u|`.
+        exponent: p of the times :math:`1 - (1 - u)^p`, u uniform on [0, 1].
 
     Attributes:
         network: The network that is trained, the one submodule.
@@ -244,6 +263,7 @@ class Objective(nn.Module):
         *,
         target: Target = "velocity",
         metric: Metric | None = None,
+        exponent: float = 1.0,
     ) -> None:
         super().__init__()
         network = flow.noise if target == "noise" else flow.velocity
@@ -255,6 +275,7 @@ class Objective(nn.Module):
             coupling = partial(optimal_transport, on_torus=True)
         self.base, self.coupling, self.target, self.metric = base, coupling, target, metric
         self.process = Process() if process is None else process
+        self.exponent = exponent
         self.has_latent = flow.interpolant.has_latent()
 
     def whitened(self, rows: Rows) -> Rows:
@@ -345,7 +366,7 @@ class Objective(nn.Module):
         whole = count * world if process.own_rows else count
         times = world * max(1, min(TIMES_PER_BATCH, whole) // world)
         w0 = self._coupled(rows, base, count, process) if rows.partner is None else rows.partner
-        t = (torch.arange(times) + torch.rand(times)).to(rows.w) / times
+        t = self._times((torch.arange(times) + torch.rand(times)) / times).to(rows.w)
         z = process.share(partial(_normal, rows.w), count) if self.has_latent else None
         own = slice(process.rank * times // world, (process.rank + 1) * times // world)
         groups = times // world if process.own_rows else times
@@ -362,6 +383,11 @@ class Objective(nn.Module):
         )
         context, z = (None if s is None else grouped(s) for s in (context, z))
         return t[own, None], grouped(w0), grouped(rows.w), context, z
+
+    def _times(self, u: Tensor) -> Tensor:
+        """Return times of [0, 1) from uniform ones, shape ``(T,)``."""
+        t = 1 - (1 - u.double()) ** self.exponent
+        return t.clamp(max=1 - torch.finfo(self.flow.loc.dtype).eps)
 
     def _points(self, pairs: Pairs) -> tuple[Points, ...]:
         t, w0, w1, context, z = pairs
