@@ -50,7 +50,7 @@ _WARMUP_STEPS = 40  # at least, where time is the limit: as many as the shortest
 _LONG_WARMUP_STEPS, _LONG_WARMUP_SHARE = 200, 0.1
 _FIRST_STEPS = 500  # before which averages of few weights wander by more than plateaus do:
 _RISE, _RISE_PER_COLUMN = 0.02, 0.005  # by up to 0.012 of the best loss, and 0.003 a column
-_PLACE = ("next_look", "done", "ended")
+_PLACE = ("next_look", "done", "ended", "begun")
 
 
 class TrainingState(NamedTuple):
@@ -132,19 +132,20 @@ class Schedule:
             return math.inf
         return int(max(_FEWEST_STEPS, min(_MOST_STEPS, numbers / _NUMBERS_PER_STEP)))
 
-    def rate(self, progress: float, taken: int) -> float:
+    def rate(self, progress: float, taken: int, begun: float = 0.0) -> float:
         """Return the learning rate at a share of the run: half a cosine, behind the warm-up.
 
         Args:
             progress: The share.
             taken: The number of steps taken: time that something else took warms nothing up.
+            begun: The share that was done after the first of them.
         """
         warm = min(1.0, (progress + 1e-3) / _WARMUP_SHARE)
         if self.max_seconds is not None:
             steps = _WARMUP_STEPS if self.steps is None else _WARMUP_SHARE * self.steps
             warm = min(warm, (taken + 1) / steps)
         if self.steps is None:
-            slow = max((taken + 1) / _LONG_WARMUP_STEPS, progress / _LONG_WARMUP_SHARE)
+            slow = max((taken + 1) / _LONG_WARMUP_STEPS, (progress - begun) / _LONG_WARMUP_SHARE)
             warm = min(warm, slow)
         return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
@@ -284,6 +285,7 @@ class Run:
         monitor: The losses.
         ended: What ended it: ``"schedule"``, ``"patience"``, ``"callback"`` or ``"interrupt"``.
         done: The share of the schedule that is done.
+        begun: The share that was done after the first step.
     """
 
     def __init__(
@@ -313,7 +315,7 @@ class Run:
             pieces=schedule.accumulate,
         )
         self.monitor = HeldOutMonitor(self.descent.average, objective, held, callback)
-        self.done, self.next_look = 0.0, 0.0  # shares of the schedule
+        self.done, self.next_look, self.begun = 0.0, 0.0, 0.0  # shares of the schedule
         self.ended = "schedule"
         if checkpoint is not None and checkpoint.tensors is not None:
             self.restore(checkpoint.tensors, checkpoint.numbers)
@@ -361,7 +363,7 @@ class Run:
 
     def rate(self) -> float:
         """Return the present learning rate."""
-        return self.schedule.rate(self.done, self.descent.steps)
+        return self.schedule.rate(self.done, self.descent.steps, self.begun)
 
     def _go(self, bar: PercentBar) -> None:
         """Take steps to the end, and write the state when it is due."""
@@ -391,6 +393,8 @@ class Run:
         seconds = self.seconds()
         spent = self.clock.share(seconds + self.monitor.seconds)  # a last look is to come
         self.done = max(self.descent.steps / self.length, spent)
+        if self.descent.steps == 1:
+            self.begun = self.done
         if self.done < min(1.0, self.next_look):
             return True
         monitor.look(self.descent.steps, self.rate(), seconds)
@@ -459,6 +463,7 @@ class Run:
         self.monitor.restore(tensors, numbers["looks"])
         self.__dict__.update({name: numbers["run"][name] for name in ("done", "ended")})
         self.next_look = numbers["run"].get("next_look", self.done + _LOOK_SHARE)
+        self.begun = numbers["run"].get("begun", 0.0)
         self.clock.before = numbers["seconds"]
         self.batches.restore(tensors, numbers["batches"])
         set_rng_state(tensors["generator"], self.device)

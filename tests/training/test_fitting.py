@@ -259,6 +259,10 @@ def test_time_that_passes_before_the_first_step_leaves_the_warm_up_of_the_rate()
     rates = [by_time.rate(0.3, taken) for taken in (0, 19, 39, 1000)]
     full = 1e-2 * 0.5 * (1 + math.cos(math.pi * 0.3))
     assert rates == pytest.approx([full / 40, full / 2, full, full])
+    early = [by_time.rate(p, taken, 0.25) for p, taken in ((0.26, 99), (0.3, 19), (0.35, 50))]
+    full = [1e-2 * 0.5 * (1 + math.cos(math.pi * p)) for p in (0.26, 0.3, 0.35)]
+    assert early == pytest.approx([full[0] / 2, full[1] / 2, full[2]])
+    full = full[1]
     by_steps = loop.Schedule(1000, None, 1e-2, None, 30, 0.999)
     assert by_steps.rate(0.3, 0) == pytest.approx(full)
     both = loop.Schedule(1000, 100.0, 1e-2, None, 30, 0.999)

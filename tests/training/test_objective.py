@@ -18,8 +18,14 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.distributions.bases import WhitenedBase
 from pyro_interpolant.interpolants.couplings import independent, optimal_transport
+from pyro_interpolant.nn.embedded import EmbeddedVelocity
 from pyro_interpolant.training.distributed import Process
-from pyro_interpolant.training.objective import Objective, path_points, regression_loss
+from pyro_interpolant.training.objective import (
+    Objective,
+    exponent_of,
+    path_points,
+    regression_loss,
+)
 from pyro_interpolant.training.rows import Rows
 
 
@@ -70,6 +76,45 @@ def test_points_of_several_draws_are_those_of_each(name, context_dim, target):
         alone = tuple(part._replace(context=context) for part in alone)
         expected = regression_loss(objective.network, alone).mean()
         torch.testing.assert_close(objective.loss(points), expected)
+
+
+class Own(nn.Module):
+    time_exponent = 1.5
+
+    def forward(self, t, x, context=None):
+        return x
+
+
+EXPONENTS = {
+    "few dimensions": (lambda: VelocityMLP(2, (8,)), 2.0),
+    "many dimensions": (lambda: VelocityMLP(9, (8,)), 1.0),
+    "given data": (lambda: EmbeddedVelocity(9, [(2,)], hidden_dims=(8,)), 3.0),
+    "a user's own": (Own, 1.5),
+    "a user's own, which says nothing": (lambda: nn.Linear(2, 2), 1.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", EXPONENTS)
+def test_times_are_as_many_near_the_data_as_the_network_asks_for(name, dtype):
+    """Between a and b lies the share (1 - a)^(1/p) - (1 - b)^(1/p) of all."""
+    make, exponent = EXPONENTS[name]
+    dim = 9 if "many" in name or "given" in name else 2
+    flow = InterpolantTransform(make(), event_dim=dim).to(dtype).flow
+    base = WhitenedBase(None, flow.whitening)
+    assert exponent_of(flow, base, "velocity", None) == exponent
+    assert exponent_of(flow, base, "noise", None) == 1
+    given = WhitenedBase(dist.Normal(torch.zeros(dim), 1.0).to_event(1), flow.whitening)
+    assert exponent_of(flow, given, "velocity", None) == 1
+    objective = Objective(flow, base, independent, exponent=exponent)
+    rows = Rows(torch.randn(64, dim, dtype=dtype), None)
+    t = torch.cat([objective._pairs(rows, base, Process())[0].flatten() for _ in range(100)])
+    assert t.dtype == dtype
+    assert 0 <= t.min() <= t.max() < 1
+    for a, b in (0.0, 0.5), (0.5, 0.9), (0.9, 1.0):
+        share = float(((a <= t) & (t < b)).double().mean())
+        expected = (1 - a) ** (1 / exponent) - (1 - b) ** (1 / exponent)
+        assert share == pytest.approx(expected, abs=0.016)  # of 64 strata, one has an edge
 
 
 def test_rows_of_a_class_are_coupled_by_themselves():
