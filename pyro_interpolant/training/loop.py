@@ -144,9 +144,8 @@ class Schedule:
         if self.max_seconds is not None:
             steps = _WARMUP_STEPS if self.steps is None else _WARMUP_SHARE * self.steps
             warm = min(warm, (taken + 1) / steps)
-        if self.steps is None:
-            slow = max((taken + 1) / _LONG_WARMUP_STEPS, (progress - begun) / _LONG_WARMUP_SHARE)
-            warm = min(warm, slow)
+        slow = max((taken + 1) / _LONG_WARMUP_STEPS, (progress - begun) / _LONG_WARMUP_SHARE)
+        warm = min(warm, slow)
         return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
