@@ -422,12 +422,12 @@ def fit_guide(
         samples: Posterior draws of every latent site on its own support, each
             ``(N, *site_shape)`` or by chain ``(C, N, *site_shape)``, such as
             ``mcmc.get_samples()``.
-        simulations: How many simulations an amortised guide learns from, by default 10,000. They
-            take half of the time at most, and there are fewer, with a warning, where that is not
-            enough; beside a checkpoint all are drawn, whatever it takes. Or batches of simulations
-            made elsewhere: an iterable that gives ``(latents, data)``, two dictionaries by site,
-            each value ``(B, *site_shape)``, again each time it is gone through; it may be larger
-            than memory. The first ones, a tenth of 10,000, judge the guide.
+        simulations: How many simulations an amortised guide learns from, by default 10,000, in as
+            many steps and 2,000 at least, if there is time. They take half of it at most, and are
+            fewer, with a warning, where that is not enough; beside a checkpoint all are drawn. Or
+            batches of simulations made elsewhere: an iterable of ``(latents, data)``, two
+            dictionaries by site, each value ``(B, *site_shape)``, again each time it is gone
+            through, in memory or not. The first ones, a tenth of 10,000, judge the guide.
         rounds: How many times an amortised guide is trained for the data in the arguments: from
             the second on, simulations come from the part of the prior where the guide has its
             mass, so that its posterior stays right. By default once, for all data.

@@ -629,6 +629,31 @@ def test_beside_an_embedding_the_learning_rate_is_lower(embedding, options, rate
         pi.fit_guide(guide, simulations=10, progress=False, options=options)
 
 
+@pytest.mark.parametrize(
+    ("simulations", "options", "expected"),
+    [
+        (10, {}, (2000, 100)),
+        (2500, {}, (2500, 100)),
+        (2500, {"steps": 40}, (40, 100)),
+        (10, {"patience": 10}, (2000, 10)),
+    ],
+)
+def test_steps_are_as_many_as_simulations(simulations, options, expected, monkeypatch):
+    """In a rate that falls with the time alone, more time gave worse posteriors."""
+    found = []
+
+    def fit(*args, steps, patience, max_seconds, **kwargs):
+        found.append((steps, patience))
+        assert max_seconds < 120
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyro_interpolant.infer.amortized.fit", fit)
+    guide = pi.AmortizedInterpolant(rows_of_a_normal)
+    with pytest.raises(KeyboardInterrupt):
+        pi.fit_guide(guide, simulations=simulations, progress=False, options=options)
+    assert found == [expected]
+
+
 class Halves(nn.Module):
     """An embedding of a user's own."""
 
