@@ -45,7 +45,7 @@ _MOST_BETWEEN = 0.05  # of the schedule, even so: the first look of a process ma
 _FIRST_GLIMPSE = 10  # the look from which held-out nats are shown beside the bar: few before
 _WARMUP_SHARE = 0.02  # of the schedule
 _WARMUP_STEPS = 40  # at least, where time is the limit: as many as the shortest schedule has
-# It lasts longer where that is not much of the schedule. Of networks given data, all units
+# There it lasts longer where that is not much of the schedule. Of networks given data, all units
 # of a layer fell silent in 4 of 5 runs of bernoulli_glm after 40 steps, after 200 in none.
 _LONG_WARMUP_STEPS, _LONG_WARMUP_SHARE = 200, 0.1
 _FIRST_STEPS = 500  # before which averages of few weights wander by more than plateaus do:
@@ -143,9 +143,8 @@ class Schedule:
         warm = min(1.0, (progress + 1e-3) / _WARMUP_SHARE)
         if self.max_seconds is not None:
             steps = _WARMUP_STEPS if self.steps is None else _WARMUP_SHARE * self.steps
-            warm = min(warm, (taken + 1) / steps)
-        long = max((taken + 1) / _LONG_WARMUP_STEPS, (progress - begun) / _LONG_WARMUP_SHARE)
-        warm = min(warm, long)
+            long = max((taken + 1) / _LONG_WARMUP_STEPS, (progress - begun) / _LONG_WARMUP_SHARE)
+            warm = min(warm, (taken + 1) / steps, long)
         return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 

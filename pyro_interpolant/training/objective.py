@@ -366,7 +366,7 @@ class Objective(nn.Module):
         whole = count * world if process.own_rows else count
         times = world * max(1, min(TIMES_PER_BATCH, whole) // world)
         w0 = self._coupled(rows, base, count, process) if rows.partner is None else rows.partner
-        t = self._times((torch.arange(times) + torch.rand(times)) / times).to(rows.w)
+        t = self._times((torch.arange(times) + torch.rand(times)).to(rows.w) / times)
         z = process.share(partial(_normal, rows.w), count) if self.has_latent else None
         own = slice(process.rank * times // world, (process.rank + 1) * times // world)
         groups = times // world if process.own_rows else times
@@ -385,9 +385,11 @@ class Objective(nn.Module):
         return t[own, None], grouped(w0), grouped(rows.w), context, z
 
     def _times(self, u: Tensor) -> Tensor:
-        """Return times of [0, 1) from uniform ones, shape ``(T,)``."""
+        """Return times before 1 from uniform ones, shape ``(T,)``."""
+        if self.exponent == 1:  # to the bit, as seeds gave them before there were others
+            return u
         t = 1 - (1 - u.double()) ** self.exponent
-        return t.clamp(max=1 - torch.finfo(self.flow.loc.dtype).eps)
+        return t.to(u).clamp(max=1 - torch.finfo(u.dtype).eps)
 
     def _points(self, pairs: Pairs) -> tuple[Points, ...]:
         t, w0, w1, context, z = pairs

@@ -663,11 +663,16 @@ def test_a_population_is_found_from_posteriors_made_under_a_wide_prior():
     draws = share * y[:, None] + math.sqrt(share) * 0.7 * torch.randn(1500, 50, 1)
     draws = draws.float()
     log_prior = Normal(0.0, prior).log_prob(draws)[..., 0]
-    options = {"network": pi.VelocityMLP(1, (32, 32)), "steps": 800, "seed": 0}
-    population = from_posterior_samples(draws, log_prior, progress=False, **options)
-    z = population.sample((10_000,))
-    assert float(z.mean()) == pytest.approx(3.0, abs=0.1)
-    assert float(z.std()) == pytest.approx(1.0, abs=0.08)
+    # One run is up to 0.1 wider than these rows tell, and by 0.2 after 800 steps: by their seeds.
+    means, sds = [], []
+    for seed in range(3):
+        options = {"network": pi.VelocityMLP(1, (32, 32)), "steps": 2400, "seed": seed}
+        population = from_posterior_samples(draws, log_prior, progress=False, **options)
+        z = population.sample((10_000,))
+        means.append(float(z.mean()))
+        sds.append(float(z.std()))
+    assert sorted(means)[1] == pytest.approx(float(y.mean()), abs=0.1)
+    assert sorted(sds)[1] == pytest.approx(float((y.var() - 0.49).sqrt()), abs=0.08)
 
 
 @pytest.mark.usefixtures("_small_runs")
