@@ -58,8 +58,8 @@ _SIMULATING, _JUDGING = 0.5, 0.05  # of the time at most, for simulations, and f
 # The learning rate beside an embedding, which 1e-2 throws about: after 1,000 steps of 256 sets of
 # 20 rows, a posterior of two modes had 1.4 nats at this rate and 0.5 at that one.
 _EMBEDDING_RATE = 2e-3
-# Of a run with a time, one a simulation: at a rate that falls in time posteriors keep less noise
-# (gaussian_mixture, 1,000: 0.2 nats), and what chance makes rise early is no end (10,000: 0.2).
+# Of a run with a time, one a simulation, however long that is: the rate falls meanwhile (0.26 nats
+# on gaussian_mixture, 1,000), and what chance makes rise early is no end (10,000: 0.14).
 _FEWEST_STEPS, _PATIENCE = 2000, 100
 _POINTS = 64  # draws of which the likeliest is taken
 

@@ -33,6 +33,7 @@ is optional, and used where it is there:
 No other module looks these up.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -40,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._package import check_ranges
 from .._torch import is_functional, is_tracing
 from .record import Record
 
@@ -64,13 +66,16 @@ def check_velocity(velocity: nn.Module) -> None:
 
     Raises:
         TypeError: If it is not a module, or a Pyro module with random weights.
-        ValueError: If it couples rows, as batch normalisation does.
+        ValueError: If it couples rows, as batch normalisation does, or times for its training
+            would not be in [0, 1].
     """
     if not isinstance(velocity, nn.Module):
         raise TypeError(
             "expected the velocity to be a torch.nn.Module with forward(t, x, context=None), got "
             f"{type(velocity).__name__}"
         )
+    exponent = time_exponent(velocity)
+    check_ranges(("a finite time_exponent > 0", 0 < exponent < math.inf, exponent))
     for module in velocity.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(

@@ -388,8 +388,7 @@ class Objective(nn.Module):
         """Return times before 1 from uniform ones, shape ``(T,)``."""
         if self.exponent == 1:  # to the bit, as seeds gave them before there were others
             return u
-        t = 1 - (1 - u.double()) ** self.exponent
-        return t.to(u).clamp(max=1 - torch.finfo(u.dtype).eps)
+        return (1 - (1 - u) ** self.exponent).clamp(max=1 - torch.finfo(u.dtype).eps)
 
     def _points(self, pairs: Pairs) -> tuple[Points, ...]:
         t, w0, w1, context, z = pairs

@@ -639,7 +639,7 @@ def test_beside_an_embedding_the_learning_rate_is_lower(embedding, options, rate
     ],
 )
 def test_steps_are_as_many_as_simulations(simulations, options, expected, monkeypatch):
-    """In a rate that falls with the time alone, more time gave worse posteriors."""
+    """Over a long time alone the rate would fall too late: what it throws about is kept."""
     found = []
 
     def fit(*args, steps, patience, max_seconds, **kwargs):

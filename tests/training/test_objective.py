@@ -117,6 +117,14 @@ def test_times_are_as_many_near_the_data_as_the_network_asks_for(name, dtype):
         assert share == pytest.approx(expected, abs=0.016)  # of 64 strata, one has an edge
 
 
+@pytest.mark.parametrize("exponent", [0.0, -1.0, float("inf"), float("nan")])
+def test_times_beyond_the_path_are_refused_when_a_transform_is_made(exponent):
+    velocity = Own()
+    velocity.time_exponent = exponent
+    with pytest.raises(ValueError, match="expected a finite time_exponent > 0, got"):
+        InterpolantTransform(velocity, event_dim=2)
+
+
 def test_rows_of_a_class_are_coupled_by_themselves():
     """Labels are no numbers: draws of the base that move between classes bias each of them."""
     seen = []
