@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -229,17 +230,23 @@ class HeldOutMonitor:
             )
 
     def rises(self, patience: float) -> bool:
-        """Return whether the best look is long ago, and the later half of those since lies above.
+        """Return whether the best look is long ago, and losses have risen since.
+
+        The mean of the later half lies above the best, and above that of the earlier half: a few
+        steps gone wrong lift the loss of the averaged weights too, for as long as they remember
+        them, and it then comes down again.
 
         Args:
             patience: What is long, a percentage of the steps up to the best look.
         """
         since = self.steps[-1] - self.best_step
-        if self.steps[-1] < _FIRST_STEPS or since < patience / 100 * self.best_step:
+        is_early = self.steps[-1] < _FIRST_STEPS or since < patience / 100 * self.best_step
+        if is_early or self.best == math.inf:
             return False
-        recent = self.held_losses[-(self.since_best + 1) // 2 :]
+        half = -(self.since_best + 1) // 2
+        earlier, later = self.held_losses[-self.since_best - 1 : half], self.held_losses[half:]
         wander = max(_RISE * abs(self.best), _RISE_PER_COLUMN * self.objective.flow.event_dim)
-        return sum(recent) / len(recent) - self.best > wander
+        return fmean(later) > max(self.best + wander, fmean(earlier))
 
     def text(self, rate: float, skipped: int) -> str:
         """Return the step and the last losses in a few words."""

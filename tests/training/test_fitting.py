@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import types
 
 import numpy as np
 import pyro.distributions as dist
@@ -211,6 +212,30 @@ def test_the_result_and_the_callback_tell_the_same_story():
     assert not result.stopped_early
     assert result.skipped == 0
     assert isinstance(result.solver, FixedGrid)
+
+
+RISES = {
+    "rising": ([-6.0, -5.9, -5.8, -5.7, -5.6], True),
+    "risen, and level": ([-6.0, -5.8, -5.7, -5.7, -5.7], True),
+    "level": ([-6.0, -5.99, -5.98, -5.99, -5.98], False),
+    "coming down again": ([-6.0, -5.4, -5.6, -5.7, -5.8], False),
+    "one look since": ([-6.0, -5.5], True),
+    "no number at any look": ([math.nan, math.nan], False),
+}
+
+
+@pytest.mark.parametrize(("losses", "rises"), RISES.values(), ids=RISES)
+def test_a_run_ends_where_the_held_out_loss_goes_up_and_not_where_it_comes_down(losses, rises):
+    known = [-6.0] * (not math.isnan(losses[0]))
+    monitor = types.SimpleNamespace(
+        steps=[500 * (i + 1) for i in range(len(losses))],
+        held_losses=losses,
+        best=min(known, default=math.inf),
+        best_step=500 * len(known),
+        since_best=len(losses) - len(known),
+        objective=types.SimpleNamespace(flow=types.SimpleNamespace(event_dim=2)),
+    )
+    assert loop.HeldOutMonitor.rises(monitor, 30) is rises
 
 
 @pytest.mark.slow
