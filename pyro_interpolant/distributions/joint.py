@@ -109,11 +109,17 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
         self._set_sites(sites, transform.flow.event_dim)
         super().__init__(transform, base, support=support, validate_args=validate_args)
 
-    def sample_sites(self, name: str) -> dict[str, Tensor]:
+    def sample_sites(
+        self, name: str, *, plates: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
         """Sample all sites inside a Pyro model, as one latent site and named deterministic values.
 
         Args:
             name: The name of the latent site that holds the packed vector, shape ``(D,)``.
+            plates: For sites to be used inside plates that are entered afterwards, how many of
+                their first dimensions these are: ``{"theta": 1}`` of shape ``(8,)`` in
+                ``pyro.plate("groups", 8)``. They take the place of as many dimensions of the
+                packed vector's batch, which is ``(P, 1)`` of P vectorised particles.
 
         Returns:
             The sites by name, each of its own shape, with the batch of the packed vector in front:
@@ -121,12 +127,38 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
             ``Predictive`` by these names replace values. None of them changes a density, nor what
             other sites are: to condition on a part of them, learn the others given it,
             ``from_samples(others, context=part)``.
+
+        Raises:
+            ValueError: If plates are given of a site that is not there, more than it has
+                dimensions, or the packed vector is in plates that would have to make room.
         """
+        plates = self._checked_plates({} if plates is None else plates)
         mark: Any = {NAMED: True}
-        return {
-            site: pyro.deterministic(site, value, event_dim=len(self.sites[site][0]))
-            for site, value in self.unpack(pyro.sample(name, self, infer=mark)).items()
-        }
+        found = {}
+        for site, packed in self.unpack(pyro.sample(name, self, infer=mark)).items():
+            inner, within = len(self.sites[site][0]), plates.get(site, 0)
+            value = pyro.deterministic(site, packed, event_dim=inner)  # whole: no plate is there
+            batch = value.shape[: value.dim() - inner]
+            # Values that Predictive gives may have the plates' places already.
+            kept = batch[: max(0, packed.dim() - inner - within)]
+            if kept.numel() != batch.numel():
+                raise ValueError(
+                    f"expected sample_sites outside of the {within} plates of site {site!r}, got "
+                    f"a packed vector of batch shape {tuple(batch)}: call it before they begin"
+                )
+            found[site] = value.reshape(kept + value.shape[len(batch) :])
+        return found
+
+    def _checked_plates(self, plates: Mapping[str, int]) -> Mapping[str, int]:
+        """Return how many dimensions of sites are plates, or raise a ValueError."""
+        for site, count in plates.items():
+            most = len(self.sites[site][0]) if site in self.sites else -1
+            if not 0 <= count <= most:
+                raise ValueError(
+                    f"expected plates of sites among {self._named()}, at most as many as each has "
+                    f"dimensions, got {dict(plates)}"
+                )
+        return plates
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of packed vectors, shape ``(*)``, ``(*, D)``: see :meth:`pack`.

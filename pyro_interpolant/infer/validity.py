@@ -5,6 +5,7 @@ the support: an exponential density grows without bound below zero, a Poisson ra
 """
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,10 +107,26 @@ def _on_support(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | bool:
     support, events = _leaf_support(fn), len(fn.event_shape)
     if value is None or support is None:
         return True
+    if isinstance(fn, MixtureSameFamily):
+        return _in_a_component(fn, value, moved=moved)
     if not moved and not constraints.is_dependent(type(fn).support):
         return True
     inside = torch.as_tensor(support.check(value))  # one of the user's may return a bool
     return inside.flatten(-events).all(-1) if events else inside
+
+
+def _in_a_component(fn: MixtureSameFamily, value: Tensor, *, moved: bool) -> Tensor | bool:
+    """Return where a value is on the support of a component, and the others give it no density.
+
+    The formulas of some go on outside their support: a mixture of such has a density only where
+    the value is on the support of all.
+    """
+    each, component = value.unsqueeze(-1 - len(fn.event_shape)), fn.component_distribution
+    inside = _leaf_support(component) is None or _is_valid(component, each, moved=moved)
+    if isinstance(inside, bool):
+        return True
+    inside, log_prob = torch.broadcast_tensors(inside, component.log_prob(each))
+    return inside.any(-1) & (inside | (log_prob == -math.inf)).all(-1)
 
 
 def _in_range(fn: Any) -> Tensor | bool:

@@ -162,6 +162,51 @@ def test_sample_sites_in_a_plate():
         assert trace.nodes[name]["fn"].batch_shape == (4,)
 
 
+def grouped(prior, y=None, plates=None):
+    """Return a site that comes whole, used in its plate."""
+    scales = prior.sample_sites("theta", plates=plates)["scales"]
+    with pyro.plate("groups", 2):
+        pyro.sample("y", dist.Normal(0.0, scales), obs=y)
+    return scales
+
+
+@pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
+def test_a_site_of_a_plate_counts_once_for_each_of_many_particles(space):
+    d, y = joint("scalar", "scales").freeze(), torch.tensor([0.3, -0.2])
+    model = space(lambda: grouped(d, y, {"scales": 1}))
+    with pyro.plate("particles", 3, dim=-2):
+        trace = poutine.trace(model).get_trace()
+    trace.compute_log_prob()
+    scales = trace.nodes["_RETURN"]["value"]
+    assert scales.shape == trace.nodes["y"]["log_prob"].shape == (3, 2)
+    assert torch.equal(trace.nodes["scales"]["value"], scales[:, None])
+    assert poutine.trace(model).get_trace().nodes["_RETURN"]["value"].shape == (2,)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_draws_by_name_reach_a_plate(parallel):
+    d = joint("scalar", "scales").freeze()
+    draws = {"scales": torch.tensor([[1e-4, 1e3], [1e3, 1e-4], [1e3, 1e-4]])}
+    y = Predictive(lambda: grouped(d, None, {"scales": 1}), draws, parallel=parallel)()["y"]
+    assert y.shape == (3, 2)
+    assert torch.equal(y.abs() < 0.1, draws["scales"] < 1)
+
+
+@pytest.mark.parametrize("plates", [{"scales": 2}, {"scales": -1}, {"none": 1}])
+def test_plates_that_a_site_has_not_are_refused(plates):
+    with pytest.raises(ValueError, match="expected plates of sites among"):
+        joint("scalar", "scales").sample_sites("theta", plates=plates)
+
+
+def test_a_site_inside_its_own_plate_already_is_refused():
+    d = joint("scalar", "scales")
+    with (
+        pyro.plate("groups", 2),
+        pytest.raises(ValueError, match=r"outside of the 1 plates of site 'scales'.*\(2,\)"),
+    ):
+        d.sample_sites("theta", plates={"scales": 1})
+
+
 @pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
 @pytest.mark.parametrize("fix", [poutine.do, poutine.condition])
 def test_named_sites_can_be_fixed(space, fix):

@@ -408,6 +408,43 @@ def test_what_validation_refuses_has_no_density(name, way):
     assert found.isfinite().any()
 
 
+MIXTURES = {  # of components that end at 2 and at x
+    "silent": (lambda high: dist.Uniform(torch.zeros_like(high), high), True),
+    "going on": (
+        lambda high: dist.TransformedDistribution(
+            dist.Exponential(torch.ones_like(high)), [AffineTransform(high, -1.0)]
+        ),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("way", ["plate", "vmap"])
+def test_a_mixture_has_a_density_where_one_component_has(name, way):
+    """Of components whose formulas go on outside it is there where all of them have one."""
+    component, counts = MIXTURES[name]
+    y = torch.tensor([0.5, 1.2])
+
+    def model():
+        x = pyro.sample("x", dist.Normal(1.5, 1.0))
+        high = torch.stack((torch.full_like(x, 2.0), x), -1)
+        with pyro.plate("rows", 2):
+            halves = dist.Categorical(torch.ones(2))
+            pyro.sample("y", dist.MixtureSameFamily(halves, component(high)), obs=y)
+
+    with pyro.validation_enabled(is_validate=False):  # which would refuse what is off any of them
+        start = init_to_value(values={"x": torch.tensor(1.5)})
+        density = log_joint(AutoInterpolant(model, init_loc_fn=start))
+        z = torch.tensor([[1.5], [1.0], [0.3]])
+        found = nan_to_minus_inf(density.by(way), z) - dist.Normal(1.5, 1.0).log_prob(z[:, 0])
+    if counts:  # by hand: 1/4 of the first, and 1/(2 x) of the second below x
+        each = 0.25 + 0.5 / z * (y < z)
+        torch.testing.assert_close(found, each.log().sum(1))
+    else:
+        assert found.isfinite().tolist() == [True, False, False]
+
+
 class Own(dist.TorchDistribution):
     """N(loc, 1), of which its author wrote the density alone."""
 
