@@ -446,6 +446,12 @@ def slopes(
             return a, b, g
 
 
+def inverse_of(transform: object) -> object:
+    """Return the transform that another is the inverse of; None of one that is no inverse."""
+    kind = torch.distributions.transforms._InverseTransform
+    return transform._inv if isinstance(transform, kind) else None
+
+
 def are_close(one: Tensor, other: Tensor, rtol: float = 1e-5) -> bool:
     """Return whether values, of shapes that broadcast, are the same but for rounding, in any unit.
 

@@ -203,8 +203,9 @@ class _Kept:
         flow = transform.flow
         end, own = (getattr(transform, name, None) for name in ("end", "context"))
         parts = transform.solver, transform.divergence, flow.interpolant, flow.velocity, base
-        names = [stable_name(part) for part in (*parts, distribution.constraint, end)]
-        found = checksum(tensors_of([flow, base, own, images, context]))
+        support = distribution.constraint
+        names = [stable_name(part) for part in (*parts, support, end)]
+        found = checksum(tensors_of([flow, base, own, images, context, support]))
         self.text = json.dumps([numbers, names, found])
         if os.path.exists(path):
             self.tensors = self._read(path)

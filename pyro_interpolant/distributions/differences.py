@@ -35,7 +35,7 @@ def difference(one: object, other: object) -> str | None:
     elif type(one) is not type(other) and not _are_numbers(one, other):
         return ""
     elif _is_made_of_parts(one):
-        one, other = _parts(one), _parts(other)
+        one, other = parts_of(one), parts_of(other)
     else:
         states = [_state(value) for value in (one, other)]
         if None not in states:
@@ -69,7 +69,7 @@ def _is_made_of_parts(value: object) -> bool:
     return isinstance(value, kinds) or dataclasses.is_dataclass(value)
 
 
-def _parts(value: object) -> dict[str, object]:
+def parts_of(value: object) -> dict[str, object]:
     """Return the attributes of a value, without those that only save time."""
     return {
         key: part

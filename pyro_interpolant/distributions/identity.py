@@ -2,18 +2,24 @@
 
 import contextlib
 import re
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
 
 from .._files import checksum
+from .._torch import inverse_of
 from ..transforms.flow import Flow
 from .base_description import describe_base
 from .bases import Samples
-from .constraints import as_tensor
+from .constraints import Constraint, as_tensor
+from .differences import parts_of
 from .own_description import describe_path
 
+# What the text of a constraint says, and how much a transform remembers.
+_TOLD = {"event_dim", "reinterpreted_batch_ndims", "shape", "_cache_size"}
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -64,11 +70,13 @@ def has_function(value: object) -> bool:
 
 def tensors_of(value: object) -> list[Tensor]:
     """Return the numbers that a part is made of, of any shapes."""
+    if isinstance(value, Transform | Constraint):
+        return _inside(value)
     if isinstance(value, nn.Module):
         return list(value.state_dict().values())
     if hasattr(value, "__array__"):
         return [as_tensor(value)]
-    if isinstance(value, torch.distributions.Distribution):
+    if isinstance(value, Distribution):
         names: Any = type(value).arg_constraints  # a property where its author wrote none
         numbers = [getattr(value, name) for name in names] if isinstance(names, dict) else []
         names = ("base_dist", "transforms", "source")  # the last of bases of other libraries
@@ -80,7 +88,16 @@ def tensors_of(value: object) -> list[Tensor]:
     return [tensor for part in inner for tensor in tensors_of(part)]
 
 
-def _described(base: torch.distributions.Distribution) -> list[Tensor]:
+def _inside(value: Transform | Constraint) -> list[Tensor]:
+    """Return the numbers in a transform or a constraint, whose texts round or leave out some."""
+    found = list(value.state_dict().values()) if isinstance(value, nn.Module) else []
+    parts = {key: part for key, part in parts_of(value).items() if key not in _TOLD}
+    for part in (*parts.values(), inverse_of(value)):
+        found += tensors_of([part] if isinstance(part, Number) else part)
+    return found
+
+
+def _described(base: Distribution) -> list[Tensor]:
     """Return the tensors that a file would have of a base; none if no file has it."""
     with contextlib.suppress(ValueError):
         return list(describe_base(base, "")[1].values())

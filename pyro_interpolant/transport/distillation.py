@@ -18,7 +18,7 @@ from torch.distributions import ComposeTransform, Transform, constraints
 from tqdm import tqdm
 
 from .._package import check_ranges, whole
-from .._torch import seeded, with_gradients
+from .._torch import inverse_of, seeded, with_gradients
 from ..distributions.bases import Samples, standard_normal
 from ..distributions.constraints import Constraint
 from ..distributions.interpolant import InterpolantDistribution
@@ -299,7 +299,7 @@ def _modules(part: Any) -> Iterator[nn.Module]:
     held = vars(part)
     # Those of compositions, of stacks, of an inverse and of one that is applied to whole events.
     inner = (*held.get("parts", ()), *held.get("transforms", ()))
-    for each in (*inner, held.get("_inv"), held.get("base_transform")):
+    for each in (*inner, inverse_of(part), held.get("base_transform")):
         if isinstance(each, Transform):
             yield from _modules(each)
 

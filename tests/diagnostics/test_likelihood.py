@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cases import IMAGE_SHAPE
+from pyro.distributions import constraints
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,6 +15,11 @@ import pyro_interpolant as pi
 from pyro_interpolant.diagnostics import bits_per_dim, likelihood
 from pyro_interpolant.nn import ImageVelocity
 from pyro_interpolant.transforms import ScalarWhitening
+from pyro_interpolant.transforms.gaussianize import (
+    Gaussianized,
+    MarginalTransform,
+    with_slopes,
+)
 
 SIZE, LEVELS = 16, 32
 LOC, SCALE = 0.5, 0.12
@@ -187,6 +193,35 @@ def test_bits_of_another_base_are_not_gone_on_from(matrix, tmp_path):
     bits_per_dim(starting(0.1), v, LEVELS, checkpoint=path)
     with pytest.raises(ValueError, match="to have bits of these images by this density"):
         bits_per_dim(starting(0.2), v, LEVELS, checkpoint=path)
+
+
+def within(high):
+    return constraints.independent(constraints.interval(torch.zeros(2), high), 1)
+
+
+def normalised(factor):
+    knots = torch.linspace(-3, 3, 5).expand(2, -1)
+    spline = MarginalTransform(*with_slopes(factor * knots.sinh(), knots))
+    return Gaussianized(constraints.real_vector, spline)
+
+
+SUPPORTS = {
+    "rounded": (within(torch.full((2,), 2.00001)), within(torch.full((2,), 2.00004))),
+    "joined": [constraints.stack([constraints.interval(0.0, b)] * 2, -1) for b in (2.0, 3.0)],
+    "splines": [normalised(factor) for factor in (1.0, 2.0)],
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_bits_of_another_support_are_not_gone_on_from(name, tmp_path):
+    """Supports whose text is the same."""
+    transform = pi.interpolant_transform(2, hidden_dims=(8,), solver=pi.FixedGrid(1))
+    one, other = (pi.InterpolantDistribution(transform, support=s) for s in SUPPORTS[name])
+    path, v = tmp_path / "bits", torch.tensor([[1, 2], [2, 3]])
+    found = bits_per_dim(one, v, 8, checkpoint=path)
+    assert bits_per_dim(one, v, 8, checkpoint=path) == found
+    with pytest.raises(ValueError, match="to have bits of these images by this density"):
+        bits_per_dim(other, v, 8, checkpoint=path)
 
 
 @pytest.mark.slow

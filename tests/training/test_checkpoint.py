@@ -398,10 +398,26 @@ def mixed(loc):
     return dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts)
 
 
+def scaled(factor, kind=dist):
+    """A base whose transforms hold plain numbers, of which one is inverted and was used."""
+    part = kind.transforms.AffineTransform(0.0, 3.0 + factor).inv
+    base = kind.Independent(kind.Normal(torch.zeros(2), 1.0), 1)
+    return kind.TransformedDistribution(base, [part, part.inv, part])
+
+
+def conditioned(value):
+    torch.manual_seed(0)
+    family = conditional_interpolant_transform(2, 1, hidden_dims=(8,))
+    return ConditionalInterpolantDistribution(family).condition(torch.tensor([value]))
+
+
 BASES = {
     "uniform": lambda loc: dist.Uniform(torch.full((2,), loc - 9), 9.0).to_event(1),
     "mixture": mixed,
     "affine": affine,
+    "scaled": scaled,
+    "external": lambda loc: ExternalBase(scaled(loc, torch.distributions)),
+    "conditioned": conditioned,
     "masked": lambda loc: dist.Normal(torch.full((2,), loc), 1.0).to_event(1).mask(mask=True),
 }
 

@@ -35,6 +35,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.training.preprocessing import marginal_transform
 from pyro_interpolant.transforms.gaussianize import Gaussianized
+from pyro_interpolant.transport.distillation import StudentTransforms
 
 QUICK = {"count": 2000, "steps": 40, "batch_size": 128, "seed": 0, "progress": False}
 
@@ -193,6 +194,9 @@ def test_students_of_ones_own():
     before = next(slow.parameters()).clone()
     distill(flow, [ComposeTransform([slow.inv])], **{**QUICK, "steps": 3})
     assert not torch.equal(next(slow.parameters()), before)  # modules inside of others, too
+    part = AffineTransform(0.0, 1.0)
+    assert part.inv.inv is part  # each now holds the other
+    assert [kept is part for kept in StudentTransforms([part]).chain()] == [True]
     module = LikeZuko()
     theirs = distill(flow, module, **QUICK)
     assert float(module.shift.abs().max()) > 0  # it was trained
