@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._package import check_ranges
 from .._torch import evaluated, seeded, warn_user
-from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
+from ..distributions.interpolant import AnyDistribution, InterpolantDistribution, rows_given
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence
 from ..solvers.ode import Adaptive, FixedGrid
 
@@ -73,17 +73,22 @@ def solver_error(
 ) -> SolverError:
     """Measure the error of log_prob and of the round trip at the present solver setting.
 
+    Rows that one of the two solves alone leads beyond the bounds of a base have no error of
+    log_prob, and are left out of it.
+
     Args:
         distribution: A trained flow.
         x: Rows to measure on, shape ``(N, *event_shape)``; a few hundred held-out rows will do.
-        context: Their contexts, shape ``(N, C)``, for a conditional flow.
+        context: Their contexts, shape ``(N, C)``, or one, for a conditional flow.
 
     Raises:
-        ValueError: If a row is outside the support, or the reference solve fails.
+        TypeError: If rows are not of a floating type.
+        ValueError: If rows are of another shape or type, not finite or outside the support, there
+            are none, or others than their contexts, or the reference solve fails.
     """
     with torch.no_grad():
-        flow, rows = _bare(distribution.given(context), x)
-        errors = flow.log_prob(rows).double() - _reference(flow, rows)
+        flow, rows = _bare(rows_given(distribution, x, context))
+        errors = _errors(flow.log_prob(rows), _reference(flow, rows))
         transform = flow.transform
         again = transform._call(transform._inverse(rows))
         trips = transform.flow.whitening.unpush(again - rows).norm(dim=-1)
@@ -105,11 +110,13 @@ def log_prob_stderr(
     Args:
         distribution: A flow; zero where its divergence is exact.
         x: Rows, shape ``(N, *event_shape)``.
-        context: Their contexts, shape ``(N, C)``, for a conditional flow.
+        context: Their contexts, shape ``(N, C)``, or one, for a conditional flow.
 
     Raises:
-        ValueError: If there is one probe alone, or a row is outside the support.
-        TypeError: If the divergence is neither exact nor Hutchinson's.
+        ValueError: If there is one probe alone, a path from the data has none to start from, or
+            rows cannot be those of a density, as in :func:`solver_error`.
+        TypeError: If the divergence is neither exact nor Hutchinson's, or rows are not of a
+            floating type.
     """
     divergence = distribution.transform.divergence
     if isinstance(divergence, HutchinsonDivergence) and divergence.probes < 2:
@@ -120,7 +127,8 @@ def log_prob_stderr(
             f"{type(divergence).__name__}: its error is not known here"
         )
     with torch.no_grad():
-        view = distribution.given(context)
+        distribution.check_start()
+        view, x = rows_given(distribution, x, context)
         rows, flow, path = view.to_flow(x), view.transform.flow, view.transform.path()
         if isinstance(divergence, ExactDivergence):
             return rows.new_zeros(rows.shape[:-1])
@@ -145,21 +153,22 @@ def calibrate(
 
     A grid is good if the mean absolute error of log_prob on the rows is within ``tolerance`` and
     that of the worst row within 5 times as much, against a tight adaptive solve in float64. A grid
-    that is too coarse does not only lose precision: it inflates likelihoods.
+    that is too coarse does not only lose precision: it inflates likelihoods. Rows count as in
+    :func:`solver_error`.
 
     Args:
         distribution: A trained flow; its ``transform.solver`` is set.
         x: Held-out rows, shape ``(N, *event_shape)``; a few hundred will do.
         tolerance: The mean absolute error allowed, nats.
-        context: Their contexts, shape ``(N, C)``, for a conditional flow.
+        context: Their contexts, shape ``(N, C)``, or one, for a conditional flow.
 
     Returns:
         The grid that was set. Where none within 256 steps is good, the last one, with a warning
         that gives its error.
 
     Raises:
-        ValueError: If the tolerance is not positive, a row is outside the support, or the
-            reference solve fails.
+        TypeError: If rows are not of a floating type.
+        ValueError: If the tolerance is not positive, or as :func:`solver_error`.
     """
     check_ranges(("a positive tolerance in nats", tolerance > 0, tolerance))
     return calibrate_until(math.inf, distribution, x, tolerance=tolerance, context=context).solver
@@ -188,11 +197,11 @@ def calibrate_until(
     present = distribution.transform.solver
     template = present if isinstance(present, FixedGrid) else FixedGrid()
     with torch.no_grad(), evaluated(distribution.transform.flow):
-        trials = _Trials(distribution.given(context), x, template, tolerance)
+        trials = _Trials(rows_given(distribution, x, context), template, tolerance)
         few = trials.affordable(deadline - time.monotonic())
         if 0 < few < len(x):
             x, context = x[:few], context if context is None else context[:few]
-            trials = _Trials(distribution.given(context), x, template, tolerance)
+            trials = _Trials(rows_given(distribution, x, context), template, tolerance)
         steps = trials.fewest(deadline) if few else None
         error = None if steps is None else trials.errors[steps]
     if steps is None:
@@ -209,8 +218,7 @@ class _Trials:
     """The errors of grids of more and more steps on given rows.
 
     Args:
-        view: The flow, given its contexts.
-        x: Rows, shape ``(N, *event_shape)``.
+        given: The flow, given its contexts, and rows, shape ``(N, *event_shape)``.
         template: The grid, but for its steps.
         tolerance: The mean absolute error allowed, nats.
 
@@ -219,10 +227,13 @@ class _Trials:
     """
 
     def __init__(
-        self, view: InterpolantDistribution, x: Tensor, template: FixedGrid, tolerance: float
+        self,
+        given: tuple[InterpolantDistribution, Tensor],
+        template: FixedGrid,
+        tolerance: float,
     ) -> None:
         self.template, self.tolerance = template, tolerance
-        self.flow, self.rows = _bare(view, x)
+        self.flow, self.rows = _bare(given)
         self.errors: dict[int, float] = {}
         began = time.monotonic()
         self.first = self._log_prob(_FIRST_STEPS)
@@ -244,7 +255,7 @@ class _Trials:
         def excess(steps: int) -> float:
             """Return the larger ratio of mean and worst error to what each may be."""
             value = self.first if steps == _FIRST_STEPS else self._log_prob(steps)
-            error = (value.double() - reference).abs()
+            error = _errors(value, reference).abs()
             self.errors[steps] = float(error.mean())
             worst = torch.maximum(error.mean(), error.max() / _WORST_ROW_FACTOR)
             ratio = float(worst) / self.tolerance
@@ -389,15 +400,26 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float(off / size)
 
 
-def _bare(view: InterpolantDistribution, x: Tensor) -> tuple[InterpolantDistribution, Tensor]:
-    """Return the flow on real vectors, with a solver of its own, and rows there, ``(N, D)``.
+def _bare(
+    given: tuple[InterpolantDistribution, Tensor],
+) -> tuple[InterpolantDistribution, Tensor]:
+    """Return the flow on real vectors, with a solver of its own, and rows there, ``(N, D)``."""
+    view, x = given
+    bare = view.without_support().at(view.transform.end)
+    context = bare.transform.raw_context
+    # What has a graph cannot be copied.
+    bare.transform.raw_context = None if context is None else context.detach()
+    return bare, view.to_flow(x)
 
-    Raises:
-        ValueError: If there are no rows.
+
+def _errors(found: Tensor, reference: Tensor) -> Tensor:
+    """Return what log-densities are above a reference, shapes ``(N,)``, of rows that have both.
+
+    Beyond the bounds of a base both are ``-inf``, and 0 apart. Near them one may be so alone.
     """
-    if len(x) == 0:
-        raise ValueError(f"expected rows, got none: their shape is {tuple(x.shape)}")
-    return view.without_support().at(view.transform.end), view.to_flow(x)
+    error = torch.where(found == reference, 0.0, found.double() - reference)
+    both = found.isneginf() == reference.isneginf()
+    return error[both] if bool(both.any()) else error
 
 
 def _reference(flow: InterpolantDistribution, rows: Tensor) -> Tensor:

@@ -114,9 +114,9 @@ def bits_per_dim(
 
     Raises:
         ValueError: If images have another shape or other levels, or training spread them over
-            another number of levels, a number is not positive, the base has a batch, contexts are
-            of another number, or given already, one for each image, or the file is of another
-            call.
+            another number of levels, a number is not positive, the base has a batch, or a mirror
+            was not fitted, contexts are of another number, or given already, one for each image,
+            or the file is of another call.
         NotImplementedError: If the distribution has no density, as one that is guided.
     """
     values = _checked_levels(distribution, images, levels)
@@ -125,6 +125,7 @@ def bits_per_dim(
         ("at least one probe and one dequantization", fewest >= 1, both),
         ("a tolerance > 0", tolerance > 0, tolerance),
     )
+    distribution.check_start()
     flow = distribution.transform.flow
     given = None
     known = getattr(distribution.transform, "raw_context", None)

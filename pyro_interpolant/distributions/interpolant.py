@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyro.distributions as dist
 import torch
+from numpy.typing import ArrayLike
 from pyro.distributions.conditional import ConditionalTransformedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
@@ -30,7 +31,7 @@ from ..transforms.interpolant import (
     broadcast_batch,
 )
 from .bases import base_log_prob, base_of, check_expansion
-from .constraints import Constraint, check_value, shaped
+from .constraints import Constraint, check_value, checked_rows, shaped
 from .parts import FlowDistribution
 from .summaries import Summaries, pushed
 from .supports import only_possible
@@ -430,3 +431,33 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
 
 
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
+
+
+def rows_given(
+    distribution: AnyDistribution, x: ArrayLike, context: Tensor | None
+) -> tuple[InterpolantDistribution, Tensor]:
+    """Return a distribution given contexts, and rows that its density can be asked for.
+
+    Args:
+        distribution: The distribution, conditional or not.
+        x: Rows, shape ``(N, *event_shape)``; the columns of a data frame are taken by name.
+        context: Their contexts, shape ``(N, C)``, or one, or None.
+
+    Returns:
+        The distribution, of no batch or one of 1 or N, and the rows, detached.
+
+    Raises:
+        TypeError: If rows are no array of a floating type.
+        ValueError: If rows are of another shape or type or not finite, there are none, or another
+            number than of contexts.
+    """
+    view = distribution.given(context)
+    rows = checked_rows(view.value_of(x), "x", view.row_shape)
+    view.transform.check_type(rows)
+    batch = tuple(view.batch_shape)
+    if batch not in ((), (1,), (len(rows),)):
+        raise ValueError(
+            f"expected one density for all of {len(rows):,} rows, or one for each, got a batch of "
+            f"shape {batch}: pass as many contexts as rows"
+        )
+    return view, rows

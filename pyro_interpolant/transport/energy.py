@@ -16,7 +16,7 @@ from torch.func import jacfwd, vmap
 from .._package import check_ranges
 from .._torch import seeded
 from ..distributions.bases import check_single
-from ..distributions.interpolant import AnyDistribution
+from ..distributions.interpolant import AnyDistribution, rows_given
 from ..distributions.report import with_error
 from ..nn.velocity import evaluate
 from ..transforms.flow import Flow
@@ -97,7 +97,7 @@ def path_energy(
     check_single(distribution.base)
     given = distribution.given(context)
     given.check_start()
-    if given.batch_shape.numel() not in (1, count):
+    if tuple(given.batch_shape) not in ((), (1,), (count,)):
         raise ValueError(
             f"expected one context, or one for each of {count:,} paths, got a batch of shape "
             f"{tuple(given.batch_shape)}: the energy is a mean over paths"
@@ -143,26 +143,34 @@ def w2_bound(
         data: Rows, shape ``(N, *event_shape)``, better not those it was trained on.
         minimum: :math:`\min_v G(v)`, minus the energy of the interpolant's own velocity, in data
             units squared, where it is known.
-        context: Contexts, shape ``(N, C)``, for a conditional flow.
+        context: Contexts, shape ``(N, C)``, or one, for a conditional flow.
         seed: Of the times and base draws.
 
     Raises:
-        ValueError: If a row is outside the support, a context is missing, or the flow is behind a
-            map of :func:`from_samples`, stopped by ``at(t)``, or from a base with a batch.
+        TypeError: If rows are not of a floating type: images of whole levels are not what was
+            learned, which is spread over them.
+        ValueError: If rows are of another shape or type, not finite or outside the support, there
+            are none, or others than their contexts, a context is missing, or the flow is behind a
+            map of :func:`from_samples`, stopped by ``at(t)``, from a base with a batch, or a
+            mirror that was not fitted.
 
     References:
         arXiv 2209.15571, Proposition 3.
     """
     refuse_gaussianized(distribution.constraint, "distance")
-    given = distribution.given(context)
+    check_single(distribution.base, rows=True)
+    distribution.check_start()
+    given, rows = rows_given(distribution, data, context)
     if given.transform.end != 1:
         raise ValueError(
             "expected a flow that ends at the data, t = 1, got one stopped at t = "
             f"{given.transform.end:g}: pass the distribution it came from"
         )
     flow, context = given.transform.flow, given.transform.context
-    w1 = flow.whitening.to_white(given.to_flow(data))
+    if context is not None and context.dim() > 1:
+        context = context.expand(len(rows), -1)
     with torch.no_grad(), seeded(seed):
+        w1 = flow.whitening.to_white(given.to_flow(rows))
         w0 = given.white_base().sample(w1.shape[:1])
         w0 = w0[torch.randperm(len(w0))]  # rows may be made of the same seed's draws, in order
         t = (torch.arange(len(w1)) + torch.rand(len(w1))).to(w1) / len(w1)

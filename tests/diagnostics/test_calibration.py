@@ -1,6 +1,8 @@
 import copy
+import math
 import warnings
 
+import pyro.distributions as dist
 import pytest
 import torch
 from cases import random_flow, slow_but
@@ -14,13 +16,15 @@ from pyro_interpolant import (
     HutchinsonDivergence,
     InterpolantDistribution,
     InterpolantTransform,
+    Mirror,
     Trigonometric,
     VelocityMLP,
     calibrate,
     log_prob_stderr,
     solver_error,
+    w2_bound,
 )
-from pyro_interpolant.diagnostics import SolverError, calibration
+from pyro_interpolant.diagnostics import SolverError, bits_per_dim, calibration
 
 
 def narrow_mixture(deviation=0.15):
@@ -117,11 +121,77 @@ def test_a_tolerance_must_be_positive(tolerance):
         calibrate(distribution, torch.randn(5, 2), tolerance=tolerance)
 
 
-def test_rows_are_needed():
-    d = InterpolantDistribution(random_flow(2))
-    for check in (calibrate, solver_error):
-        with pytest.raises(ValueError, match="expected rows, got none"):
-            check(d, torch.zeros(0, 2))
+CHECKS = (calibrate, solver_error, log_prob_stderr, w2_bound)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    ("x", "kind", "message"),
+    [
+        (torch.zeros(0, 2), ValueError, "expected rows of x, got none"),
+        (torch.zeros(4, 3), ValueError, r"expected x of shape \(N, 2\), got \(4, 3\)"),
+        (torch.zeros(4, 1), ValueError, r"expected x of shape \(N, 2\), got \(4, 1\)"),
+        (torch.zeros(2), ValueError, r"expected x of shape \(N, 2\), got \(2,\)"),
+        (torch.zeros(4, 2).float(), ValueError, "float64, the type of the flow, got torch.flo"),
+        (torch.zeros(4, 2) / 0, ValueError, "expected finite x, got NaN or infinite values in 4"),
+        (torch.zeros(4, 2).byte(), TypeError, "expected x of a floating type, got torch.uint8"),
+    ],
+)
+def test_rows_are_those_of_a_density(check, x, kind, message):
+    with pytest.raises(kind, match=message):
+        check(flow_of(VelocityMLP(2, (8,))), x)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_rows_may_be_arrays_and_frames(check):
+    pd = pytest.importorskip("pandas")
+    flow, x = flow_of(VelocityMLP(2, (8,))), torch.randn(5, 2)
+    flow.columns = ("a", "b")
+    frame = pd.DataFrame(x.flip(-1).numpy(), columns=["b", "a"])
+    assert len({str(check(flow, rows)) for rows in (x, x.numpy(), frame)}) == 1
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_there_are_as_many_contexts_as_rows_or_one(check):
+    family = ConditionalInterpolantDistribution(random_flow(2, context_dim=1))
+    x, context = torch.randn(4, 2), torch.ones(4, 1)
+    one = str(check(family, x, context=context))
+    assert {str(check(family, x, context=c)) for c in (context[0], context[:1])} == {one}
+    for few, rows in (context[:3], x), (context, x[:1]):
+        with pytest.raises(ValueError, match=r"or one for each, got a batch of shape"):
+            check(family, rows, context=few)
+
+
+def test_a_mirror_that_was_not_fitted_has_no_density():
+    flow = flow_of(VelocityMLP(2, (8,)), interpolant=Mirror())
+    for check in (*CHECKS, lambda d, x: bits_per_dim(d, x.long())):
+        with pytest.raises(ValueError, match="expected samples to start from"):
+            check(flow, torch.zeros(4, 2))
+
+
+def test_a_context_that_has_a_graph():
+    family = ConditionalInterpolantDistribution(random_flow(2, context_dim=1))
+    x, context = torch.randn(4, 2), 2 * torch.ones(4, 1, requires_grad=True)
+    found = solver_error(family, x, context=context)
+    assert found == solver_error(family, x, context=context.detach())
+    assert found == solver_error(family.condition(context), x)
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_beyond_the_bounds_of_a_base():
+    """Where both solves say so there is no error; where one does, it is not counted."""
+    base = dist.Uniform(torch.zeros(2), torch.ones(2)).to_event(1)
+    flow = InterpolantDistribution(random_flow(2, solver=FixedGrid(1)), base)
+    inside = torch.cat((flow.sample((30,)), flow.transport(torch.full((1, 2), 0.5))))
+    x = torch.cat((inside, torch.full((1, 2), 9.0)))
+    assert flow.log_prob(x[-1:]) == -math.inf
+    error = solver_error(flow, x)
+    assert 0 < error.density_mean <= error.density_worst < math.inf
+    assert calibrate(flow, x, tolerance=1e-2).steps < 40
+    assert solver_error(flow, x[-1:]).density_worst == 0.0
+    low, high = torch.tensor([0.0, -math.inf, -math.inf]), torch.tensor([0.5, 1.0, -math.inf])
+    assert calibration._errors(low, high).tolist() == [-0.5, 0.0]
+    assert calibration._errors(low[1:2], high[1:2]).tolist() == [-math.inf]
 
 
 def test_solver_error_is_the_error_against_the_closed_form():

@@ -84,6 +84,8 @@ def test_the_energy_of_conditional_flows():
         path_energy(distribution)
     with pytest.raises(ValueError, match="one for each of 700 paths, got a batch"):
         path_energy(distribution, count=700, context=context[:9])
+    with pytest.raises(ValueError, match=r"got a batch of shape \(700, 1\)"):
+        path_energy(distribution, count=700, context=context[:, None])
     with pytest.raises(ValueError, match="expected no context"):
         path_energy(InterpolantDistribution(random_flow(2)), context=context)
     for count in (1, 2.5):
