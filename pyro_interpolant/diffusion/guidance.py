@@ -9,7 +9,6 @@ References:
     Ho & Salimans, *Classifier-free diffusion guidance*, arXiv 2207.12598.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ..distributions.interpolant import ConditionalInterpolantDistribution
 from ..distributions.joint import ConditionalJointInterpolantDistribution
 from ..nn.velocity import image_shape, null_label, rows_at_once, size_of
+from ..solvers.divergence import NoDensity
 from ..transforms.interpolant import ConditionalInterpolantTransform
 
 
@@ -45,7 +45,7 @@ def guided(
         flow.event_dim,
         interpolant=flow.interpolant,
         solver=transform.solver,
-        divergence=_NoDensity(),
+        divergence=NoDensity(),
         whitening=flow.whitening,
     )
     # What the score follows from, if there is one: of a guided noise it is guided, too.
@@ -95,17 +95,3 @@ class Guided(nn.Module):
             t.expand(2, *t.shape), x.expand(2, *x.shape), labels
         ).unbind()
         return without + self.scale * (with_label - without)
-
-
-@dataclass(frozen=True)
-class _NoDensity:
-    """The divergence of a guided velocity, which nobody should take for a log-density's rate."""
-
-    def __call__(
-        self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None
-    ) -> Tensor:
-        """Raise an error, whatever x, of shape ``(*, D)``, is."""
-        raise NotImplementedError(
-            "guided samples have no density that is known: their velocity is not that of a path "
-            "between base and data. Take log_prob of the distribution that was guided"
-        )

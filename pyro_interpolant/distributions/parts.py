@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
+from ..solvers.divergence import NoDensity
 from ..transforms.gaussianize import Gaussianized, without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .bases import Samples, WhitenedBase, base_of, copy_like
@@ -102,6 +103,13 @@ class FlowDistribution:
                 "data, which this flow was not fitted to. Fit it, pass a base, or give sample_sde "
                 "rows x"
             )
+
+    def has_density(self) -> bool:
+        """Return whether there is a log_prob: not of what is guided, nor from samples alone."""
+        own, base = not isinstance(self.transform.divergence, NoDensity), self.base
+        if isinstance(base, FlowDistribution):
+            return own and base.has_density()
+        return own and not isinstance(base, Samples)
 
     def white_base(self) -> WhitenedBase:
         """Return the base in whitened coordinates, those of the velocity."""

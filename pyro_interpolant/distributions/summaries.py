@@ -116,8 +116,7 @@ def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
                 draw = source.rsample if source.has_rsample else source.sample
                 z = draw(torch.Size((_DRAWS,)))
             x = chain(z.contiguous())
-            known = not isinstance(bare.base, Samples)
-            log_prob = bare.log_prob(x) if known else x[..., 0] * math.nan
+            log_prob = bare.log_prob(x) if bare.has_density() else x[..., 0] * math.nan
             new = (1,) * (len(own) - len(batch))
             x = x.reshape(_DRAWS, *new, *batch, -1).expand(_DRAWS, *own, -1)
             y, log_det = distribution.from_flow(x)

@@ -74,6 +74,20 @@ class ExactDivergence:
 
 
 @dataclass(frozen=True)
+class NoDensity:
+    """The divergence of a guided velocity, which nobody should take for a log-density's rate."""
+
+    def __call__(
+        self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """Raise an error, whatever x, of shape ``(*, D)``, is."""
+        raise NotImplementedError(
+            "guided samples have no density that is known: their velocity is not that of a path "
+            "between base and data. Take log_prob of the distribution that was guided"
+        )
+
+
+@dataclass(frozen=True)
 class HutchinsonDivergence:
     r"""Estimate the trace as :math:`\frac1P \sum_p \epsilon_p^T J \epsilon_p`.
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._torch import evaluated, warn_user
-from ..distributions.bases import Samples
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import GAUSSIAN, Report, beside, decimals
 from ..distributions.supports import CircularSupport
@@ -128,7 +127,7 @@ class HeldOutDensity:
         images = has_images(distribution)  # of which a density takes as long as many steps
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
-        self.is_known = not isinstance(distribution.base, Samples) and not images
+        self.is_known = distribution.has_density() and not images
         self.text, self.took = "", 0.0
 
     def glimpse(self, step: int, spent: float) -> str:

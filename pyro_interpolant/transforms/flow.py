@@ -139,7 +139,9 @@ class Flow(nn.Module):
         self.reached: int | None = None
         self.levels: int | None = None
         self.interpolant = Trigonometric() if interpolant is None else interpolant
-        like = next(velocity.parameters(), torch.zeros(()))
+        # A map that is shared with another flow stays of its type where no weight says one.
+        kept = torch.zeros(()) if whitening is None else whitening.loc
+        like = next(velocity.parameters(), kept)
         self.whitening = (DenseWhitening(size) if whitening is None else whitening).to(like)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .._package import check_ranges, whole
 from .._torch import inverse_of, seeded, with_gradients
-from ..distributions.bases import Samples, standard_normal
+from ..distributions.bases import standard_normal
 from ..distributions.constraints import Constraint
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
@@ -183,20 +183,19 @@ def distill(
     count, steps, batch_size = int(count), int(steps), int(batch_size)
     given = None if student is None else StudentTransforms(student)
     began, flow = time.monotonic(), distribution.transform.flow
-    view = distribution.without_support()
+    view, held_count = distribution.without_support(), round(_HELD * count)
     with seeded(seed), torch.no_grad():
-        x = view.sample((count,))
+        last, log_p = _draws_and_log_prob(view, held_count)
+        x = torch.cat((view.sample((count - held_count,)), last))
         known = whitening_map(x, warn=False)
         whitening = DenseWhitening(flow.event_dim).to(flow.loc)
         whitening.set(known.loc, known.linear)
         fitted = (StudentTransforms(_couplings(flow.loc)) if given is None else given).to(x)
         w = whitening.to_white(x)
-        seen, held = w.tensor_split([count - round(_HELD * count)])
+        seen, held = w.tensor_split([count - held_count])
         with with_gradients():
             fitted.learn(seen, steps, batch_size, learning_rate, progress=progress)
         log_q = fitted.over(x).log_prob(held) - whitening.log_det
-        has_density = not isinstance(view.base, Samples)
-        log_p = view.log_prob(x[len(seen) :]) if has_density else torch.full_like(log_q, math.nan)
     if not bool(log_q.isfinite().all()):
         raise RuntimeError(
             f"the student's density is not finite for {int((~log_q.isfinite()).sum())} of "
@@ -208,6 +207,22 @@ def distill(
     seconds = time.monotonic() - began
     found = fitted.over(x, ends, distribution.space)
     return DistillResult(found, float(excess.mean()), error, steps, seconds)
+
+
+def _draws_and_log_prob(view: InterpolantDistribution, count: int) -> tuple[Tensor, Tensor]:
+    """Return draws, shape ``(count, D)``, and their log-densities, NaN where there are none.
+
+    Densities are those of the draws of the base: a solve back may end beyond the bounds of one.
+    """
+    x = view.base_dist.sample((count,))
+    has_density = view.has_density()
+    log_prob = view.base_dist.log_prob(x) if has_density else torch.full_like(x[:, 0], math.nan)
+    for transform in view.transforms:
+        y = transform(x)
+        if has_density:
+            log_prob = log_prob - transform.log_abs_det_jacobian(x, y)
+        x = y
+    return x, log_prob
 
 
 class StudentTransforms(nn.Module):

@@ -1,5 +1,7 @@
 """Guided samples against a network whose guided velocity is solved in closed form."""
 
+import math
+
 import pytest
 import torch
 from cases import IMAGE_NETWORKS, IMAGE_SHAPE
@@ -76,6 +78,19 @@ def test_it_keeps_names_and_sites():
     assert bool((draws["sigma"] > 0).all())
 
 
+def test_it_leaves_the_type_of_a_flow_without_weights():
+    transform = pi.ConditionalInterpolantTransform(Labelled()).float()
+    guided(pi.ConditionalInterpolantDistribution(transform))
+    assert transform.flow.loc.dtype == torch.float32
+
+
+def test_its_students_are_told_without_a_density():
+    found = guided(family()).condition(torch.tensor(1))
+    assert not found.has_density()
+    result = pi.distill(found, count=100, steps=1, progress=False, seed=0)
+    assert math.isnan(result.relative_entropy)
+
+
 def test_it_has_no_density_and_no_file(tmp_path):
     found = guided(family())
     given = found.condition(torch.tensor([0, 1]))
@@ -84,7 +99,7 @@ def test_it_has_no_density_and_no_file(tmp_path):
     levels = torch.zeros(2, *IMAGE_SHAPE, dtype=torch.uint8)
     with pytest.raises(NotImplementedError, match="no density that is known"):
         bits_per_dim(found, levels, context=torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="expected a divergence of this package, got a _NoDen"):
+    with pytest.raises(ValueError, match="expected a divergence of this package, got a NoDen"):
         pi.save(found, tmp_path / "guided.safetensors")
 
 

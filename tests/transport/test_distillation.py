@@ -20,6 +20,7 @@ from torch.distributions import AffineTransform, ComposeTransform, Independent, 
 from pyro_interpolant import (
     AutoInterpolant,
     ConditionalInterpolantDistribution,
+    FixedGrid,
     Geodesic,
     InterpolantDistribution,
     InterpolantTransform,
@@ -132,6 +133,31 @@ def test_a_base_without_a_density():
     result = distill(flow, **QUICK)
     assert math.isnan(result.relative_entropy)
     assert result.distribution.log_prob(flow.sample((5,))).shape == (5,)
+
+
+def test_a_base_that_comes_from_samples_has_no_density_either():
+    base = InterpolantDistribution(random_flow(2), Samples(torch.randn(500, 2))).freeze()
+    flow = InterpolantDistribution(random_flow(2), base).freeze()
+    assert not flow.has_density()
+    assert math.isnan(distill(flow, **{**QUICK, "steps": 1}).relative_entropy)
+    assert flow.moments().mean.isfinite().all()
+
+
+class Growing(nn.Module):
+    event_dim = 2
+
+    def forward(self, t, x, context=None):
+        return 2 * x
+
+
+def test_a_base_with_bounds_has_the_densities_of_the_draws():
+    """A solve back from the draws leads some beyond the bounds."""
+    base = dist.Uniform(-torch.ones(2), torch.ones(2)).to_event(1)
+    flow = InterpolantDistribution(InterpolantTransform(Growing(), solver=FixedGrid(1)), base)
+    assert flow.log_prob(flow.sample((100,)).clone()).isinf().any()
+    result = distill(flow, **{**QUICK, "steps": 1})
+    assert math.isfinite(result.relative_entropy)
+    assert math.isfinite(result.stderr)
 
 
 @pytest.mark.slow
