@@ -11,7 +11,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
-from .._package import check_ranges, flag
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..diffusion.guidance import Guided
@@ -209,8 +208,7 @@ def fit(
     """
     clock, process = Clock(max_seconds), Process(fabric, own_rows=is_stream(data))
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema, accumulate)
-    check_choices(learn, coupling, callback)
-    check_ranges(("tolerance > 0", tolerance > 0, tolerance), flag("whiten", whiten))
+    check_choices(learn, coupling, callback, tolerance, whiten)
     validation = as_held_out(validation)
     flow = _started_flow(distribution, base_samples)
     check_place(None if process.rank else checkpoint, checkpoint_every)
@@ -459,7 +457,7 @@ def _finish(
                 found = calibrate_sampler_until(until, distribution, context, tolerance)
             transform.solver, error = process.agreed(found)
             report = dataclasses.replace(report, sample_error=error)
-        elif not isinstance(distribution.base, Samples):
+        elif distribution.has_density():
             with attempted("calibrating the solver", progress=progress):
                 found = calibrate_until(
                     deadline, bare, rows, context=few.context, tolerance=tolerance

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._package import check_ranges, flag
 from .._torch import evaluated
 from ..distributions.bases import Samples, WhitenedBase
 from ..distributions.interpolant import (
@@ -38,23 +39,28 @@ Target = Literal["velocity", "noise"]
 Metric = Callable[[Tensor], Tensor]
 
 
-def check_choices(learn: object, coupling: object, callback: object) -> None:
-    """Raise an error unless the settings of a run that are no numbers can work.
+def check_choices(
+    learn: object, coupling: object, callback: object, tolerance: float, whiten: object
+) -> None:
+    """Raise an error unless the settings of a run beside its schedule can work.
 
     Args:
         learn: What the network is to learn.
         coupling: Who is paired with whom.
         callback: What is called at each look, or None.
+        tolerance: Of the calibration.
+        whiten: Whether to set the whitening map.
 
     Raises:
         TypeError: If one that is to be called is not a function.
-        ValueError: If it is not known what is to be learned.
+        ValueError: If it is not known what is to be learned, or another is out of range.
     """
     if learn not in ("velocity", "noise"):
         raise ValueError(f"expected learn='velocity' or learn='noise', got {learn!r}")
     for name, given in ("coupling", coupling), ("callback", callback):
         if not (callable(given) or (given is None and name == "callback")):
             raise TypeError(f"expected {name} to be a function, not its name, got {given!r}")
+    check_ranges(("tolerance > 0", tolerance > 0, tolerance), flag("whiten", whiten))
 
 
 class Points(NamedTuple):

@@ -19,8 +19,9 @@ from ..interpolants.learned import LearnedInterpolant
 from ..training.data import DEFAULT_SHARE, Table, TableBatches, as_held_out
 from ..training.distributed import Process
 from ..training.fitting import FitResult, fit, start_from, trainable_flow
-from ..training.objective import Coupling, Objective, check_choices
+from ..training.objective import Coupling, Objective
 from ..training.optimization import Descent
+from ..training.options import check_options
 from ..training.rows import Rows, subsample
 from ..training.whitening import set_whitening
 
@@ -101,14 +102,20 @@ def learn_interpolant(
         The course of the energy, and the final fit.
 
     Raises:
-        TypeError: If the interpolant is not a :class:`LearnedInterpolant`.
-        ValueError: If the data or a setting cannot work.
+        TypeError: If the interpolant is not a :class:`LearnedInterpolant`, or options are none of
+            ``fit``.
+        ValueError: If the data or a setting cannot work, or options of ``fit`` are those that are
+            set here, ``whiten`` and ``learn``.
 
     References:
         arXiv 2209.15571, eq. 14 and Proposition 4.
     """
     pace = _Pace(alternations, velocity_steps, learning_rate, interpolant_rate)
-    check_choices("velocity", coupling, fit_options.get("callback"))
+    check_options(
+        {**fit_options, "coupling": coupling, "learning_rate": learning_rate},
+        {"whiten", "learn"},
+        "the velocity is trained in the whitened coordinates of the interpolant",
+    )
     flow = trainable_flow(distribution)
     interpolant = flow.interpolant
     if not isinstance(interpolant, LearnedInterpolant):

@@ -11,7 +11,6 @@ from torch import Tensor
 from .._package import check_ranges, whole
 from .._torch import seeded
 from ..diagnostics.calibration import calibrate
-from ..distributions.bases import Samples
 from ..distributions.interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -21,6 +20,7 @@ from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
 from ..training.fitting import FitResult, fit, trainable_flow
 from ..training.image_rows import IMAGE_OPTIONS, has_images
+from ..training.options import check_options
 
 _ROWS, _IMAGES = 256, 8  # whose paths are compared
 _FINE_STEPS = 128  # of what they are compared with
@@ -97,20 +97,22 @@ def reflow(
         The new flow, and steps and errors before and after.
 
     Raises:
+        TypeError: If options are none of ``fit``.
         ValueError: If the flow is conditional and no context is given, ``count`` is below 1, or
-            options of ``fit`` are those that are set here, ``pairs`` and ``whiten``.
+            options of ``fit`` cannot work, or are those that are set here, ``pairs``, ``whiten``
+            and ``learn``.
 
     References:
         Liu, Gong & Liu, *Flow straight and fast*, ICLR 2023; arXiv 2209.15571, Section 2.3.
     """
     trainable_flow(distribution)
     check_ranges(whole("count", count, 1))
-    refused = sorted({"pairs", "whiten"} & fit_options.keys())
-    if refused:
-        raise ValueError(
-            f"expected other options of fit than {', '.join(refused)}: pairs are what the flow "
-            "makes, in the whitened coordinates that it has; fit(copy, data, ...) trains on yours"
-        )
+    check_options(
+        {**fit_options, "tolerance": tolerance},
+        {"pairs", "whiten", "learn"},
+        "pairs are what the flow makes, in the whitened coordinates that it has, and its velocity "
+        "is trained; fit(copy, data, ...) trains on yours",
+    )
     if context is None and isinstance(distribution, ConditionalInterpolantDistribution):
         raise ValueError("expected contexts to draw pairs for, shape (count, C), got none")
     new = copy.deepcopy(distribution)
@@ -158,7 +160,7 @@ def _report(
     tolerance: float,
 ) -> PathReport:
     copied, steps = copy.deepcopy(distribution), None
-    if not has_images(copied) and not isinstance(copied.base, Samples):
+    if not has_images(copied) and copied.has_density():
         steps = calibrate(copied, data, context=context, tolerance=tolerance).steps
     view = copied.given(context)
     flow = view.transform.flow

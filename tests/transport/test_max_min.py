@@ -10,6 +10,7 @@ from pyro_interpolant import (
     InterpolantTransform,
     LearnedInterpolant,
     Linear,
+    Samples,
     TorusMLP,
     Trigonometric,
     VelocityMLP,
@@ -227,6 +228,13 @@ def test_one_column_alone(options):
         (LearnedInterpolant(), {"velocity_steps": 1.5}, ValueError, "velocity_steps >= 1, a who"),
         (LearnedInterpolant(), {"interpolant_rate": 0.0}, ValueError, "interpolant_rate > 0"),
         (LearnedInterpolant(), {"coupling": "optimal"}, TypeError, "coupling to be a function"),
+        (LearnedInterpolant(), {"whiten": True}, ValueError, "other options of fit than whiten:"),
+        (LearnedInterpolant(), {"learn": "noise"}, ValueError, "options of fit than learn:"),
+        (LearnedInterpolant(), {"stepz": 9}, TypeError, "expected options of fit, got stepz"),
+        (LearnedInterpolant(), {"steps": 0}, ValueError, "steps >= 1, a whole number"),
+        (LearnedInterpolant(), {"tolerance": -1}, ValueError, "tolerance > 0, got -1"),
+        (LearnedInterpolant(), {"ema": 2}, ValueError, r"ema in \[0, 1\), got 2"),
+        (LearnedInterpolant(), {"checkpoint_every": 0}, ValueError, "checkpoint_every >= 1"),
         (LearnedInterpolant(), {"callback": 3}, TypeError, "callback to be a function"),
         (LearnedInterpolant(), {"validation": None}, ValueError, "validation .*, got None"),
         (
@@ -238,12 +246,13 @@ def test_one_column_alone(options):
     ],
 )
 def test_refused_before_work(interpolant, options, kind, message):
+    options = {**QUICK, **options}
     distribution = InterpolantDistribution(
         interpolant_transform(2, (8, 8), interpolant=interpolant)
     )
     before = [p.clone() for p in distribution.transform.flow.state_dict().values()]
     with pytest.raises(kind, match=message):
-        learn_interpolant(distribution, torch.randn(300, 2), **options, **QUICK)
+        learn_interpolant(distribution, torch.randn(300, 2), **options)
     for p, q in zip(before, distribution.transform.flow.state_dict().values(), strict=True):
         assert torch.equal(p, q)
 
@@ -283,11 +292,15 @@ def test_reflow_straightens_the_paths(ring_flow):
     assert not result.distribution.transform.flow.independent
 
 
-@pytest.mark.parametrize("options", [{"whiten": True}, {"pairs": torch.zeros(1)}])
+@pytest.mark.parametrize(
+    "options", [{"whiten": True}, {"pairs": torch.zeros(1)}, {"learn": "noise"}]
+)
 def test_options_that_reflow_sets_are_refused(options):
     distribution = InterpolantDistribution(interpolant_transform(2, (8,)))
     with pytest.raises(ValueError, match=f"other options of fit than {next(iter(options))}:"):
         reflow(distribution, **options)
+    with pytest.raises(ValueError, match=r"ema in \[0, 1\), got 2"):
+        reflow(distribution, ema=2)
 
 
 @pytest.mark.slow
@@ -316,6 +329,17 @@ def test_reflow_of_a_base_of_samples_is_reported():
     assert result.before.density_steps is None
     assert result.after.sampling_errors.keys() == {1, 2}
     assert "densities" not in repr(result.after)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
+def test_reflow_of_a_base_that_comes_from_samples_is_reported():
+    start = Samples(torch.randn(20_000, 2))
+    base = InterpolantDistribution(interpolant_transform(2, (8,)), start).freeze()
+    distribution = InterpolantDistribution(interpolant_transform(2, (8,)), base)
+    result = reflow(distribution, count=400, steps=1, **QUICK)
+    assert result.before.density_steps is None
+    assert result.after.density_steps is None
 
 
 @pytest.mark.slow
