@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._files import StrPath, checksum, contents, refuse_no_place, write
-from .._package import check_ranges
+from .._package import check_ranges, whole
 from .._torch import evaluated, warn_user, with_gradients
 from ..distributions.bases import check_single
 from ..distributions.constraints import contexts_of_rows, images_of
@@ -40,6 +40,7 @@ _TRIED_IMAGES = 8  # on which the grid is chosen
 _MAX_STEPS = 256
 _MAX_STATES = 2**24  # numbers in the states of a chunk at all nodes: 64 MiB in float32
 _ROWS = 512  # in a chunk, where rows are no images
+_LARGE_LEVELS = (torch.uint16, torch.uint32, torch.uint64)  # with which torch does little
 _KEY = "pyro_interpolant_bits"  # of a file's text
 
 
@@ -59,7 +60,7 @@ class BitsPerDim(_MeanAndError):
             have neither. The standard error does not know of it.
     """
 
-    solver_error: float | None
+    solver_error: float | None = None
 
     def __new__(
         cls, mean: float, stderr: float, solver_error: float | None = None
@@ -68,6 +69,10 @@ class BitsPerDim(_MeanAndError):
         pair = super().__new__(cls, mean, stderr)
         pair.solver_error = solver_error
         return pair
+
+    def _replace(self, **changes: Any) -> "BitsPerDim":
+        """Return the pair with other numbers; the solver's error stays."""
+        return BitsPerDim(*super()._replace(**changes), self.solver_error)
 
     def __repr__(self) -> str:
         """Say it in a few words."""
@@ -120,11 +125,12 @@ def bits_per_dim(
         NotImplementedError: If the distribution has no density, as one that is guided.
     """
     values = _checked_levels(distribution, images, levels)
-    fewest, both = min(probes, dequantizations), f"{probes} and {dequantizations}"
     check_ranges(
-        ("at least one probe and one dequantization", fewest >= 1, both),
+        whole("probes", probes, 1),
+        whole("dequantizations", dequantizations, 1),
         ("a tolerance > 0", tolerance > 0, tolerance),
     )
+    probes, dequantizations = int(probes), int(dequantizations)
     distribution.check_start()
     flow = distribution.transform.flow
     given = None
@@ -165,6 +171,8 @@ def _checked_levels(distribution: AnyDistribution, images: ArrayLike, levels: in
             f"images have fewer, got levels={levels}"
         )
     v = images_of(images, distribution.row_shape)
+    if v.dtype in _LARGE_LEVELS:
+        v = v.long()
     low, high = (float(bound) for bound in v.aminmax())
     if not (0 <= low <= high < levels) or (v.is_floating_point() and bool((v != v.floor()).any())):
         raise ValueError(
@@ -307,8 +315,7 @@ class _Bits:
         """
         # A copy, for one made in inference mode could not be differentiated through.
         view = self.distribution.given(None if context is None else context.clone())
-        x = (v.to(self.flow.loc) + (self._uniform(v) if u is None else u)) / self.levels
-        rows = view.to_flow(x)
+        rows = view.to_flow(self._spread(v, self._uniform(v) if u is None else u))
         path = dataclasses.replace(view.transform.path(), solver=solver)
         states = self.flow.integrate(self.flow.whitening.to_white(rows), path, forward=False)
         if self.has_probes:
@@ -335,6 +342,20 @@ class _Bits:
                 (along,) = torch.autograd.grad(v, x, probe, retain_graph=not last)
                 total = total + w * (along * probe).sum(-1) / len(e)
         return total
+
+    def _spread(self, v: Tensor, u: Tensor) -> Tensor:
+        """Return values strictly inside of cells, of which rounding reaches the ends.
+
+        Those of the lowest and of the highest may be the edges of a support.
+
+        Args:
+            v: Levels, shape ``(N, *event_shape)``.
+            u: Where in its cell each value is, of the same shape, from 0 to 1.
+        """
+        low = v.to(u)
+        end = (low + 1) / self.levels
+        x = (low + u.clamp(min=torch.finfo(u.dtype).eps / 4)) / self.levels
+        return x.minimum(torch.nextafter(end, torch.zeros_like(end)))
 
     def _uniform(self, v: Tensor) -> Tensor:
         """Return uniform numbers of the shape of images, ``(N, *event_shape)``."""

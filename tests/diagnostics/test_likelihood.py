@@ -250,8 +250,35 @@ def test_what_are_no_levels_is_refused(matrix):
         bits_per_dim(images, v / 2 + 0.25, LEVELS)
     with pytest.raises(ValueError, match=r"images of shape \(N, 1, 4, 4\), got \(4, 1, 4, 3\)"):
         bits_per_dim(images, v[..., :3], LEVELS)
-    with pytest.raises(ValueError, match="at least one probe and one dequantization"):
-        bits_per_dim(images, v, LEVELS, probes=0)
+    for name in "probes", "dequantizations":
+        for count in 0, 1.5:
+            with pytest.raises(ValueError, match=f"{name} >= 1, a whole number, got {count}"):
+                bits_per_dim(images, v, LEVELS, **{name: count})
+
+
+@pytest.mark.parametrize("kind", ["uint16", "uint32", "uint64"])
+def test_levels_are_whole_numbers_of_any_type(matrix, kind):
+    images, v = gaussian_images(matrix), levels(4)
+    found = bits_per_dim(images, v.numpy().astype(kind), LEVELS, 2.0, 2.0)
+    assert found == bits_per_dim(images, v, LEVELS, 2, 2)
+    assert found._replace(mean=1.0) == (1.0, found.stderr)
+    assert found._replace(mean=1.0).solver_error == found.solver_error
+    assert repr(likelihood.BitsPerDim._make([1.0, 0.5])) == "1.0000 ± 0.5000 bits per dimension"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_are_inside_of_their_cells(dtype, monkeypatch):
+    """Also where u is 0, or 1 when rounded beside the level: edges of a support."""
+    last = 1 - torch.finfo(dtype).eps / 2
+    ends = torch.tensor([[0.0, 0.5, last], [last, 0.0, 0.5]], dtype=dtype)
+    monkeypatch.setattr(likelihood._Bits, "_uniform", lambda self, v: ends)
+    support = constraints.independent(constraints.unit_interval, 1)
+    flow = pi.interpolant_transform(3, hidden_dims=(8,), solver=pi.FixedGrid(1)).to(dtype)
+    images = pi.InterpolantDistribution(flow, support=support)
+    v = torch.tensor([[0, 7, 255], [255, 0, 128]])
+    assert math.isfinite(bits_per_dim(images, v).mean)
+    x = likelihood._Bits(images, 256, 1, torch.Generator())._spread(v, ends)
+    assert bool(((x > 0) & (x >= v / 256) & (x < (v + 1) / 256)).all())
 
 
 def test_a_base_with_a_batch_is_refused(matrix):
