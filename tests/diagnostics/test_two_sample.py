@@ -1,5 +1,6 @@
 """A classifier between two sets of draws: alike, apart, and what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,17 @@ def test_sets_that_are_alike_cannot_be_told_apart():
     assert abs(found.accuracy - 0.5) < 3 * found.stderr
     assert found.stderr == pytest.approx(0.5 / 800**0.5)
     assert found.verdict.startswith("a classifier cannot tell the sets apart: it is right for 0.")
+
+
+def test_folds_have_as_many_of_each_set(monkeypatch):
+    """Else what is left to learn from has fewer of that which is asked for more often."""
+
+    def shares(network, x, labels, cv):
+        return np.array([labels[test].mean() for _, test in cv])
+
+    monkeypatch.setattr("sklearn.model_selection.cross_val_score", shares)
+    for seed in range(3):
+        assert c2st(torch.randn(20, 1), torch.randn(20, 1), folds=1, seed=seed).accuracy == 0.5
 
 
 @pytest.mark.slow
