@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from .._package import check_ranges
+from .._package import check_ranges, whole
 from .._torch import robust_deviation, seeded
 from ..distributions.bases import check_single
 from ..distributions.constraints import (
@@ -248,8 +248,8 @@ class _Rows:
         names = density.context_columns
         self.context = None if context is None else contexts_of_rows(context, flow, names, count)
         self.shared = self.context is None
-        self.draws = _SHARED_DRAWS if self.shared else draws
-        check_ranges(("at least one draw for each row", draws >= 1, f"draws={draws}"))
+        check_ranges(whole("draws", draws, 1))
+        self.draws = _SHARED_DRAWS if self.shared else int(draws)
         density.given(None if self.context is None else self.context[:1])  # or raise
 
     def unconstrained(self, x: Tensor) -> Tensor:

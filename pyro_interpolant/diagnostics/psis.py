@@ -150,7 +150,7 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
         smoothed[order[-length:]] = new.clamp_max(0.0)
     elif length < _MIN_TAIL <= tail and -float(values[-tail - 1]) <= _resolution(given):
         k_hat = -math.inf  # equal weights have no tail
-    return Smoothed((smoothed - smoothed.logsumexp(0)).to(log_weights), k_hat)
+    return Smoothed((smoothed - smoothed.logsumexp(0)).to(given), k_hat)
 
 
 def _tail_of(log_weights: Tensor) -> tuple[int, Tensor, float, float]:
@@ -245,7 +245,7 @@ def log_total(log_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _checked(log_weights: Tensor) -> Tensor:
-    """Return log weights, or raise a ValueError if they are none, shape ``(N,)``."""
+    """Return log weights, floating, or raise a ValueError if they are none, shape ``(N,)``."""
     if log_weights.dim() != 1 or len(log_weights) == 0:
         raise ValueError(
             f"expected log weights of shape (N,), N >= 1, got {tuple(log_weights.shape)}"
@@ -257,7 +257,7 @@ def _checked(log_weights: Tensor) -> Tensor:
             f"{int(bad.sum())} NaN or +inf and {int(torch.isfinite(log_weights).sum())} finite "
             f"ones of {len(log_weights)}"
         )
-    return log_weights
+    return log_weights if log_weights.is_floating_point() else log_weights.double()
 
 
 def _fit_tail(excesses: Tensor) -> tuple[float, float]:

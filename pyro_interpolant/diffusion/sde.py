@@ -315,7 +315,8 @@ def uniform_times(steps: int, end: float = 1.0) -> Tensor:
 
 def _to_white(sde: InterpolantSDE, distribution: InterpolantDistribution, x: Tensor) -> Tensor:
     """Return whitened coordinates, shape ``(*, D)``, of values, shape ``(*, *event_shape)``."""
-    return sde.flow.whitening.to_white(sde.transform._checked(distribution.to_flow(x)))
+    real = distribution.to_flow(distribution.value_of(x))
+    return sde.flow.whitening.to_white(sde.transform._checked(real))
 
 
 def to_values(distribution: InterpolantDistribution, w: Tensor) -> Tensor:
@@ -383,6 +384,7 @@ def sde_log_prob(
     within = 0 <= guidance <= 1
     check_ranges(whole("paths", paths, 2), ("guidance in [0, 1]", within, guidance))
     distribution.check_start()
+    x = distribution.value_of(x)
     paths, steps = int(paths), len(uniform_times(steps)) - 1
     sde = InterpolantSDE(distribution, diffusion, forward=False)
     times = uniform_times(2 * steps, sde.transform.end).to(sde.flow.loc).flip(0)

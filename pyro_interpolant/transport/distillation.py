@@ -121,6 +121,7 @@ class DistillResult(NamedTuple):
         return f"{apart} nats from the flow, after {self.steps:,} steps in {self.seconds:.3g} s"
 
 
+@with_gradients()
 def distill(
     distribution: InterpolantDistribution,
     student: Sequence[Transform] | nn.Module | None = None,

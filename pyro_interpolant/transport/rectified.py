@@ -84,8 +84,8 @@ def reflow(
 
     Args:
         distribution: A trained flow.
-        count: The number of pairs to draw.
-        context: Contexts, shape ``(count, C)``, for a conditional flow.
+        count: The number of pairs to draw; with contexts one is drawn for each of them.
+        context: Contexts, shape ``(N, C)``, for a conditional flow.
         interpolant: The path between the pairs; by default straight, of angles along geodesics.
         tolerance: Of the density, nats, for the report and the calibration; of images of samples,
             whitened units.
@@ -114,7 +114,7 @@ def reflow(
         "is trained; fit(copy, data, ...) trains on yours",
     )
     if context is None and isinstance(distribution, ConditionalInterpolantDistribution):
-        raise ValueError("expected contexts to draw pairs for, shape (count, C), got none")
+        raise ValueError("expected contexts to draw pairs for, shape (N, C), got none")
     new = copy.deepcopy(distribution)
     trainable_flow(new)
     flow = new.transform.flow

@@ -142,7 +142,7 @@ def test_a_check_is_the_same_at_each_call_and_leaves_the_generator_alone():
     d = family()
     x, context = simulated(d, 50)
     state = torch.get_rng_state()
-    one, two = (coverage(d, x, context, draws=20) for _ in range(2))
+    one, two = (coverage(d, x, context, draws=count) for count in (20, 20.0))
     assert coverage(d, x[:2], context[:2]).values.shape == (2, 1)
     assert torch.equal(one.values, two.values)
     assert torch.equal(torch.get_rng_state(), state)
@@ -155,7 +155,8 @@ def test_a_check_is_the_same_at_each_call_and_leaves_the_generator_alone():
         (torch.randn(9, 2), torch.randn(8, 2), {}, "as many contexts as rows, 9, got 8"),
         (torch.randn(9, 2), None, {}, "expected a context for a conditional flow, got none"),
         (torch.randn(1, 2), torch.randn(1, 2), {}, "at least two rows to check with"),
-        (torch.randn(9, 2), torch.randn(9, 2), {"draws": 0}, "at least one draw"),
+        (torch.randn(9, 2), torch.randn(9, 2), {"draws": 0}, "draws >= 1, a whole"),
+        (torch.randn(9, 2), torch.randn(9, 2), {"draws": 2.5}, "draws >= 1, a whole"),
     ],
 )
 def test_what_cannot_be_checked_is_refused(x, context, options, match):

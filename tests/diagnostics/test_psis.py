@@ -167,6 +167,15 @@ def test_the_mean_weight_and_its_error():
     assert log_mean_weight(torch.zeros(9))[1] == pytest.approx(0.0, abs=1e-7)
 
 
+def test_whole_numbers_are_weights_like_others():
+    whole = torch.arange(40) % 7
+    smoothed, k_hat = pareto_smooth(whole)
+    expected = pareto_smooth(whole.double())
+    assert k_hat == expected.k_hat
+    assert torch.equal(smoothed, expected.log_weights)
+    assert effective_sample_size(whole) == effective_sample_size(whole.double())
+
+
 @pytest.mark.parametrize("function", [pareto_smooth, effective_sample_size, log_mean_weight])
 def test_what_cannot_be_weights_is_refused(function):
     with pytest.raises(ValueError, match=r"shape \(N,\), N >= 1, got \(2, 2\)"):

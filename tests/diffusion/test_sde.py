@@ -34,6 +34,7 @@ from pyro_interpolant import (
     interpolant_transform,
     sample_sde,
 )
+from pyro_interpolant.diffusion import sde_log_prob
 
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
 LINEAR = torch.tensor([[2.0, 0.0], [0.7, 0.8]], dtype=torch.float64)
@@ -280,6 +281,25 @@ def test_samples_are_on_the_support():
     assert bool((back > 0).all())
     with pytest.raises(ValueError, match="strictly inside the support"):
         sample_sde(flow, x=-y, steps=10)
+
+
+def test_rows_of_a_frame_are_taken_by_name():
+    pd = pytest.importorskip("pandas")
+    flow, x = (
+        InterpolantDistribution(random_flow(2), support=constraints.positive),
+        torch.rand(3, 2),
+    )
+    flow.columns = ("a", "b")
+    frame = pd.DataFrame(x.flip(-1).numpy(), columns=["b", "a"])
+    for run in (
+        lambda rows: sample_sde(flow, x=rows, steps=2),
+        lambda rows: sde_log_prob(flow, rows, paths=2, steps=2)[0],
+    ):
+        found = []
+        for rows in (x, frame):
+            torch.manual_seed(0)
+            found.append(run(rows))
+        assert torch.equal(*found)
 
 
 def test_float32_is_kept():
