@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-from numbers import Number
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from .constraints import Constraint, as_tensor
 from .differences import parts_of
 from .own_description import describe_path
 
-# What the text of a constraint says, and how much a transform remembers.
-_TOLD = {"event_dim", "reinterpreted_batch_ndims", "shape", "_cache_size"}
+_TOLD = {"event_dim", "reinterpreted_batch_ndims", "shape"}  # by the text of a constraint
+_CACHE = "_cache"  # how names begin of what transforms remember of the values they have seen
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -91,10 +90,12 @@ def tensors_of(value: object) -> list[Tensor]:
 def _inside(value: Transform | Constraint) -> list[Tensor]:
     """Return the numbers in a transform or a constraint, whose texts round or leave out some."""
     found = list(value.state_dict().values()) if isinstance(value, nn.Module) else []
-    parts = {key: part for key, part in parts_of(value).items() if key not in _TOLD}
-    for part in (*parts.values(), inverse_of(value)):
-        found += tensors_of([part] if isinstance(part, Number) else part)
-    return found
+    parts: list[object] = [inverse_of(value)]
+    for key, part in parts_of(value).items():
+        if key not in _TOLD and not key.startswith(_CACHE):
+            is_number = isinstance(part, int | float)
+            parts.append(torch.tensor(part, dtype=torch.float64) if is_number else part)
+    return found + tensors_of(parts)
 
 
 def _described(base: Distribution) -> list[Tensor]:
