@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .._package import check_ranges, whole
 from .._torch import inverse_of, seeded, with_gradients
 from ..distributions.bases import standard_normal
-from ..distributions.constraints import Constraint
+from ..distributions.constraints import Constraint, check_value
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
 from ..distributions.supports import CircularSupport, Support, only_possible, support_of
@@ -75,8 +75,16 @@ class Student(dist.TransformedDistribution):
         It is ``-inf`` at infinity and, with validation off, beyond the bounds of the support.
 
         Raises:
-            ValueError: If a value is outside the support (while validation is on).
+            TypeError: If the value is no tensor.
+            ValueError: If the shape or the type does not match, or a value is outside the support
+                (while validation is on).
         """
+        dtype = self.base_dist.mean.dtype
+        check_value(value, self.event_shape, dtype)
+        if value.dtype != dtype:
+            raise ValueError(
+                f"expected {dtype}, the type of the student, got {value.dtype}: convert the value"
+            )
         if self._validate_args:
             self._validate_sample(value)
         within, event_dim = self.space.within_bounds(value), len(self.event_shape)

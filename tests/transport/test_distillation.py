@@ -118,6 +118,16 @@ def test_a_student_is_nowhere_that_the_flow_is_not(support, outside):
     assert bool(student.log_prob(torch.full(flow.event_shape, math.nan)).isnan())
 
 
+def test_a_student_takes_values_of_its_type_and_shape():
+    student = distill(gaussian(), **{**QUICK, "steps": 1}).distribution
+    with pytest.raises(ValueError, match="float64, the type of the student, got torch.float32: "):
+        student.log_prob(torch.zeros(3, 2).float())
+    with pytest.raises(ValueError, match=r"a value of shape \(\*, 2\), got \(3, 1\)"):
+        student.log_prob(torch.zeros(3, 1))
+    with pytest.raises(TypeError, match="a value that is a tensor, got list"):
+        student.log_prob([0.0, 0.0])
+
+
 @pytest.mark.slow
 def test_a_student_of_named_sites_is_one_of_the_packed_vector():
     sites = {"slope": ((2,), constraints.real), "noise": ((), constraints.positive)}
