@@ -191,6 +191,9 @@ class BijectiveSupport(Support):
         Args:
             value: Values, shape ``(*, *event_shape)``.
         """
+        batch = value.shape[: value.dim() - self.on_events.event_dim]
+        if 0 in batch:  # which torch's checks cannot take
+            return torch.ones(batch, dtype=torch.bool, device=value.device)
         off_the_edge = _within_bounds(self.constraint, value, operator.gt)
         return self.on_events.check(value) & self.on_events.reduced(off_the_edge, off_the_edge)
 

@@ -302,6 +302,15 @@ def test_rows_of_a_frame_are_taken_by_name():
         assert torch.equal(*found)
 
 
+@pytest.mark.parametrize(
+    ("support", "size"),
+    [(constraints.independent(constraints.positive, 1), 2), (constraints.simplex, 3)],
+)
+def test_no_rows_have_no_paths(support, size):
+    flow = InterpolantDistribution(random_flow(2), support=support)
+    assert sample_sde(flow, x=torch.zeros(0, size), steps=2).shape == (0, size)
+
+
 def test_float32_is_kept():
     flow = InterpolantDistribution(interpolant_transform(2, (16, 16)).float())
     y = sample_sde(flow, (500,), steps=20)
