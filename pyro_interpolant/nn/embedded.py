@@ -30,7 +30,7 @@ from .._torch import evaluated
 from .embedding import KINDS, SIZE, dense
 from .mlp import VelocityMLP
 from .record import MovedRecord, Record, by_row
-from .velocity import StateFunction, is_hooked
+from .velocity import StateFunction, own_method
 
 _HEAD_WIDTH = 128
 _MOST_SUMMARIES = 1024  # that a regression takes: beyond, its matrix takes long to decompose
@@ -59,7 +59,8 @@ class EmbeddedVelocity(nn.Module):
         embedding: A module that is called with the parts, each ``(N, *shape)``, and returns
             ``(N, E)``, trained along. Where it has ``summary``, called alike, that gives the
             columns ``(N, S)`` of the regressions; where it has ``forward_and_summary``, that gives
-            both at once. By default there is none, and the columns are all numbers of the data.
+            both at once, unless a subclass overrides one of them alone. By default there is none,
+            and the columns are all numbers of the data.
         hidden_dims: The widths of the velocity's hidden layers, as in :class:`VelocityMLP`.
 
     Raises:
@@ -315,8 +316,8 @@ class EmbeddedVelocity(nn.Module):
         if self.embedding is None:
             return flat, None
         parts = self._split(flat)
-        both = getattr(self.embedding, "forward_and_summary", None)
-        if both is None or is_hooked(self.embedding):
+        both = own_method(self.embedding, "forward_and_summary", "forward", "summary")
+        if both is None:
             own = getattr(self.embedding, "summary", None)
             found, summary = self.embedding(*parts), None if own is None else own(*parts)
         else:

@@ -185,7 +185,7 @@ def expanded(t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]
 
 def field(velocity: nn.Module, times: Tensor, context: Tensor | None) -> Sequence[StateFunction]:
     """Return one function ``x -> v`` per time of ``times``, shape ``(T,)``."""
-    own = _own(velocity, "field", stands_for="forward")
+    own = own_method(velocity, "field", "forward")
     if own is not None and _is_shared(context):
         return own(times, context)
     return [partial(evaluate, velocity, t, context=context) for t in times.unbind()]
@@ -200,7 +200,7 @@ def record(velocity: nn.Module, times: Tensor, x: Tensor, context: Tensor | None
         x: States, shape ``(*, D)``; those of the evaluations are like them.
         context: Contexts, broadcastable to ``(*, C)``, or None.
     """
-    own = _own(velocity, "record", stands_for="forward")
+    own = own_method(velocity, "record", "forward")
     is_plain = type(x) in (Tensor, nn.Parameter)  # no subclass with operations of its own
     return own(times, x, context) if own is not None and is_plain else None
 
@@ -208,9 +208,7 @@ def record(velocity: nn.Module, times: Tensor, x: Tensor, context: Tensor | None
 def exact_divergence(velocity: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """Return a velocity's own ``forward_and_divergence``, or None."""
     name = "forward_and_divergence"
-    is_outdated = (
-        hasattr(type(velocity), name) and _own(velocity, name, stands_for="forward") is None
-    )
+    is_outdated = hasattr(type(velocity), name) and own_method(velocity, name, "forward") is None
     return None if is_outdated else getattr(velocity, name, None)
 
 
@@ -220,7 +218,7 @@ def divergence_field(
     """Return one function ``x -> divergence`` per time, or None where a velocity has none."""
     if exact_divergence(velocity) is None:
         return None
-    own = _own(velocity, "divergence_field", stands_for="forward_and_divergence")
+    own = own_method(velocity, "divergence_field", "forward_and_divergence")
     return own(times, context) if own is not None and _is_shared(context) else None
 
 
@@ -306,17 +304,22 @@ def _is_shared(context: Tensor | None) -> bool:
     return context is None or context[..., 0].numel() <= _SHARED_CONTEXTS
 
 
-def _own(velocity: nn.Module, name: str, *, stands_for: str) -> Callable[..., Any] | None:
-    """Return an optional method of a velocity, or None where there is none, or it is out of date.
+def own_method(module: nn.Module, name: str, *stands_for: str) -> Callable[..., Any] | None:
+    """Return an optional method of a module, or None where there is none, or it is out of date.
 
-    It is out of date where a subclass overrides the method that it stands for, but not itself, and
-    where a call of the network or of a part of it is more than its ``forward``.
+    It is out of date where a subclass overrides a method that it stands for, but not itself, and
+    where a call of the module or of a part of it is more than its ``forward``.
+
+    Args:
+        module: A velocity, or an embedding.
+        name: The method.
+        *stands_for: The methods of which it gives the results in another way.
     """
-    has, replaced = (
-        next((c for c in type(velocity).__mro__ if n in vars(c)), None) for n in (name, stands_for)
+    has, *replaced = (
+        next((c for c in type(module).__mro__ if n in vars(c)), None) for n in (name, *stands_for)
     )
-    if has is None or (replaced is not None and not issubclass(has, replaced)):
+    if has is None or any(r is not None and not issubclass(has, r) for r in replaced):
         return None
-    if any(is_hooked(part) for part in velocity.modules()):
+    if any(is_hooked(part) for part in module.modules()):
         return None
-    return getattr(velocity, name)
+    return getattr(module, name)

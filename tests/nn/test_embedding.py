@@ -163,6 +163,40 @@ def test_hooks_of_an_embedding_count():
     assert torch.equal(velocity.embed(context), before)
 
 
+class LogSet(SetEmbedding):
+    def forward(self, y):
+        return super().forward(y.log())
+
+    def summary(self, y):
+        return super().summary(y.log())
+
+
+class LogSummary(SetEmbedding):
+    def summary(self, y):
+        return super().summary(y.log())
+
+
+class Both(LogSet):
+    def forward_and_summary(self, y):
+        found, summary = super().forward_and_summary(y.log())
+        return 2 * found, summary
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_network", "factor"),
+    [(LogSet, "log", 1), (LogSummary, "as is", 1), (Both, "log", 2)],
+)
+def test_methods_that_a_subclass_of_an_embedding_overrides_are_called(kind, of_network, factor):
+    embedding, y = kind(1, width=8), 0.1 + torch.rand(7, 5)
+    velocity = EmbeddedVelocity(2, [(5,)], embedding, (8, 8)).double()
+    plain, given = SetEmbedding(1, width=8).double(), {"log": y.log(), "as is": y}[of_network]
+    plain.load_state_dict(embedding.state_dict())
+    summary, found = velocity._features(y)
+    torch.testing.assert_close(found, factor * plain(given))
+    torch.testing.assert_close(summary, plain.summary(y.log()))
+    assert torch.equal(summary, velocity._summary(y))  # on which the regressions are fitted
+
+
 @pytest.mark.parametrize("name", ["set", "masked set"])
 def test_the_fits_of_a_set_are_made_once_for_summary_and_network(name, monkeypatch):
     velocity, context = random_velocity(name)
