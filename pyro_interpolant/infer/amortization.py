@@ -27,9 +27,11 @@ from ..training.clock import Clock
 from ..training.fitting import FitResult
 from ..training.whitening import warn_if_coarse
 from ..transforms.interpolant import ConditionalInterpolantTransform
+from .hidden import is_hidden
 from .importance_sampling import GOOD_SHARE, importance_of
 from .log_density import TO_BATCH, LogJoint
-from .simulation import Simulations, Simulator
+from .simulated import Simulations
+from .simulation import Simulator
 from .sites import LatentSites, Model
 
 PRIOR = "the prior"
@@ -163,7 +165,7 @@ def measured_on_simulations(
     # Data that are no sample sites, but functions of numbers drawn otherwise, have no density,
     # and the density of all data is not that of those that are there, where some are missing.
     is_whole = {*fresh.latents} < {*simulator.sampled} <= {*fresh.latents, *fresh.data}
-    is_whole = is_whole and not simulator.hides
+    is_whole = is_whole and not is_hidden(simulator, fresh.latents | fresh.data)
     packed = rows, context
     found = _importance_of_data_sets(posterior, fresh, packed, sites, clock) if is_whole else []
     levels = torch.tensor(_LEVELS, dtype=torch.float64)

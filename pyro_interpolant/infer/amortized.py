@@ -19,7 +19,6 @@ from torch.distributions import ComposeTransform, Transform
 from .._package import check_ranges, whole
 from .._torch import seeded, trainable, warn_user
 from ..diagnostics.predictive import coverage, sbc, tarp
-from ..distributions.constraints import as_tensor
 from ..distributions.joint import (
     ConditionalJointInterpolantDistribution,
     JointInterpolantDistribution,
@@ -46,10 +45,20 @@ from .amortization import (
     verdict_of_amortised,
 )
 from .autoguide import AutoInterpolant, GuideResult
+from .hidden import is_hidden
 from .log_density import known_log_joint
-from .runs import check_data, check_rows_count, example_of, is_alike, is_sampled, isolated
+from .runs import (
+    check_data,
+    check_rows_count,
+    example_of,
+    flattened,
+    is_alike,
+    is_sampled,
+    isolated,
+)
+from .simulated import Simulations
 from .simulated_batches import SimulatedBatches
-from .simulation import Simulations, Simulator, Source
+from .simulation import Simulator, Source
 from .sites import LatentSites, Model, Nodes, init_latent, is_not_latent, unwrapped_model
 
 _SIMULATIONS = 10_000
@@ -257,29 +266,7 @@ class AmortizedInterpolant(AutoInterpolant):
 
     def _context(self, data: Mapping[str, Any]) -> Tensor:
         """Return data, each ``(*, *site_shape)``, flattened and joined, shape ``(*, C)``."""
-        if set(data) != set(self.shapes):
-            raise ValueError(
-                f"expected data of the observed sites {list(self.shapes)}, got {sorted(data)}"
-            )
-        parts, loc = [], self.transform.flow.loc
-        for name, shape in self.shapes.items():
-            value = as_tensor(data[name], name)
-            batch = value.dim() - len(shape)
-            if batch < 0 or value.shape[batch:] != shape:
-                want = ", ".join(("*", *map(str, shape)))
-                raise ValueError(
-                    f"expected data of site {name!r} of shape ({want}), as they were simulated, "
-                    f"got {tuple(value.shape)}"
-                )
-            if not bool(value.isfinite().all()):
-                raise ValueError(
-                    f"expected finite data, got NaN or infinite numbers at site {name!r}: where "
-                    "data may be missing, observe a deterministic site that holds zeros there, "
-                    "and a mask"
-                )
-            parts.append(value.to(loc).reshape(*value.shape[:batch], -1))
-        batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        return torch.cat([part.expand(*batch_shape, -1) for part in parts], -1)
+        return flattened(data, self.shapes, self.transform.flow.loc)
 
     def _seen(self, *args: object, **kwargs: object) -> Tensor:
         """Return the context of a run of the model, shape ``(*, C)``, of one data set ``(C,)``."""
@@ -456,7 +443,8 @@ class AmortizedInterpolant(AutoInterpolant):
         seed, count = settings["seed"], len(found.log_prior) + found.improper
         with seeded(seed):
             known = self._seen(*sites.args, **sites.kwargs)
-            density = None if simulator.hides else known_log_joint(sites)
+            hides = is_hidden(simulator)
+            density = None if hides else known_log_joint(sites)
         regions: list[Region] = []
         for i in range(1, source.rounds):
             if training.stopped_by == "interrupt":
@@ -476,7 +464,7 @@ class AmortizedInterpolant(AutoInterpolant):
             training = self._regress(found, clock, (i + 1) / source.rounds, settings)
         posterior = self.posterior.condition(known)
         result = self._judged(posterior, density, clock, seed, training)
-        return result._replace(verdict=NO_DENSITY) if simulator.hides else result
+        return result._replace(verdict=NO_DENSITY) if hides else result
 
     def _regress(
         self, found: Simulations, clock: Clock, share: float, settings: dict[str, Any]

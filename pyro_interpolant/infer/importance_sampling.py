@@ -27,6 +27,7 @@ from ..diagnostics.psis import (
 )
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
+from .hidden import is_hidden
 from .log_density import LogJoint
 from .simulation import Simulator
 from .sites import LatentSites
@@ -150,8 +151,9 @@ def importance(
     count = int(count)
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
+        posterior = guide.get_posterior(*args, **kwargs)
         observed = getattr(guide, "observed", None)  # of an AmortizedInterpolant
-        is_whole = observed is None or not Simulator(sites, observed).hides
+        is_whole = observed is None or not is_hidden(Simulator(sites, observed))
     if not is_whole:
         warn_user(
             "the weights are for all data in the arguments, of which the guide is given "
@@ -159,7 +161,6 @@ def importance(
             "judges. Where data are missing, what is in their place is weighed as data"
         )
     with seeded(seed):
-        posterior = guide.get_posterior(*args, **kwargs)
         z, raw = importance_of(posterior, LogJoint(sites), count)
     summary = summarise_weights(raw)
     verdict = verdict_with_warning(summary, count)

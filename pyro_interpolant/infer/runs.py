@@ -12,6 +12,7 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from torch import Tensor
 
 from .._torch import are_close, seeded
+from ..distributions.constraints import as_tensor
 from .sites import Model, Nodes, Site, is_subsample, subsampling_plates
 
 
@@ -171,3 +172,37 @@ def check_names(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[
             f"expected observed sites that the model has, got {missing}: it has {there}, and the "
             f"latent ones {list(latents)}. Pass AmortizedInterpolant(model, observed=(...))"
         )
+
+
+def flattened(data: Mapping[str, Any], shapes: Mapping[str, torch.Size], like: Tensor) -> Tensor:
+    """Return data of observed sites, flattened and joined, shape ``(*, C)``.
+
+    Args:
+        data: Each site, ``(*, *site_shape)``.
+        shapes: The shapes of the sites, in their order.
+        like: A tensor of the type and on the device of the result.
+
+    Raises:
+        ValueError: If a site is missing, unknown, of another shape or not finite.
+    """
+    if set(data) != set(shapes):
+        raise ValueError(f"expected data of the observed sites {list(shapes)}, got {sorted(data)}")
+    parts = []
+    for name, shape in shapes.items():
+        value = as_tensor(data[name], name)
+        batch = value.dim() - len(shape)
+        if batch < 0 or value.shape[batch:] != shape:
+            want = ", ".join(("*", *map(str, shape)))
+            raise ValueError(
+                f"expected data of site {name!r} of shape ({want}), as they were simulated, "
+                f"got {tuple(value.shape)}"
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError(
+                f"expected finite data, got NaN or infinite numbers at site {name!r}: where "
+                "data may be missing, observe a deterministic site that holds zeros there, "
+                "and a mask"
+            )
+        parts.append(value.to(like).reshape(*value.shape[:batch], -1))
+    batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*batch_shape, -1) for part in parts], -1)

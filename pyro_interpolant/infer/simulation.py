@@ -7,7 +7,6 @@ processes if asked.
 
 import contextlib
 import functools
-import itertools
 import math
 import time
 import warnings
@@ -25,13 +24,13 @@ from .._torch import draws, seeded, warn_user
 from ..distributions.supports import BijectiveSupport
 from .lanes import DrawnInLanes
 from .runs import AllDrawn, Stop, Unobserved, check_names, check_rows_count, is_sampled
+from .simulated import Simulations, all_of
 from .sites import LatentSites, Nodes, check_fixed_support, unchecked
 from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
 _NUMBERS_AT_ONCE = 2**22  # of all sites together, simulated in one run
 _CALL = 16  # simulations, one by one, in one call, whatever the number of processes
-_REPLACED = 64  # numbers of a data site, evenly spread, that are replaced to see if it is noticed
 
 Batching = Literal["plate", "vmap", "loop"]
 
@@ -48,39 +47,6 @@ class Source(NamedTuple):
     samples: Mapping[str, object] | None
     simulations: int | Iterable[Any] | None
     rounds: int
-
-
-class Simulations(NamedTuple):
-    """Draws of the prior and the data simulated with them.
-
-    Attributes:
-        latents: Each latent site, ``(N, *site_shape)``.
-        data: Each site simulated with them, or deterministic one that is observed, alike.
-        log_prior: The log density of the latents, each on its support, shape ``(N,)``.
-        improper: How many more were simulated that had numbers that are not finite.
-    """
-
-    latents: dict[str, Tensor]
-    data: dict[str, Tensor]
-    log_prior: Tensor
-    improper: int
-
-    @classmethod
-    def joined(cls, parts: "Sequence[Simulations]") -> "Simulations":
-        """Return all of several, one after the other."""
-
-        def joined(which: str) -> dict[str, Tensor]:
-            found = [getattr(part, which) for part in parts]
-            return {name: torch.cat([f[name] for f in found]) for name in found[0]}
-
-        log_prior = torch.cat([part.log_prior for part in parts])
-        improper = sum(part.improper for part in parts)
-        return cls(joined("latents"), joined("data"), log_prior, improper)
-
-    def take(self, index: Tensor) -> "Simulations":
-        """Return those of an index or a mask, shape ``(M,)``; none of them improper."""
-        latents, data = ({k: v[index] for k, v in part.items()} for part in self[:2])
-        return Simulations(latents, data, self.log_prior[index], 0)
 
 
 class Simulator:
@@ -108,6 +74,7 @@ class Simulator:
         self.supports = {name: support for name, (_, support) in sites.sites.items()}
         self.model = sites.model
         self.drawn: Sequence[str] | None = None
+        self.kept: dict[str, Tensor] = {}  # log densities of observed sites that keep their values
         try:
             nodes = self._run()
         except NotImplementedError as error:
@@ -119,7 +86,8 @@ class Simulator:
         if all(is_sampled(nodes[name]) for name in observed):
             self.drawn = observed
             nodes = self._run()
-            self._check_kept(nodes)
+            self._keep(nodes)
+            self._check_kept(self._run())
         check_rows_count(nodes)
         self._check_supports(nodes)
         drawn = [k for k, n in nodes.items() if is_sampled(n) and not n["is_observed"]]
@@ -202,32 +170,6 @@ class Simulator:
             good[name] = good[name] & inside.reshape(count, -1).all(1)
         return good
 
-    @functools.cached_property
-    @torch.no_grad()
-    def hides(self) -> bool:
-        """Whether some of the data can change while all that is observed stays the same.
-
-        Numbers that are missing in it can. The density of all data is then not that of what is
-        observed. Numbers of each of two simulations are replaced, one at a time, by the other's.
-        """
-        hidden = [k for k in self.sampled if k not in (*self.latents, *self.observed)]
-        if not hidden:
-            return False
-        found = self._drawn(2, self.batching)
-        values, most = found.latents | found.data, max(1, min(_REPLACED, self.rows - 1))
-        for name, i in itertools.product(hidden, range(2)):
-            own, other = values[name].reshape(2, -1)[[i, 1 - i]]
-            at = torch.linspace(0, len(own) - 1, most).long().unique()
-            rows = own.repeat(len(at) + 1, 1)  # the last stays as it is
-            rows[torch.arange(len(at)), at] = other[at]
-            given = {k: values[k][i].expand(len(rows), *values[k][i].shape) for k in self.sampled}
-            given[name] = rows.reshape(len(rows), *self.shapes[name])
-            seen = self._drawn(len(rows), self.batching, given).data
-            same = [(seen[k] == seen[k][-1:]).reshape(len(rows), -1).all(1) for k in self.observed]
-            if bool((torch.stack(same).all(0)[:-1] & (own[at] != other[at])).any()):
-                return True
-        return False
-
     def _check_supports(self, nodes: Nodes) -> None:
         """Raise a ValueError where the support of a latent site is another in this run.
 
@@ -242,13 +184,14 @@ class Simulator:
             real = torch.linspace(-1.0, 1.0, shape.numel()).to(value).reshape(shape)
             check_fixed_support(name, biject_to(fn.support)(real), biject_to(known)(real))
 
-    def _check_kept(self, nodes: Nodes) -> None:
-        """Raise a ValueError where an observed site that keeps its value is latent, or data.
-
-        Data depend on the latent sites, so that their density is another where those are.
+    def _keep(self, nodes: Nodes) -> None:
+        """Note the log densities of observed sites that keep their values.
 
         Args:
             nodes: The sites of a run.
+
+        Raises:
+            ValueError: If one is latent.
         """
         kept = [name for name, n in nodes.items() if is_sampled(n) and n["is_observed"]]
         latent = [name for name in kept if name in self.latents]
@@ -257,10 +200,23 @@ class Simulator:
                 f"expected sites {latent} to be latent, as when the guide was set up, got them "
                 "observed: set up a new guide with these arguments, guide(*args)"
             )
-        if not kept:
-            return
-        pairs = zip(kept, *(self._log_probs(n, kept) for n in (nodes, self._run())), strict=True)
-        data = [name for name, one, other in pairs if not torch.allclose(one, other)]
+        self.kept = {name: self._log_probs(nodes, [name])[0] for name in kept}
+
+    def _check_kept(self, nodes: Nodes, count: int | None = None) -> None:
+        """Raise a ValueError where an observed site that keeps its value is one of the data.
+
+        Data depend on the latent sites, so that their density is another where those are: perhaps
+        only where they are rare, so that each run is looked at.
+
+        Args:
+            nodes: The sites of a run.
+            count: The number of simulations in it; None for a single one.
+        """
+        data = []
+        for name, known in self.kept.items():
+            found = self._log_probs(nodes, [name], count)
+            if not torch.allclose(found, known.expand_as(found), rtol=1e-4, atol=1e-4):
+                data.append(name)
         if data:
             raise ValueError(
                 f"expected all data among the observed sites {list(self.drawn or ())}, got {data} "
@@ -347,6 +303,21 @@ class Simulator:
                     return False
         return True
 
+    def at(self, count: int, values: Mapping[str, Tensor] | None = None) -> Simulations:
+        """Return simulations, finite or not.
+
+        Args:
+            count: How many, N.
+            values: Values of sites, each ``(N, *site_shape)``, that are not drawn then.
+        """
+        size, known = min(count, self.rows), {} if values is None else values
+        pieces = (
+            (min(size, count - start), {k: v[start : start + size] for k, v in known.items()})
+            for start in range(0, count, size)
+        )
+        parts = [self._drawn(few, self.batching, given) for few, given in pieces]
+        return Simulations.joined(parts)
+
     def prior(self, count: int) -> dict[str, Tensor]:
         """Return draws of the latents alone, each ``(N, *site_shape)``: no data are simulated.
 
@@ -403,7 +374,12 @@ class Simulator:
     def _collected(
         self, nodes: Nodes, count: int | None = None, *, latents_alone: bool = False
     ) -> Simulations:
-        """Return the simulations of a run, of one without a batch."""
+        """Return the simulations of a run, of one without a batch.
+
+        Raises:
+            ValueError: If a row does not count there, or an observed site that keeps its value
+                depends on the latent ones.
+        """
         lead = () if count is None else (count,)
 
         def of(shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -415,6 +391,9 @@ class Simulator:
                 found[name] = value.reshape((*lead, *shape))
             return found
 
+        if not latents_alone:  # of these latents, and perhaps of no others
+            check_rows_count(nodes)
+            self._check_kept(nodes, count)
         log_prior = self._log_probs(nodes, list(self.latents), count).sum(0)
         shapes = {} if latents_alone else self.shapes
         return Simulations(of(self.latents), of(shapes), log_prior, 0)
@@ -475,8 +454,3 @@ def _is_near(value: Tensor, values: Tensor, i: int) -> bool:
     size = values.abs().nan_to_num(0.0, 0.0, 0.0).amax(0)
     near = (value - values[i]).abs() <= 1e-4 * values[i].abs() + 1e-5 * size
     return bool((near | (value == values[i])).all())
-
-
-def all_of(masks: Mapping[str, Tensor]) -> Tensor:
-    """Return where all of several masks hold, shape ``(N,)`` each."""
-    return torch.stack(list(masks.values())).all(0)

@@ -19,6 +19,7 @@ from torch.distributions import constraints
 
 import pyro_interpolant as pi
 from pyro_interpolant.infer.amortization import verdict_of_amortised
+from pyro_interpolant.infer.hidden import is_hidden
 from pyro_interpolant.infer.simulation import Simulator
 from pyro_interpolant.infer.sites import LatentSites
 
@@ -556,7 +557,30 @@ def test_data_that_the_type_of_the_guide_rounds_away_are_told_of():
 )
 def test_data_that_may_change_unseen_are_hidden(model, name, expected):
     args = (torch.zeros(ROWS),) if model is rows_of_a_normal else (torch.zeros(6), torch.ones(6))
-    assert simulator_of(model, *args, observed=(name,)).hides == expected
+    simulator = simulator_of(model, *args, observed=(name,))
+    found = simulator.at(50)
+    assert is_hidden(simulator, found.latents | found.data) == expected
+
+
+def rows_rarely_gone(y=None, there=None):
+    level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 6):
+        there = pyro.sample("there", dist.Bernoulli(0.98), obs=there)
+        y = pyro.sample("y", dist.Normal(level, 0.5), obs=y)
+    pyro.deterministic("seen", torch.stack((y * there, there), -1), event_dim=2)
+
+
+def test_data_that_are_rarely_missing_are_hidden_where_they_are():
+    torch.manual_seed(0)
+    y, there = torch.arange(6.0), torch.ones(6)
+    simulator = simulator_of(rows_rarely_gone, y, there, observed=("seen",))
+    assert not is_hidden(simulator)
+    there[4] = 0.0
+    assert is_hidden(simulator_of(rows_rarely_gone, y, there, observed=("seen",)))
+    found = simulator.at(1000)
+    assert is_hidden(simulator, found.latents | found.data)
+    found = found.take((found.data["there"] > 0).all(1))
+    assert not is_hidden(simulator, found.latents | found.data)
 
 
 @pytest.mark.slow

@@ -211,6 +211,40 @@ def test_data_that_the_guide_is_not_given_are_refused():
         guide.simulate(10, sigma=torch.tensor(0.1))
 
 
+def rarely_selected(branches, y=None, there=None):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    rare = (x > 2).float() if not branches else torch.tensor(float(float(x) > 2))
+    pyro.sample("chosen", dist.Bernoulli(0.9 - 0.8 * rare), obs=torch.tensor(1.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+def rarely_masked(branches, y=None, there=None):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    there = pyro.sample("there", dist.Bernoulli(0.98), obs=there)
+    there = there > 0 if not branches else torch.tensor(float(there) > 0)
+    with poutine.mask(mask=there):
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize(
+    ("model", "observed", "message"),
+    [
+        (rarely_selected, ("y",), r"\['y'\], got \['chosen'\] observed too"),
+        (rarely_masked, ("y", "there"), r"without a mask, got \['y'\]"),
+    ],
+    ids=["kept", "masked"],
+)
+def test_what_is_wrong_at_rare_latents_alone_is_found_in_their_simulations(
+    model, observed, message, branches
+):
+    guide = pi.AmortizedInterpolant(functools.partial(model, branches), observed, hidden_dims=(8,))
+    torch.manual_seed(0)
+    guide.simulate(1)
+    with pytest.raises(ValueError, match=message):
+        guide.simulate(300)
+
+
 def by_numpy():
     return torch.as_tensor(np.random.randn(4))
 

@@ -1,0 +1,69 @@
+r"""Data that can change while all that a guide is given stays the same, as what is missing can.
+
+The density of all data is then not that of what is observed, and no weights come from it.
+"""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .runs import isolated
+from .simulation import Simulator
+from .sites import Nodes
+
+# Numbers of a site that are replaced: where one in 50 is missing, all are seen once in 170 times.
+_REPLACED, _LOOPED = 256, 64  # at once, and one by one
+
+
+@torch.no_grad()
+def is_hidden(simulator: Simulator, values: Mapping[str, Tensor] | None = None) -> bool:
+    """Return whether some of the data can change while all that is observed stays the same.
+
+    Numbers of them are replaced, one at a time, by those of other simulations: all of few, 256 of
+    many, evenly spread over simulations and numbers. What is missing more rarely may not be found.
+
+    Args:
+        simulator: The model, with what is observed.
+        values: The sampled and observed sites of simulations, each ``(N, *site_shape)``; by
+            default those of one run with the arguments of the model, which may hold data.
+    """
+    known = (*simulator.latents, *simulator.observed)
+    hidden = [k for k in simulator.sampled if k not in known and simulator.shapes[k].numel()]
+    if not hidden:
+        return False
+    values = _in_arguments(simulator) if values is None else values
+    probes = torch.arange(_LOOPED if simulator.batching == "loop" else _REPLACED)
+    others = simulator.at(len(probes)).data
+    for name in hidden:
+        own = values[name].reshape(len(values[name]), -1)
+        stride = max(1.0, own.numel() / len(probes))
+        which = (probes.double() * stride).long() % own.numel()
+        rows, at = which % len(own), which // len(own)
+        before, after = own[rows], own[rows]
+        after[probes, at] = others[name].reshape(len(probes), -1)[probes, at].to(own)
+        given = {k: torch.cat((values[k][rows],) * 2) for k in simulator.sampled}
+        given[name] = torch.cat((before, after)).reshape(given[name].shape)
+        seen = simulator.at(2 * len(probes), given).data
+        pairs = (seen[k].reshape(2, len(probes), -1) for k in simulator.observed)
+        same = torch.stack([(one == other).all(1) for one, other in pairs]).all(0)
+        if bool((same & (before != after).any(1)).any()):
+            return True
+    return False
+
+
+def _in_arguments(simulator: Simulator) -> dict[str, Tensor]:
+    """Return the sampled sites of a run of the model, with data where the arguments hold them.
+
+    Each has shape ``(1, *site_shape)``, that of an observation that broadcasts, too.
+    """
+    with isolated(), poutine.trace() as tracer:
+        simulator.model()
+    nodes, found = cast("Nodes", tracer.trace.nodes), {}
+    for name, shape in (simulator.latents | simulator.shapes).items():
+        value = nodes[name]["value"]
+        is_short = value.dim() < len(shape)
+        found[name] = (value.expand(shape) if is_short else value).reshape(1, *shape)
+    return found
