@@ -444,7 +444,8 @@ class AmortizedInterpolant(AutoInterpolant):
         with seeded(seed):
             known = self._seen(*sites.args, **sites.kwargs)
             hides = is_hidden(simulator)
-            density = None if hides else known_log_joint(sites)
+            z = self.posterior.pack(found.latents)
+            density = None if hides else known_log_joint(sites, z)
         regions: list[Region] = []
         for i in range(1, source.rounds):
             if training.stopped_by == "interrupt":

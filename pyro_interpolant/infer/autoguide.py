@@ -33,7 +33,8 @@ from ..training.whitening import whitening_map
 from ..transforms.interpolant import InterpolantTransform
 from .amortization import AmortizedResult
 from .importance_sampling import are_raw_draws_good, importance_of, verdict_with_warning, warn_poor
-from .log_density import LogJoint, known_log_joint, prior_draws
+from .log_density import LogJoint, known_log_joint
+from .prior import prior_draws
 from .quantiles import SPREAD_DRAWS, quantiles_of, spread_of
 from .simulation import Source
 from .sites import (
@@ -285,7 +286,7 @@ class AutoInterpolant(AutoContinuous):
                 f"{type(self).__name__}, which learns one posterior"
             )
         rows = None if source.samples is None else sites.pack(source.samples)
-        density = None if rows is None else known_log_joint(sites)
+        density = None if rows is None else known_log_joint(sites, rows)
         posterior, seed = InterpolantDistribution(self.transform), settings["seed"]
 
         def within(share: float) -> dict[str, Any]:
@@ -295,8 +296,7 @@ class AutoInterpolant(AutoContinuous):
         if rows is None:
             density = LogJoint(sites)
             with seeded(seed):
-                prior = prior_draws(density, PRIOR_DRAWS)
-            settings = {"start": prior, **settings}
+                settings = {"start": prior_draws(density, PRIOR_DRAWS), **settings}
             with trainable(self.transform):  # and then as it was: SVI may train on
                 training = train_from_density(posterior, density, **within(MODEL_SHARE))
         else:

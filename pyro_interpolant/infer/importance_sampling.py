@@ -181,8 +181,13 @@ def importance_of(
 
     Returns:
         The draws, shape ``(N, D)``, and their log weights, unnormalised, shape ``(N,)``.
+
+    Raises:
+        ValueError: If the density of many of the draws is another than one at a time.
     """
     z = posterior.rsample((count,))
+    if isinstance(density, LogJoint):
+        density.check(z)
     log_p, log_q = density(z), posterior.log_prob(z)
     if isinstance(posterior, InterpolantDistribution):
         log_q, change = recompute_largest(posterior, z, log_p, log_q, tail_length(count))

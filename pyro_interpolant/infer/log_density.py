@@ -1,7 +1,6 @@
 r"""The log joint density of a model, :math:`\log p(x(z), y) + \log |dx / dz|`, of many z."""
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Literal, cast, get_args
@@ -11,14 +10,12 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
 from .._torch import draws, is_functorch_tensor, seeded, warn_user
 from .lanes import DrawnInLanes
-from .runs import AllDrawn, Stop
 from .sites import (
     LatentSites,
     Model,
@@ -26,6 +23,7 @@ from .sites import (
     Site,
     Substitute,
     check_fixed_support,
+    extreme_rows,
     init_to_support,
     is_subsample,
     subsampling_plates,
@@ -35,6 +33,9 @@ from .validity import innermost_distribution, is_valid, log_prob_left_out, witho
 
 _PROBES = 3  # draws on which a batched evaluation is compared with single ones
 _MANY = 100  # of them at once, again and again the same ones
+_FAR = 6.0  # times as far from the initial point: where others are that may change none of them
+_EXTREMES = 256  # draws with the most extreme numbers, in whose company others are evaluated
+_LEAST_ERROR = 0.01  # nats, of a draw's log density, that moves no weight by more than a percent
 _ROUNDING = 1e-7  # relatively, of float32
 _MARGIN = 10.0  # times the rounding of a sum of terms of this size, and that of z
 _NUMBERS_AT_ONCE = 2**22  # of all sites and their log densities together, evaluated in one go
@@ -92,6 +93,35 @@ class LogJoint:
     def unpack(self, z: Tensor) -> dict[str, Tensor]:
         """Return the latent sites, each ``(N, *site_shape)``, of vectors of shape ``(N, D)``."""
         return self.sites.unpack(z)
+
+    @torch.no_grad()
+    def check(self, z: Tensor) -> None:
+        """Raise a ValueError unless draws have together the log densities that they have alone.
+
+        A model may branch on whether one of many values is rare, and be another for all then. One
+        draw and two extreme ones are evaluated alone, and beside up to 256 extreme ones.
+
+        Args:
+            z: Unconstrained vectors, shape ``(N, D)``, where the log density is to be known.
+        """
+        extreme = extreme_rows([z], _EXTREMES)
+        few = torch.cat((z[:1], z[extreme]))[: self.rows]
+        together = self(few)[:_PROBES]
+        with unchecked():
+            alone = self.one_by_one(few[:_PROBES]).sum(0)
+            error = torch.where(together == alone, 0.0, (together - alone).abs())
+            if not bool((error > _LEAST_ERROR).any()):
+                return
+            rounding = _rounding(z.dtype)
+            moved = self.one_by_one(few[:_PROBES] * (1 + rounding)).sum(0)
+        change = (moved - alone).abs().nan_to_num(0.0, math.inf)
+        tolerance = _MARGIN * (rounding * alone.abs().nan_to_num(0.0, 0.0, 0.0) + change)
+        if bool((error > _LEAST_ERROR + tolerance).any()):
+            raise ValueError(
+                "expected a model that gives many draws at once the log densities it gives one at "
+                f"a time, got one that is off by {float(error.max()):.2g} nats beside extreme "
+                f"draws: it may branch on whether any value is extreme. {TO_BATCH}"
+            )
 
     def pack(self, draws: Mapping[str, object]) -> Tensor:
         """Return vectors, shape ``(N, D)``, of draws of all sites, each ``(N, *site_shape)``.
@@ -212,10 +242,17 @@ def log_joint(target: AutoContinuous | Model, *args: object, **kwargs: object) -
     return LogJoint(LatentSites(target, *args, **kwargs))
 
 
-def known_log_joint(sites: LatentSites) -> LogJoint | None:
-    """Return the log joint density, or None, with a warning, where it cannot be evaluated."""
+def known_log_joint(sites: LatentSites, z: Tensor) -> LogJoint | None:
+    """Return the log joint density, or None, with a warning, where it cannot be evaluated.
+
+    Args:
+        sites: The latent sites, with the model and its arguments.
+        z: Unconstrained vectors at which it has to be known, shape ``(N, D)``.
+    """
     try:
-        return LogJoint(sites)
+        density = LogJoint(sites)
+        density.check(z)
+        return density
     except (ValueError, NotImplementedError) as error:
         warn_user(f"the guide will not be judged by importance weights: {error}")
         return None
@@ -252,9 +289,11 @@ def _batching(density: LogJoint, center: Tensor) -> Batching:
     """Return the first way to evaluate many draws at once that agrees with one at a time.
 
     They agree at each site by itself, whose rounding would hide what is wrong at a smaller one;
-    and many draws at once, where a sum over all of them, in place of one's own, goes far off.
+    and many draws at once, where a sum over all of them, in place of one's own, goes far off; and
+    beside some that are farther out, where a branch on any of them is one for all.
     """
     z, names, values, tolerances = _probes(density, center)
+    far = torch.cat((center + _FAR * (z - center), center - _FAR * (z - center)))
     counts = (_PROBES - 1, _PROBES, min(_MANY, density.rows))
     indices, problems = [torch.arange(count) % _PROBES for count in counts], []
     expected = values[:, torch.cat(indices)]
@@ -262,7 +301,8 @@ def _batching(density: LogJoint, center: Tensor) -> Batching:
         try:
             parts = density.parts_by(batching)
             found = torch.cat([nan_to_minus_inf(parts, z[index]) for index in indices], 1)
-            errors = (found - expected).abs().amax(1)
+            beside = _errors_beside(far[: max(1, density.rows - _PROBES)], parts, z, values)
+            errors = torch.maximum((found - expected).abs().amax(1), beside)
         except Exception as failure:  # whatever a model does with shapes it does not expect
             what = str(failure).partition("\n")[0]  # Pyro adds its trace
             problems.append(f"by {batching} it fails with {type(failure).__name__}: {what}")
@@ -276,6 +316,28 @@ def _batching(density: LogJoint, center: Tensor) -> Batching:
         f"its own or under torch.func.vmap, got one for which {'; '.join(problems)}. "
         f"{TO_BATCH}"
     )
+
+
+def _errors_beside(others: Tensor, parts: Evaluate, z: Tensor, values: Tensor) -> Tensor:
+    """Return how far the parts of draws are from their values beside others, shape ``(1 + S,)``.
+
+    Zero where these cannot be evaluated: there may be none of them.
+
+    Args:
+        others: The others, shape ``(M, D)``.
+        parts: From draws to the parts of their log densities.
+        z: The draws, shape ``(K, D)``.
+        values: The parts of their log densities, shape ``(1 + S, K)``.
+    """
+    with contextlib.suppress(Exception):
+        found = nan_to_minus_inf(parts, torch.cat((z, others)))[:, : len(z)]
+        return (found - values).abs().amax(1)
+    return torch.zeros_like(values[:, 0])
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Return a relative rounding: no less than in float32, in which any model may compute."""
+    return max(_ROUNDING, 8 * torch.finfo(dtype).eps)
 
 
 def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, list[str], Tensor, Tensor]:
@@ -312,8 +374,7 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, list[str], Tenso
         )
     names = ["the log-determinant", *(f"site {site['name']!r}" for site in scored)]
     counts = [z.shape[1], *(s["value"].numel() + s["log_prob"].numel() for s in scored)]
-    # Relatively. No less than in float32, in which a part of any model may be computed.
-    rounding = max(_ROUNDING, 8 * torch.finfo(z.dtype).eps)
+    rounding = _rounding(z.dtype)
     change = (density.one_by_one(z + rounding * noise * z) - values).abs().nan_to_num(0.0, 0.0)
     size = values.abs().amax(1) + z.new_tensor(counts)
     return z, names, values, _MARGIN * (rounding * size + change.amax(1))
@@ -392,58 +453,3 @@ def _scored(trace: Nodes) -> Iterator[Site]:
         if site["type"] == "sample" and not is_subsample(site):
             if not site["infer"].get("_deterministic"):
                 yield site
-
-
-_RARE = 0.005  # the share of prior draws on either side that is clamped to the rest
-_IMPROPER_SCALE = 2.0  # of unconstrained sites with an improper prior
-
-
-def prior_draws(density: LogJoint, count: int) -> Tensor | None:
-    """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
-
-    Sites with an improper prior are drawn widely; the rarest 1% is clamped to the rest, for priors
-    without moments.
-    """
-    init = functools.partial(init_to_support, init=init_to_sample, spread=_IMPROPER_SCALE)
-
-    def draw(*batch: int) -> Tensor:  # up to the last latent: data may be large
-        with contextlib.suppress(AllDrawn), poutine.block(), poutine.trace() as tracer:
-            with InitMessenger(init), Stop(density.sites.sites):
-                with density.plate(*batch) if batch else contextlib.nullcontext():
-                    density.model()
-        parts = [
-            biject_to(support).inv(tracer.trace.nodes[name]["value"]).reshape(*batch, -1)
-            for name, (_, support) in density.sites.sites.items()
-        ]
-        return torch.cat(parts, dim=-1)
-
-    def in_lane(lane: Tensor) -> Tensor:
-        with DrawnInLanes(lane):
-            return draw()
-
-    try:
-        with torch.no_grad(), unchecked():
-            if density.batching == "plate":
-                z = draw(count)
-            else:
-                z = torch.func.vmap(in_lane, randomness="different")(torch.zeros(count))
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # it cannot be sampled
-        return None
-    return without_extremes(z)
-
-
-def without_extremes(z: Tensor) -> Tensor | None:
-    """Return finite draws, shape ``(<= N, D)``, the rarest 1% clamped to the rest.
-
-    Args:
-        z: Draws, shape ``(N, D)``.
-
-    Returns:
-        The draws, or None where at most half are finite.
-    """
-    count = len(z)
-    z = z[torch.isfinite(z).all(-1)]
-    if len(z) <= count // 2:
-        return None
-    low, high = torch.quantile(z, z.new_tensor([_RARE, 1 - _RARE]), dim=0)
-    return torch.maximum(low, torch.minimum(z, high))

@@ -10,7 +10,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import pyro
@@ -25,10 +25,12 @@ from ..distributions.supports import BijectiveSupport
 from .lanes import DrawnInLanes
 from .runs import AllDrawn, Stop, Unobserved, check_names, check_rows_count, is_sampled
 from .simulated import Simulations, all_of
-from .sites import LatentSites, Nodes, check_fixed_support, unchecked
+from .sites import LatentSites, Nodes, check_fixed_support, extreme_rows, unchecked
 from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
+# Those among which they are: the first, and, of so many, those with the most extreme numbers.
+_FIRST, _EXTREMES, _TRIED = 16, 256, 256
 _NUMBERS_AT_ONCE = 2**22  # of all sites together, simulated in one run
 _CALL = 16  # simulations, one by one, in one call, whatever the number of processes
 
@@ -147,6 +149,9 @@ class Simulator:
                 f"or latents on the edge of their support, in {bad or list(proper)}: run the "
                 "model, and see where they come from"
             )
+        if self.batching == "plate" and not self._agrees(found.take(good)):
+            self.batching = self._without_plate()
+            return self(count, given, deadline)
         if improper:
             warn_user(
                 f"{improper:,} of {count:,} simulations ({improper / count:.2%}) have numbers "
@@ -230,16 +235,20 @@ class Simulator:
 
         It is looked for by some runs of the model, which who asks for shapes alone is spared.
         """
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of attempts that may come to nothing
+        with _attempts():
             if self._repeats() is not True:  # other numbers would be drawn once for all
                 return "loop"
             with contextlib.suppress(Exception):  # whatever a model does with shapes
-                if self._agrees(self._drawn(_PROBES, "plate")):
+                found = self._drawn(max(_PROBES, min(_TRIED, self.rows)), "plate")
+                if self._agrees(found.take(all_of(self.proper(found)))):
                     return "plate"
-            with contextlib.suppress(Exception):
-                if bool(all_of(self.proper(self._drawn(_PROBES, "vmap"))).any()):
-                    return "vmap"
+        return self._without_plate()
+
+    def _without_plate(self) -> Batching:
+        """Return the first way but a plate that works."""
+        with _attempts(), contextlib.suppress(Exception):
+            if bool(all_of(self.proper(self._drawn(_PROBES, "vmap"))).any()):
+                return "vmap"
         return "loop"
 
     def _tell_of_own_generators(self) -> None:
@@ -278,24 +287,32 @@ class Simulator:
         """Return whether single runs give the simulations of a plate the densities it gives.
 
         They are compared one by one: in the rounding of a sum of many, what is wrong may hide.
+        Those with the most extreme numbers are in the plate too: a model may branch on whether one
+        of its values is rare, and be another for all.
         """
+        first = torch.arange(min(_FIRST, len(found.log_prior)))
         values = found.latents | found.data
+        extreme = extreme_rows([values[name] for name in self.sampled], _EXTREMES)
+        index = torch.cat((first.to(extreme), extreme))[: max(_PROBES, self.rows)]
+        values, count = {name: value[index] for name, value in values.items()}, len(index)
         given = {name: values[name] for name in self.sampled}
         with seeded(0):
-            nodes, again = self._run(_PROBES, given), self._run(_PROBES, given)
+            nodes, again = self._run(count, given), self._run(count, given)
             if draws() > 0:  # noise that is no site's may be drawn once for all of a plate
                 return False
-        together = torch.cat(self._each_log_prob(nodes, self.sampled, _PROBES), -1)
-        repeated = torch.cat(self._each_log_prob(again, self.sampled, _PROBES), -1)
-        if not torch.equal(together, repeated):  # noise that is not torch's
+        together = torch.cat(self._each_log_prob(nodes, self.sampled, count), -1)
+        repeated = torch.cat(self._each_log_prob(again, self.sampled, count), -1)
+        if not torch.equal(together.nan_to_num(), repeated.nan_to_num()):  # noise, not torch's
             return False
         if not self._are_equal(nodes, again):
             return False
-        for i in range(_PROBES):
+        finite = together.isfinite().all(-1).nonzero()[:_PROBES, 0]
+        if not len(finite):  # of a simulator's own noise: they tell nothing
+            return False
+        together, values = together[finite], {k: v[finite] for k, v in values.items()}
+        for i in range(len(finite)):
             own = self._run(None, {name: values[name][i] for name in self.sampled})
             alone = torch.cat(self._each_log_prob(own, self.sampled))
-            if not bool(alone.isfinite().all()):  # of a simulator's own noise: they tell nothing
-                return False
             if not torch.allclose(alone, together[i], rtol=1e-4, atol=1e-4):
                 return False
             for name in self.shapes:  # deterministic ones, too, in whatever unit
@@ -438,6 +455,14 @@ class Simulator:
             with poutine.condition(data=given), Unobserved(self.drawn), ending:
                 model()
         return cast("Nodes", tracer.trace.nodes)
+
+
+@contextlib.contextmanager
+def _attempts() -> Iterator[None]:
+    """Try what may come to nothing, without gradients and warnings."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _is_near(value: Tensor, values: Tensor, i: int) -> bool:

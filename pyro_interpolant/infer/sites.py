@@ -7,7 +7,7 @@ model, each through the bijection of its support.
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import pyro
@@ -392,6 +392,20 @@ def check_fixed_shape(name: str, fn: Any, value: Tensor, shape: torch.Size) -> N
             f"expected site {name!r} of shape {tuple(shape)}, as when the guide was set up, got "
             f"shape {tuple(now)}: set up a new guide with these arguments, guide(*args)"
         )
+
+
+def extreme_rows(values: Iterable[Tensor], most: int) -> Tensor:
+    """Return the indices of rows in which a number is the greatest or the least of all rows.
+
+    Args:
+        values: Rows, each ``(N, *)``.
+        most: Of how many rows at most, those of the first numbers.
+    """
+    found = []
+    for value in values:
+        columns = value.reshape(len(value), -1)[:, :most].double()
+        found.append(torch.stack((columns.argmax(0), columns.argmin(0)), 1).flatten())
+    return torch.cat(found)[:most].unique()
 
 
 def is_same_map(one: Any, other: Any) -> bool:

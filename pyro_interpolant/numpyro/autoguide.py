@@ -286,7 +286,7 @@ def _prior_draws(
     """
     import torch
 
-    from ..infer.log_density import without_extremes
+    from ..infer.prior import without_extremes
 
     try:
         draws = Predictive(guide.model, num_samples=count)(key, *args, **kwargs)

@@ -14,7 +14,7 @@ from pyro.infer.reparam import NeuTraReparam
 from pyro.optim import Adam
 
 from pyro_interpolant import AutoInterpolant, FixedGrid, fit_guide, log_joint
-from pyro_interpolant.infer import autoguide, log_density
+from pyro_interpolant.infer import autoguide, prior
 from pyro_interpolant.infer.smc.train import RoundsResult
 from pyro_interpolant.interpolants import Mirror
 
@@ -319,14 +319,14 @@ def unsampled():
 
 
 def test_draws_of_the_prior():
-    z = log_density.prior_draws(log_joint(by_index), 4000)
+    z = prior.prior_draws(log_joint(by_index), 4000)
     assert log_joint(by_index).batching == "vmap"
     assert torch.allclose(z.mean(0), torch.tensor([1.0, 5.0]), atol=0.2)
     assert torch.allclose(z.std(0), torch.tensor([2.0, 2.0]), atol=0.2)
-    z = log_density.prior_draws(log_joint(improper), 4000)
+    z = prior.prior_draws(log_joint(improper), 4000)
     assert torch.allclose(z.mean(0), torch.tensor([0.0, 0.0, 5.0]), atol=0.2)
     assert torch.allclose(z.std(0), torch.tensor([2.0, 2.0, 1.0]), atol=0.2)
-    assert log_density.prior_draws(log_joint(unsampled), 4000) is None
+    assert prior.prior_draws(log_joint(unsampled), 4000) is None
 
 
 # ------------------------------------------------------------------------------------------ errors

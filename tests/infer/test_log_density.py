@@ -14,9 +14,10 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.mcmc.util import initialize_model
 from pyro.nn import PyroModule, PyroSample
 
-from pyro_interpolant import AutoInterpolant, log_joint, neutra
+from pyro_interpolant import AutoInterpolant, importance, log_joint, neutra
 from pyro_interpolant.infer import LogJoint
-from pyro_interpolant.infer.log_density import nan_to_minus_inf, prior_draws
+from pyro_interpolant.infer.log_density import nan_to_minus_inf
+from pyro_interpolant.infer.prior import prior_draws
 from pyro_interpolant.infer.sites import init_to_support, unchecked
 
 Y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2], dtype=torch.float64)
@@ -221,6 +222,31 @@ def curved():
 def test_a_small_error_does_not_hide_in_a_large_log_density(model, way):
     torch.set_default_dtype(torch.float32)
     assert log_joint(model).batching == way
+
+
+def clamped_together(limit):
+    def model():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        scale = torch.full_like(w, 9.0) if (w > limit).any() else torch.ones_like(w)
+        pyro.sample("y", dist.Normal(w, scale), obs=torch.tensor(0.3))
+
+    return model
+
+
+def test_a_branch_on_any_far_draw_is_refused():
+    with pytest.raises(ValueError, match="by plate site 'y' is off by"):
+        log_joint(clamped_together(2.0))
+
+
+def test_a_branch_on_any_draw_that_is_rarer_is_refused_where_there_is_one():
+    density = log_joint(clamped_together(20.0))
+    z = torch.randn(1000, 1)
+    density.check(z)
+    z[777] = 25.0
+    with pytest.raises(ValueError, match="beside extreme draws"):
+        density.check(z)
+    with pytest.raises(ValueError, match="beside extreme draws"):
+        importance(AutoInterpolant(clamped_together(20.0), init_scale=20.0), count=300)
 
 
 def test_gradients_flow_row_by_row(member):

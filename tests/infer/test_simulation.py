@@ -240,7 +240,6 @@ def test_what_is_wrong_at_rare_latents_alone_is_found_in_their_simulations(
 ):
     guide = pi.AmortizedInterpolant(functools.partial(model, branches), observed, hidden_dims=(8,))
     torch.manual_seed(0)
-    guide.simulate(1)
     with pytest.raises(ValueError, match=message):
         guide.simulate(300)
 
@@ -317,6 +316,24 @@ def test_a_mean_over_all_simulations_does_not_hide_beside_a_large_number():
 
     simulator = Simulator(LatentSites(guide_of(model)), ("summary",))
     assert simulator(20).data["summary"][:, 0].abs().max() < 1e-6
+
+
+def test_a_branch_on_what_is_rare_in_any_simulation_is_not_one_for_all():
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        scale = torch.full_like(w, 100.0) if (w > 2.0).any() else torch.ones_like(w)
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+    torch.manual_seed(0)
+    simulator = simulator_of(model)
+    assert simulator.batching == "loop"
+    simulator.batching = "plate"  # as where it is rarer, and not met before
+    found = simulator(200)
+    w, y = found.latents["w"], found.data["y"]
+    assert simulator.batching == "loop"
+    assert 0 < int((w > 2.0).sum()) < 50
+    assert bool((y[w < 2.0].abs() < 6.0).all())
 
 
 def test_booleans_are_simulated_in_a_plate():

@@ -1,0 +1,75 @@
+r"""Draws of a model's prior as unconstrained vectors, from which training on a density starts."""
+
+import contextlib
+import functools
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .lanes import DrawnInLanes
+from .log_density import LogJoint
+from .runs import AllDrawn, Stop
+from .sites import init_to_support, unchecked
+
+_RARE = 0.005  # the share of prior draws on either side that is clamped to the rest
+_IMPROPER_SCALE = 2.0  # of unconstrained sites with an improper prior
+
+
+def prior_draws(density: LogJoint, count: int) -> Tensor | None:
+    """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
+
+    Sites with an improper prior are drawn widely; the rarest 1% is clamped to the rest, for priors
+    without moments.
+
+    Raises:
+        ValueError: If the density of many of them is another than one at a time.
+    """
+    init = functools.partial(init_to_support, init=init_to_sample, spread=_IMPROPER_SCALE)
+
+    def draw(*batch: int) -> Tensor:  # up to the last latent: data may be large
+        with contextlib.suppress(AllDrawn), poutine.block(), poutine.trace() as tracer:
+            with InitMessenger(init), Stop(density.sites.sites):
+                with density.plate(*batch) if batch else contextlib.nullcontext():
+                    density.model()
+        parts = [
+            biject_to(support).inv(tracer.trace.nodes[name]["value"]).reshape(*batch, -1)
+            for name, (_, support) in density.sites.sites.items()
+        ]
+        return torch.cat(parts, dim=-1)
+
+    def in_lane(lane: Tensor) -> Tensor:
+        with DrawnInLanes(lane):
+            return draw()
+
+    try:
+        with torch.no_grad(), unchecked():
+            if density.batching == "plate":
+                z = draw(count)
+            else:
+                z = torch.func.vmap(in_lane, randomness="different")(torch.zeros(count))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # it cannot be sampled
+        return None
+    found = without_extremes(z)
+    if found is not None:
+        density.check(found)
+    return found
+
+
+def without_extremes(z: Tensor) -> Tensor | None:
+    """Return finite draws, shape ``(<= N, D)``, the rarest 1% clamped to the rest.
+
+    Args:
+        z: Draws, shape ``(N, D)``.
+
+    Returns:
+        The draws, or None where at most half are finite.
+    """
+    count = len(z)
+    z = z[torch.isfinite(z).all(-1)]
+    if len(z) <= count // 2:
+        return None
+    low, high = torch.quantile(z, z.new_tensor([_RARE, 1 - _RARE]), dim=0)
+    return torch.maximum(low, torch.minimum(z, high))
