@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .amortization import *
     from .amortized import *
     from .autoguide import *
+    from .guide_result import *
     from .log_density import *
     from .importance_sampling import *
     from .latents import *
@@ -33,7 +34,8 @@ __all__, __getattr__, __dir__ = attach(
     {
         "amortization": ["AmortizedResult", "Calibration"],
         "amortized": ["AmortizedInterpolant"],
-        "autoguide": ["AutoInterpolant", "GuideResult", "fit_guide"],
+        "autoguide": ["AutoInterpolant", "fit_guide"],
+        "guide_result": ["GuideResult"],
         "log_density": ["LogJoint", "log_joint"],
         "importance_sampling": ["ImportanceResult", "importance"],
         "latents": ["ObjectPosteriors", "object_posteriors"],

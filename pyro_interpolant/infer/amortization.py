@@ -47,6 +47,7 @@ _ROUND_SHARE = 0.1
 _MOST_TRIES = 1000  # prior draws for each that is kept
 
 Pack = Callable[[Simulations], tuple[Tensor, Tensor]]
+_Numbers = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], int, float, float]
 Region = tuple[InterpolantDistribution, float]  # where a density is above an edge
 
 
@@ -137,10 +138,11 @@ def measured_on_simulations(
     simulator: Simulator,
     sites: LatentSites,
     clock: Clock,
-) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], int, float, float]:
+) -> tuple[_Numbers, str]:
     """Return the numbers of an :class:`AmortizedResult` from k-hat to the gain's error.
 
-    The report of the posterior becomes that on the fresh simulations, beside the prior.
+    Beside them, in a sentence, why there are no weights where there are none. The report of the
+    posterior becomes that on the fresh simulations, beside the prior.
 
     Args:
         posterior: The trained posterior.
@@ -167,7 +169,10 @@ def measured_on_simulations(
     is_whole = {*fresh.latents} < {*simulator.sampled} <= {*fresh.latents, *fresh.data}
     is_whole = is_whole and not is_hidden(simulator, fresh.latents | fresh.data)
     packed = rows, context
-    found = _importance_of_data_sets(posterior, fresh, packed, sites, clock) if is_whole else []
+    found: list[tuple[float, float, float]] = []
+    reason = NO_DENSITY
+    if is_whole:
+        found, reason = _importance_of_data_sets(posterior, fresh, packed, sites, clock)
     levels = torch.tensor(_LEVELS, dtype=torch.float64)
     numbers = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
     if not found:
@@ -175,7 +180,7 @@ def measured_on_simulations(
     found_at = [torch.quantile(s, levels, interpolation="nearest") for s in numbers.T]
     k_hat, ess, evidence = (tuple(s.tolist()) for s in found_at)
     gain = float(gains.mean()), float(gains.std()) / error
-    return k_hat, ess, evidence, len(found), *gain
+    return (k_hat, ess, evidence, len(found), *gain), reason
 
 
 def _importance_of_data_sets(
@@ -184,13 +189,14 @@ def _importance_of_data_sets(
     packed: tuple[Tensor, Tensor],
     sites: LatentSites,
     clock: Clock,
-) -> list[tuple[float, float, float]]:
+) -> tuple[list[tuple[float, float, float]], str]:
     """Return k-hat, the effective share of draws, and log-evidence, of some data sets.
 
-    Of as many as there is time for, and of none where the data have no density: it is first tried
-    at the latents that gave them. Where it fails there for some, no draw counts.
+    Of as many as there is time for, and of none where the data have no density, or it cannot be
+    evaluated, beside a sentence that says why: it is first tried at the latents that gave them.
+    Where it fails there for some, no draw counts.
     """
-    (rows, context), found, failed = packed, [], 0
+    (rows, context), found, failed, reason = packed, [], 0, NO_DENSITY
     for i in range(min(_JUDGED_SETS, len(context))):
         view = posterior.condition(context[i])
         data = {name: value[i] for name, value in fresh.data.items()}
@@ -198,15 +204,16 @@ def _importance_of_data_sets(
             density = LogJoint(_GivenData(sites, data, rows[i]))
             _, log_weights = importance_of(view, density, _JUDGED_DRAWS)
         except NotImplementedError:  # a simulator without a density
-            return []
-        except (ValueError, RuntimeError):
+            return [], NO_DENSITY
+        except (ValueError, RuntimeError) as error:
+            reason = reason if failed else f"No weights, see calibration(): {error}"
             failed += 1
         else:
             summary = summarise_weights(log_weights)
             found.append((summary.k_hat, summary.ess / _JUDGED_DRAWS, summary.log_evidence))
         if time.monotonic() > clock.deadline():
             break
-    return found + failed * [(math.inf, 0.0, -math.inf)] if found else []
+    return found + failed * [(math.inf, 0.0, -math.inf)] if found else [], reason
 
 
 def _log_det(posterior: ConditionalJointInterpolantDistribution, rows: Tensor) -> Tensor:
@@ -222,7 +229,12 @@ def _log_det(posterior: ConditionalJointInterpolantDistribution, rows: Tensor) -
 
 
 def verdict_of_amortised(
-    k_hat: tuple[float, ...], ess: tuple[float, ...], gain: float, error: float, improper: float
+    k_hat: tuple[float, ...],
+    ess: tuple[float, ...],
+    gain: float,
+    error: float,
+    improper: float,
+    reason: str = NO_DENSITY,
 ) -> str:
     """Return the verdict on an amortised guide, in a sentence.
 
@@ -232,11 +244,12 @@ def verdict_of_amortised(
         gain: Nats more than the prior.
         error: Its standard error.
         improper: The share of simulations left out.
+        reason: Why k-hat is NaN where it is, in a sentence.
     """
     found = f"{gain:.2f} ± {error:.2f} nats more than the prior on fresh simulations"
     left = f"; {improper:.2%} of the simulations were not finite and left out" if improper else ""
     if math.isnan(k_hat[-1]):
-        return f"{found}{left}. {NO_DENSITY}"
+        return f"{found}{left}. {reason}"
     weights = (
         f"of every 100 draws {100 * ess[1]:.0f} effective (in one data set of twenty below "
         f"{100 * ess[0]:.0f}), k-hat {k_hat[1]:.2f} (above {k_hat[-1]:.2f})"

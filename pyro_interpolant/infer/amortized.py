@@ -44,7 +44,8 @@ from .amortization import (
     untrained_posterior,
     verdict_of_amortised,
 )
-from .autoguide import AutoInterpolant, GuideResult
+from .autoguide import AutoInterpolant
+from .guide_result import GuideResult
 from .hidden import is_hidden
 from .log_density import known_log_joint
 from .runs import (
@@ -275,11 +276,12 @@ class AmortizedInterpolant(AutoInterpolant):
 
     def _data(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Return the data at the observed sites of a run of the model."""
+        sites = LatentSites(self, *args, **kwargs)
         with torch.no_grad(), isolated():
-            trace = poutine.trace(unwrapped_model(self.model)).get_trace(*args, **kwargs)
+            trace = poutine.trace(sites.model).get_trace()
         nodes: Nodes = dict(trace.nodes)  # type: ignore[arg-type]
         check_rows_count(nodes)
-        check_data(nodes, LatentSites(self).shapes, self.observed)
+        check_data(nodes, sites.shapes, self.observed)
         self._check_arguments(nodes, *args, **kwargs)
         found = {}
         for name in self.observed:
@@ -353,10 +355,6 @@ class AmortizedInterpolant(AutoInterpolant):
                 "of simulations made elsewhere, from_samples(latents, context=data, ...) learns "
                 "what guide.posterior holds"
             )
-        self.posterior.refined_for = None
-        first, second = (example_of(sites.model, self.observed) for _ in range(2))
-        # Alike, unless the model draws numbers that are not torch's.
-        self._example = first if is_alike(first, second) else None
         count: Any = _SIMULATIONS if source.simulations is None else source.simulations
         rounds, seed = source.rounds, settings["seed"]
         check_ranges(whole("rounds", rounds, 1))
@@ -379,6 +377,7 @@ class AmortizedInterpolant(AutoInterpolant):
             tell_if_coarse(found, self.observed, self.transform.flow.loc.dtype)
             late = clock.moment(share + _JUDGING)
             fresh = simulator(JUDGED_ROWS, deadline=late) if rounds == 1 else found
+        self._begin(sites)
         training = self._regress(found, clock, 1 / rounds, settings)
         if rounds > 1:
             return self._in_rounds(source, sites, simulator, (found, training), clock, settings)
@@ -386,6 +385,13 @@ class AmortizedInterpolant(AutoInterpolant):
         improper = found.improper / (size + found.improper)
         with seeded(None if seed is None else seed + 1):
             return self._result(fresh, simulator, sites, clock, training, size, improper)
+
+    def _begin(self, sites: LatentSites) -> None:
+        """Forget what earlier training was for and worth, and note what this one is for."""
+        self.posterior.refined_for = self.poor = None
+        first, second = (example_of(sites.model, self.observed) for _ in range(2))
+        # Alike, unless the model draws numbers that are not torch's.
+        self._example = first if is_alike(first, second) else None
 
     def _train_from_batches(
         self,
@@ -406,6 +412,7 @@ class AmortizedInterpolant(AutoInterpolant):
             found = SimulatedBatches(batches, simulator, self.observed, self.rows_of)
         tell_if_coarse(found.held, self.observed, self.transform.flow.loc.dtype)
         held = {"validation": self.rows_of(found.held), **settings}
+        self._begin(sites)
         training = self._fit(found, clock, 1.0, held)
         size = found.count - len(found.held.log_prior)
         improper = found.improper / (found.count + found.improper)
@@ -423,10 +430,10 @@ class AmortizedInterpolant(AutoInterpolant):
         improper: float,
     ) -> AmortizedResult:
         """Return what training on so many simulations gave; a share of all was improper."""
-        numbers = measured_on_simulations(
+        numbers, reason = measured_on_simulations(
             self.posterior, fresh, self.rows_of, simulator, sites, clock
         )
-        verdict = verdict_of_amortised(*numbers[:2], *numbers[4:], improper)
+        verdict = verdict_of_amortised(*numbers[:2], *numbers[4:], improper, reason)
         return AmortizedResult(*numbers, size, improper, verdict, clock.spent(), training)
 
     def _in_rounds(

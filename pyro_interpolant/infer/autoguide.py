@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -22,7 +22,6 @@ from ..diagnostics.psis import ImportanceSummary, summarise_weights
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
-from ..distributions.report import duration, with_error
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
 from ..solvers.divergence import Divergence
@@ -32,7 +31,14 @@ from ..training.fitting import FitResult, fit
 from ..training.whitening import whitening_map
 from ..transforms.interpolant import InterpolantTransform
 from .amortization import AmortizedResult
-from .importance_sampling import are_raw_draws_good, importance_of, verdict_with_warning, warn_poor
+from .guide_result import GuideResult
+from .importance_sampling import (
+    are_raw_draws_good,
+    check_is_density,
+    importance_of,
+    verdict_with_warning,
+    warn_poor,
+)
 from .log_density import LogJoint, known_log_joint
 from .prior import prior_draws
 from .quantiles import SPREAD_DRAWS, quantiles_of, spread_of
@@ -169,6 +175,8 @@ class AutoInterpolant(AutoContinuous):
 
     def get_posterior(self, *args: object, **kwargs: object) -> InterpolantDistribution:
         """Return the distribution of the unconstrained latent vector, of event shape ``(D,)``."""
+        if self.prototype_trace is None:
+            LatentSites(self, *args, **kwargs)
         return InterpolantDistribution(self.transform)
 
     @property
@@ -221,8 +229,9 @@ class AutoInterpolant(AutoContinuous):
         those of an interval have their marginal medians. Those of a simplex or a matrix, which
         :meth:`quantiles` gives, need not lie on the support together.
         """
+        sites = LatentSites(self, *args, **kwargs)
         middle = quantiles_of(spread_of(self.get_posterior(*args, **kwargs)), [0.5])
-        return {name: value[0] for name, value in LatentSites(self).unpack(middle).items()}
+        return {name: value[0] for name, value in sites.unpack(middle).items()}
 
     @torch.no_grad()
     def quantiles(
@@ -237,7 +246,8 @@ class AutoInterpolant(AutoContinuous):
             *args: The arguments of the model, of which the guide's flow may be a function.
             **kwargs: Its named arguments.
         """
-        draws = LatentSites(self).unpack(spread_of(self.get_posterior(*args, **kwargs)))
+        sites = LatentSites(self, *args, **kwargs)
+        draws = sites.unpack(spread_of(self.get_posterior(*args, **kwargs)))
         return {name: quantiles_of(value, quantiles) for name, value in draws.items()}
 
     @torch.no_grad()
@@ -259,8 +269,10 @@ class AutoInterpolant(AutoContinuous):
             The guide itself.
 
         Raises:
-            ValueError: If the other guide has other sites.
+            TypeError: If the other guide is not over one unconstrained vector.
+            ValueError: If it has other sites, or no density.
         """
+        check_is_density(other)
         ours, theirs = (LatentSites(g, *args, **kwargs).shapes for g in (self, other))
         if list(ours.items()) != list(theirs.items()):
             raise ValueError(f"expected a guide of the sites {ours}, got one of {theirs}")
@@ -271,7 +283,7 @@ class AutoInterpolant(AutoContinuous):
 
     def train_from(
         self, source: Source, sites: LatentSites, clock: Clock, settings: dict[str, Any]
-    ) -> "GuideResult | AmortizedResult":
+    ) -> GuideResult | AmortizedResult:
         """Train on what there is to learn from; called by :func:`~pyro_interpolant.fit_guide`.
 
         Args:
@@ -294,6 +306,11 @@ class AutoInterpolant(AutoContinuous):
 
         training: FitResult | RoundsResult
         if rows is None:
+            if settings.get("checkpoint") is not None:
+                raise ValueError(
+                    "expected no checkpoint beside the model alone, whose training cannot be "
+                    f"resumed, got {settings['checkpoint']}: give samples, or leave it out"
+                )
             density = LogJoint(sites)
             with seeded(seed):
                 settings = {"start": prior_draws(density, PRIOR_DRAWS), **settings}
@@ -313,9 +330,10 @@ class AutoInterpolant(AutoContinuous):
         clock: Clock,
         seed: int | None,
         training: FitResult | RoundsResult,
-    ) -> "GuideResult":
+    ) -> GuideResult:
         """Return what training gave, judged where there is a density."""
         summary, count, verdict = ImportanceSummary(*[math.nan] * 4), 0, _UNKNOWN
+        self.poor = None
         if density is not None:
             summary, count, verdict = importance_verdict(posterior, density, clock, seed)
             self.poor = None if are_raw_draws_good(summary, count) else verdict
@@ -358,39 +376,6 @@ MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: th
 _UNKNOWN = "Unknown, the log joint density cannot be evaluated."
 
 
-class GuideResult(NamedTuple):
-    r"""How good a guide has become, by importance weights of fresh draws.
-
-    Attributes:
-        k_hat: Pareto's k-hat, of the tail of the weights: below 0.5 all is well, above 0.7 none of
-            this is reliable.
-        ess: The effective sample size of ``draws`` draws.
-        log_evidence: An estimate of the model's log-evidence, nats.
-        log_evidence_stderr: Its standard error; too small where k-hat is large.
-        draws: The number of fresh draws these come from.
-        verdict: What follows, in a sentence.
-        seconds: The duration.
-        training: What the training did.
-    """
-
-    k_hat: float
-    ess: float
-    log_evidence: float
-    log_evidence_stderr: float
-    draws: int
-    verdict: str
-    seconds: float
-    training: FitResult | RoundsResult
-
-    def __repr__(self) -> str:
-        """Say the verdict, the evidence, the time it took, and what the training did."""
-        evidence = with_error(self.log_evidence, self.log_evidence_stderr)
-        return (
-            f"{self.verdict}\nlog-evidence {evidence} nats, in {duration(self.seconds)}\n"
-            f"training: {self.training}"
-        )
-
-
 @with_gradients()
 def fit_guide(
     guide: AutoInterpolant,
@@ -404,7 +389,7 @@ def fit_guide(
     checkpoint: str | os.PathLike[str] | None = None,
     options: Mapping[str, object] | None = None,
     **kwargs: object,
-) -> "GuideResult | AmortizedResult":
+) -> GuideResult | AmortizedResult:
     r"""Train a guide, in place, with no gradient through an ODE.
 
     An :class:`~pyro_interpolant.AmortizedInterpolant` learns from simulations of its model.
@@ -437,7 +422,8 @@ def fit_guide(
             as it was.
         progress: Whether to show a bar.
         checkpoint: A file to keep the state of the training in, as in
-            :func:`~pyro_interpolant.fit`; beside simulations with a seed, which draws them again.
+            :func:`~pyro_interpolant.fit`; beside samples, or simulations with a seed, which draws
+            them again.
         options: Further options of :func:`~pyro_interpolant.fit`, or, where there is nothing to
             learn from but the density, of :func:`~pyro_interpolant.train_from_density`.
         **kwargs: The named arguments of the model.

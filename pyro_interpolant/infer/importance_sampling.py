@@ -137,16 +137,7 @@ def importance(
         >>> result.k_hat < 0.7, result.resampled(5)["x"].shape
         (True, torch.Size([5]))
     """
-    if not isinstance(guide, AutoContinuous):
-        raise TypeError(
-            "expected a guide over one unconstrained vector (AutoInterpolant, "
-            f"AutoMultivariateNormal, AutoDiagonalNormal, ...), got {type(guide).__name__}"
-        )
-    if isinstance(guide, AutoLaplaceApproximation):
-        raise ValueError(
-            "expected a guide with a density, got the point AutoLaplaceApproximation trains: pass "
-            "guide.laplace_approximation(*args)"
-        )
+    check_is_density(guide)
     check_ranges(whole("count", count, MIN_DRAWS))
     count = int(count)
     with seeded(seed):
@@ -166,6 +157,25 @@ def importance(
     verdict = verdict_with_warning(summary, count)
     log_weights = pareto_smooth(raw).log_weights if summary.ess > 0 else raw
     return ImportanceResult(*summary, verdict, log_weights, sites.unpack(z))
+
+
+def check_is_density(guide: object) -> None:
+    """Raise an error unless a guide is a density of one unconstrained vector.
+
+    Raises:
+        TypeError: If it is not over one unconstrained vector.
+        ValueError: If it has no density.
+    """
+    if not isinstance(guide, AutoContinuous):
+        raise TypeError(
+            "expected a guide over one unconstrained vector (AutoInterpolant, "
+            f"AutoMultivariateNormal, AutoDiagonalNormal, ...), got {type(guide).__name__}"
+        )
+    if isinstance(guide, AutoLaplaceApproximation):
+        raise ValueError(
+            "expected a guide with a density, got the point AutoLaplaceApproximation trains: pass "
+            "guide.laplace_approximation(*args)"
+        )
 
 
 @torch.no_grad()

@@ -160,7 +160,13 @@ def check_data(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[s
 
 
 def check_names(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[str]) -> None:
-    """Raise a ValueError unless what is observed is in a model, and not latent."""
+    """Raise a ValueError unless all latent sites are in a model, and what is observed beside."""
+    gone = [name for name in latents if name not in nodes]
+    if gone:
+        raise ValueError(
+            f"expected the latent sites the guide has seen, got a model without {gone}: set up a "
+            "new guide with these arguments, guide(*args)"
+        )
     there = [
         name
         for name, node in nodes.items()

@@ -28,7 +28,7 @@ from .transforms import InterpolantTransform
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..infer.autoguide import GuideResult
+    from ..infer.guide_result import GuideResult
     from ..infer.smc.train import RoundsResult
     from ..training.fitting import FitResult
 

@@ -31,6 +31,7 @@ from pyro.optim import Adam, ClippedAdam
 import pyro_interpolant
 from pyro_interpolant import (
     Adaptive,
+    AmortizedInterpolant,
     AutoInterpolant,
     FixedGrid,
     InterpolantDistribution,
@@ -579,6 +580,34 @@ def test_wrong_arguments_are_refused():
         AutoInterpolant(model, init_scale=0.0)
     with pytest.raises(RuntimeError, match="found no latent variables"):
         AutoInterpolant(lambda: None)()
+
+
+def given_rows(y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("kind", [AutoInterpolant, AmortizedInterpolant])
+@pytest.mark.parametrize("call", ["median", "quantiles", "get_posterior"])
+def test_a_first_call_of_any_kind_sets_it_up_with_the_arguments(kind, call):
+    guide, y = kind(given_rows, hidden_dims=(8,)), torch.zeros(7)
+    levels = ([0.5],) if call == "quantiles" else ()
+    getattr(guide, call)(*levels, y)
+    assert guide(y)["loc"].shape == ()
+
+
+def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint beside the model alone"):
+        fit_guide(AutoInterpolant(single), checkpoint=tmp_path / "it", progress=False)
+
+
+def test_guides_without_a_density_to_start_from_are_refused():
+    guide = AutoInterpolant(single)
+    with pytest.raises(TypeError, match="one unconstrained vector .*got AutoNormal"):
+        guide.start_from(guides.AutoNormal(single))
+    with pytest.raises(ValueError, match="got the point AutoLaplaceApproximation trains"):
+        guide.start_from(guides.AutoLaplaceApproximation(single))
 
 
 # ------------------------------------------------------------------------ what its draws are worth

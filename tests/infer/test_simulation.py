@@ -153,6 +153,48 @@ def test_a_model_of_numbers_that_are_not_from_torch_is_not_judged_by_them(recwar
     assert not recwarn.list
 
 
+def test_a_latent_site_that_is_gone_is_named():
+    def model(y=None, scale=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0)) if scale is None else scale
+        pyro.sample("y", dist.Normal(loc, scale), obs=y)
+
+    guide = guide_of(model)
+    guide(torch.tensor(0.3))
+    with pytest.raises(ValueError, match=r"a model without \['scale'\]: set up a new guide"):
+        guide.simulate(10, scale=torch.tensor(1.0))
+
+
+@pytest.mark.usefixtures("_small_runs")
+def test_what_earlier_training_was_for_is_forgotten_when_the_next_begins(monkeypatch):
+    guide, x = guide_of(line), torch.linspace(-1, 1, 4)
+    quick = {**QUICK, "options": {"steps": 2}}
+    guide(x, 2 * x)
+    guide.posterior.refined_for, guide.poor = 2 * x, "Poor."
+    for wrong in ({"simulations": 2}, {"rounds": 0}, {"checkpoint": "it", "rounds": 2}):
+        with pytest.raises(ValueError, match="expected"):
+            pi.fit_guide(guide, -x, 2 * x, **{**quick, **wrong})
+    assert torch.equal(guide.posterior.refined_for, 2 * x)
+    assert guide.poor == "Poor."
+    assert guide._example is None
+    pi.fit_guide(guide, x, 2 * x, **quick)
+    assert guide.posterior.refined_for is None
+    assert guide.poor is None
+    assert guide._example is not None
+
+
+@pytest.mark.usefixtures("_small_runs")
+def test_a_density_that_cannot_be_evaluated_is_not_said_to_be_none():
+    def model(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(loc.item(), 1.0).expand([2]).to_event(1), obs=y)
+
+    quick = {**QUICK, "options": {"steps": 2}, "simulations": 20}
+    verdict = pi.fit_guide(guide_of(model), **quick).verdict
+    assert "no density" not in verdict
+    assert "expected a model that can be evaluated for many draws at once" in verdict
+
+
 def with_nuisance(y=None, sigma=None, other=None):
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0), obs=sigma)
