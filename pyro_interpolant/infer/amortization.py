@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from .._torch import are_close, warn_user
-from ..diagnostics.predictive import CalibrationCheck
+from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
 from ..diagnostics.psis import K_HAT_LIMIT, summarise_weights
 from ..distributions.constraints import Constraint, flat_names, real_shape
 from ..distributions.interpolant import InterpolantDistribution
@@ -104,6 +104,27 @@ class Calibration(NamedTuple):
     def __repr__(self) -> str:
         """Say the verdict."""
         return self.verdict
+
+
+def calibration_of(
+    posterior: ConditionalJointInterpolantDistribution, rows: Tensor, context: Tensor, seed: int
+) -> Calibration:
+    """Return the checks of a posterior on simulations.
+
+    Args:
+        posterior: The posterior.
+        rows: Latents, packed, shape ``(N, D)``.
+        context: Their data, flattened, shape ``(N, C)``.
+        seed: Of the draws.
+    """
+    checks = [check(posterior, rows, context, seed=seed) for check in (sbc, coverage, tarp)]
+    failed = [
+        f"{name}: {check.verdict}"
+        for name, check in zip(Calibration._fields, checks, strict=False)
+        if not float(check.distances.max()) <= check.band
+    ]
+    verdict = "; ".join(failed) or f"calibrated as far as {len(rows):,} data sets tell"
+    return Calibration._make((*checks, verdict))
 
 
 class _GivenData(LatentSites):

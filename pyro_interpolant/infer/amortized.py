@@ -18,7 +18,6 @@ from torch.distributions import ComposeTransform, Transform
 
 from .._package import check_ranges, whole
 from .._torch import seeded, trainable, warn_user
-from ..diagnostics.predictive import coverage, sbc, tarp
 from ..distributions.joint import (
     ConditionalJointInterpolantDistribution,
     JointInterpolantDistribution,
@@ -34,6 +33,7 @@ from .amortization import (
     Calibration,
     Region,
     are_enough,
+    calibration_of,
     check_posterior,
     is_inside,
     measured_on_simulations,
@@ -51,16 +51,25 @@ from .log_density import known_log_joint
 from .runs import (
     check_data,
     check_rows_count,
+    data_of,
     example_of,
     flattened,
     is_alike,
-    is_sampled,
     isolated,
+    plate_nesting,
+    tell_of_others,
 )
 from .simulated import Simulations
 from .simulated_batches import SimulatedBatches
 from .simulation import Simulator, Source
-from .sites import LatentSites, Model, Nodes, init_latent, is_not_latent, unwrapped_model
+from .sites import (
+    LatentSites,
+    Model,
+    Nodes,
+    check_one_data_set,
+    init_latent,
+    is_not_latent,
+)
 
 _SIMULATIONS = 10_000
 _TRAINING_SHARE = 0.9  # of the time, for simulations and training; the rest: the verdict
@@ -99,7 +108,8 @@ class AmortizedInterpolant(AutoInterpolant):
             returns ``(N, E)``, trained along, such as :class:`~pyro_interpolant.nn.SetEmbedding`;
             by default the network sees all numbers.
         posterior: A posterior that is trained already, as :func:`~pyro_interpolant.load` gives it:
-            of the latent sites on their supports, given the observed ones in this order.
+            of the latent sites on their supports, given the observed ones in this order. It
+            becomes the guide's own, whose weights ``SVI`` trains.
         hidden_dims: The widths of the velocity's hidden layers.
         num_workers: How many processes simulate where the model can only be run for one simulation
             at a time; 0 for this one alone. They import the model, and with one seed they give the
@@ -163,6 +173,8 @@ class AmortizedInterpolant(AutoInterpolant):
             given = embedding, self._hidden_dims
             posterior = untrained_posterior(sites, self.shapes, *given, loc)
         check_posterior(posterior, sites, self.shapes)
+        if self._given[1] is not None:  # SVI may train on, as after fit_guide
+            posterior.transform.requires_grad_(requires_grad=True)
         self.transform, self._posterior = posterior.transform, posterior
         self.transform.eval()  # dropout is for the regression: SVI and draws do without
         del self._given  # the embedding is a part of the flow
@@ -201,13 +213,16 @@ class AmortizedInterpolant(AutoInterpolant):
             **kwargs: Its named arguments.
         """
         posterior = self.get_posterior(*args, **kwargs)
+        check_one_data_set(posterior.batch_shape)
         with torch.no_grad(), seeded(0):
             draws = posterior.sample((_POINTS,))
             return draws[posterior.log_prob(draws).argmax()]
 
     def get_transform(self, *args: object, **kwargs: object) -> Transform:
         """Return the flow given the data, and the map behind it if the posterior has one."""
-        parts = self.get_posterior(*args, **kwargs).transforms
+        posterior = self.get_posterior(*args, **kwargs)
+        check_one_data_set(posterior.batch_shape)
+        parts = posterior.transforms
         return parts[0] if len(parts) == 1 else ComposeTransform(parts)
 
     def condition(self, **data: ArrayLike) -> JointInterpolantDistribution:
@@ -270,43 +285,31 @@ class AmortizedInterpolant(AutoInterpolant):
         return flattened(data, self.shapes, self.transform.flow.loc)
 
     def _seen(self, *args: object, **kwargs: object) -> Tensor:
-        """Return the context of a run of the model, shape ``(*, C)``, of one data set ``(C,)``."""
-        context = self._context(self._data(*args, **kwargs))
-        return context.flatten() if context.shape[:-1].numel() == 1 else context
+        """Return the context of a run of the model, shape ``(*, C)``, of one data set ``(C,)``.
 
-    def _data(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Return the data at the observed sites of a run of the model."""
+        Raises:
+            ValueError: If there are several where the plates of the model are.
+        """
+        data, nesting = self._data(*args, **kwargs)
+        context = self._context(data)
+        batch = context.shape[:-1]
+        if batch.numel() == 1:
+            return context.flatten()
+        if batch[max(0, len(batch) - nesting) :].numel() != 1:
+            check_one_data_set(batch)
+        return context
+
+    def _data(self, *args: object, **kwargs: object) -> tuple[dict[str, Tensor], int]:
+        """Return the data at the observed sites of a run of the model, and how its plates nest."""
         sites = LatentSites(self, *args, **kwargs)
         with torch.no_grad(), isolated():
             trace = poutine.trace(sites.model).get_trace()
         nodes: Nodes = dict(trace.nodes)  # type: ignore[arg-type]
         check_rows_count(nodes)
         check_data(nodes, sites.shapes, self.observed)
-        self._check_arguments(nodes, *args, **kwargs)
-        found = {}
-        for name in self.observed:
-            value, fn = nodes[name]["value"], nodes[name]["fn"]
-            is_short = value.dim() < len(self.shapes[name])  # of an observation that broadcasts
-            found[name] = value.expand(fn.batch_shape + fn.event_shape) if is_short else value
-        return found
-
-    def _check_arguments(self, nodes: Nodes, *args: object, **kwargs: object) -> None:
-        """Warn where the arguments make other simulations than those the guide learned from."""
-        if self._example is None:
-            return
-        if all(is_sampled(nodes[name]) for name in self.observed):
-            model = functools.partial(unwrapped_model(self.model), *args, **kwargs)
-            is_other = not is_alike(example_of(model, self.observed), self._example)
-        else:  # deterministic ones may hold any of the arguments: sizes alone tell
-            pairs = ((nodes[k]["value"], v) for k, v in self._example.items() if k in nodes)
-            is_other = any(a.numel() != b.numel() for a, b in pairs)
-        if is_other:
-            warn_user(
-                "the arguments of the model make other simulations than those of its training: "
-                "the guide knows the data at its observed sites alone, and its posterior is that "
-                "of the model it was trained with. Let the model draw what changes, and observe "
-                "it too, by a deterministic site: AmortizedInterpolant(model, ('y', 'x'))"
-            )
+        if self._example is not None:
+            tell_of_others(sites.model, nodes, self.observed, self._example)
+        return data_of(nodes, self.shapes), plate_nesting(nodes)
 
     @torch.no_grad()
     def calibration(
@@ -329,14 +332,7 @@ class AmortizedInterpolant(AutoInterpolant):
         check_ranges(whole("count", count, 2))
         with seeded(seed):
             rows, context = self.rows_of(self.simulate(count, *args, **kwargs))
-        checks = [c(self.posterior, rows, context, seed=seed) for c in (sbc, coverage, tarp)]
-        failed = [
-            f"{name}: {check.verdict}"
-            for name, check in zip(Calibration._fields, checks, strict=False)
-            if not float(check.distances.max()) <= check.band
-        ]
-        verdict = "; ".join(failed) or f"calibrated as far as {len(rows):,} data sets tell"
-        return Calibration._make((*checks, verdict))
+        return calibration_of(self.posterior, rows, context, seed)
 
     def train_from(
         self, source: Source, sites: LatentSites, clock: Clock, settings: dict[str, Any]
@@ -359,6 +355,8 @@ class AmortizedInterpolant(AutoInterpolant):
         rounds, seed = source.rounds, settings["seed"]
         check_ranges(whole("rounds", rounds, 1))
         source = source._replace(rounds=int(rounds))
+        if source.rounds > 1:
+            check_one_data_set(self._seen(*sites.args, **sites.kwargs).shape[:-1])
         if isinstance(count, Iterable):
             return self._train_from_batches(count, source.rounds, sites, clock, settings)
         check_ranges(whole("simulations", count, 10))

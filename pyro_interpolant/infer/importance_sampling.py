@@ -30,7 +30,7 @@ from ..distributions.report import with_error
 from .hidden import is_hidden
 from .log_density import LogJoint
 from .simulation import Simulator
-from .sites import LatentSites
+from .sites import LatentSites, check_one_data_set
 
 GOOD_SHARE = 0.5  # the effective share of the draws from which they need no weights
 _COARSE = 0.1  # nats, the mean change of the largest weights at doubled steps worth a warning
@@ -118,8 +118,9 @@ def importance(
 
     Raises:
         TypeError: If the guide is not over one unconstrained vector.
-        ValueError: If ``count`` is below 100 or not whole, the guide has no density, or the
-            model's log joint density cannot be evaluated; see :func:`~pyro_interpolant.log_joint`.
+        ValueError: If ``count`` is below 100 or not whole, the guide has no density, the arguments
+            hold several data sets, or the model's log joint density cannot be evaluated; see
+            :func:`~pyro_interpolant.log_joint`.
 
     Warns:
         UserWarning: If k-hat is above 0.7, or the model weighs data that are hidden from an
@@ -143,6 +144,7 @@ def importance(
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
         posterior = guide.get_posterior(*args, **kwargs)
+        check_one_data_set(posterior.batch_shape)
         observed = getattr(guide, "observed", None)  # of an AmortizedInterpolant
         is_whole = observed is None or not is_hidden(Simulator(sites, observed))
     if not is_whole:

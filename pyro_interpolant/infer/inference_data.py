@@ -11,7 +11,7 @@ from .._torch import seeded
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from .importance_sampling import ImportanceResult, warn_poor
-from .sites import LatentSites
+from .sites import LatentSites, check_one_data_set
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -45,7 +45,8 @@ def to_arviz(
 
     Raises:
         TypeError: If the source is none of these, or a conditional flow without its context.
-        ValueError: If ``count`` is below 1, a flow has a batch, or no weight is positive.
+        ValueError: If ``count`` is below 1, a flow has a batch, the arguments hold several data
+            sets, or no weight is positive.
 
     Example:
         >>> from pyro_interpolant import JointInterpolantDistribution
@@ -108,4 +109,6 @@ def _guide_draws(
     """Return draws of a guide, shape ``(N, *site_shape)`` each, by name of the latent site."""
     sites = LatentSites(guide, *args, **kwargs)
     warn_poor(guide)
-    return sites.unpack(guide.get_posterior(*args, **kwargs).sample(torch.Size((count,))))
+    posterior = guide.get_posterior(*args, **kwargs)
+    check_one_data_set(posterior.batch_shape)
+    return sites.unpack(posterior.sample(torch.Size((count,))))

@@ -9,12 +9,18 @@ from torch.distributions import ComposeTransform
 from .._package import check_ranges
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.summaries import normal_points
+from .sites import check_one_data_set
 
 SPREAD_DRAWS = 4096
 
 
 def spread_of(posterior: InterpolantDistribution) -> Tensor:
-    """Return quasi-random draws, always the same, of a flow from N(0, I), shape ``(4096, D)``."""
+    """Return quasi-random draws, always the same, of a flow from N(0, I), shape ``(4096, D)``.
+
+    Raises:
+        ValueError: If it has a batch, of data sets.
+    """
+    check_one_data_set(posterior.batch_shape)
     z = normal_points(posterior.transform.flow.loc, SPREAD_DRAWS)
     return ComposeTransform(posterior.transforms)(z)
 

@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from torch import Tensor
 
-from .._torch import are_close, seeded
+from .._torch import are_close, seeded, warn_user
 from ..distributions.constraints import as_tensor
 from .sites import Model, Nodes, Site, is_subsample, subsampling_plates
 
@@ -138,6 +138,52 @@ def is_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
         return a.numel() == b.numel() and are_close(a.flatten(), b.flatten())
 
     return one.keys() == other.keys() and all(agree(v, other[k]) for k, v in one.items())
+
+
+def tell_of_others(
+    model: Model, nodes: Nodes, observed: Sequence[str], example: Mapping[str, Tensor]
+) -> None:
+    """Warn where a model makes other simulations than that which a guide learned from.
+
+    Args:
+        model: The model, with its arguments.
+        nodes: The sites of a run of it.
+        observed: Its observed sites.
+        example: What :func:`example_of` gave of the other.
+    """
+    if all(is_sampled(nodes[name]) for name in observed):
+        is_other = not is_alike(example_of(model, observed), example)
+    else:  # deterministic ones may hold any of the arguments: sizes alone tell
+        pairs = ((nodes[k]["value"], v) for k, v in example.items() if k in nodes)
+        is_other = any(a.numel() != b.numel() for a, b in pairs)
+    if is_other:
+        warn_user(
+            "the arguments of the model make other simulations than those of its training: "
+            "the guide knows the data at its observed sites alone, and its posterior is that "
+            "of the model it was trained with. Let the model draw what changes, and observe "
+            "it too, by a deterministic site: AmortizedInterpolant(model, ('y', 'x'))"
+        )
+
+
+def plate_nesting(nodes: Nodes) -> int:
+    """Return how many dimensions the plates of a run take, from the right."""
+    frames = (frame for node in nodes.values() for frame in node.get("cond_indep_stack", ()))
+    return max((-frame.dim for frame in frames if frame.vectorized), default=0)
+
+
+def data_of(nodes: Nodes, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Return the data at observed sites of a run, ``(*, *site_shape)`` each.
+
+    Args:
+        nodes: The sites of the run.
+        shapes: The shapes of the observed ones.
+    """
+    found = {}
+    for name, shape in shapes.items():
+        value, fn = nodes[name]["value"], nodes[name]["fn"]
+        is_short = value.dim() < len(shape)  # of an observation that broadcasts
+        found[name] = value.expand(fn.batch_shape + fn.event_shape) if is_short else value
+    return found
 
 
 def is_sampled(node: Site) -> bool:

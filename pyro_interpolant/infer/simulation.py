@@ -23,7 +23,15 @@ from .._package import check_ranges
 from .._torch import draws, seeded, warn_user
 from ..distributions.supports import BijectiveSupport
 from .lanes import DrawnInLanes
-from .runs import AllDrawn, Stop, Unobserved, check_names, check_rows_count, is_sampled
+from .runs import (
+    AllDrawn,
+    Stop,
+    Unobserved,
+    check_names,
+    check_rows_count,
+    is_sampled,
+    plate_nesting,
+)
 from .simulated import Simulations, all_of
 from .sites import LatentSites, Nodes, check_fixed_support, extreme_rows, unchecked
 from .workers import called_in_workers
@@ -97,9 +105,8 @@ class Simulator:
         names = list(dict.fromkeys([*sampled, *observed]))
         self.sampled = [*self.latents, *sampled]
         self.shapes = {name: nodes[name]["value"].shape for name in names}
-        dims = [-f.dim for n in nodes.values() for f in n["cond_indep_stack"] if f.vectorized]
         self.batch_dims = {k: len(n["fn"].batch_shape) for k, n in nodes.items() if is_sampled(n)}
-        self.nesting = max([0, *dims, *self.batch_dims.values()])
+        self.nesting = max([plate_nesting(nodes), *self.batch_dims.values()])
         numbers = sum(nodes[name]["value"].numel() for name in [*self.latents, *names])
         self.rows = max(1, _NUMBERS_AT_ONCE // numbers)
         if num_workers > 0 and self.batching == "loop":

@@ -394,6 +394,19 @@ def check_fixed_shape(name: str, fn: Any, value: Tensor, shape: torch.Size) -> N
         )
 
 
+def check_one_data_set(batch_shape: torch.Size) -> None:
+    """Raise a ValueError where the arguments of a model hold several data sets.
+
+    Args:
+        batch_shape: That of a guide's posterior given them.
+    """
+    if batch_shape:
+        raise ValueError(
+            f"expected one data set in the arguments, got a batch of shape {tuple(batch_shape)}: "
+            "guide.condition(y=...) takes many at once"
+        )
+
+
 def extreme_rows(values: Iterable[Tensor], most: int) -> Tensor:
     """Return the indices of rows in which a number is the greatest or the least of all rows.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import pickle
 import time
@@ -759,6 +760,53 @@ def test_parallel_predictive_with_plates_of_given_dimensions():
     found = Predictive(model, guide=guide, num_samples=10, parallel=True)(torch.ones(5))
     assert found["loc"].reshape(-1).shape == (10,)
     assert len(found["loc"].unique()) == 10
+
+
+def test_several_data_sets_in_the_arguments_are_refused_where_one_is_meant():
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
+    y = torch.randn(3, ROWS)
+    guide(y[0])
+    calls = [
+        guide,
+        guide.median,
+        functools.partial(guide.quantiles, [0.5]),
+        guide.likely_point,
+        pi.neutra(guide),
+        Predictive(rows_of_a_normal, guide=guide, num_samples=2),
+        functools.partial(pi.importance, guide, count=100),
+        functools.partial(pi.infer.to_arviz, guide, count=10),
+        functools.partial(pi.fit_guide, guide, rounds=2, **QUICK),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"batch of shape \(3,\): guide.condition"):
+            call(y)
+    assert guide(y[:, None])["loc"].shape == (3, 1)  # left of the plate
+    for call in calls[1:4]:
+        with pytest.raises(ValueError, match=r"batch of shape \(3, 1\): guide.condition"):
+            call(y[:, None])
+
+
+def test_several_data_sets_of_events_are_a_batch():
+    def model(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(loc[..., None], torch.ones(5)).to_event(1), obs=y)
+
+    guide, y = pi.AmortizedInterpolant(model, hidden_dims=(8,)), torch.randn(3, 5)
+    guide(y[0])
+    with pyro.plate("sets", 3):
+        assert guide(y)["loc"].shape == (3,)
+
+
+def test_svi_refines_a_posterior_that_is_given():
+    guide, y = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,)), torch.ones(ROWS)
+    guide(y)
+    frozen = copy.deepcopy(guide.posterior).freeze()
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, posterior=frozen)
+    guide(y)
+    before = [weight.clone() for weight in guide.transform.parameters()]
+    SVI(rows_of_a_normal, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(y)
+    after = list(guide.transform.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_a_first_call_that_fails_leaves_a_guide_to_be_set_up():
