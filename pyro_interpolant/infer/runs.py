@@ -91,11 +91,7 @@ def check_rows_count(nodes: Nodes) -> None:
             "given the data would take for seen: let a deterministic site hold the data, with "
             "zeros where there are none, and the mask beside them, and observe that"
         )
-    scaled = [
-        name
-        for name, node in nodes.items()
-        if is_sampled(node) and bool((torch.as_tensor(node["scale"]) != 1).any())
-    ]
+    scaled = [name for name, node in nodes.items() if is_sampled(node) and _is_scaled(node)]
     if scaled:
         raise ValueError(
             f"expected sites that count once, got {scaled} scaled, which simulations do not show: "
@@ -110,6 +106,12 @@ def _is_masked(node: Site) -> bool:
         masks.append(getattr(fn, "_mask", None))
         fn = getattr(fn, "base_dist", None)
     return any(mask is not None and not bool(torch.as_tensor(mask).all()) for mask in masks)
+
+
+def _is_scaled(node: Site) -> bool:
+    """Return whether rows of a site count more or less than once."""
+    scale = node["scale"]  # of most sites a number, which is looked at faster
+    return bool((scale != 1).any()) if isinstance(scale, Tensor) else scale != 1
 
 
 def example_of(model: Model, observed: Sequence[str]) -> dict[str, Tensor]:
