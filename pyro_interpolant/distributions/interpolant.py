@@ -303,7 +303,9 @@ class InterpolantDistribution(Summaries, dist.TransformedDistribution):
             True
         """
         first = [] if self.base is not None else [Whiten(self.transform.flow.whitening)]
-        chain = ComposeTransform([*first, *self.transforms])
+        chain, flow = ComposeTransform([*first, *self.transforms]), self.transform.flow
+        x = self.value_of(x)
+        check_value(x, self.event_shape if inverse else (flow.event_dim,), flow.loc.dtype)
         if not inverse:
             return chain(x)
         self.to_flow(x)  # raises for data outside the support

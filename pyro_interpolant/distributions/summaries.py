@@ -26,7 +26,7 @@ from .._torch import constant, is_functional, is_tracing, seeded
 from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
 from .bases import ExternalBase, Samples, UniformTorus, detached, inside_support, stated_support
-from .constraints import innermost_constraint
+from .constraints import check_value, innermost_constraint
 from .parts import FlowDistribution
 from .supports import CircularSupport
 
@@ -282,16 +282,21 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         """Return the probability of values up to the given ones, of scalars.
 
         Args:
-            value: Shape ``(*, *event_shape)``, with one element in an event.
+            value: Shape ``(*, *event_shape)``, with one element in an event; the column of a data
+                frame is taken by name.
 
         Returns:
             Probabilities, shape ``(*)``, differentiable in the value and in the context.
 
         Raises:
             NotImplementedError: If events have more than one element, or the base has no cdf.
-            ValueError: If a value is outside the support (while validation is on).
+            TypeError: If the value is not a tensor.
+            ValueError: If a value is of another shape, or outside the support (while validation is
+                on).
         """
         _check_scalar(self, "cdf")
+        value = self.value_of(value)
+        check_value(value, self.event_shape, self.transform.flow.loc.dtype)
         if self._validate_args:
             self._validate_sample(value)
         return _cdf(self, value)

@@ -155,7 +155,7 @@ def from_samples(
         rows, pairs, context, mask, weights = drop_zero_weights(*given, mask_of(validation))
         validation = validation if mask is None else mask
         fit_options |= {"pairs": pairs, "weights": weights, "validation": validation}
-    constraint, sites, rows = (_named if isinstance(x, Mapping) else _unnamed)(
+    constraint, sites, rows = (_named if isinstance(rows, Mapping) else _unnamed)(
         rows, support, event_shape
     )
     space = support_of(constraint)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .._package import check_ranges, flag
 from .._torch import evaluated
 from ..distributions.bases import Samples, WhitenedBase
+from ..distributions.constraints import check_value
 from ..distributions.interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -184,16 +185,21 @@ def interpolant_loss(
 
     Raises:
         TypeError: If data are neither of a floating type nor such images.
+        ValueError: If data, base draws or contexts are of another shape or type, data outside the
+            support, or a label is none of the classes.
 
     References:
         arXiv 2209.15571, eq. 10.
     """
     flow, base = distribution.transform.flow, distribution.white_base()
-    context = embedded(flow.velocity, distribution.context_of(context))
-    if context is None:
-        context = getattr(distribution.transform, "context", None)
-    context = _some_null(flow.velocity, context, torch.rand)
-    w1 = flow.whitening.to_white(distribution.to_flow(_floating(distribution, x1)))
+    view = distribution.given(context)
+    x1 = _floating(distribution, x1)
+    for values, shape in (x1, view.row_shape), (x0, (flow.event_dim,)):
+        if values is not None:
+            check_value(values, shape, flow.loc.dtype)
+            view.transform.check_type(values)
+    context = _some_null(flow.velocity, view.transform.context, torch.rand)
+    w1 = flow.whitening.to_white(distribution.to_flow(x1))
     w0 = base.sample(w1.shape[:-1]) if x0 is None else base.to_white(x0)
     if t is None:
         t = torch.rand(w1.shape[:-1], dtype=w1.dtype, device=w1.device)

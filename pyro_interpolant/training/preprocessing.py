@@ -111,8 +111,9 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
     Args:
         x: Rows of numbers of any type, shape ``(N, *event_shape)``, or a data frame of them.
         step: The rounding step, one or per column, shape ``event_shape``; 0 leaves a column alone.
-            By default the smallest difference between values of the column, where it repeats any;
-            of a constant column the smallest of these steps, or 1 where there are none.
+            By default the smallest difference between values of the column, where a tenth repeat
+            others, or of whole numbers any; of a constant column the smallest of these steps, or 1
+            where there are none.
         seed: Of the noise, which depends on x too.
 
     Returns:
@@ -134,12 +135,13 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
     x = given if given.is_floating_point() else given.double()
     x = checked_rows(x, "x", (None,) * max(0, x.dim() - 1)).double()
     if step is None:
-        eps = torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0
+        is_real = given.is_floating_point()
+        eps, share = (torch.finfo(given.dtype).eps, _REPEATED_SHARE) if is_real else (0.0, 0.0)
         columns = x.detach().reshape(len(x), -1).T
         atoms = [i for i, column in enumerate(columns) if _atoms(column)]
         if atoms:
             raise ValueError(f"expected rounded values, got columns {atoms} that {_ATOMS}")
-        found = torch.stack([_rounding_step(column, _ULPS * eps) for column in columns])
+        found = torch.stack([_rounding_step(column, _ULPS * eps, share) for column in columns])
         real, constant = found[found > 0], (columns == columns[:, :1]).all(1)
         least = real.min() if len(real) else found.new_ones(())
         step = torch.where(constant, least, found).reshape(x.shape[1:])
@@ -168,10 +170,16 @@ def _type_for(x: Tensor, step: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if bool(((step > 0) & (step < _ULPS_PER_STEP * ulp)).any()) else dtype
 
 
-def _rounding_step(column: Tensor, precision: float) -> Tensor:
-    """Return the smallest gap between values, shape ``()``, 0 where they hardly repeat."""
+def _rounding_step(column: Tensor, precision: float, share: float) -> Tensor:
+    """Return the smallest gap between values, shape ``()``, 0 where they hardly repeat.
+
+    Args:
+        column: The values, shape ``(N,)``.
+        precision: Relative gaps that are rounding alone.
+        share: Of the values, that has to repeat others, and one at least.
+    """
     values = torch.unique(column)
-    if len(values) < 2 or len(values) > (1 - _REPEATED_SHARE) * len(column):
+    if len(values) < 2 or len(values) > min((1 - share) * len(column), len(column) - 1):
         return column.new_zeros(())
     gaps, size = values.diff(), values.abs()
     # Values that arithmetic has parted by its own rounding are one.

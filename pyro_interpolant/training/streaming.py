@@ -47,7 +47,7 @@ def is_stream(data: object) -> bool:
     if isinstance(data, (list, tuple)):
         inner = next(iter(data), None)
         parts = inner if isinstance(inner, (list, tuple)) else [inner]
-        return any(getattr(part, "ndim", 0) > 0 for part in parts)
+        return any(isinstance(p, Mapping) or getattr(p, "ndim", 0) > 0 for p in parts)
     return hasattr(data, "__iter__") or hasattr(data, "__getitem__")
 
 

@@ -479,6 +479,12 @@ def test_transport_under_a_support():
         d.transport(-y, inverse=True)
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+def test_transport_of_another_size_is_refused(inverse):
+    with pytest.raises(ValueError, match=r"shape \(\*, 2\), got \(4, 1\)"):
+        random_prior(2).transport(torch.ones(4, 1), inverse=inverse)
+
+
 def test_score_is_the_finite_difference():
     d = InterpolantDistribution(random_flow(2))
     x, step = torch.randn(4, 2), 1e-5

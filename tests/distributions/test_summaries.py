@@ -231,6 +231,16 @@ def test_angles_have_an_entropy_and_no_mean():
             getattr(d, name)
 
 
+def test_the_cdf_takes_frames_by_name_and_refuses_other_shapes():
+    pandas = pytest.importorskip("pandas")
+    x = torch.randn(40, 1)
+    d = InterpolantDistribution(random_flow(1)).freeze()
+    d.columns = ("a",)
+    close(d.cdf(pandas.DataFrame({"a": x[:, 0].numpy()})), d.cdf(x))
+    with pytest.raises(ValueError, match=r"shape \(\*, 1\), got \(40,\)"):
+        d.cdf(x[:, 0])
+
+
 def test_the_cdf_of_a_normal_is_the_closed_form():
     d = normal(1)
     x = torch.linspace(-20, 20, 41)[:, None]

@@ -10,6 +10,7 @@ from torch import nn
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    ConditionalInterpolantTransform,
     InterpolantDistribution,
     InterpolantTransform,
     NonlinearInterpolant,
@@ -178,6 +179,38 @@ def test_given_base_draws_and_times_it_is_a_function():
     assert torch.equal(value, interpolant_loss(distribution, x1, x0=x0, t=t))
     one = interpolant_loss(distribution, x1[2], x0=x0[2], t=t[2])
     torch.testing.assert_close(one, value[2])
+
+
+ONES = torch.ones(4, 2, dtype=torch.float32)
+BAD_ARGUMENTS = {
+    "a column for two": ((ONES[:, :1], None, None), r"shape \(\*, 2\), got \(4, 1\)"),
+    "a number": ((ONES[0, 0], None, None), r"shape \(\*, 2\), got \(\)"),
+    "a finer type": ((ONES.double(), None, None), "expected torch.float32"),
+    "a column of the base": ((ONES, ONES[:, :1], None), r"got \(4, 1\)"),
+    "a label of no class": ((ONES[:2], None, torch.tensor([0, 7])), "labels from 0 to 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_arguments_that_would_broadcast_are_refused(name):
+    (x1, x0, labels), message = BAD_ARGUMENTS[name]
+    kind, classes = InterpolantTransform, 0
+    if labels is not None:
+        kind, classes = ConditionalInterpolantTransform, 3
+    flow = kind(VelocityMLP(2, (4,), classes=classes)).float()
+    of = ConditionalInterpolantDistribution if classes else InterpolantDistribution
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        interpolant_loss(of(flow), x1, x0=x0, context=labels)
+
+
+def test_labels_may_be_whole_numbers():
+    family = ConditionalInterpolantDistribution(
+        ConditionalInterpolantTransform(VelocityMLP(2, (4,), classes=3))
+    )
+    draws = {"x0": torch.randn(4, 2), "t": torch.rand(4)}
+    x1, labels = torch.randn(4, 2), torch.tensor([0, 1, 2, 1])
+    found = interpolant_loss(family, x1, context=labels, **draws)
+    assert torch.equal(found, interpolant_loss(family, x1, context=labels[:, None] + 0.0, **draws))
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (2, 3)])

@@ -276,6 +276,15 @@ def grids(n=400):
     }
 
 
+def test_whole_numbers_are_spread_where_any_repeat():
+    """Of real numbers few that repeat may be chance."""
+    x = torch.cat((torch.arange(0, 200, 2), torch.tensor([198])))[:, None]
+    spread = (dequantize(x) - x).abs()
+    assert 0.5 < spread.max() <= 1.0
+    assert torch.equal(dequantize(x.double()), x.double())
+    assert torch.equal(dequantize(x[:-1]), x[:-1].double())
+
+
 @pytest.mark.parametrize("name", slow_but(grids(100), "whole", "scalars", "a constant column"))
 def test_what_is_dequantized_can_be_learned(name):
     x = dequantize(grids()[name].numpy())

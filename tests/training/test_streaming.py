@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from pyro.distributions import constraints
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -82,6 +83,7 @@ class Again:
         ([torch.ones(3, 2)], True),
         ([torch.ones(3, 2).numpy()], True),
         ([(torch.ones(3, 2), torch.ones(3, 1))], True),
+        ([{"a": torch.ones(3)}], True),
         (DataLoader(torch.ones(3, 2)), True),
         (Again(lambda _: []), True),
     ],
@@ -421,6 +423,15 @@ def test_weights_come_with_all_batches_or_with_none(first):
     got = "none after others with them" if first else "some after others without"
     with pytest.raises(ValueError, match=f"batch 3, .*in all batches or in none, got {got}"):
         fit(made(), batches, **QUICK)
+
+
+def test_from_samples_takes_batches_of_named_draws():
+    named = {"a": torch.randn(300), "b": torch.rand(300, 2)}
+    batches = [{k: v[i : i + 100] for k, v in named.items()} for i in (0, 100, 200)]
+    options = {"support": {"b": constraints.positive}, "seed": 0, "steps": 5, "progress": False}
+    found = from_samples(batches, **options)
+    assert found.sample_dict((4,))["b"].shape == (4, 2)
+    assert found.report.rows == 300
 
 
 def test_from_samples_takes_batches():
