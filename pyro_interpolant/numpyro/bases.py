@@ -20,7 +20,7 @@ from numpyro.distributions import transforms as maps
 
 from .._files import below
 from .supports import OnEvents, text_of
-from .transforms import Wrap
+from .transforms import RealVectorTransform, Wrap
 
 _TURN = 2 * math.pi
 
@@ -130,6 +130,41 @@ def standard_normal(dim: int, dtype: DTypeLike) -> dist.Distribution:
     """Return N(0, I), event shape ``(dim,)``."""
     zero, one = np.zeros(dim, dtype), np.ones(dim, dtype)
     return dist.Normal(zero, one, validate_args=False).to_event(1)
+
+
+def in_batch(base: dist.Distribution, batch: tuple[int, ...]) -> dist.Distribution:
+    """Return a base, expanded to a batch shape, whose arrays have all dimensions of the batch.
+
+    NumPyro's ``scan`` puts time in front of each array, where it has to come before the batch. An
+    expansion alone has the batch in no array, and that inside another is not seen by ``scan``.
+    """
+    return _in_front(base, len(batch) - len(base.batch_shape)).expand(batch)
+
+
+def _in_front(base: dist.Distribution, ones: int) -> dist.Distribution:
+    """Return a distribution with ones in front of its batch shape and of its arrays."""
+    shape = (1,) * ones + base.batch_shape
+    if isinstance(base, dist.ExpandedDistribution):
+        inner = base.base_dist
+        inner = _in_front(inner, len(shape) - len(inner.batch_shape))
+        return dist.ExpandedDistribution(inner, shape)
+    rank = len(base.shape())
+
+    def is_part(node: object) -> bool:
+        is_one = isinstance(node, dist.Distribution | RealVectorTransform)
+        return is_one and node is not base
+
+    def moved(node: Any) -> Any:
+        if isinstance(node, RealVectorTransform):  # its weights have no batch, where it has any
+            return node.in_front(ones)
+        if is_part(node):
+            return _in_front(node, ones)
+        before = ones + max(0, rank - jnp.ndim(node))  # some are numbers, of any shape
+        return jnp.reshape(node, (1,) * before + jnp.shape(node)) if before else node
+
+    new = jax.tree.map(moved, base, is_leaf=is_part)
+    new._batch_shape = shape
+    return new
 
 
 def base_log_prob(base: dist.Distribution, x: Array) -> Array:

@@ -24,7 +24,7 @@ from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 from numpyro.util import not_jax_tracer
 
-from .bases import base_log_prob
+from .bases import base_log_prob, in_batch
 from .given import given_value
 from .supports import Bijection, OnEvents, backward, bijection, per_event
 from .transforms import InterpolantTransform
@@ -167,11 +167,17 @@ def _finite(x: Array, loc: ArrayLike, before: Array) -> tuple[Array, Array]:
 
 @promote_batch_shape.register
 def _(distribution: InterpolantDistribution) -> InterpolantDistribution:
-    """Take the batch shape that ``scan`` has given to the base."""
+    """Take the batch shape that ``scan`` has given to the base and to contexts."""
     new = copy.copy(distribution)
     new.base_dist = promote_batch_shape(distribution.base_dist)
-    new._batch_shape = new.base_dist.batch_shape
+    new._batch_shape = _batch_of(new.base_dist, distribution.transforms)
     return new
+
+
+def _batch_of(base: dist.Distribution, transforms: Sequence[Transform]) -> tuple[int, ...]:
+    """Return the batch shape of a base and of the contexts that flows are given."""
+    flows = [t for t in transforms if isinstance(t, InterpolantTransform)]
+    return jnp.broadcast_shapes(base.batch_shape, *(t.batch_shape for t in flows))
 
 
 class ConditionalInterpolantDistribution:
@@ -206,9 +212,14 @@ class ConditionalInterpolantDistribution:
             t.condition(context) if isinstance(t, InterpolantTransform) and t.context_dim else t
             for t in self.transforms
         ]
-        flows = (t for t in self.transforms if isinstance(t, InterpolantTransform))
-        batch = next(t for t in flows if t.context_dim).batch_of(context)
-        base = self.base_dist.expand(jnp.broadcast_shapes(batch, self.base_dist.batch_shape))
+        batch = _batch_of(self.base_dist, transforms)
+        transforms = [  # contexts and base have all dimensions of the batch: see in_batch
+            t.in_front(len(batch) - len(t.batch_shape))
+            if isinstance(t, InterpolantTransform)
+            else t
+            for t in transforms
+        ]
+        base = in_batch(self.base_dist, batch)
         sites = json.loads(self._sites)
         if sites:
             return JointInterpolantDistribution(base, transforms, sites=sites)

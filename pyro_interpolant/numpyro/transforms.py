@@ -61,6 +61,10 @@ class RealVectorTransform(Transform):
         """
         return self.call_with_intermediates(x)[1] if intermediates is None else intermediates
 
+    def in_front(self, ones: int) -> "RealVectorTransform":  # noqa: ARG002
+        """Return the transform with ones in front of its batch shape: one without has none."""
+        return self
+
     def _static(self) -> dict[str, Any]:
         """Return the parts that are no arrays, equal by value."""
         return {}
@@ -146,16 +150,19 @@ class InterpolantTransform(RealVectorTransform):
         shape = jnp.shape(context)
         if not self.context_dim or shape[-1:] != (self.context_dim,):
             raise ValueError(f"expected a context of shape (*, {self.context_dim}), got {shape}")
-        while len(shape) > 1 and shape[0] == 1:
-            context, shape = context[0], shape[1:]
         return InterpolantTransform(self.weights, self.grid, context)
 
-    def batch_of(self, context: Any) -> tuple[int, ...]:
-        """Return the batch shape of a context, shape ``(*, C)``, of labels their whole shape."""
-        context = _array(context)
-        is_floating = jnp.issubdtype(jnp.result_type(context), jnp.floating)
-        shape = jnp.shape(context)
-        return shape if "velocity.classes" in self.weights and not is_floating else shape[:-1]
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The batch shape of the context; that of none is ``()``."""
+        return () if self.context is None else jnp.shape(self.context)[:-1]
+
+    def in_front(self, ones: int) -> "InterpolantTransform":
+        """Return the transform with ones in front of the batch shape of its context, if any."""
+        if self.context is None or not ones:
+            return self
+        context = jnp.reshape(self.context, (1,) * ones + jnp.shape(self.context))
+        return InterpolantTransform(self.weights, self.grid, context)
 
     def _labels(self, labels: ArrayLike) -> Array:
         """Return labels, ``(*)`` or ``(*, 1)``, as contexts, shape ``(*, 1)``."""
@@ -197,14 +204,13 @@ class InterpolantTransform(RealVectorTransform):
         if context is not None:
             context = jnp.asarray(context, x.dtype)
             x = jnp.broadcast_to(x, self.forward_shape(x.shape))
+            while context.ndim > 1 and len(context) == 1:  # one that all rows share is cheaper
+                context = context[0]
         return flow.solve(self.weights, x, context, self.grid, forward=forward, density=density)
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the output: the input's, broadcast with the context's batch."""
-        if self.context is None:
-            return shape
-        batch = jnp.broadcast_shapes(tuple(shape[:-1]), jnp.shape(self.context)[:-1])
-        return (*batch, *shape[-1:])
+        return (*jnp.broadcast_shapes(tuple(shape[:-1]), self.batch_shape), *shape[-1:])
 
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the input: the output's, broadcast with the context's batch."""

@@ -1,10 +1,13 @@
 """Base space: the same joint density, and every handler obeyed inside and outside."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pyro
 import pytest
 import torch
 from kinds import angles, family, joint, plain, supported
@@ -317,19 +320,49 @@ def test_values_that_are_given_inside_a_scan(handler, prior):
     np.testing.assert_allclose(found, z)
 
 
+MIXTURE = pyro.distributions.MixtureSameFamily(
+    pyro.distributions.Categorical(torch.ones(2, dtype=torch.float64)),
+    pyro.distributions.Normal(torch.eye(2, dtype=torch.float64), 1.0).to_event(1),
+)
+MOVED = pyro.distributions.TransformedDistribution(
+    pyro.distributions.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1),
+    [pyro.distributions.transforms.AffineTransform(1.0, 2.0)],
+)
+ROWS = pyro.distributions.Normal(torch.arange(4.0).reshape(2, 2).double(), 1.0).to_event(1)
+
+
 @pytest.mark.slow
-def test_a_family_inside_a_scan(twin):
-    likelihood = twin(family().freeze())
-    contexts = jax.random.normal(KEY, (3, 3))
+@pytest.mark.parametrize(
+    ("shape", "rows", "base"),
+    [
+        ((), (), None),
+        ((1,), (1,), None),
+        ((1,), (2,), None),
+        ((), (3,), MIXTURE),
+        ((1,), (2,), MIXTURE),
+        ((1,), (2,), MOVED),
+        ((), (2,), ROWS),
+    ],
+    ids=["one", "one row", "shared", "mixture", "mixture, shared", "moved", "rows of a base"],
+)
+def test_a_family_inside_a_scan(shape, rows, base, twin):
+    """Contexts of one row, too, in plates of one and of another number than there are steps."""
+    likelihood = twin(family(base=base).freeze())
+    contexts = jax.random.normal(KEY, (3, *shape, 3))
 
     def model():
         def step(carry, context):
-            z = numpyro.sample("z", likelihood.condition(context))
+            with numpyro.plate("rows", rows[0]) if rows else contextlib.nullcontext():
+                z = numpyro.sample("z", likelihood.condition(context))
             return carry, z
 
         return scan(step, 0.0, contexts)
 
     trace = traced(model)
     value = trace["z"]["value"]
+    assert value.shape == (3, *rows, 2)
     found = log_density(model, (), {}, {"z": value})[0]
-    np.testing.assert_allclose(found, likelihood.condition(contexts).log_prob(value).sum())
+    known = [
+        likelihood.condition(c).log_prob(z).sum() for c, z in zip(contexts, value, strict=True)
+    ]
+    np.testing.assert_allclose(found, sum(known), rtol=1e-8)
