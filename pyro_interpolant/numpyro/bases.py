@@ -4,6 +4,7 @@ A base is the class of a Pyro distribution and its arguments; it is looked up he
 the names that NumPyro gives to the same arguments.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 from numpyro.distributions import constraints
 from numpyro.distributions import transforms as maps
+from numpyro.distributions.batch_util import promote_batch_shape
 
 from .._files import below
 from .supports import OnEvents, text_of
@@ -113,6 +115,15 @@ class Planar(dist.Distribution):
     def log_prob(self, value: Array, intermediates: object = None) -> Array:  # noqa: ARG002
         """Return the log-density, shape ``(*)``, of real values, shape ``(*, 2 D)``."""
         return self.base.log_prob(directions(value)) - 0.5 * jnp.square(value).sum(-1)
+
+
+@promote_batch_shape.register
+def _(distribution: Planar) -> Planar:
+    """Take the batch shape that ``scan`` has given to the angles."""
+    new = copy.copy(distribution)
+    new.base = promote_batch_shape(distribution.base)
+    new._batch_shape = new.base.batch_shape
+    return new
 
 
 def in_planes(u: Array, radius: ArrayLike) -> Array:

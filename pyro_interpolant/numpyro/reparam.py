@@ -82,7 +82,8 @@ class _InBaseSpace(Reparam):
         self, flow: InterpolantDistribution, site: Mapping[str, Any], value: Array | None
     ) -> None:
         self.flow, self.value = flow, value
-        self.how = {"sample_shape": draws_of(site), "infer": dict(site["infer"])}
+        key = site["kwargs"].get("rng_key")
+        self.how = {"sample_shape": draws_of(site), "infer": dict(site["infer"]), "rng_key": key}
 
     def __call__(self, name: str, fn: dist.Distribution, obs: Array | None) -> tuple[None, Array]:
         """Return no distribution, and the value of the site."""

@@ -10,14 +10,16 @@ import numpyro.distributions as dist
 import pyro
 import pytest
 import torch
-from kinds import angles, family, joint, plain, supported
+from kinds import angles, angular_flow, family, joint, plain, supported
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_median, init_to_value
 from numpyro.infer.reparam import TransformReparam
 from numpyro.infer.util import initialize_model, log_density
 
-from pyro_interpolant.numpyro import base_space
+import pyro_interpolant as pi
+from pyro_interpolant.numpyro import base_space, from_torch
+from pyro_interpolant.numpyro.bases import Planar
 
 KEY = jax.random.key(0)
 Z = jnp.array([0.3, -0.2])
@@ -198,6 +200,14 @@ def test_what_a_site_says_of_its_inference_holds_for_its_base(prior):
     assert trace["z"]["value"].shape == traced(model)["z"]["value"].shape == (2,)
 
 
+def test_a_key_that_a_site_comes_with_draws_its_base(prior):
+    def model():
+        return numpyro.sample("z", prior, rng_key=KEY)
+
+    found = handlers.trace(base_space(model)).get_trace()["z_base"]["value"]
+    np.testing.assert_allclose(found, prior.base_dist.sample(KEY))
+
+
 @pytest.mark.slow
 def test_plates_events_and_masks(prior):
     def model():
@@ -298,6 +308,26 @@ def test_inside_a_scan(space, prior):
     found = log_density(space(model), (), {}, {name: value})[0]
     own = prior if name == "z" else prior.base_dist
     np.testing.assert_allclose(found, own.log_prob(value).sum(), rtol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 4])
+def test_angles_inside_a_scan(rows):
+    """In base space around the steps: points of planes, of a base that is not uniform."""
+    base = pyro.distributions.VonMises(torch.tensor([0.3, 1.0]), torch.ones(2)).to_event(1)
+    prior = from_torch(pi.InterpolantDistribution(angular_flow(), base, support=pi.circular))
+
+    def model():
+        def step(carry, _):
+            with numpyro.plate("rows", rows):
+                return carry, numpyro.sample("z", prior)
+
+        return scan(base_space(step), 0.0, None, length=3)
+
+    w = traced(model)["z_base"]["value"]
+    assert w.shape == (3, rows, 4)
+    found = log_density(model, (), {}, {"z_base": w})[0]
+    np.testing.assert_allclose(found, Planar(prior.base_dist).log_prob(w).sum(), rtol=1e-10)
 
 
 @pytest.mark.slow
