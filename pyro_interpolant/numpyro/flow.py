@@ -142,8 +142,20 @@ def solve(
     if isinstance(weights, Frozen):
         weights = weights.derived(grid, partial(_with_table, weights, grid))
     else:
-        weights = _with_table(weights, grid)
+        weights = _with_table(_held(weights), grid)
     return _solve(weights, x, context, grid=grid, forward=forward, density=density)
+
+
+def _held(weights: Weights) -> dict[str, Any]:
+    """Return weights of which a gradient reaches those alone that torch trains.
+
+    The rest are its buffers. The maps of the whitening and their log-determinant are arrays of
+    their own here: moved each by its own slope they would no longer be those of one density.
+    """
+    return {
+        name: array if name.endswith((".weight", ".bias")) else jax.lax.stop_gradient(array)
+        for name, array in weights.items()
+    }
 
 
 def _with_table(weights: Weights, grid: Grid) -> dict[str, Any]:

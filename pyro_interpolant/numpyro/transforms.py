@@ -1,7 +1,8 @@
 r"""The flow as a NumPyro transform, and the map that whitens a base.
 
 :class:`InterpolantTransform` takes whitened base draws to data, :math:`y = T(w_0)`. Its weights
-are :class:`~pyro_interpolant.numpyro.frozen.Frozen`, or a dictionary of arrays to be trained.
+are :class:`~pyro_interpolant.numpyro.frozen.Frozen`, or a dictionary of arrays, of which those of
+the velocity are trained.
 Every transform here gives its log-determinant as the intermediate of a call, and, with
 ``inverse_with_log_det``, that of an inverse: one solve each.
 """
@@ -93,7 +94,10 @@ class InterpolantTransform(RealVectorTransform):
 
     Args:
         weights: Those of the flow by their names in a file: ``Frozen``, or a dictionary of arrays
-            that are to be trained.
+            to be trained. Gradients are those of torch: the velocity's weights have them, the
+            whitening and the scales of contexts none. The solver's nodes stay where they are,
+            between which a velocity learns to peak: by likelihoods train in torch, which draws
+            them at random.
         grid: How paths are solved.
         context: A context, shape ``(*, C)``, or None.
     """
