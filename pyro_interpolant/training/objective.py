@@ -177,8 +177,8 @@ def interpolant_loss(
         x0: Base draws paired with them: data coordinates for a given base, :math:`N(0, I)` draws
             in whitened coordinates for the default one; shape ``(*, D)``. Drawn if not given.
         t: Times in [0, 1], broadcastable to ``(*)``. Drawn uniformly, one per row, if not given.
-        context: Contexts, shape ``(*, C)``, for a conditional flow. The columns of data frames are
-            taken by name.
+        context: Contexts, shape ``(*, C)``, for a conditional flow, or labels, whole numbers of
+            shape ``(*)`` too. The columns of data frames are taken by name.
 
     Returns:
         The loss of each row, shape ``(*)``, differentiable in the weights.
@@ -192,8 +192,12 @@ def interpolant_loss(
         arXiv 2209.15571, eq. 10.
     """
     flow, base = distribution.transform.flow, distribution.white_base()
-    view = distribution.given(context)
     x1 = _floating(distribution, x1)
+    if isinstance(context, Tensor) and context.dim() > x1.dim() - len(distribution.row_shape):
+        context = (
+            context if context.is_floating_point() else context.to(flow.loc)
+        )  # labels, (*, 1)
+    view = distribution.given(context)
     for values, shape in (x1, view.row_shape), (x0, (flow.event_dim,)):
         if values is not None:
             check_value(values, shape, flow.loc.dtype)

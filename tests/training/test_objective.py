@@ -210,7 +210,8 @@ def test_labels_may_be_whole_numbers():
     draws = {"x0": torch.randn(4, 2), "t": torch.rand(4)}
     x1, labels = torch.randn(4, 2), torch.tensor([0, 1, 2, 1])
     found = interpolant_loss(family, x1, context=labels, **draws)
-    assert torch.equal(found, interpolant_loss(family, x1, context=labels[:, None] + 0.0, **draws))
+    for column in (labels[:, None], labels[:, None] + 0.0):
+        assert torch.equal(found, interpolant_loss(family, x1, context=column, **draws))
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (2, 3)])
