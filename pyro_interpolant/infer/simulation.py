@@ -130,12 +130,7 @@ class Simulator:
             ValueError: If none is finite.
         """
         check_ranges(("at least one simulation", count >= 1, count))
-        size = _CALL if self.batching == "loop" else self.rows
-        calls = []
-        for start in range(0, count, size):
-            stop = min(count, start + size)
-            few = {} if given is None else {k: v[start:stop] for k, v in given.items()}
-            calls.append((stop - start, self.batching, few))
+        calls = self._calls(count, given)
         drawn: Iterable[Simulations] = (self._drawn(*call) for call in calls)
         if self.num_workers > 0 and self.batching == "loop":
             drawn = called_in_workers(self._drawn, calls, self.num_workers)
@@ -334,13 +329,23 @@ class Simulator:
             count: How many, N.
             values: Values of sites, each ``(N, *site_shape)``, that are not drawn then.
         """
-        size, known = min(count, self.rows), {} if values is None else values
-        pieces = (
-            (min(size, count - start), {k: v[start : start + size] for k, v in known.items()})
-            for start in range(0, count, size)
-        )
-        parts = [self._drawn(few, self.batching, given) for few, given in pieces]
-        return Simulations.joined(parts)
+        return Simulations.joined([self._drawn(*call) for call in self._calls(count, values)])
+
+    def _calls(
+        self, count: int, given: Mapping[str, Tensor] | None
+    ) -> list[tuple[int, Batching, dict[str, Tensor]]]:
+        """Return the arguments of calls that make so many simulations, as many as go at once each.
+
+        Args:
+            count: How many, N.
+            given: Values of sites, each ``(N, *site_shape)``, that are not drawn then, or None.
+        """
+        size, known, calls = _CALL if self.batching == "loop" else self.rows, given or {}, []
+        for start in range(0, count, size):
+            stop = min(count, start + size)
+            few = {k: v[start:stop] for k, v in known.items()}
+            calls.append((stop - start, self.batching, few))
+        return calls
 
     def prior(self, count: int) -> dict[str, Tensor]:
         """Return draws of the latents alone, each ``(N, *site_shape)``: no data are simulated.

@@ -193,10 +193,9 @@ def interpolant_loss(
     """
     flow, base = distribution.transform.flow, distribution.white_base()
     x1 = _floating(distribution, x1)
-    if isinstance(context, Tensor) and context.dim() > x1.dim() - len(distribution.row_shape):
-        context = (
-            context if context.is_floating_point() else context.to(flow.loc)
-        )  # labels, (*, 1)
+    rows = x1.dim() - len(distribution.row_shape)
+    if isinstance(context, Tensor) and context.dim() > rows and not context.is_floating_point():
+        context = context.to(flow.loc)  # labels of shape (*, 1)
     view = distribution.given(context)
     for values, shape in (x1, view.row_shape), (x0, (flow.event_dim,)):
         if values is not None:

@@ -194,7 +194,9 @@ def distill(
     began, flow = time.monotonic(), distribution.transform.flow
     view, held_count = distribution.without_support(), round(_HELD * count)
     with seeded(seed), torch.no_grad():
-        last, log_p = _draws_and_log_prob(view, held_count)
+        last = view.sample((held_count,))
+        # By the path that drew them, which is kept: a solve back may end beyond bounds of a base.
+        log_p = view.log_prob(last) if view.has_density() else last[:, 0] * math.nan
         x = torch.cat((view.sample((count - held_count,)), last))
         known = whitening_map(x, warn=False)
         whitening = DenseWhitening(flow.event_dim).to(flow.loc)
@@ -216,22 +218,6 @@ def distill(
     seconds = time.monotonic() - began
     found = fitted.over(x, ends, distribution.space)
     return DistillResult(found, float(excess.mean()), error, steps, seconds)
-
-
-def _draws_and_log_prob(view: InterpolantDistribution, count: int) -> tuple[Tensor, Tensor]:
-    """Return draws, shape ``(count, D)``, and their log-densities, NaN where there are none.
-
-    Densities are those of the draws of the base: a solve back may end beyond the bounds of one.
-    """
-    x = view.base_dist.sample((count,))
-    has_density = view.has_density()
-    log_prob = view.base_dist.log_prob(x) if has_density else torch.full_like(x[:, 0], math.nan)
-    for transform in view.transforms:
-        y = transform(x)
-        if has_density:
-            log_prob = log_prob - transform.log_abs_det_jacobian(x, y)
-        x = y
-    return x, log_prob
 
 
 class StudentTransforms(nn.Module):
