@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from ..distributions.interpolant import InterpolantDistribution
+from ..nn.velocity import evaluate
 from .conversions import noise_and_data, roundoff
-from .scores import network_output
 from .sde import InterpolantSDE, TimeTerms, path_ends, to_values, uniform_times
 
 LogLikelihood = Callable[[Tensor], Tensor]
@@ -148,7 +148,7 @@ class _PosteriorSDE(InterpolantSDE):
         if bool(b <= roundoff(w)):  # nothing of the data yet
             return super().drift(now, w)
         v, pull_velocity, *_ = torch.func.vjp(
-            lambda w: network_output(self.transform, self.flow.velocity, now.t, w), w
+            lambda w: evaluate(self.flow.velocity, now.t, w, self.transform.context), w
         )
 
         def pull(g: Tensor) -> Tensor:

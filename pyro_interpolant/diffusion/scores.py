@@ -10,7 +10,7 @@ References:
 """
 
 import torch
-from torch import Tensor, broadcast_shapes, nn, where
+from torch import Tensor, broadcast_shapes, where
 
 from ..distributions.interpolant import InterpolantDistribution
 from ..nn.velocity import evaluate
@@ -71,12 +71,12 @@ def _flow_score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Te
     transform, time, w = _prepared(distribution, t, x)
     noise = transform.flow.noise
     if noise is None:
-        v = network_output(transform, transform.flow.velocity, time, w)
+        v = evaluate(transform.flow.velocity, time, w, transform.context)
         white = convert(transform.interpolant, time, w, velocity=v).score
     else:
         gamma = transform.interpolant.coefficients(time)[2][..., None]
         raise_if_singular(gamma.abs() <= roundoff(w), time, "gamma is positive", SCORE_INSTEAD)
-        white = -network_output(transform, noise, time, w) / gamma
+        white = -evaluate(noise, time, w, transform.context) / gamma
     return transform.flow.whitening.pull(white)
 
 
@@ -97,11 +97,11 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
     refuse_gaussianized(distribution.constraint, "the mean of what a path leads to")
     interpolant, noise = transform.interpolant, transform.flow.noise
     to_data = transform.flow.whitening.from_white
-    v = network_output(transform, transform.flow.velocity, time, w)
+    v = evaluate(transform.flow.velocity, time, w, transform.context)
     if noise is None:
         return to_data(convert(interpolant, time, w, velocity=v).denoiser)
     # Any base: x and v less their noise are two equations for the means of x0 and x1.
-    z = network_output(transform, noise, time, w)
+    z = evaluate(noise, time, w, transform.context)
     a, b, g = (c[..., None] for c in interpolant.coefficients(time))
     da, db, dg = (c[..., None] for c in interpolant.derivatives(time))
     state, slope = w - g * z, v - dg * z
@@ -147,13 +147,6 @@ def transform_with_score(distribution: InterpolantDistribution) -> InterpolantTr
             f"from the velocity where base and data are paired; {instead}"
         )
     return transform
-
-
-def network_output(
-    transform: InterpolantTransform, network: nn.Module, t: Tensor, w: Tensor
-) -> Tensor:
-    """Return a network of the flow, velocity or noise, at whitened states, shape ``(*, D)``."""
-    return evaluate(network, t, w, transform.context)
 
 
 def _prepared(

@@ -31,9 +31,10 @@ from torch import Tensor
 from .._package import check_ranges, whole
 from ..distributions.interpolant import InterpolantDistribution
 from ..interpolants.linear import END_MARGIN
+from ..nn.velocity import evaluate
 from ..transforms.interpolant import broadcast_batch
 from .conversions import noise_and_data, roundoff, score_terms
-from .scores import network_output, transform_with_score
+from .scores import transform_with_score
 
 Diffusion = Callable[[Tensor], Tensor | float]
 
@@ -165,7 +166,8 @@ class InterpolantSDE:
             now: The coefficients at the time.
             w: Whitened states, shape ``(*, D)``.
         """
-        return self.drift_of(now, w, network_output(self.transform, self.flow.velocity, now.t, w))
+        v = evaluate(self.flow.velocity, now.t, w, self.transform.context)
+        return self.drift_of(now, w, v)
 
     def drift_of(self, now: TimeTerms, w: Tensor, v: Tensor) -> Tensor:
         """Return the drift in whitened coordinates, shape ``(*, D)``, given the velocity there.
@@ -196,7 +198,7 @@ class InterpolantSDE:
     def _score_times_divisor(self, now: TimeTerms, w: Tensor, v: Tensor) -> Tensor:
         """Return the score times its divisor, shape ``(*, D)``."""
         if self.flow.noise is not None:
-            return -network_output(self.transform, self.flow.noise, now.t, w)
+            return -evaluate(self.flow.noise, now.t, w, self.transform.context)
         return now.p[..., None] * v + now.q[..., None] * w
 
     def _flow_time(self, t: Tensor, y: Tensor) -> Tensor:
@@ -308,8 +310,7 @@ def uniform_times(steps: int, end: float = 1.0) -> Tensor:
     Raises:
         ValueError: If there is no step.
     """
-    good = steps >= 1 and steps % 1 == 0
-    check_ranges(("a whole number, at least one step", good, f"steps={steps}"))
+    check_ranges(whole("steps", steps, 1))
     return torch.linspace(0.0, end, int(steps) + 1, dtype=torch.float64)
 
 
@@ -382,10 +383,11 @@ def sde_log_prob(
         arXiv 2303.08797, Section 2.5.
     """
     within = 0 <= guidance <= 1
-    check_ranges(whole("paths", paths, 2), ("guidance in [0, 1]", within, guidance))
+    counts = whole("paths", paths, 2), whole("steps", steps, 1)
+    check_ranges(*counts, ("guidance in [0, 1]", within, guidance))
     distribution.check_start()
     x = distribution.value_of(x)
-    paths, steps = int(paths), len(uniform_times(steps)) - 1
+    paths, steps = int(paths), int(steps)
     sde = InterpolantSDE(distribution, diffusion, forward=False)
     times = uniform_times(2 * steps, sde.transform.end).to(sde.flow.loc).flip(0)
     terms, half_step = sde.terms(times), sde.transform.end / (2 * steps)
@@ -400,8 +402,7 @@ def sde_log_prob(
         w, exponent = _guided_paths(sde, terms, half_step, kappa, w)
         base = distribution.white_base()
         total = exponent + base.log_prob(w) - sde.flow.whitening.log_det
-        if not distribution.space.is_real():
-            total -= distribution.transforms[-1].log_abs_det_jacobian(distribution.to_flow(x), x)
+        total = total - distribution.from_flow(distribution.to_flow(x))[1]
         value = total.logsumexp(0) - math.log(paths)
         stderr = (total - value).exp().std(0) / math.sqrt(paths)
     return value, stderr
@@ -471,7 +472,7 @@ class _PathPoint(NamedTuple):
 
 def _path_point(sde: InterpolantSDE, now: TimeTerms, kappa: Tensor, w: Tensor) -> _PathPoint:
     """Return the point of whitened states w, shape ``(*, D)``, with velocity and score there."""
-    v = network_output(sde.transform, sde.flow.velocity, now.t, w)
+    v = evaluate(sde.flow.velocity, now.t, w, sde.transform.context)
     return _PathPoint(now, kappa, w, v, sde.score(now, w, v))
 
 

@@ -215,5 +215,5 @@ def test_wrong_arguments():
     flow = random_flow_distribution()
     with pytest.raises(ValueError, match=r"of shape \(3,\), one for each.*got \(3, 2\): sum over"):
         approximate_posterior(flow, lambda x: -x.square(), (3,))
-    with pytest.raises(ValueError, match="at least one step, got steps=0"):
+    with pytest.raises(ValueError, match="steps >= 1, a whole number, got 0"):
         approximate_posterior(flow, lambda x: x.sum(-1), (3,), steps=0)

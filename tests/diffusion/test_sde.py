@@ -342,8 +342,8 @@ def prior():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sample_sde(prior(), steps=0), "at least one step, got steps=0"),
-        (lambda: sample_sde(prior(), steps=2.5), "a whole number, at least one step, got steps=2"),
+        (lambda: sample_sde(prior(), steps=0), "steps >= 1, a whole number, got 0"),
+        (lambda: sample_sde(prior(), steps=2.5), "steps >= 1, a whole number, got 2.5"),
         (lambda: sample_sde(prior(), method="milstein"), "'heun' or 'euler', got 'milstein'"),
         (lambda: InterpolantSDE(prior(), lambda t: t - 0.5), "at least 0, got -0.499 to 0.499"),
         (lambda: InterpolantSDE(prior(), lambda t: t.log().log()), "finite and at least 0"),

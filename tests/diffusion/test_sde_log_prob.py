@@ -241,7 +241,7 @@ def test_errors_say_what_was_expected():
     with pytest.raises(ValueError, match="paths >= 2, a whole number, got 2.5"):
         sde_log_prob(flow, x, paths=2.5)
     for steps in (0, 10.5):
-        with pytest.raises(ValueError, match=f"at least one step, got steps={steps}"):
+        with pytest.raises(ValueError, match=f"steps >= 1, a whole number, got {steps}"):
             sde_log_prob(flow, x, steps=steps)
     for guidance in (-1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"expected guidance in \[0, 1\], got"):
