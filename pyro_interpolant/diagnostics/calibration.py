@@ -21,7 +21,7 @@ from ..solvers.ode import Adaptive, FixedGrid
 
 _REFERENCE = Adaptive(rtol=1e-8, atol=1e-8, nodes=96)
 _FIRST_STEPS, _MAX_STEPS = 4, 256
-_REFERENCE_TRIALS = 40  # as long as so many trials of the fewest steps a reference takes: 12 to 40
+_REFERENCE_TRIALS = 40  # a reference takes as long as 12 to 40 trials at the fewest steps
 _FIRST_SAMPLE_STEPS, _MAX_SAMPLE_STEPS, _SAMPLES = 2, 64, 8
 _SURE_SAMPLE_STEPS = 8  # which are tried however short the time: as long as some training steps
 _LEAST_ROWS = 16  # on which a grid is chosen
@@ -298,11 +298,10 @@ def calibrate_sampler(
 ) -> FixedGrid:
     """Set the solver to the fewest steps at which samples are within a tolerance.
 
-    The error is the root mean square, over numbers and over 8 draws of the base that are always
-    the same, of the distance of samples from those of a solve with twice the steps or more, over
-    that of these from the centre of the data. It is
-    for images, whose log-density may need more steps, and a reference of it more time than there
-    is.
+    The error compares 8 fixed samples with those of at least twice the steps: their root mean
+    square difference, divided by the root mean square distance of the latter from the data's
+    centre, in whitened coordinates. It is for images, where calibrating ``log_prob`` would take
+    too long.
 
     Args:
         distribution: A trained flow; its ``transform.solver`` is set.
@@ -342,7 +341,7 @@ def calibrate_sampler_until(
         low = steps // 2 if steps > _FIRST_SAMPLE_STEPS else steps
         while steps - low > 1 and time.monotonic() < deadline:
             middle = (low + steps) // 2
-            found = solves.error(middle, finest)
+            found = _distance(solves.ends(middle), finest)
             if found <= tolerance:
                 steps, error = middle, found
             else:
@@ -377,10 +376,6 @@ class _Samples:
         solver = dataclasses.replace(self.template, steps=steps)
         path = dataclasses.replace(transform.path(), solver=solver)
         return transform.flow.integrate(self.w, path, forward=True)[-1]
-
-    def error(self, steps: int, finer: Tensor) -> float:
-        """Return the distance from finer samples, shape ``(B, D)``."""
-        return _distance(self.ends(steps), finer)
 
     def doubled(self, tolerance: float, deadline: float) -> tuple[int, float, Tensor]:
         """Return the first steps that are good, doubled each time, their error, finer samples."""

@@ -65,7 +65,7 @@ class BitsPerDim(_MeanAndError):
     def __new__(
         cls, mean: float, stderr: float, solver_error: float | None = None
     ) -> "BitsPerDim":
-        """Return the pair; the solver's error is no part of it."""
+        """Return the pair: ``solver_error`` is an attribute, so unpacking gives two numbers."""
         pair = super().__new__(cls, mean, stderr)
         pair.solver_error = solver_error
         return pair

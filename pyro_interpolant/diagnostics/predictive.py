@@ -85,7 +85,8 @@ def pit(
 ) -> CalibrationCheck:
     """Return the probability-integral transform of rows: column by column, unconstrained.
 
-    Low is where values are low, also below a bound, where unconstrained columns fall as they rise.
+    Low ranks always mean low values, also for supports bounded above, whose unconstrained columns
+    run the other way.
     Of scalars it is exact, by the cdf; else it is a rank among draws, spread over its step.
 
     Args:
@@ -345,15 +346,13 @@ def _check(
     values: Tensor, rows: _Rows, names: list[str], words: tuple[str, ...], *, exact: bool = False
 ) -> CalibrationCheck:
     """Compare each column of values, shape ``(N, K)``, with the uniform distribution."""
-    from scipy.stats import kstwo  # slow to import
-
     values = values.cpu()  # a check is a table of numbers, wherever the flow is
     count, quantities = values.shape
     if count < 2:
         raise ValueError(f"expected at least two rows to check with, got {count}")
     shared = rows.shared and not exact  # and so is their chance
     effective = count / (1 + count / rows.draws) if shared else count
-    band = float(kstwo.isf((1 - _LEVEL) / quantities, max(1, round(effective))))
+    band = band_of(effective, quantities)
     order = values.sort(0).values
     steps = torch.arange(count + 1, dtype=values.dtype)[:, None] / count
     distances = torch.maximum(steps[1:] - order, order - steps[:-1]).amax(0)
@@ -365,6 +364,18 @@ def _check(
         parts = [f"{names[i]} {_shape(values[:, i], words)}" for i in off]
         verdict = f"not calibrated: {'; '.join(parts)}. The largest difference is {found}"
     return CalibrationCheck(values, tuple(names), distances, band, verdict)
+
+
+def band_of(count: float, quantities: int) -> float:
+    """Return what distances from the uniform distribution exceed by chance in 1% of all checks.
+
+    Args:
+        count: How many numbers there are of each quantity, or as good as.
+        quantities: How many quantities there are.
+    """
+    from scipy.stats import kstwo  # slow to import
+
+    return float(kstwo.isf((1 - _LEVEL) / quantities, max(1, round(count))))
 
 
 def _shape(u: Tensor, words: tuple[str, ...]) -> str:

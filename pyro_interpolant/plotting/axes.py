@@ -1,4 +1,4 @@
-"""Axes, colours, the bounds of samples, shares that can be: what pictures have in common."""
+"""What pictures share: axes, colours, plot limits, and the check that levels are in (0, 1)."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

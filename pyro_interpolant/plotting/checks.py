@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from .._package import check_ranges, whole
-from ..diagnostics.predictive import REGIONS, CalibrationCheck
+from ..diagnostics.predictive import REGIONS, CalibrationCheck, band_of
 from ..training.fitting import FitResult
 from .axes import DATA_COLOR, MODEL_COLOR, THIRD_COLOR, new_axes
 
@@ -74,7 +74,8 @@ def rank_histogram(check: CalibrationCheck, *, bins: int = 20, ax: "Axes | None"
     for values, name in zip(check.values.T.cpu().numpy(), check.names, strict=True):
         heights, edges = np.histogram(values, bins, (0, 1), density=True)
         ax.stairs(heights, edges, baseline=0, label=name, fill=quantities == 1, alpha=0.7)
-    half = _NORMAL_99 * _chance(check) * np.sqrt((bins - 1) / count)
+    wider = check.band / band_of(count, quantities)  # by draws that all rows share
+    half = _NORMAL_99 * wider * np.sqrt((bins - 1) / count)
     ax.axhspan(1 - half, 1 + half, color=DATA_COLOR, alpha=0.15, linewidth=0, label="99%")
     ax.axhline(1, color=DATA_COLOR, linewidth=0.8)
     ax.set(xlabel="$u$", ylabel="density", xlim=(0, 1))
@@ -139,11 +140,3 @@ def predictive_check(y: Tensor, simulated: Tensor, *, ax: "Axes | None" = None) 
     ax.set(xlabel="share of the data below", ylabel="value")
     ax.legend(frameon=False)
     return ax
-
-
-def _chance(check: CalibrationCheck) -> float:
-    """Return by how much draws that all rows share widen the band of a check."""
-    from scipy.stats import kstwo  # slow to import
-
-    count, quantities = check.values.shape
-    return check.band / float(kstwo.isf(0.01 / quantities, count))
