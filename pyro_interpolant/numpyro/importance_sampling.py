@@ -10,6 +10,7 @@ from jax import Array
 from numpyro import handlers
 from numpyro.infer.util import constrain_fn
 
+from .._package import check_ranges, whole
 from .autoguide import AutoInterpolant, check_guide
 from .distributions import InterpolantDistribution
 from .log_density import Arguments, Named, log_density
@@ -59,11 +60,12 @@ class ImportanceResult(NamedTuple):
             Sites by name, each ``(M, *site_shape)``.
 
         Raises:
-            ValueError: If ``count`` is below 1, or no weight is positive.
+            ValueError: If ``count`` is below 1 or not whole, or no weight is positive.
         """
-        count = len(self.log_weights) if count is None else count
-        if count < 1 or not self.ess > 0:
-            raise ValueError(f"expected count >= 1 and positive weights, got {count}, {self.ess}")
+        check_ranges(whole("count", count, 1, or_none=True))
+        count = len(self.log_weights) if count is None else int(count)
+        if not self.ess > 0:
+            raise ValueError("expected draws with positive weights, got none")
         one, other = jax.random.split(key)
         total = np.cumsum(np.exp(np.asarray(self.log_weights, np.float64)))
         u = (np.arange(count) + float(jax.random.uniform(one))) / count
@@ -96,7 +98,6 @@ def importance(
     """
     import torch
 
-    from .._package import check_ranges, whole
     from ..diagnostics import psis
     from ..infer import importance_sampling
 

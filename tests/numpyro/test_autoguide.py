@@ -398,8 +398,9 @@ def test_importance_weights():
     assert again.shape == (3000, 2)
     weighted = jnp.exp(result.log_weights) @ drawn
     np.testing.assert_allclose(again.mean(0), weighted, atol=0.02)
-    with pytest.raises(ValueError, match="count >= 1"):
-        result.resampled(KEY, 0)
+    for count in (0, 5.5):
+        with pytest.raises(ValueError, match=f"count >= 1, a whole number, got {count}"):
+            result.resampled(KEY, count)
     with pytest.raises(ValueError, match="count >= 100"):
         importance(guide, KEY, y, count=99)
 
