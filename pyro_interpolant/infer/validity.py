@@ -63,7 +63,7 @@ def log_prob_left_out(fn: Any, value: Tensor, *, mask: Tensor | bool | None) -> 
     return torch.where(own == counted, 0.0, own - counted)  # of two infinite ones, too
 
 
-def is_valid(fn: Any, value: Tensor | None) -> Tensor | bool:
+def is_valid(fn: Any, value: Tensor | None, *, moved: bool = False) -> Tensor | bool:
     """Return where parameters are in their range, and a value on a support that they move.
 
     Constraints on single numbers count, such as intervals, and parameters of single numbers. A
@@ -72,15 +72,11 @@ def is_valid(fn: Any, value: Tensor | None) -> Tensor | bool:
     Args:
         fn: A distribution of batch shape ``(*)``.
         value: A value, broadcastable to ``(*, *event_shape)``, or None: parameters alone count.
+        moved: Whether a transform may have moved it off a fixed support, which then counts.
 
     Returns:
         A mask that broadcasts to ``(*)``, or True where there is nothing to check.
     """
-    return _is_valid(fn, value, moved=False)
-
-
-def _is_valid(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | bool:
-    """Return the same, of a value that a transform may have moved off a fixed support."""
     own = _in_range(fn)
     if isinstance(fn, TransformedDistribution):
         if type(fn).log_prob is not TransformedDistribution.log_prob:
@@ -90,7 +86,7 @@ def _is_valid(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | bool:
             value = transform.inv(value)
     elif getattr(fn, "base_dist", None) is None:
         return own & _on_support(fn, value, moved=moved)
-    found = _is_valid(fn.base_dist, value, moved=moved)
+    found = is_valid(fn.base_dist, value, moved=moved)
     if isinstance(found, bool):
         return own
     mask, events = getattr(fn, "_mask", None), getattr(fn, "reinterpreted_batch_ndims", 0)
@@ -122,7 +118,7 @@ def _in_a_component(fn: MixtureSameFamily, value: Tensor, *, moved: bool) -> Ten
     the value is on the support of all.
     """
     each, component = value.unsqueeze(-1 - len(fn.event_shape)), fn.component_distribution
-    inside = _leaf_support(component) is None or _is_valid(component, each, moved=moved)
+    inside = _leaf_support(component) is None or is_valid(component, each, moved=moved)
     if isinstance(inside, bool):
         return True
     inside, log_prob = torch.broadcast_tensors(inside, component.log_prob(each))
@@ -132,7 +128,7 @@ def _in_a_component(fn: MixtureSameFamily, value: Tensor, *, moved: bool) -> Ten
 def _in_range(fn: Any) -> Tensor | bool:
     """Return where a distribution's own parameters are, and those of what a mixture mixes."""
     if isinstance(fn, MixtureSameFamily):
-        of_each = _is_valid(fn.component_distribution, None, moved=False)
+        of_each = is_valid(fn.component_distribution, None)
         if isinstance(of_each, bool):
             return True
         return _of_all(of_each, fn.component_distribution, 1)

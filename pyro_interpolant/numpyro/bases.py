@@ -21,7 +21,7 @@ from numpyro.distributions import transforms as maps
 from numpyro.distributions.batch_util import promote_batch_shape
 
 from .._files import below
-from .supports import OnEvents, text_of
+from .supports import CIRCULAR, OnEvents
 from .transforms import RealVectorTransform, Wrap
 
 _TURN = 2 * math.pi
@@ -30,6 +30,7 @@ _TURN = 2 * math.pi
 _SAME = (
     "AsymmetricLaplace",
     "Beta",
+    "Categorical",
     "Cauchy",
     "Chi2",
     "Exponential",
@@ -166,8 +167,8 @@ def _in_front(base: dist.Distribution, ones: int) -> dist.Distribution:
         return is_one and node is not base
 
     def moved(node: Any) -> Any:
-        if isinstance(node, RealVectorTransform):  # its weights have no batch, where it has any
-            return node.in_front(ones)
+        if isinstance(node, RealVectorTransform):  # its weights have no batch
+            return node
         if is_part(node):
             return _in_front(node, ones)
         before = ones + max(0, rank - jnp.ndim(node))  # some are numbers, of any shape
@@ -181,12 +182,12 @@ def _in_front(base: dist.Distribution, ones: int) -> dist.Distribution:
 def base_log_prob(base: dist.Distribution, x: Array) -> Array:
     """Return the log-density of a base, shape ``(*)``, of real vectors, shape ``(*, D)``.
 
-    It is ``-inf`` beyond the support of the base, to where a flow may lead back.
+    It is ``-inf`` outside the base's support, where solving back from data may end.
     """
     end = base.support
     while isinstance(end, type(constraints.independent(constraints.real, 1))):
         end = end.base_constraint
-    if isinstance(end, type(constraints.circular)) or end == OnEvents(text_of("circular")):
+    if isinstance(end, type(constraints.circular)) or end == OnEvents(CIRCULAR):
         return base.log_prob(Wrap()(x))
     if isinstance(end, type(constraints.real) | OnEvents):  # flows know their own
         return base.log_prob(x)
@@ -223,14 +224,12 @@ def build_base(
 
 
 def _build_object(name: str, arguments: dict[str, Any]) -> dist.Distribution | maps.Transform:
-    if name in _SAME and hasattr(dist, name):
+    if name in _SAME:
         validate = False if name == "VonMises" else None  # of any number of turns
         return getattr(dist, name)(**arguments, validate_args=validate)
     if name == "MixtureSameFamily":
         parts = arguments["mixture_distribution"], arguments["component_distribution"]
         return dist.MixtureSameFamily(*parts)
-    if name == "Categorical":
-        return dist.Categorical(**arguments)
     if name == "TransformedDistribution":
         return dist.TransformedDistribution(
             arguments["base_distribution"], arguments["transforms"]

@@ -68,12 +68,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
     @property
     def transform(self) -> InterpolantTransform:
         """The flow."""
-        return self.transforms[self._place()]
-
-    def _place(self) -> int:
-        """Return which of the transforms is the flow: the last, where the base is one too."""
-        flows = [isinstance(t, InterpolantTransform) for t in self.transforms]
-        return len(flows) - 1 - flows[::-1].index(True)
+        return self.transforms[_place(self.transforms)]
 
     @validate_sample
     def log_prob(self, value: Array, intermediates: Sequence[Any] | None = None) -> Array:
@@ -99,7 +94,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         if 0 in batch:  # of which NumPyro's own make errors
             return jnp.zeros(batch, jnp.result_type(value, self.transform.weights["loc"]))
         if intermediates:
-            return self._of_drawn(value, intermediates)
+            return super().log_prob(value, intermediates)
         x, finite = value, jnp.ones((), bool)
         log_det: Array | float = 0.0
         for transform in reversed(self.transforms):
@@ -113,16 +108,6 @@ class InterpolantDistribution(dist.TransformedDistribution):
 
     def _validate_sample(self, value: Array) -> Any:
         return super()._validate_sample(value) if jnp.size(value) else True
-
-    def _of_drawn(self, value: Array, intermediates: Sequence[Any]) -> Array:
-        """Return the log-density, shape ``(*)``, of what was just drawn."""
-        inputs = [x for x, _ in intermediates]
-        log_prob = self.base_dist.log_prob(inputs[0])
-        steps = zip(self.transforms, intermediates, [*inputs[1:], value], strict=True)
-        for transform, (x, known), y in steps:
-            term = transform.log_abs_det_jacobian(x, y, known)
-            log_prob = log_prob - per_event(term, jnp.shape(x)[:-1])
-        return log_prob
 
     def rsample_and_log_prob(
         self, key: Array, sample_shape: tuple[int, ...] = ()
@@ -140,7 +125,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         Raises:
             ValueError: If t is outside [0, 1].
         """
-        transforms, place = list(self.transforms), self._place()
+        transforms, place = list(self.transforms), _place(self.transforms)
         transforms[place] = self.transform.at(t)
         return InterpolantDistribution(
             self.base_dist, transforms, validate_args=self.__dict__.get("_validate_args")
@@ -159,6 +144,15 @@ class InterpolantDistribution(dist.TransformedDistribution):
         )
 
 
+def _place(transforms: Sequence[Transform]) -> int:
+    """Return the index of the flow, the last :class:`InterpolantTransform`.
+
+    A base that is a flow puts its own in front.
+    """
+    flows = [isinstance(t, InterpolantTransform) for t in transforms]
+    return len(flows) - 1 - flows[::-1].index(True)
+
+
 def _finite(x: Array, loc: ArrayLike, before: Array) -> tuple[Array, Array]:
     """Return rows, ``(*, D)``, with loc for those that are not finite, and which are, ``(*)``."""
     finite = jnp.isfinite(x).all(-1)
@@ -170,14 +164,9 @@ def _(distribution: InterpolantDistribution) -> InterpolantDistribution:
     """Take the batch shape that ``scan`` has given to the base and to contexts."""
     new = copy.copy(distribution)
     new.base_dist = promote_batch_shape(distribution.base_dist)
-    new._batch_shape = _batch_of(new.base_dist, distribution.transforms)
+    own = distribution.transform.batch_shape
+    new._batch_shape = jnp.broadcast_shapes(new.base_dist.batch_shape, own)
     return new
-
-
-def _batch_of(base: dist.Distribution, transforms: Sequence[Transform]) -> tuple[int, ...]:
-    """Return the batch shape of a base and of the contexts that flows are given."""
-    flows = [t for t in transforms if isinstance(t, InterpolantTransform)]
-    return jnp.broadcast_shapes(base.batch_shape, *(t.batch_shape for t in flows))
 
 
 class ConditionalInterpolantDistribution:
@@ -208,17 +197,12 @@ class ConditionalInterpolantDistribution:
         Raises:
             ValueError: If the last dimension is not the velocity's C.
         """
-        transforms = [
-            t.condition(context) if isinstance(t, InterpolantTransform) and t.context_dim else t
-            for t in self.transforms
-        ]
-        batch = _batch_of(self.base_dist, transforms)
-        transforms = [  # contexts and base have all dimensions of the batch: see in_batch
-            t.in_front(len(batch) - len(t.batch_shape))
-            if isinstance(t, InterpolantTransform)
-            else t
-            for t in transforms
-        ]
+        transforms = list(self.transforms)
+        place = _place(transforms)
+        flow = transforms[place].condition(context)
+        batch = jnp.broadcast_shapes(self.base_dist.batch_shape, flow.batch_shape)
+        # Contexts and base have all dimensions of the batch: see in_batch.
+        transforms[place] = flow.in_front(len(batch) - len(flow.batch_shape))
         base = in_batch(self.base_dist, batch)
         sites = json.loads(self._sites)
         if sites:
@@ -229,16 +213,8 @@ class ConditionalInterpolantDistribution:
 jax.tree_util.register_pytree_node(
     ConditionalInterpolantDistribution,
     lambda d: ((d.base_dist, d.transforms), d._sites),
-    lambda sites, parts: _conditional(sites, *parts),
+    lambda sites, parts: ConditionalInterpolantDistribution(*parts, sites=json.loads(sites)),
 )
-
-
-def _conditional(
-    sites: str, base_dist: dist.Distribution, transforms: list[Transform]
-) -> ConditionalInterpolantDistribution:
-    new = ConditionalInterpolantDistribution.__new__(ConditionalInterpolantDistribution)
-    new.base_dist, new.transforms, new._sites = base_dist, transforms, sites
-    return new
 
 
 class JointInterpolantDistribution(InterpolantDistribution):

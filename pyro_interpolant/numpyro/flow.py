@@ -149,8 +149,8 @@ def solve(
 def _held(weights: Weights) -> dict[str, Any]:
     """Return weights of which a gradient reaches those alone that torch trains.
 
-    The rest are its buffers. The maps of the whitening and their log-determinant are arrays of
-    their own here: moved each by its own slope they would no longer be those of one density.
+    The rest are its buffers. Trained one by one, ``loc``, ``linear``, ``whitening`` and
+    ``linear_log_det`` would no longer describe the same affine map.
     """
     return {
         name: array if name.endswith((".weight", ".bias")) else jax.lax.stop_gradient(array)

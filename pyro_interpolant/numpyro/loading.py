@@ -143,7 +143,6 @@ def _built(header: Mapping[str, Any], arrays: _Arrays, dtype: DTypeLike | None) 
     if dtype is not None:
         arrays = {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in arrays.items()}
     transform = InterpolantTransform(_weights(header, arrays, dtype), _grid(header["solver"]))
-    check_grid(transform.grid)
     description = header["support"]
     base, before = _base(header, below("base.", arrays), transform, dtype)
     after = [] if is_real(description) else [Bijection(text_of(description))]
@@ -266,6 +265,7 @@ def _grid(description: Sequence[Any]) -> Grid:
 
     Raises:
         RefusedError: If the solver is none with a fixed grid.
+        ValueError: If a number or the method cannot be.
     """
     name, numbers = description
     if numbers is None or name not in ("FixedGrid", "RandomGrid"):
@@ -275,8 +275,11 @@ def _grid(description: Sequence[Any]) -> Grid:
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_COUNT:
         raise ValueError(f"expected 1 to {MAX_COUNT} steps, got {steps}")
     if name == "RandomGrid":
-        return Grid(steps, numbers["method"], seed=int(numbers["seed"]))
-    return Grid(steps, numbers["method"], float(numbers["warp"]))
+        grid = Grid(steps, numbers["method"], seed=int(numbers["seed"]))
+    else:
+        grid = Grid(steps, numbers["method"], float(numbers["warp"]))
+    check_grid(grid)
+    return grid
 
 
 def _check_support(header: Mapping[str, Any], transform: InterpolantTransform) -> None:

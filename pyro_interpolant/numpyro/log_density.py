@@ -9,7 +9,7 @@ from jax import Array
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoContinuous
 
-from .validity import innermost_distribution, log_prob_left_out, where_valid, without_masks
+from .validity import innermost_distribution, is_valid, log_prob_left_out, without_masks
 
 Arguments = tuple[object, ...]  # of a model
 Named = Mapping[str, object]
@@ -19,8 +19,8 @@ Site = Mapping[str, Any]  # a site of a trace, NumPyro's message
 def log_density(guide: AutoContinuous, args: Arguments, kwargs: Named) -> Callable[[Array], Array]:
     """Return the log joint density of one unconstrained vector, shape ``(D,)``, for jax.
 
-    As :func:`pyro_interpolant.log_joint`: NumPyro's own counts the Jacobian of a latent site as
-    often as the site, by its scale and its mask.
+    As :func:`pyro_interpolant.log_joint`. Unlike NumPyro's potential, each Jacobian counts once:
+    it is not multiplied by the scale or mask of its site.
 
     Args:
         guide: A guide that knows its model.
@@ -43,7 +43,7 @@ def log_density(guide: AutoContinuous, args: Arguments, kwargs: Named) -> Callab
 
 
 def _log_prob(name: str, site: Site, latents: Mapping[str, Array]) -> Array:
-    """Return the log density of a site, summed, ``-inf`` where it is that of nothing.
+    """Return the log density of a site, summed, ``-inf`` where it has none.
 
     Raises:
         ValueError: If a latent site has another shape than when the guide was set up.
@@ -58,7 +58,7 @@ def _log_prob(name: str, site: Site, latents: Mapping[str, Array]) -> Array:
         if left_out is not None:
             log_prob = log_prob + left_out
         fn, value = without_masks(fn), None  # the value comes from the support
-    return where_valid(fn, value, log_prob).sum()
+    return jnp.where(is_valid(fn, value), log_prob, -jnp.inf).sum()
 
 
 def draws_of(site: Site) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ from .bases import Planar, directions, in_planes
 from .distributions import InterpolantDistribution
 from .given import is_given
 from .log_density import check_fixed_shape, draws_of
-from .supports import Bijection
-from .validity import log_prob_left_out
+from .supports import CIRCULAR, Bijection
+from .validity import WRAPPERS, log_prob_left_out
 
 __all__ = ["base_space", "neutra"]
 
@@ -131,7 +131,7 @@ def _is_drawn(site: dict[str, Any]) -> bool:
 
 def _flow_in(fn: dist.Distribution) -> InterpolantDistribution | None:
     """Return the flow inside ``expand``, ``to_event`` and ``mask``, or None."""
-    while isinstance(fn, (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)):
+    while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
     return fn if isinstance(fn, InterpolantDistribution) else None
 
@@ -154,7 +154,7 @@ def _wrapped(base: dist.Distribution, fn: dist.Distribution) -> dist.Distributio
 
 def _is_angular(flow: InterpolantDistribution) -> bool:
     last = flow.transforms[-1]
-    return isinstance(last, Bijection) and last.text == '"circular"'
+    return isinstance(last, Bijection) and last.text == CIRCULAR
 
 
 def neutra(guide: AutoInterpolant) -> Callable[..., Any]:

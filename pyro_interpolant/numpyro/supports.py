@@ -55,6 +55,7 @@ _BOUNDED: dict[str, Callable[..., Constraint]] = {
     "half_open_interval": constraints.interval,
 }
 _REAL = ("real", "real_vector", ["independent", "real", 1])
+CIRCULAR = json.dumps("circular")  # the text of the support of angles
 _MAPS: dict[str, Callable[..., RealVectorTransform]] = {
     "gaussianized": MarginalTransform,
     "tempered": RadialTransform,
@@ -117,7 +118,7 @@ class OnEvents(constraints.ParameterFreeConstraint):
 
 @biject_to.register(OnEvents)
 def _(constraint: OnEvents) -> Transform:
-    if constraint.text == '"circular"':
+    if constraint.text == CIRCULAR:
         raise NotImplementedError(
             "no smooth bijection maps real vectors to angles: for inference use "
             "pyro_interpolant.numpyro.base_space(model), which samples the flow's base instead"
@@ -135,8 +136,9 @@ class Bijection(RealVectorTransform):
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def _static(self) -> dict[str, Any]:
-        return {"text": self.text}
+    def tree_flatten(self) -> tuple[Any, ...]:
+        """Return no arrays, and the description."""
+        return (), ((), {"text": self.text})
 
     @property
     def codomain(self) -> Constraint:
@@ -370,7 +372,8 @@ def _bound(value: float | list[Any] | None) -> float | NDArray[Any] | None:
 def check_parts(constraint: Constraint, value: ArrayLike) -> Array:
     """Return which elements or events of values, ``(*, *event_shape)``, are on a constraint.
 
-    Of one of joined parts which elements; those of a part of vectors hold all or none.
+    For joined parts (``cat``) the mask is elementwise; all elements of a vector part share one
+    answer.
     """
     value = jnp.asarray(value)
     if not isinstance(constraint, constraints.cat):

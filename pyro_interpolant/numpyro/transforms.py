@@ -62,23 +62,6 @@ class RealVectorTransform(Transform):
         """
         return self.call_with_intermediates(x)[1] if intermediates is None else intermediates
 
-    def in_front(self, ones: int) -> "RealVectorTransform":  # noqa: ARG002
-        """Return the transform with ones in front of its batch shape: one without has none."""
-        return self
-
-    def _static(self) -> dict[str, Any]:
-        """Return the parts that are no arrays, equal by value."""
-        return {}
-
-    def _leaves(self) -> dict[str, Any]:
-        """Return the parts that are arrays, or hold some."""
-        return {}
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[tuple[str, ...], dict[str, Any]]]:
-        """Return the arrays, and the names of all parts with those that are none."""
-        leaves = self._leaves()
-        return tuple(leaves.values()), (tuple(leaves), self._static())
-
     def eq(self, other: object, static: bool = False) -> bool | Array:  # noqa: FBT001, FBT002
         """Return whether another transform has the same parts, as a bool if ``static``."""
         structures: list[Any] = [jax.tree.structure(t) for t in (self, other)]
@@ -105,11 +88,9 @@ class InterpolantTransform(RealVectorTransform):
     def __init__(self, weights: Weights, grid: Grid, context: Array | None = None) -> None:
         self.weights, self.grid, self.context = weights, grid, context
 
-    def _leaves(self) -> dict[str, Any]:
-        return {"weights": self.weights, "context": self.context}
-
-    def _static(self) -> dict[str, Any]:
-        return {"grid": self.grid}
+    def tree_flatten(self) -> tuple[Any, ...]:
+        """Return the arrays, their names, and the rest."""
+        return (self.weights, self.context), (("weights", "context"), {"grid": self.grid})
 
     @property
     def event_dim(self) -> int:
@@ -120,14 +101,6 @@ class InterpolantTransform(RealVectorTransform):
     def context_dim(self) -> int:
         """C, the size of a context; 0 if there is none."""
         return self.weights["velocity.context_loc"].shape[-1]
-
-    @property
-    def sign(self) -> Array:
-        """The sign of the Jacobian's determinant, which is that of the whitening."""
-        linear = self.weights["linear"]
-        if linear.ndim == 2:
-            return jnp.sign(jnp.linalg.slogdet(linear)[0])
-        return jnp.prod(jnp.sign(jnp.broadcast_to(linear, (self.event_dim,))))
 
     def at(self, t: float) -> "InterpolantTransform":
         """Return the transform that stops at a time t in [0, 1].
@@ -239,8 +212,9 @@ class Whiten(RealVectorTransform):
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
 
-    def _leaves(self) -> dict[str, Any]:
-        return {"weights": self.weights}
+    def tree_flatten(self) -> tuple[Any, ...]:
+        """Return the weights, their name, and nothing else."""
+        return (self.weights,), (("weights",), {})
 
     def call_with_intermediates(self, x: Array) -> tuple[Array, Array]:
         """Return whitened coordinates, ``(*, D)``, and ``-log |det L|``, shape ``(*)``."""

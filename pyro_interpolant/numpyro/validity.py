@@ -1,11 +1,11 @@
-"""Where a density is that of nothing, and what masks leave out: as in the twin in torch.
+"""Where a log density must be -inf though its formula gives a number, and what masks leave out.
 
-NumPyro checks parameters only where ``validate_args`` is on and their values are known, which they
-are not under ``jit``; formulas go on where a Poisson rate is negative, or a value is outside.
+Parameters may be out of range, and values off a support that moves. NumPyro checks parameters
+only where ``validate_args`` is on and their values are known, which they are not under ``jit``;
+formulas go on where a Poisson rate is negative, or a value is outside.
 """
 
 import inspect
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,20 +15,20 @@ from numpyro.distributions import constraints
 
 from .distributions import InterpolantDistribution
 
-_WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)
+WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)
 _ALWAYS = (type(constraints.real), type(constraints.dependent))
 
 
 def innermost_distribution(fn: Any) -> Any:
     """Return the distribution inside all that wrap or transform it."""
-    while isinstance(fn, (*_WRAPPERS, dist.TransformedDistribution)):
+    while isinstance(fn, (*WRAPPERS, dist.TransformedDistribution)):
         fn = fn.base_dist
     return fn
 
 
 def without_masks(fn: dist.Distribution) -> dist.Distribution:
     """Return a distribution without the arrays inside it that mask some of its rows."""
-    if not isinstance(fn, _WRAPPERS):
+    if not isinstance(fn, WRAPPERS):
         return fn
     if isinstance(fn, dist.MaskedDistribution):
         return fn if isinstance(fn._mask, bool) else without_masks(fn.base_dist)
@@ -61,7 +61,7 @@ def log_prob_left_out(fn: dist.Distribution, value: Array) -> Array | None:
     return jnp.where(own == counted, 0.0, own - counted)  # of two infinite ones, too
 
 
-def is_valid(fn: dist.Distribution, value: Array | None) -> Array | bool:
+def is_valid(fn: Any, value: Array | None, *, moved: bool = False) -> Array | bool:
     """Return where parameters are in their range, and a value on a support that they move.
 
     Constraints on single numbers count, such as intervals, and parameters of single numbers. A
@@ -70,15 +70,11 @@ def is_valid(fn: dist.Distribution, value: Array | None) -> Array | bool:
     Args:
         fn: A distribution of batch shape ``(*)``.
         value: A value, broadcastable to ``(*, *event_shape)``, or None: parameters alone count.
+        moved: Whether a transform may have moved it off a fixed support, which then counts.
 
     Returns:
         A mask that broadcasts to ``(*)``, or True where there is nothing to check.
     """
-    return _is_valid(fn, value, moved=False)
-
-
-def _is_valid(fn: Any, value: Any, *, moved: bool) -> Array | bool:
-    """Return the same, of a value that a transform may have moved off a fixed support."""
     if isinstance(fn, InterpolantDistribution):  # which knows its support
         return True
     own = _in_range(fn)
@@ -86,9 +82,9 @@ def _is_valid(fn: Any, value: Any, *, moved: bool) -> Array | bool:
         moved = value is not None and _support(innermost_distribution(fn)) is not None
         for transform in reversed(fn.transforms if moved else []):
             value = transform.inv(value)
-    elif not isinstance(fn, _WRAPPERS):
+    elif not isinstance(fn, WRAPPERS):
         return own & _on_support(fn, value, moved=moved)
-    found = _is_valid(fn.base_dist, value, moved=moved)
+    found = is_valid(fn.base_dist, value, moved=moved)
     if isinstance(found, bool):
         return own
     mask, events = getattr(fn, "_mask", None), getattr(fn, "reinterpreted_batch_ndims", 0)
@@ -114,7 +110,7 @@ def _on_support(fn: Any, value: Any, *, moved: bool) -> Array | bool:
 def _in_range(fn: Any) -> Array | bool:
     """Return where a distribution's own parameters are, and those of what a mixture mixes."""
     if isinstance(fn, dist.MixtureSameFamily):
-        of_each = _is_valid(fn.component_distribution, None, moved=False)
+        of_each = is_valid(fn.component_distribution, None)
         if isinstance(of_each, bool):
             return True
         return _of_all(of_each, fn.component_distribution, 1)
@@ -146,15 +142,3 @@ def _support(fn: Any) -> constraints.Constraint | None:
         return None
     is_open = support is None or isinstance(support, _ALWAYS)
     return None if is_open or support.event_dim else support
-
-
-def where_valid(fn: dist.Distribution, value: Array | None, log_prob: Array) -> Array:
-    """Return a log density, shape ``(*)``, with ``-inf`` where it is that of nothing.
-
-    Args:
-        fn: As in :func:`is_valid`.
-        value: As in :func:`is_valid`.
-        log_prob: The log density.
-    """
-    valid = is_valid(fn, value)
-    return log_prob if isinstance(valid, bool) else jnp.where(valid, log_prob, -math.inf)
