@@ -18,6 +18,8 @@ from pyro_interpolant import (
     plotting,
 )
 from pyro_interpolant.diagnostics import CalibrationCheck
+from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
+from pyro_interpolant.transforms.gaussianize import Gaussianized, MarginalTransform
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -431,3 +433,32 @@ def test_numbers_that_are_not_finite_are_refused():
         plotting.corner(x, bad)
     with pytest.raises(ValueError, match="NaN"):
         plotting.predictive_check(bad, torch.randn(9, 50, 2))
+
+
+@pytest.mark.parametrize("marginals", [False, True])
+def test_a_conditional_density_of_a_named_site_is_that_of_its_values(marginals):
+    support, sites = constraints.real_vector, {"sd": ((), constraints.positive)}
+    if marginals:
+        knots = torch.linspace(-2, 2, 5)[None]
+        spline = MarginalTransform(knots, 2 * knots, torch.full((1, 5), 2.0))
+        support = Gaussianized(support, spline)
+    family = ConditionalJointInterpolantDistribution(
+        random_flow(1, context_dim=1), sites=sites, support=support
+    ).freeze()
+    grid = torch.linspace(-1, 1, 5)[:, None]
+    draws = family.condition(grid[:2]).sample_dict((20,))["sd"][:, 0]
+    options = {"data": ({"sd": draws}, torch.zeros(20, 1)), "levels": (0.5,), "points": 9}
+    ax = plotting.conditional(family, grid, **options)
+    expected = family.unpack(family.condition(grid).icdf(torch.tensor(0.5)))["sd"]
+    assert ax.lines[0].get_ydata() == pytest.approx(expected.numpy())
+    assert ax.get_ylim()[0] > 0
+    assert ax.collections[1].get_offsets()[:, 1].tolist() == pytest.approx(draws.tolist())
+
+
+def test_data_of_other_libraries_are_drawn_beside_simulated_ones():
+    y, simulated = torch.randn(5), torch.randn(20, 5)
+    ax = plotting.predictive_check(y.numpy(), simulated.numpy())
+    drawn = torch.as_tensor(ax.lines[0].get_ydata())
+    torch.testing.assert_close(drawn, y.sort().values)
+    with pytest.raises(TypeError, match="expected simulated data to be a tensor or an array"):
+        plotting.predictive_check(y, "words")

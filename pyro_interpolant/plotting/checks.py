@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+from numpy.typing import ArrayLike
 
 from .._package import check_ranges, whole
 from ..diagnostics.predictive import REGIONS, CalibrationCheck, band_of
+from ..distributions.constraints import as_tensor
 from ..training.fitting import FitResult
 from .axes import DATA_COLOR, MODEL_COLOR, THIRD_COLOR, new_axes
 
@@ -113,18 +114,20 @@ def coverage_curve(check: CalibrationCheck, *, ax: "Axes | None" = None) -> "Axe
     return ax
 
 
-def predictive_check(y: Tensor, simulated: Tensor, *, ax: "Axes | None" = None) -> "Axes":
+def predictive_check(y: ArrayLike, simulated: ArrayLike, *, ax: "Axes | None" = None) -> "Axes":
     """Draw the ordered values of data beside the middle 95% of those simulated from a posterior.
 
     Args:
-        y: The data, shape ``(*)``.
+        y: The data, shape ``(*)``, a tensor or an array of any library.
         simulated: Data of ``Predictive``, shape ``(S, *)``.
         ax: Axes, or None for new ones.
 
     Raises:
+        TypeError: If either is neither a tensor nor an array.
         ValueError: If simulated data are of another shape, or there are none, or NaN or infinite
             numbers.
     """
+    y, simulated = as_tensor(y), as_tensor(simulated, "simulated data")
     if simulated.shape[1:] != y.shape:
         want, got = tuple(y.shape), tuple(simulated.shape)
         raise ValueError(f"expected simulated data of shape (S, *{want}), got {got}")

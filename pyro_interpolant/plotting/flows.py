@@ -13,14 +13,16 @@ from torch import Tensor
 
 from .._package import check_ranges, whole
 from ..diffusion.sde import to_values
-from ..distributions.constraints import in_order
+from ..distributions.constraints import RowsLike, in_order, shaped
 from ..distributions.interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
+from ..distributions.joint import ConditionalJointInterpolantDistribution
 from ..interpolants.linear import Interpolant
 from ..nn.velocity import evaluate
 from ..solvers.ode import FixedGrid
+from ..transforms.gaussianize import Gaussianized
 from .axes import (
     DATA_COLOR,
     MODEL_COLOR,
@@ -195,7 +197,7 @@ def conditional(
     context: ArrayLike,
     *,
     column: int = 0,
-    data: tuple[ArrayLike, ArrayLike] | None = None,
+    data: tuple[RowsLike, ArrayLike] | None = None,
     levels: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95),
     points: int = 120,
     ax: "Axes | None" = None,
@@ -203,13 +205,13 @@ def conditional(
     """Draw the density of a scalar, and its quantiles, along contexts of which one column varies.
 
     Args:
-        distribution: A conditional flow in one dimension.
+        distribution: A conditional flow in one dimension; of a named site its values are drawn.
         context: Contexts, shape ``(K, C)`` or ``(K,)`` where C = 1, ascending in one column.
             Where the flow was trained on a data frame of contexts, the columns of another are
             taken by their names.
         column: Which one that is, as they are given.
-        data: Outcomes, shape ``(N,)`` or ``(N, 1)``, and their contexts, to draw as points. Where
-            both contexts have names, columns are taken by them.
+        data: Outcomes, shape ``(N,)`` or ``(N, 1)``, or by name, and their contexts, to draw as
+            points. Where both contexts have names, columns are taken by them.
         levels: Of the quantiles.
         points: Of the grid of outcomes.
         ax: Axes, or None for new ones.
@@ -231,7 +233,7 @@ def conditional(
     check_ranges((f"column from 0 to {width - 1}", column in range(-width, width), column))
     names = names or distribution.context_columns
     taken = in_order(torch.as_tensor(contexts), names, distribution.context_columns, "context")
-    given = distribution.condition(taken.to(flow.loc))
+    given = _of_values(distribution).condition(taken.to(flow.loc))
     along = contexts[:, column]
     q = torch.tensor([0.005, *levels, 0.995])[:, None].to(flow.loc)
     with torch.no_grad():
@@ -252,6 +254,20 @@ def conditional(
     ax.set_xlim(along.min(), along.max())
     ax.legend(frameon=False)
     return ax
+
+
+def _of_values(
+    distribution: ConditionalInterpolantDistribution,
+) -> ConditionalInterpolantDistribution:
+    """Return the density of a named site's values, where it is one of packed vectors."""
+    if not isinstance(distribution, ConditionalJointInterpolantDistribution):
+        return distribution
+    (site,) = distribution.sites.values()
+    support = shaped(site[1], site[0])
+    if isinstance(distribution.constraint, Gaussianized):
+        support = Gaussianized(support, distribution.constraint.gaussianizer)
+    base = distribution.base
+    return ConditionalInterpolantDistribution(distribution.transform, base, support=support)
 
 
 def _paths(
