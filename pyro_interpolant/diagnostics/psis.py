@@ -9,9 +9,11 @@ import math
 from typing import NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
+from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import InterpolantDistribution
 from ..solvers.ode import FixedGrid
 
@@ -113,7 +115,7 @@ def recompute_largest(
     return log_q.index_copy(0, largest, new), float(change.mean())
 
 
-def pareto_smooth(log_weights: Tensor) -> Smoothed:
+def pareto_smooth(log_weights: ArrayLike) -> Smoothed:
     r"""Replace the largest importance weights by the quantiles of a Pareto tail fitted to them.
 
     The tail are the :math:`M = \lceil \min(N/5, 3\sqrt N) \rceil` largest; no weight grows beyond
@@ -204,7 +206,7 @@ def tail_length(count: int) -> int:
     return min(count - 1, math.ceil(min(count / 5, 3 * math.sqrt(count))))
 
 
-def effective_sample_size(log_weights: Tensor) -> float:
+def effective_sample_size(log_weights: ArrayLike) -> float:
     r"""Return :math:`(\sum_i w_i)^2 / \sum_i w_i^2`, between 1 and N.
 
     Args:
@@ -244,8 +246,9 @@ def log_total(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     return log_weights.double().logsumexp(-1), error.nan_to_num(math.inf)
 
 
-def _checked(log_weights: Tensor) -> Tensor:
+def _checked(log_weights: ArrayLike) -> Tensor:
     """Return log weights, floating, or raise a ValueError if they are none, shape ``(N,)``."""
+    log_weights = as_tensor(log_weights, "log weights")
     if log_weights.dim() != 1 or len(log_weights) == 0:
         raise ValueError(
             f"expected log weights of shape (N,), N >= 1, got {tuple(log_weights.shape)}"

@@ -29,6 +29,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .._package import check_ranges, whole
 from .._torch import innermost, is_tracing
 from ..interpolants.linear import Interpolant
 
@@ -206,6 +207,16 @@ def checked_times(t: Time, x: Tensor) -> Tensor:
         least, most = float(values.min()), float(values.max())
         raise ValueError(f"expected times in [0, 1], got {least} to {most}")
     return t
+
+
+def uniform_times(steps: int, end: float = 1.0) -> Tensor:
+    """Return the times between equal steps from 0 to an end, float64, shape ``(steps + 1,)``.
+
+    Raises:
+        ValueError: If there is no step.
+    """
+    check_ranges(whole("steps", steps, 1))
+    return torch.linspace(0.0, end, int(steps) + 1, dtype=torch.float64)
 
 
 def roundoff(x: Tensor) -> float:

@@ -26,16 +26,19 @@ References:
 """
 
 from collections.abc import Callable, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from ..distributions.bases import check_sizes
 from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.joint import JointInterpolantDistribution
 from ..nn.velocity import evaluate
-from .conversions import noise_and_data, roundoff
-from .sde import InterpolantSDE, TimeTerms, path_ends, to_values, uniform_times
+from .conversions import noise_and_data, roundoff, uniform_times
+from .sde import InterpolantSDE, TimeTerms, path_ends, to_values
 
-LogLikelihood = Callable[[Tensor], Tensor]
+LogLikelihood = Callable[..., Tensor]  # of values, or of sites by name
 
 # Of conjugate gradients. On 8 x 8 patches under an exact mixture of Gaussians, half of the pixels
 # seen, 50 equal steps of time: means of 20 draws are 0.48, 0.37, 0.38 posterior deviations off
@@ -44,13 +47,33 @@ LogLikelihood = Callable[[Tensor], Tensor]
 _SOLVER_STEPS = 3
 
 
+@overload
+def approximate_posterior(
+    distribution: JointInterpolantDistribution,
+    log_likelihood: Callable[[dict[str, Tensor]], Tensor],
+    shape: Sequence[int] = (),
+    *,
+    steps: int = 50,
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def approximate_posterior(
+    distribution: InterpolantDistribution,
+    log_likelihood: Callable[[Tensor], Tensor],
+    shape: Sequence[int] = (),
+    *,
+    steps: int = 50,
+) -> Tensor: ...
+
+
 def approximate_posterior(
     distribution: InterpolantDistribution,
     log_likelihood: LogLikelihood,
     shape: Sequence[int] = (),
     *,
     steps: int = 50,
-) -> Tensor:
+) -> Tensor | dict[str, Tensor]:
     r"""Draw approximately from prior times likelihood, by the SDE of the prior, guided.
 
     For posteriors of many objects, or of images, in seconds. Where prior and likelihood are
@@ -65,7 +88,8 @@ def approximate_posterior(
         distribution: A trained flow, the prior; a conditional one with its context.
         log_likelihood: :math:`\log p(y | x)`, a function from values x, shape
             ``(*shape, *batch_shape, *event_shape)``, on the support, to ``(*shape,
-            *batch_shape)``: one number for each, of which it may depend on no other. Twice
+            *batch_shape)``: one number for each, of which it may depend on no other. Of named
+            sites it takes values by name, each ``(*shape, *batch_shape, *site_shape)``. Twice
             differentiable; where it is not concave, only its slope counts.
         shape: How many draws. For B observations at once, ``(S, B)``, and a function that compares
             them with the last dimension of the batch.
@@ -75,10 +99,11 @@ def approximate_posterior(
             at 12, 6% at 25, 2% at 50.
 
     Returns:
-        Draws, shape ``(*shape, *batch_shape, *event_shape)``, on the support.
+        Draws, shape ``(*shape, *batch_shape, *event_shape)``, on the support; of named sites by
+        name, as ``sample_dict`` gives them.
 
     Raises:
-        TypeError: As :func:`~pyro_interpolant.score`.
+        TypeError: As :func:`~pyro_interpolant.score`, or if shape is no sequence of sizes.
         ValueError: As :func:`~pyro_interpolant.score`; also of a flow that learned the noise of a
             latent term, that starts from its data or that stops before t = 1, if there is no step,
             or the log-likelihoods are of another shape.
@@ -92,6 +117,7 @@ def approximate_posterior(
         >>> bool((draws.mean(0) - 1.0).abs().max() < 0.1)
         True
     """
+    check_sizes(shape, "a shape of draws")
     sde = _PosteriorSDE(distribution, log_likelihood)
     with torch.no_grad():
         sde.transform = sde.transform.held()
@@ -99,7 +125,7 @@ def approximate_posterior(
         # Equal steps of the square root of the time left: where little noise is left, the
         # posterior may be narrow, and the noise of a step must be less than it.
         times = 1 - (1 - uniform_times(steps)).square()
-        return to_values(distribution, path_ends(sde, w, times))
+        return _values(distribution, path_ends(sde, w, times))
 
 
 class _PosteriorSDE(InterpolantSDE):
@@ -189,13 +215,19 @@ class _PosteriorSDE(InterpolantSDE):
 
     def _sum(self, w: Tensor) -> Tensor:
         """Return the sum of log-likelihoods of whitened values, shape ``(*, D)``."""
-        found = self.log_likelihood(to_values(self.distribution, w))
+        found = self.log_likelihood(_values(self.distribution, w))
         if found.shape != w.shape[:-1]:
             raise ValueError(
                 f"expected log-likelihoods of shape {tuple(w.shape[:-1])}, one for each value, "
                 f"got {tuple(found.shape)}: sum over the numbers of an observation"
             )
         return found.sum()
+
+
+def _values(distribution: InterpolantDistribution, w: Tensor) -> Tensor | dict[str, Tensor]:
+    """Return values of whitened coordinates, shape ``(*, D)``; of named sites by name."""
+    x = to_values(distribution, w)
+    return distribution.unpack(x) if isinstance(distribution, JointInterpolantDistribution) else x
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

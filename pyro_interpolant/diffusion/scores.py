@@ -42,7 +42,8 @@ def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
             is that of the density there.
 
     Raises:
-        TypeError: If the distribution is conditional and lacks its context.
+        TypeError: If the distribution is conditional and lacks its context, or states are no
+            tensor.
         ValueError: If the score does not follow from what was learned: another base, a coupling
             that is not independent, a non-linear interpolant; or not at this time.
 

@@ -29,11 +29,13 @@ import torch
 from torch import Tensor
 
 from .._package import check_ranges, whole
+from ..distributions.bases import check_sizes
+from ..distributions.constraints import check_value
 from ..distributions.interpolant import InterpolantDistribution
 from ..interpolants.linear import END_MARGIN
 from ..nn.velocity import evaluate
 from ..transforms.interpolant import broadcast_batch
-from .conversions import noise_and_data, roundoff, score_terms
+from .conversions import noise_and_data, roundoff, score_terms, uniform_times
 from .scores import transform_with_score
 
 Diffusion = Callable[[Tensor], Tensor | float]
@@ -91,7 +93,7 @@ class InterpolantSDE:
         sde_type: ``"ito"``.
 
     Raises:
-        TypeError: As :func:`~pyro_interpolant.score`.
+        TypeError: As :func:`~pyro_interpolant.score`; also if the diffusion is no function.
         ValueError: As :func:`~pyro_interpolant.score`; also if the diffusion is negative or not
             finite, or positive where the score is not determined.
 
@@ -113,6 +115,11 @@ class InterpolantSDE:
         *,
         forward: bool = True,
     ) -> None:
+        if diffusion is not None and not callable(diffusion):
+            raise TypeError(
+                f"expected a diffusion that is a function of times, got {diffusion!r}: pass "
+                f"lambda t: {diffusion!r}"
+            )
         self.transform = transform_with_score(distribution)
         self.flow = self.transform.flow
         self.diffusion = diffusion
@@ -255,7 +262,8 @@ def sample_sde(
         support.
 
     Raises:
-        TypeError: As :class:`InterpolantSDE`.
+        TypeError: As :class:`InterpolantSDE`; also if shape is no sequence of sizes, or rows are
+            no tensor.
         ValueError: As :class:`InterpolantSDE`; also if steps or method are not as above, a row is
             outside the support, or there is no base to start from.
 
@@ -269,6 +277,7 @@ def sample_sde(
     """
     if method not in ("heun", "euler"):
         raise ValueError(f"expected the method 'heun' or 'euler', got {method!r}")
+    check_sizes(shape, "a shape of draws")
     sde = InterpolantSDE(distribution, diffusion, forward=x is None)
     with torch.no_grad():
         sde.transform = sde.transform.held()
@@ -304,19 +313,11 @@ def path_ends(
     return w
 
 
-def uniform_times(steps: int, end: float = 1.0) -> Tensor:
-    """Return the times between equal steps from 0 to an end, float64, shape ``(steps + 1,)``.
-
-    Raises:
-        ValueError: If there is no step.
-    """
-    check_ranges(whole("steps", steps, 1))
-    return torch.linspace(0.0, end, int(steps) + 1, dtype=torch.float64)
-
-
 def _to_white(sde: InterpolantSDE, distribution: InterpolantDistribution, x: Tensor) -> Tensor:
     """Return whitened coordinates, shape ``(*, D)``, of values, shape ``(*, *event_shape)``."""
-    real = distribution.to_flow(distribution.value_of(x))
+    x = distribution.value_of(x)
+    check_value(x, distribution.event_shape, sde.flow.loc.dtype)
+    real = distribution.to_flow(x)
     return sde.flow.whitening.to_white(sde.transform._checked(real))
 
 

@@ -237,6 +237,12 @@ def check_single(base: Distribution | None, *, rows: bool = False) -> None:
         )
 
 
+def check_sizes(shape: object, name: str) -> None:
+    """Raise a TypeError unless a shape, to be called by a name, is a sequence of whole numbers."""
+    if not isinstance(shape, Sequence) or not all(hasattr(n, "__index__") for n in shape):
+        raise TypeError(f"expected {name}, a tuple of whole numbers, got {shape!r}")
+
+
 def check_expansion(old: Sequence[int], new: Sequence[int]) -> None:
     """Raise an error unless a batch shape expands to another.
 
@@ -244,8 +250,7 @@ def check_expansion(old: Sequence[int], new: Sequence[int]) -> None:
         TypeError: If that is no sequence of whole numbers.
         ValueError: If the batch shape does not expand to it.
     """
-    if not isinstance(new, Sequence) or not all(hasattr(n, "__index__") for n in new):
-        raise TypeError(f"expected a batch shape, a tuple of whole numbers, got {new!r}")
+    check_sizes(new, "a batch shape")
     old, new = tuple(old), tuple(new)
     if any(n < 0 for n in new):
         raise ValueError(f"expected a batch shape of sizes of at least 0, got {new}")

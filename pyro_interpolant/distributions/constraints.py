@@ -23,6 +23,7 @@ from torch.distributions.transforms import ComposeTransform, ReshapeTransform
 from ..nn.velocity import checked_labels
 from ..transforms.bijections import PerEvent
 from ..transforms.flow import Flow
+from ..transforms.interpolant import check_tensor
 
 Constraint = constraints.Constraint
 RowsLike = ArrayLike | Mapping[str, ArrayLike]  # rows, or named draws
@@ -372,7 +373,7 @@ def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (N
     return x
 
 
-def check_value(value: object, event_shape: Sequence[int], dtype: torch.dtype) -> None:
+def check_value(value: Any, event_shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raise an error unless a value is a tensor of shape ``(*, *event_shape)``.
 
     Args:
@@ -384,11 +385,7 @@ def check_value(value: object, event_shape: Sequence[int], dtype: torch.dtype) -
         TypeError: If it is not a tensor.
         ValueError: If it is of another shape.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"expected a value that is a tensor, got {type(value).__name__}: convert it, "
-            f"torch.as_tensor(value, dtype={dtype})"
-        )
+    check_tensor(value, dtype)
     if tuple(value.shape[max(0, value.dim() - len(event_shape)) :]) != tuple(event_shape):
         scalars = tuple(event_shape) == (1,)
         hint = " For N scalars use shape (N, 1): x[..., None]." if scalars else ""

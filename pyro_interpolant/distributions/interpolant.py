@@ -252,9 +252,11 @@ class InterpolantDistribution(Summaries, dist.TransformedDistribution):
                 the batch has its own score.
 
         Raises:
+            TypeError: As :meth:`log_prob`.
             ValueError: As :meth:`log_prob`.
         """
         x = self.value_of(x)
+        check_value(x, self.event_shape, self.transform.flow.loc.dtype)
         batch = x.shape[: max(0, x.dim() - len(self.event_shape))]
         shape = broadcast_batch(batch, self.batch_shape) + x.shape[len(batch) :]
         enabled = torch.is_grad_enabled()

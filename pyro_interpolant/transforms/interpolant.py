@@ -309,6 +309,7 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
 
     def _checked(self, x: Tensor) -> Tensor:
         """Check x and broadcast it with the batch of the context."""
+        check_tensor(x, self.flow.loc.dtype)
         dim = self.flow.event_dim
         if x.dim() < 1 or x.shape[-1] != dim:
             hint = " For N scalars with D = 1 pass shape (N, 1): x[..., None]." if dim == 1 else ""
@@ -326,6 +327,20 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
                 f"expected {dtype}, the type of the flow, got {x.dtype}: convert the value, "
                 "or the flow by .to(dtype)"
             )
+
+
+def check_tensor(value: object, dtype: torch.dtype) -> None:
+    """Raise a TypeError unless a value is a tensor.
+
+    Args:
+        value: What is asked for.
+        dtype: The type of the flow, for the message.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"expected a value that is a tensor, got {type(value).__name__}: convert it, "
+            f"torch.as_tensor(value, dtype={dtype})"
+        )
 
 
 class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):

@@ -227,3 +227,11 @@ def test_a_rare_mode_is_no_tail_to_be_judged_alone():
     weights = 0.01 * torch.randn(10_000)
     weights[:20] += 6.2
     assert pareto_smooth(weights).k_hat > K_HAT_LIMIT
+
+
+def test_weights_may_be_an_array_of_any_library():
+    weights = torch.randn(200)
+    found, expected = pareto_smooth(weights.numpy()), pareto_smooth(weights)
+    assert torch.equal(found.log_weights, expected.log_weights)
+    assert found.k_hat == expected.k_hat
+    assert effective_sample_size(weights.tolist()) == effective_sample_size(weights)

@@ -217,3 +217,26 @@ def test_wrong_arguments():
         approximate_posterior(flow, lambda x: -x.square(), (3,))
     with pytest.raises(ValueError, match="steps >= 1, a whole number, got 0"):
         approximate_posterior(flow, lambda x: x.sum(-1), (3,), steps=0)
+    with pytest.raises(
+        TypeError, match="expected a shape of draws, a tuple of whole numbers, got 3"
+    ):
+        approximate_posterior(flow, lambda x: x.sum(-1), 3)
+
+
+def test_named_sites_are_seen_and_drawn_by_name():
+    """What is said of a positive site is said of its values, not of their logarithms."""
+    sites = {"a": ((2,), constraints.real), "sd": ((), constraints.positive)}
+    joint = pi.JointInterpolantDistribution(random_flow(3), sites=sites).freeze()
+
+    def log_likelihood(x):
+        assert (x["sd"] > 0).all()
+        assert x["a"].shape == (*x["sd"].shape, 2)
+        return -0.5 * (x["sd"] - 2.0).square()
+
+    torch.manual_seed(3)
+    draws = approximate_posterior(joint, log_likelihood, (4,), steps=3)
+    torch.manual_seed(3)
+    packed = joint.at(1.0)  # no names
+    rows = approximate_posterior(packed, lambda x: log_likelihood(joint.unpack(x)), (4,), steps=3)
+    for name, value in joint.unpack(rows).items():
+        torch.testing.assert_close(draws[name], value)

@@ -24,9 +24,11 @@ from pyro_interpolant import (
     from_samples,
     interpolant_transform,
     load,
+    sample_sde,
     save,
     score,
 )
+from pyro_interpolant.diffusion import sde_log_prob
 
 MEMBERS = {**INTERPOLANTS, **LATENT}
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
@@ -287,3 +289,21 @@ def test_weights_trained_by_a_likelihood_give_no_score(tmp_path):
         score(load(tmp_path / "flow"), 0.5, x.detach())
     fit(flow, x.detach(), steps=2, seed=0, progress=False, tolerance=1.0)
     score(flow, 0.5, x.detach())
+
+
+@pytest.mark.parametrize("support", [constraints.real_vector, constraints.positive])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda d, x: score(d, 0.5, x),
+        lambda d, x: denoiser(d, 0.5, x),
+        lambda d, x: sample_sde(d, x=x),
+        lambda d, x: sde_log_prob(d, x),
+        lambda d, x: d.score(x),
+        lambda d, x: d.log_prob(x),
+    ],
+)
+def test_rows_that_are_no_tensor_are_refused_alike(call, support):
+    d = InterpolantDistribution(random_flow(2), support=support).freeze()
+    with pytest.raises(TypeError, match="expected a value that is a tensor, got ndarray: convert"):
+        call(d, torch.ones(3, 2).numpy())

@@ -354,6 +354,13 @@ def test_errors_say_what_was_expected(call, message):
         call()
 
 
+def test_a_diffusion_is_a_function_and_a_shape_a_tuple():
+    with pytest.raises(TypeError, match="function of times, got 0.5: pass lambda t: 0.5"):
+        sample_sde(prior(), (3,), diffusion=0.5)
+    with pytest.raises(TypeError, match="a shape of draws, a tuple of whole numbers, got 5"):
+        sample_sde(prior(), 5)
+
+
 def test_a_number_of_steps_may_be_a_whole_float():
     assert sample_sde(prior(), (3,), steps=2.0).shape == (3, 2)
 
