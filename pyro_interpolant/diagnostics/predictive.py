@@ -102,7 +102,8 @@ def pit(
         seed: Of the draws.
 
     Raises:
-        TypeError: If rows or contexts are not of a floating type.
+        TypeError: If rows or contexts are not of a floating type, or rows of named sites have no
+            names.
         ValueError: If they cannot be those of the density.
     """
     rows = _Rows(distribution, x, context, draws)
@@ -307,10 +308,15 @@ def _packed(distribution: AnyDistribution, x: RowsLike) -> ArrayLike:
     Of named draws they are packed vectors.
     """
     x = rows_by_name(distribution, x, distribution.columns, "x")
-    if not isinstance(x, Mapping):
-        return x
     if not isinstance(distribution, NamedSites):
-        raise TypeError("expected rows: this distribution has no named sites")
+        if isinstance(x, Mapping):
+            raise TypeError("expected rows: this distribution has no named sites")
+        return x
+    if not isinstance(x, Mapping):
+        raise TypeError(
+            f"expected draws of the sites {list(distribution.sites)} by name, a dictionary or a "
+            "data frame, got a table without names: of packed vectors, pass .unpack(x)"
+        )
     return distribution.pack(x)
 
 

@@ -107,23 +107,26 @@ class Calibration(NamedTuple):
 
 
 def calibration_of(
-    posterior: ConditionalJointInterpolantDistribution, rows: Tensor, context: Tensor, seed: int
+    posterior: ConditionalJointInterpolantDistribution,
+    latents: Mapping[str, Tensor],
+    context: Tensor,
+    seed: int,
 ) -> Calibration:
     """Return the checks of a posterior on simulations.
 
     Args:
         posterior: The posterior.
-        rows: Latents, packed, shape ``(N, D)``.
+        latents: Latents by name, each ``(N, *site_shape)``.
         context: Their data, flattened, shape ``(N, C)``.
         seed: Of the draws.
     """
-    checks = [check(posterior, rows, context, seed=seed) for check in (sbc, coverage, tarp)]
+    checks = [check(posterior, latents, context, seed=seed) for check in (sbc, coverage, tarp)]
     failed = [
         f"{name}: {check.verdict}"
         for name, check in zip(Calibration._fields, checks, strict=False)
         if not float(check.distances.max()) <= check.band
     ]
-    verdict = "; ".join(failed) or f"calibrated as far as {len(rows):,} data sets tell"
+    verdict = "; ".join(failed) or f"calibrated as far as {len(context):,} data sets tell"
     return Calibration._make((*checks, verdict))
 
 

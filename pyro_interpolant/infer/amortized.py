@@ -331,8 +331,8 @@ class AmortizedInterpolant(AutoInterpolant):
         """
         check_ranges(whole("count", count, 2))
         with seeded(seed):
-            rows, context = self.rows_of(self.simulate(count, *args, **kwargs))
-        return calibration_of(self.posterior, rows, context, seed)
+            found = self.simulate(count, *args, **kwargs)
+        return calibration_of(self.posterior, found.latents, self.rows_of(found)[1], seed)
 
     def train_from(
         self, source: Source, sites: LatentSites, clock: Clock, settings: dict[str, Any]

@@ -325,3 +325,13 @@ def test_a_batch_is_refused():
     base = dist.Normal(torch.zeros(5, 2), 1.0).to_event(1)
     with pytest.raises(ValueError, match=r"expected one base for all rows.* batch shape \(5,\)"):
         pit(ConditionalInterpolantDistribution(d.transform, base), x, context)
+
+
+@pytest.mark.parametrize("check", [pit, coverage, tarp])
+def test_rows_of_named_sites_have_names(check):
+    """A table of values on the supports would be taken for unconstrained numbers."""
+    sites = {"a": ((), constraints.real), "sd": ((), constraints.positive)}
+    joint = JointInterpolantDistribution(random_flow(2, solver=COARSE), sites=sites).freeze()
+    table = torch.stack(list(joint.sample_dict((9,)).values()), 1)
+    with pytest.raises(TypeError, match=r"draws of the sites \['a', 'sd'\] by name"):
+        check(joint, table)
