@@ -453,7 +453,11 @@ def fit_guide(
     """
     clock = Clock(max_seconds)
     if not isinstance(guide, AutoInterpolant):
-        raise TypeError(f"expected an AutoInterpolant, got {type(guide).__name__}")
+        kind = type(guide)
+        raise TypeError(
+            "expected an AutoInterpolant of pyro_interpolant, got "
+            f"{kind.__module__}.{kind.__name__}"
+        )
     check_ranges(("max_seconds > 0", max_seconds > 0, max_seconds))
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)

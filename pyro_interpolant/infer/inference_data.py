@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._package import check_ranges, whole
 from .._torch import seeded
+from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from .importance_sampling import ImportanceResult, warn_poor
@@ -37,7 +38,8 @@ def to_arviz(
 
     Args:
         source: A flow, such as a :class:`~pyro_interpolant.JointInterpolantDistribution`; a guide
-            over one unconstrained vector; or what :func:`~pyro_interpolant.importance` found.
+            over one unconstrained vector; or what :func:`~pyro_interpolant.importance` found, or
+            its twin of NumPyro.
         *args: The arguments of the guide's model.
         count: The number of draws; by default 4,000, or of weighted draws as many as there are.
         seed: Makes the draws reproducible; the global generator is then left as it was.
@@ -58,6 +60,8 @@ def to_arviz(
     check_ranges(whole("count", count, 1, or_none=True))
     named, others = {}, {}
     with seeded(seed):
+        if getattr(source, "_fields", None) == ImportanceResult._fields:
+            source = _of_tensors(source)
         if isinstance(source, ImportanceResult):
             draws = source.resampled(count)
             names = ("k_hat", "ess", "log_evidence", "log_evidence_stderr", "verdict")
@@ -77,6 +81,12 @@ def to_arviz(
     if others:
         data.add_groups(proposal=arviz.dict_to_dataset(_one_chain(others)))
     return data
+
+
+def _of_tensors(found: Any) -> ImportanceResult:
+    """Return the result of importance sampling with tensors for arrays, as those of NumPyro."""
+    draws = {name: as_tensor(value) for name, value in found.draws.items()}
+    return ImportanceResult._make((*found[:5], as_tensor(found.log_weights), draws))
 
 
 def _one_chain(draws: dict[str, Tensor]) -> dict[str, Any]:

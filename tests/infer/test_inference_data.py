@@ -1,6 +1,7 @@
 """Draws in ArviZ' form: of flows, of guides, and of importance samplers with their weights."""
 
 import tempfile
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -100,3 +101,16 @@ def test_what_cannot_be_handed_over_is_refused():
             to_arviz(random_prior(2), count=count)
     with pytest.raises(TypeError, match="dict"):
         to_arviz({"x": torch.zeros(3)})
+
+
+@pytest.mark.filterwarnings("ignore:Poor:UserWarning")
+def test_weighted_draws_of_numpyro_are_taken_as_those_of_pyro():
+    """Arrays for tensors, and a key to resample by: the fields are the same."""
+    result = importance(AutoInterpolant(model, hidden_dims=(8,)), None, count=100, seed=0)
+    kind = NamedTuple("ImportanceResult", [(name, object) for name in result._fields])
+    arrays = {name: value.detach().numpy() for name, value in result.draws.items()}
+    twin = kind(*result[:5], result.log_weights.detach().numpy(), arrays)
+    data, expected = to_arviz(twin, seed=1), to_arviz(result, seed=1)
+    assert data.posterior.attrs["k_hat"] == result.k_hat
+    assert data.posterior.equals(expected.posterior)
+    assert data.proposal.equals(expected.proposal)
