@@ -163,9 +163,10 @@ def fit_guide(
         if k-hat is above 0.7.
 
     Raises:
-        TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro.
-        ValueError: If the samples miss a site or have another shape, a setting cannot work, or
-            the log density is noisy (a subsampled plate).
+        TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro, or there is no key.
+        ValueError: If the samples miss a site, have another shape or are off its support, a
+            setting cannot work, a latent site is discrete, or the log density is noisy (a
+            subsampled plate).
     """
     import torch
 
@@ -176,11 +177,12 @@ def fit_guide(
     from ..training.clock import Clock, Seconds
 
     check_guide(guide)
+    check_key(key)
     check_ranges(("max_seconds > 0", max_seconds > 0, max_seconds))
     clock = Clock(max_seconds)
     setup, draw = jax.random.split(key)
     with _kept_if_refused(guide):
-        with handlers.seed(rng_seed=setup):
+        with handlers.seed(rng_seed=setup), _discrete_sites_named(guide, args, kwargs):
             guide._setup_prototype(*args, **kwargs)
         _check_plates(guide)
         dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
@@ -226,6 +228,40 @@ def check_guide(guide: object) -> None:
         )
 
 
+def check_key(key: object) -> None:
+    """Raise a TypeError for what is no random key, such as data where it was forgotten."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (is_typed and shape == ()) and not (dtype == np.uint32 and len(shape or ()) == 1):
+        got = type(key).__name__ if dtype is None else f"an array of {dtype}, shape {shape}"
+        raise TypeError(
+            "expected a key of jax.random as the second argument, such as jax.random.key(0), got "
+            f"{got}"
+        )
+
+
+@contextlib.contextmanager
+def _discrete_sites_named(
+    guide: AutoInterpolant, args: Arguments, kwargs: Named
+) -> Iterator[None]:
+    """Raise a ValueError that names a discrete latent site where a guide cannot be set up."""
+    try:
+        yield
+    except (ImportError, NotImplementedError, RuntimeError):
+        model = handlers.seed(guide.model, rng_seed=0)
+        model = handlers.substitute(model, substitute_fn=guide.init_loc_fn)
+        with handlers.block():
+            trace = handlers.trace(model).get_trace(*args, **kwargs)
+        for name, site in trace.items():
+            latent = site["type"] == "sample" and not site["is_observed"]
+            if latent and site["fn"].support.is_discrete:
+                raise ValueError(
+                    f"expected continuous latent sites, got the discrete site {name!r}: "
+                    "marginalise it (a mixture distribution)"
+                ) from None
+        raise
+
+
 def _check_plates(guide: AutoInterpolant) -> None:
     """Raise a ValueError if a plate draws which of its rows are seen."""
     plates = [
@@ -246,7 +282,7 @@ def _packed(
     """Return unconstrained vectors, shape ``(N, D)``, of draws by site, by chain or not.
 
     Raises:
-        ValueError: If a site is missing or of another shape.
+        ValueError: If a site is missing, of another shape, or outside its support.
     """
     shapes = {name: guide.prototype_trace[name]["value"].shape for name in guide._init_locs}
     missing = sorted(set(shapes) - set(draws))
@@ -270,11 +306,21 @@ def _packed(
             f"{ {name: len(value) for name, value in rows.items()} }"
         )
 
-    def pack(sites: dict[str, Array]) -> Array:
+    def real_of(sites: dict[str, Array]) -> dict[str, Array]:
         real = unconstrain_fn(guide.model, args, kwargs, sites)
-        return jnp.concatenate([jnp.ravel(real[name]) for name in shapes])
+        return {name: jnp.ravel(real[name]) for name in shapes}
 
-    return jax.jit(jax.vmap(pack))(rows)
+    parts = jax.jit(jax.vmap(real_of))(rows)
+    for name in shapes:
+        outside = ~np.isfinite(parts[name]).all(1)
+        if outside.any():
+            support = guide.prototype_trace[name]["fn"].support
+            raise ValueError(
+                f"expected draws of site {name!r} strictly inside its support {support}, got "
+                f"{outside.sum()} of {len(outside)} outside it or on its edge, the first being "
+                f"draw {outside.argmax()}"
+            )
+    return jnp.concatenate([parts[name] for name in shapes], -1)
 
 
 def _prior_draws(

@@ -11,7 +11,7 @@ from numpyro import handlers
 from numpyro.infer.util import constrain_fn
 
 from .._package import check_ranges, whole
-from .autoguide import AutoInterpolant, check_guide
+from .autoguide import AutoInterpolant, check_guide, check_key
 from .distributions import InterpolantDistribution
 from .log_density import Arguments, Named, log_density
 from .transforms import InterpolantTransform
@@ -93,7 +93,7 @@ def importance(
         ``resampled`` turns into posterior samples.
 
     Raises:
-        TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro.
+        TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro, or there is no key.
         ValueError: If it is not trained, or ``count`` is below 100.
     """
     import torch
@@ -102,6 +102,7 @@ def importance(
     from ..infer import importance_sampling
 
     check_guide(guide)
+    check_key(key)
     check_ranges(whole("count", count, importance_sampling.MIN_DRAWS))
     count = int(count)
     posterior, density = guide.get_posterior(), log_density(guide, args, kwargs)

@@ -498,3 +498,37 @@ def test_training_on_draws():
     )
     assert result.ess > 0.9 * result.draws
     assert isinstance(result, GuideResult)
+
+
+@pytest.mark.parametrize("call", [fit_guide, importance])
+@pytest.mark.parametrize("key", [jnp.ones(2), 0, {"y": 1}])
+def test_a_key_that_was_forgotten_is_asked_for(call, key):
+    with pytest.raises(TypeError, match="expected a key of jax.random as the second argument"):
+        call(AutoInterpolant(conjugate), key)
+
+
+def test_both_kinds_of_key_are_taken():
+    for key in (KEY, jax.random.PRNGKey(0), np.zeros(2, np.uint32)):
+        module.check_key(key)
+    jax.jit(module.check_key)(KEY)
+
+
+@pytest.mark.parametrize("fn", [dist.Bernoulli(0.5), dist.Poisson(3.0)])
+def test_a_discrete_site_is_named(fn):
+    def model():
+        k = numpyro.sample("k", fn, infer={"enumerate": "parallel"})
+        numpyro.sample("x", dist.Normal(k, 1.0))
+
+    with pytest.raises(ValueError, match="continuous latent sites, got the discrete site 'k'"):
+        fit_guide(AutoInterpolant(model), KEY, **QUICK)
+
+
+def test_draws_off_a_support_are_refused_by_site():
+    def model():
+        numpyro.sample("a", dist.Normal())
+        numpyro.sample("s", dist.HalfNormal(1.0))
+
+    draws = {"a": jnp.zeros((2, 5)), "s": jnp.ones((2, 5)).at[0, 3].set(-1.0)}
+    message = r"site 's' strictly inside its support Positive.*got 1 of 10 .*being draw 3"
+    with pytest.raises(ValueError, match=message):
+        fit_guide(AutoInterpolant(model), KEY, samples=draws, **QUICK)
