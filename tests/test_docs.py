@@ -38,6 +38,7 @@ def shortened(source):
 @pytest.mark.filterwarnings("ignore:no time was left:UserWarning")
 @pytest.mark.filterwarnings("ignore:the fit came out wrong:UserWarning")
 @pytest.mark.filterwarnings("ignore:the time was over before samples:UserWarning")
+@pytest.mark.filterwarnings("ignore:num_chains=2 is more than available_cpu=1:UserWarning")
 @pytest.mark.filterwarnings("ignore:Stochastic Optimizer. Maximum iterations:UserWarning")
 @pytest.mark.parametrize("path", RUN, ids=map(name, RUN))
 def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
@@ -48,6 +49,8 @@ def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
         pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    # Chains one after another: a page is no module that a new process could import.
+    monkeypatch.setattr(torch.multiprocessing, "cpu_count", lambda: 1)
     torch.set_default_dtype(torch.float32)  # what a reader has
     namespace, found = {"__name__": "page"}, list(blocks(path))
     assert found
