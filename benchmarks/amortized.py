@@ -357,7 +357,7 @@ def main():
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.cell:
-        print(json.dumps(run(args.cell)))
+        print("\n" + json.dumps(run(args.cell)))  # on a line of its own: sbi's last one has no end
         return
     done = []
     if args.out.exists() and not args.smoke:
