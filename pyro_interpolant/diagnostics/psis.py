@@ -70,13 +70,22 @@ def summarise_weights(log_weights: Tensor) -> ImportanceSummary:
     return ImportanceSummary(k_hat, ess, *log_mean_weight(log_weights))
 
 
+def finite_or_none(values: Tensor) -> Tensor:
+    """Return log densities or weights, any shape, with ``-inf`` for NaN and ``+inf``: for none.
+
+    A density is infinite at points alone, such as Gamma(0.02, 1) at 0, to which small numbers are
+    rounded: draws on them would have all of the weight, and those beside them, which have the mass
+    that was there, none.
+    """
+    return torch.where(torch.isfinite(values), values, -math.inf)
+
+
 def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     r"""Return log weights :math:`\log p - \log q`, each ``(N,)``; no density, no weight.
 
     Where they differ by rounding errors alone, whose tail means nothing, they are their mean.
     """
-    raw = log_p - log_q
-    raw = torch.where(torch.isnan(raw), -math.inf, raw)
+    raw = finite_or_none(log_p - log_q)
     rounding = 100 * torch.finfo(raw.dtype).eps * float(log_q.abs().nan_to_num(0.0).max())
     if float(raw.max() - raw.min()) <= rounding:
         return raw.mean().expand_as(raw)

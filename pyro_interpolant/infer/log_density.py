@@ -15,6 +15,7 @@ from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
 from .._torch import draws, is_functorch_tensor, seeded, warn_user
+from ..diagnostics.psis import finite_or_none
 from .lanes import DrawnInLanes
 from .sites import (
     LatentSites,
@@ -76,7 +77,7 @@ class LogJoint:
                 self.batching: Batching = _batching(self, center)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Return the log density, ``-inf`` where it is not a number, shape ``(N,)``.
+        """Return the log density, ``-inf`` where it is not finite, shape ``(N,)``.
 
         Args:
             z: Unconstrained vectors, shape ``(N, D)``; gradients flow to them.
@@ -88,7 +89,7 @@ class LogJoint:
             raise ValueError(f"expected z of shape (N, {self.event_dim}), got {tuple(z.shape)}")
         evaluate = self.by(self.batching)
         with pyro.validation_enabled(is_validate=False):
-            return torch.cat([nan_to_minus_inf(evaluate, part) for part in z.split(self.rows)])
+            return torch.cat([evaluated_safely(evaluate, part) for part in z.split(self.rows)])
 
     def unpack(self, z: Tensor) -> dict[str, Tensor]:
         """Return the latent sites, each ``(N, *site_shape)``, of vectors of shape ``(N, D)``."""
@@ -169,7 +170,7 @@ class LogJoint:
         Raises:
             ValueError: If one run has other sites than another.
         """
-        parts = [nan_to_minus_inf(self.parts, row) for row in z]
+        parts = [evaluated_safely(self.parts, row) for row in z]
         if len({len(each) for each in parts}) > 1:
             raise ValueError(
                 "expected the same sites at all values of the latent ones, got a model that "
@@ -275,14 +276,14 @@ class _NotPositiveDefinite(TorchFunctionMode):
         return torch.where((info > 0)[..., None, None], math.nan, factor)
 
 
-def nan_to_minus_inf(evaluate: Evaluate, z: Tensor) -> Tensor:
-    """Return log densities, shape ``(N,)``, with ``-inf`` for NaN and failed factorisations."""
+def evaluated_safely(evaluate: Evaluate, z: Tensor) -> Tensor:
+    """Return log densities, any shape, ``-inf`` where not finite or a factorisation failed."""
     try:
         values = evaluate(z)
     except torch.linalg.LinAlgError:
         with _NotPositiveDefinite():
             values = evaluate(z)
-    return torch.where(torch.isnan(values), -math.inf, values)
+    return finite_or_none(values)
 
 
 def _batching(density: LogJoint, center: Tensor) -> Batching:
@@ -300,7 +301,7 @@ def _batching(density: LogJoint, center: Tensor) -> Batching:
     for batching in get_args(Batching):
         try:
             parts = density.parts_by(batching)
-            found = torch.cat([nan_to_minus_inf(parts, z[index]) for index in indices], 1)
+            found = torch.cat([evaluated_safely(parts, z[index]) for index in indices], 1)
             beside = _errors_beside(far[: max(1, density.rows - _PROBES)], parts, z, values)
             errors = torch.maximum((found - expected).abs().amax(1), beside)
         except Exception as failure:  # whatever a model does with shapes it does not expect
@@ -330,7 +331,7 @@ def _errors_beside(others: Tensor, parts: Evaluate, z: Tensor, values: Tensor) -
         values: The parts of their log densities, shape ``(1 + S, K)``.
     """
     with contextlib.suppress(Exception):
-        found = nan_to_minus_inf(parts, torch.cat((z, others)))[:, : len(z)]
+        found = evaluated_safely(parts, torch.cat((z, others)))[:, : len(z)]
         return (found - values).abs().amax(1)
     return torch.zeros_like(values[:, 0])
 

@@ -15,10 +15,11 @@ from pyro.infer.autoguide import (
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
+    init_to_value,
 )
 
 from pyro_interpolant import AutoInterpolant, FixedGrid, importance, log_joint
-from pyro_interpolant.diagnostics.psis import ImportanceSummary
+from pyro_interpolant.diagnostics.psis import ImportanceSummary, log_ratio
 from pyro_interpolant.infer import ImportanceResult
 from pyro_interpolant.infer.importance_sampling import verdict_of
 
@@ -240,6 +241,22 @@ def test_a_solver_that_is_too_coarse_is_found_out():
         warnings.simplefilter("always")
         importance(guide, count=500, seed=0)
     assert not [w for w in caught if "coarse" in str(w.message)]
+
+
+def test_where_a_density_is_infinite_there_is_none():
+    def model():
+        pyro.sample("x", dist.Gamma(torch.tensor(0.02, dtype=torch.float32), 1.0))
+
+    start = init_to_value(values={"x": torch.tensor(1e-10, dtype=torch.float32)})
+    guide = AutoDiagonalNormal(model, init_loc_fn=start, init_scale=40.0)
+    result = quietly(guide, count=1000, seed=0)
+    none = result.log_weights == -math.inf
+    assert 0 < int(none.sum()) < 100
+    assert set(result.draws["x"][none].tolist()) <= {0.0, math.inf}  # exp of very large z, too
+    z = torch.tensor([[-100.0], [-120.0]], dtype=torch.float32)
+    assert log_joint(guide)(z).isfinite().tolist() == [True, False]
+    assert log_joint(guide)(z)[1] == -math.inf
+    assert log_ratio(torch.tensor([0.0, math.inf]), torch.zeros(2)).tolist() == [0.0, -math.inf]
 
 
 def test_what_cannot_work_is_refused():

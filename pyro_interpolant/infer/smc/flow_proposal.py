@@ -3,7 +3,6 @@ r"""Metropolis-Hastings moves whose proposal is the flow q: accepted by the rati
 No gradient is taken, of the target or through the solver.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._torch import seeded
-from ...diagnostics.psis import recompute_largest
+from ...diagnostics.psis import finite_or_none, recompute_largest
 from ...distributions.interpolant import InterpolantDistribution
 from ...solvers.ode import FixedGrid
 from .tempering import LogDensity, Particles
@@ -71,7 +70,7 @@ def flow_proposal_step(
     size = torch.where(whole, 1.0, 10.0 ** (-_JUMP_DECADES * torch.rand(len(x), 1).to(x)))
     new_x = transform((1 - size**2).sqrt() * z + size * torch.randn_like(z))
     new = density.particles(new_x)
-    log_weights = _minus_inf_unless_finite(new.log_p - distribution.log_prob(new_x))
+    log_weights = finite_or_none(new.log_p - distribution.log_prob(new_x))
     ratio = log_weights - (particles.log_p - log_q)
     accepted = torch.rand(len(x)).to(ratio).log() < ratio
     gap = float((particles.log_p - log_q).double().mean())
@@ -120,7 +119,7 @@ def importance_weights(
     x, log_q = distribution.rsample_and_log_prob((count,))
     log_p, largest = density(x), max(1, int(_RECOMPUTED_SHARE * count))
     log_q, _ = recompute_largest(distribution, x, log_p, log_q, largest)
-    return _minus_inf_unless_finite(log_p - log_q)
+    return finite_or_none(log_p - log_q)
 
 
 def affordable_draws(
@@ -142,8 +141,3 @@ def affordable_draws(
         importance_weights(distribution, density, few)
     each = (time.monotonic() - began) / few
     return int(min(most, max(few, seconds / max(each, 1e-9))))
-
-
-def _minus_inf_unless_finite(log_weights: Tensor) -> Tensor:
-    """Return log weights, shape ``(N,)``, with ``-inf`` for NaN and infinities."""
-    return log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)

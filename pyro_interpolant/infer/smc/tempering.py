@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._torch import draws_nothing
-from ...diagnostics.psis import effective_sample_size, systematic_resampling
+from ...diagnostics.psis import effective_sample_size, finite_or_none, systematic_resampling
 
 _BLOCKS = (128, 1024, 4096)  # numbers of rows evaluated at once that are tried
 _TUNING_SECONDS = 1.0  # beyond which larger blocks are not tried
@@ -134,7 +134,7 @@ class LogDensity:
                 f"expected log densities of shape ({len(x)},) for rows of shape "
                 f"{tuple(x.shape)}, got {tuple(value.shape)}"
             )
-        return torch.where(torch.isfinite(value), value, -math.inf)
+        return finite_or_none(value)
 
 
 class HMCKernel:
