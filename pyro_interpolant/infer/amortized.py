@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
-from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
@@ -55,7 +54,7 @@ from .runs import (
     example_of,
     flattened,
     is_alike,
-    isolated,
+    nodes_of,
     plate_nesting,
     tell_of_others,
 )
@@ -65,7 +64,6 @@ from .simulation import Simulator, Source
 from .sites import (
     LatentSites,
     Model,
-    Nodes,
     check_one_data_set,
     init_latent,
     is_not_latent,
@@ -302,9 +300,8 @@ class AmortizedInterpolant(AutoInterpolant):
     def _data(self, *args: object, **kwargs: object) -> tuple[dict[str, Tensor], int]:
         """Return the data at the observed sites of a run of the model, and how its plates nest."""
         sites = LatentSites(self, *args, **kwargs)
-        with torch.no_grad(), isolated():
-            trace = poutine.trace(sites.model).get_trace()
-        nodes: Nodes = dict(trace.nodes)  # type: ignore[arg-type]
+        with torch.no_grad():
+            nodes = nodes_of(sites.model)
         check_rows_count(nodes)
         check_data(nodes, sites.shapes, self.observed)
         if self._example is not None:

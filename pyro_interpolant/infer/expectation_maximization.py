@@ -3,7 +3,6 @@ r"""Simulated expectation maximisation: latents drawn under a flow, a flow regre
 import math
 import time
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,24 +42,6 @@ _LOOK_CANDIDATES = 256  # in a look, at fewer objects: of 16 in 2-d, a nat was m
 _CALIBRATION_ROWS = 256
 _TOLERANCE = 1e-2  # nats, of the calibration
 _EVIDENCE = "held-out log p(y)"
-
-
-class Catalogue(Protocol):
-    """N objects, of each of which something is known."""
-
-    round_rows: int
-    look_rows: int
-
-    def __len__(self) -> int:
-        """Return N."""
-
-    def latents(self, distribution: AnyDistribution, index: Tensor) -> Rows:
-        """Return latents of objects, drawn under a population, in the flow's coordinates."""
-
-    def log_evidence(
-        self, distribution: AnyDistribution, index: Tensor, *, finely: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return the log-evidence of objects and its standard errors, shape ``(n,)`` each."""
 
 
 class NoisyRows:
@@ -170,6 +151,9 @@ def _rows_of(u: Tensor, context: Tensor | None) -> Rows:
     """Return latents of n objects, shape ``(n, S, D)``, as rows, each with its context."""
     each = None if context is None else context.repeat_interleave(u.shape[1], 0)
     return Rows(u.flatten(0, 1), each)
+
+
+Catalogue = NoisyRows | PosteriorDraws
 
 
 class ExpectationMaximization:

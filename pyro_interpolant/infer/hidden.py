@@ -4,15 +4,12 @@ The density of all data is then not that of what is observed, and no weights com
 """
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from .runs import isolated
+from .runs import data_of, nodes_of
 from .simulation import Simulator
-from .sites import Nodes
 
 # Numbers of a site that are replaced: where one in 50 is missing, all are seen once in 170 times.
 _REPLACED, _LOOPED = 256, 64  # at once, and one by one
@@ -59,11 +56,6 @@ def _in_arguments(simulator: Simulator) -> dict[str, Tensor]:
 
     Each has shape ``(1, *site_shape)``, that of an observation that broadcasts, too.
     """
-    with isolated(), poutine.trace() as tracer:
-        simulator.model()
-    nodes, found = cast("Nodes", tracer.trace.nodes), {}
-    for name, shape in (simulator.latents | simulator.shapes).items():
-        value = nodes[name]["value"]
-        is_short = value.dim() < len(shape)
-        found[name] = (value.expand(shape) if is_short else value).reshape(1, *shape)
-    return found
+    shapes = simulator.latents | simulator.shapes
+    found = data_of(nodes_of(simulator.model), shapes)
+    return {name: value.reshape(1, *shapes[name]) for name, value in found.items()}

@@ -1,4 +1,4 @@
-"""Random numbers drawn in place under :func:`torch.func.vmap`, other ones in each lane."""
+"""Random numbers drawn under :func:`torch.func.vmap`, other ones in each lane."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -48,3 +48,19 @@ class DrawnInLanes(TorchFunctionMode):
             tensor.fill_(math.nan)
             return func(into, *others, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def in_lanes(function: Callable[..., Any], count: int, *batches: Any) -> Any:
+    """Return what a function returns in each lane of a vmap, all of them drawing other numbers.
+
+    Args:
+        function: Of one row of each of the batches.
+        count: The number of lanes.
+        *batches: Tensors, shape ``(count, *)``, or dictionaries of them.
+    """
+
+    def one(lane: Tensor, *rows: Any) -> Any:
+        with DrawnInLanes(lane):
+            return function(*rows)
+
+    return torch.func.vmap(one, randomness="different")(torch.zeros(count), *batches)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch import draws, is_functorch_tensor, seeded, warn_user
 from ..diagnostics.psis import finite_or_none
-from .lanes import DrawnInLanes
+from .lanes import in_lanes
 from .sites import (
     LatentSites,
     Model,
@@ -26,7 +26,7 @@ from .sites import (
     check_fixed_support,
     extreme_rows,
     init_to_support,
-    is_subsample,
+    is_sampled,
     subsampling_plates,
     unchecked,
 )
@@ -389,14 +389,13 @@ def _depends_on_draws(density: LogJoint, z: Tensor) -> bool:
     """
     has_lanes = []
 
-    def in_lane(lane: Tensor) -> Tensor:
-        with DrawnInLanes(lane):
-            values = density.parts(z)
+    def parts() -> Tensor:
+        values = density.parts(z)
         has_lanes.append(is_functorch_tensor(values) or not bool(values.isfinite().all()))
         return values
 
     with contextlib.suppress(Exception):  # of a model that branches on what it draws
-        torch.func.vmap(in_lane, randomness="different")(z.new_zeros(2))
+        in_lanes(parts, 2)
     return has_lanes != [False]
 
 
@@ -451,6 +450,5 @@ def _log_prob(site: Site, latents: Collection[str]) -> Tensor:
 def _scored(trace: Nodes) -> Iterator[Site]:
     """Yield the sites of a trace that carry a log density."""
     for site in trace.values():
-        if site["type"] == "sample" and not is_subsample(site):
-            if not site["infer"].get("_deterministic"):
-                yield site
+        if is_sampled(site):
+            yield site

@@ -9,7 +9,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .lanes import DrawnInLanes
+from .lanes import in_lanes
 from .log_density import LogJoint
 from .runs import AllDrawn, Stop
 from .sites import init_to_support, unchecked
@@ -40,16 +40,9 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
         ]
         return torch.cat(parts, dim=-1)
 
-    def in_lane(lane: Tensor) -> Tensor:
-        with DrawnInLanes(lane):
-            return draw()
-
     try:
         with torch.no_grad(), unchecked():
-            if density.batching == "plate":
-                z = draw(count)
-            else:
-                z = torch.func.vmap(in_lane, randomness="different")(torch.zeros(count))
+            z = draw(count) if density.batching == "plate" else in_lanes(draw, count)
     except (RuntimeError, TypeError, ValueError, NotImplementedError):  # it cannot be sampled
         return None
     found = without_extremes(z)

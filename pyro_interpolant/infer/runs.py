@@ -1,7 +1,6 @@
 """One run of a model that draws its data: what it observes, and what is refused of its sites."""
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from .._torch import are_close, seeded, warn_user
 from ..distributions.constraints import as_tensor
-from .sites import Model, Nodes, Site, is_subsample, subsampling_plates
+from .sites import Model, Nodes, Site, is_sampled, is_subsample, subsampling_plates
 
 
 class Unobserved(Messenger):
@@ -40,13 +39,12 @@ class Unobserved(Messenger):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
-@contextlib.contextmanager
-def isolated() -> Iterator[None]:
-    """Run a model outside all enclosing handlers and plates."""
+def nodes_of(model: Model) -> Nodes:
+    """Return the sites of a run of a model, outside all enclosing handlers and plates."""
     stack, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
     try:
         with poutine.block():
-            yield
+            return cast("Nodes", poutine.trace(model).get_trace().nodes)
     finally:
         _DIM_ALLOCATOR._stack = stack
 
@@ -121,9 +119,8 @@ def example_of(model: Model, observed: Sequence[str]) -> dict[str, Tensor]:
         model: The model.
         observed: Its observed sites; others keep their values.
     """
-    with seeded(0), isolated(), poutine.trace() as tracer, Unobserved(observed):
-        model()
-    nodes = cast("Nodes", tracer.trace.nodes)
+    with seeded(0):
+        nodes = nodes_of(Unobserved(observed)(model))
     return {name: node["value"] for name, node in nodes.items() if is_sampled(node)}
 
 
@@ -186,12 +183,6 @@ def data_of(nodes: Nodes, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]
         is_short = value.dim() < len(shape)  # of an observation that broadcasts
         found[name] = value.expand(fn.batch_shape + fn.event_shape) if is_short else value
     return found
-
-
-def is_sampled(node: Site) -> bool:
-    """Return whether a node of a trace is a sample, and not of a plate's indices."""
-    sampled = node["type"] == "sample" and not is_subsample(node)
-    return sampled and not node["infer"].get("_deterministic")
 
 
 def check_data(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[str]) -> None:

@@ -22,18 +22,17 @@ from torch.distributions import biject_to
 from .._package import check_ranges
 from .._torch import draws, seeded, warn_user
 from ..distributions.supports import BijectiveSupport
-from .lanes import DrawnInLanes
+from .lanes import in_lanes
 from .runs import (
     AllDrawn,
     Stop,
     Unobserved,
     check_names,
     check_rows_count,
-    is_sampled,
     plate_nesting,
 )
 from .simulated import Simulations, all_of
-from .sites import LatentSites, Nodes, check_fixed_support, extreme_rows, unchecked
+from .sites import LatentSites, Nodes, check_fixed_support, extreme_rows, is_sampled, unchecked
 from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
@@ -384,14 +383,9 @@ class Simulator:
             nodes = self._run(None, values, latents_alone=latents_alone)
             return self._collected(nodes, latents_alone=latents_alone)[:3]
 
-        def in_lane(lane: Tensor, values: dict[str, Tensor]) -> tuple[Any, ...]:
-            with DrawnInLanes(lane):
-                return single(values)
-
         if batching == "vmap":
             with unchecked():
-                together = torch.func.vmap(in_lane, randomness="different")
-                latents, data, log_prior = together(torch.zeros(count), given)
+                latents, data, log_prior = in_lanes(single, count, given)
             return Simulations(latents, data, log_prior, 0)
         parts = [single({k: v[i] for k, v in given.items()}) for i in range(count)]
         latents, data = (

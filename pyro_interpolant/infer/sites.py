@@ -195,6 +195,12 @@ def is_subsample(site: Site) -> bool:
     return site_is_subsample(cast("Message", site))
 
 
+def is_sampled(node: Site) -> bool:
+    """Return whether a node of a trace is a sample, and not of a plate's indices."""
+    sampled = node["type"] == "sample" and not is_subsample(node)
+    return sampled and not node["infer"].get("_deterministic")
+
+
 def subsampling_plates(nodes: Nodes) -> list[str]:
     """Return the names of a trace's plates that hold fewer rows than there are."""
     return [
