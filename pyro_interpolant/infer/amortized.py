@@ -354,7 +354,7 @@ class AmortizedInterpolant(AutoInterpolant):
         source = source._replace(rounds=int(rounds))
         if source.rounds > 1:
             check_one_data_set(self._seen(*sites.args, **sites.kwargs).shape[:-1])
-        if isinstance(count, Iterable):
+        if isinstance(count, Iterable) and getattr(count, "ndim", 1) > 0:  # not a tensor(200)
             return self._train_from_batches(count, source.rounds, sites, clock, settings)
         check_ranges(whole("simulations", count, 10))
         count, rounds = int(count), source.rounds

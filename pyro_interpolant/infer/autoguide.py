@@ -435,7 +435,8 @@ def fit_guide(
         :class:`~pyro_interpolant.infer.AmortizedResult`, the verdict on fresh simulations.
 
     Raises:
-        TypeError: If the guide is not an :class:`~pyro_interpolant.AutoInterpolant`.
+        TypeError: If the guide is not an :class:`~pyro_interpolant.AutoInterpolant`, or samples
+            are not by site.
         ValueError: If the samples miss a site or have another shape, a setting cannot work, there
             are no samples and the log joint density cannot be evaluated, or no simulation is
             finite.
@@ -458,7 +459,8 @@ def fit_guide(
             "expected an AutoInterpolant of pyro_interpolant, got "
             f"{kind.__module__}.{kind.__name__}"
         )
-    check_ranges(("max_seconds > 0", max_seconds > 0, max_seconds))
+    is_limit = max_seconds is not None and max_seconds > 0
+    check_ranges(("max_seconds > 0", is_limit, max_seconds))
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
     settings = {"seed": seed, "progress": progress, **(options or {})}

@@ -87,6 +87,8 @@ class LogJoint:
         """
         if z.dim() != 2 or z.shape[-1] != self.event_dim:
             raise ValueError(f"expected z of shape (N, {self.event_dim}), got {tuple(z.shape)}")
+        if len(z) == 0:
+            return z.sum(-1)
         evaluate = self.by(self.batching)
         with pyro.validation_enabled(is_validate=False):
             return torch.cat([evaluated_safely(evaluate, part) for part in z.split(self.rows)])

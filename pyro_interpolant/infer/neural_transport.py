@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import ArrayLike
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
@@ -20,7 +21,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to
 
-from ..distributions.constraints import is_all_real
+from ..distributions.constraints import as_tensor, is_all_real
 from ..distributions.supports import OnEvents
 from ..transforms.bijections import Unseen
 from ..transforms.gaussianize import without_gaussianizer
@@ -118,7 +119,7 @@ class Neutra:
 
     @torch.no_grad()
     def samples(
-        self, draws: Mapping[str, Tensor], *args: object, **kwargs: object
+        self, draws: Mapping[str, ArrayLike], *args: object, **kwargs: object
     ) -> dict[str, Tensor]:
         """Return draws in the model's sites, each ``(*, *site_shape)``, in one solve.
 
@@ -130,15 +131,16 @@ class Neutra:
         Raises:
             ValueError: If they are not draws of this model in base space.
         """
-        names = [name for name in draws if name.endswith(_SITE)]
+        values = {name: as_tensor(value, f"draws of {name!r}") for name, value in draws.items()}
+        names = [name for name in values if name.endswith(_SITE)]
         dim = self.guide.latent_dim
-        if len(names) != 1 or draws[names[0]].shape[-1] != dim:
-            got = {name: tuple(value.shape) for name, value in draws.items()}
+        if len(names) != 1 or values[names[0]].shape[-1:] != (dim,):
+            got = {name: tuple(value.shape) for name, value in values.items()}
             raise ValueError(
                 f"expected draws of one site '*{_SITE}' of shape (*, {dim}), from MCMC with this "
                 f"model, got {got}"
             )
-        base = draws[names[0]]
+        base = values[names[0]].to(self.guide.transform.flow.loc)  # arrays are of float64
         transform = self._transform(*args, **kwargs)
         sites = self.sites.unpack(transform(base.reshape(-1, dim)))
         return {k: v.reshape(base.shape[:-1] + v.shape[1:]) for k, v in sites.items()}

@@ -322,6 +322,10 @@ def _start_rows(
     if start is not None:
         drawn = start.sample((len(rows),)) if isinstance(start, Distribution) else start
         wide = in_order(as_tensor(drawn, "start"), names_of(start), names, "start").to(rows.y)
+        if wide.numel() == 0:
+            raise ValueError(
+                f"expected rows to start from, shape (M, *event_shape), got {tuple(wide.shape)}"
+            )
         index = torch.arange(max(len(rows), len(wide)))
         return wide[index % len(wide)], index % len(rows)
     if not rows.is_gaussian():

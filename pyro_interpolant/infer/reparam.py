@@ -11,6 +11,7 @@ from typing import Any, NoReturn, cast
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import ArrayLike
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.distributions import ComposeTransform
 
 from .._torch import are_close, seeded
+from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import NAMED
 from .sites import Model, Nodes, Site, whole_value
@@ -50,7 +52,7 @@ class BaseSpace:
 
     @torch.no_grad()
     def samples(
-        self, draws: Mapping[str, Tensor], *args: object, **kwargs: object
+        self, draws: Mapping[str, ArrayLike], *args: object, **kwargs: object
     ) -> dict[str, Tensor]:
         """Return draws in the sites of the model: ``z_base`` becomes z, or its sites by name.
 
@@ -70,11 +72,11 @@ class BaseSpace:
             ValueError: If a prior depends on another site, so that each draw has its own, as runs
                 of the model at up to 16 of the draws tell.
         """
+        named = {name: as_tensor(value, f"draws of {name!r}") for name, value in draws.items()}
         with seeded(0):  # what no draw fixes, the same at each call
-            first, count = self._at(0.0, draws, *args, **kwargs)
+            first, count = self._at(0.0, named, *args, **kwargs)
             places = torch.linspace(0, 1, min(count, _RUNS)).tolist()[1:]
-            runs = [first, *(self._at(p, draws, *args, **kwargs)[0] for p in places)]
-        named = dict(draws)
+            runs = [first, *(self._at(p, named, *args, **kwargs)[0] for p in places)]
         for name, node in {k: v for run in reversed(runs) for k, v in run.items()}.items():
             mark = (node.get("infer") or {}).get(_MARK)
             if mark is None or name not in named:
@@ -122,7 +124,9 @@ class _AtDraw(Messenger):
         if known is None or msg["is_observed"] or not isinstance(fn, TorchDistributionMixin):
             return
         rows = known.reshape(-1, *fn.shape())
-        self.count, msg["value"] = len(rows), rows[round(self.place * (len(rows) - 1))]
+        self.count = len(rows)
+        if self.count:
+            msg["value"] = rows[round(self.place * (self.count - 1))]
 
 
 def _has_map(node: Site | None, flow: InterpolantDistribution) -> bool:
@@ -221,6 +225,7 @@ def _sampled(
 
 def _image(flow: InterpolantDistribution, z: Tensor) -> Tensor:
     """Return the values, ``(*, *event_shape)``, of what is sampled in base space."""
+    z = z.to(flow.transform.flow.loc)  # arrays are of float64
     return ComposeTransform(flow.transforms)(flow.space.from_sampled(z))
 
 

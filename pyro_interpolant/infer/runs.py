@@ -248,6 +248,6 @@ def flattened(data: Mapping[str, Any], shapes: Mapping[str, torch.Size], like: T
                 "data may be missing, observe a deterministic site that holds zeros there, "
                 "and a mask"
             )
-        parts.append(value.to(like).reshape(*value.shape[:batch], -1))
+        parts.append(value.to(like).reshape(*value.shape[:batch], shape.numel()))
     batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
     return torch.cat([part.expand(*batch_shape, -1) for part in parts], -1)

@@ -109,9 +109,17 @@ def is_not_latent(observed: tuple[str, ...], msg: Message) -> bool:
 
 @contextlib.contextmanager
 def unsupported_sites_named(guide: AutoContinuous) -> Iterator[None]:
-    """Raise a ValueError that names the site where a guide meets one without a bijection."""
+    """Raise a ValueError where a guide meets a site without a bijection, naming it, or no site."""
     try:
         yield
+    except RuntimeError as error:
+        trace = guide.prototype_trace
+        if trace is None or list(trace.iter_stochastic_nodes()):
+            raise
+        raise ValueError(
+            "expected a model with latent sites, got one in which none is left to infer: all are "
+            "observed, hidden or enumerated"
+        ) from error
     except (NotImplementedError, ValueError):
         if guide.prototype_trace is not None:
             for _, site in guide.prototype_trace.iter_stochastic_nodes():
@@ -315,9 +323,15 @@ class LatentSites:
         Leading dimensions, of chains or of Pyro's ``Predictive``, are flattened.
 
         Raises:
+            TypeError: If they are not given by site.
             ValueError: If a site is missing, of another shape, or outside its support, or there
-                are not as many draws of each.
+                are not as many draws of each, or none.
         """
+        if not isinstance(draws, Mapping):
+            raise TypeError(
+                f"expected draws of each site {list(self.shapes)} by name, as mcmc.get_samples() "
+                f"gives them, got {type(draws).__name__}"
+            )
         flat = {}
         for name, shape in self.shapes.items():
             value = None if name not in draws else torch.as_tensor(draws[name])
@@ -333,6 +347,8 @@ class LatentSites:
         counts = {name: len(value) for name, value in flat.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"expected as many draws of every site, got {counts}")
+        if 0 in counts.values():
+            raise ValueError("expected draws of every site, got none")
         return pack(self.sites, flat)
 
 

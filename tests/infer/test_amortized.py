@@ -762,6 +762,19 @@ def test_parallel_predictive_with_plates_of_given_dimensions():
     assert len(found["loc"].unique()) == 10
 
 
+def test_of_no_data_sets_there_are_no_posteriors():
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
+    guide(torch.zeros(ROWS))
+    posterior = guide.condition(y=torch.zeros(0, ROWS))
+    assert posterior.sample_dict((3,))["loc"].shape == (3, 0)
+
+
+def test_the_number_of_simulations_may_be_in_a_tensor():
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
+    with pytest.raises(ValueError, match="expected simulations >= 10, a whole number, got 5"):
+        pi.fit_guide(guide, simulations=torch.tensor(5))
+
+
 def test_several_data_sets_in_the_arguments_are_refused_where_one_is_meant():
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
     y = torch.randn(3, ROWS)

@@ -343,8 +343,15 @@ def test_what_cannot_work_is_said_before_any_work():
         quick(guide, samples={**samples, "rate": -samples["rate"]})
     with pytest.raises(ValueError, match="NaN or infinite"):
         quick(guide, samples={**samples, "x": samples["x"] / 0})
-    with pytest.raises(ValueError, match="expected max_seconds > 0, got -1"):
-        quick(guide, max_seconds=-1)
+    with pytest.raises(ValueError, match="expected draws of every site, got none"):
+        quick(guide, samples={name: value[:0] for name, value in samples.items()})
+    with pytest.raises(
+        TypeError, match=r"draws of each site \['rate', 'x'\] by name, .* got Tensor"
+    ):
+        fit_guide(guide, samples=samples["x"])
+    for seconds in (-1, None):
+        with pytest.raises(ValueError, match=f"expected max_seconds > 0, got {seconds}"):
+            quick(guide, max_seconds=seconds)
     with pytest.raises(TypeError, match=r"of pyro_interpolant, got pyro\..*\.AutoNormal"):
         fit_guide(AutoNormal(skewed), samples=samples)
     hidden = poutine.block(

@@ -744,6 +744,16 @@ def test_wrong_targets_and_shapes_are_refused():
             density(z)
 
 
+@pytest.mark.parametrize("batching", ["plate", "vmap"])
+def test_of_no_draws_there_are_no_densities(batching):
+    density = log_joint(plated)
+    density.batching = batching
+    z = torch.zeros(0, 10, requires_grad=True)
+    assert density(z).shape == (0,)
+    density(z).sum().backward()
+    assert z.grad.shape == z.shape
+
+
 def test_draws_that_do_not_fit_are_refused():
     density = log_joint(plated)
     draws = density.unpack(torch.randn(5, 10))

@@ -268,6 +268,17 @@ def test_a_good_guide_makes_a_bad_geometry_easy():
     assert torch.allclose(x[0].std(0) / scales, torch.ones(3), atol=0.4)
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_draws_may_be_arrays_and_none(count):
+    base, w = neutra(small()), torch.randn(count, 4)
+    expected = base.samples({"mu_shared_latent": w})
+    assert expected["x"].shape == (count, 2)
+    base.guide.float()
+    found = base.samples({"mu_shared_latent": w.numpy()})
+    assert found["x"].dtype == torch.float32
+    torch.testing.assert_close(found["x"].double(), expected["x"], rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_work_is_refused():
     with pytest.raises(TypeError, match="AutoInterpolant, got AutoDiagonalNormal: use Pyro's Neu"):
         neutra(AutoDiagonalNormal(model))

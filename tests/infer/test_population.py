@@ -588,6 +588,7 @@ def changed(x, index, value):
         ((Y, lambda x, row: dist.Normal(x[:, 0], 1.0)), {"start": Y}, "log_prob of shape"),
         ((Y, lambda x, row: dist.Normal(0.0, 1.0)), {"start": Y}, "log_prob of shape"),
         ((Y, SDS), {"start": Y[:, :1]}, "one shape"),
+        ((Y, SDS), {"start": Y[:0]}, r"rows to start from, .* got \(0, 2\)"),
         ((Y - 100, SDS), {"support": constraints.positive}, "start from, got 0"),
         ((Y, changed(SDS, (slice(None), 0), math.inf)), {}, "each column"),
         ((Y, SDS), {"support": pi.circular}, "angles"),

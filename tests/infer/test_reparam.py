@@ -928,6 +928,22 @@ def test_a_prior_that_a_latent_site_chooses_has_no_one_map_for_all_draws():
         assert torch.allclose(found["z"], one.transform(w))
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_draws_may_be_arrays_and_none(count):
+    prior = random_prior(2)
+
+    def model():
+        pyro.sample("y", dist.Normal(pyro.sample("z", prior).sum(-1), 1.0))
+
+    draws = {"z_base": torch.randn(count, 2), "y": torch.zeros(count)}
+    expected = base_space(model).samples(draws)
+    assert expected["z"].shape == (count, 2)
+    prior.transform.float()
+    found = base_space(model).samples({name: value.numpy() for name, value in draws.items()})
+    torch.testing.assert_close(found["z"].double(), expected["z"], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found["y"], draws["y"])
+
+
 def test_draws_of_a_prior_that_is_not_at_each_draw_are_refused():
     def model():
         if pyro.sample("a", dist.Normal(0.0, 1.0)) > 0:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..._package import check_ranges
+from ..._package import check_ranges, whole
 from ..._torch import evaluated, seeded, trainable
 from ...diagnostics.calibration import calibrate_until
 from ...diagnostics.psis import (
@@ -317,25 +317,25 @@ def train_from_density(
         2022, arXiv 2105.12603 (the rounds); Del Moral, Doucet & Jasra, JRSS B 68, 2006
         (tempering); Vehtari et al., arXiv 1507.02646 (k-hat).
     """
-    budget = Budget(rounds, Clock(max_seconds))
-    flow = _checked_flow(distribution)
+    clock, flow = Clock(max_seconds), _checked_flow(distribution)
     check_ranges(
-        ("max_seconds > 0", max_seconds > 0, max_seconds),
-        ("draws >= 100", draws >= 100, draws),
-        ("steps >= 1", steps >= 1, steps),
-        ("rounds >= 1", rounds is None or rounds >= 1, rounds),
+        ("max_seconds > 0", max_seconds is not None and max_seconds > 0, max_seconds),
+        whole("draws", draws, 100),
+        whole("steps", steps, 1),
+        whole("rounds", rounds, 1, or_none=True),
     )
+    budget = Budget(rounds, clock)
     with torch.inference_mode(mode=False), torch.no_grad(), seeded(seed):
         wide = initial_mixture(start, flow.loc)
         density = LogDensity(log_density)
         density.check(wide.sample(256))
         with PercentBar("rounds", progress=progress) as bar:
-            particles = _find_particles(density, wide, draws, budget, bar)
+            particles = _find_particles(density, wide, int(draws), budget, bar)
             with trainable(flow.velocity):
                 run = Run(distribution, density, particles, budget)
                 going = True
                 while going:
-                    going = run.round(steps)
+                    going = run.round(int(steps))
                     bar.show(budget.done(len(run.history)), run.history[-1].text())
             distribution.freeze()
             return run.verdict()

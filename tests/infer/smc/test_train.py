@@ -503,9 +503,12 @@ def test_a_start_far_away_is_used():
     ("options", "message"),
     [
         ({"max_seconds": 0.0}, "max_seconds > 0, got 0.0"),
-        ({"draws": 99}, "draws >= 100, got 99"),
-        ({"steps": 0}, "steps >= 1, got 0"),
-        ({"rounds": 0}, "rounds >= 1, got 0"),
+        ({"max_seconds": None}, "max_seconds > 0, got None"),
+        ({"draws": 150.5}, "draws >= 100, a whole number, got 150.5"),
+        ({"steps": 1.5}, "steps >= 1, a whole number, got 1.5"),
+        ({"draws": 99}, "draws >= 100, a whole number, got 99"),
+        ({"steps": 0}, "steps >= 1, a whole number, got 0"),
+        ({"rounds": 0}, "rounds >= 1, a whole number, got 0"),
         ({"start": torch.zeros(3)}, r"a start of shape \(M, 2\)"),
     ],
 )
