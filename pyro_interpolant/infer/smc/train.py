@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ..._package import check_ranges, whole
-from ..._torch import evaluated, seeded, trainable
+from ..._torch import evaluated, seeded, trainable, warn_user
 from ...diagnostics.calibration import calibrate_until
 from ...diagnostics.psis import (
     K_HAT_LIMIT,
@@ -286,7 +286,8 @@ def train_from_density(
     r"""Train a flow on an unnormalised log-density, in place, and freeze its weights.
 
     No diagnostic sees a mode or a neck that neither the start nor the moves reached: a start wider
-    than the target helps, or writing the model without the neck.
+    than the target helps, or writing the model without the neck. An interrupt ends the rounds, and
+    what they gave is kept and judged.
 
     Args:
         distribution: The flow: on real vectors, from its default base.
@@ -333,10 +334,13 @@ def train_from_density(
             particles = _find_particles(density, wide, int(draws), budget, bar)
             with trainable(flow.velocity):
                 run = Run(distribution, density, particles, budget)
-                going = True
-                while going:
-                    going = run.round(int(steps))
-                    bar.show(budget.done(len(run.history)), run.history[-1].text())
+                try:
+                    going = True
+                    while going:
+                        going = run.round(int(steps))
+                        bar.show(budget.done(len(run.history)), run.history[-1].text())
+                except KeyboardInterrupt:
+                    warn_user("the run was interrupted: the best weights so far were kept")
             distribution.freeze()
             return run.verdict()
 

@@ -23,6 +23,7 @@ from pyro_interpolant import (
 from pyro_interpolant.diagnostics.psis import K_HAT_LIMIT, systematic_resampling
 from pyro_interpolant.infer.regression import FlowRegression
 from pyro_interpolant.infer.schedule import RateSchedule
+from pyro_interpolant.infer.smc import train
 from pyro_interpolant.infer.smc.budget import Budget
 from pyro_interpolant.infer.smc.flow_proposal import (
     coarse_solver,
@@ -515,6 +516,30 @@ def test_a_start_far_away_is_used():
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         quick(tiny(), slanted().log_prob, **options)
+
+
+def test_an_interrupt_keeps_what_was_learned(monkeypatch):
+    flow, kept = tiny(), {}
+
+    def interrupted(run, steps):
+        kept["run"] = run
+        if not run.history:
+            return plain(run, steps)
+        run.regression(10, run.rate, seconds=60.0)
+        raise KeyboardInterrupt
+
+    plain = train.Run.round
+    monkeypatch.setattr(train.Run, "round", interrupted)
+    monkeypatch.setattr(train, "_VERDICT_DRAWS", 200)
+    with pytest.warns(UserWarning, match="interrupted: the best weights so far were kept"):
+        result = quick(flow, slanted().log_prob, steps=10, draws=100, max_seconds=0.5)
+    assert len(result.rounds) == 1
+    assert result.draws > 0
+    assert not any(p.requires_grad for p in flow.transform.parameters())
+    assert result.solver == flow.transform.solver
+    weights, regression = list(flow.transform.velocity.parameters()), kept["run"].regression
+    choices = (regression.values(), kept["run"].best_weights)
+    assert any(all(map(torch.equal, weights, choice)) for choice in choices)  # averages
 
 
 @pytest.mark.parametrize(
