@@ -4,7 +4,6 @@ import copy
 import functools
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,7 +50,6 @@ from .sites import (
     init_to_support,
     unsupported_sites_named,
 )
-from .smc.flow_proposal import affordable_draws
 from .smc.train import RoundsResult, train_from_density
 
 _MAX_DEEP_DIM = 12  # latent dimensions: a funnel in 10 was learned better by a deeper network
@@ -316,6 +314,7 @@ class AutoInterpolant(AutoContinuous):
                 settings = {"start": prior_draws(density, PRIOR_DRAWS), **settings}
             with trainable(self.transform):  # and then as it was: SVI may train on
                 training = train_from_density(posterior, density, **within(MODEL_SHARE))
+            density.check(training.particles)
         else:
             rows = rows.to(self.transform.flow.loc)
             with trainable(self.transform):
@@ -334,8 +333,12 @@ class AutoInterpolant(AutoContinuous):
         """Return what training gave, judged where there is a density."""
         summary, count, verdict = ImportanceSummary(*[math.nan] * 4), 0, _UNKNOWN
         self.poor = None
-        if density is not None:
+        if isinstance(training, RoundsResult):  # which is a verdict on fresh draws
+            summary, count = ImportanceSummary(*training[:4]), training.draws
+            verdict = verdict_with_warning(summary, count)
+        elif density is not None:
             summary, count, verdict = importance_verdict(posterior, density, clock, seed)
+        if density is not None:
             self.poor = None if are_raw_draws_good(summary, count) else verdict
         return GuideResult(*summary, count, verdict, clock.spent(), training)
 
@@ -372,7 +375,7 @@ def guide_network(latent_dim: int, hidden_dims: Sequence[int] | None = None) -> 
 PRIOR_DRAWS = 4096  # from which training on the model alone starts
 _VERDICT_DRAWS = 10_000  # fresh draws that judge the guide
 _SAMPLES_SHARE = 0.95  # of the time, for regression and calibration; the rest: the verdict
-MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: the verdict
+MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: what comes after
 _UNKNOWN = "Unknown, the log joint density cannot be evaluated."
 
 
@@ -417,7 +420,8 @@ def fit_guide(
             the second on, simulations come from the part of the prior where the guide has its
             mass, so that its posterior stays right. By default once, for all data.
         max_seconds: The time to spend in all, from the call to the verdict; it takes up to 5% and
-            5 s more, or one step, one solve or one evaluation of the model where those are longer.
+            5 s more, or one step or one solve where those are longer, or what 100 evaluations of
+            the model take for a verdict, and a few thousand of them for training on it alone.
         seed: Makes the run reproducible as far as the clock allows; the global generator is left
             as it was.
         progress: Whether to show a bar.
@@ -485,8 +489,6 @@ def importance_verdict(
         seed: The seed of the training.
     """
     with seeded(None if seed is None else seed + 1):
-        left = clock.deadline() - time.monotonic()
-        count = affordable_draws(posterior, density, left, _VERDICT_DRAWS)
-        _, log_weights = importance_of(posterior, density, count)
-    summary = summarise_weights(log_weights)
+        _, log_weights = importance_of(posterior, density, _VERDICT_DRAWS, clock.deadline())
+    summary, count = summarise_weights(log_weights), len(log_weights)
     return summary, count, verdict_with_warning(summary, count)

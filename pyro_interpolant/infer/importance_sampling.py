@@ -4,6 +4,7 @@ The weights :math:`w = p(x(z), y) |dx / dz| / q(z)` of draws of the guide q esti
 correct the draws, and show by the tail of their distribution whether q can be relied on.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,13 +18,12 @@ from .._torch import seeded, warn_user
 from ..diagnostics.psis import (
     K_HAT_GOOD,
     K_HAT_LIMIT,
+    MIN_DRAWS,
     ImportanceSummary,
-    log_ratio,
     pareto_smooth,
-    recompute_largest,
     summarise_weights,
     systematic_resampling,
-    tail_length,
+    weighted_draws,
 )
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
@@ -34,7 +34,6 @@ from .sites import LatentSites, check_one_data_set
 
 GOOD_SHARE = 0.5  # the effective share of the draws from which they need no weights
 _COARSE = 0.1  # nats, the mean change of the largest weights at doubled steps worth a warning
-MIN_DRAWS = 100  # the fewest draws to whose weights a tail can be fitted
 
 
 class ImportanceResult(NamedTuple):
@@ -182,7 +181,10 @@ def check_is_density(guide: object) -> None:
 
 @torch.no_grad()
 def importance_of(
-    posterior: TorchDistributionMixin, density: Callable[[Tensor], Tensor], count: int
+    posterior: TorchDistributionMixin,
+    density: Callable[[Tensor], Tensor],
+    count: int,
+    deadline: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """Draw from a guide and return the importance weights of the draws.
 
@@ -190,6 +192,8 @@ def importance_of(
         posterior: The guide's distribution of the unconstrained vector, of event shape ``(D,)``.
         density: The log joint density of the model.
         count: The number of draws N.
+        deadline: When to be content with those that are there, 100 or more, by
+            :func:`time.monotonic`.
 
     Returns:
         The draws, shape ``(N, D)``, and their log weights, unnormalised, shape ``(N,)``.
@@ -197,21 +201,22 @@ def importance_of(
     Raises:
         ValueError: If the density of many of the draws is another than one at a time.
     """
-    z = posterior.rsample((count,))
-    if isinstance(density, LogJoint):
-        density.check(z)
-    log_p, log_q = density(z), posterior.log_prob(z)
-    if isinstance(posterior, InterpolantDistribution):
-        log_q, change = recompute_largest(posterior, z, log_p, log_q, tail_length(count))
-        if change > _COARSE:
-            rows = "guide.get_posterior(), guide.get_posterior().sample((256,))"
-            if posterior.transform.context is not None:
-                rows = "guide.posterior, rows, context=data"
-            warn_user(
-                "the guide's solver is too coarse: where weights are largest, log densities move "
-                f"by {change:.2g} nats at doubled steps. Call calibrate({rows})"
-            )
-    return z, log_ratio(log_p, log_q)
+
+    def checked(z: Tensor) -> Tensor:
+        if isinstance(density, LogJoint):
+            density.check(z)
+        return density(z)
+
+    z, log_weights, change = weighted_draws(posterior, checked, count, deadline=deadline)
+    if change > _COARSE and isinstance(posterior, InterpolantDistribution):
+        rows = "guide.get_posterior(), guide.get_posterior().sample((256,))"
+        if posterior.transform.context is not None:
+            rows = "guide.posterior, rows, context=data"
+        warn_user(
+            "the guide's solver is too coarse: where weights are largest, log densities move "
+            f"by {change:.2g} nats at doubled steps. Call calibrate({rows})"
+        )
+    return z, log_weights
 
 
 def are_raw_draws_good(summary: ImportanceSummary, count: int) -> bool:

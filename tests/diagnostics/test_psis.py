@@ -1,4 +1,5 @@
 import math
+import time
 
 import pyro
 import pyro.distributions as dist
@@ -20,6 +21,7 @@ from pyro_interpolant.diagnostics.psis import (
     pareto_smooth,
     recompute_largest,
     summarise_weights,
+    weighted_draws,
 )
 
 
@@ -144,6 +146,21 @@ def test_the_largest_weights_are_computed_again_at_doubled_steps():
     transform.solver = Adaptive()
     same, change = recompute_largest(flow, x, log_p, log_q, 7)
     assert same is log_q
+    assert change == 0.0
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(-1.0, 100), (60.0, 5000), (math.inf, 5000)])
+def test_as_many_draws_are_weighed_as_there_is_time_for_and_none_is_lost(seconds, count):
+    q, p, seen = dist.Normal(0.0, 1.0), dist.Normal(0.2, 0.9), []
+
+    def density(x):
+        seen.append(x)
+        return p.log_prob(x)
+
+    x, log_weights, change = weighted_draws(q, density, 5000, deadline=time.monotonic() + seconds)
+    assert len(x) == count
+    assert torch.equal(x, torch.cat(seen))
+    torch.testing.assert_close(log_weights, p.log_prob(x) - q.log_prob(x))
     assert change == 0.0
 
 

@@ -3,16 +3,13 @@ r"""Metropolis-Hastings moves whose proposal is the flow q: accepted by the rati
 No gradient is taken, of the target or through the solver.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._torch import seeded
-from ...diagnostics.psis import finite_or_none, recompute_largest
+from ...diagnostics.psis import finite_or_none
 from ...distributions.interpolant import InterpolantDistribution
 from ...solvers.ode import FixedGrid
 from .tempering import LogDensity, Particles
@@ -21,9 +18,7 @@ _GRID_STEPS = (6, 8, 12, 16, 24, 32, 48)  # that are tried
 _MAX_SOLVER_ERROR = 0.03  # nats, mean, within a round
 _ERROR_ROWS = 64  # on which it is measured
 _INDEPENDENT_SHARE = 0.6  # of the particles, which jump to independent draws
-_PILOT_DRAWS = 1000  # by which the price of a draw is measured
 _JUMP_DECADES = 1.3  # how far below 1 the size s of the other jumps goes
-_RECOMPUTED_SHARE = 0.01  # of the draws, whose densities are computed at doubled steps
 
 
 class Jump(NamedTuple):
@@ -100,44 +95,3 @@ def coarse_solver(distribution: InterpolantDistribution, x: Tensor) -> None:
             break
         last, chosen = value, steps
     distribution.transform.solver = replace(present, steps=chosen)
-
-
-@torch.no_grad()
-def importance_weights(
-    distribution: InterpolantDistribution, density: Callable[[Tensor], Tensor], count: int
-) -> Tensor:
-    r"""Return :math:`\log p - \log q` of fresh draws of the flow, shape ``(count,)``.
-
-    The densities of the draws of largest weight, which decide the verdict, are computed again,
-    from the draws, at doubled solver steps.
-
-    Args:
-        distribution: The flow.
-        density: The target.
-        count: The number of draws.
-    """
-    x, log_q = distribution.rsample_and_log_prob((count,))
-    log_p, largest = density(x), max(1, int(_RECOMPUTED_SHARE * count))
-    log_q, _ = recompute_largest(distribution, x, log_p, log_q, largest)
-    return finite_or_none(log_p - log_q)
-
-
-def affordable_draws(
-    distribution: InterpolantDistribution,
-    density: Callable[[Tensor], Tensor],
-    seconds: float,
-    most: int,
-) -> int:
-    """Return of how many fresh draws the weights can be had in a time, some at the least.
-
-    Args:
-        distribution: The flow.
-        density: The target.
-        seconds: The time.
-        most: The most draws that are wanted.
-    """
-    few, began = min(most, _PILOT_DRAWS), time.monotonic()
-    with seeded(0):  # and so the draws to come are those that they would be without
-        importance_weights(distribution, density, few)
-    each = (time.monotonic() - began) / few
-    return int(min(most, max(few, seconds / max(each, 1e-9))))

@@ -159,8 +159,9 @@ def _scouts(density: LogDensity, wide: StudentTMixture, seconds: float) -> Tenso
     least, most = _SCOUTS
     affordable = seconds / (_GRADIENTS_PER_SCOUT * density.seconds)
     count, until = int(max(least, min(most, affordable))), time.monotonic() + seconds
-    rows = []
-    draws, start = wide.sample(count), LogDensity(wide.log_prob)
+    draws, start, rows = wide.sample(count), LogDensity(wide.log_prob), list[Tensor]()
+    if count * density.seconds > seconds:  # which would be spent before they moved
+        return draws
     for level in tempered_smc(draws, start, density, HMCKernel(), deadline=until):
         rows.append(level.particles.x)
         if time.monotonic() >= until:

@@ -16,10 +16,12 @@ from ..._torch import draws_nothing
 from ...diagnostics.psis import effective_sample_size, finite_or_none, systematic_resampling
 
 _BLOCKS = (128, 1024, 4096)  # numbers of rows evaluated at once that are tried
+_CHECKED = 32  # rows at a time, until one has a density
 _TUNING_SECONDS = 1.0  # beyond which larger blocks are not tried
 _TARGET_ACCEPTANCE = 0.7  # of the longer steps
 _STEP_DECADES = (-2.0, 0.8)  # the other steps, in powers of ten of the usual one
 _EFFECTIVE_SHARES = (0.5, 0.2, 0.05)  # from level to level: in time, late, very late
+_FEWEST_EFFECTIVE = 25  # of few particles, whose metric would else lose directions
 _MOVES_PER_LEVEL = 4  # half as many when late
 _MIN_EIGENVALUE = 1e-10  # of a correlation, below which it is noise
 
@@ -74,9 +76,11 @@ class LogDensity:
         Args:
             x: Rows to try on, shape ``(N, D)``.
         """
-        with torch.enable_grad():
-            leaf = x.detach().clone().requires_grad_()
-            value = self(leaf)
+        for few in x.split(_CHECKED):
+            with torch.enable_grad():
+                value = self(few.detach().clone().requires_grad_())
+            if bool(torch.isfinite(value).any()):
+                break
         if not value.requires_grad:
             raise ValueError(
                 "expected a log density that can be differentiated, got one without a graph: "
@@ -98,9 +102,10 @@ class LogDensity:
         """
         best = math.inf
         for rows in sorted({min(r, len(x)) for r in _BLOCKS}):
-            few, self.rows = x[: 2 * rows], rows
-            self.particles(few[:rows])  # not timed: the first call of a size may compile
-            began = time.monotonic()
+            began, self.rows = time.monotonic(), rows
+            self.particles(x[:rows])  # the first call of a size may compile
+            is_slow = time.monotonic() - began > _TUNING_SECONDS
+            few, began = x[: rows if is_slow else 2 * rows], time.monotonic()
             self.particles(few)
             each = (time.monotonic() - began) / len(few)
             if each < 0.9 * best:
@@ -231,7 +236,8 @@ def tempered_smc(
         if not bool(torch.isfinite(ratio).any()):
             return
         late = (time.monotonic() > deadline) + (time.monotonic() > 2 * deadline - began)
-        new = _next_exponent(ratio, b, _EFFECTIVE_SHARES[late])
+        share = max(_EFFECTIVE_SHARES[late], min(0.5, _FEWEST_EFFECTIVE / len(x)))
+        new = _next_exponent(ratio, b, share)
         weights = (new - b) * ratio
         evidence += float(weights.double().logsumexp(0)) - math.log(len(x))
         index, b = systematic_resampling(weights, len(x)), new

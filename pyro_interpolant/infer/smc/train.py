@@ -22,6 +22,7 @@ from ...diagnostics.psis import (
     effective_sample_size,
     pareto_smooth,
     summarise_weights,
+    weighted_draws,
 )
 from ...distributions.interpolant import InterpolantDistribution
 from ...distributions.report import duration, with_error
@@ -35,27 +36,23 @@ from ...transforms.flow import Flow
 from ..regression import FlowRegression
 from ..schedule import RateSchedule, clocked
 from .budget import Budget
-from .flow_proposal import (
-    Jump,
-    affordable_draws,
-    coarse_solver,
-    flow_proposal_step,
-    importance_weights,
-)
+from .flow_proposal import Jump, coarse_solver, flow_proposal_step
 from .pathfinder import StudentTMixture, initial_mixture, pathfinder
 from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
 
 _FLAT = 2e-3  # nats, the improvement over a window of rounds below which a run is flat
 _FLAT_WINDOW = 5  # rounds
 _GRADIENTS_PER_PARTICLE = 40  # at the least, on the way from the start
-_MIN_PARTICLES = 500  # however slow the density is
+_MIN_PARTICLES = (100, 500)  # however slow the density is; and where this takes no more than
+_MOST_OF_TIME = 0.6  # of all the time
 _LEAPFROG_STEPS, _SLOW_LEAPFROG_STEPS = 8, 3  # the most in a move, by what the density costs
-_ROUND_MOVES = (3, 200)  # the fewest and the most in a round
-_MIXING_MOVES = (3, 240)  # before the first round: narrow places fill slowly
+_ROUND_MOVES = (1, 200)  # the fewest and the most in a round
+_MIXING_MOVES = (1, 240)  # before the first round: narrow places fill slowly
 _POOLS_OF_MIXING = 8  # how often the rows are kept meanwhile
 _CALIBRATION_ROWS = 128  # particles on which the solver is calibrated
 _TOLERANCE = 1e-2  # nats, of the calibration
 _VERDICT_DRAWS = 10_000  # fresh draws that judge the flow
+_BETTER = 1.2  # times as many effective draws: by less, the last flow is kept, not the best
 
 
 class Round(NamedTuple):
@@ -143,10 +140,11 @@ def _find_particles(
 ) -> Start:
     """Carry particles from a wide start to the target, at most ``draws``, and let them mix."""
     mixture = pathfinder(density, wide, seconds=budget.pathfinder * budget.clock.limit)
-    seconds = budget.gradients * budget.clock.limit
-    affordable = seconds / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
+    in_all = budget.clock.limit / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
+    affordable = budget.gradients * in_all
     kernel = HMCKernel(_SLOW_LEAPFROG_STEPS if affordable < draws else _LEAPFROG_STEPS)
-    count = int(max(min(_MIN_PARTICLES, draws), min(draws, affordable)))
+    least, wanted = _MIN_PARTICLES
+    count = int(min(draws, max(least, affordable, min(wanted, _MOST_OF_TIME * in_all))))
     deadline = budget.clock.began + budget.tempering * budget.clock.limit
     x, start = mixture.sample(count), LogDensity(mixture.log_prob)
     for level in tempered_smc(x, start, density, kernel, deadline=deadline):
@@ -249,26 +247,31 @@ class Run:
         few = few[torch.randperm(len(few))[:_CALIBRATION_ROWS].to(few.device)]
         deadline = self.budget.clock.deadline()
         solver = calibrate_until(deadline, self.distribution, few, tolerance=_TOLERANCE).solver
-        left = deadline - time.monotonic()
-        count = affordable_draws(self.distribution, self.density, left, _VERDICT_DRAWS)
-        chosen = len(self.history) - 1
-        if self.best_round != chosen and count == _VERDICT_DRAWS:
-            if self._effective(self.best_weights) > 1.2 * self._effective(last):
-                chosen = self.best_round
-                self.regression.use(self.best_weights)
-        w = importance_weights(self.distribution, self.density, count)
+        w, chosen = self._weighed(deadline), len(self.history) - 1
+        if self.best_round != chosen and len(w) == _VERDICT_DRAWS:
+            self.regression.use(self.best_weights)
+            of_best = self._weighed(deadline)
+            if _effective_share(of_best) > _BETTER * _effective_share(w):
+                w, chosen = of_best, self.best_round
+            else:
+                self.regression.use(last)
         summary, spent = summarise_weights(w), self.budget.spent()
         return RoundsResult(
             *summary, len(w), self.particles.x, self.history, chosen, spent, solver
         )
 
-    def _effective(self, weights: list[Tensor]) -> float:
-        """Put weights into the network, and return the effective sample size of some draws."""
-        self.regression.use(weights)
-        w = importance_weights(self.distribution, self.density, _VERDICT_DRAWS // 4)
-        if not bool(torch.isfinite(w).any()):
-            return 0.0
-        return effective_sample_size(pareto_smooth(w).log_weights)
+    def _weighed(self, deadline: float) -> Tensor:
+        """Return the log weights of fresh draws, as many as there is time for."""
+        return weighted_draws(
+            self.distribution, self.density, _VERDICT_DRAWS, deadline=deadline
+        ).log_weights
+
+
+def _effective_share(log_weights: Tensor) -> float:
+    """Return which share of draws is effective, by their Pareto-smoothed weights."""
+    if not bool(torch.isfinite(log_weights).any()):
+        return 0.0
+    return effective_sample_size(pareto_smooth(log_weights).log_weights) / len(log_weights)
 
 
 def train_from_density(
@@ -297,7 +300,8 @@ def train_from_density(
         start: Where the search starts: rows, shape ``(M, D)``, such as draws of the prior; a
             centre, shape ``(D,)``; or a distribution of event shape ``(D,)``. It should be wider
             than the target. By default a Student-t of scale 4 around 0.
-        max_seconds: The time to spend, unless nothing improves any more.
+        max_seconds: The time to spend, unless nothing improves any more; it takes up to 5% and 5 s
+            more, or what a few thousand evaluations of the density take, where that is longer.
         draws: The number of particles; fewer where the density is slow.
         steps: The most regression steps in a round.
         rounds: The most rounds; by default as many as the time allows.

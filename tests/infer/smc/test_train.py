@@ -20,7 +20,7 @@ from pyro_interpolant import (
     fit,
     interpolant_transform,
 )
-from pyro_interpolant.diagnostics.psis import K_HAT_LIMIT, systematic_resampling
+from pyro_interpolant.diagnostics.psis import K_HAT_LIMIT, systematic_resampling, weighted_draws
 from pyro_interpolant.infer.regression import FlowRegression
 from pyro_interpolant.infer.schedule import RateSchedule
 from pyro_interpolant.infer.smc import train
@@ -28,7 +28,6 @@ from pyro_interpolant.infer.smc.budget import Budget
 from pyro_interpolant.infer.smc.flow_proposal import (
     coarse_solver,
     flow_proposal_step,
-    importance_weights,
 )
 from pyro_interpolant.infer.smc.pathfinder import (
     StudentTMixture,
@@ -354,7 +353,7 @@ def test_weights_of_a_flow_that_is_the_target_are_equal():
     flow = gaussian_prior(torch.tensor([2.5, -1.0]), torch.tensor([[0.8, 0.0], [0.9, 0.5]]))
     q = gaussian(flow.transform.flow.loc, flow.transform.flow.whitening.matrix())
     solver = flow.transform.solver
-    w = importance_weights(flow, LogDensity(lambda x: q.log_prob(x) + 1.5), 2500)
+    w = weighted_draws(flow, lambda x: q.log_prob(x) + 1.5, 2500).log_weights
     torch.testing.assert_close(w, torch.full((2500,), 1.5))
     assert flow.transform.solver == solver
 
@@ -518,13 +517,30 @@ def test_settings_out_of_range_are_refused(options, message):
         quick(tiny(), slanted().log_prob, **options)
 
 
+def test_a_slow_density_without_time_is_asked_as_little_as_can_be(monkeypatch):
+    flow, target, rows = tiny(), slanted(), []
+
+    def slow(x):
+        rows.append(len(x))
+        return target.log_prob(x)
+
+    monkeypatch.setattr(LogDensity, "tune", lambda self, x: setattr(self, "seconds", 1.0))
+    monkeypatch.setattr(train, "clocked", lambda seconds, fewest, most: range(fewest))
+    late = Seconds.since(time.monotonic() - 100.0, 1.0)
+    with pytest.warns(UserWarning, match="no time was left to calibrate the solver"):
+        result = quick(flow, slow, max_seconds=late, steps=10, rounds=None, draws=4000)
+    assert (len(result.particles), result.draws) == (100, 100)
+    assert sum(rows) < 3000
+
+
 def test_an_interrupt_keeps_what_was_learned(monkeypatch):
     flow, kept = tiny(), {}
 
     def interrupted(run, steps):
         kept["run"] = run
         if not run.history:
-            return plain(run, steps)
+            plain(run, steps)
+            return True
         run.regression(10, run.rate, seconds=60.0)
         raise KeyboardInterrupt
 
@@ -545,7 +561,7 @@ def test_an_interrupt_keeps_what_was_learned(monkeypatch):
 @pytest.mark.parametrize(
     ("density", "message"),
     [
-        (lambda x: x, r"log densities of shape \(256,\)"),
+        (lambda x: x, r"log densities of shape \(32,\)"),
         (lambda x: x.detach().sum(-1), "that can be differentiated"),
         (lambda x: x.sum(-1) - math.inf, "finite somewhere, got none of 256 draws"),
     ],
