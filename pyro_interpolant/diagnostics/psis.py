@@ -24,6 +24,7 @@ K_HAT_GOOD = 0.5  # up to it the weights have a variance, and averages the usual
 K_HAT_LIMIT = 0.7  # above it weighted averages are not reliable, of any number of draws
 MIN_DRAWS = 100  # the fewest to whose weights a tail can be fitted
 _GROWTH = 10  # times as many draws at the most, once it is known what those before cost
+_COARSEST = 1.0  # nats, the rounding of the largest log weight, beyond which weights tell nothing
 _NEARLY_EQUAL = 0.9  # share of the draws that is effective
 _MIN_TAIL = 5  # the fewest largest weights to which a tail is fitted
 # At most sqrt(M) times the Kolmogorov distance of M weights from the Pareto distribution fitted to
@@ -39,7 +40,7 @@ class Smoothed(NamedTuple):
         log_weights: Normalised, :math:`\sum_i w_i = 1`, in the order given, shape ``(N,)``.
         k_hat: The shape of the generalised Pareto distribution of the largest weights: below 0.5
             all is well, above 0.7 estimates are not reliable; infinite where the tail cannot be
-            fitted.
+            fitted, or weights are rounded by more than a nat.
     """
 
     log_weights: Tensor
@@ -216,6 +217,8 @@ def pareto_smooth(log_weights: ArrayLike) -> Smoothed:
         smoothed[order[-length:]] = new.clamp_max(0.0)
     elif length < _MIN_TAIL <= tail and -float(values[-tail - 1]) <= _resolution(given):
         k_hat = -math.inf  # equal weights have no tail
+    if torch.finfo(given.dtype).eps * abs(float(given.max())) > _COARSEST:
+        k_hat = math.inf  # the fit is to rounding errors
     return Smoothed((smoothed - smoothed.logsumexp(0)).to(given), k_hat)
 
 

@@ -228,6 +228,15 @@ def test_nearly_equal_weights_are_judged_by_their_tail_alone(seed):
     assert pareto_smooth(weights).k_hat < K_HAT_LIMIT
 
 
+def test_weights_rounded_by_more_than_a_nat_tell_nothing():
+    noise = torch.randn(1000)
+    for size in (5e8, 5e13):
+        assert pareto_smooth((noise - size).float()).k_hat == math.inf
+        assert pareto_smooth((1e7 * noise - size).float()).k_hat == math.inf
+    assert pareto_smooth(noise - 5e8).k_hat < K_HAT_LIMIT
+    assert pareto_smooth((noise - 1e5).float()).k_hat < K_HAT_LIMIT
+
+
 def test_few_heavy_weights_among_nearly_equal_ones_stay_heavy():
     """One in a thousand is from a wide part that the proposal misses: 0.0007 of the evidence."""
     pyro.set_rng_seed(0)
