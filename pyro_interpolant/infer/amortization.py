@@ -30,8 +30,8 @@ from ..transforms.interpolant import ConditionalInterpolantTransform
 from .hidden import is_hidden
 from .importance_sampling import GOOD_SHARE, importance_of
 from .log_density import TO_BATCH, LogJoint
-from .simulated import Simulations
 from .simulation import Simulator
+from .simulations import Simulations
 from .sites import LatentSites, Model
 
 PRIOR = "the prior"

@@ -58,9 +58,9 @@ from .runs import (
     plate_nesting,
     tell_of_others,
 )
-from .simulated import Simulations
 from .simulated_batches import SimulatedBatches
 from .simulation import Simulator, Source
+from .simulations import Simulations
 from .sites import (
     LatentSites,
     Model,

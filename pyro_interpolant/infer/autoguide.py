@@ -100,7 +100,7 @@ class AutoInterpolant(AutoContinuous):
     """
 
     transform: InterpolantTransform
-    poor: str | None = None  # a bad verdict on the draws, until they have been warned of
+    poor: str | None = None  # the verdict to warn with once, if the own draws were found poor
 
     def __init__(
         self,

@@ -38,7 +38,9 @@ _DRAWS = {"shared": 2048, "own": 4, "steps": 1, "enough": 25}
 _LOOK_DRAWS = {"shared": 2048, "own": 16, "steps": 2, "enough": 100}
 _REPORT_DRAWS = {"shared": 2048, "own": 64, "steps": 4}
 _CANDIDATES = 16  # of an object's posterior draws, in an E-step
-_LOOK_CANDIDATES = 256  # in a look, at fewer objects: of 16 in 2-d, a nat was missing
+# Candidates per object in a look, more than in an E-step: with 16, log-evidences in 2-d were a nat
+# too low.
+_LOOK_CANDIDATES = 256
 _CALIBRATION_ROWS = 256
 _TOLERANCE = 1e-2  # nats, of the calibration
 _EVIDENCE = "held-out log p(y)"

@@ -1,6 +1,7 @@
-r"""Data that can change while all that a guide is given stays the same, as what is missing can.
+r"""Whether part of the data can change while everything the guide is given stays the same.
 
-The density of all data is then not that of what is observed, and no weights come from it.
+The values behind a missing-data mask can. The density of all data is then not that of what is
+observed, and no weights come from it.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from torch import Tensor
 from .runs import data_of, nodes_of
 from .simulation import Simulator
 
-# Numbers of a site that are replaced: where one in 50 is missing, all are seen once in 170 times.
+# How many numbers of a site are replaced to test it: with one in 50 missing, 256 of them all miss
+# it once in 170 runs.
 _REPLACED, _LOOPED = 256, 64  # at once, and one by one
 
 

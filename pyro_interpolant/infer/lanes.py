@@ -19,8 +19,8 @@ _IN_PLACE = {
 class DrawnInLanes(TorchFunctionMode):
     """Draw random numbers in place for every lane of a vmap, also into tensors without lanes.
 
-    What is drawn is what the call returns: a tensor without lanes cannot hold it, and is filled
-    with NaN, so that whoever reads it there gives no proper simulation.
+    The call returns the drawn numbers; the original tensor cannot hold one value per lane, so it
+    is filled with NaN, and a run of a model that reads it counts as none.
 
     Args:
         lane: A scalar that is another in each lane.

@@ -34,8 +34,8 @@ _VALUES_AT_ONCE = 2**21  # weights in a chunk of rows
 _DIFFERENCE = 1e-2  # in the base, which gives the slopes of the flow
 _STEP_SIZES = (1.0, 0.3, 0.1, 0.03)  # of Gauss-Newton steps; the best is taken, if one is good
 _STARTS = 1024  # draws of the flow, the best of which is where the search for a mode begins
-_CHEAPER = 32  # how many draws that are shared by all rows go for one of each
-_OBJECT_STEPS = 4  # of them, from the best draw of the flow
+_CHEAPER = 32  # with contexts, each row gets its own draws instead of shared ones: 1 for every 32
+_OBJECT_STEPS = 4  # Gauss-Newton steps per object, from the flow's best draw
 _TAIL = 5.0  # degrees of freedom of the proposal at the mode
 _WIDENING = 1.2  # of its variance, beyond what the curvature at the mode says
 
@@ -128,18 +128,18 @@ def draw_latents(
             and has fewer.
         own: K, the number of each row's own.
         steps: Gauss-Newton steps to the mode.
-        enough: A row with as many effective draws among those that are shared gets none of its
+        enough: A row with as sets effective draws among those that are shared gets none of its
             own: they have no weight.
     """
-    many = len(rows) if flow.batch_shape else 1
-    shared = shared if many == 1 else max(own, shared // _CHEAPER)
+    sets = len(rows) if flow.batch_shape else 1  # of shared draws: with contexts one for each row
+    shared = shared if sets == 1 else max(own, shared // _CHEAPER)
     loc = flow.transform.flow.loc
-    most = max(shared, _STARTS) if many == 1 else shared
-    z = torch.randn(many, most, len(loc), dtype=loc.dtype, device=loc.device)
+    most = max(shared, _STARTS) if sets == 1 else shared
+    z = torch.randn(sets, most, len(loc), dtype=loc.dtype, device=loc.device)
     u, likelihood = _pushed(flow, rows, z)
     # A flow that is given contexts is given those of all rows.
     effective = 1 / likelihood[:, :shared].softmax(-1).square().sum(-1)
-    poor = ~(effective >= (enough if many == 1 else math.inf))
+    poor = ~(effective >= (enough if sets == 1 else math.inf))
     log_weights = likelihood.new_full((len(rows), shared + own), -math.inf)
     log_weights[:, :shared] = likelihood[:, :shared] - math.log(shared)
     own_u = u.new_zeros(len(rows), own, len(loc))
@@ -147,8 +147,8 @@ def draw_latents(
         few, likelihood = rows.take(poor), likelihood[poor]
         best = (standard_log_prob(z) + likelihood).argmax(-1)
         start = z.expand(len(few), -1, -1)[torch.arange(len(few), device=z.device), best]
-        # With contexts it begins from fewer draws: at twice the steps it misses half as many.
-        proposal = local_proposal(flow, few, start, steps if many == 1 else 2 * steps)
+        # With contexts it begins from fewer draws: at twice the steps it misses half as sets.
+        proposal = local_proposal(flow, few, start, steps if sets == 1 else 2 * steps)
         own_z = proposal.sample(own)
         own_u[poor], own_likelihood = _pushed(flow, few, own_z)
         parts = []

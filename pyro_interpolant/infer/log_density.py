@@ -33,8 +33,10 @@ from .sites import (
 from .validity import innermost_distribution, is_valid, log_prob_left_out, without_masks
 
 _PROBES = 3  # draws on which a batched evaluation is compared with single ones
-_MANY = 100  # of them at once, again and again the same ones
-_FAR = 6.0  # times as far from the initial point: where others are that may change none of them
+_MANY = 100  # also this many at once, the probes repeated
+# Draws this many times farther out are put beside the probes: their presence must not change the
+# probes' values.
+_FAR = 6.0
 _EXTREMES = 256  # draws with the most extreme numbers, in whose company others are evaluated
 _LEAST_ERROR = 0.01  # nats, of a draw's log density, that moves no weight by more than a percent
 _ROUNDING = 1e-7  # relatively, of float32
@@ -42,7 +44,7 @@ _MARGIN = 10.0  # times the rounding of a sum of terms of this size, and that of
 _NUMBERS_AT_ONCE = 2**22  # of all sites and their log densities together, evaluated in one go
 
 Batching = Literal["plate", "vmap"]
-TO_BATCH = (  # what makes a model one of many draws at once
+TO_BATCH = (  # how to write a model so that many draws can be evaluated at once
     "Index events from the right, x[..., i], declare batch dimensions by pyro.plate, and avoid "
     ".item(), in-place writes and branches on latent values"
 )
@@ -432,7 +434,10 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
 
 
 def _log_prob(site: Site, latents: Collection[str]) -> Tensor:
-    """Return a site's log density, shape ``(*)``, ``-inf`` where it is that of nothing."""
+    """Return a site's log density, shape ``(*)``.
+
+    It is ``-inf`` outside the support, or where parameters are out of range.
+    """
     fn, value, mask, log_prob = site["fn"], site["value"], site["mask"], site["log_prob"]
     if mask is False:
         return log_prob

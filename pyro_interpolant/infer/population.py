@@ -123,7 +123,7 @@ def from_noisy_samples(
         >>> population.sample((5,)).shape
         torch.Size([5, 2])
     """
-    clock = _checked_clock(support, steps, max_seconds, validation)
+    clock = _checked_settings(support, steps, max_seconds, validation)
     columns = _names_of_latents(y, noise, start)
     rows = measurements(y, noise, noise_data, columns)
     held_out(len(rows), validation)
@@ -199,7 +199,7 @@ def from_posterior_samples(
         >>> population.sample((5,)).shape
         torch.Size([5, 1])
     """
-    clock = _checked_clock(support, steps, max_seconds, validation)
+    clock = _checked_settings(support, steps, max_seconds, validation)
     x = _checked_draws(draws)
     log_prior = log_interim_prior(x) if callable(log_interim_prior) else log_interim_prior
     log_prior = checked_rows(log_prior, "log_interim_prior", (x.shape[1],)).double()
@@ -272,7 +272,7 @@ def _checked_draws(draws: ArrayLike) -> Tensor:
     return checked_rows(x, "draws", (None, None))
 
 
-def _checked_clock(
+def _checked_settings(
     support: Constraint, steps: int | None, max_seconds: float | None, validation: float
 ) -> Clock:
     """Return the clock of a run, or raise an error for a setting that cannot work."""

@@ -10,8 +10,8 @@ from ..distributions.constraints import as_tensor
 from ..training.rows import Rows, keys_of
 from ..training.streaming import check_again, naming_batch
 from .amortization import JUDGED_ROWS, Pack
-from .simulated import Simulations, all_of
 from .simulation import Simulator
+from .simulations import Simulations, all_of
 
 _HELD_SHARE = 10  # at most one out of so many of the first ones
 _FEWEST = 10

@@ -31,12 +31,12 @@ from .runs import (
     check_rows_count,
     plate_nesting,
 )
-from .simulated import Simulations, all_of
+from .simulations import Simulations, all_of
 from .sites import LatentSites, Nodes, check_fixed_support, extreme_rows, is_sampled, unchecked
 from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
-# Those among which they are: the first, and, of so many, those with the most extreme numbers.
+# They are taken from the first 16 simulations and the 256 with the most extreme numbers.
 _FIRST, _EXTREMES, _TRIED = 16, 256, 256
 _NUMBERS_AT_ONCE = 2**22  # of all sites together, simulated in one run
 _CALL = 16  # simulations, one by one, in one call, whatever the number of processes

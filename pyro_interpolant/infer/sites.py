@@ -103,7 +103,11 @@ def init_latent(observed: tuple[str, ...], init: Callable[..., Tensor], site: Si
 
 
 def is_not_latent(observed: tuple[str, ...], msg: Message) -> bool:
-    """Return whether a site is not latent: where the model is run without data, too."""
+    """Return whether a site is hidden from the guide's prototype.
+
+    By Pyro's own rule, or as one of the observed names, which count as data even in a run without
+    data.
+    """
     return prototype_hide_fn(msg) or msg["name"] in observed
 
 

@@ -1,4 +1,4 @@
-"""Where a density is that of nothing: outside what a distribution's own validation allows.
+"""Where log densities are -inf: outside the support, or where parameters are out of range.
 
 Validation raises an error for all of many draws at once, so it is off, and formulas go on outside
 the support: an exponential density grows without bound below zero, a Poisson rate may be negative.

@@ -1,7 +1,9 @@
 r"""Sequential Monte Carlo along :math:`p^b q^{1 - b}`, from draws of q to an unnormalised p.
 
 Each level raises b, draws the particles by their weights :math:`(p / q)^{\Delta b}`, and moves
-them by Hamiltonian Monte Carlo that leaves the level's density as it is.
+them by Hamiltonian Monte Carlo that leaves the level's density as it is. ``LogDensity`` evaluates
+p in blocks, ``Particles`` are rows with their gradients, ``HMCKernel`` moves them: the rest of the
+room uses all three.
 """
 
 import math
