@@ -2,7 +2,7 @@ r"""Sequential Monte Carlo with a flow: both learn an unnormalised density; no P
 
 ``pathfinder`` finds where to begin, ``tempering`` carries particles from there to the target,
 ``flow_proposal`` proposes to them by the flow, and ``train`` regresses the flow on them, round by
-round; ``budget`` shares out the time.
+round, and shares out the time.
 """
 
 from typing import TYPE_CHECKING

@@ -35,7 +35,6 @@ from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
 from ..regression import FlowRegression
 from ..schedule import RateSchedule, clocked
-from .budget import Budget
 from .flow_proposal import Jump, coarse_solver, flow_proposal_step
 from .pathfinder import StudentTMixture, initial_mixture, pathfinder
 from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
@@ -43,7 +42,13 @@ from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
 _FLAT = 2e-3  # nats, the improvement over a window of rounds below which a run is flat
 _FLAT_WINDOW = 5  # rounds
 _GRADIENTS_PER_PARTICLE = 40  # at the least, on the way from the start
-_MIN_PARTICLES = (100, 500)  # however slow the density is; and where this takes no more than
+# Of the time of a run: for finding where to begin; when tempering should have reached the target;
+# for the fewest gradients of each particle on the way; for moves at the target before the first
+# round; at most for the regression of a round; and for the verdict.
+_PATHFINDER_SHARE, _TEMPERED, _GRADIENTS_SHARE = 0.07, 0.25, 0.2
+_MIXING_SHARE, _REGRESSION_SHARE, _VERDICT_SHARE = 0.08, 0.05, 0.06
+_MOVES_SHARE = 0.35  # of the time of the rest of a round
+_MIN_PARTICLES = (100, 500)  # however slow the density is, and while they take at most
 _MOST_OF_TIME = 0.6  # of all the time
 _LEAPFROG_STEPS, _SLOW_LEAPFROG_STEPS = 8, 3  # the most in a move, by what the density costs
 _ROUND_MOVES = (1, 200)  # the fewest and the most in a round
@@ -121,43 +126,34 @@ class RoundsResult(NamedTuple):
         )
 
 
-class Start(NamedTuple):
-    """Particles of the target before the first round.
-
-    Attributes:
-        particles: N of them.
-        kernel: The moves, their step adapted.
-        pools: The particles as they were from time to time, each of shape ``(N, D)``.
-    """
-
-    particles: Particles
-    kernel: HMCKernel
-    pools: list[Tensor]
-
-
 def _find_particles(
-    density: LogDensity, wide: StudentTMixture, draws: int, budget: Budget, bar: PercentBar
-) -> Start:
-    """Carry particles from a wide start to the target, at most ``draws``, and let them mix."""
-    mixture = pathfinder(density, wide, seconds=budget.pathfinder * budget.clock.limit)
-    in_all = budget.clock.limit / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
-    affordable = budget.gradients * in_all
+    density: LogDensity, wide: StudentTMixture, draws: int, clock: Clock, bar: PercentBar
+) -> tuple[Particles, HMCKernel, list[Tensor]]:
+    """Carry particles from a wide start to the target, at most ``draws``, and let them mix.
+
+    Returns:
+        N particles; the moves, their step adapted; and the particles as they were from time to
+        time, each of shape ``(N, D)``.
+    """
+    mixture = pathfinder(density, wide, seconds=_PATHFINDER_SHARE * clock.limit)
+    in_all = clock.limit / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
+    affordable = _GRADIENTS_SHARE * in_all
     kernel = HMCKernel(_SLOW_LEAPFROG_STEPS if affordable < draws else _LEAPFROG_STEPS)
     least, wanted = _MIN_PARTICLES
     count = int(min(draws, max(least, affordable, min(wanted, _MOST_OF_TIME * in_all))))
-    deadline = budget.clock.began + budget.tempering * budget.clock.limit
+    deadline = clock.began + _TEMPERED * clock.limit
     x, start = mixture.sample(count), LogDensity(mixture.log_prob)
     for level in tempered_smc(x, start, density, kernel, deadline=deadline):
-        bar.show(budget.done(), f"tempering: {level.exponent:.3g}")
+        bar.show(clock.spent() / clock.limit, f"tempering: {level.exponent:.3g}")
     particles = level.particles
     kernel.adapt_metric(particles.x)
     pools = [particles.x]
     every = max(_MIXING_MOVES) // _POOLS_OF_MIXING
-    for i in clocked(budget.mixing * budget.clock.limit, *_MIXING_MOVES):
+    for i in clocked(_MIXING_SHARE * clock.limit, *_MIXING_MOVES):
         particles, _ = kernel(particles, density.particles)
         if i % every == every - 1:
             pools.append(particles.x)
-    return Start(particles, kernel, pools)
+    return particles, kernel, pools
 
 
 class Run:
@@ -166,19 +162,25 @@ class Run:
     Args:
         distribution: The flow, which is trained in place; its whitening map is set here.
         density: The target.
-        start: Particles of the target.
-        budget: The time.
+        particles: Particles of the target.
+        kernel: What moves them.
+        pools: Rows to begin with, each of shape ``(N, D)``.
+        rounds: The most rounds, or None.
+        clock: The time.
     """
 
     def __init__(
         self,
         distribution: InterpolantDistribution,
         density: LogDensity,
-        start: Start,
-        budget: Budget,
+        particles: Particles,
+        kernel: HMCKernel,
+        pools: list[Tensor],
+        rounds: int | None,
+        clock: Clock,
     ) -> None:
-        self.distribution, self.density, self.budget = distribution, density, budget
-        self.particles, self.kernel, pools = start
+        self.distribution, self.density, self.clock = distribution, density, clock
+        self.particles, self.kernel, self.rounds = particles, kernel, rounds
         set_whitening(self.distribution, Rows(self.particles.x, None))
         # What was learned or measured of other rows does not hold for these.
         distribution.transform.flow.noise = distribution.report = None
@@ -186,21 +188,25 @@ class Run:
         self.history = list[Round]()
         self.best_gap, self.best_round = math.inf, 0
         self.best_weights = self.regression.values()
-        end = (1 - budget.verdict) * budget.clock.limit
-        self.schedule = RateSchedule(budget.spent(), end)
+        self.schedule = RateSchedule(clock.spent(), (1 - _VERDICT_SHARE) * clock.limit)
+
+    def share_of_rounds(self) -> float:
+        """Return which share of the rounds, where their number is limited, is done."""
+        return len(self.history) / (self.rounds or math.inf)
+
+    def done(self) -> float:
+        """Return which share of the run is done."""
+        return max(self.clock.spent() / self.clock.limit, self.share_of_rounds())
 
     def rate(self) -> float:
         """Return the learning rate."""
-        budget = self.budget
-        return self.schedule.rate(budget.spent(), budget.share_of_rounds(len(self.history)))
+        return self.schedule.rate(self.clock.spent(), self.share_of_rounds())
 
     def round(self, steps: int) -> bool:
         """Regress the flow, propose by it, move by the gradient; return whether to go on."""
-        began, budget = time.monotonic(), self.budget
-        left = self.schedule.end - budget.spent()
-        self.regression(
-            steps, self.rate, seconds=min(budget.regression * budget.clock.limit, left)
-        )
+        began, clock = time.monotonic(), self.clock
+        left = self.schedule.end - clock.spent()
+        self.regression(steps, self.rate, seconds=min(_REGRESSION_SHARE * clock.limit, left))
         with self.regression.average.applied(), evaluated(self.distribution.transform.flow):
             self.distribution.clear_cache()
             coarse_solver(self.distribution, self.particles.x)
@@ -212,15 +218,14 @@ class Run:
         self.regression.add(Rows(self.particles.x, None))
         self.history.append(self._diagnosed(jump, acceptance))
         if self._is_flat():
-            self.schedule = self.schedule.landed(budget.spent())
-        rounds = budget.share_of_rounds(len(self.history))
-        return rounds < 1 and budget.spent() < self.schedule.end
+            self.schedule = self.schedule.landed(clock.spent())
+        return self.share_of_rounds() < 1 and clock.spent() < self.schedule.end
 
     def _moved(self, particles: Particles, seconds: float) -> tuple[Particles, float]:
         """Move by the gradient of the target, for a share of the time of the round so far."""
         self.kernel.adapt_metric(particles.x)
         rates = []
-        for _ in clocked(self.budget.moves * seconds, *_ROUND_MOVES):
+        for _ in clocked(_MOVES_SHARE * seconds, *_ROUND_MOVES):
             particles, rate = self.kernel(particles, self.density.particles)
             rates.append(rate)
         return particles, sum(rates) / len(rates)
@@ -228,7 +233,7 @@ class Run:
     def _diagnosed(self, jump: Jump, acceptance: float) -> Round:
         """Return the diagnostics of a round, by the weights of independent draws."""
         k_hat, ess, log_evidence, _ = summarise_weights(jump.log_weights)
-        share, spent = ess / len(jump.log_weights), self.budget.spent()
+        share, spent = ess / len(jump.log_weights), self.clock.spent()
         return Round(k_hat, share, log_evidence, jump.gap, jump.acceptance, acceptance, spent)
 
     def _is_flat(self) -> bool:
@@ -245,7 +250,7 @@ class Run:
         last, few = self.regression.values(), self.particles.x[: _CALIBRATION_ROWS * 8]
         self.regression.use(last)
         few = few[torch.randperm(len(few))[:_CALIBRATION_ROWS].to(few.device)]
-        deadline = self.budget.clock.deadline()
+        deadline = self.clock.deadline()
         solver = calibrate_until(deadline, self.distribution, few, tolerance=_TOLERANCE).solver
         w, chosen = self._weighed(deadline), len(self.history) - 1
         if self.best_round != chosen and len(w) == _VERDICT_DRAWS:
@@ -255,7 +260,7 @@ class Run:
                 w, chosen = of_best, self.best_round
             else:
                 self.regression.use(last)
-        summary, spent = summarise_weights(w), self.budget.spent()
+        summary, spent = summarise_weights(w), self.clock.spent()
         return RoundsResult(
             *summary, len(w), self.particles.x, self.history, chosen, spent, solver
         )
@@ -329,20 +334,19 @@ def train_from_density(
         whole("steps", steps, 1),
         whole("rounds", rounds, 1, or_none=True),
     )
-    budget = Budget(rounds, clock)
     with torch.inference_mode(mode=False), torch.no_grad(), seeded(seed):
         wide = initial_mixture(start, flow.loc)
         density = LogDensity(log_density)
         density.check(wide.sample(256))
         with PercentBar("rounds", progress=progress) as bar:
-            particles = _find_particles(density, wide, int(draws), budget, bar)
+            found = _find_particles(density, wide, int(draws), clock, bar)
             with trainable(flow.velocity):
-                run = Run(distribution, density, particles, budget)
+                run = Run(distribution, density, *found, rounds, clock)
                 try:
                     going = True
                     while going:
                         going = run.round(int(steps))
-                        bar.show(budget.done(len(run.history)), run.history[-1].text())
+                        bar.show(run.done(), run.history[-1].text())
                 except KeyboardInterrupt:
                     warn_user("the run was interrupted: the best weights so far were kept")
             distribution.freeze()

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 import time
 
@@ -24,7 +23,6 @@ from pyro_interpolant.diagnostics.psis import K_HAT_LIMIT, systematic_resampling
 from pyro_interpolant.infer.regression import FlowRegression
 from pyro_interpolant.infer.schedule import RateSchedule
 from pyro_interpolant.infer.smc import train
-from pyro_interpolant.infer.smc.budget import Budget
 from pyro_interpolant.infer.smc.flow_proposal import (
     coarse_solver,
     flow_proposal_step,
@@ -37,7 +35,7 @@ from pyro_interpolant.infer.smc.pathfinder import (
 )
 from pyro_interpolant.infer.smc.tempering import HMCKernel, LogDensity, tempered_smc
 from pyro_interpolant.infer.smc.train import RoundsResult, train_from_density
-from pyro_interpolant.training.clock import Clock, Seconds
+from pyro_interpolant.training.clock import Seconds
 from pyro_interpolant.training.rows import Rows
 
 
@@ -406,13 +404,6 @@ def test_the_rate_is_constant_then_falls_to_zero_and_lands_early_from_where_it_i
     assert landed.rate(30.0, 0.0) == pytest.approx(rates[0])
     assert landed.rate(40.0, 0.0) == 0.0
     assert schedule.landed(100.0).end == 110.0
-
-
-def test_a_budget_counts_seconds_and_rounds():
-    budget = Budget(None, Clock(Seconds.since(time.monotonic() - 3.0, 60.0)))
-    assert 3.0 <= budget.spent() < 4.0
-    assert budget.share_of_rounds(5) == 0.0
-    assert dataclasses.replace(budget, rounds=20).share_of_rounds(5) == 0.25
 
 
 # ---- the whole ------------------------------------------------------------------------------
