@@ -356,6 +356,12 @@ def _quantile(p: Tensor, k: float, scale: float) -> Tensor:
     return scale * (tail if abs(k) < 1e-8 else torch.expm1(k * tail) / k)
 
 
+def shuffled_resampling(log_weights: Tensor, count: int) -> Tensor:
+    """Return indices as :func:`systematic_resampling` does, in random order, ``(count,)``."""
+    order = torch.randperm(count, device=log_weights.device)
+    return systematic_resampling(log_weights, count)[order]
+
+
 def systematic_resampling(log_weights: Tensor, count: int) -> Tensor:
     """Return indices drawn by weight, shape ``(count,)``: even uniforms with one random offset.
 

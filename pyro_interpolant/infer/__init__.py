@@ -1,21 +1,13 @@
 r"""Flows inside Pyro models: as a guide, as a prior, and as a proposal.
 
-``autoguide`` has the guide and its training, which gives a ``guide_result``; ``quantiles`` are
-those of its draws. ``amortized`` is one that learns the posteriors of all data at once, judged by
-``amortization``: from ``simulations`` that ``simulation`` draws, in ``workers`` if asked, or from
-``simulated_batches`` made elsewhere. ``runs`` are single runs of a model that draws its data, and
-``hidden`` tells whether some of these are hidden from the guide.
-
-``log_density`` is a model's log joint as a function of the unconstrained vector that ``sites``
-packs, with no density where ``validity`` says so; ``prior`` has draws to start from, ``lanes``
-random numbers where many draws are evaluated at once. ``importance_sampling`` judges a guide by
-the weights of its draws, ``inference_data`` hands draws to ArviZ. ``reparam`` samples a model in
-the base space of its learned priors, ``neural_transport`` in that of a guide.
-
-``smc`` trains a flow from a density alone. ``population`` learns the density behind a noisy
-catalogue: ``noise`` is what a row says of its latent, ``latents`` draws them,
-``expectation_maximization`` fits the flow. Both fit it by ``regression``, in the time and at the
-rates of ``schedule``.
+``autoguide`` is a guide and its training, which gives a ``guide_result``; ``quantiles`` and
+``inference_data`` summarise its draws, ``importance_sampling`` weighs them by ``log_density``, of
+the vector that ``sites`` packs, ``-inf`` where ``validity`` says so; ``prior`` draws it, in
+``lanes``. ``amortized`` is a guide for all data, judged by ``amortization``: it learns from
+``simulations`` by ``simulation``, in ``runs`` and ``workers``, or from ``simulated_batches``; some
+data may be ``hidden``. ``reparam`` samples a model in base space, ``neural_transport`` in that of a
+guide. ``smc`` learns from a density alone. ``population`` learns what is behind a catalogue: by
+``noise``, ``latents`` and ``expectation_maximization``. Both use ``regression`` and ``schedule``.
 """
 
 from typing import TYPE_CHECKING

@@ -67,6 +67,7 @@ from .sites import (
     check_one_data_set,
     init_latent,
     is_not_latent,
+    one_posterior,
 )
 
 _SIMULATIONS = 10_000
@@ -210,16 +211,14 @@ class AmortizedInterpolant(AutoInterpolant):
             *args: The arguments of the model.
             **kwargs: Its named arguments.
         """
-        posterior = self.get_posterior(*args, **kwargs)
-        check_one_data_set(posterior.batch_shape)
+        posterior = one_posterior(self, *args, **kwargs)
         with torch.no_grad(), seeded(0):
             draws = posterior.sample((_POINTS,))
             return draws[posterior.log_prob(draws).argmax()]
 
     def get_transform(self, *args: object, **kwargs: object) -> Transform:
         """Return the flow given the data, and the map behind it if the posterior has one."""
-        posterior = self.get_posterior(*args, **kwargs)
-        check_one_data_set(posterior.batch_shape)
+        posterior = one_posterior(self, *args, **kwargs)
         parts = posterior.transforms
         return parts[0] if len(parts) == 1 else ComposeTransform(parts)
 

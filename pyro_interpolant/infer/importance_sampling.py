@@ -21,8 +21,8 @@ from ..diagnostics.psis import (
     MIN_DRAWS,
     ImportanceSummary,
     pareto_smooth,
+    shuffled_resampling,
     summarise_weights,
-    systematic_resampling,
     weighted_draws,
 )
 from ..distributions.interpolant import InterpolantDistribution
@@ -30,7 +30,7 @@ from ..distributions.report import with_error
 from .hidden import is_hidden
 from .log_density import LogJoint
 from .simulation import Simulator
-from .sites import LatentSites, check_one_data_set
+from .sites import LatentSites, one_posterior
 
 GOOD_SHARE = 0.5  # the effective share of the draws from which they need no weights
 _COARSE = 0.1  # nats, the mean change of the largest weights at doubled steps worth a warning
@@ -81,11 +81,8 @@ class ImportanceResult(NamedTuple):
         count = len(self.log_weights) if count is None else int(count)
         if not self.ess > 0:
             raise ValueError("expected draws with positive weights, got none")
-        device = self.log_weights.device
         with seeded(seed):
-            chosen = systematic_resampling(self.log_weights, count)[
-                torch.randperm(count, device=device)
-            ]
+            chosen = shuffled_resampling(self.log_weights, count)
         return {name: value[chosen] for name, value in self.draws.items()}
 
 
@@ -142,8 +139,7 @@ def importance(
     count = int(count)
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
-        posterior = guide.get_posterior(*args, **kwargs)
-        check_one_data_set(posterior.batch_shape)
+        posterior = one_posterior(guide, *args, **kwargs)
         observed = getattr(guide, "observed", None)  # of an AmortizedInterpolant
         is_whole = observed is None or not is_hidden(Simulator(sites, observed))
     if not is_whole:

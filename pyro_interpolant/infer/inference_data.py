@@ -12,7 +12,7 @@ from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from .importance_sampling import ImportanceResult, warn_poor
-from .sites import LatentSites, check_one_data_set
+from .sites import LatentSites, one_posterior
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -119,6 +119,5 @@ def _guide_draws(
     """Return draws of a guide, shape ``(N, *site_shape)`` each, by name of the latent site."""
     sites = LatentSites(guide, *args, **kwargs)
     warn_poor(guide)
-    posterior = guide.get_posterior(*args, **kwargs)
-    check_one_data_set(posterior.batch_shape)
+    posterior = one_posterior(guide, *args, **kwargs)
     return sites.unpack(posterior.sample(torch.Size((count,))))

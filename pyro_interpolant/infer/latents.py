@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._package import check_ranges, whole
 from .._torch import evaluated, seeded
-from ..diagnostics.psis import log_total, pareto_smooth, systematic_resampling
+from ..diagnostics.psis import log_total, pareto_smooth, shuffled_resampling
 from ..distributions.constraints import contexts_of_rows
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.joint import NamedSites, names_in_frames
@@ -284,7 +284,7 @@ class ObjectPosteriors(NamedTuple):
             )
         with seeded(seed):
             chosen = [
-                draws[systematic_resampling(w, count)[torch.randperm(count)]]
+                draws[shuffled_resampling(w, count)]
                 for draws, w in zip(self.draws, self.log_weights, strict=True)
             ]
         return torch.stack(chosen)

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .._torch import draws, is_functorch_tensor, seeded, warn_user
 from ..diagnostics.psis import finite_or_none
 from .lanes import in_lanes
+from .runs import plate_nesting
 from .sites import (
     LatentSites,
     Model,
@@ -70,9 +71,9 @@ class LogJoint:
         center = sites.center()
         with torch.no_grad():
             # The first with the user's own validation, which explains what is wrong.
-            scored = list(_scored(_checked_trace(self, center)))
-            dims = [-f.dim for s in scored for f in s["cond_indep_stack"] if f.vectorized]
-            self.nesting = max([*dims, *(s["log_prob"].dim() for s in scored)])
+            nodes = _checked_trace(self, center)
+            scored = list(_scored(nodes))
+            self.nesting = max([plate_nesting(nodes), *(s["log_prob"].dim() for s in scored)])
             numbers = sum(s["value"].numel() + s["log_prob"].numel() for s in scored)
             self.rows = max(1, _NUMBERS_AT_ONCE // numbers)
             with unchecked():  # attempts may come to nothing
@@ -91,9 +92,9 @@ class LogJoint:
             raise ValueError(f"expected z of shape (N, {self.event_dim}), got {tuple(z.shape)}")
         if len(z) == 0:
             return z.sum(-1)
-        evaluate = self.by(self.batching)
+        parts = self.parts_by(self.batching)
         with pyro.validation_enabled(is_validate=False):
-            return torch.cat([evaluated_safely(evaluate, part) for part in z.split(self.rows)])
+            return torch.cat([evaluated_safely(parts, few).sum(0) for few in z.split(self.rows)])
 
     def unpack(self, z: Tensor) -> dict[str, Tensor]:
         """Return the latent sites, each ``(N, *site_shape)``, of vectors of shape ``(N, D)``."""
@@ -135,11 +136,6 @@ class LogJoint:
             ValueError: If a site is missing, of another shape, or outside its support.
         """
         return self.sites.pack(draws)
-
-    def by(self, batching: Batching) -> Evaluate:
-        """Return a function from z, ``(N, D)``, to log densities, ``(N,)``, all in one run."""
-        parts = self.parts_by(batching)
-        return lambda z: parts(z).sum(0)
 
     def parts_by(self, batching: Batching) -> Evaluate:
         """Return a function from z, ``(N, D)``, to the parts of log densities, ``(1 + S, N)``.

@@ -6,6 +6,7 @@ By ``neutra``, as ``reparam`` does it for learned priors inside of a model.
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -33,7 +34,6 @@ from .sites import (
     Site,
     check_fixed_shape,
     check_fixed_support,
-    is_same_map,
     whole_model,
 )
 from .validity import log_prob_left_out
@@ -171,6 +171,29 @@ def _unweighted() -> Iterator[None]:
         yield
     finally:
         _PYRO_STACK[:] = around
+
+
+def is_same_map(one: Any, other: Any) -> bool:
+    """Return whether two bijections are equal as far as they tell: torch compares few by parts."""
+    one, other = _unwrapped(one), _unwrapped(other)
+    parts, others = _parts(one), _parts(other)
+    if not parts or type(one) is not type(other):
+        return bool(one == other)
+    return len(parts) == len(others) and all(map(is_same_map, parts, others))
+
+
+def _parts(transform: Any) -> list[Any]:
+    """Return those that a transform joins, or has in a row."""
+    return list(getattr(transform, "parts", getattr(transform, "transforms", [])))
+
+
+def _unwrapped(transform: Any) -> Any:
+    """Return the transform inside those that only sum its log-determinant, or keep its values."""
+    while True:
+        inner = getattr(transform, "base_transform", getattr(transform, "wrapped", None))
+        if inner is None:
+            return transform
+        transform = inner
 
 
 class _Images(Messenger):

@@ -433,6 +433,17 @@ def check_one_data_set(batch_shape: torch.Size) -> None:
         )
 
 
+def one_posterior(guide: AutoContinuous, *args: object, **kwargs: object) -> Any:
+    """Return a guide's distribution of the unconstrained vector, shape ``(D,)``, of one data set.
+
+    Raises:
+        ValueError: If the arguments of its model hold several.
+    """
+    posterior = guide.get_posterior(*args, **kwargs)
+    check_one_data_set(posterior.batch_shape)
+    return posterior
+
+
 def extreme_rows(values: Iterable[Tensor], most: int) -> Tensor:
     """Return the indices of rows in which a number is the greatest or the least of all rows.
 
@@ -445,29 +456,6 @@ def extreme_rows(values: Iterable[Tensor], most: int) -> Tensor:
         columns = value.reshape(len(value), -1)[:, :most].double()
         found.append(torch.stack((columns.argmax(0), columns.argmin(0)), 1).flatten())
     return torch.cat(found)[:most].unique()
-
-
-def is_same_map(one: Any, other: Any) -> bool:
-    """Return whether two bijections are equal as far as they tell: torch compares few by parts."""
-    one, other = _unwrapped(one), _unwrapped(other)
-    parts, others = _parts(one), _parts(other)
-    if not parts or type(one) is not type(other):
-        return bool(one == other)
-    return len(parts) == len(others) and all(map(is_same_map, parts, others))
-
-
-def _parts(transform: Any) -> list[Any]:
-    """Return those that a transform joins, or has in a row."""
-    return list(getattr(transform, "parts", getattr(transform, "transforms", [])))
-
-
-def _unwrapped(transform: Any) -> Any:
-    """Return the transform inside those that only sum its log-determinant, or keep its values."""
-    while True:
-        inner = getattr(transform, "base_transform", getattr(transform, "wrapped", None))
-        if inner is None:
-            return transform
-        transform = inner
 
 
 def check_fixed_support(name: str, now: Tensor, known: Tensor) -> None:

@@ -14,6 +14,8 @@ from pyro.infer.reparam import NeuTraReparam
 from pyro.optim import Adam
 
 from pyro_interpolant import AutoInterpolant, FixedGrid, fit_guide, log_joint
+from pyro_interpolant._torch import seeded
+from pyro_interpolant.diagnostics.psis import summarise_weights, weighted_draws
 from pyro_interpolant.infer import autoguide, prior
 from pyro_interpolant.infer.smc.train import RoundsResult
 from pyro_interpolant.interpolants import Mirror
@@ -232,12 +234,15 @@ def test_a_model_without_a_log_joint_is_fitted_but_not_judged():
 
 @pytest.fixture
 def rounds(monkeypatch):
-    """Record how training from a density is called."""
+    """Record how training from a density is called, and judge as it does."""
     calls = []
 
     def train(distribution, density, **kwargs):
         calls.append((distribution, density, kwargs))
-        return RoundsResult(**dict.fromkeys(RoundsResult._fields))
+        with torch.no_grad(), seeded(0):
+            x, log_weights, _ = weighted_draws(distribution, density, 10_000)
+        rest = (x[:100], [], 0, 1.0, distribution.transform.solver)
+        return RoundsResult(*summarise_weights(log_weights), 10_000, *rest)
 
     monkeypatch.setattr(autoguide, "train_from_density", train)
     return calls
@@ -255,6 +260,7 @@ def test_the_model_alone(rounds):
     assert abs(result.log_evidence) < 0.02
     assert result.draws == 10_000
     assert isinstance(result.training, RoundsResult)
+    assert result[:5] == result.training[:5]  # there is one verdict
     distribution, density, kwargs = rounds[0]
     assert distribution.transform is guide.transform
     start = kwargs.pop("start")

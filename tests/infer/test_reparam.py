@@ -44,7 +44,7 @@ from pyro_interpolant import (
     base_space,
     circular,
 )
-from pyro_interpolant.infer.sites import is_same_map
+from pyro_interpolant.infer.neural_transport import is_same_map
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
