@@ -5,8 +5,8 @@ r"""Flows inside Pyro models: as a guide, as a prior, and as a proposal.
 the vector that ``sites`` packs, ``-inf`` where ``validity`` says so; ``prior`` draws it, in
 ``lanes``. ``amortized`` is a guide for all data, judged by ``amortization``: it learns from
 ``simulations`` by ``simulation``, in ``runs`` and ``workers``, or from ``simulated_batches``; some
-data may be ``hidden``. ``reparam`` samples a model in base space, ``neural_transport`` in that of a
-guide. ``smc`` learns from a density alone. ``population`` learns what is behind a catalogue: by
+data may be ``hidden``. ``reparam`` samples a model in base space, ``neural_transport`` in a
+guide's. ``smc`` learns from a density alone. ``population`` learns what is behind a catalogue: by
 ``noise``, ``latents`` and ``expectation_maximization``. Both use ``regression`` and ``schedule``.
 """
 

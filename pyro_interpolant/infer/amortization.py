@@ -47,7 +47,6 @@ _ROUND_SHARE = 0.1
 _MOST_TRIES = 1000  # prior draws for each that is kept
 
 Pack = Callable[[Simulations], tuple[Tensor, Tensor]]
-_Numbers = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], int, float, float]
 Region = tuple[InterpolantDistribution, float]  # where a density is above an edge
 
 
@@ -162,11 +161,13 @@ def measured_on_simulations(
     simulator: Simulator,
     sites: LatentSites,
     clock: Clock,
-) -> tuple[_Numbers, str]:
-    """Return the numbers of an :class:`AmortizedResult` from k-hat to the gain's error.
+    training: FitResult,
+    size: int,
+    improper: float,
+) -> AmortizedResult:
+    """Return what training on simulations gave, measured on fresh ones.
 
-    Beside them, in a sentence, why there are no weights where there are none. The report of the
-    posterior becomes that on the fresh simulations, beside the prior.
+    The report of the posterior becomes that on the fresh simulations, beside the prior.
 
     Args:
         posterior: The trained posterior.
@@ -175,6 +176,9 @@ def measured_on_simulations(
         simulator: The model, which knows what has to be there for a density of the data.
         sites: The latent sites, with the model and its arguments.
         clock: The time.
+        training: What the training did.
+        size: The number of simulations it was given.
+        improper: The share of all that was left out.
     """
     rows, context = pack(fresh)
     log_q = posterior.condition(context).log_prob(rows).double()
@@ -204,7 +208,10 @@ def measured_on_simulations(
     found_at = [torch.quantile(s, levels, interpolation="nearest") for s in numbers.T]
     k_hat, ess, evidence = (tuple(s.tolist()) for s in found_at)
     gain = float(gains.mean()), float(gains.std()) / error
-    return (k_hat, ess, evidence, len(found), *gain), reason
+    result = AmortizedResult(
+        k_hat, ess, evidence, len(found), *gain, size, improper, "", clock.spent(), training
+    )
+    return result._replace(verdict=verdict_of_amortised(result, reason))
 
 
 def _importance_of_data_sets(
@@ -252,25 +259,16 @@ def _log_det(posterior: ConditionalJointInterpolantDistribution, rows: Tensor) -
     return total
 
 
-def verdict_of_amortised(
-    k_hat: tuple[float, ...],
-    ess: tuple[float, ...],
-    gain: float,
-    error: float,
-    improper: float,
-    reason: str = NO_DENSITY,
-) -> str:
+def verdict_of_amortised(result: AmortizedResult, reason: str = NO_DENSITY) -> str:
     """Return the verdict on an amortised guide, in a sentence.
 
     Args:
-        k_hat: Its quantiles over data sets, or NaN.
-        ess: Those of the effective share of draws.
-        gain: Nats more than the prior.
-        error: Its standard error.
-        improper: The share of simulations left out.
+        result: What was measured.
         reason: Why k-hat is NaN where it is, in a sentence.
     """
-    found = f"{gain:.2f} ± {error:.2f} nats more than the prior on fresh simulations"
+    k_hat, ess, improper = result.k_hat, result.ess, result.improper
+    gain = f"{result.gain:.2f} ± {result.gain_stderr:.2f}"
+    found = f"{gain} nats more than the prior on fresh simulations"
     left = f"; {improper:.2%} of the simulations were not finite and left out" if improper else ""
     if math.isnan(k_hat[-1]):
         return f"{found}{left}. {reason}"

@@ -41,7 +41,6 @@ from .amortization import (
     tell_of_fewer,
     truncated,
     untrained_posterior,
-    verdict_of_amortised,
 )
 from .autoguide import AutoInterpolant
 from .guide_result import GuideResult
@@ -59,7 +58,7 @@ from .runs import (
     tell_of_others,
 )
 from .simulated_batches import SimulatedBatches
-from .simulation import Simulator, Source
+from .simulation import Simulator
 from .simulations import Simulations
 from .sites import (
     LatentSites,
@@ -331,32 +330,40 @@ class AmortizedInterpolant(AutoInterpolant):
         return calibration_of(self.posterior, found.latents, self.rows_of(found)[1], seed)
 
     def train_from(
-        self, source: Source, sites: LatentSites, clock: Clock, settings: dict[str, Any]
+        self,
+        sites: LatentSites,
+        clock: Clock,
+        settings: dict[str, Any],
+        *,
+        samples: Mapping[str, object] | None,
+        simulations: int | Iterable[Any] | None,
+        rounds: int,
     ) -> AmortizedResult | GuideResult:
         """Train on simulations; called by :func:`~pyro_interpolant.fit_guide`.
 
         Args:
-            source: How many simulations, or batches of them, in how many rounds.
             sites: The latent sites, with the model and its arguments.
             clock: The time.
             settings: Options of :func:`~pyro_interpolant.fit`.
+            samples: None.
+            simulations: How many simulations, batches of them, or None.
+            rounds: In how many rounds.
         """
-        if source.samples is not None:
+        if samples is not None:
             raise ValueError(
                 "expected no samples for an AmortizedInterpolant, which learns from simulations: "
                 "of simulations made elsewhere, from_samples(latents, context=data, ...) learns "
                 "what guide.posterior holds"
             )
-        count: Any = _SIMULATIONS if source.simulations is None else source.simulations
-        rounds, seed = source.rounds, settings["seed"]
+        count: Any = _SIMULATIONS if simulations is None else simulations
         check_ranges(whole("rounds", rounds, 1))
-        source = source._replace(rounds=int(rounds))
-        if source.rounds > 1:
+        rounds, seed = int(rounds), settings["seed"]
+        if rounds > 1:
             check_one_data_set(self._seen(*sites.args, **sites.kwargs).shape[:-1])
         if isinstance(count, Iterable) and getattr(count, "ndim", 1) > 0:  # not a tensor(200)
-            return self._train_from_batches(count, source.rounds, sites, clock, settings)
+            return self._train_from_batches(count, rounds, sites, clock, settings)
         check_ranges(whole("simulations", count, 10))
-        count, rounds = int(count), source.rounds
+        count = int(count)
         if settings.get("checkpoint") is not None and (seed is None or rounds > 1):
             raise ValueError(
                 "expected a seed beside a checkpoint, with which the same simulations are drawn "
@@ -374,11 +381,12 @@ class AmortizedInterpolant(AutoInterpolant):
         self._begin(sites)
         training = self._regress(found, clock, 1 / rounds, settings)
         if rounds > 1:
-            return self._in_rounds(source, sites, simulator, (found, training), clock, settings)
+            return self._in_rounds(rounds, sites, simulator, (found, training), clock, settings)
         size = len(found.log_prior)
         improper = found.improper / (size + found.improper)
         with seeded(None if seed is None else seed + 1):
-            return self._result(fresh, simulator, sites, clock, training, size, improper)
+            given = simulator, sites, clock, training, size, improper
+            return measured_on_simulations(self.posterior, fresh, self.rows_of, *given)
 
     def _begin(self, sites: LatentSites) -> None:
         """Forget what earlier training was for and worth, and note what this one is for."""
@@ -411,28 +419,12 @@ class AmortizedInterpolant(AutoInterpolant):
         size = found.count - len(found.held.log_prior)
         improper = found.improper / (found.count + found.improper)
         with seeded(None if settings["seed"] is None else settings["seed"] + 1):
-            return self._result(found.held, simulator, sites, clock, training, size, improper)
-
-    def _result(
-        self,
-        fresh: Simulations,
-        simulator: Simulator,
-        sites: LatentSites,
-        clock: Clock,
-        training: FitResult,
-        size: int,
-        improper: float,
-    ) -> AmortizedResult:
-        """Return what training on so many simulations gave; a share of all was improper."""
-        numbers, reason = measured_on_simulations(
-            self.posterior, fresh, self.rows_of, simulator, sites, clock
-        )
-        verdict = verdict_of_amortised(*numbers[:2], *numbers[4:], improper, reason)
-        return AmortizedResult(*numbers, size, improper, verdict, clock.spent(), training)
+            given = simulator, sites, clock, training, size, improper
+            return measured_on_simulations(self.posterior, found.held, self.rows_of, *given)
 
     def _in_rounds(
         self,
-        source: Source,
+        rounds: int,
         sites: LatentSites,
         simulator: Simulator,
         first: tuple[Simulations, FitResult],
@@ -448,11 +440,11 @@ class AmortizedInterpolant(AutoInterpolant):
             z = self.posterior.pack(found.latents)
             density = None if hides else known_log_joint(sites, z)
         regions: list[Region] = []
-        for i in range(1, source.rounds):
+        for i in range(1, rounds):
             if training.stopped_by == "interrupt":
                 break
             ended = copy.deepcopy(self.posterior).freeze()  # the weights go on
-            late = clock.moment((i + _SIMULATING) / source.rounds)
+            late = clock.moment((i + _SIMULATING) / rounds)
             with seeded(None if seed is None else seed + i):
                 regions.append(region(ended.condition(known)))
                 new = truncated(simulator, regions, count, self.posterior.pack, late)
@@ -463,7 +455,7 @@ class AmortizedInterpolant(AutoInterpolant):
             there = 0 if new is None else len(new.log_prior) + new.improper
             tell_of_fewer(there, count, simulator)
             self.posterior.refined_for = known
-            training = self._regress(found, clock, (i + 1) / source.rounds, settings)
+            training = self._regress(found, clock, (i + 1) / rounds, settings)
         posterior = self.posterior.condition(known)
         result = self._judged(posterior, density, clock, seed, training)
         return result._replace(verdict=NO_DENSITY) if hides else result

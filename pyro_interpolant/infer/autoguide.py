@@ -41,7 +41,6 @@ from .importance_sampling import (
 from .log_density import LogJoint, known_log_joint
 from .prior import prior_draws
 from .quantiles import SPREAD_DRAWS, quantiles_of, spread_of
-from .simulation import Source
 from .sites import (
     Imaged,
     LatentSites,
@@ -280,22 +279,31 @@ class AutoInterpolant(AutoContinuous):
         return self
 
     def train_from(
-        self, source: Source, sites: LatentSites, clock: Clock, settings: dict[str, Any]
+        self,
+        sites: LatentSites,
+        clock: Clock,
+        settings: dict[str, Any],
+        *,
+        samples: Mapping[str, object] | None,
+        simulations: int | Iterable[Any] | None,
+        rounds: int,
     ) -> GuideResult | AmortizedResult:
         """Train on what there is to learn from; called by :func:`~pyro_interpolant.fit_guide`.
 
         Args:
-            source: What there is to learn from.
             sites: The latent sites, with the model and its arguments.
             clock: The time.
             settings: Options of the training.
+            samples: Posterior draws by site, or None.
+            simulations: The number of simulations, an iterable of batches of them, or None.
+            rounds: In how many rounds.
         """
-        if source.simulations is not None or source.rounds != 1:
+        if simulations is not None or rounds != 1:
             raise ValueError(
                 "expected simulations and rounds for an AmortizedInterpolant, got them for an "
                 f"{type(self).__name__}, which learns one posterior"
             )
-        rows = None if source.samples is None else sites.pack(source.samples)
+        rows = None if samples is None else sites.pack(samples)
         density = None if rows is None else known_log_joint(sites, rows)
         posterior, seed = InterpolantDistribution(self.transform), settings["seed"]
 
@@ -470,8 +478,9 @@ def fit_guide(
     settings = {"seed": seed, "progress": progress, **(options or {})}
     if checkpoint is not None:
         settings["checkpoint"] = checkpoint
-    source = Source(samples, simulations, rounds)
-    return guide.train_from(source, sites, clock, settings)
+    return guide.train_from(
+        sites, clock, settings, samples=samples, simulations=simulations, rounds=rounds
+    )
 
 
 def importance_verdict(

@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import pyro
 import torch
@@ -42,20 +42,6 @@ _NUMBERS_AT_ONCE = 2**22  # of all sites together, simulated in one run
 _CALL = 16  # simulations, one by one, in one call, whatever the number of processes
 
 Batching = Literal["plate", "vmap", "loop"]
-
-
-class Source(NamedTuple):
-    """What a guide is trained on, as :func:`~pyro_interpolant.fit_guide` takes it.
-
-    Attributes:
-        samples: Posterior draws by site, or None.
-        simulations: The number of simulations, an iterable of batches of them, or None.
-        rounds: In how many rounds.
-    """
-
-    samples: Mapping[str, object] | None
-    simulations: int | Iterable[Any] | None
-    rounds: int
 
 
 class Simulator:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyro_interpolant as pi
-from pyro_interpolant.infer.amortization import verdict_of_amortised
+from pyro_interpolant.infer.amortization import AmortizedResult, verdict_of_amortised
 from pyro_interpolant.infer.hidden import is_hidden
 from pyro_interpolant.infer.simulation import Simulator
 from pyro_interpolant.infer.sites import LatentSites
@@ -731,7 +731,9 @@ def test_supports_are_kept_and_plates_are_left_alone():
     ],
 )
 def test_the_verdict_tells_rare_draws_from_a_poor_guide(k_hat, ess, says):
-    assert verdict_of_amortised(k_hat, ess, 2.0, 0.1, 0.0).startswith(says)
+    result = AmortizedResult(*[0.0] * len(AmortizedResult._fields))
+    result = result._replace(k_hat=k_hat, ess=ess, gain=2.0, gain_stderr=0.1)
+    assert verdict_of_amortised(result).startswith(says)
 
 
 @pytest.mark.slow
