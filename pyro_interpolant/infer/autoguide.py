@@ -466,11 +466,8 @@ def fit_guide(
     """
     clock = Clock(max_seconds)
     if not isinstance(guide, AutoInterpolant):
-        kind = type(guide)
-        raise TypeError(
-            "expected an AutoInterpolant of pyro_interpolant, got "
-            f"{kind.__module__}.{kind.__name__}"
-        )
+        got = f"{type(guide).__module__}.{type(guide).__name__}"
+        raise TypeError(f"expected an AutoInterpolant of pyro_interpolant, got {got}")
     is_limit = max_seconds is not None and max_seconds > 0
     check_ranges(("max_seconds > 0", is_limit, max_seconds))
     with seeded(seed):
