@@ -64,8 +64,26 @@ def whole(name: str, value: Any, least: int, *, or_none: bool = False) -> tuple[
         least: The least that it may be.
         or_none: Whether it may be None, too.
     """
-    good = or_none if value is None else value >= least and value % 1 == 0
-    return f"{name} >= {least}, a whole number", good, value
+    text = f"{name} >= {least}, a whole number"
+    return number(text, value, lambda n: n >= least and n % 1 == 0, or_none=or_none)
+
+
+def number(
+    text: str, value: Any, test: Callable[[Any], bool], *, or_none: bool = False
+) -> tuple[str, bool, Any]:
+    """Return the setting that a test finds a number good, which nothing but a number can be.
+
+    Args:
+        text: What is expected.
+        value: What was given.
+        test: Whether a number is good.
+        or_none: Whether it may be None, too.
+    """
+    try:
+        good = or_none if value is None else test(value)
+    except TypeError:  # text has no order among numbers
+        good = False
+    return text, good, value
 
 
 def flag(name: str, value: object, *, or_none: bool = False) -> tuple[str, bool, object]:

@@ -5,7 +5,7 @@ conditional flow where there are contexts, a Gaussianizing map where one pays, a
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ from .image_rows import IMAGE_OPTIONS, are_images, are_levels
 from .names import Names
 from .objective import Coupling
 from .optimization import NonFiniteError
+from .options import check_options
 from .preprocessing import preferred_support, rounded, warn_if_rounded
 from .reporting import stage, tell
 from .rows import Rows
@@ -123,8 +124,10 @@ def from_samples(
         it by accident. ``distribution.transform.requires_grad_(True)`` unfreezes it.
 
     Raises:
-        TypeError: If the samples are not of a floating type.
-        ValueError: If the samples, the contexts, the network or the support cannot work.
+        TypeError: If the samples are not of a floating type, or an option is none of
+            :func:`fit`.
+        ValueError: If the samples, the contexts, the network, the support or an option cannot
+            work.
         RuntimeError: If gradients stay non-finite; its ``distribution`` has the last good weights.
 
     Example:
@@ -133,6 +136,7 @@ def from_samples(
         >>> bool((prior.sample((5,)) > 0).all())
         True
     """
+    check_options(fit, fit_options)
     limit = Seconds.since(time.monotonic(), fit_options.get("max_seconds"))
     validation = as_held_out(fit_options.get("validation", DEFAULT_SHARE))
     fit_options |= {"max_seconds": limit, "seed": seed, "validation": validation}
@@ -146,7 +150,7 @@ def from_samples(
             )
         conditional = bool(getattr(network, "classes", 0))
         with seeded(seed):
-            rows = first_rows(x, of_scalars=event_shape is not None and not len(event_shape))
+            rows = first_rows(x, of_scalars=_are_scalars(event_shape))
         columns = names_of(rows)  # of a frame, by which those of the batches to come are taken
     else:
         columns = names_of(x)
@@ -170,8 +174,7 @@ def from_samples(
             space, rows, context, fit_options, marginals=marginals, streamed=streamed
         )
     distribution = _distribution(transform, sites, constraint)
-    distribution.columns = columns
-    distribution.context_columns = context_names(contexts, context)
+    distribution.columns, distribution.context_columns = columns, context_names(contexts, context)
     try:
         fit(distribution, x if streamed else rows, context=context, **fit_options)
     except NonFiniteError as error:
@@ -209,7 +212,7 @@ def _unnamed(
         rows = as_tensor(rows, "x")
     if event_shape is None and getattr(rows, "ndim", None) == 1:
         event_shape = ()
-    if event_shape is not None and not len(event_shape) and support is constraints.real_vector:
+    if _are_scalars(event_shape) and support is constraints.real_vector:
         support = constraints.real
     if event_shape is None and are_images(rows):
         event_shape = tuple(rows.shape[1:])
@@ -220,6 +223,20 @@ def _unnamed(
         any_size = (None,) * support_of(constraint).event_constraint().event_dim
         return constraint, {}, checked_rows(rows, "x", any_size)
     return constraint, {}, checked_rows(rows, "x", event_shape)
+
+
+def _are_scalars(event_shape: object) -> bool:
+    """Return whether events have no dimension.
+
+    Raises:
+        TypeError: If their shape is none.
+    """
+    if event_shape is not None and not isinstance(event_shape, Sized):
+        raise TypeError(
+            f"expected event_shape as a tuple of sizes, got {event_shape!r}: pass "
+            f"({event_shape},), or () for scalars"
+        )
+    return event_shape is not None and not len(event_shape)
 
 
 def contexts_for(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._files import StrPath, checksum, contents_of, plain_number, refuse_no_place, write
-from .._package import check_ranges
+from .._package import check_ranges, whole
 from .._torch import rng_state, set_rng_state, warn_user
 from ..distributions.base_description import Json
 from ..transforms.flow import Flow
@@ -184,7 +184,7 @@ def restore_buffers(flow: Flow, state: Checkpoint | None) -> None:
 
 def check_place(path: StrPath | None, every: int | None) -> None:
     """Raise a ValueError if no state can be kept there, or so often."""
-    check_ranges(("checkpoint_every >= 1", every is None or every >= 1, every))
+    check_ranges(whole("checkpoint_every", every, 1, or_none=True))
     if path is not None:
         refuse_no_place(path)
 

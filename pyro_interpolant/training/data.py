@@ -345,13 +345,19 @@ def as_held_out(validation: Any) -> HeldOut:
     """Return a share of any real type as a float, and a list of rows and contexts as a tuple.
 
     Raises:
-        ValueError: If nothing is held out, or a share is not between 0 and 1.
+        ValueError: If nothing is held out, a share is not between 0 and 1, or a tuple is none of
+            rows and contexts.
     """
     is_share = isinstance(validation, numbers.Real)
     good = validation is not None and (not is_share or 0 < validation < 1)
     check_ranges(("validation between 0 and 1, or rows", good, validation))
     if is_share:
         return float(validation)
+    if isinstance(validation, tuple) and len(validation) not in (1, 2):
+        raise ValueError(
+            "expected validation as a share, a mask, rows or (rows, contexts), got "
+            f"{len(validation)} parts: rows held out have neither weights nor partners of theirs"
+        )
     is_pair = isinstance(validation, list) and len(validation) == 2
     is_pair = is_pair and all(getattr(part, "ndim", 0) > 0 for part in validation)
     return tuple(validation) if is_pair else validation

@@ -19,7 +19,6 @@ from ..distributions.identity import identity_of
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
-from ..interpolants.linear import Mirror
 from ..nn.mlp import VelocityMLP
 from ..nn.velocity import untrained_copy
 from ..solvers.ode import FixedGrid, Solver
@@ -33,8 +32,9 @@ from .distributed import Process
 from .image_rows import LEVELS, dequantized, has_images
 from .loop import Callback, Run, Schedule
 from .names import Names
-from .objective import Coupling, Objective, check_choices, exponent_of
+from .objective import Coupling, Objective, exponent_of
 from .optimization import NonFiniteError
+from .options import check_choices
 from .reporting import HeldOutDensity, attempted, tell
 from .rows import Rows
 from .streaming import Stream, is_stream
@@ -208,7 +208,7 @@ def fit(
     """
     clock, process = Clock(max_seconds), Process(fabric, own_rows=is_stream(data))
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema, accumulate)
-    check_choices(learn, coupling, callback, tolerance, whiten)
+    check_choices(learn, coupling, callback, tolerance, whiten, pairs)
     validation = as_held_out(validation)
     flow = _started_flow(distribution, base_samples)
     check_place(None if process.rank else checkpoint, checkpoint_every)
@@ -343,7 +343,7 @@ def _started_flow(distribution: AnyDistribution, base_samples: ArrayLike | None)
     flow = trainable_flow(distribution)
     conditional = isinstance(distribution, ConditionalInterpolantDistribution)
     given = base_samples is not None or distribution.base is not None
-    if conditional and _is_mirror(distribution) and not given:
+    if conditional and flow.interpolant.starts_from_data() and not given:
         raise ValueError(
             "expected base_samples or a base for a conditional flow with a Mirror, got neither: "
             "it starts from the data of its context, and a base is the same for all contexts. "
@@ -351,10 +351,6 @@ def _started_flow(distribution: AnyDistribution, base_samples: ArrayLike | None)
             "path from noise, such as Latent(Linear())"
         )
     return flow
-
-
-def _is_mirror(distribution: AnyDistribution) -> bool:
-    return isinstance(distribution.transform.interpolant, Mirror)
 
 
 def start_from(
@@ -377,7 +373,8 @@ def start_from(
     Raises:
         ValueError: If there are samples beside another base, or pairs that are no draws of it.
     """
-    known, is_own = distribution.base, data.kept.context is None and _is_mirror(distribution)
+    known, path = distribution.base, distribution.transform.interpolant
+    is_own = data.kept.context is None and path.starts_from_data()
     samples = names.at_base(base_samples, "base_samples")
     if samples is not None:
         distribution.set_base_samples(samples)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._package import check_ranges, whole
+from .._package import check_ranges, number, whole
 from .._torch import evaluated, rng_state, set_rng_state, warn_user
 from ..nn.velocity import image_shape
 from .checkpoint import Checkpoint, buffers_of
@@ -26,7 +26,7 @@ from .optimization import (
     fill,
     numbered,
 )
-from .reporting import HeldOutDensity, PercentBar
+from .reporting import HeldOutDensity, PercentBar, tell
 from .streaming import StreamBatches
 from .threads import Threads
 
@@ -100,20 +100,25 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        steps, limit, decay = self.steps, self.max_seconds, self.weight_decay
+        decay, pieces = "a finite weight_decay >= 0", range(1, TIMES_PER_BATCH + 1)
         check_ranges(
-            whole("steps", steps, 1, or_none=True),
-            ("max_seconds > 0", limit is None or limit > 0, limit),
-            ("a finite learning_rate > 0", 0 < self.learning_rate < math.inf, self.learning_rate),
-            ("a finite weight_decay >= 0", decay is None or 0 <= decay < math.inf, decay),
-            ("patience >= 1", self.patience >= 1, self.patience),
-            ("ema in [0, 1)", 0 <= self.ema < 1, self.ema),
+            whole("steps", self.steps, 1, or_none=True),
+            number("max_seconds > 0", self.max_seconds, lambda n: n > 0, or_none=True),
+            number("a finite learning_rate > 0", self.learning_rate, lambda n: 0 < n < math.inf),
+            number(decay, self.weight_decay, lambda n: 0 <= n < math.inf, or_none=True),
+            number("patience >= 1", self.patience, lambda n: n >= 1),
+            number("ema in [0, 1)", self.ema, lambda n: 0 <= n < 1),
             (
                 f"accumulate from 1 to {TIMES_PER_BATCH}, whole",
-                self.accumulate in range(1, TIMES_PER_BATCH + 1),
+                self.accumulate in pieces,
                 self.accumulate,
             ),
         )
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether time is a limit: an infinite one is none."""
+        return self.max_seconds is not None and self.max_seconds < math.inf
 
     def decay(self, columns_per_row: float) -> float:
         """Return the weight decay, by default :math:`(70 D / N)^2`, at most 0.5, given D / N."""
@@ -129,7 +134,7 @@ class Schedule:
         """
         if self.steps is not None:
             return self.steps
-        if self.max_seconds is not None and self.max_seconds < math.inf:
+        if self.is_timed:
             return math.inf
         return int(max(_FEWEST_STEPS, min(_MOST_STEPS, numbers / _NUMBERS_PER_STEP)))
 
@@ -142,7 +147,7 @@ class Schedule:
             begun: The share that was done after the first of them.
         """
         warm = min(1.0, (progress + 1e-3) / _WARMUP_SHARE)
-        if self.max_seconds is not None:
+        if self.is_timed:
             steps = _WARMUP_STEPS if self.steps is None else _WARMUP_SHARE * self.steps
             long = max((taken + 1) / _LONG_WARMUP_STEPS, (progress - begun) / _LONG_WARMUP_SHARE)
             warm = min(warm, (taken + 1) / steps, long)
@@ -364,7 +369,7 @@ class Run:
     def seconds(self) -> float:
         """Return the time spent, in this process and those it resumes."""
         spent = self.clock.spent()
-        return spent if self.schedule.max_seconds is None else self.process.agreed(spent)
+        return self.process.agreed(spent) if self.schedule.is_timed else spent
 
     def rate(self) -> float:
         """Return the present learning rate."""
@@ -420,12 +425,12 @@ class Run:
         for in the first fiftieth of a long time few rows may be learned by heart.
         """
         way = min(_LOOK_SHARE, _LOOK_GROWTH * self.done)
-        if self.schedule.max_seconds is None:
-            way = max(way, _STEPS_BETWEEN / self.length)
-            self.next_look = max(self.done + way, _WARMUP_SHARE)
-        else:
+        if self.schedule.is_timed:
             cost = _LOOK_TIMES * self.clock.share(self.monitor.seconds)
             self.next_look = self.done + max(way, min(_MOST_BETWEEN, cost))
+        else:
+            way = max(way, _STEPS_BETWEEN / self.length)
+            self.next_look = max(self.done + way, _WARMUP_SHARE)
 
     def _look_back(self) -> None:
         """Evaluate what came of the steps since the last look, where a run ends early."""
@@ -440,7 +445,7 @@ class Run:
         )
         _log.info(text)
         if not bar.disable:
-            bar.write(text)
+            tell(text)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the state, from the first of the processes."""

@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._package import check_ranges, flag
 from .._torch import evaluated
+from ..diffusion.conversions import checked_times
 from ..distributions.bases import Samples, WhitenedBase
 from ..distributions.constraints import check_value
 from ..distributions.interpolant import (
@@ -38,30 +38,6 @@ from .whitening import inliers
 
 Target = Literal["velocity", "noise"]
 Metric = Callable[[Tensor], Tensor]
-
-
-def check_choices(
-    learn: object, coupling: object, callback: object, tolerance: float, whiten: object
-) -> None:
-    """Raise an error unless the settings of a run beside its schedule can work.
-
-    Args:
-        learn: What the network is to learn.
-        coupling: Who is paired with whom.
-        callback: What is called at each look, or None.
-        tolerance: Of the calibration.
-        whiten: Whether to set the whitening map.
-
-    Raises:
-        TypeError: If one that is to be called is not a function.
-        ValueError: If it is not known what is to be learned, or another is out of range.
-    """
-    if learn not in ("velocity", "noise"):
-        raise ValueError(f"expected learn='velocity' or learn='noise', got {learn!r}")
-    for name, given in ("coupling", coupling), ("callback", callback):
-        if not (callable(given) or (given is None and name == "callback")):
-            raise TypeError(f"expected {name} to be a function, not its name, got {given!r}")
-    check_ranges(("tolerance > 0", tolerance > 0, tolerance), flag("whiten", whiten))
 
 
 class Points(NamedTuple):
@@ -160,7 +136,7 @@ def interpolant_loss(
     x1: Tensor,
     *,
     x0: Tensor | None = None,
-    t: Tensor | None = None,
+    t: Tensor | float | None = None,
     context: Tensor | None = None,
 ) -> Tensor:
     r"""Return the paper's objective, one value per row, for a training loop of your own.
@@ -185,8 +161,8 @@ def interpolant_loss(
 
     Raises:
         TypeError: If data are neither of a floating type nor such images.
-        ValueError: If data, base draws or contexts are of another shape or type, data outside the
-            support, or a label is none of the classes.
+        ValueError: If data, base draws, times or contexts are of another shape or type, data
+            outside the support, times outside [0, 1], or a label is none of the classes.
 
     References:
         arXiv 2209.15571, eq. 10.
@@ -206,8 +182,25 @@ def interpolant_loss(
     w0 = base.sample(w1.shape[:-1]) if x0 is None else base.to_white(x0)
     if t is None:
         t = torch.rand(w1.shape[:-1], dtype=w1.dtype, device=w1.device)
+    else:
+        t = checked_times(t, w1)
+    for name, shape in ("times", t.shape), ("base draws", w0.shape[:-1]):
+        _refuse_other_rows(name, shape, w1.shape[:-1])
     points = path_points(flow.interpolant, t, w0, w1)
     return regression_loss(flow.velocity, tuple(p._replace(context=context) for p in points))
+
+
+def _refuse_other_rows(name: str, shape: torch.Size, rows: torch.Size) -> None:
+    """Raise a ValueError unless what goes with rows of a shape is broadcastable to it."""
+    try:
+        good = torch.broadcast_shapes(shape, rows) == rows
+    except RuntimeError:
+        good = False
+    if not good:
+        raise ValueError(
+            f"expected {name} for rows of shape {tuple(rows)}, one for each or broadcastable to "
+            f"them, got {tuple(shape)}"
+        )
 
 
 def _floating(distribution: AnyDistribution, x1: Tensor) -> Tensor:
@@ -284,6 +277,11 @@ class Objective(nn.Module):
         network = flow.noise if target == "noise" else flow.velocity
         if network is None:
             raise ValueError("expected a flow with a network for the latent noise, got none")
+        if next(network.parameters(), None) is None:
+            raise ValueError(
+                f"expected a network with weights to train, got {type(network).__name__}, which "
+                "has none"
+            )
         self.network = network
         self.__dict__["flow"] = flow  # no part: whoever wraps this module sees one network
         if coupling is optimal_transport and isinstance(flow.interpolant, Geodesic):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, constraints
 from tqdm import tqdm
 
-from .._package import check_ranges, whole
-from .._torch import inverse_of, seeded, with_gradients
+from .._package import check_ranges, number, whole
+from .._torch import evaluated, inverse_of, seeded, with_gradients
 from ..distributions.bases import standard_normal
 from ..distributions.constraints import Constraint, check_value
 from ..distributions.interpolant import InterpolantDistribution
@@ -169,7 +169,8 @@ def distill(
         TypeError: If the distribution is not an :class:`~pyro_interpolant.InterpolantDistribution`
             or the student is of another kind.
         ValueError: If a setting cannot work, the distribution has a batch shape or is one of
-            angles, or the student's weights are frozen, as training leaves them.
+            angles, or the student is of another dimension, or its weights are frozen, as training
+            leaves them.
         RuntimeError: If the student's density of held-out draws is not finite.
 
     References:
@@ -187,11 +188,13 @@ def distill(
         whole("count", count, 100),
         whole("steps", steps, 1),
         whole("batch_size", batch_size, 1),
-        ("learning_rate > 0", learning_rate > 0, learning_rate),
+        number("learning_rate > 0", learning_rate, lambda n: n > 0),
     )
     count, steps, batch_size = int(count), int(steps), int(batch_size)
-    given = None if student is None else StudentTransforms(student)
     began, flow = time.monotonic(), distribution.transform.flow
+    given = None if student is None else StudentTransforms(student).to(flow.loc)
+    if given is not None:
+        given.check(flow.loc)
     view, held_count = distribution.without_support(), round(_HELD * count)
     with seeded(seed), torch.no_grad():
         last = view.sample((held_count,))
@@ -279,6 +282,21 @@ class StudentTransforms(nn.Module):
         """
         space = support_of(constraints.real_vector) if space is None else space
         return Student(standard_normal(like), [Unseen(), *self.chain()], ends, space)
+
+    def check(self, like: Tensor) -> None:
+        """Raise a ValueError unless the transforms are of rows like a tensor, shape ``(D,)``."""
+        shape: tuple[int, ...] | None = None
+        why = ""
+        with evaluated(self), torch.no_grad():
+            try:
+                shape = self.over(like).log_prob(torch.zeros_like(like)[None]).shape
+            except (RuntimeError, ValueError, IndexError) as error:
+                why = f": {error}"
+        if shape != (1,):
+            raise ValueError(
+                f"expected a student of draws of shape (*, {len(like)}), as whitened ones of the "
+                f"flow are, got one that takes no such draws{why}"
+            )
 
     def learn(
         self, rows: Tensor, steps: int, batch_size: int, learning_rate: float, *, progress: bool

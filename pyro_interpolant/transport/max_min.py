@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._package import check_ranges, whole
+from .._package import check_ranges, number, whole
 from .._torch import seeded, trainable, with_gradients
 from ..distributions.constraints import RowsLike
 from ..distributions.interpolant import AnyDistribution
@@ -21,7 +21,7 @@ from ..training.distributed import Process
 from ..training.fitting import FitResult, fit, start_from, trainable_flow
 from ..training.objective import Coupling, Objective
 from ..training.optimization import Descent
-from ..training.options import check_options
+from ..training.options import check_options, check_repeatable
 from ..training.rows import Rows, subsample
 from ..training.whitening import set_whitening
 
@@ -104,18 +104,20 @@ def learn_interpolant(
     Raises:
         TypeError: If the interpolant is not a :class:`LearnedInterpolant`, or options are none of
             ``fit``.
-        ValueError: If the data or a setting cannot work, or options of ``fit`` are those that are
-            set here, ``whiten`` and ``learn``.
+        ValueError: If the data or a setting cannot work, there is a checkpoint without a seed, or
+            options of ``fit`` are those that are set here, ``whiten`` and ``learn``.
 
     References:
         arXiv 2209.15571, eq. 14 and Proposition 4.
     """
     pace = _Pace(alternations, velocity_steps, learning_rate, interpolant_rate)
     check_options(
+        fit,
         {**fit_options, "coupling": coupling, "learning_rate": learning_rate},
         {"whiten", "learn"},
         "the velocity is trained in the whitened coordinates of the interpolant",
     )
+    check_repeatable(seed, fit_options.get("checkpoint"))
     flow = trainable_flow(distribution)
     interpolant = flow.interpolant
     if not isinstance(interpolant, LearnedInterpolant):
@@ -184,8 +186,8 @@ class _Pace:
         check_ranges(
             whole("alternations", self.alternations, 1),
             whole("velocity_steps", self.velocity_steps, 1),
-            ("learning_rate > 0", self.learning_rate > 0, self.learning_rate),
-            ("interpolant_rate > 0", self.interpolant_rate > 0, self.interpolant_rate),
+            number("learning_rate > 0", self.learning_rate, lambda n: n > 0),
+            number("interpolant_rate > 0", self.interpolant_rate, lambda n: n > 0),
         )
 
     def alternate(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._package import check_ranges, whole
-from .._torch import seeded
+from .._torch import seeded, with_gradients
 from ..diagnostics.calibration import calibrate
 from ..distributions.interpolant import (
     AnyDistribution,
@@ -20,7 +20,7 @@ from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
 from ..training.fitting import FitResult, fit, trainable_flow
 from ..training.image_rows import IMAGE_OPTIONS, has_images
-from ..training.options import check_options
+from ..training.options import check_options, check_repeatable
 
 _ROWS, _IMAGES = 256, 8  # whose paths are compared
 _FINE_STEPS = 128  # of what they are compared with
@@ -66,6 +66,7 @@ class ReflowResult(NamedTuple):
         return f"before: {self.before}\nafter: {self.after}\n{self.fit}"
 
 
+@with_gradients()
 def reflow(
     distribution: AnyDistribution,
     *,
@@ -98,9 +99,10 @@ def reflow(
 
     Raises:
         TypeError: If options are none of ``fit``.
-        ValueError: If the flow is conditional and no context is given, ``count`` is below 1, or
-            options of ``fit`` cannot work, or are those that are set here, ``pairs``, ``whiten``
-            and ``learn``.
+        ValueError: If the flow is conditional and there are not contexts of shape ``(N, C)``,
+            ``count`` is below 1, there is a checkpoint without a seed, or options of ``fit``
+            cannot work, or are those that are set here: ``pairs``, ``coupling``,
+            ``base_samples``, ``whiten`` and ``learn``.
 
     References:
         Liu, Gong & Liu, *Flow straight and fast*, ICLR 2023; arXiv 2209.15571, Section 2.3.
@@ -108,24 +110,22 @@ def reflow(
     trainable_flow(distribution)
     check_ranges(whole("count", count, 1))
     check_options(
+        fit,
         {**fit_options, "tolerance": tolerance},
-        {"pairs", "whiten", "learn"},
+        {"pairs", "coupling", "base_samples", "whiten", "learn"},
         "pairs are what the flow makes, in the whitened coordinates that it has, and its velocity "
         "is trained; fit(copy, data, ...) trains on yours",
     )
-    if context is None and isinstance(distribution, ConditionalInterpolantDistribution):
-        raise ValueError("expected contexts to draw pairs for, shape (N, C), got none")
+    check_repeatable(seed, fit_options.get("checkpoint"))
     new = copy.deepcopy(distribution)
-    trainable_flow(new)
     flow = new.transform.flow
     straight = new.space.default_path() or Linear()
     flow.interpolant = straight if interpolant is None else interpolant
     flow.noise = None  # of the path before
     new.transform.solver = FixedGrid()
     with seeded(seed), torch.no_grad():
-        view = distribution.given(context)
         shape = (int(count),) if context is None else ()
-        base, data = _pairs(view, shape)
+        base, data = _pairs(_given(distribution, context), shape)
     images = has_images(new)
     fit_options = {**(IMAGE_OPTIONS if images else {}), **fit_options}
     outcome = fit(
@@ -141,6 +141,21 @@ def reflow(
         _report(new, base[few], *rows, tolerance),
         outcome,
     )
+
+
+def _given(distribution: AnyDistribution, context: Tensor | None) -> InterpolantDistribution:
+    """Return the distribution given its contexts, one for each pair, or none.
+
+    Raises:
+        ValueError: If the flow is conditional and they are not of shape ``(N, C)``.
+    """
+    if not isinstance(distribution, ConditionalInterpolantDistribution):
+        return distribution.given(context)
+    view = None if context is None else distribution.condition(context)
+    if view is None or len(view.batch_shape) != 1:
+        got = "none" if view is None else f"a batch of shape {tuple(view.batch_shape)}"
+        raise ValueError(f"expected contexts to draw pairs for, shape (N, C), got {got}")
+    return view
 
 
 def _pairs(view: InterpolantDistribution, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -373,6 +373,30 @@ def test_rows_held_out_do_not_set_the_map(given, monkeypatch):
     close(held.weight, rows[:, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"steps": -1}, ValueError, "steps >= 1, a whole number, got -1"),
+        ({"checkpoint": "/nowhere/at/all"}, ValueError, "in a folder that is there"),
+        ({"stepz": 3}, TypeError, "expected options of fit, got stepz"),
+        ({"data": 3}, TypeError, "expected options of fit, got data"),
+        ({"event_shape": 2}, TypeError, r"event_shape as a tuple of sizes, got 2: pass \(2,\)"),
+    ],
+)
+def test_options_are_refused_before_a_map_is_chosen(options, kind, message, monkeypatch):
+    def chosen(*args, **options):
+        raise AssertionError("a map was chosen")
+
+    monkeypatch.setattr(building, "preferred_support", chosen)
+    with pytest.raises(kind, match=message):
+        learn(torch.randn(50, 2), **{"marginals": None, **options})
+
+
+def test_the_shape_of_batches_rows_is_a_tuple():
+    with pytest.raises(TypeError, match="event_shape as a tuple of sizes, got 2"):
+        learn([torch.randn(50, 2)], event_shape=2)
+
+
 @pytest.mark.parametrize("name", ["marginals", "whiten", "flip"])
 def test_a_word_is_neither_true_nor_false(name):
     with pytest.raises(ValueError, match=f"expected {name} to be .*True or False, got 'off'"):

@@ -445,7 +445,7 @@ def test_a_run_from_another_base_is_another_run(name, tmp_path):
 def test_where_no_state_can_be_kept(tmp_path):
     with pytest.raises(ValueError, match="in a folder that is there, got .*nowhere"):
         fit(made(), rows(), checkpoint=tmp_path / "nowhere" / "run", **QUICK)
-    with pytest.raises(ValueError, match="expected checkpoint_every >= 1, got 0"):
+    with pytest.raises(ValueError, match="checkpoint_every >= 1, a whole number, got 0"):
         fit(made(), rows(), checkpoint=tmp_path / "run", checkpoint_every=0, **QUICK)
 
 

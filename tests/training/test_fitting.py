@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import itertools
 import math
 import types
@@ -18,6 +19,8 @@ from pyro_interpolant import (
     InterpolantDistribution,
     InterpolantTransform,
     JointInterpolantDistribution,
+    Mirror,
+    Samples,
     VelocityMLP,
     conditional_interpolant_transform,
     fit,
@@ -36,10 +39,23 @@ def tiny(dim=2, **kwargs):
     return InterpolantDistribution(interpolant_transform(dim, (32, 32)), **kwargs)
 
 
-def tiny_conditional(context_dim=1):
+def tiny_conditional(context_dim=1, **kwargs):
     return ConditionalInterpolantDistribution(
-        conditional_interpolant_transform(2, context_dim, (32, 32))
+        conditional_interpolant_transform(2, context_dim, (32, 32), **kwargs)
     )
+
+
+class Still(nn.Module):
+    def forward(self, t, x, context=None):
+        return torch.zeros_like(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class SineMirror(Interpolant):
+    ends = Mirror.ends
+
+    def coefficients(self, t):
+        return torch.zeros_like(t), torch.ones_like(t), torch.sin(math.pi * t)
 
 
 def bimodal():
@@ -104,6 +120,19 @@ def test_an_infinite_time_is_none(monkeypatch):
     d = tiny()
     result = fit(d, torch.randn(60, 2), max_seconds=math.inf, seed=0, progress=False)
     assert result.steps[-1] == 30
+
+
+def test_an_infinite_time_has_the_rates_and_looks_of_none(monkeypatch):
+    rates = [
+        [schedule.rate(i / 100, i) for i in range(100)]
+        for schedule in (
+            loop.Schedule(100, limit, 1e-2, 0.0, 30, 0.9) for limit in (None, math.inf)
+        )
+    ]
+    assert rates[0] == rates[1]
+    x = torch.randn(60, 2)
+    looks = [quick(tiny(), x, max_seconds=limit).steps for limit in (None, math.inf)]
+    assert looks[0] == looks[1]
 
 
 @pytest.mark.slow
@@ -629,6 +658,47 @@ BAD = {
     ),
     "seed": (tiny, lambda: X, {"seed": 2**70}, ValueError, "a seed that is whole, from"),
     "part of a seed": (tiny, lambda: X, {"seed": 1.5}, ValueError, "a seed that is whole.*1.5"),
+    "no rate": (tiny, lambda: X, {"learning_rate": None}, ValueError, "rate > 0, got None"),
+    "no patience": (tiny, lambda: X, {"patience": None}, ValueError, "patience >= 1, got None"),
+    "no ema": (tiny, lambda: X, {"ema": None}, ValueError, r"ema in \[0, 1\), got None"),
+    "no tolerance": (tiny, lambda: X, {"tolerance": None}, ValueError, "tolerance > 0, got None"),
+    "text for steps": (tiny, lambda: X, {"steps": "5"}, ValueError, "steps >= 1, a whole .*got 5"),
+    "checkpoints": (
+        tiny,
+        lambda: X,
+        {"checkpoint_every": 2.5},
+        ValueError,
+        "checkpoint_every >= 1, a whole number, got 2.5",
+    ),
+    "nothing held out": (tiny, lambda: X, {"validation": ()}, ValueError, "got 0 parts"),
+    "weights held out": (
+        tiny_conditional,
+        lambda: X,
+        {"context": C, "validation": (X, C, X[:, 0])},
+        ValueError,
+        r"rows or \(rows, contexts\), got 3 parts",
+    ),
+    "pairs and coupling": (
+        tiny,
+        lambda: X,
+        {"pairs": X, "coupling": optimal_transport},
+        ValueError,
+        "expected pairs or a coupling, got both",
+    ),
+    "no weights": (
+        lambda: InterpolantDistribution(InterpolantTransform(Still(), 2)),
+        lambda: X,
+        {},
+        ValueError,
+        "expected a network with weights to train, got Still, which has none",
+    ),
+    "a start from contexts": (
+        lambda: tiny_conditional(interpolant=SineMirror()),
+        lambda: X,
+        {"context": C},
+        ValueError,
+        "expected base_samples or a base for a conditional flow with a Mirror",
+    ),
     "tolerance": (
         tiny,
         lambda: X,
@@ -799,6 +869,21 @@ def test_data_on_a_support():
     gap = (truth.log_prob(x) - distribution.log_prob(x)).mean()
     assert abs(gap) < 0.1
     assert (distribution.sample((500,)) > 0).all()
+
+
+def test_a_path_of_ones_own_that_starts_from_data_starts_from_these():
+    d = tiny()
+    d.transform.flow.interpolant = SineMirror()
+    quick(d, torch.randn(60, 2) + 3, steps=2)
+    assert isinstance(d.base, Samples)
+    assert d.sample((50,)).mean() > 2
+
+
+def test_why_a_run_stopped_is_said_beside_the_bar(capsys):
+    quick(tiny(), torch.randn(60, 2), progress=True, callback=lambda state: True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "fit stopped early at step 1" in captured.err
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def test_points_of_several_draws_are_those_of_each(name, context_dim, target):
         torch.testing.assert_close(objective.loss(points), expected)
 
 
-class Own(nn.Module):
+class Own(nn.Linear):
     time_exponent = 1.5
 
     def forward(self, t, x, context=None):
@@ -90,7 +90,7 @@ EXPONENTS = {
     "few dimensions": (lambda: VelocityMLP(2, (8,)), 2.0),
     "many dimensions": (lambda: VelocityMLP(9, (8,)), 1.0),
     "given data": (lambda: EmbeddedVelocity(9, [(2,)], hidden_dims=(8,)), 3.0),
-    "a user's own": (Own, 1.5),
+    "a user's own": (lambda: Own(2, 2), 1.5),
     "a user's own, which says nothing": (lambda: nn.Linear(2, 2), 1.0),
 }
 
@@ -120,7 +120,7 @@ def test_times_are_as_many_near_the_data_as_the_network_asks_for(name, dtype):
 
 @pytest.mark.parametrize("exponent", [0.0, -1.0, float("inf"), float("nan")])
 def test_times_beyond_the_path_are_refused_when_a_transform_is_made(exponent):
-    velocity = Own()
+    velocity = Own(2, 2)
     velocity.time_exponent = exponent
     with pytest.raises(ValueError, match="expected a finite time_exponent > 0, got"):
         InterpolantTransform(velocity, event_dim=2)
@@ -188,19 +188,38 @@ BAD_ARGUMENTS = {
     "a finer type": ((ONES.double(), None, None), "expected torch.float32"),
     "a column of the base": ((ONES, ONES[:, :1], None), r"got \(4, 1\)"),
     "a label of no class": ((ONES[:2], None, torch.tensor([0, 7])), "labels from 0 to 2"),
+    "base draws of others": ((ONES, ONES[:3], None), r"base draws for rows of shape \(4,\).*\(3,"),
+    "base draws of many": ((ONES[0], ONES, None), r"base draws for rows of shape \(\), .*\(4,\)"),
+    "a column of times": ((ONES, None, None, ONES[:, :1]), r"times for .* \(4,\), .*got \(4, 1\)"),
+    "times of others": (
+        (ONES, None, None, ONES[:3, 0]),
+        r"times for .* shape \(4,\), .*got \(3,\)",
+    ),
+    "times beyond": ((ONES, None, None, 1.5 * ONES[:, 0]), r"times in \[0, 1\], got 1.5 to 1.5"),
+    "a time beyond": ((ONES, None, None, -0.5), r"times in \[0, 1\], got -0.5 to -0.5"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
 def test_arguments_that_would_broadcast_are_refused(name):
-    (x1, x0, labels), message = BAD_ARGUMENTS[name]
+    (x1, x0, labels, *times), message = BAD_ARGUMENTS[name]
     kind, classes = InterpolantTransform, 0
     if labels is not None:
         kind, classes = ConditionalInterpolantTransform, 3
     flow = kind(VelocityMLP(2, (4,), classes=classes)).float()
     of = ConditionalInterpolantDistribution if classes else InterpolantDistribution
     with torch.no_grad(), pytest.raises(ValueError, match=message):
-        interpolant_loss(of(flow), x1, x0=x0, context=labels)
+        interpolant_loss(of(flow), x1, x0=x0, context=labels, t=times[0] if times else None)
+
+
+def test_times_are_of_any_type_and_shape_that_broadcasts():
+    flow = InterpolantDistribution(random_flow(2))
+    x0, x1 = torch.randn(2, 5, 3, 2)
+    t = torch.rand(5, 1).float()
+    found = interpolant_loss(flow, x1, x0=x0, t=t)
+    torch.testing.assert_close(found, interpolant_loss(flow, x1, x0=x0, t=t.double().expand(5, 3)))
+    half = interpolant_loss(flow, x1, x0=x0, t=0.5)
+    torch.testing.assert_close(half, interpolant_loss(flow, x1, x0=x0, t=torch.full((5, 3), 0.5)))
 
 
 def test_labels_may_be_whole_numbers():

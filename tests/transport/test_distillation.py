@@ -273,6 +273,9 @@ def test_what_cannot_be_distilled_is_refused():
     for wrong in ([], [nn.Linear(2, 2)], Unrelated()):
         with pytest.raises(TypeError, match="expected transforms"):
             distill(flow, wrong, **QUICK)
+    for wrong in ([affine_coupling(3, [8])], [affine_coupling(3, [8]), affine_coupling(2, [8])]):
+        with pytest.raises(ValueError, match=r"expected a student of draws of shape \(\*, 2\)"):
+            distill(flow, wrong, **QUICK)
     for steps in (0, 2.5):
         with pytest.raises(ValueError, match="steps >= 1, a whole number"):
             distill(flow, **{**QUICK, "steps": steps})

@@ -237,6 +237,14 @@ def test_one_column_alone(options):
         (LearnedInterpolant(), {"checkpoint_every": 0}, ValueError, "checkpoint_every >= 1"),
         (LearnedInterpolant(), {"callback": 3}, TypeError, "callback to be a function"),
         (LearnedInterpolant(), {"validation": None}, ValueError, "validation .*, got None"),
+        (LearnedInterpolant(), {"learning_rate": None}, ValueError, "rate > 0, got None"),
+        (LearnedInterpolant(), {"checkpoint": "a", "seed": None}, ValueError, "a seed beside"),
+        (
+            LearnedInterpolant(),
+            {"pairs": torch.zeros(300, 2), "coupling": optimal_transport},
+            ValueError,
+            "expected pairs or a coupling",
+        ),
         (
             LearnedInterpolant(event_dim=3, matrices=True),
             {},
@@ -293,7 +301,14 @@ def test_reflow_straightens_the_paths(ring_flow):
 
 
 @pytest.mark.parametrize(
-    "options", [{"whiten": True}, {"pairs": torch.zeros(1)}, {"learn": "noise"}]
+    "options",
+    [
+        {"whiten": True},
+        {"pairs": torch.zeros(1)},
+        {"learn": "noise"},
+        {"base_samples": torch.zeros(1)},
+        {"coupling": optimal_transport},
+    ],
 )
 def test_options_that_reflow_sets_are_refused(options):
     distribution = InterpolantDistribution(interpolant_transform(2, (8,)))
@@ -301,6 +316,23 @@ def test_options_that_reflow_sets_are_refused(options):
         reflow(distribution, **options)
     with pytest.raises(ValueError, match=r"ema in \[0, 1\), got 2"):
         reflow(distribution, ema=2)
+
+
+def test_what_reflow_cannot_start_from_is_refused():
+    distribution = InterpolantDistribution(interpolant_transform(2, (8,)))
+    with pytest.raises(ValueError, match="expected a seed beside a checkpoint"):
+        reflow(distribution, checkpoint="state")
+    conditional = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 3))
+    for one, got in (None, "none"), (torch.zeros(3), r"a batch of shape \(\)"):
+        with pytest.raises(ValueError, match=rf"contexts .*shape \(N, C\), got {got}"):
+            reflow(conditional, context=one)
+
+
+def test_reflow_in_inference_mode():
+    distribution = InterpolantDistribution(interpolant_transform(2, (8,)))
+    with torch.inference_mode():
+        new = reflow(distribution, count=60, steps=1, **QUICK | {"batch_size": 32}).distribution
+    assert not any(p.is_inference() for p in new.transform.parameters())
 
 
 @pytest.mark.slow
