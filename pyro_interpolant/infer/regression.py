@@ -16,7 +16,6 @@ from ..training.threads import Threads, threads_restored
 from .schedule import clocked
 
 _BATCH_ROWS = 512  # in a regression step
-_FIRST_RATE = 1e-3  # the learning rate before the first is asked for
 _WARMUP_STEPS = 100  # in which the rate rises
 _MAX_POOLS = 10
 _DECAY = 0.999
@@ -43,7 +42,7 @@ class FlowRegression:
     ) -> None:
         self.distribution, flow = distribution, distribution.transform.flow
         self.objective = Objective(flow, WhitenedBase(None, flow.whitening), independent)
-        self.descent = Descent(self.objective, learning_rate=_FIRST_RATE, ema=ema)
+        self.descent = Descent(self.objective, ema=ema)
         self.average = self.descent.average
         flow.independent, flow.reached = True, None
         self.threads = Threads(choose=flow.loc.is_cpu)

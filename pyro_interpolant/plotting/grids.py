@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._package import check_ranges, whole
 from ..distributions.constraints import as_tensor
-from ..training.image_rows import LEVELS
+from ..training.rows import LEVELS
 from .axes import new_axes
 
 if TYPE_CHECKING:

@@ -49,8 +49,6 @@ from .data import (
     DataLike,
     as_held_out,
     checked_mask,
-    checked_weights,
-    drop_zero_weights,
     mask_of,
     rows_held,
 )
@@ -62,7 +60,7 @@ from .optimization import NonFiniteError
 from .options import check_options
 from .preprocessing import preferred_support, rounded, warn_if_rounded
 from .reporting import stage, tell
-from .rows import Rows
+from .rows import Rows, checked_weights, drop_zero_weights
 from .streaming import first_rows, is_stream
 from .whitening import whitening_map
 

@@ -7,12 +7,14 @@ after the last.
 import math
 import time
 
+from .._package import check_ranges, number
+
 _TRAINING_SHARE = 0.95  # of the time, to the last step; the rest: calibration and comparison
 _OVERTIME_SHARE, _OVERTIME = 0.05, 5.0  # of the time, and seconds: what these may take beyond it
 
 
 class Seconds(float):
-    """A time limit that counts from an earlier moment, the call of whoever passes it on.
+    """A time limit whose clock started earlier, when the user called.
 
     Attributes:
         began: That moment, by :func:`time.monotonic`.
@@ -40,9 +42,13 @@ class Clock:
         limit: The same; infinite for None.
         began: When the run began, by :func:`time.monotonic`.
         before: The time spent by a run that is resumed.
+
+    Raises:
+        ValueError: If the limit is not positive.
     """
 
     def __init__(self, limit: float | None) -> None:
+        check_ranges(number("max_seconds > 0", limit, lambda n: n > 0, or_none=True))
         self.limit = math.inf if limit is None else limit
         self.began: float = getattr(limit, "began", time.monotonic())
         self.before = 0.0

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .._files import checksum
 from .._package import check_ranges
 from .._torch import rng_state, set_rng_state
 from ..distributions.constraints import (
@@ -19,7 +20,8 @@ from ..distributions.constraints import (
 )
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import NamedSites
-from .checkpoint import checksum
+from .checkpoint import Checkpoint
+from .clock import Clock
 from .distributed import Process
 from .image_rows import (
     BATCH_IMAGES,
@@ -32,7 +34,7 @@ from .image_rows import (
 from .names import Names
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
-from .rows import Rows, search_weights
+from .rows import Rows, checked_weights, drop_zero_weights, search_weights
 from .survey import Surveyed
 from .whitening import warn_if_coarse
 
@@ -94,6 +96,7 @@ class Table:
     Attributes:
         names: The names of the columns, in the order that rows and contexts have.
         rows: All rows; those held out come last where the user gave them.
+        like: A tensor of the type of the flow, on its device, shape ``(D,)``.
         copies: Whether equal rows are copies of one, not equal by chance.
         checksum: What tells this table from another.
         exact: Whether a resumed run goes on from the very row.
@@ -130,7 +133,7 @@ class Table:
         if found.context is not None and not distribution.transform.flow.classes:
             warn_if_coarse(as_tensor(context, "context"), found.context.dtype, "context")
         self.copies = not warn_if_rounded(found.w)
-        self.has_images = has_images(distribution)
+        self.has_images, self.like = has_images(distribution), distribution.transform.flow.loc
         count, size = found.w.shape
         if pairs is not None:
             pairs = checked_rows(pairs, "pairs", (size,))
@@ -160,16 +163,28 @@ class Table:
             self.held = 0 if own is None else len(own.w)
             if own is not None:
                 found = _with_given(found, own)
-        self.rows = found.to(distribution.transform.flow.loc.device)
+        self.rows = found.to(self.like.device)
         self.checksum = checksum(self.rows)
 
-    def split(self, process: Process, batch_size: int | None, **survey: Any) -> Split:
+    def split(
+        self,
+        process: Process,
+        batch_size: int | None,
+        *,
+        whole: bool = True,
+        clock: Clock | None = None,
+        state: Checkpoint | None = None,
+        progress: bool = False,
+    ) -> Split:
         """Split off the rows held out, those of the mask, or at random, each with its copies.
 
         Args:
             process: This process, or one of several that share each batch.
             batch_size: Rows per step and process, or None for the default.
-            **survey: Unused: all rows are there.
+            whole: For streams alone, as what follows: all rows of a table are there.
+            clock: What tells how much time there is.
+            state: What the run goes on from.
+            progress: Whether to show a bar.
 
         Raises:
             ValueError: If the batch size is below 1 or above the number of training rows.
@@ -436,62 +451,3 @@ def check_same_scale(held: Rows, rows: Rows) -> None:
             "expected validation of the type of the data, got "
             f"{held.w.dtype} beside {rows.w.dtype}: spread both over their levels, or neither"
         )
-
-
-def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[Any, ...]:
-    """Return parts, each of N rows or None, and weights, without the rows that have no weight.
-
-    Such rows may hold anything: a mask's are never looked at.
-
-    Args:
-        weights: Weights, shape ``(N,)``, or None.
-        *parts: Tensors or arrays of N rows, or dictionaries of them.
-        part: Whether they are a part of all rows, which may have no weight at all.
-    """
-    if weights is None:
-        return *parts, None
-    weights = checked_weights(weights, None, part=part)
-    keep = weights > 0
-
-    def kept(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: kept(inner) for name, inner in value.items()}
-        value = as_tensor(value, "rows")
-        if value.dim() == 0 or len(value) != len(keep):
-            raise ValueError(
-                f"expected as many non-negative weights as rows, got {len(keep)} beside a tensor "
-                f"of shape {tuple(value.shape)}"
-            )
-        return value[keep.to(value.device)]
-
-    if not bool(keep.all()):
-        parts = tuple(None if value is None else kept(value) for value in parts)
-    return *parts, weights[keep]
-
-
-def checked_weights(
-    weights: ArrayLike | None, count: int | None, *, part: bool = False
-) -> Tensor | None:
-    """Return weights of rows, shape ``(N,)``, or None.
-
-    Args:
-        weights: Numbers of any type, or None.
-        count: N, or None for any.
-        part: Whether they are those of a part of all rows, which may all be zero.
-
-    Raises:
-        ValueError: If they are of another number, negative, not finite or all zero.
-    """
-    if weights is None:
-        return None
-    weights = as_tensor(weights, "weights")
-    weights = weights if weights.is_floating_point() else weights.double()  # counts, a mask
-    weights = checked_rows(weights, "weights", ())
-    count = len(weights) if count is None else count
-    enough = part or float(weights.sum()) > 0
-    if len(weights) != count or float(weights.min()) < 0 or not enough:
-        raise ValueError(
-            f"expected {count} non-negative weights, not all zero, got {len(weights)} with a "
-            f"minimum of {float(weights.min()):.3g}"
-        )
-    return weights

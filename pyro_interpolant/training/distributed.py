@@ -50,10 +50,6 @@ class Process:
         self.world: int = 1 if fabric is None else fabric.world_size
         self.device: torch.device | None = None if fabric is None else fabric.device
 
-    def takes_all_rows(self) -> bool:
-        """Return whether every row comes through this process, or through all alike."""
-        return self.world == 1 or not self.own_rows
-
     def seed(self, seed: int | None) -> int | None:
         """Return the seed of all processes: the given one, or, for several, a new one."""
         if seed is not None or self.world == 1:
@@ -84,7 +80,6 @@ class Process:
         self,
         objective: nn.Module,
         parameters: Sequence[Tensor],
-        learning_rate: float,
         weight_decay: float = 0.0,
     ) -> None:
         """Make the optimiser of a loss, and let Fabric wrap both.
@@ -93,7 +88,6 @@ class Process:
             objective: A module that owns the network, from a function without arguments to the
                 loss at what it returns.
             parameters: The weights to train, of any shapes.
-            learning_rate: The rate before another is set.
             weight_decay: AdamW's.
 
         Raises:
@@ -102,7 +96,7 @@ class Process:
         self._check_type(parameters[0].dtype)
         self.module: nn.Module = objective
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            list(parameters), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
+            list(parameters), betas=(0.9, 0.99), weight_decay=weight_decay,
             fused=self._scaler() is None,
         )  # fmt: skip
         if self.fabric is not None:

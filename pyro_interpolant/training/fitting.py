@@ -9,44 +9,40 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
-from torch import nn
 
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..diffusion.guidance import Guided
-from ..distributions.bases import Samples, check_single
+from ..distributions.bases import check_single
 from ..distributions.identity import identity_of
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
-from ..nn.mlp import VelocityMLP
-from ..nn.velocity import untrained_copy
 from ..solvers.ode import FixedGrid, Solver
 from ..transforms.flow import Flow
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .agreement import warn_if_draws_differ
-from .checkpoint import Checkpoint, check_place, open_checkpoint, restore_buffers
+from .checkpoint import check_place, open_checkpoint
 from .clock import Clock
-from .data import DEFAULT_SHARE, DataLike, HeldOut, Split, Table, as_held_out
+from .data import DEFAULT_SHARE, DataLike, HeldOut, Table, as_held_out
 from .distributed import Process
-from .image_rows import LEVELS, dequantized, has_images
+from .image_rows import has_images
 from .loop import Callback, Run, Schedule
-from .names import Names
 from .objective import Coupling, Objective, exponent_of
 from .optimization import NonFiniteError
 from .options import check_choices
+from .preparation import noise_network, prepare_flow, start_from
 from .reporting import HeldOutDensity, attempted, tell
 from .rows import Rows
 from .streaming import Stream, is_stream
 from .threads import threads_restored
-from .whitening import set_whitening, wild_rows
+from .whitening import wild_rows
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 _CALIBRATION_ROWS = 256
 _CALIBRATION_IMAGES, _CALIBRATION_SHARE = 8, 0.1  # and the most of the time of a run
-_MIN_PARTNERS = 50  # whose moments tell whether they are draws of N(0, I)
 
 
 class FitResult(NamedTuple):
@@ -222,24 +218,24 @@ def fit(
         identity = [source.checksum, [*settings, source.share, whiten, *["flip"] * flip]]
         if checkpoint is not None:  # it goes through all weights and samples
             identity += [identity_of(flow, distribution.base, coupling, base_samples, validation)]
-        exact = source.exact and process.takes_all_rows()
-        state = open_checkpoint(checkpoint, checkpoint_every, identity, flow.loc, exact=exact)
+        exact = source.exact and (process.world == 1 or not process.own_rows)
+        state = open_checkpoint(checkpoint, checkpoint_every, identity, source.like, exact=exact)
         split = source.split(
             process, batch_size, whole=anew, clock=clock, state=state, progress=progress
         )
         with _restored_on_error(distribution):
-            start_from(distribution, base_samples, split, source.names, anew=anew)
+            start_from(distribution, base_samples, split, source, anew=anew)
             if learn == "velocity":
                 flow.independent, flow.reached = coupling is independent and pairs is None, None
-                _prepare_flow(distribution, split, state, process, keep=not whiten)
+                prepare_flow(distribution, split, state, process, keep=not whiten)
+                density = HeldOutDensity(distribution, split)
             else:
-                flow.noise = noise_network(flow)
+                density, flow.noise = None, noise_network(flow)
             seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
             exponent = exponent_of(flow, seen, learn, state)
             objective = Objective(flow, seen, coupling, process, target=learn, exponent=exponent)
             held = objective.without_outliers(split.held)
             fixed = objective.fixed_points(held, unseen, split.size)
-            density = None if learn == "noise" else HeldOutDensity(distribution, split)
         distribution.columns, distribution.context_columns = source.names
         with trainable(objective.network), _naming_rows(source, objective):
             batches = source.batches(split, objective)
@@ -254,7 +250,7 @@ def fit(
 
 @contextlib.contextmanager
 def _restored_on_error(distribution: AnyDistribution) -> Iterator[None]:
-    """Take back what a block has told a flow and its distribution of data, on an error in it."""
+    """If the block raises, undo what it changed in the flow and its distribution."""
     flow, base, report = distribution.transform.flow, distribution.base, distribution.report
     told = flow.independent, flow.reached, flow.noise, flow.levels
     buffers = {name: value.clone() for name, value in flow.named_buffers()}
@@ -277,27 +273,6 @@ def _naming_rows(source: Table | Stream, objective: Objective) -> Iterator[None]
     except NonFiniteError as error:
         where = wild_rows(objective.whitened(source.rows).w) if isinstance(source, Table) else ""
         raise NonFiniteError(f"{error}{where}") from error
-
-
-def noise_network(flow: Flow) -> nn.Module:
-    """Return the network for the latent noise: the present one, or one like the velocity.
-
-    Raises:
-        ValueError: If the path has no latent term.
-    """
-    if not flow.interpolant.has_latent():
-        raise ValueError(
-            f"expected an interpolant with a latent term to learn the noise, got "
-            f"{type(flow.interpolant).__name__}: use Latent(...), or score(), which needs no "
-            "network for a Gaussian base"
-        )
-    if flow.noise is not None:
-        return flow.noise
-    network = untrained_copy(flow.velocity)
-    if network is None:
-        contexts = (0, flow.classes) if flow.classes else (flow.context_dim or 0,)
-        network = VelocityMLP(flow.event_dim, None, *contexts)
-    return network.to(flow.loc)
 
 
 def trainable_flow(distribution: AnyDistribution) -> Flow:
@@ -351,71 +326,6 @@ def _started_flow(distribution: AnyDistribution, base_samples: ArrayLike | None)
             "path from noise, such as Latent(Linear())"
         )
     return flow
-
-
-def start_from(
-    distribution: AnyDistribution,
-    base_samples: ArrayLike | None,
-    data: Split,
-    names: Names,
-    *,
-    anew: bool = False,
-) -> None:
-    """Let a flow start from samples, where they are given, or from the data of a mirror.
-
-    Args:
-        distribution: What is trained.
-        base_samples: Samples of the base, shape ``(M, D)``, or None.
-        data: The data.
-        names: The names of their columns.
-        anew: Whether a mirror leaves the samples that it started from before.
-
-    Raises:
-        ValueError: If there are samples beside another base, or pairs that are no draws of it.
-    """
-    known, path = distribution.base, distribution.transform.interpolant
-    is_own = data.kept.context is None and path.starts_from_data()
-    samples = names.at_base(base_samples, "base_samples")
-    if samples is not None:
-        distribution.set_base_samples(samples)
-    elif is_own and (known is None or (anew and isinstance(known, Samples))):
-        loc = distribution.transform.flow.loc
-        distribution.set_base_samples(dequantized(data.everything(), loc).w)
-    pairs = data.kept.partner
-    if pairs is not None and distribution.base is None and len(pairs) >= _MIN_PARTNERS:
-        off = pairs.mean(0).abs().max(), pairs.std(0).log().abs().max()
-        if float(max(off)) > 1:
-            raise ValueError(
-                "expected pairs drawn from N(0, I), the base of this distribution, got rows with "
-                "other moments: pass the base they come from, or base_samples=pairs as well"
-            )
-
-
-def _prepare_flow(
-    distribution: AnyDistribution,
-    data: Split,
-    state: Checkpoint | None,
-    process: Process,
-    *,
-    keep: bool,
-) -> None:
-    """Prepare a flow for the rows that it is trained on: its levels, whitening and scales.
-
-    Args:
-        distribution: The distribution of the flow.
-        data: The rows.
-        state: What the run goes on from, if anything: its weights know the map that they began
-            with, which other rows, drawn anew, would set a little differently.
-        process: This process, or one of several, which agree on the map.
-        keep: Whether to keep the present map, and the noise that was learned.
-    """
-    flow = distribution.transform.flow
-    flow.levels = None if data.kept.w.is_floating_point() else LEVELS
-    if not keep:
-        flow.noise = None
-    set_whitening(distribution, data.kept, keep=keep)
-    restore_buffers(flow, state)
-    process.agree(flow.buffers())
 
 
 def _finish(

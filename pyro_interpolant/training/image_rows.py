@@ -23,7 +23,6 @@ from ..distributions.interpolant import AnyDistribution
 from ..distributions.supports import support_of
 from .rows import Rows
 
-LEVELS = 256
 BATCH_IMAGES = 64  # per step and process
 # Held-out losses of 600 steps on 8 x 8 digits: -59.8 at 0.001, -65.6 at 0.003, -63.7 at 0.01.
 IMAGE_OPTIONS: dict[str, Any] = {"learning_rate": 3e-3}
@@ -108,16 +107,3 @@ def _flipped(shape: Sequence[int], rows: Rows) -> Rows:
 def most_held(event_dim: int) -> int:
     """Return the most images of D numbers to hold out of a table: few tell the loss."""
     return max(_MIN_HELD, _HELD_NUMBERS // event_dim)
-
-
-def dequantized(rows: Rows, like: Tensor) -> Rows:
-    """Return rows of whole levels spread over their cells, in a tensor's type; others as given.
-
-    Args:
-        rows: Rows, of whole levels or not, shape ``(N, D)``.
-        like: A tensor of the type that is wanted.
-    """
-    if rows.w.is_floating_point():
-        return rows
-    w = rows.w.to(like)
-    return rows._replace(w=(w + torch.rand_like(w)) / LEVELS)

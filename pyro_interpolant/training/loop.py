@@ -38,12 +38,12 @@ _NUMBERS_PER_STEP = 6.0  # in all rows, N D: fewer steps lost nothing for 3,000 
 _DECAY_FACTOR, _MOST_DECAY = 70.0, 0.5  # of the default weight decay
 _LOOK_SHARE = 0.01  # of the schedule, between two looks at the held-out loss
 _LOOK_GROWTH = 0.05  # of the way so far, where that is less: few rows are learned early
-_STEPS_BETWEEN = 10  # at least, where time is no limit: a look takes as long as some steps
+_LEAST_LOOK_STEPS = 10  # at least, where time is no limit: a look takes as long as some steps
 # Its duration passes until the next, where time is the limit: few of images, of which a run of 643
 # steps looked 109 times without it (benchmarks/RESULTS.md).
 _LOOK_TIMES = 30.0
-_MOST_BETWEEN = 0.05  # of the schedule, even so: the first look of a process may take long
-_FIRST_GLIMPSE = 10  # the look from which held-out nats are shown beside the bar: few before
+_MOST_LOOK_SHARE = 0.05  # of the schedule, even so: the first look of a process may take long
+_FIRST_GLIMPSED_LOOK = 10  # the look from which held-out nats are shown beside the bar: few before
 _WARMUP_SHARE = 0.02  # of the schedule
 _WARMUP_STEPS = 40  # at least, where time is the limit: as many as the shortest schedule has
 # There it lasts longer where that is not much of the schedule. Of networks given data, all units
@@ -103,7 +103,6 @@ class Schedule:
         decay, pieces = "a finite weight_decay >= 0", range(1, TIMES_PER_BATCH + 1)
         check_ranges(
             whole("steps", self.steps, 1, or_none=True),
-            number("max_seconds > 0", self.max_seconds, lambda n: n > 0, or_none=True),
             number("a finite learning_rate > 0", self.learning_rate, lambda n: 0 < n < math.inf),
             number(decay, self.weight_decay, lambda n: 0 <= n < math.inf, or_none=True),
             number("patience >= 1", self.patience, lambda n: n >= 1),
@@ -191,7 +190,7 @@ class HeldOutMonitor:
         process, began = self.objective.process, time.monotonic()
         with torch.no_grad(), self.average.applied():
             held = process.agreed(float(self.objective.held_loss(self.points)))
-            if self.density is not None and len(self.steps) >= _FIRST_GLIMPSE:
+            if self.density is not None and len(self.steps) >= _FIRST_GLIMPSED_LOOK:
                 self.nats = self.density.glimpse(step, seconds)
         self.seconds = process.agreed(time.monotonic() - began)
         recent = torch.stack(self.total).mean() if self.total else torch.tensor(math.nan)
@@ -319,7 +318,6 @@ class Run:
         of_images = image_shape(objective.network) is not None
         self.descent = Descent(
             objective,
-            learning_rate=schedule.learning_rate,
             weight_decay=schedule.decay(0.0 if of_images else columns / total),
             ema=schedule.ema,
             pieces=schedule.accumulate,
@@ -421,15 +419,15 @@ class Run:
     def _plan_look(self) -> None:
         """Set when the next look is due, after one now; the first is at the first step.
 
-        The second is at the end of the warm-up; but where time is the limit it follows at once,
-        for in the first fiftieth of a long time few rows may be learned by heart.
+        The second look comes at the end of the warm-up; with a time limit at once, because a small
+        data set may be overfitted by then.
         """
         way = min(_LOOK_SHARE, _LOOK_GROWTH * self.done)
         if self.schedule.is_timed:
             cost = _LOOK_TIMES * self.clock.share(self.monitor.seconds)
-            self.next_look = self.done + max(way, min(_MOST_BETWEEN, cost))
+            self.next_look = self.done + max(way, min(_MOST_LOOK_SHARE, cost))
         else:
-            way = max(way, _STEPS_BETWEEN / self.length)
+            way = max(way, _LEAST_LOOK_STEPS / self.length)
             self.next_look = max(self.done + way, _WARMUP_SHARE)
 
     def _look_back(self) -> None:

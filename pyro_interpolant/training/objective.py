@@ -32,12 +32,19 @@ from ..nn.velocity import embedded, evaluate, image_shape, null_label, time_expo
 from ..transforms.flow import Flow
 from .checkpoint import Checkpoint
 from .distributed import Process
-from .image_rows import HELD_BATCHES, are_levels, dequantized
-from .rows import Rows
+from .image_rows import HELD_BATCHES, are_levels
+from .rows import Rows, dequantized
 from .whitening import inliers
 
 Target = Literal["velocity", "noise"]
 Metric = Callable[[Tensor], Tensor]
+Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# Times, base draws and rows; contexts and noise where there are any.
+Pairs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+TIMES_PER_BATCH = 64  # distinct ones, which share their embedding
+_HELD_DRAWS = 8192
+_NULL_SHARE = 0.1  # of labels, as Ho & Salimans have it
 
 
 class Points(NamedTuple):
@@ -112,23 +119,13 @@ def regression_loss(
     References:
         arXiv 2209.15571, eq. 10.
     """
-    losses = [_row_loss(velocity, *part, metric) for part in points]
+    losses = []
+    for t, w, target, context in points:
+        n = evaluate(velocity, t, w, context)
+        if metric is not None:
+            n, target = metric(n), metric(target)
+        losses.append((n * torch.sub(n, target, alpha=2)).sum(-1))
     return losses[0] if len(losses) == 1 else 0.5 * (losses[0] + losses[1])
-
-
-def _row_loss(
-    network: nn.Module,
-    t: Tensor,
-    w: Tensor,
-    target: Tensor,
-    context: Tensor | None,
-    metric: Metric | None,
-) -> Tensor:
-    """Return ``|n|^2 - 2 target . n``, whose minimiser is the target's mean given t and w."""
-    n = evaluate(network, t, w, context)
-    if metric is not None:
-        n, target = metric(n), metric(target)
-    return (n * torch.sub(n, target, alpha=2)).sum(-1)
 
 
 def interpolant_loss(
@@ -233,15 +230,6 @@ def exponent_of(flow: Flow, base: WhitenedBase, target: Target, state: Checkpoin
     return time_exponent(flow.velocity) if base.base is None and target == "velocity" else 1.0
 
 
-Coupling = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-# Times, base draws and rows; contexts and noise where there are any.
-Pairs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-
-TIMES_PER_BATCH = 64  # distinct ones, which share their embedding
-_HELD_DRAWS = 8192
-_NULL_SHARE = 0.1  # of labels, as Ho & Salimans have it
-
-
 class Objective(nn.Module):
     """The regression loss of a flow's network on batches of whitened rows.
 
@@ -314,15 +302,9 @@ class Objective(nn.Module):
         pairs = [self._pairs(draw(), self.base, self.process) for draw in draws]
         if len(pairs) == 1:
             return [self._points(pairs[0])]
-        together = self._points(
-            (
-                torch.stack([pair[0] for pair in pairs]),
-                torch.stack([pair[1] for pair in pairs]),
-                torch.stack([pair[2] for pair in pairs]),
-                _stacked([pair[3] for pair in pairs]),
-                _stacked([pair[4] for pair in pairs]),
-            )
-        )
+        t, w0, w1 = (torch.stack(parts) for parts in zip(*(p[:3] for p in pairs), strict=True))
+        context, z = (_stacked(parts) for parts in zip(*(p[3:] for p in pairs), strict=True))
+        together = self._points((t, w0, w1, context, z))
         return [tuple(part.at(i) for part in together) for i in range(len(pairs))]
 
     def fixed_points(self, held: Rows, base: WhitenedBase, size: int) -> tuple[Points, ...]:
@@ -366,7 +348,11 @@ class Objective(nn.Module):
             return self.loss(points)
 
     def forward(self, points: Callable[[], tuple[Points, ...]]) -> Tensor:
-        """Return the loss at the points a function returns: Fabric rounds tensors it is given."""
+        """Return the loss at the points that a function returns.
+
+        Fabric would cast tensors that are passed to forward, so a function that returns them is
+        passed.
+        """
         return self.loss(points())
 
     def _pairs(self, rows: Rows, base: WhitenedBase, process: Process) -> Pairs:
@@ -466,7 +452,7 @@ def _normal(like: Tensor, count: int) -> Tensor:
     return torch.randn(count, like.shape[-1], dtype=like.dtype, device=like.device)
 
 
-def _stacked(parts: list[Tensor | None]) -> Tensor | None:
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
     """Return tensors stacked, or None where they are not there."""
     there = [part for part in parts if part is not None]
     return torch.stack(there) if there else None

@@ -17,7 +17,7 @@ from .._torch import draws, draws_nothing
 from ..distributions.interpolant import AnyDistribution
 from .objective import Objective, Points
 
-_MOST_SKIPPED_IN_A_ROW = 20
+_MOST_SKIPPED_STEPS = 20
 _CLIP_RATIO = 2.0  # of the gradient's norm to its running mean
 _NORM_DECAY, _NORM_WEIGHT = 0.98, 0.02  # of that mean, and what the last norm adds
 _COUNTS = ("skipped", "consecutive", "taken", "running")
@@ -67,7 +67,6 @@ class Descent:
     Args:
         objective: What is minimised over the weights of its network, by its process, or by several
             that take the same steps.
-        learning_rate: The rate before any other is asked for.
         weight_decay: AdamW's.
         ema: The decay of the average.
         pieces: In how many, at most, the points of a step are evaluated, one after the other.
@@ -84,7 +83,6 @@ class Descent:
         self,
         objective: Objective,
         *,
-        learning_rate: float,
         weight_decay: float = 0.0,
         ema: float = 0.999,
         pieces: int = 1,
@@ -92,7 +90,7 @@ class Descent:
         self.pieces = int(pieces)
         self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
         self.process = objective.process
-        self.process.set_up(objective, self.parameters, learning_rate, weight_decay)
+        self.process.set_up(objective, self.parameters, weight_decay)
         self.average = ExponentialMovingAverage(self.parameters, ema)
         self.skipped = self.consecutive = self.taken = 0
         self.running = math.inf
@@ -146,7 +144,7 @@ class Descent:
 
     def is_stuck(self) -> bool:
         """Return whether too many steps in a row had no finite gradient."""
-        return self.consecutive >= _MOST_SKIPPED_IN_A_ROW
+        return self.consecutive >= _MOST_SKIPPED_STEPS
 
     def check(self) -> None:
         """Raise an error if the last steps, or all, were without a finite gradient.

@@ -8,6 +8,7 @@ from typing import Any
 from .._package import check_ranges, flag, number
 from ..interpolants.couplings import independent
 from .checkpoint import check_place
+from .clock import Clock
 from .data import as_held_out
 from .distributed import Process
 from .loop import Schedule
@@ -77,6 +78,7 @@ def check_options(
     if unknown:
         raise TypeError(f"expected options of fit, got {', '.join(unknown)}: see its arguments")
     given = {name: options.get(name, part.default) for name, part in known.items()}
+    Clock(given["max_seconds"])
     Schedule(**{field.name: given[field.name] for field in dataclasses.fields(Schedule)})
     check_choices(*(given[name] for name in signature(check_choices).parameters))
     as_held_out(given["validation"])

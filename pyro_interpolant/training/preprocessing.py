@@ -39,7 +39,26 @@ _ATOMS = (
     "rows at one value has no density. Learn the other rows alone, and the share as a probability"
 )
 _ULPS_PER_STEP = 1000  # units in the last place, that a rounding step must have
-_ULPS = 1.5  # units in the last place within which values are the same
+_EQUAL_ULPS = 1.5  # units in the last place within which values are the same
+_MIN_GAIN = 0.05  # nats per row; measured in benchmarks/RESULTS.md, maps of single columns
+_KNOT_ROWS = 50_000  # rows that set the knots
+_COMPARED_ROWS = 4000  # of them, for the comparison, or
+_COMPARED_PER_DIM = 100  # times the dimension
+_MOST_DIMS = 64  # dimensions: beyond, the comparison would take too long
+_SPLITS = 3
+_CHOICE_SHARE = 0.5  # of the time, for the comparison: beyond, no map is taken
+_TRIMMED_SHARE = 0.01  # of the differences, on either side
+_COMPONENTS = 8
+_ROWS_PER_COMPONENT = 10  # times the dimension, for a component
+_ITERATIONS = 20
+_VARIANCE_FLOOR = 1e-5  # added to the variances of whitened rows
+_KNOTS = 128
+_ROWS_PER_KNOT = 100  # for a knot, on average
+MIN_ROWS = 4 * _ROWS_PER_KNOT  # rows that set a map
+_ROWS_BEYOND = 20  # rows beyond the outermost knots, on either side
+_KNOT_GAP = 1e-7  # of the range: knots nearer to each other are one
+_LENGTH_SHARE = 0.5  # of the way to the lengths of normal rows
+_MIN_LENGTH_SPREAD = 1e-3  # of the logarithms of lengths: else all rows lie on one ellipsoid
 
 
 def warn_if_rounded(x: Tensor) -> bool:
@@ -141,7 +160,9 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
         atoms = [i for i, column in enumerate(columns) if _atoms(column)]
         if atoms:
             raise ValueError(f"expected rounded values, got columns {atoms} that {_ATOMS}")
-        found = torch.stack([_rounding_step(column, _ULPS * eps, share) for column in columns])
+        found = torch.stack(
+            [_rounding_step(column, _EQUAL_ULPS * eps, share) for column in columns]
+        )
         real, constant = found[found > 0], (columns == columns[:, :1]).all(1)
         least = real.min() if len(real) else found.new_ones(())
         step = torch.where(constant, least, found).reshape(x.shape[1:])
@@ -186,20 +207,6 @@ def _rounding_step(column: Tensor, precision: float, share: float) -> Tensor:
     size = torch.maximum(size[1:], size[:-1]).clamp(min=float(size.median()))
     real = gaps > precision * size
     return gaps[real].min() if bool(real.any()) else column.new_zeros(())
-
-
-_MIN_GAIN = 0.05  # nats per row; measured in benchmarks/RESULTS.md, maps of single columns
-_KNOT_ROWS = 50_000  # rows that set the knots
-_COMPARED_ROWS = 4000  # of them, for the comparison, or
-_COMPARED_PER_DIM = 100  # times the dimension
-_MOST_DIMS = 64  # dimensions: beyond, the comparison would take too long
-_SPLITS = 3
-_CHOICE_SHARE = 0.5  # of the time, for the comparison: beyond, no map is taken
-_TRIMMED_SHARE = 0.01  # of the differences, on either side
-_COMPONENTS = 8
-_ROWS_PER_COMPONENT = 10  # times the dimension, for a component
-_ITERATIONS = 20
-_VARIANCE_FLOOR = 1e-5  # added to the variances of whitened rows
 
 
 def preferred_support(
@@ -333,13 +340,6 @@ def _mixture(kept: Tensor, held: Tensor) -> Tensor:
     return log_density - torch.linalg.slogdet(whitener.linear).logabsdet
 
 
-_KNOTS = 128
-_ROWS_PER_KNOT = 100  # for a knot, on average
-MIN_ROWS = 4 * _ROWS_PER_KNOT  # rows that set a map
-_ROWS_BEYOND = 20  # rows beyond the outermost knots, on either side
-_KNOT_GAP = 1e-7  # of the range: knots nearer to each other are one
-
-
 def marginal_transform(rows: Tensor) -> MarginalTransform | None:
     """Return the map of which each column is normal, or None of few rows or constant columns.
 
@@ -383,10 +383,6 @@ def _padded(x: Tensor, y: Tensor, slopes: Tensor, count: int) -> Knots:
         torch.cat((y, y[-1] + slopes[-1] * more)),
         torch.cat((slopes, slopes[-1].expand(len(more)))),
     )
-
-
-_LENGTH_SHARE = 0.5  # of the way to the lengths of normal rows
-_MIN_LENGTH_SPREAD = 1e-3  # of the logarithms of lengths: else all rows lie on one ellipsoid
 
 
 def radial_transform(rows: Tensor) -> RadialTransform | None:

@@ -25,7 +25,7 @@ from .data import Split
 from .image_rows import has_images
 from .rows import Rows, keys_of
 
-_ROWS = 1000  # held out, that the report evaluates
+_REPORTED_ROWS = 1000  # held out, that the report evaluates
 _FIRST_ROWS = 100  # of them, however short the time
 _GLIMPSED_ROWS = 128
 _GLIMPSE_SHARE = 0.02  # of the time of a run that glimpses may take
@@ -67,7 +67,7 @@ def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
     if not bool((scale > 0).all()):
         return None
     root = share.sqrt()[:, None]
-    # On the CPU: what bears features that depend on each other, CUDA has not.
+    # gelsd, which bears linearly dependent features, exists on the CPU only.
     sides = (root * features).cpu(), (root * (x / scale)).cpu()
     slopes = torch.linalg.lstsq(*sides, driver="gelsd").solution.to(x)
     rest = root * (x / scale - features @ slopes)
@@ -162,7 +162,7 @@ class HeldOutDensity:
         """
         if not self.is_known:
             return report
-        began, rows = time.monotonic(), self.held.evenly(_ROWS)
+        began, rows = time.monotonic(), self.held.evenly(_REPORTED_ROWS)
         count, first = len(rows.w), min(_FIRST_ROWS, len(rows.w))
         found = self._means(rows.take(torch.arange(first, device=rows.w.device)))
         pace = (time.monotonic() - began) / first

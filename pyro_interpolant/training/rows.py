@@ -1,11 +1,15 @@
-r"""Rows of data in memory: what belongs to each, and samples of them."""
+r"""Rows of data in memory: what belongs to each, their weights, and samples of them."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from ..distributions.constraints import as_tensor, checked_rows
+
+LEVELS = 256  # of whole numbers in ``uint8``, as images have them
 _VALUES_AT_ONCE = 2**22  # whose keys are taken at once
 
 
@@ -98,10 +102,23 @@ class Rows(NamedTuple):
         return float(share.sum() ** 2 / share.square().sum())
 
 
+def dequantized(rows: Rows, like: Tensor) -> Rows:
+    """Return rows of whole levels spread over their cells, in a tensor's type; others as given.
+
+    Args:
+        rows: Rows, of whole levels or not, shape ``(N, D)``.
+        like: A tensor of the type that is wanted.
+    """
+    if rows.w.is_floating_point():
+        return rows
+    w = rows.w.to(like)
+    return rows._replace(w=(w + torch.rand_like(w)) / LEVELS)
+
+
 def _copies_together(order: Tensor, count: int, keys: Tensor) -> tuple[Tensor, int]:
     """Return a random order in which equal rows follow each other, and where to cut it between.
 
-    Each distinct row comes first as often as any other, which the first of many copies would not.
+    Every distinct row is equally likely to come first, however many copies it has.
 
     Args:
         order: A random order, which stays where no rows are equal, shape ``(N,)``.
@@ -117,6 +134,65 @@ def _copies_together(order: Tensor, count: int, keys: Tensor) -> tuple[Tensor, i
     ends = (first.diff() > 0).nonzero().flatten() + 1
     few = ends[ends <= count]
     return order[by_copies], int(few[-1] if len(few) else ends[0])
+
+
+def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[Any, ...]:
+    """Return parts, each of N rows or None, and weights, without the rows that have no weight.
+
+    Such rows may hold anything: a mask's are never looked at.
+
+    Args:
+        weights: Weights, shape ``(N,)``, or None.
+        *parts: Tensors or arrays of N rows, or dictionaries of them.
+        part: Whether they are a part of all rows, which may have no weight at all.
+    """
+    if weights is None:
+        return *parts, None
+    weights = checked_weights(weights, None, part=part)
+    keep = weights > 0
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: kept(inner) for name, inner in value.items()}
+        value = as_tensor(value, "rows")
+        if value.dim() == 0 or len(value) != len(keep):
+            raise ValueError(
+                f"expected as many non-negative weights as rows, got {len(keep)} beside a tensor "
+                f"of shape {tuple(value.shape)}"
+            )
+        return value[keep.to(value.device)]
+
+    if not bool(keep.all()):
+        parts = tuple(None if value is None else kept(value) for value in parts)
+    return *parts, weights[keep]
+
+
+def checked_weights(
+    weights: ArrayLike | None, count: int | None, *, part: bool = False
+) -> Tensor | None:
+    """Return weights of rows, shape ``(N,)``, or None.
+
+    Args:
+        weights: Numbers of any type, or None.
+        count: N, or None for any.
+        part: Whether these are the weights of a single batch, which may all be zero.
+
+    Raises:
+        ValueError: If they are of another number, negative, not finite or all zero.
+    """
+    if weights is None:
+        return None
+    weights = as_tensor(weights, "weights")
+    weights = weights if weights.is_floating_point() else weights.double()  # counts, a mask
+    weights = checked_rows(weights, "weights", ())
+    count = len(weights) if count is None else count
+    enough = part or float(weights.sum()) > 0
+    if len(weights) != count or float(weights.min()) < 0 or not enough:
+        raise ValueError(
+            f"expected {count} non-negative weights, not all zero, got {len(weights)} with a "
+            f"minimum of {float(weights.min()):.3g}"
+        )
+    return weights
 
 
 def subsample(count: int, most: int, weights: Tensor | None = None) -> Tensor:

@@ -11,18 +11,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from .._files import checksum
 from .._package import check_ranges
 from .._torch import rng_state, set_rng_state
 from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
-from .checkpoint import Checkpoint, checksum, from_json, to_json
+from .checkpoint import Checkpoint, from_json, to_json
 from .clock import Clock
 from .data import (
     HeldOut,
     Split,
     check_same_scale,
-    checked_weights,
-    drop_zero_weights,
     held_out_rows,
     mask_of,
     rows_of,
@@ -32,10 +31,10 @@ from .image_rows import are_levels, flips, has_images, most_held
 from .names import Names
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
-from .rows import Rows, keys_of
+from .rows import Rows, checked_weights, drop_zero_weights, keys_of
 from .survey import MOST_HELD, Survey, Surveyed, check_rows_came_again, surveyed
 
-_MOST_EMPTY = 2**17  # batches in a row without rows to train on
+_MOST_EMPTY_BATCHES = 2**17  # batches in a row without rows to train on
 _LEAST_ROWS = 64  # per step, of loaders that give fewer at once
 _ROW_MULTIPLE = 64  # batches are cut to whole multiples of so many rows
 
@@ -385,13 +384,13 @@ class StreamBatches:
             rows = self._from_stream()
             pool = rows if pool is None else Rows.joined([pool.rest(self.used), rows])
             self.used = 0
-        # In another order: a batch is cut in groups of a time each, and rows may come in an order.
+        # Shuffled, because consecutive rows share a time and the stream may be sorted.
         places = self.used + torch.randperm(self.size).to(pool.w.device)
         self.pool, self.used = pool, self.used + self.size
         return pool.take(places)
 
     def _from_stream(self) -> Rows:
-        for _ in range(_MOST_EMPTY):
+        for _ in range(_MOST_EMPTY_BATCHES):
             if self.present is None:
                 self.position, self.found, self.generator = 0, 0, rng_state(self.device)
                 self.present = iter(self.stream.iterable)
@@ -413,8 +412,8 @@ class StreamBatches:
                 rows = self.stream.flipped(rows._replace(weight=None))
                 return self.objective.whitened(rows)
         raise ValueError(
-            f"expected batches with rows to train on, got {_MOST_EMPTY} in a row without: all of "
-            "weight 0, or among those held out"
+            f"expected batches with rows to train on, got {_MOST_EMPTY_BATCHES} in a row without: "
+            "all of weight 0, or among those held out"
         )
 
     def _chosen(self, rows: Rows) -> Rows:

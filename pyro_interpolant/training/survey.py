@@ -44,9 +44,10 @@ class Survey:
 
     Attributes:
         kept: Each batch, each second, each fourth, ..., with its keys: a sample of all rows.
-        lowest: The rows of the lowest keys, with these; now and then cut to as many as may be
-            held out, and one more.
-        bar: The highest key that rows may have to be among them.
+        lowest: Candidates to hold out: the rows of lowest key, now and then trimmed to
+            ``most_held + 1``.
+        highest: The highest key among them once they were trimmed; rows above it cannot be held
+            out.
         checksum: The sum of all keys, weights included.
         batches: Their number.
         total: The number of rows.
@@ -60,7 +61,7 @@ class Survey:
         self.most_held = most_held
         self.kept: list[tuple[Rows, Tensor]] = []
         self.lowest: list[tuple[Rows, Tensor]] = []
-        self.bar, self.checksum = 2**63 - 1, 0
+        self.highest, self.checksum = 2**63 - 1, 0
         self.batches, self.total, self.size, self.stride = 0, 0, 0, 1
         self.values, self.weight, self.squares = 0, 0.0, 0.0
         self.ended = False
@@ -84,14 +85,14 @@ class Survey:
         self.batches += 1
 
     def _add_lowest(self, rows: Rows, keys: Tensor) -> None:
-        few = (keys <= self.bar).nonzero().flatten()
+        few = (keys <= self.highest).nonzero().flatten()
         if len(few):
             self.lowest.append((rows.take(few), keys[few]))
         if sum(len(part) for _, part in self.lowest) > 2 * self.most_held:
             rows, keys = _joined(self.lowest)
             order = keys.argsort(stable=True)[: self.most_held + 1]
             self.lowest = [(rows.take(order), keys[order])]
-            self.bar = int(keys[order[-1]])
+            self.highest = int(keys[order[-1]])
 
     def held_out(self, share: float) -> tuple[Rows, int]:
         """Return the rows to hold out, and the key below which they are: copies stay together.

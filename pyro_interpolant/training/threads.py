@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-_TRIED = 4  # steps of a trial
+_TRIAL_STEPS = 4  # steps of a trial
 _TRIAL_SHARE = 0.02  # of the time, that trials may lose
 
 
@@ -34,7 +34,9 @@ class Threads:
         choose = choose and threading.current_thread() is threading.main_thread()
         self.used = torch.get_num_threads()
         self.other = 1 if choose else self.used
-        self.recent: deque[float] = deque(maxlen=_TRIED)  # seconds of steps on the number in use
+        self.recent: deque[float] = deque(
+            maxlen=_TRIAL_STEPS
+        )  # seconds of steps on the number in use
         self.tried: list[float] | None = None  # of those on the other, in a trial
         self.until = 0.0  # seconds until the next trial
 
@@ -51,16 +53,16 @@ class Threads:
         if self.tried is None:
             self.recent.append(seconds)
             self.until -= seconds
-            if self.until <= 0 and len(self.recent) == _TRIED:
+            if self.until <= 0 and len(self.recent) == _TRIAL_STEPS:
                 self.tried = []
                 torch.set_num_threads(self.other)
             return
         self.tried.append(seconds)
         usual, spent = sum(self.recent), sum(self.tried)
         if spent >= usual:
-            self.until = (spent - usual * len(self.tried) / _TRIED) / _TRIAL_SHARE
+            self.until = (spent - usual * len(self.tried) / _TRIAL_STEPS) / _TRIAL_SHARE
             self.settle()
-        elif len(self.tried) == _TRIED:
+        elif len(self.tried) == _TRIAL_STEPS:
             self.used, self.other = self.other, self.used
             self.recent.clear()  # so that a trial of the other follows as many steps as it takes
             self.until = 0.0

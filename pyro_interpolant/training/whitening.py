@@ -10,15 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from .._torch import warn_user
-from ..distributions.interpolant import AnyDistribution
-from ..interpolants.nonlinear import Geodesic
-from ..nn.velocity import explained, set_scales
-from ..transforms.whitening import DenseWhitening, Whitening
-from .image_rows import IMAGE_DEVIATION, dequantized, has_images
-from .rows import Rows, subsample
+from .rows import subsample
 
 _MIN_EIGENVALUE = 1e-12  # of a correlation, below which columns are linearly dependent
 _MIN_DEVIATION = 1e-3  # a standard deviation along an eigenvector, of scaled columns
@@ -26,7 +20,6 @@ _TAIL_SHARE = 0.005  # of the values on either side, which may be outliers
 _ROUNDING_SHARE = 0.1  # of the smallest deviation, beyond which rounding is warned of
 _WILD_DEVIATIONS = 20.0  # robust standard deviations from the median, beyond which a value is cut
 _QUARTILE_RANGE, _TAIL_RANGE = 1.349, 5.152  # in standard deviations of a normal
-_IMAGE_VALUES, _MIN_IMAGES = 2**22, 64  # that set the whitening of images
 _QUANTILE_VALUES = 2**20  # from which quantiles are computed
 _NAMED_ROWS = 5  # the most rows that an error names
 _AXIS_CUTS = 3  # the most rounds of winsorizing along the eigenvectors
@@ -206,20 +199,6 @@ def warn_if_coarse(x: Tensor, dtype: torch.dtype, name: str) -> None:
         )
 
 
-def _check_range(x: Tensor, dtype: torch.dtype) -> None:
-    """Raise a ValueError where the type of the flow does not reach to columns, ``(N, D)``."""
-    limits, (low, high) = torch.finfo(dtype), x.aminmax(dim=0)
-    spread, size = high.double() - low.double(), torch.maximum(low.abs(), high.abs()).double()
-    bad = ((spread < limits.tiny) & (spread > 0)) | (size > limits.max)
-    if bool(bad.any()):
-        raise ValueError(
-            f"expected columns within the range of the flow's type {dtype}, up to "
-            f"{limits.max:.1e}, and varying by {limits.tiny:.1e} at least, got columns "
-            f"{bad.nonzero().flatten().tolist()} outside it: choose other units, or give rows and "
-            "flow in float64"
-        )
-
-
 def inliers(w: Tensor, context: Tensor | None = None) -> Tensor:
     """Return the indices of whitened rows without outliers, shape ``(N,)``.
 
@@ -262,62 +241,6 @@ def wild_rows(w: Tensor) -> str:
     )
 
 
-def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = False) -> None:
-    """Set a flow's whitening map, and the scales of its network, from training rows.
-
-    Args:
-        distribution: The distribution of the flow.
-        rows: The rows, in the flow's coordinates.
-        keep: Whether to keep the present map, and the scales of a network that is trained.
-    """
-    flow, deviation = distribution.transform.flow, 1.0
-    if has_images(distribution):
-        rows, deviation = dequantized(_few(rows), flow.loc), IMAGE_DEVIATION
-    _check_range(rows.w, flow.loc.dtype)
-    context = None if rows.context is None else winsorize(rows.context.double())
-    if not keep:
-        distribution.space.check_rows(flow, rows.w, rows.context)
-        if not isinstance(flow.interpolant, Geodesic):  # the scale of angles is the circle's
-            known = explained(flow.velocity, winsorize(rows.w.double()), context)
-            left = rows if known is None else rows._replace(w=rows.w - known.to(rows.w))
-            _set_map(flow.whitening, distribution.base, left, deviation)
-    w = flow.whitening.to_white(rows.w.to(flow.loc))
-    set_scales(flow.velocity, w, context, if_trained=not keep)
-
-
-def _few(rows: Rows) -> Rows:
-    """Return a subsample of rows, as many as keep to so many numbers."""
-    few = subsample(len(rows.w), max(_MIN_IMAGES, _IMAGE_VALUES // rows.w.shape[1]), rows.weight)
-    return rows.take(few.to(rows.w.device))._replace(weight=None)
-
-
-def _set_map(
-    whitening: Whitening, base: Distribution | None, rows: Rows, deviation: float
-) -> None:
-    """Set a map from rows in data coordinates, and the base if it is not N(0, I).
-
-    Args:
-        whitening: The map.
-        base: The base, or None.
-        rows: The rows.
-        deviation: The standard deviation of whitened rows, where whitening is not by a matrix.
-    """
-    if base is not None or not isinstance(whitening, DenseWhitening):
-        warn_if_coarse(rows.w, whitening.loc.dtype, "data")
-    if base is not None:  # one scale: a full whitening would change what the shortest path is
-        start, spread = column_moments(base.sample((len(rows.w),)))
-        end, other = column_moments(rows.w, rows.weight)
-        scale = ((spread.mean() + other.mean()) / 2).sqrt()
-        whitening.set_diagonal((start + end) / 2, scale.expand_as(end))
-    elif isinstance(whitening, DenseWhitening):
-        found = whitening_map(rows.w, rows.weight, dtype=whitening.loc.dtype)
-        whitening.set(*(found if rows.partner is None else _aligned(found, rows.w, rows.partner)))
-    else:
-        loc, variance = column_moments(rows.w, rows.weight)
-        whitening.set_diagonal(loc, variance.sqrt())
-        whitening.set(whitening.loc, whitening.linear / deviation)  # of all columns together
-
-
 def column_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return mean and variance of each column, winsorized, float64, shape ``(D,)`` each."""
     x = winsorize(x.double(), weights)
@@ -325,11 +248,3 @@ def column_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     share = share / share.sum()
     loc = share @ x
     return loc, share @ (x - loc).square()
-
-
-def _aligned(found: WhiteningMap, rows: Tensor, partners: Tensor) -> WhiteningMap:
-    """Return the map turned so that rows lie nearest to their partners: paths must not cross."""
-    w = found.white(rows)
-    u, _, vh = torch.linalg.svd(w.T @ partners.double())
-    turn = u @ vh
-    return WhiteningMap(found.loc, found.linear @ turn, turn.T @ found.whitening)

@@ -31,7 +31,7 @@ from ..transforms.whitening import DenseWhitening
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_HELD = 0.1  # of the draws, on which the relative entropy is measured
+_HELD_SHARE = 0.1  # of the draws, on which the relative entropy is measured
 _LARGEST_NORM = 5.0  # of a gradient
 _LAYERS, _WIDTH = 4, 64  # of couplings, which cost a quarter of those by splines
 _BINS, _BOUND = 16, 4.0  # of a spline, and where it ends, in standard deviations
@@ -195,7 +195,7 @@ def distill(
     given = None if student is None else StudentTransforms(student).to(flow.loc)
     if given is not None:
         given.check(flow.loc)
-    view, held_count = distribution.without_support(), round(_HELD * count)
+    view, held_count = distribution.without_support(), round(_HELD_SHARE * count)
     with seeded(seed), torch.no_grad():
         last = view.sample((held_count,))
         # By the path that drew them, which is kept: a solve back may end beyond bounds of a base.

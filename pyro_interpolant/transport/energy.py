@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import jacfwd, vmap
 
-from .._package import check_ranges
+from .._package import check_ranges, whole
 from .._torch import seeded
 from ..distributions.bases import check_single
 from ..distributions.interpolant import AnyDistribution, rows_given
@@ -89,9 +89,7 @@ def path_energy(
     References:
         arXiv 2209.15571, eq. 12.
     """
-    good = count >= 2 and count % 1 == 0
-    name = "a whole number, at least two paths for a standard error"
-    check_ranges((name, good, f"count={count}"))
+    check_ranges(whole("count", count, 2))
     count = int(count)
     refuse_gaussianized(distribution.constraint, "distance")
     check_single(distribution.base)

@@ -18,12 +18,12 @@ from ..interpolants.couplings import independent
 from ..interpolants.learned import LearnedInterpolant
 from ..training.data import DEFAULT_SHARE, Table, TableBatches, as_held_out
 from ..training.distributed import Process
-from ..training.fitting import FitResult, fit, start_from, trainable_flow
+from ..training.fitting import FitResult, fit, trainable_flow
 from ..training.objective import Coupling, Objective
 from ..training.optimization import Descent
 from ..training.options import check_options, check_repeatable
+from ..training.preparation import set_whitening, start_from
 from ..training.rows import Rows, subsample
-from ..training.whitening import set_whitening
 
 _HEAD_START = 0.2  # the share of all descents that come before the first ascent
 _REST_SHARE = 0.15  # the share of the steps, at the end, in which the interpolant rests
@@ -133,7 +133,7 @@ def learn_interpolant(
         seed = Process(fit_options.get("fabric")).agreed(int(torch.randint(2**62, ())))
     with seeded(seed):
         split = source.split(Process(), batch_size)  # at first, as in fit: the same rows
-        start_from(distribution, base_samples, split, source.names)
+        start_from(distribution, base_samples, split, source)
         set_whitening(distribution, split.kept)
         seen, _ = distribution.white_base().split(source.share or DEFAULT_SHARE)
         objective = Objective(flow, seen, coupling, metric=flow.whitening.push)
@@ -199,7 +199,7 @@ class _Pace:
         progress: bool,
     ) -> list[float]:
         """Run the alternation, and return the energy after each hundredth of it."""
-        descent = Descent(objective, learning_rate=self.learning_rate)
+        descent = Descent(objective)
         ascent = _Ascent(objective, interpolant.weights())
         recent: list[Tensor] = []
         energies: list[float] = []

@@ -22,7 +22,7 @@ from ..training.fitting import FitResult, fit, trainable_flow
 from ..training.image_rows import IMAGE_OPTIONS, has_images
 from ..training.options import check_options, check_repeatable
 
-_ROWS, _IMAGES = 256, 8  # whose paths are compared
+_COMPARED_ROWS, _COMPARED_IMAGES = 256, 8  # whose paths are compared
 _FINE_STEPS = 128  # of what they are compared with
 
 
@@ -133,7 +133,7 @@ def reflow(
         **fit_options,
     )  # fmt: skip
     flow.levels = distribution.transform.flow.levels  # whose spread images its own are
-    few = slice(0, _IMAGES if images else _ROWS)
+    few = slice(0, _COMPARED_IMAGES if images else _COMPARED_ROWS)
     rows = data[few], None if context is None else context[few]
     return ReflowResult(
         new,

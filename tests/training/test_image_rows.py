@@ -231,7 +231,7 @@ def test_gradients_in_pieces_are_those_of_the_whole(count, latent):
     path = pi.Latent(pi.Trigonometric(), pi.SineSquared()) if latent else pi.Linear()
     objective, batches = objective_and_batches(flow(OwnImages(), interpolant=path), LEVELS)
     points, process = batches.next(), objective.process
-    process.set_up(objective, list(objective.network.parameters()), 1e-3)
+    process.set_up(objective, list(objective.network.parameters()))
 
     def gradients(pieces):
         loss = process.backward(pieces)

@@ -1,6 +1,7 @@
 """Columns of data frames are taken by their names, in whatever order they come."""
 
 import copy
+import functools
 import pickle
 
 import pandas as pd
@@ -29,8 +30,8 @@ from pyro_interpolant.distributions.report import Report
 from pyro_interpolant.training import building
 from pyro_interpolant.training.data import Table
 from pyro_interpolant.training.distributed import Process
-from pyro_interpolant.training.fitting import start_from
 from pyro_interpolant.training.names import Names
+from pyro_interpolant.training.preparation import start_from
 from pyro_interpolant.training.streaming import Stream
 
 pytestmark = [
@@ -148,11 +149,12 @@ def test_frames_at_the_base_go_by_the_names_of_the_data(monkeypatch):
     table = Table(latent_flow(), frame, None, pairs=swapped, weights=mask)
     assert torch.equal(table.rows.partner, rows[mask > 0])
     given = {}
-    monkeypatch.setattr(building, "fit", lambda *_, **options: given.update(options))
+    told = functools.wraps(fit)(lambda *_, **options: given.update(options))
+    monkeypatch.setattr(building, "fit", told)
     from_samples(frame, pairs=swapped, weights=mask)
     assert torch.equal(given["pairs"], rows[mask > 0])
     d = latent_flow()
-    start_from(d, swapped, table.split(Process(), None), table.names)
+    start_from(d, swapped, table.split(Process(), None), table)
     assert torch.equal(d.base.rows, rows)
     with pytest.raises(ValueError, match=r"expected base_samples with the columns \['a', 'b'\]"):
         fit(d, frame, base_samples=frame.rename(columns={"a": "z"}), **QUICK)

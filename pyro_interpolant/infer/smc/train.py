@@ -29,9 +29,9 @@ from ...distributions.report import duration, with_error
 from ...solvers.ode import Solver
 from ...training.clock import Clock
 from ...training.fitting import trainable_flow
+from ...training.preparation import set_whitening
 from ...training.reporting import PercentBar
 from ...training.rows import Rows
-from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
 from ..regression import FlowRegression
 from ..schedule import RateSchedule, clocked

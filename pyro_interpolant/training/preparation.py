@@ -1,0 +1,190 @@
+r"""What a flow is told of its rows before the first step: its start, its map and its scales."""
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ..distributions.bases import Samples
+from ..distributions.interpolant import AnyDistribution
+from ..interpolants.nonlinear import Geodesic
+from ..nn.mlp import VelocityMLP
+from ..nn.velocity import explained, set_scales, untrained_copy
+from ..transforms.flow import Flow
+from ..transforms.whitening import DenseWhitening, Whitening
+from .checkpoint import Checkpoint, restore_buffers
+from .data import Split, Table
+from .distributed import Process
+from .image_rows import IMAGE_DEVIATION, has_images
+from .rows import LEVELS, Rows, dequantized, subsample
+from .streaming import Stream
+from .whitening import WhiteningMap, column_moments, warn_if_coarse, whitening_map, winsorize
+
+_MIN_PARTNERS = 50  # whose moments tell whether they are draws of N(0, I)
+_IMAGE_VALUES, _MIN_IMAGES = 2**22, 64  # that set the whitening of images
+
+
+def start_from(
+    distribution: AnyDistribution,
+    base_samples: ArrayLike | None,
+    split: Split,
+    source: Table | Stream,
+    *,
+    anew: bool = False,
+) -> None:
+    """Let a flow start from samples, where they are given, or from the data of a mirror.
+
+    Args:
+        distribution: What is trained.
+        base_samples: Samples of the base, shape ``(M, D)``, or None.
+        split: The rows.
+        source: Where they come from.
+        anew: Whether a mirror leaves the samples that it started from before.
+
+    Raises:
+        ValueError: If there are samples beside another base, or pairs that are no draws of it.
+    """
+    known, path = distribution.base, distribution.transform.interpolant
+    is_own = split.kept.context is None and path.starts_from_data()
+    samples = source.names.at_base(base_samples, "base_samples")
+    if samples is not None:
+        distribution.set_base_samples(samples)
+    elif is_own and (known is None or (anew and isinstance(known, Samples))):
+        distribution.set_base_samples(dequantized(split.everything(), source.like).w)
+    pairs = split.kept.partner
+    if pairs is not None and distribution.base is None and len(pairs) >= _MIN_PARTNERS:
+        off = pairs.mean(0).abs().max(), pairs.std(0).log().abs().max()
+        if float(max(off)) > 1:
+            raise ValueError(
+                "expected pairs drawn from N(0, I), the base of this distribution, got rows with "
+                "other moments: pass the base they come from, or base_samples=pairs as well"
+            )
+
+
+def prepare_flow(
+    distribution: AnyDistribution,
+    split: Split,
+    state: Checkpoint | None,
+    process: Process,
+    *,
+    keep: bool,
+) -> None:
+    """Prepare a flow for the rows that it is trained on: its levels, whitening and scales.
+
+    Args:
+        distribution: The distribution of the flow.
+        split: The rows.
+        state: What the run goes on from, if anything: its weights know the map that they began
+            with, which other rows, drawn anew, would set a little differently.
+        process: This process, or one of several, which agree on the map.
+        keep: Whether to keep the present map, and the noise that was learned.
+    """
+    flow = distribution.transform.flow
+    flow.levels = None if split.kept.w.is_floating_point() else LEVELS
+    if not keep:
+        flow.noise = None
+    set_whitening(distribution, split.kept, keep=keep)
+    restore_buffers(flow, state)
+    process.agree(flow.buffers())
+
+
+def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = False) -> None:
+    """Set a flow's whitening map, and the scales of its network, from training rows.
+
+    Args:
+        distribution: The distribution of the flow.
+        rows: The rows, in the flow's coordinates.
+        keep: Whether to keep the present map, and the scales of a network that is trained.
+    """
+    flow, deviation = distribution.transform.flow, 1.0
+    if has_images(distribution):
+        rows, deviation = dequantized(_few(rows), flow.loc), IMAGE_DEVIATION
+    context = None if rows.context is None else winsorize(rows.context.double())
+    sets_map = not keep and not isinstance(flow.interpolant, Geodesic)  # angles have a scale
+    left = rows
+    if sets_map:
+        known = explained(flow.velocity, winsorize(rows.w.double()), context)
+        left = rows if known is None else rows._replace(w=rows.w - known.to(rows.w))
+    _check_range(rows.w, flow.loc.dtype)
+    if not keep:
+        distribution.space.check_rows(flow, rows.w, rows.context)
+    if sets_map:
+        _set_map(flow.whitening, distribution.base, left, deviation)
+    w = flow.whitening.to_white(rows.w.to(flow.loc))
+    set_scales(flow.velocity, w, context, if_trained=not keep)
+
+
+def _few(rows: Rows) -> Rows:
+    """Return a subsample of rows, as many as keep to so many numbers."""
+    few = subsample(len(rows.w), max(_MIN_IMAGES, _IMAGE_VALUES // rows.w.shape[1]), rows.weight)
+    return rows.take(few.to(rows.w.device))._replace(weight=None)
+
+
+def _set_map(
+    whitening: Whitening, base: Distribution | None, rows: Rows, deviation: float
+) -> None:
+    """Set a map from rows in data coordinates, and the base if it is not N(0, I).
+
+    Args:
+        whitening: The map.
+        base: The base, or None.
+        rows: The rows.
+        deviation: The standard deviation of whitened rows, where whitening is not by a matrix.
+    """
+    if base is not None or not isinstance(whitening, DenseWhitening):
+        warn_if_coarse(rows.w, whitening.loc.dtype, "data")
+    if base is not None:  # one scale: a full whitening would change what the shortest path is
+        start, spread = column_moments(base.sample((len(rows.w),)))
+        end, other = column_moments(rows.w, rows.weight)
+        scale = ((spread.mean() + other.mean()) / 2).sqrt()
+        whitening.set_diagonal((start + end) / 2, scale.expand_as(end))
+    elif isinstance(whitening, DenseWhitening):
+        found = whitening_map(rows.w, rows.weight, dtype=whitening.loc.dtype)
+        whitening.set(*(found if rows.partner is None else _aligned(found, rows.w, rows.partner)))
+    else:
+        loc, variance = column_moments(rows.w, rows.weight)
+        whitening.set_diagonal(loc, variance.sqrt())
+        whitening.set(whitening.loc, whitening.linear / deviation)  # of all columns together
+
+
+def _aligned(found: WhiteningMap, rows: Tensor, partners: Tensor) -> WhiteningMap:
+    """Return the map turned so that rows lie nearest to their partners: paths must not cross."""
+    w = found.white(rows)
+    u, _, vh = torch.linalg.svd(w.T @ partners.double())
+    turn = u @ vh
+    return WhiteningMap(found.loc, found.linear @ turn, turn.T @ found.whitening)
+
+
+def _check_range(x: Tensor, dtype: torch.dtype) -> None:
+    """Raise a ValueError where the type of the flow does not reach to columns, ``(N, D)``."""
+    limits, (low, high) = torch.finfo(dtype), x.aminmax(dim=0)
+    spread, size = high.double() - low.double(), torch.maximum(low.abs(), high.abs()).double()
+    bad = ((spread < limits.tiny) & (spread > 0)) | (size > limits.max)
+    if bool(bad.any()):
+        raise ValueError(
+            f"expected columns within the range of the flow's type {dtype}, up to "
+            f"{limits.max:.1e}, and varying by {limits.tiny:.1e} at least, got columns "
+            f"{bad.nonzero().flatten().tolist()} outside it: choose other units, or give rows and "
+            "flow in float64"
+        )
+
+
+def noise_network(flow: Flow) -> nn.Module:
+    """Return the network for the latent noise: the present one, or one like the velocity.
+
+    Raises:
+        ValueError: If the path has no latent term.
+    """
+    if not flow.interpolant.has_latent():
+        raise ValueError(
+            f"expected an interpolant with a latent term to learn the noise, got "
+            f"{type(flow.interpolant).__name__}: use Latent(...), or score(), which needs no "
+            "network for a Gaussian base"
+        )
+    if flow.noise is not None:
+        return flow.noise
+    network = untrained_copy(flow.velocity)
+    if network is None:
+        contexts = (0, flow.classes) if flow.classes else (flow.context_dim or 0,)
+        network = VelocityMLP(flow.event_dim, None, *contexts)
+    return network.to(flow.loc)
