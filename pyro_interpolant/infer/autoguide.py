@@ -464,12 +464,10 @@ def fit_guide(
         >>> result.k_hat < 0.7, abs(result.log_evidence) < 0.1
         (True, True)
     """
-    clock = Clock(max_seconds)
+    clock = Clock(max_seconds, or_none=False)
     if not isinstance(guide, AutoInterpolant):
         got = f"{type(guide).__module__}.{type(guide).__name__}"
         raise TypeError(f"expected an AutoInterpolant of pyro_interpolant, got {got}")
-    is_limit = max_seconds is not None and max_seconds > 0
-    check_ranges(("max_seconds > 0", is_limit, max_seconds))
     with seeded(seed):
         sites = LatentSites(guide, *args, **kwargs)
     settings = {"seed": seed, "progress": progress, **(options or {})}

@@ -283,7 +283,6 @@ def _checked_settings(
         )
     check_ranges(
         whole("steps", steps, 1, or_none=True),
-        ("max_seconds > 0", max_seconds is None or max_seconds > 0, max_seconds),
         ("validation between 0 and 1", 0 < validation < 1, validation),
     )
     return Clock(max_seconds)

@@ -171,15 +171,13 @@ def fit_guide(
     import torch
 
     from .. import distributions, transforms
-    from .._package import check_ranges
     from ..infer import autoguide, train_from_density
     from ..training import fit
     from ..training.clock import Clock, Seconds
 
     check_guide(guide)
     check_key(key)
-    check_ranges(("max_seconds > 0", max_seconds > 0, max_seconds))
-    clock = Clock(max_seconds)
+    clock = Clock(max_seconds, or_none=False)
     setup, draw = jax.random.split(key)
     with _kept_if_refused(guide):
         with handlers.seed(rng_seed=setup), _discrete_sites_named(guide, args, kwargs):

@@ -37,6 +37,7 @@ class Clock:
 
     Args:
         limit: The time that a user gave, or None.
+        or_none: Whether it may be None.
 
     Attributes:
         limit: The same; infinite for None.
@@ -44,11 +45,11 @@ class Clock:
         before: The time spent by a run that is resumed.
 
     Raises:
-        ValueError: If the limit is not positive.
+        ValueError: If the limit is not positive, or is None where it may not be.
     """
 
-    def __init__(self, limit: float | None) -> None:
-        check_ranges(number("max_seconds > 0", limit, lambda n: n > 0, or_none=True))
+    def __init__(self, limit: float | None, *, or_none: bool = True) -> None:
+        check_ranges(number("max_seconds > 0", limit, lambda n: n > 0, or_none=or_none))
         self.limit = math.inf if limit is None else limit
         self.began: float = getattr(limit, "began", time.monotonic())
         self.before = 0.0

@@ -327,9 +327,8 @@ def train_from_density(
         2022, arXiv 2105.12603 (the rounds); Del Moral, Doucet & Jasra, JRSS B 68, 2006
         (tempering); Vehtari et al., arXiv 1507.02646 (k-hat).
     """
-    clock, flow = Clock(max_seconds), _checked_flow(distribution)
+    clock, flow = Clock(max_seconds, or_none=False), _checked_flow(distribution)
     check_ranges(
-        ("max_seconds > 0", max_seconds is not None and max_seconds > 0, max_seconds),
         whole("draws", draws, 100),
         whole("steps", steps, 1),
         whole("rounds", rounds, 1, or_none=True),
