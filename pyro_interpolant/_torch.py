@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +48,21 @@ def is_functional() -> bool:
 def needs_graph(*tensors: Tensor | None) -> bool:
     """Return whether autograd records what is computed from tensors, of any shapes."""
     return torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in tensors)
+
+
+def is_reached_backward(leaf: Tensor) -> bool:
+    """Return whether the backward pass that now runs, and calls a hook, goes on to a leaf.
+
+    One that ends in other tensors, as for the score of data, does not.
+
+    Args:
+        leaf: A tensor of any shape that requires a gradient.
+    """
+    node = torch.autograd.graph.get_gradient_edge(leaf).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # ``autograd.grad`` in this leaf
+        return True
 
 
 def is_watched() -> bool:
@@ -326,16 +341,6 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return checkpoint(function, *args, use_reentrant=False)
 
     return call
-
-
-@lru_cache(maxsize=1)
-def keep_freed_memory() -> None:
-    """Make the C library keep freed memory, by one block that is larger than those to come.
-
-    Until it has seen one of a few MiB, glibc returns every freed piece to the system at once, and
-    getting it back, page by page, takes as long as the arithmetic.
-    """
-    torch.empty(2**24, dtype=torch.uint8)
 
 
 def constant(values: np.ndarray) -> Tensor:

@@ -144,7 +144,7 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
         "dtype": str(flow.loc.dtype).removeprefix("torch."),
         "noise": network_arguments(flow.noise),
         "noise_class": type(flow.noise).__name__,
-        "independent": flow.is_regression(),
+        **flow.history(),
         "levels": flow.levels,
         "frozen": fixed if 0 < len(fixed) < count else len(fixed) == count,
         "training": flow.velocity.training,
@@ -222,7 +222,7 @@ def _content(distribution: object) -> object:
         "whitening": flow.whitening,
         "weights": transform.state_dict(),
         "requires_grad": {name: p.requires_grad for name, p in flow.named_parameters()},
-        "independent": flow.is_regression(),
+        **flow.history(),
         "levels": flow.levels,
         "solver": transform.solver,
         "divergence": transform.divergence,
@@ -351,7 +351,7 @@ def _build_transform(
     if header.get("noise") is not None:
         name = header.get("noise_class", "VelocityMLP")
         flow.noise = _new_network("noise", name, header["noise"], own, dtype)
-    flow.independent = header.get("independent", True)
+    flow.set_history(header)
     flow.levels = _checked_levels(header.get("levels"))
     _check_probes(transform, own.pop(PROBES, None))
     _set_frozen(transform, header["frozen"])

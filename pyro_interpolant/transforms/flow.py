@@ -10,8 +10,8 @@ is one weighted sum along them, computed only where a density is wanted.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import repeat
 from typing import Any
 
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from .._torch import (
     innermost,
     is_functional,
+    is_reached_backward,
     is_tracing,
-    keep_freed_memory,
     needs_graph,
     recomputed,
     watching_the_first,
@@ -54,6 +54,7 @@ from .whitening import DenseWhitening, Whitening
 ROWS_PER_SOLVE = 512  # without gradients
 _MAX_KEPT_BYTES = 2**26  # of a trajectory that is kept: 64 MiB
 _OWN_SOLVES = (FixedGrid.solve, Adaptive.solve)  # which draw nothing themselves
+MOVED = -1  # the fingerprint of no weights
 _MIN_RANDOM_NODES = 12  # however few a solver needs for weights that are trained already
 
 
@@ -107,7 +108,8 @@ class Flow(nn.Module):
     Attributes:
         noise: The network for :math:`E[z | w_t]`, where training has learned it, or None.
         independent: Whether training paired base and data at random.
-        reached: A fingerprint of the weights that the gradient of a solve reached last, or None.
+        reached: A fingerprint of the weights that the gradient of a solve reached last, or None;
+            :data:`MOVED` once such weights have moved.
         levels: L, where training spread whole levels of images over :math:`(v + u) / L`, u uniform
             on [0, 1); None where it was given other rows.
 
@@ -176,21 +178,54 @@ class Flow(nn.Module):
             return None
         if is_tracing():
             return 0
-        seed = self._bits()
-        if not is_functional():
-            self.reached = seed
-        return seed
+        return self._bits()
 
     def was_trained_through_solver(self) -> bool:
-        """Return whether weights have changed since a gradient reached them through a solve.
+        """Return whether weights have moved after a gradient reached them through a solve.
 
-        A velocity that maximises a likelihood is not the mean of a path's rate.
+        A velocity that maximises a likelihood is not the mean of a path's rate. Only a new
+        regression makes it one: not a later gradient, a copy, or another type or device. Weights
+        that are loaded bring along what their state says of them.
         """
-        return self.reached is not None and self.reached != self._bits()
+        if self.reached in (None, MOVED):
+            return self.reached == MOVED
+        return self.reached != self._bits()
 
-    def is_regression(self) -> bool:
-        """Return whether the velocity is one on independent pairs, as far as this flow knows."""
-        return self.independent and not self.was_trained_through_solver()
+    def _is_reached(self, seed: int, gradient: Tensor) -> None:
+        """Note that a gradient runs back through a solve of these weights, if it reaches them."""
+        if any(p.requires_grad and is_reached_backward(p) for p in self.parameters()):
+            self.reached = MOVED if self.was_trained_through_solver() else seed
+
+    def _apply(self, fn: StateFunction, *args: bool, **kwargs: bool) -> "Flow":
+        self.set_history({})  # the fingerprint will be another
+        return super()._apply(fn, *args, **kwargs)
+
+    def history(self) -> dict[str, bool]:
+        """Return how its weights were trained, as far as is known, for what holds them."""
+        return {"independent": self.independent, "moved": self.was_trained_through_solver()}
+
+    def set_history(self, known: Mapping[str, object]) -> None:
+        """Take over what :meth:`history` has told of the weights it has now."""
+        self.independent = bool(known.get("independent", self.independent))
+        moved = known.get("moved", self.was_trained_through_solver())
+        self.reached = MOVED if moved else None
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, *args: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, *args)
+        # Beside the tensors, where torch keeps the version of a module: states keep their names.
+        getattr(destination, "_metadata", {}).get(prefix[:-1], {}).update(self.history())
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, object],
+        *args: object,
+    ) -> None:
+        self.set_history(local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _bits(self) -> int:
         """Return the bits of a sum over all weights, which tell these from others."""
@@ -229,6 +264,9 @@ class Flow(nn.Module):
             states = self._solve_for_gradient(solve, white, path, times)
         else:
             states = solve(white)
+        seed, has_graph = path.seed, states.requires_grad and not is_functional()
+        if seed is not None and has_graph and not is_tracing():
+            states.register_hook(partial(self._is_reached, seed))
         return states if forward else states.flip(0)
 
     def _solve_for_gradient(
@@ -307,7 +345,7 @@ class Flow(nn.Module):
         """
         if is_tracing():
             return self.integrate(white, path, forward=forward), None
-        keep_freed_memory()
+        _keep_freed_memory()
         row_bytes = len(path.times[0]) * self.event_dim * white.element_size()
         rows = white.numel() // self.event_dim
         at_once = min(
@@ -342,6 +380,16 @@ class Flow(nn.Module):
 
     def _needs_graph(self, states: Tensor, path: Path) -> bool:
         return needs_graph(states, path.context, *self.parameters())
+
+
+@lru_cache(maxsize=1)
+def _keep_freed_memory() -> None:
+    """Make the C library keep freed memory, by one block that is larger than those to come.
+
+    Until it has seen one of a few MiB, glibc returns every freed piece to the system at once, and
+    getting it back, page by page, takes as long as the arithmetic.
+    """
+    torch.empty(2**24, dtype=torch.uint8)
 
 
 class _Blocks:
