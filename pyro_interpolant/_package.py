@@ -8,6 +8,7 @@ torch. A setting out of its range is refused in one way.
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 
@@ -55,22 +56,26 @@ def check_ranges(*settings: tuple[str, bool, object]) -> None:
             raise ValueError(f"expected {name}, got {value}")
 
 
-def whole(name: str, value: Any, least: int, *, or_none: bool = False) -> tuple[str, bool, Any]:
+def whole(
+    name: str, value: object, least: int | None, *, or_none: bool = False
+) -> tuple[str, bool, object]:
     """Return the setting of :func:`check_ranges` that a number is whole.
 
     Args:
         name: The name of the number.
         value: What was given.
-        least: The least that it may be.
+        least: The least that it may be, or None.
         or_none: Whether it may be None, too.
     """
-    text = f"{name} >= {least}, a whole number"
-    return number(text, value, lambda n: n >= least and n % 1 == 0, or_none=or_none)
+    text = f"{name}, a whole number" if least is None else f"{name} >= {least}, a whole number"
+    return number(
+        text, value, lambda n: n % 1 == 0 and (least is None or n >= least), or_none=or_none
+    )
 
 
 def number(
-    text: str, value: Any, test: Callable[[Any], bool], *, or_none: bool = False
-) -> tuple[str, bool, Any]:
+    text: str, value: object, test: Callable[[Any], bool], *, or_none: bool = False
+) -> tuple[str, bool, object]:
     """Return the setting that a test finds a number good, which nothing but a number can be.
 
     Args:
@@ -79,11 +84,9 @@ def number(
         test: Whether a number is good.
         or_none: Whether it may be None, too.
     """
-    try:
-        good = or_none if value is None else test(value)
-    except TypeError:  # text has no order among numbers
-        good = False
-    return text, good, value
+    if not isinstance(value, Real):
+        return text, or_none and value is None, repr(value)
+    return text, test(value), value
 
 
 def flag(name: str, value: object, *, or_none: bool = False) -> tuple[str, bool, object]:

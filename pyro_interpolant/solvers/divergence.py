@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
-from .._package import check_ranges
+from .._package import check_ranges, whole
 from .._torch import constant, jvp
 from ..nn.velocity import divergence_field, exact_divergence, expanded, inputs_of
 
@@ -99,7 +99,7 @@ class HutchinsonDivergence:
         seed: The seed of the probes.
 
     Raises:
-        ValueError: If ``probes`` is below 1.
+        ValueError: If ``probes`` or ``seed`` is not whole, or ``probes`` below 1.
 
     References:
         Hutchinson, Communications in Statistics 19 (1990); Grathwohl et al., *FFJORD*, ICLR 2019.
@@ -109,8 +109,8 @@ class HutchinsonDivergence:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the number of probes."""
-        check_ranges(("at least one probe", self.probes >= 1, f"probes={self.probes}"))
+        """Check the numbers."""
+        check_ranges(whole("probes", self.probes, 1), whole("seed", self.seed, None))
 
     def __call__(
         self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None
@@ -130,7 +130,7 @@ class HutchinsonDivergence:
 
     def directions(self, dim: int) -> Tensor:
         """Return the probes, random signs, shape ``(P, dim)``."""
-        return constant(_probes(self.probes, self.seed, dim))
+        return constant(_probes(int(self.probes), int(self.seed), dim))
 
 
 @lru_cache(maxsize=32)

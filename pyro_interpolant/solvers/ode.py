@@ -17,7 +17,7 @@ all its times in advance can share work between them.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from .._package import check_ranges, whole
 from .._torch import (
     constant,
     is_abstract,
@@ -38,6 +39,7 @@ from ..nn.velocity import Field, StateFunction
 from .quadrature import clenshaw_curtis, integration_matrix, random_offsets
 from .tableaus import TABLEAUS
 
+_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 _SYSTEM_ELEMENTS = 2**24  # of the matrices of the linear systems solved at once
 
 
@@ -45,6 +47,11 @@ def _nodes(steps: int, warp: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return the nodes on [0, 1] and their weights as tensors, shape ``(N + 1,)``."""
     nodes, weights = clenshaw_curtis(steps, warp)
     return constant(nodes), constant(weights)
+
+
+def _check_method(method: object, known: Collection[str]) -> None:
+    if method not in known:
+        raise ValueError(f"expected a method among {sorted(known)}, got {method!r}")
 
 
 class Solver(Protocol):
@@ -69,9 +76,8 @@ class _RungeKutta:
 
     def __post_init__(self) -> None:
         """Check the choice."""
-        if self.method not in TABLEAUS:
-            raise ValueError(f"expected a method among {sorted(TABLEAUS)}, got {self.method!r}")
-        clenshaw_curtis(self.steps)
+        check_ranges(whole("steps", self.steps, 1))
+        _check_method(self.method, TABLEAUS)
 
     def solve(self, field: Field, x: Tensor, times: Tensor) -> Tensor:
         """Return the states at ``times``, ``(N + 1, *, D)``, starting from x at the first.
@@ -135,7 +141,8 @@ class FixedGrid(_RungeKutta):
             exact. Of few rows, those of the package's networks are faster without, and exact.
 
     Raises:
-        ValueError: If ``steps`` is below 1, ``method`` unknown or ``warp`` outside [0, 1).
+        ValueError: If ``steps`` is not whole or below 1, ``method`` unknown or ``warp`` outside
+            [0, 1).
 
     Example:
         >>> grid = FixedGrid(steps=8)
@@ -174,12 +181,14 @@ class Adaptive:
     Args:
         rtol: The relative tolerance.
         atol: The absolute tolerance, in whitened units.
-        method: One of torchdiffeq's adaptive methods.
+        method: One of torchdiffeq's adaptive methods: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``,
+            ``"fehlberg2"``, ``"adaptive_heun"``, or ``"scipy_solver"``, without gradients.
         nodes: The number of gaps between the quadrature nodes.
         checkpoint: As in :class:`FixedGrid`.
 
     Raises:
-        ValueError: If a tolerance is not positive or ``nodes`` below 1.
+        ValueError: If a tolerance is not positive, ``method`` is unknown or not adaptive, or
+            ``nodes`` is not whole or below 1.
     """
 
     rtol: float = 1e-5
@@ -192,7 +201,8 @@ class Adaptive:
         """Check the choice."""
         if not (self.rtol > 0 and self.atol > 0):
             raise ValueError(f"expected positive tolerances, got {self.rtol} and {self.atol}")
-        clenshaw_curtis(self.nodes)
+        _check_method(self.method, _ADAPTIVE)
+        check_ranges(whole("nodes", self.nodes, 1))
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 1,)``."""
@@ -257,8 +267,8 @@ def random_nodes(steps: int, seed: int) -> tuple[Tensor, Tensor]:
         offsets = torch.from_numpy(random_offsets(steps, seed))
     nodes = (torch.arange(steps, dtype=torch.float64) + offsets) / steps
     weights = torch.full((steps,), 1 / steps, dtype=torch.float64)
-    end = torch.nn.functional.pad
-    return end(end(nodes, (1, 0)), (0, 1), value=1.0), end(weights, (1, 1))
+    pad = torch.nn.functional.pad
+    return pad(pad(nodes, (1, 0)), (0, 1), value=1.0), pad(weights, (1, 1))
 
 
 @dataclass(frozen=True)
@@ -278,7 +288,7 @@ class RandomGrid(_RungeKutta):
         checkpoint: As in :class:`FixedGrid`.
 
     Raises:
-        ValueError: If ``steps`` is below 1 or ``method`` unknown.
+        ValueError: If ``steps`` or ``seed`` is not whole, or below 1 or 0, or ``method`` unknown.
 
     Example:
         >>> nodes, weights = RandomGrid(steps=4, seed=0).grid()
@@ -288,9 +298,14 @@ class RandomGrid(_RungeKutta):
 
     seed: int = dataclasses.field(default=0, kw_only=True)
 
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        super().__post_init__()
+        check_ranges(whole("seed", self.seed, 0))
+
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 2,)``."""
-        return random_nodes(self.steps, self.seed)
+        return random_nodes(int(self.steps), int(self.seed))
 
 
 def only_x_needs_grad(x: Tensor, others: Iterable[Tensor | None]) -> bool:

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from .._package import check_ranges
+from .._package import check_ranges, whole
 
 Array = NDArray[np.float64]
 
@@ -36,7 +36,7 @@ def clenshaw_curtis(steps: int, warp: float = 0.0) -> tuple[Array, Array]:
         Nodes and weights, each float64 of shape ``(N + 1,)``. They are shared: do not modify.
 
     Raises:
-        ValueError: If ``steps`` is below 1 or ``warp`` outside [0, 1).
+        ValueError: If ``steps`` is not whole or below 1, or ``warp`` outside [0, 1).
 
     References:
         Trefethen, *Is Gauss quadrature better than Clenshaw-Curtis?*, SIAM Review 50 (2008).
@@ -46,10 +46,7 @@ def clenshaw_curtis(steps: int, warp: float = 0.0) -> tuple[Array, Array]:
         >>> float((weights * nodes**3).sum())
         0.25
     """
-    check_ranges(
-        ("at least one step", steps >= 1, f"steps={steps}"),
-        ("a warp in [0, 1)", 0.0 <= warp < 1.0, warp),
-    )
+    check_ranges(whole("steps", steps, 1), ("a warp in [0, 1)", 0.0 <= warp < 1.0, warp))
     theta = np.pi * np.arange(steps + 1) / steps
     harmonics = np.arange(1, steps // 2 + 1)
     factors = np.where(2 * harmonics == steps, 1.0, 2.0) / (4 * harmonics**2 - 1)
@@ -77,7 +74,7 @@ def integration_matrix(steps: int, warp: float = 0.0) -> Array:
         Float64, of shape ``(N + 1, N + 1)``. It is shared: do not modify.
 
     Raises:
-        ValueError: If ``steps`` is below 1 or ``warp`` outside [0, 1).
+        ValueError: If ``steps`` is not whole or below 1, or ``warp`` outside [0, 1).
 
     Example:
         >>> nodes, _ = clenshaw_curtis(4)

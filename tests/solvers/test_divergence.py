@@ -327,7 +327,7 @@ def test_a_velocity_of_ones_own_and_the_closed_form_give_one_density():
 
 @pytest.mark.parametrize("probes", [0, -1])
 def test_fewer_than_one_probe_is_refused(probes):
-    with pytest.raises(ValueError, match=f"at least one probe, got probes={probes}"):
+    with pytest.raises(ValueError, match=f"probes >= 1, a whole number, got {probes}"):
         HutchinsonDivergence(probes)
 
 

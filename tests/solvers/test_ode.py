@@ -1,12 +1,19 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import SOLVERS, random_flow
 from torch import nn
 
-from pyro_interpolant import Adaptive, FixedGrid, InterpolantDistribution, InterpolantTransform
+from pyro_interpolant import (
+    Adaptive,
+    FixedGrid,
+    HutchinsonDivergence,
+    InterpolantDistribution,
+    InterpolantTransform,
+)
 from pyro_interpolant.solvers import RandomGrid
 
 ORDERS = {"rk4": 4, "midpoint": 2, "heun": 2, "euler": 1}
@@ -157,7 +164,12 @@ def test_an_adaptive_solve_that_fails_says_what_to_do(velocity, dim):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FixedGrid(steps=0), "at least one step"),
+        (lambda: FixedGrid(steps=0), "steps >= 1, a whole number, got 0"),
+        (lambda: FixedGrid(29 / 2), "steps >= 1, a whole number, got 14.5"),
+        (lambda: FixedGrid(torch.tensor(8)), r"steps >= 1, a whole number, got tensor\(8\)"),
+        (lambda: FixedGrid("8"), "steps >= 1, a whole number, got '8'"),
+        (lambda: RandomGrid(7.5), "steps >= 1, a whole number, got 7.5"),
+        (lambda: RandomGrid(7, seed=1.5), "seed >= 0, a whole number, got 1.5"),
         (
             lambda: FixedGrid(method="ralston"),
             "a method among .*'euler', 'heun', 'midpoint', 'rk4'.*'ralston'",
@@ -165,7 +177,11 @@ def test_an_adaptive_solve_that_fails_says_what_to_do(velocity, dim):
         (lambda: FixedGrid(warp=1.0), "a warp in"),
         (lambda: Adaptive(rtol=0.0), "positive tolerances"),
         (lambda: Adaptive(atol=-1e-3), "positive tolerances"),
-        (lambda: Adaptive(nodes=0), "at least one step"),
+        (lambda: Adaptive(nodes=0), "nodes >= 1, a whole number, got 0"),
+        (lambda: Adaptive(nodes=14.5), "nodes >= 1, a whole number, got 14.5"),
+        (lambda: Adaptive(method="rk4"), "a method among .*'dopri5'.*got 'rk4'"),
+        (lambda: HutchinsonDivergence(1.5), "probes >= 1, a whole number, got 1.5"),
+        (lambda: HutchinsonDivergence(seed=1.5), "expected seed, a whole number, got 1.5"),
     ],
 )
 def test_impossible_choices_are_refused(make, message):
@@ -173,9 +189,12 @@ def test_impossible_choices_are_refused(make, message):
         make()
 
 
-def test_an_unknown_adaptive_method_is_refused_with_its_name():
-    with pytest.raises(ValueError, match="rk5000"):
-        random_flow(2, solver=Adaptive(method="rk5000"))(torch.randn(3, 2))
+def test_whole_numbers_may_be_of_any_type():
+    for seed in (2, 2.0, np.int64(2)):
+        times, _ = RandomGrid(3.0, seed=seed).grid()
+        assert torch.equal(times, RandomGrid(3, seed=2).grid()[0])
+        assert torch.equal(HutchinsonDivergence(2.0, seed).directions(3),
+                           HutchinsonDivergence(2, 2).directions(3))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SOLVERS)
