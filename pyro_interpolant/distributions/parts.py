@@ -64,7 +64,15 @@ class FlowDistribution:
             )
         self.transform = transform
         self.constraint, self.space = constraint, support_of(constraint)
-        self.base = self.space.default_base(transform.flow) if base is None else base
+        self.base = self._given_base(base)
+
+    def _given_base(self, base: TorchDistributionMixin | None) -> TorchDistributionMixin | None:
+        """Return what is to be the base: where none is given, that of the support."""
+        flow = self.transform.flow
+        if base is None:
+            return self.space.default_base(flow)
+        base_of(base, flow.loc)
+        return self.space.checked_base(flow, base)
 
     def _flow_base(self) -> TorchDistributionMixin:
         """Return the distribution of the flow's input, of event shape ``(D,)``."""
@@ -75,8 +83,13 @@ class FlowDistribution:
         """Set the attributes by which Pyro knows the parts: ``base_dist`` and ``transforms``."""
 
     def set_base(self, base: TorchDistributionMixin | None) -> None:
-        """Replace the base by another of event shape ``(D,)`` in data coordinates."""
-        self.base = base
+        """Replace the base by another of event shape ``(D,)`` in data coordinates.
+
+        Raises:
+            TypeError: If it is not a distribution that Pyro can sample.
+            ValueError: If it has another event shape, or, of angles, no period of 2 pi.
+        """
+        self.base = self._given_base(base)
         self._set_chain()
 
     def set_base_samples(self, samples: ArrayLike) -> None:

@@ -17,6 +17,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, transform_to
 
+from .._torch import are_close, is_functional, is_tracing
 from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic, wrap
 from ..nn.mlp import TorusMLP, VelocityMLP
@@ -24,7 +25,15 @@ from ..nn.velocity import embedded, evaluate, may_be_periodic
 from ..transforms.bijections import Cached
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import without_gaussianizer
-from .bases import Planar, UniformTorus, directions, in_planes
+from .bases import (
+    Planar,
+    Samples,
+    UniformTorus,
+    base_log_prob,
+    directions,
+    in_planes,
+    stated_support,
+)
 from .constraints import Circular, Constraint, Shaped, bijection, check_parts, circular, counted
 
 _RAYLEIGH_RMS = 2**0.5  # the root mean square of a Rayleigh distance
@@ -103,6 +112,10 @@ class Support(ABC):
     def default_base(self, flow: Flow) -> TorchDistributionMixin | None:
         """Return the base of a flow without one of its own; None for N(0, I)."""
         return None
+
+    def checked_base(self, flow: Flow, base: TorchDistributionMixin) -> TorchDistributionMixin:
+        """Return a base that was given to a flow, or raise a ValueError: here any will do."""
+        return base
 
     def new_velocity(self, size: int, context_dim: int = 0, classes: int = 0) -> VelocityMLP:
         """Return an untrained network for ``size`` unconstrained coordinates."""
@@ -298,6 +311,29 @@ class CircularSupport(Support):
     def default_base(self, flow: Flow) -> UniformTorus:
         """Return the uniform base: there is no normal one."""
         return UniformTorus(flow.event_dim, validate_args=False).to(flow.loc)
+
+    def checked_base(self, flow: Flow, base: TorchDistributionMixin) -> TorchDistributionMixin:
+        r"""Return a base, or raise a ValueError unless its density has period :math:`2\pi`.
+
+        Paths back to it end any number of turns away from its draws.
+
+        Args:
+            flow: The flow.
+            base: The base.
+        """
+        no_density = isinstance(base, Samples) or is_tracing() or is_functional()
+        if no_density or isinstance(stated_support(base), Circular):
+            return base
+        x = torch.linspace(-3, 3, _PERIOD_ROWS).to(flow.loc)
+        x = x.reshape(-1, *[1] * len(base.batch_shape), 1).expand(*base.shape((_PERIOD_ROWS,)))
+        here, there = (base_log_prob(base, s) for s in (x, x + 2 * torch.pi))
+        if not are_close(here, there, rtol=1e-3):
+            raise ValueError(
+                "expected a base with a density of period 2 pi in every angle, such as VonMises, "
+                f"or None for the uniform one, got {base}, whose draws would not have the density "
+                "of the flow"
+            )
+        return base
 
     def new_velocity(self, size: int, context_dim: int = 0, classes: int = 0) -> VelocityMLP:
         """Return an untrained network for ``size`` angles."""

@@ -278,6 +278,32 @@ def test_the_density_of_a_von_mises_base_is_periodic():
     torch.testing.assert_close(base.log_prob(x + TURN), base.log_prob(x))
 
 
+NOT_PERIODIC = {
+    "uniform": lambda: dist.Uniform(torch.full((2,), -math.pi), math.pi).to_event(1),
+    "normal": lambda: dist.Normal(torch.zeros(2), 2.0).to_event(1),
+    "normals": lambda: dist.Normal(torch.zeros(3, 2), 2.0).to_event(1),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PERIODIC)
+def test_a_base_without_a_period_is_refused_and_changes_nothing(name):
+    message = "a base with a density of period 2 pi in every angle, such as VonMises, or None"
+    base = NOT_PERIODIC[name]()
+    with pytest.raises(ValueError, match=message):
+        random_angles(2, base)
+    with pytest.raises(ValueError, match=message):
+        ConditionalInterpolantDistribution(random_transform(2, (8,), 1), base, support=circular)
+    model = random_angles(2, von_mises(2))
+    kept = model.base
+    with pytest.raises(ValueError, match=message):
+        model.set_base(base)
+    with pytest.raises(ValueError, match=r"\(2,\)"):
+        model.set_base(von_mises(3))
+    assert model.base is kept
+    model.set_base(None)
+    assert isinstance(model.base, UniformTorus)
+
+
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 def test_a_planar_base_is_proper_and_points_as_the_base(base):
     base = UniformTorus(1) if base(1) is None else base(1)
