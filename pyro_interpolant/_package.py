@@ -89,6 +89,18 @@ def number(
     return text, test(value), value
 
 
+def check_sizes(name: str, value: object) -> None:
+    """Raise a TypeError unless a value is a sequence of whole numbers, such as a shape.
+
+    Args:
+        name: The name of the sizes.
+        value: What was given.
+    """
+    if not isinstance(value, Sequence) or not all(hasattr(n, "__index__") for n in value):
+        hint = f": write ({value},)" if hasattr(value, "__index__") else ""
+        raise TypeError(f"expected {name}, a tuple of whole numbers, got {value!r}{hint}")
+
+
 def flag(name: str, value: object, *, or_none: bool = False) -> tuple[str, bool, object]:
     """Return the setting that a value is True or False: any word would count as True.
 

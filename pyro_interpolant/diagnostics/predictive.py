@@ -30,18 +30,14 @@ from torch import Tensor
 from .._package import check_ranges, whole
 from .._torch import robust_deviation, seeded
 from ..distributions.bases import check_single
-from ..distributions.constraints import (
-    RowsLike,
-    checked_rows,
-    contexts_of_rows,
-    real_shape,
-)
+from ..distributions.constraints import real_shape
 from ..distributions.interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
 from ..distributions.joint import NamedSites, column_names, rows_by_name
+from ..distributions.rows import RowsLike, checked_rows, contexts_of_rows
 from ..distributions.supports import BijectiveSupport, support_of
 from ..transforms.gaussianize import without_gaussianizer
 

@@ -16,8 +16,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.rows import as_tensor
 from ..solvers.ode import FixedGrid
 
 K_HAT_GOOD = 0.5  # up to it the weights have a variance, and averages the usual error

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .._torch import robust_deviation
-from ..distributions.constraints import RowsLike, checked_rows, in_order, named_columns
+from ..distributions.rows import RowsLike, checked_rows, in_order, named_columns
 
 _FOLDS = 5
 _WIDTH_PER_COLUMN = 10  # of both hidden layers

@@ -31,7 +31,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ..distributions.bases import check_sizes
+from .._package import check_sizes
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from ..nn.velocity import evaluate
@@ -117,7 +117,7 @@ def approximate_posterior(
         >>> bool((draws.mean(0) - 1.0).abs().max() < 0.1)
         True
     """
-    check_sizes(shape, "a shape of draws")
+    check_sizes("a shape of draws", shape)
     sde = _PosteriorSDE(distribution, log_likelihood)
     with torch.no_grad():
         sde.transform = sde.transform.held()

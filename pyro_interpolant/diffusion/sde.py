@@ -28,10 +28,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._package import check_ranges, whole
-from ..distributions.bases import check_sizes
-from ..distributions.constraints import check_value
+from .._package import check_ranges, check_sizes, whole
 from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.rows import check_value
 from ..interpolants.linear import END_MARGIN
 from ..nn.velocity import evaluate
 from ..transforms.interpolant import broadcast_batch
@@ -277,7 +276,7 @@ def sample_sde(
     """
     if method not in ("heun", "euler"):
         raise ValueError(f"expected the method 'heun' or 'euler', got {method!r}")
-    check_sizes(shape, "a shape of draws")
+    check_sizes("a shape of draws", shape)
     sde = InterpolantSDE(distribution, diffusion, forward=x is None)
     with torch.no_grad():
         sde.transform = sde.transform.held()

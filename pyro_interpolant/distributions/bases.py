@@ -18,11 +18,12 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints, transform_to
 
-from .._package import check_ranges
+from .._package import check_ranges, check_sizes
 from ..interpolants.nonlinear import wrap
 from ..transforms.interpolant import broadcast_batch
 from ..transforms.whitening import Whitening
-from .constraints import Circular, checked_rows, innermost_constraint, is_all_real
+from .constraints import Circular, innermost_constraint, is_all_real
+from .rows import checked_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -237,12 +238,6 @@ def check_single(base: Distribution | None, *, rows: bool = False) -> None:
         )
 
 
-def check_sizes(shape: object, name: str) -> None:
-    """Raise a TypeError unless a shape, to be called by a name, is a sequence of whole numbers."""
-    if not isinstance(shape, Sequence) or not all(hasattr(n, "__index__") for n in shape):
-        raise TypeError(f"expected {name}, a tuple of whole numbers, got {shape!r}")
-
-
 def check_expansion(old: Sequence[int], new: Sequence[int]) -> None:
     """Raise an error unless a batch shape expands to another.
 
@@ -250,7 +245,7 @@ def check_expansion(old: Sequence[int], new: Sequence[int]) -> None:
         TypeError: If that is no sequence of whole numbers.
         ValueError: If the batch shape does not expand to it.
     """
-    check_sizes(new, "a batch shape")
+    check_sizes("a batch shape", new)
     old, new = tuple(old), tuple(new)
     if any(n < 0 for n in new):
         raise ValueError(f"expected a batch shape of sizes of at least 0, got {new}")

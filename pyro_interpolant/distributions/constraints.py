@@ -1,7 +1,6 @@
 r"""Constraints: the set S that values live in, and its bijection :math:`b: R^D \to S`.
 
-Beside Pyro's own: angles, which have none, and events of any shape. Rows of data are checked here
-for finite numbers.
+Beside Pyro's own: angles, which have none, and events of any shape.
 
 A constraint keeps the arguments of its constructor as attributes of the same names, as Pyro's do:
 constraints, numbers, tensors, or lists of these. By that, files can hold it.
@@ -9,24 +8,18 @@ constraints, numbers, tensors, or lists of these. By that, files can hold it.
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 from torch.distributions.transforms import ComposeTransform, ReshapeTransform
 
-from ..nn.velocity import checked_labels
+from .._package import check_sizes
 from ..transforms.bijections import PerEvent
-from ..transforms.flow import Flow
-from ..transforms.interpolant import check_tensor
 
 Constraint = constraints.Constraint
-RowsLike = ArrayLike | Mapping[str, ArrayLike]  # rows, or named draws
 
 
 class Circular(Constraint):
@@ -197,12 +190,14 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
     """Return a support in events of a shape, shape ``(*event_shape)``; itself if there is none.
 
     Raises:
+        TypeError: If the shape is no sequence of whole numbers.
         ValueError: If a size in the shape is not positive, or the support is already one of
             events of more than one dimension.
     """
     if shape is None:
         return support
-    if any(not isinstance(n, int) or n < 1 for n in shape):
+    check_sizes("event_shape", shape)
+    if any(n < 1 for n in shape):
         raise ValueError(f"expected event_shape to be positive sizes, got {tuple(shape)}")
     if isinstance(support, constraints.independent) and isinstance(
         support.base_constraint, type(constraints.real)
@@ -218,276 +213,3 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
     with contextlib.suppress(NotImplementedError):  # angles, or what a flow is refused for
         real_shape((math.prod(shape),), support)
     return Shaped(support, shape)
-
-
-def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
-    """Return a tensor of the values of x; of an array of any library, strides, order and flags.
-
-    Args:
-        x: A tensor, an array, a data frame or one of its columns, or nested lists of numbers.
-            Masked numbers become NaN, as missing ones of a frame do.
-        name: What to call it in messages.
-
-    Raises:
-        TypeError: If it is none of these, or a data frame with columns that are no numbers.
-    """
-    if hasattr(x, "to_numpy"):  # of pandas
-        x = _from_frame(x, name)
-    try:
-        if isinstance(x, np.ma.MaskedArray):
-            x = _unmasked(x)
-        if not isinstance(x, (Tensor, np.ndarray)) and hasattr(x, "__array__"):
-            x = np.asarray(x)  # of jax
-        if isinstance(x, np.ndarray) and x.dtype.kind != "O":
-            x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
-        return torch.as_tensor(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"expected {name} to be a tensor or an array, got {type(x).__name__}: {error}"
-        ) from error
-
-
-def names_of(x: object) -> tuple[str, ...]:
-    """Return the names of the columns of a data frame; of anything else none."""
-    return tuple(map(str, getattr(x, "columns", ())))
-
-
-def named_columns(x: RowsLike, name: str = "data") -> tuple[Tensor, tuple[str, ...]]:
-    """Return the values of x, and the names of its columns, none where it has none.
-
-    Args:
-        x: As in :func:`as_tensor`; or draws by name, each of shape ``(N, *)``, which are joined as
-            columns.
-        name: What to call it in messages.
-
-    Returns:
-        The values, of draws by name of shape ``(N, D)``, and D names or none.
-
-    Raises:
-        TypeError: As :func:`as_tensor`.
-        ValueError: If there are not as many draws of each name.
-    """
-    if not isinstance(x, Mapping):
-        return as_tensor(x, name), names_of(x)
-    parts = {str(k): torch.atleast_1d(as_tensor(v, f"{name} {k!r}")) for k, v in x.items()}
-    lengths = {k: len(part) for k, part in parts.items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"expected as many draws of every name in {name}, got {lengths}")
-    flat = {k: part.reshape(len(part), -1) for k, part in parts.items()}
-    names = flat_names({k: part.shape[1] for k, part in flat.items()})
-    return torch.cat(list(flat.values()), 1), names
-
-
-def flat_names(sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Return what to call the numbers of draws by name: ``k``, or ``k[0]``, ``k[1]``, ... of many.
-
-    Args:
-        sizes: How many numbers there are of each name.
-    """
-    return tuple(k if size == 1 else f"{k}[{i}]" for k, size in sizes.items() for i in range(size))
-
-
-def in_order(
-    rows: Tensor, names: Sequence[str], expected: Sequence[str], name: str = "data"
-) -> Tensor:
-    """Return rows with their columns in an order of names: frames and dictionaries have any.
-
-    Args:
-        rows: Rows, shape ``(N, D)``.
-        names: The names of their columns.
-        expected: The names in their order. Where either are none, rows are returned as they are.
-        name: What to call the rows in messages.
-
-    Raises:
-        ValueError: If the names are others, or one of several in another order is there twice.
-    """
-    found, wanted = list(names), list(expected)
-    if not found or not wanted or found == wanted:
-        return rows
-    if sorted(found) != sorted(wanted) or len(set(found)) < len(found):
-        raise ValueError(
-            f"expected {name} with the columns {wanted}, each once and in any order, got {found}: "
-            "rename or select them"
-        )
-    return rows[:, [found.index(column) for column in wanted]]
-
-
-def columns_in_order(x: ArrayLike, names: Sequence[str], name: str) -> Tensor:
-    """Return x as a tensor, a data frame with its columns in an order of names.
-
-    Args:
-        x: A data frame of rows, shape ``(N, D)``; anything else, of any shape, stays in its order.
-        names: The names of the columns in their order, or none.
-        name: What to call it in messages.
-
-    Raises:
-        TypeError: As :func:`as_tensor`.
-        ValueError: If the names of a data frame are others.
-    """
-    return in_order(as_tensor(x, name), names_of(x), names, name)
-
-
-def counted(bad: Tensor, rows: str = "rows") -> str:
-    """Return in words how many rows a mask, shape ``(N,)``, is of, and which is the first."""
-    return f"{int(bad.sum())} {rows}, the first being row {int(bad.nonzero()[0])}"
-
-
-def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (None,)) -> Tensor:
-    """Return x as a tensor of rows of finite floating-point numbers.
-
-    Args:
-        x: A tensor or array, expected of shape ``(N, *event_shape)``.
-        name: What to call it in messages.
-        event_shape: The expected shape of a row; None stands for any size.
-
-    Returns:
-        The rows, detached, shape ``(N, *event_shape)``.
-
-    Raises:
-        TypeError: If it is not a tensor or an array, or not of a floating type.
-        ValueError: If it has no rows, rows of another shape, or NaN or infinite rows.
-    """
-    x = as_tensor(x, name).detach()
-    if not x.is_floating_point():
-        raise TypeError(
-            f"expected {name} of a floating type, got {x.dtype}: convert it with .float(), or, if "
-            "these are counts or rounded values, which have no density, by dequantize(...)"
-        )
-    expected = tuple(event_shape)
-    if x.dim() != 1 + len(expected) or any(
-        e not in (None, s) for e, s in zip(expected, x.shape[1:], strict=True)
-    ):
-        want = ", ".join("D" if e is None else str(e) for e in expected)
-        hint = f": for N scalars pass shape (N, 1), {name}[:, None]" if x.dim() == 1 else ""
-        raise ValueError(f"expected {name} of shape (N, {want}), got {tuple(x.shape)}{hint}")
-    if x.numel() == 0:
-        got = "none" if len(x) == 0 else f"{len(x)} without a number"
-        raise ValueError(f"expected rows of {name}, got {got}: their shape is {tuple(x.shape)}")
-    bad = (~torch.isfinite(x)).reshape(len(x), -1).any(dim=1)
-    if bool(bad.any()):
-        raise ValueError(
-            f"expected finite {name}, got NaN or infinite values in "
-            f"{counted(bad, f'of {len(x)} rows')}: remove or impute them, or give "
-            "them weight 0"
-        )
-    return x
-
-
-def check_value(value: Any, event_shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Raise an error unless a value is a tensor of shape ``(*, *event_shape)``.
-
-    Args:
-        value: What a density is asked for.
-        event_shape: The shape of an event.
-        dtype: The type of the flow, for the message.
-
-    Raises:
-        TypeError: If it is not a tensor.
-        ValueError: If it is of another shape.
-    """
-    check_tensor(value, dtype)
-    if tuple(value.shape[max(0, value.dim() - len(event_shape)) :]) != tuple(event_shape):
-        scalars = tuple(event_shape) == (1,)
-        hint = " For N scalars use shape (N, 1): x[..., None]." if scalars else ""
-        raise ValueError(
-            f"expected a value of shape (*, {', '.join(map(str, event_shape))}), got "
-            f"{tuple(value.shape)}.{hint}"
-        )
-
-
-def images_of(x: ArrayLike, shape: Sequence[int]) -> Tensor:
-    """Return x as a tensor of images that are events of a shape, ``(N, *shape)``.
-
-    Raises:
-        TypeError: If it is not a tensor or an array.
-        ValueError: If images are of another shape, or not finite, or there are none.
-    """
-    found = as_tensor(x, "images")
-    if found.shape[1:] != torch.Size(shape) or not len(found):
-        want = ", ".join(map(str, shape))
-        raise ValueError(f"expected images of shape (N, {want}), got {tuple(found.shape)}")
-    return checked_rows(found, "images", shape) if found.is_floating_point() else found
-
-
-def _from_frame(x: Any, name: str) -> np.ndarray:
-    """Return the values of a data frame or one of its columns, missing ones as NaN.
-
-    Raises:
-        TypeError: If there are columns that are no numbers.
-    """
-    kinds = getattr(x, "dtypes", None)
-    values = x.to_numpy()
-    if values.dtype.kind == "O":  # types of pandas' own, which have a value for missing ones
-        own = {getattr(kind, "kind", "O") for kind in getattr(kinds, "tolist", lambda: [kinds])()}
-        if own <= set("biuf"):
-            is_whole = "f" not in own and not x.isna().to_numpy().any()
-            values = x.astype("int64" if is_whole else "float64").to_numpy()
-    if values.dtype.kind not in "biuf":
-        raise TypeError(
-            f"expected {name} of columns of numbers, got types {kinds}: leave other columns out, "
-            "or write categories as whole numbers, column.cat.codes"
-        )
-    return values
-
-
-def _unmasked(x: np.ma.MaskedArray) -> np.ndarray:
-    """Return the values of a masked array, those that are masked as NaN, of any shape."""
-    if not np.ma.is_masked(x):
-        return x.data
-    return np.ma.filled(x if x.dtype.kind in "fc" else x.astype(np.float64), np.nan)
-
-
-def checked_context(
-    context: ArrayLike, size: int | None, classes: int = 0, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """Return contexts as a tensor of finite numbers, shape ``(N, C)``.
-
-    Args:
-        context: A tensor or an array; of labels whole numbers, shape ``(N,)`` or ``(N, 1)``.
-        size: The expected C, or None for any.
-        classes: The number of classes, where contexts are labels; else 0.
-        dtype: The type of the flow, in which labels are returned.
-
-    Raises:
-        TypeError: If they are neither of a floating type nor labels.
-        ValueError: If they are of another shape, not finite, or labels of no class.
-    """
-    found = as_tensor(context, "context")
-    if found.is_floating_point():
-        found = checked_rows(found, "context", (size,))
-        return checked_labels(found, classes, dtype) if classes else found
-    if not classes:
-        raise TypeError(
-            f"expected context of a floating type, got {found.dtype}: convert numbers with "
-            ".float(), and labels with torch.nn.functional.one_hot(labels, K).float(), for a flow "
-            "of context_dim=K; or take a network with classes, VelocityMLP(D, classes=K)"
-        )
-    if found.dim() == 2 and found.shape[1] == 1:
-        found = found[:, 0]
-    if found.dim() != 1:
-        raise ValueError(f"expected labels of shape (N,), got {tuple(found.shape)}")
-    return checked_labels(found, classes, dtype)
-
-
-def contexts_of_rows(
-    context: ArrayLike, flow: Flow, names: Sequence[str], count: int, rows: str = "rows"
-) -> Tensor:
-    """Return the contexts of so many rows in the type of their flow, shape ``(count, C)``.
-
-    Args:
-        context: As in :func:`checked_context`; the columns of a data frame may have any order.
-        flow: The flow that takes them.
-        names: The names of their columns in the order that the flow takes them in, or none.
-        count: The number of rows.
-        rows: What to call them.
-
-    Raises:
-        TypeError: As :func:`checked_context`.
-        ValueError: As :func:`checked_context`, or if there are more or fewer, or the columns of a
-            data frame have other names.
-    """
-    context = columns_in_order(context, names, "context")
-    found = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
-    if len(found) != count:
-        raise ValueError(f"expected as many contexts as {rows}, {count}, got {len(found)}")
-    return found.to(flow.loc)

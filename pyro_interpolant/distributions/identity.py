@@ -13,9 +13,10 @@ from .._torch import inverse_of
 from ..transforms.flow import Flow
 from .base_description import describe_base
 from .bases import Samples
-from .constraints import Constraint, as_tensor
+from .constraints import Constraint
 from .differences import parts_of
 from .own_description import describe_path
+from .rows import as_tensor
 
 _TOLD = {"event_dim", "reinterpreted_batch_ndims", "shape"}  # by the text of a constraint
 _CACHE = "_cache"  # how names begin of what transforms remember of the values they have seen

@@ -31,8 +31,9 @@ from ..transforms.interpolant import (
     broadcast_batch,
 )
 from .bases import base_log_prob, base_of, check_expansion
-from .constraints import Constraint, check_value, checked_rows, shaped
+from .constraints import Constraint, shaped
 from .parts import FlowDistribution
+from .rows import check_value, checked_rows
 from .summaries import Summaries, pushed
 from .supports import only_possible
 

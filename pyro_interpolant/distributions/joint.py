@@ -16,22 +16,20 @@ from torch.distributions import biject_to, constraints
 
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .constraints import (
-    Constraint,
-    RowsLike,
-    Shaped,
-    as_tensor,
-    bijection,
-    checked_rows,
-    flat_names,
-    in_order,
-    named_columns,
-    real_shape,
-)
+from .constraints import Constraint, Shaped, bijection, real_shape
 from .interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
+)
+from .rows import (
+    RowsLike,
+    as_tensor,
+    check_value,
+    checked_rows,
+    flat_names,
+    in_order,
+    named_columns,
 )
 from .supports import BijectiveSupport, CircularSupport, support_of
 
@@ -58,7 +56,12 @@ class NamedSites:
             raise ValueError(f"expected a flow of dimension {size}, got {event_dim}")
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
-        """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``."""
+        """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``.
+
+        Raises:
+            TypeError: If they are not a tensor.
+            ValueError: If they are of another size.
+        """
         return unpack(self.sites, packed)
 
     def pack(self, draws: Mapping[str, ArrayLike]) -> Tensor:
@@ -298,9 +301,16 @@ def pack(sites: Sites, draws: Mapping[str, ArrayLike]) -> Tensor:
 
 
 def unpack(sites: Sites, packed: Tensor) -> dict[str, Tensor]:
-    """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``."""
+    """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``.
+
+    Raises:
+        TypeError: If they are not a tensor.
+        ValueError: If they are of another size.
+    """
     shapes = {name: real_shape(*site) for name, site in sites.items()}
-    parts = packed.split([s.numel() for s in shapes.values()], dim=-1)
+    sizes = [s.numel() for s in shapes.values()]
+    check_value(packed, (sum(sizes),), torch.get_default_dtype())
+    parts = packed.split(sizes, dim=-1)
     return {
         name: biject_to(sites[name][1])(part.reshape(part.shape[:-1] + shape))
         for (name, shape), part in zip(shapes.items(), parts, strict=True)
@@ -324,7 +334,7 @@ def rows_by_name(
         shape ``(N, *event_shape)``.
 
     Raises:
-        TypeError: As :func:`~pyro_interpolant.distributions.constraints.as_tensor`.
+        TypeError: As :func:`~pyro_interpolant.distributions.rows.as_tensor`.
         ValueError: If a data frame has columns of other names.
     """
     if isinstance(x, Mapping):

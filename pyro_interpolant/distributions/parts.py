@@ -17,8 +17,9 @@ from ..solvers.divergence import NoDensity
 from ..transforms.gaussianize import Gaussianized, without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .bases import Samples, WhitenedBase, base_of, copy_like
-from .constraints import Constraint, checked_context, checked_rows, columns_in_order
+from .constraints import Constraint
 from .report import Report
+from .rows import checked_context, checked_rows, columns_in_order
 from .supports import Support, support_of
 
 if TYPE_CHECKING:

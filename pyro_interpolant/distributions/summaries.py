@@ -26,8 +26,9 @@ from .._torch import constant, is_functional, is_tracing, seeded
 from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
 from .bases import ExternalBase, Samples, UniformTorus, detached, inside_support, stated_support
-from .constraints import check_value, innermost_constraint
+from .constraints import innermost_constraint
 from .parts import FlowDistribution
+from .rows import as_tensor, check_value
 from .supports import CircularSupport
 
 _SETS, _DRAWS = 8, 512  # scrambled nets, whose spread tells the error, and the draws of each
@@ -318,10 +319,11 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
 
         Raises:
             NotImplementedError: If events have more than one element, or the base has no icdf.
+            TypeError: If probabilities are neither a tensor nor an array.
             ValueError: If a probability is not between 0 and 1.
         """
         _check_scalar(self, "icdf")
-        q = torch.as_tensor(value).to(self.transform.flow.loc)
+        q = as_tensor(value, "probabilities").to(self.transform.flow.loc)
         q = q.expand(torch.broadcast_shapes(q.shape, self.batch_shape))
         if not (is_tracing() or is_functional()) and not bool(((q >= 0) & (q <= 1)).all()):
             raise ValueError(

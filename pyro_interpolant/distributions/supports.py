@@ -34,7 +34,8 @@ from .bases import (
     in_planes,
     stated_support,
 )
-from .constraints import Circular, Constraint, Shaped, bijection, check_parts, circular, counted
+from .constraints import Circular, Constraint, Shaped, bijection, check_parts, circular
+from .rows import counted
 
 _RAYLEIGH_RMS = 2**0.5  # the root mean square of a Rayleigh distance
 _PERIOD_ROWS = 64  # on which the period of a velocity is checked

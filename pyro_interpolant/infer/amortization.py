@@ -19,9 +19,10 @@ from torch.distributions import biject_to
 from .._torch import are_close, warn_user
 from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
 from ..diagnostics.psis import K_HAT_LIMIT, summarise_weights
-from ..distributions.constraints import Constraint, flat_names, real_shape
+from ..distributions.constraints import Constraint, real_shape
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import ConditionalJointInterpolantDistribution
+from ..distributions.rows import flat_names
 from ..nn.embedded import EmbeddedVelocity
 from ..training.clock import Clock
 from ..training.fitting import FitResult

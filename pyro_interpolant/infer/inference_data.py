@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .._package import check_ranges, whole
 from .._torch import seeded
-from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
+from ..distributions.rows import as_tensor
 from .importance_sampling import ImportanceResult, warn_poor
 from .sites import LatentSites, one_posterior
 

@@ -24,9 +24,9 @@ from torch import Tensor
 from .._package import check_ranges, whole
 from .._torch import evaluated, seeded
 from ..diagnostics.psis import log_total, pareto_smooth, shuffled_resampling
-from ..distributions.constraints import contexts_of_rows
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.joint import NamedSites, names_in_frames
+from ..distributions.rows import contexts_of_rows
 from ..distributions.supports import support_of
 from .noise import Measurements, Noise, measurements
 

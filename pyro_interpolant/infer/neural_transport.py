@@ -22,7 +22,8 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to
 
-from ..distributions.constraints import as_tensor, is_all_real
+from ..distributions.constraints import is_all_real
+from ..distributions.rows import as_tensor
 from ..distributions.supports import OnEvents
 from ..transforms.bijections import Unseen
 from ..transforms.gaussianize import without_gaussianizer

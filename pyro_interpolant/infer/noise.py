@@ -18,13 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..distributions.constraints import (
-    as_tensor,
-    checked_rows,
-    columns_in_order,
-    counted,
-    names_of,
-)
+from ..distributions.rows import as_tensor, checked_rows, columns_in_order, counted, names_of
 from .validity import is_valid
 
 _ASYMMETRY = 1e-4  # of a covariance, in units of the standard deviations

@@ -25,16 +25,9 @@ from torch.distributions import Distribution, constraints
 
 from .._package import check_ranges, whole
 from .._torch import seeded, with_gradients
-from ..distributions.constraints import (
-    Constraint,
-    as_tensor,
-    checked_rows,
-    contexts_of_rows,
-    in_order,
-    names_of,
-    shaped,
-)
+from ..distributions.constraints import Constraint, shaped
 from ..distributions.interpolant import AnyDistribution
+from ..distributions.rows import as_tensor, checked_rows, contexts_of_rows, in_order, names_of
 from ..distributions.supports import BijectiveSupport, CircularSupport, support_of
 from ..training.building import context_names, contexts_for, from_samples
 from ..training.clock import Clock

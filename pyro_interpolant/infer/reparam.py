@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.distributions import ComposeTransform
 
 from .._torch import are_close, seeded
-from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import NAMED
+from ..distributions.rows import as_tensor
 from .sites import Model, Nodes, Site, whole_value
 
 _BASE = "_base"  # what a site in base space has after its name

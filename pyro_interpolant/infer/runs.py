@@ -11,7 +11,7 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from torch import Tensor
 
 from .._torch import are_close, seeded, warn_user
-from ..distributions.constraints import as_tensor
+from ..distributions.rows import as_tensor
 from .sites import Model, Nodes, Site, is_sampled, is_subsample, subsampling_plates
 
 

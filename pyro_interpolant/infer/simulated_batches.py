@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributions.constraints import as_tensor
+from ..distributions.rows import as_tensor
 from ..training.rows import Rows, keys_of
 from ..training.streaming import check_again, naming_batch
 from .amortization import JUDGED_ROWS, Pack

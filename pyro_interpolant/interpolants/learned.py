@@ -245,7 +245,8 @@ class LearnedInterpolant(nn.Module, Interpolant):
         features = torch.cat((angle.cos(), angle.sin()), dim=-1).expand(*x0.shape[:-1], 2)
         h = torch.cat((x0, x1, features), dim=-1)
         for i in range(self.depth):
-            h = nn.functional.linear(h, getattr(self, f"weight{i}"), getattr(self, f"bias{i}"))
+            weight, bias = (getattr(self, f"{kind}{i}").to(h) for kind in ("weight", "bias"))
+            h = nn.functional.linear(h, weight, bias)
             h = h if i == self.depth - 1 else nn.functional.silu(h)
         return h
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .._package import check_ranges
 from .._torch import slopes
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
@@ -186,11 +187,18 @@ class BrownianBridge:
 
     Args:
         scale: :math:`a > 0`, in whitened units squared.
+
+    Raises:
+        ValueError: If it is not positive.
     """
 
     scale: float = 1.0
 
     interior = (END_MARGIN, 1 - END_MARGIN)
+
+    def __post_init__(self) -> None:
+        """Check the scale."""
+        check_ranges(("scale > 0", self.scale > 0, self.scale))
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return the deviation, of the shape of t."""
@@ -203,9 +211,16 @@ class SineSquared:
 
     Args:
         scale: :math:`a > 0`, in whitened units.
+
+    Raises:
+        ValueError: If it is not positive.
     """
 
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the scale."""
+        check_ranges(("scale > 0", self.scale > 0, self.scale))
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return the deviation, of the shape of t."""
@@ -221,6 +236,9 @@ class Latent(Interpolant):
         gamma: :math:`\gamma`, a function of times of any shape that vanishes at both ends; one
             whose slope is infinite there states an ``interior`` as :class:`BrownianBridge` does.
 
+    Raises:
+        ValueError: If the interpolant has a latent term.
+
     References:
         arXiv 2303.08797, Definition 1 and Section 3.
     """
@@ -229,7 +247,12 @@ class Latent(Interpolant):
     gamma: Callable[[Tensor], Tensor] = field(default_factory=SineSquared)
 
     def __post_init__(self) -> None:
-        """Inherit the interior of both."""
+        """Check the interpolant, and inherit the interior of both."""
+        if self.interpolant.has_latent():
+            raise ValueError(
+                "expected an interpolant without a latent term, which would be left out, got "
+                f"{self.interpolant}: give Latent the one gamma, and the path that it is added to"
+            )
         low, high = getattr(self.gamma, "interior", (0.0, 1.0))
         inner = self.interpolant.interior
         object.__setattr__(self, "interior", (max(low, inner[0]), min(high, inner[1])))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from .._package import check_sizes
 from .._torch import is_watched
 from .record import MLPRecord, Record, by_row, is_recordable
 from .velocity import StateFunction, is_hooked
@@ -90,6 +91,7 @@ class VelocityMLP(nn.Module):
             own; 0 for none.
 
     Raises:
+        TypeError: If a size is not a whole number, or the widths are no sequence of them.
         ValueError: If a size is not positive.
 
     Example:
@@ -118,6 +120,8 @@ class VelocityMLP(nn.Module):
         if hidden_dims is None:
             wide = (256, 256) if event_dim <= _MAX_NARROW_DIM else (512, 512)
             hidden_dims = (128, 128, 128) if event_dim <= _MAX_DEEP_DIM else wide
+        check_sizes("sizes", (event_dim, context_dim, classes))
+        check_sizes("hidden_dims", hidden_dims)
         self.event_dim = event_dim
         self.hidden_dims = tuple(hidden_dims)
         self.context_dim = 1 if classes else context_dim

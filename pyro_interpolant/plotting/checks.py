@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from .._package import check_ranges, whole
 from ..diagnostics.predictive import REGIONS, CalibrationCheck, band_of
-from ..distributions.constraints import as_tensor
+from ..distributions.rows import as_tensor
 from ..training.fitting import FitResult
 from .axes import DATA_COLOR, MODEL_COLOR, THIRD_COLOR, new_axes
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from .._package import check_ranges, whole
 from ..diffusion.sde import to_values
-from ..distributions.constraints import RowsLike, in_order, shaped
+from ..distributions.constraints import shaped
 from ..distributions.interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
 from ..distributions.joint import ConditionalJointInterpolantDistribution
+from ..distributions.rows import RowsLike, in_order
 from ..interpolants.linear import Interpolant
 from ..nn.velocity import evaluate
 from ..solvers.ode import FixedGrid

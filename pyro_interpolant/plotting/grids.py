@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._package import check_ranges, whole
-from ..distributions.constraints import as_tensor
+from ..distributions.rows import as_tensor
 from ..training.rows import LEVELS
 from .axes import new_axes
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from .._package import check_ranges, whole
-from ..distributions.constraints import RowsLike, checked_rows, in_order, named_columns
 from ..distributions.joint import JointInterpolantDistribution
+from ..distributions.rows import RowsLike, checked_rows, in_order, named_columns
 from .axes import DATA_COLOR, MODEL_COLOR, SCATTER_POINTS, axes_array, extent_of, shares
 
 if TYPE_CHECKING:

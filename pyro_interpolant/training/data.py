@@ -12,14 +12,9 @@ from torch import Tensor
 from .._files import checksum
 from .._package import check_ranges
 from .._torch import rng_state, set_rng_state
-from ..distributions.constraints import (
-    RowsLike,
-    as_tensor,
-    checked_rows,
-    contexts_of_rows,
-)
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import NamedSites
+from ..distributions.rows import RowsLike, as_tensor, checked_rows, contexts_of_rows
 from .checkpoint import Checkpoint
 from .clock import Clock
 from .distributed import Process

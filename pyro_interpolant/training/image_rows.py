@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._package import check_ranges, flag
-from ..distributions.constraints import Shaped, images_of
+from ..distributions.constraints import Shaped
 from ..distributions.interpolant import AnyDistribution
+from ..distributions.rows import images_of
 from ..distributions.supports import support_of
 from .rows import Rows
 

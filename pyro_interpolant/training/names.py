@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..distributions.constraints import columns_in_order, names_of
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.joint import NamedSites, rows_by_name
+from ..distributions.rows import columns_in_order, names_of
 
 
 class Names(NamedTuple):

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from .._torch import evaluated
 from ..diffusion.conversions import checked_times
 from ..distributions.bases import Samples, WhitenedBase
-from ..distributions.constraints import check_value
 from ..distributions.interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
+from ..distributions.rows import check_value
 from ..interpolants.couplings import independent, optimal_transport
 from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic

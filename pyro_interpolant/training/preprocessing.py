@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .._files import checksum
 from .._torch import warn_user
-from ..distributions.constraints import Constraint, as_tensor, checked_rows
+from ..distributions.constraints import Constraint
+from ..distributions.rows import as_tensor, checked_rows
 from ..transforms.gaussianize import (
     Gaussianized,
     Gaussianizer,

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..distributions.constraints import as_tensor, checked_rows
+from ..distributions.rows import as_tensor, checked_rows
 
 LEVELS = 256  # of whole numbers in ``uint8``, as images have them
 _VALUES_AT_ONCE = 2**22  # whose keys are taken at once

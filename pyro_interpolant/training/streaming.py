@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from .._files import checksum
 from .._package import check_ranges
 from .._torch import rng_state, set_rng_state
-from ..distributions.constraints import as_tensor
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
+from ..distributions.rows import as_tensor
 from .checkpoint import Checkpoint, from_json, to_json
 from .clock import Clock
 from .data import (

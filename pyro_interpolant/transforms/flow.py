@@ -9,6 +9,7 @@ with L whitening the data. The solver stores the states at the quadrature nodes 
 is one weighted sum along them, computed only where a density is wanted.
 """
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -103,7 +104,8 @@ class Flow(nn.Module):
         velocity: A module with ``forward(t, x, context=None)``.
         event_dim: D. By default ``velocity.event_dim``.
         interpolant: The path the velocity is trained for. By default trigonometric.
-        whitening: The map to data space. By default dense, the identity until it is set.
+        whitening: The map to data space, or, where the velocity is of another type or device, one
+            to copy. By default dense, the identity until it is set.
 
     Attributes:
         noise: The network for :math:`E[z | w_t]`, where training has learned it, or None.
@@ -141,10 +143,12 @@ class Flow(nn.Module):
         self.reached: int | None = None
         self.levels: int | None = None
         self.interpolant = Trigonometric() if interpolant is None else interpolant
-        # A map that is shared with another flow stays of its type where no weight says one.
-        kept = torch.zeros(()) if whitening is None else whitening.loc
-        like = next(velocity.parameters(), kept)
-        self.whitening = (DenseWhitening(size) if whitening is None else whitening).to(like)
+        whitening = DenseWhitening(size) if whitening is None else whitening
+        # A velocity without parameters states no type: a whitening then keeps its own.
+        like = next(velocity.parameters(), whitening.loc)
+        if (like.dtype, like.device) != (whitening.loc.dtype, whitening.loc.device):
+            whitening = copy.deepcopy(whitening).to(like)  # another flow may have it, too
+        self.whitening = whitening
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a path of numbers may take the place of a learned one, a module."""

@@ -59,11 +59,14 @@ class _FlowHolder(nn.Module):
         divergence: Divergence | None = None,
         whitening: Whitening | None = None,
     ) -> None:
+        solver = FixedGrid() if solver is None else solver
+        divergence = ExactDivergence() if divergence is None else divergence
+        _check_choice("solver", solver, "solve", "FixedGrid()")
+        _check_choice("divergence", divergence, "__call__", "ExactDivergence()")
+        if interpolant is not None:
+            _check_choice("interpolant", interpolant, "sample", "Linear()")
         flow = Flow(velocity, event_dim, interpolant=interpolant, whitening=whitening)
-        self._choose(
-            FixedGrid() if solver is None else solver,
-            ExactDivergence() if divergence is None else divergence,
-        )
+        self._choose(solver, divergence)
         self.flow = flow
 
     def _choose(self, solver: Solver, divergence: Divergence) -> None:
@@ -85,6 +88,13 @@ class _FlowHolder(nn.Module):
         return "flow" in self._modules
 
 
+def _check_choice(name: str, value: object, method: str, example: str) -> None:
+    """Raise a TypeError unless a part, called by its name, is an instance with a method."""
+    if isinstance(value, type) or not hasattr(value, method):
+        got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+        raise TypeError(f"expected {name} to be an instance, such as {example}, got {got}")
+
+
 class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
     r"""Map the base to the data along the velocity of a stochastic interpolant.
 
@@ -102,7 +112,8 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
 
     Raises:
         ValueError: If the size D is not known, or the velocity couples rows (batch normalisation).
-        TypeError: If the velocity is not a module, or a Pyro module with random weights.
+        TypeError: If the velocity is not a module, or a Pyro module with random weights, or a
+            class is given in place of an instance.
 
     References:
         Albergo & Vanden-Eijnden, ICLR 2023, arXiv 2209.15571, Proposition 1 and eq. 3.

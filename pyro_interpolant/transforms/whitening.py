@@ -76,7 +76,7 @@ class Whitening(nn.Module, ABC):
             linear: L, of the shape that the member stores: ``(D, D)``, ``(D,)`` or ``()``.
 
         Raises:
-            ValueError: If a shape is wrong, or L is not invertible or not finite.
+            ValueError: If a shape is wrong, L is not invertible, or either is not finite.
         """
         if loc.shape != self.loc.shape or linear.shape != self.linear.shape:
             raise ValueError(
@@ -84,7 +84,8 @@ class Whitening(nn.Module, ABC):
                 f"{tuple(self.linear.shape)}, got {tuple(loc.shape)} and {tuple(linear.shape)}"
             )
         _, log_det = self._slogdet(linear.double())
-        if not bool(torch.isfinite(linear).all() & torch.isfinite(log_det)):
+        parts = (loc, linear, log_det)
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise ValueError(
                 "expected an invertible linear map, got one that is singular or not finite"
             )
@@ -148,7 +149,7 @@ class DenseWhitening(Whitening):
             inverse: Its inverse, shape ``(D, D)``; computed in float64 if not given.
 
         Raises:
-            ValueError: If a shape is wrong, or L is not invertible or not finite.
+            ValueError: If a shape is wrong, L is not invertible, or either is not finite.
         """
         super().set(loc, linear)
         self.inverse.copy_(torch.linalg.inv(linear.double()) if inverse is None else inverse)

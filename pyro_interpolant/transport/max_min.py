@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from .._package import check_ranges, number, whole
 from .._torch import seeded, trainable, with_gradients
-from ..distributions.constraints import RowsLike
 from ..distributions.interpolant import AnyDistribution
+from ..distributions.rows import RowsLike
 from ..interpolants.couplings import independent
 from ..interpolants.learned import LearnedInterpolant
 from ..training.data import DEFAULT_SHARE, Table, TableBatches, as_held_out

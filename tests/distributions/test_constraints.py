@@ -15,12 +15,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch.distributions import biject_to
 
 from pyro_interpolant import ConditionalInterpolantDistribution, InterpolantDistribution
-from pyro_interpolant.distributions.constraints import (
-    as_tensor,
-    checked_context,
-    checked_rows,
-    images_of,
-)
+from pyro_interpolant.distributions.rows import as_tensor, checked_context, checked_rows, images_of
 
 FAILURE_RATE = 1e-9
 

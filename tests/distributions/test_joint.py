@@ -465,3 +465,11 @@ def test_posterior_as_prior():
     learned = 3 * after_first[1].diagonal().sqrt() / 3000**0.5
     assert ((found.mean(0) - mean).abs() < 4.5 * sd / ess.sqrt() + learned).all()
     assert ((found.std(0) / sd - 1).abs() < 0.15).all()
+
+
+def test_packed_vectors_of_another_size_are_refused():
+    joint = JointInterpolantDistribution(random_flow(3), sites={"a": ((3,), constraints.real)})
+    with pytest.raises(ValueError, match=r"expected a value of shape \(\*, 3\), got \(4,\)"):
+        joint.unpack(torch.zeros(4))
+    with pytest.raises(TypeError, match="a value that is a tensor, got list"):
+        joint.unpack([0.0, 1.0, 2.0])

@@ -317,6 +317,10 @@ def test_the_ends_of_the_support():
     close(falling.icdf(torch.tensor([0.0, 1.0])), torch.tensor([-math.inf, 2.0]))
     with pytest.raises(ValueError, match="between 0 and 1, got -0.1"):
         d.icdf(torch.tensor(-0.1))
+    with pytest.raises(
+        TypeError, match="expected probabilities to be a tensor or an array, got None"
+    ):
+        d.icdf(None)
     with pytest.raises(ValueError, match="within the support"):
         scalar(constraints.positive).cdf(torch.tensor(-1.0))
 

@@ -192,3 +192,13 @@ def test_a_start_without_a_size_is_saved_too(tmp_path):
     assert torch.equal(again.centres, interpolant.centres)
     with pytest.raises(ValueError, match="expected an interpolant of event_dim=2, got 3"):
         again.check_ends(2)
+
+
+def test_a_network_computes_in_the_type_of_the_flow():
+    interpolant = LearnedInterpolant(2, event_dim=2, network=(4,))
+    interpolant.weight1.normal_()
+    x0, x1 = torch.randn(2, 5, 2, dtype=torch.float64)
+    t = torch.rand(5, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        for found in interpolant.to(dtype).sample(t, x0, x1):
+            assert found.dtype == torch.float64

@@ -19,6 +19,7 @@ from pyro_interpolant import (
     VariancePreserving,
 )
 from pyro_interpolant import Interpolant as Base
+from pyro_interpolant.interpolants import SineSquared
 
 
 class Quadratic(Base):
@@ -278,3 +279,18 @@ def test_a_non_linear_path_has_the_slope_of_finite_differences(times):
     interpolant.check_ends(3)
     with pytest.raises(TypeError, match="NonlinearInterpolant is not linear"):
         interpolant.coefficients(t)
+
+
+@pytest.mark.parametrize(
+    "inner", [Latent(Linear()), EncodingDecoding(), Mirror()], ids=["latent", "coder", "mirror"]
+)
+def test_a_second_latent_term_is_refused(inner):
+    with pytest.raises(ValueError, match="expected an interpolant without a latent term"):
+        Latent(inner, BrownianBridge())
+
+
+@pytest.mark.parametrize("gamma", [BrownianBridge, SineSquared])
+@pytest.mark.parametrize("scale", [-1.0, 0.0, math.nan])
+def test_a_gamma_without_a_positive_scale_is_refused(gamma, scale):
+    with pytest.raises(ValueError, match=f"expected scale > 0, got {scale}"):
+        gamma(scale)

@@ -11,7 +11,7 @@ from pyro_interpolant import (
     independent,
     interpolant_transform,
 )
-from pyro_interpolant.distributions.constraints import checked_rows
+from pyro_interpolant.distributions.rows import checked_rows
 from pyro_interpolant.training import whitening
 from pyro_interpolant.training.data import Table, TableBatches, as_held_out, mask_of
 from pyro_interpolant.training.distributed import Process

@@ -242,3 +242,14 @@ def test_densities_and_contexts_take_the_columns_of_frames_by_name():
         d.log_prob(frame.rename(columns={"a": "c"}))
     with pytest.raises(ValueError, match=r"expected context with the columns"):
         family.condition(given.rename(columns={"u": "c"}))
+
+
+def test_a_row_of_a_frame_is_taken_by_its_index():
+    d = InterpolantDistribution(random_flow(2))
+    d.columns = ("a", "b")
+    frame = pd.DataFrame({"b": [1.0, 2.0], "a": [-1.0, 0.5]})
+    expected = d.log_prob(torch.tensor([-1.0, 1.0], dtype=d.transform.flow.loc.dtype))
+    assert torch.equal(d.log_prob(frame.iloc[0]), expected)
+    assert torch.equal(d.log_prob(frame[["a", "b"]].iloc[0]), expected)
+    by_place = pd.Series([-1.0, 1.0])  # its index holds no names
+    assert torch.equal(d.log_prob(by_place), expected)

@@ -17,10 +17,12 @@ from torch import nn
 
 from pyro_interpolant import (
     ConditionalInterpolantTransform,
+    ExactDivergence,
     FixedGrid,
     HutchinsonDivergence,
     InterpolantDistribution,
     InterpolantTransform,
+    Linear,
     VelocityMLP,
     base_space,
     conditional_interpolant_transform,
@@ -686,3 +688,26 @@ def test_a_network_with_dropout_draws_in_a_seeded_scope_whatever_it_did_before(s
     assert not torch.equal(noisy[0], quiet)
     assert torch.equal(torch.get_rng_state(), state)
     pickle.dumps(flow)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: interpolant_transform(2, 64), r"hidden_dims, a tuple .* got 64: write \(64,\)"),
+        (lambda: interpolant_transform(2, (8.0,)), r"hidden_dims, a tuple .* got \(8\.0,\)"),
+        (lambda: interpolant_transform(2.0, (8,)), r"sizes, a tuple .* got \(2\.0, 0, 0\)"),
+        (
+            lambda: interpolant_transform(2, solver=FixedGrid),
+            r"FixedGrid\(\), got the class Fixed",
+        ),
+        (lambda: interpolant_transform(2, solver="rk4"), r"solver to be an instance.* got 'rk4'"),
+        (lambda: interpolant_transform(2, interpolant=Linear), "interpolant .* got the class Lin"),
+        (
+            lambda: interpolant_transform(2, divergence=ExactDivergence),
+            "divergence .* got the class ExactDivergence",
+        ),
+    ],
+)
+def test_what_is_no_instance_is_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()

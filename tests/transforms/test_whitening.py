@@ -13,6 +13,7 @@ from pyro_interpolant import (
     FixedGrid,
     InterpolantDistribution,
     InterpolantTransform,
+    VelocityMLP,
     load,
     save,
 )
@@ -272,3 +273,19 @@ def test_many_dimensions_need_memory_of_their_order(name):
 
 def test_a_dense_map_is_seen_to_need_more():
     assert of_size("dense", 100)[0] == 100**2
+
+
+def test_a_centre_that_is_not_finite_is_refused():
+    whitening = DenseWhitening(2)
+    with pytest.raises(ValueError, match="not finite"):
+        whitening.set(torch.tensor([torch.nan, 0.0]), torch.eye(2))
+    assert not whitening.loc.any()
+
+
+def test_a_map_of_another_type_is_copied_not_converted():
+    flow = InterpolantTransform(VelocityMLP(2, (8,)).double())
+    whitening = flow.flow.whitening
+    other = InterpolantTransform(VelocityMLP(2, (8,)).float(), whitening=whitening)
+    assert (whitening.loc.dtype, other.flow.loc.dtype) == (torch.float64, torch.float32)
+    same = InterpolantTransform(VelocityMLP(2, (8,)).double(), whitening=whitening)
+    assert same.flow.whitening is whitening
