@@ -275,9 +275,20 @@ def base_log_prob(base: Distribution, x: Tensor) -> Tensor:
     if found is None:
         return base.log_prob(x)
     within, known = found
-    log_prob = base.log_prob(x.where(within[..., None], known))
-    unknown = x.isnan().any(-1)
-    return log_prob.where(within, torch.where(unknown, math.nan, -math.inf).to(log_prob))
+    return only_possible(base.log_prob(x.where(within[..., None], known)), within, x, 1)
+
+
+def only_possible(log_prob: Tensor, possible: Tensor, value: Tensor, event_dim: int) -> Tensor:
+    """Return log-densities, shape ``(*)``, that are ``-inf`` where values cannot be.
+
+    Args:
+        log_prob: The log-densities, shape ``(*)``.
+        possible: Which values can be, shape ``(*)``.
+        value: The values, shape ``(*, *event_shape)``, of which those with NaN have NaN.
+        event_dim: The number of dimensions of an event.
+    """
+    unknown = value.isnan().reshape(*value.shape[: value.dim() - event_dim], -1).any(-1)
+    return log_prob.where(possible, torch.where(unknown, math.nan, -math.inf).to(log_prob))
 
 
 def stated_support(base: Distribution) -> Any:

@@ -9,11 +9,13 @@ constraints, numbers, tensors, or lists of these. By that, files can hold it.
 import contextlib
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
+from torch.distributions.constraint_registry import ConstraintRegistry
 from torch.distributions.transforms import ComposeTransform, ReshapeTransform
 
 from .._package import check_sizes
@@ -171,19 +173,13 @@ class Shaped(Constraint):
         return f"{self.base_constraint} in events of shape {tuple(self.shape)}"
 
 
-@biject_to.register(Shaped)
-def _(constraint: Shaped) -> Transform:
-    return _reshaping(biject_to(constraint.base_constraint), constraint)
-
-
-@transform_to.register(Shaped)
-def _(constraint: Shaped) -> Transform:
-    return _reshaping(transform_to(constraint.base_constraint), constraint)
-
-
-def _reshaping(inner: Transform, constraint: Shaped) -> Transform:
+def _reshaping(registry: ConstraintRegistry, constraint: Shaped) -> Transform:
     reshape = ReshapeTransform(torch.Size([math.prod(constraint.shape)]), constraint.shape)
-    return ComposeTransform([PerEvent(inner), reshape])
+    return ComposeTransform([PerEvent(registry(constraint.base_constraint)), reshape])
+
+
+for _registry in (biject_to, transform_to):
+    _registry.register(Shaped, partial(_reshaping, _registry))
 
 
 def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
@@ -199,9 +195,7 @@ def shaped(support: Constraint, shape: Sequence[int] | None) -> Constraint:
     check_sizes("event_shape", shape)
     if any(n < 1 for n in shape):
         raise ValueError(f"expected event_shape to be positive sizes, got {tuple(shape)}")
-    if isinstance(support, constraints.independent) and isinstance(
-        support.base_constraint, type(constraints.real)
-    ):
+    if is_all_real(support) and support.event_dim:
         support = constraints.real_vector
     if len(shape) == 1:
         return support

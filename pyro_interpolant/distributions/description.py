@@ -20,7 +20,6 @@ from .. import nn as networks
 from .._files import PROBES, below, plain_number
 from ..interpolants.linear import Interpolant
 from ..solvers.divergence import HutchinsonDivergence
-from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from ..transforms.whitening import ScalarWhitening, Whitening
 from .base_description import ERRORS, Tensors, build_base, describe_base, is_of, known, stored
 from .choice_description import PartError, build_choice, describe_choice, naming
@@ -337,8 +336,7 @@ def _build_transform(
         net = _new_network("velocity", header["velocity"], header["arguments"], own, dtype)
     kind = known(header["class"], distributions, AnyDistribution)
     conditional = issubclass(kind, ConditionalInterpolantDistribution)
-    make = ConditionalInterpolantTransform if conditional else InterpolantTransform
-    transform = make(
+    transform = kind._transform_kind(
         net,
         len(loc),
         interpolant=_build_interpolant(header["interpolant"], interpolant, own, fill=fill),

@@ -9,7 +9,6 @@ transform, bijection of the support. Given a context c, a conditional flow has t
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike
 from pyro.distributions.conditional import ConditionalTransformedDistribution
@@ -30,12 +29,11 @@ from ..transforms.interpolant import (
     InterpolantTransform,
     broadcast_batch,
 )
-from .bases import base_log_prob, base_of, check_expansion
+from .bases import base_log_prob, base_of, check_expansion, only_possible
 from .constraints import Constraint, shaped
 from .parts import FlowDistribution
 from .rows import check_value, checked_rows
 from .summaries import Summaries, pushed
-from .supports import only_possible
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,7 +41,7 @@ if TYPE_CHECKING:
 _Given = TypeVar("_Given", bound="InterpolantDistribution")
 
 
-class InterpolantDistribution(Summaries, dist.TransformedDistribution):
+class InterpolantDistribution(Summaries):
     r"""A distribution learned by a stochastic interpolant.
 
     .. math:: \log\rho_1(x) = \log\rho_0(x_0) - \int_0^1 \nabla\cdot v_t(x_t)\, dt, \qquad

@@ -163,15 +163,6 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
                 )
         return plates
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density of packed vectors, shape ``(*)``, ``(*, D)``: see :meth:`pack`.
-
-        Raises:
-            TypeError: If the value is not a tensor.
-            ValueError: If the shape or the type does not match.
-        """
-        return super().log_prob(value)
-
     def value_of(self, value: Any) -> Any:
         """Return packed vectors, shape ``(*, D)``, as they are.
 

@@ -6,7 +6,6 @@ a flow of period :math:`2\pi` runs on the real line, whole turns included, and i
 :math:`y = x \bmod 2\pi`.
 """
 
-import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -34,7 +33,15 @@ from .bases import (
     in_planes,
     stated_support,
 )
-from .constraints import Circular, Constraint, Shaped, bijection, check_parts, circular
+from .constraints import (
+    Circular,
+    Constraint,
+    Shaped,
+    bijection,
+    check_parts,
+    circular,
+    is_all_real,
+)
 from .rows import counted
 
 _RAYLEIGH_RMS = 2**0.5  # the root mean square of a Rayleigh distance
@@ -169,10 +176,7 @@ class BijectiveSupport(Support):
 
     def is_real(self) -> bool:
         """Return whether values are real vectors themselves."""
-        inner = self.constraint
-        if isinstance(inner, constraints.independent) and inner.reinterpreted_batch_ndims == 1:
-            inner = inner.base_constraint
-        return isinstance(inner, type(constraints.real))
+        return is_all_real(self.constraint) and self.constraint.event_dim <= 1
 
     def event_constraint(self) -> Constraint:
         """Return the constraint with one boolean per event."""
@@ -388,19 +392,6 @@ def support_of(constraint: Constraint) -> Support:
         ValueError: If it is no bijective image of real vectors, nor :data:`circular`.
     """
     return CircularSupport() if isinstance(constraint, Circular) else BijectiveSupport(constraint)
-
-
-def only_possible(log_prob: Tensor, possible: Tensor, value: Tensor, event_dim: int) -> Tensor:
-    """Return log-densities, shape ``(*)``, that are ``-inf`` where values cannot be.
-
-    Args:
-        log_prob: The log-densities, shape ``(*)``.
-        possible: Which values can be, shape ``(*)``.
-        value: The values, shape ``(*, *event_shape)``, of which those with NaN have NaN.
-        event_dim: The number of dimensions of an event.
-    """
-    unknown = value.isnan().reshape(*value.shape[: value.dim() - event_dim], -1).any(-1)
-    return log_prob.where(possible, torch.where(unknown, math.nan, -math.inf).to(log_prob))
 
 
 class OnEvents(Constraint):

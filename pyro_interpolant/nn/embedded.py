@@ -109,7 +109,7 @@ class EmbeddedVelocity(nn.Module):
             like = next(self.parameters(), torch.zeros(()))
             features = self._features(like.new_zeros(2, self.context_dim))
         sizes = [part.shape[1] for part in features if part is not None]
-        columns = 0 if features[0] is None else sizes[0]
+        columns = sizes[0]
         self.head = dense(sum(sizes), _HEAD_WIDTH, SIZE).to(like)
         self.network = VelocityMLP(event_dim, hidden_dims, sum(sizes) + SIZE).to(like)
         self.register_buffer("loc", like.new_zeros(columns))
@@ -139,7 +139,7 @@ class EmbeddedVelocity(nn.Module):
         """
         flat = context.reshape(-1, self.context_dim)
         summary, embedded = self._features(flat)
-        s = flat[:, :0] if summary is None else self._standard(summary)
+        s = self._standard(summary)
         features = s if embedded is None else torch.cat((s, embedded), -1)
         m = self.offset + s @ self.slope.T
         log_scale = (self.log_offset + s @ self.log_slope.T).clamp(*self.log_bounds)
@@ -273,9 +273,7 @@ class EmbeddedVelocity(nn.Module):
         own = getattr(self.embedding, "set_scales", None)
         if own is not None:
             own(*self._split(context.to(self.slope)))
-        summary = self._summary(context)
-        if not len(self.loc):
-            return summary
+        summary = self._summary(context.to(self.slope))
         scale = summary.double().std(0, correction=0)
         self.loc.copy_(summary.double().mean(0))
         self.scale.copy_(torch.where(scale > 0, scale, 1.0))
@@ -286,7 +284,6 @@ class EmbeddedVelocity(nn.Module):
 
     def _summary(self, context: Tensor) -> Tensor:
         """Return the summary of data, shape ``(N, C)``, as they are: ``(N, S)``."""
-        context = context.to(self.slope)
         if self.embedding is None:
             return context
         own = getattr(self.embedding, "summary", None)
@@ -311,15 +308,14 @@ class EmbeddedVelocity(nn.Module):
                 e = nn.functional.dropout(e, share)
         return e
 
-    def _features(self, flat: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return summary and embedding of data, ``(N, C)``, each ``(N, *)`` or None."""
+    def _features(self, flat: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the summary of data, ``(N, C)``, and their embedding or None, ``(N, *)``."""
         if self.embedding is None:
             return flat, None
         parts = self._split(flat)
         both = own_method(self.embedding, "forward_and_summary", "forward", "summary")
         if both is None:
-            own = getattr(self.embedding, "summary", None)
-            found, summary = self.embedding(*parts), None if own is None else own(*parts)
+            found, summary = self.embedding(*parts), self._summary(flat)
         else:
             found, summary = both(*parts)
         if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(flat):

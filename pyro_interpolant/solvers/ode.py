@@ -17,7 +17,7 @@ all its times in advance can share work between them.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,8 +31,6 @@ from .._torch import (
     is_abstract,
     is_functional,
     is_tracing,
-    is_transformed,
-    needs_graph,
     recomputed,
 )
 from ..nn.velocity import Field, StateFunction
@@ -306,16 +304,6 @@ class RandomGrid(_RungeKutta):
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 2,)``."""
         return random_nodes(int(self.steps), int(self.seed))
-
-
-def only_x_needs_grad(x: Tensor, others: Iterable[Tensor | None]) -> bool:
-    """Return whether plain autograd is on, and x requires a gradient, but none of the others.
-
-    Args:
-        x: A tensor of any shape.
-        others: All other tensors that a result depends on.
-    """
-    return needs_graph(x) and not needs_graph(*others) and not is_transformed()
 
 
 def through_nodes(solve: StateFunction, rate: StateFunction, q: Tensor, x: Tensor) -> Tensor:

@@ -295,7 +295,7 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
             "stopped by at(t): fit the distribution it came from"
         )
     check_single(distribution.base, rows=True)
-    transform.flow.check_path()
+    transform.flow.interpolant.check_ends(transform.flow.event_dim)
     loc = transform.flow.loc
     if loc.dtype == torch.float16:
         raise TypeError(

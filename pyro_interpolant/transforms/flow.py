@@ -24,6 +24,7 @@ from .._torch import (
     is_functional,
     is_reached_backward,
     is_tracing,
+    is_transformed,
     needs_graph,
     recomputed,
     watching_the_first,
@@ -45,7 +46,6 @@ from ..solvers.ode import (
     FixedGrid,
     RandomGrid,
     Solver,
-    only_x_needs_grad,
     random_nodes,
     through_nodes,
 )
@@ -236,10 +236,6 @@ class Flow(nn.Module):
         total = sum(innermost(p).detach().double().square().sum() for p in self.parameters())
         return abs(int(torch.as_tensor(total).cpu().view(torch.int64)))
 
-    def check_path(self) -> None:
-        """Raise a ValueError unless the interpolant joins base and data of this size."""
-        self.interpolant.check_ends(self.event_dim)
-
     def integrate(self, white: Tensor, path: Path, *, forward: bool) -> Tensor:
         """Return the whitened states at the nodes, ascending in time, shape ``(N + 1, *, D)``.
 
@@ -264,7 +260,8 @@ class Flow(nn.Module):
 
                 return path.solver.solve(watched_at, white, times)
 
-        if only_x_needs_grad(white, (path.context, *self.parameters())):
+        others = path.context, *self.parameters()
+        if needs_graph(white) and not needs_graph(*others) and not is_transformed():
             states = self._solve_for_gradient(solve, white, path, times)
         else:
             states = solve(white)

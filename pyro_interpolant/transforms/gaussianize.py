@@ -18,6 +18,7 @@ References:
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -249,15 +250,13 @@ def refuse_gaussianized(support: Constraint, what: str) -> None:
         )
 
 
-def _register(registry: ConstraintRegistry) -> None:
-    @registry.register(Gaussianized)
-    def _(constraint: Gaussianized) -> Transform:
-        inner = PerEvent(registry(constraint.base_constraint))
-        return ComposeTransform([constraint.gaussianizer, inner])
+def _composed(registry: ConstraintRegistry, constraint: Gaussianized) -> Transform:
+    inner = PerEvent(registry(constraint.base_constraint))
+    return ComposeTransform([constraint.gaussianizer, inner])
 
 
-_register(biject_to)
-_register(transform_to)
+for _registry in (biject_to, transform_to):
+    _registry.register(Gaussianized, partial(_composed, _registry))
 
 
 def _check_columns(x: Tensor, columns: int) -> None:

@@ -45,7 +45,8 @@ def mapped(transform: InterpolantTransform, w: Tensor, log_odds: Map) -> Tensor:
     context = transform.context
     own = torch.Size(() if context is None else context.shape[:-1])  # a tuple of some subclasses
     is_whole = w.numel() and w.shape[w.dim() - 1 - len(own) : -1] == own
-    if not is_whole or _needs_graph(transform, w):
+    has_graph = needs_graph(w, context, *transform.flow.parameters())
+    if not is_whole or has_graph or is_tracing() or is_transformed():
         return transform(w)
     values = w.reshape(-1, own.numel()).T
     if values.shape[1] < _MIN_VALUES:
@@ -53,11 +54,6 @@ def mapped(transform: InterpolantTransform, w: Tensor, log_odds: Map) -> Tensor:
     contexts = None if context is None else context.reshape(own.numel(), -1)
     found = _by_spline(_Solver(transform, contexts), values, log_odds)
     return transform.sign * found.reshape(values.shape).T.reshape(w.shape)
-
-
-def _needs_graph(transform: InterpolantTransform, w: Tensor) -> bool:
-    sources = (w, transform.context, *transform.flow.parameters())
-    return is_tracing() or is_transformed() or needs_graph(*sources)
 
 
 def _by_spline(solve: "_Solver", w: Tensor, log_odds: Map) -> Tensor:

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from .._package import check_ranges, number, whole
 from .._torch import evaluated, inverse_of, seeded, with_gradients
-from ..distributions.bases import standard_normal
+from ..distributions.bases import only_possible, standard_normal
 from ..distributions.constraints import Constraint
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
 from ..distributions.rows import check_value
-from ..distributions.supports import CircularSupport, Support, only_possible, support_of
+from ..distributions.supports import CircularSupport, Support, support_of
 from ..training.whitening import whitening_map
 from ..transforms.bijections import Unseen, Whiten
 from ..transforms.whitening import DenseWhitening
