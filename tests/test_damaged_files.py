@@ -29,7 +29,7 @@ from pyro_interpolant import (
     load,
     save,
 )
-from pyro_interpolant.distributions import choice_description
+from pyro_interpolant.distributions import part_description
 from pyro_interpolant.distributions.constraints import Shaped
 from pyro_interpolant.distributions.description import (
     NotPassedError,
@@ -297,7 +297,7 @@ def test_a_base_that_was_left_out_is_missed(path):
 
 
 def test_a_solver_of_too_many_steps_to_be_loaded_is_not_saved(path, monkeypatch):
-    monkeypatch.setattr(choice_description, "MAX_COUNT", 8)
+    monkeypatch.setattr(part_description, "MAX_COUNT", 8)
     flow = InterpolantDistribution(random_flow(2, (8,), solver=Adaptive(nodes=9)))
     with pytest.raises(ValueError, match="at most 8 steps"):
         save(flow, path)

@@ -28,7 +28,7 @@ from .._files import StrPath, checksum, contents, refuse_no_place, write
 from .._package import check_ranges, whole
 from .._torch import evaluated, warn_user, with_gradients
 from ..distributions.bases import check_single
-from ..distributions.identity import stable_name, tensors_of
+from ..distributions.fingerprint import stable_name, tensors_of
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.rows import contexts_of_rows, images_of
 from ..nn.velocity import evaluate, images_at_once

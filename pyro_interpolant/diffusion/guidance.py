@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..distributions.interpolant import ConditionalInterpolantDistribution
 from ..distributions.joint import ConditionalJointInterpolantDistribution
-from ..nn.velocity import image_shape, null_label, rows_at_once, size_of
+from ..nn.velocity import image_shape, rows_at_once, size_of
 from ..solvers.divergence import NoDensity
 from ..transforms.interpolant import ConditionalInterpolantTransform
 
@@ -74,7 +74,7 @@ class Guided(nn.Module):
 
     def __init__(self, velocity: nn.Module, scale: float) -> None:
         super().__init__()
-        null = null_label(velocity)
+        null = size_of(velocity, "null_label")
         if null is None:
             raise ValueError(
                 "expected a network with a label for none of its classes, such as "

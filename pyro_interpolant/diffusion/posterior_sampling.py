@@ -120,7 +120,7 @@ def approximate_posterior(
     check_sizes("a shape of draws", shape)
     sde = _PosteriorSDE(distribution, log_likelihood)
     with torch.no_grad():
-        sde.transform = sde.transform.held()
+        sde.transform = sde.transform.with_embedded_context()
         w = distribution.white_draws(shape)
         # Equal steps of the square root of the time left: where little noise is left, the
         # posterior may be narrow, and the noise of a step must be less than it.

@@ -279,7 +279,7 @@ def sample_sde(
     check_sizes("a shape of draws", shape)
     sde = InterpolantSDE(distribution, diffusion, forward=x is None)
     with torch.no_grad():
-        sde.transform = sde.transform.held()
+        sde.transform = sde.transform.with_embedded_context()
         if x is None:
             w = distribution.white_draws(shape)
         else:
@@ -393,7 +393,7 @@ def sde_log_prob(
     terms, half_step = sde.terms(times), sde.transform.end / (2 * steps)
     _check_score_determined(sde, terms)
     with torch.no_grad():
-        sde.transform = sde.transform.held()
+        sde.transform = sde.transform.with_embedded_context()
         white = _to_white(sde, distribution, x)
         share = terms.divisor.abs() / terms.divisor.abs().max()
         kappa = guidance * (share / _GUIDED_SHARE).clamp(max=1)

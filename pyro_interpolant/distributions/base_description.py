@@ -5,7 +5,6 @@ Arguments are tensors, numbers, and distributions and transforms of Pyro's, desc
 
 from collections.abc import Iterable, Iterator
 from inspect import getattr_static, ismethod, signature
-from types import ModuleType, UnionType
 from typing import Any
 
 import pyro.distributions as dist
@@ -18,20 +17,7 @@ from torch.distributions.utils import lazy_property
 from .._files import below
 from .bases import Samples, UniformTorus
 from .differences import difference
-
-Tensors = dict[str, Tensor]
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
-
-# Which errors a wrong description can cause while a part is built.
-ERRORS = (
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    RuntimeError,
-    OverflowError,
-    AssertionError,
-)
+from .part_description import ERRORS, Json, Tensors, class_named, is_of, plain_copy
 
 # Attributes that are not named as the argument they keep.
 _ATTRIBUTES = {"base_distribution": "base_dist", "tseq": "transforms"}
@@ -54,9 +40,9 @@ def describe_base(base: object, prefix: str) -> tuple[dict[str, Any] | None, Ten
         inner, tensors = describe_base(base.base_dist, prefix)
         return {"independent": inner, "ndims": base.reinterpreted_batch_ndims}, tensors
     if isinstance(base, UniformTorus):
-        return {"uniform_torus": True}, {prefix + "origin": stored(base.origin)}
+        return {"uniform_torus": True}, {prefix + "origin": plain_copy(base.origin)}
     if isinstance(base, Samples):
-        return {"samples": True}, {prefix + "rows": stored(base.rows)}
+        return {"samples": True}, {prefix + "rows": plain_copy(base.rows)}
     return _describe_object(base, prefix)
 
 
@@ -84,36 +70,6 @@ def build_base(
             raise ValueError("expected a base whose dimensions are independent, got none")
         return inner.to_event(description["ndims"])
     return _build_object(description, tensors)
-
-
-def is_of(value: object, room: ModuleType) -> bool:
-    """Return whether a value is of a class that a module has by its name."""
-    return getattr(room, type(value).__name__, None) is type(value)
-
-
-def known(name: str, room: ModuleType, parent: type | UnionType = object) -> Any:
-    """Return a class of a module by its public name.
-
-    Raises:
-        ValueError: If the module has no such class.
-    """
-    kind = getattr(room, name) if name in room.__all__ else None
-    if not (isinstance(kind, type) and issubclass(kind, parent)):
-        raise ValueError(f"unknown part {name!r} in the file")
-    return kind
-
-
-def stored(tensor: object) -> Tensor:
-    """Return a copy of a tensor of any shape: safetensors refuses those that share memory.
-
-    Raises:
-        ValueError: If it is no tensor of plain numbers, or not yet of any size.
-    """
-    if isinstance(tensor, Tensor) and nn.parameter.is_lazy(tensor):
-        raise ValueError("expected tensors, got one of a lazy module: call it once before")
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-        raise ValueError(f"expected plain tensors, got a {type(tensor).__name__} among them")
-    return tensor.detach().cpu().clone().contiguous()
 
 
 def _describe_object(value: object, prefix: str) -> tuple[dict[str, Any], Tensors]:
@@ -174,7 +130,7 @@ def _describe_arguments(
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             description["arguments"].append(name)
-            tensors[prefix + name] = stored(value)
+            tensors[prefix + name] = plain_copy(value)
         else:
             part, more = _describe_part(value, f"{prefix}{name}.")
             description.setdefault("parts", {})[name] = part
@@ -195,7 +151,7 @@ def _describe_part(value: object, prefix: str) -> tuple[Json, Tensors]:
 def _build_object(description: dict[str, Any], tensors: Tensors) -> Any:
     name = description["class"]
     room = dist if name in dist.__all__ else dist.transforms
-    kind = known(name, room, Distribution | Transform)
+    kind = class_named(name, room, Distribution | Transform)
     if issubclass(kind, nn.Module):
         raise ValueError(f"expected a part without weights, got {name!r}")
     arguments: dict[str, object] = {name: tensors[name] for name in description["arguments"]}

@@ -21,10 +21,9 @@ from .._files import PROBES, below, plain_number
 from ..interpolants.linear import Interpolant
 from ..solvers.divergence import HutchinsonDivergence
 from ..transforms.whitening import ScalarWhitening, Whitening
-from .base_description import ERRORS, Tensors, build_base, describe_base, is_of, known, stored
-from .choice_description import PartError, build_choice, describe_choice, naming
-from .constraint_description import build_constraint, describe_constraint
+from .base_description import build_base, describe_base
 from .differences import difference
+from .flow import AnyTransform
 from .interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -34,12 +33,24 @@ from .joint import NamedSites
 from .own_description import (
     NotPassedError,
     check_own,
+    checked_instance,
     describe_own,
-    filled,
     network_arguments,
-    passed,
+    with_tensors,
 )
-from .parts import AnyTransform
+from .part_description import (
+    ERRORS,
+    PartError,
+    Tensors,
+    build_choice,
+    build_constraint,
+    class_named,
+    describe_choice,
+    describe_constraint,
+    is_of,
+    naming,
+    plain_copy,
+)
 from .report import Report
 
 Header = dict[str, Any]
@@ -170,7 +181,7 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
 def _tensors(transform: AnyTransform) -> Tensors:
     """Return the tensors of a flow by their names in a file, and the probes of its divergence."""
     state = transform.flow.state_dict()
-    tensors = {_NAMES_IN_FILES.get(name, name): stored(value) for name, value in state.items()}
+    tensors = {_NAMES_IN_FILES.get(name, name): plain_copy(value) for name, value in state.items()}
     if isinstance(transform.divergence, HutchinsonDivergence):
         probes = transform.divergence.directions(transform.flow.event_dim)
         tensors[PROBES] = probes.to(torch.int8)
@@ -246,7 +257,7 @@ def _build(
     fill: bool,
 ) -> AnyDistribution:
     """Return the flow of a header; a velocity that is passed in gets its weights if ``fill``."""
-    kind = known(header["class"], distributions, AnyDistribution)
+    kind = class_named(header["class"], distributions, AnyDistribution)
     transform = _build_transform(header, tensors, velocity, interpolant, fill=fill)
     description = header["base"]
     given = {k: v.to(transform.flow.loc.device) for k, v in below("base.", tensors).items()}
@@ -328,13 +339,13 @@ def _build_transform(
     if list(loc.shape) != [header["dim"]] or loc.dtype != dtype:
         raise PartError(f"expected {header['dim']} dimensions of type {dtype} in its tensors")
     if header["arguments"] is None:
-        net = passed("velocity", header["velocity"], velocity)
+        net = checked_instance("velocity", header["velocity"], velocity)
         if fill:
-            net = filled(net, below("velocity.", own), dtype)
+            net = with_tensors(net, below("velocity.", own), dtype)
             own = {k: v.to(next(net.parameters(), loc).device) for k, v in own.items()}
     else:
         net = _new_network("velocity", header["velocity"], header["arguments"], own, dtype)
-    kind = known(header["class"], distributions, AnyDistribution)
+    kind = class_named(header["class"], distributions, AnyDistribution)
     conditional = issubclass(kind, ConditionalInterpolantDistribution)
     transform = kind._transform_kind(
         net,
@@ -369,13 +380,13 @@ def _new_network(
 ) -> nn.Module:
     with naming(part):
         return _new_module(
-            part, partial(known(name, networks, nn.Module), *arguments), tensors, dtype
+            part, partial(class_named(name, networks, nn.Module), *arguments), tensors, dtype
         )
 
 
 def _new_whitening(name: str, tensors: Tensors, dtype: torch.dtype) -> Whitening:
     with naming("whitening"):
-        kind, size = known(name, transforms, Whitening), len(tensors["whitening.loc"])
+        kind, size = class_named(name, transforms, Whitening), len(tensors["whitening.loc"])
         for key, value in kind(1).state_dict().items():
             if tensors[f"whitening.{key}"].shape != (size,) * value.dim():
                 raise PartError(f"expected the whitening a {name} of {size} dimensions")
@@ -443,12 +454,12 @@ def _build_interpolant(
 ) -> Interpolant | None:
     name, fields = description
     if fields is None:
-        own = passed("interpolant", name, given)
+        own = checked_instance("interpolant", name, given)
         if fill and isinstance(own, nn.Module):
-            return filled(own, below("interpolant.", tensors))
+            return with_tensors(own, below("interpolant.", tensors))
         return own
     with naming("interpolant"):
-        kind = known(name, paths)
+        kind = class_named(name, paths)
         if issubclass(kind, nn.Module):
             return _new_module("interpolant", partial(kind, **fields), tensors)
         return build_choice(description, paths)

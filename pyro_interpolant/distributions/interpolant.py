@@ -31,7 +31,7 @@ from ..transforms.interpolant import (
 )
 from .bases import base_log_prob, base_of, check_expansion, only_possible
 from .constraints import Constraint, shaped
-from .parts import FlowDistribution
+from .flow import FlowDistribution
 from .rows import check_value, checked_rows
 from .summaries import Summaries, pushed
 
@@ -175,7 +175,7 @@ class InterpolantDistribution(Summaries):
         return only_possible(log_prob, possible, value, len(self.event_shape))
 
     def _finite(self, x: Tensor, possible: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the flow's values with finite ones for those that cannot be, and which can.
+        """Replace values of density zero by ``loc``, and return which have a density.
 
         Args:
             x: Unconstrained values, shape ``(*, D)``.
@@ -384,7 +384,7 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
         event_shape: Sequence[int] | None = None,
     ) -> None:
         self._set_parts(transform, base, shaped(support, event_shape))
-        self.space.transforms(transform.flow)
+        self.space.transforms(transform.flow)  # raises if the flow is not one for this support
         self._set_chain()
 
     def _set_chain(self) -> None:
@@ -405,7 +405,7 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
         return self._over(context, new)
 
     def _over(self, context: Tensor, new: _Given) -> _Given:
-        """Return a distribution over the batch of a context, whose leading ones its flow drops.
+        """Expand to the context's batch shape; the flow has dropped its leading ones.
 
         Args:
             context: The context, shape ``(*, C)``.

@@ -20,8 +20,7 @@ from .. import nn as networks
 from .._torch import evaluated, seeded
 from ..nn.velocity import embedded, evaluate, image_shape, size_of
 from ..transforms.flow import Flow
-from .base_description import Tensors, is_of
-from .choice_description import PartError, describe_choice
+from .part_description import PartError, Tensors, describe_choice, is_of
 
 Own = dict[str, dict[str, Any]]
 _M = TypeVar("_M", bound=nn.Module)
@@ -47,7 +46,7 @@ def network_arguments(network: Any) -> list[Any] | None:
     return network.arguments() if is_of(network, networks) else None
 
 
-def passed(what: str, name: str, value: _T | None) -> _T:
+def checked_instance(what: str, name: str, value: _T | None) -> _T:
     """Return what was passed in for a class of the user's own.
 
     Raises:
@@ -61,7 +60,7 @@ def passed(what: str, name: str, value: _T | None) -> _T:
     return value
 
 
-def filled(part: _M, tensors: Tensors, dtype: torch.dtype | None = None) -> _M:
+def with_tensors(part: _M, tensors: Tensors, dtype: torch.dtype | None = None) -> _M:
     """Return a copy of a module that was passed in, with its tensors, in their own types.
 
     Flows that are given one instance share nothing. What cannot be copied is filled itself.

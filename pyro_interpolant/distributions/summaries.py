@@ -27,7 +27,7 @@ from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
 from .bases import ExternalBase, Samples, UniformTorus, detached, inside_support, stated_support
 from .constraints import innermost_constraint
-from .parts import FlowDistribution
+from .flow import FlowDistribution
 from .rows import as_tensor, check_value
 from .supports import CircularSupport
 
@@ -398,7 +398,7 @@ def _orientation(distribution: Summaries) -> tuple[Tensor, bool, bool]:
 
 
 def _at_steps(distribution: Summaries, x: Tensor) -> Tensor:
-    """Return values on the support where all the flow's coordinates are the same.
+    """Return the images on the support of points (x, ..., x).
 
     Args:
         distribution: The distribution.

@@ -158,9 +158,9 @@ class EmbeddedVelocity(nn.Module):
             ValueError: If the context is missing or of another size.
         """
         m, log_scale, e = self._parts(context)
-        course = _course(t[..., None], m, log_scale)
-        z = course.standard(x)
-        return course.velocity(z, self.network(t, z, e))
+        path = _gaussian_path(t[..., None], m, log_scale)
+        z = path.standard(x)
+        return path.velocity(z, self.network(t, z, e))
 
     def forward_and_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
@@ -176,10 +176,10 @@ class EmbeddedVelocity(nn.Module):
             ValueError: If the context is missing or of another size.
         """
         m, log_scale, e = self._parts(context)
-        course = _course(t[..., None], m, log_scale)
-        z = course.standard(x)
+        path = _gaussian_path(t[..., None], m, log_scale)
+        z = path.standard(x)
         u, divergence = self.network.forward_and_divergence(t, z, e)
-        return course.velocity(z, u), course.divergence(divergence)
+        return path.velocity(z, u), path.divergence(divergence)
 
     def field(self, times: Tensor, context: Tensor | None = None) -> list[StateFunction]:
         """Return one function ``x -> v`` per time, what they share computed once.
@@ -188,9 +188,9 @@ class EmbeddedVelocity(nn.Module):
             times: Times, shape ``(T,)``.
             context: Embedded data, broadcastable to ``(*, 2 D + E)``.
         """
-        courses, e = self._courses(times, context)
-        own = zip(courses, self.network.field(times, e), strict=True)
-        return [partial(_moved, course=c, function=f) for c, f in own]
+        paths, e = self._paths(times, context)
+        own = zip(paths, self.network.field(times, e), strict=True)
+        return [partial(_moved, path=p, function=f) for p, f in own]
 
     def record(self, times: Tensor, x: Tensor, context: Tensor | None = None) -> Record | None:
         """Return a record of evaluations at the times, or None where autograd is as fast.
@@ -204,8 +204,8 @@ class EmbeddedVelocity(nn.Module):
         inner = self.network.record(times, x, e)
         if inner is None:
             return None
-        course = _course(times.reshape(-1, *(1,) * m.dim()), m, log_scale)
-        return MovedRecord(inner, *(by_row(part, x.shape[:-1]) for part in course))
+        path = _gaussian_path(times.reshape(-1, *(1,) * m.dim()), m, log_scale)
+        return MovedRecord(inner, *(by_row(part, x.shape[:-1]) for part in path))
 
     def divergence_field(
         self, times: Tensor, context: Tensor | None = None
@@ -216,9 +216,9 @@ class EmbeddedVelocity(nn.Module):
             times: Times, shape ``(T,)``.
             context: Embedded data, broadcastable to ``(*, 2 D + E)``.
         """
-        courses, e = self._courses(times, context)
-        own = zip(courses, self.network.divergence_field(times, e), strict=True)
-        return [partial(_spread, course=c, function=f) for c, f in own]
+        paths, e = self._paths(times, context)
+        own = zip(paths, self.network.divergence_field(times, e), strict=True)
+        return [partial(_spread, path=p, function=f) for p, f in own]
 
     def rows_at_once(self) -> int:
         """Return the number of rows for which one call is fastest, without gradients."""
@@ -343,15 +343,17 @@ class EmbeddedVelocity(nn.Module):
             )
         return list(context.split(sizes, dim=-1))
 
-    def _courses(self, times: Tensor, context: Tensor | None) -> tuple[list["_Course"], Tensor]:
-        """Return the way at each of the times, shape ``(T,)``, and e, shape ``(*, E)``."""
+    def _paths(
+        self, times: Tensor, context: Tensor | None
+    ) -> tuple[list["_GaussianPath"], Tensor]:
+        """Return the path at each of the times, shape ``(T,)``, and e, shape ``(*, E)``."""
         m, log_scale, e = self._parts(context)
-        found = _course(times.reshape(-1, *(1,) * m.dim()), m, log_scale)
-        return [_Course(*parts) for parts in zip(*found, strict=True)], e
+        found = _gaussian_path(times.reshape(-1, *(1,) * m.dim()), m, log_scale)
+        return [_GaussianPath(*parts) for parts in zip(*found, strict=True)], e
 
 
-class _Course(NamedTuple):
-    """The way from N(0, I) to a Gaussian at some times, each ``(*, D)``.
+class _GaussianPath(NamedTuple):
+    """The path from N(0, I) to a Gaussian at some times, each ``(*, D)``.
 
     Attributes:
         place: Its mean.
@@ -366,7 +368,7 @@ class _Course(NamedTuple):
     growth: Tensor
 
     def standard(self, x: Tensor) -> Tensor:
-        """Return states x, shape ``(*, D)``, in units of the way: z, of the same shape."""
+        """Return states x, shape ``(*, D)``, in units of the path: z, of the same shape."""
         return (x - self.place) / self.scale
 
     def velocity(self, z: Tensor, u: Tensor) -> Tensor:
@@ -378,24 +380,24 @@ class _Course(NamedTuple):
         return inner + self.growth.sum(-1)
 
 
-def _course(t: Tensor, m: Tensor, log_scale: Tensor) -> _Course:
-    """Return the way to a mean and deviations, ``(*, D)``, at times t, ``(*, 1)``."""
+def _gaussian_path(t: Tensor, m: Tensor, log_scale: Tensor) -> _GaussianPath:
+    """Return the path to a mean and deviations, ``(*, D)``, at times t, ``(*, 1)``."""
     angle, variance = 0.5 * math.pi * t, (2 * log_scale).exp()
     a, b = angle.cos(), angle.sin()
     now = a * a + b * b * variance
     growth = 0.5 * math.pi * a * b * (variance - 1) / now
-    return _Course(b * m, 0.5 * math.pi * a * m, now.sqrt(), growth)
+    return _GaussianPath(b * m, 0.5 * math.pi * a * m, now.sqrt(), growth)
 
 
-def _moved(x: Tensor, *, course: _Course, function: StateFunction) -> Tensor:
-    """Return the velocity of states, shape ``(*, D)``, of a function's in units of the course."""
-    z = course.standard(x)
-    return course.velocity(z, function(z))
+def _moved(x: Tensor, *, path: _GaussianPath, function: StateFunction) -> Tensor:
+    """Return the velocity of states, shape ``(*, D)``, of a function's in units of the path."""
+    z = path.standard(x)
+    return path.velocity(z, function(z))
 
 
-def _spread(x: Tensor, *, course: _Course, function: StateFunction) -> Tensor:
-    """Return the divergence at states, ``(*, D)``, of a function's in units of the course."""
-    return course.divergence(function(course.standard(x)))
+def _spread(x: Tensor, *, path: _GaussianPath, function: StateFunction) -> Tensor:
+    """Return the divergence at states, ``(*, D)``, of a function's in units of the path."""
+    return path.divergence(function(path.standard(x)))
 
 
 def _regressions(s: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-r"""Evaluations of a network that are kept, for cotangents to be pulled back through them.
+r"""Evaluations of a network recorded in numpy, for a hand-written backward pass.
 
 A solve for a few rows, and its gradient, take as long as their operations are many: some 8,000 of
 torch's for 44 evaluations, with autograd's bookkeeping. Here both are numpy's, whose calls cost a

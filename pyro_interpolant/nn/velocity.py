@@ -228,11 +228,6 @@ def rows_at_once(velocity: nn.Module) -> int:
     return _ROWS_AT_ONCE if own is None else own()
 
 
-def null_label(velocity: nn.Module) -> int | None:
-    """Return the label that stands for none of the classes, or None where there is none."""
-    return size_of(velocity, "null_label")
-
-
 def time_exponent(velocity: nn.Module) -> float:
     r"""Return the exponent p of the times :math:`1 - (1 - u)^p` that a velocity is trained at."""
     return getattr(velocity, "time_exponent", 1.0)

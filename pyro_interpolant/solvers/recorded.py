@@ -1,4 +1,4 @@
-r"""Solves for a few rows, and their gradients in the state they start from, by few operations.
+r"""Solves of few rows in numpy, with a hand-written backward pass.
 
 One Runge-Kutta step is :math:`y = x + h \sum_i b_i k_i`, :math:`k_i = v(u_i)`, :math:`u_i = x + h
 \sum_j a_{ij} k_j`. Cotangents are pulled back through it from the last stage to the first,

@@ -16,6 +16,7 @@ from torch.distributions import constraints
 from .._package import check_ranges, flag
 from .._torch import seeded, with_gradients
 from ..distributions.constraints import Constraint, shaped
+from ..distributions.flow import AnyTransform
 from ..distributions.interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -27,7 +28,6 @@ from ..distributions.joint import (
     pack,
     sites_of,
 )
-from ..distributions.parts import AnyTransform
 from ..distributions.rows import as_tensor, checked_context, checked_rows, names_of
 from ..distributions.supports import CircularSupport, Support, support_of
 from ..interpolants.couplings import optimal_transport

@@ -14,7 +14,10 @@ from torch import Tensor
 from .._files import StrPath, checksum, contents_of, plain_number, refuse_no_place, write
 from .._package import check_ranges, whole
 from .._torch import rng_state, set_rng_state, warn_user
-from ..distributions.base_description import Json
+from ..distributions.bases import Samples
+from ..distributions.fingerprint import ADDRESS, stable_name, tensors_of
+from ..distributions.own_description import describe_path
+from ..distributions.part_description import Json
 from ..transforms.flow import Flow
 
 _KEY = "pyro_interpolant_snapshot"
@@ -261,3 +264,41 @@ def _began_as_state(raw: bytes) -> bool:
     """
     start = raw[8:80].replace(b" ", b"")[: len(_START)]
     return not any(start) or sum(map(operator.ne, start, _START)) <= 2
+
+
+def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> list[Any]:
+    """Return what tells the training of a flow from that of another, as JSON holds it.
+
+    Args:
+        flow: The flow.
+        base: What it starts from; samples, which an earlier call has set, do not count.
+        coupling: The coupling of base draws and data rows.
+        *given: What else the training was given.
+    """
+    base = None if isinstance(base, Samples) else base
+    names = [stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
+    shapes = [list(p.shape) for p in flow.velocity.parameters()]
+    tensors = tensors_of([flow.interpolant, base, *given])
+    values = None
+    if _has_address(flow.interpolant):  # two functions may have one name
+        values = describe_path(flow)["values"] or []
+    found = [names, shapes, checksum(tensors)]
+    if values is not None:
+        found.append([f"{value:.3g}" for value in values])
+    kept = _kept_by(coupling)
+    if kept:  # two closures of one function, or objects of one class, have one name
+        found.append([[stable_name(value) for value in kept], checksum(tensors_of(kept))])
+    return found
+
+
+def _kept_by(function: object) -> list[Any]:
+    """Return what a function, or an object that is called, has beside its arguments."""
+    cells = getattr(function, "__closure__", None) or ()
+    return [cell.cell_contents for cell in cells] + list(
+        getattr(function, "__dict__", {}).values()
+    )
+
+
+def _has_address(value: object) -> bool:
+    """Return whether the repr of a value shows a part by its address alone, as of a function."""
+    return ADDRESS.search(repr(value)) is not None

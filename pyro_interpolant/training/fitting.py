@@ -14,7 +14,6 @@ from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..diffusion.guidance import Guided
 from ..distributions.bases import check_single
-from ..distributions.identity import identity_of
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
@@ -22,7 +21,7 @@ from ..solvers.ode import FixedGrid, Solver
 from ..transforms.flow import Flow
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .agreement import warn_if_draws_differ
-from .checkpoint import check_place, open_checkpoint
+from .checkpoint import check_place, identity_of, open_checkpoint
 from .clock import Clock
 from .data import DEFAULT_SHARE, DataLike, HeldOut, Table, as_held_out
 from .distributed import Process

@@ -28,7 +28,7 @@ from ..distributions.rows import check_value
 from ..interpolants.couplings import independent, optimal_transport
 from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic
-from ..nn.velocity import embedded, evaluate, image_shape, null_label, time_exponent
+from ..nn.velocity import embedded, evaluate, image_shape, size_of, time_exponent
 from ..transforms.flow import Flow
 from .checkpoint import Checkpoint
 from .distributed import Process
@@ -440,7 +440,7 @@ def _some_null(
         context: Contexts, shape ``(*, C)``, or None.
         uniform: Draws uniform numbers of a shape.
     """
-    null = null_label(network)
+    null = size_of(network, "null_label")
     if context is None or null is None:
         return context
     u = uniform((*context.shape[:-1], 1)).to(context.device)

@@ -252,7 +252,9 @@ _MOST_NESTED = 4  # lists and dictionaries inside each other, which may be circl
 
 
 def _comparable(value: object, tensors: list[Tensor], depth: int = 0) -> Hashable:
-    """Return what is equal as long as a value is the same, and append its tensors to a list.
+    """Return a hashable stand-in for an attribute, equal while its value is the same.
+
+    Its tensors go to a list.
 
     Args:
         value: An attribute, or an entry of one.
@@ -274,7 +276,7 @@ def _comparable(value: object, tensors: list[Tensor], depth: int = 0) -> Hashabl
 
 
 class _Itself:
-    """An object by its identity, kept so that no other is made in its place."""
+    """An object compared by identity; held, so that its address is not reused."""
 
     def __init__(self, value: object) -> None:
         self.value = value

@@ -101,11 +101,11 @@ class MarginalTransform(Gaussianizer):
 
     def _to_normal(self, x: Tensor) -> Tensor:
         x0, y0, width, height, p0, p1 = self._bins_of(x, self.knots[0])
-        return y0 + height * rise((x - x0) / width, p0, p1)
+        return y0 + height * spline((x - x0) / width, p0, p1)
 
     def _to_data(self, y: Tensor) -> Tensor:
         x0, y0, width, height, p0, p1 = self._bins_of(y, self.knots[1])
-        return x0 + width * run((y - y0) / height, p0, p1)
+        return x0 + width * inverse_spline((y - y0) / height, p0, p1)
 
     def _bins_of(self, value: Tensor, edges: Tensor) -> list[Tensor]:
         """Return the start of each value's bin in x and y, its sides, and p at its ends.
@@ -118,7 +118,7 @@ class MarginalTransform(Gaussianizer):
         return [table.reshape(columns.shape).movedim(0, -1) for table in found]
 
 
-def rise(come: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+def spline(come: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
     """Return how far y has come between two knots, as a share, where x has come so far.
 
     Args:
@@ -131,8 +131,8 @@ def rise(come: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
     return (u * u + p0 * v) / (1 + (p0 + p1 - 2) * v) + _beyond(come, p0, p1)
 
 
-def run(come: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
-    """Return how far x has come between two knots where y has come so far: :func:`rise` inverted.
+def inverse_spline(come: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+    """Return how far x has come where y has come so far: the inverse of :func:`spline`.
 
     Args:
         come: Shares of the way in y, of any shape; below 0 and above 1 on the straight lines.

@@ -168,7 +168,7 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
                 self._embeddings.store(entry, sources, key)
         return entry.y
 
-    def held(self) -> "InterpolantTransform":
+    def with_embedded_context(self) -> "InterpolantTransform":
         """Return the transform with its context embedded now, for a computation of many steps."""
         return self._view(self, self.context, self.end, embeds=False)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._torch import is_tracing, is_transformed, needs_graph
 from .flow import ROWS_PER_SOLVE
-from .gaussianize import rise, run
+from .gaussianize import inverse_spline, spline
 from .interpolant import InterpolantTransform
 
 _MIN_VALUES = 128  # of one context, from which a spline pays
@@ -119,12 +119,12 @@ class _Spline:
     def at(self, x: Tensor, cell: Tensor) -> Tensor:
         """Return where the splines of cells, shape ``(*)``, take x, shape ``(*)``."""
         come = (x - self.x[cell]) / self.width[cell]
-        return self.y[cell] + self.height[cell] * rise(come, self.p0[cell], self.p1[cell])
+        return self.y[cell] + self.height[cell] * spline(come, self.p0[cell], self.p1[cell])
 
     def inverse(self, y: Tensor, cell: Tensor) -> Tensor:
         """Return what the splines of cells, shape ``(*)``, take to y, shape ``(*)``."""
         come = (y - self.y[cell]) / self.height[cell]
-        return self.x[cell] + self.width[cell] * run(come, self.p0[cell], self.p1[cell])
+        return self.x[cell] + self.width[cell] * inverse_spline(come, self.p0[cell], self.p1[cell])
 
     def halved(self, cells: Tensor, x: Tensor, y: Tensor) -> tuple["_Spline", Tensor]:
         """Return the splines with a knot more in each of some cells, and the places of the old.

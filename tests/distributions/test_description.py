@@ -21,12 +21,12 @@ from pyro_interpolant import (
     save,
 )
 from pyro_interpolant.distributions import constraints as ours
-from pyro_interpolant.distributions.constraint_description import (
+from pyro_interpolant.distributions.constraints import Constraint, Shaped, circular
+from pyro_interpolant.distributions.description import build, describe
+from pyro_interpolant.distributions.part_description import (
     build_constraint,
     describe_constraint,
 )
-from pyro_interpolant.distributions.constraints import Constraint, Shaped, circular
-from pyro_interpolant.distributions.description import build, describe
 from pyro_interpolant.transforms.whitening import (
     DenseWhitening,
     DiagonalWhitening,
@@ -97,7 +97,7 @@ def test_what_version_0_1_wrote_otherwise(old, expected):
 
 def test_a_constraint_of_this_package_needs_nothing_else(monkeypatch):
     """A class with arguments, and an only one of its class, as if they were in the module."""
-    from pyro_interpolant.distributions import constraint_description as description
+    from pyro_interpolant.distributions import part_description as description
 
     class Above(Constraint):
         def __init__(self, floor, inner, steps=(1, 2)):

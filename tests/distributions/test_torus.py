@@ -31,12 +31,12 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.diffusion.scores import score
 from pyro_interpolant.distributions.bases import Planar, directions, in_planes
-from pyro_interpolant.distributions.constraint_description import (
+from pyro_interpolant.distributions.constraints import bijection
+from pyro_interpolant.distributions.joint import sites_of
+from pyro_interpolant.distributions.part_description import (
     build_constraint,
     describe_constraint,
 )
-from pyro_interpolant.distributions.constraints import bijection
-from pyro_interpolant.distributions.joint import sites_of
 from pyro_interpolant.distributions.supports import _Wrap as Wrap
 from pyro_interpolant.interpolants.nonlinear import wrap
 

@@ -27,7 +27,7 @@ from pyro_interpolant import (
     io,
     save,
 )
-from pyro_interpolant.distributions import constraint_description
+from pyro_interpolant.distributions import part_description
 from pyro_interpolant.distributions.description import NotPassedError, PartError, build, describe
 from pyro_interpolant.numpyro import flow as numerics
 from pyro_interpolant.numpyro import from_torch, load, loading, supports
@@ -137,7 +137,7 @@ def test_probes_that_a_file_does_not_hold(path):
 
 def test_every_support_of_a_file_is_made_or_refused_by_name():
     """Each name by which torch's side knows a constraint."""
-    unknown = [name for name in constraint_description._CONSTRAINTS if name not in supports._PLAIN]
+    unknown = [name for name in part_description._CONSTRAINTS if name not in supports._PLAIN]
     made = {*supports._BOUNDED, "independent", "stack", "cat", "shaped", "circular"}
     assert made <= set(unknown)
     for name in set(unknown) - made:

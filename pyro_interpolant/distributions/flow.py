@@ -1,4 +1,4 @@
-r"""What both kinds of distribution are made of: a base, a flow and a support.
+r"""What distributions are made of, conditional or not: a base, a flow and a support.
 
 Values y live on the support, real vectors u in the flow's coordinates; between them may be real
 vectors x in front of a Gaussianizing map.

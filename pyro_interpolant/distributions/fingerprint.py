@@ -1,4 +1,4 @@
-"""What tells one density from another, where files say which they belong to."""
+"""Fingerprints by which a checkpoint or a kept evaluation recognises its flow."""
 
 import contextlib
 import re
@@ -8,64 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
-from .._files import checksum
 from .._torch import inverse_of
-from ..transforms.flow import Flow
 from .base_description import describe_base
-from .bases import Samples
 from .constraints import Constraint
 from .differences import parts_of
-from .own_description import describe_path
 from .rows import as_tensor
 
-_TOLD = {"event_dim", "reinterpreted_batch_ndims", "shape"}  # by the text of a constraint
+# The repr of a constraint shows these already.
+_TOLD = {"event_dim", "reinterpreted_batch_ndims", "shape"}
 _CACHE = "_cache"  # how names begin of what transforms remember of the values they have seen
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-
-
-def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> list[Any]:
-    """Return what tells the training of a flow from that of another, as JSON holds it.
-
-    Args:
-        flow: The flow.
-        base: What it starts from; samples, which an earlier call has set, do not count.
-        coupling: Who is paired with whom.
-        *given: What else the training was given.
-    """
-    base = None if isinstance(base, Samples) else base
-    names = [stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
-    shapes = [list(p.shape) for p in flow.velocity.parameters()]
-    tensors = tensors_of([flow.interpolant, base, *given])
-    values = None
-    if has_function(flow.interpolant):  # two functions may have one name
-        values = describe_path(flow)["values"] or []
-    found = [names, shapes, checksum(tensors)]
-    if values is not None:
-        found.append([f"{value:.3g}" for value in values])
-    kept = _kept_by(coupling)
-    if kept:  # two closures of one function, or objects of one class, have one name
-        found.append([[stable_name(value) for value in kept], checksum(tensors_of(kept))])
-    return found
-
-
-def _kept_by(function: object) -> list[Any]:
-    """Return what a function, or an object that is called, has beside its arguments."""
-    cells = getattr(function, "__closure__", None) or ()
-    return [cell.cell_contents for cell in cells] + list(
-        getattr(function, "__dict__", {}).values()
-    )
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def stable_name(value: object) -> str:
     """Return a text that tells a value from others, and is the same in another process."""
     with contextlib.suppress(NotImplementedError):  # distributions without named parameters
-        return getattr(value, "__qualname__", _ADDRESS.sub("", repr(value)))
+        return getattr(value, "__qualname__", ADDRESS.sub("", repr(value)))
     return type(value).__qualname__
-
-
-def has_function(value: object) -> bool:
-    """Return whether a value has a part, such as a function, of which its text has the name."""
-    return _ADDRESS.search(repr(value)) is not None
 
 
 def tensors_of(value: object) -> list[Tensor]:
