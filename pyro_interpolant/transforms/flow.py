@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._package import check_ranges, flag
 from .._torch import (
     innermost,
     is_functional,
@@ -209,10 +210,15 @@ class Flow(nn.Module):
         return {"independent": self.independent, "moved": self.was_trained_through_solver()}
 
     def set_history(self, known: Mapping[str, object]) -> None:
-        """Take over what :meth:`history` has told of the weights it has now."""
-        self.independent = bool(known.get("independent", self.independent))
-        moved = known.get("moved", self.was_trained_through_solver())
-        self.reached = MOVED if moved else None
+        """Take over what :meth:`history` has told of the weights it has now.
+
+        Raises:
+            ValueError: If something is neither True nor False.
+        """
+        told = {name: known.get(name, value) for name, value in self.history().items()}
+        check_ranges(*(flag(name, value) for name, value in told.items()))
+        self.independent = told["independent"] is True
+        self.reached = MOVED if told["moved"] else None
 
     def _save_to_state_dict(
         self, destination: dict[str, Tensor], prefix: str, *args: bool
