@@ -274,6 +274,8 @@ class EmbeddedVelocity(nn.Module):
         if own is not None:
             own(*self._split(context.to(self.slope)))
         summary = self._summary(context.to(self.slope))
+        if not len(self.loc):  # no columns, of which torch takes no deviations
+            return summary
         scale = summary.double().std(0, correction=0)
         self.loc.copy_(summary.double().mean(0))
         self.scale.copy_(torch.where(scale > 0, scale, 1.0))
