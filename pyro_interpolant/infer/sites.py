@@ -113,17 +113,9 @@ def is_not_latent(observed: tuple[str, ...], msg: Message) -> bool:
 
 @contextlib.contextmanager
 def unsupported_sites_named(guide: AutoContinuous) -> Iterator[None]:
-    """Raise a ValueError where a guide meets a site without a bijection, naming it, or no site."""
+    """Raise a ValueError that names the site where a guide meets one without a bijection."""
     try:
         yield
-    except RuntimeError as error:
-        trace = guide.prototype_trace
-        if trace is None or list(trace.iter_stochastic_nodes()):
-            raise
-        raise ValueError(
-            "expected a model with latent sites, got one in which none is left to infer: all are "
-            "observed, hidden or enumerated"
-        ) from error
     except (NotImplementedError, ValueError):
         if guide.prototype_trace is not None:
             for _, site in guide.prototype_trace.iter_stochastic_nodes():

@@ -662,7 +662,7 @@ BAD = {
     "no patience": (tiny, lambda: X, {"patience": None}, ValueError, "patience >= 1, got None"),
     "no ema": (tiny, lambda: X, {"ema": None}, ValueError, r"ema in \[0, 1\), got None"),
     "no tolerance": (tiny, lambda: X, {"tolerance": None}, ValueError, "tolerance > 0, got None"),
-    "text for steps": (tiny, lambda: X, {"steps": "5"}, ValueError, "steps >= 1, a whole .*got 5"),
+    "text for steps": (tiny, lambda: X, {"steps": "5"}, ValueError, "steps >= 1, a .*got '5'"),
     "checkpoints": (
         tiny,
         lambda: X,
