@@ -73,8 +73,23 @@ def whole(
     )
 
 
+def keep_whole(choice: object, **least: int | None) -> None:
+    """Check that fields of a frozen dataclass are whole numbers, and make integers of them.
+
+    Args:
+        choice: The dataclass.
+        **least: The least that each may be, or None.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    check_ranges(*(whole(name, getattr(choice, name), n) for name, n in least.items()))
+    for name in least:
+        object.__setattr__(choice, name, int(getattr(choice, name)))
+
+
 def number(
-    text: str, value: object, test: Callable[[Any], bool], *, or_none: bool = False
+    text: str, value: Any, test: Callable[[Any], bool], *, or_none: bool = False
 ) -> tuple[str, bool, object]:
     """Return the setting that a test finds a number good, which nothing but a number can be.
 
@@ -84,9 +99,10 @@ def number(
         test: Whether a number is good.
         or_none: Whether it may be None, too.
     """
-    if not isinstance(value, Real):
+    own = value.item() if getattr(value, "ndim", None) == 0 else value  # in a tensor or an array
+    if not isinstance(own, Real):
         return text, or_none and value is None, repr(value)
-    return text, test(value), value
+    return text, test(own), own
 
 
 def check_sizes(name: str, value: object) -> None:

@@ -76,7 +76,7 @@ def summarise_weights(log_weights: Tensor) -> ImportanceSummary:
     return ImportanceSummary(k_hat, ess, *log_mean_weight(log_weights))
 
 
-def finite_or_none(values: Tensor) -> Tensor:
+def finite_or_minus_inf(values: Tensor) -> Tensor:
     """Return log densities or weights, any shape, with ``-inf`` for NaN and ``+inf``: for none.
 
     A density is infinite at points alone, such as Gamma(0.02, 1) at 0, to which small numbers are
@@ -91,7 +91,7 @@ def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
 
     Where they differ by rounding errors alone, whose tail means nothing, they are their mean.
     """
-    raw = finite_or_none(log_p - log_q)
+    raw = finite_or_minus_inf(log_p - log_q)
     rounding = 100 * torch.finfo(raw.dtype).eps * float(log_q.abs().nan_to_num(0.0).max())
     if float(raw.max() - raw.min()) <= rounding:
         return raw.mean().expand_as(raw)

@@ -72,6 +72,8 @@ class FlowDistribution:
         flow = self.transform.flow
         if base is None:
             return self.space.default_base(flow)
+        if getattr(self.transform, "context", None) is not None:
+            return base  # checked with the family that this is a member of, which is often called
         base_of(base, flow.loc)
         return self.space.checked_base(flow, base)
 

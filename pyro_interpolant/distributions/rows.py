@@ -129,11 +129,13 @@ def columns_in_order(x: ArrayLike, names: Sequence[str], name: str) -> Tensor:
 
 
 def _names_of_row(x: Any, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the index of one row of a data frame, if it holds the names; else none."""
-    if not hasattr(x, "to_numpy") or len(x) != len(names):
+    """Return the index of a row of a data frame of several columns, if it is names; else none."""
+    index = getattr(x, "index", None)  # of lists a method
+    if index is None or callable(index) or not 1 < len(index) == len(names):
         return ()
-    index = tuple(map(str, x.index))
-    return index if sorted(index) == sorted(names) else ()
+    found = tuple(map(str, index))
+    are_names = all(isinstance(i, str) for i in index) or sorted(found) == sorted(names)
+    return found if are_names and x.ndim == 1 else ()
 
 
 def counted(bad: Tensor, rows: str = "rows") -> str:

@@ -128,7 +128,7 @@ def draw_latents(
             and has fewer.
         own: K, the number of each row's own.
         steps: Gauss-Newton steps to the mode.
-        enough: A row with as sets effective draws among those that are shared gets none of its
+        enough: A row with as many effective draws among those that are shared gets none of its
             own: they have no weight.
     """
     sets = len(rows) if flow.batch_shape else 1  # of shared draws: with contexts one for each row
@@ -147,7 +147,7 @@ def draw_latents(
         few, likelihood = rows.take(poor), likelihood[poor]
         best = (standard_log_prob(z) + likelihood).argmax(-1)
         start = z.expand(len(few), -1, -1)[torch.arange(len(few), device=z.device), best]
-        # With contexts it begins from fewer draws: at twice the steps it misses half as sets.
+        # With contexts it begins from fewer draws: at twice the steps it misses half as many.
         proposal = local_proposal(flow, few, start, steps if sets == 1 else 2 * steps)
         own_z = proposal.sample(own)
         own_u[poor], own_likelihood = _pushed(flow, few, own_z)

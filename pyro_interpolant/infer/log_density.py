@@ -15,7 +15,7 @@ from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
 from .._torch import draws, is_functorch_tensor, seeded, warn_user
-from ..diagnostics.psis import finite_or_none
+from ..diagnostics.psis import finite_or_minus_inf
 from .lanes import in_lanes
 from .runs import plate_nesting
 from .sites import (
@@ -283,7 +283,7 @@ def evaluated_safely(evaluate: Evaluate, z: Tensor) -> Tensor:
     except torch.linalg.LinAlgError:
         with _NotPositiveDefinite():
             values = evaluate(z)
-    return finite_or_none(values)
+    return finite_or_minus_inf(values)
 
 
 def _batching(density: LogJoint, center: Tensor) -> Batching:

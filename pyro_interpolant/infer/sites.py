@@ -200,7 +200,7 @@ def is_subsample(site: Site) -> bool:
 
 
 def is_sampled(node: Site) -> bool:
-    """Return whether a node of a trace is a sample, and not of a plate's indices."""
+    """Return whether a node of a trace is a sample: no plate's indices, no deterministic value."""
     sampled = node["type"] == "sample" and not is_subsample(node)
     return sampled and not node["infer"].get("_deterministic")
 

@@ -228,10 +228,12 @@ def check_guide(guide: object) -> None:
 
 def check_key(key: object) -> None:
     """Raise a TypeError for what is no random key, such as data where it was forgotten."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (is_typed and shape == ()) and not (dtype == np.uint32 and len(shape or ()) == 1):
-        got = type(key).__name__ if dtype is None else f"an array of {dtype}, shape {shape}"
+    got, good = type(key).__name__, False
+    if isinstance(key, jax.Array | np.ndarray):
+        got = f"an array of {key.dtype}, shape {key.shape}"
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        good = not key.shape if is_typed else key.ndim == 1 and key.dtype == np.uint32
+    if not good:
         raise TypeError(
             "expected a key of jax.random as the second argument, such as jax.random.key(0), got "
             f"{got}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
-from .._package import check_ranges, whole
+from .._package import keep_whole
 from .._torch import constant, jvp
 from ..nn.velocity import divergence_field, exact_divergence, expanded, inputs_of
 
@@ -110,7 +110,7 @@ class HutchinsonDivergence:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        check_ranges(whole("probes", self.probes, 1), whole("seed", self.seed, None))
+        keep_whole(self, probes=1, seed=None)
 
     def __call__(
         self, velocity: nn.Module, t: Tensor, x: Tensor, context: Tensor | None
@@ -130,7 +130,7 @@ class HutchinsonDivergence:
 
     def directions(self, dim: int) -> Tensor:
         """Return the probes, random signs, shape ``(P, dim)``."""
-        return constant(_probes(int(self.probes), int(self.seed), dim))
+        return constant(_probes(self.probes, self.seed, dim))
 
 
 @lru_cache(maxsize=32)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from .._package import check_ranges, whole
+from .._package import keep_whole
 from .._torch import (
     constant,
     is_abstract,
@@ -74,7 +74,7 @@ class _RungeKutta:
 
     def __post_init__(self) -> None:
         """Check the choice."""
-        check_ranges(whole("steps", self.steps, 1))
+        keep_whole(self, steps=1)
         _check_method(self.method, TABLEAUS)
 
     def solve(self, field: Field, x: Tensor, times: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class Adaptive:
         if not (self.rtol > 0 and self.atol > 0):
             raise ValueError(f"expected positive tolerances, got {self.rtol} and {self.atol}")
         _check_method(self.method, _ADAPTIVE)
-        check_ranges(whole("nodes", self.nodes, 1))
+        keep_whole(self, nodes=1)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 1,)``."""
@@ -299,11 +299,11 @@ class RandomGrid(_RungeKutta):
     def __post_init__(self) -> None:
         """Check the choice."""
         super().__post_init__()
-        check_ranges(whole("seed", self.seed, 0))
+        keep_whole(self, seed=0)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the nodes on [0, 1] and their quadrature weights, each of shape ``(N + 2,)``."""
-        return random_nodes(int(self.steps), int(self.seed))
+        return random_nodes(self.steps, self.seed)
 
 
 def through_nodes(solve: StateFunction, rate: StateFunction, q: Tensor, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ conditional flow where there are contexts, a Gaussianizing map where one pays, a
 """
 
 import time
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .._package import check_ranges, flag
+from .._package import check_ranges, check_sizes, flag
 from .._torch import seeded, with_gradients
 from ..distributions.constraints import Constraint, shaped
 from ..distributions.flow import AnyTransform
@@ -217,18 +217,16 @@ def _unnamed(
     return constraint, {}, checked_rows(rows, "x", event_shape)
 
 
-def _are_scalars(event_shape: object) -> bool:
+def _are_scalars(event_shape: Sequence[int] | None) -> bool:
     """Return whether events have no dimension.
 
     Raises:
         TypeError: If their shape is none.
     """
-    if event_shape is not None and not isinstance(event_shape, Sized):
-        raise TypeError(
-            f"expected event_shape as a tuple of sizes, got {event_shape!r}: pass "
-            f"({event_shape},), or () for scalars"
-        )
-    return event_shape is not None and not len(event_shape)
+    if event_shape is None:
+        return False
+    check_sizes("event_shape", event_shape)
+    return not len(event_shape)
 
 
 def contexts_for(

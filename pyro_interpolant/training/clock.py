@@ -73,3 +73,7 @@ class Clock:
     def deadline(self) -> float:
         """Return when all must be done, by :func:`time.monotonic`."""
         return self.moment(1 + _OVERTIME_SHARE) + _OVERTIME
+
+    def deadline_from_now(self) -> float:
+        """Return the same of a run whose time is over now, as after an interrupt."""
+        return time.monotonic() + _OVERTIME_SHARE * self.spent() + _OVERTIME

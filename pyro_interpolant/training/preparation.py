@@ -99,13 +99,13 @@ def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = Fal
     flow, deviation = distribution.transform.flow, 1.0
     if has_images(distribution):
         rows, deviation = dequantized(_few(rows), flow.loc), IMAGE_DEVIATION
+    _check_range(rows.w, flow.loc.dtype)
     context = None if rows.context is None else winsorize(rows.context.double())
     sets_map = not keep and not isinstance(flow.interpolant, Geodesic)  # angles have a scale
     left = rows
     if sets_map:
         known = explained(flow.velocity, winsorize(rows.w.double()), context)
         left = rows if known is None else rows._replace(w=rows.w - known.to(rows.w))
-    _check_range(rows.w, flow.loc.dtype)
     if not keep:
         distribution.space.check_rows(flow, rows.w, rows.context)
     if sets_map:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-_TRIAL_STEPS = 4  # steps of a trial
+_TRIAL_STEPS = 4  # that a trial of the other number of threads takes
 _TRIAL_SHARE = 0.02  # of the time, that trials may lose
 
 
@@ -34,9 +34,7 @@ class Threads:
         choose = choose and threading.current_thread() is threading.main_thread()
         self.used = torch.get_num_threads()
         self.other = 1 if choose else self.used
-        self.recent: deque[float] = deque(
-            maxlen=_TRIAL_STEPS
-        )  # seconds of steps on the number in use
+        self.recent = deque[float](maxlen=_TRIAL_STEPS)  # seconds of steps on the number in use
         self.tried: list[float] | None = None  # of those on the other, in a trial
         self.until = 0.0  # seconds until the next trial
 

@@ -56,7 +56,7 @@ from .whitening import DenseWhitening, Whitening
 ROWS_PER_SOLVE = 512  # without gradients
 _MAX_KEPT_BYTES = 2**26  # of a trajectory that is kept: 64 MiB
 _OWN_SOLVES = (FixedGrid.solve, Adaptive.solve)  # which draw nothing themselves
-MOVED = -1  # the fingerprint of no weights
+MOVED = -1  # in place of a fingerprint: weights have moved
 _MIN_RANDOM_NODES = 12  # however few a solver needs for weights that are trained already
 
 
@@ -196,13 +196,13 @@ class Flow(nn.Module):
             return self.reached == MOVED
         return self.reached != self._bits()
 
-    def _is_reached(self, seed: int, gradient: Tensor) -> None:
+    def _note_gradient(self, gradient: Tensor) -> None:
         """Note that a gradient runs back through a solve of these weights, if it reaches them."""
         if any(p.requires_grad and is_reached_backward(p) for p in self.parameters()):
-            self.reached = MOVED if self.was_trained_through_solver() else seed
+            self.reached = MOVED if self.was_trained_through_solver() else self._bits()
 
     def _apply(self, fn: StateFunction, *args: bool, **kwargs: bool) -> "Flow":
-        self.set_history({})  # the fingerprint will be another
+        self.set_history({})  # as it is now: the fingerprint of the same weights will be another
         return super()._apply(fn, *args, **kwargs)
 
     def history(self) -> dict[str, bool]:
@@ -271,9 +271,9 @@ class Flow(nn.Module):
             states = self._solve_for_gradient(solve, white, path, times)
         else:
             states = solve(white)
-        seed, has_graph = path.seed, states.requires_grad and not is_functional()
-        if seed is not None and has_graph and not is_tracing():
-            states.register_hook(partial(self._is_reached, seed))
+        has_graph = states.requires_grad and not is_functional() and not is_tracing()
+        if path.seed is not None and has_graph:
+            states.register_hook(self._note_gradient)
         return states if forward else states.flip(0)
 
     def _solve_for_gradient(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._package import check_ranges, whole
@@ -13,9 +14,9 @@ from .._torch import seeded, with_gradients
 from ..diagnostics.calibration import calibrate
 from ..distributions.interpolant import (
     AnyDistribution,
-    ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
+from ..distributions.rows import as_tensor, contexts_of_rows
 from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
 from ..training.fitting import FitResult, fit, trainable_flow
@@ -71,7 +72,7 @@ def reflow(
     distribution: AnyDistribution,
     *,
     count: int = 50_000,
-    context: Tensor | None = None,
+    context: ArrayLike | None = None,
     interpolant: Interpolant | None = None,
     tolerance: float = 1e-2,
     seed: int | None = None,
@@ -107,7 +108,10 @@ def reflow(
     References:
         Liu, Gong & Liu, *Flow straight and fast*, ICLR 2023; arXiv 2209.15571, Section 2.3.
     """
-    trainable_flow(distribution)
+    old, contexts = trainable_flow(distribution), None
+    if context is not None:
+        names, rows = distribution.context_columns, as_tensor(context, "context")
+        contexts = contexts_of_rows(context, old, names, len(rows))
     check_ranges(whole("count", count, 1))
     check_options(
         fit,
@@ -124,38 +128,23 @@ def reflow(
     flow.noise = None  # of the path before
     new.transform.solver = FixedGrid()
     with seeded(seed), torch.no_grad():
-        shape = (int(count),) if context is None else ()
-        base, data = _pairs(_given(distribution, context), shape)
+        shape = (int(count),) if contexts is None else ()
+        base, data = _pairs(distribution.given(contexts), shape)
     images = has_images(new)
     fit_options = {**(IMAGE_OPTIONS if images else {}), **fit_options}
     outcome = fit(
-        new, data, context=context, pairs=base, seed=seed, tolerance=tolerance, whiten=False,
+        new, data, context=contexts, pairs=base, seed=seed, tolerance=tolerance, whiten=False,
         **fit_options,
     )  # fmt: skip
     flow.levels = distribution.transform.flow.levels  # whose spread images its own are
     few = slice(0, _COMPARED_IMAGES if images else _COMPARED_ROWS)
-    rows = data[few], None if context is None else context[few]
+    compared = data[few], None if contexts is None else contexts[few]
     return ReflowResult(
         new,
-        _report(distribution, base[few], *rows, tolerance),
-        _report(new, base[few], *rows, tolerance),
+        _report(distribution, base[few], *compared, tolerance),
+        _report(new, base[few], *compared, tolerance),
         outcome,
     )
-
-
-def _given(distribution: AnyDistribution, context: Tensor | None) -> InterpolantDistribution:
-    """Return the distribution given its contexts, one for each pair, or none.
-
-    Raises:
-        ValueError: If the flow is conditional and they are not of shape ``(N, C)``.
-    """
-    if not isinstance(distribution, ConditionalInterpolantDistribution):
-        return distribution.given(context)
-    view = None if context is None else distribution.condition(context)
-    if view is None or len(view.batch_shape) != 1:
-        got = "none" if view is None else f"a batch of shape {tuple(view.batch_shape)}"
-        raise ValueError(f"expected contexts to draw pairs for, shape (N, C), got {got}")
-    return view
 
 
 def _pairs(view: InterpolantDistribution, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -321,6 +321,14 @@ def test_that_a_likelihood_trained_the_weights_stays_known(name, tmp_path):
         score(flow, 0.5, torch.zeros(3, 2))
 
 
+def test_weights_that_are_swapped_for_a_call_have_not_moved():
+    flow, x = random_prior(2, frozen=False), torch.randn(20, 2)
+    weights = {name: 1.1 * p for name, p in flow.transform.named_parameters()}
+    ends, _ = torch.func.functional_call(flow.transform, weights, (x,)), None
+    ends.sum().backward()
+    assert not flow.transform.flow.was_trained_through_solver()
+
+
 def convert(flow):
     flow.to(torch.float32).to(torch.float64)
 

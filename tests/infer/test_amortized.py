@@ -771,10 +771,10 @@ def test_of_no_data_sets_there_are_no_posteriors():
     assert posterior.sample_dict((3,))["loc"].shape == (3, 0)
 
 
-def test_a_number_of_simulations_in_a_tensor_is_no_iterable():
+def test_the_number_of_simulations_may_be_in_a_tensor():
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
-    with pytest.raises(ValueError, match=r"simulations >= 10, a whole number, got tensor\(200\)"):
-        pi.fit_guide(guide, simulations=torch.tensor(200))
+    with pytest.raises(ValueError, match="simulations >= 10, a whole number, got 5"):
+        pi.fit_guide(guide, simulations=torch.tensor(5))
 
 
 def test_several_data_sets_in_the_arguments_are_refused_where_one_is_meant():

@@ -501,7 +501,7 @@ def test_training_on_draws():
 
 
 @pytest.mark.parametrize("call", [fit_guide, importance])
-@pytest.mark.parametrize("key", [jnp.ones(2), 0, {"y": 1}])
+@pytest.mark.parametrize("key", [jnp.ones(2), torch.ones(2), 0, {"y": 1}])
 def test_a_key_that_was_forgotten_is_asked_for(call, key):
     with pytest.raises(TypeError, match="expected a key of jax.random as the second argument"):
         call(AutoInterpolant(conjugate), key)

@@ -166,7 +166,6 @@ def test_an_adaptive_solve_that_fails_says_what_to_do(velocity, dim):
     [
         (lambda: FixedGrid(steps=0), "steps >= 1, a whole number, got 0"),
         (lambda: FixedGrid(29 / 2), "steps >= 1, a whole number, got 14.5"),
-        (lambda: FixedGrid(torch.tensor(8)), r"steps >= 1, a whole number, got tensor\(8\)"),
         (lambda: FixedGrid("8"), "steps >= 1, a whole number, got '8'"),
         (lambda: RandomGrid(7.5), "steps >= 1, a whole number, got 7.5"),
         (lambda: RandomGrid(7, seed=1.5), "seed >= 0, a whole number, got 1.5"),
@@ -190,7 +189,8 @@ def test_impossible_choices_are_refused(make, message):
 
 
 def test_whole_numbers_may_be_of_any_type():
-    for seed in (2, 2.0, np.int64(2)):
+    for seed in (2, 2.0, np.int64(2), torch.tensor(2)):
+        assert repr(RandomGrid(3, seed=seed)) == repr(RandomGrid(3, seed=2))  # as a file has it
         times, _ = RandomGrid(3.0, seed=seed).grid()
         assert torch.equal(times, RandomGrid(3, seed=2).grid()[0])
         assert torch.equal(HutchinsonDivergence(2.0, seed).directions(3),

@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -253,3 +254,24 @@ def test_a_row_of_a_frame_is_taken_by_its_index():
     assert torch.equal(d.log_prob(frame[["a", "b"]].iloc[0]), expected)
     by_place = pd.Series([-1.0, 1.0])  # its index holds no names
     assert torch.equal(d.log_prob(by_place), expected)
+    with pytest.raises(ValueError, match=r"columns \['a', 'b'\], .* got \['a', 'c'\]"):
+        d.log_prob(pd.Series({"a": -1.0, "c": 1.0}))
+
+
+def test_arrays_of_other_libraries_need_no_index():
+    class Array:  # as those of xarray and polars
+        ndim = 2
+
+        def __array__(self, dtype=None, copy=None):
+            return np.array([[-1.0, 1.0], [0.5, 2.0]])
+
+        def to_numpy(self):
+            return np.asarray(self)
+
+        def __len__(self):
+            return 2
+
+    d = InterpolantDistribution(random_flow(2))
+    d.columns = ("a", "b")
+    rows = torch.from_numpy(np.asarray(Array()))
+    assert torch.equal(d.log_prob(Array()), d.log_prob(rows))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...diagnostics.psis import finite_or_none
+from ...diagnostics.psis import finite_or_minus_inf
 from ...distributions.interpolant import InterpolantDistribution
 from ...solvers.ode import FixedGrid
 from .tempering import LogDensity, Particles
@@ -65,7 +65,7 @@ def flow_proposal_step(
     size = torch.where(whole, 1.0, 10.0 ** (-_JUMP_DECADES * torch.rand(len(x), 1).to(x)))
     new_x = transform((1 - size**2).sqrt() * z + size * torch.randn_like(z))
     new = density.particles(new_x)
-    log_weights = finite_or_none(new.log_p - distribution.log_prob(new_x))
+    log_weights = finite_or_minus_inf(new.log_p - distribution.log_prob(new_x))
     ratio = log_weights - (particles.log_p - log_q)
     accepted = torch.rand(len(x)).to(ratio).log() < ratio
     gap = float((particles.log_p - log_q).double().mean())

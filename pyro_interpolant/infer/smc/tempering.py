@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._torch import draws_nothing
-from ...diagnostics.psis import effective_sample_size, finite_or_none, systematic_resampling
+from ...diagnostics.psis import effective_sample_size, finite_or_minus_inf, systematic_resampling
 
 _BLOCKS = (128, 1024, 4096)  # numbers of rows evaluated at once that are tried
 _CHECKED = 32  # rows at a time, until one has a density
@@ -141,7 +141,7 @@ class LogDensity:
                 f"expected log densities of shape ({len(x)},) for rows of shape "
                 f"{tuple(x.shape)}, got {tuple(value.shape)}"
             )
-        return finite_or_none(value)
+        return finite_or_minus_inf(value)
 
 
 class HMCKernel:

@@ -48,8 +48,8 @@ _GRADIENTS_PER_PARTICLE = 40  # at the least, on the way from the start
 _PATHFINDER_SHARE, _TEMPERED, _GRADIENTS_SHARE = 0.07, 0.25, 0.2
 _MIXING_SHARE, _REGRESSION_SHARE, _VERDICT_SHARE = 0.08, 0.05, 0.06
 _MOVES_SHARE = 0.35  # of the time of the rest of a round
-_MIN_PARTICLES = (100, 500)  # however slow the density is, and while they take at most
-_MOST_OF_TIME = 0.6  # of all the time
+_LEAST_PARTICLES = 100  # however slow the density is
+_WANTED_PARTICLES, _THEIR_SHARE = 500, 0.6  # while they take no larger share of the time
 _LEAPFROG_STEPS, _SLOW_LEAPFROG_STEPS = 8, 3  # the most in a move, by what the density costs
 _ROUND_MOVES = (1, 200)  # the fewest and the most in a round
 _MIXING_MOVES = (1, 240)  # before the first round: narrow places fill slowly
@@ -139,8 +139,8 @@ def _find_particles(
     in_all = clock.limit / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
     affordable = _GRADIENTS_SHARE * in_all
     kernel = HMCKernel(_SLOW_LEAPFROG_STEPS if affordable < draws else _LEAPFROG_STEPS)
-    least, wanted = _MIN_PARTICLES
-    count = int(min(draws, max(least, affordable, min(wanted, _MOST_OF_TIME * in_all))))
+    wanted = min(_WANTED_PARTICLES, _THEIR_SHARE * in_all)
+    count = int(min(draws, max(_LEAST_PARTICLES, affordable, wanted)))
     deadline = clock.began + _TEMPERED * clock.limit
     x, start = mixture.sample(count), LogDensity(mixture.log_prob)
     for level in tempered_smc(x, start, density, kernel, deadline=deadline):
@@ -211,12 +211,12 @@ class Run:
             self.distribution.clear_cache()
             coarse_solver(self.distribution, self.particles.x)
             jump = flow_proposal_step(self.distribution, self.particles, self.density)
-        if jump.gap < self.best_gap:
-            self.best_gap, self.best_round = jump.gap, len(self.history)
-            self.best_weights = self.regression.values()
         self.particles, acceptance = self._moved(jump.particles, time.monotonic() - began)
         self.regression.add(Rows(self.particles.x, None))
         self.history.append(self._diagnosed(jump, acceptance))
+        if jump.gap < self.best_gap:
+            self.best_gap, self.best_round = jump.gap, len(self.history) - 1
+            self.best_weights = self.regression.values()
         if self._is_flat():
             self.schedule = self.schedule.landed(clock.spent())
         return self.share_of_rounds() < 1 and clock.spent() < self.schedule.end
@@ -245,12 +245,15 @@ class Run:
         improvement = sum(early) / window - sum(late) / window
         return improvement < _FLAT and self.history[-1].k_hat < K_HAT_LIMIT
 
-    def verdict(self) -> RoundsResult:
-        """Keep the last flow or the best, whichever is better on fresh draws, and judge it."""
+    def verdict(self, deadline: float) -> RoundsResult:
+        """Keep the last flow or the best, whichever is better on fresh draws, and judge it.
+
+        Args:
+            deadline: When to be done, by :func:`time.monotonic`.
+        """
         last, few = self.regression.values(), self.particles.x[: _CALIBRATION_ROWS * 8]
         self.regression.use(last)
         few = few[torch.randperm(len(few))[:_CALIBRATION_ROWS].to(few.device)]
-        deadline = self.clock.deadline()
         solver = calibrate_until(deadline, self.distribution, few, tolerance=_TOLERANCE).solver
         w, chosen = self._weighed(deadline), len(self.history) - 1
         if self.best_round != chosen and len(w) == _VERDICT_DRAWS:
@@ -295,7 +298,7 @@ def train_from_density(
 
     No diagnostic sees a mode or a neck that neither the start nor the moves reached: a start wider
     than the target helps, or writing the model without the neck. An interrupt ends the rounds, and
-    what they gave is kept and judged.
+    what they gave is kept and judged, from the first round on.
 
     Args:
         distribution: The flow: on real vectors, from its default base.
@@ -341,15 +344,18 @@ def train_from_density(
             found = _find_particles(density, wide, int(draws), clock, bar)
             with trainable(flow.velocity):
                 run = Run(distribution, density, *found, rounds, clock)
+                deadline, going = clock.deadline(), True
                 try:
-                    going = True
                     while going:
                         going = run.round(int(steps))
                         bar.show(run.done(), run.history[-1].text())
                 except KeyboardInterrupt:
-                    warn_user("the run was interrupted: the best weights so far were kept")
+                    if not run.history:
+                        raise
+                    warn_user("the run was interrupted: the best weights so far are kept")
+                    deadline = clock.deadline_from_now()
             distribution.freeze()
-            return run.verdict()
+            return run.verdict(deadline)
 
 
 def _checked_flow(distribution: InterpolantDistribution) -> Flow:

@@ -538,7 +538,7 @@ def test_an_interrupt_keeps_what_was_learned(monkeypatch):
     plain = train.Run.round
     monkeypatch.setattr(train.Run, "round", interrupted)
     monkeypatch.setattr(train, "_VERDICT_DRAWS", 200)
-    with pytest.warns(UserWarning, match="interrupted: the best weights so far were kept"):
+    with pytest.warns(UserWarning, match="interrupted: the best weights so far are kept"):
         result = quick(flow, slanted().log_prob, steps=10, draws=100, max_seconds=0.5)
     assert len(result.rounds) == 1
     assert result.draws > 0
@@ -547,6 +547,15 @@ def test_an_interrupt_keeps_what_was_learned(monkeypatch):
     weights, regression = list(flow.transform.velocity.parameters()), kept["run"].regression
     choices = (regression.values(), kept["run"].best_weights)
     assert any(all(map(torch.equal, weights, choice)) for choice in choices)  # averages
+
+
+def test_an_interrupt_before_a_round_is_done_is_passed_on(monkeypatch):
+    def interrupted(run, particles, seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Run, "_moved", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quick(tiny(), slanted().log_prob, steps=10, draws=100, max_seconds=0.5)
 
 
 @pytest.mark.parametrize(
