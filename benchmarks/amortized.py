@@ -336,7 +336,7 @@ def table(lines):
         text += f"({target:.2f})"
         if weighed:
             text += f", {sum(weighed) / len(weighed):.3f}"
-        if "sbc" in line:
+        if "band" in line:
             text += f", {line['sbc']:.3f} ({line['band']:.3f}), {line['draws']:.2f} s"
         print(text, f"trained {line['train']:.0f} s")
 

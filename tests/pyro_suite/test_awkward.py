@@ -160,12 +160,12 @@ def test_patience_and_interrupts_are_named(capsys):
     with pytest.warns(UserWarning, match="run was interrupted"):
         result = fit(made(), modes(500), steps=100, callback=interrupt, **options)
     assert result.stopped_by == "interrupt"
-    assert "by interrupt" in capsys.readouterr().out
+    assert "by interrupt" in capsys.readouterr().err
     result = fit(
         made(), torch.randn(60, 2), steps=2000, patience=1, **{**options, "batch_size": 9}
     )
     assert result.stopped_by == "patience"
-    assert "by patience" in capsys.readouterr().out
+    assert "by patience" in capsys.readouterr().err
 
 
 @pytest.mark.slow
