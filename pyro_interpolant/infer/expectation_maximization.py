@@ -16,6 +16,7 @@ from ..solvers.ode import FixedGrid
 from ..training.clock import Clock
 from ..training.reporting import PercentBar, stage, tell
 from ..training.rows import Rows
+from ..training.threads import threads_restored
 from .latents import chunks, draw_latents, given
 from .noise import Measurements
 from .regression import FlowRegression
@@ -190,12 +191,15 @@ class ExpectationMaximization:
         self.schedule = RateSchedule(clock.spent(), _END_SHARE * clock.limit)
         self.order = _passes(len(catalogue), held, catalogue.round_rows)
         distribution.transform.solver = _SOLVER
-        self.last = self._latents()
+        with threads_restored():  # until steps have shown how many threads are fast
+            torch.set_num_threads(1)
+            self.last = self._latents()
+            self.first = self._held_out()
         passes = math.ceil(len(catalogue) / catalogue.round_rows)
         self.regression = FlowRegression(
             distribution, [self.last], most=min(_MOST_POOLS, passes), ema=_DECAY
         )
-        self.looks, self.first = 0, self._held_out()
+        self.looks = 0
         self.best = float(self.first.mean())
         self.best_step, self.best_weights = 0, self.regression.values()
         self.start_weights = self.best_weights
@@ -208,7 +212,7 @@ class ExpectationMaximization:
         """Regress the flow on latents, and draw some anew."""
         left = self.steps - self.regression.descent.steps
         self.regression(int(min(_ROUND_STEPS, left)), self._rate, seconds=math.inf)
-        with self.regression.average.applied():
+        with self.regression.average.applied(), self.regression.threads.in_use():
             self.distribution.clear_cache()
             self.last = self._latents()
             if int(self.done() * _LOOKS) > self.looks:
@@ -322,7 +326,8 @@ def learn(
                     run.regression.use(run.best_weights)
         spent = clock.spent()
         distribution.freeze()
-        _finish(run, spent, progress=progress)
+        with run.regression.threads.in_use():
+            _finish(run, spent, progress=progress)
 
 
 def _evidence(run: ExpectationMaximization) -> tuple[Tensor, Tensor, float]:

@@ -44,6 +44,17 @@ class Threads:
             self.tried = None
             torch.set_num_threads(self.used)
 
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Run what is between steps, such as solves, on as many threads as these.
+
+        Steps are short, so that trials cost little; a solve beside busy processes may take a
+        hundred times as long on all threads as on one.
+        """
+        with threads_restored():
+            torch.set_num_threads(self.used)
+            yield
+
     def took(self, seconds: float) -> None:
         """Take note of a step's time, and set the number of threads of the next."""
         if self.used == self.other:

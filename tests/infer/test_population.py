@@ -17,11 +17,12 @@ from pyro_interpolant import (
     interpolant_transform,
 )
 from pyro_interpolant.distributions.joint import names_in_frames
-from pyro_interpolant.infer import object_posteriors
+from pyro_interpolant.infer import expectation_maximization, object_posteriors
 from pyro_interpolant.infer.expectation_maximization import NoisyRows, PosteriorDraws
 from pyro_interpolant.infer.latents import draw_latents, local_proposal, of_population
 from pyro_interpolant.infer.noise import measurements
 from pyro_interpolant.infer.population import _start_rows
+from pyro_interpolant.training.threads import Threads
 
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
 ROOT = torch.tensor([[1.0, 0.0], [0.8, 0.5]], dtype=torch.float64)
@@ -684,6 +685,26 @@ def test_the_same_seed_learns_the_same_population():
     assert torch.equal(one.log_prob(x), two.log_prob(x))
     other = from_noisy_samples(y, sds, **{**QUICK, "seed": 1})
     assert not torch.equal(one.log_prob(x), other.log_prob(x))
+
+
+@pytest.mark.usefixtures("_small_runs")
+def test_latents_are_drawn_on_as_many_threads_as_steps_take(monkeypatch):
+    """Not on all from the start: beside busy processes these may take a hundred times as long."""
+    seen = []
+
+    def latents(catalogue, *given):
+        seen.append(torch.get_num_threads())
+        return plain(catalogue, *given)
+
+    plain = NoisyRows.latents
+    monkeypatch.setattr(NoisyRows, "latents", latents)
+    monkeypatch.setattr(expectation_maximization, "_ROUND_STEPS", 10)
+    monkeypatch.setattr(Threads, "took", lambda threads, seconds: setattr(threads, "used", 3))
+    torch.set_num_threads(2)
+    _, y, sds = catalogue(300)
+    from_noisy_samples(y, sds, **QUICK | {"steps": 20})
+    assert seen == [1, 3, 3]
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.usefixtures("_small_runs")
