@@ -16,7 +16,6 @@ from ..solvers.ode import FixedGrid
 from ..training.clock import Clock
 from ..training.reporting import PercentBar, stage, tell
 from ..training.rows import Rows
-from ..training.threads import threads_restored
 from .latents import chunks, draw_latents, given
 from .noise import Measurements
 from .regression import FlowRegression
@@ -191,14 +190,13 @@ class ExpectationMaximization:
         self.schedule = RateSchedule(clock.spent(), _END_SHARE * clock.limit)
         self.order = _passes(len(catalogue), held, catalogue.round_rows)
         distribution.transform.solver = _SOLVER
-        with threads_restored():  # until steps have shown how many threads are fast
-            torch.set_num_threads(1)
-            self.last = self._latents()
-            self.first = self._held_out()
         passes = math.ceil(len(catalogue) / catalogue.round_rows)
         self.regression = FlowRegression(
-            distribution, [self.last], most=min(_MOST_POOLS, passes), ema=_DECAY
+            distribution, [], most=min(_MOST_POOLS, passes), ema=_DECAY
         )
+        with self.regression.threads.in_use():
+            self.last, self.first = self._latents(), self._held_out()
+        self.regression.pools.append(self.last)
         self.looks = 0
         self.best = float(self.first.mean())
         self.best_step, self.best_weights = 0, self.regression.values()

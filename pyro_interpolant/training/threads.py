@@ -37,6 +37,7 @@ class Threads:
         self.recent = deque[float](maxlen=_TRIAL_STEPS)  # seconds of steps on the number in use
         self.tried: list[float] | None = None  # of those on the other, in a trial
         self.until = 0.0  # seconds until the next trial
+        self.has_begun = False  # whether steps have shown which number is fast
 
     def settle(self) -> None:
         """Set the number that is in use, and end a trial."""
@@ -46,19 +47,21 @@ class Threads:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Run what is between steps, such as solves, on as many threads as these.
+        """Run what is between steps, such as solves, on as many threads as these; at first on one.
 
         Steps are short, so that trials cost little; a solve beside busy processes may take a
         hundred times as long on all threads as on one.
         """
         with threads_restored():
-            torch.set_num_threads(self.used)
+            if self.used != self.other:
+                torch.set_num_threads(self.used if self.has_begun else 1)
             yield
 
     def took(self, seconds: float) -> None:
         """Take note of a step's time, and set the number of threads of the next."""
         if self.used == self.other:
             return
+        self.has_begun = True
         if self.tried is None:
             self.recent.append(seconds)
             self.until -= seconds

@@ -699,7 +699,8 @@ def test_latents_are_drawn_on_as_many_threads_as_steps_take(monkeypatch):
     plain = NoisyRows.latents
     monkeypatch.setattr(NoisyRows, "latents", latents)
     monkeypatch.setattr(expectation_maximization, "_ROUND_STEPS", 10)
-    monkeypatch.setattr(Threads, "took", lambda threads, seconds: setattr(threads, "used", 3))
+    taken = {"used": 3, "has_begun": True}
+    monkeypatch.setattr(Threads, "took", lambda threads, seconds: vars(threads).update(taken))
     torch.set_num_threads(2)
     _, y, sds = catalogue(300)
     from_noisy_samples(y, sds, **QUICK | {"steps": 20})

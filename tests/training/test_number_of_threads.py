@@ -59,6 +59,26 @@ def test_there_is_no_choice_beside_other_threads_or_processes():
     assert seen == [ALL]
 
 
+def test_what_is_between_steps_takes_one_thread_until_steps_have_shown_how_many_are_fast():
+    threads, seen = Threads(choose=True), []
+
+    def note(threads):
+        with threads.in_use():
+            seen.append(torch.get_num_threads())
+
+    note(threads)
+    threads.took(1.0)
+    note(threads)
+    taken({1: 1.0, ALL: 6.0}, 100, threads)
+    note(threads)
+    assert seen == [1, ALL, 1]
+    torch.set_num_threads(ALL)
+    other = threading.Thread(target=lambda: note(Threads(choose=True)))  # which shares the number
+    other.start()
+    other.join()
+    assert seen[-1] == ALL
+
+
 def counted(monkeypatch, module):
     """Return a list that will hold the number of threads of each step: all are slower."""
     seen, go_on = [], module.Threads.took
