@@ -67,8 +67,7 @@ class NoisyRows:
         parts = []
         for part in chunks(len(index), _DRAWS["shared"]):
             rows = self.rows.take(index[part])
-            flow = given(distribution, rows.context)
-            draws = draw_latents(flow, rows, **_DRAWS)
+            draws = draw_latents(distribution, rows, **_DRAWS)
             possible = draws.log_weights.isfinite().any(-1)
             context = None if rows.context is None else rows.context[possible]
             parts.append(_rows_of(draws.take(possible).pick(_PICKED), context))
@@ -81,8 +80,7 @@ class NoisyRows:
         found, sizes = [], _REPORT_DRAWS if finely else _LOOK_DRAWS
         for part in chunks(len(index), sizes["shared"]):
             rows = self.rows.take(index[part])
-            flow = given(distribution, rows.context)
-            found.append(draw_latents(flow, rows, **sizes).log_evidence())
+            found.append(draw_latents(distribution, rows, **sizes).log_evidence())
         values, errors = zip(*found, strict=True)
         return torch.cat(values), torch.cat(errors)
 

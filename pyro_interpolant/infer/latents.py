@@ -30,11 +30,11 @@ from ..distributions.rows import contexts_of_rows
 from ..distributions.supports import support_of
 from .noise import Measurements, Noise, measurements
 
-_VALUES_AT_ONCE = 2**21  # weights in a chunk of rows
+_VALUES_AT_ONCE = 2**22  # weights in a chunk of rows
 _DIFFERENCE = 1e-2  # in the base, which gives the slopes of the flow
 _STEP_SIZES = (1.0, 0.3, 0.1, 0.03)  # of Gauss-Newton steps; the best is taken, if one is good
 _STARTS = 1024  # draws of the flow, the best of which is where the search for a mode begins
-_CHEAPER = 32  # with contexts, each row gets its own draws instead of shared ones: 1 for every 32
+_ROWS_PER_SET = 32  # of equal contexts, from which on they share all draws
 _OBJECT_STEPS = 4  # Gauss-Newton steps per object, from the flow's best draw
 _TAIL = 5.0  # degrees of freedom of the proposal at the mode
 _WIDENING = 1.2  # of its variance, beyond what the curvature at the mode says
@@ -111,7 +111,7 @@ def standard_log_prob(z: Tensor) -> Tensor:
 
 
 def draw_latents(
-    flow: InterpolantDistribution,
+    distribution: AnyDistribution,
     rows: Measurements,
     *,
     shared: int,
@@ -122,33 +122,39 @@ def draw_latents(
     """Draw latents of rows, and weight them.
 
     Args:
-        flow: The population; given contexts of shape ``(n, 1, C)`` if it takes any.
-        rows: The measurements, n of them.
-        shared: M, the number of draws that all rows share; with contexts each row needs its own,
-            and has fewer.
+        distribution: The population.
+        rows: The measurements, n of them, with contexts if it takes any.
+        shared: M, the number of draws that all rows share. With contexts those of equal contexts
+            do, and have fewer where there are many sets of them.
         own: K, the number of each row's own.
         steps: Gauss-Newton steps to the mode.
         enough: A row with as many effective draws among those that are shared gets none of its
             own: they have no weight.
     """
-    sets = len(rows) if flow.batch_shape else 1  # of shared draws: with contexts one for each row
-    shared = shared if sets == 1 else max(own, shared // _CHEAPER)
-    loc = flow.transform.flow.loc
-    most = max(shared, _STARTS) if sets == 1 else shared
-    z = torch.randn(sets, most, len(loc), dtype=loc.dtype, device=loc.device)
-    u, likelihood = _pushed(flow, rows, z)
-    # A flow that is given contexts is given those of all rows.
+    contexts, which = _sets(rows)
+    share = min(1.0, max(1.0, len(rows) / _ROWS_PER_SET) / len(contexts))
+    shared = max(own, int(share * shared))
+    loc = distribution.transform.flow.loc
+    most = max(shared, int(share * _STARTS))
+    z = torch.randn(len(contexts), most, len(loc), dtype=loc.dtype, device=loc.device)
+    sets = given(distribution, None if rows.context is None else contexts)
+    u = sets.transform(z)
+    drawn = sets.from_flow(u)[0], u, z
+    x, u, z = drawn if len(contexts) == 1 else (part[which] for part in drawn)
+    likelihood = rows.log_likelihood(x)
     effective = 1 / likelihood[:, :shared].softmax(-1).square().sum(-1)
-    poor = ~(effective >= (enough if sets == 1 else math.inf))
+    poor = ~(effective >= enough)
     log_weights = likelihood.new_full((len(rows), shared + own), -math.inf)
     log_weights[:, :shared] = likelihood[:, :shared] - math.log(shared)
     own_u = u.new_zeros(len(rows), own, len(loc))
     if bool(poor.any()):
         few, likelihood = rows.take(poor), likelihood[poor]
+        z = z if len(contexts) == 1 else z[poor]
         best = (standard_log_prob(z) + likelihood).argmax(-1)
         start = z.expand(len(few), -1, -1)[torch.arange(len(few), device=z.device), best]
-        # With contexts it begins from fewer draws: at twice the steps it misses half as many.
-        proposal = local_proposal(flow, few, start, steps if sets == 1 else 2 * steps)
+        flow = given(distribution, few.context)
+        # Where it begins from fewer draws: at twice the steps it misses half as many.
+        proposal = local_proposal(flow, few, start, steps if share == 1 else 2 * steps)
         own_z = proposal.sample(own)
         own_u[poor], own_likelihood = _pushed(flow, few, own_z)
         parts = []
@@ -160,8 +166,15 @@ def draw_latents(
     return Draws(u[:, :shared], own_u, log_weights)
 
 
+def _sets(rows: Measurements) -> tuple[Tensor, Tensor]:
+    """Return the contexts that rows have, each once, and which each row has; one set of none."""
+    if rows.context is None:
+        return rows.y.new_zeros(1, 0), torch.zeros(len(rows), dtype=torch.long)
+    return torch.unique(rows.context, dim=0, return_inverse=True)
+
+
 def _pushed(flow: InterpolantDistribution, rows: Measurements, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what base points, ``(n or 1, S, D)``, become, and their log-likelihoods, ``(n, S)``.
+    """Return what base points, ``(n, S, D)``, become, and their log-likelihoods, ``(n, S)``.
 
     They are in the flow's coordinates.
     """
@@ -345,14 +358,11 @@ def object_posteriors(
         rows.check(distribution.given(first).sample((3,)))
         for part in chunks(len(rows), max(draws, _STARTS)):
             few = rows.take(part)
-            view = given(distribution, few.context)
             half = draws // 2
-            found.append(
-                _of_objects(
-                    view,
-                    draw_latents(view, few, shared=half, own=draws - half, steps=_OBJECT_STEPS),
-                )
+            drawn = draw_latents(
+                distribution, few, shared=half, own=draws - half, steps=_OBJECT_STEPS
             )
+            found.append(_of_objects(given(distribution, few.context), drawn))
     return ObjectPosteriors(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 

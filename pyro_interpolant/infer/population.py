@@ -81,7 +81,8 @@ def from_noisy_samples(
             deviation or variance, ``torch.inf``, and may be NaN in y.
         noise_data: For a function: the numbers of each row that it takes, shape ``(N, ...)``.
         context: What the population is given, shape ``(N, C)``, as in
-            :func:`~pyro_interpolant.from_samples`: the result is then conditional.
+            :func:`~pyro_interpolant.from_samples`: the result is then conditional. Rows of equal
+            contexts share draws: round them to some dozen values, and a round takes half the time.
         support: Where x lives. Errors may lead out of it.
         event_shape: The shape of an x, where it has more than one dimension.
         start: A guess that is wider than the population, from which it narrows: rows, shape

@@ -11,6 +11,7 @@ is one weighted sum along them, computed only where a density is wanted.
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import repeat
@@ -406,28 +407,32 @@ class _Blocks:
 
     Args:
         states: States, shape ``(T, *, D)``.
-        path: Their path; its context, shape ``(*, C)``, belongs to the last dimensions of theirs.
+        path: Their path; its context, shape ``(*, C)``, broadcasts with theirs.
         size: The most rows in a block.
     """
 
     def __init__(self, states: Tensor, path: Path, size: int) -> None:
-        self.path, self.size, self.batch = path, size, states.shape[1:-1]
-        own = None if path.context is None else path.context.shape[:-1]
-        self.contexts = path.context if own else None
-        if self.contexts is not None and self.batch[-len(own or ()) :] != own:
-            self.contexts = self.contexts.expand(*self.batch, -1)
-        many = 1 if self.contexts is None else self.contexts[..., 0].numel()
-        rows = states.reshape(len(states), -1, many, states.shape[-1])
-        self.rows = rows.transpose(1, 2)  # (T, contexts, rows of each, D)
+        self.path, self.size = path, size
+        batch, c = states.shape[1:-1], path.context
+        own = () if c is None else tuple(c.shape[:-1])
+        own = (1,) * (len(batch) - len(own)) + own
+        # The dimensions along which contexts differ come first.
+        self.order = sorted(range(len(batch)), key=lambda i: own[i] == 1)
+        self.sizes = [batch[i] for i in self.order]
+        moved = states.permute(0, *(i + 1 for i in self.order), -1)
+        self.many = math.prod(own)
+        shape = self.many, math.prod(batch) // max(1, self.many)
+        self.rows = moved.reshape(len(states), *shape, states.shape[-1])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Path]]:
         """Yield states, shape ``(T, b, r, D)``, and their path, with contexts ``(b, 1, C)``."""
         each = max(1, min(self.rows.shape[2], self.size))
         blocks = self.rows.split(max(1, self.size // each), dim=1)
-        contexts: Iterable[Tensor | None] = repeat(self.path.context)
-        if self.contexts is not None:
-            flat = self.contexts.flatten(0, -2)[:, None]
-            contexts = flat.split(max(1, self.size // each))
+        c = self.path.context
+        contexts: Iterable[Tensor | None] = repeat(None)
+        if c is not None:  # one of all rows as a vector, which a network adds in one call
+            flat = c.reshape(self.many, 1, -1)
+            contexts = flat.split(len(blocks[0][0])) if self.many > 1 else [flat[0, 0]]
         for block, context in zip(blocks, contexts, strict=False):
             path = dataclasses.replace(self.path, context=context)
             for part in block.split(each, dim=2):
@@ -436,5 +441,6 @@ class _Blocks:
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Return what was computed of all blocks, each ``(T, b, r, ...)``, as ``(T, *, ...)``."""
         flat = torch.cat([part.flatten(1, 2) for part in parts], dim=1)
-        whole = flat.unflatten(1, self.rows.shape[1:3]).transpose(1, 2)
-        return whole.reshape(len(flat), *self.batch, *flat.shape[2:])
+        whole = flat.reshape(len(flat), *self.sizes, *flat.shape[2:])
+        back = [0, *(1 + self.order.index(i) for i in range(len(self.order)))]
+        return whole.permute(*back, *range(len(back), whole.dim()))

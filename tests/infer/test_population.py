@@ -33,14 +33,19 @@ QUICK = {"steps": 30, "seed": 0, "progress": False}
 pytestmark = pytest.mark.usefixtures("_narrow_networks")
 
 
-def gaussian(loc=LOC, root=ROOT):
-    """Return the flow that is N(loc, root root^T) exactly: its velocity is zero."""
-    flow = interpolant_transform(2, (8, 8), solver=pi.FixedGrid(steps=1)).to(loc)
+def gaussian(loc=LOC, root=ROOT, *, given=False):
+    """Return the flow that is N(loc, root root^T) exactly, given any number: its velocity is 0."""
+    solver = pi.FixedGrid(steps=1)
+    flow = interpolant_transform(2, (8, 8), solver=solver)
+    if given:
+        flow = pi.conditional_interpolant_transform(2, 1, (8, 8), solver=solver)
+    flow = flow.to(loc)
     with torch.no_grad():
         for p in flow.parameters():
             p.zero_()
     flow.flow.whitening.set(loc, root)
-    return InterpolantDistribution(flow).freeze()
+    kind = pi.ConditionalInterpolantDistribution if given else InterpolantDistribution
+    return kind(flow).freeze()
 
 
 def catalogue(count, *, least=0.1, missing=0.2):
@@ -188,6 +193,23 @@ def test_rows_that_shared_draws_explain_have_none_of_their_own():
     found, _ = draws.log_evidence()
     assert float((found - exact(y, sds)[2]).abs().max()) < 0.3
     mean = (draws.take(rich).pick(400) - exact(y, sds)[0][rich, None]).mean(1)
+    assert float(mean.abs().max()) < 0.5
+
+
+@pytest.mark.parametrize(("sets", "count"), [(1, 2048), (3, 2048), (40, 320), (200, 64)])
+def test_rows_of_equal_contexts_share_draws(sets, count):
+    _, y, sds = catalogue(200)
+    context = (torch.arange(200) % sets).double()[:, None]
+    flow = gaussian(given=True)
+    rows = of_population(measurements(y, sds), flow, context)
+    draws = draw_latents(flow, rows, shared=2048, own=64, steps=2)
+    assert draws.shared.shape == (1 if sets == 1 else 200, count, 2)
+    if sets > 1:
+        same = (draws.shared[:1] == draws.shared).flatten(1).all(1)
+        assert torch.equal(same, context[:, 0] == 0)
+    found, _ = draws.log_evidence()
+    assert float((found - exact(y, sds)[2]).abs().max()) < 0.3
+    mean = (draws.pick(400) - exact(y, sds)[0][:, None]).mean(1)
     assert float(mean.abs().max()) < 0.5
 
 

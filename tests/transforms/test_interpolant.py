@@ -178,7 +178,7 @@ def test_a_row_alone_is_a_row_in_a_batch(kind, rows):
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_keep_rows_and_contexts_together(kind, shape):
     family = flow(kind, context_dim=3)
-    for batch in (shape, shape[-1:]):
+    for batch in (shape, shape[-1:], (*shape[:-1], 1)):
         view = family.condition(torch.randn(*batch, 3))
         prior = InterpolantDistribution(view).freeze()
         x = torch.randn(*shape, 2)
