@@ -65,7 +65,7 @@ class NoisyRows:
     def latents(self, distribution: AnyDistribution, index: Tensor) -> Rows:
         """Return latents of rows, drawn under a population, in the flow's coordinates."""
         parts = []
-        for part in chunks(len(index), _DRAWS["shared"]):
+        for part in chunks(distribution, len(index), _DRAWS["shared"]):
             rows = self.rows.take(index[part])
             draws = draw_latents(distribution, rows, **_DRAWS)
             possible = draws.log_weights.isfinite().any(-1)
@@ -78,7 +78,7 @@ class NoisyRows:
     ) -> tuple[Tensor, Tensor]:
         """Return the log-evidence of rows and its standard errors, shape ``(n,)`` each."""
         found, sizes = [], _REPORT_DRAWS if finely else _LOOK_DRAWS
-        for part in chunks(len(index), sizes["shared"]):
+        for part in chunks(distribution, len(index), sizes["shared"]):
             rows = self.rows.take(index[part])
             found.append(draw_latents(distribution, rows, **sizes).log_evidence())
         values, errors = zip(*found, strict=True)

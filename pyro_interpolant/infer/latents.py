@@ -30,7 +30,7 @@ from ..distributions.rows import contexts_of_rows
 from ..distributions.supports import support_of
 from .noise import Measurements, Noise, measurements
 
-_VALUES_AT_ONCE = 2**22  # weights in a chunk of rows
+_NUMBERS_AT_ONCE = 2**24  # of the draws of a chunk of rows
 _DIFFERENCE = 1e-2  # in the base, which gives the slopes of the flow
 _STEP_SIZES = (1.0, 0.3, 0.1, 0.03)  # of Gauss-Newton steps; the best is taken, if one is good
 _STARTS = 1024  # draws of the flow, the best of which is where the search for a mode begins
@@ -44,13 +44,14 @@ class Draws(NamedTuple):
     r"""Weighted draws of the latents of n rows, in the flow's coordinates.
 
     Attributes:
-        shared: M draws that all rows share, shape ``(1, M, D)``; with contexts each row has its
-            own, shape ``(n, M, D)``.
+        shared: M draws for each of G sets of rows that share them, shape ``(G, M, D)``.
+        which: The set of each row, shape ``(n,)``.
         own: K draws around the mode of each row, shape ``(n, K, D)``.
         log_weights: Of all, shape ``(n, M + K)``; the sum of the weights estimates p(y).
     """
 
     shared: Tensor
+    which: Tensor
     own: Tensor
     log_weights: Tensor
 
@@ -58,14 +59,13 @@ class Draws(NamedTuple):
         """Return the draws of an index below M + K, shape ``(n, S)``: ``(n, S, D)``."""
         count = self.shared.shape[1]
         wide = index[..., None].expand(*index.shape, self.own.shape[-1])
-        shared = self.shared.expand(len(index), -1, -1).gather(1, wide.clamp(max=count - 1))
+        shared = self.shared[self.which[:, None], index.clamp(max=count - 1)]
         own = self.own.gather(1, (wide - count).clamp(min=0))
         return torch.where(wide < count, shared, own)
 
     def take(self, index: Tensor) -> "Draws":
         """Return those of some rows."""
-        shared = self.shared if len(self.shared) == 1 else self.shared[index]
-        return Draws(shared, self.own[index], self.log_weights[index])
+        return Draws(self.shared, self.which[index], self.own[index], self.log_weights[index])
 
     def pick(self, count: int) -> Tensor:
         """Return draws by weight, with replacement, shape ``(n, count, D)``."""
@@ -139,38 +139,42 @@ def draw_latents(
     z = torch.randn(len(contexts), most, len(loc), dtype=loc.dtype, device=loc.device)
     sets = given(distribution, None if rows.context is None else contexts)
     u = sets.transform(z)
-    drawn = sets.from_flow(u)[0], u, z
-    x, u, z = drawn if len(contexts) == 1 else (part[which] for part in drawn)
-    likelihood = rows.log_likelihood(x)
+    likelihood = rows.log_likelihood(_of_rows(sets.from_flow(u)[0], which))
     effective = 1 / likelihood[:, :shared].softmax(-1).square().sum(-1)
     poor = ~(effective >= enough)
     log_weights = likelihood.new_full((len(rows), shared + own), -math.inf)
     log_weights[:, :shared] = likelihood[:, :shared] - math.log(shared)
     own_u = u.new_zeros(len(rows), own, len(loc))
     if bool(poor.any()):
-        few, likelihood = rows.take(poor), likelihood[poor]
-        z = z if len(contexts) == 1 else z[poor]
-        best = (standard_log_prob(z) + likelihood).argmax(-1)
-        start = z.expand(len(few), -1, -1)[torch.arange(len(few), device=z.device), best]
+        few, likelihood, which_few = rows.take(poor), likelihood[poor], which[poor]
+        best = (_of_rows(standard_log_prob(z), which_few) + likelihood).argmax(-1)
+        start = z[which_few, best]
         flow = given(distribution, few.context)
         # Where it begins from fewer draws: at twice the steps it misses half as many.
         proposal = local_proposal(flow, few, start, steps if share == 1 else 2 * steps)
         own_z = proposal.sample(own)
         own_u[poor], own_likelihood = _pushed(flow, few, own_z)
         parts = []
-        for points, found in ((z[:, :shared], likelihood[:, :shared]), (own_z, own_likelihood)):
+        points_of_rows = _of_rows(z[:, :shared], which_few)
+        for points, found in ((points_of_rows, likelihood[:, :shared]), (own_z, own_likelihood)):
             log_prior, log_own = standard_log_prob(points), proposal.log_prob(points)
             mixture = torch.logaddexp(log_prior + math.log(shared), log_own + math.log(own))
             parts.append(log_prior + found - mixture)
         log_weights[poor] = torch.cat(parts, -1)
-    return Draws(u[:, :shared], own_u, log_weights)
+    return Draws(u[:, :shared], which, own_u, log_weights)
 
 
 def _sets(rows: Measurements) -> tuple[Tensor, Tensor]:
     """Return the contexts that rows have, each once, and which each row has; one set of none."""
     if rows.context is None:
-        return rows.y.new_zeros(1, 0), torch.zeros(len(rows), dtype=torch.long)
+        which = torch.zeros(len(rows), dtype=torch.long, device=rows.y.device)
+        return rows.y.new_zeros(1, 0), which
     return torch.unique(rows.context, dim=0, return_inverse=True)
+
+
+def _of_rows(part: Tensor, which: Tensor) -> Tensor:
+    """Return what the set of each row has, of ``(G, ...)``; where there is one, to broadcast."""
+    return part if len(part) == 1 else part[which]
 
 
 def _pushed(flow: InterpolantDistribution, rows: Measurements, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -356,7 +360,7 @@ def object_posteriors(
     with seeded(seed), evaluated(distribution.transform.flow):
         first = None if rows.context is None else rows.context[0]
         rows.check(distribution.given(first).sample((3,)))
-        for part in chunks(len(rows), max(draws, _STARTS)):
+        for part in chunks(distribution, len(rows), max(draws, _STARTS)):
             few = rows.take(part)
             half = draws // 2
             drawn = draw_latents(
@@ -396,9 +400,10 @@ def of_population(
     return dataclasses.replace(rows.to(flow.loc), context=c)
 
 
-def chunks(count: int, each: int) -> tuple[Tensor, ...]:
-    """Return the indices of ``count`` rows in parts, each row with so many values."""
-    return torch.arange(count).split(max(1, _VALUES_AT_ONCE // each))
+def chunks(distribution: AnyDistribution, count: int, draws: int) -> tuple[Tensor, ...]:
+    """Return the indices of ``count`` rows in parts, for so many draws of each row."""
+    each = draws * distribution.transform.flow.event_dim
+    return torch.arange(count).split(max(1, _NUMBERS_AT_ONCE // each))
 
 
 def given(distribution: AnyDistribution, context: Tensor | None) -> InterpolantDistribution:
