@@ -132,12 +132,13 @@ def draw_latents(
             own: they have no weight.
     """
     contexts, which = _sets(rows)
-    share = min(1.0, max(1.0, len(rows) / _ROWS_PER_SET) / len(contexts))
+    count = 1 if contexts is None else len(contexts)
+    share = min(1.0, max(1.0, len(rows) / _ROWS_PER_SET) / count)
     shared = max(own, int(share * shared))
     loc = distribution.transform.flow.loc
     most = max(shared, int(share * _STARTS))
-    z = torch.randn(len(contexts), most, len(loc), dtype=loc.dtype, device=loc.device)
-    sets = given(distribution, None if rows.context is None else contexts)
+    z = torch.randn(count, most, len(loc), dtype=loc.dtype, device=loc.device)
+    sets = given(distribution, contexts)
     u = sets.transform(z)
     likelihood = rows.log_likelihood(_of_rows(sets.from_flow(u)[0], which))
     effective = 1 / likelihood[:, :shared].softmax(-1).square().sum(-1)
@@ -164,11 +165,10 @@ def draw_latents(
     return Draws(u[:, :shared], which, own_u, log_weights)
 
 
-def _sets(rows: Measurements) -> tuple[Tensor, Tensor]:
-    """Return the contexts that rows have, each once, and which each row has; one set of none."""
+def _sets(rows: Measurements) -> tuple[Tensor | None, Tensor]:
+    """Return the contexts that rows have, each once, or None, and the set of each row."""
     if rows.context is None:
-        which = torch.zeros(len(rows), dtype=torch.long, device=rows.y.device)
-        return rows.y.new_zeros(1, 0), which
+        return None, torch.zeros(len(rows), dtype=torch.long, device=rows.y.device)
     return torch.unique(rows.context, dim=0, return_inverse=True)
 
 

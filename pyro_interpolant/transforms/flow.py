@@ -420,19 +420,19 @@ class _Blocks:
         self.order = sorted(range(len(batch)), key=lambda i: own[i] == 1)
         self.sizes = [batch[i] for i in self.order]
         moved = states.permute(0, *(i + 1 for i in self.order), -1)
-        self.many = math.prod(own)
-        shape = self.many, math.prod(batch) // max(1, self.many)
+        many = math.prod(own)
+        shape = many, math.prod(batch) // max(1, many)
         self.rows = moved.reshape(len(states), *shape, states.shape[-1])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Path]]:
         """Yield states, shape ``(T, b, r, D)``, and their path, with contexts ``(b, 1, C)``."""
         each = max(1, min(self.rows.shape[2], self.size))
-        blocks = self.rows.split(max(1, self.size // each), dim=1)
-        c = self.path.context
+        count, c = max(1, self.size // each), self.path.context
+        blocks = self.rows.split(count, dim=1)
         contexts: Iterable[Tensor | None] = repeat(None)
         if c is not None:  # one of all rows as a vector, which a network adds in one call
-            flat = c.reshape(self.many, 1, -1)
-            contexts = flat.split(len(blocks[0][0])) if self.many > 1 else [flat[0, 0]]
+            flat = c.reshape(self.rows.shape[1], 1, c.shape[-1])
+            contexts = [flat[0, 0]] if len(flat) == 1 else flat.split(count)
         for block, context in zip(blocks, contexts, strict=False):
             path = dataclasses.replace(self.path, context=context)
             for part in block.split(each, dim=2):

@@ -36,16 +36,17 @@ pytestmark = pytest.mark.usefixtures("_narrow_networks")
 def gaussian(loc=LOC, root=ROOT, *, given=False):
     """Return the flow that is N(loc, root root^T) exactly, given any number: its velocity is 0."""
     solver = pi.FixedGrid(steps=1)
-    flow = interpolant_transform(2, (8, 8), solver=solver)
     if given:
-        flow = pi.conditional_interpolant_transform(2, 1, (8, 8), solver=solver)
-    flow = flow.to(loc)
+        flow = pi.conditional_interpolant_transform(2, 1, (8, 8), solver=solver).to(loc)
+        found = pi.ConditionalInterpolantDistribution(flow)
+    else:
+        flow = interpolant_transform(2, (8, 8), solver=solver).to(loc)
+        found = InterpolantDistribution(flow)
     with torch.no_grad():
         for p in flow.parameters():
             p.zero_()
     flow.flow.whitening.set(loc, root)
-    kind = pi.ConditionalInterpolantDistribution if given else InterpolantDistribution
-    return kind(flow).freeze()
+    return found.freeze()
 
 
 def catalogue(count, *, least=0.1, missing=0.2):
