@@ -192,8 +192,7 @@ class ExpectationMaximization:
         self.regression = FlowRegression(
             distribution, [], most=min(_MOST_POOLS, passes), ema=_DECAY
         )
-        with self.regression.threads.in_use():
-            self.last, self.first = self._latents(), self._held_out()
+        self.last, self.first = self._latents(), self._held_out()
         self.regression.pools.append(self.last)
         self.looks = 0
         self.best = float(self.first.mean())
@@ -208,7 +207,7 @@ class ExpectationMaximization:
         """Regress the flow on latents, and draw some anew."""
         left = self.steps - self.regression.descent.steps
         self.regression(int(min(_ROUND_STEPS, left)), self._rate, seconds=math.inf)
-        with self.regression.average.applied(), self.regression.threads.in_use():
+        with self.regression.average.applied():
             self.distribution.clear_cache()
             self.last = self._latents()
             if int(self.done() * _LOOKS) > self.looks:
@@ -322,8 +321,7 @@ def learn(
                     run.regression.use(run.best_weights)
         spent = clock.spent()
         distribution.freeze()
-        with run.regression.threads.in_use():
-            _finish(run, spent, progress=progress)
+        _finish(run, spent, progress=progress)
 
 
 def _evidence(run: ExpectationMaximization) -> tuple[Tensor, Tensor, float]:

@@ -28,6 +28,7 @@ from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.joint import NamedSites, names_in_frames
 from ..distributions.rows import contexts_of_rows
 from ..distributions.supports import support_of
+from ..solvers.parallel import one_thread_each
 from .noise import Measurements, Noise, measurements
 
 _NUMBERS_AT_ONCE = 2**24  # of the draws of a chunk of rows
@@ -307,6 +308,7 @@ class ObjectPosteriors(NamedTuple):
         return torch.stack(chosen)
 
 
+@one_thread_each()
 @torch.no_grad()
 def object_posteriors(
     distribution: AnyDistribution,

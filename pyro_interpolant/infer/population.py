@@ -29,6 +29,7 @@ from ..distributions.constraints import Constraint, shaped
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.rows import as_tensor, checked_rows, contexts_of_rows, in_order, names_of
 from ..distributions.supports import BijectiveSupport, CircularSupport, support_of
+from ..solvers.parallel import one_thread_each
 from ..training.building import context_names, contexts_for, from_samples
 from ..training.clock import Clock
 from ..training.names import Names
@@ -45,6 +46,7 @@ _FEWEST_ROWS = 50  # to start from
 _START_DRAWS = 20_000  # of posterior draws, to start from, where there are as many
 
 
+@one_thread_each()
 @with_gradients()
 def from_noisy_samples(
     y: ArrayLike,
@@ -137,6 +139,7 @@ def from_noisy_samples(
     return distribution
 
 
+@one_thread_each()
 @with_gradients()
 def from_posterior_samples(
     draws: ArrayLike,

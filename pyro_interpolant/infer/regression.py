@@ -9,10 +9,11 @@ from torch import Tensor
 from ..distributions.bases import WhitenedBase
 from ..distributions.interpolant import AnyDistribution
 from ..interpolants.couplings import independent
+from ..solvers.parallel import threads_restored
 from ..training.objective import Objective
 from ..training.optimization import Descent, assign
 from ..training.rows import Rows
-from ..training.threads import Threads, threads_restored
+from ..training.threads import Threads
 from .schedule import clocked
 
 _BATCH_ROWS = 512  # in a regression step

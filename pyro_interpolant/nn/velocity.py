@@ -45,6 +45,7 @@ from .._package import check_ranges
 from .._torch import is_functional, is_tracing
 from .record import Record
 
+_OWN_AND_TORCHS = (__name__.partition(".")[0] + ".", "torch.nn.modules.")
 _ROWS_AT_ONCE = 512  # of networks without a method rows_at_once
 _SHARED_CONTEXTS = 64  # of rows, up to which what depends on them is kept for all times
 
@@ -226,6 +227,18 @@ def rows_at_once(velocity: nn.Module) -> int:
     """Return the number of rows for which one call is fastest, without gradients."""
     own = getattr(velocity, "rows_at_once", None)
     return _ROWS_AT_ONCE if own is None else own()
+
+
+def keeps_nothing(velocity: nn.Module) -> bool:
+    """Return whether a network is known to keep nothing of a call, and to draw nothing.
+
+    The package's and torch's own layers do not in evaluation; a network of one's own may.
+    """
+    return all(
+        type(module).__module__.startswith(_OWN_AND_TORCHS)
+        and not (module.training or is_hooked(module))
+        for module in velocity.modules()
+    )
 
 
 def time_exponent(velocity: nn.Module) -> float:

@@ -18,6 +18,7 @@ from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantD
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
 from ..solvers.ode import FixedGrid, Solver
+from ..solvers.parallel import threads_restored
 from ..transforms.flow import Flow
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .agreement import warn_if_draws_differ
@@ -34,7 +35,6 @@ from .preparation import noise_network, prepare_flow, start_from
 from .reporting import HeldOutDensity, attempted, tell
 from .rows import Rows
 from .streaming import Stream, is_stream
-from .threads import threads_restored
 from .whitening import wild_rows
 
 if TYPE_CHECKING:

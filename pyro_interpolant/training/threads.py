@@ -6,12 +6,12 @@ threads gain more or less, by the sizes of the operations. So neither these size
 cores tell which is faster: the clock does, and again while a run goes on.
 """
 
-import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator
 
 import torch
+
+from ..solvers.parallel import threads_at_once
 
 _TRIAL_STEPS = 4  # that a trial of the other number of threads takes
 _TRIAL_SHARE = 0.02  # of the time, that trials may lose
@@ -32,12 +32,11 @@ class Threads:
 
     def __init__(self, *, choose: bool) -> None:
         choose = choose and threading.current_thread() is threading.main_thread()
-        self.used = torch.get_num_threads()
+        self.used = threads_at_once() if choose else torch.get_num_threads()
         self.other = 1 if choose else self.used
         self.recent = deque[float](maxlen=_TRIAL_STEPS)  # seconds of steps on the number in use
         self.tried: list[float] | None = None  # of those on the other, in a trial
         self.until = 0.0  # seconds until the next trial
-        self.has_begun = False  # whether steps have shown which number is fast
 
     def settle(self) -> None:
         """Set the number that is in use, and end a trial."""
@@ -45,23 +44,10 @@ class Threads:
             self.tried = None
             torch.set_num_threads(self.used)
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Run what is between steps, such as solves, on as many threads as these; at first on one.
-
-        Steps are short, so that trials cost little; a solve beside busy processes may take a
-        hundred times as long on all threads as on one.
-        """
-        with threads_restored():
-            if self.used != self.other:
-                torch.set_num_threads(self.used if self.has_begun else 1)
-            yield
-
     def took(self, seconds: float) -> None:
         """Take note of a step's time, and set the number of threads of the next."""
         if self.used == self.other:
             return
-        self.has_begun = True
         if self.tried is None:
             self.recent.append(seconds)
             self.until -= seconds
@@ -79,14 +65,3 @@ class Threads:
             self.recent.clear()  # so that a trial of the other follows as many steps as it takes
             self.until = 0.0
             self.settle()
-
-
-@contextlib.contextmanager
-def threads_restored() -> Iterator[None]:
-    """Leave torch's number of threads as it was before."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)

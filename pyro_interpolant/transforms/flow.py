@@ -36,13 +36,16 @@ from ..nn.velocity import (
     StateFunction,
     check_velocity,
     evaluate,
+    exact_divergence,
     field,
+    image_shape,
     images_at_once,
+    keeps_nothing,
     record,
     rows_at_once,
     size_of,
 )
-from ..solvers.divergence import Divergence
+from ..solvers.divergence import Divergence, ExactDivergence
 from ..solvers.ode import (
     Adaptive,
     FixedGrid,
@@ -51,6 +54,7 @@ from ..solvers.ode import (
     random_nodes,
     through_nodes,
 )
+from ..solvers.parallel import side_by_side, threads_at_once
 from ..solvers.recorded import recorded_solve, stage_times
 from .whitening import DenseWhitening, Whitening
 
@@ -323,16 +327,21 @@ class Flow(nn.Module):
             return self.whitening.log_det + torch.tensordot(weights, together, dims=1)
         # In pieces that stay in the processor's cache.
         size = rows_at_once(self.velocity)
-        blocks, totals = _Blocks(states, path, size), []
-        with watching_the_first() as watched:
-            for part, own_path in blocks:
-                nodes = max(1, size // max(1, part[0, ..., 0].numel()))
-                total = self.whitening.log_det
-                rates = self._rates(times, nodes, own_path)
-                for s, rate, w in zip(part.split(nodes), rates, weights.split(nodes), strict=True):
+
+        def total(part: Tensor, own_path: Path) -> Tensor:
+            part = part.contiguous()
+            nodes = max(1, size // max(1, part[0, ..., 0].numel()))
+            total = self.whitening.log_det
+            rates = self._rates(times, nodes, own_path)
+            pieces = zip(part.split(nodes), rates, weights.split(nodes), strict=True)
+            with watching_the_first() as watched:
+                for s, rate, w in pieces:
                     total = total + torch.tensordot(w, watched(rate)(s), dims=1)
-                totals.append(total[None])
-        return blocks.joined(totals)[0]
+            return total[None]
+
+        threads = self._blocks_at_once(states[0], path)
+        blocks = _Blocks(states, path, size, threads)
+        return blocks.joined(side_by_side(total, blocks, threads=threads))[0]
 
     def trajectory(
         self, white: Tensor, path: Path, *, forward: bool, density: bool
@@ -362,13 +371,38 @@ class Flow(nn.Module):
         if rows <= at_once or self._needs_graph(white, path):
             return self.integrate(white, path, forward=forward), None
         keep = rows * row_bytes <= _MAX_KEPT_BYTES
-        blocks, states, log_dets = _Blocks(white[None], path, at_once), [], []
-        for part, own_path in blocks:
-            chunk = self.integrate(part[0], own_path, forward=forward)
-            if density and not keep:
-                log_dets.append(self.log_det(chunk, own_path)[None])
-            states.append(chunk if keep else chunk[[0, -1]])
-        return blocks.joined(states), blocks.joined(log_dets)[0] if log_dets else None
+
+        def solved(part: Tensor, own_path: Path) -> tuple[Tensor, Tensor | None]:
+            chunk = self.integrate(part[0].contiguous(), own_path, forward=forward)
+            if keep:
+                return chunk, None
+            log_det = self.log_det(chunk, own_path)[None] if density else None
+            return chunk[[0, -1]], log_det
+
+        threads = self._blocks_at_once(white, path)
+        blocks = _Blocks(white[None], path, at_once, threads)
+        states, log_dets = zip(*side_by_side(solved, blocks, threads=threads), strict=True)
+        has_density = density and not keep
+        return blocks.joined(states), blocks.joined(log_dets)[0] if has_density else None
+
+    def _blocks_at_once(self, white: Tensor, path: Path) -> int:
+        """Return how many blocks of states, ``(*, D)``, are best computed side by side.
+
+        One where few rows make short operations, between which threads of Python wait for one
+        another; where layers of images are large enough for torch's threads; and where forward
+        mode lets one thread be at a time.
+        """
+        is_apart = (
+            white.is_cpu
+            and white.numel() > ROWS_PER_SOLVE * self.event_dim
+            and isinstance(path.divergence, ExactDivergence)
+            and exact_divergence(self.velocity) is not None
+            and image_shape(self.velocity) is None
+            and keeps_nothing(self.velocity)
+            and getattr(type(path.solver), "solve", None) is FixedGrid.solve
+            and not (is_transformed() or torch.is_autocast_enabled("cpu"))
+        )
+        return threads_at_once() if is_apart else 1
 
     def _rate(self, t: Tensor, path: Path) -> StateFunction:
         """Return the rate of the log-determinant at times t as a function of the states."""
@@ -408,11 +442,13 @@ class _Blocks:
     Args:
         states: States, shape ``(T, *, D)``.
         path: Their path; its context, shape ``(*, C)``, broadcasts with theirs.
-        size: The most rows in a block.
+        most: The most rows in a block.
+        at_once: How many blocks are computed at once; there are at least as many.
     """
 
-    def __init__(self, states: Tensor, path: Path, size: int) -> None:
-        self.path, self.size = path, size
+    def __init__(self, states: Tensor, path: Path, most: int, at_once: int) -> None:
+        self.path, rows = path, states[0, ..., 0].numel()
+        self.size = max(1, min(most, math.ceil(rows / at_once)))
         batch, c = states.shape[1:-1], path.context
         own = () if c is None else tuple(c.shape[:-1])
         own = (1,) * (len(batch) - len(own)) + own
@@ -436,7 +472,7 @@ class _Blocks:
         for block, context in zip(blocks, contexts, strict=False):
             path = dataclasses.replace(self.path, context=context)
             for part in block.split(each, dim=2):
-                yield part.contiguous(), path
+                yield part, path
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Return what was computed of all blocks, each ``(T, b, r, ...)``, as ``(T, *, ...)``."""

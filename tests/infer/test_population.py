@@ -22,7 +22,7 @@ from pyro_interpolant.infer.expectation_maximization import NoisyRows, Posterior
 from pyro_interpolant.infer.latents import draw_latents, local_proposal, of_population
 from pyro_interpolant.infer.noise import measurements
 from pyro_interpolant.infer.population import _start_rows
-from pyro_interpolant.training.threads import Threads
+from pyro_interpolant.solvers.parallel import threads_at_once
 
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
 ROOT = torch.tensor([[1.0, 0.0], [0.8, 0.5]], dtype=torch.float64)
@@ -709,23 +709,21 @@ def test_the_same_seed_learns_the_same_population():
 
 
 @pytest.mark.usefixtures("_small_runs")
-def test_latents_are_drawn_on_as_many_threads_as_steps_take(monkeypatch):
-    """Not on all from the start: beside busy processes these may take a hundred times as long."""
+def test_latents_are_drawn_on_one_thread_but_for_solves(monkeypatch):
+    """Operations on all threads may take a hundred times as long beside busy processes."""
     seen = []
 
     def latents(catalogue, *given):
-        seen.append(torch.get_num_threads())
+        seen.append((torch.get_num_threads(), threads_at_once()))
         return plain(catalogue, *given)
 
     plain = NoisyRows.latents
     monkeypatch.setattr(NoisyRows, "latents", latents)
     monkeypatch.setattr(expectation_maximization, "_ROUND_STEPS", 10)
-    taken = {"used": 3, "has_begun": True}
-    monkeypatch.setattr(Threads, "took", lambda threads, seconds: vars(threads).update(taken))
     torch.set_num_threads(2)
     _, y, sds = catalogue(300)
     from_noisy_samples(y, sds, **QUICK | {"steps": 20})
-    assert seen == [1, 3, 3]
+    assert seen == [(1, 2)] * 3
     assert torch.get_num_threads() == 2
 
 

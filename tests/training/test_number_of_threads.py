@@ -7,6 +7,7 @@ import torch
 
 from pyro_interpolant import InterpolantDistribution, fit, interpolant_transform
 from pyro_interpolant.infer import regression
+from pyro_interpolant.solvers.parallel import one_thread_each
 from pyro_interpolant.training import loop
 from pyro_interpolant.training.rows import Rows
 from pyro_interpolant.training.threads import Threads
@@ -59,24 +60,11 @@ def test_there_is_no_choice_beside_other_threads_or_processes():
     assert seen == [ALL]
 
 
-def test_what_is_between_steps_takes_one_thread_until_steps_have_shown_how_many_are_fast():
-    threads, seen = Threads(choose=True), []
-
-    def note(threads):
-        with threads.in_use():
-            seen.append(torch.get_num_threads())
-
-    note(threads)
-    threads.took(1.0)
-    note(threads)
-    taken({1: 1.0, ALL: 6.0}, 100, threads)
-    note(threads)
-    assert seen == [1, ALL, 1]
-    torch.set_num_threads(ALL)
-    other = threading.Thread(target=lambda: note(Threads(choose=True)))  # which shares the number
-    other.start()
-    other.join()
-    assert seen[-1] == ALL
+def test_steps_within_work_on_one_thread_may_take_all():
+    with one_thread_each():
+        threads = Threads(choose=True)
+        taken({1: 1.0, ALL: 0.5}, 40, threads)
+        assert threads.used == ALL
 
 
 def counted(monkeypatch, module):
