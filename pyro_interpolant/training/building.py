@@ -34,6 +34,7 @@ from ..interpolants.couplings import optimal_transport
 from ..interpolants.linear import Interpolant, Linear
 from ..nn.unet import UNet
 from ..solvers.divergence import HutchinsonDivergence
+from ..solvers.parallel import one_thread_each
 from ..transforms.gaussianize import Gaussianized, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from ..transforms.whitening import ScalarWhitening
@@ -59,6 +60,7 @@ from .streaming import first_rows, is_stream
 from .whitening import whitening_map
 
 
+@one_thread_each()
 @with_gradients()
 def from_samples(
     x: DataLike,

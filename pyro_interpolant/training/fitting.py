@@ -18,7 +18,7 @@ from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantD
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
 from ..solvers.ode import FixedGrid, Solver
-from ..solvers.parallel import threads_restored
+from ..solvers.parallel import one_thread_each
 from ..transforms.flow import Flow
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .agreement import warn_if_draws_differ
@@ -81,7 +81,7 @@ class FitResult(NamedTuple):
 
 
 @with_gradients()
-@threads_restored()
+@one_thread_each()
 def fit(
     distribution: AnyDistribution,
     data: DataLike,

@@ -20,10 +20,11 @@ _TRIAL_SHARE = 0.02  # of the time, that trials may lose
 class Threads:
     """Sets torch's number of threads to one or to all, by how long steps take on each.
 
-    It begins with all. The other number is tried for four steps, or until these have taken longer
-    than the last four did, and is kept if they have not. The number that has lost its place is
-    tried again at once, for a single step may have taken long by accident; otherwise the next
-    trial follows when the time that this one lost is a fiftieth of that since.
+    It begins with a step on one, for beside busy processes one on all may take a hundred times as
+    long. The other number is then tried for one step, later for four, or until these have taken
+    longer than as many on this one did, and is kept if they have not. The number that has lost its
+    place is tried again at once, for a single step may have taken long by accident; otherwise the
+    next trial follows when the time that this one lost is a fiftieth of that since.
 
     Args:
         choose: Whether there is a choice: not where steps run on a GPU, or several processes take
@@ -31,17 +32,18 @@ class Threads:
     """
 
     def __init__(self, *, choose: bool) -> None:
-        choose = choose and threading.current_thread() is threading.main_thread()
-        self.used = threads_at_once() if choose else torch.get_num_threads()
-        self.other = 1 if choose else self.used
+        self.is_main = threading.current_thread() is threading.main_thread()
+        self.other = threads_at_once() if self.is_main else torch.get_num_threads()
+        self.used = 1 if choose and self.is_main else self.other
+        self.trial_steps = 1
         self.recent = deque[float](maxlen=_TRIAL_STEPS)  # seconds of steps on the number in use
         self.tried: list[float] | None = None  # of those on the other, in a trial
         self.until = 0.0  # seconds until the next trial
 
     def settle(self) -> None:
         """Set the number that is in use, and end a trial."""
-        if self.used != self.other:
-            self.tried = None
+        self.tried = None
+        if self.is_main:
             torch.set_num_threads(self.used)
 
     def took(self, seconds: float) -> None:
@@ -51,17 +53,20 @@ class Threads:
         if self.tried is None:
             self.recent.append(seconds)
             self.until -= seconds
-            if self.until <= 0 and len(self.recent) == _TRIAL_STEPS:
+            if self.until <= 0 and len(self.recent) >= self.trial_steps:
                 self.tried = []
                 torch.set_num_threads(self.other)
             return
         self.tried.append(seconds)
-        usual, spent = sum(self.recent), sum(self.tried)
+        count = self.trial_steps
+        usual, spent = sum(list(self.recent)[-count:]), sum(self.tried)
         if spent >= usual:
-            self.until = (spent - usual * len(self.tried) / _TRIAL_STEPS) / _TRIAL_SHARE
-            self.settle()
-        elif len(self.tried) == _TRIAL_STEPS:
+            self.until = (spent - usual * len(self.tried) / count) / _TRIAL_SHARE
+        elif len(self.tried) == count:
             self.used, self.other = self.other, self.used
             self.recent.clear()  # so that a trial of the other follows as many steps as it takes
             self.until = 0.0
-            self.settle()
+        else:
+            return
+        self.trial_steps = _TRIAL_STEPS
+        self.settle()

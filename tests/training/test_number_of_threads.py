@@ -24,6 +24,7 @@ def _all_threads():
 def taken(seconds, steps, threads=None, pause=()):
     """Return the time of steps, whose seconds on one and on all threads are given, less pauses."""
     threads, total = threads or Threads(choose=True), 0.0
+    threads.settle()
     for i in range(steps):
         spent = seconds[torch.get_num_threads()]
         threads.took(spent + 30 * (i in pause))
@@ -37,8 +38,12 @@ def test_no_slower_by_a_tenth_than_the_better(of_all, pause):
     assert taken({1: 1.0, ALL: of_all}, 2000, pause=pause) < 1.1 * 2000 * min(1.0, of_all)
 
 
-def test_a_few_long_steps_are_not_spent_on_one_thread():
-    assert taken({1: 20.0, ALL: 1.0}, 20) <= 20 + 20
+def test_two_of_a_few_long_steps_are_spent_on_one_thread():
+    assert taken({1: 20.0, ALL: 1.0}, 20) == 2 * 20 + 18
+
+
+def test_one_of_the_first_steps_is_spent_on_all_threads_of_a_busy_machine():
+    assert taken({1: 1.0, ALL: 300.0}, 100) == 300 + 99
 
 
 def test_a_busy_machine_and_one_that_is_idle_again_are_noticed():
@@ -91,7 +96,7 @@ def test_fit_leaves_the_number_of_threads_as_it_was(fails, monkeypatch):
     options = {"steps": 40, "seed": 0, "progress": False, "tolerance": 1.0}
     with pytest.raises(KeyError) if fails else torch.no_grad():
         fit(flow, torch.randn(100, 2), callback=callback, **options)
-    assert seen[:18] == [ALL] * 4 + [1] * 8 + [ALL] + [1] * 5
+    assert seen[:18] == [1] + [ALL] + [1] * 16
     assert torch.get_num_threads() == ALL
 
 
@@ -99,9 +104,7 @@ def test_the_regression_of_rounds_does_too(monkeypatch):
     seen = counted(monkeypatch, regression)
     flow = InterpolantDistribution(interpolant_transform(2, (8,)))
     fitted = regression.FlowRegression(flow, [Rows(torch.randn(50, 2), None)])
-    for number in (ALL, 1):
-        fitted(10, lambda: 1e-3, seconds=60.0)
-        assert fitted.threads.used == 1
-        assert torch.get_num_threads() == ALL
-        assert seen[0] == number
-        seen.clear()
+    fitted(10, lambda: 1e-3, seconds=60.0)
+    assert fitted.threads.used == 1
+    assert torch.get_num_threads() == ALL
+    assert seen == [1, ALL] + [1] * 8
