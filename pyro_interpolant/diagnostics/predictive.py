@@ -303,7 +303,8 @@ def _packed(distribution: AnyDistribution, x: RowsLike) -> ArrayLike:
 
     Of named draws they are packed vectors.
     """
-    x = rows_by_name(distribution, x, distribution.columns, "x")
+    sites = distribution.sites if isinstance(distribution, NamedSites) else None
+    x = rows_by_name(x, distribution.columns, sites, "x")
     if not isinstance(distribution, NamedSites):
         if isinstance(x, Mapping):
             raise TypeError("expected rows: this distribution has no named sites")

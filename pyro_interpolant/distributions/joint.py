@@ -309,15 +309,16 @@ def unpack(sites: Sites, packed: Tensor) -> dict[str, Tensor]:
 
 
 def rows_by_name(
-    distribution: AnyDistribution, x: RowsLike, names: Sequence[str], name: str = "data"
+    x: RowsLike, names: Sequence[str], sites: Sites | None = None, name: str = "data"
 ) -> RowsLike:
     """Return rows or named draws as they are, but the columns of a data frame by their names.
 
     Args:
-        distribution: What they are rows of. The columns of named sites are values on their
-            supports, called ``mu``, or ``mu[0]``, ``mu[1]``, ... of a site of several numbers.
         x: Rows, shape ``(N, *event_shape)``, a data frame, or named draws.
         names: The names of the columns of rows in their order, or none; sites have their own.
+        sites: The sites that x is draws of, if it is. The columns of a data frame are values on
+            their supports, called ``mu``, or ``mu[0]``, ``mu[1]``, ... of a site of several
+            numbers.
         name: What to call x in messages.
 
     Returns:
@@ -331,13 +332,13 @@ def rows_by_name(
     if isinstance(x, Mapping):
         return x
     rows, found = named_columns(x, name)
-    if not found or not isinstance(distribution, NamedSites):
+    if not found or sites is None:
         return in_order(rows, found, names, name)
-    sizes = [shape.numel() for shape, _ in distribution.sites.values()]
-    parts = in_order(rows, found, names_in_frames(distribution), name).split(sizes, 1)
+    sizes = {site: shape.numel() for site, (shape, _) in sites.items()}
+    parts = in_order(rows, found, flat_names(sizes), name).split(list(sizes.values()), 1)
     return {
         site: part.reshape(len(part), *shape)
-        for (site, (shape, _)), part in zip(distribution.sites.items(), parts, strict=True)
+        for (site, (shape, _)), part in zip(sites.items(), parts, strict=True)
     }
 
 

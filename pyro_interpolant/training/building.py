@@ -148,7 +148,7 @@ def from_samples(
         columns = names_of(rows)  # of a frame, by which those of the batches to come are taken
     else:
         columns = names_of(x)
-        pairs = Names(columns, ()).at_base(fit_options.get("pairs"), "pairs")
+        pairs = Names(columns).at_base(fit_options.get("pairs"), "pairs")
         given = fit_options.get("weights"), x, pairs, context
         rows, pairs, context, mask, weights = drop_zero_weights(*given, mask_of(validation))
         validation = validation if mask is None else mask

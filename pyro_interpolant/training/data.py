@@ -121,7 +121,7 @@ class Table:
                 "expected flip=False beside pairs, whose partners belong to images as they are"
             )
         self.names = Names.for_training(distribution, data, context, anew=anew)
-        data, context = self.names.ordered(distribution, data, context)
+        data, context = self.names.ordered(data, context)
         given = weights, data, context, self.names.at_base(pairs, "pairs"), mask_of(validation)
         data, context, pairs, mask, weights = drop_zero_weights(*given)
         found = rows_of(distribution, data, context)
@@ -424,7 +424,7 @@ def held_out_rows(distribution: AnyDistribution, validation: HeldOut, names: Nam
         names: Those of the columns of the data beside it, by which data frames' are taken.
     """
     given: Any = validation if isinstance(validation, tuple) else (validation,)
-    return rows_of(distribution, *names.ordered(distribution, *given, name="validation"))
+    return rows_of(distribution, *names.ordered(*given, name="validation"))
 
 
 def _with_given(rows: Rows, held: Rows) -> Rows:

@@ -6,7 +6,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..distributions.interpolant import AnyDistribution
-from ..distributions.joint import NamedSites, rows_by_name
+from ..distributions.joint import NamedSites, Sites, rows_by_name
 from ..distributions.rows import columns_in_order, names_of
 
 
@@ -16,10 +16,18 @@ class Names(NamedTuple):
     Attributes:
         rows: Those of rows, or nothing; of named sites, which have names of their own, nothing.
         contexts: Those of contexts, or nothing.
+        sites: These sites, or None where rows have none.
     """
 
-    rows: tuple[str, ...]
-    contexts: tuple[str, ...]
+    rows: tuple[str, ...] = ()
+    contexts: tuple[str, ...] = ()
+    sites: Sites | None = None
+
+    @classmethod
+    def of(cls, distribution: AnyDistribution) -> "Names":
+        """Return the names that a distribution has."""
+        sites = distribution.sites if isinstance(distribution, NamedSites) else None
+        return cls(distribution.columns, distribution.context_columns, sites)
 
     @classmethod
     def for_training(
@@ -34,38 +42,28 @@ class Names(NamedTuple):
             anew: Whether a new map is set from the data, so that the names of theirs go first, and
                 those that an earlier run has left are forgotten.
         """
-        rows = () if isinstance(distribution, NamedSites) else names_of(data)
-        found = cls(rows, names_of(context))
-        if anew and distribution.report is not None:
-            return found
-        pairs = zip(found, (distribution.columns, distribution.context_columns), strict=True)
-        return cls(*(new or known if anew else known or new for new, known in pairs))
+        known = cls.of(distribution)
+        if not anew:
+            return known.filled(data, context)
+        new = cls(sites=known.sites).filled(data, context)
+        if distribution.report is not None:
+            return new
+        return cls(new.rows or known.rows, new.contexts or known.contexts, known.sites)
 
-    def filled(
-        self, distribution: AnyDistribution, rows: object, context: object = None
-    ) -> "Names":
-        """Return these names, and those of data frames where there were none yet.
-
-        Args:
-            distribution: What is trained.
-            rows: Rows of any kind.
-            context: Their contexts, or None.
-        """
-        found = Names.for_training(distribution, rows, context, anew=True)
-        return Names(*(known or new for known, new in zip(self, found, strict=True)))
+    def filled(self, rows: object, context: object = None) -> "Names":
+        """Return these names, and those of data frames where there were none yet."""
+        new = names_of(rows) if self.sites is None else ()
+        return Names(self.rows or new, self.contexts or names_of(context), self.sites)
 
     def if_named(self, rows: object, context: object = None) -> "Names":
         """Return these names for rows, and for contexts, that have names; none for the others."""
-        found = names_of(rows), names_of(context)
-        return Names(*(known if any(own) else () for known, own in zip(self, found, strict=True)))
+        known = self.rows if names_of(rows) else (), self.contexts if names_of(context) else ()
+        return Names(*known, self.sites)
 
-    def ordered(
-        self, distribution: AnyDistribution, rows: Any, context: Any = None, *, name: str = "data"
-    ) -> tuple[Any, Any]:
+    def ordered(self, rows: Any, context: Any = None, *, name: str = "data") -> tuple[Any, Any]:
         """Return rows, and contexts or None, with the columns of data frames in this order.
 
         Args:
-            distribution: What is trained.
             rows: Rows, shape ``(N, *event_shape)``, a data frame, or named draws.
             context: Contexts, shape ``(N, C)``, a data frame of them, or None.
             name: What to call the rows in messages.
@@ -74,7 +72,7 @@ class Names(NamedTuple):
             TypeError: If they are no numbers.
             ValueError: If a data frame has columns of other names.
         """
-        rows = rows_by_name(distribution, rows, self.rows, name)
+        rows = rows_by_name(rows, self.rows, self.sites, name)
         if context is None:
             return rows, None
         return rows, columns_in_order(context, self.contexts, "context")

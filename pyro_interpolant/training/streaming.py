@@ -109,13 +109,13 @@ class Stream:
         self.distribution, self.iterable = distribution, data
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)
         self.share = validation if isinstance(validation, float) else None
-        self.names = Names(distribution.columns, distribution.context_columns)
+        self.names = Names.of(distribution)
         self.forgets = anew and distribution.report is not None  # names that the data have not
         self.weighted: bool | None = None  # whether batches have weights; not known before one
         self.given = None
         if not self.share:
             frames: Any = validation if isinstance(validation, tuple) else (validation,)
-            self.names = self.names.filled(distribution, *frames)
+            self.names = self.names.filled(*frames)
             self.given = held_out_rows(distribution, validation, self.names)
         self.checksum = None if self.given is None else checksum(self.given)
         self.like = distribution.transform.flow.loc
@@ -154,8 +154,8 @@ class Stream:
         weights = _part_of_weights(parts[self.parts]) if is_weighted else None
         if self.forgets:
             self.names, self.forgets = self.names.if_named(*parts[: self.parts]), False
-        self.names = self.names.filled(self.distribution, *parts[: self.parts])
-        data, context = self.names.ordered(self.distribution, *parts[: self.parts])
+        self.names = self.names.filled(*parts[: self.parts])
+        data, context = self.names.ordered(*parts[: self.parts])
         data, context, weights = drop_zero_weights(weights, data, context, part=True)
         if weights is not None and len(weights) == 0:
             none = self.like.new_zeros(0, len(self.like))

@@ -100,7 +100,7 @@ def test_named_sites_refuse_other_columns_and_keep_no_names():
         Table(joint, pd.DataFrame(joint.pack(draws).numpy()), None)
     with pytest.raises(ValueError, match="expected validation with the columns"):
         Table(joint, draws, frame.rename(columns={"mu": "m"}))
-    assert Table(joint, frame, None).names == ((), ())
+    assert Table(joint, frame, None).names == ((), (), joint.sites)
 
 
 @pytest.mark.slow
@@ -130,10 +130,10 @@ def test_names_of_an_earlier_run_stay_with_its_map_alone(anew):
     for report in (None, Report(1, 200.0, 1.0, 3, 3)):
         d.report = report
         names = (("y",), ("a", "b")) if report is None or not anew else ((), ())
-        assert Table(d, given[0], None, context=given[1], anew=anew).names == names
+        assert Table(d, given[0], None, context=given[1], anew=anew).names[:2] == names
         stream = Stream(d, [given], 0.1, anew=anew)
         stream.rows(given, 0)
-        assert stream.names == names
+        assert stream.names[:2] == names
 
 
 def test_a_flow_without_names_takes_those_of_the_data_and_orders_rows_held_out():
@@ -141,7 +141,7 @@ def test_a_flow_without_names_takes_those_of_the_data_and_orders_rows_held_out()
     d = latent_flow()
     table = Table(d, frame, swapped[:5], anew=False)
     assert torch.equal(table.rows.w[-5:], table.rows.w[:5])
-    assert table.names == (("a", "b"), ())
+    assert table.names == Names(("a", "b"))
 
 
 def test_frames_at_the_base_go_by_the_names_of_the_data(monkeypatch):
@@ -159,7 +159,7 @@ def test_frames_at_the_base_go_by_the_names_of_the_data(monkeypatch):
     assert torch.equal(d.base.rows, rows)
     with pytest.raises(ValueError, match=r"expected base_samples with the columns \['a', 'b'\]"):
         fit(d, frame, base_samples=frame.rename(columns={"a": "z"}), **QUICK)
-    of_a_simplex = Names(("a", "b", "c"), ()).at_base(swapped, "pairs")
+    of_a_simplex = Names(("a", "b", "c")).at_base(swapped, "pairs")
     assert torch.equal(of_a_simplex, rows.flip(1))
 
 
@@ -205,7 +205,7 @@ def test_contexts_of_a_frame_go_by_name_where_the_map_is_kept():
     for anew, weights in ((False, None), (False, mask)):
         table = Table(d, y[:, None], None, context=swapped, weights=weights, anew=anew)
         assert torch.equal(table.rows.context, expected if weights is None else expected[mask > 0])
-        assert table.names == ((), ("a", "b"))
+        assert table.names == Names((), ("a", "b"))
     batch = y[:, None], swapped
     assert torch.equal(Stream(d, [batch], batch).given.context, expected)
     assert torch.equal(Stream(d, [batch], 0.1).rows(batch, 0).context, expected)
