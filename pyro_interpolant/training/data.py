@@ -67,10 +67,7 @@ class Split(NamedTuple):
 
     def everything(self) -> Rows:
         """Return as many rows as are kept and held out: all of them, or drawn by weight."""
-        kept, held = self.kept, self.held
-        if kept.weight is not None and held.weight is None:  # beside a stream: the user's own
-            held = held._replace(weight=kept.weight.mean().expand(len(held.w)))
-        rows = Rows.joined((kept, held))
+        rows = self.kept.and_given(self.held)
         return rows if rows.weight is None else rows.repeated(len(rows.w))
 
 
@@ -139,10 +136,8 @@ class Table:
         found = found._replace(partner=pairs, weight=checked_weights(weights, count))
         self.share = validation if isinstance(validation, float) else None
         self.mask = None if mask is None else checked_mask(mask, count)
-        self.held: int
-        if self.mask is not None:
-            self.held = int(self.mask.sum())
-        elif self.share is not None:
+        self.held = 0  # how many, where no mask says which
+        if self.share is not None:
             self.held = rows_held(self.share, count)
             if self.has_images:
                 self.held = min(self.held, most_held(size))
@@ -151,13 +146,9 @@ class Table:
                     f"expected rows to train on besides {self.held} held out, got {count} in all, "
                     "of positive weight: get more data"
                 )
-        else:
-            own = None
-            if validation is not None:
-                own = held_out_rows(distribution, validation, self.names)
-            self.held = 0 if own is None else len(own.w)
-            if own is not None:
-                found = _with_given(found, own)
+        elif self.mask is None and validation is not None:
+            own = held_out_rows(distribution, validation, self.names)
+            self.held, found = len(own.w), _with_given(found, own)
         self.rows = found.to(self.like.device)
         self.checksum = checksum(self.rows)
 
@@ -431,12 +422,8 @@ def _with_given(rows: Rows, held: Rows) -> Rows:
     """Return rows with those held out behind them, each of the mean weight."""
     if rows.partner is not None:
         raise ValueError("expected a share for validation beside pairs, got rows")
-    weight = rows.weight
-    if weight is not None:
-        weight = torch.cat((weight, weight.new_full((len(held.w),), float(weight.mean()))))
     check_same_scale(held, rows)
-    held = Rows(held.w.to(rows.w), held.context)
-    return Rows.joined([rows._replace(weight=None), held])._replace(weight=weight)
+    return rows.and_given(held._replace(w=held.w.to(rows.w)))
 
 
 def check_same_scale(held: Rows, rows: Rows) -> None:

@@ -56,6 +56,12 @@ class Rows(NamedTuple):
         rows = torch.cat([part.w for part in parts])
         return cls(rows, joined("context"), joined("partner"), joined("weight"))
 
+    def and_given(self, others: "Rows") -> "Rows":
+        """Return these rows and others behind them, of their mean weight where they have none."""
+        if self.weight is not None and others.weight is None:
+            others = others._replace(weight=self.weight.mean().expand(len(others.w)))
+        return Rows.joined((self, others))
+
     def split(self, count: int, *, shuffle: bool, copies: bool = False) -> tuple["Rows", "Rows"]:
         """Return ``count`` rows, the last or any, and the others, as :meth:`order` has them."""
         order, count = self.order(count, shuffle=shuffle, copies=copies)
