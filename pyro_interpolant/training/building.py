@@ -211,7 +211,7 @@ def _unnamed(
     if event_shape is None and are_images(rows):
         event_shape = tuple(rows.shape[1:])
     constraint = shaped(support, event_shape)
-    if are_levels(rows, len(event_shape or ())):
+    if are_levels(rows, event_shape or ()):
         return constraint, {}, as_tensor(rows)
     if event_shape is None:
         any_size = (None,) * support_of(constraint).event_constraint().event_dim

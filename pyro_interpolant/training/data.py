@@ -23,7 +23,7 @@ from .image_rows import (
     are_levels,
     checked_levels,
     flips,
-    has_images,
+    is_image,
     most_held,
 )
 from .names import Names
@@ -112,7 +112,8 @@ class Table:
         flip: bool = False,
         anew: bool = True,
     ) -> None:
-        self.flipped = flips(distribution, flip=flip)
+        shape, self.like = distribution.row_shape, distribution.transform.flow.loc
+        self.flipped = flips(shape, len(self.like), flip=flip)
         if flip and pairs is not None:
             raise ValueError(
                 "expected flip=False beside pairs, whose partners belong to images as they are"
@@ -125,7 +126,7 @@ class Table:
         if found.context is not None and not distribution.transform.flow.classes:
             warn_if_coarse(as_tensor(context, "context"), found.context.dtype, "context")
         self.copies = not warn_if_rounded(found.w)
-        self.has_images, self.like = has_images(distribution), distribution.transform.flow.loc
+        self.has_images = is_image(shape)
         count, size = found.w.shape
         if pairs is not None:
             pairs = checked_rows(pairs, "pairs", (size,))
@@ -319,8 +320,8 @@ def rows_of(
         shape = torch.Size((flow.event_dim,))
     else:
         given = data
-    if are_levels(given, len(shape)):
-        rows = checked_levels(distribution, given)
+    if are_levels(given, shape):
+        rows = checked_levels(given, shape, distribution.constraint)
     else:
         rows = distribution.to_flow(checked_rows(given, "data", shape))
     count = len(rows)

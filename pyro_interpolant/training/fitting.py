@@ -26,7 +26,7 @@ from .checkpoint import check_place, identity_of, open_checkpoint
 from .clock import Clock
 from .data import DEFAULT_SHARE, DataLike, HeldOut, Table, as_held_out
 from .distributed import Process
-from .image_rows import has_images
+from .image_rows import is_image
 from .loop import Callback, Run, Schedule
 from .objective import Coupling, Objective, exponent_of
 from .optimization import NonFiniteError
@@ -354,9 +354,10 @@ def _finish(
     few = near.evenly(_CALIBRATION_ROWS)
     rows = few.w.to(distribution.transform.flow.loc)
     bare, transform = distribution.without_support(), distribution.transform
+    images = is_image(distribution.row_shape)
     found: tuple[Solver, float | None] = transform.solver, None
     try:
-        if has_images(distribution):
+        if images:
             until = min(deadline, time.monotonic() + _CALIBRATION_SHARE * report.seconds)
             context = None if few.context is None else few.context[:_CALIBRATION_IMAGES]
             with attempted("calibrating the sampler", progress=progress):
@@ -376,7 +377,7 @@ def _finish(
         distribution.report = report
         if progress:
             tell(repr(report))
-        if process.rank == 0 and not has_images(distribution):
+        if process.rank == 0 and not images:
             with attempted("comparing draws", progress=False):
                 warn_if_draws_differ(distribution, density.held, deadline)
     except KeyboardInterrupt:

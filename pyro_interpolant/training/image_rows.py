@@ -18,8 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._package import check_ranges, flag
-from ..distributions.constraints import Shaped
-from ..distributions.interpolant import AnyDistribution
+from ..distributions.constraints import Constraint, Shaped
 from ..distributions.rows import images_of
 from ..distributions.supports import support_of
 from .rows import Rows
@@ -35,9 +34,9 @@ HELD_BATCHES = 2  # of images, at which the held-out loss is evaluated: it takes
 _HELD_NUMBERS, _MIN_HELD = 2**22, 256  # in images held out of a table, and images at least
 
 
-def has_images(distribution: AnyDistribution) -> bool:
-    """Return whether events have three dimensions, which are those of an image."""
-    return len(distribution.row_shape) == 3
+def is_image(shape: Sequence[int]) -> bool:
+    """Return whether an event has three dimensions, which are those of an image."""
+    return len(shape) == 3
 
 
 def are_images(rows: object) -> bool:
@@ -45,29 +44,25 @@ def are_images(rows: object) -> bool:
     return getattr(rows, "ndim", None) == 4
 
 
-def are_levels(x: object, event_dim: int) -> bool:
-    """Return whether rows are images of whole levels, ``uint8``.
-
-    Args:
-        x: What a user gave as rows.
-        event_dim: The number of dimensions of an event.
-    """
+def are_levels(x: object, shape: Sequence[int]) -> bool:
+    """Return whether what a user gave as rows are images of whole levels, ``uint8``."""
     kind = getattr(x, "dtype", None)
-    return event_dim == 3 and str(kind).removeprefix("torch.") == "uint8"
+    return is_image(shape) and str(kind).removeprefix("torch.") == "uint8"
 
 
-def checked_levels(distribution: AnyDistribution, x: ArrayLike) -> Tensor:
+def checked_levels(x: ArrayLike, shape: Sequence[int], constraint: Constraint) -> Tensor:
     """Return images of whole levels as rows, ``uint8``, shape ``(N, D)``.
 
     Args:
-        distribution: What is trained.
         x: Images, shape ``(N, C, H, W)``.
+        shape: ``(C, H, W)``.
+        constraint: The support of what is trained.
 
     Raises:
         ValueError: If they are of another shape, there are none, or the support is not that of
             real numbers, which levels at its edge would leave.
     """
-    constraint, levels = distribution.constraint, images_of(x, distribution.row_shape)
+    levels = images_of(x, shape)
     inner = constraint.base_constraint if isinstance(constraint, Shaped) else constraint
     if not support_of(inner).is_real():
         raise ValueError(
@@ -77,11 +72,12 @@ def checked_levels(distribution: AnyDistribution, x: ArrayLike) -> Tensor:
     return levels.reshape(len(levels), -1)
 
 
-def flips(distribution: AnyDistribution, *, flip: bool) -> Callable[[Rows], Rows]:
+def flips(shape: Sequence[int], size: int, *, flip: bool) -> Callable[[Rows], Rows]:
     """Return what mirrors images of a batch by chance, or leaves all rows as they are.
 
     Args:
-        distribution: What is trained.
+        shape: The shape of an event.
+        size: D, that of rows in the flow's coordinates.
         flip: Whether to mirror images.
 
     Raises:
@@ -90,8 +86,7 @@ def flips(distribution: AnyDistribution, *, flip: bool) -> Callable[[Rows], Rows
     check_ranges(flag("flip", flip))
     if not flip:
         return lambda rows: rows
-    shape = distribution.row_shape
-    if len(shape) != 3 or math.prod(shape) != distribution.transform.flow.event_dim:
+    if not is_image(shape) or math.prod(shape) != size:
         raise ValueError(
             f"expected images to flip, events of shape (C, H, W), got events of {tuple(shape)}"
         )

@@ -203,7 +203,7 @@ def _refuse_other_rows(name: str, shape: torch.Size, rows: torch.Size) -> None:
 def _floating(distribution: AnyDistribution, x1: Tensor) -> Tensor:
     """Return data as they are, and whole levels of images spread over their cells."""
     x1 = distribution.value_of(x1)
-    if are_levels(x1, len(distribution.row_shape)):
+    if are_levels(x1, distribution.row_shape):
         return dequantized(Rows(x1, None), distribution.transform.flow.loc).w
     if not x1.is_floating_point():
         raise TypeError(

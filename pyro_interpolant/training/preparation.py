@@ -15,7 +15,7 @@ from ..transforms.whitening import DenseWhitening, Whitening
 from .checkpoint import Checkpoint, restore_buffers
 from .data import Split, Table
 from .distributed import Process
-from .image_rows import IMAGE_DEVIATION, has_images
+from .image_rows import IMAGE_DEVIATION, is_image
 from .rows import LEVELS, Rows, dequantized, subsample
 from .streaming import Stream
 from .whitening import WhiteningMap, column_moments, warn_if_coarse, whitening_map, winsorize
@@ -97,7 +97,7 @@ def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = Fal
         keep: Whether to keep the present map, and the scales of a network that is trained.
     """
     flow, deviation = distribution.transform.flow, 1.0
-    if has_images(distribution):
+    if is_image(distribution.row_shape):
         rows, deviation = dequantized(_few(rows), flow.loc), IMAGE_DEVIATION
     _check_range(rows.w, flow.loc.dtype)
     context = None if rows.context is None else winsorize(rows.context.double())

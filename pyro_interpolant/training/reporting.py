@@ -22,7 +22,7 @@ from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import GAUSSIAN, Report, beside, decimals
 from ..distributions.supports import CircularSupport
 from .data import Split
-from .image_rows import has_images
+from .image_rows import is_image
 from .rows import Rows, keys_of
 
 _REPORTED_ROWS = 1000  # held out, that the report evaluates
@@ -124,7 +124,7 @@ class HeldOutDensity:
         self.distribution, self.held = distribution, split.held
         self.rows = split.total + split.held.effective()
         distribution.report = None  # what it says will not hold
-        images = has_images(distribution)  # of which a density takes as long as many steps
+        images = is_image(distribution.row_shape)  # whose density takes as long as many steps
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
         self.is_known = distribution.has_density() and not images

@@ -27,7 +27,7 @@ from .data import (
     rows_of,
 )
 from .distributed import Process
-from .image_rows import are_levels, flips, has_images, most_held
+from .image_rows import are_levels, flips, is_image, most_held
 from .names import Names
 from .objective import Objective, Points
 from .preprocessing import warn_if_rounded
@@ -92,7 +92,8 @@ class Stream:
         anew: bool = True,
         **given: ArrayLike | None,
     ) -> None:
-        self.flipped = flips(distribution, flip=flip)
+        shape, self.like = distribution.row_shape, distribution.transform.flow.loc
+        self.flipped = flips(shape, len(self.like), flip=flip)
         for name, value in given.items():
             if value is not None:
                 raise ValueError(
@@ -118,9 +119,8 @@ class Stream:
             self.names = self.names.filled(*frames)
             self.given = held_out_rows(distribution, validation, self.names)
         self.checksum = None if self.given is None else checksum(self.given)
-        self.like = distribution.transform.flow.loc
         self.most_held = MOST_HELD
-        if has_images(distribution):
+        if is_image(shape):
             self.most_held = min(MOST_HELD, most_held(len(self.like)))
 
     @property
@@ -162,7 +162,7 @@ class Stream:
             size = self.distribution.transform.flow.context_dim or 0
             context = none.new_zeros(0, size) if self.parts == 2 else None
             # Joined with others, rows of another type would turn levels into plain numbers.
-            levels = has_images(self.distribution) and are_levels(data, 3)
+            levels = are_levels(data, self.distribution.row_shape)
             return Rows(none.to(torch.uint8) if levels else none, context, None, none[:, 0])
         rows = rows_of(self.distribution, data, context)
         weights = checked_weights(weights, len(rows.w))

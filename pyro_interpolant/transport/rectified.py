@@ -20,7 +20,7 @@ from ..distributions.rows import as_tensor, contexts_of_rows
 from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
 from ..training.fitting import FitResult, fit, trainable_flow
-from ..training.image_rows import IMAGE_OPTIONS, has_images
+from ..training.image_rows import IMAGE_OPTIONS, is_image
 from ..training.options import check_options, check_repeatable
 
 _COMPARED_ROWS, _COMPARED_IMAGES = 256, 8  # whose paths are compared
@@ -130,7 +130,7 @@ def reflow(
     with seeded(seed), torch.no_grad():
         shape = (int(count),) if contexts is None else ()
         base, data = _pairs(distribution.given(contexts), shape)
-    images = has_images(new)
+    images = is_image(new.row_shape)
     fit_options = {**(IMAGE_OPTIONS if images else {}), **fit_options}
     outcome = fit(
         new, data, context=contexts, pairs=base, seed=seed, tolerance=tolerance, whiten=False,
@@ -164,7 +164,7 @@ def _report(
     tolerance: float,
 ) -> PathReport:
     copied, steps = copy.deepcopy(distribution), None
-    if not has_images(copied) and copied.has_density():
+    if not is_image(copied.row_shape) and copied.has_density():
         steps = calibrate(copied, data, context=context, tolerance=tolerance).steps
     view = copied.given(context)
     flow = view.transform.flow
