@@ -158,7 +158,6 @@ class Table:
         process: Process,
         batch_size: int | None,
         *,
-        whole: bool = True,
         clock: Clock | None = None,
         state: Checkpoint | None = None,
         progress: bool = False,
@@ -168,8 +167,7 @@ class Table:
         Args:
             process: This process, or one of several that share each batch.
             batch_size: Rows per step and process, or None for the default.
-            whole: For streams alone, as what follows: all rows of a table are there.
-            clock: What tells how much time there is.
+            clock: For streams alone, as what follows: what tells how much time there is.
             state: What the run goes on from.
             progress: Whether to show a bar.
 

@@ -219,9 +219,7 @@ def fit(
             identity += [identity_of(flow, distribution.base, coupling, base_samples, validation)]
         exact = source.exact and (process.world == 1 or not process.own_rows)
         state = open_checkpoint(checkpoint, checkpoint_every, identity, source.like, exact=exact)
-        split = source.split(
-            process, batch_size, whole=anew, clock=clock, state=state, progress=progress
-        )
+        split = source.split(process, batch_size, clock=clock, state=state, progress=progress)
         with _restored_on_error(distribution):
             start_from(distribution, base_samples, split, source, anew=anew)
             if learn == "velocity":

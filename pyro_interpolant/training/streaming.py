@@ -69,7 +69,7 @@ class Stream:
             shape ``(B,)`` as weights.
         validation: The share held out, or rows of the user's own, with contexts or without.
         flip: Whether images of a batch are mirrored by chance.
-        anew: As of a table.
+        anew: As of a table; a first pass then goes through all, as far as there is an end.
         **given: What goes with a table alone; None here.
 
     Attributes:
@@ -107,7 +107,7 @@ class Stream:
                 "expected a share for validation, or rows, beside an iterable, whose rows are not "
                 "counted, got a mask"
             )
-        self.distribution, self.iterable = distribution, data
+        self.distribution, self.iterable, self.anew = distribution, data, anew
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)
         self.share = validation if isinstance(validation, float) else None
         self.names = Names.of(distribution)
@@ -174,7 +174,6 @@ class Stream:
         process: Process,
         batch_size: int | None,
         *,
-        whole: bool = True,
         clock: Clock | None = None,
         state: Checkpoint | None = None,
         progress: bool = False,
@@ -186,7 +185,6 @@ class Stream:
         Args:
             process: This process, or one of several with batches of their own.
             batch_size: Rows per step and process, or None for those of the first batch.
-            whole: Whether moments are wanted, and so all of it, as far as it has an end.
             clock: What tells how much time there is.
             state: What the run goes on from: as many batches are looked at as then.
             progress: Whether to show a bar.
@@ -201,7 +199,7 @@ class Stream:
         good = batch_size is None or batch_size >= 1 and batch_size % 1 == 0
         check_ranges(("batch_size >= 1, a whole number", good, batch_size))
         before = surveyed(state)
-        survey = self._survey(clock or Clock(None), before, whole=whole, progress=progress)
+        survey = self._survey(clock or Clock(None), before, progress=progress)
         if survey.total < 2:
             raise ValueError(
                 f"expected batches of rows, got an iterable with {survey.total} rows in all"
@@ -230,16 +228,14 @@ class Stream:
         return Split(
             held,
             sample,
-            effective * process.world if whole else math.inf,
+            effective * process.world if self.anew else math.inf,
             own if batch_size is None else int(batch_size),
             survey.weight / survey.total,
             below,
             outcome,
         )
 
-    def _survey(
-        self, clock: Clock, before: Surveyed | None, *, whole: bool, progress: bool
-    ) -> Survey:
+    def _survey(self, clock: Clock, before: Surveyed | None, *, progress: bool) -> Survey:
         """Go through the stream as far as wanted."""
         known, survey = _length(self.iterable), Survey(self.most_held)
         bar = tqdm(self.iterable, "first pass", known, leave=False, disable=not progress)
@@ -248,7 +244,9 @@ class Stream:
                 survey.add(self.rows(batch, survey.batches))
                 held = math.inf if self.share is None else self.share * survey.total
                 if before is None:
-                    enough = held >= self.most_held and not whole or survey.is_enough(known, clock)
+                    enough = (
+                        held >= self.most_held and not self.anew or survey.is_enough(known, clock)
+                    )
                     enough = enough and survey.total >= 2  # the fewest that a run begins with
                 else:
                     enough = survey.batches == before.batches

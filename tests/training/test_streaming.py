@@ -270,10 +270,10 @@ def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
 def test_without_moments_the_first_pass_reads_no_more_than_it_needs():
     x = rows(600)
     data = Again(lambda _: itertools.repeat(x[:100], 300))
-    found = Stream(made(), data, x[:50]).split(Process(), None, whole=False)
+    found = Stream(made(), data, x[:50], anew=False).split(Process(), None)
     assert found.total == math.inf
     assert data.given == 1
-    Stream(made(), data, 0.5).split(Process(), None, whole=False)
+    Stream(made(), data, 0.5, anew=False).split(Process(), None)
     assert data.given == 1 + math.ceil(8192 / 0.5 / 100)
     distribution = made()
     distribution.transform.flow.whitening.set(x.mean(0), torch.eye(2))
@@ -512,7 +512,7 @@ def test_what_belongs_to_rows_comes_in_the_batches(name):
 def test_a_stream_may_begin_with_fewer_than_two_rows(size):
     seen = torch.arange(len(X)) >= (size if size > 1 else 0)
     parts = list(zip(X.split(size), seen.split(size), strict=True))
-    split = Stream(made(), parts, X).split(Process(), None, whole=False)
+    split = Stream(made(), parts, X, anew=False).split(Process(), None)
     assert len(split.kept.w) >= 2
 
 
