@@ -66,33 +66,6 @@ class Moments(NamedTuple):
     entropy_stderr: Tensor
 
 
-def moments(distribution: "Summaries") -> Moments:
-    """Return the moments of a distribution, by 8 sets of 512 draws, the same at each call.
-
-    The draws of N(0, I) are scrambled Sobol points, where there are such of so many dimensions;
-    those of another base are random.
-
-    Args:
-        distribution: An :class:`~pyro_interpolant.InterpolantDistribution`.
-    """
-    distribution.check_start()
-    values, densities = zip(*_sets(distribution), strict=True)
-    x, log_prob = torch.stack(values), torch.stack(densities)  # (8, 512, *batch, ...)
-    first, second = _undefined(distribution)
-    batch = distribution.batch_shape
-    shape = batch + distribution.event_shape
-    found: list[Tensor] = []
-    for part, undefined, size in (
-        (x, first, shape),
-        ((x - x.mean((0, 1))).square(), second, shape),
-        (-log_prob, 0.0, batch),
-    ):
-        by_set = part.mean(1)
-        value, error = by_set.mean(0), by_set.std(0) / math.sqrt(_SETS)
-        found += [(value + undefined).expand(size), (error + undefined).expand(size)]
-    return Moments(*found)
-
-
 def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
     """Yield sets of draws, ``(512, *batch, *event)``, with their log-densities.
 
@@ -240,19 +213,33 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
     def moments(self) -> Moments:
         """Return mean, variance and entropy with their standard errors, which draws leave.
 
-        They are the same at each call: means over 8 sets of 512 scrambled Sobol points, or random
-        draws of a base that is given. Where the base has no mean or an infinite variance, neither
-        has the flow, unless values are within bounds. A base that does not state its moments is
-        taken to have them where it is a map of normal draws, as flows of zuko and most
-        ``TransformedDistribution`` are; an affine map has those of what it moves; of any other
-        they are not known, and NaN. On a support whose bijection grows faster than its argument,
-        such as positive numbers, moments hang on tails that draws do not show: they are NaN unless
-        the base is normal, of samples, on an interval, a mixture of such, or a flow from one. Of a
-        base of samples there is no entropy.
+        They are the same at each call: means over 8 sets of 512 draws, scrambled Sobol points, or
+        random ones where a base is given or there are no such points of so many dimensions. Where
+        the base has no mean or an infinite variance, neither has the flow, unless values are
+        within bounds. A base that does not state its moments is taken to have them where it is a
+        map of normal draws, as flows of zuko and most ``TransformedDistribution`` are; an affine
+        map has those of what it moves; of any other they are not known, and NaN. On a support
+        whose bijection grows faster than its argument, such as positive numbers, moments hang on
+        tails that draws do not show: they are NaN unless the base is normal, of samples, on an
+        interval, a mixture of such, or a flow from one. Of a base of samples there is no entropy.
 
         Gradients reach weights, contexts and the parameters of a base that has ``rsample``.
         """
-        return moments(self)
+        self.check_start()
+        values, densities = zip(*_sets(self), strict=True)
+        x, log_prob = torch.stack(values), torch.stack(densities)  # (8, 512, *batch, ...)
+        first, second = _undefined(self)
+        shape = self.batch_shape + self.event_shape
+        found: list[Tensor] = []
+        for part, undefined, size in (
+            (x, first, shape),
+            ((x - x.mean((0, 1))).square(), second, shape),
+            (-log_prob, 0.0, self.batch_shape),
+        ):
+            by_set = part.mean(1)
+            value, error = by_set.mean(0), by_set.std(0) / math.sqrt(_SETS)
+            found += [(value + undefined).expand(size), (error + undefined).expand(size)]
+        return Moments(*found)
 
     @property
     def mean(self) -> Tensor:
@@ -277,7 +264,7 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
 
         Its error is that of :meth:`moments`.
         """
-        return moments(self).entropy
+        return self.moments().entropy
 
     def cdf(self, value: Tensor) -> Tensor:
         """Return the probability of values up to the given ones, of scalars.
@@ -351,7 +338,7 @@ def _on_the_line(distribution: Summaries) -> Moments:
             "angles have no mean or variance that does not depend on where the circle is cut: "
             "take those of their cosines and sines"
         )
-    return moments(distribution)
+    return distribution.moments()
 
 
 def _check_scalar(distribution: Summaries, name: str) -> None:
