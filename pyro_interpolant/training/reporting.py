@@ -23,7 +23,7 @@ from ..distributions.report import GAUSSIAN, Report, beside, decimals
 from ..distributions.supports import CircularSupport
 from .data import Split
 from .image_rows import is_image
-from .rows import Rows, keys_of
+from .rows import Rows, keys_of, shares_of
 
 _REPORTED_ROWS = 1000  # held out, that the report evaluates
 _FIRST_ROWS = 100  # of them, however short the time
@@ -60,7 +60,7 @@ def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
     few, flow = kept.evenly(_FITTED_ROWS), distribution.transform.flow
     x = distribution.ungaussianized(few.w.to(flow.loc))[0].double()
     features = _features(few, flow.classes)
-    share = _shares(few)
+    share = shares_of(few.w, few.weight)
     if len(x) <= x.shape[1] + features.shape[1]:
         return None
     scale = (share @ (x - share @ x).square()).sqrt()
@@ -101,12 +101,6 @@ def _features(rows: Rows, classes: int) -> Tensor:
     if classes:
         return torch.nn.functional.one_hot(rows.context[:, 0].long(), classes).to(one)
     return torch.cat((one, rows.context.double()), 1)
-
-
-def _shares(rows: Rows) -> Tensor:
-    """Return the weights of rows, float64, shape ``(N,)``, which sum to one."""
-    weight = rows.w.new_ones(len(rows.w)) if rows.weight is None else rows.weight
-    return weight.double() / weight.double().sum()
 
 
 class HeldOutDensity:
@@ -174,7 +168,7 @@ class HeldOutDensity:
 
     def _means(self, rows: Rows) -> tuple[float, float, float | None]:
         """Return the mean log-density of rows, its standard error, and the Gaussian's mean."""
-        found, share = log_density(self.distribution, rows), _shares(rows)
+        found, share = log_density(self.distribution, rows), shares_of(rows.w, rows.weight)
         mean = float(share @ found)
         # Copies of a row, which stay together, are one.
         distinct, group = keys_of(rows).unique(return_inverse=True)

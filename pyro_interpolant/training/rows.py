@@ -201,6 +201,12 @@ def checked_weights(
     return weights
 
 
+def shares_of(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the share of each row of x, ``(N, D)``, in all weight, float64, shape ``(N,)``."""
+    found = x.new_ones(len(x), dtype=torch.float64) if weights is None else weights.double()
+    return found / found.sum()
+
+
 def subsample(count: int, most: int, weights: Tensor | None = None) -> Tensor:
     """Return the indices of a subsample of rows, the same at each call; all where they are few.
 

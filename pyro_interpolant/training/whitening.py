@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._torch import warn_user
-from .rows import subsample
+from .rows import shares_of, subsample
 
 _MIN_EIGENVALUE = 1e-12  # of a correlation, below which columns are linearly dependent
 _MIN_DEVIATION = 1e-3  # a standard deviation along an eigenvector, of scaled columns
@@ -72,9 +72,9 @@ def _quantile_rows(x: Tensor, weights: Tensor | None) -> Tensor:
     return subsample(len(x), max(1, _QUANTILE_VALUES // x.shape[1]), weights).to(x.device)
 
 
-def _axes(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _axes(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return centre and scale of columns, and eigenvalues and -vectors of their correlation."""
-    share = share / share.sum()
+    share = shares_of(x, weights)
     loc = share @ x
     centred = x - loc
     scale = (share @ centred.square()).sqrt()
@@ -89,11 +89,10 @@ def _robust_axes(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Ten
     Where columns nearly depend on each other, a row within bounds in each may be far out between
     them. It also turns the axes: once it is cut along them, they are better, and it is cut again.
     """
-    share = x.new_ones(len(x)) if weights is None else weights.double()
     x = winsorize(x, weights)
     few = x[_quantile_rows(x, weights)]  # by weight, where there are any
     for _ in range(_AXIS_CUTS):
-        loc, scale, _, vectors = _axes(few, few.new_ones(len(few)))
+        loc, scale, _, vectors = _axes(few)
         along = (few - loc) / scale @ vectors
         cut = winsorize(along)
         if cut is along:
@@ -101,7 +100,7 @@ def _robust_axes(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Ten
         few = loc + scale * (cut @ vectors.T)
     along = (x - loc) / scale @ vectors
     cut = winsorize(along, weights)
-    return _axes(x if cut is along else loc + scale * (cut @ vectors.T), share)
+    return _axes(x if cut is along else loc + scale * (cut @ vectors.T), weights)
 
 
 def whitening_map(
@@ -244,7 +243,6 @@ def wild_rows(w: Tensor) -> str:
 def column_moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return mean and variance of each column, winsorized, float64, shape ``(D,)`` each."""
     x = winsorize(x.double(), weights)
-    share = x.new_ones(len(x)) if weights is None else weights.double()
-    share = share / share.sum()
+    share = shares_of(x, weights)
     loc = share @ x
     return loc, share @ (x - loc).square()
