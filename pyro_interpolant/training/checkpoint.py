@@ -38,12 +38,12 @@ class Checkpoint:
     Args:
         path: The file.
         every: After how many steps it is written, or None: with each look at the held-out loss.
-        device: On which the run draws beside the CPU, or None: on the CPU alone.
+        identity: What tells this run from another, as JSON holds it.
+        device: On which the run draws beside the CPU.
 
     Attributes:
-        identity: What tells this run from another.
         initial: The state of the generators before anything was drawn, shape ``(S,)``.
-        tensors: What was kept, to resume from, by name and of any shapes; None of a new run.
+        tensors: What was kept, to resume from, by name and of any shapes; none of a new run.
         numbers: The rest of it, what JSON holds.
 
     Raises:
@@ -51,13 +51,12 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: StrPath, every: int | None = None, device: torch.device | None = None
+        self, path: StrPath, every: int | None, identity: list[Any], device: torch.device
     ) -> None:
         # Behind a link: the states before it are kept beside the file itself.
         self.path, self.every = Path(os.path.realpath(path)), every
-        self.identity: list[Any] = []
-        self.initial = rng_state(device)
-        self.tensors: dict[str, Tensor] | None = None
+        self.identity, self.initial = identity, rng_state(device)
+        self.tensors: dict[str, Tensor] = {}
         self.numbers: dict[str, Any] = {}
         self._read()
 
@@ -134,10 +133,9 @@ def open_checkpoint(
     """
     if path is None:
         return None
-    checkpoint = Checkpoint(path, every, like.device)
-    checkpoint.identity = identity
-    if checkpoint.tensors is not None:
-        if checkpoint.numbers["identity"] != checkpoint.identity:
+    checkpoint = Checkpoint(path, every, identity, like.device)
+    if checkpoint.tensors:
+        if checkpoint.numbers["identity"] != identity:
             raise ValueError(
                 f"expected {path} to be of this run, got the state of one with other data, "
                 f"another network or other settings: delete it and {checkpoint.previous}, or "
@@ -172,7 +170,7 @@ def restore_buffers(flow: Flow, state: Checkpoint | None) -> None:
     Raises:
         ValueError: If that is of other shapes.
     """
-    kept = {} if state is None or state.tensors is None else state.tensors
+    kept = {} if state is None else state.tensors
     for name, value in buffers_of(flow).items():
         if name not in kept:  # states of version 0.1.0 have none, and are those of tables
             continue
@@ -279,12 +277,9 @@ def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> l
     names = [stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
     shapes = [list(p.shape) for p in flow.velocity.parameters()]
     tensors = tensors_of([flow.interpolant, base, *given])
-    values = None
-    if _has_address(flow.interpolant):  # two functions may have one name
-        values = describe_path(flow)["values"] or []
     found = [names, shapes, checksum(tensors)]
-    if values is not None:
-        found.append([f"{value:.3g}" for value in values])
+    if ADDRESS.search(repr(flow.interpolant)):  # of a function, and two may have one name
+        found.append([f"{value:.3g}" for value in describe_path(flow)["values"] or []])
     kept = _kept_by(coupling)
     if kept:  # two closures of one function, or objects of one class, have one name
         found.append([[stable_name(value) for value in kept], checksum(tensors_of(kept))])
@@ -297,8 +292,3 @@ def _kept_by(function: object) -> list[Any]:
     return [cell.cell_contents for cell in cells] + list(
         getattr(function, "__dict__", {}).values()
     )
-
-
-def _has_address(value: object) -> bool:
-    """Return whether the repr of a value shows a part by its address alone, as of a function."""
-    return ADDRESS.search(repr(value)) is not None

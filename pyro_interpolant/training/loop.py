@@ -325,7 +325,7 @@ class Run:
         self.monitor = HeldOutMonitor(self.descent.average, objective, held, callback)
         self.done, self.next_look, self.begun = 0.0, 0.0, 0.0  # shares of the schedule
         self.ended = "schedule"
-        if checkpoint is not None and checkpoint.tensors is not None:
+        if checkpoint is not None and checkpoint.tensors:
             self.restore(checkpoint.tensors, checkpoint.numbers)
 
     def to_the_end(self, density: HeldOutDensity | None = None, *, progress: bool) -> None:

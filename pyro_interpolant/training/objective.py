@@ -225,7 +225,7 @@ def exponent_of(flow: Flow, base: WhitenedBase, target: Target, state: Checkpoin
         target: What is trained.
         state: What the run goes on from, if anything: at the times that it began with.
     """
-    if state is not None and state.tensors is not None:
+    if state is not None and state.tensors:
         return state.numbers.get("time_exponent", 1.0)  # states of version 0.1.0 have none
     return time_exponent(flow.velocity) if base.base is None and target == "velocity" else 1.0
 

@@ -138,7 +138,7 @@ def surveyed(state: Checkpoint | None) -> Surveyed | None:
     Raises:
         ValueError: If the state does not tell.
     """
-    if state is None or state.tensors is None:
+    if state is None or not state.tensors:
         return None
     found = state.numbers["batches"].get("surveyed")
     if not isinstance(found, list):

@@ -54,6 +54,11 @@ def made(dim=2, **options):
     return InterpolantDistribution(interpolant_transform(dim, (12, 12), **options))
 
 
+def state_at(path):
+    """The state that a file has, of whatever run."""
+    return Checkpoint(path, None, [], torch.device("cpu"))
+
+
 def based(loc):
     flow, base = made().transform, dist.Normal(torch.full((2,), loc), 1.0).to_event(1)
     return InterpolantDistribution(flow, base)
@@ -260,7 +265,7 @@ def test_a_damaged_file_is_passed_over_for_the_one_before(how, tmp_path):
     with pytest.raises(Stop):
         fit(made(), rows(), checkpoint=path, callback=stopping(20), **QUICK)
     damaged(path, how)
-    before, told = Checkpoint(path.with_name("run.previous")).numbers["run"]["step"], []
+    before, told = state_at(path.with_name("run.previous")).numbers["run"]["step"], []
 
     def once(state):
         told.append(state.step)
@@ -279,7 +284,7 @@ def test_a_damaged_file_is_passed_over_for_the_one_before(how, tmp_path):
 
 def test_nothing_but_damage_is_an_error(tmp_path):
     path = tmp_path / "run"
-    Checkpoint(path).write({"a": torch.ones(2)}, {"n": 1})
+    state_at(path).write({"a": torch.ones(2)}, {"n": 1})
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[30] ^= 1  # in the very name that tells a state
@@ -310,7 +315,7 @@ def test_a_file_of_another_kind_is_refused_and_left_alone(kind, with_previous, t
     """It was called damaged, to be deleted, or moved away."""
     path = tmp_path / "run"
     if with_previous:
-        Checkpoint(tmp_path / "run.previous").write({"a": torch.ones(2)}, {"n": 1})
+        state_at(tmp_path / "run.previous").write({"a": torch.ones(2)}, {"n": 1})
     OTHERS[kind](path)
     whole, files = path.read_bytes(), sorted(os.listdir(tmp_path))
     with pytest.raises(ValueError, match=r"a state of a run at .*run, got another file: pass an"):
@@ -322,7 +327,7 @@ def test_a_file_of_another_kind_is_refused_and_left_alone(kind, with_previous, t
 def test_a_state_that_another_process_is_replacing_is_the_one_before(tmp_path, monkeypatch):
     path = tmp_path / "run"
     for n in range(2):
-        Checkpoint(path).write({"a": torch.ones(2)}, {"n": n})
+        state_at(path).write({"a": torch.ones(2)}, {"n": n})
     read = Path.read_bytes
 
     def moving(self):
@@ -331,7 +336,7 @@ def test_a_state_that_another_process_is_replacing_is_the_one_before(tmp_path, m
         return read(self)
 
     monkeypatch.setattr(Path, "read_bytes", moving)
-    assert Checkpoint(path).numbers["n"] == 1
+    assert state_at(path).numbers["n"] == 1
 
 
 @pytest.mark.parametrize("how", ["write", "replace"])
@@ -339,7 +344,7 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(
     how, tmp_path, monkeypatch, full_disk
 ):
     path = tmp_path / "run"
-    Checkpoint(path).write({"a": torch.ones(2)}, {"n": 1})
+    state_at(path).write({"a": torch.ones(2)}, {"n": 1})
 
     def fail(*arguments, **options):
         raise OSError("no space left")
@@ -348,10 +353,10 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(
         if how == "replace":
             patch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="File too large" if how == "write" else "no space"):
-            Checkpoint(path).write({"a": torch.zeros(2)}, {"n": 2})
-    assert torch.equal(Checkpoint(path).tensors["a"], torch.ones(2))
+            state_at(path).write({"a": torch.zeros(2)}, {"n": 2})
+    assert torch.equal(state_at(path).tensors["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
-    assert Checkpoint(tmp_path / "nowhere").tensors is None
+    assert not state_at(tmp_path / "nowhere").tensors
 
 
 def test_a_full_disk_ends_a_run_with_an_os_error_and_its_last_state(tmp_path, full_disk):
@@ -370,7 +375,7 @@ def test_states_are_kept_behind_a_link_with_their_mode(tmp_path):
     target, link = tmp_path / "disk" / "run-12", tmp_path / "current"
     link.symlink_to(target)
     for n in range(3):
-        checkpoint = Checkpoint(link)
+        checkpoint = state_at(link)
         assert checkpoint.numbers.get("n", -1) == n - 1
         checkpoint.write({"a": torch.full((2,), n)}, {"n": n})
         target.chmod(0o600)

@@ -665,7 +665,7 @@ def test_rows_in_another_order_are_the_same_rows(tmp_path):
 @pytest.mark.slow
 def test_a_state_that_does_not_tell_of_its_rows_is_refused(tmp_path):
     started(tmp_path / "run", LOADERS["list"](rows()))
-    kept = Checkpoint(tmp_path / "run")
+    kept = Checkpoint(tmp_path / "run", None, [], torch.device("cpu"))
     kept.identity, kept.initial = kept.numbers["identity"], kept.tensors["initial"]
     batches = {**kept.numbers["batches"], "surveyed": None}
     kept.write(kept.tensors, {**kept.numbers, "batches": batches})
