@@ -320,19 +320,17 @@ def inside_support(support: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def base_of(base: object | None, like: Tensor) -> TorchDistributionMixin:
-    """Return the base of a flow, of event shape ``(D,)``: N(0, I) where none is given.
+def check_is_base(base: object, like: Tensor) -> None:
+    """Raise an error unless a flow can start from a base.
 
     Args:
-        base: What was given, or None.
+        base: What was given.
         like: A tensor of the flow's, shape ``(D,)``.
 
     Raises:
         TypeError: If it is not a distribution that Pyro can sample.
-        ValueError: If it has another event shape.
+        ValueError: If its event shape is not ``(D,)``.
     """
-    if base is None:
-        return standard_normal(like)
     if not isinstance(base, TorchDistributionMixin):
         raise TypeError(
             "expected a base from pyro.distributions (torch's own cannot be sampled by Pyro), got "
@@ -344,7 +342,6 @@ def base_of(base: object | None, like: Tensor) -> TorchDistributionMixin:
             f"expected a base of event shape {tuple(like.shape)}, got event shape "
             f"{tuple(base.event_shape)} and batch shape {tuple(base.batch_shape)}{hint}"
         )
-    return base
 
 
 def copy_like(value: Any, like: Tensor) -> Any:

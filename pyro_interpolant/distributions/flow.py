@@ -16,7 +16,7 @@ from torch import Tensor
 from ..solvers.divergence import NoDensity
 from ..transforms.gaussianize import Gaussianized, without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .bases import Samples, WhitenedBase, base_of, copy_like
+from .bases import Samples, WhitenedBase, check_is_base, copy_like, standard_normal
 from .constraints import Constraint
 from .report import Report
 from .rows import checked_context, checked_rows, columns_in_order
@@ -72,14 +72,14 @@ class FlowDistribution:
         flow = self.transform.flow
         if base is None:
             return self.space.default_base(flow)
+        check_is_base(base, flow.loc)
         if getattr(self.transform, "context", None) is not None:
             return base  # checked with the family that this is a member of, which is often called
-        base_of(base, flow.loc)
         return self.space.checked_base(flow, base)
 
     def _flow_base(self) -> TorchDistributionMixin:
         """Return the distribution of the flow's input, of event shape ``(D,)``."""
-        return base_of(self.base, self.transform.flow.loc)
+        return standard_normal(self.transform.flow.loc) if self.base is None else self.base
 
     @abstractmethod
     def _set_chain(self) -> None:

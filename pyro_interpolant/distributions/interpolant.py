@@ -29,7 +29,7 @@ from ..transforms.interpolant import (
     InterpolantTransform,
     broadcast_batch,
 )
-from .bases import base_log_prob, base_of, check_expansion, only_possible
+from .bases import base_log_prob, check_expansion, only_possible
 from .constraints import Constraint, shaped
 from .flow import FlowDistribution
 from .rows import check_value, checked_rows
@@ -115,7 +115,7 @@ class InterpolantDistribution(Summaries):
         """The distribution of the flow's input, in the type and on the device of the flow."""
         base = self.__dict__["base_dist"]
         if self.base is None:  # made anew: the flow's type may change, also inside torch.func
-            return base_of(None, self.transform.flow.loc).expand(base.batch_shape)
+            return self._flow_base().expand(base.batch_shape)
         return base
 
     @base_dist.setter
