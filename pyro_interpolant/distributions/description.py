@@ -258,7 +258,7 @@ def _build(
 ) -> AnyDistribution:
     """Return the flow of a header; a velocity that is passed in gets its weights if ``fill``."""
     kind = class_named(header["class"], distributions, AnyDistribution)
-    transform = _build_transform(header, tensors, velocity, interpolant, fill=fill)
+    transform = _build_transform(kind, header, tensors, velocity, interpolant, fill=fill)
     description = header["base"]
     given = {k: v.to(transform.flow.loc.device) for k, v in below("base.", tensors).items()}
     if isinstance(description, dict) and "flow" in description:
@@ -326,6 +326,7 @@ def _build_report(fields: dict[str, Any] | None, dim: int) -> Report | None:
 
 
 def _build_transform(
+    kind: type[AnyDistribution],
     header: Header,
     tensors: Tensors,
     velocity: nn.Module | None,
@@ -333,7 +334,7 @@ def _build_transform(
     *,
     fill: bool,
 ) -> AnyTransform:
-    """Return the transform of a header, its weights frozen or not as they were."""
+    """Return the transform of a kind of distribution, its weights frozen or not as they were."""
     own = {_NAMES_IN_CODE.get(k, k): v for k, v in tensors.items() if not k.startswith("base.")}
     loc, dtype = own["whitening.loc"], getattr(torch, header["dtype"])
     if list(loc.shape) != [header["dim"]] or loc.dtype != dtype:
@@ -345,7 +346,6 @@ def _build_transform(
             own = {k: v.to(next(net.parameters(), loc).device) for k, v in own.items()}
     else:
         net = _new_network("velocity", header["velocity"], header["arguments"], own, dtype)
-    kind = class_named(header["class"], distributions, AnyDistribution)
     conditional = issubclass(kind, ConditionalInterpolantDistribution)
     transform = kind._transform_kind(
         net,
@@ -379,9 +379,8 @@ def _new_network(
     part: str, name: str, arguments: list[Any], tensors: Tensors, dtype: torch.dtype
 ) -> nn.Module:
     with naming(part):
-        return _new_module(
-            part, partial(class_named(name, networks, nn.Module), *arguments), tensors, dtype
-        )
+        make = partial(class_named(name, networks, nn.Module), *arguments)
+        return _new_module(part, make, tensors, dtype)
 
 
 def _new_whitening(name: str, tensors: Tensors, dtype: torch.dtype) -> Whitening:
@@ -407,15 +406,14 @@ def _new_module(
     By default none is made for it before: sizes in an edited header may be huge.
     """
     own = below(f"{part}.", tensors)
-    with naming(part):
-        lists = [a for a in (*make.args, *make.keywords.values()) if isinstance(a, list)]
-        if any(len(a) > len(own) for a in lists):
-            raise PartError(f"expected at most {len(own)} layers, as it has tensors")
-        if any(t.dtype != (dtype or t.dtype) or not t.is_floating_point() for t in own.values()):
-            raise PartError(f"expected its {part} of type {dtype or 'float'}")
-        with torch.device(device):
-            module = make()
-        module.load_state_dict(own, assign=True)
+    lists = [a for a in (*make.args, *make.keywords.values()) if isinstance(a, list)]
+    if any(len(a) > len(own) for a in lists):
+        raise PartError(f"expected at most {len(own)} layers, as it has tensors")
+    if any(t.dtype != (dtype or t.dtype) or not t.is_floating_point() for t in own.values()):
+        raise PartError(f"expected its {part} of type {dtype or 'float'}")
+    with torch.device(device):
+        module = make()
+    module.load_state_dict(own, assign=True)
     return module
 
 
