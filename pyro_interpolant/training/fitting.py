@@ -224,7 +224,7 @@ def fit(
             start_from(distribution, base_samples, split, source, anew=anew)
             if learn == "velocity":
                 flow.independent, flow.reached = coupling is independent and pairs is None, None
-                prepare_flow(distribution, split, state, process, keep=not whiten)
+                prepare_flow(distribution, split.kept, state, process, keep=not whiten)
                 density = HeldOutDensity(distribution, split)
             else:
                 density, flow.noise = None, noise_network(flow)

@@ -63,7 +63,7 @@ def start_from(
 
 def prepare_flow(
     distribution: AnyDistribution,
-    split: Split,
+    rows: Rows,
     state: Checkpoint | None,
     process: Process,
     *,
@@ -71,19 +71,21 @@ def prepare_flow(
 ) -> None:
     """Prepare a flow for the rows that it is trained on: its levels, whitening and scales.
 
+    What an earlier run measured is dropped: it will not hold.
+
     Args:
         distribution: The distribution of the flow.
-        split: The rows.
+        rows: The rows, in the flow's coordinates.
         state: What the run goes on from, if anything: its weights know the map that they began
             with, which other rows, drawn anew, would set a little differently.
         process: This process, or one of several, which agree on the map.
         keep: Whether to keep the present map, and the noise that was learned.
     """
-    flow = distribution.transform.flow
-    flow.levels = None if split.kept.w.is_floating_point() else LEVELS
+    flow, distribution.report = distribution.transform.flow, None
+    flow.levels = None if rows.w.is_floating_point() else LEVELS
     if not keep:
         flow.noise = None
-    set_whitening(distribution, split.kept, keep=keep)
+    set_whitening(distribution, rows, keep=keep)
     restore_buffers(flow, state)
     process.agree(flow.buffers())
 

@@ -117,7 +117,6 @@ class HeldOutDensity:
     def __init__(self, distribution: AnyDistribution, split: Split) -> None:
         self.distribution, self.held = distribution, split.held
         self.rows = split.total + split.held.effective()
-        distribution.report = None  # what it says will not hold
         images = is_image(distribution.row_shape)  # whose density takes as long as many steps
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
