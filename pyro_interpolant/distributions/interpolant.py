@@ -6,7 +6,7 @@ transform, bijection of the support. Given a context c, a conditional flow has t
 :math:`\rho_1(x | c)`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -398,19 +398,20 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
         Raises:
             ValueError: If the last dimension is not the velocity's ``context_dim``.
         """
-        context = self.context_of(context)
-        transform = self.transform.condition(context)
-        new = InterpolantDistribution(transform, self.base, support=self.constraint)
-        new.columns = self.columns
-        return self._over(context, new)
+        return self._conditioned(context, InterpolantDistribution)
 
-    def _over(self, context: Tensor, new: _Given) -> _Given:
-        """Expand to the context's batch shape; the flow has dropped its leading ones.
+    def _conditioned(self, context: Tensor, kind: Callable[..., _Given]) -> _Given:
+        """Return the distribution given a context, of its batch shape, and of that of parts.
 
         Args:
             context: The context, shape ``(*, C)``.
-            new: The distribution given it, whose batch is that of bounds and of a base, too.
+            kind: From a transform, a base and a support to the distribution.
         """
+        context = self.context_of(context)
+        transform = self.transform.condition(context)
+        new = kind(transform, self.base, support=self.constraint)
+        new.columns = self.columns
+        # The flow has dropped leading ones of the batch, and bounds and a base may have their own.
         labels = self.transform.flow.classes and not context.is_floating_point()
         own = context.shape if labels else context.shape[:-1]
         batch = broadcast_batch(own, new.batch_shape)

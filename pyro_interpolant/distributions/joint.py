@@ -5,6 +5,7 @@ With :math:`b_i` the bijection to the support of site i, the flow learns the pac
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -219,12 +220,7 @@ class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolant
         Raises:
             ValueError: If the last dimension is not the velocity's ``context_dim``.
         """
-        context = self.context_of(context)
-        transform = self.transform.condition(context)
-        new = JointInterpolantDistribution(
-            transform, self.base, sites=self.sites, support=self.constraint
-        )
-        return self._over(context, new)
+        return self._conditioned(context, partial(JointInterpolantDistribution, sites=self.sites))
 
     def __repr__(self) -> str:
         """Name the sites, with their shapes and supports."""
