@@ -45,7 +45,7 @@ from .._package import check_ranges
 from .._torch import is_functional, is_tracing
 from .record import Record
 
-_OWN_AND_TORCHS = (__name__.partition(".")[0] + ".", "torch.nn.modules.")
+_KNOWN_LAYERS = (__name__.partition(".")[0] + ".", "torch.nn.modules.")
 _ROWS_AT_ONCE = 512  # of networks without a method rows_at_once
 _SHARED_CONTEXTS = 64  # of rows, up to which what depends on them is kept for all times
 
@@ -232,10 +232,10 @@ def rows_at_once(velocity: nn.Module) -> int:
 def keeps_nothing(velocity: nn.Module) -> bool:
     """Return whether a network is known to keep nothing of a call, and to draw nothing.
 
-    The package's and torch's own layers do not in evaluation; a network of one's own may.
+    The layers of the package and of torch do not in evaluation; those of one's own may.
     """
     return all(
-        type(module).__module__.startswith(_OWN_AND_TORCHS)
+        type(module).__module__.startswith(_KNOWN_LAYERS)
         and not (module.training or is_hooked(module))
         for module in velocity.modules()
     )

@@ -38,7 +38,6 @@ from ..nn.velocity import (
     evaluate,
     exact_divergence,
     field,
-    image_shape,
     images_at_once,
     keeps_nothing,
     record,
@@ -339,7 +338,9 @@ class Flow(nn.Module):
                     total = total + torch.tensordot(w, watched(rate)(s), dims=1)
             return total[None]
 
-        threads = self._blocks_at_once(states[0], path)
+        # Forward mode lets one thread be at a time.
+        is_own = isinstance(path.divergence, ExactDivergence) and exact_divergence(self.velocity)
+        threads = self._blocks_at_once(states[0], path) if is_own else 1
         blocks = _Blocks(states, path, size, threads)
         return blocks.joined(side_by_side(total, blocks, threads=threads))[0]
 
@@ -389,15 +390,12 @@ class Flow(nn.Module):
         """Return how many blocks of states, ``(*, D)``, are best computed side by side.
 
         One where few rows make short operations, between which threads of Python wait for one
-        another; where layers of images are large enough for torch's threads; and where forward
-        mode lets one thread be at a time.
+        another, and where layers of images are as fast on torch's threads.
         """
         is_apart = (
             white.is_cpu
             and white.numel() > ROWS_PER_SOLVE * self.event_dim
-            and isinstance(path.divergence, ExactDivergence)
-            and exact_divergence(self.velocity) is not None
-            and image_shape(self.velocity) is None
+            and images_at_once(self.velocity) is None
             and keeps_nothing(self.velocity)
             and getattr(type(path.solver), "solve", None) is FixedGrid.solve
             and not (is_transformed() or torch.is_autocast_enabled("cpu"))
