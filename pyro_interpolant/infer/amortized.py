@@ -335,7 +335,7 @@ class AmortizedInterpolant(AutoInterpolant):
         clock: Clock,
         settings: dict[str, Any],
         *,
-        samples: Mapping[str, object] | None,
+        samples: Mapping[str, ArrayLike] | None,
         simulations: int | Iterable[Any] | None,
         rounds: int,
     ) -> AmortizedResult | GuideResult:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyro
 import torch
+from numpy.typing import ArrayLike
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from pyro.infer.autoguide.initialization import init_to_median
@@ -284,7 +285,7 @@ class AutoInterpolant(AutoContinuous):
         clock: Clock,
         settings: dict[str, Any],
         *,
-        samples: Mapping[str, object] | None,
+        samples: Mapping[str, ArrayLike] | None,
         simulations: int | Iterable[Any] | None,
         rounds: int,
     ) -> GuideResult | AmortizedResult:
@@ -391,7 +392,7 @@ _UNKNOWN = "Unknown, the log joint density cannot be evaluated."
 def fit_guide(
     guide: AutoInterpolant,
     *args: object,
-    samples: Mapping[str, object] | None = None,
+    samples: Mapping[str, ArrayLike] | None = None,
     simulations: int | Iterable[Any] | None = None,
     rounds: int = 1,
     max_seconds: float = 120.0,

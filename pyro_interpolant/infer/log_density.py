@@ -8,6 +8,7 @@ from typing import Literal, cast, get_args
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import ArrayLike
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
@@ -129,8 +130,10 @@ class LogJoint:
                 f"draws: it may branch on whether any value is extreme. {TO_BATCH}"
             )
 
-    def pack(self, draws: Mapping[str, object]) -> Tensor:
+    def pack(self, draws: Mapping[str, ArrayLike]) -> Tensor:
         """Return vectors, shape ``(N, D)``, of draws of all sites, each ``(N, *site_shape)``.
+
+        They are in the type of the model.
 
         Raises:
             ValueError: If a site is missing, of another shape, or outside its support.

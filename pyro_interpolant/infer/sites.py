@@ -13,6 +13,7 @@ from typing import Any, cast
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import ArrayLike
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.guides import prototype_hide_fn
@@ -28,6 +29,7 @@ from torch.distributions import Transform, biject_to, constraints, register_kl
 from .._torch import are_close
 from ..distributions.constraints import innermost_constraint
 from ..distributions.joint import pack, unpack
+from ..distributions.rows import as_tensor
 from ..distributions.supports import OnEvents
 
 Site = dict[str, Any]  # a site of a trace, Pyro's message
@@ -313,13 +315,14 @@ class LatentSites:
         """Return the sites, each ``(N, *site_shape)``, of vectors of shape ``(N, D)``."""
         return unpack(self.sites, z)
 
-    def pack(self, draws: Mapping[str, object]) -> Tensor:
+    def pack(self, draws: Mapping[str, ArrayLike]) -> Tensor:
         """Return vectors, shape ``(N, D)``, of draws of the sites, each ``(*, *site_shape)``.
 
-        Leading dimensions, of chains or of Pyro's ``Predictive``, are flattened.
+        Leading dimensions, of chains or of Pyro's ``Predictive``, are flattened. The vectors are
+        in the type of the model, as which it is evaluated; arrays are of float64.
 
         Raises:
-            TypeError: If they are not given by site.
+            TypeError: If they are not given by site, or not as tensors or arrays.
             ValueError: If a site is missing, of another shape, or outside its support, or there
                 are not as many draws of each, or none.
         """
@@ -330,7 +333,7 @@ class LatentSites:
             )
         flat = {}
         for name, shape in self.shapes.items():
-            value = None if name not in draws else torch.as_tensor(draws[name])
+            value = as_tensor(draws[name], f"draws of {name!r}") if name in draws else None
             lead = -1 if value is None else value.dim() - len(shape)
             if value is None or lead < 1 or value.shape[lead:] != shape:
                 got = "none" if value is None else f"shape {tuple(value.shape)}"
@@ -345,7 +348,7 @@ class LatentSites:
             raise ValueError(f"expected as many draws of every site, got {counts}")
         if 0 in counts.values():
             raise ValueError("expected draws of every site, got none")
-        return pack(self.sites, flat)
+        return pack(self.sites, flat).to(self.guide._init_loc())
 
 
 def _check_site(site: Site) -> None:

@@ -338,6 +338,20 @@ def test_float32(model):
     assert density(torch.zeros(2, density.event_dim)).dtype == torch.float32
 
 
+def test_draws_in_arrays_come_in_the_type_of_the_model():
+    torch.set_default_dtype(torch.float32)
+    columns = torch.eye(3)  # no product of matrices takes numbers of two types
+
+    def line():
+        slopes = pyro.sample("slopes", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(slopes @ columns, 1.0).to_event(1), obs=torch.ones(3))
+
+    density = log_joint(line)
+    z = torch.randn(4, 3)
+    arrays = {"slopes": z.double().numpy()[::-1]}  # the strides are those of no tensor
+    assert torch.equal(density(density.pack(arrays)), density(z.flip(0)))
+
+
 # ---------------------------------------------------------------------------- where there is none
 
 
