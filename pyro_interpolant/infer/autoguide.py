@@ -158,6 +158,7 @@ class AutoInterpolant(AutoContinuous):
 
     def _set_flow(self, loc: Tensor, *args: object, **kwargs: object) -> None:
         """Make the flow, given a centre of the unconstrained vector, shape ``(D,)``."""
+        LatentSites(self, *args, **kwargs).check_start(loc)
         velocity = guide_network(self.latent_dim, self._hidden_dims).to(loc)
         self.transform = self._transform_of(velocity)
         scale = self._init_scale * torch.eye(len(loc)).to(loc)

@@ -70,7 +70,7 @@ def init_to_support(
         return transform(spread * torch.randn(shape))
 
 
-def whole_value(site: Site, value: Tensor) -> Tensor:
+def whole_value(site: Site, value: ArrayLike) -> Tensor:
     """Return a value of a site in its shape, of one for a plate the same for each member.
 
     Else the plate would expand it as it comes, and all members would be one latent.
@@ -80,15 +80,16 @@ def whole_value(site: Site, value: Tensor) -> Tensor:
         value: Its value, which broadcasts to ``(*batch_shape, *event_shape)``.
 
     Raises:
+        TypeError: If it is no number, tensor or array.
         ValueError: If it does not.
     """
-    shape = site["fn"].shape()
+    shape, found = site["fn"].shape(), as_tensor(value, f"the value of site {site['name']!r}")
     try:
-        return value if value.shape == shape else value.expand(shape)
+        return found if found.shape == shape else found.expand(shape)
     except RuntimeError as error:
         raise ValueError(
             f"expected an initial value of site {site['name']!r} that broadcasts to its shape "
-            f"{tuple(shape)}, got shape {tuple(value.shape)}: pass one for each member of its "
+            f"{tuple(shape)}, got shape {tuple(found.shape)}: pass one for each member of its "
             "plates, or one for all"
         ) from error
 
@@ -285,6 +286,15 @@ class LatentSites:
         """
         own = getattr(self.guide, "likely_point", None)
         return self.guide._init_loc() if own is None else own(*self.args, **self.kwargs)
+
+    def check_start(self, z: Tensor) -> None:
+        """Raise a ValueError where the start of a site, part of z, ``(D,)``, is not finite."""
+        bad = [name for name, _, real in self.split(z) if not bool(real.isfinite().all())]
+        if bad:
+            raise ValueError(
+                f"expected initial values that are finite and strictly inside the supports, got "
+                f"others of the sites {bad}: pass another init_loc_fn to the guide"
+            )
 
     def split(self, z: Tensor) -> Iterator[tuple[str, Transform, Tensor]]:
         """Yield the name of each site, the bijection to its support, and its part of z, ``(D,)``.

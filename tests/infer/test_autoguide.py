@@ -276,6 +276,30 @@ def test_one_value_for_a_plate_starts_each_of_its_members():
         AutoInterpolant(model, init_loc_fn=start)()
 
 
+@pytest.mark.parametrize("one", [float, lambda v: v.numpy()])
+def test_a_start_may_be_a_number_or_an_array(one):
+    start = guides.init_to_value(values={"x": one(torch.tensor(0.5))})
+    guide = AutoInterpolant(lambda: pyro.sample("x", dist.LogNormal(0.0, 1.0)), init_loc_fn=start)
+    guide()
+    assert torch.allclose(guide.transform.flow.loc, torch.tensor([0.5]).log())
+    start = guides.init_to_value(values={"x": "half"})
+    with pytest.raises(TypeError, match="expected the value of site 'x' to be a tensor or an"):
+        AutoInterpolant(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), init_loc_fn=start)()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, torch.inf, torch.nan])
+def test_a_start_that_is_not_inside_the_support_is_refused_by_its_name(value):
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("scale", dist.HalfNormal(1.0))
+
+    start = guides.init_to_value(values={"scale": torch.tensor(value)})
+    with pytest.raises(
+        ValueError, match=r"strictly inside the supports, got .* \['scale'\]: pass"
+    ):
+        AutoInterpolant(model, init_loc_fn=start)()
+
+
 def test_it_starts_at_the_initial_location_and_scale():
     start = guides.init_to_value(
         values={"mu": torch.tensor(3.0), "scale": torch.tensor(2.0), "x": torch.arange(3.0)}
