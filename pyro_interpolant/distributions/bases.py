@@ -299,8 +299,6 @@ def stated_support(base: Distribution) -> Any:
         return None
     if not isinstance(base, dist.MixtureSameFamily):
         return support
-    # Torch's constraint of a mixture, which has no bijection, is that of its parts.
-    support = support.base_constraint
     inner = innermost_constraint(support)
     bounds = [getattr(inner, name, 0.0) for name in ("lower_bound", "upper_bound")]
     return support if all(torch.as_tensor(b).numel() == 1 for b in bounds) else None

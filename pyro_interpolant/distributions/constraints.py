@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from pyro.distributions import constraints
@@ -46,11 +47,35 @@ def is_all_real(constraint: Constraint) -> bool:
     return isinstance(innermost_constraint(constraint), type(constraints.real))
 
 
+# That of mixtures, of some versions of torch; in others theirs is that of the components.
+_OF_MIXTURES = getattr(constraints, "MixtureSameFamilyConstraint", ())
+
+
 def innermost_constraint(constraint: Constraint) -> Constraint:
-    """Return the constraint on the smallest events, inside those declared independent."""
-    while isinstance(constraint, constraints.independent):
+    """Return the constraint on the smallest events, of those independent or of a mixture."""
+    while isinstance(constraint, (constraints.independent, _OF_MIXTURES)):
         constraint = constraint.base_constraint
     return constraint
+
+
+def _of_components(registry: ConstraintRegistry, constraint: Any) -> Transform:
+    """Return the bijection of a mixture's values, which is that of all of its components.
+
+    Raises:
+        NotImplementedError: If they have bounds of their own.
+    """
+    transform = registry(constraint.base_constraint)
+    try:
+        shape = transform.forward_shape((3,) * transform.domain.event_dim)
+    except RuntimeError:  # of bounds that do not broadcast with it
+        shape = ()
+    if len(shape) != transform.codomain.event_dim:
+        raise NotImplementedError(f"no bijection to {constraint}: components have other bounds")
+    return transform
+
+
+for _registry in (biject_to, transform_to) if _OF_MIXTURES else ():
+    _registry.register(_OF_MIXTURES, partial(_of_components, _registry))
 
 
 @biject_to.register(Circular)

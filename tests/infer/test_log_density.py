@@ -9,10 +9,17 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.distributions.transforms import AffineTransform
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_sample, init_to_value
+from pyro.infer.autoguide import (
+    AutoMultivariateNormal,
+    AutoNormal,
+    init_to_feasible,
+    init_to_sample,
+    init_to_value,
+)
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.mcmc.util import initialize_model
 from pyro.nn import PyroModule, PyroSample
+from torch.distributions import biject_to
 
 from pyro_interpolant import AutoInterpolant, importance, log_joint, neutra
 from pyro_interpolant.infer import LogJoint
@@ -572,6 +579,45 @@ def validated(density, row):
     values, log_det = density.sites.constrain(row)
     trace = poutine.trace(poutine.condition(density.model, values)).get_trace()
     return trace.log_prob_sum() + log_det
+
+
+def of_a_mixture(components):
+    weights = dist.Categorical(torch.tensor([0.3, 0.7]))
+    return lambda: pyro.sample("x", dist.MixtureSameFamily(weights, components))
+
+
+@pytest.mark.parametrize(
+    ("components", "support"),
+    [
+        (dist.Normal(torch.tensor([-2.0, 2.0]), 0.5), constraints.real),
+        (dist.Gamma(torch.tensor([1.0, 5.0]), 1.0), constraints.nonnegative),
+        (dist.LogNormal(torch.zeros(2, 3), 0.5).to_event(1), constraints.positive),
+        (dist.Dirichlet(torch.tensor([[1.0, 2.0, 3.0], [3.0, 3.0, 3.0]])), constraints.simplex),
+    ],
+)
+@pytest.mark.parametrize("start", [init_to_sample, init_to_feasible])
+def test_a_latent_site_may_be_a_mixture(components, support, start):
+    model = of_a_mixture(components)
+    guide = AutoInterpolant(model, hidden_dims=(4,), init_loc_fn=start)
+    x = guide()["x"]
+    fn = poutine.trace(model).get_trace().nodes["x"]["fn"]
+    bijection = biject_to(support)
+    z = bijection.inv(x)
+    log_det = bijection.log_abs_det_jacobian(z, x).sum()
+    found = log_joint(model)(z.reshape(1, -1))
+    assert torch.allclose(found, fn.log_prob(x) + log_det)
+    ((shape, known),) = guide.posterior.sites.values()
+    assert (shape, type(known)) == (x.shape, type(support))  # which a file holds
+
+
+@pytest.mark.parametrize("ends", [[1.0, 2.0], [[1.0] * 4, [2.0] * 4]])
+def test_a_mixture_whose_components_have_other_bounds_is_refused(ends):
+    high = torch.tensor(ends)
+    components = dist.Uniform(torch.zeros_like(high), high).to_event(high.dim() - 1)
+    with pytest.raises(
+        ValueError, match="(?s)got site 'x' on Mixture.*: write .* an ImproperUnif"
+    ):
+        log_joint(of_a_mixture(components))
 
 
 def test_an_angle_whose_density_repeats_is_refused():
