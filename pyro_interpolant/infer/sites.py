@@ -483,6 +483,6 @@ def _unsupported(name: str, support: constraints.Constraint) -> ValueError:
     return ValueError(
         f"expected supports with a bijection from real vectors and its Jacobian, got site "
         f"{name!r} on {support}: write a covariance as an LKJCholesky factor "
-        "and scales, a direction by ProjectedNormalReparam, anything else as an ImproperUniform "
-        "site and a pyro.factor"
+        "and scales, a direction by ProjectedNormalReparam, learned priors of angles in "
+        "base_space(model), anything else as an ImproperUniform site and a pyro.factor"
     )

@@ -34,9 +34,13 @@ from pyro_interpolant import (
     AmortizedInterpolant,
     AutoInterpolant,
     FixedGrid,
+    Geodesic,
     InterpolantDistribution,
+    InterpolantTransform,
     Linear,
+    TorusMLP,
     calibrate,
+    circular,
     fit_guide,
     importance,
     log_joint,
@@ -576,6 +580,11 @@ def directions():
     pyro.sample("d", dist.ProjectedNormal(torch.ones(3)))
 
 
+def angles():
+    torus = InterpolantTransform(TorusMLP(2, (4,)), interpolant=Geodesic())
+    pyro.sample("a", InterpolantDistribution(torus, support=circular))
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -584,6 +593,7 @@ def directions():
         (sequential, "latent site 'x_0' in the sequential plate 'rows'"),
         (matrices, "from real vectors and its Jacobian, got site 's' on LowerCholesky"),
         (directions, "from real vectors and its Jacobian, got site 'd' on Sphere"),
+        (angles, r"got site 'a' on circular: .* priors of angles in base_space\(model\)"),
     ],
 )
 def test_what_it_cannot_hold_is_said_at_set_up(target, message):
