@@ -43,7 +43,7 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     try:
         with torch.no_grad(), unchecked():
             z = draw(count) if density.batching == "plate" else in_lanes(draw, count)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # it cannot be sampled
+    except (RuntimeError, TypeError, ValueError):  # it cannot be sampled
         return None
     found = without_extremes(z)
     if found is not None:

@@ -238,7 +238,7 @@ def _gradient_of_sum(value: Tensor, leaf: Tensor) -> Tensor:
     """Return the gradient of the sum of values, zero where none exists or can be computed."""
     try:
         return torch.autograd.grad(value.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
-    except (RuntimeError, NotImplementedError):  # a constant, or without second derivatives
+    except RuntimeError:  # a constant, or without second derivatives
         return torch.zeros_like(leaf)
 
 
