@@ -398,7 +398,7 @@ class Flow(nn.Module):
             and images_at_once(self.velocity) is None
             and keeps_nothing(self.velocity)
             and getattr(type(path.solver), "solve", None) is FixedGrid.solve
-            and not (is_transformed() or torch.is_autocast_enabled("cpu"))
+            and not (is_transformed() or torch.is_autocast_enabled(white.device.type))
         )
         return threads_at_once() if is_apart else 1
 
