@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array, lax
@@ -26,7 +25,7 @@ from numpyro.util import not_jax_tracer
 
 from .bases import base_log_prob, in_batch
 from .given import given_value
-from .supports import Bijection, OnEvents, backward, bijection, per_event
+from .supports import Bijection, OnEvents, backward, bijection, per_event, text_of
 from .transforms import InterpolantTransform
 
 __all__ = [
@@ -242,7 +241,7 @@ class JointInterpolantDistribution(InterpolantDistribution):
     ) -> None:
         super().__init__(base_dist, transforms, validate_args=validate_args)
         self._sites = json.dumps(list(sites))
-        size = sum(math.prod(real) for _, real, _ in self._parts())
+        size = sum(math.prod(real) for _, real, *_ in self._parts())
         if size != self.transform.event_dim:
             raise ValueError(
                 f"expected a flow of dimension {size}, got {self.transform.event_dim}"
@@ -253,12 +252,13 @@ class JointInterpolantDistribution(InterpolantDistribution):
         """The shapes of the sites by name, in the order of packing."""
         return {name: tuple(shape) for name, shape, _ in json.loads(self._sites)}
 
-    def _parts(self) -> list[tuple[str, tuple[int, ...], Transform]]:
-        """Return of each site its name, its unconstrained shape, and its bijection."""
+    def _parts(self) -> list[tuple[str, tuple[int, ...], Transform, OnEvents]]:
+        """Return of each site its name, its unconstrained shape, its bijection, its support."""
         parts = []
         for name, shape, support in json.loads(self._sites):
             transform = bijection(support)
-            parts.append((name, tuple(transform.inverse_shape(tuple(shape))), transform))
+            real = tuple(transform.inverse_shape(tuple(shape)))
+            parts.append((name, real, transform, OnEvents(text_of(support))))
         return parts
 
     def sample_sites(self, name: str) -> dict[str, Array]:
@@ -286,9 +286,16 @@ class JointInterpolantDistribution(InterpolantDistribution):
         return self.unpack(self.sample(key, sample_shape))
 
     def unpack(self, packed: Array) -> dict[str, Array]:
-        """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``."""
+        """Return the sites, each ``(*, *site_shape)``, of packed vectors, shape ``(*, D)``.
+
+        Raises:
+            ValueError: If they are of another size.
+        """
+        size, found = self.transform.event_dim, jnp.shape(packed)
+        if found[-1:] != (size,):
+            raise ValueError(f"expected packed vectors of shape (*, {size}), got {found}")
         sites, start = {}, 0
-        for name, shape, transform in self._parts():
+        for name, shape, transform, _ in self._parts():
             part = packed[..., start : start + math.prod(shape)]
             start += math.prod(shape)
             sites[name] = transform(part.reshape(*part.shape[:-1], *shape))
@@ -298,11 +305,11 @@ class JointInterpolantDistribution(InterpolantDistribution):
         """Return packed vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.
 
         Raises:
-            ValueError: If a site is missing, of another shape, or, where values are known, outside
-                its support.
+            ValueError: If a site is missing, of another shape or batch, or, where values are
+                known, outside its support.
         """
-        parts = []
-        for name, real, transform in self._parts():
+        parts = {}
+        for name, real, transform, support in self._parts():
             shape, value = self.sites[name], jnp.asarray(draws[name]) if name in draws else None
             batch = -1 if value is None else value.ndim - len(shape)
             if value is None or batch < 0 or value.shape[batch:] != shape:
@@ -311,7 +318,13 @@ class JointInterpolantDistribution(InterpolantDistribution):
                     f"expected site {name!r} of shape (*, {', '.join(map(str, shape))}), got {got}"
                 )
             packed = transform.inv(value).reshape(*value.shape[:batch], math.prod(real))
-            if not_jax_tracer(packed) and not np.isfinite(packed).all():
+            # Some inverses are finite beside the support, as that of rows that do not sum to one.
+            inside = support(value if shape else value[..., None]).all()
+            inside = inside & jnp.isfinite(packed).all()
+            if not_jax_tracer(inside) and not inside:
                 raise ValueError(f"expected site {name!r} strictly inside its support")
-            parts.append(packed)
-        return jnp.concatenate(parts, -1)
+            parts[name] = packed
+        batches = {name: part.shape[:-1] for name, part in parts.items()}
+        if len(set(batches.values())) > 1:
+            raise ValueError(f"expected draws of every site in one batch shape, got {batches}")
+        return jnp.concatenate(list(parts.values()), -1)

@@ -327,6 +327,20 @@ def test_sites_of_known_values_are_packed_under_jit():
     np.testing.assert_allclose(found, [[1.0, 0.0]] * 3)
 
 
+def test_what_is_no_packing_of_sites_is_refused():
+    sites = {"weights": ((3,), dist.constraints.simplex), "slope": ((), dist.constraints.real)}
+    flow = from_torch(pi.JointInterpolantDistribution(random_flow(3), sites=sites))
+    draws = {"weights": jnp.full((4, 3), 1 / 3), "slope": jnp.ones(4)}
+    assert flow.pack(draws).shape == (4, 3)
+    with pytest.raises(ValueError, match="'weights' strictly inside its support"):
+        flow.pack({**draws, "weights": jnp.full((4, 3), 0.5)})
+    with pytest.raises(ValueError, match=r"one batch shape, got {'weights': \(4,\), 'slope': \(2"):
+        flow.pack({**draws, "slope": jnp.ones(2)})
+    for size in (2, 4):
+        with pytest.raises(ValueError, match=rf"shape \(\*, 3\), got \(5, {size}\)"):
+            flow.unpack(jnp.zeros((5, size)))
+
+
 def test_no_rows_have_no_densities(known):
     none_given = from_torch(family()).condition(jnp.zeros((0, 3)))
     for flow, shape in ((known("plain"), (4, 0)), (none_given, (0,)), (none_given, ())):
