@@ -24,6 +24,8 @@ from numpyro.distributions.util import validate_sample
 from numpyro.util import not_jax_tracer
 
 from .bases import base_log_prob, in_batch
+from .flow import to_white
+from .frozen import Weights
 from .given import given_value
 from .supports import Bijection, OnEvents, backward, bijection, per_event, text_of
 from .transforms import InterpolantTransform
@@ -98,7 +100,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
         log_det: Array | float = 0.0
         for transform in reversed(self.transforms):
             if isinstance(transform, InterpolantTransform):
-                x, finite = _finite(x, transform.weights["loc"], finite)
+                x, finite = _finite(x, transform.weights, finite)
             x, term = backward(transform, x)
             log_det = log_det + per_event(term, jnp.shape(x)[:-1])
         log_prob = base_log_prob(self.base_dist, x) - log_det
@@ -152,10 +154,13 @@ def _place(transforms: Sequence[Transform]) -> int:
     return len(flows) - 1 - flows[::-1].index(True)
 
 
-def _finite(x: Array, loc: ArrayLike, before: Array) -> tuple[Array, Array]:
-    """Return rows, ``(*, D)``, with loc for those that are not finite, and which are, ``(*)``."""
-    finite = jnp.isfinite(x).all(-1)
-    return jnp.where(finite[..., None], x, loc), finite & before
+def _finite(x: Array, weights: Weights, before: Array) -> tuple[Array, Array]:
+    """Return rows, ``(*, D)``, with loc for those that are not finite, and which are, ``(*)``.
+
+    A row far away may be infinite in the flow's coordinates alone.
+    """
+    finite = jnp.isfinite(to_white(weights, x)).all(-1)
+    return jnp.where(finite[..., None], x, weights["loc"]), finite & before
 
 
 @promote_batch_shape.register
