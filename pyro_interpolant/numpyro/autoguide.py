@@ -284,6 +284,29 @@ def _packed(
     Raises:
         ValueError: If a site is missing, of another shape, or outside its support.
     """
+    parts = _unconstrained(guide, draws, args, kwargs)
+    for name, part in parts.items():
+        outside = ~jnp.isfinite(part).all(1)
+        if outside.any():
+            support = guide.prototype_trace[name]["fn"].support
+            raise ValueError(
+                f"expected draws of site {name!r} strictly inside its support {support}, got "
+                f"{outside.sum()} of {len(outside)} outside it or on its edge, the first being "
+                f"draw {outside.argmax()}"
+            )
+    return jnp.concatenate(list(parts.values()), -1)
+
+
+def _unconstrained(
+    guide: AutoInterpolant, draws: Mapping[str, ArrayLike], args: Arguments, kwargs: Named
+) -> dict[str, Array]:
+    """Return the part of each site in unconstrained vectors, ``(N, size)``, of draws by site.
+
+    Those of draws outside a support or on its edge are not finite.
+
+    Raises:
+        ValueError: If a site is missing, or of another shape.
+    """
     shapes = {name: guide.prototype_trace[name]["value"].shape for name in guide._init_locs}
     missing = sorted(set(shapes) - set(draws))
     if missing:
@@ -311,16 +334,7 @@ def _packed(
         return {name: jnp.ravel(real[name]) for name in shapes}
 
     parts = jax.jit(jax.vmap(real_of))(rows)
-    for name in shapes:
-        outside = ~np.isfinite(parts[name]).all(1)
-        if outside.any():
-            support = guide.prototype_trace[name]["fn"].support
-            raise ValueError(
-                f"expected draws of site {name!r} strictly inside its support {support}, got "
-                f"{outside.sum()} of {len(outside)} outside it or on its edge, the first being "
-                f"draw {outside.argmax()}"
-            )
-    return jnp.concatenate([parts[name] for name in shapes], -1)
+    return {name: parts[name] for name in shapes}
 
 
 def _prior_draws(
@@ -328,7 +342,8 @@ def _prior_draws(
 ) -> "Tensor | None":
     """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
 
-    The rarest 1% is clamped to the rest, for priors without moments.
+    Those that rounding has put on the edge of a support are left out, and the rarest 1% is clamped
+    to the rest, for priors without moments.
     """
     import torch
 
@@ -336,10 +351,10 @@ def _prior_draws(
 
     try:
         draws = Predictive(guide.model, num_samples=count)(key, *args, **kwargs)
-        z = np.asarray(_packed(guide, draws, args, kwargs))
+        parts = _unconstrained(guide, draws, args, kwargs)
     except (NotImplementedError, ValueError):  # a prior that cannot be sampled
         return None
-    return without_extremes(torch.tensor(z))
+    return without_extremes(torch.tensor(np.concatenate(list(parts.values()), -1)))
 
 
 def _for_torch(density: Callable[[Array], Array]) -> Callable[["Tensor"], "Tensor"]:
