@@ -267,6 +267,22 @@ def test_bases(name, twin):
     assert_twins(flow, twin(flow))
 
 
+MORE_BASES = {
+    "low rank": lambda: dist.LowRankMultivariateNormal(
+        torch.ones(2), torch.ones(2, 1), torch.ones(2)
+    ),
+    "kumaraswamy": lambda: dist.Kumaraswamy(torch.full((2,), 2.0), torch.ones(2)).to_event(1),
+    "pareto": lambda: dist.Pareto(torch.ones(2), torch.full((2,), 2.0)).to_event(1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_BASES)
+def test_more_bases(name, twin):
+    flow = plain(base=MORE_BASES[name](), validate_args=False).freeze()
+    assert_twins(flow, twin(flow))
+
+
 @pytest.mark.slow
 def test_a_base_that_is_a_flow(twin):
     inner = InterpolantDistribution(random_flow(2), BASES["laplace"](2))
