@@ -292,7 +292,6 @@ def bijection(description: Description) -> Transform:
     return ComposeTransform(list(_parts(text_of(description), clamps=False)[0]))
 
 
-@lru_cache(maxsize=256)
 def _parts(text: str, *, clamps: bool = True) -> tuple[Sequence[Transform], Constraint]:
     """Return the transforms from real vectors to a described support, and the constraint.
 
@@ -300,6 +299,15 @@ def _parts(text: str, *, clamps: bool = True) -> tuple[Sequence[Transform], Cons
         text: The description.
         clamps: Whether inverses clamp at the edges of intervals, as those of torch.
     """
+    return _parts_in(jnp.result_type(float), text, clamps=clamps)
+
+
+# For each type that jax computes in there are other arrays: one that was part of a program keeps
+# the type that it had there.
+@lru_cache(maxsize=256)
+def _parts_in(
+    _dtype: object, text: str, *, clamps: bool
+) -> tuple[Sequence[Transform], Constraint]:
     return _built(json.loads(text), _clamping if clamps else biject_to)
 
 

@@ -221,6 +221,19 @@ def test_the_edges_of_an_interval(name, float32):
     assert (found[5:] == -jnp.inf).all()
 
 
+@pytest.mark.usefixtures("float32")
+def test_bounds_follow_when_jax_begins_to_compute_in_float64():
+    """As a file of float64 asks for where it is loaded in float32."""
+    low = torch.tensor([0.3, -1.7], dtype=torch.float64)
+    onto = from_torch(plain(support=constraints.greater_than(low))).transforms[-1]
+    x = np.array([1.0, 2.0])
+    before = onto(jnp.asarray(x))
+    jax.config.update("jax_enable_x64", val=True)
+    after = onto(jnp.asarray(x))
+    assert after.dtype == np.float64
+    np.testing.assert_allclose(before, after, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("support", [constraints.real_vector, constraints.positive], ids=str)
 def test_event_shapes(support, twin):
