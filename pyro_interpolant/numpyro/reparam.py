@@ -88,7 +88,7 @@ class _InBaseSpace(Reparam):
     def __call__(self, name: str, fn: dist.Distribution, obs: Array | None) -> tuple[None, Array]:
         """Return no distribution, and the value of the site."""
         flow = self.flow
-        with self._start(name, flow):
+        with self._start(name, fn):
             x = numpyro.sample(name + _BASE, _base_of(flow, fn), **self.how)
         x = directions(x) if _is_angular(flow) else x
         for transform in flow.transforms:
@@ -96,15 +96,27 @@ class _InBaseSpace(Reparam):
         return None, x
 
     @contextlib.contextmanager
-    def _start(self, name: str, flow: InterpolantDistribution) -> Iterator[None]:
-        """Give the base the value to start from, if there is one."""
+    def _start(self, name: str, fn: dist.Distribution) -> Iterator[None]:
+        """Give the base the value to start from, if there is one: each member of a plate its own.
+
+        Raises:
+            ValueError: If the value does not broadcast to the shape of the site.
+        """
         if self.value is None:
             yield
             return
-        x = self.value
-        for transform in reversed(flow.transforms):
+        shape = fn.shape(self.how["sample_shape"])
+        try:
+            x = jnp.broadcast_to(jnp.asarray(self.value), shape)
+        except ValueError as error:
+            raise ValueError(
+                f"expected an initial value of site {name!r} that broadcasts to its shape "
+                f"{shape}, got shape {jnp.shape(self.value)}: pass one for each member of its "
+                "plates, or one for all"
+            ) from error
+        for transform in reversed(self.flow.transforms):
             x = transform.inv(x)
-        x = in_planes(x, _RAYLEIGH_RMS) if _is_angular(flow) else x
+        x = in_planes(x, _RAYLEIGH_RMS) if _is_angular(self.flow) else x
         with warnings.catch_warnings(), handlers.substitute(data={name + _BASE: x}):
             warnings.filterwarnings("ignore", ".*skipping initialization of site")
             yield

@@ -186,6 +186,21 @@ def test_an_initial_value_in_data_space(prior, model):
 
 
 @pytest.mark.slow
+def test_an_initial_value_is_that_of_each_member_of_a_plate(prior):
+    def model():
+        with numpyro.plate("n", 3):
+            numpyro.sample("z", prior)
+
+    start = init_to_value(values={"z": Z})
+    found = initialize_model(KEY, base_space(model), init_strategy=start).param_info.z["z_base"]
+    assert found.shape == (3, 2)
+    np.testing.assert_allclose(prior.transform(found), [Z] * 3, atol=1e-3)
+    start = init_to_value(values={"z": jnp.zeros((2, 2))})
+    with pytest.raises(ValueError, match=r"to its shape \(3, 2\), got shape \(2, 2\)"):
+        initialize_model(KEY, base_space(model), init_strategy=start)
+
+
+@pytest.mark.slow
 def test_other_strategies_propose_in_base_space(model):
     info = initialize_model(KEY, base_space(model), init_strategy=init_to_median)
     assert float(jnp.abs(info.param_info.z["z_base"]).max()) < 2
