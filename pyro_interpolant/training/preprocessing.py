@@ -7,6 +7,7 @@ behind it, and as many without it.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .._files import checksum
 from .._torch import warn_user
 from ..distributions.constraints import Constraint
 from ..distributions.rows import as_tensor, checked_rows
+from ..solvers.parallel import side_by_side, threads_at_once
 from ..transforms.gaussianize import (
     Gaussianized,
     Gaussianizer,
@@ -319,22 +321,27 @@ def _mixture(kept: Tensor, held: Tensor) -> Tensor:
     x, dim = whitener.white(kept), kept.shape[1]
     nearest = torch.cdist(x, x[:_COMPONENTS]).argmin(1)
     shares = torch.nn.functional.one_hot(nearest, _COMPONENTS).T.to(x)
+    # One component at a time on each core: all at once would leave the cache.
+    of_each = partial(side_by_side, threads=threads_at_once() if x.is_cpu else 1)
+
+    def covariance(loc: Tensor, share: Tensor) -> Tensor:
+        centred = (x - loc) * share.sqrt()[:, None]
+        return centred.T @ centred
 
     def joint(w: Tensor) -> Tensor:
+        def square(loc: Tensor, inverse: Tensor) -> Tensor:
+            return ((w - loc) @ inverse).square().sum(1)
+
         inverses = torch.linalg.inv(roots).mT
-        # One component at a time: all at once would leave the cache.
-        square = torch.stack(
-            [((w - m) @ r).square().sum(1) for m, r in zip(locs, inverses, strict=True)]
-        )
+        squares = torch.stack(of_each(square, zip(locs, inverses, strict=True)))
         volume = roots.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * dim * math.log(2 * math.pi)
-        return (logits - volume)[:, None] - 0.5 * square
+        return (logits - volume)[:, None] - 0.5 * squares
 
     for _ in range(_ITERATIONS):
         total = shares.sum(1, keepdim=True).clamp(min=1.0)
         logits, shares = (total / total.sum()).log()[:, 0], shares / total
         locs = shares @ x
-        centred = ((x - m) * s.sqrt()[:, None] for m, s in zip(locs, shares, strict=True))
-        covs = torch.stack([part.T @ part for part in centred])
+        covs = torch.stack(of_each(covariance, zip(locs, shares, strict=True)))
         roots = torch.linalg.cholesky(covs + _VARIANCE_FLOOR * torch.eye(dim).to(x))
         shares = joint(x).softmax(0)
     log_density = joint(whitener.white(held)).logsumexp(0)
