@@ -9,7 +9,6 @@ from torch import Tensor
 from ..distributions.bases import WhitenedBase
 from ..distributions.interpolant import AnyDistribution
 from ..interpolants.couplings import independent
-from ..solvers.parallel import threads_restored
 from ..training.objective import Objective
 from ..training.optimization import Descent, assign
 from ..training.rows import Rows
@@ -56,7 +55,6 @@ class FlowRegression:
         keep = max(2, min(self.most, self.added // 2 + 1))
         self.pools = [*self.pools, rows][-keep:]
 
-    @threads_restored()
     def __call__(self, steps: int, rate: Callable[[], float], *, seconds: float) -> None:
         """Take steps, at most as many as the time allows.
 
@@ -74,16 +72,16 @@ class FlowRegression:
         def batch() -> Rows:
             return rows.take(torch.randint(count, (min(_BATCH_ROWS, count),)).to(rows.w.device))
 
-        self.threads.settle()
-        for _ in clocked(seconds, _MIN_STEPS, steps):
-            warm = min(1.0, (self.descent.steps + 1) / _WARMUP_STEPS)
-            (points,) = self.objective.points([batch])
-            began = time.monotonic()
-            with torch.enable_grad():
-                self.descent(points, rate() * warm)
-            self.threads.took(time.monotonic() - began)
-            if self.descent.is_stuck():
-                self.descent.check()
+        with self.threads.in_use():
+            for _ in clocked(seconds, _MIN_STEPS, steps):
+                warm = min(1.0, (self.descent.steps + 1) / _WARMUP_STEPS)
+                (points,) = self.objective.points([batch])
+                began = time.monotonic()
+                with torch.enable_grad():
+                    self.descent(points, rate() * warm)
+                self.threads.took(time.monotonic() - began)
+                if self.descent.is_stuck():
+                    self.descent.check()
 
     def values(self) -> list[Tensor]:
         """Return copies of the averaged weights."""

@@ -6,12 +6,14 @@ threads gain more or less, by the sizes of the operations. So neither these size
 cores tell which is faster: the clock does, and again while a run goes on.
 """
 
+import contextlib
 import threading
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 
-from ..solvers.parallel import threads_at_once
+from ..solvers.parallel import threads_at_once, threads_restored
 
 _TRIAL_STEPS = 4  # that a trial of the other number of threads takes
 _TRIAL_SHARE = 0.02  # of the time, that trials may lose
@@ -45,6 +47,14 @@ class Threads:
         self.tried = None
         if self.is_main:
             torch.set_num_threads(self.used)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Set that number for a while, or the other, where a trial of it has begun."""
+        with threads_restored():
+            if self.is_main:
+                torch.set_num_threads(self.used if self.tried is None else self.other)
+            yield
 
     def took(self, seconds: float) -> None:
         """Take note of a step's time, and set the number of threads of the next."""

@@ -7,6 +7,7 @@ import torch
 
 from pyro_interpolant import InterpolantDistribution, fit, interpolant_transform
 from pyro_interpolant.infer import regression
+from pyro_interpolant.infer.smc.tempering import LogDensity
 from pyro_interpolant.solvers.parallel import one_thread_each
 from pyro_interpolant.training import loop
 from pyro_interpolant.training.rows import Rows
@@ -108,3 +109,25 @@ def test_the_regression_of_rounds_does_too(monkeypatch):
     assert fitted.threads.used == 1
     assert torch.get_num_threads() == ALL
     assert seen == [1, ALL] + [1] * 8
+
+
+def test_blocks_of_a_density_choose_theirs_and_a_trial_goes_on_from_call_to_call():
+    seen = []
+
+    def log_density(x):
+        seen.append(torch.get_num_threads())
+        return -x.square().sum(-1)
+
+    threads, go_on = Threads(choose=True), Threads.took
+    with one_thread_each():
+        density = LogDensity(log_density, threads)
+        threads.took = lambda seconds: go_on(threads, 0.5 if seen[-1] == ALL else 1.0)
+        for _ in range(3):
+            density.particles(torch.randn(3000, 2))
+        assert torch.get_num_threads() == 1
+        density.tune(torch.randn(10, 2))
+        assert seen[-1] == 1
+        density(torch.randn(10, 2))
+    assert seen[:9] == [1] + [ALL] * 5 + [1] * 2 + [ALL]
+    assert seen[-1] == ALL
+    assert torch.get_num_threads() == ALL

@@ -6,6 +6,7 @@ p in blocks, ``Particles`` are rows with their gradients, ``HMCKernel`` moves th
 room uses all three.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..._torch import draws_nothing
 from ...diagnostics.psis import effective_sample_size, finite_or_minus_inf, systematic_resampling
+from ...training.threads import Threads
 
 _BLOCKS = (128, 1024, 4096)  # numbers of rows evaluated at once that are tried
 _CHECKED = 32  # rows at a time, until one has a density
@@ -62,14 +64,17 @@ class LogDensity:
 
     Args:
         function: From rows, shape ``(N, D)``, to log densities, shape ``(N,)``.
+        threads: What chooses the number of threads by how long blocks take; one by default.
 
     Attributes:
         rows: How many rows are evaluated at once.
         seconds: What a row costs, with its gradient.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], threads: Threads | None = None
+    ) -> None:
+        self.function, self.threads = function, threads
         self.rows, self.seconds = 1024, 0.0
 
     def check(self, x: Tensor) -> None:
@@ -104,11 +109,12 @@ class LogDensity:
         """
         best = math.inf
         for rows in sorted({min(r, len(x)) for r in _BLOCKS}):
-            began, self.rows = time.monotonic(), rows
-            self.particles(x[:rows])  # the first call of a size may compile
+            began = time.monotonic()
+            self._differentiated(x[:rows])  # the first call of a size may compile
             is_slow = time.monotonic() - began > _TUNING_SECONDS
             few, began = x[: rows if is_slow else 2 * rows], time.monotonic()
-            self.particles(few)
+            for part in few.split(rows):
+                self._differentiated(part)
             each = (time.monotonic() - began) / len(few)
             if each < 0.9 * best:
                 best, chosen = each, rows
@@ -118,20 +124,31 @@ class LogDensity:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the log density, shape ``(N,)``, of rows of shape ``(N, D)``, differentiable."""
-        return torch.cat([self._value(part) for part in x.split(self.rows)])
+        with self._threads():
+            return torch.cat([self._value(part) for part in x.split(self.rows)])
 
     def particles(self, x: Tensor) -> Particles:
         """Return rows, shape ``(N, D)``, with their log densities and gradients."""
-        values, gradients = [], []
-        for part in x.split(self.rows):
-            with torch.enable_grad():
-                leaf = part.detach().clone().requires_grad_()
-                value = self._value(leaf)
-                (gradient,) = torch.autograd.grad(value.sum(), leaf)
-            finite = torch.isfinite(gradient).all(-1) & (value > -math.inf)
-            values.append(value.detach())
-            gradients.append(torch.where(finite[:, None], gradient, 0.0))
-        return Particles(x, torch.cat(values), torch.cat(gradients))
+        parts = []
+        with self._threads():
+            for part in x.split(self.rows):
+                began = time.monotonic()
+                parts.append(self._differentiated(part))
+                if self.threads is not None:
+                    self.threads.took((time.monotonic() - began) / max(1, len(part)))
+        return Particles(x, *map(torch.cat, zip(*parts, strict=True)))
+
+    def _threads(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.threads is None else self.threads.in_use()
+
+    def _differentiated(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log densities and gradients of rows that are evaluated at once, ``(N, D)``."""
+        with torch.enable_grad():
+            leaf = x.detach().clone().requires_grad_()
+            value = self._value(leaf)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        finite = torch.isfinite(gradient).all(-1) & (value > -math.inf)
+        return value.detach(), torch.where(finite[:, None], gradient, 0.0)
 
     def _value(self, x: Tensor) -> Tensor:
         with draws_nothing():

@@ -27,11 +27,13 @@ from ...diagnostics.psis import (
 from ...distributions.interpolant import InterpolantDistribution
 from ...distributions.report import duration, with_error
 from ...solvers.ode import Solver
+from ...solvers.parallel import one_thread_each
 from ...training.clock import Clock
 from ...training.fitting import trainable_flow
 from ...training.preparation import set_whitening
 from ...training.reporting import PercentBar
 from ...training.rows import Rows
+from ...training.threads import Threads
 from ...transforms.flow import Flow
 from ..regression import FlowRegression
 from ..schedule import RateSchedule, clocked
@@ -282,6 +284,7 @@ def _effective_share(log_weights: Tensor) -> float:
     return effective_sample_size(pareto_smooth(log_weights).log_weights) / len(log_weights)
 
 
+@one_thread_each()
 def train_from_density(
     distribution: InterpolantDistribution,
     log_density: Callable[[Tensor], Tensor],
@@ -338,7 +341,7 @@ def train_from_density(
     )
     with torch.inference_mode(mode=False), torch.no_grad(), seeded(seed):
         wide = initial_mixture(start, flow.loc)
-        density = LogDensity(log_density)
+        density = LogDensity(log_density, Threads(choose=flow.loc.is_cpu))
         density.check(wide.sample(256))
         with PercentBar("rounds", progress=progress) as bar:
             found = _find_particles(density, wide, int(draws), clock, bar)
