@@ -36,7 +36,7 @@ from ..distributions.interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
-from ..distributions.joint import NamedSites, column_names, rows_by_name
+from ..distributions.joint import NamedSites, column_names, own_sites, rows_by_name
 from ..distributions.rows import RowsLike, checked_rows, contexts_of_rows
 from ..distributions.supports import BijectiveSupport, support_of
 from ..transforms.gaussianize import without_gaussianizer
@@ -303,8 +303,7 @@ def _packed(distribution: AnyDistribution, x: RowsLike) -> ArrayLike:
 
     Of named draws they are packed vectors.
     """
-    sites = distribution.sites if isinstance(distribution, NamedSites) else None
-    x = rows_by_name(x, distribution.columns, sites, "x")
+    x = rows_by_name(x, distribution.columns, own_sites(distribution), "x")
     if not isinstance(distribution, NamedSites):
         if isinstance(x, Mapping):
             raise TypeError("expected rows: this distribution has no named sites")

@@ -330,8 +330,8 @@ def rows_by_name(
     rows, found = named_columns(x, name)
     if not found or sites is None:
         return in_order(rows, found, names, name)
-    sizes = {site: shape.numel() for site, (shape, _) in sites.items()}
-    parts = in_order(rows, found, flat_names(sizes), name).split(list(sizes.values()), 1)
+    sizes = [shape.numel() for shape, _ in sites.values()]
+    parts = in_order(rows, found, _flat_names(sites), name).split(sizes, 1)
     return {
         site: part.reshape(len(part), *shape)
         for (site, (shape, _)), part in zip(sites.items(), parts, strict=True)
@@ -340,9 +340,18 @@ def rows_by_name(
 
 def names_in_frames(distribution: AnyDistribution) -> tuple[str, ...]:
     """Return the names by which columns of a data frame are taken, in their order, or none."""
-    if not isinstance(distribution, NamedSites):
-        return distribution.columns
-    return flat_names({site: shape.numel() for site, (shape, _) in distribution.sites.items()})
+    sites = own_sites(distribution)
+    return distribution.columns if sites is None else _flat_names(sites)
+
+
+def own_sites(distribution: AnyDistribution) -> Sites | None:
+    """Return the sites of a distribution, or None where it has none."""
+    return distribution.sites if isinstance(distribution, NamedSites) else None
+
+
+def _flat_names(sites: Sites) -> tuple[str, ...]:
+    """Return the names of the numbers of all sites, in the order of packing."""
+    return flat_names({site: shape.numel() for site, (shape, _) in sites.items()})
 
 
 def column_names(distribution: AnyDistribution) -> list[str]:

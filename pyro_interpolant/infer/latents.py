@@ -25,7 +25,7 @@ from .._package import check_ranges, whole
 from .._torch import evaluated, seeded
 from ..diagnostics.psis import log_total, pareto_smooth, shuffled_resampling
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
-from ..distributions.joint import NamedSites, names_in_frames
+from ..distributions.joint import names_in_frames, own_sites
 from ..distributions.rows import contexts_of_rows
 from ..distributions.supports import support_of
 from ..solvers.parallel import one_thread_each
@@ -430,7 +430,7 @@ def check_base(distribution: object) -> None:
             f"expected a flow from its default base N(0, I), got {distribution.base}, from which "
             "latents cannot be drawn: train it without base, base_samples or circular support"
         )
-    sites = distribution.sites if isinstance(distribution, NamedSites) else {}
+    sites = own_sites(distribution) or {}
     moved = [name for name, (_, support) in sites.items() if not support_of(support).is_real()]
     if moved:
         raise ValueError(

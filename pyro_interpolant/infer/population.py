@@ -414,5 +414,5 @@ def _wide(
         warnings.simplefilter("ignore")
         options = {**options, "context": context, "max_seconds": seconds}
         distribution = from_samples(first, progress=False, **options)
-    distribution.columns, distribution.context_columns, _ = names
+    names.give_to(distribution)
     return distribution

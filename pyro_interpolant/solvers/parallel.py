@@ -23,12 +23,13 @@ def threads_at_once() -> int:
 
     One beside other threads of Python, which torch gives the same number of its own.
     """
-    if not _is_main():
+    if not is_main_thread():
         return 1
     return _GIVEN[0] if _GIVEN else torch.get_num_threads()
 
 
-def _is_main() -> bool:
+def is_main_thread() -> bool:
+    """Return whether this is Python's main thread, which alone sets torch's number of threads."""
     return threading.current_thread() is threading.main_thread()
 
 
@@ -63,7 +64,7 @@ def one_thread_each() -> Iterator[None]:
     Work on all rows, of many short operations, gains little by more threads, and beside a busy
     process takes many times as long.
     """
-    if not _is_main():
+    if not is_main_thread():
         yield
         return
     _GIVEN.append(torch.get_num_threads())

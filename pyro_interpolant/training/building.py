@@ -168,7 +168,7 @@ def from_samples(
             space, rows, context, fit_options, marginals=marginals, streamed=streamed
         )
     distribution = _distribution(transform, sites, constraint)
-    distribution.columns, distribution.context_columns = columns, context_names(contexts, context)
+    Names(columns, context_names(contexts, context)).give_to(distribution)
     try:
         fit(distribution, x if streamed else rows, context=context, **fit_options)
     except NonFiniteError as error:

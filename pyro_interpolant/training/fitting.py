@@ -233,7 +233,7 @@ def fit(
             objective = Objective(flow, seen, coupling, process, target=learn, exponent=exponent)
             held = objective.without_outliers(split.held)
             fixed = objective.fixed_points(held, unseen, split.size)
-        distribution.columns, distribution.context_columns, _ = source.names
+        source.names.give_to(distribution)
         with trainable(objective.network), _naming_rows(source, objective):
             batches = source.batches(split, objective)
             run = Run(objective, batches, fixed, schedule, clock, callback, state)

@@ -6,7 +6,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..distributions.interpolant import AnyDistribution
-from ..distributions.joint import NamedSites, Sites, rows_by_name
+from ..distributions.joint import Sites, own_sites, rows_by_name
 from ..distributions.rows import columns_in_order, names_of
 
 
@@ -26,8 +26,11 @@ class Names(NamedTuple):
     @classmethod
     def of(cls, distribution: AnyDistribution) -> "Names":
         """Return the names that a distribution has."""
-        sites = distribution.sites if isinstance(distribution, NamedSites) else None
-        return cls(distribution.columns, distribution.context_columns, sites)
+        return cls(distribution.columns, distribution.context_columns, own_sites(distribution))
+
+    def give_to(self, distribution: AnyDistribution) -> None:
+        """Make these the names that a distribution has; sites are its own."""
+        distribution.columns, distribution.context_columns = self.rows, self.contexts
 
     @classmethod
     def for_training(

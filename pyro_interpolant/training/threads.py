@@ -7,13 +7,12 @@ cores tell which is faster: the clock does, and again while a run goes on.
 """
 
 import contextlib
-import threading
 from collections import deque
 from collections.abc import Iterator
 
 import torch
 
-from ..solvers.parallel import threads_at_once, threads_restored
+from ..solvers.parallel import is_main_thread, threads_at_once, threads_restored
 
 _TRIAL_STEPS = 4  # that a trial of the other number of threads takes
 _TRIAL_SHARE = 0.02  # of the time, that trials may lose
@@ -34,7 +33,7 @@ class Threads:
     """
 
     def __init__(self, *, choose: bool) -> None:
-        self.is_main = threading.current_thread() is threading.main_thread()
+        self.is_main = is_main_thread()
         self.other = threads_at_once() if self.is_main else torch.get_num_threads()
         self.used = 1 if choose and self.is_main else self.other
         self.trial_steps = 1
@@ -68,8 +67,8 @@ class Threads:
                 torch.set_num_threads(self.other)
             return
         self.tried.append(seconds)
-        count = self.trial_steps
-        usual, spent = sum(list(self.recent)[-count:]), sum(self.tried)
+        # A trial begins as soon as there are so many steps to compare it with.
+        usual, spent, count = sum(self.recent), sum(self.tried), len(self.recent)
         if spent >= usual:
             self.until = (spent - usual * len(self.tried) / count) / _TRIAL_SHARE
         elif len(self.tried) == count:

@@ -459,7 +459,10 @@ class _Blocks:
         self.rows = moved.reshape(len(states), *shape, states.shape[-1])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Path]]:
-        """Yield states, shape ``(T, b, r, D)``, and their path, with contexts ``(b, 1, C)``."""
+        """Yield states, shape ``(T, b, r, D)``, and their path, with contexts ``(b, 1, C)``.
+
+        They are views: what computes a block copies it, so that few copies are held at once.
+        """
         each = max(1, min(self.rows.shape[2], self.size))
         count, c = max(1, self.size // each), self.path.context
         blocks = self.rows.split(count, dim=1)

@@ -128,7 +128,7 @@ def learn_interpolant(
     given = {k: fit_options[k] for k in _OF_ROWS if k in fit_options}
     given["validation"] = as_held_out(given.get("validation", DEFAULT_SHARE))
     source = Table(distribution, data, context=context, **given)
-    distribution.columns, distribution.context_columns, _ = source.names
+    source.names.give_to(distribution)
     if seed is None:
         seed = Process(fit_options.get("fabric")).agreed(int(torch.randint(2**62, ())))
     with seeded(seed):
