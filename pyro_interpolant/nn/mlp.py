@@ -338,19 +338,20 @@ class VelocityMLP(nn.Module):
         h, plain = inputs, not is_watched()
         parts = zip(self.layers, modulation.shifts[:-1], modulation.scales, strict=True)
         for i, (layer, shift, scale) in enumerate(parts):
-            z = _affine(layer, h, shift)
+            z, is_residual = _affine(layer, h, shift), self._is_residual(i)
             if plain:  # fewer passes over memory
                 if slopes is not None:
                     slopes.append(torch.ops.aten.silu_backward(scale.expand_as(z), z))
-                s = nn.functional.silu(z, inplace=True).mul_(scale)
-            elif slopes is None:
-                s = nn.functional.silu(z) * scale
+                s = nn.functional.silu(z, inplace=True)
+                h = h.addcmul_(s, scale) if is_residual else s.mul_(scale)
+                continue
+            if slopes is None:
+                s = nn.functional.silu(z)
             else:
                 sigmoid = z.sigmoid()
                 s = z * sigmoid
                 slopes.append((sigmoid + s - s * sigmoid) * scale)
-                s = s * scale
-            h = h + s if self._is_residual(i) else s
+            h = h + s * scale if is_residual else s * scale
         return _affine(self.output, h, modulation.shifts[-1])
 
     def _weights(self) -> list[Tensor]:
@@ -385,16 +386,21 @@ class VelocityMLP(nn.Module):
             return lambda inputs, slopes: (
                 nn.functional.linear(slopes[0], coupling) * slopes[1]
             ).sum(-1)
-        return lambda inputs, slopes: self._deep_trace(slopes, first.T)
+        into = first.T.contiguous()  # else products of its layout are of many small matrices
+        return lambda inputs, slopes: self._deep_trace(slopes, into)
 
     def _deep_trace(self, slopes: list[Tensor], into: Tensor) -> Tensor:
         """Return the trace, given the derivative of the first product, ``(*, D, width)``."""
         tangents = slopes[0][..., None, :] * into  # of all D directions: J^T, (*, D, width)
         inner = zip(slopes[1:], self._weights()[1:], strict=True)
         for i, (slope, weight) in enumerate(inner, start=1):
-            step = slope[..., None, :] * nn.functional.linear(tangents, weight)
-            tangents = tangents + step if self._is_residual(i) else step
-        return (tangents * self.output.weight).sum((-2, -1))
+            through = nn.functional.linear(tangents, weight)
+            slope = slope[..., None, :]
+            if self._is_residual(i):
+                tangents = torch.addcmul(tangents, slope, through)
+            else:
+                tangents = slope * through
+        return tangents.flatten(-2) @ self.output.weight.flatten()
 
 
 def _affine(layer: nn.Module, x: Tensor, shift: Tensor) -> Tensor:

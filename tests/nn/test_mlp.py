@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import HIDDEN_DIMS
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_interpolant import InterpolantTransform, VelocityMLP
 from pyro_interpolant.nn.velocity import field
@@ -223,3 +224,24 @@ def test_tangents_survive_without_gradients():
 def test_the_first_layer_starts_sharper_from_3_to_8_dimensions(dim, factor):
     largest = float(VelocityMLP(dim, (256, 256)).layers[0].weight.detach().abs().max())
     assert 0.95 * factor < largest * math.sqrt(dim) <= factor + 1e-6
+
+
+class Operations(TorchDispatchMode):
+    """The operations of torch that are called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_a_deep_divergence_takes_one_product_for_all_rows_and_directions(needs_grad):
+    velocity = VelocityMLP(2, (16, 16, 16)).double().requires_grad_(requires_grad=False)
+    x = torch.randn(5, 7, 2).double().requires_grad_(needs_grad)
+    with torch.set_grad_enabled(needs_grad), Operations() as operations:
+        velocity.forward_and_divergence(torch.tensor(0.5).double(), x)
+    assert "aten::bmm" not in operations.called  # a small matrix for each row, many times slower
