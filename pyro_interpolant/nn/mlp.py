@@ -386,12 +386,13 @@ class VelocityMLP(nn.Module):
             return lambda inputs, slopes: (
                 nn.functional.linear(slopes[0], coupling) * slopes[1]
             ).sum(-1)
-        into = first.T.contiguous()  # else products of its layout are of many small matrices
-        return lambda inputs, slopes: self._deep_trace(slopes, into)
+        return lambda inputs, slopes: self._deep_trace(slopes, first.T)
 
     def _deep_trace(self, slopes: list[Tensor], into: Tensor) -> Tensor:
         """Return the trace, given the derivative of the first product, ``(*, D, width)``."""
-        tangents = slopes[0][..., None, :] * into  # of all D directions: J^T, (*, D, width)
+        # Of all D directions: J^T, (*, D, width). In another layout, where weights are frozen,
+        # torch takes a product for each row, which is many times slower.
+        tangents = slopes[0][..., None, :] * into.contiguous()
         inner = zip(slopes[1:], self._weights()[1:], strict=True)
         for i, (slope, weight) in enumerate(inner, start=1):
             through = nn.functional.linear(tangents, weight)
