@@ -160,7 +160,7 @@ class ExpectationMaximization:
     """Rounds of latents drawn under the flow, and of the regression of the flow on them.
 
     Args:
-        distribution: The flow, trained on a wide start, which is trained further in place.
+        distribution: The flow, trained on the start, which is trained further in place.
         catalogue: The objects.
         held: The indices of those held out.
         steps: The number of steps of the regression, or infinity.
@@ -297,7 +297,7 @@ def learn(
     """Train a flow on a catalogue by expectation maximisation, calibrate it and freeze it.
 
     Args:
-        distribution: The flow, trained on a wide start.
+        distribution: The flow, trained on the start.
         catalogue: The objects.
         steps: The number of regression steps, or infinity.
         clock: The time.

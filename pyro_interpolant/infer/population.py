@@ -3,7 +3,7 @@ r"""Populations: the density of x behind a catalogue whose rows y are noisy, or 
 The population :math:`\rho` that maximises :math:`\sum_i \log \int \rho(x) p(y_i | x) dx` is found
 by simulated expectation maximisation. A round draws latents of some rows under the present flow
 (the E-step), and regresses the flow on the latents of the last rounds (the M-step). It starts
-wide, from the rows and a Gaussian population, and narrows. The log-evidence of rows held out, by
+from latents of the rows under a mixture of Gaussians. The log-evidence of rows held out, by
 importance sampling, chooses the round that is kept.
 
 References:
@@ -33,17 +33,17 @@ from ..solvers.parallel import one_thread_each
 from ..training.building import context_names, contexts_for, from_samples
 from ..training.clock import Clock
 from ..training.names import Names
+from .deconvolution import gaussian_latents
 from .expectation_maximization import NoisyRows, PosteriorDraws, held_out, learn
 from .latents import of_population
 from .noise import Measurements, Noise, measurements
 
 _STEPS = 6000  # by default, in all
-_START_SHARE = 0.15  # of the steps and the time, for the wide start
-_GAUSSIAN_ITERATIONS = 50  # of the Gaussian population to start from
-_WIDEST = 3.0  # errors, in its standard deviations, of numbers that stay as they are
-_JITTER = 1e-9  # of its standardised variances
+_START_SHARE = 0.15  # of the steps and the time, for the flow to start from
+_MIXTURE_SHARE = 0.1  # of the time, for the mixture of Gaussians that latents to start from have
 _FEWEST_ROWS = 50  # to start from
-_START_DRAWS = 20_000  # of posterior draws, to start from, where there are as many
+_TRIES = 4  # at each of the latents, as some are off the support
+_START_DRAWS = 20_000  # latents to start from; of posterior draws, where there are as many
 
 
 @one_thread_each()
@@ -88,9 +88,9 @@ def from_noisy_samples(
         support: Where x lives. Errors may lead out of it.
         event_shape: The shape of an x, where it has more than one dimension.
         start: A guess that is wider than the population, from which it narrows: rows, shape
-            ``(M, *event_shape)``, or a Pyro distribution of x. By default the rows
-            of y on the support, where missing and least certain numbers are latents of a Gaussian
-            population; needed beside a function.
+            ``(M, *event_shape)``, or a Pyro distribution of x. By default 20,000 latents of the
+            rows, or one of each, under the mixture of Gaussians that explains rows held out best;
+            needed beside a function.
         network: As in :func:`~pyro_interpolant.from_samples`.
         marginals: As in :func:`~pyro_interpolant.from_samples`, decided on the start.
         steps: The number of optimiser steps in all; by default 6,000, or as many as
@@ -125,7 +125,9 @@ def from_noisy_samples(
     held_out(len(rows), validation)
     event_shape = rows.checked_event_shape(event_shape)
     with seeded(seed):
-        first, index = _start_rows(rows, shaped(support, event_shape), start, columns)
+        constraint = shaped(support, event_shape)
+        until = clock.moment(_MIXTURE_SHARE)
+        first, index = _start_rows(rows, constraint, start, columns, until)
     rows.check(first)
     context, of_contexts = _checked_context(context, rows.y, network)
     names = Names(columns if first.shape[1:] == (len(columns),) else (), of_contexts)
@@ -133,7 +135,7 @@ def from_noisy_samples(
     start_steps, rest = _shared_out(steps, clock)
     options |= {"marginals": marginals, "steps": start_steps, "seed": seed}
     contexts = None if context is None else context[index]
-    distribution = _wide(first, contexts, names, options, clock)
+    distribution = _started(first, contexts, names, options, clock)
     catalogue = NoisyRows(of_population(rows, distribution, context))
     learn(distribution, catalogue, rest, clock, validation, seed=seed, progress=progress)
     return distribution
@@ -226,7 +228,7 @@ def from_posterior_samples(
     start_steps, rest = _shared_out(steps, clock)
     options: dict[str, Any] = {"support": support, "network": network, "marginals": marginals}
     options |= {"steps": start_steps, "seed": seed}
-    distribution = _wide(first, contexts, Names((), of_contexts), options, clock)
+    distribution = _started(first, contexts, Names((), of_contexts), options, clock)
     flow = distribution.transform.flow
     u = distribution.to_flow(x).to(flow.loc)
     with torch.no_grad():
@@ -302,6 +304,7 @@ def _start_rows(
     constraint: Constraint,
     start: ArrayLike | Distribution | None,
     names: Sequence[str] = (),
+    deadline: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """Return what a population starts from, and the indices of rows whose contexts it has.
 
@@ -310,6 +313,7 @@ def _start_rows(
         constraint: The support, of events of their shape.
         start: What the user gave: rows, a distribution, or None.
         names: The names of the columns of latents in their order, or none.
+        deadline: The time, by :func:`time.monotonic`, for a mixture of Gaussians to be found.
 
     Raises:
         ValueError: If there is nothing to start from, or too little of it on the support; or if
@@ -329,60 +333,45 @@ def _start_rows(
             "expected start beside a function noise(x, row), got none: rows, shape "
             "(M, *event_shape), or a distribution of x that is wider than the population"
         )
+    return _latents_of_mixture(rows, constraint, deadline)
+
+
+def _latents_of_mixture(
+    rows: Measurements, constraint: Constraint, deadline: float
+) -> tuple[Tensor, Tensor]:
+    """Return latents of rows on the support, under a mixture of Gaussians, and whose they are.
+
+    Args:
+        rows: The measurements, with Gaussian errors.
+        constraint: The support.
+        deadline: The time, by :func:`time.monotonic`, for the mixture to be found.
+    """
     precisions = rows.precisions()
     if not bool((precisions.diagonal(dim1=-2, dim2=-1) > 0).any(0).all()):
         raise ValueError(
             "expected each column of y to be measured somewhere, got one of "
             "which all errors are infinite: leave it out, or pass start"
         )
-    filled = _gaussian_latents(rows.y.reshape(len(rows), -1).double(), precisions)
-    filled = filled.reshape(rows.y.shape).to(rows.y)
-    inside = BijectiveSupport(constraint).strictly_inside(filled).reshape(len(rows), -1).all(1)
-    if int(inside.sum()) < _FEWEST_ROWS:
+    y, each = rows.y.reshape(len(rows), -1).double(), math.ceil(_START_DRAWS / len(rows))
+    drawn = gaussian_latents(y, precisions, _TRIES * each, deadline).to(rows.y)
+    drawn = drawn.reshape(*drawn.shape[:2], *rows.y.shape[1:])
+    inside = BijectiveSupport(constraint).strictly_inside(drawn)
+    inside = inside.reshape(*drawn.shape[:2], -1).all(-1)
+    # Of each row the first ones that are inside: without others, edges would be empty.
+    first = inside.byte().argsort(dim=0, descending=True, stable=True)[:each]
+    kept = inside.gather(0, first)
+    if int(kept.sum()) < _FEWEST_ROWS * each:
         raise ValueError(
             f"expected at least {_FEWEST_ROWS} rows of y on the support {constraint}, to start "
-            f"from, got {int(inside.sum())}: pass start, rows or a distribution of x that is "
-            "wider than the population"
+            f"from, got {int(kept.sum()) // each}: pass start, rows or a distribution of x that "
+            "is wider than the population"
         )
-    index = inside.nonzero()[:, 0]
-    return filled[index], index
-
-
-def _gaussian_latents(y: Tensor, precisions: Tensor) -> Tensor:
-    """Return rows whose missing and least certain numbers are latents of a Gaussian population.
-
-    The Gaussian that explains the rows best is found by expectation maximisation in closed form.
-    Numbers with errors of up to three of its standard deviations stay as they are: the start is
-    wider than the population, but not by wild errors.
-
-    Args:
-        y: Rows, float64, shape ``(N, D)``; anything finite where missing.
-        precisions: Inverse covariances of their errors, shape ``(N, D, D)``.
-    """
-    known = precisions.diagonal(dim1=-2, dim2=-1) > 0
-    count = known.sum(0)
-    mean = y.where(known, 0.0).sum(0) / count
-    scale = ((y - mean).square().where(known, 0.0).sum(0) / count).sqrt()
-    scale = scale.where(scale > 0, 1.0)
-    precisions = precisions * scale * scale[:, None]
-    identity = torch.eye(y.shape[1]).to(y)
-    inner, covariance = torch.zeros_like(mean), identity
-    information = (precisions @ ((y - mean) / scale)[..., None])[..., 0]
-    for _ in range(_GAUSSIAN_ITERATIONS):
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
-        each = torch.linalg.inv(inverse + precisions)
-        means = (each @ (inverse @ inner + information)[..., None])[..., 0]
-        inner = means.mean(0)
-        far = means - inner
-        covariance = each.mean(0) + far.mT @ far / len(y) + _JITTER * identity
-    root, _ = torch.linalg.cholesky_ex(0.5 * (each + each.mT))
-    x = means + (root @ torch.randn_like(y)[..., None])[..., 0]
-    certain = (precisions * covariance).diagonal(dim1=-2, dim2=-1) >= _WIDEST**-2
-    return y.where(certain, mean + scale * x)
+    found = drawn[first, torch.arange(len(rows), device=first.device)]
+    return found[kept], kept.nonzero()[:, 1]
 
 
 def _shared_out(steps: int | None, clock: Clock) -> tuple[int | None, float]:
-    """Return the numbers of steps for the wide start and for the rest.
+    """Return the numbers of steps for the start and for the rest.
 
     They are None and infinity where the clock alone decides.
     """
@@ -393,14 +382,14 @@ def _shared_out(steps: int | None, clock: Clock) -> tuple[int | None, float]:
     return start, total - start
 
 
-def _wide(
+def _started(
     first: Tensor,
     context: Tensor | None,
     names: Names,
     options: dict[str, Any],
     clock: Clock,
 ) -> AnyDistribution:
-    """Return a flow trained on a wide start, rows of shape ``(M, *event_shape)``.
+    """Return a flow trained on what a population starts from, shape ``(M, *event_shape)``.
 
     Args:
         first: The rows.

@@ -1,0 +1,102 @@
+"""The mixture of Gaussians behind noisy rows, against closed forms."""
+
+import math
+
+import torch
+from torch.distributions import MultivariateNormal
+
+from pyro_interpolant.infer.deconvolution import (
+    _log_evidence,
+    _maximized,
+    _Mixture,
+    _posteriors,
+    _split,
+    gaussian_latents,
+)
+
+
+def mixture(components=3, dim=2):
+    roots = torch.randn(components, dim, dim)
+    covariances = roots @ roots.mT + 0.1 * torch.eye(dim)
+    return _Mixture(
+        torch.randn(components).log_softmax(-1), torch.randn(components, dim), covariances
+    )
+
+
+def joint(found, y, variances):
+    """Return log-joints of rows and components, up to a constant of the row."""
+    total = found.covariances + torch.diag_embed(variances)[:, None]
+    parts = found.log_shares + MultivariateNormal(found.means, total).log_prob(y[:, None])
+    return parts - parts[:, :1]
+
+
+def test_evidences_and_latents_are_those_of_the_closed_form_however_small_the_errors():
+    found, y = mixture(), torch.randn(6, 2)
+    for scale in (1.0, 1e-6, 1e-10):
+        variances = (scale * (torch.rand(6, 2) + 0.2)).square()
+        precisions = torch.diag_embed(1 / variances)
+        got = _posteriors(found, y, precisions)
+        relative = got.log_joint - got.log_joint[:, :1]
+        torch.testing.assert_close(relative, joint(found, y, variances), rtol=1e-7, atol=1e-7)
+        covariance = torch.linalg.inv(torch.linalg.inv(found.covariances) + precisions[:, None])
+        close = {"rtol": 1e-6, "atol": 1e-6 * scale**2}
+        torch.testing.assert_close(got.roots.mT @ got.roots, covariance, **close)
+        pulled = precisions @ y[..., None]
+        inner = torch.linalg.inv(found.covariances) @ found.means[..., None]
+        mean = (covariance @ (inner + pulled[:, None]))[..., 0]
+        torch.testing.assert_close(found.means + got.shifts, mean, rtol=1e-6, atol=1e-9)
+
+
+def test_what_is_missing_is_integrated_out():
+    found, y = mixture(), torch.randn(6, 2)
+    precisions = torch.diag_embed(torch.tensor([4.0, 0.0]).expand(6, 2))
+    first = _Mixture(found.log_shares, found.means[:, :1], found.covariances[:, :1, :1])
+    got = _posteriors(found, y, precisions).log_joint
+    wanted = joint(first, y[:, :1], torch.full((6, 1), 0.25))
+    torch.testing.assert_close(got - got[:, :1], wanted)
+
+
+def test_a_step_never_loses_evidence_whatever_the_chunks(monkeypatch):
+    y, precisions = torch.randn(300, 2), torch.diag_embed(torch.rand(300, 2) + 0.5)
+    found, before = mixture(4), -math.inf
+    for _ in range(20):
+        found = _maximized(found, y, precisions)
+        now = float(_log_evidence(found, y, precisions).sum())
+        assert now > before - 1e-9
+        before = now
+    whole = _maximized(found, y, precisions)
+    monkeypatch.setattr("pyro_interpolant.infer.deconvolution._ELEMENTS", 100)
+    for a, b in zip(whole, _maximized(found, y, precisions), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_component_without_rows_does_no_harm():
+    found = mixture(2)
+    far = found.means + torch.tensor([[0.0, 0.0], [1e4, 1e4]])
+    y, precisions = found.means[:1] + torch.randn(50, 2), torch.eye(2).expand(50, 2, 2)
+    new = _maximized(found._replace(means=far), y, precisions)
+    assert bool(_log_evidence(_maximized(new, y, precisions), y, precisions).isfinite().all())
+
+
+def test_a_split_keeps_mean_and_covariance():
+    found = mixture(3)
+    new = _split(found)
+    for k in range(3):
+        means, covariances = new.means[k::3], new.covariances[k::3]
+        torch.testing.assert_close(means.mean(0), found.means[k])
+        spread = covariances.mean(0) + torch.cov(means.T, correction=0)
+        torch.testing.assert_close(spread, found.covariances[k])
+    torch.testing.assert_close(new.log_shares.exp().sum(), torch.tensor(1.0))
+
+
+def test_units_do_not_matter():
+    y, sds = torch.randn(200, 2), torch.rand(200, 2) + 0.3
+    scale, loc = torch.tensor([1e-6, 1e6]), torch.tensor([3e-6, 5e6])
+
+    def latents(y, sds):
+        torch.manual_seed(0)
+        return gaussian_latents(y, torch.diag_embed(sds**-2.0), each=3)
+
+    found = latents(y, sds)
+    assert found.shape == (3, 200, 2)
+    torch.testing.assert_close((latents(loc + scale * y, scale * sds) - loc) / scale, found)
