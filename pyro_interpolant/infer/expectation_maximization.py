@@ -268,8 +268,8 @@ def _passes(count: int, held: Tensor, size: int) -> Iterator[Tensor]:
         yield from index[torch.randperm(len(index))].split(size)
 
 
-def held_out(count: int, validation: float) -> int:
-    """Return how many of ``count`` rows are held out.
+def held_out(count: int, validation: float, seed: int | None) -> tuple[Tensor, Tensor]:
+    """Return the indices of rows held out, of which nothing is learned, and of the others.
 
     Raises:
         ValueError: If there are too few rows for two of them, which tell the error of a mean, and
@@ -281,15 +281,17 @@ def held_out(count: int, validation: float) -> int:
             f"expected at least two rows to learn from, beside {held} held out, got {count} in "
             "all: get more data, or lower validation"
         )
-    return held
+    with seeded(seed):
+        order = torch.randperm(count)
+    return order[:held], order[held:]
 
 
 def learn(
     distribution: AnyDistribution,
     catalogue: Catalogue,
+    held: Tensor,
     steps: float,
     clock: Clock,
-    validation: float,
     *,
     seed: int | None,
     progress: bool,
@@ -299,15 +301,13 @@ def learn(
     Args:
         distribution: The flow, trained on the start.
         catalogue: The objects.
+        held: The indices of those held out.
         steps: The number of regression steps, or infinity.
         clock: The time.
-        validation: The share of objects held out.
         seed: Makes the run reproducible.
         progress: Whether to show a bar, and the report.
     """
-    count = len(catalogue)
     with seeded(seed), torch.no_grad():
-        held = torch.randperm(count)[: held_out(count, validation)]
         with trainable(distribution.transform.flow.velocity):
             run = ExpectationMaximization(distribution, catalogue, held, steps, clock)
             with PercentBar("rounds", progress=progress) as bar:

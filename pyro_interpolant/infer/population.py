@@ -122,22 +122,22 @@ def from_noisy_samples(
     clock = _checked_settings(support, steps, max_seconds, validation)
     columns = _names_of_latents(y, noise, start)
     rows = measurements(y, noise, noise_data, columns)
-    held_out(len(rows), validation)
+    held, kept = held_out(len(rows), validation, seed)
     event_shape = rows.checked_event_shape(event_shape)
     with seeded(seed):
         constraint = shaped(support, event_shape)
         until = clock.moment(_MIXTURE_SHARE)
-        first, index = _start_rows(rows, constraint, start, columns, until)
+        first, index = _start_rows(rows.take(kept), constraint, start, columns, until)
     rows.check(first)
     context, of_contexts = _checked_context(context, rows.y, network)
     names = Names(columns if first.shape[1:] == (len(columns),) else (), of_contexts)
     options: dict[str, Any] = {"support": support, "event_shape": event_shape, "network": network}
     start_steps, rest = _shared_out(steps, clock)
     options |= {"marginals": marginals, "steps": start_steps, "seed": seed}
-    contexts = None if context is None else context[index]
+    contexts = None if context is None else context[kept[index.cpu()]]
     distribution = _started(first, contexts, names, options, clock)
     catalogue = NoisyRows(of_population(rows, distribution, context))
-    learn(distribution, catalogue, rest, clock, validation, seed=seed, progress=progress)
+    learn(distribution, catalogue, held, rest, clock, seed=seed, progress=progress)
     return distribution
 
 
@@ -219,12 +219,13 @@ def from_posterior_samples(
             f"{int(bad.sum())} objects, the first being object {int(bad.nonzero()[0])}: remove "
             "them"
         )
-    held_out(len(x), validation)
+    held, kept = held_out(len(x), validation, seed)
     context, of_contexts = _checked_context(context, x, network)
     with seeded(seed):
-        some = torch.randperm(x.shape[:2].numel())[: max(_START_DRAWS, len(x))].to(x.device)
-    first = x.flatten(0, 1)[some]
-    contexts = None if context is None else context[(some // x.shape[1]).to(context.device)]
+        some = torch.randperm(len(kept) * x.shape[1])[: max(_START_DRAWS, len(x))]
+    objects = kept[some // x.shape[1]]
+    first = x[objects, some % x.shape[1]]
+    contexts = None if context is None else context[objects]
     start_steps, rest = _shared_out(steps, clock)
     options: dict[str, Any] = {"support": support, "network": network, "marginals": marginals}
     options |= {"steps": start_steps, "seed": seed}
@@ -237,7 +238,7 @@ def from_posterior_samples(
         context = contexts_of_rows(context, flow, of_contexts, len(x))
     with seeded(seed):
         catalogue = PosteriorDraws(u, log_prior, context)
-    learn(distribution, catalogue, rest, clock, validation, seed=seed, progress=progress)
+    learn(distribution, catalogue, held, rest, clock, seed=seed, progress=progress)
     return distribution
 
 
@@ -345,6 +346,9 @@ def _latents_of_mixture(
         rows: The measurements, with Gaussian errors.
         constraint: The support.
         deadline: The time, by :func:`time.monotonic`, for the mixture to be found.
+
+    Raises:
+        ValueError: If a column is measured nowhere, or too few rows have latents on the support.
     """
     precisions = rows.precisions()
     if not bool((precisions.diagonal(dim1=-2, dim2=-1) > 0).any(0).all()):

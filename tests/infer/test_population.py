@@ -18,6 +18,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.distributions.joint import names_in_frames
 from pyro_interpolant.infer import expectation_maximization, object_posteriors
+from pyro_interpolant.infer import population as population_module
 from pyro_interpolant.infer.expectation_maximization import NoisyRows, PosteriorDraws
 from pyro_interpolant.infer.latents import draw_latents, local_proposal, of_population
 from pyro_interpolant.infer.noise import measurements
@@ -199,6 +200,34 @@ def test_the_start_reaches_the_edges_of_the_support():
     assert float(index.bincount(minlength=4000).float().mean()) > 4.9  # few rows have no latent
     # Gaussians know no edge, and are cut there.
     assert float((first < 0.3).float().mean()) > 0.6 * (1 - math.exp(-0.3))
+
+
+def test_nothing_is_learned_of_rows_held_out(monkeypatch):
+    """Neither by the start nor by the rounds: else the start would be kept for what it knows."""
+    seen, held = {}, {}
+
+    def started(first, *args):
+        seen["start"] = first
+        return original(first, *args)
+
+    def learned(distribution, catalogue, index, *args, **kwargs):
+        held["index"] = index
+
+    original = population_module._started
+    monkeypatch.setattr(population_module, "_started", started)
+    monkeypatch.setattr(population_module, "learn", learned)
+    options = {"steps": 5, "seed": 0, "validation": 0.3, "progress": False}
+    y = torch.arange(200.0)[:, None] * torch.tensor([1.0, -1.0])
+    pi.from_noisy_samples(y, torch.full((200, 2), 0.01), context=y[:, :1], **options)
+    assert len(held["index"]) == 60
+    rows = seen["start"][:, 0].round().unique()
+    assert len(rows) == 140
+    assert not set(rows.tolist()) & set(held["index"].tolist())
+    draws = y[:, None] + 0.01 * torch.randn(200, 30, 2)
+    pi.from_posterior_samples(draws, torch.zeros(200, 30), **options)
+    rows = seen["start"][:, 0].round().unique()
+    assert len(rows) == 140
+    assert not set(rows.tolist()) & set(held["index"].tolist())
 
 
 def test_the_proposal_at_the_mode_is_the_posterior_in_the_base():
