@@ -56,7 +56,8 @@ def gaussian_latents(
             somewhere.
         precisions: Inverse covariances of their errors, shape ``(N, D, D)``.
         each: The number of latents of a row.
-        deadline: The time, by :func:`time.monotonic`, after which no step is begun but one.
+        deadline: The time, by :func:`time.monotonic`, after which no step of the fit is begun,
+            except the first.
     """
     known = precisions.diagonal(dim1=-2, dim2=-1) > 0
     mean = y.where(known, 0.0).sum(0) / known.sum(0)
@@ -73,15 +74,16 @@ def _best(y: Tensor, precisions: Tensor, deadline: float) -> _Mixture:
     """Return the mixture under which standardised rows held out have the highest evidence."""
     some = torch.randperm(len(y))[:_MOST_ROWS].to(y.device)
     held, kept = some.tensor_split([math.ceil(_HELD_SHARE * len(some))])
+    learned, judged = ((y[index], precisions[index]) for index in (kept, held))
     dim, most = y.shape[1], len(kept) / (_ROWS_PER_COLUMN * y.shape[1])
     mixture = _Mixture(y.new_zeros(1), y.new_zeros(1, dim), torch.eye(dim).to(y)[None])
     best, before = mixture, y.new_full((len(held),), -math.inf)
     while True:
         for _ in range(_ITERATIONS):
-            mixture = _maximized(mixture, y[kept], precisions[kept])
+            mixture = _maximized(mixture, *learned)
             if time.monotonic() > deadline:
                 break
-        found = _log_evidence(mixture, y[held], precisions[held])
+        found = _log_evidence(mixture, *judged)
         gain = found - before
         if len(mixture.means) > 1 and gain.mean() < gain.std() / math.sqrt(len(gain)):
             return best

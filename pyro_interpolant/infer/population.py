@@ -40,9 +40,9 @@ from .noise import Measurements, Noise, measurements
 
 _STEPS = 6000  # by default, in all
 _START_SHARE = 0.15  # of the steps and the time, for the flow to start from
-_MIXTURE_SHARE = 0.1  # of the time, for the mixture of Gaussians that latents to start from have
+_MIXTURE_SHARE = 0.1  # of the time, to fit the mixture of Gaussians
 _FEWEST_ROWS = 50  # to start from
-_TRIES = 4  # at each of the latents, as some are off the support
+_TRIES = 4  # draws for each latent to start from, as some lie off the support
 _START_DRAWS = 20_000  # latents to start from; of posterior draws, where there are as many
 
 
