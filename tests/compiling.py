@@ -8,7 +8,10 @@ import mmap
 import os
 from pathlib import Path
 
-_FLAG = "xla_cpu_use_fusion_emitters"  # the newer of two generators of code; twice as slow
+_FLAGS = {
+    "xla_cpu_use_fusion_emitters": "false",  # the newer of two generators of code; twice as slow
+    "xla_cpu_parallel_codegen_split_count": "1",  # parts, of which each has its own overhead
+}
 
 
 def settings(folder):
@@ -17,13 +20,14 @@ def settings(folder):
     Args:
         folder: Where compiled programs are kept, unless a folder is known already.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    flags += [f"--{name}={value}" for name, value in _FLAGS.items() if _is_known(name)]
     return {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder)),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": f"{flags} --{_FLAG}=false" if _is_known(_FLAG) else flags,
+        "XLA_FLAGS": " ".join(flags),
     }
 
 

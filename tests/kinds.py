@@ -30,7 +30,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.distributions.bases import Samples
 
-GRID = FixedGrid(steps=8)
+GRID = FixedGrid(steps=4)
 
 SITES = {
     "slope": ((), constraints.real),

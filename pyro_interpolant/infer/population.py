@@ -367,8 +367,8 @@ def _latents_of_mixture(
     if int(kept.sum()) < _FEWEST_ROWS * each:
         raise ValueError(
             f"expected at least {_FEWEST_ROWS} rows of y on the support {constraint}, to start "
-            f"from, got {int(kept.sum()) // each}: pass start, rows or a distribution of x that "
-            "is wider than the population"
+            f"from, beside those held out, got {int(kept.sum()) // each}: pass start, rows or a "
+            "distribution of x that is wider than the population"
         )
     found = drawn[first, torch.arange(len(rows), device=first.device)]
     return found[kept], kept.nonzero()[:, 1]

@@ -748,7 +748,7 @@ def test_a_population_is_found_from_posteriors_made_under_a_wide_prior():
     # One run is up to 0.1 wider than these rows tell, and by 0.2 after 800 steps: by their seeds.
     means, sds = [], []
     for seed in range(3):
-        options = {"network": pi.VelocityMLP(1, (32, 32)), "steps": 2400, "seed": seed}
+        options = {"network": pi.VelocityMLP(1, (16, 16)), "steps": 1600, "seed": seed}
         population = from_posterior_samples(draws, log_prior, progress=False, **options)
         z = population.sample((10_000,))
         means.append(float(z.mean()))
