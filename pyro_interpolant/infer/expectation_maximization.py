@@ -3,6 +3,7 @@ r"""Simulated expectation maximisation: latents drawn under a flow, a flow regre
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .schedule import RateSchedule
 
 _END_SHARE = 0.9  # of the time; the rest: calibration, and the evidence of rows held out
 _ROUND_STEPS = 50  # of the regression
+_RATE = 1e-3  # of the regression, before it falls: at twice of it a good start got worse
 _ROUND_ROWS = 2048  # whose latents are drawn anew
 _PICKED = 4  # latents of each
 _MOST_POOLS = 10  # rounds whose latents are kept, or as many as go once through all rows
@@ -31,12 +33,11 @@ _LOOKS = 10  # at the log-evidence of rows held out
 _LOOK_ROWS, _MOST_HELD = 1000, 2000  # in a look; in the report, and so held out
 _FIRST_ROWS = 500  # in the report, however short the time
 _START_MIXED = 0.01  # of the start, in the population that a look judges
-_SOLVER = FixedGrid(steps=4)  # between the rounds: 0.005 off, in whitened units
-# Of latents, see draw_latents. With 1,024 shared draws, and two steps and own draws for all rows,
-# drawing took 85% of the time: in 150 s 1,800 steps for 4,900 on two arms, 0.06 nats behind.
-_DRAWS = {"shared": 2048, "own": 4, "steps": 1, "enough": 25}
-_LOOK_DRAWS = {"shared": 2048, "own": 16, "steps": 2, "enough": 100}
-_REPORT_DRAWS = {"shared": 2048, "own": 64, "steps": 4}
+_SOLVER = FixedGrid(steps=10)  # between the rounds; what it is off by, the flow would learn
+# Of latents, see draw_latents. Two steps, and own draws for all rows, took 85% of the time.
+_DRAWS: dict[str, Any] = {"shared": 1024, "own": 4, "steps": 1, "enough": 25}
+_LOOK_DRAWS: dict[str, Any] = {"shared": 2048, "own": 16, "steps": 2, "enough": 100}
+_REPORT_DRAWS: dict[str, Any] = {"shared": 2048, "own": 64, "steps": 4}
 _CANDIDATES = 16  # of an object's posterior draws, in an E-step
 # Candidates per object in a look, more than in an E-step: with 16, log-evidences in 2-d were a nat
 # too low.
@@ -49,14 +50,18 @@ _EVIDENCE = "held-out log p(y)"
 class NoisyRows:
     """A catalogue of noisy measurements.
 
+    In an E-step a row's latent competes by weight with fresh draws. By weights alone latents are
+    too wide where few of the draws explain a row.
+
     Args:
         rows: The measurements, in the type of the population.
+        like: A tensor of the flow's coordinates, shape ``(D,)``, in its type.
     """
 
     round_rows, look_rows = _ROUND_ROWS, _LOOK_ROWS
 
-    def __init__(self, rows: Measurements) -> None:
-        self.rows = rows
+    def __init__(self, rows: Measurements, like: Tensor) -> None:
+        self.rows, self.present = rows, like.new_full((len(rows), len(like)), math.nan)
 
     def __len__(self) -> int:
         """Return their number."""
@@ -66,11 +71,13 @@ class NoisyRows:
         """Return latents of rows, drawn under a population, in the flow's coordinates."""
         parts = []
         for part in chunks(distribution, len(index), _DRAWS["shared"]):
-            rows = self.rows.take(index[part])
-            draws = draw_latents(distribution, rows, **_DRAWS)
+            rows, present = self.rows.take(index[part]), self.present[index[part]]
+            draws = draw_latents(distribution, rows, **_DRAWS, present=present)
             possible = draws.log_weights.isfinite().any(-1)
             context = None if rows.context is None else rows.context[possible]
-            parts.append(_rows_of(draws.take(possible).pick(_PICKED), context))
+            picked = draws.take(possible).pick(_PICKED)
+            self.present[index[part][possible.to(index.device)]] = picked[:, 0]
+            parts.append(_rows_of(picked, context))
         return Rows.joined(parts)
 
     def log_evidence(
@@ -89,9 +96,9 @@ class PosteriorDraws:
     """A catalogue of posterior draws, made under another prior.
 
     In an E-step an object's latent competes by weight with some of its draws, fresh ones, and so
-    moves by a Markov chain whose law is its posterior under the population (iterated
-    sampling-importance-resampling: Andrieu, Lee & Vihola, Bernoulli 24, 2018). By weights alone
-    the few draws left second moments 2% to 65% too large, in one step.
+    moves by a Markov chain whose law is its posterior under the population, as in
+    :func:`~pyro_interpolant.infer.latents.draw_latents`. By weights alone the few draws left
+    second moments 2% to 65% too large, in one step.
 
     Args:
         u: In the flow's coordinates, shape ``(N, K, D)``.
@@ -185,7 +192,7 @@ class ExpectationMaximization:
     ) -> None:
         self.distribution, self.catalogue, self.held = distribution, catalogue, held
         self.steps, self.clock = steps, clock
-        self.schedule = RateSchedule(clock.spent(), _END_SHARE * clock.limit)
+        self.schedule = RateSchedule(clock.spent(), _END_SHARE * clock.limit, peak=_RATE)
         self.order = _passes(len(catalogue), held, catalogue.round_rows)
         distribution.transform.solver = _SOLVER
         passes = math.ceil(len(catalogue) / catalogue.round_rows)

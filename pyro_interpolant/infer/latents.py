@@ -3,14 +3,18 @@ r"""Latents behind noisy rows: weighted draws of x given y, under a flow as the 
 With z the base point of x, :math:`x = f(z)` and :math:`z \sim N(0, I)`, so the posterior of z is
 :math:`\propto N(z; 0, I)\, p(y | f(z))`: it needs no density of the flow. Two proposals share it
 by the balance heuristic: M draws of the flow, the same for all rows, good where errors are large;
-and K draws of a Student-t around the mode of each row, good where they are small. Over all M + K
+and K draws of a mixture of Student-t fitted to each row, good where they are small. Over all M + K
 draws,
 
 .. math:: w = \frac{N(z; 0, I)\, p(y | f(z))}{M N(z; 0, I) + K q(z)}, \qquad \sum w \approx p(y).
 
+The mixture is fitted to other draws, weighted in the same way: of the flow, and around the mode.
+Draws that it was fitted to would be where it is high, and their weights too small.
+
 References:
     Veach & Guibas, *Optimally combining sampling techniques*, SIGGRAPH 1995 (the balance
-    heuristic, which is deterministic-mixture importance sampling).
+    heuristic, which is deterministic-mixture importance sampling); West, J. R. Stat. Soc. B 55
+    (1993) (mixtures of kernels fitted to weighted draws, of their mean and covariance).
 """
 
 import dataclasses
@@ -34,11 +38,13 @@ from .noise import Measurements, Noise, measurements
 _NUMBERS_AT_ONCE = 2**24  # of the draws of a chunk of rows
 _DIFFERENCE = 1e-2  # in the base, which gives the slopes of the flow
 _STEP_SIZES = (1.0, 0.3, 0.1, 0.03)  # of Gauss-Newton steps; the best is taken, if one is good
-_STARTS = 1024  # draws of the flow, the best of which is where the search for a mode begins
+_STARTS = 1024  # draws of the flow, that proposals are fitted to: from the best to the mode
 _ROWS_PER_SET = 32  # of equal contexts, from which on they share all draws
 _OBJECT_STEPS = 4  # Gauss-Newton steps per object, from the flow's best draw
 _TAIL = 5.0  # degrees of freedom of the proposal at the mode
 _WIDENING = 1.2  # of its variance, beyond what the curvature at the mode says
+_KERNELS = 4  # of a proposal, beside the one at the mode; 16 take four times as long for as much
+_TRIED_SHARE = 4  # own draws, for one more that the proposal is fitted to
 
 
 class Draws(NamedTuple):
@@ -78,32 +84,40 @@ class Draws(NamedTuple):
 
 
 class LocalProposal(NamedTuple):
-    """A Student-t for each of n rows.
+    """An even mixture of J Student-t for each of n rows.
 
     Attributes:
-        mean: Shape ``(n, D)``.
-        root: The Cholesky factors of the scale matrices, shape ``(n, D, D)``.
+        means: Shape ``(n, J, D)``.
+        roots: The Cholesky factors of the scale matrices, shape ``(n, J, D, D)``.
     """
 
-    mean: Tensor
-    root: Tensor
+    means: Tensor
+    roots: Tensor
 
     def sample(self, count: int) -> Tensor:
-        """Return draws, shape ``(n, count, D)``."""
-        n, dim = self.mean.shape
-        chi2 = torch.distributions.Chi2(self.mean.new_tensor(_TAIL)).sample((n, count, 1))
+        """Return draws, shape ``(n, count, D)``, of the parts in turn."""
+        n, parts, dim = self.means.shape
+        chi2 = torch.distributions.Chi2(self.means.new_tensor(_TAIL)).sample((n, count, 1))
         z = torch.randn(n, count, dim, dtype=chi2.dtype, device=chi2.device)
-        return self.mean[:, None] + (z * (_TAIL / chi2).sqrt()) @ self.root.mT
+        z *= (_TAIL / chi2).sqrt()
+        row, turn = (torch.arange(size, device=z.device) for size in (n, count))
+        row, part = row[:, None], (torch.randint(parts, (n, 1)).to(turn) + turn) % parts
+        return self.means[row, part] + (self.roots[row, part] @ z[..., None])[..., 0]
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Return log-densities, shape ``(n, S)``, of points of shape ``(n or 1, S, D)``."""
-        dim = z.shape[-1]
-        white = (z - self.mean[:, None]) @ torch.linalg.inv(self.root).mT
-        volume = self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
+        parts, dim = self.means.shape[1:]
+        volumes = self.roots.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         constant = math.lgamma((_TAIL + dim) / 2) - math.lgamma(_TAIL / 2)
-        constant -= 0.5 * dim * math.log(_TAIL * math.pi)
-        far = torch.log1p(white.square().sum(-1) / _TAIL)
-        return constant - volume - 0.5 * (_TAIL + dim) * far
+        constant -= 0.5 * dim * math.log(_TAIL * math.pi) + math.log(parts)
+        found = []
+        for mean, inverse, volume in zip(
+            self.means.unbind(1), torch.linalg.inv(self.roots).unbind(1), volumes.T, strict=True
+        ):
+            white = (z - mean[:, None]) @ inverse.mT
+            far = torch.log1p(white.square().sum(-1) / _TAIL)
+            found.append(constant - volume[:, None] - 0.5 * (_TAIL + dim) * far)
+        return torch.stack(found).logsumexp(0)
 
 
 def standard_log_prob(z: Tensor) -> Tensor:
@@ -119,6 +133,7 @@ def draw_latents(
     own: int,
     steps: int,
     enough: float = math.inf,
+    present: Tensor | None = None,
 ) -> Draws:
     """Draw latents of rows, and weight them.
 
@@ -131,39 +146,117 @@ def draw_latents(
         steps: Gauss-Newton steps to the mode.
         enough: A row with as many effective draws among those that are shared gets none of its
             own: they have no weight.
+        present: A latent of each row in the flow's coordinates, shape ``(n, D)``, NaN for none,
+            that competes with its draws and is the last of its own: one by weight is then a step
+            of a Markov chain whose law is the posterior (iterated sampling-importance-resampling:
+            Andrieu, Lee & Vihola, Bernoulli 24, 2018).
     """
     contexts, which = _sets(rows)
     count = 1 if contexts is None else len(contexts)
     share = min(1.0, max(1.0, len(rows) / _ROWS_PER_SET) / count)
-    shared = max(own, int(share * shared))
+    shared, starts = max(own, int(share * shared)), max(1, int(share * _STARTS))
     loc = distribution.transform.flow.loc
-    most = max(shared, int(share * _STARTS))
-    z = torch.randn(count, most, len(loc), dtype=loc.dtype, device=loc.device)
+    z = torch.randn(count, starts + shared, len(loc), dtype=loc.dtype, device=loc.device)
     sets = given(distribution, contexts)
     u = sets.transform(z)
-    likelihood = rows.log_likelihood(_of_rows(sets.from_flow(u)[0], which))
-    effective = 1 / likelihood[:, :shared].softmax(-1).square().sum(-1)
+    x = sets.from_flow(u)[0]
+    # Those that the proposals are fitted to, and the draws themselves.
+    (tried, z), (tried_x, x) = (part.split((starts, shared), dim=1) for part in (z, x))
+    likelihood = rows.log_likelihood(_of_rows(x, which))
+    effective = 1 / likelihood.softmax(-1).square().sum(-1)
     poor = ~(effective >= enough)
-    log_weights = likelihood.new_full((len(rows), shared + own), -math.inf)
-    log_weights[:, :shared] = likelihood[:, :shared] - math.log(shared)
-    own_u = u.new_zeros(len(rows), own, len(loc))
+    last = 0 if present is None else 1
+    log_weights = likelihood.new_full((len(rows), shared + own + last), -math.inf)
+    log_weights[:, :shared] = likelihood - math.log(shared)
+    own_u, known = u.new_zeros(len(rows), own + last, len(loc)), likelihood[:, :0]
+    if present is not None:
+        own_u[:, own:] = present[:, None].nan_to_num()
+        known_x = given(distribution, rows.context).from_flow(own_u[:, own:])[0]
+        known = rows.log_likelihood(known_x).where(present[:, :1].isfinite(), -math.inf)
+        log_weights[:, shared + own :] = known - math.log(shared)
     if bool(poor.any()):
-        few, likelihood, which_few = rows.take(poor), likelihood[poor], which[poor]
-        best = (_of_rows(standard_log_prob(z), which_few) + likelihood).argmax(-1)
-        start = z[which_few, best]
+        few, which_few = rows.take(poor), which[poor]
         flow = given(distribution, few.context)
         # Where it begins from fewer draws: at twice the steps it misses half as many.
-        proposal = local_proposal(flow, few, start, steps if share == 1 else 2 * steps)
+        steps = steps if share == 1 else 2 * steps
+        start = _of_rows(tried, which_few), few.log_likelihood(_of_rows(tried_x, which_few))
+        proposal = fitted_proposal(flow, few, *start, steps, max(1, own // _TRIED_SHARE))
         own_z = proposal.sample(own)
-        own_u[poor], own_likelihood = _pushed(flow, few, own_z)
-        parts = []
-        points_of_rows = _of_rows(z[:, :shared], which_few)
-        for points, found in ((points_of_rows, likelihood[:, :shared]), (own_z, own_likelihood)):
-            log_prior, log_own = standard_log_prob(points), proposal.log_prob(points)
-            mixture = torch.logaddexp(log_prior + math.log(shared), log_own + math.log(own))
-            parts.append(log_prior + found - mixture)
+        own_u[poor, :own], found = _pushed(flow, few, own_z)
+        points = [(_of_rows(z, which_few), likelihood[poor]), (own_z, found)]
+        if present is not None:
+            points.append((flow.transform.inv(own_u[poor, own:]), known[poor]))
+        counts = math.log(shared), math.log(own)
+        parts = [_balanced(proposal, *found, counts) for found in points]
         log_weights[poor] = torch.cat(parts, -1)
-    return Draws(u[:, :shared], which, own_u, log_weights)
+    return Draws(u[:, starts:], which, own_u, log_weights)
+
+
+def _balanced(
+    proposal: LocalProposal, z: Tensor, likelihood: Tensor, counts: tuple[float, float]
+) -> Tensor:
+    """Return the log-weights of base points by the balance heuristic, shape ``(n, S)``.
+
+    Args:
+        proposal: That of each row, beside N(0, I).
+        z: The points, shape ``(n or 1, S, D)``.
+        likelihood: Their log-likelihoods, shape ``(n, S)``.
+        counts: The logs of how many points are from N(0, I), and from the proposal.
+    """
+    log_prior, log_own = standard_log_prob(z), proposal.log_prob(z)
+    mixture = torch.logaddexp(log_prior + counts[0], log_own + counts[1])
+    return log_prior + likelihood - mixture
+
+
+def fitted_proposal(
+    flow: InterpolantDistribution,
+    rows: Measurements,
+    z: Tensor,
+    likelihood: Tensor,
+    steps: int,
+    own: int,
+) -> LocalProposal:
+    r"""Return a proposal for each row's posterior in the base, fitted to weighted draws.
+
+    One part is the Student-t at the mode. The others are kernels around draws z of N(0, I) and of
+    that one, chosen by weight: with m and C the mean and covariance of all draws by weight, and
+    :math:`h = J^{-1 / (D + 4)}`, their centres are :math:`m + \sqrt{1 - h^2} (z - m)` and their
+    scales :math:`h^2 C`, widened as that at the mode. Where few draws are effective, C is drawn to
+    the curvature at the mode.
+
+    Args:
+        flow: The population.
+        rows: The measurements, n of them.
+        z: Draws of N(0, I), shape ``(n or 1, S, D)``.
+        likelihood: Their log-likelihoods, shape ``(n, S)``.
+        steps: Gauss-Newton steps to the mode.
+        own: How many draws around the mode of each row.
+    """
+    row = torch.arange(len(rows), device=z.device)[:, None]
+    dim = z.shape[-1]
+    best = (standard_log_prob(z) + likelihood).argmax(-1)
+    z = z.expand(len(rows), -1, -1)
+    mode = local_proposal(flow, rows, z[row[:, 0], best], steps)
+    own_z = mode.sample(own)
+    own_likelihood = _pushed(flow, rows, own_z)[1]
+    z, likelihood = torch.cat((z, own_z), 1), torch.cat((likelihood, own_likelihood), 1)
+    counts = math.log(z.shape[1] - own), math.log(own)
+    weights = (
+        _balanced(mode, z, likelihood, counts).softmax(-1).to(z).nan_to_num(nan=1 / z.shape[1])
+    )
+    mean = (weights[..., None] * z).sum(1, keepdim=True)
+    far = (weights.sqrt()[..., None] * (z - mean)).double()
+    one = weights.square().sum(-1).double()[:, None, None]  # over the number of effective draws
+    root = mode.roots[:, 0].double()
+    covariance = (1 - one) * far.mT @ far + one * root @ root.mT / _WIDENING
+    h = _KERNELS ** (-1 / (dim + 4))
+    scale, failed = torch.linalg.cholesky_ex(_WIDENING * h**2 * covariance)
+    scale = torch.where((failed > 0)[:, None, None], root, scale).to(z)[:, None]
+    chosen = z[row, torch.multinomial(weights, _KERNELS, replacement=True)]
+    kernels = LocalProposal(
+        mean + math.sqrt(1 - h**2) * (chosen - mean), scale.expand(-1, _KERNELS, -1, -1)
+    )
+    return LocalProposal(*(torch.cat(pair, 1) for pair in zip(mode, kernels, strict=True)))
 
 
 def _sets(rows: Measurements) -> tuple[Tensor | None, Tensor]:
@@ -223,7 +316,7 @@ def local_proposal(
         z = tries[each, value.argmax(-1)]
     root, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root))
     root = torch.where((failed > 0)[:, None, None], identity, root)
-    return LocalProposal(z, math.sqrt(_WIDENING) * root.to(z))
+    return LocalProposal(z[:, None], math.sqrt(_WIDENING) * root.to(z)[:, None])
 
 
 def likelihood_derivatives(rows: Measurements, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,7 +417,7 @@ def object_posteriors(
 
     The population shrinks each measurement toward where objects are. Importance sampling in the
     base of the flow: half of the draws are the flow's own, the same for all objects, half are
-    around each object's mode.
+    from a mixture of Student-t fitted to each object's posterior.
 
     Args:
         distribution: The population :math:`\rho`, such as :func:`from_noisy_samples` or

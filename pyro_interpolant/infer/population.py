@@ -136,7 +136,8 @@ def from_noisy_samples(
     options |= {"marginals": marginals, "steps": start_steps, "seed": seed}
     contexts = None if context is None else context[kept[index.cpu()]]
     distribution = _started(first, contexts, names, options, clock)
-    catalogue = NoisyRows(of_population(rows, distribution, context))
+    loc = distribution.transform.flow.loc
+    catalogue = NoisyRows(of_population(rows, distribution, context), loc)
     learn(distribution, catalogue, held, rest, clock, seed=seed, progress=progress)
     return distribution
 

@@ -19,12 +19,14 @@ class RateSchedule:
         end: The time at which it ends.
         constant: The share of the training before the rate falls.
         landing: Whether the rate falls early, because nothing improved any more.
+        peak: The rate before it falls.
     """
 
     first: float
     end: float
     constant: float = _CONSTANT_SHARE
     landing: bool = False
+    peak: float = _RATE
 
     def done(self, spent: float, share: float) -> float:
         """Return which share of the training is done at a time, or another one if that is later.
@@ -39,13 +41,14 @@ class RateSchedule:
         """Return the learning rate there, see :meth:`done`."""
         late = (self.done(spent, share) - self.constant) / (1 - self.constant)
         late = min(1.0, max(0.0, late))
-        return _RATE * 0.5 * (1 + math.cos(math.pi * late))
+        return self.peak * 0.5 * (1 + math.cos(math.pi * late))
 
     def landed(self, spent: float) -> "RateSchedule":
         """Return the schedule whose rate falls from now on."""
         trained = spent - self.first
         end = min(self.end, spent + _LANDING_SHARE * trained)
-        return RateSchedule(self.first, end, trained / (end - self.first), landing=True)
+        share = trained / (end - self.first)
+        return dataclasses.replace(self, end=end, constant=share, landing=True)
 
 
 def clocked(seconds: float, fewest: int, most: int) -> Iterator[int]:

@@ -393,9 +393,9 @@ def test_a_refit_whose_gradients_stay_wild_says_so():
 
 
 def test_the_rate_is_constant_then_falls_to_zero_and_lands_early_from_where_it_is():
-    schedule = RateSchedule(first=10.0, end=110.0)
+    schedule = RateSchedule(first=10.0, end=110.0, peak=3e-3)
     rates = [schedule.rate(spent, 0.0) for spent in (10.0, 49.0, 80.0, 110.0, 200.0)]
-    assert rates[0] == rates[1] > rates[2] > rates[3] == rates[4] == 0.0
+    assert rates[0] == rates[1] == 3e-3 > rates[2] > rates[3] == rates[4] == 0.0
     assert rates[2] == pytest.approx(rates[0] / 2)
     assert schedule.rate(10.0, 0.7) == pytest.approx(rates[2])  # by the rounds
     landed = schedule.landed(30.0)
