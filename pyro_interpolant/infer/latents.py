@@ -8,13 +8,9 @@ draws,
 
 .. math:: w = \frac{N(z; 0, I)\, p(y | f(z))}{M N(z; 0, I) + K q(z)}, \qquad \sum w \approx p(y).
 
-The mixture is fitted to other draws, weighted in the same way: of the flow, and around the mode.
-Draws that it was fitted to would be where it is high, and their weights too small.
-
 References:
     Veach & Guibas, *Optimally combining sampling techniques*, SIGGRAPH 1995 (the balance
-    heuristic, which is deterministic-mixture importance sampling); West, J. R. Stat. Soc. B 55
-    (1993) (mixtures of kernels fitted to weighted draws, of their mean and covariance).
+    heuristic, which is deterministic-mixture importance sampling).
 """
 
 import dataclasses
@@ -34,16 +30,12 @@ from ..distributions.rows import contexts_of_rows
 from ..distributions.supports import support_of
 from ..solvers.parallel import one_thread_each
 from .noise import Measurements, Noise, measurements
+from .proposals import LocalProposal, balanced, fitted_proposal, pushed, standard_log_prob
 
 _NUMBERS_AT_ONCE = 2**24  # of the draws of a chunk of rows
-_DIFFERENCE = 1e-2  # in the base, which gives the slopes of the flow
-_STEP_SIZES = (1.0, 0.3, 0.1, 0.03)  # of Gauss-Newton steps; the best is taken, if one is good
 _STARTS = 1024  # draws of the flow, that proposals are fitted to: from the best to the mode
 _ROWS_PER_SET = 32  # of equal contexts, from which on they share all draws
 _OBJECT_STEPS = 4  # Gauss-Newton steps per object, from the flow's best draw
-_TAIL = 5.0  # degrees of freedom of the proposal at the mode
-_WIDENING = 1.2  # of its variance, beyond what the curvature at the mode says
-_KERNELS = 4  # of a proposal, beside the one at the mode; 16 take four times as long for as much
 _TRIED_SHARE = 4  # own draws, for one more that the proposal is fitted to
 
 
@@ -53,8 +45,10 @@ class Draws(NamedTuple):
     Attributes:
         shared: M draws for each of G sets of rows that share them, shape ``(G, M, D)``.
         which: The set of each row, shape ``(n,)``.
-        own: K draws around the mode of each row, shape ``(n, K, D)``.
-        log_weights: Of all, shape ``(n, M + K)``; the sum of the weights estimates p(y).
+        own: K draws of each row's own proposal, shape ``(n, K, D)``, and its present latent last,
+            if there is one.
+        log_weights: Of all, shape ``(n, M + K)`` or one more; without a present latent the sum of
+            the weights estimates p(y).
     """
 
     shared: Tensor
@@ -83,48 +77,6 @@ class Draws(NamedTuple):
         return log_total(self.log_weights)
 
 
-class LocalProposal(NamedTuple):
-    """An even mixture of J Student-t for each of n rows.
-
-    Attributes:
-        means: Shape ``(n, J, D)``.
-        roots: The Cholesky factors of the scale matrices, shape ``(n, J, D, D)``.
-    """
-
-    means: Tensor
-    roots: Tensor
-
-    def sample(self, count: int) -> Tensor:
-        """Return draws, shape ``(n, count, D)``, of the parts in turn."""
-        n, parts, dim = self.means.shape
-        chi2 = torch.distributions.Chi2(self.means.new_tensor(_TAIL)).sample((n, count, 1))
-        z = torch.randn(n, count, dim, dtype=chi2.dtype, device=chi2.device)
-        z *= (_TAIL / chi2).sqrt()
-        row, turn = (torch.arange(size, device=z.device) for size in (n, count))
-        row, part = row[:, None], (torch.randint(parts, (n, 1)).to(turn) + turn) % parts
-        return self.means[row, part] + (self.roots[row, part] @ z[..., None])[..., 0]
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Return log-densities, shape ``(n, S)``, of points of shape ``(n or 1, S, D)``."""
-        parts, dim = self.means.shape[1:]
-        volumes = self.roots.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        constant = math.lgamma((_TAIL + dim) / 2) - math.lgamma(_TAIL / 2)
-        constant -= 0.5 * dim * math.log(_TAIL * math.pi) + math.log(parts)
-        found = []
-        for mean, inverse, volume in zip(
-            self.means.unbind(1), torch.linalg.inv(self.roots).unbind(1), volumes.T, strict=True
-        ):
-            white = (z - mean[:, None]) @ inverse.mT
-            far = torch.log1p(white.square().sum(-1) / _TAIL)
-            found.append(constant - volume[:, None] - 0.5 * (_TAIL + dim) * far)
-        return torch.stack(found).logsumexp(0)
-
-
-def standard_log_prob(z: Tensor) -> Tensor:
-    """Return the log-density of N(0, I), shape ``(*)``."""
-    return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
-
-
 def draw_latents(
     distribution: AnyDistribution,
     rows: Measurements,
@@ -147,9 +99,9 @@ def draw_latents(
         enough: A row with as many effective draws among those that are shared gets none of its
             own: they have no weight.
         present: A latent of each row in the flow's coordinates, shape ``(n, D)``, NaN for none,
-            that competes with its draws and is the last of its own: one by weight is then a step
-            of a Markov chain whose law is the posterior (iterated sampling-importance-resampling:
-            Andrieu, Lee & Vihola, Bernoulli 24, 2018).
+            that takes the place of one of its draws and is the last of its own: one by weight is
+            then a step of a Markov chain whose law is the posterior (iterated sampling-importance-
+            resampling: Andrieu, Lee & Vihola, Bernoulli 24, 2018).
     """
     contexts, which = _sets(rows)
     count = 1 if contexts is None else len(contexts)
@@ -163,7 +115,9 @@ def draw_latents(
     # Those that the proposals are fitted to, and the draws themselves.
     (tried, z), (tried_x, x) = (part.split((starts, shared), dim=1) for part in (z, x))
     likelihood = rows.log_likelihood(_of_rows(x, which))
-    effective = 1 / likelihood.softmax(-1).square().sum(-1)
+    # By draws that are weighted no more: chosen by those that are, rows would have biased weights.
+    tried_likelihood = rows.log_likelihood(_of_rows(tried_x, which))
+    effective = shared / starts / tried_likelihood.softmax(-1).square().sum(-1)
     poor = ~(effective >= enough)
     last = 0 if present is None else 1
     log_weights = likelihood.new_full((len(rows), shared + own + last), -math.inf)
@@ -174,89 +128,65 @@ def draw_latents(
         known_x = given(distribution, rows.context).from_flow(own_u[:, own:])[0]
         known = rows.log_likelihood(known_x).where(present[:, :1].isfinite(), -math.inf)
         log_weights[:, shared + own :] = known - math.log(shared)
+        log_weights[:, :1].masked_fill_(known.isfinite(), -math.inf)  # whose place it takes
     if bool(poor.any()):
         few, which_few = rows.take(poor), which[poor]
         flow = given(distribution, few.context)
         # Where it begins from fewer draws: at twice the steps it misses half as many.
         steps = steps if share == 1 else 2 * steps
-        start = _of_rows(tried, which_few), few.log_likelihood(_of_rows(tried_x, which_few))
+        start = _of_rows(tried, which_few), tried_likelihood[poor]
         proposal = fitted_proposal(flow, few, *start, steps, max(1, own // _TRIED_SHARE))
         own_z = proposal.sample(own)
-        own_u[poor, :own], found = _pushed(flow, few, own_z)
-        points = [(_of_rows(z, which_few), likelihood[poor]), (own_z, found)]
-        if present is not None:
-            points.append((flow.transform.inv(own_u[poor, own:]), known[poor]))
+        own_u[poor, :own], found = pushed(flow, few, own_z)
         counts = math.log(shared), math.log(own)
-        parts = [_balanced(proposal, *found, counts) for found in points]
+        parts = [
+            balanced(proposal, _of_rows(z, which_few), likelihood[poor], counts),
+            balanced(proposal, own_z, found, counts),
+        ]
+        if present is not None:
+            parts = _with_present(parts, proposal, flow, own_u[poor, own:], known[poor], counts)
         log_weights[poor] = torch.cat(parts, -1)
     return Draws(u[:, starts:], which, own_u, log_weights)
 
 
-def _balanced(
-    proposal: LocalProposal, z: Tensor, likelihood: Tensor, counts: tuple[float, float]
-) -> Tensor:
-    """Return the log-weights of base points by the balance heuristic, shape ``(n, S)``.
-
-    Args:
-        proposal: That of each row, beside N(0, I).
-        z: The points, shape ``(n or 1, S, D)``.
-        likelihood: Their log-likelihoods, shape ``(n, S)``.
-        counts: The logs of how many points are from N(0, I), and from the proposal.
-    """
-    log_prior, log_own = standard_log_prob(z), proposal.log_prob(z)
-    mixture = torch.logaddexp(log_prior + counts[0], log_own + counts[1])
-    return log_prior + likelihood - mixture
-
-
-def fitted_proposal(
+def _with_present(
+    parts: list[Tensor],
+    proposal: LocalProposal,
     flow: InterpolantDistribution,
-    rows: Measurements,
-    z: Tensor,
+    u: Tensor,
     likelihood: Tensor,
-    steps: int,
-    own: int,
-) -> LocalProposal:
-    r"""Return a proposal for each row's posterior in the base, fitted to weighted draws.
+    counts: tuple[float, float],
+) -> list[Tensor]:
+    """Return the log-weights of draws and of a present latent, which takes the place of one.
 
-    One part is the Student-t at the mode. The others are kernels around draws z of N(0, I) and of
-    that one, chosen by weight: with m and C the mean and covariance of all draws by weight, and
-    :math:`h = J^{-1 / (D + 4)}`, their centres are :math:`m + \sqrt{1 - h^2} (z - m)` and their
-    scales :math:`h^2 C`, widened as that at the mode. Where few draws are effective, C is drawn to
-    the curvature at the mode.
+    Of a shared draw or of the row's own, by which of the two it would have come from: else the
+    chain would not keep to the posterior.
 
     Args:
+        parts: Those of shared draws and of the rows' own, shapes ``(n, M)`` and ``(n, K)``.
+        proposal: That of each row.
         flow: The population.
-        rows: The measurements, n of them.
-        z: Draws of N(0, I), shape ``(n or 1, S, D)``.
-        likelihood: Their log-likelihoods, shape ``(n, S)``.
-        steps: Gauss-Newton steps to the mode.
-        own: How many draws around the mode of each row.
+        u: The present latents in its coordinates, shape ``(n, 1, D)``.
+        likelihood: Their log-likelihoods, shape ``(n, 1)``; of none -infinity.
+        counts: The logs of M and K.
     """
-    row = torch.arange(len(rows), device=z.device)[:, None]
-    dim = z.shape[-1]
-    best = (standard_log_prob(z) + likelihood).argmax(-1)
-    z = z.expand(len(rows), -1, -1)
-    mode = local_proposal(flow, rows, z[row[:, 0], best], steps)
-    own_z = mode.sample(own)
-    own_likelihood = _pushed(flow, rows, own_z)[1]
-    z, likelihood = torch.cat((z, own_z), 1), torch.cat((likelihood, own_likelihood), 1)
-    counts = math.log(z.shape[1] - own), math.log(own)
-    weights = (
-        _balanced(mode, z, likelihood, counts).softmax(-1).to(z).nan_to_num(nan=1 / z.shape[1])
-    )
-    mean = (weights[..., None] * z).sum(1, keepdim=True)
-    far = (weights.sqrt()[..., None] * (z - mean)).double()
-    one = weights.square().sum(-1).double()[:, None, None]  # over the number of effective draws
-    root = mode.roots[:, 0].double()
-    covariance = (1 - one) * far.mT @ far + one * root @ root.mT / _WIDENING
-    h = _KERNELS ** (-1 / (dim + 4))
-    scale, failed = torch.linalg.cholesky_ex(_WIDENING * h**2 * covariance)
-    scale = torch.where((failed > 0)[:, None, None], root, scale).to(z)[:, None]
-    chosen = z[row, torch.multinomial(weights, _KERNELS, replacement=True)]
-    kernels = LocalProposal(
-        mean + math.sqrt(1 - h**2) * (chosen - mean), scale.expand(-1, _KERNELS, -1, -1)
-    )
-    return LocalProposal(*(torch.cat(pair, 1) for pair in zip(mode, kernels, strict=True)))
+    z = _base_points(flow, u)
+    odds = proposal.log_prob(z) + counts[1] - standard_log_prob(z) - counts[0]
+    is_own, is_known = torch.rand_like(odds) < odds.sigmoid(), likelihood.isfinite()
+    for part, given_up in zip(parts, (is_known & ~is_own, is_known & is_own), strict=True):
+        part[:, :1].masked_fill_(given_up, -math.inf)
+    return [*parts, balanced(proposal, z, likelihood, counts)]
+
+
+def _base_points(flow: InterpolantDistribution, u: Tensor) -> Tensor:
+    """Return the base points of points in the flow's coordinates, ``(n, S, D)``.
+
+    The solver backward is not quite the inverse of the solver forward, and where errors are small
+    a posterior is narrower than what they differ by. One correction takes that off; copies, as the
+    transform remembers what came of what.
+    """
+    z = flow.transform.inv(u).clone()
+    return 2 * z - flow.transform.inv(flow.transform(z).clone())
 
 
 def _sets(rows: Measurements) -> tuple[Tensor | None, Tensor]:
@@ -269,89 +199,6 @@ def _sets(rows: Measurements) -> tuple[Tensor | None, Tensor]:
 def _of_rows(part: Tensor, which: Tensor) -> Tensor:
     """Return what the set of each row has, of ``(G, ...)``; where there is one, to broadcast."""
     return part if len(part) == 1 else part[which]
-
-
-def _pushed(flow: InterpolantDistribution, rows: Measurements, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what base points, ``(n, S, D)``, become, and their log-likelihoods, ``(n, S)``.
-
-    They are in the flow's coordinates.
-    """
-    u = flow.transform(z)
-    x = flow.from_flow(u)[0]
-    return u, rows.log_likelihood(x)
-
-
-def local_proposal(
-    flow: InterpolantDistribution, rows: Measurements, z: Tensor, steps: int
-) -> LocalProposal:
-    r"""Return the Student-t at the mode of each row's posterior in the base.
-
-    The curvature is that of Gauss and Newton: :math:`I + J^T H J`, with J the slopes of the flow
-    and H the Hessian of :math:`-\log p(y | x)`. Negative parts of the second term are left out.
-
-    Args:
-        flow: The population.
-        rows: The measurements, n of them.
-        z: Where to begin, shape ``(n, D)``.
-        steps: How many steps to take.
-    """
-    dim, each = z.shape[-1], torch.arange(len(z), device=z.device)
-    # In float64: noise may be 10,000 times wider in one direction than in another.
-    identity = torch.eye(dim, dtype=torch.float64, device=z.device)
-    offsets = torch.cat((z.new_zeros(1, dim), _DIFFERENCE * identity.to(z)))
-    sizes = z.new_tensor((0.0, *_STEP_SIZES))[:, None]
-    root = identity.expand(len(z), dim, dim)
-    for _ in range(steps):
-        u = flow.transform(z[:, None] + offsets)
-        x = flow.from_flow(u)[0]
-        slopes = (x[:, 1:] - x[:, :1]).reshape(len(z), dim, -1).mT.double() / _DIFFERENCE
-        gradient, hessian = (part.double() for part in likelihood_derivatives(rows, x[:, 0]))
-        precision = identity + _positive_part(-slopes.mT @ hessian @ slopes)
-        found, failed = torch.linalg.cholesky_ex(precision.nan_to_num())
-        root = torch.where((failed > 0)[:, None, None], identity, found)
-        slope = (slopes.mT @ gradient[..., None])[..., 0] - z
-        step = torch.cholesky_solve(slope[..., None], root)[..., 0].nan_to_num()
-        tries = z[:, None] + sizes * step[:, None].to(z)
-        value = standard_log_prob(tries) + _pushed(flow, rows, tries)[1]
-        z = tries[each, value.argmax(-1)]
-    root, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root))
-    root = torch.where((failed > 0)[:, None, None], identity, root)
-    return LocalProposal(z[:, None], math.sqrt(_WIDENING) * root.to(z)[:, None])
-
-
-def likelihood_derivatives(rows: Measurements, x: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Return the gradient and the Hessian of :math:`\log p(y | x)`.
-
-    Args:
-        rows: The measurements, n of them.
-        x: A latent of each, shape ``(n, *event_shape)``.
-
-    Returns:
-        Shapes ``(n, E)`` and ``(n, E, E)``, E the number of values of an event. Zero where the
-        likelihood has no derivative.
-    """
-    flat = x.reshape(len(x), -1)
-    with torch.enable_grad():
-        flat = flat.detach().requires_grad_()
-        total = rows.log_likelihood(flat.reshape(x.shape)[:, None]).sum()
-        if not total.requires_grad:
-            return torch.zeros_like(flat), torch.zeros_like(flat)[..., None].expand(
-                *flat.shape, flat.shape[1]
-            )
-        (gradient,) = torch.autograd.grad(total, flat, create_graph=True)
-        columns = [
-            torch.autograd.grad(gradient[:, i].sum(), flat, retain_graph=True)[0]
-            for i in range(flat.shape[1])
-            if gradient.requires_grad
-        ]
-    hessian = torch.stack(columns, 1) if columns else flat.new_zeros(*flat.shape, flat.shape[1])
-    return gradient.detach().nan_to_num(), hessian.detach().nan_to_num()
-
-
-def _positive_part(matrices: Tensor) -> Tensor:
-    """Return matrices, shape ``(n, D, D)``, symmetric and without negative eigenvalues."""
-    values, vectors = torch.linalg.eigh(0.5 * (matrices + matrices.mT).nan_to_num())
-    return vectors @ torch.diag_embed(values.clamp(min=0)) @ vectors.mT
 
 
 class ObjectPosteriors(NamedTuple):

