@@ -96,8 +96,8 @@ def draw_latents(
             do, and have fewer where there are many sets of them.
         own: K, the number of each row's own.
         steps: Gauss-Newton steps to the mode.
-        enough: A row with as many effective draws among those that are shared gets none of its
-            own: they have no weight.
+        enough: A row of which as many shared draws are effective, as far as others of the flow
+            tell, gets none of its own: they have no weight.
         present: A latent of each row in the flow's coordinates, shape ``(n, D)``, NaN for none,
             that takes the place of one of its draws and is the last of its own: one by weight is
             then a step of a Markov chain whose law is the posterior (iterated sampling-importance-
@@ -115,7 +115,7 @@ def draw_latents(
     # Those that the proposals are fitted to, and the draws themselves.
     (tried, z), (tried_x, x) = (part.split((starts, shared), dim=1) for part in (z, x))
     likelihood = rows.log_likelihood(_of_rows(x, which))
-    # By draws that are weighted no more: chosen by those that are, rows would have biased weights.
+    # By the others: a choice by the draws that are weighted would bias their weights.
     tried_likelihood = rows.log_likelihood(_of_rows(tried_x, which))
     effective = shared / starts / tried_likelihood.softmax(-1).square().sum(-1)
     poor = ~(effective >= enough)

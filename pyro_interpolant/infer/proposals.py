@@ -24,9 +24,8 @@ _DIFFERENCE = 1e-2  # in the base, which gives the slopes of the flow
 _STEP_SIZES = (1.0, 0.3, 0.1, 0.03)  # of Gauss-Newton steps; the best is taken, if one is good
 _TAIL = 5.0  # degrees of freedom of proposals
 _WIDENING = 1.2  # of its variance, beyond what the curvature at the mode says
-_MODE_SHARE = (
-    0.3  # of a proposal: with 0.4, k-hat of bent posteriors is above 0.7 four times as often
-)
+# Of the part at the mode: with 0.4, k-hat of bent posteriors is above 0.7 four times as often.
+_MODE_SHARE = 0.3
 _KERNELS = 4  # beside it; 16 take four times as long for as much
 
 
