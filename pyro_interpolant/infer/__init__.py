@@ -7,8 +7,8 @@ the vector that ``sites`` packs, ``-inf`` where ``validity`` says so; ``prior`` 
 ``simulations`` by ``simulation``, in ``runs`` and ``workers``, or from ``simulated_batches``; some
 data may be ``hidden``. ``reparam`` samples a model in base space, ``neural_transport`` in a
 guide's. ``smc`` learns from a density alone. ``population`` learns what is behind a catalogue: by
-``noise``, ``deconvolution``, ``latents`` and ``expectation_maximization``. Both use ``regression``
-and ``schedule``.
+``noise``, ``deconvolution``, ``latents``, drawn from ``proposals``, and
+``expectation_maximization``. Both use ``regression`` and ``schedule``.
 """
 
 from typing import TYPE_CHECKING

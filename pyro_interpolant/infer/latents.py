@@ -138,7 +138,7 @@ def draw_latents(
         proposal = fitted_proposal(flow, few, *start, steps, max(1, own // _TRIED_SHARE))
         own_z = proposal.sample(own)
         own_u[poor, :own], found = pushed(flow, few, own_z)
-        counts = math.log(shared), math.log(own)
+        counts = shared, own
         parts = [
             balanced(proposal, _of_rows(z, which_few), likelihood[poor], counts),
             balanced(proposal, own_z, found, counts),
@@ -155,7 +155,7 @@ def _with_present(
     flow: InterpolantDistribution,
     u: Tensor,
     likelihood: Tensor,
-    counts: tuple[float, float],
+    counts: tuple[int, int],
 ) -> list[Tensor]:
     """Return the log-weights of draws and of a present latent, which takes the place of one.
 
@@ -168,10 +168,10 @@ def _with_present(
         flow: The population.
         u: The present latents in its coordinates, shape ``(n, 1, D)``.
         likelihood: Their log-likelihoods, shape ``(n, 1)``; of none -infinity.
-        counts: The logs of M and K.
+        counts: M and K.
     """
     z = _base_points(flow, u)
-    odds = proposal.log_prob(z) + counts[1] - standard_log_prob(z) - counts[0]
+    odds = proposal.log_prob(z) - standard_log_prob(z) + math.log(counts[1] / counts[0])
     is_own, is_known = torch.rand_like(odds) < odds.sigmoid(), likelihood.isfinite()
     for part, given_up in zip(parts, (is_known & ~is_own, is_known & is_own), strict=True):
         part[:, :1].masked_fill_(given_up, -math.inf)

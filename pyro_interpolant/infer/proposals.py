@@ -26,7 +26,7 @@ _TAIL = 5.0  # degrees of freedom of proposals
 _WIDENING = 1.2  # of its variance, beyond what the curvature at the mode says
 # Of the part at the mode: with 0.4, k-hat of bent posteriors is above 0.7 four times as often.
 _MODE_SHARE = 0.3
-_KERNELS = 4  # beside it; 16 take four times as long for as much
+_KERNELS = 4  # beside it; 16 and 48 were no better
 
 
 class LocalProposal(NamedTuple):
@@ -78,7 +78,7 @@ def standard_log_prob(z: Tensor) -> Tensor:
 
 
 def balanced(
-    proposal: LocalProposal, z: Tensor, likelihood: Tensor, counts: tuple[float, float]
+    proposal: LocalProposal, z: Tensor, likelihood: Tensor, counts: tuple[int, int]
 ) -> Tensor:
     """Return the log-weights of base points by the balance heuristic, shape ``(n, S)``.
 
@@ -86,10 +86,11 @@ def balanced(
         proposal: That of each row, beside N(0, I).
         z: The points, shape ``(n or 1, S, D)``.
         likelihood: Their log-likelihoods, shape ``(n, S)``.
-        counts: The logs of how many points are from N(0, I), and from the proposal.
+        counts: How many points are from N(0, I), and from the proposal.
     """
     log_prior, log_own = standard_log_prob(z), proposal.log_prob(z)
-    weights = log_prior + likelihood - torch.logaddexp(log_prior + counts[0], log_own + counts[1])
+    shared, own = (math.log(count) for count in counts)
+    weights = log_prior + likelihood - torch.logaddexp(log_prior + shared, log_own + own)
     return weights.masked_fill(weights.isnan(), -math.inf)
 
 
@@ -125,18 +126,15 @@ def fitted_proposal(
     own_z = mode.sample(own)
     own_likelihood = pushed(flow, rows, own_z)[1]
     z, likelihood = torch.cat((z, own_z), 1), torch.cat((likelihood, own_likelihood), 1)
-    counts = math.log(z.shape[1] - own), math.log(own)
-    weights = (
-        balanced(mode, z, likelihood, counts).softmax(-1).to(z).nan_to_num(nan=1 / z.shape[1])
-    )
+    weights = balanced(mode, z, likelihood, (z.shape[1] - own, own)).softmax(-1).to(z)
+    weights = weights.nan_to_num(nan=1 / z.shape[1])  # of no likelihood anywhere: any of them
     mean = (weights[..., None] * z).sum(1, keepdim=True)
     far = (weights.sqrt()[..., None] * (z - mean)).double()
     one = weights.square().sum(-1).double()[:, None, None]  # over the number of effective draws
     root = mode.roots[:, 0].double()
     covariance = (1 - one) * far.mT @ far + one * root @ root.mT / _WIDENING
     h = _KERNELS ** (-1 / (dim + 4))
-    scale, failed = torch.linalg.cholesky_ex(_WIDENING * h**2 * covariance)
-    scale = torch.where((failed > 0)[:, None, None], root, scale).to(z)[:, None]
+    scale = _root_of(_WIDENING * h**2 * covariance, root).to(z)[:, None]
     chosen = z[row, torch.multinomial(weights, _KERNELS, replacement=True)]
     centres = mean + math.sqrt(1 - h**2) * (chosen - mean)
     return LocalProposal(
@@ -182,16 +180,13 @@ def local_proposal(
         slopes = (x[:, 1:] - x[:, :1]).reshape(len(z), dim, -1).mT.double() / _DIFFERENCE
         gradient, hessian = (part.double() for part in likelihood_derivatives(rows, x[:, 0]))
         precision = identity + _positive_part(-slopes.mT @ hessian @ slopes)
-        found, failed = torch.linalg.cholesky_ex(precision.nan_to_num())
-        root = torch.where((failed > 0)[:, None, None], identity, found)
+        root = _root_of(precision.nan_to_num(), identity)
         slope = (slopes.mT @ gradient[..., None])[..., 0] - z
         step = torch.cholesky_solve(slope[..., None], root)[..., 0].nan_to_num()
         tries = z[:, None] + sizes * step[:, None].to(z)
         value = standard_log_prob(tries) + pushed(flow, rows, tries)[1]
         z = tries[each, value.argmax(-1)]
-    root, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root))
-    root = torch.where((failed > 0)[:, None, None], identity, root)
-    root = math.sqrt(_WIDENING) * root.to(z)
+    root = math.sqrt(_WIDENING) * _root_of(torch.cholesky_inverse(root), identity).to(z)
     return LocalProposal(z[:, None], root[:, None], z.new_ones(1))
 
 
@@ -222,6 +217,12 @@ def likelihood_derivatives(rows: Measurements, x: Tensor) -> tuple[Tensor, Tenso
         ]
     hessian = torch.stack(columns, 1) if columns else flat.new_zeros(*flat.shape, flat.shape[1])
     return gradient.detach().nan_to_num(), hessian.detach().nan_to_num()
+
+
+def _root_of(matrices: Tensor, other: Tensor) -> Tensor:
+    """Return the Cholesky factors of matrices, ``(n, D, D)``, or another where there is none."""
+    roots, failed = torch.linalg.cholesky_ex(matrices)
+    return torch.where((failed > 0)[:, None, None], other, roots)
 
 
 def _positive_part(matrices: Tensor) -> Tensor:

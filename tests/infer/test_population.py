@@ -243,7 +243,7 @@ def test_the_proposal_at_the_mode_is_the_posterior_in_the_base():
 
 
 def test_posteriors_along_a_bent_ridge():
-    """Of one Student-t at the mode, k-hat was above 0.7 for 85% of them."""
+    """Of one Student-t at the mode, k-hat was above 0.7 for 83% to 87% of them."""
     sd = 0.1
     x = torch.randn(200, 2)
     y = x[:, 1:] + x[:, :1].square() + sd * torch.randn(200, 1)
@@ -259,7 +259,7 @@ def test_posteriors_along_a_bent_ridge():
     truth = (Normal(0.0, 1.0).log_prob(first) + ridge).logsumexp(0) + math.log(12 / 2000)
     lost = truth - found.log_evidence
     assert abs(float(lost.mean())) < 0.04
-    assert float(lost.square().mean().sqrt()) < 0.22  # 0.23 to 0.25
+    assert float(lost.square().mean().sqrt()) < 0.22  # of one Student-t 0.23 to 0.25
     assert float((found.k_hat > 0.7).double().mean()) < 0.1
 
 
@@ -281,11 +281,12 @@ def test_rows_that_shared_draws_explain_have_none_of_their_own():
     _, y, sds = catalogue(200, least=0.01)
     flow = gaussian()
     rows = of_population(measurements(y, sds), flow)
-    draws = draw_latents(flow, rows, shared=2048, own=64, steps=2, enough=200)
+    # Told by 1,024 other draws, which are off by some 5%.
+    draws = draw_latents(flow, rows, shared=2048, own=64, steps=2, enough=250)
     effective = 1 / draws.log_weights[:, :2048].softmax(-1).square().sum(-1)
     rich = draws.log_weights[:, 2048:].isinf().all(-1)
     assert 20 < int(rich.sum()) < 180
-    assert float(effective[rich].min()) >= 100  # 200 of as many other draws
+    assert float(effective[rich].min()) >= 200
     found, _ = draws.log_evidence()
     assert float((found - exact(y, sds)[2]).abs().max()) < 0.3
     mean = (draws.take(rich).pick(400) - exact(y, sds)[0][rich, None]).mean(1)
@@ -803,7 +804,7 @@ def test_a_population_is_found_from_posteriors_made_under_a_wide_prior():
     draws = share * y[:, None] + math.sqrt(share) * 0.7 * torch.randn(1500, 50, 1)
     draws = draws.float()
     log_prior = Normal(0.0, prior).log_prob(draws)[..., 0]
-    # One run is up to 0.1 wider than these rows tell, and by 0.2 after 800 steps: by their seeds.
+    # One run is wider than these rows tell, by 0.02 to 0.04 of five seeds.
     means, sds = [], []
     for seed in range(3):
         options = {"network": pi.VelocityMLP(1, (16, 16)), "steps": 1600, "seed": seed}
