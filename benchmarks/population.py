@@ -22,6 +22,7 @@ import pyro_interpolant as pi
 
 LEAST, MOST = 0.1, 2.0  # errors, in standard deviations of the population
 COMPONENTS = (1, 2, 4, 8, 16, 32)  # of extreme deconvolution, of which the best is taken
+DIRECTIONS = 200  # of the energy distance
 MISSING = 0.2  # the share of numbers that are missing, where some are
 
 
@@ -208,45 +209,82 @@ def deconvolved(y, sds, count, iterations, seed):
     from sklearn.mixture import GaussianMixture
 
     known = sds.isfinite()
-    y, noise = torch.where(known, y, 0.0), torch.diag_embed(torch.where(known, sds, 1e3) ** 2)
+    y, noise = torch.where(known, y, 0.0), torch.where(known, sds, 1e3) ** 2
     start = GaussianMixture(count, max_iter=10, random_state=seed).fit(y.numpy())
     found = start.weights_, start.means_, start.covariances_
     shares, means, covariances = (torch.as_tensor(part).double() for part in found)
-    before = -math.inf
+    before, dims = -math.inf, range(y.shape[1])
     for _ in range(iterations):
-        roots = torch.linalg.cholesky(noise[:, None] + covariances)  # of the rows' own, (N, K)
-        far = (y[:, None] - means)[..., None]
-        sides = torch.cat((far, covariances.expand_as(roots)), -1)
-        solved = torch.linalg.solve_triangular(roots, sides, upper=False)
-        u, gains = solved[..., 0], solved[..., 1:]
-        scale = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        parts = shares.log() - 0.5 * u.square().sum(-1) - scale
-        total = parts.logsumexp(-1, keepdim=True)
-        if float(total.sum()) < before + 1e-6:
+        total = [[covariances[:, i, j].expand(len(y), -1) for j in dims] for i in dims]
+        for i in dims:
+            total[i][i] = total[i][i] + noise[:, i, None]
+        lower = roots(total)  # of the rows' own, (N, K) each
+        u = solved(lower, [y[:, i, None] - means[:, i] for i in dims])
+        gains = [solved(lower, list(covariances[:, :, j].T[:, None])) for j in dims]
+        parts = shares.log() - sum(0.5 * u[i] ** 2 + lower[i][i].log() for i in dims)
+        evidence = parts.logsumexp(-1, keepdim=True)
+        if float(evidence.sum()) < before + 1e-6:
             break
-        before, weights = float(total.sum()), (parts - total).exp()
+        before, weights = float(evidence.sum()), (parts - evidence).exp()
         mass = weights.sum(0)
-        latents = means + (gains.mT @ u[..., None])[..., 0]
-        means = (weights[..., None] * latents).sum(0) / mass[:, None]
-        apart = latents - means
-        moments = torch.einsum("nk,nki,nkj->kij", weights, apart, apart)
-        explained = torch.einsum("nk,nkli,nklj->kij", weights, gains, gains)
-        covariances = covariances + (moments - explained) / mass[:, None, None]
+        shifts = [sum(gains[j][i] * u[i] for i in dims) for j in dims]  # of latents, off the means
+        first = torch.stack([(weights * shift).sum(0) / mass for shift in shifts], -1)
+        second = torch.empty_like(covariances)
+        for i in dims:
+            for j in range(i + 1):
+                explained = sum(gains[i][k] * gains[j][k] for k in dims)
+                moment = (weights * (shifts[i] * shifts[j] - explained)).sum(0) / mass
+                second[:, i, j] = second[:, j, i] = moment
+        means = means + first
+        covariances = covariances + second - first[:, :, None] * first[:, None]
         shares = mass / len(y)
     return Mixture(shares, means, covariances)
+
+
+def roots(matrices):
+    """Return Cholesky's factors of matrices that are lists of lists of tensors, one a place.
+
+    Of many small ones this is 2 to 4 times faster than LAPACK, which takes one after the other.
+    """
+    lower = [[None] * len(matrices) for _ in matrices]
+    for j in range(len(matrices)):
+        for i in range(j, len(matrices)):
+            rest = matrices[i][j] - sum(lower[i][k] * lower[j][k] for k in range(j))
+            lower[i][j] = rest.sqrt() if i == j else rest / lower[j][j]
+    return lower
+
+
+def solved(lower, right):
+    """Return what lower triangles, as of :func:`roots`, map to vectors, lists of tensors."""
+    found = []
+    for i, row in enumerate(lower):
+        found.append((right[i] - sum(row[k] * found[k] for k in range(i))) / row[i])
+    return found
 
 
 METHODS = {"ours": ours, "XD": extreme_deconvolution}
 
 
 def energy_distance(a, b):
-    """Return the energy distance of two samples, in units of the standard deviations of b."""
+    """Return the energy distance of two samples, in units of the standard deviations of b.
 
-    def mean_distance(u, v):
-        return float(torch.stack([torch.cdist(s, v).mean() for s in u.split(500)]).mean())
-
+    The distance of two points is proportional to the mean of their distances along directions, and
+    in one dimension the energy distance is twice the integral of the squared difference of the
+    distribution functions. So hundreds of thousands of draws can be compared: of two sets of
+    20,000 it varies by 0.0003, more than methods differ by.
+    """
+    dim = b.shape[1]
     a, b = a.float() / b.std(0).float(), b.float() / b.std(0).float()
-    return 2 * mean_distance(a, b) - mean_distance(a, a) - mean_distance(b, b)
+    torch.manual_seed(0)  # the same directions for all
+    directions = torch.nn.functional.normalize(torch.randn(DIRECTIONS, dim), dim=-1)
+    steps = torch.cat([torch.full((len(a),), 1 / len(a)), torch.full((len(b),), -1 / len(b))])
+    total = 0.0
+    for direction in directions:
+        values, order = torch.cat((a @ direction, b @ direction)).sort()
+        difference = steps.double()[order].cumsum(0)[:-1]
+        total += 2 * float((difference.square() * values.diff()).sum())
+    scale = math.sqrt(math.pi) * math.gamma((dim + 1) / 2) / math.gamma(dim / 2)
+    return scale * total / DIRECTIONS
 
 
 def pit_distance(found, x):
@@ -275,12 +313,12 @@ def run_cell(args, task, method, seed):
         found = found.log_evidence
     lost = found.double() - truth
     torch.manual_seed(2000 + seed)
-    z, true = sample((args.sample,)), population.sample(args.sample)
+    true, others = population.sample(args.sample), population.sample(args.sample)
     return {
         "lost": float(lost.mean()),
         "stderr": float(lost.std()) / math.sqrt(len(lost)),
-        "energy": energy_distance(z, true),
-        "floor": energy_distance(population.sample(args.sample), true),
+        "energy": energy_distance(sample((args.sample,)), true),
+        "floor": energy_distance(others, true),
         "seconds": seconds,
         **extra,
     }
@@ -306,7 +344,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=5.0, help="to train, each of ours")
     parser.add_argument("--rows", type=int, default=10_000, help="to learn from")
     parser.add_argument("--held", type=int, default=5000, help="to compare on")
-    parser.add_argument("--sample", type=int, default=20_000, help="draws of the population")
+    parser.add_argument("--sample", type=int, default=200_000, help="draws of the population")
     parser.add_argument("--draws", type=int, default=400, help="of each object")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, default=Path("population.jsonl"), help="the lines")

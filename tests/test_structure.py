@@ -1,5 +1,6 @@
 import ast
 import doctest
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -55,6 +56,7 @@ def is_there(name):
     return HAS_JAX or room_of(name) != "numpyro" or name == "numpyro"
 
 
+@functools.cache
 def tree(path):
     return ast.parse(path.read_text())
 

@@ -65,6 +65,9 @@ def gaussian_latents(
     scale = scale.where(scale > 0, 1.0)
     rows = (y - mean).where(known, 0.0) / scale
     precisions = precisions * scale * scale[:, None]
+    # No error is so small that rounding makes matrices singular: each has this variance beside.
+    floored = torch.eye(len(scale)).to(precisions) + _JITTER * precisions
+    precisions = torch.linalg.solve(floored, precisions)
     mixture = _best(rows, precisions, deadline)
     parts = _chunks(rows, precisions, len(mixture.means))
     return mean + scale * torch.cat([_drawn(mixture, *part, each) for part in parts], dim=1)

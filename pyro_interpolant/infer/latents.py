@@ -2,7 +2,7 @@ r"""Latents behind noisy rows: weighted draws of x given y, under a flow as the 
 
 With z the base point of x, :math:`x = f(z)` and :math:`z \sim N(0, I)`, so the posterior of z is
 :math:`\propto N(z; 0, I)\, p(y | f(z))`: it needs no density of the flow. Two proposals share it
-by the balance heuristic: M draws of the flow, the same for all rows, good where errors are large;
+by the balance heuristic: M draws of the flow, the same for many rows, good where errors are large;
 and K draws of a mixture of Student-t fitted to each row, good where they are small. Over all M + K
 draws,
 
@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._package import check_ranges, whole
-from .._torch import evaluated, seeded
+from .._torch import evaluated, seeded, with_gradients
 from ..diagnostics.psis import log_total, pareto_smooth, shuffled_resampling
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.joint import names_in_frames, own_sites
@@ -33,6 +33,10 @@ from .noise import Measurements, Noise, measurements
 from .proposals import LocalProposal, balanced, fitted_proposal, pushed, standard_log_prob
 
 _NUMBERS_AT_ONCE = 2**24  # of the draws of a chunk of rows
+# That share draws where there are no contexts, at most. What all share is off for all alike: with
+# one set for 3,000 objects, the mean of their log-evidences varied by 0.0025 nats from seed to
+# seed, with this by 0.0009.
+_SET_ROWS = 256
 _STARTS = 1024  # draws of the flow, that proposals are fitted to: from the best to the mode
 _ROWS_PER_SET = 32  # of equal contexts, from which on they share all draws
 _OBJECT_STEPS = 4  # Gauss-Newton steps per object, from the flow's best draw
@@ -249,6 +253,7 @@ class ObjectPosteriors(NamedTuple):
 
 
 @one_thread_each()
+@with_gradients()  # of the likelihood, in inference mode too
 @torch.no_grad()
 def object_posteriors(
     distribution: AnyDistribution,
@@ -263,8 +268,9 @@ def object_posteriors(
     r"""Return the posterior of each object, :math:`p(x | y) \propto \rho(x)\, p(y | x)`.
 
     The population shrinks each measurement toward where objects are. Importance sampling in the
-    base of the flow: half of the draws are the flow's own, the same for all objects, half are
-    from a mixture of Student-t fitted to each object's posterior.
+    base of the flow: half of the draws are the flow's own, the same for at most 256 objects, or
+    for those of equal contexts, half are from a mixture of Student-t fitted to each object's
+    posterior.
 
     Args:
         distribution: The population :math:`\rho`, such as :func:`from_noisy_samples` or
@@ -297,12 +303,13 @@ def object_posteriors(
             "and what each object is given as context="
         )
     names = names_in_frames(distribution)
-    rows = of_population(measurements(y, noise, noise_data, names), distribution, context)
+    dtype = distribution.transform.flow.loc.dtype
+    rows = of_population(measurements(y, noise, noise_data, names, dtype), distribution, context)
     found, draws = [], int(draws)
     with seeded(seed), evaluated(distribution.transform.flow):
         first = None if rows.context is None else rows.context[0]
         rows.check(distribution.given(first).sample((3,)))
-        for part in chunks(distribution, len(rows), max(draws, _STARTS)):
+        for part in sets(distribution, rows, max(draws, _STARTS)):
             few = rows.take(part)
             half = draws // 2
             drawn = draw_latents(
@@ -346,6 +353,14 @@ def chunks(distribution: AnyDistribution, count: int, draws: int) -> tuple[Tenso
     """Return the indices of ``count`` rows in parts, for so many draws of each row."""
     each = draws * distribution.transform.flow.event_dim
     return torch.arange(count).split(max(1, _NUMBERS_AT_ONCE // each))
+
+
+def sets(distribution: AnyDistribution, rows: Measurements, draws: int) -> tuple[Tensor, ...]:
+    """Return the indices of rows in parts, as :func:`chunks`, so that few rows share draws."""
+    parts = chunks(distribution, len(rows), draws)
+    if rows.context is not None:  # those of equal contexts share, and these are few
+        return parts
+    return tuple(few for part in parts for few in part.split(_SET_ROWS))
 
 
 def given(distribution: AnyDistribution, context: Tensor | None) -> InterpolantDistribution:

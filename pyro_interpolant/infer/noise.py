@@ -135,7 +135,11 @@ class Measurements:
 
 
 def measurements(
-    y: ArrayLike, noise: Noise, noise_data: ArrayLike | None = None, names: Sequence[str] = ()
+    y: ArrayLike,
+    noise: Noise,
+    noise_data: ArrayLike | None = None,
+    names: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
 ) -> Measurements:
     """Return checked rows of a catalogue.
 
@@ -146,6 +150,7 @@ def measurements(
         noise_data: These numbers, shape ``(N, ...)``, for a function.
         names: Those of the columns of latents in their order, or none: a data frame y is taken by
             them. Errors, and beside a function y, may have other names, and go by position then.
+        dtype: The type that they will be compared in, where that may be coarser than y's own.
 
     Raises:
         TypeError: If something is of a wrong type.
@@ -153,7 +158,8 @@ def measurements(
             deviation, or no covariance; if a row has nothing that was measured, or a data frame
             columns of other names.
     """
-    found = _by_name(y, names, "y", strict=not callable(noise)).detach()
+    # Copies: nothing could be differentiated with tensors of inference mode.
+    found = _by_name(y, names, "y", strict=not callable(noise)).detach().clone()
     if not found.is_floating_point():
         raise TypeError(f"expected y of a floating type, got {found.dtype}: convert it, y.float()")
     if found.dim() not in (1, 2) or found.numel() == 0:
@@ -168,14 +174,17 @@ def measurements(
             "standard deviations or covariances, which are the rows' own already"
         )
     log_density: Callable[[Tensor, Tensor, Any], Tensor]
-    given = _by_name(noise, names, "noise", strict=False)
+    own = names_of(y)
+    given = _by_name(
+        noise, own if own and set(own) != set(names) else names, "noise", strict=False
+    )
     spread = given.detach().double()
     if spread.dim() == 0 or len(spread) != len(found):
         raise ValueError(
             f"expected noise of {len(found)} rows, as y has, got shape {tuple(spread.shape)}: "
             "errors that all rows share are expanded, sds.expand(y.shape)"
         )
-    least = _rounding(found)
+    least = _rounding(found, dtype or found.dtype)
     if spread.shape == found.shape:
         inverse, log_density = _inverse_sds(spread, least), _independent
     elif found.dim() == 2 and spread.shape == (*found.shape, found.shape[1]):
@@ -221,7 +230,7 @@ def _check_known(y: Tensor, there: Tensor) -> None:
 
 def _numbers(noise_data: ArrayLike, y: Tensor) -> Tensor:
     """Return the numbers of each row's noise, shape ``(N, ...)``, as floats of the type of y."""
-    row = as_tensor(noise_data, "noise_data").detach()
+    row = as_tensor(noise_data, "noise_data").detach().clone()
     if row.dim() == 0 or len(row) != len(y):
         raise ValueError(
             f"expected noise_data of {len(y)} rows, as y has, got shape {tuple(row.shape)}"
@@ -229,9 +238,15 @@ def _numbers(noise_data: ArrayLike, y: Tensor) -> Tensor:
     return row.to(y) if row.is_floating_point() else row.to(y.device)
 
 
-def _rounding(y: Tensor) -> Tensor:
-    """Return the rounding of each number of y, or of a median one of its column, ``(N, D)``."""
-    kind, size = torch.finfo(y.dtype), y.double().abs()
+def _rounding(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rounding of each number of y, or of a median one of its column, ``(N, D)``.
+
+    Args:
+        y: The rows.
+        dtype: The type that they will be rounded to, where that is coarser than their own.
+    """
+    kind = max(torch.finfo(y.dtype), torch.finfo(dtype), key=lambda kind: kind.eps)
+    size = y.double().abs()
     size = size.where(size.isfinite(), math.nan)
     least = kind.eps * torch.fmax(size, size.nanmedian(0).values)
     return least.nan_to_num(0.0).clamp(min=kind.tiny)

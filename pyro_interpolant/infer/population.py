@@ -30,7 +30,7 @@ from ..distributions.interpolant import AnyDistribution
 from ..distributions.rows import as_tensor, checked_rows, contexts_of_rows, in_order, names_of
 from ..distributions.supports import BijectiveSupport, CircularSupport, support_of
 from ..solvers.parallel import one_thread_each
-from ..training.building import context_names, contexts_for, from_samples
+from ..training.building import context_names, contexts_for, from_samples, new_network
 from ..training.clock import Clock
 from ..training.names import Names
 from .deconvolution import gaussian_latents
@@ -129,13 +129,13 @@ def from_noisy_samples(
         until = clock.moment(_MIXTURE_SHARE)
         first, index = _start_rows(rows.take(kept), constraint, start, columns, until)
     rows.check(first)
-    context, of_contexts = _checked_context(context, rows.y, network)
+    context, of_contexts, sizes = _checked_context(context, rows.y, network)
     names = Names(columns if first.shape[1:] == (len(columns),) else (), of_contexts)
     options: dict[str, Any] = {"support": support, "event_shape": event_shape, "network": network}
     start_steps, rest = _shared_out(steps, clock)
     options |= {"marginals": marginals, "steps": start_steps, "seed": seed}
     contexts = None if context is None else context[kept[index.cpu()]]
-    distribution = _started(first, contexts, names, options, clock)
+    distribution = _started(first, contexts, sizes, names, options, clock)
     loc = distribution.transform.flow.loc
     catalogue = NoisyRows(of_population(rows, distribution, context), loc)
     learn(distribution, catalogue, held, rest, clock, seed=seed, progress=progress)
@@ -221,7 +221,7 @@ def from_posterior_samples(
             "them"
         )
     held, kept = held_out(len(x), validation, seed)
-    context, of_contexts = _checked_context(context, x, network)
+    context, of_contexts, sizes = _checked_context(context, x, network)
     with seeded(seed):
         some = torch.randperm(len(kept) * x.shape[1])[: max(_START_DRAWS, len(x))]
     objects = kept[some // x.shape[1]]
@@ -230,7 +230,7 @@ def from_posterior_samples(
     start_steps, rest = _shared_out(steps, clock)
     options: dict[str, Any] = {"support": support, "network": network, "marginals": marginals}
     options |= {"steps": start_steps, "seed": seed}
-    distribution = _started(first, contexts, Names((), of_contexts), options, clock)
+    distribution = _started(first, contexts, sizes, Names((), of_contexts), options, clock)
     flow = distribution.transform.flow
     u = distribution.to_flow(x).to(flow.loc)
     with torch.no_grad():
@@ -245,8 +245,8 @@ def from_posterior_samples(
 
 def _checked_context(
     context: ArrayLike | None, rows: Tensor, network: nn.Module | None
-) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Return contexts, before there is a flow that takes them, or None of none, and their names.
+) -> tuple[Tensor | None, tuple[str, ...], tuple[int, ...]]:
+    """Return contexts, before there is a flow that takes them, or None, their names and sizes.
 
     Args:
         context: Contexts, shape ``(N, C)``, labels, shape ``(N,)``, or None.
@@ -255,11 +255,11 @@ def _checked_context(
     """
     found, sizes = contexts_for(context, rows, network)
     if found is None or context is None:
-        return None, ()
+        return None, (), ()
     if len(found) != len(rows):
         raise ValueError(f"expected {len(rows)} contexts, one each, got {len(found)}")
     taken = as_tensor(context, "context") if len(sizes) == 2 else found  # labels stay labels
-    return taken, context_names(context, found)
+    return taken, context_names(context, found), sizes
 
 
 def _checked_draws(draws: ArrayLike) -> Tensor:
@@ -390,6 +390,7 @@ def _shared_out(steps: int | None, clock: Clock) -> tuple[int | None, float]:
 def _started(
     first: Tensor,
     context: Tensor | None,
+    sizes: tuple[int, ...],
     names: Names,
     options: dict[str, Any],
     clock: Clock,
@@ -399,6 +400,7 @@ def _started(
     Args:
         first: The rows.
         context: Their contexts, or None.
+        sizes: Those of the contexts of all rows, of which the first may lack a class.
         names: Those of the columns of rows and contexts.
         options: For :func:`~pyro_interpolant.from_samples`.
         clock: What tells how much time there is.
@@ -407,6 +409,10 @@ def _started(
     with warnings.catch_warnings():  # about rows that are not what is learned
         warnings.simplefilter("ignore")
         options = {**options, "context": context, "max_seconds": seconds}
+        if options["network"] is None and sizes[1:]:
+            space = support_of(shaped(options["support"], first.shape[1:]))
+            with seeded(options["seed"]):
+                options["network"] = new_network(space, first, sizes)
         distribution = from_samples(first, progress=False, **options)
     names.give_to(distribution)
     return distribution

@@ -12,7 +12,7 @@ References:
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -209,9 +209,11 @@ def likelihood_derivatives(rows: Measurements, x: Tensor) -> tuple[Tensor, Tenso
             return torch.zeros_like(flat), torch.zeros_like(flat)[..., None].expand(
                 *flat.shape, flat.shape[1]
             )
-        (gradient,) = torch.autograd.grad(total, flat, create_graph=True)
+        # Parameters of the noise may have a gradient where x has none.
+        unused: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+        (gradient,) = torch.autograd.grad(total, flat, create_graph=True, **unused)
         columns = [
-            torch.autograd.grad(gradient[:, i].sum(), flat, retain_graph=True)[0]
+            torch.autograd.grad(gradient[:, i].sum(), flat, retain_graph=True, **unused)[0]
             for i in range(flat.shape[1])
             if gradient.requires_grad
         ]

@@ -301,21 +301,35 @@ def _transform(
     path: Interpolant | None = space.default_path()
     if path is None and coupling is optimal_transport:
         path = Linear()
+    velocity = new_network(space, rows, sizes) if network is None else network
     if not are_images(rows):
-        velocity = space.new_velocity(size, *sizes) if network is None else network
         return kind(velocity, size, interpolant=path).to(like)
-    if network is None and sizes and not sizes[1:]:
-        raise ValueError(
-            "expected labels as contexts of images, whole numbers of shape (N,), or a network= "
-            f"that takes others, got contexts of {sizes[0]} numbers"
-        )
-    shape = tuple(rows.shape[1:])
     choices: dict[str, Any] = {
         "divergence": HutchinsonDivergence(),
         "whitening": ScalarWhitening(size),
     }
-    velocity = UNet(shape, classes=sum(sizes)) if network is None else network
     return kind(velocity, size, interpolant=path, **choices).to(like)
+
+
+def new_network(space: Support, rows: Tensor, sizes: tuple[int, ...]) -> nn.Module:
+    """Return the velocity that rows have by default, untrained.
+
+    Args:
+        space: The support of the rows.
+        rows: Rows, shape ``(N, *event_shape)``.
+        sizes: Those of contexts: ``(C,)``, ``(0, K)`` of K classes, or nothing.
+
+    Raises:
+        ValueError: If they are images, and contexts are not labels.
+    """
+    if not are_images(rows):
+        return space.new_velocity(space.size(rows.shape[1:]), *sizes)
+    if sizes and not sizes[1:]:
+        raise ValueError(
+            "expected labels as contexts of images, whole numbers of shape (N,), or a network= "
+            f"that takes others, got contexts of {sizes[0]} numbers"
+        )
+    return UNet(tuple(rows.shape[1:]), classes=sum(sizes))
 
 
 def _number_of_classes(labels: Tensor) -> int:

@@ -100,3 +100,13 @@ def test_units_do_not_matter():
     found = latents(y, sds)
     assert found.shape == (3, 200, 2)
     torch.testing.assert_close((latents(loc + scale * y, scale * sds) - loc) / scale, found)
+
+
+def test_a_column_may_be_all_but_exact():
+    """Beside another that is not: matrices would be singular but for rounding."""
+    x = torch.randn(400, 2) @ torch.tensor([[1.0, 0.8], [0.0, 0.6]])
+    sds = torch.tensor([0.5, 1e-10]).expand(400, 2)
+    y = x + sds * torch.randn(400, 2)
+    (found,) = gaussian_latents(y, torch.diag_embed(sds**-2))
+    assert float((found - y)[:, 1].abs().max()) < 1e-3
+    assert float((found - y)[:, 0].abs().mean()) < 1.0

@@ -147,6 +147,40 @@ def test_errors_in_other_units_and_along_one_direction_leave_evidence_as_it_is(u
 
 
 @pytest.mark.slow
+def test_rows_finer_than_the_type_of_the_population_count_as_its_rounding():
+    flow = gaussian().to(torch.float32)
+    y = LOC + 1e-9 * torch.arange(20)[:, None]
+    found = object_posteriors(flow, y, torch.full_like(y, 1e-12), draws=100, seed=0)
+    assert float((found.log_evidence - flow.log_prob(LOC.float())).abs().max()) < 0.5
+
+
+def test_inference_mode_finds_the_same_posteriors():
+    _, y, sds = catalogue(20, least=0.01, missing=0.0)
+    expected = object_posteriors(gaussian(), y, sds, draws=100, seed=0)
+    with torch.inference_mode():
+        rows, errors = y.clone(), sds.clone()
+        for noise, data in ((errors, None), (as_function, errors)):
+            found = object_posteriors(gaussian(), rows, noise, noise_data=data, draws=100, seed=0)
+            torch.testing.assert_close(found.log_evidence, expected.log_evidence)
+
+
+def test_noise_may_have_parameters_that_are_trained():
+    """And be linear in x, so that its gradient depends on these alone."""
+    rate = nn.Parameter(torch.tensor(2.0))
+
+    def later(x, row):
+        return dist.TransformedDistribution(
+            dist.Exponential(rate.expand(x.shape)), [AffineTransform(x, 1.0)]
+        )
+
+    x, _, _ = catalogue(10)
+    found = object_posteriors(gaussian(), x + 0.5, later, draws=100, seed=0)
+    assert not found.log_evidence.requires_grad
+    rate.requires_grad = False
+    expected = object_posteriors(gaussian(), x + 0.5, later, draws=100, seed=0)
+    torch.testing.assert_close(found.log_evidence, expected.log_evidence)
+
+
 def test_errors_below_the_rounding_of_y_count_as_rounding():
     y = (LOC + torch.randn(20, 2) @ ROOT.T).float()
     population = gaussian(LOC.float(), ROOT.float())
@@ -308,6 +342,30 @@ def test_rows_of_equal_contexts_share_draws(sets, count):
     assert float(mean.abs().max()) < 0.5
 
 
+@pytest.mark.parametrize("contexts", [0, 2])
+def test_what_rows_share_is_off_for_few_of_them(contexts, monkeypatch):
+    """Draws that all rows share would be off for all alike, and sums over rows with them."""
+    given_to = []
+
+    def draw(distribution, rows, **options):
+        given_to.append(rows)
+        return draw_latents(distribution, rows, **options)
+
+    monkeypatch.setattr("pyro_interpolant.infer.latents.draw_latents", draw)
+    monkeypatch.setattr(expectation_maximization, "draw_latents", draw)
+    _, y, sds = catalogue(600)
+    context = (torch.arange(600) % 2).double()[:, None] if contexts else None
+    flow = gaussian(given=bool(contexts))
+    object_posteriors(flow, y, sds, context=context, draws=100, seed=0)
+    few = [600] if contexts else [256, 256, 88]
+    assert [len(rows) for rows in given_to] == few
+    rows = NoisyRows(of_population(measurements(y, sds), flow, context), LOC)
+    found, errors = rows.log_evidence(flow, torch.arange(600), finely=False)
+    assert [len(rows) for rows in given_to] == few * 2
+    off = found - exact(y, sds)[2]
+    assert float(off.mean().abs()) < 4 * float(errors.square().mean().sqrt()) / math.sqrt(600)
+
+
 @pytest.mark.slow
 def test_latents_of_all_rows_together_have_the_moments_of_the_population():
     _, y, sds = catalogue(3000)
@@ -464,6 +522,39 @@ def test_labels_are_one_hot_for_a_network_of_ones_own():
 
 
 @pytest.mark.usefixtures("_small_runs")
+@pytest.mark.usefixtures("_small_runs")
+@pytest.mark.parametrize("posteriors", [False, True])
+def test_a_class_of_few_rows_may_be_held_out(posteriors):
+    labels, held = (
+        torch.zeros(60, dtype=torch.long),
+        expectation_maximization.held_out(60, 0.1, 0)[0],
+    )
+    labels[held[0]] = 2
+    y = torch.randn(60, 1)
+    if posteriors:
+        arguments = y[:, None] + 0.1 * torch.randn(60, 5, 1), torch.zeros(60, 5)
+        population = from_posterior_samples(*arguments, context=labels, **QUICK)
+    else:
+        population = from_noisy_samples(y, torch.full((60, 1), 0.5), context=labels, **QUICK)
+    assert population.transform.flow.classes == 3
+
+
+@pytest.mark.usefixtures("_small_runs")
+def test_the_solver_is_calibrated_to_latents_of_many_rows(monkeypatch):
+    """Where the last part of a pass is one row."""
+    seen = []
+    monkeypatch.setattr(NoisyRows, "round_rows", 44)
+    monkeypatch.setattr(
+        expectation_maximization,
+        "calibrate_until",
+        lambda deadline, flow, rows, **_: seen.append(rows) or (None, 0.0),
+    )
+    y = torch.randn(50, 1)
+    options = {"steps": 120, "seed": 0, "progress": False}
+    from_noisy_samples(y, torch.full((50, 1), 0.5), start=y, **options)
+    assert len(seen[0].unique(dim=0)) > 20
+
+
 def test_scalars_need_no_support():
     y = 3 + torch.randn(100)
     network = pi.VelocityMLP(1, (8, 8))
@@ -574,6 +665,15 @@ def test_frames_of_objects_are_taken_by_the_names_of_the_population(form):
         noise = noise if form == "sds" else as_function
         found = object_posteriors(population, y_frame, noise, noise_data=data, draws=100, seed=0)
         assert torch.equal(found.draws, expected.draws)
+        assert torch.equal(found.log_evidence, expected.log_evidence)
+
+
+def test_errors_follow_the_names_of_y_where_the_population_has_none():
+    _, y, sds = catalogue(3, missing=0.0)
+    expected = object_posteriors(gaussian(), y, sds, draws=100, seed=0)
+    (y_frame, _), (sds_frame, swapped) = ([same[0] for same in frames(part)] for part in (y, sds))
+    for noise in (sds_frame, swapped):
+        found = object_posteriors(gaussian(), y_frame, noise, draws=100, seed=0)
         assert torch.equal(found.log_evidence, expected.log_evidence)
 
 
