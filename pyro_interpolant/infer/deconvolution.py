@@ -10,12 +10,17 @@ its latent is :math:`N(x, G^T G)`, and its log-evidence, up to a constant of the
 each is split in two along its longest axis, and all are fitted by expectation maximisation in
 closed form, while the evidence of rows held out rises.
 
+Where x lives in a part of the space, the mixture is cut off there. With the probability Z of that
+part, N latents inside come with :math:`N (1 - Z) / Z` outside that nobody saw: both are drawn.
+
 References:
-    Bovy, Hogg & Roweis, *Extreme deconvolution*, Ann. Appl. Stat. 5 (2011), arXiv 0905.2979.
+    Dempster, Laird & Rubin, J. R. Stat. Soc. B 39 (1977), section 4.2 (truncated data); Bovy, Hogg
+    & Roweis, *Extreme deconvolution*, Ann. Appl. Stat. 5 (2011), arXiv 0905.2979.
 """
 
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +33,10 @@ _ROWS_PER_COLUMN = 10  # of each component and dimension, at least
 _MOST_COMPONENTS = 32
 _JITTER = 1e-9  # of standardised variances
 _ELEMENTS = 2**18  # of the matrices of a chunk of rows
+# Of a mixture that is cut off. Three positive numbers lost 0.0065, 0.0048, 0.0056, 0.0073 nats
+# after 0, 5, 20 and 60 iterations, by another catalogue 0.0088, 0.0070, 0.0078, 0.0120.
+_CUT_ITERATIONS = 5
+_CUT_DRAWS, _CUT_SAMPLES = 8, 50_000  # in each, of a row and of the mixture
 
 
 class _Mixture(NamedTuple):
@@ -47,7 +56,11 @@ class _Posteriors(NamedTuple):
 
 
 def gaussian_latents(
-    y: Tensor, precisions: Tensor, each: int = 1, deadline: float = math.inf
+    y: Tensor,
+    precisions: Tensor,
+    each: int = 1,
+    deadline: float = math.inf,
+    inside: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return latents of rows, shape ``(each, N, D)``, drawn under the mixture that explains them.
 
@@ -57,7 +70,8 @@ def gaussian_latents(
         precisions: Inverse covariances of their errors, shape ``(N, D, D)``.
         each: The number of latents of a row.
         deadline: The time, by :func:`time.monotonic`, after which no step of the fit is begun,
-            except the first.
+            except the first and the few that cut it off.
+        inside: Whether x may be at points, shape ``(*, D)``; or None, where it may be anywhere.
     """
     known = precisions.diagonal(dim1=-2, dim2=-1) > 0
     mean = y.where(known, 0.0).sum(0) / known.sum(0)
@@ -69,6 +83,10 @@ def gaussian_latents(
     floored = torch.eye(len(scale)).to(precisions) + _JITTER * precisions
     precisions = torch.linalg.solve(floored, precisions)
     mixture = _best(rows, precisions, deadline)
+    if inside is not None:
+        few = torch.randperm(len(rows))[:_MOST_ROWS].to(rows.device)
+        for _ in range(_CUT_ITERATIONS):
+            mixture = _cut_off(mixture, rows[few], precisions[few], mean, scale, inside)
     parts = _chunks(rows, precisions, len(mixture.means))
     return mean + scale * torch.cat([_drawn(mixture, *part, each) for part in parts], dim=1)
 
@@ -152,13 +170,73 @@ def _maximized(mixture: _Mixture, y: Tensor, precisions: Tensor) -> _Mixture:
         first += weighted.sum(0)
         second += torch.einsum("nki,nkj->kij", weighted, shifts)
         second += torch.einsum("nk,nkli,nklj->kij", share, g, g)
+    return _of_moments(mixture, mass, first, second)
+
+
+def _of_moments(mixture: _Mixture, mass: Tensor, first: Tensor, second: Tensor) -> _Mixture:
+    """Return the mixture of sums of weights, and of moments about its old means, by component."""
+    total = mass.sum()
     # A component that no row belongs to stays where it is.
     mass = mass.clamp(min=torch.finfo(mass.dtype).tiny)
     first, second = first / mass[:, None], second / mass[:, None, None]
     covariances = second - first[:, :, None] * first[:, None]
     covariances = 0.5 * (covariances + covariances.mT)
     covariances.diagonal(dim1=-2, dim2=-1).add_(_JITTER)
-    return _Mixture((mass / len(y)).log(), mixture.means + first, covariances)
+    return _Mixture((mass / total).log(), mixture.means + first, covariances)
+
+
+def _cut_off(
+    mixture: _Mixture,
+    y: Tensor,
+    precisions: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    inside: Callable[[Tensor], Tensor],
+) -> _Mixture:
+    """Return the mixture after a step of expectation maximisation, its density cut off.
+
+    Args:
+        mixture: The mixture.
+        y: Standardised rows, shape ``(N, D)``.
+        precisions: Those of their errors, shape ``(N, D, D)``.
+        mean: The mean that was taken off, shape ``(D,)``.
+        scale: The deviations that rows were divided by, shape ``(D,)``.
+        inside: Whether x may be at points, shape ``(*, D)``.
+    """
+    parts = _chunks(y, precisions, len(mixture.means))
+    latents = torch.cat([_drawn(mixture, *part, _CUT_DRAWS) for part in parts], dim=1)
+    weights = inside(mean + scale * latents).to(y)
+    weights = weights / weights.sum(0).clamp(min=1)
+    which = torch.multinomial(mixture.log_shares.exp(), _CUT_SAMPLES, replacement=True)
+    z = torch.randn(_CUT_SAMPLES, y.shape[1], 1).to(y)
+    sampled = (
+        mixture.means[which] + (torch.linalg.cholesky(mixture.covariances)[which] @ z)[..., 0]
+    )
+    outside = sampled[~inside(mean + scale * sampled)]
+    unseen = len(outside) / _CUT_SAMPLES
+    if unseen in (0, 1):  # nothing is cut off, or all
+        return mixture
+    of_each = weights.sum() / (1 - unseen) / _CUT_SAMPLES
+    points = torch.cat((latents.flatten(0, 1), outside))
+    return _fitted(mixture, points, torch.cat((weights.flatten(), of_each.expand(len(outside)))))
+
+
+def _fitted(mixture: _Mixture, x: Tensor, weights: Tensor) -> _Mixture:
+    """Return the mixture after a step of expectation maximisation on points, shape ``(N, D)``."""
+    mass = torch.zeros_like(mixture.log_shares)
+    first, second = torch.zeros_like(mixture.means), torch.zeros_like(mixture.covariances)
+    roots = torch.linalg.cholesky(mixture.covariances)
+    volume = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    size = max(1, _ELEMENTS // (len(mass) * x.shape[1]))
+    for points, weight in zip(x.split(size), weights.split(size), strict=True):
+        far = points[:, None] - mixture.means  # (n, K, D)
+        u = torch.linalg.solve_triangular(roots, far.permute(1, 2, 0), upper=False)  # (K, D, n)
+        log_joint = mixture.log_shares - volume - 0.5 * u.square().sum(1).T
+        share = log_joint.softmax(-1) * weight[:, None]
+        mass += share.sum(0)
+        first += torch.einsum("nk,nki->ki", share, far)
+        second += torch.einsum("nk,nki,nkj->kij", share, far, far)
+    return _of_moments(mixture, mass, first, second)
 
 
 def _drawn(mixture: _Mixture, y: Tensor, precisions: Tensor, each: int) -> Tensor:

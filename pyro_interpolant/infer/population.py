@@ -358,10 +358,15 @@ def _latents_of_mixture(
             "which all errors are infinite: leave it out, or pass start"
         )
     y, each = rows.y.reshape(len(rows), -1).double(), math.ceil(_START_DRAWS / len(rows))
-    drawn = gaussian_latents(y, precisions, _TRIES * each, deadline).to(rows.y)
+
+    def is_inside(x: Tensor) -> Tensor:
+        shape, events = x.shape[:-1], x.to(rows.y).reshape(*x.shape[:-1], *rows.y.shape[1:])
+        return BijectiveSupport(constraint).strictly_inside(events).reshape(*shape, -1).all(-1)
+
+    part = None if support_of(constraint).is_real() else is_inside
+    drawn = gaussian_latents(y, precisions, _TRIES * each, deadline, part).to(rows.y)
+    inside = is_inside(drawn)
     drawn = drawn.reshape(*drawn.shape[:2], *rows.y.shape[1:])
-    inside = BijectiveSupport(constraint).strictly_inside(drawn)
-    inside = inside.reshape(*drawn.shape[:2], -1).all(-1)
     # Of each row the first ones that are inside: without others, edges would be empty.
     first = inside.byte().argsort(dim=0, descending=True, stable=True)[:each]
     kept = inside.gather(0, first)

@@ -6,6 +6,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from pyro_interpolant.infer.deconvolution import (
+    _fitted,
     _log_evidence,
     _maximized,
     _Mixture,
@@ -110,3 +111,23 @@ def test_a_column_may_be_all_but_exact():
     (found,) = gaussian_latents(y, torch.diag_embed(sds**-2))
     assert float((found - y)[:, 1].abs().max()) < 1e-3
     assert float((found - y)[:, 0].abs().mean()) < 1.0
+
+
+def test_a_mixture_that_is_cut_off_has_the_moments_of_what_is_inside():
+    """Fitted as if x could be anywhere, and cut off after that, it would be too far inside."""
+    x = torch.randn(6000, 1).abs()
+    y, precisions = x + 0.5 * torch.randn(6000, 1), torch.full((6000, 1, 1), 4.0)
+    off = []
+    for inside in (None, lambda w: (w > 0).all(-1)):
+        latents = gaussian_latents(y, precisions, 8, inside=inside)
+        off.append(float(latents[latents > 0].mean() - x.mean()))
+    assert 0.02 < off[0]
+    assert abs(off[1]) < 0.8 * off[0]
+
+
+def test_points_weigh_as_rows_without_errors_do():
+    found, x = mixture(), torch.randn(300, 2)
+    precisions = torch.diag_embed(torch.full((300, 2), 1e12))
+    expected = _maximized(found, x, precisions)
+    for given, other in zip(_fitted(found, x, torch.full((300,), 0.5)), expected, strict=True):
+        torch.testing.assert_close(given, other, rtol=1e-4, atol=1e-6)
