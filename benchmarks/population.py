@@ -270,13 +270,14 @@ def energy_distance(a, b):
 
     The distance of two points is proportional to the mean of their distances along directions, and
     in one dimension the energy distance is twice the integral of the squared difference of the
-    distribution functions. So hundreds of thousands of draws can be compared: of two sets of
-    20,000 it varies by 0.0003, more than methods differ by.
+    distribution functions. So hundreds of thousands of draws can be compared: of sets of 20,000
+    it varies by 0.0001 to 0.0003, as much as methods differ by.
     """
     dim = b.shape[1]
     a, b = a.float() / b.std(0).float(), b.float() / b.std(0).float()
-    torch.manual_seed(0)  # the same directions for all
-    directions = torch.nn.functional.normalize(torch.randn(DIRECTIONS, dim), dim=-1)
+    random = torch.Generator().manual_seed(0)  # the same directions for all
+    directions = torch.randn(DIRECTIONS, dim, generator=random)
+    directions = torch.nn.functional.normalize(directions, dim=-1)
     steps = torch.cat([torch.full((len(a),), 1 / len(a)), torch.full((len(b),), -1 / len(b))])
     total = 0.0
     for direction in directions:

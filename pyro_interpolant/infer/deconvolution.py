@@ -86,7 +86,9 @@ def gaussian_latents(
     if inside is not None:
         few = torch.randperm(len(rows))[:_MOST_ROWS].to(rows.device)
         for _ in range(_CUT_ITERATIONS):
-            mixture = _cut_off(mixture, rows[few], precisions[few], mean, scale, inside)
+            mixture = _cut_off(
+                mixture, rows[few], precisions[few], lambda w: inside(mean + scale * w)
+            )
     parts = _chunks(rows, precisions, len(mixture.means))
     return mean + scale * torch.cat([_drawn(mixture, *part, each) for part in parts], dim=1)
 
@@ -189,8 +191,6 @@ def _cut_off(
     mixture: _Mixture,
     y: Tensor,
     precisions: Tensor,
-    mean: Tensor,
-    scale: Tensor,
     inside: Callable[[Tensor], Tensor],
 ) -> _Mixture:
     """Return the mixture after a step of expectation maximisation, its density cut off.
@@ -199,22 +199,20 @@ def _cut_off(
         mixture: The mixture.
         y: Standardised rows, shape ``(N, D)``.
         precisions: Those of their errors, shape ``(N, D, D)``.
-        mean: The mean that was taken off, shape ``(D,)``.
-        scale: The deviations that rows were divided by, shape ``(D,)``.
-        inside: Whether x may be at points, shape ``(*, D)``.
+        inside: Whether x may be at points in the same units, shape ``(*, D)``.
     """
     parts = _chunks(y, precisions, len(mixture.means))
     latents = torch.cat([_drawn(mixture, *part, _CUT_DRAWS) for part in parts], dim=1)
-    weights = inside(mean + scale * latents).to(y)
+    weights = inside(latents).to(y)
     weights = weights / weights.sum(0).clamp(min=1)
     which = torch.multinomial(mixture.log_shares.exp(), _CUT_SAMPLES, replacement=True)
     z = torch.randn(_CUT_SAMPLES, y.shape[1], 1).to(y)
     sampled = (
         mixture.means[which] + (torch.linalg.cholesky(mixture.covariances)[which] @ z)[..., 0]
     )
-    outside = sampled[~inside(mean + scale * sampled)]
+    outside = sampled[~inside(sampled)]
     unseen = len(outside) / _CUT_SAMPLES
-    if unseen in (0, 1):  # nothing is cut off, or all
+    if unseen in (0, 1) or not bool(weights.any()):  # nothing is cut off, or all, or all rows are
         return mixture
     of_each = weights.sum() / (1 - unseen) / _CUT_SAMPLES
     points = torch.cat((latents.flatten(0, 1), outside))

@@ -358,7 +358,7 @@ def chunks(distribution: AnyDistribution, count: int, draws: int) -> tuple[Tenso
 def sets(distribution: AnyDistribution, rows: Measurements, draws: int) -> tuple[Tensor, ...]:
     """Return the indices of rows in parts, as :func:`chunks`, so that few rows share draws."""
     parts = chunks(distribution, len(rows), draws)
-    if rows.context is not None:  # those of equal contexts share, and these are few
+    if rows.context is not None:  # equal ones share; of smaller parts each would have fewer draws
         return parts
     return tuple(few for part in parts for few in part.split(_SET_ROWS))
 

@@ -414,7 +414,7 @@ def _started(
     with warnings.catch_warnings():  # about rows that are not what is learned
         warnings.simplefilter("ignore")
         options = {**options, "context": context, "max_seconds": seconds}
-        if options["network"] is None and sizes[1:]:
+        if options["network"] is None:
             space = support_of(shaped(options["support"], first.shape[1:]))
             with seeded(options["seed"]):
                 options["network"] = new_network(space, first, sizes)

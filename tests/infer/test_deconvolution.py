@@ -131,3 +131,9 @@ def test_points_weigh_as_rows_without_errors_do():
     expected = _maximized(found, x, precisions)
     for given, other in zip(_fitted(found, x, torch.full((300,), 0.5)), expected, strict=True):
         torch.testing.assert_close(given, other, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_none_of_which_can_be_inside_leave_the_mixture_as_it_is():
+    y, precisions = -torch.rand(200, 1) - 0.01, torch.full((200, 1, 1), 1e6)
+    latents = gaussian_latents(y, precisions, inside=lambda w: (w > 0).all(-1))
+    torch.testing.assert_close(latents[0], y, rtol=0, atol=0.01)

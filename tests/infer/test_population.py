@@ -146,7 +146,6 @@ def test_errors_in_other_units_and_along_one_direction_leave_evidence_as_it_is(u
     assert float(found.k_hat.max()) < 0.7
 
 
-@pytest.mark.slow
 def test_rows_finer_than_the_type_of_the_population_count_as_its_rounding():
     flow = gaussian().to(torch.float32)
     y = LOC + 1e-9 * torch.arange(20)[:, None]
@@ -181,6 +180,7 @@ def test_noise_may_have_parameters_that_are_trained():
     torch.testing.assert_close(found.log_evidence, expected.log_evidence)
 
 
+@pytest.mark.slow
 def test_errors_below_the_rounding_of_y_count_as_rounding():
     y = (LOC + torch.randn(20, 2) @ ROOT.T).float()
     population = gaussian(LOC.float(), ROOT.float())
@@ -522,7 +522,6 @@ def test_labels_are_one_hot_for_a_network_of_ones_own():
 
 
 @pytest.mark.usefixtures("_small_runs")
-@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.parametrize("posteriors", [False, True])
 def test_a_class_of_few_rows_may_be_held_out(posteriors):
     labels, held = (
@@ -555,6 +554,7 @@ def test_the_solver_is_calibrated_to_latents_of_many_rows(monkeypatch):
     assert len(seen[0].unique(dim=0)) > 20
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_scalars_need_no_support():
     y = 3 + torch.randn(100)
     network = pi.VelocityMLP(1, (8, 8))
