@@ -114,9 +114,10 @@ def fit(
     r"""Train a flow on data, in place, then calibrate its solver.
 
     The whitening map is set from the data; the velocity is trained by regression on the
-    interpolant with AdamW, a cosine schedule, clipped gradients and averaged weights; the weights
-    kept are those with the best loss on held-out rows, at times and base draws that are fixed
-    throughout. Times are :math:`1 - (1 - u)^p`, u uniform on [0, 1]: on paths from N(0, I) the
+    interpolant with AdamW, a cosine schedule, clipped gradients and averaged weights. The weights
+    kept are the latest under which held-out rows are as likely as ever, but for one standard error
+    of the difference; where there is no density, or it is that of images, the loss takes its
+    place, at times and base draws that are fixed throughout. Times are :math:`1 - (1 - u)^p`, u uniform on [0, 1]: on paths from N(0, I) the
     networks of this package for up to 8 dimensions take p = 2, those given data (of
     :class:`~pyro_interpolant.AmortizedInterpolant`) p = 3, for a density hangs more on rates near
     the data than before; all else p = 1.
@@ -160,10 +161,10 @@ def fit(
         validation: The share of rows held out, of an iterable up to 8,192, with all copies of
             each; which rows of a table, a mask of shape ``(N,)``; or rows of your own, shape
             ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
-        patience: End, after 500 steps at the earliest, where the steps since the best held-out
-            loss are more than this percentage of those up to it, and the loss has risen by 2% and
-            by 0.005 a column: what is learned no longer holds for rows held out. On a plateau a
-            run goes on, for the falling rate improves it yet.
+        patience: End, after 500 steps at the earliest, where the steps since the best look are
+            more than this percentage of those up to it, and rows held out have become less likely
+            by two standard errors of the difference: what is learned no longer holds for them. On
+            a plateau a run goes on, for the falling rate improves it yet.
         ema: The decay of the moving average of the weights.
         coupling: Who is paired with whom in a batch, of classes among the rows of each label; see
             :mod:`~pyro_interpolant.interpolants.couplings`.
@@ -182,7 +183,7 @@ def fit(
             it was.
         progress: Whether to show a bar.
         callback: Called with a :class:`TrainingState` at each look, while the flow has the
-            averaged weights that the held-out loss is of; to stop the run it returns True.
+            averaged weights that it is of; to stop the run it returns True.
         checkpoint: A file to keep the state of the run in. The same call resumes from it: with
             ``steps`` to bitwise the same weights, where ``seed`` alone gives them; an iterable, or
             its sampler, must have ``state_dict`` and ``load_state_dict`` for that.
@@ -236,8 +237,8 @@ def fit(
         source.names.give_to(distribution)
         with trainable(objective.network), _naming_rows(source, objective):
             batches = source.batches(split, objective)
-            run = Run(objective, batches, fixed, schedule, clock, callback, state)
-            run.to_the_end(density, progress=progress)
+            run = Run(objective, batches, fixed, density, schedule, clock, callback, state)
+            run.to_the_end(progress=progress)
     outcome = run.outcome()
     distribution.freeze()
     if density is not None:
@@ -346,7 +347,7 @@ def _finish(
     """
     process, deadline = run.process, run.clock.deadline()
     distribution, progress = density.distribution, progress and process.rank == 0
-    taken = run.seconds(), run.monitor.best_step, run.descent.steps
+    taken = run.seconds(), run.monitor.selection.kept_step, run.descent.steps
     report = Report(distribution.transform.flow.event_dim, density.rows, *taken)
     distribution.report = report
     few = near.evenly(_CALIBRATION_ROWS)

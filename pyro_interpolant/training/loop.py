@@ -1,11 +1,10 @@
-r"""The training run: steps on a schedule, looks at the held-out loss, a state to resume from."""
+r"""The training run: steps on a schedule, looks at rows held out, a state to resume from."""
 
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from .optimization import (
     numbered,
 )
 from .reporting import HeldOutDensity, PercentBar, tell
+from .selection import Scores, Selection
 from .streaming import StreamBatches
 from .threads import Threads
 
@@ -36,26 +36,23 @@ _log = logging.getLogger("pyro_interpolant")
 _FEWEST_STEPS, _MOST_STEPS = 2000, 6000  # of a run without a limit
 _NUMBERS_PER_STEP = 6.0  # in all rows, N D: fewer steps lost nothing for 3,000 rows in 5-d
 _DECAY_FACTOR, _MOST_DECAY = 70.0, 0.5  # of the default weight decay
-_LOOK_SHARE = 0.01  # of the schedule, between two looks at the held-out loss
-_LOOK_GROWTH = 0.05  # of the way so far, where that is less: few rows are learned early
+_LOOK_SHARE = 0.02  # of the schedule, between two looks at rows held out
+_LOOK_GROWTH = 0.1  # of the way so far, where that is less: few rows are learned early
 _LEAST_LOOK_STEPS = 10  # at least, where time is no limit: a look takes as long as some steps
 # Its duration passes until the next, where time is the limit: few of images, of which a run of 643
 # steps looked 109 times without it (benchmarks/RESULTS.md).
-_LOOK_TIMES = 30.0
+_LOOK_TIMES = 20.0
 _MOST_LOOK_SHARE = 0.05  # of the schedule, even so: the first look of a process may take long
-_FIRST_GLIMPSED_LOOK = 10  # the look from which held-out nats are shown beside the bar: few before
 _WARMUP_SHARE = 0.02  # of the schedule
 _WARMUP_STEPS = 40  # at least, where time is the limit: as many as the shortest schedule has
 # There it lasts longer where that is not much of the schedule. Of networks given data, all units
 # of a layer fell silent in 4 of 5 runs of bernoulli_glm after 40 steps, after 200 in none.
 _LONG_WARMUP_STEPS, _LONG_WARMUP_SHARE = 200, 0.1
-_FIRST_STEPS = 500  # before which averages of few weights wander by more than plateaus do:
-_RISE, _RISE_PER_COLUMN = 0.02, 0.005  # by up to 0.012 of the best loss, and 0.003 a column
 _PLACE = ("next_look", "done", "ended", "begun")
 
 
 class TrainingState(NamedTuple):
-    """What a callback is called with each time the held-out loss is evaluated.
+    """What a callback is called with at each look at rows held out.
 
     Attributes:
         step: The number of steps taken.
@@ -81,8 +78,8 @@ class Schedule:
         max_seconds: The time, or None; whichever ends first.
         learning_rate: The peak.
         weight_decay: AdamW's, or None until the number of rows decides it.
-        patience: The percentage of the steps up to the best held-out loss, after which a run may
-            end.
+        patience: The percentage of the steps up to the best scores of rows held out, after which a
+            run may end.
         ema: The decay of the averaged weights.
         accumulate: In how many pieces a gradient is computed.
 
@@ -154,16 +151,18 @@ class Schedule:
 
 
 class HeldOutMonitor:
-    """The held-out loss of averaged weights over time, and the best of them.
+    """The loss of averaged weights on rows held out over time, their scores, and those to keep.
 
     Args:
         average: The averaged weights.
         objective: What evaluates the loss.
         points: The points at which it is evaluated.
+        density: What gives the density of rows held out, or None.
         callback: Called each time; it stops the run by returning True.
 
     Attributes:
         seconds: How long the last evaluation took.
+        selection: Which weights are kept.
     """
 
     def __init__(
@@ -171,38 +170,40 @@ class HeldOutMonitor:
         average: ExponentialMovingAverage,
         objective: Objective,
         points: tuple[Points, ...],
+        density: HeldOutDensity | None,
         callback: Callback | None,
     ) -> None:
         self.average, self.objective, self.points = average, objective, points
-        self.callback, self.stopped, self.seconds = callback, False, 0.0
-        self.density: HeldOutDensity | None = None  # whose nats are shown
-        self.nats = ""
+        self.density, self.callback = density, callback
+        self.stopped, self.seconds = False, 0.0
+        self.nats = ""  # to show
         self.total: list[Tensor] = []  # training losses since the last time
         self.steps: list[int] = []
         self.losses: list[float] = []
         self.held_losses: list[float] = []
-        self.best, self.best_step, self.since_best = math.inf, 0, 0
-        self.best_values = [v.clone() for v in average.values]
-        self.best_buffers = self._buffers()
+        self.selection = Selection()
+        self.kept_values = [v.clone() for v in average.values]
+        self.kept_buffers = self._buffers()
 
     def look(self, step: int, rate: float, seconds: float) -> None:
-        """Evaluate the held-out loss, and keep the averaged weights if it is the best."""
+        """Evaluate the averaged weights on rows held out, and keep them if they are to be."""
         process, began = self.objective.process, time.monotonic()
         with torch.no_grad(), self.average.applied():
-            held = process.agreed(float(self.objective.held_loss(self.points)))
-            if self.density is not None and len(self.steps) >= _FIRST_GLIMPSED_LOOK:
-                self.nats = self.density.glimpse(step, seconds)
+            losses = self.objective.held_losses(self.points)
+            found = None if self.density is None else self.density.scores()
+            scores = process.agreed(Scores.equal(losses) if found is None else found)
+            held = process.agreed(float(losses.mean()))
         self.seconds = process.agreed(time.monotonic() - began)
         recent = torch.stack(self.total).mean() if self.total else torch.tensor(math.nan)
         self.steps.append(step)
         self.losses.append(float(process.mean(recent)))
         self.held_losses.append(held)
         self.total.clear()
-        self.since_best += 1
-        if held < self.best:
-            self.best, self.best_step, self.since_best = held, step, 0
-            self.best_values = [v.clone() for v in self.average.values]
-            self.best_buffers = self._buffers()
+        if self.density is not None and found is not None and process.rank == 0:
+            self.nats = self.density.text(scores)
+        if self.selection.judge(step, scores):
+            self.kept_values = [v.clone() for v in self.average.values]
+            self.kept_buffers = self._buffers()
         wanted: Any = False
         if self.callback is not None and process.rank == 0:
             told = TrainingState(step, self.losses[-1], held, rate, seconds)
@@ -216,41 +217,22 @@ class HeldOutMonitor:
         """Return copies of the buffers, of any shapes: statistics may move in training."""
         return [b.clone() for b in self.objective.network.buffers()]
 
-    def keep_best(self) -> None:
-        """Leave the best averaged weights in the network, and the buffers beside them."""
-        assign(self.average.parameters, self.best_values)
-        assign(list(self.objective.network.buffers()), self.best_buffers)
+    def use_kept(self) -> None:
+        """Leave the averaged weights to keep in the network, and the buffers beside them."""
+        assign(self.average.parameters, self.kept_values)
+        assign(list(self.objective.network.buffers()), self.kept_buffers)
 
     def check(self) -> None:
-        """Raise an error if no look had a finite loss: then no weights were ever the best.
+        """Raise an error if no look had a finite loss: then no weights were to be kept.
 
         Raises:
             NonFiniteError: If so.
         """
-        if self.held_losses and self.best == math.inf:
+        if self.held_losses and self.selection.best == math.inf:
             raise NonFiniteError(
                 "the held-out loss was not finite at any look: the weights are those before the "
                 "run. Look for wild rows or contexts among those held out"
             )
-
-    def rises(self, patience: float) -> bool:
-        """Return whether the best look is long ago, and losses have risen since.
-
-        The mean of the later half lies above the best, and above that of the earlier half: a few
-        steps gone wrong lift the loss of the averaged weights too, for as long as they remember
-        them, and it then comes down again.
-
-        Args:
-            patience: What is long, a percentage of the steps up to the best look.
-        """
-        since = self.steps[-1] - self.best_step
-        is_early = self.steps[-1] < _FIRST_STEPS or since < patience / 100 * self.best_step
-        if is_early or self.best == math.inf:
-            return False
-        half = -(self.since_best + 1) // 2
-        earlier, later = self.held_losses[-self.since_best - 1 : half], self.held_losses[half:]
-        wander = max(_RISE * abs(self.best), _RISE_PER_COLUMN * self.objective.flow.event_dim)
-        return fmean(later) > max(self.best + wander, fmean(earlier))
 
     def text(self, rate: float, skipped: int) -> str:
         """Return the step and the last losses in a few words."""
@@ -261,33 +243,35 @@ class HeldOutMonitor:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state as tensors and numbers."""
         recent = torch.stack(self.total) if self.total else torch.zeros(0)
-        names = ("steps", "losses", "held_losses", "best", "best_step", "since_best")
-        tensors = {"recent": recent, **numbered("best", self.best_values)}
-        tensors |= numbered("best_buffer", self.best_buffers)
-        return tensors, {name: getattr(self, name) for name in names}
+        scores, selected = self.selection.state()
+        tensors = {"recent": recent, **scores, **numbered("best", self.kept_values)}
+        tensors |= numbered("best_buffer", self.kept_buffers)
+        names = ("steps", "losses", "held_losses")
+        return tensors, {name: getattr(self, name) for name in names} | {"selection": selected}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Take a state back."""
-        self.__dict__.update(numbers)
-        self.total = list(tensors["recent"].to(self.best_values[0]).unbind())
-        fill(self.best_values, "best", tensors)
+        """Take a state back; weights that were chosen by another rule stay until others are."""
+        self.__dict__.update({name: numbers[name] for name in ("steps", "losses", "held_losses")})
+        self.selection.restore(tensors, numbers.get("selection", {}))
+        self.total = list(tensors["recent"].to(self.kept_values[0]).unbind())
+        fill(self.kept_values, "best", tensors)
         if "best_buffer.0" in tensors:  # states of version 0.1.0 have none
-            fill(self.best_buffers, "best_buffer", tensors)
+            fill(self.kept_buffers, "best_buffer", tensors)
 
 
 class Run:
-    """A run of training: it leaves the best averaged weights in the network, whatever ends it.
+    """A run of training: it leaves the averaged weights to keep in the network, whatever ends it.
 
-    A run whose held-out loss rises ends, and so does one that a keyboard interrupt meets.
+    A run that gets worse on rows held out ends, and so does one that a keyboard interrupt meets.
 
     Args:
         objective: The loss.
         batches: What gives the points of the steps, and tells its state.
         held: The points at which the held-out loss is evaluated.
+        density: What gives the density of rows held out, or None.
         schedule: When to stop, and the learning rate on the way.
         clock: The time.
-        callback: Called each time the held-out loss is evaluated; it stops the run by returning
-            True.
+        callback: Called at each look at rows held out; it stops the run by returning True.
         checkpoint: Where to keep the state, and what to resume from.
 
     Attributes:
@@ -302,6 +286,7 @@ class Run:
         objective: Objective,
         batches: TableBatches | StreamBatches,
         held: tuple[Points, ...],
+        density: HeldOutDensity | None,
         schedule: Schedule,
         clock: Clock,
         callback: Callback | None,
@@ -322,24 +307,22 @@ class Run:
             ema=schedule.ema,
             pieces=schedule.accumulate,
         )
-        self.monitor = HeldOutMonitor(self.descent.average, objective, held, callback)
+        self.monitor = HeldOutMonitor(self.descent.average, objective, held, density, callback)
         self.done, self.next_look, self.begun = 0.0, 0.0, 0.0  # shares of the schedule
         self.ended = "schedule"
         if checkpoint is not None and checkpoint.tensors:
             self.restore(checkpoint.tensors, checkpoint.numbers)
 
-    def to_the_end(self, density: HeldOutDensity | None = None, *, progress: bool) -> None:
+    def to_the_end(self, *, progress: bool) -> None:
         """Take all steps.
 
         Args:
-            density: What gives held-out nats to show beside the bar, or None.
             progress: Whether to show a bar.
 
         Raises:
-            NonFiniteError: If gradients stay non-finite; the best weights are in the network.
+            NonFiniteError: If gradients stay non-finite; the weights kept are in the network.
         """
         hidden = not progress or self.process.rank > 0
-        self.monitor.density = None if hidden else density
         with PercentBar("fit", self.done, progress=not hidden) as bar:
             try:
                 self.threads.settle()
@@ -352,7 +335,7 @@ class Run:
                 warn_user("the run was interrupted: the best weights so far are kept")
             finally:
                 self.threads.settle()
-                self.monitor.keep_best()
+                self.monitor.use_kept()
             self.descent.check()
             self.monitor.check()
             if self.done < 1:
@@ -361,7 +344,7 @@ class Run:
     def outcome(self) -> tuple[Any, ...]:
         """Return what :class:`~pyro_interpolant.training.FitResult` says, all but the solver."""
         seen = self.monitor
-        losses = seen.steps, seen.losses, seen.held_losses, seen.best_step
+        losses = seen.steps, seen.losses, seen.held_losses, seen.selection.kept_step
         return *losses, self.done < 1, self.ended, self.descent.skipped, self.seconds()
 
     def seconds(self) -> float:
@@ -412,7 +395,7 @@ class Run:
             return False
         if monitor.stopped:
             self.ended = "callback"
-        elif monitor.rises(self.schedule.patience):
+        elif monitor.selection.is_worse(self.schedule.patience):
             self.ended = "patience"
         return self.ended == "schedule"
 
@@ -437,9 +420,10 @@ class Run:
 
     def _say_why(self, bar: PercentBar) -> None:
         """Say that a run stopped early, and why, beside the bar and in the log."""
+        kept = self.monitor.selection.kept_step
         text = (
             f"fit stopped early at step {self.descent.steps}, {100 * self.done:.0f}% of its "
-            f"schedule, by {self.ended}: the weights of step {self.monitor.best_step} were kept"
+            f"schedule, by {self.ended}: the weights of step {kept} were kept"
         )
         _log.info(text)
         if not bar.disable:

@@ -336,16 +336,20 @@ class Objective(nn.Module):
         given = self.base.base is None or isinstance(self.base.base, Samples)
         return linear and given and self.coupling is independent
 
-    def loss(self, points: tuple[Points, ...]) -> Tensor:
-        """Return the mean regression loss at points."""
+    def losses(self, points: tuple[Points, ...]) -> Tensor:
+        """Return the regression losses at points, one for each, of any shape."""
         network = self.flow.velocity
         points = tuple(p._replace(context=embedded(network, p.context)) for p in points)
-        return regression_loss(self.network, points, self.metric).mean()
+        return regression_loss(self.network, points, self.metric)
 
-    def held_loss(self, points: tuple[Points, ...]) -> Tensor:
-        """Return the same loss of the network as it is used: dropout and its like are off."""
+    def loss(self, points: tuple[Points, ...]) -> Tensor:
+        """Return their mean."""
+        return self.losses(points).mean()
+
+    def held_losses(self, points: tuple[Points, ...]) -> Tensor:
+        """Return the losses of the network as it is used: dropout and its like are off."""
         with torch.no_grad(), evaluated(self.network):
-            return self.loss(points)
+            return self.losses(points)
 
     def forward(self, points: Callable[[], tuple[Points, ...]]) -> Tensor:
         """Return the loss at the points that a function returns.

@@ -1,4 +1,4 @@
-r"""What a run says: glimpses of held-out nats beside the bar, and the report at its end.
+r"""What a run says of rows held out: their scores, nats beside the bar, the report at its end.
 
 Log-densities are those of the distribution's own values: with w a row in the flow's coordinates
 and :math:`y = s(w)` the map to its support, :math:`\log\rho(y) = \log\rho(w) - \log|\det \partial
@@ -17,18 +17,22 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._torch import evaluated, warn_user
+from .._torch import evaluated, seeded, warn_user
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import GAUSSIAN, Report, beside, decimals
 from ..distributions.supports import CircularSupport
+from ..solvers.ode import FixedGrid
 from .data import Split
 from .image_rows import is_image
 from .rows import Rows, keys_of, shares_of
+from .selection import Scores
 
 _REPORTED_ROWS = 1000  # held out, that the report evaluates
 _FIRST_ROWS = 100  # of them, however short the time
-_GLIMPSED_ROWS = 128
-_GLIMPSE_SHARE = 0.02  # of the time of a run that glimpses may take
+# Held out, that judge weights in a run: numbers in all, as a density of D columns takes some D
+# evaluations of the network.
+_JUDGED_NUMBERS = 2**13
+_JUDGING_SOLVER = FixedGrid(steps=8)
 _FITTED_ROWS = 20_000  # to which the Gaussian is fitted
 
 LogDensity = Callable[[Rows], Tensor]
@@ -121,30 +125,41 @@ class HeldOutDensity:
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
         self.is_known = distribution.has_density() and not images
-        self.text, self.took = "", 0.0
+        count = min(_REPORTED_ROWS, max(2, _JUDGED_NUMBERS // split.held.w[0].numel()))
+        self.judging = split.held.evenly(count)
+        self.judges = self.is_known  # weights, by their scores
+        self.last: Scores | None = None
+        self.against: float | None = None  # the Gaussian's mean of these
 
-    def glimpse(self, step: int, spent: float) -> str:
-        """Return the held-out nats in words, computed anew for a fiftieth of the time at most.
+    def scores(self) -> Scores | None:
+        r"""Return :math:`-\log\rho` of some rows, by a coarse solver; None where there is none.
 
-        They are empty where the flow starts from samples, and has no density, and from where they
-        cannot be computed: that is no reason to end a training.
-
-        Args:
-            step: The number of steps taken.
-            spent: The duration of the run so far, seconds.
+        There is none where the flow starts from samples, of images, whose density takes as long
+        as many steps, and where it cannot be computed: that is no reason to end a training.
         """
-        if self.is_known and self.took <= _GLIMPSE_SHARE * spent:
-            began = time.monotonic()
-            try:
-                mean, error, against = self._means(self.held.evenly(_GLIMPSED_ROWS))
-            except (RuntimeError, ValueError):
-                self.text, self.took = "", math.inf
-                return ""
-            digits = decimals(error)
-            text = f"{mean:.{digits}f} nats{beside(against, self.name, digits)}"
-            self.text = f"{text} at step {step:,}"
-            self.took += time.monotonic() - began
-        return self.text
+        if not self.judges:
+            return None
+        transform = self.distribution.transform
+        solver = transform.solver
+        try:
+            with seeded(0):
+                transform.solver = _JUDGING_SOLVER
+                self.last = _scores(self.distribution, self.judging)
+        except (RuntimeError, ValueError):
+            if self.last is None:
+                self.judges = False
+                return None
+            return self.last._replace(values=torch.full_like(self.last.values, math.inf))
+        finally:
+            transform.solver = solver
+        return self.last
+
+    def text(self, scores: Scores) -> str:
+        """Return the mean held-out nats in words, beside those of a Gaussian."""
+        if self.normal is not None and self.against is None:
+            self.against = float(scores.shares @ self.normal(self.judging))
+        digits = decimals(scores.error())
+        return f"{-scores.mean():.{digits}f} nats{beside(self.against, self.name, digits)}"
 
     def measured(self, report: Report, deadline: float) -> Report:
         """Return a report with the mean log-density of rows held out, if there is one.
@@ -167,15 +182,15 @@ class HeldOutDensity:
 
     def _means(self, rows: Rows) -> tuple[float, float, float | None]:
         """Return the mean log-density of rows, its standard error, and the Gaussian's mean."""
-        found, share = log_density(self.distribution, rows), shares_of(rows.w, rows.weight)
-        mean = float(share @ found)
-        # Copies of a row, which stay together, are one.
-        distinct, group = keys_of(rows).unique(return_inverse=True)
-        count = len(distinct)
-        parts = found.new_zeros(count).index_add(0, group, share * (found - mean))
-        error = float(parts.norm()) * math.sqrt(count / max(1, count - 1))
-        normal = None if self.normal is None else float(share @ self.normal(rows))
-        return mean, error if count > 1 else math.nan, normal
+        scores = _scores(self.distribution, rows)
+        normal = None if self.normal is None else float(scores.shares @ self.normal(rows))
+        return -scores.mean(), scores.error(), normal
+
+
+def _scores(distribution: AnyDistribution, rows: Rows) -> Scores:
+    """Return how hard a distribution finds rows in the flow's coordinates, by its density."""
+    groups = keys_of(rows).unique(return_inverse=True)[1]
+    return Scores(-log_density(distribution, rows), shares_of(rows.w, rows.weight), groups)
 
 
 class PercentBar(tqdm):

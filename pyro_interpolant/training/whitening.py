@@ -202,7 +202,7 @@ def inliers(w: Tensor, context: Tensor | None = None) -> Tensor:
     """Return the indices of whitened rows without outliers, shape ``(N,)``.
 
     Far is 20 times the median distance from the centre, rare the farthest 0.5%. One such row would
-    decide alone which weights have the best held-out loss. Other rows come twice in their stead.
+    decide alone what the held-out loss is. Other rows come twice in their stead.
 
     Args:
         w: Whitened rows, shape ``(N, D)``.

@@ -213,7 +213,7 @@ def test_without_gradients_images_are_evaluated_in_pieces(classes, monkeypatch):
         network.seen[False].clear()
         with torch.no_grad():
             x = view.sample(shape)
-            values = [objective.held_loss(points), x, view.log_prob(x)]
+            values = [objective.held_losses(points).mean(), x, view.log_prob(x)]
             values.append(pi.score(view, 0.5, x.flatten(-3)))
             values.append(pi.sample_sde(view, shape, steps=2))
         assert max(network.seen[False]) == wanted

@@ -1,0 +1,124 @@
+r"""Which weights of a run are kept: the latest that rows held out do not speak against.
+
+The scores of a flow on rows held out are their :math:`-\log\rho`, or losses where there is no
+density. The regression loss is a poor judge of a density: its error at a time t counts in it by
+about :math:`1 / (1 - t)`, and given data early times are learned by heart first. Of two flows the
+scores of the same rows are compared: what all flows find hard says nothing.
+
+References:
+    Breiman, Friedman, Olshen & Stone, *Classification and regression trees*, 1984, section 3.4.3
+    (the rule of one standard error).
+"""
+
+import math
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_FIRST_STEPS = 500  # before which averages of few weights wander by more than plateaus do
+_KEPT_ERRORS, _WORSE_ERRORS = 1.0, 2.0  # standard errors: of the weights kept, and of a run's end
+_WORST = 1e6  # of a row: one without a density must not hide the others
+
+
+class Scores(NamedTuple):
+    """How hard a flow finds rows, each: lower is better.
+
+    Attributes:
+        values: One number for each row, float64, shape ``(N,)``.
+        shares: The share of each in their mean, shape ``(N,)``.
+        groups: Whole numbers that are the same for copies of a row, which are one, ``(N,)``.
+    """
+
+    values: Tensor
+    shares: Tensor
+    groups: Tensor
+
+    @classmethod
+    def equal(cls, values: Tensor) -> "Scores":
+        """Return scores of rows that differ and weigh the same."""
+        values = values.flatten().double()
+        shares = torch.full_like(values, 1 / len(values))
+        return cls(values, shares, torch.arange(len(values), device=values.device))
+
+    def mean(self) -> float:
+        """Return the mean."""
+        return float(self.shares @ self.values)
+
+    def error(self) -> float:
+        """Return its standard error; NaN of one row."""
+        count = int(self.groups.max()) + 1
+        far = self.shares * (self.values - self.mean())
+        parts = far.new_zeros(count).index_add(0, self.groups, far)
+        return float(parts.norm()) * math.sqrt(count / (count - 1)) if count > 1 else math.nan
+
+
+class Selection:
+    """The scores of averaged weights over time: which are kept, and whether they get worse.
+
+    Attributes:
+        best: The lowest mean score so far.
+        kept_step: The step of the weights to keep, the latest whose mean is within a standard
+            error of the best: later ones have seen a lower learning rate.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.means: list[float] = []
+        self.best, self.best_step, self.since_best = math.inf, 0, 0
+        self.kept_step, self.error = 0, 0.0
+        self.best_values: Tensor | None = None
+
+    def judge(self, step: int, scores: Scores) -> bool:
+        """Take the scores of a step, and return whether its weights are to be kept."""
+        if not bool(scores.values.isfinite().any()):
+            scores = scores._replace(values=torch.full_like(scores.values, math.inf))
+        else:
+            values = scores.values.nan_to_num(nan=_WORST, posinf=_WORST, neginf=-_WORST)
+            scores = scores._replace(values=values)
+        mean = scores.mean()
+        self.steps.append(step)
+        self.means.append(mean)
+        self.since_best += 1
+        if mean < self.best:
+            self.best, self.best_step, self.since_best = mean, step, 0
+            self.best_values, self.error = scores.values, 0.0
+        elif self.best_values is not None:
+            error = scores._replace(values=scores.values - self.best_values).error()
+            self.error = 0.0 if math.isnan(error) else error
+        is_kept = mean < math.inf and mean <= self.best + _KEPT_ERRORS * self.error
+        if is_kept:
+            self.kept_step = step
+        return is_kept
+
+    def is_worse(self, patience: float) -> bool:
+        """Return whether the best is long ago, and what was learned since no longer holds.
+
+        The last mean is more than two standard errors above the best, and the later half of those
+        since lies above the earlier half: a few steps gone wrong lift the scores of averaged
+        weights too, for as long as they remember them, and they then come down again.
+
+        Args:
+            patience: What is long, a percentage of the steps up to the best.
+        """
+        if self.best == math.inf or self.steps[-1] < _FIRST_STEPS:
+            return False
+        since = self.steps[-1] - self.best_step
+        far = self.means[-1] > self.best + _WORSE_ERRORS * self.error
+        if not self.since_best or since < patience / 100 * self.best_step or not far:
+            return False
+        half = -(self.since_best + 1) // 2
+        return fmean(self.means[half:]) > fmean(self.means[-self.since_best - 1 : half])
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the state as tensors and numbers."""
+        numbers = {name: value for name, value in vars(self).items() if name != "best_values"}
+        tensors = {} if self.best_values is None else {"best_scores": self.best_values}
+        return tensors, numbers
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take a state back."""
+        self.__dict__.update(numbers)
+        self.best_values = tensors.get("best_scores")

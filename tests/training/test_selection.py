@@ -1,0 +1,97 @@
+"""Which weights are kept, and when a run ends, by hand-made scores of rows held out."""
+
+import math
+
+import pytest
+import torch
+
+from pyro_interpolant.training.selection import Scores, Selection
+
+ROWS = torch.linspace(-1, 1, 400).double()  # what all flows find hard, and is no difference
+
+
+def judged(means, spread=0.0, every=500):
+    """Return a selection, and whether it kept each of scores that have these means.
+
+    Args:
+        means: The means.
+        spread: The standard deviation, over rows, of the difference from the first.
+        every: The number of steps between two.
+    """
+    selection, kept = Selection(), []
+    sign = torch.tensor([-1.0, 1.0]).double().repeat(200)
+    for i, mean in enumerate(means):
+        values = mean + 3 * ROWS + (spread * sign if i else 0.0)
+        kept.append(selection.judge(every * (i + 1), Scores.equal(values)))
+    return selection, kept
+
+
+def test_what_is_kept_is_the_latest_within_a_standard_error_of_the_best():
+    # A spread of 2 over 400 rows: a standard error of 0.1.
+    selection, kept = judged([1.0, 1.05, 1.2, 1.09, 1.11], spread=2.0)
+    assert kept == [True, True, False, True, False]
+    assert selection.kept_step == 2000
+    assert selection.best_step == 500
+    assert math.isclose(selection.error, 0.1, rel_tol=0.01)
+
+
+def test_what_rows_have_in_common_is_no_doubt():
+    """Scores that differ by a constant are as sure as can be, however far rows lie apart."""
+    assert judged([1.0, 1.0 + 1e-6])[1] == [True, False]
+
+
+RUNS = {
+    "rising": ([1.0, 1.1, 1.2, 1.3, 1.4], 0.5, True),
+    "risen, and level": ([1.0, 1.2, 1.3, 1.3, 1.3], 0.5, True),
+    "level": ([1.0, 1.01, 1.02, 1.01, 1.02], 0.5, False),
+    "rising by less than chance does": ([1.0, 1.1, 1.2, 1.3, 1.4], 5.0, False),
+    "coming down again": ([1.0, 1.6, 1.4, 1.3, 1.2], 0.5, False),
+    "one look since": ([1.0, 1.5], 0.5, True),
+    "falling": ([1.4, 1.3, 1.2, 1.1, 1.0], 0.5, False),
+    "no number at any look": ([math.nan, math.nan], 0.5, False),
+}
+
+
+@pytest.mark.parametrize(("means", "spread", "is_worse"), RUNS.values(), ids=RUNS)
+def test_a_run_ends_where_it_gets_worse_and_not_where_it_comes_back(means, spread, is_worse):
+    assert judged(means, spread)[0].is_worse(30) is is_worse
+
+
+def test_a_run_does_not_end_early():
+    assert not judged([1.0, 1.5], every=200)[0].is_worse(30)
+    long_best = judged([1.4, 1.3, 1.2, 1.0, 1.1, 1.2])[0]  # the best at step 2,000, now 3,000
+    assert not long_best.is_worse(60)
+    assert long_best.is_worse(40)
+
+
+def test_a_row_without_a_density_hides_no_other():
+    selection = Selection()
+    values = torch.tensor([math.inf, 2.0, 3.0]).double()
+    assert selection.judge(1, Scores.equal(values))
+    assert selection.judge(2, Scores.equal(values - 1))  # better
+    assert not selection.judge(3, Scores.equal(values.nan_to_num(nan=0.0, posinf=math.nan)))
+    assert selection.kept_step == 2
+    assert not Selection().judge(1, Scores.equal(torch.full((3,), math.nan)))
+
+
+def test_copies_of_a_row_are_one_and_weights_count():
+    one = Scores.equal(torch.tensor([0.0, 1.0, 4.0]))
+    each = torch.tensor([0, 0, 1, 1, 2, 2])
+    twice = Scores(one.values[each], torch.full((6,), 1 / 6).double(), each)
+    assert math.isclose(twice.mean(), one.mean())
+    assert math.isclose(twice.error(), one.error())
+    assert math.isclose(one.error(), float(one.values.std()) / math.sqrt(3))
+    weighted = Scores(one.values, torch.tensor([0.0, 0.5, 0.5]).double(), one.groups)
+    assert weighted.mean() == 2.5
+
+
+def test_a_state_goes_on_as_if_nothing_had_happened():
+    selection = judged([1.0, 1.2], spread=2.0)[0]
+    other = Selection()
+    other.restore(*selection.state())
+    for found in (selection, other):
+        found.judge(1500, Scores.equal(1.05 + 3 * ROWS))
+    assert vars(selection).keys() == vars(other).keys()
+    for name, value in vars(selection).items():
+        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+        assert same(value, vars(other)[name])
