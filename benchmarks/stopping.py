@@ -58,15 +58,13 @@ def run(task, folder, seed, options):
     flow = pi.from_samples(train, seed=seed, progress=False, callback=looks.append, **options)
     seconds = time.process_time() - start
     nats = torch.cat([flow.log_prob(rows) for rows in test[:10_000].split(2000)]).double()
-    losses = [look.validation_loss for look in looks]
-    best = looks[int(np.argmin(losses))]
     return {
         "task": task,
         "seed": seed,
         "rows": len(train),
         "dim": train.shape[1],
         "steps": looks[-1].step,
-        "best": best.step,
+        "best": flow.report.best_step,
         "nats": float(nats.mean()),
         "error": float(nats.std() / len(nats) ** 0.5),
         "cpu": seconds,

@@ -17,6 +17,7 @@ from ..solvers.ode import FixedGrid
 from ..training.clock import Clock
 from ..training.reporting import PercentBar, stage, tell
 from ..training.rows import Rows
+from ..training.selection import Scores, Selection
 from .latents import chunks, draw_latents, given, sets
 from .noise import Measurements
 from .regression import FlowRegression
@@ -183,7 +184,7 @@ class ExpectationMaximization:
         clock: The time.
 
     Attributes:
-        best: The mean log-evidence of rows held out, of the weights kept, with a hundredth of the
+        selection: Which weights are kept, by the log-evidence of rows held out, a hundredth of the
             start mixed in: one row whose evidence is missed must not choose the round.
         start_weights: The weights of the start.
 
@@ -210,10 +211,9 @@ class ExpectationMaximization:
         )
         self.regression.pools.append(self._latents())
         self.first = self._held_out()
-        self.looks = 0
-        self.best = float(self.first.mean())
-        self.best_step, self.best_weights = 0, self.regression.values()
-        self.start_weights = self.best_weights
+        self.looks, self.selection = 0, Selection()
+        self.selection.judge(0, Scores.equal(-self.first))
+        self.start_weights = self.kept_weights = self.regression.values()
 
     def done(self) -> float:
         """Return the share of the rounds that is done."""
@@ -246,10 +246,8 @@ class ExpectationMaximization:
         mixed = torch.logaddexp(
             self._held_out() + math.log1p(-_START_MIXED), self.first + math.log(_START_MIXED)
         )
-        found = float(mixed.mean())
-        if found > self.best:
-            self.best, self.best_step = found, self.regression.descent.steps
-            self.best_weights = self.regression.values()
+        if self.selection.judge(self.regression.descent.steps, Scores.equal(-mixed)):
+            self.kept_weights = self.regression.values()
 
     def _held_out(self) -> Tensor:
         """Return log-evidences of some rows held out, by the same draws each time."""
@@ -330,11 +328,11 @@ def learn(
                 try:
                     while run.done() < 1:
                         run.round()
-                        bar.show(run.done(), f"{_EVIDENCE}={run.best:.4g}")
+                        bar.show(run.done(), f"{_EVIDENCE}={-run.selection.best:.4g}")
                 except KeyboardInterrupt:
                     warn_user("the run was interrupted: the best weights so far were kept")
                 finally:
-                    run.regression.use(run.best_weights)
+                    run.regression.use(run.kept_weights)
         spent = clock.spent()
         distribution.freeze()
         _finish(run, spent, progress=progress)
@@ -357,10 +355,10 @@ def _evidence(run: ExpectationMaximization) -> tuple[Tensor, Tensor, float]:
         index = run.held
         values, errors = evidence(index)
     start = values
-    if run.best_step:
+    if run.selection.kept_step:
         run.regression.use(run.start_weights)
         start, _ = evidence(index)
-        run.regression.use(run.best_weights)
+        run.regression.use(run.kept_weights)
     return values, errors, float(unexplained_as_worst(start).mean())
 
 
@@ -400,7 +398,7 @@ def _finish(run: ExpectationMaximization, seconds: float, *, progress: bool) -> 
         distribution.transform.flow.event_dim,
         len(run.catalogue),
         seconds,
-        run.best_step,
+        run.selection.kept_step,
         run.regression.descent.steps,
         log_prob_error=error,
         held_out=float(values.mean()),

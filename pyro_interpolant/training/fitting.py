@@ -116,9 +116,11 @@ def fit(
     The whitening map is set from the data; the velocity is trained by regression on the
     interpolant with AdamW, a cosine schedule, clipped gradients and averaged weights. The weights
     kept are the latest under which held-out rows are as likely as ever, but for one standard error
-    of the difference; where there is no density, or it is that of images, the loss takes its
-    place, at times and base draws that are fixed throughout. Times are :math:`1 - (1 - u)^p`, u uniform on [0, 1]: on paths from N(0, I) the
-    networks of this package for up to 8 dimensions take p = 2, those given data (of
+    of the difference. Of images, and where there is no density, the loss takes its place, at times
+    and base draws that are fixed throughout.
+
+    Times are :math:`1 - (1 - u)^p`, u uniform on [0, 1]: on paths from N(0, I) the networks of
+    this package for up to 8 dimensions take p = 2, those given data (of
     :class:`~pyro_interpolant.AmortizedInterpolant`) p = 3, for a density hangs more on rates near
     the data than before; all else p = 1.
 

@@ -49,10 +49,22 @@ class Scores(NamedTuple):
 
     def error(self) -> float:
         """Return its standard error; NaN of one row."""
-        count = int(self.groups.max()) + 1
-        far = self.shares * (self.values - self.mean())
-        parts = far.new_zeros(count).index_add(0, self.groups, far)
+        share = self._of_groups(self.shares)
+        parts = self._of_groups(self.shares * (self.values - self.mean()))
+        count = len(share)
         return float(parts.norm()) * math.sqrt(count / (count - 1)) if count > 1 else math.nan
+
+    def bulk_error(self) -> float:
+        """Return what it would be if all values were spread as the middle half is.
+
+        A few rows that became impossible lower the mean, and are no doubt about it.
+        """
+        spread = 1.4826 * (self.values - self.values.median()).abs().median()
+        return float(spread * self._of_groups(self.shares).norm())
+
+    def _of_groups(self, values: Tensor) -> Tensor:
+        """Return the sums of values over copies of rows."""
+        return values.new_zeros(int(self.groups.max()) + 1).index_add(0, self.groups, values)
 
 
 class Selection:
@@ -86,8 +98,7 @@ class Selection:
             self.best, self.best_step, self.since_best = mean, step, 0
             self.best_values, self.error = scores.values, 0.0
         elif self.best_values is not None:
-            error = scores._replace(values=scores.values - self.best_values).error()
-            self.error = 0.0 if math.isnan(error) else error
+            self.error = scores._replace(values=scores.values - self.best_values).bulk_error()
         is_kept = mean < math.inf and mean <= self.best + _KEPT_ERRORS * self.error
         if is_kept:
             self.kept_step = step

@@ -19,9 +19,9 @@ def judged(means, spread=0.0, every=500):
         every: The number of steps between two.
     """
     selection, kept = Selection(), []
-    sign = torch.tensor([-1.0, 1.0]).double().repeat(200)
+    normal = torch.special.ndtri((torch.arange(400) + 0.5).double() / 400)
     for i, mean in enumerate(means):
-        values = mean + 3 * ROWS + (spread * sign if i else 0.0)
+        values = mean + 3 * ROWS + (spread * normal if i else 0.0)
         kept.append(selection.judge(every * (i + 1), Scores.equal(values)))
     return selection, kept
 
@@ -38,6 +38,16 @@ def test_what_is_kept_is_the_latest_within_a_standard_error_of_the_best():
 def test_what_rows_have_in_common_is_no_doubt():
     """Scores that differ by a constant are as sure as can be, however far rows lie apart."""
     assert judged([1.0, 1.0 + 1e-6])[1] == [True, False]
+
+
+def test_rows_that_became_impossible_are_no_doubt_of_the_others():
+    """By its standard error a mean that a single row lowers would never be worse."""
+    selection, values = Selection(), 3 * ROWS
+    selection.judge(500, Scores.equal(values))
+    values = values + 0.01 * torch.randn(400).double()
+    values[7] += 500.0
+    assert not selection.judge(1000, Scores.equal(values))
+    assert selection.is_worse(30)
 
 
 RUNS = {
@@ -80,6 +90,7 @@ def test_copies_of_a_row_are_one_and_weights_count():
     twice = Scores(one.values[each], torch.full((6,), 1 / 6).double(), each)
     assert math.isclose(twice.mean(), one.mean())
     assert math.isclose(twice.error(), one.error())
+    assert math.isclose(twice.bulk_error(), one.bulk_error())
     assert math.isclose(one.error(), float(one.values.std()) / math.sqrt(3))
     weighted = Scores(one.values, torch.tensor([0.0, 0.5, 0.5]).double(), one.groups)
     assert weighted.mean() == 2.5
