@@ -26,7 +26,7 @@ from .optimization import (
     numbered,
 )
 from .reporting import HeldOutDensity, PercentBar, tell
-from .selection import Scores, Selection
+from .selection import Scores, Selection, rises
 from .streaming import StreamBatches
 from .threads import Threads
 
@@ -48,6 +48,7 @@ _WARMUP_STEPS = 40  # at least, where time is the limit: as many as the shortest
 # There it lasts longer where that is not much of the schedule. Of networks given data, all units
 # of a layer fell silent in 4 of 5 runs of bernoulli_glm after 40 steps, after 200 in none.
 _LONG_WARMUP_STEPS, _LONG_WARMUP_SHARE = 200, 0.1
+_RISE, _RISE_PER_COLUMN = 0.02, 0.005  # by which the loss wanders on plateaus, of the lowest one
 _PLACE = ("next_look", "done", "ended", "begun")
 
 
@@ -234,6 +235,19 @@ class HeldOutMonitor:
                 "run. Look for wild rows or contexts among those held out"
             )
 
+    def forgets(self, patience: float) -> bool:
+        """Return whether what is learned no longer holds for rows held out: both measures say so.
+
+        A few far rows lift the loss for long (a thin line with outliers came down from it in six
+        times as many steps), and the density where it is narrow.
+
+        Args:
+            patience: The percentage of the steps up to the best look that may pass without one.
+        """
+        wander = _RISE_PER_COLUMN * self.objective.flow.event_dim
+        risen = rises(self.steps, self.held_losses, patience, wander, _RISE)
+        return risen and self.selection.is_worse(patience)
+
     def text(self, rate: float, skipped: int) -> str:
         """Return the step and the last losses in a few words."""
         text = f"step={self.steps[-1]:,} held-out={self.held_losses[-1]:.4g} rate={rate:.1e}"
@@ -395,7 +409,7 @@ class Run:
             return False
         if monitor.stopped:
             self.ended = "callback"
-        elif monitor.selection.is_worse(self.schedule.patience):
+        elif monitor.forgets(self.schedule.patience):
             self.ended = "patience"
         return self.ended == "schedule"
 

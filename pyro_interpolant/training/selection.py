@@ -11,7 +11,7 @@ References:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -67,6 +67,38 @@ class Scores(NamedTuple):
         return values.new_zeros(int(self.groups.max()) + 1).index_add(0, self.groups, values)
 
 
+def rises(
+    steps: Sequence[int],
+    values: Sequence[float],
+    patience: float,
+    wander: float,
+    share: float = 0.0,
+) -> bool:
+    """Return whether the lowest value is long ago, and values have risen since.
+
+    The mean of the later half lies above the lowest, and above that of the earlier half: a few
+    steps gone wrong lift what is measured of averaged weights, for as long as they remember them,
+    and it then comes down again.
+
+    Args:
+        steps: The steps of looks.
+        values: What each has seen; what is not finite is no lowest one.
+        patience: What is long, a percentage of the steps up to the lowest.
+        wander: How far values on a plateau may be above the lowest.
+        share: That as a share of the lowest, where it is more.
+    """
+    found = [value if math.isfinite(value) else math.inf for value in values]
+    lowest = min(range(len(found)), key=found.__getitem__)
+    since, count = steps[-1] - steps[lowest], len(found) - 1 - lowest
+    is_early = steps[-1] < _FIRST_STEPS or since < patience / 100 * steps[lowest]
+    if is_early or not count or found[lowest] == math.inf:
+        return False
+    half = -(count + 1) // 2
+    earlier, later = found[-count - 1 : half], found[half:]
+    wander = max(wander, share * abs(found[lowest]))
+    return fmean(later) > max(found[lowest] + wander, fmean(earlier))
+
+
 class Selection:
     """The scores of averaged weights over time: which are kept, and whether they get worse.
 
@@ -79,8 +111,7 @@ class Selection:
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.means: list[float] = []
-        self.best, self.best_step, self.since_best = math.inf, 0, 0
-        self.kept_step, self.error = 0, 0.0
+        self.best, self.kept_step, self.error = math.inf, 0, 0.0
         self.best_values: Tensor | None = None
 
     def judge(self, step: int, scores: Scores) -> bool:
@@ -93,10 +124,8 @@ class Selection:
         mean = scores.mean()
         self.steps.append(step)
         self.means.append(mean)
-        self.since_best += 1
         if mean < self.best:
-            self.best, self.best_step, self.since_best = mean, step, 0
-            self.best_values, self.error = scores.values, 0.0
+            self.best, self.best_values, self.error = mean, scores.values, 0.0
         elif self.best_values is not None:
             self.error = scores._replace(values=scores.values - self.best_values).bulk_error()
         is_kept = mean < math.inf and mean <= self.best + _KEPT_ERRORS * self.error
@@ -105,23 +134,8 @@ class Selection:
         return is_kept
 
     def is_worse(self, patience: float) -> bool:
-        """Return whether the best is long ago, and what was learned since no longer holds.
-
-        The last mean is more than two standard errors above the best, and the later half of those
-        since lies above the earlier half: a few steps gone wrong lift the scores of averaged
-        weights too, for as long as they remember them, and they then come down again.
-
-        Args:
-            patience: What is long, a percentage of the steps up to the best.
-        """
-        if self.best == math.inf or self.steps[-1] < _FIRST_STEPS:
-            return False
-        since = self.steps[-1] - self.best_step
-        far = self.means[-1] > self.best + _WORSE_ERRORS * self.error
-        if not self.since_best or since < patience / 100 * self.best_step or not far:
-            return False
-        half = -(self.since_best + 1) // 2
-        return fmean(self.means[half:]) > fmean(self.means[-self.since_best - 1 : half])
+        """Return whether means have risen by more than two standard errors, see :func:`rises`."""
+        return rises(self.steps, self.means, patience, _WORSE_ERRORS * self.error)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state as tensors and numbers."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_interpolant.training.selection import Scores, Selection
+from pyro_interpolant.training.selection import Scores, Selection, rises
 
 ROWS = torch.linspace(-1, 1, 400).double()  # what all flows find hard, and is no difference
 
@@ -31,7 +31,6 @@ def test_what_is_kept_is_the_latest_within_a_standard_error_of_the_best():
     selection, kept = judged([1.0, 1.05, 1.2, 1.09, 1.11], spread=2.0)
     assert kept == [True, True, False, True, False]
     assert selection.kept_step == 2000
-    assert selection.best_step == 500
     assert math.isclose(selection.error, 0.1, rel_tol=0.01)
 
 
@@ -106,3 +105,18 @@ def test_a_state_goes_on_as_if_nothing_had_happened():
     for name, value in vars(selection).items():
         same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
         assert same(value, vars(other)[name])
+
+
+RISES = {
+    "rising": ([-6.0, -5.9, -5.8, -5.7, -5.6], True),
+    "level": ([-6.0, -5.99, -5.98, -5.99, -5.98], False),
+    "coming down again": ([-6.0, -5.4, -5.6, -5.7, -5.8], False),
+    "no number at a look": ([math.nan, -6.0, -5.0], True),
+    "no number at any look": ([math.nan, math.nan], False),
+}
+
+
+@pytest.mark.parametrize(("losses", "found"), RISES.values(), ids=RISES)
+def test_losses_rise_by_a_share_of_the_lowest(losses, found):
+    steps = [500 * (i + 1) for i in range(len(losses))]
+    assert rises(steps, losses, 30, 0.01, 0.02) is found
