@@ -164,9 +164,9 @@ def fit(
             each; which rows of a table, a mask of shape ``(N,)``; or rows of your own, shape
             ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
         patience: End, after 500 steps at the earliest, where the steps since the best look are
-            more than this percentage of those up to it, and rows held out have become less likely
-            by two standard errors of the difference: what is learned no longer holds for them. On
-            a plateau a run goes on, for the falling rate improves it yet.
+            more than this percentage of those up to it, and rows held out have got worse by both
+            measures: their loss by 2% and by 0.005 a column, their density by two standard errors
+            of the difference. On a plateau a run goes on, for the falling rate improves it yet.
         ema: The decay of the moving average of the weights.
         coupling: Who is paired with whom in a batch, of classes among the rows of each label; see
             :mod:`~pyro_interpolant.interpolants.couplings`.
