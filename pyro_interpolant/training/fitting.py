@@ -1,4 +1,4 @@
-r"""``fit``: training by a quadratic regression. No ODE is solved in it."""
+r"""``fit``: training by a quadratic regression. No step of it solves an ODE."""
 
 import contextlib
 import dataclasses
@@ -116,8 +116,9 @@ def fit(
     The whitening map is set from the data; the velocity is trained by regression on the
     interpolant with AdamW, a cosine schedule, clipped gradients and averaged weights. The weights
     kept are the latest under which held-out rows are as likely as ever, but for one standard error
-    of the difference. Of images, and where there is no density, the loss takes its place, at times
-    and base draws that are fixed throughout.
+    of the difference. Of images, of pairs and couplings, whose paths the density does not tell of,
+    and where there is no density, the loss takes its place, at times and base draws that are fixed
+    throughout.
 
     Times are :math:`1 - (1 - u)^p`, u uniform on [0, 1]: on paths from N(0, I) the networks of
     this package for up to 8 dimensions take p = 2, those given data (of
@@ -235,6 +236,8 @@ def fit(
             exponent = exponent_of(flow, seen, learn, state)
             objective = Objective(flow, seen, coupling, process, target=learn, exponent=exponent)
             held = objective.without_outliers(split.held)
+            if density is not None and flow.independent:  # else paths, too, are what is learned
+                density.judge_by(held)
             fixed = objective.fixed_points(held, unseen, split.size)
         source.names.give_to(distribution)
         with trainable(objective.network), _naming_rows(source, objective):

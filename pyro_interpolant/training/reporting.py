@@ -126,19 +126,26 @@ class HeldOutDensity:
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
         self.is_known = distribution.has_density() and not images
-        count = min(_JUDGED_ROWS, max(2, _JUDGED_NUMBERS // split.held.w[0].numel()))
-        self.judging = split.held.evenly(count)
-        self.judges = self.is_known  # weights, by their scores
-        self.last: Scores | None = None
+        self.judging: Rows | None = None  # rows whose scores choose weights
+        self.last: Scores | None = None  # of these
         self.against: float | None = None  # the Gaussian's mean of these
 
-    def scores(self) -> Scores | None:
-        r"""Return :math:`-\log\rho` of some rows, by a coarse solver; None where there is none.
+    def judge_by(self, rows: Rows) -> None:
+        """Let the scores of some of these rows choose the weights of a run.
 
-        There is none where the flow starts from samples, of images, whose density takes as long
-        as many steps, and where it cannot be computed: that is no reason to end a training.
+        Not of images, whose density takes as long as many steps, nor where there is no density.
         """
-        if not self.judges:
+        if self.is_known:
+            count = max(2, _JUDGED_NUMBERS // rows.w[0].numel())
+            self.judging = rows.evenly(min(_JUDGED_ROWS, count))
+
+    def scores(self) -> Scores | None:
+        r"""Return :math:`-\log\rho` of the rows that judge, by a coarse solver, or None.
+
+        They may not be computed, for which no training is ended: then the loss judges, and where
+        that happens later on, the weights are not kept.
+        """
+        if self.judging is None:
             return None
         transform = self.distribution.transform
         solver = transform.solver
@@ -148,7 +155,7 @@ class HeldOutDensity:
                 self.last = _scores(self.distribution, self.judging)
         except (RuntimeError, ValueError):
             if self.last is None:
-                self.judges = False
+                self.judging = None
                 return None
             return self.last._replace(values=torch.full_like(self.last.values, math.inf))
         finally:
@@ -157,7 +164,7 @@ class HeldOutDensity:
 
     def text(self, scores: Scores) -> str:
         """Return the mean held-out nats in words, beside those of a Gaussian."""
-        if self.normal is not None and self.against is None:
+        if self.normal is not None and self.judging is not None and self.against is None:
             self.against = float(scores.shares @ self.normal(self.judging))
         digits = decimals(scores.error())
         return f"{-scores.mean():.{digits}f} nats{beside(self.against, self.name, digits)}"
