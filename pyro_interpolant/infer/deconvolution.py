@@ -106,12 +106,12 @@ def _best(y: Tensor, precisions: Tensor, deadline: float) -> _Mixture:
     one = torch.eye(dim).to(y)
     shares = y.new_tensor([1 - _WIDE_SHARE, _WIDE_SHARE])
     mixture = _Mixture(shares.log(), y.new_zeros(2, dim), torch.stack((one, _WIDE**2 * one)))
-    best, highest, split = mixture, None, 1
+    best, highest, split = mixture, y.new_full((len(held),), -math.inf), 1
     while True:
         mixture = _improved(mixture, *learned, _ITERATIONS, deadline)
         found = _log_evidence(mixture, *judged)
-        gain = found if highest is None else found - highest
-        if highest is None or gain.mean() > 0:
+        gain = found - highest
+        if gain.mean() > 0:
             best, highest = mixture, found
         elif gain.mean() < -gain.std() / math.sqrt(len(gain)):
             break

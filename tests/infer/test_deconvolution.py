@@ -94,7 +94,7 @@ def test_a_split_keeps_mean_and_covariance():
 
 
 def test_outliers_have_a_component_of_their_own():
-    """One in a hundred, beside a thin line: without a wide component 0.04 nats were lost."""
+    """One in a hundred, beside a thin line: without a wide component 0.03 nats were lost."""
     along, far = 4 * torch.rand(4000, 1) - 2, torch.rand(4000, 1) < 0.01
     x = torch.cat((along, 0.5 * along), 1) + 0.03 * torch.randn(4000, 2)
     x = x.where(~far, 3 * torch.randn(4000, 2))
