@@ -27,7 +27,8 @@ from .image_rows import (
     most_held,
 )
 from .names import Names
-from .objective import Objective, Points
+from .objective import Objective
+from .paths import Points
 from .preprocessing import warn_if_rounded
 from .rows import Rows, checked_weights, drop_zero_weights, search_weights
 from .survey import Surveyed

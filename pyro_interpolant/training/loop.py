@@ -16,7 +16,7 @@ from ..nn.velocity import image_shape
 from .checkpoint import Checkpoint, buffers_of
 from .clock import Clock
 from .data import TableBatches
-from .objective import TIMES_PER_BATCH, Objective, Points
+from .objective import TIMES_PER_BATCH, Objective
 from .optimization import (
     Descent,
     ExponentialMovingAverage,
@@ -25,6 +25,7 @@ from .optimization import (
     fill,
     numbered,
 )
+from .paths import Points
 from .reporting import HeldOutDensity, PercentBar, tell
 from .selection import Scores, Selection, rises
 from .streaming import StreamBatches

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .._torch import draws, draws_nothing
 from ..distributions.interpolant import AnyDistribution
-from .objective import Objective, Points
+from .objective import Objective
+from .paths import Points
 
 _MOST_SKIPPED_STEPS = 20
 _CLIP_RATIO = 2.0  # of the gradient's norm to its running mean

@@ -134,8 +134,12 @@ class Selection:
         return is_kept
 
     def is_worse(self, patience: float) -> bool:
-        """Return whether means have risen by more than two standard errors, see :func:`rises`."""
-        return rises(self.steps, self.means, patience, _WORSE_ERRORS * self.error)
+        """Return whether means have risen by more than two standard errors, see :func:`rises`.
+
+        They have not where the last weights are to be kept.
+        """
+        is_kept = self.kept_step == self.steps[-1]
+        return not is_kept and rises(self.steps, self.means, patience, _WORSE_ERRORS * self.error)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state as tensors and numbers."""

@@ -29,7 +29,8 @@ from .data import (
 from .distributed import Process
 from .image_rows import are_levels, flips, is_image, most_held
 from .names import Names
-from .objective import Objective, Points
+from .objective import Objective
+from .paths import Points
 from .preprocessing import warn_if_rounded
 from .rows import Rows, checked_weights, drop_zero_weights, keys_of
 from .survey import MOST_HELD, Survey, Surveyed, check_rows_came_again, surveyed

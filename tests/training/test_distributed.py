@@ -53,7 +53,8 @@ class Draw(NamedTuple):
 
 
 def draw(made, rows):
-    return Draw(*made._pairs(rows, made.base, made.process))
+    *parts, own, _ = made._pairs(rows, made.base, made.process)
+    return Draw(*(None if part is None else part[own] for part in parts))
 
 
 @pytest.mark.parametrize("own", [True, False])
