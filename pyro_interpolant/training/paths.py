@@ -154,9 +154,13 @@ def mean_rates(
         Rates, of the shape of w.
     """
     size = together * w.shape[-2]
+    # In float64 neither autocast nor a graphics card takes fewer digits than the type has.
+    plain = w.is_cpu and not torch.is_autocast_enabled("cpu")
+    dtype = w.dtype if plain else torch.float64
 
     def grouped(s: Tensor) -> Tensor:
-        return s.expand(*w.shape[:-1], s.shape[-1]).reshape(1, -1, size, s.shape[-1])
+        s = s.expand(*w.shape[:-1], s.shape[-1])
+        return s.reshape(1, -1, size, s.shape[-1]).to(dtype)
 
     b, db, square, half = (grouped(s[..., None]) for s in noise_and_data(interpolant, t))
     x, y = grouped(w), grouped(rows)
@@ -172,5 +176,5 @@ def mean_rates(
         mean = scaled_dot_product_attention(of_points, of_rows, pad(y, (0, 1)), mask, scale=1.0)
     mean = mean[..., :-1]
     found = db * mean + half / square * (x - b * mean)
-    error = torch.finfo(w.dtype).eps * b * scale * length.amax(-2, keepdim=True)
-    return torch.where(error < _LOG_ERROR, found, grouped(rates)).reshape(w.shape)
+    error = torch.finfo(dtype).eps * b * scale * length.amax(-2, keepdim=True)
+    return torch.where(error < _LOG_ERROR, found, grouped(rates)).reshape(w.shape).to(w)

@@ -168,3 +168,14 @@ def test_processes_together_have_the_points_of_one(world, size):
     for name in ("t", "w", "target"):
         joined = torch.cat([getattr(part, name) for part in parts])
         torch.testing.assert_close(joined, getattr(whole, name))
+
+
+def test_autocast_does_not_round_them():
+    t, (w0, rows) = torch.rand(8, 1), torch.randn(2, 8, 16, 2)
+    points = path_points(Trigonometric(), t, w0, rows)[0]
+    t, w, rates, rows = (s.float() for s in (t, *points[1:3], rows))
+    expected = mean_rates(Trigonometric(), t, w, rates, rows, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mean_rates(Trigonometric(), t, w, rates, rows, 8)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

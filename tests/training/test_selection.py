@@ -56,6 +56,7 @@ RUNS = {
     "rising by less than chance does": ([1.0, 1.1, 1.2, 1.3, 1.4], 5.0, False),
     "coming down again": ([1.0, 1.6, 1.4, 1.3, 1.2], 0.5, False),
     "one look since": ([1.0, 1.5], 0.5, True),
+    "as good again, after a bad look": ([1.0, 1.1, 1.1, 1.9, 1.09], 2.0, False),
     "falling": ([1.4, 1.3, 1.2, 1.1, 1.0], 0.5, False),
     "no number at any look": ([math.nan, math.nan], 0.5, False),
 }
