@@ -31,7 +31,7 @@ from ..interpolants.linear import Interpolant
 
 Target = Literal["velocity", "noise"]
 
-_ROWS_TOGETHER = 512  # that share points: with 1,024 a step takes longer than it is better
+_ROWS_TOGETHER = 512  # that share points: with 1,024 steps take longer than they are better
 _LOG_ERROR = 1e-2  # of log p_j, at most, where it is rounded
 
 
@@ -138,8 +138,8 @@ def mean_rates(
 ) -> Tensor:
     r"""Return mean rates of paths from N(0, I) to rows that do not depend on the base draws.
 
-    Where :math:`\sigma` is too small for :math:`p_j` to be told in the type of w, and next to none
-    of other rows is near, the rate of the path itself is returned.
+    Where :math:`\sigma` is too small for :math:`p_j` to be told in the type of w the rate of the
+    path itself is returned.
 
     Args:
         interpolant: The path between pairs, linear in its ends.
@@ -176,5 +176,6 @@ def mean_rates(
         mean = scaled_dot_product_attention(of_points, of_rows, pad(y, (0, 1)), mask, scale=1.0)
     mean = mean[..., :-1]
     found = db * mean + half / square * (x - b * mean)
-    error = torch.finfo(dtype).eps * b * scale * length.amax(-2, keepdim=True)
+    # Of log p_j of rows near x / beta; others are too far for theirs to matter.
+    error = torch.finfo(dtype).eps * x.square().sum(-1, keepdim=True) / square
     return torch.where(error < _LOG_ERROR, found, grouped(rates)).reshape(w.shape).to(w)
