@@ -171,7 +171,10 @@ class LearnedInterpolant(nn.Module, Interpolant):
             self.waves.copy_(waves.detach())
 
     def is_linear(self) -> bool:
-        """Return whether the path has scalar coefficients."""
+        """Return whether the path has scalar coefficients, and its centres are zero."""
+        return self._is_scalar() and not bool(self.centres.any())
+
+    def _is_scalar(self) -> bool:
         return not self.matrices and not self.depth
 
     def has_latent(self) -> bool:
@@ -186,7 +189,7 @@ class LearnedInterpolant(nn.Module, Interpolant):
         Raises:
             TypeError: If the weights are matrices or there is a network.
         """
-        if not self.is_linear():
+        if not self._is_scalar():
             raise TypeError("an interpolant with matrices or a network has no scalar coefficients")
         a, b = self._series(t)
         return a, b, torch.zeros_like(t)

@@ -16,6 +16,7 @@ from pyro_interpolant import (
     load,
     save,
 )
+from pyro_interpolant.diffusion import convert
 
 KINDS = {
     "scalar": {},
@@ -99,6 +100,17 @@ def test_scalar_weights_alone_are_a_linear_interpolant():
     for name in ("matrices", "network", "both"):
         with pytest.raises(TypeError, match="no scalar coefficients"):
             perturbed(name).coefficients(t)
+
+
+def test_a_path_about_centres_is_no_sum_of_noise_and_data():
+    """Its coefficients alone do not say where the rest is: no score is to be had from them."""
+    path = perturbed("scalar")
+    path.centres.zero_()
+    assert path.is_linear()
+    path.centres[1] = 1.0
+    assert not path.is_linear()
+    with pytest.raises(ValueError, match="expected a linear interpolant, got LearnedInterpolant"):
+        convert(path, 0.5, torch.zeros(2), velocity=torch.zeros(2))
 
 
 @pytest.mark.parametrize("dim", [2, 8])
