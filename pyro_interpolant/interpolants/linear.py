@@ -61,8 +61,11 @@ class Interpolant(ABC):
         return da.to(t), db.to(t), dg.to(t)
 
     def is_linear(self) -> bool:
-        """Return whether the path is linear in its ends, with :meth:`coefficients`."""
-        return True
+        """Return whether the path is linear in its ends, with :meth:`coefficients`.
+
+        One that has a :meth:`sample` of its own is not, unless it says so here.
+        """
+        return type(self).sample is Interpolant.sample
 
     def has_latent(self) -> bool:
         r"""Return whether :math:`\gamma` is anything but zero."""

@@ -125,9 +125,10 @@ def fit(
     :class:`~pyro_interpolant.AmortizedInterpolant`) p = 3, for a density hangs more on rates near
     the data than before; all else p = 1.
 
-    On paths from N(0, I) of at most 8 columns, without contexts but labels, what is regressed on
-    is not the rate of one path but the mean over all rows of the batch that its point may as well
-    lead to: the minimiser is the same, and the gradient less noisy.
+    Of at most 8 columns, without contexts other than labels, and on linear paths from N(0, I)
+    between independent pairs, the velocity is regressed not on the rate of one path but on the
+    mean over the rows, 512 of a batch at most, that its point may as well lead to: the minimiser
+    is the same, and the gradient less noisy.
 
     Args:
         distribution: The flow to train. Frozen weights are trained too, and are frozen afterwards.
@@ -171,7 +172,8 @@ def fit(
         patience: End, after 500 steps at the earliest, where the steps since the best look are
             more than this percentage of those up to it, and rows held out have got worse by both
             measures: their loss by 2% and by 0.005 a column, their density by two standard errors
-            of the difference. On a plateau a run goes on, for the falling rate improves it yet.
+            of the difference, at the last look, too. On a plateau a run goes on, for the falling
+            rate improves it yet.
         ema: The decay of the moving average of the weights.
         coupling: Who is paired with whom in a batch, of classes among the rows of each label; see
             :mod:`~pyro_interpolant.interpolants.couplings`.

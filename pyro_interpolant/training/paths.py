@@ -31,7 +31,7 @@ from ..interpolants.linear import Interpolant
 
 Target = Literal["velocity", "noise"]
 
-_ROWS_TOGETHER = 512  # that share points: with 1,024 steps take longer than they are better
+_MOST_TOGETHER = 512  # rows that share points: with 1,024 a minute has fewer steps, as good
 _LOG_ERROR = 1e-2  # of log p_j, at most, where it is rounded
 
 
@@ -45,7 +45,7 @@ class Pairs(NamedTuple):
         context: Their contexts, shape ``(*, T, N, C)``, or None.
         z: Noise, shape ``(*, T, N, D)``, or None.
         own: Those of the groups that are this process's.
-        together: How many groups, one after the other, share points; 0 where none do.
+        together: How many rows, one after the other, share points; 0 where none do.
     """
 
     t: Tensor
@@ -63,7 +63,7 @@ class Points(NamedTuple):
     Attributes:
         t: Times, broadcastable to ``(*)``.
         w: Points, shape ``(*, D)``.
-        target: Rates of the paths, or the noise, shape ``(*, D)``.
+        target: Rates of the paths, means of rates, or the noise, shape ``(*, D)``.
         context: Contexts, shape ``(*, C)``, or None.
     """
 
@@ -119,12 +119,18 @@ def path_points(
     return tuple(found)
 
 
-def groups_together(groups: int, count: int) -> int:
-    """Return how many of T groups of N rows share points, a divisor of T."""
-    together = max(1, min(groups, _ROWS_TOGETHER // count))
-    while groups % together:
-        together -= 1
-    return together
+def rows_together(groups: int, count: int) -> int:
+    """Return how many rows, one after the other in T groups of N, share points: they are a share.
+
+    Whole groups, a divisor of T of them, or a divisor of N of the rows of one.
+    """
+    if count > _MOST_TOGETHER:
+        return _divisor(count, _MOST_TOGETHER)
+    return count * _divisor(groups, _MOST_TOGETHER // count)
+
+
+def _divisor(number: int, most: int) -> int:
+    return max(k for k in range(1, most + 1) if number % k == 0)
 
 
 def mean_rates(
@@ -138,8 +144,8 @@ def mean_rates(
 ) -> Tensor:
     r"""Return mean rates of paths from N(0, I) to rows that do not depend on the base draws.
 
-    Where :math:`\sigma` is too small for :math:`p_j` to be told in the type of w the rate of the
-    path itself is returned.
+    Where :math:`\sigma` is too small for :math:`p_j` to be told in the type in which they are
+    computed, the rate of the path itself is returned.
 
     Args:
         interpolant: The path between pairs, linear in its ends.
@@ -147,20 +153,19 @@ def mean_rates(
         w: Points, shape ``(*, T, N, D)``.
         rates: The rates of their own paths, of the same shape.
         rows: The rows that these lead to, of the same shape.
-        together: How many groups share points; T is a multiple.
+        together: How many rows, one after the other, share points: see :func:`rows_together`.
         labels: Labels of the rows, shape ``(*, T, N, 1)``: paths lead to rows of their own label.
 
     Returns:
         Rates, of the shape of w.
     """
-    size = together * w.shape[-2]
     # In float64 neither autocast nor a graphics card takes fewer digits than the type has.
     plain = w.is_cpu and not torch.is_autocast_enabled("cpu")
     dtype = w.dtype if plain else torch.float64
 
     def grouped(s: Tensor) -> Tensor:
         s = s.expand(*w.shape[:-1], s.shape[-1])
-        return s.reshape(1, -1, size, s.shape[-1]).to(dtype)
+        return s.reshape(1, -1, together, s.shape[-1]).to(dtype)
 
     b, db, square, half = (grouped(s[..., None]) for s in noise_and_data(interpolant, t))
     x, y = grouped(w), grouped(rows)

@@ -5,12 +5,12 @@ import pytest
 import torch
 from cases import INTERPOLANTS, LATENT
 
-from pyro_interpolant import InterpolantTransform, Trigonometric, VelocityMLP
+from pyro_interpolant import InterpolantTransform, Linear, Trigonometric, VelocityMLP
 from pyro_interpolant.distributions.bases import WhitenedBase
 from pyro_interpolant.interpolants.couplings import independent, optimal_transport
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
-from pyro_interpolant.training.paths import groups_together, mean_rates, path_points
+from pyro_interpolant.training.paths import mean_rates, path_points, rows_together
 from pyro_interpolant.training.rows import Rows
 
 PATHS = {**INTERPOLANTS, **LATENT}
@@ -35,20 +35,20 @@ def test_mean_rates_are_their_definition(name, dim, groups):
     t = 0.02 + 0.96 * torch.rand(groups, 1)
     w0, rows = torch.randn(2, groups, 4, dim)
     for points in path_points(PATHS[name], t, w0, rows):
-        found = mean_rates(PATHS[name], *points[:3], rows, groups)
+        found = mean_rates(PATHS[name], *points[:3], rows, 4 * groups)
         for i in range(groups):
             expected = of_all_rows(PATHS[name], t[i], points.w[i, 2], rows.flatten(0, 1))
             torch.testing.assert_close(found[i, 2], expected)
 
 
 def test_groups_share_points_in_equal_pieces():
-    assert groups_together(64, 16) == 32  # 1,024 rows, of which 512 share points
-    assert groups_together(64, 4) == groups_together(64, 1) == 64
-    assert groups_together(63, 16) == 21
-    assert groups_together(61, 16) == groups_together(64, 10_000) == 1
+    assert rows_together(64, 16) == 32 * 16  # half of 1,024 rows
+    assert (rows_together(64, 4), rows_together(64, 1)) == (64 * 4, 64)
+    assert (rows_together(63, 16), rows_together(61, 16)) == (21 * 16, 16)
+    assert (rows_together(64, 10_000), rows_together(64, 521)) == (500, 1)  # of large batches
     t, (w0, rows) = torch.rand(6, 1), torch.randn(2, 6, 4, 2)
     (points,) = path_points(Trigonometric(), t, w0, rows)
-    found = mean_rates(Trigonometric(), *points[:3], rows, 2)
+    found = mean_rates(Trigonometric(), *points[:3], rows, 8)
     for i in range(6):
         few = rows[i - i % 2 : i - i % 2 + 2].flatten(0, 1)
         expected = of_all_rows(Trigonometric(), t[i], points.w[i, 1], few)
@@ -62,7 +62,7 @@ def test_mean_rates_are_rates_in_the_mean_and_vary_less(name):
     rows = torch.randn(5000, 3, 16, 2) * torch.tensor([0.3, 1.0])
     (points, *_) = path_points(PATHS[name], t.expand(5000, 3, 1), torch.randn_like(rows), rows)
     # Sixteen rows of one time share points.
-    means = mean_rates(PATHS[name], t.expand(5000, 3, 1), points.w, points.target, rows, 1)
+    means = mean_rates(PATHS[name], t.expand(5000, 3, 1), points.w, points.target, rows, 16)
     for f in (torch.ones_like(points.w), points.w, points.w.sin(), points.w.flip(-1) ** 2):
         difference = f * (means - points.target)
         error = difference.mean(2).std(0) / 5000**0.5
@@ -77,7 +77,7 @@ def test_paths_lead_to_rows_of_their_own_label():
     labels = labels[:, None].expand(8, 6, 1)
     rows = rows + 50.0 * labels
     (points,) = path_points(Trigonometric(), t, w0, rows)
-    found = mean_rates(Trigonometric(), *points[:3], rows, 8, labels)
+    found = mean_rates(Trigonometric(), *points[:3], rows, 48, labels)
     for label in (0, 1):
         few = rows[labels[..., 0] == label]
         expected = of_all_rows(Trigonometric(), t[3], points.w[3, label], few)
@@ -94,8 +94,8 @@ def test_in_single_precision_rates_near_the_data_are_right(name, scale):
     rows[0, 0] = rows[0, 1]  # copies may be taken for each other
     (points,) = path_points(PATHS[name], t, w0, rows)[:1]
     single = [s.float() for s in (t, *points[1:3], rows)]
-    exact = mean_rates(PATHS[name], *(s.double() for s in single), 64)
-    found = mean_rates(PATHS[name], *single, 64).double()
+    exact = mean_rates(PATHS[name], *(s.double() for s in single), 512)
+    found = mean_rates(PATHS[name], *single, 512).double()
     is_own = found == single[2].double()
     assert bool(is_own[-1].any())
     assert bool(is_own[t[:, 0] < 0.5].double().mean() < 0.05)
@@ -139,12 +139,12 @@ def test_who_learns_from_mean_rates(name):
     is_mean = not bool(torch.isclose(points.target, own.target).all())
     assert is_mean == (name in OF_MANY_ROWS)
     if "classes" in options:
-        expected = mean_rates(made.flow.interpolant, *own[:3], pairs.w1, 64, pairs.context)
+        expected = mean_rates(made.flow.interpolant, *own[:3], pairs.w1, 256, pairs.context)
         torch.testing.assert_close(points.target, expected)
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
-@pytest.mark.parametrize("size", [256, 2048])
+@pytest.mark.parametrize("size", [256, 2048, 2**16])
 def test_processes_together_have_the_points_of_one(world, size):
     """Rows of others, too, may be what a point of a process leads to."""
     x = torch.randn(size - size % world, 2)
@@ -173,8 +173,30 @@ def test_autocast_does_not_round_them():
     t, (w0, rows) = torch.rand(8, 1), torch.randn(2, 8, 16, 2)
     points = path_points(Trigonometric(), t, w0, rows)[0]
     t, w, rates, rows = (s.float() for s in (t, *points[1:3], rows))
-    expected = mean_rates(Trigonometric(), t, w, rates, rows, 8)
+    expected = mean_rates(Trigonometric(), t, w, rates, rows, 128)
     with torch.autocast("cpu", torch.bfloat16):
-        found = mean_rates(Trigonometric(), t, w, rates, rows, 8)
+        found = mean_rates(Trigonometric(), t, w, rates, rows, 128)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+class Bent(Linear):
+    """A path of one's own, whose coefficients are not all of it."""
+
+    def sample(self, t, x0, x1, z=None):
+        x, rate = super().sample(t, x0, x1, z)
+        bend = (x1 - x0).tanh()
+        t = t[..., None]
+        return x + t * (1 - t) * bend, rate + (1 - 2 * t) * bend
+
+
+def test_a_path_with_a_sample_of_its_own_is_not_taken_for_linear():
+    assert not Bent().is_linear()
+    flow = InterpolantTransform(VelocityMLP(2, (8,)), interpolant=Bent()).flow
+    made = Objective(flow, WhitenedBase(None, flow.whitening), independent)
+    rows = Rows(torch.randn(256, 2), None)
+    torch.manual_seed(1)
+    pairs = made._pairs(rows, made.base, made.process)
+    torch.manual_seed(1)
+    ((points,),) = made.points([lambda: rows])
+    torch.testing.assert_close(points.target, Bent().sample(*pairs[:3])[1])
