@@ -5,6 +5,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from .data import DEFAULT_SHARE, DataLike, HeldOut, Table, as_held_out
 from .distributed import Process
 from .image_rows import is_image
 from .loop import Callback, Run, Schedule
-from .objective import Coupling, Objective, exponent_of
+from .objective import Coupling, Objective, exponent_of, takes_means
 from .optimization import NonFiniteError
 from .options import check_choices
 from .preparation import noise_network, prepare_flow, start_from
@@ -241,7 +242,8 @@ def fit(
                 density, flow.noise = None, noise_network(flow)
             seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
             exponent = exponent_of(flow, seen, learn, state)
-            objective = Objective(flow, seen, coupling, process, target=learn, exponent=exponent)
+            aim = partial(Objective, target=learn, exponent=exponent, means=takes_means(state))
+            objective = aim(flow, seen, coupling, process)
             held = objective.without_outliers(split.held)
             if density is not None and flow.independent:  # else paths, too, are what is learned
                 density.judge_by(held)

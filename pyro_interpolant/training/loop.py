@@ -458,6 +458,7 @@ class Run:
             "run": {"step": self.descent.steps, **{name: getattr(self, name) for name in _PLACE}},
             "seconds": seconds,
             "time_exponent": self.monitor.objective.exponent,
+            "means": self.monitor.objective.means,
             "batches": place,
             "clip": counts,
             "looks": looks,

@@ -173,6 +173,11 @@ def exponent_of(flow: Flow, base: WhitenedBase, target: Target, state: Checkpoin
     return time_exponent(flow.velocity) if base.base is None and target == "velocity" else 1.0
 
 
+def takes_means(state: Checkpoint | None) -> bool:
+    """Return whether rates are means over rows, or what a run goes on from began without."""
+    return state is None or not state.tensors or bool(state.numbers.get("means", False))
+
+
 class Objective(nn.Module):
     """The regression loss of a flow's network on batches of whitened rows.
 
@@ -186,6 +191,7 @@ class Objective(nn.Module):
         target: Whether the velocity is trained, or the network of the latent noise.
         metric: A linear map L of vectors, ``(*, D)``: norms of the loss are then :math:`|L u|`.
         exponent: p of the times :math:`1 - (1 - u)^p`, u uniform on [0, 1].
+        means: Whether rates are means over rows, where paths cross.
 
     Attributes:
         network: The network that is trained, the one submodule.
@@ -203,6 +209,7 @@ class Objective(nn.Module):
         target: Target = "velocity",
         metric: Metric | None = None,
         exponent: float = 1.0,
+        means: bool = True,
     ) -> None:
         super().__init__()
         network = flow.noise if target == "noise" else flow.velocity
@@ -219,7 +226,7 @@ class Objective(nn.Module):
             coupling = partial(optimal_transport, on_torus=True)
         self.base, self.coupling, self.target, self.metric = base, coupling, target, metric
         self.process = Process() if process is None else process
-        self.exponent = exponent
+        self.exponent, self.means = exponent, means
         self.has_latent = flow.interpolant.has_latent()
         from_normal = base.base is None and flow.interpolant.is_linear()
         is_small = flow.event_dim <= _MOST_SHARED_DIM
@@ -344,6 +351,7 @@ class Objective(nn.Module):
             (rows.context is None or self.flow.classes > 0)
             and rows.partner is None
             and self.coupling is independent
+            and self.means
             and self.has_crossing_paths
         )
 

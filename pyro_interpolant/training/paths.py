@@ -160,7 +160,7 @@ def mean_rates(
         Rates, of the shape of w.
     """
     # In float64 neither autocast nor a graphics card takes fewer digits than the type has.
-    plain = w.is_cpu and not torch.is_autocast_enabled("cpu")
+    plain = w.is_cpu and not torch.is_autocast_enabled(w.device.type)
     dtype = w.dtype if plain else torch.float64
 
     def grouped(s: Tensor) -> Tensor:

@@ -606,7 +606,7 @@ def test_exact_where_the_posterior_is_gaussian(name, how):
             n: part.reshape(-1, *guide(data)[n].shape)
             for n, part in zip(names, parts, strict=True)
         }
-        fit_guide(guide, data, samples=samples, seed=0, progress=False, options={"steps": 300})
+        fit_guide(guide, data, samples=samples, seed=0, progress=False, options={"steps": 600})
     guide.requires_grad_(requires_grad=False).eval()
     with torch.no_grad():
         z = guide.get_posterior().sample((20_000,))
