@@ -195,6 +195,7 @@ class Objective(nn.Module):
 
     Attributes:
         network: The network that is trained, the one submodule.
+        means: Whether they are, of rows without contexts and partners.
     """
 
     flow: Flow
@@ -226,11 +227,11 @@ class Objective(nn.Module):
             coupling = partial(optimal_transport, on_torus=True)
         self.base, self.coupling, self.target, self.metric = base, coupling, target, metric
         self.process = Process() if process is None else process
-        self.exponent, self.means = exponent, means
+        self.exponent = exponent
         self.has_latent = flow.interpolant.has_latent()
         from_normal = base.base is None and flow.interpolant.is_linear()
         is_small = flow.event_dim <= _MOST_SHARED_DIM
-        self.has_crossing_paths = from_normal and is_small and target == "velocity"
+        self.means = means and from_normal and is_small and target == "velocity"
 
     def whitened(self, rows: Rows) -> Rows:
         """Return rows given in the flow's coordinates whitened, by float64, in its type.
@@ -346,13 +347,12 @@ class Objective(nn.Module):
         return Pairs(t[near, None], grouped(w0), grouped(rows.w), context, z, own, together)
 
     def _shares_points(self, rows: Rows) -> bool:
-        """Return whether the rates of rows' paths are means over what a point may lead to."""
+        """Return whether a point on the path to one of some rows may as well lead to another."""
         return (
             (rows.context is None or self.flow.classes > 0)
             and rows.partner is None
             and self.coupling is independent
             and self.means
-            and self.has_crossing_paths
         )
 
     def _times(self, u: Tensor) -> Tensor:
