@@ -410,12 +410,14 @@ def test_the_rate_is_constant_then_falls_to_zero_and_lands_early_from_where_it_i
 
 
 @pytest.mark.slow
-def test_a_gaussian_is_learned_from_its_density_alone():
+def test_a_gaussian_is_learned_from_its_density_alone(monkeypatch):
+    # Else how many moves a round makes depends on its time, and k-hat by chance: beside busy
+    # processes two runs had one of 0.59 and 1.19, with 99.8% and 99.9% effective draws.
+    for name in ("_ROUND_MOVES", "_MIXING_MOVES"):
+        monkeypatch.setattr(f"pyro_interpolant.infer.smc.train.{name}", (10, 10))
     target, flow = slanted(), tiny()
     result = quick(flow, lambda x: target.log_prob(x) - 11.0, draws=2000, steps=100)
     assert isinstance(result, RoundsResult)
-    # How many moves a round makes depends on the time it has, so runs differ: beside busy
-    # processes one had a k-hat of 0.59 with 99.8% effective draws, where others have 0 to 0.15.
     assert result.k_hat < K_HAT_LIMIT
     assert result.ess > 0.9 * result.draws
     assert result.log_evidence == pytest.approx(-11.0, abs=0.02)
