@@ -23,10 +23,6 @@ from .linear import Coefficients, Interpolant
 class _WithoutCoefficients(Interpolant):
     r"""A path without coefficients, and without a latent term :math:`\gamma z`."""
 
-    def is_linear(self) -> bool:
-        """Return False."""
-        return False
-
     def has_latent(self) -> bool:
         """Return False."""
         return False

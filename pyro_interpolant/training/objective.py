@@ -368,8 +368,7 @@ class Objective(nn.Module):
             points = tuple(
                 p._replace(target=mean_rates(path, *p[:3], w1, together, context)) for p in points
             )
-        points = tuple(p._replace(context=context) for p in points)
-        return tuple(p.of_groups(own) for p in points)
+        return tuple(p._replace(context=context).of_groups(own) for p in points)
 
     def _coupled(self, rows: Rows, base: WhitenedBase, size: int, process: Process) -> Tensor:
         """Return base draws coupled with the rows, in batches of so many."""
