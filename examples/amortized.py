@@ -5,7 +5,7 @@ patients (scikit-learn's data of 442)? Outcomes have outliers, so the model is S
 posterior has a closed form. A guide learns the posterior of any such group from simulations; it is
 checked by simulation (is it calibrated?), by weights, and against NUTS.
 
-pip install 'pyro-interpolant[examples]'
+pip install -e '.[examples]'
 python examples/amortized.py
 """
 

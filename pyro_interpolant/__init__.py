@@ -83,7 +83,7 @@ if TYPE_CHECKING:
         train_from_density,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MOVED = {
     name: f"it is {__name__}.{room}.{name}"

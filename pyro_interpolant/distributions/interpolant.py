@@ -393,10 +393,13 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
     def condition(self, context: Tensor) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``: batch shape ``(*)``.
 
-        The columns of a data frame of contexts are taken by name.
+        Where the velocity has ``classes`` it may be labels, whole numbers of shape ``(*)``. The
+        columns of a data frame of contexts are taken by name.
 
         Raises:
-            ValueError: If the last dimension is not the velocity's ``context_dim``.
+            TypeError: If it is neither a tensor nor a data frame.
+            ValueError: If the last dimension is not the velocity's ``context_dim``, or a label is
+                none of the classes.
         """
         return self._conditioned(context, InterpolantDistribution)
 

@@ -21,8 +21,8 @@ class Report:
         best_step: The step whose weights were kept.
         steps: The number of steps taken.
         log_prob_error: The mean absolute error of ``log_prob`` that the solver makes, nats.
-        sample_error: The root mean square error that the solver makes in samples, in whitened
-            units; of images, for which it is calibrated by that, and not by ``log_prob``.
+        sample_error: The root mean square error that the solver makes in samples, in standard
+            deviations; of images, for which it is calibrated by that, and not by ``log_prob``.
         held_out: The mean log-density of rows held out, nats; None where there is no density, or
             was no time.
         held_out_stderr: Its standard error, nats.
@@ -64,7 +64,7 @@ class Report:
                 f"samples within {self.sample_error:.1g} standard deviations, log_prob not "
                 "calibrated; "
             )
-        return "".join(found) + f"best at step {self.best_step:,} of {self.steps:,}"
+        return "".join(found) + f"weights of step {self.best_step:,} of {self.steps:,}"
 
 
 def decimals(error: float) -> int:

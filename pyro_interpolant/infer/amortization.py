@@ -30,7 +30,7 @@ from ..training.whitening import warn_if_coarse
 from ..transforms.interpolant import ConditionalInterpolantTransform
 from .hidden import is_hidden
 from .importance_sampling import GOOD_SHARE, importance_of
-from .log_density import TO_BATCH, LogJoint
+from .log_density import TO_BATCH, LogJoint, NoDensityError
 from .simulation import Simulator
 from .simulations import Simulations
 from .sites import LatentSites, Model
@@ -235,7 +235,7 @@ def _importance_of_data_sets(
         try:
             density = LogJoint(_GivenData(sites, data, rows[i]))
             _, log_weights = importance_of(view, density, _JUDGED_DRAWS)
-        except NotImplementedError:  # a simulator without a density
+        except NoDensityError:
             return [], NO_DENSITY
         except (ValueError, RuntimeError) as error:
             reason = reason if failed else f"No weights, see calibration(): {error}"

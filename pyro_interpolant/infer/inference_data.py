@@ -33,8 +33,7 @@ def to_arviz(
     of a flow without names it is ``x``, whose columns are called as those of its data frame. Of
     :func:`~pyro_interpolant.importance` it holds draws resampled by their weights, with k-hat,
     effective sample size, log-evidence and verdict as attributes; the guide's draws themselves
-    and their normalised ``log_weight`` are in a group ``proposal``. (``pip install
-    'pyro-interpolant[arviz]'``)
+    and their normalised ``log_weight`` are in a group ``proposal``. (``pip install arviz``)
 
     Args:
         source: A flow, such as a :class:`~pyro_interpolant.JointInterpolantDistribution`; a guide

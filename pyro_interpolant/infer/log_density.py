@@ -53,6 +53,10 @@ TO_BATCH = (  # how to write a model so that many draws can be evaluated at once
 Evaluate = Callable[[Tensor], Tensor]
 
 
+class NoDensityError(ValueError):
+    """A site has no log density that is known."""
+
+
 class LogJoint:
     r"""The log density of a model's latent sites as one unconstrained vector, batched.
 
@@ -196,7 +200,10 @@ class LogJoint:
 
         with poutine.block():
             trace = poutine.trace(run).get_trace()  # whose errors show the shapes of all sites
-            trace.compute_log_prob()
+            try:
+                trace.compute_log_prob()
+            except NotImplementedError as error:
+                raise _without_density(cast("Nodes", trace.nodes)) from error
         return cast("Nodes", trace.nodes)
 
     def plate(self, count: int) -> pyro.plate:
@@ -225,8 +232,9 @@ def log_joint(target: AutoContinuous | Model, *args: object, **kwargs: object) -
 
     Raises:
         TypeError: If ``target`` is neither.
-        ValueError: If the log density is noisy (a subsampled plate, a hidden latent site), not
-            finite at the initial point, or cannot be evaluated for many vectors at once.
+        ValueError: If a site has no ``log_prob``, or the log density is noisy (a subsampled plate,
+            a hidden latent site), not finite at the initial point, or cannot be evaluated for many
+            vectors at once.
 
     Example:
         >>> def model(y):
@@ -257,9 +265,19 @@ def known_log_joint(sites: LatentSites, z: Tensor) -> LogJoint | None:
         density = LogJoint(sites)
         density.check(z)
         return density
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         warn_user(f"the guide will not be judged by importance weights: {error}")
         return None
+
+
+def _without_density(nodes: Nodes) -> NoDensityError:
+    """Return the error that names the site of a trace whose log density is not known."""
+    sampled = (s for s in nodes.values() if s["type"] == "sample" and "log_prob" not in s)
+    name, fn = next(((s["name"], type(s["fn"]).__name__) for s in sampled), ("", "none"))
+    return NoDensityError(
+        f"expected a log_prob of every site, got a {fn} at {name!r}, which has none: an "
+        "AmortizedInterpolant learns from simulations alone, and calibration() judges it"
+    )
 
 
 class _NotPositiveDefinite(TorchFunctionMode):

@@ -59,7 +59,7 @@ Trace = Callable[[Tensor, list[Tensor]], Tensor]  # of the first layer's inputs,
 
 
 class VelocityMLP(nn.Module):
-    r"""A velocity :math:`v_t(x \mid c)` with an exact divergence for about twice its own price.
+    r"""A velocity :math:`v_t(x \mid c)` with an exact divergence at a small multiple of its price.
 
     With :math:`s` the SiLU, shifts :math:`b_i(t, c)` and scales :math:`a_i(t, c)` from a small
     embedding of time and context,

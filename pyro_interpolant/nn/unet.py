@@ -221,8 +221,7 @@ def _diffusers_unet() -> Any:
         from diffusers.models.unets.unet_2d import UNet2DModel
     except ImportError as error:
         raise ImportError(
-            "UNet needs diffusers: pip install 'pyro-interpolant[images]', or give ImageVelocity "
-            "a network of your own"
+            "UNet needs diffusers: pip install diffusers, or give ImageVelocity another network"
         ) from error
     return UNet2DModel
 

@@ -167,9 +167,10 @@ def fit(
         weight_decay: AdamW's, which shrinks all weights by this share of the learning rate at each
             step; by default (70 D / N)^2 for N training rows, at most 0.5; none for a network of
             images, or where no first pass counts an iterable's rows.
-        validation: The share of rows held out, of an iterable up to 8,192, with all copies of
-            each; which rows of a table, a mask of shape ``(N,)``; or rows of your own, shape
-            ``(M, *event_shape)``; for a conditional flow ``(rows, contexts)``.
+        validation: The share of rows held out, of an iterable up to 8,192, of images up to
+            2^22 / D (256 if that is more), with all copies of each; which rows of a table, a mask
+            of shape ``(N,)``; or rows of your own, shape ``(M, *event_shape)``; for a conditional
+            flow ``(rows, contexts)``.
         patience: End, after 500 steps at the earliest, where the steps since the best look are
             more than this percentage of those up to it, and rows held out have got worse by both
             measures: their loss by 2% and by 0.005 a column, their density by two standard errors

@@ -90,7 +90,7 @@ def reflow(
         context: Contexts, shape ``(N, C)``, for a conditional flow.
         interpolant: The path between the pairs; by default straight, of angles along geodesics.
         tolerance: Of the density, nats, for the report and the calibration; of images of samples,
-            whitened units.
+            standard deviations.
         seed: As in :func:`~pyro_interpolant.fit`.
         **fit_options: For :func:`~pyro_interpolant.fit`; of images the learning rate is 0.003,
             where none is given.

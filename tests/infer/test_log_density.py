@@ -21,7 +21,7 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.nn import PyroModule, PyroSample
 from torch.distributions import biject_to
 
-from pyro_interpolant import AutoInterpolant, importance, log_joint, neutra
+from pyro_interpolant import AutoInterpolant, fit_guide, importance, log_joint, neutra
 from pyro_interpolant.infer import LogJoint
 from pyro_interpolant.infer.log_density import evaluated_safely
 from pyro_interpolant.infer.prior import prior_draws
@@ -775,6 +775,35 @@ def test_a_model_that_branches_on_values_is_refused():
 
     with pytest.raises(ValueError, match=r"by plate it fails with .*by vmap it fails with .*it"):
         log_joint(model)
+
+
+class Simulated(dist.TorchDistribution):
+    """What can be drawn, but has no density."""
+
+    arg_constraints = {}
+    support = constraints.real
+
+    def sample(self, sample_shape=()):
+        return torch.zeros(sample_shape)
+
+
+def simulator():
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", Simulated(), obs=torch.tensor(0.3))
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        log_joint,
+        lambda model: importance(AutoInterpolant(model)),
+        lambda model: fit_guide(AutoInterpolant(model), max_seconds=1.0),
+    ],
+    ids=["log_joint", "importance", "fit_guide"],
+)
+def test_a_site_without_a_density_is_named(asks):
+    with pytest.raises(ValueError, match=r"got a Simulated at 'y', which has none: .*calibration"):
+        asks(simulator)
 
 
 def test_a_density_that_is_nowhere_finite_is_refused():

@@ -122,7 +122,7 @@ def test_without_a_density_there_are_no_nats():
     report = fit(d, torch.randn(300, 2), **{**QUICK, **given}).report
     assert report.held_out is None
     assert report.log_prob_error is None
-    assert " s: best at step " in repr(report)
+    assert " s: weights of step " in repr(report)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +131,11 @@ def test_without_a_density_there_are_no_nats():
         (
             Report(5, 3000, 41.4, 1080, 6000, 0.0041, -6.1234, 0.031, -6.8),
             "5-d density from 3,000 rows in 41.4 s: held-out -6.123 ± 0.031 nats (one Gaussian "
-            "-6.800); log_prob within 0.004 nats; best at step 1,080 of 6,000",
+            "-6.800); log_prob within 0.004 nats; weights of step 1,080 of 6,000",
         ),
         (
             Report(2, math.inf, 600.0, 10, 20, None, -120.4, 3.2, None),
-            "2-d density in 10 min: held-out -120.4 ± 3.2 nats; best at step 10 of 20",
+            "2-d density in 10 min: held-out -120.4 ± 3.2 nats; weights of step 10 of 20",
         ),
     ],
 )
