@@ -60,7 +60,9 @@ class AmortizedResult(NamedTuple):
         ess: The same quantiles of the effective share of draws.
         log_evidence: The same quantiles of the log-evidence of the data sets, nats.
         data_sets: How many these were.
-        gain: How many nats more than the prior the guide gives the latents of fresh simulations.
+        gain: How many nats more than the prior the guide gives the latents of fresh simulations;
+            NaN where the prior's density is not known, as it depends on what the model hides, or
+            on sites that batches of simulations leave out.
         gain_stderr: Its standard error.
         simulations: The number of simulations the guide was trained on.
         improper: The share of simulations left out, as they were not finite.
@@ -183,14 +185,15 @@ def measured_on_simulations(
     """
     rows, context = pack(fresh)
     log_q = posterior.condition(context).log_prob(rows).double()
-    log_p = (fresh.log_prior + _log_det(posterior, rows)).double()
+    log_prior = fresh.log_prior if simulator.is_told_early else fresh.log_prior * math.nan
+    log_p = (log_prior + _log_det(posterior, rows)).double()
     gains, error = log_q - log_p, math.sqrt(len(rows))
     if posterior.report is not None:
         posterior.report = replace(
             posterior.report,
             held_out=float(log_q.mean()),
             held_out_stderr=float(log_q.std()) / error,
-            reference=float(log_p.mean()),
+            reference=float(log_p.mean()) if bool(log_p.isfinite().all()) else None,
             reference_name=PRIOR,
         )
     # Data that are no sample sites, but functions of numbers drawn otherwise, have no density,
@@ -270,6 +273,8 @@ def verdict_of_amortised(result: AmortizedResult, reason: str = NO_DENSITY) -> s
     k_hat, ess, improper = result.k_hat, result.ess, result.improper
     gain = f"{result.gain:.2f} ± {result.gain_stderr:.2f}"
     found = f"{gain} nats more than the prior on fresh simulations"
+    if math.isnan(result.gain):
+        found = "trained, but the prior's density, to compare with, is not known"
     left = f"; {improper:.2%} of the simulations were not finite and left out" if improper else ""
     if math.isnan(k_hat[-1]):
         return f"{found}{left}. {reason}"
@@ -308,20 +313,24 @@ def truncated(
         pack: From latents to packed rows.
         deadline: When to be content with those that are there, by :func:`time.monotonic`.
     """
-    kept: list[dict[str, Tensor]] = []
+    kept: list[Simulations] = []
     there = tries = 0
     size = _LOOPED_DRAWS if simulator.batching == "loop" else max(count, _REGION_DRAWS)
     while there < count and tries < _MOST_TRIES * count:
         if tries and time.monotonic() > deadline:
             break
-        latents = simulator.prior(size)
-        inside = is_inside(posteriors, pack(latents))
-        kept.append({name: value[inside] for name, value in latents.items()})
+        # What is hidden cannot be given: then whole simulations are drawn.
+        is_told = simulator.is_told_early
+        found = simulator.prior(size) if is_told else simulator(size, deadline=deadline)
+        inside = is_inside(posteriors, pack(found.latents))
+        kept.append(found.take(inside))
         there, tries = there + int(inside.sum()), tries + size
     if not there:
         return None
-    latents = {k: torch.cat([part[k] for part in kept])[:count] for k in kept[0]}
-    return simulator(min(count, there), latents, deadline)
+    found = Simulations.joined(kept).take(torch.arange(min(count, there)))
+    if not simulator.is_told_early:
+        return found
+    return simulator(len(found.log_prior), found.latents | found.data, deadline)
 
 
 def are_enough(found: Simulations, count: int, number: int) -> bool:

@@ -325,7 +325,9 @@ class AmortizedInterpolant(AutoInterpolant):
             Talts et al., arXiv 1804.06788; Lemos et al., arXiv 2302.03026.
         """
         check_ranges(whole("count", count, 2))
-        with seeded(seed):
+        with seeded(seed):  # other simulations than those that training had of the same seed
+            own = int(torch.randint(2**62, (), device="cpu"))
+        with seeded(own):
             found = self.simulate(count, *args, **kwargs)
         return calibration_of(self.posterior, found.latents, self.rows_of(found)[1], seed)
 

@@ -18,7 +18,14 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..distributions.rows import as_tensor, checked_rows, columns_in_order, counted, names_of
+from ..distributions.rows import (
+    as_tensor,
+    checked_rows,
+    columns_in_order,
+    counted,
+    names_of,
+    places_in,
+)
 from .validity import is_valid
 
 _ASYMMETRY = 1e-4  # of a covariance, in units of the standard deviations
@@ -147,9 +154,11 @@ def measurements(
         y: What was measured, shape ``(N, D)``, or ``(N,)``.
         noise: Standard deviations, shape ``(N, D)``; covariances, shape ``(N, D, D)``; or a
             function of x and a row's numbers.
-        noise_data: These numbers, shape ``(N, ...)``, for a function.
+        noise_data: These numbers, shape ``(N, ...)``, for a function: in the order that it takes
+            them in, but for a data frame with the names of the latents.
         names: Those of the columns of latents in their order, or none: a data frame y is taken by
-            them. Errors, and beside a function y, may have other names, and go by position then.
+            them. Errors, and beside a function y, may have other names: errors then go by the
+            columns of y that are in the same places.
         dtype: The type that they will be compared in, where that may be coarser than y's own.
 
     Raises:
@@ -166,6 +175,8 @@ def measurements(
         raise ValueError(f"expected y of shape (N, D) or (N,), got {tuple(found.shape)}")
     if callable(noise):
         found = checked_rows(found, "y", found.shape[1:])
+        if noise_data is not None and sorted(names_of(noise_data)) == sorted(names):
+            noise_data = columns_in_order(noise_data, names, "noise_data")
         row = None if noise_data is None else _numbers(noise_data, found)
         return Measurements(found, row, _Function(noise))
     if noise_data is not None:
@@ -179,6 +190,11 @@ def measurements(
         noise, own if own and set(own) != set(names) else names, "noise", strict=False
     )
     spread = given.detach().double()
+    places = places_in(y, names)  # where the columns of latents were in y
+    if places is not None and sorted(names_of(noise)) != sorted(names):
+        for dim in range(1, spread.dim()):
+            if spread.shape[dim] == len(places):
+                spread = spread.index_select(dim, torch.tensor(places).to(spread.device))
     if spread.dim() == 0 or len(spread) != len(found):
         raise ValueError(
             f"expected noise of {len(found)} rows, as y has, got shape {tuple(spread.shape)}: "

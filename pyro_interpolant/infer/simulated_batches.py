@@ -59,7 +59,7 @@ class SimulatedBatches:
                 f"{self.improper} with NaN or infinite numbers"
             )
         held = Simulations.joined(first).take(torch.arange(min(JUDGED_ROWS, total // _HELD_SHARE)))
-        self.held = held._replace(log_prior=simulator.log_prior(held.latents))
+        self.held = held._replace(log_prior=simulator.log_prior(held.data | held.latents))
         self._held_keys = keys_of(Rows(*pack(held)))  # latents may repeat, with other data
 
     def __len__(self) -> int:

@@ -57,6 +57,8 @@ class Simulator:
         shapes: The shapes of what is simulated, by name.
         drawn: Which of the sites that the model observes are drawn: the observed ones, where all
             of them are sample sites. The others keep their values. Else None, for all.
+        early: The shapes of the sites that are drawn before the last of the latents, by name: the
+            prior of the latents may depend on them.
 
     Raises:
         ValueError: If a name is not in the model, the model cannot be simulated, or the support
@@ -90,6 +92,9 @@ class Simulator:
         names = list(dict.fromkeys([*sampled, *observed]))
         self.sampled = [*self.latents, *sampled]
         self.shapes = {name: nodes[name]["value"].shape for name in names}
+        order = list(nodes)
+        last = max(map(order.index, self.latents))
+        self.early = {k: self.shapes[k] for k in sampled if order.index(k) < last}
         self.batch_dims = {k: len(n["fn"].batch_shape) for k, n in nodes.items() if is_sampled(n)}
         self.nesting = max([plate_nesting(nodes), *self.batch_dims.values()])
         numbers = sum(nodes[name]["value"].numel() for name in [*self.latents, *names])
@@ -108,7 +113,7 @@ class Simulator:
 
         Args:
             count: How many, N, of which those that are finite are returned.
-            given: Latents to simulate from, each ``(N, *site_shape)``; by default the prior's.
+            given: Values of sites to simulate from, each ``(N, *site_shape)``; by default none.
             deadline: When to be content with those that are there, by :func:`time.monotonic`.
 
         Raises:
@@ -332,22 +337,47 @@ class Simulator:
             calls.append((stop - start, self.batching, few))
         return calls
 
-    def prior(self, count: int) -> dict[str, Tensor]:
-        """Return draws of the latents alone, each ``(N, *site_shape)``: no data are simulated.
+    def prior(self, count: int) -> Simulations:
+        """Return draws of the latents, their data those of the ``early`` sites alone.
+
+        Given both, the rest of a simulation follows, as :attr:`is_told_early` says.
 
         Args:
             count: How many, of which those N that are proper are returned.
         """
         found = self._drawn(count, self.batching, {}, latents_alone=True)
-        return found.take(all_of(self.proper(found))).latents
+        return found.take(all_of(self.proper(found)))
 
-    def log_prior(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """Return the log density of latents, each ``(N, *site_shape)`` on its support, ``(N,)``.
+    @functools.cached_property
+    def is_told_early(self) -> bool:
+        """Whether latents and ``early`` sites are all that is drawn up to the last of the latents.
+
+        Else a model draws there what it hides, of which both the latents and the data may be made.
+        """
+        with _attempts(), seeded(0):
+            nodes = self._run(latents_alone=True)
+        given = {name: nodes[name]["value"] for name in (*self.latents, *self.early)}
+        found = []
+        for seed in range(2):
+            with _attempts(), seeded(seed):
+                nodes = self._run(None, given, latents_alone=True)
+                if draws() > 0:
+                    return False
+            found.append(self._log_probs(nodes, list(given)))
+        return torch.equal(*(each.nan_to_num() for each in found))
+
+    def log_prior(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the log density of latents, shape ``(N,)``; NaN where it is not known.
 
         Args:
-            latents: The latents; no data are simulated with them.
+            values: The latents, each ``(N, *site_shape)`` on its support, and other sites: no
+                data are simulated with them. It is known if the ``early`` sites are among them,
+                and are all that the prior of the latents depends on.
         """
-        count, given = len(next(iter(latents.values()))), dict(latents)
+        given = {k: values[k] for k in (*self.latents, *self.early) if k in values}
+        count = len(next(iter(given.values())))
+        if not (self.early.keys() <= given.keys() and self.is_told_early):
+            return torch.full((count,), math.nan)
         return self._drawn(count, self.batching, given, latents_alone=True).log_prior
 
     @torch.no_grad()
@@ -404,7 +434,7 @@ class Simulator:
             check_rows_count(nodes)
             self._check_kept(nodes, count)
         log_prior = self._log_probs(nodes, list(self.latents), count).sum(0)
-        shapes = {} if latents_alone else self.shapes
+        shapes = self.early if latents_alone else self.shapes
         return Simulations(of(self.latents), of(shapes), log_prior, 0)
 
     def _log_probs(self, nodes: Nodes, names: list[str], count: int | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.joint import Sites, own_sites, rows_by_name
-from ..distributions.rows import columns_in_order, names_of
+from ..distributions.rows import columns_in_order, names_of, places_in
 
 
 class Names(NamedTuple):
@@ -96,3 +96,20 @@ class Names(NamedTuple):
             return None
         names = self.rows if len(names_of(rows)) == len(self.rows) else ()
         return columns_in_order(rows, names, name)
+
+    def partners(self, pairs: ArrayLike | None, data: object) -> Tensor | None:
+        """Return the partners of rows at the base, shape ``(N, D)``, or None, in this order.
+
+        Args:
+            pairs: The partners, with names as in :meth:`at_base`, or in the order of the data.
+            data: The rows as they were given.
+        """
+        found, places = self.at_base(pairs, "pairs"), places_in(data, self.rows)
+        if (
+            found is None
+            or places is None
+            or names_of(pairs)
+            or found.shape[-1:] != (len(places),)
+        ):
+            return found
+        return found[..., places]

@@ -19,7 +19,11 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyro_interpolant as pi
-from pyro_interpolant.infer.amortization import AmortizedResult, verdict_of_amortised
+from pyro_interpolant.infer.amortization import (
+    AmortizedResult,
+    truncated,
+    verdict_of_amortised,
+)
 from pyro_interpolant.infer.hidden import is_hidden
 from pyro_interpolant.infer.simulation import Simulator
 from pyro_interpolant.infer.sites import LatentSites
@@ -290,9 +294,78 @@ def test_simulations_have_the_shapes_and_laws_of_the_sites(model, batching, shap
     if variance is not None:
         assert abs(found.data["y"].var(0).mean() - variance) < 0.3
     alone = simulator.prior(600)
-    assert set(alone) == set(found.latents)
-    given = simulator(5, {name: value[:5] for name, value in alone.items()})
-    assert all(torch.equal(given.latents[name], alone[name][:5]) for name in alone)
+    assert set(alone.latents) == set(found.latents)
+    assert not alone.data
+    given = simulator(5, alone.take(torch.arange(5)).latents)
+    assert all(torch.equal(given.latents[k], value[:5]) for k, value in alone.latents.items())
+
+
+def of_a_covariate(x=None, y=None):
+    """A model whose latent has a prior that depends on what is drawn, and observed, before."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+    w = pyro.sample("w", dist.Normal(3 * x, 0.1))
+    pyro.sample("y", dist.Normal(w, 0.5), obs=y)
+
+
+def of_something_hidden(y=None):
+    h = pyro.sample("h", dist.Normal(0.0, 1.0), infer={"is_hidden": True})
+    pyro.sample("w", dist.Normal(3 * h, 0.1))
+    pyro.sample("y", dist.Normal(3 * h, 0.5), obs=y)
+
+
+hides = poutine.block(of_something_hidden, hide_fn=lambda msg: "is_hidden" in msg["infer"])
+
+
+class Near:
+    """A density that is high near 3."""
+
+    def log_prob(self, rows):
+        return -(rows[:, 0] - 3.0).abs()
+
+
+@pytest.mark.parametrize(
+    ("model", "observed"), [(of_a_covariate, ("x", "y")), (hides, ("y",))], ids=["x", "hidden"]
+)
+def test_a_truncated_prior_leaves_latents_with_all_that_they_were_drawn_with(model, observed):
+    simulator = simulator_of(model, observed=observed)
+    torch.manual_seed(0)
+    found = truncated(simulator, [(Near(), -1.0)], 500, lambda v: v["w"][:, None], math.inf)
+    w = found.latents["w"]
+    assert len(w) == 500
+    assert bool(((w - 3).abs() <= 1).all())
+    error = found.data["y"] - w  # 0.51 around 0; were the rest drawn anew, 3.0 around -3
+    assert abs(float(error.mean())) < 0.1
+    assert abs(float(error.std()) - 0.51) < 0.1
+    if "x" in observed:
+        assert float((w - 3 * found.data["x"]).std()) == pytest.approx(0.1, abs=0.02)
+
+
+def test_the_prior_density_of_batches_is_given_what_was_drawn_before():
+    simulator = simulator_of(of_a_covariate, observed=("x", "y"))
+    x = torch.randn(20)
+    w = 3 * x + 0.1 * torch.randn(20)
+    expected = dist.Normal(3 * x, 0.1).log_prob(w)
+    assert list(simulator.early) == ["x"]
+    torch.testing.assert_close(simulator.log_prior({"w": w, "x": x, "y": w}), expected)
+    assert bool(simulator.log_prior({"w": w}).isnan().all())
+    assert bool(simulator_of(hides).log_prior({"w": w}).isnan().all())
+
+
+def test_a_guide_is_not_judged_on_the_simulations_it_learned_from(monkeypatch):
+    guide = pi.AmortizedInterpolant(looped, hidden_dims=(8,))
+    seen, real = [], Simulator.__call__
+
+    def noted(self, *args, **kwargs):
+        seen.append(real(self, *args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(Simulator, "__call__", noted)
+    options = {**QUICK, "options": {"steps": 2}, "seed": 0}
+    pi.fit_guide(guide, simulations=64, **options)
+    learned = seen[0].latents["w"]
+    guide.calibration(count=64, seed=0)
+    assert len(learned) == len(seen[-1].latents["w"]) == 64
+    assert not bool(torch.isin(seen[-1].latents["w"], learned).any())
 
 
 def test_the_prior_density_of_simulations_is_that_of_their_latents():

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
@@ -126,6 +128,37 @@ def test_errors_that_depend_on_each_other_are_whitened_together():
     found = measurements(y, covariances).log_likelihood(x)
     assert torch.allclose(found[0], few)
     assert torch.allclose(found[1:], wanted[1:])
+
+
+FLIPPED = pd.DataFrame({"b": [2.0, 2.5], "a": [7.0, 7.5]})
+SDS = pd.DataFrame({"b": [0.1, 0.2], "a": [3.0, 4.0]})
+CROSSED = np.array([[[0.01, 0.1], [0.1, 9.0]]] * 2)  # of b and a
+
+
+@pytest.mark.parametrize(
+    ("noise", "variances"),
+    [
+        (SDS, [[9.0, 0.01], [16.0, 0.04]]),
+        (SDS.to_numpy(), [[9.0, 0.01], [16.0, 0.04]]),
+        (SDS.rename(columns="e_{}".format), [[9.0, 0.01], [16.0, 0.04]]),
+        (CROSSED, [[9.0, 0.01]] * 2),
+    ],
+    ids=["same names", "array", "other names", "covariances"],
+)
+def test_errors_go_with_the_columns_that_they_are_of(noise, variances):
+    found = measurements(FLIPPED, noise, names=("a", "b"))
+    assert found.y[0].tolist() == [7.0, 2.0]
+    covariances = torch.linalg.inv(found.precisions())
+    expected = torch.tensor(variances, dtype=torch.float64)
+    torch.testing.assert_close(covariances.diagonal(dim1=1, dim2=2), expected)
+    if noise is CROSSED:
+        assert covariances[:, 0, 1].tolist() == pytest.approx([0.1, 0.1])
+
+
+def test_numbers_beside_a_function_go_by_the_names_of_the_latents_or_as_they_are():
+    for data in (SDS, SDS[["a", "b"]].to_numpy()):
+        found = measurements(FLIPPED, as_function, data, ("a", "b"))
+        assert (found.y[0].tolist(), found.row[0].tolist()) == ([7.0, 2.0], [3.0, 0.1])
 
 
 @pytest.mark.slow

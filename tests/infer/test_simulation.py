@@ -463,7 +463,7 @@ def test_draws_on_the_edge_of_a_support_are_left_out():
     assert 0 < found.improper < 200
     guide.rows_of(found)
     simulator = simulator_of(model)
-    assert len(simulator.prior(2000)["w"]) < 2000
+    assert len(simulator.prior(2000).latents["w"]) < 2000
 
 
 @pytest.mark.parametrize("low", [0.0, -1.0])

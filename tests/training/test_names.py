@@ -155,6 +155,10 @@ def test_frames_at_the_base_go_by_the_names_of_the_data(monkeypatch):
     from_samples(frame, pairs=swapped, weights=mask)
     assert torch.equal(given["pairs"], rows[mask > 0])
     d = latent_flow()
+    d.columns = ("a", "b")  # of an earlier run; an array has its columns where the data have them
+    of_array = Table(d, swapped, None, pairs=rows.flip(1), anew=False)
+    assert torch.equal(of_array.rows.partner, of_array.rows.w)
+    d = latent_flow()
     start_from(d, swapped, table.split(Process(), None), table)
     assert torch.equal(d.base.rows, rows)
     with pytest.raises(ValueError, match=r"expected base_samples with the columns \['a', 'b'\]"):
