@@ -131,16 +131,16 @@ def test_errors_that_depend_on_each_other_are_whitened_together():
 
 
 FLIPPED = pd.DataFrame({"b": [2.0, 2.5], "a": [7.0, 7.5]})
-SDS = pd.DataFrame({"b": [0.1, 0.2], "a": [3.0, 4.0]})
+ERRORS = pd.DataFrame({"b": [0.1, 0.2], "a": [3.0, 4.0]})
 CROSSED = np.array([[[0.01, 0.1], [0.1, 9.0]]] * 2)  # of b and a
 
 
 @pytest.mark.parametrize(
     ("noise", "variances"),
     [
-        (SDS, [[9.0, 0.01], [16.0, 0.04]]),
-        (SDS.to_numpy(), [[9.0, 0.01], [16.0, 0.04]]),
-        (SDS.rename(columns="e_{}".format), [[9.0, 0.01], [16.0, 0.04]]),
+        (ERRORS, [[9.0, 0.01], [16.0, 0.04]]),
+        (ERRORS.to_numpy(), [[9.0, 0.01], [16.0, 0.04]]),
+        (ERRORS.rename(columns="e_{}".format), [[9.0, 0.01], [16.0, 0.04]]),
         (CROSSED, [[9.0, 0.01]] * 2),
     ],
     ids=["same names", "array", "other names", "covariances"],
@@ -156,7 +156,7 @@ def test_errors_go_with_the_columns_that_they_are_of(noise, variances):
 
 
 def test_numbers_beside_a_function_go_by_the_names_of_the_latents_or_as_they_are():
-    for data in (SDS, SDS[["a", "b"]].to_numpy()):
+    for data in (ERRORS, ERRORS[["a", "b"]].to_numpy()):
         found = measurements(FLIPPED, as_function, data, ("a", "b"))
         assert (found.y[0].tolist(), found.row[0].tolist()) == ([7.0, 2.0], [3.0, 0.1])
 
