@@ -293,8 +293,10 @@ class _Rows:
         if self.u.shape[1] > 1:
             return None
         with torch.no_grad(), contextlib.suppress(NotImplementedError):
-            parts = [view.cdf(self.x[part]).double() for view, part in self.parts()]
-            return torch.cat(parts)[:, None]
+            found = torch.cat([view.cdf(self.x[part]).double() for view, part in self.parts()])
+            # A packed site is an unconstrained number, which may fall as its value rises.
+            falls = isinstance(self.distribution, NamedSites) and bool(self.directions < 0)
+            return (1 - found if falls else found)[:, None]
         return None
 
 

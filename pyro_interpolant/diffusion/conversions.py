@@ -96,9 +96,14 @@ class Conversion:
         """
         x, (b, db, square, half) = self._x, self._terms
         if self._given == "velocity":
-            no_noise = (square <= roundoff(x)) & (b.abs() > roundoff(x))
-            top = torch.where(no_noise, x, square * self.velocity - half * x)
-            bottom = torch.where(no_noise, b, db * square - b * half)
+            # Over sigma, which is small near the data: both terms would vanish with its square.
+            sd = square.sqrt()
+            slope = half / sd.where(sd > 0, 1)
+            bottom = db * sd - b * slope
+            no_noise = (sd == 0) | ((sd <= roundoff(x)) & (bottom.abs() <= roundoff(x)))
+            no_noise &= b.abs() > roundoff(x)
+            top = torch.where(no_noise, x, sd * self.velocity - slope * x)
+            bottom = torch.where(no_noise, b, bottom)
             needed = "the velocity determines the denoiser"
             raise_if_singular(bottom.abs() <= roundoff(x), self._t, needed, "another")
             return top / bottom

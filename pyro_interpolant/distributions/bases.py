@@ -365,7 +365,11 @@ def copy_like(value: Any, like: Tensor) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(copy_like(v, like) for v in value)
     if isinstance(value, nn.Module):
-        return copy.deepcopy(value).to(like)
+        stays = all(
+            own.device == like.device and (own.dtype == like.dtype or not own.is_floating_point())
+            for own in (*value.parameters(), *value.buffers())
+        )
+        return value if stays else copy.deepcopy(value).to(like)  # it may be trained on
     if isinstance(value, (Distribution, Transform)):
         return _copy_parts(value, lambda part: copy_like(part, like))
     return value

@@ -320,9 +320,11 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         _, rises, increases = _orientation(self)
         end = q.new_tensor(math.inf).copysign(q - 0.5 if rises else 0.5 - q)[..., None]
         end, _ = self.from_flow(end)
-        q = q if increases else 1 - q
-        inner = (q > 0) & (q < 1)
-        x = pushed(self, _base_icdf(self, q.where(inner, 0.5)))
+        at_base = q if increases else 1 - q
+        asked = q if self.base is None else at_base  # N(0, 1) is asked for what is above as well
+        inner = (asked > 0) & (asked < 1)
+        x = pushed(self, _base_icdf(self, q.where(inner, 0.5), above=not increases))
+        q = at_base
         is_known = not (is_tracing() or is_functional())
         for at, bound in enumerate(() if is_known and bool(inner.all()) else _base_ends(self)):
             if bool(bound.isfinite().any()):
@@ -359,8 +361,8 @@ def _cdf(distribution: Summaries, value: Tensor) -> Tensor:
     inside = distribution.support.check(value)
     inside = inside & value.isfinite().reshape(inside.shape)
     safe = value.where(inside.reshape(value.shape), middle)
-    below = _base_cdf(distribution, ComposeTransform(distribution.transforms).inv(safe))
-    below = below if increases else 1 - below
+    x = ComposeTransform(distribution.transforms).inv(safe)
+    below = _base_cdf(distribution, x, above=not increases)
     inside = inside & ~below.isnan()  # on an edge that the support has
     beyond = (value > middle).to(below).reshape(inside.shape)
     unknown = value.isnan().reshape(inside.shape)
@@ -399,10 +401,13 @@ def _at_steps(distribution: Summaries, x: Tensor) -> Tensor:
     return distribution.from_flow(x.expand(-1, *batch, flow.event_dim))[0]
 
 
-def _base_cdf(distribution: Summaries, x: Tensor) -> Tensor:
-    """Return the base's probability up to x, shape ``(*)``, of x of shape ``(*, 1)``."""
-    if distribution.base is None:
-        return torch.special.ndtr(x[..., 0])
+def _base_cdf(distribution: Summaries, x: Tensor, *, above: bool = False) -> Tensor:
+    """Return the base's probability up to x, or above it, shape ``(*)``, x of shape ``(*, 1)``."""
+    if distribution.base is None:  # 1 - p would round a small one away, as ndtr of float32 does
+        side = x[..., 0] if above else -x[..., 0]
+        return 0.5 * torch.special.erfc(math.sqrt(0.5) * side)
+    if above:
+        return 1 - _base_cdf(distribution, x)
     if isinstance(distribution.base, Summaries):
         return _cdf(distribution.base, x)
     base = _scalars(distribution.base)
@@ -416,10 +421,12 @@ def _base_cdf(distribution: Summaries, x: Tensor) -> Tensor:
     return below.where(within, beyond)[..., 0]
 
 
-def _base_icdf(distribution: Summaries, q: Tensor) -> Tensor:
-    """Return the base's quantiles, shape ``(*, 1)``, of probabilities, shape ``(*)``."""
+def _base_icdf(distribution: Summaries, q: Tensor, *, above: bool = False) -> Tensor:
+    """Return the base's quantiles, ``(*, 1)``, of probabilities, or of those above, ``(*)``."""
     if distribution.base is None:
-        return torch.special.ndtri(q)[..., None]
+        x = torch.special.ndtri(q)[..., None]
+        return -x if above else x
+    q = 1 - q if above else q
     if isinstance(distribution.base, Summaries):
         return distribution.base.icdf(q)
     base = _scalars(distribution.base)

@@ -326,7 +326,7 @@ class AmortizedInterpolant(AutoInterpolant):
         """
         check_ranges(whole("count", count, 2))
         with seeded(seed):  # other simulations than those that training had of the same seed
-            own = int(torch.randint(2**62, (), device="cpu"))
+            own = int(torch.randint(2**62, ()))
         with seeded(own):
             found = self.simulate(count, *args, **kwargs)
         return calibration_of(self.posterior, found.latents, self.rows_of(found)[1], seed)

@@ -9,19 +9,25 @@ caches of other libraries from doing so.
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from .cache import CachedTransform, RealVectorTransform
 from .whitening import Whitening
 
 
-class Whiten(RealVectorTransform):
-    r"""The map :math:`w = L^{-1}(x - \mathrm{loc})` from data to whitened coordinates."""
+class Whiten(CachedTransform):
+    r"""The map :math:`w = L^{-1}(x - \mathrm{loc})` from data to whitened coordinates.
+
+    It gives back the very draw it was called with: a base may have no density a rounding away.
+    """
 
     def __init__(self, whitening: Whitening) -> None:
         super().__init__()
         self.whitening = whitening
+
+    def _sources(self) -> Sequence[Tensor]:
+        return list(self.whitening.buffers())
 
     def _call(self, x: Tensor) -> Tensor:
         return self.whitening.to_white(x)
@@ -91,6 +97,9 @@ class PerEvent(RealVectorTransform):
 class Cached(PerEvent, CachedTransform):
     """A :class:`PerEvent` that gives back the very tensor it was called with."""
 
+    def _sources(self) -> Sequence[Tensor]:
+        return _tensors_of(self.wrapped)
+
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log |dy/dx|``, shape ``(*)``.
 
@@ -101,3 +110,24 @@ class Cached(PerEvent, CachedTransform):
         if entry is not None and entry.forward:
             y = self._call(x)
         return super().log_abs_det_jacobian(x, y)
+
+
+def _tensors_of(transform: Transform) -> list[Tensor]:
+    """Return the tensors that a transform is made of, such as bounds, but none it remembers."""
+    found: list[Tensor] = []
+    left: list[object] = [transform]
+    seen: set[int] = set()  # an inverse holds what it is the inverse of
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, nn.Module):
+            found += [*part.parameters(), *part.buffers()]
+        elif isinstance(part, list | tuple):
+            left += part
+        elif isinstance(part, Transform):
+            left += [value for name, value in vars(part).items() if name != "_cached_x_y"]
+    return found

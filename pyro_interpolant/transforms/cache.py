@@ -338,8 +338,14 @@ class CachedTransform(RealVectorTransform):
         entry = self._find(y=y)
         return self._entry_from_output(y).x if entry is None else entry.x
 
+    def _sources(self) -> Sequence[Tensor]:
+        """Return all tensors, but for x, that a result depends on."""
+        raise NotImplementedError
+
     def _find(self, *, x: Tensor | None = None, y: Tensor | None = None) -> Entry | None:
-        return self._cache.find(x=x, y=y)
+        if not self._cache.knows(x, y):
+            return None
+        return self._cache.find(x=x, y=y, sources=self._sources())
 
     def _entry_from_input(self, x: Tensor) -> Entry:
         return self._keep(Entry(x, self._call(x)))
@@ -348,7 +354,7 @@ class CachedTransform(RealVectorTransform):
         return self._keep(Entry(self._inverse(y), y, forward=False))
 
     def _keep(self, entry: Entry) -> Entry:
-        self._cache.store(entry)
+        self._cache.store(entry, self._sources())
         return entry
 
     def clear_cache(self) -> None:

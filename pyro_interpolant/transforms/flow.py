@@ -318,7 +318,7 @@ class Flow(nn.Module):
             path: The way through the flow.
         """
         if path.end == 0.0:
-            return self.whitening.log_det.expand(states.shape[1:-1])
+            return self.whitening.log_det.expand(states.shape[1:-1]).clone()
         times, weights = (s.to(states) for s in path.times)
         if is_tracing() or (not path.recomputes() and self._needs_graph(states, path)):
             shape = (-1,) + (1,) * (states.dim() - 2)

@@ -240,7 +240,7 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
                 )
             if entry.log_det is None:
                 entry.log_det = self.flow.log_det(states, path)
-        return entry.log_det
+        return entry.log_det.clone()  # what is done to it in place is not done to the cache
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         """Return the shape of the output: the input's, broadcast with the context's batch."""

@@ -335,3 +335,14 @@ def test_rows_of_named_sites_have_names(check):
     table = torch.stack(list(joint.sample_dict((9,)).values()), 1)
     with pytest.raises(TypeError, match=r"draws of the sites \['a', 'sd'\] by name"):
         check(joint, table)
+
+
+def test_a_site_that_is_bounded_above_alone_is_judged_as_its_values_rise():
+    transform = interpolant_transform(1, (8,))
+    below = JointInterpolantDistribution(transform, sites={"a": ((), constraints.less_than(0.0))})
+    torch.manual_seed(0)
+    a = -torch.exp(torch.randn(200) + 1.0)  # lower than exp(N(0, 1)) below 0
+    found = pit(below.freeze(), {"a": a})
+    exact = torch.special.ndtr(-a.neg().log().double())
+    torch.testing.assert_close(found.values[:, 0], exact)
+    assert "predicted too high" in found.verdict

@@ -281,3 +281,15 @@ def sign_of_divisor(interpolant, t):
     (a, b, g), (da, db, dg) = interpolant.coefficients(time), interpolant.derivatives(time)
     delta = db * (a**2 + g**2) - b * (a * da + g * dg)
     return delta, bool(delta > 0)
+
+
+@pytest.mark.parametrize("t", [0.9, 0.9991, 0.9999, 1.0])
+def test_the_denoiser_follows_the_velocity_to_the_end_in_single_precision(t):
+    x, velocity = torch.tensor([[0.5]]), torch.tensor([[3.0]])
+    found = convert(Linear(), t, x, velocity=velocity).denoiser
+    expected = 0.5 + (1 - torch.tensor(t)) * 3
+    torch.testing.assert_close(found, expected.reshape(1, 1), rtol=1e-6, atol=0)
+    for member in (EncodingDecoding(), Latent(Linear(), SineSquared(0.8)), Trigonometric()):
+        exact = convert(member, t, x.double(), velocity=velocity.double()).denoiser
+        found = convert(member, t, x, velocity=velocity).denoiser
+        torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)

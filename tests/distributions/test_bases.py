@@ -586,3 +586,16 @@ def test_a_bounded_base_ends_no_training():
     assert result.stopped_by == "schedule"
     assert result.solver.steps < 256  # by the rows that have a density
     assert result.report.log_prob_error < 1e-2  # the default tolerance, nats
+
+
+def test_a_move_to_where_it_is_already_leaves_a_base_to_be_trained():
+    coupling = dist.transforms.affine_coupling(2, [4])
+    normal = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
+    base = dist.TransformedDistribution(normal, [coupling])
+    d = InterpolantDistribution(interpolant_transform(2, (8,)), base)
+    d.to(torch.get_default_dtype())
+    x = torch.tensor([[0.3, 0.2]])
+    with torch.no_grad():
+        for p in coupling.parameters():
+            p.add_(0.3)
+        torch.testing.assert_close(d.log_prob(x), base.log_prob(x.clone()))

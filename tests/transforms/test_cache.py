@@ -1131,3 +1131,43 @@ def test_large_weights_are_not_copied_and_every_change_of_them_is_seen(dtype):
     assert change(lambda w: w.flip(0)) > 1e-6
     assert change(lambda w: w.T.clone()) > 1e-6
     assert change(lambda w: -w) > 1e-6
+
+
+def test_bounds_that_move_are_seen():
+    low = torch.zeros(2, dtype=torch.float64)
+    d = InterpolantDistribution(
+        interpolant_transform(2, (8,)), support=constraints.greater_than(low)
+    )
+    y = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    with torch.no_grad():
+        before = d.log_prob(y)
+        low.add_(2.0)
+        after = d.log_prob(y)
+        torch.testing.assert_close(after, d.log_prob(y.clone()))
+    assert bool(after != before)
+
+
+def test_a_look_without_gradients_leaves_those_of_bounds():
+    high = torch.tensor([5.0, 6.0], dtype=torch.float64, requires_grad=True)
+    support = constraints.interval(torch.zeros(2, dtype=torch.float64), high)
+    d = InterpolantDistribution(interpolant_transform(2, (8,)), support=support).freeze()
+    y = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    with torch.no_grad():
+        d.log_prob(y)
+    found, expected = (torch.autograd.grad(d.log_prob(x).sum(), high)[0] for x in (y, y.clone()))
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_returned_may_be_changed_in_place():
+    transform = interpolant_transform(2, (8,))
+    transform.flow.whitening.set(torch.zeros(2), 2 * torch.eye(2))
+    d = InterpolantDistribution(transform).freeze()
+    x = d.sample((3,))
+    expected = d.log_prob(x.clone())
+    _, log_det = transform.inverse_and_log_det(x)
+    log_det.mul_(0.0)
+    torch.testing.assert_close(d.log_prob(x), expected)
+    at_base = d.at(0.0).transform  # whose log-determinant is that of the whitening
+    w = torch.zeros(1, 2)
+    at_base.log_abs_det_jacobian(w, at_base(w)).add_(3.0)
+    torch.testing.assert_close(d.log_prob(x.clone()), expected)
