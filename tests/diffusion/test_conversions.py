@@ -293,3 +293,20 @@ def test_the_denoiser_follows_the_velocity_to_the_end_in_single_precision(t):
         exact = convert(member, t, x.double(), velocity=velocity.double()).denoiser
         found = convert(member, t, x, velocity=velocity).denoiser
         torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("t", [0.9, 0.98, 0.99, 0.995, 0.998, 0.9995])
+def test_a_score_in_single_precision_is_right_or_refused(t):
+    """Of data N(0.7, 4) on the encoding-decoding path, whose velocity is known."""
+    at, x = torch.tensor(t, dtype=torch.float64), torch.tensor([[-1.0], [0.5], [2.0]]).double()
+    path = EncodingDecoding()
+    (a, b, g), (da, db, dg) = path.coefficients(at), path.derivatives(at)
+    variance = a**2 + g**2 + 4 * b**2
+    score = -(x - 0.7 * b) / variance
+    velocity = db * (0.7 + 4 * b / variance * (x - 0.7 * b)) - (a * da + g * dg) * score
+    if t > 0.99:
+        with pytest.raises(ValueError, match="the velocity determines the score"):
+            _ = convert(path, t, x.float(), velocity=velocity.float()).score
+    else:
+        found = convert(path, t, x.float(), velocity=velocity.float()).score
+        torch.testing.assert_close(found.double(), score, rtol=0, atol=0.01)
