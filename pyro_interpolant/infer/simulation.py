@@ -363,7 +363,7 @@ class Simulator:
                 nodes = self._run(None, given, latents_alone=True)
                 if draws() > 0:
                     return False
-            found.append(self._log_probs(nodes, list(given)))
+            found.append(self._log_probs(nodes, list(self.latents)))
         return torch.equal(*(each.nan_to_num() for each in found))
 
     def log_prior(self, values: Mapping[str, Tensor]) -> Tensor:
