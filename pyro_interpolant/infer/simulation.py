@@ -31,7 +31,7 @@ from .runs import (
     check_rows_count,
     plate_nesting,
 )
-from .simulations import Simulations, all_of
+from .simulations import Simulations, all_of, is_near
 from .sites import LatentSites, Nodes, check_fixed_support, extreme_rows, is_sampled, unchecked
 from .workers import called_in_workers
 
@@ -308,7 +308,7 @@ class Simulator:
             if not torch.allclose(alone, together[i], rtol=1e-4, atol=1e-4):
                 return False
             for name in self.shapes:  # deterministic ones, too, in whatever unit
-                if not _is_near(own[name]["value"], values[name], i):
+                if not is_near(own[name]["value"], values[name], i):
                     return False
         return True
 
@@ -485,19 +485,3 @@ def _attempts() -> Iterator[None]:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         yield
-
-
-def _is_near(value: Tensor, values: Tensor, i: int) -> bool:
-    """Return whether the value of a single run is that of simulation i among N of a plate.
-
-    Each number in its own unit, which the others of its place have: a site may hold several.
-
-    Args:
-        value: The value, shape ``(*site_shape)``.
-        values: Those of the plate, shape ``(N, *site_shape)``.
-        i: Which of them.
-    """
-    value, values = value.double(), values.double()
-    size = values.abs().nan_to_num(0.0, 0.0, 0.0).amax(0)
-    near = (value - values[i]).abs() <= 1e-4 * values[i].abs() + 1e-5 * size
-    return bool((near | (value == values[i])).all())

@@ -43,3 +43,19 @@ class Simulations(NamedTuple):
 def all_of(masks: Mapping[str, Tensor]) -> Tensor:
     """Return where all of several masks hold, shape ``(N,)`` each."""
     return torch.stack(list(masks.values())).all(0)
+
+
+def is_near(value: Tensor, values: Tensor, i: int) -> bool:
+    """Return whether the value of a single run is that of simulation i among N of a plate.
+
+    Each number in its own unit, which the others of its place have: a site may hold several.
+
+    Args:
+        value: The value, shape ``(*site_shape)``.
+        values: Those of the plate, shape ``(N, *site_shape)``.
+        i: Which of them.
+    """
+    value, values = value.double(), values.double()
+    size = values.abs().nan_to_num(0.0, 0.0, 0.0).amax(0)
+    near = (value - values[i]).abs() <= 1e-4 * values[i].abs() + 1e-5 * size
+    return bool((near | (value == values[i])).all())
