@@ -285,10 +285,9 @@ def sign_of_divisor(interpolant, t):
 
 @pytest.mark.parametrize("t", [0.9, 0.9991, 0.9999, 1.0])
 def test_the_denoiser_follows_the_velocity_to_the_end_in_single_precision(t):
-    x, velocity = torch.tensor([[0.5]]), torch.tensor([[3.0]])
+    x, velocity = torch.tensor([[0.5], [3.0]], dtype=torch.float32)[:, None]
     found = convert(Linear(), t, x, velocity=velocity).denoiser
-    expected = 0.5 + (1 - torch.tensor(t)) * 3
-    torch.testing.assert_close(found, expected.reshape(1, 1), rtol=1e-6, atol=0)
+    assert float(found) == pytest.approx(0.5 + (1 - t) * 3, rel=1e-6)
     for member in (EncodingDecoding(), Latent(Linear(), SineSquared(0.8)), Trigonometric()):
         exact = convert(member, t, x.double(), velocity=velocity.double()).denoiser
         found = convert(member, t, x, velocity=velocity).denoiser
