@@ -128,24 +128,6 @@ def columns_in_order(x: ArrayLike, names: Sequence[str], name: str) -> Tensor:
     return in_order(as_tensor(x, name), found, names, name)
 
 
-def places_in(x: object, names: Sequence[str]) -> list[int] | None:
-    """Return where the columns of a data frame are that have names, in the order of these.
-
-    What belongs to its columns by position has to be put in the same order.
-
-    Args:
-        x: Rows.
-        names: The names of the columns in their order, or none.
-
-    Returns:
-        D places, or None where x is no data frame of these names, or has them in this order.
-    """
-    own = names_of(x)
-    if own == tuple(names) or sorted(own) != sorted(names):
-        return None
-    return [own.index(name) for name in names]
-
-
 def _names_of_row(x: Any, names: Sequence[str]) -> tuple[str, ...]:
     """Return the index of a row of a data frame of several columns, if it is names; else none."""
     index = getattr(x, "index", None)  # of lists a method

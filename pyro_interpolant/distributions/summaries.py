@@ -324,13 +324,12 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         asked = q if self.base is None else at_base  # N(0, 1) is asked for what is above as well
         inner = (asked > 0) & (asked < 1)
         x = pushed(self, _base_icdf(self, q.where(inner, 0.5), above=not increases))
-        q = at_base
         is_known = not (is_tracing() or is_functional())
         for at, bound in enumerate(() if is_known and bool(inner.all()) else _base_ends(self)):
             if bool(bound.isfinite().any()):
                 image = pushed(self, bound.nan_to_num(posinf=0.0, neginf=0.0))
                 image = image.where(bound.isfinite().reshape(image.shape), end)
-                end = image.where((q == at).reshape(x.shape), end)
+                end = image.where((at_base == at).reshape(x.shape), end)
         return x.where(inner.reshape(x.shape), end)
 
 

@@ -313,14 +313,13 @@ def truncated(
         pack: From latents to packed rows.
         deadline: When to be content with those that are there, by :func:`time.monotonic`.
     """
+    is_told = simulator.is_told_early  # what is hidden cannot be given: then all is drawn at once
     kept: list[Simulations] = []
     there = tries = 0
     size = _LOOPED_DRAWS if simulator.batching == "loop" else max(count, _REGION_DRAWS)
     while there < count and tries < _MOST_TRIES * count:
         if tries and time.monotonic() > deadline:
             break
-        # What is hidden cannot be given: then whole simulations are drawn.
-        is_told = simulator.is_told_early
         found = simulator.prior(size) if is_told else simulator(size, deadline=deadline)
         inside = is_inside(posteriors, pack(found.latents))
         kept.append(found.take(inside))
@@ -328,9 +327,8 @@ def truncated(
     if not there:
         return None
     found = Simulations.joined(kept).take(torch.arange(min(count, there)))
-    if not simulator.is_told_early:
-        return found
-    return simulator(len(found.log_prior), found.latents | found.data, deadline)
+    given = found.latents | found.data
+    return simulator(len(found.log_prior), given, deadline) if is_told else found
 
 
 def are_enough(found: Simulations, count: int, number: int) -> bool:

@@ -272,11 +272,11 @@ def known_log_joint(sites: LatentSites, z: Tensor) -> LogJoint | None:
 
 def _without_density(nodes: Nodes) -> NoDensityError:
     """Return the error that names the site of a trace whose log density is not known."""
-    sampled = (s for s in nodes.values() if s["type"] == "sample" and "log_prob" not in s)
-    name, fn = next(((s["name"], type(s["fn"]).__name__) for s in sampled), ("", "none"))
+    site = next(s for s in nodes.values() if s["type"] == "sample" and "log_prob" not in s)
     return NoDensityError(
-        f"expected a log_prob of every site, got a {fn} at {name!r}, which has none: an "
-        "AmortizedInterpolant learns from simulations alone, and calibration() judges it"
+        f"expected a log_prob of every site, got a {type(site['fn']).__name__} at "
+        f"{site['name']!r}, which has none: an AmortizedInterpolant learns from simulations "
+        "alone, and calibration() judges it"
     )
 
 

@@ -23,8 +23,8 @@ from ..distributions.rows import (
     checked_rows,
     columns_in_order,
     counted,
+    in_order,
     names_of,
-    places_in,
 )
 from .validity import is_valid
 
@@ -190,20 +190,19 @@ def measurements(
         noise, own if own and set(own) != set(names) else names, "noise", strict=False
     )
     spread = given.detach().double()
-    places = places_in(y, names)  # where the columns of latents were in y
-    if places is not None and sorted(names_of(noise)) != sorted(names):
-        for dim in range(1, spread.dim()):
-            if spread.shape[dim] == len(places):
-                spread = spread.index_select(dim, torch.tensor(places).to(spread.device))
     if spread.dim() == 0 or len(spread) != len(found):
         raise ValueError(
             f"expected noise of {len(found)} rows, as y has, got shape {tuple(spread.shape)}: "
             "errors that all rows share are expanded, sds.expand(y.shape)"
         )
     least = _rounding(found, dtype or found.dtype)
+    # Errors of other names or none are those of the columns of y, where these were.
+    wanted = () if set(names_of(noise)) == set(names) else names
     if spread.shape == found.shape:
+        spread = in_order(spread, own, wanted)
         inverse, log_density = _inverse_sds(spread, least), _independent
     elif found.dim() == 2 and spread.shape == (*found.shape, found.shape[1]):
+        spread = in_order(in_order(spread, own, wanted).mT, own, wanted).mT
         inverse, log_density = _whitenings(spread, given.dtype, least), _correlated
     else:
         raise ValueError(

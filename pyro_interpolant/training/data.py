@@ -120,9 +120,8 @@ class Table:
                 "expected flip=False beside pairs, whose partners belong to images as they are"
             )
         self.names = Names.for_training(distribution, data, context, anew=anew)
-        pairs = self.names.partners(pairs, data)
-        data, context = self.names.ordered(data, context)
-        given = weights, data, context, pairs, mask_of(validation)
+        ordered, context = self.names.ordered(data, context)
+        given = weights, ordered, context, self.names.partners(pairs, data), mask_of(validation)
         data, context, pairs, mask, weights = drop_zero_weights(*given)
         found = rows_of(distribution, data, context)
         if found.context is not None and not distribution.transform.flow.classes:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.joint import Sites, own_sites, rows_by_name
-from ..distributions.rows import columns_in_order, names_of, places_in
+from ..distributions.rows import columns_in_order, in_order, names_of
 
 
 class Names(NamedTuple):
@@ -104,12 +104,7 @@ class Names(NamedTuple):
             pairs: The partners, with names as in :meth:`at_base`, or in the order of the data.
             data: The rows as they were given.
         """
-        found, places = self.at_base(pairs, "pairs"), places_in(data, self.rows)
-        if (
-            found is None
-            or places is None
-            or names_of(pairs)
-            or found.shape[-1:] != (len(places),)
-        ):
+        found = self.at_base(pairs, "pairs")
+        if found is None or names_of(pairs) or found.shape[-1:] != (len(self.rows),):
             return found
-        return found[..., places]
+        return in_order(found, names_of(data), self.rows, "pairs")
