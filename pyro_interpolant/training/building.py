@@ -4,6 +4,7 @@ What the data are decides what is built: an event of their shape on their suppor
 conditional flow where there are contexts, a Gaussianizing map where one pays, a U-Net for images.
 """
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,7 +54,8 @@ from .names import Names
 from .objective import Coupling
 from .optimization import NonFiniteError
 from .options import check_options
-from .preprocessing import preferred_support, rounded, warn_if_rounded
+from .preprocessing import preferred_support
+from .repeats import random_order, warn_if_rounded
 from .reporting import stage, tell
 from .rows import Rows, checked_weights, drop_zero_weights
 from .streaming import first_rows, is_stream
@@ -89,8 +91,8 @@ def from_samples(
         support: Where the samples live; for named draws, a dictionary that names the supports of
             the sites that are not real.
         event_shape: The shape of a row, where it has more than one dimension.
-        network: The velocity, a module with ``forward(t, x, context=None)``; by default a
-            :class:`~pyro_interpolant.VelocityMLP`, for angles a
+        network: The velocity, a module with ``forward(t, x, context=None)``, of which a copy is
+            trained; by default a :class:`~pyro_interpolant.VelocityMLP`, for angles a
             :class:`~pyro_interpolant.TorusMLP`, for images a :class:`~pyro_interpolant.nn.UNet`.
         marginals: Whether each unconstrained column is first made normal by a monotone spline, so
             that the flow learns only how they depend on each other: the remedy for slabs, spikes
@@ -144,8 +146,11 @@ def from_samples(
             )
         conditional = bool(getattr(network, "classes", 0))
         with seeded(seed):
-            rows = first_rows(x, of_scalars=_are_scalars(event_shape))
+            rows, weights = first_rows(
+                x, with_contexts=conditional, of_scalars=_are_scalars(event_shape)
+            )
         columns = names_of(rows)  # of a frame, by which those of the batches to come are taken
+        rows, _ = drop_zero_weights(weights, rows, part=True)
     else:
         columns = names_of(x)
         pairs = Names(columns).at_base(fit_options.get("pairs"), "pairs")
@@ -301,7 +306,8 @@ def _transform(
     path: Interpolant | None = space.default_path()
     if path is None and coupling is optimal_transport:
         path = Linear()
-    velocity = new_network(space, rows, sizes) if network is None else network
+    # Copied, for a network may be wanted for other data, too, and is trained from where it is.
+    velocity = new_network(space, rows, sizes) if network is None else copy.deepcopy(network)
     if not are_images(rows):
         return kind(velocity, size, interpolant=path).to(like)
     choices: dict[str, Any] = {
@@ -409,7 +415,10 @@ def _with_map(
     weights = None if weights is None else weights.to(real.device)
     held = _held_out(real, context, fit_options)
     kept = torch.arange(len(real)) if held is None else (~held).nonzero().flatten()
-    clock, few = Clock(fit_options["max_seconds"]), None if weights is None else weights[kept]
+    few = None if weights is None else weights[kept]
+    # Where others must come to the same choice, processes or a run that resumes, time has no say.
+    alone = all(fit_options.get(name) is None for name in ("fabric", "checkpoint"))
+    clock = Clock(fit_options["max_seconds"]) if alone else None
     found = preferred_support(real[kept], space.constraint, few, clock, always=bool(marginals))
     if not isinstance(found, Gaussianized):
         return found, fit_options
@@ -439,9 +448,8 @@ def _held_out(real: Tensor, context: Tensor | None, fit_options: dict[str, Any])
     count = rows_held(share, len(real))
     if count >= len(real):
         return None
-    every, _ = rounded(real)
     with seeded(fit_options["seed"] or 0):
-        order, count = Rows(real, context).order(count, shuffle=True, copies=not every)
+        order, count = random_order(Rows(real, context), count)
     mask = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     mask[order[:count]] = True
     return mask

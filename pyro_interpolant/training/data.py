@@ -29,9 +29,9 @@ from .image_rows import (
 from .names import Names
 from .objective import Objective
 from .paths import Points
-from .preprocessing import warn_if_rounded
+from .repeats import random_order, warn_if_rounded
 from .rows import Rows, checked_weights, drop_zero_weights, search_weights
-from .survey import Surveyed
+from .survey import HeldOutKeys, Surveyed
 from .whitening import warn_if_coarse
 
 DataLike = RowsLike | Iterable[Any]  # or batches: of rows, of (rows, contexts), with weights
@@ -54,7 +54,7 @@ class Split(NamedTuple):
             a stream.
         size: Rows per batch and coupling.
         mean_weight: The mean weight of a row of a stream.
-        below: The key below which a row of a stream is held out, or None: rows were given.
+        told: Which rows of a stream are held out, or None: rows were given.
         surveyed: What a first pass over a stream went through.
     """
 
@@ -63,7 +63,7 @@ class Split(NamedTuple):
     total: float
     size: int
     mean_weight: float = 1.0
-    below: int | None = None
+    told: HeldOutKeys | None = None
     surveyed: Surveyed | None = None
 
     def everything(self) -> Rows:
@@ -90,7 +90,6 @@ class Table:
         names: The names of the columns, in the order that rows and contexts have.
         rows: All rows; those held out come last where the user gave them.
         like: A tensor of the type of the flow, on its device, shape ``(D,)``.
-        copies: Whether equal rows are copies of one, not equal by chance.
         checksum: What tells this table from another.
         exact: Whether a resumed run goes on from the very row.
 
@@ -126,7 +125,7 @@ class Table:
         found = rows_of(distribution, data, context)
         if found.context is not None and not distribution.transform.flow.classes:
             warn_if_coarse(as_tensor(context, "context"), found.context.dtype, "context")
-        self.copies = not warn_if_rounded(found.w)
+        warn_if_rounded(found.w)
         self.has_images = is_image(shape)
         count, size = found.w.shape
         if pairs is not None:
@@ -180,9 +179,11 @@ class Table:
             parts = mask, ~mask
             held, kept = (self.rows.take(part.nonzero().flatten()) for part in parts)
         else:
-            shuffle = self.share is not None
-            copies = shuffle and self.copies
-            held, kept = self.rows.split(self.held, shuffle=shuffle, copies=copies)
+            order, count = torch.arange(len(self.rows.w)).roll(self.held), self.held
+            if self.share is not None:
+                order, count = random_order(self.rows, self.held)
+            order = order.to(self.rows.w.device)
+            held, kept = self.rows.take(order[:count]), self.rows.take(order[count:])
         available = len(kept.w) // process.world
         if batch_size is not None and batch_size not in range(1, available + 1):
             raise ValueError(

@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._files import checksum
-from .._torch import warn_user
 from ..distributions.constraints import Constraint
 from ..distributions.rows import as_tensor, checked_rows
 from ..solvers.parallel import side_by_side, threads_at_once
@@ -29,18 +28,10 @@ from ..transforms.gaussianize import (
     with_slopes,
 )
 from .clock import Clock
-from .rows import subsample, weighted_indices
+from .repeats import ATOMS, REPEATED_SHARE, atoms_in
+from .rows import weighted_indices
 from .whitening import inliers, whitening_map
 
-_CHECKED_ROWS, _CHECKED_COLUMNS = 20_000, 128  # for repeated values
-_MIN_CHECKED_ROWS = 100  # rows that tell
-_REPEATED_SHARE = 0.1  # the share of repeated values in a column from which a user is warned
-_REDRAWN_SHARE = 0.5  # the same of a column alone: rows drawn again repeat up to 0.37
-_ATOM_SHARE = 0.05  # the share of rows from which one value counts as an atom
-_ATOMS = (
-    "repeat single values, such as zeros or a limit, beside others that do not repeat: a share of "
-    "rows at one value has no density. Learn the other rows alone, and the share as a probability"
-)
 _ULPS_PER_STEP = 1000  # units in the last place, that a rounding step must have
 _EQUAL_ULPS = 1.5  # units in the last place within which values are the same
 _MIN_GAIN = 0.05  # nats per row; measured in benchmarks/RESULTS.md, maps of single columns
@@ -62,66 +53,6 @@ _ROWS_BEYOND = 20  # rows beyond the outermost knots, on either side
 _KNOT_GAP = 1e-7  # of the range: knots nearer to each other are one
 _LENGTH_SHARE = 0.5  # of the way to the lengths of normal rows
 _MIN_LENGTH_SPREAD = 1e-3  # of the logarithms of lengths: else all rows lie on one ellipsoid
-
-
-def warn_if_rounded(x: Tensor) -> bool:
-    """Warn where columns repeat their values: rounded and discrete data have no density.
-
-    Rows that repeat as a whole, as a Markov chain's do, count once: in one dimension, or where
-    hardly any others are left, those that follow each other, and a share of 1/2 is then noticed.
-    Of many columns some are looked at; images of whole levels are spread over them later.
-
-    Args:
-        x: Rows, shape ``(N, D)``.
-
-    Returns:
-        Whether all do: rows that are equal may then be so by chance, and no copies.
-    """
-    every, messages = rounded(x)
-    for message in messages:
-        warn_user(message)
-    return every
-
-
-def rounded(x: Tensor) -> tuple[bool, list[str]]:
-    """Return whether all columns of rows, ``(N, D)``, repeat their values, and what to say."""
-    if not x.is_floating_point():
-        return False, []
-    looked_at = min(x.shape[1], _CHECKED_COLUMNS)
-    names = (torch.arange(looked_at) * x.shape[1] // looked_at).tolist()
-    x = x[:, names] if looked_at < x.shape[1] else x
-    places = subsample(len(x), _CHECKED_ROWS).to(x.device)
-    few = x[places]
-    few = few[(places == 0) | (few != x[places - 1]).any(1)]
-    distinct, limit = torch.unique(few, dim=0), _REDRAWN_SHARE
-    if x.shape[1] > 1 and len(distinct) >= _MIN_CHECKED_ROWS:
-        few, limit = distinct, _REPEATED_SHARE
-    if len(few) < _MIN_CHECKED_ROWS:
-        return False, []
-    counts = [len(torch.unique(column)) for column in few.T]
-    shares = [1 - count / len(few) if count > 1 else 0.0 for count in counts]
-    found = [i for i, share in enumerate(shares) if share > limit]
-    every = len(found) == len(shares)
-    atoms = [i for i in found if _atoms(few[:, i])]
-    messages = [f"columns {[names[i] for i in atoms]} {_ATOMS}"] if atoms else []
-    found = [i for i in found if i not in atoms]
-    if found:
-        messages.append(
-            f"columns {[names[i] for i in found]} repeat up to {max(shares):.0%} of their values, "
-            "as rounded or discrete data do, which have no density: a flow learns spikes. Spread "
-            "them over their rounding step first, fit(distribution, dequantize(x))"
-        )
-    return every, messages
-
-
-def _atoms(column: Tensor) -> bool:
-    """Return whether few values repeat, shape ``(N,)``, beside others that hardly do."""
-    _, counts = torch.unique(column, return_counts=True)
-    others = counts[counts < _ATOM_SHARE * len(column)]
-    rows = int(others.sum())
-    return len(column) > rows > _ATOM_SHARE * len(column) and (
-        len(others) >= (1 - _REPEATED_SHARE) * rows
-    )
 
 
 def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 0) -> Any:
@@ -158,11 +89,11 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
     x = checked_rows(x, "x", (None,) * max(0, x.dim() - 1)).double()
     if step is None:
         is_real = given.is_floating_point()
-        eps, share = (torch.finfo(given.dtype).eps, _REPEATED_SHARE) if is_real else (0.0, 0.0)
+        eps, share = (torch.finfo(given.dtype).eps, REPEATED_SHARE) if is_real else (0.0, 0.0)
         columns = x.detach().reshape(len(x), -1).T
-        atoms = [i for i, column in enumerate(columns) if _atoms(column)]
+        atoms = [i for i, column in enumerate(columns) if atoms_in(column)]
         if atoms:
-            raise ValueError(f"expected rounded values, got columns {atoms} that {_ATOMS}")
+            raise ValueError(f"expected rounded values, got columns {atoms} that {ATOMS}")
         found = torch.stack(
             [_rounding_step(column, _EQUAL_ULPS * eps, share) for column in columns]
         )

@@ -24,7 +24,8 @@ from ..distributions.supports import CircularSupport
 from ..solvers.ode import FixedGrid
 from .data import Split
 from .image_rows import is_image
-from .rows import Rows, keys_of, shares_of
+from .repeats import copy_keys
+from .rows import Rows, shares_of
 from .selection import Scores
 
 _REPORTED_ROWS = 1000  # held out, that the report evaluates
@@ -197,7 +198,7 @@ class HeldOutDensity:
 
 def _scores(distribution: AnyDistribution, rows: Rows) -> Scores:
     """Return how hard a distribution finds rows in the flow's coordinates, by its density."""
-    groups = keys_of(rows).unique(return_inverse=True)[1]
+    groups = copy_keys(rows).unique(return_inverse=True)[1]
     return Scores(-log_density(distribution, rows), shares_of(rows.w, rows.weight), groups)
 
 

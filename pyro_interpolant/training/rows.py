@@ -62,26 +62,6 @@ class Rows(NamedTuple):
             others = others._replace(weight=self.weight.mean().expand(len(others.w)))
         return Rows.joined((self, others))
 
-    def split(self, count: int, *, shuffle: bool, copies: bool = False) -> tuple["Rows", "Rows"]:
-        """Return ``count`` rows, the last or any, and the others, as :meth:`order` has them."""
-        order, count = self.order(count, shuffle=shuffle, copies=copies)
-        return self.take(order[:count]), self.take(order[count:])
-
-    def order(self, count: int, *, shuffle: bool, copies: bool = False) -> tuple[Tensor, int]:
-        """Return an order of all rows, of which the first are split off, and how many these are.
-
-        Args:
-            count: How many.
-            shuffle: Whether they are any rows, or the last.
-            copies: Of any rows: whether equal ones are copies, which stay together: those that are
-                left in one part would tell the other's. There are then fewer than ``count``, or
-                all copies of one row.
-        """
-        total = len(self.w)
-        order = torch.randperm(total) if shuffle else torch.arange(total).roll(count)
-        order = order.to(self.w.device)
-        return _copies_together(order, count, keys_of(self)) if copies else (order, count)
-
     def repeated(self, count: int) -> "Rows":
         """Return ``count`` rows or a little less: whole copies of all, or drawn by weight.
 
@@ -119,27 +99,6 @@ def dequantized(rows: Rows, like: Tensor) -> Rows:
         return rows
     w = rows.w.to(like)
     return rows._replace(w=(w + torch.rand_like(w)) / LEVELS)
-
-
-def _copies_together(order: Tensor, count: int, keys: Tensor) -> tuple[Tensor, int]:
-    """Return a random order in which equal rows follow each other, and where to cut it between.
-
-    Every distinct row is equally likely to come first, however many copies it has.
-
-    Args:
-        order: A random order, which stays where no rows are equal, shape ``(N,)``.
-        count: Where to cut, or before.
-        keys: What equal rows share, shape ``(N,)``.
-    """
-    distinct, group, copies = keys[order].unique(return_inverse=True, return_counts=True)
-    if len(distinct) in (1, len(keys)):
-        return order, count
-    first = torch.randperm(len(distinct)).to(keys.device)
-    first = first + len(keys) * (copies > count)  # which no cut before ``count`` could follow
-    first, by_copies = first[group].sort(stable=True)
-    ends = (first.diff() > 0).nonzero().flatten() + 1
-    few = ends[ends <= count]
-    return order[by_copies], int(few[-1] if len(few) else ends[0])
 
 
 def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[Any, ...]:

@@ -127,7 +127,8 @@ class Selection:
         if mean < self.best:
             self.best, self.best_values, self.error = mean, scores.values, 0.0
         elif self.best_values is not None:
-            self.error = scores._replace(values=scores.values - self.best_values).bulk_error()
+            best = self.best_values.to(scores.values)  # a state is read to the CPU
+            self.error = scores._replace(values=scores.values - best).bulk_error()
         is_kept = mean < math.inf and mean <= self.best + _KEPT_ERRORS * self.error
         if is_kept:
             self.kept_step = step

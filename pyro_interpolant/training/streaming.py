@@ -31,9 +31,9 @@ from .image_rows import are_levels, flips, is_image, most_held
 from .names import Names
 from .objective import Objective
 from .paths import Points
-from .preprocessing import warn_if_rounded
+from .repeats import warn_if_rounded
 from .rows import Rows, checked_weights, drop_zero_weights, keys_of
-from .survey import MOST_HELD, Survey, Surveyed, check_rows_came_again, surveyed
+from .survey import MOST_HELD, HeldOutKeys, Survey, Surveyed, check_rows_came_again, surveyed
 
 _MOST_EMPTY_BATCHES = 2**17  # batches in a row without rows to train on
 _LEAST_ROWS = 64  # per step, of loaders that give fewer at once
@@ -210,7 +210,7 @@ class Stream:
             check_rows_came_again(outcome, before, state)
         sample, keys = survey.sample()
         held, effective = self.given, survey.effective()
-        below: int | None = None
+        told: HeldOutKeys | None = None
         if held is not None:
             check_same_scale(held, sample)
         warn_if_rounded(sample.w)
@@ -218,10 +218,10 @@ class Stream:
             known = _length(self.iterable)
             effective *= known / survey.batches if known else math.inf
         if held is None:
-            held, lowest = survey.held_out(self.share or 0.0)
+            held, told = survey.held_out(self.share or 0.0)
             effective *= 1 - len(held.w) / survey.total
-            below = process.agreed(lowest)
-            sample = sample.take((keys >= below).nonzero().flatten())
+            told = process.agreed(told)
+            sample = sample.take((~told.mark(keys)).nonzero().flatten())
             if not len(sample.w):
                 raise ValueError(f"expected rows that differ, got {survey.total} that are equal")
         held = held.each(process.agreed).to(self.like.device)
@@ -232,7 +232,7 @@ class Stream:
             effective * process.world if self.anew else math.inf,
             own if batch_size is None else int(batch_size),
             survey.weight / survey.total,
-            below,
+            told,
             outcome,
         )
 
@@ -308,11 +308,14 @@ def check_again(iterable: object) -> None:
         )
 
 
-def first_rows(iterable: Any, *, of_scalars: bool = False) -> Any:
-    """Return the rows of the first batch, as they come, shape ``(B, *event_shape)``.
+def first_rows(
+    iterable: Any, *, with_contexts: bool = False, of_scalars: bool = False
+) -> tuple[Any, Tensor | None]:
+    """Return the rows of the first batch, as they come, ``(B, *event_shape)``, and their weights.
 
     Args:
         iterable: What gives the batches.
+        with_contexts: Whether a batch has contexts, too.
         of_scalars: Whether it is known that rows are scalars.
 
     Raises:
@@ -330,7 +333,8 @@ def first_rows(iterable: Any, *, of_scalars: bool = False) -> Any:
     batch = next(iter(iterable), None)
     if batch is None:
         raise ValueError("expected batches of rows, got an iterable without any")
-    rows = batch[0] if isinstance(batch, (list, tuple)) else batch
+    parts = batch if isinstance(batch, (list, tuple)) else (batch,)
+    rows = parts[0]
     is_row = isinstance(iterable, (list, tuple, Dataset)) and getattr(rows, "ndim", None) == 1
     if is_row and not of_scalars:
         raise ValueError(
@@ -338,7 +342,9 @@ def first_rows(iterable: Any, *, of_scalars: bool = False) -> Any:
             f"{tuple(rows.shape)}: stack rows into a table, torch.stack(rows), or columns, "
             "torch.stack(columns, -1); for batches of scalars say event_shape=()"
         )
-    return rows
+    with naming_batch(0):
+        last = parts[1 + with_contexts :]
+        return rows, _part_of_weights(last[0]) if last else None
 
 
 class StreamBatches:
@@ -358,7 +364,7 @@ class StreamBatches:
 
     def __init__(self, stream: Stream, split: Split, objective: Objective) -> None:
         self.stream, self.objective, self.mean_weight = stream, objective, split.mean_weight
-        self.surveyed, self.below = split.surveyed, split.below
+        self.surveyed, self.told = split.surveyed, split.told
         size, self.total = split.size, split.total
         self.size = size - size % _ROW_MULTIPLE if size > _ROW_MULTIPLE else size
         self.pool: Rows | None = None
@@ -403,9 +409,8 @@ class StreamBatches:
                         "without rows to train on: pass an object whose __iter__ starts anew"
                     ) from None
                 continue
-            rows = self.stream.rows(batch, self.position)
+            rows = self._chosen(self.stream.rows(batch, self.position))
             self.position += 1
-            rows = self._chosen(rows)
             if len(rows.w):
                 self.found += len(rows.w)
                 rows = self.stream.flipped(rows._replace(weight=None))
@@ -417,8 +422,9 @@ class StreamBatches:
 
     def _chosen(self, rows: Rows) -> Rows:
         """Return the rows that are not held out, as often as their weights say."""
-        if self.below is not None:
-            rows = rows.take((keys_of(rows) >= self.below).nonzero().flatten())
+        if self.told is not None:
+            held = self.told.mark(keys_of(rows), self.found)
+            rows = rows.take((~held).nonzero().flatten())
         if rows.weight is None:
             return rows
         copies = (rows.weight / self.mean_weight + torch.rand(len(rows.w)).to(rows.weight)).floor()

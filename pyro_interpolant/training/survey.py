@@ -1,7 +1,8 @@
 r"""The first pass over a stream: how many rows, which to hold out, a sample for the whitening.
 
 Each row has a key, an integer that is as if drawn at random, and equal for equal rows. Rows of the
-lowest keys are held out: with all their copies, in whatever order and however often they come.
+lowest keys are held out: with all their copies, in whatever order and however often they come. Of
+rows that many others equal by chance, as many are as of any others.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 from .._torch import warn_user
 from .checkpoint import Checkpoint
 from .clock import Clock
+from .repeats import shared_keys, told_apart
 from .rows import Rows, keys_of, row_keys
 
 _SAMPLE_VALUES = 2**23  # kept of a stream for the whitening: 64 MiB in float64
@@ -20,6 +22,27 @@ _MOST_ROWS = 2**17  # of a stream of unknown length, in a first pass: a tenth of
 _MOST_VALUES = 2**26  # the same in numbers, for rows of many columns
 _SURVEY_SHARE = 0.1  # of the time, for the first pass
 _ROWS_PER_COLUMN = 20  # that a whitening needs, however short the time
+
+
+class HeldOutKeys(NamedTuple):
+    """Which rows of a stream are held out.
+
+    Attributes:
+        below: The key below which they are.
+        shared: Keys that rows share by chance, shape ``(K,)``: each of these rows has its own.
+    """
+
+    below: int
+    shared: Tensor
+
+    def mark(self, keys: Tensor, start: int = 0) -> Tensor:
+        """Return whether rows are held out, booleans of shape ``(N,)``.
+
+        Args:
+            keys: Their keys, shape ``(N,)``.
+            start: The place of the first of them.
+        """
+        return told_apart(keys, self.shared, start) < self.below
 
 
 class Surveyed(NamedTuple):
@@ -48,11 +71,15 @@ class Survey:
             ``most_held + 1``.
         highest: The highest key among them once they were trimmed; rows above it cannot be held
             out.
+        shared: Keys that rows share by chance, known once they were trimmed: see
+            :func:`~.repeats.shared_keys`.
         checksum: The sum of all keys, weights included.
         batches: Their number.
         total: The number of rows.
         size: The number of rows in the first batch that has any.
         weight: The sum of their weights.
+        largest: The largest of these.
+        squares: The sum of their squares, in its units: those of tiny or huge ones have no float.
         stride: Which batches are in the sample: each first, second, fourth, ...
         ended: Whether the batches came to an end.
     """
@@ -62,8 +89,9 @@ class Survey:
         self.kept: list[tuple[Rows, Tensor]] = []
         self.lowest: list[tuple[Rows, Tensor]] = []
         self.highest, self.checksum = 2**63 - 1, 0
+        self.shared: Tensor | None = None
         self.batches, self.total, self.size, self.stride = 0, 0, 0, 1
-        self.values, self.weight, self.squares = 0, 0.0, 0.0
+        self.values, self.weight, self.largest, self.squares = 0, 0.0, 0.0, 0.0
         self.ended = False
 
     def add(self, rows: Rows) -> None:
@@ -75,7 +103,7 @@ class Survey:
         self.checksum = (self.checksum + int(told.sum())) % 2**64
         self.total += len(rows.w)
         self.weight += float(weights.double().sum())
-        self.squares += float(weights.double().square().sum())
+        self._add_squares(weights.double())
         if self.batches % self.stride == 0:
             self.kept.append((rows, keys))
             self.values += rows.w.numel()
@@ -84,27 +112,45 @@ class Survey:
             self.values = sum(part.w.numel() for part, _ in self.kept)
         self.batches += 1
 
+    def _add_squares(self, weights: Tensor) -> None:
+        before = self.largest
+        if len(weights):
+            self.largest = max(before, float(weights.max()))
+        if self.largest > 0:
+            self.squares *= (before / self.largest) ** 2
+            self.squares += float((weights / self.largest).square().sum())
+
     def _add_lowest(self, rows: Rows, keys: Tensor) -> None:
+        if self.shared is not None:
+            keys = told_apart(keys, self.shared, self.total)
         few = (keys <= self.highest).nonzero().flatten()
         if len(few):
             self.lowest.append((rows.take(few), keys[few]))
         if sum(len(part) for _, part in self.lowest) > 2 * self.most_held:
-            rows, keys = _joined(self.lowest)
+            rows, keys, _ = self._candidates()
             order = keys.argsort(stable=True)[: self.most_held + 1]
             self.lowest = [(rows.take(order), keys[order])]
             self.highest = int(keys[order[-1]])
 
-    def held_out(self, share: float) -> tuple[Rows, int]:
-        """Return the rows to hold out, and the key below which they are: copies stay together.
+    def _candidates(self) -> tuple[Rows, Tensor, Tensor]:
+        """Return the rows that may be held out, their keys, told apart where shared, and these."""
+        rows, keys = _joined(self.lowest)
+        if self.shared is None:  # these are all rows so far
+            self.shared = shared_keys(rows, keys).cpu()  # of which every process is told
+            keys = told_apart(keys, self.shared)
+        return rows, keys, self.shared
+
+    def held_out(self, share: float) -> tuple[Rows, HeldOutKeys]:
+        """Return the rows to hold out, and what tells them: copies stay together.
 
         Args:
             share: The most of all rows, but for one row, with its copies, at least.
         """
         count = max(1, min(self.most_held, round(share * self.total), self.total - 1))
-        rows, keys = _joined(self.lowest)
+        rows, keys, shared = self._candidates()
         keys, order = keys.sort(stable=True)
         below = int(keys[count]) if keys[0] < keys[count] else int(keys[0]) + 1
-        return rows.take(order[keys < below]), below
+        return rows.take(order[keys < below]), HeldOutKeys(below, shared)
 
     def sample(self) -> tuple[Rows, Tensor]:
         """Return a sample of all rows, and their keys."""
@@ -116,7 +162,7 @@ class Survey:
 
     def effective(self) -> float:
         """Return the number of rows that weigh as much."""
-        return self.weight**2 / self.squares
+        return (self.weight / self.largest) ** 2 / self.squares
 
     def is_enough(self, known: int | None, clock: Clock) -> bool:
         """Return whether to stop here, at an end that nobody knows or for lack of time.

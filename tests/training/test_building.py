@@ -31,6 +31,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
 from pyro_interpolant.training import building, fitting
+from pyro_interpolant.transforms.gaussianize import Gaussianized
 
 pytestmark = [
     pytest.mark.usefixtures("_small_runs"),
@@ -66,6 +67,29 @@ def test_scalars_are_the_flat_flow_without_its_dimension(support, scalars, tmp_p
     close(lenient.log_prob(edge)[:1], d.log_prob(edge[:1]))
     assert lenient.log_prob(edge)[1] == -math.inf
     assert lenient.log_prob(edge)[2].isnan()
+
+
+def test_a_network_that_is_given_is_copied():
+    network = VelocityMLP(2, (8,))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    x, y = torch.randn(300, 2), torch.randn(300, 2).exp()
+    first = learn(x, network=network)
+    density = first.log_prob(x)
+    learn(y, network=network)
+    first.transform.clear_cache()
+    assert torch.equal(first.log_prob(x), density)
+    assert torch.equal(learn(x, network=network).log_prob(x), density)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert all(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_time_has_no_say_in_a_map_that_another_run_must_choose_too(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_interpolant.training.preprocessing._CHOICE_SHARE", 0.0)
+    options = {"checkpoint": tmp_path / "run.state"} if shared else {}
+    d = learn(torch.randn(2000, 2).exp(), max_seconds=60.0, marginals=None, **options)
+    assert isinstance(d.constraint, Gaussianized) == shared
 
 
 @pytest.mark.slow
@@ -240,7 +264,8 @@ def test_a_context_of_a_shorter_type_is_one_of_the_flow():
 def test_a_network_of_ones_own_with_classes_sees_labels():
     network = VelocityMLP(2, (8, 8), classes=5)
     d = learn(torch.randn(300, 2), context=torch.arange(300) % 3, network=network)
-    assert d.transform.velocity is network
+    assert isinstance(d.transform.velocity, VelocityMLP)
+    assert d.transform.velocity.hidden_dims == (8, 8)
     assert d.condition(torch.tensor([4, 0])).sample().shape == (2, 2)
 
 

@@ -16,7 +16,8 @@ from pyro_interpolant.training import whitening
 from pyro_interpolant.training.data import Table, TableBatches, as_held_out, mask_of
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
-from pyro_interpolant.training.preprocessing import dequantize, warn_if_rounded
+from pyro_interpolant.training.preprocessing import dequantize
+from pyro_interpolant.training.repeats import random_order, warn_if_rounded
 from pyro_interpolant.training.rows import Rows, keys_of, weighted_indices
 from pyro_interpolant.training.streaming import Stream
 from pyro_interpolant.training.whitening import inliers, whitening_map
@@ -388,13 +389,13 @@ def test_outliers_are_few_and_far():
 
 @pytest.mark.parametrize("context", [None, 2])
 def test_copies_of_a_row_are_held_out_together(context):
-    x = torch.randn(60, 3).repeat_interleave(torch.randint(1, 9, (60,)), dim=0)
+    x = torch.randn(120, 3).repeat_interleave(torch.randint(1, 9, (120,)), dim=0)
     x = x[torch.randperm(len(x))]
     if context is not None:  # the same rows twice, which contexts tell apart
         x = torch.cat((x, x))
         context = torch.arange(2.0, dtype=x.dtype).repeat_interleave(len(x) // 2)[:, None]
     rows = Rows(x, context)
-    held, kept = rows.split(len(x) // 4, shuffle=True, copies=True)
+    held, kept = split(rows, len(x) // 4)
     assert 0.1 * len(x) < len(held.w) <= len(x) // 4
     assert len(held.w) + len(kept.w) == len(x)
     assert not torch.isin(keys_of(held), keys_of(kept)).any()
@@ -403,23 +404,45 @@ def test_copies_of_a_row_are_held_out_together(context):
 
 def test_a_row_of_many_copies_is_held_out_no_sooner_than_another():
     x = torch.cat((torch.randn(2000, 1), (torch.randn(400, 1) - 40).repeat(5, 1)))
-    held, kept = Rows(x, None).split(400, shuffle=True, copies=True)
+    held, kept = split(Rows(x, None), 400)
     # Of 400 groups of which a sixth has five rows: a standard deviation of 0.04.
     assert float((held.w < -20).double().mean()) == pytest.approx(0.5, abs=0.13)
-    x[:500] = 0.0  # more copies than are held out
-    held, _ = Rows(x, None).split(400, shuffle=True, copies=True)
-    assert 395 <= len(held.w) <= 400
+    few = torch.cat((torch.zeros(9, 1), torch.randn(40, 1)))  # more copies than are held out
+    held, _ = split(Rows(few, None), 4)
+    assert len(held.w) == 4
     assert not (held.w == 0).any()
 
 
-def test_rows_without_copies_are_held_out_as_before():
+def test_rows_without_copies_are_held_out_in_a_random_order():
     rows, one = Rows(torch.randn(50, 2), None), Rows(torch.ones(20, 2), None)
     state = torch.get_rng_state()
-    first = rows.split(7, shuffle=True)
+    order = torch.randperm(50)
     torch.set_rng_state(state)
-    for a, b in zip(first, rows.split(7, shuffle=True, copies=True), strict=True):
-        assert torch.equal(a.w, b.w)
-    assert [len(part.w) for part in one.split(3, shuffle=True, copies=True)] == [3, 17]
+    held, kept = split(rows, 7)
+    assert torch.equal(torch.cat((held.w, kept.w)), rows.w[order])
+    assert [len(part.w) for part in split(one, 3)] == [3, 17]
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("share", [0.06, 0.3])
+def test_of_a_value_with_a_share_of_all_rows_as_many_are_held_out(share, dim, is_sorted):
+    x = torch.randn(4000, dim)
+    x[torch.rand(4000) < share] = 0.0
+    if is_sorted:
+        x = x[x[:, 0].argsort()]
+    held, kept = split(Rows(x, None), 400)
+    expected = float((x[:, 0] == 0).double().mean())
+    error = (expected * (1 - expected) / 400) ** 0.5
+    assert float((held.w[:, 0] == 0).double().mean()) == pytest.approx(expected, abs=4 * error)
+    assert len(held.w) + len(kept.w) == 4000
+    with pytest.warns(UserWarning, match=r"columns \[0(, 1)?\] repeat single values"):
+        warn_if_rounded(x)
+
+
+def split(rows, count):
+    order, count = random_order(rows, count)
+    return rows.take(order[:count]), rows.take(order[count:])
 
 
 def test_what_is_held_out_may_be_of_any_real_type_a_list_or_a_mask_of_booleans_alone():

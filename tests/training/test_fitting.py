@@ -283,7 +283,7 @@ def test_the_density_of_rows_held_out_chooses_and_not_the_loss(monkeypatch):
         return Scores.equal(torch.full((len(density.judging.w),), abs(next(looks) - 2.0)))
 
     monkeypatch.setattr(HeldOutDensity, "scores", scores)
-    result = quick(tiny(), X, steps=60, seed=0)
+    result = quick(tiny(), torch.randn(100, 2), steps=60, seed=0)
     losses = result.validation_losses
     assert result.best_step == result.steps[2]
     assert losses[2] > min(losses)

@@ -197,9 +197,9 @@ class Watched(OwnImages):
 def test_without_gradients_images_are_evaluated_in_pieces(classes, monkeypatch):
     """In the held-out loss, samples of either law, scores, and densities of its own samples."""
     monkeypatch.setattr("pyro_interpolant.transforms.flow._MAX_KEPT_BYTES", 2**12)
-    network = Watched(classes)
     given = {"context": LABELS, "classes": 3} if classes else {}
-    images = learn(network=ImageVelocity(network, IMAGE_SHAPE, classes), **given)
+    images = learn(network=ImageVelocity(Watched(classes), IMAGE_SHAPE, classes), **given)
+    seen = images.transform.velocity.network.seen
     view = images.given(LABELS if classes else None)
     shape = () if classes else (40,)
     objective, batches = objective_and_batches(
@@ -210,13 +210,13 @@ def test_without_gradients_images_are_evaluated_in_pieces(classes, monkeypatch):
     def found(wanted):
         torch.manual_seed(0)
         view.transform.clear_cache()
-        network.seen[False].clear()
+        seen[False].clear()
         with torch.no_grad():
             x = view.sample(shape)
             values = [objective.held_losses(points).mean(), x, view.log_prob(x)]
             values.append(pi.score(view, 0.5, x.flatten(-3)))
             values.append(pi.sample_sde(view, shape, steps=2))
-        assert max(network.seen[False]) == wanted
+        assert max(seen[False]) == wanted
         return values
 
     whole = found(40)
@@ -252,7 +252,7 @@ def test_accumulated_steps_are_those_of_the_batch_and_see_a_piece_at_a_time():
         velocity = ImageVelocity(network, IMAGE_SHAPE)
         images = learn(network=velocity, batch_size=32, steps=4, **options)
         weights = [p.double() for p in images.transform.velocity.parameters()]
-        return weights, max(network.seen[True])
+        return weights, max(images.transform.velocity.network.seen[True])
 
     (whole, most), (added, few) = run(), run(accumulate=4.0)
     assert (most, few) == (32, 8)

@@ -22,8 +22,8 @@ from pyro_interpolant.training.preprocessing import (
     dequantize,
     preferred_support,
     radial_transform,
-    warn_if_rounded,
 )
+from pyro_interpolant.training.repeats import warn_if_rounded
 from pyro_interpolant.transforms.gaussianize import (
     Gaussianized,
     MarginalTransform,

@@ -151,7 +151,7 @@ def test_the_rows_held_out_are_the_same_in_any_order():
     ]
     for split in found[1:]:
         assert torch.equal(split.held.w, found[0].held.w)
-        assert split.below == found[0].below
+        assert split.told.below == found[0].told.below
         assert split.surveyed == found[0].surveyed
     other = Stream(made(), list((x + 1e-9).split(90)), 0.1).split(Process(), None)
     assert other.surveyed.checksum != found[0].surveyed.checksum
@@ -197,21 +197,64 @@ def test_rows_with_other_contexts_are_other_rows():
     [
         (rows(2), 0.1, 1),
         (rows(2), 0.99, 1),
-        (rows(5).repeat(60, 1), 0.1, 60),
+        (rows(150).repeat(2, 1), 0.1, 30),
+        (rows(5).repeat(9, 1), 0.1, 9),
         (rows(30), 0.99, 29),
-        (torch.cat((rows(2)[:1].repeat(99, 1), rows(2)[1:])), 0.5, None),
+        (torch.cat((rows(2)[:1].repeat(9, 1), rows(2)[1:])), 0.5, None),
     ],
 )
 def test_one_row_is_held_out_at_least_and_one_is_left(x, share, count):
     held, seen = one_pass(list(x.split(7)), share=share)
-    assert len(held) in ((1, 99) if count is None else (count,))
+    assert len(held) in ((1, 9) if count is None else (count,))
     assert len(held) + len(seen) == len(x)
 
 
 @pytest.mark.filterwarnings("ignore:columns .* repeat")
 def test_rows_that_are_all_equal_are_refused():
-    with pytest.raises(ValueError, match="expected rows that differ, got 300 that are equal"):
-        fit(made(), list(rows(1).repeat(300, 1).split(50)), **QUICK)
+    with pytest.raises(ValueError, match="expected rows that differ, got 9 that are equal"):
+        fit(made(), list(rows(1).repeat(9, 1).split(5)), **QUICK)
+
+
+@pytest.mark.filterwarnings("ignore:columns .* repeat")
+@pytest.mark.parametrize("most_held", [8192, 200])  # which are then candidates now and then
+@pytest.mark.parametrize("dim", [1, 2])
+def test_of_a_value_with_a_share_of_all_rows_as_many_are_held_out(dim, most_held):
+    x = torch.randn(4000, dim)
+    x[torch.rand(4000) < 0.3] = 0.0
+    stream = Stream(made(dim), list(x.split(40)), 0.1)
+    stream.most_held = most_held
+    found = stream.split(Process(), 50)
+    count, share = min(400, most_held), float((x == 0).all(1).double().mean())
+    assert len(found.held.w) == count
+    error = (0.3 * 0.7 / count) ** 0.5
+    assert float((found.held.w == 0).all(1).double().mean()) == pytest.approx(share, abs=4 * error)
+    batches = stream.batches(found, unwhitened(stream.distribution))
+    seen = torch.cat([batches.next_rows().w for _ in range(80)])
+    assert float((seen == 0).all(1).double().mean()) == pytest.approx(share, abs=0.03)
+
+
+def test_whole_numbers_are_held_out_and_trained_on():
+    x = torch.randint(20, (3000, 1)).double()
+    with pytest.warns(UserWarning, match="as rounded or discrete data do"):
+        found = Stream(made(1), list(x.split(40)), 0.1).split(Process(), None)
+    assert len(found.held.w.unique()) == len(found.kept.w.unique()) == 20
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200])
+def test_weights_may_be_of_any_size(scale):
+    x, weights = rows(600), torch.rand(600)
+    found = [
+        Stream(made(), list(zip(x.split(50), w.split(50), strict=True)), 0.1).split(Process(), 50)
+        for w in (weights, scale * weights)
+    ]
+    assert found[1].total == pytest.approx(found[0].total, rel=1e-12)
+
+
+def test_rows_of_no_weight_at_the_start_may_hold_anything():
+    x, weights = rows(600), torch.ones(600)
+    x[0], weights[0] = math.nan, 0.0
+    batches = list(zip(x.split(300), weights.split(300), strict=True))
+    assert from_samples(batches, **QUICK).report.rows == 599
 
 
 @pytest.mark.slow
