@@ -47,6 +47,7 @@ def is_all_real(constraint: Constraint) -> bool:
     return isinstance(innermost_constraint(constraint), type(constraints.real))
 
 
+_MOST_NUMBERS = 2**16  # in an event of a mixture's components
 # That of mixtures, of some versions of torch; in others theirs is that of the components.
 _OF_MIXTURES = getattr(constraints, "MixtureSameFamilyConstraint", ())
 
@@ -65,13 +66,13 @@ def _of_components(registry: ConstraintRegistry, constraint: Any) -> Transform:
         NotImplementedError: If they have bounds of their own.
     """
     transform = registry(constraint.base_constraint)
-    try:
-        shape = transform.forward_shape((3,) * transform.domain.event_dim)
-    except RuntimeError:  # of bounds that do not broadcast with it
-        shape = ()
-    if len(shape) != transform.codomain.event_dim:
-        raise NotImplementedError(f"no bijection to {constraint}: components have other bounds")
-    return transform
+    for size in range(1, _MOST_NUMBERS):  # a matrix or an event of a shape has not any
+        with contextlib.suppress(RuntimeError, ValueError):
+            shape = transform.forward_shape((size,) * transform.domain.event_dim)
+            if len(shape) == transform.codomain.event_dim:
+                return transform
+            break
+    raise NotImplementedError(f"no bijection to {constraint}: components have other bounds")
 
 
 for _registry in (biject_to, transform_to) if _OF_MIXTURES else ():

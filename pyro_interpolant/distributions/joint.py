@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -36,7 +37,9 @@ from .supports import BijectiveSupport, CircularSupport, support_of
 
 Sites = Mapping[str, tuple[torch.Size, Constraint]]  # shape and support, in the order of packing
 
-NAMED = "_interpolant_sites"  # among what "infer" holds: parts of the site are sites, too
+# Among what "infer" holds: what a packed site shares with the sites that are its parts, which
+# handlers may rename; and that with the name that each has in the distribution.
+PACKED, PART = "_interpolant_packed", "_interpolant_part"
 
 
 class NamedSites:
@@ -137,11 +140,15 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
                 dimensions, or the packed vector is in plates that would have to make room.
         """
         plates = self._checked_plates({} if plates is None else plates)
-        mark: Any = {NAMED: True}
+        mark = object()
+        packed_by: Any = {PACKED: mark}
         found = {}
-        for site, packed in self.unpack(pyro.sample(name, self, infer=mark)).items():
+        for site, packed in self.unpack(pyro.sample(name, self, infer=packed_by)).items():
             inner, within = len(self.sites[site][0]), plates.get(site, 0)
-            value = pyro.deterministic(site, packed, event_dim=inner)  # whole: no plate is there
+            # As pyro.deterministic does it. Whole: no plate is there.
+            own: Any = {"_deterministic": True, PART: (mark, site)}
+            fn = dist.Delta(packed, event_dim=inner).mask(mask=False)
+            value = pyro.sample(site, fn, obs=packed, infer=own)
             batch = value.shape[: value.dim() - inner]
             # Values that Predictive gives may have the plates' places already.
             kept = batch[: max(0, packed.dim() - inner - within)]

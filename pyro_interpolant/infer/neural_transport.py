@@ -226,7 +226,7 @@ class _Images(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] not in self.parts:
             return
-        if msg["is_observed"] or is_conditioned(msg["name"]):
+        if msg["is_observed"] or is_conditioned(msg["name"], self):
             raise ValueError(
                 f"expected site {msg['name']!r} to be latent, as when the guide was set up, got "
                 "it observed: train a guide of the model with these data"

@@ -3,9 +3,10 @@ r"""Inference in base space: :math:`z \sim q` becomes :math:`z = T(w)`, :math:`w
 ``base_space`` does so for learned priors in a model, ``neural_transport`` for all latent sites.
 """
 
+import collections
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, cast
 
 import pyro
@@ -13,9 +14,11 @@ import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike
 from pyro import poutine
+from pyro.contrib.autoname.scoping import NameCountMessenger, ScopeMessenger
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.markov_messenger import MarkovMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
@@ -23,14 +26,14 @@ from torch.distributions import ComposeTransform
 
 from .._torch import are_close, seeded
 from ..distributions.interpolant import InterpolantDistribution
-from ..distributions.joint import NAMED
+from ..distributions.joint import PACKED, PART
 from ..distributions.rows import as_tensor
 from .sites import Model, Nodes, Site, whole_value
 
 _BASE = "_base"  # what a site in base space has after its name
 _MARK = "_interpolant_flow"  # where a site in base space keeps its flow, and the site it is of
 # Of what "infer" holds, no part of the base draw's.
-_SITES_OWN = (NAMED, "was_observed", "obs", "_markov_scope", "_markov_depth")
+_SITES_OWN = (PACKED, "was_observed", "obs", "_markov_scope", "_markov_depth")
 _RUNS = 16  # of a model, which tell whether all draws have one prior
 
 
@@ -57,7 +60,8 @@ class BaseSpace:
         """Return draws in the sites of the model: ``z_base`` becomes z, or its sites by name.
 
         For summaries, ``pyro.infer.mcmc.util.print_summary(base.samples(draws, *args))``, and for
-        ``Predictive`` with the model itself.
+        ``Predictive`` with the model itself; with the model in base space it takes the draws as
+        they are.
 
         Args:
             draws: What ``mcmc.get_samples()`` gives, by chain or not, each ``(*, *site_shape)``.
@@ -77,11 +81,12 @@ class BaseSpace:
             first, count = self._at(0.0, named, *args, **kwargs)
             places = torch.linspace(0, 1, min(count, _RUNS)).tolist()[1:]
             runs = [first, *(self._at(p, named, *args, **kwargs)[0] for p in places)]
+        parts = _parts(runs)
         for name, node in {k: v for run in reversed(runs) for k, v in run.items()}.items():
             mark = (node.get("infer") or {}).get(_MARK)
             if mark is None or name not in named:
                 continue
-            flow, site, is_packed = mark
+            flow, site, packed = mark
             if flow.transform.context is not None:
                 raise ValueError(
                     f"expected priors that are the same for all draws, got the site {site!r} with "
@@ -93,7 +98,11 @@ class BaseSpace:
                     "one that depends on other sites: use Predictive(base_space(model), draws)"
                 )
             value = _image(flow, named.pop(name))
-            named |= flow.unpack(value) if is_packed else {site: value}
+            if packed is None:
+                named[site] = value
+            else:
+                by_site = flow.unpack(value)
+                named |= {name: by_site[part] for name, part in parts.get(packed, {}).items()}
         return named
 
     def _at(
@@ -102,6 +111,17 @@ class BaseSpace:
         """Return the sites of a run with one of the draws, and how many draws there are."""
         with _AtDraw(draws, place) as given:
             return cast("Nodes", poutine.trace(self).get_trace(*args, **kwargs).nodes), given.count
+
+
+def _parts(runs: list[Nodes]) -> dict[object, dict[str, str]]:
+    """Return, by what a packed site and its parts share, the name of each part and its site."""
+    found = collections.defaultdict[object, dict[str, str]](dict)
+    for run in runs:
+        for name, node in run.items():
+            part = (node.get("infer") or {}).get(PART)
+            if part is not None:
+                found[part[0]][name] = part[1]
+    return dict(found)
 
 
 class _AtDraw(Messenger):
@@ -183,7 +203,7 @@ class _BaseSpaceMessenger(Messenger):
         if msg["is_observed"] or msg["done"]:
             return
         flow, wrappers = _unwrapped(msg["fn"])
-        if flow is None or is_conditioned(msg["name"]):
+        if flow is None or is_conditioned(msg["name"], self):
             return
         event_dim = msg["fn"].event_dim
         value = msg["value"]
@@ -218,9 +238,23 @@ def _sampled(
             value = space.to_sampled(ComposeTransform(flow.transforms).inv(value))
         start = InitMessenger(init_to_value(values={name + _BASE: value}))
     infer: Any = {k: v for k, v in msg["infer"].items() if k not in _SITES_OWN}
-    infer[_MARK] = (flow, name, NAMED in msg["infer"])
-    with start:
+    infer[_MARK] = (flow, name, msg["infer"].get(PACKED))
+    with start, _not_yet_sampled(name):
         return _image(flow, pyro.sample(name + _BASE, base, infer=infer))
+
+
+@contextlib.contextmanager
+def _not_yet_sampled(name: str) -> Iterator[None]:
+    """Let ``pyro.markov`` forget a site that enumeration has not met, while its base is drawn."""
+    markov = (m for m in _PYRO_STACK if isinstance(m, MarkovMessenger))
+    scopes = [names for messenger in markov for names in messenger._stack if name in names]
+    for names in scopes:
+        names.discard(name)
+    try:
+        yield
+    finally:
+        for names in scopes:
+            names.add(name)
 
 
 def _image(flow: InterpolantDistribution, z: Tensor) -> Tensor:
@@ -240,9 +274,19 @@ def _unwrapped(
     return (fn if isinstance(fn, InterpolantDistribution) else None), wrappers
 
 
-def is_conditioned(name: str) -> bool:
-    """Return whether an enclosing ``condition`` is about to observe the site."""
-    return any(isinstance(m, ConditionMessenger) and name in m.data for m in _PYRO_STACK)
+def is_conditioned(name: str, messenger: Messenger) -> bool:
+    """Return whether a ``condition`` around a messenger is about to observe the site.
+
+    By the name that it has there, behind the scopes between.
+    """
+    for outer in reversed(_PYRO_STACK[: _PYRO_STACK.index(messenger)]):
+        if isinstance(outer, ConditionMessenger) and name in outer.data:
+            return True
+        if isinstance(outer, (ScopeMessenger, NameCountMessenger)):
+            renamed: Any = {"name": name}
+            outer._pyro_sample(renamed)
+            name = renamed["name"]
+    return False
 
 
 class _AskedForMore(Exception):

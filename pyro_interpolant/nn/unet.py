@@ -10,6 +10,7 @@ References:
     Ho & Salimans, *Classifier-free diffusion guidance*, arXiv 2207.12598 (the null label).
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import is_functional, needs_graph
+from .elementary import Elementary
 from .velocity import expanded
 
 _TIME_SCALE = 1000.0  # diffusers' times run from 0 to 1,000
@@ -101,8 +104,13 @@ class ImageVelocity(nn.Module):
             raise ValueError(f"expected {want} for {self.classes} classes, got {got}")
         t, *contexts = expanded(t, x, context)
         labels = [part.reshape(-1).long() for part in contexts]
+        if not x.numel():  # attention has no shape for none
+            return x * 0.0
         images = x.reshape(-1, *self.image_shape)
-        rates = self._rates(t.reshape(-1), images, *labels)
+        # A gradient in the images may itself be differentiated, as the score's is.
+        differentiable = is_functional() or needs_graph(x)
+        with Elementary() if differentiable else contextlib.nullcontext():
+            rates = self._rates(t.reshape(-1), images, *labels)
         if rates.shape != images.shape:
             raise ValueError(
                 f"expected a network of images that returns rates of shape {tuple(images.shape)}, "

@@ -220,7 +220,9 @@ class _Between(Transform):
 
 @partial(jax.jit, static_argnames="text")
 def _onto(x: Array, *, text: str) -> tuple[Array, Array]:
-    y, total = x, jnp.zeros(x.shape[:-1], x.dtype)
+    # In the default type where that is wider, in which NumPyro makes matrices.
+    y = x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
+    total = jnp.zeros(x.shape[:-1], y.dtype)
     for part in _parts(text)[0]:
         y, term = forward(part, y)
         total = total + per_event(term, x.shape[:-1])
@@ -230,7 +232,8 @@ def _onto(x: Array, *, text: str) -> tuple[Array, Array]:
 @partial(jax.jit, static_argnames="text")
 def _back(y: Array, *, text: str) -> tuple[Array, Array]:
     batch = y.shape[: y.ndim - OnEvents(text).event_dim]
-    x, total = y, jnp.zeros(batch, y.dtype)
+    x = y.astype(jnp.promote_types(y.dtype, jnp.result_type(float)))
+    total = jnp.zeros(batch, x.dtype)
     for part in reversed(_parts(text)[0]):
         x, term = backward(part, x)
         total = total + per_event(term, batch)

@@ -21,7 +21,15 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.nn import PyroModule, PyroSample
 from torch.distributions import biject_to
 
-from pyro_interpolant import AutoInterpolant, fit_guide, importance, log_joint, neutra
+from pyro_interpolant import (
+    AutoInterpolant,
+    ConditionalInterpolantDistribution,
+    conditional_interpolant_transform,
+    fit_guide,
+    importance,
+    log_joint,
+    neutra,
+)
 from pyro_interpolant.infer import LogJoint
 from pyro_interpolant.infer.log_density import evaluated_safely
 from pyro_interpolant.infer.prior import prior_draws
@@ -584,6 +592,27 @@ def validated(density, row):
 def of_a_mixture(components):
     weights = dist.Categorical(torch.tensor([0.3, 0.7]))
     return lambda: pyro.sample("x", dist.MixtureSameFamily(weights, components))
+
+
+@pytest.mark.parametrize(
+    ("dim", "options"),
+    [
+        (1, {"event_shape": ()}),
+        (4, {"event_shape": (2, 2)}),
+        (1, {"event_shape": (), "support": constraints.positive}),
+        (2, {"support": constraints.interval(torch.zeros(2), torch.ones(2))}),
+        (2, {"support": constraints.simplex}),
+    ],
+)
+def test_a_latent_site_may_be_a_mixture_of_flows(dim, options):
+    transform = conditional_interpolant_transform(dim, 1, (4,))
+    family = ConditionalInterpolantDistribution(transform, **options).freeze()
+    parts = family.condition(torch.tensor([[0.0], [1.0]]))
+    z, bijection = torch.randn(1, dim), biject_to(parts.support)
+    x = bijection(z)
+    mixture = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])), parts)
+    expected = mixture.log_prob(x) + bijection.log_abs_det_jacobian(z, x)
+    assert torch.allclose(log_joint(of_a_mixture(parts))(z), expected)
 
 
 @pytest.mark.parametrize(

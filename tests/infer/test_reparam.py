@@ -14,6 +14,7 @@ from pyro.infer import (
     JitTrace_ELBO,
     Predictive,
     Trace_ELBO,
+    TraceEnum_ELBO,
     TraceMeanField_ELBO,
     TraceTMC_ELBO,
 )
@@ -849,6 +850,77 @@ def test_draws_of_a_site_in_a_scope_come_under_its_own_name():
     found = base.samples({base_name: draws[base_name]})
     assert list(found) == ["inner/z"]
     assert torch.allclose(found["inner/z"], draws["inner/z"])
+
+
+def test_draws_of_named_sites_in_scopes_come_under_their_own_names():
+    sites = {"mu": ((), constraints.real), "tau": ((2,), constraints.positive)}
+    joint = JointInterpolantDistribution(random_flow(3, solver=STEPS), sites=sites).freeze()
+
+    def model():
+        for side in ("left", "right"):
+            with scope(prefix=side):
+                joint.sample_sites("past")
+
+    base = base_space(model)
+    draws = Predictive(base, num_samples=3)()
+    found = base.samples({name: value for name, value in draws.items() if "_base" in name})
+    assert sorted(found) == ["left/mu", "left/tau", "right/mu", "right/tau"]
+    for name, value in found.items():
+        assert torch.allclose(value, draws[name])
+
+
+@pytest.mark.parametrize("around", [0, 1, 2], ids=["inside", "between", "outside"])
+def test_a_site_is_observed_by_the_name_that_it_has_at_the_condition(around):
+    prior = random_prior(2)
+    value = torch.ones(2)
+
+    def model():
+        with scope(prefix="inner"):
+            pyro.sample("z", prior)
+
+    names = ("inner/z", "inner/z", "outer/inner/z")
+    conditioned = [lambda m: m] * 3
+    conditioned[around] = lambda m: poutine.condition(m, {names[around]: value})
+    model = conditioned[0](model)
+    model = scope(conditioned[1](base_space(model)), prefix="outer")
+    trace = poutine.trace(conditioned[2](model)).get_trace()
+    assert list(trace.stochastic_nodes) == []
+    trace.compute_log_prob()
+    density = trace.nodes["outer/inner/z"]["log_prob"]
+    torch.testing.assert_close(density, prior.log_prob(value))
+
+
+def test_a_chain_of_pyro_markov_is_that_of_the_data_space_beside_enumerated_sites():
+    prior, y = random_prior(1, event_shape=()), torch.tensor([0.5, 1.0, 0.7])
+
+    def model():
+        x = torch.zeros(())
+        for t in pyro.markov(range(3)):
+            fn = dist.Categorical(torch.tensor([0.3, 0.7]))
+            k = pyro.sample(f"k{t}", fn, infer={"enumerate": "parallel"})
+            x = x + pyro.sample(f"e{t}", prior)
+            pyro.sample(f"y{t}", dist.Normal(x + k, 0.3), obs=y[t])
+
+    base = base_space(model)
+    w = {f"e{t}_base": torch.randn(1) for t in range(3)}
+    x = base.samples(w)
+    kernel = NUTS(base)
+    kernel.setup(0)
+    assert sorted(kernel.initial_params) == sorted(w)
+
+    def at(values):
+        def guide():
+            for name, value in values.items():
+                pyro.sample(name, dist.Delta(value, event_dim=value.dim()))
+
+        return guide
+
+    elbo = TraceEnum_ELBO(max_plate_nesting=0)
+    log_det = sum(
+        prior.base_dist.log_prob(w[f"e{t}_base"]) - prior.log_prob(x[f"e{t}"]) for t in range(3)
+    )
+    expected = elbo.loss(model, at(x)) - float(log_det)
+    assert elbo.loss(base, at(w)) == pytest.approx(expected, abs=ATOL)
 
 
 def test_bijections_are_the_same_where_their_parts_are():

@@ -48,6 +48,42 @@ def test_images_are_vectors_in_row_major_order_and_rows_stay_apart(name):
 
 
 @pytest.mark.parametrize("name", slow_but(IMAGE_NETWORKS, "adapter"))
+def test_derivatives_of_the_solve_have_derivatives(name):
+    """Of the score, and forward ones: kernels of attention on the CPU have neither."""
+    d = pi.InterpolantDistribution(
+        pi.InterpolantTransform(
+            random_velocity(name),
+            SIZE,
+            solver=pi.FixedGrid(steps=2),
+            divergence=pi.HutchinsonDivergence(),
+            whitening=pi.transforms.ScalarWhitening(SIZE),
+        ),
+        event_shape=IMAGE_SHAPE,
+    ).freeze()
+    x, v, h = torch.rand(IMAGE_SHAPE, requires_grad=True), torch.randn(IMAGE_SHAPE), 1e-5
+    found = torch.autograd.grad((d.score(x) * v).sum(), x)[0]
+    with torch.no_grad():
+        expected = (d.score(x + h * v) - d.score(x - h * v)) / (2 * h)  # the Hessian times v
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    w, e = torch.randn(SIZE), torch.randn(SIZE)
+    moved = torch.func.jvp(d.transport, (w,), (e,))[1]
+    expected = (d.transport(w + h * e) - d.transport(w - h * e)) / (2 * h)
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-6)
+    assert pi.w2_bound(d, torch.rand(16, *IMAGE_SHAPE)).bound >= 0
+
+
+@pytest.mark.parametrize("name", slow_but(IMAGE_NETWORKS, "adapter"))
+def test_of_no_images_there_are_no_rates(name):
+    velocity = random_velocity(name, classes=3)
+    t, x, label = torch.rand(0), torch.randn(0, SIZE, requires_grad=True), torch.zeros(0, 1)
+    found = velocity(t, x, label)
+    assert found.shape == (0, SIZE)
+    assert found.requires_grad
+    with pytest.raises(ValueError, match="expected labels of shape"):
+        velocity(t, x)
+
+
+@pytest.mark.parametrize("name", slow_but(IMAGE_NETWORKS, "adapter"))
 def test_the_divergence_is_that_of_finite_differences_by_either_mode(name):
     velocity = random_velocity(name)
     t, x, e, h = torch.tensor(0.3), torch.randn(2, SIZE), torch.eye(SIZE), 1e-5

@@ -379,6 +379,19 @@ def test_many_rows_in_chunks(twin, monkeypatch):
 # ---- float32 ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", sorted(SUPPORTS))
+def test_values_of_float32_where_float64_is_the_default(name, twin):
+    """NumPyro makes matrices of the default type, whatever their numbers are."""
+    flow = supported(name).freeze()
+    other = twin(flow)
+    y = 0.3 * flow.base_dist.sample((3,))
+    for transform in flow.transforms:
+        y = transform(y)
+    x = jnp.asarray(y.float().numpy())
+    assert x.dtype == jnp.float32
+    np.testing.assert_allclose(other.log_prob(x), flow.log_prob(y), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize("name", ["plain", "gaussianized", "residual"])
