@@ -389,7 +389,8 @@ def test_values_of_float32_where_float64_is_the_default(name, twin):
         y = transform(y)
     x = jnp.asarray(y.float().numpy())
     assert x.dtype == jnp.float32
-    np.testing.assert_allclose(other.log_prob(x), flow.log_prob(y), rtol=1e-4, atol=1e-4)
+    # A matrix rounded to float32 is none of float64, and its density another by as much.
+    np.testing.assert_allclose(other.log_prob(x), flow.log_prob(y), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.slow
