@@ -24,6 +24,7 @@ from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import ConditionalJointInterpolantDistribution
 from ..distributions.rows import flat_names
 from ..nn.embedded import EmbeddedVelocity
+from ..nn.embedding import SeriesEmbedding, SetEmbedding
 from ..training.clock import Clock
 from ..training.fitting import FitResult
 from ..training.whitening import warn_if_coarse
@@ -389,8 +390,8 @@ def tell_if_coarse(found: Simulations, observed: Sequence[str], dtype: torch.dty
     """
     for name in observed:
         value = found.data[name].reshape(len(found.log_prior), -1)
-        if value.is_floating_point():
-            warn_if_coarse(value, dtype, f"site {name!r}")
+        value = value if value.is_floating_point() else value.double()
+        warn_if_coarse(value, dtype, f"site {name!r}")
 
 
 def untrained_posterior(
@@ -408,7 +409,16 @@ def untrained_posterior(
         embedding: What embeds them, or None.
         hidden_dims: The widths of the velocity's hidden layers, or None.
         like: A tensor of the type and on the device that its weights are to have.
+
+    Raises:
+        ValueError: If the embedding is of one site, and there are several.
     """
+    if isinstance(embedding, (SetEmbedding, SeriesEmbedding)) and len(shapes) > 1:
+        raise ValueError(
+            f"expected one observed site for a {type(embedding).__name__}, got {list(shapes)}: "
+            "let a deterministic site hold their columns, pyro.deterministic('seen', "
+            "torch.stack((x, y), -1)), and observe that"
+        )
     dim = sites.guide.latent_dim
     velocity = EmbeddedVelocity(dim, list(shapes.values()), embedding, hidden_dims)
     transform = ConditionalInterpolantTransform(velocity).to(like)

@@ -1,7 +1,7 @@
 r"""Whether part of the data can change while everything the guide is given stays the same.
 
-The values behind a missing-data mask can. The density of all data is then not that of what is
-observed, and no weights come from it.
+The values behind a missing-data mask or a summary can. The density of all data is then not that of
+what is observed, and no weights come from it.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,9 @@ _REPLACED, _LOOPED = 256, 64  # at once, and one by one
 def is_hidden(simulator: Simulator, values: Mapping[str, Tensor] | None = None) -> bool:
     """Return whether some of the data can change while all that is observed stays the same.
 
-    Numbers of them are replaced, one at a time, by those of other simulations: all of few, 256 of
-    many, evenly spread over simulations and numbers. What is missing more rarely may not be found.
+    It can where more numbers are drawn than observed, as behind a summary. Else numbers of them
+    are replaced, one at a time, by those of other simulations: all of few, 256 of many, evenly
+    spread over simulations and numbers. What is missing more rarely may not be found.
 
     Args:
         simulator: The model, with what is observed.
@@ -33,6 +34,12 @@ def is_hidden(simulator: Simulator, values: Mapping[str, Tensor] | None = None) 
     hidden = [k for k in simulator.sampled if k not in known and simulator.shapes[k].numel()]
     if not hidden:
         return False
+    numbers, seen_numbers = (
+        sum(simulator.shapes[name].numel() for name in names)
+        for names in (hidden, simulator.observed)
+    )
+    if seen_numbers < numbers:  # as of summaries, each of which any change of one number changes
+        return True
     values = _in_arguments(simulator) if values is None else values
     probes = torch.arange(_LOOPED if simulator.batching == "loop" else _REPLACED)
     others = simulator.at(len(probes)).data

@@ -112,16 +112,25 @@ def _is_scaled(node: Site) -> bool:
     return bool((scale != 1).any()) if isinstance(scale, Tensor) else scale != 1
 
 
-def example_of(model: Model, observed: Sequence[str]) -> dict[str, Tensor]:
-    """Return the sampled sites of one simulation of a model, its data too, always of one seed.
+def example_of(
+    model: Model, observed: Sequence[str], given: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the sampled and observed sites of one simulation of a model, always of one seed.
 
     Args:
         model: The model.
-        observed: Its observed sites; others keep their values.
+        observed: Its observed sites. Others keep their values where all of these are sampled.
+        given: Values of sampled sites, which are not drawn then.
     """
     with seeded(0):
         nodes = nodes_of(Unobserved(observed)(model))
-    return {name: node["value"] for name, node in nodes.items() if is_sampled(node)}
+    if not all(is_sampled(nodes[name]) for name in observed):  # of which data, nobody knows
+        drawing = Unobserved(None)(model)
+        with seeded(0):
+            nodes = nodes_of(poutine.condition(drawing, dict(given or {})))
+    return {
+        name: node["value"] for name, node in nodes.items() if is_sampled(node) or name in observed
+    }
 
 
 def is_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -150,11 +159,17 @@ def tell_of_others(
         observed: Its observed sites.
         example: What :func:`example_of` gave of the other.
     """
-    if all(is_sampled(nodes[name]) for name in observed):
-        is_other = not is_alike(example_of(model, observed), example)
-    else:  # deterministic ones may hold any of the arguments: sizes alone tell
-        pairs = ((nodes[k]["value"], v) for k, v in example.items() if k in nodes)
-        is_other = any(a.numel() != b.numel() for a, b in pairs)
+    known = {name: v for name, v in example.items() if name in nodes}
+    is_other = any(nodes[k]["value"].numel() != v.numel() for k, v in known.items())
+    if not is_other and not is_alike(example_of(model, observed), example):
+        # Deterministic sites may hold arguments, which then are data: another one is, where the
+        # same draws make other data.
+        sampled = {k: v for k, v in known.items() if is_sampled(nodes[k])}
+        seen = [name for name in observed if name not in sampled]
+        again = example_of(model, observed, sampled) if seen else {}
+        is_other = all(name in known for name in seen) and is_alike(
+            {name: again[name] for name in seen}, {name: known[name] for name in seen}
+        )
     if is_other:
         warn_user(
             "the arguments of the model make other simulations than those of its training: "
@@ -179,7 +194,7 @@ def data_of(nodes: Nodes, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]
     """
     found = {}
     for name, shape in shapes.items():
-        value, fn = nodes[name]["value"], nodes[name]["fn"]
+        value, fn = as_tensor(nodes[name]["value"], name), nodes[name]["fn"]
         is_short = value.dim() < len(shape)  # of an observation that broadcasts
         found[name] = value.expand(fn.batch_shape + fn.event_shape) if is_short else value
     return found
