@@ -202,7 +202,9 @@ class _PosteriorSDE(InterpolantSDE):
         for step in range(_SOLVER_STEPS):
             curved = -per_jacobian * curvature(along)[0]
             whole = _dot(along, direction) + _dot(along, curved).clamp(min=0)
-            size = torch.where(whole > 0, length / whole, 0)  # not where C is no covariance
+            # No step where C is no covariance, as that of a learned velocity early in time may
+            # not be; and none longer than 1, for all eigenvalues of I + H C are 1 or more.
+            size = torch.where((length > 0) & (whole > 0), length / whole, 0).clamp(max=1)
             score = score + size * along
             if step == _SOLVER_STEPS - 1:
                 break

@@ -223,7 +223,8 @@ def _check_score_determined(sde: InterpolantSDE, terms: TimeTerms) -> None:
             reason = "data do not gain on noise there; or train with fit(..., learn='noise')"
         raise ValueError(
             "expected a diffusion that is zero where the score is not determined, as near t = "
-            f"{float(t[undetermined][-1]):.3g} ({reason}): leave it at its default"
+            f"{float(t[undetermined][-1]):.3g} ({reason}): leave it at its default, or where that "
+            "is not enough, train with a smaller gamma"
         )
 
 

@@ -63,6 +63,36 @@ def test_it_has_the_posterior_of_gaussians(name):
     assert_normal(draws, *prior.posterior(y))
 
 
+class Rippled(torch.nn.Module):
+    """A velocity that is not quite another, as a learned one: its Jacobian is no covariance."""
+
+    def __init__(self, velocity):
+        super().__init__()
+        self.velocity, self.mixed = velocity, torch.randn(3, 3)
+
+    def forward(self, t, x, context=None):
+        return self.velocity(t, x) + 0.08 * torch.sin(4 * x @ self.mixed)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", ["linear", "trigonometric"])
+def test_no_draw_runs_away_under_a_velocity_that_is_not_quite_right(name, seed):
+    prior = GaussianPrior(PATHS[name])
+    flow = prior.flow.transform.flow
+    flow.velocity = Rippled(flow.velocity)
+    torch.manual_seed(seed)
+    precision = torch.linalg.inv(prior.cov) + torch.outer(SEEN[0], SEEN[0]) / 0.3**2
+    lower = torch.linalg.cholesky(torch.linalg.inv(precision))
+
+    def log_likelihood(x):
+        return -0.5 * ((x @ SEEN[0] - 2.0) / 0.3).square()
+
+    draws = approximate_posterior(prior.flow, log_likelihood, (2000,), steps=60)
+    white = torch.linalg.solve(lower, (draws - draws.mean(0)).T)
+    assert white.abs().max() < 6
+    assert (torch.cov(white) - torch.eye(3)).abs().max() < 0.25
+
+
 @pytest.mark.slow
 def test_each_of_several_observations_has_its_own_posterior():
     prior, y = GaussianPrior(pi.Trigonometric()), torch.tensor([[2.0, 3.0], [-1.0, 0.0]])
