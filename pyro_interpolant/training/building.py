@@ -4,7 +4,6 @@ What the data are decides what is built: an event of their shape on their suppor
 conditional flow where there are contexts, a Gaussianizing map where one pays, a U-Net for images.
 """
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._package import check_ranges, check_sizes, flag
-from .._torch import seeded, with_gradients
+from .._torch import copied, seeded, with_gradients
 from ..distributions.constraints import Constraint, shaped
 from ..distributions.flow import AnyTransform
 from ..distributions.interpolant import (
@@ -307,7 +306,7 @@ def _transform(
     if path is None and coupling is optimal_transport:
         path = Linear()
     # Copied, for a network may be wanted for other data, too, and is trained from where it is.
-    velocity = new_network(space, rows, sizes) if network is None else copy.deepcopy(network)
+    velocity = new_network(space, rows, sizes) if network is None else copied(network)
     if not are_images(rows):
         return kind(velocity, size, interpolant=path).to(like)
     choices: dict[str, Any] = {

@@ -29,6 +29,7 @@ from pyro_interpolant import (
     optimal_transport,
     save,
 )
+from pyro_interpolant._torch import copied
 from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
 from pyro_interpolant.training import building, fitting
 from pyro_interpolant.transforms.gaussianize import Gaussianized
@@ -82,6 +83,15 @@ def test_a_network_that_is_given_is_copied():
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name])
         assert all(p.requires_grad for p in network.parameters())
+
+
+def test_a_copy_of_a_compiled_network_is_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    network = VelocityMLP(2, (8,))
+    network._compiled_call_impl = network.layers[0]._compiled_call_impl = network._call_impl
+    new = copied(network)
+    assert compiled == [new, new.layers[0]]
 
 
 @pytest.mark.parametrize("shared", [False, True])
