@@ -159,17 +159,16 @@ def tell_of_others(
         observed: Its observed sites.
         example: What :func:`example_of` gave of the other.
     """
-    known = {name: v for name, v in example.items() if name in nodes}
-    is_other = any(nodes[k]["value"].numel() != v.numel() for k, v in known.items())
-    if not is_other and not is_alike(example_of(model, observed), example):
-        # Deterministic sites may hold arguments, which then are data: another one is, where the
-        # same draws make other data.
-        sampled = {k: v for k, v in known.items() if is_sampled(nodes[k])}
-        seen = [name for name in observed if name not in sampled]
-        again = example_of(model, observed, sampled) if seen else {}
-        is_other = all(name in known for name in seen) and is_alike(
-            {name: again[name] for name in seen}, {name: known[name] for name in seen}
-        )
+    found = example_of(model, observed)
+    is_other = not is_alike(found, example)
+    seen = {name: example[name] for name in observed if not is_sampled(nodes[name])}
+    same_sizes = all(found[k].numel() == v.numel() for k, v in example.items() if k in found)
+    if is_other and seen and same_sizes:
+        # Deterministic sites may hold arguments, which then are data, and the same draws give
+        # others of them: where they do not, the guide is not given what has changed.
+        draws = {k: v for k, v in example.items() if k in found and is_sampled(nodes[k])}
+        again = example_of(model, observed, draws)
+        is_other = is_alike({name: again[name] for name in seen}, seen)
     if is_other:
         warn_user(
             "the arguments of the model make other simulations than those of its training: "
