@@ -3,11 +3,10 @@ r"""Torch's private parts and global state: what the package needs of them, in o
 Whether autograd, :mod:`torch.func` or a tracer sees a computation; scopes with a generator of
 their own, or with a network in another mode; activations recomputed in the backward pass;
 derivatives :math:`\partial_t f(t)` by forward mode; comparisons in any unit, and units that far
-rows do not set; copies of networks; and warnings at the user's line.
+rows do not set; and warnings at the user's line.
 """
 
 import contextlib
-import copy
 import os
 import sys
 import threading
@@ -30,15 +29,6 @@ _NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (__file__, to
 )
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _MIDDLE_RANGE = 3.29  # of 90% of a normal, in standard deviations
-
-
-def copied(network: nn.Module) -> nn.Module:
-    """Return a copy of a network, compiled where it is by ``compile()``, which copies are not."""
-    new = copy.deepcopy(network)
-    for module, other in zip(network.modules(), new.modules(), strict=True):
-        if module._compiled_call_impl is not None:
-            other.compile()
-    return new
 
 
 def is_transformed() -> bool:

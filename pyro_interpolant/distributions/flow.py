@@ -157,6 +157,8 @@ class FlowDistribution:
         if not hasattr(value, "to_numpy"):
             return value
         rows = columns_in_order(value, self.columns, "value")
+        if hasattr(value, "columns") and self.row_shape == () and rows.shape[1:] == (1,):
+            rows = rows[:, 0]  # a frame is always a table of rows
         return rows.to(self.transform.flow.loc) if rows.is_floating_point() else rows
 
     def context_of(self, context: Any) -> Any:
@@ -172,8 +174,10 @@ class FlowDistribution:
         if not hasattr(context, "to_numpy"):
             return context
         flow = self.transform.flow
-        context = columns_in_order(context, self.context_columns, "context")
-        found = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
+        rows = columns_in_order(context, self.context_columns, "context")
+        if rows.shape == (flow.context_dim,) != (1,) and not flow.classes:  # one row of a frame
+            return checked_context(rows[None], flow.context_dim)[0].to(flow.loc)
+        found = checked_context(rows, flow.context_dim, flow.classes, flow.loc.dtype)
         return found.to(flow.loc)
 
     def to_flow(self, value: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ _REPLACED, _LOOPED = 256, 64  # at once, and one by one
 def is_hidden(simulator: Simulator, values: Mapping[str, Tensor] | None = None) -> bool:
     """Return whether some of the data can change while all that is observed stays the same.
 
-    It can where more numbers are drawn than observed, as behind a summary. Else numbers of them
+    It can where more real numbers are drawn than observed, as behind a summary. Else numbers
     are replaced, one at a time, by those of other simulations: all of few, 256 of many, evenly
     spread over simulations and numbers. What is missing more rarely may not be found.
 
@@ -34,15 +34,16 @@ def is_hidden(simulator: Simulator, values: Mapping[str, Tensor] | None = None) 
     hidden = [k for k in simulator.sampled if k not in known and simulator.shapes[k].numel()]
     if not hidden:
         return False
-    numbers, seen_numbers = (
-        sum(simulator.shapes[name].numel() for name in names)
-        for names in (hidden, simulator.observed)
-    )
-    if seen_numbers < numbers:  # as of summaries, each of which any change of one number changes
-        return True
-    values = _in_arguments(simulator) if values is None else values
     probes = torch.arange(_LOOPED if simulator.batching == "loop" else _REPLACED)
     others = simulator.at(len(probes)).data
+    real = [name for name in hidden if bool((others[name] != others[name].round()).any())]
+    drawn, seen_numbers = (
+        sum(simulator.shapes[name].numel() for name in names)
+        for names in (real, simulator.observed)
+    )
+    if seen_numbers < drawn:  # as of summaries, each of which any change of one number changes
+        return True
+    values = _in_arguments(simulator) if values is None else values
     for name in hidden:
         own = values[name].reshape(len(values[name]), -1)
         stride = max(1.0, own.numel() / len(probes))

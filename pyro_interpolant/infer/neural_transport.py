@@ -5,6 +5,7 @@ By ``neutra``, as ``reparam`` does it for learned priors inside of a model.
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ from .sites import (
     check_fixed_support,
     whole_model,
 )
-from .validity import log_prob_left_out
+from .validity import is_valid, log_prob_left_out, without_masks
 
 _SITE = "_shared_latent"  # how NeuTraReparam names the base draw, after the first site
 _JACOBIAN = "_log_jacobian"
@@ -211,7 +212,8 @@ class _Images(Messenger):
 
     Attributes:
         total: The sum so far of the log-determinants, and of the log densities of rows that are
-            masked out, shape ``(*)``.
+            masked out, shape ``(*)``; minus infinity where a parameter is out of its range, or
+            data off a support that moves.
     """
 
     def __init__(
@@ -225,6 +227,8 @@ class _Images(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] not in self.parts:
+            if msg["is_observed"] and not msg["infer"].get("_deterministic"):
+                self._leave_out(msg["fn"], msg["value"])
             return
         if msg["is_observed"] or is_conditioned(msg["name"], self):
             raise ValueError(
@@ -243,9 +247,21 @@ class _Images(Messenger):
         left_out = log_prob_left_out(fn, value, mask=poutine.get_mask())
         if left_out is not None:
             self.total = self.total + left_out.sum_to_size(self.total.shape)
+        self._leave_out(without_masks(fn), None)
         score = 0.0 if poutine.get_mask() is False else fn.log_prob(value)
         msg["fn"] = dist.Delta(value, score, event_dim=fn.event_dim)
         msg["value"], msg["is_observed"] = value, True
+
+    def _leave_out(self, fn: Any, value: Tensor | None) -> None:
+        """Leave out where a site has no density, which its formula may not tell."""
+        valid, mask = is_valid(fn, value), poutine.get_mask()
+        if isinstance(valid, bool) or mask is False:
+            return
+        if value is not None and isinstance(mask, Tensor):
+            valid = valid | ~mask
+        left_out = torch.where(valid, 0.0, -math.inf).to(self.total)
+        whole = left_out.expand(torch.broadcast_shapes(left_out.shape, self.total.shape))
+        self.total = self.total + whole.sum_to_size(self.total.shape)
 
 
 def neutra(

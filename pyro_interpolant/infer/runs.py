@@ -113,21 +113,22 @@ def _is_scaled(node: Site) -> bool:
 
 
 def example_of(
-    model: Model, observed: Sequence[str], given: Mapping[str, Tensor] | None = None
+    model: Model,
+    nodes: Nodes,
+    observed: Sequence[str],
+    given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the sampled and observed sites of one simulation of a model, always of one seed.
 
     Args:
         model: The model.
+        nodes: The sites of a run of it.
         observed: Its observed sites. Others keep their values where all of these are sampled.
         given: Values of sampled sites, which are not drawn then.
     """
+    drawn = observed if all(is_sampled(nodes[name]) for name in observed) else None
     with seeded(0):
-        nodes = nodes_of(Unobserved(observed)(model))
-    if not all(is_sampled(nodes[name]) for name in observed):  # of which data, nobody knows
-        drawing = Unobserved(None)(model)
-        with seeded(0):
-            nodes = nodes_of(poutine.condition(drawing, dict(given or {})))
+        nodes = nodes_of(poutine.condition(Unobserved(drawn)(model), dict(given or {})))
     return {
         name: node["value"] for name, node in nodes.items() if is_sampled(node) or name in observed
     }
@@ -153,13 +154,16 @@ def tell_of_others(
 ) -> None:
     """Warn where a model makes other simulations than that which a guide learned from.
 
+    Where observed sites are deterministic and hold one of several arguments that have changed,
+    nobody knows of the others.
+
     Args:
         model: The model, with its arguments.
         nodes: The sites of a run of it.
         observed: Its observed sites.
         example: What :func:`example_of` gave of the other.
     """
-    found = example_of(model, observed)
+    found = example_of(model, nodes, observed)
     is_other = not is_alike(found, example)
     seen = {name: example[name] for name in observed if not is_sampled(nodes[name])}
     same_sizes = all(found[k].numel() == v.numel() for k, v in example.items() if k in found)
@@ -167,7 +171,7 @@ def tell_of_others(
         # Deterministic sites may hold arguments, which then are data, and the same draws give
         # others of them: where they do not, the guide is not given what has changed.
         draws = {k: v for k, v in example.items() if k in found and is_sampled(nodes[k])}
-        again = example_of(model, observed, draws)
+        again = example_of(model, nodes, observed, draws)
         is_other = is_alike({name: again[name] for name in seen}, seen)
     if is_other:
         warn_user(

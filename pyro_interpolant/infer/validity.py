@@ -19,6 +19,9 @@ from torch.distributions import (
     constraints,
 )
 
+from ..distributions.constraints import innermost_constraint
+
+# Constraints that all numbers satisfy, or that nothing is known of.
 _ALWAYS = (type(constraints.real), type(constraints.dependent))
 
 
@@ -66,8 +69,8 @@ def log_prob_left_out(fn: Any, value: Tensor, *, mask: Tensor | bool | None) -> 
 def is_valid(fn: Any, value: Tensor | None, *, moved: bool = False) -> Tensor | bool:
     """Return where parameters are in their range, and a value on a support that they move.
 
-    Constraints on single numbers count, such as intervals, and parameters of single numbers. A
-    fixed support does not: data are checked once.
+    Constraints on single numbers count, such as intervals, and of parameters those on vectors,
+    such as shares, too; not those on matrices. A fixed support does not: data are checked once.
 
     Args:
         fn: A distribution of batch shape ``(*)``.
@@ -128,21 +131,35 @@ def _in_a_component(fn: MixtureSameFamily, value: Tensor, *, moved: bool) -> Ten
 def _in_range(fn: Any) -> Tensor | bool:
     """Return where a distribution's own parameters are, and those of what a mixture mixes."""
     if isinstance(fn, MixtureSameFamily):
+        shares = is_valid(fn.mixture_distribution, None)
         of_each = is_valid(fn.component_distribution, None)
         if isinstance(of_each, bool):
-            return True
-        return _of_all(of_each, fn.component_distribution, 1)
+            return shares
+        return shares & _of_all(of_each, fn.component_distribution, 1)
     found: Tensor | bool = True
-    for name, constraint in _parameters(fn).items() if not fn.event_shape else ():
-        if isinstance(constraint, _ALWAYS) or constraint.event_dim:
+    for name, constraint in _parameters(fn).items():
+        if isinstance(innermost_constraint(constraint), _ALWAYS) or constraint.event_dim > 1:
             continue
         number = fn.__dict__.get(name)
         # Some keep them in a part; a lazy one is another parameter, which is there, in new words.
         if number is None and type(inspect.getattr_static(fn, name, None)) is property:
             number = getattr(fn, name)
         if torch.is_tensor(number):
-            found = found & constraint.check(number)
+            found = found & _of_batch(_checked(constraint, number), fn)
     return found
+
+
+def _checked(constraint: constraints.Constraint, number: Tensor) -> Tensor:
+    """Return where a parameter is on its constraint, one boolean for each of its events."""
+    if isinstance(constraint, type(constraints.simplex)):  # of shares, which torch has normalised
+        return (number >= 0).all(-1)
+    return constraint.check(number)
+
+
+def _of_batch(found: Tensor, fn: Any) -> Tensor:
+    """Return where a mask of parameters holds for all numbers of an event."""
+    extra = found.dim() - len(fn.batch_shape)
+    return found.flatten(-extra).all(-1) if fn.event_shape and extra > 0 else found
 
 
 def _of_all(found: Tensor, fn: Any, dims: int) -> Tensor:

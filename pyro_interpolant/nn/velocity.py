@@ -33,6 +33,7 @@ is optional, and used where it is there:
 No other module looks these up.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from .._package import check_ranges
-from .._torch import is_functional, is_tracing
+from .._torch import is_functional, is_tracing, warn_user
 from .record import Record
 
 _KNOWN_LAYERS = (__name__.partition(".")[0] + ".", "torch.nn.modules.")
@@ -331,3 +332,22 @@ def own_method(module: nn.Module, name: str, *stands_for: str) -> Callable[..., 
     if any(is_hooked(part) for part in module.modules()):
         return None
     return getattr(module, name)
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """Return a copy of a network, or with a warning itself where there can be none.
+
+    Copies are not compiled where it is by ``compile()``: they are here, with default options.
+    """
+    try:
+        new = copy.deepcopy(network)
+    except (RuntimeError, TypeError) as error:  # of a tensor that was computed, a lock
+        warn_user(
+            f"the network cannot be copied ({error}), so it is trained itself: another call "
+            "with it changes what this one gives"
+        )
+        return network
+    for module, other in zip(network.modules(), new.modules(), strict=True):
+        if module._compiled_call_impl is not None:
+            other.compile()
+    return new

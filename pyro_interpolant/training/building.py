@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._package import check_ranges, check_sizes, flag
-from .._torch import copied, seeded, with_gradients
+from .._torch import seeded, warn_user, with_gradients
 from ..distributions.constraints import Constraint, shaped
 from ..distributions.flow import AnyTransform
 from ..distributions.interpolant import (
@@ -33,6 +33,7 @@ from ..distributions.supports import CircularSupport, Support, support_of
 from ..interpolants.couplings import optimal_transport
 from ..interpolants.linear import Interpolant, Linear
 from ..nn.unet import UNet
+from ..nn.velocity import copied
 from ..solvers.divergence import HutchinsonDivergence
 from ..solvers.parallel import one_thread_each
 from ..transforms.gaussianize import Gaussianized, RadialTransform
@@ -57,7 +58,7 @@ from .preprocessing import preferred_support
 from .repeats import random_order, warn_if_rounded
 from .reporting import stage, tell
 from .rows import Rows, checked_weights, drop_zero_weights
-from .streaming import first_rows, is_stream
+from .streaming import first_rows, is_stream, naming_batch
 from .whitening import whitening_map
 
 
@@ -145,11 +146,8 @@ def from_samples(
             )
         conditional = bool(getattr(network, "classes", 0))
         with seeded(seed):
-            rows, weights = first_rows(
-                x, with_contexts=conditional, of_scalars=_are_scalars(event_shape)
-            )
-        columns = names_of(rows)  # of a frame, by which those of the batches to come are taken
-        rows, _ = drop_zero_weights(weights, rows, part=True)
+            first = first_rows(x, with_contexts=conditional, of_scalars=_are_scalars(event_shape))
+        columns, rows = names_of(first[0]), _of_weight(*first)  # names of a frame, for all batches
     else:
         columns = names_of(x)
         pairs = Names(columns).at_base(fit_options.get("pairs"), "pairs")
@@ -179,6 +177,12 @@ def from_samples(
         error.distribution = distribution.freeze()
         raise
     return distribution
+
+
+def _of_weight(rows: Any, weights: Tensor | None) -> Any:
+    """Return the rows of a first batch, ``(B, *event_shape)``, that have weight."""
+    with naming_batch(0):
+        return drop_zero_weights(weights, rows, part=True)[0]
 
 
 def _named(
@@ -246,6 +250,9 @@ def contexts_for(
         network: The velocity, or None for a new one.
         progress: Whether to say what labels become.
 
+    Warns:
+        UserWarning: If classes below the largest label have no row.
+
     Returns:
         Contexts, shape ``(N, C)``, or labels; and ``(C,)``, ``(0, K)`` of K classes, or nothing.
     """
@@ -254,6 +261,12 @@ def contexts_for(
     like = _type_of(rows)
     found = as_tensor(context, "context")
     classes = 0 if found.is_floating_point() else _number_of_classes(found)
+    missing = classes - len(found.unique()) if classes and network is None else 0
+    if missing:
+        warn_user(
+            f"{missing} of the {classes} classes 0 to {classes - 1} have no row, and nothing is "
+            "known of them: if these whole numbers are no labels, convert them with .float()"
+        )
     if network is not None and classes:
         own = getattr(network, "classes", 0)
         if not own:

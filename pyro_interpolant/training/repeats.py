@@ -17,7 +17,7 @@ REPEATED_SHARE = 0.1  # the share of repeated values in a column from which a us
 _REDRAWN_SHARE = 0.5  # the same of a column alone: rows drawn again repeat up to 0.37
 _ATOM_SHARE = 0.05  # the share of rows from which one value counts as an atom
 _SHARED_SHARE = 0.01  # the share of rows that no row of a chain has, if they do not follow it
-_MIN_SHARED = 10  # rows that are so many
+_MIN_SHARED = 10  # rows, for a share to tell
 ATOMS = (
     "repeat single values, such as zeros or a limit, beside others that do not repeat: a share of "
     "rows at one value has no density. Learn the other rows alone, and the share as a probability"
@@ -40,7 +40,10 @@ def warn_if_rounded(x: Tensor) -> None:
 
 
 def rounded(x: Tensor) -> tuple[bool, list[str]]:
-    """Return whether all columns of rows, ``(N, D)``, repeat their values, and what to say."""
+    """Return whether all columns of rows, ``(N, D)``, repeat their values, and what to say.
+
+    Columns that repeat single values count where another is rounded.
+    """
     if not x.is_floating_point():
         return False, []
     looked_at = min(x.shape[1], _CHECKED_COLUMNS)
@@ -50,7 +53,8 @@ def rounded(x: Tensor) -> tuple[bool, list[str]]:
     few = x[places]
     enough = len(few) >= _MIN_CHECKED_ROWS
     atoms = [i for i, column in enumerate(few.T) if enough and atoms_in(column)]
-    few = few[(places == 0) | (few != x[places - 1]).any(1)]
+    if x.shape[1] > 1 or not _is_sorted(x[:, 0]):
+        few = few[(places == 0) | (few != x[places - 1]).any(1)]
     distinct, limit = torch.unique(few, dim=0), _REDRAWN_SHARE
     if x.shape[1] > 1 and len(distinct) >= _MIN_CHECKED_ROWS:
         few, limit = distinct, REPEATED_SHARE
@@ -66,7 +70,13 @@ def rounded(x: Tensor) -> tuple[bool, list[str]]:
             "as rounded or discrete data do, which have no density: a flow learns spikes. Spread "
             "them over their rounding step first, fit(distribution, dequantize(x))"
         )
-    return len(found) + len(atoms) == len(names), messages
+    return len(found) > 0 and len(found) + len(atoms) == len(names), messages
+
+
+def _is_sorted(column: Tensor) -> bool:
+    """Return whether values, shape ``(N,)``, come in order: equal ones then follow each other."""
+    steps = column.diff()
+    return bool((steps >= 0).all()) or bool((steps <= 0).all())
 
 
 def atoms_in(column: Tensor) -> bool:
@@ -88,8 +98,12 @@ def copy_keys(rows: Rows) -> Tensor:
 def shared_keys(rows: Rows, keys: Tensor) -> Tensor:
     """Return the keys that rows share by chance, shape ``(K,)``, and not as copies do.
 
-    They are those of a hundredth of all rows, not counting any that follows its equal, of a
-    twentieth if all are counted, and, where all columns are rounded, all that repeat.
+    Where all columns are rounded, they are all that repeat. Else those of 10 rows or more that are
+
+    - a hundredth of all rows, not counting any that follows its equal, as a Markov chain's do, or
+    - a twentieth of them;
+
+    and none where other rows repeat, too, as shuffled chains and rows drawn by weight do.
 
     Args:
         rows: The rows.
@@ -105,7 +119,9 @@ def shared_keys(rows: Rows, keys: Tensor) -> Tensor:
     apart = torch.zeros_like(found).index_add(0, group, first)
     total = len(keys)
     many = (apart >= _SHARED_SHARE * total) | (counts >= _ATOM_SHARE * total)
-    return found[many & (counts >= _MIN_SHARED)]
+    many &= counts >= _MIN_SHARED
+    others = counts[~many]
+    return found[many] if len(others) >= (1 - REPEATED_SHARE) * int(others.sum()) else found[:0]
 
 
 def told_apart(keys: Tensor, shared: Tensor, start: int = 0) -> Tensor:

@@ -37,6 +37,7 @@ from .survey import MOST_HELD, HeldOutKeys, Survey, Surveyed, check_rows_came_ag
 
 _MOST_EMPTY_BATCHES = 2**17  # batches in a row without rows to train on
 _LEAST_ROWS = 64  # per step, of loaders that give fewer at once
+_PLACES = 2**20  # of rows in a batch
 _ROW_MULTIPLE = 64  # batches are cut to whole multiples of so many rows
 
 
@@ -311,7 +312,9 @@ def check_again(iterable: object) -> None:
 def first_rows(
     iterable: Any, *, with_contexts: bool = False, of_scalars: bool = False
 ) -> tuple[Any, Tensor | None]:
-    """Return the rows of the first batch, as they come, ``(B, *event_shape)``, and their weights.
+    """Return the rows of the first batch with weight, as they come, and their weights.
+
+    Rows have shape ``(B, *event_shape)``, weights ``(B,)``, if any.
 
     Args:
         iterable: What gives the batches.
@@ -330,10 +333,15 @@ def first_rows(
             "DataLoader(dataset, batch_size=256, shuffle=True); or, where its items are batches, "
             "DataLoader(dataset, batch_size=None)"
         )
-    batch = next(iter(iterable), None)
-    if batch is None:
+    for number, batch in enumerate(iterable):
+        parts = batch if isinstance(batch, (list, tuple)) else (batch,)
+        last = parts[1 + with_contexts :]
+        with naming_batch(number):
+            weights = _part_of_weights(last[0]) if last else None
+        if weights is None or bool((weights != 0).any()):
+            break
+    else:
         raise ValueError("expected batches of rows, got an iterable without any")
-    parts = batch if isinstance(batch, (list, tuple)) else (batch,)
     rows = parts[0]
     is_row = isinstance(iterable, (list, tuple, Dataset)) and getattr(rows, "ndim", None) == 1
     if is_row and not of_scalars:
@@ -342,9 +350,7 @@ def first_rows(
             f"{tuple(rows.shape)}: stack rows into a table, torch.stack(rows), or columns, "
             "torch.stack(columns, -1); for batches of scalars say event_shape=()"
         )
-    with naming_batch(0):
-        last = parts[1 + with_contexts :]
-        return rows, _part_of_weights(last[0]) if last else None
+    return rows, weights
 
 
 class StreamBatches:
@@ -423,7 +429,7 @@ class StreamBatches:
     def _chosen(self, rows: Rows) -> Rows:
         """Return the rows that are not held out, as often as their weights say."""
         if self.told is not None:
-            held = self.told.mark(keys_of(rows), self.found)
+            held = self.told.mark(keys_of(rows), self.position * _PLACES)
             rows = rows.take((~held).nonzero().flatten())
         if rows.weight is None:
             return rows

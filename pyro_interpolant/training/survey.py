@@ -2,7 +2,7 @@ r"""The first pass over a stream: how many rows, which to hold out, a sample for
 
 Each row has a key, an integer that is as if drawn at random, and equal for equal rows. Rows of the
 lowest keys are held out: with all their copies, in whatever order and however often they come. Of
-rows that many others equal by chance, as many are as of any others.
+rows that many others equal by chance, as the first ones tell, as many are as of any others.
 """
 
 from typing import NamedTuple
@@ -40,7 +40,7 @@ class HeldOutKeys(NamedTuple):
 
         Args:
             keys: Their keys, shape ``(N,)``.
-            start: The place of the first of them.
+            start: The place of the first of them, among rows of which no two have the same.
         """
         return told_apart(keys, self.shared, start) < self.below
 
@@ -135,7 +135,7 @@ class Survey:
     def _candidates(self) -> tuple[Rows, Tensor, Tensor]:
         """Return the rows that may be held out, their keys, told apart where shared, and these."""
         rows, keys = _joined(self.lowest)
-        if self.shared is None:  # these are all rows so far
+        if self.shared is None:  # at the first trim, or without one: these are all rows so far
             self.shared = shared_keys(rows, keys).cpu()  # of which every process is told
             keys = told_apart(keys, self.shared)
         return rows, keys, self.shared

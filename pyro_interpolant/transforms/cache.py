@@ -211,7 +211,7 @@ def _checksums(x: Tensor) -> Tensor:
     # By 32 bits: of 64, a sign would be the last to count, and an even number of them be lost.
     whole = {1: torch.uint8, 2: torch.int16}.get(x.element_size(), torch.int32)
     factors = constant(_odd_numbers()).to(x.device)
-    pieces = x.detach().contiguous().view(whole).reshape(-1).split(len(factors))
+    pieces = x.detach().reshape(-1).contiguous().view(whole).split(len(factors))
     sums = [(piece * factors[: len(piece)]).sum() for piece in pieces]
     return torch.stack([*sums, *torch.tensor(x.shape, device=x.device)])
 

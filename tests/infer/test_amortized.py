@@ -685,6 +685,14 @@ def rows_of_two(x=None, y=None):
         pyro.sample("y", dist.Normal(b, 1.0), obs=y)
 
 
+def coins(y=None):
+    """A code of coins, in which all of them can be read."""
+    p = pyro.sample("p", dist.Beta(2.0, 2.0))
+    with pyro.plate("rows", ROWS):
+        y = pyro.sample("y", dist.Bernoulli(p[..., None] if p.dim() else p), obs=y)
+    pyro.deterministic("code", (y * 2.0 ** torch.arange(ROWS)).sum(-1))
+
+
 @pytest.mark.parametrize("kind", [pi.nn.SetEmbedding, pi.nn.SeriesEmbedding])
 def test_an_embedding_of_rows_is_refused_beside_several_sites(kind):
     guide = pi.AmortizedInterpolant(rows_of_two, ("x", "y"), kind(2))
@@ -699,10 +707,11 @@ def test_an_embedding_of_rows_is_refused_beside_several_sites(kind):
         (rows_of_a_normal, "first", True),
         (rows_of_a_normal, "mean", True),
         (rows_of_a_normal, "y", False),
+        (coins, "code", False),
     ],
 )
 def test_data_that_may_change_unseen_are_hidden(model, name, expected):
-    args = (torch.zeros(ROWS),) if model is rows_of_a_normal else (torch.zeros(6), torch.ones(6))
+    args = (torch.zeros(6), torch.ones(6)) if model is rows_with_gaps else (torch.zeros(ROWS),)
     simulator = simulator_of(model, *args, observed=(name,))
     found = simulator.at(50)
     assert is_hidden(simulator, found.latents | found.data) == expected

@@ -50,6 +50,37 @@ def run(target, *args, samples=5, **kwargs):
     return mcmc
 
 
+def shares_out_of_range(a):
+    shares = torch.stack((1 - a, a), -1).unsqueeze(-2)
+    return dist.Categorical(shares), torch.ones(3)
+
+
+def rates_out_of_range(a):
+    return dist.Poisson(1 - a[..., None]), torch.zeros(3)
+
+
+@pytest.mark.parametrize("likelihood", [shares_out_of_range, rates_out_of_range])
+def test_what_validation_refuses_has_no_density(likelihood):
+    def model():
+        a = pyro.sample("a", dist.Normal(0.5, 0.1))
+        fn, y = likelihood(a)
+        with pyro.plate("rows", 3):
+            pyro.sample("y", fn, obs=y)
+
+    guide = AutoInterpolant(model, hidden_dims=(4,), solver=FixedGrid(1), init_scale=1.0)
+    with pyro.validation_enabled(is_validate=False):
+        guide()
+        base = neutra(guide)
+        name = next(n for n in poutine.trace(base).get_trace().stochastic_nodes if n != "rows")
+        for z in (0.0, 5.0, -5.0):
+            w = {name: torch.tensor([z])}
+            a = float(base.samples({k: v[None] for k, v in w.items()})["a"])
+            density = poutine.trace(poutine.condition(base, w)).get_trace().log_prob_sum()
+            lowest = 0.0 if likelihood is shares_out_of_range else -torch.inf
+            assert bool(density > -torch.inf) == (lowest <= a <= 1)
+            assert (z == 0) == (abs(a - 0.5) < 0.5)  # both cases come
+
+
 def test_draws_come_back_in_the_models_sites():
     guide = small()
     base = neutra(guide)

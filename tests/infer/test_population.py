@@ -510,10 +510,10 @@ class Noisy(pi.VelocityMLP):
 @pytest.mark.slow
 def test_dropout_is_for_the_regression_alone():
     _, y, sds = catalogue(200, missing=0.0)
-    network = Noisy()
-    from_noisy_samples(y, sds, network=network, **{**QUICK, "steps": 60})
-    assert 0 < network.seen[True] <= 60
-    assert network.seen[False] > 60
+    flow = from_noisy_samples(y, sds, network=Noisy(), **{**QUICK, "steps": 60})
+    seen = flow.transform.velocity.seen
+    assert 0 < seen[True] <= 60
+    assert seen[False] > 60
 
 
 @pytest.mark.usefixtures("_small_runs")

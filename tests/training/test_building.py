@@ -29,8 +29,8 @@ from pyro_interpolant import (
     optimal_transport,
     save,
 )
-from pyro_interpolant._torch import copied
 from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
+from pyro_interpolant.nn.velocity import copied
 from pyro_interpolant.training import building, fitting
 from pyro_interpolant.transforms.gaussianize import Gaussianized
 
@@ -83,6 +83,21 @@ def test_a_network_that_is_given_is_copied():
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name])
         assert all(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:calibrating the solver failed")  # for want of a copy, too
+def test_a_network_that_cannot_be_copied_is_trained_itself():
+    network = VelocityMLP(2, (8,))
+    network.kept = network.layers[0].weight * 2  # which is not a leaf
+    with pytest.warns(UserWarning, match="cannot be copied .* another call with it changes"):
+        d = learn(torch.randn(300, 2), network=network)
+    assert d.transform.velocity is network
+
+
+def test_classes_without_rows_are_told_of():
+    age = torch.randint(18, 25, (300,))
+    with pytest.warns(UserWarning, match="18 of the 25 classes 0 to 24 have no row"):
+        learn(torch.randn(300, 2), context=age)
 
 
 def test_a_copy_of_a_compiled_network_is_compiled(monkeypatch):

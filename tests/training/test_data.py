@@ -440,6 +440,50 @@ def test_of_a_value_with_a_share_of_all_rows_as_many_are_held_out(share, dim, is
         warn_if_rounded(x)
 
 
+def chain(count, dim, acceptance):
+    proposals, moves = torch.randn(count, dim), torch.rand(count) < acceptance
+    moves[0] = True
+    return proposals[moves][moves.cumsum(0) - 1]
+
+
+def drawn_by_weight():
+    weights = torch.randn(1000).mul(2).softmax(0)
+    return torch.randn(1000, 2)[weights.multinomial(1000, replacement=True)]
+
+
+def repeated():
+    often, thrice = torch.randn(1, 2).repeat(100, 1), torch.randn(300, 2).repeat(3, 1)
+    return torch.cat((torch.randn(900, 2), often, thrice))
+
+
+COPIES = {
+    "a slow chain": lambda: chain(2000, 2, 0.1),
+    "a chain": lambda: chain(1000, 4, 0.25),
+    "drawn by weight": drawn_by_weight,
+    "repeated": repeated,
+    "a chain of scalars, in order": lambda: chain(1000, 1, 0.25),
+    "a very slow chain, in order": lambda: chain(500, 3, 0.05),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_rows_that_are_copies_are_not_told_apart(name):
+    x = COPIES[name]()
+    if "in order" not in name:
+        x = x[torch.randperm(len(x))]
+    held, kept = split(Rows(x, None), len(x) // 10)
+    assert len(held.w) > 0.05 * len(x)
+    assert not torch.isin(keys_of(held), keys_of(kept)).any()
+
+
+def test_whole_numbers_in_order_are_noticed_and_held_out_as_any_rows():
+    x = torch.randn(4000, 1).mul(10).round().sort(0).values
+    with pytest.warns(UserWarning, match="as rounded or discrete data do"):
+        warn_if_rounded(x)
+    held, _ = split(Rows(x, None), 400)
+    assert float(held.w.std()) == pytest.approx(float(x.std()), rel=0.15)
+
+
 def split(rows, count):
     order, count = random_order(rows, count)
     return rows.take(order[:count]), rows.take(order[count:])

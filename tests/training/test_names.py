@@ -249,6 +249,27 @@ def test_densities_and_contexts_take_the_columns_of_frames_by_name():
         family.condition(given.rename(columns={"u": "c"}))
 
 
+def test_a_frame_of_one_column_is_a_table_of_scalars():
+    d = InterpolantDistribution(random_flow(1), event_shape=())
+    rows = torch.randn(5)
+    frame = pd.DataFrame({"y": rows.numpy()})
+    assert d.log_prob(frame).shape == (5,)
+    assert torch.equal(d.log_prob(frame), d.log_prob(rows))
+    family = ConditionalInterpolantDistribution(random_flow(1, context_dim=2), event_shape=())
+    at = family.condition(torch.randn(5, 2))
+    assert torch.equal(at.log_prob(frame), at.log_prob(frame["y"]))
+
+
+def test_a_row_of_a_frame_is_one_context():
+    family = ConditionalInterpolantDistribution(random_flow(2, context_dim=3))
+    family.context_columns = ("u", "v", "w")
+    contexts = torch.randn(4, 3)
+    frame = pd.DataFrame(contexts.numpy(), columns=["u", "v", "w"])[["w", "u", "v"]]
+    one, x = family.condition(frame.iloc[2]), torch.randn(2)
+    assert one.batch_shape == ()
+    torch.testing.assert_close(one.log_prob(x), family.condition(contexts[2]).log_prob(x))
+
+
 def test_a_row_of_a_frame_is_taken_by_its_index():
     d = InterpolantDistribution(random_flow(2))
     d.columns = ("a", "b")

@@ -233,6 +233,29 @@ def test_of_a_value_with_a_share_of_all_rows_as_many_are_held_out(dim, most_held
     assert float((seen == 0).all(1).double().mean()) == pytest.approx(share, abs=0.03)
 
 
+@pytest.mark.filterwarnings("ignore:columns .* repeat")
+def test_batches_may_be_of_one_row():
+    x = torch.zeros(3000, 2)
+    x[torch.rand(3000) < 0.2] = 1.0
+    stream = Stream(made(), list(x.split(1)), 0.1)
+    found = stream.split(Process(), 50)
+    batches = stream.batches(found, unwhitened(stream.distribution))
+    seen = torch.cat([batches.next_rows().w for _ in range(52)])  # nearly one pass
+    assert len(found.held.w) == 300
+    assert batches.position <= 3000
+    assert float(seen[:, 0].mean()) == pytest.approx(float(x[:, 0].mean()), abs=0.03)
+
+
+def test_a_first_batch_of_no_weight_is_passed_over():
+    x, weights = rows(600), torch.ones(600)
+    x[:200], weights[:200] = math.nan, 0.0
+    batches = list(zip(x.split(200), weights.split(200), strict=True))
+    assert from_samples(batches, **QUICK).report.rows == 400
+    none = [(part, 0 * weight) for part, weight in batches]
+    with pytest.raises(ValueError, match="expected batches of rows, got an iterable without any"):
+        from_samples(none, **QUICK)
+
+
 def test_whole_numbers_are_held_out_and_trained_on():
     x = torch.randint(20, (3000, 1)).double()
     with pytest.warns(UserWarning, match="as rounded or discrete data do"):
