@@ -23,7 +23,7 @@ FEW = {
     "diagnostics.two_sample._STEPS": 20,
     "transport.rectified._COMPARED_ROWS": 32,
     "transport.rectified._FINE_STEPS": 16,
-    "infer.autoguide._VERDICT_DRAWS": 500,
+    "infer.importance_sampling._VERDICT_DRAWS": 500,
     "infer.smc.train._VERDICT_DRAWS": 500,
     "infer.smc.train._CALIBRATION_ROWS": 32,
     "infer.amortization._JUDGED_SETS": 2,

@@ -301,12 +301,17 @@ def unpack(sites: Sites, packed: Tensor) -> dict[str, Tensor]:
         TypeError: If they are not a tensor.
         ValueError: If they are of another size.
     """
+    return {name: biject_to(sites[name][1])(real) for name, real in split(sites, packed).items()}
+
+
+def split(sites: Sites, packed: Tensor) -> dict[str, Tensor]:
+    """Return the unconstrained parts, by site, of packed vectors, as :func:`unpack` does."""
     shapes = {name: real_shape(*site) for name, site in sites.items()}
     sizes = [s.numel() for s in shapes.values()]
     check_value(packed, (sum(sizes),), torch.get_default_dtype())
     parts = packed.split(sizes, dim=-1)
     return {
-        name: biject_to(sites[name][1])(part.reshape(part.shape[:-1] + shape))
+        name: part.reshape(part.shape[:-1] + shape)
         for (name, shape), part in zip(shapes.items(), parts, strict=True)
     }
 

@@ -18,7 +18,7 @@ from torch.distributions import Transform
 
 from .._package import check_ranges
 from .._torch import seeded, trainable, with_gradients
-from ..diagnostics.psis import ImportanceSummary, summarise_weights
+from ..diagnostics.psis import ImportanceSummary
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
@@ -35,7 +35,8 @@ from .guide_result import GuideResult
 from .importance_sampling import (
     are_raw_draws_good,
     check_is_density,
-    importance_of,
+    importance_verdict,
+    tell_of_edges,
     verdict_with_warning,
     warn_poor,
 )
@@ -325,6 +326,7 @@ class AutoInterpolant(AutoContinuous):
             with trainable(self.transform):  # and then as it was: SVI may train on
                 training = train_from_density(posterior, density, **within(MODEL_SHARE))
             density.check(training.particles)
+            tell_of_edges(density.sites, training.particles)
         else:
             rows = rows.to(self.transform.flow.loc)
             with trainable(self.transform):
@@ -383,7 +385,6 @@ def guide_network(latent_dim: int, hidden_dims: Sequence[int] | None = None) -> 
 
 
 PRIOR_DRAWS = 4096  # from which training on the model alone starts
-_VERDICT_DRAWS = 10_000  # fresh draws that judge the guide
 _SAMPLES_SHARE = 0.95  # of the time, for regression and calibration; the rest: the verdict
 MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: what comes after
 _UNKNOWN = "Unknown, the log joint density cannot be evaluated."
@@ -478,23 +479,3 @@ def fit_guide(
     return guide.train_from(
         sites, clock, settings, samples=samples, simulations=simulations, rounds=rounds
     )
-
-
-def importance_verdict(
-    posterior: InterpolantDistribution,
-    density: Callable[[Tensor], Tensor],
-    clock: Clock,
-    seed: int | None,
-) -> tuple[ImportanceSummary, int, str]:
-    """Judge a trained guide by fresh draws, as many as there is time for, and their number.
-
-    Args:
-        posterior: The guide's distribution of the unconstrained vector, shape ``(D,)``.
-        density: The log joint density, from ``(N, D)`` to ``(N,)``.
-        clock: What time is left.
-        seed: The seed of the training.
-    """
-    with seeded(None if seed is None else seed + 1):
-        _, log_weights = importance_of(posterior, density, _VERDICT_DRAWS, clock.deadline())
-    summary, count = summarise_weights(log_weights), len(log_weights)
-    return summary, count, verdict_with_warning(summary, count)

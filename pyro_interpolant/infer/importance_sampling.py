@@ -12,6 +12,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from torch import Tensor
+from torch.distributions import biject_to
 
 from .._package import check_ranges, whole
 from .._torch import seeded, warn_user
@@ -26,13 +27,19 @@ from ..diagnostics.psis import (
     weighted_draws,
 )
 from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.joint import split
 from ..distributions.report import with_error
+from ..training.clock import Clock
 from .hidden import is_hidden
 from .log_density import LogJoint
 from .simulation import Simulator
 from .sites import LatentSites, one_posterior
 
+_VERDICT_DRAWS = 10_000  # fresh draws that judge the guide
 GOOD_SHARE = 0.5  # the effective share of the draws from which they need no weights
+# How far a number may be from that which its value on the support comes back as, and the share of
+# the weight of those that are farther.
+_LOST, _MOST_LOST = 0.5, 1e-3
 _COARSE = 0.1  # nats, the mean change of the largest weights at doubled steps worth a warning
 
 
@@ -196,6 +203,9 @@ def importance_of(
 
     Raises:
         ValueError: If the density of many of the draws is another than one at a time.
+
+    Warns:
+        UserWarning: If a part of the weight is where the type cannot tell values from an edge.
     """
 
     def checked(z: Tensor) -> Tensor:
@@ -204,6 +214,8 @@ def importance_of(
         return density(z)
 
     z, log_weights, change = weighted_draws(posterior, checked, count, deadline=deadline)
+    if isinstance(density, LogJoint):
+        tell_of_edges(density.sites, z, log_weights)
     if change > _COARSE and isinstance(posterior, InterpolantDistribution):
         rows = "guide.get_posterior(), guide.get_posterior().sample((256,))"
         if posterior.transform.context is not None:
@@ -213,6 +225,31 @@ def importance_of(
             f"by {change:.2g} nats at doubled steps. Call calibrate({rows})"
         )
     return z, log_weights
+
+
+def tell_of_edges(sites: LatentSites, z: Tensor, log_weights: Tensor | None = None) -> None:
+    """Warn where sites have weight that their type does not tell from an edge of their support.
+
+    In float32 a probability of 1 - 1e-9 is 1, and has the density of another.
+
+    Args:
+        sites: The latent sites.
+        z: Unconstrained draws, shape ``(N, D)``.
+        log_weights: Their log weights, shape ``(N,)``, or None of equal ones.
+    """
+    weights = z.new_zeros(len(z)).softmax(0) if log_weights is None else log_weights.softmax(0)
+    for name, real in split(sites.sites, z).items():
+        transform = biject_to(sites.sites[name][1])
+        back = transform.inv(transform(real))
+        lost = ~((back - real).abs() < _LOST).reshape(len(z), -1).all(1)
+        share = float(weights[lost].sum())
+        if share > _MOST_LOST:
+            warn_user(
+                f"{share:.2g} of the weight has values of site {name!r} that {z.dtype} cannot "
+                "tell from an edge of its support, or from infinity, and the evidence is off by "
+                "what lies there: write the model in float64, or that site on the real line, as "
+                "a probability's log-odds are"
+            )
 
 
 def are_raw_draws_good(summary: ImportanceSummary, count: int) -> bool:
@@ -257,3 +294,23 @@ def verdict_with_warning(summary: ImportanceSummary, count: int) -> str:
     if not summary.k_hat <= K_HAT_LIMIT:
         warn_user(verdict)
     return verdict
+
+
+def importance_verdict(
+    posterior: InterpolantDistribution,
+    density: Callable[[Tensor], Tensor],
+    clock: Clock,
+    seed: int | None,
+) -> tuple[ImportanceSummary, int, str]:
+    """Judge a trained guide by fresh draws, as many as there is time for, and their number.
+
+    Args:
+        posterior: The guide's distribution of the unconstrained vector, shape ``(D,)``.
+        density: The log joint density, from ``(N, D)`` to ``(N,)``.
+        clock: What time is left.
+        seed: The seed of the training.
+    """
+    with seeded(None if seed is None else seed + 1):
+        _, log_weights = importance_of(posterior, density, _VERDICT_DRAWS, clock.deadline())
+    summary, count = summarise_weights(log_weights), len(log_weights)
+    return summary, count, verdict_with_warning(summary, count)

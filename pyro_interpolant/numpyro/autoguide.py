@@ -172,6 +172,7 @@ def fit_guide(
 
     from .. import distributions, transforms
     from ..infer import autoguide, train_from_density
+    from ..infer.importance_sampling import importance_verdict
     from ..training import fit
     from ..training.clock import Clock, Seconds
 
@@ -200,7 +201,7 @@ def fit_guide(
             training = fit(posterior, rows, **settings)
         # The guide's, whose base is N(0, I): fit may have set another.
         posterior = distributions.InterpolantDistribution(posterior.transform)
-        summary, count, verdict = autoguide.importance_verdict(posterior, density, clock, seed)
+        summary, count, verdict = importance_verdict(posterior, density, clock, seed)
         guide.posterior = cast(InterpolantDistribution, from_torch(posterior))
         return autoguide.GuideResult(*summary, count, verdict, clock.spent(), training)
 

@@ -17,6 +17,7 @@ from pyro.infer.autoguide import (
     AutoNormal,
     init_to_value,
 )
+from torch.distributions import SigmoidTransform
 
 from pyro_interpolant import AutoInterpolant, FixedGrid, importance, log_joint
 from pyro_interpolant.diagnostics.psis import ImportanceSummary, log_ratio
@@ -257,6 +258,29 @@ def test_where_a_density_is_infinite_there_is_none():
     assert log_joint(guide)(z).isfinite().tolist() == [True, False]
     assert log_joint(guide)(z)[1] == -math.inf
     assert log_ratio(torch.tensor([0.0, math.inf]), torch.zeros(2)).tolist() == [0.0, -math.inf]
+
+
+@pytest.mark.parametrize("level", [0.0, 8.0, 14.0])
+def test_weight_where_a_type_knows_no_more_of_an_edge_is_told_of(level):
+    def of_type(dtype):
+        loc, unit = (torch.tensor(x, dtype=dtype) for x in (level, 1.0))
+
+        def model():
+            fn = dist.TransformedDistribution(dist.Normal(loc, unit), [SigmoidTransform()])
+            pyro.sample("p", fn)
+
+        start = init_to_value(values={"p": loc.sigmoid()})
+        guide = AutoDiagonalNormal(model, init_loc_fn=start, init_scale=1.0)
+        guide()
+        return guide
+
+    for dtype in (torch.float32, torch.float64):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            importance(of_type(dtype), count=2000, seed=0)
+        text = f"of site 'p' that {dtype} cannot tell from an edge"
+        is_told = any(text in str(warning.message) for warning in found)
+        assert is_told == (level == 14.0 and dtype == torch.float32)
 
 
 def test_what_cannot_work_is_refused():
