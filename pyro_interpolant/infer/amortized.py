@@ -393,8 +393,7 @@ class AmortizedInterpolant(AutoInterpolant):
     def _begin(self, sites: LatentSites) -> None:
         """Forget what earlier training was for and worth, and note what this one is for."""
         self.posterior.refined_for = self.poor = None
-        nodes = nodes_of(sites.model)
-        first, second = (example_of(sites.model, nodes, self.observed) for _ in range(2))
+        first, second = (example_of(sites.model, self.observed) for _ in range(2))
         # Alike, unless the model draws numbers that are not torch's.
         self._example = first if is_alike(first, second) else None
 

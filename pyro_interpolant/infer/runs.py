@@ -114,18 +114,21 @@ def _is_scaled(node: Site) -> bool:
 
 def example_of(
     model: Model,
-    nodes: Nodes,
     observed: Sequence[str],
+    *,
+    nodes: Nodes | None = None,
     given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the sampled and observed sites of one simulation of a model, always of one seed.
 
     Args:
         model: The model.
-        nodes: The sites of a run of it.
         observed: Its observed sites. Others keep their values where all of these are sampled.
+        nodes: The sites of a run of it, if there was one.
         given: Values of sampled sites, which are not drawn then.
     """
+    with seeded(0):
+        nodes = nodes_of(model) if nodes is None else nodes
     drawn = observed if all(is_sampled(nodes[name]) for name in observed) else None
     with seeded(0):
         nodes = nodes_of(poutine.condition(Unobserved(drawn)(model), dict(given or {})))
@@ -163,7 +166,7 @@ def tell_of_others(
         observed: Its observed sites.
         example: What :func:`example_of` gave of the other.
     """
-    found = example_of(model, nodes, observed)
+    found = example_of(model, observed, nodes=nodes)
     is_other = not is_alike(found, example)
     seen = {name: example[name] for name in observed if not is_sampled(nodes[name])}
     same_sizes = all(found[k].numel() == v.numel() for k, v in example.items() if k in found)
@@ -171,7 +174,7 @@ def tell_of_others(
         # Deterministic sites may hold arguments, which then are data, and the same draws give
         # others of them: where they do not, the guide is not given what has changed.
         draws = {k: v for k, v in example.items() if k in found and is_sampled(nodes[k])}
-        again = example_of(model, nodes, observed, draws)
+        again = example_of(model, observed, nodes=nodes, given=draws)
         is_other = is_alike({name: again[name] for name in seen}, seen)
     if is_other:
         warn_user(

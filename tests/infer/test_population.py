@@ -555,6 +555,7 @@ def test_labels_are_one_hot_for_a_network_of_ones_own():
 
 
 @pytest.mark.usefixtures("_small_runs")
+@pytest.mark.filterwarnings("ignore:1 of the 3 classes")
 @pytest.mark.parametrize("posteriors", [False, True])
 def test_a_class_of_few_rows_may_be_held_out(posteriors):
     labels, held = (
