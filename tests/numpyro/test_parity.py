@@ -379,7 +379,7 @@ def test_many_rows_in_chunks(twin, monkeypatch):
 # ---- float32 ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(SUPPORTS))
+@pytest.mark.parametrize("name", slow_but(SUPPORTS, "corr_matrix"))
 def test_values_of_float32_where_float64_is_the_default(name, twin):
     """NumPyro makes matrices of the default type, whatever their numbers are."""
     flow = supported(name).freeze()

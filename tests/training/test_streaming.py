@@ -233,6 +233,7 @@ def test_of_a_value_with_a_share_of_all_rows_as_many_are_held_out(dim, most_held
     assert float((seen == 0).all(1).double().mean()) == pytest.approx(share, abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:columns .* repeat")
 def test_batches_may_be_of_one_row():
     x = torch.zeros(3000, 2)
