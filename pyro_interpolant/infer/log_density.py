@@ -32,7 +32,7 @@ from .sites import (
     subsampling_plates,
     unchecked,
 )
-from .validity import innermost_distribution, is_valid, log_prob_left_out, without_masks
+from .validity import has_density, innermost_distribution, log_prob_left_out, without_masks
 
 _PROBES = 3  # draws on which a batched evaluation is compared with single ones
 _MANY = 100  # also this many at once, the probes repeated
@@ -462,13 +462,9 @@ def _log_prob(site: Site, latents: Collection[str]) -> Tensor:
         left_out = log_prob_left_out(fn, value, mask=mask)
         if left_out is not None:
             log_prob = log_prob + left_out
-        fn, value, mask = without_masks(fn), None, None  # the value comes from the support
-    valid = is_valid(fn, value)
-    if isinstance(valid, bool):
-        return log_prob
-    if isinstance(mask, Tensor):
-        valid = valid | ~mask
-    return torch.where(valid, log_prob, -math.inf)
+        fn, value = without_masks(fn), None  # which comes from the support
+    valid = has_density(fn, value, mask=mask)
+    return log_prob if isinstance(valid, bool) else torch.where(valid, log_prob, -math.inf)
 
 
 def _scored(trace: Nodes) -> Iterator[Site]:

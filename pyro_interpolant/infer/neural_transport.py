@@ -38,7 +38,7 @@ from .sites import (
     check_fixed_support,
     whole_model,
 )
-from .validity import is_valid, log_prob_left_out, without_masks
+from .validity import has_density, log_prob_left_out, without_masks
 
 _SITE = "_shared_latent"  # how NeuTraReparam names the base draw, after the first site
 _JACOBIAN = "_log_jacobian"
@@ -254,11 +254,9 @@ class _Images(Messenger):
 
     def _leave_out(self, fn: Any, value: Tensor | None) -> None:
         """Leave out where a site has no density, which its formula may not tell."""
-        valid, mask = is_valid(fn, value), poutine.get_mask()
-        if isinstance(valid, bool) or mask is False:
+        valid = has_density(fn, value, mask=poutine.get_mask())
+        if isinstance(valid, bool):
             return
-        if value is not None and isinstance(mask, Tensor):
-            valid = valid | ~mask
         left_out = torch.where(valid, 0.0, -math.inf).to(self.total)
         whole = left_out.expand(torch.broadcast_shapes(left_out.shape, self.total.shape))
         self.total = self.total + whole.sum_to_size(self.total.shape)

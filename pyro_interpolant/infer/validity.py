@@ -98,6 +98,20 @@ def is_valid(fn: Any, value: Tensor | None, *, moved: bool = False) -> Tensor | 
     return own & (_of_all(found, fn.base_dist, events) if events else found)
 
 
+def has_density(fn: Any, value: Tensor | None, *, mask: Tensor | bool | None) -> Tensor | bool:
+    """Return where a site has a density, as :func:`is_valid`, or a mask leaves its data out.
+
+    Args:
+        fn: The distribution of the site, of batch shape ``(*)``.
+        value: Its data, or None of a latent one, whose parameters count in any row.
+        mask: That of the handlers around it.
+    """
+    valid = True if mask is False else is_valid(fn, value)
+    if isinstance(valid, bool) or value is None or not isinstance(mask, Tensor):
+        return valid
+    return valid | ~mask
+
+
 def _on_support(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | bool:
     """Return where a value is on the support of a distribution that wraps no other, if it moves.
 

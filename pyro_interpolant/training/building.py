@@ -58,7 +58,7 @@ from .preprocessing import preferred_support
 from .repeats import random_order, warn_if_rounded
 from .reporting import stage, tell
 from .rows import Rows, checked_weights, drop_zero_weights
-from .streaming import first_rows, is_stream, naming_batch
+from .streaming import first_rows, is_stream
 from .whitening import whitening_map
 
 
@@ -146,8 +146,8 @@ def from_samples(
             )
         conditional = bool(getattr(network, "classes", 0))
         with seeded(seed):
-            first = first_rows(x, with_contexts=conditional, of_scalars=_are_scalars(event_shape))
-        columns, rows = names_of(first[0]), _of_weight(*first)  # names of a frame, for all batches
+            first, rows = first_rows(x, conditional=conditional, scalars=_are_scalars(event_shape))
+        columns = names_of(first)  # of a frame, by which those of the batches to come are taken
     else:
         columns = names_of(x)
         pairs = Names(columns).at_base(fit_options.get("pairs"), "pairs")
@@ -177,12 +177,6 @@ def from_samples(
         error.distribution = distribution.freeze()
         raise
     return distribution
-
-
-def _of_weight(rows: Any, weights: Tensor | None) -> Any:
-    """Return the rows of a first batch, ``(B, *event_shape)``, that have weight."""
-    with naming_batch(0):
-        return drop_zero_weights(weights, rows, part=True)[0]
 
 
 def _named(
@@ -250,11 +244,11 @@ def contexts_for(
         network: The velocity, or None for a new one.
         progress: Whether to say what labels become.
 
-    Warns:
-        UserWarning: If classes below the largest label have no row.
-
     Returns:
         Contexts, shape ``(N, C)``, or labels; and ``(C,)``, ``(0, K)`` of K classes, or nothing.
+
+    Warns:
+        UserWarning: If classes below the largest label have no row.
     """
     if context is None:
         return None, ()

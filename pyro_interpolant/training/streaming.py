@@ -310,16 +310,16 @@ def check_again(iterable: object) -> None:
 
 
 def first_rows(
-    iterable: Any, *, with_contexts: bool = False, of_scalars: bool = False
-) -> tuple[Any, Tensor | None]:
-    """Return the rows of the first batch with weight, as they come, and their weights.
+    iterable: Any, *, conditional: bool = False, scalars: bool = False
+) -> tuple[Any, Any]:
+    """Return the rows of the first batch with weight, as they come, and those that have weight.
 
-    Rows have shape ``(B, *event_shape)``, weights ``(B,)``, if any.
+    Both have shape ``(B, *event_shape)``.
 
     Args:
         iterable: What gives the batches.
-        with_contexts: Whether a batch has contexts, too.
-        of_scalars: Whether it is known that rows are scalars.
+        conditional: Whether a batch has contexts, too.
+        scalars: Whether it is known that rows are scalars.
 
     Raises:
         ValueError: If there is none, or the iterable can be gone through only once, or gives
@@ -335,7 +335,7 @@ def first_rows(
         )
     for number, batch in enumerate(iterable):
         parts = batch if isinstance(batch, (list, tuple)) else (batch,)
-        last = parts[1 + with_contexts :]
+        last = parts[1 + conditional :]
         with naming_batch(number):
             weights = _part_of_weights(last[0]) if last else None
         if weights is None or bool((weights != 0).any()):
@@ -344,13 +344,14 @@ def first_rows(
         raise ValueError("expected batches of rows, got an iterable without any")
     rows = parts[0]
     is_row = isinstance(iterable, (list, tuple, Dataset)) and getattr(rows, "ndim", None) == 1
-    if is_row and not of_scalars:
+    if is_row and not scalars:
         raise ValueError(
             f"expected batches of rows, shape (B, D), got a {kind} of items of shape "
             f"{tuple(rows.shape)}: stack rows into a table, torch.stack(rows), or columns, "
             "torch.stack(columns, -1); for batches of scalars say event_shape=()"
         )
-    return rows, weights
+    with naming_batch(number):
+        return rows, drop_zero_weights(weights, rows, part=True)[0]
 
 
 class StreamBatches:
