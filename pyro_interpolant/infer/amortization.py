@@ -30,7 +30,7 @@ from ..training.fitting import FitResult
 from ..training.whitening import warn_if_coarse
 from ..transforms.interpolant import ConditionalInterpolantTransform
 from .hidden import is_hidden
-from .importance_sampling import GOOD_SHARE, importance_of
+from .importance_sampling import GOOD_SHARE, at_edges, importance_of
 from .log_density import TO_BATCH, LogJoint, NoDensityError
 from .simulation import Simulator
 from .simulations import Simulations
@@ -232,23 +232,26 @@ def _importance_of_data_sets(
     evaluated, beside a sentence that says why: it is first tried at the latents that gave them.
     Where it fails there for some, no draw counts.
     """
-    (rows, context), found, failed, reason = packed, [], 0, NO_DENSITY
+    (rows, context), found, failed, reason, edges = packed, [], 0, NO_DENSITY, ""
     for i in range(min(_JUDGED_SETS, len(context))):
         view = posterior.condition(context[i])
         data = {name: value[i] for name, value in fresh.data.items()}
         try:
             density = LogJoint(_GivenData(sites, data, rows[i]))
-            _, log_weights = importance_of(view, density, _JUDGED_DRAWS)
+            z, log_weights = importance_of(view, density, _JUDGED_DRAWS)
         except NoDensityError:
             return [], NO_DENSITY
         except (ValueError, RuntimeError) as error:
             reason = reason if failed else f"No weights, see calibration(): {error}"
             failed += 1
         else:
+            edges = edges or at_edges(density.sites, z, log_weights)
             summary = summarise_weights(log_weights)
             found.append((summary.k_hat, summary.ess / _JUDGED_DRAWS, summary.log_evidence))
         if time.monotonic() > clock.deadline():
             break
+    if edges:
+        warn_user(f"of one data set {edges}")
     return found + failed * [(math.inf, 0.0, -math.inf)] if found else [], reason
 
 
@@ -283,8 +286,14 @@ def verdict_of_amortised(result: AmortizedResult, reason: str = NO_DENSITY) -> s
         f"of every 100 draws {100 * ess[1]:.0f} effective (in one data set of twenty below "
         f"{100 * ess[0]:.0f}), k-hat {k_hat[1]:.2f} (above {k_hat[-1]:.2f})"
     )
-    if k_hat[-1] <= K_HAT_LIMIT:
+    if k_hat[-1] <= K_HAT_LIMIT and ess[0] >= GOOD_SHARE:
         return f"Good: {found}, {weights}{left}. importance(guide, *args) makes draws exact."
+    if k_hat[-1] <= K_HAT_LIMIT:
+        return (
+            f"Usable with weights: {found}, {weights}{left}. The guide's own draws are not those "
+            "of the posterior, importance(guide, *args) makes them so; more simulations or time, "
+            "an embedding, or rounds=2 would help."
+        )
     if ess[0] >= GOOD_SHARE:
         return (
             f"Good, but for the rarest draws of some data sets: {found}, {weights}{left}. "

@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from .._package import check_ranges
-from .._torch import seeded, trainable, with_gradients
+from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.psis import ImportanceSummary
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
@@ -34,9 +35,9 @@ from .amortization import AmortizedResult
 from .guide_result import GuideResult
 from .importance_sampling import (
     are_raw_draws_good,
+    at_edges,
     check_is_density,
     importance_verdict,
-    tell_of_edges,
     verdict_with_warning,
     warn_poor,
 )
@@ -183,6 +184,9 @@ class AutoInterpolant(AutoContinuous):
     def posterior(self) -> JointInterpolantDistribution:
         """The joint distribution of the latent sites by name, as checks and plots take it.
 
+        It is there to be read: gradients go through it at the solver's own nodes, not at the
+        random ones by which weights are trained, and a solver set on it is its own.
+
         Raises:
             ValueError: If the guide does not know the model's sites yet.
         """
@@ -191,7 +195,9 @@ class AutoInterpolant(AutoContinuous):
                 "expected a guide that knows the sites of its model, got one that was never "
                 "called: guide(*args), or train it by fit_guide"
             )
-        return JointInterpolantDistribution(self.transform, sites=LatentSites(self).sites)
+        transform = copy.copy(self.transform)  # of the same weights
+        transform.trains_weights = False
+        return JointInterpolantDistribution(transform, sites=LatentSites(self).sites)
 
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Sample the unconstrained latent vector, shape ``(*, D)``, as an auxiliary site."""
@@ -213,13 +219,21 @@ class AutoInterpolant(AutoContinuous):
         """
         if not self._pyro_context.active or pyro.settings.get("module_local_params"):
             return
-        store = pyro.get_param_store()
+        store, is_lost = pyro.get_param_store(), False
         kept = dict(store.named_parameters())
         prefix = self._pyro_get_fullname("transform")
         for name, weight in dict(self.named_children())["transform"].named_parameters():
             full = pyro.params.param_store.param_with_module_name(prefix, name)
             if kept.get(full, weight) is not weight:
+                is_lost |= full not in _CLAIMED or _CLAIMED[full]() is not kept[full]
                 del store[full]
+            _CLAIMED[full] = weakref.ref(weight)
+        if is_lost:
+            warn_user(
+                "the parameter store held other weights of the guide, which are left out: without "
+                "the guide's map they are no flow. Keep a guide by torch.save(guide, path) or by "
+                "its state_dict(), not by the store"
+            )
 
     @torch.no_grad()
     def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
@@ -326,7 +340,6 @@ class AutoInterpolant(AutoContinuous):
             with trainable(self.transform):  # and then as it was: SVI may train on
                 training = train_from_density(posterior, density, **within(MODEL_SHARE))
             density.check(training.particles)
-            tell_of_edges(density.sites, training.particles)
         else:
             rows = rows.to(self.transform.flow.loc)
             with trainable(self.transform):
@@ -345,13 +358,17 @@ class AutoInterpolant(AutoContinuous):
         """Return what training gave, judged where there is a density."""
         summary, count, verdict = ImportanceSummary(*[math.nan] * 4), 0, _UNKNOWN
         self.poor = None
+        if density is None:
+            return GuideResult(*summary, count, verdict, clock.spent(), training)
         if isinstance(training, RoundsResult):  # which is a verdict on fresh draws
             summary, count = ImportanceSummary(*training[:4]), training.draws
-            verdict = verdict_with_warning(summary, count)
-        elif density is not None:
+            with seeded(None if seed is None else seed + 1), torch.no_grad():
+                z = posterior.sample((SPREAD_DRAWS,))  # its particles, which count, are off edges
+            edges = at_edges(density.sites, z, z.new_zeros(len(z)))
+            verdict = verdict_with_warning(summary, count, edges)
+        else:
             summary, count, verdict = importance_verdict(posterior, density, clock, seed)
-        if density is not None:
-            self.poor = None if are_raw_draws_good(summary, count) else verdict
+        self.poor = None if are_raw_draws_good(summary, count) else verdict
         return GuideResult(*summary, count, verdict, clock.spent(), training)
 
     def attach(self, model: Model) -> "AutoInterpolant":
@@ -384,6 +401,8 @@ def guide_network(latent_dim: int, hidden_dims: Sequence[int] | None = None) -> 
     return VelocityMLP(latent_dim, hidden_dims)
 
 
+# The last weights of guides in the parameter store, by name: others come from elsewhere.
+_CLAIMED: dict[str, weakref.ref[Tensor]] = {}
 PRIOR_DRAWS = 4096  # from which training on the model alone starts
 _SAMPLES_SHARE = 0.95  # of the time, for regression and calibration; the rest: the verdict
 MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: what comes after

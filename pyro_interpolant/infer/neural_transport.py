@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.mask_messenger import MaskMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -42,6 +43,8 @@ from .validity import has_density, log_prob_left_out, without_masks
 
 _SITE = "_shared_latent"  # how NeuTraReparam names the base draw, after the first site
 _JACOBIAN = "_log_jacobian"
+# Of each site: the log densities of its masked rows, and minus infinity where it has none.
+_LEFT_OUT, _NO_DENSITY = "_left_out", "_no_density"
 
 
 class Neutra:
@@ -126,7 +129,8 @@ class Neutra:
         """Return draws in the model's sites, each ``(*, *site_shape)``, in one solve.
 
         Args:
-            draws: What ``mcmc.get_samples()`` gives, by chain or not: one site, ``(*, D)``.
+            draws: What ``mcmc.get_samples()`` gives, by chain or not: the base draw, ``(*, D)``,
+                and as they are the sites that the guide was not given.
             *args: The arguments of the model, with which an amortised guide finds its data.
             **kwargs: Its named arguments.
 
@@ -145,7 +149,13 @@ class Neutra:
         base = values[names[0]].to(self.guide.transform.flow.loc)  # arrays are of float64
         transform = self._transform(*args, **kwargs)
         sites = self.sites.unpack(transform(base.reshape(-1, dim)))
-        return {k: v.reshape(base.shape[:-1] + v.shape[1:]) for k, v in sites.items()}
+        found = {k: v.reshape(base.shape[:-1] + v.shape[1:]) for k, v in sites.items()}
+        return found | {name: value for name, value in values.items() if name not in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Set the state of a pickle, in which the guide has no model."""
+        self.__dict__.update(state)
+        self.guide.attach(self.model)
 
 
 def _log_det(chain: Sequence[Transform], points: Sequence[Tensor]) -> Tensor:
@@ -211,9 +221,7 @@ class _Images(Messenger):
         z: The vector, shape ``(*, D)``.
 
     Attributes:
-        total: The sum so far of the log-determinants, and of the log densities of rows that are
-            masked out, shape ``(*)``; minus infinity where a parameter is out of its range, or
-            data off a support that moves.
+        total: The sum so far of the log-determinants, shape ``(*)``.
     """
 
     def __init__(
@@ -228,7 +236,7 @@ class _Images(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] not in self.parts:
             if msg["is_observed"] and not msg["infer"].get("_deterministic"):
-                self._leave_out(msg["fn"], msg["value"])
+                _leave_out(msg["name"], msg["fn"], msg["value"])
             return
         if msg["is_observed"] or is_conditioned(msg["name"], self):
             raise ValueError(
@@ -238,7 +246,8 @@ class _Images(Messenger):
         (real, known), fn = self.parts.pop(msg["name"]), msg["fn"]
         transform = biject_to(fn.support)
         value = transform(real)
-        check_fixed_shape(msg["name"], fn, value, self.shapes[msg["name"]])
+        shape = _unenumerated(fn.batch_shape) + fn.event_shape
+        check_fixed_shape(msg["name"], shape, value, self.shapes[msg["name"]])
         if not is_same_map(transform, known):  # which most supports spare comparing values
             check_fixed_support(msg["name"], value, known(real))
         log_det = transform.log_abs_det_jacobian(real, value)
@@ -246,20 +255,31 @@ class _Images(Messenger):
         self.total = self.total + log_det.sum_to_size(self.total.shape)
         left_out = log_prob_left_out(fn, value, mask=poutine.get_mask())
         if left_out is not None:
-            self.total = self.total + left_out.sum_to_size(self.total.shape)
-        self._leave_out(without_masks(fn), None)
-        score = 0.0 if poutine.get_mask() is False else fn.log_prob(value)
-        msg["fn"] = dist.Delta(value, score, event_dim=fn.event_dim)
+            with _unweighted():
+                pyro.factor(msg["name"] + _LEFT_OUT, left_out)
+        _leave_out(msg["name"], without_masks(fn), None)
+        score = value.new_zeros(()) if poutine.get_mask() is False else fn.log_prob(value)
+        events = value.shape[value.dim() - fn.event_dim :]
+        batch = torch.broadcast_shapes(score.shape, value.shape[: value.dim() - fn.event_dim])
+        image, score = value.expand(batch + events), score.expand(batch)
+        msg["fn"] = dist.Delta(image, score, event_dim=fn.event_dim)
         msg["value"], msg["is_observed"] = value, True
 
-    def _leave_out(self, fn: Any, value: Tensor | None) -> None:
-        """Leave out where a site has no density, which its formula may not tell."""
-        valid = has_density(fn, value, mask=poutine.get_mask())
-        if isinstance(valid, bool):
-            return
-        left_out = torch.where(valid, 0.0, -math.inf).to(self.total)
-        whole = left_out.expand(torch.broadcast_shapes(left_out.shape, self.total.shape))
-        self.total = self.total + whole.sum_to_size(self.total.shape)
+
+def _leave_out(name: str, fn: Any, value: Tensor | None) -> None:
+    """Leave out where a site has no density, which its formula may not tell."""
+    valid = has_density(fn, value, mask=poutine.get_mask())
+    if not isinstance(valid, bool):
+        with _unweighted():
+            pyro.factor(name + _NO_DENSITY, torch.where(valid, 0.0, -math.inf))
+
+
+def _unenumerated(batch_shape: torch.Size) -> torch.Size:
+    """Return a batch shape without the dimensions of enumerated sites around, left of plates."""
+    first = [m.first_available_dim for m in _PYRO_STACK if isinstance(m, EnumMessenger)]
+    if not first or first[0] is None or len(batch_shape) < -first[0]:
+        return batch_shape
+    return batch_shape[len(batch_shape) + first[0] + 1 :]
 
 
 def neutra(

@@ -149,15 +149,23 @@ class Substitute(ConditionMessenger):
                 f"expected site {name!r} to be latent, as when the guide was set up, got it "
                 "observed: set the guide up with the data, guide(*args)"
             )
-        check_fixed_shape(name, msg["fn"], self.data[name], self.shapes[name])
+        fn: Any = msg["fn"]
+        shape, value = fn.batch_shape + fn.event_shape, self.data[name]
+        check_fixed_shape(name, shape, value, self.shapes[name])
         super()._pyro_sample(msg)
 
 
 class Image(dist.Delta):
     """A site's value as the image of an unconstrained one, whose Jacobian is its log-density.
 
-    Divergences of Pyro's ``Delta`` leave the log-density out, and ``TraceMeanField_ELBO`` with it.
+    Divergences of Pyro's ``Delta`` leave the log-density out, and ``TraceMeanField_ELBO`` with it;
+    of a value held constant, as by ``ReweightedWakeSleep``, ``Delta`` leaves it free to move.
     """
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return the log-density, shape ``(*)``."""
+        log_prob = super().log_prob(x)
+        return log_prob if x.requires_grad else log_prob.detach()
 
 
 @register_kl(Image, dist.Distribution)
@@ -261,6 +269,8 @@ class LatentSites:
     """
 
     def __init__(self, guide: AutoContinuous, *args: object, **kwargs: object) -> None:
+        if guide.master is not None and guide.master().prototype_trace is None:  # it is a part
+            poutine.block(guide.master())(*args, **kwargs)
         if guide.prototype_trace is None:
             with unsupported_sites_named(guide):
                 guide._setup_prototype(*args, **kwargs)
@@ -404,16 +414,15 @@ def _support_of(site: Site) -> constraints.Constraint:
     return innermost_constraint(support.inner) if isinstance(support, OnEvents) else support
 
 
-def check_fixed_shape(name: str, fn: Any, value: Tensor, shape: torch.Size) -> None:
+def check_fixed_shape(name: str, now: torch.Size, value: Tensor, shape: torch.Size) -> None:
     """Raise a ValueError where a site's shape is another than when the guide was set up.
 
     Args:
         name: The site.
-        fn: Its distribution.
+        now: That of its distribution.
         value: Its value, shape ``(*, *shape)``, with the dimensions of draws in front.
         shape: The shape that the guide knows.
     """
-    now = fn.batch_shape + fn.event_shape
     try:
         is_whole = torch.broadcast_shapes(now, value.shape) == value.shape
     except RuntimeError:

@@ -88,14 +88,23 @@ def is_valid(fn: Any, value: Tensor | None, *, moved: bool = False) -> Tensor | 
         for transform in reversed(fn.transforms if moved else []):
             value = transform.inv(value)
     elif getattr(fn, "base_dist", None) is None:
-        return own & _on_support(fn, value, moved=moved)
+        return _where_all(own, _on_support(fn, value, moved=moved))
     found = is_valid(fn.base_dist, value, moved=moved)
     if isinstance(found, bool):
         return own
     mask, events = getattr(fn, "_mask", None), getattr(fn, "reinterpreted_batch_ndims", 0)
     if isinstance(mask, Tensor):
         found = found | ~mask
-    return own & (_of_all(found, fn.base_dist, events) if events else found)
+    return _where_all(own, _of_all(found, fn.base_dist, events) if events else found)
+
+
+def _where_all(*masks: Tensor | bool) -> Tensor | bool:
+    """Return where all masks hold: True, of those that are not tensors, stays out of traces."""
+    found: Tensor | bool = True
+    for mask in masks:
+        if mask is not True:
+            found = mask if found is True else found & mask
+    return found
 
 
 def has_density(fn: Any, value: Tensor | None, *, mask: Tensor | bool | None) -> Tensor | bool:
@@ -149,7 +158,7 @@ def _in_range(fn: Any) -> Tensor | bool:
         of_each = is_valid(fn.component_distribution, None)
         if isinstance(of_each, bool):
             return shares
-        return shares & _of_all(of_each, fn.component_distribution, 1)
+        return _where_all(shares, _of_all(of_each, fn.component_distribution, 1))
     found: Tensor | bool = True
     for name, constraint in _parameters(fn).items():
         if isinstance(innermost_constraint(constraint), _ALWAYS) or constraint.event_dim > 1:
@@ -159,7 +168,7 @@ def _in_range(fn: Any) -> Tensor | bool:
         if number is None and type(inspect.getattr_static(fn, name, None)) is property:
             number = getattr(fn, name)
         if torch.is_tensor(number):
-            found = found & _of_batch(_checked(constraint, number), fn)
+            found = _where_all(found, _of_batch(_checked(constraint, number), fn))
     return found
 
 

@@ -880,6 +880,7 @@ def test_supports_are_kept_and_plates_are_left_alone():
     ("k_hat", "ess", "says"),
     [
         ((0.1, 0.2, 0.6), (0.9, 0.95, 0.99), "Good: "),
+        ((0.1, 0.2, 0.6), (0.2, 0.4, 0.6), "Usable with weights: "),  # as one that is too wide
         ((0.1, 0.5, 1.3), (0.9, 0.95, 0.99), "Good, but for the rarest draws"),
         ((0.1, 0.5, 1.3), (0.1, 0.95, 0.99), "Not to be relied on for every data set"),
     ],

@@ -226,6 +226,36 @@ def test_a_list_of_guides():
     assert guide.quantiles([0.1, 0.9])["x"].shape == (2, 3)
 
 
+def test_a_part_of_a_list_can_be_asked_before_the_list_is_called():
+    whole = guides.AutoGuideList(model)
+    whole.append(small(poutine.block(model, expose=["mu"])))
+    whole.append(small(poutine.block(model, hide=["mu"])))
+    assert whole[1].median()["x"].shape == (3,)
+    assert whole[1].get_posterior().sample().shape == (4,)
+
+
+def test_the_jacobian_of_a_value_held_constant_has_no_gradient():
+    guide = small()
+    trace = poutine.trace(guide).get_trace()
+    fn, value = trace.nodes["scale"]["fn"], trace.nodes["scale"]["value"]
+    held, free = fn.log_prob(value.detach()), fn.log_prob(value)
+    assert torch.equal(held, free)
+    assert not held.requires_grad
+    assert free.requires_grad  # as an ELBO needs
+
+
+def test_its_posterior_is_read_at_the_nodes_of_its_solver():
+    guide = small()
+    x = torch.randn(4, guide.latent_dim)
+    with torch.no_grad():
+        expected = guide.posterior.log_prob(x)
+    torch.testing.assert_close(guide.posterior.log_prob(x).detach(), expected)
+    random = guide.get_posterior().log_prob(x).detach()
+    with torch.no_grad():
+        at_its_own = guide.get_posterior().log_prob(x)
+    assert float((random - at_its_own).abs().max()) > 1e-6  # as SVI needs
+
+
 def test_subsampled_data_and_global_latents():
     data = torch.randn(10) + 3
 
@@ -543,6 +573,15 @@ def test_two_guides_in_one_parameter_store_train_their_own_weights():
     before = weights(first)
     step.step()
     assert all(moved(first, before))
+
+
+def test_weights_that_a_store_was_loaded_with_are_told_of(tmp_path):
+    svi(small()).step()
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    with pytest.warns(UserWarning, match="store held other weights of the guide"):
+        svi(small()).step()
 
 
 def test_no_parameter_is_aliased_and_frozen_weights_stay():

@@ -283,6 +283,22 @@ def test_weight_where_a_type_knows_no_more_of_an_edge_is_told_of(level):
         assert is_told == (level == 14.0 and dtype == torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_that_underflow_to_an_edge_are_told_of(dtype):
+    scale = torch.tensor(40.0, dtype=dtype)
+
+    def model():
+        pyro.sample("x", dist.LogNormal(torch.zeros_like(scale), scale))
+
+    start = init_to_value(values={"x": torch.ones((), dtype=dtype)})
+    result = quietly(AutoDiagonalNormal(model, init_loc_fn=start, init_scale=40.0), seed=0)
+    if dtype is torch.float64:
+        assert result.verdict.startswith("Good")
+    else:  # what lies beyond the smallest number, and the largest, has no weight
+        assert result.verdict.startswith("Off at an edge, k-hat")
+        assert result.log_evidence < -0.01
+
+
 def test_what_cannot_work_is_refused():
     with pytest.raises(TypeError, match="over one unconstrained vector .* got AutoNormal"):
         importance(AutoNormal(conjugate))
@@ -303,9 +319,10 @@ def verdict(k_hat, ess):
 
 def test_verdicts():
     assert verdict(0.3, 900.0).startswith("Good, k-hat 0.30, 900 effective draws of 1,0")
+    assert verdict(0.3, 800.0).startswith("Usable with weights, k-hat 0.30")
     assert verdict(0.3, 100.0).startswith("Usable with weights, k-hat 0.30")
     assert verdict(0.6, 900.0).startswith("Usable with weights, k-hat 0.60")
-    assert verdict(0.8, 900.0).startswith("Poor in the tails, k-hat 0.80")
+    assert verdict(0.8, 600.0).startswith("Poor in the tails, k-hat 0.80")
     assert verdict(0.8, 100.0).startswith("Poor, k-hat 0.80")
     assert verdict(math.nan, 100.0).startswith("Poor, k-hat nan")
     for k_hat in (0.3, 0.6, 0.8):

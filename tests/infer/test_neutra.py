@@ -14,6 +14,7 @@ from pyro.ops.stats import effective_sample_size
 from pyro.optim import Adam
 
 from pyro_interpolant import (
+    AmortizedInterpolant,
     AutoInterpolant,
     FixedGrid,
     InterpolantDistribution,
@@ -129,6 +130,94 @@ def test_the_density_in_base_space_is_the_models():
     z = guide.transform(w)
     expected = log_joint(guide)(z[None])[0] + guide.transform.log_abs_det_jacobian(w, z)
     assert torch.allclose(seen.log_prob_sum(), expected)
+
+
+CHOICE = dist.Categorical(torch.tensor([0.25, 0.75], dtype=torch.float64))
+
+
+def bounds_by_choice():
+    x = pyro.sample("x", dist.HalfNormal(1.0))
+    k = pyro.sample("k", CHOICE, infer={"enumerate": "parallel"})
+    width = x * torch.tensor([1.0, 3.0])[k]
+    pyro.sample("y", dist.Uniform(0.0, width), obs=torch.tensor(1.0))
+
+
+def counts_by_choice():
+    x = pyro.sample("x", dist.Beta(1.0, 1.0))
+    with pyro.plate("rows", 2):
+        k = pyro.sample("k", CHOICE, infer={"enumerate": "parallel"})
+        number = torch.tensor([5.0, 10.0])[k]
+        pyro.sample("y", dist.Binomial(number, x), obs=torch.tensor([8.0, 2.0]))
+
+
+def mask_by_choice():
+    k = pyro.sample("k", CHOICE, infer={"enumerate": "parallel"})
+    with poutine.mask(mask=k.bool()):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(2.0 * k + x, 1.0), obs=torch.tensor(1.5))
+
+
+def prior_by_choice():
+    k = pyro.sample("k", CHOICE, infer={"enumerate": "parallel"})
+    with pyro.plate("rows", 3):
+        x = pyro.sample("x", dist.Normal(torch.tensor([-1.0, 3.0])[k], 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor([1.0, 2.0, 0.0]))
+
+
+def potential(target, z):
+    """Return minus the log density of an enumerated model, by the kernel of NUTS."""
+    kernel = NUTS(target)
+    kernel.setup(1)
+    (name,) = kernel.initial_params
+    return kernel.potential_fn({name: z})
+
+
+@pytest.mark.parametrize("target", [bounds_by_choice, counts_by_choice, prior_by_choice])
+def test_what_a_choice_makes_impossible_leaves_the_other_choices(target):
+    base = neutra(small(poutine.block(target, hide=["k"])), target)
+    w = torch.full((base.guide.latent_dim,), -0.3)
+    z = base.guide.transform(w)
+    with pyro.validation_enabled(is_validate=False):
+        plain, found = potential(target, z.reshape(base.sites.shapes["x"])), potential(base, w)
+    torch.testing.assert_close(found, plain - base.guide.transform.log_abs_det_jacobian(w, z))
+    assert torch.isfinite(found)
+
+
+def test_a_latent_masked_by_a_choice_has_its_own_density_there():
+    base = neutra(small(poutine.block(mask_by_choice, hide=["k"])), mask_by_choice)
+    w = torch.tensor([0.4])
+    z = base.guide.transform(w)
+    each = [
+        CHOICE.probs[k].log() + dist.Normal(2.0 * k + z, 1.0).log_prob(torch.tensor(1.5))
+        for k in range(2)
+    ]
+    log_joint = dist.Normal(0.0, 1.0).log_prob(z) + torch.stack(each).logsumexp(0)
+    log_det = base.guide.transform.log_abs_det_jacobian(w, z)
+    torch.testing.assert_close(potential(base, w), -(log_joint.sum() + log_det))
+
+
+def test_draws_of_sites_that_the_guide_was_not_given_come_back():
+    def whole():
+        pyro.sample("h", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0))
+
+    base = neutra(small(poutine.block(whole, hide=["h"])), whole)
+    draws = {"h": torch.randn(2, 4), "x_shared_latent": torch.randn(2, 4, 1)}
+    found = base.samples(draws)
+    assert list(found) == ["x", "h"]
+    assert found["x"].shape == (2, 4)
+    assert torch.equal(found["h"], draws["h"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit")
+def test_a_compiled_density_is_the_same():
+    base = neutra(small())
+    plain, compiled = NUTS(base), NUTS(base, jit_compile=True, ignore_jit_warnings=True)
+    for kernel in (plain, compiled):
+        kernel.setup(1)
+    for w in torch.randn(2, 4):
+        values = {"mu_shared_latent": w}
+        torch.testing.assert_close(compiled.potential_fn(values), plain.potential_fn(values))
 
 
 def in_a_plate():
@@ -276,6 +365,18 @@ def test_it_can_be_pickled_for_chains_in_other_processes():
 
 
 @pytest.mark.slow
+def test_an_amortised_guide_is_pickled_with_its_model():
+    guide = AmortizedInterpolant(model, hidden_dims=(8,))
+    guide(Y)
+    base = neutra(guide)
+    copy, values = pickle.loads(pickle.dumps(base)), {"mu_shared_latent": torch.zeros(4)}
+    sums = [
+        poutine.trace(poutine.condition(one, values)).get_trace(Y).log_prob_sum()
+        for one in (base, copy)
+    ]
+    assert torch.equal(*sums)
+
+
 def test_another_model_with_the_same_sites():
     base = neutra(small(), lambda: model(Y + 1))
     assert base.samples(run(base).get_samples())["x"].shape == (5, 2)
