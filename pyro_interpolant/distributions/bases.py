@@ -345,12 +345,22 @@ def check_is_base(base: object, like: Tensor) -> None:
 def copy_like(value: Any, like: Tensor) -> Any:
     """Return a copy of a distribution in the type and on the device of a tensor of any shape.
 
-    Distributions have no ``to`` of their own: all tensors among their parts are converted.
+    Distributions have no ``to`` of their own: all tensors among their parts are converted. A
+    module or a flow, which converts itself in place, is returned as it is where it is so already,
+    and else copied: others may have it, too.
 
     Raises:
         ValueError: If a tensor that requires a gradient is not of that type and device: the copy
             would not follow its training.
     """
+    flow = getattr(getattr(value, "transform", None), "flow", None)
+    module = value if isinstance(value, nn.Module) else flow
+    if isinstance(module, nn.Module):
+        stays = all(
+            own.device == like.device and (own.dtype == like.dtype or not own.is_floating_point())
+            for own in (*module.parameters(), *module.buffers())
+        )
+        return value if stays else copy.deepcopy(value).to(like)
     if isinstance(value, Distribution) and hasattr(value, "to"):
         return value.to(like)
     if isinstance(value, Tensor):
@@ -364,12 +374,6 @@ def copy_like(value: Any, like: Tensor) -> Any:
         return new
     if isinstance(value, (list, tuple)):
         return type(value)(copy_like(v, like) for v in value)
-    if isinstance(value, nn.Module):
-        stays = all(
-            own.device == like.device and (own.dtype == like.dtype or not own.is_floating_point())
-            for own in (*value.parameters(), *value.buffers())
-        )
-        return value if stays else copy.deepcopy(value).to(like)  # it may be trained on
     if isinstance(value, (Distribution, Transform)):
         return _copy_parts(value, lambda part: copy_like(part, like))
     return value

@@ -225,6 +225,9 @@ class FlowDistribution:
     def to(self, *args: Any, **kwargs: Any) -> "Self":
         """Convert weights, buffers and base to a type or device, in place; return self.
 
+        The base is replaced by a converted copy, for others may start from it, too: one that is
+        trained is from then on ``self.base``.
+
         Raises:
             ValueError: If a copy would cut the base off from a tensor that requires a gradient.
         """

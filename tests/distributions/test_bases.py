@@ -599,3 +599,16 @@ def test_a_move_to_where_it_is_already_leaves_a_base_to_be_trained():
         for p in coupling.parameters():
             p.add_(0.3)
         torch.testing.assert_close(d.log_prob(x), base.log_prob(x.clone()))
+
+
+def test_a_conversion_leaves_a_flow_that_others_start_from():
+    prior = InterpolantDistribution(random_flow(2))
+    one, other = (InterpolantDistribution(random_flow(2), prior).freeze() for _ in range(2))
+    x = torch.randn(3, 2)
+    own, others = one.log_prob(x), other.log_prob(x)
+    assert one.to(torch.get_default_dtype()).base is prior
+    one.to(torch.float32)
+    torch.testing.assert_close(one.log_prob(x.float()), own.float(), rtol=1e-4, atol=1e-4)
+    other.clear_cache()
+    torch.testing.assert_close(other.log_prob(x), others)
+    assert other.base is prior
