@@ -31,6 +31,7 @@ from .._torch import (
     is_abstract,
     is_functional,
     is_tracing,
+    needs_graph,
     recomputed,
 )
 from ..nn.velocity import Field, StateFunction
@@ -180,7 +181,8 @@ class Adaptive:
         rtol: The relative tolerance.
         atol: The absolute tolerance, in whitened units.
         method: One of torchdiffeq's adaptive methods: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``,
-            ``"fehlberg2"``, ``"adaptive_heun"``, or ``"scipy_solver"``, without gradients.
+            ``"fehlberg2"``, ``"adaptive_heun"``, or ``"scipy_solver"``, whose states
+            have no gradient: a backward pass through them raises a ValueError.
         nodes: The number of gaps between the quadrature nodes.
         checkpoint: As in :class:`FixedGrid`.
 
@@ -233,13 +235,26 @@ class Adaptive:
 
         try:
             tolerances = {"rtol": self.rtol, "atol": self.atol}
-            return odeint(rate, x, times.to(x), method=self.method, **tolerances)
+            states = odeint(rate, x, times.to(x), method=self.method, **tolerances)
         except AssertionError as error:
             raise ValueError(
                 f"{self.method} gave up at rtol={self.rtol}, atol={self.atol} ({error}): the "
                 f"velocity is not finite, or too stiff for {x.dtype}. Check the inputs for wild "
                 "values, loosen the tolerances, use float64, or use FixedGrid."
             ) from error
+        seen = x + rate(times[0].to(x), x) if self.method == "scipy_solver" else states
+        if seen is not states and needs_graph(seen):  # else gradients would leave the states out
+            states = states + 0 * seen
+            states.register_hook(_refuse_gradient)
+        return states
+
+
+def _refuse_gradient(gradient: Tensor) -> None:
+    """Raise a ValueError, for the gradient of states, of any shape, that scipy has computed."""
+    raise ValueError(
+        "expected a solver with gradients, got Adaptive(method='scipy_solver'), through whose "
+        "states there are none: set transform.solver = Adaptive(method='dopri5'), or FixedGrid()"
+    )
 
 
 def random_nodes(steps: int, seed: int) -> tuple[Tensor, Tensor]:

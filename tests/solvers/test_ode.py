@@ -9,6 +9,7 @@ from torch import nn
 
 from pyro_interpolant import (
     Adaptive,
+    ConditionalInterpolantDistribution,
     FixedGrid,
     HutchinsonDivergence,
     InterpolantDistribution,
@@ -136,6 +137,24 @@ def test_gradients_reach_the_start(name):
     x = start.detach()
     truth = ratio / (1 - x + x * ratio) ** 2
     torch.testing.assert_close(gradient, truth, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("wanted", ["x", "weights", "context", "draws"])
+def test_scipy_gives_values_and_no_gradient(wanted):
+    """A gradient would leave out that the states move, and be wrong in silence."""
+    solver = Adaptive(rtol=1e-8, atol=1e-8, method="scipy_solver", nodes=10)
+    flow = random_flow(2, context_dim=1, solver=solver).requires_grad_(requires_grad=False)
+    x, c = torch.randn(3, 2), torch.randn(1)
+    d = ConditionalInterpolantDistribution(flow).condition(c)
+    values = d.log_prob(x)
+    assert not values.requires_grad
+    leaf = {"x": x, "context": c}.get(wanted, flow.flow.velocity.output.weight).requires_grad_()
+    d = ConditionalInterpolantDistribution(flow).condition(c)
+    found = d.rsample((2,)) if wanted == "draws" else d.log_prob(x)
+    if wanted in ("x", "context"):  # of weights to be trained nodes are random
+        torch.testing.assert_close(found, values)
+    with pytest.raises(ValueError, match=r"through whose states there are none: .*dopri5"):
+        torch.autograd.grad(found.sum(), leaf)
 
 
 class Exploding(nn.Module):
