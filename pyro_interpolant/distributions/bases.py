@@ -22,7 +22,7 @@ from .._package import check_ranges, check_sizes
 from ..interpolants.nonlinear import wrap
 from ..transforms.interpolant import broadcast_batch
 from ..transforms.whitening import Whitening
-from .constraints import Circular, innermost_constraint, is_all_real
+from .constraints import Circular, innermost_constraint, is_all_real, is_discrete, is_flat
 from .rows import checked_rows
 
 if TYPE_CHECKING:
@@ -107,11 +107,7 @@ class Samples(_Base):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Raise a ValueError, for values of any shape: samples have no density."""
-        raise ValueError(
-            "expected a base with a density, got samples alone: this flow transports and can be "
-            "sampled from, but has no log_prob. Pass a base distribution, for example an "
-            "InterpolantDistribution that was fitted to the samples"
-        )
+        raise _lacks_density(self)
 
 
 class ExternalBase(_DerivedBase):
@@ -263,11 +259,37 @@ def standard_normal(like: Tensor) -> TorchDistributionMixin:
     return dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
 
 
+def has_density(base: Distribution) -> bool:
+    """Return whether a base has a density: not of points, nor on a set without volume."""
+    part: Any = base
+    while part is not None:
+        points = isinstance(part, Samples | dist.Delta) or part.has_enumerate_support
+        if points or is_discrete(stated_support(part)):
+            return False
+        inner = getattr(part, "component_distribution", None)  # of a mixture
+        part = getattr(part, "base_dist", inner)
+    return not is_flat(stated_support(base), base.event_shape)
+
+
+def _lacks_density(base: Distribution) -> ValueError:
+    what = "samples alone" if isinstance(base, Samples) else base
+    return ValueError(
+        f"expected a base with a density, got {what}: this flow transports and can be sampled "
+        "from, but has no log_prob. Pass a base distribution that has one, for example an "
+        "InterpolantDistribution that was fitted to samples"
+    )
+
+
 def base_log_prob(base: Distribution, x: Tensor) -> Tensor:
     """Return the log-density of a base, shape ``(*)``, of real vectors, shape ``(*, D)``.
 
     It is ``-inf`` beyond the support of the base, to where a flow may lead back.
+
+    Raises:
+        ValueError: If the base has no density.
     """
+    if not has_density(base):
+        raise _lacks_density(base)
     support = stated_support(base)
     if isinstance(support, Circular):
         return base.log_prob(wrap(x))

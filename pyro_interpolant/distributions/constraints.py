@@ -47,6 +47,30 @@ def is_all_real(constraint: Constraint) -> bool:
     return isinstance(innermost_constraint(constraint), type(constraints.real))
 
 
+def is_discrete(support: Any) -> bool:
+    """Return whether a support is of separate points, such as whole numbers, if that is known."""
+    try:
+        return bool(getattr(support, "is_discrete", False))
+    except NotImplementedError:  # one that depends on parameters, and does not say how
+        return False
+
+
+def is_flat(support: Any, shape: Sequence[int]) -> bool:
+    """Return whether a support has no volume among events of a shape: a simplex, or a sphere.
+
+    Args:
+        support: A support that is not discrete, or None for one that is not known.
+        shape: The shape of an event.
+    """
+    if isinstance(support, type(constraints.sphere)):  # of which there is no bijection
+        return True
+    if support is None or is_all_real(support):
+        return False
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+        return math.prod(biject_to(support).inverse_shape(torch.Size(shape))) < math.prod(shape)
+    return False
+
+
 _MOST_NUMBERS = 2**16  # in an event of a mixture's components
 # That of mixtures, of some versions of torch; in others theirs is that of the components.
 _OF_MIXTURES = getattr(constraints, "MixtureSameFamilyConstraint", ())

@@ -16,7 +16,14 @@ from torch import Tensor
 from ..solvers.divergence import NoDensity
 from ..transforms.gaussianize import Gaussianized, without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .bases import Samples, WhitenedBase, check_is_base, copy_like, standard_normal
+from .bases import (
+    Samples,
+    WhitenedBase,
+    check_is_base,
+    copy_like,
+    has_density,
+    standard_normal,
+)
 from .constraints import Constraint
 from .report import Report
 from .rows import checked_context, checked_rows, columns_in_order
@@ -121,11 +128,14 @@ class FlowDistribution:
             )
 
     def has_density(self) -> bool:
-        """Return whether there is a log_prob: not of what is guided, nor from samples alone."""
+        """Return whether there is a log_prob: not of what is guided, nor where the base has none.
+
+        None have samples alone, and distributions of whole numbers or on a simplex.
+        """
         own, base = not isinstance(self.transform.divergence, NoDensity), self.base
-        if isinstance(base, FlowDistribution):
-            return own and base.has_density()
-        return own and not isinstance(base, Samples)
+        if isinstance(base, FlowDistribution) and not base.has_density():
+            return False
+        return own and (base is None or has_density(base))
 
     def white_base(self) -> WhitenedBase:
         """Return the base in whitened coordinates, those of the velocity."""

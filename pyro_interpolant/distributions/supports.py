@@ -26,10 +26,10 @@ from ..transforms.flow import Flow
 from ..transforms.gaussianize import without_gaussianizer
 from .bases import (
     Planar,
-    Samples,
     UniformTorus,
     base_log_prob,
     directions,
+    has_density,
     in_planes,
     stated_support,
 )
@@ -326,7 +326,7 @@ class CircularSupport(Support):
             flow: The flow.
             base: The base.
         """
-        no_density = isinstance(base, Samples) or is_tracing() or is_functional()
+        no_density = not has_density(base) or is_tracing() or is_functional()
         if no_density or isinstance(stated_support(base), Circular):
             return base
         x = torch.linspace(-3, 3, _PERIOD_ROWS).to(flow.loc)

@@ -546,6 +546,59 @@ def test_every_base_is_expanded_converted_and_copied(make):
         assert wide.log_prob(wide.sample((4,))).shape == (4, 3)
 
 
+WITHOUT_DENSITY = {
+    "one-hot": lambda: dist.OneHotCategorical(torch.tensor([0.3, 0.7]), validate_args=False),
+    "counts": lambda: dist.Poisson(torch.tensor([3.0, 5.0]), validate_args=False).to_event(1),
+    "scaled counts": lambda: dist.TransformedDistribution(
+        dist.Poisson(torch.ones(2)).to_event(1), [dist.transforms.AffineTransform(0.0, 0.5)]
+    ),
+    "mixture of counts": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)),
+        dist.Binomial(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0.5).to_event(1),
+    ),
+    "rows": lambda: dist.Empirical(torch.randn(5, 2), torch.zeros(5)),
+    "point": lambda: dist.Delta(torch.zeros(2)).to_event(1),
+    "simplex": lambda: dist.Dirichlet(torch.ones(2)),
+    "circle": lambda: dist.ProjectedNormal(torch.ones(2)),
+    "flow on a simplex": lambda: InterpolantDistribution(
+        random_flow(1), support=dist.constraints.simplex
+    ),
+    "flow from counts": lambda: InterpolantDistribution(
+        random_flow(2), WITHOUT_DENSITY["counts"]()
+    ),
+    "of another library": lambda: ExternalBase(torch.distributions.Dirichlet(torch.ones(2))),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_DENSITY)
+def test_a_base_of_points_or_without_volume_has_no_density(name):
+    """Probabilities, and densities on a set of fewer dimensions, are no densities of vectors."""
+    flow = InterpolantDistribution(random_flow(2), WITHOUT_DENSITY[name]())
+    x = flow.sample((4,))
+    assert x.shape == (4, 2)
+    assert not flow.has_density()
+    with pytest.raises(ValueError, match=r"(?s)base with a density, got .*: this flow trans"):
+        flow.log_prob(x)
+
+
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")
+@pytest.mark.parametrize("name", ["counts", "simplex"])
+def test_without_a_density_of_the_base_the_loss_judges(name):
+    flow = InterpolantDistribution(interpolant_transform(2, (8,)), WITHOUT_DENSITY[name]())
+    report = fit(flow, torch.randn(200, 2), **{**QUICK, "steps": 3}).report
+    assert (report.held_out, report.log_prob_error) == (None, None)
+    assert flow.sample((4,)).shape == (4, 2)
+
+
+def test_transforms_to_all_real_vectors_leave_a_density():
+    logits = dist.transforms.StickBreakingTransform().inv
+    base = dist.TransformedDistribution(dist.Dirichlet(torch.ones(3)), [logits])
+    flow = InterpolantDistribution(interpolant_transform(2, (8,)), base)  # the identity
+    x = torch.randn(4, 2)
+    assert flow.has_density()
+    torch.testing.assert_close(flow.log_prob(x), base.log_prob(x.clone()))
+
+
 BOUNDED = {
     "uniform": (dist.Uniform(torch.zeros(2), torch.ones(2)).to_event(1), 2.0),
     "exponential": (dist.Exponential(torch.ones(2)).to_event(1), -1.0),
