@@ -15,9 +15,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from .._torch import evaluated, seeded, warn_user
+from ..distributions.bases import stated_support
+from ..distributions.constraints import Circular, is_all_real
+from ..distributions.flow import FlowDistribution
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import GAUSSIAN, Report, beside, decimals
 from ..distributions.supports import CircularSupport
@@ -127,6 +131,7 @@ class HeldOutDensity:
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
         self.is_known = distribution.has_density() and not images
+        self.has_bounds = _has_bounds(distribution.base)
         self.judging: Rows | None = None  # rows whose scores choose weights
         self.last: Scores | None = None  # of these
         self.against: float | None = None  # the Gaussian's mean of these
@@ -135,33 +140,38 @@ class HeldOutDensity:
         """Let the scores of some of these rows choose the weights of a run.
 
         Not of images, whose density takes as long as many steps, nor where there is no density.
+        Nor where the base has bounds: few rows lead back to between them before there is much
+        training, and the mean would do no more than count these.
         """
-        if self.is_known:
+        if self.is_known and not self.has_bounds:
             count = max(2, _JUDGED_NUMBERS // rows.w[0].numel())
             self.judging = rows.evenly(min(_JUDGED_ROWS, count))
 
     def scores(self) -> Scores | None:
         r"""Return :math:`-\log\rho` of the rows that judge, by a coarse solver, or None.
 
-        They may not be computed, for which no training is ended: then the loss judges, and where
-        that happens later on, the weights are not kept.
+        They may not be computed, or be infinite for all rows, for which no training is ended:
+        then the loss judges, and where that happens later on, the weights are not kept.
         """
         if self.judging is None:
             return None
         transform = self.distribution.transform
-        solver = transform.solver
+        solver, found = transform.solver, None
         try:
             with seeded(0):
                 transform.solver = _JUDGING_SOLVER
-                self.last = _scores(self.distribution, self.judging)
+                found = _scores(self.distribution, self.judging)
         except (RuntimeError, ValueError):
-            if self.last is None:
-                self.judging = None
-                return None
-            return self.last._replace(values=torch.full_like(self.last.values, math.inf))
+            pass
         finally:
             transform.solver = solver
-        return self.last
+        if found is not None and bool(found.values.isfinite().any()):
+            self.last = found
+            return found
+        if self.last is None:
+            self.judging = None
+            return None
+        return self.last._replace(values=torch.full_like(self.last.values, math.inf))
 
     def text(self, scores: Scores) -> str:
         """Return the mean held-out nats in words, beside those of a Gaussian."""
@@ -172,6 +182,8 @@ class HeldOutDensity:
 
     def measured(self, report: Report, deadline: float) -> Report:
         """Return a report with the mean log-density of rows held out, if there is one.
+
+        It warns where rows have none, as paths back from them end beyond the bounds of the base.
 
         Args:
             report: The report.
@@ -185,15 +197,35 @@ class HeldOutDensity:
         pace = (time.monotonic() - began) / first
         if first < count and time.monotonic() + pace * count < deadline:
             found = self._means(rows)
-        mean, error, normal = (x if x is not None and math.isfinite(x) else None for x in found)
+        *numbers, none = found
+        if self.has_bounds and none > 0:
+            warn_user(
+                f"a share of {none:.2g} of the rows held out has density zero: paths back from "
+                "them end beyond the bounds of the base, and the report leaves out the mean "
+                "log-density. For a density of all rows, start from a base without bounds, such "
+                "as the default"
+            )
+        mean, error, normal = (x if x is not None and math.isfinite(x) else None for x in numbers)
         report = replace(report, held_out=mean, held_out_stderr=error)
         return replace(report, reference=normal, reference_name=self.name)
 
-    def _means(self, rows: Rows) -> tuple[float, float, float | None]:
-        """Return the mean log-density of rows, its standard error, and the Gaussian's mean."""
+    def _means(self, rows: Rows) -> tuple[float, float, float | None, float]:
+        """Return the mean log-density of rows, its standard error, and the Gaussian's mean.
+
+        And the share of rows without a density.
+        """
         scores = _scores(self.distribution, rows)
         normal = None if self.normal is None else float(scores.shares @ self.normal(rows))
-        return -scores.mean(), scores.error(), normal
+        none = float(scores.shares[scores.values == math.inf].sum())
+        return -scores.mean(), scores.error(), normal, none
+
+
+def _has_bounds(base: Distribution | None) -> bool:
+    """Return whether a base has no density beyond some bounds, as far as its support says."""
+    if isinstance(base, FlowDistribution) and _has_bounds(base.base):
+        return True
+    support = None if base is None else stated_support(base)
+    return not (support is None or isinstance(support, Circular) or is_all_real(support))
 
 
 def _scores(distribution: AnyDistribution, rows: Rows) -> Scores:

@@ -1,9 +1,10 @@
 r"""Which weights of a run are kept: the latest that rows held out do not speak against.
 
 The scores of a flow on rows held out are their :math:`-\log\rho`, or losses where there is no
-density. The regression loss is a poor judge of a density: its error at a time t counts in it by
-about :math:`1 / (1 - t)`, and given data early times are learned by heart first. Of two flows the
-scores of the same rows are compared: what all flows find hard says nothing.
+density, or none beyond bounds of the base. The regression loss is a poor judge of a density: its
+error at a time t counts in it by about :math:`1 / (1 - t)`, and given data early times are learned
+by heart first. Of two flows the scores of the same rows are compared: what all flows find hard
+says nothing.
 
 References:
     Breiman, Friedman, Olshen & Stone, *Classification and regression trees*, 1984, section 3.4.3

@@ -8,7 +8,10 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_interpolant import (
+    Geodesic,
     InterpolantDistribution,
+    InterpolantTransform,
+    TorusMLP,
     VelocityMLP,
     circular,
     fit,
@@ -213,3 +216,83 @@ def test_rows_of_little_weight_count_for_little():
     weights[:100] = 1.0
     prior = from_samples(torch.randn(2000, 2), weights=weights, **PLAIN, tolerance=10.0)
     assert 90 < prior.report.rows < 110
+
+
+def uniform():
+    return dist.Uniform(-torch.ones(2), torch.ones(2)).to_event(1)
+
+
+BASES = {  # and whether it has a density at all real vectors
+    "default": (lambda: None, True),
+    "normal": (lambda: dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1), True),
+    "uniform": (uniform, False),
+    "exponential": (lambda: dist.Exponential(torch.ones(2)).to_event(1), False),
+    "flow": (lambda: InterpolantDistribution(interpolant_transform(2, (8,))), True),
+    "flow with bounds": (
+        lambda: InterpolantDistribution(
+            interpolant_transform(2, (8,)), support=constraints.positive
+        ),
+        False,
+    ),
+    "flow from bounds": (
+        lambda: InterpolantDistribution(interpolant_transform(2, (8,)), uniform()),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_density_judges_where_the_base_has_one_everywhere(name):
+    base, everywhere = BASES[name]
+    rows = Rows(torch.randn(20, 2), None)
+    d = InterpolantDistribution(interpolant_transform(2, (8,)), base())
+    density = HeldOutDensity(d, Split(rows, rows, 20.0, 10))
+    density.judge_by(rows)
+    assert (density.scores() is not None) is everywhere
+
+
+def test_the_density_judges_on_the_torus():
+    rows = Rows(torch.rand(20, 2), None)
+    flow = InterpolantTransform(TorusMLP(2, (8,)), interpolant=Geodesic())
+    vonmises = dist.VonMises(torch.zeros(2), torch.ones(2)).to_event(1)
+    for base in (None, vonmises):
+        d = InterpolantDistribution(flow, base, support=circular)
+        density = HeldOutDensity(d, Split(rows, rows, 20.0, 10))
+        density.judge_by(rows)
+        assert density.scores() is not None
+
+
+def test_rows_without_a_density_are_told_of():
+    d = InterpolantDistribution(interpolant_transform(2, (8,)), uniform()).freeze()
+    rows = Rows(torch.tensor([[0.5, 0.5], [0.5, 2.0], [-3.0, 0.0], [4.0, 4.0]]), None)
+    density = HeldOutDensity(d, Split(rows, rows, 4.0, 10))
+    with pytest.warns(UserWarning, match=r"a share of 0.75 of the rows .*zero: .*beyond the b"):
+        report = density.measured(Report(2, 4, 1.0, 1, 1), math.inf)
+    assert report.held_out is None
+    rows = Rows(rows.w[:1].expand(4, 2), None)
+    report = HeldOutDensity(d, Split(rows, rows, 4.0, 10)).measured(report, math.inf)
+    assert report.held_out == pytest.approx(-math.log(4.0))
+
+
+@pytest.mark.slow
+def test_rows_beyond_the_bounds_of_a_base_do_not_choose_the_weights():
+    """Most rows lead back there in ten dimensions: their number says nothing of the weights."""
+    d = InterpolantDistribution(
+        interpolant_transform(10, (32,)), dist.Exponential(torch.ones(10)).to_event(1)
+    )
+    with pytest.warns(UserWarning, match="a share of .* held out has density zero: .* bounds of"):
+        result = fit(d, torch.randn(1000, 10), **{**QUICK, "steps": 40})
+    assert result.best_step > 30
+    assert d.report.held_out is None
+
+
+def test_the_loss_judges_where_no_row_has_a_density(monkeypatch):
+    monkeypatch.setattr(
+        "pyro_interpolant.training.reporting.log_density",
+        lambda distribution, rows: torch.full((len(rows.w),), -math.inf),
+    )
+    far = dist.Normal(3 * torch.ones(2), torch.ones(2)).to_event(1)
+    d = InterpolantDistribution(interpolant_transform(2, (8,)), far)
+    result = fit(d, torch.randn(500, 2), **{**QUICK, "steps": 20})
+    assert result.best_step == 20
+    assert result.validation_losses[-1] < result.validation_losses[0]
