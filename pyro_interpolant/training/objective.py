@@ -326,8 +326,11 @@ class Objective(nn.Module):
         z = process.share(partial(_normal, rows.w), count) if self.has_latent else None
         first, end = (rank * times // world for rank in (process.rank, process.rank + 1))
         groups = times
-        if process.own_rows:
-            t, groups, first, end = t[first:end], end - first, 0, end - first
+        if process.own_rows and world > 1:
+            # Its rows may be unlike the others', and so need times everywhere: a slot of each run
+            # of slots, and another one at each step.
+            slot = int(torch.randperm(world)[process.rank])
+            t, groups, first, end = t[slot::world], times // world, 0, times // world
         keep = count - count % groups
         size = keep // groups
         together = rows_together(groups, size) if self._shares_points(rows) else 0

@@ -72,9 +72,20 @@ def test_shares_are_disjoint_and_make_up_the_whole_draw(world, latent, own):
         parts.append(draw(made, Rows(mine, mine[:, :1])))
     for name in ("t", "w0", "w1", "context", *(["z"] if latent else [])):
         joined = torch.cat([getattr(part, name) for part in parts])
+        joined = joined.sort(0).values if name == "t" else joined
         assert torch.equal(joined, getattr(whole, name)), name
     rows = [set(map(tuple, part.w1.reshape(-1, 2).tolist())) for part in parts]
     assert sum(map(len, rows)) == len(set.union(*rows)) == 256
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_rows_of_ones_own_are_trained_at_all_times(world):
+    for rank in {0, world // 2, world - 1}:
+        torch.manual_seed(rank)
+        made, x = objective(rank, world, own=True), torch.randn(64, 2)
+        t = torch.cat([draw(made, Rows(x, None)).t.flatten() for _ in range(400)])
+        expected = torch.linspace(0, 1, len(t) + 1)[1:]
+        assert float((t.sort().values - expected).abs().max()) < 0.05
 
 
 def test_a_coupling_is_that_of_the_whole_batch():
