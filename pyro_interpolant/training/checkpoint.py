@@ -65,6 +65,11 @@ class Checkpoint:
         """The file of the state before."""
         return self.path.with_name(f"{self.path.name}.previous")
 
+    @property
+    def step(self) -> int | None:
+        """The step to go on from, or None of a new run."""
+        return self.numbers["run"]["step"] if self.tensors else None
+
     def write(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Write a state; the one before it stays beside it.
 

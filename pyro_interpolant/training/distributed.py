@@ -60,6 +60,27 @@ class Process:
         """Return the first process's value, to every process."""
         return value if self.world == 1 else self.fabric.broadcast(value)
 
+    def gathered(self, value: Value) -> list[Value]:
+        """Return the values of all processes, in their order, to every process."""
+        if self.world == 1:
+            return [value]
+        return [self.fabric.broadcast(value, src=rank) for rank in range(self.world)]
+
+    def check_same(self, what: str, value: object, advice: str) -> None:
+        """Raise a ValueError, in all processes, unless all have the same value.
+
+        Args:
+            what: What it is.
+            value: That of this process.
+            advice: What to do where they differ.
+        """
+        found = self.gathered(value)
+        if any(other != found[0] for other in found):
+            raise ValueError(
+                f"expected the same {what} in all processes, got {', '.join(map(str, found))} in "
+                f"processes 0 to {self.world - 1}: {advice}"
+            )
+
     def agree(self, values: Iterable[Tensor]) -> None:
         """Copy the first process's values of any shapes over those of every process."""
         for value in values:

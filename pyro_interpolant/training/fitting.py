@@ -41,6 +41,10 @@ from .whitening import wild_rows
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+_SHARED_TABLE = (
+    "read the same file, draw by the same seed, or give each process batches of its own"
+)
+_SHARED_FILE = "pass all the same checkpoint, on a disk that all see"
 _CALIBRATION_ROWS = 256
 _CALIBRATION_IMAGES, _CALIBRATION_SHARE = 8, 0.1  # and the most of the time of a run
 
@@ -207,7 +211,8 @@ def fit(
 
     Raises:
         TypeError: If the data are not of a floating type, or a function is not one.
-        ValueError: If the data, the context or a setting cannot work; raised before any work.
+        ValueError: If the data, the context or a setting cannot work, or processes have other
+            tables, or another state to resume from; raised before any work.
         RuntimeError: If gradients stay non-finite; the last good weights are kept.
 
     References:
@@ -218,13 +223,12 @@ def fit(
     schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema, accumulate)
     check_choices(learn, coupling, callback, tolerance, whiten, pairs)
     validation = as_held_out(validation)
-    flow = _started_flow(distribution, base_samples)
     check_place(None if process.rank else checkpoint, checkpoint_every)
-    if process.device is not None:
-        distribution.to(process.device)
+    flow = _started_flow(distribution, base_samples, process)
     kind, anew = Stream if process.own_rows else Table, whiten and learn == "velocity"
     given = {"context": context, "pairs": pairs, "weights": weights}
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
+    process.check_same("table, by its checksum,", source.checksum, _SHARED_TABLE)
     with seeded(process.seed(seed)):
         settings = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema, learn, seed]
         identity = [source.checksum, [*settings, source.share, whiten, *["flip"] * flip]]
@@ -232,6 +236,7 @@ def fit(
             identity += [identity_of(flow, distribution.base, coupling, base_samples, validation)]
         exact = source.exact and (process.world == 1 or not process.own_rows)
         state = open_checkpoint(checkpoint, checkpoint_every, identity, source.like, exact=exact)
+        process.check_same("step to go on from", state and state.step, _SHARED_FILE)
         split = source.split(process, batch_size, clock=clock, state=state, progress=progress)
         with _restored_on_error(distribution):
             start_from(distribution, base_samples, split, source, anew=anew)
@@ -323,8 +328,12 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
     return transform.flow
 
 
-def _started_flow(distribution: AnyDistribution, base_samples: ArrayLike | None) -> Flow:
-    """Return the flow to train, unless it is a mirror under contexts with nothing to start from.
+def _started_flow(
+    distribution: AnyDistribution, base_samples: ArrayLike | None, process: Process
+) -> Flow:
+    """Return the flow to train, where its process computes, unless it has nothing to start from.
+
+    So has a mirror under contexts.
 
     Each of the data belongs to its own context, and a base is drawn from for all of them alike.
     """
@@ -338,6 +347,8 @@ def _started_flow(distribution: AnyDistribution, base_samples: ArrayLike | None)
             "Pass samples that are good for every context, fit a flow for each class, or take a "
             "path from noise, such as Latent(Linear())"
         )
+    if process.device is not None:
+        distribution.to(process.device)
     return flow
 
 

@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -42,6 +45,31 @@ def objective(rank=0, world=1, *, own=False, coupling=independent, latent=False)
     process = Process(own_rows=own)
     process.rank, process.world = rank, world
     return Objective(flow.flow, WhitenedBase(None, flow.flow.whitening), coupling, process)
+
+
+def in_threads(world, function):
+    """Return what a function of a process returns, or raises, in each of several threads."""
+    barrier, sent, device = Barrier(world, timeout=60), {}, torch.device("cpu")
+
+    def broadcast(value, src=0, *, rank):
+        if rank == src:
+            sent[0] = value
+        barrier.wait()
+        value = sent[0]
+        barrier.wait()
+        return value
+
+    def run(rank):
+        names = ("setup", "backward", "all_reduce", "barrier")
+        fabric = SimpleNamespace(**dict.fromkeys(names), world_size=world, device=device)
+        fabric.global_rank, fabric.broadcast = rank, partial(broadcast, rank=rank)
+        try:
+            return function(Process(fabric, own_rows=True))
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(run, range(world)))
 
 
 class Draw(NamedTuple):
@@ -133,6 +161,14 @@ def test_a_seed_is_made_up_once_for_all():
     )
     assert Process(fabric).seed(None) == 17
     assert Process(fabric).seed(3) == 3
+
+
+def test_what_differs_between_processes_is_refused_in_all():
+    assert in_threads(3, lambda process: process.gathered(process.rank)) == [[0, 1, 2]] * 3
+    assert in_threads(3, lambda process: process.check_same("table", 5, "")) == [None] * 3
+    found = in_threads(3, lambda process: process.check_same("table", process.rank % 2, "share"))
+    expected = "expected the same table in all processes, got 0, 1, 0 in processes 0 to 2: share"
+    assert found == [expected] * 3
 
 
 @pytest.mark.slow
