@@ -32,6 +32,8 @@ class Process:
         rank: The number of this process.
         world: The number of processes.
         device: Where this process computes, or None for where the flow is.
+        factor: What the loss of this process counts for in their mean: 1 where all have as many
+            rows, of as much weight.
 
     Raises:
         TypeError: If ``fabric`` is not a Fabric.
@@ -48,6 +50,7 @@ class Process:
         self.own_rows = own_rows
         self.rank: int = 0 if fabric is None else fabric.global_rank
         self.world: int = 1 if fabric is None else fabric.world_size
+        self.factor = 1.0
         self.device: torch.device | None = None if fabric is None else fabric.device
 
     def seed(self, seed: int | None) -> int | None:
@@ -132,7 +135,7 @@ class Process:
             )
 
     def backward(self, pieces: Sequence[tuple[float, Any]]) -> Tensor:
-        """Set the gradients of the loss at points, the processes' mean; return this one's loss.
+        """Set the gradients of the loss at points, the processes' mean; return this one's part.
 
         Args:
             pieces: Points, evaluated one after the other, and each one's share of the loss.
@@ -143,6 +146,7 @@ class Process:
         for i, (share, given) in enumerate(pieces):
             with self._synchronised(at_once=i == len(pieces) - 1):
                 loss = self.module(lambda given=given: given)
+                share *= self.factor
                 loss = loss if share == 1 else share * loss
                 if self.fabric is None:
                     loss.backward()

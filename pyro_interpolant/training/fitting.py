@@ -239,7 +239,7 @@ def fit(
         process.check_same("step to go on from", state and state.step, _SHARED_FILE)
         split = source.split(process, batch_size, clock=clock, state=state, progress=progress)
         with _restored_on_error(distribution):
-            start_from(distribution, base_samples, split, source, anew=anew)
+            start_from(distribution, base_samples, split, source, process, anew=anew)
             if learn == "velocity":
                 flow.independent, flow.reached = coupling is independent and pairs is None, None
                 prepare_flow(distribution, split.kept, state, process, keep=not whiten)

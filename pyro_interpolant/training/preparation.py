@@ -29,6 +29,7 @@ def start_from(
     base_samples: ArrayLike | None,
     split: Split,
     source: Table | Stream,
+    process: Process,
     *,
     anew: bool = False,
 ) -> None:
@@ -39,6 +40,7 @@ def start_from(
         base_samples: Samples of the base, shape ``(M, D)``, or None.
         split: The rows.
         source: Where they come from.
+        process: This process, or one of several, which agree on what is drawn from the data.
         anew: Whether a mirror leaves the samples that it started from before.
 
     Raises:
@@ -50,7 +52,8 @@ def start_from(
     if samples is not None:
         distribution.set_base_samples(samples)
     elif is_own and (known is None or (anew and isinstance(known, Samples))):
-        distribution.set_base_samples(dequantized(split.everything(), source.like).w)
+        own = dequantized(split.everything(), source.like).w
+        distribution.set_base_samples(process.agreed(own))
     pairs = split.kept.partner
     if pairs is not None and distribution.base is None and len(pairs) >= _MIN_PARTNERS:
         off = pairs.mean(0).abs().max(), pairs.std(0).log().abs().max()

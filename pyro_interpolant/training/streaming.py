@@ -33,6 +33,7 @@ from .objective import Objective
 from .paths import Points
 from .repeats import warn_if_rounded
 from .rows import Rows, checked_weights, drop_zero_weights, keys_of
+from .shards import put_together
 from .survey import MOST_HELD, HeldOutKeys, Survey, Surveyed, check_rows_came_again, surveyed
 
 _MOST_EMPTY_BATCHES = 2**17  # batches in a row without rows to train on
@@ -200,39 +201,32 @@ class Stream:
         """
         good = batch_size is None or batch_size >= 1 and batch_size % 1 == 0
         check_ranges(("batch_size >= 1, a whole number", good, batch_size))
-        before = surveyed(state)
-        survey = self._survey(clock or Clock(None), before, progress=progress)
-        if survey.total < 2:
-            raise ValueError(
-                f"expected batches of rows, got an iterable with {survey.total} rows in all"
-            )
-        outcome = process.agreed(survey.outcome())
+        before = surveyed(state, process.rank)
+        own = self._survey(clock or Clock(None), before, progress=progress)
+        times = 1.0 if own.ended else (_length(self.iterable) or math.inf) / own.batches
+        survey, outcome, part, effective = put_together(own, times, process)
+        process.factor = part * process.world
         if before is not None and state is not None:
             check_rows_came_again(outcome, before, state)
         sample, keys = survey.sample()
-        held, effective = self.given, survey.effective()
+        held = self.given
         told: HeldOutKeys | None = None
         if held is not None:
             check_same_scale(held, sample)
         warn_if_rounded(sample.w)
-        if not survey.ended:
-            known = _length(self.iterable)
-            effective *= known / survey.batches if known else math.inf
         if held is None:
             held, told = survey.held_out(self.share or 0.0)
             effective *= 1 - len(held.w) / survey.total
-            told = process.agreed(told)
             sample = sample.take((~told.mark(keys)).nonzero().flatten())
             if not len(sample.w):
                 raise ValueError(f"expected rows that differ, got {survey.total} that are equal")
-        held = held.each(process.agreed).to(self.like.device)
-        own = max(_LEAST_ROWS, int(process.agreed(survey.size)))
+        usual = max(_LEAST_ROWS, survey.size)
         return Split(
-            held,
+            held.to(self.like.device),
             sample,
-            effective * process.world if self.anew else math.inf,
-            own if batch_size is None else int(batch_size),
-            survey.weight / survey.total,
+            effective if self.anew else math.inf,
+            usual if batch_size is None else int(batch_size),
+            own.weight / own.total,
             told,
             outcome,
         )

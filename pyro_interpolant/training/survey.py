@@ -16,7 +16,7 @@ from .clock import Clock
 from .repeats import shared_keys, told_apart
 from .rows import Rows, keys_of, row_keys
 
-_SAMPLE_VALUES = 2**23  # kept of a stream for the whitening: 64 MiB in float64
+SAMPLE_VALUES = 2**23  # kept of a stream for the whitening: 64 MiB in float64
 MOST_HELD = 8192  # rows held out of a stream
 _MOST_ROWS = 2**17  # of a stream of unknown length, in a first pass: a tenth of them is held out
 _MOST_VALUES = 2**26  # the same in numbers, for rows of many columns
@@ -49,12 +49,13 @@ class Surveyed(NamedTuple):
     """What a first pass over a stream went through.
 
     Attributes:
-        batches: The number of batches, or None: all, to the end.
+        batches: The number of batches, of several processes that of each, or None: all, to the
+            end.
         rows: The number of rows.
         checksum: A number that tells these rows from others, in whatever order they come.
     """
 
-    batches: int | None
+    batches: int | list[int | None] | None
     rows: int
     checksum: int
 
@@ -107,7 +108,7 @@ class Survey:
         if self.batches % self.stride == 0:
             self.kept.append((rows, keys))
             self.values += rows.w.numel()
-        if self.values > _SAMPLE_VALUES and len(self.kept) > 1:  # every second is enough
+        if self.values > SAMPLE_VALUES and len(self.kept) > 1:  # every second is enough
             self.kept, self.stride = self.kept[::2], 2 * self.stride
             self.values = sum(part.w.numel() for part, _ in self.kept)
         self.batches += 1
@@ -127,12 +128,12 @@ class Survey:
         if len(few):
             self.lowest.append((rows.take(few), keys[few]))
         if sum(len(part) for _, part in self.lowest) > 2 * self.most_held:
-            rows, keys, _ = self._candidates()
+            rows, keys, _ = self.candidates()
             order = keys.argsort(stable=True)[: self.most_held + 1]
             self.lowest = [(rows.take(order), keys[order])]
             self.highest = int(keys[order[-1]])
 
-    def _candidates(self) -> tuple[Rows, Tensor, Tensor]:
+    def candidates(self) -> tuple[Rows, Tensor, Tensor]:
         """Return the rows that may be held out, their keys, told apart where shared, and these."""
         rows, keys = _joined(self.lowest)
         if self.shared is None:  # at the first trim, or without one: these are all rows so far
@@ -147,7 +148,7 @@ class Survey:
             share: The most of all rows, but for one row, with its copies, at least.
         """
         count = max(1, min(self.most_held, round(share * self.total), self.total - 1))
-        rows, keys, shared = self._candidates()
+        rows, keys, shared = self.candidates()
         keys, order = keys.sort(stable=True)
         below = int(keys[count]) if keys[0] < keys[count] else int(keys[0]) + 1
         return rows.take(order[keys < below]), HeldOutKeys(below, shared)
@@ -178,8 +179,12 @@ class Survey:
         return self.batches >= (known or 0) and rows >= min(_MOST_ROWS, _MOST_VALUES // dim)
 
 
-def surveyed(state: Checkpoint | None) -> Surveyed | None:
+def surveyed(state: Checkpoint | None, rank: int = 0) -> Surveyed | None:
     """Return what the first pass of a run that goes on went through; None of a new run.
+
+    Args:
+        state: Its state, or None.
+        rank: The number of this process, whose batches are counted.
 
     Raises:
         ValueError: If the state does not tell.
@@ -192,7 +197,10 @@ def surveyed(state: Checkpoint | None) -> Surveyed | None:
             f"expected {state.path} to tell which rows the iterable gave, got a state of an "
             f"earlier version: delete it and {state.previous}, or pass another file"
         )
-    return Surveyed(*found)
+    batches, *others = found
+    if isinstance(batches, list):
+        batches = batches[rank] if rank < len(batches) else None
+    return Surveyed(batches, *others)
 
 
 def check_rows_came_again(now: Surveyed, before: Surveyed, state: Checkpoint) -> None:

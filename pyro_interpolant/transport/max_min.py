@@ -133,7 +133,7 @@ def learn_interpolant(
         seed = Process(fit_options.get("fabric")).agreed(int(torch.randint(2**62, ())))
     with seeded(seed):
         split = source.split(Process(), batch_size)  # at first, as in fit: the same rows
-        start_from(distribution, base_samples, split, source)
+        start_from(distribution, base_samples, split, source, Process())
         set_whitening(distribution, split.kept)
         seen, _ = distribution.white_base().split(source.share or DEFAULT_SHARE)
         objective = Objective(flow, seen, coupling, metric=flow.whitening.push)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from forking import forks
 from pyro_interpolant import (
     InterpolantDistribution,
     Latent,
+    Mirror,
     SineSquared,
     Trigonometric,
     fit,
@@ -26,7 +28,11 @@ from pyro_interpolant.distributions.bases import WhitenedBase
 from pyro_interpolant.interpolants.couplings import independent
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
+from pyro_interpolant.training.preparation import start_from
 from pyro_interpolant.training.rows import Rows
+from pyro_interpolant.training.shards import Amount, shares_of_weight
+from pyro_interpolant.training.streaming import Stream
+from pyro_interpolant.training.survey import surveyed
 
 # By the scripts, and by the first optimiser of a process.
 IMPORTED = ("lightning_fabric", "torch._dynamo", "pyro_interpolant.training")
@@ -125,6 +131,138 @@ def test_a_coupling_is_that_of_the_whole_batch():
         torch.manual_seed(4)
         parts.append(draw(objective(rank, 2, coupling=optimal_transport), Rows(x, None)))
     assert torch.equal(torch.cat([part.w0 for part in parts]), whole.w0)
+
+
+def splits(shards, share=0.1, batch=50):
+    """Return the split of each process, with batches of its own, and the factor of its loss."""
+
+    def split(process):
+        stream = Stream(*shards[process.rank](batch), share)
+        return stream.split(process, None), process.factor
+
+    return in_threads(len(shards), split)
+
+
+def shard(x, weights=None):
+    def batches(size):
+        flow = InterpolantDistribution(interpolant_transform(x.shape[1], (8,)))
+        parts = list(x.split(size))
+        return flow, parts if weights is None else list(
+            zip(parts, weights.split(size), strict=True)
+        )
+
+    return batches
+
+
+def test_processes_with_batches_of_their_own_hold_out_the_same_rows_of_all():
+    x = torch.randn(3000, 2)
+    x = x[x[:, 0].argsort()]
+    parts = x[:400], x[400:1000], x[1000:]
+    (alone, _), *_ = splits([shard(x)])
+    found = splits([shard(part) for part in parts])
+    for split, _ in found:
+        assert torch.equal(split.held.w.sort(0).values, alone.held.w.sort(0).values)
+        assert torch.equal(split.kept.w, alone.kept.w)
+        assert split.told.below == alone.told.below
+        assert split.surveyed == alone.surveyed
+        assert split.total == pytest.approx(alone.total)
+    assert [factor for _, factor in found] == pytest.approx([0.4, 0.6, 2.0])
+
+
+def test_a_sample_of_all_processes_rows_keeps_to_the_memory_of_one(monkeypatch):
+    for module in ("survey", "shards"):
+        monkeypatch.setattr(f"pyro_interpolant.training.{module}.SAMPLE_VALUES", 500)
+    x = torch.arange(2000.0)[:, None] + 0.5
+    found = splits([shard(part) for part in (x[:500], x[500:])], batch=10)
+    kept = [split.kept.w for split, _ in found]
+    assert torch.equal(*kept)
+    assert 150 < len(kept[0]) <= 500
+    assert float((kept[0] < 500).double().mean()) == pytest.approx(0.25, abs=0.03)
+
+
+def test_processes_count_by_the_weight_of_their_rows():
+    x = torch.randn(900, 2)
+    heavy = torch.cat((torch.full((300,), 9.0), torch.full((600,), 1.5)))
+    found = splits([shard(x[:300], heavy[:300]), shard(x[300:], heavy[300:])])
+    (alone, _), *_ = splits([shard(x, heavy)])
+    assert [factor for _, factor in found] == pytest.approx([1.5, 0.5])
+    assert [split.mean_weight for split, _ in found] == [9, 1.5]
+    assert found[0][0].total == pytest.approx(alone.total)
+    assert found[0][0].kept.weight.sort().values.equal(alone.kept.weight.sort().values)
+
+
+def test_the_loss_of_a_process_counts_by_its_factor():
+    gradients = []
+    for factor in (1.0, 2.5):
+        torch.manual_seed(4)
+        made = objective()
+        made.process.factor = factor
+        points = made.points([lambda: Rows(torch.ones(64, 2), None)])[0]
+        made.process.set_up(made, list(made.network.parameters()))
+        made.process.backward([(0.5, points), (0.5, points)])
+        gradients.append([p.grad for p in made.network.parameters()][-1])
+    torch.testing.assert_close(gradients[1], 2.5 * gradients[0])
+
+
+def test_a_mirror_starts_from_the_same_rows_in_all_processes():
+    x = torch.randn(500, 2)
+
+    def base(process):
+        flow = InterpolantDistribution(interpolant_transform(2, (8,), interpolant=Mirror()))
+        part, weights = x[process.rank :: 2], torch.rand(250)
+        stream = Stream(flow, list(zip(part.split(50), weights.split(50), strict=True)), 0.1)
+        start_from(flow, None, stream.split(process, None), stream, process)
+        return flow.base.rows
+
+    assert torch.equal(*in_threads(2, base))
+
+
+def test_a_resumed_first_pass_ends_where_that_of_its_process_ended(monkeypatch):
+    monkeypatch.setattr("pyro_interpolant.training.survey._MOST_ROWS", 100)
+
+    class Endless:
+        def __init__(self, size):
+            self.size = size
+
+        def __iter__(self):
+            while True:
+                yield torch.randn(self.size, 2)
+
+    flow = InterpolantDistribution(interpolant_transform(2, (8,)))
+    shards = [lambda _, size=size: (flow, Endless(size)) for size in (10, 50)]
+    (split, factor), other = splits(shards)
+    assert split.surveyed == other[0].surveyed
+    assert split.surveyed[:2] == ([10, 2], 200)
+    assert (split.total, factor) == (math.inf, 1.0)
+    state = SimpleNamespace(tensors=[1], numbers={"batches": {"surveyed": [*split.surveyed]}})
+    assert [surveyed(state, rank).batches for rank in range(3)] == [10, 2, None]
+
+
+def test_rows_that_a_first_pass_saw_stand_for_those_that_it_did_not():
+    amounts = [Amount(100, 100.0, 100.0, 1.0), Amount(100, 300.0, 50.0, 4.0)]
+    shares, effective = shares_of_weight(amounts)
+    assert shares == pytest.approx([1 / 13, 12 / 13])
+    assert effective == pytest.approx(1300**2 / (100 + 1200**2 / 200))
+    endless = [amount._replace(times=math.inf) for amount in amounts]
+    assert shares_of_weight(endless) == (pytest.approx([0.25, 0.75]), math.inf)
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        (
+            [shard(torch.ones(9, 2)), lambda size: shard(torch.zeros(0, 2))(size)[:1] + ([],)],
+            "expected batches of rows, got an iterable with 0 rows in all",
+        ),
+        (
+            [shard(torch.ones(9, 2)), shard(torch.ones(9, 2), torch.ones(9))],
+            "got rows alone, rows with weights in processes 0 to 1: give weights in all",
+        ),
+    ],
+)
+def test_processes_with_other_batches_than_can_work_raise_all(shards, message):
+    for found in splits(shards):
+        assert message in found
 
 
 @pytest.mark.parametrize("world", [3, 5, 100])

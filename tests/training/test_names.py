@@ -159,7 +159,7 @@ def test_frames_at_the_base_go_by_the_names_of_the_data(monkeypatch):
     of_array = Table(d, swapped, None, pairs=rows.flip(1), anew=False)
     assert torch.equal(of_array.rows.partner, of_array.rows.w)
     d = latent_flow()
-    start_from(d, swapped, table.split(Process(), None), table)
+    start_from(d, swapped, table.split(Process(), None), table, Process())
     assert torch.equal(d.base.rows, rows)
     with pytest.raises(ValueError, match=r"expected base_samples with the columns \['a', 'b'\]"):
         fit(d, frame, base_samples=frame.rename(columns={"a": "z"}), **QUICK)

@@ -319,7 +319,7 @@ def test_keys_are_as_if_at_random(name):
 
 @pytest.mark.slow
 def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
-    monkeypatch.setattr("pyro_interpolant.training.survey._SAMPLE_VALUES", 400)
+    monkeypatch.setattr("pyro_interpolant.training.survey.SAMPLE_VALUES", 400)
     x = torch.arange(4000.0)[:, None].expand(-1, 2) + torch.rand(4000, 2)
     whole = Stream(made(), list(x.split(10)), x[:2]).split(Process(), None)
     assert 100 <= len(whole.kept.w) <= 200

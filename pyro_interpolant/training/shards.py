@@ -1,0 +1,146 @@
+r"""Shards: what the processes of a run have in all, each with batches of its own.
+
+Each goes through its own batches once. What these first passes learned is put together, as one
+pass over all batches would have learned it: so all processes hold out the same rows, and whiten by
+the same map, and the loss of a process with more rows, or heavier ones, counts for more.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .distributed import Process
+from .repeats import told_apart
+from .rows import Rows
+from .survey import SAMPLE_VALUES, Survey, Surveyed
+
+_EQUAL = 1e-6  # up to which factors are the same
+
+
+class Amount(NamedTuple):
+    """How much a process has.
+
+    Attributes:
+        rows: The number of rows that its first pass went through.
+        weight: The sum of their weights.
+        effective: The number of rows that weigh as much.
+        times: How many times as many rows it has in all; infinite where nobody knows.
+    """
+
+    rows: int
+    weight: float
+    effective: float
+    times: float
+
+
+class Together(NamedTuple):
+    """What all processes have.
+
+    Attributes:
+        survey: What a first pass over all batches would have learned.
+        outcome: What it would have gone through.
+        share: The share of all weight that the rows of this process have.
+        effective: The number of all rows that weigh as much; infinite where nobody knows.
+    """
+
+    survey: Survey
+    outcome: Surveyed
+    share: float
+    effective: float
+
+
+def put_together(own: Survey, times: float, process: Process) -> Together:
+    """Return what all processes have, from the first pass of each.
+
+    Args:
+        own: What this one's first pass learned.
+        times: How many times as many rows it has in all; infinite where nobody knows.
+        process: This process, or one of several.
+
+    Raises:
+        ValueError: In all processes, if one has fewer than two rows, or weights, and another none.
+    """
+    fewest = min(process.gathered(own.total))
+    if fewest < 2:
+        raise ValueError(f"expected batches of rows, got an iterable with {fewest} rows in all")
+    amount = Amount(own.total, own.weight, own.effective(), times)
+    if process.world == 1:
+        return Together(own, own.outcome(), 1.0, amount.effective * times)
+    parts = "rows alone" if own.kept[0][0].weight is None else "rows with weights"
+    process.check_same("parts of batches", parts, "give weights in all of them or in none")
+    amounts = process.gathered(amount)
+    shares, effective = shares_of_weight(amounts)
+    # Where some first passes saw a part of their rows, these stand for the others.
+    factors = [s / a.weight for s, a in zip(shares, amounts, strict=True)]
+    alike = min(factors) > (1 - _EQUAL) * max(factors)
+    factor = None if alike else factors[process.rank] / max(factors)
+    surveys = process.gathered(_to_send(own, factor, process))
+    survey = _joined(surveys, own.kept[0][1].device)
+    reached = [None if each.ended else each.batches for each in surveys]
+    outcome = survey.outcome()._replace(batches=reached if any(reached) else None)
+    return Together(survey, outcome, shares[process.rank], effective)
+
+
+def shares_of_weight(amounts: Sequence[Amount]) -> tuple[list[float], float]:
+    """Return each process's share of all weight, and the number of rows that weigh as much.
+
+    Where one has rows without end, all have as many.
+    """
+    endless = any(a.times == math.inf for a in amounts)
+    weights = [a.weight / a.rows if endless else a.weight * a.times for a in amounts]
+    total = math.fsum(w / max(weights) for w in weights)
+    shares = [w / max(weights) / total for w in weights]
+    if endless:
+        return shares, math.inf
+    pairs = zip(shares, amounts, strict=True)
+    return shares, 1 / math.fsum(s**2 / (a.effective * a.times) for s, a in pairs)
+
+
+def _to_send(own: Survey, factor: float | None, process: Process) -> Survey:
+    """Return what a first pass learned, with a sample such that those of all fit in memory.
+
+    Args:
+        own: That.
+        factor: By which weights are multiplied, as rows stand for others, too, or None.
+        process: This process, which agrees with the others on the share of batches in samples.
+    """
+    sizes = process.gathered((own.stride, own.values))
+    stride = max(each for each, _ in sizes)
+    while sum(values * each / stride for each, values in sizes) > SAMPLE_VALUES:
+        stride *= 2
+    rows, keys, shared = own.candidates()
+    sent, cpu = copy.copy(own), torch.device("cpu")
+    sent.kept = _moved(own.kept[:: stride // own.stride], cpu, factor)
+    sent.lowest, sent.shared = _moved([(rows, keys)], cpu, factor), shared
+    return sent
+
+
+def _joined(surveys: Sequence[Survey], device: torch.device) -> Survey:
+    """Return what one pass over the batches of all would have learned, on a device."""
+    joined = copy.copy(surveys[0])
+    joined.total = sum(each.total for each in surveys)
+    joined.checksum = sum(each.checksum for each in surveys) % 2**64
+    known = [each.shared for each in surveys if each.shared is not None]
+    joined.shared = torch.cat(known).unique()
+    joined.kept = [part for each in surveys for part in _moved(each.kept, device)]
+    lowest = [part for each in surveys for part in _moved(each.lowest, device)]
+    # Keys that rows of one process alone were seen to share may be those of others' rows.
+    joined.lowest = [(rows, told_apart(keys, joined.shared)) for rows, keys in lowest]
+    return joined
+
+
+def _moved(
+    parts: Sequence[tuple[Rows, Tensor]], device: torch.device, factor: float | None = None
+) -> list[tuple[Rows, Tensor]]:
+    """Return rows and keys on a device, with their weights multiplied by a factor, if any."""
+    found = []
+    for rows, keys in parts:
+        if factor is not None:
+            weight = torch.ones_like(keys) if rows.weight is None else rows.weight
+            rows = rows._replace(weight=weight.double() * factor)
+        found.append((rows.to(device), keys.to(device)))
+    return found
