@@ -204,7 +204,8 @@ def fit(
             its sampler, must have ``state_dict`` and ``load_state_dict`` for that.
         checkpoint_every: After how many steps it is written; by default at each look.
         fabric: A launched ``lightning_fabric.Fabric``: its device, precision and processes. A
-            table of rows is shared out; an iterable gives each process its own batches.
+            table, the same in all, is shared out; an iterable gives each process its own batches,
+            and rows held out and the map are those of all.
 
     Returns:
         Both loss curves and what happened.
@@ -214,6 +215,7 @@ def fit(
         ValueError: If the data, the context or a setting cannot work, or processes have other
             tables, or another state to resume from; raised before any work.
         RuntimeError: If gradients stay non-finite; the last good weights are kept.
+        KeyboardInterrupt: If one meets one of several processes; the best weights so far are kept.
 
     References:
         arXiv 2209.15571, Algorithm 1; Xu, Tong & Jaakkola, *Stable target field for reduced
@@ -406,6 +408,8 @@ def _finish(
             with attempted("comparing draws", progress=False):
                 warn_if_draws_differ(distribution, density.held, deadline)
     except KeyboardInterrupt:
+        if process.world > 1:  # no other process may be where this one is
+            raise
         warn_user(
             "the calibration was interrupted: the weights are trained, and the solver may be the "
             "one before. Call calibrate(distribution, rows)"

@@ -277,7 +277,8 @@ class HeldOutMonitor:
 class Run:
     """A run of training: it leaves the averaged weights to keep in the network, whatever ends it.
 
-    A run that gets worse on rows held out ends, and so does one that a keyboard interrupt meets.
+    A run that gets worse on rows held out ends, and so does one that a keyboard interrupt meets;
+    of several processes each is left by the interrupt, for it meets them in different places.
 
     Args:
         objective: The loss.
@@ -336,6 +337,7 @@ class Run:
 
         Raises:
             NonFiniteError: If gradients stay non-finite; the weights kept are in the network.
+            KeyboardInterrupt: If one meets one of several processes; the same holds.
         """
         hidden = not progress or self.process.rank > 0
         with PercentBar("fit", self.done, progress=not hidden) as bar:
@@ -345,6 +347,8 @@ class Run:
                 if self.descent.is_stuck():
                     self._look_back()
             except KeyboardInterrupt:
+                if self.process.world > 1:  # no other process may be where this one is
+                    raise
                 self.ended = "interrupt"
                 self._look_back()
                 warn_user("the run was interrupted: the best weights so far are kept")

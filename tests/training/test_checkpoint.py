@@ -40,6 +40,7 @@ from pyro_interpolant import (
 from pyro_interpolant._files import write
 from pyro_interpolant.training import fitting
 from pyro_interpolant.training.checkpoint import Checkpoint, identity_of
+from pyro_interpolant.training.loop import Run
 from pyro_interpolant.training.rows import Rows
 from pyro_interpolant.transforms import DenseWhitening, ScalarWhitening
 
@@ -574,6 +575,41 @@ def test_an_interrupt_while_rows_are_read_keeps_the_weights(count):
         result = fit(made(), Loader(), validation=rows()[:50], **QUICK)
     assert result.stopped_by == "interrupt"
     assert result.steps[-1] == (0 if count == 0 else 2)
+
+
+def test_an_interrupt_of_one_of_several_processes_is_passed_on(monkeypatch):
+    steps, advance, flow = [], Run._advance, made()
+
+    def interrupted(run):
+        steps.append(advance(run))
+        if len(steps) == 30:
+            run.process.world = 2  # what waits for the other, which is not there, fails
+            raise KeyboardInterrupt
+        return steps[-1]
+
+    with torch.no_grad():
+        before = flow.log_prob(rows()).mean()
+    monkeypatch.setattr(Run, "_advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(flow, rows(), **{**QUICK, "steps": 100})
+    with torch.no_grad():
+        assert flow.log_prob(rows()).mean() > before
+
+
+@pytest.mark.slow
+def test_so_is_one_while_the_solver_is_calibrated(monkeypatch):
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    def outcome(run):
+        run.process.world = 2
+        return told(run)
+
+    told = Run.outcome
+    monkeypatch.setattr(Run, "outcome", outcome)
+    monkeypatch.setattr(fitting, "calibrate_until", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(made(), rows(), **QUICK)
 
 
 @pytest.mark.slow
