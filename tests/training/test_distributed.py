@@ -198,9 +198,11 @@ def test_the_loss_of_a_process_counts_by_its_factor():
         made = objective()
         made.process.factor = factor
         points = made.points([lambda: Rows(torch.ones(64, 2), None)])[0]
-        made.process.set_up(made, list(made.network.parameters()))
+        weights = list(made.network.parameters())
+        made.process.module = made
+        made.process.optimizer = SimpleNamespace(param_groups=[{"params": weights}])
         made.process.backward([(0.5, points), (0.5, points)])
-        gradients.append([p.grad for p in made.network.parameters()][-1])
+        gradients.append(weights[-1].grad)
     torch.testing.assert_close(gradients[1], 2.5 * gradients[0])
 
 
@@ -379,6 +381,19 @@ if devices > 1:
     loader = DataLoader(x, batch_size=100, shuffle=True)
     options = {"batch_size": None, "progress": False, "steps": 30}
     run("loader", fabric.setup_dataloaders(loader), **options)
+    lower = x[x[:, 0].argsort()].split((500, 1000))[rank]
+    run("shards", list(lower.split(100)), batch_size=None, progress=False, steps=30)
+    own = f"{folder}-{rank}"
+    os.makedirs(own, exist_ok=True)
+    try:
+        run("other tables", lower[:400], progress=False)
+    except ValueError as error:
+        found["other tables"] = str(error)
+    for _ in range(2):
+        try:
+            run("own files", x, checkpoint=own + "/run", progress=False, steps=10)
+        except ValueError as error:
+            found["own files"] = str(error)
     os.makedirs(folder + "-timed", exist_ok=True)
     keep = {"checkpoint": folder + "-timed/run", "checkpoint_every": 5}
     run("seconds", x, steps=None, max_seconds=0.5, progress=False, **keep)
@@ -438,7 +453,9 @@ def far(a, b):
 
 
 @in_processes
-@pytest.mark.parametrize("name", ["table", "no seed", "loader", "seconds", "stopped", "kept"])
+@pytest.mark.parametrize(
+    "name", ["table", "no seed", "loader", "shards", "seconds", "stopped", "kept"]
+)
 def test_two_processes_agree_to_the_bit(name, runs):
     first, second = (runs[0][2, rank][name] for rank in range(2))
     assert first["weights"] == second["weights"]
@@ -473,6 +490,17 @@ def test_one_process_stops_all_and_a_finished_run_is_not_run_again(runs):
         assert found["stopped"]["steps"] == 11  # the first look from step 7 on
         assert found["kept"]["weights"] == found["again"]["weights"]
         assert found["again"]["told"] == 0
+
+
+@in_processes
+def test_what_parts_processes_is_refused_in_each(runs):
+    for rank in range(2):
+        found = runs[0][2, rank]
+        assert "expected the same table" in found["other tables"]
+        assert (
+            "expected the same step to go on from in all processes, got 10, None"
+            in (found["own files"])
+        )
 
 
 @in_processes
