@@ -26,6 +26,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.distributions.bases import WhitenedBase
 from pyro_interpolant.interpolants.couplings import independent
+from pyro_interpolant.training.clock import Clock
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.preparation import start_from
@@ -133,12 +134,12 @@ def test_a_coupling_is_that_of_the_whole_batch():
     assert torch.equal(torch.cat([part.w0 for part in parts]), whole.w0)
 
 
-def splits(shards, share=0.1, batch=50):
+def splits(shards, share=0.1, batch=50, seconds=None):
     """Return the split of each process, with batches of its own, and the factor of its loss."""
 
     def split(process):
         stream = Stream(*shards[process.rank](batch), share)
-        return stream.split(process, None), process.factor
+        return stream.split(process, None, clock=Clock(seconds)), process.factor
 
     return in_threads(len(shards), split)
 
@@ -247,6 +248,13 @@ def test_rows_that_a_first_pass_saw_stand_for_those_that_it_did_not():
     assert effective == pytest.approx(1300**2 / (100 + 1200**2 / 200))
     endless = [amount._replace(times=math.inf) for amount in amounts]
     assert shares_of_weight(endless) == (pytest.approx([0.25, 0.75]), math.inf)
+    x = torch.randn(2000, 2)
+    for split, _ in splits([shard(x[:400]), shard(x[400:])], seconds=1e-9):
+        rows = split.kept.and_given(split.held)
+        first = torch.isin(rows.w[:, 0], x[:400, 0])
+        assert int(first.sum()) == int((~first).sum()) == 50
+        assert float(rows.weight[first].sum() / rows.weight.sum()) == pytest.approx(0.2)
+        assert split.total == pytest.approx(2000 * 0.9)
 
 
 @pytest.mark.parametrize(
