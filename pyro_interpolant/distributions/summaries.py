@@ -92,7 +92,7 @@ def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
             x = chain(z.contiguous())
             log_prob = bare.log_prob(x) if bare.has_density() else x[..., 0] * math.nan
             new = (1,) * (len(own) - len(batch))
-            x = x.reshape(_DRAWS, *new, *batch, -1).expand(_DRAWS, *own, -1)
+            x = x.reshape(_DRAWS, *new, *batch, len(loc)).expand(_DRAWS, *own, -1)
             y, log_det = distribution.from_flow(x)
             yield y, log_prob.reshape(_DRAWS, *new, *batch) - log_det
 
@@ -237,7 +237,8 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
             (-log_prob, 0.0, self.batch_shape),
         ):
             by_set = part.mean(1)
-            value, error = by_set.mean(0), by_set.std(0) / math.sqrt(_SETS)
+            value = by_set.mean(0)  # torch warns of the deviation of no numbers
+            error = by_set.std(0) / math.sqrt(_SETS) if by_set.numel() else value
             found += [(value + undefined).expand(size), (error + undefined).expand(size)]
         return Moments(*found)
 

@@ -261,7 +261,7 @@ def per_event(log_det: ArrayLike, batch: tuple[int, ...]) -> Array:
     log_det = jnp.asarray(log_det)
     if log_det.ndim <= len(batch):
         return jnp.broadcast_to(log_det, batch)
-    return log_det.reshape(*batch, -1).sum(-1)
+    return log_det.reshape(*batch, math.prod(log_det.shape[len(batch) :])).sum(-1)
 
 
 def text_of(description: Description) -> str:

@@ -83,7 +83,8 @@ class PerEvent(RealVectorTransform):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log |dy/dx|``, shape ``(*)``."""
         value = self.wrapped.log_abs_det_jacobian(x, y)
-        return value.reshape(*x.shape[:-1], -1).sum(-1).to(x.dtype)
+        batch = x.shape[:-1]
+        return value.reshape(*batch, value.shape[len(batch) :].numel()).sum(-1).to(x.dtype)
 
     def forward_shape(self, shape: Sequence[int]) -> Sequence[int]:
         """Return the shape on the support."""

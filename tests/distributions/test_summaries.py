@@ -99,6 +99,18 @@ def test_moments_have_the_shape_of_batch_and_context():
     assert ((found.mean - again.mean(0)).abs() < error).all()
 
 
+def test_a_batch_of_no_members_has_summaries_of_its_shape():
+    flow = random_flow(1, (8,), context_dim=3, solver=FixedGrid(2))
+    family = ConditionalInterpolantDistribution(flow, support=constraints.positive).freeze()
+    d = family.condition(torch.ones(0, 3))
+    assert {v.shape for v in d.moments()} == {(0, 1), (0,)}
+    assert d.cdf(torch.ones(5, 1, 1)).shape == d.icdf(torch.full((5, 1), 0.5)).shape[:-1] == (5, 0)
+    one, none = scalar(constraints.positive), torch.empty(0)
+    assert one.cdf(none).shape == one.icdf(none).shape == one.support.check(none).shape == (0,)
+    value, log_det = one.from_flow(torch.empty(0, 4, 1))
+    assert value.shape == log_det.shape == (0, 4)
+
+
 @pytest.mark.slow
 def test_moments_of_each_context_by_vmap():
     flow = random_flow(2, (8, 8), context_dim=3, solver=FixedGrid(2))
