@@ -106,7 +106,11 @@ def normal_points(like: Tensor, count: int, *, seed: int = 0) -> Tensor:
         seed: Of the scrambling.
     """
     with torch._C._DisableFuncTorch():  # which takes the scrambling for random
-        net = SobolEngine(len(like), scramble=True, seed=seed).draw(count, dtype=torch.double)
+        engine = SobolEngine(len(like), scramble=True, seed=seed)
+        net = engine.draw(count, dtype=torch.double)
+        # Torch takes the first point through the default type, which may not reach to 2^30.
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        net[0] = engine.shift.to(wide) / 2**engine.MAXBIT
         points = torch.special.ndtri(net.clamp(1e-12, 1 - 1e-12)).numpy()
     return constant(points).to(like)
 

@@ -111,6 +111,14 @@ def test_a_batch_of_no_members_has_summaries_of_its_shape():
     assert value.shape == log_det.shape == (0, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_points_of_the_moments_are_the_same_in_any_default_type(dtype):
+    like = torch.zeros(3)
+    expected = summaries.normal_points(like, 16)
+    torch.set_default_dtype(dtype)
+    close(summaries.normal_points(like, 16), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_moments_of_each_context_by_vmap():
     flow = random_flow(2, (8, 8), context_dim=3, solver=FixedGrid(2))
