@@ -18,7 +18,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import ComposeTransform, Distribution
+from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import AffineTransform
 from torch.quasirandom import SobolEngine
 
@@ -365,9 +365,12 @@ def _cdf(distribution: Summaries, value: Tensor) -> Tensor:
     inside = distribution.support.check(value)
     inside = inside & value.isfinite().reshape(inside.shape)
     safe = value.where(inside.reshape(value.shape), middle)
-    x = ComposeTransform(distribution.transforms).inv(safe)
+    before, after = _around(distribution)
+    y = after.inv(safe)
+    white = distribution.transform.flow.whitening.to_white(y)  # not finite on an edge
+    inside = inside & white.isfinite().reshape(inside.shape)
+    x = before.inv(distribution.transform.inv(y))
     below = _base_cdf(distribution, x, above=not increases)
-    inside = inside & ~below.isnan()  # on an edge that the support has
     beyond = (value > middle).to(below).reshape(inside.shape)
     unknown = value.isnan().reshape(inside.shape)
     return below.where(inside, beyond.masked_fill(unknown, math.nan))
@@ -465,9 +468,7 @@ def _base_ends(distribution: Summaries) -> tuple[Tensor, Tensor]:
 
 def pushed(distribution: Summaries, x: Tensor) -> Tensor:
     """Return where a flow of scalars takes values of its base, shape ``(*, 1)``."""
-    chain = distribution.transforms
-    place = chain.index(distribution.transform)
-    before, after = (ComposeTransform(part) for part in (chain[:place], chain[place + 1 :]))
+    before, after = _around(distribution)
     if distribution.base is not None and distribution.base.batch_shape:
         return after(distribution.transform(before(x)))  # members have log-odds of their own
 
@@ -477,6 +478,13 @@ def pushed(distribution: Summaries, x: Tensor) -> Tensor:
         return _base_cdf(distribution, before.inv(w[..., None])).logit()
 
     return after(mapped(distribution.transform, before(x), log_odds))
+
+
+def _around(distribution: Summaries) -> tuple[Transform, Transform]:
+    """Return the maps before the flow, into its coordinates, and after it, onto the support."""
+    chain = distribution.transforms
+    place = chain.index(distribution.transform)
+    return ComposeTransform(chain[:place]), ComposeTransform(chain[place + 1 :])
 
 
 def _scalars(base: TorchDistributionMixin) -> Distribution:

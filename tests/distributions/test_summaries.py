@@ -473,6 +473,18 @@ def test_infinity_edges_and_batches_of_a_cdf():
     assert scalar().expand((4,)).cdf(torch.tensor(0.3)).shape == (4,)
 
 
+@pytest.mark.parametrize("support", [constraints.real, constraints.nonnegative])
+@pytest.mark.parametrize(
+    "base", [None, dist.Normal(torch.zeros(1), 1.0, validate_args=False).to_event(1)]
+)
+def test_the_cdf_given_what_is_unknown_is_unknown(support, base):
+    flow = random_flow(1, (8,), context_dim=1, solver=FixedGrid(4))
+    d = ConditionalInterpolantDistribution(flow, base, support=support).freeze()
+    at, y = d.condition(torch.tensor([[0.0], [math.nan]])), torch.tensor([[0.7], [3.0]])
+    assert at.cdf(y[..., None]).isnan().tolist() == [[False, True]] * 2
+    assert at.cdf(torch.zeros(1))[0].isfinite()  # also on an edge
+
+
 @pytest.mark.slow
 def test_values_within_bounds_have_all_moments():
     d = normal(
