@@ -245,7 +245,7 @@ class Objective(nn.Module):
     def without_outliers(self, rows: Rows) -> Rows:
         """Return rows, given in the flow's coordinates, with others in the stead of outliers."""
         known = None if self.flow.classes else rows.context  # labels are no numbers
-        return rows.take(inliers(self.whitened(rows).w, known))
+        return rows.take(inliers(self.whitened(rows).w, known, rows.weight))
 
     def points(self, draws: Sequence[Callable[[], Rows]]) -> list[tuple[Points, ...]]:
         """Return the points of several batches of equal size, whose paths are evaluated at once.

@@ -96,6 +96,8 @@ def prepare_flow(
 def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = False) -> None:
     """Set a flow's whitening map, and the scales of its network, from training rows.
 
+    Where rows have weights, the network is told of some that are drawn by weight, as it will see.
+
     Args:
         distribution: The distribution of the flow.
         rows: The rows, in the flow's coordinates.
@@ -103,25 +105,27 @@ def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = Fal
     """
     flow, deviation = distribution.transform.flow, 1.0
     if is_image(distribution.row_shape):
-        rows, deviation = dequantized(_few(rows), flow.loc), IMAGE_DEVIATION
+        most = max(_MIN_IMAGES, _IMAGE_VALUES // rows.w.shape[1])
+        rows, deviation = dequantized(_by_weight(rows, most), flow.loc), IMAGE_DEVIATION
     _check_range(rows.w, flow.loc.dtype)
-    context = None if rows.context is None else winsorize(rows.context.double())
+    seen = rows if rows.weight is None else _by_weight(rows, len(rows.w))
+    context = None if seen.context is None else winsorize(seen.context.double())
     sets_map = not keep and not isinstance(flow.interpolant, Geodesic)  # angles have a scale
     left = rows
     if sets_map:
-        known = explained(flow.velocity, winsorize(rows.w.double()), context)
-        left = rows if known is None else rows._replace(w=rows.w - known.to(rows.w))
+        known = explained(flow.velocity, winsorize(seen.w.double()), context)
+        left = rows if known is None else seen._replace(w=seen.w - known.to(seen.w))
     if not keep:
         distribution.space.check_rows(flow, rows.w, rows.context)
     if sets_map:
         _set_map(flow.whitening, distribution.base, left, deviation)
-    w = flow.whitening.to_white(rows.w.to(flow.loc))
+    w = flow.whitening.to_white(seen.w.to(flow.loc))
     set_scales(flow.velocity, w, context, if_trained=not keep)
 
 
-def _few(rows: Rows) -> Rows:
-    """Return a subsample of rows, as many as keep to so many numbers."""
-    few = subsample(len(rows.w), max(_MIN_IMAGES, _IMAGE_VALUES // rows.w.shape[1]), rows.weight)
+def _by_weight(rows: Rows, most: int) -> Rows:
+    """Return a subsample of rows, drawn by weight where they have weights, without those."""
+    few = subsample(len(rows.w), most, rows.weight)
     return rows.take(few.to(rows.w.device))._replace(weight=None)
 
 

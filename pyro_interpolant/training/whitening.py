@@ -198,22 +198,23 @@ def warn_if_coarse(x: Tensor, dtype: torch.dtype, name: str) -> None:
         )
 
 
-def inliers(w: Tensor, context: Tensor | None = None) -> Tensor:
+def inliers(w: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
     """Return the indices of whitened rows without outliers, shape ``(N,)``.
 
-    Far is 20 times the median distance from the centre, rare the farthest 0.5%. One such row would
-    decide alone what the held-out loss is. Other rows come twice in their stead.
+    Far is 20 times the median distance from the centre, rare the farthest 0.5% by weight. One such
+    row would decide alone what the held-out loss is. Other rows come twice in their stead.
 
     Args:
         w: Whitened rows, shape ``(N, D)``.
         context: Their contexts, shape ``(N, C)``, scaled here, or None.
+        weights: Their weights, shape ``(N,)``, or None.
     """
     distance = w.double().norm(dim=-1)
     if context is not None:
-        loc, variance = column_moments(context)
+        loc, variance = column_moments(context, weights)
         scaled = (context - loc) / torch.where(variance > 0, variance, 1.0).sqrt()
         distance = torch.hypot(distance, scaled.nan_to_num().norm(dim=-1))
-    few = distance[subsample(len(w), _QUANTILE_VALUES).to(w.device)]
+    few = distance[subsample(len(w), _QUANTILE_VALUES, weights).to(w.device)]
     good = distance <= torch.maximum(
         _WILD_DEVIATIONS * few.median(), few.quantile(1 - _TAIL_SHARE)
     )

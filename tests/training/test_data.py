@@ -6,16 +6,19 @@ import torch
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    ConditionalInterpolantTransform,
     InterpolantDistribution,
     conditional_interpolant_transform,
     independent,
     interpolant_transform,
 )
 from pyro_interpolant.distributions.rows import checked_rows
+from pyro_interpolant.nn import EmbeddedVelocity, VelocityMLP
 from pyro_interpolant.training import whitening
 from pyro_interpolant.training.data import Table, TableBatches, as_held_out, mask_of
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
+from pyro_interpolant.training.preparation import set_whitening
 from pyro_interpolant.training.preprocessing import dequantize
 from pyro_interpolant.training.repeats import random_order, warn_if_rounded
 from pyro_interpolant.training.rows import Rows, keys_of, weighted_indices
@@ -287,6 +290,37 @@ def test_weighted_moments_are_those_of_repeated_rows():
     repeated = x.repeat_interleave(weights.long(), dim=0)
     for a, b in zip(whitening_map(x, weights), whitening_map(repeated), strict=True):
         torch.testing.assert_close(a.abs(), b.abs())
+
+
+def far_off(count):
+    """Rows with contexts, a third of them far off and of hardly any weight, and which are near."""
+    near = torch.arange(count) % 3 > 0
+    context = torch.where(near[:, None], torch.randn(count, 2), torch.full((1, 2), -9999.0))
+    weights = torch.where(near, 1.0, 1e-9)
+    return Rows(context + torch.randn(count, 2), context, None, weights), near
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_rows_of_hardly_any_weight_do_not_set_the_scales_of_a_network(embedded):
+    def buffers(rows):
+        velocity = EmbeddedVelocity(2, [(2,)]) if embedded else VelocityMLP(2, (8,), 2)
+        transform = ConditionalInterpolantTransform(velocity.double())
+        set_whitening(ConditionalInterpolantDistribution(transform), rows)
+        return dict(velocity.named_buffers()), transform.flow.whitening
+
+    rows, near = far_off(6000)
+    (found, map_), (expected, other) = buffers(rows), buffers(rows.take(near.nonzero()[:, 0]))
+    for name in ("loc", "scale") if embedded else ("context_loc", "context_scale", "reach"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(map_.linear, other.linear, rtol=0.05, atol=0.05)
+
+
+def test_rows_far_off_and_of_hardly_any_weight_are_outliers():
+    rows, near = far_off(3000)
+    held = rows.take(inliers(rows.w, rows.context, rows.weight))
+    assert len(held.w) == 3000
+    assert float(held.context.abs().max()) < 10
+    assert torch.equal(held.weight, torch.ones(3000))
 
 
 def test_rounded_columns_are_noticed_and_spread():
