@@ -397,7 +397,8 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
         columns of a data frame of contexts are taken by name.
 
         Raises:
-            TypeError: If it is neither a tensor nor a data frame.
+            TypeError: If it is neither a tensor nor a data frame, or whole numbers of shape
+                ``(C,)`` where the velocity has no ``classes``.
             ValueError: If the last dimension is not the velocity's ``context_dim``, or a label is
                 none of the classes.
         """

@@ -382,7 +382,8 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
                 whole numbers of shape ``(*)``, or of a floating type and shape ``(*, 1)``.
 
         Raises:
-            TypeError: If it is not a tensor.
+            TypeError: If it is not a tensor, or whole numbers of shape ``(C,)`` where the velocity
+                has no ``classes``.
             ValueError: If the last dimension is not the velocity's ``context_dim``, the context is
                 of a finer floating type than the flow, or a label is none of the classes.
         """
@@ -401,6 +402,12 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
             raise ValueError(
                 f"expected a context of {loc.dtype}, the type of the flow, got {context.dtype}: "
                 "convert the context, or the flow by .to(dtype)"
+            )
+        if context.dim() == 1 and not context.is_floating_point():  # numbers, or a row of labels?
+            raise TypeError(
+                f"expected a context of a floating type, got {context.dtype} of shape "
+                f"{tuple(context.shape)}: convert numbers with .float(), and labels with "
+                "torch.nn.functional.one_hot(labels, K).float()"
             )
         expected = self.flow.context_dim
         if context.dim() < 1 or not context.shape[-1] or expected not in (None, context.shape[-1]):

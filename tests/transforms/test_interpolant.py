@@ -341,6 +341,15 @@ def test_wrong_context():
         plain.velocity(torch.tensor(0.5), torch.randn(2), torch.randn(4))
 
 
+def test_labels_are_no_context_of_numbers():
+    family, x = random_flow(2, context_dim=3), torch.randn(2)
+    with pytest.raises(TypeError, match=r"floating type, got torch.int64 .*one_hot"):
+        family.condition(torch.arange(3))
+    table = torch.eye(3)
+    expected = family.condition(table)(x)
+    torch.testing.assert_close(family.condition(table.long())(x), expected)
+
+
 @pytest.mark.usefixtures("_nodes_stay")
 @pytest.mark.parametrize("shape", [(3,), (1, 3), (4, 3)])
 @every_kind
