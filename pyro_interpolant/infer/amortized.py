@@ -236,7 +236,8 @@ class AmortizedInterpolant(AutoInterpolant):
                 know its model yet.
 
         Warns:
-            UserWarning: If the guide was trained in rounds for other data.
+            UserWarning: If data lie beyond all simulations the guide was trained on, or it was
+                trained in rounds for others.
         """
         own = self.posterior
         posterior = self._conditioned(self._context(data))
@@ -246,6 +247,15 @@ class AmortizedInterpolant(AutoInterpolant):
 
     def _conditioned(self, context: Tensor) -> JointInterpolantDistribution:
         """Return the posterior given a context, ``(*, C)``; warn of one not trained for."""
+        velocity = self.transform.velocity
+        beyond = velocity.is_beyond(context) if isinstance(velocity, EmbeddedVelocity) else None
+        if beyond is not None and bool(beyond.any()):
+            several = f"{int(beyond.sum())} of {beyond.numel()} data sets"
+            warn_user(
+                f"{several if beyond.numel() > 1 else 'the data'} lie beyond all simulations that "
+                "the guide was trained on, and it takes them for nearer ones: its posterior is "
+                "not theirs. Check their units, or train on simulations of a wider prior"
+            )
         known = self.posterior.refined_for  # numbers of any units: each is compared in its own
         if known is not None and not torch.allclose(context, known.to(context), atol=0.0):
             warn_user(

@@ -44,6 +44,8 @@ _TIME_EXPONENT = 3.0
 _PENALTIES = torch.logspace(-8, 2, 41, dtype=torch.float64)  # of the ridge, to the mean eigenvalue
 _SHARES = torch.linspace(0, 1, 21, dtype=torch.float64)  # of slopes of log-deviations
 _LEAST = 1e-6  # of a residual: its logarithm is finite
+# Of a range. Of new sets of 5 (100) normals 0.5% (6%) leave that of 2,000; so far 0 (0.1%).
+_MARGIN = 0.2
 
 
 class EmbeddedVelocity(nn.Module):
@@ -220,6 +222,18 @@ class EmbeddedVelocity(nn.Module):
         own = zip(paths, self.network.divergence_field(times, e), strict=True)
         return [partial(_spread, path=p, function=f) for p, f in own]
 
+    @torch.no_grad()
+    def is_beyond(self, context: Tensor) -> Tensor:
+        """Return whether data have a summary far beyond all of training, booleans, ``(*)``.
+
+        Args:
+            context: Data, flattened, shape ``(*, C)``.
+        """
+        s = self._scaled(self._summary(context.reshape(-1, self.context_dim)))
+        low, high = self.bounds
+        margin = _MARGIN * (low + high) + 100 * torch.finfo(s.dtype).eps * self._scaled(0.0).abs()
+        return ((s - high > margin) | (-s - low > margin)).any(-1).reshape(context.shape[:-1])
+
     def rows_at_once(self) -> int:
         """Return the number of rows for which one call is fastest, without gradients."""
         return self.network.rows_at_once()
@@ -296,8 +310,12 @@ class EmbeddedVelocity(nn.Module):
 
         A summary beyond all that was seen would carry the regression where nothing was learned.
         """
-        s = (summary - self.loc) / self.scale
+        s = self._scaled(summary)
         return torch.maximum(torch.minimum(s, self.bounds[1]), -self.bounds[0])
+
+    def _scaled(self, summary: Tensor | float) -> Tensor:
+        """Return summaries, ``(N, S)``, in units of the training rows'."""
+        return (summary - self.loc) / self.scale
 
     def _head(self, features: Tensor) -> Tensor:
         """Return what the head makes of features, ``(N, F)``, and in training of some units."""
