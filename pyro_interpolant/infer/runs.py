@@ -1,5 +1,6 @@
 """One run of a model that draws its data: what it observes, and what is refused of its sites."""
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -13,6 +14,10 @@ from torch import Tensor
 from .._torch import are_close, seeded, warn_user
 from ..distributions.rows import as_tensor
 from .sites import Model, Nodes, Site, is_sampled, is_subsample, subsampling_plates
+
+_DENSITY = "log_prob of "  # before the name of a site, the key of its log density in an example
+# Rounding moves the density of values far larger than their deviations by more than the values.
+_VALUE_RTOL, _DENSITY_RTOL = 1e-5, 1e-3
 
 
 class Unobserved(Messenger):
@@ -121,6 +126,9 @@ def example_of(
 ) -> dict[str, Tensor]:
     """Return the sampled and observed sites of one simulation of a model, always of one seed.
 
+    Beside the value of a sampled site is its log density, if it has one: coins, whose draws are
+    a few values, fall alike where their probabilities do not.
+
     Args:
         model: The model.
         observed: Its observed sites. Others keep their values where all of these are sampled.
@@ -130,26 +138,33 @@ def example_of(
     with seeded(0):
         nodes = nodes_of(model) if nodes is None else nodes
     drawn = observed if all(is_sampled(nodes[name]) for name in observed) else None
-    with seeded(0):
+    found = {}
+    with seeded(0), torch.no_grad():
         nodes = nodes_of(poutine.condition(Unobserved(drawn)(model), dict(given or {})))
-    return {
-        name: node["value"] for name, node in nodes.items() if is_sampled(node) or name in observed
-    }
+        for name, node in nodes.items():
+            if is_sampled(node) or name in observed:
+                found[name] = node["value"]
+            if is_sampled(node):
+                with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
+                    found[_DENSITY + name] = node["fn"].log_prob(node["value"])
+    return found
 
 
 def is_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Return whether sites of two simulations, by name, have the same values.
+    """Return whether sites of two simulations have the same values and log densities.
 
     In another type, such as the default one, draws of a seed are others: nobody knows. Plates may
     be in other places: outer ones push them to the left.
     """
 
-    def agree(a: Tensor, b: Tensor) -> bool:
+    def agree(name: str) -> bool:
+        a, b = one[name], other[name]
         if a.dtype != b.dtype:
             return True
-        return a.numel() == b.numel() and are_close(a.flatten(), b.flatten())
+        rtol = _DENSITY_RTOL if name.startswith(_DENSITY) else _VALUE_RTOL
+        return a.numel() == b.numel() and are_close(a.flatten(), b.flatten(), rtol)
 
-    return one.keys() == other.keys() and all(agree(v, other[k]) for k, v in one.items())
+    return one.keys() == other.keys() and all(map(agree, one))
 
 
 def tell_of_others(
@@ -167,13 +182,15 @@ def tell_of_others(
         example: What :func:`example_of` gave of the other.
     """
     found = example_of(model, observed, nodes=nodes)
+    # Guides pickled by earlier versions know no densities.
+    found = {k: v for k, v in found.items() if k in example or not k.startswith(_DENSITY)}
     is_other = not is_alike(found, example)
     seen = {name: example[name] for name in observed if not is_sampled(nodes[name])}
     same_sizes = all(found[k].numel() == v.numel() for k, v in example.items() if k in found)
     if is_other and seen and same_sizes:
         # Deterministic sites may hold arguments, which then are data, and the same draws give
         # others of them: where they do not, the guide is not given what has changed.
-        draws = {k: v for k, v in example.items() if k in found and is_sampled(nodes[k])}
+        draws = {k: v for k, v in example.items() if k in nodes and is_sampled(nodes[k])}
         again = example_of(model, observed, nodes=nodes, given=draws)
         is_other = is_alike({name: again[name] for name in seen}, seen)
     if is_other:

@@ -222,6 +222,34 @@ def test_simulations_in_a_small_unit_are_told_apart():
     assert not is_alike(one, other)
 
 
+class Simulated(dist.TorchDistribution):
+    """What is drawn and has no density."""
+
+    arg_constraints, support = {}, dist.constraints.real
+
+    def sample(self, sample_shape=()):
+        return torch.randn(sample_shape)
+
+
+def test_coins_that_fall_alike_are_told_apart_by_their_probabilities():
+    def model(x, y=None):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.5))
+        pyro.sample("y", dist.Bernoulli(logits=6.0 + slope * x).to_event(1), obs=y)
+
+    x, y = torch.ones(6), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0])
+    guide = guide_of(model)
+    guide(x, y)
+    one, other, again = (example_of(functools.partial(model, k * x), ("y",)) for k in (1, 2, 1))
+    assert torch.equal(one["y"], other["y"])
+    assert is_alike(one, again)
+    assert not is_alike(one, other)
+    guide._example = one
+    guide(x, y)
+    with pytest.warns(UserWarning, match="arguments of the model make other simulations"):
+        guide(2 * x, y)
+    assert set(example_of(lambda: pyro.sample("y", Simulated()), ("y",))) == {"y"}
+
+
 @pytest.mark.parametrize("given", [nuisance_by_condition, nuisance_by_argument])
 def test_an_observed_site_that_is_no_data_keeps_its_value(given):
     model, named = given()
