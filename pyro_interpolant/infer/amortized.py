@@ -428,10 +428,9 @@ class AmortizedInterpolant(AutoInterpolant):
         held = {"validation": self.rows_of(found.held), **settings}
         self._begin(sites)
         training = self._fit(found, clock, 1.0, held)
-        size = found.count - len(found.held.log_prior)
         improper = found.improper / (found.count + found.improper)
         with seeded(None if settings["seed"] is None else settings["seed"] + 1):
-            given = simulator, sites, clock, training, size, improper
+            given = simulator, sites, clock, training, found.trained, improper
             return measured_on_simulations(self.posterior, found.held, self.rows_of, *given)
 
     def _in_rounds(

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from ..distributions.rows import as_tensor
+from ..training.repeats import shared_keys, told_apart
 from ..training.rows import Rows, keys_of
 from ..training.streaming import check_again, naming_batch
+from ..training.survey import HeldOutKeys
 from .amortization import JUDGED_ROWS, Pack
 from .simulation import Simulator
 from .simulations import Simulations, all_of
@@ -20,7 +22,9 @@ _FEWEST = 10
 class SimulatedBatches:
     """Batches of simulations as :func:`~pyro_interpolant.fit` takes them, ``(rows, contexts)``.
 
-    A tenth of the first 10,000 simulations is held out, wherever these come again. Those that are
+    A tenth of the first 10,000 simulations is held out, wherever these come again. Where some of
+    them repeat, as rounded latents beside counts do, so is a tenth of all others: to leave out
+    later copies of those alone would train on improbable simulations above others. Those that are
     not finite are left out, and counted.
 
     Args:
@@ -31,8 +35,9 @@ class SimulatedBatches:
         pack: From simulations to packed rows, ``(N, D)``, and contexts, ``(N, C)``.
 
     Attributes:
-        held: The simulations held out.
+        held: The simulations held out of the first ones.
         count: How many finite ones a pass over the batches has given, at most, so far.
+        trained: How many of them were not held out.
         improper: How many others.
 
     Raises:
@@ -46,7 +51,7 @@ class SimulatedBatches:
         check_again(batches)
         self.batches, self.simulator, self.pack = batches, simulator, pack
         self.names = [*simulator.latents, *observed]
-        self.count, self.improper = 0, 0
+        self.count, self.improper, self.trained = 0, 0, 0
         first, total = [], 0
         for found in self._finite():
             first.append(found)
@@ -58,9 +63,17 @@ class SimulatedBatches:
                 f"expected batches of at least {_FEWEST} finite simulations, got {total} and "
                 f"{self.improper} with NaN or infinite numbers"
             )
-        held = Simulations.joined(first).take(torch.arange(min(JUDGED_ROWS, total // _HELD_SHARE)))
+        simulations = Simulations.joined(first)
+        rows = Rows(*pack(simulations))
+        keys = keys_of(rows)
+        shared, count = shared_keys(rows, keys), min(JUDGED_ROWS, total // _HELD_SHARE)
+        self._told = HeldOutKeys.lowest(told_apart(keys, shared), shared, count)
+        marks = self._told.mark(keys)
+        # Where none repeats, all later ones are others, and none is to be left out for its key.
+        self._held_keys = keys[marks] if len(keys.unique()) == total else None
+        held = simulations.take(marks.nonzero().flatten().cpu())
         self.held = held._replace(log_prior=simulator.log_prior(held.data | held.latents))
-        self._held_keys = keys_of(Rows(*pack(held)))  # latents may repeat, with other data
+        self.trained = total - len(held.log_prior)
 
     def __len__(self) -> int:
         """Return the number of batches, if they know it."""
@@ -68,11 +81,20 @@ class SimulatedBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield rows, ``(B, D)``, and contexts, ``(B, C)``, of those that are not held out."""
+        start = trained = 0
         for found in self._finite():
             rows, context = self.pack(found)
-            new = ~torch.isin(keys_of(Rows(rows, context)), self._held_keys)
+            new = ~self._is_held(keys_of(Rows(rows, context)), start)
+            start, trained = start + len(new), trained + int(new.sum())
+            self.trained = max(self.trained, trained)
             if bool(new.any()):
                 yield rows[new], context[new]
+
+    def _is_held(self, keys: Tensor, start: int) -> Tensor:
+        """Return whether simulations of such keys, from a place on, are held out, ``(B,)``."""
+        if self._held_keys is not None:
+            return torch.isin(keys, self._held_keys)
+        return self._told.mark(keys, start)
 
     def _finite(self) -> Iterator[Simulations]:
         """Yield the finite simulations of each batch, and count."""

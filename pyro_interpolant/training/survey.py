@@ -35,6 +35,18 @@ class HeldOutKeys(NamedTuple):
     below: int
     shared: Tensor
 
+    @classmethod
+    def lowest(cls, keys: Tensor, shared: Tensor, count: int) -> "HeldOutKeys":
+        """Return what holds out the rows of lowest keys: copies stay together.
+
+        Args:
+            keys: The keys of rows, of which those shared by chance are told apart, shape ``(N,)``.
+            shared: Those, shape ``(K,)``.
+            count: How many rows to hold out at most, below N, but for one row with its copies.
+        """
+        few = keys.sort().values
+        return cls(int(few[count]) if few[0] < few[count] else int(few[0]) + 1, shared)
+
     def mark(self, keys: Tensor, start: int = 0) -> Tensor:
         """Return whether rows are held out, booleans of shape ``(N,)``.
 
@@ -150,8 +162,8 @@ class Survey:
         count = max(1, min(self.most_held, round(share * self.total), self.total - 1))
         rows, keys, shared = self.candidates()
         keys, order = keys.sort(stable=True)
-        below = int(keys[count]) if keys[0] < keys[count] else int(keys[0]) + 1
-        return rows.take(order[keys < below]), HeldOutKeys(below, shared)
+        told = HeldOutKeys.lowest(keys, shared, count)
+        return rows.take(order[keys < told.below]), told
 
     def sample(self) -> tuple[Rows, Tensor]:
         """Return a sample of all rows, and their keys."""

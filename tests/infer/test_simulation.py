@@ -537,6 +537,28 @@ def test_latents_that_repeat_with_other_data_are_not_held_out():
     guide(torch.zeros(6))
     found = SimulatedBatches(batches, simulator, ("y",), guide.rows_of)
     assert sum(len(rows) for rows, _ in found) == 900
+    assert found.trained == 900
+
+
+@pytest.mark.parametrize("step", [0.01, 1e-3, 1e-4])
+def test_simulations_that_repeat_are_held_out_whatever_their_probability(step):
+    def model(k=None):
+        p = pyro.sample("p", dist.Uniform(0.0, 1.0))
+        pyro.sample("k", dist.Binomial(8, p), obs=k)
+
+    p = ((torch.rand(20_000) / step).floor() + 0.5) * step
+    k = dist.Binomial(8, p).sample()
+    batches = [({"p": a}, {"k": b}) for a, b in zip(p.split(2000), k.split(2000), strict=True)]
+    guide = pi.AmortizedInterpolant(model, ("k",), hidden_dims=(8,))
+    guide(torch.tensor(2.0))
+    sites = LatentSites(guide, torch.tensor(2.0))
+    found = SimulatedBatches(batches, Simulator(sites, ("k",)), ("k",), guide.rows_of)
+    rows, context = (torch.cat(part) for part in zip(*found, strict=True))
+    assert abs(len(found.held.log_prior) - 1000) < 20
+    assert abs(len(rows) - 18_000) < 300
+    assert found.trained == len(rows)
+    for count in (0.0, 8.0):  # the mean of p is (k + 1) / 10
+        assert abs(rows[context == count].sigmoid().mean() - (count + 1) / 10) < 0.01
 
 
 @pytest.mark.slow
