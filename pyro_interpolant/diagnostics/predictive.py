@@ -37,7 +37,7 @@ from ..distributions.interpolant import (
     InterpolantDistribution,
 )
 from ..distributions.joint import NamedSites, column_names, own_sites, rows_by_name
-from ..distributions.rows import RowsLike, checked_rows, contexts_of_rows
+from ..distributions.rows import RowsLike, check_same_order, checked_rows, contexts_of_rows
 from ..distributions.supports import BijectiveSupport, support_of
 from ..transforms.gaussianize import without_gaussianizer
 
@@ -238,6 +238,7 @@ class _Rows:
                 "on one context, of shape (C,)"
             )
         check_single(density.base)
+        check_same_order(x=x, context=context)
         self.distribution = density
         self.x = checked_rows(_packed(density, x), "x", density.row_shape).to(flow.loc)
         self.directions = _directions(density)

@@ -32,7 +32,7 @@ from ..transforms.interpolant import (
 from .bases import base_log_prob, check_expansion, only_possible
 from .constraints import Constraint, shaped
 from .flow import FlowDistribution
-from .rows import check_value, checked_rows
+from .rows import check_same_order, check_value, checked_rows
 from .summaries import Summaries, pushed
 
 if TYPE_CHECKING:
@@ -459,6 +459,7 @@ def rows_given(
         ValueError: If rows are of another shape or type or not finite, there are none, or another
             number than of contexts.
     """
+    check_same_order(x=x, context=context)
     view = distribution.given(context)
     rows = checked_rows(view.value_of(x), "x", view.row_shape)
     view.transform.check_type(rows)

@@ -4,6 +4,7 @@ Tensors are made of them here, with the columns of data frames taken by name; ty
 finite numbers are checked.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
     Raises:
         TypeError: If it is none of these, or a data frame with columns that are no numbers.
     """
-    if hasattr(x, "to_numpy"):  # of pandas
+    if hasattr(x, "to_numpy"):
         x = _from_frame(x, name)
     try:
         if isinstance(x, np.ma.MaskedArray):
@@ -75,6 +76,35 @@ def named_columns(x: RowsLike, name: str = "data") -> tuple[Tensor, tuple[str, .
     flat = {k: part.reshape(len(part), -1) for k, part in parts.items()}
     names = flat_names({k: part.shape[1] for k, part in flat.items()})
     return torch.cat(list(flat.values()), 1), names
+
+
+def check_same_order(**parts: Any) -> None:
+    """Raise a ValueError where data frames or series have the same labels in another order.
+
+    Rows are taken by position. Indices of other labels tell nothing, nor do those that repeat.
+
+    Args:
+        **parts: What has N rows, by what to call it; of draws by name each entry counts.
+    """
+    flat = {
+        name if key is None else f"{name}[{key!r}]": inner
+        for name, part in parts.items()
+        for key, inner in (part.items() if isinstance(part, Mapping) else [(None, part)])
+    }
+    # Of pandas; that of a list is a method.
+    indices: dict[str, Any] = {name: getattr(part, "index", None) for name, part in flat.items()}
+    known = [
+        (name, index) for name, index in indices.items() if hasattr(index, "get_indexer")
+    ]  # of pandas
+    for (one, labels), (other, others) in itertools.combinations(known, 2):
+        if labels.equals(others) or len(labels) != len(others):
+            continue
+        both = labels.is_unique and others.is_unique
+        if both and bool((labels.get_indexer(others) >= 0).all()):
+            raise ValueError(
+                f"expected {one} and {other} with their rows in the same order, got the same "
+                f"labels in another: rows are taken by position, {other}.loc[{one}.index]"
+            )
 
 
 def flat_names(sizes: Mapping[str, int]) -> tuple[str, ...]:

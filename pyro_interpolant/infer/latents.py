@@ -26,7 +26,7 @@ from .._torch import evaluated, seeded, with_gradients
 from ..diagnostics.psis import log_total, pareto_smooth, shuffled_resampling
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.joint import names_in_frames, own_sites
-from ..distributions.rows import contexts_of_rows
+from ..distributions.rows import check_same_order, contexts_of_rows
 from ..distributions.supports import support_of
 from ..solvers.parallel import one_thread_each
 from .noise import Measurements, Noise, measurements
@@ -302,6 +302,7 @@ def object_posteriors(
             f"expected one population, got a batch of shape {batch}: pass the conditional one, "
             "and what each object is given as context="
         )
+    check_same_order(y=y, noise=noise, noise_data=noise_data, context=context)
     names = names_in_frames(distribution)
     dtype = distribution.transform.flow.loc.dtype
     rows = of_population(measurements(y, noise, noise_data, names, dtype), distribution, context)

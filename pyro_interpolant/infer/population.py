@@ -27,7 +27,14 @@ from .._package import check_ranges, whole
 from .._torch import seeded, with_gradients
 from ..distributions.constraints import Constraint, shaped
 from ..distributions.interpolant import AnyDistribution
-from ..distributions.rows import as_tensor, checked_rows, contexts_of_rows, in_order, names_of
+from ..distributions.rows import (
+    as_tensor,
+    check_same_order,
+    checked_rows,
+    contexts_of_rows,
+    in_order,
+    names_of,
+)
 from ..distributions.supports import BijectiveSupport, CircularSupport, support_of
 from ..solvers.parallel import one_thread_each
 from ..training.building import context_names, contexts_for, from_samples, new_network
@@ -121,6 +128,7 @@ def from_noisy_samples(
     """
     clock = _checked_settings(support, steps, max_seconds, validation)
     columns = _names_of_latents(y, noise, start)
+    check_same_order(y=y, noise=noise, noise_data=noise_data, context=context)
     rows = measurements(y, noise, noise_data, columns)
     held, kept = held_out(len(rows), validation, seed)
     event_shape = rows.checked_event_shape(event_shape)
@@ -201,6 +209,7 @@ def from_posterior_samples(
     """
     clock = _checked_settings(support, steps, max_seconds, validation)
     x = _checked_draws(draws)
+    check_same_order(log_interim_prior=log_interim_prior, context=context)
     log_prior = log_interim_prior(x) if callable(log_interim_prior) else log_interim_prior
     log_prior = checked_rows(log_prior, "log_interim_prior", (x.shape[1],)).double()
     if len(log_prior) != len(x):

@@ -28,7 +28,13 @@ from ..distributions.joint import (
     pack,
     sites_of,
 )
-from ..distributions.rows import as_tensor, checked_context, checked_rows, names_of
+from ..distributions.rows import (
+    as_tensor,
+    check_same_order,
+    checked_context,
+    checked_rows,
+    names_of,
+)
 from ..distributions.supports import CircularSupport, Support, support_of
 from ..interpolants.couplings import optimal_transport
 from ..interpolants.linear import Interpolant, Linear
@@ -150,11 +156,7 @@ def from_samples(
         columns = names_of(first)  # of a frame, by which those of the batches to come are taken
     else:
         columns = names_of(x)
-        pairs = Names(columns).at_base(fit_options.get("pairs"), "pairs")
-        given = fit_options.get("weights"), x, pairs, context
-        rows, pairs, context, mask, weights = drop_zero_weights(*given, mask_of(validation))
-        validation = validation if mask is None else mask
-        fit_options |= {"pairs": pairs, "weights": weights, "validation": validation}
+        rows, context = _with_weight(x, context, columns, fit_options)
     constraint, sites, rows = (_named if isinstance(rows, Mapping) else _unnamed)(
         rows, support, event_shape
     )
@@ -177,6 +179,28 @@ def from_samples(
         error.distribution = distribution.freeze()
         raise
     return distribution
+
+
+def _with_weight(
+    x: Any, context: Any, columns: tuple[str, ...], options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Return rows and contexts that have weight; options that go by rows become theirs.
+
+    Args:
+        x: Rows, shape ``(N, *event_shape)``, or named draws.
+        context: Contexts, shape ``(N, C)``, or None.
+        columns: The names of the columns of x.
+        options: Those of :func:`fit`.
+    """
+    validation, own = options["validation"], {k: options.get(k) for k in ("pairs", "weights")}
+    mask = mask_of(validation)
+    check_same_order(x=x, context=context, **own, validation=None if mask is None else validation)
+    pairs = Names(columns).at_base(own["pairs"], "pairs")
+    found = drop_zero_weights(own["weights"], x, pairs, context, mask)
+    rows, pairs, context, mask, weights = found
+    validation = validation if mask is None else mask
+    options |= {"pairs": pairs, "weights": weights, "validation": validation}
+    return rows, context
 
 
 def _named(

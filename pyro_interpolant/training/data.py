@@ -14,7 +14,13 @@ from .._package import check_ranges
 from .._torch import rng_state, set_rng_state
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import NamedSites
-from ..distributions.rows import RowsLike, as_tensor, checked_rows, contexts_of_rows
+from ..distributions.rows import (
+    RowsLike,
+    as_tensor,
+    check_same_order,
+    checked_rows,
+    contexts_of_rows,
+)
 from .checkpoint import Checkpoint
 from .clock import Clock
 from .distributed import Process
@@ -118,6 +124,8 @@ class Table:
             raise ValueError(
                 "expected flip=False beside pairs, whose partners belong to images as they are"
             )
+        held = None if mask_of(validation) is None else validation
+        check_same_order(data=data, context=context, pairs=pairs, weights=weights, validation=held)
         self.names = Names.for_training(distribution, data, context, anew=anew)
         ordered, context = self.names.ordered(data, context)
         given = weights, ordered, context, self.names.partners(pairs, data), mask_of(validation)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.joint import Sites, own_sites, rows_by_name
-from ..distributions.rows import columns_in_order, in_order, names_of
+from ..distributions.rows import check_same_order, columns_in_order, in_order, names_of
 
 
 class Names(NamedTuple):
@@ -73,8 +73,10 @@ class Names(NamedTuple):
 
         Raises:
             TypeError: If they are no numbers.
-            ValueError: If a data frame has columns of other names.
+            ValueError: If a data frame has columns of other names, or the labels of the rows in
+                another order than the contexts.
         """
+        check_same_order(**{name: rows}, context=context)
         rows = rows_by_name(rows, self.rows, self.sites, name)
         if context is None:
             return rows, None

@@ -20,14 +20,18 @@ from pyro_interpolant import (
     VelocityMLP,
     conditional_interpolant_transform,
     fit,
+    from_noisy_samples,
     from_samples,
     interpolant_loss,
     interpolant_transform,
     load,
     save,
+    solver_error,
 )
 from pyro_interpolant.diagnostics import pit
 from pyro_interpolant.distributions.report import Report
+from pyro_interpolant.distributions.rows import check_same_order
+from pyro_interpolant.infer import object_posteriors
 from pyro_interpolant.training import building
 from pyro_interpolant.training.data import Table
 from pyro_interpolant.training.distributed import Process
@@ -300,3 +304,56 @@ def test_arrays_of_other_libraries_need_no_index():
     d.columns = ("a", "b")
     rows = torch.from_numpy(np.asarray(Array()))
     assert torch.equal(d.log_prob(Array()), d.log_prob(rows))
+
+
+def conditional_of_two():
+    return conditional_interpolant_transform(2, 2, (8,))
+
+
+IN_ANOTHER_ORDER = {
+    "contexts": lambda x, y: from_samples(x, context=y, **QUICK),
+    "weights": lambda x, y: from_samples(x, weights=y["a"].abs(), **QUICK),
+    "mask": lambda x, y: from_samples(x, validation=y["a"] > 0, **QUICK),
+    "draws": lambda x, y: from_samples({"a": x["a"], "b": y["b"]}, **QUICK),
+    "fit": lambda x, y: fit(
+        InterpolantDistribution(interpolant_transform(2, (8,))), x, weights=y["a"].abs(), **QUICK
+    ),
+    "batch": lambda x, y: fit(
+        ConditionalInterpolantDistribution(conditional_of_two()), [(x, y)], **QUICK
+    ),
+    "held out": lambda x, y: fit(
+        ConditionalInterpolantDistribution(conditional_of_two()),
+        x.to_numpy(),
+        context=x.to_numpy(),
+        validation=(x, y),
+        **QUICK,
+    ),
+    "pit": lambda x, y: pit(ConditionalInterpolantDistribution(conditional_of_two()), x, y),
+    "solver_error": lambda x, y: solver_error(
+        ConditionalInterpolantDistribution(conditional_of_two()), x, context=y
+    ),
+    "noise": lambda x, y: from_noisy_samples(x, y.abs(), steps=3, progress=False),
+    "objects": lambda x, y: object_posteriors(
+        ConditionalInterpolantDistribution(conditional_of_two()), x, x.abs(), context=y
+    ),
+}
+
+
+@pytest.mark.parametrize("call", IN_ANOTHER_ORDER.values(), ids=IN_ANOTHER_ORDER)
+def test_rows_with_the_same_labels_in_another_order_are_refused(call):
+    frame, _ = two_columns()
+    with pytest.raises(ValueError, match=r"same labels in another.*\.loc\[.*\.index\]"):
+        call(frame, frame.sample(frac=1, random_state=0))
+
+
+def test_rows_of_other_labels_go_by_position():
+    frame, _ = two_columns()
+    drawn = frame.sample(frac=1, random_state=0)
+    others = [frame.copy(), drawn.reset_index(drop=True), frame.set_index(frame.index + 1)]
+    others += [drawn.set_index(drawn.index // 2), drawn[:100], drawn.to_numpy(), None]
+    for other in others:
+        check_same_order(x=frame, context=other)
+    levels = pd.MultiIndex.from_arrays([range(200), range(200)])
+    check_same_order(x=frame.set_index(levels), context=frame)
+    with pytest.raises(ValueError, match=r"expected x and draws\['b'\] with their rows"):
+        check_same_order(x=frame.set_index(levels), draws={"b": frame["b"].set_axis(levels[::-1])})
