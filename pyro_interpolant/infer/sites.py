@@ -101,8 +101,20 @@ def init_latent(observed: tuple[str, ...], init: Callable[..., Tensor], site: Si
         observed: The names of the sites that are to be observed.
         init: One of Pyro's initialisation functions, from a site to a value.
         site: The site.
+
+    Raises:
+        ValueError: If a latent site is discrete, as counts of another name than those observed.
     """
-    return site["fn"].sample() if site["name"] in observed else init(site)
+    name = site["name"]
+    if name in observed:
+        return site["fn"].sample()
+    if getattr(site["fn"].support, "is_discrete", False):
+        raise ValueError(
+            f"expected observed or continuous sites, got the discrete site {name!r} beside the "
+            f"observed ones {list(observed)}: marginalise it (a mixture distribution), or, if "
+            f"it is data, name it, AmortizedInterpolant(model, observed=({name!r},))"
+        )
+    return init(site)
 
 
 def is_not_latent(observed: tuple[str, ...], msg: Message) -> bool:

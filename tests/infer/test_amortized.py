@@ -438,6 +438,12 @@ def test_a_site_that_is_not_there_is_an_error_with_those_that_are():
     guide = pi.AmortizedInterpolant(rows_of_a_normal, observed=("x",))
     with pytest.raises(ValueError, match=r"got \['x'\]: it has \['y', 'mean', 'first'\]"):
         pi.fit_guide(guide, torch.zeros(ROWS), **QUICK)
+
+    def counts(y=None):
+        pyro.sample("y", dist.Poisson(pyro.sample("rate", dist.Gamma(2.0, 1.0))), obs=y)
+
+    with pytest.raises(ValueError, match=r"'y' beside the observed ones \['z'\]: .*name it"):
+        pi.fit_guide(pi.AmortizedInterpolant(counts, ("z",)), **QUICK)
     with pytest.raises(ValueError, match="at least one observed site"):
         pi.AmortizedInterpolant(rows_of_a_normal, observed=())
 
