@@ -21,6 +21,7 @@ _ROUNDING_SHARE = 0.1  # of the smallest deviation, beyond which rounding is war
 _WILD_DEVIATIONS = 20.0  # robust standard deviations from the median, beyond which a value is cut
 _QUARTILE_RANGE, _TAIL_RANGE = 1.349, 5.152  # in standard deviations of a normal
 _QUANTILE_VALUES = 2**20  # from which quantiles are computed
+_LEAST_PART = 1e-3  # of the largest weight: those of other columns are rounding or chance
 _NAMED_ROWS = 5  # the most rows that an error names
 _AXIS_CUTS = 3  # the most rounds of winsorizing along the eigenvectors
 
@@ -148,10 +149,11 @@ def whitening_map(
         )
     loc, scale, eigenvalues, vectors = _robust_axes(x, weights)
     if float(eigenvalues[0]) < _MIN_EIGENVALUE:
-        worst = vectors[:, 0].abs().topk(min(2, dim)).indices.tolist()
+        shares = ", or, of shares of a whole, pass support=constraints.simplex (rows of sum 1)"
         raise ValueError(
-            f"expected linearly independent columns, got dependent ones (columns {sorted(worst)} "
-            "take part): drop one, or add noise of the size of the measurement's error"
+            "expected linearly independent columns, got dependent ones (columns "
+            f"{_columns_along(vectors[:, 0])} take part): drop one, or add noise of the size of "
+            f"the measurement's error{shares if _are_shares(x) else ''}"
         )
     roots = eigenvalues.sqrt()
     rounding = eps * (loc.abs() + scale) / scale
@@ -163,13 +165,24 @@ def whitening_map(
     return WhiteningMap(loc, linear, (turn / roots) @ vectors.T / scale)
 
 
+def _columns_along(direction: Tensor) -> list[int]:
+    """Return the columns that take part in a direction, ``(D,)``, by more than chance."""
+    weight = direction.abs()
+    return (weight > _LEAST_PART * weight.max()).nonzero().flatten().tolist()
+
+
+def _are_shares(x: Tensor) -> bool:
+    """Return whether rows, float64, ``(N, D)``, are nonnegative and have one and the same sum."""
+    total = x.sum(1)
+    return bool((x >= 0).all()) and bool((total - total[0]).abs().max() <= 1e-5 * total[0])
+
+
 def _warn_if_unresolved(direction: Tensor, rounding: Tensor, spread: float) -> None:
     """Warn where data hardly vary by more than their rounding along a direction, ``(D,)``."""
     noise = float((direction * rounding).norm())
     if noise > _ROUNDING_SHARE * spread:
-        worst = sorted(direction.abs().topk(min(2, len(direction))).indices.tolist())
         warn_user(
-            f"a combination of columns (columns {worst} take part) varies by {spread:.1e} of "
+            f"a combination of columns (columns {_columns_along(direction)} take part) varies by {spread:.1e} of "
             f"their spread, and rounding is {noise:.1e}: a flow learns the rounding. Give rows "
             "and flow in float64, centre columns far from zero, drop one, or add noise of the "
             "size of the measurement's error"

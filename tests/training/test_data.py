@@ -214,20 +214,28 @@ def test_constant_columns_are_named():
 
 
 @pytest.mark.parametrize(
-    "combine",
+    ("combine", "columns"),
     [
-        lambda x: x[:, 0],
-        lambda x: -3 * x[:, 0] + 1,
-        lambda x: 1e9 * x[:, 0],
-        lambda x: x[:, 0] + 2 * x[:, 1],
+        (lambda x: x[:, 0], [0, 2]),
+        (lambda x: -3 * x[:, 0] + 1, [0, 2]),
+        (lambda x: 1e9 * x[:, 0], [0, 2]),
+        (lambda x: x[:, 0] + 2 * x[:, 1], [0, 1, 2]),
     ],
 )
-def test_dependent_columns_are_refused(combine):
+def test_dependent_columns_are_refused(combine, columns):
     x = torch.randn(50, 3)
     x[:, 2] = combine(x)
     with pytest.raises(ValueError, match=r"linearly independent columns.*add noise") as caught:
         whitening_map(x)
-    assert "2" in str(caught.value)
+    assert f"columns {columns} take part" in str(caught.value)
+    assert "simplex" not in str(caught.value)
+
+
+@pytest.mark.parametrize("whole", [1.0, 100.0])
+def test_shares_of_a_whole_are_told_of_their_support(whole):
+    x = whole * torch.distributions.Dirichlet(torch.tensor([1.0, 2.0, 3.0])).sample((50,))
+    with pytest.raises(ValueError, match=r"\[0, 1, 2\] take part.*constraints\.simplex"):
+        whitening_map(x)
 
 
 def test_nearly_dependent_columns_are_whitened():
