@@ -28,7 +28,7 @@ from ..transforms.monotone import mapped
 from .bases import ExternalBase, Samples, UniformTorus, detached, inside_support, stated_support
 from .constraints import innermost_constraint
 from .flow import FlowDistribution
-from .rows import as_tensor, check_value
+from .rows import as_tensor, check_value, counted
 from .supports import CircularSupport
 
 _SETS, _DRAWS = 8, 512  # scrambled nets, whose spread tells the error, and the draws of each
@@ -228,8 +228,19 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         interval, a mixture of such, or a flow from one. Of a base of samples there is no entropy.
 
         Gradients reach weights, contexts and the parameters of a base that has ``rsample``.
+
+        Raises:
+            ValueError: If contexts are not finite, unless arguments are not validated.
         """
         self.check_start()
+        is_checked = self._validate_args and not (is_tracing() or is_functional())
+        context = self.transform.raw_context if is_checked else None
+        if context is not None and not bool(context.isfinite().all()):
+            bad = ~context.isfinite().reshape(-1, context.shape[-1]).all(1)
+            raise ValueError(
+                f"expected finite contexts, got NaN or infinite numbers in {counted(bad)}: remove "
+                "or impute them"
+            )
         values, densities = zip(*_sets(self), strict=True)
         x, log_prob = torch.stack(values), torch.stack(densities)  # (8, 512, *batch, ...)
         first, second = _undefined(self)

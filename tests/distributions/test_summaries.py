@@ -119,6 +119,18 @@ def test_points_of_the_moments_are_the_same_in_any_default_type(dtype):
     close(summaries.normal_points(like, 16), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_moments_given_a_context_that_is_not_finite_are_refused(number):
+    flow = random_flow(1, (8,), context_dim=2, solver=FixedGrid(2))
+    given = ConditionalInterpolantDistribution(flow).condition(
+        torch.tensor([[0.0, 1.0], [0.0, number]])
+    )
+    with pytest.raises(ValueError, match="finite contexts.*1 rows, the first being row 1"):
+        given.mean  # noqa: B018
+    with pytest.raises(ValueError, match="finite contexts"):
+        given.entropy()
+
+
 @pytest.mark.slow
 def test_moments_of_each_context_by_vmap():
     flow = random_flow(2, (8, 8), context_dim=3, solver=FixedGrid(2))
