@@ -17,6 +17,8 @@ from ..nn.velocity import checked_labels
 from ..transforms.flow import Flow
 from ..transforms.interpolant import check_tensor
 
+FLOATED = '.float(), arrays and frames with .astype("float32")'  # what makes numbers floating
+
 RowsLike = ArrayLike | Mapping[str, ArrayLike]  # rows, or named draws
 
 
@@ -191,8 +193,8 @@ def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (N
     x = as_tensor(x, name).detach()
     if not x.is_floating_point():
         raise TypeError(
-            f"expected {name} of a floating type, got {x.dtype}: convert it with .float(), or, if "
-            "these are counts or rounded values, which have no density, by dequantize(...)"
+            f"expected {name} of a floating type, got {x.dtype}: convert tensors with {FLOATED}, "
+            "or, if these are counts or rounded values, which have no density, by dequantize(...)"
         )
     expected = tuple(event_shape)
     if x.dim() != 1 + len(expected) or any(
@@ -266,7 +268,8 @@ def _from_frame(x: Any, name: str) -> np.ndarray:
     if values.dtype.kind not in "biuf":
         raise TypeError(
             f"expected {name} of columns of numbers, got types {kinds}: leave other columns out, "
-            "or write categories as whole numbers, column.cat.codes"
+            "or write categories as whole numbers, column.cat.codes, or, as contexts beside "
+            "numbers, as columns of 0 and 1, pandas.get_dummies(frame, dtype=float)"
         )
     return values
 
@@ -299,9 +302,11 @@ def checked_context(
         return checked_labels(found, classes, dtype) if classes else found
     if not classes:
         raise TypeError(
-            f"expected context of a floating type, got {found.dtype}: convert numbers with "
-            ".float(), and labels with torch.nn.functional.one_hot(labels, K).float(), for a flow "
-            "of context_dim=K; or take a network with classes, VelocityMLP(D, classes=K)"
+            f"expected context of a floating type, got {found.dtype}: convert numbers in "
+            f"tensors with {FLOATED}, and labels with "
+            "torch.nn.functional.one_hot(labels, K).float(), for a flow of context_dim=K, or, "
+            "beside numbers, torch.cat((one_hot(labels, K).float(), numbers), -1); or take a "
+            "network with classes, VelocityMLP(D, classes=K)"
         )
     if found.dim() == 2 and found.shape[1] == 1:
         found = found[:, 0]

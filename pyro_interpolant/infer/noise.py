@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ..distributions.rows import (
+    FLOATED,
     as_tensor,
     checked_rows,
     columns_in_order,
@@ -170,7 +171,9 @@ def measurements(
     # Copies: nothing could be differentiated with tensors of inference mode.
     found = _by_name(y, names, "y", strict=not callable(noise)).detach().clone()
     if not found.is_floating_point():
-        raise TypeError(f"expected y of a floating type, got {found.dtype}: convert it, y.float()")
+        raise TypeError(
+            f"expected y of a floating type, got {found.dtype}: convert tensors with {FLOATED}"
+        )
     if found.dim() not in (1, 2) or found.numel() == 0:
         raise ValueError(f"expected y of shape (N, D) or (N,), got {tuple(found.shape)}")
     if callable(noise):

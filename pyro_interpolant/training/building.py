@@ -29,6 +29,7 @@ from ..distributions.joint import (
     sites_of,
 )
 from ..distributions.rows import (
+    FLOATED,
     as_tensor,
     check_same_order,
     checked_context,
@@ -283,7 +284,8 @@ def contexts_for(
     if missing:
         warn_user(
             f"{missing} of the {classes} classes 0 to {classes - 1} have no row, and nothing is "
-            "known of them: if these whole numbers are no labels, convert them with .float()"
+            "known of them: if these whole numbers are no labels, convert them, tensors with "
+            f"{FLOATED}"
         )
     if network is not None and classes:
         own = getattr(network, "classes", 0)
@@ -379,7 +381,9 @@ def _number_of_classes(labels: Tensor) -> int:
         raise ValueError(
             "expected context as numbers of a floating type, shape (N, C), or as one label a row, "
             f"whole numbers of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}: "
-            "convert numbers with .float()"
+            f"convert numbers in tensors with {FLOATED}, and for labels beside numbers pass "
+            "torch.cat((one_hot(labels, K).float(), numbers), -1), or, of a frame, "
+            "pandas.get_dummies(frame, dtype=float)"
         )
     if int(labels.min()) < 0:
         raise ValueError(f"expected labels 0, 1, ..., got {int(labels.min())} among them")
@@ -387,7 +391,7 @@ def _number_of_classes(labels: Tensor) -> int:
     if classes > len(labels):
         raise ValueError(
             f"expected labels of fewer classes than rows, got {classes} classes in {len(labels)} "
-            "rows: convert numbers with .float()"
+            f"rows: convert numbers in tensors with {FLOATED}"
         )
     return classes
 

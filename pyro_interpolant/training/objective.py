@@ -23,7 +23,7 @@ from ..distributions.interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
-from ..distributions.rows import check_value
+from ..distributions.rows import FLOATED, check_value
 from ..interpolants.couplings import independent, optimal_transport
 from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic
@@ -150,7 +150,7 @@ def _floating(distribution: AnyDistribution, x1: Tensor) -> Tensor:
         return dequantized(Rows(x1, None), distribution.transform.flow.loc).w
     if not x1.is_floating_point():
         raise TypeError(
-            f"expected data of a floating type, got {x1.dtype}: convert numbers with .float(), "
+            f"expected data of a floating type, got {x1.dtype}: convert tensors with {FLOATED}, "
             "and spread whole ones by pi.dequantize(x)"
         )
     return x1

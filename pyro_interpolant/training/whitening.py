@@ -181,8 +181,9 @@ def _warn_if_unresolved(direction: Tensor, rounding: Tensor, spread: float) -> N
     """Warn where data hardly vary by more than their rounding along a direction, ``(D,)``."""
     noise = float((direction * rounding).norm())
     if noise > _ROUNDING_SHARE * spread:
+        columns = _columns_along(direction)
         warn_user(
-            f"a combination of columns (columns {_columns_along(direction)} take part) varies by {spread:.1e} of "
+            f"a combination of columns (columns {columns} take part) varies by {spread:.1e} of "
             f"their spread, and rounding is {noise:.1e}: a flow learns the rounding. Give rows "
             "and flow in float64, centre columns far from zero, drop one, or add noise of the "
             "size of the measurement's error"

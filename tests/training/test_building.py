@@ -161,6 +161,20 @@ def test_a_frame_with_a_column_of_text_is_refused_by_the_types_it_has():
         learn(frame)
 
 
+def test_frames_of_whole_numbers_and_of_categories_are_told_what_pandas_has():
+    x = torch.randn(20)
+    frame = pd.DataFrame({"age": range(20), "is_old": [False, True] * 10, "kind": ["a", "b"] * 10})
+    with pytest.raises(TypeError, match=r'\.astype\("float32"\)'):
+        learn(frame[["age"]])
+    for context in (frame, frame[["kind", "age"]]):
+        with pytest.raises(TypeError, match=r"pandas\.get_dummies\(frame, dtype=float\)"):
+            learn(x, context=context)
+    with pytest.raises(ValueError, match=r'\.astype\("float32"\).*one_hot.*get_dummies'):
+        learn(x, context=frame[["age", "is_old"]])
+    mixed = learn(x, context=pd.get_dummies(frame, dtype=float))
+    assert mixed.context_columns == ("age", "is_old", "kind_a", "kind_b")
+
+
 def test_a_wrong_column_is_named_by_the_frame():
     """Three values a billion away flatten all others."""
     frame = pd.DataFrame(torch.randn(1000, 2).numpy(), columns=["mass", "age"])
