@@ -171,9 +171,7 @@ def measurements(
     # Copies: nothing could be differentiated with tensors of inference mode.
     found = _by_name(y, names, "y", strict=not callable(noise)).detach().clone()
     if not found.is_floating_point():
-        raise TypeError(
-            f"expected y of a floating type, got {found.dtype}: convert tensors with {FLOATED}"
-        )
+        raise TypeError(f"expected y of a floating type, got {found.dtype}: convert it, {FLOATED}")
     if found.dim() not in (1, 2) or found.numel() == 0:
         raise ValueError(f"expected y of shape (N, D) or (N,), got {tuple(found.shape)}")
     if callable(noise):
@@ -189,9 +187,8 @@ def measurements(
         )
     log_density: Callable[[Tensor, Tensor, Any], Tensor]
     own = names_of(y)
-    given = _by_name(
-        noise, own if own and set(own) != set(names) else names, "noise", strict=False
-    )
+    of_noise = own if own and set(own) != set(names) else names
+    given = _by_name(noise, of_noise, "noise", strict=False)
     spread = given.detach().double()
     if spread.dim() == 0 or len(spread) != len(found):
         raise ValueError(
