@@ -22,12 +22,13 @@ from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import AffineTransform
 from torch.quasirandom import SobolEngine
 
-from .._torch import constant, is_functional, is_tracing, seeded
+from .._torch import is_functional, is_tracing, seeded
 from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
 from .bases import ExternalBase, Samples, UniformTorus, detached, inside_support, stated_support
 from .constraints import innermost_constraint
 from .flow import FlowDistribution
+from .quasi_random import normal_points
 from .rows import as_tensor, check_value, counted
 from .supports import CircularSupport
 
@@ -95,24 +96,6 @@ def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
             x = x.reshape(_DRAWS, *new, *batch, len(loc)).expand(_DRAWS, *own, -1)
             y, log_det = distribution.from_flow(x)
             yield y, log_prob.reshape(_DRAWS, *new, *batch) - log_det
-
-
-def normal_points(like: Tensor, count: int, *, seed: int = 0) -> Tensor:
-    """Return quasi-random points of N(0, I), always the same, shape ``(count, D)``.
-
-    Args:
-        like: A tensor of their type and on their device, shape ``(D,)``.
-        count: How many.
-        seed: Of the scrambling.
-    """
-    with torch._C._DisableFuncTorch():  # which takes the scrambling for random
-        engine = SobolEngine(len(like), scramble=True, seed=seed)
-        net = engine.draw(count, dtype=torch.double)
-        # Torch takes the first point through the default type, which may not reach to 2^30.
-        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        net[0] = engine.shift.to(wide) / 2**engine.MAXBIT
-        points = torch.special.ndtri(net.clamp(1e-12, 1 - 1e-12)).numpy()
-    return constant(points).to(like)
 
 
 def _undefined(distribution: "Summaries") -> tuple[Tensor | float, Tensor | float]:

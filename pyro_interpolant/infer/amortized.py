@@ -45,6 +45,7 @@ from .amortization import (
 from .autoguide import AutoInterpolant
 from .guide_result import GuideResult
 from .hidden import is_hidden
+from .initialization import init_latent, is_not_latent
 from .log_density import known_log_joint
 from .runs import (
     check_data,
@@ -64,8 +65,6 @@ from .sites import (
     LatentSites,
     Model,
     check_one_data_set,
-    init_latent,
-    is_not_latent,
     one_posterior,
 )
 

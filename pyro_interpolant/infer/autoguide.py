@@ -41,6 +41,7 @@ from .importance_sampling import (
     verdict_with_warning,
     warn_poor,
 )
+from .initialization import init_to_support
 from .log_density import LogJoint, known_log_joint
 from .prior import prior_draws
 from .quantiles import SPREAD_DRAWS, quantiles_of, spread_of
@@ -49,7 +50,6 @@ from .sites import (
     LatentSites,
     Model,
     forget_data,
-    init_to_support,
     unsupported_sites_named,
 )
 from .smc.train import RoundsResult, train_from_density

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch import draws, is_functorch_tensor, seeded, warn_user
 from ..diagnostics.psis import finite_or_minus_inf
+from .initialization import init_to_support
 from .lanes import in_lanes
 from .runs import plate_nesting
 from .sites import (
@@ -27,7 +28,6 @@ from .sites import (
     Substitute,
     check_fixed_support,
     extreme_rows,
-    init_to_support,
     is_sampled,
     subsampling_plates,
     unchecked,

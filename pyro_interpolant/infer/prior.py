@@ -9,10 +9,11 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from .initialization import init_to_support
 from .lanes import in_lanes
 from .log_density import LogJoint
 from .runs import AllDrawn, Stop
-from .sites import init_to_support, unchecked
+from .sites import unchecked
 
 _RARE = 0.005  # the share of prior draws on either side that is clamped to the rest
 _IMPROPER_SCALE = 2.0  # of unconstrained sites with an improper prior

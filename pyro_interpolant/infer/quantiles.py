@@ -8,7 +8,7 @@ from torch.distributions import ComposeTransform
 
 from .._package import check_ranges
 from ..distributions.interpolant import InterpolantDistribution
-from ..distributions.summaries import normal_points
+from ..distributions.quasi_random import normal_points
 from .sites import check_one_data_set
 
 SPREAD_DRAWS = 4096

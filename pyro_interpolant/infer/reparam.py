@@ -28,7 +28,8 @@ from .._torch import are_close, seeded
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import PACKED, PART
 from ..distributions.rows import as_tensor
-from .sites import Model, Nodes, Site, whole_value
+from .initialization import whole_value
+from .sites import Model, Nodes, Site
 
 _BASE = "_base"  # what a site in base space has after its name
 _MARK = "_interpolant_flow"  # where a site in base space keeps its flow, and the site it is of

@@ -16,8 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
-from pyro.infer.autoguide.guides import prototype_hide_fn
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
@@ -37,95 +36,6 @@ Nodes = dict[str, Site]
 Model = Callable[..., Any]
 
 
-def init_to_support(
-    site: Site, init: Callable[..., Tensor] = init_to_median, spread: float = 0.0
-) -> Tensor:
-    """Return an initial value of a latent site, if a guide over one vector can hold it.
-
-    Of a site that has no bijection, too: a reparametrisation may be about to replace it.
-
-    Args:
-        site: The site.
-        init: One of Pyro's initialisation functions, from a site to a value.
-        spread: The standard deviation, unconstrained, of a site whose prior is improper.
-
-    Returns:
-        The value, shape ``(*batch_shape, *event_shape)``.
-
-    Raises:
-        ValueError: If the site is discrete, in a subsampled plate, in a sequential one, or on a
-            support without a bijection on which there is no value to be had, or if the value does
-            not broadcast to its shape.
-    """
-    _check_site(site)
-    fn = site["fn"]
-    try:
-        value = init(site)
-        # Else it only asks whether there is a value for the name.
-        is_whole = isinstance(fn, torch.distributions.Distribution)
-        return whole_value(site, value) if is_whole else value
-    except NotImplementedError:  # improper priors cannot be sampled, not even for their shape
-        transform = _bijection(site)
-        shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-        return transform(spread * torch.randn(shape))
-
-
-def whole_value(site: Site, value: ArrayLike) -> Tensor:
-    """Return a value of a site in its shape, of one for a plate the same for each member.
-
-    Else the plate would expand it as it comes, and all members would be one latent.
-
-    Args:
-        site: The site.
-        value: Its value, which broadcasts to ``(*batch_shape, *event_shape)``.
-
-    Raises:
-        TypeError: If it is no number, tensor or array.
-        ValueError: If it does not.
-    """
-    shape, found = site["fn"].shape(), as_tensor(value, f"the value of site {site['name']!r}")
-    try:
-        return found if found.shape == shape else found.expand(shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"expected an initial value of site {site['name']!r} that broadcasts to its shape "
-            f"{tuple(shape)}, got shape {tuple(found.shape)}: pass one for each member of its "
-            "plates, or one for all"
-        ) from error
-
-
-def init_latent(observed: tuple[str, ...], init: Callable[..., Tensor], site: Site) -> Tensor:
-    """Return an initial value of a latent site, and of one that is to be observed a draw.
-
-    Args:
-        observed: The names of the sites that are to be observed.
-        init: One of Pyro's initialisation functions, from a site to a value.
-        site: The site.
-
-    Raises:
-        ValueError: If a latent site is discrete, as counts of another name than those observed.
-    """
-    name = site["name"]
-    if name in observed:
-        return site["fn"].sample()
-    if getattr(site["fn"].support, "is_discrete", False):
-        raise ValueError(
-            f"expected observed or continuous sites, got the discrete site {name!r} beside the "
-            f"observed ones {list(observed)}: marginalise it (a mixture distribution), or, if "
-            f"it is data, name it, AmortizedInterpolant(model, observed=({name!r},))"
-        )
-    return init(site)
-
-
-def is_not_latent(observed: tuple[str, ...], msg: Message) -> bool:
-    """Return whether a site is hidden from the guide's prototype.
-
-    By Pyro's own rule, or as one of the observed names, which count as data even in a run without
-    data.
-    """
-    return prototype_hide_fn(msg) or msg["name"] in observed
-
-
 @contextlib.contextmanager
 def unsupported_sites_named(guide: AutoContinuous) -> Iterator[None]:
     """Raise a ValueError that names the site where a guide meets one without a bijection."""
@@ -134,7 +44,7 @@ def unsupported_sites_named(guide: AutoContinuous) -> Iterator[None]:
     except (NotImplementedError, ValueError):
         if guide.prototype_trace is not None:
             for _, site in guide.prototype_trace.iter_stochastic_nodes():
-                _bijection(site)
+                bijection_of(site)
         raise
 
 
@@ -383,32 +293,7 @@ class LatentSites:
         return pack(self.sites, flat).to(self.guide._init_loc())
 
 
-def _check_site(site: Site) -> None:
-    """Raise a ValueError if a site is discrete, or in a plate that no guide here can hold."""
-    name = site["name"]
-    if getattr(site["fn"].support, "is_discrete", False):
-        raise ValueError(
-            f"expected continuous latent sites, got the discrete site {name!r}: marginalise it "
-            "(a mixture distribution), or hide it, AutoInterpolant(poutine.block(model, "
-            f"hide=[{name!r}])), and enumerate it in SVI with TraceEnum_ELBO, see "
-            "https://pyro.ai/examples/enumeration.html"
-        )
-    for frame in site["cond_indep_stack"]:
-        if not frame.vectorized:
-            raise ValueError(
-                f"expected vectorised plates, got latent site {name!r} in the sequential plate "
-                f"{frame.name!r}: use `with pyro.plate(...)`, or a plain range"
-            )
-        if frame.full_size is not None and frame.full_size != frame.size:
-            raise ValueError(
-                f"expected latent sites of a fixed size, got {name!r} in plate {frame.name!r}, "
-                f"which holds {frame.size} of {frame.full_size} at a time: a flow over one vector "
-                "has no place for local latents that come and go. Do not subsample, or hide the "
-                "site and give it a guide of its own in an AutoGuideList"
-            )
-
-
-def _bijection(site: Site) -> Transform:
+def bijection_of(site: Site) -> Transform:
     """Return the bijection of a latent site, or raise a ValueError where there is none."""
     support = site["fn"].support
     try:

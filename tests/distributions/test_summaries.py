@@ -20,7 +20,7 @@ from pyro_interpolant import (
     circular,
     interpolant_transform,
 )
-from pyro_interpolant.distributions import summaries
+from pyro_interpolant.distributions import quasi_random, summaries
 from pyro_interpolant.distributions.constraints import shaped
 from pyro_interpolant.training.preprocessing import marginal_transform
 from pyro_interpolant.transforms.gaussianize import Gaussianized
@@ -114,9 +114,9 @@ def test_a_batch_of_no_members_has_summaries_of_its_shape():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_points_of_the_moments_are_the_same_in_any_default_type(dtype):
     like = torch.zeros(3)
-    expected = summaries.normal_points(like, 16)
+    expected = quasi_random.normal_points(like, 16)
     torch.set_default_dtype(dtype)
-    close(summaries.normal_points(like, 16), expected, rtol=0, atol=1e-6)
+    close(quasi_random.normal_points(like, 16), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])

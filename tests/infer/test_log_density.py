@@ -31,9 +31,10 @@ from pyro_interpolant import (
     neutra,
 )
 from pyro_interpolant.infer import LogJoint
+from pyro_interpolant.infer.initialization import init_to_support
 from pyro_interpolant.infer.log_density import evaluated_safely
 from pyro_interpolant.infer.prior import prior_draws
-from pyro_interpolant.infer.sites import init_to_support, unchecked
+from pyro_interpolant.infer.sites import unchecked
 
 Y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2], dtype=torch.float64)
 
