@@ -113,7 +113,7 @@ def _to_send(own: Survey, factor: float | None, process: Process) -> Survey:
     while sum(values * each / stride for each, values in sizes) > SAMPLE_VALUES:
         stride *= 2
     rows, keys, shared = own.candidates()
-    sent, cpu = copy.copy(own), torch.device("cpu")
+    sent, cpu = copy.copy(own), own.kept[0][1].cpu().device
     sent.kept = _moved(own.kept[:: stride // own.stride], cpu, factor)
     sent.lowest, sent.shared = _moved([(rows, keys)], cpu, factor), shared
     return sent
