@@ -29,8 +29,17 @@ from ..distributions.joint import names_in_frames, own_sites
 from ..distributions.rows import check_same_order, contexts_of_rows
 from ..distributions.supports import support_of
 from ..solvers.parallel import one_thread_each
+from ..transforms.gaussianize import without_gaussianizer
 from .noise import Measurements, Noise, measurements
-from .proposals import LocalProposal, balanced, fitted_proposal, pushed, standard_log_prob
+from .proposals import (
+    LocalProposal,
+    balanced,
+    base_points,
+    fitted_proposal,
+    pushed,
+    sharpened,
+    standard_log_prob,
+)
 
 _NUMBERS_AT_ONCE = 2**24  # of the draws of a chunk of rows
 # That share draws where there are no contexts, at most. What all share is off for all alike: with
@@ -119,8 +128,14 @@ def draw_latents(
     # Those that the proposals are fitted to, and the draws themselves.
     (tried, z), (tried_x, x) = (part.split((starts, shared), dim=1) for part in (z, x))
     likelihood = rows.log_likelihood(_of_rows(x, which))
+    # Where it begins from fewer draws: at twice the steps it misses half as many.
+    steps = steps if share == 1 else 2 * steps
     # By the others: a choice by the draws that are weighted would bias their weights.
-    tried_likelihood = rows.log_likelihood(_of_rows(tried_x, which))
+    tried, tried_likelihood = _of_rows(tried, which), rows.log_likelihood(_of_rows(tried_x, which))
+    if not rows.is_gaussian():  # of which slopes tell wherever a draw is
+        flow = given(distribution, rows.context)
+        tried_u = _of_rows(u[:, :starts], which)
+        tried, tried_likelihood = sharpened(flow, rows, tried, tried_u, tried_likelihood, steps)
     effective = shared / starts / tried_likelihood.softmax(-1).square().sum(-1)
     poor = ~(effective >= enough)
     last = 0 if present is None else 1
@@ -136,9 +151,7 @@ def draw_latents(
     if bool(poor.any()):
         few, which_few = rows.take(poor), which[poor]
         flow = given(distribution, few.context)
-        # Where it begins from fewer draws: at twice the steps it misses half as many.
-        steps = steps if share == 1 else 2 * steps
-        start = _of_rows(tried, which_few), tried_likelihood[poor]
+        start = (tried if len(tried) == 1 else tried[poor]), tried_likelihood[poor]
         proposal = fitted_proposal(flow, few, *start, steps, max(1, own // _TRIED_SHARE))
         own_z = proposal.sample(own)
         own_u[poor, :own], found = pushed(flow, few, own_z)
@@ -174,23 +187,12 @@ def _with_present(
         likelihood: Their log-likelihoods, shape ``(n, 1)``; of none -infinity.
         counts: M and K.
     """
-    z = _base_points(flow, u)
+    z = base_points(flow, u)
     odds = proposal.log_prob(z) - standard_log_prob(z) + math.log(counts[1] / counts[0])
     is_own, is_known = torch.rand_like(odds) < odds.sigmoid(), likelihood.isfinite()
     for part, given_up in zip(parts, (is_known & ~is_own, is_known & is_own), strict=True):
         part[:, :1].masked_fill_(given_up, -math.inf)
     return [*parts, balanced(proposal, z, likelihood, counts)]
-
-
-def _base_points(flow: InterpolantDistribution, u: Tensor) -> Tensor:
-    """Return the base points of points in the flow's coordinates, ``(n, S, D)``.
-
-    The solver backward is not quite the inverse of the solver forward, and where errors are small
-    a posterior is narrower than what they differ by. One correction takes that off; copies, as the
-    transform remembers what came of what.
-    """
-    z = flow.transform.inv(u).clone()
-    return 2 * z - flow.transform.inv(flow.transform(z).clone())
 
 
 def _sets(rows: Measurements) -> tuple[Tensor | None, Tensor]:
@@ -304,8 +306,7 @@ def object_posteriors(
         )
     check_same_order(y=y, noise=noise, noise_data=noise_data, context=context)
     names = names_in_frames(distribution)
-    dtype = distribution.transform.flow.loc.dtype
-    rows = of_population(measurements(y, noise, noise_data, names, dtype), distribution, context)
+    rows = of_population(measurements(y, noise, noise_data, names), distribution, context)
     found, draws = [], int(draws)
     with seeded(seed), evaluated(distribution.transform.flow):
         first = None if rows.context is None else rows.context[0]
@@ -347,7 +348,13 @@ def of_population(
     if context is not None:
         c = contexts_of_rows(context, flow, names, len(rows), "rows of y")
     distribution.given(None if c is None else c[:1])  # or raise
-    return dataclasses.replace(rows.to(flow.loc), context=c)
+    size = torch.zeros_like(rows.y[0])
+    if support_of(without_gaussianizer(distribution.constraint)).is_real():
+        # Real numbers are sums, rounded as the larger part is; positive ones are exponentials.
+        spread = flow.whitening.matrix().norm(dim=-1)
+        middle, edge = distribution.from_flow(torch.stack((flow.loc, flow.loc + spread)))[0]
+        size = middle.abs() + (edge - middle).abs()
+    return dataclasses.replace(rows.to(flow.loc, size), context=c)
 
 
 def chunks(distribution: AnyDistribution, count: int, draws: int) -> tuple[Tensor, ...]:

@@ -74,9 +74,23 @@ class Measurements:
             return row.mT @ row
         return torch.diag_embed(row.reshape(len(self), -1).square())
 
-    def to(self, like: Tensor) -> "Measurements":
-        """Return the rows in the type and on the device of a tensor."""
-        row = self.row
+    def to(self, like: Tensor, size: Tensor) -> "Measurements":
+        """Return the rows in the type and on the device of latents.
+
+        Args:
+            like: A tensor of theirs.
+            size: What they are rounded with beside the size of their own row, in the shape of one.
+                Gaussian errors below that rounding count as it.
+        """
+        row: Any = self.row
+        if self.is_gaussian():
+            least = _rounding(self.y, like.dtype, size.double())
+            if self.log_density is _correlated:
+                there = row.diagonal(dim1=-2, dim2=-1) > 0
+                root = torch.linalg.inv(_with_identity(row.double(), there))
+                row = _whitening(root @ root.mT, least, there)
+            else:
+                row = row.double().minimum(1 / least)
         if row is not None:
             row = row.to(like) if row.is_floating_point() else row.to(like.device)
         return dataclasses.replace(self, y=self.y.to(like), row=row)
@@ -104,9 +118,9 @@ class Measurements:
         """Raise an error unless latents, ``(M, *event_shape)``, have likelihoods.
 
         Raises:
-            ValueError: If a function fails, or the log-likelihoods of three latents of two rows
-                are not of shape ``(2, 3)``; or latents are not of the shape of y where they
-                must be.
+            ValueError: If a function or its derivatives fail, or the log-likelihoods of three
+                latents of two rows are not of shape ``(2, 3)``; or latents are not of the shape
+                of y where they must be.
         """
         if self.is_gaussian() and x.shape[1:] != self.y.shape[1:]:
             raise ValueError(
@@ -116,8 +130,10 @@ class Measurements:
         few, latents = self.take(slice(2)), x[:3].to(self.y)[None]
         shapes = f"x of shape {tuple(latents.shape)} and row of shape ({len(few)}, 1, ...)"
         try:
-            with torch.enable_grad():  # the search for modes needs them
-                found = few.log_likelihood(latents.detach().requires_grad_())
+            found = few.log_likelihood(latents)
+            one = latents[0, :1].expand(len(few), *latents.shape[2:])
+            # What the search for modes needs.
+            few.derivatives(one, one.new_ones(len(few), one[0].numel(), 1).double())
         except Exception as error:  # whatever a function does with shapes it does not expect
             raise ValueError(
                 f"expected noise(x, row) to work for {shapes}, with gradients, got "
@@ -141,13 +157,45 @@ class Measurements:
         found = self.log_density(x, self.y[:, None], row)
         return torch.where(found.isfinite(), found, -math.inf)
 
+    def derivatives(self, x: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the gradient and the Hessian of :math:`w \mapsto \log p(y | x + J w)` at 0.
+
+        Along the base: in the units of x, the Hessian might be beyond the range of their type.
+
+        Args:
+            x: A latent of each row, shape ``(n, *event_shape)``.
+            slopes: J, in float64, shape ``(n, E, D)``, E the number of values of an event.
+
+        Returns:
+            Shapes ``(n, D)`` and ``(n, D, D)``, in float64. Zero where the likelihood has no
+            derivative.
+        """
+        n, _, dim = slopes.shape
+        none = slopes.new_zeros(n, dim, dim)
+        with torch.enable_grad():
+            w = slopes.new_zeros(n, dim, requires_grad=True)
+            # In float64 but for x: noise may be 10,000 times wider along another direction.
+            moved = x + (slopes @ w[..., None]).reshape(x.shape).to(x)
+            total = self.log_likelihood(moved[:, None]).sum()
+            if not total.requires_grad:
+                return none[:, 0], none
+            # Parameters of the noise may have a gradient where x has none.
+            unused: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+            (gradient,) = torch.autograd.grad(total, w, create_graph=True, **unused)
+            columns = [
+                torch.autograd.grad(part.sum(), w, retain_graph=True, **unused)[0]
+                for part in gradient.unbind(-1)
+                if gradient.requires_grad
+            ]
+        hessian = torch.stack(columns, 1) if columns else none
+        return gradient.detach().nan_to_num(), hessian.detach().nan_to_num()
+
 
 def measurements(
     y: ArrayLike,
     noise: Noise,
     noise_data: ArrayLike | None = None,
     names: Sequence[str] = (),
-    dtype: torch.dtype | None = None,
 ) -> Measurements:
     """Return checked rows of a catalogue.
 
@@ -160,7 +208,6 @@ def measurements(
         names: Those of the columns of latents in their order, or none: a data frame y is taken by
             them. Errors, and beside a function y, may have other names: errors then go by the
             columns of y that are in the same places.
-        dtype: The type that they will be compared in, where that may be coarser than y's own.
 
     Raises:
         TypeError: If something is of a wrong type.
@@ -195,7 +242,7 @@ def measurements(
             f"expected noise of {len(found)} rows, as y has, got shape {tuple(spread.shape)}: "
             "errors that all rows share are expanded, sds.expand(y.shape)"
         )
-    least = _rounding(found, dtype or found.dtype)
+    least = _rounding(found, found.dtype)
     # Errors of other names or none are those of the columns of y, where these were.
     wanted = () if set(names_of(noise)) == set(names) else names
     if spread.shape == found.shape:
@@ -253,18 +300,19 @@ def _numbers(noise_data: ArrayLike, y: Tensor) -> Tensor:
     return row.to(y) if row.is_floating_point() else row.to(y.device)
 
 
-def _rounding(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the rounding of each number of y, or of a median one of its column, ``(N, D)``.
+def _rounding(y: Tensor, dtype: torch.dtype, size: Tensor | float = 0.0) -> Tensor:
+    """Return the rounding of each number of y, and of what is added to it, ``(N, D)``, float64.
+
+    A row's own: errors of one must not depend on which others are beside it.
 
     Args:
         y: The rows.
         dtype: The type that they will be rounded to, where that is coarser than their own.
+        size: Of what is added, in the shape of a row.
     """
     kind = max(torch.finfo(y.dtype), torch.finfo(dtype), key=lambda kind: kind.eps)
-    size = y.double().abs()
-    size = size.where(size.isfinite(), math.nan)
-    least = kind.eps * torch.fmax(size, size.nanmedian(0).values)
-    return least.nan_to_num(0.0).clamp(min=kind.tiny)
+    least = kind.eps * (y.double().abs() + size)
+    return least.nan_to_num(0.0, posinf=0.0).clamp(min=kind.tiny)
 
 
 def _inverse_sds(sds: Tensor, least: Tensor) -> Tensor:
@@ -289,9 +337,8 @@ def _whitenings(covariances: Tensor, given: torch.dtype, least: Tensor) -> Tenso
     dim = covariances.shape[-1]
     diagonal = covariances.diagonal(dim1=-2, dim2=-1)
     there = diagonal != math.inf
-    both = there[:, :, None] & there[:, None, :]
     identity = torch.eye(dim).to(covariances)
-    known = torch.where(both, covariances, identity)
+    known = _with_identity(covariances, there)
     scale = known.diagonal(dim1=-2, dim2=-1).sqrt()
     correlation = known / (scale[:, :, None] * scale[:, None, :])
     finite = correlation.isfinite().all(-1).all(-1)  # of variances above zero
@@ -306,11 +353,27 @@ def _whitenings(covariances: Tensor, given: torch.dtype, least: Tensor) -> Tenso
             f"{counted(bad)}: an infinite variance where a value is missing, a small one where "
             "there is no error"
         )
+    return _whitening(known, least, there)
+
+
+def _with_identity(matrices: Tensor, there: Tensor) -> Tensor:
+    """Return matrices, ``(N, D, D)``, with those of the identity in rows and columns not there."""
+    both = there[:, :, None] & there[:, None, :]
+    return torch.where(both, matrices, torch.eye(matrices.shape[-1]).to(matrices))
+
+
+def _whitening(known: Tensor, least: Tensor, there: Tensor) -> Tensor:
+    """Return W of covariances, to which variances are added, zero where not there.
+
+    Args:
+        known: Float64, shape ``(N, D, D)``.
+        least: Standard deviations of what is added, shape ``(N, D)``.
+        there: What is measured, of the same shape.
+    """
     raised = known + torch.diag_embed(least.where(there, 0.0) ** 2)
-    inverse = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(raised), identity.expand_as(raised), upper=False
-    )
-    return torch.where(both, inverse, 0.0)
+    identity = torch.eye(known.shape[-1]).to(known).expand_as(known)
+    inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(raised), identity, upper=False)
+    return inverse * (there[:, :, None] & there[:, None, :])
 
 
 def _independent(x: Tensor, y: Tensor, inverse: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """Populations behind noisy rows, against the closed forms of Gaussians."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -179,6 +180,38 @@ def test_errors_in_other_units_and_along_one_direction_leave_evidence_as_it_is(u
     assert float(found.k_hat.max()) < 0.7
 
 
+@pytest.mark.parametrize("unit", [1e-26, 1e26])
+def test_units_at_the_ends_of_the_range_of_a_type_leave_evidence_as_it_is(unit):
+    x = LOC + torch.randn(20, 2) @ ROOT.T
+    y = (x + 0.003 * torch.randn(20, 2)).float()
+    population = gaussian(LOC.float() * unit, ROOT.float() * unit)
+    sds = torch.full((20, 2), 0.003 * unit)
+    found = object_posteriors(population, y * unit, sds, draws=400, seed=0)
+    wanted = exact(y.double(), torch.full((20, 2), 0.003).double())[2]
+    lost = found.log_evidence + 2 * math.log(unit) - wanted
+    assert float(lost.abs().max()) < 0.3
+
+
+def test_a_step_is_never_infinite():
+    flow = gaussian().to(torch.float32)
+    rows = of_population(measurements(torch.zeros(1, 2), as_function, torch.ones(1, 2)), flow)
+    steep = dataclasses.replace(
+        rows, log_density=lambda x, y, row: (x.double() * 3e38).sum(-1).to(x)
+    )
+    found = local_proposal(flow, steep, torch.zeros(1, 2, dtype=torch.float32), 2)
+    assert bool(found.means.isfinite().all())
+
+
+def test_the_posterior_of_an_object_does_not_depend_on_brighter_ones():
+    flow = interpolant_transform(1, (8,), solver=pi.FixedGrid(steps=1))
+    flow.flow.whitening.set(torch.zeros(1), 5 * torch.eye(1))
+    population = InterpolantDistribution(flow.float(), support=constraints.positive)
+    y = torch.tensor([[1e-6], [100.0], [300.0]])
+    found = object_posteriors(population, y, 0.05 * y, seed=0)
+    wanted = dist.LogNormal(0.0, 5.0).log_prob(y[:, 0])
+    assert float((found.log_evidence - wanted).abs().max()) < 0.1
+
+
 def test_rows_finer_than_the_type_of_the_population_count_as_its_rounding():
     flow = gaussian().to(torch.float32)
     y = LOC + 1e-9 * torch.arange(20)[:, None]
@@ -328,6 +361,46 @@ def test_posteriors_along_a_bent_ridge():
     assert abs(float(lost.mean())) < 0.04
     assert float(lost.square().mean().sqrt()) < 0.22  # of one Student-t 0.23 to 0.25
     assert float((found.k_hat > 0.7).double().mean()) < 0.1
+
+
+def outliers(sd):
+    """Return noise with outliers: of nine rows in ten sd, of the others 5."""
+
+    def noise(x, row):
+        loc = x[..., None, :].expand(*x.shape[:-1], 2, 2)
+        scale = torch.tensor([sd, 5.0])[:, None].expand(2, 2)
+        share = dist.Categorical(torch.tensor([0.9, 0.1]))
+        return dist.MixtureSameFamily(share, dist.Normal(loc, scale).to_event(1))
+
+    return noise
+
+
+def evidence_beside_outliers(y, sd):
+    """Return the log-evidence of rows with such noise, of a population N(0, I)."""
+    parts = [Normal(0.0, math.sqrt(1 + scale**2)).log_prob(y).sum(-1) for scale in (sd, 5.0)]
+    return torch.logaddexp(parts[0] + math.log(0.9), parts[1] + math.log(0.1))
+
+
+def test_a_sharp_core_is_found_from_flat_tails():
+    """Of slopes alone, 3 to 4 nats were missing, and k-hat did not tell."""
+    flow, sd = gaussian(torch.zeros_like(LOC), torch.eye(2).double()), 0.003
+    torch.manual_seed(1)
+    spread = torch.where(torch.rand(60, 1) < 0.1, 5.0, sd)
+    y = torch.randn(60, 2) + spread * torch.randn(60, 2)
+    found = object_posteriors(flow, y, outliers(sd), draws=400, seed=0)
+    lost = evidence_beside_outliers(y, sd) - found.log_evidence
+    assert float(lost.abs().max()) < 0.3
+
+
+def test_rows_whose_sharp_core_no_draw_met_have_draws_of_their_own():
+    flow, sd = gaussian(torch.zeros_like(LOC), torch.eye(2).double()), 0.003
+    torch.manual_seed(1)
+    y = torch.randn(60, 2)
+    rows = of_population(measurements(y, outliers(sd)), flow)
+    draws = draw_latents(flow, rows, shared=1024, own=16, steps=2, enough=25)
+    assert bool(draws.log_weights[:, 1024:].isfinite().any(-1).all())
+    lost = evidence_beside_outliers(y, sd) - draws.log_evidence()[0]
+    assert abs(float(lost.mean())) < 0.1
 
 
 @pytest.mark.parametrize("count", [3, 10])
@@ -826,6 +899,18 @@ Y, SDS = torch.randn(60, 2), torch.ones(60, 2)
 TINY = torch.tensor([[1e-20, 1e-10], [1e-10, 1.0]])  # covariances with a column in other units
 
 
+class Censored(dist.Gamma):
+    """What is below y, whose probability torch has no slopes of."""
+
+    def log_prob(self, value):
+        return self.cdf(value).log()
+
+
+def censored(x, row):
+    """Return the distribution of the limits y of numbers that were not seen."""
+    return Censored(x, torch.ones_like(x))
+
+
 def changed(x, index, value):
     """Return a copy of x with another value."""
     x = x.clone()
@@ -861,6 +946,7 @@ def changed(x, index, value):
         ((Y, lambda x, row: dist.Normal(x, row[0])), {"start": Y}, "to work for x of shape"),
         ((Y, lambda x, row: dist.Normal(x[:, 0], 1.0)), {"start": Y}, "log_prob of shape"),
         ((Y, lambda x, row: dist.Normal(0.0, 1.0)), {"start": Y}, "log_prob of shape"),
+        ((Y, censored), {"start": Y.exp()}, "with gradients, got NotImplementedError"),
         ((Y, SDS), {"start": Y[:, :1]}, "one shape"),
         ((Y, SDS), {"start": Y[:0]}, r"rows to start from, .* got \(0, 2\)"),
         ((Y - 100, SDS), {"support": constraints.positive}, "beside those held out, got 0"),
