@@ -110,7 +110,7 @@ def draw_latents(
         own: K, the number of each row's own.
         steps: Gauss-Newton steps to the mode.
         enough: A row of which as many shared draws are effective, as far as others of the flow
-            tell, gets none of its own: they have no weight.
+            and a search for a sharp core tell, gets none of its own: they have no weight.
         present: A latent of each row in the flow's coordinates, shape ``(n, D)``, NaN for none,
             that takes the place of one of its draws and is the last of its own: one by weight is
             then a step of a Markov chain whose law is the posterior (iterated sampling-importance-
@@ -133,8 +133,7 @@ def draw_latents(
     # By the others: a choice by the draws that are weighted would bias their weights.
     tried, tried_likelihood = _of_rows(tried, which), rows.log_likelihood(_of_rows(tried_x, which))
     if not rows.is_gaussian():  # of which slopes tell wherever a draw is
-        flow = given(distribution, rows.context)
-        tried_u = _of_rows(u[:, :starts], which)
+        flow, tried_u = given(distribution, rows.context), _of_rows(u[:, :starts], which)
         tried, tried_likelihood = sharpened(flow, rows, tried, tried_u, tried_likelihood, steps)
     effective = shared / starts / tried_likelihood.softmax(-1).square().sum(-1)
     poor = ~(effective >= enough)
@@ -156,10 +155,8 @@ def draw_latents(
         own_z = proposal.sample(own)
         own_u[poor, :own], found = pushed(flow, few, own_z)
         counts = shared, own
-        parts = [
-            balanced(proposal, _of_rows(z, which_few), likelihood[poor], counts),
-            balanced(proposal, own_z, found, counts),
-        ]
+        of_shared = balanced(proposal, _of_rows(z, which_few), likelihood[poor], counts)
+        parts = [of_shared, balanced(proposal, own_z, found, counts)]
         if present is not None:
             parts = _with_present(parts, proposal, flow, own_u[poor, own:], known[poor], counts)
         log_weights[poor] = torch.cat(parts, -1)
