@@ -210,11 +210,16 @@ def test_rows_finer_than_the_type_of_the_population_count_as_its_rounding():
 
 def test_inference_mode_finds_the_same_posteriors():
     _, y, sds = catalogue(20, least=0.01, missing=0.0)
-    expected = object_posteriors(gaussian(), y, sds, draws=100, seed=0)
-    with torch.inference_mode():
-        rows, errors = y.clone(), sds.clone()
-        for noise, data in ((errors, None), (as_function, errors)):
-            found = object_posteriors(gaussian(), rows, noise, noise_data=data, draws=100, seed=0)
+    for noise, data in ((None, None), (as_function, sds)):
+        expected = object_posteriors(
+            gaussian(), y, noise or sds, noise_data=data, draws=100, seed=0
+        )
+        with torch.inference_mode():
+            rows, errors = y.clone(), sds.clone()
+            data = None if data is None else errors
+            found = object_posteriors(
+                gaussian(), rows, noise or errors, noise_data=data, draws=100, seed=0
+            )
             torch.testing.assert_close(found.log_evidence, expected.log_evidence)
 
 
