@@ -30,7 +30,7 @@ _MODE_SHARE = 0.3
 _KERNELS = 4  # beside it; 16 and 48 were no better
 # Of the search for a sharp core: rounds for each Gauss-Newton step, new points in each, and the
 # best that they are drawn from, whose covariance is widened. About their own mean, not the last
-# one, the search ended too early for two to seven of ten rows beyond all draws; so it does for none.
+# one, the search ended too early for two to seven of ten rows beyond all draws; so for none.
 _ROUNDS, _ROUND_POINTS, _BEST, _SPREAD = 10, 128, 32, 1.3
 
 
