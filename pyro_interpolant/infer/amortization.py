@@ -245,8 +245,8 @@ def _importance_of_data_sets(
             reason = reason if failed else f"No weights, see calibration(): {error}"
             failed += 1
         else:
-            edges = edges or at_edges(density.sites, z, log_weights)
             summary = summarise_weights(log_weights)
+            edges = edges or at_edges(view, density, z, summary.log_evidence)
             found.append((summary.k_hat, summary.ess / _JUDGED_DRAWS, summary.log_evidence))
         if time.monotonic() > clock.deadline():
             break

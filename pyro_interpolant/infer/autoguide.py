@@ -185,7 +185,8 @@ class AutoInterpolant(AutoContinuous):
         """The joint distribution of the latent sites by name, as checks and plots take it.
 
         It is there to be read: gradients go through it at the solver's own nodes, not at the
-        random ones by which weights are trained, and a solver set on it is its own.
+        random ones by which weights are trained, and a solver set on it is its own. To train the
+        guide is :func:`~pyro_interpolant.fit_guide`.
 
         Raises:
             ValueError: If the guide does not know the model's sites yet.
@@ -224,15 +225,14 @@ class AutoInterpolant(AutoContinuous):
         prefix = self._pyro_get_fullname("transform")
         for name, weight in dict(self.named_children())["transform"].named_parameters():
             full = pyro.params.param_store.param_with_module_name(prefix, name)
-            if kept.get(full, weight) is not weight:
-                is_lost |= full not in _CLAIMED or _CLAIMED[full]() is not kept[full]
+            if (held := kept.get(full, weight)) is not weight:
+                is_lost |= _CLAIMED.get(id(held)) is not held and not torch.equal(held, weight)
                 del store[full]
-            _CLAIMED[full] = weakref.ref(weight)
+            _CLAIMED[id(weight)] = weight
         if is_lost:
             warn_user(
-                "the parameter store held other weights of the guide, which are left out: without "
-                "the guide's map they are no flow. Keep a guide by torch.save(guide, path) or by "
-                "its state_dict(), not by the store"
+                "the parameter store held other weights of the guide, no flow without its map, "
+                "which are left out: keep a guide by torch.save(guide, path), or its state_dict()"
             )
 
     @torch.no_grad()
@@ -364,7 +364,7 @@ class AutoInterpolant(AutoContinuous):
             summary, count = ImportanceSummary(*training[:4]), training.draws
             with seeded(None if seed is None else seed + 1), torch.no_grad():
                 z = posterior.sample((SPREAD_DRAWS,))  # its particles, which count, are off edges
-            edges = at_edges(density.sites, z, z.new_zeros(len(z)))
+            edges = at_edges(posterior, density, z, summary.log_evidence)
             verdict = verdict_with_warning(summary, count, edges)
         else:
             summary, count, verdict = importance_verdict(posterior, density, clock, seed)
@@ -401,8 +401,8 @@ def guide_network(latent_dim: int, hidden_dims: Sequence[int] | None = None) -> 
     return VelocityMLP(latent_dim, hidden_dims)
 
 
-# The last weights of guides in the parameter store, by name: others come from elsewhere.
-_CLAIMED: dict[str, weakref.ref[Tensor]] = {}
+# The weights of guides in the parameter store, by ``id``: others come from elsewhere.
+_CLAIMED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 PRIOR_DRAWS = 4096  # from which training on the model alone starts
 _SAMPLES_SHARE = 0.95  # of the time, for regression and calibration; the rest: the verdict
 MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: what comes after

@@ -31,7 +31,7 @@ from ..distributions.joint import split
 from ..distributions.report import with_error
 from ..training.clock import Clock
 from .hidden import is_hidden
-from .log_density import LogJoint
+from .log_density import LogJoint, evaluated_safely
 from .simulation import Simulator
 from .sites import LatentSites, one_posterior
 
@@ -41,8 +41,9 @@ _VERDICT_DRAWS = 10_000  # fresh draws that judge the guide
 GOOD_SHARE = 0.9
 _MOST = 0.5  # the share from which what is poor is the tails alone
 # How far a number may be from that which its value on the support comes back as, and the share of
-# the weight of those that are farther.
+# all weight by which that of farther ones may be off: there may be more where no draw has been.
 _LOST, _MOST_LOST = 0.5, 1e-3
+_PULL, _PULLS = 0.9, 4  # towards the middle, of draws without a density
 _COARSE = 0.1  # nats, the mean change of the largest weights at doubled steps worth a warning
 
 
@@ -159,9 +160,11 @@ def importance(
             "judges. Where data are missing, what is in their place is weighed as data"
         )
     with seeded(seed):
-        z, raw = importance_of(posterior, LogJoint(sites), count)
+        density = LogJoint(sites)
+        z, raw = importance_of(posterior, density, count)
     summary = summarise_weights(raw)
-    verdict = verdict_with_warning(summary, count, at_edges(sites, z, raw))
+    edges = at_edges(posterior, density, z, summary.log_evidence)
+    verdict = verdict_with_warning(summary, count, edges)
     log_weights = pareto_smooth(raw).log_weights if summary.ess > 0 else raw
     return ImportanceResult(*summary, verdict, log_weights, sites.unpack(z))
 
@@ -225,36 +228,70 @@ def importance_of(
     return z, log_weights
 
 
-def at_edges(sites: LatentSites, z: Tensor, log_weights: Tensor) -> str:
-    """Return what is said where sites have weight that their type cannot tell from an edge.
+@torch.no_grad()
+def at_edges(
+    posterior: TorchDistributionMixin, density: LogJoint, z: Tensor, log_evidence: float
+) -> str:
+    """Return what is said where evidence is wrong as a type cannot tell values from an edge.
 
-    In float32 a probability of 1 - 1e-9 is 1, and has the density of another; and at a number
-    that underflows to an edge there is no density, so that weights leave out what lies there.
+    In float32 a probability of 1 - 1e-9 is 1, and has the density of another; and a number that
+    underflows to an edge may have none. Draws of such values are evaluated in float64, too.
 
     Args:
-        sites: The latent sites.
-        z: Unconstrained draws, shape ``(N, D)``.
-        log_weights: Their log weights, shape ``(N,)``.
+        posterior: The guide's distribution of the unconstrained vector.
+        density: The log joint density.
+        z: Draws of the former, shape ``(N, D)``.
+        log_evidence: What their weights tell, nats.
 
     Returns:
-        A part of a sentence, empty where there is no such weight.
+        A part of a sentence, empty where the evidence is right.
     """
-    found, weights = [], log_weights.softmax(0)
-    for name, real in split(sites.sites, z).items():
-        transform = biject_to(sites.sites[name][1])
+    lost, names = torch.zeros_like(z[:, 0], dtype=torch.bool), []
+    for name, real in split(density.sites.sites, z).items():
+        transform = biject_to(density.sites.sites[name][1])
         back = transform.inv(transform(real))
-        lost = ~((back - real).abs() < _LOST).reshape(len(z), -1).all(1)
-        without = lost & ~log_weights.isfinite()
-        share = max(float(weights[lost].nansum()), float(without.to(z).mean()))
-        if share > _MOST_LOST:
-            found.append(f"{share:.2g} of the weight has values of site {name!r}")
-    if not found:
+        here = ~((back - real).abs() < _LOST).reshape(len(z), -1).all(1)
+        names += [repr(name)] if bool(here.any()) else []
+        lost |= here
+    if z.dtype == torch.double or not math.isfinite(log_evidence) or not bool(lost.any()):
+        return ""
+    found, exact = (part - log_evidence for part in _lost_weights(posterior, density, z, lost))
+    share = float((exact.exp() - found.exp()).abs().sum()) / len(z)
+    if not share > _MOST_LOST:
         return ""
     return (
-        f"{' and '.join(found)} that {z.dtype} cannot tell from an edge of its support, or from "
-        "infinity, and the evidence is off by what lies there: write the model in float64, or "
-        "that site on the real line, as a probability's log-odds are"
+        f"the evidence is off by a share of {share:.2g} or more, for {z.dtype} cannot tell values "
+        f"of {' and '.join(names)} from an edge of their support, or from infinity: write the "
+        "model in float64, or the site on the real line, as a probability's log-odds are"
     )
+
+
+def _lost_weights(
+    posterior: TorchDistributionMixin, density: LogJoint, z: Tensor, lost: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the log weights of draws, as they are and as they should be, two of ``(L,)``.
+
+    Some distributions round what they are given: without a density in float64, too, a draw has the
+    weight of one nearer to the middle.
+
+    Args:
+        posterior: The guide's distribution of the unconstrained vector.
+        density: The log joint density.
+        z: Draws of the former, shape ``(N, D)``.
+        lost: Which of them, shape ``(N,)``.
+    """
+    few, middle = z[lost], z.mean(0)
+    log_q = posterior.log_prob(few)
+    found = density(few) - log_q
+    try:
+        exact = evaluated_safely(density, few.double()) - log_q
+    except Exception:  # whatever a model does with numbers of another type
+        exact = torch.full_like(found, -math.inf)
+    for _ in range(_PULLS):
+        few = middle + _PULL * (few - middle)
+        nearer = density(few) - posterior.log_prob(few)
+        exact = torch.where(exact == -math.inf, nearer, exact)
+    return found, exact
 
 
 def are_raw_draws_good(summary: ImportanceSummary, count: int) -> bool:
@@ -284,7 +321,7 @@ def verdict_of(summary: ImportanceSummary, count: int, edges: str = "") -> str:
         "train it longer by fit_guide, start it wider, or straighten the model (LocScaleReparam "
         "on a funnel)"
     )
-    if edges:
+    if edges:  # which may be why k-hat is large
         return f"Off at an edge, {numbers}{edges}."
     if not k_hat <= K_HAT_LIMIT and ess >= _MOST * count:
         return (
@@ -325,6 +362,7 @@ def importance_verdict(
     """
     with seeded(None if seed is None else seed + 1):
         z, log_weights = importance_of(posterior, density, _VERDICT_DRAWS, clock.deadline())
-    edges = at_edges(density.sites, z, log_weights) if isinstance(density, LogJoint) else ""
-    summary, count = summarise_weights(log_weights), len(log_weights)
+    summary, count, edges = summarise_weights(log_weights), len(log_weights), ""
+    if isinstance(density, LogJoint):
+        edges = at_edges(posterior, density, z, summary.log_evidence)
     return summary, count, verdict_with_warning(summary, count, edges)

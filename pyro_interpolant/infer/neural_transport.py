@@ -43,8 +43,7 @@ from .validity import has_density, log_prob_left_out, without_masks
 
 _SITE = "_shared_latent"  # how NeuTraReparam names the base draw, after the first site
 _JACOBIAN = "_log_jacobian"
-# Of each site: the log densities of its masked rows, and minus infinity where it has none.
-_LEFT_OUT, _NO_DENSITY = "_left_out", "_no_density"
+_LEFT_OUT = "_left_out"  # of each site: what masks leave out, and minus infinity where it is none
 
 
 class Neutra:
@@ -92,7 +91,7 @@ class Neutra:
                 "expected the latent sites the guide has seen, got a model without "
                 f"{sorted(images.parts)}"
             )
-        if poutine.get_mask() is not False:
+        if _mask() is not False:
             with _unweighted():
                 pyro.factor(first + _JACOBIAN, images.total + _log_det(chain, points))
         return result
@@ -222,7 +221,12 @@ class _Images(Messenger):
 
     Attributes:
         total: The sum so far of the log-determinants, shape ``(*)``.
+        left_out: Of the site that is sampled now: what counts beside it, unscaled, where masks
+            leave a latent out; minus infinity where it has no density, which its formula may not
+            tell. None of most sites.
     """
+
+    left_out: Tensor | None = None
 
     def __init__(
         self,
@@ -236,7 +240,10 @@ class _Images(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] not in self.parts:
             if msg["is_observed"] and not msg["infer"].get("_deterministic"):
-                _leave_out(msg["name"], msg["fn"], msg["value"])
+                valid = has_density(msg["fn"], msg["value"], mask=_mask())
+                if not isinstance(valid, bool):
+                    self._leave_out(~valid, 0.0)
+                    msg["fn"] = msg["fn"].mask(valid)  # its formula may give no number there
             return
         if msg["is_observed"] or is_conditioned(msg["name"], self):
             raise ValueError(
@@ -253,25 +260,40 @@ class _Images(Messenger):
         log_det = transform.log_abs_det_jacobian(real, value)
         log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + fn.event_dim)
         self.total = self.total + log_det.sum_to_size(self.total.shape)
-        left_out = log_prob_left_out(fn, value, mask=poutine.get_mask())
-        if left_out is not None:
-            with _unweighted():
-                pyro.factor(msg["name"] + _LEFT_OUT, left_out)
-        _leave_out(msg["name"], without_masks(fn), None)
-        score = value.new_zeros(()) if poutine.get_mask() is False else fn.log_prob(value)
-        events = value.shape[value.dim() - fn.event_dim :]
-        batch = torch.broadcast_shapes(score.shape, value.shape[: value.dim() - fn.event_dim])
-        image, score = value.expand(batch + events), score.expand(batch)
-        msg["fn"] = dist.Delta(image, score, event_dim=fn.event_dim)
+        msg["fn"] = self._image(fn, value)
         msg["value"], msg["is_observed"] = value, True
 
+    def _image(self, fn: Any, value: Tensor) -> dist.Delta:
+        """Return a latent site's value as a distribution whose log density is that of its own."""
+        mask, events = _mask(), value.dim() - fn.event_dim
+        score = value.new_zeros(()) if mask is False else fn.log_prob(value)
+        beside = log_prob_left_out(fn, value, mask=mask)
+        valid = has_density(without_masks(fn), None, mask=mask)
+        if not isinstance(valid, bool):
+            score = torch.where(valid, score, 0.0)
+            self._leave_out(~valid, 0.0 if beside is None else beside)
+        elif beside is not None:
+            self._leave_out(torch.zeros_like(beside, dtype=torch.bool), beside)
+        # Of an enumerated site the score may have dimensions more.
+        batch = torch.broadcast_shapes(score.shape, value.shape[:events])
+        image = value.expand(batch + value.shape[events:])
+        return dist.Delta(image, score.expand(batch), event_dim=fn.event_dim)
 
-def _leave_out(name: str, fn: Any, value: Tensor | None) -> None:
-    """Leave out where a site has no density, which its formula may not tell."""
-    valid = has_density(fn, value, mask=poutine.get_mask())
-    if not isinstance(valid, bool):
-        with _unweighted():
-            pyro.factor(name + _NO_DENSITY, torch.where(valid, 0.0, -math.inf))
+    def _leave_out(self, where: Tensor, others: Tensor | float) -> None:
+        """Count, beside the site that is sampled now, minus infinity somewhere, or others."""
+        self.left_out = torch.where(where, -math.inf, others)
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if self.left_out is not None:  # only now is the site known to the handlers around
+            left_out, self.left_out = self.left_out, None
+            with _unweighted():
+                pyro.factor(msg["name"] + _LEFT_OUT, left_out)
+
+
+def _mask() -> Tensor | bool | None:
+    """Return the mask of the handlers around, ``False`` where one of them masks all out."""
+    masks = [m.mask for m in _PYRO_STACK if isinstance(m, MaskMessenger)]
+    return False if any(mask is False for mask in masks) else poutine.get_mask()
 
 
 def _unenumerated(batch_shape: torch.Size) -> torch.Size:

@@ -25,7 +25,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, register_kl
 
-from .._torch import are_close
+from .._torch import are_close, is_functional
 from ..distributions.constraints import innermost_constraint
 from ..distributions.joint import pack, unpack
 from ..distributions.rows import as_tensor
@@ -87,7 +87,7 @@ class Image(dist.Delta):
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the log-density, shape ``(*)``."""
         log_prob = super().log_prob(x)
-        return log_prob if x.requires_grad else log_prob.detach()
+        return log_prob if x.requires_grad or is_functional() else log_prob.detach()
 
 
 @register_kl(Image, dist.Distribution)

@@ -46,6 +46,7 @@ from pyro_interpolant import (
     log_joint,
 )
 from pyro_interpolant.infer.quantiles import quantiles_of, spread_of
+from pyro_interpolant.infer.sites import Image
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
@@ -242,6 +243,9 @@ def test_the_jacobian_of_a_value_held_constant_has_no_gradient():
     assert torch.equal(held, free)
     assert not held.requires_grad
     assert free.requires_grad  # as an ELBO needs
+    image = Image(value.detach(), -value.detach().log())
+    density = torch.func.jvp(lambda x: Image(x, -x.log()).log_prob(x), (image.v,), (image.v,))
+    torch.testing.assert_close(density[1], -torch.ones(()))
 
 
 def test_its_posterior_is_read_at_the_nodes_of_its_solver():
@@ -582,6 +586,17 @@ def test_weights_that_a_store_was_loaded_with_are_told_of(tmp_path):
     pyro.get_param_store().load(tmp_path / "store")
     with pytest.warns(UserWarning, match="store held other weights of the guide"):
         svi(small()).step()
+
+
+def test_weights_that_store_and_guide_were_both_loaded_with_are_not(tmp_path):
+    guide = small()
+    svi(guide).step()
+    pyro.get_param_store().save(tmp_path / "store")
+    torch.save(guide, tmp_path / "guide")
+    pyro.clear_param_store()
+    guide = torch.load(tmp_path / "guide", weights_only=False).attach(model)
+    pyro.get_param_store().load(tmp_path / "store")
+    svi(guide).step()  # warnings are errors
 
 
 def test_no_parameter_is_aliased_and_frozen_weights_stay():

@@ -164,6 +164,13 @@ def prior_by_choice():
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor([1.0, 2.0, 0.0]))
 
 
+def rates_by_choice():
+    x = pyro.sample("x", dist.Gamma(2.0, 2.0))
+    k = pyro.sample("k", CHOICE, infer={"enumerate": "parallel"})
+    rate = x * torch.tensor([1.0, -1.0])[k]  # of which the formula is no number
+    pyro.sample("y", dist.Exponential(rate, validate_args=False), obs=torch.tensor(1.0))
+
+
 def potential(target, z):
     """Return minus the log density of an enumerated model, by the kernel of NUTS."""
     kernel = NUTS(target)
@@ -194,6 +201,45 @@ def test_a_latent_masked_by_a_choice_has_its_own_density_there():
     log_joint = dist.Normal(0.0, 1.0).log_prob(z) + torch.stack(each).logsumexp(0)
     log_det = base.guide.transform.log_abs_det_jacobian(w, z)
     torch.testing.assert_close(potential(base, w), -(log_joint.sum() + log_det))
+
+
+def test_a_choice_out_of_range_leaves_the_other():
+    base = neutra(small(poutine.block(rates_by_choice, hide=["k"])), rates_by_choice)
+    w = torch.tensor([0.4])
+    z = base.guide.transform(w)
+    x, log_det = z.exp(), base.guide.transform.log_abs_det_jacobian(w, z)
+    log_joint = dist.Gamma(2.0, 2.0).log_prob(x) + CHOICE.probs[0].log() + x.log() - x + z
+    with pyro.validation_enabled(is_validate=False):
+        torch.testing.assert_close(potential(base, w), -(log_joint.sum() + log_det))
+
+
+def in_a_chain():
+    x = pyro.sample("x", dist.HalfNormal(1.0))
+    k = 0
+    for t in pyro.markov(range(2)):
+        k = pyro.sample(f"k{t}", CHOICE, infer={"enumerate": "parallel"})
+        width = x * torch.tensor([1.0, 3.0])[k]
+        pyro.sample(f"y{t}", dist.Uniform(0.0, width), obs=torch.tensor(1.0))
+
+
+def test_data_in_a_markov_chain():
+    base = neutra(small(poutine.block(in_a_chain, hide=["k0", "k1"])), in_a_chain)
+    w = torch.tensor([0.1])
+    z = base.guide.transform(w)
+    with pyro.validation_enabled(is_validate=False):
+        plain, found = potential(in_a_chain, z[0]), potential(base, w)
+    torch.testing.assert_close(found, plain - base.guide.transform.log_abs_det_jacobian(w, z))
+
+
+def test_predictive_gives_the_sites_of_the_model_alone():
+    def masked(y=None):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("rows", 2), poutine.mask(mask=torch.tensor([True, False])):
+            pyro.sample("y", dist.Uniform(0.0, 3 * scale), obs=y)
+
+    guide = small(lambda: masked(torch.ones(2)))
+    draws = {"scale_shared_latent": torch.zeros(3, guide.latent_dim)}
+    assert set(Predictive(neutra(guide, masked), draws)()) <= {"scale", "y"}
 
 
 def test_draws_of_sites_that_the_guide_was_not_given_come_back():
