@@ -13,6 +13,8 @@ import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
@@ -143,7 +145,7 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
         mark = object()
         packed_by: Any = {PACKED: mark}
         found = {}
-        for site, packed in self.unpack(pyro.sample(name, self, infer=packed_by)).items():
+        for site, packed in self.unpack(sample_in_place(name, self, packed_by)).items():
             inner, within = len(self.sites[site][0]), plates.get(site, 0)
             # As pyro.deterministic does it. Whole: no plate is there.
             own: Any = {"_deterministic": True, PART: (mark, site)}
@@ -232,6 +234,42 @@ class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolant
     def __repr__(self) -> str:
         """Name the sites, with their shapes and supports."""
         return f"{type(self).__name__}({self._named()})"
+
+
+def sample_in_place(name: str, fn: TorchDistributionMixin, infer: Any) -> Tensor:
+    """Sample a site of a Pyro model, with its batch where its plates are.
+
+    ``Predictive`` in parallel pads draws by the greatest number of plates of the model less the
+    number of dimensions of the draw, those of its event among them: S draws of a vector outside of
+    plates come as ``(S, D)``, where the site of a model with one plate is ``(S, 1, D)``.
+
+    Args:
+        name: The name of the site.
+        fn: Its distribution.
+        infer: What Pyro keeps with the site.
+
+    Returns:
+        The value, shape ``(*batch_shape, *event_shape)`` of the site if only dimensions of size
+        one were elsewhere, else as it comes.
+    """
+    with _InPlace():
+        return pyro.sample(name, fn, infer=infer)
+
+
+class _InPlace(Messenger):
+    """Give a value the shape of its site, where they differ in dimensions of size one alone."""
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        value, fn = msg["value"], msg["fn"]
+        if isinstance(value, Tensor) and isinstance(fn, TorchDistributionMixin):
+            shape = fn.shape()
+            if value.shape != shape and _sizes(value.shape) == _sizes(shape):
+                msg["value"] = value.reshape(shape)
+
+
+def _sizes(shape: Sequence[int]) -> list[int]:
+    """Return the sizes that are not one."""
+    return [size for size in shape if size != 1]
 
 
 def sites_of(

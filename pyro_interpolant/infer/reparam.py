@@ -9,7 +9,6 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, cast
 
-import pyro
 import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike
@@ -26,7 +25,7 @@ from torch.distributions import ComposeTransform
 
 from .._torch import are_close, seeded
 from ..distributions.interpolant import InterpolantDistribution
-from ..distributions.joint import PACKED, PART
+from ..distributions.joint import PACKED, PART, sample_in_place
 from ..distributions.rows import as_tensor
 from .initialization import whole_value
 from .sites import Model, Nodes, Site
@@ -241,7 +240,7 @@ def _sampled(
     infer: Any = {k: v for k, v in msg["infer"].items() if k not in _SITES_OWN}
     infer[_MARK] = (flow, name, msg["infer"].get(PACKED))
     with start, _not_yet_sampled(name):
-        return _image(flow, pyro.sample(name + _BASE, base, infer=infer))
+        return _image(flow, sample_in_place(name + _BASE, base, infer))
 
 
 @contextlib.contextmanager

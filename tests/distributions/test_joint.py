@@ -234,6 +234,24 @@ def test_draws_by_name_reach_the_model(space, parallel):
     assert torch.allclose(y, 100 * draws["scalar"], atol=0.1)
 
 
+@pytest.mark.parametrize(
+    ("space", "name"), [(lambda m: m, "theta"), (base_space, "theta_base")], ids=["data", "base"]
+)
+def test_packed_draws_outside_of_plates_are_not_mixed_in_parallel(space, name):
+    """As many draws as rows: each row of predictions is of one draw."""
+    d = joint("scalar", "scales").freeze()
+
+    def model():
+        scalar = d.sample_sites("theta")["scalar"]
+        with pyro.plate("rows", 4):
+            pyro.sample("y", dist.Normal(scalar, 1e-6))
+
+    packed = torch.randn(4, 3)
+    draws = {"theta": packed, "theta_base": d.transform.inv(packed)}
+    y = Predictive(space(model), {name: draws[name]}, parallel=True)()["y"]
+    assert torch.allclose(y, d.unpack(packed)["scalar"][:, None].expand(4, 4), atol=1e-3)
+
+
 def test_named_draws():
     d = joint(*SITES).freeze()
     for batch in ((), (4,)):

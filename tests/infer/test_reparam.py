@@ -500,6 +500,22 @@ def test_predictive_gives_the_site_back(parallel):
     assert torch.allclose(draws["w"], prior.transform(posterior["w_base"]))
 
 
+@pytest.mark.parametrize("event_shape", [(), (1,)], ids=["scalar", "vector"])
+def test_draws_outside_of_plates_are_not_mixed_in_parallel(event_shape):
+    """As many draws as rows: each row of predictions is of one draw."""
+    prior = InterpolantDistribution(random_flow(1, solver=STEPS), event_shape=event_shape).freeze()
+
+    def model():
+        z = pyro.sample("z", prior)
+        with pyro.plate("rows", 4):
+            pyro.sample("y", dist.Normal(z if event_shape == () else z[..., 0], 1e-6))
+
+    draws = {"z_base": torch.arange(4.0)[:, None]}
+    y = Predictive(base_space(model), draws, parallel=True)()["y"]
+    expected = prior.transform(draws["z_base"]).expand(4, 4)
+    assert torch.allclose(y, expected, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_predictive_with_a_guide_gives_the_site_back():
     prior = random_prior(2)
