@@ -215,8 +215,8 @@ class Shaped(Constraint):
     def check(self, value: Tensor) -> Tensor:
         """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
         batch = value.shape[: value.dim() - self.event_dim]
-        flat = value.reshape(*batch, value.shape[len(batch) :].numel())  # also where batch has a 0
-        inside = check_parts(self.base_constraint, flat)
+        size = math.prod(value.shape[len(batch) :])  # not -1: also where batch has a 0
+        inside = check_parts(self.base_constraint, value.reshape(*batch, size))
         return inside.all(-1) if inside.dim() > len(batch) else inside
 
     def __repr__(self) -> str:

@@ -4,6 +4,7 @@ With :math:`b_i` the bijection to the support of site i, the flow learns the pac
 :math:`x = (b_1^{-1}(s_1), \dots, b_k^{-1}(s_k))` of all sites, on real vectors.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -154,7 +155,7 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
             batch = value.shape[: value.dim() - inner]
             # Values that Predictive gives may have the plates' places already.
             kept = batch[: max(0, packed.dim() - inner - within)]
-            if kept.numel() != batch.numel():
+            if math.prod(kept) != math.prod(batch):
                 raise ValueError(
                     f"expected sample_sites outside of the {within} plates of site {site!r}, got "
                     f"a packed vector of batch shape {tuple(batch)}: call it before they begin"

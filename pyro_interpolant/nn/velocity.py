@@ -154,7 +154,7 @@ def _is_divisible(x: Tensor, at_once: int) -> bool:
     Not where a graph is recorded.
     """
     is_plain = not (torch.is_grad_enabled() or is_tracing() or is_functional())
-    return is_plain and x.shape[:-1].numel() > at_once
+    return is_plain and math.prod(x.shape[:-1]) > at_once  # a tuple of some subclasses
 
 
 def _in_pieces(

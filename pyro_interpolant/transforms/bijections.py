@@ -7,6 +7,7 @@ support, such as :math:`y_i = e^{x_i}`, so that its log-determinant is one numbe
 caches of other libraries from doing so.
 """
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ class PerEvent(RealVectorTransform):
         """Return ``log |dy/dx|``, shape ``(*)``."""
         value = self.wrapped.log_abs_det_jacobian(x, y)
         batch = x.shape[:-1]
-        return value.reshape(*batch, value.shape[len(batch) :].numel()).sum(-1).to(x.dtype)
+        return value.reshape(*batch, math.prod(value.shape[len(batch) :])).sum(-1).to(x.dtype)
 
     def forward_shape(self, shape: Sequence[int]) -> Sequence[int]:
         """Return the shape on the support."""

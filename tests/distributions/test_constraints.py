@@ -12,6 +12,7 @@ from cases import NO_SUPPORTS, SUPPORTS, random_flow
 from pyro.distributions import constraints
 from pyro.distributions.testing.gof import auto_goodness_of_fit
 from pyro.infer.autoguide import AutoNormal
+from pyro.ops.provenance import detach_provenance, track_provenance
 from torch.distributions import biject_to
 
 from pyro_interpolant import ConditionalInterpolantDistribution, InterpolantDistribution
@@ -183,6 +184,16 @@ def test_expand_and_batches(name):
     assert large.log_prob(x).shape == (4, 3, 2)
     assert torch.allclose(large.log_prob(x), d.log_prob(x.clone()), atol=1e-3)
     assert large.to_event(1).log_prob(x).shape == (4, 3)
+
+
+@names
+def test_values_whose_origin_pyro_tracks(name):
+    """As in ``render_model``; slices of their shape are plain tuples."""
+    d, _ = make(name)
+    x = d.sample((2,)).clone()
+    tracked = track_provenance(x, frozenset({"a"}))
+    assert torch.allclose(detach_provenance(d.log_prob(tracked)), d.log_prob(x))
+    assert d.support.check(tracked).all()
 
 
 @names

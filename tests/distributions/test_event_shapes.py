@@ -5,6 +5,7 @@ import pytest
 import torch
 from cases import random_flow
 from pyro.distributions import constraints
+from pyro.ops.provenance import detach_provenance, track_provenance
 from torch.distributions import biject_to
 
 from pyro_interpolant import (
@@ -53,6 +54,15 @@ def test_a_shaped_flow_is_the_flat_one_reshaped(name, tmp_path):
     again = load(tmp_path / "flow")
     assert again.event_shape == (2, 3)
     assert torch.equal(again.log_prob(x), shaped.log_prob(x))
+
+
+def test_events_whose_origin_pyro_tracks():
+    """As in ``render_model``; slices of their shape are plain tuples."""
+    shaped = InterpolantDistribution(flow(), support=constraints.positive, event_shape=(2, 3))
+    x = shaped.sample((5,)).clone()
+    tracked = track_provenance(x, frozenset({"a"}))
+    assert torch.allclose(detach_provenance(shaped.log_prob(tracked)), shaped.log_prob(x))
+    assert shaped.support.check(tracked).all()
 
 
 def test_a_simplex_of_cells():

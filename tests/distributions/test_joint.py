@@ -9,6 +9,7 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro.infer.inspect import get_dependencies
 from pyro.ops.stats import effective_sample_size
 from pyro.optim import Adam
 
@@ -250,6 +251,20 @@ def test_packed_draws_outside_of_plates_are_not_mixed_in_parallel(space, name):
     draws = {"theta": packed, "theta_base": d.transform.inv(packed)}
     y = Predictive(space(model), {name: draws[name]}, parallel=True)()["y"]
     assert torch.allclose(y, d.unpack(packed)["scalar"][:, None].expand(4, 4), atol=1e-3)
+
+
+@pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
+def test_what_depends_on_the_sites_is_told(space):
+    """As ``render_model`` asks, by tensors that Pyro tracks: slices of their shape are tuples."""
+    d = joint("scalar", "scales", "weights").freeze()
+
+    def model():
+        sites = d.sample_sites("theta", plates={"scales": 1})
+        with pyro.plate("groups", 2):
+            pyro.sample("y", dist.Normal(sites["scalar"], sites["scales"]), obs=torch.zeros(2))
+
+    latent = "theta" if space(model) is model else "theta_base"
+    assert latent in get_dependencies(space(model))["prior_dependencies"]["y"]
 
 
 def test_named_draws():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cases import OwnVelocity, random_flow, slow_but
+from pyro.ops.provenance import detach_provenance, track_provenance
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
@@ -127,6 +128,25 @@ def test_times_stay_as_they_are_where_a_network_broadcasts_them():
 
     protocol.evaluate(Shapes(), TIMES[:, None], torch.randn(3, 4, 2), torch.randn(5))
     assert shapes == [((3, 1), (5,))]
+
+
+@torch.no_grad()
+def test_states_whose_origin_pyro_tracks_are_evaluated_in_pieces():
+    """As in ``render_model``; slices of their shape are plain tuples."""
+
+    class Images(torch.nn.Module):
+        event_dim, image_shape = 2, (2, 1, 1)
+
+        def rows_at_once(self):
+            return 2
+
+        def forward(self, t, x):
+            return t[..., None] * x
+
+    x = torch.randn(5, 2)
+    tracked = track_provenance(x, frozenset({"a"}))
+    found = protocol.evaluate(Images(), torch.tensor(2.0), tracked)
+    assert torch.equal(detach_provenance(found), 2 * x)
 
 
 # A network with all optional parts
