@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, cast
 
+import pyro
 import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike
@@ -143,10 +144,25 @@ class _AtDraw(Messenger):
         known, fn = self.draws.get(msg["name"]), msg["fn"]
         if known is None or msg["is_observed"] or not isinstance(fn, TorchDistributionMixin):
             return
-        rows = known.reshape(-1, *fn.shape())
+        shape = _drawn_shape(msg, known)
+        rows = known.reshape(-1, *shape)
         self.count = len(rows)
         if self.count:
-            msg["value"] = rows[round(self.place * (self.count - 1))]
+            value = rows[round(self.place * (self.count - 1))]
+            is_part = shape != fn.shape()
+            msg["value"] = pyro.subsample(value, event_dim=fn.event_dim) if is_part else value
+
+
+def _drawn_shape(site: Site, draws: Tensor) -> torch.Size:
+    """Return the shape of a site in draws, maybe of the whole of a plate that subsamples."""
+    fn = site["fn"]
+    shape = list(fn.shape())
+    for frame in site["cond_indep_stack"]:
+        if frame.vectorized:
+            dim = frame.dim - fn.event_dim
+            if draws.dim() >= -dim and draws.shape[dim] == frame.full_size:
+                shape[dim] = frame.full_size
+    return torch.Size(shape)
 
 
 def _has_map(node: Site | None, flow: InterpolantDistribution) -> bool:

@@ -853,6 +853,22 @@ def test_the_parts_of_a_joint_prior_come_by_name_where_one_is_intervened_on():
         assert torch.equal(found["tau"], expected["tau"])
 
 
+@pytest.mark.parametrize("size", [7, 2], ids=["whole", "part"])
+def test_draws_of_a_plate_that_subsamples_are_of_the_whole_or_of_the_part(size):
+    prior = random_prior(2)
+
+    def model():
+        with pyro.plate("more", 3, dim=-2), pyro.plate("rows", 7, subsample_size=2, dim=-1):
+            scale = pyro.sample("scale", dist.Exponential(1.0))
+            z = pyro.sample("z", prior)
+            pyro.sample("y", dist.Normal(z.sum(-1), scale), obs=torch.zeros(3, 2))
+
+    draws = {"z_base": torch.randn(5, 3, size, 2), "scale": torch.rand(5, 3, size)}
+    found = base_space(model).samples(draws)
+    assert torch.equal(found["scale"], draws["scale"])
+    assert torch.allclose(found["z"], prior.transform(draws["z_base"]))
+
+
 def test_draws_of_a_site_in_a_scope_come_under_its_own_name():
     prior = random_prior(2)
 
