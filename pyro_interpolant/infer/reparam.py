@@ -318,6 +318,9 @@ class _OnlySupport:
     def __getattr__(self, name: str) -> NoReturn:
         raise _AskedForMore(name)
 
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise _AskedForMore("__call__")
+
 
 def requested_value(msg: Site) -> Tensor | None:
     """Return the value that an enclosing strategy names for this very site, or None.

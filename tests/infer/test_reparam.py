@@ -637,6 +637,7 @@ STRATEGIES = {
     "value": init_to_value(values={"other": torch.ones(2)}),
     "value_median": init_to_value(values={}, fallback=init_to_median),
     "generated": init_to_generated(generate=lambda: init_to_median),
+    "called": lambda site: site["fn"](),  # what EasyGuide does
 }
 
 
