@@ -20,7 +20,8 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.markov_messenger import MarkovMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.plate_messenger import PlateMessenger
+from pyro.poutine.runtime import _PYRO_STACK, Message
 from torch import Tensor
 from torch.distributions import ComposeTransform
 
@@ -222,14 +223,23 @@ class _BaseSpaceMessenger(Messenger):
         if flow is None or is_conditioned(msg["name"], self):
             return
         event_dim = msg["fn"].event_dim
-        value = msg["value"]
-        value = requested_value(msg) if value is None else whole_value(msg, value)
+        value, site = msg["value"], _in_all_plates(msg, self)
+        value = requested_value(site) if value is None else whole_value(site, value)
         z = _sampled(msg, flow, wrappers, value)
         # As pyro.deterministic does it, in place of the site.
         msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(mask=False)
         msg["value"] = z
         msg["is_observed"] = True
         msg["infer"] = {**msg["infer"], "_deterministic": True}
+
+
+def _in_all_plates(msg: Site, messenger: Messenger) -> Site:
+    """Return a site as it will be in the plates around a messenger too, of which values are."""
+    site = {**msg}
+    for outer in reversed(_PYRO_STACK[: _PYRO_STACK.index(messenger)]):
+        if isinstance(outer, PlateMessenger):
+            outer._process_message(cast("Message", site))
+    return site
 
 
 def _sampled(

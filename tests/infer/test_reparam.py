@@ -695,6 +695,21 @@ def test_one_value_for_a_plate_starts_each_of_its_members(how):
 
 
 @pytest.mark.parametrize("how", ["messenger", "nuts"])
+@pytest.mark.parametrize("shape", [(2,), (3, 2)], ids=["one", "each"])
+def test_values_start_the_members_of_a_plate_around_a_model_in_base_space(shape, how):
+    prior, value = random_prior(2), torch.randn(shape)
+    part = base_space(lambda: pyro.sample("z", prior))
+
+    def model():
+        with pyro.plate("rows", 3):
+            part()
+
+    z_base = initial_values(model, init_to_value(values={"z": value}), how)
+    assert z_base.shape == (3, 2)
+    assert torch.allclose(z_base, prior.transform.inv(value).expand(3, 2), atol=ATOL)
+
+
+@pytest.mark.parametrize("how", ["messenger", "nuts"])
 def test_an_inner_strategy_starts_each_member_of_a_plate_too(how):
     prior = random_prior(2)
 
