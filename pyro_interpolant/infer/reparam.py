@@ -17,9 +17,10 @@ from pyro import poutine
 from pyro.contrib.autoname.scoping import NameCountMessenger, ScopeMessenger
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.markov_messenger import MarkovMessenger
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.messenger import Messenger, block_messengers
 from pyro.poutine.plate_messenger import PlateMessenger
 from pyro.poutine.runtime import _PYRO_STACK, Message
 from torch import Tensor
@@ -225,7 +226,10 @@ class _BaseSpaceMessenger(Messenger):
         event_dim = msg["fn"].event_dim
         value, site = msg["value"], _in_all_plates(msg, self)
         value = requested_value(site) if value is None else whole_value(site, value)
-        z = _sampled(msg, flow, wrappers, value)
+        inside = _PYRO_STACK[_PYRO_STACK.index(self) :]
+        # A block that let the site through by its name might stop its base by another.
+        with block_messengers(lambda m: isinstance(m, BlockMessenger) and m in inside):
+            z = _sampled(msg, flow, wrappers, value)
         # As pyro.deterministic does it, in place of the site.
         msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(mask=False)
         msg["value"] = z

@@ -605,6 +605,23 @@ def test_block_and_nested_handlers():
     assert twice.stochastic_nodes == ["z_base"]
 
 
+def test_a_block_inside_that_lets_a_site_through_lets_its_base_through():
+    prior = random_prior(2)
+
+    def model():
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+        pyro.sample("hidden", prior)
+        with pyro.plate("rows", 3), poutine.scale(scale=0.5):
+            pyro.sample("z", prior)
+
+    trace = trace_of(base_space(poutine.block(model, expose=["z"])))
+    assert trace.stochastic_nodes == ["z_base"]
+    assert trace.nodes["z_base"]["value"].shape == (3, 2)
+    assert trace.nodes["z_base"]["scale"] == 0.5
+    outside = trace_of(poutine.block(base_space(model), expose=["z"]))
+    assert outside.stochastic_nodes == []
+
+
 # --------------------------------------------------------------------------------- where it starts
 
 
