@@ -19,6 +19,9 @@ _WIDTH_PER_COLUMN = 10  # of both hidden layers
 _STEPS = 1000  # at most
 _FAR = 20.0  # deviations of x's middle 90%, beyond which distances are logarithmic
 _LEVEL = 3.0  # standard errors beyond 1/2 that chance does not reach
+_ATOM_SHARE = 0.05  # the share of draws from which equal ones are a value, and no copies
+_REDRAWN_SHARE = 0.5  # in one column, of draws that repeat, from which they are rounded
+_REPEATED_SHARE = 0.1  # of distinct draws that repeat in each of several columns: the same
 
 
 class TwoSampleTest(NamedTuple):
@@ -27,9 +30,9 @@ class TwoSampleTest(NamedTuple):
     Attributes:
         accuracy: The share of draws that it assigns to the right set, of those it was not trained
             on: 0.5 where the sets are alike, 1 where they are apart.
-        stderr: Its standard error, of sets that are alike, as if each draw were tried by a
-            classifier of its own. Five folds share most of what they learn from: of them it is too
-            small, by 1.2 to 1.4.
+        stderr: Its standard error, of sets that are alike, as if each distinct draw were tried by
+            a classifier of its own. Five folds share most of what they learn from: of them it is
+            too small, by 1.2 to 1.4.
         verdict: What follows, in a sentence.
     """
 
@@ -74,11 +77,12 @@ def c2st(x: RowsLike, y: RowsLike, *, folds: int = _FOLDS, seed: int = 0) -> Two
         raise ValueError(f"expected at least {4 * _FOLDS} draws on either side, got {count}")
     if folds not in range(1, _FOLDS + 1):
         raise ValueError(f"expected folds from 1 to {_FOLDS}, got {folds}")
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.model_selection import cross_val_score
     from sklearn.neural_network import MLPClassifier
 
     generator = torch.Generator().manual_seed(seed)
     sets = [part[torch.randperm(len(part), generator=generator)[:count]] for part in (one, other)]
+    group = _copies(torch.cat(sets))
     middle, unit = sets[0].median(0).values, robust_deviation(sets[0])
     sets = [_squeezed((part - middle) / unit) for part in sets]
     loc, scale = sets[0].mean(0), sets[0].std(0)
@@ -88,13 +92,13 @@ def c2st(x: RowsLike, y: RowsLike, *, folds: int = _FOLDS, seed: int = 0) -> Two
     labels = np.repeat([0, 1], count)
     width = _WIDTH_PER_COLUMN * both.shape[1]
     network = MLPClassifier((width, width), max_iter=_STEPS, random_state=seed)
-    # As many of each set: where a fold has more of one, the rest have fewer, and a classifier that
-    # has learned that alone is wrong more often than not.
-    parts = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
-    splits = list(parts.split(both, labels))[:folds]
+    splits = _splits(labels, group, seed)[:folds]
+    # Each set counts the same: where copies leave more of one to learn from, fewer are tried.
+    each = cross_val_score(network, both, labels, cv=splits, scoring="balanced_accuracy")
+    accuracy = float(each.mean())
     tried = sum(len(test) for _, test in splits)
-    accuracy = float(cross_val_score(network, both, labels, cv=splits).mean())
-    stderr = 0.5 / math.sqrt(tried)
+    copies = np.bincount(group[np.concatenate([test for _, test in splits])])
+    stderr = 0.5 * math.sqrt(np.square(copies).sum()) / tried
     apart = accuracy > 0.5 + _LEVEL * stderr
     word = "tells the sets apart" if apart else "cannot tell the sets apart"
     verdict = (
@@ -102,6 +106,40 @@ def c2st(x: RowsLike, y: RowsLike, *, folds: int = _FOLDS, seed: int = 0) -> Two
         f"chance is 0.500 ± {stderr:.3f}"
     )
     return TwoSampleTest(accuracy, stderr, verdict)
+
+
+def _copies(rows: torch.Tensor) -> np.ndarray:
+    """Return one integer per row, shape ``(N,)``, which copies of a row share, and no others.
+
+    Rows, shape ``(N, D)``, that are equal by chance are no copies: those of rounded columns alone,
+    and a value that a twentieth of them have.
+    """
+    found, group, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    if rows.shape[1] > 1:
+        values, limit = found, _REPEATED_SHARE
+    else:
+        values, limit = rows, _REDRAWN_SHARE
+    most = max(len(column.unique()) for column in values.T)
+    by_chance = counts[group] > _ATOM_SHARE * len(rows)
+    if most < (1 - limit) * len(values):
+        by_chance = torch.ones_like(by_chance)
+    return group.where(~by_chance, len(found) + torch.arange(len(rows))).numpy()
+
+
+def _splits(
+    labels: np.ndarray, group: np.ndarray, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return which rows to learn from and to try, in each fold: a group, ``(N,)``, in one of them.
+
+    As many of each label, shape ``(N,)``: where a fold has more of one, the rest have fewer, and a
+    classifier that has learned that alone is wrong more often than not.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    settings = {"n_splits": _FOLDS, "shuffle": True, "random_state": seed}
+    if len(np.unique(group)) == len(group):
+        return list(StratifiedKFold(**settings).split(labels, labels))
+    return list(StratifiedGroupKFold(**settings).split(labels, labels, group))
 
 
 def _squeezed(z: torch.Tensor) -> torch.Tensor:

@@ -19,12 +19,59 @@ def test_sets_that_are_alike_cannot_be_told_apart():
 def test_folds_have_as_many_of_each_set(monkeypatch):
     """Else what is left to learn from has fewer of that which is asked for more often."""
 
-    def shares(network, x, labels, cv):
+    def shares(network, x, labels, cv, scoring):
         return np.array([labels[test].mean() for _, test in cv])
 
     monkeypatch.setattr("sklearn.model_selection.cross_val_score", shares)
     for seed in range(3):
         assert c2st(torch.randn(20, 1), torch.randn(20, 1), folds=1, seed=seed).accuracy == 0.5
+
+
+def zero_inflated(count):
+    return torch.randn(count, 2) * (torch.rand(count, 1) < 0.5)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "are_copies"),
+    [
+        (lambda: torch.randn(60, 2)[torch.randint(60, (200,))], lambda: torch.randn(200, 2), True),
+        (
+            lambda: torch.randn(150, 1)[torch.randint(150, (200,))],
+            lambda: torch.randn(200, 1),
+            True,
+        ),
+        (lambda: torch.poisson(torch.full((200, 3), 2.0)), lambda: torch.ones(200, 3), False),
+        (lambda: torch.randint(0, 9, (200, 1)).double(), lambda: torch.ones(200, 1), False),
+        (lambda: zero_inflated(200), lambda: zero_inflated(200), False),
+    ],
+    ids=["redrawn", "redrawn alone", "counts", "counts alone", "zeros"],
+)
+def test_copies_are_in_one_fold_and_what_is_equal_by_chance_is_not(monkeypatch, x, y, are_copies):
+    """Copies in other folds would tell a classifier of those that it is tried on."""
+    seen = []
+
+    def tried(network, rows, labels, cv, scoring):
+        for learned, test in cv:
+            assert len(learned) + len(test) == len(rows)
+            assert scoring == "balanced_accuracy"
+            both = {tuple(row) for row in rows[learned]} & {tuple(row) for row in rows[test]}
+            seen.append(len(both))
+            assert 0.3 < labels[test].mean() < 0.7
+        return np.array([0.5])
+
+    monkeypatch.setattr("sklearn.model_selection.cross_val_score", tried)
+    found = c2st(x(), y())
+    assert (sum(seen) == 0) is are_copies
+    assert (found.stderr > 1.1 * 0.5 / 400**0.5) is are_copies
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
+def test_draws_by_weight_are_not_told_from_exact_ones():
+    proposed = 1.4 * torch.randn(400, 5)
+    log_weights = -0.5 * (proposed.square() - (proposed / 1.4).square()).sum(-1)
+    x = proposed[torch.multinomial(log_weights.exp(), 400, replacement=True)]
+    assert "cannot tell" in c2st(x, torch.randn(400, 5)).verdict
 
 
 @pytest.mark.slow
