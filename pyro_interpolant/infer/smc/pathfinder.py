@@ -96,7 +96,8 @@ def initial_mixture(start: Tensor | Distribution | None, like: Tensor) -> Studen
     if not bool(torch.isfinite(start).all()):
         raise ValueError("expected a finite start, got NaN or infinite values")
     if start.dim() == 2:
-        spread = start.double().std(0)
+        start = start.double()  # whole numbers have no mean
+        spread = start.std(0)
         if len(start) < 2 or not float(spread.min()) > 0:
             raise ValueError("expected rows of start that vary in every column: pass more")
         start, root = start.mean(0), _INFLATION * torch.diag(spread)

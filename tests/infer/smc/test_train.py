@@ -297,6 +297,8 @@ def test_starts_of_every_kind():
     torch.testing.assert_close(default.root, 4 * torch.eye(2)[None])
     centre = initial_mixture(torch.tensor([1.0, 2.0]), like)
     torch.testing.assert_close(centre.loc, torch.tensor([[1.0, 2.0]]))
+    whole = initial_mixture(torch.tensor([[1, 5], [2, 1]]), like)
+    torch.testing.assert_close(whole.loc, torch.tensor([[1.5, 3.0]]))
     prior = dist.Normal(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.1])).to_event(1)
     for start in (prior, prior.sample((2000,))):
         given = initial_mixture(start, like)
