@@ -98,8 +98,8 @@ def pit(
         seed: Of the draws.
 
     Raises:
-        TypeError: If rows or contexts are not of a floating type, or rows of named sites have no
-            names.
+        TypeError: If rows or contexts are not of a floating type, rows of named sites have no
+            names, or the density is none of this package.
         ValueError: If they cannot be those of the density.
     """
     rows = _Rows(distribution, x, context, draws)
@@ -225,9 +225,13 @@ class _Rows:
         context: ArrayLike | None,
         draws: int,
     ) -> None:
-        density: AnyDistribution = (
-            distribution.posterior if isinstance(distribution, AutoGuide) else distribution
-        )
+        is_guide = isinstance(distribution, AutoGuide)
+        density = getattr(distribution, "posterior", None) if is_guide else distribution
+        if not isinstance(density, AnyDistribution):
+            raise TypeError(
+                "expected a density of this package or an AutoInterpolant, got "
+                f"{type(distribution).__name__}: fit an InterpolantDistribution to its draws"
+            )
         if context is not None and isinstance(density, InterpolantDistribution):
             density.given(torch.as_tensor(context))  # raises: it takes none
         flow = density.transform.flow

@@ -315,6 +315,14 @@ def test_a_far_row_hides_nothing_of_its_column():
     assert float(check.distances.max()) > 1.5 * check.band
 
 
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_what_is_no_density_of_ours_is_refused(check):
+    guide = pyro.infer.autoguide.AutoNormal(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+    for other in (guide, dist.Normal(torch.zeros(2), 1.0).to_event(1)):
+        with pytest.raises(TypeError, match=f"AutoInterpolant, got {type(other).__name__}"):
+            check(other, {"x": torch.randn(9)}, None)
+
+
 def test_a_batch_is_refused():
     d = family()
     x, context = simulated(d, 5)
