@@ -74,11 +74,7 @@ def put_together(own: Survey, times: float, process: Process) -> Together:
     process.check_same("parts of batches", parts, "give weights in all of them or in none")
     amounts = process.gathered(amount)
     shares, effective = shares_of_weight(amounts)
-    # Where some first passes saw a part of their rows, these stand for the others.
-    factors = [s / a.weight for s, a in zip(shares, amounts, strict=True)]
-    alike = min(factors) > (1 - _EQUAL) * max(factors)
-    factor = None if alike else factors[process.rank] / max(factors)
-    surveys = process.gathered(_to_send(own, factor, process))
+    surveys = process.gathered(_to_send(own, shares, amounts, process))
     survey = _joined(surveys, own.kept[0][1].device)
     reached = [None if each.ended else each.batches for each in surveys]
     outcome = survey.outcome()._replace(batches=reached if any(reached) else None)
@@ -100,12 +96,15 @@ def shares_of_weight(amounts: Sequence[Amount]) -> tuple[list[float], float]:
     return shares, 1 / math.fsum(s**2 / (a.effective * a.times) for s, a in pairs)
 
 
-def _to_send(own: Survey, factor: float | None, process: Process) -> Survey:
+def _to_send(
+    own: Survey, shares: Sequence[float], amounts: Sequence[Amount], process: Process
+) -> Survey:
     """Return what a first pass learned, with a sample such that those of all fit in memory.
 
     Args:
         own: That.
-        factor: By which weights are multiplied, as rows stand for others, too, or None.
+        shares: Each process's share of all weight, which its part of the sample has, too.
+        amounts: How much each has.
         process: This process, which agrees with the others on the share of batches in samples.
     """
     sizes = process.gathered((own.stride, own.values))
@@ -114,9 +113,32 @@ def _to_send(own: Survey, factor: float | None, process: Process) -> Survey:
         stride *= 2
     rows, keys, shared = own.candidates()
     sent, cpu = copy.copy(own), own.kept[0][1].cpu().device
-    sent.kept = _moved(own.kept[:: stride // own.stride], cpu, factor)
+    # Of unlike batches, the same share of them holds other shares of the rows.
+    kept = own.kept[:: stride // own.stride]
+    weights = process.gathered(math.fsum(_weight(part) for part, _ in kept))
+    sent.kept = _moved(kept, cpu, _factor(shares, weights, process.rank))
+    # Where some first passes saw a part of their rows, these stand for the others.
+    factor = _factor(shares, [each.weight for each in amounts], process.rank)
     sent.lowest, sent.shared = _moved([(rows, keys)], cpu, factor), shared
     return sent
+
+
+def _weight(rows: Rows) -> float:
+    """Return the sum of the weights of rows."""
+    return len(rows.w) if rows.weight is None else float(rows.weight.double().sum())
+
+
+def _factor(shares: Sequence[float], weights: Sequence[float], rank: int) -> float | None:
+    """Return by what to multiply the weights of a process's rows, or None for no difference.
+
+    Args:
+        shares: What the weight of each process's rows is to be, of all.
+        weights: What it is.
+        rank: The number of the process.
+    """
+    factors = [s / w if w > 0 else 0.0 for s, w in zip(shares, weights, strict=True)]
+    alike = min(factors) >= (1 - _EQUAL) * max(factors)
+    return None if alike else factors[rank] / max(factors)
 
 
 def _joined(surveys: Sequence[Survey], device: torch.device) -> Survey:

@@ -181,6 +181,19 @@ def test_a_sample_of_all_processes_rows_keeps_to_the_memory_of_one(monkeypatch):
     assert float((kept[0] < 500).double().mean()) == pytest.approx(0.25, abs=0.03)
 
 
+@pytest.mark.parametrize("weights", [None, torch.full((1000,), 3.0)], ids=["plain", "weighted"])
+def test_a_sample_of_batches_of_unlike_sizes_has_each_processes_share(monkeypatch, weights):
+    for module in ("survey", "shards"):
+        monkeypatch.setattr(f"pyro_interpolant.training.{module}.SAMPLE_VALUES", 500)
+    x = torch.arange(2000.0)[:, None] + 0.5
+    one, other = shard(x[:1000], weights), shard(x[1000:], weights)
+    for split, factor in splits([lambda _: one(1000), other], batch=10):
+        share = split.kept.weight / split.kept.weight.sum()
+        assert float(share[split.kept.w[:, 0] < 1000].sum()) == pytest.approx(0.5, abs=0.03)
+        assert factor == 1
+        assert (split.held.weight is None) is (weights is None)
+
+
 def test_processes_count_by_the_weight_of_their_rows():
     x = torch.randn(900, 2)
     heavy = torch.cat((torch.full((300,), 9.0), torch.full((600,), 1.5)))
