@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torchdiffeq import odeint
 
 from .._package import keep_whole
@@ -182,7 +183,7 @@ class Adaptive:
         atol: The absolute tolerance, in whitened units.
         method: One of torchdiffeq's adaptive methods: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``,
             ``"fehlberg2"``, ``"adaptive_heun"``, or ``"scipy_solver"``, whose states
-            have no gradient: a backward pass through them raises a ValueError.
+            have no gradient: a backward pass through them, or forward mode, raises a ValueError.
         nodes: The number of gaps between the quadrature nodes.
         checkpoint: As in :class:`FixedGrid`.
 
@@ -218,7 +219,7 @@ class Adaptive:
 
         Raises:
             ValueError: If the velocity is too stiff or not finite, or the values are not known,
-                inside :mod:`torch.func` or a tracer.
+                inside :mod:`torch.func` or a tracer, or have tangents, which scipy would drop.
         """
         if is_abstract():
             raise ValueError(
@@ -243,6 +244,8 @@ class Adaptive:
                 "values, loosen the tolerances, use float64, or use FixedGrid."
             ) from error
         seen = x + rate(times[0].to(x), x) if self.method == "scipy_solver" else states
+        if seen is not states and (tangent := forward_ad.unpack_dual(seen).tangent) is not None:
+            _refuse_gradient(tangent)
         if seen is not states and needs_graph(seen):  # else gradients would leave the states out
             states = states + 0 * seen
             states.register_hook(_refuse_gradient)
@@ -250,7 +253,7 @@ class Adaptive:
 
 
 def _refuse_gradient(gradient: Tensor) -> None:
-    """Raise a ValueError, for the gradient of states, of any shape, that scipy has computed."""
+    """Raise a ValueError, for the gradient or tangent of states that scipy computed, any shape."""
     raise ValueError(
         "expected a solver with gradients, got Adaptive(method='scipy_solver'), through whose "
         "states there are none: set transform.solver = Adaptive(method='dopri5'), or FixedGrid()"

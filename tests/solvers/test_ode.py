@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import SOLVERS, random_flow
 from torch import nn
+from torch.autograd import forward_ad
 
 from pyro_interpolant import (
     Adaptive,
@@ -155,6 +156,18 @@ def test_scipy_gives_values_and_no_gradient(wanted):
         torch.testing.assert_close(found, values)
     with pytest.raises(ValueError, match=r"through whose states there are none: .*dopri5"):
         torch.autograd.grad(found.sum(), leaf)
+
+
+@pytest.mark.parametrize("wanted", ["x", "context"])
+def test_scipy_drops_no_tangent_in_silence(wanted):
+    flow = random_flow(2, context_dim=1, solver=Adaptive(method="scipy_solver", nodes=10))
+    given = {"x": torch.randn(3, 2), "context": torch.randn(3, 1)}
+    d = ConditionalInterpolantDistribution(flow).freeze()
+    with forward_ad.dual_level():
+        assert d.condition(given["context"]).log_prob(given["x"]).isfinite().all()
+        given[wanted] = forward_ad.make_dual(given[wanted], torch.ones_like(given[wanted]))
+        with pytest.raises(ValueError, match=r"through whose states there are none: .*dopri5"):
+            d.condition(given["context"]).log_prob(given["x"])
 
 
 class Exploding(nn.Module):
