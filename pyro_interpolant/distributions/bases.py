@@ -28,7 +28,6 @@ from .rows import checked_rows
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-
 _T = TypeVar("_T")
 
 
@@ -261,13 +260,14 @@ def standard_normal(like: Tensor) -> TorchDistributionMixin:
 
 def has_density(base: Distribution) -> bool:
     """Return whether a base has a density: not of points, nor on a set without volume."""
-    part: Any = base
-    while part is not None:
-        points = isinstance(part, Samples | dist.Delta) or part.has_enumerate_support
-        if points or is_discrete(stated_support(part)):
+    parts: list[Any] = [base]
+    inner = ("base_dist", "component_distribution", "component0", "component1")
+    for part in parts:
+        if isinstance(part, Samples | dist.Delta | dist.ZeroInflatedDistribution):
             return False
-        inner = getattr(part, "component_distribution", None)  # of a mixture
-        part = getattr(part, "base_dist", inner)
+        if part.has_enumerate_support or is_discrete(stated_support(part)):
+            return False
+        parts += [getattr(part, name) for name in inner if hasattr(part, name)]
     return not is_flat(stated_support(base), base.event_shape)
 
 

@@ -546,6 +546,12 @@ def test_every_base_is_expanded_converted_and_copied(make):
         assert wide.log_prob(wide.sample((4,))).shape == (4, 3)
 
 
+def masked(other):
+    """A base of one normal column, and one of another distribution."""
+    mask, normal = torch.tensor([True, False]), dist.Normal(torch.zeros(2), 1.0)
+    return dist.MaskedMixture(mask, other, normal).to_event(1)
+
+
 WITHOUT_DENSITY = {
     "one-hot": lambda: dist.OneHotCategorical(torch.tensor([0.3, 0.7]), validate_args=False),
     "counts": lambda: dist.Poisson(torch.tensor([3.0, 5.0]), validate_args=False).to_event(1),
@@ -558,6 +564,10 @@ WITHOUT_DENSITY = {
     ),
     "rows": lambda: dist.Empirical(torch.randn(5, 2), torch.zeros(5)),
     "point": lambda: dist.Delta(torch.zeros(2)).to_event(1),
+    "point beside another": lambda: masked(dist.Delta(torch.zeros(2))),
+    "zeros": lambda: dist.ZeroInflatedDistribution(
+        dist.LogNormal(torch.zeros(2), 1.0), gate=torch.tensor(0.5)
+    ).to_event(1),
     "simplex": lambda: dist.Dirichlet(torch.ones(2)),
     "circle": lambda: dist.ProjectedNormal(torch.ones(2)),
     "flow on a simplex": lambda: InterpolantDistribution(
@@ -588,6 +598,12 @@ def test_without_a_density_of_the_base_the_loss_judges(name):
     report = fit(flow, torch.randn(200, 2), **{**QUICK, "steps": 3}).report
     assert (report.held_out, report.log_prob_error) == (None, None)
     assert flow.sample((4,)).shape == (4, 2)
+
+
+def test_a_base_of_columns_of_either_kind_has_a_density():
+    base = masked(dist.Laplace(torch.zeros(2), 1.0))
+    flow, x = InterpolantDistribution(interpolant_transform(2, (8,)), base), torch.randn(4, 2)
+    torch.testing.assert_close(flow.log_prob(x), base.log_prob(x))
 
 
 def test_transforms_to_all_real_vectors_leave_a_density():
