@@ -93,8 +93,8 @@ def test_arguments_that_make_other_simulations_are_told_of(recwarn):
     guide = guide_of(line)
     pi.fit_guide(guide, x, **QUICK)
     guide(x, 2 * x)
-    guide(x.clone(), torch.ones(4))
-    assert not recwarn.list
+    guide(x.clone(), -0.5 * x)
+    assert not [str(w.message) for w in recwarn if "torch.jit" not in str(w.message)]
     with pytest.warns(UserWarning, match="other simulations"):
         guide(-x, 2 * x)
 
