@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to
 
 from ..distributions.constraints import is_all_real
+from ..distributions.joint import sample_in_place
 from ..distributions.rows import as_tensor
 from ..distributions.supports import OnEvents
 from ..transforms.bijections import Unseen
@@ -77,7 +78,7 @@ class Neutra:
         first, transform = self._first(), self._transform(*args, **kwargs)
         base = self.guide.get_base_dist()  # not scored: the density is the model's
         with self._start(*args, **kwargs):
-            points = [pyro.sample(first + _SITE, base.mask(mask=False))]
+            points = [sample_in_place(first + _SITE, base.mask(mask=False), {})]
         chain = transform.parts if isinstance(transform, ComposeTransform) else [transform]
         for part in chain:
             points.append(part(points[-1]))

@@ -242,6 +242,16 @@ def test_predictive_gives_the_sites_of_the_model_alone():
     assert set(Predictive(neutra(guide, masked), draws)()) <= {"scale", "y"}
 
 
+def test_draws_stay_apart_in_parallel():
+    base = neutra(small())
+    draws = {"mu_shared_latent": torch.randn(2, 4)}  # as many as rows
+    parallel, serial = (
+        Predictive(base, draws, return_sites=("mu", "x"), parallel=parallel)()
+        for parallel in (True, False)
+    )
+    torch.testing.assert_close(parallel["x"].reshape(2, 2), serial["x"].reshape(2, 2))
+
+
 def test_draws_of_sites_that_the_guide_was_not_given_come_back():
     def whole():
         pyro.sample("h", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0))
