@@ -135,7 +135,7 @@ def check_bytes(folder: Path, case: tuple[str, list[Damage]]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inputs", lengths(40, 1000))
+@pytest.mark.parametrize("inputs", lengths(40, 500))
 def test_damaged_bytes(inputs, tmp_path):
     several = st.lists(damages(), min_size=1, max_size=3)
     cases = st.tuples(st.sampled_from(sorted(FLOWS)), several)
@@ -248,7 +248,7 @@ def check_header(folder: Path, case: tuple[str, Edit]) -> str:
     return "the flow of the edited header"
 
 
-@pytest.mark.parametrize("inputs", lengths(30, 1000))
+@pytest.mark.parametrize("inputs", lengths(30, 500))
 def test_edited_headers(inputs, tmp_path):
     cases = st.tuples(st.sampled_from(sorted(FLOWS)), edits())
     run(lambda case: check_header(tmp_path, case), cases, inputs, "load of edited headers")

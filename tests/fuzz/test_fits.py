@@ -336,7 +336,7 @@ def right_map(flow: Any, x: Tensor, weight: Tensor) -> None:
     assert float((linear @ linear.T - (share[:, None] * z).T @ z).abs().max()) < rounding + 1e-9
 
 
-@pytest.mark.parametrize("inputs", lengths(30, 1200))
+@pytest.mark.parametrize("inputs", lengths(30, 600))
 def test_fit(inputs):
     run(check_fit, st.tuples(data(), settings()), inputs)
 
@@ -384,7 +384,7 @@ def check_family(case: tuple[Data, str, str]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inputs", lengths(12, 500))
+@pytest.mark.parametrize("inputs", lengths(12, 250))
 def test_fit_with_contexts(inputs):
     names = st.sampled_from(tuple(CONTEXTS) * 3 + tuple(BAD_CONTEXTS))
     run(check_family, st.tuples(data(), names, st.sampled_from(sorted(FLOATS))), inputs)
@@ -481,6 +481,6 @@ def gaussian(flow: Any, rows: Tensor, *, named: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inputs", lengths(8, 300))
+@pytest.mark.parametrize("inputs", lengths(8, 150))
 def test_from_samples(inputs):
     run(check_from_samples, samples(), inputs)
