@@ -431,7 +431,8 @@ def check_condition(case: tuple[Context, Value]) -> str:
     whole = not (context.is_floating_point() or context.is_complex())
     is_bad = recipe.defect in SIZES or not isinstance(given, Tensor)
     fits = whole or torch.promote_types(context.dtype, dtype) == dtype  # nothing is rounded
-    is_bad = is_bad or not fits or (whole and context.dim() == 1)  # a row of labels, maybe
+    may_be_labels = whole and context.dtype is not torch.bool and context.dim() == 1
+    is_bad = is_bad or not fits or may_be_labels
     assert is_bad == (end.error is not None), f"{end}, wanted {is_bad}"
     if is_bad:
         return f"condition: {end}"
