@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .._torch import robust_deviation
+from ..distributions.rounding import ATOM_SHARE, rounded
 from ..distributions.rows import RowsLike, checked_rows, in_order, named_columns
 
 _FOLDS = 5
@@ -19,9 +20,6 @@ _WIDTH_PER_COLUMN = 10  # of both hidden layers
 _STEPS = 1000  # at most
 _FAR = 20.0  # deviations of x's middle 90%, beyond which distances are logarithmic
 _LEVEL = 3.0  # standard errors beyond 1/2 that chance does not reach
-_ATOM_SHARE = 0.05  # the share of draws from which equal ones are a value, and no copies
-_REDRAWN_SHARE = 0.5  # in one column, of draws that repeat, from which they are rounded
-_REPEATED_SHARE = 0.1  # of distinct draws that repeat in each of several columns: the same
 
 
 class TwoSampleTest(NamedTuple):
@@ -115,14 +113,7 @@ def _copies(rows: torch.Tensor) -> np.ndarray:
     and a value that a twentieth of them have.
     """
     found, group, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
-    if rows.shape[1] > 1:
-        values, limit = found, _REPEATED_SHARE
-    else:
-        values, limit = rows, _REDRAWN_SHARE
-    most = max(len(column.unique()) for column in values.T)
-    by_chance = counts[group] > _ATOM_SHARE * len(rows)
-    if most < (1 - limit) * len(values):
-        by_chance = torch.ones_like(by_chance)
+    by_chance = (counts[group] > ATOM_SHARE * len(rows)) | rounded(rows)[0]
     return group.where(~by_chance, len(found) + torch.arange(len(rows))).numpy()
 
 

@@ -95,9 +95,7 @@ def check_same_order(**parts: Any) -> None:
     }
     # Of pandas; that of a list is a method.
     indices: dict[str, Any] = {name: getattr(part, "index", None) for name, part in flat.items()}
-    known = [
-        (name, index) for name, index in indices.items() if hasattr(index, "get_indexer")
-    ]  # of pandas
+    known = [(name, index) for name, index in indices.items() if hasattr(index, "get_indexer")]
     for (one, labels), (other, others) in itertools.combinations(known, 2):
         if labels.equals(others) or len(labels) != len(others):
             continue
@@ -337,3 +335,36 @@ def contexts_of_rows(
     if len(found) != count:
         raise ValueError(f"expected as many contexts as {rows}, {count}, got {len(found)}")
     return found.to(flow.loc)
+
+
+def subsample(count: int, most: int, weights: Tensor | None = None) -> Tensor:
+    """Return the indices of a subsample of rows, the same at each call; all where they are few.
+
+    Args:
+        count: The number of rows.
+        most: The size of the subsample.
+        weights: Non-negative weights, shape ``(N,)``: rows are then drawn with replacement in
+            their proportion.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if weights is not None:
+        return weighted_indices(weights.cpu(), min(most, 100 * count), generator)
+    if count <= most:
+        return torch.arange(count)
+    return torch.randint(count, (most,), generator=generator)
+
+
+def weighted_indices(
+    weights: Tensor, count: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return indices drawn with replacement in proportion to weights, shape ``(count,)``.
+
+    Of any number of rows: :func:`torch.multinomial` ends at 16 million.
+    """
+    return search_weights(weights.double().cumsum(0), count, generator)
+
+
+def search_weights(ends: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return indices drawn by weight, given its running sums, float64, shape ``(N,)``."""
+    u = torch.rand(count, dtype=ends.dtype, device=ends.device, generator=generator)
+    return torch.searchsorted(ends, u * ends[-1], right=True).clamp_(max=len(ends) - 1)

@@ -35,10 +35,9 @@ from .amortization import AmortizedResult
 from .guide_result import GuideResult
 from .importance_sampling import (
     are_raw_draws_good,
-    at_edges,
     check_is_density,
     importance_verdict,
-    verdict_with_warning,
+    judged,
     warn_poor,
 )
 from .initialization import init_to_support
@@ -358,17 +357,16 @@ class AutoInterpolant(AutoContinuous):
         """Return what training gave, judged where there is a density."""
         summary, count, verdict = ImportanceSummary(*[math.nan] * 4), 0, _UNKNOWN
         self.poor = None
-        if density is None:
-            return GuideResult(*summary, count, verdict, clock.spent(), training)
-        if isinstance(training, RoundsResult):  # which is a verdict on fresh draws
+        if isinstance(training, RoundsResult) and density is not None:
+            # Weights of fresh draws are there, and particles, which have a density, off edges.
             summary, count = ImportanceSummary(*training[:4]), training.draws
             with seeded(None if seed is None else seed + 1), torch.no_grad():
-                z = posterior.sample((SPREAD_DRAWS,))  # its particles, which count, are off edges
-            edges = at_edges(posterior, density, z, summary.log_evidence)
-            verdict = verdict_with_warning(summary, count, edges)
-        else:
+                z = posterior.sample((SPREAD_DRAWS,))
+            verdict = judged(posterior, density, z, summary, count)
+        elif density is not None:
             summary, count, verdict = importance_verdict(posterior, density, clock, seed)
-        self.poor = None if are_raw_draws_good(summary, count) else verdict
+        if density is not None:
+            self.poor = None if are_raw_draws_good(summary, count) else verdict
         return GuideResult(*summary, count, verdict, clock.spent(), training)
 
     def attach(self, model: Model) -> "AutoInterpolant":

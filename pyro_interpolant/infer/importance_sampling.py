@@ -163,8 +163,7 @@ def importance(
         density = LogJoint(sites)
         z, raw = importance_of(posterior, density, count)
     summary = summarise_weights(raw)
-    edges = at_edges(posterior, density, z, summary.log_evidence)
-    verdict = verdict_with_warning(summary, count, edges)
+    verdict = judged(posterior, density, z, summary, count)
     log_weights = pareto_smooth(raw).log_weights if summary.ess > 0 else raw
     return ImportanceResult(*summary, verdict, log_weights, sites.unpack(z))
 
@@ -246,6 +245,8 @@ def at_edges(
     Returns:
         A part of a sentence, empty where the evidence is right.
     """
+    if z.dtype == torch.double or not math.isfinite(log_evidence):
+        return ""
     lost, names = torch.zeros_like(z[:, 0], dtype=torch.bool), []
     for name, real in split(density.sites.sites, z).items():
         transform = biject_to(density.sites.sites[name][1])
@@ -253,7 +254,7 @@ def at_edges(
         here = ~((back - real).abs() < _LOST).reshape(len(z), -1).all(1)
         names += [repr(name)] if bool(here.any()) else []
         lost |= here
-    if z.dtype == torch.double or not math.isfinite(log_evidence) or not bool(lost.any()):
+    if not names:
         return ""
     found, exact = (part - log_evidence for part in _lost_weights(posterior, density, z, lost))
     share = float((exact.exp() - found.exp()).abs().sum()) / len(z)
@@ -288,6 +289,8 @@ def _lost_weights(
     except Exception:  # whatever a model does with numbers of another type
         exact = torch.full_like(found, -math.inf)
     for _ in range(_PULLS):
+        if bool(exact.isfinite().all()):
+            break
         few = middle + _PULL * (few - middle)
         nearer = density(few) - posterior.log_prob(few)
         exact = torch.where(exact == -math.inf, nearer, exact)
@@ -346,6 +349,28 @@ def verdict_with_warning(summary: ImportanceSummary, count: int, edges: str = ""
     return verdict
 
 
+def judged(
+    posterior: TorchDistributionMixin,
+    density: Callable[[Tensor], Tensor],
+    z: Tensor,
+    summary: ImportanceSummary,
+    count: int,
+) -> str:
+    """Return the verdict on a guide, with a warning where it cannot be relied on.
+
+    Args:
+        posterior: The guide's distribution of the unconstrained vector.
+        density: The log joint density.
+        z: Draws of the former, shape ``(N, D)``.
+        summary: What the weights of such draws tell.
+        count: Of how many.
+    """
+    edges = ""
+    if isinstance(density, LogJoint):
+        edges = at_edges(posterior, density, z, summary.log_evidence)
+    return verdict_with_warning(summary, count, edges)
+
+
 def importance_verdict(
     posterior: InterpolantDistribution,
     density: Callable[[Tensor], Tensor],
@@ -362,7 +387,5 @@ def importance_verdict(
     """
     with seeded(None if seed is None else seed + 1):
         z, log_weights = importance_of(posterior, density, _VERDICT_DRAWS, clock.deadline())
-    summary, count, edges = summarise_weights(log_weights), len(log_weights), ""
-    if isinstance(density, LogJoint):
-        edges = at_edges(posterior, density, z, summary.log_evidence)
-    return summary, count, verdict_with_warning(summary, count, edges)
+    summary, count = summarise_weights(log_weights), len(log_weights)
+    return summary, count, judged(posterior, density, z, summary, count)

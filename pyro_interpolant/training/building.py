@@ -28,6 +28,7 @@ from ..distributions.joint import (
     pack,
     sites_of,
 )
+from ..distributions.rounding import warn_if_rounded
 from ..distributions.rows import (
     FLOATED,
     as_tensor,
@@ -62,7 +63,7 @@ from .objective import Coupling
 from .optimization import NonFiniteError
 from .options import check_options
 from .preprocessing import preferred_support
-from .repeats import random_order, warn_if_rounded
+from .repeats import random_order
 from .reporting import stage, tell
 from .rows import Rows, checked_weights, drop_zero_weights
 from .streaming import first_rows, is_stream

@@ -14,12 +14,14 @@ from .._package import check_ranges
 from .._torch import rng_state, set_rng_state
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.joint import NamedSites
+from ..distributions.rounding import warn_if_rounded
 from ..distributions.rows import (
     RowsLike,
     as_tensor,
     check_same_order,
     checked_rows,
     contexts_of_rows,
+    search_weights,
 )
 from .checkpoint import Checkpoint
 from .clock import Clock
@@ -35,8 +37,8 @@ from .image_rows import (
 from .names import Names
 from .objective import Objective
 from .paths import Points
-from .repeats import random_order, warn_if_rounded
-from .rows import Rows, checked_weights, drop_zero_weights, search_weights
+from .repeats import random_order
+from .rows import Rows, checked_weights, drop_zero_weights
 from .survey import HeldOutKeys, Surveyed
 from .whitening import warn_if_coarse
 

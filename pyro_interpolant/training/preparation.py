@@ -7,6 +7,7 @@ from torch.distributions import Distribution
 
 from ..distributions.bases import Samples
 from ..distributions.interpolant import AnyDistribution
+from ..distributions.rows import subsample
 from ..interpolants.nonlinear import Geodesic
 from ..nn.mlp import VelocityMLP
 from ..nn.velocity import explained, set_scales, untrained_copy
@@ -16,7 +17,7 @@ from .checkpoint import Checkpoint, restore_buffers
 from .data import Split, Table
 from .distributed import Process
 from .image_rows import IMAGE_DEVIATION, is_image
-from .rows import LEVELS, Rows, dequantized, subsample
+from .rows import LEVELS, Rows, dequantized
 from .streaming import Stream
 from .whitening import WhiteningMap, column_moments, warn_if_coarse, whitening_map, winsorize
 

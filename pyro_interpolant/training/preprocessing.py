@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .._files import checksum
 from ..distributions.constraints import Constraint
-from ..distributions.rows import as_tensor, checked_rows
+from ..distributions.rounding import ATOMS, REPEATED_SHARE, atoms_in
+from ..distributions.rows import as_tensor, checked_rows, weighted_indices
 from ..solvers.parallel import side_by_side, threads_at_once
 from ..transforms.gaussianize import (
     Gaussianized,
@@ -28,8 +29,6 @@ from ..transforms.gaussianize import (
     with_slopes,
 )
 from .clock import Clock
-from .repeats import ATOMS, REPEATED_SHARE, atoms_in
-from .rows import weighted_indices
 from .whitening import inliers, whitening_map
 
 _ULPS_PER_STEP = 1000  # units in the last place, that a rounding step must have

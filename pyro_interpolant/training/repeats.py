@@ -1,92 +1,17 @@
-r"""Values that repeat: rounded columns, single values with a share of all rows, copies of rows.
+r"""Copies of rows, as a Markov chain that stands still makes: they are held out together.
 
-Copies of a row, as a Markov chain that stands still makes, are held out together: those left in
-one part would tell the other's. Rows that many others equal by chance are no copies: of zeros, or
-of a limit, as many are held out as of any others.
+Those left in one part would tell the other's. Rows that many others equal by chance are no copies:
+of zeros, or of a limit, as many are held out as of any others.
 """
 
 import torch
 from torch import Tensor
 
-from .._torch import warn_user
-from .rows import Rows, keys_of, row_keys, subsample
+from ..distributions.rounding import ATOM_SHARE, REPEATED_SHARE, rounded
+from .rows import Rows, keys_of, row_keys
 
-_CHECKED_ROWS, _CHECKED_COLUMNS = 20_000, 128  # for repeated values
-_MIN_CHECKED_ROWS = 100  # rows that tell
-REPEATED_SHARE = 0.1  # the share of repeated values in a column from which a user is warned
-_REDRAWN_SHARE = 0.5  # the same of a column alone: rows drawn again repeat up to 0.37
-_ATOM_SHARE = 0.05  # the share of rows from which one value counts as an atom
 _SHARED_SHARE = 0.01  # the share of rows that no row of a chain has, if they do not follow it
 _MIN_SHARED = 10  # rows, for a share to tell
-ATOMS = (
-    "repeat single values, such as zeros or a limit, beside others that do not repeat: a share of "
-    "rows at one value has no density. Learn the other rows alone, and the share as a probability"
-)
-
-
-def warn_if_rounded(x: Tensor) -> None:
-    """Warn where columns repeat their values: rounded and discrete data have no density.
-
-    Rows that repeat as a whole, as a Markov chain's do, count once: in one dimension, or where
-    hardly any others are left, those that follow each other, and a share of 1/2 is then noticed.
-    A single value that a twentieth of rows have is noticed in any case. Of many columns some are
-    looked at; images of whole levels are spread over them later.
-
-    Args:
-        x: Rows, shape ``(N, D)``.
-    """
-    for message in rounded(x)[1]:
-        warn_user(message)
-
-
-def rounded(x: Tensor) -> tuple[bool, list[str]]:
-    """Return whether all columns of rows, ``(N, D)``, repeat their values, and what to say.
-
-    Columns that repeat single values count where another is rounded.
-    """
-    if not x.is_floating_point():
-        return False, []
-    looked_at = min(x.shape[1], _CHECKED_COLUMNS)
-    names = (torch.arange(looked_at) * x.shape[1] // looked_at).tolist()
-    x = x[:, names] if looked_at < x.shape[1] else x
-    places = subsample(len(x), _CHECKED_ROWS).to(x.device)
-    few = x[places]
-    enough = len(few) >= _MIN_CHECKED_ROWS
-    atoms = [i for i, column in enumerate(few.T) if enough and atoms_in(column)]
-    if x.shape[1] > 1 or not _is_sorted(x[:, 0]):
-        few = few[(places == 0) | (few != x[places - 1]).any(1)]
-    distinct, limit = torch.unique(few, dim=0), _REDRAWN_SHARE
-    if x.shape[1] > 1 and len(distinct) >= _MIN_CHECKED_ROWS:
-        few, limit = distinct, REPEATED_SHARE
-    found, shares = list[int](), [0.0]
-    if len(few) >= _MIN_CHECKED_ROWS:
-        counts = [len(torch.unique(column)) for column in few.T]
-        shares = [1 - count / len(few) if count > 1 else 0.0 for count in counts]
-        found = [i for i, share in enumerate(shares) if share > limit and i not in atoms]
-    messages = [f"columns {[names[i] for i in atoms]} {ATOMS}"] if atoms else []
-    if found:
-        messages.append(
-            f"columns {[names[i] for i in found]} repeat up to {max(shares):.0%} of their values, "
-            "as rounded or discrete data do, which have no density: a flow learns spikes. Spread "
-            "them over their rounding step first, fit(distribution, dequantize(x))"
-        )
-    return len(found) > 0 and len(found) + len(atoms) == len(names), messages
-
-
-def _is_sorted(column: Tensor) -> bool:
-    """Return whether values, shape ``(N,)``, come in order: equal ones then follow each other."""
-    steps = column.diff()
-    return bool((steps >= 0).all()) or bool((steps <= 0).all())
-
-
-def atoms_in(column: Tensor) -> bool:
-    """Return whether few values repeat, shape ``(N,)``, beside others that hardly do."""
-    _, counts = torch.unique(column, return_counts=True)
-    others = counts[counts < _ATOM_SHARE * len(column)]
-    rows = int(others.sum())
-    return len(column) > rows > _ATOM_SHARE * len(column) and (
-        len(others) >= (1 - REPEATED_SHARE) * rows
-    )
 
 
 def copy_keys(rows: Rows) -> Tensor:
@@ -118,7 +43,7 @@ def shared_keys(rows: Rows, keys: Tensor) -> Tensor:
     first[1:] = keys[1:] != keys[:-1]
     apart = torch.zeros_like(found).index_add(0, group, first)
     total = len(keys)
-    many = (apart >= _SHARED_SHARE * total) | (counts >= _ATOM_SHARE * total)
+    many = (apart >= _SHARED_SHARE * total) | (counts >= ATOM_SHARE * total)
     many &= counts >= _MIN_SHARED
     others = counts[~many]
     return found[many] if len(others) >= (1 - REPEATED_SHARE) * int(others.sum()) else found[:0]

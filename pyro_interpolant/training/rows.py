@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..distributions.rows import as_tensor, checked_rows
+from ..distributions.rows import as_tensor, checked_rows, weighted_indices
 
 LEVELS = 256  # of whole numbers in ``uint8``, as images have them
 _VALUES_AT_ONCE = 2**22  # whose keys are taken at once
@@ -164,39 +164,6 @@ def shares_of(x: Tensor, weights: Tensor | None) -> Tensor:
     """Return the share of each row of x, ``(N, D)``, in all weight, float64, shape ``(N,)``."""
     found = x.new_ones(len(x), dtype=torch.float64) if weights is None else weights.double()
     return found / found.sum()
-
-
-def subsample(count: int, most: int, weights: Tensor | None = None) -> Tensor:
-    """Return the indices of a subsample of rows, the same at each call; all where they are few.
-
-    Args:
-        count: The number of rows.
-        most: The size of the subsample.
-        weights: Non-negative weights, shape ``(N,)``: rows are then drawn with replacement in
-            their proportion.
-    """
-    generator = torch.Generator().manual_seed(0)
-    if weights is not None:
-        return weighted_indices(weights.cpu(), min(most, 100 * count), generator)
-    if count <= most:
-        return torch.arange(count)
-    return torch.randint(count, (most,), generator=generator)
-
-
-def weighted_indices(
-    weights: Tensor, count: int, generator: torch.Generator | None = None
-) -> Tensor:
-    """Return indices drawn with replacement in proportion to weights, shape ``(count,)``.
-
-    Of any number of rows: :func:`torch.multinomial` ends at 16 million.
-    """
-    return search_weights(weights.double().cumsum(0), count, generator)
-
-
-def search_weights(ends: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return indices drawn by weight, given its running sums, float64, shape ``(N,)``."""
-    u = torch.rand(count, dtype=ends.dtype, device=ends.device, generator=generator)
-    return torch.searchsorted(ends, u * ends[-1], right=True).clamp_(max=len(ends) - 1)
 
 
 def keys_of(rows: Rows) -> Tensor:

@@ -15,6 +15,7 @@ from .._files import checksum
 from .._package import check_ranges
 from .._torch import rng_state, set_rng_state
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
+from ..distributions.rounding import warn_if_rounded
 from ..distributions.rows import as_tensor
 from .checkpoint import Checkpoint, from_json, to_json
 from .clock import Clock
@@ -31,7 +32,6 @@ from .image_rows import are_levels, flips, is_image, most_held
 from .names import Names
 from .objective import Objective
 from .paths import Points
-from .repeats import warn_if_rounded
 from .rows import Rows, checked_weights, drop_zero_weights, keys_of
 from .shards import put_together
 from .survey import MOST_HELD, HeldOutKeys, Survey, Surveyed, check_rows_came_again, surveyed

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .._torch import warn_user
-from .rows import shares_of, subsample
+from ..distributions.rows import subsample
+from .rows import shares_of
 
 _MIN_EIGENVALUE = 1e-12  # of a correlation, below which columns are linearly dependent
 _MIN_DEVIATION = 1e-3  # a standard deviation along an eigenvector, of scaled columns

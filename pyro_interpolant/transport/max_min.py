@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from .._package import check_ranges, number, whole
 from .._torch import seeded, trainable, with_gradients
 from ..distributions.interpolant import AnyDistribution
-from ..distributions.rows import RowsLike
+from ..distributions.rows import RowsLike, subsample
 from ..interpolants.couplings import independent
 from ..interpolants.learned import LearnedInterpolant
 from ..training.data import DEFAULT_SHARE, Table, TableBatches, as_held_out
@@ -23,7 +23,7 @@ from ..training.objective import Coupling, Objective
 from ..training.optimization import Descent
 from ..training.options import check_options, check_repeatable
 from ..training.preparation import set_whitening, start_from
-from ..training.rows import Rows, subsample
+from ..training.rows import Rows
 
 _HEAD_START = 0.2  # the share of all descents that come before the first ascent
 _REST_SHARE = 0.15  # the share of the steps, at the end, in which the interpolant rests

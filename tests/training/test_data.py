@@ -12,7 +12,8 @@ from pyro_interpolant import (
     independent,
     interpolant_transform,
 )
-from pyro_interpolant.distributions.rows import checked_rows
+from pyro_interpolant.distributions.rounding import warn_if_rounded
+from pyro_interpolant.distributions.rows import checked_rows, weighted_indices
 from pyro_interpolant.nn import EmbeddedVelocity, VelocityMLP
 from pyro_interpolant.training import whitening
 from pyro_interpolant.training.data import Table, TableBatches, as_held_out, mask_of
@@ -20,8 +21,8 @@ from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.preparation import set_whitening
 from pyro_interpolant.training.preprocessing import dequantize
-from pyro_interpolant.training.repeats import random_order, warn_if_rounded
-from pyro_interpolant.training.rows import Rows, keys_of, weighted_indices
+from pyro_interpolant.training.repeats import random_order
+from pyro_interpolant.training.rows import Rows, keys_of
 from pyro_interpolant.training.streaming import Stream
 from pyro_interpolant.training.whitening import inliers, whitening_map
 

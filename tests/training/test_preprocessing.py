@@ -18,12 +18,12 @@ from pyro_interpolant import (
     load,
     save,
 )
+from pyro_interpolant.distributions.rounding import warn_if_rounded
 from pyro_interpolant.training.preprocessing import (
     dequantize,
     preferred_support,
     radial_transform,
 )
-from pyro_interpolant.training.repeats import warn_if_rounded
 from pyro_interpolant.transforms.gaussianize import (
     Gaussianized,
     MarginalTransform,
