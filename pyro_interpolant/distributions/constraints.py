@@ -130,7 +130,7 @@ def bijection(support: Constraint) -> Transform:
             "expected support to be a constraint such as torch.distributions.constraints.positive,"
             f" got {place}{kind.__name__}"
         )
-    _check_dims(support)
+    _check_nested(support)
     try:
         transform = biject_to(support)
         domain_dim, is_bijective = transform.domain.event_dim, transform.bijective
@@ -166,8 +166,14 @@ def real_shape(shape: Sequence[int], support: Constraint) -> torch.Size:
     return real
 
 
-def _check_dims(support: Constraint) -> None:
-    """Raise a ValueError where parts of a support are joined along a dimension not the last."""
+def _check_nested(support: Constraint) -> None:
+    """Raise a ValueError where parts are angles, or joined along a dimension not the last."""
+    if isinstance(support, Circular):
+        raise ValueError(
+            "expected a support that is a bijective image of real vectors, got circular: angles "
+            "are learned as rows of shape (N, D), x[:, None] of one angle each, and not as "
+            "scalars, in other event shapes, or among named sites"
+        )
     if isinstance(support, (constraints.stack, constraints.cat)) and support.dim != -1:
         name = type(support).__name__.strip("_").lower()
         raise ValueError(
@@ -177,7 +183,7 @@ def _check_dims(support: Constraint) -> None:
         )
     inner = getattr(support, "base_constraint", None)
     for part in (*getattr(support, "cseq", ()), *([] if inner is None else [inner])):
-        _check_dims(part)
+        _check_nested(part)
 
 
 def check_parts(support: Constraint, value: Tensor) -> Tensor:

@@ -484,8 +484,10 @@ def test_circular_has_no_bijection():
         biject_to(circular)
     with pytest.raises(ValueError, match="bijective image of real vectors, got circular"):
         bijection(circular)
-    with pytest.raises(ValueError, match="got circular"):
+    with pytest.raises(ValueError, match="got circular: angles are learned as rows"):
         sites_of({"phase": torch.zeros(3, 1)}, {"phase": circular})
+    with pytest.raises(ValueError, match=r"x\[:, None\] of one angle each"):
+        from_samples(torch.zeros(30), support=circular)
 
 
 def test_circular_in_files():
