@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.distributions import Transform, constraints
+from torch.distributions import CatTransform, IndependentTransform, Transform, constraints
 
 from .cache import CachedTransform, RealVectorTransform
 from .whitening import Whitening
@@ -70,7 +70,7 @@ class PerEvent(RealVectorTransform):
 
     def __init__(self, wrapped: Transform) -> None:
         super().__init__()
-        self.wrapped, self.bijective = wrapped, wrapped.bijective
+        self.wrapped, self.bijective = _of_whole_parts(wrapped), wrapped.bijective
         end = wrapped.codomain
         elementwise = wrapped.domain.event_dim == end.event_dim == 0
         self.codomain = constraints.independent(end, 1) if elementwise else end
@@ -94,6 +94,19 @@ class PerEvent(RealVectorTransform):
     def inverse_shape(self, shape: Sequence[int]) -> Sequence[int]:
         """Return the shape as real vectors."""
         return self.wrapped.inverse_shape(shape)
+
+
+def _of_whole_parts(transform: Transform) -> Transform:
+    """Return a bijection of which each joined part has one log-determinant an event, ``(*)``.
+
+    Torch adds up what the parts say, and beside a vector's an element's broadcasts.
+    """
+    while isinstance(transform, IndependentTransform) and not transform.reinterpreted_batch_ndims:
+        transform = transform.base_transform
+    if not isinstance(transform, CatTransform):
+        return transform
+    parts = [PerEvent(part) for part in transform.transforms]
+    return CatTransform(parts, transform.dim, transform.lengths)
 
 
 class Cached(PerEvent, CachedTransform):

@@ -148,6 +148,32 @@ def test_bounds_of_supports_in_parts_are_those_of_each(support):
     assert (found[[2, 4]] == -math.inf).all()
 
 
+PARTS = [constraints.positive, constraints.interval(-1.0, 2.0), constraints.less_than(3.0)]
+PAIR = constraints.stack(PARTS[:2], dim=-1)
+ALIKE = {
+    "stack": constraints.cat([PAIR, PARTS[2]], -1, [2, 1]),
+    "stacks": constraints.cat([PAIR, constraints.stack(PARTS[2:], dim=-1)], -1, [2, 1]),
+    "nested": constraints.cat([constraints.cat([PAIR], -1, [2]), PARTS[2]], -1, [2, 1]),
+    "independent": constraints.independent(constraints.cat([PAIR, PARTS[2]], -1, [2, 1]), 0),
+    "shaped": Shaped(constraints.cat([PAIR, PARTS[2]], -1, [2, 1]), (3,)),
+    "inner": constraints.cat(
+        [constraints.cat([constraints.independent(PAIR, 0)], -1, [2]), PARTS[2]], -1, [2, 1]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_joined_parts_have_the_density_of_their_columns(name):
+    transform = random_flow(3)
+    d = InterpolantDistribution(transform, support=ALIKE[name])
+    known = InterpolantDistribution(transform, support=constraints.stack(PARTS, dim=-1))
+    for shape in ((2,), (3, 1)):  # as many as the first part has columns, and others
+        y = known.sample(shape)
+        torch.testing.assert_close(d.log_prob(y), known.log_prob(y))
+        _, found = d.rsample_and_log_prob(shape)
+        assert found.shape == shape
+
+
 @pytest.mark.parametrize("per_event", [False, True])
 def test_each_member_of_a_batch_has_its_bounds(per_event):
     low = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])

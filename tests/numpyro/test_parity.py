@@ -190,6 +190,14 @@ MORE = {
     "cat of a vector": constraints.cat(
         [constraints.ordered_vector, constraints.positive], dim=-1, lengths=[2, 1]
     ),
+    "cat of a stack": constraints.cat(
+        [
+            constraints.stack([constraints.positive, constraints.unit_interval], dim=-1),
+            constraints.positive,
+        ],
+        dim=-1,
+        lengths=[2, 1],
+    ),
     "corr_cholesky_constraint": constraints.corr_cholesky,
 }
 
@@ -197,7 +205,8 @@ MORE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
 def test_more_supports(name, twin):
-    flow = plain(3 if "corr" in name or "vector" in name else 2, support=MORE[name]).freeze()
+    size = 3 if any(part in name for part in ("corr", "vector", "cat of")) else 2
+    flow = plain(size, support=MORE[name]).freeze()
     assert_twins(flow, twin(flow))
 
 
