@@ -317,9 +317,9 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
     check_single(distribution.base, rows=True)
     transform.flow.interpolant.check_ends(transform.flow.event_dim)
     loc = transform.flow.loc
-    if loc.dtype == torch.float16:
+    if torch.finfo(loc.dtype).bits < 32:
         raise TypeError(
-            "expected a flow in float32 or float64, got float16, whose range training leaves: "
+            f"expected a flow in float32 or float64, got {loc.dtype}, of too few bits to train: "
             "distribution.to(torch.float32), or from_samples(x.float())"
         )
     if any(p.is_inference() for p in transform.flow.state_dict(keep_vars=True).values()):

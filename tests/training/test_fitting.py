@@ -757,6 +757,13 @@ def test_only_a_flow_that_owns_its_weights_is_trained(view):
         quick(target, torch.randn(100, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_types_of_few_bits_are_refused(dtype):
+    for data in (X.to(dtype), [X.to(dtype)]):
+        with pytest.raises(TypeError, match=f"got {dtype}, of too few bits to train"):
+            quick(tiny().to(dtype), data)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("coupling", [independent, optimal_transport])
 def test_every_coupling_trains(coupling, monkeypatch):
