@@ -408,11 +408,16 @@ def checked_mask(mask: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: If its shape is another, or all or none of the rows are held out.
     """
-    held = int(mask.sum())
-    if mask.shape != (count,) or held in (0, count):
+    if mask.shape != (count,):
         raise ValueError(
-            f"expected a mask, shape ({count},), of some of the rows to hold out, got {held} in a "
-            f"mask of shape {tuple(mask.shape)}"
+            f"expected a mask of the rows held out, shape ({count},), got shape "
+            f"{tuple(mask.shape)}"
+        )
+    held = int(mask.sum())
+    if held in (0, count):
+        raise ValueError(
+            f"expected a mask of some of the rows to hold out, got {held} of {count} rows: those "
+            "of weight 0 count as absent"
         )
     return mask
 

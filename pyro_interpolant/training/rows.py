@@ -59,7 +59,8 @@ class Rows(NamedTuple):
     def and_given(self, others: "Rows") -> "Rows":
         """Return these rows and others behind them, of their mean weight where they have none."""
         if self.weight is not None and others.weight is None:
-            others = others._replace(weight=self.weight.mean().expand(len(others.w)))
+            mean = self.weight.double().mean()  # their sum may have no number of their type
+            others = others._replace(weight=mean.to(self.weight).expand(len(others.w)))
         return Rows.joined((self, others))
 
     def repeated(self, count: int) -> "Rows":

@@ -9,6 +9,7 @@ from pyro_interpolant import (
     ConditionalInterpolantTransform,
     InterpolantDistribution,
     conditional_interpolant_transform,
+    from_samples,
     independent,
     interpolant_transform,
 )
@@ -565,8 +566,20 @@ def test_a_mask_says_which_rows_are_held_out(kind):
     assert torch.equal(split.held.w, x[mask])
     assert torch.equal(split.kept.w, x[~mask & (weights > 0)])
     for wrong in (mask[1:], torch.ones_like(mask), torch.zeros_like(mask), mask[:, None]):
-        with pytest.raises(ValueError, match=r"a mask, shape \(50,\), of some of the rows"):
+        with pytest.raises(ValueError, match=r"mask of .*(shape \(50,\), got|got (0|50) of 50)"):
             Table(flow, x, kind(wrong))
+
+
+def test_rows_held_out_that_have_no_weight_are_none():
+    x, mask = torch.randn(60, 2), torch.arange(60) >= 50
+    with pytest.raises(ValueError, match=r"got 0 of 50 rows: those of weight 0 count as absent"):
+        from_samples(x, weights=~mask, validation=mask)
+
+
+def test_rows_held_out_have_the_mean_weight_where_the_sum_has_no_number():
+    weights = torch.tensor([1e38, 3e38, 2e38], dtype=torch.float32)
+    rows = Rows(torch.randn(3, 2), None, None, weights).and_given(Rows(torch.randn(2, 2), None))
+    torch.testing.assert_close(rows.weight[3:], weights[2:].expand(2))
 
 
 def test_values_that_agree_by_chance_are_held_out_singly():
