@@ -26,7 +26,7 @@ from .bases import (
 )
 from .constraints import Constraint
 from .report import Report
-from .rows import checked_context, checked_rows, columns_in_order
+from .rows import checked_context, checked_rows, columns_in_order, names_of
 from .supports import Support, support_of
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class FlowDistribution:
         if not hasattr(value, "to_numpy"):
             return value
         rows = columns_in_order(value, self.columns, "value")
-        if hasattr(value, "columns") and self.row_shape == () and rows.shape[1:] == (1,):
+        if names_of(value) and self.row_shape == () and rows.shape[1:] == (1,):
             rows = rows[:, 0]  # a frame is always a table of rows
         return rows.to(self.transform.flow.loc) if rows.is_floating_point() else rows
 

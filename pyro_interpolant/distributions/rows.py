@@ -50,8 +50,11 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
 
 
 def names_of(x: object) -> tuple[str, ...]:
-    """Return the names of the columns of a data frame; of anything else none."""
-    return tuple(map(str, getattr(x, "columns", ())))
+    """Return the names of the columns of a data frame; of anything else none.
+
+    Also of an array of xarray whose dimension has the name ``columns``: only frames have types.
+    """
+    return tuple(map(str, getattr(x, "columns", ()) if hasattr(x, "dtypes") else ()))
 
 
 def named_columns(x: RowsLike, name: str = "data") -> tuple[Tensor, tuple[str, ...]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._files import checksum
 from ..distributions.constraints import Constraint
 from ..distributions.rounding import ATOMS, REPEATED_SHARE, atoms_in
-from ..distributions.rows import as_tensor, checked_rows, weighted_indices
+from ..distributions.rows import as_tensor, checked_rows, names_of, weighted_indices
 from ..solvers.parallel import side_by_side, threads_at_once
 from ..transforms.gaussianize import (
     Gaussianized,
@@ -112,8 +112,7 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
     generator = torch.Generator().manual_seed(checksum([x], str(seed)))
     u = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     x = (x + step * (u - 0.5)).to(_type_for(x, step, given.dtype))
-    is_frame = hasattr(frame, "columns")
-    return type(frame)(x.numpy(), frame.index, frame.columns) if is_frame else x
+    return type(frame)(x.numpy(), frame.index, frame.columns) if names_of(frame) else x
 
 
 def _type_for(x: Tensor, step: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -30,7 +30,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.diagnostics import pit
 from pyro_interpolant.distributions.report import Report
-from pyro_interpolant.distributions.rows import check_same_order
+from pyro_interpolant.distributions.rows import check_same_order, names_of
 from pyro_interpolant.infer import object_posteriors
 from pyro_interpolant.training import building
 from pyro_interpolant.training.data import Table
@@ -304,6 +304,20 @@ def test_arrays_of_other_libraries_need_no_index():
     d.columns = ("a", "b")
     rows = torch.from_numpy(np.asarray(Array()))
     assert torch.equal(d.log_prob(Array()), d.log_prob(rows))
+
+
+def test_only_frames_have_names_of_columns():
+    class Array:  # of xarray, whose dimension has that name
+        columns = np.array(["a", "b"])
+
+        def to_numpy(self):
+            return np.array([[-1.0, 1.0], [0.5, 2.0]])
+
+    d = InterpolantDistribution(random_flow(2))
+    d.columns = ("a", "b")
+    rows = torch.from_numpy(Array().to_numpy())
+    assert torch.equal(d.log_prob(Array()), d.log_prob(rows))
+    assert names_of(Array()) == ()
 
 
 def conditional_of_two():
