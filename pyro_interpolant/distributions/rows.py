@@ -299,6 +299,12 @@ def checked_context(
     """
     found = as_tensor(context, "context")
     if found.is_floating_point():
+        if found.dim() == 1 and bool(found.isnan().any()):
+            raise ValueError(
+                "expected a label for each row, whole numbers of shape (N,), or numbers of shape "
+                f"(N, C) as context, got none in {counted(found.isnan(), f'of {len(found)} rows')}"
+                ": leave those rows out, or give them weight 0"
+            )
         found = checked_rows(found, "context", (size,))
         return checked_labels(found, classes, dtype) if classes else found
     if not classes:

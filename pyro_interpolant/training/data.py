@@ -96,6 +96,7 @@ class Table:
 
     Attributes:
         names: The names of the columns, in the order that rows and contexts have.
+        beside: Those in the order in which data and contexts were given, none where they had none.
         rows: All rows; those held out come last where the user gave them.
         like: A tensor of the type of the flow, on its device, shape ``(D,)``.
         checksum: What tells this table from another.
@@ -126,12 +127,15 @@ class Table:
             raise ValueError(
                 "expected flip=False beside pairs, whose partners belong to images as they are"
             )
-        held = None if mask_of(validation) is None else validation
+        mask = mask_of(validation)
+        held = None if mask is None else validation
         check_same_order(data=data, context=context, pairs=pairs, weights=weights, validation=held)
+        self.beside = Names().filled(data, context)
         self.names = Names.for_training(distribution, data, context, anew=anew)
-        ordered, context = self.names.ordered(data, context)
-        given = weights, ordered, context, self.names.partners(pairs, data), mask_of(validation)
-        data, context, pairs, mask, weights = drop_zero_weights(*given)
+        found = drop_zero_weights(weights, data, context, pairs, mask)
+        data, context, pairs, mask, weights = found
+        data, context = self.names.ordered(data, context)
+        pairs = self.names.at_base(pairs, "pairs", self.beside.rows)
         found = rows_of(distribution, data, context)
         if found.context is not None and not distribution.transform.flow.classes:
             warn_if_coarse(as_tensor(context, "context"), found.context.dtype, "context")
@@ -158,7 +162,7 @@ class Table:
                     "of positive weight: get more data"
                 )
         elif self.mask is None and validation is not None:
-            own = held_out_rows(distribution, validation, self.names)
+            own = held_out_rows(distribution, validation, self.names, self.beside)
             self.held, found = len(own.w), _with_given(found, own)
         self.rows = found.to(self.like.device)
         self.checksum = checksum(self.rows)
@@ -422,16 +426,19 @@ def checked_mask(mask: Tensor, count: int) -> Tensor:
     return mask
 
 
-def held_out_rows(distribution: AnyDistribution, validation: HeldOut, names: Names) -> Rows:
+def held_out_rows(
+    distribution: AnyDistribution, validation: HeldOut, names: Names, beside: Names
+) -> Rows:
     """Return the validation rows a user gave: rows, or rows and contexts.
 
     Args:
         distribution: What is trained.
         validation: What was given.
         names: Those of the columns of the data beside it, by which data frames' are taken.
+        beside: The same in the order in which the data are given, which those without have.
     """
     given: Any = validation if isinstance(validation, tuple) else (validation,)
-    return rows_of(distribution, *names.ordered(*given, name="validation"))
+    return rows_of(distribution, *names.ordered(*given, name="validation", beside=beside))
 
 
 def _with_given(rows: Rows, held: Rows) -> Rows:

@@ -1,5 +1,6 @@
 r"""By which names the columns of data frames are taken, whatever order they come in."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike
@@ -42,34 +43,51 @@ class Names(NamedTuple):
             distribution: What is trained.
             data: What it is trained on.
             context: Their contexts, or None.
-            anew: Whether a new map is set from the data, so that the names of theirs go first, and
-                those that an earlier run has left are forgotten.
+            anew: Whether a new map is set from the data: other names of theirs then take the place
+                of those known, and those that an earlier run has left are forgotten where the data
+                have none.
         """
         known = cls.of(distribution)
-        if not anew:
-            return known.filled(data, context)
-        new = cls(sites=known.sites).filled(data, context)
-        if distribution.report is not None:
-            return new
-        return cls(new.rows or known.rows, new.contexts or known.contexts, known.sites)
+        if anew:
+            known = known.renewed(data, context, forget=distribution.report is not None)
+        return known.filled(data, context)
 
     def filled(self, rows: object, context: object = None) -> "Names":
         """Return these names, and those of data frames where there were none yet."""
         new = names_of(rows) if self.sites is None else ()
         return Names(self.rows or new, self.contexts or names_of(context), self.sites)
 
-    def if_named(self, rows: object, context: object = None) -> "Names":
-        """Return these names for rows, and for contexts, that have names; none for the others."""
-        known = self.rows if names_of(rows) else (), self.contexts if names_of(context) else ()
-        return Names(*known, self.sites)
+    def renewed(self, rows: object, context: object = None, *, forget: bool) -> "Names":
+        """Return the names of data frames, in the order of these where they are the same.
 
-    def ordered(self, rows: Any, context: Any = None, *, name: str = "data") -> tuple[Any, Any]:
-        """Return rows, and contexts or None, with the columns of data frames in this order.
+        For supports and bases have their columns in that order.
+
+        Args:
+            rows: Rows, a data frame or not.
+            context: Contexts, a data frame or not, or None.
+            forget: Whether there are none where rows, or contexts, have none; else these stay.
+        """
+
+        def chosen(known: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:
+            if not new:
+                return () if forget else known
+            return known if sorted(known) == sorted(new) else new
+
+        of_rows = names_of(rows) if self.sites is None else ()
+        contexts = chosen(self.contexts, names_of(context))
+        return Names(chosen(self.rows, of_rows), contexts, self.sites)
+
+    def ordered(
+        self, rows: Any, context: Any = None, *, name: str = "data", beside: "Names | None" = None
+    ) -> tuple[Any, Any]:
+        """Return rows, and contexts or None, with their columns in this order.
 
         Args:
             rows: Rows, shape ``(N, *event_shape)``, a data frame, or named draws.
             context: Contexts, shape ``(N, C)``, a data frame of them, or None.
             name: What to call the rows in messages.
+            beside: The names of data as they are given, in whose order those without names are;
+                or None, if these are the data.
 
         Raises:
             TypeError: If they are no numbers.
@@ -77,18 +95,28 @@ class Names(NamedTuple):
                 another order than the contexts.
         """
         check_same_order(**{name: rows}, context=context)
-        rows = rows_by_name(rows, self.rows, self.sites, name)
+        given = beside or Names()
+        found = rows_by_name(rows, self.rows, self.sites, name)
+        if not names_of(rows) and isinstance(found, Tensor):
+            found = _as_given(found, given.rows, self.rows, name)
         if context is None:
-            return rows, None
-        return rows, columns_in_order(context, self.contexts, "context")
+            return found, None
+        contexts = columns_in_order(context, self.contexts, "context")
+        if not names_of(context):
+            contexts = _as_given(contexts, given.contexts, self.contexts, "context")
+        return found, contexts
 
-    def at_base(self, rows: ArrayLike | None, name: str) -> Tensor | None:
-        """Return rows at the base, or None, with the columns of a data frame in this order.
+    def at_base(
+        self, rows: ArrayLike | None, name: str, given: Sequence[str] = ()
+    ) -> Tensor | None:
+        """Return rows at the base, or None, with their columns in this order.
 
         Args:
             rows: Rows, shape ``(M, D)``, or None. Where the data have more columns than D, as in a
                 simplex, they go by position.
             name: What to call them in messages.
+            given: The names of the columns of the data as they are given, in whose order rows
+                without names are.
 
         Raises:
             TypeError: If they are no numbers.
@@ -96,17 +124,13 @@ class Names(NamedTuple):
         """
         if rows is None:
             return None
-        names = self.rows if len(names_of(rows)) == len(self.rows) else ()
-        return columns_in_order(rows, names, name)
+        own = names_of(rows)
+        found = columns_in_order(rows, self.rows if len(own) == len(self.rows) else (), name)
+        return found if own else _as_given(found, given, self.rows, name)
 
-    def partners(self, pairs: ArrayLike | None, data: object) -> Tensor | None:
-        """Return the partners of rows at the base, shape ``(N, D)``, or None, in this order.
 
-        Args:
-            pairs: The partners, with names as in :meth:`at_base`, or in the order of the data.
-            data: The rows as they were given.
-        """
-        found = self.at_base(pairs, "pairs")
-        if found is None or names_of(pairs) or found.shape[-1:] != (len(self.rows),):
-            return found
-        return in_order(found, names_of(data), self.rows, "pairs")
+def _as_given(rows: Tensor, given: Sequence[str], wanted: Sequence[str], name: str) -> Tensor:
+    """Return rows without names, ``(M, D)``, in an order wanted, from that of D given columns."""
+    if rows.shape[-1:] != (len(wanted),):
+        return rows
+    return in_order(rows, given, wanted, name)

@@ -3,11 +3,12 @@ r"""Rows of data in memory: what belongs to each, their weights, and samples of 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..distributions.rows import as_tensor, checked_rows, weighted_indices
+from ..distributions.rows import as_tensor, checked_rows, names_of, weighted_indices
 
 LEVELS = 256  # of whole numbers in ``uint8``, as images have them
 _VALUES_AT_ONCE = 2**22  # whose keys are taken at once
@@ -109,7 +110,7 @@ def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[An
 
     Args:
         weights: Weights, shape ``(N,)``, or None.
-        *parts: Tensors or arrays of N rows, or dictionaries of them.
+        *parts: Tensors, arrays or data frames of N rows, or dictionaries of them.
         part: Whether they are a part of all rows, which may have no weight at all.
     """
     if weights is None:
@@ -120,12 +121,17 @@ def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[An
     def kept(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {name: kept(inner) for name, inner in value.items()}
-        value = as_tensor(value, "rows")
-        if value.dim() == 0 or len(value) != len(keep):
+        # These as they are: without the numbers that are missing, whole ones are whole.
+        may_miss = hasattr(value, "iloc") or isinstance(value, np.ma.MaskedArray)
+        may_miss = may_miss or bool(names_of(value))
+        value = value if may_miss else as_tensor(value, "rows")
+        if tuple(value.shape[:1]) != (len(keep),):
             raise ValueError(
                 f"expected as many non-negative weights as rows, got {len(keep)} beside a tensor "
                 f"of shape {tuple(value.shape)}"
             )
+        if may_miss:
+            return getattr(value, "iloc", value)[keep.nonzero().flatten().cpu().numpy()]
         return value[keep.to(value.device)]
 
     if not bool(keep.all()):

@@ -16,7 +16,7 @@ from .._package import check_ranges
 from .._torch import rng_state, set_rng_state
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.rounding import warn_if_rounded
-from ..distributions.rows import as_tensor
+from ..distributions.rows import as_tensor, names_of
 from .checkpoint import Checkpoint, from_json, to_json
 from .clock import Clock
 from .data import (
@@ -77,6 +77,7 @@ class Stream:
 
     Attributes:
         names: As of a table.
+        beside: None, for each batch may have its columns in another order.
         checksum: That of rows held out that a user gave, else None: what a stream gives is not
             known before.
 
@@ -113,14 +114,15 @@ class Stream:
         self.distribution, self.iterable, self.anew = distribution, data, anew
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)
         self.share = validation if isinstance(validation, float) else None
-        self.names = Names.of(distribution)
-        self.forgets = anew and distribution.report is not None  # names that the data have not
+        self.names, self.beside = Names.of(distribution), Names()
+        self.renews, self.forgets = anew, distribution.report is not None  # names, by the data
         self.weighted: bool | None = None  # whether batches have weights; not known before one
         self.given = None
         if not self.share:
             frames: Any = validation if isinstance(validation, tuple) else (validation,)
-            self.names = self.names.filled(*frames)
-            self.given = held_out_rows(distribution, validation, self.names)
+            if any(map(names_of, frames)):  # rows held out have the names of the data
+                self._name(*frames)
+            self.given = held_out_rows(distribution, validation, self.names, self.beside)
         self.checksum = None if self.given is None else checksum(self.given)
         self.most_held = MOST_HELD
         if is_image(shape):
@@ -155,22 +157,31 @@ class Stream:
             raise ValueError(f"expected weights in all batches or in none, got {got}: pass ones")
         self.weighted = is_weighted
         weights = _part_of_weights(parts[self.parts]) if is_weighted else None
-        if self.forgets:
-            self.names, self.forgets = self.names.if_named(*parts[: self.parts]), False
-        self.names = self.names.filled(*parts[: self.parts])
-        data, context = self.names.ordered(*parts[: self.parts])
-        data, context, weights = drop_zero_weights(weights, data, context, part=True)
+        self._name(*parts[: self.parts])
+        given = parts[0], parts[1] if self.parts == 2 else None
+        data, context, weights = drop_zero_weights(weights, *given, part=True)
         if weights is not None and len(weights) == 0:
-            none = self.like.new_zeros(0, len(self.like))
-            size = self.distribution.transform.flow.context_dim or 0
-            context = none.new_zeros(0, size) if self.parts == 2 else None
-            # Joined with others, rows of another type would turn levels into plain numbers.
-            levels = are_levels(data, self.distribution.row_shape)
-            return Rows(none.to(torch.uint8) if levels else none, context, None, none[:, 0])
+            return self._no_rows(data)
+        data, context = self.names.ordered(data, context)
         rows = rows_of(self.distribution, data, context)
         weights = checked_weights(weights, len(rows.w))
         # Copied, for an iterable may fill the same tensor anew with each batch.
         return rows._replace(weight=weights).to(self.like.device).each(torch.clone)
+
+    def _no_rows(self, data: object) -> Rows:
+        """Return what a batch without weight holds, of the type of its data."""
+        none = self.like.new_zeros(0, len(self.like))
+        size = self.distribution.transform.flow.context_dim or 0
+        context = none.new_zeros(0, size) if self.parts == 2 else None
+        # Joined with others, rows of another type would turn levels into plain numbers.
+        levels = are_levels(data, self.distribution.row_shape)
+        return Rows(none.to(torch.uint8) if levels else none, context, None, none[:, 0])
+
+    def _name(self, rows: object, context: object = None) -> None:
+        """Take the names of the first rows and contexts, and of others where there are none."""
+        if self.renews:
+            self.names = self.names.renewed(rows, context, forget=self.forgets)
+        self.names, self.renews = self.names.filled(rows, context), False
 
     def split(
         self,

@@ -285,6 +285,13 @@ def test_lists_and_frames_with_types_of_pandas_own():
         learn(frame)
 
 
+def test_labels_with_gaps_in_a_frame_are_labels_without_the_rows_of_no_weight():
+    weights = np.arange(60) > 0
+    frame = pd.DataFrame({"kind": pd.Series(np.arange(60) % 3, dtype="Int64").where(weights)})
+    d = learn(torch.randn(60, 2), context=frame, weights=weights)
+    assert (d.transform.flow.classes, d.context_columns) == (3, ("kind",))
+
+
 def test_draws_by_chain_are_told_to_be_flattened():
     with pytest.raises(ValueError, match="draws by chain.*group_by_chain=False"):
         learn({"t": torch.randn(4, 50), "u": torch.randn(4, 50, 2)})

@@ -1,6 +1,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -580,6 +581,27 @@ def test_rows_held_out_have_the_mean_weight_where_the_sum_has_no_number():
     weights = torch.tensor([1e38, 3e38, 2e38], dtype=torch.float32)
     rows = Rows(torch.randn(3, 2), None, None, weights).and_given(Rows(torch.randn(2, 2), None))
     torch.testing.assert_close(rows.weight[3:], weights[2:].expand(2))
+
+
+@pytest.mark.parametrize("kind", ["frame", "series", "masked"])
+def test_labels_that_are_missing_where_rows_have_no_weight_are_labels(kind):
+    x, labels, weights = torch.randn(60, 2), np.arange(60) % 3, np.arange(60) > 0
+    column = pd.Series(labels, dtype="Int64").where(weights)
+    masked = np.ma.masked_array(labels, mask=~weights)
+    context = {"frame": column.to_frame(), "series": column, "masked": masked}[kind]
+    d = ConditionalInterpolantDistribution(
+        ConditionalInterpolantTransform(VelocityMLP(2, (8,), classes=3))
+    )
+    found = Table(d, x, None, context=context, weights=weights).rows
+    assert torch.equal(found.context[:, 0], torch.tensor(labels[1:]).double())
+    batch = x, context, torch.tensor(weights)
+    assert torch.equal(Stream(d, [batch], 0.1).rows(batch, 0).context, found.context)
+
+
+def test_missing_labels_are_told():
+    labels = pd.Series(np.arange(60) % 3, dtype="Int64").where(np.arange(60) != 7)
+    with pytest.raises(ValueError, match=r"label for each row.* 1 of 60 rows, .* being row 7"):
+        from_samples(torch.randn(60, 2), context=labels)
 
 
 def test_values_that_agree_by_chance_are_held_out_singly():
