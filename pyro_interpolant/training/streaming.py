@@ -158,6 +158,8 @@ class Stream:
         self.weighted = is_weighted
         weights = _part_of_weights(parts[self.parts]) if is_weighted else None
         self._name(*parts[: self.parts])
+        if all(map(_is_empty, parts)):
+            return self._no_rows(parts[0])
         given = parts[0], parts[1] if self.parts == 2 else None
         data, context, weights = drop_zero_weights(weights, *given, part=True)
         if weights is not None and len(weights) == 0:
@@ -169,13 +171,14 @@ class Stream:
         return rows._replace(weight=weights).to(self.like.device).each(torch.clone)
 
     def _no_rows(self, data: object) -> Rows:
-        """Return what a batch without weight holds, of the type of its data."""
+        """Return what an empty batch holds, or one without weight, of the type of its data."""
         none = self.like.new_zeros(0, len(self.like))
         size = self.distribution.transform.flow.context_dim or 0
         context = none.new_zeros(0, size) if self.parts == 2 else None
         # Joined with others, rows of another type would turn levels into plain numbers.
         levels = are_levels(data, self.distribution.row_shape)
-        return Rows(none.to(torch.uint8) if levels else none, context, None, none[:, 0])
+        weight = none[:, 0] if self.weighted else None
+        return Rows(none.to(torch.uint8) if levels else none, context, None, weight)
 
     def _name(self, rows: object, context: object = None) -> None:
         """Take the names of the first rows and contexts, and of others where there are none."""
@@ -279,6 +282,13 @@ class Stream:
         return None
 
 
+def _is_empty(part: Any) -> bool:
+    """Return whether a part of a batch has no rows."""
+    if isinstance(part, Mapping):
+        return bool(part) and all(map(_is_empty, part.values()))
+    return tuple(getattr(part, "shape", (1,)))[:1] == (0,)
+
+
 def _part_of_weights(weights: Any) -> Tensor:
     """Return the last part of a batch, shape ``(B,)``, if it can be weights.
 
@@ -317,7 +327,7 @@ def check_again(iterable: object) -> None:
 def first_rows(
     iterable: Any, *, conditional: bool = False, scalars: bool = False
 ) -> tuple[Any, Any]:
-    """Return the rows of the first batch with weight, as they come, and those that have weight.
+    """Return the rows of the first batch with any of weight, as they come, and those alone.
 
     Both have shape ``(B, *event_shape)``.
 
@@ -343,7 +353,7 @@ def first_rows(
         last = parts[1 + conditional :]
         with naming_batch(number):
             weights = _part_of_weights(last[0]) if last else None
-        if weights is None or bool((weights != 0).any()):
+        if not _is_empty(parts[0]) and (weights is None or bool((weights != 0).any())):
             break
     else:
         raise ValueError("expected batches of rows, got an iterable without any")

@@ -15,6 +15,7 @@ from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
     InterpolantTransform,
+    JointInterpolantDistribution,
     conditional_interpolant_transform,
     fit,
     from_samples,
@@ -26,7 +27,7 @@ from pyro_interpolant.training.checkpoint import Checkpoint, from_json, to_json
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.rows import row_keys
-from pyro_interpolant.training.streaming import Stream, is_stream
+from pyro_interpolant.training.streaming import Stream, first_rows, is_stream
 from pyro_interpolant.training.whitening import whitening_map
 from pyro_interpolant.transforms import ScalarWhitening
 
@@ -255,6 +256,28 @@ def test_a_first_batch_of_no_weight_is_passed_over():
     none = [(part, 0 * weight) for part, weight in batches]
     with pytest.raises(ValueError, match="expected batches of rows, got an iterable without any"):
         from_samples(none, **QUICK)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_empty_batches_are_passed_over(weighted):
+    x, empty = rows(600), rows(600)[:0]
+    batches = [empty, x[:400], empty, x[400:]]
+    if weighted:
+        batches = [(b, b.new_ones(len(b))) for b in batches]
+    found = Stream(made(), batches, 0.1).split(Process(), 50)
+    assert len(torch.cat((found.held.w, found.kept.w))) == 600
+    assert torch.equal(first_rows(batches)[1], x[:400])
+    with pytest.raises(ValueError, match="expected batches of rows, got an iterable without any"):
+        from_samples(batches[:1], **QUICK)
+    with pytest.raises(ValueError, match="got an iterable with 0 rows"):
+        fit(made(), batches[:1], **QUICK)
+    with pytest.raises(ValueError, match="in batch 0, .*expected rows of data, got none"):
+        fit(made(), [(empty, torch.ones(3))], **QUICK)
+    named = {"a": empty[:, 0]}, {"a": x[:, 0]}
+    assert torch.equal(first_rows(named)[1]["a"], x[:, 0])
+    sites = {"a": ((), constraints.real)}
+    joint = JointInterpolantDistribution(interpolant_transform(1), sites=sites)
+    assert [len(Stream(joint, named, 0.1).rows(b, 0).w) for b in named] == [0, 600]
 
 
 def test_whole_numbers_are_held_out_and_trained_on():
