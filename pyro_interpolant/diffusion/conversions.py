@@ -190,7 +190,6 @@ def noise_and_data(interpolant: Interpolant, t: Tensor) -> tuple[Tensor, Tensor,
     """
     check_linear(interpolant)
     (a, b, g), (da, db, dg) = interpolant.coefficients(t), interpolant.derivatives(t)
-    # Slopes are those of the loss, which takes them inside the interior: so is the velocity.
     return b, db, a * a + g * g, a * da + g * dg
 
 

@@ -95,7 +95,7 @@ def path_points(
 ) -> tuple[Points, ...]:
     r"""Return points of the paths between pairs: one set, or one for z and one for -z.
 
-    The mean over both has a finite variance where the slope of :math:`\gamma` is not finite.
+    The mean over both varies little where the slope of :math:`\gamma` is large.
 
     Args:
         interpolant: The path between pairs.

@@ -7,6 +7,7 @@ from oracles import MixtureVelocity, random_mixture
 from torch.func import vmap
 
 from pyro_interpolant import (
+    Adaptive,
     BrownianBridge,
     EncodingDecoding,
     FixedGrid,
@@ -16,6 +17,7 @@ from pyro_interpolant import (
     Linear,
     Mirror,
     NonlinearInterpolant,
+    Trigonometric,
     VariancePreserving,
 )
 from pyro_interpolant import Interpolant as Base
@@ -229,16 +231,69 @@ def test_a_gaussian_at_the_right_scale_has_zero_velocity_when_trigonometric(name
 # ---- latent terms and ends ----------------------------------------------------------------------
 
 
-def test_a_bridge_is_brownian_and_its_slope_is_never_taken_at_the_ends():
+STEEP = {  # roots, with infinite slopes at their ends were they not made straight there
+    "bridge": Latent(Linear(), BrownianBridge(1.0)),
+    "wide bridge": Latent(Linear(), BrownianBridge(4.0)),
+    "variance-preserving": VariancePreserving(lambda t: t),
+    "variance-preserving, square": VariancePreserving(lambda t: t**2),
+}
+
+
+def test_a_bridge_is_brownian_but_for_its_ends():
     gamma, t = BrownianBridge(0.7), torch.linspace(0, 1, 11)
-    torch.testing.assert_close(gamma(t) ** 2, 0.7 * t * (1 - t))
-    interpolant = Latent(Linear(), gamma)
-    slopes = interpolant.derivatives(torch.tensor([0.0, 1e-9, 1e-3, 1 - 1e-3, 1.0]))[2]
-    assert torch.isfinite(slopes).all()
-    assert torch.equal(slopes[:3], slopes[:1].expand(3))
-    torch.testing.assert_close(slopes[0], -slopes[-1])
-    assert interpolant.interior == Mirror(gamma).interior == (1e-3, 1 - 1e-3)
-    assert Latent(Linear()).interior == (0.0, 1.0)
+    torch.testing.assert_close(gamma(t) ** 2, 0.7 * t * (1 - t), rtol=0, atol=1e-3)
+    near = torch.tensor([1e-6, 1 - 1e-6])
+    torch.testing.assert_close(
+        gamma(near), 1e-6 * (0.7 / 1e-3) ** 0.5 * torch.ones(2), rtol=2e-3, atol=0
+    )
+
+
+def test_a_root_that_is_straight_at_an_end_remains_what_it_is():
+    t = torch.linspace(0, 1, 101)
+    torch.testing.assert_close(VariancePreserving(torch.square).coefficients(t)[1], t)
+    like = VariancePreserving(lambda t: torch.sin(math.pi * t / 2) ** 2)
+    for one, other in zip(like.coefficients(t), Trigonometric().coefficients(t), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", STEEP)
+def test_the_rate_of_a_steep_path_is_its_slope_up_to_the_ends(name):
+    t = torch.tensor([0.0, 1e-9, 1e-4, 1e-3, 1 - 1e-3, 1 - 1e-4, 1 - 1e-9, 1.0])
+    interpolant, h = STEEP[name], 1e-7
+    ahead, behind = ((t + s).clamp(0, 1) for s in (h, -h))
+    pairs = zip(interpolant.coefficients(ahead), interpolant.coefficients(behind), strict=True)
+    for slope, (a, b) in zip(interpolant.derivatives(t), pairs, strict=True):
+        torch.testing.assert_close(slope, (a - b) / (ahead - behind), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", slow_but(STEEP, "bridge", "variance-preserving"))
+def test_the_exact_velocity_of_a_steep_path_leads_to_narrow_data(name):
+    """The velocity by the path's own coefficients and rates, which are what the loss sees."""
+    interpolant, deviation = STEEP[name], 0.02
+
+    class Narrow(torch.nn.Module):
+        event_dim = 1
+
+        def forward(self, t, x, context=None):
+            t = t.clamp(0, 1)[..., None]  # an adaptive solver looks beyond the ends
+            (a, b, g), (da, db, dg) = interpolant.coefficients(t), interpolant.derivatives(t)
+            variance = deviation**2
+            return (a * da + g * dg + b * db * variance) / (a * a + g * g + b * b * variance) * x
+
+    solver = Adaptive(rtol=1e-6, atol=1e-8, nodes=2)
+    flow = InterpolantTransform(Narrow(), interpolant=interpolant, solver=solver)
+    found = flow(torch.ones(1, 1)).item()  # of a linear map
+    assert found == pytest.approx(deviation, rel=0.01)
+
+
+def test_a_path_with_an_infinite_slope_at_an_end_is_refused():
+    def root(t):
+        return (t * (1 - t)).sqrt()
+
+    with pytest.raises(ValueError, match=r"finite slopes at t = 0 and t = 1, got .*inf.* Latent"):
+        Latent(Linear(), root).check_ends(2)
+    for interpolant in STEEP.values():
+        interpolant.check_ends(2)
 
 
 def test_encoding_and_decoding_meet_in_pure_noise():
