@@ -1,4 +1,5 @@
 import matplotlib as mpl
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -8,11 +9,17 @@ from pyro.distributions import constraints
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     FixedGrid,
+    Geodesic,
     InterpolantDistribution,
+    InterpolantTransform,
     JointInterpolantDistribution,
     Latent,
     LearnedInterpolant,
     Linear,
+    TorusMLP,
+    UniformTorus,
+    circular,
+    conditional_interpolant_transform,
     fit,
     interpolant_transform,
     plotting,
@@ -390,6 +397,37 @@ def test_evolution_of_one_dimension_shows_every_time():
 def test_batches_are_refused(draw):
     with pytest.raises(ValueError, match=r"expected one flow, got a batch of shape \(3,\)"):
         draw(flow(2).expand((3,)))
+
+
+def test_flows_without_their_context_are_refused():
+    g = ConditionalInterpolantDistribution(conditional_interpolant_transform(1, 2, (8,)))
+    for draw in (plotting.trajectories, plotting.density, plotting.evolution):
+        with pytest.raises(TypeError, match=r"gives it by \.condition\(context\)"):
+            draw(g)
+    with pytest.raises(TypeError, match=r"draw those of its condition\(context\)"):
+        plotting.corner(g, torch.randn(9, 1))
+    with pytest.raises(TypeError, match="expected a ConditionalInterpolantDistribution"):
+        plotting.conditional(g.condition(torch.zeros(2)), torch.zeros(3, 2))
+
+
+def test_paths_of_angles_end_at_the_seam_and_begin_on_its_other_side():
+    velocity = TorusMLP(1, (8,))
+    for weight in velocity.parameters():
+        torch.nn.init.normal_(weight)
+    transform = InterpolantTransform(velocity, interpolant=Geodesic())
+    paths = InterpolantDistribution(transform, UniformTorus(1), support=circular)
+    ax = plotting.trajectories(paths, count=30)
+    heights = np.stack([line.get_ydata() for line in ax.lines])
+    jumps = np.abs(np.diff(heights[:, ::2], axis=1)) > np.pi
+    assert jumps.any()
+    assert not np.isfinite(heights[:, 1::2][jumps]).any()
+    assert np.isfinite(heights[:, 1::2][~jumps]).all()
+
+
+def test_a_constant_column_has_a_panel():
+    x = torch.cat((torch.randn(100, 1), torch.full((100, 1), 7.0)), -1)
+    axes = plotting.corner(x, x)
+    assert axes[1][1].get_xlim() == pytest.approx((5.95, 8.05))
 
 
 WRONG = {

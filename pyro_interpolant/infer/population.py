@@ -175,7 +175,8 @@ def from_posterior_samples(
     Args:
         draws: K draws of each of N objects, shape ``(N, K, D)``.
         log_interim_prior: :math:`\log \pi` of the draws, shape ``(N, K)``, up to a constant; or a
-            function that returns it, such as the ``log_prob`` of a distribution.
+            function that returns it, such as the ``log_prob`` of a distribution of events of
+            shape ``(D,)``.
         context: As in :func:`from_noisy_samples`, shape ``(N, C)``.
         support: Where x lives.
         network: As in :func:`from_noisy_samples`.
@@ -210,13 +211,7 @@ def from_posterior_samples(
     clock = _checked_settings(support, steps, max_seconds, validation)
     x = _checked_draws(draws)
     check_same_order(log_interim_prior=log_interim_prior, context=context)
-    log_prior = log_interim_prior(x) if callable(log_interim_prior) else log_interim_prior
-    log_prior = checked_rows(log_prior, "log_interim_prior", (x.shape[1],)).double()
-    if len(log_prior) != len(x):
-        raise ValueError(
-            f"expected log_interim_prior of shape {tuple(x.shape[:2])}, got "
-            f"{tuple(log_prior.shape)}"
-        )
+    log_prior = _checked_log_prior(log_interim_prior, x)
     if x.shape[1] < 2:
         raise ValueError(
             "expected at least two draws of each object, among which to choose, got one: rows "
@@ -269,6 +264,30 @@ def _checked_context(
         raise ValueError(f"expected {len(rows)} contexts, one each, got {len(found)}")
     taken = as_tensor(context, "context") if len(sizes) == 2 else found  # labels stay labels
     return taken, context_names(context, found), sizes
+
+
+def _checked_log_prior(
+    log_interim_prior: ArrayLike | Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """Return the log density of draws under their own prior, shape ``(N, K)``, in float64.
+
+    Args:
+        log_interim_prior: As in :func:`from_posterior_samples`.
+        x: The draws, shape ``(N, K, D)``.
+    """
+    log_prior = log_interim_prior(x) if callable(log_interim_prior) else log_interim_prior
+    if getattr(log_prior, "shape", ()) == x.shape:
+        raise ValueError(
+            f"expected log_interim_prior of shape {tuple(x.shape[:2])}, got {tuple(x.shape)}, a "
+            "number for each column: of a distribution of scalars give distribution.to_event(1)"
+        )
+    log_prior = checked_rows(log_prior, "log_interim_prior", (x.shape[1],)).double()
+    if len(log_prior) != len(x):
+        raise ValueError(
+            f"expected log_interim_prior of shape {tuple(x.shape[:2])}, got "
+            f"{tuple(log_prior.shape)}"
+        )
+    return log_prior
 
 
 def _checked_draws(draws: ArrayLike) -> Tensor:

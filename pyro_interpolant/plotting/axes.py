@@ -32,7 +32,11 @@ def shares(levels: Sequence[float]) -> tuple[str, bool, object]:
 
 
 def extent_of(x: Tensor) -> tuple[float, ...]:
-    """Return the bounds of samples, shape ``(N, D)``, but for the farthest 0.5 % on each side."""
+    """Return the bounds of samples, shape ``(N, D)``, but for the farthest 0.5 % on each side.
+
+    Those of a constant column are apart, too.
+    """
     bounds = torch.quantile(x.double().cpu(), torch.tensor([0.005, 0.995]).double(), dim=0)
-    margin = 0.15 * (bounds[1] - bounds[0])
+    width = bounds[1] - bounds[0]
+    margin = 0.15 * torch.where(width > 0, width, bounds[0].abs().clamp(min=1.0))
     return tuple(torch.stack((bounds[0] - margin, bounds[1] + margin), -1).flatten().tolist())

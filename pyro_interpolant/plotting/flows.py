@@ -20,6 +20,7 @@ from ..distributions.interpolant import (
 )
 from ..distributions.joint import ConditionalJointInterpolantDistribution
 from ..distributions.rows import RowsLike, in_order
+from ..distributions.supports import CircularSupport
 from ..interpolants.linear import Interpolant
 from ..nn.velocity import evaluate
 from ..solvers.ode import FixedGrid
@@ -222,6 +223,11 @@ def conditional(
             columns, or a setting cannot work.
     """
     check_ranges(shares(levels), whole("points", points, 2))
+    if not isinstance(distribution, ConditionalInterpolantDistribution):
+        raise TypeError(
+            "expected a ConditionalInterpolantDistribution, whose contexts are given beside it, "
+            f"got {type(distribution).__name__}"
+        )
     flow = distribution.transform.flow
     if flow.event_dim > 1:
         raise ValueError(
@@ -274,14 +280,22 @@ def _of_values(
 def _paths(
     distribution: InterpolantDistribution, count: int, steps: int
 ) -> tuple[np.ndarray, ...]:
-    """Return times and points of paths, shape ``(steps + 1, count, D)``, in data coordinates."""
+    """Return times and points of paths, shape ``(S, count, D)``, in data coordinates.
+
+    Of angles, NaN is between two points that are on two sides of the seam.
+    """
     flow = distribution.transform.flow
     with torch.no_grad():
         path = replace(distribution.transform.path(), solver=FixedGrid(steps))
         w = distribution.white_draws((count,))
         x = to_values(distribution, flow.integrate(w, path, forward=True))
-    batch = x.shape[: x.dim() - len(distribution.event_shape)]  # scalars have no dimension
-    return path.times[0].numpy(), x.reshape(*batch, -1).cpu().numpy()
+    x, times = x.reshape(steps + 1, count, -1), path.times[0]
+    if isinstance(distribution.space, CircularSupport):
+        between = (x[1:] + x[:-1]) / 2
+        between[(x.diff(dim=0).abs() > math.pi).any(-1)] = math.nan
+        x = torch.cat((torch.stack((x[:-1], between), 1).flatten(0, 1), x[-1:]))
+        times = torch.linspace(float(times[0]), float(times[-1]), len(x))
+    return times.numpy(), x.cpu().numpy()
 
 
 def _extent(distribution: InterpolantDistribution) -> tuple[float, ...]:
@@ -314,7 +328,12 @@ def _on_support(
 
 
 def _check_single(distribution: InterpolantDistribution) -> None:
-    """Raise a ValueError for a batch of flows."""
+    """Raise a ValueError for a batch of flows, a TypeError for one without its context."""
+    if not isinstance(distribution, InterpolantDistribution):
+        raise TypeError(
+            f"expected an InterpolantDistribution, got {type(distribution).__name__}: a "
+            "conditional one gives it by .condition(context)"
+        )
     if distribution.batch_shape:
         raise ValueError(
             f"expected one flow, got a batch of shape {tuple(distribution.batch_shape)}: draw one "

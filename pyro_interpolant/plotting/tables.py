@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from .._package import check_ranges, whole
+from ..distributions.interpolant import ConditionalInterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from ..distributions.rows import RowsLike, checked_rows, in_order, named_columns
 from .axes import DATA_COLOR, MODEL_COLOR, SCATTER_POINTS, axes_array, extent_of, shares
@@ -111,8 +112,14 @@ def _beside(
         count: How many samples to draw.
 
     Raises:
+        TypeError: If they are a distribution without its context.
         ValueError: If there are other columns, or no rows.
     """
+    if isinstance(samples, ConditionalInterpolantDistribution):
+        raise TypeError(
+            f"expected samples or a distribution to draw them from, got {type(samples).__name__}: "
+            "draw those of its condition(context)"
+        )
     rows, names = table(data)
     own: tuple[str, ...] = ()
     if isinstance(samples, JointInterpolantDistribution) and names:

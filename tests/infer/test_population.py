@@ -964,6 +964,7 @@ def test_posterior_draws_that_cannot_work_are_refused():
         ((draws[..., 0], log_prior), r"draws of each object, shape \(N, K, D\), got \(60, 5\)"),
         ((draws, log_prior[:, :4]), "log_interim_prior of shape"),
         ((draws, log_prior[:4]), "log_interim_prior of shape"),
+        ((draws, dist.Normal(0.0, 1.0).log_prob), r"number for each column: .*to_event\(1\)"),
         ((draws, math.nan * log_prior), "finite log_interim_prior"),
         ((draws[:, :1], log_prior[:, :1]), "two draws of each object"),
         ((draws[:3], log_prior[:3]), "two rows to learn from"),
