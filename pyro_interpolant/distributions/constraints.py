@@ -20,7 +20,7 @@ from torch.distributions.constraint_registry import ConstraintRegistry
 from torch.distributions.transforms import ComposeTransform, ReshapeTransform
 
 from .._package import check_sizes
-from ..transforms.bijections import PerEvent
+from ..transforms.bijections import PerEvent, keeping_shares
 
 Constraint = constraints.Constraint
 
@@ -112,6 +112,15 @@ def _(constraint: Circular) -> Transform:
     )
 
 
+def biject(support: Any) -> Transform:
+    """Return the registered bijection to a support, by which a simplex keeps its small shares.
+
+    Raises:
+        NotImplementedError: If there is none.
+    """
+    return keeping_shares(biject_to(support))
+
+
 def bijection(support: Constraint) -> Transform:
     """Return the bijection from real vectors, shape ``(*, D)``, to a support.
 
@@ -132,7 +141,7 @@ def bijection(support: Constraint) -> Transform:
         )
     _check_nested(support)
     try:
-        transform = biject_to(support)
+        transform = biject(support)
         domain_dim, is_bijective = transform.domain.event_dim, transform.bijective
     except (NotImplementedError, AttributeError, TypeError, IndexError):
         domain_dim, is_bijective = 2, False

@@ -17,11 +17,11 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .constraints import Constraint, Shaped, bijection, real_shape
+from .constraints import Constraint, Shaped, biject, bijection, real_shape
 from .interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -340,7 +340,7 @@ def unpack(sites: Sites, packed: Tensor) -> dict[str, Tensor]:
         TypeError: If they are not a tensor.
         ValueError: If they are of another size.
     """
-    return {name: biject_to(sites[name][1])(real) for name, real in split(sites, packed).items()}
+    return {name: biject(sites[name][1])(real) for name, real in split(sites, packed).items()}
 
 
 def split(sites: Sites, packed: Tensor) -> dict[str, Tensor]:

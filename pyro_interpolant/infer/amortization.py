@@ -14,12 +14,11 @@ from typing import NamedTuple
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from .._torch import are_close, warn_user
 from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
 from ..diagnostics.psis import K_HAT_LIMIT, summarise_weights
-from ..distributions.constraints import Constraint, real_shape
+from ..distributions.constraints import Constraint, biject, real_shape
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import ConditionalJointInterpolantDistribution
 from ..distributions.rows import flat_names
@@ -261,7 +260,7 @@ def _log_det(posterior: ConditionalJointInterpolantDistribution, rows: Tensor) -
     parts = rows.split([shape.numel() for shape in shapes.values()], dim=-1)
     total = rows.new_zeros(len(rows))
     for (name, shape), part in zip(shapes.items(), parts, strict=True):
-        bijection, real = biject_to(posterior.sites[name][1]), part.reshape(-1, *shape)
+        bijection, real = biject(posterior.sites[name][1]), part.reshape(-1, *shape)
         log_det = bijection.log_abs_det_jacobian(real, bijection(real))
         total = total + log_det.reshape(len(rows), -1).sum(-1)
     return total
@@ -491,4 +490,4 @@ def _are_alike(one: Constraint, other: Constraint, shape: torch.Size, like: Tens
     if real != real_shape(shape, other):
         return False
     z = torch.linspace(-1.0, 1.0, 3 * real.numel()).to(like).reshape(3, *real)
-    return are_close(biject_to(one)(z).double(), biject_to(other)(z).double(), rtol=1e-4)
+    return are_close(biject(one)(z).double(), biject(other)(z).double(), rtol=1e-4)

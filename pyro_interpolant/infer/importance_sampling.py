@@ -12,7 +12,6 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from torch import Tensor
-from torch.distributions import biject_to
 
 from .._package import check_ranges, whole
 from .._torch import seeded, warn_user
@@ -26,6 +25,7 @@ from ..diagnostics.psis import (
     summarise_weights,
     weighted_draws,
 )
+from ..distributions.constraints import biject
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import split
 from ..distributions.report import with_error
@@ -249,7 +249,7 @@ def at_edges(
         return ""
     lost, names = torch.zeros_like(z[:, 0], dtype=torch.bool), []
     for name, real in split(density.sites.sites, z).items():
-        transform = biject_to(density.sites.sites[name][1])
+        transform = biject(density.sites.sites[name][1])
         back = transform.inv(transform(real))
         here = ~((back - real).abs() < _LOST).reshape(len(z), -1).all(1)
         names += [repr(name)] if bool(here.any()) else []

@@ -12,11 +12,11 @@ from numpy.typing import ArrayLike
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
-from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
 from .._torch import draws, is_functorch_tensor, seeded, warn_user
 from ..diagnostics.psis import finite_or_minus_inf
+from ..distributions.constraints import biject
 from .initialization import init_to_support
 from .lanes import in_lanes
 from .runs import plate_nesting
@@ -446,7 +446,7 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
                 "pyro.sample(name, dist.Uniform(-pi, pi)) with its density as a pyro.factor, or "
                 "as a direction by ProjectedNormalReparam"
             )
-        check_fixed_support(name, biject_to(trace[name]["fn"].support)(real), values[name])
+        check_fixed_support(name, biject(trace[name]["fn"].support)(real), values[name])
     return trace
 
 

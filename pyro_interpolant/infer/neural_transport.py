@@ -22,9 +22,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
-from torch.distributions import ComposeTransform, Transform, biject_to
+from torch.distributions import ComposeTransform, Transform
 
-from ..distributions.constraints import is_all_real
+from ..distributions.constraints import biject, is_all_real
 from ..distributions.joint import sample_in_place
 from ..distributions.rows import as_tensor
 from ..distributions.supports import OnEvents
@@ -252,7 +252,7 @@ class _Images(Messenger):
                 "it observed: train a guide of the model with these data"
             )
         (real, known), fn = self.parts.pop(msg["name"]), msg["fn"]
-        transform = biject_to(fn.support)
+        transform = biject(fn.support)
         value = transform(real)
         shape = _unenumerated(fn.batch_shape) + fn.event_shape
         check_fixed_shape(msg["name"], shape, value, self.shapes[msg["name"]])

@@ -7,8 +7,8 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
-from torch.distributions import biject_to
 
+from ..distributions.constraints import biject
 from .initialization import init_to_support
 from .lanes import in_lanes
 from .log_density import LogJoint
@@ -36,7 +36,7 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
                 with density.plate(*batch) if batch else contextlib.nullcontext():
                     density.model()
         parts = [
-            biject_to(support).inv(tracer.trace.nodes[name]["value"]).reshape(*batch, -1)
+            biject(support).inv(tracer.trace.nodes[name]["value"]).reshape(*batch, -1)
             for name, (_, support) in density.sites.sites.items()
         ]
         return torch.cat(parts, dim=-1)

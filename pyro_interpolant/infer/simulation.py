@@ -17,10 +17,10 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
 from .._package import check_ranges
 from .._torch import draws, seeded, warn_user
+from ..distributions.constraints import biject
 from ..distributions.supports import BijectiveSupport
 from .lanes import in_lanes
 from .runs import (
@@ -177,9 +177,9 @@ class Simulator:
         """
         for name, known in self.supports.items():
             fn, value = nodes[name]["fn"], nodes[name]["value"]
-            shape = biject_to(known).inverse_shape(self.latents[name])
+            shape = biject(known).inverse_shape(self.latents[name])
             real = torch.linspace(-1.0, 1.0, shape.numel()).to(value).reshape(shape)
-            check_fixed_support(name, biject_to(fn.support)(real), biject_to(known)(real))
+            check_fixed_support(name, biject(fn.support)(real), biject(known)(real))
 
     def _keep(self, nodes: Nodes) -> None:
         """Note the log densities of observed sites that keep their values.

@@ -23,10 +23,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints, register_kl
+from torch.distributions import Transform, constraints, register_kl
 
 from .._torch import are_close, is_functional
-from ..distributions.constraints import innermost_constraint
+from ..distributions.constraints import biject, innermost_constraint
 from ..distributions.joint import pack, unpack
 from ..distributions.rows import as_tensor
 from ..distributions.supports import OnEvents
@@ -235,7 +235,7 @@ class LatentSites:
         the plates: ``(N, 1, .., 1, D)``.
         """
         for site, real in self.guide._unpack_latent(z):
-            yield site["name"], biject_to(site["fn"].support), real
+            yield site["name"], biject(site["fn"].support), real
 
     def constrain(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         r"""Return the sites and :math:`\log |dx / dz|`, ``(N)``, of z, ``(N, 1, .., 1, D)``.
@@ -297,7 +297,7 @@ def bijection_of(site: Site) -> Transform:
     """Return the bijection of a latent site, or raise a ValueError where there is none."""
     support = site["fn"].support
     try:
-        return biject_to(support)
+        return biject(support)
     except NotImplementedError as error:
         raise _unsupported(site["name"], support) from error
 

@@ -2,7 +2,8 @@ r"""Supports that files describe, and the bijections to them from real vectors.
 
 A support is known by its description in a file, as text: so it can be compared and hashed, and is
 a pytree without leaves, which NumPyro's own constraints with bounds are not. The bijections are
-NumPyro's, which are those of Pyro; splines, angles, shapes and the edges of intervals are here.
+NumPyro's, which are those of Pyro; splines, angles, shapes, the edges of intervals and the small
+shares of a simplex are here.
 """
 
 import json
@@ -25,6 +26,7 @@ from numpyro.distributions.transforms import (
     IndependentTransform,
     ReshapeTransform,
     SigmoidTransform,
+    StickBreakingTransform,
     Transform,
 )
 
@@ -218,6 +220,48 @@ class _Between(Transform):
         return SigmoidTransform().log_abs_det_jacobian(x, y) + jnp.log(jnp.abs(self.width))
 
 
+class StickBreaking(StickBreakingTransform):
+    r"""NumPyro's map from real vectors, shape ``(*, D)``, to a simplex, ``(*, D + 1)``.
+
+    .. math:: x_k = \log y_k - \log \sum_{j > k} y_j + \log (D + 1 - k)
+
+    NumPyro takes the later shares as one minus the earlier ones, which in float32 leaves nothing
+    of the smallest. Here they are added up.
+    """
+
+    def __call__(self, x: Array) -> Array:
+        """Return points of the simplex, shape ``(*, D + 1)``, of vectors, ``(*, D)``."""
+        z = x - jnp.log(_left(x))
+        rest = jnp.cumprod(jax.nn.sigmoid(-z), -1)
+        one = jnp.ones_like(x[..., :1])
+        first = jnp.concatenate((jax.nn.sigmoid(z), one), -1)
+        y = first * jnp.concatenate((one, rest), -1)
+        least = jnp.finfo(y.dtype).tiny
+        return jnp.where(y < least, least, y)
+
+    def _inverse(self, y: Array) -> Array:
+        rest = jnp.cumsum(y[..., ::-1], -1)[..., -2::-1]
+        rest = jnp.maximum(rest, jnp.finfo(y.dtype).tiny)
+        return jnp.log(y[..., :-1]) - jnp.log(rest) + jnp.log(_left(rest))
+
+    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: object = None) -> Array:
+        """Return ``log |dy/dx|``, shape ``(*)``, a function of x alone.
+
+        Args:
+            x: Inputs.
+            y: Their images.
+            intermediates: Unused.
+        """
+        left = _left(x)
+        z = x - jnp.log(left)
+        return (jax.nn.log_sigmoid(z) + left * jax.nn.log_sigmoid(-z)).sum(-1)
+
+
+def _left(x: Array) -> Array:
+    """Return how many shares come after each of those that vectors, ``(*, D)``, give: ``(D,)``."""
+    return jnp.arange(x.shape[-1], 0, -1).astype(x.dtype)
+
+
 @partial(jax.jit, static_argnames="text")
 def _onto(x: Array, *, text: str) -> tuple[Array, Array]:
     # In the default type where that is wider, in which NumPyro makes matrices.
@@ -311,7 +355,7 @@ def _parts(text: str, *, clamps: bool = True) -> tuple[Sequence[Transform], Cons
 def _parts_in(
     _dtype: object, text: str, *, clamps: bool
 ) -> tuple[Sequence[Transform], Constraint]:
-    return _built(json.loads(text), _clamping if clamps else biject_to)
+    return _built(json.loads(text), partial(_transform, clamps=clamps))
 
 
 def _built(
@@ -337,17 +381,22 @@ def _built(
     return [make(constraint)], constraint
 
 
-def _clamping(constraint: Any) -> Transform:
-    """Return the bijection to a constraint, in which intervals are :class:`_Between`."""
+def _transform(constraint: Any, *, clamps: bool) -> Transform:
+    """Return the bijection to a constraint, by which a simplex keeps its small shares.
+
+    Args:
+        constraint: The constraint.
+        clamps: Whether intervals are :class:`_Between`.
+    """
     if isinstance(constraint, constraints.independent):
-        inner = _clamping(constraint.base_constraint)
+        inner = _transform(constraint.base_constraint, clamps=clamps)
         return IndependentTransform(inner, constraint.reinterpreted_batch_ndims)
     if isinstance(constraint, constraints.cat):
-        parts = [_clamping(part) for part in constraint.cseq]
+        parts = [_transform(part, clamps=clamps) for part in constraint.cseq]
         return CatTransform(parts, constraint.dim, constraint.lengths)
-    if isinstance(constraint, (constraints.interval, type(constraints.unit_interval))):
+    if clamps and isinstance(constraint, (constraints.interval, type(constraints.unit_interval))):
         return _Between(constraint)
-    return biject_to(constraint)
+    return StickBreaking() if constraint is constraints.simplex else biject_to(constraint)
 
 
 def constraint_of(description: Description) -> Constraint:

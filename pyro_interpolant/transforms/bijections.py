@@ -4,17 +4,29 @@ r"""Bijections around a flow: into whitened coordinates before it, onto a suppor
 coordinates to where the velocity moves. ``PerEvent`` wraps a bijection from real vectors to a
 support, such as :math:`y_i = e^{x_i}`, so that its log-determinant is one number an event;
 ``Cached`` remembers pairs as well, so that a sample is not inverted again; ``Unseen`` keeps the
-caches of other libraries from doing so.
+caches of other libraries from doing so. ``StickBreaking`` is torch's map to a simplex, which keeps
+small shares.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
-from torch.distributions import CatTransform, IndependentTransform, Transform, constraints
+from torch.distributions import (
+    CatTransform,
+    IndependentTransform,
+    StickBreakingTransform,
+    Transform,
+    constraints,
+)
+from torch.nn.functional import logsigmoid, pad
 
 from .cache import CachedTransform, RealVectorTransform
 from .whitening import Whitening
+
+_PARTS = ("wrapped", "base_transform", "parts", "transforms")  # where transforms keep others
 
 
 class Whiten(CachedTransform):
@@ -125,6 +137,52 @@ class Cached(PerEvent, CachedTransform):
         if entry is not None and entry.forward:
             y = self._call(x)
         return super().log_abs_det_jacobian(x, y)
+
+
+class StickBreaking(StickBreakingTransform):
+    r"""Torch's map from real vectors, shape ``(*, D)``, to a simplex, ``(*, D + 1)``.
+
+    .. math:: x_k = \log y_k - \log \sum_{j > k} y_j + \log (D + 1 - k)
+
+    Torch takes the later shares as one minus the earlier ones, which in float32 leaves nothing of
+    the smallest: :math:`1 - y_1` has an error of 6e-8. Here they are added up.
+    """
+
+    def _call(self, x: Tensor) -> Tensor:
+        z = x - _left(x).log()
+        rest = torch.sigmoid(-z).cumprod(-1)
+        y = pad(torch.sigmoid(z), [0, 1], value=1.0) * pad(rest, [1, 0], value=1.0)
+        return y.clamp(min=torch.finfo(y.dtype).tiny)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        rest = y.flip(-1).cumsum(-1).flip(-1)[..., 1:].clamp(min=torch.finfo(y.dtype).tiny)
+        return y[..., :-1].log() - rest.log() + _left(rest).log()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log |dy/dx|``, shape ``(*)``, a function of x alone."""
+        left = _left(x)
+        z = x - left.log()
+        return (logsigmoid(z) + left * logsigmoid(-z)).sum(-1)
+
+
+def _left(x: Tensor) -> Tensor:
+    """Return how many shares come after each of those that vectors, ``(*, D)``, give: ``(D,)``."""
+    return torch.arange(x.shape[-1], 0, -1, dtype=x.dtype, device=x.device)
+
+
+def keeping_shares(transform: Transform) -> Transform:
+    """Return a transform with :class:`StickBreaking` wherever torch's own is in it."""
+    if type(transform) is StickBreakingTransform:
+        return StickBreaking()
+    parts = {name: part for name, part in vars(transform).items() if name in _PARTS}
+    if not parts:
+        return transform
+    changed = copy.copy(transform)
+    for name, part in parts.items():
+        several = isinstance(part, list)
+        new = [keeping_shares(inner) for inner in part] if several else keeping_shares(part)
+        setattr(changed, name, new)
+    return changed
 
 
 def _tensors_of(transform: Transform) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Supports other than real vectors: densities, the constraint itself, errors."""
 
+import copy
 import math
 import re
 
@@ -16,6 +17,7 @@ from pyro.ops.provenance import detach_provenance, track_provenance
 from torch.distributions import biject_to
 
 from pyro_interpolant import ConditionalInterpolantDistribution, InterpolantDistribution
+from pyro_interpolant.distributions.constraints import biject, shaped
 from pyro_interpolant.distributions.rows import as_tensor, checked_context, checked_rows, images_of
 
 FAILURE_RATE = 1e-9
@@ -387,6 +389,56 @@ def test_simplex_against_a_closed_form():
     )
     y = oracle.sample((5,))
     assert torch.allclose(d.log_prob(y), oracle.log_prob(y), atol=1e-10)
+
+
+ON_SIMPLICES = {
+    "itself": (constraints.simplex, (3,)),
+    "shaped": (shaped(constraints.simplex, (1, 3)), (1, 3)),
+    "joined": (constraints.cat([constraints.simplex] * 2, -1, [3, 3]), (6,)),
+    "independent": (constraints.independent(constraints.simplex, 1), (1, 3)),
+}
+
+
+@pytest.mark.parametrize("name", ON_SIMPLICES)
+def test_a_simplex_keeps_its_small_shares_in_float32(name):
+    """The second coordinate is log(y_2 / y_3); by 1 - y_1 - y_2 it is 77."""
+    support, shape = ON_SIMPLICES[name]
+    share = torch.tensor([0.9999603, 3.9696493e-05, 1.9875301e-10], dtype=torch.float32)
+    real = biject(support).inv(share.repeat(math.prod(shape) // 3).reshape(shape)).reshape(-1, 2)
+    y = share.double()
+    expected = torch.stack((y[0] / y[1:].sum() * 2, y[1] / y[2])).log()
+    assert torch.allclose(real.double(), expected.expand(real.shape), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_densities_of_small_shares_in_float32():
+    transform = random_flow(9)
+    transform.flow.whitening.set(torch.zeros(9), 3 * torch.eye(9))
+    exact, rounded = (
+        InterpolantDistribution(copy.deepcopy(transform).to(dtype), support=constraints.simplex)
+        for dtype in (torch.float64, torch.float32)
+    )
+    with torch.no_grad():
+        y = rounded.sample((500,))
+        expected = exact.log_prob(y.double() / y.sum(-1, keepdim=True).double())
+        found = rounded.log_prob(y.clone())
+    assert torch.allclose(found.double(), expected, atol=1e-2)
+
+
+def test_the_map_to_a_simplex_is_that_of_torch():
+    ours, torchs = biject(constraints.simplex), biject_to(constraints.simplex)
+    x = torch.randn(50, 4)
+    y = torchs(x)
+    assert torch.allclose(ours(x), y, rtol=1e-12)
+    assert torch.allclose(ours.inv(y), torchs.inv(y), rtol=1e-10)
+    expected = torchs.log_abs_det_jacobian(x, y)
+    assert torch.allclose(ours.log_abs_det_jacobian(x, y), expected, rtol=1e-12)
+    far = torch.tensor([[1e3, -1e3], [-1e3, 1e3], [90.0, 90.0]], dtype=torch.float32)
+    far.requires_grad_()
+    y = ours(far)
+    assert bool((y > 0).all() & constraints.simplex.check(y).all())
+    total = ours.log_abs_det_jacobian(far, y).sum() + y.sum()
+    assert bool(torch.autograd.grad(total, far)[0].isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8])

@@ -25,6 +25,7 @@ from pyro_interpolant.numpyro import (
     JointInterpolantDistribution,
     from_torch,
 )
+from pyro_interpolant.numpyro.supports import Bijection, bijection
 
 KEY = jax.random.key(0)
 
@@ -322,6 +323,22 @@ def test_flows_with_a_support_are_mixed():
     parts = from_torch(plain(support=dist.constraints.positive)).expand((3,))
     mixture = ndist.MixtureSameFamily(ndist.Categorical(logits=jnp.zeros(3)), parts)
     assert mixture.support == parts.support
+
+
+def test_a_simplex_keeps_its_small_shares_in_float32(float32):
+    """The second coordinate is log(y_2 / y_3); by 1 - y_1 - y_2 it is 77."""
+    share = jnp.array([0.9999603, 3.9696493e-05, 1.9875301e-10])
+    expected = np.log([share[0] / share[1:].sum() * 2, share[1] / share[2]])
+    (real, log_det), pull = jax.vjp(Bijection('"simplex"').inverse_with_log_det, share)
+    np.testing.assert_allclose(real, expected, rtol=1e-6)
+    y = torch.tensor(np.asarray(share)).double()
+    exact = torch.distributions.biject_to(dist.constraints.simplex)
+    y = y / y.sum()
+    np.testing.assert_allclose(log_det, exact.log_abs_det_jacobian(exact.inv(y), y), rtol=1e-6)
+    assert np.isfinite(pull((jnp.ones(2), jnp.ones(())))[0]).all()
+    site = bijection("simplex")
+    np.testing.assert_allclose(site.inv(share), expected, rtol=1e-6)
+    np.testing.assert_allclose(site(real), share, rtol=1e-5)
 
 
 def test_sites_of_known_values_are_packed_under_jit():
