@@ -1,8 +1,9 @@
-r"""What every room shares, without torch: names imported when first used, and settings refused.
+r"""What every room shares, without torch: names imported when first used, settings refused.
 
 Rooms name what is in their files, and import none of them until a name is used (PEP 562): so the
 package costs little to import, and a file that needs numpy alone can be imported where there is no
-torch. A setting out of its range is refused in one way.
+torch. A setting out of its range is refused in one way, and columns of data frames are taken by
+their names in one way.
 """
 
 import importlib
@@ -128,3 +129,43 @@ def flag(name: str, value: object, *, or_none: bool = False) -> tuple[str, bool,
     choices = "None, True or False" if or_none else "True or False"
     good = value is True or value is False or (or_none and value is None)
     return f"{name} to be {choices}", good, repr(value)
+
+
+def names_of(x: Any, expected: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the names of the columns of a data frame; of anything else none.
+
+    Also of an array of xarray whose dimension has the name ``columns``: only frames have types.
+
+    Args:
+        x: Anything.
+        expected: Names, which the index of a row of a data frame of several columns may be, too.
+    """
+    columns = tuple(map(str, getattr(x, "columns", ()) if hasattr(x, "dtypes") else ()))
+    index = getattr(x, "index", None)  # of lists a method
+    if columns or index is None or callable(index) or not 1 < len(index) == len(expected):
+        return columns
+    found = tuple(map(str, index))
+    are_names = all(isinstance(i, str) for i in index) or sorted(found) == sorted(expected)
+    return found if are_names and x.ndim == 1 else ()
+
+
+def order_of(names: Sequence[str], expected: Sequence[str], name: str) -> list[int] | None:
+    """Return the places of names in the order expected; None where they are in it, or are none.
+
+    Args:
+        names: The names of columns, or none.
+        expected: The same in their order, or none.
+        name: What to call what has the columns, in messages.
+
+    Raises:
+        ValueError: If the names are others, or one of several in another order is there twice.
+    """
+    found, wanted = list(names), list(expected)
+    if not found or not wanted or found == wanted:
+        return None
+    if sorted(found) != sorted(wanted) or len(set(found)) < len(found):
+        raise ValueError(
+            f"expected {name} with the columns {wanted}, each once and in any order, got {found}: "
+            "rename or select them"
+        )
+    return [found.index(column) for column in wanted]

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from .._package import names_of, order_of
 from ..nn.velocity import checked_labels
 from ..transforms.flow import Flow
 from ..transforms.interpolant import check_tensor
@@ -47,14 +48,6 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
         raise TypeError(
             f"expected {name} to be a tensor or an array, got {type(x).__name__}: {error}"
         ) from error
-
-
-def names_of(x: object) -> tuple[str, ...]:
-    """Return the names of the columns of a data frame; of anything else none.
-
-    Also of an array of xarray whose dimension has the name ``columns``: only frames have types.
-    """
-    return tuple(map(str, getattr(x, "columns", ()) if hasattr(x, "dtypes") else ()))
 
 
 def named_columns(x: RowsLike, name: str = "data") -> tuple[Tensor, tuple[str, ...]]:
@@ -133,15 +126,8 @@ def in_order(
     Raises:
         ValueError: If the names are others, or one of several in another order is there twice.
     """
-    found, wanted = list(names), list(expected)
-    if not found or not wanted or found == wanted:
-        return rows
-    if sorted(found) != sorted(wanted) or len(set(found)) < len(found):
-        raise ValueError(
-            f"expected {name} with the columns {wanted}, each once and in any order, got {found}: "
-            "rename or select them"
-        )
-    return rows[..., [found.index(column) for column in wanted]]
+    order = order_of(names, expected, name)
+    return rows if order is None else rows[..., order]
 
 
 def columns_in_order(x: ArrayLike, names: Sequence[str], name: str) -> Tensor:
@@ -157,18 +143,7 @@ def columns_in_order(x: ArrayLike, names: Sequence[str], name: str) -> Tensor:
         TypeError: As :func:`as_tensor`.
         ValueError: If the names of a data frame are others.
     """
-    found = names_of(x) or _names_of_row(x, names)
-    return in_order(as_tensor(x, name), found, names, name)
-
-
-def _names_of_row(x: Any, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the index of a row of a data frame of several columns, if it is names; else none."""
-    index = getattr(x, "index", None)  # of lists a method
-    if index is None or callable(index) or not 1 < len(index) == len(names):
-        return ()
-    found = tuple(map(str, index))
-    are_names = all(isinstance(i, str) for i in index) or sorted(found) == sorted(names)
-    return found if are_names and x.ndim == 1 else ()
+    return in_order(as_tensor(x, name), names_of(x, names), names, name)
 
 
 def counted(bad: Tensor, rows: str = "rows") -> str:

@@ -13,16 +13,19 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array, lax
 from jax.typing import ArrayLike
+from numpy.typing import NDArray
 from numpyro.distributions import constraints
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 from numpyro.util import not_jax_tracer
 
+from .._package import names_of, order_of
 from .bases import base_log_prob, in_batch
 from .flow import to_white
 from .frozen import Weights
@@ -180,6 +183,7 @@ class ConditionalInterpolantDistribution:
         base_dist: As in :class:`InterpolantDistribution`.
         transforms: As in :class:`InterpolantDistribution`.
         sites: As in :class:`JointInterpolantDistribution`, or nothing.
+        context_columns: The names of the columns of contexts in the order of the flow, or nothing.
     """
 
     def __init__(
@@ -188,19 +192,25 @@ class ConditionalInterpolantDistribution:
         transforms: Sequence[Transform],
         *,
         sites: Sequence[tuple[str, Sequence[int], Any]] = (),
+        context_columns: Sequence[str] = (),
     ) -> None:
         self.base_dist, self.transforms = base_dist, list(transforms)
-        self._sites = json.dumps(list(sites))
+        self._sites, self.context_columns = json.dumps(list(sites)), tuple(context_columns)
 
     def condition(self, context: ArrayLike | Sequence[Any]) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``: batch shape ``(*)``.
 
         Of named sites it is a :class:`JointInterpolantDistribution`. Contexts of a flow of classes
-        are labels, whole numbers of shape ``(*)``.
+        are labels, whole numbers of shape ``(*)``. The columns of a data frame, or of a row of
+        it, are taken by name.
 
         Raises:
-            ValueError: If the last dimension is not the velocity's C.
+            TypeError: If they are whole numbers, and no labels.
+            ValueError: If the last dimension is not the velocity's C, or the columns of a data
+                frame have other names than those that the flow was trained on.
         """
+        if hasattr(context, "to_numpy"):
+            context = self._by_name(context)
         transforms = list(self.transforms)
         place = _place(transforms)
         flow = transforms[place].condition(context)
@@ -213,11 +223,21 @@ class ConditionalInterpolantDistribution:
             return JointInterpolantDistribution(base, transforms, sites=sites)
         return InterpolantDistribution(base, transforms)
 
+    def _by_name(self, frame: Any) -> NDArray[Any]:
+        """Return the contexts in a data frame, or in a row of it: labels of shape ``(N,)``."""
+        columns, values = self.context_columns, np.asarray(frame.to_numpy())
+        order = order_of(names_of(frame, columns), columns, "context")
+        values = values if order is None else values[..., order]
+        is_one = values.dtype.kind != "f" and values.shape[1:] == (1,)
+        return values[:, 0] if is_one else values
+
 
 jax.tree_util.register_pytree_node(
     ConditionalInterpolantDistribution,
-    lambda d: ((d.base_dist, d.transforms), d._sites),
-    lambda sites, parts: ConditionalInterpolantDistribution(*parts, sites=json.loads(sites)),
+    lambda d: ((d.base_dist, d.transforms), (d._sites, d.context_columns)),
+    lambda names, parts: ConditionalInterpolantDistribution(
+        *parts, sites=json.loads(names[0]), context_columns=names[1]
+    ),
 )
 
 

@@ -153,7 +153,10 @@ def _built(header: Mapping[str, Any], arrays: _Arrays, dtype: DTypeLike | None) 
         if not transform.context_dim:
             raise ValueError("expected a conditional flow to have contexts")
         sites = header["sites"] if "Joint" in kind else ()
-        return ConditionalInterpolantDistribution(base, chain, sites=sites)
+        names = header.get("context_columns", [])
+        if type(names) is not list or any(type(name) is not str for name in names):
+            raise ValueError(f"expected the names of columns, got {names!r}")
+        return ConditionalInterpolantDistribution(base, chain, sites=sites, context_columns=names)
     if transform.context_dim:
         raise ValueError("expected a flow without contexts")
     shape = tuple(header.get("batch_shape", ()))

@@ -119,6 +119,7 @@ class InterpolantTransform(RealVectorTransform):
         floating type.
 
         Raises:
+            TypeError: If it is of whole numbers, and the flow not one of classes.
             ValueError: If the last dimension is not C, or a label is known to be of no class.
         """
         context = _array(context)
@@ -127,6 +128,12 @@ class InterpolantTransform(RealVectorTransform):
         shape = jnp.shape(context)
         if not self.context_dim or shape[-1:] != (self.context_dim,):
             raise ValueError(f"expected a context of shape (*, {self.context_dim}), got {shape}")
+        kind, labels = jnp.result_type(context), "velocity.classes" in self.weights
+        if not labels and not jnp.issubdtype(kind, jnp.floating):
+            raise TypeError(
+                f"expected a context of a floating type, got {kind} of shape {shape}: convert "
+                "numbers with .astype(float), and labels with jax.nn.one_hot(labels, K)"
+            )
         return InterpolantTransform(self.weights, self.grid, context)
 
     @property

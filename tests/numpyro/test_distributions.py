@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as ndist
+import pandas
 import pyro.distributions as dist
 import pytest
 import torch
@@ -339,6 +340,32 @@ def test_a_simplex_keeps_its_small_shares_in_float32(float32):
     site = bijection("simplex")
     np.testing.assert_allclose(site.inv(share), expected, rtol=1e-6)
     np.testing.assert_allclose(site(real), share, rtol=1e-5)
+
+
+def test_contexts_in_frames_are_taken_by_name():
+    flow = family()
+    flow.context_columns = ("a", "b", "c")
+    twin = from_torch(flow)
+    frame = pandas.DataFrame({"a": [0.0, 1.0], "b": [2.0, 3.0], "c": [4.0, 5.0]})
+    again = jax.tree.unflatten(*jax.tree.flatten(twin)[::-1])
+    for other in (twin, again):
+        for given in (frame, frame[["c", "a", "b"]]):
+            context = other.condition(given).transform.context
+            np.testing.assert_array_equal(context, frame.to_numpy())
+            context = other.condition(given.iloc[1]).transform.context
+            np.testing.assert_array_equal(context, frame.to_numpy()[1])
+    with pytest.raises(ValueError, match=r"context with the columns \['a', 'b', 'c'\]"):
+        twin.condition(frame.rename(columns={"a": "d"}))
+
+
+def test_labels_in_frames_and_whole_numbers():
+    network = pi.VelocityMLP(2, (8, 8), classes=3)
+    labels = from_torch(
+        pi.ConditionalInterpolantDistribution(pi.ConditionalInterpolantTransform(network))
+    )
+    assert labels.condition(pandas.DataFrame({"kind": [0, 2]})).batch_shape == (2,)
+    with pytest.raises(TypeError, match=r"floating type, got int64 of shape \(3,\): convert"):
+        from_torch(family()).condition(jnp.array([1, 0, 2]))
 
 
 def test_sites_of_known_values_are_packed_under_jit():
