@@ -6,6 +6,7 @@ r"""Inference in base space: :math:`z \sim q` becomes :math:`z = T(w)`, :math:`w
 import collections
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, cast
 
@@ -23,6 +24,7 @@ from pyro.poutine.markov_messenger import MarkovMessenger
 from pyro.poutine.messenger import Messenger, block_messengers
 from pyro.poutine.plate_messenger import PlateMessenger
 from pyro.poutine.runtime import _PYRO_STACK, Message
+from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import ComposeTransform
 
@@ -34,6 +36,7 @@ from .initialization import whole_value
 from .sites import Model, Nodes, Site
 
 _BASE = "_base"  # what a site in base space has after its name
+_JACOBIAN = "_log_jacobian"  # and what the site has of its Jacobian where a scale weighs it
 _MARK = "_interpolant_flow"  # where a site in base space keeps its flow, and the site it is of
 # Of what "infer" holds, no part of the base draw's.
 _SITES_OWN = (PACKED, "was_observed", "obs", "_markov_scope", "_markov_depth")
@@ -190,8 +193,9 @@ def base_space(model: Model) -> BaseSpace:
     Initial values are proposed in base space too, where zero is the centre: strategies apply to
     ``z_base``, but for one that has a value for the name z, such as ``init_to_value(values={"z":
     ...})``, which is honoured by inverting the flow once. A site that ``pyro.condition`` fixes,
-    inside or around, is observed in data space. A scale or a mask weighs the base, as with Pyro's
-    ``TransformReparam``: the ELBO is the same, what a sampler explores is not.
+    inside or around, is observed in data space. A scale inside of the model weighs the density of
+    z, of which the Jacobian's part is a factor beside the base; one around the result weighs the
+    density of what is sampled there, as a mask does.
 
     Args:
         model: A Pyro model.
@@ -229,7 +233,8 @@ class _BaseSpaceMessenger(Messenger):
         inside = _PYRO_STACK[_PYRO_STACK.index(self) :]
         # A block that let the site through by its name might stop its base by another.
         with block_messengers(lambda m: isinstance(m, BlockMessenger) and m in inside):
-            z = _sampled(msg, flow, wrappers, value)
+            z, base = _sampled(msg, flow, wrappers, value)
+            _count_jacobian(msg["name"], base, flow, wrappers, inside)
         # As pyro.deterministic does it, in place of the site.
         msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(mask=False)
         msg["value"] = z
@@ -251,15 +256,10 @@ def _sampled(
     flow: InterpolantDistribution,
     wrappers: list[TorchDistributionMixin],
     value: Tensor | None,
-) -> Tensor:
-    """Sample the base of a flow, inside its wrappers, and return the value of the site."""
+) -> tuple[Tensor, Tensor]:
+    """Sample the base of a flow, inside its wrappers; return the value of the site, and that."""
     name, space = msg["name"], flow.space
-    base = space.sampled_base(flow.base_dist)
-    for wrapper in reversed(wrappers):
-        if isinstance(wrapper, dist.MaskedDistribution):
-            base = base.mask(wrapper._mask)
-        else:
-            base = base.to_event(wrapper.reinterpreted_batch_ndims)
+    base = _wrapped(space.sampled_base(flow.base_dist), wrappers)
     start: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if value is not None:
         if flow._validate_args:
@@ -270,7 +270,50 @@ def _sampled(
     infer: Any = {k: v for k, v in msg["infer"].items() if k not in _SITES_OWN}
     infer[_MARK] = (flow, name, msg["infer"].get(PACKED))
     with start, _not_yet_sampled(name):
-        return _image(flow, sample_in_place(name + _BASE, base, infer))
+        z = sample_in_place(name + _BASE, base, infer)
+    return _image(flow, z), z
+
+
+def _count_jacobian(
+    name: str,
+    z: Tensor,
+    flow: InterpolantDistribution,
+    wrappers: list[TorchDistributionMixin],
+    inside: list[Messenger],
+) -> None:
+    r"""Add what a scale s inside of base space takes from the Jacobian of a site.
+
+    The density :math:`q(z)^s` is :math:`p(w)^s |\det J|^{1 - s}` in terms of the base draw w.
+
+    Args:
+        name: The name of the site.
+        z: Its base draw.
+        flow: Its flow.
+        wrappers: What is around the flow.
+        inside: The handlers inside of base space.
+    """
+    scales = [m.scale for m in inside if isinstance(m, ScaleMessenger)]
+    if all(not isinstance(s, Tensor) and s == 1 for s in scales):
+        return
+    x = flow.space.from_sampled(z.to(flow.transform.flow.loc))
+    chain = ComposeTransform(flow.transforms)
+    log_det = chain.log_abs_det_jacobian(x, chain(x))
+    unit = _wrapped(dist.Unit((1 - math.prod(scales)) * log_det), wrappers)
+    # Plates count it as they do the site.
+    with block_messengers(lambda m: isinstance(m, ScaleMessenger) and m in inside):
+        pyro.sample(name + _JACOBIAN, unit, obs=unit.sample(), infer={"is_auxiliary": True})
+
+
+def _wrapped(
+    base: TorchDistributionMixin, wrappers: list[TorchDistributionMixin]
+) -> TorchDistributionMixin:
+    """Return a base inside the wrappers that a flow has, which come from outside."""
+    for wrapper in reversed(wrappers):
+        if isinstance(wrapper, dist.MaskedDistribution):
+            base = base.mask(wrapper._mask)
+        else:
+            base = base.to_event(wrapper.reinterpreted_batch_ndims)
+    return base
 
 
 @contextlib.contextmanager

@@ -6,29 +6,34 @@ through a trained guide.
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
 from numpyro import handlers
+from numpyro.distributions.distribution import Unit
 from numpyro.infer.reparam import Reparam
-from numpyro.primitives import _PYRO_STACK, get_mask
+from numpyro.primitives import _PYRO_STACK, Messenger, get_mask
+from numpyro.util import not_jax_tracer
 
 from .autoguide import AutoInterpolant, check_guide
 from .bases import Planar, directions, in_planes
 from .distributions import InterpolantDistribution
 from .given import is_given
 from .log_density import check_fixed_shape, draws_of
-from .supports import CIRCULAR, Bijection
+from .supports import CIRCULAR, Bijection, forward, per_event
 from .validity import WRAPPERS, log_prob_left_out
 
 __all__ = ["base_space", "neutra"]
 
 _BASE = "_base"  # what a site in base space has after its name
+_JACOBIAN = "_log_jacobian"  # and what the site has of its Jacobian where a scale weighs it
 _RAYLEIGH_RMS = 2**0.5  # the root mean square of a Rayleigh distance
 
 
@@ -46,7 +51,9 @@ def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
     ``condition``, ``do``, ``substitute`` or ``replay``, so by a guide that has ``z``, or by draws
     of ``z`` without ``z_base`` in ``Predictive``. ``init_to_value(values={"z": ...})`` is honoured
     by inverting the flow once; all other strategies apply to ``z_base``. Sites inside NumPyro's
-    ``scan`` are left alone too, but for ``scan(base_space(step), ...)``.
+    ``scan`` are left alone too, but for ``scan(base_space(step), ...)``. A scale inside of the
+    model weighs the density of z, of which the Jacobian's part is a factor beside the base; one
+    around the result weighs the density of what is sampled there.
 
     Args:
         model: A NumPyro model.
@@ -76,12 +83,17 @@ class _InBaseSpace(Reparam):
         flow: The flow.
         site: The site, before it is sampled.
         value: Where to start from, on the support, or None.
+        scales: The handlers of scales inside of base space.
     """
 
     def __init__(
-        self, flow: InterpolantDistribution, site: Mapping[str, Any], value: Array | None
+        self,
+        flow: InterpolantDistribution,
+        site: Mapping[str, Any],
+        value: Array | None,
+        scales: list[Messenger],
     ) -> None:
-        self.flow, self.value = flow, value
+        self.flow, self.value, self.scales = flow, value, scales
         key = site["kwargs"].get("rng_key")
         self.how = {"sample_shape": draws_of(site), "infer": dict(site["infer"]), "rng_key": key}
 
@@ -91,9 +103,28 @@ class _InBaseSpace(Reparam):
         with self._start(name, fn):
             x = numpyro.sample(name + _BASE, _base_of(flow, fn), **self.how)
         x = directions(x) if _is_angular(flow) else x
+        if all(not_jax_tracer(s.scale) and np.all(s.scale == 1) for s in self.scales):
+            for transform in flow.transforms:
+                x = transform(x)
+            return None, x
+        batch, log_det = jnp.shape(x)[:-1], jnp.zeros(())
         for transform in flow.transforms:
-            x = transform(x)
+            x, term = forward(transform, x)
+            log_det = log_det + per_event(term, batch)
+        self._count_jacobian(name, fn, log_det)
         return None, x
+
+    def _count_jacobian(self, name: str, fn: dist.Distribution, log_det: Array) -> None:
+        r"""Add what a scale s inside of base space takes from the Jacobian of a site.
+
+        The density :math:`q(z)^s` is :math:`p(w)^s |\det J|^{1 - s}` in terms of the base draw w.
+        """
+        rest = 1 - math.prod(handler.scale for handler in self.scales)
+        unit = _wrapped(Unit(rest * log_det), fn)
+        with _without(self.scales):  # plates count it as they do the site
+            numpyro.sample(
+                name + _JACOBIAN, unit, obs=unit.sample(None), infer={"is_auxiliary": True}
+            )
 
     @contextlib.contextmanager
     def _start(self, name: str, fn: dist.Distribution) -> Iterator[None]:
@@ -133,7 +164,8 @@ def _config(site: dict[str, Any]) -> Reparam | None:
     others = [h for i, h in enumerate(stack) if i > here or not isinstance(h, handlers.scope)]
     base = {**site, "name": site["name"] + _BASE, "fn": _base_of(flow, site["fn"])}
     given, start = is_given(site, base, others)
-    return None if given else _InBaseSpace(flow, site, start)
+    scales = [h for h in stack[:here] if isinstance(h, handlers.scale)]
+    return None if given else _InBaseSpace(flow, site, start, scales)
 
 
 def _is_drawn(site: dict[str, Any]) -> bool:
@@ -160,7 +192,8 @@ def _wrapped(base: dist.Distribution, fn: dist.Distribution) -> dist.Distributio
     if isinstance(fn, dist.Independent):
         return _wrapped(base, fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
     if isinstance(fn, dist.ExpandedDistribution):
-        return _wrapped(base, fn.base_dist).expand(fn.batch_shape)
+        inner = _wrapped(base, fn.base_dist)
+        return inner if isinstance(base, Unit) else inner.expand(fn.batch_shape)
     return base
 
 
@@ -212,7 +245,8 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
         with handlers.reparam(config=images.config):
             result = guide.model(*args, **kwargs)
         if get_mask() is not False:
-            with _unweighted():
+            weights = [h for h in _PYRO_STACK if isinstance(h, handlers.scale | handlers.mask)]
+            with _without(weights):
                 numpyro.factor(f"{guide.prefix}_log_jacobian", log_det + images.total)
         if images.parts:
             raise ValueError(
@@ -225,10 +259,10 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _unweighted() -> Iterator[None]:
-    """Keep what is inside from the scales and masks around, which weigh densities of sites."""
+def _without(weights: list[Messenger]) -> Iterator[None]:
+    """Keep what is inside from scales and masks around, which weigh densities of sites."""
     around = list(_PYRO_STACK)
-    _PYRO_STACK[:] = [h for h in around if not isinstance(h, handlers.scale | handlers.mask)]
+    _PYRO_STACK[:] = [h for h in around if h not in weights]
     try:
         yield
     finally:

@@ -311,7 +311,7 @@ SITES = {
 }
 
 # Where every event of the site counts once, so that the Jacobian is that of the whole site.
-UNWEIGHTED = [n for n in SITES if "masked" not in n and n not in ("scaled", "subsampled")]
+UNWEIGHTED = [n for n in SITES if "masked" not in n and n != "subsampled"]
 
 sites = pytest.mark.parametrize("name", SITES)
 
@@ -374,7 +374,7 @@ def test_log_joint_is_that_of_the_data_space_with_the_jacobian(name):
 
 
 @pytest.mark.parametrize("name", [n for n in SITES if n not in UNWEIGHTED])
-def test_masks_and_scales_apply_to_the_base(name):
+def test_masks_and_plates_apply_to_the_base(name):
     model, density = SITES[name]()
     trace = trace_of(base_space(model))
     z_base, z = (trace.nodes[n]["value"] for n in ("z_base", "z"))
@@ -382,7 +382,6 @@ def test_masks_and_scales_apply_to_the_base(name):
     rows = normal.reshape(-1)
     weights = {
         "subsampled": torch.full((4,), 3.0),
-        "scaled": torch.tensor([2.5]),
         "masked_by_a_bool": torch.zeros(1),
         "to_event_masked": torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0]),
         "masked_twice": torch.tensor([1.0, 0.0, 0.0]),
@@ -391,6 +390,28 @@ def test_masks_and_scales_apply_to_the_base(name):
     # And those are the weights of data space.
     there = trace_of(poutine.condition(model, {"z": z.clone()}))
     assert torch.allclose(there.log_prob_sum(), density(z.clone()))
+
+
+def test_a_scale_inside_weighs_the_density_of_the_site():
+    """In plates, which count the Jacobian as they count a guide's site, and under masks."""
+    prior, keep = random_prior(2), torch.tensor([True, False])
+
+    def model():
+        with pyro.plate("rows", 6, subsample_size=2), poutine.scale(scale=0.5):
+            with poutine.scale(scale=torch.tensor(0.6)):
+                pyro.sample("z", prior.mask(keep))
+
+    with torch.no_grad():
+        w = torch.randn(2, 2)
+        z = prior.transform(w)
+        log_det = prior.transform.log_abs_det_jacobian(w, z)
+        given = poutine.condition(base_space(model), {"z_base": w})
+        found = poutine.trace(given).get_trace().log_prob_sum()
+        around = poutine.trace(poutine.scale(given, 2.0)).get_trace().log_prob_sum()
+    base = dist.Normal(0.0, 1.0).log_prob(w).sum(-1)
+    expected = 3 * (0.3 * base + 0.7 * log_det)[0]
+    assert torch.allclose(found, expected)
+    assert torch.allclose(around, 2 * expected)
 
 
 def test_observed_sites_are_left_alone():

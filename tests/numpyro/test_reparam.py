@@ -61,6 +61,25 @@ def test_the_joint_density_is_the_same(prior, model):
     np.testing.assert_allclose(found, prior.base_dist.log_prob(x) + likelihood, rtol=1e-12)
 
 
+def test_a_scale_inside_weighs_the_density_of_the_site(prior):
+    """In plates, which count the Jacobian as they count a guide's site, and under masks."""
+
+    def model(keep):
+        with numpyro.plate("rows", 6, subsample_size=2), handlers.scale(scale=0.5):
+            with handlers.scale(scale=0.6):
+                numpyro.sample("z", prior.mask(keep))
+
+    w = jnp.array([[0.5, -1.0], [0.3, 0.2]])
+    _, log_det = prior.transform.call_with_intermediates(w)
+    base = handlers.seed(base_space(model), KEY)
+    keep = jnp.array([True, False])
+    expected = 3 * (0.3 * prior.base_dist.log_prob(w) + 0.7 * log_det)[0]
+    found = log_density(base, (keep,), {}, {"z_base": w})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    around = log_density(handlers.scale(base, scale=2.0), (keep,), {}, {"z_base": w})[0]
+    np.testing.assert_allclose(around, 2 * expected, rtol=1e-12)
+
+
 def test_as_numpyros_own_reparametrisation(model):
     own = handlers.reparam(model, config={"z": TransformReparam()})
     x = jnp.array([0.5, -1.0])
