@@ -16,13 +16,14 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform, constraints, transform_to
+from torch.distributions import Distribution, Transform, constraints
 
 from .._package import check_ranges, check_sizes
 from ..interpolants.nonlinear import wrap
 from ..transforms.interpolant import broadcast_batch
 from ..transforms.whitening import Whitening
-from .constraints import Circular, innermost_constraint, is_all_real, is_discrete, is_flat
+from .base_support import inside_base, stated_support
+from .constraints import Circular, is_discrete, is_flat
 from .rows import checked_rows
 
 if TYPE_CHECKING:
@@ -290,10 +291,9 @@ def base_log_prob(base: Distribution, x: Tensor) -> Tensor:
     """
     if not has_density(base):
         raise _lacks_density(base)
-    support = stated_support(base)
-    if isinstance(support, Circular):
+    if isinstance(stated_support(base), Circular):
         return base.log_prob(wrap(x))
-    found = inside_support(support, x)
+    found = inside_base(base, x)
     if found is None:
         return base.log_prob(x)
     within, known = found
@@ -311,33 +311,6 @@ def only_possible(log_prob: Tensor, possible: Tensor, value: Tensor, event_dim: 
     """
     unknown = value.isnan().reshape(*value.shape[: value.dim() - event_dim], -1).any(-1)
     return log_prob.where(possible, torch.where(unknown, math.nan, -math.inf).to(log_prob))
-
-
-def stated_support(base: Distribution) -> Any:
-    """Return the support of a distribution, or None where it states none for all of its parts."""
-    try:
-        support: Any = base.support
-    except NotImplementedError:
-        return None
-    if not isinstance(base, dist.MixtureSameFamily):
-        return support
-    inner = innermost_constraint(support)
-    bounds = [getattr(inner, name, 0.0) for name in ("lower_bound", "upper_bound")]
-    return support if all(torch.as_tensor(b).numel() == 1 for b in bounds) else None
-
-
-def inside_support(support: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return which values are in a support, and some that are, or None where all may be.
-
-    Args:
-        support: The support, or None for one that is not known.
-        x: Values, of whatever shape it takes.
-    """
-    if support is None or is_all_real(support):
-        return None
-    with contextlib.suppress(NotImplementedError):  # one that nobody has a bijection of
-        return support.check(x), transform_to(support)(torch.zeros_like(x))
-    return None
 
 
 def check_is_base(base: object, like: Tensor) -> None:

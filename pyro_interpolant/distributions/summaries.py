@@ -25,7 +25,8 @@ from torch.quasirandom import SobolEngine
 from .._torch import is_functional, is_tracing, seeded
 from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
-from .bases import ExternalBase, Samples, UniformTorus, detached, inside_support, stated_support
+from .base_support import inside_base, stated_support
+from .bases import ExternalBase, Samples, UniformTorus, detached
 from .constraints import innermost_constraint
 from .flow import FlowDistribution
 from .quasi_random import normal_points
@@ -412,7 +413,7 @@ def _base_cdf(distribution: Summaries, x: Tensor, *, above: bool = False) -> Ten
     if isinstance(distribution.base, Summaries):
         return _cdf(distribution.base, x)
     base = _scalars(distribution.base)
-    found = inside_support(stated_support(base), x)
+    found = inside_base(base, x)
     with _naming(base, "cdf"):
         if found is None:
             return base.cdf(x)[..., 0]

@@ -24,6 +24,7 @@ from ..nn.velocity import embedded, evaluate, may_be_periodic
 from ..transforms.bijections import Cached
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import without_gaussianizer
+from .base_support import stated_support
 from .bases import (
     Planar,
     UniformTorus,
@@ -31,7 +32,6 @@ from .bases import (
     directions,
     has_density,
     in_planes,
-    stated_support,
 )
 from .constraints import (
     Circular,

@@ -5,8 +5,10 @@ the names that NumPyro gives to the same arguments.
 """
 
 import copy
+import functools
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from .._files import below
 from .supports import CIRCULAR, OnEvents
 from .transforms import RealVectorTransform, Wrap
 
+WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)
 _TURN = 2 * math.pi
 
 # Of these the arguments have the same names and meanings.
@@ -192,14 +195,88 @@ def base_log_prob(base: dist.Distribution, x: Array) -> Array:
         end = end.base_constraint
     if isinstance(end, type(constraints.circular)) or end == OnEvents(CIRCULAR):
         return base.log_prob(Wrap()(x))
-    if isinstance(end, type(constraints.real) | OnEvents):  # flows know their own
-        return base.log_prob(x)
     x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, base.batch_shape + base.event_shape))
-    inside = base.support(x)
-    known = base.support.feasible_like(x)
+    found = _inside(base, x)
+    if found is None:
+        return base.log_prob(x)
+    inside, known = found
     log_prob = base.log_prob(jnp.where(inside[..., None], x, known))
     unknown = jnp.isnan(x).any(-1)
     return jnp.where(inside, log_prob, jnp.where(unknown, jnp.nan, -jnp.inf))
+
+
+def _inside(base: dist.Distribution, x: Array) -> tuple[Array, Array] | None:
+    """Return where a base can have values, shape ``(*)``, and some where it can.
+
+    Values are pulled back through its transforms, each of which has them in its codomain: NumPyro
+    states that of the last alone.
+
+    Args:
+        base: The base.
+        x: Values, shape ``(*, *event_shape)``.
+
+    Returns:
+        Both, or None where all values may be.
+    """
+    inner = base
+    while isinstance(inner, WRAPPERS):
+        inner = inner.base_dist
+    if type(inner).log_prob is not dist.TransformedDistribution.log_prob:  # a formula of its own
+        return _inside_support(base.support, x)
+    y, event_dim, within = x, base.event_dim, list[Array]()
+    transforms = _flat(inner.transforms)
+    for transform in reversed(transforms):
+        end = transform.codomain
+        found = _inside_support(end, y)
+        if found is not None:
+            y = _kept(y, found, end.event_dim, event_dim, within)
+        y = transform.inv(y)
+        event_dim += transform.domain.event_dim - end.event_dim
+    found = _inside(inner.base_dist, y)
+    if found is not None:
+        y = _kept(y, found, inner.base_dist.event_dim, event_dim, within)
+    if not within:
+        return None
+    for transform in transforms:
+        y = transform(y)
+    return functools.reduce(operator.and_, within), y
+
+
+def _kept(
+    y: Array,
+    found: tuple[Array, Array],
+    checked_dim: int,
+    event_dim: int,
+    within: list[Array],
+) -> Array:
+    """Return values with known ones for those that cannot be, and note which can, ``(*)``.
+
+    Args:
+        y: The values, shape ``(*, *event_shape)``.
+        found: Where they can be, and known ones.
+        checked_dim: Of how many dimensions that is told at once.
+        event_dim: The number of dimensions of an event.
+        within: To which it is added which events can be.
+    """
+    inside, known = found
+    within.append(inside.all(tuple(range(checked_dim - event_dim, 0))))
+    return jnp.where(inside.reshape(inside.shape + (1,) * checked_dim), y, known)
+
+
+def _flat(transforms: Sequence[maps.Transform]) -> list[maps.Transform]:
+    """Return transforms, of those that are composed the parts."""
+    parts = ((t.parts if isinstance(t, maps.ComposeTransform) else [t]) for t in transforms)
+    return [part for several in parts for part in several]
+
+
+def _inside_support(support: constraints.Constraint, x: Array) -> tuple[Array, Array] | None:
+    """Return which values are in a support, and some that are, or None where all may be."""
+    end = support
+    while isinstance(end, type(constraints.independent(constraints.real, 1))):
+        end = end.base_constraint
+    if isinstance(end, type(constraints.real) | type(constraints.real_vector) | OnEvents):
+        return None  # flows know their own
+    return jnp.asarray(support(x)), support.feasible_like(x)
 
 
 def build_base(

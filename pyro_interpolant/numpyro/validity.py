@@ -13,9 +13,9 @@ import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions import constraints
 
+from .bases import WRAPPERS
 from .distributions import InterpolantDistribution
 
-WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)
 _ALWAYS = (type(constraints.real), type(constraints.dependent))
 
 

@@ -19,8 +19,8 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from .._torch import evaluated, seeded, warn_user
-from ..distributions.bases import stated_support
-from ..distributions.constraints import Circular, is_all_real
+from ..distributions.base_support import has_bounds, stated_support
+from ..distributions.constraints import Circular
 from ..distributions.flow import FlowDistribution
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import GAUSSIAN, Report, beside, decimals
@@ -224,8 +224,7 @@ def _has_bounds(base: Distribution | None) -> bool:
     """Return whether a base has no density beyond some bounds, as far as its support says."""
     if isinstance(base, FlowDistribution) and _has_bounds(base.base):
         return True
-    support = None if base is None else stated_support(base)
-    return not (support is None or isinstance(support, Circular) or is_all_real(support))
+    return base is not None and not isinstance(stated_support(base), Circular) and has_bounds(base)
 
 
 def _scores(distribution: AnyDistribution, rows: Rows) -> Scores:

@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 import subprocess
 import sys
@@ -34,7 +35,8 @@ from pyro_interpolant import (
     reflow,
     save,
 )
-from pyro_interpolant.distributions.bases import Planar
+from pyro_interpolant.distributions.base_support import has_bounds
+from pyro_interpolant.distributions.bases import Planar, base_log_prob
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
@@ -656,6 +658,53 @@ def test_a_bounded_base_ends_no_training():
     assert result.stopped_by == "schedule"
     assert result.solver.steps < 256  # by the rows that have a density
     assert result.report.log_prob_error < 1e-2  # the default tolerance, nats
+
+
+def images():
+    """Return bases on (-inf, 1), on (-1, 1) and above 1, with their density of one number."""
+    normal = dist.Normal(torch.zeros(2), 1.0)
+    exp, sigmoid = dist.transforms.ExpTransform(), dist.transforms.SigmoidTransform()
+    affine = dist.transforms.AffineTransform
+    logit = [sigmoid, affine(-1.0, 2.0)]
+    return {
+        "below": dist.TransformedDistribution(normal, [exp, affine(1.0, -2.0)]).to_event(1),
+        "between": dist.TransformedDistribution(normal.to_event(1), logit),
+        "composed": dist.TransformedDistribution(normal, [dist.transforms.ComposeTransform(logit)])
+        .expand((3, 2))
+        .to_event(1),
+        "nested": dist.TransformedDistribution(
+            dist.TransformedDistribution(normal, [exp]).to_event(1),
+            [affine(1.0, 2.0, event_dim=1)],
+        ),
+        "uniform": dist.TransformedDistribution(
+            dist.Uniform(torch.zeros(2), 1.0), [affine(-1.0, 2.0)]
+        ).to_event(1),
+    }
+
+
+@pytest.mark.parametrize("name", images())
+def test_behind_several_transforms_a_base_has_a_density_where_its_draws_are(name):
+    base = images()[name]
+    x = torch.tensor([[-5.0, -0.5], [0.2, -0.5], [0.2, 2.0], [2.0, 3.0]])
+    if base.batch_shape:
+        x = x[:, None]
+    low, high = {"below": (-math.inf, 1.0), "nested": (1.0, math.inf)}.get(name, (-1.0, 1.0))
+    within = ((x > low) & (x < high)).all(-1).expand(len(x), *base.batch_shape)
+    found = base_log_prob(base, x.requires_grad_())
+    assert torch.equal(found.isfinite(), within)
+    assert torch.equal(found == -math.inf, ~within)
+    total = found[within].sum() + x.sum()  # that of uniform ones is constant
+    assert bool(torch.autograd.grad(total, x)[0].isfinite().all())
+    assert has_bounds(base)
+    draws = base.sample((5,))
+    torch.testing.assert_close(base_log_prob(base, draws), base.log_prob(draws))
+
+
+def test_an_affine_image_of_real_vectors_has_no_bounds():
+    shifted = [dist.transforms.AffineTransform(1.0, 2.0)]
+    base = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0), shifted).to_event(1)
+    assert not has_bounds(base)
+    assert bool(base_log_prob(base, torch.randn(5, 2)).isfinite().all())
 
 
 def test_a_move_to_where_it_is_already_leaves_a_base_to_be_trained():

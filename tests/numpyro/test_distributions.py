@@ -26,6 +26,7 @@ from pyro_interpolant.numpyro import (
     JointInterpolantDistribution,
     from_torch,
 )
+from pyro_interpolant.numpyro.bases import base_log_prob
 from pyro_interpolant.numpyro.supports import Bijection, bijection
 
 KEY = jax.random.key(0)
@@ -514,6 +515,33 @@ BOUNDED = {
         dist.Categorical(torch.ones(2)), dist.LogNormal(torch.eye(2), 1.0).to_event(1)
     ),
 }
+
+
+def images():
+    normal, affine = ndist.Normal(jnp.zeros(2), 1.0), ndist.transforms.AffineTransform
+    exp, sigmoid = ndist.transforms.ExpTransform(), ndist.transforms.SigmoidTransform()
+    between = [ndist.transforms.ComposeTransform([sigmoid, affine(-1.0, 2.0)])]
+    exponential = ndist.TransformedDistribution(normal, [exp]).to_event(1)
+    return {
+        "below": ndist.TransformedDistribution(normal, [exp, affine(1.0, -2.0)]).to_event(1),
+        "between": ndist.TransformedDistribution(normal, between).to_event(1).expand((3,)),
+        "above": ndist.TransformedDistribution(exponential, [affine(1.0, 2.0)]),
+    }
+
+
+@pytest.mark.parametrize("name", slow_but(images(), "above"))
+def test_behind_several_transforms_a_base_has_a_density_where_its_draws_are(name):
+    base = images()[name]
+    x = jnp.array([[-5.0, -0.5], [0.2, -0.5], [0.2, 2.0], [2.0, 3.0]])
+    x = x[:, None] if base.batch_shape else x
+    low, high = {"below": (-np.inf, 1), "between": (-1, 1), "above": (1, np.inf)}[name]
+    within = jnp.broadcast_to(((x > low) & (x < high)).all(-1), (len(x), *base.batch_shape))
+    found, pull = jax.vjp(lambda v: base_log_prob(base, v), x)
+    np.testing.assert_array_equal(jnp.isfinite(found), within)
+    np.testing.assert_array_equal(found == -np.inf, ~within)
+    assert bool(jnp.isfinite(pull(within.astype(float))[0]).all())
+    draws = base.sample(KEY, (5,))
+    np.testing.assert_allclose(base_log_prob(base, draws), base.log_prob(draws), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", slow_but(BOUNDED, "log-normal"))

@@ -1,0 +1,135 @@
+r"""Where a base has a density: as it states, and behind each of the transforms it is made of.
+
+Of a distribution that is transformed by several, torch states the codomain of the last alone:
+:math:`1 - 2 e^x` would be any real number.
+"""
+
+import contextlib
+import functools
+import operator
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import (
+    ComposeTransform,
+    Distribution,
+    Independent,
+    Transform,
+    TransformedDistribution,
+    transform_to,
+)
+
+from .constraints import innermost_constraint, is_all_real
+
+_WRAPPERS = (Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
+
+
+def stated_support(base: Distribution) -> Any:
+    """Return the support of a distribution, or None where it states none for all of its parts."""
+    try:
+        support: Any = base.support
+    except NotImplementedError:
+        return None
+    if not isinstance(base, dist.MixtureSameFamily):
+        return support
+    inner = innermost_constraint(support)
+    bounds = [getattr(inner, name, 0.0) for name in ("lower_bound", "upper_bound")]
+    return support if all(torch.as_tensor(b).numel() == 1 for b in bounds) else None
+
+
+def has_bounds(base: Distribution) -> bool:
+    """Return whether a distribution has no density beyond some bounds, as far as it says."""
+    inner, transforms = _transformed(base)
+    if inner is not None:
+        bounded = any(not is_all_real(transform.codomain) for transform in transforms)
+        return bounded or has_bounds(inner)
+    support = stated_support(base)
+    return not (support is None or is_all_real(support))
+
+
+def inside_base(base: Distribution, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return where a distribution can have values, shape ``(*)``, and some where it can.
+
+    Values are pulled back through its transforms, each of which has them in its codomain.
+
+    Args:
+        base: The distribution.
+        x: Values, shape ``(*, *event_shape)``.
+
+    Returns:
+        Both, or None where all values may be.
+    """
+    inner, transforms = _transformed(base)
+    if inner is None:
+        return _inside_support(stated_support(base), x)
+    y, event_dim, within = x, len(base.event_shape), list[Tensor]()
+    for transform in reversed(transforms):
+        end = transform.codomain
+        found = _inside_support(end, y)
+        if found is not None:
+            y = _kept(y, found, end.event_dim, event_dim, within)
+        y = transform.inv(y)
+        event_dim += transform.domain.event_dim - end.event_dim
+    found = inside_base(inner, y)
+    if found is not None:
+        y = _kept(y, found, len(inner.event_shape), event_dim, within)
+    if not within:
+        return None
+    for transform in transforms:
+        y = transform(y)
+    return functools.reduce(operator.and_, within), y
+
+
+def _kept(
+    y: Tensor,
+    found: tuple[Tensor, Tensor],
+    checked_dim: int,
+    event_dim: int,
+    within: list[Tensor],
+) -> Tensor:
+    """Return values with known ones for those that cannot be, and note which can, ``(*)``.
+
+    Args:
+        y: The values, shape ``(*, *event_shape)``.
+        found: Where they can be, and known ones.
+        checked_dim: Of how many dimensions that is told at once.
+        event_dim: The number of dimensions of an event.
+        within: To which it is added which events can be.
+    """
+    inside, known = found
+    extra = event_dim - checked_dim
+    within.append(inside.flatten(-extra).all(-1) if extra else inside)
+    return y.where(inside.reshape(inside.shape + (1,) * checked_dim), known)
+
+
+def _transformed(base: Any) -> tuple[Distribution | None, list[Transform]]:
+    """Return what a distribution transforms, and by what; None where its formula is its own."""
+    while isinstance(base, _WRAPPERS):
+        base = base.base_dist
+    is_image = isinstance(base, TransformedDistribution)
+    if not is_image or type(base).log_prob is not TransformedDistribution.log_prob:
+        return None, []
+    left, transforms = list(base.transforms), list[Transform]()
+    while left:
+        transform = left.pop(0)
+        if isinstance(transform, ComposeTransform):
+            left = [*transform.parts, *left]
+        else:
+            transforms.append(transform)
+    return base.base_dist, transforms
+
+
+def _inside_support(support: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return which values are in a support, and some that are, or None where all may be.
+
+    Args:
+        support: The support, or None for one that is not known.
+        x: Values, of whatever shape it takes.
+    """
+    if support is None or is_all_real(support):
+        return None
+    with contextlib.suppress(NotImplementedError):  # one that nobody has a bijection of
+        return support.check(x), transform_to(support)(torch.zeros_like(x))
+    return None
