@@ -1,8 +1,12 @@
-"""What ``numpyro_speed.py`` runs of Pyro, in processes of their own, of this version or 0.1.0.
+"""What ``numpyro_speed.py`` runs of Pyro, in a process of its own, of this version or 0.1.0.
 
-    python benchmarks/_pyro_speed.py files FOLDER        # trains the flows, and writes them
-    python benchmarks/_pyro_speed.py gradients FOLDER    # prints a JSON line for each cell
-    python benchmarks/_pyro_speed.py nuts FOLDER stars base
+    python benchmarks/_pyro_speed.py FOLDER
+
+It reads lines of JSON, and answers each by lines of JSON and an empty one:
+
+    ["files"]                       # trains the flows, and writes them
+    ["gradients", "8 default:1"]    # a line for each cell
+    ["nuts", "stars", "base"]
 
 Only names that version 0.1.0 has are used here.
 """
@@ -127,20 +131,21 @@ def print_nuts(folder, name, space, count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("files", "gradients", "nuts"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("rest", nargs="*")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--draws", type=int, default=150)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.what == "files":
-        write_files(args.folder, args.smoke)
-    elif args.what == "gradients":
-        cells = [(cell.rpartition(":")[0], int(cell.rpartition(":")[2])) for cell in args.rest]
-        print_gradients(args.folder, cells, 0.01 if args.smoke else 1.0)
-    else:
-        print_nuts(args.folder, *args.rest, args.draws)
+    for line in sys.stdin:
+        what, *rest = json.loads(line)
+        if what == "files":
+            write_files(args.folder, args.smoke)
+        elif what == "gradients":
+            cells = [(cell.rpartition(":")[0], int(cell.rpartition(":")[2])) for cell in rest]
+            print_gradients(args.folder, cells, 0.01 if args.smoke else 1.0)
+        else:
+            print_nuts(args.folder, *rest, args.draws)
+        print(flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ With --old, a checkout of version 0.1.0 trains and writes the flows, and is time
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -45,13 +46,25 @@ HERE = Path(__file__).parent
 MODELS = ("conjugate", "stars")
 
 
-def by_pyro(root, folder, what, *rest, args):
-    """Run a part of _pyro_speed.py with the package that is in a folder; return its JSON lines."""
+def started(root, folder, args):
+    """Start _pyro_speed.py with the package that is in a folder; return its process."""
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "_pyro_speed.py"), what, str(folder), *rest]
+    command = [sys.executable, str(HERE / "_pyro_speed.py"), str(folder)]
     command += ["--draws", str(args.draws), *(["--smoke"] if args.smoke else [])]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def by_pyro(process, *what):
+    """Run a part of _pyro_speed.py; return its JSON lines."""
+    print(json.dumps(what), file=process.stdin, flush=True)
+    found = []
+    for line in process.stdout:
+        if line == "\n":
+            return found
+        if line.startswith("{"):
+            found.append(json.loads(line))
+    raise RuntimeError(f"{what} in Pyro ended with an error")
 
 
 def print_gradients(engines, folder, args):
@@ -59,7 +72,7 @@ def print_gradients(engines, folder, args):
     rows = (1,) if args.smoke else (1, 100, 1000)
     cells = [(name, n) for name in list(SHAPES)[: 1 if args.smoke else None] for n in rows]
     texts = [f"{name}:{n}" for name, n in cells]
-    slow = [by_pyro(root, folder, "gradients", *texts, args=args) for root in engines.values()]
+    slow = [by_pyro(process, "gradients", *texts) for process in engines.values()]
     head = ["D, layers", "rows", "space", *(f"{engine}, ms" for engine in engines)]
     head += ["NumPyro, ms", *(f"times {engine}" for engine in engines), "compiling, s"]
     print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
@@ -161,8 +174,8 @@ def print_nuts(engines, folder, args):
                 f"{name}, {space} space: warm-up of {count // 4} with compiling {warmed:.1f} s, "
                 f"a run of one draw, compiled anew, {compiled:.1f} s"
             )
-            for engine, root in engines.items():
-                (found,) = by_pyro(root, folder, "nuts", name, space, args=args)
+            for engine, process in engines.items():
+                (found,) = by_pyro(process, "nuts", name, space)
                 other, other_sd, few = moments(np.load(folder / "draws.npy"))
                 slow = few.min() / found["seconds"]
                 apart = (other - mean) / np.sqrt(sd**2 / effective + other_sd**2 / few)
@@ -190,11 +203,14 @@ def main():
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     args.draws = 10 if args.smoke else args.draws
-    engines = {"0.1.0": args.old.resolve()} if args.old else {}
-    engines["Pyro"] = HERE.parent
-    with tempfile.TemporaryDirectory() as scratch:
+    roots = {"0.1.0": args.old.resolve()} if args.old else {}
+    roots["Pyro"] = HERE.parent
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as processes:
         folder = Path(scratch)
-        by_pyro(next(iter(engines.values())), folder, "files", args=args)
+        engines = {}
+        for engine, root in roots.items():
+            engines[engine] = processes.enter_context(started(root, folder, args))
+        by_pyro(next(iter(engines.values())), "files")
         print_gradients(engines, folder, args)
         print_nuts(engines, folder, args)
         print_chains(folder, args)
