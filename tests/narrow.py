@@ -57,9 +57,16 @@ def narrow_networks(put=setattr):
     put(guides, "guide_network", lambda dim, hidden=None: cls(dim, hidden))
 
 
+def shallow(plain):
+    """Return what gives the U-Net, of one block for each level in place of two."""
+    return lambda: functools.partial(plain(), layers_per_block=1)
+
+
 def small_runs(put=setattr):
     """Make all that runs small; a test gives the function that undoes it at its end."""
     narrow_networks(put)
+    unets = importlib.import_module("pyro_interpolant.nn.unet")
+    put(unets, "_diffusers_unet", shallow(unets._diffusers_unet))
     for name, few in FEW.items():
         module, _, constant = name.rpartition(".")
         module = importlib.import_module(f"pyro_interpolant.{module}")
