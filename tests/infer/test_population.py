@@ -999,7 +999,7 @@ def test_objects_need_a_flow_from_its_default_base_and_some_draws():
 def test_noise_is_taken_off_a_gaussian():
     torch.manual_seed(1)
     _, y, sds = catalogue(3000)
-    options = {"network": pi.VelocityMLP(2, (16, 16)), "steps": 600, "seed": 0}
+    options = {"network": pi.VelocityMLP(2, (16, 16)), "steps": 350, "seed": 0}
     population = from_noisy_samples(y.float(), sds.float(), progress=False, **options)
     z = population.sample((20_000,)).double()
     assert float((z.mean(0) - LOC).abs().max()) < 0.1
@@ -1022,7 +1022,7 @@ def test_a_population_is_found_from_posteriors_made_under_a_wide_prior():
     # One run is wider than these rows tell, by 0.02 to 0.04 of five seeds.
     means, sds = [], []
     for seed in range(3):
-        options = {"network": pi.VelocityMLP(1, (16, 16)), "steps": 1600, "seed": seed}
+        options = {"network": pi.VelocityMLP(1, (16, 16)), "steps": 800, "seed": seed}
         population = from_posterior_samples(draws, log_prior, progress=False, **options)
         z = population.sample((10_000,))
         means.append(float(z.mean()))

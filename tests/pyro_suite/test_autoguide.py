@@ -592,8 +592,8 @@ def test_exact_where_the_posterior_is_gaussian(name, how):
     guide = AutoInterpolant(model, hidden_dims=(16, 16), init_scale=0.5, solver=FixedGrid(12))
     guide(data)
     if how == "svi":
-        steps = 200
-        optimizer = ClippedAdam({"lr": 0.005, "lrd": 0.1 ** (1 / steps)})
+        steps = 140
+        optimizer = ClippedAdam({"lr": 0.01, "lrd": 0.03 ** (1 / steps)})
         loss = Trace_ELBO(num_particles=50, vectorize_particles=True, max_plate_nesting=1)
         svi = SVI(model, guide, optimizer, loss)
         for _ in range(steps):
@@ -606,7 +606,7 @@ def test_exact_where_the_posterior_is_gaussian(name, how):
             n: part.reshape(-1, *guide(data)[n].shape)
             for n, part in zip(names, parts, strict=True)
         }
-        fit_guide(guide, data, samples=samples, seed=0, progress=False, options={"steps": 600})
+        fit_guide(guide, data, samples=samples, seed=0, progress=False, options={"steps": 450})
     guide.requires_grad_(requires_grad=False).eval()
     with torch.no_grad():
         z = guide.get_posterior().sample((20_000,))
