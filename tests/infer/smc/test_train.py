@@ -86,7 +86,7 @@ def test_what_was_learned_of_other_rows_is_forgotten():
     fit(flow, x, **options)
     fit(flow, x, learn="noise", **options)
     flow.transform.requires_grad_()
-    quick(flow, slanted().log_prob, steps=10)
+    quick(flow, slanted().log_prob, steps=10, draws=100)
     assert flow.transform.flow.noise is None
     assert flow.report is None
 
@@ -438,7 +438,7 @@ def test_a_gaussian_is_learned_from_its_density_alone(monkeypatch):
 def test_four_modes_are_found_and_weighed():
     target, means, weights = modes(2)
     flow = InterpolantDistribution(interpolant_transform(2, (48, 48)))
-    result = quick(flow, target.log_prob, steps=300, rounds=3, draws=4000)
+    result = quick(flow, target.log_prob, steps=150, rounds=3, draws=2000)
     assert result.log_evidence == pytest.approx(0.0, abs=0.05)
     which = torch.cdist(flow.sample((4000,)), means).argmin(1)
     shares = torch.bincount(which, minlength=4) / 4000
@@ -465,7 +465,7 @@ def test_no_gradient_goes_through_a_solve_and_nothing_but_weights_changes(monkey
     flow = tiny().freeze()
     state = torch.get_rng_state()
     before = flow.transform.velocity.output.weight.clone()
-    quick(flow, modes(2)[0].log_prob)
+    quick(flow, modes(2)[0].log_prob, steps=10, draws=100)
     assert solves
     assert not any(solves)
     assert torch.equal(torch.get_rng_state(), state)
