@@ -641,7 +641,7 @@ def test_a_trained_flow_is_the_mixture_and_has_no_seam():
     velocity = TorusMLP(2, (64, 64, 64))
     flow = InterpolantTransform(velocity, interpolant=Geodesic()).float()
     model = InterpolantDistribution(flow, support=circular)
-    rows, options = target.sample(20_000).float(), {"steps": 1500, "learning_rate": 1e-2}
+    rows, options = target.sample(20_000).float(), {"steps": 600, "learning_rate": 1e-2}
     fit(model, rows, batch_size=512, seed=0, progress=False, **options)
     held = target.sample(4000)
     with torch.no_grad():

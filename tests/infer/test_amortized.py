@@ -513,7 +513,7 @@ def test_rounds_give_the_posterior_and_the_evidence_of_one_data_set():
     y = torch.tensor([4.0, 3.5, 4.5, 4.2])
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
     result = pi.fit_guide(
-        guide, y, simulations=3000, rounds=2, seed=0, progress=False, options={"steps": 300}
+        guide, y, simulations=3000, rounds=2, seed=0, progress=False, options={"steps": 120}
     )
     mean, sd, evidence = exact(y)
     assert abs(result.log_evidence - evidence) < 0.05

@@ -37,7 +37,7 @@ def modes(count):
 def test_heavy_tails_are_learned_where_the_data_are():
     truth = dist.StudentT(2.0, torch.zeros(1), torch.ones(1)).to_event(1)
     distribution = made(1)
-    fit(distribution, truth.sample((20_000,)), steps=400, **QUICK)
+    fit(distribution, truth.sample((20_000,)), steps=250, **QUICK)
     x = truth.sample((2000,))
     x = x[x.abs()[:, 0] < 15]
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_heavy_tails_are_learned_where_the_data_are():
 @pytest.mark.slow
 def test_modes_far_apart_keep_their_shares():
     distribution = made()
-    fit(distribution, modes(10_000), steps=400, **QUICK)
+    fit(distribution, modes(10_000), steps=250, **QUICK)
     share = float((distribution.sample((4000,))[:, 0] > 6).double().mean())
     assert share == pytest.approx(0.3, abs=0.04)
 
@@ -56,7 +56,7 @@ def test_modes_far_apart_keep_their_shares():
 def log_prob_after(rows, test, seed=0):
     """Return the log-density of other rows after a fit to some."""
     distribution = made()
-    fit(distribution, rows, steps=400, **{**QUICK, "seed": seed})
+    fit(distribution, rows, steps=250, **{**QUICK, "seed": seed})
     with torch.no_grad():
         return distribution.log_prob(test)
 

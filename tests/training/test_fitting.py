@@ -162,7 +162,7 @@ def test_columns_of_a_validation_frame_go_by_name_beside_a_mask():
 def test_fit_learns_a_bimodal_mixture():
     truth, distribution = bimodal(), tiny()
     result = quick(
-        distribution, truth.sample((4000,)), steps=1200, learning_rate=5e-3, tolerance=1e-2
+        distribution, truth.sample((4000,)), steps=500, learning_rate=5e-3, tolerance=1e-2
     )
     x = truth.sample((1500,))
     gap = (truth.log_prob(x) - distribution.log_prob(x)).mean()
@@ -860,7 +860,7 @@ def test_a_conditional_flow_learns_a_mean_that_moves():
     distribution = tiny_conditional()
     context = 2 * torch.rand(3000, 1) - 1
     x = torch.cat((3 * context, -context), -1) + 0.3 * torch.randn(3000, 2)
-    quick(distribution, x, context=context, steps=600, learning_rate=5e-3)
+    quick(distribution, x, context=context, steps=250, learning_rate=5e-3)
     for c in (-0.8, 0.0, 0.8):
         given = distribution.condition(torch.tensor([c]))
         y = given.sample((1000,))
