@@ -483,7 +483,7 @@ def started(path, **keep):
         flow = pi.InterpolantDistribution(pi.interpolant_transform(2, (16, 16)))
         first = []
         pi.fit(
-            flow, x, steps=600, batch_size=64, seed=3, progress=False,
+            flow, x, steps=350, batch_size=64, seed=3, progress=False,
             callback=lambda state: first.append(state.step), **keep,
         )
         with open(path + ".first", "w") as file:
