@@ -562,15 +562,15 @@ def test_nuts_in_base_space_finds_the_posterior_across_the_seam():
     seen = torch.tensor([3.0, -2.0])
 
     def model():
-        with pyro.plate("copies", 8):  # independent: as many draws a step
+        with pyro.plate("copies", 16):  # independent: as many draws a step
             angles = pyro.sample("angles", prior)
             noise = dist.VonMises(angles, torch.tensor([6.0, 12.0])).to_event(1)
-            pyro.sample("seen", noise, obs=seen.expand(8, 2))
+            pyro.sample("seen", noise, obs=seen.expand(16, 2))
 
     kernel = NUTS(base_space(model), max_tree_depth=4)
-    mcmc = MCMC(kernel, num_samples=100, warmup_steps=60, disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=50, warmup_steps=40, disable_progbar=True)
     mcmc.run()
-    assert mcmc.get_samples()["angles_base"].shape == (100, 8, 4)
+    assert mcmc.get_samples()["angles_base"].shape == (50, 16, 4)
     draws = Predictive(base_space(model), mcmc.get_samples())()["angles"].flatten(0, 1)
     with torch.no_grad():
         x = prior.transform(grid(2, 64)[0])  # of equal weight under the prior

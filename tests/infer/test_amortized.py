@@ -127,7 +127,7 @@ def test_nuts_in_its_base_space(trained):
     base = pi.neutra(guide)
     # The base is N(0, 1) but for the guide's error; so few steps would adapt to one that sticks.
     kernel = NUTS(base, step_size=0.8, adapt_step_size=False, adapt_mass_matrix=False)
-    mcmc = MCMC(kernel, num_samples=200, warmup_steps=10, disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=100, warmup_steps=10, disable_progbar=True)
     mcmc.run(y)
     draws, (mean, sd, _) = base.samples(mcmc.get_samples(), y)["loc"], exact(y)
     assert abs(draws.mean() - mean) < 0.35 * sd
@@ -570,7 +570,7 @@ def test_a_learned_likelihood_of_many_rows_under_nuts():
     theta = 4 * torch.rand(4000, 1) - 2
     simulated = theta + (0.5 + 0.2 * theta.abs()) * torch.randn(4000, 1)
     likelihood = pi.from_samples(
-        simulated, context=theta, seed=0, steps=400, progress=False, marginals=False,
+        simulated, context=theta, seed=0, steps=250, progress=False, marginals=False,
         network=pi.VelocityMLP(1, (32, 32), 1),
     )  # fmt: skip
     truth, rows = torch.tensor(0.7), 20
@@ -582,7 +582,7 @@ def test_a_learned_likelihood_of_many_rows_under_nuts():
             pyro.sample("y", likelihood.condition(theta.reshape(1)), obs=y)
 
     pyro.set_rng_seed(0)
-    mcmc = MCMC(NUTS(model), num_samples=150, warmup_steps=60, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=120, warmup_steps=40, disable_progbar=True)
     mcmc.run(y)
     draws = mcmc.get_samples()["theta"]
     grid = torch.linspace(-2, 2, 2001)
