@@ -54,7 +54,9 @@ def given_value(name: str, packed: str) -> Any:
     found = None
     for handler in reversed(_PYRO_STACK):  # from the inside: the last that gives a value is obeyed
         if isinstance(handler, handlers.scope):
-            name, packed = (f"{handler.prefix}{handler.divider}{n}" for n in (name, packed))
+            before, hidden = f"{handler.prefix}{handler.divider}", handler.hide_types
+            name = name if "deterministic" in hidden else before + name
+            packed = packed if "sample" in hidden else before + packed
         site = {"type": "deterministic", "name": name}
         if isinstance(handler, handlers.block) and handler.hide_fn(site):
             break  # as around each step of scan, which has a part of what is given

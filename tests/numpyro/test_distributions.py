@@ -485,6 +485,21 @@ def test_values_by_name_replace_those_of_sites(known):
         np.testing.assert_allclose(found["slope"], expected["slope"], rtol=1e-12)
 
 
+@pytest.mark.parametrize("hidden", [[], ["sample"], ["deterministic"]])
+def test_values_by_name_in_a_scope_that_hides_types(hidden):
+    d = from_torch(joint())
+    packed = jnp.zeros((3, *d.event_shape))
+    model = handlers.scope(lambda: d.sample_sites("z")["slope"], prefix="s", hide_types=hidden)
+    name = "slope" if "deterministic" in hidden else "s/slope"
+    other = "z" if "sample" in hidden else "s/z"
+    given = jnp.full((3, *d.sites["slope"]), 0.3)
+    fixed = handlers.do(handlers.substitute(model, {other: packed[0]}), {name: given[0]})
+    np.testing.assert_array_equal(handlers.trace(fixed).get_trace()[name]["value"], given[0])
+    # Draws of the packed vector come before those of its sites.
+    found = Predictive(model, {other: packed, name: given})(KEY)[name]
+    np.testing.assert_array_equal(found, d.unpack(packed)["slope"])
+
+
 @pytest.mark.slow
 def test_values_by_name_are_not_seen_inside_blocks(known):
     """As by NumPyro's own handlers; each step of a scan is inside one."""
