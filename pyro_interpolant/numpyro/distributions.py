@@ -299,8 +299,20 @@ class JointInterpolantDistribution(InterpolantDistribution):
             nor what other sites are: to condition on a part of them, learn the others given it.
             Inside ``scan``, ``cond`` and ``block`` these names are not seen from outside: give
             values of the packed vector.
+
+        Raises:
+            ValueError: If the packed vector has no value, and there is no key to draw it with.
         """
-        packed, sites = numpyro.sample(name, self), {}
+        try:
+            packed, sites = numpyro.sample(name, self), {}
+        except AssertionError as error:
+            if numpyro.prng_key() is not None:  # a key is not what was missing
+                raise
+            raise ValueError(
+                f"expected values of {name!r}, the packed vector of the sites {list(self.sites)}, "
+                "or a random key: as log_likelihood has none, give it what mcmc.get_samples() "
+                f"gives, or beside draws of all sites {name!r}: joint.pack(draws)"
+            ) from error
         for k, value in self.unpack(packed).items():
             given = given_value(k, name)
             sites[k] = numpyro.deterministic(k, value if given is None else given)

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as ndist
 import pandas
 import pyro.distributions as dist
@@ -15,7 +16,7 @@ from jax import lax
 from kinds import angles, angular_flow, family, joint, plain, supported
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
-from numpyro.infer import Predictive
+from numpyro.infer import Predictive, log_likelihood
 
 import pyro_interpolant as pi
 from pyro_interpolant import FixedGrid
@@ -24,6 +25,7 @@ from pyro_interpolant.numpyro import (
     InterpolantDistribution,
     InterpolantTransform,
     JointInterpolantDistribution,
+    base_space,
     from_torch,
 )
 from pyro_interpolant.numpyro.bases import base_log_prob
@@ -498,6 +500,22 @@ def test_values_by_name_in_a_scope_that_hides_types(hidden):
     # Draws of the packed vector come before those of its sites.
     found = Predictive(model, {other: packed, name: given})(KEY)[name]
     np.testing.assert_array_equal(found, d.unpack(packed)["slope"])
+
+
+@pytest.mark.parametrize("around", [lambda model: model, base_space])
+def test_without_a_key_the_packed_vector_has_to_be_given(around):
+    d = from_torch(joint())
+    packed = jnp.zeros((3, *d.event_shape))
+
+    def model():
+        slope = d.sample_sites("z")["slope"]
+        numpyro.sample("y", ndist.Normal(slope.sum(), 1.0), obs=0.0)
+
+    draws = d.unpack(packed)
+    with pytest.raises(ValueError, match=r"values of 'z', the packed vector .* joint\.pack"):
+        log_likelihood(around(model), draws)
+    with pytest.raises(ValueError, match="packed vector"):
+        handlers.trace(model).get_trace()
 
 
 @pytest.mark.slow
