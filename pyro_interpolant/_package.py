@@ -134,7 +134,7 @@ def flag(name: str, value: object, *, or_none: bool = False) -> tuple[str, bool,
 def names_of(x: Any, expected: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the names of the columns of a data frame; of anything else none.
 
-    Also of an array of xarray whose dimension has the name ``columns``: only frames have types.
+    A frame has types, too: an array of xarray has ``columns`` where a dimension is called so.
 
     Args:
         x: Anything.

@@ -16,6 +16,7 @@ from torch.distributions import (
     ComposeTransform,
     Distribution,
     Independent,
+    IndependentTransform,
     Transform,
     TransformedDistribution,
     transform_to,
@@ -69,12 +70,14 @@ def inside_base(base: Distribution, x: Tensor) -> tuple[Tensor, Tensor] | None:
         end = transform.codomain
         found = _inside_support(end, y)
         if found is not None:
-            y = _kept(y, found, end.event_dim, event_dim, within)
+            y, inside = _kept(y, found, end.event_dim, event_dim)
+            within.append(inside)
         y = transform.inv(y)
         event_dim += transform.domain.event_dim - end.event_dim
     found = inside_base(inner, y)
     if found is not None:
-        y = _kept(y, found, len(inner.event_shape), event_dim, within)
+        y, inside = _kept(y, found, len(inner.event_shape), event_dim)
+        within.append(inside)
     if not within:
         return None
     for transform in transforms:
@@ -83,25 +86,20 @@ def inside_base(base: Distribution, x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _kept(
-    y: Tensor,
-    found: tuple[Tensor, Tensor],
-    checked_dim: int,
-    event_dim: int,
-    within: list[Tensor],
-) -> Tensor:
-    """Return values with known ones for those that cannot be, and note which can, ``(*)``.
+    y: Tensor, found: tuple[Tensor, Tensor], checked_dim: int, event_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Return values with known ones for those that cannot be, and which events can, ``(*)``.
 
     Args:
         y: The values, shape ``(*, *event_shape)``.
         found: Where they can be, and known ones.
         checked_dim: Of how many dimensions that is told at once.
         event_dim: The number of dimensions of an event.
-        within: To which it is added which events can be.
     """
     inside, known = found
     extra = event_dim - checked_dim
-    within.append(inside.flatten(-extra).all(-1) if extra else inside)
-    return y.where(inside.reshape(inside.shape + (1,) * checked_dim), known)
+    possible = inside.flatten(-extra).all(-1) if extra else inside
+    return y.where(inside.reshape(inside.shape + (1,) * checked_dim), known), possible
 
 
 def _transformed(base: Any) -> tuple[Distribution | None, list[Transform]]:
@@ -114,8 +112,12 @@ def _transformed(base: Any) -> tuple[Distribution | None, list[Transform]]:
     left, transforms = list(base.transforms), list[Transform]()
     while left:
         transform = left.pop(0)
+        inner = getattr(transform, "base_transform", None)
         if isinstance(transform, ComposeTransform):
             left = [*transform.parts, *left]
+        elif isinstance(transform, IndependentTransform) and isinstance(inner, ComposeTransform):
+            ndims = transform.reinterpreted_batch_ndims
+            left = [*(IndependentTransform(part, ndims) for part in inner.parts), *left]
         else:
             transforms.append(transform)
     return base.base_dist, transforms
@@ -131,5 +133,8 @@ def _inside_support(support: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
     if support is None or is_all_real(support):
         return None
     with contextlib.suppress(NotImplementedError):  # one that nobody has a bijection of
-        return support.check(x), transform_to(support)(torch.zeros_like(x))
+        known = transform_to(support)(torch.zeros_like(x))
+        inside = support.check(x)
+        extra = inside.dim() - (x.dim() - support.event_dim)  # as of a stack, each element's
+        return inside.flatten(-extra).all(-1) if extra > 0 else inside, known
     return None

@@ -229,12 +229,14 @@ def _inside(base: dist.Distribution, x: Array) -> tuple[Array, Array] | None:
         end = transform.codomain
         found = _inside_support(end, y)
         if found is not None:
-            y = _kept(y, found, end.event_dim, event_dim, within)
+            y, possible = _kept(y, found, end.event_dim, event_dim)
+            within.append(possible)
         y = transform.inv(y)
         event_dim += transform.domain.event_dim - end.event_dim
     found = _inside(inner.base_dist, y)
     if found is not None:
-        y = _kept(y, found, inner.base_dist.event_dim, event_dim, within)
+        y, possible = _kept(y, found, inner.base_dist.event_dim, event_dim)
+        within.append(possible)
     if not within:
         return None
     for transform in transforms:
@@ -243,24 +245,19 @@ def _inside(base: dist.Distribution, x: Array) -> tuple[Array, Array] | None:
 
 
 def _kept(
-    y: Array,
-    found: tuple[Array, Array],
-    checked_dim: int,
-    event_dim: int,
-    within: list[Array],
-) -> Array:
-    """Return values with known ones for those that cannot be, and note which can, ``(*)``.
+    y: Array, found: tuple[Array, Array], checked_dim: int, event_dim: int
+) -> tuple[Array, Array]:
+    """Return values with known ones for those that cannot be, and which events can, ``(*)``.
 
     Args:
         y: The values, shape ``(*, *event_shape)``.
         found: Where they can be, and known ones.
         checked_dim: Of how many dimensions that is told at once.
         event_dim: The number of dimensions of an event.
-        within: To which it is added which events can be.
     """
     inside, known = found
-    within.append(inside.all(tuple(range(checked_dim - event_dim, 0))))
-    return jnp.where(inside.reshape(inside.shape + (1,) * checked_dim), y, known)
+    possible = inside.all(tuple(range(checked_dim - event_dim, 0)))
+    return jnp.where(inside.reshape(inside.shape + (1,) * checked_dim), y, known), possible
 
 
 def _flat(transforms: Sequence[maps.Transform]) -> list[maps.Transform]:

@@ -186,6 +186,8 @@ class ConditionalInterpolantDistribution:
         context_columns: The names of the columns of contexts in the order of the flow, or nothing.
     """
 
+    context_columns: tuple[str, ...] = ()  # older pickles have none
+
     def __init__(
         self,
         base_dist: dist.Distribution,
@@ -228,8 +230,8 @@ class ConditionalInterpolantDistribution:
         columns, values = self.context_columns, np.asarray(frame.to_numpy())
         order = order_of(names_of(frame, columns), columns, "context")
         values = values if order is None else values[..., order]
-        is_one = values.dtype.kind != "f" and values.shape[1:] == (1,)
-        return values[:, 0] if is_one else values
+        are_labels = "velocity.classes" in self.transforms[_place(self.transforms)].weights
+        return values[:, 0] if are_labels and values.shape[1:] == (1,) else values
 
 
 jax.tree_util.register_pytree_node(

@@ -236,6 +236,7 @@ class StickBreaking(StickBreakingTransform):
         one = jnp.ones_like(x[..., :1])
         first = jnp.concatenate((jax.nn.sigmoid(z), one), -1)
         y = first * jnp.concatenate((one, rest), -1)
+        y = y / y.sum(-1, keepdims=True)  # of many shares rounding adds up
         least = jnp.finfo(y.dtype).tiny
         return jnp.where(y < least, least, y)
 

@@ -96,7 +96,8 @@ class Table:
 
     Attributes:
         names: The names of the columns, in the order that rows and contexts have.
-        beside: Those in the order in which data and contexts were given, none where they had none.
+        given_names: The same in the order in which data and contexts were given; none where they
+            have none.
         rows: All rows; those held out come last where the user gave them.
         like: A tensor of the type of the flow, on its device, shape ``(D,)``.
         checksum: What tells this table from another.
@@ -130,12 +131,12 @@ class Table:
         mask = mask_of(validation)
         held = None if mask is None else validation
         check_same_order(data=data, context=context, pairs=pairs, weights=weights, validation=held)
-        self.beside = Names().filled(data, context)
+        self.given_names = Names().filled(data, context)
         self.names = Names.for_training(distribution, data, context, anew=anew)
         found = drop_zero_weights(weights, data, context, pairs, mask)
         data, context, pairs, mask, weights = found
         data, context = self.names.ordered(data, context)
-        pairs = self.names.at_base(pairs, "pairs", self.beside.rows)
+        pairs = self.names.at_base(pairs, "pairs", self.given_names.rows)
         found = rows_of(distribution, data, context)
         if found.context is not None and not distribution.transform.flow.classes:
             warn_if_coarse(as_tensor(context, "context"), found.context.dtype, "context")
@@ -162,7 +163,7 @@ class Table:
                     "of positive weight: get more data"
                 )
         elif self.mask is None and validation is not None:
-            own = held_out_rows(distribution, validation, self.names, self.beside)
+            own = held_out_rows(distribution, validation, self.names, self.given_names)
             self.held, found = len(own.w), _with_given(found, own)
         self.rows = found.to(self.like.device)
         self.checksum = checksum(self.rows)

@@ -49,7 +49,7 @@ def start_from(
     """
     known, path = distribution.base, distribution.transform.interpolant
     is_own = split.kept.context is None and path.starts_from_data()
-    samples = source.names.at_base(base_samples, "base_samples", source.beside.rows)
+    samples = source.names.at_base(base_samples, "base_samples", source.given_names.rows)
     if samples is not None:
         distribution.set_base_samples(samples)
     elif is_own and (known is None or (anew and isinstance(known, Samples))):

@@ -121,7 +121,7 @@ def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[An
     def kept(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {name: kept(inner) for name, inner in value.items()}
-        # These as they are: without the numbers that are missing, whole ones are whole.
+        # Frames and masked arrays as they are: whole numbers with gaps are floats as a tensor.
         may_miss = hasattr(value, "iloc") or isinstance(value, np.ma.MaskedArray)
         may_miss = may_miss or bool(names_of(value))
         value = value if may_miss else as_tensor(value, "rows")

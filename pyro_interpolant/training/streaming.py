@@ -77,7 +77,7 @@ class Stream:
 
     Attributes:
         names: As of a table.
-        beside: None, for each batch may have its columns in another order.
+        given_names: None, for each batch may have its columns in another order.
         checksum: That of rows held out that a user gave, else None: what a stream gives is not
             known before.
 
@@ -114,7 +114,7 @@ class Stream:
         self.distribution, self.iterable, self.anew = distribution, data, anew
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)
         self.share = validation if isinstance(validation, float) else None
-        self.names, self.beside = Names.of(distribution), Names()
+        self.names, self.given_names = Names.of(distribution), Names()
         self.renews, self.forgets = anew, distribution.report is not None  # names, by the data
         self.weighted: bool | None = None  # whether batches have weights; not known before one
         self.given = None
@@ -122,7 +122,7 @@ class Stream:
             frames: Any = validation if isinstance(validation, tuple) else (validation,)
             if any(map(names_of, frames)):  # rows held out have the names of the data
                 self._name(*frames)
-            self.given = held_out_rows(distribution, validation, self.names, self.beside)
+            self.given = held_out_rows(distribution, validation, self.names, self.given_names)
         self.checksum = None if self.given is None else checksum(self.given)
         self.most_held = MOST_HELD
         if is_image(shape):
@@ -157,9 +157,9 @@ class Stream:
             raise ValueError(f"expected weights in all batches or in none, got {got}: pass ones")
         self.weighted = is_weighted
         weights = _part_of_weights(parts[self.parts]) if is_weighted else None
-        self._name(*parts[: self.parts])
         if all(map(_is_empty, parts)):
             return self._no_rows(parts[0])
+        self._name(*parts[: self.parts])
         given = parts[0], parts[1] if self.parts == 2 else None
         data, context, weights = drop_zero_weights(weights, *given, part=True)
         if weights is not None and len(weights) == 0:
@@ -327,7 +327,7 @@ def check_again(iterable: object) -> None:
 def first_rows(
     iterable: Any, *, conditional: bool = False, scalars: bool = False
 ) -> tuple[Any, Any]:
-    """Return the rows of the first batch with any of weight, as they come, and those alone.
+    """Return all rows of the first batch that has weight, and those of them that have weight.
 
     Both have shape ``(B, *event_shape)``.
 

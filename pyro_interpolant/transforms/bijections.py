@@ -152,6 +152,7 @@ class StickBreaking(StickBreakingTransform):
         z = x - _left(x).log()
         rest = torch.sigmoid(-z).cumprod(-1)
         y = pad(torch.sigmoid(z), [0, 1], value=1.0) * pad(rest, [1, 0], value=1.0)
+        y = y / y.sum(-1, keepdim=True)  # of many shares rounding adds up
         return y.clamp(min=torch.finfo(y.dtype).tiny)
 
     def _inverse(self, y: Tensor) -> Tensor:

@@ -672,6 +672,10 @@ def images():
         "composed": dist.TransformedDistribution(normal, [dist.transforms.ComposeTransform(logit)])
         .expand((3, 2))
         .to_event(1),
+        "composed for vectors": dist.TransformedDistribution(
+            normal,
+            [dist.transforms.IndependentTransform(dist.transforms.ComposeTransform(logit), 1)],
+        ),
         "nested": dist.TransformedDistribution(
             dist.TransformedDistribution(normal, [exp]).to_event(1),
             [affine(1.0, 2.0, event_dim=1)],

@@ -425,6 +425,11 @@ def test_densities_of_small_shares_in_float32():
     assert torch.allclose(found.double(), expected, atol=1e-2)
 
 
+def test_draws_of_many_shares_are_on_the_simplex_in_float32():
+    y = biject(constraints.simplex)(torch.randn(50, 999, dtype=torch.float32))
+    assert bool(constraints.simplex.check(y).all())
+
+
 def test_the_map_to_a_simplex_is_that_of_torch():
     ours, torchs = biject(constraints.simplex), biject_to(constraints.simplex)
     x = torch.randn(50, 4)

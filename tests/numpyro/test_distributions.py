@@ -359,6 +359,8 @@ def test_contexts_in_frames_are_taken_by_name():
             np.testing.assert_array_equal(context, frame.to_numpy()[1])
     with pytest.raises(ValueError, match=r"context with the columns \['a', 'b', 'c'\]"):
         twin.condition(frame.rename(columns={"a": "d"}))
+    del twin.context_columns  # as of an older pickle
+    jax.tree.leaves(twin)
 
 
 def test_labels_in_frames_and_whole_numbers():
@@ -366,7 +368,10 @@ def test_labels_in_frames_and_whole_numbers():
     labels = from_torch(
         pi.ConditionalInterpolantDistribution(pi.ConditionalInterpolantTransform(network))
     )
-    assert labels.condition(pandas.DataFrame({"kind": [0, 2]})).batch_shape == (2,)
+    frame = pandas.DataFrame({"kind": [0, 2]})
+    assert labels.condition(frame).batch_shape == (2,)
+    with pytest.raises(TypeError, match=r"floating type, got int64 of shape \(2, 1\): convert"):
+        from_torch(family(1)).condition(frame)
     with pytest.raises(TypeError, match=r"floating type, got int64 of shape \(3,\): convert"):
         from_torch(family()).condition(jnp.array([1, 0, 2]))
 

@@ -21,6 +21,7 @@ from pyro_interpolant import (
     from_samples,
     interpolant_transform,
 )
+from pyro_interpolant.distributions.report import Report
 from pyro_interpolant.interpolants.couplings import independent
 from pyro_interpolant.nn import ImageVelocity
 from pyro_interpolant.training.checkpoint import Checkpoint, from_json, to_json
@@ -803,6 +804,16 @@ def test_frames_of_a_stream_are_taken_by_their_columns():
     fit(held, parts[:1], validation=parts[1], **{**QUICK, "steps": 3})
     assert held.columns == ("b", "a")
     assert (held.transform.flow.loc.flip(0) - loc).abs().max() < 0.3
+
+
+def test_an_empty_batch_without_names_leaves_the_order_of_the_columns():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"b": torch.ones(3).numpy(), "a": torch.zeros(3).numpy()})
+    flow = made()
+    flow.columns, flow.report = ("a", "b"), Report(2, 3, 0.1, 1, 1)
+    stream = Stream(flow, [rows(0), frame], 0.1)
+    found = [stream.rows(batch, i).w for i, batch in enumerate(stream.iterable)]
+    assert torch.equal(torch.cat(found), torch.tensor([[0.0, 1.0]] * 3))
 
 
 def test_a_network_is_told_of_a_stream_whose_map_is_kept():
