@@ -35,7 +35,7 @@ from .._package import check_sizes
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from ..nn.velocity import evaluate
-from .conversions import noise_and_data, roundoff, uniform_times
+from .conversions import noise_and_data, path_times, roundoff
 from .sde import InterpolantSDE, TimeTerms, path_ends, to_values
 
 LogLikelihood = Callable[..., Tensor]  # of values, or of sites by name
@@ -94,9 +94,9 @@ def approximate_posterior(
         shape: How many draws. For B observations at once, ``(S, B)``, and a function that compares
             them with the last dimension of the batch.
         steps: The number of time steps, each of which evaluates the velocity twice, and its
-            gradient six times. They shorten towards the data, where a posterior may be narrow. In
-            the test against Gaussians, the variance of what is seen most sharply is 24% too large
-            at 12, 6% at 25, 2% at 50.
+            gradient six times. They shorten towards the data, where a posterior may be narrow.
+            In the test against Gaussians, with the default path, the variance of what is seen
+            most sharply is 7% too large at 12, 3% at 25, 2% at 50.
 
     Returns:
         Draws, shape ``(*shape, *batch_shape, *event_shape)``, on the support; of named sites by
@@ -122,10 +122,7 @@ def approximate_posterior(
     with torch.no_grad():
         sde.transform = sde.transform.with_embedded_context()
         w = distribution.white_draws(shape)
-        # Equal steps of the square root of the time left: where little noise is left, the
-        # posterior may be narrow, and the noise of a step must be less than it.
-        times = 1 - (1 - uniform_times(steps)).square()
-        return _values(distribution, path_ends(sde, w, times))
+        return _values(distribution, path_ends(sde, w, path_times(steps)))
 
 
 class _PosteriorSDE(InterpolantSDE):

@@ -31,14 +31,15 @@ from torch import Tensor
 from .._package import check_ranges, check_sizes, whole
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.rows import check_value
-from ..interpolants.linear import END_MARGIN
 from ..nn.velocity import evaluate
 from ..transforms.interpolant import broadcast_batch
-from .conversions import noise_and_data, roundoff, score_terms, uniform_times
+from .conversions import noise_and_data, path_times, roundoff, score_terms
 from .scores import transform_with_score
 
 Diffusion = Callable[[Tensor], Tensor | float]
 
+_MARGIN = 1e-4  # of time from the ends, where scores are singular
+_CHECKED_MARGIN = 1e-3  # nearer to an end, rounding may lose a score that a path hardly meets
 _GUIDED_SHARE = 0.01  # of the largest divisor: above it the score guides fully
 
 
@@ -52,7 +53,7 @@ class TimeTerms(NamedTuple):
     :math:`-E[z | x_t] / \Delta`.
 
     Attributes:
-        t: The flow's time, at least 1e-3 from both ends.
+        t: The flow's time, at least 1e-4 from both ends.
         rate: The diffusion :math:`\epsilon`.
         p: The coefficient of the velocity in the score.
         q: The coefficient of the state in the score.
@@ -75,7 +76,7 @@ class InterpolantSDE:
 
     States are in data coordinates; under a support, in its unconstrained space; behind a
     map of :func:`from_samples`, in its coordinates, ``distribution.to_flow(x)``. Scores may be
-    singular at the ends: within 1e-3 of one, drift and diffusion are those at that distance.
+    singular at the ends: within 1e-4 of one, drift and diffusion are those at that distance.
 
     Args:
         distribution: A trained flow; a conditional one with its context.
@@ -123,7 +124,8 @@ class InterpolantSDE:
         self.flow = self.transform.flow
         self.diffusion = diffusion
         self.forward = forward
-        terms = self.terms(torch.linspace(END_MARGIN, 1 - END_MARGIN, 257).to(self.flow.loc))
+        checked = torch.linspace(_CHECKED_MARGIN, 1 - _CHECKED_MARGIN, 257)
+        terms = self.terms(checked.to(self.flow.loc))
         rate = terms.rate
         if not bool(((rate >= 0) & torch.isfinite(rate)).all()):
             raise ValueError(
@@ -155,7 +157,7 @@ class InterpolantSDE:
 
     def terms(self, t: Tensor) -> TimeTerms:
         """Return the coefficients at times of the flow, each of the shape of t."""
-        t = t.clamp(END_MARGIN, 1 - END_MARGIN)
+        t = t.clamp(_MARGIN, 1 - _MARGIN)
         if self.flow.noise is None:
             p, q, divisor = score_terms(*noise_and_data(self.transform.interpolant, t))
         else:
@@ -242,9 +244,10 @@ def sample_sde(
 ) -> Tensor:
     r"""Sample the stochastic differential equation, from the base or back from rows of data.
 
-    Without gradient, on a uniform grid. ``"heun"`` evaluates the drift at both ends of a step (2
-    evaluations), ``"euler"`` at its start (Euler-Maruyama); both give a step the noise of the mean
-    diffusion at its ends.
+    Without gradient, in steps that shorten toward both ends, most toward the data: where little
+    noise is left, that of a step must be less. ``"heun"`` evaluates the drift at both ends of a
+    step (2 evaluations), ``"euler"`` at its start (Euler-Maruyama); both give a step the noise of
+    the mean diffusion at its ends.
 
     Args:
         distribution: A trained flow; a conditional one with its context. That of
@@ -286,7 +289,7 @@ def sample_sde(
         else:
             w = _to_white(sde, distribution, x)
             w = w.expand(*shape, *w.shape)
-        w = path_ends(sde, w, uniform_times(steps, sde.transform.end), method)
+        w = path_ends(sde, w, path_times(steps, sde.transform.end), method)
         return to_values(distribution, w)
 
 
@@ -390,9 +393,10 @@ def sde_log_prob(
     x = distribution.value_of(x)
     paths, steps = int(paths), int(steps)
     sde = InterpolantSDE(distribution, diffusion, forward=False)
-    times = uniform_times(2 * steps, sde.transform.end).to(sde.flow.loc).flip(0)
-    terms, half_step = sde.terms(times), sde.transform.end / (2 * steps)
-    _check_score_determined(sde, terms)
+    nodes = path_times(steps, sde.transform.end).to(sde.flow.loc)
+    times = torch.cat((nodes, (nodes[:-1] + nodes[1:]) / 2)).sort(descending=True).values
+    terms = sde.terms(times)
+    _check_score_determined(sde, sde.terms(times.clamp(_CHECKED_MARGIN, 1 - _CHECKED_MARGIN)))
     with torch.no_grad():
         sde.transform = sde.transform.with_embedded_context()
         white = _to_white(sde, distribution, x)
@@ -400,7 +404,7 @@ def sde_log_prob(
         kappa = guidance * (share / _GUIDED_SHARE).clamp(max=1)
         batch = broadcast_batch(white.shape[:-1], distribution.batch_shape)
         w = white.expand(paths, *batch, -1)
-        w, exponent = _guided_paths(sde, terms, half_step, kappa, w)
+        w, exponent = _guided_paths(sde, terms, -times.diff()[::2], kappa, w)
         base = distribution.white_base()
         total = exponent + base.log_prob(w) - sde.flow.whitening.log_det
         total = total - distribution.from_flow(distribution.to_flow(x))[1]
@@ -410,14 +414,14 @@ def sde_log_prob(
 
 
 def _guided_paths(
-    sde: InterpolantSDE, terms: TimeTerms, half_step: float, kappa: Tensor, w: Tensor
+    sde: InterpolantSDE, terms: TimeTerms, half_steps: Tensor, kappa: Tensor, w: Tensor
 ) -> tuple[Tensor, Tensor]:
     r"""Run paths back to the base, and return their ends and the exponents of their weights.
 
     Args:
         sde: The backward equation.
         terms: Its coefficients at all half steps, each of shape ``(2 N + 1,)``.
-        half_step: Half the time step.
+        half_steps: Half of each time step, shape ``(N,)``.
         kappa: The guidance at these times, shape ``(2 N + 1,)``.
         w: Whitened states at the data end, shape ``(*, D)``.
 
@@ -426,7 +430,7 @@ def _guided_paths(
     """
     start = _path_point(sde, terms.at(0), kappa[0], w)
     start_rate, total = _exponent_rate(sde, start), w.new_zeros(w.shape[:-1])
-    for i in range(0, len(kappa) - 1, 2):
+    for i, half_step in zip(range(0, len(kappa) - 1, 2), half_steps, strict=True):
         begin, middle, end = terms.at(i), terms.at(i + 1), terms.at(i + 2)
         # Line integrals by Simpson's rule on the chord of each step, which is of its order.
         variance = 4 * half_step * (begin.rate + 4 * middle.rate + end.rate) / 6

@@ -9,6 +9,7 @@ from pyro.distributions import constraints
 
 import pyro_interpolant as pi
 from pyro_interpolant.diffusion import approximate_posterior
+from pyro_interpolant.diffusion.conversions import path_times
 from pyro_interpolant.diffusion.sde import InterpolantSDE, path_ends
 
 LOC = torch.tensor([3.0, -1.0, 0.5], dtype=torch.float64)
@@ -109,8 +110,7 @@ def test_a_likelihood_that_says_nothing_leaves_the_prior():
     draws = approximate_posterior(flow, lambda x: torch.zeros(x.shape[:-1]), (50,), steps=10)
     torch.manual_seed(1)
     sde = InterpolantSDE(flow)
-    times = 1 - (1 - torch.linspace(0, 1, 11)).square()
-    expected = path_ends(sde, torch.randn(50, 2), times)
+    expected = path_ends(sde, torch.randn(50, 2), path_times(10))
     torch.testing.assert_close(draws, flow.transform.flow.whitening.from_white(expected))
 
 

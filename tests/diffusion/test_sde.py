@@ -35,6 +35,8 @@ from pyro_interpolant import (
     sample_sde,
 )
 from pyro_interpolant.diffusion import sde_log_prob
+from pyro_interpolant.diffusion.conversions import path_times
+from pyro_interpolant.diffusion.sde import path_ends
 
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
 LINEAR = torch.tensor([[2.0, 0.0], [0.7, 0.8]], dtype=torch.float64)
@@ -131,6 +133,45 @@ def test_the_default_diffusion_serves_every_interpolant(name):
     flow = flow_of(truth)
     assert has_law(sample_sde(flow, (COUNT,), steps=50), Exact(truth, 1.0))
     assert has_law(sample_sde(flow, x=Exact(truth, 1.0)(COUNT), steps=50), Exact(truth, 0.0))
+
+
+def narrow(interpolant):
+    """A flow whose data are 0.03 wide, exactly."""
+    variance = 0.03**2 * torch.eye(1)[None]
+    truth = MixtureVelocity(torch.ones(1), torch.zeros(1, 1), variance, interpolant)
+    return InterpolantDistribution(InterpolantTransform(truth, interpolant=interpolant))
+
+
+@pytest.mark.parametrize(
+    ("interpolant", "steps"),
+    [
+        (Trigonometric(), 50),
+        pytest.param(VariancePreserving(lambda t: t), 200, marks=pytest.mark.slow),
+        pytest.param(VariancePreserving(lambda t: t**2), 200, marks=pytest.mark.slow),
+        pytest.param(Latent(Linear(), BrownianBridge(1.0)), 200, marks=pytest.mark.slow),
+        pytest.param(Latent(Linear(), BrownianBridge(4.0)), 200, marks=pytest.mark.slow),
+    ],
+    ids=["trigonometric", "preserving", "square", "bridge", "wide bridge"],
+)
+def test_narrow_data_keep_their_width(interpolant, steps):
+    deviation = sample_sde(narrow(interpolant), (10_000,), steps=steps).std().item()
+    assert deviation == pytest.approx(0.03, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "forward", [pytest.param(True, marks=pytest.mark.slow), False], ids=["forward", "backward"]
+)
+def test_narrow_data_keep_their_width_at_either_end_of_a_mirror(forward):
+    sde = InterpolantSDE(narrow(Mirror(BrownianBridge(1.0))), forward=forward)
+    deviation = path_ends(sde, 0.03 * torch.randn(4000, 1), path_times(100)).std().item()
+    assert deviation == pytest.approx(0.03, rel=0.1)
+
+
+def test_data_with_a_little_noise_have_it():
+    flow, t = narrow(VariancePreserving(lambda t: t)), torch.tensor(0.999)
+    a, b, _ = flow.transform.interpolant.coefficients(t)
+    deviation = sample_sde(flow.at(0.999), (4000,), steps=100).std().item()
+    assert deviation == pytest.approx(float((a**2 + (0.03 * b) ** 2).sqrt()), rel=0.05)
 
 
 @pytest.mark.slow
@@ -326,7 +367,10 @@ def test_the_order_of_a_step():
     flow = InterpolantDistribution(InterpolantTransform(truth, interpolant=Linear()))
 
     def error(method, steps):
-        return abs(float(sample_sde(flow, (200_000,), steps=steps, method=method).var()) - 4)
+        times = torch.linspace(0.0, 1.0, steps + 1)
+        with torch.no_grad():
+            ends = path_ends(InterpolantSDE(flow), torch.randn(200_000, 1), times, method)
+        return abs(float(ends.var()) - 4)
 
     noise = 4 * (2 / 200_000) ** 0.5  # 0.013
     euler, heun = ([error(m, steps) for steps in (4, 8)] for m in ("euler", "heun"))
