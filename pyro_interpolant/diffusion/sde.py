@@ -224,9 +224,9 @@ def _check_score_determined(sde: InterpolantSDE, terms: TimeTerms) -> None:
         if sde.flow.noise is None:
             reason = "data do not gain on noise there; or train with fit(..., learn='noise')"
         raise ValueError(
-            "expected a diffusion that is zero where the score is not determined, as near t = "
-            f"{float(t[undetermined][-1]):.3g} ({reason}): leave it at its default, or where that "
-            "is not enough, train with a smaller gamma"
+            "expected a score at all times of a density, and where a diffusion is not zero: the "
+            f"score is not determined, as near t = {float(t[undetermined][-1]):.3g} ({reason}). "
+            "Sample with the default diffusion, or train with a smaller gamma"
         )
 
 
