@@ -193,6 +193,20 @@ def test_an_adaptive_solve_that_fails_says_what_to_do(velocity, dim):
         flow(torch.full((2, dim), 2.0))
 
 
+@pytest.mark.parametrize("times", [[0.0, 0.5, 0.5, 1.0], [0.0, 0.5, 0.2], []])
+@pytest.mark.parametrize("method", ["dopri5", "scipy_solver"])
+def test_adaptive_times_that_do_not_go_one_way_are_refused(method, times):
+    with pytest.raises(ValueError, match=r"ascending or descending without a repetition, got \["):
+        Adaptive(method=method).solve(logistic, torch.ones(3, 2), torch.tensor(times))
+
+
+@pytest.mark.parametrize("method", ["dopri5", "scipy_solver"])
+def test_at_one_time_there_is_the_start(method):
+    x = torch.randn(3, 2)
+    states = Adaptive(method=method).solve(logistic, x, torch.tensor([0.5]))
+    assert torch.equal(states, x[None])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
