@@ -290,14 +290,11 @@ def test_references_in_docstrings_lead_somewhere(path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.parametrize("name", [name for name in MODULES if is_there(name)])
 def test_the_examples_in_docstrings_run(name, tmp_path, monkeypatch):
     if name == "infer.inference_data":
         pytest.importorskip("arviz")
     monkeypatch.chdir(tmp_path)
-    # Of the classifier alone the example says what comes of it.
-    monkeypatch.setattr("pyro_interpolant.diagnostics.two_sample._STEPS", 1000)
     torch.set_default_dtype(torch.float32)  # what a user has
     module = importlib.import_module(f"pyro_interpolant.{name}")
     shared = {n: getattr(pyro_interpolant, n) for n in public()}
