@@ -33,7 +33,7 @@ from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import PACKED, PART, sample_in_place
 from ..distributions.rows import as_tensor
 from .initialization import whole_value
-from .sites import Model, Nodes, Site
+from .sites import JACOBIAN, Model, Nodes, Site
 
 _BASE = "_base"  # what a site in base space has after its name
 _JACOBIAN = "_log_jacobian"  # and what the site has of its Jacobian where a scale weighs it
@@ -195,7 +195,8 @@ def base_space(model: Model) -> BaseSpace:
     ...})``, which is honoured by inverting the flow once. A site that ``pyro.condition`` fixes,
     inside or around, is observed in data space. A scale inside of the model weighs the density of
     z, of which the Jacobian's part is a factor beside the base; one around the result weighs the
-    density of what is sampled there, as a mask does.
+    density of what is sampled there, as a mask does. ``Predictive`` lists that factor as
+    ``z_log_jacobian``, which holds no numbers: its last dimension is 0.
 
     Args:
         model: A Pyro model.
@@ -233,8 +234,11 @@ class _BaseSpaceMessenger(Messenger):
         inside = _PYRO_STACK[_PYRO_STACK.index(self) :]
         # A block that let the site through by its name might stop its base by another.
         with block_messengers(lambda m: isinstance(m, BlockMessenger) and m in inside):
-            z, base = _sampled(msg, flow, wrappers, value)
-            _count_jacobian(msg["name"], base, flow, wrappers, inside)
+            x, z = _sampled(msg, flow, wrappers, value)
+            scale = math.prod(m.scale for m in inside if isinstance(m, ScaleMessenger))
+            if isinstance(scale, Tensor) or scale != 1:
+                log_det = ComposeTransform(flow.transforms).log_abs_det_jacobian(x, z)
+                _count_jacobian(msg["name"], log_det, scale, wrappers)
         # As pyro.deterministic does it, in place of the site.
         msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(mask=False)
         msg["value"] = z
@@ -257,7 +261,7 @@ def _sampled(
     wrappers: list[TorchDistributionMixin],
     value: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample the base of a flow, inside its wrappers; return the value of the site, and that."""
+    """Sample the base of a flow, inside its wrappers; return its draw and the site's value."""
     name, space = msg["name"], flow.space
     base = _wrapped(space.sampled_base(flow.base_dist), wrappers)
     start: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
@@ -270,38 +274,29 @@ def _sampled(
     infer: Any = {k: v for k, v in msg["infer"].items() if k not in _SITES_OWN}
     infer[_MARK] = (flow, name, msg["infer"].get(PACKED))
     with start, _not_yet_sampled(name):
-        z = sample_in_place(name + _BASE, base, infer)
-    return _image(flow, z), z
+        x = _from_sampled(flow, sample_in_place(name + _BASE, base, infer))
+    return x, ComposeTransform(flow.transforms)(x)
 
 
 def _count_jacobian(
-    name: str,
-    z: Tensor,
-    flow: InterpolantDistribution,
-    wrappers: list[TorchDistributionMixin],
-    inside: list[Messenger],
+    name: str, log_det: Tensor, scale: float | Tensor, wrappers: list[TorchDistributionMixin]
 ) -> None:
     r"""Add what a scale s inside of base space takes from the Jacobian of a site.
 
-    The density :math:`q(z)^s` is :math:`p(w)^s |\det J|^{1 - s}` in terms of the base draw w.
+    The density :math:`q(z)^s` is :math:`p(w)^s |\det J|^{1 - s}` in terms of the base draw w. The
+    scale weighs the base's :math:`\log p(w)` already, and the factor beside it too, which is
+    therefore :math:`\frac{1 - s}{s} \log |\det J|`: enumeration takes sites of one scale alone.
 
     Args:
         name: The name of the site.
-        z: Its base draw.
-        flow: Its flow.
+        log_det: The log-determinant of each event of the flow, ``(*)``.
+        scale: s > 0, of the shape that the site's density broadcasts with.
         wrappers: What is around the flow.
-        inside: The handlers inside of base space.
     """
-    scales = [m.scale for m in inside if isinstance(m, ScaleMessenger)]
-    if all(not isinstance(s, Tensor) and s == 1 for s in scales):
-        return
-    x = flow.space.from_sampled(z.to(flow.transform.flow.loc))
-    chain = ComposeTransform(flow.transforms)
-    log_det = chain.log_abs_det_jacobian(x, chain(x))
-    unit = _wrapped(dist.Unit((1 - math.prod(scales)) * log_det), wrappers)
-    # Plates count it as they do the site.
-    with block_messengers(lambda m: isinstance(m, ScaleMessenger) and m in inside):
-        pyro.sample(name + _JACOBIAN, unit, obs=unit.sample(), infer={"is_auxiliary": True})
+    each = _wrapped(dist.Unit(log_det), wrappers)
+    unit = dist.Unit((1 - scale) / scale * each.log_prob(each.sample()))
+    own: Any = {"is_auxiliary": True, JACOBIAN: True}
+    pyro.sample(name + _JACOBIAN, unit, obs=unit.sample(), infer=own)
 
 
 def _wrapped(
@@ -332,8 +327,12 @@ def _not_yet_sampled(name: str) -> Iterator[None]:
 
 def _image(flow: InterpolantDistribution, z: Tensor) -> Tensor:
     """Return the values, ``(*, *event_shape)``, of what is sampled in base space."""
-    z = z.to(flow.transform.flow.loc)  # arrays are of float64
-    return ComposeTransform(flow.transforms)(flow.space.from_sampled(z))
+    return ComposeTransform(flow.transforms)(_from_sampled(flow, z))
+
+
+def _from_sampled(flow: InterpolantDistribution, z: Tensor) -> Tensor:
+    """Return the base's values, ``(*, D)``, of what is sampled in base space."""
+    return flow.space.from_sampled(z.to(flow.transform.flow.loc))  # arrays are of float64
 
 
 def _unwrapped(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._torch import are_close, seeded, warn_user
 from ..distributions.rows import as_tensor
-from .sites import Model, Nodes, Site, is_sampled, is_subsample, subsampling_plates
+from .sites import JACOBIAN, Model, Nodes, Site, is_sampled, is_subsample, subsampling_plates
 
 _DENSITY = "log_prob of "  # before the name of a site, the key of its log density in an example
 # Rounding moves the density of values far larger than their deviations by more than the values.
@@ -33,7 +33,7 @@ class Unobserved(Messenger):
 
     def _pyro_sample(self, msg: Message) -> None:
         infer = cast("dict[str, Any]", msg["infer"])
-        if not msg["is_observed"] or infer.get("_deterministic"):
+        if not msg["is_observed"] or infer.get("_deterministic") or infer.get(JACOBIAN):
             return
         if isinstance(msg["fn"], Unit):
             raise ValueError(
@@ -87,14 +87,15 @@ def check_rows_count(nodes: Nodes) -> None:
             f"expected a model that sees all its data, got plates {plates} that subsample: the "
             "posterior given some rows is another one"
         )
-    masked = [name for name, node in nodes.items() if is_sampled(node) and _is_masked(node)]
+    sites = {k: n for k, n in nodes.items() if is_sampled(n) and JACOBIAN not in n["infer"]}
+    masked = [name for name, node in sites.items() if _is_masked(node)]
     if masked:
         raise ValueError(
             f"expected sites without a mask, got {masked} with rows masked out, which a guide "
             "given the data would take for seen: let a deterministic site hold the data, with "
             "zeros where there are none, and the mask beside them, and observe that"
         )
-    scaled = [name for name, node in nodes.items() if is_sampled(node) and _is_scaled(node)]
+    scaled = [name for name, node in sites.items() if _is_scaled(node)]
     if scaled:
         raise ValueError(
             f"expected sites that count once, got {scaled} scaled, which simulations do not show: "

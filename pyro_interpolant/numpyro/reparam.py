@@ -16,10 +16,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
+from jax.typing import ArrayLike
 from numpyro import handlers
 from numpyro.distributions.distribution import Unit
 from numpyro.infer.reparam import Reparam
-from numpyro.primitives import _PYRO_STACK, Messenger, get_mask
+from numpyro.primitives import _PYRO_STACK, get_mask
 from numpyro.util import not_jax_tracer
 
 from .autoguide import AutoInterpolant, check_guide
@@ -53,7 +54,8 @@ def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
     by inverting the flow once; all other strategies apply to ``z_base``. Sites inside NumPyro's
     ``scan`` are left alone too, but for ``scan(base_space(step), ...)``. A scale inside of the
     model weighs the density of z, of which the Jacobian's part is a factor beside the base; one
-    around the result weighs the density of what is sampled there.
+    around the result weighs the density of what is sampled there. ``Predictive`` lists that factor
+    as ``z_log_jacobian``, which holds no numbers: its last dimension is 0.
 
     Args:
         model: A NumPyro model.
@@ -83,7 +85,7 @@ class _InBaseSpace(Reparam):
         flow: The flow.
         site: The site, before it is sampled.
         value: Where to start from, on the support, or None.
-        scales: The handlers of scales inside of base space.
+        scales: The scales inside of base space.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class _InBaseSpace(Reparam):
         flow: InterpolantDistribution,
         site: Mapping[str, Any],
         value: Array | None,
-        scales: list[Messenger],
+        scales: list[ArrayLike],
     ) -> None:
         self.flow, self.value, self.scales = flow, value, scales
         key = site["kwargs"].get("rng_key")
@@ -103,7 +105,7 @@ class _InBaseSpace(Reparam):
         with self._start(name, fn):
             x = numpyro.sample(name + _BASE, _base_of(flow, fn), **self.how)
         x = directions(x) if _is_angular(flow) else x
-        if all(not_jax_tracer(s.scale) and np.all(s.scale == 1) for s in self.scales):
+        if all(not_jax_tracer(s) and np.all(np.equal(s, 1)) for s in self.scales):
             for transform in flow.transforms:
                 x = transform(x)
             return None, x
@@ -118,13 +120,19 @@ class _InBaseSpace(Reparam):
         r"""Add what a scale s inside of base space takes from the Jacobian of a site.
 
         The density :math:`q(z)^s` is :math:`p(w)^s |\det J|^{1 - s}` in terms of the base draw w.
+        The scale weighs the base's :math:`\log p(w)` already, and the factor beside it too, which
+        is therefore :math:`\frac{1 - s}{s} \log |\det J|`: enumeration takes sites of one scale
+        alone.
+
+        Args:
+            name: The name of the site.
+            fn: Its distribution.
+            log_det: The log-determinant of each event of the flow, ``(*)``.
         """
-        rest = 1 - math.prod(handler.scale for handler in self.scales)
-        unit = _wrapped(Unit(rest * log_det), fn)
-        with _without(self.scales):  # plates count it as they do the site
-            numpyro.sample(
-                name + _JACOBIAN, unit, obs=unit.sample(None), infer={"is_auxiliary": True}
-            )
+        scale: Any = math.prod(self.scales)  # of the shape that the site's density broadcasts with
+        each = _wrapped(Unit(log_det), fn)
+        log_det = each.log_prob(each.sample(None))
+        numpyro.factor(name + _JACOBIAN, (1 - scale) / scale * log_det)
 
     @contextlib.contextmanager
     def _start(self, name: str, fn: dist.Distribution) -> Iterator[None]:
@@ -164,7 +172,7 @@ def _config(site: dict[str, Any]) -> Reparam | None:
     others = [h for i, h in enumerate(stack) if i > here or not isinstance(h, handlers.scope)]
     base = {**site, "name": site["name"] + _BASE, "fn": _base_of(flow, site["fn"])}
     given, start = is_given(site, base, others)
-    scales = [h for h in stack[:here] if isinstance(h, handlers.scale)]
+    scales = [h.scale for h in stack[:here] if isinstance(h, handlers.scale)]
     return None if given else _InBaseSpace(flow, site, start, scales)
 
 
@@ -245,8 +253,7 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
         with handlers.reparam(config=images.config):
             result = guide.model(*args, **kwargs)
         if get_mask() is not False:
-            weights = [h for h in _PYRO_STACK if isinstance(h, handlers.scale | handlers.mask)]
-            with _without(weights):
+            with _unweighted():
                 numpyro.factor(f"{guide.prefix}_log_jacobian", log_det + images.total)
         if images.parts:
             raise ValueError(
@@ -259,10 +266,10 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _without(weights: list[Messenger]) -> Iterator[None]:
-    """Keep what is inside from scales and masks around, which weigh densities of sites."""
+def _unweighted() -> Iterator[None]:
+    """Keep what is inside from the scales and masks around, which weigh densities of sites."""
     around = list(_PYRO_STACK)
-    _PYRO_STACK[:] = [h for h in around if h not in weights]
+    _PYRO_STACK[:] = [h for h in around if not isinstance(h, handlers.scale | handlers.mask)]
     try:
         yield
     finally:

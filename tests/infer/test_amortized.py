@@ -458,6 +458,22 @@ def test_a_factor_cannot_be_simulated():
         pi.fit_guide(pi.AmortizedInterpolant(model), torch.tensor(0.0), **QUICK)
 
 
+@pytest.mark.parametrize("scale", [0.5, torch.tensor(1.0)], ids=["scaled", "ones"])
+def test_base_spaces_own_factor_is_no_site_of_the_models(scale):
+    prior = pi.InterpolantDistribution(pi.interpolant_transform(2)).freeze()
+
+    def model(y=None):
+        with poutine.scale(scale=scale):
+            z = pyro.sample("z", prior)
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+    guide = pi.AmortizedInterpolant(pi.base_space(model), hidden_dims=(8,))
+    is_one = bool(scale == 1)
+    refused = pytest.raises(ValueError, match=r"count once, got \['z_base'\] scaled")
+    with contextlib.nullcontext() if is_one else refused:
+        assert guide(torch.tensor(1.0))["z_base"].shape == (2,)
+
+
 def test_an_improper_prior_cannot_be_simulated():
     def model(y=None):
         flat = dist.ImproperUniform(constraints.real, (), ())

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import AUTOGUIDES, BASES, gaussian_prior, random_flow
+from cases import AUTOGUIDES, BASES, CountingSolver, gaussian_prior, random_flow
 from pyro import poutine
 from pyro.contrib.autoname import scope
 from pyro.distributions import constraints
@@ -412,6 +412,57 @@ def test_a_scale_inside_weighs_the_density_of_the_site():
     expected = 3 * (0.3 * base + 0.7 * log_det)[0]
     assert torch.allclose(found, expected)
     assert torch.allclose(around, 2 * expected)
+
+
+def test_each_row_of_a_scale_weighs_all_events_of_a_row():
+    prior, scale = random_prior(2), torch.tensor([0.5, 1.0, 2.0])
+
+    def model():
+        with poutine.scale(scale=scale):
+            pyro.sample("z", prior.expand([3, 3]).to_event(1))
+
+    w = torch.randn(3, 3, 2)
+    log_det = prior.transform.log_abs_det_jacobian(w, prior.transform(w))
+    base = dist.Normal(0.0, 1.0).log_prob(w).sum(-1)
+    expected = (scale * base.sum(-1) + (1 - scale) * log_det.sum(-1)).sum()
+    found = trace_of(poutine.condition(base_space(model), {"z_base": w}))
+    assert torch.allclose(found.log_prob_sum(), expected)
+
+
+def test_a_scale_inside_is_that_of_enumerated_sites_beside_the_prior():
+    prior, shares, w = family(context_dim=1), torch.tensor([0.3, 0.7]), torch.randn(2)
+
+    def model():
+        with poutine.scale(scale=0.5):
+            fn = dist.Categorical(shares)
+            c = pyro.sample("c", fn, infer={"enumerate": "parallel"})
+            z = pyro.sample("z", prior.condition(c.to(shares)[..., None]))
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("z_base", dist.Delta(w, event_dim=1))
+
+    transform = prior.condition(torch.tensor([[0.0], [1.0]])).transform
+    z = transform(w.expand(2, 2))
+    log_det = transform.log_abs_det_jacobian(w.expand(2, 2), z)
+    each = shares.log() + dist.Normal(z.sum(-1), 1.0).log_prob(torch.tensor(1.0)) + log_det
+    expected = 0.5 * (dist.Normal(0.0, 1.0).log_prob(w).sum() + each.logsumexp(0))
+    loss = TraceEnum_ELBO(max_plate_nesting=0).loss(base_space(model), guide)
+    assert loss == pytest.approx(-float(expected))
+
+
+def test_a_scale_inside_costs_no_solve():
+    """Of angles the base is made of the draw: the same for the value and for its Jacobian."""
+    solver = CountingSolver()
+    torus = InterpolantTransform(TorusMLP(2), interpolant=Geodesic(), solver=solver)
+    prior = InterpolantDistribution(torus, support=circular).freeze()
+
+    def model():
+        with poutine.scale(scale=0.5):
+            pyro.sample("z", prior)
+
+    trace_of(base_space(model))
+    assert solver.solves == 1
 
 
 def test_observed_sites_are_left_alone():

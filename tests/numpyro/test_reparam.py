@@ -80,6 +80,23 @@ def test_a_scale_inside_weighs_the_density_of_the_site(prior):
     np.testing.assert_allclose(around, 2 * expected, rtol=1e-12)
 
 
+def test_each_row_of_a_scale_weighs_all_events_of_a_row(prior):
+    """The factor is under the scale too, since enumeration takes sites of one scale alone."""
+    scale, w = jnp.array([0.5, 1.0, 2.0]), jax.random.normal(KEY, (3, 3, 2))
+
+    def model():
+        with handlers.scale(scale=scale):
+            numpyro.sample("z", prior.expand([3, 3]).to_event(1))
+
+    _, log_det = prior.transform.call_with_intermediates(w)
+    base = prior.base_dist.log_prob(w)
+    expected = (scale * base.sum(-1) + (1 - scale) * log_det.sum(-1)).sum()
+    density = jax.jit(lambda w: log_density(base_space(model), (), {}, {"z_base": w})[0])
+    np.testing.assert_allclose(density(w), expected, rtol=1e-12)
+    trace = traced(base_space(model))
+    assert trace["z_log_jacobian"]["scale"] is trace["z_base"]["scale"]
+
+
 def test_as_numpyros_own_reparametrisation(model):
     own = handlers.reparam(model, config={"z": TransformReparam()})
     x = jnp.array([0.5, -1.0])
