@@ -127,7 +127,7 @@ def test_nuts_in_its_base_space(trained):
     base = pi.neutra(guide)
     # The base is N(0, 1) but for the guide's error; so few steps would adapt to one that sticks.
     kernel = NUTS(base, step_size=0.8, adapt_step_size=False, adapt_mass_matrix=False)
-    mcmc = MCMC(kernel, num_samples=100, warmup_steps=10, disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=200, warmup_steps=10, disable_progbar=True)
     mcmc.run(y)
     draws, (mean, sd, _) = base.samples(mcmc.get_samples(), y)["loc"], exact(y)
     assert abs(draws.mean() - mean) < 0.35 * sd
