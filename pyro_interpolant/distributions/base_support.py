@@ -134,7 +134,7 @@ def _inside_support(support: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     with contextlib.suppress(NotImplementedError):  # one that nobody has a bijection of
         known = transform_to(support)(torch.zeros_like(x))
-        inside = support.check(x)
-        extra = inside.dim() - (x.dim() - support.event_dim)  # as of a stack, each element's
+        inside = support.check(x)  # of a stack each element's; known ones have a batch of bounds
+        extra = inside.dim() - (known.dim() - support.event_dim)
         return inside.flatten(-extra).all(-1) if extra > 0 else inside, known
     return None

@@ -4,7 +4,7 @@ r"""Linear interpolants, :math:`I_t = \alpha(t) x_0 + \beta(t) x_1 + \gamma(t) z
 independent of both. A member states its coefficients; their derivatives come from forward-mode
 differentiation and are never written by hand. They must be finite at both ends, and be the slopes
 of the path at every time, else its velocity does not lead to the data. So a root that vanishes at
-an end (of a Brownian bridge) becomes a straight line within about ``END_MARGIN`` of it, smoothly:
+an end (of a Brownian bridge) becomes a straight line within about ``_END_MARGIN`` of it, smoothly:
 a velocity that jumped would cost solvers steps.
 
 References:
@@ -25,7 +25,7 @@ from .._torch import slopes
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
 
-END_MARGIN = 1e-3  # the time from an end at which a root that vanishes there turns into a line
+_END_MARGIN = 1e-3  # the time from an end at which a root that vanishes there turns into a line
 # The same of the roots that weigh draws and data. Their slopes are noise in training, which no
 # antithetic draw takes away: with 1e-3 held-out rows of two narrow arms lost 0.05 nats.
 _SHARE_MARGIN = 4e-3
@@ -91,7 +91,7 @@ class Interpolant(ABC):
             raise ValueError(
                 "expected coefficients with finite slopes at t = 0 and t = 1, got "
                 f"{rates.tolist()} from {type(self).__name__}: for a root sqrt(u) that vanishes "
-                f"at an end take u / sqrt(u + {END_MARGIN:g})"
+                f"at an end take u / sqrt(u + {_END_MARGIN:g})"
             )
 
     def sample(
@@ -219,7 +219,7 @@ class BrownianBridge:
     def __call__(self, t: Tensor) -> Tensor:
         """Return the deviation, of the shape of t."""
         u = (t * (1 - t)).clamp(min=0)
-        return u * (self.scale / (u + END_MARGIN)).sqrt()
+        return u * (self.scale / (u + _END_MARGIN)).sqrt()
 
 
 @dataclass(frozen=True)

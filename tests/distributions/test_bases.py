@@ -704,6 +704,13 @@ def test_behind_several_transforms_a_base_has_a_density_where_its_draws_are(name
     torch.testing.assert_close(base_log_prob(base, draws), base.log_prob(draws))
 
 
+def test_a_batch_of_bounds_is_one_of_densities():
+    low = torch.arange(3.0)[:, None].expand(3, 2)
+    base = dist.Uniform(low, low + 1).to_event(1)
+    found = base_log_prob(base, torch.full((2,), 0.5))
+    assert torch.equal(found, torch.tensor([0.0, -math.inf, -math.inf]))
+
+
 def test_an_affine_image_of_real_vectors_has_no_bounds():
     shifted = [dist.transforms.AffineTransform(1.0, 2.0)]
     base = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0), shifted).to_event(1)
