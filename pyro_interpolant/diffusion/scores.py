@@ -12,7 +12,7 @@ References:
 import torch
 from torch import Tensor, broadcast_shapes, where
 
-from ..distributions.interpolant import InterpolantDistribution
+from ..distributions.interpolant import InterpolantDistribution, check_has_context
 from ..nn.velocity import evaluate
 from ..transforms.gaussianize import Gaussianized, refuse_gaussianized
 from ..transforms.interpolant import InterpolantTransform
@@ -121,11 +121,7 @@ def transform_with_score(distribution: InterpolantDistribution) -> InterpolantTr
         TypeError: If the distribution is conditional and lacks its context.
         ValueError: If the score does not follow from what was learned.
     """
-    if not isinstance(distribution, InterpolantDistribution):
-        raise TypeError(
-            f"expected an InterpolantDistribution, got {type(distribution).__name__}: a "
-            "conditional one gives it by .condition(context)"
-        )
+    check_has_context(distribution)
     transform = distribution.transform
     check_linear(transform.interpolant)
     if transform.flow.was_trained_through_solver():

@@ -20,7 +20,7 @@ from torch.distributions.constraint_registry import ConstraintRegistry
 from torch.distributions.transforms import ComposeTransform, ReshapeTransform
 
 from .._package import check_sizes
-from ..transforms.bijections import PerEvent, keeping_shares
+from ..transforms.bijections import PerEvent, mended
 
 Constraint = constraints.Constraint
 
@@ -113,12 +113,12 @@ def _(constraint: Circular) -> Transform:
 
 
 def biject(support: Any) -> Transform:
-    """Return the registered bijection to a support, by which a simplex keeps its small shares.
+    """Return the registered bijection to a support, with what is torch's own put right in it.
 
     Raises:
         NotImplementedError: If there is none.
     """
-    return keeping_shares(biject_to(support))
+    return mended(biject_to(support))
 
 
 def bijection(support: Constraint) -> Transform:

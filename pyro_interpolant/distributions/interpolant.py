@@ -441,6 +441,15 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
 AnyDistribution = InterpolantDistribution | ConditionalInterpolantDistribution
 
 
+def check_has_context(distribution: object) -> None:
+    """Raise a TypeError unless it is one density: not a conditional one without its context."""
+    if not isinstance(distribution, InterpolantDistribution):
+        raise TypeError(
+            f"expected an InterpolantDistribution, got {type(distribution).__name__}: a "
+            "conditional one gives it by .condition(context)"
+        )
+
+
 def rows_given(
     distribution: AnyDistribution, x: ArrayLike, context: Tensor | None
 ) -> tuple[InterpolantDistribution, Tensor]:

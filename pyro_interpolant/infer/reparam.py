@@ -33,7 +33,7 @@ from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import PACKED, PART, sample_in_place
 from ..distributions.rows import as_tensor
 from .initialization import whole_value
-from .sites import JACOBIAN, Model, Nodes, Site
+from .sites import OWN_FACTOR, Model, Nodes, Site
 
 _BASE = "_base"  # what a site in base space has after its name
 _JACOBIAN = "_log_jacobian"  # and what the site has of its Jacobian where a scale weighs it
@@ -295,7 +295,7 @@ def _count_jacobian(
     """
     each = _wrapped(dist.Unit(log_det), wrappers)
     unit = dist.Unit((1 - scale) / scale * each.log_prob(each.sample()))
-    own: Any = {"is_auxiliary": True, JACOBIAN: True}
+    own: Any = {"is_auxiliary": True, OWN_FACTOR: True}
     pyro.sample(name + _JACOBIAN, unit, obs=unit.sample(), infer=own)
 
 

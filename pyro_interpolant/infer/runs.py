@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._torch import are_close, seeded, warn_user
 from ..distributions.rows import as_tensor
-from .sites import JACOBIAN, Model, Nodes, Site, is_sampled, is_subsample, subsampling_plates
+from .sites import OWN_FACTOR, Model, Nodes, Site, is_sampled, is_subsample, subsampling_plates
 
 _DENSITY = "log_prob of "  # before the name of a site, the key of its log density in an example
 # Rounding moves the density of values far larger than their deviations by more than the values.
@@ -33,7 +33,7 @@ class Unobserved(Messenger):
 
     def _pyro_sample(self, msg: Message) -> None:
         infer = cast("dict[str, Any]", msg["infer"])
-        if not msg["is_observed"] or infer.get("_deterministic") or infer.get(JACOBIAN):
+        if not msg["is_observed"] or infer.get("_deterministic") or infer.get(OWN_FACTOR):
             return
         if isinstance(msg["fn"], Unit):
             raise ValueError(
@@ -87,7 +87,7 @@ def check_rows_count(nodes: Nodes) -> None:
             f"expected a model that sees all its data, got plates {plates} that subsample: the "
             "posterior given some rows is another one"
         )
-    sites = {k: n for k, n in nodes.items() if is_sampled(n) and JACOBIAN not in n["infer"]}
+    sites = {k: n for k, n in nodes.items() if is_sampled(n) and OWN_FACTOR not in n["infer"]}
     masked = [name for name, node in sites.items() if _is_masked(node)]
     if masked:
         raise ValueError(

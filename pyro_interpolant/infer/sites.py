@@ -34,7 +34,7 @@ from ..distributions.supports import OnEvents
 Site = dict[str, Any]  # a site of a trace, Pyro's message
 Nodes = dict[str, Site]
 Model = Callable[..., Any]
-JACOBIAN = "_interpolant_jacobian"  # marks base space's own factors, which no user wrote
+OWN_FACTOR = "_interpolant_jacobian"  # marks base space's own factors, which no user wrote
 
 
 @contextlib.contextmanager

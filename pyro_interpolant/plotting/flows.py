@@ -17,6 +17,7 @@ from ..distributions.constraints import shaped
 from ..distributions.interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
+    check_has_context,
 )
 from ..distributions.joint import ConditionalJointInterpolantDistribution
 from ..distributions.rows import RowsLike, in_order
@@ -329,11 +330,7 @@ def _on_support(
 
 def _check_single(distribution: InterpolantDistribution) -> None:
     """Raise a ValueError for a batch of flows, a TypeError for one without its context."""
-    if not isinstance(distribution, InterpolantDistribution):
-        raise TypeError(
-            f"expected an InterpolantDistribution, got {type(distribution).__name__}: a "
-            "conditional one gives it by .condition(context)"
-        )
+    check_has_context(distribution)
     if distribution.batch_shape:
         raise ValueError(
             f"expected one flow, got a batch of shape {tuple(distribution.batch_shape)}: draw one "

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import (
     CatTransform,
-    IndependentTransform,
     StickBreakingTransform,
     Transform,
     constraints,
@@ -82,7 +81,7 @@ class PerEvent(RealVectorTransform):
 
     def __init__(self, wrapped: Transform) -> None:
         super().__init__()
-        self.wrapped, self.bijective = _of_whole_parts(wrapped), wrapped.bijective
+        self.wrapped, self.bijective = wrapped, wrapped.bijective
         end = wrapped.codomain
         elementwise = wrapped.domain.event_dim == end.event_dim == 0
         self.codomain = constraints.independent(end, 1) if elementwise else end
@@ -106,19 +105,6 @@ class PerEvent(RealVectorTransform):
     def inverse_shape(self, shape: Sequence[int]) -> Sequence[int]:
         """Return the shape as real vectors."""
         return self.wrapped.inverse_shape(shape)
-
-
-def _of_whole_parts(transform: Transform) -> Transform:
-    """Return a bijection of which each joined part has one log-determinant an event, ``(*)``.
-
-    Torch adds up what the parts say, and beside a vector's an element's broadcasts.
-    """
-    while isinstance(transform, IndependentTransform) and not transform.reinterpreted_batch_ndims:
-        transform = transform.base_transform
-    if not isinstance(transform, CatTransform):
-        return transform
-    parts = [PerEvent(part) for part in transform.transforms]
-    return CatTransform(parts, transform.dim, transform.lengths)
 
 
 class Cached(PerEvent, CachedTransform):
@@ -171,17 +157,24 @@ def _left(x: Tensor) -> Tensor:
     return torch.arange(x.shape[-1], 0, -1, dtype=x.dtype, device=x.device)
 
 
-def keeping_shares(transform: Transform) -> Transform:
-    """Return a transform with :class:`StickBreaking` wherever torch's own is in it."""
+def mended(transform: Transform) -> Transform:
+    """Return a transform in which two parts of torch's are put right, wherever they are in it.
+
+    A simplex keeps its small shares, and joined parts, some of vectors, have one log-determinant
+    an event each: torch adds up what they say, and beside a vector's an element's broadcasts.
+    """
     if type(transform) is StickBreakingTransform:
         return StickBreaking()
+    if isinstance(transform, CatTransform) and transform.domain.event_dim > 0:
+        joined = [PerEvent(mended(part)) for part in transform.transforms]
+        return CatTransform(joined, transform.dim, transform.lengths)
     parts = {name: part for name, part in vars(transform).items() if name in _PARTS}
     if not parts:
         return transform
     changed = copy.copy(transform)
     for name, part in parts.items():
         several = isinstance(part, list)
-        new = [keeping_shares(inner) for inner in part] if several else keeping_shares(part)
+        new = [mended(inner) for inner in part] if several else mended(part)
         setattr(changed, name, new)
     return changed
 

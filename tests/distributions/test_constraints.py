@@ -425,6 +425,14 @@ def test_densities_of_small_shares_in_float32():
     assert torch.allclose(found.double(), expected, atol=1e-2)
 
 
+def test_a_stack_among_joined_parts_has_one_log_determinant_an_event():
+    pair = constraints.stack([constraints.positive, constraints.real], dim=-1)
+    ours = biject(constraints.cat([pair, constraints.less_than(1.0)], -1, [2, 1]))
+    x = torch.randn(2, 3)
+    expected = x[:, 0] + x[:, 2]  # of exponentials
+    assert torch.allclose(ours.log_abs_det_jacobian(x, ours(x)), expected, rtol=1e-12)
+
+
 def test_draws_of_many_shares_are_on_the_simplex_in_float32():
     y = biject(constraints.simplex)(torch.randn(50, 999, dtype=torch.float32))
     assert bool(constraints.simplex.check(y).all())
