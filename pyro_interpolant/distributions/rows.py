@@ -5,6 +5,7 @@ finite numbers are checked.
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,9 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
     if hasattr(x, "to_numpy"):
         x = _from_frame(x, name)
     try:
-        if isinstance(x, np.ma.MaskedArray):
+        if torch.masked.is_masked_tensor(x):
+            x = x.to_tensor(math.nan)
+        if is_masked(x):
             x = _unmasked(x)
         if not isinstance(x, (Tensor, np.ndarray)) and hasattr(x, "__array__"):
             x = np.asarray(x)  # of jax
@@ -250,11 +253,20 @@ def _from_frame(x: Any, name: str) -> np.ndarray:
     return values
 
 
-def _unmasked(x: np.ma.MaskedArray) -> np.ndarray:
+def is_masked(x: Any) -> bool:
+    """Return whether an array has a mask of its own shape, as numpy's and astropy's have."""
+    mask = getattr(x, "mask", None)  # of a frame a method
+    return isinstance(mask, np.ndarray) and mask.dtype.kind == "b" and mask.shape == x.shape
+
+
+def _unmasked(x: Any) -> np.ndarray:
     """Return the values of a masked array, those that are masked as NaN, of any shape."""
-    if not np.ma.is_masked(x):
-        return x.data
-    return np.ma.filled(x if x.dtype.kind in "fc" else x.astype(np.float64), np.nan)
+    mask, values = np.asarray(x.mask), np.asarray(x)
+    if not mask.any():
+        return values
+    values = values.astype(values.dtype if values.dtype.kind in "fc" else np.float64)  # a copy
+    values[mask] = np.nan
+    return values
 
 
 def checked_context(

@@ -3,12 +3,11 @@ r"""Rows of data in memory: what belongs to each, their weights, and samples of 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..distributions.rows import as_tensor, checked_rows, names_of, weighted_indices
+from ..distributions.rows import as_tensor, checked_rows, is_masked, names_of, weighted_indices
 
 LEVELS = 256  # of whole numbers in ``uint8``, as images have them
 _VALUES_AT_ONCE = 2**22  # whose keys are taken at once
@@ -122,7 +121,7 @@ def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[An
         if isinstance(value, Mapping):
             return {name: kept(inner) for name, inner in value.items()}
         # Frames and masked arrays as they are: whole numbers with gaps are floats as a tensor.
-        may_miss = hasattr(value, "iloc") or isinstance(value, np.ma.MaskedArray)
+        may_miss = hasattr(value, "iloc") or is_masked(value)
         may_miss = may_miss or bool(names_of(value))
         value = value if may_miss else as_tensor(value, "rows")
         if tuple(value.shape[:1]) != (len(keep),):

@@ -4,7 +4,6 @@ import copy
 import math
 import re
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -18,7 +17,6 @@ from torch.distributions import biject_to
 
 from pyro_interpolant import ConditionalInterpolantDistribution, InterpolantDistribution
 from pyro_interpolant.distributions.constraints import biject, shaped
-from pyro_interpolant.distributions.rows import as_tensor, checked_context, checked_rows, images_of
 
 FAILURE_RATE = 1e-9
 
@@ -452,21 +450,3 @@ def test_the_map_to_a_simplex_is_that_of_torch():
     assert bool((y > 0).all() & constraints.simplex.check(y).all())
     total = ours.log_abs_det_jacobian(far, y).sum() + y.sum()
     assert bool(torch.autograd.grad(total, far)[0].isfinite().all())
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8])
-def test_masked_numbers_are_missing_ones(dtype):
-    values = np.arange(6).reshape(3, 2).astype(dtype)
-    whole = np.ma.masked_array(values, mask=False)
-    assert torch.equal(as_tensor(whole), torch.as_tensor(values))
-    some = np.ma.masked_array(values, mask=[[0, 0], [0, 1], [0, 0]], fill_value=99)
-    found = as_tensor(some)
-    assert found.isnan().tolist() == some.mask.tolist()
-    assert found[0].tolist() == [0.0, 1.0]
-    with pytest.raises(ValueError, match="got NaN or infinite values in 1 of 3 rows, .* row 1"):
-        checked_rows(some, "data")
-    images = some[:, None, None]
-    with pytest.raises(ValueError, match="finite images, got NaN"):
-        images_of(images, (1, 1, 2))
-    with pytest.raises(ValueError, match="finite context, got NaN"):
-        checked_context(some[:, 1:], None, 9)

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from arrays import MaskedByAstropy
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
@@ -583,12 +584,14 @@ def test_rows_held_out_have_the_mean_weight_where_the_sum_has_no_number():
     torch.testing.assert_close(rows.weight[3:], weights[2:].expand(2))
 
 
-@pytest.mark.parametrize("kind", ["frame", "series", "masked"])
+@pytest.mark.parametrize("kind", ["frame", "series", "masked", "astropy"])
 def test_labels_that_are_missing_where_rows_have_no_weight_are_labels(kind):
     x, labels, weights = torch.randn(60, 2), np.arange(60) % 3, np.arange(60) > 0
     column = pd.Series(labels, dtype="Int64").where(weights)
     masked = np.ma.masked_array(labels, mask=~weights)
-    context = {"frame": column.to_frame(), "series": column, "masked": masked}[kind]
+    other = MaskedByAstropy(np.where(weights, labels, 99), mask=~weights)
+    frame = column.to_frame()
+    context = {"frame": frame, "series": column, "masked": masked, "astropy": other}[kind]
     d = ConditionalInterpolantDistribution(
         ConditionalInterpolantTransform(VelocityMLP(2, (8,), classes=3))
     )

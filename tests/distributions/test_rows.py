@@ -1,0 +1,35 @@
+import numpy as np
+import pytest
+import torch
+from arrays import MaskedByAstropy
+
+from pyro_interpolant.distributions.rows import as_tensor, checked_context, checked_rows, images_of
+
+
+@pytest.mark.parametrize("masked", [np.ma.masked_array, MaskedByAstropy])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8])
+def test_masked_numbers_are_missing_ones(dtype, masked):
+    values = np.arange(6).reshape(3, 2).astype(dtype)
+    whole = masked(values, mask=np.zeros((3, 2), bool))
+    assert torch.equal(as_tensor(whole), torch.as_tensor(values))
+    some = masked(values, mask=np.array([[0, 0], [0, 1], [0, 0]], bool))
+    found = as_tensor(some)
+    assert found.isnan().tolist() == some.mask.tolist()
+    assert found[0].tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match="got NaN or infinite values in 1 of 3 rows, .* row 1"):
+        checked_rows(some, "data")
+    images = some[:, None, None]
+    with pytest.raises(ValueError, match="finite images, got NaN"):
+        images_of(images, (1, 1, 2))
+    with pytest.raises(ValueError, match="finite context, got NaN"):
+        checked_context(some[:, 1:], None, 9)
+    assert some.data.tobytes() == values.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+def test_masked_numbers_of_torch_are_missing_ones():
+    x = torch.randn(3, 2)
+    there = torch.tensor([[True, True], [True, False], [True, True]])
+    found = as_tensor(torch.masked.masked_tensor(x, there))
+    assert torch.equal(found.isnan(), ~there)
+    assert torch.equal(found[there], x[there])
