@@ -5,6 +5,52 @@ from typing import Any
 import numpy as np
 
 
+class PolarsType:
+    """The type of a column of polars."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def is_temporal(self) -> bool:
+        return self.name != "Float64"
+
+
+class PolarsFrame:
+    """A data frame of polars, whose dates are numbers where there are numbers beside them."""
+
+    def __init__(self, **columns: Any) -> None:
+        self.series = {name: np.asarray(values) for name, values in columns.items()}
+        self.columns = list(columns)
+        self.shape = len(next(iter(self.series.values()))), len(columns)
+
+    @property
+    def dtypes(self) -> list[PolarsType]:
+        kinds = [values.dtype.kind for values in self.series.values()]
+        return [PolarsType("Float64" if kind == "f" else "Date") for kind in kinds]
+
+    def to_numpy(self) -> Any:
+        parts = list(self.series.values())
+        dtype = float if any(part.dtype.kind == "f" for part in parts) else parts[0].dtype
+        return np.stack([part.astype(dtype) for part in parts], -1)
+
+    def __getitem__(self, rows: Any) -> "PolarsFrame":
+        return PolarsFrame(**{name: values[rows] for name, values in self.series.items()})
+
+
+class PolarsSeries:
+    """A column of polars."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = np.asarray(values)
+        self.dtype, self.shape = PolarsFrame(x=values).dtypes[0], self.values.shape
+
+    def to_numpy(self) -> Any:
+        return self.values
+
+
 class MaskedByAstropy(np.ndarray):
     """An array with a mask, as a ``Masked`` of astropy: elsewhere what is behind it counts."""
 

@@ -237,14 +237,17 @@ def _from_frame(x: Any, name: str) -> np.ndarray:
     Raises:
         TypeError: If there are columns that are no numbers.
     """
-    kinds = getattr(x, "dtypes", None)
     values = x.to_numpy()
+    kinds = getattr(x, "dtypes", getattr(x, "dtype", values.dtype))
+    each = list(kinds) if hasattr(kinds, "__iter__") else [kinds]
     if values.dtype.kind == "O":  # types of pandas' own, which have a value for missing ones
-        own = {getattr(kind, "kind", "O") for kind in getattr(kinds, "tolist", lambda: [kinds])()}
+        own = {getattr(kind, "kind", "O") for kind in each}
         if own <= set("biuf"):
-            is_whole = "f" not in own and not x.isna().to_numpy().any()
-            values = x.astype("int64" if is_whole else "float64").to_numpy()
-    if values.dtype.kind not in "biuf":
+            is_whole = "f" not in own and not np.asarray(x.isna()).any()
+            values = np.asarray(x.astype("int64" if is_whole else "float64"))
+    # Beside numbers, polars gives dates and times as numbers, too.
+    are_times = any(kind.is_temporal() for kind in each if hasattr(kind, "is_temporal"))
+    if values.dtype.kind not in "biuf" or are_times:
         raise TypeError(
             f"expected {name} of columns of numbers, got types {kinds}: leave other columns out, "
             "or write categories as whole numbers, column.cat.codes, or, as contexts beside "

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from arrays import MaskedByAstropy
+from arrays import MaskedByAstropy, PolarsFrame, PolarsSeries
 
 from pyro_interpolant.distributions.rows import as_tensor, checked_context, checked_rows, images_of
 
@@ -33,3 +33,13 @@ def test_masked_numbers_of_torch_are_missing_ones():
     found = as_tensor(torch.masked.masked_tensor(x, there))
     assert torch.equal(found.isnan(), ~there)
     assert torch.equal(found[there], x[there])
+
+
+def test_columns_of_dates_beside_numbers_are_no_numbers():
+    x, days = np.random.randn(4, 2), np.arange("2020-01-01", "2020-01-05", dtype="M8[D]")
+    assert torch.equal(as_tensor(PolarsFrame(a=x[:, 0], b=x[:, 1])), torch.tensor(x))
+    assert torch.equal(as_tensor(PolarsSeries(x[:, 0])), torch.tensor(x[:, 0]))
+    with pytest.raises(TypeError, match=r"columns of numbers, got types \[Float64, Date\]: leave"):
+        as_tensor(PolarsFrame(a=x[:, 0], day=days))
+    with pytest.raises(TypeError, match="columns of numbers, got types Date: leave"):
+        as_tensor(PolarsSeries(days))
