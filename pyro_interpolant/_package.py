@@ -134,13 +134,15 @@ def flag(name: str, value: object, *, or_none: bool = False) -> tuple[str, bool,
 def names_of(x: Any, expected: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the names of the columns of a data frame; of anything else none.
 
-    A frame has types, too: an array of xarray has ``columns`` where a dimension is called so.
+    A frame has types, too: an array of xarray has ``columns`` where a dimension is called so. What
+    a table of pyarrow calls so are its values.
 
     Args:
         x: Anything.
         expected: Names, which the index of a row of a data frame of several columns may be, too.
     """
-    columns = tuple(map(str, getattr(x, "columns", ()) if hasattr(x, "dtypes") else ()))
+    own = "columns" if hasattr(x, "dtypes") else "column_names"
+    columns = tuple(map(str, getattr(x, own, ())))
     index = getattr(x, "index", None)  # of lists a method
     if columns or index is None or callable(index) or not 1 < len(index) == len(expected):
         return columns

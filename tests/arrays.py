@@ -15,7 +15,7 @@ class PolarsType:
         return self.name
 
     def is_temporal(self) -> bool:
-        return self.name != "Float64"
+        return self.name == "Date"
 
 
 class PolarsFrame:
@@ -28,8 +28,8 @@ class PolarsFrame:
 
     @property
     def dtypes(self) -> list[PolarsType]:
-        kinds = [values.dtype.kind for values in self.series.values()]
-        return [PolarsType("Float64" if kind == "f" else "Date") for kind in kinds]
+        names = {"f": "Float64", "i": "Int64", "M": "Date"}
+        return [PolarsType(names[values.dtype.kind]) for values in self.series.values()]
 
     def to_numpy(self) -> Any:
         parts = list(self.series.values())
@@ -61,3 +61,18 @@ class MaskedByAstropy(np.ndarray):
 
     def __getitem__(self, index: Any) -> Any:
         return MaskedByAstropy(np.asarray(self)[index], self.mask[index])
+
+
+class ArrowTable:
+    """A table of pyarrow: its ``columns`` are their values, and it has no rows by index."""
+
+    def __init__(self, **columns: Any) -> None:
+        self.series = {name: np.asarray(values) for name, values in columns.items()}
+        self.column_names, self.columns = list(columns), list(self.series.values())
+        self.shape = len(self.columns[0]), len(columns)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.stack(self.columns, -1)
+
+    def take(self, rows: Any) -> "ArrowTable":
+        return ArrowTable(**{name: values[rows] for name, values in self.series.items()})

@@ -70,7 +70,7 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
 
     Returns:
         ``x + step * (u - 1/2)`` with u uniform on [0, 1), shape ``(N, *event_shape)``, floating:
-        in float64 where a shorter type could not hold it. Of a data frame, a data frame.
+        in float64 where a shorter type could not hold it. Of a frame of pandas, one.
 
     Raises:
         ValueError: If a step is negative, not finite or of another shape, x has no rows of
@@ -112,7 +112,8 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
     generator = torch.Generator().manual_seed(checksum([x], str(seed)))
     u = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     x = (x + step * (u - 0.5)).to(_type_for(x, step, given.dtype))
-    return type(frame)(x.numpy(), frame.index, frame.columns) if names_of(frame) else x
+    is_frame = hasattr(frame, "iloc") and bool(names_of(frame))  # of pandas
+    return type(frame)(x.numpy(), frame.index, frame.columns) if is_frame else x
 
 
 def _type_for(x: Tensor, step: Tensor, dtype: torch.dtype) -> torch.dtype:

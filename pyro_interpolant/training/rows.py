@@ -130,7 +130,10 @@ def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[An
                 f"of shape {tuple(value.shape)}"
             )
         if may_miss:
-            return getattr(value, "iloc", value)[keep.nonzero().flatten().cpu().numpy()]
+            index = keep.nonzero().flatten().cpu().numpy()
+            if hasattr(value, "column_names"):  # a table of pyarrow
+                return value.take(index)
+            return getattr(value, "iloc", value)[index]
         return value[keep.to(value.device)]
 
     if not bool(keep.all()):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from arrays import ArrowTable
 from cases import OwnVelocity, random_flow
 from pyro.distributions import constraints
 
@@ -359,6 +360,20 @@ def test_only_frames_have_names_of_columns():
     rows = torch.from_numpy(Array().to_numpy())
     assert torch.equal(d.log_prob(Array()), d.log_prob(rows))
     assert names_of(Array()) == ()
+
+
+def test_columns_of_a_table_of_pyarrow_have_names():
+    frame, swapped = two_columns(50)
+    table, other = ArrowTable(**frame), ArrowTable(**swapped)
+    rows, weights = torch.tensor(frame.to_numpy()), np.arange(50) > 0
+    assert names_of(table) == ("a", "b")
+    d = ConditionalInterpolantDistribution(conditional_of_two())
+    Names.of(d).filled(table, table).give_to(d)
+    assert d.columns == d.context_columns == ("a", "b")
+    found = Table(d, other, None, context=other, weights=weights).rows
+    assert torch.equal(found.context, rows[1:])
+    assert torch.equal(found.w, d.to_flow(rows[1:]))
+    assert torch.equal(d.condition(other).log_prob(other), d.condition(rows).log_prob(rows))
 
 
 def conditional_of_two():

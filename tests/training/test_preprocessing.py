@@ -6,6 +6,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
+from arrays import PolarsFrame
 from cases import slow_but
 from pyro.distributions import constraints
 
@@ -317,3 +318,4 @@ def test_a_data_frame_stays_one():
     assert list(found.columns) == ["mass", "kind"]
     assert list(found.index) == list("abcd")
     assert ((found - frame).abs() <= 0.5).all().all()
+    assert torch.equal(dequantize(PolarsFrame(**frame)), torch.tensor(found.to_numpy()))
