@@ -76,3 +76,15 @@ class ArrowTable:
 
     def take(self, rows: Any) -> "ArrowTable":
         return ArrowTable(**{name: values[rows] for name, values in self.series.items()})
+
+
+class Quantity(np.ndarray):
+    """An array with a unit, as one of astropy."""
+
+    def __new__(cls, values: Any, unit: Any) -> "Quantity":
+        array = np.array(values).view(cls)
+        array.unit = unit
+        return array
+
+    def to_value(self, unit: str) -> Any:
+        return np.asarray(self)

@@ -33,8 +33,10 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
         name: What to call it in messages.
 
     Raises:
-        TypeError: If it is none of these, or a data frame with columns that are no numbers.
+        TypeError: If it is none of these, or a data frame with columns that are no numbers, or
+            its numbers have a unit, or it is a sparse or nested tensor.
     """
+    _check_plain(x, name)
     if hasattr(x, "to_numpy"):
         x = _from_frame(x, name)
     try:
@@ -190,7 +192,7 @@ def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (N
         raise ValueError(
             f"expected finite {name}, got NaN or infinite values in "
             f"{counted(bad, f'of {len(x)} rows')}: remove or impute them, or give "
-            "them weight 0"
+            "them weight 0 where there are weights"
         )
     return x
 
@@ -254,6 +256,23 @@ def _from_frame(x: Any, name: str) -> np.ndarray:
             "numbers, as columns of 0 and 1, pandas.get_dummies(frame, dtype=float)"
         )
     return values
+
+
+def _check_plain(x: Any, name: str) -> None:
+    """Raise a TypeError for quantities, whose unit would be lost, and tensors that are not dense.
+
+    A column of a table of astropy, whose unit is a note beside plain numbers, is taken.
+    """
+    unit = str(getattr(x, "unit", None) or "") if hasattr(x, "to_value") else ""
+    if unit:
+        raise TypeError(
+            f"expected {name} as numbers without a unit, got a {type(x).__name__} in {unit}: pass "
+            f"x.to_value({unit!r}), and later values in that unit, too"
+        )
+    if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided):
+        got = "a nested one" if x.is_nested else f"one of layout {x.layout}"
+        hint = "rows of one size, stacked" if x.is_nested else "x.to_dense()"
+        raise TypeError(f"expected {name} as a dense tensor, got {got}: pass {hint}")
 
 
 def is_masked(x: Any) -> bool:

@@ -230,9 +230,8 @@ def _unnamed(
     """Return the constraint, no sites and the rows, shape ``(N, *event_shape)``, of samples."""
     if isinstance(support, Mapping):
         raise TypeError("expected one support for one tensor of samples, got a dictionary")
-    if isinstance(rows, Sequence):  # lists of numbers
-        rows = as_tensor(rows, "x")
-    if event_shape is None and getattr(rows, "ndim", None) == 1:
+    rows = as_tensor(rows, "x")
+    if event_shape is None and rows.dim() == 1:
         event_shape = ()
     if _are_scalars(event_shape) and support is constraints.real_vector:
         support = constraints.real
@@ -240,7 +239,7 @@ def _unnamed(
         event_shape = tuple(rows.shape[1:])
     constraint = shaped(support, event_shape)
     if are_levels(rows, event_shape or ()):
-        return constraint, {}, as_tensor(rows)
+        return constraint, {}, rows
     if event_shape is None:
         any_size = (None,) * support_of(constraint).event_constraint().event_dim
         return constraint, {}, checked_rows(rows, "x", any_size)

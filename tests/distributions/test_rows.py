@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from arrays import MaskedByAstropy, PolarsFrame, PolarsSeries
+from arrays import MaskedByAstropy, PolarsFrame, PolarsSeries, Quantity
 
+from pyro_interpolant import from_samples
 from pyro_interpolant.distributions.rows import as_tensor, checked_context, checked_rows, images_of
 
 
@@ -43,3 +44,35 @@ def test_columns_of_dates_beside_numbers_are_no_numbers():
         as_tensor(PolarsFrame(a=x[:, 0], day=days))
     with pytest.raises(TypeError, match="columns of numbers, got types Date: leave"):
         as_tensor(PolarsSeries(days))
+
+
+def test_numbers_with_a_unit_are_refused():
+    x = np.random.randn(3, 2)
+    with pytest.raises(TypeError, match=r"without a unit, got a Quantity in pc: pass x\.to_value"):
+        as_tensor(Quantity(x, "pc"))
+    for unit in ("", None):
+        assert torch.equal(as_tensor(Quantity(x, unit)), torch.tensor(x))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x.to_sparse(), r"layout torch\.sparse_coo: pass x\.to_dense\(\)"),
+        (lambda x: x.to_sparse_csr(), r"layout torch\.sparse_csr: pass x\.to_dense\(\)"),
+        (lambda x: torch.nested.nested_tensor(list(x)), "got a nested one: pass rows of one size"),
+    ],
+    ids=["coo", "csr", "nested"],
+)
+def test_tensors_that_are_not_dense_are_refused(make, message):
+    x = make(torch.randn(3, 2))
+    with pytest.raises(TypeError, match=f"expected data as a dense tensor, .*{message}"):
+        as_tensor(x)
+    with pytest.raises(TypeError, match=f"expected x as a dense tensor, .*{message}"):
+        from_samples(x, progress=False)
+
+
+def test_weights_are_advised_where_there_are_any():
+    with pytest.raises(ValueError, match="or give them weight 0 where there are weights"):
+        checked_rows(torch.full((2, 2), torch.nan), "data")
