@@ -295,8 +295,9 @@ def sites_of(
         )
     sites, lengths = {}, {}
     for name, value in draws.items():
-        shape = getattr(value, "shape", (0,))[1:]
-        lengths[name] = len(checked_rows(value, f"site {name!r}", shape))
+        rows = as_tensor(value, f"site {name!r}")
+        shape = rows.shape[1:]
+        lengths[name] = len(checked_rows(rows, f"site {name!r}", shape))
         support = supports.get(name, constraints.real)
         bijection(support)
         real_shape(shape, support)

@@ -49,7 +49,7 @@ def is_stream(data: object) -> bool:
     if isinstance(data, (list, tuple)):
         inner = next(iter(data), None)
         parts = inner if isinstance(inner, (list, tuple)) else [inner]
-        return any(isinstance(p, Mapping) or getattr(p, "ndim", 0) > 0 for p in parts)
+        return any(isinstance(p, Mapping) or len(getattr(p, "shape", ())) > 0 for p in parts)
     return hasattr(data, "__iter__") or hasattr(data, "__getitem__")
 
 
@@ -358,7 +358,7 @@ def first_rows(
     else:
         raise ValueError("expected batches of rows, got an iterable without any")
     rows = parts[0]
-    is_row = isinstance(iterable, (list, tuple, Dataset)) and getattr(rows, "ndim", None) == 1
+    is_row = isinstance(iterable, (list, tuple, Dataset)) and len(getattr(rows, "shape", ())) == 1
     if is_row and not scalars:
         raise ValueError(
             f"expected batches of rows, shape (B, D), got a {kind} of items of shape "

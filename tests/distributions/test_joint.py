@@ -21,6 +21,7 @@ from pyro_interpolant import (
     fit,
     from_samples,
 )
+from pyro_interpolant.distributions.joint import pack, sites_of
 
 # Raised inside torch, by its own first use of forward-mode differentiation.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -518,3 +519,10 @@ def test_packed_vectors_of_another_size_are_refused():
         joint.unpack(torch.zeros(4))
     with pytest.raises(TypeError, match="a value that is a tensor, got list"):
         joint.unpack([0.0, 1.0, 2.0])
+
+
+def test_named_draws_may_be_nested_lists():
+    draws = {"m": torch.randn(5, 2).tolist(), "s": torch.randn(5).tolist()}
+    sites = sites_of(draws, {"m": constraints.real})
+    assert {name: tuple(shape) for name, (shape, _) in sites.items()} == {"m": (2,), "s": ()}
+    assert torch.equal(pack(sites, draws)[:, :2], torch.tensor(draws["m"]))

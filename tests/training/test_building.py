@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from arrays import PolarsSeries
 from cases import OwnVelocity
 from pyro.distributions import constraints
 from pyro.infer import MCMC, NUTS, Predictive
@@ -350,6 +351,7 @@ SINGLE = {
     "images": (TensorDataset(torch.randn(9, 3, 4, 4)), "a TensorDataset, which gives single"),
     "iterable": (OfRows(), r"a OfRows of items of shape \(3,\)"),
     "list": (list(ROWS), r"a list of items of shape \(3,\): stack rows into a table"),
+    "series": ([PolarsSeries(np.ones(9))] * 2, r"a list of items of shape \(9,\): stack rows"),
     "arrays": (list(ROWS.numpy()), r"a list of items of shape \(3,\)"),
     "pairs": ([(row, 1.0) for row in ROWS], r"a list of items of shape \(3,\)"),
     "columns": (tuple(ROWS.T), r"a tuple of items of shape \(40,\): .*or columns, torch.stack"),

@@ -5,8 +5,10 @@ import math
 import warnings
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from arrays import ArrowTable, PolarsFrame
 from pyro.distributions import constraints
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -86,6 +88,9 @@ class Again:
         ([torch.ones(3, 2).numpy()], True),
         ([(torch.ones(3, 2), torch.ones(3, 1))], True),
         ([{"a": torch.ones(3)}], True),
+        ([PolarsFrame(a=np.ones(3))], True),
+        ([(ArrowTable(a=np.ones(3)),)], True),
+        ([np.float64(1.0), np.float64(2.0)], False),
         (DataLoader(torch.ones(3, 2)), True),
         (Again(lambda _: []), True),
     ],
