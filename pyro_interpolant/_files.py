@@ -138,8 +138,8 @@ def write(
         os.replace(scratch, path)
     except BaseException as error:
         scratch.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is not None:
-            error.filename = str(path)  # which is known to who called
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = str(path)  # known to who called; of a full disk there is none
         raise
     _remove_stale(path)
 
@@ -173,9 +173,9 @@ def plain_number(value: Any) -> Any:
 
 
 def refuse_no_place(path: StrPath) -> None:
-    """Raise a ValueError where no checkpoint can be kept: in no folder, or in place of one."""
+    """Raise a ValueError where no checkpoint can be kept: in no folder, in place of no file."""
     real = Path(os.path.realpath(path))
-    if real.is_dir() or not real.parent.is_dir():
+    if not real.parent.is_dir() or (real.exists() and not real.is_file()):
         raise ValueError(f"expected a checkpoint, a file in a folder that is there, got {path}")
 
 

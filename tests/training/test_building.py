@@ -1,6 +1,7 @@
 """What from_samples builds from the data: scalars, frames, contexts, labels, networks, paths."""
 
 import math
+import os
 
 import numpy as np
 import pandas as pd
@@ -451,6 +452,7 @@ def test_rows_held_out_do_not_set_the_map(given, monkeypatch):
     [
         ({"steps": -1}, ValueError, "steps >= 1, a whole number, got -1"),
         ({"checkpoint": "/nowhere/at/all"}, ValueError, "in a folder that is there"),
+        ({"checkpoint": os.devnull}, ValueError, "expected a checkpoint, a file .* got /dev/null"),
         ({"stepz": 3}, TypeError, "expected options of fit, got stepz"),
         ({"data": 3}, TypeError, "expected options of fit, got data"),
         ({"event_shape": 2}, TypeError, r"event_shape, a tuple of whole numbers, got 2"),
