@@ -250,7 +250,8 @@ def test_medians_and_quantiles():
         assert not median[name].requires_grad
         assert not quantiles[name].requires_grad
         assert quantiles[name].shape == (3, 2) if name == "z" else (3,)
-        torch.testing.assert_close(median[name], quantiles[name][1])
+        # Between two draws the median lies halfway in front of the support's map, not behind it.
+        torch.testing.assert_close(median[name], quantiles[name][1], rtol=1e-5, atol=0)
     torch.testing.assert_close(median["x"], torch.tensor(0.0), rtol=0, atol=0.15)
     torch.testing.assert_close(median["y"], torch.tensor(1.0), rtol=0, atol=0.15)
     torch.testing.assert_close(median["z"], torch.full((2,), 0.5), rtol=0, atol=0.1)
