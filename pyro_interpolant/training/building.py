@@ -36,6 +36,7 @@ from ..distributions.rows import (
     checked_context,
     checked_rows,
     names_of,
+    subsample,
 )
 from ..distributions.supports import CircularSupport, Support, support_of
 from ..interpolants.couplings import optimal_transport
@@ -62,7 +63,7 @@ from .names import Names
 from .objective import Coupling
 from .optimization import NonFiniteError
 from .options import check_options
-from .preprocessing import preferred_support
+from .preprocessing import KNOT_ROWS, preferred_support
 from .repeats import random_order
 from .reporting import stage, tell
 from .rows import Rows, checked_weights, drop_zero_weights
@@ -458,7 +459,7 @@ def _with_map(
         return found, fit_options
     if isinstance(found.gaussianizer, RadialTransform):
         warn_if_rounded(real)  # what is wrong with columns, the fit cannot see behind the map
-        whitening_map(real)
+        whitening_map(real[subsample(len(real), KNOT_ROWS).to(real.device)])
     return found, fit_options if held is None else {**fit_options, "validation": held}
 
 

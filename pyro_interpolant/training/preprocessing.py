@@ -34,7 +34,7 @@ from .whitening import inliers, whitening_map
 _ULPS_PER_STEP = 1000  # units in the last place, that a rounding step must have
 _EQUAL_ULPS = 1.5  # units in the last place within which values are the same
 _MIN_GAIN = 0.05  # nats per row; measured in benchmarks/RESULTS.md, maps of single columns
-_KNOT_ROWS = 50_000  # rows that set the knots
+KNOT_ROWS = 50_000  # rows that set the knots
 _COMPARED_ROWS = 4000  # of them, for the comparison, or
 _COMPARED_PER_DIM = 100  # times the dimension
 _MOST_DIMS = 64  # dimensions: beyond, the comparison would take too long
@@ -189,8 +189,8 @@ def _shuffled(count: int, weights: Tensor | None) -> Tensor:
     """Return which rows to look at, in a random order, the same at each call."""
     generator = torch.Generator().manual_seed(0)
     if weights is None:
-        return torch.randperm(count, generator=generator)[:_KNOT_ROWS]
-    return weighted_indices(weights.cpu(), min(count, _KNOT_ROWS), generator)
+        return torch.randperm(count, generator=generator)[:KNOT_ROWS]
+    return weighted_indices(weights.cpu(), min(count, KNOT_ROWS), generator)
 
 
 def _best(rows: Tensor, clock: Clock | None) -> Callable[[Tensor], Gaussianizer | None] | None:
