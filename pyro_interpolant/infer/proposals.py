@@ -1,6 +1,6 @@
 r"""Proposals for the latents behind noisy rows, in the base of a flow.
 
-That of a row is a mixture of Student-t fitted to draws of the flow and around the mode of its
+That of a row is a mixture of Student-t fitted to draws of the flow and around modes of its
 posterior, :math:`\propto N(z; 0, I)\, p(y | f(z))`, which are weighted and then left: they are
 where the mixture is high, so that their own weights under it would be too small.
 
@@ -25,9 +25,9 @@ _LONGEST_STEP = 1e30  # in the base
 _STEP_SIZES = (1.0, 0.3, 0.1, 0.03)  # of Gauss-Newton steps; the best is taken, if one is good
 _TAIL = 5.0  # degrees of freedom of proposals
 _WIDENING = 1.2  # of its variance, beyond what the curvature at the mode says
-# Of the part at the mode: with 0.4, k-hat of bent posteriors is above 0.7 four times as often.
+# Of parts at modes: with 0.4 at one, k-hat of bent posteriors is above 0.7 four times as often.
 _MODE_SHARE = 0.3
-_KERNELS = 4  # beside it; 16 and 48 were no better
+_KERNELS = 4  # beside them; 16 and 48 were no better
 # Of the search for a sharp core: rounds for each Gauss-Newton step, new points in each, and the
 # best that they are drawn from, whose covariance is widened. About their own mean, not the last
 # one, the search ended too early for two to seven of ten rows beyond all draws; so for none.
@@ -46,6 +46,12 @@ class LocalProposal(NamedTuple):
     means: Tensor
     roots: Tensor
     shares: Tensor
+
+    def beside(self, other: "LocalProposal", share: float) -> "LocalProposal":
+        """Return the mixture of this one, with a share of it, and another."""
+        means, roots = (torch.cat(parts, 1) for parts in zip(self[:2], other[:2], strict=True))
+        shares = torch.cat((share * self.shares, (1 - share) * other.shares))
+        return LocalProposal(means, roots, shares)
 
     def sample(self, count: int) -> Tensor:
         """Return draws, shape ``(n, count, D)``."""
@@ -109,44 +115,47 @@ def fitted_proposal(
 ) -> LocalProposal:
     r"""Return a proposal for each row's posterior in the base, fitted to weighted draws.
 
-    One part is the Student-t at the mode. The others are kernels around draws z of N(0, I) and of
-    that one, chosen by weight: with m and C the mean and covariance of all draws by weight, and
+    Two parts are Student-t at modes, looked for from the best draw and from that of most weight
+    beside the first part: where there is another mode, it is there, and what is as wide as both
+    together would hardly meet either. The others are J kernels around draws z of N(0, I) and of
+    those two, chosen by weight: with m and C the mean and covariance of all draws by weight, and
     :math:`h = J^{-1 / (D + 4)}`, their centres are :math:`m + \sqrt{1 - h^2} (z - m)` and their
-    scales :math:`h^2 C`, widened as that at the mode. Where few draws are effective, C is drawn to
-    the curvature at the mode.
+    scales :math:`h^2 C`, widened as those at modes. Where few draws are effective, C is drawn to
+    the curvature at the first mode.
 
     Args:
         flow: The population.
         rows: The measurements, n of them.
         z: Draws of N(0, I), shape ``(n or 1, S, D)``.
         likelihood: Their log-likelihoods, shape ``(n, S)``.
-        steps: Gauss-Newton steps to the mode.
-        own: How many draws around the mode of each row.
+        steps: Gauss-Newton steps to a mode.
+        own: How many draws around the modes of each row; of one there is one mode.
     """
     row = torch.arange(len(rows), device=z.device)[:, None]
     dim = z.shape[-1]
     best = (standard_log_prob(z) + likelihood).argmax(-1)
     z = z.expand(len(rows), -1, -1)
-    mode = local_proposal(flow, rows, z[row[:, 0], best], steps)
-    own_z = mode.sample(own)
+    modes = local_proposal(flow, rows, z[row[:, 0], best], steps)
+    if own > 1:
+        other = balanced(modes, z, likelihood, (z.shape[1], own)).argmax(-1)
+        modes = modes.beside(local_proposal(flow, rows, z[row[:, 0], other], steps), 0.5)
+    own_z = modes.sample(own)
     own_likelihood = pushed(flow, rows, own_z)[1]
     z, likelihood = torch.cat((z, own_z), 1), torch.cat((likelihood, own_likelihood), 1)
-    weights = balanced(mode, z, likelihood, (z.shape[1] - own, own)).softmax(-1).to(z)
+    weights = balanced(modes, z, likelihood, (z.shape[1] - own, own)).softmax(-1).to(z)
     weights = weights.nan_to_num(nan=1 / z.shape[1])  # of no likelihood anywhere: any of them
     mean = (weights[..., None] * z).sum(1, keepdim=True)
     far = (weights.sqrt()[..., None] * (z - mean)).double()
     one = weights.square().sum(-1).double()[:, None, None]  # over the number of effective draws
-    root = mode.roots[:, 0].double()
+    root = modes.roots[:, 0].double()
     covariance = (1 - one) * far.mT @ far + one * root @ root.mT / _WIDENING
     h = _KERNELS ** (-1 / (dim + 4))
     scale = _root_of(_WIDENING * h**2 * covariance, root).to(z)[:, None]
     chosen = z[row, torch.multinomial(weights, _KERNELS, replacement=True)]
     centres = mean + math.sqrt(1 - h**2) * (chosen - mean)
-    return LocalProposal(
-        torch.cat((mode.means, centres), 1),
-        torch.cat((mode.roots, scale.expand(-1, _KERNELS, -1, -1)), 1),
-        z.new_tensor([_MODE_SHARE, *[(1 - _MODE_SHARE) / _KERNELS] * _KERNELS]),
-    )
+    even = z.new_full((_KERNELS,), 1 / _KERNELS)
+    kernels = LocalProposal(centres, scale.expand(-1, _KERNELS, -1, -1), even)
+    return modes.beside(kernels, _MODE_SHARE)
 
 
 def sharpened(

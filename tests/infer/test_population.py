@@ -357,6 +357,19 @@ def test_posteriors_along_a_bent_ridge():
     assert float((found.k_hat > 0.7).double().mean()) < 0.1
 
 
+def test_posteriors_of_two_narrow_modes():
+    """Beside one sharp part, 0.75 to 0.85 of the weight was at the larger; k-hat was about 1."""
+    y, sd = torch.full((10, 1), 0.5), 0.02
+    flow = gaussian(torch.tensor([0.3]).expand(2), 0.8 * torch.eye(2))
+    found = object_posteriors(flow, y, lambda x, row: dist.Normal(x[..., :1].square(), sd), seed=0)
+    z = torch.linspace(-8, 8, 40001)
+    x = 0.3 + 0.8 * z
+    truth = (Normal(0.0, 1.0).log_prob(z) + Normal(x.square(), sd).log_prob(y[0])).softmax(0)
+    share = (found.log_weights.exp() * (found.draws[..., 0] > 0)).sum(1)
+    assert float(share.mean()) == pytest.approx(float(truth[x > 0].sum()), abs=0.07)  # 0.66
+    assert float(found.k_hat.max()) < 0.7
+
+
 def outliers(sd):
     """Return noise with outliers: of nine rows in ten sd, of the others 5."""
 
