@@ -141,8 +141,9 @@ def names_of(x: Any, expected: Sequence[str] = ()) -> tuple[str, ...]:
         x: Anything.
         expected: Names, which the index of a row of a data frame of several columns may be, too.
     """
-    own = "columns" if hasattr(x, "dtypes") else "column_names"
-    columns = tuple(map(str, getattr(x, own, ())))
+    own = getattr(x, "columns" if hasattr(x, "dtypes") else "column_names", ())
+    is_frame = hasattr(x, "dtypes") or (isinstance(own, list) and hasattr(x, "take"))
+    columns = tuple(map(str, own)) if is_frame else ()
     index = getattr(x, "index", None)  # of lists a method
     if columns or index is None or callable(index) or not 1 < len(index) == len(expected):
         return columns

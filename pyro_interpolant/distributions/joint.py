@@ -35,6 +35,7 @@ from .rows import (
     flat_names,
     in_order,
     named_columns,
+    names_of,
 )
 from .supports import BijectiveSupport, CircularSupport, support_of
 
@@ -180,7 +181,7 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
         Raises:
             TypeError: If they are sites by name: a dictionary or a data frame.
         """
-        if isinstance(value, Mapping) or hasattr(value, "to_numpy"):
+        if isinstance(value, Mapping) or hasattr(value, "to_numpy") or names_of(value):
             raise TypeError(
                 "expected packed vectors, whose density it is, got sites by name: "
                 "log_prob(joint.pack(draws)), of a dictionary of them"

@@ -28,8 +28,8 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
     """Return a tensor of the values of x; of an array of any library, strides, order and flags.
 
     Args:
-        x: A tensor, an array, a data frame or one of its columns, or nested lists of numbers.
-            Masked numbers become NaN, as missing ones of a frame do.
+        x: A tensor, an array, a data frame or one of its columns, a table of pyarrow, or nested
+            lists of numbers. Masked numbers become NaN, as missing ones of a frame do.
         name: What to call it in messages.
 
     Raises:
@@ -41,7 +41,7 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
         x = _from_frame(x, name)
     try:
         if torch.masked.is_masked_tensor(x):
-            x = x.to_tensor(math.nan)
+            x = _unmasked_tensor(x)
         if is_masked(x):
             x = _unmasked(x)
         if not isinstance(x, (Tensor, np.ndarray)) and hasattr(x, "__array__"):
@@ -284,11 +284,19 @@ def is_masked(x: Any) -> bool:
 def _unmasked(x: Any) -> np.ndarray:
     """Return the values of a masked array, those that are masked as NaN, of any shape."""
     mask, values = np.asarray(x.mask), np.asarray(x)
-    if not mask.any():
+    if not mask.any() or values.dtype.kind in "mM":  # dates, which are refused
         return values
     values = values.astype(values.dtype if values.dtype.kind in "fc" else np.float64)  # a copy
     values[mask] = np.nan
     return values
+
+
+def _unmasked_tensor(x: Any) -> Tensor:
+    """Return the values of a ``MaskedTensor``, those that are masked as NaN, of any shape."""
+    values, there = x.get_data(), x.get_mask()
+    if bool(there.all()):
+        return values
+    return torch.where(there, values if values.is_floating_point() else values.double(), math.nan)
 
 
 def checked_context(

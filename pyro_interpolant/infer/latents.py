@@ -46,9 +46,9 @@ _NUMBERS_AT_ONCE = 2**24  # of the draws of a chunk of rows
 # one set for 3,000 objects, the mean of their log-evidences varied by 0.0025 nats from seed to
 # seed, with this by 0.0009.
 _SET_ROWS = 256
-_STARTS = 1024  # draws of the flow, that proposals are fitted to: from the best to the mode
+_STARTS = 1024  # draws of the flow, that proposals are fitted to: from the best to modes
 _ROWS_PER_SET = 32  # of equal contexts, from which on they share all draws
-_OBJECT_STEPS = 4  # Gauss-Newton steps per object, from the flow's best draw
+_OBJECT_STEPS = 4  # Gauss-Newton steps to each of an object's modes
 _TRIED_SHARE = 4  # own draws, for one more that the proposal is fitted to
 
 
@@ -108,7 +108,7 @@ def draw_latents(
         shared: M, the number of draws that all rows share. With contexts those of equal contexts
             do, and have fewer where there are many sets of them.
         own: K, the number of each row's own.
-        steps: Gauss-Newton steps to the mode.
+        steps: Gauss-Newton steps to a mode.
         enough: A row of which as many shared draws are effective, as far as others of the flow
             and a search for a sharp core tell, gets none of its own: they have no weight.
         present: A latent of each row in the flow's coordinates, shape ``(n, D)``, NaN for none,

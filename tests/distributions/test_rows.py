@@ -1,10 +1,16 @@
 import numpy as np
 import pytest
 import torch
-from arrays import MaskedByAstropy, PolarsFrame, PolarsSeries, Quantity
+from arrays import ArrowTable, MaskedByAstropy, PolarsFrame, PolarsSeries, Quantity
 
 from pyro_interpolant import from_samples
-from pyro_interpolant.distributions.rows import as_tensor, checked_context, checked_rows, images_of
+from pyro_interpolant.distributions.rows import (
+    as_tensor,
+    checked_context,
+    checked_rows,
+    images_of,
+    names_of,
+)
 
 
 @pytest.mark.parametrize("masked", [np.ma.masked_array, MaskedByAstropy])
@@ -28,12 +34,29 @@ def test_masked_numbers_are_missing_ones(dtype, masked):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
-def test_masked_numbers_of_torch_are_missing_ones():
-    x = torch.randn(3, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_masked_numbers_of_torch_are_missing_ones(dtype):
+    x = (10 * torch.randn(3, 2)).to(dtype)
+    assert torch.equal(as_tensor(torch.masked.masked_tensor(x, x == x)), x)
     there = torch.tensor([[True, True], [True, False], [True, True]])
     found = as_tensor(torch.masked.masked_tensor(x, there))
     assert torch.equal(found.isnan(), ~there)
-    assert torch.equal(found[there], x[there])
+    assert torch.equal(found[there], x[there].to(found))
+
+
+@pytest.mark.parametrize("mask", [[0, 0, 0], [0, 1, 0]])
+def test_masked_dates_are_no_numbers(mask):
+    days = np.arange("2020-01-01", "2020-01-04", dtype="M8[D]")
+    with pytest.raises(TypeError, match="expected data"):
+        as_tensor(np.ma.masked_array(days, mask=np.array(mask, bool)))
+
+
+@pytest.mark.parametrize("names", [None, 2, np.array(["a", "b"]), list])
+def test_what_else_is_called_column_names_names_no_columns(names):
+    x = ArrowTable(a=np.zeros(3), b=np.ones(3))
+    assert names_of(x) == ("a", "b")
+    x.column_names = names
+    assert names_of(x) == ()
 
 
 def test_columns_of_dates_beside_numbers_are_no_numbers():
