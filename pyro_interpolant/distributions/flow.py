@@ -26,7 +26,7 @@ from .bases import (
 )
 from .constraints import Constraint
 from .report import Report
-from .rows import checked_context, checked_rows, columns_in_order, names_of
+from .rows import checked_context, checked_rows, columns_in_order, is_frame, names_of
 from .supports import Support, support_of
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class FlowDistribution:
             TypeError: If columns of a data frame are no numbers.
             ValueError: If they have other names than those that the flow was trained on.
         """
-        if not (hasattr(value, "to_numpy") or names_of(value)):
+        if not is_frame(value):
             return value
         rows = columns_in_order(value, self.columns, "value")
         if names_of(value) and self.row_shape == () and rows.shape[1:] == (1,):
@@ -181,7 +181,7 @@ class FlowDistribution:
             TypeError: If columns of a data frame are no numbers, or whole ones without classes.
             ValueError: If there are others than the flow was trained on.
         """
-        if not (hasattr(context, "to_numpy") or names_of(context)):
+        if not is_frame(context):
             return context
         flow = self.transform.flow
         rows = columns_in_order(context, self.context_columns, "context")

@@ -34,8 +34,8 @@ from .rows import (
     checked_rows,
     flat_names,
     in_order,
+    is_frame,
     named_columns,
-    names_of,
 )
 from .supports import BijectiveSupport, CircularSupport, support_of
 
@@ -181,7 +181,7 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
         Raises:
             TypeError: If they are sites by name: a dictionary or a data frame.
         """
-        if isinstance(value, Mapping) or hasattr(value, "to_numpy") or names_of(value):
+        if isinstance(value, Mapping) or is_frame(value):
             raise TypeError(
                 "expected packed vectors, whose density it is, got sites by name: "
                 "log_prob(joint.pack(draws)), of a dictionary of them"

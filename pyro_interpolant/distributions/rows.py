@@ -55,6 +55,11 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
         ) from error
 
 
+def is_frame(x: object) -> bool:
+    """Return whether x is a data frame, one of its columns, or a table with names of columns."""
+    return hasattr(x, "to_numpy") or bool(names_of(x))
+
+
 def named_columns(x: RowsLike, name: str = "data") -> tuple[Tensor, tuple[str, ...]]:
     """Return the values of x, and the names of its columns, none where it has none.
 
