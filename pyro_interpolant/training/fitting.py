@@ -232,8 +232,8 @@ def fit(
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
     process.check_same("table, by its checksum,", source.checksum, _SHARED_TABLE)
     with seeded(process.seed(seed)):
-        settings = [*dataclasses.astuple(schedule)[:4], batch_size, patience, ema, learn, seed]
-        identity = [source.checksum, [*settings, source.share, whiten, *["flip"] * flip]]
+        asked = [steps, max_seconds, learning_rate, weight_decay, batch_size, patience, ema, learn]
+        identity = [source.checksum, [*asked, seed, source.share, whiten, *["flip"] * flip]]
         if checkpoint is not None:  # it goes through all weights and samples
             identity += [identity_of(flow, distribution.base, coupling, base_samples, validation)]
         exact = source.exact and (process.world == 1 or not process.own_rows)
