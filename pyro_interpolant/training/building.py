@@ -57,12 +57,11 @@ from .data import (
     mask_of,
     rows_held,
 )
-from .fitting import fit
+from .fitting import check_options, fit
 from .image_rows import IMAGE_OPTIONS, are_images, are_levels
 from .names import Names
 from .objective import Coupling
 from .optimization import NonFiniteError
-from .options import check_options
 from .preprocessing import KNOT_ROWS, preferred_support
 from .repeats import random_order
 from .reporting import stage, tell
@@ -141,7 +140,7 @@ def from_samples(
         >>> bool((prior.sample((5,)) > 0).all())
         True
     """
-    check_options(fit, fit_options)
+    check_options(fit_options)
     limit = Seconds.since(time.monotonic(), fit_options.get("max_seconds"))
     validation = as_held_out(fit_options.get("validation", DEFAULT_SHARE))
     fit_options |= {"max_seconds": limit, "seed": seed, "validation": validation}

@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
@@ -266,6 +267,36 @@ def fit(
     if density is not None:
         _finish(run, density, held, tolerance, progress=progress)
     return FitResult._make((*outcome, distribution.transform.solver, distribution.report))
+
+
+def check_options(options: Mapping[str, Any], own: Collection[str] = (), why: str = "") -> None:
+    """Raise an error unless options are some of :func:`fit`, and ones that can work.
+
+    For what calls it after other work.
+
+    Args:
+        options: What was given, by name.
+        own: The names of those that the caller sets itself.
+        why: Why it does so, for the message.
+
+    Raises:
+        TypeError: If there is none of a name, or one that is to be called is not a function.
+        ValueError: If the caller sets one itself, or a setting cannot work.
+    """
+    taken = sorted(options.keys() & own)
+    if taken:
+        raise ValueError(f"expected other options of fit than {', '.join(taken)}: {why}")
+    known = {n: p for n, p in signature(fit).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    unknown = sorted(options.keys() - known.keys())
+    if unknown:
+        raise TypeError(f"expected options of fit, got {', '.join(unknown)}: see its arguments")
+    given = {name: options.get(name, part.default) for name, part in known.items()}
+    Clock(given["max_seconds"])
+    Schedule(**{field.name: given[field.name] for field in dataclasses.fields(Schedule)})
+    check_choices(*(given[name] for name in signature(check_choices).parameters))
+    as_held_out(given["validation"])
+    place = None if Process(given["fabric"]).rank else given["checkpoint"]
+    check_place(place, given["checkpoint_every"])
 
 
 @contextlib.contextmanager

@@ -1,17 +1,7 @@
-"""Options of ``fit``, refused before work: by itself, and by what calls it after other work."""
-
-import dataclasses
-from collections.abc import Callable, Collection, Mapping
-from inspect import signature
-from typing import Any
+"""Checks of settings of a run that no class of their own checks."""
 
 from .._package import check_ranges, flag, number
 from ..interpolants.couplings import independent
-from .checkpoint import check_place
-from .clock import Clock
-from .data import as_held_out
-from .distributed import Process
-from .loop import Schedule
 
 
 def check_choices(
@@ -48,42 +38,6 @@ def check_choices(
             "and with no other draw"
         )
     check_ranges(number("tolerance > 0", tolerance, lambda n: n > 0), flag("whiten", whiten))
-
-
-def check_options(
-    fit: Callable[..., object],
-    options: Mapping[str, Any],
-    own: Collection[str] = (),
-    why: str = "",
-) -> None:
-    """Raise an error unless options are some of :func:`fit`, and ones that can work.
-
-    For what calls it after other work.
-
-    Args:
-        fit: The function.
-        options: What was given, by name.
-        own: The names of those that the caller sets itself.
-        why: Why it does so, for the message.
-
-    Raises:
-        TypeError: If there is none of a name, or one that is to be called is not a function.
-        ValueError: If the caller sets one itself, or a setting cannot work.
-    """
-    taken = sorted(options.keys() & own)
-    if taken:
-        raise ValueError(f"expected other options of fit than {', '.join(taken)}: {why}")
-    known = {n: p for n, p in signature(fit).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    unknown = sorted(options.keys() - known.keys())
-    if unknown:
-        raise TypeError(f"expected options of fit, got {', '.join(unknown)}: see its arguments")
-    given = {name: options.get(name, part.default) for name, part in known.items()}
-    Clock(given["max_seconds"])
-    Schedule(**{field.name: given[field.name] for field in dataclasses.fields(Schedule)})
-    check_choices(*(given[name] for name in signature(check_choices).parameters))
-    as_held_out(given["validation"])
-    place = None if Process(given["fabric"]).rank else given["checkpoint"]
-    check_place(place, given["checkpoint_every"])
 
 
 def check_repeatable(seed: int | None, checkpoint: object) -> None:

@@ -18,10 +18,10 @@ from ..interpolants.couplings import independent
 from ..interpolants.learned import LearnedInterpolant
 from ..training.data import DEFAULT_SHARE, Table, TableBatches, as_held_out
 from ..training.distributed import Process
-from ..training.fitting import FitResult, fit, trainable_flow
+from ..training.fitting import FitResult, check_options, fit, trainable_flow
 from ..training.objective import Coupling, Objective
 from ..training.optimization import Descent
-from ..training.options import check_options, check_repeatable
+from ..training.options import check_repeatable
 from ..training.preparation import set_whitening, start_from
 from ..training.rows import Rows
 
@@ -112,7 +112,6 @@ def learn_interpolant(
     """
     pace = _Pace(alternations, velocity_steps, learning_rate, interpolant_rate)
     check_options(
-        fit,
         {**fit_options, "coupling": coupling, "learning_rate": learning_rate},
         {"whiten", "learn"},
         "the velocity is trained in the whitened coordinates of the interpolant",

@@ -19,9 +19,9 @@ from ..distributions.interpolant import (
 from ..distributions.rows import as_tensor, contexts_of_rows
 from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
-from ..training.fitting import FitResult, fit, trainable_flow
+from ..training.fitting import FitResult, check_options, fit, trainable_flow
 from ..training.image_rows import IMAGE_OPTIONS, is_image
-from ..training.options import check_options, check_repeatable
+from ..training.options import check_repeatable
 
 _COMPARED_ROWS, _COMPARED_IMAGES = 256, 8  # whose paths are compared
 _FINE_STEPS = 128  # of what they are compared with
@@ -114,7 +114,6 @@ def reflow(
         contexts = contexts_of_rows(context, old, names, len(rows))
     check_ranges(whole("count", count, 1))
     check_options(
-        fit,
         {**fit_options, "tolerance": tolerance},
         {"pairs", "coupling", "base_samples", "whiten", "learn"},
         "pairs are what the flow makes, in the whitened coordinates that it has, and its velocity "
