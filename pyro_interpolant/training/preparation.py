@@ -162,7 +162,7 @@ def _aligned(found: WhiteningMap, rows: Tensor, partners: Tensor) -> WhiteningMa
     w = found.white(rows)
     u, _, vh = torch.linalg.svd(w.T @ partners.double())
     turn = u @ vh
-    return WhiteningMap(found.loc, found.linear @ turn, turn.T @ found.whitening)
+    return WhiteningMap(found.loc, found.linear @ turn, turn.T @ found.inverse)
 
 
 def _check_range(x: Tensor, dtype: torch.dtype) -> None:

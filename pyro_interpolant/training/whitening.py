@@ -33,16 +33,16 @@ class WhiteningMap(NamedTuple):
     Attributes:
         loc: The centre, float64, shape ``(D,)``.
         linear: The map L, float64, shape ``(D, D)``.
-        whitening: Its inverse, float64, shape ``(D, D)``.
+        inverse: Its inverse, float64, shape ``(D, D)``.
     """
 
     loc: Tensor
     linear: Tensor
-    whitening: Tensor
+    inverse: Tensor
 
     def white(self, x: Tensor) -> Tensor:
         """Return rows whitened, float64, shape ``(N, D)``."""
-        return (x.to(self.loc) - self.loc) @ self.whitening.T
+        return (x.to(self.loc) - self.loc) @ self.inverse.T
 
 
 def winsorize(x: Tensor, weights: Tensor | None = None) -> Tensor:

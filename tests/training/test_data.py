@@ -105,19 +105,19 @@ def data(count, dim):
 def test_whitened_rows_have_zero_mean_and_unit_covariance(dim, dtype):
     x = data(500, dim).to(dtype)
     m = whitening_map(x)
-    assert m.loc.dtype == m.linear.dtype == m.whitening.dtype == torch.float64
-    w = (x.double() - m.loc) @ m.whitening.T
+    assert m.loc.dtype == m.linear.dtype == m.inverse.dtype == torch.float64
+    w = (x.double() - m.loc) @ m.inverse.T
     torch.testing.assert_close(w.mean(0), torch.zeros(dim), rtol=0, atol=1e-10)
     cov = (w.T @ w / 500).reshape(dim, dim)
     torch.testing.assert_close(cov, torch.eye(dim), rtol=0, atol=1e-9)
-    torch.testing.assert_close(m.linear @ m.whitening, torch.eye(dim), rtol=0, atol=1e-10)
+    torch.testing.assert_close(m.linear @ m.inverse, torch.eye(dim), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("scales", [(1e-12, 1.0), (1e12, 1.0), (1e-12, 1e12), (1e-30, 1e30)])
 def test_units_do_not_matter(scales):
     x = data(400, 2)
     plain, scaled = whitening_map(x), whitening_map(x * torch.tensor(scales))
-    w = (x * torch.tensor(scales) - scaled.loc) @ scaled.whitening.T
+    w = (x * torch.tensor(scales) - scaled.loc) @ scaled.inverse.T
     torch.testing.assert_close(w.T @ w / 400, torch.eye(2), rtol=0, atol=1e-9)
     assert torch.isfinite(scaled.linear).all()
     torch.testing.assert_close(scaled.loc / torch.tensor(scales), plain.loc)
@@ -127,7 +127,7 @@ def test_units_do_not_matter(scales):
 def test_a_large_offset_does_not_matter(offset):
     x = data(400, 2)
     m = whitening_map(x + offset)
-    w = (x + offset - m.loc) @ m.whitening.T
+    w = (x + offset - m.loc) @ m.inverse.T
     torch.testing.assert_close(w.T @ w / 400, torch.eye(2), rtol=0, atol=1e-4)
 
 
@@ -137,10 +137,10 @@ def test_one_wild_row_does_not_set_the_scale(wild):
     before = whitening_map(x)
     x[17] = wild
     after = whitening_map(x)
-    ratio = torch.linalg.svdvals(before.whitening @ after.linear)
+    ratio = torch.linalg.svdvals(before.inverse @ after.linear)
     assert ratio.max() < 3
     assert ratio.min() > 0.3
-    assert ((after.loc - before.loc) @ before.whitening.T).norm() < 0.5
+    assert ((after.loc - before.loc) @ before.inverse.T).norm() < 0.5
 
 
 def test_one_row_wild_between_columns_does_not_part_them():
@@ -150,7 +150,7 @@ def test_one_row_wild_between_columns_does_not_part_them():
     for wild in ([1e6, 0.0, 1e6], [30.0, 0.0, 0.0], [0.0, 1e4, -1e9], [3.0, 0.0, -3.0]):
         y = x.clone()
         y[9] = torch.tensor(wild)
-        ratio = torch.linalg.svdvals(before.whitening @ whitening_map(y).linear)
+        ratio = torch.linalg.svdvals(before.inverse @ whitening_map(y).linear)
         assert 0.8 < ratio.min() <= ratio.max() < 1.25
 
 
@@ -159,7 +159,7 @@ def test_rows_wild_in_one_column_each():
     before = whitening_map(x)
     for column in range(10):
         x[80 * column : 80 * (column + 1), column] += 1e6
-    ratio = torch.linalg.svdvals(before.whitening @ whitening_map(x).linear)
+    ratio = torch.linalg.svdvals(before.inverse @ whitening_map(x).linear)
     assert ratio.max() < 5
 
 
@@ -178,7 +178,7 @@ def test_a_column_of_one_value_and_some_others_has_a_scale():
     x[:4000, 1] = 0.0
     before = whitening_map(x)
     x[7, 1] = 1e7
-    ratio = torch.linalg.svdvals(before.whitening @ whitening_map(x).linear)
+    ratio = torch.linalg.svdvals(before.inverse @ whitening_map(x).linear)
     assert 0.5 < ratio.min() <= ratio.max() < 2
 
 
@@ -246,7 +246,7 @@ def test_nearly_dependent_columns_are_whitened():
     x = torch.randn(2000, 2)
     x[:, 1] = x[:, 0] + 1e-4 * x[:, 1]
     m = whitening_map(x)
-    w = (x - m.loc) @ m.whitening.T
+    w = (x - m.loc) @ m.inverse.T
     torch.testing.assert_close(w.T @ w / 2000, torch.eye(2), rtol=0, atol=1e-5)
 
 
