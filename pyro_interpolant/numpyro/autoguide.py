@@ -172,6 +172,7 @@ def fit_guide(
 
     from .. import distributions, transforms
     from ..infer import autoguide, train_from_density
+    from ..infer.guide_result import GuideResult
     from ..infer.importance_sampling import importance_verdict
     from ..training import fit
     from ..training.clock import Clock, Seconds
@@ -203,7 +204,7 @@ def fit_guide(
         posterior = distributions.InterpolantDistribution(posterior.transform)
         summary, count, verdict = importance_verdict(posterior, density, clock, seed)
         guide.posterior = cast(InterpolantDistribution, from_torch(posterior))
-        return autoguide.GuideResult(*summary, count, verdict, clock.spent(), training)
+        return GuideResult(*summary, count, verdict, clock.spent(), training)
 
 
 @contextlib.contextmanager

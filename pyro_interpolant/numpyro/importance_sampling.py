@@ -103,7 +103,7 @@ def importance(
 
     check_guide(guide)
     check_key(key)
-    check_ranges(whole("count", count, importance_sampling.MIN_DRAWS))
+    check_ranges(whole("count", count, psis.MIN_DRAWS))
     count = int(count)
     posterior, density = guide.get_posterior(), log_density(guide, args, kwargs)
     z, log_p, log_q = _weighed(posterior, density, key, count, psis.tail_length(count))
