@@ -1,12 +1,12 @@
 r"""Training: a quadratic regression on the interpolant. No step solves an ODE.
 
 ``building`` has ``from_samples``: it builds a flow for data. ``fitting`` has ``fit`` and reads as
-the story: check the ``data`` (a table, or a ``streaming`` one), hold some out, tell the flow of
-the others by ``preparation``, which sets the ``whitening``, minimise the ``objective`` at points
-of ``paths`` in the ``loop``, by steps of ``optimization``, with a ``checkpoint`` to resume from,
-alone or ``distributed`` over processes, of ``shards``; ``selection`` says which weights are kept.
-``rows`` are rows in memory; ``preprocessing`` is what may be done to data before: dequantisation,
-and the choice of a Gaussianizing map.
+the story: check the ``data`` (a table, or a ``streaming`` one), hold some out, set the flow's
+start, ``whitening`` and scales from the others by ``preparation``, minimise the ``objective`` at
+points of ``paths`` in the ``loop``, by steps of ``optimization``, with a ``checkpoint`` to resume
+from, alone or ``distributed`` over processes, of ``shards``; ``selection`` says which weights are
+kept. ``rows`` are rows in memory; ``preprocessing`` is what may be done to data before:
+dequantisation, and the choice of a Gaussianizing map.
 """
 
 from typing import TYPE_CHECKING

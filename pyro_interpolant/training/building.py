@@ -330,7 +330,8 @@ def _transform(
         rows: Rows, shape ``(N, *event_shape)``.
         sizes: Those of contexts: ``(C,)``, ``(0, K)`` of K classes, or nothing.
         network: The velocity, or None for a new one.
-        coupling: Who is paired with whom, which decides the path; None for the default.
+        coupling: Which draws of the base are paired with which rows, which decides the path; None
+            for the default.
         conditional: Whether there will be contexts.
     """
     size, like = space.size(rows.shape[1:]), _type_of(rows)

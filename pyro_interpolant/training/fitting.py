@@ -182,8 +182,8 @@ def fit(
             of the difference, at the last look, too. On a plateau a run goes on, for the falling
             rate improves it yet.
         ema: The decay of the moving average of the weights.
-        coupling: Who is paired with whom in a batch, of classes among the rows of each label; see
-            :mod:`~pyro_interpolant.interpolants.couplings`.
+        coupling: Which draws of the base are paired with which rows of a batch, of classes among
+            the rows of each label; see :mod:`~pyro_interpolant.interpolants.couplings`.
         learn: ``"velocity"``; or, once that is trained and the interpolant has a latent term,
             ``"noise"``: :math:`E[z \mid I_t]`, which gives :func:`~pyro_interpolant.score` for any
             base and coupling.
@@ -254,7 +254,7 @@ def fit(
             aim = partial(Objective, target=learn, exponent=exponent, means=takes_means(state))
             objective = aim(flow, seen, coupling, process)
             held = objective.without_outliers(split.held)
-            if density is not None and flow.independent:  # else paths, too, are what is learned
+            if density is not None and flow.independent:  # otherwise it tells nothing of the paths
                 density.judge_by(held)
             fixed = objective.fixed_points(held, unseen, split.size)
         source.names.give_to(distribution)
@@ -364,11 +364,11 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
 def _started_flow(
     distribution: AnyDistribution, base_samples: ArrayLike | None, process: Process
 ) -> Flow:
-    """Return the flow to train, where its process computes, unless it has nothing to start from.
+    """Return the flow to train, moved to the device of its process.
 
-    So has a mirror under contexts.
-
-    Each of the data belongs to its own context, and a base is drawn from for all of them alike.
+    Raises:
+        ValueError: If it is a mirror with contexts and without a base: it starts from the data,
+            each row of which belongs to its own context.
     """
     flow = trainable_flow(distribution)
     conditional = isinstance(distribution, ConditionalInterpolantDistribution)

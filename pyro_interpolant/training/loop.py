@@ -40,8 +40,8 @@ _DECAY_FACTOR, _MOST_DECAY = 70.0, 0.5  # of the default weight decay
 _LOOK_SHARE = 0.02  # of the schedule, between two looks at rows held out
 _LOOK_GROWTH = 0.1  # of the way so far, where that is less: few rows are learned early
 _LEAST_LOOK_STEPS = 10  # at least, where time is no limit: a look takes as long as some steps
-# Its duration passes until the next, where time is the limit: few of images, of which a run of 643
-# steps looked 109 times without it (benchmarks/RESULTS.md).
+# So many times the duration of a look pass until the next, where time is the limit. Without this
+# a run of 643 steps on images looked 109 times (benchmarks/RESULTS.md).
 _LOOK_TIMES = 20.0
 _MOST_LOOK_SHARE = 0.05  # of the schedule, even so: the first look of a process may take long
 _WARMUP_SHARE = 0.02  # of the schedule

@@ -360,7 +360,7 @@ class Objective(nn.Module):
 
     def _times(self, u: Tensor) -> Tensor:
         """Return times before 1 from uniform ones, shape ``(T,)``."""
-        if self.exponent == 1:  # to the bit, as seeds gave them before there were others
+        if self.exponent == 1:  # 1 - (1 - u) is not u to the bit
             return u
         return (1 - (1 - u) ** self.exponent).clamp(max=1 - torch.finfo(u.dtype).eps)
 

@@ -16,7 +16,7 @@ def check_choices(
 
     Args:
         learn: What the network is to learn.
-        coupling: Who is paired with whom.
+        coupling: Which draws of the base are paired with which rows.
         callback: What is called at each look, or None.
         tolerance: Of the calibration.
         whiten: Whether to set the whitening map.

@@ -120,9 +120,9 @@ def path_points(
 
 
 def rows_together(groups: int, count: int) -> int:
-    """Return how many rows, one after the other in T groups of N, share points: they are a share.
+    """Return how many consecutive rows share points, which may lead to any of these rows.
 
-    Whole groups, a divisor of T of them, or a divisor of N of the rows of one.
+    Of T groups of N rows: whole groups, as many as a divisor of T, or a divisor of N rows.
     """
     if count > _MOST_TOGETHER:
         return _divisor(count, _MOST_TOGETHER)

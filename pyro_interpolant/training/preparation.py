@@ -1,4 +1,4 @@
-r"""What a flow is told of its rows before the first step: its start, its map and its scales."""
+r"""What is set in a flow before the first step: its start, its whitening map, its scales."""
 
 import torch
 from numpy.typing import ArrayLike

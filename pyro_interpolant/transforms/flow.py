@@ -206,7 +206,8 @@ class Flow(nn.Module):
             self.reached = MOVED if self.was_trained_through_solver() else self._bits()
 
     def _apply(self, fn: StateFunction, *args: bool, **kwargs: bool) -> "Flow":
-        self.set_history({})  # as it is now: the fingerprint of the same weights will be another
+        # Converted weights have another fingerprint: note whether they have moved, instead of it.
+        self.set_history({})
         return super()._apply(fn, *args, **kwargs)
 
     def history(self) -> dict[str, bool]:

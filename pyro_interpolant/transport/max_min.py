@@ -86,7 +86,7 @@ def learn_interpolant(
         data: As in :func:`~pyro_interpolant.fit`, rows of shape ``(N, *event_shape)``.
         context: Contexts, shape ``(N, C)``, for a conditional flow.
         base_samples: As in :func:`~pyro_interpolant.fit`, shape ``(M, D)``.
-        coupling: Who is paired with whom.
+        coupling: Which draws of the base are paired with which rows.
         alternations: The number of ascents.
         velocity_steps: The number of descents between two ascents.
         batch_size: Rows per step; by default 1,024, or all if fewer.

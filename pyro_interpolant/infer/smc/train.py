@@ -51,7 +51,8 @@ _PATHFINDER_SHARE, _TEMPERED, _GRADIENTS_SHARE = 0.07, 0.25, 0.2
 _MIXING_SHARE, _REGRESSION_SHARE, _VERDICT_SHARE = 0.08, 0.05, 0.06
 _MOVES_SHARE = 0.35  # of the time of the rest of a round
 _LEAST_PARTICLES = 100  # however slow the density is
-_WANTED_PARTICLES, _THEIR_SHARE = 500, 0.6  # while they take no larger share of the time
+# Particles that are moved even where this is slow, as far as they take no more of the time.
+_WANTED_PARTICLES, _THEIR_SHARE = 500, 0.6
 _LEAPFROG_STEPS, _SLOW_LEAPFROG_STEPS = 8, 3  # the most in a move, by what the density costs
 _ROUND_MOVES = (1, 200)  # the fewest and the most in a round
 _MIXING_MOVES = (1, 240)  # before the first round: narrow places fill slowly
