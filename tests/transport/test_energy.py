@@ -10,6 +10,7 @@ from torch import nn
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
+    ConditionalInterpolantTransform,
     FixedGrid,
     InterpolantDistribution,
     InterpolantTransform,
@@ -93,6 +94,42 @@ def test_the_energy_of_conditional_flows():
             path_energy(InterpolantDistribution(random_flow(2)), count=count)
 
 
+class Told(nn.Module):
+    """A velocity of states and of what is given, one number."""
+
+    event_dim, context_dim = 2, 1
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, t, x, context=None):
+        return self.rate(x, context)
+
+
+def told(rate):
+    path = ConditionalInterpolantTransform(Told(rate), interpolant=Linear())
+    return ConditionalInterpolantDistribution(path)
+
+
+def test_each_path_has_the_context_of_its_own():
+    """Of more paths than are solved at once."""
+    family = told(lambda x, c: c.expand_as(x))
+    c = torch.linspace(0, 3, 700)[:, None]
+    energy = path_energy(family, count=700, context=c)
+    assert energy.value == pytest.approx(2 * float(c.square().mean()))
+    assert path_energy(family, context=c[-1:]).value == pytest.approx(18.0)
+
+
+def test_the_bound_takes_the_context_of_each_row():
+    c = torch.linspace(0, 3, 50)[:, None]
+    assert w2_bound(told(lambda x, c: c * x), c + torch.randn(50, 2), context=c).lipschitz == 3
+    # Rows at 2 c, of which c is learned: the excess is E|c - (x1 - x0)|^2 = E|c|^2 + E|x0|^2.
+    c = c.repeat(40, 1)
+    found = w2_bound(told(lambda x, c: c.expand_as(x)), 2 * c.expand(-1, 2), context=c)
+    assert found.excess == pytest.approx(2 * float(c.square().mean()) + 2, rel=0.1)
+
+
 def test_the_bound_is_the_excess_times_the_growth():
     """A velocity off by a constant shift: H is the shift squared, and W2^2 is no more."""
 
@@ -121,6 +158,7 @@ def test_the_bound_is_the_excess_times_the_growth():
     assert not unknown.exact
     assert unknown.excess > known.excess
     assert w2_bound(shifted, data[:500], seed=3) == w2_bound(shifted, data[:500], seed=3)
+    assert w2_bound(shifted, data[:500], seed=3) != w2_bound(shifted, data[:500], seed=4)
 
 
 def test_the_lipschitz_constant_is_the_spectral_norm_in_data_coordinates():
@@ -146,6 +184,14 @@ def test_rows_of_the_same_seed_are_paired_with_other_base_draws():
     flow = InterpolantDistribution(interpolant_transform(2, (8,), interpolant=Linear()))
     # No velocity: the excess is the energy of the paths from base to data, E|x1 - x0|^2.
     assert w2_bound(flow, x).excess == pytest.approx(4.0, rel=0.1)
+
+
+def test_rows_may_come_in_order():
+    """Their times do not: else far rows would be seen near one end of the path alone."""
+    x = torch.tensor([0.0, 4.0]).repeat_interleave(2000)[:, None].expand(-1, 2)
+    flow = InterpolantDistribution(interpolant_transform(2, (8,), interpolant=Trigonometric()))
+    # No velocity: (pi / 2)^2 E[sin^2(pi t / 2) |x0|^2 + cos^2(pi t / 2) |x1|^2].
+    assert w2_bound(flow, x).excess == pytest.approx((math.pi / 2) ** 2 * (1 + 8), rel=0.1)
 
 
 def test_the_bound_is_of_the_whole_way_from_one_base():
