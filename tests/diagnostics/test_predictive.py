@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import SUPPORTS, random_flow
 from pyro.distributions import constraints
+from scipy.stats import kstwo
+from torch import nn
 
 from pyro_interpolant import (
     AutoInterpolant,
@@ -106,6 +108,34 @@ def test_rows_may_come_in_order(check):
     x = torch.randn(600, 2)
     found = check(d, x[x[:, 0].argsort()], draws=100)
     assert found.verdict.startswith("calibrated")
+
+
+class Moved(nn.Module):
+    """A velocity that is the context: rows are N(c, I)."""
+
+    event_dim, context_dim = 2, 2
+
+    def forward(self, t, x, context=None):
+        return context.expand_as(x)
+
+
+@pytest.mark.parametrize("check", [pit, tarp])
+def test_rows_in_several_parts_have_draws_of_their_own(check, monkeypatch):
+    monkeypatch.setattr("pyro_interpolant.diagnostics.predictive._VALUES_AT_ONCE", 800)
+    transform = ConditionalInterpolantTransform(Moved(), solver=FixedGrid(1))
+    d = ConditionalInterpolantDistribution(transform)
+    context = 9 * torch.arange(50.0)[:, None].expand(-1, 2)
+    x = d.condition(context).sample()
+    assert check(d, x, context, draws=40).verdict.startswith("calibrated")
+
+
+def test_the_band_is_of_all_quantities_and_of_rows_that_share_draws():
+    """4,000 draws, compared with which 400 rows tell as much as 364 do."""
+    d = InterpolantDistribution(interpolant_transform(2, (4,), solver=FixedGrid(1))).freeze()
+    x = d.sample((400,))
+    assert pit(d, x).band == pytest.approx(kstwo.isf(0.01 / 2, 364))
+    alone = InterpolantDistribution(interpolant_transform(1, (4,), solver=FixedGrid(1))).freeze()
+    assert pit(alone, x[:, :1]).band == pytest.approx(kstwo.isf(0.01, 400))  # by the cdf
 
 
 def test_the_pit_of_scalars_is_their_cdf():
