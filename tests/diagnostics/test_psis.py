@@ -71,6 +71,13 @@ def test_only_the_tail_changes_and_keeps_its_order():
     assert float(smoothed.max() - shift[body[0]]) <= float(raw.max()) + 1e-12
 
 
+def test_smoothing_leaves_a_tail_of_pareto_as_it_is():
+    tail = 1 + pareto(0.4, 135)  # as many as are the tail of 2,000 weights
+    raw = torch.cat((torch.rand(1864), torch.ones(1), tail)).log()
+    change = pareto_smooth(raw).log_weights - raw
+    assert float((change - change[0]).abs().max()) < 0.1
+
+
 @pytest.mark.slow
 def test_smoothing_lowers_the_error_of_a_heavy_estimate():
     x = torch.distributions.Exponential(1.0).sample((300, 1000))
@@ -143,10 +150,24 @@ def test_the_largest_weights_are_computed_again_at_doubled_steps():
     torch.testing.assert_close(new[largest], flow.log_prob(x)[largest])
     assert int((new != log_q).sum()) == 7
     assert change == pytest.approx(float((new - log_q)[largest].abs().mean()))
+    unknown = log_p.clone()
+    unknown[:9] = math.nan  # of draws without a target, which have no weight
+    transform.solver = FixedGrid(3, "euler")
+    new, _ = recompute_largest(flow, x, unknown, log_q, 7)
+    largest = 9 + (log_p - log_q)[9:].topk(7).indices
+    assert (new != log_q).nonzero().flatten().tolist() == sorted(largest.tolist())
     transform.solver = Adaptive()
     same, change = recompute_largest(flow, x, log_p, log_q, 7)
     assert same is log_q
     assert change == 0.0
+
+
+def test_draws_without_a_density_are_not_known_to_be_right():
+    base = dist.Uniform(-torch.ones(2), torch.ones(2)).to_event(1)
+    flow = InterpolantDistribution(interpolant_transform(2, (8,), solver=FixedGrid(1)), base)
+    x = torch.tensor([[0.5, 0.5], [3.0, 0.0]])  # beyond the bounds of the base
+    log_q = flow.log_prob(x)
+    assert recompute_largest(flow, x, torch.zeros(2), log_q, 2)[1] == math.inf
 
 
 @pytest.mark.parametrize(("seconds", "count"), [(-1.0, 100), (60.0, 5000), (math.inf, 5000)])

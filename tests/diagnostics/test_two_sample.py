@@ -27,6 +27,25 @@ def test_folds_have_as_many_of_each_set(monkeypatch):
         assert c2st(torch.randn(20, 1), torch.randn(20, 1), folds=1, seed=seed).accuracy == 0.5
 
 
+def test_of_the_larger_set_draws_are_taken_from_all_over_by_the_seed(monkeypatch):
+    """A chain comes in its order, and its beginning is not all of it."""
+    seen = []
+
+    def tried(network, rows, labels, cv, scoring):
+        seen.append((network.random_state, rows[labels == 1], [test.tolist() for _, test in cv]))
+        return np.array([0.5])
+
+    monkeypatch.setattr("sklearn.model_selection.cross_val_score", tried)
+    x, y = torch.randn(100, 1), torch.linspace(-1, 1, 1000)[:, None]
+    for seed in (0, 0, 1):
+        c2st(x, y, seed=seed)
+    assert abs(np.median(seen[0][1])) < 0.4
+    assert [state for state, *_ in seen] == [0, 0, 1]
+    assert np.array_equal(seen[0][1], seen[1][1])
+    assert not np.array_equal(seen[0][1], seen[2][1])
+    assert seen[0][2] == seen[1][2] != seen[2][2]
+
+
 def zero_inflated(count):
     return torch.randn(count, 2) * (torch.rand(count, 1) < 0.5)
 
