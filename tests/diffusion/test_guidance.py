@@ -2,6 +2,7 @@
 
 import math
 
+import pyro.distributions as dist
 import pytest
 import torch
 from cases import IMAGE_NETWORKS, IMAGE_SHAPE
@@ -76,6 +77,17 @@ def test_it_keeps_names_and_sites():
     joint = ConditionalJointInterpolantDistribution(transform, sites=sites)
     draws = guided(joint).condition(torch.tensor(1)).sample_dict((4,))
     assert bool((draws["sigma"] > 0).all())
+
+
+def test_it_starts_from_the_same_base_and_keeps_the_solver():
+    transform = pi.ConditionalInterpolantTransform(Labelled(), solver=pi.FixedGrid(3, "euler"))
+    base = dist.Normal(torch.tensor([5.0, -5.0]), 0.1).to_event(1)
+    given = guided(pi.ConditionalInterpolantDistribution(transform, base)).condition(
+        torch.tensor(1)
+    )
+    assert given.transform.solver == pi.FixedGrid(3, "euler")
+    expected = given.transform(base.mean)
+    assert (given.sample((200,)).mean(0) - expected).abs().max() < 0.05
 
 
 def test_it_leaves_the_type_of_a_flow_without_weights():

@@ -241,6 +241,15 @@ def test_students_of_ones_own():
     assert max(ours.relative_entropy, theirs.relative_entropy) < 0.1
 
 
+def test_a_student_may_have_frozen_parts_and_is_left_in_evaluation():
+    frozen, trained = affine_coupling(2, [8]).requires_grad_(requires_grad=False), LikeZuko()
+    quick = {**QUICK, "count": 200, "steps": 2}
+    student = [affine_coupling(2, [8]), frozen]
+    distill(gaussian(), student, **quick)
+    distill(gaussian(), trained, **quick)
+    assert not any(part.training for part in (*student, trained))
+
+
 class Unrelated(nn.Module):
     def forward(self):
         return torch.zeros(2)
