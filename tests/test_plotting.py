@@ -76,6 +76,23 @@ def test_density_in_a_box_of_ones_own():
     assert ax.get_ylim() == (-2, 5)
 
 
+def test_densities_and_arrows_are_those_of_their_places():
+    """Of rows about (0, 10), on a grid that is no square, at the time that the flow stops at."""
+    plane = InterpolantDistribution(far_apart())
+    heights = plotting.density(plane, extent=(-1, 1, 9, 12), points=4).collections[0].get_array()
+    x, y = torch.linspace(-1, 1, 4), torch.linspace(9, 12, 4)
+    expected = plane.log_prob(torch.cartesian_prod(y, x).flip(-1)).exp().detach()
+    torch.testing.assert_close(torch.as_tensor(heights).flatten(), expected)
+    stopped = flow(2).at(0.3)
+    arrows = plotting.density(stopped, points=4, velocity=True).collections[1]
+    transform = stopped.transform
+    whitening = transform.flow.whitening
+    w = whitening.to_white(torch.as_tensor(arrows.XY).double())
+    rate = whitening.push(transform.velocity(torch.tensor(0.3), w))
+    found = torch.stack([torch.as_tensor(a) for a in (arrows.U, arrows.V)], -1)
+    torch.testing.assert_close(found, rate)
+
+
 @pytest.mark.slow
 def test_evolution_shows_every_time():
     axes = plotting.evolution(flow(2), times=(0.0, 0.3, 1.0))
@@ -143,6 +160,9 @@ def test_a_check_is_drawn_within_its_band():
     )
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["one", "two", "99%"]
+    assert (ax.patches[0].get_y(), ax.patches[0].get_height()) == pytest.approx((-0.2, 0.4))
+    small = plotting.ranks(check._replace(values=u.square())).lines[0].get_ydata()
+    assert small.mean() > 0.1  # more of them lie below
 
 
 def test_contours_enclose_their_shares():
@@ -151,6 +171,20 @@ def test_contours_enclose_their_shares():
     paths = axes[1][0].collections[0].get_paths()
     inside = sorted(float(path.contains_points(data.numpy()).mean()) for path in paths)
     assert inside == pytest.approx([0.5, 0.9], abs=0.03)
+
+
+def test_corners_show_columns_where_they_are():
+    """Nine tenths of the rows lie at (-1, 1), the others at (1, -1)."""
+    place = torch.tensor([-1.0, 1.0]) * torch.where(torch.arange(500) % 10 > 0, 1.0, -1.0)[:, None]
+    data = place + 0.1 * torch.randn(500, 2)
+    axes = plotting.corner(data[:200], data, levels=(0.5,))
+    contours, points, _ = axes[1][0].collections
+    assert torch.equal(torch.as_tensor(np.array(points.get_offsets())), data)
+    x, y = contours.get_paths()[0].vertices.mean(0)
+    assert (x, y) == pytest.approx((-1.0, 1.0), abs=0.2)
+    for patch in axes[0][0].patches:  # as high of few rows as of many
+        heights, edges, _ = patch.get_data()
+        assert (heights * np.diff(edges)).sum() == pytest.approx(1.0)
 
 
 @pytest.mark.slow
@@ -194,6 +228,9 @@ def test_a_histogram_of_ranks_is_flat_within_its_band():
     share = ((found > low) & (found < high)).double().mean()
     assert 0.98 <= float(share) <= 1.0
     assert high < 1.5
+    shared = plotting.rank_histogram(uniform_check(band=0.16), bins=10).patches  # of few draws
+    wider = next(patch for patch in shared if not hasattr(patch, "get_data")).get_height()
+    assert wider == pytest.approx(2 * (high - low))
 
 
 def test_a_coverage_curve_is_the_diagonal_where_regions_hold_their_share():
@@ -202,10 +239,14 @@ def test_a_coverage_curve_is_the_diagonal_where_regions_hold_their_share():
     for line in ax.lines[:2]:
         x, y = line.get_xydata().T
         assert abs(x - y).max() < 0.01
+    edges = ax.collections[0].get_paths()[0].vertices
+    assert abs(edges[:, 1] - edges[:, 0]).max() == pytest.approx(0.08)
     wide = check._replace(values=0.5 + 0.1 * (check.values - 0.5))
-    x, y = plotting.coverage_curve(wide).lines[1].get_xydata().T
+    regions, middle = plotting.coverage_curve(wide).lines[:2]
+    x, y = middle.get_xydata().T
     assert x[-2] < 0.11  # intervals of a tenth hold all rows
     assert y[-2] == 1.0
+    assert regions.get_xdata()[1:-1] == pytest.approx(wide.values[:, 0].numpy())
 
 
 @pytest.mark.parametrize("scalars", [True, False])
@@ -219,6 +260,10 @@ def test_a_conditional_density_along_one_column_of_contexts(scalars):
     assert x.tolist() == grid[:, 1].tolist()
     expected = family.condition(grid).icdf(torch.tensor(0.5)).reshape(-1)
     assert median == pytest.approx(expected.numpy())
+    values = torch.linspace(*ax.get_ylim(), 20)[:, None].expand(-1, 9)
+    heights = family.condition(grid).log_prob(values if scalars else values[..., None]).exp()
+    shown = torch.as_tensor(ax.collections[0].get_array()).reshape(20, 9)
+    torch.testing.assert_close(shown, heights, rtol=1e-4, atol=1e-6)
     assert len(ax.collections) == 2
     wide = ConditionalInterpolantDistribution(random_flow(2, context_dim=1))
     with pytest.raises(ValueError, match="expected outcomes in one dimension, got 2"):
@@ -230,10 +275,9 @@ def test_data_are_drawn_beside_simulated_ones():
     ax = plotting.predictive_check(y, simulated)
     drawn = torch.as_tensor(ax.lines[0].get_ydata())
     torch.testing.assert_close(drawn, y.flatten().sort().values)
-    low = ax.collections[0].get_paths()[0].vertices[:, 1].min()
-    assert low == pytest.approx(
-        float(simulated.flatten(1).sort(1).values.quantile(0.025, 0).min())
-    )
+    band, ordered = ax.collections[0].get_paths()[0].vertices[:, 1], simulated.flatten(1).sort(1)
+    assert band.min() == pytest.approx(float(ordered.values.quantile(0.025, 0).min()))
+    assert band.max() == pytest.approx(float(ordered.values.quantile(0.975, 0).max()))
     with pytest.raises(ValueError, match="expected simulated data of shape"):
         plotting.predictive_check(y, simulated[:, :3])
 
@@ -389,8 +433,13 @@ def test_a_column_called_regions_is_a_column():
 
 
 def test_evolution_of_one_dimension_shows_every_time():
-    axes = plotting.evolution(flow(1), times=(0.0, 0.3, 1.0))
+    distribution, times = flow(1), (0.0, 0.3, 1.0)
+    axes = plotting.evolution(distribution, times=times)
     assert [len(one.lines) for one in axes] == [1, 1, 1]
+    for one, t in zip(axes, times, strict=True):
+        x, y = torch.as_tensor(one.lines[0].get_xydata()).T
+        close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
+        torch.testing.assert_close(y, distribution.at(t).log_prob(x[:, None]).exp(), **close)
 
 
 @pytest.mark.parametrize("draw", [plotting.trajectories, plotting.density, plotting.evolution])
