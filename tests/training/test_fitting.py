@@ -1116,6 +1116,28 @@ def test_a_refused_fit_leaves_a_flow_as_it_was():
     assert torch.equal(flow.log_prob(x), before)
 
 
+def test_a_refused_coupling_leaves_the_base_and_what_is_known_of_weights():
+    distribution = tiny()
+    flow = distribution.transform.flow
+    flow.reached = 7
+    with pytest.raises(ValueError, match="a coupling that returns a partner of each row"):
+        quick(
+            distribution,
+            torch.randn(60, 2),
+            base_samples=torch.randn(50, 2) + 5,
+            coupling=lambda x0, x1, context: x0[:1],
+        )
+    assert distribution.base is None
+    assert flow.reached == 7
+    assert torch.equal(flow.loc, torch.zeros(2))
+
+
+@pytest.mark.parametrize("stop", [True, np.bool_(True), torch.tensor(True)])  # noqa: FBT003
+def test_a_callback_says_stop_in_any_library(stop):
+    result = quick(tiny(), torch.randn(60, 2), callback=lambda state: stop)
+    assert (result.stopped_by, result.steps) == ("callback", [1])
+
+
 def test_contexts_that_the_type_rounds_away_are_warned_of():
     t = 2_459_000 + 3 * torch.rand(400, 1, dtype=torch.float64)
     y = torch.sin(6 * t).float() + 0.1 * torch.randn(400, 1).float()

@@ -11,9 +11,12 @@ from torch import nn
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     ConditionalInterpolantTransform,
+    Geodesic,
     InterpolantDistribution,
     InterpolantTransform,
     NonlinearInterpolant,
+    TorusMLP,
+    UniformTorus,
     VelocityMLP,
     interpolant_loss,
 )
@@ -143,6 +146,15 @@ def test_rows_of_a_class_are_coupled_by_themselves():
     torch.manual_seed(1)
     alone = Objective(flow, base, independent)._coupled(rows, base, 256, Process())
     assert torch.equal(alone, x0)
+
+
+def test_angles_are_coupled_by_their_distance_on_the_torus():
+    flow = InterpolantTransform(TorusMLP(2, (8,)), interpolant=Geodesic()).flow
+    base = WhitenedBase(UniformTorus(2), flow.whitening)
+    x0, rows = base.sample((64,)), Rows(base.sample((64,)), None)
+    found = Objective(flow, base, optimal_transport)._partners(x0, rows)
+    assert torch.equal(found, optimal_transport(x0, rows.w, on_torus=True))
+    assert not torch.equal(found, optimal_transport(x0, rows.w))
 
 
 def test_regression_loss_of_a_users_own_velocity_and_context():

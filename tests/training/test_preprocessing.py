@@ -22,6 +22,7 @@ from pyro_interpolant import (
 from pyro_interpolant.distributions.rounding import warn_if_rounded
 from pyro_interpolant.training.preprocessing import (
     dequantize,
+    marginal_transform,
     preferred_support,
     radial_transform,
 )
@@ -123,6 +124,32 @@ def test_weights_say_which_rows_there_are():
     weights[:N] = 0.0
     assert preferred_support(x, constraints.real_vector, weights) is constraints.real_vector
     assert isinstance(preferred_support(x, constraints.real_vector, 1 - weights), Gaussianized)
+
+
+def test_the_map_of_weighted_rows_is_the_same_again_and_leaves_the_generator():
+    x, weights, state = torch.randn(2000, 2).exp(), torch.rand(2000), torch.get_rng_state()
+    maps = [
+        preferred_support(x, constraints.real_vector, weights, always=True).gaussianizer
+        for _ in range(2)
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(maps[0].inv(x), maps[1].inv(x))
+
+
+def test_a_column_that_has_few_values_is_mapped_as_it_is_alone():
+    few = (torch.arange(2000) % 5 - 2.0)[:, None]
+    both, alone = (marginal_transform(x) for x in (torch.cat((torch.randn(2000, 1), few), 1), few))
+    x = torch.linspace(-30, 30, 61)[:, None]
+    torch.testing.assert_close(both.inv(x.expand(-1, 2))[:, 1:], alone.inv(x))
+    middles = torch.special.ndtri((few[:5] + 2.5) / 5)  # of their shares of all rows
+    torch.testing.assert_close(alone.inv(few[:5]), middles)
+
+
+def test_lengths_below_all_are_in_proportion():
+    found = radial_transform(torch.randn(2000, 3) * torch.randn(2000, 1).exp())
+    middle, row = found.inv(found.loc[None]), torch.randn(1, 3)
+    near, nearer = (found.inv(found.loc + size * row) - middle for size in (1e-6, 1e-8))
+    torch.testing.assert_close(near, 100 * nearer, rtol=1e-5, atol=0.0)
 
 
 OPTIONS = {"steps": 3, "progress": False, "seed": 0}

@@ -210,6 +210,19 @@ def test_copies_of_a_row_make_its_mean_no_surer():
         assert getattr(found[0], name) == pytest.approx(getattr(found[1], name))
 
 
+def test_the_gaussian_and_its_mean_are_by_weight():
+    """Of as many rows far off next to nothing is seen."""
+    d = InterpolantDistribution(interpolant_transform(1, (8,))).freeze()
+    x = torch.randn(400, 1)
+    weight = torch.tensor([1.0, 1e-12]).repeat_interleave(400)
+    rows = Rows(torch.cat((x, x + 50)), None, None, weight)
+    split = Split(rows, rows, 400.0, 10)
+    report = HeldOutDensity(d, split).measured(Report(1, 400, 1.0, 1, 1), math.inf)
+    normal = dist.Normal(x.mean(), x.std(correction=0))
+    assert report.reference == pytest.approx(float(normal.log_prob(x).mean()))
+    assert report.held_out == pytest.approx(float(d.log_prob(x).mean()))
+
+
 @pytest.mark.slow
 def test_rows_of_little_weight_count_for_little():
     weights = torch.full((2000,), 1e-6)

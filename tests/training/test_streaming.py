@@ -303,6 +303,35 @@ def test_weights_may_be_of_any_size(scale):
     assert found[1].total == pytest.approx(found[0].total, rel=1e-12)
 
 
+def batches_of(distribution, data):
+    stream = Stream(distribution, data, 0.1)
+    split = stream.split(Process(), 64)
+    flow, base = distribution.transform.flow, distribution.white_base()
+    return stream.batches(split, Objective(flow, base, independent))
+
+
+def test_rows_of_one_and_the_same_weight_come_once_in_a_pass():
+    x, weight = rows(600), torch.full((300,), 7.0)
+    batches = batches_of(made(), [(x[:300], weight), (x[300:], weight)])
+    found = torch.cat([batches._from_stream().w for _ in range(2)])
+    assert len(found) == len(found.unique(dim=0)) == 540
+
+
+def test_rows_that_are_left_of_a_batch_keep_their_contexts():
+    c = torch.randn(300, 1)
+    flow = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1, (8,)))
+    data = list(zip(torch.randn(300, 2).split(100), c.split(100), strict=True))
+    first, again = batches_of(flow, data), batches_of(flow, data)
+    first.next_rows()
+    again.restore(*first.state())
+    found = []
+    for batches in (first, again):
+        torch.manual_seed(1)
+        found.append(batches.next_rows())
+    for name in ("w", "context"):
+        assert torch.equal(*(getattr(each, name) for each in found))
+
+
 def test_rows_of_no_weight_at_the_start_may_hold_anything():
     x, weights = rows(600), torch.ones(600)
     x[0], weights[0] = math.nan, 0.0
