@@ -6,6 +6,7 @@ from gaussians import GaussianTransport
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     ConditionalInterpolantTransform,
+    FixedGrid,
     Geodesic,
     InterpolantDistribution,
     InterpolantTransform,
@@ -335,6 +336,22 @@ def test_reflow_in_inference_mode():
     with torch.inference_mode():
         new = reflow(distribution, count=60, steps=1, **QUICK | {"batch_size": 32}).distribution
     assert not any(p.is_inference() for p in new.transform.parameters())
+
+
+@pytest.mark.slow
+def test_reflow_leaves_the_flow_as_it_was_and_its_noise_and_solver_behind():
+    distribution = InterpolantDistribution(
+        interpolant_transform(2, (8,), solver=FixedGrid(3, "euler"))
+    )
+    torch.nn.init.normal_(distribution.transform.velocity.output.weight)
+    distribution.transform.flow.noise = VelocityMLP(2, (8,))
+    options = {**QUICK, "count": 60, "steps": 1, "batch_size": 32}
+    one, other = (reflow(distribution, **options) for _ in range(2))
+    assert distribution.transform.solver == FixedGrid(3, "euler")
+    assert distribution.transform.flow.noise is not None
+    assert one.distribution.transform.flow.noise is None
+    assert one.fit.solver.method == FixedGrid().method != "euler"
+    assert one.fit.validation_losses == other.fit.validation_losses
 
 
 @pytest.mark.slow
