@@ -20,14 +20,17 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyro_interpolant as pi
+from pyro_interpolant.distributions.report import Report
 from pyro_interpolant.infer.amortization import (
     AmortizedResult,
+    measured_on_simulations,
     truncated,
     verdict_of_amortised,
 )
 from pyro_interpolant.infer.hidden import is_hidden
 from pyro_interpolant.infer.simulation import Simulator
 from pyro_interpolant.infer.sites import LatentSites
+from pyro_interpolant.training.clock import Clock
 
 # At every step or two of runs as short as these the loss is looked at: half of their time.
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
@@ -84,6 +87,31 @@ def test_the_result_is_in_nats_against_the_prior(trained):
     assert report.reference_name == "the prior"
     assert report.held_out - report.reference == pytest.approx(result.gain)
     assert repr(result) == result.verdict
+
+
+def test_the_gain_is_that_of_unconstrained_latents_with_its_error():
+    def model(y=None):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        with pyro.plate("rows", 3):
+            y = pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        pyro.deterministic("spread", y.std(-1))
+
+    guide = pi.AmortizedInterpolant(model, ("spread",), hidden_dims=(8,))
+    guide(torch.arange(3.0))
+    sites, posterior = LatentSites(guide), guide.posterior
+    simulator = Simulator(sites, ("spread",))
+    fresh, posterior.report = simulator(200), Report(1, 200, 0.0, 0, 0)
+    given = simulator, sites, Clock(None), None, 200, 0.0
+    result = measured_on_simulations(posterior, fresh, guide.rows_of, *given)
+    rows, context = guide.rows_of(fresh)
+    log_q = posterior.condition(context).log_prob(rows).detach()
+    log_p = dist.Normal(0.0, 0.5).log_prob(rows[:, 0])  # of the logarithm
+    gain, root = log_q - log_p, math.sqrt(200)
+    found = result.gain, result.gain_stderr
+    assert found == pytest.approx((float(gain.mean()), float(gain.std()) / root))
+    found = posterior.report.held_out, posterior.report.held_out_stderr, posterior.report.reference
+    expected = float(log_q.mean()), float(log_q.std()) / root, float(log_p.mean())
+    assert found == pytest.approx(expected)
 
 
 def test_units_are_dropped_in_the_regression_alone(trained):
@@ -183,6 +211,14 @@ def test_a_posterior_given_data_in_another_order_is_refused(shape, tmp_path):
     pi.AmortizedInterpolant(model, ("a", "b"), posterior=posterior)(*data)
     with pytest.raises(ValueError, match="expected a posterior given .* in this order, got one"):
         pi.AmortizedInterpolant(model, ("b", "a"), posterior=posterior)(*data)
+
+
+def test_data_are_taken_by_name_in_the_order_of_the_guide():
+    guide = pi.AmortizedInterpolant(two_observed((2,)), ("a", "b"), hidden_dims=(8,))
+    a, b = torch.tensor(0.3), torch.tensor([1.0, 2.0])
+    guide(a, b)
+    one, other = guide.condition(a=a, b=b), guide.condition(b=b, a=a)
+    assert torch.equal(one.transform.context, other.transform.context)
 
 
 @pytest.mark.slow
@@ -366,7 +402,9 @@ def test_a_guide_is_not_judged_on_the_simulations_it_learned_from(monkeypatch):
     learned = seen[0].latents["w"]
     guide.calibration(count=64, seed=0)
     assert len(learned) == len(seen[-1].latents["w"]) == 64
-    assert not bool(torch.isin(seen[-1].latents["w"], learned).any())
+    assert len(seen) == 3  # the second for the verdict
+    for fresh in seen[1:]:
+        assert not bool(torch.isin(fresh.latents["w"], learned).any())
 
 
 def test_the_prior_density_of_simulations_is_that_of_their_latents():
@@ -392,6 +430,25 @@ def test_improper_simulations_are_counted_and_left_out():
     assert 40 < found.improper < 130
     assert len(found.log_prior) == 500 - found.improper
     assert bool((found.latents["w"] <= 1.0).all())
+
+
+def test_improper_simulations_are_a_share_of_all_and_no_lack_of_time(monkeypatch):
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        y = pyro.sample("y", dist.Normal(torch.where(w > 1.0, torch.nan, w), 1.0), obs=y)
+        pyro.deterministic("seen", 2 * y)
+
+    def fit(posterior, rows, **settings):
+        posterior.context_columns = ()  # as of contexts without names
+
+    monkeypatch.setattr("pyro_interpolant.infer.amortized.fit", fit)
+    guide = pi.AmortizedInterpolant(model, ("seen",), hidden_dims=(8,))
+    told = pytest.warns(UserWarning, match=r"of [0-9,]+ simulations .* not finite")  # alone
+    with pyro.validation_enabled(is_validate=False), told:
+        result = pi.fit_guide(guide, simulations=200, **QUICK)
+    assert 0.1 < result.improper < 0.25
+    assert result.improper == pytest.approx(1 - result.simulations / 200)
+    assert guide.posterior.context_columns == ("seen",)
 
 
 @pytest.mark.usefixtures("_small_runs")

@@ -535,6 +535,18 @@ class Own(dist.TorchDistribution):
         return dist.Normal(self.loc, 1.0).log_prob(value)
 
 
+def test_a_share_may_be_zero():
+    def model():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0)).clamp(0.0, 1.0)
+        pyro.sample("y", dist.Categorical(torch.stack((w, 1 - w), -1)), obs=torch.tensor(1))
+
+    z = torch.tensor([[-1.0], [0.5], [1.5]])
+    expected = dist.Normal(0.0, 1.0).log_prob(z[:, 0])[:2] + torch.tensor([1.0, 0.5]).log()
+    found = log_joint(model)(z)
+    torch.testing.assert_close(found[:2], expected)
+    assert found[2] < -30.0
+
+
 def test_a_distribution_without_constraints_has_a_density():
     def model(fn):
         pyro.sample("y", fn(pyro.sample("x", dist.Normal(0.0, 1.0))), obs=torch.tensor(0.5))

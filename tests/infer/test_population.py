@@ -1,6 +1,7 @@
 """Populations behind noisy rows, against the closed forms of Gaussians."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,11 +23,12 @@ from pyro_interpolant.distributions.joint import names_in_frames
 from pyro_interpolant.infer import expectation_maximization, object_posteriors
 from pyro_interpolant.infer import population as population_module
 from pyro_interpolant.infer.expectation_maximization import NoisyRows, PosteriorDraws
-from pyro_interpolant.infer.latents import draw_latents, of_population
+from pyro_interpolant.infer.latents import _with_present, draw_latents, of_population
 from pyro_interpolant.infer.noise import measurements
 from pyro_interpolant.infer.population import _start_rows
 from pyro_interpolant.infer.proposals import LocalProposal, local_proposal, standard_log_prob
 from pyro_interpolant.solvers.parallel import threads_at_once
+from pyro_interpolant.training.clock import Clock
 
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
 ROOT = torch.tensor([[1.0, 0.0], [0.8, 0.5]], dtype=torch.float64)
@@ -301,9 +303,10 @@ def test_nothing_is_learned_of_rows_held_out(monkeypatch):
     """Neither by the start nor by the rounds: else the start would be kept for what it knows."""
     seen, held = {}, {}
 
-    def started(first, *args):
+    def started(first, context, *args):
         seen["start"] = first
-        return original(first, *args)
+        assert torch.equal(context[:, 0], first[:, 0].round())  # each has that of its own row
+        return original(first, context, *args)
 
     def learned(distribution, catalogue, index, *args, **kwargs):
         held["index"] = index
@@ -319,7 +322,7 @@ def test_nothing_is_learned_of_rows_held_out(monkeypatch):
     assert len(rows) == 140
     assert not set(rows.tolist()) & set(held["index"].tolist())
     draws = y[:, None] + 0.01 * torch.randn(200, 30, 2)
-    pi.from_posterior_samples(draws, torch.zeros(200, 30), **options)
+    pi.from_posterior_samples(draws, torch.zeros(200, 30), context=y[:, :1], **options)
     rows = seen["start"][:, 0].round().unique()
     assert len(rows) == 140
     assert not set(rows.tolist()) & set(held["index"].tolist())
@@ -493,6 +496,38 @@ def test_latents_of_all_rows_together_have_the_moments_of_the_population():
     assert float((w.T @ w / len(w) - second).abs().max()) < 0.05
 
 
+@pytest.mark.parametrize("counts", [(1, 10**6), (10**6, 1)])
+def test_a_present_latent_takes_the_place_of_a_draw_of_what_it_is_likelier_from(counts):
+    """Else the chain has another law than the posterior, by less than its moments tell."""
+    far, near = torch.full((2,), 9.0), torch.zeros(2)
+    means, roots = torch.stack((far, far, near, near)), 0.1 * torch.eye(2)
+    proposal = LocalProposal(means[:, None], roots.expand(4, 1, 2, 2), torch.ones(1))
+    u, likelihood = torch.stack((far, near, near, near)), torch.zeros(4, 1)
+    likelihood[3] = -math.inf  # there is none
+    parts = [torch.zeros(4, 3), torch.zeros(4, 2)]
+    flow = gaussian(near.clone(), torch.eye(2))
+    shared, own, last = _with_present(parts, proposal, flow, u[:, None], likelihood, counts)
+    is_own = [True, False, counts[1] > 1]  # the third by the numbers of draws
+    assert own[:, 0].isinf().tolist() == [*is_own, False]
+    assert shared[:, 0].isinf().tolist() == [not own for own in is_own] + [False]
+    assert bool(shared[:, 1:].isfinite().all())
+    assert bool(own[:, 1:].isfinite().all())
+    assert last[:, 0].isfinite().tolist() == [True, True, True, False]
+
+
+def test_a_present_latent_among_shared_draws_alone_weighs_as_one_of_them():
+    y, present = LOC.repeat(2, 1), torch.stack((LOC, torch.full_like(LOC, math.nan)))
+    flow = gaussian()
+    rows = of_population(measurements(y, torch.ones(2, 2)), flow)
+    options = {"shared": 64, "own": 4, "steps": 1, "enough": 0.0}
+    weights = draw_latents(flow, rows, **options, present=present).log_weights
+    assert weights[:, 0].isinf().tolist() == [True, False]  # whose place it takes
+    expected = Normal(LOC, 1.0).log_prob(LOC).sum() - math.log(64)
+    torch.testing.assert_close(weights[0, -1], expected)
+    assert weights[1, -1] == -math.inf
+    assert bool(weights[:, 64:68].isinf().all())
+
+
 @pytest.mark.slow
 def test_latents_of_rows_move_by_a_chain_to_their_posteriors(monkeypatch):
     """Of few draws, latents by weights alone are wider than posteriors."""
@@ -513,6 +548,21 @@ def test_latents_of_rows_move_by_a_chain_to_their_posteriors(monkeypatch):
     assert sum(far[7:]) / 5 == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.parametrize("posteriors", [False, True])
+def test_latents_have_the_contexts_of_their_own_rows(posteriors):
+    context = torch.arange(30.0)[:, None]
+    y, flow = LOC + 0.1 * context, gaussian(given=True)
+    if posteriors:
+        objects = PosteriorDraws(y[:, None].repeat(1, 20, 1), torch.zeros(30, 20), context)
+    else:
+        rows = of_population(measurements(y, torch.full((30, 2), 1e-3)), flow, context)
+        objects = NoisyRows(rows, LOC)
+    index = torch.randperm(30)
+    found = objects.latents(flow, index)
+    assert torch.equal(found.context, context[index].repeat_interleave(4, 0))
+    assert float((found.w - LOC - 0.1 * found.context).abs().max()) < 0.02
+
+
 def test_posterior_draws_are_weighted_by_the_population_over_the_prior():
     interim = MultivariateNormal(torch.zeros(2), 9 * torch.eye(2))
     u = interim.sample((300, 400))  # of objects of which nothing was measured
@@ -524,6 +574,19 @@ def test_posterior_draws_are_weighted_by_the_population_over_the_prior():
     few = objects.latents(flow, torch.arange(300)).w
     assert few.shape == (1200, 2)
     assert float((few - LOC).norm(dim=-1).mean()) < 0.6 * float((u - LOC).norm(dim=-1).mean())
+
+
+@pytest.mark.usefixtures("_small_runs")
+def test_the_prior_of_posterior_draws_is_that_of_their_unconstrained_numbers(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        population_module, "learn", lambda _, objects, *__, **___: seen.append(objects)
+    )
+    draws, interim = torch.randn(60, 5, 2).exp(), dist.LogNormal(0.0, 1.0).expand([2]).to_event(1)
+    options = {"support": constraints.positive, "marginals": False, **QUICK}
+    from_posterior_samples(draws, interim.log_prob, **options)
+    torch.testing.assert_close(seen[0].u, draws.log())
+    torch.testing.assert_close(seen[0].log_prior, Normal(0.0, 1.0).log_prob(draws.log()).sum(-1))
 
 
 @pytest.mark.slow
@@ -702,6 +765,42 @@ def test_rows_held_out_that_nothing_explains_do_not_choose_the_round():
     assert math.isfinite(population.report.held_out_stderr)
     with pytest.raises(ValueError, match="none of which has a finite log-likelihood"):
         from_noisy_samples(y + 90, noise, **options)
+
+
+@pytest.mark.usefixtures("_small_runs")
+def test_the_report_has_the_mean_of_rows_held_out_and_its_error(monkeypatch):
+    """Over rows, and over the draws of each; one that nothing explains counts as the worst."""
+    values = torch.tensor([1.0, 2.0, -math.inf, 6.0]), torch.tensor([0.5, 0.1, math.nan, 0.3])
+    monkeypatch.setattr(expectation_maximization, "_evidence", lambda run: (*values, -7.0))
+    y = torch.randn(60, 1)
+    with pytest.warns(UserWarning, match="1 of 4 rows held out have no likelihood"):
+        report = from_noisy_samples(y, torch.ones(60, 1), start=y, **QUICK).report
+    assert (report.held_out, report.reference) == (2.5, -7.0)
+    variance = torch.tensor([1.0, 2.0, 1.0, 6.0]).var() + (0.25 + 0.01 + 0.09) / 3
+    assert report.held_out_stderr == pytest.approx(math.sqrt(float(variance) / 4))
+
+
+def test_the_start_is_judged_by_its_own_weights_and_the_kept_ones_come_back():
+    used = ["kept"]
+
+    class Objects:
+        def log_evidence(self, distribution, index, *, finely):
+            assert finely
+            return torch.full((len(index),), {"start": 1.0, "kept": 3.0}[used[-1]]), torch.zeros(2)
+
+    run = SimpleNamespace(
+        catalogue=Objects(),
+        distribution=None,
+        held=torch.arange(2),
+        clock=Clock(None),
+        selection=SimpleNamespace(kept_step=1),
+        regression=SimpleNamespace(use=used.append),
+        start_weights="start",
+        kept_weights="kept",
+    )
+    values, _, start = expectation_maximization._evidence(run)
+    assert (values.tolist(), start) == ([3.0, 3.0], 1.0)
+    assert used == ["kept", "start", "kept"]
 
 
 @pytest.mark.slow

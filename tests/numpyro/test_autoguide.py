@@ -18,6 +18,7 @@ from pyro_interpolant import InterpolantDistribution as TorchDistribution
 from pyro_interpolant.infer import GuideResult
 from pyro_interpolant.numpyro import (
     AutoInterpolant,
+    ImportanceResult,
     InterpolantDistribution,
     fit_guide,
     from_torch,
@@ -415,6 +416,16 @@ def test_importance_weights():
             result.resampled(KEY, count)
     with pytest.raises(ValueError, match="count >= 100"):
         importance(guide, KEY, y, count=99)
+
+
+def test_resampled_draws_are_in_random_order_and_places():
+    draws = {"x": jnp.arange(20)}
+    result = ImportanceResult(0.1, 20.0, 0.0, 0.0, "", jnp.full(20, -np.log(20)), draws)
+    found = np.asarray(result.resampled(KEY)["x"])
+    assert sorted(found) == list(range(20))
+    assert (found != np.arange(20)).any()
+    ones = [int(result.resampled(key, 1)["x"][0]) for key in jax.random.split(KEY, 5)]
+    assert len(set(ones)) > 1
 
 
 @pytest.mark.slow

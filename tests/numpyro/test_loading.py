@@ -29,8 +29,8 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.distributions import part_description
 from pyro_interpolant.distributions.description import NotPassedError, PartError, build, describe
+from pyro_interpolant.numpyro import Frozen, from_torch, load, loading, supports
 from pyro_interpolant.numpyro import flow as numerics
-from pyro_interpolant.numpyro import from_torch, load, loading, supports
 
 KEY = "pyro_interpolant"
 
@@ -320,6 +320,33 @@ def test_copies_and_pickles(make, path):
         assert repr(other) == repr(one)
         arrays = (other.transforms[-1] if make is family else other.transform).weights
         assert not any(array.flags.writeable for array in arrays.values())
+
+
+def test_frozen_arrays_are_compared_by_all_that_they_are_and_stay():
+    array = np.zeros((2, 3))
+    frozen = Frozen({"a": array})
+    assert frozen == Frozen({"a": array})
+    for other in ({"b": array}, {"a": array.T}, {"a": array.view(np.int64)}, {"a": array + 1}):
+        assert Frozen(other) != frozen
+    array += 1
+    assert not frozen["a"].any()
+
+
+@pytest.mark.parametrize("validate", [None, True, False])
+@pytest.mark.parametrize("make", [plain, joint])
+def test_whether_values_are_validated_is_kept(make, validate):
+    flow = make()
+    if validate is not None:
+        flow._validate_args = validate
+    other = from_torch(flow)
+    assert vars(other).get("_validate_args") is validate
+    assert vars(other.at(0.5)).get("_validate_args") is validate
+
+
+def test_a_base_that_is_a_flow_has_the_type_that_is_asked_for(path):
+    save(plain(base=plain()), path)
+    flows = [t for t in load(path, dtype="float32").transforms if hasattr(t, "grid")]
+    assert [flow.weights["loc"].dtype for flow in flows] == [np.float32] * 2
 
 
 def test_a_context_may_be_a_list():

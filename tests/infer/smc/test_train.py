@@ -1,5 +1,6 @@
 import math
 import time
+from types import SimpleNamespace
 
 import pyro.distributions as dist
 import pytest
@@ -35,7 +36,7 @@ from pyro_interpolant.infer.smc.pathfinder import (
 )
 from pyro_interpolant.infer.smc.tempering import HMCKernel, LogDensity, tempered_smc
 from pyro_interpolant.infer.smc.train import RoundsResult, train_from_density
-from pyro_interpolant.training.clock import Seconds
+from pyro_interpolant.training.clock import Clock, Seconds
 from pyro_interpolant.training.rows import Rows
 
 
@@ -205,6 +206,20 @@ def test_tempering_carries_a_wide_start_to_a_narrow_target():
     )
     torch.testing.assert_close(z.mean(1), torch.zeros(2), rtol=0, atol=0.12)
     torch.testing.assert_close(z.std(1), torch.ones(2), rtol=0, atol=0.1)
+
+
+def test_tempering_weighs_the_way_to_the_target_once():
+    """Without moves: those would mend particles that are weighed too often."""
+
+    class Still(HMCKernel):
+        def __call__(self, particles, density):
+            return particles, 1.0
+
+    start, target = dist.Normal(torch.zeros(1), 8.0).to_event(1), gaussian([0.0], [[1.0]])
+    q, p = (LogDensity(d.log_prob) for d in (start, target))
+    levels = list(tempered_smc(start.sample((8000,)), q, p, Still(), deadline=math.inf))
+    assert len(levels) > 3
+    assert float(levels[-1].particles.x.std()) == pytest.approx(1.0, abs=0.1)
 
 
 def test_tempering_begins_at_its_start_and_stops_without_a_density():
@@ -443,6 +458,30 @@ def test_four_modes_are_found_and_weighed():
     which = torch.cdist(flow.sample((4000,)), means).argmin(1)
     shares = torch.bincount(which, minlength=4) / 4000
     torch.testing.assert_close(shares, weights, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_the_flow_that_is_kept_is_the_one_that_was_judged(better, monkeypatch):
+    """The best round's, if its draws are more effective than those of the last one."""
+    used, equal = [], torch.full((200,), 2.0)
+    unequal = torch.linspace(-3.0, 3.0, 200)
+    weights = {"best": equal, "last": unequal} if better else {"best": unequal, "last": equal}
+    monkeypatch.setattr(train, "_VERDICT_DRAWS", 200)
+    monkeypatch.setattr(train, "calibrate_until", lambda *_, **__: SimpleNamespace(solver="s"))
+    run = SimpleNamespace(
+        regression=SimpleNamespace(values=lambda: "last", use=used.append),
+        particles=SimpleNamespace(x=torch.zeros(10, 1)),
+        distribution=None,
+        history=[None] * 3,
+        best_round=0,
+        best_weights="best",
+        clock=Clock(None),
+        _weighed=lambda deadline: weights[used[-1]],
+    )
+    result = train.Run.verdict(run, math.inf)
+    assert used[-1] == ("best" if better else "last")
+    assert result.best_round == (0 if better else 2)
+    assert (result.ess, result.log_evidence) == pytest.approx((200.0, 2.0))
 
 
 @pytest.mark.slow
