@@ -110,6 +110,36 @@ def test_adaptive_meets_its_tolerance(method):
         torch.testing.assert_close(states, expected, rtol=0, atol=3e-5)
 
 
+def test_each_tolerance_is_its_own():
+    """Of states as small as the absolute tolerance is loose, the relative one decides."""
+    start = torch.tensor([1e-6], dtype=torch.float64)
+    for rtol, atol, worst in ((1e-8, 1e-16, 1e-5), (1e-8, 1e-6, 1.0)):
+        solver = Adaptive(rtol=rtol, atol=atol, nodes=2)
+        end = solver.solve(lambda times: [lambda x: 5 * x] * len(times), start, solver.grid()[0])
+        error = abs(float(end[-1]) / (1e-6 * math.exp(5)) - 1)
+        assert error < worst
+    assert error > 1e-4  # a loose one is loose
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda: FixedGrid(5).grid(),
+        lambda: Adaptive(nodes=5).grid(),
+        lambda: [FixedGrid(5).matrix()],
+        lambda: [HutchinsonDivergence(2).directions(3)],
+    ],
+    ids=["grid", "adaptive", "matrix", "probes"],
+)
+def test_what_a_choice_gives_may_be_changed_in_place(given):
+    """It is computed once and kept, for every flow of the process."""
+    expected = [part.clone() for part in given()]
+    for part in given():
+        part.fill_(7.0)
+    for part, kept in zip(given(), expected, strict=True):
+        assert torch.equal(part, kept)
+
+
 def test_adaptive_and_fixed_grids_report_at_the_same_nodes():
     for mine, theirs in zip(
         Adaptive(nodes=9).grid(), FixedGrid(steps=9, warp=0.0).grid(), strict=True
