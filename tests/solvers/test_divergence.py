@@ -38,7 +38,7 @@ class Grouped(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm = nn.GroupNorm(3, 12)
+        self.norm = nn.GroupNorm(3, 12, eps=0.1)
 
     def forward(self, h):
         image = h.reshape(-1, 12, 1).transpose(1, 2).contiguous().transpose(1, 2)
@@ -60,7 +60,9 @@ SCALE, SHIFT = (0.5, 2.0, -1.5), (0.3, -0.2, 1.0)
 
 
 def torch_layer_norm(h):
-    return torch.layer_norm(h, (4,), h.new_tensor((*SCALE, 1.0)), h.new_tensor((*SHIFT, 0.0)))
+    weight, bias = h.new_tensor((*SCALE, 1.0)), h.new_tensor((*SHIFT, 0.0))
+    each = h.new_tensor(SCALE)[:, None]
+    return torch.layer_norm(h, (3, 4), each * weight, each + bias)
 
 
 def torch_group_norm(h):
@@ -104,9 +106,9 @@ NETWORKS = {
     "two gated": lambda c: mlp((16, 12), c, 1.5),
     "residual gated": lambda c: mlp((16, 16, 16), c, 1.5),
     "own": lambda c: Own(DIM, c),
-    "own layer norm": lambda c: Own(DIM, c, nn.LayerNorm(12)),
+    "own layer norm": lambda c: Own(DIM, c, nn.LayerNorm(12, eps=0.1)),
     "own group norm": lambda c: Own(DIM, c, Grouped()),
-    "own instance norm": lambda c: Own(DIM, c, Planes(nn.InstanceNorm1d(3, affine=True))),
+    "own instance norm": lambda c: Own(DIM, c, Planes(nn.InstanceNorm1d(3, eps=0.1, affine=True))),
     "own kept statistics": lambda c: Own(
         DIM, c, Planes(nn.InstanceNorm1d(3, track_running_stats=True).eval())
     ),
