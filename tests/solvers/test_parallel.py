@@ -97,6 +97,17 @@ def test_modes_of_autograd_hold_in_all_threads():
     assert found == [False, False]
 
 
+def test_autocast_which_is_of_one_thread_is_heeded():
+    transform = trained(VelocityMLP(DIM, (16,)).float())
+    flow = TransformedDistribution(Normal(torch.zeros(DIM).float(), 1.0).to_event(1), [transform])
+    x = torch.randn(ROWS, DIM).float()
+    plain = flow.log_prob(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        many = flow.log_prob(x)
+        few = torch.cat([flow.log_prob(part) for part in x.split(256)])
+    assert (few - plain).abs().mean() > 4 * (many - few).abs().mean()
+
+
 def test_gradients_take_the_way_of_one_graph(threads):
     x = torch.randn(ROWS, DIM, requires_grad=True)
     density(trained(VelocityMLP(DIM, (16,)))).log_prob(x).sum().backward()
