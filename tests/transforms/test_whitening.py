@@ -81,6 +81,14 @@ def test_a_dense_map_takes_an_inverse_that_is_known():
     torch.testing.assert_close(map_.unpush(map_.push(torch.eye(2))), torch.eye(2))
 
 
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@every_member
+def test_the_sign_is_that_of_the_determinant(name, dim):
+    map_ = whitening(name, dim)
+    map_.set(map_.loc.clone(), -map_.linear)
+    assert map_.sign() == torch.linalg.det(map_.matrix()).sign()
+
+
 @every_member
 def test_it_is_set_from_one_scale_per_column(name):
     map_, loc, scale = whitening(name), torch.randn(3), torch.tensor([0.5, 1.0, 3.0])
@@ -158,6 +166,16 @@ def test_rows_far_from_zero_keep_their_digits_in_single_precision(name):
     assert map_.double_to_white(y).dtype == torch.float32
     torch.testing.assert_close(map_.double_to_white(y).double(), w, rtol=1e-5, atol=1e-5)
     assert (map_.to_white(y.float()).double() - w).abs().max() > 0.1
+
+
+def test_nearly_dependent_columns_are_inverted_to_all_digits_of_single_precision():
+    turn = torch.linalg.qr(torch.randn(3, 3))[0]
+    linear = (turn @ torch.tensor([1.0, 1e-2, 1e-5]).diag() @ turn.T).float()
+    map_ = DenseWhitening(3).float()
+    map_.set(torch.zeros(3), linear)
+    inverse, log_det = torch.linalg.inv(linear.double()), torch.linalg.slogdet(linear.double())[1]
+    torch.testing.assert_close(map_.inverse.double(), inverse, rtol=1e-6, atol=0)
+    torch.testing.assert_close(map_.log_det.double(), log_det, rtol=1e-6, atol=0)
 
 
 @every_member
