@@ -124,6 +124,13 @@ def test_the_latent_term_draws_one_noise_for_path_and_derivative():
     assert not torch.equal(Noisy().sample(t, zero, zero)[0], x_t)
 
 
+def test_a_latent_term_may_vanish_in_the_middle():
+    path = Latent(Linear(), lambda t: t * (1 - t) * (1 - 2 * t).square())
+    assert path.has_latent()
+    x0, x1 = torch.zeros(2, 9, 2)
+    assert path.sample(torch.tensor(0.25), x0, x1)[0].abs().min() > 0
+
+
 @pytest.mark.parametrize("name", WITHOUT)
 def test_without_a_latent_term_nothing_is_drawn(name):
     state = torch.get_rng_state()
@@ -246,6 +253,10 @@ def test_a_bridge_is_brownian_but_for_its_ends():
     torch.testing.assert_close(
         gamma(near), 1e-6 * (0.7 / 1e-3) ** 0.5 * torch.ones(2), rtol=2e-3, atol=0
     )
+
+
+def test_a_smooth_deviation_is_the_scale_in_the_middle():
+    assert SineSquared(0.3)(torch.tensor(0.5)).item() == pytest.approx(0.3)
 
 
 def test_a_root_that_is_straight_at_an_end_remains_what_it_is():
