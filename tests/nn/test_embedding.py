@@ -141,6 +141,13 @@ def test_a_conditioned_flow_follows_what_its_embedding_depends_on(kind, used):
     assert (after - before).abs().max() > 1e-3
 
 
+def test_data_that_are_embedded_stay_so_at_another_time():
+    family, context = random_family()
+    view, x = family.freeze().condition(context).transform, torch.randn(7, 2)
+    other = view.with_embedded_context().at(0.5)
+    torch.testing.assert_close(other(x), view.at(0.5)(x.clone()))
+
+
 def test_a_conditioned_flow_has_gradients_of_its_embedding_each_time():
     family, context = random_family()
     posterior, x = family.condition(context), torch.randn(7, 2)
@@ -286,6 +293,17 @@ def test_a_state_that_the_context_tells_exactly_has_a_finite_velocity():
     velocity.set_scales(torch.stack((torch.zeros(100), context[:, 0]), -1), context)
     found = velocity.forward_and_divergence(TIMES[1], torch.zeros(100, 2), velocity.embed(context))
     assert all(bool(part.isfinite().all()) for part in found)
+
+
+def test_scales_that_are_set_again_are_those_of_the_new_rows():
+    """Wider ones than before, too, whose summaries are not cut off at the old bounds."""
+    velocity, _ = random_velocity("none")
+    fresh = EmbeddedVelocity(2, [(6,)], hidden_dims=(8, 8)).double()
+    w, context = torch.randn(40, 2), 10 * torch.randn(40, 6)
+    for network in (velocity, fresh):
+        network.set_scales(w, context)
+    for name in ("loc", "scale", "bounds", "slope", "offset", "log_slope", "log_offset"):
+        torch.testing.assert_close(getattr(velocity, name), getattr(fresh, name))
 
 
 def test_data_far_outside_those_of_training_do_not_carry_the_regressions_away():
