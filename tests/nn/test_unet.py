@@ -152,6 +152,12 @@ def test_an_untrained_network_is_zero_and_its_copy_too():
     assert "Attention" in [type(module).__name__ for module in UNet((1, 4, 4), (4, 8)).modules()]
 
 
+def test_widths_need_no_divisor_but_their_own():
+    pytest.importorskip("diffusers")
+    velocity = UNet((1, 2, 2), channels=(12, 16), attention=())  # groups of 4 and not of 3
+    assert velocity(torch.rand(2), torch.randn(2, 4)).shape == (2, 4)
+
+
 def test_times_are_those_of_diffusers():
     pytest.importorskip("diffusers")
     from diffusers.models.embeddings import Timesteps
