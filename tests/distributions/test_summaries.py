@@ -59,6 +59,15 @@ def test_moments_of_a_normal_are_the_closed_form_within_their_errors():
     close(d.entropy(), found.entropy)
 
 
+def test_moments_are_the_same_at_each_call_and_draw_nothing(monkeypatch):
+    monkeypatch.setattr(summaries, "_DRAWS", 16)
+    for base in (dist.Laplace(torch.zeros(2), 1.0).to_event(1), Samples(torch.randn(30, 2))):
+        d, state = normal(base=base), torch.get_rng_state()
+        first, second = d.moments(), d.moments()
+        assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
+        assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_moments_on_a_support_are_those_of_its_values():
     found = normal(1, support=constraints.positive).moments()
     mean = math.exp(1 + 2)  # of exp N(1, 4)
