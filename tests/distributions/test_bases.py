@@ -126,6 +126,16 @@ def test_samples_of_a_base_are_its_own():
     assert torch.equal(distribution.base.rows, before)
 
 
+def test_samples_that_are_held_out_are_others_from_all_over():
+    rows = torch.arange(1000.0)[:, None]
+    white = InterpolantDistribution(interpolant_transform(1, (8,)), Samples(rows)).white_base()
+    kept, held = (part.base.rows[:, 0] for part in white.split(0.1))
+    assert (len(kept), len(held)) == (900, 100)
+    assert torch.equal(torch.cat((kept, held)).sort().values, rows[:, 0])
+    assert abs(held.mean() - 500) < 150  # rows may be in an order
+    assert torch.equal(white.split(0.1)[1].base.rows[:, 0], held)
+
+
 def test_a_base_and_base_samples_are_too_many():
     base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
     distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)), base)
@@ -428,6 +438,21 @@ def test_an_external_base(make):
     assert flow.sample((2,)).dtype == torch.float64
 
 
+def test_the_weights_of_an_external_base_can_be_trained_after_moments(monkeypatch):
+    monkeypatch.setattr("pyro_interpolant.distributions.summaries._DRAWS", 8)
+
+    class Mixture(Lazy):
+        def forward(self, context=None):
+            parts = torch.distributions.Categorical(torch.ones(1)), super().forward().expand((1,))
+            return torch.distributions.MixtureSameFamily(*parts)
+
+    flow = InterpolantDistribution(interpolant_transform(2, (8,)), ExternalBase(Mixture()))
+    assert not flow.has_rsample  # so that no gradient of moments reaches them
+    assert not flow.freeze().moments().mean.requires_grad
+    assert flow.base.source.loc.requires_grad
+    assert flow.log_prob(torch.zeros(2)).requires_grad
+
+
 def test_an_external_base_is_neither_guessed_nor_saved(tmp_path):
     with pytest.raises(TypeError, match=r"expected a torch distribution.*got Wrong"):
         ExternalBase(Wrong())
@@ -548,10 +573,11 @@ def test_every_base_is_expanded_converted_and_copied(make):
         assert wide.log_prob(wide.sample((4,))).shape == (4, 3)
 
 
-def masked(other):
+def masked(other, *, first=True):
     """A base of one normal column, and one of another distribution."""
     mask, normal = torch.tensor([True, False]), dist.Normal(torch.zeros(2), 1.0)
-    return dist.MaskedMixture(mask, other, normal).to_event(1)
+    parts = (other, normal) if first else (normal, other)
+    return dist.MaskedMixture(mask, *parts).to_event(1)
 
 
 WITHOUT_DENSITY = {
@@ -567,6 +593,7 @@ WITHOUT_DENSITY = {
     "rows": lambda: dist.Empirical(torch.randn(5, 2), torch.zeros(5)),
     "point": lambda: dist.Delta(torch.zeros(2)).to_event(1),
     "point beside another": lambda: masked(dist.Delta(torch.zeros(2))),
+    "another beside a point": lambda: masked(dist.Delta(torch.zeros(2)), first=False),
     "zeros": lambda: dist.ZeroInflatedDistribution(
         dist.LogNormal(torch.zeros(2), 1.0), gate=torch.tensor(0.5)
     ).to_event(1),
