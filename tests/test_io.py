@@ -680,15 +680,18 @@ def test_two_processes_write_one_file(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["previous", "state"]
 
 
-def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path):
-    old = [".state.partial", ".state.12.0a1b2c3d.partial"]
-    others = [".state.13.0a1b2c3d.partial", ".other.12.0a1b2c3d.partial", ".state.zip.partial"]
+@pytest.mark.parametrize("name", ["state", "state.a+(1)"])
+def test_what_killed_processes_left_is_removed_once_it_is_old(name, tmp_path):
+    file, other = name, name.replace(".", "-") + "2"
+    old = [f".{file}.partial", f".{file}.12.0a1b2c3d.partial"]
+    others = [f".{file}.13.0a1b2c3d.partial", f".{other}.12.0a1b2c3d.partial"]
+    others.append(f".{file}.zip.partial")
     for name in (*old, *others):
         (tmp_path / name).touch()
         if name != others[0]:  # which may be another process's, at work
             os.utime(tmp_path / name, (0, 0))
-    module.write(tmp_path / "state", {"a": torch.ones(2)}, {})
-    assert sorted(os.listdir(tmp_path)) == sorted(["state", *others])
+    module.write(tmp_path / file, {"a": torch.ones(2)}, {})
+    assert sorted(os.listdir(tmp_path)) == sorted([file, *others])
 
 
 @pytest.mark.parametrize("framework", ["np", "pt"])
