@@ -295,6 +295,28 @@ def test_a_state_that_the_context_tells_exactly_has_a_finite_velocity():
     assert all(bool(part.isfinite().all()) for part in found)
 
 
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_scales_are_those_of_data_and_of_rows_in_units_of_their_regressions(name):
+    velocity, _ = random_velocity(name)
+    shape = velocity.shapes[0]
+    y, w = 5 + 3 * torch.randn(60, *shape), torch.randn(60, 2)
+    w[0] = 1e3  # far beyond what the gate leaves in any case
+    if name.startswith("masked"):
+        y[..., -1] = (torch.rand(y.shape[:-1]) > 0.3).double()
+    velocity.train().set_scales(w, y.flatten(1))
+    if velocity.embedding is not None:
+        seen, _ = velocity.embedding.columns(y)
+        assert seen.mean().abs() < 0.1
+        assert abs(seen[seen != 0].std() - 1) < 0.1
+    m, log_scale, e = velocity.eval()._parts(velocity.embed(y.flatten(1)))
+    other = VelocityMLP(2, (8, 8), e.shape[1]).double()
+    other.set_scales((w - m) / log_scale.exp(), e)
+    assert other.reach.max() < 100
+    for part in ("reach", "context_loc", "context_scale"):
+        torch.testing.assert_close(getattr(velocity.network, part), getattr(other, part))
+    assert torch.equal(velocity.untrained_copy().reach, velocity.network.reach)
+
+
 def test_scales_that_are_set_again_are_those_of_the_new_rows():
     """Wider ones than before, too, whose summaries are not cut off at the old bounds."""
     velocity, _ = random_velocity("none")
@@ -342,16 +364,39 @@ def test_sets_are_summarised_by_least_squares_fits(masked):
         torch.testing.assert_close(found[:, 24], torch.full((50,), 41.0).log())
 
 
-def test_series_are_summarised_by_fits_of_neighbours():
+@pytest.mark.parametrize("masked", [False, True])
+def test_series_are_summarised_by_fits_of_neighbours(masked):
+    """With a mask, of those that are both there."""
     y, noise = torch.zeros(100, 200), torch.randn(100, 200)
     for t in range(1, 200):
         y[:, t] = 0.7 * y[:, t - 1] + 0.3 * noise[:, t]
-    embedding = SeriesEmbedding(200).double()
+    embedding = SeriesEmbedding(200, masked=masked).double()
+    if masked:
+        y = torch.stack((y, (torch.rand(y.shape) > 0.2).double()), -1)
     embedding.set_scales(y)
     found, units = embedding.summary(y)[:, 32:], embedding.columns.scale
     assert found.shape == (100, 10)
     assert abs(found[:, 5].mean() - 0.7) < 0.03  # of a time by the one before
     assert abs(found[:, 9].exp().mean() * units - 0.3) < 0.01
+
+
+def test_the_network_of_a_set_sees_rows_and_their_residuals():
+    embedding, y = SetEmbedding(1, width=8).double(), 2 + 3 * torch.randn(5, 400, 1)
+    embedding.set_scales(y)
+    rows = (y - y.mean()) / y.std(correction=0)
+    left = (rows - rows.mean(1, keepdim=True)) / rows.std(1, correction=0, keepdim=True)
+    expected = embedding.rows(torch.cat((rows, left), -1)).mean(1)
+    torch.testing.assert_close(embedding(y), expected, rtol=0, atol=1e-4)
+    assert (expected - embedding.rows(torch.cat((rows, rows), -1)).mean(1)).abs().max() > 1e-3
+
+
+def test_the_network_of_a_series_sees_what_is_missing():
+    embedding = SeriesEmbedding(12, masked=True, width=4).double()
+    y = torch.zeros(2, 12, 2)
+    y[..., 1] = 1.0
+    y[1, 3, 1] = 0.0  # where values are what they are in the mean
+    first, second = embedding(y)
+    assert (first - second).abs().max() > 1e-4
 
 
 def test_sets_of_fewer_rows_than_columns_and_of_equal_rows_have_finite_numbers():
