@@ -158,6 +158,13 @@ def test_widths_need_no_divisor_but_their_own():
     assert velocity(torch.rand(2), torch.randn(2, 4)).shape == (2, 4)
 
 
+def test_levels_attend_on_the_way_down_and_up():
+    pytest.importorskip("diffusers")
+    network = UNet((1, 4, 4), channels=(4, 8), attention=(0,)).network
+    assert network.config.down_block_types == ("AttnDownBlock2D", "DownBlock2D")
+    assert network.config.up_block_types == ("UpBlock2D", "AttnUpBlock2D")  # the finest is last
+
+
 def test_times_are_those_of_diffusers():
     pytest.importorskip("diffusers")
     from diffusers.models.embeddings import Timesteps
