@@ -149,6 +149,26 @@ def test_states_whose_origin_pyro_tracks_are_evaluated_in_pieces():
     assert torch.equal(detach_provenance(found), 2 * x)
 
 
+@torch.no_grad()
+def test_times_and_contexts_stay_with_their_images_in_pieces():
+    class Images(torch.nn.Module):
+        event_dim, image_shape, most = 2, (2, 1, 1), 0
+
+        def rows_at_once(self):
+            return 2
+
+        def forward(self, t, x, context):
+            self.most = max(self.most, len(x))
+            return t[..., None] * x + context
+
+    velocity, x = Images(), torch.randn(3, 5, 2)
+    for t in (torch.rand(3, 1), torch.rand(5), torch.rand(3, 5)):
+        for context in (torch.randn(2), torch.randn(5, 2), torch.randn(3, 1, 2)):
+            found = protocol.evaluate(velocity, t, x, context)
+            assert torch.equal(found, t[..., None] * x + context)
+    assert velocity.most == 2
+
+
 # A network with all optional parts
 
 
