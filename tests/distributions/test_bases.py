@@ -428,6 +428,9 @@ def test_an_external_base(make):
     x = base.sample((4,))
     torch.testing.assert_close(base.log_prob(x).double(), reference.log_prob(x).double())
     assert base.expand((3,)).sample((4,)).shape == (4, 3, 2)
+    for moment in ("mean", "variance"):
+        expected = getattr(reference, moment).to(base.mean).expand(3, 2)
+        assert torch.equal(getattr(base.expand((3,)), moment), expected)
     assert not x.requires_grad
     flow = InterpolantDistribution(random_flow(2), base)
     y = flow.sample((5,))
