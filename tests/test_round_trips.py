@@ -467,6 +467,14 @@ def test_values_that_another_machine_rounds_otherwise_are_the_same(path):
         load(path, velocity=Net())
 
 
+def test_values_that_cancel_are_the_same_whatever_rounding_leaves(path):
+    save(net_flow(Net(scale=1e-12)), path)
+    header, tensors = io.read(path, framework="pt")
+    header["own"]["velocity"]["values"] = [0.0] * 4
+    io.write(path, tensors, {"pyro_interpolant": json.dumps(header)})
+    assert load(path, velocity=Net(scale=1e-12)).transform.velocity.scale == 1e-12
+
+
 class Noisy(Net):
     def forward(self, t, x, context=None):
         return super().forward(t, x) + torch.randn_like(x)
