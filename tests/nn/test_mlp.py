@@ -128,6 +128,18 @@ def test_a_context_in_other_units_gives_the_same_velocity():
     torch.testing.assert_close(a(t, x, context), b(t, x, 1e5 * context - 3e4))
 
 
+@pytest.mark.parametrize("kind", [VelocityMLP, TorusMLP])
+def test_an_untrained_copy_has_the_scales_of_the_network(kind):
+    velocity = kind(2, (8, 8), 3)
+    velocity.set_scales(10 * torch.randn(50, 2), 5 + 3 * torch.randn(50, 3))
+    torch.nn.init.normal_(velocity.output.weight)
+    copy = velocity.untrained_copy()
+    assert copy.is_untrained()
+    for name, value in velocity.named_buffers():
+        assert torch.equal(copy.get_buffer(name), value)
+    assert copy.context_scale.min() > 2
+
+
 def test_tight_data_do_not_gate_the_base():
     velocity = network()
     velocity.set_scales(1e-3 * torch.randn(100, 3))
