@@ -548,6 +548,14 @@ def test_a_whitened_base_has_the_type_of_the_flow(dtype):
     assert white.to_white(torch.randn(3, 2, dtype=torch.float64)).dtype == dtype
 
 
+def test_partners_far_from_zero_keep_their_digits_in_single_precision():
+    w, centre = torch.randn(50, 2), torch.full((2,), 2.0**23)
+    transform = interpolant_transform(2, (8,)).float()
+    transform.flow.whitening.set(centre, torch.eye(2))
+    white = InterpolantDistribution(transform, Samples(w.float())).white_base()
+    torch.testing.assert_close(white.to_white(centre + w), w.float(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "make",
     [
