@@ -272,6 +272,12 @@ def test_the_uniform_base():
         UniformTorus(0)
 
 
+def test_the_uniform_base_takes_its_own_number_of_angles():
+    for value in (torch.zeros(3), torch.full((2,), torch.nan)):
+        with pytest.raises(ValueError, match="value"):
+            UniformTorus(2, validate_args=True).log_prob(value)
+
+
 def test_the_density_of_a_von_mises_base_is_periodic():
     x = torch.randn(10, 2)
     base = von_mises(2)
