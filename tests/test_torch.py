@@ -1,5 +1,6 @@
 """What the package keeps between itself and torch."""
 
+import contextlib
 import threading
 import warnings
 
@@ -20,6 +21,7 @@ from pyro_interpolant._torch import (
     seeded,
     set_rng_state,
     slopes,
+    trainable,
     watching_the_first,
 )
 
@@ -213,7 +215,7 @@ def test_seeds_are_numbers_of_any_library(seed):
         assert torch.equal(torch.randn(2), expected)
 
 
-@pytest.mark.parametrize("seed", ["3", [3], 2**64, 0.5, float("nan")])
+@pytest.mark.parametrize("seed", ["3", [3], 2**64, -(2**63) - 1, 0.5, float("nan")])
 def test_what_is_no_seed_is_refused(seed):
     with pytest.raises(ValueError, match="expected a seed that is whole"), seeded(seed):
         pass
@@ -268,6 +270,22 @@ def test_two_threads_differentiate_forward_at_a_time(other):
     thread.join()
     assert not errors
     assert [float(s) for s in found] == pytest.approx([1.0, 1.0, 0.75])
+
+
+def test_a_network_that_was_trained_in_a_scope_is_as_it_was():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).eval()
+    network[0].bias.requires_grad_(requires_grad=False)
+    network[1].train()
+    for error in (False, True):
+        with contextlib.suppress(KeyError), trainable(network):
+            assert all(module.training for module in network.modules())
+            network(torch.ones(3, 2)).sum().backward()
+            assert all(p.grad is not None for p in network.parameters())
+            if error:
+                raise KeyError
+        assert [module.training for module in network.modules()] == [False, False, True]
+        assert [p.requires_grad for p in network.parameters()] == [True, False]
+        assert all(p.grad is None for p in network.parameters())
 
 
 @pytest.mark.parametrize("unit", [1e-30, 1e-9, 1.0, 1e9])
