@@ -172,6 +172,25 @@ HEAVY = {
 }
 
 
+@pytest.mark.parametrize(
+    "base",
+    [
+        dist.HalfNormal(torch.ones(2)),
+        dist.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+        dist.LowRankMultivariateNormal(torch.zeros(2), torch.ones(2, 1), torch.ones(2)),
+        dist.MixtureOfDiagNormals(torch.zeros(3, 2), torch.ones(3, 2), torch.zeros(3)),
+        dist.MixtureOfDiagNormalsSharedCovariance(
+            torch.zeros(3, 2), torch.ones(2), torch.zeros(3)
+        ),
+    ],
+    ids=lambda base: type(base).__name__,
+)
+def test_tails_of_normal_laws_are_light(base):
+    base = base if base.event_shape else base.to_event(1)
+    d = InterpolantDistribution(interpolant_transform(2, (8,)), base, support=constraints.positive)
+    assert summaries._undefined(d) == (0.0, 0.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*LIGHT, *HEAVY])
 def test_moments_on_an_unbounded_support_need_light_tails(name):
