@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -206,6 +206,11 @@ class _OwnGenerators(TorchDispatchMode):
     """
 
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: to hide a mode from the compiler, torch would import it, for a second."""
+        return False
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -406,6 +411,15 @@ def has_other_leaves(y: Tensor, x: Tensor) -> bool:
             return True
         stack.extend(above for above, _ in node.next_functions)
     return False
+
+
+def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
+    """Return the shape that shapes broadcast to.
+
+    That of :func:`torch.broadcast_shapes`, whose first call imports sympy, a third of a second.
+    """
+    point = torch.empty(())
+    return torch.broadcast_tensors(*(point.expand(tuple(shape)) for shape in shapes))[0].shape
 
 
 def innermost(x: Tensor) -> Tensor:

@@ -376,5 +376,22 @@ def test_importing_changes_nothing_and_pulls_in_nothing_foreign():
     assert done.stdout == done.stderr == ""
 
 
+FIRST_CALLS = """
+import sys, torch, pyro_interpolant as pi
+flow = pi.InterpolantDistribution(pi.interpolant_transform(2, (8,)))
+with torch.no_grad():
+    flow.log_prob(torch.zeros(1, 2)), flow.sample(), flow.mean
+present = [name for name in ("torch._dynamo", "sympy") if name in sys.modules]
+assert not present, present
+"""
+
+
+@pytest.mark.slow
+def test_the_first_calls_of_a_flow_do_not_import_a_compiler():
+    command = [sys.executable, "-c", FIRST_CALLS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_package_is_typed():
     assert (PACKAGE / "py.typed").exists()

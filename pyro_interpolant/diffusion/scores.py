@@ -10,8 +10,9 @@ References:
 """
 
 import torch
-from torch import Tensor, broadcast_shapes, where
+from torch import Tensor, where
 
+from .._torch import broadcast_shapes
 from ..distributions.interpolant import InterpolantDistribution, check_has_context
 from ..nn.velocity import evaluate
 from ..transforms.gaussianize import Gaussianized, refuse_gaussianized

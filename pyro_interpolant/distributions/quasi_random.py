@@ -6,6 +6,9 @@ from torch.quasirandom import SobolEngine
 
 from .._torch import constant
 
+# To hide it from the compiler, torch would import that first, which takes a second.
+_init = getattr(SobolEngine.__init__, "__wrapped__", SobolEngine.__init__)
+
 
 def normal_points(like: Tensor, count: int, *, seed: int = 0) -> Tensor:
     """Return quasi-random points of N(0, I), always the same, shape ``(count, D)``.
@@ -16,7 +19,8 @@ def normal_points(like: Tensor, count: int, *, seed: int = 0) -> Tensor:
         seed: Of the scrambling.
     """
     with torch._C._DisableFuncTorch():  # which takes the scrambling for random
-        engine = SobolEngine(len(like), scramble=True, seed=seed)
+        engine = SobolEngine.__new__(SobolEngine)
+        _init(engine, len(like), scramble=True, seed=seed)
         net = engine.draw(count, dtype=torch.double)
         # Torch takes the first point through the default type, which may not reach to 2^30.
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)

@@ -22,7 +22,7 @@ from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import AffineTransform
 from torch.quasirandom import SobolEngine
 
-from .._torch import is_functional, is_tracing, seeded
+from .._torch import broadcast_shapes, is_functional, is_tracing, seeded
 from ..transforms.interpolant import InterpolantTransform
 from ..transforms.monotone import mapped
 from .base_support import inside_base, stated_support
@@ -68,8 +68,8 @@ class Moments(NamedTuple):
     entropy_stderr: Tensor
 
 
-def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield sets of draws, ``(512, *batch, *event)``, with their log-densities.
+def _sets(distribution: "Summaries", *, with_densities: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield sets of draws, ``(512, *batch, *event)``, with their log-densities, or NaN.
 
     The batch is that of the context and of the bounds of the support: members of an expanded
     distribution are all alike.
@@ -92,7 +92,8 @@ def _sets(distribution: "Summaries") -> Iterator[tuple[Tensor, Tensor]]:
                 draw = source.rsample if source.has_rsample else source.sample
                 z = draw(torch.Size((_DRAWS,)))
             x = chain(z.contiguous())
-            log_prob = bare.log_prob(x) if bare.has_density() else x[..., 0] * math.nan
+            known = with_densities and bare.has_density()
+            log_prob = bare.log_prob(x) if known else x[..., 0] * math.nan
             new = (1,) * (len(own) - len(batch))
             x = x.reshape(_DRAWS, *new, *batch, len(loc)).expand(_DRAWS, *own, -1)
             y, log_det = distribution.from_flow(x)
@@ -216,6 +217,10 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         Raises:
             ValueError: If contexts are not finite, unless arguments are not validated.
         """
+        return self._moments(with_entropy=True)
+
+    def _moments(self, *, with_entropy: bool = False) -> Moments:
+        """Return moments; the entropy, whose densities take most of the time, or NaN for it."""
         self.check_start()
         is_checked = self._validate_args and not (is_tracing() or is_functional())
         context = self.transform.raw_context if is_checked else None
@@ -225,7 +230,7 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
                 f"expected finite contexts, got NaN or infinite numbers in {counted(bad)}: remove "
                 "or impute them"
             )
-        values, densities = zip(*_sets(self), strict=True)
+        values, densities = zip(*_sets(self, with_densities=with_entropy), strict=True)
         x, log_prob = torch.stack(values), torch.stack(densities)  # (8, 512, *batch, ...)
         first, second = _undefined(self)
         shape = self.batch_shape + self.event_shape
@@ -311,7 +316,7 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         """
         _check_scalar(self, "icdf")
         q = as_tensor(value, "probabilities").to(self.transform.flow.loc)
-        q = q.expand(torch.broadcast_shapes(q.shape, self.batch_shape))
+        q = q.expand(broadcast_shapes(q.shape, self.batch_shape))
         if not (is_tracing() or is_functional()) and not bool(((q >= 0) & (q <= 1)).all()):
             raise ValueError(
                 f"expected probabilities between 0 and 1, got {float(q.min()):.3g} to "
@@ -339,7 +344,7 @@ def _on_the_line(distribution: Summaries) -> Moments:
             "angles have no mean or variance that does not depend on where the circle is cut: "
             "take those of their cosines and sines"
         )
-    return distribution.moments()
+    return distribution._moments()
 
 
 def _check_scalar(distribution: Summaries, name: str) -> None:
@@ -355,7 +360,7 @@ def _check_scalar(distribution: Summaries, name: str) -> None:
 def _cdf(distribution: Summaries, value: Tensor) -> Tensor:
     """Return probabilities, shape ``(*)``, of values anywhere, shape ``(*, *event_shape)``."""
     shape = distribution.batch_shape + distribution.event_shape
-    value = value.expand(torch.broadcast_shapes(value.shape, shape))
+    value = value.expand(broadcast_shapes(value.shape, shape))
     middle, _, increases = _orientation(distribution)
     inside = distribution.support.check(value)
     inside = inside & value.isfinite().reshape(inside.shape)

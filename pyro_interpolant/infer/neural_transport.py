@@ -24,6 +24,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform
 
+from .._torch import broadcast_shapes
 from ..distributions.constraints import biject, is_all_real
 from ..distributions.joint import sample_in_place
 from ..distributions.rows import as_tensor
@@ -276,7 +277,7 @@ class _Images(Messenger):
         elif beside is not None:
             self._leave_out(torch.zeros_like(beside, dtype=torch.bool), beside)
         # Of an enumerated site the score may have dimensions more.
-        batch = torch.broadcast_shapes(score.shape, value.shape[:events])
+        batch = broadcast_shapes(score.shape, value.shape[:events])
         image = value.expand(batch + value.shape[events:])
         return dist.Delta(image, score.expand(batch), event_dim=fn.event_dim)
 

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution
 
+from .._torch import broadcast_shapes
 from ..distributions.rows import (
     FLOATED,
     as_tensor,
@@ -424,6 +425,6 @@ class _Function:
         if isinstance(valid, bool):
             return log_prob
         # The shape of all numbers of y: a distribution of one's own may have summed over some.
-        shape = torch.broadcast_shapes(valid.shape, y.shape[: y.dim() - len(found.event_shape)])
+        shape = broadcast_shapes(valid.shape, y.shape[: y.dim() - len(found.event_shape)])
         valid = valid.expand(shape).reshape(*shape[:2], -1).all(-1)
         return torch.where(valid, log_prob, -math.inf)

@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from torch import Tensor
 
-from .._torch import are_close, seeded, warn_user
+from .._torch import are_close, broadcast_shapes, seeded, warn_user
 from ..distributions.rows import as_tensor
 from .sites import OWN_FACTOR, Model, Nodes, Site, is_sampled, is_subsample, subsampling_plates
 
@@ -288,5 +288,5 @@ def flattened(data: Mapping[str, Any], shapes: Mapping[str, torch.Size], like: T
                 "and a mask"
             )
         parts.append(value.to(like).reshape(*value.shape[:batch], shape.numel()))
-    batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    batch_shape = broadcast_shapes(*(part.shape[:-1] for part in parts))
     return torch.cat([part.expand(*batch_shape, -1) for part in parts], -1)

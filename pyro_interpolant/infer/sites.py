@@ -25,7 +25,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, constraints, register_kl
 
-from .._torch import are_close, is_functional
+from .._torch import are_close, broadcast_shapes, is_functional
 from ..distributions.constraints import biject, innermost_constraint
 from ..distributions.joint import pack, unpack
 from ..distributions.rows import as_tensor
@@ -322,7 +322,7 @@ def check_fixed_shape(name: str, now: torch.Size, value: Tensor, shape: torch.Si
         shape: The shape that the guide knows.
     """
     try:
-        is_whole = torch.broadcast_shapes(now, value.shape) == value.shape
+        is_whole = broadcast_shapes(now, value.shape) == value.shape
     except RuntimeError:
         is_whole = False
     if not is_whole or now[len(now) - len(shape) :] != shape:

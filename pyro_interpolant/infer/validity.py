@@ -19,6 +19,7 @@ from torch.distributions import (
     constraints,
 )
 
+from .._torch import broadcast_shapes
 from ..distributions.constraints import innermost_constraint
 
 # Constraints that all numbers satisfy, or that nothing is known of.
@@ -187,7 +188,7 @@ def _of_batch(found: Tensor, fn: Any) -> Tensor:
 
 def _of_all(found: Tensor, fn: Any, dims: int) -> Tensor:
     """Return where a mask holds for all of the last batch dimensions of a distribution."""
-    shape = torch.broadcast_shapes(found.shape, fn.batch_shape)
+    shape = broadcast_shapes(found.shape, fn.batch_shape)
     return found.expand(shape).flatten(-dims).all(-1)
 
 

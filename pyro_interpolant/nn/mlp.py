@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._package import check_sizes
-from .._torch import is_watched
+from .._torch import broadcast_shapes, is_watched
 from .record import MLPRecord, Record, by_row, is_recordable
 from .velocity import StateFunction, is_hooked
 
@@ -181,7 +181,7 @@ class VelocityMLP(nn.Module):
 
     def untrained_copy(self) -> "VelocityMLP":
         """Return an untrained network of the same shape and scales."""
-        new = VelocityMLP(*self.arguments()).to(self.reach)
+        new = type(self)(*self.arguments()).to(self.reach)
         for name, value in self.named_buffers():
             new.get_buffer(name).copy_(value)
         return new
@@ -234,7 +234,7 @@ class VelocityMLP(nn.Module):
         if self.is_periodic or not is_recordable(x, max(self.hidden_dims)):
             return None
         batch = () if context is None else context.shape[:-1]
-        if batch and torch.broadcast_shapes(batch, x.shape[:-1]) != x.shape[:-1]:
+        if batch and broadcast_shapes(batch, x.shape[:-1]) != x.shape[:-1]:
             return None
         modulation = self._modulation(times.reshape(-1, *(1,) * len(batch)), context)
         shifts, scales = ([by_row(p, x.shape[:-1]) for p in parts] for parts in modulation)
@@ -305,7 +305,7 @@ class VelocityMLP(nn.Module):
                 context = own.to(t).masked_fill(~own.any(-1, keepdim=True), math.nan)
             else:
                 context = (context - self.context_loc) / self.context_scale
-            batch = torch.broadcast_shapes(features.shape[:-1], context.shape[:-1])
+            batch = broadcast_shapes(features.shape[:-1], context.shape[:-1])
             features = torch.cat((features.expand(*batch, -1), context.expand(*batch, -1)), dim=-1)
         elif context is not None:
             raise ValueError(

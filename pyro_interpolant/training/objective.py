@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .._torch import evaluated
+from .._torch import broadcast_shapes, evaluated
 from ..diffusion.conversions import checked_times
 from ..distributions.bases import Samples, WhitenedBase
 from ..distributions.interpolant import (
@@ -133,7 +133,7 @@ def interpolant_loss(
 def _refuse_other_rows(name: str, shape: torch.Size, rows: torch.Size) -> None:
     """Raise a ValueError unless what goes with rows of a shape is broadcastable to it."""
     try:
-        good = torch.broadcast_shapes(shape, rows) == rows
+        good = broadcast_shapes(shape, rows) == rows
     except RuntimeError:
         good = False
     if not good:

@@ -16,7 +16,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .._torch import is_tracing
+from .._torch import broadcast_shapes, is_tracing
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
 from ..nn.velocity import checked_labels, embedded, has_embedding
@@ -472,4 +472,4 @@ def broadcast_batch(given: Sequence[int], own: Sequence[int]) -> torch.Size:
             f"distribution or its context, got {tuple(given)}: sizes are compared from the right, "
             "and must be equal or 1"
         )
-    return torch.broadcast_shapes(tuple(given), tuple(own))
+    return broadcast_shapes(given, own)

@@ -134,6 +134,7 @@ def test_an_untrained_copy_has_the_scales_of_the_network(kind):
     velocity.set_scales(10 * torch.randn(50, 2), 5 + 3 * torch.randn(50, 3))
     torch.nn.init.normal_(velocity.output.weight)
     copy = velocity.untrained_copy()
+    assert type(copy) is kind
     assert copy.is_untrained()
     for name, value in velocity.named_buffers():
         assert torch.equal(copy.get_buffer(name), value)

@@ -327,6 +327,17 @@ def test_rows_of_hardly_any_weight_do_not_set_the_scales_of_a_network(embedded):
     torch.testing.assert_close(map_.linear, other.linear, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_in_between_do_not_set_the_map_unless_rows_have_weights(weighted, monkeypatch):
+    monkeypatch.setattr("pyro_interpolant.training.preparation._MAP_ROWS", 500)
+    x, weights = torch.randn(1000, 2), torch.ones(1000)
+    x[1::2] *= 3
+    flow = InterpolantDistribution(interpolant_transform(2, (8,)))
+    set_whitening(flow, Rows(x, None, None, weights if weighted else None))
+    expected = whitening_map(x if weighted else x[::2])
+    torch.testing.assert_close(flow.transform.flow.whitening.linear, expected.linear)
+
+
 def test_rows_far_off_and_of_hardly_any_weight_are_outliers():
     rows, near = far_off(3000)
     held = rows.take(inliers(rows.w, rows.context, rows.weight))
