@@ -218,7 +218,8 @@ class BrownianBridge:
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return the deviation, of the shape of t."""
-        u = (t * (1 - t)).clamp(min=0)
+        u = t * (1 - t)
+        u = torch.where(u < 0, 0.0, u)  # with its slope at 0, unlike clamp of torch 2.15
         return u * (self.scale / (u + _END_MARGIN)).sqrt()
 
 
