@@ -8,7 +8,8 @@ their names in one way.
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from numbers import Real
 from typing import Any
 
@@ -19,6 +20,7 @@ def attach(
     *,
     rooms: Sequence[str] = (),
     moved: Mapping[str, str] | None = None,
+    needs: str = "",
 ) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
     """Return ``__all__``, ``__getattr__`` and ``__dir__`` of a package whose names are lazy.
 
@@ -27,12 +29,14 @@ def attach(
         homes: For each of its modules the public names it holds.
         rooms: Subpackages and modules that are attributes of the package themselves.
         moved: Hints for names that used to be here, shown after a colon.
+        needs: What to install before any of its modules can be imported, if not installed anyway.
     """
     home = {name: module for module, names in homes.items() for name in names}
 
     def get(name: str) -> Any:
         if name in home:
-            value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+            with needing(f"{package}.{name}", needs) if needs else nullcontext():
+                value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
             setattr(sys.modules[package], name, value)  # found without this function from now on
             return value
         if name in rooms:
@@ -44,6 +48,24 @@ def attach(
         return sorted([*home, *rooms, "__all__", "__doc__", "__name__", "__path__", "__file__"])
 
     return sorted(home), get, names
+
+
+@contextmanager
+def needing(what: str, needs: str) -> Iterator[None]:
+    """Say what to install where that which is imported inside is missing, or of another version.
+
+    Args:
+        what: What needs it, by its name.
+        needs: What to install, as ``pip install`` takes it.
+
+    Raises:
+        ImportError: If it cannot be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        text = f"{what} needs {needs}: pip install {needs!r} ({error})"
+        raise ImportError(text, name=error.name, path=error.path) from error
 
 
 def check_ranges(*settings: tuple[str, bool, object]) -> None:

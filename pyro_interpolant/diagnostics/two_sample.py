@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .._package import needing
 from .._torch import robust_deviation
 from ..distributions.rounding import ATOM_SHARE, rounded
 from ..distributions.rows import RowsLike, checked_rows, in_order, named_columns
@@ -58,6 +59,7 @@ def c2st(x: RowsLike, y: RowsLike, *, folds: int = _FOLDS, seed: int = 0) -> Two
         seed: Of the folds and of the network.
 
     Raises:
+        ImportError: If scikit-learn is not installed.
         TypeError: If the draws are not of a floating type.
         ValueError: If they are of other shapes or names, not finite, or fewer than 20, or the
             folds are not 1 to 5.
@@ -75,8 +77,9 @@ def c2st(x: RowsLike, y: RowsLike, *, folds: int = _FOLDS, seed: int = 0) -> Two
         raise ValueError(f"expected at least {4 * _FOLDS} draws on either side, got {count}")
     if folds not in range(1, _FOLDS + 1):
         raise ValueError(f"expected folds from 1 to {_FOLDS}, got {folds}")
-    from sklearn.model_selection import cross_val_score
-    from sklearn.neural_network import MLPClassifier
+    with needing("c2st", "scikit-learn"):
+        from sklearn.model_selection import cross_val_score
+        from sklearn.neural_network import MLPClassifier
 
     generator = torch.Generator().manual_seed(seed)
     sets = [part[torch.randperm(len(part), generator=generator)[:count]] for part in (one, other)]

@@ -6,7 +6,7 @@ import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from .._package import check_ranges, whole
+from .._package import check_ranges, needing, whole
 from .._torch import seeded
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
@@ -33,7 +33,8 @@ def to_arviz(
     of a flow without names it is ``x``, whose columns are called as those of its data frame. Of
     :func:`~pyro_interpolant.importance` it holds draws resampled by their weights, with k-hat,
     effective sample size, log-evidence and verdict as attributes; the guide's draws themselves
-    and their normalised ``log_weight`` are in a group ``proposal``. (``pip install arviz``)
+    and their normalised ``log_weight`` are in a group ``proposal``. (``pip install
+    'arviz<1'``)
 
     Args:
         source: A flow, such as a :class:`~pyro_interpolant.JointInterpolantDistribution`; a guide
@@ -45,6 +46,7 @@ def to_arviz(
         **kwargs: The named arguments of the guide's model.
 
     Raises:
+        ImportError: If ArviZ, before its version 1, is not installed.
         TypeError: If the source is none of these, or a conditional flow without its context.
         ValueError: If ``count`` is below 1, a flow has a batch, the arguments hold several data
             sets, or no weight is positive.
@@ -70,15 +72,16 @@ def to_arviz(
             draws = _guide_draws(source, int(count or _DRAWS), *args, **kwargs)
         else:
             draws = _flow_draws(source, int(count or _DRAWS))
-    import arviz  # slow to import
+    with needing("to_arviz", "arviz>=0.18,<1"):  # slow to import
+        from arviz.data import InferenceData, dict_to_dataset, from_dict
 
     columns = getattr(source, "columns", ())
     given: dict[str, Any] = {}
     if columns:
         given = {"coords": {"column": list(columns)}, "dims": {"x": ["column"]}}
-    data = arviz.from_dict(posterior=_one_chain(draws), posterior_attrs=named, **given)
+    data: InferenceData = from_dict(posterior=_one_chain(draws), posterior_attrs=named, **given)
     if others:
-        data.add_groups(proposal=arviz.dict_to_dataset(_one_chain(others)))
+        data.add_groups(proposal=dict_to_dataset(_one_chain(others)))
     return data
 
 

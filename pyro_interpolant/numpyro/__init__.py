@@ -37,4 +37,5 @@ __all__, __getattr__, __dir__ = attach(
         "reparam": ["base_space", "neutra"],
         "transforms": ["InterpolantTransform"],
     },
+    needs="numpyro>=0.22",
 )

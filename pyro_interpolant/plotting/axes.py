@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._package import needing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -21,7 +23,8 @@ def new_axes(ax: "Axes | None") -> "Axes":
 
 def axes_array(rows: int, columns: int, size: tuple[float, float] | None = None) -> np.ndarray:
     """Return new axes, shape ``(rows, columns)``, in a figure of a size in inches."""
-    from matplotlib import pyplot as plt
+    with needing("pyro_interpolant.plotting", "matplotlib"):
+        from matplotlib import pyplot as plt
 
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")[1]
 
