@@ -207,11 +207,6 @@ class _OwnGenerators(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Return False: to hide a mode from the compiler, torch would import it, for a second."""
-        return False
-
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed, self.draws, self.process = seed, 0, os.getpid()

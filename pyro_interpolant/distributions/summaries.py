@@ -83,9 +83,11 @@ def _sets(distribution: "Summaries", *, with_densities: bool) -> Iterator[tuple[
         bare.base_dist = detached(bare.base_dist)
     source = bare.base_dist
     chain = ComposeTransform(bare.transforms)
-    with seeded(0):  # of bases that draw themselves
+    quasi_random = bare.base is None and len(loc) <= SobolEngine.MAXDIM
+    # The first scope of a seed imports a compiler, for a second: none where nothing is drawn.
+    with seeded(0) if with_densities or not quasi_random else contextlib.nullcontext():
         for i in range(_SETS):
-            if bare.base is None and len(loc) <= SobolEngine.MAXDIM:
+            if quasi_random:
                 z = normal_points(loc, _DRAWS, seed=i)
                 z = z.reshape(_DRAWS, *(1,) * len(batch), len(loc)).expand(_DRAWS, *batch, -1)
             else:
