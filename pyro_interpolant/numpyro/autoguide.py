@@ -19,7 +19,9 @@ from numpyro.distributions import Distribution
 from numpyro.infer import Predictive, init_to_uniform
 from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.util import unconstrain_fn
+from numpyro.util import not_jax_tracer
 
+from .._package import check_ranges
 from .distributions import InterpolantDistribution
 from .loading import from_torch
 from .log_density import Arguments, Named, log_density
@@ -118,7 +120,14 @@ class AutoInterpolant(AutoContinuous):
         Args:
             params: Ignored.
             quantiles: Q numbers between 0 and 1.
+
+        Raises:
+            ValueError: If one of them is known not to be.
         """
+        if all(map(not_jax_tracer, jax.tree.leaves(quantiles))):
+            at = np.asarray(quantiles)
+            good = bool(((at >= 0) & (at <= 1)).all())
+            check_ranges(("quantiles between 0 and 1", good, quantiles))
         draws = self._unpack_and_constrain(self._spread(), {})
         return {k: jnp.quantile(v, jnp.array(quantiles), 0) for k, v in draws.items()}
 

@@ -29,7 +29,7 @@ from .distributions import InterpolantDistribution
 from .given import is_given
 from .log_density import check_fixed_shape, draws_of
 from .supports import CIRCULAR, Bijection, forward, per_event
-from .validity import WRAPPERS, log_prob_left_out
+from .validity import WRAPPERS, is_valid, log_prob_left_out, without_masks
 
 __all__ = ["base_space", "neutra"]
 
@@ -287,7 +287,7 @@ class _Images(Reparam):
 
     Attributes:
         total: The sum so far of the log-determinants, and of the log densities of rows that are
-            masked out.
+            masked out; minus infinity where a site has no density, which its formula may not tell.
     """
 
     def __init__(self, parts: Mapping[str, Array]) -> None:
@@ -297,7 +297,7 @@ class _Images(Reparam):
     def config(self, site: dict[str, Any]) -> "_Images | None":
         """Return how a site is sampled, or None as it is."""
         if site["name"] not in self.parts:
-            return None
+            return self if site["is_observed"] else None
         if site["is_observed"]:
             raise ValueError(
                 f"expected site {site['name']!r} to be latent, as when the guide was set up, got "
@@ -311,15 +311,29 @@ class _Images(Reparam):
         self.shape = draws_of(site)
         return self
 
-    def __call__(self, name: str, fn: dist.Distribution, obs: Array | None) -> tuple[None, Array]:
-        """Return no distribution, and the value of the site."""
+    def __call__(
+        self, name: str, fn: dist.Distribution, obs: Array | None
+    ) -> tuple[dist.Distribution | None, Array | None]:
+        """Return no distribution, and the value of the site; of data where they have a density."""
+        mask = get_mask()  # also of handlers around, which have not come to fn yet
+        masked = fn if mask is None else fn.mask(mask)
+        if name not in self.parts:
+            valid = self._has_density(masked, obs)
+            return fn if isinstance(valid, bool) else fn.mask(valid), obs
         real, transform = self.parts.pop(name), dist.biject_to(fn.support)
         value = transform(real)
         check_fixed_shape(name, fn, value, self.shape)
-        mask = get_mask()  # also of handlers around, which have not come to fn yet
-        left_out = log_prob_left_out(fn if mask is None else fn.mask(mask), value)
+        left_out = log_prob_left_out(masked, value)
         self.total = self.total + jnp.sum(transform.log_abs_det_jacobian(real, value))
         if left_out is not None:
             self.total = self.total + left_out.sum()
-        numpyro.factor(f"_{name}_log_prob", fn.log_prob(value))
+        valid = self._has_density(without_masks(masked), None)
+        numpyro.factor(f"_{name}_log_prob", jnp.where(valid, fn.log_prob(value), 0.0))
         return None, value
+
+    def _has_density(self, fn: dist.Distribution, value: Array | None) -> Array | bool:
+        """Return where a site has a density, as ``is_valid``; minus infinity counts elsewhere."""
+        valid = is_valid(fn, value)
+        if not isinstance(valid, bool):
+            self.total = jnp.where(valid.all(), self.total, -jnp.inf)
+        return valid

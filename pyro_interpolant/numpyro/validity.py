@@ -16,7 +16,12 @@ from numpyro.distributions import constraints
 from .bases import WRAPPERS
 from .distributions import InterpolantDistribution
 
-_ALWAYS = (type(constraints.real), type(constraints.dependent))
+# Constraints that all numbers satisfy, that nothing is known of, or that rounding breaks.
+_ALWAYS = (
+    type(constraints.real),
+    type(constraints.dependent),
+    type(constraints.positive_definite_circulant_vector),
+)
 
 
 def innermost_distribution(fn: Any) -> Any:
@@ -64,8 +69,8 @@ def log_prob_left_out(fn: dist.Distribution, value: Array) -> Array | None:
 def is_valid(fn: Any, value: Array | None, *, moved: bool = False) -> Array | bool:
     """Return where parameters are in their range, and a value on a support that they move.
 
-    Constraints on single numbers count, such as intervals, and parameters of single numbers. A
-    fixed support does not.
+    Constraints on single numbers count, such as intervals, and of parameters those on vectors,
+    such as shares, too; not those on matrices. A fixed support does not.
 
     Args:
         fn: A distribution of batch shape ``(*)``.
@@ -83,6 +88,8 @@ def is_valid(fn: Any, value: Array | None, *, moved: bool = False) -> Array | bo
         for transform in reversed(fn.transforms if moved else []):
             value = transform.inv(value)
     elif not isinstance(fn, WRAPPERS):
+        inner = getattr(fn, "base_dist", None)  # of one that is censored, or inflated
+        own = own & (inner is None or is_valid(inner, None))
         return own & _on_support(fn, value, moved=moved)
     found = is_valid(fn.base_dist, value, moved=moved)
     if isinstance(found, bool):
@@ -109,23 +116,48 @@ def _on_support(fn: Any, value: Any, *, moved: bool) -> Array | bool:
 
 def _in_range(fn: Any) -> Array | bool:
     """Return where a distribution's own parameters are, and those of what a mixture mixes."""
+    found: Array | bool = True
     if isinstance(fn, dist.MixtureSameFamily):
+        found = is_valid(fn.mixing_distribution, None)
         of_each = is_valid(fn.component_distribution, None)
         if isinstance(of_each, bool):
-            return True
-        return _of_all(of_each, fn.component_distribution, 1)
-    found: Array | bool = True
+            return found
+        return found & _of_all(of_each, fn.component_distribution, 1)
+    if isinstance(fn, dist.MixtureGeneral):
+        for part in (fn.mixing_distribution, *fn.component_distributions):
+            found = found & is_valid(part, None)
+        return found
     known = getattr(fn, "arg_constraints", {})  # those of other libraries have none
-    for name, constraint in known.items() if not fn.event_shape else ():
-        if isinstance(constraint, _ALWAYS) or constraint.event_dim:
+    for name, constraint in known.items():
+        if isinstance(_innermost(constraint), _ALWAYS) or constraint.event_dim > 1:
             continue
         number = fn.__dict__.get(name)
         # Some keep them in a part; a lazy one is another parameter, which is there, in new words.
         if number is None and type(inspect.getattr_static(fn, name, None)) is property:
             number = getattr(fn, name)
         if number is not None:
-            found = found & jnp.asarray(constraint(number))
+            found = found & _of_batch(_checked(constraint, jnp.asarray(number)), fn)
     return found
+
+
+def _innermost(constraint: Any) -> Any:
+    """Return the constraint on the smallest events, of those independent."""
+    while isinstance(constraint, type(constraints.real_vector)):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def _checked(constraint: Any, number: Array) -> Array:
+    """Return where a parameter is on its constraint, one boolean for each of its events."""
+    if isinstance(constraint, type(constraints.simplex)):  # of shares, whose sum is rounded
+        return (number >= 0).all(-1)
+    return jnp.asarray(constraint(number))
+
+
+def _of_batch(found: Array, fn: Any) -> Array:
+    """Return where a mask of parameters holds for all numbers of an event."""
+    extra = jnp.ndim(found) - len(fn.batch_shape)
+    return found.all(tuple(range(-extra, 0))) if fn.event_shape and extra > 0 else found
 
 
 def _of_all(found: Array, fn: Any, dims: int) -> Array:

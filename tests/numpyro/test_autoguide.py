@@ -166,12 +166,18 @@ def test_quantiles_are_those_of_draws_on_the_supports():
     guide, levels = prepared(AutoInterpolant(model)), np.array([0.05, 0.5, 0.95])
     flow = interpolant_transform(2, (8, 8), solver=FixedGrid(steps=1))
     guide.posterior = from_torch(TorchDistribution(flow))
-    found, middle = guide.quantiles({}, levels), guide.median()
+    found, middle = jax.jit(lambda at: guide.quantiles({}, at))(levels), guide.median()
     normal = np.array([-1.645, 0.0, 1.645])  # the flow is N(0, I)
     np.testing.assert_allclose(found["p"][:, 0], 1 / (1 + 2 * np.exp(-normal)), rtol=0.1)
     assert (np.diff(found["p"], axis=0) > 0).all()
     np.testing.assert_allclose(middle["p"][0], found["p"][1, 0], atol=0.01)
     np.testing.assert_allclose(middle["p"].sum(), 1)
+
+
+@pytest.mark.parametrize("levels", [[0.05, 95], [-0.1], np.array([0.5, np.nan])])
+def test_quantiles_are_between_0_and_1(levels):
+    with pytest.raises(ValueError, match="expected quantiles between 0 and 1, got "):
+        AutoInterpolant(conjugate).quantiles({}, levels)
 
 
 def test_draws_of_the_prior_on_an_edge_leave_the_others():
@@ -278,6 +284,10 @@ class Weibull(dist.TransformedDistribution):
         super().__init__(base, dist.transforms.PowerTransform(1 / concentration))
 
 
+def shares(x):
+    return jnp.stack((1 - x, x), -1)
+
+
 LIKELIHOODS = {
     "poisson": (dist.Poisson, 0, [False, True, True]),
     "uniform": (lambda x: dist.Uniform(x, x + 1.0), 0.9, [False, True, False]),
@@ -293,23 +303,94 @@ LIKELIHOODS = {
         [False, True, True],
     ),
     "normal": (lambda x: dist.Normal(x, 1.0), 0.9, [True, True, True]),
+    "categorical": (lambda x: dist.Categorical(shares(x)), 0, [False, True, False]),
+    "multinomial": (lambda x: dist.Multinomial(3, shares(x)), [2, 1], [False, True, False]),
+    "dirichlet": (lambda x: dist.Dirichlet(5 * shares(x)), [0.2, 0.8], [False, True, False]),
+    "shares of a mixture": (
+        lambda x: dist.MixtureSameFamily(
+            dist.Categorical(shares(x)), dist.Normal(jnp.stack((0 * x, 0 * x + 3), -1), 1.0)
+        ),
+        0.9,
+        [False, True, False],
+    ),
+    "mixture of two kinds": (
+        lambda x: dist.MixtureGeneral(
+            dist.Categorical(shares(0.4 * x)), [dist.Normal(x, 1.0), dist.StudentT(x + 1.0)]
+        ),
+        0.9,
+        [False, True, True],
+    ),
+    "inflated": (
+        lambda x: dist.ZeroInflatedDistribution(dist.Poisson(x), gate=0.1),
+        0,
+        [False, True, True],
+    ),
 }
 
 
-@pytest.mark.parametrize("name", slow_but(LIKELIHOODS, "uniform", "normal"))
+def densities(model, z, start=0.2):
+    """Return log densities of unconstrained vectors, which they are in base space, too."""
+    start = infer.init_to_value(values={"x": jnp.array(start)})
+    guide, loc, linear = known_guide(model, init_loc_fn=start)
+    base, given = neutra(guide), jnp.array(z)
+
+    def of_base(w):
+        return infer.util.log_density(base, (), {}, {"auto_shared_latent": w})[0]
+
+    found = jax.jit(jax.vmap(module.log_density(guide, (), {})))(given)
+    moved = jax.jit(jax.vmap(of_base))((given - loc) / linear.diagonal())
+    np.testing.assert_allclose(moved, found + np.linalg.slogdet(linear)[1], rtol=1e-8)
+    return found
+
+
+@pytest.mark.parametrize("name", slow_but(LIKELIHOODS, "uniform", "categorical"))
 def test_what_validation_refuses_has_no_density(name):
     fn, y, there = LIKELIHOODS[name]
 
     def model():
         x = numpyro.sample("x", dist.Normal())
-        numpyro.sample("y", fn(jnp.stack((x, x))).to_event(1), obs=jnp.full(2, y))
+        numpyro.sample("y", fn(jnp.stack((x, x))).to_event(1), obs=jnp.array([y, y]))
 
     with numpyro.validation_enabled(is_validate=False):
-        start = infer.init_to_value(values={"x": jnp.array(0.2)})
-        guide = prepared(AutoInterpolant(model, init_loc_fn=start))
-        density = jax.jit(jax.vmap(module.log_density(guide, (), {})))
-        found = density(jnp.array([[-2.0], [0.2], [2.0]]))
+        found = densities(model, [[-2.0], [0.2], [2.0]])
     assert (found > -jnp.inf).tolist() == there
+
+
+def a_row_masked_out():
+    x = numpyro.sample("x", dist.Normal())
+    with numpyro.plate("rows", 2), handlers.mask(mask=SEEN):
+        numpyro.sample("y", dist.Poisson(jnp.stack((jnp.ones_like(x), x))), obs=jnp.zeros(2))
+
+
+def a_latent():
+    x = numpyro.sample("x", dist.Normal())
+    with numpyro.plate("rows", 2), handlers.scale(scale=0.5):
+        numpyro.sample("y", dist.Normal(0.0, x))
+
+
+def in_steps():
+    x = numpyro.sample("x", dist.Normal())
+    scan(lambda c, y: (c, numpyro.sample("y", dist.Poisson(x), obs=y)), 0.0, jnp.zeros(2))
+
+
+def no_share():
+    x = numpyro.sample("x", dist.Normal())
+    numpyro.sample("y", dist.Categorical(shares(jnp.clip(x, 0.0, 1.0))), obs=0)
+
+
+PARTS = {
+    a_row_masked_out: [True, True, True],
+    a_latent: [False, True, True],
+    in_steps: [False, True, True],
+    no_share: [True, True, False],
+}
+
+
+@pytest.mark.parametrize("model", slow_but(PARTS))
+def test_where_sites_have_a_density(model):
+    """Rows that masks leave out need none; a share may be zero, but not of what is seen."""
+    z = [[x] + [0.3] * 2 * (model is a_latent) for x in (-2.0, 0.2, 2.0)]
+    assert (densities(model, z) > -jnp.inf).tolist() == PARTS[model]
 
 
 @pytest.mark.slow
@@ -329,9 +410,9 @@ def test_a_plate_of_another_size_is_refused(before, now):
             use()
 
 
-def known_guide(model, *args, scale=0.6):
+def known_guide(model, *args, scale=0.6, **options):
     """A guide that is a Gaussian of given moments, and these."""
-    guide = prepared(AutoInterpolant(model), *args)
+    guide = prepared(AutoInterpolant(model, **options), *args)
     transform = interpolant_transform(guide.latent_dim, (8, 8))
     loc, linear = torch.linspace(0.5, 1.0, guide.latent_dim), scale * torch.eye(guide.latent_dim)
     transform.flow.whitening.set(loc, linear)
