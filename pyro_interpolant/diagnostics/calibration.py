@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._package import check_ranges
+from .._package import check_ranges, number
 from .._torch import evaluated, seeded, warn_user
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution, rows_given
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence
@@ -170,7 +170,7 @@ def calibrate(
         TypeError: If rows are not of a floating type.
         ValueError: If the tolerance is not positive, or as :func:`solver_error`.
     """
-    check_ranges(("a positive tolerance in nats", tolerance > 0, tolerance))
+    check_ranges(number("a positive tolerance in nats", tolerance, lambda n: n > 0))
     return calibrate_until(math.inf, distribution, x, tolerance=tolerance, context=context).solver
 
 
@@ -315,7 +315,8 @@ def calibrate_sampler(
     Raises:
         ValueError: If the tolerance is not positive.
     """
-    check_ranges(("a positive tolerance in standard deviations", tolerance > 0, tolerance))
+    good = number("a positive tolerance in standard deviations", tolerance, lambda n: n > 0)
+    check_ranges(good)
     return calibrate_sampler_until(math.inf, distribution, context, tolerance).solver
 
 

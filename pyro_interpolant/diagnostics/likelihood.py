@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._files import StrPath, checksum, contents, refuse_no_place, write
-from .._package import check_ranges, whole
+from .._package import check_ranges, number, whole
 from .._torch import evaluated, warn_user, with_gradients
 from ..distributions.bases import check_single
 from ..distributions.fingerprint import stable_name, tensors_of
@@ -128,7 +128,7 @@ def bits_per_dim(
     check_ranges(
         whole("probes", probes, 1),
         whole("dequantizations", dequantizations, 1),
-        ("a tolerance > 0", tolerance > 0, tolerance),
+        number("a tolerance > 0", tolerance, lambda n: n > 0),
     )
     probes, dequantizations = int(probes), int(dequantizations)
     distribution.check_start()

@@ -18,7 +18,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
-from .._package import check_ranges, check_sizes
+from .._package import check_ranges, check_sizes, whole
 from ..interpolants.nonlinear import wrap
 from ..transforms.interpolant import broadcast_batch
 from ..transforms.whitening import Whitening
@@ -425,8 +425,8 @@ class UniformTorus(_Base):
     has_rsample = True
 
     def __init__(self, event_dim: int, *, validate_args: bool | None = None) -> None:
-        check_ranges(("event_dim >= 1", event_dim >= 1, event_dim))
-        self.origin = torch.zeros(event_dim)  # of the type and on the device of draws
+        check_ranges(whole("event_dim", event_dim, 1))
+        self.origin = torch.zeros(int(event_dim))  # of the type and on the device of draws
         super().__init__(torch.Size(), self.origin.shape, validate_args=validate_args)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:

@@ -17,7 +17,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 from torch.distributions import Transform
 
-from .._package import check_ranges
+from .._package import check_ranges, number
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.psis import ImportanceSummary
 from ..distributions.bases import standard_normal
@@ -118,7 +118,7 @@ class AutoInterpolant(AutoContinuous):
             raise TypeError(f"expected a model, a callable, got {type(model).__name__}")
         is_from_noise = interpolant is None or not interpolant.starts_from_data()
         path = "a path from noise, which has a density", is_from_noise, type(interpolant).__name__
-        check_ranges(("init_scale > 0", init_scale > 0, init_scale), path)
+        check_ranges(number("init_scale > 0", init_scale, lambda n: n > 0), path)
         super().__init__(model, init_loc_fn=self._initializer(init_loc_fn))
         self._hidden_dims, self._init_scale = hidden_dims, init_scale
         solver = FixedGrid(steps=12) if solver is None else solver

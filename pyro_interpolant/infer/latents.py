@@ -21,7 +21,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._package import check_ranges, whole
+from .._package import check_ranges, number, whole
 from .._torch import evaluated, seeded, with_gradients
 from ..diagnostics.psis import log_total, pareto_smooth, shuffled_resampling
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
@@ -293,7 +293,8 @@ def object_posteriors(
         >>> found.draws.shape, bool(found.k_hat < 0.7)
         (torch.Size([1, 1000, 1]), True)
     """
-    check_ranges(("draws >= 100, an even number", draws >= 100 and draws % 2 == 0, draws))
+    text = "draws >= 100, an even number"
+    check_ranges(number(text, draws, lambda n: n >= 100 and n % 2 == 0))
     check_base(distribution)
     batch = tuple(getattr(distribution, "batch_shape", ()))
     if batch:

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from .._package import check_ranges, whole
+from .._package import check_ranges, number, whole
 from .._torch import seeded, with_gradients
 from ..distributions.constraints import Constraint, shaped
 from ..distributions.interpolant import AnyDistribution
@@ -312,7 +312,7 @@ def _checked_settings(
         )
     check_ranges(
         whole("steps", steps, 1, or_none=True),
-        ("validation between 0 and 1", 0 < validation < 1, validation),
+        number("validation between 0 and 1", validation, lambda n: 0 < n < 1),
     )
     return Clock(max_seconds)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._package import check_ranges, whole
 from .._torch import jvp
 from .linear import Coefficients, Interpolant
 
@@ -59,14 +60,13 @@ class LearnedInterpolant(nn.Module, Interpolant):
         network: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if modes < 0:
-            raise ValueError(f"expected modes >= 0, got {modes}")
+        check_ranges(whole("modes", modes, 0))
         if event_dim is None and (matrices or network is not None):
             raise ValueError("expected event_dim for matrices or a network, got none")
-        self.modes, self.event_dim, self.matrices = modes, event_dim, matrices
+        self.modes, self.event_dim, self.matrices = int(modes), event_dim, matrices
         self.hidden_dims = None if network is None else tuple(network)
         inner = (event_dim, event_dim) if matrices else ()
-        self.register_buffer("waves", torch.zeros(2, modes, *inner))
+        self.register_buffer("waves", torch.zeros(2, self.modes, *inner))
         self.register_buffer("centres", torch.zeros(2, event_dim or 1))
         self.depth = 0
         if network is not None:

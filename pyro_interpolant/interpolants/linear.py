@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .._package import check_ranges
+from .._package import check_ranges, number
 from .._torch import slopes
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
@@ -214,7 +214,7 @@ class BrownianBridge:
 
     def __post_init__(self) -> None:
         """Check the scale."""
-        check_ranges(("scale > 0", self.scale > 0, self.scale))
+        check_ranges(number("scale > 0", self.scale, lambda n: n > 0))
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return the deviation, of the shape of t."""
@@ -238,7 +238,7 @@ class SineSquared:
 
     def __post_init__(self) -> None:
         """Check the scale."""
-        check_ranges(("scale > 0", self.scale > 0, self.scale))
+        check_ranges(number("scale > 0", self.scale, lambda n: n > 0))
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return the deviation, of the shape of t."""

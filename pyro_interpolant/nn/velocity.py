@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._package import check_ranges
+from .._package import check_ranges, number
 from .._torch import is_functional, is_tracing, warn_user
 from .record import Record
 
@@ -77,7 +77,7 @@ def check_velocity(velocity: nn.Module) -> None:
             f"{type(velocity).__name__}"
         )
     exponent = time_exponent(velocity)
-    check_ranges(("a finite time_exponent > 0", 0 < exponent < math.inf, exponent))
+    check_ranges(number("a finite time_exponent > 0", exponent, lambda n: 0 < n < math.inf))
     for module in velocity.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torchdiffeq import odeint
 
-from .._package import keep_whole
+from .._package import check_ranges, keep_whole, number
 from .._torch import (
     constant,
     is_abstract,
@@ -203,8 +203,8 @@ class Adaptive:
 
     def __post_init__(self) -> None:
         """Check the choice."""
-        if not (self.rtol > 0 and self.atol > 0):
-            raise ValueError(f"expected positive tolerances, got {self.rtol} and {self.atol}")
+        both = self.rtol, self.atol
+        check_ranges(*(number("positive tolerances", each, lambda n: n > 0) for each in both))
         _check_method(self.method, _ADAPTIVE)
         keep_whole(self, nodes=1)
 

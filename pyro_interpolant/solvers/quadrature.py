@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from .._package import check_ranges, whole
+from .._package import check_ranges, number, whole
 
 Array = NDArray[np.float64]
 
@@ -46,7 +46,7 @@ def clenshaw_curtis(steps: int, warp: float = 0.0) -> tuple[Array, Array]:
         >>> float((weights * nodes**3).sum())
         0.25
     """
-    check_ranges(whole("steps", steps, 1), ("a warp in [0, 1)", 0.0 <= warp < 1.0, warp))
+    check_ranges(whole("steps", steps, 1), number("a warp in [0, 1)", warp, lambda n: 0 <= n < 1))
     theta = np.pi * np.arange(steps + 1) / steps
     harmonics = np.arange(1, steps // 2 + 1)
     factors = np.where(2 * harmonics == steps, 1.0, 2.0) / (4 * harmonics**2 - 1)

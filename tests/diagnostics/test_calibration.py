@@ -114,7 +114,7 @@ def test_no_warning_where_one_suffices():
         calibrate(flow_of(velocity), velocity.sample(1.0, 20))
 
 
-@pytest.mark.parametrize("tolerance", [0.0, -1e-2, float("nan")])
+@pytest.mark.parametrize("tolerance", [0.0, -1e-2, float("nan"), "1e-2"])
 def test_a_tolerance_must_be_positive(tolerance):
     distribution = flow_of(VelocityMLP(2, (8, 8)))
     with pytest.raises(ValueError, match="a positive tolerance in nats"):

@@ -268,8 +268,9 @@ def test_the_uniform_base():
     assert small.sample().dtype == torch.float32
     assert small.batch_shape == (2,)
     assert base.sample().dtype == torch.float64
-    with pytest.raises(ValueError, match="event_dim >= 1, got 0"):
-        UniformTorus(0)
+    for dim in (0, "2"):
+        with pytest.raises(ValueError, match=f"event_dim >= 1, a whole number, got {dim!r}"):
+            UniformTorus(dim)
 
 
 def test_the_uniform_base_takes_its_own_number_of_angles():

@@ -665,8 +665,9 @@ def test_what_it_cannot_hold_is_said_at_set_up(target, message):
 def test_wrong_arguments_are_refused():
     with pytest.raises(TypeError, match="expected a model, a callable, got int"):
         AutoInterpolant(3)
-    with pytest.raises(ValueError, match="expected init_scale > 0, got 0"):
-        AutoInterpolant(model, init_scale=0.0)
+    for scale in (0.0, "1"):
+        with pytest.raises(ValueError, match=f"expected init_scale > 0, got {scale!r}"):
+            AutoInterpolant(model, init_scale=scale)
     with pytest.raises(RuntimeError, match="found no latent variables"):
         AutoInterpolant(lambda: None)()
 

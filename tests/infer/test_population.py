@@ -1062,6 +1062,7 @@ def changed(x, index, value):
         ((Y, SDS), {"steps": 0}, "steps"),
         ((Y, SDS), {"max_seconds": 0.0}, "max_seconds"),
         ((Y, SDS), {"validation": 1.0}, "validation"),
+        ((Y, SDS), {"validation": "0.1"}, "validation between 0 and 1, got '0.1'"),
         ((Y, SDS), {"context": Y[:5]}, "60 contexts"),
     ],
 )
@@ -1093,7 +1094,7 @@ def test_objects_need_a_flow_from_its_default_base_and_some_draws():
         object_posteriors(based, Y, SDS)
     with pytest.raises(TypeError, match="distribution of a flow"):
         object_posteriors(dist.Normal(0.0, 1.0), Y, SDS)
-    for draws in (50, 100.5):
+    for draws in (50, 100.5, "1000"):
         with pytest.raises(ValueError, match="draws >= 100, an even number"):
             object_posteriors(gaussian(), Y, SDS, draws=draws)
     with pytest.raises(ValueError, match=r"got a batch of shape \(3,\): pass .* context="):

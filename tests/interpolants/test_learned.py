@@ -147,7 +147,8 @@ def test_the_trigonometric_energy_from_a_standard_normal_is_known():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"modes": -1}, "expected modes >= 0, got -1"),
+        ({"modes": -1}, "expected modes >= 0, a whole number, got -1"),
+        ({"modes": "5"}, "expected modes >= 0, a whole number, got '5'"),
         ({"matrices": True}, "expected event_dim for matrices or a network"),
         ({"network": (8,)}, "expected event_dim for matrices or a network"),
     ],

@@ -356,7 +356,7 @@ def test_a_second_latent_term_is_refused(inner):
 
 
 @pytest.mark.parametrize("gamma", [BrownianBridge, SineSquared])
-@pytest.mark.parametrize("scale", [-1.0, 0.0, math.nan])
+@pytest.mark.parametrize("scale", [-1.0, 0.0, math.nan, "1"])
 def test_a_gamma_without_a_positive_scale_is_refused(gamma, scale):
-    with pytest.raises(ValueError, match=f"expected scale > 0, got {scale}"):
+    with pytest.raises(ValueError, match=f"expected scale > 0, got {scale!r}"):
         gamma(scale)

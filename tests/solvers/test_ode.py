@@ -252,6 +252,7 @@ def test_at_one_time_there_is_the_start(method):
         (lambda: FixedGrid(warp=1.0), "a warp in"),
         (lambda: Adaptive(rtol=0.0), "positive tolerances"),
         (lambda: Adaptive(atol=-1e-3), "positive tolerances"),
+        (lambda: Adaptive(rtol="1e-5"), "positive tolerances, got '1e-5'"),
         (lambda: Adaptive(nodes=0), "nodes >= 1, a whole number, got 0"),
         (lambda: Adaptive(nodes=14.5), "nodes >= 1, a whole number, got 14.5"),
         (lambda: Adaptive(method="rk4"), "a method among .*'dopri5'.*got 'rk4'"),

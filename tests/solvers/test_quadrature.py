@@ -85,7 +85,7 @@ def test_fewer_than_one_step_is_refused(steps):
         clenshaw_curtis(steps)
 
 
-@pytest.mark.parametrize("warp", [-0.1, 1.0, 2.0, math.nan])
+@pytest.mark.parametrize("warp", [-0.1, 1.0, 2.0, math.nan, "0.5"])
 def test_a_warp_outside_its_range_is_refused(warp):
     with pytest.raises(ValueError, match=r"a warp in \[0, 1\), got"):
         clenshaw_curtis(4, warp)

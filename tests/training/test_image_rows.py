@@ -387,8 +387,9 @@ def test_the_sampler_gets_the_fewest_steps_that_are_good():
 
     assert error(grid.steps) < 1.5e-3
     assert error(grid.steps - 2) > 1e-3
-    with pytest.raises(ValueError, match="expected a positive tolerance in standard deviations"):
-        calibrate_sampler(images, tolerance=0.0)
+    for tolerance in (0.0, "1e-2"):
+        with pytest.raises(ValueError, match="a positive tolerance in standard deviations, got"):
+            calibrate_sampler(images, tolerance=tolerance)
     slow = flow(Turning(1.0))
     late = calibrate_sampler_until(0.0, slow, None, 1e-3)
     assert late.error <= 1e-3

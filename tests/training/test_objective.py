@@ -114,7 +114,7 @@ def test_times_are_as_many_near_the_data_as_the_network_asks_for(name, dtype):
         assert share == pytest.approx(expected, abs=0.016)  # of 64 strata, one has an edge
 
 
-@pytest.mark.parametrize("exponent", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("exponent", [0.0, -1.0, float("inf"), float("nan"), "2"])
 def test_times_beyond_the_path_are_refused_when_a_transform_is_made(exponent):
     velocity = Own(2, 2)
     velocity.time_exponent = exponent
