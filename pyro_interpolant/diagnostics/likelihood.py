@@ -38,7 +38,7 @@ from ..transforms.flow import Path
 
 _TRIED_IMAGES = 8  # on which the grid is chosen
 _MAX_STEPS = 256
-_MAX_STATES = 2**24  # numbers in the states of a chunk at all nodes: 64 MiB in float32
+_VALUES_AT_ONCE = 2**24  # of the states of a chunk at all nodes: 64 MiB in float32
 _ROWS = 512  # in a chunk, where rows are no images
 _LARGE_LEVELS = (torch.uint16, torch.uint32, torch.uint64)  # with which torch does little
 _KEY = "pyro_interpolant_bits"  # of a file's text
@@ -263,7 +263,7 @@ class _Bits:
 
     def rows_at_once(self, solver: Solver) -> int:
         """Return how many images are evaluated at once; of half as many a graph fits memory."""
-        most = _MAX_STATES // (len(solver.grid()[0]) * self.flow.event_dim)
+        most = _VALUES_AT_ONCE // (len(solver.grid()[0]) * self.flow.event_dim)
         return max(1, min((images_at_once(self.flow.velocity) or 2 * _ROWS) // 2, most))
 
     def solver(

@@ -36,7 +36,7 @@ _MOST_COMPONENTS = 32  # that are split, beside the wide one
 _WIDE, _WIDE_SHARE = 2.0, 0.05  # of the wide one, to begin with: standard deviations, its share
 _LAST_ITERATIONS = 25  # on all rows
 _JITTER = 1e-9  # of standardised variances
-_ELEMENTS = 2**18  # of the matrices of a chunk of rows
+_VALUES_AT_ONCE = 2**18  # of the matrices of a chunk of rows
 # Of a mixture that is cut off. Three positive numbers lost 0.0065, 0.0048, 0.0056, 0.0073 nats
 # after 0, 5, 20 and 60 iterations, by another catalogue 0.0088, 0.0070, 0.0078, 0.0120.
 _CUT_ITERATIONS = 5
@@ -151,7 +151,7 @@ def _split(mixture: _Mixture) -> _Mixture:
 
 def _chunks(y: Tensor, precisions: Tensor, components: int) -> list[tuple[Tensor, Tensor]]:
     """Return rows and precisions in parts whose matrices stay in the processor's cache."""
-    size = max(1, _ELEMENTS // (components * y.shape[1] ** 2))
+    size = max(1, _VALUES_AT_ONCE // (components * y.shape[1] ** 2))
     return list(zip(y.split(size), precisions.split(size), strict=True))
 
 
@@ -246,7 +246,7 @@ def _fitted(mixture: _Mixture, x: Tensor, weights: Tensor) -> _Mixture:
     first, second = torch.zeros_like(mixture.means), torch.zeros_like(mixture.covariances)
     roots = torch.linalg.cholesky(mixture.covariances)
     volume = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    size = max(1, _ELEMENTS // (len(mass) * x.shape[1]))
+    size = max(1, _VALUES_AT_ONCE // (len(mass) * x.shape[1]))
     for points, weight in zip(x.split(size), weights.split(size), strict=True):
         far = points[:, None] - mixture.means  # (n, K, D)
         u = torch.linalg.solve_triangular(roots, far.permute(1, 2, 0), upper=False)  # (K, D, n)

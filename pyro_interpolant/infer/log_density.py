@@ -43,7 +43,7 @@ _EXTREMES = 256  # draws with the most extreme numbers, in whose company others 
 _LEAST_ERROR = 0.01  # nats, of a draw's log density, that moves no weight by more than a percent
 _ROUNDING = 1e-7  # relatively, of float32
 _MARGIN = 10.0  # times the rounding of a sum of terms of this size, and that of z
-_NUMBERS_AT_ONCE = 2**22  # of all sites and their log densities together, evaluated in one go
+_VALUES_AT_ONCE = 2**22  # of all sites and their log densities together
 
 Batching = Literal["plate", "vmap"]
 TO_BATCH = (  # how to write a model so that many draws can be evaluated at once
@@ -80,7 +80,7 @@ class LogJoint:
             scored = list(_scored(nodes))
             self.nesting = max([plate_nesting(nodes), *(s["log_prob"].dim() for s in scored)])
             numbers = sum(s["value"].numel() + s["log_prob"].numel() for s in scored)
-            self.rows = max(1, _NUMBERS_AT_ONCE // numbers)
+            self.rows = max(1, _VALUES_AT_ONCE // numbers)
             with unchecked():  # attempts may come to nothing
                 self.batching: Batching = _batching(self, center)
 

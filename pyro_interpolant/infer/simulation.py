@@ -38,7 +38,7 @@ from .workers import called_in_workers
 _PROBES = 3  # simulations on which a plate is compared with single runs
 # They are taken from the first 16 simulations and the 256 with the most extreme numbers.
 _FIRST, _EXTREMES, _TRIED = 16, 256, 256
-_NUMBERS_AT_ONCE = 2**22  # of all sites together, simulated in one run
+_VALUES_AT_ONCE = 2**22  # of all sites together
 _CALL = 16  # simulations, one by one, in one call, whatever the number of processes
 
 Batching = Literal["plate", "vmap", "loop"]
@@ -98,7 +98,7 @@ class Simulator:
         self.batch_dims = {k: len(n["fn"].batch_shape) for k, n in nodes.items() if is_sampled(n)}
         self.nesting = max([plate_nesting(nodes), *self.batch_dims.values()])
         numbers = sum(nodes[name]["value"].numel() for name in [*self.latents, *names])
-        self.rows = max(1, _NUMBERS_AT_ONCE // numbers)
+        self.rows = max(1, _VALUES_AT_ONCE // numbers)
         if num_workers > 0 and self.batching == "loop":
             self._tell_of_own_generators()
 

@@ -33,7 +33,7 @@ _DEEP_TIME_EXPONENT = 2.0
 # gains little, and costs the calibration of a population behind noise.
 _SHARPNESS, _LEAST_SHARP_DIM = 3.0, 3
 # Elements of the largest intermediate in a call: memory that was freed takes long to get back.
-_ELEMENTS_PER_CALL = 2**17
+_VALUES_AT_ONCE = 2**17  # of the widest layer
 _REACH_PER_ROW = 2.0  # the gate's reach over the distance of the farthest training row
 _BASE_REACH = 5.0  # standard deviations, which draws of N(0, I) hardly leave
 
@@ -189,7 +189,7 @@ class VelocityMLP(nn.Module):
     def rows_at_once(self) -> int:
         """Return the number of rows for which one call is fastest, without gradients."""
         deep = self.event_dim if len(self.hidden_dims) > 2 else 1
-        return max(32, _ELEMENTS_PER_CALL // (deep * max(self.hidden_dims)))
+        return max(32, _VALUES_AT_ONCE // (deep * max(self.hidden_dims)))
 
     def arguments(self) -> tuple[Any, ...]:
         """Return the arguments of the constructor, without ``classes`` where there are none."""

@@ -26,7 +26,7 @@ _TIME_SCALE = 1000.0  # diffusers' times run from 0 to 1,000
 _LONGEST_PERIOD = 1e4  # of the sinusoids of scaled time, over 2 pi
 _MOST_GROUPS, _CHANNELS_PER_GROUP = 32, 4  # of group normalisation; the latter at least
 _MOST_HEAD_CHANNELS = 8  # of an attention head
-_ELEMENTS_PER_CALL = 2**21  # of the first layer's output
+_VALUES_AT_ONCE = 2**21  # of the first layer's output
 
 
 class ImageVelocity(nn.Module):
@@ -190,7 +190,7 @@ class UNet(ImageVelocity):
 
     def rows_at_once(self) -> int:
         """Return the number of rows for which one call is fastest, without gradients."""
-        return max(1, _ELEMENTS_PER_CALL // (self.channels[0] * math.prod(self.image_shape[1:])))
+        return max(1, _VALUES_AT_ONCE // (self.channels[0] * math.prod(self.image_shape[1:])))
 
     def _rates(self, t: Tensor, images: Tensor, *labels: Tensor) -> Tensor:
         return self.network(images, _TIME_SCALE * t, *labels).sample

@@ -26,7 +26,7 @@ _Table: TypeAlias = mlp.Modulation | Array  # by time: layers, or what contexts 
 _Layers = Callable[[Any], mlp.Modulation]  # those of a row of a table
 _States = tuple[Array, Array, Array]  # of a step: where it is, its slope, where it ends
 
-_MAX_ELEMENTS = 2**25  # of the largest intermediate of a divergence: 256 MiB in float64
+_VALUES_AT_ONCE = 2**25  # of the largest intermediate of a divergence: 256 MiB in float64
 
 
 class Grid(NamedTuple):
@@ -177,7 +177,7 @@ def _solve(
     batch, count = x.shape[:-1], math.prod(x.shape[:-1])
     once = partial(_solve_rows, weights, grid=grid, forward=forward, density=density)
     largest = mlp.largest_intermediate(mlp.of_network(weights)) * len(_plan(grid).nodes)
-    at_once = max(1, _MAX_ELEMENTS // largest)
+    at_once = max(1, _VALUES_AT_ONCE // largest)
     if count <= at_once or not density:
         return once(x, context)
     chunks = -(-count // at_once)

@@ -40,7 +40,7 @@ from .quadrature import clenshaw_curtis, integration_matrix, random_offsets
 from .tableaus import TABLEAUS
 
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
-_SYSTEM_ELEMENTS = 2**24  # of the matrices of the linear systems solved at once
+_VALUES_AT_ONCE = 2**24  # of the matrices of linear systems
 
 
 def _nodes(steps: int, warp: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -375,7 +375,7 @@ class _ThroughNodes(torch.autograd.Function):
         nodes, dim = len(states), states.shape[-1]
         shape = (nodes, -1, dim)
         j, g = jacobians.reshape(dim, *shape), g.reshape(shape)
-        at_once = max(1, _SYSTEM_ELEMENTS // (nodes * dim) ** 2)
+        at_once = max(1, _VALUES_AT_ONCE // (nodes * dim) ** 2)
         parts = zip(j.split(at_once, dim=2), g.split(at_once, dim=1), strict=True)
         start = torch.cat([_pulled(*part, ctx.q) for part in parts])
         return start.reshape(x.shape), None, None, None

@@ -49,7 +49,7 @@ HeldOut = RowsLike | tuple[RowsLike, ArrayLike] | None
 DEFAULT_SHARE = 0.1  # of rows, held out
 _DEFAULT_BATCH_ROWS = 1024
 _MOST_BATCHES = 8  # whose points are evaluated at once
-_MOST_VALUES = 2**20  # of rows and contexts in them
+_VALUES_AT_ONCE = 2**20  # of the rows and contexts of these
 
 
 class Split(NamedTuple):
@@ -249,7 +249,7 @@ class TableBatches:
         self.rows, self.size, self.objective, self.prepare = rows, size, objective, prepare
         self.total = rows.effective()
         values = size * sum(part.shape[-1] for part in rows[:2] if part is not None)
-        most = max(1, min(_MOST_BATCHES, _MOST_VALUES // values))
+        most = max(1, min(_MOST_BATCHES, _VALUES_AT_ONCE // values))
         self.at_once = most if objective.can_draw_ahead() else 1
         self.ends = None if rows.weight is None else rows.weight.double().cumsum(0)
         self.order = torch.zeros(0, dtype=torch.long, device=rows.w.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..distributions.rows import as_tensor, checked_rows, is_masked, names_of, weighted_indices
 
 LEVELS = 256  # of whole numbers in ``uint8``, as images have them
-_VALUES_AT_ONCE = 2**22  # whose keys are taken at once
+_VALUES_AT_ONCE = 2**22  # of rows, whose keys are taken
 
 
 class Rows(NamedTuple):

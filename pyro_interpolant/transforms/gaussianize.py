@@ -31,7 +31,7 @@ from .cache import RealVectorTransform
 
 Constraint = constraints.Constraint
 Knots = tuple[Tensor, Tensor, Tensor]
-_VALUES_PER_CALL = 2**22
+_VALUES_AT_ONCE = 2**22  # of rows
 
 
 class Gaussianizer(RealVectorTransform):
@@ -270,7 +270,7 @@ def _check_columns(x: Tensor, columns: int) -> None:
 
 def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return a function of rows, ``(*, D)``, that needs many times their memory, of all rows."""
-    size = max(1, _VALUES_PER_CALL // max(1, x.shape[-1]))
+    size = max(1, _VALUES_AT_ONCE // max(1, x.shape[-1]))
     if is_tracing() or x.dim() < 2 or x[..., 0].numel() <= size:
         return function(x)
     parts = x.reshape(-1, x.shape[-1]).split(size)

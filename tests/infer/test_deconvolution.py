@@ -67,7 +67,7 @@ def test_a_step_never_loses_evidence_whatever_the_chunks(monkeypatch):
         assert now > before - 1e-9
         before = now
     whole = _maximized(found, y, precisions)
-    monkeypatch.setattr("pyro_interpolant.infer.deconvolution._ELEMENTS", 100)
+    monkeypatch.setattr("pyro_interpolant.infer.deconvolution._VALUES_AT_ONCE", 100)
     for a, b in zip(whole, _maximized(found, y, precisions), strict=True):
         torch.testing.assert_close(a, b)
 

@@ -377,7 +377,7 @@ def test_many_rows_in_chunks(twin, monkeypatch):
     given, other = flow.condition(context), twin(flow).condition(jnp.asarray(context.numpy()))
     value = jnp.asarray(x.numpy())
     expected = jax.grad(lambda v: other.log_prob(v).sum())(value)
-    monkeypatch.setattr("pyro_interpolant.numpyro.flow._MAX_ELEMENTS", 4 * 16 * 9)
+    monkeypatch.setattr("pyro_interpolant.numpyro.flow._VALUES_AT_ONCE", 4 * 16 * 9)
     _solve.clear_cache()
     assert_equal(other.log_prob(value), given.log_prob(x))
     found = jax.grad(lambda v: other.log_prob(v).sum())(value)

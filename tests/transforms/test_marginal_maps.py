@@ -159,7 +159,7 @@ def test_float32_in_any_unit(name, unit):
 def test_many_rows_are_mapped_in_parts(monkeypatch):
     x, transform = made("lognormal")
     whole = transform.inv(x), transform(x), transform.log_slope(x.reshape(50, 100, 2))
-    monkeypatch.setattr(gaussianize, "_VALUES_PER_CALL", 200)
+    monkeypatch.setattr(gaussianize, "_VALUES_AT_ONCE", 200)
     parts = transform.inv(x), transform(x), transform.log_slope(x.reshape(50, 100, 2))
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one, other)
