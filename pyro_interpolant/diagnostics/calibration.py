@@ -317,19 +317,24 @@ def calibrate_sampler(
     """
     good = number("a positive tolerance in standard deviations", tolerance, lambda n: n > 0)
     check_ranges(good)
-    return calibrate_sampler_until(math.inf, distribution, context, tolerance).solver
+    found = calibrate_sampler_until(math.inf, distribution, tolerance=tolerance, context=context)
+    return found.solver
 
 
 def calibrate_sampler_until(
-    deadline: float, distribution: AnyDistribution, context: Tensor | None, tolerance: float
+    deadline: float,
+    distribution: AnyDistribution,
+    *,
+    tolerance: float,
+    context: Tensor | None = None,
 ) -> CalibratedGrid:
     """Set the solver as :func:`calibrate_sampler`, or a coarser grid where time is short.
 
     Args:
         deadline: The time, by :func:`time.monotonic`, from which no more than 8 steps are tried.
         distribution: As in :func:`calibrate_sampler`.
-        context: As in :func:`calibrate_sampler`, shape ``(N, C)``.
         tolerance: As in :func:`calibrate_sampler`.
+        context: As in :func:`calibrate_sampler`, shape ``(N, C)``.
 
     Returns:
         The grid that was set, and its error.

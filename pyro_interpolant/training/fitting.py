@@ -419,7 +419,9 @@ def _finish(
             until = min(deadline, time.monotonic() + _CALIBRATION_SHARE * report.seconds)
             context = None if few.context is None else few.context[:_CALIBRATION_IMAGES]
             with attempted("calibrating the sampler", progress=progress):
-                found = calibrate_sampler_until(until, distribution, context, tolerance)
+                found = calibrate_sampler_until(
+                    until, distribution, context=context, tolerance=tolerance
+                )
             transform.solver, error = process.agreed(found)
             report = dataclasses.replace(report, sample_error=error)
         elif distribution.has_density():

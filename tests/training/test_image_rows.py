@@ -391,11 +391,12 @@ def test_the_sampler_gets_the_fewest_steps_that_are_good():
         with pytest.raises(ValueError, match="a positive tolerance in standard deviations, got"):
             calibrate_sampler(images, tolerance=tolerance)
     slow = flow(Turning(1.0))
-    late = calibrate_sampler_until(0.0, slow, None, 1e-3)
+    late = calibrate_sampler_until(0.0, slow, tolerance=1e-3)
     assert late.error <= 1e-3
     assert slow.transform.solver == late.solver
     with pytest.warns(UserWarning, match="the time was over before samples within"):
-        assert calibrate_sampler_until(0.0, flow(Turning(12.0)), None, 1e-3).solver.steps == 8
+        late = calibrate_sampler_until(0.0, flow(Turning(12.0)), tolerance=1e-3)
+    assert late.solver.steps == 8
     with pytest.warns(UserWarning, match="no grid has samples within 0.001 standard deviations"):
         calibrate_sampler(flow(Turning(300.0)), tolerance=1e-3)
     with pytest.warns(UserWarning, match="they are within nan"):
