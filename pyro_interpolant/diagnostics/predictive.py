@@ -38,8 +38,7 @@ from ..distributions.interpolant import (
 )
 from ..distributions.joint import NamedSites, column_names, own_sites, rows_by_name
 from ..distributions.rows import RowsLike, check_same_order, checked_rows, contexts_of_rows
-from ..distributions.supports import BijectiveSupport, support_of
-from ..transforms.gaussianize import without_gaussianizer
+from ..distributions.supports import BijectiveSupport
 
 _LEVEL = 0.99  # of the band
 _DRAWS = 100  # for each row
@@ -327,7 +326,7 @@ def _directions(distribution: AnyDistribution) -> Tensor:
     """Return 1 or, for columns that fall as their values rise, as below a bound, -1, ``(D,)``."""
     flow = distribution.transform.flow
     ends = torch.stack((torch.zeros_like(flow.loc), torch.ones_like(flow.loc))).double()
-    space = support_of(without_gaussianizer(distribution.constraint))
+    space = distribution.ungaussianized_space
     if isinstance(distribution, NamedSites):
         values = list(distribution.unpack(ends).values())
         sizes = [real_shape(*site).numel() for site in distribution.sites.values()]

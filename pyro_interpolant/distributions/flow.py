@@ -146,13 +146,18 @@ class FlowDistribution:
         """The shape of an event, of a conditional flow too."""
         return self.space.event_shape(self.transform.flow.event_dim)
 
+    @property
+    def ungaussianized_space(self) -> Support:
+        """The support without a Gaussianizing map."""
+        return support_of(without_gaussianizer(self.constraint))
+
     def unconstrained(self, value: Tensor) -> Tensor:
         """Return values, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
 
         Raises:
             ValueError: If a value is outside the support.
         """
-        return support_of(without_gaussianizer(self.constraint)).unconstrained(value)
+        return self.ungaussianized_space.unconstrained(value)
 
     def value_of(self, value: Any) -> Any:
         """Return values, and those of a data frame as a tensor, its columns taken by name.

@@ -29,7 +29,6 @@ from ..distributions.joint import names_in_frames, own_sites
 from ..distributions.rows import check_same_order, contexts_of_rows
 from ..distributions.supports import support_of
 from ..solvers.parallel import one_thread_each
-from ..transforms.gaussianize import without_gaussianizer
 from .noise import Measurements, Noise, measurements
 from .proposals import (
     LocalProposal,
@@ -347,7 +346,7 @@ def of_population(
         c = contexts_of_rows(context, flow, names, len(rows), "rows of y")
     distribution.given(None if c is None else c[:1])  # or raise
     size = torch.zeros_like(rows.y[0])
-    if support_of(without_gaussianizer(distribution.constraint)).is_real():
+    if distribution.ungaussianized_space.is_real():
         # Real numbers are sums, rounded as the larger part is; positive ones are exponentials.
         spread = flow.whitening.matrix().norm(dim=-1)
         middle, edge = distribution.from_flow(torch.stack((flow.loc, flow.loc + spread)))[0]
