@@ -2,8 +2,8 @@ r"""Torch's private parts and global state: what the package needs of them, in o
 
 Whether autograd, :mod:`torch.func` or a tracer sees a computation; scopes with a generator of
 their own, or with a network in another mode; activations recomputed in the backward pass;
-derivatives :math:`\partial_t f(t)` by forward mode; comparisons in any unit, and units that far
-rows do not set; and warnings at the user's line.
+derivatives :math:`\partial_t f(t)` by forward mode; units that far rows do not set; and warnings
+at the user's line.
 """
 
 import contextlib
@@ -464,28 +464,6 @@ def inverse_of(transform: object) -> object:
     """Return the transform that another is the inverse of; None of one that is no inverse."""
     kind = torch.distributions.transforms._InverseTransform
     return transform._inv if isinstance(transform, kind) else None
-
-
-def are_close(one: Tensor, other: Tensor, rtol: float = 1e-5) -> bool:
-    """Return whether values, of shapes that broadcast, are the same but for rounding, in any unit.
-
-    Beside an absolute tolerance, such as that of :func:`torch.allclose`, all small numbers are the
-    same; here it is a rounding of the largest.
-
-    Args:
-        one: Values.
-        other: Other ones, of the same type.
-        rtol: How far apart they may be, as a share of each.
-    """
-    size = max(_largest(one), _largest(other))
-    eps = torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
-    return torch.allclose(one, other, rtol=rtol, atol=8 * eps * size, equal_nan=True)
-
-
-def _largest(x: Tensor) -> float:
-    """Return the largest size of finite numbers; 0 if there are none."""
-    x = x.detach().double().nan_to_num(0.0, 0.0, 0.0)
-    return float(x.abs().max()) if x.numel() else 0.0
 
 
 def robust_deviation(x: Tensor) -> Tensor:

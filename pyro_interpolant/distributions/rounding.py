@@ -1,6 +1,6 @@
-r"""Values that repeat: rounded columns, and single values with a share of all rows.
+r"""Rounded values: columns that repeat them, which have no density, and how to compare them.
 
-Such data have no density.
+Single values with a share of all rows have no density either.
 """
 
 import torch
@@ -83,3 +83,25 @@ def atoms_in(column: Tensor) -> bool:
     return len(column) > rows > ATOM_SHARE * len(column) and (
         len(others) >= (1 - REPEATED_SHARE) * rows
     )
+
+
+def are_close(one: Tensor, other: Tensor, rtol: float = 1e-5) -> bool:
+    """Return whether values, of shapes that broadcast, are the same but for rounding, in any unit.
+
+    Beside an absolute tolerance, such as that of :func:`torch.allclose`, all small numbers are the
+    same; here it is a rounding of the largest.
+
+    Args:
+        one: Values.
+        other: Other ones, of the same type.
+        rtol: How far apart they may be, as a share of each.
+    """
+    size = max(_largest(one), _largest(other))
+    eps = torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
+    return torch.allclose(one, other, rtol=rtol, atol=8 * eps * size, equal_nan=True)
+
+
+def _largest(x: Tensor) -> float:
+    """Return the largest size of finite numbers; 0 if there are none."""
+    x = x.detach().double().nan_to_num(0.0, 0.0, 0.0)
+    return float(x.abs().max()) if x.numel() else 0.0

@@ -16,7 +16,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, transform_to
 
-from .._torch import are_close, is_functional, is_tracing
+from .._torch import is_functional, is_tracing
 from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic, wrap
 from ..nn.mlp import TorusMLP, VelocityMLP
@@ -42,6 +42,7 @@ from .constraints import (
     circular,
     is_all_real,
 )
+from .rounding import are_close
 from .rows import counted
 
 _RAYLEIGH_RMS = 2**0.5  # the root mean square of a Rayleigh distance

@@ -15,12 +15,13 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from .._torch import are_close, warn_user
+from .._torch import warn_user
 from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
 from ..diagnostics.psis import K_HAT_LIMIT, summarise_weights
 from ..distributions.constraints import Constraint, biject, real_shape
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import ConditionalJointInterpolantDistribution
+from ..distributions.rounding import are_close
 from ..distributions.rows import flat_names
 from ..nn.embedded import EmbeddedVelocity
 from ..nn.embedding import SeriesEmbedding, SetEmbedding

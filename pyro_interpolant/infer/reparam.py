@@ -28,9 +28,10 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import ComposeTransform
 
-from .._torch import are_close, seeded
+from .._torch import seeded
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import PACKED, PART, sample_in_place
+from ..distributions.rounding import are_close
 from ..distributions.rows import as_tensor
 from .initialization import whole_value
 from .sites import OWN_FACTOR, Model, Nodes, Site

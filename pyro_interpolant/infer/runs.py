@@ -11,7 +11,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from torch import Tensor
 
-from .._torch import are_close, broadcast_shapes, seeded, warn_user
+from .._torch import broadcast_shapes, seeded, warn_user
+from ..distributions.rounding import are_close
 from ..distributions.rows import as_tensor
 from .sites import OWN_FACTOR, Model, Nodes, Site, is_sampled, is_subsample, subsampling_plates
 

@@ -25,9 +25,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, constraints, register_kl
 
-from .._torch import are_close, broadcast_shapes, is_functional
+from .._torch import broadcast_shapes, is_functional
 from ..distributions.constraints import biject, innermost_constraint
 from ..distributions.joint import pack, unpack
+from ..distributions.rounding import are_close
 from ..distributions.rows import as_tensor
 from ..distributions.supports import OnEvents
 

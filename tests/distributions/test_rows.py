@@ -4,6 +4,7 @@ import torch
 from arrays import ArrowTable, MaskedByAstropy, PolarsFrame, PolarsSeries, Quantity
 
 from pyro_interpolant import from_samples
+from pyro_interpolant.distributions.rounding import are_close
 from pyro_interpolant.distributions.rows import (
     as_tensor,
     checked_context,
@@ -99,3 +100,24 @@ def test_tensors_that_are_not_dense_are_refused(make, message):
 def test_weights_are_advised_where_there_are_any():
     with pytest.raises(ValueError, match="or give them weight 0 where there are weights"):
         checked_rows(torch.full((2, 2), torch.nan), "data")
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_are_compared_in_any_unit(unit, dtype):
+    x = unit * torch.tensor([0.0, 1e-3, 1.0], dtype=dtype)
+    rounding = 4 * torch.finfo(dtype).eps * unit
+    assert are_close(x, x + rounding)
+    assert are_close(x, x * (1 + 1e-6))
+    assert not are_close(x, 1.01 * x)
+    assert not are_close(x, x + unit * torch.tensor([0.0, 1e-5, 0.0], dtype=dtype))
+
+
+def test_values_of_any_kind_are_compared():
+    special = torch.tensor([torch.nan, torch.inf, 1.0])
+    assert are_close(special, special.clone())
+    assert not are_close(special, special * torch.tensor([1.0, -1.0, 1.0]))
+    assert are_close(torch.zeros(0), torch.zeros(0))
+    assert are_close(torch.arange(3), torch.arange(3))
+    assert not are_close(torch.arange(3), torch.tensor([0, 1, 3]))
+    assert not are_close(torch.tensor([True, False]), torch.tensor([True, True]))
