@@ -43,9 +43,6 @@ _CHECKED_MARGIN = 1e-3  # nearer to an end, rounding may lose a score that a pat
 _GUIDED_SHARE = 0.01  # of the largest divisor: above it the score guides fully
 
 
-# ---- the equation -------------------------------------------------------------------------------
-
-
 class TimeTerms(NamedTuple):
     r"""The coefficients of drift and diffusion, which depend on the time alone, each of its shape.
 
@@ -230,9 +227,6 @@ def _check_score_determined(sde: InterpolantSDE, terms: TimeTerms) -> None:
         )
 
 
-# ---- samples ------------------------------------------------------------------------------------
-
-
 def sample_sde(
     distribution: InterpolantDistribution,
     shape: Sequence[int] = (),
@@ -328,9 +322,6 @@ def to_values(distribution: InterpolantDistribution, w: Tensor) -> Tensor:
     """Return values, shape ``(*, *event_shape)``, of whitened coordinates, shape ``(*, D)``."""
     y = distribution.transform.flow.whitening.from_white(w)
     return y if distribution.space.is_real() else distribution.transforms[-1](y)
-
-
-# ---- likelihood ---------------------------------------------------------------------------------
 
 
 def sde_log_prob(
