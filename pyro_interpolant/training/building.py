@@ -158,7 +158,7 @@ def from_samples(
         columns = names_of(first)  # of a frame, by which those of the batches to come are taken
     else:
         columns = names_of(x)
-        rows, context = _with_weight(x, context, columns, fit_options)
+        rows, context, fit_options = _with_weight(x, context, columns, fit_options)
     constraint, sites, rows = (_named if isinstance(rows, Mapping) else _unnamed)(
         rows, support, event_shape
     )
@@ -185,8 +185,8 @@ def from_samples(
 
 def _with_weight(
     x: Any, context: Any, columns: tuple[str, ...], options: dict[str, Any]
-) -> tuple[Any, Any]:
-    """Return rows and contexts that have weight; options that go by rows become theirs.
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Return rows and contexts that have weight, and options with what goes by rows of theirs.
 
     Args:
         x: Rows, shape ``(N, *event_shape)``, or named draws.
@@ -201,8 +201,8 @@ def _with_weight(
     found = drop_zero_weights(own["weights"], x, pairs, context, mask)
     rows, pairs, context, mask, weights = found
     validation = validation if mask is None else mask
-    options |= {"pairs": pairs, "weights": weights, "validation": validation}
-    return rows, context
+    own = {"pairs": pairs, "weights": weights, "validation": validation}
+    return rows, context, {**options, **own}
 
 
 def _named(
