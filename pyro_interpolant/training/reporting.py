@@ -41,8 +41,6 @@ _JUDGED_ROWS, _JUDGED_NUMBERS = 512, 2**13
 _JUDGING_SOLVER = FixedGrid(steps=16)
 _FITTED_ROWS = 20_000  # to which the Gaussian is fitted
 
-LogDensity = Callable[[Rows], Tensor]
-
 
 def log_density(distribution: AnyDistribution, rows: Rows) -> Tensor:
     """Return the log-density of values, float64, shape ``(N,)``, given in the flow's coordinates.
@@ -57,7 +55,7 @@ def log_density(distribution: AnyDistribution, rows: Rows) -> Tensor:
     return found.double() - distribution.from_flow(w)[1].double()
 
 
-def reference(distribution: AnyDistribution, kept: Rows) -> LogDensity | None:
+def reference(distribution: AnyDistribution, kept: Rows) -> Callable[[Rows], Tensor] | None:
     """Return the log-density of one Gaussian, or of the uniform one on the torus; None of neither.
 
     Args:

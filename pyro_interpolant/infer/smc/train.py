@@ -159,7 +159,7 @@ def _find_particles(
     return particles, kernel, pools
 
 
-class Run:
+class Rounds:
     """Rounds of regression on the particles, of proposals by the flow, and of Hamiltonian moves.
 
     Args:
@@ -347,7 +347,7 @@ def train_from_density(
         with PercentBar("rounds", progress=progress) as bar:
             found = _find_particles(density, wide, int(draws), clock, bar)
             with trainable(flow.velocity):
-                run = Run(distribution, density, *found, rounds, clock)
+                run = Rounds(distribution, density, *found, rounds, clock)
                 deadline, going = clock.deadline(), True
                 try:
                     while going:

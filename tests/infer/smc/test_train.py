@@ -478,7 +478,7 @@ def test_the_flow_that_is_kept_is_the_one_that_was_judged(better, monkeypatch):
         clock=Clock(None),
         _weighed=lambda deadline: weights[used[-1]],
     )
-    result = train.Run.verdict(run, math.inf)
+    result = train.Rounds.verdict(run, math.inf)
     assert used[-1] == ("best" if better else "last")
     assert result.best_round == (0 if better else 2)
     assert (result.ess, result.log_evidence) == pytest.approx((200.0, 2.0))
@@ -578,8 +578,8 @@ def test_an_interrupt_keeps_what_was_learned(monkeypatch):
         run.regression(10, run.rate, seconds=60.0)
         raise KeyboardInterrupt
 
-    plain = train.Run.round
-    monkeypatch.setattr(train.Run, "round", interrupted)
+    plain = train.Rounds.round
+    monkeypatch.setattr(train.Rounds, "round", interrupted)
     monkeypatch.setattr(train, "_VERDICT_DRAWS", 200)
     with pytest.warns(UserWarning, match="interrupted: the best weights so far are kept"):
         result = quick(flow, slanted().log_prob, steps=10, draws=100, max_seconds=0.5)
@@ -596,7 +596,7 @@ def test_an_interrupt_before_a_round_is_done_is_passed_on(monkeypatch):
     def interrupted(run, particles, seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Run, "_moved", interrupted)
+    monkeypatch.setattr(train.Rounds, "_moved", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quick(tiny(), slanted().log_prob, steps=10, draws=100, max_seconds=0.5)
 
