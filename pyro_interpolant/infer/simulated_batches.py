@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..distributions.rows import as_tensor
-from ..training.repeats import shared_keys, told_apart
+from ..training.repeats import distinguished, shared_keys
 from ..training.rows import Rows, keys_of
 from ..training.streaming import check_again, naming_batch
 from ..training.survey import HeldOutKeys
@@ -67,8 +67,8 @@ class SimulatedBatches:
         rows = Rows(*pack(simulations))
         keys = keys_of(rows)
         shared, count = shared_keys(rows, keys), min(JUDGED_ROWS, total // _HELD_SHARE)
-        self._told = HeldOutKeys.lowest(told_apart(keys, shared), shared, count)
-        marks = self._told.mark(keys)
+        self._marker = HeldOutKeys.lowest(distinguished(keys, shared), shared, count)
+        marks = self._marker.mark(keys)
         # Where none repeats, all later ones are others, and none is to be left out for its key.
         self._held_keys = keys[marks] if len(keys.unique()) == total else None
         held = simulations.take(marks.nonzero().flatten().cpu())
@@ -94,7 +94,7 @@ class SimulatedBatches:
         """Return whether simulations of such keys, from a place on, are held out, ``(B,)``."""
         if self._held_keys is not None:
             return torch.isin(keys, self._held_keys)
-        return self._told.mark(keys, start)
+        return self._marker.mark(keys, start)
 
     def _finite(self) -> Iterator[Simulations]:
         """Yield the finite simulations of each batch, and count."""

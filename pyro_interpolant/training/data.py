@@ -62,7 +62,7 @@ class Split(NamedTuple):
             a stream.
         size: Rows per batch and coupling.
         mean_weight: The mean weight of a row of a stream.
-        told: Which rows of a stream are held out, or None: rows were given.
+        held_keys: Which rows of a stream are held out; None where the user gave those.
         surveyed: What a first pass over a stream went through.
     """
 
@@ -71,7 +71,7 @@ class Split(NamedTuple):
     total: float
     size: int
     mean_weight: float = 1.0
-    told: HeldOutKeys | None = None
+    held_keys: HeldOutKeys | None = None
     surveyed: Surveyed | None = None
 
     def everything(self) -> Rows:

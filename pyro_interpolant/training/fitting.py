@@ -303,12 +303,12 @@ def check_options(options: Mapping[str, Any], own: Collection[str] = (), why: st
 def _restored_on_error(distribution: AnyDistribution) -> Iterator[None]:
     """If the block raises, undo what it changed in the flow and its distribution."""
     flow, base, report = distribution.transform.flow, distribution.base, distribution.report
-    told = flow.independent, flow.reached, flow.noise, flow.levels
+    before = flow.independent, flow.reached, flow.noise, flow.levels
     buffers = {name: value.clone() for name, value in flow.named_buffers()}
     try:
         yield
     except BaseException:
-        flow.independent, flow.reached, flow.noise, flow.levels = told
+        flow.independent, flow.reached, flow.noise, flow.levels = before
         distribution.report = report
         for name, value in flow.named_buffers():
             value.copy_(buffers[name])

@@ -208,9 +208,9 @@ class HeldOutMonitor:
             self.kept_buffers = self._buffers()
         wanted: Any = False
         if self.callback is not None and process.rank == 0:
-            told = TrainingState(step, self.losses[-1], held, rate, seconds)
+            state = TrainingState(step, self.losses[-1], held, rate, seconds)
             with self.average.applied(), evaluated(self.objective.network):
-                wanted = self.callback(told)
+                wanted = self.callback(state)
         if getattr(wanted, "ndim", None) == 0:  # numpy's and torch's
             wanted = wanted.item()
         self.stopped = bool(process.agreed(float(wanted is True)))

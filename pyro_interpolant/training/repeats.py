@@ -1,7 +1,7 @@
 r"""Copies of rows, as a Markov chain that stands still makes: they are held out together.
 
-Those left in one part would tell the other's. Rows that many others equal by chance are no copies:
-of zeros, or of a limit, as many are held out as of any others.
+A copy to train on would give away the one held out. Rows that are equal by chance are no copies:
+of zeros, or of rows at a limit, the same share is held out as of others.
 """
 
 import torch
@@ -10,14 +10,15 @@ from torch import Tensor
 from ..distributions.rounding import ATOM_SHARE, REPEATED_SHARE, rounded
 from .rows import Rows, keys_of, row_keys
 
-_SHARED_SHARE = 0.01  # the share of rows that no row of a chain has, if they do not follow it
-_MIN_SHARED = 10  # rows, for a share to tell
+# Of rows, not counting those that follow their equal: no row of a chain comes so often.
+_SHARED_SHARE = 0.01
+_MIN_SHARED = 10  # equal rows, from which on their share counts
 
 
 def copy_keys(rows: Rows) -> Tensor:
     """Return one integer per row, shape ``(N,)``, which copies of a row share, and no others."""
     keys = keys_of(rows)
-    return told_apart(keys, shared_keys(rows, keys))
+    return distinguished(keys, shared_keys(rows, keys))
 
 
 def shared_keys(rows: Rows, keys: Tensor) -> Tensor:
@@ -49,13 +50,13 @@ def shared_keys(rows: Rows, keys: Tensor) -> Tensor:
     return found[many] if len(others) >= (1 - REPEATED_SHARE) * int(others.sum()) else found[:0]
 
 
-def told_apart(keys: Tensor, shared: Tensor, start: int = 0) -> Tensor:
-    """Return keys, shape ``(N,)``, of which those that rows share by chance are made different.
+def distinguished(keys: Tensor, shared: Tensor, start: int = 0) -> Tensor:
+    """Return keys, shape ``(N,)``, and new ones for rows that share theirs by chance.
 
     Args:
         keys: Those of rows.
         shared: Those that are shared by chance, shape ``(K,)``.
-        start: The place of the first row, with which its new key differs.
+        start: The place of the first row: new keys differ by the place of their row.
     """
     places = torch.isin(keys, shared.to(keys.device)).nonzero().flatten()
     if not len(places):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .distributed import Process
-from .repeats import told_apart
+from .repeats import distinguished
 from .rows import Rows
 from .survey import SAMPLE_VALUES, Survey, Surveyed
 
@@ -151,7 +151,7 @@ def _joined(surveys: Sequence[Survey], device: torch.device) -> Survey:
     joined.kept = [part for each in surveys for part in _moved(each.kept, device)]
     lowest = [part for each in surveys for part in _moved(each.lowest, device)]
     # Keys that rows of one process alone were seen to share may be those of others' rows.
-    joined.lowest = [(rows, told_apart(keys, joined.shared)) for rows, keys in lowest]
+    joined.lowest = [(rows, distinguished(keys, joined.shared)) for rows, keys in lowest]
     return joined
 
 

@@ -224,14 +224,14 @@ class Stream:
             check_rows_came_again(outcome, before, state)
         sample, keys = survey.sample()
         held = self.given
-        told: HeldOutKeys | None = None
+        held_keys: HeldOutKeys | None = None
         if held is not None:
             check_same_scale(held, sample)
         warn_if_rounded(sample.w)
         if held is None:
-            held, told = survey.held_out(self.share or 0.0)
+            held, held_keys = survey.held_out(self.share or 0.0)
             effective *= 1 - len(held.w) / survey.total
-            sample = sample.take((~told.mark(keys)).nonzero().flatten())
+            sample = sample.take((~held_keys.mark(keys)).nonzero().flatten())
             if not len(sample.w):
                 raise ValueError(f"expected rows that differ, got {survey.total} that are equal")
         usual = max(_LEAST_ROWS, survey.size)
@@ -241,7 +241,7 @@ class Stream:
             effective if self.anew else math.inf,
             usual if batch_size is None else int(batch_size),
             own.weight / own.total,
-            told,
+            held_keys,
             outcome,
         )
 
@@ -386,7 +386,7 @@ class StreamBatches:
 
     def __init__(self, stream: Stream, split: Split, objective: Objective) -> None:
         self.stream, self.objective, self.mean_weight = stream, objective, split.mean_weight
-        self.surveyed, self.told = split.surveyed, split.told
+        self.surveyed, self.held_keys = split.surveyed, split.held_keys
         size, self.total = split.size, split.total
         self.size = size - size % _ROW_MULTIPLE if size > _ROW_MULTIPLE else size
         self.pool: Rows | None = None
@@ -444,8 +444,8 @@ class StreamBatches:
 
     def _chosen(self, rows: Rows) -> Rows:
         """Return the rows that are not held out, as often as their weights say."""
-        if self.told is not None:
-            held = self.told.mark(keys_of(rows), self.position * _PLACES)
+        if self.held_keys is not None:
+            held = self.held_keys.mark(keys_of(rows), self.position * _PLACES)
             rows = rows.take((~held).nonzero().flatten())
         if rows.weight is None:
             return rows

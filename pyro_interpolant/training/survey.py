@@ -1,8 +1,8 @@
 r"""The first pass over a stream: how many rows, which to hold out, a sample for the whitening.
 
 Each row has a key, an integer that is as if drawn at random, and equal for equal rows. Rows of the
-lowest keys are held out: with all their copies, in whatever order and however often they come. Of
-rows that many others equal by chance, as the first ones tell, as many are as of any others.
+lowest keys are held out: with all their copies, in whatever order and however often they come.
+Rows that are equal by chance, as the first ones show, are no copies: each has a key of its own.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 from .._torch import warn_user
 from .checkpoint import Checkpoint
 from .clock import Clock
-from .repeats import shared_keys, told_apart
+from .repeats import distinguished, shared_keys
 from .rows import Rows, keys_of, row_keys
 
 SAMPLE_VALUES = 2**23  # kept of a stream for the whitening: 64 MiB in float64
@@ -28,8 +28,8 @@ class HeldOutKeys(NamedTuple):
     """Which rows of a stream are held out.
 
     Attributes:
-        below: The key below which they are.
-        shared: Keys that rows share by chance, shape ``(K,)``: each of these rows has its own.
+        below: Rows whose keys are below this one are held out.
+        shared: Keys that rows share by chance, shape ``(K,)``: such rows get keys of their own.
     """
 
     below: int
@@ -40,8 +40,8 @@ class HeldOutKeys(NamedTuple):
         """Return what holds out the rows of lowest keys: copies stay together.
 
         Args:
-            keys: The keys of rows, of which those shared by chance are told apart, shape ``(N,)``.
-            shared: Those, shape ``(K,)``.
+            keys: The keys of rows, those shared by chance distinguished, shape ``(N,)``.
+            shared: The keys shared by chance, shape ``(K,)``.
             count: How many rows to hold out at most, below N, but for one row with its copies.
         """
         few = keys.sort().values
@@ -52,9 +52,9 @@ class HeldOutKeys(NamedTuple):
 
         Args:
             keys: Their keys, shape ``(N,)``.
-            start: The place of the first of them, among rows of which no two have the same.
+            start: The place of the first row; no two rows of a stream have the same.
         """
-        return told_apart(keys, self.shared, start) < self.below
+        return distinguished(keys, self.shared, start) < self.below
 
 
 class Surveyed(NamedTuple):
@@ -87,12 +87,13 @@ class Survey:
         shared: Keys that rows share by chance, known once they were trimmed: see
             :func:`~.repeats.shared_keys`.
         checksum: The sum of all keys, weights included.
-        batches: Their number.
+        batches: The number of batches.
         total: The number of rows.
         size: The number of rows in the first batch that has any.
-        weight: The sum of their weights.
-        largest: The largest of these.
-        squares: The sum of their squares, in its units: those of tiny or huge ones have no float.
+        weight: The sum of the weights of rows.
+        largest: The largest weight.
+        squares: The sum of the squares of weights, in units of the largest: squares of tiny or
+            huge weights have no float.
         stride: Which batches are in the sample: each first, second, fourth, ...
         ended: Whether the batches came to an end.
     """
@@ -112,8 +113,8 @@ class Survey:
         self.size, keys = self.size or len(rows.w), keys_of(rows)
         self._add_lowest(rows, keys)
         weights = torch.ones(len(rows.w)) if rows.weight is None else rows.weight
-        told = keys if rows.weight is None else keys ^ row_keys(rows.weight[:, None])
-        self.checksum = (self.checksum + int(told.sum())) % 2**64
+        weighted = keys if rows.weight is None else keys ^ row_keys(rows.weight[:, None])
+        self.checksum = (self.checksum + int(weighted.sum())) % 2**64
         self.total += len(rows.w)
         self.weight += float(weights.double().sum())
         self._add_squares(weights.double())
@@ -135,7 +136,7 @@ class Survey:
 
     def _add_lowest(self, rows: Rows, keys: Tensor) -> None:
         if self.shared is not None:
-            keys = told_apart(keys, self.shared, self.total)
+            keys = distinguished(keys, self.shared, self.total)
         few = (keys <= self.highest).nonzero().flatten()
         if len(few):
             self.lowest.append((rows.take(few), keys[few]))
@@ -146,15 +147,15 @@ class Survey:
             self.highest = int(keys[order[-1]])
 
     def candidates(self) -> tuple[Rows, Tensor, Tensor]:
-        """Return the rows that may be held out, their keys, told apart where shared, and these."""
+        """Return the rows that may be held out, their keys, and those shared by chance."""
         rows, keys = _joined(self.lowest)
         if self.shared is None:  # at the first trim, or without one: these are all rows so far
-            self.shared = shared_keys(rows, keys).cpu()  # of which every process is told
-            keys = told_apart(keys, self.shared)
+            self.shared = shared_keys(rows, keys).cpu()  # which every process is sent
+            keys = distinguished(keys, self.shared)
         return rows, keys, self.shared
 
     def held_out(self, share: float) -> tuple[Rows, HeldOutKeys]:
-        """Return the rows to hold out, and what tells them: copies stay together.
+        """Return the rows to hold out, and their keys: copies stay together.
 
         Args:
             share: The most of all rows, but for one row, with its copies, at least.
@@ -162,8 +163,8 @@ class Survey:
         count = max(1, min(self.most_held, round(share * self.total), self.total - 1))
         rows, keys, shared = self.candidates()
         keys, order = keys.sort(stable=True)
-        told = HeldOutKeys.lowest(keys, shared, count)
-        return rows.take(order[keys < told.below]), told
+        held_keys = HeldOutKeys.lowest(keys, shared, count)
+        return rows.take(order[keys < held_keys.below]), held_keys
 
     def sample(self) -> tuple[Rows, Tensor]:
         """Return a sample of all rows, and their keys."""
@@ -178,7 +179,7 @@ class Survey:
         return (self.weight / self.largest) ** 2 / self.squares
 
     def is_enough(self, known: int | None, clock: Clock) -> bool:
-        """Return whether to stop here, at an end that nobody knows or for lack of time.
+        """Return whether the rows so far are enough, or the time for the pass is over.
 
         Args:
             known: The number of all batches, or None.

@@ -164,7 +164,7 @@ def test_processes_with_batches_of_their_own_hold_out_the_same_rows_of_all():
     for split, _ in found:
         assert torch.equal(split.held.w.sort(0).values, alone.held.w.sort(0).values)
         assert torch.equal(split.kept.w, alone.kept.w)
-        assert split.told.below == alone.told.below
+        assert split.held_keys.below == alone.held_keys.below
         assert split.surveyed == alone.surveyed
         assert split.total == pytest.approx(alone.total)
     assert [factor for _, factor in found] == pytest.approx([0.4, 0.6, 2.0])

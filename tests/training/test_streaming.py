@@ -158,7 +158,7 @@ def test_the_rows_held_out_are_the_same_in_any_order():
     ]
     for split in found[1:]:
         assert torch.equal(split.held.w, found[0].held.w)
-        assert split.told.below == found[0].told.below
+        assert split.held_keys.below == found[0].held_keys.below
         assert split.surveyed == found[0].surveyed
     other = Stream(made(), list((x + 1e-9).split(90)), 0.1).split(Process(), None)
     assert other.surveyed.checksum != found[0].surveyed.checksum
