@@ -28,7 +28,8 @@ _Array = TypeVar("_Array")
 
 CHECKSUM = "checksum"  # its name among a file's texts
 PROBES = "divergence.probes"  # the name of a flow's, among the tensors of its file
-# Of a solver's steps, whose weights take 0.3 s and 70 MB then and more with the square; of probes.
+# The most steps, and the most probes: the weights of so many steps take 0.3 s and 70 MB, and grow
+# with the square of the steps.
 MAX_COUNT = 4096
 
 _STALE = 3600.0  # seconds without a byte after which nobody writes to a file any more
@@ -201,7 +202,7 @@ def _short(path: Path) -> str:
 def _remove_stale(path: Path) -> None:
     """Remove what killed processes left of writes to a file.
 
-    Age tells, and not whether a process of that number runs: it may be one of another machine.
+    They are known by their age. Their process may be of another machine, so it is not looked for.
     """
     names = re.compile(rf"\.{re.escape(_short(path))}(\.\d+\.[0-9a-f]{{8}})?\.partial")
     # The file itself is written; and another process may be first.

@@ -21,7 +21,8 @@ from ..solvers.ode import Adaptive, FixedGrid
 
 _REFERENCE = Adaptive(rtol=1e-8, atol=1e-8, nodes=96)
 _FIRST_STEPS, _MAX_STEPS = 4, 256
-_REFERENCE_TRIALS = 40  # a reference takes as long as 12 to 40 trials at the fewest steps
+# Time set aside for the reference solve, in trials at the fewest steps; measured: 12 to 40.
+_REFERENCE_TRIALS = 40
 _FIRST_SAMPLE_STEPS, _MAX_SAMPLE_STEPS, _SAMPLES = 2, 64, 8
 _SURE_SAMPLE_STEPS = 8  # which are tried however short the time: as long as some training steps
 _LEAST_ROWS = 16  # on which a grid is chosen

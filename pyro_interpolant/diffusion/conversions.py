@@ -38,8 +38,8 @@ Time = Tensor | float
 SCORE_INSTEAD = "another, or the gradient of a density, distribution.at(t).score(x)"
 _LATER = "a later one"
 _WARP = 0.6  # of paths' nodes: steps at the data end are a quarter of those at the base end
-# Times the rounding of Delta, below which a score is lost in that of its numerator: of the
-# encoding-decoding path in float32 it is then off by 6%, at a sixteenth of it by 270%.
+# A score counts as lost where Delta is below this many times its rounding: there a score of the
+# encoding-decoding path in float32 is off by 6%, and at a sixteenth of that Delta by 270%.
 _LOST = 32
 
 

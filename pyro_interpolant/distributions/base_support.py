@@ -1,4 +1,4 @@
-r"""Where a base has a density: as it states, and behind each of the transforms it is made of.
+r"""The support of a base: the one it states, within the image of each of its transforms.
 
 Of a distribution that is transformed by several, torch states the codomain of the last alone:
 :math:`1 - 2 e^x` would be any real number.
@@ -53,7 +53,7 @@ def has_bounds(base: Distribution) -> bool:
 def inside_base(base: Distribution, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return where a distribution can have values, shape ``(*)``, and some where it can.
 
-    Values are pulled back through its transforms, each of which has them in its codomain.
+    Values are pulled back through its transforms, and must be in the codomain of each.
 
     Args:
         base: The distribution.
@@ -93,7 +93,7 @@ def _kept(
     Args:
         y: The values, shape ``(*, *event_shape)``.
         found: Where they can be, and known ones.
-        checked_dim: Of how many dimensions that is told at once.
+        checked_dim: How many dimensions of y each boolean is for.
         event_dim: The number of dimensions of an event.
     """
     inside, known = found

@@ -72,7 +72,7 @@ def is_flat(support: Any, shape: Sequence[int]) -> bool:
 
 
 _MOST_NUMBERS = 2**16  # in an event of a mixture's components
-# That of mixtures, of some versions of torch; in others theirs is that of the components.
+# The constraint of mixtures in some versions of torch; in others they have their components'.
 _OF_MIXTURES = getattr(constraints, "MixtureSameFamilyConstraint", ())
 
 

@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 from torch.distributions.utils import lazy_property
 
-# What no density depends on: modes, validation, caches, what a compiler made.
+# What no density depends on: modes, validation, caches, compiled calls.
 _LEFT_OUT = {
     *("training", "_validate_args", "_compiled_call_impl"),
     *("_inv", "_cached_x_y", "_cache", "_embeddings"),

@@ -1,7 +1,7 @@
 r"""Parts of the user's own: passed in, filled with a file's tensors, and found to be the same.
 
-A file holds the tensors of such a part, and no code. An instance in which an activation, a factor
-or a shape is another, which no tensor tells, computes something else. It is told by the sizes that
+A file holds the tensors of such a part, and no code. An instance with another activation, factor
+or shape may take the same tensors, and computes something else. It is found out by the sizes that
 a velocity states, and by values of it, or of an interpolant, at two fixed points, in evaluation
 mode.
 """

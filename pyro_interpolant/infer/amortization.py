@@ -43,8 +43,9 @@ _JUDGED_SETS, _JUDGED_DRAWS = 20, 1000  # data sets judged by importance weights
 _LEVELS = (0.05, 0.5, 0.95)  # of the quantiles over data sets
 _OUTSIDE = 1e-4  # the share of a guide's mass outside the region that a prior is truncated to
 _REGION_DRAWS, _LOOPED_DRAWS = 10_000, 1000  # of the prior at once, and one by one
-# Of the first round's simulations, which a later one needs. After 2,000, of a line through ten
-# rows, 500 raised the effective draws by 18%, 200 lowered them by 7%, 100 by 74%.
+# A later round needs this share of the first round's simulations. For a line through ten rows,
+# after 2,000 of them, 500 more raised the number of effective draws by 18%, 200 lowered it by 7%,
+# and 100 by 74%.
 _ROUND_SHARE = 0.1
 _MOST_TRIES = 1000  # prior draws for each that is kept
 

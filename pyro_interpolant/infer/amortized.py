@@ -71,11 +71,12 @@ from .sites import (
 _SIMULATIONS = 10_000
 _TRAINING_SHARE = 0.9  # of the time, for simulations and training; the rest: the verdict
 _SIMULATING, _JUDGING = 0.5, 0.05  # of the time at most, for simulations, and for fresh ones
-# The learning rate beside an embedding, which 1e-2 throws about: after 1,000 steps of 256 sets of
-# 20 rows, a posterior of two modes had 1.4 nats at this rate and 0.5 at that one.
+# The learning rate with an embedding, whose training 1e-2 makes unstable: after 1,000 steps of 256
+# sets of 20 rows, a posterior of two modes had 1.4 nats at this rate and 0.5 at 1e-2.
 _EMBEDDING_RATE = 2e-3
-# Of a run with a time, one a simulation, however long that is: the rate falls meanwhile (0.26 nats
-# on gaussian_mixture, 1,000), and what chance makes rise early is no end (10,000: 0.14).
+# Of a run with a time limit: the fewest steps, else one for each simulation; and the patience. So
+# the rate falls to the end (a gain of 0.26 nats on gaussian_mixture, 1,000 simulations), and a
+# loss that rises early by chance does not end the run (0.14 at 10,000).
 _FEWEST_STEPS, _PATIENCE = 2000, 100
 _POINTS = 64  # draws of which the likeliest is taken
 

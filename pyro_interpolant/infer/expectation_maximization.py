@@ -29,9 +29,9 @@ _RATE = 1e-3  # of the regression, before it falls: at twice of it a good start 
 _ROUND_ROWS = 2048  # whose latents are drawn anew
 _PICKED = 4  # latents of each
 _MOST_POOLS = 10  # rounds whose latents are kept, or as many as go once through all rows
-# Of the average of the weights: 1, so that its bound at step n, (1 + n) / (10 + n), alone acts,
-# and it is over the last tenth or so of the steps taken. Of two runs, such averages were nearer to
-# the truth at each of three looks than those of the last 200 steps, by an eighth in the energy
+# Of the average of the weights. At 1 only its bound at step n acts, (1 + n) / (10 + n), and the
+# average is over about the last tenth of the steps. In two runs, at each of three looks, such
+# averages were nearer to the truth than those of the last 200 steps, by an eighth in the energy
 # distance.
 _DECAY = 1.0
 _LOOKS = 10  # at the log-evidence of rows held out
@@ -284,11 +284,10 @@ def _passes(count: int, held: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def held_out(count: int, validation: float, seed: int | None) -> tuple[Tensor, Tensor]:
-    """Return the indices of rows held out, of which nothing is learned, and of the others.
+    """Return the indices of the rows held out, and of those to learn from.
 
     Raises:
-        ValueError: If there are too few rows for two of them, which tell the error of a mean, and
-            as many to learn from.
+        ValueError: If there are not two rows of each kind: the error of a mean needs two.
     """
     held = max(2, min(_MOST_HELD, round(validation * count)))
     if count - held < 2:

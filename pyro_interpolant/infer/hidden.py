@@ -12,8 +12,8 @@ from torch import Tensor
 from .runs import data_of, nodes_of
 from .simulation import Simulator
 
-# How many numbers of a site are replaced to test it: with one in 50 missing, 256 of them all miss
-# it once in 170 runs.
+# How many numbers of a site are replaced to test it. Where one in 50 is hidden, none of these is
+# among 256 once in 170 runs.
 _REPLACED, _LOOPED = 256, 64  # at once, and one by one
 
 
@@ -41,7 +41,7 @@ def is_hidden(simulator: Simulator, values: Mapping[str, Tensor] | None = None) 
         sum(simulator.shapes[name].numel() for name in names)
         for names in (real, simulator.observed)
     )
-    if seen_numbers < drawn:  # as of summaries, each of which any change of one number changes
+    if seen_numbers < drawn:  # as behind summaries, which every single number changes
         return True
     values = _in_arguments(simulator) if values is None else values
     for name in hidden:

@@ -36,12 +36,12 @@ from .simulation import Simulator
 from .sites import LatentSites, one_posterior
 
 _VERDICT_DRAWS = 10_000  # fresh draws that judge the guide
-# The effective share of the draws from which they need no weights. It bounds the error of a mean,
-# in standard deviations, by sqrt(1 / share - 1): 0.33 here, and 1 at a half.
+# Draws need no weights if this share of them is effective. It bounds the error of a mean, in
+# standard deviations, by sqrt(1 / share - 1): 0.33 here, and 1 at a half.
 GOOD_SHARE = 0.9
-_MOST = 0.5  # the share from which what is poor is the tails alone
-# How far a number may be from that which its value on the support comes back as, and the share of
-# all weight by which that of farther ones may be off: there may be more where no draw has been.
+_MOST = 0.5  # the effective share from which only the tails are called poor
+# A number is lost if its value on the support maps back to one this far away; and the share of
+# all weight by which lost draws may be off, as there may be more where no draw has been.
 _LOST, _MOST_LOST = 0.5, 1e-3
 _PULL, _PULLS = 0.9, 4  # towards the middle, of draws without a density
 _COARSE = 0.1  # nats, the mean change of the largest weights at doubled steps worth a warning

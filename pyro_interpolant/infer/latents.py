@@ -77,7 +77,7 @@ class Draws(NamedTuple):
         return torch.where(wide < count, shared, own)
 
     def take(self, index: Tensor) -> "Draws":
-        """Return those of some rows."""
+        """Return the draws of some rows."""
         return Draws(self.shared, self.which[index], self.own[index], self.log_weights[index])
 
     def pick(self, count: int) -> Tensor:
@@ -104,12 +104,13 @@ def draw_latents(
     Args:
         distribution: The population.
         rows: The measurements, n of them, with contexts if it takes any.
-        shared: M, the number of draws that all rows share. With contexts those of equal contexts
-            do, and have fewer where there are many sets of them.
+        shared: M, the number of draws that all rows share. With contexts only rows of equal
+            contexts share draws, and fewer of them where there are many different contexts.
         own: K, the number of each row's own.
         steps: Gauss-Newton steps to a mode.
-        enough: A row of which as many shared draws are effective, as far as others of the flow
-            and a search for a sharp core tell, gets none of its own: they have no weight.
+        enough: A row of which this many shared draws are effective gets none of its own: they
+            have no weight. The number is estimated from other draws of the flow, and from a
+            search for a sharp core.
         present: A latent of each row in the flow's coordinates, shape ``(n, D)``, NaN for none,
             that takes the place of one of its draws and is the last of its own: one by weight is
             then a step of a Markov chain whose law is the posterior (iterated sampling-importance-
@@ -131,7 +132,7 @@ def draw_latents(
     steps = steps if share == 1 else 2 * steps
     # By the others: a choice by the draws that are weighted would bias their weights.
     tried, tried_likelihood = _of_rows(tried, which), rows.log_likelihood(_of_rows(tried_x, which))
-    if not rows.is_gaussian():  # of which slopes tell wherever a draw is
+    if not rows.is_gaussian():  # slopes lead to the mode of a Gaussian one from any draw
         flow, tried_u = given(distribution, rows.context), _of_rows(u[:, :starts], which)
         tried, tried_likelihood = sharpened(flow, rows, tried, tried_u, tried_likelihood, steps)
     effective = shared / starts / tried_likelihood.softmax(-1).square().sum(-1)

@@ -405,8 +405,8 @@ def _probes(density: LogJoint, center: Tensor) -> tuple[Tensor, list[str], Tenso
 def _depends_on_draws(density: LogJoint, z: Tensor) -> bool:
     """Return whether a log density at z, shape ``(D,)``, is made of numbers that its model draws.
 
-    They may be the same many times, such as those of a rare event. Under ``torch.func.vmap`` they
-    have lanes, and so has what is made of them.
+    Two runs may draw the same, as of a rare event. Under ``torch.func.vmap`` all drawn numbers are
+    batched, and so is what is computed from them.
     """
     has_lanes = []
 

@@ -187,7 +187,7 @@ def _unweighted() -> Iterator[None]:
 
 
 def is_same_map(one: Any, other: Any) -> bool:
-    """Return whether two bijections are equal as far as they tell: torch compares few by parts."""
+    """Return whether two bijections are equal part by part, as torch compares few of them."""
     one, other = _unwrapped(one), _unwrapped(other)
     parts, others = _parts(one), _parts(other)
     if not parts or type(one) is not type(other):
@@ -196,7 +196,7 @@ def is_same_map(one: Any, other: Any) -> bool:
 
 
 def _parts(transform: Any) -> list[Any]:
-    """Return those that a transform joins, or has in a row."""
+    """Return the transforms that a transform joins or composes."""
     return list(getattr(transform, "parts", getattr(transform, "transforms", [])))
 
 

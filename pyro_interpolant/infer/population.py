@@ -76,7 +76,7 @@ def from_noisy_samples(
 
     What is learned is the density before the noise, its deconvolution: ``log_prob`` is that of x.
     :func:`object_posteriors` then gives the posterior of each row, or of new ones. How large an
-    error is must not tell of x beside what ``context`` does: where faint objects have wider
+    error is must not depend on x except through ``context``: where faint objects have wider
     errors, pass what the errors depend on as contexts.
 
     Args:

@@ -27,10 +27,11 @@ _TAIL = 5.0  # degrees of freedom of proposals
 _WIDENING = 1.2  # of its variance, beyond what the curvature at the mode says
 # Of parts at modes: with 0.4 at one, k-hat of bent posteriors is above 0.7 four times as often.
 _MODE_SHARE = 0.3
-_KERNELS = 4  # beside them; 16 and 48 were no better
+_KERNELS = 4  # beside the parts at modes; 16 and 48 were no better
 # Of the search for a sharp core: rounds for each Gauss-Newton step, new points in each, and the
-# best that they are drawn from, whose covariance is widened. About their own mean, not the last
-# one, the search ended too early for two to seven of ten rows beyond all draws; so for none.
+# best that they are drawn from, whose covariance is widened. It is taken about the previous mean.
+# About their own, the search ended too early for two to seven of ten rows that lie beyond all
+# draws; this way for none.
 _ROUNDS, _ROUND_POINTS, _BEST, _SPREAD = 10, 128, 32, 1.3
 
 
@@ -203,7 +204,7 @@ def sharpened(
 
 
 def _highest(points: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return those of points, ``(n, S, D)``, whose values are highest, and these, ``(n, S)``."""
+    """Return the points of highest value, ``(n, S, D)``, and their values, ``(n, S)``."""
     values, index = values.topk(min(count, values.shape[1]))
     return points.gather(1, index[..., None].expand(*index.shape, points.shape[-1])), values
 

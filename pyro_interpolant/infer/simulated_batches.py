@@ -22,10 +22,10 @@ _FEWEST = 10
 class SimulatedBatches:
     """Batches of simulations as :func:`~pyro_interpolant.fit` takes them, ``(rows, contexts)``.
 
-    A tenth of the first 10,000 simulations is held out, wherever these come again. Where some of
-    them repeat, as rounded latents beside counts do, so is a tenth of all others: to leave out
-    later copies of those alone would train on improbable simulations above others. Those that are
-    not finite are left out, and counted.
+    A tenth of the first 10,000 simulations is held out, wherever they come again. Where some of
+    these repeat, as rounded latents beside counts do, a tenth of all later ones is held out, too:
+    to leave out only copies of the first would favour improbable simulations in training. Those
+    that are not finite are left out, and counted.
 
     Args:
         batches: What gives, each time it is gone through, ``(latents, data)``: two dictionaries by

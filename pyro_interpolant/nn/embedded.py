@@ -44,7 +44,7 @@ _TIME_EXPONENT = 3.0
 _PENALTIES = torch.logspace(-8, 2, 41, dtype=torch.float64)  # of the ridge, to the mean eigenvalue
 _SHARES = torch.linspace(0, 1, 21, dtype=torch.float64)  # of slopes of log-deviations
 _LEAST = 1e-6  # of a residual: its logarithm is finite
-# Of a range. Of new sets of 5 (100) normals 0.5% (6%) leave that of 2,000; so far 0 (0.1%).
+# Of a range. 10% of new sets of 100 normal numbers leave that of 2,000 sets, 0.06% by so much.
 _MARGIN = 0.2
 
 

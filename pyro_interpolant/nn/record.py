@@ -19,10 +19,11 @@ from .._torch import is_for_numpy
 
 Array = NDArray[Any]
 
-# Of a layer, rows times width, up to which this is faster than autograd: widths of 128 to 512 take
-# 0.65 of its time at 2^13, 0.75 at 2^14, 0.88 at 2^15.
+# Rows times the width of a layer, up to which this is faster than autograd: layers of 128 to 512
+# units take 0.65 of autograd's time at 2^13, 0.75 at 2^14, 0.88 at 2^15.
 _MOST_NUMBERS = 2**15
-# Of a product, up to which numpy's is faster; beyond, it would also start threads of its own.
+# Multiplications in a matrix product, up to which numpy's is faster than torch's. Beyond, numpy
+# would also start threads of its own.
 _MOST_MULTIPLICATIONS = 2**18
 
 

@@ -208,7 +208,7 @@ def base_log_prob(base: dist.Distribution, x: Array) -> Array:
 def _inside(base: dist.Distribution, x: Array) -> tuple[Array, Array] | None:
     """Return where a base can have values, shape ``(*)``, and some where it can.
 
-    Values are pulled back through its transforms, each of which has them in its codomain: NumPyro
+    Values are pulled back through its transforms, and must be in the codomain of each: NumPyro
     states that of the last alone.
 
     Args:
@@ -252,7 +252,7 @@ def _kept(
     Args:
         y: The values, shape ``(*, *event_shape)``.
         found: Where they can be, and known ones.
-        checked_dim: Of how many dimensions that is told at once.
+        checked_dim: How many dimensions of y each boolean is for.
         event_dim: The number of dimensions of an event.
     """
     inside, known = found

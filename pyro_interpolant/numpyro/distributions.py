@@ -95,7 +95,7 @@ class InterpolantDistribution(dist.TransformedDistribution):
                 f"{shape}.{hint if self.event_shape == (1,) else ''}"
             )
         batch = lax.broadcast_shapes(shape[: len(shape) - event], self.batch_shape)
-        if 0 in batch:  # of which NumPyro's own make errors
+        if 0 in batch:  # on which NumPyro's own methods fail
             return jnp.zeros(batch, jnp.result_type(value, self.transform.weights["loc"]))
         if intermediates:
             return super().log_prob(value, intermediates)

@@ -147,7 +147,7 @@ def solve(
 
 
 def _held(weights: Weights) -> dict[str, Any]:
-    """Return weights of which a gradient reaches those alone that torch trains.
+    """Return weights such that gradients reach only those that torch trains.
 
     The rest are its buffers. Trained one by one, ``loc``, ``linear``, ``whitening`` and
     ``linear_log_det`` would no longer describe the same affine map.

@@ -21,7 +21,7 @@ _GIVEN: list[int] = []  # torch's numbers of threads around scopes of one
 def threads_at_once() -> int:
     """Return how many blocks may run at once: as many as the caller has given torch threads.
 
-    One beside other threads of Python, which torch gives the same number of its own.
+    In another thread of Python one, for torch gives each of these as many threads.
     """
     if not is_main_thread():
         return 1

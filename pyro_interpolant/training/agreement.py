@@ -28,10 +28,10 @@ from .rows import Rows
 _MOST_ROWS = 1000  # that are compared
 _DRAWS = (200, 1000)  # the fewest and the most that they are compared with; else two for each row
 _FIRST_ROWS = 250  # that are drawn for, however short the time
-# Of 62 fits of 11 kinds of data, in 20 to 300 steps, those of which the interquartile range was
-# within 1.7 times the rows' had differences up to 0.10 beyond chance, tails up to 2.5 times as
-# frequent and energies of 0.02 beyond chance. Where far values had flattened the bulk, these were
-# 0.18 to 0.47, up to 20, and 0.10 to 0.31.
+# Of 62 fits of 11 kinds of data, in 20 to 300 steps: where the draws' interquartile range was
+# within 1.7 times the rows', differences were up to 0.10 beyond chance, tails up to 2.5 times as
+# frequent as the rows', and energies up to 0.02 beyond chance. Where far values had flattened the
+# bulk of the draws, these three were 0.18 to 0.47, up to 20 times, and 0.10 to 0.31.
 _MOST_DIFFERENCE = 0.15  # of two distribution functions, beyond chance
 _MOST_TIMES = 5.0  # that draws lie beyond the farthest rows more or less often than rows do
 _MOST_ENERGY = 0.05  # beyond chance, of the mean distance between draws and rows

@@ -75,5 +75,5 @@ class Clock:
         return self.moment(1 + _OVERTIME_SHARE) + _OVERTIME
 
     def deadline_from_now(self) -> float:
-        """Return the same of a run whose time is over now, as after an interrupt."""
+        """Return when all must be done of a run that ends now, as after an interrupt."""
         return time.monotonic() + _OVERTIME_SHARE * self.spent() + _OVERTIME

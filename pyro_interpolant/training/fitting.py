@@ -51,9 +51,10 @@ _CALIBRATION_IMAGES, _CALIBRATION_SHARE = 8, 0.1  # and the most of the time of 
 
 
 class FitResult(NamedTuple):
-    """What a training run did. Losses are the paper's G: negative where something is learned.
+    """What a training run did.
 
-    They are its means over the times that :func:`fit` takes.
+    Losses are the paper's G, which leaves out a constant: 0 for a velocity of zero, lower is
+    better. They are means over the times that :func:`fit` takes.
 
     Attributes:
         steps: The step of each look at the held-out loss.
@@ -122,9 +123,9 @@ def fit(
     The whitening map is set from the data; the velocity is trained by regression on the
     interpolant with AdamW, a cosine schedule, clipped gradients and averaged weights. The weights
     kept are the latest under which held-out rows are as likely as ever, but for one standard error
-    of the difference. Of images, of pairs and couplings, whose paths the density does not tell of,
-    and where there is no density, the loss takes its place, at times and base draws that are fixed
-    throughout.
+    of the difference. For pairs and couplings, whose paths no density can judge, for images, and
+    where there is no density, the held-out loss takes its place, at times and base draws that are
+    fixed throughout.
 
     Times are :math:`1 - (1 - u)^p`, u uniform on [0, 1]: on paths from N(0, I) the networks of
     this package for up to 8 dimensions take p = 2, those given data (of

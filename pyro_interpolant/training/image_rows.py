@@ -101,5 +101,5 @@ def _flipped(shape: Sequence[int], rows: Rows) -> Rows:
 
 
 def most_held(event_dim: int) -> int:
-    """Return the most images of D numbers to hold out of a table: few tell the loss."""
+    """Return the most images of D numbers to hold out of a table: few are enough."""
     return max(_MIN_HELD, _HELD_NUMBERS // event_dim)

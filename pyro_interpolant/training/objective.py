@@ -159,8 +159,8 @@ def _floating(distribution: AnyDistribution, x1: Tensor) -> Tensor:
 def exponent_of(flow: Flow, base: WhitenedBase, target: Target, state: Checkpoint | None) -> float:
     """Return the exponent p of the times at which a flow's network is trained.
 
-    That of its velocity on paths from N(0, I), whose rates are sharp near the data alone; other
-    bases have structure of their own, which times near them tell of.
+    That of the velocity on paths from N(0, I), whose rates are sharp near the data alone. Else 1:
+    another base has structure of its own, which needs times near it.
 
     Args:
         flow: The flow.
@@ -385,8 +385,8 @@ class Objective(nn.Module):
     def _paired(self, x0: Tensor, rows: Rows) -> Tensor:
         """Return base draws coupled with rows, shape ``(N, D)`` each.
 
-        Labels of classes are no numbers of which some are near: the rows of each are coupled by
-        themselves, so that the draws of a class remain those of the base.
+        The rows of each class are coupled by themselves, for labels have no distances: the draws
+        of each class so remain draws of the base.
         """
         if not self.flow.classes or rows.context is None or self.coupling is independent:
             return self._partners(x0, rows)

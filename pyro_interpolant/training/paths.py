@@ -73,12 +73,12 @@ class Points(NamedTuple):
     context: Tensor | None = None
 
     def at(self, i: int | Tensor) -> "Points":
-        """Return those at one index, or at several, shape ``(K,)``, of the first dimension."""
+        """Return the points at one index, or several, shape ``(K,)``, of the first dimension."""
         context = None if self.context is None else self.context[i]
         return Points(self.t[i], self.w[i], self.target[i], context)
 
     def of_groups(self, some: slice) -> "Points":
-        """Return those of some of the groups of one time."""
+        """Return the points of some of the groups of one time."""
         context = None if self.context is None else self.context[..., some, :, :]
         w, target = self.w[..., some, :, :], self.target[..., some, :, :]
         return Points(self.t[..., some, :], w, target, context)
@@ -144,8 +144,8 @@ def mean_rates(
 ) -> Tensor:
     r"""Return mean rates of paths from N(0, I) to rows that do not depend on the base draws.
 
-    Where :math:`\sigma` is too small for :math:`p_j` to be told in the type in which they are
-    computed, the rate of the path itself is returned.
+    Where :math:`\sigma` is too small for the type to resolve the :math:`p_j`, the rate of the path
+    itself is returned.
 
     Args:
         interpolant: The path between pairs, linear in its ends.

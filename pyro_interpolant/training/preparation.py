@@ -100,7 +100,7 @@ def prepare_flow(
 def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = False) -> None:
     """Set a flow's whitening map, and the scales of its network, from training rows.
 
-    Where rows have weights, the network is told of some that are drawn by weight, as it will see.
+    Where rows have weights, scales are those of rows drawn by weight, as training draws them.
 
     Args:
         distribution: The distribution of the flow.

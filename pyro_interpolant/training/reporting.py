@@ -35,8 +35,8 @@ from .selection import Scores
 _REPORTED_ROWS = 1000  # held out, that the report evaluates
 _FIRST_ROWS = 100  # of them, however short the time
 # Held out, that judge weights in a run: rows, and numbers in all, as a density of D columns takes
-# some D evaluations of the network. By 8 steps a banana's density is off by 0.01 nats, and by how
-# much depends on the weights.
+# some D evaluations of the network. By 8 steps a banana's density is off by 0.01 nats, and the
+# error differs between weights, so that fewer steps would rank them wrongly.
 _JUDGED_ROWS, _JUDGED_NUMBERS = 512, 2**13
 _JUDGING_SOLVER = FixedGrid(steps=16)
 _FITTED_ROWS = 20_000  # to which the Gaussian is fitted
@@ -138,8 +138,8 @@ class HeldOutDensity:
         """Let the scores of some of these rows choose the weights of a run.
 
         Not of images, whose density takes as long as many steps, nor where there is no density.
-        Nor where the base has bounds: few rows lead back to between them before there is much
-        training, and the mean would do no more than count these.
+        Nor where the base has bounds: early in training few rows lead back to within them, and
+        the mean would only count these.
         """
         if self.is_known and not self.has_bounds:
             count = max(2, _JUDGED_NUMBERS // rows.w[0].numel())
