@@ -432,7 +432,18 @@ def forward_mode() -> contextlib.AbstractContextManager[object]:
 
     Its level is global: a thread that enters while another is there fails as if it were nested.
     """
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _FORWARD_MODE
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    _load_forward_mode()
+    return _FORWARD_MODE
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Import what the first derivative would, which warns of a deprecated part of torch itself."""
+    with _FORWARD_MODE, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".torch\.jit\.\w+. is ")
+        forward_ad._maybe_load_decompositions()
 
 
 def jvp(

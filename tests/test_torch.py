@@ -15,6 +15,7 @@ from pyro_interpolant import _torch
 from pyro_interpolant._torch import (
     draws,
     draws_nothing,
+    forward_mode,
     jvp,
     rng_state,
     seeded,
@@ -285,3 +286,17 @@ def test_a_network_that_was_trained_in_a_scope_is_as_it_was():
         assert [module.training for module in network.modules()] == [False, False, True]
         assert [p.requires_grad for p in network.parameters()] == [True, False]
         assert all(p.grad is None for p in network.parameters())
+
+
+def test_forward_mode_does_not_warn_of_what_torch_uses_itself(monkeypatch):
+    def load():
+        warnings.warn(
+            "`torch.jit.script` is deprecated. Please switch", FutureWarning, stacklevel=1
+        )
+
+    monkeypatch.setattr(torch.autograd.forward_ad, "_maybe_load_decompositions", load)
+    _torch._load_forward_mode.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with forward_mode():
+            pass
