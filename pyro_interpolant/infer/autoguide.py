@@ -68,7 +68,7 @@ class AutoInterpolant(AutoContinuous):
 
     Args:
         model: A Pyro model whose latent sites are continuous, of fixed shapes and supports.
-        hidden_dims: The widths of the velocity's hidden layers; by default ``(128, 128, 128)`` up
+        hidden_dims: The widths of the velocity's hidden layers; by default ``(96, 96, 96)`` up
             to 12 latent dimensions, as funnels want, and as :class:`VelocityMLP` chooses above.
         interpolant: The path the velocity is trained for; by default
             :class:`~pyro_interpolant.Trigonometric`.
@@ -395,7 +395,7 @@ class AutoInterpolant(AutoContinuous):
 def guide_network(latent_dim: int, hidden_dims: Sequence[int] | None = None) -> VelocityMLP:
     """Return the untrained velocity of a guide, by default three layers up to 12 dimensions."""
     if hidden_dims is None and latent_dim <= _MAX_DEEP_DIM:
-        hidden_dims = (128, 128, 128)
+        hidden_dims = (96, 96, 96)
     return VelocityMLP(latent_dim, hidden_dims)
 
 

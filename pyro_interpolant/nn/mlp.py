@@ -85,7 +85,7 @@ class VelocityMLP(nn.Module):
 
     Args:
         event_dim: D, the size of the last dimension of x.
-        hidden_dims: The widths of the hidden layers. By default ``(128, 128, 128)`` up to 8
+        hidden_dims: The widths of the hidden layers. By default ``(96, 96, 96)`` up to 8
             dimensions, ``(256, 256)`` up to 32 and ``(384, 384)`` above.
         context_dim: C, the size of the last dimension of the context; 0 for none.
         classes: K, for contexts that are labels 0 to K - 1, each with shifts and scales of its
@@ -120,7 +120,7 @@ class VelocityMLP(nn.Module):
         super().__init__()
         if hidden_dims is None:
             wide = (256, 256) if event_dim <= _MAX_NARROW_DIM else (384, 384)
-            hidden_dims = (128, 128, 128) if event_dim <= _MAX_DEEP_DIM else wide
+            hidden_dims = (96, 96, 96) if event_dim <= _MAX_DEEP_DIM else wide
         check_sizes("sizes", (event_dim, context_dim, classes))
         check_sizes("hidden_dims", hidden_dims)
         self.event_dim = event_dim

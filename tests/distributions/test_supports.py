@@ -89,7 +89,7 @@ def test_a_bijective_support_keeps_the_base():
     assert space.from_sampled(z) is z
     assert space.to_sampled(z) is z
     velocity = space.new_velocity(3, 2)
-    assert (type(velocity), velocity.arguments()) == (VelocityMLP, (3, (128,) * 3, 2))
+    assert (type(velocity), velocity.arguments()) == (VelocityMLP, (3, (96,) * 3, 2))
     assert space.default_path() is None
 
 
@@ -249,7 +249,7 @@ def test_the_base_of_angles_is_uniform_and_sampled_in_planes():
     torch.testing.assert_close(z.square().sum(-1), torch.full((40,), 6.0))  # as on average
     assert planar.sample((40,)).shape == (40, 6)
     velocity = space.new_velocity(3, 0, 4)
-    assert (type(velocity), velocity.arguments()) == (TorusMLP, (3, (128,) * 3, 0, 4))
+    assert (type(velocity), velocity.arguments()) == (TorusMLP, (3, (96,) * 3, 0, 4))
     assert space.default_path() == Geodesic()
 
 
