@@ -15,7 +15,6 @@ References:
 """
 
 import dataclasses
-import json
 import math
 import os
 from typing import Any, NamedTuple
@@ -24,11 +23,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._files import StrPath, checksum, contents, refuse_no_place, write
+from .._files import StrPath, contents, refuse_no_place, write
 from .._package import check_ranges, number, whole
 from .._torch import evaluated, warn_user, with_gradients
 from ..distributions.bases import check_single
-from ..distributions.fingerprint import stable_name, tensors_of
+from ..distributions.fingerprint import fingerprint, layers_of
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.rows import contexts_of_rows, images_of
 from ..nn.velocity import evaluate, images_at_once
@@ -211,11 +210,9 @@ class _Kept:
         transform, base = distribution.transform, distribution.base
         flow = transform.flow
         end, own = (getattr(transform, name, None) for name in ("end", "context"))
-        parts = transform.solver, transform.divergence, flow.interpolant, flow.velocity, base
-        support = distribution.constraint
-        names = [stable_name(part) for part in (*parts, support, end)]
-        found = checksum(tensors_of([flow, base, own, images, context, support]))
-        self.text = json.dumps([numbers, names, found])
+        parts = transform.solver, transform.divergence, flow.interpolant, layers_of(flow.velocity)
+        given = base, distribution.constraint, end, own, images, context
+        self.text = fingerprint(numbers, *parts, flow.state_dict(), *given)
         if os.path.exists(path):
             self.tensors = self._read(path)
 

@@ -3,20 +3,14 @@ r"""Where two values differ: whether what was built from a description is what w
 import copyreg
 import dataclasses
 from collections.abc import Mapping
-from inspect import getattr_static
 from numbers import Number
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
-from torch.distributions.utils import lazy_property
 
-# What no density depends on: modes, validation, caches, compiled calls.
-_LEFT_OUT = {
-    *("training", "_validate_args", "_compiled_call_impl"),
-    *("_inv", "_cached_x_y", "_cache", "_embeddings"),
-}
+from .fingerprint import parts_of
 
 
 def difference(one: object, other: object) -> str | None:
@@ -67,16 +61,6 @@ def _are_numbers(*values: object) -> bool:
 def _is_made_of_parts(value: object) -> bool:
     kinds = (nn.Module, Distribution, Transform, Constraint)
     return isinstance(value, kinds) or dataclasses.is_dataclass(value)
-
-
-def parts_of(value: object) -> dict[str, object]:
-    """Return the attributes of a value, without those that only save time."""
-    return {
-        key: part
-        for key, part in vars(value).items()
-        if key not in _LEFT_OUT
-        and not isinstance(getattr_static(type(value), key, None), lazy_property)
-    }
 
 
 def _state(value: object) -> Mapping[object, object] | None:

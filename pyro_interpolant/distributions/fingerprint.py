@@ -1,65 +1,115 @@
-"""Fingerprints by which a checkpoint or a kept evaluation recognises its flow."""
+"""Fingerprints by which a checkpoint or a kept evaluation recognises what it belongs to."""
 
-import contextlib
-import re
-from typing import Any
+import dataclasses
+import zlib
+from collections.abc import Iterable, Mapping, Set
+from functools import partial
+from inspect import getattr_static
+from types import CodeType, FunctionType, MethodType, ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform
+from torch.distributions.utils import lazy_property
 
 from .._torch import inverse_of
-from .base_description import describe_base
-from .constraints import Constraint
-from .differences import parts_of
-from .rows import as_tensor
 
-# The repr of a constraint shows these already.
-_TOLD = {"event_dim", "reinterpreted_batch_ndims", "shape"}
-_CACHE = "_cache"  # how names begin of what transforms remember of the values they have seen
-ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+# What no density depends on: modes, validation, compiled calls, what training measured, and
+# what is remembered: inverses, embedded contexts, and all whose name begins as below.
+_LEFT_OUT = {"training", "_validate_args", "_compiled_call_impl", "report", "_inv", "_embeddings"}
+_CACHE = "_cache"
+_OF_MODULES = set(vars(nn.Module()))  # hooks, modes, and numbers and layers by other names
+_PLAIN = {type(None), bool, int, float, complex, str, slice, range, torch.dtype, torch.device}
+_PACKAGE = __name__.partition(".")[0]
 
-
-def stable_name(value: object) -> str:
-    """Return a text that tells a value from others, and is the same in another process."""
-    with contextlib.suppress(NotImplementedError):  # distributions without named parameters
-        return getattr(value, "__qualname__", ADDRESS.sub("", repr(value)))
-    return type(value).__qualname__
+_Known = dict[int, tuple[object, str]]
 
 
-def tensors_of(value: object) -> list[Tensor]:
-    """Return the numbers that a part is made of, of any shapes."""
-    if isinstance(value, Transform | Constraint):
-        return _inside(value)
-    if isinstance(value, nn.Module):
-        return list(value.state_dict().values())
+def fingerprint(*values: object) -> str:
+    """Return a text that tells values from others, and is the same in another process.
+
+    Tensors and arrays count by shape, type and bytes, functions by name and code, those of this
+    package by name alone. All else is a class and its parts: items, the state of a module,
+    attributes. No address counts, nor the order of sets and dictionaries.
+
+    Args:
+        *values: Whatever; tensors and arrays are of any shapes.
+    """
+    return _text(values, {})
+
+
+def layers_of(network: nn.Module) -> list[list[object]]:
+    """Return the class, constants and shapes of each layer: a network, whatever its weights."""
+    return [
+        [
+            type(layer),
+            [getattr(layer, name, None) for name in getattr(layer, "__constants__", ())],
+            [p.shape for p in layer.parameters(recurse=False)],
+        ]
+        for layer in network.modules()
+    ]
+
+
+def parts_of(value: object) -> dict[str, object]:
+    """Return the attributes of a value, without those that only save time."""
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    own = {field.name: getattr(value, field.name) for field in fields}  # they may be slots
+    return {
+        key: part
+        for key, part in {**own, **getattr(value, "__dict__", {})}.items()
+        if key not in _LEFT_OUT
+        and not key.startswith(_CACHE)
+        and not isinstance(getattr_static(type(value), key, None), lazy_property)
+    }
+
+
+def _text(value: object, known: _Known) -> str:
+    """Return the fingerprint of a value; of those known by address, which stay alive, it is."""
+    if type(value) in _PLAIN:
+        return repr(value)
+    if isinstance(value, bytes):
+        return f"{zlib.crc32(value):08x}"
+    if id(value) not in known:
+        known[id(value)] = value, "circle"
+        texts = [_text(part, known) for part in _parts(value)]
+        if isinstance(value, Mapping | Set):
+            texts.sort()
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        known[id(value)] = value, f"{name} {zlib.crc32(repr(texts).encode()):08x}"
+    return known[id(value)][1]
+
+
+def _parts(value: object) -> Iterable[object]:
+    """Return what a value is made of, beside its name."""
+    match value:
+        case Tensor():
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            return value.shape, value.dtype, flat.view(torch.uint8).numpy().tobytes()
+        case Mapping():
+            return value.items()
+        case list() | tuple() | Set():
+            return value
+        case type() | ModuleType():
+            return (value.__name__,)
+        case partial():
+            return value.func, value.args, value.keywords
+        case MethodType():
+            return value.__func__, value.__self__
+        case FunctionType():
+            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+            given = value.__defaults__, value.__kwdefaults__, cells, vars(value)
+            is_ours = str(value.__module__).partition(".")[0] == _PACKAGE
+            # Another version of Python compiles to other code.
+            by_name = is_ours and "<" not in value.__qualname__
+            return given if by_name else (value.__code__, *given)
+        case CodeType():
+            return value.co_code, value.co_names, value.co_consts
+        case nn.Module():
+            own = {k: part for k, part in parts_of(value).items() if k not in _OF_MODULES}
+            named = value.named_parameters, value.named_buffers
+            return own, [[*of(recurse=False)] for of in named], [*value.named_children()]
     if hasattr(value, "__array__"):
-        return [as_tensor(value)]
-    if isinstance(value, Distribution):
-        names: Any = type(value).arg_constraints  # a property where its author wrote none
-        numbers = [getattr(value, name) for name in names] if isinstance(names, dict) else []
-        names = ("base_dist", "transforms", "source")  # the last of bases of other libraries
-        parts = [*numbers, *(getattr(value, name, None) for name in names)]
-        return max(tensors_of(parts), _described(value), key=len)
-    inner = value if isinstance(value, (list, tuple)) else []
-    if inner and all(isinstance(part, (bool, int, float)) for part in inner):
-        return [torch.as_tensor(inner)]
-    return [tensor for part in inner for tensor in tensors_of(part)]
-
-
-def _inside(value: Transform | Constraint) -> list[Tensor]:
-    """Return the numbers in a transform or a constraint, whose texts round or leave out some."""
-    found = list(value.state_dict().values()) if isinstance(value, nn.Module) else []
-    parts: list[object] = [inverse_of(value)]
-    for key, part in parts_of(value).items():
-        if key not in _TOLD and not key.startswith(_CACHE):
-            is_number = isinstance(part, int | float)
-            parts.append(torch.tensor(part, dtype=torch.float64) if is_number else part)
-    return found + tensors_of(parts)
-
-
-def _described(base: Distribution) -> list[Tensor]:
-    """Return the tensors that a file would have of a base; none if no file has it."""
-    with contextlib.suppress(ValueError):
-        return list(describe_base(base, "")[1].values())
-    return []
+        array = np.asarray(value)
+        is_flat = array.dtype != object  # otherwise bytes are addresses
+        return array.shape, str(array.dtype), array.tobytes() if is_flat else array.tolist()
+    return inverse_of(value), parts_of(value)

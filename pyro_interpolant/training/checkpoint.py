@@ -15,8 +15,7 @@ from .._files import StrPath, checksum, contents_of, plain_number, refuse_no_pla
 from .._package import check_ranges, whole
 from .._torch import rng_state, set_rng_state, warn_user
 from ..distributions.bases import Samples
-from ..distributions.fingerprint import ADDRESS, stable_name, tensors_of
-from ..distributions.own_description import describe_path
+from ..distributions.fingerprint import fingerprint, layers_of
 from ..distributions.part_description import Json
 from ..transforms.flow import Flow
 
@@ -269,8 +268,8 @@ def _began_as_state(raw: bytes) -> bool:
     return not any(start) or sum(map(operator.ne, start, _START)) <= 2
 
 
-def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> list[Any]:
-    """Return what tells the training of a flow from that of another, as JSON holds it.
+def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> str:
+    """Return what tells the training of a flow from that of another.
 
     Args:
         flow: The flow.
@@ -279,21 +278,4 @@ def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> l
         *given: What else the training was given.
     """
     base = None if isinstance(base, Samples) else base
-    names = [stable_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
-    shapes = [list(p.shape) for p in flow.velocity.parameters()]
-    tensors = tensors_of([flow.interpolant, base, *given])
-    found = [names, shapes, checksum(tensors)]
-    if ADDRESS.search(repr(flow.interpolant)):  # of a function, and two may have one name
-        found.append([f"{value:.3g}" for value in describe_path(flow)["values"] or []])
-    kept = _kept_by(coupling)
-    if kept:  # two closures of one function, or objects of one class, have one name
-        found.append([[stable_name(value) for value in kept], checksum(tensors_of(kept))])
-    return found
-
-
-def _kept_by(function: object) -> list[Any]:
-    """Return what a function, or an object that is called, has beside its arguments."""
-    cells = getattr(function, "__closure__", None) or ()
-    return [cell.cell_contents for cell in cells] + list(
-        getattr(function, "__dict__", {}).values()
-    )
+    return fingerprint(layers_of(flow.velocity), flow.interpolant, base, coupling, *given)
