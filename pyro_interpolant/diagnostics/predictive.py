@@ -36,7 +36,7 @@ from ..distributions.interpolant import (
     ConditionalInterpolantDistribution,
     InterpolantDistribution,
 )
-from ..distributions.joint import NamedSites, column_names, own_sites, rows_by_name
+from ..distributions.joint import column_names, pack, rows_by_name, unpack
 from ..distributions.rows import RowsLike, check_same_order, checked_rows, contexts_of_rows
 from ..distributions.supports import BijectiveSupport
 
@@ -299,7 +299,7 @@ class _Rows:
         with torch.no_grad(), contextlib.suppress(NotImplementedError):
             found = torch.cat([view.cdf(self.x[part]).double() for view, part in self.parts()])
             # A packed site is an unconstrained number, which may fall as its value rises.
-            falls = isinstance(self.distribution, NamedSites) and bool(self.directions < 0)
+            falls = self.distribution.sites is not None and bool(self.directions < 0)
             return (1 - found if falls else found)[:, None]
         return None
 
@@ -309,17 +309,18 @@ def _packed(distribution: AnyDistribution, x: RowsLike) -> ArrayLike:
 
     Of named draws they are packed vectors.
     """
-    x = rows_by_name(x, distribution.columns, own_sites(distribution), "x")
-    if not isinstance(distribution, NamedSites):
+    sites = distribution.sites
+    x = rows_by_name(x, distribution.columns, sites, "x")
+    if sites is None:
         if isinstance(x, Mapping):
             raise TypeError("expected rows: this distribution has no named sites")
         return x
     if not isinstance(x, Mapping):
         raise TypeError(
-            f"expected draws of the sites {list(distribution.sites)} by name, a dictionary or a "
+            f"expected draws of the sites {list(sites)} by name, a dictionary or a "
             "data frame, got a table without names: of packed vectors, pass .unpack(x)"
         )
-    return distribution.pack(x)
+    return pack(sites, x)
 
 
 def _directions(distribution: AnyDistribution) -> Tensor:
@@ -327,8 +328,8 @@ def _directions(distribution: AnyDistribution) -> Tensor:
     flow = distribution.transform.flow
     ends = torch.stack((torch.zeros_like(flow.loc), torch.ones_like(flow.loc))).double()
     space = distribution.ungaussianized_space
-    if isinstance(distribution, NamedSites):
-        values = list(distribution.unpack(ends).values())
+    if distribution.sites is not None:
+        values = list(unpack(distribution.sites, ends).values())
         sizes = [real_shape(*site).numel() for site in distribution.sites.values()]
     else:
         values = [space.bijection(ends) if isinstance(space, BijectiveSupport) else ends]

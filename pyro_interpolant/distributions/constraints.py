@@ -8,7 +8,7 @@ constraints, numbers, tensors, or lists of these. By that, files can hold it.
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from .._package import check_sizes
 from ..transforms.bijections import PerEvent, mended
 
 Constraint = constraints.Constraint
+Sites = Mapping[str, tuple[torch.Size, Constraint]]  # shape and support, in the order of packing
 
 
 class Circular(Constraint):

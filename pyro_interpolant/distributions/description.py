@@ -145,7 +145,7 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
     is_conditional = isinstance(distribution, ConditionalInterpolantDistribution)
     fixed = [name for name, p in flow.named_parameters() if not p.requires_grad]
     count = len(list(flow.parameters()))
-    sites, refined_for = getattr(distribution, "sites", {}), _refined_for(distribution)
+    sites, refined_for = distribution.sites or {}, _refined_for(distribution)
     return {
         "class": type(distribution).__name__,
         "velocity": type(flow.velocity).__qualname__,
@@ -237,7 +237,7 @@ def _content(distribution: object) -> object:
         "solver": transform.solver,
         "divergence": transform.divergence,
         "support": distribution.constraint,
-        "sites": getattr(distribution, "sites", {}),
+        "sites": distribution.sites,
         "base": _content(distribution.base),
         "batch_shape": getattr(distribution, "batch_shape", ()),
         "validate_args": vars(distribution).get("_validate_args"),

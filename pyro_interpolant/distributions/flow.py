@@ -24,7 +24,7 @@ from .bases import (
     has_density,
     standard_normal,
 )
-from .constraints import Constraint
+from .constraints import Constraint, Sites
 from .report import Report
 from .rows import checked_context, checked_rows, columns_in_order, is_frame, names_of
 from .supports import Support, support_of
@@ -46,6 +46,7 @@ class FlowDistribution:
         report: What training measured, or None before.
         columns: The names of the columns of a data frame that it was trained on, or nothing.
         context_columns: The same of contexts, where it takes them.
+        sites: The sites of a joint distribution, by name in the order of packing, or None.
         refined_for: The context, shape ``(C,)``, for which alone it was trained in later rounds,
             or None for all.
     """
@@ -57,6 +58,7 @@ class FlowDistribution:
     report: Report | None = None
     columns: tuple[str, ...] = ()
     context_columns: tuple[str, ...] = ()
+    sites: Sites | None = None
     refined_for: Tensor | None = None
     clear_cache: Callable[[], None]
     _transform_kind: type[AnyTransform]

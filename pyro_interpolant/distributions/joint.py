@@ -21,7 +21,8 @@ from torch.distributions import constraints
 
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .constraints import Constraint, Shaped, biject, bijection, real_shape
+from .constraints import Constraint, Shaped, Sites, biject, bijection, real_shape
+from .flow import FlowDistribution
 from .interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -39,15 +40,13 @@ from .rows import (
 )
 from .supports import BijectiveSupport, CircularSupport, support_of
 
-Sites = Mapping[str, tuple[torch.Size, Constraint]]  # shape and support, in the order of packing
-
 # Among what "infer" holds: what a packed site shares with the sites that are its parts, which
 # handlers may rename; and that with the name that each has in the distribution.
 PACKED, PART = "_interpolant_packed", "_interpolant_part"
 
 
-class NamedSites:
-    """The sites that a packed vector is made of.
+class NamedSites(FlowDistribution):
+    """A distribution of packed vectors, and the sites that they are made of.
 
     Attributes:
         sites: For each site its event shape and its support, in the order of packing.
@@ -393,13 +392,8 @@ def rows_by_name(
 
 def names_in_frames(distribution: AnyDistribution) -> tuple[str, ...]:
     """Return the names by which columns of a data frame are taken, in their order, or none."""
-    sites = own_sites(distribution)
+    sites = distribution.sites
     return distribution.columns if sites is None else _flat_names(sites)
-
-
-def own_sites(distribution: AnyDistribution) -> Sites | None:
-    """Return the sites of a distribution, or None where it has none."""
-    return distribution.sites if isinstance(distribution, NamedSites) else None
 
 
 def _flat_names(sites: Sites) -> tuple[str, ...]:
@@ -409,7 +403,7 @@ def _flat_names(sites: Sites) -> tuple[str, ...]:
 
 def column_names(distribution: AnyDistribution) -> list[str]:
     """Return what to call each unconstrained column."""
-    if not isinstance(distribution, NamedSites):
+    if distribution.sites is None:
         constraint = without_gaussianizer(distribution.constraint)
         if isinstance(constraint, Shaped):
             constraint = constraint.base_constraint

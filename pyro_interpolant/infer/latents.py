@@ -25,7 +25,7 @@ from .._package import check_ranges, number, whole
 from .._torch import evaluated, seeded, with_gradients
 from ..diagnostics.psis import log_total, pareto_smooth, shuffled_resampling
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
-from ..distributions.joint import names_in_frames, own_sites
+from ..distributions.joint import names_in_frames
 from ..distributions.rows import check_same_order, contexts_of_rows
 from ..distributions.supports import support_of
 from ..solvers.parallel import one_thread_each
@@ -391,7 +391,7 @@ def check_base(distribution: object) -> None:
             f"expected a flow from its default base N(0, I), got {distribution.base}, from which "
             "latents cannot be drawn: train it without base, base_samples or circular support"
         )
-    sites = own_sites(distribution) or {}
+    sites = distribution.sites or {}
     moved = [name for name, (_, support) in sites.items() if not support_of(support).is_real()]
     if moved:
         raise ValueError(

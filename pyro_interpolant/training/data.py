@@ -13,7 +13,7 @@ from .._files import checksum
 from .._package import check_ranges
 from .._torch import rng_state, set_rng_state
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
-from ..distributions.joint import NamedSites
+from ..distributions.joint import pack
 from ..distributions.rounding import warn_if_rounded
 from ..distributions.rows import (
     RowsLike,
@@ -321,17 +321,18 @@ def rows_of(
     flow = distribution.transform.flow
     shape = distribution.row_shape
     if isinstance(data, Mapping):
-        if not isinstance(distribution, NamedSites):
+        sites = distribution.sites
+        if sites is None:
             raise TypeError(
                 "expected a tensor of rows: only a JointInterpolantDistribution takes named draws"
             )
-        unknown = sorted(set(data) - set(distribution.sites))
+        unknown = sorted(set(data) - set(sites))
         if unknown:
             raise ValueError(
-                f"expected draws of the sites {sorted(distribution.sites)}, got {unknown} "
+                f"expected draws of the sites {sorted(sites)}, got {unknown} "
                 "besides: leave them out, or learn all of them anew by from_samples(draws)"
             )
-        given: ArrayLike = distribution.pack(data)
+        given: ArrayLike = pack(sites, data)
         shape = torch.Size((flow.event_dim,))
     else:
         given = data

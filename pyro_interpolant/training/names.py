@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from ..distributions.constraints import Sites
 from ..distributions.interpolant import AnyDistribution
-from ..distributions.joint import Sites, own_sites, rows_by_name
+from ..distributions.joint import rows_by_name
 from ..distributions.rows import check_same_order, columns_in_order, in_order, names_of
 
 
@@ -27,7 +28,7 @@ class Names(NamedTuple):
     @classmethod
     def of(cls, distribution: AnyDistribution) -> "Names":
         """Return the names that a distribution has."""
-        return cls(distribution.columns, distribution.context_columns, own_sites(distribution))
+        return cls(distribution.columns, distribution.context_columns, distribution.sites)
 
     def give_to(self, distribution: AnyDistribution) -> None:
         """Make these the names that a distribution has; sites are its own."""
