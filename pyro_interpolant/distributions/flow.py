@@ -16,6 +16,7 @@ from torch import Tensor
 from ..solvers.divergence import NoDensity
 from ..transforms.gaussianize import Gaussianized, without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
+from .base_support import has_bounds, stated_support
 from .bases import (
     Samples,
     WhitenedBase,
@@ -24,7 +25,7 @@ from .bases import (
     has_density,
     standard_normal,
 )
-from .constraints import Constraint, Sites
+from .constraints import Circular, Constraint, Sites
 from .report import Report
 from .rows import checked_context, checked_rows, columns_in_order, is_frame, names_of
 from .supports import Support, support_of
@@ -138,6 +139,17 @@ class FlowDistribution:
         if isinstance(base, FlowDistribution) and not base.has_density():
             return False
         return own and (base is None or has_density(base))
+
+    def has_bounded_base(self) -> bool:
+        """Return whether its base, or the base of that, has bounds, as far as it says; angles not.
+
+        Beyond them there is no density.
+        """
+        base = self.base
+        if isinstance(base, FlowDistribution) and base.has_bounded_base():
+            return True
+        is_circle = base is not None and isinstance(stated_support(base), Circular)
+        return base is not None and not is_circle and has_bounds(base)
 
     def white_base(self) -> WhitenedBase:
         """Return the base in whitened coordinates, those of the velocity."""

@@ -15,13 +15,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from .._torch import evaluated, seeded, warn_user
-from ..distributions.base_support import has_bounds, stated_support
-from ..distributions.constraints import Circular
-from ..distributions.flow import FlowDistribution
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import GAUSSIAN, Report, beside, decimals
 from ..distributions.supports import CircularSupport
@@ -129,7 +125,7 @@ class HeldOutDensity:
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
         self.is_known = distribution.has_density() and not images
-        self.has_bounds = _has_bounds(distribution.base)
+        self.has_bounds = distribution.has_bounded_base()
         self.judging: Rows | None = None  # rows whose scores choose weights
         self.last: Scores | None = None  # of these
         self.against: float | None = None  # the Gaussian's mean of these
@@ -216,13 +212,6 @@ class HeldOutDensity:
         normal = None if self.normal is None else float(scores.shares @ self.normal(rows))
         none = float(scores.shares[scores.values == math.inf].sum())
         return -scores.mean(), scores.error(), normal, none
-
-
-def _has_bounds(base: Distribution | None) -> bool:
-    """Return whether a base has no density beyond some bounds, as far as its support says."""
-    if isinstance(base, FlowDistribution) and _has_bounds(base.base):
-        return True
-    return base is not None and not isinstance(stated_support(base), Circular) and has_bounds(base)
 
 
 def _scores(distribution: AnyDistribution, rows: Rows) -> Scores:
