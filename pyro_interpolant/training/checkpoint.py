@@ -4,6 +4,7 @@ import contextlib
 import json
 import operator
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..distributions.part_description import Json
 from ..transforms.flow import Flow
 
 _KEY = "pyro_interpolant_snapshot"
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # How the header of a state begins, spaces taken out.
 _START = f'{{"__metadata__":{{"{_KEY}"'.encode()
 
@@ -139,7 +141,7 @@ def open_checkpoint(
         return None
     checkpoint = Checkpoint(path, every, identity, like.device)
     if checkpoint.tensors:
-        if checkpoint.numbers["identity"] != identity:
+        if not _is_same(checkpoint.numbers["identity"], identity):
             raise ValueError(
                 f"expected {path} to be of this run, got the state of one with other data, "
                 f"another network or other settings: delete it and {checkpoint.previous}, or "
@@ -268,8 +270,10 @@ def _began_as_state(raw: bytes) -> bool:
     return not any(start) or sum(map(operator.ne, start, _START)) <= 2
 
 
-def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> str:
-    """Return what tells the training of a flow from that of another.
+def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> list[Any]:
+    """Return what tells the training of a flow from that of another, as JSON holds it.
+
+    A fingerprint; then names and shapes, by which states of earlier versions are known.
 
     Args:
         flow: The flow.
@@ -278,4 +282,21 @@ def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> s
         *given: What else the training was given.
     """
     base = None if isinstance(base, Samples) else base
-    return fingerprint(layers_of(flow.velocity), flow.interpolant, base, coupling, *given)
+    found = fingerprint(layers_of(flow.velocity), flow.interpolant, base, coupling, *given)
+    names = [_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
+    return [found, [names, [list(p.shape) for p in flow.velocity.parameters()]]]
+
+
+def _name(part: object) -> str:
+    """Return the name of a part of a run in the states of earlier versions."""
+    with contextlib.suppress(NotImplementedError):  # distributions without named parameters
+        return getattr(part, "__qualname__", _ADDRESS.sub("", repr(part)))
+    return type(part).__qualname__
+
+
+def _is_same(found: list[Any], identity: list[Any]) -> bool:
+    """Return whether the identity in a state is that of a run: data, settings, and the rest."""
+    *given, kind, names_and_shapes = identity
+    if len(found) < len(identity):  # by an earlier version, without a fingerprint
+        return [*found[:-1], found[-1][:2]] == [*given, names_and_shapes]
+    return found[:-1] == [*given, kind]

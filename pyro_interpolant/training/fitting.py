@@ -237,7 +237,7 @@ def fit(
         asked = [steps, max_seconds, learning_rate, weight_decay, batch_size, patience, ema, learn]
         identity = [source.checksum, [*asked, seed, source.share, whiten, *["flip"] * flip]]
         if checkpoint is not None:  # it goes through all weights and samples
-            identity += [identity_of(flow, distribution.base, coupling, base_samples, validation)]
+            identity += identity_of(flow, distribution.base, coupling, base_samples, validation)
         exact = source.exact and (process.world == 1 or not process.own_rows)
         state = open_checkpoint(checkpoint, checkpoint_every, identity, source.like, exact=exact)
         process.check_same("step to go on from", state and state.step, _SHARED_FILE)
