@@ -137,6 +137,24 @@ def test_a_grid_that_is_never_fine_enough_is_warned_of(matrix, monkeypatch):
     assert found.solver_error > 1e-9
 
 
+def test_bits_are_the_mean_over_where_in_their_cells_values_are(matrix):
+    """As many pieces of noise as are asked for, in the order of the generator."""
+    images, v = gaussian_images(matrix), levels(4)
+    bits = likelihood._Bits(images, LEVELS, 1, torch.Generator().manual_seed(3))
+    solver, _ = bits.solver(v, None, 1e9)
+    with torch.no_grad():
+        each = torch.stack([bits(v, None, solver) for _ in range(3)])
+    assert float(each.std(0).min()) > 0
+    found = bits_per_dim(images, v, LEVELS, dequantizations=3, tolerance=1e9, seed=3)
+    assert found.mean == pytest.approx(float(each.mean()), rel=1e-12)
+
+
+def test_what_tells_the_error_of_tolerances_has_a_tenth_of_both():
+    finer = likelihood._finer(pi.Adaptive(rtol=1e-3, atol=1e-4, nodes=8))
+    assert (finer.rtol, finer.atol) == pytest.approx((1e-4, 1e-5))
+    assert finer.nodes == 16
+
+
 def test_bits_go_on_from_a_file(matrix, tmp_path, monkeypatch):
     """To the very bits of the call left alone, from behind the last piece that was kept."""
     images, v, path = gaussian_images(matrix), levels(30), tmp_path / "bits"
@@ -193,6 +211,13 @@ def test_bits_of_another_base_are_not_gone_on_from(matrix, tmp_path):
     bits_per_dim(starting(0.1), v, LEVELS, checkpoint=path)
     with pytest.raises(ValueError, match="to have bits of these images by this density"):
         bits_per_dim(starting(0.2), v, LEVELS, checkpoint=path)
+
+
+def test_bits_at_another_time_are_not_gone_on_from(matrix, tmp_path):
+    images, v, path = gaussian_images(matrix), levels(4), tmp_path / "bits"
+    bits_per_dim(images.at(0.5), v, LEVELS, tolerance=1e9, checkpoint=path)
+    with pytest.raises(ValueError, match="to have bits of these images by this density"):
+        bits_per_dim(images.at(0.75), v, LEVELS, tolerance=1e9, checkpoint=path)
 
 
 def within(high):
