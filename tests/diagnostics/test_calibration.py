@@ -365,3 +365,24 @@ def test_a_tight_solve_meets_the_network_in_evaluation():
     assert modes[0]  # the present solver's, as the caller has it
     assert not modes[-1]
     assert flow.transform.training
+
+
+def test_where_time_is_short_rows_are_fewer_and_have_their_own_contexts(monkeypatch):
+    flow = random_flow(2, context_dim=2).requires_grad_(requires_grad=False)
+    family = ConditionalInterpolantDistribution(flow)
+    x, context = torch.randn(8, 2), torch.randn(8, 2)
+    few = calibration.calibrate_until(math.inf, family, x[:3], tolerance=0.1, context=context[:3])
+    monkeypatch.setattr(calibration._Trials, "affordable", lambda self, seconds: 3)
+    found = calibration.calibrate_until(math.inf, family, x, tolerance=0.1, context=context)
+    assert found == few
+
+
+def test_samples_that_choose_a_grid_are_the_same_each_time_and_leave_the_generator():
+    distribution, state = InterpolantDistribution(random_flow(2)), torch.get_rng_state()
+    found = []
+    for _ in range(2):
+        found.append(calibration.calibrate_sampler_until(math.inf, distribution, None, 1e-2))
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(3)
+        state = torch.get_rng_state()
+    assert found[0] == found[1]
