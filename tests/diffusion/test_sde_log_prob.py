@@ -272,3 +272,10 @@ def test_the_known_density_of_a_gaussian():
     flow = InterpolantDistribution(InterpolantTransform(truth, interpolant=Linear()))
     value, _ = sde_log_prob(flow, torch.zeros(1, 2), paths=8)
     assert abs(float(value) + float(torch.log(torch.tensor(4 * torch.pi)))) < 1e-3
+
+
+def test_a_mirror_that_was_not_fitted_has_no_density():
+    """Its paths end at the data, which it does not have: N(0, I) in their stead is not theirs."""
+    truth = random_mixture(2, Mirror(SineSquared(1.0)))
+    with pytest.raises(ValueError, match="expected samples to start from"):
+        sde_log_prob(flow_of(truth, noise=LatentNoise(truth)), torch.zeros(3, 2), paths=2, steps=2)
