@@ -250,6 +250,14 @@ def test_a_student_may_have_frozen_parts_and_is_left_in_evaluation():
     assert not any(part.training for part in (*student, trained))
 
 
+def test_a_batch_without_a_finite_gradient_is_passed_over():
+    module, factors = LikeZuko(), iter([1.0, math.inf, 1.0])
+    module.shift.register_hook(lambda gradient: gradient * next(factors))
+    StudentTransforms(module).learn(1 + torch.randn(50, 2), 3, 20, 1e-2, progress=False)
+    assert bool(module.shift.isfinite().all())
+    assert float(module.shift.abs().min()) > 0
+
+
 class Unrelated(nn.Module):
     def forward(self):
         return torch.zeros(2)

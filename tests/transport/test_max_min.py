@@ -1,3 +1,6 @@
+import itertools
+from types import SimpleNamespace
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -28,6 +31,7 @@ from pyro_interpolant import (
 from pyro_interpolant.distributions.bases import WhitenedBase
 from pyro_interpolant.interpolants.nonlinear import wrap
 from pyro_interpolant.training.data import Table
+from pyro_interpolant.transport import max_min, rectified
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
@@ -221,6 +225,33 @@ def test_one_column_alone(options):
     assert path.waves.any()
 
 
+def test_energies_are_those_since_the_one_before_and_ascents_fall_to_nothing(monkeypatch):
+    """Means over all steps so far would hide whether the alternation still lowers the energy."""
+    losses, rates = itertools.count(1), []
+
+    class Descending:
+        def __init__(self, objective):
+            pass
+
+        def __call__(self, points, rate):
+            return -torch.tensor(float(next(losses)))
+
+        def is_stuck(self):
+            return False
+
+    monkeypatch.setattr(max_min, "Descent", Descending)
+    monkeypatch.setattr(max_min, "_Ascent", lambda *_: lambda rows, rate: rates.append(rate))
+    batches = SimpleNamespace(next=lambda: None, next_rows=None)
+    pace = max_min._Pace(20, 3, 1e-3, 0.5)
+    found = pace.alternate(None, SimpleNamespace(weights=list), batches, progress=False)
+    head = 12  # a fifth of 60
+    assert found == [head + 3 * i + 2 for i in range(20)]
+    assert len(rates) == 17  # it rests at the end
+    assert rates[0] == 0.5
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.01
+
+
 @pytest.mark.parametrize(
     ("interpolant", "options", "kind", "message"),
     [
@@ -336,6 +367,28 @@ def test_reflow_in_inference_mode():
     with torch.inference_mode():
         new = reflow(distribution, count=60, steps=1, **QUICK | {"batch_size": 32}).distribution
     assert not any(p.is_inference() for p in new.transform.parameters())
+
+
+def test_how_straight_paths_are_is_told_in_whitened_units():
+    """Of a base that is given, too, whose draws are in the coordinates of the data."""
+    velocity = VelocityMLP(2, (8,))
+    loc, scale = torch.tensor([40.0, -3.0]), torch.diag(torch.tensor([5.0, 0.2]))
+    start = Samples(torch.randn(50, 2) @ scale + loc)
+    torch.nn.init.normal_(velocity.output.weight)
+    distribution = InterpolantDistribution(InterpolantTransform(velocity), start).freeze()
+    flow = distribution.transform.flow
+    flow.whitening.set(loc, scale)
+    found = rectified._report(distribution, start.rows, start.rows, None, 1e-2)
+
+    def ends(steps):
+        distribution.transform.solver, x = FixedGrid(steps), start.rows
+        for part in distribution.transforms:
+            x = part(x)
+        return flow.whitening.to_white(x)
+
+    for steps in (1, 2):
+        expected = (ends(steps) - ends(128)).norm(dim=-1).mean()
+        assert found.sampling_errors[steps] == pytest.approx(float(expected))
 
 
 @pytest.mark.slow
