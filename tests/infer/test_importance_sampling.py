@@ -23,7 +23,7 @@ from torch.distributions import SigmoidTransform
 from pyro_interpolant import AutoInterpolant, FixedGrid, importance, log_joint
 from pyro_interpolant.diagnostics.psis import ImportanceSummary, log_ratio
 from pyro_interpolant.infer import ImportanceResult
-from pyro_interpolant.infer.importance_sampling import verdict_of
+from pyro_interpolant.infer.importance_sampling import at_edges, verdict_of
 
 Y = torch.tensor([1.0, 3.0], dtype=torch.float64)
 
@@ -282,6 +282,24 @@ def test_weight_where_a_type_knows_no_more_of_an_edge_is_told_of(level):
         text = f"{dtype} cannot tell values of 'p' from an edge"
         is_told = any(text in str(warning.message) for warning in found)
         assert is_told == (level == 14.0 and dtype == torch.float32)
+
+
+@pytest.mark.parametrize("count", [400, 4000])
+def test_weight_that_is_lost_at_an_edge_is_a_share_of_that_of_all_draws(count):
+    loc, unit = torch.tensor(14.0, dtype=torch.float32), torch.ones((), dtype=torch.float32)
+
+    def model():
+        pyro.sample(
+            "p", dist.TransformedDistribution(dist.Normal(loc, unit), [SigmoidTransform()])
+        )
+
+    start = init_to_value(values={"p": loc.sigmoid()})
+    guide = AutoDiagonalNormal(model, init_loc_fn=start, init_scale=1.0)
+    guide()
+    z = torch.full((count, 1), 14.0, dtype=torch.float32)
+    z[0] = 17.0  # alone where all is one
+    found = at_edges(guide.get_posterior(), log_joint(guide), z, 0.0)
+    assert bool(found) == (count == 400)
 
 
 def tiny_rates(scale):
