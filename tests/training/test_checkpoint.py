@@ -121,6 +121,17 @@ def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
         assert getattr(result, name) == getattr(expected, name)
 
 
+def test_the_time_of_a_run_that_goes_on_is_that_before_too(tmp_path):
+    """A run of an hour that is killed has no second hour."""
+    path = tmp_path / "run"
+    with pytest.raises(Stop):
+        fit(made(), rows(), checkpoint=path, checkpoint_every=1, callback=stopping(2), **QUICK)
+    state = state_at(path)
+    state.identity, state.initial = state.numbers["identity"], state.tensors["initial"]
+    state.write(state.tensors, {**state.numbers, "seconds": 1000.0})
+    assert 1000 < fit(made(), rows(), checkpoint=path, **QUICK).seconds < 2000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("at", range(16, 25))
 def test_a_run_resumes_from_any_place_in_what_is_drawn_ahead(at, tmp_path):

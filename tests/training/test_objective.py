@@ -15,6 +15,7 @@ from pyro_interpolant import (
     InterpolantDistribution,
     InterpolantTransform,
     NonlinearInterpolant,
+    Samples,
     TorusMLP,
     UniformTorus,
     VelocityMLP,
@@ -23,8 +24,14 @@ from pyro_interpolant import (
 from pyro_interpolant.distributions.bases import WhitenedBase
 from pyro_interpolant.interpolants.couplings import independent, optimal_transport
 from pyro_interpolant.nn.embedded import EmbeddedVelocity
+from pyro_interpolant.training.checkpoint import Checkpoint
 from pyro_interpolant.training.distributed import Process
-from pyro_interpolant.training.objective import Objective, exponent_of, regression_loss
+from pyro_interpolant.training.objective import (
+    Objective,
+    exponent_of,
+    regression_loss,
+    takes_means,
+)
 from pyro_interpolant.training.paths import path_points
 from pyro_interpolant.training.rows import Rows
 
@@ -357,3 +364,36 @@ def test_whole_numbers_are_spread_or_refused():
     assert torch.allclose(found, expected)
     with pytest.raises(TypeError, match="floating type"):
         interpolant_loss(random_prior(2), torch.ones(5, 2, dtype=torch.int64))
+
+
+def test_held_out_rows_are_coupled_with_the_draws_of_the_base_that_are_held_out():
+    flow = InterpolantTransform(VelocityMLP(2, (8,))).flow
+    seen, unseen = WhitenedBase(Samples(torch.randn(100, 2)), flow.whitening).split(0.2)
+    objective = Objective(flow, seen, optimal_transport)
+    drawn = []
+
+    def pairs(rows, base, process):
+        drawn.append(rows.partner)
+        return found(rows, base, process)
+
+    found, objective._pairs = objective._pairs, pairs
+    objective.fixed_points(Rows(torch.randn(64, 2), None), unseen, 64)
+    own = {tuple(row) for row in unseen.base.rows.tolist()}
+    assert {tuple(row) for row in drawn[0].tolist()} <= own
+
+
+def test_a_run_goes_on_with_the_times_and_the_rates_that_it_began_with(tmp_path):
+    """A network that asks for others by now has them in the next run."""
+    flow = InterpolantTransform(Own(2, 2), event_dim=2).flow
+    base = WhitenedBase(None, flow.whitening)
+    state = Checkpoint(tmp_path / "run", None, [], torch.device("cpu"))
+    assert exponent_of(flow, base, "velocity", state) == 1.5  # there is nothing to go on from
+    assert takes_means(state)
+    state.tensors = {"w": torch.zeros(1)}
+    for exponent, means in ((2.5, True), (1.0, False)):
+        state.numbers = {"time_exponent": exponent, "means": means}
+        assert exponent_of(flow, base, "velocity", state) == exponent
+        assert takes_means(state) == means
+    state.numbers = {}  # of a version that knew of neither
+    assert exponent_of(flow, base, "velocity", state) == 1
+    assert not takes_means(state)
