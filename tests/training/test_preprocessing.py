@@ -20,6 +20,7 @@ from pyro_interpolant import (
     save,
 )
 from pyro_interpolant.distributions.rounding import warn_if_rounded
+from pyro_interpolant.training import preprocessing
 from pyro_interpolant.training.preprocessing import (
     dequantize,
     marginal_transform,
@@ -134,6 +135,19 @@ def test_the_map_of_weighted_rows_is_the_same_again_and_leaves_the_generator():
     ]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(maps[0].inv(x), maps[1].inv(x))
+
+
+def test_copies_of_a_row_are_held_out_together_where_a_map_is_chosen(monkeypatch):
+    """A chain's rejections, which would tell of themselves what is held out."""
+    plain, parts = preprocessing._mixture, []
+    monkeypatch.setattr(
+        preprocessing, "_mixture", lambda *given: parts.append(given[:2]) or plain(*given)
+    )
+    x = torch.randn(500, 2).exp()
+    preferred_support(x.repeat(4, 1), constraints.real_vector)
+    assert parts
+    for kept, held in parts:
+        assert not {tuple(row) for row in kept.tolist()} & {tuple(row) for row in held.tolist()}
 
 
 def test_a_column_that_has_few_values_is_mapped_as_it_is_alone():

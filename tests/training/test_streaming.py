@@ -4,6 +4,7 @@ import itertools
 import math
 import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from pyro_interpolant.distributions.report import Report
 from pyro_interpolant.interpolants.couplings import independent
 from pyro_interpolant.nn import ImageVelocity
 from pyro_interpolant.training.checkpoint import Checkpoint, from_json, to_json
+from pyro_interpolant.training.clock import Clock
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.rows import row_keys
@@ -303,6 +305,15 @@ def test_weights_may_be_of_any_size(scale):
     assert found[1].total == pytest.approx(found[0].total, rel=1e-12)
 
 
+def test_rows_that_weigh_more_later_count_as_in_a_table():
+    x, weights = rows(600), torch.linspace(0.1, 9.0, 600)
+    stream = Stream(made(), list(zip(x.split(50), weights.split(50), strict=True)), 0.1)
+    found = stream.split(Process(), 50)
+    effective = float(weights.sum() ** 2 / weights.square().sum())
+    assert found.total == pytest.approx(0.9 * effective, rel=1e-12)
+    assert found.mean_weight == pytest.approx(float(weights.mean()), rel=1e-12)
+
+
 def batches_of(distribution, data):
     stream = Stream(distribution, data, 0.1)
     split = stream.split(Process(), 64)
@@ -389,6 +400,28 @@ def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
         {tuple(row) for row in part.w.tolist()} for part in (found.held, found.kept, whole.kept)
     )
     assert kept == sample - held
+
+
+def test_however_short_the_time_is_a_first_pass_has_the_rows_that_a_map_needs():
+    found = Stream(made(), list(rows(600).split(4)), 0.1).split(Process(), 50, clock=Clock(1e-9))
+    assert found.surveyed.rows == 20 * 2
+
+
+def test_rows_whose_keys_are_the_same_by_chance_differ_by_their_places_in_a_pass():
+    """In whichever batch they are: of one that is held out the other need not be."""
+    distribution, x = made(), torch.randn(4, 2)
+    stream = Stream(distribution, [x[:2], x[2:]], x)
+    split = stream.split(Process(), 2)
+    batches = stream.batches(split, unwhitened(distribution))
+    seen = []
+    batches.told = SimpleNamespace(
+        mark=lambda keys, start: seen.append((len(keys), start)) or torch.zeros(len(keys)).bool()
+    )
+    for _ in range(3):
+        batches._from_stream()
+    (_, first), (_, second), (_, again) = seen
+    assert second - first >= 2
+    assert again == first  # of the next pass
 
 
 @pytest.mark.slow
