@@ -10,6 +10,7 @@ from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     ConditionalInterpolantTransform,
     InterpolantDistribution,
+    Samples,
     conditional_interpolant_transform,
     from_samples,
     independent,
@@ -336,6 +337,38 @@ def test_rows_in_between_do_not_set_the_map_unless_rows_have_weights(weighted, m
     set_whitening(flow, Rows(x, None, None, weights if weighted else None))
     expected = whitening_map(x if weighted else x[::2])
     torch.testing.assert_close(flow.transform.flow.whitening.linear, expected.linear)
+
+
+def test_between_a_base_and_data_the_map_is_one_scale_midway():
+    """Of both, and of rows by their weights: a full whitening would bend the shortest path."""
+    start = torch.rand(400, 2) * torch.tensor([1.0, 3.0]) + torch.tensor([10.0, 0.0])
+    x, weight = torch.rand(400, 2) + 4.0, torch.rand(400)
+    base = Samples(start)
+    distribution = InterpolantDistribution(interpolant_transform(2, (8,)), base)
+    base.sample = lambda shape: start
+    set_whitening(distribution, Rows(x, None, None, weight))
+    share = (weight / weight.sum())[:, None]
+    middle = (share * x).sum(0)
+    variance = (share * (x - middle).square()).sum(0)
+    whitening = distribution.transform.flow.whitening
+    torch.testing.assert_close(whitening.loc, (start.mean(0) + middle) / 2)
+    scale = ((start.var(0, correction=0).mean() + variance.mean()) / 2).sqrt()
+    torch.testing.assert_close(whitening.matrix(), scale * torch.eye(2))
+
+
+def test_rows_lie_nearest_to_their_partners_behind_the_map():
+    """Of all turns: rows and partners then have a symmetric positive definite product."""
+    partners = torch.rand(300, 3) - 0.5
+    x = partners @ torch.randn(3, 3) + 0.1 * torch.rand(300, 3)
+    distribution = InterpolantDistribution(interpolant_transform(3, (8,)))
+    set_whitening(distribution, Rows(x, None, partners))
+    whitening = distribution.transform.flow.whitening
+    w = whitening.to_white(x)
+    torch.testing.assert_close(w.T.cov(), torch.eye(3), atol=0.02, rtol=0.0)
+    product = w.T @ partners
+    torch.testing.assert_close(product, product.T)
+    assert float(torch.linalg.eigvalsh(product).min()) > 0
+    torch.testing.assert_close(whitening.from_white(w), x)
 
 
 def test_rows_far_off_and_of_hardly_any_weight_are_outliers():
