@@ -8,6 +8,7 @@ import numpyro.distributions as dist
 import pytest
 import torch
 from cases import slow_but
+from kinds import plain
 from numpyro import handlers, infer
 from numpyro.contrib.control_flow import cond, scan
 from numpyro.infer.reparam import NeuTraReparam
@@ -26,6 +27,8 @@ from pyro_interpolant.numpyro import (
     neutra,
 )
 from pyro_interpolant.numpyro import autoguide as module
+from pyro_interpolant.numpyro.importance_sampling import _weighed
+from pyro_interpolant.numpyro.validity import log_prob_left_out
 
 KEY = jax.random.key(0)
 X = jnp.linspace(-1, 1, 10)
@@ -180,6 +183,43 @@ def test_quantiles_are_between_0_and_1(levels):
         AutoInterpolant(conjugate).quantiles({}, levels)
 
 
+def test_quantiles_come_in_the_order_in_which_they_are_asked_for():
+    guide = prepared(AutoInterpolant(conjugate), jnp.ones(2))
+    guide._spread = lambda: jnp.linspace(0.0, 1.0, 101)[:, None].repeat(2, 1)
+    found = guide.quantiles({}, [0.9, 0.1, 0.5])["x"]
+    np.testing.assert_allclose(found, np.repeat([[0.9], [0.1], [0.5]], 2, 1), rtol=1e-12)
+
+
+def test_a_factor_that_is_named_as_a_jacobian_is_is_none():
+    """Of a latent site of another name, behind a prefix that is no scope's: a scale weighs it."""
+
+    def model():
+        with handlers.scale(scale=0.5):
+            numpyro.sample("x", dist.Normal())
+            numpyro.factor("other_x_log_det", -3.0)
+
+    density = module.log_density(prepared(AutoInterpolant(model)), (), {})
+    expected = 0.5 * (dist.Normal().log_prob(0.3) - 3.0)
+    np.testing.assert_allclose(density(jnp.array([0.3])), expected, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_largest_weights_are_those_of_doubled_steps():
+    torch.manual_seed(0)
+    flow = plain().freeze()
+    flow.transform.solver = FixedGrid(2)
+    coarse = from_torch(flow)
+    flow.transform.solver = FixedGrid(4)
+    fine = from_torch(flow)
+    z, log_p, log_q = _weighed(coarse, lambda z: -0.1 * z @ z, KEY, 40, 10)
+    (_, drawn), finer = coarse.rsample_and_log_prob(KEY, (40,)), fine.log_prob(z)
+    assert float(jnp.abs(drawn - finer).max()) > 1e-6
+    *rest, top = jnp.split(jnp.argsort(log_p - drawn), 4)
+    np.testing.assert_allclose(log_q[top], finer[top], rtol=1e-10)
+    rest = jnp.concatenate(rest)
+    np.testing.assert_allclose(log_q[rest], drawn[rest], rtol=1e-10)
+
+
 def test_draws_of_the_prior_on_an_edge_leave_the_others():
     """Numbers that rounding has made zero or infinite, one in fifteen here."""
 
@@ -271,6 +311,12 @@ def test_jacobians_and_rows_that_are_masked_out_count_once(model):
     found = infer.util.log_density(neutra(guide), (), {}, {"auto_shared_latent": w})[0]
     expected = expected + np.linalg.slogdet(linear)[1]
     np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
+def test_masked_rows_without_a_density_have_none_and_the_others_nothing_left_out():
+    fn = dist.Normal(jnp.zeros(3), 1.0, validate_args=False).mask(jnp.array([True, False, True]))
+    found = log_prob_left_out(fn, jnp.array([jnp.inf, jnp.inf, 0.5]))
+    assert found.tolist() == [0.0, -jnp.inf, 0.0]
 
 
 class Weibull(dist.TransformedDistribution):

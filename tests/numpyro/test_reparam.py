@@ -19,7 +19,7 @@ from numpyro.infer.util import initialize_model, log_density
 
 import pyro_interpolant as pi
 from pyro_interpolant.numpyro import base_space, from_torch
-from pyro_interpolant.numpyro.bases import Planar
+from pyro_interpolant.numpyro.bases import Planar, UniformTorus, directions
 
 KEY = jax.random.key(0)
 Z = jnp.array([0.3, -0.2])
@@ -197,6 +197,14 @@ def test_an_observed_site_is_left_alone(prior):
         numpyro.sample("z", prior, obs=Z)
 
     assert kinds_of(base_space(model)) == {"z": "sample"}
+
+
+def test_uniform_angles_come_from_all_of_the_circle_and_have_gradients_at_its_centre():
+    x = UniformTorus(jnp.zeros(2)).sample(KEY, (1000,))
+    assert -jnp.pi <= x.min() < -3
+    assert 3 < x.max() < jnp.pi
+    slopes = jax.grad(lambda w: directions(w).sum())(jnp.zeros(4))
+    assert bool(jnp.isfinite(slopes).all())
 
 
 @pytest.mark.slow
