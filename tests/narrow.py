@@ -43,7 +43,7 @@ def narrow(plain):
     @functools.wraps(plain)
     def init(self, event_dim, hidden_dims=None, *sizes, **more):
         if hidden_dims is None:
-            hidden_dims = (16, 16, 16) if event_dim <= 8 else (16, 16)
+            hidden_dims = (16, 16, 16) if event_dim <= 32 else (16, 16)
         plain(self, event_dim, hidden_dims, *sizes, **more)
 
     return init
@@ -52,9 +52,7 @@ def narrow(plain):
 def narrow_networks(put=setattr):
     """Make networks narrow, but not those whose widths are given."""
     cls = pyro_interpolant.VelocityMLP
-    guides = importlib.import_module("pyro_interpolant.infer.autoguide")
     put(cls, "__init__", narrow(cls.__init__))
-    put(guides, "guide_network", lambda dim, hidden=None: cls(dim, hidden))
 
 
 def shallow(plain):

@@ -53,8 +53,6 @@ from .sites import (
 )
 from .smc.train import RoundsResult, train_from_density
 
-_MAX_DEEP_DIM = 12  # latent dimensions: a funnel in 10 was learned better by a deeper network
-
 
 class AutoInterpolant(AutoContinuous):
     r"""A guide over all latent sites of a model at once: a continuous normalizing flow.
@@ -68,8 +66,7 @@ class AutoInterpolant(AutoContinuous):
 
     Args:
         model: A Pyro model whose latent sites are continuous, of fixed shapes and supports.
-        hidden_dims: The widths of the velocity's hidden layers; by default ``(96, 96, 96)`` up
-            to 12 latent dimensions, as funnels want, and as :class:`VelocityMLP` chooses above.
+        hidden_dims: The widths of the velocity's hidden layers, as in :class:`VelocityMLP`.
         interpolant: The path the velocity is trained for; by default
             :class:`~pyro_interpolant.Trigonometric`.
         solver: By default a :class:`~pyro_interpolant.FixedGrid` of 12 steps. As in any flow
@@ -160,7 +157,7 @@ class AutoInterpolant(AutoContinuous):
     def _set_flow(self, loc: Tensor, *args: object, **kwargs: object) -> None:
         """Make the flow, given a centre of the unconstrained vector, shape ``(D,)``."""
         LatentSites(self, *args, **kwargs).check_start(loc)
-        velocity = guide_network(self.latent_dim, self._hidden_dims).to(loc)
+        velocity = VelocityMLP(self.latent_dim, self._hidden_dims).to(loc)
         self.transform = self._transform_of(velocity)
         scale = self._init_scale * torch.eye(len(loc)).to(loc)
         self.transform.flow.whitening.set(loc, scale)
@@ -390,13 +387,6 @@ class AutoInterpolant(AutoContinuous):
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         new.__dict__["_model"] = self._model
         return new
-
-
-def guide_network(latent_dim: int, hidden_dims: Sequence[int] | None = None) -> VelocityMLP:
-    """Return the untrained velocity of a guide, by default three layers up to 12 dimensions."""
-    if hidden_dims is None and latent_dim <= _MAX_DEEP_DIM:
-        hidden_dims = (96, 96, 96)
-    return VelocityMLP(latent_dim, hidden_dims)
 
 
 # The weights of guides in the parameter store, by ``id``: others come from elsewhere.

@@ -23,12 +23,12 @@ from .record import MLPRecord, Record, by_row, is_recordable
 from .velocity import StateFunction, is_hooked
 
 _EMBEDDING_WIDTH = 64
-_MAX_DEEP_DIM = 8  # up to this D three layers, and finer times
-_MAX_NARROW_DIM = 32  # above this D wider layers
+_MAX_DEEP_DIM = 32  # up to this D three layers: a trace takes D products of matrices with each
+_MAX_SHARP_DIM = 8  # up to this D finer times
 # Up to 8 dimensions training takes times 1 - (1 - u)^2, dense near the data, where sharp features
 # are learned: in a minute this gains 0.11 nats on rings and 0.05 on POWER. In 63 dimensions it
 # loses 0.3 (BSDS300).
-_DEEP_TIME_EXPONENT = 2.0
+_SHARP_TIME_EXPONENT = 2.0
 # From 3 to 8 dimensions the first layer starts with weights this many times as large as torch's:
 # what differs at short distances is learned sooner. In 63 dimensions this loses 1.6 nats in a
 # minute (BSDS300); in 2 it gains little, and a population behind noise is calibrated worse.
@@ -85,8 +85,8 @@ class VelocityMLP(nn.Module):
 
     Args:
         event_dim: D, the size of the last dimension of x.
-        hidden_dims: The widths of the hidden layers. By default ``(96, 96, 96)`` up to 8
-            dimensions, ``(256, 256)`` up to 32 and ``(384, 384)`` above.
+        hidden_dims: The widths of the hidden layers. By default ``(96, 96, 96)`` up to 32
+            dimensions, and ``(384, 384)`` above.
         context_dim: C, the size of the last dimension of the context; 0 for none.
         classes: K, for contexts that are labels 0 to K - 1, each with shifts and scales of its
             own; 0 for none.
@@ -119,8 +119,7 @@ class VelocityMLP(nn.Module):
     ) -> None:
         super().__init__()
         if hidden_dims is None:
-            wide = (256, 256) if event_dim <= _MAX_NARROW_DIM else (384, 384)
-            hidden_dims = (96, 96, 96) if event_dim <= _MAX_DEEP_DIM else wide
+            hidden_dims = (96, 96, 96) if event_dim <= _MAX_DEEP_DIM else (384, 384)
         check_sizes("sizes", (event_dim, context_dim, classes))
         check_sizes("hidden_dims", hidden_dims)
         self.event_dim = event_dim
@@ -144,8 +143,8 @@ class VelocityMLP(nn.Module):
         )
         self.output = nn.Linear(widths[-1], event_dim, bias=False)
         # High frequencies cost quadrature nodes in many dimensions (BSDS300: 37 against 17).
-        self.frequencies = 8 if event_dim <= _MAX_DEEP_DIM else 4
-        self.time_exponent = _DEEP_TIME_EXPONENT if event_dim <= _MAX_DEEP_DIM else 1.0
+        self.frequencies = 8 if event_dim <= _MAX_SHARP_DIM else 4
+        self.time_exponent = _SHARP_TIME_EXPONENT if event_dim <= _MAX_SHARP_DIM else 1.0
         self.embedding = nn.Linear(2 * self.frequencies + sum(sizes), _EMBEDDING_WIDTH)
         self.shifts = nn.Linear(_EMBEDDING_WIDTH, sum(self.hidden_dims) + event_dim)
         self.scales = nn.Linear(_EMBEDDING_WIDTH, sum(self.hidden_dims))
@@ -417,7 +416,7 @@ def _affine(layer: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
 
 def sharpness(event_dim: int) -> float:
     """Return the size of the first layer's weights at the start, over what torch gives them."""
-    return _SHARPNESS if _LEAST_SHARP_DIM <= event_dim <= _MAX_DEEP_DIM else 1.0
+    return _SHARPNESS if _LEAST_SHARP_DIM <= event_dim <= _MAX_SHARP_DIM else 1.0
 
 
 _HARMONICS = 2  # multiples of an angle that are seen: on von Mises mixtures 1 needs more steps

@@ -183,6 +183,7 @@ def fit_guide(
     from ..infer import autoguide, train_from_density
     from ..infer.guide_result import GuideResult
     from ..infer.importance_sampling import importance_verdict
+    from ..nn import VelocityMLP
     from ..training import fit
     from ..training.clock import Clock, Seconds
 
@@ -195,7 +196,7 @@ def fit_guide(
             guide._setup_prototype(*args, **kwargs)
         _check_plates(guide)
         dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
-        network = autoguide.guide_network(guide.latent_dim, guide.hidden_dims).to(dtype)
+        network = VelocityMLP(guide.latent_dim, guide.hidden_dims).to(dtype)
         posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))
         density = _for_torch(log_density(guide, args, kwargs))
         limit = Seconds.since(clock.began, autoguide.MODEL_SHARE * max_seconds)
