@@ -27,7 +27,7 @@ from .._files import StrPath, contents, refuse_no_place, write
 from .._package import check_ranges, number, whole
 from .._torch import evaluated, warn_user, with_gradients
 from ..distributions.bases import check_single
-from ..distributions.fingerprint import fingerprint, layers_of
+from ..distributions.fingerprint import fingerprint
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.rows import contexts_of_rows, images_of
 from ..nn.velocity import evaluate, images_at_once
@@ -210,7 +210,7 @@ class _Kept:
         transform, base = distribution.transform, distribution.base
         flow = transform.flow
         end, own = (getattr(transform, name, None) for name in ("end", "context"))
-        parts = transform.solver, transform.divergence, flow.interpolant, layers_of(flow.velocity)
+        parts = transform.solver, transform.divergence, flow.interpolant, flow.velocity
         given = base, distribution.constraint, end, own, images, context
         self.text = fingerprint(numbers, *parts, flow.state_dict(), *given)
         if os.path.exists(path):

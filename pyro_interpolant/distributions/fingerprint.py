@@ -1,11 +1,15 @@
 """Fingerprints by which a checkpoint or a kept evaluation recognises what it belongs to."""
 
+import contextlib
 import dataclasses
+import logging
+import re
 import zlib
+from collections import deque
 from collections.abc import Iterable, Mapping, Set
-from functools import partial
+from functools import cached_property, partial
 from inspect import getattr_static
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 import torch
@@ -14,13 +18,17 @@ from torch.distributions.utils import lazy_property
 
 from .._torch import inverse_of
 
-# What no density depends on: modes, validation, compiled calls, what training measured, and
-# what is remembered: inverses, embedded contexts, and all whose name begins as below.
-_LEFT_OUT = {"training", "_validate_args", "_compiled_call_impl", "report", "_inv", "_embeddings"}
+# What no density depends on: modes, validation, compiled calls, what training measured and has
+# reached, and what is remembered: inverses, embedded contexts, and all whose name begins as below.
+_LEFT_OUT = {
+    *("training", "_validate_args", "_compiled_call_impl", "report", "reached"),
+    *("_inv", "_embeddings"),
+}
 _CACHE = "_cache"
 _OF_MODULES = set(vars(nn.Module()))  # hooks, modes, and numbers and layers by other names
 _PLAIN = {type(None), bool, int, float, complex, str, slice, range, torch.dtype, torch.device}
 _PACKAGE = __name__.partition(".")[0]
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 _Known = dict[int, tuple[object, str]]
 
@@ -30,7 +38,7 @@ def fingerprint(*values: object) -> str:
 
     Tensors and arrays count by shape, type and bytes, functions by name and code, those of this
     package by name alone. All else is a class and its parts: items, the state of a module,
-    attributes. No address counts, nor the order of sets and dictionaries.
+    attributes, or what pickles hold. No address counts, nor the order of sets and dictionaries.
 
     Args:
         *values: Whatever; tensors and arrays are of any shapes.
@@ -39,10 +47,11 @@ def fingerprint(*values: object) -> str:
 
 
 def layers_of(network: nn.Module) -> list[list[object]]:
-    """Return the class, constants and shapes of each layer: a network, whatever its weights."""
+    """Return class, settings and shapes of each layer: a network, whatever its weights."""
     return [
         [
             type(layer),
+            _ADDRESS.sub("", layer.extra_repr()),
             [getattr(layer, name, None) for name in getattr(layer, "__constants__", ())],
             [p.shape for p in layer.parameters(recurse=False)],
         ]
@@ -53,13 +62,15 @@ def layers_of(network: nn.Module) -> list[list[object]]:
 def parts_of(value: object) -> dict[str, object]:
     """Return the attributes of a value, without those that only save time."""
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-    own = {field.name: getattr(value, field.name) for field in fields}  # they may be slots
+    own = {f.name: getattr(value, f.name) for f in fields if hasattr(value, f.name)}  # or slots
     return {
         key: part
         for key, part in {**own, **getattr(value, "__dict__", {})}.items()
         if key not in _LEFT_OUT
         and not key.startswith(_CACHE)
-        and not isinstance(getattr_static(type(value), key, None), lazy_property)
+        and not isinstance(
+            getattr_static(type(value), key, None), (lazy_property, cached_property)
+        )
     }
 
 
@@ -67,7 +78,7 @@ def _text(value: object, known: _Known) -> str:
     """Return the fingerprint of a value; of those known by address, which stay alive, it is."""
     if type(value) in _PLAIN:
         return repr(value)
-    if isinstance(value, bytes):
+    if isinstance(value, (bytes, bytearray)):
         return f"{zlib.crc32(value):08x}"
     if id(value) not in known:
         known[id(value)] = value, "circle"
@@ -75,6 +86,8 @@ def _text(value: object, known: _Known) -> str:
         if isinstance(value, Mapping | Set):
             texts.sort()
         name = getattr(value, "__qualname__", type(value).__qualname__)
+        if isinstance(value, (Tensor, np.ndarray)):
+            name = "numbers"
         known[id(value)] = value, f"{name} {zlib.crc32(repr(texts).encode()):08x}"
     return known[id(value)][1]
 
@@ -83,20 +96,21 @@ def _parts(value: object) -> Iterable[object]:
     """Return what a value is made of, beside its name."""
     match value:
         case Tensor():
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            return value.shape, value.dtype, flat.view(torch.uint8).numpy().tobytes()
+            return _numbers(value.detach())
         case Mapping():
             return value.items()
-        case list() | tuple() | Set():
+        case list() | tuple() | deque() | Set():
             return value
         case type() | ModuleType():
             return (value.__name__,)
+        case logging.Logger():  # it knows all others
+            return (value.name,)
         case partial():
             return value.func, value.args, value.keywords
         case MethodType():
             return value.__func__, value.__self__
         case FunctionType():
-            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+            cells = [_content(cell) for cell in value.__closure__ or ()]
             given = value.__defaults__, value.__kwdefaults__, cells, vars(value)
             is_ours = str(value.__module__).partition(".")[0] == _PACKAGE
             # Another version of Python compiles to other code.
@@ -108,8 +122,36 @@ def _parts(value: object) -> Iterable[object]:
             own = {k: part for k, part in parts_of(value).items() if k not in _OF_MODULES}
             named = value.named_parameters, value.named_buffers
             return own, [[*of(recurse=False)] for of in named], [*value.named_children()]
-    if hasattr(value, "__array__"):
+    if hasattr(type(value), "__array__"):
         array = np.asarray(value)
         is_flat = array.dtype != object  # otherwise bytes are addresses
         return array.shape, str(array.dtype), array.tobytes() if is_flat else array.tolist()
-    return inverse_of(value), parts_of(value)
+    if isinstance(value, (str, int, float, complex)):
+        return (repr(value),)
+    if hasattr(value, "__dict__") or dataclasses.is_dataclass(value):
+        return inverse_of(value), parts_of(value)
+    with contextlib.suppress(Exception):  # of locks, files and generators there is none
+        return value.__reduce_ex__(2)
+    return ()
+
+
+def _numbers(x: Tensor) -> Iterable[object]:
+    """Return shape, type and bytes of a tensor: of an array of the same numbers the same."""
+    if x.is_nested:
+        return x.unbind()
+    if x.layout is not torch.strided:
+        sparse = x.to_sparse_coo().coalesce()
+        return sparse.indices(), sparse.values(), x.shape
+    if x.is_meta:
+        return x.shape, x.dtype
+    flat = x.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    kind = str(x.dtype).removeprefix("torch.")
+    return tuple(x.shape), kind, flat.view(torch.uint8).numpy().tobytes()
+
+
+def _content(cell: CellType) -> object:
+    """Return what a cell of a closure holds; nothing while its name is not bound."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None

@@ -181,7 +181,8 @@ class VelocityMLP(nn.Module):
 
     def untrained_copy(self) -> "VelocityMLP":
         """Return an untrained network of the same shape and scales."""
-        new = type(self)(*self.arguments()).to(self.reach)
+        kind = TorusMLP if self.is_periodic else VelocityMLP
+        new = kind(*self.arguments()).to(self.reach)
         for name, value in self.named_buffers():
             new.get_buffer(name).copy_(value)
         return new

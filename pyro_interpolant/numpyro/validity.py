@@ -16,10 +16,11 @@ from numpyro.distributions import constraints
 from .bases import WRAPPERS
 from .distributions import InterpolantDistribution
 
-# Constraints that all numbers satisfy, that nothing is known of, or that rounding breaks.
+# Constraints of all numbers or angles, of which nothing is known, or that rounding breaks.
 _ALWAYS = (
     type(constraints.real),
     type(constraints.dependent),
+    type(constraints.circular),
     type(constraints.positive_definite_circulant_vector),
 )
 

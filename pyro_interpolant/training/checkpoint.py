@@ -147,6 +147,11 @@ def open_checkpoint(
                 f"another network or other settings: delete it and {checkpoint.previous}, or "
                 "pass another file"
             )
+        if len(checkpoint.numbers["identity"]) < len(identity):
+            warn_user(
+                f"{path} was written by an earlier version: numbers of a base, base samples and "
+                "rows held out are not compared with those that it began with"
+            )
         own = checkpoint.tensors.get("weight.0", like).dtype
         if own != like.dtype:
             raise ValueError(

@@ -154,7 +154,7 @@ def _set_map(
     elif isinstance(whitening, DenseWhitening):
         # Of rows with weights a few may weigh most.
         most = max(_MAP_ROWS, _MAP_ROWS_A_COLUMN * rows.w.shape[1])
-        few = rows if rows.weight is not None else rows.evenly(most)
+        few = rows if rows.weight is not None else _by_weight(rows, most)
         found = whitening_map(few.w, few.weight, dtype=whitening.loc.dtype)
         whitening.set(*(found if rows.partner is None else _aligned(found, rows.w, rows.partner)))
     else:

@@ -1,11 +1,17 @@
 """Fingerprints: what tells values apart, and what does not count."""
 
+import collections
+import datetime
 import functools
+import logging
 import os
 import subprocess
 import sys
 import types
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,12 +30,43 @@ class Slots:
     scale: float
 
 
+class PlainSlots:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale):
+        self.scale = scale
+
+
+class Number(float):
+    pass
+
+
 class Own:
     def __init__(self, scale):
         self.scale, self.itself = scale, self
 
     def method(self, x):
         return self.scale * x
+
+
+class Lazy:
+    def __init__(self, scale):
+        self.scale = scale
+
+    @functools.cached_property
+    def double(self):
+        return 2 * self.scale
+
+
+class Factor(nn.Module):
+    """A layer whose setting its repr alone tells."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def extra_repr(self):
+        return f"{self.scale} of {object()}"
 
 
 class Layer(nn.Module):
@@ -85,6 +122,18 @@ MADE = {
     "bound": lambda scale: Own(scale).method,
     "object": Own,
     "slots": Slots,
+    "plain slots": PlainSlots,
+    "fraction": Fraction,
+    "decimal": Decimal,
+    "date": lambda scale: datetime.date(int(scale), 1, 1),
+    "path of a file": lambda scale: Path(f"{scale}"),
+    "deque": lambda scale: collections.deque([scale]),
+    "bytes": lambda scale: bytearray(int(scale)),
+    "kind of number": lambda scale: Number(scale),
+    "sparse": lambda scale: torch.tensor([0.0, scale]).to_sparse(),
+    "conjugate": lambda scale: torch.tensor([1.0, scale * 1j]).conj(),
+    "meta": lambda scale: torch.empty(int(scale), device="meta"),
+    "logger": lambda scale: logging.getLogger(f"{scale}"),
     "module": Layer,
     "attribute": lambda scale: types.SimpleNamespace(layer=nn.LeakyReLU(scale)),
     "path": lambda scale: pi.VariancePreserving(local(scale)),
@@ -116,6 +165,28 @@ def test_what_does_not_count():
     assert fingerprint(layer) == before
 
 
+def test_arrays_and_tensors_of_the_same_numbers_are_the_same():
+    x = torch.randn(3, 2)
+    assert fingerprint(x) == fingerprint(x.numpy()) != fingerprint(x.float())
+
+
+def test_what_is_not_there_yet_and_what_is_remembered_do_not_count():
+    def later():
+        return unknown
+
+    before = fingerprint(later)
+    unknown = 1.0
+    assert fingerprint(later) != before
+    value = Lazy(2.0)
+    before = fingerprint(value)
+    assert value.double == 4.0
+    assert fingerprint(value) == before
+    logger = logging.getLogger("one")
+    before = fingerprint(logger)
+    logging.getLogger("one more of a test of fingerprints")
+    assert fingerprint(logger) == before
+
+
 def test_a_flow_that_was_used_is_the_same_base():
     base = pi.InterpolantDistribution(pi.interpolant_transform(2, (8,)))
     before = fingerprint(base)
@@ -134,7 +205,8 @@ def test_layers_tell_networks_apart_whatever_their_weights():
 
     assert layers(pi.VelocityMLP(2, (8,))) == layers(pi.VelocityMLP(2, (8,)))
     others = (pi.VelocityMLP(2, (8,)), pi.VelocityMLP(2, (9,)), pi.VelocityMLP(3, (8,)))
-    others += OwnVelocity(2), nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)
+    others += OwnVelocity(2), nn.LeakyReLU(0.1), nn.LeakyReLU(0.2), Factor(1.0), Factor(2.0)
+    assert layers(Factor(1.0)) == layers(Factor(1.0))
     assert len({layers(network) for network in others}) == len(others)
 
 
