@@ -381,7 +381,7 @@ def test_samples_that_choose_a_grid_are_the_same_each_time_and_leave_the_generat
     distribution, state = InterpolantDistribution(random_flow(2)), torch.get_rng_state()
     found = []
     for _ in range(2):
-        found.append(calibration.calibrate_sampler_until(math.inf, distribution, None, 1e-2))
+        found.append(calibration.calibrate_sampler_until(math.inf, distribution, tolerance=1e-2))
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(3)
         state = torch.get_rng_state()

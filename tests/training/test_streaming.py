@@ -414,7 +414,7 @@ def test_rows_whose_keys_are_the_same_by_chance_differ_by_their_places_in_a_pass
     split = stream.split(Process(), 2)
     batches = stream.batches(split, unwhitened(distribution))
     seen = []
-    batches.told = SimpleNamespace(
+    batches.held_keys = SimpleNamespace(
         mark=lambda keys, start: seen.append((len(keys), start)) or torch.zeros(len(keys)).bool()
     )
     for _ in range(3):
