@@ -208,11 +208,10 @@ class _Kept:
             return
         refuse_no_place(path)
         transform, base = distribution.transform, distribution.base
-        flow = transform.flow
         end, own = (getattr(transform, name, None) for name in ("end", "context"))
-        parts = transform.solver, transform.divergence, flow.interpolant, flow.velocity
+        parts = transform.solver, transform.divergence, transform.flow
         given = base, distribution.constraint, end, own, images, context
-        self.text = fingerprint(numbers, *parts, flow.state_dict(), *given)
+        self.text = fingerprint(numbers, *parts, *given)
         if os.path.exists(path):
             self.tensors = self._read(path)
 

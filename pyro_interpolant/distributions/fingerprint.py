@@ -51,12 +51,17 @@ def layers_of(network: nn.Module) -> list[list[object]]:
     return [
         [
             type(layer),
-            _ADDRESS.sub("", layer.extra_repr()),
+            without_addresses(layer.extra_repr()),
             [getattr(layer, name, None) for name in getattr(layer, "__constants__", ())],
             [p.shape for p in layer.parameters(recurse=False)],
         ]
         for layer in network.modules()
     ]
+
+
+def without_addresses(text: str) -> str:
+    """Return a text, such as a ``repr``, without what differs between processes."""
+    return _ADDRESS.sub("", text)
 
 
 def parts_of(value: object) -> dict[str, object]:
@@ -85,9 +90,9 @@ def _text(value: object, known: _Known) -> str:
         texts = [_text(part, known) for part in _parts(value)]
         if isinstance(value, Mapping | Set):
             texts.sort()
-        name = getattr(value, "__qualname__", type(value).__qualname__)
-        if isinstance(value, (Tensor, np.ndarray)):
-            name = "numbers"
+        is_numbers = isinstance(value, (Tensor, np.ndarray))
+        own = getattr(value, "__qualname__", type(value).__qualname__)
+        name = "numbers" if is_numbers else own
         known[id(value)] = value, f"{name} {zlib.crc32(repr(texts).encode()):08x}"
     return known[id(value)][1]
 

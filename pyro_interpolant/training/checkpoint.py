@@ -4,7 +4,6 @@ import contextlib
 import json
 import operator
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from .._files import StrPath, checksum, contents_of, plain_number, refuse_no_pla
 from .._package import check_ranges, whole
 from .._torch import rng_state, set_rng_state, warn_user
 from ..distributions.bases import Samples
-from ..distributions.fingerprint import fingerprint, layers_of
+from ..distributions.fingerprint import fingerprint, layers_of, without_addresses
 from ..distributions.part_description import Json
 from ..transforms.flow import Flow
 
 _KEY = "pyro_interpolant_snapshot"
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # How the header of a state begins, spaces taken out.
 _START = f'{{"__metadata__":{{"{_KEY}"'.encode()
 
@@ -141,13 +139,16 @@ def open_checkpoint(
         return None
     checkpoint = Checkpoint(path, every, identity, like.device)
     if checkpoint.tensors:
-        if not _is_same(checkpoint.numbers["identity"], identity):
+        found = checkpoint.numbers["identity"]
+        is_earlier = len(found) < len(identity)  # of a version without fingerprints
+        by_name = is_earlier and _is_same_by_name(found, identity)
+        if not by_name and found[:-1] != identity[:-1]:
             raise ValueError(
                 f"expected {path} to be of this run, got the state of one with other data, "
                 f"another network or other settings: delete it and {checkpoint.previous}, or "
                 "pass another file"
             )
-        if len(checkpoint.numbers["identity"]) < len(identity):
+        if is_earlier:
             warn_user(
                 f"{path} was written by an earlier version: numbers of a base, base samples and "
                 "rows held out are not compared with those that it began with"
@@ -295,13 +296,11 @@ def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> l
 def _name(part: object) -> str:
     """Return the name of a part of a run in the states of earlier versions."""
     with contextlib.suppress(NotImplementedError):  # distributions without named parameters
-        return getattr(part, "__qualname__", _ADDRESS.sub("", repr(part)))
+        return getattr(part, "__qualname__", without_addresses(repr(part)))
     return type(part).__qualname__
 
 
-def _is_same(found: list[Any], identity: list[Any]) -> bool:
-    """Return whether the identity in a state is that of a run: data, settings, and the rest."""
-    *given, kind, names_and_shapes = identity
-    if len(found) < len(identity):  # by an earlier version, without a fingerprint
-        return [*found[:-1], found[-1][:2]] == [*given, names_and_shapes]
-    return found[:-1] == [*given, kind]
+def _is_same_by_name(found: list[Any], identity: list[Any]) -> bool:
+    """Return whether a state of an earlier version is of a run, by data, settings and names."""
+    *given, _, names_and_shapes = identity
+    return [*found[:-1], found[-1][:2]] == [*given, names_and_shapes]
