@@ -228,6 +228,16 @@ class FlowDistribution:
         """
         return self.space.onto(self.transform.flow, u)
 
+    def gaussianized(self, x: Tensor) -> Tensor:
+        """Return real vectors behind a Gaussianizing map; x itself where there is none.
+
+        Args:
+            x: What :meth:`unconstrained` gives, shape ``(*, D)``.
+        """
+        if not isinstance(self.constraint, Gaussianized):
+            return x
+        return self.constraint.gaussianizer.inv(x)
+
     def ungaussianized(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return real vectors in front of a Gaussianizing map; u itself where there is none.
 

@@ -265,6 +265,18 @@ def test_scores_are_those_of_the_density_in_data_coordinates(make, t):
         score(d, t, x[:, :1])
 
 
+@pytest.mark.parametrize("support", [constraints.real_vector, constraints.positive], ids=str)
+@charts
+def test_points_are_carried_in_front_of_the_map(make, support):
+    """As the base and the draws are, which an untrained flow leaves where they are."""
+    behind = Gaussianized(support, drawn(make).constraint.gaussianizer)
+    d = InterpolantDistribution(interpolant_transform(2), support=behind)
+    y = d.at(0).sample((9,))
+    x = d.unconstrained(y)
+    assert torch.allclose(d.transport(x), y)
+    assert torch.allclose(d.transport(y, inverse=True), x)
+
+
 @charts
 def test_scores_of_a_positive_support_are_those_of_logarithms(make):
     chart = drawn(make).constraint.gaussianizer
