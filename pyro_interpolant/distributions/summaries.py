@@ -107,11 +107,12 @@ def _undefined(distribution: "Summaries") -> tuple[Tensor | float, Tensor | floa
 
     Within bounds all moments exist. What grows in proportion, as on the real line, has those that
     the base has. For what grows faster, as exponentials do, the base must be known to have light
-    tails: they decide, and no draw shows them.
+    tails: they decide, and no draw shows them. Angles have none: a circle can be cut anywhere.
     """
     base, like = distribution.base, distribution.transform.flow.loc
-    if base is None or _is_light(base):
-        return 0.0, 0.0
+    is_angle = isinstance(distribution.space, CircularSupport)
+    if is_angle or base is None or _is_light(base):
+        return (math.nan, math.nan) if is_angle else (0.0, 0.0)
     bounded, fast = _growth(distribution)
     first, second = (
         torch.where(fast, math.nan, torch.where(bounded, 0.0, existing)).to(like)
@@ -212,7 +213,8 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         map has those of what it moves; of any other they are not known, and NaN. On a support
         whose bijection grows faster than its argument, such as positive numbers, moments hang on
         tails that draws do not show: they are NaN unless the base is normal, of samples, on an
-        interval, a mixture of such, or a flow from one. Of a base of samples there is no entropy.
+        interval, a mixture of such, or a flow from one. Mean and variance of angles, and the
+        entropy of a base of samples, are NaN.
 
         Gradients reach weights, contexts and the parameters of a base that has ``rsample``.
 

@@ -291,6 +291,14 @@ def test_angles_have_an_entropy_and_no_mean():
             getattr(d, name)
 
 
+def test_moments_of_angles_are_not_those_of_a_circle_cut_somewhere():
+    d = InterpolantDistribution(angular_flow(), support=circular)
+    d.transform.solver = FixedGrid(steps=1)
+    *of_values, entropy, error = d.moments()
+    assert bool(torch.stack(of_values).isnan().all())
+    assert bool(torch.stack((entropy, error)).isfinite().all())
+
+
 def test_the_cdf_takes_frames_by_name_and_refuses_other_shapes():
     pandas = pytest.importorskip("pandas")
     x = torch.randn(40, 1)
