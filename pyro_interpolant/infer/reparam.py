@@ -80,8 +80,8 @@ class BaseSpace:
             or, where ``sample_sites`` drew it, the sites of a joint distribution by name.
 
         Raises:
-            ValueError: If a prior depends on another site, so that each draw has its own, as runs
-                of the model at up to 16 of the draws tell.
+            ValueError: If a prior has a context, or depends on another site, so that each draw may
+                have its own, as runs of the model at up to 16 of the draws tell of the latter.
         """
         named = {name: as_tensor(value, f"draws of {name!r}") for name, value in draws.items()}
         with seeded(0):  # what no draw fixes, the same at each call

@@ -179,9 +179,9 @@ def fit(
             flow ``(rows, contexts)``.
         patience: End, after 500 steps at the earliest, where the steps since the best look are
             more than this percentage of those up to it, and rows held out have got worse by both
-            measures: their loss by 2% and by 0.005 a column, their density by two standard errors
-            of the difference, at the last look, too. On a plateau a run goes on, for the falling
-            rate improves it yet.
+            measures, in the mean of the later half of the looks since: their loss by 2% and by
+            0.005 a column, their density by two standard errors of the difference, and by one at
+            the last look. On a plateau a run goes on, for the falling rate improves it yet.
         ema: The decay of the moving average of the weights.
         coupling: Which draws of the base are paired with which rows of a batch, of classes among
             the rows of each label; see :mod:`~pyro_interpolant.interpolants.couplings`.
