@@ -409,7 +409,8 @@ class UniformTorus(_Base):
     r"""The uniform base on the torus: density :math:`(2\pi)^{-D}` at every real vector.
 
     Draws are in [-pi, pi). Its density takes angles with any number of turns, as the way back from
-    data to base gives them.
+    data to base gives them: under another support than ``circular`` it has no integral, no more
+    than that of ``VonMises`` has.
 
     Args:
         event_dim: D, the number of angles.
