@@ -16,6 +16,7 @@ from numpyro.infer.reparam import NeuTraReparam
 from pyro_interpolant import AutoInterpolant as TorchGuide
 from pyro_interpolant import FixedGrid, interpolant_transform
 from pyro_interpolant import InterpolantDistribution as TorchDistribution
+from pyro_interpolant.diagnostics.psis import ImportanceSummary
 from pyro_interpolant.infer import GuideResult
 from pyro_interpolant.numpyro import (
     AutoInterpolant,
@@ -27,6 +28,7 @@ from pyro_interpolant.numpyro import (
     neutra,
 )
 from pyro_interpolant.numpyro import autoguide as module
+from pyro_interpolant.numpyro import importance_sampling as sampling
 from pyro_interpolant.numpyro.importance_sampling import _weighed
 from pyro_interpolant.numpyro.validity import log_prob_left_out
 
@@ -190,6 +192,12 @@ def test_quantiles_come_in_the_order_in_which_they_are_asked_for():
     np.testing.assert_allclose(found, np.repeat([[0.9], [0.1], [0.5]], 2, 1), rtol=1e-12)
 
 
+def test_a_guide_starts_where_it_is_told_to():
+    start = infer.init_to_value(values={"x": jnp.array([2.0, 3.0])})
+    guide = prepared(AutoInterpolant(conjugate, init_loc_fn=start), jnp.ones(2))
+    np.testing.assert_array_equal(guide._init_locs["x"], [2.0, 3.0])
+
+
 def test_a_factor_that_is_named_as_a_jacobian_is_is_none():
     """Of a latent site of another name, behind a prefix that is no scope's: a scale weighs it."""
 
@@ -230,6 +238,28 @@ def test_draws_of_the_prior_on_an_edge_leave_the_others():
     assert 200 < len(z) < 256
     assert bool(z.isfinite().all())
     assert float(z.std()) > 200
+
+
+@pytest.mark.slow
+def test_draws_without_a_number_are_not_those_of_the_largest_weights():
+    def settled(steps):
+        flow = plain().freeze()
+        flow.transform.solver = FixedGrid(steps)
+        return from_torch(flow)
+
+    torch.manual_seed(0)
+    coarse = settled(1)
+    torch.manual_seed(0)
+    fine = settled(2)
+    z, log_p, log_q = _weighed(
+        coarse, lambda z: jnp.where(z[0] > 0, jnp.nan, -0.1 * z @ z), KEY, 20, 3
+    )
+    drawn = coarse.rsample_and_log_prob(KEY, (20,))[1]
+    ratio = jnp.where(jnp.isnan(log_p), -jnp.inf, log_p - drawn)
+    top = jnp.argsort(ratio)[-3:]
+    assert bool(jnp.isnan(log_p).any())
+    assert bool(jnp.isfinite(log_p[top]).all())
+    np.testing.assert_allclose(log_q[top], fine.log_prob(z[top]), rtol=1e-10)
 
 
 @pytest.mark.slow
@@ -282,12 +312,22 @@ def partly_observed():
         numpyro.sample("y", dist.LogNormal(a, 1.0), obs=jnp.ones(2), obs_mask=SEEN)
 
 
+def masked_and_scaled():
+    with handlers.scale(scale=0.5):
+        masked()
+
+
+def unscored():
+    with handlers.mask(mask=False):
+        numpyro.sample("x", dist.HalfNormal(1.0))
+
+
 def repeated():
     numpyro.sample("x", dist.HalfNormal(1.0), sample_shape=(2,))
 
 
 SEEN = jnp.array([True, False])
-MODELS = [scaled, scoped, masked, partly_observed, repeated]
+MODELS = [scaled, scoped, masked, masked_and_scaled, unscored, partly_observed, repeated]
 
 
 @pytest.mark.parametrize("model", slow_but(MODELS, scoped))
@@ -304,6 +344,8 @@ def test_jacobians_and_rows_that_are_masked_out_count_once(model):
         scoped: lambda: 0.5 * prior,
         repeated: lambda: dist.HalfNormal(1.0).log_prob(jnp.exp(z)).sum(),
         masked: lambda: prior + rows.log_prob(b).sum(),
+        masked_and_scaled: lambda: 0.5 * (prior + rows.log_prob(b)[0]) + rows.log_prob(b)[1],
+        unscored: lambda: 0.0,
         partly_observed: lambda: prior + rows.log_prob(b).sum() + rows.log_prob(1.0),
     }
     expected = own[model]() + z.sum()
@@ -419,6 +461,12 @@ def in_steps():
     scan(lambda c, y: (c, numpyro.sample("y", dist.Poisson(x), obs=y)), 0.0, jnp.zeros(2))
 
 
+def one_row_alone():
+    x = numpyro.sample("x", dist.Normal())
+    with numpyro.plate("rows", 2):
+        numpyro.sample("y", dist.Poisson(jnp.stack((jnp.ones_like(x), x))), obs=jnp.zeros(2))
+
+
 def no_share():
     x = numpyro.sample("x", dist.Normal())
     numpyro.sample("y", dist.Categorical(shares(jnp.clip(x, 0.0, 1.0))), obs=0)
@@ -427,6 +475,7 @@ def no_share():
 PARTS = {
     a_row_masked_out: [True, True, True],
     a_latent: [False, True, True],
+    one_row_alone: [False, True, True],
     in_steps: [False, True, True],
     no_share: [True, True, False],
 }
@@ -555,6 +604,26 @@ def test_resampled_draws_are_in_random_order_and_places():
     assert len(set(ones)) > 1
 
 
+def test_draws_without_weight_are_not_resampled():
+    none = ImportanceResult(
+        np.inf, 0.0, -np.inf, 0.0, "", jnp.full(20, -jnp.inf), {"x": jnp.arange(20)}
+    )
+    with pytest.raises(ValueError, match="expected draws with positive weights, got none"):
+        none.resampled(KEY)
+
+
+@pytest.mark.slow
+def test_weights_of_a_heavy_tail_are_warned_of(monkeypatch):
+    guide, _, _ = known_guide(conjugate, jnp.ones(2))
+    z = jax.random.normal(KEY, (200, 2))
+    found = z, jnp.abs(z[:, 0]) ** -2.0, jnp.zeros(200)
+    monkeypatch.setattr(sampling, "_weighed", lambda *args: found)
+    monkeypatch.setattr(sampling, "_constrained", lambda guide, z, *args: {"x": z})
+    with pytest.warns(UserWarning, match="Poor"):
+        result = importance(guide, KEY, jnp.ones(2), count=200)
+    assert result.k_hat > 0.7
+
+
 @pytest.mark.slow
 def test_importance_on_a_support_that_the_data_set():
     """The draws, as their weights, are those of the arguments that are given."""
@@ -590,6 +659,18 @@ def test_the_base_space_of_a_guide_where_sites_are_given():
     both = infer.Predictive(base, {"x": x[None], "auto_shared_latent": w[None]})(KEY, y)
     expected = jnp.exp(guide.get_transform({})(w))
     np.testing.assert_allclose(both["x"][0], expected, rtol=1e-10)
+
+
+@pytest.mark.slow
+def test_the_base_draw_of_a_guide_has_the_prefix_of_the_guide():
+    y = jnp.array([1.0, 0.5])
+    guide, _, _ = known_guide(conjugate, y, prefix="own")
+    base, w = neutra(guide), jnp.array([0.3, -1.0])
+    trace = handlers.trace(handlers.substitute(base, {"own_shared_latent": w})).get_trace(y)
+    assert list(trace) == ["own_shared_latent", "_x_log_prob", "x", "y", "own_log_jacobian"]
+    both = {"own_shared_latent": w, "x": jnp.ones(2)}
+    again = handlers.trace(handlers.condition(base, both)).get_trace(y)
+    np.testing.assert_array_equal(again["x"]["value"], trace["x"]["value"])
 
 
 @pytest.fixture(scope="module")
@@ -650,8 +731,34 @@ def test_training_on_draws():
     assert isinstance(result, GuideResult)
 
 
+@pytest.mark.parametrize("samples", [None, {"x": jnp.zeros((9, 2))}], ids=["model", "samples"])
+def test_settings_reach_the_training_and_the_seed_the_verdict(samples, monkeypatch):
+    seen = {}
+
+    def trained(posterior, *args, **settings):
+        seen["dims"] = [len(layer.weight) for layer in posterior.transform.flow.velocity.layers]
+        seen.update(settings)
+
+    def judged(posterior, density, clock, seed):
+        seen["verdict"] = seed
+        return ImportanceSummary(0.1, 90.0, 0.0, 0.1), 100, "Good"
+
+    monkeypatch.setattr("pyro_interpolant.infer.train_from_density", trained)
+    monkeypatch.setattr("pyro_interpolant.training.fit", trained)
+    monkeypatch.setattr("pyro_interpolant.infer.importance_sampling.importance_verdict", judged)
+    monkeypatch.setattr(module, "_prior_draws", lambda *args: torch.zeros(5, 2))
+    own = torch.ones(7, 2)
+    guide = AutoInterpolant(conjugate, hidden_dims=(5, 6))
+    options = {"ema": 0.9} if samples else {"start": own}
+    fit_guide(guide, KEY, jnp.ones(2), samples=samples, seed=3, progress=False, options=options)
+    assert seen["dims"] == [5, 6]
+    assert seen["seed"] == seen["verdict"] == 3
+    assert seen["progress"] is False
+    assert all(seen[name] is value for name, value in options.items())
+
+
 @pytest.mark.parametrize("call", [fit_guide, importance])
-@pytest.mark.parametrize("key", [jnp.ones(2), torch.ones(2), 0, {"y": 1}])
+@pytest.mark.parametrize("key", [jnp.ones(2), torch.ones(2), 0, {"y": 1}, jax.random.split(KEY)])
 def test_a_key_that_was_forgotten_is_asked_for(call, key):
     with pytest.raises(TypeError, match="expected a key of jax.random as the second argument"):
         call(AutoInterpolant(conjugate), key)

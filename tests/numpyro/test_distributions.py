@@ -29,7 +29,8 @@ from pyro_interpolant.numpyro import (
     from_torch,
 )
 from pyro_interpolant.numpyro.bases import base_log_prob
-from pyro_interpolant.numpyro.supports import Bijection, bijection
+from pyro_interpolant.numpyro.supports import Bijection, OnEvents, StickBreaking, bijection
+from pyro_interpolant.numpyro.transforms import RadialTransform
 
 KEY = jax.random.key(0)
 
@@ -343,6 +344,68 @@ def test_a_simplex_keeps_its_small_shares_in_float32(float32):
     site = bijection("simplex")
     np.testing.assert_allclose(site.inv(share), expected, rtol=1e-6)
     np.testing.assert_allclose(site(real), share, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_shares_of_a_simplex_add_up_and_none_is_lost(float32):
+    """Of many, where rounding adds up; and of those that the type cannot tell from zero."""
+    onto = StickBreaking()
+    assert bool(ndist.constraints.simplex(onto(jnp.full(1000, -5.0))))
+    assert bool((onto(jnp.array([-200.0, 0.0])) > 0).all())
+    assert bool(jnp.isfinite(onto.inv(jnp.array([1.0, 0.0, 0.0]))[0]))
+
+
+def test_supports_are_told_apart_and_have_values():
+    one, other = OnEvents('"positive"'), OnEvents('"unit_interval"')
+    assert one == OnEvents('"positive"')
+    assert one != other
+    for support in (one, other):
+        value = support.feasible_like(jnp.zeros((3, 2), jnp.float32))
+        assert value.shape == (3, 2)
+        assert value.dtype == jnp.float32
+        assert bool(support(value).all())
+
+
+@pytest.mark.slow
+def test_rows_of_float32_about_a_far_centre():
+    """The centre is not rounded to the type of the rows, which would move it by 3."""
+    knots = np.linspace(-2.0, 2.0, 5)[None]
+    radial = RadialTransform(np.full(2, 1e8 + 3), 1e3 * np.eye(2), knots, knots, np.ones((1, 5)))
+    y = np.array([1e8 + 1024, 1e8 - 512])
+    found, log_det = radial.inverse_with_log_det(jnp.asarray(y, jnp.float32))
+    assert found.dtype == log_det.dtype == jnp.float32
+    np.testing.assert_allclose(found, (y - 1e8 - 3) / 1e3, rtol=1e-5)
+
+
+def test_flows_are_as_they_were_after_a_time_or_a_context():
+    flow, likelihood = from_torch(plain()), from_torch(family())
+    assert flow.at(0.5).transform.grid.end == 0.5
+    assert flow.transform.grid.end == 1.0
+    assert likelihood.condition(jnp.ones(3)).batch_shape == ()
+    assert likelihood.transforms[0].context is None
+
+
+def test_flows_of_other_weights_are_others():
+    one, other = from_torch(plain()).transform, from_torch(plain()).transform
+    assert not one.eq(other, static=True)
+    assert not one.eq(other)
+    assert one.eq(InterpolantTransform(one.weights, one.grid), static=True)
+
+
+@pytest.mark.slow
+def test_a_row_that_the_last_of_two_flows_cannot_take_has_no_density():
+    first, last = (random_flow(2, (4,), solver=FixedGrid(1)) for _ in range(2))
+    base = pi.InterpolantDistribution(first)
+    flow = from_torch(pi.InterpolantDistribution(last, base, validate_args=False))
+    found = flow.log_prob(jnp.array([[0.3, -0.2], [jnp.inf, 0.0]]))
+    assert (found > -jnp.inf).tolist() == [True, False]
+
+
+@pytest.mark.slow
+def test_contexts_are_taken_in_the_type_of_the_flow():
+    flow = random_flow(2, (4,), context_dim=3, solver=FixedGrid(1)).to(torch.float32)
+    given = from_torch(pi.ConditionalInterpolantDistribution(flow)).condition(np.ones((2, 3)))
+    assert given.log_prob(jnp.zeros(2, jnp.float32)).dtype == jnp.float32
 
 
 def test_contexts_in_frames_are_taken_by_name():

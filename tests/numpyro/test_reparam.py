@@ -97,6 +97,19 @@ def test_each_row_of_a_scale_weighs_all_events_of_a_row(prior):
     assert trace["z_log_jacobian"]["scale"] is trace["z_base"]["scale"]
 
 
+@pytest.mark.slow
+def test_a_scale_around_another_reparametrisation_is_inside_of_base_space(prior):
+    def model():
+        numpyro.sample("z", prior)
+
+    w, own = jnp.array([0.5, -1.0]), handlers.reparam(model, config={})
+    found, expected = (
+        log_density(base_space(handlers.scale(m, 0.5)), (), {}, {"z_base": w})[0]
+        for m in (own, model)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 def test_as_numpyros_own_reparametrisation(model):
     own = handlers.reparam(model, config={"z": TransformReparam()})
     x = jnp.array([0.5, -1.0])
@@ -207,6 +220,11 @@ def test_uniform_angles_come_from_all_of_the_circle_and_have_gradients_at_its_ce
     assert bool(jnp.isfinite(slopes).all())
 
 
+def test_the_density_of_uniform_angles_is_of_their_type():
+    base = UniformTorus(jnp.zeros(2, jnp.float32))
+    assert base.log_prob(jnp.zeros((3, 2), jnp.float32)).dtype == jnp.float32
+
+
 @pytest.mark.slow
 def test_draws_of_either_name(prior, model):
     """Without ``z_base``, the draws of z themselves are taken, not drawn anew."""
@@ -242,6 +260,19 @@ def test_an_initial_value_is_that_of_each_member_of_a_plate(prior):
     start = init_to_value(values={"z": jnp.zeros((2, 2))})
     with pytest.raises(ValueError, match=r"to its shape \(3, 2\), got shape \(2, 2\)"):
         initialize_model(KEY, base_space(model), init_strategy=start)
+
+
+@pytest.mark.slow
+def test_an_initial_value_on_a_support():
+    prior = from_torch(supported("positive"))
+
+    def model():
+        numpyro.sample("z", prior)
+
+    start = init_to_value(values={"z": jnp.array([0.5, 2.0])})
+    found = initialize_model(KEY, base_space(model), init_strategy=start).param_info.z["z_base"]
+    z = prior.transforms[-1](prior.transform(found))
+    np.testing.assert_allclose(z, [0.5, 2.0], rtol=1e-3)
 
 
 @pytest.mark.slow
