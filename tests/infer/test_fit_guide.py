@@ -15,10 +15,15 @@ from pyro.optim import Adam
 
 from pyro_interpolant import AutoInterpolant, FixedGrid, fit_guide, log_joint
 from pyro_interpolant._torch import seeded
-from pyro_interpolant.diagnostics.psis import summarise_weights, weighted_draws
+from pyro_interpolant.diagnostics.psis import (
+    ImportanceSummary,
+    summarise_weights,
+    weighted_draws,
+)
 from pyro_interpolant.infer import autoguide, prior
 from pyro_interpolant.infer.smc.train import RoundsResult
 from pyro_interpolant.interpolants import Mirror
+from pyro_interpolant.training.clock import Clock
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
@@ -231,6 +236,16 @@ def test_a_model_without_a_log_joint_is_fitted_but_not_judged():
     assert math.isnan(result.k_hat)
     assert result.draws == 0
     assert result.verdict == "Unknown, the log joint density cannot be evaluated."
+
+
+def test_the_last_verdict_decides_whether_own_draws_are_warned_of(monkeypatch):
+    guide, clock, text = small(), Clock(None), "Usable with weights."
+    guide()
+    found = ImportanceSummary(0.6, 950.0, 0.0, 0.0), 1000, text
+    monkeypatch.setattr(autoguide, "importance_verdict", lambda *args: found)
+    for density, poor in ((log_joint(guide), text), (None, None)):
+        guide._judged(guide.get_posterior(), density, clock, 0, None)
+        assert guide.poor == poor
 
 
 # ----------------------------------------------------------------------------- on the model alone

@@ -23,7 +23,11 @@ from torch.distributions import SigmoidTransform
 from pyro_interpolant import AutoInterpolant, FixedGrid, importance, log_joint
 from pyro_interpolant.diagnostics.psis import ImportanceSummary, log_ratio
 from pyro_interpolant.infer import ImportanceResult
-from pyro_interpolant.infer.importance_sampling import at_edges, verdict_of
+from pyro_interpolant.infer.importance_sampling import (
+    at_edges,
+    verdict_of,
+    verdict_with_warning,
+)
 
 Y = torch.tensor([1.0, 3.0], dtype=torch.float64)
 
@@ -300,6 +304,28 @@ def test_weight_that_is_lost_at_an_edge_is_a_share_of_that_of_all_draws(count):
     z[0] = 17.0  # alone where all is one
     found = at_edges(guide.get_posterior(), log_joint(guide), z, 0.0)
     assert bool(found) == (count == 400)
+
+
+def test_one_of_several_numbers_at_an_edge_is_enough():
+    loc = torch.tensor([14.0, 0.0], dtype=torch.float32)
+
+    def model():
+        fn = dist.TransformedDistribution(
+            dist.Normal(loc, torch.ones_like(loc)), [SigmoidTransform()]
+        )
+        pyro.sample("p", fn.to_event(1))
+
+    start = init_to_value(values={"p": loc.sigmoid()})
+    guide = AutoDiagonalNormal(model, init_loc_fn=start, init_scale=1.0)
+    guide()
+    z = loc.repeat(400, 1)
+    z[0, 0] = 17.0
+    assert "'p'" in at_edges(guide.get_posterior(), log_joint(guide), z, 0.0)
+
+
+def test_weight_at_an_edge_is_warned_of_whatever_k_hat_says():
+    with pytest.warns(UserWarning, match="Off at an edge, k-hat 0.10"):
+        verdict_with_warning(ImportanceSummary(0.1, 990.0, 0.0, 0.0), 1000, "lost")
 
 
 def tiny_rates(scale):

@@ -60,6 +60,16 @@ def rates_out_of_range(a):
     return dist.Poisson(1 - a[..., None]), torch.zeros(3)
 
 
+def test_a_guide_in_training_is_copied_as_it_is_used():
+    """Without dropout, which an embedding of one's own may have; the guide itself stays."""
+    guide = small().train()
+    base = neutra(guide)
+    assert not any(part.training for part in base.guide.transform.modules())
+    assert not any(p.requires_grad for p in base.guide.parameters())
+    assert guide.transform.training
+    assert all(p.requires_grad for p in guide.transform.velocity.parameters())
+
+
 @pytest.mark.parametrize("likelihood", [shares_out_of_range, rates_out_of_range])
 def test_what_validation_refuses_has_no_density(likelihood):
     def model():

@@ -210,6 +210,31 @@ def test_rows_finer_than_the_type_of_the_population_count_as_its_rounding():
     assert float((found.log_evidence - flow.log_prob(LOC.float())).abs().max()) < 0.5
 
 
+def test_whole_numbers_of_rows_stay_whole_numbers():
+    """A function may look something up by them."""
+    kinds, sds = torch.arange(4) % 2, torch.tensor([0.1, 2.0])
+    rows = measurements(torch.ones(4, 1), lambda x, row: Normal(x, sds[row][..., None]), kinds)
+    wanted = Normal(0.0, sds[kinds]).log_prob(torch.ones(4))
+    torch.testing.assert_close(rows.log_likelihood(torch.zeros(1, 1, 1))[:, 0], wanted)
+
+
+def test_covariances_of_float32_are_singular_by_its_rounding():
+    covariances = torch.eye(2) + (1 - torch.finfo(torch.float32).eps / 2) * (1 - torch.eye(2))
+    covariances = covariances.float().expand(3, 2, 2)
+    with pytest.raises(ValueError, match="positive definite, got others in 3 rows"):
+        measurements(torch.ones(3, 2), covariances)
+    measurements(torch.ones(3, 2), covariances.double())
+
+
+def test_errors_count_as_the_rounding_of_what_a_wide_population_adds_up():
+    """About zero, where y itself is hardly rounded."""
+    population = gaussian(torch.zeros(2), 1e6 * torch.eye(2)).to(torch.float32)
+    rows = measurements(torch.zeros(1, 2), torch.full((1, 2), 1e-12))
+    least = 1e6 * torch.finfo(torch.float32).eps
+    found = 1 / of_population(rows, population).row
+    torch.testing.assert_close(found, torch.full_like(found, least))
+
+
 def test_inference_mode_finds_the_same_posteriors():
     _, y, sds = catalogue(20, least=0.01, missing=0.0)
     for noise, data in ((None, None), (as_function, sds)):
@@ -801,6 +826,54 @@ def test_the_start_is_judged_by_its_own_weights_and_the_kept_ones_come_back():
     values, _, start = expectation_maximization._evidence(run)
     assert (values.tolist(), start) == ([3.0, 3.0], 1.0)
     assert used == ["kept", "start", "kept"]
+
+
+def test_an_interrupted_run_returns_the_best_weights(monkeypatch):
+    used, finished = [], []
+
+    class Run:
+        selection = SimpleNamespace(best=0.0)
+        regression = SimpleNamespace(use=used.append)
+        kept_weights = "kept"
+
+        def __init__(self, *args):
+            pass
+
+        def done(self):
+            return 0.0
+
+        def round(self):
+            raise KeyboardInterrupt
+
+    def finish(run, seconds, *, progress):
+        finished.append(list(used))
+
+    monkeypatch.setattr(expectation_maximization, "ExpectationMaximization", Run)
+    monkeypatch.setattr(expectation_maximization, "_finish", finish)
+    with pytest.warns(UserWarning, match="the best weights so far were kept"):
+        expectation_maximization.learn(
+            gaussian(), None, None, 0, Clock(None), seed=None, progress=False
+        )
+    assert finished == [["kept"]]
+
+
+def test_one_row_that_is_missed_does_not_choose_the_round():
+    """What a look judges has a hundredth of the start mixed in."""
+    judged = []
+
+    class Selection:
+        def judge(self, step, scores):
+            judged.append(scores)
+
+    run = SimpleNamespace(
+        _held_out=lambda: torch.tensor([1.0, -1000.0]),
+        first=torch.zeros(2),
+        regression=SimpleNamespace(descent=SimpleNamespace(steps=7)),
+        selection=Selection(),
+    )
+    expectation_maximization.ExpectationMaximization._look(run)
+    expected = torch.tensor([0.99 * math.e + 0.01, 0.01]).log()
+    assert -judged[0].mean() == pytest.approx(float(expected.mean()))
 
 
 @pytest.mark.slow

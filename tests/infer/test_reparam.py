@@ -1153,14 +1153,27 @@ def test_draws_may_be_arrays_and_none(count):
     assert torch.equal(found["y"], draws["y"])
 
 
+def test_what_is_made_of_draws_leaves_the_generator_alone():
+    prior = random_prior(2)
+
+    def model():
+        pyro.sample("y", dist.Normal(pyro.sample("z", prior).sum(-1), 1.0))
+
+    before = torch.get_rng_state()
+    base_space(model).samples({"z_base": torch.zeros(3, 2)})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_draws_of_a_prior_that_is_not_at_each_draw_are_refused():
+    prior = random_prior(2)
+
     def model():
         if pyro.sample("a", dist.Normal(0.0, 1.0)) > 0:
-            pyro.sample("z", random_prior(2))
+            pyro.sample("z", prior)
 
-    for a in ([1.0, -1.0], [-1.0, 1.0]):
+    for a in ([1.0, -1.0], [-1.0, 1.0], [1.0, 1.0, -1.0, 1.0]):
         with pytest.raises(ValueError, match="'z' with one that depends on other sites"):
-            base_space(model).samples({"a": torch.tensor(a), "z_base": torch.randn(2, 2)})
+            base_space(model).samples({"a": torch.tensor(a), "z_base": torch.randn(len(a), 2)})
 
 
 def test_a_prior_with_a_context_has_no_one_map_for_all_draws():

@@ -4,6 +4,7 @@ import functools
 import random
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -16,12 +17,15 @@ from simulators import QUICK, rows_with_gaps
 from torch import nn
 
 import pyro_interpolant as pi
-from pyro_interpolant.infer import amortized
-from pyro_interpolant.infer.amortization import truncated
-from pyro_interpolant.infer.runs import example_of, is_alike
+from pyro_interpolant.distributions.report import Report
+from pyro_interpolant.infer import amortization, amortized
+from pyro_interpolant.infer.amortization import is_inside, measured_on_simulations, truncated
+from pyro_interpolant.infer.runs import data_of, example_of, is_alike
 from pyro_interpolant.infer.simulated_batches import SimulatedBatches
 from pyro_interpolant.infer.simulation import Simulator
+from pyro_interpolant.infer.simulations import Simulations
 from pyro_interpolant.infer.sites import LatentSites
+from pyro_interpolant.training.clock import Clock
 
 QUICK = {**QUICK, "options": {"steps": 5}, "simulations": 100}
 
@@ -64,6 +68,16 @@ def test_rows_that_do_not_count_once_are_refused(kind, message):
     pi.fit_guide(guide, **QUICK)
     with pytest.raises(ValueError, match=message):
         guide(torch.ones(kind.get("size", 6)), **kind)
+
+
+def test_a_row_that_counts_twice_is_refused():
+    with pytest.raises(ValueError, match=r"expected sites that count once, got \['y'\] scaled"):
+        simulator_of(with_mask, scale=torch.arange(6).eq(3) + 1.0)
+
+
+def test_one_number_that_is_observed_in_all_rows_is_data_of_each():
+    node = {"value": torch.tensor(0.5), "fn": dist.Normal(0.0, 1.0).expand([2, 3])}
+    assert data_of({"y": node}, {"y": torch.Size([2, 3])})["y"].tolist() == [[0.5] * 3] * 2
 
 
 @pytest.mark.slow
@@ -599,6 +613,58 @@ def test_a_truncated_prior_is_content_when_the_time_is_up():
     assert len(asked) == 1
 
 
+def test_values_of_another_type_tell_nothing():
+    value = torch.zeros(2)
+    assert is_alike({"y": value}, {"y": 1 + value.to(torch.float32)})
+    assert not is_alike({"y": value}, {"y": 1 + value})
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_the_gain_is_known_where_the_density_of_the_prior_is(is_told):
+    """And the report has the prior's density where it is finite for all simulations."""
+    sites = {"x": (torch.Size(()), dist.constraints.real)}
+    prior, rows = torch.tensor([-2.0, -1.0, -3.0]), torch.zeros(3, 1)
+    given = SimpleNamespace(log_prob=lambda rows: rows[:, 0] - 1)
+    for lost in (False, True):
+        posterior = SimpleNamespace(
+            condition=lambda c: given, sites=sites, report=Report(1, 3, 1.0, 1, 1)
+        )
+        log_prior = prior.clone()
+        log_prior[0] = -torch.inf if lost else -2.0
+        fresh = Simulations({"x": rows[:, 0]}, {}, log_prior, 0)
+        simulator = SimpleNamespace(is_told_early=is_told, sampled=["x"])
+        found = measured_on_simulations(
+            posterior, fresh, lambda _: (rows, rows), simulator, None, Clock(None), None, 3, 0.0
+        )
+        gain = (torch.inf if lost else 1.0) if is_told else torch.nan
+        assert found.gain == pytest.approx(gain, nan_ok=True)
+        assert posterior.report.held_out == -1.0
+        assert posterior.report.reference == (-2.0 if is_told and not lost else None)
+
+
+def test_evidence_that_is_off_at_an_edge_is_told_of_a_data_set(monkeypatch):
+    for name, fake in (
+        ("_GivenData", lambda *args: None),
+        ("LogJoint", lambda sites: None),
+        ("importance_of", lambda *args: (torch.zeros(1000, 1), torch.zeros(1000))),
+        ("at_edges", lambda *args: "the evidence is lost"),
+    ):
+        monkeypatch.setattr(amortization, name, fake)
+    posterior, packed = SimpleNamespace(condition=lambda c: None), (torch.zeros(2, 1),) * 2
+    with pytest.warns(UserWarning, match="of one data set the evidence is lost"):
+        found, _ = amortization._importance_of_data_sets(
+            posterior, SimpleNamespace(data={}), packed, None, Clock(None)
+        )
+    assert len(found) == 2
+
+
+def test_the_prior_is_truncated_to_the_regions_of_all_rounds():
+    rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    rounds = [SimpleNamespace(log_prob=lambda rows, i=i: rows[:, i]) for i in (0, 1)]
+    inside = is_inside([(posterior, 0.5) for posterior in rounds], rows)
+    assert inside.tolist() == [False, False, False, True]
+
+
 def test_a_truncated_prior_without_a_draw_ends_when_the_time_is_up():
     simulator, asked = simulator_of(line, torch.ones(3)), []
 
@@ -610,6 +676,30 @@ def test_a_truncated_prior_without_a_draw_ends_when_the_time_is_up():
     arguments = [(Empty(), -1.0)], 10_000, lambda d: d["slope"][:, None]
     assert truncated(simulator, *arguments, time.monotonic()) is None
     assert len(asked) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_small_runs")
+def test_regions_stay_as_the_training_goes_on_and_rounds_have_seeds_of_their_own(monkeypatch):
+    numbers, densities = [], []
+
+    def region(posterior):
+        numbers.append(float(torch.rand(())))
+        return posterior, -torch.inf
+
+    def drawn(simulator, regions, count, pack, deadline):
+        densities.append([float(q.log_prob(torch.zeros(1, 1))) for q, _ in regions])
+        return simulator(count)
+
+    monkeypatch.setattr(amortized, "region", region)
+    monkeypatch.setattr(amortized, "truncated", drawn)
+    x = torch.linspace(-1, 1, 4)
+    pi.fit_guide(guide_of(line), x, 2 * x, rounds=3, **{**QUICK, "seed": 5})
+    (first,), (again, _) = densities
+    assert first == again
+    for number, seed in zip(numbers, (6, 7), strict=True):
+        torch.manual_seed(seed)
+        assert number == float(torch.rand(()))
 
 
 @pytest.mark.slow

@@ -402,6 +402,16 @@ def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
     assert [float(pool.w[0, 0]) for pool in refit.pools] == list(range(20, 30))
 
 
+def test_weights_that_a_refit_returned_stay_as_it_goes_on():
+    flow = InterpolantDistribution(interpolant_transform(2, (4,)))
+    refit = FlowRegression(flow, [Rows(1 + torch.randn(50, 2), None)])
+    kept = refit.values()
+    before = [value.clone() for value in kept]
+    refit(3, lambda: 0.1, seconds=60.0)
+    assert all(map(torch.equal, kept, before))
+    assert not all(map(torch.equal, refit.values(), before))
+
+
 def test_a_refit_whose_gradients_stay_wild_says_so():
     flow = InterpolantDistribution(interpolant_transform(2, (8, 8)))
     refit = FlowRegression(flow, [Rows(torch.full((10, 2), math.inf), None)])
