@@ -155,14 +155,16 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("scoped", [False, True], ids=["", "scope"])
+@pytest.mark.parametrize("hidden", [None, [], ["sample"]], ids=["", "scope", "scope of others"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_value_that_is_given_in_other_ways_stays(way, scoped, model):
+def test_a_value_that_is_given_in_other_ways_stays(way, hidden, model):
     """By functions and by traces, and by the name that an enclosing scope gives the site."""
-    inner = handlers.scope(base_space(model), prefix="s") if scoped else base_space(model)
-    trace = traced(WAYS[way](inner, "s/z" if scoped else "z"))
+    inner, name = base_space(model), "z" if hidden is None or "sample" in hidden else "s/z"
+    if hidden is not None:
+        inner = handlers.scope(inner, prefix="s", hide_types=hidden)
+    trace = traced(WAYS[way](inner, name))
     assert [name for name in trace if name.endswith("z_base")] == []
-    np.testing.assert_allclose(trace["s/z" if scoped else "z"]["value"], Z)
+    np.testing.assert_allclose(trace[name]["value"], Z)
 
 
 def test_draws_of_the_base_come_before_those_of_the_site(prior, model):
