@@ -613,6 +613,19 @@ def test_a_truncated_prior_is_content_when_the_time_is_up():
     assert len(asked) == 1
 
 
+def test_calibration_is_on_other_simulations_than_the_training_of_its_seed(monkeypatch):
+    guide, x = guide_of(line), torch.linspace(-1, 1, 4)
+    guide(x, 2 * x)
+    seen = []
+    monkeypatch.setattr(amortized, "calibration_of", lambda q, latents, *_: seen.append(latents))
+    for _ in range(2):
+        guide.calibration(x, count=20, seed=3)
+    torch.manual_seed(3)
+    trained_on = guide.simulate(20, x).latents["slope"]
+    assert torch.equal(seen[0]["slope"], seen[1]["slope"])
+    assert not torch.isin(seen[0]["slope"], trained_on).any()
+
+
 def test_values_of_another_type_tell_nothing():
     value = torch.zeros(2)
     assert is_alike({"y": value}, {"y": 1 + value.to(torch.float32)})
