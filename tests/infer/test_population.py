@@ -1190,7 +1190,7 @@ def test_noise_is_taken_off_a_gaussian():
     z = population.sample((20_000,)).double()
     assert float((z.mean(0) - LOC).abs().max()) < 0.1
     assert float((torch.cov(z.T) - COVARIANCE).abs().max()) < 0.2
-    _, fresh, errors = catalogue(1000)
+    _, fresh, errors = catalogue(300)
     ours = object_posteriors(population, fresh.float(), errors.float(), draws=200, seed=0)
     lost = exact(fresh, errors)[2] - ours.log_evidence
     assert float(lost.mean()) < 0.02

@@ -313,11 +313,11 @@ def test_where_a_density_fails_the_loss_chooses_and_later_failures_are_no_best(m
 def test_looks_are_a_share_of_the_way_apart_and_then_of_the_schedule():
     steps = []
     rows = torch.randn(2000, 2).exp()
-    quick(tiny(), rows, steps=1600, patience=10**6, callback=lambda s: steps.append(s.step))
-    assert steps[:2] == [1, 32]  # the start, and the end of the warm-up
-    assert steps[-1] == 1600
+    quick(tiny(), rows, steps=800, patience=10**6, callback=lambda s: steps.append(s.step))
+    assert steps[:2] == [1, 16]  # the start, and the end of the warm-up
+    assert steps[-1] == 800
     for before, after in zip(steps[1:], steps[2:-1], strict=False):
-        assert 0 <= after - before - max(10, min(32, before / 10)) < 1.001  # whole steps
+        assert 0 <= after - before - max(10, min(16, before / 10)) < 1.001  # whole steps
 
 
 def test_time_that_passes_before_the_first_step_leaves_the_warm_up_of_the_rate():

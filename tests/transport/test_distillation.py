@@ -350,7 +350,7 @@ def test_the_density_under_a_student_is_the_models_own():
 def test_nuts_under_a_student_finds_the_posterior():
     guide = trained_guide()
     base = neutra(guide, student=distill(guide.get_posterior(), **QUICK).distribution)
-    mcmc = MCMC(NUTS(base), num_samples=300, warmup_steps=100, disable_progbar=True)
+    mcmc = MCMC(NUTS(base), num_samples=200, warmup_steps=50, disable_progbar=True)
     mcmc.run()
     found = base.samples(mcmc.get_samples())["scale"]
     s = torch.linspace(1e-3, 8.0, 8000)  # by a grid: y given the scale is normal
