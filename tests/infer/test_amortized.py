@@ -678,13 +678,14 @@ def test_data_in_a_plate_of_one_are_one_data_set():
 
 @pytest.mark.slow
 def test_rounds_take_a_plate_of_one_and_weigh_nothing_that_is_missing():
+    quick = {**QUICK, "options": {"steps": 10}}
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
-    result = pi.fit_guide(guide, torch.zeros(1, ROWS), simulations=300, rounds=2, **QUICK)
+    result = pi.fit_guide(guide, torch.zeros(1, ROWS), simulations=300, rounds=2, **quick)
     assert result.ess > 0
     embedding = pi.nn.SetEmbedding(1, True, width=8)  # noqa: FBT003
     guide = pi.AmortizedInterpolant(rows_with_gaps, ("seen",), embedding, hidden_dims=(8,))
     y = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0, 0.1])
-    result = pi.fit_guide(guide, y, (y != 0).double(), simulations=300, rounds=2, **QUICK)
+    result = pi.fit_guide(guide, y, (y != 0).double(), simulations=300, rounds=2, **quick)
     assert math.isnan(result.k_hat)
     assert "calibration()" in result.verdict
 
