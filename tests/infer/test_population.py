@@ -1213,7 +1213,8 @@ def test_a_population_is_found_from_posteriors_made_under_a_wide_prior():
         z = population.sample((10_000,))
         means.append(float(z.mean()))
         sds.append(float(z.std()))
-    assert sorted(means)[1] == pytest.approx(float(y.mean()), abs=0.1)
+    # Without the wide prior divided out they are 0.09 too small.
+    assert sorted(means)[1] == pytest.approx(float(y.mean()), abs=0.05)
     assert sorted(sds)[1] == pytest.approx(float((y.var() - 0.49).sqrt()), abs=0.08)
 
 
