@@ -8,9 +8,10 @@ number, are by the second after the warm-up, and by 1,000 gradients. Everything 
 CPU seconds and in float32. Each round runs in a process of its own; the engines take turns.
 
 With --old, a checkout of version 0.1.0 trains and writes the prior, and is timed beside this one.
-"Straightened" is another prior, of `reflow`: how far from the first is printed too.
+"Straightened" is another prior, of `reflow`: how far from the first is printed too. "Compiled" is
+NUTS(jit_compile=True), of each.
 
-    python benchmarks/gradient_cost.py --old DIR     # ten minutes
+    python benchmarks/gradient_cost.py --old DIR     # a quarter of an hour
     python benchmarks/gradient_cost.py --smoke       # a minute
 """
 
@@ -27,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import pyro.ops.integrator
 import torch
 from _pyro_speed import milliseconds
 from pyro.infer import MCMC, NUTS
@@ -90,13 +92,18 @@ def print_gradients(prior, rows, seconds):
         print(json.dumps({"rows": count, **ms}), flush=True)
 
 
-def print_nuts(prior, folder, seed, draws):
+def print_nuts(prior, folder, seed, draws, *, compiled):
     """Sample three rows, write their draws, and print the cost after the warm-up."""
     pyro.set_rng_seed(seed)
-    calls, began = [0], []
+    calls, began, gradient = [0], [], pyro.ops.integrator.potential_grad
+
+    def counted(*args):
+        calls[0] += 1
+        return gradient(*args)
+
+    pyro.ops.integrator.potential_grad = counted
 
     def model(y):
-        calls[0] += 1
         with pyro.plate("rows", len(y)):
             z = pyro.sample("z", prior)
             pyro.sample("y", dist.Normal(z[..., 1], NOISE), obs=y)
@@ -105,7 +112,8 @@ def print_nuts(prior, folder, seed, draws):
         if stage != "Sample":
             began[:] = [time.process_time(), calls[0]]
 
-    kernel = NUTS(pi.base_space(model), max_tree_depth=6)
+    options = {"jit_compile": compiled, "ignore_jit_warnings": True}
+    kernel = NUTS(pi.base_space(model), max_tree_depth=6, **options)
     mcmc = MCMC(kernel, draws, draws, disable_progbar=True, hook_fn=note)
     mcmc.run(torch.tensor(OBSERVED))
     seconds, gradients = time.process_time() - began[0], calls[0] - began[1]
@@ -118,10 +126,11 @@ def print_nuts(prior, folder, seed, draws):
 
 def asked(engine, folder, what, *rest, args):
     """Return the JSON lines of a part of this file, run by an engine: a package, and a file."""
-    root, file = engine
+    root, file, compiled = engine
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--part", *map(str, (folder / file, what, *rest))]
     command += ["--draws", str(args.draws), *(["--smoke"] if args.smoke else [])]
+    command += ["--compiled"] if compiled else []
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -193,6 +202,7 @@ def main():
     parser.add_argument("--draws", type=int, default=200, help="after as many to warm up")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.part:
@@ -200,14 +210,16 @@ def main():
         return
     if args.smoke:
         args.rounds, args.draws = 1, 10
-    engines = {"0.1.0": (args.old.resolve(), FILE)} if args.old else {}
-    engines |= {"this version": (HERE.parent, FILE), "straightened": (HERE.parent, STRAIGHT)}
+    here = {"this version": FILE, "straightened": STRAIGHT}
+    engines = {"0.1.0": (args.old.resolve(), FILE, False)} if args.old else {}
+    engines |= {name: (HERE.parent, file, False) for name, file in here.items()}
+    compiled = {f"{name}, compiled": (*engine[:2], True) for name, engine in engines.items()}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         asked(next(iter(engines.values())), folder, "prior", args=args)
         write_straight(folder, args.smoke)
         compare_gradients(engines, folder, args)
-        compare_nuts(engines, folder, args)
+        compare_nuts(engines | compiled, folder, args)
 
 
 def run_part(file, what, *rest, args):
@@ -218,7 +230,7 @@ def run_part(file, what, *rest, args):
         rows = (1,) if args.smoke else (1, 3, 100)
         print_gradients(pi.load(file), rows, 0.01 if args.smoke else 0.5)
     else:
-        print_nuts(pi.load(file), file.parent, int(rest[0]), args.draws)
+        print_nuts(pi.load(file), file.parent, int(rest[0]), args.draws, compiled=args.compiled)
 
 
 if __name__ == "__main__":

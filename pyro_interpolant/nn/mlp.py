@@ -241,8 +241,7 @@ class VelocityMLP(nn.Module):
         shifts, scales = ([by_row(p, x.shape[:-1]) for p in parts] for parts in modulation)
         residual = [self._is_residual(i) for i in range(len(self.hidden_dims))]
         weights = [*self._weights(), self.output.weight]
-        rows = x[..., 0].numel()
-        return MLPRecord(weights, shifts, scales, residual, self._inverse_reach(), rows)
+        return MLPRecord(weights, shifts, scales, residual, self._inverse_reach())
 
     def forward_and_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None

@@ -32,6 +32,10 @@ class Record(Protocol):
 
     weights: Sequence[Tensor]  # which must not change before the last pullback
 
+    def begin(self, rows: int) -> None:
+        """Take the numbers of the network, for so many rows, before the first call."""
+        ...
+
     def __call__(self, x: Array) -> Array:
         """Return the velocity at the next of the times, of states x, shape ``(R, D)`` each."""
         ...
@@ -53,6 +57,11 @@ def is_recordable(x: Tensor, width: int) -> bool:
         width: The largest width of a layer.
     """
     return is_for_numpy(x) and 0 < x[..., 0].numel() * width <= _MOST_NUMBERS
+
+
+def rows_at_once(width: int) -> int:
+    """Return of how many rows layers are small, of which the largest has a width."""
+    return max(1, _MOST_NUMBERS // width)
 
 
 def by_row(part: Tensor, batch: Sequence[int]) -> Tensor:
@@ -85,7 +94,6 @@ class MLPRecord:
         scales: Of the hidden layers, alike.
         residual: Whether the input of each hidden layer is added to its output.
         inverses: ``1 / R`` below and above zero, ``(D,)`` each.
-        rows: R.
     """
 
     def __init__(
@@ -95,9 +103,13 @@ class MLPRecord:
         scales: Sequence[Tensor],
         residual: Sequence[bool],
         inverses: Sequence[Tensor],
-        rows: int,
     ) -> None:
         self.weights, self.residual = weights, residual
+        self.modulation, self.inverses = (shifts, scales), inverses
+
+    def begin(self, rows: int) -> None:
+        """Take the numbers of the network, for so many rows, before the first call."""
+        weights, (shifts, scales), inverses = self.weights, self.modulation, self.inverses
         *self.hidden, self.output = (w.detach().numpy() for w in weights)
         self.halves = [(w / 2).T for w in self.hidden]
         *inner, self.shift = (b.detach().numpy() for b in shifts)
@@ -182,8 +194,13 @@ class MovedRecord:
     """
 
     def __init__(self, record: Record, m: Tensor, r: Tensor, s: Tensor, g: Tensor) -> None:
-        self.record, self.weights, self.calls = record, record.weights, count()
-        self.m, self.r, self.s, self.g = (part.detach().numpy() for part in (m, r, s, g))
+        self.record, self.weights, self.path = record, record.weights, (m, r, s, g)
+
+    def begin(self, rows: int) -> None:
+        """Take the numbers of path and network, for so many rows, before the first call."""
+        self.record.begin(rows)
+        self.calls = count()
+        self.m, self.r, self.s, self.g = (part.detach().numpy() for part in self.path)
 
     def __call__(self, x: Array) -> Array:
         """Return the velocity at the next of the times, of states x, shape ``(R, D)`` each."""

@@ -11,15 +11,17 @@ which is the gradient of the discretised solve, not of the differential equation
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .._torch import constant, is_batch_of_gradients
-from ..nn.record import Array, Record
-from ..nn.velocity import StateFunction
+from .._torch import constant, is_batch_of_gradients, is_functional, needs_graph
+from ..nn.record import Array, MLPRecord, Record, rows_at_once
+from ..nn.velocity import StateFunction, record
+from .ode import FixedGrid
 from .tableaus import TABLEAUS
 
 
@@ -35,18 +37,94 @@ def stage_times(times: Tensor, method: str) -> Tensor:
 
 
 def recorded_solve(
-    record: Record, x: Tensor, times: Tensor, method: str, solve: StateFunction
+    kept: Record, x: Tensor, times: Tensor, method: str, solve: StateFunction
 ) -> Tensor:
     """Return the states at the nodes, shape ``(N + 1, *, D)``, with their gradient in x.
 
     Args:
-        record: The velocity at :func:`stage_times`.
+        kept: The velocity at :func:`stage_times`.
         x: The state at the first node, shape ``(*, D)``.
         times: The nodes, shape ``(N + 1,)``.
         method: The Runge-Kutta method.
         solve: The same solve by torch alone, for gradients that are differentiated themselves.
     """
-    return _Recorded.apply(x, record, times.diff().tolist(), method, solve)
+    return _Recorded.apply(x, kept, times.diff().tolist(), method, solve)
+
+
+def traced_solve(velocity: nn.Module, solver: object, x: Tensor, times: Tensor) -> Tensor | None:
+    """Return the states at the nodes, ``(N + 1, *, D)``, by one operation of what is traced.
+
+    A compiled function takes as long as its operations are many. It is called later, with
+    gradients or without, for any number of rows, where this package is.
+
+    Args:
+        velocity: The network, which is given no context.
+        solver: How it is integrated.
+        x: The state at the first node, shape ``(*, D)``.
+        times: The nodes, shape ``(N + 1,)``.
+
+    Returns:
+        The states, or None outside of a trace, and for networks, weights to train and solvers that
+        are not recorded.
+    """
+    if (
+        torch._C._get_tracing_state() is None
+        or is_functional()
+        or not isinstance(solver, FixedGrid)
+        or type(solver).solve is not FixedGrid.solve
+        or solver.checkpoint
+        or any(p.requires_grad for p in velocity.parameters())
+    ):
+        return None
+    found = record(velocity, stage_times(times, solver.method).to(x), x, None)
+    if not isinstance(found, MLPRecord):
+        return None
+    parts = found.weights, *found.modulation, map(int, found.residual), found.inverses
+    return _operation()[0](x, times.diff(), solver.method, *map(list, parts))
+
+
+@cache
+def _operation() -> tuple[Any, torch.library.Library]:
+    """Return the operation of :func:`traced_solve`, and the library that it lives in."""
+    library = torch.library.Library("pyro_interpolant", "FRAGMENT")
+    library.define(
+        "recorded_solve(Tensor x, Tensor gaps, str method, Tensor[] weights, Tensor[] shifts, "
+        "Tensor[] scales, int[] residual, Tensor[] inverses) -> Tensor"
+    )
+    for key in ("Autograd", "CPU"):
+        library.impl("recorded_solve", _called, key)
+    return torch.ops.pyro_interpolant.recorded_solve, library
+
+
+def _called(x: Tensor, gaps: Tensor, method: str, *parts: Any) -> Tensor:
+    """Return the states at the nodes, as the operation of :func:`traced_solve`.
+
+    Raises:
+        RuntimeError: If gradients in weights are wanted, or gradients of gradients.
+    """
+    weights, shifts, scales, residual, inverses = parts  # tracers take no lists of booleans
+    if needs_graph(*weights, *shifts, *scales, *inverses):
+        raise RuntimeError(
+            "expected a traced model of flows with frozen weights, got gradients in weights that "
+            "were frozen when it was traced: set it up anew"
+        )
+    rows = x.reshape(-1, x.shape[-1]).split(rows_at_once(max(map(len, weights))))
+    found = [
+        _Recorded.apply(
+            some, MLPRecord(weights, shifts, scales, residual, inverses), gaps.tolist(), method,
+            _refuse,
+        )
+        for some in rows
+    ]  # fmt: skip
+    return torch.cat(found, 1).reshape(-1, *x.shape)
+
+
+def _refuse(x: Tensor) -> Tensor:
+    """Raise a RuntimeError where the gradient of a traced solve is to be differentiated."""
+    raise RuntimeError(
+        "expected first derivatives of a traced model, got a gradient that is to be "
+        "differentiated itself: run the model without jit_compile, and without a Jit ELBO"
+    )
 
 
 class _Recorded(torch.autograd.Function):
@@ -63,6 +141,7 @@ class _Recorded(torch.autograd.Function):
     ) -> Tensor:
         with np.errstate(all="ignore"):  # as torch
             start = x.detach().reshape(-1, x.shape[-1]).numpy()
+            record.begin(len(start))
             states = _states(record, start, gaps, method)
             record.linearize()
         ctx.save_for_backward(x, *record.weights)  # which notices a change of theirs

@@ -18,6 +18,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from .._package import check_ranges, flag
@@ -54,7 +55,7 @@ from ..solvers.ode import (
     through_nodes,
 )
 from ..solvers.parallel import side_by_side, threads_at_once
-from ..solvers.recorded import recorded_solve, stage_times
+from ..solvers.recorded import recorded_solve, stage_times, traced_solve
 from .whitening import DenseWhitening, Whitening
 
 ROWS_PER_SOLVE = 512  # without gradients
@@ -262,6 +263,12 @@ class Flow(nn.Module):
         velocity_at = partial(field, self.velocity, context=path.context)
 
         def solve(white: Tensor) -> Tensor:
+            # Of a traced model: other functions may be saved, to be called where this package is
+            # not. A context may depend on what is sampled, and its gradient is asked for later.
+            if path.context is None and am_i_wrapped():
+                traced = traced_solve(self.velocity, path.solver, white, times)
+                if traced is not None:
+                    return traced
             if is_tracing() or getattr(type(path.solver), "solve", None) not in _OWN_SOLVES:
                 return path.solver.solve(velocity_at, white, times)
             with watching_the_first() as watched:
