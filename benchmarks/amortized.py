@@ -9,7 +9,7 @@ Of sir and lotka_volterra, which have no targets, sbibm's files are read; torchd
     pip install --no-deps sbibm            # tasks, simulators, reference draws
     python benchmarks/amortized.py         # 5 tasks x 2 sizes, about three hours on two cores
     python benchmarks/amortized.py --tasks sir lotka_volterra
-    python benchmarks/amortized.py --tasks "slcp rows"  # its eight numbers said to be four rows
+    python benchmarks/amortized.py --tasks "slcp rows"  # its eight numbers are four rows
     python benchmarks/amortized.py --methods ours npe fmpe
     python benchmarks/amortized.py --smoke # seconds, without sbibm
 
@@ -43,33 +43,34 @@ TARGETS = {
     1_000: dict(zip(TASKS, (0.66, 0.93, 0.60, 0.78, 0.62), strict=True)),
 }
 PROPOSALS, RESAMPLED = 100_000, 10_000
-ROWS = {"slcp rows": ("slcp", (4, 2))}  # the task, and the rows that its data are, exchangeable
+ROWS = {"slcp rows": ("slcp", (4, 2))}  # the task, and the rows that its data are
 
 
 class _Simulated(TorchDistribution):
-    """Data of a simulator given parameters, shape ``(*, D)``, with their log-density."""
+    """Data of a simulator given parameters, ``(*, *event_shape)``, with their log-density."""
 
     arg_constraints = {}
     support = constraints.real_vector
 
-    def __init__(self, theta, simulate, density, size, batch_shape=None):
-        self.theta, self.simulate, self.density, self.size = theta, simulate, density, size
+    def __init__(self, theta, simulate, density, event_shape, batch_shape=None):
+        self.theta, self.simulate, self.density = theta, simulate, density
         shape = theta.shape[:-1] if batch_shape is None else batch_shape
-        super().__init__(torch.Size(shape), torch.Size([size]), validate_args=False)
+        super().__init__(torch.Size(shape), torch.Size(event_shape), validate_args=False)
 
     def sample(self, sample_shape=()):
         shape = torch.Size(sample_shape) + self.batch_shape
         rows = self.theta.expand(*shape, self.theta.shape[-1]).reshape(-1, self.theta.shape[-1])
         with pyro.poutine.block():  # sbibm's simulators have sites of their own
-            return self.simulate(rows).reshape(*shape, self.size)
+            return self.simulate(rows).reshape(*shape, *self.event_shape)
 
     def log_prob(self, value):
-        return self.density(value, self.theta).expand(
-            torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        numbers = value.flatten(-len(self.event_shape))
+        return self.density(numbers, self.theta).expand(
+            torch.broadcast_shapes(numbers.shape[:-1], self.batch_shape)
         )
 
     def expand(self, batch_shape, _instance=None):
-        args = self.theta, self.simulate, self.density, self.size
+        args = self.theta, self.simulate, self.density, self.event_shape
         return _Simulated(*args, batch_shape=torch.Size(batch_shape))
 
 
@@ -222,17 +223,13 @@ def load_task(name):
     return task, density_of(name, task)
 
 
-def model_of(task, density, rows=None):
-    """Return the task as a Pyro model; its site "rows" holds the data in rows of a shape."""
+def model_of(task, density, shape):
+    """Return the task as a Pyro model, whose data "y" have a shape."""
     prior, simulate = task.get_prior_dist(), task.get_simulator()
-    size = task.get_observation(1).shape[-1]
 
     def model(y=None):
         theta = pyro.sample("theta", prior)
-        y = pyro.sample("y", _Simulated(theta, simulate, density, size), obs=y)
-        if rows is not None:
-            pyro.deterministic("rows", y.reshape(*y.shape[:-1], *rows), event_dim=2)
-        return y
+        return pyro.sample("y", _Simulated(theta, simulate, density, shape), obs=y)
 
     return model
 
@@ -247,33 +244,28 @@ def accuracy(draws, reference):
 
 def ours(task, density, cell):
     """Train a guide, and return what it is worth."""
-    _, rows = ROWS.get(cell["task"], (None, None))
-    model, begin = model_of(task, density, rows), time.monotonic()
-    guide, observed = pi.AmortizedInterpolant(model), "y"
-    if rows is not None:
-        observed, embedding = "rows", pi.nn.SetEmbedding(rows[-1])
-        guide = pi.AmortizedInterpolant(model, (observed,), embedding)
-
-    def given(y):
-        return guide.condition(**{observed: y if rows is None else y.reshape(rows)})
-
-    # Data in the arguments: rows are a function of y, which else would be latent itself.
     like, count = task.get_observation(1)[0], cell["simulations"]
+    _, shape = ROWS.get(cell["task"], (None, like.shape))
+    model, begin, like = model_of(task, density, shape), time.monotonic(), like.reshape(shape)
+    guide = pi.AmortizedInterpolant(model)  # which finds out by itself that rows are exchangeable
+
     options = {"max_seconds": cell["seconds"], "seed": cell["seed"], "progress": False}
     result = pi.fit_guide(guide, like, simulations=count, **options, options=cell["fit"])
     found = {"train": time.monotonic() - begin, "gain": result.gain, "k_hat": result.k_hat}
     found |= {"verdict": result.verdict, "report": repr(guide.posterior.report)}
     with torch.no_grad():
-        given(like).sample((10,))
+        guide.condition(y=like).sample((10,))
         begin = time.monotonic()
-        given(like).sample((10_000,))
+        guide.condition(y=like).sample((10_000,))
         found["draws"] = time.monotonic() - begin
         check = guide.calibration(like, count=cell["sbc"]).sbc
         found |= {"sbc": float(check.distances.max()), "band": check.band}
         numbers, weighed = [], []
         for i in cell["observations"]:
             y, reference = task.get_observation(i)[0], task.get_reference_posterior_samples(i)
-            numbers.append(accuracy(given(y).sample_dict((len(reference),))["theta"], reference))
+            y = y.reshape(shape)
+            draws = guide.condition(y=y).sample_dict((len(reference),))["theta"]
+            numbers.append(accuracy(draws, reference))
             weights = weighted(guide, y, cell["proposals"])
             if weights is not None:
                 weighed.append(accuracy(weights, reference))

@@ -18,6 +18,13 @@ def rows_of_a_normal(y=None):
     pyro.deterministic("first", y[..., 0])
 
 
+def rows_with_errors(y=None):
+    """Location N(0, 2^2), rows about it with an error of their own each."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", ROWS):
+        pyro.sample("y", dist.Normal(loc, torch.linspace(0.5, 2.0, ROWS)), obs=y)
+
+
 def rows_with_gaps(y=None, there=None):
     """Location N(0, 1), rows N(location, 1), of which one half are there."""
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))

@@ -24,7 +24,6 @@ from ..distributions.joint import ConditionalJointInterpolantDistribution
 from ..distributions.rounding import are_close
 from ..distributions.rows import flat_names
 from ..nn.embedded import EmbeddedVelocity
-from ..nn.embedding import SeriesEmbedding, SetEmbedding
 from ..training.clock import Clock
 from ..training.fitting import FitResult
 from ..training.whitening import warn_if_coarse
@@ -419,16 +418,7 @@ def untrained_posterior(
         embedding: What embeds them, or None.
         hidden_dims: The widths of the velocity's hidden layers, or None.
         like: A tensor of the type and on the device that its weights are to have.
-
-    Raises:
-        ValueError: If the embedding is of one site, and there are several.
     """
-    if isinstance(embedding, (SetEmbedding, SeriesEmbedding)) and len(shapes) > 1:
-        raise ValueError(
-            f"expected one observed site for a {type(embedding).__name__}, got {list(shapes)}: "
-            "let a deterministic site hold their columns, pyro.deterministic('seen', "
-            "torch.stack((x, y), -1)), and observe that"
-        )
     dim = sites.guide.latent_dim
     velocity = EmbeddedVelocity(dim, list(shapes.values()), embedding, hidden_dims)
     transform = ConditionalInterpolantTransform(velocity).to(like)

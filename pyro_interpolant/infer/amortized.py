@@ -43,6 +43,7 @@ from .amortization import (
     untrained_posterior,
 )
 from .autoguide import AutoInterpolant
+from .exchangeability import embedding_of_rows
 from .guide_result import GuideResult
 from .hidden import is_hidden
 from .initialization import init_latent, is_not_latent
@@ -103,8 +104,9 @@ class AmortizedInterpolant(AutoInterpolant):
             in the arguments, whose values do not matter, as all that is observed is drawn: fix a
             site by ``pyro.do`` there.
         embedding: A module that is called with the observed sites, each ``(N, *site_shape)``, and
-            returns ``(N, E)``, trained along, such as :class:`~pyro_interpolant.nn.SetEmbedding`;
-            by default the network sees all numbers.
+            returns ``(N, E)``, trained along. By default that is
+            :class:`~pyro_interpolant.nn.SetEmbedding` where no density of the model tells the
+            order of the rows of its data, as in a plate; else the network sees all numbers.
         posterior: A posterior that is trained already, as :func:`~pyro_interpolant.load` gives it:
             of the latent sites on their supports, given the observed ones in this order. It
             becomes the guide's own, whose weights ``SVI`` trains.
@@ -164,10 +166,11 @@ class AmortizedInterpolant(AutoInterpolant):
 
     def _set_flow(self, loc: Tensor, *args: object, **kwargs: object) -> None:
         sites = LatentSites(self, *args, **kwargs)
-        shapes = Simulator(sites, self.observed).shapes
-        self.shapes = {name: shapes[name] for name in self.observed}
+        simulator = Simulator(sites, self.observed)
+        self.shapes = {name: simulator.shapes[name] for name in self.observed}
         embedding, posterior = self._given
         if posterior is None:
+            embedding = embedding_of_rows(simulator) if embedding is None else embedding
             given = embedding, self._hidden_dims
             posterior = untrained_posterior(sites, self.shapes, *given, loc)
         check_posterior(posterior, sites, self.shapes)

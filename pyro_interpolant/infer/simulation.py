@@ -380,6 +380,19 @@ class Simulator:
             return torch.full((count,), math.nan)
         return self._drawn(count, self.batching, given, latents_alone=True).log_prior
 
+    def log_densities(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the log densities of all rows of all sampled sites, shape ``(N, M)``.
+
+        Args:
+            values: Of all sampled sites, each ``(N, *site_shape)``.
+        """
+        count = len(next(iter(values.values())))
+        if self.batching == "plate":
+            nodes = self._run(count, values)
+            return torch.cat(self._each_log_prob(nodes, self.sampled, count), -1)
+        runs = (self._run(None, {k: v[i] for k, v in values.items()}) for i in range(count))
+        return torch.stack([torch.cat(self._each_log_prob(run, self.sampled)) for run in runs])
+
     @torch.no_grad()
     def _drawn(
         self,

@@ -33,7 +33,7 @@ from .record import MovedRecord, Record, by_row
 from .velocity import StateFunction, own_method
 
 _HEAD_WIDTH = 128
-_MOST_SUMMARIES = 1024  # that a regression takes: beyond, its matrix takes long to decompose
+MOST_SUMMARIES = 1024  # that a regression takes: beyond, its matrix takes long to decompose
 # Of few rows, which it would learn by heart, the head drops this share of its units in training;
 # of more, so many over their number. Nats on slcp (on two_moons): 0.31 (0.14) more at 900 rows, at
 # 2,700 0.25 (-0.04), at 9,000 a share of 0.2 costs 0.35; and drawing makes steps a fifth slower.
@@ -479,7 +479,7 @@ class _Ridge:
 
     def __init__(self, s: Tensor) -> None:
         self.s = s.double()
-        self.is_null = not 0 < s.shape[1] <= _MOST_SUMMARIES
+        self.is_null = not 0 < s.shape[1] <= MOST_SUMMARIES
         if not self.is_null:
             values, self.vectors = torch.linalg.eigh(self.s.T @ self.s / len(s))
             self.values = values.clamp(min=0.0)

@@ -34,36 +34,44 @@ class _Columns(nn.Module):
         self.register_buffer("loc", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
 
-    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
         """Return standardised values, ``(N, n, d)``, zero where missing, and which are there.
 
         Args:
-            y: Data, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask; ``(N, n)`` where d is 1
-                and there is none.
+            *parts: Columns of the data, each ``(N, n)`` or ``(N, n, d_k)``: together d, and the
+                mask as a last one.
+
+        Raises:
+            ValueError: If they are of other shapes.
         """
-        values, there = self._parts(y)
+        values, there = self._parts(*parts)
         # What is missing may be NaN, which no factor makes zero, nor its gradients finite.
         values = torch.where(there > 0, values, self.loc)
         return (values - self.loc) / self.scale * there, there
 
     @torch.no_grad()
-    def set_scales(self, y: Tensor) -> None:
+    def set_scales(self, *parts: Tensor) -> None:
         """Set location and scale of the columns from the data that are there."""
-        values, there = self._parts(y)
+        values, there = self._parts(*parts)
         few = values[there[..., 0] > 0].double()
         if len(few):
             scale = few.std(0, correction=0)
             self.loc.copy_(few.mean(0))
             self.scale.copy_(torch.where(scale > 0, scale, 1.0))
 
-    def _parts(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values of data, and which are there, shape ``(N, n, 1)``."""
-        y, size = (y[..., None] if y.dim() == 2 else y), len(self.loc)
-        if y.dim() != 3 or y.shape[-1] != size + self.masked:
+        columns = [part[..., None] if part.dim() == 2 else part for part in parts]
+        is_whole = all(c.dim() == 3 and c.shape[:2] == columns[0].shape[:2] for c in columns)
+        size = len(self.loc)
+        if not is_whole or sum(c.shape[-1] for c in columns) != size + self.masked:
             mask = ", the last of them the mask" if self.masked else ""
+            got = " and ".join(str(tuple(part.shape)) for part in parts)
             raise ValueError(
-                f"expected data of shape (N, n, {size + self.masked}){mask}, got {tuple(y.shape)}"
+                f"expected data of shape (N, n, {size + self.masked}){mask}, or such columns by "
+                f"site, got {got}"
             )
+        y = torch.cat(columns, -1)
         return y[..., :size], y[..., -1:] if self.masked else torch.ones_like(y[..., :1])
 
 
@@ -74,7 +82,7 @@ class SetEmbedding(nn.Module):
     from its mean), in units of their deviation in the set.
 
     Args:
-        row_dim: d, the size of a row.
+        row_dim: d, the size of a row, of all observed sites together.
         masked: Whether a last column more says which rows are there, by 1, and which are not, by
             0: for sets of a varying size, and rows that are missing.
         width: Of the network :math:`\phi`.
@@ -100,16 +108,16 @@ class SetEmbedding(nn.Module):
         """Return the arguments of the constructor."""
         return self.row_dim, self.masked, self.width
 
-    def forward(self, y: Tensor) -> Tensor:
+    def forward(self, *y: Tensor) -> Tensor:
         """Return the mean of the embedded rows, shape ``(N, width)``.
 
         Args:
-            y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask; ``(N, n)`` where d is 1
-                and there is none.
+            *y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask; or their columns by
+                site, each ``(N, n)`` or ``(N, n, d_k)``.
         """
-        return self.forward_and_summary(y)[0]
+        return self.forward_and_summary(*y)[0]
 
-    def summary(self, y: Tensor) -> Tensor:
+    def summary(self, *y: Tensor) -> Tensor:
         """Return means, deviations, fits and extremes of the columns, and how many rows, (N, S).
 
         Means and logarithms of deviations of each column; from two columns on the coefficients,
@@ -118,18 +126,18 @@ class SetEmbedding(nn.Module):
         number of rows.
 
         Args:
-            y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask.
+            *y: Rows, each ``(N, n)`` or ``(N, n, d_k)``, as for :meth:`forward`.
         """
-        rows, there = self.columns(y)
+        rows, there = self.columns(*y)
         return self._summary(rows, there, _fits(rows, there))
 
-    def forward_and_summary(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_and_summary(self, *y: Tensor) -> tuple[Tensor, Tensor]:
         """Return what :meth:`forward` and :meth:`summary` do, which share the fits.
 
         Args:
-            y: Rows, shape ``(N, n, d)``, or ``(N, n, d + 1)`` with a mask.
+            *y: Rows, each ``(N, n)`` or ``(N, n, d_k)``, as for :meth:`forward`.
         """
-        rows, there = self.columns(y)
+        rows, there = self.columns(*y)
         fits = _fits(rows, there)
         both = torch.cat((rows, fits.residuals), -1)
         return _mean(self.rows(both), there), self._summary(rows, there, fits)
@@ -139,9 +147,9 @@ class SetEmbedding(nn.Module):
         found = [fits.summary, *_extremes(rows, there)]
         return torch.cat([*found, there.sum(1).log1p()] if self.masked else found, -1)
 
-    def set_scales(self, y: Tensor) -> None:
-        """Set location and scale of the columns from rows, shape ``(N, n, d)``, that are there."""
-        self.columns.set_scales(y)
+    def set_scales(self, *y: Tensor) -> None:
+        """Set location and scale of the columns from rows, ``(N, n, d)``, that are there."""
+        self.columns.set_scales(*y)
 
 
 class SeriesEmbedding(nn.Module):
@@ -149,7 +157,7 @@ class SeriesEmbedding(nn.Module):
 
     Args:
         length: L, the number of times.
-        channels: d, the number of values at each time.
+        channels: d, the number of values at each time, of all observed sites together.
         masked: Whether a last channel more says which times are there, by 1, and which are
             missing, by 0.
         width: The number of channels inside.
@@ -182,33 +190,33 @@ class SeriesEmbedding(nn.Module):
         """Return the arguments of the constructor."""
         return self.length, self.channels, self.masked, self.width
 
-    def forward(self, y: Tensor) -> Tensor:
+    def forward(self, *y: Tensor) -> Tensor:
         """Return embedded series, shape ``(N, 64)``.
 
         Args:
-            y: Series, shape ``(N, L, d)``, or ``(N, L, d + 1)`` with a mask; ``(N, L)`` where d is
-                1 and there is none.
+            *y: Series, shape ``(N, L, d)``, or ``(N, L, d + 1)`` with a mask; or their channels by
+                site, each ``(N, L)`` or ``(N, L, d_k)``.
 
         Raises:
             ValueError: If they are of another length.
         """
-        values, there = self._parts(y)
+        values, there = self._parts(*y)
         values = torch.cat((values, there), -1) if self.masked else values
         return self.layers(values.mT)
 
-    def summary(self, y: Tensor) -> Tensor:
+    def summary(self, *y: Tensor) -> Tensor:
         """Return means over stretches of time, and fits of neighbours in time, ``(N, S)``.
 
         Of each channel at most 32 means, and what :class:`SetEmbedding` gives of the set of all
         pairs of neighbours: an autoregression's coefficient, intercept and deviation are there.
 
         Args:
-            y: Series, shape ``(N, L, d)``, ``(N, L, d + 1)`` or ``(N, L)``.
+            *y: Series, each ``(N, L)`` or ``(N, L, d_k)``, as for :meth:`forward`.
 
         Raises:
             ValueError: If they are of another length.
         """
-        values, there = self._parts(y)
+        values, there = self._parts(*y)
         stretches = min(self.length, _STRETCHES)
         means = nn.functional.adaptive_avg_pool1d(values.mT, stretches).flatten(1)
         if self.length == 1:
@@ -217,9 +225,9 @@ class SeriesEmbedding(nn.Module):
         both = (there[:, :-1] * there[:, 1:])[:, None]
         return torch.cat((means, _fits(pairs, both).summary.flatten(1)), -1)
 
-    def _parts(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, *y: Tensor) -> tuple[Tensor, Tensor]:
         """Return standardised values of series, ``(N, L, d)``, and which are there."""
-        values, there = self.columns(y)
+        values, there = self.columns(*y)
         if values.shape[1] != self.length:
             raise ValueError(
                 f"expected series of {self.length} times, got {values.shape[1]}: pad shorter "
@@ -227,9 +235,9 @@ class SeriesEmbedding(nn.Module):
             )
         return values, there
 
-    def set_scales(self, y: Tensor) -> None:
+    def set_scales(self, *y: Tensor) -> None:
         """Set location and scale of the channels from series, ``(N, L, d)``, where they are."""
-        self.columns.set_scales(y)
+        self.columns.set_scales(*y)
 
 
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (SetEmbedding, SeriesEmbedding)}

@@ -1,0 +1,68 @@
+r"""Whether the rows of the data may change places without any density of the model being another.
+
+The posterior given such data depends on the set of their rows alone: :math:`p(x \mid y)` is that
+of all orders of y, as :math:`p(y \mid x)` is.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from .._torch import seeded
+from ..nn.embedded import MOST_SUMMARIES
+from ..nn.embedding import SetEmbedding
+from .simulation import Simulator
+from .simulations import all_of
+
+# Simulations whose rows change places, at once, and one by one; at least.
+_TRIED, _LOOPED, _LEAST = 256, 16, 3
+_ROUNDING = 32  # roundings of a sum's terms: of rows in another order it is another
+
+
+@torch.no_grad()
+def embedding_of_rows(simulator: Simulator) -> SetEmbedding | None:
+    """Return an embedding of exchangeable rows, or None where the order of the data may count.
+
+    Rows are the first dimension of all observed sites, of a plate or of events. They are put in
+    another order in simulations, alike in all sites, while the latent sites stay: rows that have
+    covariates, groups, errors or latent sites of their own then have another density, and so
+    have the times of a series. Beyond 29 columns the summary of a set is more than regressions
+    take, and the network that sees all numbers learns faster.
+
+    Args:
+        simulator: The model, with what is observed.
+    """
+    shapes = [simulator.shapes[name] for name in simulator.observed]
+    is_table = all(1 <= len(shape) <= 2 and shape.numel() for shape in shapes)
+    is_whole = {*simulator.sampled} == {*simulator.latents, *simulator.observed}
+    if not (is_table and is_whole) or len({shape[0] for shape in shapes}) > 1:
+        return None
+    count = shapes[0][0]
+    embedding = SetEmbedding(sum(shape.numel() for shape in shapes) // count)
+    if embedding.summary(torch.zeros(1, 1, embedding.row_dim)).shape[1] > MOST_SUMMARIES:
+        return None
+    # A model may have no density of its data, or none of rows elsewhere: nothing is known then.
+    with seeded(0), contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
+        return embedding if _rows_may_move(simulator, count) else None
+    return None
+
+
+def _rows_may_move(simulator: Simulator, count: int) -> bool:
+    """Return whether so many rows in another order have the same density in all simulations."""
+    most = _TRIED if simulator.batching == "plate" else _LOOPED
+    found = simulator.at(max(_LEAST, min(most, simulator.rows)))
+    values = found.take(all_of(simulator.proper(found)))
+    given = values.latents | values.data
+    order = torch.rand(len(values.log_prior), count).argsort(-1)
+    moved = given | {name: _taken(given[name], order) for name in simulator.observed}
+    before, after = (simulator.log_densities(each).double() for each in (given, moved))
+    rounding = _ROUNDING * torch.finfo(values.log_prior.dtype).eps * before.abs().sum(-1)
+    near = (after.sum(-1) - before.sum(-1)).abs() <= rounding
+    is_other = [(given[k] != moved[k]).flatten(1).any(1) for k in simulator.observed]
+    return bool(near.all()) and bool(torch.stack(is_other).any())
+
+
+def _taken(values: Tensor, order: Tensor) -> Tensor:
+    """Return rows, ``(N, n, *)``, in an order of each of N, shape ``(N, n)``."""
+    return values[torch.arange(len(values))[:, None], order]
