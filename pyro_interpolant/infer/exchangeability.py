@@ -38,14 +38,12 @@ def embedding_of_rows(simulator: Simulator) -> SetEmbedding | None:
     is_whole = {*simulator.sampled} == {*simulator.latents, *simulator.observed}
     if not (is_table and is_whole) or len({shape[0] for shape in shapes}) > 1:
         return None
-    count = shapes[0][0]
-    embedding = SetEmbedding(sum(shape.numel() for shape in shapes) // count)
-    if embedding.summary(torch.zeros(1, 1, embedding.row_dim)).shape[1] > MOST_SUMMARIES:
-        return None
+    columns, may_move = sum(shape.numel() for shape in shapes) // shapes[0][0], False
     # A model may have no density of its data, or none of rows elsewhere: nothing is known then.
     with seeded(0), contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
-        return embedding if _rows_may_move(simulator, count) else None
-    return None
+        size = SetEmbedding(columns).summary(torch.zeros(1, 1, columns)).shape[1]
+        may_move = size <= MOST_SUMMARIES and _rows_may_move(simulator, shapes[0][0])
+    return SetEmbedding(columns) if may_move else None
 
 
 def _rows_may_move(simulator: Simulator, count: int) -> bool:
