@@ -197,7 +197,7 @@ def base_space(model: Model) -> BaseSpace:
     inside or around, is observed in data space. A scale inside of the model weighs the density of
     z, of which the Jacobian's part is a factor beside the base; one around the result weighs the
     density of what is sampled there, as a mask does. ``Predictive`` lists that factor as
-    ``z_log_jacobian``, which holds no numbers: its last dimension is 0.
+    ``z_log_jacobian``, an empty tensor whose last dimension is 0.
 
     Args:
         model: A Pyro model.

@@ -55,7 +55,7 @@ def base_space(model: Callable[..., Any]) -> Callable[..., Any]:
     ``scan`` are left alone too, but for ``scan(base_space(step), ...)``. A scale inside of the
     model weighs the density of z, of which the Jacobian's part is a factor beside the base; one
     around the result weighs the density of what is sampled there. ``Predictive`` lists that factor
-    as ``z_log_jacobian``, which holds no numbers: its last dimension is 0.
+    as ``z_log_jacobian``, an empty array whose last dimension is 0.
 
     Args:
         model: A NumPyro model.

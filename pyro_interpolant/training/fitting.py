@@ -190,9 +190,10 @@ def fit(
             base and coupling.
         whiten: Whether to set the whitening map from the data, and to forget the noise that an
             earlier run learned; False keeps the present ones, to train on from weights that know
-            them; a network without any is told of the rows even so. The columns of a data
-            frame are taken by the names that the flow was trained with, whose order stays; those
-            of other names are for a new map alone, which forgets names where the data have none.
+            them; an untrained network takes its scales from the rows even so. The columns of a
+            data frame are taken by the names that the flow was trained with, whose order stays;
+            those of other names are for a new map alone, which forgets names where the data have
+            none.
         tolerance: For :func:`~pyro_interpolant.calibrate`, nats; of images for
             :func:`~pyro_interpolant.diagnostics.calibrate_sampler`, standard deviations.
         seed: Makes the run reproducible: same seed, same weights, to the bit where torch's numbers
