@@ -11,7 +11,6 @@ which is the gradient of the discretised solve, not of the differential equation
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -80,20 +79,24 @@ def traced_solve(velocity: nn.Module, solver: object, x: Tensor, times: Tensor) 
     if not isinstance(found, MLPRecord):
         return None
     parts = found.weights, *found.modulation, map(int, found.residual), found.inverses
-    return _operation()[0](x, times.diff(), solver.method, *map(list, parts))
+    return _OPERATION(x, times.diff(), solver.method, *map(list, parts))
 
 
-@cache
-def _operation() -> tuple[Any, torch.library.Library]:
-    """Return the operation of :func:`traced_solve`, and the library that it lives in."""
-    library = torch.library.Library("pyro_interpolant", "FRAGMENT")
-    library.define(
-        "recorded_solve(Tensor x, Tensor gaps, str method, Tensor[] weights, Tensor[] shifts, "
-        "Tensor[] scales, int[] residual, Tensor[] inverses) -> Tensor"
-    )
-    for key in ("Autograd", "CPU"):
-        library.impl("recorded_solve", _called, key)
-    return torch.ops.pyro_interpolant.recorded_solve, library
+def _operation() -> Any:
+    """Return the operation of :func:`traced_solve`, from the import to the end of the process.
+
+    Compiled functions hold it, and files of them name it.
+    """
+    ours: Any = torch.ops.pyro_interpolant
+    if not hasattr(ours, "recorded_solve"):  # this file may be imported again
+        ours.library = library = torch.library.Library("pyro_interpolant", "FRAGMENT")
+        library.define(
+            "recorded_solve(Tensor x, Tensor gaps, str method, Tensor[] weights, Tensor[] shifts, "
+            "Tensor[] scales, int[] residual, Tensor[] inverses) -> Tensor"
+        )
+        for key in ("Autograd", "CPU"):
+            library.impl("recorded_solve", _called, key)
+    return ours.recorded_solve
 
 
 def _called(x: Tensor, gaps: Tensor, method: str, *parts: Any) -> Tensor:
@@ -108,6 +111,8 @@ def _called(x: Tensor, gaps: Tensor, method: str, *parts: Any) -> Tensor:
             "expected a traced model of flows with frozen weights, got gradients in weights that "
             "were frozen when it was traced: set it up anew"
         )
+    if not x.numel():
+        return x.expand(len(gaps) + 1, *x.shape).clone()
     rows = x.reshape(-1, x.shape[-1]).split(rows_at_once(max(map(len, weights))))
     found = [
         _Recorded.apply(
@@ -163,6 +168,9 @@ class _Recorded(torch.autograd.Function):
                 start = _pulled(ctx.record, rows, ctx.gaps, ctx.method)
             gradient = torch.from_numpy(start).reshape(x.shape)
         return gradient, None, None, None, None
+
+
+_OPERATION = _operation()
 
 
 def _states(record: Record, x: Array, gaps: Sequence[float], method: str) -> list[Array]:

@@ -1,5 +1,9 @@
 """Compiled Pyro models: the solve of a flow is one operation of them, with its gradient."""
 
+import gc
+import importlib.util
+import subprocess
+import sys
 from functools import partial
 
 import pyro
@@ -166,3 +170,35 @@ def test_gradients_of_gradients_are_refused():
     found, w = traced(prior().transform, torch.randn(2, 3)), torch.randn(2, 3).requires_grad_()
     with pytest.raises(RuntimeError, match="expected first derivatives of a traced model"):
         torch.autograd.grad(found(w).square().sum(), w, create_graph=True)
+
+
+def test_no_rows_are_solved_too():
+    found = traced(prior().transform, torch.randn(2, 3))
+    assert found(torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_a_saved_function_is_loaded_where_the_package_is(tmp_path):
+    found, w = traced(prior().transform, torch.randn(2, 3)), torch.randn(2, 3)
+    torch.jit.save(found, str(tmp_path / "traced.pt"))
+    torch.save((w, found(w)), tmp_path / "values.pt")
+    program = (
+        "import sys, pathlib, torch\n"
+        "from pyro_interpolant import InterpolantTransform\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "w, known = torch.load(folder / 'values.pt')\n"
+        "torch.testing.assert_close(torch.jit.load(str(folder / 'traced.pt'))(w), known)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_file_again_leaves_compiled_functions_as_they_are():
+    found, w = traced(prior().transform, torch.randn(2, 3)), torch.randn(2, 3)
+    known = found(w)
+    spec = importlib.util.find_spec("pyro_interpolant.solvers.recorded")
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    del again
+    gc.collect()
+    close(found(w), known)
