@@ -497,3 +497,17 @@ def test_the_noise_of_a_latent_path_takes_embedded_data():
     assert isinstance(transform.flow.noise, VelocityMLP)
     score = pi.score(flow.condition(context), torch.tensor(0.5), torch.randn(7, 2))
     assert bool(score.isfinite().all())
+
+
+def test_many_rows_are_embedded_in_pieces_without_gradients(monkeypatch):
+    embedding, y = SetEmbedding(2), torch.randn(7, 10, 2)
+    whole, seen = embedding.forward_and_summary(y), []
+    embedding.rows.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    monkeypatch.setattr(embedding_module, "_ROWS_AT_ONCE", 35)
+    with torch.no_grad():
+        found = embedding.forward_and_summary(y)
+        assert seen == [3, 3, 1]
+        assert embedding(y[:0]).shape == (0, 32)
+    torch.testing.assert_close(found, whole)
+    assert embedding(y).requires_grad
+    assert seen[-1] == 7
