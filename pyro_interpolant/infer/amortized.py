@@ -22,7 +22,7 @@ from ..distributions.joint import (
     JointInterpolantDistribution,
 )
 from ..nn.embedded import EmbeddedVelocity
-from ..training.clock import Clock, Seconds
+from ..training.clock import Clock
 from ..training.fitting import FitResult, fit
 from ..transforms.interpolant import ConditionalInterpolantTransform
 from .amortization import (
@@ -43,11 +43,12 @@ from .amortization import (
     untrained_posterior,
 )
 from .autoguide import AutoInterpolant
-from .exchangeability import embedding_of_rows
+from .exchangeability import SetsOfRows
 from .guide_result import GuideResult
 from .hidden import is_hidden
 from .initialization import init_latent, is_not_latent
 from .log_density import known_log_joint
+from .pace import pace
 from .runs import (
     check_data,
     check_rows_count,
@@ -70,15 +71,7 @@ from .sites import (
 )
 
 _SIMULATIONS = 10_000
-_TRAINING_SHARE = 0.9  # of the time, for simulations and training; the rest: the verdict
 _SIMULATING, _JUDGING = 0.5, 0.05  # of the time at most, for simulations, and for fresh ones
-# The learning rate with an embedding, whose training 1e-2 makes unstable: after 1,000 steps of 256
-# sets of 20 rows, a posterior of two modes had 1.4 nats at this rate and 0.5 at 1e-2.
-_EMBEDDING_RATE = 2e-3
-# Of a run with a time limit: the fewest steps, else one for each simulation; and the patience. So
-# the rate falls to the end (a gain of 0.26 nats on gaussian_mixture, 1,000 simulations), and a
-# loss that rises early by chance does not end the run (0.14 at 10,000).
-_FEWEST_STEPS, _PATIENCE = 2000, 100
 _POINTS = 64  # draws of which the likeliest is taken
 
 
@@ -140,6 +133,7 @@ class AmortizedInterpolant(AutoInterpolant):
     transform: ConditionalInterpolantTransform  # type: ignore[assignment]
     _posterior: ConditionalJointInterpolantDistribution | None = None
     _example: dict[str, Tensor] | None = None  # of a simulation of the model that was trained with
+    _sets = SetsOfRows()  # of guides that earlier versions pickled, which see none
 
     def __init__(
         self,
@@ -158,7 +152,7 @@ class AmortizedInterpolant(AutoInterpolant):
             raise ValueError("expected the name of at least one observed site, got none")
         check_ranges(whole("num_workers", num_workers, 0))
         self.num_workers = int(num_workers)
-        self._given = embedding, posterior
+        self._given, self._sets = (embedding, posterior), SetsOfRows()
         self._prototype_hide_fn = functools.partial(is_not_latent, self.observed)
 
     def _initializer(self, init_loc_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -170,7 +164,7 @@ class AmortizedInterpolant(AutoInterpolant):
         self.shapes = {name: simulator.shapes[name] for name in self.observed}
         embedding, posterior = self._given
         if posterior is None:
-            embedding = embedding_of_rows(simulator) if embedding is None else embedding
+            embedding = self._sets.embedding(simulator) if embedding is None else embedding
             given = embedding, self._hidden_dims
             posterior = untrained_posterior(sites, self.shapes, *given, loc)
         check_posterior(posterior, sites, self.shapes)
@@ -179,6 +173,12 @@ class AmortizedInterpolant(AutoInterpolant):
         self.transform, self._posterior = posterior.transform, posterior
         self.transform.eval()  # dropout is for the regression: SVI and draws do without
         del self._given  # the embedding is a part of the flow
+
+    def _see_rows(self, sites: LatentSites, simulator: Simulator, *, is_source: bool) -> None:
+        """Set the flow up anew where rows are no sets, though they were at the first call."""
+        if not self._sets.hold(simulator, is_source=is_source):
+            self._given = None, None
+            self._set_flow(self.transform.flow.loc, *sites.args, **sites.kwargs)
 
     @property
     def posterior(self) -> ConditionalJointInterpolantDistribution:  # type: ignore[override]
@@ -388,6 +388,7 @@ class AmortizedInterpolant(AutoInterpolant):
         share = math.inf if settings.get("checkpoint") is not None else _SIMULATING / rounds
         with seeded(seed):
             simulator = Simulator(sites, self.observed, self.num_workers)
+            self._see_rows(sites, simulator, is_source=True)
             found = simulator(count, deadline=clock.moment(share))
             tell_of_fewer(len(found.log_prior) + found.improper, count, simulator)
             tell_if_coarse(found, self.observed, self.transform.flow.loc.dtype)
@@ -406,6 +407,7 @@ class AmortizedInterpolant(AutoInterpolant):
     def _begin(self, sites: LatentSites) -> None:
         """Forget what earlier training was for and worth, and note what this one is for."""
         self.posterior.refined_for = self.poor = None
+        self._sets.are_learned = True
         first, second = (example_of(sites.model, self.observed) for _ in range(2))
         # Alike, unless the model draws numbers that are not torch's.
         self._example = first if is_alike(first, second) else None
@@ -426,6 +428,7 @@ class AmortizedInterpolant(AutoInterpolant):
             )
         with seeded(settings["seed"]):
             simulator = Simulator(sites, self.observed)
+            self._see_rows(sites, simulator, is_source=False)
             found = SimulatedBatches(batches, simulator, self.observed, self.rows_of)
         tell_if_coarse(found.held, self.observed, self.transform.flow.loc.dtype)
         held = {"validation": self.rows_of(found.held), **settings}
@@ -483,13 +486,8 @@ class AmortizedInterpolant(AutoInterpolant):
 
     def _fit(self, rows: Any, clock: Clock, share: float, settings: dict[str, Any]) -> FitResult:
         """Train on packed rows, or on batches of them and their contexts."""
-        limit = Seconds.since(clock.began, share * _TRAINING_SHARE * clock.limit)
-        defaults: dict[str, Any] = {"max_seconds": limit}
-        velocity, names = self.transform.velocity, self.posterior.context_columns
-        if isinstance(velocity, EmbeddedVelocity) and velocity.embedding is not None:
-            defaults["learning_rate"] = _EMBEDDING_RATE
-        if isinstance(rows, Tensor) and clock.limit < math.inf:
-            defaults |= {"steps": max(_FEWEST_STEPS, len(rows)), "patience": _PATIENCE}
+        defaults = pace(self.transform.velocity, rows, clock, share)
+        names = self.posterior.context_columns
         with trainable(self.transform):  # and then as it was: SVI may train on
             training = fit(self.posterior, rows, **{**defaults, **settings})
         self.posterior.context_columns = names  # of sites, which the rows do not tell

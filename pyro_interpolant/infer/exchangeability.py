@@ -5,6 +5,7 @@ of all orders of y, as :math:`p(y \mid x)` is.
 """
 
 import contextlib
+import warnings
 
 import torch
 from torch import Tensor
@@ -12,12 +13,63 @@ from torch import Tensor
 from .._torch import seeded
 from ..nn.embedded import MOST_SUMMARIES
 from ..nn.embedding import SetEmbedding
+from .runs import example_of, is_alike
 from .simulation import Simulator
 from .simulations import all_of
 
 # Simulations whose rows change places, at once, and one by one; at least.
 _TRIED, _LOOPED, _LEAST = 256, 16, 3
 _ROUNDING = 32  # roundings of a sum's terms: of rows in another order it is another
+
+
+class SetsOfRows:
+    """Whether a guide sees the rows of its data as a set, because its model does.
+
+    Attributes:
+        example: A simulation of the model with the arguments for which it does, or None.
+        are_learned: Whether the guide has been trained.
+        are_off: Whether it must not, whatever the model is.
+    """
+
+    def __init__(self) -> None:
+        self.example: dict[str, Tensor] | None = None
+        self.are_learned = self.are_off = False
+
+    def embedding(self, simulator: Simulator) -> SetEmbedding | None:
+        """Return an embedding of sets, or None where the order of the data may count.
+
+        Args:
+            simulator: The model with the arguments of the guide's first call.
+        """
+        found = None if self.are_off else embedding_of_rows(simulator)
+        self.example = None if found is None else example_of(simulator.model, simulator.observed)
+        return found
+
+    def hold(self, simulator: Simulator, *, is_source: bool) -> bool:
+        """Return whether the guide may train as it was set up.
+
+        Args:
+            simulator: The model with the arguments of training, which may be others.
+            is_source: Whether its simulations are what is learned from. What was made elsewhere
+                may have an order of which the density of the model, no more than a placeholder
+                then, does not know.
+
+        Raises:
+            ValueError: If not, and the guide has been trained before.
+        """
+        if self.example is None or (self.are_learned and not is_source):
+            return True
+        if is_source:
+            example = example_of(simulator.model, simulator.observed)
+            if is_alike(example, self.example) or embedding_of_rows(simulator) is not None:
+                return True
+        if self.are_learned:
+            raise ValueError(
+                "expected rows of data in any order, as when the guide was trained, got rows that "
+                "the model tells apart with these arguments: set up a new guide for them"
+            )
+        self.are_off = True
+        return False
 
 
 @torch.no_grad()
@@ -39,8 +91,10 @@ def embedding_of_rows(simulator: Simulator) -> SetEmbedding | None:
     if not (is_table and is_whole) or len({shape[0] for shape in shapes}) > 1:
         return None
     columns, may_move = sum(shape.numel() for shape in shapes) // shapes[0][0], False
-    # A model may have no density of its data, or none of rows elsewhere: nothing is known then.
-    with seeded(0), contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
+    # A model may have no density of its data, none of rows elsewhere, or fail at some values, as
+    # its simulations are allowed to: nothing is known then, and a guide is set up all the same.
+    with seeded(0), warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
         size = SetEmbedding(columns).summary(torch.zeros(1, 1, columns)).shape[1]
         may_move = size <= MOST_SUMMARIES and _rows_may_move(simulator, shapes[0][0])
     return SetEmbedding(columns) if may_move else None
@@ -58,7 +112,23 @@ def _rows_may_move(simulator: Simulator, count: int) -> bool:
     rounding = _ROUNDING * torch.finfo(values.log_prior.dtype).eps * before.abs().sum(-1)
     near = (after.sum(-1) - before.sum(-1)).abs() <= rounding
     is_other = [(given[k] != moved[k]).flatten(1).any(1) for k in simulator.observed]
-    return bool(near.all()) and bool(torch.stack(is_other).any())
+    is_set = bool(near.all()) and bool(torch.stack(is_other).any())
+    return is_set and _tells_of_latents(simulator, given, before, rounding)
+
+
+def _tells_of_latents(
+    simulator: Simulator, given: dict[str, Tensor], before: Tensor, rounding: Tensor
+) -> bool:
+    """Return whether the density of the data is more than a placeholder, which knows no order.
+
+    One of data alone, such as zero, is in the mean the same where simulations swap their data.
+    """
+    swapped = given | {name: given[name].roll(1, 0) for name in simulator.observed}
+    try:
+        after = simulator.log_densities(swapped).double()
+    except ValueError:  # data that these latents cannot give
+        return True
+    return not bool((after.sum() - before.sum()).abs() <= rounding.sum())
 
 
 def _taken(values: Tensor, order: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import constraints
 from simulators import QUICK, rows_of_a_normal, rows_with_errors
 
 import pyro_interpolant as pi
@@ -166,3 +167,103 @@ def test_a_guide_is_blind_to_the_order_of_such_rows_and_to_no_other():
         z = torch.zeros(1)
         one, other = (guide.condition(y=rows).log_prob(z) for rows in (y, y.flip(0)))
         assert (abs(one - other) < 1e-9) == is_blind
+
+
+class OwnNoise(dist.TorchDistribution):
+    """A simulator of a series in the clothes of a distribution, whose density nobody knows."""
+
+    arg_constraints = {}
+    support = constraints.real_vector
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape, torch.Size([ROWS]), validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return OwnNoise(self.loc.expand(batch_shape))
+
+    def sample(self, sample_shape=()):
+        shape = (*sample_shape, *self.loc.shape, ROWS)
+        return (self.loc[..., None] + torch.randn(shape)).cumsum(-1)
+
+    def log_prob(self, value):
+        return torch.zeros(value.shape[:-1])
+
+
+def zero_density(y=None):
+    pyro.sample("y", OwnNoise(pyro.sample("loc", dist.Normal(0.0, 1.0))), obs=y)
+
+
+def placeholder(y=None):
+    pyro.sample("loc", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(torch.zeros(ROWS), 1.0).to_event(1), obs=y)
+
+
+def within_a_bound(y=None):
+    most = pyro.sample("most", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("rows", ROWS):
+        pyro.sample("y", dist.Uniform(torch.zeros_like(most), most), obs=y)
+
+
+@pytest.mark.parametrize("model", [zero_density, placeholder])
+def test_a_density_that_no_latent_changes_tells_nothing(model):
+    assert embedding_of(model) is None
+
+
+def test_data_that_other_latents_cannot_give_are_a_set():
+    assert type(embedding_of(within_a_bound)) is SetEmbedding
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, UserWarning])
+def test_a_model_that_fails_at_times_is_set_up_all_the_same(error):
+    calls = []
+
+    def model(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        calls.append(float(loc))
+        if len(calls) > 20:
+            raise error("the population died out")
+        with pyro.plate("rows", ROWS):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    assert embedding_of(model) is None
+
+
+def regression(x, y=None):
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+
+def test_a_guide_that_meets_covariates_after_its_first_call_sees_all_numbers():
+    guide = pi.AmortizedInterpolant(regression, hidden_dims=(8,))
+    guide(torch.zeros(ROWS), torch.zeros(ROWS))
+    x = torch.linspace(-2.0, 2.0, ROWS)
+    pi.fit_guide(guide, x, simulations=300, **QUICK)
+    assert guide.transform.velocity.embedding is None
+    means = [guide.condition(y=sign * x).mean.detach() for sign in (1.0, -1.0)]
+    assert means[0] > 0.3 > -0.3 > means[1]
+
+
+def test_a_guide_that_has_learned_from_sets_refuses_covariates():
+    guide = pi.AmortizedInterpolant(regression, hidden_dims=(8,))
+    pi.fit_guide(guide, torch.ones(ROWS), simulations=300, **QUICK)
+    pi.fit_guide(guide, 2 * torch.ones(ROWS), simulations=300, **QUICK)
+    with pytest.raises(ValueError, match="rows that the model tells apart"):
+        pi.fit_guide(guide, torch.linspace(-2.0, 2.0, ROWS), simulations=300, **QUICK)
+
+
+def test_batches_made_elsewhere_may_have_an_order_that_the_model_has_not():
+    def model(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample(
+            "y", dist.Normal(loc[..., None], 1.0).expand([*loc.shape, 6]).to_event(1), obs=y
+        )
+
+    loc = torch.randn(500)
+    y = loc[:, None] * torch.linspace(-1, 1, 6) + 0.5 * torch.randn(500, 6)
+    batches = [({"loc": loc}, {"y": y})]
+    guide = pi.AmortizedInterpolant(model, hidden_dims=(8,))
+    pi.fit_guide(guide, simulations=batches, **QUICK)
+    assert guide.transform.velocity.embedding is None
+    assert abs(float(guide.condition(y=torch.linspace(-1, 1, 6)).mean.detach()) - 1.0) < 0.4
