@@ -102,17 +102,18 @@ def embedding_of_rows(simulator: Simulator) -> SetEmbedding | None:
 
 def _rows_may_move(simulator: Simulator, count: int) -> bool:
     """Return whether so many rows in another order have the same density in all simulations."""
-    most = _TRIED if simulator.batching == "plate" else _LOOPED
+    sites, most = simulator.observed, _TRIED if simulator.batching == "plate" else _LOOPED
     found = simulator.at(max(_LEAST, min(most, simulator.rows)))
     values = found.take(all_of(simulator.proper(found)))
     given = values.latents | values.data
     order = torch.rand(len(values.log_prior), count).argsort(-1)
-    moved = given | {name: _taken(given[name], order) for name in simulator.observed}
+    moved = given | {name: _taken(given[name], order) for name in sites}
     before, after = (simulator.log_densities(each).double() for each in (given, moved))
     rounding = _ROUNDING * torch.finfo(values.log_prior.dtype).eps * before.abs().sum(-1)
     near = (after.sum(-1) - before.sum(-1)).abs() <= rounding
-    is_other = [(given[k] != moved[k]).flatten(1).any(1) for k in simulator.observed]
-    is_set = bool(near.all()) and bool(torch.stack(is_other).any())
+    # Of rare events most rows have none, in any order: each place must have had another value.
+    is_other = [(given[name] != moved[name]).any(0).reshape(count, -1) for name in sites]
+    is_set = bool(near.all()) and all(bool(each.any(1).all()) for each in is_other)
     return is_set and _tells_of_latents(simulator, given, before, rounding)
 
 

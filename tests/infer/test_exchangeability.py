@@ -267,3 +267,15 @@ def test_batches_made_elsewhere_may_have_an_order_that_the_model_has_not():
     pi.fit_guide(guide, simulations=batches, **QUICK)
     assert guide.transform.velocity.embedding is None
     assert abs(float(guide.condition(y=torch.linspace(-1, 1, 6)).mean.detach()) - 1.0) < 0.4
+
+
+def rare_counts(y=None):
+    rate = pyro.sample("rate", dist.Gamma(1.0, 1000.0))
+    exposure = torch.ones(20)
+    exposure[7] = 4.0
+    with pyro.plate("rows", 20):
+        pyro.sample("y", dist.Poisson(rate * exposure), obs=y)
+
+
+def test_events_too_rare_to_be_seen_in_each_row_tell_of_no_set():
+    assert embedding_of(rare_counts) is None
