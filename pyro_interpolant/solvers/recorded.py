@@ -11,13 +11,15 @@ which is the gradient of the discretised solve, not of the differential equation
 """
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._torch import constant, is_batch_of_gradients, is_functional, needs_graph
+from .._torch import constant, is_batch_of_gradients, is_for_numpy, is_functional, needs_graph
 from ..nn.record import Array, MLPRecord, Record, rows_at_once
 from ..nn.velocity import StateFunction, record
 from .ode import FixedGrid
@@ -94,7 +96,7 @@ def _operation() -> Any:
             "recorded_solve(Tensor x, Tensor gaps, str method, Tensor[] weights, Tensor[] shifts, "
             "Tensor[] scales, int[] residual, Tensor[] inverses) -> Tensor"
         )
-        for key in ("Autograd", "CPU"):
+        for key in ("Autograd", "CPU", "FuncTorchBatched"):
             library.impl("recorded_solve", _called, key)
     return ours.recorded_solve
 
@@ -103,7 +105,7 @@ def _called(x: Tensor, gaps: Tensor, method: str, *parts: Any) -> Tensor:
     """Return the states at the nodes, as the operation of :func:`traced_solve`.
 
     Raises:
-        RuntimeError: If gradients in weights are wanted, or gradients of gradients.
+        RuntimeError: If gradients in weights are wanted, which are constants of the trace in part.
     """
     weights, shifts, scales, residual, inverses = parts  # tracers take no lists of booleans
     if needs_graph(*weights, *shifts, *scales, *inverses):
@@ -111,25 +113,37 @@ def _called(x: Tensor, gaps: Tensor, method: str, *parts: Any) -> Tensor:
             "expected a traced model of flows with frozen weights, got gradients in weights that "
             "were frozen when it was traced: set it up anew"
         )
-    if not x.numel():
-        return x.expand(len(gaps) + 1, *x.shape).clone()
+    steps = gaps.tolist()
+    by_torch = partial(_solved, gaps=steps, method=method, parts=parts)
+    if is_functional() or not (x.numel() and is_for_numpy(x)):
+        return by_torch(x)
     rows = x.reshape(-1, x.shape[-1]).split(rows_at_once(max(map(len, weights))))
     found = [
         _Recorded.apply(
-            some, MLPRecord(weights, shifts, scales, residual, inverses), gaps.tolist(), method,
-            _refuse,
+            some, MLPRecord(weights, shifts, scales, residual, inverses), steps, method, by_torch
         )
         for some in rows
-    ]  # fmt: skip
+    ]
     return torch.cat(found, 1).reshape(-1, *x.shape)
 
 
-def _refuse(x: Tensor) -> Tensor:
-    """Raise a RuntimeError where the gradient of a traced solve is to be differentiated."""
-    raise RuntimeError(
-        "expected first derivatives of a traced model, got a gradient that is to be "
-        "differentiated itself: run the model without jit_compile, and without a Jit ELBO"
-    )
+def _solved(x: Tensor, gaps: Sequence[float], method: str, parts: Sequence[Any]) -> Tensor:
+    """Return the states at the nodes by torch alone, as :class:`MLPRecord` has them in numpy.
+
+    Gradients of gradients, :mod:`torch.func`, autocast and states of no rows need it.
+    """
+    (*hidden, output), (*inner, shift), scales, residual, (below, above) = parts
+    calls = count()
+
+    def velocity(x: Tensor) -> Tensor:
+        e, h = next(calls), x
+        for w, b, a, adds in zip(hidden, inner, scales, residual, strict=True):
+            s = a[e] * nn.functional.silu(h @ w.T + b[e])
+            h = h + s if adds else s
+        y = torch.cat((x * above, -x * below), -1).relu()
+        return (h @ output.T + shift[e]) / (1 + y.pow(4).sum(-1, keepdim=True)).pow(0.25)
+
+    return torch.stack(_states(velocity, x, gaps, method))
 
 
 class _Recorded(torch.autograd.Function):
@@ -173,12 +187,12 @@ class _Recorded(torch.autograd.Function):
 _OPERATION = _operation()
 
 
-def _states(record: Record, x: Array, gaps: Sequence[float], method: str) -> list[Array]:
+def _states(record: Any, x: Any, gaps: Sequence[float], method: str) -> list[Any]:
     """Return the states at the nodes, each ``(R, D)``."""
     _, a, b = TABLEAUS[method]
     states = [x]
     for h in gaps:
-        slopes: list[Array] = []
+        slopes: list[Any] = []
         for row in a:
             slopes.append(record(_step(x, h, row, slopes)))
         x = _step(x, h, b, slopes)
@@ -186,7 +200,7 @@ def _states(record: Record, x: Array, gaps: Sequence[float], method: str) -> lis
     return states
 
 
-def _step(x: Array, h: float, weights: Sequence[float], slopes: Sequence[Array]) -> Array:
+def _step(x: Any, h: float, weights: Sequence[float], slopes: Sequence[Any]) -> Any:
     """Return ``x + h sum_i weights_i slopes_i``, shape ``(R, D)``."""
     for w, k in zip(weights, slopes, strict=True):
         if w:

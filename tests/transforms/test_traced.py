@@ -166,10 +166,35 @@ def test_weights_that_no_longer_are_frozen_are_refused():
         found(torch.randn(2, 3))
 
 
-def test_gradients_of_gradients_are_refused():
-    found, w = traced(prior().transform, torch.randn(2, 3)), torch.randn(2, 3).requires_grad_()
-    with pytest.raises(RuntimeError, match="expected first derivatives of a traced model"):
-        torch.autograd.grad(found(w).square().sum(), w, create_graph=True)
+@pytest.mark.parametrize("method", ["rk4", "heun"])
+@pytest.mark.parametrize("hidden", [(16,), (16, 16, 12)], ids=str)
+def test_second_derivatives_are_those_of_torch(method, hidden):
+    transform = prior(FixedGrid(3, method), hidden=hidden).transform
+    found, w = traced(transform, torch.randn(2, 3)), torch.randn(2, 3)
+
+    def second(f):
+        return torch.autograd.functional.hessian(lambda w: f(w).sin().sum(), w)
+
+    close(second(found), second(transform))
+
+
+@pytest.mark.parametrize("name", ["vmap", "grad", "jacrev", "jacfwd"])
+def test_transforms_of_functions_take_it(name):
+    transform = prior().transform
+    found, w = traced(transform, torch.randn(2, 3)), torch.randn(4, 2, 3)
+    scalar = name == "grad"
+
+    def result(f):
+        return getattr(torch.func, name)(lambda w: f(w).sin().sum() if scalar else f(w))(w)
+
+    close(result(found), result(transform))
+
+
+def test_autocast_reaches_it():
+    transform = prior().transform.float()
+    found, w = traced(transform, torch.randn(2, 3).float()), torch.randn(4, 3).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(found(w), transform(w), rtol=0.05, atol=0.05)
 
 
 def test_no_rows_are_solved_too():
