@@ -99,7 +99,8 @@ class AmortizedInterpolant(AutoInterpolant):
         embedding: A module that is called with the observed sites, each ``(N, *site_shape)``, and
             returns ``(N, E)``, trained along. By default that is
             :class:`~pyro_interpolant.nn.SetEmbedding` where no density of the model tells the
-            order of the rows of its data, as in a plate; else the network sees all numbers.
+            order of the rows of its data, as in a plate; else, and where simulations are made
+            elsewhere, the network sees all numbers.
         posterior: A posterior that is trained already, as :func:`~pyro_interpolant.load` gives it:
             of the latent sites on their supports, given the observed ones in this order. It
             becomes the guide's own, whose weights ``SVI`` trains.
