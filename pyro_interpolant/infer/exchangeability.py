@@ -19,7 +19,8 @@ from .simulations import all_of
 
 # Simulations whose rows change places, at once, and one by one; at least.
 _TRIED, _LOOPED, _LEAST = 256, 16, 3
-_ROUNDING = 32  # roundings of a sum's terms: of rows in another order it is another
+# Roundings of log densities, of which those of many rows mostly cancel in their sum.
+_ROUNDING = 32
 
 
 class SetsOfRows:
@@ -109,7 +110,7 @@ def _rows_may_move(simulator: Simulator, count: int) -> bool:
     order = torch.rand(len(values.log_prior), count).argsort(-1)
     moved = given | {name: _taken(given[name], order) for name in sites}
     before, after = (simulator.log_densities(each).double() for each in (given, moved))
-    rounding = _ROUNDING * torch.finfo(values.log_prior.dtype).eps * before.abs().sum(-1)
+    rounding = _ROUNDING * torch.finfo(values.log_prior.dtype).eps * before.norm(dim=-1)
     near = (after.sum(-1) - before.sum(-1)).abs() <= rounding
     # Of rare events most rows have none, in any order: each place must have had another value.
     is_other = [(given[name] != moved[name]).any(0).reshape(count, -1) for name in sites]

@@ -279,3 +279,15 @@ def rare_counts(y=None):
 
 def test_events_too_rare_to_be_seen_in_each_row_tell_of_no_set():
     assert embedding_of(rare_counts) is None
+
+
+def slight_slope(y=None):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    slope = pyro.sample("slope", dist.Normal(0.0, 1e-4))
+    with pyro.plate("rows", 30_000):
+        pyro.sample("y", dist.Normal(loc + slope * torch.linspace(-1, 1, 30_000), 1.0), obs=y)
+
+
+def test_what_many_rows_tell_together_is_no_rounding():
+    torch.set_default_dtype(torch.float32)
+    assert embedding_of(slight_slope) is None
