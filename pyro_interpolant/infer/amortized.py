@@ -22,6 +22,7 @@ from ..distributions.joint import (
     JointInterpolantDistribution,
 )
 from ..nn.embedded import EmbeddedVelocity
+from ..nn.embedding import SetEmbedding
 from ..training.clock import Clock
 from ..training.fitting import FitResult, fit
 from ..transforms.interpolant import ConditionalInterpolantTransform
@@ -43,7 +44,7 @@ from .amortization import (
     untrained_posterior,
 )
 from .autoguide import AutoInterpolant
-from .exchangeability import SetsOfRows
+from .exchangeability import are_sets, exchangeable_columns
 from .guide_result import GuideResult
 from .hidden import is_hidden
 from .initialization import init_latent, is_not_latent
@@ -134,7 +135,7 @@ class AmortizedInterpolant(AutoInterpolant):
     transform: ConditionalInterpolantTransform  # type: ignore[assignment]
     _posterior: ConditionalJointInterpolantDistribution | None = None
     _example: dict[str, Tensor] | None = None  # of a simulation of the model that was trained with
-    _sets = SetsOfRows()  # of guides that earlier versions pickled, which see none
+    _sees_sets: bool = False  # whether rows of the data are a set, because the model says so
 
     def __init__(
         self,
@@ -153,7 +154,7 @@ class AmortizedInterpolant(AutoInterpolant):
             raise ValueError("expected the name of at least one observed site, got none")
         check_ranges(whole("num_workers", num_workers, 0))
         self.num_workers = int(num_workers)
-        self._given, self._sets = (embedding, posterior), SetsOfRows()
+        self._given = embedding, posterior
         self._prototype_hide_fn = functools.partial(is_not_latent, self.observed)
 
     def _initializer(self, init_loc_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -165,21 +166,26 @@ class AmortizedInterpolant(AutoInterpolant):
         self.shapes = {name: simulator.shapes[name] for name in self.observed}
         embedding, posterior = self._given
         if posterior is None:
-            embedding = self._sets.embedding(simulator) if embedding is None else embedding
-            given = embedding, self._hidden_dims
-            posterior = untrained_posterior(sites, self.shapes, *given, loc)
+            if embedding is None and (columns := exchangeable_columns(simulator)):
+                self._sees_sets, embedding = True, SetEmbedding(columns)
+            posterior = untrained_posterior(sites, self.shapes, embedding, self._hidden_dims, loc)
         check_posterior(posterior, sites, self.shapes)
         if self._given[1] is not None:  # SVI may train on, as after fit_guide
             posterior.transform.requires_grad_(requires_grad=True)
-        self.transform, self._posterior = posterior.transform, posterior
-        self.transform.eval()  # dropout is for the regression: SVI and draws do without
+        self._take(posterior)
         del self._given  # the embedding is a part of the flow
 
-    def _see_rows(self, sites: LatentSites, simulator: Simulator, *, is_source: bool) -> None:
-        """Set the flow up anew where rows are no sets, though they were at the first call."""
-        if not self._sets.hold(simulator, is_source=is_source):
-            self._given = None, None
-            self._set_flow(self.transform.flow.loc, *sites.args, **sites.kwargs)
+    def _take(self, posterior: ConditionalJointInterpolantDistribution) -> None:
+        """Take a posterior's flow as its own."""
+        self.transform, self._posterior = posterior.transform, posterior
+        self.transform.eval()  # dropout is for the regression: SVI and draws do without
+
+    def _see_rows(self, sites: LatentSites, simulator: Simulator, *, is_own: bool) -> None:
+        """See all numbers where rows to learn from are no sets, as those at first were."""
+        if self._sees_sets and not are_sets(simulator, self.transform.velocity, is_own=is_own):
+            given = self.shapes, None, self._hidden_dims, self.transform.flow.loc
+            self._take(untrained_posterior(sites, *given))
+            self._sees_sets = False
 
     @property
     def posterior(self) -> ConditionalJointInterpolantDistribution:  # type: ignore[override]
@@ -389,7 +395,7 @@ class AmortizedInterpolant(AutoInterpolant):
         share = math.inf if settings.get("checkpoint") is not None else _SIMULATING / rounds
         with seeded(seed):
             simulator = Simulator(sites, self.observed, self.num_workers)
-            self._see_rows(sites, simulator, is_source=True)
+            self._see_rows(sites, simulator, is_own=True)
             found = simulator(count, deadline=clock.moment(share))
             tell_of_fewer(len(found.log_prior) + found.improper, count, simulator)
             tell_if_coarse(found, self.observed, self.transform.flow.loc.dtype)
@@ -408,7 +414,6 @@ class AmortizedInterpolant(AutoInterpolant):
     def _begin(self, sites: LatentSites) -> None:
         """Forget what earlier training was for and worth, and note what this one is for."""
         self.posterior.refined_for = self.poor = None
-        self._sets.are_learned = True
         first, second = (example_of(sites.model, self.observed) for _ in range(2))
         # Alike, unless the model draws numbers that are not torch's.
         self._example = first if is_alike(first, second) else None
@@ -429,7 +434,7 @@ class AmortizedInterpolant(AutoInterpolant):
             )
         with seeded(settings["seed"]):
             simulator = Simulator(sites, self.observed)
-            self._see_rows(sites, simulator, is_source=False)
+            self._see_rows(sites, simulator, is_own=False)
             found = SimulatedBatches(batches, simulator, self.observed, self.rows_of)
         tell_if_coarse(found.held, self.observed, self.transform.flow.loc.dtype)
         held = {"validation": self.rows_of(found.held), **settings}

@@ -6,6 +6,7 @@ of all orders of y, as :math:`p(y \mid x)` is.
 
 import contextlib
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 from .._torch import seeded
 from ..nn.embedded import MOST_SUMMARIES
 from ..nn.embedding import SetEmbedding
-from .runs import example_of, is_alike
 from .simulation import Simulator
 from .simulations import all_of
 
@@ -23,59 +23,9 @@ _TRIED, _LOOPED, _LEAST = 256, 16, 3
 _ROUNDING = 32
 
 
-class SetsOfRows:
-    """Whether a guide sees the rows of its data as a set, because its model does.
-
-    Attributes:
-        example: A simulation of the model with the arguments for which it does, or None.
-        are_learned: Whether the guide has been trained.
-        are_off: Whether it must not, whatever the model is.
-    """
-
-    def __init__(self) -> None:
-        self.example: dict[str, Tensor] | None = None
-        self.are_learned = self.are_off = False
-
-    def embedding(self, simulator: Simulator) -> SetEmbedding | None:
-        """Return an embedding of sets, or None where the order of the data may count.
-
-        Args:
-            simulator: The model with the arguments of the guide's first call.
-        """
-        found = None if self.are_off else embedding_of_rows(simulator)
-        self.example = None if found is None else example_of(simulator.model, simulator.observed)
-        return found
-
-    def hold(self, simulator: Simulator, *, is_source: bool) -> bool:
-        """Return whether the guide may train as it was set up.
-
-        Args:
-            simulator: The model with the arguments of training, which may be others.
-            is_source: Whether its simulations are what is learned from. What was made elsewhere
-                may have an order of which the density of the model, no more than a placeholder
-                then, does not know.
-
-        Raises:
-            ValueError: If not, and the guide has been trained before.
-        """
-        if self.example is None or (self.are_learned and not is_source):
-            return True
-        if is_source:
-            example = example_of(simulator.model, simulator.observed)
-            if is_alike(example, self.example) or embedding_of_rows(simulator) is not None:
-                return True
-        if self.are_learned:
-            raise ValueError(
-                "expected rows of data in any order, as when the guide was trained, got rows that "
-                "the model tells apart with these arguments: set up a new guide for them"
-            )
-        self.are_off = True
-        return False
-
-
 @torch.no_grad()
-def embedding_of_rows(simulator: Simulator) -> SetEmbedding | None:
-    """Return an embedding of exchangeable rows, or None where the order of the data may count.
+def exchangeable_columns(simulator: Simulator) -> int | None:
+    """Return how many columns rows have that are exchangeable, or None where order may count.
 
     Rows are the first dimension of all observed sites, of a plate or of events. They are put in
     another order in simulations, alike in all sites, while the latent sites stay: rows that have
@@ -98,7 +48,30 @@ def embedding_of_rows(simulator: Simulator) -> SetEmbedding | None:
         warnings.simplefilter("ignore")
         size = SetEmbedding(columns).summary(torch.zeros(1, 1, columns)).shape[1]
         may_move = size <= MOST_SUMMARIES and _rows_may_move(simulator, shapes[0][0])
-    return SetEmbedding(columns) if may_move else None
+    return columns if may_move else None
+
+
+def are_sets(simulator: Simulator, velocity: Any, *, is_own: bool) -> bool:
+    """Return whether rows to learn from are sets, as a guide took them for at its first call.
+
+    Args:
+        simulator: The model with the arguments of training, which may be others.
+        velocity: The network, which embeds sets.
+        is_own: Whether its own simulations are learned from. Beside those made elsewhere its
+            density may be a placeholder, which knows no order.
+
+    Raises:
+        ValueError: If they are none, and the network has learned from sets already.
+    """
+    has_learned = not velocity.is_untrained()
+    if exchangeable_columns(simulator) is not None if is_own else has_learned:
+        return True
+    if has_learned:
+        raise ValueError(
+            "expected rows of data in any order, as when the guide was trained, got rows that "
+            "the model tells apart with these arguments: set up a new guide for them"
+        )
+    return False
 
 
 def _rows_may_move(simulator: Simulator, count: int) -> bool:
