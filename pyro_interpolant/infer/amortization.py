@@ -152,9 +152,9 @@ class _GivenData(LatentSites):
         """The model with its arguments and the data, a function of none."""
         return self._conditioned
 
-    def center(self) -> Tensor:
-        """Return the point that was given, shape ``(D,)``."""
-        return self._center
+    def centers(self) -> Tensor:
+        """Return the point that was given, shape ``(1, D)``."""
+        return self._center[None]
 
 
 @torch.no_grad()

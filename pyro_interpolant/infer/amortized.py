@@ -73,7 +73,7 @@ from .sites import (
 
 _SIMULATIONS = 10_000
 _SIMULATING, _JUDGING = 0.5, 0.05  # of the time at most, for simulations, and for fresh ones
-_POINTS = 64  # draws of which the likeliest is taken
+_POINTS = 64  # draws at which the density of a model is tried
 
 
 class AmortizedInterpolant(AutoInterpolant):
@@ -213,8 +213,8 @@ class AmortizedInterpolant(AutoInterpolant):
         """
         return self._conditioned(self._seen(*args, **kwargs))
 
-    def likely_point(self, *args: object, **kwargs: object) -> Tensor:
-        """Return the likeliest of some draws given the data, always the same, shape ``(D,)``.
+    def likely_points(self, *args: object, **kwargs: object) -> Tensor:
+        """Return draws given the data, always the same, the likeliest first, shape ``(P, D)``.
 
         Args:
             *args: The arguments of the model.
@@ -223,7 +223,7 @@ class AmortizedInterpolant(AutoInterpolant):
         posterior = one_posterior(self, *args, **kwargs)
         with torch.no_grad(), seeded(0):
             draws = posterior.sample((_POINTS,))
-            return draws[posterior.log_prob(draws).argmax()]
+            return draws[posterior.log_prob(draws).argsort(descending=True)]
 
     def get_transform(self, *args: object, **kwargs: object) -> Transform:
         """Return the flow given the data, and the map behind it if the posterior has one."""

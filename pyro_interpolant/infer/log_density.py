@@ -73,8 +73,9 @@ class LogJoint:
     def __init__(self, sites: LatentSites) -> None:
         self.sites, self.model = sites, sites.model
         self.event_dim: int = sites.guide.latent_dim
-        center = sites.center()
+        centers = sites.centers()
         with torch.no_grad():
+            center = self._first_possible(centers)
             # The first with the user's own validation, which explains what is wrong.
             nodes = _checked_trace(self, center)
             scored = list(_scored(nodes))
@@ -83,6 +84,14 @@ class LogJoint:
             self.rows = max(1, _VALUES_AT_ONCE // numbers)
             with unchecked():  # attempts may come to nothing
                 self.batching: Batching = _batching(self, center)
+
+    def _first_possible(self, points: Tensor) -> Tensor:
+        """Return the first of points, ``(K, D)``, with a finite density; else the first of all."""
+        for point in points if len(points) > 1 else ():
+            with unchecked(), contextlib.suppress(Exception):  # whatever a model does there
+                if bool(evaluated_safely(self.parts, point).isfinite().all()):
+                    return point
+        return points[0]
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log density, ``-inf`` where it is not finite, shape ``(N,)``.

@@ -213,13 +213,13 @@ class LatentSites:
         """The model with its arguments, a function of none."""
         return functools.partial(unwrapped_model(self.guide.model), *self.args, **self.kwargs)
 
-    def center(self) -> Tensor:
-        """Return the point about which a density is first tried, shape ``(D,)``.
+    def centers(self) -> Tensor:
+        """Return points about which a density is tried, one after the other, shape ``(K, D)``.
 
-        That of the guide's initialisation, unless the guide knows a likely one.
+        That of the guide's initialisation, unless the guide knows likely ones.
         """
-        own = getattr(self.guide, "likely_point", None)
-        return self.guide._init_loc() if own is None else own(*self.args, **self.kwargs)
+        own = getattr(self.guide, "likely_points", None)
+        return self.guide._init_loc()[None] if own is None else own(*self.args, **self.kwargs)
 
     def check_start(self, z: Tensor) -> None:
         """Raise a ValueError where the start of a site, part of z, ``(D,)``, is not finite."""

@@ -639,6 +639,19 @@ def test_data_that_the_middle_of_the_prior_cannot_give_have_weights_too():
     assert result.data_sets == 20
 
 
+def test_weights_begin_where_the_model_can_give_the_data():
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Uniform(w, w + 1.0, validate_args=False), obs=y)
+
+    guide = pi.AmortizedInterpolant(model, hidden_dims=(8,))  # whose likeliest draws cannot
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = pi.importance(guide, torch.tensor(1.8), count=4000, seed=0)
+    expected = dist.Normal(0.0, 1.0).cdf(torch.tensor([0.8, 1.8])).diff().log()
+    assert abs(found.log_evidence - expected) < 0.15
+
+
 @pytest.mark.slow
 def test_a_learned_likelihood_of_many_rows_under_nuts():
     theta = 4 * torch.rand(4000, 1) - 2
@@ -1048,7 +1061,7 @@ def test_several_data_sets_in_the_arguments_are_refused_where_one_is_meant():
         guide,
         guide.median,
         functools.partial(guide.quantiles, [0.5]),
-        guide.likely_point,
+        guide.likely_points,
         pi.neutra(guide),
         Predictive(rows_of_a_normal, guide=guide, num_samples=2),
         functools.partial(pi.importance, guide, count=100),
