@@ -10,10 +10,10 @@ One Runge-Kutta step is :math:`y = x + h \sum_i b_i k_i`, :math:`k_i = v(u_i)`, 
 which is the gradient of the discretised solve, not of the differential equation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from ..nn.record import Array, MLPRecord, Record, rows_at_once
 from ..nn.velocity import StateFunction, record
 from .ode import FixedGrid
 from .tableaus import TABLEAUS
+
+_Values = TypeVar("_Values", Array, Tensor)
 
 
 def stage_times(times: Tensor, method: str) -> Tensor:
@@ -184,23 +186,22 @@ class _Recorded(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-_OPERATION = _operation()
-
-
-def _states(record: Any, x: Any, gaps: Sequence[float], method: str) -> list[Any]:
-    """Return the states at the nodes, each ``(R, D)``."""
+def _states(
+    velocity: Callable[[_Values], _Values], x: _Values, gaps: Sequence[float], method: str
+) -> list[_Values]:
+    """Return the states at the nodes, each ``(R, D)``, of a velocity at the stages in order."""
     _, a, b = TABLEAUS[method]
     states = [x]
     for h in gaps:
-        slopes: list[Any] = []
+        slopes: list[_Values] = []
         for row in a:
-            slopes.append(record(_step(x, h, row, slopes)))
+            slopes.append(velocity(_step(x, h, row, slopes)))
         x = _step(x, h, b, slopes)
         states.append(x)
     return states
 
 
-def _step(x: Any, h: float, weights: Sequence[float], slopes: Sequence[Any]) -> Any:
+def _step(x: _Values, h: float, weights: Sequence[float], slopes: Sequence[_Values]) -> _Values:
     """Return ``x + h sum_i weights_i slopes_i``, shape ``(R, D)``."""
     for w, k in zip(weights, slopes, strict=True):
         if w:
@@ -224,3 +225,6 @@ def _pulled(record: Record, g: Array, gaps: Sequence[float], method: str) -> Arr
             total += of_stages[-1]
         at_end = total
     return at_end
+
+
+_OPERATION = _operation()
