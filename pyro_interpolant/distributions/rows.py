@@ -1,7 +1,7 @@
 """Rows, values and contexts as they are given: tensors, arrays, data frames, named draws.
 
 Tensors are made of them here, with the columns of data frames taken by name; types, shapes and
-finite numbers are checked.
+finite numbers are checked. What weights of rows mean is here, too: shares, and draws by them.
 """
 
 import itertools
@@ -366,6 +366,12 @@ def contexts_of_rows(
     if len(found) != count:
         raise ValueError(f"expected as many contexts as {rows}, {count}, got {len(found)}")
     return found.to(flow.loc)
+
+
+def shares_of(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the share of each row of x, ``(N, D)``, in all weight, float64, shape ``(N,)``."""
+    found = x.new_ones(len(x), dtype=torch.float64) if weights is None else weights.double()
+    return found / found.sum()
 
 
 def subsample(count: int, most: int, weights: Tensor | None = None) -> Tensor:

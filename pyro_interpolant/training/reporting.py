@@ -20,12 +20,13 @@ from tqdm.auto import tqdm
 from .._torch import evaluated, seeded, warn_user
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import GAUSSIAN, Report, beside, decimals
+from ..distributions.rows import shares_of
 from ..distributions.supports import CircularSupport
 from ..solvers.ode import FixedGrid
 from .data import Split
 from .image_rows import is_image
 from .repeats import copy_keys
-from .rows import Rows, shares_of
+from .rows import Rows
 from .selection import Scores
 
 _REPORTED_ROWS = 1000  # held out, that the report evaluates

@@ -169,12 +169,6 @@ def checked_weights(
     return weights
 
 
-def shares_of(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the share of each row of x, ``(N, D)``, in all weight, float64, shape ``(N,)``."""
-    found = x.new_ones(len(x), dtype=torch.float64) if weights is None else weights.double()
-    return found / found.sum()
-
-
 def keys_of(rows: Rows) -> Tensor:
     """Return one integer per row and context, shape ``(N,)``."""
     size = max(1, _VALUES_AT_ONCE // rows.w.shape[-1])  # images of whole levels are small

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from .._torch import warn_user
-from ..distributions.rows import subsample
-from .rows import shares_of
+from ..distributions.rows import shares_of, subsample
 
 _MIN_EIGENVALUE = 1e-12  # of a correlation, below which columns are linearly dependent
 _MIN_DEVIATION = 1e-3  # a standard deviation along an eigenvector, of scaled columns
