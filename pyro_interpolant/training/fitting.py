@@ -35,7 +35,6 @@ from .optimization import NonFiniteError
 from .options import check_choices
 from .preparation import noise_network, prepare_flow, start_from
 from .reporting import HeldOutDensity, attempted, tell
-from .rows import Rows
 from .streaming import Stream, is_stream
 from .whitening import wild_rows
 
@@ -248,17 +247,15 @@ def fit(
             if learn == "velocity":
                 flow.independent, flow.reached = coupling is independent and pairs is None, None
                 prepare_flow(distribution, split.kept, state, process, keep=not whiten)
-                density = HeldOutDensity(distribution, split)
             else:
-                density, flow.noise = None, noise_network(flow)
+                flow.noise = noise_network(flow)
             seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
             exponent = exponent_of(flow, seen, learn, state)
             aim = partial(Objective, target=learn, exponent=exponent, means=takes_means(state))
             objective = aim(flow, seen, coupling, process)
             held = objective.without_outliers(split.held)
-            if density is not None and flow.independent:  # otherwise it tells nothing of the paths
-                density.judge_by(held)
             fixed = objective.fixed_points(held, unseen, split.size)
+            density = HeldOutDensity(distribution, split, held) if learn == "velocity" else None
         source.names.give_to(distribution)
         with trainable(objective.network), _naming_rows(source, objective):
             batches = source.batches(split, objective)
@@ -267,7 +264,7 @@ def fit(
     outcome = run.outcome()
     distribution.freeze()
     if density is not None:
-        _finish(run, density, held, tolerance, progress=progress)
+        _finish(run, density, tolerance, progress=progress)
     return FitResult._make((*outcome, distribution.transform.solver, distribution.report))
 
 
@@ -387,14 +384,7 @@ def _started_flow(
     return flow
 
 
-def _finish(
-    run: Run,
-    density: HeldOutDensity,
-    near: Rows,
-    tolerance: float,
-    *,
-    progress: bool,
-) -> None:
+def _finish(run: Run, density: HeldOutDensity, tolerance: float, *, progress: bool) -> None:
     """Calibrate the solver to held-out rows, measure, compare draws; or be interrupted.
 
     What fails on one of several processes does so before they agree on what the first has found.
@@ -402,7 +392,6 @@ def _finish(
     Args:
         run: The run, whose process and time these are.
         density: What was trained, and the rows held out.
-        near: The same rows without outliers.
         tolerance: Of the calibration, nats.
         progress: Whether to show what is being done, and the report.
     """
@@ -411,7 +400,7 @@ def _finish(
     taken = run.seconds(), run.monitor.selection.kept_step, run.descent.steps
     report = Report(distribution.transform.flow.event_dim, density.rows, *taken)
     distribution.report = report
-    few = near.evenly(_CALIBRATION_ROWS)
+    few = density.near.evenly(_CALIBRATION_ROWS)
     rows = few.w.to(distribution.transform.flow.loc)
     bare, transform = distribution.without_support(), distribution.transform
     images = is_image(distribution.row_shape)

@@ -111,36 +111,34 @@ def _features(rows: Rows, classes: int) -> Tensor:
 class HeldOutDensity:
     """The log-density of rows held out, against that of one Gaussian.
 
+    Scores of some of these rows choose the weights of a run. Not for pairs and couplings, of whose
+    paths a density tells nothing; not of images, whose density takes as long as many steps; nor
+    where there is no density. Nor where the base has bounds: early in training few rows lead back
+    to within them, and the mean would only count these.
+
     Args:
         distribution: What is trained.
         split: The rows held out, and those to train on, in the flow's coordinates.
+        near: The rows held out without outliers, from which those that choose are taken.
 
     Attributes:
-        rows: The number of all of these, of rows that weigh as much.
+        rows: The number of all rows of the split, of rows that weigh as much.
     """
 
-    def __init__(self, distribution: AnyDistribution, split: Split) -> None:
-        self.distribution, self.held = distribution, split.held
+    def __init__(self, distribution: AnyDistribution, split: Split, near: Rows) -> None:
+        self.distribution, self.held, self.near = distribution, split.held, near
         self.rows = split.total + split.held.effective()
-        images = is_image(distribution.row_shape)  # whose density takes as long as many steps
+        images = is_image(distribution.row_shape)
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
         self.is_known = distribution.has_density() and not images
         self.has_bounds = distribution.has_bounded_base()
         self.judging: Rows | None = None  # rows whose scores choose weights
+        if self.is_known and not self.has_bounds and distribution.transform.flow.independent:
+            count = max(2, _JUDGED_NUMBERS // near.w.shape[1])
+            self.judging = near.evenly(min(_JUDGED_ROWS, count))
         self.last: Scores | None = None  # of these
         self.against: float | None = None  # the Gaussian's mean of these
-
-    def judge_by(self, rows: Rows) -> None:
-        """Let the scores of some of these rows choose the weights of a run.
-
-        Not of images, whose density takes as long as many steps, nor where there is no density.
-        Nor where the base has bounds: early in training few rows lead back to within them, and
-        the mean would only count these.
-        """
-        if self.is_known and not self.has_bounds:
-            count = max(2, _JUDGED_NUMBERS // rows.w[0].numel())
-            self.judging = rows.evenly(min(_JUDGED_ROWS, count))
 
     def scores(self) -> Scores | None:
         r"""Return :math:`-\log\rho` of the rows that judge, by a coarse solver, or None.

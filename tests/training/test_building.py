@@ -423,9 +423,9 @@ def test_rows_held_out_do_not_set_the_map(given, monkeypatch):
         seen["map"] = rows
         return choose(rows, *args, **options)
 
-    def held_out(distribution, split):
+    def held_out(distribution, split, near):
         seen["held"] = split.held
-        return density(distribution, split)
+        return density(distribution, split, near)
 
     monkeypatch.setattr(building, "preferred_support", chosen)
     monkeypatch.setattr(fitting, "HeldOutDensity", held_out)
