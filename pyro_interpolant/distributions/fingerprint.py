@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Set
 from functools import cached_property, partial
 from inspect import getattr_static
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributions.utils import lazy_property
 
 from .._torch import inverse_of
+from ..transforms.flow import Flow
+from .bases import Samples
 
 # What no density depends on: modes, validation, compiled calls, what training measured and has
 # reached, and what is remembered: inverses, embedded contexts, and all whose name begins as below.
@@ -46,12 +49,29 @@ def fingerprint(*values: object) -> str:
     return _text(values, {})
 
 
+def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> list[Any]:
+    """Return what tells the training of a flow from that of another, as JSON holds it.
+
+    A fingerprint; then names and shapes, by which states of earlier versions are known.
+
+    Args:
+        flow: The flow.
+        base: What it starts from; samples, which an earlier call has set, do not count.
+        coupling: The coupling of base draws and data rows.
+        *given: What else the training was given.
+    """
+    base = None if isinstance(base, Samples) else base
+    found = fingerprint(layers_of(flow.velocity), flow.interpolant, base, coupling, *given)
+    names = [_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
+    return [found, [names, [list(p.shape) for p in flow.velocity.parameters()]]]
+
+
 def layers_of(network: nn.Module) -> list[list[object]]:
     """Return class, settings and shapes of each layer: a network, whatever its weights."""
     return [
         [
             type(layer),
-            without_addresses(layer.extra_repr()),
+            _without_addresses(layer.extra_repr()),
             [getattr(layer, name, None) for name in getattr(layer, "__constants__", ())],
             [p.shape for p in layer.parameters(recurse=False)],
         ]
@@ -59,7 +79,14 @@ def layers_of(network: nn.Module) -> list[list[object]]:
     ]
 
 
-def without_addresses(text: str) -> str:
+def _name(part: object) -> str:
+    """Return the name of a part of a run in the states of earlier versions."""
+    with contextlib.suppress(NotImplementedError):  # distributions without named parameters
+        return getattr(part, "__qualname__", _without_addresses(repr(part)))
+    return type(part).__qualname__
+
+
+def _without_addresses(text: str) -> str:
     """Return a text, such as a ``repr``, without what differs between processes."""
     return _ADDRESS.sub("", text)
 

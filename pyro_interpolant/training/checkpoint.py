@@ -14,8 +14,6 @@ from torch import Tensor
 from .._files import StrPath, checksum, contents_of, plain_number, refuse_no_place, write
 from .._package import check_ranges, whole
 from .._torch import rng_state, set_rng_state, warn_user
-from ..distributions.bases import Samples
-from ..distributions.fingerprint import fingerprint, layers_of, without_addresses
 from ..distributions.part_description import Json
 from ..transforms.flow import Flow
 
@@ -274,30 +272,6 @@ def _began_as_state(raw: bytes) -> bool:
     """
     start = raw[8:80].replace(b" ", b"")[: len(_START)]
     return not any(start) or sum(map(operator.ne, start, _START)) <= 2
-
-
-def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> list[Any]:
-    """Return what tells the training of a flow from that of another, as JSON holds it.
-
-    A fingerprint; then names and shapes, by which states of earlier versions are known.
-
-    Args:
-        flow: The flow.
-        base: What it starts from; samples, which an earlier call has set, do not count.
-        coupling: The coupling of base draws and data rows.
-        *given: What else the training was given.
-    """
-    base = None if isinstance(base, Samples) else base
-    found = fingerprint(layers_of(flow.velocity), flow.interpolant, base, coupling, *given)
-    names = [_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
-    return [found, [names, [list(p.shape) for p in flow.velocity.parameters()]]]
-
-
-def _name(part: object) -> str:
-    """Return the name of a part of a run in the states of earlier versions."""
-    with contextlib.suppress(NotImplementedError):  # distributions without named parameters
-        return getattr(part, "__qualname__", without_addresses(repr(part)))
-    return type(part).__qualname__
 
 
 def _is_same_by_name(found: list[Any], identity: list[Any]) -> bool:

@@ -16,6 +16,7 @@ from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..diffusion.guidance import Guided
 from ..distributions.bases import check_single
+from ..distributions.fingerprint import identity_of
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
@@ -24,7 +25,7 @@ from ..solvers.parallel import one_thread_each
 from ..transforms.flow import Flow
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .agreement import warn_if_draws_differ
-from .checkpoint import check_place, identity_of, open_checkpoint
+from .checkpoint import check_place, open_checkpoint
 from .clock import Clock
 from .data import DEFAULT_SHARE, DataLike, HeldOut, Table, as_held_out
 from .distributed import Process

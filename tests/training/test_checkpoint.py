@@ -38,8 +38,9 @@ from pyro_interpolant import (
     save,
 )
 from pyro_interpolant._files import write
+from pyro_interpolant.distributions.fingerprint import identity_of
 from pyro_interpolant.training import fitting
-from pyro_interpolant.training.checkpoint import Checkpoint, identity_of
+from pyro_interpolant.training.checkpoint import Checkpoint
 from pyro_interpolant.training.loop import Run
 from pyro_interpolant.training.rows import Rows
 from pyro_interpolant.transforms import DenseWhitening, ScalarWhitening
