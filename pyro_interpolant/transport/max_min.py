@@ -22,8 +22,9 @@ from ..training.fitting import FitResult, check_options, fit, trainable_flow
 from ..training.objective import Coupling, Objective
 from ..training.optimization import Descent
 from ..training.options import check_repeatable
-from ..training.preparation import set_whitening, start_from
+from ..training.preparation import start_from
 from ..training.rows import Rows
+from ..training.whitening import set_whitening
 
 _HEAD_START = 0.2  # the share of all descents that come before the first ascent
 _REST_SHARE = 0.15  # the share of the steps, at the end, in which the interpolant rests

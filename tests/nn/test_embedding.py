@@ -11,8 +11,8 @@ import pyro_interpolant as pi
 from pyro_interpolant.nn import EmbeddedVelocity, SeriesEmbedding, SetEmbedding, VelocityMLP
 from pyro_interpolant.nn import embedding as embedding_module
 from pyro_interpolant.solvers import FixedGrid
-from pyro_interpolant.training.preparation import set_whitening
 from pyro_interpolant.training.rows import Rows
+from pyro_interpolant.training.whitening import set_whitening
 
 TIMES = torch.linspace(0.1, 0.9, 3, dtype=torch.float64)
 

@@ -23,12 +23,11 @@ from pyro_interpolant.training import whitening
 from pyro_interpolant.training.data import Table, TableBatches, as_held_out, mask_of
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
-from pyro_interpolant.training.preparation import set_whitening
 from pyro_interpolant.training.preprocessing import dequantize
 from pyro_interpolant.training.repeats import random_order
 from pyro_interpolant.training.rows import Rows, keys_of
 from pyro_interpolant.training.streaming import Stream
-from pyro_interpolant.training.whitening import inliers, whitening_map
+from pyro_interpolant.training.whitening import inliers, set_whitening, whitening_map
 
 
 def with_values(value, rows):
@@ -331,10 +330,10 @@ def test_rows_of_hardly_any_weight_do_not_set_the_scales_of_a_network(embedded):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_few_of_many_rows_set_the_map_unless_rows_have_weights(weighted, monkeypatch):
     """Of whatever order: here every other row is of another population."""
-    monkeypatch.setattr("pyro_interpolant.training.preparation._MAP_ROWS", 1000)
+    monkeypatch.setattr("pyro_interpolant.training.whitening._MAP_ROWS", 1000)
     seen = []
     monkeypatch.setattr(
-        "pyro_interpolant.training.preparation.whitening_map",
+        "pyro_interpolant.training.whitening.whitening_map",
         lambda x, *given, **more: seen.append(len(x)) or whitening_map(x, *given, **more),
     )
     x, weights = torch.randn(2000, 2), torch.ones(2000)

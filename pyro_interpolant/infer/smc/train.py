@@ -30,10 +30,10 @@ from ...solvers.ode import Solver
 from ...solvers.parallel import one_thread_each
 from ...training.clock import Clock
 from ...training.fitting import trainable_flow
-from ...training.preparation import set_whitening
 from ...training.reporting import PercentBar
 from ...training.rows import Rows
 from ...training.threads import Threads
+from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
 from ..regression import FlowRegression
 from ..schedule import RateSchedule, clocked
