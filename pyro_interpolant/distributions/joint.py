@@ -22,7 +22,7 @@ from torch.distributions import constraints
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .constraints import Constraint, Shaped, Sites, biject, bijection, real_shape
-from .flow import FlowDistribution
+from .flow import FlowDistribution, Values
 from .interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -174,7 +174,7 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
                 )
         return plates
 
-    def value_of(self, value: Any) -> Any:
+    def value_of(self, value: Values) -> Values:
         """Return packed vectors, shape ``(*, D)``, as they are.
 
         Raises:
