@@ -153,7 +153,7 @@ def flag(name: str, value: object, *, or_none: bool = False) -> tuple[str, bool,
     return f"{name} to be {choices}", good, repr(value)
 
 
-def names_of(x: Any, expected: Sequence[str] = ()) -> tuple[str, ...]:
+def names_of(x: object, expected: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the names of the columns of a data frame; of anything else none.
 
     A frame has types, too: an array of xarray has ``columns`` where a dimension is called so. What
@@ -171,7 +171,7 @@ def names_of(x: Any, expected: Sequence[str] = ()) -> tuple[str, ...]:
         return columns
     found = tuple(map(str, index))
     are_names = all(isinstance(i, str) for i in index) or sorted(found) == sorted(expected)
-    return found if are_names and x.ndim == 1 else ()
+    return found if are_names and getattr(x, "ndim", None) == 1 else ()
 
 
 def order_of(names: Sequence[str], expected: Sequence[str], name: str) -> list[int] | None:

@@ -12,13 +12,14 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 _NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (__file__, torch.__file__)) + (
     contextlib.__file__,
 )
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _MIDDLE_RANGE = 3.29  # of 90% of a normal, in standard deviations
 
 
@@ -120,7 +122,7 @@ def draws_nothing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watching_the_first() -> Iterator[Callable[[_Function], _Function]]:
+def watching_the_first() -> Iterator[Callable[[Callable[_P, _R]], Callable[_P, _R]]]:
     """Run functions that all draw random numbers, or none does, in a seeded scope at full speed.
 
     The first call is looked at; where it draws nothing, the block goes on without.
@@ -131,19 +133,19 @@ def watching_the_first() -> Iterator[Callable[[_Function], _Function]]:
     with contextlib.ExitStack() as rest:
         is_first = isinstance(_get_current_dispatch_mode(), _OwnGenerators)
 
-        def watched(function: _Function) -> _Function:
+        def watched(function: Callable[_P, _R]) -> Callable[_P, _R]:
             @wraps(function)
-            def call(*args: Any) -> Any:
+            def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
                 nonlocal is_first
                 if not is_first:
-                    return function(*args)
+                    return function(*args, **kwargs)
                 before, is_first = draws(), False
-                found = function(*args)
+                found = function(*args, **kwargs)
                 if draws() == before:
                     rest.enter_context(draws_nothing())
                 return found
 
-            return call  # type: ignore[return-value]
+            return call
 
         yield watched if is_first else lambda function: function
 
@@ -219,8 +221,8 @@ class _OwnGenerators(TorchDispatchMode):
         return self.generators[device]
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         """Call an operation, with a generator if it draws."""
         kwargs = kwargs or {}
         drawing = _drawing_form(func)
@@ -239,11 +241,11 @@ class _OwnGenerators(TorchDispatchMode):
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         if operation is None:
-            return self._by_the_default(device, func, args, kwargs)
+            return self._by_the_default(device, partial(func, *args, **kwargs))
         self.draws += 1
         return operation(*args[:place], **{**kwargs, "generator": self.on(device)})
 
-    def _by_the_default(self, device: torch.device, func: Any, args: Any, kwargs: Any) -> Any:
+    def _by_the_default(self, device: torch.device, operation: Callable[[], _R]) -> _R:
         """Call an operation that takes no generator, the default one being in the own's state.
 
         It is held for as long as that takes, which other threads that draw may notice. Attention
@@ -254,7 +256,7 @@ class _OwnGenerators(TorchDispatchMode):
             before, start = default.get_state(), own.get_state()
             default.set_state(start)
             try:
-                return func(*args, **kwargs)
+                return operation()
             finally:
                 end = default.get_state()
                 self.draws += not torch.equal(start, end)
@@ -263,14 +265,14 @@ class _OwnGenerators(TorchDispatchMode):
 
 
 @cache
-def _drawing_form(operation: Any) -> tuple[Any, int | None] | None:
+def _drawing_form(operation: Callable) -> tuple[Callable | None, int | None] | None:
     """Return how to give an operation a generator, or None if it draws nothing.
 
     Returns:
         Its form with an argument ``generator``, or None where there is no such form; and the place
         of that argument, if it may come by position.
     """
-    if not hasattr(operation, "_schema"):  # of higher order: what it calls comes by itself
+    if not isinstance(operation, OpOverload):  # of higher order: what it calls comes by itself
         return None
     names = [a.name for a in operation._schema.arguments]
     if "generator" not in names:

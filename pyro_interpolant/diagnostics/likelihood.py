@@ -69,7 +69,7 @@ class BitsPerDim(_MeanAndError):
         pair.solver_error = solver_error
         return pair
 
-    def _replace(self, **changes: Any) -> "BitsPerDim":
+    def _replace(self, **changes: float) -> "BitsPerDim":
         """Return the pair with other numbers; the solver's error stays."""
         return BitsPerDim(*super()._replace(**changes), self.solver_error)
 
@@ -272,7 +272,7 @@ class _Bits:
             context: Their contexts, shape ``(N, C)``, or None.
             tolerance: Bits per dimension.
         """
-        solver: Any = self.distribution.transform.solver
+        solver: Solver = self.distribution.transform.solver
         finer = _finer(solver)
         if finer is None:
             return solver, None

@@ -9,7 +9,8 @@ References:
     Ho & Salimans, *Classifier-free diffusion guidance*, arXiv 2207.12598.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +53,10 @@ def guided(
     new.flow.independent, new.flow.reached = flow.independent, flow.reached
     new.flow.levels = flow.levels
     new.flow.noise = None if flow.noise is None else Guided(flow.noise, scale)
-    kind: Any = ConditionalInterpolantDistribution
-    parts: dict[str, Any] = {"support": distribution.constraint}
+    kind: Callable[..., ConditionalInterpolantDistribution] = ConditionalInterpolantDistribution
     if isinstance(distribution, ConditionalJointInterpolantDistribution):
-        kind, parts["sites"] = ConditionalJointInterpolantDistribution, distribution.sites
-    family = kind(new, distribution.base, **parts)
+        kind = partial(ConditionalJointInterpolantDistribution, sites=distribution.sites)
+    family = kind(new, distribution.base, support=distribution.constraint)
     family.columns, family.context_columns = distribution.columns, distribution.context_columns
     return family
 

@@ -7,7 +7,6 @@ Of a distribution that is transformed by several, torch states the codomain of t
 import contextlib
 import functools
 import operator
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -22,18 +21,18 @@ from torch.distributions import (
     transform_to,
 )
 
-from .constraints import innermost_constraint, is_all_real
+from .constraints import Constraint, innermost_constraint, is_all_real
 
 _WRAPPERS = (Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 
 
-def stated_support(base: Distribution) -> Any:
+def stated_support(base: Distribution) -> Constraint | None:
     """Return the support of a distribution, or None where it states none for all of its parts."""
     try:
-        support: Any = base.support
+        support = base.support
     except NotImplementedError:
         return None
-    if not isinstance(base, dist.MixtureSameFamily):
+    if support is None or not isinstance(base, dist.MixtureSameFamily):
         return support
     inner = innermost_constraint(support)
     bounds = [getattr(inner, name, 0.0) for name in ("lower_bound", "upper_bound")]
@@ -102,12 +101,13 @@ def _kept(
     return y.where(inside.reshape(inside.shape + (1,) * checked_dim), known), possible
 
 
-def _transformed(base: Any) -> tuple[Distribution | None, list[Transform]]:
+def _transformed(base: Distribution) -> tuple[Distribution | None, list[Transform]]:
     """Return what a distribution transforms, and by what; None where its formula is its own."""
     while isinstance(base, _WRAPPERS):
         base = base.base_dist
-    is_image = isinstance(base, TransformedDistribution)
-    if not is_image or type(base).log_prob is not TransformedDistribution.log_prob:
+    if not isinstance(base, TransformedDistribution):
+        return None, []
+    if type(base).log_prob is not TransformedDistribution.log_prob:
         return None, []
     left, transforms = list(base.transforms), list[Transform]()
     while left:
@@ -123,7 +123,7 @@ def _transformed(base: Any) -> tuple[Distribution | None, list[Transform]]:
     return base.base_dist, transforms
 
 
-def _inside_support(support: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
+def _inside_support(support: Constraint | None, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return which values are in a support, and some that are, or None where all may be.
 
     Args:

@@ -48,7 +48,7 @@ def is_all_real(constraint: Constraint) -> bool:
     return isinstance(innermost_constraint(constraint), type(constraints.real))
 
 
-def is_discrete(support: Any) -> bool:
+def is_discrete(support: Constraint | None) -> bool:
     """Return whether a support is of separate points, such as whole numbers, if that is known."""
     try:
         return bool(getattr(support, "is_discrete", False))
@@ -56,7 +56,7 @@ def is_discrete(support: Any) -> bool:
         return False
 
 
-def is_flat(support: Any, shape: Sequence[int]) -> bool:
+def is_flat(support: Constraint | None, shape: Sequence[int]) -> bool:
     """Return whether a support has no volume among events of a shape: a simplex, or a sphere.
 
     Args:
@@ -113,7 +113,7 @@ def _(constraint: Circular) -> Transform:
     )
 
 
-def biject(support: Any) -> Transform:
+def biject(support: Constraint) -> Transform:
     """Return the registered bijection to a support, with what is torch's own put right in it.
 
     Raises:

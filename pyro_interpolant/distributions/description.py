@@ -302,7 +302,7 @@ def _refined_for(distribution: AnyDistribution) -> Tensor | None:
     return None if context is None else context.to(distribution.transform.flow.loc)
 
 
-def _build_context(numbers: Any, transform: AnyTransform) -> Tensor | None:
+def _build_context(numbers: object, transform: AnyTransform) -> Tensor | None:
     if numbers is None:
         return None
     loc, size = transform.flow.loc, transform.flow.context_dim

@@ -6,7 +6,7 @@ vectors x in front of a Gaussianizing map.
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from numpy.typing import ArrayLike
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 AnyTransform = InterpolantTransform | ConditionalInterpolantTransform
+Values = TypeVar("Values", bound=ArrayLike)
 
 
 class FlowDistribution:
@@ -173,7 +174,7 @@ class FlowDistribution:
         """
         return self.ungaussianized_space.unconstrained(value)
 
-    def value_of(self, value: Any) -> Any:
+    def value_of(self, value: Values) -> Values | Tensor:
         """Return values, and those of a data frame as a tensor, its columns taken by name.
 
         Args:
@@ -190,7 +191,7 @@ class FlowDistribution:
             rows = rows[:, 0]  # a frame is always a table of rows
         return rows.to(self.transform.flow.loc) if rows.is_floating_point() else rows
 
-    def context_of(self, context: Any) -> Any:
+    def context_of(self, context: Values) -> Values | Tensor:
         """Return contexts, and those of a data frame as a tensor, its columns taken by name.
 
         Args:

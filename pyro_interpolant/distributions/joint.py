@@ -7,7 +7,7 @@ With :math:`b_i` the bijection to the support of site i, the flow learns the pac
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -15,14 +15,14 @@ import torch
 from numpy.typing import ArrayLike
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
+from pyro.poutine.runtime import InferDict, Message
 from torch import Tensor
 from torch.distributions import constraints
 
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .constraints import Constraint, Shaped, Sites, biject, bijection, real_shape
-from .flow import FlowDistribution
+from .flow import FlowDistribution, Values
 from .interpolant import (
     AnyDistribution,
     ConditionalInterpolantDistribution,
@@ -144,9 +144,8 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
         """
         plates = self._checked_plates({} if plates is None else plates)
         mark = object()
-        packed_by: Any = {PACKED: mark}
         found = {}
-        for site, packed in self.unpack(sample_in_place(name, self, packed_by)).items():
+        for site, packed in self.unpack(sample_in_place(name, self, {PACKED: mark})).items():
             inner, within = len(self.sites[site][0]), plates.get(site, 0)
             # As pyro.deterministic does it. Whole: no plate is there.
             own: Any = {"_deterministic": True, PART: (mark, site)}
@@ -174,7 +173,7 @@ class JointInterpolantDistribution(NamedSites, InterpolantDistribution):
                 )
         return plates
 
-    def value_of(self, value: Any) -> Any:
+    def value_of(self, value: Values) -> Values:
         """Return packed vectors, shape ``(*, D)``, as they are.
 
         Raises:
@@ -237,7 +236,7 @@ class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolant
         return f"{type(self).__name__}({self._named()})"
 
 
-def sample_in_place(name: str, fn: TorchDistributionMixin, infer: Any) -> Tensor:
+def sample_in_place(name: str, fn: TorchDistributionMixin, infer: dict[str, object]) -> Tensor:
     """Sample a site of a Pyro model, with its batch where its plates are.
 
     ``Predictive`` in parallel pads draws by the greatest number of plates of the model less the
@@ -254,7 +253,8 @@ def sample_in_place(name: str, fn: TorchDistributionMixin, infer: Any) -> Tensor
         one were elsewhere, else as it comes.
     """
     with _InPlace():
-        return pyro.sample(name, fn, infer=infer)
+        # Pyro's type names the keys of its own alone.
+        return pyro.sample(name, fn, infer=cast("InferDict", infer))
 
 
 class _InPlace(Messenger):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from .._package import names_of, order_of
 from ..nn.velocity import checked_labels
@@ -86,7 +87,7 @@ def named_columns(x: RowsLike, name: str = "data") -> tuple[Tensor, tuple[str, .
     return torch.cat(list(flat.values()), 1), names
 
 
-def check_same_order(**parts: Any) -> None:
+def check_same_order(**parts: object) -> None:
     """Raise a ValueError where data frames or series have the same labels in another order.
 
     Rows are taken by position. Indices of other labels tell nothing, nor do those that repeat.
@@ -202,7 +203,7 @@ def checked_rows(x: ArrayLike, name: str, event_shape: Sequence[int | None] = (N
     return x
 
 
-def check_value(value: Any, event_shape: Sequence[int], dtype: torch.dtype) -> None:
+def check_value(value: Tensor, event_shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raise an error unless a value is a tensor of shape ``(*, *event_shape)``.
 
     Args:
@@ -263,7 +264,7 @@ def _from_frame(x: Any, name: str) -> np.ndarray:
     return values
 
 
-def _check_plain(x: Any, name: str) -> None:
+def _check_plain(x: object, name: str) -> None:
     """Raise a TypeError for quantities, whose unit would be lost, and tensors that are not dense.
 
     A column of a table of astropy, whose unit is a note beside plain numbers, is taken.
@@ -280,10 +281,12 @@ def _check_plain(x: Any, name: str) -> None:
         raise TypeError(f"expected {name} as a dense tensor, got {got}: pass {hint}")
 
 
-def is_masked(x: Any) -> bool:
+def is_masked(x: object) -> bool:
     """Return whether an array has a mask of its own shape, as numpy's and astropy's have."""
     mask = getattr(x, "mask", None)  # of a frame a method
-    return isinstance(mask, np.ndarray) and mask.dtype.kind == "b" and mask.shape == x.shape
+    if not isinstance(mask, np.ndarray) or mask.dtype.kind != "b":
+        return False
+    return mask.shape == getattr(x, "shape", None)
 
 
 def _unmasked(x: Any) -> np.ndarray:
@@ -296,7 +299,7 @@ def _unmasked(x: Any) -> np.ndarray:
     return values
 
 
-def _unmasked_tensor(x: Any) -> Tensor:
+def _unmasked_tensor(x: MaskedTensor) -> Tensor:
     """Return the values of a ``MaskedTensor``, those that are masked as NaN, of any shape."""
     values, there = x.get_data(), x.get_mask()
     if bool(there.all()):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch import is_functorch_tensor
 
+_T = TypeVar("_T")
 _IN_PLACE = {
     Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.cauchy_, Tensor.bernoulli_,
     Tensor.random_,
@@ -50,7 +51,7 @@ class DrawnInLanes(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def in_lanes(function: Callable[..., Any], count: int, *batches: Any) -> Any:
+def in_lanes(function: Callable[..., _T], count: int, *batches: Tensor | dict[str, Tensor]) -> _T:
     """Return what a function returns in each lane of a vmap, all of them drawing other numbers.
 
     Args:
@@ -59,7 +60,7 @@ def in_lanes(function: Callable[..., Any], count: int, *batches: Any) -> Any:
         *batches: Tensors, shape ``(count, *)``, or dictionaries of them.
     """
 
-    def one(lane: Tensor, *rows: Any) -> Any:
+    def one(lane: Tensor, *rows: Tensor | dict[str, Tensor]) -> _T:
         with DrawnInLanes(lane):
             return function(*rows)
 

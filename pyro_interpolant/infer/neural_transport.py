@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from pyro.poutine.enum_messenger import EnumMessenger
@@ -186,7 +187,7 @@ def _unweighted() -> Iterator[None]:
         _PYRO_STACK[:] = around
 
 
-def is_same_map(one: Any, other: Any) -> bool:
+def is_same_map(one: Transform, other: Transform) -> bool:
     """Return whether two bijections are equal part by part, as torch compares few of them."""
     one, other = _unwrapped(one), _unwrapped(other)
     parts, others = _parts(one), _parts(other)
@@ -195,12 +196,12 @@ def is_same_map(one: Any, other: Any) -> bool:
     return len(parts) == len(others) and all(map(is_same_map, parts, others))
 
 
-def _parts(transform: Any) -> list[Any]:
+def _parts(transform: Transform) -> list[Transform]:
     """Return the transforms that a transform joins or composes."""
     return list(getattr(transform, "parts", getattr(transform, "transforms", [])))
 
 
-def _unwrapped(transform: Any) -> Any:
+def _unwrapped(transform: Transform) -> Transform:
     """Return the transform inside those that only sum its log-determinant, or keep its values."""
     while True:
         inner = getattr(transform, "base_transform", getattr(transform, "wrapped", None))
@@ -265,7 +266,7 @@ class _Images(Messenger):
         msg["fn"] = self._image(fn, value)
         msg["value"], msg["is_observed"] = value, True
 
-    def _image(self, fn: Any, value: Tensor) -> dist.Delta:
+    def _image(self, fn: TorchDistributionMixin, value: Tensor) -> dist.Delta:
         """Return a latent site's value as a distribution whose log density is that of its own."""
         mask, events = _mask(), value.dim() - fn.event_dim
         score = value.new_zeros(()) if mask is False else fn.log_prob(value)

@@ -272,7 +272,7 @@ def _sampled(
         with torch.no_grad():
             value = space.to_sampled(ComposeTransform(flow.transforms).inv(value))
         start = InitMessenger(init_to_value(values={name + _BASE: value}))
-    infer: Any = {k: v for k, v in msg["infer"].items() if k not in _SITES_OWN}
+    infer: dict[str, object] = {k: v for k, v in msg["infer"].items() if k not in _SITES_OWN}
     infer[_MARK] = (flow, name, msg["infer"].get(PACKED))
     with start, _not_yet_sampled(name):
         x = _from_sampled(flow, sample_in_place(name + _BASE, base, infer))
@@ -356,9 +356,9 @@ def is_conditioned(name: str, messenger: Messenger) -> bool:
         if isinstance(outer, ConditionMessenger) and name in outer.data:
             return True
         if isinstance(outer, (ScopeMessenger, NameCountMessenger)):
-            renamed: Any = {"name": name}
+            renamed: Message = {"name": name}
             outer._pyro_sample(renamed)
-            name = renamed["name"]
+            name = str(renamed["name"])
     return False
 
 

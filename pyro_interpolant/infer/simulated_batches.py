@@ -107,7 +107,7 @@ class SimulatedBatches:
             if len(found.log_prior):
                 yield found
 
-    def _checked(self, batch: Any) -> Simulations:
+    def _checked(self, batch: object) -> Simulations:
         """Return the finite simulations of a batch; their prior's density is left at 0."""
         parts = list(batch[:2]) if isinstance(batch, list | tuple) else []
         if len(parts) < 2 or not all(isinstance(part, Mapping) for part in parts):

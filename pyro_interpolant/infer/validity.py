@@ -7,12 +7,13 @@ the support: an exponential density grows without bound below zero, a Poisson ra
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import (
+    Distribution,
     Independent,
     MixtureSameFamily,
     TransformedDistribution,
@@ -26,14 +27,14 @@ from ..distributions.constraints import innermost_constraint
 _ALWAYS = (type(constraints.real), type(constraints.dependent))
 
 
-def innermost_distribution(fn: Any) -> Any:
+def innermost_distribution(fn: Distribution) -> Distribution:
     """Return the distribution inside all that wrap it."""
-    while getattr(fn, "base_dist", None) is not None:
-        fn = fn.base_dist
+    while (inner := getattr(fn, "base_dist", None)) is not None:
+        fn = inner
     return fn
 
 
-def without_masks(fn: Any) -> Any:
+def without_masks(fn: TorchDistributionMixin) -> TorchDistributionMixin:
     """Return a distribution without the tensors inside it that mask some of its rows."""
     if isinstance(fn, MaskedDistribution) and isinstance(fn._mask, Tensor):
         return without_masks(fn.base_dist)
@@ -43,7 +44,9 @@ def without_masks(fn: Any) -> Any:
     return fn
 
 
-def log_prob_left_out(fn: Any, value: Tensor, *, mask: Tensor | bool | None) -> Tensor | None:
+def log_prob_left_out(
+    fn: TorchDistributionMixin, value: Tensor, *, mask: Tensor | bool | None
+) -> Tensor | None:
     """Return the log density of the rows of a latent site that tensors mask out, else zero.
 
     It is for those to count, unscaled, beside what the masks leave: such a row would else have no
@@ -67,7 +70,7 @@ def log_prob_left_out(fn: Any, value: Tensor, *, mask: Tensor | bool | None) -> 
     return torch.where(own == counted, 0.0, own - counted)  # of two infinite ones, too
 
 
-def is_valid(fn: Any, value: Tensor | None, *, moved: bool = False) -> Tensor | bool:
+def is_valid(fn: Distribution, value: Tensor | None, *, moved: bool = False) -> Tensor | bool:
     """Return where parameters are in their range, and a value on a support that they move.
 
     Constraints on single numbers count, such as intervals, and of parameters those on vectors,
@@ -81,22 +84,22 @@ def is_valid(fn: Any, value: Tensor | None, *, moved: bool = False) -> Tensor | 
     Returns:
         A mask that broadcasts to ``(*)``, or True where there is nothing to check.
     """
-    own = _in_range(fn)
+    own, inner = _in_range(fn), getattr(fn, "base_dist", None)
+    if inner is None:
+        return _where_all(own, _on_support(fn, value, moved=moved))
     if isinstance(fn, TransformedDistribution):
         if type(fn).log_prob is not TransformedDistribution.log_prob:
             value = None  # it has a formula of its own: the base, such as Gumbel's, only draws
         moved = value is not None and _leaf_support(fn) is not None
         for transform in reversed(fn.transforms if moved else []):
             value = transform.inv(value)
-    elif getattr(fn, "base_dist", None) is None:
-        return _where_all(own, _on_support(fn, value, moved=moved))
-    found = is_valid(fn.base_dist, value, moved=moved)
+    found = is_valid(inner, value, moved=moved)
     if isinstance(found, bool):
         return own
     mask, events = getattr(fn, "_mask", None), getattr(fn, "reinterpreted_batch_ndims", 0)
     if isinstance(mask, Tensor):
         found = found | ~mask
-    return _where_all(own, _of_all(found, fn.base_dist, events) if events else found)
+    return _where_all(own, _of_all(found, inner, events) if events else found)
 
 
 def _where_all(*masks: Tensor | bool) -> Tensor | bool:
@@ -108,7 +111,9 @@ def _where_all(*masks: Tensor | bool) -> Tensor | bool:
     return found
 
 
-def has_density(fn: Any, value: Tensor | None, *, mask: Tensor | bool | None) -> Tensor | bool:
+def has_density(
+    fn: Distribution, value: Tensor | None, *, mask: Tensor | bool | None
+) -> Tensor | bool:
     """Return where a site has a density, as :func:`is_valid`, or a mask leaves its data out.
 
     Args:
@@ -122,7 +127,7 @@ def has_density(fn: Any, value: Tensor | None, *, mask: Tensor | bool | None) ->
     return valid | ~mask
 
 
-def _on_support(fn: Any, value: Tensor | None, *, moved: bool) -> Tensor | bool:
+def _on_support(fn: Distribution, value: Tensor | None, *, moved: bool) -> Tensor | bool:
     """Return where a value is on the support of a distribution that wraps no other, if it moves.
 
     Whether it does, a transform around it may tell, too.
@@ -152,7 +157,7 @@ def _in_a_component(fn: MixtureSameFamily, value: Tensor, *, moved: bool) -> Ten
     return inside.any(-1) & (inside | (log_prob == -math.inf)).all(-1)
 
 
-def _in_range(fn: Any) -> Tensor | bool:
+def _in_range(fn: Distribution) -> Tensor | bool:
     """Return where a distribution's own parameters are, and those of what a mixture mixes."""
     if isinstance(fn, MixtureSameFamily):
         shares = is_valid(fn.mixture_distribution, None)
@@ -180,19 +185,19 @@ def _checked(constraint: constraints.Constraint, number: Tensor) -> Tensor:
     return constraint.check(number)
 
 
-def _of_batch(found: Tensor, fn: Any) -> Tensor:
+def _of_batch(found: Tensor, fn: Distribution) -> Tensor:
     """Return where a mask of parameters holds for all numbers of an event."""
     extra = found.dim() - len(fn.batch_shape)
     return found.flatten(-extra).all(-1) if fn.event_shape and extra > 0 else found
 
 
-def _of_all(found: Tensor, fn: Any, dims: int) -> Tensor:
+def _of_all(found: Tensor, fn: Distribution, dims: int) -> Tensor:
     """Return where a mask holds for all of the last batch dimensions of a distribution."""
     shape = broadcast_shapes(found.shape, fn.batch_shape)
     return found.expand(shape).flatten(-dims).all(-1)
 
 
-def _parameters(fn: Any) -> Mapping[str, Any]:
+def _parameters(fn: Distribution) -> Mapping[str, constraints.Constraint]:
     """Return the constraints on a distribution's parameters, none where its author wrote none."""
     try:
         return fn.arg_constraints
@@ -200,10 +205,12 @@ def _parameters(fn: Any) -> Mapping[str, Any]:
         return {}
 
 
-def _leaf_support(fn: Any) -> constraints.Constraint | None:
+def _leaf_support(fn: Distribution) -> constraints.Constraint | None:
     """Return the support of the innermost distribution, if it is one of single numbers."""
     try:
         support = innermost_distribution(fn).support
     except NotImplementedError:
         return None
-    return None if isinstance(support, _ALWAYS) or support.event_dim else support
+    if support is None or isinstance(support, _ALWAYS) or support.event_dim:
+        return None
+    return support

@@ -49,8 +49,8 @@ def called_in_workers(
             f"expected a model that can be pickled for num_workers={num_workers}, got: {error}; "
             f"{_IMPORTABLE}"
         ) from error
-    params: Any = pyro.get_param_store().get_state()
-    state = torch.get_default_dtype(), pyro.settings.get(), pickle.dumps(params)
+    params = pickle.dumps(pyro.get_param_store().get_state())
+    state = torch.get_default_dtype(), pyro.settings.get(), params
     pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _begin, (work, *state))
     try:
         calls = [

@@ -1,7 +1,6 @@
 r"""Normalisation and attention from elementary operations, which have derivatives of any order."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +100,7 @@ def _standardized(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
 
 
-def _attention(*args: Any, **kwargs: Any) -> Tensor:
+def _attention(*args: object, **kwargs: object) -> Tensor:
     """Return the same as ``nn.functional.scaled_dot_product_attention``, ``(*, L, E)``."""
     return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
 

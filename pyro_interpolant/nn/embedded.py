@@ -103,10 +103,9 @@ class EmbeddedVelocity(nn.Module):
         self.context_dim = sum(shape.numel() for shape in self.shapes)
         if not self.context_dim:
             raise ValueError(f"expected data of at least one number, got shapes {shapes}")
-        given: Any = embedding
         if not isinstance(embedding, nn.Module | None):  # as files hold those of the package
-            given = KINDS[embedding[0]](*embedding[1])
-        self.embedding: nn.Module | None = given
+            embedding = KINDS[embedding[0]](*embedding[1])
+        self.embedding: nn.Module | None = embedding
         with torch.no_grad():
             like = next(self.parameters(), torch.zeros(()))
             features = self._features(like.new_zeros(2, self.context_dim))

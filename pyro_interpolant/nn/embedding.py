@@ -254,7 +254,9 @@ class SeriesEmbedding(nn.Module):
         self.columns.set_scales(*y)
 
 
-KINDS: dict[str, Any] = {kind.__name__: kind for kind in (SetEmbedding, SeriesEmbedding)}
+KINDS: dict[str, type[nn.Module]] = {
+    kind.__name__: kind for kind in (SetEmbedding, SeriesEmbedding)
+}
 
 
 class _Fits(NamedTuple):

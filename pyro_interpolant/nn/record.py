@@ -6,7 +6,7 @@ third, on arrays of their own. The slopes of all evaluations are computed togeth
 pullback is one product of matrices for each layer and little else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, Protocol
 
@@ -126,7 +126,8 @@ class MLPRecord:
         self.zeros, self.one = np.zeros_like(self.y[0]), np.ones_like(self.n[0])
         self.sum = np.ones((2 * dim, 1), like.dtype)
         largest = max(w.size for w in self.hidden)
-        self.product: Any = np.dot if rows * largest <= _MOST_MULTIPLICATIONS else _product
+        is_small = rows * largest <= _MOST_MULTIPLICATIONS
+        self.product: Callable[..., Array] = np.dot if is_small else _product
         self.slopes: list[Array] = []
         self.calls = count()
 

@@ -29,6 +29,7 @@ from .transforms import InterpolantTransform
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.autograd.function import FunctionCtx
 
     from ..infer.guide_result import GuideResult
     from ..infer.smc.train import RoundsResult
@@ -378,7 +379,7 @@ def _for_torch(density: Callable[[Array], Array]) -> Callable[["Tensor"], "Tenso
 
     class Gradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, z: "Tensor") -> "Tensor":
+        def forward(ctx: "FunctionCtx", z: "Tensor") -> "Tensor":
             ctx.save_for_backward(z)
             return both(z)[1]
 
@@ -391,7 +392,7 @@ def _for_torch(density: Callable[[Array], Array]) -> Callable[["Tensor"], "Tenso
 
     class LogDensity(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, z: "Tensor") -> "Tensor":
+        def forward(ctx: "FunctionCtx", z: "Tensor") -> "Tensor":
             values, slopes = both(z)
             ctx.save_for_backward(z, slopes)
             return values

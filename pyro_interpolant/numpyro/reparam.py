@@ -240,7 +240,7 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
     posterior = guide.get_posterior()
 
     @functools.wraps(guide.model)
-    def model(*args: Any, **kwargs: Any) -> Any:
+    def model(*args: object, **kwargs: object) -> object:
         base = posterior.base_dist.mask(mask=False)  # not scored: the density is the model's
         shared = {"type": "sample", "name": f"{guide.prefix}_shared_latent", "fn": base}
         stack = list(reversed(_PYRO_STACK))

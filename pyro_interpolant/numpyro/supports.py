@@ -182,7 +182,7 @@ class _Between(Transform):
 
     sign = 1
 
-    def __init__(self, constraint: Any) -> None:
+    def __init__(self, constraint: Constraint) -> None:
         self.constraint = constraint
         self.low, self.high = constraint.lower_bound, constraint.upper_bound
         self.width = self.high - self.low
@@ -382,7 +382,7 @@ def _built(
     return [make(constraint)], constraint
 
 
-def _transform(constraint: Any, *, clamps: bool) -> Transform:
+def _transform(constraint: Constraint, *, clamps: bool) -> Transform:
     """Return the bijection to a constraint, by which a simplex keeps its small shares.
 
     Args:

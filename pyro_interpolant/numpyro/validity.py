@@ -141,14 +141,14 @@ def _in_range(fn: Any) -> Array | bool:
     return found
 
 
-def _innermost(constraint: Any) -> Any:
+def _innermost(constraint: constraints.Constraint) -> constraints.Constraint:
     """Return the constraint on the smallest events, of those independent."""
     while isinstance(constraint, type(constraints.real_vector)):
         constraint = constraint.base_constraint
     return constraint
 
 
-def _checked(constraint: Any, number: Array) -> Array:
+def _checked(constraint: constraints.Constraint, number: Array) -> Array:
     """Return where a parameter is on its constraint, one boolean for each of its events."""
     if isinstance(constraint, type(constraints.simplex)):  # of shares, whose sum is rounded
         return (number >= 0).all(-1)

@@ -19,11 +19,12 @@ all its times in advance can share work between them.
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx
 from torchdiffeq import odeint
 
 from .._package import check_ranges, keep_whole, number
@@ -352,12 +353,21 @@ def through_nodes(solve: StateFunction, rate: StateFunction, q: Tensor, x: Tenso
     return _ThroughNodes.apply(x, solve, rate, q)
 
 
+class _ThroughContext(FunctionCtx):
+    """What the forward pass of :class:`_ThroughNodes` keeps for the backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]  # x and the states at the nodes
+    solve: StateFunction
+    rate: StateFunction
+    q: Tensor
+
+
 class _ThroughNodes(torch.autograd.Function):
     """The solve of :func:`through_nodes`, whose backward pass is one linear system."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, solve: StateFunction, rate: StateFunction, q: Tensor
+        ctx: _ThroughContext, x: Tensor, solve: StateFunction, rate: StateFunction, q: Tensor
     ) -> Tensor:
         states = solve(x)
         ctx.save_for_backward(x, states)
@@ -365,7 +375,7 @@ class _ThroughNodes(torch.autograd.Function):
         return states
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _ThroughContext, *cotangents: Tensor) -> tuple[Tensor, None, None, None]:
         (g,) = cotangents
         x, states = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated itself

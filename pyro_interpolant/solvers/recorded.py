@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from .._torch import constant, is_batch_of_gradients, is_for_numpy, is_functional, needs_graph
 from ..nn.record import Array, MLPRecord, Record, rows_at_once
@@ -103,29 +104,33 @@ def _operation() -> Any:
     return ours.recorded_solve
 
 
-def _called(x: Tensor, gaps: Tensor, method: str, *parts: Any) -> Tensor:
+def _called(
+    x: Tensor,
+    gaps: Tensor,
+    method: str,
+    weights: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    residual: Sequence[int],  # tracers take no lists of booleans
+    inverses: Sequence[Tensor],
+) -> Tensor:
     """Return the states at the nodes, as the operation of :func:`traced_solve`.
 
     Raises:
         RuntimeError: If gradients in weights are wanted, which are constants of the trace in part.
     """
-    weights, shifts, scales, residual, inverses = parts  # tracers take no lists of booleans
     if needs_graph(*weights, *shifts, *scales, *inverses):
         raise RuntimeError(
             "expected a traced model of flows with frozen weights, got gradients in weights that "
             "were frozen when it was traced: set it up anew"
         )
+    parts = weights, shifts, scales, list(map(bool, residual)), inverses
     steps = gaps.tolist()
     by_torch = partial(_solved, gaps=steps, method=method, parts=parts)
     if is_functional() or not (x.numel() and is_for_numpy(x)):
         return by_torch(x)
     rows = x.reshape(-1, x.shape[-1]).split(rows_at_once(max(map(len, weights))))
-    found = [
-        _Recorded.apply(
-            some, MLPRecord(weights, shifts, scales, residual, inverses), steps, method, by_torch
-        )
-        for some in rows
-    ]
+    found = [_Recorded.apply(some, MLPRecord(*parts), steps, method, by_torch) for some in rows]
     return torch.cat(found, 1).reshape(-1, *x.shape)
 
 
@@ -148,12 +153,22 @@ def _solved(x: Tensor, gaps: Sequence[float], method: str, parts: Sequence[Any])
     return torch.stack(_states(velocity, x, gaps, method))
 
 
+class _RecordedContext(FunctionCtx):
+    """What the forward pass of :class:`_Recorded` keeps for the backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]  # x and the weights
+    record: Record
+    gaps: Sequence[float]
+    method: str
+    solve: StateFunction
+
+
 class _Recorded(torch.autograd.Function):
     """The solve of :func:`recorded_solve`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _RecordedContext,
         x: Tensor,
         record: Record,
         gaps: Sequence[float],
@@ -170,7 +185,9 @@ class _Recorded(torch.autograd.Function):
         return torch.from_numpy(np.stack(states)).reshape(-1, *x.shape)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(
+        ctx: _RecordedContext, *cotangents: Tensor
+    ) -> tuple[Tensor, None, None, None, None]:
         (g,), (x, *_) = cotangents, ctx.saved_tensors
         again = torch.is_grad_enabled()  # the gradient is to be differentiated itself
         if again or is_batch_of_gradients(g):

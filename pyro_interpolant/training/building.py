@@ -184,7 +184,7 @@ def from_samples(
 
 
 def _with_weight(
-    x: Any, context: Any, columns: tuple[str, ...], options: dict[str, Any]
+    x: DataLike, context: ArrayLike | None, columns: tuple[str, ...], options: dict[str, Any]
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Return rows and contexts that have weight, and options with what goes by rows of theirs.
 
@@ -223,7 +223,7 @@ def _named(
 
 
 def _unnamed(
-    rows: Any,
+    rows: ArrayLike,
     support: Constraint | Mapping[str, Constraint],
     event_shape: Sequence[int] | None,
 ) -> tuple[Constraint, dict[str, Any], Tensor]:

@@ -127,7 +127,7 @@ class Process:
             self.module, self.optimizer = self.fabric.setup(self.module, self.optimizer)
 
     def _check_type(self, dtype: torch.dtype) -> None:
-        precision: Any = getattr(getattr(self.fabric, "_precision", None), "precision", None)
+        precision: str = getattr(getattr(self.fabric, "_precision", None), "precision", "")
         if _TYPES.get(precision, dtype) != dtype:
             raise ValueError(
                 f"expected a fabric that leaves weights in their type, {dtype}, got precision "

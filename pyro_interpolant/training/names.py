@@ -9,7 +9,7 @@ from torch import Tensor
 from ..distributions.constraints import Sites
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.joint import rows_by_name
-from ..distributions.rows import check_same_order, columns_in_order, in_order, names_of
+from ..distributions.rows import RowsLike, check_same_order, columns_in_order, in_order, names_of
 
 
 class Names(NamedTuple):
@@ -79,7 +79,12 @@ class Names(NamedTuple):
         return Names(chosen(self.rows, of_rows), contexts, self.sites)
 
     def ordered(
-        self, rows: Any, context: Any = None, *, name: str = "data", beside: "Names | None" = None
+        self,
+        rows: RowsLike,
+        context: ArrayLike | None = None,
+        *,
+        name: str = "data",
+        beside: "Names | None" = None,
     ) -> tuple[Any, Any]:
         """Return rows, and contexts or None, with their columns in this order.
 

@@ -119,7 +119,9 @@ class Stream:
         self.weighted: bool | None = None  # whether batches have weights; not known before one
         self.given = None
         if not self.share:
-            frames: Any = validation if isinstance(validation, tuple) else (validation,)
+            frames: tuple[object, ...] = (
+                validation if isinstance(validation, tuple) else (validation,)
+            )
             if any(map(names_of, frames)):  # rows held out have the names of the data
                 self._name(*frames)
             self.given = held_out_rows(distribution, validation, self.names, self.given_names)
@@ -282,14 +284,14 @@ class Stream:
         return None
 
 
-def _is_empty(part: Any) -> bool:
+def _is_empty(part: object) -> bool:
     """Return whether a part of a batch has no rows."""
     if isinstance(part, Mapping):
         return bool(part) and all(map(_is_empty, part.values()))
     return tuple(getattr(part, "shape", (1,)))[:1] == (0,)
 
 
-def _part_of_weights(weights: Any) -> Tensor:
+def _part_of_weights(weights: ArrayLike) -> Tensor:
     """Return the last part of a batch, shape ``(B,)``, if it can be weights.
 
     Raises:

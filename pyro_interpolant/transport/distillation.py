@@ -239,7 +239,7 @@ class StudentTransforms(nn.Module):
         super().__init__()
         if isinstance(source, Transform):
             source = [source]
-        self.source: Any = source
+        self.source: Sequence[Transform] | nn.Module = source
         if not isinstance(source, nn.Module):  # whose weights are this module's, as an attribute
             wrong = [type(part).__name__ for part in source if not isinstance(part, Transform)]
             if wrong or not source:
@@ -320,7 +320,7 @@ class StudentTransforms(nn.Module):
         self.eval().requires_grad_(requires_grad=False)
 
 
-def _modules(part: Any) -> Iterator[nn.Module]:
+def _modules(part: Transform | nn.Module) -> Iterator[nn.Module]:
     """Yield the modules that a transform is, or is made of."""
     if isinstance(part, nn.Module):
         yield part
