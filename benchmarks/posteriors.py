@@ -8,6 +8,7 @@ mean        worst error of a mean, in reference standard deviations
 sd          worst ratio of standard deviations, the farther from 1
 C2ST        accuracy of a small classifier, 5,000 raw draws against 5,000 reference draws (5-fold)
 quantile    worst error of a 1% or 99% quantile, in reference standard deviations
+R-hat       split, of chains by NUTS, whose seconds are with their warm-up
 k-hat       of 5,000 weights p / q
 
 python benchmarks/posteriors.py --data DIR            # hours on 2 cores
@@ -34,9 +35,11 @@ METHODS = ("AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal", "zuko NSF", 
 TWIN = "fit_guide in NumPyro"  # of models written in NumPyro, where jax is installed
 IN_NUMPYRO = ("smoke", "eight_schools", "arma", "kilpisjarvi", "mesquite")
 STUDENT = "base space of the guide's student"
-SAMPLERS = ("guide's base space", STUDENT, "centred", "LocScaleReparam")
+COMPILED = ", compiled"  # by NUTS(jit_compile=True)
+WAYS = ("guide's base space", STUDENT, "centred", "LocScaleReparam")
+SAMPLERS = (*WAYS, *(way + COMPILED for way in WAYS))
 MIXTURES, NUTS_TASKS = ("mixture2", "mixture8"), ("eight_schools", "funnel")
-CHUNK, PARTICLES, CHAINS = 500, 16, 4
+CHUNK, PARTICLES, CHAINS = 500, 16, 10
 SHARE = 0.2  # of the time, for the Gaussian that zuko's flow and ours by SVI start from
 
 
@@ -276,34 +279,37 @@ def bulk_ess(chains):
 
 
 def run_nuts(args):
-    """Sample a funnel by NUTS in four ways, and return effective draws per second."""
+    """Sample a funnel by NUTS in one of the ways, and return effective draws per second."""
     import pyro
     import torch
     from pyro.infer import MCMC, NUTS
     from pyro.infer.reparam import LocScaleReparam
+    from pyro.ops.stats import split_gelman_rubin
 
     import pyro_interpolant as pi
 
     target, inner, prepared = load(args.task, args.data), None, 0.0
     model, base = target.model, None
-    if args.cell == "LocScaleReparam":
+    way, compiled = args.cell.removesuffix(COMPILED), args.cell.endswith(COMPILED)
+    options = {"jit_compile": compiled, "ignore_jit_warnings": True}
+    if way == "LocScaleReparam":
         site = "theta" if args.task == "eight_schools" else "x"
         model = pyro.poutine.reparam(model, config={site: LocScaleReparam(0.0)})
-    elif args.cell != "centred":
+    elif way != "centred":
         start, inner = time.monotonic(), interpolant(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pi.fit_guide(inner, max_seconds=args.seconds, seed=0, progress=False)
         student = None
-        if args.cell == STUDENT:
+        if way == STUDENT:
             student = pi.distill(inner.get_posterior(), seed=0, progress=False).distribution
         prepared = time.monotonic() - start
         model = base = pi.neutra(inner, student=student)
     chains, start = [], time.monotonic()
     for seed in range(CHAINS):
         pyro.set_rng_seed(seed)
-        count = args.nuts_samples
-        mcmc = MCMC(NUTS(model), num_samples=count, warmup_steps=count, disable_progbar=True)
+        count, kernel = args.nuts_samples, NUTS(model, **options)
+        mcmc = MCMC(kernel, num_samples=count, warmup_steps=count, disable_progbar=True)
         mcmc.run()
         draws = mcmc.get_samples()
         chains.append(base.samples(draws) if base is not None else draws)
@@ -313,7 +319,17 @@ def run_nuts(args):
     if "tau" in values:
         values["tau"] = values["tau"].log()
     ess = min(bulk_ess(v) for v in values.values())
-    return {"ess": ess, "seconds": spent, "ess_per_second": ess / spent, "prepared": prepared}
+    r_hat = max(float(split_gelman_rubin(v.double())) for v in values.values())
+    rows = target.coordinates({name: torch.cat([c[name] for c in chains]) for name in chains[0]})
+    apart = (rows.mean(0) - target.reference.mean(0)).abs() / target.reference.std(0)
+    return {
+        "ess": ess,
+        "seconds": spent,
+        "ess_per_second": ess / spent,
+        "r_hat": r_hat,
+        "mean": float(apart.max()),
+        "prepared": prepared,
+    }
 
 
 def run_cell(args):
@@ -365,14 +381,16 @@ def tables(done, args):
             row += [number(v.get(k)) for k in ("mean", "sd", "quantile", "k_hat", "elbo")]
             out.append("| " + " | ".join([*row, evidence, number(v["seconds"], 0)]) + " |")
     if args.nuts_tasks:
-        out += ["", "| NUTS, 4 chains | in | bulk ESS / s | bulk ESS | s | training, s |"]
-        out.append("| --- " * 6 + "|")
+        head = f"| NUTS, {CHAINS} chains | in | bulk ESS / s | bulk ESS | s | R-hat | mean |"
+        out += ["", head + " training, s |"]
+        out.append("| --- " * 8 + "|")
     for task in args.nuts_tasks:
         for method in SAMPLERS:
             v = done.get((task, method))
             if v is not None:
-                few = (v["ess_per_second"], v["ess"], v["seconds"], v["prepared"])
-                out.append(f"| {task} | {method} | " + " | ".join(map(number, few)) + " |")
+                few = [number(v[k]) for k in ("ess_per_second", "ess", "seconds")]
+                few += [number(v["r_hat"], 3), number(v["mean"]), number(v["prepared"], 0)]
+                out.append(f"| {task} | {method} | " + " | ".join(few) + " |")
     return "\n".join(out)
 
 

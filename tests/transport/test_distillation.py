@@ -68,6 +68,18 @@ def test_the_relative_entropy_is_that_of_known_densities():
     assert abs(result.relative_entropy - 0.125) < 4 * result.stderr + 0.02
 
 
+def test_the_score_of_a_student_has_no_kinks():
+    """NUTS takes the steps that a potential's jumps allow."""
+    student = distill(random_prior(3), **{**QUICK, "count": 500}).distribution
+    ends = torch.tensor([[-2.0, 1.0, -2.0], [2.0, -1.5, 2.0]]).double()
+    jumps = []
+    for count in (2001, 4001):
+        x = torch.lerp(*ends, torch.linspace(0, 1, count).double()[:, None]).requires_grad_()
+        (score,) = torch.autograd.grad(student.log_prob(x).sum(), x)
+        jumps.append(float(score.diff(dim=0).norm(dim=-1).max()))
+    assert jumps[1] < 0.6 * jumps[0]
+
+
 @pytest.mark.slow
 def test_training_brings_a_student_nearer():
     flow = random_prior(3)
