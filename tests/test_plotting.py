@@ -270,6 +270,19 @@ def test_a_conditional_density_along_one_column_of_contexts(scalars):
         plotting.conditional(wide, torch.zeros(3, 1))
 
 
+def test_contexts_in_any_order_are_drawn_along_their_axis():
+    family = ConditionalInterpolantDistribution(random_flow(1, context_dim=1)).freeze()
+    grid = torch.linspace(-1, 1, 9)[:, None]
+    order = torch.tensor([4, 0, 8, 1, 7, 2, 6, 3, 5])
+    pictures = [plotting.conditional(family, c, points=5) for c in (grid, grid[order])]
+    lines, heights = zip(
+        *((ax.lines[0].get_xydata(), ax.collections[0].get_array()) for ax in pictures),
+        strict=True,
+    )
+    torch.testing.assert_close(*map(torch.as_tensor, lines))
+    torch.testing.assert_close(*map(torch.as_tensor, heights), rtol=1e-4, atol=1e-6)
+
+
 def test_data_are_drawn_beside_simulated_ones():
     y, simulated = torch.randn(4, 5), torch.randn(100, 4, 5)
     ax = plotting.predictive_check(y, simulated)

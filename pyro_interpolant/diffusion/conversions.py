@@ -53,6 +53,11 @@ class Conversion:
     def __init__(
         self, interpolant: Interpolant, t: Time, x: Tensor, given: str, value: Tensor
     ) -> None:
+        if value.shape[-1:] != x.shape[-1:]:  # one column would be that of all
+            raise ValueError(
+                f"expected a {given} of as many columns as states of shape {tuple(x.shape)}, got "
+                f"shape {tuple(value.shape)}"
+            )
         self._given, self._x, self._t = given, x, checked_times(t, x)
         self._terms = [c[..., None] for c in noise_and_data(interpolant, self._t)]
         self.__dict__[given] = value  # found before the property of that name, which is not run
@@ -160,9 +165,10 @@ def convert(
         An object with these four as attributes, each of shape ``(*, D)``.
 
     Raises:
-        ValueError: If not exactly one of the four is given, the interpolant is not linear, or a
-            time is outside [0, 1]; from an attribute, if it is not determined at one of the times:
-            the score of the velocity at t = 1, the denoiser and velocity of the score at t = 0.
+        ValueError: If not exactly one of the four is given, or one of other columns than states,
+            the interpolant is not linear, or a time is outside [0, 1]; from an attribute, if it is
+            not determined at one of the times: the score of the velocity at t = 1, the denoiser
+            and velocity of the score at t = 0.
 
     References:
         arXiv 2303.08797, Sections 3.2 and 4.4; Efron, *Tweedie's formula and selection bias*,

@@ -158,6 +158,10 @@ class Support(ABC):
         """Return a typical point of :meth:`sampled_base` for base draws, shape ``(*, D)``."""
         return x
 
+    def beside_base(self, z: Tensor) -> Tensor | float:
+        """Return the log-density, ``(*)``, of what :meth:`sampled_base` has beside base draws."""
+        return 0.0
+
 
 class BijectiveSupport(Support):
     r"""A bijective image :math:`y = b(x)` of real vectors, perhaps behind a Gaussianizing map.
@@ -383,6 +387,10 @@ class CircularSupport(Support):
     def to_sampled(self, x: Tensor) -> Tensor:
         """Return points of the planes, ``(*, 2 D)``, for angles, ``(*, D)``."""
         return in_planes(x, _RAYLEIGH_RMS)
+
+    def beside_base(self, z: Tensor) -> Tensor:
+        """Return the log-density, ``(*)``, of the distances of points, ``(*, 2 D)``, from 0."""
+        return -0.5 * z.square().sum(-1)
 
 
 def support_of(constraint: Constraint) -> Support:

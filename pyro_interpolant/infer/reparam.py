@@ -235,10 +235,11 @@ class _BaseSpaceMessenger(Messenger):
         inside = _PYRO_STACK[_PYRO_STACK.index(self) :]
         # A block that let the site through by its name might stop its base by another.
         with block_messengers(lambda m: isinstance(m, BlockMessenger) and m in inside):
-            x, z = _sampled(msg, flow, wrappers, value)
+            w, x, z = _sampled(msg, flow, wrappers, value)
             scale = math.prod(m.scale for m in inside if isinstance(m, ScaleMessenger))
             if isinstance(scale, Tensor) or scale != 1:
                 log_det = ComposeTransform(flow.transforms).log_abs_det_jacobian(x, z)
+                log_det = log_det + flow.space.beside_base(w)  # no more the site's to weigh
                 _count_jacobian(msg["name"], log_det, scale, wrappers)
         # As pyro.deterministic does it, in place of the site.
         msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(mask=False)
@@ -261,8 +262,12 @@ def _sampled(
     flow: InterpolantDistribution,
     wrappers: list[TorchDistributionMixin],
     value: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Sample the base of a flow, inside its wrappers; return its draw and the site's value."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample the base of a flow, inside its wrappers.
+
+    Returns:
+        What is sampled, the draw of the base that it is, and the site's value.
+    """
     name, space = msg["name"], flow.space
     base = _wrapped(space.sampled_base(flow.base_dist), wrappers)
     start: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
@@ -275,8 +280,9 @@ def _sampled(
     infer: dict[str, object] = {k: v for k, v in msg["infer"].items() if k not in _SITES_OWN}
     infer[_MARK] = (flow, name, msg["infer"].get(PACKED))
     with start, _not_yet_sampled(name):
-        x = _from_sampled(flow, sample_in_place(name + _BASE, base, infer))
-    return x, ComposeTransform(flow.transforms)(x)
+        w = sample_in_place(name + _BASE, base, infer)
+        x = _from_sampled(flow, w)
+    return w, x, ComposeTransform(flow.transforms)(x)
 
 
 def _count_jacobian(
@@ -290,7 +296,8 @@ def _count_jacobian(
 
     Args:
         name: The name of the site.
-        log_det: The log-determinant of each event of the flow, ``(*)``.
+        log_det: The log-determinant of each event of the flow, ``(*)``; of angles the log-density
+            of their points' distances from 0, too, which is none of the site's.
         scale: s > 0, of the shape that the site's density broadcasts with.
         wrappers: What is around the flow.
     """

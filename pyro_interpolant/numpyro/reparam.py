@@ -103,8 +103,8 @@ class _InBaseSpace(Reparam):
         """Return no distribution, and the value of the site."""
         flow = self.flow
         with self._start(name, fn):
-            x = numpyro.sample(name + _BASE, _base_of(flow, fn), **self.how)
-        x = directions(x) if _is_angular(flow) else x
+            w = numpyro.sample(name + _BASE, _base_of(flow, fn), **self.how)
+        x = directions(w) if _is_angular(flow) else w
         if all(not_jax_tracer(s) and np.all(np.equal(s, 1)) for s in self.scales):
             for transform in flow.transforms:
                 x = transform(x)
@@ -113,6 +113,8 @@ class _InBaseSpace(Reparam):
         for transform in flow.transforms:
             x, term = forward(transform, x)
             log_det = log_det + per_event(term, batch)
+        if _is_angular(flow):  # the density of distances from 0 is none of the site's to weigh
+            log_det = log_det - 0.5 * jnp.square(w).sum(-1)
         self._count_jacobian(name, fn, log_det)
         return None, x
 
@@ -127,7 +129,8 @@ class _InBaseSpace(Reparam):
         Args:
             name: The name of the site.
             fn: Its distribution.
-            log_det: The log-determinant of each event of the flow, ``(*)``.
+            log_det: The log-determinant of each event of the flow, ``(*)``; of angles the
+                log-density of their points' distances from 0, too.
         """
         scale: Any = math.prod(self.scales)  # of the shape that the site's density broadcasts with
         each = _wrapped(Unit(log_det), fn)

@@ -209,10 +209,10 @@ def conditional(
 
     Args:
         distribution: A conditional flow in one dimension; of a named site its values are drawn.
-        context: Contexts, shape ``(K, C)`` or ``(K,)`` where C = 1, ascending in one column.
-            Where the flow was trained on a data frame of contexts, the columns of another are
-            taken by their names.
-        column: Which one that is, as they are given.
+        context: Contexts, shape ``(K, C)`` or ``(K,)`` where C = 1, in any order. Where the flow
+            was trained on a data frame of contexts, the columns of another are taken by their
+            names.
+        column: Which one varies, as they are given.
         data: Outcomes, shape ``(N,)`` or ``(N, 1)``, or by name, and their contexts, to draw as
             points. Where both contexts have names, columns are taken by them.
         levels: Of the quantiles.
@@ -239,6 +239,7 @@ def conditional(
     contexts, names = table(context)
     width = contexts.shape[1]
     check_ranges((f"column from 0 to {width - 1}", column in range(-width, width), column))
+    contexts = contexts[contexts[:, column].argsort()]  # else lines would run to and fro
     names = names or distribution.context_columns
     taken = in_order(torch.as_tensor(contexts), names, distribution.context_columns, "context")
     given = _of_values(distribution).condition(taken.to(flow.loc))

@@ -272,6 +272,10 @@ def contexts_for(
     Returns:
         Contexts, shape ``(N, C)``, or labels; and ``(C,)``, ``(0, K)`` of K classes, or nothing.
 
+    Raises:
+        TypeError: If contexts are of a wrong type.
+        ValueError: If they are of another shape or number, or not finite.
+
     Warns:
         UserWarning: If classes below the largest label have no row.
     """
@@ -295,6 +299,8 @@ def contexts_for(
             found = nn.functional.one_hot(found.reshape(len(found)).long(), classes).to(like)
         classes = own
     found = checked_context(found, None, classes, like.dtype)
+    if len(found) != len(rows):  # before a choice of maps joins them as columns
+        raise ValueError(f"expected as many contexts as rows, {len(rows)}, got {len(found)}")
     return found, (0, classes) if classes else (found.shape[1],)
 
 

@@ -29,6 +29,7 @@ from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic
 from ..nn.velocity import embedded, evaluate, image_shape, size_of, time_exponent
 from ..transforms.flow import Flow
+from ..transforms.interpolant import check_tensor
 from .checkpoint import Checkpoint
 from .distributed import Process
 from .image_rows import HELD_BATCHES, are_levels
@@ -100,7 +101,7 @@ def interpolant_loss(
         The loss of each row, shape ``(*)``, differentiable in the weights.
 
     Raises:
-        TypeError: If data are neither of a floating type nor such images.
+        TypeError: If data are no tensor, or neither of a floating type nor such images.
         ValueError: If data, base draws, times or contexts are of another shape or type, data
             outside the support, times outside [0, 1], or a label is none of the classes.
 
@@ -146,6 +147,7 @@ def _refuse_other_rows(name: str, shape: torch.Size, rows: torch.Size) -> None:
 def _floating(distribution: AnyDistribution, x1: Tensor) -> Tensor:
     """Return data as they are, and whole levels of images spread over their cells."""
     x1 = distribution.value_of(x1)
+    check_tensor(x1, distribution.transform.flow.loc.dtype)
     if are_levels(x1, distribution.row_shape):
         return dequantized(Rows(x1, None), distribution.transform.flow.loc).w
     if not x1.is_floating_point():

@@ -251,6 +251,10 @@ ZEROS = torch.zeros(4, 2, dtype=torch.float64)
         ),
         (lambda: convert(Linear(), -0.1, ZEROS, score=ZEROS).noise, r"times in \[0, 1\]"),
         (
+            lambda: convert(Linear(), 0.5, ZEROS, velocity=ZEROS[:, :1]),
+            r"a velocity of as many columns as states of shape .*, got shape \(4, 1\)",
+        ),
+        (
             lambda: (
                 convert(NonlinearInterpolant(lambda t, a, b: a), 0.5, ZEROS, velocity=ZEROS).score
             ),

@@ -1136,7 +1136,7 @@ def changed(x, index, value):
         ((Y, SDS), {"max_seconds": 0.0}, "max_seconds"),
         ((Y, SDS), {"validation": 1.0}, "validation"),
         ((Y, SDS), {"validation": "0.1"}, "validation between 0 and 1, got '0.1'"),
-        ((Y, SDS), {"context": Y[:5]}, "60 contexts"),
+        ((Y, SDS), {"context": Y[:5]}, "as many contexts as rows, 60, got"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(arguments, options, message):
@@ -1157,7 +1157,7 @@ def test_posterior_draws_that_cannot_work_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             from_posterior_samples(*arguments, **QUICK)
-    with pytest.raises(ValueError, match="60 contexts"):
+    with pytest.raises(ValueError, match="as many contexts as rows, 60, got"):
         from_posterior_samples(draws, log_prior, context=Y[:5], **QUICK)
 
 

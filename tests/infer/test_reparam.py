@@ -414,6 +414,23 @@ def test_a_scale_inside_weighs_the_density_of_the_site():
     assert torch.allclose(around, 2 * expected)
 
 
+def test_a_scale_inside_leaves_the_distances_of_angles_as_they_are():
+    """Else the evidence would be off by log s for each angle."""
+    torus = InterpolantTransform(TorusMLP(2, (8, 8)), interpolant=Geodesic(), solver=STEPS)
+    prior, scale, w = InterpolantDistribution(torus, support=circular), 0.5, torch.randn(3, 4)
+
+    def model():
+        with pyro.plate("rows", 3), poutine.scale(scale=scale):
+            pyro.sample("z", prior)
+
+    trace = trace_of(poutine.condition(base_space(model), {"z_base": w}))
+    with torch.no_grad():
+        expected = scale * prior.log_prob(trace.nodes["z"]["value"]) - 0.5 * w.square().sum(-1)
+        u = torch.atan2(w[:, 2:], w[:, :2])
+        log_det = prior.transform.log_abs_det_jacobian(u, prior.transform(u))
+    assert torch.allclose(trace.log_prob_sum(), (expected + log_det).sum())
+
+
 def test_each_row_of_a_scale_weighs_all_events_of_a_row():
     prior, scale = random_prior(2), torch.tensor([0.5, 1.0, 2.0])
 

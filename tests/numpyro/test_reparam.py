@@ -80,6 +80,21 @@ def test_a_scale_inside_weighs_the_density_of_the_site(prior):
     np.testing.assert_allclose(around, 2 * expected, rtol=1e-12)
 
 
+def test_a_scale_inside_leaves_the_distances_of_angles_as_they_are():
+    prior = pi.InterpolantDistribution(angular_flow(), support=pi.circular).freeze()
+    found, w = [], torch.randn(4)
+    for s in (1.0, 0.5):
+
+        def model(s=s):
+            with handlers.scale(scale=s):
+                numpyro.sample("z", from_torch(prior))
+
+        density, trace = log_density(base_space(model), (), {}, {"z_base": jnp.asarray(w.numpy())})
+        log_q = prior.log_prob(torch.as_tensor(np.array(trace["z"]["value"])))
+        found.append(float(density) - s * float(log_q))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)  # the volume, and the distances
+
+
 def test_each_row_of_a_scale_weighs_all_events_of_a_row(prior):
     """The factor is under the scale too, since enumeration takes sites of one scale alone."""
     scale, w = jnp.array([0.5, 1.0, 2.0]), jax.random.normal(KEY, (3, 3, 2))

@@ -323,7 +323,7 @@ def test_a_network_of_ones_own_with_classes_sees_labels():
         (torch.arange(40).reshape(20, 2), ValueError, r"as one label a row.*\(20, 2\)"),
         (-torch.arange(20), ValueError, "labels 0, 1, ..., got -19"),
         (torch.randn(20), ValueError, r"context of shape \(N, D\), got \(20,\)"),
-        (torch.randn(19, 2), ValueError, "as many contexts as rows of data, 20, got 19"),
+        (torch.randn(19, 2), ValueError, "as many contexts as rows, 20, got 19"),
         (torch.full((20, 1), math.nan), ValueError, "finite context"),
         (torch.full((20,), 10**12), ValueError, "fewer classes than rows"),
         (torch.ones(20, 1, dtype=torch.complex64), ValueError, "one label a row"),
@@ -333,6 +333,12 @@ def test_a_network_of_ones_own_with_classes_sees_labels():
 def test_contexts_that_cannot_work_are_refused(context, error, match):
     with pytest.raises(error, match=match):
         learn(torch.randn(20, 2), context=context)
+
+
+@pytest.mark.parametrize("context", [torch.randn(1, 1), torch.arange(500) % 3])
+def test_other_contexts_than_rows_are_refused_before_a_map_is_chosen(context):
+    with pytest.raises(ValueError, match=f"contexts as rows, 400, got {len(context)}"):
+        learn(torch.randn(400, 2), context=context, marginals=None)
 
 
 def test_contexts_beside_an_iterable_are_refused():

@@ -364,6 +364,8 @@ def test_whole_numbers_are_spread_or_refused():
     assert torch.allclose(found, expected)
     with pytest.raises(TypeError, match="floating type"):
         interpolant_loss(random_prior(2), torch.ones(5, 2, dtype=torch.int64))
+    with pytest.raises(TypeError, match="expected a value that is a tensor, got ndarray"):
+        interpolant_loss(random_prior(2), torch.ones(5, 2).numpy())
 
 
 def test_held_out_rows_are_coupled_with_the_draws_of_the_base_that_are_held_out():
