@@ -13,7 +13,7 @@ import pyro
 import pytest
 import torch
 from compiling import settings
-from narrow import narrow_networks, small_runs
+from narrow import brief_looks, narrow_networks, small_runs
 
 # What the generators are after a seed. To give one takes a millisecond, for each of thousands of
 # tests: torch keeps the whole stack of calls for each kind of device that is not there.
@@ -72,8 +72,8 @@ def _nodes_stay(monkeypatch):
 
 @pytest.fixture
 def _few_held_draws(monkeypatch):
-    """Short runs that look at the held-out loss at every step or two would do little else."""
-    monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
+    """Short runs that look at rows held out at every step or two would do little else."""
+    brief_looks(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def _small_runs(monkeypatch):
 def _learned(_small_runs, monkeypatch):
     """Runs that are as large as ever in a module of small ones: what they learn is looked at."""
     monkeypatch.undo()
-    monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
+    brief_looks(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from narrow import brief_looks
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from simulators import QUICK, ROWS, rows_of_a_normal, rows_with_errors, rows_with_gaps
@@ -51,7 +52,7 @@ def trained():
     torch.set_default_dtype(torch.float64)
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
+        brief_looks(patch.setattr)
         result = pi.fit_guide(guide, simulations=3500, **{**QUICK, "options": {"steps": 100}})
     torch.set_default_dtype(dtype)
     return guide, result
