@@ -113,7 +113,7 @@ def main():
     mixtures["Gaussian"] = torch.ones(1), train.mean(0)[None], torch.cov(train.T)[None]
     figure, axes = plt.subplots(3, 5, figsize=(15, 5.8), layout="constrained")
     for row, (task, known) in zip(axes, tasks().items(), strict=True):
-        draws, depth = (5, 2) if args.smoke else (50, 5)
+        draws, depth = (2, 2) if args.smoke else (50, 5)
         shown = compare(prior, grey, mixtures, x, task, *known, draws, depth)
         for ax, (name, patches) in zip(row, shown.items(), strict=False):
             mosaic = patches[:240].reshape(12, 20, 8, 8).transpose(1, 2).reshape(96, 160)

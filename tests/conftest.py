@@ -4,6 +4,7 @@ Each module starts from it too, so that what its fixtures train once is no slowe
 """
 
 import gc
+import importlib
 import os
 import resource
 import tempfile
@@ -13,7 +14,7 @@ import pyro
 import pytest
 import torch
 from compiling import settings
-from narrow import narrow_networks, small_runs
+from narrow import brief_looks, narrow_networks, small_runs
 
 # What the generators are after a seed. To give one takes a millisecond, for each of thousands of
 # tests: torch keeps the whole stack of calls for each kind of device that is not there.
@@ -30,7 +31,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Keep what was collected from the garbage collector, which would go through it each time."""
+    """Keep what was collected from the garbage collector, which would go through it each time.
+
+    Most of the rest is what torch imports for the first optimiser, and no worker is without one.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        importlib.import_module("torch._dynamo")
     gc.collect()
     gc.freeze()
 
@@ -72,8 +78,8 @@ def _nodes_stay(monkeypatch):
 
 @pytest.fixture
 def _few_held_draws(monkeypatch):
-    """Short runs that look at the held-out loss at every step or two would do little else."""
-    monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
+    """Short runs that look at rows held out at every step or two would do little else."""
+    brief_looks(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -92,7 +98,7 @@ def _small_runs(monkeypatch):
 def _learned(_small_runs, monkeypatch):
     """Runs that are as large as ever in a module of small ones: what they learn is looked at."""
     monkeypatch.undo()
-    monkeypatch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
+    brief_looks(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -116,6 +116,9 @@ if __name__ == "__main__":
     import torch
     from narrow import small_runs
 
+    from pyro_interpolant import Trigonometric
+
+    Trigonometric().derivatives(torch.zeros(1))  # the first of a process imports a compiler
     small_runs()  # programs are asked for smoke runs, and scripts compare equal runs
     # Beside an accelerator, what has computed a gradient has threads, which no fork has.
     if not torch.accelerator.is_available():

@@ -7,7 +7,7 @@ import functools
 import importlib
 
 import pyro_interpolant
-from pyro_interpolant import Adaptive
+from pyro_interpolant import Adaptive, FixedGrid
 
 # What a run does around its training, which is most of it where that takes a few steps.
 FEW = {
@@ -16,8 +16,10 @@ FEW = {
     "training.agreement._DRAWS": (100, 200),
     "training.agreement._SHUFFLES": 5,
     "training.reporting._REPORTED_ROWS": 100,
+    "training.reporting._JUDGED_ROWS": 50,
+    "training.reporting._JUDGING_SOLVER": FixedGrid(steps=4),
     "training.fitting._CALIBRATION_ROWS": 32,
-    "diagnostics.calibration._REFERENCE": Adaptive(rtol=1e-6, atol=1e-6, nodes=64),
+    "diagnostics.calibration._REFERENCE": Adaptive(rtol=1e-4, atol=1e-4, nodes=32),
     "diagnostics.likelihood._TRIED_IMAGES": 2,
     "diagnostics.predictive._SHARED_DRAWS": 400,
     "diagnostics.two_sample._STEPS": 20,
@@ -34,6 +36,11 @@ FEW = {
     "infer.expectation_maximization._LOOK_ROWS": 50,
     "infer.expectation_maximization._LOOK_CANDIDATES": 64,
     "infer.expectation_maximization._ROUND_ROWS": 256,
+}
+
+BRIEF = {
+    "training.objective._HELD_DRAWS": 1024,
+    "training.reporting._JUDGING_SOLVER": FixedGrid(steps=8),
 }
 
 
@@ -65,8 +72,17 @@ def small_runs(put=setattr):
     narrow_networks(put)
     unets = importlib.import_module("pyro_interpolant.nn.unet")
     put(unets, "_diffusers_unet", shallow(unets._diffusers_unet))
-    for name, few in FEW.items():
+    _put_constants(put, FEW)
+
+
+def brief_looks(put=setattr):
+    """Make looks at rows held out brief, but good enough that the better weights are kept."""
+    _put_constants(put, BRIEF)
+
+
+def _put_constants(put, values):
+    for name, value in values.items():
         module, _, constant = name.rpartition(".")
         module = importlib.import_module(f"pyro_interpolant.{module}")
         assert hasattr(module, constant), name
-        put(module, constant, few)
+        put(module, constant, value)

@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from narrow import brief_looks
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from simulators import QUICK, ROWS, rows_of_a_normal, rows_with_errors, rows_with_gaps
@@ -51,7 +52,7 @@ def trained():
     torch.set_default_dtype(torch.float64)
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
+        brief_looks(patch.setattr)
         result = pi.fit_guide(guide, simulations=3500, **{**QUICK, "options": {"steps": 100}})
     torch.set_default_dtype(dtype)
     return guide, result
@@ -155,7 +156,7 @@ def test_nuts_in_its_base_space(trained):
     base = pi.neutra(guide)
     # The base is N(0, 1) but for the guide's error; so few steps would adapt to one that sticks.
     kernel = NUTS(base, step_size=0.8, adapt_step_size=False, adapt_mass_matrix=False)
-    mcmc = MCMC(kernel, num_samples=200, warmup_steps=10, disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=100, warmup_steps=10, disable_progbar=True)
     mcmc.run(y)
     draws, (mean, sd, _) = base.samples(mcmc.get_samples(), y)["loc"], exact(y)
     assert abs(draws.mean() - mean) < 0.35 * sd
@@ -690,6 +691,7 @@ def test_data_in_a_plate_of_one_are_one_data_set():
     assert guide.condition(y=torch.zeros(1, ROWS)).batch_shape == (1,)
 
 
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.slow
 def test_rounds_take_a_plate_of_one_and_weigh_nothing_that_is_missing():
     quick = {**QUICK, "options": {"steps": 10}}
@@ -740,6 +742,7 @@ def slope(x, there=None, y=None):
     pyro.deterministic("gaps", torch.cat((y * there, there.expand(y.shape)), -1))
 
 
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.filterwarnings("ignore:the data lie beyond:UserWarning")  # of covariates that stayed
 @pytest.mark.parametrize(
     ("observed", "changed", "is_other"),

@@ -11,6 +11,7 @@ import pyro_interpolant as pi
 from pyro_interpolant.nn import SetEmbedding
 
 ROWS = 6
+SHORT = {**QUICK, "options": {"steps": 3}}  # where nobody looks at what is learned
 
 
 def mixture(y=None):
@@ -159,11 +160,12 @@ def test_rows_that_a_density_tells_apart_are_none(model, observed, dtype):
     assert embedding_of(model, *observed) is None
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_a_guide_is_blind_to_the_order_of_such_rows_and_to_no_other():
     y = torch.tensor([0.5, -1.0, 2.0, 0.1])
     for model, is_blind in ((rows_of_a_normal, True), (rows_with_errors, False)):
         guide = pi.AmortizedInterpolant(model, hidden_dims=(8,))
-        pi.fit_guide(guide, simulations=300, **QUICK)
+        pi.fit_guide(guide, simulations=100, **SHORT)
         z = torch.zeros(1)
         one, other = (guide.condition(y=rows).log_prob(z) for rows in (y, y.flip(0)))
         assert (abs(one - other) < 1e-9) == is_blind
@@ -235,6 +237,7 @@ def regression(x, y=None):
         pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_a_guide_that_meets_covariates_after_its_first_call_sees_all_numbers():
     guide = pi.AmortizedInterpolant(regression, hidden_dims=(8,))
     guide(torch.zeros(ROWS), torch.zeros(ROWS))
@@ -245,14 +248,16 @@ def test_a_guide_that_meets_covariates_after_its_first_call_sees_all_numbers():
     assert means[0] > 0.3 > -0.3 > means[1]
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_a_guide_that_has_learned_from_sets_refuses_covariates():
     guide = pi.AmortizedInterpolant(regression, hidden_dims=(8,))
-    pi.fit_guide(guide, torch.ones(ROWS), simulations=300, **QUICK)
-    pi.fit_guide(guide, 2 * torch.ones(ROWS), simulations=300, **QUICK)
+    pi.fit_guide(guide, torch.ones(ROWS), simulations=100, **SHORT)
+    pi.fit_guide(guide, 2 * torch.ones(ROWS), simulations=100, **SHORT)
     with pytest.raises(ValueError, match="rows that the model tells apart"):
-        pi.fit_guide(guide, torch.linspace(-2.0, 2.0, ROWS), simulations=300, **QUICK)
+        pi.fit_guide(guide, torch.linspace(-2.0, 2.0, ROWS), simulations=100, **SHORT)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_batches_made_elsewhere_may_have_an_order_that_the_model_has_not():
     def model(y=None):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))

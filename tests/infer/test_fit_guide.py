@@ -28,6 +28,7 @@ from pyro_interpolant.training.clock import Clock
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
 QUICK = {"steps": 60, "batch_size": 256}
+SHORT = {**QUICK, "steps": 5}  # where nobody looks at what is learned
 
 
 def skewed():
@@ -97,7 +98,7 @@ def test_no_gradient_passes_an_ode(monkeypatch):
 
     monkeypatch.setattr(type(guide.transform.flow), "integrate", watched)
     before = [p.detach().clone() for p in guide.parameters()]
-    quick(guide)
+    quick(guide, options=SHORT)
     assert solved
     assert not any(solved)
     assert not any(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
@@ -112,7 +113,7 @@ def test_samples_by_chain_and_from_predictive():
     solutions = []
     for samples in (flat, by_chain, with_plates):
         guide = small()
-        quick(guide, samples=samples)
+        quick(guide, samples=samples, options=SHORT)
         solutions.append(guide.transform.velocity.output.weight.detach().clone())
     assert torch.equal(solutions[0], solutions[1])
     assert torch.equal(solutions[0], solutions[2])
@@ -147,11 +148,11 @@ def test_the_same_seed_gives_the_same_guide_and_leaves_the_generator():
         samples = {k: v.clone() for k, v in SAMPLES.items()}
         state = torch.get_rng_state()
         guides.append(small())
-        result = quick(guides[-1], samples=samples)
+        result = quick(guides[-1], samples=samples, options=SHORT)
         assert torch.equal(torch.get_rng_state(), state)
     first, second = (torch.cat([p.flatten() for p in g.parameters()]) for g in guides)
     assert torch.equal(first, second)
-    assert result.k_hat == quick(small(), samples=SAMPLES).k_hat
+    assert result.k_hat == quick(small(), samples=SAMPLES, options=SHORT).k_hat
 
 
 torch.manual_seed(5)
@@ -180,7 +181,7 @@ def test_an_interrupt_keeps_the_best_weights(monkeypatch):
 @pytest.mark.usefixtures("_small_runs")
 def test_after_it_everything_else_works():
     guide = small(solver=FixedGrid(4))
-    quick(guide)
+    quick(guide, options=SHORT)
     svi = SVI(skewed, guide, Adam({"lr": 1e-3}), Trace_ELBO())
     before = [p.detach().clone() for p in guide.parameters()]
     assert math.isfinite(svi.step())
@@ -201,7 +202,7 @@ def test_frozen_weights_are_trained_and_frozen_afterwards():
     guide = unsettled()
     guide.requires_grad_(requires_grad=False)
     before = [p.clone() for p in guide.parameters()]
-    quick(guide)
+    quick(guide, options=SHORT)
     assert not any(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
     assert not any(p.requires_grad for p in guide.parameters())
 
@@ -231,7 +232,7 @@ def test_a_model_without_a_log_joint_is_fitted_but_not_judged():
     with pytest.warns(
         UserWarning, match="will not be judged by importance weights: .* that sub"
     ) as w:
-        result = quick(small(subsampled), samples=samples)
+        result = quick(small(subsampled), samples=samples, options=SHORT)
     assert w[0].filename == __file__
     assert math.isnan(result.k_hat)
     assert result.draws == 0

@@ -585,6 +585,7 @@ EXACT = {  # the model, the precision of its latents, the rows by which they rea
 # A k-hat near 0.5 is on either side of it by the processor's rounding; what is held here is more.
 @pytest.mark.filterwarnings("ignore:the guide's own draws are not")
 @pytest.mark.slow
+@pytest.mark.usefixtures("_few_held_draws")
 @pytest.mark.parametrize("how", ["svi", "fit_guide"])
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_where_the_posterior_is_gaussian(name, how):

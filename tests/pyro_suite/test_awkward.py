@@ -7,6 +7,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from narrow import brief_looks
 
 from pyro_interpolant import (
     InterpolantDistribution,
@@ -67,7 +68,7 @@ def plain(_clean_module):
     torch.manual_seed(0)
     x, test = modes(20_000), modes(4000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyro_interpolant.training.objective._HELD_DRAWS", 1024)
+        brief_looks(patch.setattr)
         return x, test, log_prob_after(x, test), log_prob_after(x, test, seed=1)
 
 

@@ -310,6 +310,7 @@ def test_where_a_density_fails_the_loss_chooses_and_later_failures_are_no_best(m
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_small_runs")
 def test_looks_are_a_share_of_the_way_apart_and_then_of_the_schedule():
     steps = []
     rows = torch.randn(2000, 2).exp()
@@ -371,6 +372,7 @@ def test_max_seconds_ends_the_run(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.parametrize("seconds", [2.0, 0.5, 0.001])
 def test_looks_take_a_twentieth_of_the_time_and_begin_at_once(monkeypatch, seconds):
     now = [0.0]

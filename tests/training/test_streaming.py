@@ -111,15 +111,25 @@ LOADERS = {
 }
 
 
+def learned(data, held):
+    flow, rate = made(), {"steps": 250, "learning_rate": 5e-3}
+    more = {"validation": held, "tolerance": 1e-2, "batch_size": 256}
+    return flow, fit(flow, data, **{**QUICK, **rate, **more})
+
+
+@pytest.fixture(scope="module")
+def on_the_table(_clean_module):
+    """Rows, others held out, and what is learned of a table: no run here is a small one."""
+    x, held = rows(2600).split((2000, 600))  # with rows held out of each, losses differ by those
+    return x, held, *learned(x, held)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_run_on_batches_is_as_good_as_one_on_the_table(name, monkeypatch):
+def test_a_run_on_batches_is_as_good_as_one_on_the_table(name, on_the_table, monkeypatch):
     monkeypatch.undo()  # both are judged by as many held-out rows as there ever are
-    x, held = rows(2600).split((2000, 600))  # with rows held out of each, losses differ by those
-    table, stream = made(), made()
-    options = {**QUICK, "steps": 250, "learning_rate": 5e-3, "validation": held, "tolerance": 1e-2}
-    expected = fit(table, x, batch_size=256, **options)
-    found = fit(stream, LOADERS[name](x), batch_size=256, **options)
+    x, held, table, expected = on_the_table
+    stream, found = learned(LOADERS[name](x), held)
     assert found.validation_losses[-1] == pytest.approx(expected.validation_losses[-1], abs=0.06)
     with torch.no_grad():
         assert float((table.log_prob(x) - stream.log_prob(x)).mean()) == pytest.approx(0, abs=0.06)

@@ -77,6 +77,7 @@ def quick(distribution, density, **options):
     return train_from_density(distribution, density, **{**settings, **options})
 
 
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.slow
 def test_what_was_learned_of_other_rows_is_forgotten():
     flow = InterpolantDistribution(
