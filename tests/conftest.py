@@ -4,7 +4,6 @@ Each module starts from it too, so that what its fixtures train once is no slowe
 """
 
 import gc
-import importlib
 import os
 import resource
 import tempfile
@@ -31,12 +30,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Keep what was collected from the garbage collector, which would go through it each time.
-
-    Most of the rest is what torch imports for the first optimiser, and no worker is without one.
-    """
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        importlib.import_module("torch._dynamo")
+    """Keep what was collected from the garbage collector, which would go through it each time."""
     gc.collect()
     gc.freeze()
 
