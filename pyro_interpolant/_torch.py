@@ -473,12 +473,6 @@ def slopes(
             return a, b, g
 
 
-def inverse_of(transform: object) -> object:
-    """Return the transform that another is the inverse of; None of one that is no inverse."""
-    kind = torch.distributions.transforms._InverseTransform
-    return transform._inv if isinstance(transform, kind) else None
-
-
 def robust_deviation(x: Tensor) -> Tensor:
     """Return how much columns of rows, ``(N, D)``, vary, but for 5% on each side: shape ``(D,)``.
 

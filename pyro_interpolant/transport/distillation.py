@@ -19,9 +19,10 @@ from torch.distributions import ComposeTransform, Transform, constraints
 from tqdm import tqdm
 
 from .._package import check_ranges, number, whole
-from .._torch import evaluated, inverse_of, seeded, with_gradients
+from .._torch import evaluated, seeded, with_gradients
 from ..distributions.bases import only_possible, standard_normal
 from ..distributions.constraints import Constraint
+from ..distributions.fingerprint import inverse_of
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
 from ..distributions.rows import check_value
