@@ -414,6 +414,21 @@ def _affine(layer: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
     return nn.functional.linear(x, weight) + shift
 
 
+def untrained_like(
+    velocity: nn.Module, event_dim: int, context_dim: int, classes: int
+) -> nn.Module:
+    """Return an untrained network of the same states and contexts, to learn the latent noise.
+
+    Args:
+        velocity: The network; its own ``untrained_copy()`` is taken, where it has that method.
+        event_dim: D, the size of states.
+        context_dim: C, the size of contexts; 0 for none, 1 for labels.
+        classes: The number of labels; 0 for none.
+    """
+    own = getattr(velocity, "untrained_copy", None)
+    return own() if own else VelocityMLP(event_dim, None, 0 if classes else context_dim, classes)
+
+
 def sharpness(event_dim: int) -> float:
     """Return the size of the first layer's weights at the start, over what torch gives them."""
     return _SHARPNESS if _LEAST_SHARP_DIM <= event_dim <= _MAX_SHARP_DIM else 1.0

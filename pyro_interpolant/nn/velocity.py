@@ -297,12 +297,6 @@ def set_scales(
         own(w, context)
 
 
-def untrained_copy(velocity: nn.Module) -> nn.Module | None:
-    """Return an untrained network of the same shape and scales, or None where it makes none."""
-    own = getattr(velocity, "untrained_copy", None)
-    return None if own is None else own()
-
-
 def may_be_periodic(velocity: nn.Module) -> bool:
     r"""Return False only where a velocity states that :math:`2\pi` is no period of it."""
     return getattr(velocity, "is_periodic", True)

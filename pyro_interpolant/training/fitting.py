@@ -20,6 +20,7 @@ from ..distributions.fingerprint import identity_of
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
+from ..nn.mlp import untrained_like
 from ..solvers.ode import FixedGrid, Solver
 from ..solvers.parallel import one_thread_each
 from ..transforms.flow import Flow
@@ -34,7 +35,7 @@ from .loop import Callback, Run, Schedule
 from .objective import Coupling, Objective, exponent_of, takes_means
 from .optimization import NonFiniteError
 from .options import check_choices
-from .preparation import noise_network, prepare_flow, start_from
+from .preparation import prepare_flow, start_from
 from .reporting import HeldOutDensity, attempted, tell
 from .streaming import Stream, is_stream
 from .whitening import wild_rows
@@ -229,7 +230,7 @@ def fit(
     check_choices(learn, coupling, callback, tolerance, whiten, pairs)
     validation = as_held_out(validation)
     check_place(None if process.rank else checkpoint, checkpoint_every)
-    flow = _started_flow(distribution, base_samples, process)
+    flow = _started_flow(distribution, base_samples, learn, process)
     kind, anew = Stream if process.own_rows else Table, whiten and learn == "velocity"
     given = {"context": context, "pairs": pairs, "weights": weights}
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
@@ -248,8 +249,9 @@ def fit(
             if learn == "velocity":
                 flow.independent, flow.reached = coupling is independent and pairs is None, None
                 prepare_flow(distribution, split.kept, state, process, keep=not whiten)
-            else:
-                flow.noise = noise_network(flow)
+            elif flow.noise is None:
+                sizes = flow.event_dim, flow.context_dim or 0, flow.classes
+                flow.noise = untrained_like(flow.velocity, *sizes).to(flow.loc)
             seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
             exponent = exponent_of(flow, seen, learn, state)
             aim = partial(Objective, target=learn, exponent=exponent, means=takes_means(state))
@@ -362,15 +364,24 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
 
 
 def _started_flow(
-    distribution: AnyDistribution, base_samples: ArrayLike | None, process: Process
+    distribution: AnyDistribution,
+    base_samples: ArrayLike | None,
+    learn: str,
+    process: Process,
 ) -> Flow:
     """Return the flow to train, moved to the device of its process.
 
     Raises:
         ValueError: If it is a mirror with contexts and without a base: it starts from the data,
-            each row of which belongs to its own context.
+            each row of which belongs to its own context; or if there is no noise to learn.
     """
     flow = trainable_flow(distribution)
+    if learn == "noise" and not flow.interpolant.has_latent():
+        raise ValueError(
+            "expected an interpolant with a latent term to learn the noise, got "
+            f"{type(flow.interpolant).__name__}: use Latent(...), or score(), which needs no "
+            "network for a Gaussian base"
+        )
     conditional = isinstance(distribution, ConditionalInterpolantDistribution)
     given = base_samples is not None or distribution.base is not None
     if conditional and flow.interpolant.starts_from_data() and not given:

@@ -1,13 +1,9 @@
 r"""What is set in a flow before the first step: its start, its whitening map, its scales."""
 
 from numpy.typing import ArrayLike
-from torch import nn
 
 from ..distributions.bases import Samples
 from ..distributions.interpolant import AnyDistribution
-from ..nn.mlp import VelocityMLP
-from ..nn.velocity import untrained_copy
-from ..transforms.flow import Flow
 from .checkpoint import Checkpoint, restore_buffers
 from .data import Split, Table
 from .distributed import Process
@@ -85,24 +81,3 @@ def prepare_flow(
     set_whitening(distribution, rows, keep=keep)
     restore_buffers(flow, state)
     process.agree(flow.buffers())
-
-
-def noise_network(flow: Flow) -> nn.Module:
-    """Return the network for the latent noise: the present one, or one like the velocity.
-
-    Raises:
-        ValueError: If the path has no latent term.
-    """
-    if not flow.interpolant.has_latent():
-        raise ValueError(
-            f"expected an interpolant with a latent term to learn the noise, got "
-            f"{type(flow.interpolant).__name__}: use Latent(...), or score(), which needs no "
-            "network for a Gaussian base"
-        )
-    if flow.noise is not None:
-        return flow.noise
-    network = untrained_copy(flow.velocity)
-    if network is None:
-        contexts = (0, flow.classes) if flow.classes else (flow.context_dim or 0,)
-        network = VelocityMLP(flow.event_dim, None, *contexts)
-    return network.to(flow.loc)

@@ -2,11 +2,12 @@ import math
 
 import pytest
 import torch
-from cases import HIDDEN_DIMS
+from cases import HIDDEN_DIMS, OwnVelocity
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_interpolant import InterpolantTransform, TorusMLP, VelocityMLP
+from pyro_interpolant.nn.mlp import untrained_like
 from pyro_interpolant.nn.velocity import field
 
 
@@ -139,6 +140,16 @@ def test_an_untrained_copy_has_the_scales_of_the_network(kind):
     for name, value in velocity.named_buffers():
         assert torch.equal(copy.get_buffer(name), value)
     assert copy.context_scale.min() > 2
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (3, 0), (1, 4)])
+def test_beside_a_network_that_makes_no_copy_is_one_of_its_states_and_contexts(sizes):
+    made = untrained_like(OwnVelocity(2), 2, *sizes)
+    assert type(made) is VelocityMLP
+    assert made.event_dim == 2
+    assert (made.context_dim, made.classes) == sizes
+    context = torch.zeros(5, sizes[0]) if sizes[0] else None
+    assert made(torch.tensor(0.3), torch.randn(5, 2), context).shape == (5, 2)
 
 
 def test_tight_data_do_not_gate_the_base():

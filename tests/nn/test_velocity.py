@@ -17,6 +17,7 @@ from pyro_interpolant import (
     VelocityMLP,
 )
 from pyro_interpolant.nn import velocity as protocol
+from pyro_interpolant.nn.mlp import untrained_like
 
 TIMES = torch.linspace(0.1, 0.9, 3, dtype=torch.float64)
 
@@ -94,7 +95,6 @@ def test_a_network_with_forward_alone_has_a_field_and_defaults_for_all_else():
     torch.testing.assert_close(found, expected)
     assert protocol.exact_divergence(velocity) is None
     assert protocol.divergence_field(velocity, TIMES, None) is None
-    assert protocol.untrained_copy(velocity) is None
     assert protocol.rows_at_once(velocity) > 1
     assert protocol.may_be_periodic(velocity)
     assert protocol.size_of(velocity, "event_dim") is None
@@ -183,7 +183,7 @@ def test_every_optional_part_is_used():
     assert not protocol.may_be_periodic(velocity)
     assert protocol.size_of(velocity, "event_dim") == 2
     assert protocol.size_of(velocity, "context_dim") == 0
-    assert type(protocol.untrained_copy(velocity)) is Decay
+    assert type(untrained_like(velocity, 2, 0, 0)) is Decay
 
 
 def test_scales_of_a_trained_network_are_kept_where_they_shall_be():
