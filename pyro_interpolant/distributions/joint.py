@@ -344,6 +344,21 @@ def unpack(sites: Sites, packed: Tensor) -> dict[str, Tensor]:
     return {name: biject(sites[name][1])(real) for name, real in split(sites, packed).items()}
 
 
+def log_det_of_sites(sites: Sites, packed: Tensor) -> Tensor:
+    """Return the log-determinant of :func:`unpack` at packed vectors, ``(*, D)``, shape ``(*)``.
+
+    Raises:
+        TypeError: If they are not a tensor.
+        ValueError: If they are of another size.
+    """
+    total = packed.new_zeros(packed.shape[:-1])
+    for name, real in split(sites, packed).items():
+        bijection = biject(sites[name][1])
+        log_det = bijection.log_abs_det_jacobian(real, bijection(real))
+        total = total + log_det.reshape(*total.shape, -1).sum(-1)
+    return total
+
+
 def split(sites: Sites, packed: Tensor) -> dict[str, Tensor]:
     """Return the unconstrained parts, by site, of packed vectors, as :func:`unpack` does."""
     shapes = {name: real_shape(*site) for name, site in sites.items()}

@@ -20,7 +20,7 @@ from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
 from ..diagnostics.psis import K_HAT_LIMIT, summarise_weights
 from ..distributions.constraints import Constraint, biject, real_shape
 from ..distributions.interpolant import InterpolantDistribution
-from ..distributions.joint import ConditionalJointInterpolantDistribution
+from ..distributions.joint import ConditionalJointInterpolantDistribution, log_det_of_sites
 from ..distributions.rounding import are_close
 from ..distributions.rows import flat_names
 from ..nn.embedded import EmbeddedVelocity
@@ -187,7 +187,7 @@ def measured_on_simulations(
     rows, context = pack(fresh)
     log_q = posterior.condition(context).log_prob(rows).double()
     log_prior = fresh.log_prior if simulator.is_told_early else fresh.log_prior * math.nan
-    log_p = (log_prior + _log_det(posterior, rows)).double()
+    log_p = (log_prior + log_det_of_sites(posterior.sites, rows)).double()
     gains, error = log_q - log_p, math.sqrt(len(rows))
     if posterior.report is not None:
         posterior.report = replace(
@@ -253,18 +253,6 @@ def _importance_of_data_sets(
     if edges:
         warn_user(f"of one data set {edges}")
     return found + failed * [(math.inf, 0.0, -math.inf)] if found else [], reason
-
-
-def _log_det(posterior: ConditionalJointInterpolantDistribution, rows: Tensor) -> Tensor:
-    """Return the log-determinant from packed rows, shape ``(N, D)``, to their sites, ``(N,)``."""
-    shapes = {name: real_shape(*site) for name, site in posterior.sites.items()}
-    parts = rows.split([shape.numel() for shape in shapes.values()], dim=-1)
-    total = rows.new_zeros(len(rows))
-    for (name, shape), part in zip(shapes.items(), parts, strict=True):
-        bijection, real = biject(posterior.sites[name][1]), part.reshape(-1, *shape)
-        log_det = bijection.log_abs_det_jacobian(real, bijection(real))
-        total = total + log_det.reshape(len(rows), -1).sum(-1)
-    return total
 
 
 def verdict_of_amortised(result: AmortizedResult, reason: str = NO_DENSITY) -> str:

@@ -21,7 +21,7 @@ from pyro_interpolant import (
     fit,
     from_samples,
 )
-from pyro_interpolant.distributions.joint import pack, sites_of
+from pyro_interpolant.distributions.joint import log_det_of_sites, pack, sites_of
 
 # Raised inside torch, by its own first use of forward-mode differentiation.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -89,6 +89,22 @@ def test_pack_with_any_batch(batch):
         assert sites[name].shape == (*batch, *shape)
         assert support.check(sites[name]).all()
     assert torch.allclose(d.pack(sites), packed)
+
+
+def test_the_log_determinant_is_that_of_the_jacobian():
+    d = joint("scale", "weights", "matrix", "ordered")
+
+    def free(packed):
+        sites = {**d.unpack(packed)}
+        sites["weights"] = sites["weights"][:-1]  # the last is what is left of 1
+        return torch.cat([value.flatten() for value in sites.values()])
+
+    packed = torch.randn(2, 3, 9)
+    found = log_det_of_sites(d.sites, packed)
+    assert found.shape == (2, 3)
+    for one, log_det in zip(packed.flatten(0, 1), found.flatten(), strict=True):
+        exact = torch.autograd.functional.jacobian(free, one).slogdet().logabsdet
+        torch.testing.assert_close(log_det, exact)
 
 
 def test_bounds_of_a_site_have_its_shape():
