@@ -58,7 +58,8 @@ from ..solvers.parallel import side_by_side, threads_at_once
 from ..solvers.recorded import recorded_solve, stage_times, traced_solve
 from .whitening import DenseWhitening, Whitening
 
-ROWS_PER_SOLVE = 512  # without gradients
+ROWS_PER_SOLVE = 2048  # the most, without gradients
+_ROWS_APART = 512  # from more than so many on, blocks of rows are solved side by side
 _MAX_KEPT_BYTES = 2**26  # of a trajectory that is kept: 64 MiB
 _OWN_SOLVES = (FixedGrid.solve, Adaptive.solve)  # which draw nothing themselves
 MOVED = -1  # in place of a fingerprint: weights have moved
@@ -374,10 +375,11 @@ class Flow(nn.Module):
         _keep_freed_memory()
         row_bytes = len(path.times[0]) * self.event_dim * white.element_size()
         rows = white.numel() // self.event_dim
-        at_once = min(
+        most = min(
             images_at_once(self.velocity) or ROWS_PER_SOLVE, max(1, _MAX_KEPT_BYTES // row_bytes)
         )
-        if rows <= at_once or self._needs_graph(white, path):
+        threads = self._blocks_at_once(white, path)
+        if (threads == 1 and rows <= most) or self._needs_graph(white, path):
             return self.integrate(white, path, forward=forward), None
         keep = rows * row_bytes <= _MAX_KEPT_BYTES
 
@@ -388,8 +390,7 @@ class Flow(nn.Module):
             log_det = self.log_det(chunk, own_path)[None] if density else None
             return chunk[[0, -1]], log_det
 
-        threads = self._blocks_at_once(white, path)
-        blocks = _Blocks(white[None], path, at_once, threads)
+        blocks = _Blocks(white[None], path, most, threads)
         states, log_dets = zip(*side_by_side(solved, blocks, threads=threads), strict=True)
         has_density = density and not keep
         return blocks.joined(states), blocks.joined(log_dets)[0] if has_density else None
@@ -402,7 +403,7 @@ class Flow(nn.Module):
         """
         is_apart = (
             white.is_cpu
-            and white.numel() > ROWS_PER_SOLVE * self.event_dim
+            and white.numel() > _ROWS_APART * self.event_dim
             and images_at_once(self.velocity) is None
             and keeps_nothing(self.velocity)
             and getattr(type(path.solver), "solve", None) is FixedGrid.solve
@@ -448,13 +449,14 @@ class _Blocks:
     Args:
         states: States, shape ``(T, *, D)``.
         path: Their path; its context, shape ``(*, C)``, broadcasts with theirs.
-        most: The most rows in a block.
-        at_once: How many blocks are computed at once; there are at least as many.
+        most: The most rows in a block; there are as few blocks as that allows, of equal size.
+        at_once: How many blocks are computed at once; there is a multiple of that.
     """
 
     def __init__(self, states: Tensor, path: Path, most: int, at_once: int) -> None:
         self.path, rows = path, states[0, ..., 0].numel()
-        self.size = max(1, min(most, math.ceil(rows / at_once)))
+        each = max(1, math.ceil(rows / (at_once * most)))  # of those that are computed at once
+        self.size = max(1, math.ceil(rows / (at_once * each)))
         batch, c = states.shape[1:-1], path.context
         own = () if c is None else tuple(c.shape[:-1])
         own = (1,) * (len(batch) - len(own)) + own
