@@ -3,10 +3,10 @@ r"""The mixture of Gaussians behind noisy rows, which a population starts from.
 Rows are :math:`y_i \sim N(x_i, P_i^{-1})`, where a precision is 0 of what is missing. Given a
 component :math:`N(m, V)`, :math:`V = R R^T`, all that is needed of a row is in
 
-.. math:: 1 + R^T P R = L L^T, \quad G = L^{-1} R^T, \quad u = G P (y - m), \quad x = m + G^T u:
+.. math:: 1 + R^T P R = (W^T W)^{-1}, \quad s = W^T W R^T P (y - m), \quad x = m + R s:
 
-its latent is :math:`N(x, G^T G)`, and its log-evidence, up to a constant of the row,
-:math:`-\frac12 (y - x)^T P (y - x) - \frac12 |L^{-T} u|^2 - \log |L|`. From one component on,
+its latent is :math:`N(x, R W^T W R^T)`, and its log-evidence, up to a constant of the row,
+:math:`-\frac12 (y - x)^T P (y - x) - \frac12 |s|^2 + \log |W|`. From one component on,
 each is split in two along its longest axis, and all are fitted by expectation maximisation in
 closed form. Beside them one stays as wide as all rows are, for outliers: without it others become
 spikes on some of those, and the rest have a likelihood of nothing. The evidence of rows held out
@@ -56,8 +56,8 @@ class _Posteriors(NamedTuple):
     """Of n rows: log-evidences of all components up to a constant of the row, and latents."""
 
     log_joint: Tensor  # (n, K)
-    shifts: Tensor  # of their means from those of components, (n, K, D)
-    roots: Tensor  # G, whose G^T G is their covariance, (n, K, D, D)
+    shifts: Tensor  # s, by which their means are m + R s, (D, 1, n, K)
+    roots: Tensor  # W, by which their covariances are R W^T W R^T, (D, D, n, K)
 
 
 def gaussian_latents(
@@ -157,23 +157,53 @@ def _chunks(y: Tensor, precisions: Tensor, components: int) -> list[tuple[Tensor
 
 
 def _posteriors(mixture: _Mixture, y: Tensor, precisions: Tensor) -> _Posteriors:
-    roots = torch.linalg.cholesky(mixture.covariances)
-    far = y[:, None] - mixture.means
-    pulled = torch.einsum("nij,nkj->nki", precisions, far)
-    inner = roots.mT @ (precisions[:, None] @ roots)
-    inner.diagonal(dim1=-2, dim2=-1).add_(1)
-    lower = torch.linalg.cholesky(inner)
-    g = torch.linalg.solve_triangular(lower, roots.mT.expand_as(lower), upper=False)
-    u = (g @ pulled[..., None])[..., 0]
-    shifts = (g.mT @ u[..., None])[..., 0]
+    r, p = _roots(mixture), precisions.permute(1, 2, 0)[..., None]
+    far = (y.T[..., None] - mixture.means.T[:, None])[:, None]
+    inner = _product(r.transpose(0, 1), _product(p, r))
+    inner.diagonal().add_(1)
+    w, volume = _inverse_root(inner)
+    u = _product(w, _product(r.transpose(0, 1), _product(p, far)))
+    shifts = _product(w.transpose(0, 1), u)
     # Of the mode, off the row and off the component: |u|^2 - (y - m)^T P (y - m) would lose what
     # tells components apart where errors are small.
-    rest = far - shifts
-    off_row = (torch.einsum("nij,nkj->nki", precisions, rest) * rest).sum(-1)
-    inside = torch.linalg.solve_triangular(lower.mT, u[..., None], upper=True)[..., 0]
-    squares = off_row + inside.square().sum(-1)
-    volume = lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return _Posteriors(mixture.log_shares - 0.5 * squares - volume, shifts, g)
+    rest = far - _product(r, shifts)
+    squares = (_product(p, rest) * rest + shifts.square()).sum((0, 1))
+    return _Posteriors(mixture.log_shares - 0.5 * squares - volume, shifts, w)
+
+
+def _roots(mixture: _Mixture) -> Tensor:
+    """Return R, whose R R^T are the covariances of components, shape ``(D, D, 1, K)``."""
+    return torch.linalg.cholesky(mixture.covariances).permute(1, 2, 0)[:, :, None].contiguous()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products of matrices, shapes ``(I, J, n, K)`` and ``(J, L, n, K)``.
+
+    Row by row and column by column, each of all matrices at once: of so small ones a call for
+    each, as of LAPACK, takes many times as long.
+    """
+    total = a[:, :1] * b[0]
+    for j in range(1, len(b)):
+        total.addcmul_(a[:, j : j + 1], b[j])
+    return total
+
+
+def _inverse_root(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return lower triangular matrices W with W^T W the inverses of others, and -log |W|.
+
+    Args:
+        a: Positive definite matrices, shape ``(D, D, n, K)``, in whose place their roots come.
+    """
+    w = torch.zeros_like(a)
+    for i in range(len(a)):
+        a[i:, i] /= a[i, i].sqrt()
+        below = a[i + 1 :, i]
+        a[i + 1 :, i + 1 :] -= below[:, None] * below
+        w[i, i] = 1
+        if i:
+            w[i, :i] -= _product(a[i : i + 1, :i], w[:i, :i])[0]
+        w[i] /= a[i, i]
+    return w, a.diagonal().log().sum(-1)
 
 
 def _log_evidence(mixture: _Mixture, y: Tensor, precisions: Tensor) -> Tensor:
@@ -184,17 +214,19 @@ def _log_evidence(mixture: _Mixture, y: Tensor, precisions: Tensor) -> Tensor:
 
 def _maximized(mixture: _Mixture, y: Tensor, precisions: Tensor) -> _Mixture:
     """Return the mixture after one step of expectation maximisation."""
+    count, dim = mixture.means.shape
     mass = torch.zeros_like(mixture.log_shares)
-    first, second = torch.zeros_like(mixture.means), torch.zeros_like(mixture.covariances)
+    first, second = mass.new_zeros(dim, 1, 1, count), mass.new_zeros(dim, dim, 1, count)
     for part in _chunks(y, precisions, len(mass)):
-        log_joint, shifts, g = _posteriors(mixture, *part)
+        log_joint, shifts, w = _posteriors(mixture, *part)
         share = log_joint.softmax(-1)
         mass += share.sum(0)
-        weighted = share[..., None] * shifts
-        first += weighted.sum(0)
-        second += torch.einsum("nki,nkj->kij", weighted, shifts)
-        second += torch.einsum("nk,nkli,nklj->kij", share, g, g)
-    return _of_moments(mixture, mass, first, second)
+        first += (share * shifts).sum(2, keepdim=True)
+        moments = _product(w.transpose(0, 1), w).addcmul_(shifts, shifts.transpose(0, 1))
+        second += (share * moments).sum(2, keepdim=True)
+    r = _roots(mixture)
+    first, second = _product(r, first), _product(r, _product(second, r.transpose(0, 1)))
+    return _of_moments(mixture, mass, first[:, 0, 0].T, second[:, :, 0].permute(2, 0, 1))
 
 
 def _of_moments(mixture: _Mixture, mass: Tensor, first: Tensor, second: Tensor) -> _Mixture:
@@ -261,11 +293,12 @@ def _fitted(mixture: _Mixture, x: Tensor, weights: Tensor) -> _Mixture:
 
 def _drawn(mixture: _Mixture, y: Tensor, precisions: Tensor, each: int) -> Tensor:
     """Return latents of rows, shape ``(each, n, D)``."""
-    log_joint, shifts, roots = _posteriors(mixture, y, precisions)
+    log_joint, shifts, w = _posteriors(mixture, y, precisions)
     which = torch.multinomial(log_joint.softmax(-1), each, replacement=True).T
-    row = torch.arange(len(y), device=y.device)
+    row, r = torch.arange(len(y), device=y.device), _roots(mixture)[:, :, 0]
     drawn = []
     for k in which:  # one of each row at a time: a matrix for every latent might not fit memory
-        far = (roots[row, k].mT @ torch.randn_like(y)[..., None])[..., 0]
-        drawn.append(mixture.means[k] + shifts[row, k] + far)
+        z = torch.randn_like(y).T
+        near = shifts[:, 0, row, k] + (w[:, :, row, k] * z[:, None]).sum(0)
+        drawn.append(mixture.means[k] + (r[:, :, k] * near).sum(1).T)
     return torch.stack(drawn)

@@ -42,11 +42,14 @@ def test_evidences_and_latents_are_those_of_the_closed_form_however_small_the_er
         torch.testing.assert_close(relative, joint(found, y, variances), rtol=1e-7, atol=1e-7)
         covariance = torch.linalg.inv(torch.linalg.inv(found.covariances) + precisions[:, None])
         close = {"rtol": 1e-6, "atol": 1e-6 * scale**2}
-        torch.testing.assert_close(got.roots.mT @ got.roots, covariance, **close)
+        roots = torch.linalg.cholesky(found.covariances)
+        lower = roots @ got.roots.permute(2, 3, 1, 0)
+        torch.testing.assert_close(lower @ lower.mT, covariance, **close)
         pulled = precisions @ y[..., None]
         inner = torch.linalg.inv(found.covariances) @ found.means[..., None]
         mean = (covariance @ (inner + pulled[:, None]))[..., 0]
-        torch.testing.assert_close(found.means + got.shifts, mean, rtol=1e-6, atol=1e-9)
+        shifts = (roots @ got.shifts.permute(2, 3, 0, 1))[..., 0]
+        torch.testing.assert_close(found.means + shifts, mean, rtol=1e-6, atol=1e-9)
 
 
 def test_what_is_missing_is_integrated_out():
