@@ -31,11 +31,17 @@ FEW = {
     "infer.amortization._JUDGED_SETS": 2,
     "infer.amortization._JUDGED_DRAWS": 200,
     "infer.amortized.JUDGED_ROWS": 100,
+    "infer.deconvolution._ITERATIONS": 5,
+    "infer.deconvolution._LAST_ITERATIONS": 3,
+    "infer.deconvolution._MOST_COMPONENTS": 4,
     "infer.latents._STARTS": 128,
+    "infer.population._START_DRAWS": 1000,
     "infer.expectation_maximization._CALIBRATION_ROWS": 32,
     "infer.expectation_maximization._LOOK_ROWS": 50,
     "infer.expectation_maximization._LOOK_CANDIDATES": 64,
     "infer.expectation_maximization._ROUND_ROWS": 256,
+    "infer.expectation_maximization._LOOK_DRAWS": {"shared": 256, "own": 4, "steps": 1},
+    "infer.expectation_maximization._REPORT_DRAWS": {"shared": 256, "own": 8, "steps": 1},
 }
 
 BRIEF = {
