@@ -324,6 +324,7 @@ def test_the_start_reaches_the_edges_of_the_support():
     assert float((first < 0.3).float().mean()) > 0.6 * (1 - math.exp(-0.3))
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_nothing_is_learned_of_rows_held_out(monkeypatch):
     """Neither by the start nor by the rounds: else the start would be kept for what it knows."""
     seen, held = {}, {}
@@ -494,17 +495,18 @@ def test_what_rows_share_is_off_for_few_of_them(contexts, monkeypatch):
 
     monkeypatch.setattr("pyro_interpolant.infer.latents.draw_latents", draw)
     monkeypatch.setattr(expectation_maximization, "draw_latents", draw)
-    _, y, sds = catalogue(600)
-    context = (torch.arange(600) % 2).double()[:, None] if contexts else None
+    monkeypatch.setattr("pyro_interpolant.infer.latents._SET_ROWS", 64)
+    _, y, sds = catalogue(150)
+    context = (torch.arange(150) % 2).double()[:, None] if contexts else None
     flow = gaussian(given=bool(contexts))
     object_posteriors(flow, y, sds, context=context, draws=100, seed=0)
-    few = [600] if contexts else [256, 256, 88]
+    few = [150] if contexts else [64, 64, 22]
     assert [len(rows) for rows in given_to] == few
     rows = NoisyRows(of_population(measurements(y, sds), flow, context), LOC)
-    found, errors = rows.log_evidence(flow, torch.arange(600), finely=False)
+    found, errors = rows.log_evidence(flow, torch.arange(150), finely=False)
     assert [len(rows) for rows in given_to] == few * 2
     off = found - exact(y, sds)[2]
-    assert float(off.mean().abs()) < 4 * float(errors.square().mean().sqrt()) / math.sqrt(600)
+    assert float(off.mean().abs()) < 4 * float(errors.square().mean().sqrt()) / math.sqrt(150)
 
 
 @pytest.mark.slow
@@ -745,14 +747,14 @@ def test_the_solver_is_calibrated_to_latents_of_many_rows(monkeypatch):
     """Where the last part of a pass is one row."""
     seen = []
     monkeypatch.setattr(NoisyRows, "round_rows", 44)
+    monkeypatch.setattr(expectation_maximization, "_ROUND_STEPS", 10)
     monkeypatch.setattr(
         expectation_maximization,
         "calibrate_until",
         lambda deadline, flow, rows, **_: seen.append(rows) or (None, 0.0),
     )
     y = torch.randn(50, 1)
-    options = {"steps": 120, "seed": 0, "progress": False}
-    from_noisy_samples(y, torch.full((50, 1), 0.5), start=y, **options)
+    from_noisy_samples(y, torch.full((50, 1), 0.5), start=y, **QUICK)
     assert len(seen[0].unique(dim=0)) > 20
 
 
