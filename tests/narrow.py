@@ -5,6 +5,7 @@ All that runs otherwise runs in them too.
 
 import functools
 import importlib
+import pkgutil
 
 import pyro_interpolant
 from pyro_interpolant import Adaptive, FixedGrid
@@ -31,11 +32,19 @@ FEW = {
     "infer.amortization._JUDGED_SETS": 2,
     "infer.amortization._JUDGED_DRAWS": 200,
     "infer.amortized.JUDGED_ROWS": 100,
+    "infer.deconvolution._ITERATIONS": 5,
+    "infer.deconvolution._LAST_ITERATIONS": 3,
+    "infer.deconvolution._MOST_COMPONENTS": 4,
     "infer.latents._STARTS": 128,
+    "infer.population._START_DRAWS": 1000,
     "infer.expectation_maximization._CALIBRATION_ROWS": 32,
-    "infer.expectation_maximization._LOOK_ROWS": 50,
+    "infer.expectation_maximization.NoisyRows.look_rows": 50,
+    "infer.expectation_maximization.PosteriorDraws.look_rows": 50,
     "infer.expectation_maximization._LOOK_CANDIDATES": 64,
-    "infer.expectation_maximization._ROUND_ROWS": 256,
+    "infer.expectation_maximization.NoisyRows.round_rows": 256,
+    "infer.expectation_maximization.PosteriorDraws.round_rows": 256,
+    "infer.expectation_maximization._LOOK_DRAWS": {"shared": 256, "own": 4, "steps": 1},
+    "infer.expectation_maximization._REPORT_DRAWS": {"shared": 256, "own": 8, "steps": 1},
 }
 
 BRIEF = {
@@ -82,7 +91,7 @@ def brief_looks(put=setattr):
 
 def _put_constants(put, values):
     for name, value in values.items():
-        module, _, constant = name.rpartition(".")
-        module = importlib.import_module(f"pyro_interpolant.{module}")
-        assert hasattr(module, constant), name
-        put(module, constant, value)
+        place, _, constant = name.rpartition(".")
+        place = pkgutil.resolve_name(f"pyro_interpolant.{place}")  # a module, or a class in one
+        assert hasattr(place, constant), name
+        put(place, constant, value)

@@ -109,6 +109,7 @@ def test_in_models():
     assert trace.nodes["z_base"]["value"].shape == (4, 6)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_fit_and_from_samples_take_rows_of_any_shape():
     x = torch.randn(200, 2, 3).exp()
     options = {"steps": 5, "progress": False, "seed": 0, "event_shape": (2, 3)}

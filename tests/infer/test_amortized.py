@@ -53,7 +53,8 @@ def trained():
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(32, 32))
     with pytest.MonkeyPatch.context() as patch:
         brief_looks(patch.setattr)
-        result = pi.fit_guide(guide, simulations=3500, **{**QUICK, "options": {"steps": 100}})
+        options = {"steps": 100, "batch_size": 256}
+        result = pi.fit_guide(guide, simulations=3500, **{**QUICK, "options": options})
     torch.set_default_dtype(dtype)
     return guide, result
 
