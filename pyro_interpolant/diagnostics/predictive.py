@@ -37,7 +37,13 @@ from ..distributions.interpolant import (
     InterpolantDistribution,
 )
 from ..distributions.joint import column_names, pack, rows_by_name, unpack
-from ..distributions.rows import RowsLike, check_same_order, checked_rows, contexts_of_rows
+from ..distributions.rows import (
+    RowsLike,
+    as_tensor,
+    check_same_order,
+    checked_rows,
+    contexts_of_rows,
+)
 from ..distributions.supports import BijectiveSupport
 
 _LEVEL = 0.99  # of the band
@@ -232,7 +238,7 @@ class _Rows:
                 f"{type(distribution).__name__}: fit an InterpolantDistribution to its draws"
             )
         if context is not None and isinstance(density, InterpolantDistribution):
-            density.given(torch.as_tensor(context))  # raises: it takes none
+            density.given(as_tensor(context, "context"))  # raises: it takes none
         flow = density.transform.flow
         if isinstance(density, InterpolantDistribution) and density.batch_shape:
             raise ValueError(

@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,14 +80,22 @@ class Interpolant(ABC):
 
     def check_ends(self, dim: int) -> None:
         """Raise a ValueError unless the path of D-dimensional pairs joins base and data."""
-        found = torch.stack(self.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))).T
+        times = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        given: Any = self.coefficients(times)
+        shapes = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in given]
+        if shapes != [(2,), (2,), (2,)]:
+            raise ValueError(
+                f"expected coefficients(t) of {type(self).__name__} to be three tensors of the "
+                f"shape of t, (2,), torch.zeros_like(t) for no latent term, got {shapes}"
+            )
+        found = torch.stack(given).T
         expected = torch.tensor(self.ends, dtype=torch.float64)
         if not bool(((found - expected).abs() < 1e-6).all()):
             raise ValueError(
                 f"expected coefficients {expected.tolist()} at t = 0 and t = 1, got "
                 f"{found.tolist()} from {type(self).__name__}"
             )
-        rates = torch.stack(self.derivatives(torch.tensor([0.0, 1.0], dtype=torch.float64))).T
+        rates = torch.stack(self.derivatives(times)).T
         if not bool(torch.isfinite(rates).all()):
             raise ValueError(
                 "expected coefficients with finite slopes at t = 0 and t = 1, got "

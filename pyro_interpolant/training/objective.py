@@ -60,12 +60,20 @@ def regression_loss(
     Returns:
         The loss of each row, shape ``(*)``.
 
+    Raises:
+        ValueError: If the network returns rates of another shape than that of states.
+
     References:
         arXiv 2209.15571, eq. 10.
     """
     losses = []
     for t, w, target, context in points:
         n = evaluate(velocity, t, w, context)
+        if n.shape != w.shape:  # one that broadcasts would be learned as the rate of all columns
+            raise ValueError(
+                f"expected {type(velocity).__name__}.forward(t, x, context) to return rates of "
+                f"the shape of x, {tuple(w.shape)}, got {tuple(n.shape)}"
+            )
         if metric is not None:
             n, target = metric(n), metric(target)
         losses.append((n * torch.sub(n, target, alpha=2)).sum(-1))

@@ -123,7 +123,8 @@ class Flow(nn.Module):
             on [0, 1); None where it was given other rows.
 
     Raises:
-        ValueError: If the size D is not known, or the velocity couples rows (batch normalisation).
+        ValueError: If the size D is not known, or the velocity is one for another, or couples
+            rows (batch normalisation).
         TypeError: If the velocity is not a module, or a Pyro module with random weights.
     """
 
@@ -137,11 +138,17 @@ class Flow(nn.Module):
     ) -> None:
         super().__init__()
         check_velocity(velocity)
-        size = size_of(velocity, "event_dim") if event_dim is None else event_dim
+        own = size_of(velocity, "event_dim")
+        size = own if event_dim is None else event_dim
         if not isinstance(size, int) or size < 1:
             raise ValueError(
                 "expected event_dim, the size of the last dimension of x: pass it after the "
                 f"velocity, or give the velocity an attribute event_dim; got {size!r}"
+            )
+        if own not in (None, size):
+            raise ValueError(
+                f"expected a velocity for {size} dimensions, got {type(velocity).__name__} with "
+                f"event_dim={own}"
             )
         self.event_dim = size
         self.velocity = velocity

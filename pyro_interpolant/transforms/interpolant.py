@@ -111,7 +111,8 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
             :class:`~pyro_interpolant.transforms.DenseWhitening`.
 
     Raises:
-        ValueError: If the size D is not known, or the velocity couples rows (batch normalisation).
+        ValueError: If the size D is not known, or the velocity is one for another, or couples
+            rows (batch normalisation).
         TypeError: If the velocity is not a module, or a Pyro module with random weights, or a
             class is given in place of an instance.
 

@@ -1,5 +1,6 @@
 """Checks of calibration on densities that are right by construction, and on wrong ones."""
 
+import pandas
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -234,8 +235,9 @@ def test_a_guide_is_compared_with_draws_of_another_sampler():
     assert pit(guide, draws).names[0] == "site 'scale'"
     wide = {**draws, "x": 3 * draws["x"]}
     assert "site 'x'[1] is predicted too narrow" in pit(guide, wide).verdict
-    with pytest.raises(ValueError, match="expected no context"):
-        sbc(guide, draws, torch.zeros(300, 1))
+    for context in (torch.zeros(300, 1), pandas.DataFrame({"a": range(300)})):
+        with pytest.raises(ValueError, match="expected no context"):
+            sbc(guide, draws, context)
 
 
 def test_columns_of_scalars_are_called_by_what_they_are():

@@ -366,10 +366,22 @@ class Off(Linear):
         return 1 - t, 0.9 * t, torch.zeros_like(t)
 
 
+class WithNumbers(Linear):
+    def coefficients(self, t):
+        return 1 - t, t, 0.0
+
+
+class WithoutNoise(Linear):
+    def coefficients(self, t):
+        return 1 - t, t
+
+
 @pytest.mark.parametrize(
     ("interpolant", "message"),
     [
         (Off(), r"expected coefficients .* at t = 0 and t = 1, got .* from Off"),
+        (WithNumbers(), r"of WithNumbers to be three tensors .* torch.zeros_like\(t\).*'float'"),
+        (WithoutNoise(), r"of WithoutNoise to be three tensors .*, got \[\(2,\), \(2,\)\]"),
         (NonlinearInterpolant(lambda t, a, b: (1 - t) * a + t * b + 0.1), "to be x0 at t = 0"),
         (NonlinearInterpolant(lambda t, a, b: (1 - t) * a), "to be x1 at t = 1"),
         (NonlinearInterpolant(lambda t, a, b: a.sum(-1)), "expected paths of shape"),

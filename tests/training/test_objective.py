@@ -6,7 +6,7 @@ import torch
 from cases import INTERPOLANTS, LATENT, random_flow, random_prior
 from oracles import random_mixture
 from pyro.distributions import constraints
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
@@ -232,6 +232,27 @@ def test_times_are_of_any_type_and_shape_that_broadcasts():
     torch.testing.assert_close(found, interpolant_loss(flow, x1, x0=x0, t=t.double().expand(5, 3)))
     half = interpolant_loss(flow, x1, x0=x0, t=0.5)
     torch.testing.assert_close(half, interpolant_loss(flow, x1, x0=x0, t=torch.full((5, 3), 0.5)))
+
+
+class _OfOtherShape(nn.Module):
+    """A network with rates of too few numbers: of one column, or of none."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.out = size, nn.Linear(2, 1)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        rates = self.out(x)
+        return rates if self.size else rates[..., 0]
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_rates_of_another_shape_are_refused(size):
+    flow = InterpolantDistribution(InterpolantTransform(_OfOtherShape(size), 2))
+    message = r"_OfOtherShape.*to return rates of the shape of x, \(2, 2\), got \(2, 1\)"
+    message = message if size else message.replace("2, 1", "2,")
+    with pytest.raises(ValueError, match=message):  # of two rows, both would broadcast
+        interpolant_loss(flow, torch.randn(2, 2))
 
 
 def test_labels_may_be_whole_numbers():

@@ -607,6 +607,13 @@ def test_no_event_dim(cls, size):
 
 
 @both_classes
+def test_velocity_for_another_number_of_dimensions(cls):
+    message = "expected a velocity for 2 dimensions, got VelocityMLP with event_dim=3"
+    with pytest.raises(ValueError, match=message):
+        cls(VelocityMLP(3, (4,)), 2)
+
+
+@both_classes
 @pytest.mark.parametrize("velocity", [lambda t, x, context=None: x, None, VelocityMLP])
 def test_velocity_that_is_no_module(cls, velocity):
     message = (
