@@ -113,6 +113,23 @@ def test_a_reparametrised_site_is_a_function_of_the_sites_in_its_place():
         assert float(data.var()) == pytest.approx(variance, rel=0.2)
 
 
+@pytest.mark.usefixtures("_small_runs")
+def test_data_that_are_functions_of_the_latents_alone_are_told_of():
+    def signs(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        y = pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        pyro.deterministic("sign", y.sign())
+
+    for given, is_told in ((None, True), (torch.zeros(()), False)):  # y is latent, or is data
+        guide = pi.AmortizedInterpolant(signs, ("sign",), hidden_dims=(8,))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            pi.fit_guide(guide, given, **QUICK)
+        told = [str(w.message) for w in found if "are functions of the latent" in str(w.message)]
+        assert len(told) == is_told
+        assert all("the data ['sign']" in t and "['loc', 'y'] alone" in t for t in told)
+
+
 def line(x, y=None):
     slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", len(x)):
