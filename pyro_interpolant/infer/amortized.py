@@ -46,7 +46,7 @@ from .amortization import (
 from .autoguide import AutoInterpolant
 from .exchangeability import are_sets, exchangeable_columns
 from .guide_result import GuideResult
-from .hidden import is_hidden
+from .hidden import is_hidden, tell_if_determined
 from .initialization import init_latent, is_not_latent
 from .log_density import known_log_joint
 from .pace import pace
@@ -64,12 +64,7 @@ from .runs import (
 from .simulated_batches import SimulatedBatches
 from .simulation import Simulator
 from .simulations import Simulations
-from .sites import (
-    LatentSites,
-    Model,
-    check_one_data_set,
-    one_posterior,
-)
+from .sites import LatentSites, Model, check_one_data_set, one_posterior
 
 _SIMULATIONS = 10_000
 _SIMULATING, _JUDGING = 0.5, 0.05  # of the time at most, for simulations, and for fresh ones
@@ -399,6 +394,7 @@ class AmortizedInterpolant(AutoInterpolant):
             found = simulator(count, deadline=clock.moment(share))
             tell_of_fewer(len(found.log_prior) + found.improper, count, simulator)
             tell_if_coarse(found, self.observed, self.transform.flow.loc.dtype)
+            tell_if_determined(simulator)
             late = clock.moment(share + _JUDGING)
             fresh = simulator(JUDGED_ROWS, deadline=late) if rounds == 1 else found
         self._begin(sites)

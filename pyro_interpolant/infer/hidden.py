@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .._torch import warn_user
 from .runs import data_of, nodes_of
 from .simulation import Simulator
 
@@ -69,3 +70,25 @@ def _in_arguments(simulator: Simulator) -> dict[str, Tensor]:
     shapes = simulator.latents | simulator.shapes
     found = data_of(nodes_of(simulator.model), shapes)
     return {name: value.reshape(1, *shapes[name]) for name, value in found.items()}
+
+
+@torch.no_grad()
+def tell_if_determined(simulator: Simulator) -> None:
+    """Warn where the data are functions of the latents alone, as of sites that were to be data.
+
+    A posterior then has no density: it lies where the functions have the values of the data.
+
+    Args:
+        simulator: The model, with what is observed.
+    """
+    if simulator.sampled != [*simulator.latents]:
+        return
+    given = simulator.at(1).latents
+    one, other = (simulator.at(1, given).data for _ in range(2))
+    if all(torch.equal(one[name], other[name]) for name in simulator.observed):
+        warn_user(
+            f"the data {list(simulator.observed)} are functions of the latent sites "
+            f"{list(simulator.latents)} alone, given which the model draws nothing: a posterior "
+            "has no density where they fix numbers of these. Of sites that are to be data, give "
+            "the model values of the right shapes in its arguments, whatever these are"
+        )

@@ -14,7 +14,16 @@ from torch import Tensor
 from .._torch import broadcast_shapes, seeded, warn_user
 from ..distributions.rounding import are_close
 from ..distributions.rows import as_tensor
-from .sites import OWN_FACTOR, Model, Nodes, Site, is_sampled, is_subsample, subsampling_plates
+from .sites import (
+    OWN_FACTOR,
+    Model,
+    Nodes,
+    Site,
+    is_deterministic,
+    is_sampled,
+    is_subsample,
+    subsampling_plates,
+)
 
 _DENSITY = "log_prob of "  # before the name of a site, the key of its log density in an example
 # Rounding moves the density of values far larger than their deviations by more than the values.
@@ -33,8 +42,8 @@ class Unobserved(Messenger):
         self.drawn = drawn
 
     def _pyro_sample(self, msg: Message) -> None:
-        infer = cast("dict[str, Any]", msg["infer"])
-        if not msg["is_observed"] or infer.get("_deterministic") or infer.get(OWN_FACTOR):
+        site = cast("Site", msg)
+        if not msg["is_observed"] or is_deterministic(site) or OWN_FACTOR in site["infer"]:
             return
         if isinstance(msg["fn"], Unit):
             raise ValueError(

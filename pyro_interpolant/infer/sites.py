@@ -134,10 +134,22 @@ def is_subsample(site: Site) -> bool:
     return site_is_subsample(cast("Message", site))
 
 
+def is_deterministic(site: Site) -> bool:
+    """Return whether a site is a value: of ``pyro.deterministic``, or of ``poutine.reparam``.
+
+    A reparametrised site is a function of the sites that take its place, with the same masked
+    distribution as a deterministic one, but without a mark.
+    """
+    if site["infer"].get("_deterministic"):
+        return True
+    fn = site["fn"]
+    is_unscored = isinstance(fn, dist.MaskedDistribution) and fn._mask is False
+    return site["is_observed"] and is_unscored and isinstance(fn.base_dist, dist.Delta)
+
+
 def is_sampled(node: Site) -> bool:
     """Return whether a node of a trace is a sample: no plate's indices, no deterministic value."""
-    sampled = node["type"] == "sample" and not is_subsample(node)
-    return sampled and not node["infer"].get("_deterministic")
+    return node["type"] == "sample" and not is_subsample(node) and not is_deterministic(node)
 
 
 def subsampling_plates(nodes: Nodes) -> list[str]:

@@ -447,7 +447,7 @@ def test_improper_simulations_are_a_share_of_all_and_no_lack_of_time(monkeypatch
     guide = pi.AmortizedInterpolant(model, ("seen",), hidden_dims=(8,))
     told = pytest.warns(UserWarning, match=r"of [0-9,]+ simulations .* not finite")  # alone
     with pyro.validation_enabled(is_validate=False), told:
-        result = pi.fit_guide(guide, simulations=200, **QUICK)
+        result = pi.fit_guide(guide, torch.zeros(()), simulations=200, **QUICK)
     assert 0.1 < result.improper < 0.25
     assert result.improper == pytest.approx(1 - result.simulations / 200)
     assert guide.posterior.context_columns == ("seen",)

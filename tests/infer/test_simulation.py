@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import slow_but
 from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 from simulators import QUICK, rows_with_gaps
 from torch import nn
 
@@ -92,6 +93,41 @@ def test_gaps_by_obs_mask_are_refused():
     pi.fit_guide(guide, **QUICK)
     with pytest.raises(ValueError, match=r"without a mask, got .'y_observed'"):
         guide(torch.ones(3), torch.tensor([True, True, False]))
+
+
+def test_a_reparametrised_site_is_a_function_of_the_sites_in_its_place():
+    def groups(y=None):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("rows", 3):
+            loc = pyro.sample("loc", dist.Normal(0.0, scale))
+            y = pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        pyro.deterministic("twice", 2 * y, event_dim=1)
+
+    model = poutine.reparam(groups, {"loc": LocScaleReparam(0.0)})
+    guide, y = guide_of(model), torch.ones(3)
+    assert guide(y)["loc_decentered"].shape == (3,)
+    for observed, variance in (("y", 2.0), ("twice", 8.0)):
+        simulator = Simulator(LatentSites(guide, y), (observed,))
+        assert simulator.sampled == ["scale", "loc_decentered", "y"]
+        data = simulator(1000).data[observed]
+        assert float(data.var()) == pytest.approx(variance, rel=0.2)
+
+
+@pytest.mark.usefixtures("_small_runs")
+def test_data_that_are_functions_of_the_latents_alone_are_told_of():
+    def signs(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        y = pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        pyro.deterministic("sign", y.sign())
+
+    for given, is_told in ((None, True), (torch.zeros(()), False)):  # y is latent, or is data
+        guide = pi.AmortizedInterpolant(signs, ("sign",), hidden_dims=(8,))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            pi.fit_guide(guide, given, **QUICK)
+        told = [str(w.message) for w in found if "are functions of the latent" in str(w.message)]
+        assert len(told) == is_told
+        assert all("the data ['sign']" in t and "['loc', 'y'] alone" in t for t in told)
 
 
 def line(x, y=None):
