@@ -55,7 +55,8 @@ class ImportanceResult(NamedTuple):
             reliable.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2` of the draws.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of the model's log-evidence, nats.
-        log_evidence_stderr: Its standard error; too small where k-hat is large.
+        log_evidence_stderr: Its standard error, of chance alone: too small where k-hat is large,
+            and without the error of a flow's own density, some thousandths of a nat.
         verdict: What follows, in a sentence.
         log_weights: Pareto-smoothed, normalised, shape ``(N,)``.
         draws: The guide's draws by site, each ``(N, *site_shape)``.
