@@ -73,6 +73,18 @@ def milliseconds(function, seconds):
     return 1e3 * (time.process_time() - start) / count
 
 
+def gradients_counted():
+    """Return a list of one number: of the gradients that Pyro's samplers take from here on."""
+    calls, gradient = [0], pyro.ops.integrator.potential_grad
+
+    def counted(*args):
+        calls[0] += 1
+        return gradient(*args)
+
+    pyro.ops.integrator.potential_grad = counted
+    return calls
+
+
 def print_gradients(folder, cells, seconds):
     """Print what a gradient costs, in both spaces, for each shape and number of rows."""
     for name, rows in cells:

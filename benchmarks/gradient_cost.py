@@ -30,7 +30,7 @@ import pyro
 import pyro.distributions as dist
 import pyro.ops.integrator
 import torch
-from _pyro_speed import milliseconds
+from _pyro_speed import gradients_counted, milliseconds
 from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size
 
@@ -95,13 +95,7 @@ def print_gradients(prior, rows, seconds):
 def print_nuts(prior, folder, seed, draws, *, compiled):
     """Sample three rows, write their draws, and print the cost after the warm-up."""
     pyro.set_rng_seed(seed)
-    calls, began, gradient = [0], [], pyro.ops.integrator.potential_grad
-
-    def counted(*args):
-        calls[0] += 1
-        return gradient(*args)
-
-    pyro.ops.integrator.potential_grad = counted
+    calls, began = gradients_counted(), []
 
     def model(y):
         with pyro.plate("rows", len(y)):

@@ -457,7 +457,7 @@ class _Blocks:
         states: States, shape ``(T, *, D)``.
         path: Their path; its context, shape ``(*, C)``, broadcasts with theirs.
         most: The most rows in a block; there are as few blocks as that allows, of equal size.
-        at_once: How many blocks are computed at once; there is a multiple of that.
+        at_once: How many blocks are computed at once; their number is a multiple of that.
     """
 
     def __init__(self, states: Tensor, path: Path, most: int, at_once: int) -> None:
