@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._package import check_ranges, number, whole
-from .._torch import evaluated, seeded, with_gradients
+from .._torch import draws_nothing, evaluated, seeded, with_gradients
 from ..diagnostics.psis import log_total, pareto_smooth, shuffled_resampling
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.joint import names_in_frames
@@ -315,7 +315,8 @@ def object_posteriors(
             drawn = draw_latents(
                 distribution, few, shared=half, own=draws - half, steps=_OBJECT_STEPS
             )
-            found.append(_of_objects(given(distribution, few.context), drawn))
+            with draws_nothing():
+                found.append(_of_objects(given(distribution, few.context), drawn))
     return ObjectPosteriors(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 

@@ -247,23 +247,31 @@ def local_proposal(
     dim, each = z.shape[-1], torch.arange(len(z), device=z.device)
     # In float64: noise may be 10,000 times wider in one direction than in another.
     identity = torch.eye(dim, dtype=torch.float64, device=z.device)
-    offsets = torch.cat((z.new_zeros(1, dim), _DIFFERENCE * identity.to(z)))
-    sizes = z.new_tensor((0.0, *_STEP_SIZES))[:, None]
-    root = identity.expand(len(z), dim, dim)
+    offsets = _DIFFERENCE * identity.to(z)
+    sizes = z.new_tensor(_STEP_SIZES)[:, None]
+    root, (x, value) = identity.expand(len(z), dim, dim), _valued(flow, rows, z[:, None])
     for _ in range(steps):
-        u = flow.transform(z[:, None] + offsets)
-        x = flow.from_flow(u)[0]
-        slopes = (x[:, 1:] - x[:, :1]).reshape(len(z), dim, -1).mT.double() / _DIFFERENCE
+        beside = flow.from_flow(flow.transform(z[:, None] + offsets))[0]
+        slopes = (beside - x).reshape(len(z), dim, -1).mT.double() / _DIFFERENCE
         gradient, hessian = rows.derivatives(x[:, 0], slopes)
         root = _root_of(identity + _positive_part(-hessian), identity)
         step = torch.cholesky_solve((gradient - z)[..., None], root)[..., 0]
         # Not beyond the type of z, where none of the step would be infinity times zero.
         step = step.nan_to_num().clamp(-_LONGEST_STEP, _LONGEST_STEP).to(z)
         tries = z[:, None] + sizes * step[:, None]
-        value = standard_log_prob(tries) + pushed(flow, rows, tries)[1]
-        z = tries[each, value.argmax(-1)]
+        found = zip((z[:, None], x, value), (tries, *_valued(flow, rows, tries)), strict=True)
+        tries, x, value = (torch.cat(parts, 1) for parts in found)
+        best = value.argmax(-1)
+        z, x, value = (part[each, best] for part in (tries, x, value))
+        x, value = x[:, None], value[:, None]
     root = math.sqrt(_WIDENING) * _root_of(torch.cholesky_inverse(root), identity).to(z)
     return LocalProposal(z[:, None], root[:, None], z.new_ones(1))
+
+
+def _valued(flow: InterpolantDistribution, rows: Measurements, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what base points, ``(n, S, D)``, become, and their log posteriors, ``(n, S)``."""
+    x = flow.from_flow(flow.transform(z))[0]
+    return x, standard_log_prob(z) + rows.log_likelihood(x)
 
 
 def _root_of(matrices: Tensor, other: Tensor) -> Tensor:
