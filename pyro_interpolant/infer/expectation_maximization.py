@@ -34,7 +34,7 @@ _MOST_POOLS = 10  # rounds whose latents are kept, or as many as go once through
 # averages were nearer to the truth than those of the last 200 steps, by an eighth in the energy
 # distance.
 _DECAY = 1.0
-_LOOKS = 10  # at the log-evidence of rows held out
+_LOOKS, _LOOK_SHARE = 10, 0.2  # at the log-evidence of rows held out, and of the time, at most
 _LOOK_ROWS, _MOST_HELD = 1000, 2000  # in a look; in the report, and so held out
 _FIRST_ROWS = 500  # in the report, however short the time
 _START_MIXED = 0.01  # of the start, in the population that a look judges
@@ -188,6 +188,8 @@ class ExpectationMaximization:
         selection: Which weights are kept, by the log-evidence of rows held out, a hundredth of the
             start mixed in: one row whose evidence is missed must not choose the round.
         start_weights: The weights of the start.
+        most_looks: How many looks at rows held out, the last at the end; fewer than ten where
+            these would take too much of the time.
 
     Raises:
         ValueError: If no row held out has a likelihood under the start.
@@ -211,7 +213,10 @@ class ExpectationMaximization:
             distribution, [], most=min(_MOST_POOLS, passes), ema=_DECAY
         )
         self.regression.pools.append(self._latents())
+        began = clock.spent()
         self.first = self._held_out()
+        took, left = clock.spent() - began, self.schedule.end - clock.spent()
+        self.most_looks = int(max(1, min(_LOOKS, _LOOK_SHARE * left / max(took, 1e-9))))
         self.looks, self.selection = 0, Selection()
         self.selection.judge(0, Scores.equal(-self.first))
         self.start_weights = self.kept_weights = self.regression.values()
@@ -227,10 +232,18 @@ class ExpectationMaximization:
         with self.regression.average.applied():
             self.distribution.clear_cache()
             latents = self._latents()
-            if int(self.done() * _LOOKS) > self.looks:
-                self.looks = int(self.done() * _LOOKS)
+            looks = int(self.done() * self.most_looks)
+            if self.looks < looks < self.most_looks:
+                self.looks = looks
                 self._look()
         self.regression.add(latents)
+
+    def end(self) -> None:
+        """Look at the weights of the last round."""
+        if self.regression.descent.steps:
+            with self.regression.average.applied():
+                self.distribution.clear_cache()
+                self._look()
 
     def _latents(self) -> Rows:
         """Return latents of the next objects, drawn by the network as it is used."""
@@ -326,16 +339,23 @@ def learn(
             run = ExpectationMaximization(distribution, catalogue, held, steps, clock)
             with PercentBar("rounds", progress=progress) as bar:
                 try:
-                    while run.done() < 1:
-                        run.round()
-                        bar.show(run.done(), f"{_EVIDENCE}={-run.selection.best:.4g}")
-                except KeyboardInterrupt:
-                    warn_user("the run was interrupted: the best weights so far were kept")
+                    _go_through_rounds(run, bar)
+                    run.end()
                 finally:
                     run.regression.use(run.kept_weights)
         spent = clock.spent()
         distribution.freeze()
         _finish(run, spent, progress=progress)
+
+
+def _go_through_rounds(run: ExpectationMaximization, bar: PercentBar) -> None:
+    """Go through all rounds of a run, or as many as there are before it is interrupted."""
+    try:
+        while run.done() < 1:
+            run.round()
+            bar.show(run.done(), f"{_EVIDENCE}={-run.selection.best:.4g}")
+    except KeyboardInterrupt:
+        warn_user("the run was interrupted: the best weights so far were kept")
 
 
 def _evidence(run: ExpectationMaximization) -> tuple[Tensor, Tensor, float]:

@@ -19,6 +19,7 @@ from pyro_interpolant import (
     from_posterior_samples,
     interpolant_transform,
 )
+from pyro_interpolant._torch import trainable
 from pyro_interpolant.distributions.joint import names_in_frames
 from pyro_interpolant.infer import expectation_maximization, object_posteriors
 from pyro_interpolant.infer import population as population_module
@@ -846,6 +847,9 @@ def test_an_interrupted_run_returns_the_best_weights(monkeypatch):
         def round(self):
             raise KeyboardInterrupt
 
+        def end(self):
+            self.kept_weights = "those of the last round"
+
     def finish(run, seconds, *, progress):
         finished.append(list(used))
 
@@ -855,7 +859,39 @@ def test_an_interrupted_run_returns_the_best_weights(monkeypatch):
         expectation_maximization.learn(
             gaussian(), None, None, 0, Clock(None), seed=None, progress=False
         )
-    assert finished == [["kept"]]
+    assert finished == [["those of the last round"]]
+
+
+@pytest.mark.usefixtures("_small_runs")
+@pytest.mark.parametrize(("limit", "looks"), [(70.0, 2), (600.0, 10), (math.inf, 10)])
+def test_looks_take_a_fifth_of_the_time_at_most_and_the_last_is_at_the_end(
+    monkeypatch, limit, looks
+):
+    """A look takes five seconds here, and a round two."""
+    y, seen, clock = torch.randn(60, 1), [], SimpleNamespace(limit=limit, now=0.0)
+    clock.spent = lambda: clock.now
+    flow = pi.from_samples(y, steps=1, seed=0, progress=False)
+    catalogue = NoisyRows(measurements(y, torch.ones(60, 1)), flow.transform.flow.loc)
+
+    class Run(expectation_maximization.ExpectationMaximization):
+        def _held_out(self):
+            clock.now += 5
+            if "regression" in vars(self):
+                seen.append(self.regression.descent.steps)
+            return torch.zeros(6)
+
+        def round(self):
+            clock.now += 2
+            super().round()
+
+    monkeypatch.setattr(expectation_maximization, "_ROUND_STEPS", 2)
+    with torch.no_grad(), trainable(flow.transform.flow.velocity):
+        run = Run(flow, catalogue, torch.arange(6), 20 if limit == math.inf else math.inf, clock)
+        while run.done() < 1:
+            run.round()
+        run.end()
+    assert len(seen) == 1 + looks
+    assert seen[-1] == run.regression.descent.steps > seen[-2]
 
 
 def test_one_row_that_is_missed_does_not_choose_the_round():
