@@ -51,6 +51,11 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
             x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
         return torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(x, np.ndarray) and x.dtype.kind in "OSU":
+            raise TypeError(
+                f"expected {name} of numbers, got an array of {x.dtype}: write labels as whole "
+                "numbers, numpy.unique(labels, return_inverse=True)[1]"
+            ) from error
         raise TypeError(
             f"expected {name} to be a tensor or an array, got {type(x).__name__}: {error}"
         ) from error

@@ -82,7 +82,6 @@ def _sets(distribution: "Summaries", *, with_densities: bool) -> Iterator[tuple[
     if not bare.base_dist.has_rsample:  # without a gradient of draws that of densities is wrong
         bare.base_dist = detached(bare.base_dist)
     source = bare.base_dist
-    chain = ComposeTransform(bare.transforms)
     quasi_random = bare.base is None and len(loc) <= SobolEngine.MAXDIM
     # The first scope of a seed imports a compiler, for a second: none where nothing is drawn.
     with seeded(0) if with_densities or not quasi_random else contextlib.nullcontext():
@@ -93,8 +92,9 @@ def _sets(distribution: "Summaries", *, with_densities: bool) -> Iterator[tuple[
             else:
                 draw = source.rsample if source.has_rsample else source.sample
                 z = draw(torch.Size((_DRAWS,)))
-            x = chain(z.contiguous())
             known = with_densities and bare.has_density()
+            by_spline = quasi_random and len(loc) == 1 and not known  # as sample() of scalars
+            x = pushed(bare, z) if by_spline else ComposeTransform(bare.transforms)(z.contiguous())
             log_prob = bare.log_prob(x) if known else x[..., 0] * math.nan
             new = (1,) * (len(own) - len(batch))
             x = x.reshape(_DRAWS, *new, *batch, len(loc)).expand(_DRAWS, *own, -1)

@@ -270,9 +270,11 @@ def verdict_of_amortised(result: AmortizedResult, reason: str = NO_DENSITY) -> s
     left = f"; {improper:.2%} of the simulations were not finite and left out" if improper else ""
     if math.isnan(k_hat[-1]):
         return f"{found}{left}. {reason}"
+    count = result.data_sets  # fewer than twenty where time was short
     weights = (
-        f"of every 100 draws {100 * ess[1]:.0f} effective (in one data set of twenty below "
-        f"{100 * ess[0]:.0f}), k-hat {k_hat[1]:.2f} (above {k_hat[-1]:.2f})"
+        f"in {count} data set{'s' * (count != 1)} of every 100 draws {100 * ess[1]:.0f} effective "
+        f"(in one of twenty below {100 * ess[0]:.0f}), k-hat {k_hat[1]:.2f} (above "
+        f"{k_hat[-1]:.2f})"
     )
     if k_hat[-1] <= K_HAT_LIMIT and ess[0] >= GOOD_SHARE:
         return f"Good: {found}, {weights}{left}. importance(guide, *args) makes draws exact."

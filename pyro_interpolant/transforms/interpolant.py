@@ -413,8 +413,9 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
         expected = self.flow.context_dim
         if context.dim() < 1 or not context.shape[-1] or expected not in (None, context.shape[-1]):
             size = "C" if expected is None else expected
+            hint = ": for N numbers pass shape (N, 1), context[..., None]" if size == 1 else ""
             raise ValueError(
-                f"expected a context of shape (*, {size}), got {tuple(context.shape)}"
+                f"expected a context of shape (*, {size}), got {tuple(context.shape)}{hint}"
             )
         while context.dim() > 1 and context.shape[0] == 1:
             context = context[0]

@@ -1016,6 +1016,13 @@ def test_the_verdict_tells_rare_draws_from_a_poor_guide(k_hat, ess, says):
     assert verdict_of_amortised(result).startswith(says)
 
 
+def test_the_verdict_says_by_how_many_data_sets_it_is():
+    result = AmortizedResult(*[0.0] * len(AmortizedResult._fields))
+    result = result._replace(k_hat=(0.1, 0.2, 0.3), ess=(0.5, 0.6, 0.7), improper=0.0)
+    for count, says in ((1, "in 1 data set of"), (20, "in 20 data sets of")):
+        assert says in verdict_of_amortised(result._replace(data_sets=count))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_a_seed_leaves_the_global_generator_and_repeats_the_verdict():

@@ -56,6 +56,16 @@ ERRORS = {
     "scalar": (lambda: torch.tensor(1.0), ValueError, r"shape \(N, D\), got \(\)"),
     "three-d": (lambda: torch.randn(4, 3, 2), ValueError, r"\(N, D\), got \(4, 3, 2\)"),
     "empty": (lambda: torch.randn(0, 2), ValueError, "expected rows of things, got none"),
+    "names": (
+        lambda: np.array(["f", "m"]),
+        TypeError,
+        r"things of numbers, got an array of <U1.*numpy\.unique",
+    ),
+    "objects in an array": (
+        lambda: np.array(["f", 1.0], dtype=object),
+        TypeError,
+        r"things of numbers, got an array of object.*numpy\.unique",
+    ),
     "text": (lambda: "abc", TypeError, "things to be a tensor or an array, got str"),
     "objects": (lambda: [object()], TypeError, "tensor or an array, got list"),
 }

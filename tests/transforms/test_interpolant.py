@@ -341,6 +341,14 @@ def test_wrong_context():
         plain.velocity(torch.tensor(0.5), torch.randn(2), torch.randn(4))
 
 
+def test_numbers_as_contexts_come_with_the_recipe():
+    flow = conditional_interpolant_transform(2, context_dim=1, hidden_dims=(8,))
+    with pytest.raises(
+        ValueError, match=r"\(\*, 1\), got \(5,\).*\(N, 1\), context\[\.\.\., None\]"
+    ):
+        flow.condition(torch.randn(5))
+
+
 def test_labels_are_no_context_of_numbers():
     family, x = random_flow(2, context_dim=3), torch.randn(2)
     with pytest.raises(TypeError, match=r"floating type, got torch.int64 .*one_hot"):
