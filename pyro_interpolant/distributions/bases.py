@@ -20,6 +20,7 @@ from torch.distributions import Distribution, Transform, constraints
 
 from .._package import check_ranges, check_sizes, whole
 from ..interpolants.nonlinear import wrap
+from ..transforms.bijections import inverse_of
 from ..transforms.interpolant import broadcast_batch
 from ..transforms.whitening import Whitening
 from .base_support import inside_base, stated_support
@@ -386,8 +387,10 @@ def detached(value: Any) -> Any:
 
 
 def _copy_parts(value: _T, changed: Callable[[Any], Any]) -> _T:
-    new = copy.copy(value)
-    new.__dict__.update({k: changed(v) for k, v in value.__dict__.items()})
+    new, parts = copy.copy(value), dict(value.__dict__)
+    if isinstance(value, Transform) and inverse_of(value) is None:
+        parts["_inv"] = None  # which torch remembers: it is of the old parts, and leads back here
+    new.__dict__.update({k: changed(v) for k, v in parts.items()})
     return new
 
 

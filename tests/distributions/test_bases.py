@@ -792,3 +792,36 @@ def test_a_conversion_leaves_a_flow_that_others_start_from():
     other.clear_cache()
     torch.testing.assert_close(other.log_prob(x), others)
     assert other.base is prior
+
+
+TRANSFORMED = {
+    "log-normal": lambda zero: dist.LogNormal(zero, zero + 1.0).to_event(1),
+    "inverse": lambda zero: dist.TransformedDistribution(
+        dist.LogNormal(zero, zero + 1.0), [dist.transforms.ExpTransform().inv]
+    ).to_event(1),
+    "affine": lambda zero: dist.TransformedDistribution(
+        dist.Laplace(zero, zero + 1.0), [dist.transforms.AffineTransform(zero + 2.0, zero - 0.5)]
+    ).to_event(1),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_transformed_base_whose_density_was_asked_for_is_converted(name):
+    zero = torch.zeros(2)
+    flow = InterpolantDistribution(random_flow(2), TRANSFORMED[name](zero))
+    x = flow.sample((5,)).clone()
+    own = flow.log_prob(x)  # torch remembers inverses of a base's transforms from here on
+    log_prob = flow.to(torch.float32).log_prob(x.float())
+    assert log_prob.dtype == torch.float32
+    torch.testing.assert_close(log_prob, own.float(), rtol=1e-3, atol=1e-3)
+    given = TRANSFORMED[name](zero.float())
+    assert torch.equal(flow.base.log_prob(x.float().abs()), given.log_prob(x.float().abs()))
+
+
+def test_moments_of_a_mixture_of_transformed_parts_whose_density_was_asked_for():
+    parts = dist.LogNormal(torch.zeros(2, 1), 0.5 * torch.ones(2, 1)).to_event(1)
+    mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts)
+    flow = InterpolantDistribution(random_flow(1), mixture, support=dist.constraints.unit_interval)
+    before = flow.mean
+    flow.log_prob(flow.sample((3,)))
+    assert torch.equal(flow.mean, before)
