@@ -456,10 +456,8 @@ def jvp(
         return torch.func.jvp(function, primals, tangents)
 
 
-def slopes(
-    function: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], t: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the derivatives of a function of t by forward mode, each of the shape of t."""
+def slopes(function: Callable[[Tensor], tuple[Tensor, ...]], t: Tensor) -> tuple[Tensor, ...]:
+    """Return the derivatives of functions of t by forward mode; of one without t, zeros like t."""
     if torch.is_inference_mode_enabled():  # which drops tangents silently
         with torch.inference_mode(mode=False):
             return slopes(function, t.clone())
@@ -469,8 +467,7 @@ def slopes(
             return jvp(function, (t,), (tangent,))[1]
         with forward_ad.dual_level():  # the same at a third of the price; it cannot be nested
             found = map(forward_ad.unpack_dual, function(forward_ad.make_dual(t, tangent)))
-            a, b, g = (torch.zeros_like(t) if s.tangent is None else s.tangent for s in found)
-            return a, b, g
+            return tuple(torch.zeros_like(t) if s.tangent is None else s.tangent for s in found)
 
 
 def robust_deviation(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._package import check_ranges, whole
-from .._torch import jvp
+from .._torch import slopes
 from .linear import Coefficients, Interpolant
 
 
@@ -143,15 +143,11 @@ class LearnedInterpolant(nn.Module, Interpolant):
     def _minimise_energy(self, cov0: Tensor, cov1: Tensor) -> None:
         """Set scalar waves to those of least energy between centred Gaussians, by L-BFGS."""
         t = _midpoints(128, cov0)
-        k = torch.arange(1, self.modes + 1, dtype=t.dtype, device=t.device)[:, None]
+        basis, rates = self._basis(t), slopes(self._basis, t)
         waves = torch.zeros(2, self.modes, dtype=t.dtype, device=t.device, requires_grad=True)
 
-        def series(t: Tensor) -> tuple[Tensor, Tensor]:
-            a, b = waves @ (torch.sin(math.pi * k * t) / k)
-            return (0.5 * math.pi * t).cos() + a, (0.5 * math.pi * t).sin() + b
-
         def energy() -> Tensor:
-            (a, b), (da, db) = jvp(series, (t,), (torch.ones_like(t),))[:2]
+            (a, b), (da, db) = (self._series(found, waves) for found in (basis, rates))
             base, data = (a * a)[:, None, None], (b * b)[:, None, None]
             s = base * cov0 + data * cov1
             c = (a * da)[:, None, None] * cov0 + (b * db)[:, None, None] * cov1
@@ -191,7 +187,7 @@ class LearnedInterpolant(nn.Module, Interpolant):
         """
         if not self._is_scalar():
             raise TypeError("an interpolant with matrices or a network has no scalar coefficients")
-        a, b = self._series(t)
+        a, b = self._series(self._basis(t), self.waves)
         return a, b, torch.zeros_like(t)
 
     def check_ends(self, dim: int) -> None:
@@ -211,47 +207,54 @@ class LearnedInterpolant(nn.Module, Interpolant):
             z: Unused: there is no latent term.
         """
         t = t.contiguous()  # forward mode cannot carry stride-0 tangents
-        return jvp(lambda t: self._path(t, x0, x1), (t,), (torch.ones_like(t),))[:2]
-
-    def _series(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a(t) and b(t), each of the shape of t, or ``(*, D, D)`` of matrices."""
-        angle = 0.5 * math.pi * t
-        k = torch.arange(1, self.modes + 1, dtype=t.dtype, device=t.device)
-        sines = torch.sin(math.pi * t[..., None] * k) / k
-        waves = self.waves.to(t)
-        if not self.matrices:
-            return angle.cos() + sines @ waves[0], angle.sin() + sines @ waves[1]
-        eye = torch.eye(waves.shape[-1], dtype=t.dtype, device=t.device)
-        sums = [torch.tensordot(sines, w, dims=1) for w in waves]
-        return (
-            angle.cos()[..., None, None] * eye + sums[0],
-            angle.sin()[..., None, None] * eye + sums[1],
-        )
-
-    def _path(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        """Return the path, shape ``(*, D)``."""
-        a, b = self._series(t)
         m0, m1 = self.centres.to(x0)
         u0, u1 = x0 - m0, x1 - m1
+        x = torch.lerp(m0, m1, t[..., None].to(x0)) + self._moved(self._basis(t), u0, u1)
+        dx = m1 - m0 + self._moved(slopes(self._basis, t), u0, u1)
+        if self.depth:
+            x = x + self._network(t, x0, x1)
+            dx = dx + slopes(lambda t: (self._network(t, x0, x1),), t)[0]
+        return x, dx
+
+    def _basis(self, t: Tensor) -> tuple[Tensor, ...]:
+        r"""Return :math:`\cos\pi t/2`, :math:`\sin\pi t/2` and the sine waves, ``(*, M)``.
+
+        All else in the coefficients is linear in these, and so is the same of their derivatives. A
+        product by elements with a constant would cost half a millisecond in forward mode.
+        """
+        angle = torch.add(t, t, alpha=0.5 * math.pi - 1)
+        k = torch.arange(1, self.modes + 1, dtype=t.dtype, device=t.device)
+        return angle.cos(), angle.sin(), torch.sin(t[..., None] @ (math.pi * k)[None])
+
+    def _series(self, basis: tuple[Tensor, ...], weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the coefficients of base and data, ``(*)``, or ``(*, D, D)`` of matrices."""
+        cosine, sine, waves = basis
+        k = torch.arange(1, self.modes + 1, dtype=waves.dtype, device=waves.device)
+        a, b = weights.to(waves)
+        if not self.matrices:
+            return cosine + waves @ (a / k), sine + waves @ (b / k)
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        sums = [torch.tensordot(waves, w / k[:, None, None], dims=1) for w in (a, b)]
+        return cosine[..., None, None] * eye + sums[0], sine[..., None, None] * eye + sums[1]
+
+    def _moved(self, basis: tuple[Tensor, ...], u0: Tensor, u1: Tensor) -> Tensor:
+        """Return what the coefficients, or their derivatives, make of two ends, ``(*, D)``."""
+        a, b = self._series(basis, self.waves)
         if self.matrices:
-            moved = (a @ u0[..., None] + b @ u1[..., None])[..., 0]
-        else:
-            moved = a[..., None] * u0 + b[..., None] * u1
-        x = (1 - t)[..., None] * m0 + t[..., None] * m1 + moved
-        return (
-            x + torch.sin(math.pi * t)[..., None] * self._network(t, x0, x1) if self.depth else x
-        )
+            return (a @ u0[..., None] + b @ u1[..., None])[..., 0]
+        return a[..., None] * u0 + b[..., None] * u1
 
     def _network(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        """Return N(t, x0, x1), shape ``(*, D)``."""
-        angle = math.pi * t[..., None]
+        r"""Return :math:`\sin(\pi t)\, N(t, x_0, x_1)`, shape ``(*, D)``."""
+        t = t[..., None]
+        angle = torch.add(t, t, alpha=math.pi - 1)
         features = torch.cat((angle.cos(), angle.sin()), dim=-1).expand(*x0.shape[:-1], 2)
         h = torch.cat((x0, x1, features), dim=-1)
         for i in range(self.depth):
             weight, bias = (getattr(self, f"{kind}{i}").to(h) for kind in ("weight", "bias"))
             h = nn.functional.linear(h, weight, bias)
             h = h if i == self.depth - 1 else nn.functional.silu(h)
-        return h
+        return angle.sin() * h
 
 
 def _midpoints(count: int, like: Tensor) -> Tensor:

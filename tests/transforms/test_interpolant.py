@@ -105,7 +105,7 @@ def test_gradient_of_the_weights_against_finite_differences(kind):
 @pytest.mark.parametrize("conditioned", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_func(kind, conditioned):
-    prior = (conditioned_prior if conditioned else frozen_prior)(kind, steps=32)
+    prior = (conditioned_prior if conditioned else frozen_prior)(kind, steps=20)
     x, w = torch.randn(4, 2), torch.randn(4, 2)
     plain, score = prior.log_prob(x), prior.score(x)
 
