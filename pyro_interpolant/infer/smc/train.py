@@ -140,7 +140,8 @@ def _find_particles(
         time, each of shape ``(N, D)``.
     """
     mixture = pathfinder(density, wide, seconds=_PATHFINDER_SHARE * clock.limit)
-    in_all = clock.limit / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
+    left = max(0.0, clock.limit - clock.spent())
+    in_all = left / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
     affordable = _GRADIENTS_SHARE * in_all
     kernel = HMCKernel(_SLOW_LEAPFROG_STEPS if affordable < draws else _LEAPFROG_STEPS)
     wanted = min(_WANTED_PARTICLES, _THEIR_SHARE * in_all)
