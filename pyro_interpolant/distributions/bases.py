@@ -20,7 +20,6 @@ from torch.distributions import Distribution, Transform, constraints
 
 from .._package import check_ranges, check_sizes, whole
 from ..interpolants.nonlinear import wrap
-from ..transforms.bijections import inverse_of
 from ..transforms.interpolant import broadcast_batch
 from ..transforms.whitening import Whitening
 from .base_support import inside_base, stated_support
@@ -388,7 +387,8 @@ def detached(value: Any) -> Any:
 
 def _copy_parts(value: _T, changed: Callable[[Any], Any]) -> _T:
     new, parts = copy.copy(value), dict(value.__dict__)
-    if isinstance(value, Transform) and inverse_of(value) is None:
+    is_inverse = isinstance(value, torch.distributions.transforms._InverseTransform)
+    if isinstance(value, Transform) and not is_inverse:
         parts["_inv"] = None  # which torch remembers: it is of the old parts, and leads back here
     new.__dict__.update({k: changed(v) for k, v in parts.items()})
     return new

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.utils import lazy_property
 
-from ..transforms.bijections import inverse_of
 from ..transforms.flow import Flow
 from .bases import Samples
 
@@ -89,6 +88,12 @@ def _name(part: object) -> str:
 def _without_addresses(text: str) -> str:
     """Return a text, such as a ``repr``, without what differs between processes."""
     return _ADDRESS.sub("", text)
+
+
+def inverse_of(transform: object) -> object:
+    """Return the transform that another is the inverse of; None of one that is no inverse."""
+    kind = torch.distributions.transforms._InverseTransform
+    return transform._inv if isinstance(transform, kind) else None
 
 
 def parts_of(value: object) -> dict[str, object]:

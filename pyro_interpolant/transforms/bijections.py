@@ -179,12 +179,6 @@ def mended(transform: Transform) -> Transform:
     return changed
 
 
-def inverse_of(transform: object) -> object:
-    """Return the transform that another is the inverse of; None of one that is no inverse."""
-    kind = torch.distributions.transforms._InverseTransform
-    return transform._inv if isinstance(transform, kind) else None
-
-
 def _tensors_of(transform: Transform) -> list[Tensor]:
     """Return the tensors that a transform is made of, such as bounds, but none it remembers."""
     found: list[Tensor] = []

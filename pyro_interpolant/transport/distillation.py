@@ -22,12 +22,13 @@ from .._package import check_ranges, number, whole
 from .._torch import evaluated, seeded, with_gradients
 from ..distributions.bases import only_possible, standard_normal
 from ..distributions.constraints import Constraint
+from ..distributions.fingerprint import inverse_of
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
 from ..distributions.rows import check_value
 from ..distributions.supports import CircularSupport, Support, support_of
 from ..training.whitening import whitening_map
-from ..transforms.bijections import Unseen, Whiten, inverse_of
+from ..transforms.bijections import Unseen, Whiten
 from ..transforms.whitening import DenseWhitening
 
 if TYPE_CHECKING:
