@@ -18,7 +18,7 @@ from ..training.clock import Clock
 from ..training.reporting import PercentBar, stage, tell
 from ..training.rows import Rows
 from ..training.selection import Scores, Selection
-from .latents import chunks, draw_latents, given, sets
+from .latents import by_sets, chunks, draw_latents, given
 from .noise import Measurements
 from .regression import FlowRegression
 from .schedule import RateSchedule
@@ -89,11 +89,12 @@ class NoisyRows:
         self, distribution: AnyDistribution, index: Tensor, *, finely: bool
     ) -> tuple[Tensor, Tensor]:
         """Return the log-evidence of rows and its standard errors, shape ``(n,)`` each."""
-        found: list[tuple[Tensor, Tensor]] = []
         sizes = _REPORT_DRAWS if finely else _LOOK_DRAWS
-        rows = self.rows.take(index)
-        for part in sets(distribution, rows, sizes["shared"]):
-            found.append(draw_latents(distribution, rows.take(part), **sizes).log_evidence())
+
+        def evidence(few: Measurements) -> tuple[Tensor, Tensor]:
+            return draw_latents(distribution, few, **sizes).log_evidence()
+
+        found = by_sets(evidence, distribution, self.rows.take(index), sizes["shared"])
         totals, errors = zip(*found, strict=True)
         return _unbiased(torch.cat(totals), torch.cat(errors))
 

@@ -39,7 +39,8 @@ def side_by_side(
     """Return a function's values at the arguments in each block, so many at once.
 
     Args:
-        function: What needs no graph, draws nothing and keeps nothing between calls.
+        function: What needs no graph, draws by seeds of its own alone and keeps nothing between
+            calls.
         blocks: The arguments of each call.
         threads: How many calls run at once, each on one core; one takes all that torch has.
     """

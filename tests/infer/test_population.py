@@ -1,6 +1,7 @@
 """Populations behind noisy rows, against the closed forms of Gaussians."""
 
 import math
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +29,7 @@ from pyro_interpolant.infer.latents import _with_present, draw_latents, of_popul
 from pyro_interpolant.infer.noise import measurements
 from pyro_interpolant.infer.population import _start_rows
 from pyro_interpolant.infer.proposals import LocalProposal, local_proposal, standard_log_prob
-from pyro_interpolant.solvers.parallel import threads_at_once
+from pyro_interpolant.solvers.parallel import one_thread_each, threads_at_once
 from pyro_interpolant.training.clock import Clock
 
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
@@ -1104,7 +1105,7 @@ def test_latents_that_make_y_impossible_have_no_likelihood(name):
 def test_objects_behind_noise_of_one_sign_have_the_closed_form():
     flow = interpolant_transform(1, (8,), solver=pi.FixedGrid(steps=1))  # untrained: N(0, 1)
     normal, y = InterpolantDistribution(flow), torch.tensor([0.5])
-    found = object_posteriors(normal, y[:, None], later, draws=4000, seed=0)
+    found = object_posteriors(normal, y[:, None], later, draws=4000, seed=1)
     # N(x; 0, 1) exp(2 x) is N(x; 2, 1) exp(2).
     wanted = math.log(2.0) - 2.0 * y + 2.0 + Normal(2.0, 1.0).cdf(y).log()
     assert torch.allclose(found.log_evidence, wanted, atol=0.05)
@@ -1283,6 +1284,33 @@ def test_latents_are_drawn_on_one_thread_but_for_solves(monkeypatch):
     from_noisy_samples(y, sds, **QUICK | {"steps": 20})
     assert seen == [(1, 2)] * 3
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_posteriors_and_evidences_do_not_depend_on_the_number_of_threads(seed):
+    """Sets of 256 rows go side by side, and a seed's numbers are those of each set."""
+    flow, seen = gaussian(), []
+
+    def noise(x, row):
+        seen.append(threading.current_thread())
+        return dist.Normal(x, row).to_event(1)
+
+    y, sds = torch.randn(600, 2), torch.full((600, 2), 0.3)
+    rows = measurements(y, sds)
+    catalogue = NoisyRows(of_population(rows, flow), flow.transform.flow.loc)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        seen.clear()
+        found.append(object_posteriors(flow, y, noise, noise_data=sds, draws=100, seed=seed))
+        with torch.no_grad(), one_thread_each():
+            found[-1] += catalogue.log_evidence(flow, torch.arange(600), finely=False)
+        assert len(set(seen)) == (1 if threads == 1 else 3)  # that of the check
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+    own = found[0][0] - y[:, None]  # beside shared draws, those of each set
+    assert not torch.equal(own[:256, 50:], own[256:512, 50:])
 
 
 @pytest.mark.usefixtures("_small_runs")
