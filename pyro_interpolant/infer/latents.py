@@ -29,6 +29,7 @@ from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.joint import names_in_frames
 from ..distributions.rows import check_same_order, contexts_of_rows
 from ..distributions.supports import support_of
+from ..nn.velocity import keeps_nothing
 from ..solvers.parallel import one_thread_each, side_by_side, threads_at_once
 from .noise import Measurements, Noise, measurements
 from .proposals import (
@@ -389,7 +390,10 @@ def by_sets(
         with seeded(seed):
             return function(rows.take(part))
 
-    threads = min(len(parts), threads_at_once()) if rows.y.is_cpu else 1
+    # What is kept of a call, or held for one thread, would be another's there.
+    is_apart = keeps_nothing(distribution.transform.flow.velocity) and rows.y.is_cpu
+    is_apart = is_apart and not torch.is_autocast_enabled("cpu")
+    threads = min(len(parts), threads_at_once()) if is_apart else 1
     return side_by_side(of_set, zip(parts, seeds, strict=True), threads=threads)
 
 

@@ -86,8 +86,9 @@ def from_noisy_samples(
         noise: Standard deviations of Gaussian errors, of the shape of y; their covariances, shape
             ``(N, D, D)``; or ``noise(x, row)``, a function that returns a Pyro distribution of y
             given latents x, shape ``(n or 1, S, *event_shape)``, and ``row``, those rows of
-            ``noise_data``, shape ``(n, 1, ...)``. A missing number has an infinite standard
-            deviation or variance, ``torch.inf``, and may be NaN in y.
+            ``noise_data``, shape ``(n, 1, ...)``; several threads may call it at once. A missing
+            number has an infinite standard deviation or variance, ``torch.inf``, and may be NaN
+            in y.
         noise_data: For a function: the numbers of each row that it takes, shape ``(N, ...)``.
         context: What the population is given, shape ``(N, C)``, as in
             :func:`~pyro_interpolant.from_samples`: the result is then conditional. Rows of equal

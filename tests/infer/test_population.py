@@ -1313,6 +1313,27 @@ def test_posteriors_and_evidences_do_not_depend_on_the_number_of_threads(seed):
     assert not torch.equal(own[:256, 50:], own[256:512, 50:])
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_sets_go_one_by_one_where_threads_would_meet(apart):
+    """Where a call of the network is more than its layers, or autocast is on, for one thread."""
+    flow, seen = gaussian(), set()
+
+    def noise(x, row):
+        seen.add(threading.current_thread())
+        return dist.Normal(x, row).to_event(1)
+
+    arguments = torch.randn(600, 2), noise
+    options = {"noise_data": torch.full((600, 2), 0.3), "draws": 100, "seed": 0}
+    torch.set_num_threads(2)
+    with torch.autocast("cpu", enabled=not apart):
+        object_posteriors(flow, *arguments, **options)
+    assert len(seen) == (3 if apart else 1)
+    seen.clear()
+    flow.transform.velocity.register_forward_hook(lambda *given: None)
+    object_posteriors(flow, *arguments, **options)
+    assert seen == {threading.main_thread()}
+
+
 @pytest.mark.usefixtures("_small_runs")
 def test_a_population_of_named_sites_on_supports_is_refused():
     mass = {"mass": torch.randn(300).exp()}
