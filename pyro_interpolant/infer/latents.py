@@ -392,7 +392,7 @@ def by_sets(
 
     # What is kept of a call, or held for one thread, would be another's there.
     is_apart = keeps_nothing(distribution.transform.flow.velocity) and rows.y.is_cpu
-    is_apart = is_apart and not torch.is_autocast_enabled("cpu")
+    is_apart = is_apart and not torch.is_autocast_enabled(rows.y.device.type)
     threads = min(len(parts), threads_at_once()) if is_apart else 1
     return side_by_side(of_set, zip(parts, seeds, strict=True), threads=threads)
 

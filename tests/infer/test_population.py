@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -1293,6 +1294,8 @@ def test_posteriors_and_evidences_do_not_depend_on_the_number_of_threads(seed):
 
     def noise(x, row):
         seen.append(threading.current_thread())
+        time.sleep(1e-4)  # another thread comes meanwhile
+        assert not torch.distributions.Distribution._validate_args
         return dist.Normal(x, row).to_event(1)
 
     y, sds = torch.randn(600, 2), torch.full((600, 2), 0.3)
@@ -1309,6 +1312,7 @@ def test_posteriors_and_evidences_do_not_depend_on_the_number_of_threads(seed):
         assert len(set(seen)) == (1 if threads == 1 else 3)  # that of the check
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
+    assert torch.distributions.Distribution._validate_args  # off beside noise, for all threads
     own = found[0][0] - y[:, None]  # beside shared draws, those of each set
     assert not torch.equal(own[:256, 50:], own[256:512, 50:])
 
