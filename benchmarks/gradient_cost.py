@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import pyro
 import pyro.distributions as dist
-import pyro.ops.integrator
 import torch
 from _pyro_speed import gradients_counted, milliseconds
 from pyro.infer import MCMC, NUTS

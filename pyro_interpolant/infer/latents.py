@@ -156,7 +156,7 @@ def draw_latents(
         start = (tried if len(tried) == 1 else tried[poor]), tried_likelihood[poor]
         proposal = fitted_proposal(flow, few, *start, steps, max(1, own // _TRIED_SHARE))
         own_z = proposal.sample(own)
-        own_u[poor, :own], found = pushed(flow, few, own_z)
+        own_u[poor, :own], _, found = pushed(flow, few, own_z)
         counts = shared, own
         of_shared = balanced(proposal, _of_rows(z, which_few), likelihood[poor], counts)
         parts = [of_shared, balanced(proposal, own_z, found, counts)]

@@ -32,7 +32,13 @@ from .sites import (
     subsampling_plates,
     unchecked,
 )
-from .validity import has_density, innermost_distribution, log_prob_left_out, without_masks
+from .validity import (
+    has_density,
+    innermost_distribution,
+    log_prob_left_out,
+    without_masks,
+    without_validation,
+)
 
 _PROBES = 3  # draws on which a batched evaluation is compared with single ones
 _MANY = 100  # also this many at once, the probes repeated
@@ -107,7 +113,7 @@ class LogJoint:
         if len(z) == 0:
             return z.sum(-1)
         parts = self.parts_by(self.batching)
-        with pyro.validation_enabled(is_validate=False):
+        with without_validation:
             return torch.cat([evaluated_safely(parts, few).sum(0) for few in z.split(self.rows)])
 
     def unpack(self, z: Tensor) -> dict[str, Tensor]:

@@ -7,14 +7,11 @@ error below the rounding of y counts as that rounding. Any other noise is a func
 row's own numbers that returns a distribution of y.
 """
 
-import contextlib
 import dataclasses
 import math
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyro
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -30,7 +27,7 @@ from ..distributions.rows import (
     in_order,
     names_of,
 )
-from .validity import is_valid
+from .validity import is_valid, without_validation
 
 _ASYMMETRY = 1e-4  # of a covariance, in units of the standard deviations
 
@@ -401,31 +398,6 @@ def _normal(scaled: Tensor, diagonal: Tensor) -> Tensor:
     return volume - constant - 0.5 * scaled.square().sum(-1)
 
 
-class _Unvalidated:
-    """A block without validation, which is one switch for all threads: the last out restores it.
-
-    Threads that each turned it off and on again would leave it as another of them had found it.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.inside, self.stack = threading.Lock(), 0, contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if not self.inside:
-                self.stack.enter_context(pyro.validation_enabled(is_validate=False))
-            self.inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if not self.inside:
-                self.stack.close()
-
-
-_UNVALIDATED = _Unvalidated()
-
-
 class _Function:
     """The log-density that a function noise(x, row) gives.
 
@@ -439,7 +411,7 @@ class _Function:
 
     def __call__(self, x: Tensor, y: Tensor, row: Tensor | None) -> Tensor:
         r"""Return :math:`\log p(y | x)`, shape ``(n, S)``, ``-inf`` where x makes y impossible."""
-        with _UNVALIDATED:  # y may be impossible under some x
+        with without_validation:  # y may be impossible under some x
             found = self.noise(x, row)
             if not hasattr(found, "log_prob"):
                 raise TypeError(

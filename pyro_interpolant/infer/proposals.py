@@ -141,7 +141,7 @@ def fitted_proposal(
         other = balanced(modes, z, likelihood, (z.shape[1], own)).argmax(-1)
         modes = modes.beside(local_proposal(flow, rows, z[row[:, 0], other], steps), 0.5)
     own_z = modes.sample(own)
-    own_likelihood = pushed(flow, rows, own_z)[1]
+    own_likelihood = pushed(flow, rows, own_z)[-1]
     z, likelihood = torch.cat((z, own_z), 1), torch.cat((likelihood, own_likelihood), 1)
     weights = balanced(modes, z, likelihood, (z.shape[1] - own, own)).softmax(-1).to(z)
     weights = weights.nan_to_num(nan=1 / z.shape[1])  # of no likelihood anywhere: any of them
@@ -200,7 +200,7 @@ def sharpened(
     points, values = (torch.cat(parts, 1) for parts in zip(*tops, strict=True))
     more = base_points(flow, _highest(points, values, 1)[0][..., dim:])
     z = torch.cat((z.expand(len(rows), -1, -1), more), 1)
-    return z, torch.cat((likelihood, pushed(flow, rows, more)[1]), 1)
+    return z, torch.cat((likelihood, pushed(flow, rows, more)[-1]), 1)
 
 
 def _highest(points: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -220,14 +220,19 @@ def base_points(flow: InterpolantDistribution, u: Tensor) -> Tensor:
     return 2 * z - flow.transform.inv(flow.transform(z).clone())
 
 
-def pushed(flow: InterpolantDistribution, rows: Measurements, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what base points, ``(n, S, D)``, become, and their log-likelihoods, ``(n, S)``.
+def pushed(
+    flow: InterpolantDistribution, rows: Measurements, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what base points become in the flow's coordinates, and as x, and log-likelihoods.
 
-    They are in the flow's coordinates.
+    Args:
+        flow: The population.
+        rows: The measurements, n of them.
+        z: The points, shape ``(n, S, D)``.
     """
     u = flow.transform(z)
     x = flow.from_flow(u)[0]
-    return u, rows.log_likelihood(x)
+    return u, x, rows.log_likelihood(x)
 
 
 def local_proposal(
@@ -270,8 +275,8 @@ def local_proposal(
 
 def _valued(flow: InterpolantDistribution, rows: Measurements, z: Tensor) -> tuple[Tensor, Tensor]:
     """Return what base points, ``(n, S, D)``, become, and their log posteriors, ``(n, S)``."""
-    x = flow.from_flow(flow.transform(z))[0]
-    return x, standard_log_prob(z) + rows.log_likelihood(x)
+    _, x, likelihood = pushed(flow, rows, z)
+    return x, standard_log_prob(z) + likelihood
 
 
 def _root_of(matrices: Tensor, other: Tensor) -> Tensor:

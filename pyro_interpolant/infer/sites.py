@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
-import pyro
 import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike
@@ -31,6 +30,7 @@ from ..distributions.joint import pack, unpack
 from ..distributions.rounding import are_close
 from ..distributions.rows import as_tensor
 from ..distributions.supports import OnEvents
+from .validity import without_validation
 
 Site = dict[str, Any]  # a site of a trace, Pyro's message
 Nodes = dict[str, Site]
@@ -124,7 +124,7 @@ def unchecked() -> Iterator[None]:
 
     Under ``torch.func.vmap`` nothing may branch on them, and some samplers loop, and say so.
     """
-    with pyro.validation_enabled(is_validate=False), warnings.catch_warnings():
+    with without_validation, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 

@@ -4,10 +4,13 @@ Validation raises an error for all of many draws at once, so it is off, and form
 the support: an exponential density grows without bound below zero, a Poisson rate may be negative.
 """
 
+import contextlib
 import inspect
 import math
+import threading
 from collections.abc import Mapping
 
+import pyro
 import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -25,6 +28,31 @@ from ..distributions.constraints import innermost_constraint
 
 # Constraints that all numbers satisfy, or that nothing is known of.
 _ALWAYS = (type(constraints.real), type(constraints.dependent))
+
+
+class _WithoutValidation:
+    """A block without validation, which is one switch for all threads: the last out restores it.
+
+    Threads that each turned it off and on again would leave it as another of them had found it.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.stack = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.stack.enter_context(pyro.validation_enabled(is_validate=False))
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.stack.close()
+
+
+without_validation = _WithoutValidation()
 
 
 def innermost_distribution(fn: Distribution) -> Distribution:

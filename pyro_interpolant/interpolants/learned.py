@@ -222,7 +222,7 @@ class LearnedInterpolant(nn.Module, Interpolant):
         and so are the derivatives of the coefficients in theirs.
         """
         half, k = 0.5 * math.pi, torch.arange(1, self.modes + 1, dtype=t.dtype, device=t.device)
-        (cosine, sine), angles = ((half * t).cos(), (half * t).sin()), math.pi * t[..., None] * k
+        cosine, sine, angles = (half * t).cos(), (half * t).sin(), math.pi * t[..., None] * k
         rates = -half * sine, half * cosine, math.pi * k * angles.cos()
         return (cosine, sine, angles.sin()), rates
 
