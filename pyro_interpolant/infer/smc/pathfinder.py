@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ..._torch import draws_nothing
 from .tempering import HMCKernel, LogDensity, tempered_smc
 
 _START_SCALE = 4.0  # of the default start
@@ -227,7 +228,7 @@ def _mixed(wide: StudentTMixture, bound: Tensor, loc: Tensor, root: Tensor) -> S
 def _derivatives(density: LogDensity, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return gradients, shape ``(S, D)``, and Hessians, shape ``(S, D, D)``, float64."""
     leaf = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), draws_nothing():
         value = density(leaf)
         (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
         rows = [_gradient_of_sum(gradient[:, j], leaf) for j in range(x.shape[1])]

@@ -143,7 +143,7 @@ class LogDensity:
 
     def _differentiated(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return log densities and gradients of rows that are evaluated at once, ``(N, D)``."""
-        with torch.enable_grad():
+        with torch.enable_grad(), draws_nothing():
             leaf = x.detach().clone().requires_grad_()
             value = self._value(leaf)
             (gradient,) = torch.autograd.grad(value.sum(), leaf)
