@@ -55,6 +55,10 @@ class FlowRegression:
         keep = max(2, min(self.most, self.added // 2 + 1))
         self.pools = [*self.pools, rows][-keep:]
 
+    def steps_of(self, passes: int) -> int:
+        """Return in how many steps the rows are gone through so many times."""
+        return passes * sum(len(pool.w) for pool in self.pools) // _BATCH_ROWS
+
     def __call__(self, steps: int, rate: Callable[[], float], *, seconds: float) -> None:
         """Take steps, at most as many as the time allows.
 

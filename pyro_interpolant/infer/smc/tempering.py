@@ -19,7 +19,7 @@ from ..._torch import draws_nothing
 from ...diagnostics.psis import effective_sample_size, finite_or_minus_inf, systematic_resampling
 from ...training.threads import Threads
 
-_BLOCKS = (128, 1024, 4096)  # numbers of rows evaluated at once that are tried
+_BLOCKS = (128, 512, 2048, 4096)  # numbers of rows evaluated at once that are tried
 _CHECKED = 32  # rows at a time, until one has a density
 _TUNING_SECONDS = 1.0  # beyond which larger blocks are not tried
 _TARGET_ACCEPTANCE = 0.7  # of the longer steps
@@ -118,7 +118,7 @@ class LogDensity:
             each = (time.monotonic() - began) / len(few)
             if each < 0.9 * best:
                 best, chosen = each, rows
-            if 10 * each * len(few) > _TUNING_SECONDS:
+            if 6 * each * len(few) > _TUNING_SECONDS:  # what the next, four times as large, take
                 break
         self.rows, self.seconds = chosen, best
 

@@ -50,6 +50,9 @@ _GRADIENTS_PER_PARTICLE = 40  # at the least, on the way from the start
 _PATHFINDER_SHARE, _TEMPERED, _GRADIENTS_SHARE = 0.07, 0.25, 0.2
 _MIXING_SHARE, _REGRESSION_SHARE, _VERDICT_SHARE = 0.08, 0.05, 0.06
 _MOVES_SHARE = 0.35  # of the time of the rest of a round
+# The most times that a round's regression goes through its rows, which it would learn by heart:
+# of the few particles of a slow density 300 times gave 1.5 nats more on them than on fresh draws.
+_PASSES = 20
 _LEAST_PARTICLES = 100  # however slow the density is
 # Particles that are moved even where this is slow, as far as they take no more of the time.
 _WANTED_PARTICLES, _THEIR_SHARE = 500, 0.6
@@ -208,9 +211,14 @@ class Rounds:
         return self.schedule.rate(self.clock.spent(), self.share_of_rounds())
 
     def round(self, steps: int) -> bool:
-        """Regress the flow, propose by it, move by the gradient; return whether to go on."""
+        """Regress the flow, propose by it, move by the gradient; return whether to go on.
+
+        Args:
+            steps: The most steps of the regression.
+        """
         began, clock = time.monotonic(), self.clock
         left = self.schedule.end - clock.spent()
+        steps = min(steps, self.regression.steps_of(_PASSES))
         self.regression(steps, self.rate, seconds=min(_REGRESSION_SHARE * clock.limit, left))
         with self.regression.average.applied(), evaluated(self.distribution.transform.flow):
             self.distribution.clear_cache()
@@ -317,7 +325,7 @@ def train_from_density(
         max_seconds: The time to spend, unless nothing improves any more; it takes up to 5% and 5 s
             more, or what a few thousand evaluations of the density take, where that is longer.
         draws: The number of particles; fewer where the density is slow.
-        steps: The most regression steps in a round.
+        steps: The most regression steps in a round, which goes through its rows 20 times at most.
         rounds: The most rounds; by default as many as the time allows.
         seed: Makes the run reproducible, as far as the clock decides nothing.
         progress: Whether to show a bar.
