@@ -54,6 +54,16 @@ def test_trajectories_start_at_the_base_and_end_at_the_model(dim):
     assert start[0] == pytest.approx(0.0 if dim == 1 else 9.0, abs=0.1)
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+def test_trajectories_that_stop_at_the_base_are_points_of_it(dim):
+    base = dist.Normal(torch.full((dim,), 9.0), torch.full((dim,), 0.01)).to_event(1)
+    ax = plotting.trajectories(flow(dim, base=base).at(0), count=6, steps=1)
+    points = [line.get_xydata() for line in ax.lines]
+    assert len(points) == 6
+    for point in points:
+        np.testing.assert_allclose(point, [[0.0 if dim == 1 else 9.0, 9.0]], atol=0.1)
+
+
 def test_trajectories_live_on_the_support():
     ax = plotting.trajectories(flow(2, support=constraints.positive), count=5, steps=4)
     assert all((line.get_xydata() > 0).all() for line in ax.lines)

@@ -76,6 +76,8 @@ def solver_error(
 
     Rows that one of the two solves alone leads beyond the bounds of a base have no error of
     log_prob, and are left out of it.
+    A base that is a flow keeps its own solver, whose error is not counted: measure it by itself,
+    on draws of ``distribution.base``.
 
     Args:
         distribution: A trained flow.

@@ -319,20 +319,20 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
             ValueError: If a probability is not between 0 and 1.
         """
         _check_scalar(self, "icdf")
-        q = as_tensor(value, "probabilities").to(self.transform.flow.loc)
+        q, loc = as_tensor(value, "probabilities"), self.transform.flow.loc
+        q = q.to(loc.device, torch.promote_types(q.dtype, loc.dtype))  # 1 - 1e-9 is not 1
         q = q.expand(broadcast_shapes(q.shape, self.batch_shape))
         if not (is_tracing() or is_functional()) and not bool(((q >= 0) & (q <= 1)).all()):
             raise ValueError(
-                f"expected probabilities between 0 and 1, got {float(q.min()):.3g} to "
-                f"{float(q.max()):.3g}"
+                f"expected probabilities between 0 and 1, got {q.min():.3g} to {q.max():.3g}"
             )
         _, rises, increases = _orientation(self)
         end = q.new_tensor(math.inf).copysign(q - 0.5 if rises else 0.5 - q)[..., None]
-        end, _ = self.from_flow(end)
+        end, _ = self.from_flow(end.to(loc))
         at_base = q if increases else 1 - q
         asked = q if self.base is None else at_base  # N(0, 1) is asked for what is above as well
         inner = (asked > 0) & (asked < 1)
-        x = pushed(self, _base_icdf(self, q.where(inner, 0.5), above=not increases))
+        x = pushed(self, _base_icdf(self, q.where(inner, 0.5), above=not increases).to(loc))
         is_known = not (is_tracing() or is_functional())
         for at, bound in enumerate(() if is_known and bool(inner.all()) else _base_ends(self)):
             if bool(bound.isfinite().any()):

@@ -291,7 +291,7 @@ def _paths(
         path = replace(distribution.transform.path(), solver=FixedGrid(steps))
         w = distribution.white_draws((count,))
         x = to_values(distribution, flow.integrate(w, path, forward=True))
-    x, times = x.reshape(steps + 1, count, -1), path.times[0]
+    x, times = x.reshape(*x.shape[:2], -1), path.times[0]
     if isinstance(distribution.space, CircularSupport):
         between = (x[1:] + x[:-1]) / 2
         between[(x.diff(dim=0).abs() > math.pi).any(-1)] = math.nan

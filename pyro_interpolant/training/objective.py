@@ -100,7 +100,10 @@ def interpolant_loss(
         x1: Data, shape ``(*, *event_shape)``; images of whole levels, ``uint8``, are spread over
             their levels anew, as :func:`~pyro_interpolant.fit` does.
         x0: Base draws paired with them: data coordinates for a given base, :math:`N(0, I)` draws
-            in whitened coordinates for the default one; shape ``(*, D)``. Drawn if not given.
+            in whitened coordinates for the default one; shape ``(*, D)``. Drawn if not given. Of
+            partners that are not independent of the data tell the flow, which cannot know it,
+            ``distribution.transform.flow.independent = False``: no score follows from its
+            velocity.
         t: Times in [0, 1], broadcastable to ``(*)``. Drawn uniformly, one per row, if not given.
         context: Contexts, shape ``(*, C)``, for a conditional flow, or labels, whole numbers of
             shape ``(*)`` too. The columns of data frames are taken by name.

@@ -135,12 +135,14 @@ def w2_bound(
 
     with K the Lipschitz constant of :math:`\hat v`. Without the minimum,
     :math:`H \le \int E|\hat v_t(I_t) - \partial_t I_t|^2 dt` is used, which is far larger.
+    Base draws are paired with rows at random, whatever pairs the flow was trained on: for others
+    the bound holds, and is loose.
 
     Args:
         distribution: A flow.
         data: Rows, shape ``(N, *event_shape)``, better not those it was trained on.
-        minimum: :math:`\min_v G(v)`, minus the energy of the interpolant's own velocity, in data
-            units squared, where it is known.
+        minimum: :math:`\min_v G(v)` of random pairs, minus the energy of the interpolant's own
+            velocity, in data units squared, where it is known.
         context: Contexts, shape ``(N, C)``, or one, for a conditional flow.
         seed: Of the times and base draws.
 

@@ -620,3 +620,15 @@ def test_small_probabilities_are_kept_where_the_map_falls(dtype):
     exact = 2 - torch.exp(0.3 - 1.5 * torch.special.ndtri(q))
     close(d.icdf(q.to(dtype)), exact.to(dtype), rtol=2e-5)
     close(d.cdf(exact.to(dtype)), q.to(dtype), rtol=2e-4)
+
+
+@pytest.mark.parametrize("base", ["none", "normal", "flow"])
+def test_probabilities_in_a_finer_type_than_the_flow_are_not_rounded_to_its_own(base):
+    standard = {"none": None, "normal": dist.Normal(torch.zeros(1), 1.0).to_event(1)}
+    start = standard.get(base, InterpolantDistribution(interpolant_transform(1, (8,))))
+    below = constraints.less_than(2.0)
+    d = InterpolantDistribution(interpolant_transform(1, (8,)), start, support=below)
+    q = torch.tensor([1 - 1e-9, 1e-9, 0.0, 1.0], dtype=torch.float64)  # the first is 1 in float32
+    x = d.to(torch.float32).freeze().icdf(q)[:, 0]
+    assert x.dtype == torch.float32
+    close(x, (2 - torch.exp(-torch.special.ndtri(q))).float(), rtol=1e-5)
