@@ -22,7 +22,7 @@ from .._package import check_ranges
 from .._torch import draws, seeded, warn_user
 from ..distributions.constraints import biject
 from ..distributions.supports import BijectiveSupport
-from .lanes import in_lanes
+from .lanes import in_lanes, state_of_others
 from .runs import (
     AllDrawn,
     Stop,
@@ -130,8 +130,7 @@ class Simulator:
             if time.monotonic() > deadline:
                 break
         found = Simulations.joined(parts)
-        count = len(found.log_prior)
-        proper = self.proper(found)
+        count, proper = len(found.log_prior), self.proper(found)
         good = all_of(proper)
         improper = count - int(good.sum())
         if improper == count:
@@ -228,8 +227,9 @@ class Simulator:
         It is looked for by some runs of the model, which who asks for shapes alone is spared.
         """
         with _attempts():
-            if self._repeats() is not True:  # other numbers would be drawn once for all
-                return "loop"
+            before = state_of_others()
+            if self._repeats() is not True or state_of_others() != before:
+                return "loop"  # numbers that torch does not draw would be drawn once for all
             with contextlib.suppress(Exception):  # whatever a model does with shapes
                 found = self._drawn(max(_PROBES, min(_TRIED, self.rows)), "plate")
                 if self._agrees(found.take(all_of(self.proper(found)))):

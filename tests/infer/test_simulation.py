@@ -502,6 +502,15 @@ def test_a_rare_event_is_drawn_for_every_simulation(hides):
         assert abs(share - 0.02) < 0.015
 
 
+@pytest.mark.parametrize("uniform", [np.random.rand, random.random])
+def test_a_rare_event_that_torch_does_not_draw_is_no_event_of_all_simulations(uniform):
+    def model(y=None):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x + 10.0 * (uniform() < 1e-9), 0.1), obs=y)
+
+    assert simulator_of(model).batching == "loop"
+
+
 @pytest.mark.parametrize("noise", NOISES)
 def test_deterministic_data_have_noise_of_their_own(noise):
     def model():
