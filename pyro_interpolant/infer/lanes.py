@@ -41,6 +41,9 @@ class DrawnInLanes(TorchFunctionMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> Tensor:
         """Call a function of torch, one that draws in place on a copy with lanes."""
+        if (kwargs or {}).get("generator") is not None:
+            # A run of its own draws the same from one that it seeds, each lane something else.
+            raise TypeError("expected draws from torch's global generator, got one of its own")
         if func in _IN_PLACE:
             tensor, *others = args
             if is_functorch_tensor(tensor):

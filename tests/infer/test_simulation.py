@@ -511,6 +511,24 @@ def test_a_rare_event_that_torch_does_not_draw_is_no_event_of_all_simulations(un
     assert simulator_of(model).batching == "loop"
 
 
+@pytest.mark.parametrize("into", [False, True])
+def test_numbers_that_a_model_draws_from_a_seed_of_its_own_are_those_of_all_simulations(into):
+    def columns():
+        generator = torch.Generator().manual_seed(3)
+        if into:
+            return torch.empty(4, 2).normal_(generator=generator)
+        return torch.randn(4, 2, generator=generator)
+
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        x = columns()
+        loc = x[:, 0] * w[0] + x[:, 1] * w[1]  # no plate can run it
+        pyro.sample("y", dist.Normal(loc, 0.01).to_event(1), obs=y)
+
+    found = simulator_of(model)(30)
+    assert (found.data["y"] - found.latents["w"] @ columns().T).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("noise", NOISES)
 def test_deterministic_data_have_noise_of_their_own(noise):
     def model():
