@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import slow_but
 from pyro import poutine
-from pyro.infer.reparam import LocScaleReparam
+from pyro.infer.reparam import LocScaleReparam, TransformReparam
 from simulators import QUICK, rows_with_gaps
 from torch import nn
 
@@ -111,6 +111,16 @@ def test_a_reparametrised_site_is_a_function_of_the_sites_in_its_place():
         assert simulator.sampled == ["scale", "loc_decentered", "y"]
         data = simulator(1000).data[observed]
         assert float(data.var()) == pytest.approx(variance, rel=0.2)
+
+
+def test_a_reparametrised_site_that_keeps_its_data_is_refused():
+    def model(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.LogNormal(loc, 1.0).expand([3]).to_event(1), obs=y)
+
+    guide = guide_of(poutine.reparam(model, {"y": TransformReparam()}))
+    with pytest.raises(ValueError, match=r"got .'y'. reparametrised"):
+        guide(torch.ones(3))
 
 
 @pytest.mark.usefixtures("_small_runs")
