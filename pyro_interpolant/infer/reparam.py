@@ -229,7 +229,7 @@ class _BaseSpaceMessenger(Messenger):
         if msg["is_observed"] or msg["done"]:
             return
         name, (flow, wrappers) = msg["name"], _unwrapped(msg["fn"])
-        if flow is None or is_conditioned(name, self) or _is_replayed(name, self):
+        if flow is None or is_conditioned(name, self) or is_replayed(name, name + _BASE, self):
             return
         event_dim = msg["fn"].event_dim
         value, site = msg["value"], _in_all_plates(msg, self)
@@ -367,12 +367,20 @@ def is_conditioned(name: str, messenger: Messenger) -> bool:
     )
 
 
-def _is_replayed(name: str, messenger: Messenger) -> bool:
-    """Return whether a ``replay`` around a messenger has a value of the site, none of its base."""
-    both = zip(_names_around(name, messenger), _names_around(name + _BASE, messenger), strict=True)
-    for (outer, own), (_, base) in both:
+def is_replayed(name: str, base: str, messenger: Messenger) -> bool:
+    """Return whether a ``replay`` around a messenger has a value of the site, none of its base.
+
+    As that of a guide over the site.
+
+    Args:
+        name: The site.
+        base: What is sampled in its place.
+        messenger: The messenger.
+    """
+    names = (_names_around(each, messenger) for each in (name, base))
+    for (outer, own), (_, other) in zip(*names, strict=True):
         trace = outer.trace if isinstance(outer, ReplayMessenger) else None
-        if trace is not None and own in trace and base not in trace:
+        if trace is not None and own in trace and other not in trace:
             return True
     return False
 
