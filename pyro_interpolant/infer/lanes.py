@@ -1,9 +1,11 @@
 """Random numbers drawn under :func:`torch.func.vmap`, other ones in each lane."""
 
 import math
+import random
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -39,6 +41,9 @@ class DrawnInLanes(TorchFunctionMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> Tensor:
         """Call a function of torch, one that draws in place on a copy with lanes."""
+        if (kwargs or {}).get("generator") is not None:
+            # A run of its own draws the same from one that it seeds, each lane something else.
+            raise TypeError("expected draws from torch's global generator, got one of its own")
         if func in _IN_PLACE:
             tensor, *others = args
             if is_functorch_tensor(tensor):
@@ -49,6 +54,12 @@ class DrawnInLanes(TorchFunctionMode):
             tensor.fill_(math.nan)
             return func(into, *others, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def state_of_others() -> tuple[object, ...]:
+    """Return the states of numpy's and Python's generators, from which all lanes draw at once."""
+    state: Any = np.random.get_state()  # a name, words, and where it is in them
+    return state[1].tobytes(), state[2:], random.getstate()
 
 
 def in_lanes(function: Callable[..., _T], count: int, *batches: Tensor | dict[str, Tensor]) -> _T:

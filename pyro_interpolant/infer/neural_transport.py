@@ -33,7 +33,7 @@ from ..distributions.supports import OnEvents
 from ..transforms.bijections import Unseen
 from ..transforms.gaussianize import without_gaussianizer
 from .autoguide import AutoInterpolant
-from .reparam import is_conditioned, requested_value
+from .reparam import is_conditioned, is_replayed, requested_value
 from .sites import (
     LatentSites,
     Model,
@@ -78,15 +78,16 @@ class Neutra:
             ValueError: If the model has not the latent sites that the guide has seen.
         """
         first, transform = self._first(), self._transform(*args, **kwargs)
+        name = first + _SITE
         base = self.guide.get_base_dist()  # not scored: the density is the model's
         with self._start(*args, **kwargs):
-            points = [sample_in_place(first + _SITE, base.mask(mask=False), {})]
+            points = [sample_in_place(name, base.mask(mask=False), {})]
         chain = transform.parts if isinstance(transform, ComposeTransform) else [transform]
         for part in chain:
             points.append(part(points[-1]))
         z = points[-1]
         parts = {name: (real, t) for name, t, real in self.sites.split(z)}
-        images = _Images(parts, self.sites.shapes, z)
+        images = _Images(parts, self.sites.shapes, z, name)
         with images:
             result = self.model(*args, **kwargs)
         if images.parts:
@@ -221,6 +222,7 @@ class _Images(Messenger):
             back; each is taken out as its site comes.
         shapes: The shape of each site.
         z: The vector, shape ``(*, D)``.
+        base: The name of the site that it is made of.
 
     Attributes:
         total: The sum so far of the log-determinants, shape ``(*)``.
@@ -236,9 +238,11 @@ class _Images(Messenger):
         parts: dict[str, tuple[Tensor, Transform]],
         shapes: Mapping[str, torch.Size],
         z: Tensor,
+        base: str,
     ) -> None:
         super().__init__()
-        self.parts, self.shapes, self.total = parts, shapes, z.new_zeros(z.shape[:-1])
+        self.parts, self.shapes, self.base = parts, shapes, base
+        self.total = z.new_zeros(z.shape[:-1])
 
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] not in self.parts:
@@ -252,6 +256,11 @@ class _Images(Messenger):
             raise ValueError(
                 f"expected site {msg['name']!r} to be latent, as when the guide was set up, got "
                 "it observed: train a guide of the model with these data"
+            )
+        if is_replayed(msg["name"], self.base, self):
+            raise ValueError(
+                f"expected values of the base draw {self.base!r}, got site {msg['name']!r} "
+                "replayed, as of a guide over it: give such a guide the model itself"
             )
         (real, known), fn = self.parts.pop(msg["name"]), msg["fn"]
         transform = biject(fn.support)

@@ -23,6 +23,7 @@ from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.markov_messenger import MarkovMessenger
 from pyro.poutine.messenger import Messenger, block_messengers
 from pyro.poutine.plate_messenger import PlateMessenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK, Message
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
@@ -194,7 +195,8 @@ def base_space(model: Model) -> BaseSpace:
     Initial values are proposed in base space too, where zero is the centre: strategies apply to
     ``z_base``, but for one that has a value for the name z, such as ``init_to_value(values={"z":
     ...})``, which is honoured by inverting the flow once. A site that ``pyro.condition`` fixes,
-    inside or around, is observed in data space. A scale inside of the model weighs the density of
+    inside or around, is observed in data space, and one of which ``poutine.replay`` has a value,
+    as that of a guide over z, is sampled there. A scale inside of the model weighs the density of
     z, of which the Jacobian's part is a factor beside the base; one around the result weighs the
     density of what is sampled there, as a mask does. ``Predictive`` lists that factor as
     ``z_log_jacobian``, an empty tensor whose last dimension is 0.
@@ -226,8 +228,8 @@ class _BaseSpaceMessenger(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if msg["is_observed"] or msg["done"]:
             return
-        flow, wrappers = _unwrapped(msg["fn"])
-        if flow is None or is_conditioned(msg["name"], self):
+        name, (flow, wrappers) = msg["name"], _unwrapped(msg["fn"])
+        if flow is None or is_conditioned(name, self) or is_replayed(name, name + _BASE, self):
             return
         event_dim = msg["fn"].event_dim
         value, site = msg["value"], _in_all_plates(msg, self)
@@ -240,7 +242,7 @@ class _BaseSpaceMessenger(Messenger):
             if isinstance(scale, Tensor) or scale != 1:
                 log_det = ComposeTransform(flow.transforms).log_abs_det_jacobian(x, z)
                 log_det = log_det + flow.space.beside_base(w)  # no more the site's to weigh
-                _count_jacobian(msg["name"], log_det, scale, wrappers)
+                _count_jacobian(name, log_det, scale, wrappers)
         # As pyro.deterministic does it, in place of the site.
         msg["fn"] = dist.Delta(z, event_dim=event_dim).mask(mask=False)
         msg["value"] = z
@@ -359,14 +361,38 @@ def is_conditioned(name: str, messenger: Messenger) -> bool:
 
     By the name that it has there, behind the scopes between.
     """
-    for outer in reversed(_PYRO_STACK[: _PYRO_STACK.index(messenger)]):
-        if isinstance(outer, ConditionMessenger) and name in outer.data:
+    return any(
+        isinstance(outer, ConditionMessenger) and own in outer.data
+        for outer, own in _names_around(name, messenger)
+    )
+
+
+def is_replayed(name: str, base: str, messenger: Messenger) -> bool:
+    """Return whether a ``replay`` around a messenger has a value of the site, none of its base.
+
+    As that of a guide over the site.
+
+    Args:
+        name: The site.
+        base: What is sampled in its place.
+        messenger: The messenger.
+    """
+    names = (_names_around(each, messenger) for each in (name, base))
+    for (outer, own), (_, other) in zip(*names, strict=True):
+        trace = outer.trace if isinstance(outer, ReplayMessenger) else None
+        if trace is not None and own in trace and other not in trace:
             return True
+    return False
+
+
+def _names_around(name: str, messenger: Messenger) -> Iterator[tuple[Messenger, str]]:
+    """Yield the messengers around one, from the inside, and the name that a site has at each."""
+    for outer in reversed(_PYRO_STACK[: _PYRO_STACK.index(messenger)]):
+        yield outer, name
         if isinstance(outer, (ScopeMessenger, NameCountMessenger)):
             renamed: Message = {"name": name}
             outer._pyro_sample(renamed)
             name = str(renamed["name"])
-    return False
 
 
 class _AskedForMore(Exception):

@@ -268,6 +268,29 @@ def check_names(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[
         )
 
 
+def check_drawn(nodes: Nodes, again: Nodes, observed: Sequence[str]) -> None:
+    """Raise a ValueError where a reparametrised site is observed and keeps the data it was given.
+
+    Those that take its place are drawn, but not made into values of it.
+
+    Args:
+        nodes: The sites of a run of a model that draws its data.
+        again: Those of another one.
+        observed: The names of the observed sites.
+    """
+    kept = [
+        name
+        for name in observed
+        if not (is_sampled(nodes[name]) or nodes[name]["infer"].get("_deterministic"))
+        and torch.equal(nodes[name]["value"], again[name]["value"])
+    ]
+    if kept:
+        raise ValueError(
+            f"expected observed sites that are drawn, got {kept} reparametrised, which keep the "
+            "data in the arguments: leave them out of poutine.reparam"
+        )
+
+
 def flattened(data: Mapping[str, Any], shapes: Mapping[str, torch.Size], like: Tensor) -> Tensor:
     """Return data of observed sites, flattened and joined, shape ``(*, C)``.
 

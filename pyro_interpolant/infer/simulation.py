@@ -9,8 +9,7 @@ import contextlib
 import functools
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import pyro
@@ -19,14 +18,15 @@ from pyro import poutine
 from torch import Tensor
 
 from .._package import check_ranges
-from .._torch import draws, seeded, warn_user
+from .._torch import attempts, draws, seeded, warn_user
 from ..distributions.constraints import biject
 from ..distributions.supports import BijectiveSupport
-from .lanes import in_lanes
+from .lanes import in_lanes, state_of_others
 from .runs import (
     AllDrawn,
     Stop,
     Unobserved,
+    check_drawn,
     check_names,
     check_rows_count,
     plate_nesting,
@@ -85,6 +85,8 @@ class Simulator:
             nodes = self._run()
             self._keep(nodes)
             self._check_kept(self._run())
+        else:
+            check_drawn(nodes, self._run(), observed)
         check_rows_count(nodes)
         self._check_supports(nodes)
         drawn = [k for k, n in nodes.items() if is_sampled(n) and not n["is_observed"]]
@@ -130,8 +132,7 @@ class Simulator:
             if time.monotonic() > deadline:
                 break
         found = Simulations.joined(parts)
-        count = len(found.log_prior)
-        proper = self.proper(found)
+        count, proper = len(found.log_prior), self.proper(found)
         good = all_of(proper)
         improper = count - int(good.sum())
         if improper == count:
@@ -227,9 +228,10 @@ class Simulator:
 
         It is looked for by some runs of the model, which who asks for shapes alone is spared.
         """
-        with _attempts():
-            if self._repeats() is not True:  # other numbers would be drawn once for all
-                return "loop"
+        with attempts():
+            before = state_of_others()
+            if self._repeats() is not True or state_of_others() != before:
+                return "loop"  # numbers that torch does not draw would be drawn once for all
             with contextlib.suppress(Exception):  # whatever a model does with shapes
                 found = self._drawn(max(_PROBES, min(_TRIED, self.rows)), "plate")
                 if self._agrees(found.take(all_of(self.proper(found)))):
@@ -238,7 +240,7 @@ class Simulator:
 
     def _without_plate(self) -> Batching:
         """Return the first way but a plate that works."""
-        with _attempts(), contextlib.suppress(Exception):
+        with attempts(), contextlib.suppress(Exception):
             if bool(all_of(self.proper(self._drawn(_PROBES, "vmap"))).any()):
                 return "vmap"
         return "loop"
@@ -354,12 +356,12 @@ class Simulator:
 
         Else a model draws there what it hides, of which both the latents and the data may be made.
         """
-        with _attempts(), seeded(0):
+        with attempts(), seeded(0):
             nodes = self._run(latents_alone=True)
         given = {name: nodes[name]["value"] for name in (*self.latents, *self.early)}
         found = []
         for seed in range(2):
-            with _attempts(), seeded(seed):
+            with attempts(), seeded(seed):
                 nodes = self._run(None, given, latents_alone=True)
                 if draws() > 0:
                     return False
@@ -490,11 +492,3 @@ class Simulator:
             with poutine.condition(data=given), Unobserved(self.drawn), ending:
                 model()
         return cast("Nodes", tracer.trace.nodes)
-
-
-@contextlib.contextmanager
-def _attempts() -> Iterator[None]:
-    """Try what may come to nothing, without gradients and warnings."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        yield

@@ -1,7 +1,9 @@
 """A model's log joint density for many draws at once: against Pyro's own potential energy."""
 
 import math
+import random
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -743,7 +745,15 @@ def by_branch():
     return torch.tensor(1.0 if bool(torch.rand(()) < 0.001) else 0.0)
 
 
-@pytest.mark.parametrize("event", [by_site, by_rand, in_place, by_branch])
+def by_numpy():
+    return torch.tensor(float(np.random.rand() < 0.001))
+
+
+def by_random():
+    return torch.tensor(float(random.random() < 0.001))
+
+
+@pytest.mark.parametrize("event", [by_site, by_rand, in_place, by_branch, by_numpy, by_random])
 def test_a_rare_event_is_refused(event):
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))

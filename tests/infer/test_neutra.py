@@ -398,6 +398,20 @@ def test_a_site_that_is_observed_or_missing_is_refused():
         neutra(small(), lambda: pyro.sample("mu", dist.Normal(0.0, 1.0)))()
 
 
+def test_a_guide_of_the_sites_themselves_is_refused():
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    guide = AutoInterpolant(model)
+    guide()
+    base = neutra(guide)
+    own = poutine.trace(base).get_trace()
+    again = poutine.trace(poutine.replay(base, trace=own)).get_trace()
+    assert torch.equal(again.nodes["x"]["value"], own.nodes["x"]["value"])
+    with pytest.raises(ValueError, match="got site 'x' replayed"):
+        poutine.replay(base, trace=poutine.trace(model).get_trace())()
+
+
 def test_one_solve_per_gradient(monkeypatch):
     guide = small()
     base = neutra(guide)

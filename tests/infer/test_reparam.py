@@ -653,6 +653,15 @@ def test_replay():
     assert not torch.equal(other.nodes["z"]["value"], first.nodes["z"]["value"])
 
 
+def test_a_trace_of_the_data_space_is_replayed_there():
+    model = regression(random_prior(2))
+    for within in (lambda m: m, scope(prefix="a")):
+        first = trace_of(within(model))
+        again = trace_of(poutine.replay(within(base_space(model)), trace=first))
+        assert again.nodes.keys() == first.nodes.keys()
+        assert torch.equal(again.log_prob_sum(), first.log_prob_sum())
+
+
 def test_draws_in_parallel_are_those_that_the_site_asks_for():
     prior, many = random_prior(2), {"enumerate": "parallel", "num_samples": 50, "expand": True}
 

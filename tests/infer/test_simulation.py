@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import slow_but
 from pyro import poutine
-from pyro.infer.reparam import LocScaleReparam
+from pyro.infer.reparam import LocScaleReparam, TransformReparam
 from simulators import QUICK, rows_with_gaps
 from torch import nn
 
@@ -111,6 +111,16 @@ def test_a_reparametrised_site_is_a_function_of_the_sites_in_its_place():
         assert simulator.sampled == ["scale", "loc_decentered", "y"]
         data = simulator(1000).data[observed]
         assert float(data.var()) == pytest.approx(variance, rel=0.2)
+
+
+def test_a_reparametrised_site_that_keeps_its_data_is_refused():
+    def model(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.LogNormal(loc, 1.0).expand([3]).to_event(1), obs=y)
+
+    guide = guide_of(poutine.reparam(model, {"y": TransformReparam()}))
+    with pytest.raises(ValueError, match=r"got .'y'. reparametrised"):
+        guide(torch.ones(3))
 
 
 @pytest.mark.usefixtures("_small_runs")
@@ -500,6 +510,33 @@ def test_a_rare_event_is_drawn_for_every_simulation(hides):
         found = simulator_of(poutine.block(model, hide=["k"]))(2000)
         share = (found.data["y"] - found.latents["x"] > 5).to(torch.float64).mean()
         assert abs(share - 0.02) < 0.015
+
+
+@pytest.mark.parametrize("uniform", [np.random.rand, random.random])
+def test_a_rare_event_that_torch_does_not_draw_is_no_event_of_all_simulations(uniform):
+    def model(y=None):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x + 10.0 * (uniform() < 1e-9), 0.1), obs=y)
+
+    assert simulator_of(model).batching == "loop"
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_numbers_that_a_model_draws_from_a_seed_of_its_own_are_those_of_all_simulations(into):
+    def columns():
+        generator = torch.Generator().manual_seed(3)
+        if into:
+            return torch.empty(4, 2).normal_(generator=generator)
+        return torch.randn(4, 2, generator=generator)
+
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        x = columns()
+        loc = x[:, 0] * w[0] + x[:, 1] * w[1]  # no plate can run it
+        pyro.sample("y", dist.Normal(loc, 0.01).to_event(1), obs=y)
+
+    found = simulator_of(model)(30)
+    assert (found.data["y"] - found.latents["w"] @ columns().T).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("noise", NOISES)
