@@ -402,6 +402,10 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
             ValueError: If the last dimension is not the velocity's ``context_dim``, or a label is
                 none of the classes.
         """
+        return self._given(context)
+
+    def _given(self, context: Tensor) -> InterpolantDistribution:
+        """Return the distribution given a context, as :meth:`condition`, without a warning."""
         return self._conditioned(context, InterpolantDistribution)
 
     def _conditioned(self, context: Tensor, kind: Callable[..., _Given]) -> _Given:
@@ -424,12 +428,14 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
     def given(self, context: Tensor | None) -> InterpolantDistribution:
         """Return the distribution given a context of shape ``(*, C)``, as :meth:`condition`.
 
+        For training and checks, which go through many: it never warns.
+
         Raises:
             ValueError: If there is none.
         """
         if context is None:
             raise ValueError("expected a context for a conditional flow, got none")
-        return self.condition(context)
+        return self._given(context)
 
     def without_support(self) -> "ConditionalInterpolantDistribution":
         """Return the distribution of the flow's own coordinates: real vectors."""

@@ -19,6 +19,8 @@ from pyro.poutine.runtime import InferDict, Message
 from torch import Tensor
 from torch.distributions import constraints
 
+from .._torch import is_functional, is_tracing, warn_user
+from ..nn.velocity import is_beyond
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .constraints import Constraint, Shaped, Sites, biject, bijection, real_shape
@@ -228,8 +230,35 @@ class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolant
 
         Raises:
             ValueError: If the last dimension is not the velocity's ``context_dim``.
+
+        Warns:
+            UserWarning: If it is a posterior, and data lie beyond all simulations that it was
+                trained on, or it was trained in rounds for others.
         """
+        self._warn_if_untrained_for(self.context_of(context))
+        return self._given(context)
+
+    def _given(self, context: Tensor) -> JointInterpolantDistribution:
         return self._conditioned(context, partial(JointInterpolantDistribution, sites=self.sites))
+
+    def _warn_if_untrained_for(self, context: Tensor) -> None:
+        """Warn where training has not seen the like of contexts, ``(*, C)``."""
+        if is_tracing() or is_functional():  # which have no values
+            return
+        beyond = is_beyond(self.transform.velocity, context)
+        if beyond is not None and bool(beyond.any()):
+            several = f"{int(beyond.sum())} of {beyond.numel()} data sets"
+            warn_user(
+                f"{several if beyond.numel() > 1 else 'the data'} lie beyond all simulations that "
+                "the posterior was trained on, and it takes them for nearer ones: it is not "
+                "theirs. Check their units, or train on simulations of a wider prior"
+            )
+        known = self.refined_for  # numbers of any units: each is compared in its own
+        if known is not None and not torch.allclose(context, known.to(context), atol=0.0):
+            warn_user(
+                "the posterior was trained in rounds for other data, and on a prior truncated to "
+                "theirs: train the guide by fit_guide for these, or a copy of it in rounds"
+            )
 
     def __repr__(self) -> str:
         """Name the sites, with their shapes and supports."""

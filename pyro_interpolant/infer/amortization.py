@@ -185,7 +185,7 @@ def measured_on_simulations(
         improper: The share of all that was left out.
     """
     rows, context = pack(fresh)
-    log_q = posterior.condition(context).log_prob(rows).double()
+    log_q = posterior.given(context).log_prob(rows).double()
     log_prior = fresh.log_prior if simulator.is_told_early else fresh.log_prior * math.nan
     log_p = (log_prior + log_det_of_sites(posterior.sites, rows)).double()
     gains, error = log_q - log_p, math.sqrt(len(rows))
@@ -234,7 +234,7 @@ def _importance_of_data_sets(
     """
     (rows, context), found, failed, reason, edges = packed, [], 0, NO_DENSITY, ""
     for i in range(min(_JUDGED_SETS, len(context))):
-        view = posterior.condition(context[i])
+        view = posterior.given(context[i])
         data = {name: value[i] for name, value in fresh.data.items()}
         try:
             density = LogJoint(_GivenData(sites, data, rows[i]))

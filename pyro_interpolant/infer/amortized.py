@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
 from .._package import check_ranges, whole
-from .._torch import seeded, trainable, warn_user
+from .._torch import seeded, trainable
 from ..distributions.joint import (
     ConditionalJointInterpolantDistribution,
     JointInterpolantDistribution,
 )
-from ..nn.embedded import EmbeddedVelocity
 from ..nn.embedding import SetEmbedding
 from ..training.clock import Clock
 from ..training.fitting import FitResult, fit
@@ -206,7 +205,7 @@ class AmortizedInterpolant(AutoInterpolant):
         Raises:
             ValueError: If the data are not there, or of another shape than in the simulations.
         """
-        return self._conditioned(self._seen(*args, **kwargs))
+        return self.posterior.condition(self._seen(*args, **kwargs))
 
     def likely_points(self, *args: object, **kwargs: object) -> Tensor:
         """Return draws given the data, always the same, the likeliest first, shape ``(P, D)``.
@@ -244,30 +243,10 @@ class AmortizedInterpolant(AutoInterpolant):
             UserWarning: If data lie beyond all simulations the guide was trained on, or it was
                 trained in rounds for others.
         """
-        own = self.posterior
-        posterior = self._conditioned(self._context(data))
+        posterior = self.posterior.condition(self._context(data))
         posterior.transform.trains_weights = False  # it is there to be read
-        posterior.report = own.report
+        posterior.report = self.posterior.report
         return posterior
-
-    def _conditioned(self, context: Tensor) -> JointInterpolantDistribution:
-        """Return the posterior given a context, ``(*, C)``; warn of one not trained for."""
-        velocity = self.transform.velocity
-        beyond = velocity.is_beyond(context) if isinstance(velocity, EmbeddedVelocity) else None
-        if beyond is not None and bool(beyond.any()):
-            several = f"{int(beyond.sum())} of {beyond.numel()} data sets"
-            warn_user(
-                f"{several if beyond.numel() > 1 else 'the data'} lie beyond all simulations that "
-                "the guide was trained on, and it takes them for nearer ones: its posterior is "
-                "not theirs. Check their units, or train on simulations of a wider prior"
-            )
-        known = self.posterior.refined_for  # numbers of any units: each is compared in its own
-        if known is not None and not torch.allclose(context, known.to(context), atol=0.0):
-            warn_user(
-                "the guide was trained in rounds for other data, and on a prior truncated to "
-                "their posterior: train it by fit_guide for these, or a copy of it in rounds"
-            )
-        return self.posterior.condition(context)
 
     def simulate(self, count: int, *args: object, **kwargs: object) -> Simulations:
         """Return simulations from the model, those that are finite.
@@ -465,7 +444,7 @@ class AmortizedInterpolant(AutoInterpolant):
             ended = copy.deepcopy(self.posterior).freeze()  # the weights go on
             late = clock.moment((i + _SIMULATING) / rounds)
             with seeded(None if seed is None else seed + i):
-                regions.append(region(ended.condition(known)))
+                regions.append(region(ended.given(known)))
                 new = truncated(simulator, regions, count, self.posterior.pack, late)
             inside = found.take(is_inside(regions, self.posterior.pack(found.latents)))
             found = inside if new is None else Simulations.joined([inside, new])
@@ -475,7 +454,7 @@ class AmortizedInterpolant(AutoInterpolant):
             tell_of_fewer(there, count, simulator)
             self.posterior.refined_for = known
             training = self._regress(found, clock, (i + 1) / rounds, settings)
-        posterior = self.posterior.condition(known)
+        posterior = self.posterior.given(known)
         result = self._judged(posterior, density, clock, seed, training)
         return result._replace(verdict=NO_DENSITY) if hides else result
 

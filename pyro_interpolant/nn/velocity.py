@@ -13,6 +13,7 @@ is optional, and used where it is there:
   once per row; it, and not the contexts, is then what the functions here are given.
 - ``explained(w, context)``: the part of rows that the network takes from their contexts in closed
   form; the whitening is then that of what it leaves.
+- ``is_beyond(context)``: whether contexts, ``(*, C)``, are far beyond all of training, ``(*)``.
 - ``broadcasts_time``: True if times may have any shape that broadcasts to ``(*)``, so that their
   embedding is computed once per distinct time.
 - ``field(times, context)``: one function ``x -> v`` per time, what they share computed once;
@@ -278,6 +279,17 @@ def explained(velocity: nn.Module, w: Tensor, context: Tensor | None) -> Tensor 
     """
     own = getattr(velocity, "explained", None)
     return None if own is None or context is None else own(w, context)
+
+
+def is_beyond(velocity: nn.Module, context: Tensor) -> Tensor | None:
+    """Return whether contexts are far beyond those of training, or None where it cannot tell.
+
+    Args:
+        velocity: The network.
+        context: Contexts, shape ``(*, C)``.
+    """
+    own = getattr(velocity, "is_beyond", None)
+    return None if own is None else own(context)
 
 
 def set_scales(

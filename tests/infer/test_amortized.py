@@ -783,6 +783,27 @@ def test_data_beyond_all_simulations_are_told_of(embedding):
         guide.condition(y=torch.stack((y, y - 20.0, y[[1, 0, 2, 3]])))
 
 
+def test_a_posterior_of_a_file_tells_of_data_that_it_is_not_for(tmp_path):
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
+    y = torch.tensor([0.5, 1.0, -1.0, 2.0])
+    guide(y)
+    guide.transform.velocity.set_scales(*guide.rows_of(guide.simulate(1000)))
+    guide.posterior.refined_for = y
+    pi.save(guide.posterior, tmp_path / "a.safetensors")
+    posterior = pi.load(tmp_path / "a.safetensors")
+    posterior.condition(y)
+    posterior.given(y + 100.0)  # as checks of many data sets go through it
+    with pytest.warns(UserWarning, match="trained in rounds for other data"):
+        posterior.condition(y + 0.1)
+    posterior.refined_for = None
+    posterior.condition(y + 0.1)
+    with pytest.warns(UserWarning, match="lie beyond all simulations that the posterior"):
+        posterior.condition(y + 100.0)
+    many = torch.stack((y, y + 100.0))
+    log_prob = torch.func.vmap(lambda row: posterior.condition(row).log_prob(torch.zeros(1)))
+    torch.testing.assert_close(log_prob(many), posterior.given(many).log_prob(torch.zeros(1)))
+
+
 def test_data_may_be_arrays():
     guide = pi.AmortizedInterpolant(rows_of_two, ("x", "y"), hidden_dims=(8,))
     x, y = torch.randn(2, ROWS)
