@@ -205,7 +205,8 @@ class AmortizedInterpolant(AutoInterpolant):
         Raises:
             ValueError: If the data are not there, or of another shape than in the simulations.
         """
-        return self.posterior.condition(self._seen(*args, **kwargs))
+        context = self._seen(*args, **kwargs)  # the first call sets the posterior up
+        return self.posterior.condition(context)
 
     def likely_points(self, *args: object, **kwargs: object) -> Tensor:
         """Return draws given the data, always the same, the likeliest first, shape ``(P, D)``.

@@ -911,17 +911,17 @@ def test_a_set_embedding_loses_nothing_of_a_regression(monkeypatch):
     monkeypatch.setattr("pyro_interpolant.infer.amortization._JUDGED_SETS", 2)
     guide = pi.AmortizedInterpolant(a_line, ("seen",), pi.nn.SetEmbedding(2), hidden_dims=(32, 32))
     given = torch.zeros(20), torch.zeros(20)
-    options = {"progress": False, "seed": 0, "options": {"steps": 100, "batch_size": 256}}
-    pi.fit_guide(guide, *given, simulations=4000, **options)
-    seen = guide.simulate(100, *given).data["seen"]
-    x, y = torch.stack((torch.ones(100, 20), seen[..., 0]), -1), seen[..., 1:]
+    options = {"progress": False, "seed": 0, "options": {"steps": 200, "batch_size": 256}}
+    pi.fit_guide(guide, *given, simulations=8000, **options)
+    seen = guide.simulate(400, *given).data["seen"]
+    x, y = torch.stack((torch.ones(400, 20), seen[..., 0]), -1), seen[..., 1:]
     inverse = torch.linalg.inv(x.mT @ x + torch.eye(2) / 9)
     mean = (inverse @ x.mT @ y)[..., 0]
     shape = torch.tensor(2.0 + 20 / 2)
     rate = 1 + 0.5 * (y.square().sum((1, 2)) - (mean * (x.mT @ y)[..., 0]).sum(-1))
     variance = rate[:, None] / (shape - 1) * inverse.diagonal(dim1=1, dim2=2)
     mean = torch.cat((mean, (shape.digamma() - rate.log())[:, None]), -1)
-    deviation = torch.polygamma(1, shape).sqrt().expand(100, 1)
+    deviation = torch.polygamma(1, shape).sqrt().expand(400, 1)
     deviation = torch.cat((variance.sqrt(), deviation), -1)
     found = guide.condition(seen=seen).sample_dict((1000,))
     draws = torch.cat((found["w"], found["precision"].log()[..., None]), -1)

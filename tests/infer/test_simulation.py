@@ -713,7 +713,7 @@ def test_the_gain_is_known_where_the_density_of_the_prior_is(is_told):
     given = SimpleNamespace(log_prob=lambda rows: rows[:, 0] - 1)
     for lost in (False, True):
         posterior = SimpleNamespace(
-            condition=lambda c: given, sites=sites, report=Report(1, 3, 1.0, 1, 1)
+            given=lambda c: given, sites=sites, report=Report(1, 3, 1.0, 1, 1)
         )
         log_prior = prior.clone()
         log_prior[0] = -torch.inf if lost else -2.0
@@ -736,7 +736,7 @@ def test_evidence_that_is_off_at_an_edge_is_told_of_a_data_set(monkeypatch):
         ("at_edges", lambda *args: "the evidence is lost"),
     ):
         monkeypatch.setattr(amortization, name, fake)
-    posterior, packed = SimpleNamespace(condition=lambda c: None), (torch.zeros(2, 1),) * 2
+    posterior, packed = SimpleNamespace(given=lambda c: None), (torch.zeros(2, 1),) * 2
     with pytest.warns(UserWarning, match="of one data set the evidence is lost"):
         found, _ = amortization._importance_of_data_sets(
             posterior, SimpleNamespace(data={}), packed, None, Clock(None)

@@ -152,7 +152,7 @@ def test_block(where):
 
 @where
 def test_replay(where):
-    """Of a trace in the same space the sites and the densities come back."""
+    """Of a trace in the same space, and of one in data space, sites and densities come back."""
     case = Case()
     model = {"data": case}.get(where, base_space(case))
     first = trace_of(model)
@@ -161,11 +161,9 @@ def test_replay(where):
     torch.testing.assert_close(again.log_prob_sum(), first.log_prob_sum())
     draw = trace_of(case)  # in data space
     there = trace_of(WHERE[where](case, lambda m: poutine.replay(m, trace=draw)))
-    if where == "outside":  # z is no latent site any more, so that Pyro leaves it alone
-        assert not torch.equal(there.nodes["z"]["value"], draw.nodes["z"]["value"])
-    else:
-        assert there.stochastic_nodes == ["z"]
-        torch.testing.assert_close(there.log_prob_sum(), draw.log_prob_sum())
+    assert there.stochastic_nodes == ["z"]
+    assert torch.equal(there.nodes["z"]["value"], draw.nodes["z"]["value"])
+    torch.testing.assert_close(there.log_prob_sum(), draw.log_prob_sum())
 
 
 @where
