@@ -76,14 +76,6 @@ def is_watched() -> bool:
 
 
 @contextlib.contextmanager
-def attempts() -> Iterator[None]:
-    """Try what may come to nothing, without gradients and warnings."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Let this thread draw from generators of its own, whoever draws: torch, Pyro, a loader.
 

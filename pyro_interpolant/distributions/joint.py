@@ -235,7 +235,8 @@ class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolant
             UserWarning: If it is a posterior, and data lie beyond all simulations that it was
                 trained on, or it was trained in rounds for others.
         """
-        self._warn_if_untrained_for(self.context_of(context))
+        context = self.context_of(context)
+        self._warn_if_untrained_for(context)
         return self._given(context)
 
     def _given(self, context: Tensor) -> JointInterpolantDistribution:

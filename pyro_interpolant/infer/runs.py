@@ -1,7 +1,8 @@
 """One run of a model that draws its data: what it observes, and what is refused of its sites."""
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,14 @@ from .sites import (
 _DENSITY = "log_prob of "  # before the name of a site, the key of its log density in an example
 # Rounding moves the density of values far larger than their deviations by more than the values.
 _VALUE_RTOL, _DENSITY_RTOL = 1e-5, 1e-3
+
+
+@contextlib.contextmanager
+def attempts() -> Iterator[None]:
+    """Try what may come to nothing, without gradients and warnings."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class Unobserved(Messenger):
@@ -268,22 +277,23 @@ def check_names(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[
         )
 
 
-def check_drawn(nodes: Nodes, again: Nodes, observed: Sequence[str]) -> None:
+def check_drawn(nodes: Nodes, observed: Sequence[str], run: Callable[[], Nodes]) -> None:
     """Raise a ValueError where a reparametrised site is observed and keeps the data it was given.
 
     Those that take its place are drawn, but not made into values of it.
 
     Args:
         nodes: The sites of a run of a model that draws its data.
-        again: Those of another one.
         observed: The names of the observed sites.
+        run: Returns those of another run.
     """
-    kept = [
+    made = [
         name
         for name in observed
         if not (is_sampled(nodes[name]) or nodes[name]["infer"].get("_deterministic"))
-        and torch.equal(nodes[name]["value"], again[name]["value"])
     ]
+    again = run() if made else nodes
+    kept = [name for name in made if torch.equal(nodes[name]["value"], again[name]["value"])]
     if kept:
         raise ValueError(
             f"expected observed sites that are drawn, got {kept} reparametrised, which keep the "

@@ -18,7 +18,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .._package import check_ranges
-from .._torch import attempts, draws, seeded, warn_user
+from .._torch import draws, seeded, warn_user
 from ..distributions.constraints import biject
 from ..distributions.supports import BijectiveSupport
 from .lanes import in_lanes, state_of_others
@@ -26,6 +26,7 @@ from .runs import (
     AllDrawn,
     Stop,
     Unobserved,
+    attempts,
     check_drawn,
     check_names,
     check_rows_count,
@@ -86,7 +87,7 @@ class Simulator:
             self._keep(nodes)
             self._check_kept(self._run())
         else:
-            check_drawn(nodes, self._run(), observed)
+            check_drawn(nodes, observed, self._run)
         check_rows_count(nodes)
         self._check_supports(nodes)
         drawn = [k for k, n in nodes.items() if is_sampled(n) and not n["is_observed"]]

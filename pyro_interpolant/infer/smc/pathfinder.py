@@ -17,7 +17,7 @@ from .tempering import HMCKernel, LogDensity, tempered_smc
 _START_SCALE = 4.0  # of the default start
 _START_ROWS = 2000  # that are drawn of a start given as a distribution
 # The fewest and the most, by what an iteration costs. Derivatives of 16 rows through a solver take
-# 1.2 to 1.5 times as long as those of 4, and 4 searches leave modes to tempering, which may lose
+# 1.2 to 2.1 times as long as those of 4, and 4 searches leave modes to tempering, which may lose
 # them.
 _SEARCHES = (16, 256)
 _MAX_COMPONENTS = 32  # besides the wide one

@@ -118,13 +118,13 @@ class LogDensity:
             each = (time.monotonic() - began) / len(few)
             if each < 0.9 * best:
                 best, chosen = each, rows
-            if 6 * each * len(few) > _TUNING_SECONDS:  # what the next, four times as large, take
+            if 6 * each * len(few) > _TUNING_SECONDS:  # the next takes four times 3 for these 2
                 break
         self.rows, self.seconds = chosen, best
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the log density, shape ``(N,)``, of rows of shape ``(N, D)``, differentiable."""
-        with self._threads():
+        with self._threads(), draws_nothing():
             return torch.cat([self._value(part) for part in x.split(self.rows)])
 
     def particles(self, x: Tensor) -> Particles:
@@ -151,8 +151,7 @@ class LogDensity:
         return value.detach(), torch.where(finite[:, None], gradient, 0.0)
 
     def _value(self, x: Tensor) -> Tensor:
-        with draws_nothing():
-            value = self.function(x)
+        value = self.function(x)
         if value.shape != x.shape[:1]:
             raise ValueError(
                 f"expected log densities of shape ({len(x)},) for rows of shape "

@@ -51,7 +51,8 @@ _PATHFINDER_SHARE, _TEMPERED, _GRADIENTS_SHARE = 0.07, 0.25, 0.2
 _MIXING_SHARE, _REGRESSION_SHARE, _VERDICT_SHARE = 0.08, 0.05, 0.06
 _MOVES_SHARE = 0.35  # of the time of the rest of a round
 # The most times that a round's regression goes through its rows, which it would learn by heart:
-# of the few particles of a slow density 300 times gave 1.5 nats more on them than on fresh draws.
+# of the few particles of a slow density 170 to 340 times gave a nat more on them than on fresh
+# draws.
 _PASSES = 20
 _LEAST_PARTICLES = 100  # however slow the density is
 # Particles that are moved even where this is slow, as far as they take no more of the time.
