@@ -26,7 +26,6 @@ from torch import Tensor
 from .._files import StrPath, contents, refuse_no_place, write
 from .._package import check_ranges, number, whole
 from .._torch import evaluated, warn_user, with_gradients
-from ..distributions.bases import check_single
 from ..distributions.fingerprint import fingerprint
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.rows import contexts_of_rows, images_of
@@ -139,7 +138,7 @@ def bits_per_dim(
             "expected a conditional flow and context=, which goes through in pieces as the images "
             f"do, got one conditioned already, of batch shape {tuple(known.shape[:-1])}"
         )
-    check_single(distribution.base)
+    distribution.check_single_base()
     if context is not None:
         names = distribution.context_columns
         given = contexts_of_rows(context, flow, names, len(values), "images")

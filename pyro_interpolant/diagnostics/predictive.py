@@ -29,7 +29,6 @@ from torch import Tensor
 
 from .._package import check_ranges, whole
 from .._torch import robust_deviation, seeded
-from ..distributions.bases import check_single
 from ..distributions.constraints import real_shape
 from ..distributions.interpolant import (
     AnyDistribution,
@@ -246,7 +245,7 @@ class _Rows:
                 "the conditional flow itself, and context=..., one for each row; or condition it "
                 "on one context, of shape (C,)"
             )
-        check_single(density.base)
+        density.check_single_base()
         check_same_order(x=x, context=context)
         self.distribution = density
         self.x = checked_rows(_packed(density, x), "x", density.row_shape).to(flow.loc)

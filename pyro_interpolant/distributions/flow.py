@@ -21,6 +21,7 @@ from .bases import (
     Samples,
     WhitenedBase,
     check_is_base,
+    check_single,
     copy_like,
     has_density,
     standard_normal,
@@ -130,6 +131,14 @@ class FlowDistribution:
                 "data, which this flow was not fitted to. Fit it, pass a base, or give sample_sde "
                 "rows x"
             )
+
+    def check_single_base(self, *, rows: bool = False) -> None:
+        """Raise a ValueError if the base has a batch, each member of which would need rows.
+
+        Args:
+            rows: Whether rows are drawn from it, and so a batch of one is one too many.
+        """
+        check_single(self.base, rows=rows)
 
     def has_density(self) -> bool:
         """Return whether there is a log_prob: not of what is guided, nor where the base has none.

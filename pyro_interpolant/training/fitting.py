@@ -15,12 +15,10 @@ from numpy.typing import ArrayLike
 from .._torch import seeded, trainable, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..diffusion.guidance import Guided
-from ..distributions.bases import check_single
 from ..distributions.fingerprint import identity_of
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
-from ..nn.mlp import untrained_like
 from ..solvers.ode import FixedGrid, Solver
 from ..solvers.parallel import one_thread_each
 from ..transforms.flow import Flow
@@ -246,19 +244,18 @@ def fit(
         split = source.split(process, batch_size, clock=clock, state=state, progress=progress)
         with _restored_on_error(distribution):
             start_from(distribution, base_samples, split, source, process, anew=anew)
-            if learn == "velocity":
-                flow.independent, flow.reached = coupling is independent and pairs is None, None
-                prepare_flow(distribution, split.kept, state, process, keep=not whiten)
-            elif flow.noise is None:
-                sizes = flow.event_dim, flow.context_dim or 0, flow.classes
-                flow.noise = untrained_like(flow.velocity, *sizes).to(flow.loc)
             seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
             exponent = exponent_of(flow, seen, learn, state)
             aim = partial(Objective, target=learn, exponent=exponent, means=takes_means(state))
+            density = HeldOutDensity(distribution, split) if learn == "velocity" else None
+            if density is not None:
+                flow.independent, flow.reached = coupling is independent and pairs is None, None
+                prepare_flow(distribution, split.kept, state, process, keep=not whiten)
             objective = aim(flow, seen, coupling, process)
-            held = objective.without_outliers(split.held)
-            fixed = objective.fixed_points(held, unseen, split.size)
-            density = HeldOutDensity(distribution, split, held) if learn == "velocity" else None
+            near = objective.without_outliers(split.held)
+            fixed = objective.fixed_points(near, unseen, split.size)
+            if density is not None:
+                density.near = near
         source.names.give_to(distribution)
         with trainable(objective.network), _naming_rows(source, objective):
             batches = source.batches(split, objective)
@@ -347,7 +344,7 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
             "expected a flow that owns its weights, got a conditioned or guided one, or one "
             "stopped by at(t): fit the distribution it came from"
         )
-    check_single(distribution.base, rows=True)
+    distribution.check_single_base(rows=True)
     transform.flow.interpolant.check_ends(transform.flow.event_dim)
     loc = transform.flow.loc
     if torch.finfo(loc.dtype).bits < 32:

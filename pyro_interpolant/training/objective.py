@@ -27,6 +27,7 @@ from ..distributions.rows import FLOATED, check_value
 from ..interpolants.couplings import independent, optimal_transport
 from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic
+from ..nn.mlp import untrained_like
 from ..nn.velocity import embedded, evaluate, image_shape, size_of, time_exponent
 from ..transforms.flow import Flow
 from ..transforms.interpolant import check_tensor
@@ -34,7 +35,7 @@ from .checkpoint import Checkpoint
 from .distributed import Process
 from .image_rows import HELD_BATCHES, are_levels
 from .paths import Pairs, Points, Target, mean_rates, path_points, rows_together
-from .rows import Rows, dequantized
+from .rows import Rows
 from .whitening import inliers
 
 Metric = Callable[[Tensor], Tensor]
@@ -160,7 +161,7 @@ def _floating(distribution: AnyDistribution, x1: Tensor) -> Tensor:
     x1 = distribution.value_of(x1)
     check_tensor(x1, distribution.transform.flow.loc.dtype)
     if are_levels(x1, distribution.row_shape):
-        return dequantized(Rows(x1, None), distribution.transform.flow.loc).w
+        return Rows(x1, None).dequantized(distribution.transform.flow.loc).w
     if not x1.is_floating_point():
         raise TypeError(
             f"expected data of a floating type, got {x1.dtype}: convert tensors with {FLOATED}, "
@@ -201,7 +202,8 @@ class Objective(nn.Module):
             label at a time.
         process: This process, or one of several that share each batch: each draws the times, base
             draws and noise of all, and keeps its own.
-        target: Whether the velocity is trained, or the network of the latent noise.
+        target: Whether the velocity is trained, or the network of the latent noise, which a flow
+            is given where it has none.
         metric: A linear map L of vectors, ``(*, D)``: norms of the loss are then :math:`|L u|`.
         exponent: p of the times :math:`1 - (1 - u)^p`, u uniform on [0, 1].
         means: Whether rates are means over rows, where paths cross.
@@ -226,9 +228,12 @@ class Objective(nn.Module):
         means: bool = True,
     ) -> None:
         super().__init__()
-        network = flow.noise if target == "noise" else flow.velocity
-        if network is None:
-            raise ValueError("expected a flow with a network for the latent noise, got none")
+        network = flow.velocity
+        if target == "noise":
+            if flow.noise is None:
+                sizes = flow.event_dim, flow.context_dim or 0, flow.classes
+                flow.noise = untrained_like(flow.velocity, *sizes).to(flow.loc)
+            network = flow.noise
         if next(network.parameters(), None) is None:
             raise ValueError(
                 f"expected a network with weights to train, got {type(network).__name__}, which "
@@ -251,7 +256,7 @@ class Objective(nn.Module):
 
         Images of whole levels are spread over their cells first.
         """
-        rows = dequantized(rows, self.flow.loc)
+        rows = rows.dequantized(self.flow.loc)
         partner = None if rows.partner is None else self.base.to_white(rows.partner)
         return rows._replace(w=self.flow.whitening.double_to_white(rows.w), partner=partner)
 

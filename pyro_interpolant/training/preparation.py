@@ -7,7 +7,7 @@ from ..distributions.interpolant import AnyDistribution
 from .checkpoint import Checkpoint, restore_buffers
 from .data import Split, Table
 from .distributed import Process
-from .rows import LEVELS, Rows, dequantized
+from .rows import LEVELS, Rows
 from .streaming import Stream
 from .whitening import set_whitening
 
@@ -42,7 +42,7 @@ def start_from(
     if samples is not None:
         distribution.set_base_samples(samples)
     elif is_own and (known is None or (anew and isinstance(known, Samples))):
-        own = dequantized(split.everything(), source.like).w
+        own = split.everything().dequantized(source.like).w
         distribution.set_base_samples(process.agreed(own))
     pairs = split.kept.partner
     if pairs is not None and distribution.base is None and len(pairs) >= _MIN_PARTNERS:

@@ -119,26 +119,30 @@ class HeldOutDensity:
     Args:
         distribution: What is trained.
         split: The rows held out, and those to train on, in the flow's coordinates.
-        near: The rows held out without outliers, from which those that choose are taken.
 
     Attributes:
         rows: The number of all rows of the split, of rows that weigh as much.
+        near: The rows held out, from which those that judge are taken; without outliers, once the
+            flow's map is set, which tells of them.
     """
 
-    def __init__(self, distribution: AnyDistribution, split: Split, near: Rows) -> None:
-        self.distribution, self.held, self.near = distribution, split.held, near
+    def __init__(self, distribution: AnyDistribution, split: Split) -> None:
+        self.distribution, self.held, self.near = distribution, split.held, split.held
         self.rows = split.total + split.held.effective()
         images = is_image(distribution.row_shape)
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
         self.is_known = distribution.has_density() and not images
         self.has_bounds = distribution.has_bounded_base()
-        self.judging: Rows | None = None  # rows whose scores choose weights
-        if self.is_known and not self.has_bounds and distribution.transform.flow.independent:
-            count = max(2, _JUDGED_NUMBERS // near.w.shape[1])
-            self.judging = near.evenly(min(_JUDGED_ROWS, count))
-        self.last: Scores | None = None  # of these
+        self.judges = self.is_known and not self.has_bounds
+        self.last: Scores | None = None  # of the rows that judge
         self.against: float | None = None  # the Gaussian's mean of these
+
+    @property
+    def judging(self) -> Rows:
+        """The rows whose scores choose the weights of a run."""
+        count = max(2, _JUDGED_NUMBERS // self.near.w.shape[1])
+        return self.near.evenly(min(_JUDGED_ROWS, count))
 
     def scores(self) -> Scores | None:
         r"""Return :math:`-\log\rho` of the rows that judge, by a coarse solver, or None.
@@ -146,9 +150,9 @@ class HeldOutDensity:
         They may not be computed, or be infinite for all rows, for which no training is ended:
         then the loss judges, and where that happens later on, the weights are not kept.
         """
-        if self.judging is None:
-            return None
         transform = self.distribution.transform
+        if not (self.judges and transform.flow.independent):
+            return None
         solver, found = transform.solver, None
         try:
             with seeded(0):
@@ -162,13 +166,13 @@ class HeldOutDensity:
             self.last = found
             return found
         if self.last is None:
-            self.judging = None
+            self.judges = False
             return None
         return self.last._replace(values=torch.full_like(self.last.values, math.inf))
 
     def text(self, scores: Scores) -> str:
         """Return the mean held-out nats in words, beside those of a Gaussian."""
-        if self.normal is not None and self.judging is not None and self.against is None:
+        if self.normal is not None and self.against is None:
             self.against = float(scores.shares @ self.normal(self.judging))
         digits = decimals(scores.error())
         return f"{-scores.mean():.{digits}f} nats{beside(self.against, self.name, digits)}"

@@ -81,25 +81,24 @@ class Rows(NamedTuple):
         count = min(total, most)
         return self.take(torch.arange(count, device=self.w.device) * total // count)
 
+    def dequantized(self, like: Tensor | None = None) -> "Rows":
+        """Return rows of whole levels spread over their cells; others as they are.
+
+        Args:
+            like: A tensor of the type and on the device that are wanted; by default, the rows
+                stay where they are, in torch's default type.
+        """
+        if self.w.is_floating_point():
+            return self
+        w = self.w.to(torch.empty(0, device=self.w.device) if like is None else like)
+        return self._replace(w=(w + torch.rand_like(w)) / LEVELS)
+
     def effective(self) -> float:
         """Return the number of rows that weigh as much."""
         if self.weight is None:
             return len(self.w)
         share = self.weight.double() / self.weight.max().double()
         return float(share.sum() ** 2 / share.square().sum())
-
-
-def dequantized(rows: Rows, like: Tensor) -> Rows:
-    """Return rows of whole levels spread over their cells, in a tensor's type; others as given.
-
-    Args:
-        rows: Rows, of whole levels or not, shape ``(N, D)``.
-        like: A tensor of the type that is wanted.
-    """
-    if rows.w.is_floating_point():
-        return rows
-    w = rows.w.to(like)
-    return rows._replace(w=(w + torch.rand_like(w)) / LEVELS)
 
 
 def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from ..interpolants.nonlinear import Geodesic
 from ..nn.velocity import explained, set_scales
 from ..transforms.whitening import DenseWhitening, Whitening
 from .image_rows import IMAGE_DEVIATION, is_image
-from .rows import Rows, dequantized
+from .rows import Rows
 
 _MIN_EIGENVALUE = 1e-12  # of a correlation, below which columns are linearly dependent
 _MIN_DEVIATION = 1e-3  # a standard deviation along an eigenvector, of scaled columns
@@ -70,7 +70,7 @@ def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = Fal
     flow, deviation = distribution.transform.flow, 1.0
     if is_image(distribution.row_shape):
         most = max(_MIN_IMAGES, _IMAGE_VALUES // rows.w.shape[1])
-        rows, deviation = dequantized(_by_weight(rows, most), flow.loc), IMAGE_DEVIATION
+        rows, deviation = _by_weight(rows, most).dequantized(), IMAGE_DEVIATION
     _check_range(rows.w, flow.loc.dtype)
     seen = rows if rows.weight is None else _by_weight(rows, len(rows.w))
     context = None if seen.context is None else _winsorize(seen.context.double())

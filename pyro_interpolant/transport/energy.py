@@ -15,7 +15,6 @@ from torch.func import jacfwd, vmap
 
 from .._package import check_ranges, whole
 from .._torch import seeded
-from ..distributions.bases import check_single
 from ..distributions.interpolant import AnyDistribution, rows_given
 from ..distributions.report import with_error
 from ..nn.velocity import evaluate
@@ -92,7 +91,7 @@ def path_energy(
     check_ranges(whole("count", count, 2))
     count = int(count)
     refuse_gaussianized(distribution.constraint, "distance")
-    check_single(distribution.base)
+    distribution.check_single_base()
     given = distribution.given(context)
     given.check_start()
     if tuple(given.batch_shape) not in ((), (1,), (count,)):
@@ -158,7 +157,7 @@ def w2_bound(
         arXiv 2209.15571, Proposition 3.
     """
     refuse_gaussianized(distribution.constraint, "distance")
-    check_single(distribution.base, rows=True)
+    distribution.check_single_base(rows=True)
     distribution.check_start()
     given, rows = rows_given(distribution, data, context)
     if given.transform.end != 1:

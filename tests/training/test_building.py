@@ -429,9 +429,9 @@ def test_rows_held_out_do_not_set_the_map(given, monkeypatch):
         seen["map"] = rows
         return choose(rows, *args, **options)
 
-    def held_out(distribution, split, near):
+    def held_out(distribution, split):
         seen["held"] = split.held
-        return density(distribution, split, near)
+        return density(distribution, split)
 
     monkeypatch.setattr(building, "preferred_support", chosen)
     monkeypatch.setattr(fitting, "HeldOutDensity", held_out)

@@ -191,7 +191,7 @@ def test_the_error_of_weighted_rows_is_that_of_their_mean():
         torch.manual_seed(seed)
         rows = Rows(torch.randn(200, 1), None, None, (2 * torch.randn(200)).exp())
         split = Split(rows, rows, 200.0, 10)
-        report = HeldOutDensity(d, split, rows).measured(Report(1, 200, 1.0, 1, 1), math.inf)
+        report = HeldOutDensity(d, split).measured(Report(1, 200, 1.0, 1, 1), math.inf)
         found.append(
             (report.held_out + 0.5 * math.log(2 * math.pi * math.e), report.held_out_stderr)
         )
@@ -203,9 +203,7 @@ def test_copies_of_a_row_make_its_mean_no_surer():
     d = InterpolantDistribution(interpolant_transform(1, (8,))).freeze()
     x = torch.randn(50, 1)
     found = [
-        HeldOutDensity(d, Split(rows, rows, 50.0, 10), rows).measured(
-            Report(1, 50, 1.0, 1, 1), math.inf
-        )
+        HeldOutDensity(d, Split(rows, rows, 50.0, 10)).measured(Report(1, 50, 1.0, 1, 1), math.inf)
         for rows in (Rows(x, None), Rows(x.repeat_interleave(4, 0), None))
     ]
     for name in ("held_out", "held_out_stderr"):
@@ -219,7 +217,7 @@ def test_the_gaussian_and_its_mean_are_by_weight():
     weight = torch.tensor([1.0, 1e-12]).repeat_interleave(400)
     rows = Rows(torch.cat((x, x + 50)), None, None, weight)
     split = Split(rows, rows, 400.0, 10)
-    report = HeldOutDensity(d, split, rows).measured(Report(1, 400, 1.0, 1, 1), math.inf)
+    report = HeldOutDensity(d, split).measured(Report(1, 400, 1.0, 1, 1), math.inf)
     normal = dist.Normal(x.mean(), x.std(correction=0))
     assert report.reference == pytest.approx(float(normal.log_prob(x).mean()))
     assert report.held_out == pytest.approx(float(d.log_prob(x).mean()))
@@ -261,7 +259,7 @@ def test_the_density_judges_where_the_base_has_one_everywhere(name):
     base, everywhere = BASES[name]
     rows = Rows(torch.randn(20, 2), None)
     d = InterpolantDistribution(interpolant_transform(2, (8,)), base())
-    density = HeldOutDensity(d, Split(rows, rows, 20.0, 10), rows)
+    density = HeldOutDensity(d, Split(rows, rows, 20.0, 10))
     assert (density.scores() is not None) is everywhere
 
 
@@ -271,7 +269,7 @@ def test_the_density_judges_on_the_torus():
     vonmises = dist.VonMises(torch.zeros(2), torch.ones(2)).to_event(1)
     for base in (None, vonmises):
         d = InterpolantDistribution(flow, base, support=circular)
-        density = HeldOutDensity(d, Split(rows, rows, 20.0, 10), rows)
+        density = HeldOutDensity(d, Split(rows, rows, 20.0, 10))
         assert density.scores() is not None
 
 
@@ -279,18 +277,18 @@ def test_the_density_does_not_judge_paths_of_pairs():
     rows = Rows(torch.randn(20, 2), None)
     d = InterpolantDistribution(interpolant_transform(2, (8,)))
     d.transform.flow.independent = False
-    assert HeldOutDensity(d, Split(rows, rows, 20.0, 10), rows).scores() is None
+    assert HeldOutDensity(d, Split(rows, rows, 20.0, 10)).scores() is None
 
 
 def test_rows_without_a_density_are_told_of():
     d = InterpolantDistribution(interpolant_transform(2, (8,)), uniform()).freeze()
     rows = Rows(torch.tensor([[0.5, 0.5], [0.5, 2.0], [-3.0, 0.0], [4.0, 4.0]]), None)
-    density = HeldOutDensity(d, Split(rows, rows, 4.0, 10), rows)
+    density = HeldOutDensity(d, Split(rows, rows, 4.0, 10))
     with pytest.warns(UserWarning, match=r"a share of 0.75 of the rows .*zero: .*beyond the b"):
         report = density.measured(Report(2, 4, 1.0, 1, 1), math.inf)
     assert report.held_out is None
     rows = Rows(rows.w[:1].expand(4, 2), None)
-    report = HeldOutDensity(d, Split(rows, rows, 4.0, 10), rows).measured(report, math.inf)
+    report = HeldOutDensity(d, Split(rows, rows, 4.0, 10)).measured(report, math.inf)
     assert report.held_out == pytest.approx(-math.log(4.0))
 
 
