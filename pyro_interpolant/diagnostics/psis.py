@@ -16,6 +16,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
+from .._torch import seeded
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.rows import as_tensor
 from ..solvers.ode import FixedGrid
@@ -55,7 +56,8 @@ class ImportanceSummary(NamedTuple):
             reliable.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2`.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of :math:`\log \int p`, nats.
-        log_evidence_stderr: Its standard error; too small where k-hat is large.
+        log_evidence_stderr: Its standard error, of chance and of the solver of q; too small where
+            k-hat is large.
     """
 
     k_hat: float
@@ -64,16 +66,18 @@ class ImportanceSummary(NamedTuple):
     log_evidence_stderr: float
 
 
-def summarise_weights(log_weights: Tensor) -> ImportanceSummary:
+def summarise_weights(log_weights: Tensor, solver_error: float = 0.0) -> ImportanceSummary:
     """Return k-hat, effective sample size and evidence; the worst there is if no weight is finite.
 
     Args:
         log_weights: Unnormalised log weights, ``-inf`` where there is none, shape ``(N,)``.
+        solver_error: The error of their mean by the solver of the proposal, nats.
     """
     if not bool(torch.isfinite(log_weights).any()):
         return ImportanceSummary(math.inf, 0.0, -math.inf, math.inf)
     k_hat, ess = pareto_smooth(log_weights).k_hat, effective_sample_size(log_weights)
-    return ImportanceSummary(k_hat, ess, *log_mean_weight(log_weights))
+    value, chance = log_mean_weight(log_weights)
+    return ImportanceSummary(k_hat, ess, value, math.hypot(chance, solver_error))
 
 
 def finite_or_minus_inf(values: Tensor) -> Tensor:
@@ -118,16 +122,53 @@ def recompute_largest(
         The log densities under the flow, shape ``(N,)``, and the mean absolute change of those
         that were computed again, nats.
     """
-    finer = flow.at(flow.transform.end)  # which shares the weights, and has a solver of its own
-    solver = finer.transform.solver
-    if not isinstance(solver, FixedGrid):
+    finer = _finer(flow)
+    if finer is None:
         return log_q, 0.0
-    finer.transform.solver = dataclasses.replace(solver, steps=2 * solver.steps)
     ratio = log_p - log_q
     largest = torch.where(torch.isnan(ratio), -math.inf, ratio).topk(count).indices
     new = finer.log_prob(x[largest])
     change = (new - log_q[largest]).abs().nan_to_num(math.inf)
     return log_q.index_copy(0, largest, new), float(change.mean())
+
+
+def _finer(flow: InterpolantDistribution) -> InterpolantDistribution | None:
+    """Return a flow of the same weights at doubled solver steps; None if its grid is not fixed."""
+    finer = flow.at(flow.transform.end)  # which shares the weights, and has a solver of its own
+    solver = finer.transform.solver
+    if not isinstance(solver, FixedGrid):
+        return None
+    finer.transform.solver = dataclasses.replace(solver, steps=2 * solver.steps)
+    return finer
+
+
+@torch.no_grad()
+def solver_error_of_mean(
+    flow: InterpolantDistribution, density: Callable[[Tensor], Tensor], count: int
+) -> float:
+    r"""Return by how much the log of the mean weight p / q moves at doubled solver steps, nats.
+
+    The same base draws go both ways, so that of chance little is left, which is counted in. A
+    solver that is no fixed grid is relied on.
+
+    Args:
+        flow: The proposal q.
+        density: The log density of the target p.
+        count: The number of base draws.
+    """
+    finer, seed = _finer(flow), int(torch.randint(2**31, ()))
+    if finer is None:
+        return 0.0
+    weights = []
+    for q in (flow, finer):
+        with seeded(seed):
+            x, log_q = q.rsample_and_log_prob((count,))
+        weights.append(log_ratio(density(x), log_q).double())
+    shift = torch.stack(weights).max()
+    coarse, fine = (w.sub(shift).exp() for w in weights)
+    ratio = fine.mean() / coarse.mean()
+    chance = (fine - ratio * coarse).std() / (fine.mean() * math.sqrt(count))
+    return float(torch.hypot(ratio.log(), chance).nan_to_num(math.inf))
 
 
 class WeightedDraws(NamedTuple):
@@ -138,11 +179,17 @@ class WeightedDraws(NamedTuple):
         log_weights: Unnormalised, shape ``(N,)``.
         change: By how much log q moves, in the mean of the largest weights, at doubled solver
             steps, nats; 0 for a proposal without a solver.
+        solver_error: By how much the log of the mean weight does.
     """
 
     x: Tensor
     log_weights: Tensor
     change: float
+    solver_error: float
+
+    def summary(self) -> ImportanceSummary:
+        """Return what the weights say of the proposal and of the evidence."""
+        return summarise_weights(self.log_weights, self.solver_error)
 
 
 @torch.no_grad()
@@ -174,10 +221,12 @@ def weighted_draws(
         affordable = (deadline - now) / max(now - began, 1e-9) * few
         few = int(min(min(count, _GROWTH * there) - there, affordable))
     x, log_p, log_q = (torch.cat(each) for each in zip(*parts, strict=True))
-    change = 0.0
+    change = solver_error = 0.0
     if isinstance(proposal, InterpolantDistribution):
-        log_q, change = recompute_largest(proposal, x, log_p, log_q, tail_length(there))
-    return WeightedDraws(x, log_ratio(log_p, log_q), change)
+        few = tail_length(there)
+        log_q, change = recompute_largest(proposal, x, log_p, log_q, few)
+        solver_error = solver_error_of_mean(proposal, density, few)
+    return WeightedDraws(x, log_ratio(log_p, log_q), change, solver_error)
 
 
 def pareto_smooth(log_weights: ArrayLike) -> Smoothed:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._torch import warn_user
 from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
-from ..diagnostics.psis import K_HAT_LIMIT, summarise_weights
+from ..diagnostics.psis import K_HAT_LIMIT
 from ..distributions.constraints import Constraint, biject, real_shape
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import ConditionalJointInterpolantDistribution, log_det_of_sites
@@ -238,15 +238,15 @@ def _importance_of_data_sets(
         data = {name: value[i] for name, value in fresh.data.items()}
         try:
             density = LogJoint(_GivenData(sites, data, rows[i]))
-            z, log_weights = importance_of(view, density, _JUDGED_DRAWS)
+            drawn = importance_of(view, density, _JUDGED_DRAWS)
         except NoDensityError:
             return [], NO_DENSITY
         except (ValueError, RuntimeError) as error:
             reason = reason if failed else f"No weights, see calibration(): {error}"
             failed += 1
         else:
-            summary = summarise_weights(log_weights)
-            edges = edges or at_edges(view, density, z, summary.log_evidence)
+            summary = drawn.summary()
+            edges = edges or at_edges(view, density, drawn.x, summary.log_evidence)
             found.append((summary.k_hat, summary.ess / _JUDGED_DRAWS, summary.log_evidence))
         if time.monotonic() > clock.deadline():
             break

@@ -15,8 +15,8 @@ class GuideResult(NamedTuple):
             this is reliable.
         ess: The effective sample size of ``draws`` draws.
         log_evidence: An estimate of the model's log-evidence, nats.
-        log_evidence_stderr: Its standard error, of chance alone: too small where k-hat is large,
-            and without the error of the flow's own density, some thousandths of a nat.
+        log_evidence_stderr: Its standard error, of chance and of the flow's solver, whose part is
+            what doubling its steps changes; too small where k-hat is large.
         draws: The number of fresh draws these come from.
         verdict: What follows, in a sentence.
         seconds: The duration.

@@ -20,9 +20,9 @@ from ..diagnostics.psis import (
     K_HAT_LIMIT,
     MIN_DRAWS,
     ImportanceSummary,
+    WeightedDraws,
     pareto_smooth,
     shuffled_resampling,
-    summarise_weights,
     weighted_draws,
 )
 from ..distributions.constraints import biject
@@ -55,8 +55,8 @@ class ImportanceResult(NamedTuple):
             reliable.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2` of the draws.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of the model's log-evidence, nats.
-        log_evidence_stderr: Its standard error, of chance alone: too small where k-hat is large,
-            and without the error of a flow's own density, some thousandths of a nat.
+        log_evidence_stderr: Its standard error, of chance and of the flow's solver, whose part is
+            what doubling its steps changes; too small where k-hat is large.
         verdict: What follows, in a sentence.
         log_weights: Pareto-smoothed, normalised, shape ``(N,)``.
         draws: The guide's draws by site, each ``(N, *site_shape)``.
@@ -162,11 +162,11 @@ def importance(
         )
     with seeded(seed):
         density = LogJoint(sites)
-        z, raw = importance_of(posterior, density, count)
-    summary = summarise_weights(raw)
-    verdict = judged(posterior, density, z, summary, count)
+        drawn = importance_of(posterior, density, count)
+    summary, raw = drawn.summary(), drawn.log_weights
+    verdict = judged(posterior, density, drawn.x, summary, count)
     log_weights = pareto_smooth(raw).log_weights if summary.ess > 0 else raw
-    return ImportanceResult(*summary, verdict, log_weights, sites.unpack(z))
+    return ImportanceResult(*summary, verdict, log_weights, sites.unpack(drawn.x))
 
 
 def check_is_density(guide: object) -> None:
@@ -194,8 +194,8 @@ def importance_of(
     density: Callable[[Tensor], Tensor],
     count: int,
     deadline: float = math.inf,
-) -> tuple[Tensor, Tensor]:
-    """Draw from a guide and return the importance weights of the draws.
+) -> WeightedDraws:
+    """Draw from a guide and return the draws with their importance weights.
 
     Args:
         posterior: The guide's distribution of the unconstrained vector, of event shape ``(D,)``.
@@ -203,9 +203,6 @@ def importance_of(
         count: The number of draws N.
         deadline: When to be content with those that are there, 100 or more, by
             :func:`time.monotonic`.
-
-    Returns:
-        The draws, shape ``(N, D)``, and their log weights, unnormalised, shape ``(N,)``.
 
     Raises:
         ValueError: If the density of many of the draws is another than one at a time.
@@ -216,16 +213,16 @@ def importance_of(
             density.check(z)
         return density(z)
 
-    z, log_weights, change = weighted_draws(posterior, checked, count, deadline=deadline)
-    if change > _COARSE and isinstance(posterior, InterpolantDistribution):
+    drawn = weighted_draws(posterior, checked, count, deadline=deadline)
+    if drawn.change > _COARSE and isinstance(posterior, InterpolantDistribution):
         rows = "guide.get_posterior(), guide.get_posterior().sample((256,))"
         if posterior.transform.context is not None:
             rows = "guide.posterior, rows, context=data"
         warn_user(
             "the guide's solver is too coarse: where weights are largest, log densities move "
-            f"by {change:.2g} nats at doubled steps. Call calibrate({rows})"
+            f"by {drawn.change:.2g} nats at doubled steps. Call calibrate({rows})"
         )
-    return z, log_weights
+    return drawn
 
 
 @torch.no_grad()
@@ -387,6 +384,6 @@ def importance_verdict(
         seed: The seed of the training.
     """
     with seeded(None if seed is None else seed + 1):
-        z, log_weights = importance_of(posterior, density, _VERDICT_DRAWS, clock.deadline())
-    summary, count = summarise_weights(log_weights), len(log_weights)
-    return summary, count, judged(posterior, density, z, summary, count)
+        drawn = importance_of(posterior, density, _VERDICT_DRAWS, clock.deadline())
+    summary, count = drawn.summary(), len(drawn.x)
+    return summary, count, judged(posterior, density, drawn.x, summary, count)

@@ -20,6 +20,7 @@ from pyro_interpolant.diagnostics.psis import (
     log_mean_weight,
     pareto_smooth,
     recompute_largest,
+    solver_error_of_mean,
     summarise_weights,
     weighted_draws,
 )
@@ -178,11 +179,35 @@ def test_as_many_draws_are_weighed_as_there_is_time_for_and_none_is_lost(seconds
         seen.append(x)
         return p.log_prob(x)
 
-    x, log_weights, change = weighted_draws(q, density, 5000, deadline=time.monotonic() + seconds)
+    drawn = weighted_draws(q, density, 5000, deadline=time.monotonic() + seconds)
+    x, log_weights, change, solver_error = drawn
     assert len(x) == count
     assert torch.equal(x, torch.cat(seen))
     torch.testing.assert_close(log_weights, p.log_prob(x) - q.log_prob(x))
-    assert change == 0.0
+    assert (change, solver_error) == (0.0, 0.0)
+    assert drawn.summary() == summarise_weights(log_weights)
+
+
+def test_the_error_of_the_evidence_counts_that_of_the_solver():
+    """Of a target of mass 1 the log-evidence is 0, but a coarse solver's density is not exact."""
+    torch.manual_seed(1)
+    transform = interpolant_transform(2, (8, 8))
+    with torch.no_grad():
+        transform.velocity.output.weight.normal_(std=0.9)
+    flow = InterpolantDistribution(transform).freeze()
+    target = dist.Normal(torch.zeros(2), 0.9).to_event(1)
+    found = {}
+    for steps in (2, 32):
+        transform.solver = FixedGrid(steps)
+        drawn = weighted_draws(flow, target.log_prob, 20_000)
+        found[steps] = *drawn.summary()[2:], log_mean_weight(drawn.log_weights)[1]
+    value, stderr, chance = found[2]
+    assert 5 * chance < abs(value) < 3 * stderr
+    value, stderr, chance = found[32]
+    assert abs(value) < 3 * stderr
+    assert stderr == pytest.approx(chance, rel=0.01)
+    transform.solver = Adaptive()
+    assert solver_error_of_mean(flow, target.log_prob, 20) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from pyro_interpolant import AutoInterpolant, FixedGrid, fit_guide, log_joint
 from pyro_interpolant._torch import seeded
 from pyro_interpolant.diagnostics.psis import (
     ImportanceSummary,
-    summarise_weights,
     weighted_draws,
 )
 from pyro_interpolant.infer import autoguide, prior
@@ -260,9 +259,9 @@ def rounds(monkeypatch):
     def train(distribution, density, **kwargs):
         calls.append((distribution, density, kwargs))
         with torch.no_grad(), seeded(0):
-            x, log_weights, _ = weighted_draws(distribution, density, 10_000)
-        rest = (x[:100], [], 0, 1.0, distribution.transform.solver)
-        return RoundsResult(*summarise_weights(log_weights), 10_000, *rest)
+            drawn = weighted_draws(distribution, density, 10_000)
+        rest = (drawn.x[:100], [], 0, 1.0, distribution.transform.solver)
+        return RoundsResult(*drawn.summary(), 10_000, *rest)
 
     monkeypatch.setattr(autoguide, "train_from_density", train)
     return calls

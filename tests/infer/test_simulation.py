@@ -18,6 +18,7 @@ from simulators import QUICK, rows_with_gaps
 from torch import nn
 
 import pyro_interpolant as pi
+from pyro_interpolant.diagnostics.psis import WeightedDraws
 from pyro_interpolant.distributions.report import Report
 from pyro_interpolant.infer import amortization, amortized
 from pyro_interpolant.infer.amortization import is_inside, measured_on_simulations, truncated
@@ -729,10 +730,11 @@ def test_the_gain_is_known_where_the_density_of_the_prior_is(is_told):
 
 
 def test_evidence_that_is_off_at_an_edge_is_told_of_a_data_set(monkeypatch):
+    drawn = WeightedDraws(torch.zeros(1000, 1), torch.zeros(1000), 0.0, 0.0)
     for name, fake in (
         ("_GivenData", lambda *args: None),
         ("LogJoint", lambda sites: None),
-        ("importance_of", lambda *args: (torch.zeros(1000, 1), torch.zeros(1000))),
+        ("importance_of", lambda *args: drawn),
         ("at_edges", lambda *args: "the evidence is lost"),
     ):
         monkeypatch.setattr(amortization, name, fake)

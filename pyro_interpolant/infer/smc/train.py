@@ -19,6 +19,7 @@ from ..._torch import evaluated, seeded, trainable, warn_user
 from ...diagnostics.calibration import calibrate_until
 from ...diagnostics.psis import (
     K_HAT_LIMIT,
+    WeightedDraws,
     effective_sample_size,
     pareto_smooth,
     summarise_weights,
@@ -102,8 +103,8 @@ class RoundsResult(NamedTuple):
             misses part of a tail.
         ess: The effective sample size of ``draws`` fresh draws.
         log_evidence: :math:`\log \int p`, an estimate.
-        log_evidence_stderr: Its standard error, of chance alone: too small where k-hat is large,
-            and without the error of the flow's own density, some thousandths of a nat.
+        log_evidence_stderr: Its standard error, of chance and of the flow's solver, whose part is
+            what doubling its steps changes; too small where k-hat is large.
         draws: The number of fresh draws these come from.
         particles: The particles at the end, draws of the target, shape ``(N, D)``.
         rounds: The history.
@@ -269,28 +270,25 @@ class Rounds:
         self.regression.use(last)
         few = few[torch.randperm(len(few))[:_CALIBRATION_ROWS].to(few.device)]
         solver = calibrate_until(deadline, self.distribution, few, tolerance=_TOLERANCE).solver
-        w, chosen = self._weighed(deadline), len(self.history) - 1
-        if self.best_round != chosen and len(w) == _VERDICT_DRAWS:
+        drawn, chosen = self._weighed(deadline), len(self.history) - 1
+        if self.best_round != chosen and len(drawn.x) == _VERDICT_DRAWS:
             self.regression.use(self.best_weights)
             of_best = self._weighed(deadline)
-            if _effective_share(of_best) > _BETTER * _effective_share(w):
-                w, chosen = of_best, self.best_round
+            if _effective_share(of_best) > _BETTER * _effective_share(drawn):
+                drawn, chosen = of_best, self.best_round
             else:
                 self.regression.use(last)
-        summary, spent = summarise_weights(w), self.clock.spent()
-        return RoundsResult(
-            *summary, len(w), self.particles.x, self.history, chosen, spent, solver
-        )
+        summary, count, spent = drawn.summary(), len(drawn.x), self.clock.spent()
+        return RoundsResult(*summary, count, self.particles.x, self.history, chosen, spent, solver)
 
-    def _weighed(self, deadline: float) -> Tensor:
-        """Return the log weights of fresh draws, as many as there is time for."""
-        return weighted_draws(
-            self.distribution, self.density, _VERDICT_DRAWS, deadline=deadline
-        ).log_weights
+    def _weighed(self, deadline: float) -> WeightedDraws:
+        """Return fresh draws with their weights, as many as there is time for."""
+        return weighted_draws(self.distribution, self.density, _VERDICT_DRAWS, deadline=deadline)
 
 
-def _effective_share(log_weights: Tensor) -> float:
+def _effective_share(drawn: WeightedDraws) -> float:
     """Return which share of draws is effective, by their Pareto-smoothed weights."""
+    log_weights = drawn.log_weights
     if not bool(torch.isfinite(log_weights).any()):
         return 0.0
     return effective_sample_size(pareto_smooth(log_weights).log_weights) / len(log_weights)

@@ -22,7 +22,12 @@ from pyro_interpolant import (
     interpolant_transform,
 )
 from pyro_interpolant._torch import seeded
-from pyro_interpolant.diagnostics.psis import K_HAT_LIMIT, systematic_resampling, weighted_draws
+from pyro_interpolant.diagnostics.psis import (
+    K_HAT_LIMIT,
+    WeightedDraws,
+    systematic_resampling,
+    weighted_draws,
+)
 from pyro_interpolant.infer.regression import FlowRegression
 from pyro_interpolant.infer.schedule import RateSchedule
 from pyro_interpolant.infer.smc import train
@@ -525,13 +530,13 @@ def test_the_flow_that_is_kept_is_the_one_that_was_judged(better, monkeypatch):
     monkeypatch.setattr(train, "calibrate_until", lambda *_, **__: SimpleNamespace(solver="s"))
     run = SimpleNamespace(
         regression=SimpleNamespace(values=lambda: "last", use=used.append),
-        particles=SimpleNamespace(x=torch.zeros(10, 1)),
+        particles=SimpleNamespace(x=torch.zeros(200, 1)),
         distribution=None,
         history=[None] * 3,
         best_round=0,
         best_weights="best",
         clock=Clock(None),
-        _weighed=lambda deadline: weights[used[-1]],
+        _weighed=lambda deadline: WeightedDraws(run.particles.x, weights[used[-1]], 0.0, 0.0),
     )
     result = train.Rounds.verdict(run, math.inf)
     assert used[-1] == ("best" if better else "last")
