@@ -163,11 +163,21 @@ def solver_error_of_mean(
     for q in (flow, finer):
         with seeded(seed):
             x, log_q = q.rsample_and_log_prob((count,))
-        weights.append(log_ratio(density(x), log_q).double())
-    shift = torch.stack(weights).max()
-    coarse, fine = (w.sub(shift).exp() for w in weights)
-    ratio = fine.mean() / coarse.mean()
-    chance = (fine - ratio * coarse).std() / (fine.mean() * math.sqrt(count))
+        weights.append(log_ratio(density(x), log_q))
+    return change_of_mean(*weights)
+
+
+def change_of_mean(before: Tensor, after: Tensor) -> float:
+    """Return by how much the log of a mean weight changes, and the error of that, as one number.
+
+    Args:
+        before: Log weights, shape ``(N,)``.
+        after: Those of the same draws, otherwise computed; infinite where none is positive.
+    """
+    shift = torch.maximum(before.max(), after.max())
+    old, new = ((w - shift).double().exp() for w in (before, after))
+    ratio = new.mean() / old.mean()
+    chance = (new - ratio * old).std() / (new.mean() * math.sqrt(len(new)))
     return float(torch.hypot(ratio.log(), chance).nan_to_num(math.inf))
 
 
