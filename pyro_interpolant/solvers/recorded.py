@@ -104,21 +104,20 @@ def _operation() -> Any:
     return ours.recorded_solve
 
 
-def _called(
-    x: Tensor,
-    gaps: Tensor,
-    method: str,
-    weights: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    residual: Sequence[int],  # tracers take no lists of booleans
-    inverses: Sequence[Tensor],
-) -> Tensor:
+def _called(x: Tensor, gaps: Tensor, method: str, *record: Sequence[Any]) -> Tensor:
     """Return the states at the nodes, as the operation of :func:`traced_solve`.
+
+    Args:
+        x: Initial states, shape ``(*, D)``.
+        gaps: The lengths of the steps.
+        method: The method of Runge and Kutta.
+        *record: The fields of a :class:`MLPRecord`, of numbers where those are booleans: tracers
+            take no lists of these.
 
     Raises:
         RuntimeError: If gradients in weights are wanted, which are constants of the trace in part.
     """
+    weights, shifts, scales, residual, inverses = record
     if needs_graph(*weights, *shifts, *scales, *inverses):
         raise RuntimeError(
             "expected a traced model of flows with frozen weights, got gradients in weights that "
