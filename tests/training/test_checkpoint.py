@@ -26,6 +26,7 @@ from pyro_interpolant import (
     InterpolantDistribution,
     InterpolantTransform,
     JointInterpolantDistribution,
+    Latent,
     Linear,
     VariancePreserving,
     VelocityMLP,
@@ -120,6 +121,23 @@ def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
         assert torch.equal(a, b)
     for name in ("steps", "losses", "validation_losses", "best_step", "solver"):
         assert getattr(result, name) == getattr(expected, name)
+
+
+def test_a_run_for_the_noise_goes_on_with_the_flow_that_it_left(tmp_path):
+    """The flow has a network of the noise by then, whose first weights are drawn even so."""
+
+    def prepared():
+        flow = made(interpolant=Latent(Linear()))
+        fit(flow, rows(), **QUICK)
+        return flow
+
+    options = {**QUICK, "learn": "noise"}
+    expected = fit(prepared(), rows(), **options)
+    path, flow = tmp_path / "run", prepared()
+    with pytest.raises(Stop):
+        fit(flow, rows(), checkpoint=path, callback=stopping(20), **options)
+    result = fit(flow, rows(), checkpoint=path, **options)
+    assert result.validation_losses == expected.validation_losses
 
 
 def test_the_time_of_a_run_that_goes_on_is_that_before_too(tmp_path):
