@@ -198,15 +198,17 @@ class HeldOutMonitor:
             held = process.agreed(float(losses.mean()))
         self.seconds = process.agreed(time.monotonic() - began)
         recent = torch.stack(self.total).mean() if self.total else torch.tensor(math.nan)
-        self.steps.append(step)
-        self.losses.append(float(process.mean(recent)))
-        self.held_losses.append(held)
-        self.total.clear()
+        loss = float(process.mean(recent))
         if self.density is not None and found is not None and process.rank == 0:
             self.nats = self.density.text(scores)
         if self.selection.judge(step, scores):
             self.kept_values = [v.clone() for v in self.average.values]
             self.kept_buffers = self._buffers()
+        # Last of all: a run that is interrupted before looks again.
+        self.steps.append(step)
+        self.losses.append(loss)
+        self.held_losses.append(held)
+        self.total.clear()
         wanted: Any = False
         if self.callback is not None and process.rank == 0:
             state = TrainingState(step, self.losses[-1], held, rate, seconds)

@@ -43,6 +43,7 @@ from pyro_interpolant.distributions.fingerprint import identity_of
 from pyro_interpolant.training import fitting
 from pyro_interpolant.training.checkpoint import Checkpoint
 from pyro_interpolant.training.loop import Run
+from pyro_interpolant.training.reporting import HeldOutDensity
 from pyro_interpolant.training.rows import Rows
 from pyro_interpolant.transforms import DenseWhitening, ScalarWhitening
 
@@ -592,6 +593,25 @@ def test_an_interrupt_keeps_the_best_weights_so_far():
     assert result.steps == seen
     assert result.best_step > 0
     assert distribution.log_prob(rows()).mean() > before
+
+
+@pytest.mark.parametrize("looks", [0, 2])
+def test_an_interrupt_in_the_middle_of_a_look_is_followed_by_one(looks, monkeypatch):
+    """Else its scores would be missing beside its loss, and of the first look no weights kept."""
+    said = []
+
+    def interrupted(self, scores):
+        said.append(scores)
+        if len(said) == looks + 1:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(HeldOutDensity, "text", interrupted)
+    with pytest.warns(UserWarning, match="the run was interrupted"):
+        result = fit(made(), rows(), **QUICK)
+    assert result.stopped_by == "interrupt"
+    assert len(result.steps) == len(result.losses) == len(result.validation_losses) == looks + 1
+    assert len(said) == looks + 2
 
 
 @pytest.mark.parametrize("count", [0, 3])
