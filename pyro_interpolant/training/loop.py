@@ -265,12 +265,15 @@ class HeldOutMonitor:
         tensors = {"recent": recent, **scores, **numbered("best", self.kept_values)}
         tensors |= numbered("best_buffer", self.kept_buffers)
         names = ("steps", "losses", "held_losses")
-        return tensors, {name: getattr(self, name) for name in names} | {"selection": selected}
+        numbers = {name: getattr(self, name) for name in names} | {"selection": selected}
+        return tensors, numbers | {"by_density": self.density is not None and self.density.judges}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Take a state back; weights that were chosen by another rule stay until others are."""
         self.__dict__.update({name: numbers[name] for name in ("steps", "losses", "held_losses")})
         self.selection.restore(tensors, numbers.get("selection", {}))
+        if self.density is not None:
+            self.density.go_on(self.selection.best_values, judges=numbers.get("by_density", True))
         self.total = list(tensors["recent"].to(self.kept_values[0]).unbind())
         fill(self.kept_values, "best", tensors)
         if "best_buffer.0" in tensors:  # states of version 0.1.0 have none

@@ -40,7 +40,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant._files import write
 from pyro_interpolant.distributions.fingerprint import identity_of
-from pyro_interpolant.training import fitting
+from pyro_interpolant.training import fitting, reporting
 from pyro_interpolant.training.checkpoint import Checkpoint
 from pyro_interpolant.training.loop import Run
 from pyro_interpolant.training.reporting import HeldOutDensity
@@ -139,6 +139,34 @@ def test_a_run_for_the_noise_goes_on_with_the_flow_that_it_left(tmp_path):
         fit(flow, rows(), checkpoint=path, callback=stopping(20), **options)
     result = fit(flow, rows(), checkpoint=path, **options)
     assert result.validation_losses == expected.validation_losses
+
+
+@pytest.mark.parametrize("none_at", [{0}, {2, 3, 4}], ids=["first", "later"])
+def test_a_run_is_judged_on_by_what_it_began_with(none_at, tmp_path, monkeypatch):
+    """Where densities cannot be computed at first, losses judge; later on, nothing is kept."""
+    scores_of, looks = reporting._scores, []
+
+    def scores(distribution, held):
+        found = scores_of(distribution, held)
+        looks.append(found)
+        is_none = len(looks) - 1 in none_at
+        return found._replace(values=found.values + math.inf) if is_none else found
+
+    def fitted(**options):
+        flow = made()
+        return fit(flow, rows(), checkpoint=tmp_path / "run", **QUICK, **options), flow
+
+    monkeypatch.setattr(reporting, "_scores", scores)
+    expected = made()
+    result = fit(expected, rows(), **QUICK)
+    looks.clear()
+    with pytest.raises(Stop):
+        fitted(callback=stopping(20))
+    looks[:] = looks[:2]  # the state is of the second look
+    again, flow = fitted()
+    assert again.best_step == result.best_step
+    for a, b in zip(weights_of(expected), weights_of(flow), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_time_of_a_run_that_goes_on_is_that_before_too(tmp_path):
