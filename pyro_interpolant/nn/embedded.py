@@ -30,7 +30,7 @@ from .._torch import evaluated
 from .embedding import KINDS, SIZE, dense
 from .mlp import VelocityMLP
 from .record import MovedRecord, Record, by_row
-from .velocity import StateFunction, own_method
+from .velocity import StateFunction, location_and_scale, own_method
 
 _HEAD_WIDTH = 128
 MOST_SUMMARIES = 1024  # that a regression takes: beyond, its matrix takes long to decompose
@@ -289,9 +289,9 @@ class EmbeddedVelocity(nn.Module):
         summary = self._summary(context.to(self.slope))
         if not len(self.loc):  # no columns, of which torch takes no deviations
             return summary
-        scale = summary.double().std(0, correction=0)
-        self.loc.copy_(summary.double().mean(0))
-        self.scale.copy_(torch.where(scale > 0, scale, 1.0))
+        loc, scale = location_and_scale(summary)
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
         self.bounds.fill_(math.inf)
         s = self._standard(summary)
         self.bounds.copy_(torch.stack((-s.amin(0), s.amax(0))))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import is_tracing
+from .velocity import location_and_scale
 
 # Of all sets that are embedded together, without gradients: the network of rows has some hundreds
 # of numbers for each. 2,000 sets of 5,000 took 11 GB.
@@ -58,11 +59,11 @@ class _Columns(nn.Module):
     def set_scales(self, *parts: Tensor) -> None:
         """Set location and scale of the columns from the data that are there."""
         values, there = self._parts(*parts)
-        few = values[there[..., 0] > 0].double()
+        few = values[there[..., 0] > 0]
         if len(few):
-            scale = few.std(0, correction=0)
-            self.loc.copy_(few.mean(0))
-            self.scale.copy_(torch.where(scale > 0, scale, 1.0))
+            loc, scale = location_and_scale(few)
+            self.loc.copy_(loc)
+            self.scale.copy_(scale)
 
     def _parts(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values of data, and which are there, shape ``(N, n, 1)``."""

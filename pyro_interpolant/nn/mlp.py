@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .._package import check_sizes
 from .._torch import broadcast_shapes, is_watched
 from .record import MLPRecord, Record, by_row, is_recordable
-from .velocity import StateFunction, is_hooked
+from .velocity import StateFunction, is_hooked, location_and_scale
 
 _EMBEDDING_WIDTH = 64
 _MAX_DEEP_DIM = 32  # up to this D three layers: a trace takes D products of matrices with each
@@ -170,10 +170,9 @@ class VelocityMLP(nn.Module):
             _REACH_PER_ROW * torch.stack((-w.amin(0), w.amax(0))).clamp(min=_BASE_REACH)
         )
         if context is not None and not self.classes:
-            context = context.double()
-            scale = context.std(0, correction=0)
-            self.context_loc.copy_(context.mean(0))
-            self.context_scale.copy_(torch.where(scale > 0, scale, 1.0))
+            loc, scale = location_and_scale(context)
+            self.context_loc.copy_(loc)
+            self.context_scale.copy_(scale)
 
     def is_untrained(self) -> bool:
         """Return whether the last layer is zero, as it starts."""

@@ -309,6 +309,19 @@ def set_scales(
         own(w, context)
 
 
+def location_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return means and standard deviations, 1 of columns that do not vary, float64, ``(C,)`` each.
+
+    Args:
+        x: Rows, shape ``(N, C)``.
+    """
+    x = x.double()
+    scale = x.std(0, correction=0)
+    # The mean of equal numbers is off by its rounding, and so is their deviation from it.
+    varies = (x != x[0]).any(0) & (scale > 0)
+    return x.mean(0), torch.where(varies, scale, 1.0)
+
+
 def may_be_periodic(velocity: nn.Module) -> bool:
     r"""Return False only where a velocity states that :math:`2\pi` is no period of it."""
     return getattr(velocity, "is_periodic", True)

@@ -198,15 +198,17 @@ class HeldOutMonitor:
             held = process.agreed(float(losses.mean()))
         self.seconds = process.agreed(time.monotonic() - began)
         recent = torch.stack(self.total).mean() if self.total else torch.tensor(math.nan)
-        self.steps.append(step)
-        self.losses.append(float(process.mean(recent)))
-        self.held_losses.append(held)
-        self.total.clear()
+        loss = float(process.mean(recent))
         if self.density is not None and found is not None and process.rank == 0:
             self.nats = self.density.text(scores)
         if self.selection.judge(step, scores):
             self.kept_values = [v.clone() for v in self.average.values]
             self.kept_buffers = self._buffers()
+        # Last of all: a run that is interrupted before looks again.
+        self.steps.append(step)
+        self.losses.append(loss)
+        self.held_losses.append(held)
+        self.total.clear()
         wanted: Any = False
         if self.callback is not None and process.rank == 0:
             state = TrainingState(step, self.losses[-1], held, rate, seconds)
@@ -263,12 +265,15 @@ class HeldOutMonitor:
         tensors = {"recent": recent, **scores, **numbered("best", self.kept_values)}
         tensors |= numbered("best_buffer", self.kept_buffers)
         names = ("steps", "losses", "held_losses")
-        return tensors, {name: getattr(self, name) for name in names} | {"selection": selected}
+        numbers = {name: getattr(self, name) for name in names} | {"selection": selected}
+        return tensors, numbers | {"by_density": self.density is not None and self.density.judges}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Take a state back; weights that were chosen by another rule stay until others are."""
         self.__dict__.update({name: numbers[name] for name in ("steps", "losses", "held_losses")})
         self.selection.restore(tensors, numbers.get("selection", {}))
+        if self.density is not None:
+            self.density.go_on(self.selection.best_values, judges=numbers.get("by_density", True))
         self.total = list(tensors["recent"].to(self.kept_values[0]).unbind())
         fill(self.kept_values, "best", tensors)
         if "best_buffer.0" in tensors:  # states of version 0.1.0 have none

@@ -230,10 +230,10 @@ class Objective(nn.Module):
         super().__init__()
         network = flow.velocity
         if target == "noise":
-            if flow.noise is None:
-                sizes = flow.event_dim, flow.context_dim or 0, flow.classes
-                flow.noise = untrained_like(flow.velocity, *sizes).to(flow.loc)
-            network = flow.noise
+            sizes = flow.event_dim, flow.context_dim or 0, flow.classes
+            # Made beside a known one, too: a run that goes on draws what it drew when it began.
+            new = untrained_like(flow.velocity, *sizes).to(flow.loc)
+            network = flow.noise = new if flow.noise is None else flow.noise
         if next(network.parameters(), None) is None:
             raise ValueError(
                 f"expected a network with weights to train, got {type(network).__name__}, which "

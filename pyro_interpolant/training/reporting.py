@@ -144,6 +144,17 @@ class HeldOutDensity:
         count = max(2, _JUDGED_NUMBERS // self.near.w.shape[1])
         return self.near.evenly(min(_JUDGED_ROWS, count))
 
+    def go_on(self, best: Tensor | None, *, judges: bool) -> None:
+        """Judge on by what a run began with: scores of two kinds cannot be compared.
+
+        Args:
+            best: The best scores so far, shape ``(N,)``, or None.
+            judges: Whether they are of the density.
+        """
+        self.judges = self.judges and judges
+        if self.judges and best is not None:
+            self.last = Scores.equal(best)
+
     def scores(self) -> Scores | None:
         r"""Return :math:`-\log\rho` of the rows that judge, by a coarse solver, or None.
 

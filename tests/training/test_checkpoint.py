@@ -26,6 +26,7 @@ from pyro_interpolant import (
     InterpolantDistribution,
     InterpolantTransform,
     JointInterpolantDistribution,
+    Latent,
     Linear,
     VariancePreserving,
     VelocityMLP,
@@ -39,9 +40,10 @@ from pyro_interpolant import (
 )
 from pyro_interpolant._files import write
 from pyro_interpolant.distributions.fingerprint import identity_of
-from pyro_interpolant.training import fitting
+from pyro_interpolant.training import fitting, reporting
 from pyro_interpolant.training.checkpoint import Checkpoint
 from pyro_interpolant.training.loop import Run
+from pyro_interpolant.training.reporting import HeldOutDensity
 from pyro_interpolant.training.rows import Rows
 from pyro_interpolant.transforms import DenseWhitening, ScalarWhitening
 
@@ -120,6 +122,51 @@ def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
         assert torch.equal(a, b)
     for name in ("steps", "losses", "validation_losses", "best_step", "solver"):
         assert getattr(result, name) == getattr(expected, name)
+
+
+def test_a_run_for_the_noise_goes_on_with_the_flow_that_it_left(tmp_path):
+    """The flow has a network of the noise by then, whose first weights are drawn even so."""
+
+    def prepared():
+        flow = made(interpolant=Latent(Linear()))
+        fit(flow, rows(), **QUICK)
+        return flow
+
+    options = {**QUICK, "learn": "noise"}
+    expected = fit(prepared(), rows(), **options)
+    path, flow = tmp_path / "run", prepared()
+    with pytest.raises(Stop):
+        fit(flow, rows(), checkpoint=path, callback=stopping(20), **options)
+    result = fit(flow, rows(), checkpoint=path, **options)
+    assert result.validation_losses == expected.validation_losses
+
+
+@pytest.mark.parametrize("none_at", [{0}, {2, 3, 4}], ids=["first", "later"])
+def test_a_run_is_judged_on_by_what_it_began_with(none_at, tmp_path, monkeypatch):
+    """Where densities cannot be computed at first, losses judge; later on, nothing is kept."""
+    scores_of, looks = reporting._scores, []
+
+    def scores(distribution, held):
+        found = scores_of(distribution, held)
+        looks.append(found)
+        is_none = len(looks) - 1 in none_at
+        return found._replace(values=found.values + math.inf) if is_none else found
+
+    def fitted(**options):
+        flow = made()
+        return fit(flow, rows(), checkpoint=tmp_path / "run", **QUICK, **options), flow
+
+    monkeypatch.setattr(reporting, "_scores", scores)
+    expected = made()
+    result = fit(expected, rows(), **QUICK)
+    looks.clear()
+    with pytest.raises(Stop):
+        fitted(callback=stopping(20))
+    looks[:] = looks[:2]  # the state is of the second look
+    again, flow = fitted()
+    assert again.best_step == result.best_step
+    for a, b in zip(weights_of(expected), weights_of(flow), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_time_of_a_run_that_goes_on_is_that_before_too(tmp_path):
@@ -574,6 +621,25 @@ def test_an_interrupt_keeps_the_best_weights_so_far():
     assert result.steps == seen
     assert result.best_step > 0
     assert distribution.log_prob(rows()).mean() > before
+
+
+@pytest.mark.parametrize("looks", [0, 2])
+def test_an_interrupt_in_the_middle_of_a_look_is_followed_by_one(looks, monkeypatch):
+    """Else its scores would be missing beside its loss, and of the first look no weights kept."""
+    said = []
+
+    def interrupted(self, scores):
+        said.append(scores)
+        if len(said) == looks + 1:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(HeldOutDensity, "text", interrupted)
+    with pytest.warns(UserWarning, match="the run was interrupted"):
+        result = fit(made(), rows(), **QUICK)
+    assert result.stopped_by == "interrupt"
+    assert len(result.steps) == len(result.losses) == len(result.validation_losses) == looks + 1
+    assert len(said) == looks + 2
 
 
 @pytest.mark.parametrize("count", [0, 3])
