@@ -280,6 +280,14 @@ def test_a_flow_that_owns_no_weights_is_refused(view, path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("kind", ["AutoInterpolant", "AmortizedInterpolant"])
+def test_what_to_save_of_a_guide_is_said(kind, path):
+    guide = getattr(pyro_interpolant, kind)(lambda: None)
+    with pytest.raises(TypeError, match=rf"got {kind}: of a guide, save its get_posterior\(\)"):
+        save(guide, path)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("kind", [str, lambda p: p])
 def test_paths_of_both_kinds(kind, path):
     distribution = InterpolantDistribution(random_flow(2))

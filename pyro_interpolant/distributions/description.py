@@ -81,7 +81,8 @@ def describe(distribution: AnyDistribution) -> tuple[Header, Tensors]:
     if not isinstance(distribution, AnyDistribution):
         raise TypeError(
             "expected a distribution of this package, such as an InterpolantDistribution, got "
-            f"{type(distribution).__name__}"
+            f"{type(distribution).__name__}: of a guide, save its get_posterior() or, where it is "
+            "amortised, its posterior, and the guide itself by torch.save(guide, path)"
         )
     header, tensors = _describe(distribution, "")
     header = json.loads(json.dumps(header, default=plain_number))

@@ -272,9 +272,8 @@ def verdict_of_amortised(result: AmortizedResult, reason: str = NO_DENSITY) -> s
         return f"{found}{left}. {reason}"
     count = result.data_sets  # fewer than twenty where time was short
     weights = (
-        f"in {count} data set{'s' * (count != 1)} of every 100 draws {100 * ess[1]:.0f} effective "
-        f"(in one of twenty below {100 * ess[0]:.0f}), k-hat {k_hat[1]:.2f} (above "
-        f"{k_hat[-1]:.2f})"
+        f"over {count} data set{'s' * (count != 1)} {ess[1]:.0%} of draws effective (median; 5% "
+        f"quantile {ess[0]:.0%}), k-hat {k_hat[1]:.2f} (median; 95% quantile {k_hat[-1]:.2f})"
     )
     if k_hat[-1] <= K_HAT_LIMIT and ess[0] >= GOOD_SHARE:
         return f"Good: {found}, {weights}{left}. importance(guide, *args) makes draws exact."

@@ -1037,11 +1037,13 @@ def test_the_verdict_tells_rare_draws_from_a_poor_guide(k_hat, ess, says):
     assert verdict_of_amortised(result).startswith(says)
 
 
-def test_the_verdict_says_by_how_many_data_sets_it_is():
+def test_the_verdict_says_by_how_many_data_sets_it_is_and_which_quantiles():
     result = AmortizedResult(*[0.0] * len(AmortizedResult._fields))
     result = result._replace(k_hat=(0.1, 0.2, 0.3), ess=(0.5, 0.6, 0.7), improper=0.0)
-    for count, says in ((1, "in 1 data set of"), (20, "in 20 data sets of")):
-        assert says in verdict_of_amortised(result._replace(data_sets=count))
+    for count, sets in ((1, "over 1 data set "), (20, "over 20 data sets ")):
+        verdict = verdict_of_amortised(result._replace(data_sets=count))
+        assert f"{sets}60% of draws effective (median; 5% quantile 50%), k-hat 0.20" in verdict
+        assert "(median; 95% quantile 0.30)" in verdict
 
 
 @pytest.mark.slow
