@@ -246,7 +246,7 @@ def _importance_of_data_sets(
             failed += 1
         else:
             summary = summarise_weights(log_weights)
-            edges = edges or at_edges(view, density, z, summary.log_evidence)
+            edges = edges or at_edges(view.log_prob, density, z, summary.log_evidence)
             found.append((summary.k_hat, summary.ess / _JUDGED_DRAWS, summary.log_evidence))
         if time.monotonic() > clock.deadline():
             break

@@ -11,7 +11,7 @@ from numpyro import handlers
 from numpyro.infer.util import constrain_fn
 
 from .._package import check_ranges, whole
-from .autoguide import AutoInterpolant, check_guide, check_key
+from .autoguide import AutoInterpolant, TorchDensity, check_guide, check_key, in_blocks
 from .distributions import InterpolantDistribution
 from .log_density import Arguments, Named, log_density
 from .transforms import InterpolantTransform
@@ -109,7 +109,11 @@ def importance(
     z, log_p, log_q = _weighed(posterior, density, key, count, psis.tail_length(count))
     raw = psis.log_ratio(*(torch.tensor(np.asarray(part)) for part in (log_p, log_q)))
     summary = psis.summarise_weights(raw)
-    verdict = importance_sampling.verdict_with_warning(summary, count)
+    log_prob, torch_density = in_blocks(posterior.log_prob), TorchDensity(guide, args, kwargs)
+    rows = torch.tensor(np.asarray(z))
+    verdict = importance_sampling.judged(
+        lambda some: log_prob(some)[0], torch_density, rows, summary, count
+    )
     weights = psis.pareto_smooth(raw).log_weights if summary.ess > 0 else raw
     draws = _constrained(guide, z, args, kwargs)
     return ImportanceResult(*summary, verdict, jnp.asarray(weights.numpy()), draws)
