@@ -21,8 +21,8 @@ Site = Mapping[str, Any]  # a site of a trace, NumPyro's message
 def log_density(guide: AutoContinuous, args: Arguments, kwargs: Named) -> Callable[[Array], Array]:
     """Return the log joint density of one unconstrained vector, shape ``(D,)``, for jax.
 
-    As :func:`pyro_interpolant.log_joint`. Unlike NumPyro's potential, each Jacobian counts once:
-    it is not multiplied by the scale or mask of its site.
+    As :func:`pyro_interpolant.log_joint`, ``-inf`` where it is not finite. Unlike NumPyro's
+    potential, each Jacobian counts once: it is not multiplied by the scale or mask of its site.
 
     Args:
         guide: A guide that knows its model.
@@ -37,7 +37,7 @@ def log_density(guide: AutoContinuous, args: Arguments, kwargs: Named) -> Callab
         for name, site in trace_at(parts).items():
             if site["type"] == "sample":
                 total = total + _log_prob(name, site, parts)
-        return total
+        return jnp.where(jnp.isfinite(total), total, -jnp.inf)
 
     return of_one
 

@@ -638,6 +638,20 @@ def sure_of_one():
     numpyro.sample("x", dist.TransformedDistribution(dist.Normal(17.0, 1.0), SigmoidTransform()))
 
 
+@pytest.mark.usefixtures("float32")
+def test_a_density_that_is_not_finite_is_none():
+    """As Pyro's side has it: numbers that are rounded to zero would be the largest weights."""
+
+    def model():
+        x = numpyro.sample("x", dist.HalfNormal(1.0))
+        numpyro.factor("f", 1 / x)
+
+    density = module.log_density(prepared(AutoInterpolant(model)), (), {})
+    found = jax.vmap(density)(jnp.array([[-1.0], [-120.0], [jnp.nan]]))
+    assert found[1:].tolist() == [-jnp.inf] * 2
+    assert bool(jnp.isfinite(found[0]))
+
+
 def far_apart():
     numpyro.sample("x", dist.HalfNormal(1.0))  # beyond the largest number nothing lies
 
