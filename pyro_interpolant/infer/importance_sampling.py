@@ -225,15 +225,26 @@ def importance_of(
         return density(z)
 
     z, log_weights, change = weighted_draws(posterior, checked, count, deadline=deadline)
-    if change > _COARSE and isinstance(posterior, InterpolantDistribution):
+    if isinstance(posterior, InterpolantDistribution):
         rows = "guide.get_posterior(), guide.get_posterior().sample((256,))"
         if posterior.transform.context is not None:
             rows = "guide.posterior, rows, context=data"
+        warn_coarse_solver(change, f"Call calibrate({rows})")
+    return z, log_weights
+
+
+def warn_coarse_solver(change: float, remedy: str) -> None:
+    """Warn where the largest weights of a guide are those of its solver's error.
+
+    Args:
+        change: By how much their log densities move at doubled solver steps, nats.
+        remedy: What to do, a sentence without its stop.
+    """
+    if change > _COARSE:
         warn_user(
             "the guide's solver is too coarse: where weights are largest, log densities move "
-            f"by {change:.2g} nats at doubled steps. Call calibrate({rows})"
+            f"by {change:.2g} nats at doubled steps. {remedy}"
         )
-    return z, log_weights
 
 
 @torch.no_grad()

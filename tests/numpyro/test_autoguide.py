@@ -225,11 +225,12 @@ def test_the_largest_weights_are_those_of_doubled_steps():
     coarse = from_torch(flow)
     flow.transform.solver = FixedGrid(4)
     fine = from_torch(flow)
-    z, log_p, log_q = _weighed(coarse, lambda z: -0.1 * z @ z, KEY, 40, 10)
+    z, log_p, log_q, change = _weighed(coarse, lambda z: -0.1 * z @ z, KEY, 40, 10)
     (_, drawn), finer = coarse.rsample_and_log_prob(KEY, (40,)), fine.log_prob(z)
     assert float(jnp.abs(drawn - finer).max()) > 1e-6
     *rest, top = jnp.split(jnp.argsort(log_p - drawn), 4)
     np.testing.assert_allclose(log_q[top], finer[top], rtol=1e-10)
+    np.testing.assert_allclose(change, jnp.abs(drawn - finer)[top].mean(), rtol=1e-10)
     rest = jnp.concatenate(rest)
     np.testing.assert_allclose(log_q[rest], drawn[rest], rtol=1e-10)
 
@@ -257,7 +258,7 @@ def test_draws_without_a_number_are_not_those_of_the_largest_weights():
     coarse = settled(1)
     torch.manual_seed(0)
     fine = settled(2)
-    z, log_p, log_q = _weighed(
+    z, log_p, log_q, _ = _weighed(
         coarse, lambda z: jnp.where(z[0] > 0, jnp.nan, -0.1 * z @ z), KEY, 20, 3
     )
     drawn = coarse.rsample_and_log_prob(KEY, (20,))[1]
@@ -619,13 +620,14 @@ def test_draws_without_weight_are_not_resampled():
 
 
 @pytest.mark.slow
-def test_weights_of_a_heavy_tail_are_warned_of(monkeypatch):
+def test_weights_of_a_heavy_tail_and_of_a_coarse_solver_are_warned_of(monkeypatch):
     guide, _, _ = known_guide(conjugate, jnp.ones(2))
     z = jax.random.normal(KEY, (200, 2))
-    found = z, jnp.abs(z[:, 0]) ** -2.0, jnp.zeros(200)
+    found = z, jnp.abs(z[:, 0]) ** -2.0, jnp.zeros(200), 0.2
     monkeypatch.setattr(sampling, "_weighed", lambda *args: found)
     monkeypatch.setattr(sampling, "_constrained", lambda guide, z, *args: {"x": z})
-    with pytest.warns(UserWarning, match="Poor"):
+    coarse = "too coarse: .* by 0.2 nats at doubled steps. Train it again by fit_guide"
+    with pytest.warns(UserWarning, match="Poor"), pytest.warns(UserWarning, match=coarse):
         result = importance(guide, KEY, jnp.ones(2), count=200)
     assert result.k_hat > 0.7
 
