@@ -246,7 +246,7 @@ def _importance_of_data_sets(
             failed += 1
         else:
             summary = drawn.summary()
-            edges = edges or at_edges(view, density, drawn.x, summary.log_evidence)
+            edges = edges or at_edges(view.log_prob, density, drawn.x, summary.log_evidence)
             found.append((summary.k_hat, summary.ess / _JUDGED_DRAWS, summary.log_evidence))
         if time.monotonic() > clock.deadline():
             break

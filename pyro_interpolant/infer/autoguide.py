@@ -359,7 +359,7 @@ class AutoInterpolant(AutoContinuous):
             summary, count = ImportanceSummary(*training[:4]), training.draws
             with seeded(None if seed is None else seed + 1), torch.no_grad():
                 z = posterior.sample((SPREAD_DRAWS,))
-            verdict = judged(posterior, density, z, summary, count)
+            verdict = judged(posterior.log_prob, density, z, summary, count)
         elif density is not None:
             summary, count, verdict = importance_verdict(posterior, density, clock, seed)
         if density is not None:

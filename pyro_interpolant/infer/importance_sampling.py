@@ -6,7 +6,7 @@ correct the draws, and show by the tail of their distribution whether q can be r
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -25,9 +25,7 @@ from ..diagnostics.psis import (
     shuffled_resampling,
     weighted_draws,
 )
-from ..distributions.constraints import biject
 from ..distributions.interpolant import InterpolantDistribution
-from ..distributions.joint import split
 from ..distributions.report import with_error
 from ..training.clock import Clock
 from .hidden import is_hidden
@@ -45,6 +43,16 @@ _MOST = 0.5  # the effective share from which only the tails are called poor
 _LOST, _MOST_LOST = 0.5, 1e-3
 _PULL, _PULLS = 0.9, 4  # towards the middle, of draws without a density
 _COARSE = 0.1  # nats, the mean change of the largest weights at doubled steps worth a warning
+
+
+class Density(Protocol):
+    """A model's log joint density, such as :class:`~pyro_interpolant.infer.LogJoint`."""
+
+    def __call__(self, z: Tensor, /) -> Tensor:
+        """Return log densities, shape ``(N,)``, of unconstrained vectors, shape ``(N, D)``."""
+
+    def displacements(self, z: Tensor, /) -> dict[str, Tensor]:
+        """Return by site how far numbers of z move there and back, each ``(N, size)``."""
 
 
 class ImportanceResult(NamedTuple):
@@ -164,7 +172,7 @@ def importance(
         density = LogJoint(sites)
         drawn = importance_of(posterior, density, count)
     summary, raw = drawn.summary(), drawn.log_weights
-    verdict = judged(posterior, density, drawn.x, summary, count)
+    verdict = judged(posterior.log_prob, density, drawn.x, summary, count)
     log_weights = pareto_smooth(raw).log_weights if summary.ess > 0 else raw
     return ImportanceResult(*summary, verdict, log_weights, sites.unpack(drawn.x))
 
@@ -214,20 +222,31 @@ def importance_of(
         return density(z)
 
     drawn = weighted_draws(posterior, checked, count, deadline=deadline)
-    if drawn.change > _COARSE and isinstance(posterior, InterpolantDistribution):
+    if isinstance(posterior, InterpolantDistribution):
         rows = "guide.get_posterior(), guide.get_posterior().sample((256,))"
         if posterior.transform.context is not None:
             rows = "guide.posterior, rows, context=data"
+        warn_coarse_solver(drawn.change, f"Call calibrate({rows})")
+    return drawn
+
+
+def warn_coarse_solver(change: float, remedy: str) -> None:
+    """Warn where the largest weights of a guide are those of its solver's error.
+
+    Args:
+        change: By how much their log densities move at doubled solver steps, nats.
+        remedy: What to do, a sentence without its stop.
+    """
+    if change > _COARSE:
         warn_user(
             "the guide's solver is too coarse: where weights are largest, log densities move "
-            f"by {drawn.change:.2g} nats at doubled steps. Call calibrate({rows})"
+            f"by {change:.2g} nats at doubled steps. {remedy}"
         )
-    return drawn
 
 
 @torch.no_grad()
 def at_edges(
-    posterior: TorchDistributionMixin, density: LogJoint, z: Tensor, log_evidence: float
+    log_q: Callable[[Tensor], Tensor], density: Density, z: Tensor, log_evidence: float
 ) -> str:
     """Return what is said where evidence is wrong as a type cannot tell values from an edge.
 
@@ -235,9 +254,9 @@ def at_edges(
     underflows to an edge may have none. Draws of such values are evaluated in float64, too.
 
     Args:
-        posterior: The guide's distribution of the unconstrained vector.
+        log_q: The guide's log density, from unconstrained vectors, ``(N, D)``, to ``(N,)``.
         density: The log joint density.
-        z: Draws of the former, shape ``(N, D)``.
+        z: Draws of the guide, shape ``(N, D)``.
         log_evidence: What their weights tell, nats.
 
     Returns:
@@ -246,15 +265,13 @@ def at_edges(
     if z.dtype == torch.double or not math.isfinite(log_evidence):
         return ""
     lost, names = torch.zeros_like(z[:, 0], dtype=torch.bool), []
-    for name, real in split(density.sites.sites, z).items():
-        transform = biject(density.sites.sites[name][1])
-        back = transform.inv(transform(real))
-        here = ~((back - real).abs() < _LOST).reshape(len(z), -1).all(1)
+    for name, moved in density.displacements(z).items():
+        here = ~(moved < _LOST).all(1)
         names += [repr(name)] if bool(here.any()) else []
         lost |= here
     if not names:
         return ""
-    found, exact = (part - log_evidence for part in _lost_weights(posterior, density, z, lost))
+    found, exact = (part - log_evidence for part in _lost_weights(log_q, density, z, lost))
     share = float((exact.exp() - found.exp()).abs().sum()) / len(z)
     if not share > _MOST_LOST:
         return ""
@@ -266,7 +283,7 @@ def at_edges(
 
 
 def _lost_weights(
-    posterior: TorchDistributionMixin, density: LogJoint, z: Tensor, lost: Tensor
+    log_q: Callable[[Tensor], Tensor], density: Density, z: Tensor, lost: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the log weights of draws, as they are and as they should be, two of ``(L,)``.
 
@@ -274,23 +291,23 @@ def _lost_weights(
     weight of one nearer to the middle.
 
     Args:
-        posterior: The guide's distribution of the unconstrained vector.
+        log_q: The guide's log density.
         density: The log joint density.
-        z: Draws of the former, shape ``(N, D)``.
+        z: Draws of the guide, shape ``(N, D)``.
         lost: Which of them, shape ``(N,)``.
     """
     few, middle = z[lost], z.mean(0)
-    log_q = posterior.log_prob(few)
-    found = density(few) - log_q
+    own = log_q(few)
+    found = density(few) - own
     try:
-        exact = evaluated_safely(density, few.double()) - log_q
+        exact = evaluated_safely(density, few.double()) - own
     except Exception:  # whatever a model does with numbers of another type
         exact = torch.full_like(found, -math.inf)
     for _ in range(_PULLS):
         if bool(exact.isfinite().all()):
             break
         few = middle + _PULL * (few - middle)
-        nearer = density(few) - posterior.log_prob(few)
+        nearer = density(few) - log_q(few)
         exact = torch.where(exact == -math.inf, nearer, exact)
     return found, exact
 
@@ -348,8 +365,8 @@ def verdict_with_warning(summary: ImportanceSummary, count: int, edges: str = ""
 
 
 def judged(
-    posterior: TorchDistributionMixin,
-    density: Callable[[Tensor], Tensor],
+    log_q: Callable[[Tensor], Tensor],
+    density: Density,
     z: Tensor,
     summary: ImportanceSummary,
     count: int,
@@ -357,21 +374,19 @@ def judged(
     """Return the verdict on a guide, with a warning where it cannot be relied on.
 
     Args:
-        posterior: The guide's distribution of the unconstrained vector.
+        log_q: The guide's log density, from unconstrained vectors, ``(N, D)``, to ``(N,)``.
         density: The log joint density.
-        z: Draws of the former, shape ``(N, D)``.
+        z: Draws of the guide, shape ``(N, D)``.
         summary: What the weights of such draws tell.
         count: Of how many.
     """
-    edges = ""
-    if isinstance(density, LogJoint):
-        edges = at_edges(posterior, density, z, summary.log_evidence)
+    edges = at_edges(log_q, density, z, summary.log_evidence)
     return verdict_with_warning(summary, count, edges)
 
 
 def importance_verdict(
     posterior: InterpolantDistribution,
-    density: Callable[[Tensor], Tensor],
+    density: Density,
     clock: Clock,
     seed: int | None,
 ) -> tuple[ImportanceSummary, int, str]:
@@ -386,4 +401,4 @@ def importance_verdict(
     with seeded(None if seed is None else seed + 1):
         drawn = importance_of(posterior, density, _VERDICT_DRAWS, clock.deadline())
     summary, count = drawn.summary(), len(drawn.x)
-    return summary, count, judged(posterior, density, drawn.x, summary, count)
+    return summary, count, judged(posterior.log_prob, density, drawn.x, summary, count)

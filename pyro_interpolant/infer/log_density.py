@@ -149,6 +149,10 @@ class LogJoint:
                 f"draws: it may branch on whether any value is extreme. {TO_BATCH}"
             )
 
+    def displacements(self, z: Tensor) -> dict[str, Tensor]:
+        """Return by site how far numbers of z move there and back, each ``(N, size)``."""
+        return self.sites.displacements(z)
+
     def pack(self, draws: Mapping[str, ArrayLike]) -> Tensor:
         """Return vectors, shape ``(N, D)``, of draws of all sites, each ``(N, *site_shape)``.
 

@@ -26,7 +26,7 @@ from torch.distributions import Transform, constraints, register_kl
 
 from .._torch import broadcast_shapes, is_functional
 from ..distributions.constraints import biject, innermost_constraint
-from ..distributions.joint import pack, unpack
+from ..distributions.joint import pack, split, unpack
 from ..distributions.rounding import are_close
 from ..distributions.rows import as_tensor
 from ..distributions.supports import OnEvents
@@ -270,6 +270,17 @@ class LatentSites:
     def unpack(self, z: Tensor) -> dict[str, Tensor]:
         """Return the sites, each ``(N, *site_shape)``, of vectors of shape ``(N, D)``."""
         return unpack(self.sites, z)
+
+    def displacements(self, z: Tensor) -> dict[str, Tensor]:
+        """Return by site how far numbers of vectors, ``(N, D)``, move there and back.
+
+        Each of shape ``(N, size)``: values on a support are rounded.
+        """
+        moved = {}
+        for name, real in split(self.sites, z).items():
+            transform = biject(self.sites[name][1])
+            moved[name] = (transform.inv(transform(real)) - real).abs().reshape(len(z), -1)
+        return moved
 
     def pack(self, draws: Mapping[str, ArrayLike]) -> Tensor:
         """Return vectors, shape ``(N, D)``, of draws of the sites, each ``(*, *site_shape)``.

@@ -24,7 +24,7 @@ from numpyro.util import not_jax_tracer
 from .._package import check_ranges
 from .distributions import InterpolantDistribution
 from .loading import from_torch
-from .log_density import Arguments, Named, log_density
+from .log_density import Arguments, Named, displacements, log_density
 from .transforms import InterpolantTransform
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def fit_guide(
         dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
         network = VelocityMLP(guide.latent_dim, guide.hidden_dims).to(dtype)
         posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))
-        density = _for_torch(log_density(guide, args, kwargs))
+        density = TorchDensity(guide, args, kwargs)
         limit = Seconds.since(clock.began, autoguide.MODEL_SHARE * max_seconds)
         settings: dict[str, Any] = {"max_seconds": limit, "seed": seed, "progress": progress}
         settings |= options or {}
@@ -370,12 +370,35 @@ def _prior_draws(
     return without_extremes(torch.tensor(np.concatenate(list(parts.values()), -1)))
 
 
+class TorchDensity:
+    """The log joint density of a NumPyro model for torch, twice differentiable.
+
+    Args:
+        guide: A guide that knows its model.
+        args: The arguments of the model.
+        kwargs: Its named arguments.
+    """
+
+    def __init__(self, guide: AutoInterpolant, args: Arguments, kwargs: Named) -> None:
+        self._log_density = _for_torch(log_density(guide, args, kwargs))
+        self._names = sorted(guide._init_locs)  # in the order of jax's leaves
+        self._moved = in_blocks(jax.vmap(displacements(guide, args, kwargs)))
+
+    def __call__(self, z: "Tensor") -> "Tensor":
+        """Return log densities, shape ``(N,)``, of unconstrained vectors, shape ``(N, D)``."""
+        return self._log_density(z)
+
+    def displacements(self, z: "Tensor") -> dict[str, "Tensor"]:
+        """Return by site how far numbers of z move there and back, each ``(N, size)``."""
+        return dict(zip(self._names, self._moved(z), strict=True))
+
+
 def _for_torch(density: Callable[[Array], Array]) -> Callable[["Tensor"], "Tensor"]:
     """Return a density for torch, from rows ``(N, D)`` to ``(N,)``, twice differentiable."""
     import torch
 
-    both = _in_blocks(jax.vmap(jax.value_and_grad(density)))
-    pulled = _in_blocks(jax.vmap(lambda z, v: jax.vjp(jax.grad(density), z)[1](v)))
+    both = in_blocks(jax.vmap(jax.value_and_grad(density)))
+    pulled = in_blocks(jax.vmap(lambda z, v: jax.vjp(jax.grad(density), z)[1](v)))
 
     class Gradient(torch.autograd.Function):
         @staticmethod
@@ -407,8 +430,10 @@ def _for_torch(density: Callable[[Array], Array]) -> Callable[["Tensor"], "Tenso
     return LogDensity.apply
 
 
-def _in_blocks(function: Callable[..., Any]) -> Callable[..., list["Tensor"]]:
+def in_blocks(function: Callable[..., Any]) -> Callable[..., list["Tensor"]]:
     """Return a function of jax for rows of torch, in blocks of few sizes: few compilations.
+
+    Rows of float64 are computed in that type, also where jax has float32 by default.
 
     Args:
         function: From arrays of rows, each ``(N, D)``, to one or several of as many rows.
@@ -422,7 +447,10 @@ def _in_blocks(function: Callable[..., Any]) -> Callable[..., list["Tensor"]]:
         more = next(size for size in _BLOCKS if size >= count) - count
         arrays = (part.detach().cpu().numpy() for part in rows)
         padded = [np.concatenate((part, np.repeat(part[-1:], more, 0))) for part in arrays]
-        return [torch.tensor(np.asarray(part[:count])).to(rows[0]) for part in compiled(*padded)]
+        finer = rows[0].dtype == torch.float64 and jnp.result_type(float) != np.float64
+        with jax.enable_x64(new_val=True) if finer else contextlib.nullcontext():
+            found = compiled(*padded)
+        return [torch.tensor(np.asarray(part)[:count]).to(rows[0]) for part in found]
 
     def blocks(*rows: "Tensor") -> list["Tensor"]:
         parts = zip(*(part.split(_BLOCKS[-1]) for part in rows), strict=True)

@@ -11,7 +11,7 @@ from numpyro import handlers
 from numpyro.infer.util import constrain_fn
 
 from .._package import check_ranges, whole
-from .autoguide import AutoInterpolant, check_guide, check_key
+from .autoguide import AutoInterpolant, TorchDensity, check_guide, check_key, in_blocks
 from .distributions import InterpolantDistribution
 from .log_density import Arguments, Named, log_density
 from .transforms import InterpolantTransform
@@ -27,7 +27,8 @@ class ImportanceResult(NamedTuple):
             reliable.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2` of the draws.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of the model's log-evidence, nats.
-        log_evidence_stderr: Its standard error; too small where k-hat is large.
+        log_evidence_stderr: Its standard error, of chance and of the flow's solver, whose part is
+            what doubling its steps changes; too small where k-hat is large.
         verdict: What follows, in a sentence.
         log_weights: Pareto-smoothed, normalised, shape ``(N,)``.
         draws: The guide's draws by site, each ``(N, *site_shape)``.
@@ -90,7 +91,7 @@ def importance(
 
     Returns:
         The verdict, with a warning if k-hat is above 0.7; the weights; and draws that
-        ``resampled`` turns into posterior samples.
+        ``resampled`` turns into posterior samples. It warns of a solver that is too coarse, too.
 
     Raises:
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro, or there is no key.
@@ -106,10 +107,17 @@ def importance(
     check_ranges(whole("count", count, psis.MIN_DRAWS))
     count = int(count)
     posterior, density = guide.get_posterior(), log_density(guide, args, kwargs)
-    z, log_p, log_q = _weighed(posterior, density, key, count, psis.tail_length(count))
+    z, log_p, log_q, change = _weighed(posterior, density, key, count, psis.tail_length(count))
+    importance_sampling.warn_coarse_solver(change, "Train it again by fit_guide")
     raw = psis.log_ratio(*(torch.tensor(np.asarray(part)) for part in (log_p, log_q)))
-    summary = psis.summarise_weights(raw)
-    verdict = importance_sampling.verdict_with_warning(summary, count)
+    pair = _both_ways(posterior, density, jax.random.fold_in(key, 1), psis.tail_length(count))
+    solver_error = psis.change_of_mean(*(torch.tensor(np.asarray(part)) for part in pair))
+    summary = psis.summarise_weights(raw, solver_error)
+    log_prob, torch_density = in_blocks(posterior.log_prob), TorchDensity(guide, args, kwargs)
+    rows = torch.tensor(np.asarray(z))
+    verdict = importance_sampling.judged(
+        lambda some: log_prob(some)[0], torch_density, rows, summary, count
+    )
     weights = psis.pareto_smooth(raw).log_weights if summary.ess > 0 else raw
     draws = _constrained(guide, z, args, kwargs)
     return ImportanceResult(*summary, verdict, jnp.asarray(weights.numpy()), draws)
@@ -137,18 +145,45 @@ def _weighed(
     key: Array,
     count: int,
     largest: int,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, float]:
     """Return draws, ``(N, D)``, their log joint densities and those under the guide, ``(N,)``.
 
-    Where the weights are largest the latter are computed again, at doubled solver steps.
+    Where the weights are largest the latter are computed again, at doubled solver steps: the last
+    is by how much they move in the mean, nats.
     """
     z, log_q = posterior.rsample_and_log_prob(key, (count,))
     log_p = jax.jit(jax.vmap(density))(z)
     ratio = log_p - log_q
     chosen = jnp.argsort(jnp.where(jnp.isnan(ratio), -jnp.inf, ratio))[-largest:]
+    new = _finer(posterior).log_prob(z[chosen])
+    change = jnp.nan_to_num(jnp.abs(new - log_q[chosen]), nan=jnp.inf).mean()
+    return z, log_p, log_q.at[chosen].set(new), float(change)
+
+
+def _both_ways(
+    posterior: InterpolantDistribution,
+    density: Callable[[Array], Array],
+    key: Array,
+    count: int,
+) -> tuple[Array, Array]:
+    """Return log weights of the same base draws at the guide's solver steps and at twice as many.
+
+    Args:
+        posterior: The guide's distribution.
+        density: The log joint density of one draw.
+        key: A random key.
+        count: The number of base draws N.
+    """
+
+    def weights(q: InterpolantDistribution) -> Array:
+        z, log_q = q.rsample_and_log_prob(key, (count,))
+        return jax.jit(jax.vmap(density))(z) - log_q
+
+    return weights(posterior), weights(_finer(posterior))
+
+
+def _finer(posterior: InterpolantDistribution) -> InterpolantDistribution:
+    """Return a flow of the same weights at doubled solver steps."""
     flow = posterior.transform
     grid = flow.grid._replace(steps=2 * flow.grid.steps)
-    finer = InterpolantDistribution(
-        posterior.base_dist, [InterpolantTransform(flow.weights, grid)]
-    )
-    return z, log_p, log_q.at[chosen].set(finer.log_prob(z[chosen]))
+    return InterpolantDistribution(posterior.base_dist, [InterpolantTransform(flow.weights, grid)])

@@ -3,10 +3,12 @@ r"""The log joint density of a NumPyro model, :math:`\log p(x(z), y) + \log |dx 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 from numpyro import handlers
+from numpyro.distributions import biject_to
 from numpyro.infer.autoguide import AutoContinuous
 
 from .validity import innermost_distribution, is_valid, log_prob_left_out, without_masks
@@ -19,27 +21,66 @@ Site = Mapping[str, Any]  # a site of a trace, NumPyro's message
 def log_density(guide: AutoContinuous, args: Arguments, kwargs: Named) -> Callable[[Array], Array]:
     """Return the log joint density of one unconstrained vector, shape ``(D,)``, for jax.
 
-    As :func:`pyro_interpolant.log_joint`. Unlike NumPyro's potential, each Jacobian counts once:
-    it is not multiplied by the scale or mask of its site.
+    As :func:`pyro_interpolant.log_joint`, ``-inf`` where it is not finite. Unlike NumPyro's
+    potential, each Jacobian counts once: it is not multiplied by the scale or mask of its site.
 
     Args:
         guide: A guide that knows its model.
         args: The arguments of the model.
         kwargs: Its named arguments.
     """
-    potential = guide._potential_fn_gen(*args, **kwargs)
+    trace_at = _tracer(guide, args, kwargs)
 
     def of_one(z: Array) -> Array:
         parts = guide._unpack_latent(z)
-        with handlers.block(), handlers.trace() as trace:
-            potential(parts)
         total = jnp.zeros(())
-        for name, site in trace.items():
+        for name, site in trace_at(parts).items():
             if site["type"] == "sample":
                 total = total + _log_prob(name, site, parts)
-        return total
+        return jnp.where(jnp.isfinite(total), total, -jnp.inf)
 
     return of_one
+
+
+def displacements(
+    guide: AutoContinuous, args: Arguments, kwargs: Named
+) -> Callable[[Array], dict[str, Array]]:
+    """Return how far numbers of one unconstrained vector move there and back, by site, for jax.
+
+    Each of shape ``(size,)``: values on a support are rounded.
+
+    Args:
+        guide: A guide that knows its model.
+        args: The arguments of the model.
+        kwargs: Its named arguments.
+    """
+    trace_at = _tracer(guide, args, kwargs)
+
+    def of_one(z: Array) -> dict[str, Array]:
+        parts = guide._unpack_latent(z)
+        trace, moved = trace_at(parts), {}
+        for name, real in parts.items():
+            # A compiler knows that log(exp(z)) is z, and would round nothing.
+            value = jax.lax.optimization_barrier(trace[name]["value"])
+            back = biject_to(trace[name]["fn"].support).inv(value)
+            moved[name] = jnp.ravel(jnp.abs(back - real))
+        return moved
+
+    return of_one
+
+
+def _tracer(
+    guide: AutoContinuous, args: Arguments, kwargs: Named
+) -> Callable[[Mapping[str, Array]], Mapping[str, Site]]:
+    """Return a function from unconstrained sites to the sites of the model there."""
+    potential = guide._potential_fn_gen(*args, **kwargs)
+
+    def trace_at(parts: Mapping[str, Array]) -> Mapping[str, Site]:
+        with handlers.block(), handlers.trace() as trace:
+            potential(parts)
+        return trace
+
+    return trace_at
 
 
 def _log_prob(name: str, site: Site, latents: Mapping[str, Array]) -> Array:

@@ -302,7 +302,7 @@ def test_weight_that_is_lost_at_an_edge_is_a_share_of_that_of_all_draws(count):
     guide()
     z = torch.full((count, 1), 14.0, dtype=torch.float32)
     z[0] = 17.0  # alone where all is one
-    found = at_edges(guide.get_posterior(), log_joint(guide), z, 0.0)
+    found = at_edges(guide.get_posterior().log_prob, log_joint(guide), z, 0.0)
     assert bool(found) == (count == 400)
 
 
@@ -320,7 +320,7 @@ def test_one_of_several_numbers_at_an_edge_is_enough():
     guide()
     z = loc.repeat(400, 1)
     z[0, 0] = 17.0
-    assert "'p'" in at_edges(guide.get_posterior(), log_joint(guide), z, 0.0)
+    assert "'p'" in at_edges(guide.get_posterior().log_prob, log_joint(guide), z, 0.0)
 
 
 def test_weight_at_an_edge_is_warned_of_whatever_k_hat_says():

@@ -1,5 +1,8 @@
 """A guide of a NumPyro model: the density that torch trains on, and what comes back."""
 
+import math
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from cases import slow_but
 from kinds import plain
 from numpyro import handlers, infer
 from numpyro.contrib.control_flow import cond, scan
+from numpyro.distributions.transforms import SigmoidTransform
 from numpyro.infer.reparam import NeuTraReparam
 
 from pyro_interpolant import AutoInterpolant as TorchGuide
@@ -18,6 +22,7 @@ from pyro_interpolant import FixedGrid, interpolant_transform
 from pyro_interpolant import InterpolantDistribution as TorchDistribution
 from pyro_interpolant.diagnostics.psis import ImportanceSummary
 from pyro_interpolant.infer import GuideResult
+from pyro_interpolant.infer.importance_sampling import importance_verdict
 from pyro_interpolant.numpyro import (
     AutoInterpolant,
     ImportanceResult,
@@ -29,8 +34,9 @@ from pyro_interpolant.numpyro import (
 )
 from pyro_interpolant.numpyro import autoguide as module
 from pyro_interpolant.numpyro import importance_sampling as sampling
-from pyro_interpolant.numpyro.importance_sampling import _weighed
+from pyro_interpolant.numpyro.importance_sampling import _both_ways, _weighed
 from pyro_interpolant.numpyro.validity import log_prob_left_out
+from pyro_interpolant.training.clock import Clock
 
 KEY = jax.random.key(0)
 X = jnp.linspace(-1, 1, 10)
@@ -101,7 +107,7 @@ def test_rows_in_blocks_of_few_sizes(monkeypatch):
         sizes.append(z.shape)
         return (z**2, (z * v).sum(-1))
 
-    blocks = module._in_blocks(square)
+    blocks = module.in_blocks(square)
     for count in (1, 2, 3, 4, 5, 11):
         z, v = torch.rand(count, 2), torch.rand(count, 2)
         first, second = blocks(z, v)
@@ -219,13 +225,19 @@ def test_the_largest_weights_are_those_of_doubled_steps():
     coarse = from_torch(flow)
     flow.transform.solver = FixedGrid(4)
     fine = from_torch(flow)
-    z, log_p, log_q = _weighed(coarse, lambda z: -0.1 * z @ z, KEY, 40, 10)
+    z, log_p, log_q, change = _weighed(coarse, lambda z: -0.1 * z @ z, KEY, 40, 10)
     (_, drawn), finer = coarse.rsample_and_log_prob(KEY, (40,)), fine.log_prob(z)
     assert float(jnp.abs(drawn - finer).max()) > 1e-6
     *rest, top = jnp.split(jnp.argsort(log_p - drawn), 4)
     np.testing.assert_allclose(log_q[top], finer[top], rtol=1e-10)
+    np.testing.assert_allclose(change, jnp.abs(drawn - finer)[top].mean(), rtol=1e-10)
     rest = jnp.concatenate(rest)
     np.testing.assert_allclose(log_q[rest], drawn[rest], rtol=1e-10)
+    for q, found in zip(
+        (coarse, fine), _both_ways(coarse, lambda z: -0.1 * z @ z, KEY, 40), strict=True
+    ):
+        z, log_q = q.rsample_and_log_prob(KEY, (40,))
+        np.testing.assert_allclose(found, -0.1 * (z**2).sum(-1) - log_q, rtol=1e-10)
 
 
 def test_draws_of_the_prior_on_an_edge_leave_the_others():
@@ -251,7 +263,7 @@ def test_draws_without_a_number_are_not_those_of_the_largest_weights():
     coarse = settled(1)
     torch.manual_seed(0)
     fine = settled(2)
-    z, log_p, log_q = _weighed(
+    z, log_p, log_q, _ = _weighed(
         coarse, lambda z: jnp.where(z[0] > 0, jnp.nan, -0.1 * z @ z), KEY, 20, 3
     )
     drawn = coarse.rsample_and_log_prob(KEY, (20,))[1]
@@ -574,6 +586,8 @@ def test_importance_weights():
     y = jnp.array([1.0, 1.0])
     guide, loc, _ = known_guide(conjugate, y)
     result = importance(guide, KEY, y, count=4000)
+    chance = np.sqrt((4000 / result.ess - 1) / 4000)
+    assert chance < result.log_evidence_stderr < 1.3 * chance  # the solver's part is there
     evidence = float(dist.Normal(0.0, np.sqrt(1.25)).log_prob(y).sum())
     assert abs(result.log_evidence - evidence) < 6 * result.log_evidence_stderr
     drawn = result.draws["x"]
@@ -613,15 +627,83 @@ def test_draws_without_weight_are_not_resampled():
 
 
 @pytest.mark.slow
-def test_weights_of_a_heavy_tail_are_warned_of(monkeypatch):
+def test_weights_of_a_heavy_tail_and_of_a_coarse_solver_are_warned_of(monkeypatch):
     guide, _, _ = known_guide(conjugate, jnp.ones(2))
     z = jax.random.normal(KEY, (200, 2))
-    found = z, jnp.abs(z[:, 0]) ** -2.0, jnp.zeros(200)
+    found = z, jnp.abs(z[:, 0]) ** -2.0, jnp.zeros(200), 0.2
     monkeypatch.setattr(sampling, "_weighed", lambda *args: found)
     monkeypatch.setattr(sampling, "_constrained", lambda guide, z, *args: {"x": z})
-    with pytest.warns(UserWarning, match="Poor"):
+    coarse = "too coarse: .* by 0.2 nats at doubled steps. Train it again by fit_guide"
+    with pytest.warns(UserWarning, match="Poor"), pytest.warns(UserWarning, match=coarse):
         result = importance(guide, KEY, jnp.ones(2), count=200)
     assert result.k_hat > 0.7
+
+
+def tiny_rates():
+    numpyro.sample("x", dist.Gamma(0.04, 1.0))
+
+
+def sure_of_one():
+    numpyro.sample("x", dist.TransformedDistribution(dist.Normal(17.0, 1.0), SigmoidTransform()))
+
+
+@pytest.mark.usefixtures("float32")
+def test_a_density_that_is_not_finite_is_none():
+    """As Pyro's side has it: numbers that are rounded to zero would be the largest weights."""
+
+    def model():
+        x = numpyro.sample("x", dist.HalfNormal(1.0))
+        numpyro.factor("f", 1 / x)
+
+    density = module.log_density(prepared(AutoInterpolant(model)), (), {})
+    found = jax.vmap(density)(jnp.array([[-1.0], [-120.0], [jnp.nan]]))
+    assert found[1:].tolist() == [-jnp.inf] * 2
+    assert bool(jnp.isfinite(found[0]))
+
+
+def far_apart():
+    numpyro.sample("x", dist.HalfNormal(1.0))  # beyond the largest number nothing lies
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "loc", "is_told"),
+    [(tiny_rates, -30.0, True), (sure_of_one, 17.0, True), (far_apart, 0.0, False)],
+)
+@pytest.mark.usefixtures("float32")
+def test_draws_that_a_type_cannot_tell_from_an_edge_are_told_of(model, loc, is_told):
+    """By importance, and by what ends the training."""
+    guide = prepared(AutoInterpolant(model))
+    transform = interpolant_transform(1, (8, 8))
+    transform.flow.whitening.set(torch.full((1,), loc), torch.full((1, 1), 40.0))
+    flow = TorchDistribution(transform).freeze()
+    guide.posterior, density = from_torch(flow), module.TorchDensity(guide, (), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for verdict in (
+            importance(guide, KEY, count=2000).verdict,
+            importance_verdict(flow, density, Clock(None), 0)[-1],
+        ):
+            assert ("cannot tell values of 'x' from an edge" in verdict) == is_told
+
+
+@pytest.mark.usefixtures("float32")
+def test_numbers_that_move_there_and_back_and_densities_in_a_finer_type():
+    def several():
+        numpyro.sample("b", dist.Gamma(0.04, 1.0))
+        numpyro.sample("a", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+
+    density = module.TorchDensity(prepared(AutoInterpolant(several)), (), {})
+    z = torch.tensor([[-80.0, 1.0, 2.0], [-120.0, 3.0, 4.0]])
+    moved = density.displacements(z)
+    assert moved["a"].tolist() == [[0.0, 0.0]] * 2
+    assert moved["b"].tolist() == [[pytest.approx(0.0, abs=1e-4)], [torch.inf]]
+    assert density(z)[1] == -torch.inf
+    found = density(z.double())
+    assert found.dtype == torch.float64
+    normal = torch.distributions.Normal(0.0, 1.0).log_prob(z[:, 1:].double()).sum(-1)
+    expected = 0.04 * z[:, 0].double() - math.lgamma(0.04) + normal
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.slow
