@@ -174,10 +174,11 @@ def _both_ways(
         key: A random key.
         count: The number of base draws N.
     """
+    log_p = jax.jit(jax.vmap(density))  # compiled once, for both
 
     def weights(q: InterpolantDistribution) -> Array:
         z, log_q = q.rsample_and_log_prob(key, (count,))
-        return jax.jit(jax.vmap(density))(z) - log_q
+        return log_p(z) - log_q
 
     return weights(posterior), weights(_finer(posterior))
 
