@@ -107,7 +107,8 @@ def is_valid(fn: Distribution, value: Tensor | None, *, moved: bool = False) -> 
     Args:
         fn: A distribution of batch shape ``(*)``.
         value: A value, broadcastable to ``(*, *event_shape)``, or None: parameters alone count.
-        moved: Whether a transform may have moved it off a fixed support, which then counts.
+        moved: Whether it may be off a fixed support, moved by a transform or never checked, which
+            then counts.
 
     Returns:
         A mask that broadcasts to ``(*)``, or True where there is nothing to check.
