@@ -355,6 +355,7 @@ class AmortizedInterpolant(AutoInterpolant):
         count: Any = _SIMULATIONS if simulations is None else simulations
         check_ranges(whole("rounds", rounds, 1))
         rounds, seed = int(rounds), settings["seed"]
+        self._check_simulated(sites)
         if rounds > 1:
             check_one_data_set(self._seen(*sites.args, **sites.kwargs).shape[:-1])
         if isinstance(count, Iterable) and getattr(count, "ndim", 1) > 0:  # not a tensor(200)
@@ -386,6 +387,19 @@ class AmortizedInterpolant(AutoInterpolant):
         with seeded(None if seed is None else seed + 1):
             given = simulator, sites, clock, training, size, improper
             return measured_on_simulations(self.posterior, fresh, self.rows_of, *given)
+
+    def _check_simulated(self, sites: LatentSites) -> None:
+        """Raise a ValueError where the arguments hold more at a site than a simulation of it.
+
+        Rows outside of plates are one data set for a density, and one each for a simulation.
+        """
+        with torch.no_grad(), seeded(0):
+            nodes = nodes_of(sites.model)
+        shapes = {name: shape for name, shape in self.shapes.items() if name in nodes}
+        for name, value in data_of(nodes, shapes).items():
+            batch = value.shape[: value.dim() - len(shapes[name])]
+            if batch.numel() > 1:
+                check_one_data_set(batch)
 
     def _begin(self, sites: LatentSites) -> None:
         """Forget what earlier training was for and worth, and note what this one is for."""

@@ -2,7 +2,7 @@ r"""The log joint density of a model, :math:`\log p(x(z), y) + \log |dx / dz|`, 
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, cast, get_args
 
 import pyro
@@ -35,6 +35,7 @@ from .sites import (
 from .validity import (
     has_density,
     innermost_distribution,
+    is_on_support,
     log_prob_left_out,
     without_masks,
     without_validation,
@@ -79,12 +80,15 @@ class LogJoint:
     def __init__(self, sites: LatentSites) -> None:
         self.sites, self.model = sites, sites.model
         self.event_dim: int = sites.guide.latent_dim
+        self.off_support: frozenset[str] = frozenset()  # sites whose data are, with leave
         centers = sites.centers()
         with torch.no_grad():
             center = self._first_possible(centers)
             # The first with the user's own validation, which explains what is wrong.
             nodes = _checked_trace(self, center)
             scored = list(_scored(nodes))
+            # Without validation data may be off a support; else none must come there by latents.
+            self.off_support = frozenset(s["name"] for s in scored if not is_on_support(s))
             self.nesting = max([plate_nesting(nodes), *(s["log_prob"].dim() for s in scored)])
             numbers = sum(s["value"].numel() + s["log_prob"].numel() for s in scored)
             self.rows = max(1, _VALUES_AT_ONCE // numbers)
@@ -176,7 +180,7 @@ class LogJoint:
         values, log_det = self.sites.constrain(z.reshape(len(z), *(1,) * self.nesting, -1))
         parts = [log_det]
         for site in _scored(self.trace(values, len(z))):
-            log_prob = _log_prob(site, self.sites.shapes)
+            log_prob = self._log_prob(site)
             if log_prob.dim() > self.nesting + 1:
                 raise ValueError(f"site {site['name']!r} has a shape that the plate does not know")
             if log_prob.dim() <= self.nesting:  # not a function of z
@@ -188,7 +192,24 @@ class LogJoint:
         """Return the parts of the log density, shape ``(1 + S,)``, of one vector, ``(D,)``."""
         values, log_det = self.sites.constrain(z)
         scored = _scored(self.trace(values))
-        return torch.stack([log_det, *(_log_prob(s, self.sites.shapes).sum() for s in scored)])
+        return torch.stack([log_det, *(self._log_prob(site).sum() for site in scored)])
+
+    def _log_prob(self, site: Site) -> Tensor:
+        """Return a site's log density, shape ``(*)``.
+
+        It is ``-inf`` outside the support, or where parameters are out of range.
+        """
+        fn, value, mask, log_prob = site["fn"], site["value"], site["mask"], site["log_prob"]
+        if mask is False:
+            return log_prob
+        if site["name"] in self.sites.shapes:
+            left_out = log_prob_left_out(fn, value, mask=mask)
+            if left_out is not None:
+                log_prob = log_prob + left_out
+            fn, value = without_masks(fn), None  # which comes from the support
+        moved = site["name"] not in self.off_support
+        valid = has_density(fn, value, mask=mask, moved=moved)
+        return log_prob if isinstance(valid, bool) else torch.where(valid, log_prob, -math.inf)
 
     def one_by_one(self, z: Tensor) -> Tensor:
         """Return the parts, shape ``(1 + S, N)``, of z, ``(N, D)``, by N runs of the model.
@@ -469,23 +490,6 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
             )
         check_fixed_support(name, biject(trace[name]["fn"].support)(real), values[name])
     return trace
-
-
-def _log_prob(site: Site, latents: Collection[str]) -> Tensor:
-    """Return a site's log density, shape ``(*)``.
-
-    It is ``-inf`` outside the support, or where parameters are out of range.
-    """
-    fn, value, mask, log_prob = site["fn"], site["value"], site["mask"], site["log_prob"]
-    if mask is False:
-        return log_prob
-    if site["name"] in latents:
-        left_out = log_prob_left_out(fn, value, mask=mask)
-        if left_out is not None:
-            log_prob = log_prob + left_out
-        fn, value = without_masks(fn), None  # which comes from the support
-    valid = has_density(fn, value, mask=mask)
-    return log_prob if isinstance(valid, bool) else torch.where(valid, log_prob, -math.inf)
 
 
 def _scored(trace: Nodes) -> Iterator[Site]:

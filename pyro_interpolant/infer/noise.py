@@ -419,7 +419,8 @@ class _Function:
                     f"{type(found).__name__}"
                 )
             log_prob = found.log_prob(y)
-            valid = is_valid(found, y) if isinstance(found, Distribution) else True
+            # Nobody has validated y: off a fixed support, too, formulas go on.
+            valid = is_valid(found, y, moved=True) if isinstance(found, Distribution) else True
         log_prob = log_prob.reshape(*log_prob.shape[:2], -1).sum(-1)
         if isinstance(valid, bool):
             return log_prob

@@ -365,7 +365,7 @@ def check_one_data_set(batch_shape: torch.Size) -> None:
     if batch_shape:
         raise ValueError(
             f"expected one data set in the arguments, got a batch of shape {tuple(batch_shape)}: "
-            "guide.condition(y=...) takes many at once"
+            "guide.condition(y=...) takes many at once; rows of one belong in a pyro.plate"
         )
 
 

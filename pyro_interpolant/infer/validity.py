@@ -9,6 +9,7 @@ import inspect
 import math
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import pyro
 import torch
@@ -107,7 +108,8 @@ def is_valid(fn: Distribution, value: Tensor | None, *, moved: bool = False) -> 
     Args:
         fn: A distribution of batch shape ``(*)``.
         value: A value, broadcastable to ``(*, *event_shape)``, or None: parameters alone count.
-        moved: Whether a transform may have moved it off a fixed support, which then counts.
+        moved: Whether it may be off a fixed support, moved by a transform or never checked, which
+            then counts.
 
     Returns:
         A mask that broadcasts to ``(*)``, or True where there is nothing to check.
@@ -140,7 +142,7 @@ def _where_all(*masks: Tensor | bool) -> Tensor | bool:
 
 
 def has_density(
-    fn: Distribution, value: Tensor | None, *, mask: Tensor | bool | None
+    fn: Distribution, value: Tensor | None, *, mask: Tensor | bool | None, moved: bool = False
 ) -> Tensor | bool:
     """Return where a site has a density, as :func:`is_valid`, or a mask leaves its data out.
 
@@ -148,11 +150,18 @@ def has_density(
         fn: The distribution of the site, of batch shape ``(*)``.
         value: Its data, or None of a latent one, whose parameters count in any row.
         mask: That of the handlers around it.
+        moved: As in :func:`is_valid`.
     """
-    valid = True if mask is False else is_valid(fn, value)
+    valid = True if mask is False else is_valid(fn, value, moved=moved)
     if isinstance(valid, bool) or value is None or not isinstance(mask, Tensor):
         return valid
     return valid | ~mask
+
+
+def is_on_support(site: Mapping[str, Any]) -> bool:
+    """Return whether the value of a site of a trace is on its support, but for what is masked."""
+    valid = has_density(site["fn"], site["value"], mask=site["mask"], moved=True)
+    return bool(torch.as_tensor(valid).all())
 
 
 def _on_support(fn: Distribution, value: Tensor | None, *, moved: bool) -> Tensor | bool:

@@ -1122,6 +1122,18 @@ def test_several_data_sets_of_events_are_a_batch():
         assert guide(y)["loc"].shape == (3,)
 
 
+@pytest.mark.parametrize("batches", [False, True])
+def test_rows_outside_of_plates_are_not_learned_from_one_by_one(batches):
+    def model(y=None):  # whose density is that of all rows, and simulations those of one
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    guide, numbers = pi.AmortizedInterpolant(model, hidden_dims=(8,)), torch.randn(100)
+    simulations = [({"loc": numbers}, {"y": numbers})] if batches else 100
+    with pytest.raises(ValueError, match=r"batch of shape \(10,\): .* belong in a pyro.plate"):
+        pi.fit_guide(guide, torch.ones(10), simulations=simulations, **QUICK)
+
+
 def test_svi_refines_a_posterior_that_is_given():
     guide, y = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,)), torch.ones(ROWS)
     guide(y)

@@ -897,6 +897,32 @@ def test_the_users_validation_explains_bad_data():
         log_joint(model)
 
 
+@pytest.mark.parametrize("batching", ["plate", "vmap"])
+@pytest.mark.parametrize(
+    "noise", [dist.Exponential(2.0), dist.Gamma(1.0, 2.0), dist.Exponential(2.0).mask(mask=True)]
+)
+def test_data_that_latents_move_off_a_fixed_support_have_no_density(noise, batching):
+    def model(y):
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 2):
+            pyro.sample("y", noise, obs=y - shift)
+
+    y, z = torch.tensor([1.5, 2.5]), torch.tensor([[-3.0], [1.4], [1.6], [3.0]])
+    density = log_joint(model, y)
+    density.batching = batching
+    wanted = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) + 2 * math.log(2.0) - 2 * (y - z).sum(-1)
+    assert torch.allclose(density(z)[:2], wanted[:2])
+    assert bool((density(z)[2:] == -math.inf).all())
+
+
+def test_data_off_a_support_have_the_density_of_the_formula_where_they_are_not_validated():
+    def model():
+        rate = pyro.sample("rate", dist.Exponential(1.0))
+        pyro.sample("y", dist.Poisson(rate, validate_args=False), obs=torch.tensor(2.5))
+
+    assert bool(log_joint(model)(torch.zeros(3, 1)).isfinite().all())
+
+
 def test_wrong_targets_and_shapes_are_refused():
     with pytest.raises(TypeError, match="expected a model, or a guide over one .* got AutoNormal"):
         log_joint(AutoNormal(plated))

@@ -1103,6 +1103,23 @@ def test_latents_that_make_y_impossible_have_no_likelihood(name):
     assert torch.allclose(found[0, inside[0]], log_prob.reshape(int(inside[0].sum()), -1).sum(-1))
 
 
+FIXED = {  # noise whose support is the same for all x, and a row off it
+    "exponential": (lambda x, row: dist.Exponential(x.exp()), -0.5),
+    "beta": (lambda x, row: dist.Beta(x.exp(), 1.0), 1.5),
+    "poisson": (lambda x, row: dist.Poisson(x.exp()), 2.5),
+    "bernoulli": (lambda x, row: dist.Bernoulli(logits=x).to_event(1), 0.3),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_rows_off_a_fixed_support_have_no_likelihood(name):
+    noise, off = FIXED[name]
+    x, on = torch.randn(1, 20, 2), {"beta": 0.5}.get(name, 1.0)
+    found = measurements(torch.tensor([[on, on], [on, off]]), noise).log_likelihood(x)
+    assert bool(found[0].isfinite().all())
+    assert bool((found[1] == -math.inf).all())
+
+
 def test_objects_behind_noise_of_one_sign_have_the_closed_form():
     flow = interpolant_transform(1, (8,), solver=pi.FixedGrid(steps=1))  # untrained: N(0, 1)
     normal, y = InterpolantDistribution(flow), torch.tensor([0.5])
