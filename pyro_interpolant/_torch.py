@@ -391,6 +391,11 @@ def is_functorch_tensor(x: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def has_tangent(x: Tensor) -> bool:
+    """Return whether a tensor, of any shape, has a tangent of :mod:`torch.autograd.forward_ad`."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
 def is_batch_of_gradients(g: Tensor) -> bool:
     """Return whether a cotangent, of any shape, stands for many that are pulled back at once."""
     return is_functional() or torch._C._functorch.is_legacy_batchedtensor(g)

@@ -1,6 +1,7 @@
 r"""Normalisation and attention from elementary operations, which have derivatives of any order."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,16 @@ def _attention(*args: object, **kwargs: object) -> Tensor:
     return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
 
 
+def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Return what ``nn.functional.multi_head_attention_forward`` does, ``(L, N, E)`` and weights.
+
+    It calls attention itself, where no mode is asked, unless its weights are wanted.
+    """
+    given = {**kwargs, "need_weights": True}
+    output, weights = nn.functional.multi_head_attention_forward(*args, **given)
+    return output, weights if kwargs.get("need_weights", True) else None
+
+
 _ELEMENTARY: dict[Callable, Callable] = {
     nn.functional.layer_norm: _layer_norm,
     nn.functional.group_norm: _group_norm,
@@ -113,4 +124,5 @@ _ELEMENTARY: dict[Callable, Callable] = {
     torch.group_norm: _group_norm,
     torch.instance_norm: _torch_instance_norm,
     nn.functional.scaled_dot_product_attention: _attention,
+    nn.functional.multi_head_attention_forward: _multi_head,
 }

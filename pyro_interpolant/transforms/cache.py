@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from .._torch import constant, is_compiling, is_functorch_tensor, is_tracing, needs_graph
+from .._torch import (
+    constant,
+    has_tangent,
+    is_compiling,
+    is_functorch_tensor,
+    is_tracing,
+    needs_graph,
+)
 
 _ENTRIES_KEPT = 4  # of one transform
 _COPIED_NUMBERS = 2**16  # the most in a tensor that is copied to compare it later
@@ -61,7 +68,8 @@ class IdentityCache:
     graph); the same key (solver, divergence, ...), inference mode, autocast and tracing state; a
     graph exactly where one is wanted; and no backward pass through that graph since. An entry with
     a graph is never found by the *input* of its solve alone: two results of one input must not
-    share a graph that the backward pass of the first frees.
+    share a graph that the backward pass of the first frees. What depends on tensors with a tangent
+    is neither kept nor found.
     """
 
     def __init__(self) -> None:
@@ -99,7 +107,7 @@ class IdentityCache:
             sources: All other tensors the result depends on: parameters, buffers, context.
             key: All else that the result depends on, to compare.
         """
-        if is_compiling() or not self._entries or _any_functorch(sources):
+        if is_compiling() or not self._entries or _any_functorch(sources) or _any_dual(sources):
             return None
         for entry in reversed(self._entries):
             if (x is not None and entry.x is not x) or (y is not None and entry.y is not y):
@@ -110,7 +118,7 @@ class IdentityCache:
         return None
 
     def store(self, entry: Entry, sources: Sequence[Tensor] = (), key: Hashable = None) -> None:
-        """Keep an entry, unless it lives inside a functorch transform, or is being compiled.
+        """Keep an entry, unless torch transforms what it depends on, or it is being compiled.
 
         Args:
             entry: What was computed.
@@ -120,7 +128,7 @@ class IdentityCache:
         if is_compiling():
             return
         self._last = weakref.ref(entry.x), weakref.ref(entry.y), entry.forward
-        if _any_functorch((entry.x, entry.y, *sources)):
+        if _any_functorch((entry.x, entry.y, *sources)) or _any_dual(sources):
             return
         entry.token = _token(entry, sources, key)
         output = entry.y if entry.forward else entry.x
@@ -158,6 +166,11 @@ class IdentityCache:
 def _any_functorch(tensors: Sequence[Tensor]) -> bool:
     """Return whether a tensor lives inside ``torch.func.grad``, ``vmap`` or their kind."""
     return any(is_functorch_tensor(s) for s in tensors)
+
+
+def _any_dual(tensors: Sequence[Tensor]) -> bool:
+    """Return whether a tensor has a tangent, which neither its version nor its address tells."""
+    return any(has_tangent(s) for s in tensors)
 
 
 def _is_valid(entry: Entry, sources: Sequence[Tensor], key: Hashable) -> bool:

@@ -85,6 +85,18 @@ class Attending(nn.Module):
         return found.reshape(h.shape)
 
 
+class Heads(nn.Module):
+    """Torch's layer of attention, which calls the function inside of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, h):
+        places = h.reshape(-1, 3, 4)
+        return self.attention(places, places, places, need_weights=False)[0].reshape(h.shape)
+
+
 def mlp(hidden_dims, context_dim=0, reach=None):
     velocity = VelocityMLP(DIM, hidden_dims, context_dim)
     with torch.no_grad():
@@ -116,6 +128,7 @@ NETWORKS = {
     "torch.group_norm": lambda c: Own(DIM, c, Planes(torch_group_norm)),
     "torch.instance_norm": lambda c: Own(DIM, c, Planes(torch_instance_norm)),
     "own attention": lambda c: Own(DIM, c, Attending()),
+    "own heads of attention": lambda c: Own(DIM, c, Heads()),
 }
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.multiprocessing  # noqa: F401  (registers the reductions of tensors)
 from cases import FLOWS, CountingSolver, slow_but
+from torch.autograd import forward_ad
 from torch.distributions import constraints
 
 from pyro_interpolant import (
@@ -773,6 +774,27 @@ def test_functional_weights_never_meet_the_cache(kind):
     expected = torch.stack([plain.detach(), shifted])
     torch.testing.assert_close(values.detach(), expected, rtol=0, atol=2e-5)
     torch.testing.assert_close(module(x), plain)
+
+
+@every_kind
+def test_tangents_of_weights_are_those_of_this_call(kind):
+    transform, x = flow(kind).requires_grad_(requires_grad=False), torch.randn(5, 2)
+    weights = {k: v.clone() for k, v in transform.named_parameters()}
+
+    def values(weights):
+        return torch.func.functional_call(transform, weights, (x,))
+
+    plain = transform(x)
+    for _ in range(2):
+        along = {k: torch.randn_like(v) for k, v in weights.items()}
+        _, expected = torch.func.jvp(values, (weights,), (along,))
+        with forward_ad.dual_level():
+            for sign in (1, -1):
+                moved = {k: forward_ad.make_dual(v, sign * along[k]) for k, v in weights.items()}
+                found = forward_ad.unpack_dual(values(moved)).tangent
+                torch.testing.assert_close(found, sign * expected)
+            assert forward_ad.unpack_dual(transform(x)).tangent is None
+    torch.testing.assert_close(transform(x), plain)
 
 
 @every_kind
