@@ -738,7 +738,10 @@ def test_evidence_that_is_off_at_an_edge_is_told_of_a_data_set(monkeypatch):
         ("at_edges", lambda *args: "the evidence is lost"),
     ):
         monkeypatch.setattr(amortization, name, fake)
-    posterior, packed = SimpleNamespace(given=lambda c: None), (torch.zeros(2, 1),) * 2
+    posterior, packed = (
+        SimpleNamespace(given=lambda c: SimpleNamespace(log_prob=None)),
+        (torch.zeros(2, 1),) * 2,
+    )
     with pytest.warns(UserWarning, match="of one data set the evidence is lost"):
         found, _ = amortization._importance_of_data_sets(
             posterior, SimpleNamespace(data={}), packed, None, Clock(None)
