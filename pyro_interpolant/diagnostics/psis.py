@@ -361,14 +361,20 @@ def log_mean_weight(log_weights: Tensor) -> tuple[float, float]:
     return float(total) - math.log(len(log_weights)), float(error)
 
 
-def log_total(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+def log_total(log_weights: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Return :math:`\log \sum w` and its standard error, shape ``(*)``, of ``(*, N)``.
 
     As :func:`log_mean_weight`, of many sets of weights at once; the error is infinite where all
     weights of a set are zero.
+
+    Args:
+        log_weights: Unnormalised log weights, shape ``(*, N)``.
+        counts: How many weights there are in each set, shape ``(*)``, the others being zero; or
+            None for all.
     """
     share = log_weights.double().softmax(-1)
-    error = (share.square().sum(-1) - 1 / share.shape[-1]).clamp(min=0).sqrt()
+    number = share.shape[-1] if counts is None else counts
+    error = (share.square().sum(-1) - 1 / number).clamp(min=0).sqrt()
     return log_weights.double().logsumexp(-1), error.nan_to_num(math.inf)
 
 

@@ -32,6 +32,7 @@ from ..distributions.rows import (
     check_same_order,
     checked_rows,
     contexts_of_rows,
+    counted,
     in_order,
     names_of,
 )
@@ -174,10 +175,12 @@ def from_posterior_samples(
     the population: where there are no draws, there is nothing to weigh.
 
     Args:
-        draws: K draws of each of N objects, shape ``(N, K, D)``.
-        log_interim_prior: :math:`\log \pi` of the draws, shape ``(N, K)``, up to a constant; or a
-            function that returns it, such as the ``log_prob`` of a distribution of events of
-            shape ``(D,)``.
+        draws: K draws of each of N objects, shape ``(N, K, D)``; or a list of the draws of each,
+            as many as there are, shapes ``(K_i, D)``.
+        log_interim_prior: :math:`\log \pi` of the draws, shape ``(N, K)``, or a list of shapes
+            ``(K_i,)``, up to a constant; or a function that returns it, such as the ``log_prob``
+            of a distribution of events of shape ``(D,)``, called with the draws, or with those of
+            each object of a list.
         context: As in :func:`from_noisy_samples`, shape ``(N, C)``.
         support: Where x lives.
         network: As in :func:`from_noisy_samples`.
@@ -210,28 +213,22 @@ def from_posterior_samples(
         torch.Size([5, 1])
     """
     clock = _checked_settings(support, steps, max_seconds, validation)
-    x = _checked_draws(draws)
     check_same_order(log_interim_prior=log_interim_prior, context=context)
-    log_prior = _checked_log_prior(log_interim_prior, x)
-    if x.shape[1] < 2:
-        raise ValueError(
-            "expected at least two draws of each object, among which to choose, got one: rows "
-            "that are known are what from_samples takes"
-        )
-    bad = ~BijectiveSupport(shaped(support, x.shape[2:])).strictly_inside(x).all(-1)
+    x, log_prior, counts = _checked_draws(draws, log_interim_prior)
+    objects = torch.arange(len(counts)).repeat_interleave(counts)
+    bad = ~BijectiveSupport(shaped(support, x.shape[1:])).strictly_inside(x)
     if bool(bad.any()):
+        which = objects[bad.cpu()].unique()
         raise ValueError(
-            f"expected draws strictly inside the support {support}, got others of "
-            f"{int(bad.sum())} objects, the first being object {int(bad.nonzero()[0])}: remove "
-            "them"
+            f"expected draws strictly inside the support {support}, got others of {len(which)} "
+            f"objects, the first being object {int(which[0])}: remove them"
         )
-    held, kept = held_out(len(x), validation, seed)
-    context, of_contexts, sizes = _checked_context(context, x, network)
+    held, kept = held_out(len(counts), validation, seed)
+    context, of_contexts, sizes = _checked_context(context, x[counts.cumsum(0) - counts], network)
     with seeded(seed):
-        some = torch.randperm(len(kept) * x.shape[1])[: max(_START_DRAWS, len(x))]
-    objects = kept[some // x.shape[1]]
-    first = x[objects, some % x.shape[1]]
-    contexts = None if context is None else context[objects]
+        some = _in_turn(objects, kept)[: max(_START_DRAWS, len(counts))]
+    first = x[some]
+    contexts = None if context is None else context[objects[some]]
     start_steps, rest = _shared_out(steps, clock)
     options: dict[str, Any] = {"support": support, "network": network, "marginals": marginals}
     options |= {"steps": start_steps, "seed": seed}
@@ -241,9 +238,9 @@ def from_posterior_samples(
     with torch.no_grad():
         log_prior = log_prior.to(u.device) + distribution.from_flow(u)[1]
     if context is not None:
-        context = contexts_of_rows(context, flow, of_contexts, len(x))
+        context = contexts_of_rows(context, flow, of_contexts, len(counts))
     with seeded(seed):
-        catalogue = PosteriorDraws(u, log_prior, context)
+        catalogue = PosteriorDraws(u, log_prior, counts, context)
     learn(distribution, catalogue, held, rest, clock, seed=seed, progress=progress)
     return distribution
 
@@ -289,15 +286,66 @@ def _checked_log_prior(
     return log_prior
 
 
-def _checked_draws(draws: ArrayLike) -> Tensor:
-    """Return draws of each object, shape ``(N, K, D)``, or raise an error for other ones."""
-    x = as_tensor(draws, "draws")
-    if x.dim() != 3:
+def _checked_draws(
+    draws: ArrayLike, log_interim_prior: ArrayLike | Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the draws of all objects one after another, or raise an error for other ones.
+
+    Args:
+        draws: As in :func:`from_posterior_samples`.
+        log_interim_prior: As there.
+
+    Returns:
+        The draws, shape ``(M, D)``, their log densities under their own prior, shape ``(M,)``, in
+        float64, and the number of draws of each object, shape ``(N,)``.
+    """
+    if isinstance(draws, list | tuple):
+        sets = [checked_rows(few, f"draws[{i}]")[None] for i, few in enumerate(draws)]
+        log_priors: list[Any] = [log_interim_prior] * len(sets)
+        if not callable(log_interim_prior):
+            each: Any = log_interim_prior
+            log_priors = [as_tensor(few, "log_interim_prior")[None] for few in each]
+    else:
+        x = as_tensor(draws, "draws")
+        if x.dim() != 3:
+            raise ValueError(
+                "expected draws of shape (N, K, D), or a list of each object's, (K_i, D), got "
+                f"{tuple(x.shape)}: of one number x that is draws[..., None]"
+            )
+        sets, log_priors = [checked_rows(x, "draws", (None, None))], [log_interim_prior]
+    counts = torch.tensor([x.shape[1] for x in sets for _ in x])
+    dims = {x.shape[2] for x in sets}
+    if len(dims) != 1 or len(log_priors) != len(sets):
         raise ValueError(
-            f"expected draws of each object, shape (N, K, D), got {tuple(x.shape)}: of one number "
-            "x that is draws[..., None]"
+            "expected draws of the same D numbers for each object, and their log_interim_prior, "
+            f"got {len(sets)} objects with D in {sorted(dims)} and {len(log_priors)} priors"
         )
-    return checked_rows(x, "draws", (None, None))
+    if int(counts.min()) < 2:
+        raise ValueError(
+            "expected at least two draws of each object, among which to choose, got one for "
+            f"{counted(counts < 2, 'objects')}: rows that are known are what from_samples takes"
+        )
+    known = map(_checked_log_prior, log_priors, sets)
+    log_prior = torch.cat([few.flatten() for few in known])
+    return torch.cat([x.flatten(0, 1) for x in sets]), log_prior, counts
+
+
+def _in_turn(objects: Tensor, kept: Tensor) -> Tensor:
+    """Return the indices of draws in a random order, one of each object before the next of any.
+
+    Objects of many draws are no more of a population than those of few.
+
+    Args:
+        objects: Of which object each draw is, ascending, shape ``(M,)``.
+        kept: The indices of the objects that count.
+    """
+    order = torch.isin(objects, kept).nonzero()[:, 0]
+    order = order[torch.randperm(len(order))]
+    by_object = objects[order].argsort(stable=True)
+    _, sizes = objects[order].unique(return_counts=True)
+    turns = torch.empty_like(order)
+    turns[by_object] = torch.cat([torch.arange(size) for size in sizes.tolist()])
+    return order[turns.argsort(stable=True)]
 
 
 def _checked_settings(

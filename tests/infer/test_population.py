@@ -577,12 +577,18 @@ def test_latents_of_rows_move_by_a_chain_to_their_posteriors(monkeypatch):
     assert sum(far[7:]) / 5 == pytest.approx(1.0, abs=0.1)
 
 
+def posterior_draws(u, log_prior, context=None):
+    """A catalogue of as many draws of each object, (N, K, D)."""
+    counts = torch.full((len(u),), u.shape[1])
+    return PosteriorDraws(u.flatten(0, 1), log_prior.flatten(), counts, context)
+
+
 @pytest.mark.parametrize("posteriors", [False, True])
 def test_latents_have_the_contexts_of_their_own_rows(posteriors):
     context = torch.arange(30.0)[:, None]
     y, flow = LOC + 0.1 * context, gaussian(given=True)
     if posteriors:
-        objects = PosteriorDraws(y[:, None].repeat(1, 20, 1), torch.zeros(30, 20), context)
+        objects = posterior_draws(y[:, None].repeat(1, 20, 1), torch.zeros(30, 20), context)
     else:
         rows = of_population(measurements(y, torch.full((30, 2), 1e-3)), flow, context)
         objects = NoisyRows(rows, LOC)
@@ -596,13 +602,63 @@ def test_posterior_draws_are_weighted_by_the_population_over_the_prior():
     interim = MultivariateNormal(torch.zeros(2), 9 * torch.eye(2))
     u = interim.sample((300, 400))  # of objects of which nothing was measured
     flow = gaussian()
-    objects = PosteriorDraws(u, interim.log_prob(u), None)
+    objects = posterior_draws(u, interim.log_prob(u))
     values, errors = objects.log_evidence(flow, torch.arange(300), finely=True)
     assert float(values.exp().mean()) == pytest.approx(1.0, abs=0.05)
     assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.4)
     few = objects.latents(flow, torch.arange(300)).w
     assert few.shape == (1200, 2)
     assert float((few - LOC).norm(dim=-1).mean()) < 0.6 * float((u - LOC).norm(dim=-1).mean())
+
+
+@pytest.mark.parametrize("finely", [False, True])
+def test_objects_may_have_more_draws_than_others(finely):
+    """An object's evidence and latents are those it has among objects of as many draws."""
+    interim, flow = MultivariateNormal(torch.zeros(2), 9 * torch.eye(2)), gaussian()
+    counts = torch.tensor([2, 700, 5, 300])
+    sets = [i + interim.sample((n,)) for i, n in enumerate(counts.tolist())]
+    u = torch.cat(sets)
+    objects = PosteriorDraws(u, interim.log_prob(u), counts, None)
+    index = torch.tensor([3, 0, 1, 2])
+    found = objects.log_evidence(flow, index, finely=finely)
+    for place, i in enumerate(index.tolist()):
+        alone = posterior_draws(sets[i][None], interim.log_prob(sets[i])[None])
+        wanted = alone.log_evidence(flow, torch.tensor([0]), finely=finely)
+        assert all(torch.allclose(a[place], b[0]) for a, b in zip(found, wanted, strict=True))
+    for _ in range(20):
+        latents = objects.latents(flow, index).w.reshape(4, -1, 2)
+        for few, i in zip(latents, index.tolist(), strict=True):
+            assert bool((few[:, None] == sets[i]).all(-1).any(-1).all())
+
+
+@pytest.mark.usefixtures("_small_runs")
+@pytest.mark.parametrize("as_function", [False, True])
+def test_a_population_of_lists_of_draws(monkeypatch, as_function):
+    starts, seen = [], []
+    monkeypatch.setattr(
+        population_module, "learn", lambda _, objects, *__, **___: seen.append(objects)
+    )
+    started = population_module._started
+    monkeypatch.setattr(
+        population_module, "_started", lambda x, *a: starts.append(x) or started(x, *a)
+    )
+    monkeypatch.setattr(population_module, "_START_DRAWS", 100)
+    counts = [2, 3, 4000, *range(4, 41)]
+    sets = [i + torch.randn(n, 2) for i, n in enumerate(counts)]
+    prior = Normal(0.0, 3.0)
+    given = dist.Normal(0.0, 3.0).expand([2]).to_event(1).log_prob
+    log_prior = [prior.log_prob(x).sum(-1).numpy() for x in sets]
+    arrays = [x.numpy() for x in sets]
+    from_posterior_samples(arrays, given if as_function else log_prior, **QUICK)
+    assert seen[0].counts.tolist() == counts
+    assert torch.allclose(seen[0].u, torch.cat(sets))
+    assert torch.allclose(seen[0].log_prior, prior.log_prob(torch.cat(sets)).sum(-1))
+    # Objects of many draws are not more of the start than others.
+    owners = [int((row == seen[0].u).all(-1).nonzero()) for row in starts[0]]
+    objects = torch.bucketize(torch.tensor(owners), torch.tensor(counts).cumsum(0), right=True)
+    assert len(starts[0]) == 100
+    assert len(set(owners)) == 100
+    assert objects.bincount().max() <= 3
 
 
 @pytest.mark.usefixtures("_small_runs")
@@ -614,8 +670,9 @@ def test_the_prior_of_posterior_draws_is_that_of_their_unconstrained_numbers(mon
     draws, interim = torch.randn(60, 5, 2).exp(), dist.LogNormal(0.0, 1.0).expand([2]).to_event(1)
     options = {"support": constraints.positive, "marginals": False, **QUICK}
     from_posterior_samples(draws, interim.log_prob, **options)
-    torch.testing.assert_close(seen[0].u, draws.log())
-    torch.testing.assert_close(seen[0].log_prior, Normal(0.0, 1.0).log_prob(draws.log()).sum(-1))
+    u = draws.log().flatten(0, 1)
+    torch.testing.assert_close(seen[0].u, u)
+    torch.testing.assert_close(seen[0].log_prior, Normal(0.0, 1.0).log_prob(u).sum(-1))
 
 
 @pytest.mark.slow
@@ -637,7 +694,7 @@ def test_draws_of_an_object_move_by_a_chain_to_its_posterior():
     y = LOC + torch.randn(1000, 2) @ ROOT.T + sd * torch.randn(1000, 2)
     u = share * y[:, None] + math.sqrt(share) * sd * torch.randn(1000, 400, 2)
     flow = gaussian()
-    objects = PosteriorDraws(u, Normal(0.0, prior).log_prob(u).sum(-1), None)
+    objects = posterior_draws(u, Normal(0.0, prior).log_prob(u).sum(-1))
     every = torch.arange(1000)
     for _ in range(12):
         found = objects.latents(flow, every).w
@@ -656,7 +713,7 @@ def test_a_look_prefers_the_true_width_to_wider_ones(in_order):
     noise = torch.randn(n, k, 2)
     if in_order:  # as of a chain, whose first draws are alike: those on one side
         noise = noise.gather(1, noise[..., :1].argsort(1).expand(noise.shape))
-    objects = PosteriorDraws(y[:, None] + sd * noise, torch.zeros(n, k), None)
+    objects = posterior_draws(y[:, None] + sd * noise, torch.zeros(n, k))
     looks = {}
     for width in (1.0, 1.4, 2.0, 3.0):
         flow = gaussian(torch.zeros(2), width * torch.eye(2))
@@ -1202,13 +1259,19 @@ def test_what_cannot_work_is_refused_before_any_work(arguments, options, message
 
 def test_posterior_draws_that_cannot_work_are_refused():
     draws, log_prior = torch.randn(60, 5, 2), torch.zeros(60, 5)
+    interim = dist.Normal(0.0, 1.0).expand([2]).to_event(1).log_prob
     for arguments, message in (
-        ((draws[..., 0], log_prior), r"draws of each object, shape \(N, K, D\), got \(60, 5\)"),
+        ((draws[..., 0], log_prior), r"draws of shape \(N, K, D\), .* got \(60, 5\)"),
         ((draws, log_prior[:, :4]), "log_interim_prior of shape"),
         ((draws, log_prior[:4]), "log_interim_prior of shape"),
         ((draws, dist.Normal(0.0, 1.0).log_prob), r"number for each column: .*to_event\(1\)"),
         ((draws, math.nan * log_prior), "finite log_interim_prior"),
         ((draws[:, :1], log_prior[:, :1]), "two draws of each object"),
+        ((list(draws), list(log_prior)[1:]), "60 objects with D in .2. and 59 priors"),
+        (([*draws, draws[0, :, :1]], interim), r"61 objects with D in \[1, 2\]"),
+        (([*draws, draws[0, :1]], interim), "got one for 1 objects, the first being row 60"),
+        (([*draws[:3], draws[0, :, 0]], interim), r"draws\[3\] of shape \(N, D\), got \(5,\)"),
+        (([*draws[1:], draws[0, :3]], list(log_prior)), "log_interim_prior of shape"),
         ((draws[:3], log_prior[:3]), "two rows to learn from"),
     ):
         with pytest.raises(ValueError, match=message):
