@@ -8,6 +8,7 @@ the same map, and the loss of a process with more rows, or heavier ones, counts 
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ def _joined(surveys: Sequence[Survey], device: torch.device) -> Survey:
     joined = copy.copy(surveys[0])
     joined.total = sum(each.total for each in surveys)
     joined.checksum = sum(each.checksum for each in surveys) % 2**64
-    reached = [each.reached for each in surveys]
+    reached: list[Any] = [each.reached for each in surveys]
     joined.reached = reached if any(reached) else None
     known = [each.shared for each in surveys if each.shared is not None]
     joined.shared = torch.cat(known).unique()
