@@ -27,7 +27,7 @@ from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
 from ..solvers.divergence import Divergence
 from ..solvers.ode import FixedGrid, Solver
-from ..training.clock import Clock, Seconds
+from ..training.clock import Clock
 from ..training.fitting import FitResult, fit
 from ..training.whitening import whitening_map
 from ..transforms.interpolant import InterpolantTransform
@@ -321,7 +321,7 @@ class AutoInterpolant(AutoContinuous):
         posterior, seed = InterpolantDistribution(self.transform), settings["seed"]
 
         def within(share: float) -> dict[str, Any]:
-            return {"max_seconds": Seconds.since(clock.began, share * clock.limit), **settings}
+            return {"max_seconds": clock.part(share), **settings}
 
         training: FitResult | RoundsResult
         if rows is None:

@@ -256,7 +256,7 @@ class ExpectationMaximization:
         """Regress the flow on latents, and draw some anew."""
         left = self.steps - self.regression.descent.steps
         self.regression(int(min(_ROUND_STEPS, left)), self._rate, seconds=math.inf)
-        with self.regression.average.applied():
+        with self.regression.descent.averaged():
             self.distribution.clear_cache()
             latents = self._latents()
             looks = int(self.done() * self.most_looks)
@@ -268,7 +268,7 @@ class ExpectationMaximization:
     def end(self) -> None:
         """Look at the weights of the last round."""
         if self.regression.descent.steps:
-            with self.regression.average.applied():
+            with self.regression.descent.averaged():
                 self.distribution.clear_cache()
                 self._look()
 

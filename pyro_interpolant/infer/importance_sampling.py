@@ -356,14 +356,6 @@ def verdict_of(summary: ImportanceSummary, count: int, edges: str = "") -> str:
     return f"Good, {numbers}the guide's own draws will do, and resampled() ones do better."
 
 
-def verdict_with_warning(summary: ImportanceSummary, count: int, edges: str = "") -> str:
-    """Return :func:`verdict_of` draws, and warn with it where none can be relied on."""
-    verdict = verdict_of(summary, count, edges)
-    if edges or not summary.k_hat <= K_HAT_LIMIT:
-        warn_user(verdict)
-    return verdict
-
-
 def judged(
     log_q: Callable[[Tensor], Tensor],
     density: Density,
@@ -381,7 +373,10 @@ def judged(
         count: Of how many.
     """
     edges = at_edges(log_q, density, z, summary.log_evidence)
-    return verdict_with_warning(summary, count, edges)
+    verdict = verdict_of(summary, count, edges)
+    if edges or not summary.k_hat <= K_HAT_LIMIT:
+        warn_user(verdict)
+    return verdict
 
 
 def importance_verdict(

@@ -10,6 +10,7 @@ row's own numbers that returns a distribution of y.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Measurements:
 
     def is_gaussian(self) -> bool:
         """Return whether errors are given as standard deviations or covariances."""
-        return not isinstance(self.log_density, _Function)
+        return self.log_density in (_independent, _correlated)
 
     def precisions(self) -> Tensor:
         """Return inverse covariances of Gaussian noise, 0 of missing numbers, ``(N, D, D)``."""
@@ -226,7 +227,7 @@ def measurements(
         if noise_data is not None and sorted(names_of(noise_data)) == sorted(names):
             noise_data = columns_in_order(noise_data, names, "noise_data")
         row = None if noise_data is None else _numbers(noise_data, found)
-        return Measurements(found, row, _Function(noise))
+        return Measurements(found, row, partial(_of_function, noise))
     if noise_data is not None:
         raise ValueError(
             "expected noise_data beside a function noise(x, row), got them beside "
@@ -398,33 +399,30 @@ def _normal(scaled: Tensor, diagonal: Tensor) -> Tensor:
     return volume - constant - 0.5 * scaled.square().sum(-1)
 
 
-class _Function:
-    """The log-density that a function noise(x, row) gives.
+def _of_function(noise: NoiseFunction, x: Tensor, y: Tensor, row: Tensor | None) -> Tensor:
+    r"""Return :math:`\log p(y | x)`, ``(n, S)``, that a function gives, ``-inf`` of impossible y.
 
     Args:
         noise: From latents, shape ``(*, *event_shape)``, and numbers of rows, broadcastable, to a
             distribution of y.
+        x: The latents.
+        y: The rows.
+        row: Their numbers, or None.
     """
-
-    def __init__(self, noise: NoiseFunction) -> None:
-        self.noise = noise
-
-    def __call__(self, x: Tensor, y: Tensor, row: Tensor | None) -> Tensor:
-        r"""Return :math:`\log p(y | x)`, shape ``(n, S)``, ``-inf`` where x makes y impossible."""
-        with without_validation:  # y may be impossible under some x
-            found = self.noise(x, row)
-            if not hasattr(found, "log_prob"):
-                raise TypeError(
-                    "expected noise(x, row) to return a Pyro distribution of y given x, got "
-                    f"{type(found).__name__}"
-                )
-            log_prob = found.log_prob(y)
-            # Nobody has validated y: off a fixed support, too, formulas go on.
-            valid = is_valid(found, y, moved=True) if isinstance(found, Distribution) else True
-        log_prob = log_prob.reshape(*log_prob.shape[:2], -1).sum(-1)
-        if isinstance(valid, bool):
-            return log_prob
-        # The shape of all numbers of y: a distribution of one's own may have summed over some.
-        shape = broadcast_shapes(valid.shape, y.shape[: y.dim() - len(found.event_shape)])
-        valid = valid.expand(shape).reshape(*shape[:2], -1).all(-1)
-        return torch.where(valid, log_prob, -math.inf)
+    with without_validation:  # y may be impossible under some x
+        found = noise(x, row)
+        if not hasattr(found, "log_prob"):
+            raise TypeError(
+                "expected noise(x, row) to return a Pyro distribution of y given x, got "
+                f"{type(found).__name__}"
+            )
+        log_prob = found.log_prob(y)
+        # Nobody has validated y: off a fixed support, too, formulas go on.
+        valid = is_valid(found, y, moved=True) if isinstance(found, Distribution) else True
+    log_prob = log_prob.reshape(*log_prob.shape[:2], -1).sum(-1)
+    if isinstance(valid, bool):
+        return log_prob
+    # The shape of all numbers of y: a distribution of one's own may have summed over some.
+    shape = broadcast_shapes(valid.shape, y.shape[: y.dim() - len(found.event_shape)])
+    valid = valid.expand(shape).reshape(*shape[:2], -1).all(-1)
+    return torch.where(valid, log_prob, -math.inf)

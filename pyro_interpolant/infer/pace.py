@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn.embedded import EmbeddedVelocity
-from ..training.clock import Clock, Seconds
+from ..training.clock import Clock
 
 _TRAINING_SHARE = 0.9  # of the time, for simulations and training; the rest: the verdict
 # The learning rate with an embedding, whose training 1e-2 makes unstable: after 1,000 steps of 256
@@ -27,8 +27,7 @@ def pace(velocity: nn.Module, rows: object, clock: Clock, share: float) -> dict[
         clock: The time.
         share: Of it, when training is to end, but for the verdict.
     """
-    limit = Seconds.since(clock.began, share * _TRAINING_SHARE * clock.limit)
-    options: dict[str, Any] = {"max_seconds": limit}
+    options: dict[str, Any] = {"max_seconds": clock.part(share * _TRAINING_SHARE)}
     if isinstance(velocity, EmbeddedVelocity) and velocity.embedding is not None:
         options["learning_rate"] = _EMBEDDING_RATE
     if isinstance(rows, Tensor) and clock.limit < math.inf:

@@ -43,7 +43,6 @@ class FlowRegression:
         self.distribution, flow = distribution, distribution.transform.flow
         self.objective = Objective(flow, WhitenedBase(None, flow.whitening), independent)
         self.descent = Descent(self.objective, ema=ema)
-        self.average = self.descent.average
         flow.independent, flow.reached = True, None
         self.threads = Threads(choose=flow.loc.is_cpu)
         self.pools, self.most = pools[-most:], most
@@ -89,7 +88,7 @@ class FlowRegression:
 
     def values(self) -> list[Tensor]:
         """Return copies of the averaged weights."""
-        return [v.clone() for v in self.average.values]
+        return [v.clone() for v in self.descent.average]
 
     def use(self, weights: list[Tensor]) -> None:
         """Put weights, such as :meth:`values` returned, into the network."""

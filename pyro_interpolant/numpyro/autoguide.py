@@ -186,7 +186,7 @@ def fit_guide(
     from ..infer.importance_sampling import importance_verdict
     from ..nn import VelocityMLP
     from ..training import fit
-    from ..training.clock import Clock, Seconds
+    from ..training.clock import Clock
 
     check_guide(guide)
     check_key(key)
@@ -200,7 +200,7 @@ def fit_guide(
         network = VelocityMLP(guide.latent_dim, guide.hidden_dims).to(dtype)
         posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))
         density = TorchDensity(guide, args, kwargs)
-        limit = Seconds.since(clock.began, autoguide.MODEL_SHARE * max_seconds)
+        limit = clock.part(autoguide.MODEL_SHARE)
         settings: dict[str, Any] = {"max_seconds": limit, "seed": seed, "progress": progress}
         settings |= options or {}
         if samples is None:

@@ -12,7 +12,7 @@ References:
 
 import math
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -42,78 +42,69 @@ _SHUFFLES = 50  # that tell which energies are chance
 _NAMED_COLUMNS = 3  # that a warning names
 
 
-class Disagreement(NamedTuple):
-    """How draws differ from rows, by column, each of shape ``(D,)``, and in all.
+def disagreement(draws: Tensor, rows: Tensor, context: Tensor | None, names: Sequence[str]) -> str:
+    """Return in words how draws differ from rows, nothing where they do not.
 
-    Attributes:
-        difference: The largest difference of their distribution functions.
-        ranges: The interquartile range of draws, over that of rows.
-        tails: How many times as often as rows draws lie beyond the farthest of them.
-        wrong: Whether a column's draws differ by more than chance and what good fits do.
-        wrong_tails: Whether its tails alone do.
-        energy: The energy distance beyond what is chance, over the mean distance.
-    """
-
-    difference: Tensor
-    ranges: Tensor
-    tails: Tensor
-    wrong: Tensor
-    wrong_tails: Tensor
-    energy: float
-
-    def text(self, names: list[str]) -> str:
-        """Return what is off in words, nothing where nothing is."""
-        parts = []
-        for i in self.difference.argsort(descending=True).tolist():
-            if bool(self.wrong[i]):
-                parts.append(
-                    f"{names[i]} of draws has {float(self.ranges[i]):.2g} times the interquartile "
-                    "range of the rows held out, and the shares below a value differ by up to "
-                    f"{100 * float(self.difference[i]):.0f} percentage points"
-                )
-            elif bool(self.wrong_tails[i]):
-                parts.append(
-                    f"{names[i]} of draws is beyond the farthest rows held out "
-                    f"{float(self.tails[i]):.2g} times as often as theirs"
-                )
-        if not parts and self.energy > _MOST_ENERGY:
-            parts.append(
-                "columns of draws do not depend on each other, or on contexts, as those of the "
-                f"rows held out (an energy distance {self.energy:.0%} of the mean one)"
-            )
-        more = f"; and so {len(parts) - _NAMED_COLUMNS} more" if parts[_NAMED_COLUMNS:] else ""
-        return "; ".join(parts[:_NAMED_COLUMNS]) + more
-
-
-def disagreement(draws: Tensor, rows: Tensor, context: Tensor | None = None) -> Disagreement:
-    """Return how draws differ from rows.
+    They do where a column of theirs differs by more than chance and what good fits do, or its
+    tails alone; else where all of them together have another energy.
 
     Args:
         draws: Draws, shape ``(M, D)``, of as many for each row, the rows over and over.
         rows: Rows, shape ``(N, D)``.
         context: The contexts of the rows, shape ``(N, C)``, or None.
+        names: Those of the columns.
+    """
+    z, y = _in_units(draws, rows), _in_units(rows, rows)
+    parts = _columns_off(draws, rows, _differences(z, y), names)
+    if not parts:
+        if context is not None:
+            c = _in_units(context, context)
+            z, y = torch.cat((z, c.repeat(len(draws) // len(rows), 1)), 1), torch.cat((y, c), 1)
+        energy = _energy(z, y)
+        if energy > _MOST_ENERGY:
+            parts = [
+                "columns of draws do not depend on each other, or on contexts, as those of the "
+                f"rows held out (an energy distance {energy:.0%} of the mean one)"
+            ]
+    more = f"; and so {len(parts) - _NAMED_COLUMNS} more" if parts[_NAMED_COLUMNS:] else ""
+    return "; ".join(parts[:_NAMED_COLUMNS]) + more
+
+
+def _columns_off(
+    draws: Tensor, rows: Tensor, difference: Tensor, names: Sequence[str]
+) -> list[str]:
+    """Return what is off in words, for each column where something is, the worst first.
+
+    Args:
+        draws: Draws, shape ``(M, D)``.
+        rows: Rows, shape ``(N, D)``.
+        difference: The largest difference of their distribution functions, shape ``(D,)``.
+        names: Those of the columns.
     """
     n, m = len(rows), len(draws)
-    spread = math.sqrt(1 / n + 1 / m)
-    z, y = _in_units(draws, rows), _in_units(rows, rows)
-    difference = _differences(z, y)
     middle = rows.median(0).values
     far, reach = (draws - middle).abs(), (rows - middle).abs()
     count = min(n, max(_TAIL_ROWS, int(_TAIL_SHARE * n)))
     beyond = (far >= reach.topk(count, dim=0).values[-1]).double().sum(0) * n / m
+    ranges, times = _range(draws) / _range(rows), beyond / count
+    wrong = difference > _MOST_DIFFERENCE + _CHANCE * math.sqrt(1 / n + 1 / m)
     off = 2 * (beyond.sqrt() - math.sqrt(count)) / math.sqrt(1 + n / m)
-    often = (beyond / count > _MOST_TIMES) | (beyond / count < 1 / _MOST_TIMES)
-    if context is not None:
-        c = _in_units(context, context)
-        z, y = torch.cat((z, c.repeat(m // n, 1)), 1), torch.cat((y, c), 1)
-    return Disagreement(
-        difference,
-        _range(draws) / _range(rows),
-        beyond / count,
-        difference > _MOST_DIFFERENCE + _CHANCE * spread,
-        often & (off.abs() > _TAIL_CHANCE),
-        _energy(z, y),
-    )
+    often = (times > _MOST_TIMES) | (times < 1 / _MOST_TIMES)
+    wrong_tails = often & (off.abs() > _TAIL_CHANCE)
+    parts = []
+    for i in difference.argsort(descending=True).tolist():
+        if bool(wrong[i]):
+            parts.append(
+                f"{names[i]} of draws has {float(ranges[i]):.2g} times the interquartile range of "
+                "the rows held out, and the shares below a value differ by up to "
+                f"{100 * float(difference[i]):.0f} percentage points"
+            )
+        elif bool(wrong_tails[i]):
+            parts.append(
+                f"{names[i]} of draws is beyond the farthest rows held out "
+                f"{float(times[i]):.2g} times as often as theirs"
+            )
+    return parts
 
 
 def _in_units(x: Tensor, rows: Tensor) -> Tensor:
@@ -178,7 +169,7 @@ def warn_if_draws_differ(distribution: AnyDistribution, held: Rows, deadline: fl
         context = None if rows.context is None else rows.context.double().cpu()
         there = _unconstrained(distribution, rows.w.to(draws)).double().cpu()
         draws = _unconstrained(distribution, draws).double().cpu()
-        found = disagreement(draws, there, context).text(column_names(distribution))
+        found = disagreement(draws, there, context, column_names(distribution))
     if found:
         warn_user(
             f"the fit came out wrong: {found}. Train longer, or with a wider network; look for "

@@ -4,7 +4,6 @@ What the data are decides what is built: an event of their shape on their suppor
 conditional flow where there are contexts, a Gaussianizing map where one pays, a U-Net for images.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +47,7 @@ from ..solvers.parallel import one_thread_each
 from ..transforms.gaussianize import Gaussianized, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from ..transforms.whitening import ScalarWhitening
-from .clock import Clock, Seconds
+from .clock import Clock
 from .data import (
     DEFAULT_SHARE,
     DataLike,
@@ -141,7 +140,8 @@ def from_samples(
         True
     """
     check_options(fit_options)
-    limit = Seconds.since(time.monotonic(), fit_options.get("max_seconds"))
+    limit = fit_options.get("max_seconds")
+    limit = None if limit is None else Clock(limit)  # which counts from here
     validation = as_held_out(fit_options.get("validation", DEFAULT_SHARE))
     fit_options |= {"max_seconds": limit, "seed": seed, "validation": validation}
     conditional, contexts = context is not None, context

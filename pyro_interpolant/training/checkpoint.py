@@ -22,10 +22,6 @@ _KEY = "pyro_interpolant_snapshot"
 _START = f'{{"__metadata__":{{"{_KEY}"'.encode()
 
 
-class _OtherFileError(ValueError):
-    """A file that never was a state of a run."""
-
-
 class Checkpoint:
     """A file that holds the state of one run, and the state before it under ``.previous``.
 
@@ -93,9 +89,12 @@ class Checkpoint:
                 continue
             try:
                 self.tensors, self.numbers = _read_state(candidate, raw)
-            except _OtherFileError:
-                raise  # nobody should delete it, nor is it renamed
             except (ValueError, KeyError, TypeError) as error:
+                if not _began_as_state(raw):  # nobody should delete it, nor is it renamed
+                    raise ValueError(
+                        f"expected a state of a run at {candidate}, got another file: pass "
+                        "another path"
+                    ) from error
                 damage.append(f"{candidate} ({error})")
                 warn_user(f"the snapshot {candidate} is damaged: passed over")
                 continue
@@ -243,20 +242,9 @@ def _read_state(path: Path, raw: bytes) -> tuple[dict[str, Tensor], dict[str, An
     """Return the tensors and the numbers of a state, of a file's bytes.
 
     Raises:
-        _OtherFileError: If the file is of another kind.
-        ValueError: If it is damaged; a KeyError or TypeError tells the same.
+        ValueError: If it is damaged, or of another kind; a KeyError or TypeError tells the same.
     """
-    try:
-        texts, found = contents_of(raw, path, framework="pt")
-        is_state = _KEY in texts
-    except ValueError:
-        if _began_as_state(raw):
-            raise
-        is_state = False
-    if not is_state:
-        raise _OtherFileError(
-            f"expected a state of a run at {path}, got another file: pass another path"
-        )
+    texts, found = contents_of(raw, path, framework="pt")
     header = json.loads(texts[_KEY])
     numbers = json.loads(header["numbers"])
     tensors = {name: found[name] for name in numbers["names"]}  # as the checksum runs over them
@@ -266,7 +254,7 @@ def _read_state(path: Path, raw: bytes) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _began_as_state(raw: bytes) -> bool:
-    """Return whether damaged bytes may have been those of a state.
+    """Return whether bytes that are no state may have been one.
 
     They begin as one does, but for a flipped bit or two, or end before it shows, or are blank.
     """

@@ -13,34 +13,16 @@ _TRAINING_SHARE = 0.95  # of the time, to the last step; the rest: calibration a
 _OVERTIME_SHARE, _OVERTIME = 0.05, 5.0  # of the time, and seconds: what these may take beyond it
 
 
-class Seconds(float):
-    """A time limit whose clock started earlier, when the user called.
+class Clock(float):
+    """The time of a run: its limit, a number of seconds, with a clock that counts them.
 
-    Attributes:
-        began: That moment, by :func:`time.monotonic`.
-    """
-
-    began: float
-
-    @classmethod
-    def since(cls, began: float, limit: float | None) -> "Seconds | None":
-        """Return a limit that counts from a moment, or None for no limit."""
-        if limit is None:
-            return None
-        new = cls(limit)
-        new.began = began
-        return new
-
-
-class Clock:
-    """The time of a run.
+    As a limit of another run it keeps its beginning: that run's time counts from there.
 
     Args:
-        limit: The time that a user gave, or None.
+        limit: The time that a user gave, or None, which is infinite.
         or_none: Whether it may be None.
 
     Attributes:
-        limit: The same; infinite for None.
         began: When the run began, by :func:`time.monotonic`.
         before: The time spent by a run that is resumed.
 
@@ -48,11 +30,26 @@ class Clock:
         ValueError: If the limit is not positive, or is None where it may not be.
     """
 
-    def __init__(self, limit: float | None, *, or_none: bool = True) -> None:
+    began: float
+    before: float
+
+    def __new__(cls, limit: float | None, *, or_none: bool = True) -> "Clock":
+        """Start it now, or where that of the limit started."""
         check_ranges(number("max_seconds > 0", limit, lambda n: n > 0, or_none=or_none))
-        self.limit = math.inf if limit is None else limit
-        self.began: float = getattr(limit, "began", time.monotonic())
-        self.before = 0.0
+        new = super().__new__(cls, math.inf if limit is None else limit)
+        new.began, new.before = getattr(limit, "began", time.monotonic()), 0.0
+        return new
+
+    @property
+    def limit(self) -> float:
+        """The time in all, seconds."""
+        return float(self)
+
+    def part(self, share: float) -> "Clock":
+        """Return the clock of a share of the time, from the same beginning."""
+        new = Clock(share * self.limit)
+        new.began = self.began
+        return new
 
     def spent(self) -> float:
         """Return the time spent so far."""

@@ -19,7 +19,6 @@ from .data import TableBatches
 from .objective import TIMES_PER_BATCH, Objective
 from .optimization import (
     Descent,
-    ExponentialMovingAverage,
     NonFiniteError,
     assign,
     fill,
@@ -157,9 +156,8 @@ class HeldOutMonitor:
     """The loss of averaged weights on rows held out over time, their scores, and those to keep.
 
     Args:
-        average: The averaged weights.
-        objective: What evaluates the loss.
-        points: The points at which it is evaluated.
+        descent: The steps that average the weights, and the loss that they minimise.
+        points: The points at which the loss is evaluated.
         density: What gives the density of rows held out, or None.
         callback: Called each time; it stops the run by returning True.
 
@@ -170,13 +168,12 @@ class HeldOutMonitor:
 
     def __init__(
         self,
-        average: ExponentialMovingAverage,
-        objective: Objective,
+        descent: Descent,
         points: tuple[Points, ...],
         density: HeldOutDensity | None,
         callback: Callback | None,
     ) -> None:
-        self.average, self.objective, self.points = average, objective, points
+        self.descent, self.objective, self.points = descent, descent.objective, points
         self.density, self.callback = density, callback
         self.stopped, self.seconds = False, 0.0
         self.nats = ""  # to show
@@ -185,13 +182,13 @@ class HeldOutMonitor:
         self.losses: list[float] = []
         self.held_losses: list[float] = []
         self.selection = Selection()
-        self.kept_values = [v.clone() for v in average.values]
+        self.kept_values = [v.clone() for v in descent.average]
         self.kept_buffers = self._buffers()
 
     def look(self, step: int, rate: float, seconds: float) -> None:
         """Evaluate the averaged weights on rows held out, and keep them if they are to be."""
         process, began = self.objective.process, time.monotonic()
-        with torch.no_grad(), self.average.applied():
+        with torch.no_grad(), self.descent.averaged():
             losses = self.objective.held_losses(self.points)
             found = None if self.density is None else self.density.scores()
             scores = process.agreed(Scores.equal(losses) if found is None else found)
@@ -202,7 +199,7 @@ class HeldOutMonitor:
         if self.density is not None and found is not None and process.rank == 0:
             self.nats = self.density.text(scores)
         if self.selection.judge(step, scores):
-            self.kept_values = [v.clone() for v in self.average.values]
+            self.kept_values = [v.clone() for v in self.descent.average]
             self.kept_buffers = self._buffers()
         # Last of all: a run that is interrupted before looks again.
         self.steps.append(step)
@@ -212,7 +209,7 @@ class HeldOutMonitor:
         wanted: Any = False
         if self.callback is not None and process.rank == 0:
             state = TrainingState(step, self.losses[-1], held, rate, seconds)
-            with self.average.applied(), evaluated(self.objective.network):
+            with self.descent.averaged(), evaluated(self.objective.network):
                 wanted = self.callback(state)
         if getattr(wanted, "ndim", None) == 0:  # numpy's and torch's
             wanted = wanted.item()
@@ -224,7 +221,7 @@ class HeldOutMonitor:
 
     def use_kept(self) -> None:
         """Leave the averaged weights to keep in the network, and the buffers beside them."""
-        assign(self.average.parameters, self.kept_values)
+        assign(self.descent.parameters, self.kept_values)
         assign(list(self.objective.network.buffers()), self.kept_buffers)
 
     def check(self) -> None:
@@ -329,7 +326,7 @@ class Run:
             ema=schedule.ema,
             pieces=schedule.accumulate,
         )
-        self.monitor = HeldOutMonitor(self.descent.average, objective, held, density, callback)
+        self.monitor = HeldOutMonitor(self.descent, held, density, callback)
         self.done, self.next_look, self.begun = 0.0, 0.0, 0.0  # shares of the schedule
         self.ended = "schedule"
         if checkpoint is not None and checkpoint.tensors:

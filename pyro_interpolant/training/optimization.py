@@ -34,34 +34,6 @@ class NonFiniteError(RuntimeError):
     distribution: AnyDistribution | None = None
 
 
-class ExponentialMovingAverage:
-    """An exponential moving average of weights.
-
-    Args:
-        parameters: The weights, of any shapes.
-        decay: Its decay per step.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
-        self.parameters, self.decay = parameters, decay
-        self.values = [p.detach().clone() for p in parameters]
-
-    def update(self, step: int) -> None:
-        """Move toward the present weights, faster in the first steps."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Put the average into the network for the duration of a block."""
-        present = [p.detach().clone() for p in self.parameters]
-        assign(self.parameters, self.values)
-        try:
-            yield
-        finally:
-            assign(self.parameters, present)
-
-
 class Descent:
     """Steps of AdamW on an objective, with clipped gradients and averaged weights.
 
@@ -69,11 +41,11 @@ class Descent:
         objective: What is minimised over the weights of its network, by its process, or by several
             that take the same steps.
         weight_decay: AdamW's.
-        ema: The decay of the average.
+        ema: The decay of the average per step.
         pieces: In how many, at most, the points of a step are evaluated, one after the other.
 
     Attributes:
-        average: The average of the weights.
+        average: The exponential moving average of the weights, of their shapes.
         skipped: The number of steps without a finite gradient.
         consecutive: The number of those since the last one taken.
         taken: The number of the others.
@@ -88,11 +60,11 @@ class Descent:
         ema: float = 0.999,
         pieces: int = 1,
     ) -> None:
-        self.pieces = int(pieces)
+        self.objective, self.pieces, self.ema = objective, int(pieces), ema
         self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
         self.process = objective.process
         self.process.set_up(objective, self.parameters, weight_decay)
-        self.average = ExponentialMovingAverage(self.parameters, ema)
+        self.average = [p.detach().clone() for p in self.parameters]
         self.skipped = self.consecutive = self.taken = 0
         self.running = math.inf
         self.draws: bool | None = None  # whether the network draws random numbers
@@ -120,8 +92,20 @@ class Descent:
             process.skip()
             return None
         process.step()
-        self.average.update(self.steps)
+        # Faster in the first steps.
+        decay = min(self.ema, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         return loss
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the average into the network for the duration of a block."""
+        present = [p.detach().clone() for p in self.parameters]
+        assign(self.parameters, self.average)
+        try:
+            yield
+        finally:
+            assign(self.parameters, present)
 
     def _clip(self, loss: Tensor) -> bool:
         """Clip the present gradient, and return whether it and the loss are finite."""
@@ -171,14 +155,14 @@ class Descent:
         }
         return {
             **numbered("weight", self.parameters),
-            **numbered("average", self.average.values),
+            **numbered("average", self.average),
             **moments,
         }, {name: getattr(self, name) for name in _COUNTS}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Take a state back."""
         fill(self.parameters, "weight", tensors)
-        fill(self.average.values, "average", tensors)
+        fill(self.average, "average", tensors)
         for i, p in enumerate(self.parameters):
             if f"step.{i}" in tensors:
                 self.process.optimizer.state[p] = {

@@ -199,7 +199,7 @@ def _best(rows: Tensor, clock: Clock | None) -> Callable[[Tensor], Gaussianizer 
         return None
     try:
         whitener = whitening_map(rows, warn=False)  # the fit does
-        rows = rows[inliers(whitener.white(rows))]
+        rows = rows[inliers(whitener.to_white(rows))]
         # Rows that repeat, as a Markov chain's or weighted ones do, are held out together.
         part = torch.unique(rows, dim=0, return_inverse=True)[1] % 10
         gains = dict.fromkeys((marginal_transform, radial_transform), math.inf)
@@ -248,7 +248,7 @@ def _gain(
 def _mixture(kept: Tensor, held: Tensor) -> Tensor:
     """Return held-out log-densities, shape ``(M,)``, of a Gaussian mixture fitted by EM."""
     whitener = whitening_map(kept, warn=False)
-    x, dim = whitener.white(kept), kept.shape[1]
+    x, dim = whitener.to_white(kept), kept.shape[1]
     nearest = torch.cdist(x, x[:_COMPONENTS]).argmin(1)
     shares = torch.nn.functional.one_hot(nearest, _COMPONENTS).T.to(x)
     # One component at a time on each core: all at once would leave the cache.
@@ -274,8 +274,8 @@ def _mixture(kept: Tensor, held: Tensor) -> Tensor:
         covs = torch.stack(of_each(covariance, zip(locs, shares, strict=True)))
         roots = torch.linalg.cholesky(covs + _VARIANCE_FLOOR * torch.eye(dim).to(x))
         shares = joint(x).softmax(0)
-    log_density = joint(whitener.white(held)).logsumexp(0)
-    return log_density - torch.linalg.slogdet(whitener.linear).logabsdet
+    log_density = joint(whitener.to_white(held)).logsumexp(0)
+    return log_density - whitener.log_det
 
 
 def marginal_transform(rows: Tensor) -> MarginalTransform | None:
@@ -338,7 +338,7 @@ def radial_transform(rows: Tensor) -> RadialTransform | None:
     if len(rows) < MIN_ROWS or dim < 2:
         return None
     whitener = whitening_map(rows.double(), warn=False)  # who chooses the map does
-    length = log_length(whitener.white(rows))[:, 0]
+    length = log_length(whitener.to_white(rows))[:, 0]
     if float(length.max() - length.min()) < _MIN_LENGTH_SPREAD:
         return None
     x, normal = quantile_knots(length)

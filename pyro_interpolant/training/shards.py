@@ -8,7 +8,7 @@ the same map, and the loss of a process with more rows, or heavier ones, counts 
 import copy
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,50 +16,21 @@ from torch import Tensor
 from .distributed import Process
 from .repeats import distinguished
 from .rows import Rows
-from .survey import SAMPLE_VALUES, Survey, Surveyed
+from .survey import SAMPLE_VALUES, Survey
 
 _EQUAL = 1e-6  # up to which factors are the same
 
 
-class Amount(NamedTuple):
-    """How much a process has.
-
-    Attributes:
-        rows: The number of rows that its first pass went through.
-        weight: The sum of their weights.
-        effective: The number of rows that weigh as much.
-        times: How many times as many rows it has in all; infinite where nobody knows.
-    """
-
-    rows: int
-    weight: float
-    effective: float
-    times: float
-
-
-class Together(NamedTuple):
-    """What all processes have.
-
-    Attributes:
-        survey: What a first pass over all batches would have learned.
-        outcome: What it would have gone through.
-        share: The share of all weight that the rows of this process have.
-        effective: The number of all rows that weigh as much; infinite where nobody knows.
-    """
-
-    survey: Survey
-    outcome: Surveyed
-    share: float
-    effective: float
-
-
-def put_together(own: Survey, times: float, process: Process) -> Together:
-    """Return what all processes have, from the first pass of each.
+def put_together(own: Survey, process: Process) -> tuple[Survey, float]:
+    """Return what all processes have, from the first pass of each, and set what each counts for.
 
     Args:
         own: What this one's first pass learned.
-        times: How many times as many rows it has in all; infinite where nobody knows.
         process: This process, or one of several.
+
+    Returns:
+        What a first pass over all batches would have learned, and the number of all rows that
+        weigh as much, infinite where nobody knows.
 
     Raises:
         ValueError: In all processes, if one has fewer than two rows, or weights, and another none.
@@ -67,44 +38,45 @@ def put_together(own: Survey, times: float, process: Process) -> Together:
     fewest = min(process.gathered(own.total))
     if fewest < 2:
         raise ValueError(f"expected batches of rows, got an iterable with {fewest} rows in all")
-    amount = Amount(own.total, own.weight, own.effective(), times)
     if process.world == 1:
-        return Together(own, own.outcome(), 1.0, amount.effective * times)
+        return own, own.effective() * own.times
     parts = "rows alone" if own.kept[0][0].weight is None else "rows with weights"
     process.check_same("parts of batches", parts, "give weights in all of them or in none")
-    amounts = process.gathered(amount)
-    shares, effective = shares_of_weight(amounts)
-    surveys = process.gathered(_to_send(own, shares, amounts, process))
-    survey = _joined(surveys, own.kept[0][1].device)
-    reached = [None if each.ended else each.batches for each in surveys]
-    outcome = survey.outcome()._replace(batches=reached if any(reached) else None)
-    return Together(survey, outcome, shares[process.rank], effective)
+    counted = process.gathered(own.without_rows())
+    shares, effective = shares_of_weight(counted)
+    process.factor = shares[process.rank] * process.world
+    weights = [each.weight for each in counted]
+    surveys = process.gathered(_to_send(own, shares, weights, process))
+    return _joined(surveys, own.kept[0][1].device), effective
 
 
-def shares_of_weight(amounts: Sequence[Amount]) -> tuple[list[float], float]:
+def shares_of_weight(surveys: Sequence[Survey]) -> tuple[list[float], float]:
     """Return each process's share of all weight, and the number of rows that weigh as much.
 
     Where one has rows without end, all have as many.
+
+    Args:
+        surveys: What the first pass of each learned.
     """
-    endless = any(a.times == math.inf for a in amounts)
-    weights = [a.weight / a.rows if endless else a.weight * a.times for a in amounts]
+    endless = any(s.times == math.inf for s in surveys)
+    weights = [s.weight / s.total if endless else s.weight * s.times for s in surveys]
     total = math.fsum(w / max(weights) for w in weights)
     shares = [w / max(weights) / total for w in weights]
     if endless:
         return shares, math.inf
-    pairs = zip(shares, amounts, strict=True)
-    return shares, 1 / math.fsum(s**2 / (a.effective * a.times) for s, a in pairs)
+    pairs = zip(shares, surveys, strict=True)
+    return shares, 1 / math.fsum(share**2 / (s.effective() * s.times) for share, s in pairs)
 
 
 def _to_send(
-    own: Survey, shares: Sequence[float], amounts: Sequence[Amount], process: Process
+    own: Survey, shares: Sequence[float], weights: Sequence[float], process: Process
 ) -> Survey:
     """Return what a first pass learned, with a sample such that those of all fit in memory.
 
     Args:
         own: That.
         shares: Each process's share of all weight, which its part of the sample has, too.
-        amounts: How much each has.
+        weights: The sum of the weights of rows that each went through.
         process: This process, which agrees with the others on the share of batches in samples.
     """
     sizes = process.gathered((own.stride, own.values))
@@ -115,10 +87,10 @@ def _to_send(
     sent, cpu = copy.copy(own), own.kept[0][1].cpu().device
     # Of unlike batches, the same share of them holds other shares of the rows.
     kept = own.kept[:: stride // own.stride]
-    weights = process.gathered(math.fsum(_weight(part) for part, _ in kept))
-    sent.kept = _moved(kept, cpu, _factor(shares, weights, process.rank))
+    of_kept = process.gathered(math.fsum(_weight(part) for part, _ in kept))
+    sent.kept = _moved(kept, cpu, _factor(shares, of_kept, process.rank))
     # Where some first passes saw a part of their rows, these stand for the others.
-    factor = _factor(shares, [each.weight for each in amounts], process.rank)
+    factor = _factor(shares, weights, process.rank)
     sent.lowest, sent.shared = _moved([(rows, keys)], cpu, factor), shared
     return sent
 
@@ -146,6 +118,8 @@ def _joined(surveys: Sequence[Survey], device: torch.device) -> Survey:
     joined = copy.copy(surveys[0])
     joined.total = sum(each.total for each in surveys)
     joined.checksum = sum(each.checksum for each in surveys) % 2**64
+    reached: list[Any] = [each.reached for each in surveys]
+    joined.reached = reached if any(reached) else None
     known = [each.shared for each in surveys if each.shared is not None]
     joined.shared = torch.cat(known).unique()
     joined.kept = [part for each in surveys for part in _moved(each.kept, device)]

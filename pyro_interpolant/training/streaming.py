@@ -219,9 +219,8 @@ class Stream:
         check_ranges(("batch_size >= 1, a whole number", good, batch_size))
         before = surveyed(state, process.rank)
         own = self._survey(clock or Clock(None), before, progress=progress)
-        times = 1.0 if own.ended else (_length(self.iterable) or math.inf) / own.batches
-        survey, outcome, part, effective = put_together(own, times, process)
-        process.factor = part * process.world
+        survey, effective = put_together(own, process)
+        outcome = survey.outcome()
         if before is not None and state is not None:
             check_rows_came_again(outcome, before, state)
         sample, keys = survey.sample()
@@ -263,8 +262,8 @@ class Stream:
                 else:
                     enough = survey.batches == before.batches
                 if enough:
-                    return survey
-        survey.ended = True
+                    survey.end_early(known)
+                    break
         return survey
 
     def batches(self, split: Split, objective: Objective) -> "StreamBatches":

@@ -5,6 +5,8 @@ lowest keys are held out: with all their copies, in whatever order and however o
 Rows that are equal by chance, as the first ones show, are no copies: each has a key of its own.
 """
 
+import copy
+import math
 from typing import NamedTuple
 
 import torch
@@ -95,7 +97,9 @@ class Survey:
         squares: The sum of the squares of weights, in units of the largest: squares of tiny or
             huge weights have no float.
         stride: Which batches are in the sample: each first, second, fourth, ...
-        ended: Whether the batches came to an end.
+        reached: The batch after which the pass was ended, or None: at the end of all; of several
+            processes together that of each.
+        times: How many times as many rows there are in all; infinite where nobody knows.
     """
 
     def __init__(self, most_held: int = MOST_HELD) -> None:
@@ -106,7 +110,12 @@ class Survey:
         self.shared: Tensor | None = None
         self.batches, self.total, self.size, self.stride = 0, 0, 0, 1
         self.values, self.weight, self.largest, self.squares = 0, 0.0, 0.0, 0.0
-        self.ended = False
+        self.reached: int | list[int | None] | None = None
+        self.times = 1.0
+
+    def end_early(self, known: int | None) -> None:
+        """Take note that the pass is ended here, of so many batches in all, or None."""
+        self.reached, self.times = self.batches, (known or math.inf) / self.batches
 
     def add(self, rows: Rows) -> None:
         """Take the next batch in."""
@@ -172,10 +181,16 @@ class Survey:
 
     def outcome(self) -> Surveyed:
         """Return how far this pass went, and through which rows."""
-        return Surveyed(None if self.ended else self.batches, self.total, self.checksum)
+        return Surveyed(self.reached, self.total, self.checksum)
+
+    def without_rows(self) -> "Survey":
+        """Return what is known of the number of rows and their weights alone."""
+        few = copy.copy(self)
+        few.kept, few.lowest = [], []
+        return few
 
     def effective(self) -> float:
-        """Return the number of rows that weigh as much."""
+        """Return the number of the rows so far, of rows that weigh as much."""
         return (self.weight / self.largest) ** 2 / self.squares
 
     def is_enough(self, known: int | None, clock: Clock) -> bool:

@@ -8,7 +8,6 @@ of winsorized data, so that a wild row does not set the scale of all others.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,24 +36,6 @@ _IMAGE_VALUES, _MIN_IMAGES = 2**22, 64  # that set the whitening of images
 # half the memory, five times the table's, that it takes where all of them do.
 _MAP_ROWS, _MAP_ROWS_A_COLUMN = 2**18, 100
 _AXIS_CUTS = 3  # the most rounds of winsorizing along the eigenvectors
-
-
-class WhiteningMap(NamedTuple):
-    """An affine map that whitens data: ``x = loc + linear @ w`` with ``w`` of unit covariance.
-
-    Attributes:
-        loc: The centre, float64, shape ``(D,)``.
-        linear: The map L, float64, shape ``(D, D)``.
-        inverse: Its inverse, float64, shape ``(D, D)``.
-    """
-
-    loc: Tensor
-    linear: Tensor
-    inverse: Tensor
-
-    def white(self, x: Tensor) -> Tensor:
-        """Return rows whitened, float64, shape ``(N, D)``."""
-        return (x.to(self.loc) - self.loc) @ self.inverse.T
 
 
 def set_whitening(distribution: AnyDistribution, rows: Rows, *, keep: bool = False) -> None:
@@ -115,19 +96,21 @@ def _set_map(
         most = max(_MAP_ROWS, _MAP_ROWS_A_COLUMN * rows.w.shape[1])
         few = rows if rows.weight is not None else _by_weight(rows, most)
         found = whitening_map(few.w, few.weight, dtype=whitening.loc.dtype)
-        whitening.set(*(found if rows.partner is None else _aligned(found, rows.w, rows.partner)))
+        if rows.partner is not None:
+            _align(found, rows.w, rows.partner)
+        whitening.set(found.loc, found.linear, found.inverse)
     else:
         loc, variance = _column_moments(rows.w, rows.weight)
         whitening.set_diagonal(loc, variance.sqrt())
         whitening.set(whitening.loc, whitening.linear / deviation)  # of all columns together
 
 
-def _aligned(found: WhiteningMap, rows: Tensor, partners: Tensor) -> WhiteningMap:
-    """Return the map turned so that rows lie nearest to their partners: paths must not cross."""
-    w = found.white(rows)
+def _align(whitening: DenseWhitening, rows: Tensor, partners: Tensor) -> None:
+    """Turn a map so that rows lie nearest to their partners: paths must not cross."""
+    w = whitening.to_white(rows)
     u, _, vh = torch.linalg.svd(w.T @ partners.double())
     turn = u @ vh
-    return WhiteningMap(found.loc, found.linear @ turn, turn.T @ found.inverse)
+    whitening.set(whitening.loc, whitening.linear @ turn, turn.T @ whitening.inverse)
 
 
 def _winsorize(x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -196,8 +179,8 @@ def whitening_map(
     *,
     dtype: torch.dtype | None = None,
     warn: bool = True,
-) -> WhiteningMap:
-    """Return the affine map that whitens rows, from robust means and covariances.
+) -> DenseWhitening:
+    """Return the affine map that whitens rows, in float64, from robust means and covariances.
 
     Columns are centred and scaled first, so that their units do not matter, then multiplied by the
     symmetric inverse root of their correlation: each whitened column stays as near to its own as
@@ -248,7 +231,9 @@ def whitening_map(
     # Near dependence the eigenvectors keep the rounding of the narrow directions to themselves.
     turn = vectors if float(roots[0]) > _MIN_DEVIATION else torch.eye(dim).to(vectors)
     linear = scale[:, None] * ((vectors * roots) @ turn.T)
-    return WhiteningMap(loc, linear, (turn / roots) @ vectors.T / scale)
+    found = DenseWhitening(dim).to(loc)
+    found.set(loc, linear, (turn / roots) @ vectors.T / scale)
+    return found
 
 
 def _columns_along(direction: Tensor) -> list[int]:

@@ -31,9 +31,9 @@ from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.preparation import start_from
 from pyro_interpolant.training.rows import Rows
-from pyro_interpolant.training.shards import Amount, shares_of_weight
+from pyro_interpolant.training.shards import shares_of_weight
 from pyro_interpolant.training.streaming import Stream
-from pyro_interpolant.training.survey import surveyed
+from pyro_interpolant.training.survey import Survey, surveyed
 
 # By the scripts, and by the first optimiser of a process.
 IMPORTED = ("lightning_fabric", "torch._dynamo", "pyro_interpolant.training")
@@ -255,12 +255,17 @@ def test_a_resumed_first_pass_ends_where_that_of_its_process_ended(monkeypatch):
 
 
 def test_rows_that_a_first_pass_saw_stand_for_those_that_it_did_not():
-    amounts = [Amount(100, 100.0, 100.0, 1.0), Amount(100, 300.0, 50.0, 4.0)]
-    shares, effective = shares_of_weight(amounts)
+    surveys = [Survey(), Survey()]
+    some = torch.arange(100.0) < 50
+    for survey, weight in zip(surveys, (torch.ones(100), 6.0 * some), strict=True):
+        survey.add(Rows(torch.randn(100, 2), None, None, weight))
+    surveys[1].times = 4.0
+    shares, effective = shares_of_weight(surveys)
     assert shares == pytest.approx([1 / 13, 12 / 13])
     assert effective == pytest.approx(1300**2 / (100 + 1200**2 / 200))
-    endless = [amount._replace(times=math.inf) for amount in amounts]
-    assert shares_of_weight(endless) == (pytest.approx([0.25, 0.75]), math.inf)
+    for survey in surveys:
+        survey.times = math.inf
+    assert shares_of_weight(surveys) == (pytest.approx([0.25, 0.75]), math.inf)
     x = torch.randn(2000, 2)
     for split, _ in splits([shard(x[:400]), shard(x[400:])], seconds=1e-9):
         rows = split.kept.and_given(split.held)

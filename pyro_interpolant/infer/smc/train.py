@@ -222,7 +222,7 @@ class Rounds:
         left = self.schedule.end - clock.spent()
         steps = min(steps, self.regression.steps_of(_PASSES))
         self.regression(steps, self.rate, seconds=min(_REGRESSION_SHARE * clock.limit, left))
-        with self.regression.average.applied(), evaluated(self.distribution.transform.flow):
+        with self.regression.descent.averaged(), evaluated(self.distribution.transform.flow):
             self.distribution.clear_cache()
             coarse_solver(self.distribution, self.particles.x)
             jump = flow_proposal_step(self.distribution, self.particles, self.density)

@@ -44,7 +44,7 @@ from pyro_interpolant.infer.smc.pathfinder import (
 )
 from pyro_interpolant.infer.smc.tempering import HMCKernel, LogDensity, tempered_smc
 from pyro_interpolant.infer.smc.train import RoundsResult, train_from_density
-from pyro_interpolant.training.clock import Clock, Seconds
+from pyro_interpolant.training.clock import Clock
 from pyro_interpolant.training.rows import Rows
 
 
@@ -620,7 +620,8 @@ def test_a_slow_density_without_time_is_asked_as_little_as_can_be(monkeypatch):
 
     monkeypatch.setattr(LogDensity, "tune", lambda self, x: setattr(self, "seconds", 1.0))
     monkeypatch.setattr(train, "clocked", lambda seconds, fewest, most: range(fewest))
-    late = Seconds.since(time.monotonic() - 100.0, 1.0)
+    late = Clock(1.0)
+    late.began -= 100.0
     with pytest.warns(UserWarning, match="no time was left to calibrate the solver"):
         result = quick(flow, slow, max_seconds=late, steps=10, rounds=None, draws=4000)
     assert (len(result.particles), result.draws) == (100, 100)
