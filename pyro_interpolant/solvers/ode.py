@@ -244,9 +244,13 @@ class Adaptive:
         if len(times) == 1:
             return x[None]
 
+        seen = x
+
         def rate(t: Tensor, x: Tensor) -> Tensor:
+            nonlocal seen
             stage = field(t[None])[0]
-            return recomputed(stage)(x) if self.checkpoint else stage(x)
+            seen = recomputed(stage)(x) if self.checkpoint else stage(x)
+            return seen
 
         try:
             tolerances = {"rtol": self.rtol, "atol": self.atol}
@@ -257,12 +261,15 @@ class Adaptive:
                 f"velocity is not finite, or too stiff for {x.dtype}. Check the inputs for wild "
                 "values, loosen the tolerances, use float64, or use FixedGrid."
             ) from error
-        seen = x + rate(times[0], x) if self.method == "scipy_solver" else states
-        if seen is not states and (tangent := forward_ad.unpack_dual(seen).tangent) is not None:
-            _refuse_gradient(tangent)
-        if seen is not states and needs_graph(seen):  # else gradients would leave the states out
-            states = states + 0 * seen
-            states.register_hook(_refuse_gradient)
+        if self.method == "scipy_solver":
+            seen = x + rate(times[0], x)
+            if (tangent := forward_ad.unpack_dual(seen).tangent) is not None:
+                _refuse_gradient(tangent)
+            if needs_graph(seen):  # else gradients would leave the states out
+                states = states + 0 * seen
+                states.register_hook(_refuse_gradient)
+        if type(seen) is not Tensor:  # states were written into a plain one, and Pyro's tags lost
+            states = states + 0 * seen.detach()
         return states
 
 

@@ -29,6 +29,7 @@ from ..distributions.rows import check_value
 from ..distributions.supports import CircularSupport, Support, support_of
 from ..training.whitening import whitening_map
 from ..transforms.bijections import Unseen, Whiten
+from ..transforms.interpolant import broadcast_batch
 from ..transforms.whitening import DenseWhitening
 
 if TYPE_CHECKING:
@@ -88,9 +89,13 @@ class Student(dist.TransformedDistribution):
             raise ValueError(
                 f"expected {dtype}, the type of the student, got {value.dtype}: convert the value"
             )
+        event_dim = len(self.event_shape)
+        batch = broadcast_batch(value.shape[: value.dim() - event_dim], self.batch_shape)
+        if 0 in batch:  # which Pyro's couplings cannot reshape
+            return (0 * value.sum()).expand(batch)
         if self._validate_args:
             self._validate_sample(value)
-        within, event_dim = self.space.within_bounds(value), len(self.event_shape)
+        within = self.space.within_bounds(value)
         with torch.no_grad():
             possible = self._ends.inv(value).isfinite().all(-1)
             middle = self._ends(torch.zeros_like(self.base_dist.mean))

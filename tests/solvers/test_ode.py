@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from cases import SOLVERS, random_flow
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -198,6 +199,25 @@ def test_scipy_drops_no_tangent_in_silence(wanted):
         given[wanted] = forward_ad.make_dual(given[wanted], torch.ones_like(given[wanted]))
         with pytest.raises(ValueError, match=r"through whose states there are none: .*dopri5"):
             d.condition(given["context"]).log_prob(given["x"])
+
+
+@pytest.mark.parametrize("wanted", ["x", "context"])
+@pytest.mark.parametrize("name", [*SOLVERS, "scipy"])
+def test_states_have_the_origin_that_pyro_tracks(name, wanted):
+    """TraceGraph_ELBO knows by it which costs follow from a discrete choice."""
+    solver = Adaptive(method="scipy_solver", nodes=4) if name == "scipy" else SOLVERS[name]
+    given, origin = {"x": STARTS[0], "context": torch.ones(2).double()}, frozenset({"a"})
+
+    def states(given):
+        return solver.solve(
+            lambda times: [lambda x: -x * given["context"] for _ in times],
+            given["x"],
+            solver.grid()[0],
+        )
+
+    found = states({**given, wanted: track_provenance(given[wanted], origin)})
+    assert get_provenance(found) == origin
+    torch.testing.assert_close(detach_provenance(found), states(given))
 
 
 class Exploding(nn.Module):

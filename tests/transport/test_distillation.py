@@ -130,6 +130,18 @@ def test_a_student_is_nowhere_that_the_flow_is_not(support, outside):
     assert bool(student.log_prob(torch.full(flow.event_shape, math.nan)).isnan())
 
 
+@pytest.mark.parametrize("support", [constraints.real_vector, constraints.simplex])
+def test_no_rows_have_densities_of_a_student_as_of_the_flow(support):
+    flow = random_prior(2, support=support)
+    student = distill(flow, **{**QUICK, "count": 100, "steps": 1}).distribution
+    x = flow.sample((4,))
+    for each in (flow, student):
+        none = x[:0].requires_grad_()
+        assert each.log_prob(none).shape == (0,)
+        assert each.expand((3, 1)).log_prob(none).shape == (3, 0)
+        assert torch.autograd.grad(each.log_prob(none).sum(), none)[0].shape == none.shape
+
+
 def test_a_student_takes_values_of_its_type_and_shape():
     student = distill(gaussian(), **{**QUICK, "steps": 1}).distribution
     with pytest.raises(ValueError, match="float64, the type of the student, got torch.float32: "):
