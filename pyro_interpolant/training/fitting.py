@@ -189,10 +189,10 @@ def fit(
             base and coupling. Coupling or pairs are then to be those of the velocity's run.
         whiten: Whether to set the whitening map from the data, and to forget the noise that an
             earlier run learned; False keeps the present ones, to train on from weights that know
-            them; an untrained network takes its scales from the rows even so. The columns of a
-            data frame are taken by the names that the flow was trained with, whose order stays;
-            those of other names are for a new map alone, which forgets names where the data have
-            none.
+            them, but no noise of independent ends where ends are now paired, or the reverse; an
+            untrained network takes its scales from the rows even so. The columns of a data frame
+            are taken by the names that the flow was trained with, whose order stays; those of
+            other names are for a new map alone, which forgets names where the data have none.
         tolerance: For :func:`~pyro_interpolant.calibrate`, nats; of images for
             :func:`~pyro_interpolant.diagnostics.calibrate_sampler`, standard deviations.
         seed: Makes the run reproducible: same seed, same weights, to the bit where torch's numbers
@@ -250,6 +250,7 @@ def fit(
             aim = partial(Objective, target=learn, exponent=exponent, means=takes_means(state))
             density = HeldOutDensity(distribution, split) if learn == "velocity" else None
             if density is not None:
+                flow.noise = flow.noise if flow.independent == at_random else None
                 flow.independent, flow.reached = at_random, None
                 prepare_flow(distribution, split.kept, state, process, keep=not whiten)
             objective = aim(flow, seen, coupling, process)

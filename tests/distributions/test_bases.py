@@ -270,6 +270,8 @@ def test_the_noise_of_other_data_is_forgotten(whiten):
     assert straight.transform.flow.noise is None
     fit(d, x + whiten, whiten=whiten, **quick)
     assert (d.transform.flow.noise is None) == whiten
+    fit(d, x + whiten, whiten=False, coupling=optimal_transport, **quick)  # on other paths
+    assert d.transform.flow.noise is None
 
 
 @pytest.mark.slow
