@@ -42,6 +42,10 @@ def flow(dim, **kwargs):
     return InterpolantDistribution(random_flow(dim).requires_grad_(requires_grad=False), **kwargs)
 
 
+def family():
+    return ConditionalInterpolantDistribution(random_flow(1, context_dim=2)).freeze()
+
+
 @pytest.mark.parametrize("dim", [1, 2, 5])
 def test_trajectories_start_at_the_base_and_end_at_the_model(dim):
     base = dist.Normal(torch.full((dim,), 9.0), torch.full((dim,), 0.01)).to_event(1)
@@ -520,6 +524,12 @@ WRONG = {
     ),
     r"at least one time, got \(\)": lambda _: plotting.evolution(flow(2), ()),
     "as many axes as times": lambda _: plotting.evolution(flow(1), (0.5,), ax=[None, None]),
+    "contexts that differ in column 0, got 0.5 alone": lambda _: plotting.conditional(
+        family(), torch.tensor([[0.5, 0.0], [0.5, 1.0]])
+    ),
+    "contexts that differ in column 1, got 2 alone": lambda _: plotting.conditional(
+        family(), torch.tensor([[0.5, 2.0]]), column=1
+    ),
     "numbers of data and simulations, got none": lambda x: plotting.predictive_check(x[0], x[:0]),
 }
 

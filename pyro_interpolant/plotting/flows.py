@@ -220,8 +220,8 @@ def conditional(
         ax: Axes, or None for new ones.
 
     Raises:
-        ValueError: If the flow has more than one dimension, a data frame of contexts other
-            columns, or a setting cannot work.
+        ValueError: If the flow has more than one dimension, contexts do not differ in the column,
+            a data frame of them has other columns, or a setting cannot work.
     """
     check_ranges(shares(levels), whole("points", points, 2))
     if not isinstance(distribution, ConditionalInterpolantDistribution):
@@ -235,22 +235,23 @@ def conditional(
             f"expected outcomes in one dimension, got {flow.event_dim}: use "
             "corner(distribution.condition(context), data)"
         )
-    ax = new_axes(ax)
     contexts, names = table(context)
     width = contexts.shape[1]
     check_ranges((f"column from 0 to {width - 1}", column in range(-width, width), column))
     contexts = contexts[contexts[:, column].argsort()]  # else lines would run to and fro
+    along = contexts[:, column]
+    varies = bool(along[0] < along[-1])
+    check_ranges((f"contexts that differ in column {column}", varies, f"{along[0]:g} alone"))
     names = names or distribution.context_columns
     taken = in_order(torch.as_tensor(contexts), names, distribution.context_columns, "context")
     given = _of_values(distribution).condition(taken.to(flow.loc))
-    along = contexts[:, column]
     q = torch.tensor([0.005, *levels, 0.995])[:, None].to(flow.loc)
     with torch.no_grad():
         lines = given.icdf(q.expand(-1, len(along))).reshape(len(q), -1)
         values = torch.linspace(float(lines[0].min()), float(lines[-1].max()), points).to(lines)
         grid = values[:, None].expand(-1, len(along))
         density = given.log_prob(grid.reshape(*grid.shape, *given.event_shape)).exp()
-    heights = density.cpu().numpy()
+    heights, ax = density.cpu().numpy(), new_axes(ax)
     ax.pcolormesh(along, values.cpu().numpy(), heights, shading="gouraud", cmap="magma_r")
     if data is not None:
         y, c = (part[:SCATTER_POINTS] for part in (table(data[0])[0], table(data[1], names)[0]))

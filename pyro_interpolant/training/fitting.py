@@ -186,13 +186,13 @@ def fit(
             the rows of each label; see :mod:`~pyro_interpolant.interpolants.couplings`.
         learn: ``"velocity"``; or, once that is trained and the interpolant has a latent term,
             ``"noise"``: :math:`E[z \mid I_t]`, which gives :func:`~pyro_interpolant.score` for any
-            base and coupling.
+            base and coupling. Coupling or pairs are then to be those of the velocity's run.
         whiten: Whether to set the whitening map from the data, and to forget the noise that an
             earlier run learned; False keeps the present ones, to train on from weights that know
-            them; an untrained network takes its scales from the rows even so. The columns of a
-            data frame are taken by the names that the flow was trained with, whose order stays;
-            those of other names are for a new map alone, which forgets names where the data have
-            none.
+            them, but no noise of independent ends where ends are now paired, or the reverse; an
+            untrained network takes its scales from the rows even so. The columns of a data frame
+            are taken by the names that the flow was trained with, whose order stays; those of
+            other names are for a new map alone, which forgets names where the data have none.
         tolerance: For :func:`~pyro_interpolant.calibrate`, nats; of images for
             :func:`~pyro_interpolant.diagnostics.calibrate_sampler`, standard deviations.
         seed: Makes the run reproducible: same seed, same weights, to the bit where torch's numbers
@@ -228,7 +228,8 @@ def fit(
     check_choices(learn, coupling, callback, tolerance, whiten, pairs)
     validation = as_held_out(validation)
     check_place(None if process.rank else checkpoint, checkpoint_every)
-    flow = _started_flow(distribution, base_samples, learn, process)
+    at_random = coupling is independent and pairs is None
+    flow = _started_flow(distribution, base_samples, learn, process, at_random=at_random)
     kind, anew = Stream if process.own_rows else Table, whiten and learn == "velocity"
     given = {"context": context, "pairs": pairs, "weights": weights}
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
@@ -249,7 +250,8 @@ def fit(
             aim = partial(Objective, target=learn, exponent=exponent, means=takes_means(state))
             density = HeldOutDensity(distribution, split) if learn == "velocity" else None
             if density is not None:
-                flow.independent, flow.reached = coupling is independent and pairs is None, None
+                flow.noise = flow.noise if flow.independent == at_random else None
+                flow.independent, flow.reached = at_random, None
                 prepare_flow(distribution, split.kept, state, process, keep=not whiten)
             objective = aim(flow, seen, coupling, process)
             near = objective.without_outliers(split.held)
@@ -365,12 +367,15 @@ def _started_flow(
     base_samples: ArrayLike | None,
     learn: str,
     process: Process,
+    *,
+    at_random: bool,
 ) -> Flow:
     """Return the flow to train, moved to the device of its process.
 
     Raises:
         ValueError: If it is a mirror with contexts and without a base: it starts from the data,
-            each row of which belongs to its own context; or if there is no noise to learn.
+            each row of which belongs to its own context; or if there is no noise to learn, or
+            its paths are not those that the velocity was trained on.
     """
     flow = trainable_flow(distribution)
     if learn == "noise" and not flow.interpolant.has_latent():
@@ -378,6 +383,14 @@ def _started_flow(
             "expected an interpolant with a latent term to learn the noise, got "
             f"{type(flow.interpolant).__name__}: use Latent(...), or score(), which needs no "
             "network for a Gaussian base"
+        )
+    if learn == "noise" and at_random != flow.independent:
+        # The marginals between the ends hang on the pairs, and so do noise and score.
+        kinds = ("paired by a coupling or by pairs=", "independent")
+        raise ValueError(
+            "expected the noise of the paths that the velocity was trained on, whose ends were "
+            f"{kinds[flow.independent]}, got ends that are {kinds[at_random]}: pass the coupling "
+            "or the pairs of that run"
         )
     conditional = isinstance(distribution, ConditionalInterpolantDistribution)
     given = base_samples is not None or distribution.base is not None

@@ -237,6 +237,25 @@ def test_latent_interpolants_train_and_learn_their_noise(interpolant, tmp_path):
     assert torch.equal(again(t, w), distribution.transform.flow.noise(t, w))
 
 
+@pytest.mark.parametrize(
+    ("paired", "message"),
+    [
+        (True, r"trained on, whose ends were paired by.*got ends that are independent: pass the"),
+        (False, r"trained on, whose ends were independent, got ends that are paired by"),
+    ],
+)
+def test_the_noise_is_that_of_the_paths_of_the_velocity(paired, message):
+    d = InterpolantDistribution(interpolant_transform(2, (8, 8), interpolant=Latent()))
+    d.transform.flow.independent = not paired  # as fit leaves it
+    couplings = {True: optimal_transport, False: independent}
+    options = {**QUICK, "steps": 1, "learn": "noise"}
+    with pytest.raises(ValueError, match=message):
+        fit(d, torch.randn(80, 2), coupling=couplings[not paired], **options)
+    assert d.transform.flow.noise is None
+    fit(d, torch.randn(80, 2), coupling=couplings[paired], **options)
+    assert d.transform.flow.noise is not None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whiten", [True, False])
 def test_the_noise_of_other_data_is_forgotten(whiten):
@@ -251,6 +270,8 @@ def test_the_noise_of_other_data_is_forgotten(whiten):
     assert straight.transform.flow.noise is None
     fit(d, x + whiten, whiten=whiten, **quick)
     assert (d.transform.flow.noise is None) == whiten
+    fit(d, x + whiten, whiten=False, coupling=optimal_transport, **quick)  # on other paths
+    assert d.transform.flow.noise is None
 
 
 @pytest.mark.slow
