@@ -254,6 +254,10 @@ class ConditionalJointInterpolantDistribution(NamedSites, ConditionalInterpolant
                 "the posterior was trained on, and it takes them for nearer ones: it is not "
                 "theirs. Check their units, or train on simulations of a wider prior"
             )
+        self.warn_if_refined_for_others(context)
+
+    def warn_if_refined_for_others(self, context: Tensor) -> None:
+        """Warn where contexts, ``(*, C)``, are not the one that rounds of training were for."""
         known = self.refined_for  # numbers of any units: each is compared in its own
         if known is not None and not torch.allclose(context, known.to(context), atol=0.0):
             warn_user(

@@ -316,6 +316,9 @@ class AmortizedInterpolant(AutoInterpolant):
         Returns:
             The three checks of :mod:`~pyro_interpolant.diagnostics.predictive`, and what follows.
 
+        Warns:
+            UserWarning: If it was trained in rounds for one data set: others are checked.
+
         References:
             Talts et al., arXiv 1804.06788; Lemos et al., arXiv 2302.03026.
         """
@@ -324,7 +327,9 @@ class AmortizedInterpolant(AutoInterpolant):
             own = int(torch.randint(2**62, ()))
         with seeded(own):
             found = self.simulate(count, *args, **kwargs)
-        return calibration_of(self.posterior, found.latents, self.rows_of(found)[1], seed)
+        context = self.rows_of(found)[1]
+        self.posterior.warn_if_refined_for_others(context)
+        return calibration_of(self.posterior, found.latents, context, seed)
 
     def train_from(
         self,

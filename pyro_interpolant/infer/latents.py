@@ -343,9 +343,11 @@ def of_population(
 
     Raises:
         TypeError: If contexts are of a wrong type.
-        ValueError: If they are of another shape or number, or there are none and there must be.
+        ValueError: If they are of another shape or number, or there are none and there must be;
+            or the measurements are of another shape.
     """
     flow = distribution.transform.flow
+    rows.check_shape(distribution.row_shape)
     c, names = None, distribution.context_columns
     if context is not None:
         c = contexts_of_rows(context, flow, names, len(rows), "rows of y")

@@ -115,6 +115,14 @@ class Measurements:
             )
         return own
 
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise a ValueError unless latents of a shape are of that of y, where they must be."""
+        if self.is_gaussian() and tuple(shape) != self.y.shape[1:]:
+            raise ValueError(
+                "expected x and y of one shape beside Gaussian errors, "
+                f"{tuple(self.y.shape[1:])}, got x of {tuple(shape)}"
+            )
+
     def check(self, x: Tensor) -> None:
         """Raise an error unless latents, ``(M, *event_shape)``, have likelihoods.
 
@@ -123,11 +131,7 @@ class Measurements:
                 latents of two rows are not of shape ``(2, 3)``; or latents are not of the shape
                 of y where they must be.
         """
-        if self.is_gaussian() and x.shape[1:] != self.y.shape[1:]:
-            raise ValueError(
-                "expected x and y of one shape beside Gaussian errors, "
-                f"{tuple(self.y.shape[1:])}, got x of {tuple(x.shape[1:])}"
-            )
+        self.check_shape(x.shape[1:])
         few, latents = self.take(slice(2)), x[:3].to(self.y)[None]
         shapes = f"x of shape {tuple(latents.shape)} and row of shape ({len(few)}, 1, ...)"
         try:

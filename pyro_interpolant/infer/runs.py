@@ -256,14 +256,24 @@ def check_data(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[s
         )
 
 
-def check_names(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[str]) -> None:
-    """Raise a ValueError unless all latent sites are in a model, and what is observed beside."""
-    gone = [name for name in latents if name not in nodes]
+def check_reached(nodes: Nodes, names: Iterable[str]) -> None:
+    """Raise a ValueError unless a run has all sites that earlier ones had.
+
+    Args:
+        nodes: The sites of the run.
+        names: Those that are to be there.
+    """
+    gone = [name for name in names if name not in nodes]
     if gone:
         raise ValueError(
-            f"expected the latent sites the guide has seen, got a model without {gone}: set up a "
-            "new guide with these arguments, guide(*args)"
+            f"expected the sites the guide has seen in each run, got one of a model without {gone}"
+            ": set up a new guide with these arguments, guide(*args); or, where the model returns "
+            "before it draws them, depending on what it drew, let it draw them first"
         )
+
+
+def check_names(nodes: Nodes, latents: Mapping[str, object], observed: Sequence[str]) -> None:
+    """Raise a ValueError unless what is observed is in a model, beside its latent sites."""
     there = [
         name
         for name, node in nodes.items()

@@ -29,6 +29,7 @@ from .runs import (
     attempts,
     check_drawn,
     check_names,
+    check_reached,
     check_rows_count,
     plate_nesting,
 )
@@ -73,6 +74,7 @@ class Simulator:
         self.model = sites.model
         self.drawn: Sequence[str] | None = None
         self.kept: dict[str, Tensor] = {}  # log densities of observed sites that keep their values
+        self.shapes, self.early = {}, {}  # until they are known, by runs that are checked by them
         try:
             nodes = self._run()
         except NotImplementedError as error:
@@ -492,4 +494,7 @@ class Simulator:
         with contextlib.suppress(AllDrawn), poutine.block(), tracer:
             with poutine.condition(data=given), Unobserved(self.drawn), ending:
                 model()
-        return cast("Nodes", tracer.trace.nodes)
+        nodes = cast("Nodes", tracer.trace.nodes)
+        others = self.early if latents_alone else self.shapes | self.kept
+        check_reached(nodes, [*self.latents, *others])
+        return nodes

@@ -580,6 +580,15 @@ def test_calibration_finds_what_is_wrong(trained):
     assert "sbc: not calibrated" in repr(guide.calibration(count=150))
 
 
+def test_calibration_says_that_rounds_were_for_one_data_set():
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
+    y = torch.tensor([0.5, 1.0, -1.0, 2.0])
+    guide(y)
+    guide.posterior.refined_for = y
+    with pytest.warns(UserWarning, match="trained in rounds for other data"):
+        guide.calibration(count=5)
+
+
 # How many simulations a round has depends on the time, so that runs differ: once a few of 10,000
 # draws made a k-hat of 3, with 9,875 effective. Posterior and evidence are what is asked for here.
 @pytest.mark.filterwarnings("ignore:Poor in the tails:UserWarning")

@@ -1291,8 +1291,9 @@ def test_objects_need_a_flow_from_its_default_base_and_some_draws():
             object_posteriors(gaussian(), Y, SDS, draws=draws)
     with pytest.raises(ValueError, match=r"got a batch of shape \(3,\): pass .* context="):
         object_posteriors(gaussian().expand((3,)), Y, SDS)
-    with pytest.raises(ValueError, match="one shape"):
-        object_posteriors(gaussian(), Y[:, :1], SDS[:, :1])
+    for columns in ([0], [0, 1, 1]):
+        with pytest.raises(ValueError, match="one shape"):
+            object_posteriors(gaussian(), Y[:, columns], SDS[:, columns])
     with pytest.raises(ValueError, match="log_prob of shape"):
         object_posteriors(gaussian(), Y, lambda x, row: dist.Normal(x[..., 0].mean(), SDS[0, 0]))
     with pytest.raises(ValueError, match="expected context"):

@@ -226,6 +226,26 @@ def test_a_latent_site_that_is_gone_is_named():
         guide.simulate(10, scale=torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["the latents", "the data"])
+def test_a_site_that_is_not_reached_in_some_runs_is_named(after):
+    def model(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        if not after and loc > 1.5:
+            return
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        if after and loc > 1.5:
+            return
+        pyro.sample("y", dist.Normal(loc, scale), obs=y)
+
+    simulator = simulator_of(model, torch.tensor(0.3))
+    gone = r"\['y'\]" if after else r"\['scale', 'y'\]"
+    with pytest.raises(ValueError, match=rf"one of a model without {gone}.* returns before"):
+        simulator(200)
+    if not after:
+        with pytest.raises(ValueError, match=r"one of a model without \['scale'\]"):
+            simulator.prior(200)
+
+
 @pytest.mark.usefixtures("_small_runs")
 def test_what_earlier_training_was_for_is_forgotten_when_the_next_begins(monkeypatch):
     guide, x = guide_of(line), torch.linspace(-1, 1, 4)
