@@ -992,6 +992,20 @@ def test_priors_that_draw_in_place_are_drawn_under_vmap():
     assert len(draws[:, 2].unique()) > 190
 
 
+def test_priors_that_cannot_be_drawn_under_vmap_are_drawn_one_by_one():
+    def model():  # torch draws no shares under vmap
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        z = pyro.sample("z", dist.Normal(1000.0, 50.0).expand([2]).to_event(1))
+        pyro.sample("y", dist.Normal(share * z[0] + z[1], 1.0), obs=torch.tensor(1500.0))
+
+    density = log_joint(model)
+    assert density.batching == "vmap"
+    draws = prior_draws(density, 4000)
+    assert abs(float(draws[:, 1:].mean()) - 1000) < 20
+    assert abs(float(draws[:, 1:].std()) - 50) < 10
+    assert len(draws[:, 0].unique()) > 90
+
+
 def test_prior_draws_do_not_run_what_follows_the_latents():
     calls = []
 
