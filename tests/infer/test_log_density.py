@@ -20,6 +20,7 @@ from pyro.infer.autoguide import (
 )
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.mcmc.util import initialize_model
+from pyro.infer.reparam import SplitReparam
 from pyro.nn import PyroModule, PyroSample
 from torch.distributions import biject_to
 
@@ -1004,6 +1005,18 @@ def test_priors_that_cannot_be_drawn_under_vmap_are_drawn_one_by_one():
     assert abs(float(draws[:, 1:].mean()) - 1000) < 20
     assert abs(float(draws[:, 1:].std()) - 50) < 10
     assert len(draws[:, 0].unique()) > 90
+
+
+def test_priors_that_a_reparametrisation_draws_outside_of_plates_are_drawn_one_by_one():
+    def model():
+        z = pyro.sample("z", dist.Normal(1000.0, 50.0).expand([4]).to_event(1))
+        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.ones(4))
+
+    density = log_joint(poutine.reparam(model, config={"z": SplitReparam([1, 3], -1)}))
+    assert density.batching == "plate"
+    draws = prior_draws(density, 4000)
+    assert abs(float(draws.mean()) - 1000) < 20
+    assert abs(float(draws.std()) - 50) < 10
 
 
 def test_prior_draws_do_not_run_what_follows_the_latents():
