@@ -786,6 +786,17 @@ def test_a_discrete_site_is_refused(fn):
         log_joint(model)
 
 
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_a_value_that_is_sampled_is_refused(shape):
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0).expand(shape).to_event())
+        b = pyro.sample("b", dist.Delta(2 * a, event_dim=len(shape)))
+        pyro.sample("y", dist.Normal(b, 1.0).to_event(), obs=torch.ones(shape))
+
+    with pytest.raises(ValueError, match=r"'b' from a Delta.*write it as pyro.deterministic\('b'"):
+        log_joint(model)
+
+
 def test_a_sequential_plate_of_latent_sites_is_refused():
     def model():
         for i in pyro.plate("rows", 2):
