@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike
 from pyro.infer.autoguide.guides import prototype_hide_fn
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..distributions.rows import as_tensor
 from .sites import Site, bijection_of
+from .validity import innermost_distribution
 
 
 def init_to_support(
@@ -29,9 +31,9 @@ def init_to_support(
         The value, shape ``(*batch_shape, *event_shape)``.
 
     Raises:
-        ValueError: If the site is discrete, in a subsampled plate, in a sequential one, or on a
-            support without a bijection on which there is no value to be had, or if the value does
-            not broadcast to its shape.
+        ValueError: If the site is discrete, a value that was to be deterministic, in a subsampled
+            plate, in a sequential one, or on a support without a bijection on which there is no
+            value to be had, or if the value does not broadcast to its shape.
     """
     _check_site(site)
     fn = site["fn"]
@@ -103,7 +105,7 @@ def is_not_latent(observed: tuple[str, ...], msg: Message) -> bool:
 
 
 def _check_site(site: Site) -> None:
-    """Raise a ValueError if a site is discrete, or in a plate that no guide here can hold."""
+    """Raise a ValueError if a site has no density, or is in a plate that no guide here holds."""
     name = site["name"]
     if getattr(site["fn"].support, "is_discrete", False):
         raise ValueError(
@@ -111,6 +113,11 @@ def _check_site(site: Site) -> None:
             "(a mixture distribution), or hide it, AutoInterpolant(poutine.block(model, "
             f"hide=[{name!r}])), and enumerate it in SVI with TraceEnum_ELBO, see "
             "https://pyro.ai/examples/enumeration.html"
+        )
+    if isinstance(innermost_distribution(site["fn"]), dist.Delta):
+        raise ValueError(
+            f"expected latent sites with a density, got {name!r} from a Delta, which has "
+            f"one value: write it as pyro.deterministic({name!r}, value)"
         )
     for frame in site["cond_indep_stack"]:
         if not frame.vectorized:

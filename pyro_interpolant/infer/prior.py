@@ -2,6 +2,7 @@ r"""Draws of a model's prior as unconstrained vectors, from which training on a 
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import torch
 from pyro import poutine
@@ -17,13 +18,15 @@ from .sites import unchecked
 
 _RARE = 0.005  # the share of prior draws on either side that is clamped to the rest
 _IMPROPER_SCALE = 2.0  # of unconstrained sites with an improper prior
+_RUNS = 128  # of a model that gives one draw in each: enough for a centre and a spread
 
 
 def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
 
     Sites with an improper prior are drawn widely; the rarest 1% is clamped to the rest, for priors
-    without moments.
+    without moments. There are 128 at most where they cannot be drawn at once, as shares cannot
+    under ``torch.func.vmap``.
 
     Raises:
         ValueError: If the density of many of them is another than one at a time.
@@ -41,15 +44,26 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
         ]
         return torch.cat(parts, dim=-1)
 
-    try:
-        with torch.no_grad(), unchecked():
-            z = draw(count) if density.batching == "plate" else in_lanes(draw, count)
-    except (RuntimeError, TypeError, ValueError):  # it cannot be sampled
-        return None
-    found = without_extremes(z)
+    def draw_at_once() -> Tensor:
+        return draw(count) if density.batching == "plate" else in_lanes(draw, count)
+
+    def draw_one_by_one() -> Tensor:
+        return torch.stack([draw() for _ in range(min(count, _RUNS))])
+
+    z = _first_to_work(draw_at_once, draw_one_by_one)
+    found = None if z is None else without_extremes(z)
     if found is not None:
         density.check(found)
     return found
+
+
+@torch.no_grad()
+def _first_to_work(*ways: Callable[[], Tensor]) -> Tensor | None:
+    """Return draws by the first of some ways that works, or None where none does."""
+    for way in ways:
+        with contextlib.suppress(RuntimeError, TypeError, ValueError), unchecked():
+            return way()
+    return None
 
 
 def without_extremes(z: Tensor) -> Tensor | None:

@@ -20,6 +20,7 @@ from pyro.infer.autoguide import (
 )
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.mcmc.util import initialize_model
+from pyro.infer.reparam import SplitReparam
 from pyro.nn import PyroModule, PyroSample
 from torch.distributions import biject_to
 
@@ -785,6 +786,17 @@ def test_a_discrete_site_is_refused(fn):
         log_joint(model)
 
 
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_a_value_that_is_sampled_is_refused(shape):
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0).expand(shape).to_event())
+        b = pyro.sample("b", dist.Delta(2 * a, event_dim=len(shape)))
+        pyro.sample("y", dist.Normal(b, 1.0).to_event(), obs=torch.ones(shape))
+
+    with pytest.raises(ValueError, match=r"'b' from a Delta.*write it as pyro.deterministic\('b'"):
+        log_joint(model)
+
+
 def test_a_sequential_plate_of_latent_sites_is_refused():
     def model():
         for i in pyro.plate("rows", 2):
@@ -990,6 +1002,32 @@ def test_priors_that_draw_in_place_are_drawn_under_vmap():
     draws = prior_draws(density, 200)
     assert abs(float(draws[:, :2].mean()) - 1000) < 20
     assert len(draws[:, 2].unique()) > 190
+
+
+def test_priors_that_cannot_be_drawn_under_vmap_are_drawn_one_by_one():
+    def model():  # torch draws no shares under vmap
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        z = pyro.sample("z", dist.Normal(1000.0, 50.0).expand([2]).to_event(1))
+        pyro.sample("y", dist.Normal(share * z[0] + z[1], 1.0), obs=torch.tensor(1500.0))
+
+    density = log_joint(model)
+    assert density.batching == "vmap"
+    draws = prior_draws(density, 4000)
+    assert abs(float(draws[:, 1:].mean()) - 1000) < 20
+    assert abs(float(draws[:, 1:].std()) - 50) < 10
+    assert len(draws[:, 0].unique()) > 90
+
+
+def test_priors_that_a_reparametrisation_draws_outside_of_plates_are_drawn_one_by_one():
+    def model():
+        z = pyro.sample("z", dist.Normal(1000.0, 50.0).expand([4]).to_event(1))
+        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.ones(4))
+
+    density = log_joint(poutine.reparam(model, config={"z": SplitReparam([1, 3], -1)}))
+    assert density.batching == "plate"
+    draws = prior_draws(density, 4000)
+    assert abs(float(draws.mean()) - 1000) < 20
+    assert abs(float(draws.std()) - 50) < 10
 
 
 def test_prior_draws_do_not_run_what_follows_the_latents():
