@@ -212,7 +212,7 @@ def _compared(distribution: AnyDistribution, rows: Rows, deadline: float) -> tup
 
     rows = rows.repeated(min(_MOST_ROWS, len(rows.w), math.ceil(rows.effective())))
     began, count = time.monotonic(), len(rows.w)
-    few = rows.take(torch.arange(min(_FIRST_ROWS, count), device=rows.w.device))
+    few = rows.evenly(_FIRST_ROWS)  # rows may come in an order
     draws = drawn(few, 1)
     seconds = (time.monotonic() - began) / len(few.w)
     least, most = _DRAWS

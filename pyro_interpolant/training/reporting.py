@@ -203,7 +203,7 @@ class HeldOutDensity:
             return report
         began, rows = time.monotonic(), self.held.evenly(_REPORTED_ROWS)
         count, first = len(rows.w), min(_FIRST_ROWS, len(rows.w))
-        found = self._means(rows.take(torch.arange(first, device=rows.w.device)))
+        found = self._means(rows.evenly(first))  # rows may come in an order
         pace = (time.monotonic() - began) / first
         if first < count and time.monotonic() + pace * count < deadline:
             found = self._means(rows)
