@@ -107,6 +107,28 @@ def test_densities_and_arrows_are_those_of_their_places():
     torch.testing.assert_close(found, rate)
 
 
+def test_values_far_from_zero_are_apart_where_the_default_type_is_short():
+    """Of a flow in float64 about 1e9; the density at each place is that of the flow there."""
+    plane, line = (InterpolantDistribution(random_flow(dim)).freeze() for dim in (2, 1))
+    family = ConditionalInterpolantDistribution(random_flow(1, context_dim=1)).freeze()
+    for d in (plane, line, family):
+        d.transform.flow.whitening.loc += 1e9
+    context = torch.linspace(-1, 1, 5)
+    torch.set_default_dtype(torch.float32)
+    mesh = plotting.density(plane, points=8).collections[0]
+    places = torch.as_tensor(np.asarray(mesh.get_coordinates())).reshape(-1, 2)
+    assert len(places.unique(dim=0)) == 64
+    heights = torch.as_tensor(np.asarray(mesh.get_array())).flatten()
+    torch.testing.assert_close(heights, plane.log_prob(places).exp())
+    x, y = torch.as_tensor(plotting.density(line, points=8).lines[0].get_xydata()).T
+    assert len(x.unique()) == 8
+    torch.testing.assert_close(y, line.log_prob(x[:, None]).exp())
+    for ax in plotting.evolution(plane, times=(0.5, 1.0), velocity=False):
+        assert 0.1 < ax.get_xlim()[1] - ax.get_xlim()[0] < 100
+    drawn = plotting.conditional(family, context, levels=(0.5,), points=9)
+    assert len(set(drawn.collections[0].get_coordinates()[:, 0, 1].tolist())) == 9
+
+
 @pytest.mark.slow
 def test_evolution_shows_every_time():
     axes = plotting.evolution(flow(2), times=(0.0, 0.3, 1.0))

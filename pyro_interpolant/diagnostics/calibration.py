@@ -192,7 +192,7 @@ def calibrate_until(
         distribution: As in :func:`calibrate`.
         x: As in :func:`calibrate`, shape ``(N, *event_shape)``.
         tolerance: As in :func:`calibrate`.
-        context: As in :func:`calibrate`, shape ``(N, C)``.
+        context: As in :func:`calibrate`, shape ``(N, C)``, one for each row where time is short.
 
     Returns:
         The grid that was set, and its error.
@@ -202,8 +202,9 @@ def calibrate_until(
     with torch.no_grad(), evaluated(distribution.transform.flow):
         trials = _Trials(rows_given(distribution, x, context), template, tolerance)
         few = trials.affordable(deadline - time.monotonic())
-        if 0 < few < len(x):
-            x, context = x[:few], context if context is None else context[:few]
+        if 0 < few < len(x):  # evenly spaced: rows may come in an order
+            places = torch.arange(few, device=x.device) * len(x) // few
+            x, context = x[places], context if context is None else context[places]
             trials = _Trials(rows_given(distribution, x, context), template, tolerance)
         steps = trials.fewest(deadline) if few else None
         error = None if steps is None else trials.errors[steps]

@@ -116,7 +116,7 @@ def density(
     wanted = f"extent of {dim} ascending pairs of bounds, one per dimension"
     check_ranges((wanted, is_box, box), whole("points", points, 2))
     ax = new_axes(ax)
-    lines = [torch.linspace(a, b, points) for a, b in zip(box[::2], box[1::2], strict=True)]
+    lines = [_line(a, b, points) for a, b in zip(box[::2], box[1::2], strict=True)]
     grid = torch.stack(torch.meshgrid(*lines, indexing="xy"), dim=-1)
     value = _on_support(distribution, grid, lambda x: distribution.log_prob(x).exp()[..., None], 0)
     axes = [line.numpy() for line in lines]
@@ -160,7 +160,7 @@ def evolution(
     if ax is None:
         ax = axes_array(1, len(times), (2.6 * len(times), 2.8))[0]
     views = [distribution.at(t) for t in times]
-    boxes = torch.tensor([_extent(view) for view in views])
+    boxes = torch.tensor([_extent(view) for view in views], dtype=torch.float64)
     least, most = boxes[:, ::2].amin(0), boxes[:, 1::2].amax(0)
     extent = torch.stack((least, most), 1).flatten().tolist()
     for one, t, view in zip(ax, times, views, strict=True):
@@ -248,7 +248,7 @@ def conditional(
     q = torch.tensor([0.005, *levels, 0.995])[:, None].to(flow.loc)
     with torch.no_grad():
         lines = given.icdf(q.expand(-1, len(along))).reshape(len(q), -1)
-        values = torch.linspace(float(lines[0].min()), float(lines[-1].max()), points).to(lines)
+        values = _line(float(lines[0].min()), float(lines[-1].max()), points).to(lines)
         grid = values[:, None].expand(-1, len(along))
         density = given.log_prob(grid.reshape(*grid.shape, *given.event_shape)).exp()
     heights, ax = density.cpu().numpy(), new_axes(ax)
@@ -305,6 +305,14 @@ def _extent(distribution: InterpolantDistribution) -> tuple[float, ...]:
     """Return the bounds of samples, those of each dimension in turn."""
     x = distribution.sample((_EXTENT_SAMPLES,))
     return extent_of(x.reshape(len(x), -1))
+
+
+def _line(low: float, high: float, points: int) -> Tensor:
+    """Return evenly spaced values, shape ``(points,)``, which any type of a flow can be made of.
+
+    Torch's default type may not part values that lie far from zero.
+    """
+    return torch.linspace(low, high, points, dtype=torch.float64)
 
 
 def _on_support(

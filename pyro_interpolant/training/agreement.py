@@ -153,14 +153,21 @@ def _energy(z: Tensor, y: Tensor) -> float:
 
 
 @torch.no_grad()
-def warn_if_draws_differ(distribution: AnyDistribution, held: Rows, deadline: float) -> None:
+def warn_if_draws_differ(
+    distribution: AnyDistribution, held: Rows, kept: Rows, deadline: float
+) -> None:
     """Warn where draws of a trained flow are not like the rows held out.
+
+    These may be unlike all others, as a group is that a user holds out: it is said where draws are
+    like the rows trained on.
 
     Args:
         distribution: The distribution of the flow.
         held: The rows held out, in the flow's coordinates, with contexts and weights.
+        kept: Those trained on.
         deadline: The time, by :func:`time.monotonic`, after which hardly any are drawn.
     """
+    where = ""
     with seeded(0):  # the global generator is the user's
         count = min(_MOST_ROWS, len(held.w), math.ceil(held.effective()))
         rows, draws = _compared(distribution, held.repeated(count), deadline)
@@ -172,10 +179,18 @@ def warn_if_draws_differ(distribution: AnyDistribution, held: Rows, deadline: fl
         found = disagreement(draws, there, context, column_names(distribution))
     if found:
         warn_user(
-            f"the fit came out wrong: {found}. Train longer, or with a wider network; look for "
-            "far values, which flatten all others: remove them, choose the support that the data "
-            "have, or try from_samples(..., marginals=True)"
+            f"the fit came out wrong{where}: {found}. Train longer, or with a wider network; look "
+            "for far values, which flatten all others: remove them, choose the support that the "
+            "data have, or try from_samples(..., marginals=True)"
         )
+
+
+def _difference(distribution: AnyDistribution, rows: Rows, draws: Tensor) -> str:
+    """Return how draws, shape ``(M, D)``, differ from rows, in words; else nothing."""
+    context = None if rows.context is None else rows.context.double().cpu()
+    there = _unconstrained(distribution, rows.w.to(draws)).double().cpu()
+    draws = _unconstrained(distribution, draws).double().cpu()
+    return disagreement(draws, there, context).text(column_names(distribution))
 
 
 def _compared(distribution: AnyDistribution, rows: Rows, deadline: float) -> tuple[Rows, Tensor]:
@@ -187,8 +202,9 @@ def _compared(distribution: AnyDistribution, rows: Rows, deadline: float) -> tup
             return bare.given(None).sample((times * len(rows.w),))
         return bare.given(rows.context.repeat(times, 1)).sample()
 
+    rows = rows.repeated(min(_MOST_ROWS, len(rows.w), math.ceil(rows.effective())))
     began, count = time.monotonic(), len(rows.w)
-    few = rows.take(torch.arange(min(_FIRST_ROWS, count), device=rows.w.device))
+    few = rows.evenly(_FIRST_ROWS)  # rows may come in an order
     draws = drawn(few, 1)
     seconds = (time.monotonic() - began) / len(few.w)
     least, most = _DRAWS

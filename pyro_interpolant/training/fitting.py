@@ -452,7 +452,7 @@ def _finish(run: Run, density: HeldOutDensity, tolerance: float, *, progress: bo
             tell(repr(report))
         if process.rank == 0 and not images:
             with attempted("comparing draws", progress=False):
-                warn_if_draws_differ(distribution, density.held, deadline)
+                warn_if_draws_differ(distribution, density.held, density.kept, deadline)
     except KeyboardInterrupt:
         if process.world > 1:  # no other process may be where this one is
             raise

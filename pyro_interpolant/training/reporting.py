@@ -122,12 +122,14 @@ class HeldOutDensity:
 
     Attributes:
         rows: The number of all rows of the split, of rows that weigh as much.
+        held, kept: The rows held out, and those to train on.
         near: The rows held out, from which those that judge are taken; without outliers, once the
             flow's map is set, which tells of them.
     """
 
     def __init__(self, distribution: AnyDistribution, split: Split) -> None:
-        self.distribution, self.held, self.near = distribution, split.held, split.held
+        self.distribution, self.held, self.kept = distribution, split.held, split.kept
+        self.near = split.held
         self.rows = split.total + split.held.effective()
         images = is_image(distribution.row_shape)
         self.normal = None if images else reference(distribution, split.kept)
@@ -201,7 +203,7 @@ class HeldOutDensity:
             return report
         began, rows = time.monotonic(), self.held.evenly(_REPORTED_ROWS)
         count, first = len(rows.w), min(_FIRST_ROWS, len(rows.w))
-        found = self._means(rows.take(torch.arange(first, device=rows.w.device)))
+        found = self._means(rows.evenly(first))  # rows may come in an order
         pace = (time.monotonic() - began) / first
         if first < count and time.monotonic() + pace * count < deadline:
             found = self._means(rows)

@@ -313,6 +313,9 @@ def inliers(w: Tensor, context: Tensor | None = None, weights: Tensor | None = N
         loc, variance = _column_moments(context, weights)
         scaled = (context - loc) / torch.where(variance > 0, variance, 1.0).sqrt()
         distance = torch.hypot(distance, scaled.nan_to_num().norm(dim=-1))
+    # The square of a placeholder such as 1e300 is infinite: a quantile beside it would be NaN.
+    most = torch.finfo(distance.dtype).max
+    distance = distance.nan_to_num(nan=most, posinf=most)
     few = distance[subsample(len(w), _QUANTILE_VALUES, weights).to(w.device)]
     good = distance <= torch.maximum(
         _WILD_DEVIATIONS * few.median(), few.quantile(1 - _TAIL_SHARE)

@@ -484,6 +484,18 @@ def test_columns_that_are_dependent_but_for_rounding_are_told():
         whitening_map(x.float())
 
 
+@pytest.mark.parametrize("far", [1e160, torch.finfo(torch.float64).max])
+@pytest.mark.parametrize("count", [100, 150, 201])
+def test_an_outlier_whose_square_is_infinite_is_one(count, far):
+    """However the quantile that tells what is rare falls between rows."""
+    w = torch.randn(count, 2)
+    w[3, 0] = far
+    found = inliers(w)
+    assert len(found) == count
+    assert 3 not in found
+    assert len(found.unique()) == count - 1
+
+
 def test_outliers_are_few_and_far():
     w = torch.randn(1000, 3)
     assert inliers(w).tolist() == list(range(1000))

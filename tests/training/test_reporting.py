@@ -210,6 +210,16 @@ def test_copies_of_a_row_make_its_mean_no_surer():
         assert getattr(found[0], name) == pytest.approx(getattr(found[1], name))
 
 
+def test_rows_that_come_in_an_order_are_measured_evenly_where_time_is_short():
+    """The first of them would have the lowest values, or all of one group."""
+    d = InterpolantDistribution(interpolant_transform(1, (8,))).freeze()
+    rows = Rows(torch.randn(2000, 1).sort(dim=0).values, None)
+    density = HeldOutDensity(d, Split(rows, rows, 2000.0, 10))
+    short, long = (density.measured(Report(1, 1, 1.0, 1, 1), t) for t in (-math.inf, math.inf))
+    assert short.held_out != long.held_out
+    assert short.held_out == pytest.approx(long.held_out, abs=0.1)
+
+
 def test_the_gaussian_and_its_mean_are_by_weight():
     """Of as many rows far off next to nothing is seen."""
     d = InterpolantDistribution(interpolant_transform(1, (8,))).freeze()
