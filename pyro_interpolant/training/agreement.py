@@ -169,14 +169,13 @@ def warn_if_draws_differ(
     """
     where = ""
     with seeded(0):  # the global generator is the user's
-        count = min(_MOST_ROWS, len(held.w), math.ceil(held.effective()))
-        rows, draws = _compared(distribution, held.repeated(count), deadline)
-    found = f"{int((~torch.isfinite(draws).all(1)).sum())} of {len(draws)} draws are not finite"
-    if bool(torch.isfinite(draws).all()):
-        context = None if rows.context is None else rows.context.double().cpu()
-        there = _unconstrained(distribution, rows.w.to(draws)).double().cpu()
-        draws = _unconstrained(distribution, draws).double().cpu()
-        found = disagreement(draws, there, context, column_names(distribution))
+        rows, draws = _compared(distribution, held, deadline)
+        wild = int((~torch.isfinite(draws).all(1)).sum())
+        found = f"{wild} of {len(draws)} draws are not finite"
+        if not wild:
+            found = _difference(distribution, rows, draws)
+            if found and not _difference(distribution, *_compared(distribution, kept, deadline)):
+                where = ", or the rows held out are unlike those trained on, which draws are like"
     if found:
         warn_user(
             f"the fit came out wrong{where}: {found}. Train longer, or with a wider network; look "
@@ -190,7 +189,7 @@ def _difference(distribution: AnyDistribution, rows: Rows, draws: Tensor) -> str
     context = None if rows.context is None else rows.context.double().cpu()
     there = _unconstrained(distribution, rows.w.to(draws)).double().cpu()
     draws = _unconstrained(distribution, draws).double().cpu()
-    return disagreement(draws, there, context).text(column_names(distribution))
+    return disagreement(draws, there, context, column_names(distribution))
 
 
 def _compared(distribution: AnyDistribution, rows: Rows, deadline: float) -> tuple[Rows, Tensor]:
