@@ -452,8 +452,8 @@ def fit_guide(
 
     Returns:
         A :class:`~pyro_interpolant.infer.GuideResult`, the verdict on fresh draws, with a warning
-        if k-hat is above 0.7 or, for a model whose log joint density cannot be evaluated, not
-        known; of an amortised guide trained in one round an
+        if they cannot be relied on or, for a model whose log joint density cannot be evaluated,
+        that is not known; of an amortised guide trained in one round an
         :class:`~pyro_interpolant.infer.AmortizedResult`, the verdict on fresh simulations.
 
     Raises:

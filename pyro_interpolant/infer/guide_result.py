@@ -12,7 +12,8 @@ class GuideResult(NamedTuple):
 
     Attributes:
         k_hat: Pareto's k-hat, of the tail of the weights: below 0.5 all is well, above 0.7 none of
-            this is reliable.
+            this is reliable, unless 99% of the draws are effective: then it is of a tail too
+            small to matter.
         ess: The effective sample size of ``draws`` draws.
         log_evidence: An estimate of the model's log-evidence, nats.
         log_evidence_stderr: Its standard error, of chance and of the flow's solver, whose part is

@@ -37,6 +37,10 @@ _VERDICT_DRAWS = 10_000  # fresh draws that judge the guide
 # Draws need no weights if this share of them is effective. It bounds the error of a mean, in
 # standard deviations, by sqrt(1 / share - 1): 0.33 here, and 1 at a half.
 GOOD_SHARE = 0.9
+# From this share on they need none whatever k-hat, which has no scale: of 10,000 weights that are
+# nearly 1 it is above 0.7 by chance in one set of ten. The largest of N such weights is at most
+# sqrt(N) / 10 times their mean, and what a tail of index 0.9 holds beyond it at most 1 / sqrt(N).
+_EVEN_SHARE = 0.99
 _MOST = 0.5  # the effective share from which only the tails are called poor
 # A number is lost if its value on the support maps back to one this far away; and the share of
 # all weight by which lost draws may be off, as there may be more where no draw has been.
@@ -60,7 +64,8 @@ class ImportanceResult(NamedTuple):
 
     Attributes:
         k_hat: Pareto's k-hat of the weights: below 0.5 all is well, above 0.7 none of this is
-            reliable.
+            reliable, unless 99% of the draws are effective: then it is of a tail too small to
+            matter.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2` of the draws.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of the model's log-evidence, nats.
         log_evidence_stderr: Its standard error, of chance and of the flow's solver, whose part is
@@ -129,7 +134,7 @@ def importance(
         **kwargs: The named arguments of the model.
 
     Returns:
-        The verdict, with a warning if k-hat is above 0.7; the weights; and draws that
+        The verdict, with a warning if the draws cannot be relied on; the weights; and draws that
         ``resampled`` turns into posterior samples for :class:`~pyro.infer.Predictive`.
 
     Raises:
@@ -139,8 +144,9 @@ def importance(
             :func:`~pyro_interpolant.log_joint`.
 
     Warns:
-        UserWarning: If k-hat is above 0.7, or the model weighs data that are hidden from an
-            :class:`~pyro_interpolant.AmortizedInterpolant`, such as those that are missing.
+        UserWarning: If k-hat is above 0.7 and fewer than 99% of the draws are effective, or the
+            model weighs data that are hidden from an
+            :class:`~pyro_interpolant.AmortizedInterpolant`, such as missing ones.
 
     References:
         Vehtari, Simpson, Gelman, Yao & Gabry, *Pareto Smoothed Importance Sampling*, JMLR 2024,
@@ -314,6 +320,8 @@ def _lost_weights(
 
 def are_raw_draws_good(summary: ImportanceSummary, count: int) -> bool:
     """Return whether ``count`` draws will do without weights, as :func:`verdict_of` says."""
+    if summary.ess >= _EVEN_SHARE * count:
+        return True
     return summary.k_hat <= K_HAT_GOOD and summary.ess >= GOOD_SHARE * count
 
 
@@ -341,6 +349,8 @@ def verdict_of(summary: ImportanceSummary, count: int, edges: str = "") -> str:
     )
     if edges:  # which may be why k-hat is large
         return f"Off at an edge, {numbers}{edges}."
+    if are_raw_draws_good(summary, count):
+        return f"Good, {numbers}the guide's own draws will do, and resampled() ones do better."
     if not k_hat <= K_HAT_LIMIT and ess >= _MOST * count:
         return (
             f"Poor in the tails, {numbers}weights grow at the rarest draws, so neither the "
@@ -351,9 +361,7 @@ def verdict_of(summary: ImportanceSummary, count: int, edges: str = "") -> str:
             f"Poor, {numbers}the guide misses parts of the posterior that weights cannot "
             f"restore, so {remedy} before you trust its draws."
         )
-    if not are_raw_draws_good(summary, count):
-        return f"Usable with weights, {numbers}use resampled() draws, not the guide's own."
-    return f"Good, {numbers}the guide's own draws will do, and resampled() ones do better."
+    return f"Usable with weights, {numbers}use resampled() draws, not the guide's own."
 
 
 def judged(
@@ -374,7 +382,7 @@ def judged(
     """
     edges = at_edges(log_q, density, z, summary.log_evidence)
     verdict = verdict_of(summary, count, edges)
-    if edges or not summary.k_hat <= K_HAT_LIMIT:
+    if edges or not (summary.k_hat <= K_HAT_LIMIT or are_raw_draws_good(summary, count)):
         warn_user(verdict)
     return verdict
 

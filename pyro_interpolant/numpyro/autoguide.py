@@ -170,7 +170,7 @@ def fit_guide(
 
     Returns:
         The verdict on fresh draws, a :class:`~pyro_interpolant.infer.GuideResult`, with a warning
-        if k-hat is above 0.7.
+        if they cannot be relied on.
 
     Raises:
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro, or there is no key.

@@ -24,7 +24,8 @@ class ImportanceResult(NamedTuple):
 
     Attributes:
         k_hat: Pareto's k-hat of the weights: below 0.5 all is well, above 0.7 none of this is
-            reliable.
+            reliable, unless 99% of the draws are effective: then it is of a tail too small to
+            matter.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2` of the draws.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of the model's log-evidence, nats.
         log_evidence_stderr: Its standard error, of chance and of the flow's solver, whose part is
@@ -90,7 +91,7 @@ def importance(
         **kwargs: The named arguments of the model.
 
     Returns:
-        The verdict, with a warning if k-hat is above 0.7; the weights; and draws that
+        The verdict, with a warning if the draws cannot be relied on; the weights; and draws that
         ``resampled`` turns into posterior samples. It warns of a solver that is too coarse, too.
 
     Raises:

@@ -351,7 +351,17 @@ def test_draws_of_the_prior():
     z = prior.prior_draws(log_joint(improper), 4000)
     assert torch.allclose(z.mean(0), torch.tensor([0.0, 0.0, 5.0]), atol=0.2)
     assert torch.allclose(z.std(0), torch.tensor([2.0, 2.0, 1.0]), atol=0.2)
-    assert prior.prior_draws(log_joint(unsampled), 4000) is None
+    assert len(prior.prior_draws(log_joint(unsampled), 4000)) == 128  # one by one
+
+
+def test_a_prior_that_cannot_be_drawn_has_no_draws(monkeypatch):
+    density = log_joint(by_index)
+
+    def fails(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(torch.distributions.Normal, "sample", fails)
+    assert prior.prior_draws(density, 4000) is None
 
 
 # ------------------------------------------------------------------------------------------ errors

@@ -401,6 +401,9 @@ def test_verdicts():
     assert verdict(0.8, 600.0).startswith("Poor in the tails, k-hat 0.80")
     assert verdict(0.8, 100.0).startswith("Poor, k-hat 0.80")
     assert verdict(math.nan, 100.0).startswith("Poor, k-hat nan")
+    for k_hat in (0.6, 0.8, 4.6, math.inf):  # of weights that are nearly equal it tells nothing
+        assert verdict(k_hat, 990.0).startswith("Good")
+        assert not verdict(k_hat, 989.0).startswith("Good")
     for k_hat in (0.3, 0.6, 0.8):
         for ess in (100.0, 900.0):
             text = verdict(k_hat, ess)
