@@ -17,6 +17,7 @@ from pyro_interpolant import (
     load,
     score,
 )
+from pyro_interpolant.training.checkpoint import Checkpoint
 
 DATA = Path(__file__).parent / "data"
 EXPECTED = load_file(DATA / "expected.safetensors")
@@ -66,6 +67,24 @@ def test_a_run_of_the_first_version_goes_on_to_the_weights_it_would_have_had(tmp
     for name, expected in load_file(DATA / "run" / "weights.safetensors").items():
         found = flow.transform.flow.get_parameter(name.removeprefix("full."))
         torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-8)
+
+
+def test_a_run_of_the_first_version_that_has_ended_gives_the_weights_it_kept(tmp_path):
+    path = tmp_path / "run.safetensors"
+    path.write_bytes((DATA / "run" / "state.safetensors").read_bytes())
+    state = Checkpoint(path, None, [], torch.device("cpu"))
+    state.identity, state.numbers["run"]["ended"] = state.numbers["identity"], "patience"
+    state.write(state.tensors, state.numbers)
+    flow = InterpolantDistribution(interpolant_transform(2, (8, 8), solver=FixedGrid(4)))
+    x = load_file(DATA / "run" / "rows.safetensors")["rows"]
+    options = {"steps": 60, "batch_size": 64, "seed": 3, "weight_decay": 0.0, "tolerance": 1e3}
+    with pytest.warns(UserWarning, match="was written by an earlier version: numbers of a base"):
+        result = fit(flow, x, **options, progress=False, checkpoint=path)
+    assert result.stopped_by == "patience"
+    lowest = min(range(len(result.steps)), key=lambda i: result.validation_losses[i])
+    assert result.best_step == result.steps[lowest]
+    for i, value in enumerate(flow.transform.velocity.parameters()):
+        assert torch.equal(value, state.tensors[f"best.{i}"])
 
 
 @pytest.mark.parametrize("other", [{"interpolant": Linear()}, {"hidden_dims": (8, 9)}])

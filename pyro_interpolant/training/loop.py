@@ -230,7 +230,7 @@ class HeldOutMonitor:
         Raises:
             NonFiniteError: If so.
         """
-        if self.held_losses and self.selection.best == math.inf:
+        if self.selection.steps and self.selection.best == math.inf:
             raise NonFiniteError(
                 "the held-out loss was not finite at any look: the weights are those before the "
                 "run. Look for wild rows or contexts among those held out"
@@ -268,7 +268,9 @@ class HeldOutMonitor:
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Take a state back; weights that were chosen by another rule stay until others are."""
         self.__dict__.update({name: numbers[name] for name in ("steps", "losses", "held_losses")})
-        self.selection.restore(tensors, numbers.get("selection", {}))
+        lowest = min(zip(self.held_losses, self.steps, strict=True), default=(0.0, 0))[1]
+        selected = numbers.get("selection", {"kept_step": lowest})  # as version 0.1.0 chose
+        self.selection.restore(tensors, selected)
         if self.density is not None:
             self.density.go_on(self.selection.best_values, judges=numbers.get("by_density", True))
         self.total = list(tensors["recent"].to(self.kept_values[0]).unbind())
