@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 from jax import Array
 from jax.typing import ArrayLike
 from numpyro import handlers
@@ -24,8 +26,9 @@ from numpyro.util import not_jax_tracer
 from .._package import check_ranges
 from .distributions import InterpolantDistribution
 from .loading import from_torch
-from .log_density import Arguments, Named, displacements, log_density
+from .log_density import Arguments, Named, Site, displacements, draws_of, log_density
 from .transforms import InterpolantTransform
+from .validity import innermost_distribution
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -355,19 +358,35 @@ def _prior_draws(
 ) -> "Tensor | None":
     """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
 
-    Those that rounding has put on the edge of a support are left out, and the rarest 1% is clamped
-    to the rest, for priors without moments.
+    Sites with an improper prior are drawn widely. Draws that rounding has put on the edge of a
+    support are left out, and the rarest 1% is clamped to the rest, for priors without moments.
     """
     import torch
 
     from ..infer.prior import without_extremes
 
     try:
-        draws = Predictive(guide.model, num_samples=count)(key, *args, **kwargs)
+        model = handlers.substitute(guide.model, substitute_fn=_wide_draw)
+        draws = Predictive(model, num_samples=count)(key, *args, **kwargs)
         parts = _unconstrained(guide, draws, args, kwargs)
     except (NotImplementedError, ValueError):  # a prior that cannot be sampled
         return None
     return without_extremes(torch.tensor(np.concatenate(list(parts.values()), -1)))
+
+
+def _wide_draw(site: Site) -> Array | None:
+    """Return a wide draw of a site whose prior is improper, which has none of its own, or None."""
+    from ..infer.prior import IMPROPER_SCALE
+
+    if site["type"] != "sample":
+        return None
+    fn = site["fn"]
+    if not isinstance(innermost_distribution(fn), dist.ImproperUniform):
+        return None
+    key, transform = site["kwargs"]["rng_key"], dist.biject_to(fn.support)
+    shape = transform.inverse_shape(fn.shape(draws_of(site)))
+    key = numpyro.prng_key() if key is None else key
+    return transform(IMPROPER_SCALE * jax.random.normal(key, shape))
 
 
 class TorchDensity:

@@ -15,7 +15,7 @@ from kinds import plain
 from numpyro import handlers, infer
 from numpyro.contrib.control_flow import cond, scan
 from numpyro.distributions.transforms import SigmoidTransform
-from numpyro.infer.reparam import NeuTraReparam
+from numpyro.infer.reparam import CircularReparam, NeuTraReparam
 
 from pyro_interpolant import AutoInterpolant as TorchGuide
 from pyro_interpolant import FixedGrid, interpolant_transform
@@ -147,11 +147,38 @@ def test_draws_of_the_prior():
     assert z.shape == (2000, 4)
     np.testing.assert_allclose(z.std(0), [1.0, 0.2, 1.0, 1.0], rtol=0.1)
 
-    def improper():
-        numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
 
-    guide = prepared(AutoInterpolant(improper))
+class Undrawable(dist.Normal):
+    """A density that its author gave no draws."""
+
+    def sample(self, key, sample_shape=()):
+        raise NotImplementedError
+
+
+def test_a_prior_that_cannot_be_drawn_has_no_draws():
+    guide = prepared(AutoInterpolant(lambda: numpyro.sample("x", Undrawable())))
     assert module._prior_draws(guide, KEY, (), {}, 10) is None
+
+
+def flat():
+    numpyro.sample("x", dist.ImproperUniform(dist.constraints.positive, (), ()))
+
+
+def angle():
+    with handlers.reparam(config={"x": CircularReparam()}):
+        numpyro.sample("x", dist.VonMises(0.0, 1.0))
+
+
+@pytest.mark.parametrize("model", [flat, angle])
+def test_beside_an_improper_prior_the_others_are_drawn(model):
+    def whole():
+        model()
+        numpyro.sample("z", dist.Normal(1000.0, 50.0))
+
+    guide = prepared(AutoInterpolant(whole))
+    z = module._prior_draws(guide, KEY, (), {}, 1000)
+    np.testing.assert_allclose(z.mean(0), [0.0, 1000.0], atol=6)
+    np.testing.assert_allclose(z.std(0), [2.0, 50.0], rtol=0.1)
 
 
 def test_what_is_no_guide_of_this_room():
