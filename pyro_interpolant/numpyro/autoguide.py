@@ -26,7 +26,15 @@ from numpyro.util import not_jax_tracer
 from .._package import check_ranges
 from .distributions import InterpolantDistribution
 from .loading import from_torch
-from .log_density import Arguments, Named, Site, displacements, draws_of, log_density
+from .log_density import (
+    Arguments,
+    Named,
+    Site,
+    check_random_numbers,
+    displacements,
+    draws_of,
+    log_density,
+)
 from .transforms import InterpolantTransform
 from .validity import innermost_distribution
 
@@ -179,7 +187,7 @@ def fit_guide(
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro, or there is no key.
         ValueError: If the samples miss a site, have another shape or are off its support, a
             setting cannot work, a latent site is discrete, or the log density is noisy (a
-            subsampled plate).
+            subsampled plate, a latent site that ``block`` hides).
     """
     import torch
 
@@ -199,6 +207,7 @@ def fit_guide(
         with handlers.seed(rng_seed=setup), _discrete_sites_named(guide, args, kwargs):
             guide._setup_prototype(*args, **kwargs)
         _check_plates(guide)
+        check_random_numbers(guide, args, kwargs)
         dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
         network = VelocityMLP(guide.latent_dim, guide.hidden_dims).to(dtype)
         posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))
@@ -346,7 +355,8 @@ def _unconstrained(
         )
 
     def real_of(sites: dict[str, Array]) -> dict[str, Array]:
-        real = unconstrain_fn(guide.model, args, kwargs, sites)
+        model = handlers.seed(guide.model, rng_seed=0)  # for parameters that a function draws
+        real = unconstrain_fn(model, args, kwargs, sites)
         return {name: jnp.ravel(real[name]) for name in shapes}
 
     parts = jax.jit(jax.vmap(real_of))(rows)

@@ -35,6 +35,7 @@ from pyro_interpolant.numpyro import (
 from pyro_interpolant.numpyro import autoguide as module
 from pyro_interpolant.numpyro import importance_sampling as sampling
 from pyro_interpolant.numpyro.importance_sampling import _both_ways, _weighed
+from pyro_interpolant.numpyro.log_density import check_random_numbers
 from pyro_interpolant.numpyro.validity import log_prob_left_out
 from pyro_interpolant.training.clock import Clock
 
@@ -310,6 +311,51 @@ def test_a_plate_that_subsamples_is_no_density():
 
     with pytest.raises(ValueError, match=r"got plates \['rows'\] that subsample"):
         fit_guide(AutoInterpolant(model), KEY, **QUICK)
+
+
+def some_latent():
+    x = numpyro.sample("x", dist.Normal())
+    numpyro.sample("y", dist.Normal(x, numpyro.sample("s", dist.HalfNormal(1.0))), obs=1.0)
+
+
+def a_random_shift():
+    x = numpyro.sample("x", dist.Normal())
+    numpyro.sample("y", dist.Normal(x + jax.random.normal(numpyro.prng_key()), 1.0), obs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (handlers.block(some_latent, hide=["s"]), "site 's', which handlers.block hides"),
+        (a_random_shift, r"random numbers by numpyro.prng_key\(\)"),
+    ],
+)
+def test_random_numbers_of_no_latent_site_are_no_density(model, message):
+    with pytest.raises(ValueError, match=message):
+        fit_guide(AutoInterpolant(model), KEY, **QUICK)
+
+
+def test_what_is_hidden_but_draws_nothing_is_a_density():
+    def model():
+        numpyro.sample("x", dist.Normal())
+        with handlers.block(), numpyro.plate("rows", 2):
+            pass
+        with handlers.block(), handlers.seed(rng_seed=0):
+            numpyro.sample("s", dist.Normal())
+
+    check_random_numbers(prepared(AutoInterpolant(model)), (), {})
+
+
+def test_parameters_that_a_function_draws_are_those_of_the_first_run():
+    def model():
+        shift = numpyro.param("shift", lambda key: jax.random.normal(key))
+        numpyro.sample("x", dist.LogNormal(shift, 1.0))
+
+    guide = prepared(AutoInterpolant(model))
+    check_random_numbers(guide, (), {})
+    packed = module._packed(guide, {"x": jnp.ones(3)}, (), {})
+    np.testing.assert_allclose(packed, jnp.zeros((3, 1)), atol=1e-12)
+    assert module._prior_draws(guide, KEY, (), {}, 100).shape == (100, 1)
 
 
 def test_a_refused_training_leaves_a_guide_as_it_was():
