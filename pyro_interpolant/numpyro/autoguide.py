@@ -204,7 +204,7 @@ def fit_guide(
     clock = Clock(max_seconds, or_none=False)
     setup, draw = jax.random.split(key)
     with _kept_if_refused(guide):
-        with handlers.seed(rng_seed=setup), _discrete_sites_named(guide, args, kwargs):
+        with handlers.seed(rng_seed=setup), _sites_without_density_named(guide, args, kwargs):
             guide._setup_prototype(*args, **kwargs)
         _check_plates(guide)
         check_random_numbers(guide, args, kwargs)
@@ -266,10 +266,10 @@ def check_key(key: object) -> None:
 
 
 @contextlib.contextmanager
-def _discrete_sites_named(
+def _sites_without_density_named(
     guide: AutoInterpolant, args: Arguments, kwargs: Named
 ) -> Iterator[None]:
-    """Raise a ValueError that names a discrete latent site where a guide cannot be set up."""
+    """Raise a ValueError that names a latent site of no density where a guide has no set-up."""
     try:
         yield
     except (ImportError, NotImplementedError, RuntimeError):
@@ -283,6 +283,11 @@ def _discrete_sites_named(
                 raise ValueError(
                     f"expected continuous latent sites, got the discrete site {name!r}: "
                     "marginalise it (a mixture distribution)"
+                ) from None
+            if latent and isinstance(innermost_distribution(site["fn"]), dist.Delta):
+                raise ValueError(
+                    f"expected latent sites with a density, got {name!r} from a Delta, which has "
+                    f"one value: write it as numpyro.deterministic({name!r}, value)"
                 ) from None
         raise
 

@@ -935,6 +935,16 @@ def test_a_discrete_site_is_named(fn):
         fit_guide(AutoInterpolant(model), KEY, **QUICK)
 
 
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_a_value_that_is_sampled_is_named(shape):
+    def model():
+        value = numpyro.sample("b", dist.Delta(0.5).expand(shape).to_event())
+        numpyro.sample("x", dist.Normal(value, 1.0).to_event())
+
+    with pytest.raises(ValueError, match=r"'b' .*numpyro\.deterministic"):
+        fit_guide(AutoInterpolant(model), KEY, **QUICK)
+
+
 def test_draws_off_a_support_are_refused_by_site():
     def model():
         numpyro.sample("a", dist.Normal())
