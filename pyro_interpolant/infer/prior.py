@@ -17,7 +17,7 @@ from .runs import AllDrawn, Stop
 from .sites import unchecked
 
 _RARE = 0.005  # the share of prior draws on either side that is clamped to the rest
-_IMPROPER_SCALE = 2.0  # of unconstrained sites with an improper prior
+IMPROPER_SCALE = 2.0  # of unconstrained sites with an improper prior
 _RUNS = 128  # of a model that gives one draw in each: enough for a centre and a spread
 
 
@@ -31,7 +31,7 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     Raises:
         ValueError: If the density of many of them is another than one at a time.
     """
-    init = functools.partial(init_to_support, init=init_to_sample, spread=_IMPROPER_SCALE)
+    init = functools.partial(init_to_support, init=init_to_sample, spread=IMPROPER_SCALE)
 
     def draw(*batch: int) -> Tensor:  # up to the last latent: data may be large
         with contextlib.suppress(AllDrawn), poutine.block(), poutine.trace() as tracer:

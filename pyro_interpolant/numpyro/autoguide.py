@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 from jax import Array
 from jax.typing import ArrayLike
 from numpyro import handlers
@@ -24,8 +26,17 @@ from numpyro.util import not_jax_tracer
 from .._package import check_ranges
 from .distributions import InterpolantDistribution
 from .loading import from_torch
-from .log_density import Arguments, Named, displacements, log_density
+from .log_density import (
+    Arguments,
+    Named,
+    Site,
+    check_random_numbers,
+    displacements,
+    draws_of,
+    log_density,
+)
 from .transforms import InterpolantTransform
+from .validity import innermost_distribution
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,7 +187,7 @@ def fit_guide(
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro, or there is no key.
         ValueError: If the samples miss a site, have another shape or are off its support, a
             setting cannot work, a latent site is discrete, or the log density is noisy (a
-            subsampled plate).
+            subsampled plate, a latent site that ``block`` hides).
     """
     import torch
 
@@ -193,9 +204,10 @@ def fit_guide(
     clock = Clock(max_seconds, or_none=False)
     setup, draw = jax.random.split(key)
     with _kept_if_refused(guide):
-        with handlers.seed(rng_seed=setup), _discrete_sites_named(guide, args, kwargs):
+        with handlers.seed(rng_seed=setup), _sites_without_density_named(guide, args, kwargs):
             guide._setup_prototype(*args, **kwargs)
         _check_plates(guide)
+        check_random_numbers(guide, args, kwargs)
         dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
         network = VelocityMLP(guide.latent_dim, guide.hidden_dims).to(dtype)
         posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))
@@ -254,10 +266,10 @@ def check_key(key: object) -> None:
 
 
 @contextlib.contextmanager
-def _discrete_sites_named(
+def _sites_without_density_named(
     guide: AutoInterpolant, args: Arguments, kwargs: Named
 ) -> Iterator[None]:
-    """Raise a ValueError that names a discrete latent site where a guide cannot be set up."""
+    """Raise a ValueError that names a latent site of no density where a guide has no set-up."""
     try:
         yield
     except (ImportError, NotImplementedError, RuntimeError):
@@ -271,6 +283,11 @@ def _discrete_sites_named(
                 raise ValueError(
                     f"expected continuous latent sites, got the discrete site {name!r}: "
                     "marginalise it (a mixture distribution)"
+                ) from None
+            if latent and isinstance(innermost_distribution(site["fn"]), dist.Delta):
+                raise ValueError(
+                    f"expected latent sites with a density, got {name!r} from a Delta, which has "
+                    f"one value: write it as numpyro.deterministic({name!r}, value)"
                 ) from None
         raise
 
@@ -343,7 +360,8 @@ def _unconstrained(
         )
 
     def real_of(sites: dict[str, Array]) -> dict[str, Array]:
-        real = unconstrain_fn(guide.model, args, kwargs, sites)
+        model = handlers.seed(guide.model, rng_seed=0)  # for parameters that a function draws
+        real = unconstrain_fn(model, args, kwargs, sites)
         return {name: jnp.ravel(real[name]) for name in shapes}
 
     parts = jax.jit(jax.vmap(real_of))(rows)
@@ -355,19 +373,35 @@ def _prior_draws(
 ) -> "Tensor | None":
     """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
 
-    Those that rounding has put on the edge of a support are left out, and the rarest 1% is clamped
-    to the rest, for priors without moments.
+    Sites with an improper prior are drawn widely. Draws that rounding has put on the edge of a
+    support are left out, and the rarest 1% is clamped to the rest, for priors without moments.
     """
     import torch
 
     from ..infer.prior import without_extremes
 
     try:
-        draws = Predictive(guide.model, num_samples=count)(key, *args, **kwargs)
+        model = handlers.substitute(guide.model, substitute_fn=_wide_draw)
+        draws = Predictive(model, num_samples=count)(key, *args, **kwargs)
         parts = _unconstrained(guide, draws, args, kwargs)
     except (NotImplementedError, ValueError):  # a prior that cannot be sampled
         return None
     return without_extremes(torch.tensor(np.concatenate(list(parts.values()), -1)))
+
+
+def _wide_draw(site: Site) -> Array | None:
+    """Return a wide draw of a site whose prior is improper, which has none of its own, or None."""
+    from ..infer.prior import IMPROPER_SCALE
+
+    if site["type"] != "sample":
+        return None
+    fn = site["fn"]
+    if not isinstance(innermost_distribution(fn), dist.ImproperUniform):
+        return None
+    key, transform = site["kwargs"]["rng_key"], dist.biject_to(fn.support)
+    shape = transform.inverse_shape(fn.shape(draws_of(site)))
+    key = numpyro.prng_key() if key is None else key
+    return transform(IMPROPER_SCALE * jax.random.normal(key, shape))
 
 
 class TorchDensity:

@@ -15,7 +15,7 @@ from kinds import plain
 from numpyro import handlers, infer
 from numpyro.contrib.control_flow import cond, scan
 from numpyro.distributions.transforms import SigmoidTransform
-from numpyro.infer.reparam import NeuTraReparam
+from numpyro.infer.reparam import CircularReparam, NeuTraReparam
 
 from pyro_interpolant import AutoInterpolant as TorchGuide
 from pyro_interpolant import FixedGrid, interpolant_transform
@@ -35,6 +35,7 @@ from pyro_interpolant.numpyro import (
 from pyro_interpolant.numpyro import autoguide as module
 from pyro_interpolant.numpyro import importance_sampling as sampling
 from pyro_interpolant.numpyro.importance_sampling import _both_ways, _weighed
+from pyro_interpolant.numpyro.log_density import check_random_numbers
 from pyro_interpolant.numpyro.validity import log_prob_left_out
 from pyro_interpolant.training.clock import Clock
 
@@ -147,11 +148,38 @@ def test_draws_of_the_prior():
     assert z.shape == (2000, 4)
     np.testing.assert_allclose(z.std(0), [1.0, 0.2, 1.0, 1.0], rtol=0.1)
 
-    def improper():
-        numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
 
-    guide = prepared(AutoInterpolant(improper))
+class Undrawable(dist.Normal):
+    """A density that its author gave no draws."""
+
+    def sample(self, key, sample_shape=()):
+        raise NotImplementedError
+
+
+def test_a_prior_that_cannot_be_drawn_has_no_draws():
+    guide = prepared(AutoInterpolant(lambda: numpyro.sample("x", Undrawable())))
     assert module._prior_draws(guide, KEY, (), {}, 10) is None
+
+
+def flat():
+    numpyro.sample("x", dist.ImproperUniform(dist.constraints.positive, (), ()))
+
+
+def angle():
+    with handlers.reparam(config={"x": CircularReparam()}):
+        numpyro.sample("x", dist.VonMises(0.0, 1.0))
+
+
+@pytest.mark.parametrize("model", [flat, angle])
+def test_beside_an_improper_prior_the_others_are_drawn(model):
+    def whole():
+        model()
+        numpyro.sample("z", dist.Normal(1000.0, 50.0))
+
+    guide = prepared(AutoInterpolant(whole))
+    z = module._prior_draws(guide, KEY, (), {}, 1000)
+    np.testing.assert_allclose(z.mean(0), [0.0, 1000.0], atol=6)
+    np.testing.assert_allclose(z.std(0), [2.0, 50.0], rtol=0.1)
 
 
 def test_what_is_no_guide_of_this_room():
@@ -283,6 +311,51 @@ def test_a_plate_that_subsamples_is_no_density():
 
     with pytest.raises(ValueError, match=r"got plates \['rows'\] that subsample"):
         fit_guide(AutoInterpolant(model), KEY, **QUICK)
+
+
+def some_latent():
+    x = numpyro.sample("x", dist.Normal())
+    numpyro.sample("y", dist.Normal(x, numpyro.sample("s", dist.HalfNormal(1.0))), obs=1.0)
+
+
+def a_random_shift():
+    x = numpyro.sample("x", dist.Normal())
+    numpyro.sample("y", dist.Normal(x + jax.random.normal(numpyro.prng_key()), 1.0), obs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (handlers.block(some_latent, hide=["s"]), "site 's', which handlers.block hides"),
+        (a_random_shift, r"random numbers by numpyro.prng_key\(\)"),
+    ],
+)
+def test_random_numbers_of_no_latent_site_are_no_density(model, message):
+    with pytest.raises(ValueError, match=message):
+        fit_guide(AutoInterpolant(model), KEY, **QUICK)
+
+
+def test_what_is_hidden_but_draws_nothing_is_a_density():
+    def model():
+        numpyro.sample("x", dist.Normal())
+        with handlers.block(), numpyro.plate("rows", 2):
+            pass
+        with handlers.block(), handlers.seed(rng_seed=0):
+            numpyro.sample("s", dist.Normal())
+
+    check_random_numbers(prepared(AutoInterpolant(model)), (), {})
+
+
+def test_parameters_that_a_function_draws_are_those_of_the_first_run():
+    def model():
+        shift = numpyro.param("shift", lambda key: jax.random.normal(key))
+        numpyro.sample("x", dist.LogNormal(shift, 1.0))
+
+    guide = prepared(AutoInterpolant(model))
+    check_random_numbers(guide, (), {})
+    packed = module._packed(guide, {"x": jnp.ones(3)}, (), {})
+    np.testing.assert_allclose(packed, jnp.zeros((3, 1)), atol=1e-12)
+    assert module._prior_draws(guide, KEY, (), {}, 100).shape == (100, 1)
 
 
 def test_a_refused_training_leaves_a_guide_as_it_was():
@@ -859,6 +932,16 @@ def test_a_discrete_site_is_named(fn):
         numpyro.sample("x", dist.Normal(k, 1.0))
 
     with pytest.raises(ValueError, match="continuous latent sites, got the discrete site 'k'"):
+        fit_guide(AutoInterpolant(model), KEY, **QUICK)
+
+
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_a_value_that_is_sampled_is_named(shape):
+    def model():
+        value = numpyro.sample("b", dist.Delta(0.5).expand(shape).to_event())
+        numpyro.sample("x", dist.Normal(value, 1.0).to_event())
+
+    with pytest.raises(ValueError, match=r"'b' .*numpyro\.deterministic"):
         fit_guide(AutoInterpolant(model), KEY, **QUICK)
 
 
