@@ -23,7 +23,7 @@ from torch.distributions.transforms import AffineTransform
 from torch.quasirandom import SobolEngine
 
 from .._torch import broadcast_shapes, is_functional, is_tracing, seeded
-from ..transforms.interpolant import InterpolantTransform
+from ..transforms.interpolant import InterpolantTransform, broadcast_batch
 from ..transforms.monotone import mapped
 from .base_support import inside_base, stated_support
 from .bases import ExternalBase, Samples, UniformTorus, detached
@@ -316,12 +316,12 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         Raises:
             NotImplementedError: If events have more than one element, or the base has no icdf.
             TypeError: If probabilities are neither a tensor nor an array.
-            ValueError: If a probability is not between 0 and 1.
+            ValueError: If a probability is not between 0 and 1, or shapes do not broadcast.
         """
         _check_scalar(self, "icdf")
         q, loc = as_tensor(value, "probabilities"), self.transform.flow.loc
         q = q.to(loc.device, torch.promote_types(q.dtype, loc.dtype))  # 1 - 1e-9 is not 1
-        q = q.expand(broadcast_shapes(q.shape, self.batch_shape))
+        q = q.expand(broadcast_batch(q.shape, self.batch_shape))
         if not (is_tracing() or is_functional()) and not bool(((q >= 0) & (q <= 1)).all()):
             raise ValueError(
                 f"expected probabilities between 0 and 1, got {q.min():.3g} to {q.max():.3g}"

@@ -74,8 +74,8 @@ def check_velocity(velocity: nn.Module) -> None:
     """
     if not isinstance(velocity, nn.Module):
         raise TypeError(
-            "expected the velocity to be a torch.nn.Module with forward(t, x, context=None), got "
-            f"{type(velocity).__name__}"
+            "expected the velocity to be an instance of torch.nn.Module with forward(t, x, "
+            f"context=None), got {velocity!r}"
         )
     exponent = time_exponent(velocity)
     check_ranges(number("a finite time_exponent > 0", exponent, lambda n: 0 < n < math.inf))
@@ -357,7 +357,12 @@ def copied(network: nn.Module) -> nn.Module:
     """Return a copy of a network, or with a warning itself where there can be none.
 
     Copies are not compiled where it is by ``compile()``: they are here, with default options.
+
+    Raises:
+        TypeError: If it is not a module, but a class of modules for one.
+        ValueError: If it cannot be a velocity.
     """
+    check_velocity(network)
     try:
         new = copy.deepcopy(network)
     except (RuntimeError, TypeError) as error:  # of a tensor that was computed, a lock

@@ -229,7 +229,11 @@ def _unnamed(
 ) -> tuple[Constraint, dict[str, Any], Tensor]:
     """Return the constraint, no sites and the rows, shape ``(N, *event_shape)``, of samples."""
     if isinstance(support, Mapping):
-        raise TypeError("expected one support for one tensor of samples, got a dictionary")
+        raise TypeError(
+            "expected one support for one tensor of samples, got a dictionary: join those of the "
+            "columns by constraints.stack([...], dim=-1), or give the columns of a frame as named "
+            "draws, dict(frame)"
+        )
     rows = as_tensor(rows, "x")
     if event_shape is None and rows.dim() == 1:
         event_shape = ()

@@ -400,6 +400,8 @@ def test_the_ends_of_the_support():
     close(falling.icdf(torch.tensor([0.0, 1.0])), torch.tensor([-math.inf, 2.0]))
     with pytest.raises(ValueError, match="between 0 and 1, got -0.1"):
         d.icdf(torch.tensor(-0.1))
+    with pytest.raises(ValueError, match=r"broadcasts with \(2,\), .* got \(3,\)"):
+        d.expand((2,)).icdf(torch.tensor([0.1, 0.5, 0.9]))
     with pytest.raises(
         TypeError, match="expected probabilities to be a tensor or an array, got None"
     ):

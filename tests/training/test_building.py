@@ -96,6 +96,11 @@ def test_a_network_that_cannot_be_copied_is_trained_itself():
     assert d.transform.velocity is network
 
 
+def test_a_class_in_place_of_a_network_raises():
+    with pytest.raises(TypeError, match="an instance of torch.nn.Module.* got <class .*Linear'>"):
+        learn(torch.randn(300, 2), network=torch.nn.Linear)
+
+
 def test_classes_without_rows_are_told_of():
     age = torch.randint(18, 25, (300,))
     with pytest.warns(UserWarning, match="18 of the 25 classes 0 to 24 have no row"):

@@ -625,10 +625,10 @@ def test_velocity_for_another_number_of_dimensions(cls):
 @pytest.mark.parametrize("velocity", [lambda t, x, context=None: x, None, VelocityMLP])
 def test_velocity_that_is_no_module(cls, velocity):
     message = (
-        r"expected the velocity to be a torch.nn.Module with forward\(t, x, context=None\), got "
-        + type(velocity).__name__
+        "expected the velocity to be an instance of torch.nn.Module with forward(t, x, "
+        f"context=None), got {velocity!r}"
     )
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(TypeError, match=re.escape(message)):
         cls(velocity, 2)
 
 
