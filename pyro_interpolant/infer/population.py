@@ -304,7 +304,7 @@ def _checked_draws(
         each: Any = log_interim_prior
         if callable(log_interim_prior):
             each = map(log_interim_prior, sets)
-        log_priors = [as_tensor(few, "log_interim_prior")[None] for few in each]
+        log_priors: list[Any] = [as_tensor(few, "log_interim_prior")[None] for few in each]
         sets = [few[None] for few in sets]
     else:
         x = as_tensor(draws, "draws")
