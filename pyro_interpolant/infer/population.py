@@ -300,11 +300,12 @@ def _checked_draws(
         float64, and the number of draws of each object, shape ``(N,)``.
     """
     if isinstance(draws, list | tuple):
-        sets = [checked_rows(few, f"draws[{i}]")[None] for i, few in enumerate(draws)]
-        log_priors: list[Any] = [log_interim_prior] * len(sets)
-        if not callable(log_interim_prior):
-            each: Any = log_interim_prior
-            log_priors = [as_tensor(few, "log_interim_prior")[None] for few in each]
+        sets = [checked_rows(few, f"draws[{i}]") for i, few in enumerate(draws)]
+        each: Any = log_interim_prior
+        if callable(log_interim_prior):
+            each = map(log_interim_prior, sets)
+        log_priors: list[Any] = [as_tensor(few, "log_interim_prior")[None] for few in each]
+        sets = [few[None] for few in sets]
     else:
         x = as_tensor(draws, "draws")
         if x.dim() != 3:

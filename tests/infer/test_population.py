@@ -646,7 +646,10 @@ def test_a_population_of_lists_of_draws(monkeypatch, as_function):
     counts = [2, 3, 4000, *range(4, 41)]
     sets = [i + torch.randn(n, 2) for i, n in enumerate(counts)]
     prior = Normal(0.0, 3.0)
-    given = dist.Normal(0.0, 3.0).expand([2]).to_event(1).log_prob
+
+    def given(x):  # of the draws of one object, shape (K_i, 2)
+        return prior.log_prob(x[:, 0]) + prior.log_prob(x[:, 1])
+
     log_prior = [prior.log_prob(x).sum(-1).numpy() for x in sets]
     arrays = [x.numpy() for x in sets]
     from_posterior_samples(arrays, given if as_function else log_prior, **QUICK)

@@ -6,6 +6,7 @@ import pytest
 from cases import random_flow
 
 from pyro_interpolant import InterpolantDistribution
+from pyro_interpolant.training import agreement
 from pyro_interpolant.training.agreement import warn_if_draws_differ
 from pyro_interpolant.training.rows import Rows
 
@@ -31,3 +32,17 @@ def test_rows_that_come_in_an_order_are_compared_evenly_where_time_is_short(recw
     rows = Rows(flow.sample((4000,)).sort(dim=0).values, None)
     warn_if_draws_differ(flow, rows, rows, -math.inf)
     assert not recwarn.list
+
+
+def test_a_short_look_at_the_rows_trained_on_does_not_excuse_a_fit(monkeypatch):
+    """Hardly any rows are like those of nearly any fit."""
+    flow = InterpolantDistribution(random_flow(2)).freeze()
+    rows = Rows(1.5 * flow.sample((4000,)), None)
+    held, compared = rows.evenly(1000), agreement._compared
+    monkeypatch.setattr(
+        agreement,
+        "_compared",
+        lambda d, of, _: compared(d, of, math.inf if of is held else -math.inf),
+    )
+    with pytest.warns(UserWarning, match="the fit came out wrong: column"):
+        warn_if_draws_differ(flow, held, rows, math.inf)
