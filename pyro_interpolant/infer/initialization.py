@@ -35,12 +35,12 @@ def init_to_support(
             plate, in a sequential one, or on a support without a bijection on which there is no
             value to be had, or if the value does not broadcast to its shape.
     """
-    _check_site(site)
     fn = site["fn"]
+    # Else a site only asks whether there is a value for its name, and tells its support alone.
+    is_whole = isinstance(fn, torch.distributions.Distribution)
+    _check_site(site, is_whole=is_whole)
     try:
         value = init(site)
-        # Else it only asks whether there is a value for the name.
-        is_whole = isinstance(fn, torch.distributions.Distribution)
         return whole_value(site, value) if is_whole else value
     except NotImplementedError:  # improper priors cannot be sampled, not even for their shape
         transform = bijection_of(site)
@@ -104,7 +104,7 @@ def is_not_latent(observed: tuple[str, ...], msg: Message) -> bool:
     return prototype_hide_fn(msg) or msg["name"] in observed
 
 
-def _check_site(site: Site) -> None:
+def _check_site(site: Site, *, is_whole: bool) -> None:
     """Raise a ValueError if a site has no density, or is in a plate that no guide here holds."""
     name = site["name"]
     if getattr(site["fn"].support, "is_discrete", False):
@@ -114,7 +114,7 @@ def _check_site(site: Site) -> None:
             f"hide=[{name!r}])), and enumerate it in SVI with TraceEnum_ELBO, see "
             "https://pyro.ai/examples/enumeration.html"
         )
-    if isinstance(innermost_distribution(site["fn"]), dist.Delta):
+    if is_whole and isinstance(innermost_distribution(site["fn"]), dist.Delta):
         raise ValueError(
             f"expected latent sites with a density, got {name!r} from a Delta, which has "
             f"one value: write it as pyro.deterministic({name!r}, value)"
