@@ -1,6 +1,5 @@
 r"""The log joint density of a NumPyro model, :math:`\log p(x(z), y) + \log |dx / dz|`."""
 
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +10,6 @@ from jax import Array
 from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.autoguide import AutoContinuous
-from numpyro.primitives import Messenger
 
 from .validity import innermost_distribution, is_valid, log_prob_left_out, without_masks
 
@@ -75,38 +73,25 @@ def check_random_numbers(guide: AutoContinuous, args: Arguments, kwargs: Named) 
     """Raise a ValueError if a model draws random numbers that are none of its latent sites.
 
     Args:
-        guide: A guide that knows its model.
+        guide: A guide that knows its model, from a run that had a seed.
         args: The arguments of the model.
         kwargs: Its named arguments.
     """
-    with _NoKeys():
-        jax.eval_shape(log_density(guide, args, kwargs), guide._init_latent)
+    sites = guide.prototype_trace.items()
+    known = {k: site["value"] for k, site in sites if site["type"] in ("sample", "param")}
 
+    def run() -> None:
+        with handlers.block(), handlers.substitute(data=known):
+            guide.model(*args, **kwargs)
 
-class _NoKeys(Messenger):
-    """Raise a ValueError where a random key is asked for.
-
-    A block asks for one on behalf of the site that it hides, whose name is in its frame alone.
-    """
-
-    def process_message(self, msg: Any) -> None:
-        """Refuse to give a key, unless a seed inside of here has given one."""
-        if msg["type"] != "prng_key" or msg["kwargs"]["rng_key"] is not None:
-            return
-        frames = (frame for frame, _ in traceback.walk_stack(None))
-        block = handlers.block.process_message.__code__
-        hidden = next((f.f_locals["msg"] for f in frames if f.f_code is block), None)
-        if hidden is None:
-            raise ValueError(
-                "expected a log density without noise, got a model that draws random numbers by "
-                "numpyro.prng_key(): sample them as a site, or pass them as an argument"
-            )
-        if hidden["type"] == "sample":  # a plate or a scan may draw nothing by its key
-            raise ValueError(
-                f"expected a log density without noise, got the latent site {hidden['name']!r}, "
-                "which handlers.block hides: show it, or give it a value by handlers.substitute "
-                "inside of the block"
-            )
+    try:  # without a seed
+        jax.eval_shape(run)
+    except (AssertionError, TypeError) as error:  # which only the seed can have spared that run
+        raise ValueError(
+            "expected a log density without noise, got a model that draws random numbers beside "
+            "its latent sites: show a site that handlers.block hides, or give it a value by "
+            "handlers.substitute inside of the block; pass what numpyro.prng_key() draws"
+        ) from error
 
 
 def _tracer(

@@ -323,15 +323,9 @@ def a_random_shift():
     numpyro.sample("y", dist.Normal(x + jax.random.normal(numpyro.prng_key()), 1.0), obs=1.0)
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (handlers.block(some_latent, hide=["s"]), "site 's', which handlers.block hides"),
-        (a_random_shift, r"random numbers by numpyro.prng_key\(\)"),
-    ],
-)
-def test_random_numbers_of_no_latent_site_are_no_density(model, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("model", [handlers.block(some_latent, hide=["s"]), a_random_shift])
+def test_random_numbers_of_no_latent_site_are_no_density(model):
+    with pytest.raises(ValueError, match="draws random numbers beside its latent sites"):
         fit_guide(AutoInterpolant(model), KEY, **QUICK)
 
 
@@ -341,7 +335,7 @@ def test_what_is_hidden_but_draws_nothing_is_a_density():
         with handlers.block(), numpyro.plate("rows", 2):
             pass
         with handlers.block(), handlers.seed(rng_seed=0):
-            numpyro.sample("s", dist.Normal())
+            return numpyro.sample("s", dist.Normal())
 
     check_random_numbers(prepared(AutoInterpolant(model)), (), {})
 
