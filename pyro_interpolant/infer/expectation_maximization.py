@@ -182,6 +182,24 @@ class PosteriorDraws:
         return total - taken.double().log(), error
 
 
+def in_turn(objects: Tensor, kept: Tensor) -> Tensor:
+    """Return the indices of draws in a random order, one of each object before the next of any.
+
+    Objects of many draws are no more of a population than those of few.
+
+    Args:
+        objects: Of which object each draw is, ascending, shape ``(M,)``.
+        kept: The indices of the objects that count.
+    """
+    order = torch.isin(objects, kept).nonzero()[:, 0]
+    order = order[torch.randperm(len(order))]
+    by_object = objects[order].argsort(stable=True)
+    _, sizes = objects[order].unique(return_counts=True)
+    turns = torch.empty_like(order)
+    turns[by_object] = torch.cat([torch.arange(size) for size in sizes.tolist()])
+    return order[turns.argsort(stable=True)]
+
+
 def _unbiased(totals: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
     """Return logs of means of weights without their bias to second order, and their errors.
 

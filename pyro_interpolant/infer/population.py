@@ -42,7 +42,7 @@ from ..training.building import context_names, contexts_for, from_samples, new_n
 from ..training.clock import Clock
 from ..training.names import Names
 from .deconvolution import gaussian_latents
-from .expectation_maximization import NoisyRows, PosteriorDraws, held_out, learn
+from .expectation_maximization import NoisyRows, PosteriorDraws, held_out, in_turn, learn
 from .latents import of_population
 from .noise import Measurements, Noise, measurements
 
@@ -226,7 +226,7 @@ def from_posterior_samples(
     held, kept = held_out(len(counts), validation, seed)
     context, of_contexts, sizes = _checked_context(context, x[counts.cumsum(0) - counts], network)
     with seeded(seed):
-        some = _in_turn(objects, kept)[: max(_START_DRAWS, len(counts))]
+        some = in_turn(objects, kept)[: max(_START_DRAWS, len(counts))]
     first = x[some]
     contexts = None if context is None else context[objects[some]]
     start_steps, rest = _shared_out(steps, clock)
@@ -299,6 +299,11 @@ def _checked_draws(
         The draws, shape ``(M, D)``, their log densities under their own prior, shape ``(M,)``, in
         float64, and the number of draws of each object, shape ``(N,)``.
     """
+    if hasattr(log_interim_prior, "log_prob"):
+        raise TypeError(
+            "expected log_interim_prior of numbers or a function, got "
+            f"{type(log_interim_prior).__name__}: pass its log_prob"
+        )
     if isinstance(draws, list | tuple):
         sets = [checked_rows(few, f"draws[{i}]") for i, few in enumerate(draws)]
         each: Any = log_interim_prior
@@ -329,24 +334,6 @@ def _checked_draws(
     known = map(_checked_log_prior, log_priors, sets)
     log_prior = torch.cat([few.flatten() for few in known])
     return torch.cat([x.flatten(0, 1) for x in sets]), log_prior, counts
-
-
-def _in_turn(objects: Tensor, kept: Tensor) -> Tensor:
-    """Return the indices of draws in a random order, one of each object before the next of any.
-
-    Objects of many draws are no more of a population than those of few.
-
-    Args:
-        objects: Of which object each draw is, ascending, shape ``(M,)``.
-        kept: The indices of the objects that count.
-    """
-    order = torch.isin(objects, kept).nonzero()[:, 0]
-    order = order[torch.randperm(len(order))]
-    by_object = objects[order].argsort(stable=True)
-    _, sizes = objects[order].unique(return_counts=True)
-    turns = torch.empty_like(order)
-    turns[by_object] = torch.cat([torch.arange(size) for size in sizes.tolist()])
-    return order[turns.argsort(stable=True)]
 
 
 def _checked_settings(

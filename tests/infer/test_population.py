@@ -1281,6 +1281,8 @@ def test_posterior_draws_that_cannot_work_are_refused():
             from_posterior_samples(*arguments, **QUICK)
     with pytest.raises(ValueError, match="as many contexts as rows, 60, got"):
         from_posterior_samples(draws, log_prior, context=Y[:5], **QUICK)
+    with pytest.raises(TypeError, match="got Normal: pass its log_prob"):
+        from_posterior_samples(draws, dist.Normal(0.0, 1.0), **QUICK)
 
 
 def test_objects_need_a_flow_from_its_default_base_and_some_draws():
