@@ -33,7 +33,7 @@ from .importance_sampling import GOOD_SHARE, at_edges, importance_of
 from .log_density import TO_BATCH, LogJoint, NoDensityError
 from .simulation import Simulator
 from .simulations import Simulations
-from .sites import LatentSites, Model
+from .sites import LatentSites
 
 PRIOR = "the prior"
 NO_DENSITY = "What it is given has no density to weigh by: see calibration()."
@@ -133,30 +133,6 @@ def calibration_of(
     return Calibration._make((*checks, verdict))
 
 
-class _GivenData(LatentSites):
-    """The latent sites of a model that is conditioned on data.
-
-    Args:
-        sites: The sites of the model itself.
-        data: Its simulated sites, by name, each ``(*site_shape)``.
-        center: Where its density is first tried, shape ``(D,)``.
-    """
-
-    def __init__(self, sites: LatentSites, data: Mapping[str, Tensor], center: Tensor) -> None:
-        self.__dict__.update(vars(sites))
-        self._center = center
-        self._conditioned = poutine.condition(sites.model, data=dict(data))
-
-    @property
-    def model(self) -> Model:
-        """The model with its arguments and the data, a function of none."""
-        return self._conditioned
-
-    def centers(self) -> Tensor:
-        """Return the point that was given, shape ``(1, D)``."""
-        return self._center[None]
-
-
 @torch.no_grad()
 def measured_on_simulations(
     posterior: ConditionalJointInterpolantDistribution,
@@ -237,7 +213,7 @@ def _importance_of_data_sets(
         view = posterior.given(context[i])
         data = {name: value[i] for name, value in fresh.data.items()}
         try:
-            density = LogJoint(_GivenData(sites, data, rows[i]))
+            density = LogJoint(sites, poutine.condition(sites.model, data), rows[i : i + 1])
             drawn = importance_of(view, density, _JUDGED_DRAWS)
         except NoDensityError:
             return [], NO_DENSITY

@@ -71,17 +71,24 @@ class LogJoint:
 
     Make one by :func:`log_joint`.
 
+    Args:
+        sites: The latent sites.
+        model: The model, a function of no arguments; by default that of the sites.
+        centers: Where the density is first tried, shape ``(K, D)``; by default where they tell.
+
     Attributes:
         event_dim: D, the size of z.
         batching: How many draws are evaluated at once: ``"plate"``, in a plate to the left of all
             others; or ``"vmap"``, by :func:`torch.func.vmap`, for models that do not broadcast.
     """
 
-    def __init__(self, sites: LatentSites) -> None:
-        self.sites, self.model = sites, sites.model
+    def __init__(
+        self, sites: LatentSites, model: Model | None = None, centers: Tensor | None = None
+    ) -> None:
+        self.sites, self.model = sites, sites.model if model is None else model
         self.event_dim: int = sites.guide.latent_dim
         self.off_support: frozenset[str] = frozenset()  # sites whose data are, with leave
-        centers = sites.centers()
+        centers = sites.centers() if centers is None else centers
         with torch.no_grad():
             center = self._first_possible(centers)
             # The first with the user's own validation, which explains what is wrong.
@@ -195,10 +202,7 @@ class LogJoint:
         return torch.stack([log_det, *(self._log_prob(site).sum() for site in scored)])
 
     def _log_prob(self, site: Site) -> Tensor:
-        """Return a site's log density, shape ``(*)``.
-
-        It is ``-inf`` outside the support, or where parameters are out of range.
-        """
+        """Return a site's log density, ``(*)``: ``-inf`` off the support, or of bad parameters."""
         fn, value, mask, log_prob = site["fn"], site["value"], site["mask"], site["log_prob"]
         if mask is False:
             return log_prob
@@ -240,11 +244,17 @@ class LogJoint:
 
         with poutine.block():
             trace = poutine.trace(run).get_trace()  # whose errors show the shapes of all sites
+            nodes = cast("Nodes", trace.nodes)
             try:
                 trace.compute_log_prob()
             except NotImplementedError as error:
-                raise _without_density(cast("Nodes", trace.nodes)) from error
-        return cast("Nodes", trace.nodes)
+                bare = next(s for s in _scored(nodes) if "log_prob" not in s)
+                raise NoDensityError(
+                    f"expected a log_prob of every site, got a {type(bare['fn']).__name__} at "
+                    f"{bare['name']!r}, which has none: an AmortizedInterpolant learns from "
+                    "simulations alone, and calibration() judges it"
+                ) from error
+        return nodes
 
     def plate(self, count: int) -> pyro.plate:
         """Return a plate of draws to the left of all plates of the model."""
@@ -308,16 +318,6 @@ def known_log_joint(sites: LatentSites, z: Tensor) -> LogJoint | None:
     except ValueError as error:
         warn_user(f"the guide will not be judged by importance weights: {error}")
         return None
-
-
-def _without_density(nodes: Nodes) -> NoDensityError:
-    """Return the error that names the site of a trace whose log density is not known."""
-    site = next(s for s in nodes.values() if s["type"] == "sample" and "log_prob" not in s)
-    return NoDensityError(
-        f"expected a log_prob of every site, got a {type(site['fn']).__name__} at "
-        f"{site['name']!r}, which has none: an AmortizedInterpolant learns from simulations "
-        "alone, and calibration() judges it"
-    )
 
 
 class _NotPositiveDefinite(TorchFunctionMode):
