@@ -36,6 +36,7 @@ from .amortization import (
     check_posterior,
     is_inside,
     measured_on_simulations,
+    pace,
     region,
     tell_if_coarse,
     tell_of_fewer,
@@ -44,11 +45,10 @@ from .amortization import (
 )
 from .autoguide import AutoInterpolant
 from .exchangeability import are_sets, exchangeable_columns
-from .guide_result import GuideResult
 from .hidden import is_hidden, tell_if_determined
+from .importance_sampling import GuideResult
 from .initialization import init_latent, is_not_latent
 from .log_density import known_log_joint
-from .pace import pace
 from .runs import (
     check_data,
     check_rows_count,

@@ -32,8 +32,8 @@ from ..training.fitting import FitResult, fit
 from ..training.whitening import whitening_map
 from ..transforms.interpolant import InterpolantTransform
 from .amortization import AmortizedResult
-from .guide_result import GuideResult
 from .importance_sampling import (
+    GuideResult,
     are_raw_draws_good,
     check_is_density,
     importance_verdict,

@@ -36,8 +36,7 @@ from ...training.rows import Rows
 from ...training.threads import Threads
 from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
-from ..regression import FlowRegression
-from ..schedule import RateSchedule, clocked
+from ..regression import FlowRegression, RateSchedule, clocked
 from .flow_proposal import Jump, coarse_solver, flow_proposal_step
 from .pathfinder import StudentTMixture, initial_mixture, pathfinder
 from .tempering import HMCKernel, LogDensity, Particles, tempered_smc

@@ -28,8 +28,7 @@ from pyro_interpolant.diagnostics.psis import (
     systematic_resampling,
     weighted_draws,
 )
-from pyro_interpolant.infer.regression import FlowRegression
-from pyro_interpolant.infer.schedule import RateSchedule
+from pyro_interpolant.infer.regression import FlowRegression, RateSchedule
 from pyro_interpolant.infer.smc import train
 from pyro_interpolant.infer.smc.flow_proposal import (
     coarse_solver,
