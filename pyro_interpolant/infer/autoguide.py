@@ -352,18 +352,20 @@ class AutoInterpolant(AutoContinuous):
         training: FitResult | RoundsResult,
     ) -> GuideResult:
         """Return what training gave, judged where there is a density."""
-        summary, count, verdict = ImportanceSummary(*[math.nan] * 4), 0, _UNKNOWN
         self.poor = None
-        if isinstance(training, RoundsResult) and density is not None:
+        if density is None:
+            unknown = ImportanceSummary(*[math.nan] * 4)
+            return GuideResult(*unknown, 0, _UNKNOWN, clock.spent(), training)
+        if isinstance(training, RoundsResult):
             # Weights of fresh draws are there, and particles, which have a density, off edges.
             summary, count = ImportanceSummary(*training[:4]), training.draws
             with seeded(None if seed is None else seed + 1), torch.no_grad():
                 z = posterior.sample((SPREAD_DRAWS,))
             verdict = judged(posterior.log_prob, density, z, summary, count)
-        elif density is not None:
+        else:
             summary, count, verdict = importance_verdict(posterior, density, clock, seed)
-        if density is not None:
-            self.poor = None if are_raw_draws_good(summary, count) else verdict
+        if not are_raw_draws_good(summary, count):
+            self.poor = verdict
         return GuideResult(*summary, count, verdict, clock.spent(), training)
 
     def attach(self, model: Model) -> "AutoInterpolant":

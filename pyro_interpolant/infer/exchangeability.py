@@ -5,7 +5,6 @@ of all orders of y, as :math:`p(y \mid x)` is.
 """
 
 import contextlib
-import warnings
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from .._torch import seeded
 from ..nn.embedded import MOST_SUMMARIES
 from ..nn.embedding import SetEmbedding
+from .runs import attempts
 from .simulation import Simulator
 from .simulations import all_of
 
@@ -23,7 +23,6 @@ _TRIED, _LOOPED, _LEAST = 256, 16, 3
 _ROUNDING = 32
 
 
-@torch.no_grad()
 def exchangeable_columns(simulator: Simulator) -> int | None:
     """Return how many columns rows have that are exchangeable, or None where order may count.
 
@@ -44,8 +43,7 @@ def exchangeable_columns(simulator: Simulator) -> int | None:
     columns, may_move = sum(shape.numel() for shape in shapes) // shapes[0][0], False
     # A model may have no density of its data, none of rows elsewhere, or fail at some values, as
     # its simulations are allowed to: nothing is known then, and a guide is set up all the same.
-    with seeded(0), warnings.catch_warnings(), contextlib.suppress(Exception):
-        warnings.simplefilter("ignore")
+    with seeded(0), attempts(), contextlib.suppress(Exception):
         size = SetEmbedding(columns).summary(torch.zeros(1, 1, columns)).shape[1]
         may_move = size <= MOST_SUMMARIES and _rows_may_move(simulator, shapes[0][0])
     return columns if may_move else None
