@@ -2,11 +2,11 @@ r"""Flows inside Pyro models: as a guide, as a prior, and as a proposal.
 
 ``autoguide`` is a guide and its training; ``quantiles`` and ``inference_data`` summarise its
 draws, ``importance_sampling`` weighs them by ``log_density``, of the vector that ``sites`` packs,
-``-inf`` where ``validity`` says so; it starts by ``initialization``, and ``prior`` draws it, in
-``lanes``. ``amortized`` is a guide for all data, judged by ``amortization``: it learns from
-``simulations`` by ``simulation``, in ``runs`` and ``workers``, or from ``simulated_batches``, of
-sets where ``exchangeability`` says so; some data may be ``hidden``. ``reparam`` samples a model in
-base space, ``neural_transport`` in a guide's. ``smc`` learns from a density alone. ``population``
+``-inf`` where ``validity`` says so; it starts by ``initialization``, and ``prior`` draws it.
+``amortized`` is a guide for all data, judged by ``amortization``: it learns from ``simulations``
+by ``simulation``, in ``runs`` and ``workers``, or from ``simulated_batches``, of sets where
+``exchangeability`` says so; some data may be ``hidden``. ``reparam`` samples a model in base
+space, ``neural_transport`` in a guide's. ``smc`` learns from a density alone. ``population``
 learns what is behind a catalogue: by ``noise``, ``deconvolution``, ``latents``, drawn from
 ``proposals``, and ``expectation_maximization``. Both use ``regression``.
 """

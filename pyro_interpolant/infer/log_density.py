@@ -18,8 +18,7 @@ from .._torch import draws, is_functorch_tensor, seeded, warn_user
 from ..diagnostics.psis import finite_or_minus_inf
 from ..distributions.constraints import biject
 from .initialization import init_to_support
-from .lanes import in_lanes, state_of_others
-from .runs import plate_nesting
+from .runs import in_lanes, plate_nesting, state_of_others
 from .sites import (
     LatentSites,
     Model,

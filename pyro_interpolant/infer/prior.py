@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..distributions.constraints import biject
 from .initialization import init_to_support
-from .lanes import in_lanes
 from .log_density import LogJoint
-from .runs import AllDrawn, Stop
+from .runs import AllDrawn, Stop, in_lanes
 from .sites import unchecked
 
 _RARE = 0.005  # the share of prior draws on either side that is clamped to the rest

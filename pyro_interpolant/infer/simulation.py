@@ -21,7 +21,6 @@ from .._package import check_ranges
 from .._torch import draws, seeded, warn_user
 from ..distributions.constraints import biject
 from ..distributions.supports import BijectiveSupport
-from .lanes import in_lanes, state_of_others
 from .runs import (
     AllDrawn,
     Stop,
@@ -31,7 +30,9 @@ from .runs import (
     check_names,
     check_reached,
     check_rows_count,
+    in_lanes,
     plate_nesting,
+    state_of_others,
 )
 from .simulations import Simulations, all_of, is_near
 from .sites import LatentSites, Nodes, check_fixed_support, extreme_rows, is_sampled, unchecked
