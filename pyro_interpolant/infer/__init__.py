@@ -4,11 +4,11 @@ r"""Flows inside Pyro models: as a guide, as a prior, and as a proposal.
 draws, ``importance_sampling`` weighs them by ``log_density``, of the vector that ``sites`` packs,
 ``-inf`` where ``validity`` says so; it starts by ``initialization``, and ``prior`` draws it.
 ``amortized`` is a guide for all data, judged by ``amortization``: it learns from ``simulations``
-by ``simulation``, in ``runs`` and ``workers``, or from ``simulated_batches``, of sets where
-``exchangeability`` says so; some data may be ``hidden``. ``reparam`` samples a model in base
-space, ``neural_transport`` in a guide's. ``smc`` learns from a density alone. ``population``
-learns what is behind a catalogue: by ``noise``, ``deconvolution``, ``latents``, drawn from
-``proposals``, and ``expectation_maximization``. Both use ``regression``.
+by ``simulation``, in ``runs`` and ``workers``, or from ``simulated_batches``, of sets or with some
+hidden where ``data`` says so. ``reparam`` samples a model in base space, ``neural_transport`` in a
+guide's. ``smc`` learns from a density alone. ``population`` learns what is behind a catalogue: by
+``noise``, ``deconvolution``, ``latents``, drawn from ``proposals``, and
+``expectation_maximization``. Both use ``regression``.
 """
 
 from typing import TYPE_CHECKING

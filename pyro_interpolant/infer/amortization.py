@@ -28,7 +28,7 @@ from ..training.clock import Clock
 from ..training.fitting import FitResult
 from ..training.whitening import warn_if_coarse
 from ..transforms.interpolant import ConditionalInterpolantTransform
-from .hidden import is_hidden
+from .data import is_hidden
 from .importance_sampling import GOOD_SHARE, at_edges, importance_of
 from .log_density import TO_BATCH, LogJoint, NoDensityError
 from .simulation import Simulator
@@ -201,15 +201,11 @@ def measured_on_simulations(
     # and the density of all data is not that of those that are there, where some are missing.
     is_whole = {*fresh.latents} < {*simulator.sampled} <= {*fresh.latents, *fresh.data}
     is_whole = is_whole and not is_hidden(simulator, fresh.latents | fresh.data)
-    packed = rows, context
-    found: list[tuple[float, float, float]] = []
-    reason = NO_DENSITY
+    found, reason = list[tuple[float, float, float]](), NO_DENSITY
     if is_whole:
-        found, reason = _importance_of_data_sets(posterior, fresh, packed, sites, clock)
+        found, reason = _importance_of_data_sets(posterior, fresh, (rows, context), sites, clock)
     levels = torch.tensor(_LEVELS, dtype=torch.float64)
-    numbers = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
-    if not found:
-        numbers = numbers.new_full((1, 3), math.nan)
+    numbers = torch.tensor(found or [(math.nan,) * 3], dtype=torch.float64)
     found_at = [torch.quantile(s, levels, interpolation="nearest") for s in numbers.T]
     k_hat, ess, evidence = (tuple(s.tolist()) for s in found_at)
     gain = float(gains.mean()), float(gains.std()) / error

@@ -29,7 +29,7 @@ from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import duration, with_error
 from ..training.clock import Clock
 from ..training.fitting import FitResult
-from .hidden import is_hidden
+from .data import is_hidden
 from .log_density import LogJoint, evaluated_safely
 from .simulation import Simulator
 from .sites import LatentSites, one_posterior

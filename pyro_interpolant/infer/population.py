@@ -254,9 +254,9 @@ def _checked_context(
         network: The velocity, or None for a new one.
     """
     found, sizes = contexts_for(context, rows, network)
-    if found is None or context is None:
-        return None, (), ()
-    taken = as_tensor(context, "context") if len(sizes) == 2 else found  # labels stay labels
+    taken = found
+    if context is not None and len(sizes) == 2:  # labels stay labels
+        taken = as_tensor(context, "context")
     return taken, context_names(context, found), sizes
 
 

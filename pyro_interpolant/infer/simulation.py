@@ -17,7 +17,6 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .._package import check_ranges
 from .._torch import draws, seeded, warn_user
 from ..distributions.constraints import biject
 from ..distributions.supports import BijectiveSupport
@@ -125,7 +124,6 @@ class Simulator:
         Raises:
             ValueError: If none is finite.
         """
-        check_ranges(("at least one simulation", count >= 1, count))
         calls = self._calls(count, given)
         drawn: Iterable[Simulations] = (self._drawn(*call) for call in calls)
         if self.num_workers > 0 and self.batching == "loop":
